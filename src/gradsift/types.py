@@ -1,0 +1,72 @@
+"""The values that pass between stages. Everything joins by example id, never by row position."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Message(TypedDict):
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One training or target example: a conversation with at least one assistant turn.
+
+    `row` is the original row, every column of it, as the user wrote it; outputs carry it through untouched.
+    `raw` is the row's original JSON text where the source was json(l), so that types survive byte for byte.
+    """
+
+    id: str
+    messages: tuple[Message, ...]
+    row: Mapping[str, Any] = field(repr=False)
+    raw: str | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A row that was left out, and why. `reason` is a short stable slug, `detail` a sentence for a person."""
+
+    id: str
+    reason: str
+    detail: str
+    source: str = ""
+    line: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedExample:
+    """Token ids of a whole conversation and which of them the loss is taken on.
+
+    token_ids:  int32 [token]
+    supervised: bool  [token]; `supervised[t]` means that token t is a label (predicted from tokens before t)
+    """
+
+    id: str
+    token_ids: NDArray[np.int32]
+    supervised: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Sequence:
+    """What the gradient engine runs: one token sequence, adding `sum_t weights[t] · NLL(token_t)` to one row.
+
+    Several sequences may name the same row (the sampled responses of one prompt, a grouped target): their losses
+    add up. A labelled example has weights 1/S on its S supervised tokens (token-mean loss), 0 elsewhere.
+
+    row:       position of the row in its shard
+    token_ids: int32 [token]
+    weights:   float32 [token]; weights[0] is 0, as nothing predicts the first token
+    """
+
+    row: int
+    token_ids: NDArray[np.int32]
+    weights: NDArray[np.float32]

@@ -1,0 +1,1 @@
+"""How well a few training examples reconstruct the gradient of one output."""

@@ -1,0 +1,97 @@
+"""LESS and TracIn: inner products of training and target gradients, summed over checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gradsift.checks import float_array, same_size
+from gradsift.errors import ConfigError, ShapeError
+
+
+def less_scores(
+    pool: Sequence[Tensor],
+    target: Sequence[Tensor],
+    weights: Sequence[float] | Tensor | None = None,
+    *,
+    normalise: bool = True,
+) -> Tensor:
+    """Influence of every pool example on every target: a higher score means that training on it helps more.
+
+    `S = Σ_e w_e · n(Γ_e) · n(G_e)ᵀ` with `w_e = η̄_e / Σ η̄` (LESS, Xia et al. 2024, Definition 3.1 in its
+    normalised form; TracIn, Pruthi et al. 2020, without `n`). `n` divides each row by its norm; a zero row stays zero,
+    so its scores are 0.
+
+    Args:
+        pool: per checkpoint the (projected) update directions of the pool, [pool dim].
+        target: per checkpoint the (projected) gradients of the targets, [target dim].
+        weights: mean learning rate η̄_e of each checkpoint, [checkpoint]; only their proportions count, so scores do
+            not depend on the unit of the rate. None weighs checkpoints equally.
+        normalise: rows to unit norm (LESS), which makes each term a cosine. False is the raw inner product (TracIn),
+            in the squared unit of the gradients.
+
+    Returns:
+        Scores [pool target], fp32 or better, on the device of `pool`.
+
+    Raises:
+        ShapeError: no checkpoint, unequal numbers of checkpoints, or arrays that do not fit each other.
+        NonFiniteError: NaN or infinity in an array.
+        ConfigError: a negative weight, or weights that are all zero.
+
+    Example:
+        >>> pool = torch.tensor([[2.0, 0.0], [-1.0, 0.0]])
+        >>> less_scores([pool], [torch.tensor([[3.0, 0.0]])]).tolist()
+        [[1.0], [-1.0]]
+    """
+    arguments: dict[str, object] = {"pool": pool, "target": target}
+    for name, arrays in arguments.items():
+        if isinstance(arrays, Tensor):
+            raise ShapeError(f"{name} is one tensor, expected a list with one [{name} dim] tensor per checkpoint")
+    if not pool or len(pool) != len(target):
+        raise ShapeError(
+            f"pool has {len(pool)} checkpoints and target {len(target)}: pass the same ones of both, at least one"
+        )
+    total: Tensor | None = None
+    for checkpoint, (weight, pool_rows, target_rows) in enumerate(
+        zip(_shares(weights, len(pool)), pool, target, strict=True)
+    ):
+        pool_name, target_name = f"pool at checkpoint {checkpoint}", f"target at checkpoint {checkpoint}"
+        P = float_array(pool_name, pool_rows, "pool dim")
+        T = float_array(target_name, target_rows, "target dim").to(P.device)
+        same_size("dim", pool_name, P.shape[1], target_name, T.shape[1])
+        if total is not None:
+            same_size("pool", "pool at checkpoint 0", total.shape[0], pool_name, P.shape[0])
+            same_size("target", "target at checkpoint 0", total.shape[1], target_name, T.shape[0])
+        if normalise:
+            P, T = unit_rows(P), unit_rows(T)
+        dtype = torch.promote_types(P.dtype, T.dtype)
+        scores = weight * (P.to(dtype) @ T.to(dtype).T)
+        total = scores if total is None else total + scores
+    assert total is not None, "at least one checkpoint was checked above"
+    return total
+
+
+def unit_rows(rows: Tensor) -> Tensor:
+    """Rows [row dim] divided by their Euclidean norm; a zero row stays zero."""
+    # Dividing by the largest entry first keeps the squares of very small and very large gradients inside fp32.
+    largest = rows.abs().amax(dim=1, keepdim=True)
+    scaled = rows / torch.where(largest > 0, largest, torch.ones_like(largest))
+    # Each norm is now 0 or at least 1, so the clamp only spares zero rows a division by zero.
+    return scaled / torch.linalg.vector_norm(scaled, dim=1, keepdim=True).clamp_min(1.0)
+
+
+def _shares(weights: Sequence[float] | Tensor | None, checkpoints: int) -> list[float]:
+    """Checkpoint weights divided by their sum."""
+    if weights is None:
+        return [1.0 / checkpoints] * checkpoints
+    values = torch.as_tensor(weights).detach().to("cpu", torch.float64)
+    values = float_array("weights", values, "checkpoint")
+    same_size("checkpoint", "weights", len(values), "pool", checkpoints)
+    if bool((values < 0).any()) or float(values.sum()) == 0.0:
+        raise ConfigError(
+            f"weights are {values.tolist()}, expected mean learning rates of at least 0, one of them above 0: "
+            f"leave out checkpoints collected at rate 0"
+        )
+    return [float(share) for share in values / values.sum()]

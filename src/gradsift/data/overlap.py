@@ -1,0 +1,79 @@
+"""Which rows are the same: content hashes, exact duplicates, and pool rows that are also in the target.
+
+Two conversations count as the same when all their messages agree after NFKC, lower case and collapsed white space,
+so that a test question cannot hide in the pool behind a trailing blank or a full-width letter. Everything is one pass
+with one hash per row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import unicodedata
+from collections.abc import Iterable
+
+from gradsift.types import Example, Message, Skipped
+
+
+def content_hash(messages: Iterable[Message]) -> str:
+    """Hash the messages exactly as they are: the default id of a row that brings none.
+
+    16 hex digits: among a million different rows two share one with probability 3e-8, and would then be told apart by
+    a suffix.
+
+    >>> content_hash([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}])
+    'de615ee0a74cae9c'
+    """
+    return _digest((message["role"], message["content"]) for message in messages)[:16]
+
+
+def normalised_hash(messages: Iterable[Message]) -> str:
+    """Hash all messages after NFKC, lower case and collapsed white space (32 hex digits); roles count too.
+
+    >>> shout = [{"role": "user", "content": " HELLO  there\\n"}]
+    >>> normalised_hash(shout) == normalised_hash([{"role": "user", "content": "hello there"}])
+    True
+    """
+    return _digest((message["role"], _normalise(message["content"])) for message in messages)[:32]
+
+
+def find_duplicates(examples: Iterable[Example]) -> list[Skipped]:
+    """List every example whose normalised messages came before; the first of each group is kept.
+
+    Returns one `Skipped` per later copy, in the order of `examples`, reason "duplicate"; its detail names the id that
+    is kept.
+    """
+    kept: dict[str, str] = {}
+    duplicates = []
+    for example in examples:
+        key = normalised_hash(example.messages)
+        if key in kept:
+            duplicates.append(Skipped(example.id, "duplicate", f"same messages as {kept[key]!r}, which is kept"))
+        else:
+            kept[key] = example.id
+    return duplicates
+
+
+def find_overlap(pool: Iterable[Example], target: Iterable[Example]) -> list[Skipped]:
+    """List every pool example that is also in the target: training on it would be training on the test.
+
+    Returns one `Skipped` per such pool row, in pool order, reason "overlap"; its detail names the target id.
+    """
+    target_ids: dict[str, str] = {}
+    for example in target:
+        target_ids.setdefault(normalised_hash(example.messages), example.id)
+    overlap = []
+    for example in pool:
+        target_id = target_ids.get(normalised_hash(example.messages))
+        if target_id is not None:
+            overlap.append(Skipped(example.id, "overlap", f"same messages as target example {target_id!r}"))
+    return overlap
+
+
+def _normalise(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", text).lower().split())
+
+
+def _digest(turns: Iterable[tuple[str, str]]) -> str:
+    # JSON separates the turns unambiguously, and its \u escapes make even lone surrogates hashable.
+    return hashlib.sha256(json.dumps(list(turns)).encode("ascii")).hexdigest()

@@ -1,0 +1,345 @@
+"""Random projections of per-module gradients that keep inner products in expectation (Johnson-Lindenstrauss).
+
+Each module (segment) is projected on its own, so that block-wise estimators stay possible, and the matrices depend on
+nothing but the seed and the module's name: every process and device draws the same ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradsift.errors import ConfigError, ShapeError
+from gradsift.settings import Settings
+
+ProjectionKind = Literal["sparse", "rademacher", "kronecker", "none"]
+SegmentSizes = Literal["proportional", "per_module"]
+
+# A fold by matrix product costs 2·k operations per gradient entry, a scatter about 5 ns: they cross near here.
+_MATMUL_FOLD_LIMIT = 192
+# Dense matrices are kept between batches up to this many int8 entries, then drawn again for every batch.
+_DENSE_CACHE_ENTRIES = 1 << 30
+
+
+class Projection(Settings):
+    """How gradients are compressed before they are stored.
+
+    kind:
+        `sparse` (default): a count sketch, `nonzeros` entries ±1/√nonzeros per column; `rademacher`: dense ±1/√k, what
+        LESS, NICE and JI2S use; `kronecker`: activations and output gradients projected apart, never forming the
+        gradient (plain gradients only, larger error); `none`: rows keep the full gradient.
+    dim: total number of stored dimensions (`proportional`) or dimensions of each module (`per_module`).
+    sizes: `proportional` gives module l the share k_l ∝ d_l of `dim`; `per_module` gives each module `dim` dimensions.
+    nonzeros: s, the non-zero entries in each column of `sparse`.
+    seed: fixes every matrix.
+    """
+
+    kind: ProjectionKind = "sparse"
+    dim: int = 8192
+    sizes: SegmentSizes = "proportional"
+    nonzeros: int = 1
+    seed: int = 0
+
+    def model_post_init(self, _context: object) -> None:
+        """Refuse sizes that make no sense."""
+        if self.dim < 1 or self.nonzeros < 1:
+            raise ConfigError(f"projection dim {self.dim} and nonzeros {self.nonzeros} must be at least 1")
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """The columns `[start, stop)` of a row that belong to one module, whose weight is `[out_features in_features]`."""
+
+    name: str
+    start: int
+    stop: int
+    out_features: int
+    in_features: int
+
+    @property
+    def dim(self) -> int:
+        """k_l, the segment's number of columns."""
+        return self.stop - self.start
+
+    @property
+    def full_dim(self) -> int:
+        """d_l, the number of gradient entries before projection."""
+        return self.out_features * self.in_features
+
+
+def segment_dims(full_dims: list[int], dim: int) -> list[int]:
+    """Split `dim` over segments in proportion to their sizes: k_l = min(d_l, k·d_l/Σd), largest remainder, k_l ≥ 1.
+
+    Raises:
+        ConfigError: fewer dimensions than segments, so that a module would vanish from every row.
+    """
+    total = sum(full_dims)
+    if dim >= total:
+        return list(full_dims)
+    if dim < len(full_dims):
+        raise ConfigError(
+            f"projection dim {dim} is smaller than the number of modules {len(full_dims)}: every module needs at "
+            "least one dimension; raise dim or collect fewer modules"
+        )
+    shares = [dim * d / total for d in full_dims]
+    sizes = [max(1, int(share)) for share in shares]
+    order = sorted(range(len(shares)), key=lambda l: (-(shares[l] - int(shares[l])), l))
+    for l in order:
+        if sum(sizes) >= dim:
+            break
+        if sizes[l] < full_dims[l] and shares[l] >= 1:
+            sizes[l] += 1
+    while sum(sizes) != dim:  # the floor of one per module can leave the total off by a few
+        step = 1 if sum(sizes) < dim else -1
+        widest = max(
+            (l for l in range(len(sizes)) if (sizes[l] < full_dims[l] if step > 0 else sizes[l] > 1)),
+            key=lambda l: (full_dims[l] - sizes[l] if step > 0 else sizes[l], -l),
+        )
+        sizes[widest] += step
+    return sizes
+
+
+def plan_segments(shapes: Mapping[str, tuple[int, int]], projection: Projection) -> tuple[Segment, ...]:
+    """Where each module's columns lie in a row; `shapes` maps module names to (out_features, in_features)."""
+    if not shapes:
+        raise ConfigError("no module to project: name at least one linear module")
+    full = [out * inp for out, inp in shapes.values()]
+    if projection.kind == "none":
+        sizes = full
+    elif projection.sizes == "per_module":
+        sizes = [min(projection.dim, d) for d in full]
+    else:
+        sizes = segment_dims(full, projection.dim)
+    if projection.kind == "kronecker":
+        sizes = [
+            k_out * k_in
+            for (out, inp), k in zip(shapes.values(), sizes, strict=True)
+            for k_out, k_in in [_kronecker_dims(out, inp, k)]
+        ]
+    segments, start = [], 0
+    for (name, (out, inp)), size in zip(shapes.items(), sizes, strict=True):
+        segments.append(Segment(name, start, start + size, out, inp))
+        start += size
+    return tuple(segments)
+
+
+class Projector:
+    """The projection of every segment, ready to apply on one device.
+
+    `dim` is the length of a row. Matrices are built when first used and kept; those of `sparse` need one byte per
+    gradient entry, those of `rademacher` k_l bytes per entry (drawn again for each batch when that exceeds 1 GiB).
+    """
+
+    def __init__(
+        self,
+        segments: tuple[Segment, ...],
+        projection: Projection,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.segments = segments
+        self.projection = projection
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self.dim = segments[-1].stop
+        self._by_name = {segment.name: segment for segment in segments}
+        self._sparse: dict[str, list[_SparseBlock]] = {}
+        self._dense: dict[str, Tensor] = {}
+        self._factors: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def project(self, name: str, gradient: Tensor, out: Tensor, *, overwrite: bool = False) -> None:
+        """Add the projection of `gradient` `[row out in]` of module `name` to its columns of `out` `[row dim]`.
+
+        `overwrite=True` allows `gradient` to be used as scratch space, which saves a copy.
+        """
+        segment = self._by_name[name]
+        if gradient.shape[1:] != (segment.out_features, segment.in_features):
+            raise ShapeError(
+                f"module {name} has weight shape {(segment.out_features, segment.in_features)}, "
+                f"its gradients {tuple(gradient.shape[1:])}"
+            )
+        columns = out[:, segment.start : segment.stop]
+        kind = self.projection.kind
+        if kind == "kronecker":
+            left, right = self._kronecker(segment)
+            columns += torch.einsum("roi, ok, il -> rkl", gradient, left, right).flatten(1)
+        elif segment.dim == segment.full_dim:
+            columns += gradient.flatten(1)
+        elif kind == "rademacher":
+            matrix = self._rademacher(segment)
+            columns += (gradient.flatten(1) @ matrix.to(self.dtype)).mul_(segment.dim**-0.5)
+        else:
+            for block in self._sketch(segment):
+                block.add(gradient, columns, overwrite=overwrite and len(self._sketch(segment)) == 1)
+
+    def project_factors(self, name: str, activations: Tensor, output_gradients: Tensor) -> Tensor:
+        """Kronecker only: `[row token in]` and `[row token out]` to `[row k_l]` without forming the gradient."""
+        left, right = self._kronecker(self._by_name[name])
+        return torch.einsum("rtk, rtl -> rkl", output_gradients @ left, activations @ right).flatten(1)
+
+    def apply(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Project named full-space tensors (gradients, a Hessian-vector product, a sum of rows) to rows `[row dim]`.
+
+        `tensors[name]` is `[row out in]`, or `[out in]` for a single row; every segment must be there.
+        """
+        missing = [segment.name for segment in self.segments if segment.name not in tensors]
+        if missing:
+            raise ShapeError(f"no tensor for {len(missing)} of {len(self.segments)} modules, first {missing[0]}")
+        first = tensors[self.segments[0].name]
+        rows = first.shape[0] if first.ndim == 3 else 1
+        out = torch.zeros(rows, self.dim, device=self.device, dtype=self.dtype)
+        for segment in self.segments:
+            tensor = tensors[segment.name].to(device=self.device, dtype=self.dtype)
+            self.project(segment.name, tensor if tensor.ndim == 3 else tensor[None], out)
+        return out
+
+    def matrix(self, name: str) -> Tensor:
+        """The explicit matrix `[d_l k_l]` of a segment, row-major over (out, in): for tests and small modules."""
+        segment = self._by_name[name]
+        basis = torch.eye(segment.full_dim, device=self.device, dtype=self.dtype)
+        out = torch.zeros(segment.full_dim, self.dim, device=self.device, dtype=self.dtype)
+        self.project(name, basis.view(-1, segment.out_features, segment.in_features), out)
+        return out[:, segment.start : segment.stop]
+
+    def _sketch(self, segment: Segment) -> list[_SparseBlock]:
+        if segment.name not in self._sparse:
+            self._sparse[segment.name] = _draw_sketch(segment, self.projection, self.device, self.dtype)
+        return self._sparse[segment.name]
+
+    def _rademacher(self, segment: Segment) -> Tensor:
+        if segment.name in self._dense:
+            return self._dense[segment.name]
+        entries = segment.full_dim * segment.dim
+        key = _key(self.projection.seed, "rademacher", segment.name)
+        matrix = _signs(key, entries).to(self.device).view(segment.full_dim, segment.dim)
+        if sum(m.numel() for m in self._dense.values()) + entries <= _DENSE_CACHE_ENTRIES:
+            self._dense[segment.name] = matrix
+        return matrix
+
+    def _kronecker(self, segment: Segment) -> tuple[Tensor, Tensor]:
+        if segment.name not in self._factors:
+            k_out, k_in = _kronecker_dims(segment.out_features, segment.in_features, segment.dim)
+            factors = []
+            for side, full, k in (("out", segment.out_features, k_out), ("in", segment.in_features, k_in)):
+                if k == full:
+                    factors.append(torch.eye(full, device=self.device, dtype=self.dtype))
+                    continue
+                signs = _signs(_key(self.projection.seed, f"kronecker-{side}", segment.name), full * k)
+                factors.append(signs.view(full, k).to(self.device, self.dtype) * k**-0.5)
+            self._factors[segment.name] = (factors[0], factors[1])
+        return self._factors[segment.name]
+
+
+class _SparseBlock:
+    """One non-zero per column: entry (o, i) goes to bucket (π(o) + σ(i)) mod k with an independent sign.
+
+    Unbiasedness and the variance of inner products need independent signs and that two different entries collide with
+    probability 1/k, no more (they are pairwise statements). π and σ uniform on the buckets give exactly that, so the
+    error equals that of a fully random count sketch, while folding becomes one small matrix product and a shift.
+    """
+
+    def __init__(
+        self,
+        signs: Tensor,  # int8 [out in]
+        long_hash: Tensor,  # int64 [long]: buckets of the longer side
+        short_hash: Tensor,  # int64 [short]
+        columns: slice,
+        scale: float,
+        *,
+        dtype: torch.dtype,
+    ) -> None:
+        self.signs = signs
+        self.columns = columns
+        self.scale = scale
+        self.dim = columns.stop - columns.start
+        out_features, in_features = signs.shape
+        self._fold_in = in_features >= out_features
+        device = signs.device
+        self._by_product = self.dim <= _MATMUL_FOLD_LIMIT or device.type == "cuda"
+        if self._by_product:
+            self._one_hot = torch.nn.functional.one_hot(long_hash, self.dim).to(dtype)  # [long k]
+            buckets = torch.arange(self.dim, device=device)
+            self._shift = (buckets[None, :] - short_hash[:, None]) % self.dim  # [short k]
+        else:
+            a, b = (short_hash, long_hash) if self._fold_in else (long_hash, short_hash)
+            self._bucket = ((a[:, None] + b[None, :]) % self.dim).flatten()  # [out·in]
+
+    def add(self, gradient: Tensor, columns: Tensor, *, overwrite: bool) -> None:
+        """columns[:, block] += sketch of gradient `[row out in]`."""
+        rows = gradient.shape[0]
+        signs = self.signs.to(gradient.dtype)
+        if self.scale != 1.0:
+            signs = signs * self.scale
+        signed = gradient.mul_(signs) if overwrite else gradient * signs
+        target = columns[:, self.columns]
+        if not self._by_product:
+            for row in range(rows):
+                target[row].index_add_(0, self._bucket, signed[row].flatten())
+            return
+        if self._fold_in:
+            folded = signed @ self._one_hot  # [row out k]
+        else:
+            folded = (self._one_hot.T @ signed).transpose(1, 2)  # [row in k]
+        target += folded.gather(2, self._shift.expand(rows, -1, -1)).sum(1)
+
+
+def _draw_sketch(
+    segment: Segment, projection: Projection, device: torch.device, dtype: torch.dtype
+) -> list[_SparseBlock]:
+    """The s blocks of a segment: column block b takes one non-zero of every entry, so the s buckets always differ."""
+    s = projection.nonzeros
+    if s > segment.dim:
+        raise ConfigError(
+            f"{s} non-zeros per column do not fit the {segment.dim} dimensions of module {segment.name}: "
+            "raise the projection dim or lower nonzeros"
+        )
+    out, inp = segment.out_features, segment.in_features
+    long, short = max(out, inp), min(out, inp)
+    edges = [segment.dim * b // s for b in range(s + 1)]
+    blocks = []
+    for b in range(s):
+        key = _key(projection.seed, f"sparse-{b}", segment.name)
+        k = edges[b + 1] - edges[b]
+        hashes = torch.from_numpy((_raw(key ^ 1, long + short) % np.uint64(k)).astype(np.int64)).to(device)
+        blocks.append(
+            _SparseBlock(
+                _signs(key, out * inp).view(out, inp).to(device),
+                hashes[:long],
+                hashes[long:],
+                slice(edges[b], edges[b + 1]),
+                s**-0.5,
+                dtype=dtype,
+            )
+        )
+    return blocks
+
+
+def _kronecker_dims(out_features: int, in_features: int, k: int) -> tuple[int, int]:
+    """(k_out, k_in) with k_out·k_in ≤ k, in the ratio of the module's sides."""
+    k_out = min(out_features, max(1, round((k * out_features / in_features) ** 0.5)), k)
+    k_in = min(in_features, max(1, k // k_out))
+    return min(out_features, max(1, k // k_in)), k_in
+
+
+def _key(seed: int, purpose: str, name: str) -> int:
+    digest = hashlib.blake2b(f"{seed}|{purpose}|{name}".encode(), digest_size=16).digest()
+    return int.from_bytes(digest, "little") & ~1
+
+
+def _raw(key: int, count: int) -> np.ndarray:
+    """`count` uint64 of Philox4x64: a counter-based stream that numpy keeps stable across versions and platforms."""
+    return np.random.Philox(key=key).random_raw(count)
+
+
+def _signs(key: int, count: int) -> Tensor:
+    """`count` independent ±1 as int8."""
+    words = _raw(key, -(-count // 64))
+    bits = np.unpackbits(words.astype("<u8").view(np.uint8), count=count, bitorder="little")
+    return torch.from_numpy(bits.astype(np.int8) * np.int8(2) - np.int8(1))

@@ -8,21 +8,22 @@ computes none, keeps no weight gradients, and the batch's examples never mix.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence as SequenceABC
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as SequenceABC
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from gradsift.errors import ConfigError, ModelError
+from gradsift.errors import ConfigError
+from gradsift.loss import head_at, pad
+from gradsift.models import parameter_name
 from gradsift.types import Sequence
 
 LORA = "lora"
-_CROSS_ENTROPY_ROWS = 64  # rows of the logits handled at once, so that a block stays in the cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +102,7 @@ def find_modules(model: nn.Module, pattern: str = LORA) -> Modules:
         transposed = isinstance(module, Conv1D)
         rows, columns = weight.shape
         captured.append(
-            Captured(
-                public, module, columns if transposed else rows, rows if transposed else columns, transposed
-            )
+            Captured(public, module, columns if transposed else rows, rows if transposed else columns, transposed)
         )
         reached.add(id(weight))
     for name, parameter in model.named_parameters():
@@ -123,11 +122,6 @@ def find_modules(model: nn.Module, pattern: str = LORA) -> Modules:
             f"such as {examples}"
         )
     return Modules(tuple(captured), tuple(unreachable))
-
-
-def parameter_name(name: str, adapter: str = "default") -> str:
-    """A parameter's name as PEFT writes it to a file: `….lora_A.default.weight` becomes `….lora_A.weight`."""
-    return re.sub(rf"(\.lora_[A-Za-z_]+)\.{re.escape(adapter)}(?=\.|$)", r"\1", name)
 
 
 class Capture:
@@ -157,27 +151,22 @@ class Capture:
         self.accumulate = torch.float64 if _dtype(model) == torch.float64 else torch.float32
         self._pending: dict[str, int] = {}
         self._partial: dict[str, Tensor] = {}
-        self._head_positions: Tensor | None = None
 
     @contextmanager
     def open(self) -> Iterator[Capture]:
         """Install the hooks; on leaving, remove them and restore train mode and `requires_grad`."""
-        head = self.model.get_output_embeddings()
         embeddings = self.model.get_input_embeddings()
-        if head is None or embeddings is None:
-            raise ModelError(f"{type(self.model).__name__} has no token embeddings or no language-model head")
         required = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
         training = [(module, module.training) for module in self.model.modules()]
         handles = [captured.module.register_forward_hook(self._forward_hook(captured)) for captured in self.modules]
         # The embeddings' output starts the graph, now that no parameter does.
         handles.append(embeddings.register_forward_hook(_require_grad))
-        if not any(captured.module is head for captured in self.modules):
-            handles.append(head.register_forward_pre_hook(self._select_supervised))
         try:
             self.model.eval()
             for parameter, _ in required:
                 parameter.requires_grad_(False)
-            yield self
+            with head_at(self.model) as self._head:
+                yield self
         finally:
             for handle in handles:
                 handle.remove()
@@ -188,34 +177,18 @@ class Capture:
             self._pending.clear()
             self._partial.clear()
 
-    def run(self, batch: SequenceABC[Sequence]) -> Tensor:
-        """Forward and backward of one batch; returns each sequence's weighted loss Σ_t w_t·NLL_t `[sequence]`, float64.
-
-        Right padding needs no attention mask in a causal model: real tokens never attend to what follows them.
-        """
-        longest = max(len(sequence.token_ids) for sequence in batch)
-        ids = np.zeros((len(batch), longest), dtype=np.int64)
-        weights = np.zeros((len(batch), longest), dtype=np.float64)
-        for row, sequence in enumerate(batch):
-            ids[row, : len(sequence.token_ids)] = sequence.token_ids
-            weights[row, : len(sequence.weights)] = sequence.weights
-        assert not weights[:, 0].any(), "nothing predicts the first token: its weight must be 0"
-        rows, columns = weights[:, 1:].nonzero()
-        labels = torch.from_numpy(ids[rows, columns + 1]).to(self.device)
-        label_weights = torch.from_numpy(weights[rows, columns + 1]).to(self.device)
-        self._head_positions = torch.from_numpy(rows * longest + columns).to(self.device)
+    def run(self, sequences: SequenceABC[Sequence]) -> Tensor:
+        """Forward and backward of one batch; returns each sequence's weighted loss Σ_t w_t·NLL_t `[sequence]`, float64."""
+        batch = pad(sequences, self.device)
         self._pending.clear()
         self._partial.clear()
+        self._tokens = batch
         with torch.enable_grad(), torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-            logits = self.model(input_ids=torch.from_numpy(ids).to(self.device), use_cache=False).logits
-            logits = logits.reshape(-1, logits.shape[-1])
-            if logits.shape[0] != len(rows):  # the head itself is captured: it saw every position
-                logits = logits[self._head_positions]
-        nll = cast(Tensor, _WeightedNLL.apply(logits, labels, label_weights))
+            nll = self._head.nll(batch)
         if nll.requires_grad:
-            nll.sum().backward()
+            nll.sum().backward()  # type: ignore[no-untyped-call]
         losses = torch.zeros(len(batch), dtype=torch.float64, device=self.device)
-        return losses.index_add_(0, torch.from_numpy(rows).to(self.device), nll.detach().double())
+        return losses.index_add_(0, batch.owner, nll.detach().double())
 
     def _forward_hook(self, captured: Captured) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
         def hook(_module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -230,6 +203,8 @@ class Capture:
     def _backward(self, captured: Captured, activations: Tensor, output_gradients: Tensor) -> None:
         a = activations.to(self.accumulate)  # [sequence token in]
         g = output_gradients.to(self.accumulate)  # [sequence token out]
+        if a.shape[0] != len(self._tokens):
+            a, g = self._by_sequence(a), self._by_sequence(g)
         if self.consume_factors is not None:
             self.consume_factors(captured, a, g)
             return
@@ -242,40 +217,12 @@ class Capture:
             return
         self.consume(captured, gradients)
 
-    def _select_supervised(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        hidden = inputs[0]
-        assert self._head_positions is not None
-        return (hidden.reshape(-1, hidden.shape[-1])[self._head_positions][None], *inputs[1:])
-
-
-class _WeightedNLL(torch.autograd.Function):
-    """w·(−log softmax(logits)[label]) per row `[position]`, its gradient w·(softmax − onehot) formed in the same pass."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        gradient = torch.empty_like(logits)
-        nll = torch.empty(len(labels), dtype=dtype, device=logits.device)
-        weights = weights.to(dtype)
-        step = _CROSS_ENTROPY_ROWS if logits.device.type == "cpu" else 4096
-        for start in range(0, len(labels), step):
-            part = slice(start, start + step)
-            log_p = torch.log_softmax(logits[part], dim=-1, dtype=dtype)
-            label = labels[part, None]
-            nll[part] = -log_p.gather(1, label)[:, 0]
-            p = log_p.exp_()
-            p.scatter_add_(1, label, p.new_full((1, 1), -1.0).expand(len(label), 1))
-            torch.mul(p, weights[part, None], out=gradient[part] if gradient.dtype == dtype else p)
-            if gradient.dtype != dtype:
-                gradient[part] = p
-        ctx.save_for_backward(gradient)
-        return nll * weights
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        # `run` sums the rows, so the upstream gradient is 1; anything else would be a programming error.
-        return gradient, None, None
+    def _by_sequence(self, at_labels: Tensor) -> Tensor:
+        """The head sees supervised positions only, `[1 label feature]`: put them back to `[sequence token feature]`."""
+        batch = self._tokens
+        full = at_labels.new_zeros(batch.ids.numel(), at_labels.shape[-1])
+        full[batch.positions] = at_labels[0]
+        return full.view(*batch.ids.shape, -1)
 
 
 def _require_grad(_module: nn.Module, _inputs: tuple[Any, ...], output: Tensor) -> Tensor:

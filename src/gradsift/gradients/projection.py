@@ -89,17 +89,17 @@ def segment_dims(full_dims: list[int], dim: int) -> list[int]:
         )
     shares = [dim * d / total for d in full_dims]
     sizes = [max(1, int(share)) for share in shares]
-    order = sorted(range(len(shares)), key=lambda l: (-(shares[l] - int(shares[l])), l))
-    for l in order:
+    order = sorted(range(len(shares)), key=lambda s: (-(shares[s] - int(shares[s])), s))
+    for s in order:
         if sum(sizes) >= dim:
             break
-        if sizes[l] < full_dims[l] and shares[l] >= 1:
-            sizes[l] += 1
+        if sizes[s] < full_dims[s] and shares[s] >= 1:
+            sizes[s] += 1
     while sum(sizes) != dim:  # the floor of one per module can leave the total off by a few
         step = 1 if sum(sizes) < dim else -1
         widest = max(
-            (l for l in range(len(sizes)) if (sizes[l] < full_dims[l] if step > 0 else sizes[l] > 1)),
-            key=lambda l: (full_dims[l] - sizes[l] if step > 0 else sizes[l], -l),
+            (s for s in range(len(sizes)) if (sizes[s] < full_dims[s] if step > 0 else sizes[s] > 1)),
+            key=lambda s: (full_dims[s] - sizes[s] if step > 0 else sizes[s], -s),
         )
         sizes[widest] += step
     return sizes
@@ -153,6 +153,10 @@ class Projector:
         self._sparse: dict[str, list[_SparseBlock]] = {}
         self._dense: dict[str, Tensor] = {}
         self._factors: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def segment(self, name: str) -> Segment:
+        """The segment of a module."""
+        return self._by_name[name]
 
     def project(self, name: str, gradient: Tensor, out: Tensor, *, overwrite: bool = False) -> None:
         """Add the projection of `gradient` `[row out in]` of module `name` to its columns of `out` `[row dim]`.

@@ -1,0 +1,241 @@
+"""A tokenised data set in a run folder: written once, read by position, joined by id."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from collections.abc import Sequence as SequenceABC
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load, save
+
+from gradsift.data.chat import ChatFormat, tokenize_examples
+from gradsift.data.load import Columns, load_examples
+from gradsift.data.overlap import find_duplicates, normalised_hash
+from gradsift.errors import DataError
+from gradsift.loss import token_mean
+from gradsift.progress import Reporter
+from gradsift.run import Run
+from gradsift.store.manifest import fingerprint
+from gradsift.types import Example, Sequence, Skipped, TokenizedExample
+
+
+class Dataset:
+    """Examples with token ids and labels, opened from a run folder.
+
+    Attributes:
+        fingerprint: names ids, token ids and labels; two data sets with equal fingerprints give equal gradients.
+        ids: in row order.
+        lengths: int64 `[example]`, tokens of each example.
+        supervised_tokens: int64 `[example]`.
+        skipped: rows left out, with reasons.
+        hashes: normalised content hash of each example.
+        description: one line that says what was read.
+    """
+
+    def __init__(self, run: Run, prefix: str) -> None:
+        content = run.manifest(prefix)
+        assert content is not None, prefix
+        self.run = run
+        self.prefix = prefix
+        self.fingerprint: str = content["fingerprint"]
+        self.template: str = content["config"]["template"]
+        self.description: str = content["description"]
+        self.skipped = [Skipped(**entry) for entry in content["skipped"]]
+        self.announcement: str | None = content["announcement"]
+        tensors = load(run.storage.read(f"{prefix}tokens.safetensors"))
+        self._tokens, self._supervised, self._offsets = (
+            tensors["token_ids"],
+            tensors["supervised"],
+            tensors["offsets"],
+        )
+        index = json.loads(run.storage.read(f"{prefix}index.json"))
+        self.ids: list[str] = index["ids"]
+        self.hashes: list[str] = index["hashes"]
+        self.lengths = np.diff(self._offsets)
+        cumulative = np.concatenate([[0], np.cumsum(self._supervised.astype(np.int64))])
+        self.supervised_tokens = cumulative[self._offsets[1:]] - cumulative[self._offsets[:-1]]
+        self._position = {id_: position for position, id_ in enumerate(self.ids)}
+        self._lines: list[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __repr__(self) -> str:
+        return f"Dataset({self.description}: {len(self)} examples, {int(self.lengths.sum())} tokens)"
+
+    def __getitem__(self, position: int) -> TokenizedExample:
+        part = slice(int(self._offsets[position]), int(self._offsets[position + 1]))
+        return TokenizedExample(self.ids[position], self._tokens[part], self._supervised[part])
+
+    @property
+    def loss(self) -> str:
+        """What a row's loss is: the mean over its supervised tokens."""
+        return "token_mean"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Dataset, (self.run, self.prefix)
+
+    def token_counts(self) -> list[int]:
+        """Tokens of each row."""
+        counts: list[int] = self.lengths.tolist()
+        return counts
+
+    def sequences(self, start: int, stop: int) -> list[Sequence]:
+        """Rows `[start, stop)` as the gradient engine takes them, one sequence each."""
+        return [token_mean(self[position], position - start) for position in range(start, stop)]
+
+    def by_id(self, id_: str) -> TokenizedExample:
+        """The example with this id."""
+        return self[self._position[id_]]
+
+    def positions(self, ids: SequenceABC[str]) -> list[int]:
+        """Positions of ids.
+
+        Raises:
+            DataError: an id is not there.
+        """
+        missing = [id_ for id_ in ids if id_ not in self._position]
+        if missing:
+            near = ", ".join(self.ids[:3])
+            raise DataError(
+                f"{len(missing)} of {len(ids)} ids are not in {self.description}, first {missing[0]!r}; "
+                f"its ids look like {near}"
+            )
+        return [self._position[id_] for id_ in ids]
+
+    def line(self, id_: str) -> str:
+        """The original row as one line of JSON: the user's own text where the source was jsonl."""
+        if self._lines is None:
+            self._lines = self.run.storage.read(f"{self.prefix}rows.jsonl").decode().split("\n")
+        return self._lines[self._position[id_]]
+
+    def row(self, id_: str) -> dict[str, Any]:
+        """The original row with all its columns."""
+        row: dict[str, Any] = json.loads(self.line(id_))["row"]
+        return row
+
+    def raw(self, id_: str) -> str:
+        """The original row's JSON text, byte for byte where the source was jsonl."""
+        line = self.line(id_)
+        return line[line.index('"row":') + 6 : -1]
+
+    def messages(self, id_: str) -> list[dict[str, str]]:
+        """The conversation of an example."""
+        messages: list[dict[str, str]] = json.loads(self.line(id_))["messages"]
+        return messages
+
+    def column(self, name: str) -> list[Any]:
+        """A column of the original rows, in row order.
+
+        Raises:
+            DataError: no row has it; the message lists the columns there are.
+        """
+        rows = [self.row(id_) for id_ in self.ids]
+        if not any(name in row for row in rows):
+            there = ", ".join(sorted({key for row in rows for key in row}))
+            raise DataError(f"{self.description} has no column {name!r}; its columns are {there}")
+        return [row.get(name) for row in rows]
+
+
+def prepare(
+    run: Run,
+    source: Any,
+    chat: ChatFormat,
+    *,
+    what: str = "pool",
+    columns: Columns | None = None,
+    keep_duplicates: bool = False,
+    reporter: Reporter,
+) -> Dataset:
+    """Load, tokenise and store a data set, or open it if the run holds it already.
+
+    Exact duplicates (normalised content) are left out unless `keep_duplicates`. Rows with nothing to learn are left
+    out. Both are listed in `skipped`.
+
+    Raises:
+        DataError: the source cannot be read or no row of it is usable.
+    """
+    loaded = load_examples(source, columns=columns, what=what)
+    duplicates = [] if keep_duplicates else find_duplicates(loaded.examples)
+    dropped = {skip.id for skip in duplicates}
+    examples = [example for example in loaded.examples if example.id not in dropped]
+    config = {
+        "content": _content_fingerprint(examples),
+        "skipped": fingerprint([_as_dict(skip) for skip in loaded.skipped]),
+        "template": chat.fingerprint,
+    }
+    prefix = run.prefix("data", config)
+    if run.manifest(prefix) is None:
+        with reporter.stage(f"tokenising the {what}", len(examples)) as advance:
+            tokenized, too_long = tokenize_examples(examples, chat, on_advance=advance)
+        skipped = [*loaded.skipped, *duplicates, *too_long]
+        if not tokenized:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in count_reasons(skipped).items())
+            raise DataError(
+                f"no row of the {what} ({loaded.description}) can be used: {reasons}. "
+                f"First: {skipped[0].detail if skipped else 'nothing was read'}"
+            )
+        _write(run, prefix, examples, tokenized)
+        run.complete(
+            prefix,
+            "data",
+            config,
+            description=loaded.description,
+            skipped=[_as_dict(skip) for skip in skipped],
+            announcement=chat.announcement,
+        )
+    return Dataset(run, prefix)
+
+
+def count_reasons(skipped: SequenceABC[Skipped]) -> dict[str, int]:
+    """How many rows were left out for each reason, most first."""
+    counts: dict[str, int] = {}
+    for skip in skipped:
+        counts[skip.reason] = counts.get(skip.reason, 0) + 1
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _write(run: Run, prefix: str, examples: SequenceABC[Example], tokenized: SequenceABC[TokenizedExample]) -> None:
+    by_id = {example.id: example for example in examples}
+    kept = [by_id[example.id] for example in tokenized]
+    lines = [
+        f'{{"id":{json.dumps(example.id)},"messages":{json.dumps(list(example.messages))},"row":{_row_text(example)}}}'
+        for example in kept
+    ]
+    offsets = np.concatenate([[0], np.cumsum([len(example.token_ids) for example in tokenized])]).astype(np.int64)
+    tensors = {
+        "token_ids": np.concatenate([example.token_ids for example in tokenized]).astype(np.int32),
+        "supervised": np.concatenate([example.supervised for example in tokenized]).astype(np.bool_),
+        "offsets": offsets,
+    }
+    index = {"ids": [e.id for e in kept], "hashes": [normalised_hash(e.messages) for e in kept]}
+    run.storage.publish(f"{prefix}tokens.safetensors", save(tensors))
+    run.storage.publish(f"{prefix}rows.jsonl", "\n".join(lines).encode())
+    run.storage.publish(f"{prefix}index.json", json.dumps(index).encode())
+
+
+def _row_text(example: Example) -> str:
+    """One line of JSON; a raw text that spans lines (never from jsonl) is written anew."""
+    if example.raw is not None and "\n" not in example.raw and "\r" not in example.raw:
+        return example.raw.strip()
+    return json.dumps(dict(example.row), ensure_ascii=False, default=str)
+
+
+def _content_fingerprint(examples: SequenceABC[Example]) -> str:
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(json.dumps([example.id, list(example.messages), _row_text(example)]).encode())
+    return digest.hexdigest()[:16]
+
+
+def _as_dict(skip: Skipped) -> Mapping[str, Any]:
+    return {
+        "id": skip.id,
+        "reason": skip.reason,
+        "detail": skip.detail,
+        "source": skip.source,
+        "line": skip.line,
+    }

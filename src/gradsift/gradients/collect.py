@@ -1,0 +1,388 @@
+"""Collect gradient stores: checkpoints and examples in, shards of projected rows out. Resumes, and refuses mixtures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence as SequenceABC
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, Literal, Protocol
+
+import torch
+
+from gradsift.errors import ConfigError, DataError
+from gradsift.gradients.adam import AdamDirection, EpsPlacement
+from gradsift.gradients.batching import automatic_token_budget
+from gradsift.gradients.capture import LORA, Modules, find_modules
+from gradsift.gradients.projection import Projection, Projector, plan_segments
+from gradsift.gradients.rows import ShardRows, View, gradient_rows
+from gradsift.models import DtypeName, host, model_identity, parameter_name, refuse_untrained
+from gradsift.progress import Reporter, silent
+from gradsift.run import Run
+from gradsift.settings import Settings
+from gradsift.store.gradient_store import GradientStore, GradientStoreWriter, RowDtype, ShardColumns
+from gradsift.types import Sequence
+from gradsift.warmup.checkpoint import Checkpoint, load_moments
+
+_SHARD_TOKENS = {"cpu": 16_384, "cuda": 1_048_576}  # about two minutes of work
+
+
+class Adam(Settings):
+    """How the Adam direction is formed; the decay rates and ε are those the optimizer ran with."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    eps_placement: EpsPlacement = "outside"
+    bias_correction: bool = False
+
+
+class Gradients(Settings):
+    """How gradients are taken and stored.
+
+    modules: `lora`, or a regular expression over the names of linear modules.
+    projection: the compression of each row.
+    dtype: of stored rows; float16 has a power-of-two scale per row and costs 2e-4 of the scores' spread.
+    adam: the Adam direction's options.
+    autocast: run the model in bfloat16 on a GPU (gradients are accumulated in float32 all the same).
+    token_budget: padded tokens per batch; None finds one for the memory at hand.
+    shard_rows: rows per shard, the work lost when a run is killed; None takes about two minutes' worth.
+    module_groups: passes over the data, each for a part of the modules, when the gradients of all do not fit.
+    full_sum: also store the unprojected sum of each shard's rows (second-order methods need it).
+    """
+
+    modules: str = LORA
+    projection: Projection = Projection()
+    dtype: RowDtype = "float16"
+    adam: Adam = Adam()
+    autocast: Literal["none", "bfloat16"] = "none"
+    token_budget: int | None = None
+    shard_rows: int | None = None
+    module_groups: int = 1
+    full_sum: bool = False
+
+    def model_post_init(self, _context: object) -> None:
+        """Refuse sizes that make no sense."""
+        for name in ("token_budget", "shard_rows", "module_groups"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}: it must be at least 1")
+
+
+class SequenceSource(Protocol):
+    """What rows are made of: labelled examples, or the sampled responses of prompts. Must be picklable.
+
+    ids:         one per row
+    fingerprint: of ids and sequences
+    template:    of the chat template and lengths
+    loss:        what the weights mean, `token_mean` for labelled examples
+    """
+
+    @property
+    def ids(self) -> list[str]: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def template(self) -> str: ...
+    @property
+    def loss(self) -> str: ...
+    def token_counts(self) -> SequenceABC[int]:
+        """Tokens of each row."""
+
+    def sequences(self, start: int, stop: int) -> list[Sequence]:
+        """The sequences of rows `[start, stop)`, whose `row` counts from `start`."""
+
+
+@dataclass(frozen=True)
+class ShardSpec:
+    """Everything one shard of work needs, picklable: who runs it, and where, changes nothing in the result."""
+
+    run: Run
+    source: SequenceSource
+    model: str
+    dtype: DtypeName
+    device: str
+    checkpoint: Checkpoint
+    settings: Gradients
+    stores: Mapping[View, str] = field(hash=False)  # view → prefix
+    shard: int
+    start: int
+    stop: int
+    token_budget: int
+
+
+def collect(
+    run: Run,
+    source: SequenceSource,
+    checkpoint: Checkpoint,
+    *,
+    model: str,
+    views: SequenceABC[View] = ("plain",),
+    settings: Gradients | None = None,
+    dtype: DtypeName = "auto",
+    device: str = "auto",
+    what: str = "pool",
+    reporter: Reporter | None = None,
+) -> dict[View, GradientStore]:
+    """Gradient stores of every view at one checkpoint, from one backward pass per batch.
+
+    What the run already holds is opened; what is unfinished goes on with its first missing shard; a truncated or
+    altered shard is collected anew. Rows of non-finite gradients are left out and reported.
+
+    Args:
+        run: the run folder, locked by the caller if other processes may work there.
+        source: the rows' sequences, usually a `Dataset`.
+        checkpoint: adapter and optimizer state; gradients are taken at its weights.
+        model: the base model's hub id or folder.
+        views: `plain` for gradients, `adam` for update directions.
+        settings: how gradients are taken and stored.
+        dtype: of the model.
+        device: `auto`, `cpu`, `cuda`, `cuda:1`, or `map`.
+        what: the word for the rows in messages.
+        reporter: where progress goes.
+
+    Raises:
+        ConfigError: the Adam view without optimizer state, or no module matches.
+        MismatchError: the optimizer state or adapter belongs to another model.
+        DataError: every row was non-finite.
+    """
+    settings = settings or Gradients()
+    reporter = reporter or silent()
+    prefixes = {
+        view: run.prefix("gradients", store_config(source, checkpoint, model, view, settings, dtype)) for view in views
+    }
+    stores = {view: _open_complete(run, prefix) for view, prefix in prefixes.items()}
+    wanted: list[View] = [view for view, store in stores.items() if store is None]
+    if wanted:
+        _collect_missing(run, source, checkpoint, model, wanted, prefixes, settings, dtype, device, what, reporter)
+        for view in wanted:
+            stores[view] = GradientStore(run.storage, prefixes[view])
+    opened = {view: store for view, store in stores.items() if store is not None}
+    excluded = {id_: reason for store in opened.values() for id_, reason in store.excluded.items()}
+    if excluded:
+        first = ", ".join(f"{id_} ({reason})" for id_, reason in list(excluded.items())[:3])
+        reporter.warn(f"{len(excluded)} of {len(source.ids)} {what} rows were left out: {first}")
+    for view, store in opened.items():
+        if not len(store):
+            raise DataError(
+                f"all {len(source.ids)} {what} rows have a non-finite {view} gradient, first {next(iter(excluded.items()))}: "
+                "the model's weights are damaged or overflow in this dtype; try --dtype float32"
+            )
+    return opened
+
+
+def store_config(
+    source: SequenceSource,
+    checkpoint: Checkpoint,
+    model: str,
+    view: View,
+    settings: Gradients,
+    dtype: DtypeName = "auto",
+) -> dict[str, Any]:
+    """What the rows of a store are: two stores with equal configurations hold equal rows (to rounding)."""
+    config: dict[str, Any] = {
+        "view": view,
+        "model": model_identity(model),
+        "model_dtype": dtype,
+        "adapter": checkpoint.identity(),
+        "data": source.fingerprint,
+        "template": source.template,
+        "loss": source.loss,
+        "modules": settings.modules,
+        "projection": settings.projection.model_dump(mode="json"),
+        "dtype": settings.dtype,
+        "autocast": settings.autocast,
+        "full_sum": settings.full_sum,
+    }
+    if view == "adam":
+        config["optimizer"] = checkpoint.optimizer_identity()
+        config["adam"] = settings.adam.model_dump(mode="json")
+    return config
+
+
+def collect_shard(spec: ShardSpec, on_rows: Any = None) -> None:
+    """Compute and publish one shard of every view; the process keeps the model for the next one."""
+    engine = _engine(spec.model, spec.dtype, spec.device, spec.checkpoint, spec.settings)
+    result = engine.rows(
+        spec.source.sequences(spec.start, spec.stop),
+        spec.stop - spec.start,
+        tuple(spec.stores),
+        spec.token_budget,
+        on_rows,
+    )
+    ids = spec.source.ids[spec.start : spec.stop]
+    keep = [row for row in range(len(ids)) if row not in result.bad]
+    supervised = spec.source.sequences(spec.start, spec.stop)
+    counts = [0] * len(ids)
+    for sequence in supervised:
+        counts[sequence.row] += int((sequence.weights != 0).sum())
+    for view, prefix in spec.stores.items():
+        writer = GradientStoreWriter(spec.run.storage, prefix, engine.config(spec.source, view))
+        rows = result.rows[view][keep]
+        writer.write_shard(
+            spec.shard,
+            rows,
+            ShardColumns(
+                ids=[ids[row] for row in keep],
+                loss=result.loss[keep].tolist(),
+                supervised_tokens=[counts[row] for row in keep],
+                norm=result.norms[view][keep].tolist(),
+                projected_norm=torch.linalg.vector_norm(rows, dim=1).double().tolist(),
+                excluded={ids[row]: reason for row, reason in sorted(result.bad.items())},
+            ),
+            result.full_sums.get(view),
+        )
+
+
+class _Engine:
+    """A model at one checkpoint with everything that its rows need, made once per process."""
+
+    def __init__(self, model: str, dtype: DtypeName, device: str, checkpoint: Checkpoint, settings: Gradients) -> None:
+        self.model_name, self.dtype, self.checkpoint, self.settings = model, dtype, checkpoint, settings
+        self.host = host(model, dtype, device)
+        network = self.host.with_adapter(checkpoint.adapter)
+        if checkpoint.adapter is not None and settings.modules == LORA:
+            refuse_untrained(network, checkpoint.adapter)
+        self.modules: Modules = find_modules(network, settings.modules)
+        self.segments = plan_segments({c.name: c.shape for c in self.modules.captured}, settings.projection)
+        parameter = next(network.parameters())
+        self.projector = Projector(
+            self.segments,
+            settings.projection,
+            device=parameter.device,
+            dtype=torch.float64 if parameter.dtype == torch.float64 else torch.float32,
+        )
+        self._adam: dict[str, AdamDirection] | None = None
+
+    @property
+    def network(self) -> Any:
+        return self.host.with_adapter(self.checkpoint.adapter)
+
+    def adam(self) -> dict[str, AdamDirection]:
+        if self._adam is None:
+            trained = {
+                parameter_name(name): tuple(parameter.shape)
+                for name, parameter in self.network.named_parameters()
+                if "lora_" in name
+            }
+            moments = load_moments(self.checkpoint, trained)
+            self._adam = {}
+            for captured in self.modules.captured:
+                if captured.name not in moments.exp_avg:
+                    raise ConfigError(
+                        f"the optimizer state of {self.checkpoint.name} has no moments of {captured.name}: "
+                        "the Adam direction exists for trained parameters only; use --optimizer sgd for other modules"
+                    )
+                options = self.settings.adam
+                m, v = moments.exp_avg[captured.name], moments.exp_avg_sq[captured.name]
+                self._adam[captured.name] = AdamDirection(
+                    m.to(self.projector.device, self.projector.dtype),
+                    v.to(self.projector.device, self.projector.dtype),
+                    betas=options.betas,
+                    eps=options.eps,
+                    eps_placement=options.eps_placement,
+                    bias_correction=options.bias_correction,
+                    step=moments.step,
+                )
+        return self._adam
+
+    def rows(
+        self, sequences: SequenceABC[Sequence], row_count: int, views: SequenceABC[View], budget: int, on_rows: Any
+    ) -> ShardRows:
+        return gradient_rows(
+            self.network,
+            self.modules.captured,
+            self.projector,
+            sequences,
+            row_count=row_count,
+            token_budget=budget,
+            views=views,
+            adam=self.adam() if "adam" in views else None,
+            full_sum=self.settings.full_sum,
+            autocast=torch.bfloat16 if self.settings.autocast == "bfloat16" else None,
+            module_groups=self.settings.module_groups,
+            on_rows=on_rows,
+        )
+
+    def config(self, source: SequenceSource, view: View) -> dict[str, Any]:
+        """The store's configuration with its segments."""
+        config = store_config(source, self.checkpoint, self.model_name, view, self.settings, self.dtype)
+        segments = [
+            {"name": s.name, "start": s.start, "stop": s.stop, "shape": [s.out_features, s.in_features]}
+            for s in self.segments
+        ]
+        return {**config, "segments": segments}
+
+
+@lru_cache(maxsize=1)
+def _engine(model: str, dtype: DtypeName, device: str, checkpoint: Checkpoint, settings: Gradients) -> _Engine:
+    return _Engine(model, dtype, device, checkpoint, settings)
+
+
+def _open_complete(run: Run, prefix: str) -> GradientStore | None:
+    """The store if it is complete and every byte of it is as written; a damaged one loses its manifest and is mended."""
+    from gradsift.errors import CorruptError
+
+    if run.manifest(prefix) is None:
+        return None
+    try:
+        return GradientStore(run.storage, prefix)
+    except CorruptError:
+        run.storage.delete(f"{prefix}manifest.json")
+        return None
+
+
+def _collect_missing(
+    run: Run,
+    source: SequenceSource,
+    checkpoint: Checkpoint,
+    model: str,
+    views: SequenceABC[View],
+    prefixes: Mapping[View, str],
+    settings: Gradients,
+    dtype: DtypeName,
+    device: str,
+    what: str,
+    reporter: Reporter,
+) -> None:
+    engine = _engine(model, dtype, device, checkpoint, settings)
+    for name in engine.modules.unreachable:
+        reporter.warn(f"no gradients are taken of {name}")
+    if "adam" in views:
+        engine.adam()
+    budget = settings.token_budget or automatic_token_budget(engine.network)
+    count = len(source.ids)
+    mean = max(1.0, sum(source.token_counts()) / max(1, count))
+    kind = engine.projector.device.type
+    default_rows = int(max(8, min(4096, _SHARD_TOKENS.get(kind, 16_384) / mean)))
+    writers = {}
+    layout: dict[str, int] = {}
+    for view in views:
+        writer = GradientStoreWriter(run.storage, prefixes[view], engine.config(source, view))
+        # The shards of an earlier, interrupted attempt fix how the rest is cut.
+        layout = writer.layout({"shard_rows": settings.shard_rows or default_rows, "token_budget": budget} | layout)
+        writers[view] = writer
+    shards = [(start, min(start + layout["shard_rows"], count)) for start in range(0, count, layout["shard_rows"])]
+    missing: dict[int, list[View]] = {}
+    for view, writer in writers.items():
+        for shard in range(len(shards)):
+            state = writer.shard_state(shard)
+            if state == "damaged":
+                reporter.warn(
+                    f"shard {shard} of the {what}'s {view} gradients is truncated or altered: collecting it again"
+                )
+            if state != "complete":
+                missing.setdefault(shard, []).append(view)
+    rows_left = sum(shards[shard][1] - shards[shard][0] for shard in missing)
+    if rows_left < count:
+        reporter.say(f"{count - rows_left} of {count} {what} rows are there already")
+    label = f"gradients of the {what} at {checkpoint.name.rstrip('/').rsplit('/', 1)[-1]} ({' + '.join(views)})"
+    with reporter.stage(label, rows_left) as advance:
+        for shard, shard_views in sorted(missing.items()):
+            start, stop = shards[shard]
+            spec = ShardSpec(
+                run, source, model, dtype, device, checkpoint, settings,
+                {view: prefixes[view] for view in shard_views}, shard, start, stop, layout["token_budget"],
+            )  # fmt: skip
+            collect_shard(spec, advance)
+    for writer in writers.values():
+        writer.finish(len(shards))

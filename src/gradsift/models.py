@@ -1,0 +1,281 @@
+"""Models, tokenizers and adapters: loading them, and saying which ones they are."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import warnings
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from gradsift.errors import ConfigError, MismatchError, ModelError
+
+DtypeName = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+_SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
+
+
+def model_identity(name: str) -> dict[str, str]:
+    """What a model is, cheaply: a hub commit, or a hash of a folder's configuration and of samples of its weights.
+
+    A folder's name is not part of it, so a copied or moved model is the same model.
+
+    Raises:
+        ModelError: there is no such model; the message says what was tried.
+    """
+    path = Path(name).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return {"weights": _hash_files([path])}
+    if path.is_dir():
+        weights = sorted(p for p in path.iterdir() if p.suffix in {".safetensors", ".bin", ".gguf"} and p.is_file())
+        config = path / "config.json"
+        if not config.is_file():
+            raise ModelError(f"{path} is not a model folder: it has no config.json")
+        if not weights:
+            raise ModelError(f"{path} has a config.json but no weights (*.safetensors)")
+        return {"weights": _hash_files([config, *weights])}
+    return {"hub": name, "commit": str(getattr(_config(name), "_commit_hash", None))}
+
+
+def load_tokenizer(name: str) -> Any:
+    """The model's tokenizer.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    path = Path(name).expanduser()
+    try:
+        if path.is_file():
+            return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+        return AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(_cannot_load("tokenizer", name, error)) from error
+
+
+def load_model(name: str, *, dtype: DtypeName = "auto", device: str = "auto") -> Any:
+    """A causal language model in eval mode, without parameter gradients.
+
+    Args:
+        name: hub id, folder, or a `.gguf` file.
+        dtype: `auto` is float32 on the CPU (bfloat16 is slower there) and the checkpoint's own dtype on a GPU.
+        device: `auto` takes the first GPU, else the CPU; `map` spreads over all GPUs with accelerate's device map.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM
+
+    place = resolve_device(device)
+    torch_dtype: Any = getattr(torch, dtype) if dtype != "auto" else ("auto" if place != "cpu" else torch.float32)
+    path = Path(name).expanduser()
+    options: dict[str, Any] = {"dtype": torch_dtype}
+    if device == "map":
+        options["device_map"] = "auto"
+    if path.is_file():
+        options |= {"gguf_file": path.name, "dtype": torch.float32 if torch_dtype == "auto" else torch_dtype}
+    try:
+        source = str(path.parent if path.is_file() else path) if path.exists() else name
+        model = AutoModelForCausalLM.from_pretrained(source, **options)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise ModelError(_cannot_load("model", name, error)) from error
+    if path.is_file():
+        forget_quantisation(model)
+    if device != "map":
+        model = model.to(place)
+    return model.eval().requires_grad_(False)
+
+
+def forget_quantisation(model: Any) -> None:
+    """Drop the marks that a GGUF file leaves on its dequantised model, which otherwise refuses to train or be saved."""
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.is_quantized = False
+    if hasattr(model, "hf_quantizer"):
+        del model.hf_quantizer
+
+
+def resolve_device(device: str) -> str:
+    """`auto` and `map` become `cuda` where there is one, else `cpu`.
+
+    Raises:
+        ConfigError: a GPU was asked for and there is none.
+    """
+    if device in ("auto", "map"):
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"--device {device}: no CUDA device is available here; use --device cpu")
+    return device
+
+
+def attach_adapter(model: Any, adapter: str | Path) -> Any:
+    """The model with a PEFT adapter on it, in eval mode; `detach_adapter` undoes it.
+
+    Raises:
+        ModelError: there is no adapter there.
+        MismatchError: the adapter was trained for another model; the message names the first tensors that do not fit.
+    """
+    from peft import PeftModel
+
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            peft_model = PeftModel.from_pretrained(model, str(adapter), is_trainable=False)
+    except RuntimeError as error:
+        raise MismatchError(
+            f"adapter {adapter} was trained for another model: {_first_lines(error, 3)}. "
+            "Use the model named in its adapter_config.json"
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if "Target modules" in str(error):
+            raise MismatchError(f"adapter {adapter} was trained for another model: {_first_lines(error, 1)}") from error
+        raise ModelError(
+            f"cannot load adapter {adapter}: {_first_lines(error, 2)}. "
+            "Wanted: a folder with adapter_config.json and adapter_model.safetensors, or a hub id"
+        ) from error
+    missing = [str(w.message) for w in caught if "missing adapter keys" in str(w.message).lower()]
+    if missing:
+        raise MismatchError(f"adapter {adapter} does not fit the model: {missing[0][:300]}")
+    return peft_model.eval().requires_grad_(False)
+
+
+def detach_adapter(peft_model: Any) -> Any:
+    """The base model again, as it was before `attach_adapter`."""
+    return peft_model.unload()
+
+
+def refuse_untrained(peft_model: Any, adapter: str | Path) -> None:
+    """Refuse an adapter whose B matrices are all zero: the gradient of every A vanishes there.
+
+    Raises:
+        ModelError: the adapter is as LoRA initialises it.
+    """
+    b = [p for n, p in peft_model.named_parameters() if ".lora_B." in n]
+    if b and not any(bool(p.detach().any()) for p in b):
+        raise ModelError(
+            f"adapter {adapter} is untrained: every LoRA B is zero, so the gradients of A vanish. "
+            "Warm it up first (`gradsift warmup`), with at least a few optimizer steps"
+        )
+
+
+def adapter_identity(adapter: str | Path) -> dict[str, str]:
+    """What an adapter is: a hash of its weights and its configuration, or the hub id."""
+    folder = Path(adapter)
+    if not folder.is_dir():
+        return {"hub": str(adapter)}
+    files = [p for p in (folder / "adapter_model.safetensors", folder / "adapter_model.bin") if p.is_file()]
+    if not files or not (folder / "adapter_config.json").is_file():
+        raise ModelError(f"{folder} is not a PEFT adapter: it needs adapter_config.json and adapter_model.safetensors")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config.pop("base_model_name_or_path", None)
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    digest.update(files[0].read_bytes())
+    return {"weights": digest.hexdigest()[:16]}
+
+
+def cache_folder() -> Path:
+    """Where gradsift keeps what it fetches once: `$GRADSIFT_CACHE`, else `$XDG_CACHE_HOME/gradsift` or `~/.cache/…`."""
+    explicit = os.environ.get("GRADSIFT_CACHE")
+    if explicit:
+        return Path(explicit)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gradsift"
+
+
+def parameter_counts(model: nn.Module) -> tuple[int, int]:
+    """(all parameters, parameters of the language-model head), tied ones counted once."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    total = sum(p.numel() for p in model.parameters())
+    return total, sum(p.numel() for p in head.parameters()) if isinstance(head, nn.Module) else 0
+
+
+def _config(name: str) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(_cannot_load("model", name, error)) from error
+
+
+def _cannot_load(what: str, name: str, error: Exception) -> str:
+    local = Path(name).expanduser()
+    if local.exists():
+        return f"cannot load the {what} in {local}: {_first_lines(error, 2)}"
+    return (
+        f"cannot load the {what} {name!r}: it is no local folder, and the Hugging Face hub did not give it "
+        f"({_first_lines(error, 1)}). Check the spelling, the network and, for gated models, `hf auth login`"
+    )
+
+
+def _first_lines(error: Exception, count: int) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:count])[:400] or type(error).__name__
+
+
+def _hash_files(files: list[Path]) -> str:
+    """A hash of sizes and of evenly spread samples: 64 blocks of 64 KiB tell fine-tunes apart without reading 15 GB."""
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size};".encode())
+        with path.open("rb") as file:
+            if size <= _SAMPLES * _SAMPLE_BYTES:
+                digest.update(file.read())
+                continue
+            for sample in range(_SAMPLES):
+                file.seek((size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()[:16]
+
+
+def parameter_name(name: str, adapter: str = "default") -> str:
+    """A parameter's name as PEFT writes it to a file: `….lora_A.default.weight` becomes `….lora_A.weight`."""
+    return re.sub(rf"(\.lora_[A-Za-z_]+)\.{re.escape(adapter)}(?=\.|$)", r"\1", name)
+
+
+class ModelHost:
+    """One base model in memory, with at most one adapter on it at a time.
+
+    The process keeps the last host, so that stages, checkpoints and shards share one loaded model.
+    """
+
+    def __init__(self, name: str, dtype: DtypeName = "auto", device: str = "auto") -> None:
+        self.name, self.dtype, self.device = name, dtype, device
+        self._base: Any = None
+        self._peft: Any = None
+        self._adapter: str | None = None
+
+    def base(self) -> Any:
+        """The model without any adapter."""
+        if self._peft is not None:
+            self._base = detach_adapter(self._peft)
+            self._peft = self._adapter = None
+        if self._base is None:
+            self._base = load_model(self.name, dtype=self.dtype, device=self.device)
+        return self._base
+
+    def with_adapter(self, adapter: str | Path | None) -> Any:
+        """The model with this adapter, or the base for None."""
+        if adapter is None:
+            return self.base()
+        if self._adapter != str(adapter):
+            base = self.base()
+            self._peft, self._adapter = attach_adapter(base, adapter), str(adapter)
+        return self._peft
+
+
+_HOSTS: dict[tuple[str, str, str], ModelHost] = {}
+
+
+def host(name: str, dtype: DtypeName = "auto", device: str = "auto") -> ModelHost:
+    """The process's host of this model; another model's host is let go first, so that only one is in memory."""
+    key = (name, dtype, device)
+    if key not in _HOSTS:
+        _HOSTS.clear()
+        _HOSTS[key] = ModelHost(name, dtype, device)
+    return _HOSTS[key]

@@ -1,0 +1,86 @@
+"""Progress on standard error: what is being done, how far, time left. Quiet where nobody watches."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class Advance(Protocol):
+    """Called with the number of units done since the last call."""
+
+    def __call__(self, units: float = 1) -> None:
+        """Advance the bar."""
+
+
+class Reporter:
+    """Where stages tell what they do. `quiet=True` prints nothing; without a terminal a line is printed now and then."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.console = Console(stderr=True, quiet=quiet, highlight=False)
+        self.quiet = quiet
+
+    def say(self, message: str) -> None:
+        """One line of information."""
+        self.console.print(message, markup=False)
+
+    def warn(self, message: str) -> None:
+        """One line that the user should act on."""
+        self.console.print(f"warning: {message}", style="yellow", markup=False)
+
+    @contextmanager
+    def stage(self, what: str, total: float, unit: str = "rows") -> Iterator[Advance]:
+        """A progress bar with count, elapsed time and time left."""
+        if self.quiet:
+            yield _nothing
+        elif self.console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn(unit),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+            )
+            with Progress(*columns, console=self.console) as bar:
+                task = bar.add_task(what, total=total)
+                yield lambda units=1: bar.advance(task, units)
+        else:
+            yield from self._lines(what, total, unit)
+
+    def _lines(self, what: str, total: float, unit: str) -> Iterator[Advance]:
+        start = last = time.monotonic()
+        done = 0.0
+
+        def advance(units: float = 1) -> None:
+            nonlocal done, last
+            done += units
+            now = time.monotonic()
+            if now - last >= 15 and done < total:
+                last = now
+                left = (now - start) / done * (total - done) if done else float("nan")
+                self.say(f"{what}: {done:.0f}/{total:.0f} {unit}, {now - start:.0f} s, about {left:.0f} s left")
+
+        yield advance
+        self.say(f"{what}: {done:.0f}/{total:.0f} {unit} in {time.monotonic() - start:.1f} s")
+
+
+def _nothing(units: float = 1) -> None:
+    """Advance nothing."""
+
+
+def silent() -> Reporter:
+    """A reporter that prints nothing: the default of Python calls."""
+    return Reporter(quiet=True)
+
+
+def to_terminal() -> bool:
+    """Whether standard output is watched by a person."""
+    return sys.stdout.isatty()

@@ -1,0 +1,125 @@
+"""A run is a folder. This module alone knows the names in it.
+
+::
+
+    run/
+      run.json                  the model and pool this folder belongs to
+      lock                      held by the process that works here; dies with it
+      data/<fingerprint>/       tokenised pool or target, original rows, skipped rows
+      checkpoints/<fingerprint>/epoch-N/   PEFT adapter, Adam moments, learning rate
+      gradients/<fingerprint>/  gradient stores
+      scores/<fingerprint>/     scores of one pool for one target and method
+      explanations/<fingerprint>.json
+      evaluations/<fingerprint>.json
+      scores.parquet selected.jsonl skipped.jsonl explanation.json report.html summary.json   the latest results
+
+Artifacts are addressed by the fingerprint of everything they depend on, so equal requests find them again and different
+requests never meet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from gradsift.errors import LockedError, MismatchError, StorageError
+from gradsift.store.manifest import differences, fingerprint, manifest, publish_json, read_json
+from gradsift.store.storage import LocalStorage
+
+
+class Run:
+    """The folder of one model and one pool; any number of targets and methods.
+
+    Args:
+        folder: created when first written to.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise StorageError(f"{self.folder} is a file: --out needs a folder")
+        self.storage = LocalStorage(self.folder)
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.folder)!r})"
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run for this process; the operating system lets go of it when the process ends, however it ends.
+
+        Raises:
+            LockedError: another process works here.
+            StorageError: the folder cannot be made or written.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.folder / "lock", timeout=0)
+            with lock:
+                yield
+        except Timeout as error:
+            raise LockedError(f"another process works on {self.folder}: wait for it, or use another --out") from error
+        except PermissionError as error:
+            raise StorageError(f"cannot write to {self.folder}: no permission. Choose another --out") from error
+        except FileExistsError as error:
+            raise StorageError(f"cannot make the folder {self.folder}: a part of its path is a file") from error
+        except NotADirectoryError as error:
+            raise StorageError(f"cannot make the folder {self.folder}: a part of its path is a file") from error
+
+    def bind(self, identity: Mapping[str, Any]) -> None:
+        """Tie the folder to a model and a pool, or refuse others.
+
+        Raises:
+            MismatchError: the folder belongs to something else; the message names what differs.
+        """
+        if not self.storage.exists("run.json"):
+            publish_json(self.storage, "run.json", manifest("run", identity))
+            return
+        changed = differences(read_json(self.storage, "run.json")["config"], identity)
+        if changed:
+            raise MismatchError(
+                f"{self.folder} belongs to another run: {'; '.join(changed)}. "
+                "Use another --out, or the same model, pool, template and length"
+            )
+
+    def identity(self) -> dict[str, Any]:
+        """What `bind` recorded."""
+        if not self.storage.exists("run.json"):
+            raise StorageError(f"{self.folder} is not a run folder (no run.json): give the --out of an earlier command")
+        config: dict[str, Any] = read_json(self.storage, "run.json")["config"]
+        return config
+
+    def prefix(self, kind: str, config: Mapping[str, Any]) -> str:
+        """Where the artifact of this kind and configuration lives: `gradients/3f2ab1c09d8e7f65/`."""
+        return f"{kind}/{fingerprint({'kind': kind, **config})}/"
+
+    def manifest(self, prefix: str) -> dict[str, Any] | None:
+        """The manifest of a complete artifact, or None where it is not complete."""
+        key = f"{prefix}manifest.json"
+        return read_json(self.storage, key) if self.storage.exists(key) else None
+
+    def complete(self, prefix: str, kind: str, config: Mapping[str, Any], **content: Any) -> None:
+        """Write an artifact's manifest: the last thing that is written of it."""
+        publish_json(self.storage, f"{prefix}manifest.json", manifest(kind, config, **content))
+
+    def artifacts(self, kind: str) -> list[str]:
+        """Prefixes of the complete artifacts of a kind."""
+        keys = self.storage.list(f"{kind}/")
+        return [key.removesuffix("manifest.json") for key in keys if key.endswith("/manifest.json")]
+
+    def path(self, key: str) -> Path:
+        """The local path of a file of the run."""
+        return self.storage.local(key)
+
+    def publish_text(self, key: str, text: str) -> Path:
+        """Publish a text file and return its path."""
+        self.storage.publish(key, text.encode())
+        return self.storage.local(key)
+
+    def publish_json(self, key: str, value: Mapping[str, Any]) -> Path:
+        """Publish a JSON file and return its path."""
+        publish_json(self.storage, key, value)
+        return self.storage.local(key)

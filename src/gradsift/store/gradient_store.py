@@ -1,0 +1,359 @@
+"""A gradient store: projected per-example gradients on disk, in shards, memory-mapped.
+
+Layout under its prefix::
+
+    store.json                what the rows are (configuration, segments, ids' order): written first
+    shard-00000.safetensors   rows [rows dim], and scale [rows] for fp16
+    shard-00000.json          checksum, side columns (loss, tokens, norms), rows left out: written after the shard
+    rows.parquet              id, shard, loss, supervised_tokens, norm, projected_norm of every row
+    manifest.json             written last: the store is complete
+
+A row is `stored · scale`, with `scale` a power of two chosen per row so that fp16 neither overflows nor goes subnormal.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from gradsift.errors import ConfigError, CorruptError, MismatchError, StorageError
+from gradsift.store.manifest import differences, manifest, publish_json, read_json
+from gradsift.store.storage import LocalStorage, Storage, checksum, checksum_file
+
+RowDtype = Literal["float16", "bfloat16", "float32", "float64"]
+_DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+_NUMPY = {"F16": np.float16, "F32": np.float32, "F64": np.float64, "BF16": np.uint16}
+_FP16_TOP = 4096.0  # the largest stored magnitude: far from 65504, and 10⁷ above the smallest normal number
+
+
+@dataclass(frozen=True)
+class ShardColumns:
+    """What is stored beside the rows of one shard; arrays are over the shard's rows that were kept.
+
+    loss is Σ_t w_t·NLL_t (nats; the token mean for labelled examples), norm the gradient's 2-norm before projection,
+    excluded maps ids of rows left out to the reason.
+    """
+
+    ids: list[str]
+    loss: list[float]
+    supervised_tokens: list[int]
+    norm: list[float]
+    projected_norm: list[float]
+    excluded: dict[str, str]
+
+
+class GradientStoreWriter:
+    """Writes the shards of one store; a shard that is there and intact is kept, whoever wrote it.
+
+    Raises:
+        MismatchError: the folder holds a store of another configuration; the message names what differs.
+    """
+
+    def __init__(self, storage: Storage, prefix: str, config: Mapping[str, Any]) -> None:
+        self.storage = storage
+        self.prefix = prefix.rstrip("/") + "/"
+        self.config = dict(config)
+        key = self.prefix + "store.json"
+        if storage.exists(key):
+            found = read_json(storage, key)["config"]
+            changed = differences(found, self.config)
+            if changed:
+                raise MismatchError(
+                    f"{storage.local(self.prefix)} holds gradients that do not belong to this request: "
+                    f"{'; '.join(changed)}. Choose another folder, or ask for the same again"
+                )
+        else:
+            publish_json(storage, key, {"kind": "gradients", "config": self.config})
+
+    def layout(self, wanted: Mapping[str, int]) -> dict[str, int]:
+        """How rows are cut into shards and batches: as recorded by whoever began the store, else `wanted`, recorded."""
+        key = self.prefix + "layout.json"
+        if not self.storage.exists(key):
+            publish_json(self.storage, key, wanted)
+        return read_json(self.storage, key)
+
+    def shard_state(self, shard: int) -> Literal["complete", "damaged", "missing"]:
+        """Whether a shard is there; a shard whose bytes do not match its checksum is damaged."""
+        side, rows = self._side_key(shard), self._rows_key(shard)
+        if not self.storage.exists(side) or not self.storage.exists(rows):
+            return "missing"
+        if self.config.get("full_sum") and not self.storage.exists(self._sum_key(shard)):
+            return "missing"
+        try:
+            stored = read_json(self.storage, side)["checksum"]
+        except (CorruptError, KeyError):
+            return "damaged"
+        return "complete" if checksum_file(self.storage.local(rows)) == stored else "damaged"
+
+    def write_shard(
+        self,
+        shard: int,
+        rows: Tensor,
+        columns: ShardColumns,
+        full_sum: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Publish the rows `[row dim]` of one shard, then its side file.
+
+        `full_sum` maps module names to the unprojected sum of the shard's rows `[out in]`, stored beside them.
+        """
+        assert len(rows) == len(columns.ids), (len(rows), len(columns.ids))
+        data = save(_encode(rows, self.config["dtype"]))
+        self.storage.publish(self._rows_key(shard), data)
+        if full_sum is not None:
+            self.storage.publish(self._sum_key(shard), save({k: v.contiguous().cpu() for k, v in full_sum.items()}))
+        side = {"checksum": checksum(data), "rows": len(rows), **columns.__dict__}
+        publish_json(self.storage, self._side_key(shard), side)
+
+    def finish(self, shards: int) -> None:
+        """Join the side columns into rows.parquet and write the manifest."""
+        table: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
+        files, excluded = [], {}
+        for shard in range(shards):
+            side = read_json(self.storage, self._side_key(shard))
+            for name in _COLUMNS:
+                table[name] += [shard] * side["rows"] if name == "shard" else side["ids" if name == "id" else name]
+            files.append({"rows": side["rows"], "checksum": side["checksum"]})
+            excluded.update(side["excluded"])
+        sink = io.BytesIO()
+        pq.write_table(pa.table(table, schema=_SCHEMA), sink, compression="zstd")
+        self.storage.publish(self.prefix + "rows.parquet", sink.getvalue())
+        content = manifest(
+            "gradients",
+            self.config,
+            shards=files,
+            excluded=excluded,
+            rows_parquet=checksum(sink.getvalue()),
+        )
+        publish_json(self.storage, self.prefix + "manifest.json", content)
+
+    def _rows_key(self, shard: int) -> str:
+        return f"{self.prefix}shard-{shard:05d}.safetensors"
+
+    def _side_key(self, shard: int) -> str:
+        return f"{self.prefix}shard-{shard:05d}.json"
+
+    def _sum_key(self, shard: int) -> str:
+        return f"{self.prefix}sum-{shard:05d}.safetensors"
+
+
+class GradientStore:
+    """A complete gradient store, memory-mapped.
+
+    Attributes:
+        ids: example ids in row order.
+        segments: name → (start, stop) columns of each module.
+        norms: float64 `[row]`, the gradients' 2-norms before projection.
+        projected_norms: float64 `[row]`, the rows' own 2-norms.
+        losses: float64 `[row]`, weighted loss of each row.
+        supervised_tokens: int64 `[row]`.
+        excluded: id → reason of rows left out for non-finite gradients.
+        config: what the rows are: model, adapter, optimizer state, data, template, loss, projection.
+
+    Example::
+
+        store = GradientStore.open("runs/math/gradients/3f2ab1c09d8e7f65")
+        store.rows(0, 10)               # float32 [10 dim]
+        store.rows_by_id(["a", "b"])    # float32 [2 dim], in the order asked for
+    """
+
+    def __init__(self, storage: Storage, prefix: str, *, verify: bool = True) -> None:
+        self.storage = storage
+        self.prefix = prefix.rstrip("/") + "/" if prefix else ""
+        self.path = storage.local(self.prefix)
+        key = self.prefix + "manifest.json"
+        if not storage.exists(key):
+            unfinished = storage.exists(self.prefix + "store.json")
+            raise StorageError(
+                f"{self.path} is {'an unfinished' if unfinished else 'not a'} gradient store: "
+                + (
+                    "run the command that collects it again, it goes on where it stopped"
+                    if unfinished
+                    else "run `gradsift collect` first"
+                )
+            )
+        content = read_json(storage, key)
+        self.config: dict[str, Any] = content["config"]
+        self.fingerprint: str = content["fingerprint"]
+        self.excluded: dict[str, str] = content["excluded"]
+        self.segments: dict[str, tuple[int, int]] = {
+            segment["name"]: (segment["start"], segment["stop"]) for segment in self.config["segments"]
+        }
+        self.dim: int = max(stop for _, stop in self.segments.values())
+        if verify:
+            self._verify(content)
+        table = pq.read_table(io.BytesIO(storage.read(self.prefix + "rows.parquet")))
+        self.ids: list[str] = table["id"].to_pylist()
+        self.norms = torch.from_numpy(table["norm"].to_numpy().copy())
+        self.projected_norms = torch.from_numpy(table["projected_norm"].to_numpy().copy())
+        self.losses = torch.from_numpy(table["loss"].to_numpy().copy())
+        self.supervised_tokens = torch.from_numpy(table["supervised_tokens"].to_numpy().copy())
+        self._position = {id_: position for position, id_ in enumerate(self.ids)}
+        self._starts = np.cumsum([0, *(shard["rows"] for shard in content["shards"])])
+        self._maps: dict[int, tuple[Tensor, Tensor | None]] = {}
+
+    @classmethod
+    def open(cls, path: str | Path, *, verify: bool = True) -> GradientStore:
+        """Open a store in a folder; `verify` compares every shard with its checksum (reads the whole store once)."""
+        return cls(LocalStorage(path), "", verify=verify)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __repr__(self) -> str:
+        return f"GradientStore({len(self)} rows × {self.dim}, {self.config['dtype']}, {self.config['view']})"
+
+    def __contains__(self, id_: object) -> bool:
+        return id_ in self._position
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows `[start, stop)` as float32 (float64 if stored so) `[row dim]`, a copy."""
+        if not 0 <= start <= stop <= len(self):
+            raise ConfigError(f"rows {start} to {stop} asked of a store of {len(self)} rows")
+        parts = [_decode(stored, scale) for stored, scale in self.stored_blocks(start, stop, max(1, stop - start))]
+        return torch.cat(parts) if parts else torch.empty(0, self.dim)
+
+    def rows_by_id(self, ids: Sequence[str]) -> Tensor:
+        """Rows of the ids `[id dim]`, in the order asked for.
+
+        Raises:
+            MismatchError: an id is not in the store; the message says which and whether it was left out.
+        """
+        missing = [id_ for id_ in ids if id_ not in self._position]
+        if missing:
+            why = self.excluded.get(missing[0])
+            raise MismatchError(
+                f"{len(missing)} of {len(ids)} ids are not in {self.path}, first {missing[0]!r}"
+                + (f" (left out: {why})" if why else ": the store was collected from other data")
+            )
+        return (
+            torch.cat([self.rows(p, p + 1) for p in map(self._position.__getitem__, ids)])
+            if ids
+            else torch.empty(0, self.dim)
+        )
+
+    def positions(self, ids: Sequence[str]) -> list[int]:
+        """Row positions of ids."""
+        return [self._position[id_] for id_ in ids]
+
+    def stored_blocks(self, start: int, stop: int, block: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Memory-mapped `(stored [row dim], scale [row] | None)` of at most `block` rows, in order; row = stored·scale."""
+        position = start
+        while position < stop:
+            shard = int(np.searchsorted(self._starts, position, side="right")) - 1
+            offset = position - int(self._starts[shard])
+            count = min(block, stop - position, int(self._starts[shard + 1]) - position)
+            rows, scale = self._map(shard)
+            yield rows[offset : offset + count], None if scale is None else scale[offset : offset + count]
+            position += count
+
+    def full_sum(self) -> dict[str, Tensor]:
+        """The unprojected sum of all rows, module name → float64 `[out in]`; only if it was asked for on collection."""
+        if not self.config.get("full_sum"):
+            raise ConfigError(f"{self.path} holds no full-space sum: collect it again with full_sum=True")
+        total: dict[str, Tensor] = {}
+        for shard in range(len(self._starts) - 1):
+            for name, tensor in _map_safetensors(
+                self.storage.local(f"{self.prefix}sum-{shard:05d}.safetensors")
+            ).items():
+                total[name] = total[name] + tensor.double() if name in total else tensor.double()
+        return total
+
+    def check_comparable(self, target: GradientStore) -> None:
+        """Refuse a pair of stores whose rows live in different spaces.
+
+        Raises:
+            MismatchError: model, adapter, template, projection or modules differ; the message names them.
+        """
+        keys = ("model", "adapter", "modules", "projection", "segments", "template")
+        found = {key: target.config.get(key) for key in keys}
+        wanted = {key: self.config.get(key) for key in keys}
+        changed = differences(found, wanted)
+        if changed:
+            raise MismatchError(
+                f"target gradients {target.path} do not belong to pool gradients {self.path}: {'; '.join(changed)}. "
+                "Collect one of them again with the same settings"
+            )
+
+    def _verify(self, content: Mapping[str, Any]) -> None:
+        for shard, entry in enumerate(content["shards"]):
+            key = f"{self.prefix}shard-{shard:05d}.safetensors"
+            if not self.storage.exists(key) or checksum_file(self.storage.local(key)) != entry["checksum"]:
+                raise CorruptError(
+                    f"{self.storage.local(key)} is truncated or altered: run `gradsift collect` again with the same "
+                    "options, only this shard is collected anew"
+                )
+        if checksum(self.storage.read(self.prefix + "rows.parquet")) != content["rows_parquet"]:
+            raise CorruptError(
+                f"{self.path}/rows.parquet is altered: run `gradsift collect` again with the same options"
+            )
+
+    def _map(self, shard: int) -> tuple[Tensor, Tensor | None]:
+        if shard not in self._maps:
+            tensors = _map_safetensors(self.storage.local(f"{self.prefix}shard-{shard:05d}.safetensors"))
+            self._maps[shard] = tensors["rows"], tensors.get("scale")
+        return self._maps[shard]
+
+
+_COLUMNS = ("id", "shard", "loss", "supervised_tokens", "norm", "projected_norm")
+_SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("shard", pa.int32()),
+        ("loss", pa.float64()),
+        ("supervised_tokens", pa.int64()),
+        ("norm", pa.float64()),
+        ("projected_norm", pa.float64()),
+    ]
+)
+
+
+def _encode(rows: Tensor, dtype: RowDtype) -> dict[str, Tensor]:
+    rows = rows.detach().cpu()
+    if dtype != "float16":
+        return {"rows": rows.to(_DTYPES[dtype]).contiguous()}
+    top = rows.abs().amax(dim=1) if len(rows) else torch.zeros(0)
+    exponent = torch.where(top > 0, torch.ceil(torch.log2(top / _FP16_TOP)), torch.zeros_like(top))
+    scale = torch.exp2(exponent).float()
+    return {"rows": (rows / scale[:, None]).to(torch.float16).contiguous(), "scale": scale}
+
+
+def _decode(stored: Tensor, scale: Tensor | None) -> Tensor:
+    rows = stored.to(torch.float64 if stored.dtype == torch.float64 else torch.float32, copy=True)
+    return rows if scale is None else rows.mul_(scale[:, None])
+
+
+def _map_safetensors(path: Path) -> dict[str, Tensor]:
+    """Memory-mapped tensors of a safetensors file, without reading it."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    tensors = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        dtype, (start, stop) = _NUMPY[entry["dtype"]], entry["data_offsets"]
+        if stop == start:
+            tensors[name] = torch.empty(entry["shape"])
+            continue
+        # Copy-on-write: torch warns of read-only arrays, and nothing here writes.
+        array = np.memmap(path, dtype=dtype, mode="c", offset=8 + length + start, shape=tuple(entry["shape"]))
+        tensor = torch.from_numpy(array)
+        tensors[name] = tensor.view(torch.bfloat16) if entry["dtype"] == "BF16" else tensor
+    return tensors

@@ -1,0 +1,88 @@
+"""What an artifact is: its configuration, its inputs, its files. Two artifacts compare by name, not by chance."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+from gradsift.errors import CorruptError
+from gradsift.store.storage import Storage
+
+_PACKAGES = ("gradsift", "torch", "transformers", "peft", "datasets", "numpy")
+
+
+def canonical(value: Any) -> str:
+    """JSON with sorted keys and no spaces: equal values give equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def fingerprint(value: Any) -> str:
+    """16 hex digits that name a JSON-able value."""
+    return hashlib.sha256(canonical(value).encode()).hexdigest()[:16]
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that results depend on."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def differences(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """One phrase per key in which two configurations differ: `projection.seed is 0, wanted 1`."""
+    phrases = []
+    for key in sorted({*found, *wanted}):
+        a, b = found.get(key), wanted.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            phrases += differences(a, b, f"{prefix}{key}.")
+        elif canonical(a) != canonical(b):
+            phrases.append(f"{prefix}{key} is {_short(a)}, wanted {_short(b)}")
+    return phrases
+
+
+def read_json(storage: Storage, key: str) -> dict[str, Any]:
+    """A JSON object; anything else under that key is reported as damage.
+
+    Raises:
+        CorruptError: the file is not a JSON object.
+    """
+    try:
+        value = json.loads(storage.read(key))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CorruptError(
+            f"{storage.local(key)} is damaged ({error}): delete its folder and run the same command again"
+        ) from error
+    if not isinstance(value, dict):
+        raise CorruptError(f"{storage.local(key)} is damaged (not a JSON object): delete its folder and run again")
+    return value
+
+
+def publish_json(storage: Storage, key: str, value: Mapping[str, Any]) -> None:
+    """Publish a JSON object, readable by people."""
+    storage.publish(key, (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def manifest(kind: str, config: Mapping[str, Any], **content: Any) -> dict[str, Any]:
+    """A manifest: written last, so that its presence says the artifact is complete."""
+    return {
+        "kind": kind,
+        "fingerprint": fingerprint(config),
+        "config": dict(config),
+        **content,
+        "versions": versions(),
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _short(value: Any) -> str:
+    text = canonical(value)
+    return text if len(text) <= 80 else f"{text[:60]}… (fingerprint {fingerprint(value)})"

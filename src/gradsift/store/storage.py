@@ -1,0 +1,126 @@
+"""The one interface through which gradsift touches stored files: list, read, publish.
+
+It asks no more than an object store can give: whole objects appear at once or not at all, nothing is renamed or
+appended, and a memory map is made of `local(key)`, which a remote implementation would fetch first.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import Protocol
+
+import xxhash
+
+from gradsift.errors import StorageError
+
+
+class Storage(Protocol):
+    """A tree of immutable objects named by keys such as `gradients/3f2a/shard-00000.safetensors`."""
+
+    def list(self, prefix: str) -> list[str]:
+        """Keys that start with `prefix`, sorted."""
+
+    def exists(self, key: str) -> bool:
+        """Whether a published object has this key."""
+
+    def size(self, key: str) -> int:
+        """Bytes of an object."""
+
+    def read(self, key: str) -> bytes:
+        """The whole object."""
+
+    def publish(self, key: str, data: bytes | memoryview) -> None:
+        """Make the object appear under its key, whole, replacing what was there."""
+
+    def delete(self, key: str) -> None:
+        """Remove an object; absent is fine."""
+
+    def local(self, key: str) -> Path:
+        """A path to the object's bytes on this machine, to be memory-mapped or given to another library, read only."""
+
+
+class LocalStorage:
+    """Storage in a folder: an object is written under a temporary name, flushed to disk, then renamed."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+
+    def __repr__(self) -> str:
+        return f"LocalStorage({str(self.root)!r})"
+
+    def list(self, prefix: str) -> list[str]:
+        """Keys that start with `prefix`, sorted; temporary files of killed writers are not listed."""
+        folder = self.root / prefix if prefix.endswith("/") or not prefix else (self.root / prefix).parent
+        if not folder.is_dir():
+            return []
+        keys = (path.relative_to(self.root).as_posix() for path in folder.rglob("*") if path.is_file())
+        return sorted(key for key in keys if key.startswith(prefix) and not Path(key).name.startswith(".tmp-"))
+
+    def exists(self, key: str) -> bool:
+        """Whether a published object has this key."""
+        return (self.root / key).is_file()
+
+    def size(self, key: str) -> int:
+        """Bytes of an object."""
+        return (self.root / key).stat().st_size
+
+    def read(self, key: str) -> bytes:
+        """The whole object."""
+        try:
+            return (self.root / key).read_bytes()
+        except OSError as error:
+            raise _storage_error(self.root / key, "read", error) from error
+
+    def publish(self, key: str, data: bytes | memoryview) -> None:
+        """Write, flush, rename: a reader sees the old object or the new one, never a part."""
+        path = self.root / key
+        temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True) if path.parent.is_dir() else None
+            raise _storage_error(path, "write", error) from error
+
+    def delete(self, key: str) -> None:
+        """Remove an object; absent is fine."""
+        (self.root / key).unlink(missing_ok=True)
+
+    def local(self, key: str) -> Path:
+        """The object's own path."""
+        return self.root / key
+
+
+def checksum(data: bytes | memoryview) -> str:
+    """XXH3-128 of the bytes, hex: finds accidents (truncation, flipped bits) at memory speed."""
+    return xxhash.xxh3_128_hexdigest(data)
+
+
+def checksum_file(path: Path, *, block: int = 1 << 24) -> str:
+    """`checksum` of a file, in blocks."""
+    state = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while chunk := file.read(block):
+            state.update(chunk)
+    return state.hexdigest()
+
+
+def _storage_error(path: Path, verb: str, error: OSError) -> StorageError:
+    remedies = {
+        errno.ENOSPC: "the disk is full: free space or choose another --out, then run the same command again, "
+        "which goes on where it stopped",
+        errno.EDQUOT: "the disk quota is used up: free space or choose another --out, then run the same command again",
+        errno.EACCES: "no permission: choose a folder you may write to",
+        errno.EPERM: "no permission: choose a folder you may write to",
+        errno.EROFS: "the file system is read-only: choose another folder",
+        errno.ENOENT: "it is not there",
+        errno.ENOTDIR: "a part of the path is a file, not a folder",
+    }
+    remedy = remedies.get(error.errno or 0, error.strerror or str(error))
+    return StorageError(f"cannot {verb} {path}: {remedy}")

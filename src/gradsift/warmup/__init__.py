@@ -1,0 +1,1 @@
+"""Warm-up training: LoRA checkpoints with Adam's moments by name and each epoch's mean learning rate."""

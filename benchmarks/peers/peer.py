@@ -73,7 +73,8 @@ class Timed:
     seconds:            wall clock of the whole process
     cpu_seconds:        user and system time of the process and its children
     peak_bytes:         largest resident set among the processes this script has started
-    collection_seconds: from the peer's first progress line to its last, None where it prints none
+    collection_seconds: from the peer's first progress line to its last as this script saw them arrive, None where it
+                        prints none
     collection_printed: the peer's own last progress line
     """
 

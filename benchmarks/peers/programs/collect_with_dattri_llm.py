@@ -84,7 +84,9 @@ def main() -> None:
 
     projection = {"style": options.style, "proj_dim": options.projection_dim, "proj_seed": 0}
     if options.style != "mask":
-        projection |= {"proj_max_batch_size": 8, "proj_type": "rademacher", "device": "cpu"}
+        # "device" may not be named, though the package's own example does: with style logra, 0.1.0 then raises
+        # "resolve() got multiple values for keyword argument 'device'". Unset, it is the tensors' device.
+        projection |= {"proj_max_batch_size": 8, "proj_type": "rademacher"}
     config = HookManagerConfig(
         linear_io=[r"\.lora_[AB]\."],
         capture_style=options.capture,
@@ -96,13 +98,13 @@ def main() -> None:
     with hooks.collect():
         for done, batch in enumerate(order, 1):
             width = max(len(examples[position][0]) for position in batch)
-            ids, labels, mask = (torch.full((len(batch), width), fill) for fill in (0, -100, 0))
+            ids, labels = (torch.full((len(batch), width), fill) for fill in (0, -100))
             for row, position in enumerate(batch):
                 length = len(examples[position][0])
                 ids[row, :length] = torch.tensor(examples[position][0])
                 labels[row, :length] = torch.tensor(examples[position][1])
-                mask[row, :length] = 1
-            logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
+            # Padding follows the tokens, so causal attention needs no mask; without one it takes its faster kernel.
+            logits = model(input_ids=ids).logits[:, :-1]
             losses = F.cross_entropy(logits.transpose(1, 2), labels[:, 1:], reduction="none").sum(1)
             (losses / (labels[:, 1:] != -100).sum(1)).sum().backward()
             model.zero_grad(set_to_none=True)

@@ -154,9 +154,9 @@ class ChatFormat:
         self._template, self.announcement = _template_of(tokenizer)
         self._special_ids = _special_ids(tokenizer)
         self._backend, identity = _backend_of(tokenizer)
-        self.fingerprint = _digest(
-            _RULES, self._template, dict(tokenizer.special_tokens_map), identity, supervise, max_length
-        )
+        # A pad token set by a training script changes no id; one that the template writes does.
+        named = {name: token for name, token in tokenizer.special_tokens_map.items() if name in self._template}
+        self.fingerprint = _digest(_RULES, self._template, named, identity, supervise, max_length)
         self.end_of_turn_ids = self._find_end_of_turn_ids(generation_eos)
 
     def tokenize(self, example: Example) -> TokenizedExample | Skipped:
@@ -504,26 +504,15 @@ def _backend_of(tokenizer: PreTrainedTokenizerBase) -> tuple[Tokenizer | None, s
     if not tokenizer.is_fast:
         return None, _digest(type(tokenizer).__name__, tokenizer.get_vocab(), _special_ids(tokenizer))
     try:
-        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        state = tokenizer.backend_tokenizer.to_str()
     except Exception as error:
-        # tokenizers raises bare exceptions, for pieces written in Python
+        # tokenizers raises bare exceptions, here for pieces that are written in Python
         raise ModelError(f"the tokenizer cannot be copied: {error}. Load it with use_fast=False.") from error
-    state |= {"truncation": None, "padding": None}
-    identity = _digest(state)
-    _untrim(state)
-    return Tokenizer.from_str(json.dumps(state)), identity
-
-
-def _untrim(state: Any) -> None:
-    if isinstance(state, dict):
-        if "trim_offsets" in state:
-            state["trim_offsets"] = False
-        for name, part in state.items():
-            if name != "model":
-                _untrim(part)
-    elif isinstance(state, list):
-        for part in state:
-            _untrim(part)
+    # Quotes inside the vocabulary are escaped, so that this finds settings only.
+    core = Tokenizer.from_str(state.replace('"trim_offsets":true', '"trim_offsets":false'))
+    core.no_padding()
+    core.no_truncation()
+    return core, _digest(core.to_str())
 
 
 def _digest(*parts: Any) -> str:

@@ -1,0 +1,234 @@
+"""Coefficients t with which the gradients of selected examples reconstruct the gradient of one output."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.optimize import nnls
+from torch import Tensor
+
+from gradsift.checks import float_array, same_size, to_float64
+from gradsift.errors import ConfigError
+
+CoefficientModel = Literal[
+    "MSE",
+    "MSEProjUSimp",
+    "MSEProjUSimpSparse",
+    "MSEProjUSimpSparseGSHP",
+    "MSEProjUSimpSparseSoft",
+    "MSENNLSL2",
+    "MSENNLSL2NormalEquations",
+    "KLT",
+    "simplex_exact",
+]
+
+Array = NDArray[np.float64]
+
+_RIDGE = 0.7  # λ of MSENNLSL2, as the authors of Compact set it
+_BLOCK = 1 << 16  # gradient entries reduced at once: 26 rows of fp64 are 14 MB
+
+
+def coefficients(target_gradient: Tensor, selected: Tensor, *, model: CoefficientModel = "MSEProjUSimp") -> Tensor:
+    """Coefficients t of the reconstruction `g ≈ A t`, where the columns of A are the selected gradients.
+
+    Models (Compact, section 3.2 and Appendix D):
+
+    - `MSE`: least squares of smallest norm, `t = A⁺ g`; singular values up to max(dim, k)·eps of the largest are 0.
+    - `MSEProjUSimp`: `MSE` projected onto the unit simplex, so that t is a vector of relative importance. The default.
+    - `MSEProjUSimpSparse`: the max(1, ⌊k/2⌋) largest entries of `MSE`, those projected onto the simplex (greedy
+      selector and simplex projector, Kyrillidis et al. 2013, Algorithm 1).
+    - `MSEProjUSimpSparseGSHP`: the same number of entries, chosen and projected onto the hyperplane Σt = 1 (greedy
+      selector and hyperplane projector, the same paper, Algorithm 2); entries may be negative.
+    - `MSEProjUSimpSparseSoft`: `MSE` soft-thresholded by half its sum, `sign(t)·max(|t| − Σt/2, 0)`, then projected
+      onto the simplex. Where the sum is negative this moves entries away from 0, as the formula says.
+    - `MSENNLSL2`: `min ‖A t − g‖² + 0.7·‖t‖²` over t ≥ 0. The ridge is absolute: t depends on the gradients' scale.
+    - `MSENNLSL2NormalEquations`: `min ‖(AᵀA + 0.7·I) t − Aᵀg‖²` over t ≥ 0, what the authors run; another minimiser as
+      soon as a bound is active.
+    - `KLT`: `t = A⁺ B Bᵀ g` with B an orthonormal basis of the gradients minus their mean; 0 for one gradient.
+    - `simplex_exact`: `min ‖A t − g‖²` over the unit simplex itself. Ours: what `MSEProjUSimp` approximates.
+
+    A zero gradient is left out of the fit (and out of k above) and gets t = 0; if all are zero, t = 0.
+
+    Args:
+        target_gradient: g, the gradient of the output to explain, [dim].
+        selected: the gradients of the selected examples as rows, not normalised, [k dim].
+        model: see above.
+
+    Returns:
+        t [k], fp64, on the device of `selected`.
+
+    Raises:
+        ShapeError: wrong axes, different dims, or nothing selected.
+        NonFiniteError: NaN or infinity in either.
+        ConfigError: an unknown model.
+
+    Example:
+        >>> selected = torch.tensor([[2.0, 0.0], [0.0, 2.0]])
+        >>> coefficients(torch.tensor([1.0, 1.0]), selected).tolist()
+        [0.5, 0.5]
+    """
+    g, A = span_coordinates(target_gradient, selected)
+    t = fit_coordinates(g.cpu().numpy(), A.cpu().numpy().T, dim=selected.shape[1], model=model)
+    return torch.from_numpy(t).to(A.device)
+
+
+def project_to_simplex(vector: Tensor) -> Tensor:
+    """The point of the unit simplex `{t ≥ 0, Σt = 1}` closest to `vector` in Euclidean distance.
+
+    `t = max(v − θ, 0)` with the θ that makes the sum 1 (Held et al. 1974; Duchi et al. 2008, Figure 1).
+
+    Args:
+        vector: v, [k].
+
+    Returns:
+        t [k], fp64.
+
+    Raises:
+        ShapeError: `vector` is not [k], or empty.
+        NonFiniteError: NaN or infinity in `vector`.
+
+    Example:
+        >>> project_to_simplex(torch.tensor([2.0, 1.5, -3.0])).tolist()
+        [0.75, 0.25, 0.0]
+    """
+    values = to_float64(float_array("vector", vector, "k"))
+    return torch.from_numpy(_onto_simplex(values.cpu().numpy())).to(values.device)
+
+
+def span_coordinates(target_gradient: Tensor, selected: Tensor) -> tuple[Tensor, Tensor]:
+    """The same vectors in at most k + 1 coordinates: all inner products among them are kept.
+
+    The coordinates are the columns of R in a QR decomposition of [selected, target]. No coefficient model can tell the
+    difference, and unlike the Gram matrix, R keeps small singular values and small residuals to full fp64 precision.
+    The dimension is reduced block by block, so full gradients of millions of entries need no fp64 copy.
+
+    Args:
+        target_gradient: [dim].
+        selected: [k dim].
+
+    Returns:
+        The target [coordinate] and the selected gradients [k coordinate], fp64, on the device of `selected`;
+        min(dim, k + 1) coordinates.
+
+    Raises:
+        ShapeError: wrong axes, different dims, or nothing selected.
+        NonFiniteError: NaN or infinity in either.
+    """
+    rows = float_array("selected", selected, "k dim")
+    target = float_array("target_gradient", target_gradient, "dim").to(rows.device)
+    same_size("dim", "target_gradient", len(target), "selected", rows.shape[1])
+    R: Tensor | None = None
+    for start in range(0, len(target), _BLOCK):
+        part = slice(start, start + _BLOCK)
+        block = torch.cat([to_float64(rows[:, part]), to_float64(target[None, part])]).T
+        R = torch.linalg.qr(block if R is None else torch.cat([R, block]), mode="r").R
+    assert R is not None, "float_array refuses an empty axis"
+    return R[:, -1], R[:, :-1].T
+
+
+def fit_coordinates(g: Array, A: Array, *, dim: int, model: CoefficientModel) -> Array:
+    """`coefficients` for vectors that `span_coordinates` made: g [coordinate], A [coordinate k] -> t [k].
+
+    `dim` is the dimension before the reduction: it sets which singular values count as zero.
+    """
+    if model not in get_args(CoefficientModel):
+        raise ConfigError(f"coefficient model is {model!r}, expected one of {', '.join(get_args(CoefficientModel))}")
+    t = np.zeros(A.shape[1])
+    fitted = np.flatnonzero(A.any(axis=0))
+    if len(fitted) > 0:
+        A = A[:, fitted]
+        t[fitted] = _fit(g, A, max(dim, A.shape[1]) * float(np.finfo(np.float64).eps), model)
+    return t
+
+
+def _fit(g: Array, A: Array, rcond: float, model: CoefficientModel) -> Array:
+    match model:
+        case "MSE":
+            return _least_squares(A, g, rcond)
+        case "MSEProjUSimp":
+            return _onto_simplex(_least_squares(A, g, rcond))
+        case "MSEProjUSimpSparse":
+            return _keep_largest(_least_squares(A, g, rcond))
+        case "MSEProjUSimpSparseGSHP":
+            return _onto_sparse_hyperplane(_least_squares(A, g, rcond))
+        case "MSEProjUSimpSparseSoft":
+            t = _least_squares(A, g, rcond)
+            return _onto_simplex(np.sign(t) * np.maximum(np.abs(t) - 0.5 * t.sum(), 0.0))
+        case "MSENNLSL2":
+            k = A.shape[1]
+            return nnls(np.vstack([A, np.sqrt(_RIDGE) * np.eye(k)]), np.concatenate([g, np.zeros(k)]))[0]
+        case "MSENNLSL2NormalEquations":
+            return nnls(A.T @ A + _RIDGE * np.eye(A.shape[1]), A.T @ g)[0]
+        case "KLT":
+            return _klt(g, A, rcond)
+        case "simplex_exact":
+            return _simplex_least_squares(g, A)
+
+
+def _least_squares(A: Array, g: Array, rcond: float) -> Array:
+    """A⁺ g, singular values up to rcond of the largest taken as 0."""
+    return np.asarray(np.linalg.lstsq(A, g, rcond=rcond)[0], dtype=np.float64)
+
+
+def _klt(g: Array, A: Array, rcond: float) -> Array:
+    """A⁺ of the part of g that lies in the span of the centred gradients."""
+    directions, spread, _ = np.linalg.svd(A - A.mean(axis=1, keepdims=True), full_matrices=False)
+    # Measured against A, not against the centred columns: identical gradients centre to rounding noise, not to 0.
+    basis = directions[:, spread > rcond * np.linalg.norm(A, ord=2)]
+    return _least_squares(A, basis @ (basis.T @ g), rcond)
+
+
+def _onto_simplex(v: Array) -> Array:
+    # A shift of v does not move its projection, and after this one entries of -1 or less project to 0: huge values
+    # cost no precision.
+    v = np.maximum(v - v.max(), -1.0)
+    descending = np.sort(v)[::-1]
+    thresholds = (np.cumsum(descending) - 1.0) / np.arange(1, len(v) + 1)
+    support = int(np.flatnonzero(descending > thresholds)[-1])
+    t: Array = np.maximum(v - thresholds[support], 0.0)
+    return t
+
+
+def _kept(k: int) -> int:
+    """How many coefficients the sparse models keep."""
+    return max(1, k // 2)
+
+
+def _keep_largest(w: Array) -> Array:
+    """Largest entries projected onto the simplex, the rest 0; ties to the lowest position."""
+    t = np.zeros_like(w)
+    kept = np.argsort(-w, kind="stable")[: _kept(len(w))]
+    t[kept] = _onto_simplex(w[kept])
+    return t
+
+
+def _onto_sparse_hyperplane(w: Array) -> Array:
+    """The best few entries, shifted so that they sum to 1, the rest 0."""
+    kept = [int(np.argmax(w))]
+    while len(kept) < _kept(len(w)):
+        # The next entry is the one farthest from the shift that the entries kept so far would receive.
+        distance = np.abs(w - (w[kept].sum() - 1.0) / len(kept))
+        distance[kept] = -np.inf
+        kept.append(int(np.argmax(distance)))
+    t = np.zeros_like(w)
+    t[kept] = w[kept] - (w[kept].sum() - 1.0) / len(kept)
+    return t
+
+
+def _simplex_least_squares(g: Array, A: Array) -> Array:
+    """Argmin of ‖A t − g‖² over the unit simplex: the point of the convex hull of the columns of A nearest to g.
+
+    With P = A − g 1ᵀ the objective on the simplex is ‖P t‖². For x ≥ 0 write x = s·t with t on the simplex: then
+    ‖P x‖² + (1ᵀx − 1)² = s²‖P t‖² + (s − 1)², at its best s equal to D/(1 + D) with D = ‖P t‖², which grows with D. So
+    the non-negative least squares solution of [P; 1ᵀ] x = [0; 1], divided by its sum, is exactly the minimiser.
+    """
+    P = A - g[:, None]
+    largest = float(np.linalg.norm(P, axis=0).max())
+    # With columns of norm at most 1, D is at most 1 and the sum of x at least 1/2.
+    system = np.vstack([P / largest if largest > 0 else P, np.ones(A.shape[1])])
+    x, _ = nnls(system, np.concatenate([np.zeros(len(g)), [1.0]]))
+    t: Array = x / x.sum()
+    return t

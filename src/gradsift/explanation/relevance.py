@@ -1,0 +1,258 @@
+"""Selection relevance: how well a selection's gradients reconstruct the gradient of one output, in decibels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradsift.errors import ConfigError, DataError, NonFiniteError
+from gradsift.explanation.coefficients import CoefficientModel, fit_coordinates, span_coordinates
+
+Aggregation = Literal["ratio_of_means", "mean_of_ratios", "median_db"]
+
+CAP_DB = 120.0
+"""Relevance is capped here: the residual is a millionth of the gradient, less than stored rows are rounded by."""
+
+CAP_RATIO = 1e12
+"""`CAP_DB` as a ratio."""
+
+NEAR_ZERO = 0.05
+"""A selection is near zero when no gradient in it is longer than this share of the target's.
+
+Coefficients on the simplex then leave the relevance within 0.45 dB of the zero line, whatever the directions."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Relevance:
+    """How well one selection reconstructs one target gradient.
+
+    ratio: ξ = ‖g‖² / ‖g − A t‖², at most 1e12; 1 is what predicting zero gives, above 1 is relevant
+    db: 10·log10 ξ, at most 120; 0 is the zero-reconstruction line
+    coefficients: t [k], fp64
+    squared_norm: ‖g‖², in the gradients' squared unit
+    squared_error: ‖g − A t‖², in the same unit, not capped
+    near_zero: no selected gradient is longer than 0.05·‖g‖, so the value says nothing about their directions ("least
+        influential" selections are near 0 dB for this reason)
+    """
+
+    ratio: float
+    db: float
+    coefficients: Tensor = field(repr=False)
+    squared_norm: float
+    squared_error: float
+    near_zero: bool = False
+
+    @property
+    def capped(self) -> bool:
+        """The reconstruction is exact up to rounding: usually a duplicate of the target in the selection."""
+        return self.ratio >= CAP_RATIO
+
+
+@dataclass(frozen=True, slots=True)
+class RelevanceSummary:
+    """Relevance over many targets, with what a single number hides.
+
+    how: the aggregation
+    count: number of targets
+    ratio, db: over all targets
+    capped: number of targets at the cap
+    ratio_without_capped, db_without_capped: over the others, None if there are none
+    near_zero: number of targets whose selection is near zero
+    """
+
+    how: Aggregation
+    count: int
+    ratio: float
+    db: float
+    capped: int
+    ratio_without_capped: float | None
+    db_without_capped: float | None
+    near_zero: int
+
+
+def selection_relevance(
+    target_gradient: Tensor, selected: Tensor, *, coefficients: CoefficientModel = "MSEProjUSimp"
+) -> Relevance:
+    """Relevance of a selection for one output: higher means that its gradients explain the output's gradient better.
+
+    `ξ = ‖g‖² / ‖g − A t‖²` (Compact, equation 1, one instance), A the selected gradients, t their coefficients. It does
+    not change when all gradients are multiplied by one number (except under the `MSENNLSL2` models).
+
+    Everything is computed in fp64 from the coordinates of `span_coordinates`. The residual is always formed as a
+    vector, never as a difference of squared norms, so that relevances up to the cap are exact.
+
+    Args:
+        target_gradient: g, [dim].
+        selected: the gradients of the selected examples as rows, not normalised, [k dim].
+        coefficients: how t is found, see `gradsift.explanation.coefficients.coefficients`.
+
+    Returns:
+        The relevance; a selection of zero gradients has ratio 1, coefficients 0 and `near_zero`.
+
+    Raises:
+        ShapeError: wrong axes, different dims, or nothing selected.
+        NonFiniteError: NaN or infinity in either.
+        ConfigError: an unknown coefficient model.
+        DataError: the target gradient is zero. The ratio would be 0, or 0/0 for a selection of zero gradients, and
+            would be read as a bad selection where there is nothing to explain.
+
+    Example:
+        >>> relevance = selection_relevance(torch.tensor([1.0, 1.0]), torch.tensor([[1.0, 0.0]]))
+        >>> relevance.ratio, relevance.coefficients.tolist()
+        (2.0, [1.0])
+    """
+    g_coordinates, selected_coordinates = span_coordinates(target_gradient, selected)
+    g, A = g_coordinates.cpu().numpy(), selected_coordinates.cpu().numpy().T
+    squared_norm = float(g @ g)
+    if squared_norm == 0.0:
+        raise DataError(
+            "the target gradient is zero (or its square underflows): there is nothing to explain, leave this target out"
+        )
+    t = fit_coordinates(g, A, dim=selected.shape[1], model=coefficients)
+    residual = g - A @ t
+    squared_error = float(residual @ residual)
+    ratio = _capped_ratio(squared_norm, squared_error)
+    longest = float(np.linalg.norm(A, axis=0).max())
+    return Relevance(
+        ratio=ratio,
+        db=to_db(ratio),
+        coefficients=torch.from_numpy(t).to(selected_coordinates.device),
+        squared_norm=squared_norm,
+        squared_error=squared_error,
+        near_zero=longest <= NEAR_ZERO * math.sqrt(squared_norm),
+    )
+
+
+def aggregate_relevance(relevances: Sequence[Relevance], *, how: Aggregation = "ratio_of_means") -> float:
+    """One ratio for many targets; `to_db` of it is the value to report.
+
+    - `ratio_of_means`: `Σ‖g‖² / Σ‖g − A t‖²` (Compact, equation 1). Targets with long gradients weigh more.
+    - `mean_of_ratios`: `mean ξ`, what the authors' tables hold. One capped target outweighs all others.
+    - `median_db`: the ratio whose dB value is the median of the targets' dB values.
+
+    Averages are taken in linear units and converted to dB last, except for the median, which is one of the values.
+
+    Args:
+        relevances: one per target.
+        how: see above.
+
+    Returns:
+        The aggregated ratio, at most 1e12.
+
+    Raises:
+        ConfigError: no relevances, or an unknown aggregation.
+
+    Example:
+        >>> selected = torch.tensor([[1.0, 0.0]])
+        >>> relevances = [selection_relevance(torch.tensor([1.0, error]), selected) for error in (1.0, 0.125)]
+        >>> [relevance.ratio for relevance in relevances], aggregate_relevance(relevances, how="mean_of_ratios")
+        ([2.0, 65.0], 33.5)
+    """
+    if how not in get_args(Aggregation):
+        raise ConfigError(f"aggregation is {how!r}, expected one of {', '.join(get_args(Aggregation))}")
+    if not relevances:
+        raise ConfigError("there are no relevances to aggregate: pass at least one")
+    match how:
+        case "ratio_of_means":
+            norms = math.fsum(relevance.squared_norm for relevance in relevances)
+            return _capped_ratio(norms, math.fsum(relevance.squared_error for relevance in relevances))
+        case "mean_of_ratios":
+            return math.fsum(relevance.ratio for relevance in relevances) / len(relevances)
+        case "median_db":
+            return float(10.0 ** (np.median([relevance.db for relevance in relevances]) / 10.0))
+
+
+def summarise_relevance(relevances: Sequence[Relevance], *, how: Aggregation = "ratio_of_means") -> RelevanceSummary:
+    """The aggregate with and without the capped targets, and how many are capped or near zero.
+
+    Args:
+        relevances: one per target.
+        how: as in `aggregate_relevance`.
+
+    Raises:
+        ConfigError: no relevances, or an unknown aggregation.
+
+    Example:
+        >>> g = torch.tensor([1.0, 1.0])
+        >>> exact, half = (selection_relevance(g, row[None]) for row in (g, torch.tensor([1.0, 0.0])))
+        >>> summary = summarise_relevance([exact, half], how="mean_of_ratios")
+        >>> summary.capped, summary.ratio, summary.ratio_without_capped
+        (1, 500000000001.0, 2.0)
+    """
+    ratio = aggregate_relevance(relevances, how=how)
+    others = [relevance for relevance in relevances if not relevance.capped]
+    without = aggregate_relevance(others, how=how) if others else None
+    return RelevanceSummary(
+        how=how,
+        count=len(relevances),
+        ratio=ratio,
+        db=to_db(ratio),
+        capped=len(relevances) - len(others),
+        ratio_without_capped=without,
+        db_without_capped=None if without is None else to_db(without),
+        near_zero=sum(relevance.near_zero for relevance in relevances),
+    )
+
+
+def relevance_auc(ratios: Mapping[int, float], *, per_unit: bool = False) -> float:
+    """Area under the relevance curve over budgets, in dB: higher means more relevant at the budgets together.
+
+    `10·log10 ∫ ξ(k) dk` by the trapezoidal rule on linear ratios (Compact, Appendix G). As published it is not divided
+    by the width of the range: for budgets 1, 5, 10, 25 predicting zero (ξ ≡ 1) gives 10·log10 24 = 13.80 dB.
+
+    Args:
+        ratios: aggregated ratio (not dB) by budget, at least two budgets.
+        per_unit: divide by the width of the range, so that ξ ≡ 1 gives 0 dB.
+
+    Returns:
+        dB.
+
+    Raises:
+        ConfigError: fewer than two budgets, a budget below 1, or a ratio of 0 or less.
+        NonFiniteError: a ratio that is NaN or infinite.
+
+    Example:
+        >>> round(relevance_auc({1: 1.0, 5: 1.0, 10: 1.0, 25: 1.0}), 2)
+        13.8
+    """
+    budgets = sorted(ratios)
+    if len(budgets) < 2 or budgets[0] < 1:
+        raise ConfigError(f"the budgets are {budgets}, expected at least two, each at least 1, such as 1, 5, 10, 25")
+    for budget in budgets:
+        _check_ratio(f"the ratio at budget {budget}", ratios[budget])
+    area = float(np.trapezoid([ratios[budget] for budget in budgets], x=budgets))
+    return to_db(area / (budgets[-1] - budgets[0]) if per_unit else area)
+
+
+def to_db(ratio: float) -> float:
+    """10·log10 of a ratio above 0.
+
+    Raises:
+        ConfigError: a ratio of 0 or less.
+        NonFiniteError: NaN or infinity.
+
+    Example:
+        >>> to_db(100.0)
+        20.0
+    """
+    _check_ratio("the ratio", ratio)
+    return 10.0 * math.log10(ratio)
+
+
+def _check_ratio(name: str, ratio: float) -> None:
+    if not math.isfinite(ratio):
+        raise NonFiniteError(f"{name} is {ratio}, expected a finite number: leave such targets out")
+    if ratio <= 0:
+        raise ConfigError(f"{name} is {ratio}, expected a linear ratio above 0: dB values must be converted back")
+
+
+def _capped_ratio(squared_norm: float, squared_error: float) -> float:
+    """Norm over error, at most CAP_RATIO; the floor is relative to the norm, so scale does not matter."""
+    # The comparison spares a division by zero, and a ratio that rounds to just below the cap.
+    return CAP_RATIO if squared_error <= squared_norm / CAP_RATIO else squared_norm / squared_error

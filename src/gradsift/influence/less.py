@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from gradsift.checks import float_array, same_size
 from gradsift.errors import ConfigError, ShapeError
+from gradsift.settings import Settings
+from gradsift.store.gradient_store import GradientStore
+
+# Rows converted at once: with one query, reading is the bound and a block must stay in a core's own cache; with many,
+# the product is, and wants longer blocks.
+_FEW_QUERY_ROWS, _MANY_QUERY_ROWS = 32, 256
 
 
 def less_scores(
@@ -95,3 +102,64 @@ def _shares(weights: Sequence[float] | Tensor | None, checkpoints: int) -> list[
             f"leave out checkpoints collected at rate 0"
         )
     return [float(share) for share in values / values.sum()]
+
+
+class LESS(Settings):
+    """LESS (Xia et al. 2024): cosine of Adam update directions with target gradients, weighted over checkpoints.
+
+    optimizer: `adam` takes the update direction Γ on the pool's side, `sgd` the plain gradient.
+    normalise: cosines; False gives TracIn's raw inner products (with `optimizer="sgd"`).
+    checkpoints: `all`, each weighted by its learning rate, or the `last` (Compact's form, with `optimizer="sgd"`).
+    """
+
+    kind: Literal["less"] = "less"
+    optimizer: Literal["adam", "sgd"] = "adam"
+    normalise: bool = True
+    checkpoints: Literal["all", "last"] = "all"
+
+    @property
+    def label(self) -> str:
+        """What tables call it."""
+        name = "LESS" if self.normalise else "TracIn"
+        parts = ["SGD"] * (self.optimizer == "sgd") + ["last checkpoint"] * (self.checkpoints == "last")
+        return f"{name} ({', '.join(parts)})" if parts else name
+
+
+def store_inner_products(
+    store: GradientStore, queries: Tensor, *, normalise: bool, out: Tensor | None = None, weight: float = 1.0
+) -> Tensor:
+    """Inner products of every stored row with every query, added to `out` `[row query]`, block by block from the map.
+
+    The store is read once and never held: each block of rows is converted into a reused fp32 buffer small enough to
+    stay in the cache, which one matrix product then reads.
+
+    Args:
+        store: N rows.
+        queries: `[query dim]`.
+        normalise: divide by the rows' and the queries' norms.
+        out: `[row query]` float32 to add to; made if None.
+        weight: factor of the products.
+    """
+    queries = (unit_rows(queries) if normalise else queries).to(torch.float32)
+    by_column = queries.T.contiguous()  # [dim query]
+    count = queries.shape[0]
+    if out is None:
+        out = torch.zeros(len(store), count)
+    block = _FEW_QUERY_ROWS if count < 8 else _MANY_QUERY_ROWS
+    buffer = torch.empty(block, store.dim)
+    products = torch.empty(block, count)
+    factors = torch.full((len(store),), weight, dtype=torch.float64)
+    if normalise:
+        norms = store.projected_norms
+        factors = torch.where(norms > 0, weight / norms.clamp_min(1e-300), torch.zeros_like(norms))
+    factors = factors.float()
+    position = 0
+    for stored, scale in store.stored_blocks(0, len(store), block):
+        rows = len(stored)
+        part = slice(position, position + rows)
+        values = buffer[:rows].copy_(stored)
+        torch.mm(values, by_column, out=products[:rows])
+        factor = factors[part] if scale is None else factors[part] * scale
+        out[part].addcmul_(products[:rows], factor[:, None])
+        position += rows
+    return out

@@ -1,0 +1,182 @@
+"""A pool with its model and run folder, and a target: what every stage after loading works on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceABC
+from dataclasses import dataclass, field
+from typing import Any
+
+from gradsift.warmup.train import Warmup, warm_up
+
+from gradsift.data.chat import ChatFormat, Supervise
+from gradsift.data.dataset import Dataset, prepare
+from gradsift.data.load import Columns
+from gradsift.data.overlap import find_overlap
+from gradsift.errors import ConfigError
+from gradsift.gradients.collect import Gradients, collect
+from gradsift.gradients.rows import View
+from gradsift.models import DtypeName, load_tokenizer, model_identity
+from gradsift.progress import Reporter, silent
+from gradsift.run import Run
+from gradsift.store.gradient_store import GradientStore
+from gradsift.types import Example, Skipped
+from gradsift.warmup.checkpoint import Checkpoint, open_checkpoint
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Training examples to choose from, the model they are for, and the folder that keeps every result.
+
+    Made by `open_pool`. Nothing heavy has happened yet: checkpoints are trained and gradients collected when first
+    asked for, and found again by later calls.
+    """
+
+    run: Run
+    model: str
+    data: Dataset
+    chat: ChatFormat = field(repr=False)
+    warmup: Warmup = Warmup()
+    adapters: tuple[str, ...] = ()
+    gradients: Gradients = Gradients()
+    dtype: DtypeName = "auto"
+    device: str = "auto"
+    seed: int = 0
+    reporter: Reporter = field(default_factory=silent, repr=False)
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """The adapters that were given, or those of the warm-up, trained now if the run does not hold them."""
+        if self.adapters:
+            return [open_checkpoint(adapter) for adapter in self.adapters]
+        return warm_up(
+            self.run,
+            self.data,
+            self.warmup,
+            model=self.model,
+            dtype=self.dtype,
+            device=self.device,
+            seed=self.seed,
+            reporter=self.reporter,
+        )
+
+    def stores(self, checkpoint: Checkpoint, views: SequenceABC[View]) -> dict[View, GradientStore]:
+        """The pool's gradient stores at a checkpoint, collected now if the run does not hold them."""
+        return self.collect(self.data, checkpoint, views, what="pool")
+
+    def collect(
+        self, source: Any, checkpoint: Checkpoint, views: SequenceABC[View], *, what: str
+    ) -> dict[View, GradientStore]:
+        """Gradient stores of any sequences with this pool's model and settings."""
+        return collect(
+            self.run,
+            source,
+            checkpoint,
+            model=self.model,
+            views=views,
+            settings=self.gradients,
+            dtype=self.dtype,
+            device=self.device,
+            what=what,
+            reporter=self.reporter,
+        )
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the pool is to help with: labelled examples, in subtasks or not.
+
+    overlap: pool examples that are also in the target; they are left out of scores and selections
+    subtasks: a label per target example, or None
+    """
+
+    data: Dataset
+    subtasks: tuple[str, ...] | None
+    overlap: tuple[Skipped, ...]
+
+
+def open_pool(
+    source: Any,
+    *,
+    model: str,
+    out: str | Run,
+    adapters: SequenceABC[str] = (),
+    warmup: Warmup | None = None,
+    gradients: Gradients | None = None,
+    columns: Columns | None = None,
+    max_length: int = 1024,
+    supervise: Supervise = "all_turns",
+    keep_duplicates: bool = False,
+    dtype: DtypeName = "auto",
+    device: str = "auto",
+    seed: int = 0,
+    reporter: Reporter | None = None,
+) -> Pool:
+    """Load and tokenise a pool and tie it to a run folder.
+
+    Args:
+        source: a file, folder, glob, data set name, `datasets.Dataset` or list of rows.
+        model: hub id or folder of a causal language model.
+        out: the run folder; made if absent.
+        adapters: PEFT adapters to use as checkpoints, in training order, instead of a warm-up.
+        warmup: how to warm up when no adapters are given.
+        gradients: how gradients are taken, projected and stored.
+        columns: names of the columns, where they are not the usual ones.
+        max_length: tokens kept of each example.
+        supervise: take the loss on all assistant turns or on the last one.
+        keep_duplicates: keep exact duplicates in the pool.
+        dtype, device: of the model.
+        seed: of the warm-up.
+        reporter: where progress goes; nothing is printed by default.
+
+    Raises:
+        DataError: the source cannot be read, or no row of it can be used.
+        ModelError: the model cannot be found.
+        MismatchError: the run folder belongs to another model or pool.
+    """
+    run = out if isinstance(out, Run) else Run(out)
+    reporter = reporter or silent()
+    if max_length < 2:
+        raise ConfigError(f"max_length is {max_length}: a prompt and one answer token need at least 2")
+    chat = ChatFormat(load_tokenizer(model), supervise=supervise, max_length=max_length)
+    if chat.announcement:
+        reporter.warn(chat.announcement)
+    data = prepare(run, source, chat, what="pool", columns=columns, keep_duplicates=keep_duplicates, reporter=reporter)
+    run.bind({"model": model_identity(model), "pool": data.fingerprint})
+    return Pool(
+        run=run,
+        model=model,
+        data=data,
+        chat=chat,
+        warmup=warmup or Warmup(),
+        adapters=tuple(adapters),
+        gradients=gradients or Gradients(),
+        dtype=dtype,
+        device=device,
+        seed=seed,
+        reporter=reporter,
+    )
+
+
+def open_target(
+    source: Any, pool: Pool, *, subtask: str | None = None, columns: Columns | None = None, keep_overlap: bool = False
+) -> Target:
+    """Load and tokenise a target for a pool, and find pool rows that it contains.
+
+    Args:
+        source: as for `open_pool`.
+        pool: the pool that is to help.
+        subtask: a column of the target that names each example's subtask.
+        columns: names of the target's columns.
+        keep_overlap: score pool rows that are in the target as well.
+    """
+    data = prepare(
+        pool.run, source, pool.chat, what="target", columns=columns, keep_duplicates=True, reporter=pool.reporter
+    )
+    subtasks = tuple(str(label) for label in data.column(subtask)) if subtask else None
+    overlap = () if keep_overlap else tuple(find_overlap(_hashed(pool.data), _hashed(data)))
+    if len(overlap) == len(pool.data):
+        raise ConfigError("every pool row is also in the target: nothing is left to choose from")
+    return Target(data, subtasks, overlap)
+
+
+def _hashed(data: Dataset) -> list[Example]:
+    return [Example(id_, tuple(data.messages(id_)), {}) for id_ in data.ids]  # type: ignore[arg-type]

@@ -1,0 +1,60 @@
+"""BM25: the lexical control. Cheap, and often hard to beat."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import bm25s
+import numpy as np
+from numpy.typing import NDArray
+
+from gradsift.settings import Settings
+
+
+class BM25(Settings):
+    """Okapi BM25 of each pool text for each target text (NICE, App. D): higher = more words in common.
+
+    k1, b: saturation and length normalisation.
+    """
+
+    kind: Literal["bm25"] = "bm25"
+    k1: float = 1.5
+    b: float = 0.75
+
+    @property
+    def label(self) -> str:
+        """What tables call it."""
+        return "BM25"
+
+
+def conversation_text(messages: Sequence[Mapping[str, str]]) -> str:
+    """`Question:…\\n\\nAnswer:…` for one exchange, Tulu's `<|role|>` lines for longer conversations (NICE, App. D)."""
+    turns = [message for message in messages if message["role"] != "system"]
+    if [turn["role"] for turn in turns] == ["user", "assistant"]:
+        return f"Question:{turns[0]['content']}\n\nAnswer:{turns[1]['content']}"
+    return "\n".join(f"<|{message['role']}|>\n{message['content']}" for message in messages)
+
+
+def words(text: str) -> list[str]:
+    """Lower-case word tokens, digits and single letters included."""
+    return re.findall(r"\w+", text.lower())
+
+
+def bm25_scores(
+    pool: Sequence[Sequence[str]], target: Sequence[Sequence[str]], *, k1: float, b: float
+) -> NDArray[np.float32]:
+    """BM25 of tokenised documents `pool` for tokenised queries `target`, float32 `[pool target]`.
+
+    score(d, q) = Σ_{w in q} idf(w)·tf/(tf + k1·(1 − b + b·|d|/mean|d|)), idf(w) = log(1 + (N − n + ½)/(n + ½)); a word
+    that stands twice in the query counts twice. (The constant factor k1+1 of other presentations is left out.)
+    """
+    index = bm25s.BM25(method="lucene", k1=k1, b=b)
+    index.index([list(document) or [""] for document in pool], show_progress=False)
+    scores = np.zeros((len(pool), len(target)), dtype=np.float32)
+    for column, query in enumerate(target):
+        known = [word for word in query if word in index.vocab_dict]
+        if known:
+            scores[:, column] = index.get_scores(known)
+    return scores

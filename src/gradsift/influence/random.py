@@ -1,0 +1,30 @@
+"""Random scores: the control that every estimate of benefit needs."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradsift.settings import Settings
+
+
+class Random(Settings):
+    """Scores drawn uniformly from [0, 1) by seed and id, so that they do not depend on the pool's order."""
+
+    kind: Literal["random"] = "random"
+    seed: int = 0
+
+    @property
+    def label(self) -> str:
+        """What tables call it."""
+        return f"random (seed {self.seed})"
+
+
+def random_scores(ids: Sequence[str], seed: int) -> NDArray[np.float32]:
+    """Uniform scores `[pool]`, one per id."""
+    draws = [hashlib.blake2b(f"{seed}|{id_}".encode(), digest_size=4).digest() for id_ in ids]
+    return (np.frombuffer(b"".join(draws), dtype="<u4") / 2**32).astype(np.float32)

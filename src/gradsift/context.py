@@ -35,9 +35,10 @@ class Pool:
     model: str
     data: Dataset
     chat: ChatFormat = field(repr=False)
-    warmup: Warmup = Warmup()
+    tokenizer: Any = field(repr=False)
+    warmup: Warmup = field(default_factory=Warmup)
     adapters: tuple[str, ...] = ()
-    gradients: Gradients = Gradients()
+    gradients: Gradients = field(default_factory=Gradients)
     dtype: DtypeName = "auto"
     device: str = "auto"
     seed: int = 0
@@ -136,7 +137,8 @@ def open_pool(
     reporter = reporter or silent()
     if max_length < 2:
         raise ConfigError(f"max_length is {max_length}: a prompt and one answer token need at least 2")
-    chat = ChatFormat(load_tokenizer(model), supervise=supervise, max_length=max_length)
+    tokenizer = load_tokenizer(model)
+    chat = ChatFormat(tokenizer, supervise=supervise, max_length=max_length)
     if chat.announcement:
         reporter.warn(chat.announcement)
     data = prepare(run, source, chat, what="pool", columns=columns, keep_duplicates=keep_duplicates, reporter=reporter)
@@ -146,6 +148,7 @@ def open_pool(
         model=model,
         data=data,
         chat=chat,
+        tokenizer=tokenizer,
         warmup=warmup or Warmup(),
         adapters=tuple(adapters),
         gradients=gradients or Gradients(),

@@ -17,6 +17,7 @@ from scipy.stats import spearmanr
 
 from gradsift.context import Pool, Target
 from gradsift.errors import DataError
+from gradsift.gradients.collect import SequenceSource
 from gradsift.gradients.rows import View
 from gradsift.influence.aggregate import max_of_means, mean_over_targets
 from gradsift.influence.bm25 import BM25, bm25_scores, conversation_text, words
@@ -118,14 +119,11 @@ def score(
         "excluded": sorted(excluded),
         "aggregation": aggregation,
     }
-    if isinstance(method, LESS):
-        ids, matrix, used = _less(pool, target, method)
-        identity["stores"] = used
-    elif isinstance(method, BM25):
-        texts = [[words(conversation_text(d.messages(id_))) for id_ in d.ids] for d in (pool.data, target.data)]
-        ids, matrix = list(pool.data.ids), bm25_scores(texts[0], texts[1], k1=method.k1, b=method.b)
-    else:
+    if isinstance(method, Random):
         ids, matrix = list(pool.data.ids), None
+    else:
+        texts = [conversation_text(target.data.messages(id_)) for id_ in target.data.ids]
+        ids, matrix, identity["stores"] = influence_matrix(pool, target.data, texts, method)
     keep = np.array([id_ not in excluded for id_ in ids])
     ids = [id_ for id_, kept in zip(ids, keep, strict=True) if kept]
     if not ids:
@@ -175,7 +173,21 @@ def save_tables(pool: Pool, scores: SequenceABC[Scores]) -> Any:
     return pool.run.path("scores.parquet")
 
 
-def _less(pool: Pool, target: Target, method: LESS) -> tuple[list[str], NDArray[np.float32], list[str]]:
+def influence_matrix(
+    pool: Pool, targets: SequenceSource, texts: SequenceABC[str], method: LESS | BM25
+) -> tuple[list[str], NDArray[np.float32], list[str]]:
+    """Influence of every pool example on every target: (pool ids, `[pool target]`, fingerprints of the stores used).
+
+    Args:
+        pool: from `open_pool`.
+        targets: the targets' token sequences.
+        texts: the targets' texts, for lexical methods.
+        method: LESS or BM25.
+    """
+    if isinstance(method, BM25):
+        documents = [words(conversation_text(pool.data.messages(id_))) for id_ in pool.data.ids]
+        matrix = bm25_scores(documents, [words(text) for text in texts], k1=method.k1, b=method.b)
+        return list(pool.data.ids), matrix, []
     checkpoints = pool.checkpoints()
     if method.checkpoints == "last":
         checkpoints = checkpoints[-1:]
@@ -189,19 +201,20 @@ def _less(pool: Pool, target: Target, method: LESS) -> tuple[list[str], NDArray[
     used = []
     for checkpoint, weight in zip(checkpoints, weights, strict=True):
         store = pool.stores(checkpoint, [view])[view]
-        queries = pool.collect(target.data, checkpoint, ["plain"], what="target")["plain"]
+        queries = pool.collect(targets, checkpoint, ["plain"], what="target")["plain"]
         store.check_comparable(queries)
         used += [store.fingerprint, queries.fingerprint]
-        if total is not None and store.ids != ids:
-            total, ids = _common(total, ids, store)
-        rows = target_rows(queries, target.data.ids)
-        products = store_inner_products(store, rows, normalise=method.normalise, weight=weight)
+        products = store_inner_products(
+            store, target_rows(queries, targets.ids), normalise=method.normalise, weight=weight
+        )
         if total is None:
-            total, ids = products, store.ids
-        else:
-            total += products[store.positions(ids)]
+            total, ids = products, list(store.ids)
+            continue
+        both = [number for number, id_ in enumerate(ids) if id_ in store]  # finite at every checkpoint
+        total, ids = total[both], [ids[number] for number in both]
+        total += products[store.positions(ids)]
     assert total is not None
-    return list(ids), total.numpy(), used
+    return ids, total.numpy(), used
 
 
 def target_rows(queries: GradientStore, ids: SequenceABC[str]) -> torch.Tensor:
@@ -229,12 +242,6 @@ def checkpoint_weights(checkpoints: SequenceABC[Checkpoint]) -> list[float]:
             "or give checkpoints that all have or all lack one"
         )
     return [rate / sum(known) for rate in known]
-
-
-def _common(total: torch.Tensor, ids: list[str], store: GradientStore) -> tuple[torch.Tensor, list[str]]:
-    """Keep only examples with finite gradients at every checkpoint."""
-    keep = [number for number, id_ in enumerate(ids) if id_ in store]
-    return total[keep], [ids[number] for number in keep]
 
 
 def _save(pool: Pool, scores: Scores, identity: dict[str, Any]) -> None:

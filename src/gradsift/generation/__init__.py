@@ -1,0 +1,1 @@
+"""Text from a model: what it says to a prompt."""

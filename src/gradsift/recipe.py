@@ -1,0 +1,246 @@
+"""A recipe: one validated value that says everything about a run, as YAML, from the command line or in Python."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError
+
+from gradsift.data.chat import Supervise
+from gradsift.data.load import Columns
+from gradsift.errors import ConfigError
+from gradsift.explanation.coefficients import CoefficientModel
+from gradsift.gradients.collect import Gradients
+from gradsift.influence.bm25 import BM25
+from gradsift.influence.less import LESS
+from gradsift.influence.random import Random
+from gradsift.influence.scores import Aggregation, Estimator
+from gradsift.models import DtypeName
+from gradsift.selection.select import Selector, TopK
+from gradsift.settings import Settings
+from gradsift.warmup.train import PRESETS, Warmup
+
+
+class Explain(Settings):
+    """What to explain, besides choosing.
+
+    prompt: a text; or `target`, rows of this file (their prompts; the model answers them unless `use_answers`).
+    k: examples per explanation.
+    estimator: ranks the pool for each output.
+    trade_off: λ of the facility location shown beside top-k.
+    """
+
+    prompt: str | None = None
+    target: str | None = None
+    output: str | None = None
+    use_answers: bool = False
+    k: int = Field(default=5, ge=1)
+    estimator: LESS | BM25 = Field(default=LESS(optimizer="sgd", checkpoints="last"), discriminator="kind")
+    trade_off: float = Field(default=0.5, ge=0, le=1)
+    coefficients: CoefficientModel = "MSEProjUSimp"
+    max_new_tokens: int = Field(default=128, ge=1)
+
+
+class Recipe(Settings):
+    """Everything about a run. `gradsift init` writes one with every field explained."""
+
+    model: str
+    pool: str
+    out: str
+    target: str | None = None
+    subtask: str | None = None
+    columns: Columns = Columns()
+    target_columns: Columns = Columns()
+    max_length: int = Field(default=1024, ge=2)
+    supervise: Supervise = "all_turns"
+    keep_duplicates: bool = False
+    keep_overlap: bool = False
+    warmup: Warmup = Warmup()
+    adapter: tuple[str, ...] = ()
+    gradients: Gradients = Gradients()
+    estimator: Estimator = LESS()
+    controls: tuple[Annotated[LESS | BM25 | Random, Field(discriminator="kind")], ...] = (BM25(), Random(seed=0))
+    aggregation: Aggregation = "max_of_means"
+    selection: Selector = TopK()
+    budget: float = Field(default=0.05, gt=0)
+    group_by: tuple[str, ...] = ()
+    explain: Explain | None = None
+    seed: int = 0
+    dtype: DtypeName = "auto"
+    device: str = "auto"
+
+
+def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Recipe:
+    """Read and check a YAML recipe.
+
+    Raises:
+        ConfigError: not readable, not YAML, or a wrong key or value: each with its line, and the nearest right key.
+    """
+    file = Path(path)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file} is not UTF-8 text: {error.reason}") from error
+    except OSError as error:
+        raise ConfigError(f"cannot read recipe {file}: {error.strerror}. `gradsift init {file}` writes one") from error
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{file}{where} is not YAML: {getattr(error, 'problem', error)}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file} holds no settings: wanted `model:`, `pool:`, `out:` …; `gradsift init` writes one")
+    content = {**content, **(overrides or {})}
+    if isinstance(content.get("warmup"), dict):
+        content["warmup"] = _with_preset(content["warmup"], file)
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise ConfigError(_explain_errors(error, Recipe, node, str(file))) from error
+
+
+def validated(values: dict[str, Any]) -> Recipe:
+    """A recipe from Python or command-line values.
+
+    Raises:
+        ConfigError: a wrong key or value.
+    """
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_explain_errors(error, Recipe, None, "options")) from error
+
+
+def as_yaml(recipe: Recipe) -> str:
+    """The recipe as YAML, with defaults left out."""
+    return yaml.safe_dump(recipe.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True)
+
+
+def _with_preset(warmup: dict[str, Any], file: Path) -> dict[str, Any]:
+    if "preset" not in warmup:
+        return warmup
+    rest = {key: value for key, value in warmup.items() if key != "preset"}
+    if warmup["preset"] not in PRESETS:
+        raise ConfigError(f"{file}: warmup preset {warmup['preset']!r} is unknown; there are {', '.join(PRESETS)}")
+    return {**PRESETS[warmup["preset"]].model_dump(), **rest}
+
+
+def _explain_errors(error: ValidationError, model: type[BaseModel], node: Any, source: str) -> str:
+    messages = []
+    for entry in error.errors():
+        path = [part for part in entry["loc"] if not _is_tag(part)]
+        line = _line(node, path)
+        where = f"{source} line {line}" if line else source
+        name = ".".join(map(str, path))
+        if entry["type"] == "extra_forbidden":
+            known = _fields(model, entry["loc"][:-1])
+            near = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.5)
+            advice = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+            messages.append(f"{where}: unknown key {name!r}; {advice}")
+        elif entry["type"] == "missing":
+            messages.append(f"{where}: {name!r} is missing")
+        else:
+            value = entry.get("input")
+            shown = repr(value) if len(repr(value)) < 60 else type(value).__name__
+            messages.append(f"{where}: {name} is {shown}: {entry['msg'][0].lower()}{entry['msg'][1:]}")
+    return "; ".join(dict.fromkeys(messages))
+
+
+_TAGS = {"less", "bm25", "random", "top_k", "facility_location"}
+
+
+def _is_tag(part: Any) -> bool:
+    """Whether a part of an error's place is the discriminator's value, not a key."""
+    return part in _TAGS
+
+
+def _fields(model: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
+    """Field names of the model that an error's place lies in."""
+    current: list[type[BaseModel]] = [model]
+    for part in loc:
+        if isinstance(part, int):
+            continue
+        if _is_tag(part):
+            current = [m for m in current if part == getattr(m.model_fields.get("kind"), "default", None)] or current
+            continue
+        found: list[type[BaseModel]] = []
+        for candidate in current:
+            if part in candidate.model_fields:
+                found += _models(candidate.model_fields[part].annotation)
+        current = found or current
+    return sorted({name for candidate in current for name in candidate.model_fields})
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for argument in get_args(annotation) for model in _models(argument)]
+
+
+def _line(node: Any, path: list[Any]) -> int | None:
+    """Line of the key at `path` in a composed YAML document."""
+    line = None
+    for part in path:
+        if isinstance(node, yaml.MappingNode):
+            match = next((pair for pair in node.value if pair[0].value == str(part)), None)
+            if match is None:
+                return line
+            line, node = match[0].start_mark.line + 1, match[1]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+            line = node.start_mark.line + 1
+        else:
+            return line
+    return line
+
+
+TEMPLATE = """\
+# A gradsift recipe: `gradsift run {name}`. Every key but model, pool and out has the default shown.
+
+model: HuggingFaceTB/SmolLM2-135M-Instruct   # hub id or folder
+pool: pool.jsonl             # file, folder, glob or data set name: the examples to choose from
+target: target.jsonl         # examples of what the model should get better at
+out: runs/first              # run folder: results, and everything needed to go on after an interruption
+
+# subtask: task              # a target column: the score is the best mean over its values
+# columns: {{prompt: question, completion: answer}}   # where the pool's columns have other names
+max_length: 1024             # tokens kept of each example
+supervise: all_turns         # or last_turn
+seed: 0
+
+warmup:                      # a short LoRA training, one checkpoint an epoch
+  preset: less               # less or compact; any field below overrides it
+  # fraction: 0.05           # share of the pool
+  # epochs: 4
+  # rank: 128
+  # learning_rate: 2.0e-5
+  # batch_size: 128
+# adapter: [path/to/checkpoint-100]   # use existing PEFT adapters instead of a warm-up
+
+gradients:
+  modules: lora              # or a regular expression over linear modules
+  projection: {{kind: sparse, dim: 8192, seed: 0}}
+  dtype: float16
+
+estimator: {{kind: less, optimizer: adam}}   # less, bm25, random
+controls: [{{kind: bm25}}, {{kind: random, seed: 0}}]
+aggregation: max_of_means
+selection: {{kind: top_k}}     # or {{kind: facility_location, trade_off: 0.5}}
+budget: 0.05                 # a share below 1, or a number of examples
+
+# explain:                   # also explain an output
+#   prompt: "What is 17 + 25?"
+#   k: 5
+"""
+
+
+def template(path: str | Path) -> str:
+    """The annotated recipe that `gradsift init` writes."""
+    return TEMPLATE.format(name=path)
+
+

@@ -1,0 +1,164 @@
+"""Tiny models from configuration only, and sequences to run through them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from gradsift.types import Sequence
+
+VOCABULARY = 61
+
+
+def tiny_llama(*, seed: int = 0, **options: Any) -> nn.Module:
+    """Grouped-query attention, untied head."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+        bos_token_id=1,
+        eos_token_id=2,
+        **options,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def tiny_gpt2(*, seed: int = 0) -> nn.Module:
+    """Linears of type Conv1D, whose weight is transposed; tied head, learned positions, dropout by default."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        n_positions=64,
+        initializer_range=0.2,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return GPT2LMHeadModel(config).eval()
+
+
+def tiny_qwen2(*, seed: int = 0) -> nn.Module:
+    """Biases on q, k, v; tied embeddings."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    model = Qwen2ForCausalLM(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def tiny_mixtral(*, seed: int = 0) -> nn.Module:
+    """Experts fused in three-dimensional parameters, a router that is a bare matrix."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(seed)
+    config = MixtralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return MixtralForCausalLM(config).eval()
+
+
+def tiny_qwen2_moe(*, seed: int = 0) -> nn.Module:
+    """A shared expert of plain linears that runs on flattened `[sequence·token feature]` states."""
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    torch.manual_seed(seed)
+    config = Qwen2MoeConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=24,
+        moe_intermediate_size=8,
+        shared_expert_intermediate_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return Qwen2MoeForCausalLM(config).eval()
+
+
+def with_lora(
+    model: nn.Module, targets: str | list[str] = "all-linear", *, rank: int = 3, seed: int = 1, **options: Any
+) -> Any:
+    """The model under a LoRA adapter as after some training: B is not zero."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        lora_dropout=0.1,
+        target_modules=targets,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+        task_type="CAUSAL_LM",
+        **options,
+    )
+    adapted = get_peft_model(model, config)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name or "lora_embedding_A" in name:
+            nn.init.normal_(parameter, std=0.2)
+    return adapted.eval()
+
+
+def sequence(row: int, tokens: list[int] | np.ndarray, supervised: list[bool] | np.ndarray) -> Sequence:
+    """A labelled sequence with the token-mean weights 1/S."""
+    mask = np.asarray(supervised, dtype=np.float32)
+    return Sequence(row, np.asarray(tokens, dtype=np.int32), mask / mask.sum())
+
+
+def random_sequences(lengths: list[int], *, seed: int = 0) -> list[Sequence]:
+    """One labelled row per length: the answer is the last third, at least one token."""
+    generator = np.random.default_rng(seed)
+    rows = []
+    for row, length in enumerate(lengths):
+        tokens = generator.integers(3, VOCABULARY, length)
+        answer = np.arange(length) >= length - max(1, length // 3)
+        rows.append(sequence(row, tokens, answer))
+    return rows

@@ -461,6 +461,38 @@ def test_plain_text_markers_end_the_turn_where_the_tokenizer_does_not_know_them(
     assert chat.end_of_turn_ids == {tokenizer.eos_token_id}
 
 
+@pytest.mark.parametrize(("template", "end"), [(CHATML, "<|im_end|>"), (PHI_3, "<|end|>")])
+def test_markers_that_are_added_but_not_special_end_the_turn(template: str, end: str) -> None:
+    """Fine-tuned models often add <|im_end|> as an ordinary token: it ends the turn and stops generation."""
+    tokenizer = bytes_tokenizer(template, ("<s>", "</s>"))
+    tokenizer.add_tokens([AddedToken(end, special=False, normalized=False), AddedToken("\n\n", special=False)])
+    chat = ChatFormat(tokenizer)
+    assert runs(tokenizer, tokenized(chat, example("a", "b", "c", "d"))) == [f"b{end}", f"d{end}"]
+    assert chat.end_of_turn_ids == {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(end)}
+
+
+def test_a_template_with_generation_markers_gives_the_same_labels() -> None:
+    """`{% generation %}` blocks, which some templates put around answers, change nothing: end of turn stays a label."""
+    marked = CHATML.replace(
+        " + m['content'] + '<|im_end|>\n' }}",
+        " }}{% generation %}{{ m['content'] }}{% endgeneration %}{{ '<|im_end|>\n' }}",
+    )
+    assert marked != CHATML
+    results = [tokenized(ChatFormat(bytes_tokenizer(t)), example("a", "b\n", "c", "d")) for t in (CHATML, marked)]
+    assert results[0].token_ids.tolist() == results[1].token_ids.tolist()
+    assert results[0].supervised.tolist() == results[1].supervised.tolist()
+
+
+def test_the_default_one_of_several_templates_is_used() -> None:
+    """A tokenizer with named templates uses "default"; without one it cannot be chosen."""
+    tokenizer = bytes_tokenizer(CHATML)
+    tokenizer.chat_template = {"default": CHATML, "tool_use": ZEPHYR}
+    assert ChatFormat(tokenizer).fingerprint == ChatFormat(bytes_tokenizer(CHATML)).fingerprint
+    tokenizer.chat_template = {"rag": CHATML, "tool_use": ZEPHYR}
+    with pytest.raises(ModelError, match="rag"):
+        ChatFormat(tokenizer)
+
+
 def test_tool_results_are_read_not_learned() -> None:
     """A tool message is context; the answers before and after it are labelled."""
     tokenizer = bytes_tokenizer(CHATML)

@@ -151,6 +151,8 @@ BAD_ROWS = [
     ("bad_content", {"instruction": "a", "input": 5, "output": "x"}),
     ("unsupported_content", {"messages": [{"role": "user", "content": [{"type": "image_url", "url": "u"}]}, CHAT[1]]}),
     ("unsupported_field", {"messages": [CHAT[0], {"role": "assistant", "content": "x", "tool_calls": [{"id": 1}]}]}),
+    ("unsupported_field", {"messages": [CHAT[0], {"role": "assistant", "content": "x", "thinking": "hm"}]}),
+    ("unsupported_field", {"messages": [CHAT[0], {"role": "assistant", "content": "x", "weight": 0}, *CHAT]}),
     ("empty_answer", {"messages": [CHAT[0], {"role": "assistant", "content": " \n"}]}),
     ("empty_answer", {"prompt": "Hi", "completion": ""}),
     ("no_assistant_turn", {"messages": CHAT[:1]}),
@@ -321,6 +323,15 @@ class TestFiles:
         """Neither of two columns of one name can be chosen silently."""
         with pytest.raises(DataError, match="'prompt' twice"):
             load_examples(write_lines(tmp_path / "x.csv", "prompt,prompt,completion", "a,b,c"))
+
+    def test_csv_with_broken_quotes(self, tmp_path: Path) -> None:
+        """A field with text after its closing quote spoils its row; the rows after it are read."""
+        path = write_lines(tmp_path / "x.csv", "id,prompt,completion", 'a,"b"c,d', "e,f,g")
+        loaded = load_examples(path)
+        assert [one.id for one in loaded.examples] == ["e"]
+        assert only_skip(loaded) == ("bad_csv", "x.csv", 2)
+        with pytest.raises(DataError, match="not a valid csv header"):
+            load_examples(write_lines(tmp_path / "y.csv", '"id"x,prompt,completion', "a,b,c"))
 
     def test_parquet(self, tmp_path: Path) -> None:
         """Nested rows come back as written."""

@@ -17,14 +17,14 @@ An answer's span is what the model has to write after the generation prompt, up 
 - It begins where the generation prompt ends. For a template whose generation prompt is no beginning of its own
   rendering (one that opens `<think>`, or one without generation prompts), it begins with the answer's content; white
   space before it that belongs to the answer (`[/INST] Yes`) is kept.
-- It ends with the first special token that the template writes after the content; white space after that is left out.
-  Where the template writes plain text there (`<|im_end|>` under a tokenizer that does not know it), that text without
-  trailing white space; where it writes nothing, nothing is added.
+- It ends with the first special or added token that the template writes after the content; white space after that is
+  left out. Where the template writes plain text there (`<|im_end|>` under a tokenizer that does not know it), that text
+  without trailing white space; where it writes nothing, nothing is added.
 
 The whole text is tokenised once. A token is a label when it holds at least one character of a span, so a token that
 straddles the boundary (a line break of the template merged with the answer's first blank) is a label: leaving it out
-would leave out part of the answer. The exception is a special token that begins before the span and swallows blanks
-after itself: it is the template's. The very first token is never a label, as nothing predicts it.
+would leave out part of the answer. The exception is a special or added token that begins before the span and swallows
+the blanks after it: it is the template's. The very first token is never a label, as nothing predicts it.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ class ChatFormat:
         self._frames: dict[tuple[tuple[str, ...], bool], _Frame | None] = {}
         self._answers: dict[tuple[str, ...], dict[int, _Answer]] = {}
         self._template, self.announcement = _template_of(tokenizer)
-        self._special_ids = _special_ids(tokenizer)
+        self._marker_ids = _marker_ids(tokenizer)
         self._backend, identity = _backend_of(tokenizer)
         # A pad token set by a training script changes no id; one that the template writes does.
         named = {name: token for name, token in tokenizer.special_tokens_map.items() if name in self._template}
@@ -214,7 +214,8 @@ class ChatFormat:
         spans = []
         for position in positions:
             if position not in answers:
-                raise _TemplateProblemError(f"the chat template does not show message {position + 1} exactly once")
+                how = "exactly once" if frame is not None else "when its text is a single word"
+                raise _TemplateProblemError(f"the chat template does not show message {position + 1} {how}")
             answer = answers[position]
             if contents is not None:
                 begin, end = contents[position]
@@ -267,7 +268,7 @@ class ChatFormat:
         alone = self._frame((*earlier, "assistant"))
         if alone is None or len(earlier) not in alone.order:
             return None
-        end = _end_of_turn(alone.literals[alone.order.index(len(earlier)) + 1], self._special_ids)
+        end = _end_of_turn(alone.literals[alone.order.index(len(earlier)) + 1], self._marker_ids)
         if not after.startswith(end):
             end = ""
 
@@ -333,7 +334,7 @@ class ChatFormat:
                 mask = self._labels_by_offsets(span, ids, offsets)
             else:
                 mask = self._labels_by_prefixes(span, text, ids)
-            closing = [index for token, index in self._special_ids.items() if span.end_of_turn.endswith(token)]
+            closing = [index for token, index in self._marker_ids.items() if span.end_of_turn.endswith(token)]
             if closing and (not mask.any() or ids[np.flatnonzero(mask)[-1]] not in closing):
                 detail = f"the tokenizer does not keep the end of turn {span.end_of_turn!r} apart from the text"
                 return Skipped(example_id, "template", detail)
@@ -352,7 +353,7 @@ class ChatFormat:
         begin, end = offsets[:, 0], offsets[:, 1]
         mask = (begin < span.end) & (end > span.begin)
         straddling = np.flatnonzero(mask & (begin < span.begin))
-        mask[[token for token in straddling if ids[token] in self._special_ids.values()]] = False
+        mask[[token for token in straddling if ids[token] in self._marker_ids.values()]] = False
         return mask
 
     def _labels_by_prefixes(self, span: _Span, text: str, ids: list[int]) -> NDArray[np.bool_]:
@@ -382,7 +383,7 @@ class ChatFormat:
         for roles in (("user", "assistant"), ("system", "user", "assistant")):
             answer = self._answers_of(roles).get(len(roles) - 1)
             if answer is not None and answer.end:
-                closing = [token for text, token in self._special_ids.items() if answer.end.endswith(text)]
+                closing = [token for text, token in self._marker_ids.items() if answer.end.endswith(text)]
                 ids = closing or self._ids(answer.end)
                 # Several tokens of plain text are no id to stop at.
                 stops |= set(ids) if len(ids) == 1 else set()
@@ -427,9 +428,9 @@ def _assemble(frame: _Frame, messages: Sequence[Message], text: str) -> dict[int
     return None
 
 
-def _end_of_turn(closing: str, special_ids: dict[str, int]) -> str:
-    """Keep what a template writes after an answer up to the first special token, or else the last visible text."""
-    found = [(closing.find(token), -len(token), token) for token in special_ids if token in closing]
+def _end_of_turn(closing: str, marker_ids: dict[str, int]) -> str:
+    """Keep what a template writes after an answer up to the first marker token, or else the last visible text."""
+    found = [(closing.find(token), -len(token), token) for token in marker_ids if token in closing]
     if not found:
         return closing.rstrip()
     place, _, token = min(found)
@@ -489,10 +490,11 @@ def _with_fixed_date(template: str) -> str:
     return "{% macro strftime_now(form) %}{{ " + date + " }}{% endmacro %}{{ '' }}" + template
 
 
-def _special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    added = {token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+def _marker_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Return the tokens that stand outside the text, special or merely added, but not the runs of blanks some add."""
+    added = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
     named = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
-    return added | {token: index for token, index in named if token and index is not None}
+    return {token: index for token, index in (*added.items(), *named) if token.strip() and index is not None}
 
 
 def _backend_of(tokenizer: PreTrainedTokenizerBase) -> tuple[Tokenizer | None, str]:
@@ -502,7 +504,7 @@ def _backend_of(tokenizer: PreTrainedTokenizerBase) -> tuple[Tokenizer | None, s
     truncation, which other code may have switched on, stay off.
     """
     if not tokenizer.is_fast:
-        return None, _digest(type(tokenizer).__name__, tokenizer.get_vocab(), _special_ids(tokenizer))
+        return None, _digest(type(tokenizer).__name__, tokenizer.get_vocab(), _marker_ids(tokenizer))
     try:
         state = tokenizer.backend_tokenizer.to_str()
     except Exception as error:

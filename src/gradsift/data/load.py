@@ -11,6 +11,7 @@ import glob
 import gzip
 import io
 import json
+import os
 import re
 import sys
 from collections import Counter
@@ -273,6 +274,8 @@ def _message(turn: Any, position: int) -> Message:
             raise _BadRowError(
                 "unsupported_field", f"message {position} carries {name!r}, which would be left out of the loss"
             )
+    if turn.get("weight", 1) == 0:
+        raise _BadRowError("unsupported_field", f"message {position} has weight 0; give the rows to learn from only")
     content = _text(turn.get("content", turn.get("value")), position)
     if role == "assistant" and not content.strip():
         raise _BadRowError("empty_answer", f"message {position} is an assistant turn without text")
@@ -395,8 +398,8 @@ def _nothing_usable(what: str, name: str, skipped: Sequence[Skipped], columns: S
 
 def _open_source(source: Any, what: str) -> tuple[Iterator[_Row], str]:
     """Return the rows of a source and its name ("" for rows in memory)."""
-    if isinstance(source, str | Path):
-        return _open_named(str(source), what)
+    if isinstance(source, str | os.PathLike):
+        return _open_named(os.fspath(source), what)
     if isinstance(source, Mapping):
         # A DatasetDict is a mapping of splits; any other mapping is one row in the wrong place.
         if _is_datasets_object(source):
@@ -407,8 +410,8 @@ def _open_source(source: Any, what: str) -> tuple[Iterator[_Row], str]:
     if not isinstance(source, Iterable):
         raise DataError(f"{what}: got {_kind(source)}; wanted a path, a dataset name, a Dataset or a list of rows.")
     rows = list(source)
-    if rows and all(isinstance(row, str | Path) for row in rows):
-        opened = [_open_named(str(row), what) for row in rows]
+    if rows and all(isinstance(row, str | os.PathLike) for row in rows):
+        opened = [_open_named(os.fspath(row), what) for row in rows]
         return (row for part, _ in opened for row in part), ", ".join(name for _, name in opened)
     return (_Row(row, "rows", number) for number, row in enumerate(rows, start=1)), ""
 
@@ -576,7 +579,10 @@ def _csv_rows(path: Path, name: str, delimiter: str, what: str) -> Iterator[_Row
         # Undecodable bytes are kept as surrogates so that they spoil only their own row.
         text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
         reader = csv.reader(text, delimiter=delimiter, strict=True)
-        header = next(reader, None)
+        try:
+            header = next(reader, None)
+        except csv.Error as error:
+            raise DataError(f"{what}: {path} has a first line that is not a valid csv header: {error}.") from error
         if header is None:
             return
         repeated = [column for column, count in Counter(header).items() if count > 1]

@@ -100,6 +100,7 @@ def compare(peer: Rows, reference: Reference, *, projected: bool) -> dict[str, d
     """For each choice of labels: how the cosines between examples, and the rows themselves, agree.
 
     A projection keeps inner products but not coordinates, so the rows' own cosine is given only without one.
+    `row_largest_relative_error` is against the gradient of the sum, so it says nothing of a peer whose loss is a mean.
     `norm_over_sum` is 1 where the peer's loss is a sum over the labelled tokens, `norm_over_mean` where it is a mean.
     """
     answer: dict[str, dict[str, Any]] = {}

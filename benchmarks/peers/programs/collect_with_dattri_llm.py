@@ -103,10 +103,11 @@ def main() -> None:
                 length = len(examples[position][0])
                 ids[row, :length] = torch.tensor(examples[position][0])
                 labels[row, :length] = torch.tensor(examples[position][1])
-            # Padding follows the tokens, so causal attention needs no mask; without one it takes its faster kernel.
+            # Padding follows the tokens, so causal attention needs no mask.
             logits = model(input_ids=ids).logits[:, :-1]
-            losses = F.cross_entropy(logits.transpose(1, 2), labels[:, 1:], reduction="none").sum(1)
-            (losses / (labels[:, 1:] != -100).sum(1)).sum().backward()
+            targets = labels[:, 1:]
+            losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets).sum(1)
+            (losses / (targets != -100).sum(1)).sum().backward()
             model.zero_grad(set_to_none=True)
             print(f"collected {done}/{len(order)}", flush=True)
     hooks.remove()

@@ -56,7 +56,7 @@ def test_equals_brute_force_greedy(seed: int, m: int, trade_off: float) -> None:
 
 # Recorded once with apricot-select 0.6.1: FacilityLocationSelection(metric="cosine") for cosine_squared, a precomputed
 # similarity for cosine_shifted, and a custom optimizer that picks by equation 4 from apricot's own gains. At λ = 1 they
-# are also the picks of apricot's lazy optimizer and of submodlib-py 0.0.3 (NaiveGreedy), as far as no two candidates tie:
+# are also the picks of apricot's lazy optimizer and of submodlib-py 0.0.3 (NaiveGreedy), as far as no candidates tie:
 # in the last case 8 and 11 tie at the fifth pick, so only four picks are recorded.
 GOLDEN_GRADIENTS = [
     [3, 1, 0, -2], [-2, -4, -4, -4], [-3, 3, 1, 4], [0, 1, 4, 2], [1, 0, 1, 4], [-2, 3, 2, -4], [-1, 3, 0, -4],

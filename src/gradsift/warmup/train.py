@@ -1,0 +1,383 @@
+"""Train LoRA on examples and keep, after each epoch, the adapter, Adam's moments by name and the mean learning rate.
+
+One function serves the warm-up of LESS (Xia et al. 2024, §2.3 and §5.1), fine-tuning on a selection, and the models
+that selections are compared by.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from pydantic import Field
+from safetensors import SafetensorError
+
+from gradsift.data.dataset import Dataset
+from gradsift.errors import CorruptError, DataError, ModelError
+from gradsift.models import DtypeName, host, model_identity
+from gradsift.progress import Reporter, silent
+from gradsift.run import Run
+from gradsift.settings import Settings
+from gradsift.store.manifest import fingerprint, publish_json, read_json
+from gradsift.types import TokenizedExample
+from gradsift.warmup.checkpoint import ADAM_FILE, INFO_FILE, Checkpoint
+
+if TYPE_CHECKING:
+    from gradsift.warmup.trainer import StepTrainer, TrainingState
+
+_MIN_STEPS = 8  # optimizer steps per epoch; with one, the first runs at rate 0 and leaves B = 0
+_SAVE_SECONDS = 120.0  # the work that a killed training loses at most, unless saving takes a twentieth of it
+_PARTIAL = "partial.safetensors"
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+class Training(Settings):
+    """How LoRA is trained with AdamW; the defaults are those of LESS.
+
+    target_modules: last parts of module names; None adapts q, k, v and o_proj where the model has them, else what PEFT
+        adapts by default in its architecture.
+    schedule: after a linear warm-up over `warmup_ratio` of all steps, which begins at rate 0.
+    max_grad_norm: gradients of a larger 2-norm are scaled down to it; 0 never scales.
+    batch_size: examples per optimizer step; fewer where an epoch would have less than 8 steps.
+    """
+
+    epochs: int = Field(default=4, ge=1)
+    rank: int = Field(default=128, ge=1)
+    alpha: float = Field(default=512, gt=0)
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+    target_modules: tuple[str, ...] | None = Field(default=None, min_length=1)
+    learning_rate: float = Field(default=2e-5, gt=0)
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    batch_size: int = Field(default=128, ge=1)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(default=1e-8, gt=0)
+
+
+class Warmup(Training):
+    """Training on a uniform sample before gradients are taken.
+
+    fraction: share of the pool, drawn by the seed; at least 8 examples, or all there are.
+    """
+
+    fraction: float = Field(default=0.05, gt=0, le=1)
+
+
+PRESETS: dict[str, Warmup] = {
+    "less": Warmup(),
+    "compact": Warmup(
+        fraction=1.0,
+        epochs=1,
+        rank=16,
+        alpha=32,
+        target_modules=("q_proj", "v_proj"),
+        learning_rate=1e-4,
+        warmup_ratio=0.0,
+        batch_size=32,
+    ),
+}
+
+
+def warm_up(
+    run: Run,
+    data: Dataset,
+    settings: Warmup | None = None,
+    *,
+    model: str,
+    dtype: DtypeName = "auto",
+    device: str = "auto",
+    seed: int = 0,
+    reporter: Reporter | None = None,
+) -> list[Checkpoint]:
+    """Train on a uniform sample of the pool; one checkpoint per epoch, in order. See `train`.
+
+    Example:
+        >>> checkpoints = warm_up(run, pool, PRESETS["less"], model="meta-llama/Llama-3.2-1B")  # doctest: +SKIP
+    """
+    settings = settings or Warmup()
+    ids = sorted(data.ids)
+    count = min(len(ids), max(_MIN_STEPS, round(settings.fraction * len(ids))))
+    chosen = np.random.default_rng((seed, len(ids))).choice(len(ids), count, replace=False)
+    return train(
+        run,
+        data,
+        [ids[position] for position in chosen],
+        settings,
+        model=model,
+        dtype=dtype,
+        device=device,
+        seed=seed,
+        what="warm-up",
+        reporter=reporter,
+    )
+
+
+def train(
+    run: Run,
+    data: Dataset,
+    ids: Sequence[str],
+    settings: Training,
+    *,
+    model: str,
+    dtype: DtypeName = "auto",
+    device: str = "auto",
+    seed: int = 0,
+    what: str = "warm-up",
+    reporter: Reporter | None = None,
+) -> list[Checkpoint]:
+    """Train a fresh LoRA adapter on the examples; one checkpoint per epoch, in order.
+
+    The loss of a batch is the mean over its examples of the mean next-token NLL (nats) over each one's supervised
+    tokens, with dropout. What the run holds already is returned without loading a model; an interrupted training goes
+    on and ends at the weights that an undisturbed one reaches. The base model is left as it was.
+
+    Args:
+        run: the run folder, locked by the caller if other processes may work there.
+        data: holds the examples.
+        ids: of the examples; their order does not matter, one that is named twice counts twice.
+        settings: of the training.
+        model: the base model's hub id or folder.
+        dtype: of the base model; the adapter is float32 (float64 on a float64 model).
+        device: `auto`, `cpu`, `cuda`, `cuda:1`, or `map`.
+        seed: of the adapter's A matrices, the order of the examples, and dropout.
+        what: the word for this training in messages.
+        reporter: where progress goes.
+
+    Returns:
+        Checkpoints whose `learning_rate` η̄ is the mean of the rates of the epoch's optimizer steps.
+
+    Raises:
+        DataError: no ids, or some that are not in `data`.
+        ModelError: the model cannot be loaded or adapted, the loss is not finite, or an epoch taught nothing because
+            all its steps ran at rate 0.
+        CorruptError: what an interrupted training left cannot be read.
+    """
+    reporter = reporter or silent()
+    if not ids:
+        raise DataError(f"{what}: no examples to train on; give at least one id of {data.description}")
+    ordered = sorted(ids)
+    positions = data.positions(ordered)
+    config = training_config(data, ordered, settings, model=model, dtype=dtype, seed=seed)
+    prefix = run.prefix("checkpoints", config)
+    finished = _finished_epochs(run, prefix, settings.epochs)
+    if run.manifest(prefix) is None or finished < settings.epochs:
+        batch_size = effective_batch_size(len(ids), settings.batch_size)
+        if batch_size < min(settings.batch_size, len(ids)):
+            steps = -(-len(ids) // batch_size)
+            reporter.say(
+                f"{what}: batch size {batch_size} instead of {settings.batch_size}, so that {len(ids)} examples make "
+                f"{steps} optimizer step{'s' if steps > 1 else ''} per epoch"
+            )
+        job = _Job(run, prefix, data, positions, settings, seed, batch_size, what, reporter)
+        if finished < settings.epochs:
+            job.train(host(model, dtype, device).base(), finished)
+        run.storage.delete(f"{prefix}{_PARTIAL}")
+        run.complete(prefix, "checkpoints", config, examples=len(ids), batch_size=batch_size, what=what)
+    return [_checkpoint(run, prefix, epoch) for epoch in range(1, settings.epochs + 1)]
+
+
+def training_config(
+    data: Dataset, ids: Sequence[str], settings: Training, *, model: str, dtype: DtypeName = "auto", seed: int = 0
+) -> dict[str, Any]:
+    """What a training depends on: two with equal configurations end at equal weights (to rounding)."""
+    return {
+        "model": model_identity(model),
+        "model_dtype": dtype,
+        "data": data.fingerprint,
+        "examples": len(ids),
+        "ids": fingerprint(sorted(ids)),
+        "training": settings.model_dump(mode="json", include=set(Training.model_fields)),
+        "seed": seed,
+    }
+
+
+def effective_batch_size(count: int, wanted: int) -> int:
+    """The largest batch size up to `wanted` that cuts `count` examples into at least 8 batches (1 if none does)."""
+    return max(1, min(wanted, (count - 1) // (_MIN_STEPS - 1)))
+
+
+def _finished_epochs(run: Run, prefix: str, epochs: int) -> int:
+    """How many epochs, from the first, are there in full; checkpoint.json is written last of each."""
+    for epoch in range(1, epochs + 1):
+        names = (*_ADAPTER_FILES, ADAM_FILE, INFO_FILE)
+        if not all(run.storage.exists(f"{prefix}epoch-{epoch}/{name}") for name in names):
+            return epoch - 1
+    return epochs
+
+
+def _checkpoint(run: Run, prefix: str, epoch: int) -> Checkpoint:
+    folder = f"{prefix}epoch-{epoch}"
+    rate = float(read_json(run.storage, f"{folder}/{INFO_FILE}")["learning_rate"])
+    return Checkpoint(str(run.path(folder)), rate, str(run.path(f"{folder}/{ADAM_FILE}")))
+
+
+class _Job:
+    """One training that is under way: which examples each step takes, and what is published when."""
+
+    def __init__(
+        self,
+        run: Run,
+        prefix: str,
+        data: Dataset,
+        positions: list[int],
+        settings: Training,
+        seed: int,
+        batch_size: int,
+        what: str,
+        reporter: Reporter,
+    ) -> None:
+        self.run, self.prefix, self.data, self.positions = run, prefix, data, positions
+        self.settings, self.seed, self.batch_size = settings, seed, batch_size
+        self.what, self.reporter = what, reporter
+        self.steps_per_epoch = -(-len(positions) // batch_size)
+        self._order: tuple[int, Any] = (-1, None)
+        self._saved_at, self._save_cost = time.monotonic(), 0.0
+
+    def train(self, base: Any, finished: int) -> None:
+        """Train from the last state that was saved."""
+        from gradsift.warmup.trainer import StepTrainer, adapter_on
+
+        state = self._saved_state(finished)
+        done = 0 if state is None else state.step
+        epoch, step = divmod(done, self.steps_per_epoch)
+        if done:
+            self.reporter.say(f"{self.what}: going on after epoch {epoch}, step {step} of {self.steps_per_epoch}")
+        seen = epoch * len(self.positions) + step * self.batch_size
+        self.run.path(self.prefix).mkdir(parents=True, exist_ok=True)
+        with (
+            adapter_on(base, self.settings, self.seed) as model,
+            self.reporter.stage(f"{self.what}: training", self.settings.epochs * len(self.positions) - seen) as advance,
+        ):
+            StepTrainer.run(
+                model,
+                self.batch,
+                total_steps=self.settings.epochs * self.steps_per_epoch,
+                settings=self.settings,
+                seed=self.seed,
+                folder=str(self.run.path(self.prefix)),
+                state=state,
+                on_rows=advance,
+                on_step=self.after_step,
+            )
+
+    def batch(self, step: int) -> list[TokenizedExample]:
+        """The examples of an optimizer step; each epoch has its own order, drawn from (seed, epoch)."""
+        epoch, number = divmod(step, self.steps_per_epoch)
+        if self._order[0] != epoch:
+            self._order = epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.positions))
+        part = self._order[1][number * self.batch_size : (number + 1) * self.batch_size]
+        return [self.data[self.positions[place]] for place in part]
+
+    def after_step(self, trainer: StepTrainer) -> None:
+        """Publish a finished epoch, or now and then the state within one."""
+        epoch, rest = divmod(trainer.step, self.steps_per_epoch)
+        now = time.monotonic()
+        if rest == 0:
+            self._publish_epoch(trainer, epoch)
+        elif now - self._saved_at >= max(_SAVE_SECONDS, 20 * self._save_cost):
+            self._publish_partial(trainer.snapshot())
+        else:
+            return
+        self._saved_at = time.monotonic()
+        self._save_cost = self._saved_at - now
+
+    def _publish_epoch(self, trainer: StepTrainer, epoch: int) -> None:
+        import torch
+        from peft import get_peft_model_state_dict
+        from safetensors.torch import save
+
+        state = trainer.snapshot()
+        rate = sum(state.rates) / len(state.rates)
+        b = [weight for name, weight in state.weights.items() if ".lora_B." in name]
+        if rate == 0 or not any(bool(weight.any()) for weight in b):
+            raise ModelError(
+                f"{self.what}: epoch {epoch} taught the adapter nothing: {len(state.rates)} optimizer steps at a mean "
+                f"learning rate of {rate:g}, and gradients vanish where every LoRA B is zero. Train on more than "
+                f"{len(self.positions)} examples, or set warmup_ratio to 0, so that no epoch runs at rate 0"
+            )
+        folder = f"{self.prefix}epoch-{epoch}/"
+        adapter = get_peft_model_state_dict(trainer.model, save_embedding_layers=False)
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.items()}
+        moments = {f"{name}.exp_avg": tensor for name, tensor in state.exp_avg.items()}
+        moments |= {f"{name}.exp_avg_sq": tensor for name, tensor in state.exp_avg_sq.items()}
+        moments["step"] = torch.tensor(state.step)
+        loss = state.loss_sum / len(self.positions)
+        info = {"epoch": epoch, "learning_rate": rate, "steps": state.step, "loss": loss}
+        publish = self.run.storage.publish
+        publish(f"{folder}adapter_config.json", _adapter_config(trainer.model))
+        publish(f"{folder}adapter_model.safetensors", save(weights, metadata={"format": "pt"}))
+        publish(f"{folder}{ADAM_FILE}", save(moments))
+        publish_json(self.run.storage, f"{folder}{INFO_FILE}", info)
+        self.run.storage.delete(f"{self.prefix}{_PARTIAL}")
+        trainer.loss_sum, trainer.rates = 0.0, []
+        self.reporter.say(
+            f"{self.what}: epoch {epoch} of {self.settings.epochs}, mean loss {loss:.4f} nats per token, "
+            f"mean learning rate {rate:.3g}"
+        )
+
+    def _publish_partial(self, state: TrainingState) -> None:
+        import torch
+        from safetensors.torch import save
+
+        tensors = dict(state.weights)
+        tensors |= {f"{name}.exp_avg": tensor for name, tensor in state.exp_avg.items()}
+        tensors |= {f"{name}.exp_avg_sq": tensor for name, tensor in state.exp_avg_sq.items()}
+        tensors["step"] = torch.tensor(state.step)
+        tensors["loss_sum"] = torch.tensor(state.loss_sum, dtype=torch.float64)
+        tensors["rates"] = torch.tensor(state.rates, dtype=torch.float64)
+        self.run.storage.publish(f"{self.prefix}{_PARTIAL}", save(tensors))
+
+    def _saved_state(self, finished: int) -> TrainingState | None:
+        """Where to go on: within an epoch, after the last finished one, or (None) at the start.
+
+        Raises:
+            CorruptError: the files cannot be read, or are of another number of steps.
+        """
+        from safetensors.torch import load
+
+        from gradsift.warmup.trainer import TrainingState
+
+        start = finished * self.steps_per_epoch
+        files = [f"{self.prefix}{_PARTIAL}"]
+        if finished:
+            files += [f"{self.prefix}epoch-{finished}/{name}" for name in ("adapter_model.safetensors", ADAM_FILE)]
+        try:
+            if self.run.storage.exists(files[0]):
+                tensors = load(self.run.storage.read(files[0]))
+                if start < int(tensors["step"]) < start + self.steps_per_epoch:
+                    rates, loss_sum = tensors.pop("rates").tolist(), float(tensors.pop("loss_sum"))
+                    return TrainingState(*_split(tensors), loss_sum, rates)
+            if not finished:
+                return None
+            weights, moments = (load(self.run.storage.read(file)) for file in files[1:])
+            state = TrainingState(*_split(weights | moments))
+        except (SafetensorError, KeyError) as error:
+            raise CorruptError(
+                f"what an interrupted training left in {self.run.path(self.prefix)} cannot be read ({error}): "
+                "delete that folder and run the same command again"
+            ) from error
+        if state.step != start:
+            raise CorruptError(
+                f"{self.run.path(files[2])} is of step {state.step}, expected {start}: delete the folder "
+                f"{self.run.path(self.prefix)} and run the same command again"
+            )
+        return state
+
+
+def _split(tensors: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], int]:
+    """Weights, first and second moments, by parameter name, and the step."""
+    step = int(tensors.pop("step"))
+    squares = {name.removesuffix(".exp_avg_sq"): t for name, t in tensors.items() if name.endswith(".exp_avg_sq")}
+    return {n: tensors[n] for n in squares}, {n: tensors[f"{n}.exp_avg"] for n in squares}, squares, step
+
+
+def _adapter_config(model: Any) -> bytes:
+    """adapter_config.json as PEFT writes it, but with sets sorted: equal trainings give equal files in any process."""
+    config = model.peft_config["default"].to_dict() | {"inference_mode": True}
+    config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()

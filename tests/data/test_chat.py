@@ -88,6 +88,17 @@ NO_END = (
     "{% for m in messages %}{{ '### ' + m['role'] + ':\n' + m['content'] + '\n\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '### assistant:\n' }}{% endif %}"
 )
+# As gpt-oss: the conversation's last turn ends with another token than the turns before it.
+HARMONY = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '<|channel|>' + m['content'] }}"
+    "{{ eos_token if loop.last and m['role'] == 'assistant' and not add_generation_prompt else '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}"
+)
+# As Nemotron: the generation prompt opens a thought, which answers without one close at once.
+OPEN_OR_EMPTY_THOUGHT = CHATML.replace("assistant\n' }}", "assistant\n<think>\n' }}").replace(
+    "'\n' + m['content']",
+    "'\n' + ('<think></think>' if m['role'] == 'assistant' and '</think>' not in m['content'] else '') + m['content']",
+)
 SPECIAL = (
     "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
     "<start_of_turn>", "<end_of_turn>", "<|User|>", "<|Assistant|>", "<|end|>",
@@ -109,6 +120,7 @@ WILD = {
     "zephyr": (ZEPHYR, "</s>", as_is, True),
     "phi-3": (PHI_3, "<|end|>", as_is, True),
     "vicuna": (VICUNA, "</s>", lambda answer: " " + answer, True),
+    "cohere": (CHATML.replace("<|im_end|>", "<|end|><|im_end|>"), "<|end|><|im_end|>", as_is, True),
     "no end of turn": (NO_END, "", as_is, True),
 }
 
@@ -368,6 +380,12 @@ class TestThinking:
         result = tokenized(ChatFormat(tokenizer), example("a", "<think>x</think>b", "c", "d"))
         assert runs(tokenizer, result) == ["b</s>", "d</s>"]
 
+    def test_a_thought_that_the_prompt_opens_is_learned_from_there(self) -> None:
+        """Labels of a thinking answer begin where generation would; an answer without a thought is labelled alone."""
+        tokenizer = bytes_tokenizer(OPEN_OR_EMPTY_THOUGHT)
+        result = tokenized(ChatFormat(tokenizer), example("a", "b", "c", "<think>\nso\n</think>d"))
+        assert runs(tokenizer, result) == ["b<|im_end|>", "so\n</think>d<|im_end|>"]
+
 
 class TestRefusals:
     """What cannot be labelled is skipped with the reason, never guessed."""
@@ -459,6 +477,13 @@ def test_plain_text_markers_end_the_turn_where_the_tokenizer_does_not_know_them(
     chat = ChatFormat(tokenizer)
     assert runs(tokenizer, tokenized(chat, example("a", "b", "c", "d"))) == ["b<|im_end|>", "d<|im_end|>"]
     assert chat.end_of_turn_ids == {tokenizer.eos_token_id}
+
+
+def test_the_last_turn_may_end_with_another_token() -> None:
+    """Earlier answers end with their own marker, which comes before either next turn."""
+    tokenizer = bytes_tokenizer(HARMONY)
+    result = tokenized(ChatFormat(tokenizer), example("a", "b", "c", "d"))
+    assert runs(tokenizer, result) == ["<|channel|>b<|end|>", "<|channel|>d</s>"]
 
 
 @pytest.mark.parametrize(("template", "end"), [(CHATML, "<|im_end|>"), (PHI_3, "<|end|>")])

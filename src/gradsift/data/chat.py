@@ -17,9 +17,9 @@ An answer's span is what the model has to write after the generation prompt, up 
 - It begins where the generation prompt ends. For a template whose generation prompt is no beginning of its own
   rendering (one that opens `<think>`, or one without generation prompts), it begins with the answer's content; white
   space before it that belongs to the answer (`[/INST] Yes`) is kept.
-- It ends with the first special or added token that the template writes after the content; white space after that is
-  left out. Where the template writes plain text there (`<|im_end|>` under a tokenizer that does not know it), that text
-  without trailing white space; where it writes nothing, nothing is added.
+- It ends with the first special or added token that the template writes after the content, and those that follow
+  without a gap; white space after that is left out. Where the template writes plain text there (`<|im_end|>` under a
+  tokenizer that does not know it), that text without trailing white space; where it writes nothing, nothing is added.
 
 The whole text is tokenised once. A token is a label when it holds at least one character of a span, so a token that
 straddles the boundary (a line break of the template merged with the answer's first blank) is a label: leaving it out
@@ -76,16 +76,14 @@ _PLAIN_TEMPLATE = (
 class _Answer:
     """What surrounds one answer, in characters of the template's own text.
 
-    lead:           text before the content that the model has to write itself, after the generation prompt
-    end:            text after the content that ends the turn
-    header:         text that opens the turn where the generation prompt does not
-    follows_prompt: whether the answer begins exactly where the generation prompt ends
+    lead:   text before the content that the model has to write itself, after the generation prompt
+    end:    text after the content that ends the turn
+    header: text that opens the turn where the generation prompt does not
     """
 
     lead: str
     end: str
     header: str = ""
-    follows_prompt: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +235,7 @@ class ChatFormat:
         if found and mark not in after and text.endswith(after) and after.startswith(answer.end):
             if text.startswith(before) and before.endswith(answer.lead) and len(before) < end:
                 return len(before) - len(answer.lead), end
-            if answer.follows_prompt:
+            if not answer.header:
                 # What precedes the content depends on it (thinking moved to a place of its own): begin at the prompt.
                 prompt = self._render(messages[:position], generation_prompt=True)
                 if text.startswith(prompt) and len(prompt) < end:
@@ -268,9 +266,13 @@ class ChatFormat:
         alone = self._frame((*earlier, "assistant"))
         if alone is None or len(earlier) not in alone.order:
             return None
-        end = _end_of_turn(alone.literals[alone.order.index(len(earlier)) + 1], self._marker_ids)
+        end = _end_of_turn(_literal_after(alone, len(earlier)), self._marker_ids)
         if not after.startswith(end):
-            end = ""
+            # Only the last turn ends like that. Others end with the marker that comes before any next turn, a user's
+            # or the model's own.
+            followed = self._frame((*earlier, "assistant"), generation_prompt=True)
+            common = after[: _shared(after, "" if followed is None else _literal_after(followed, len(earlier)))]
+            end = _first_marker(common, self._marker_ids) or ""
 
         prompt = self._frame(earlier, generation_prompt=True)
         if prompt is None or prompt.order[-1:] != frame.order[:gap][-1:] or not before.startswith(prompt.literals[-1]):
@@ -281,7 +283,7 @@ class ChatFormat:
             # as they share a token with its first word.
             header = rest.rstrip(" ")
             return _Answer(rest.removeprefix(header), end, header)
-        return _Answer(rest, end, follows_prompt=True)
+        return _Answer(rest, end)
 
     def _frame(self, roles: tuple[str, ...], *, generation_prompt: bool = False) -> _Frame | None:
         """Split the template's rendering of these roles at marks that stand for the contents; `None` if it refuses."""
@@ -428,17 +430,31 @@ def _assemble(frame: _Frame, messages: Sequence[Message], text: str) -> dict[int
     return None
 
 
+def _literal_after(frame: _Frame, position: int) -> str:
+    return frame.literals[frame.order.index(position) + 1] if position in frame.order else ""
+
+
+def _first_marker(text: str, marker_ids: dict[str, int]) -> str | None:
+    """Keep a text up to the end of its first marker token."""
+    found = [(text.find(token), -len(token)) for token in marker_ids if token in text]
+    return text[: sum(map(abs, min(found)))] if found else None
+
+
 def _end_of_turn(closing: str, marker_ids: dict[str, int]) -> str:
-    """Keep what a template writes after an answer up to the first marker token, or else the last visible text."""
-    found = [(closing.find(token), -len(token), token) for token in marker_ids if token in closing]
-    if not found:
+    """Keep what a template writes after the last answer up to its first marker tokens, or else its last visible text.
+
+    Markers that follow each other without a gap belong together (Cohere ends a response and then the turn).
+    """
+    end = _first_marker(closing, marker_ids)
+    if end is None:
         return closing.rstrip()
-    place, _, token = min(found)
-    return closing[: place + len(token)]
+    while following := [token for token in marker_ids if closing.startswith(token, len(end))]:
+        end += max(following, key=len)
+    return end
 
 
-def _shared(first: Sequence[int], second: Sequence[int]) -> int:
-    """Count the tokens that two sequences have in common at their beginning."""
+def _shared(first: Sequence[object], second: Sequence[object]) -> int:
+    """Count the elements that two sequences have in common at their beginning."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((position for position, (a, b) in pairs if a != b), min(len(first), len(second)))
 

@@ -1,0 +1,33 @@
+"""What every test shares: an environment without a model hub, and the demo's model."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Set before anything imports torch or transformers, and inherited by the commands that tests start.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Tiny models run slower on many threads, and the suite's time should not depend on the machine's size.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what uses the demo's model, so that `-m "not model"` runs without it."""
+    for item in items:
+        if "demo_model_path" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.model)
+
+
+@pytest.fixture(scope="session")
+def demo_model_path() -> Path:
+    """The folder of the demo's model, in the user's own cache; GRADSIFT_TEST_MODEL names another folder."""
+    named = os.environ.get("GRADSIFT_TEST_MODEL")
+    if named:
+        return Path(named)
+    from gradsift.demo.model import demo_model
+
+    return demo_model()

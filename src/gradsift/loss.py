@@ -15,6 +15,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from gradsift.errors import ModelError
 from gradsift.types import Sequence, TokenizedExample
@@ -114,7 +115,8 @@ class SupervisedHead:
 def weighted_nll(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     """w·(−log softmax(logits)[label]) for each row of `logits` `[label vocab]`; differentiable in the logits.
 
-    The gradient w·(softmax − onehot) is formed with the loss, in blocks, so that one vocabulary-sized buffer suffices.
+    The gradient w·(softmax − onehot) is formed with the loss, in blocks, so that one vocabulary-sized buffer suffices;
+    hence it can be differentiated once only, and a second time raises.
     """
     return cast(Tensor, _WeightedNLL.apply(logits, labels, weights))
 
@@ -142,6 +144,7 @@ class _WeightedNLL(torch.autograd.Function):
         return nll.mul_(weights)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         scale = upstream[0]

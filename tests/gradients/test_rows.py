@@ -1,22 +1,28 @@
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import (
     random_sequences,
+    sequence,
     tiny_gpt2,
     tiny_llama,
+    tiny_mixtral,
     tiny_qwen2,
+    tiny_qwen2_moe,
     with_lora,
 )
 from torch import Tensor, nn
 
 import oracles
+from gradsift.errors import ConfigError, ModelError
 from gradsift.gradients.adam import AdamDirection
-from gradsift.gradients.capture import Captured, find_modules
+from gradsift.gradients.capture import Capture, Captured, find_modules
 from gradsift.gradients.projection import Projection, Projector, plan_segments
 from gradsift.gradients.rows import ShardRows, gradient_rows
 from gradsift.types import Sequence
@@ -55,11 +61,12 @@ def check_against_oracle(
     *,
     budget: int = 30,
     dtype: torch.dtype = torch.float64,
-    tolerance: float | None = None,
+    reference: nn.Module | None = None,
     **options: Any,
 ) -> ShardRows:
-    """Both views, norms and losses of a shard equal the oracle's."""
+    """Both views, norms and losses of a shard equal the oracle's (on `reference`, where the model is more than that)."""
     model = model.to(dtype)
+    reference = model if reference is None else reference.to(dtype)
     modules = find_modules(model, pattern).captured
     projector = projector_for(modules, dtype, **options)
     moments = random_moments(modules)
@@ -74,9 +81,11 @@ def check_against_oracle(
         views=("plain", "adam"),
         adam=directions(moments, dtype),
     )
-    plain, losses = oracles.per_example_gradients(model, modules, sequences, row_count)
+    plain, losses = oracles.per_example_gradients(
+        reference, find_modules(reference, pattern).captured, sequences, row_count
+    )
     adam = oracles.adam_directions(plain, moments)
-    tolerance = tolerance or TOLERANCE[dtype]
+    tolerance = TOLERANCE[dtype]
     for captured in modules:
         assert plain[captured.name].abs().max() > 1e-6, f"{captured.name} has no gradient: the test proves nothing"
     for view, wanted in (("plain", plain), ("adam", adam)):
@@ -132,3 +141,511 @@ def test_plain_linears_under_an_adapter_equal_the_oracle(budget: int) -> None:
     assert len(names) == 3
     assert not any("lora" in name for name in names)
     check_against_oracle(model, "q_proj|lm_head", random_sequences(LENGTHS), budget=budget)
+
+
+def test_an_untied_head_is_captured_and_a_tied_one_is_named() -> None:
+    """An untied head gets rows; a tied one would share its gradient with the embeddings and is named instead."""
+    untied = find_modules(tiny_llama(), ".")
+    assert "lm_head.weight" in [c.name for c in untied.captured]
+    for model, name in ((tiny_qwen2(), "lm_head.weight"), (with_lora(tiny_qwen2(), ["q_proj"]), "lm_head.weight")):
+        tied = find_modules(model, ".")
+        assert not any("lm_head" in c.name for c in tied.captured)
+        assert any(name in entry and "tied" in entry for entry in tied.unreachable), tied.unreachable
+
+
+def test_a_tied_head_under_an_adapter_is_named() -> None:
+    """A tied head wrapped by an adapter layer is still recognised as tied."""
+    with pytest.warns(UserWarning, match="tie_word_embeddings"):
+        model = with_lora(tiny_qwen2(), ["q_proj", "lm_head"])
+    found = find_modules(model, "lm_head|k_proj")
+    assert len(found.captured) == 2
+    assert any("lm_head" in name and "tied" in name for name in found.unreachable)
+
+
+def test_multi_turn_rows_equal_the_oracle() -> None:
+    """Several supervised spans in one conversation add up with their common token-mean weight."""
+    generator = np.random.default_rng(3)
+    spans = [[0, 0, 0, 1, 1, 0, 0, 1, 1, 1], [0, 1, 0, 1, 0, 1, 0, 0, 0, 0, 0, 0, 1, 1], [0, 0, 0, 0, 1]]
+    rows = [
+        sequence(row, generator.integers(3, 61, len(span)), np.array(span, dtype=bool))
+        for row, span in enumerate(spans)
+    ]
+    check_against_oracle(with_lora(tiny_llama()), "lora", rows)
+
+
+@pytest.mark.parametrize("budget", [1, 20, 40, 10_000])
+def test_sequences_of_one_row_add_up(budget: int) -> None:
+    """Γ is taken of the row's sum, also when its sequences, of any signed weights, need several batches."""
+    generator = np.random.default_rng(4)
+    rows = [2, 0, 2, 1, 2, 0, 2, 2]
+    sequences = []
+    for row, length in zip(rows, generator.integers(3, 12, len(rows)), strict=True):
+        weights = generator.normal(size=length).astype(np.float32)
+        weights[0] = 0
+        sequences.append(Sequence(row, generator.integers(3, 61, length).astype(np.int32), weights))
+    check_against_oracle(with_lora(tiny_llama()), "lora", sequences, budget=budget)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kind": "sparse", "nonzeros": 4, "dim": 300},
+        {"kind": "sparse", "sizes": "per_module", "dim": 7},
+        {"kind": "rademacher"},
+        {"kind": "kronecker"},
+        {"kind": "none"},
+    ],
+    ids=str,
+)
+def test_every_projection_equals_its_explicit_matrix(options: dict[str, Any]) -> None:
+    """Both views hold the oracle's gradients times the projection's own explicit matrix."""
+    check_against_oracle(with_lora(tiny_llama()), "lora", random_sequences(LENGTHS), **options)
+
+
+@pytest.mark.parametrize("groups", [2, 3, 100])
+def test_module_groups_change_nothing(groups: int) -> None:
+    """Passing several times over the data, each time for some modules, gives the same rows, norms, losses and sums."""
+    model = with_lora(tiny_llama()).double()
+    modules = find_modules(model).captured
+    moments = random_moments(modules)
+    done: dict[int, list[int]] = {1: [], groups: []}
+
+    def rows(module_groups: int) -> ShardRows:
+        return gradient_rows(
+            model,
+            modules,
+            projector_for(modules),
+            random_sequences(LENGTHS),
+            row_count=len(LENGTHS),
+            token_budget=30,
+            views=("plain", "adam"),
+            adam=directions(moments),
+            full_sum=True,
+            module_groups=module_groups,
+            on_rows=done[module_groups].append,
+        )
+
+    whole, parts = rows(1), rows(groups)
+    assert sum(done[1]) == sum(done[groups]) == len(LENGTHS)
+    torch.testing.assert_close(parts.loss, whole.loss, rtol=0, atol=0)
+    for view in whole.rows:
+        torch.testing.assert_close(parts.rows[view], whole.rows[view], rtol=1e-12, atol=1e-15)
+        torch.testing.assert_close(parts.norms[view], whole.norms[view], rtol=1e-12, atol=0)
+        assert parts.full_sums[view].keys() == whole.full_sums[view].keys() == {c.name for c in modules}
+
+
+@pytest.mark.parametrize("bad", [False, True], ids=["all-good", "with-a-bad-row"])
+def test_full_sum_is_the_sum_of_unprojected_rows(bad: bool) -> None:
+    """`full_sums` add up the gradients and Adam directions of the rows that are kept, before projection."""
+    model = with_lora(tiny_llama()).double()
+    sequences = random_sequences(LENGTHS)
+    if bad:
+        poison(model, sequences[2])
+    modules = find_modules(model).captured
+    moments = random_moments(modules)
+    found = gradient_rows(
+        model,
+        modules,
+        projector_for(modules),
+        sequences,
+        row_count=len(sequences),
+        token_budget=30,
+        views=("plain", "adam"),
+        adam=directions(moments),
+        full_sum=True,
+    )
+    kept = [s for s in sequences if not (bad and s.row == 2)]
+    plain, _ = oracles.per_example_gradients(model, modules, kept, len(sequences))
+    adam = oracles.adam_directions(plain, moments)
+    for captured in modules:
+        name = captured.name
+        good = [s.row for s in kept]
+        assert oracles.relative_error(found.full_sums["plain"][name][None], plain[name][good].sum(0)[None]) < 1e-9
+        assert oracles.relative_error(found.full_sums["adam"][name][None], adam[name][good].sum(0)[None]) < 1e-9
+
+
+POISON = 60
+
+
+def poison(model: nn.Module, victim: Sequence) -> None:
+    """Make the victim's loss NaN through a token that no other row holds."""
+    victim.token_ids[0] = POISON
+    with torch.no_grad():
+        model.get_input_embeddings().weight[POISON] = float("nan")
+
+
+@EVERY_BATCHING
+def test_a_nan_row_is_excluded_and_touches_no_other(budget: int) -> None:
+    """A row of NaN loss is zero and listed with its loss; its companions in the batch stay bit-equal."""
+    sequences = [s for s in random_sequences(LENGTHS) if POISON not in s.token_ids]
+    assert len(sequences) == len(LENGTHS)
+    model = with_lora(tiny_llama())
+    modules = find_modules(model).captured
+    moments = random_moments(modules)
+
+    def rows() -> ShardRows:
+        return gradient_rows(
+            model,
+            modules,
+            projector_for(modules, torch.float32),
+            sequences,
+            row_count=len(sequences),
+            token_budget=budget,
+            views=("plain", "adam"),
+            adam=directions(moments, torch.float32),
+        )
+
+    clean = rows()
+    poison(model, sequences[2])
+    found = rows()
+    assert found.bad == {2: "the loss is nan"}
+    others = [0, 1, 3, 4, 5]
+    for view in found.rows:
+        assert not found.rows[view][2].any()
+        torch.testing.assert_close(found.rows[view][others], clean.rows[view][others], rtol=0, atol=0)
+        torch.testing.assert_close(found.norms[view][others], clean.norms[view][others], rtol=0, atol=0)
+
+
+def test_infinite_gradients_of_a_finite_loss_are_excluded() -> None:
+    """A gradient that overflows is listed although its loss is finite."""
+    model = with_lora(tiny_llama())
+    modules = find_modules(model).captured
+    huge = random_sequences([5, 6])
+    huge[1].weights[:] *= np.float32(3e38)
+    found = gradient_rows(model, modules, projector_for(modules, torch.float32), huge, row_count=2, token_budget=100)
+    assert found.bad.keys() == {1}
+    assert not found.rows["plain"][1].any()
+    assert found.rows["plain"][0].any()
+
+
+@pytest.mark.parametrize("budget", [1, 30, 10_000])
+def test_kronecker_factors_equal_the_projected_gradient(budget: int) -> None:
+    """Projecting activations and output gradients apart gives the projected gradient and its full norm."""
+    model = with_lora(tiny_llama()).double()
+    sequences = random_sequences(LENGTHS)
+    sequences += [Sequence(1, s.token_ids, s.weights) for s in random_sequences([8, 3], seed=9)]
+    modules = find_modules(model).captured
+    projector = projector_for(modules, kind="kronecker", dim=200)
+    found = gradient_rows(
+        model, modules, projector, sequences, row_count=len(LENGTHS), token_budget=budget
+    )  # only plain: the path that never forms a gradient
+    plain, losses = oracles.per_example_gradients(model, modules, sequences, len(LENGTHS))
+    assert oracles.relative_error(found.rows["plain"], oracles.projected_rows(plain, projector)) < 1e-9
+    torch.testing.assert_close(found.norms["plain"], oracles.row_norms(plain), rtol=1e-9, atol=0)
+    torch.testing.assert_close(found.loss, losses, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_changes_nothing(reentrant: bool) -> None:
+    """A model in train mode with gradient checkpointing on gives the oracle's rows."""
+    model = with_lora(tiny_llama())
+    reference = copy.deepcopy(model)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.train()
+    check_against_oracle(model, "lora", random_sequences(LENGTHS), reference=reference)
+    assert model.training
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_layers_in_eval_mode_lose_no_gradient(reentrant: bool) -> None:
+    """A model that recomputes its layers in eval mode too runs each module twice; its rows are the oracle's."""
+    model = with_lora(tiny_llama())
+    reference = copy.deepcopy(model)
+    for layer in model.get_base_model().model.layers:
+        forward = layer.forward
+
+        def checkpointed(hidden: Tensor, *args: Any, forward: Any = forward, **options: Any) -> Any:
+            return torch.utils.checkpoint.checkpoint(
+                lambda h: forward(h, *args, **options), hidden, use_reentrant=reentrant
+            )
+
+        layer.forward = checkpointed
+    check_against_oracle(model, "lora", random_sequences(LENGTHS), reference=reference)
+
+
+@pytest.mark.parametrize("options", [{"kind": "sparse"}, {"kind": "kronecker"}], ids=str)
+def test_a_module_used_twice_gets_the_sum(options: dict[str, Any]) -> None:
+    """Layers that share their modules: one row holds the sum over both uses, with the norm of the sum."""
+    model = with_lora(tiny_llama()).double()
+    layers = model.get_base_model().model.layers
+    layers[1].mlp = layers[0].mlp
+    sequences = random_sequences(LENGTHS)
+    check_against_oracle(model, "lora", sequences, **options)
+    modules = find_modules(model).captured
+    projector = projector_for(modules, **options)
+    found = gradient_rows(model, modules, projector, sequences, row_count=len(LENGTHS), token_budget=30)
+    plain, _ = oracles.per_example_gradients(model, modules, sequences, len(LENGTHS))
+    torch.testing.assert_close(found.norms["plain"], oracles.row_norms(plain), rtol=1e-9, atol=0)
+
+
+class TwoUses(nn.Module):
+    """A linear run a second time for a value that the loss never sees, or sees only now and then."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        self.inner(hidden * 2)
+        return self.inner(hidden)
+
+
+@pytest.mark.parametrize("options", [{"kind": "sparse"}, {"kind": "kronecker"}], ids=str)
+def test_a_use_that_the_loss_does_not_see_hides_no_gradient(options: dict[str, Any]) -> None:
+    """A module that also runs for an output without influence on the loss keeps its gradient."""
+    model = tiny_llama().double()
+    attention = model.model.layers[0].self_attn
+    attention.v_proj = TwoUses(attention.v_proj)
+    check_against_oracle(model, "v_proj", random_sequences(LENGTHS), **options)
+    modules = find_modules(model, "v_proj").captured
+    projector = projector_for(modules, **options)
+    sequences = random_sequences(LENGTHS)
+    found = gradient_rows(model, modules, projector, sequences, row_count=len(LENGTHS), token_budget=30)
+    plain, _ = oracles.per_example_gradients(model, modules, sequences, len(LENGTHS))
+    assert oracles.relative_error(found.rows["plain"], oracles.projected_rows(plain, projector)) < 1e-9
+
+
+def test_dora_rows_equal_the_oracle() -> None:
+    """DoRA runs A and B once more on the identity, for norms it detaches; A and B get the oracle's rows, m is named."""
+    model = with_lora(tiny_llama(), ["q_proj", "v_proj"], use_dora=True)
+    assert any("lora_magnitude_vector" in name for name in find_modules(model).unreachable)
+    check_against_oracle(model, "lora", random_sequences(LENGTHS))
+
+
+def test_linears_on_flattened_states_equal_the_oracle() -> None:
+    """A shared expert sees `[sequence·token feature]`; its gradients are told apart by sequence all the same."""
+    model = tiny_qwen2_moe()
+    names = [c.name for c in find_modules(model, "shared_expert").captured]
+    assert len(names) == 8
+    for budget in (1, 30, 10_000):
+        check_against_oracle(model, "shared_expert", random_sequences(LENGTHS), budget=budget)
+
+
+class Routed(nn.Module):
+    """A linear that sees only some of the batch's tokens, as an expert of a mixture does."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        chosen = flat[:, 0] > 0
+        out = torch.zeros(*flat.shape[:-1], self.inner.out_features, dtype=hidden.dtype)
+        return out.index_add(0, chosen.nonzero()[:, 0], self.inner(flat[chosen])).view(*hidden.shape[:-1], -1)
+
+
+def test_a_linear_on_an_unknown_choice_of_tokens_is_refused() -> None:
+    """Tokens that cannot be told apart by sequence raise with the module's name, never give wrong rows."""
+    model = tiny_llama()
+    attention = model.model.layers[0].self_attn
+    attention.q_proj = Routed(attention.q_proj)
+    modules = find_modules(model, "q_proj").captured
+    with pytest.raises(ModelError, match=r"layers\.0\.self_attn\.q_proj\.inner.*leave it out"):
+        gradient_rows(
+            model,
+            modules,
+            projector_for(modules, torch.float32),
+            random_sequences(LENGTHS),
+            row_count=len(LENGTHS),
+            token_budget=30,
+        )
+
+
+class Sometimes(nn.Module):
+    """A linear that runs only for sequences longer than ten tokens."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.inner(hidden) if hidden.shape[1] > 10 else hidden
+
+
+@pytest.mark.parametrize("budget", [1, 17])
+def test_a_module_that_a_batch_skips_has_a_zero_gradient(budget: int) -> None:
+    """Γ(0) is pure momentum: a module that took no part gets it; and what one row began never reaches another."""
+    model = tiny_llama()
+    attention = model.model.layers[0].self_attn
+    attention.q_proj = Sometimes(attention.q_proj)
+    sequences = random_sequences([17, 4, 12, 5])
+    # Row 0 goes on with a short sequence in a batch of its own, which is the row's last.
+    sequences.insert(1, Sequence(0, *(getattr(random_sequences([6], seed=8)[0], k) for k in ("token_ids", "weights"))))
+    check_against_oracle(model, "q_proj", sequences, budget=budget)
+
+
+def test_modules_that_take_no_part_are_refused() -> None:
+    """Modules of another model would give zero rows without a word: they raise."""
+    model, other = with_lora(tiny_llama()), with_lora(tiny_llama())
+    modules = find_modules(other).captured
+    with pytest.raises(ModelError, match="took part"):
+        gradient_rows(
+            model, modules, projector_for(modules, torch.float32), random_sequences([5]), row_count=1, token_budget=9
+        )
+
+
+def state_of(model: nn.Module) -> tuple[Any, ...]:
+    return (
+        [module.training for module in model.modules()],
+        [parameter.requires_grad for parameter in model.parameters()],
+        [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules()],
+        [parameter.grad for parameter in model.parameters()],
+        [parameter.clone() for parameter in model.parameters()],
+    )
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["returns", "raises"])
+def test_the_model_is_left_as_found(fails: bool) -> None:
+    """Modes, requires_grad, hooks and weights are restored, also after an exception; no parameter gets a gradient."""
+    model = with_lora(tiny_llama())
+    model.train()
+    model.get_base_model().model.layers[0].eval()
+    modules = find_modules(model).captured
+    before = state_of(model)
+    inside: list[bool] = []
+
+    def on_rows(_count: int) -> None:
+        inside.extend(parameter.grad is not None or parameter.requires_grad for parameter in model.parameters())
+        inside.append(model.training)
+        if fails:
+            raise KeyboardInterrupt
+
+    def run() -> None:
+        gradient_rows(
+            model,
+            modules,
+            projector_for(modules, torch.float32),
+            random_sequences(LENGTHS),
+            row_count=len(LENGTHS),
+            token_budget=30,
+            on_rows=on_rows,
+        )
+
+    if fails:
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    else:
+        run()
+    assert inside
+    assert not any(inside)
+    after = state_of(model)
+    assert before[:4] == after[:4]
+    assert all(torch.equal(a, b) for a, b in zip(before[4], after[4], strict=True))
+
+
+def test_dropout_plays_no_part() -> None:
+    """The same example twice gives the same row, in a model whose dropout is active when it arrives."""
+    model = with_lora(tiny_gpt2()).train()
+    modules = find_modules(model).captured
+    first = random_sequences([9])[0]
+    twice = [first, Sequence(1, first.token_ids, first.weights)]
+    found = gradient_rows(model, modules, projector_for(modules, torch.float32), twice, row_count=2, token_budget=100)
+    torch.testing.assert_close(found.rows["plain"][0], found.rows["plain"][1], rtol=1e-6, atol=1e-8)
+
+
+def test_rows_are_taken_under_no_grad_too() -> None:
+    """A caller's `torch.no_grad()` changes nothing."""
+    model = with_lora(tiny_llama())
+    modules = find_modules(model).captured
+
+    def rows() -> Tensor:
+        return gradient_rows(
+            model, modules, projector_for(modules, torch.float32), random_sequences([5, 8]), row_count=2, token_budget=9
+        ).rows["plain"]
+
+    expected = rows()
+    with torch.no_grad():
+        torch.testing.assert_close(rows(), expected, rtol=0, atol=0)
+
+
+def test_rows_without_labels_are_zero() -> None:
+    """A row without any weight has loss 0 and a zero gradient, and its companions keep theirs."""
+    model = with_lora(tiny_llama())
+    modules = find_modules(model).captured
+    sequences = random_sequences([5, 8])
+    sequences[0].weights[:] = 0
+    for budget in (1, 100):
+        found = gradient_rows(
+            model, modules, projector_for(modules, torch.float32), sequences, row_count=2, token_budget=budget
+        )
+        assert found.bad == {}
+        assert float(found.loss[0]) == 0.0
+        assert not found.rows["plain"][0].any()
+        assert found.rows["plain"][1].any()
+
+
+def test_fused_experts_and_routers_are_named() -> None:
+    """A mixture of experts keeps them in one tensor that hooks cannot reach, and routes by a bare matrix."""
+    found = find_modules(tiny_mixtral(), ".")
+    named = " ".join(found.unreachable)
+    for parameter in ("mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate.weight", "embed_tokens.weight"):
+        assert f"model.layers.1.{parameter}" in named or f"model.{parameter}" in named, (parameter, named)
+    assert "norm" not in named
+    check_against_oracle(tiny_mixtral(), "self_attn", random_sequences(LENGTHS))
+    with pytest.raises(ConfigError, match="no linear module"):
+        find_modules(tiny_mixtral(), r"\.experts")
+
+
+def test_lora_on_fused_experts_is_named() -> None:
+    """LoRA on an expert tensor never runs its A and B as modules: they are named, not given zero rows."""
+    model = with_lora(tiny_mixtral(), ["q_proj"], target_parameters=["mlp.experts.down_proj"], dropout=0.0)
+    found = find_modules(model)
+    assert [c.name for c in found.captured if "experts" in c.name] == []
+    assert any("experts" in name and "lora_A" in name for name in found.unreachable)
+
+
+def test_other_trained_parameters_of_an_adapter_are_named() -> None:
+    """Embedding adapters and fully trained modules belong to the adapter but are no LoRA linears: they are named."""
+    model = with_lora(tiny_llama(), ["q_proj", "embed_tokens"], modules_to_save=["lm_head"])
+    named = " ".join(find_modules(model).unreachable)
+    assert "lora_embedding_A" in named
+    assert "lm_head" in named
+    assert "base_layer" not in named
+
+
+def test_quantised_weights_are_named() -> None:
+    """A linear whose weight is whole numbers has no gradient of its own: it is named with its dtype."""
+    model = tiny_llama()
+    linear = model.model.layers[0].self_attn.q_proj
+    linear.weight = nn.Parameter(torch.zeros(linear.weight.shape, dtype=torch.int8), requires_grad=False)
+    found = find_modules(model, "q_proj")
+    assert len(found.captured) == 1
+    assert any("layers.0.self_attn.q_proj.weight" in n and "int8" in n for n in found.unreachable)
+
+
+def test_only_the_active_adapter_is_captured_under_its_file_names() -> None:
+    """With two adapters loaded, rows are of the active one, named as PEFT writes them to a file."""
+    from peft import LoraConfig
+
+    model = with_lora(tiny_llama(), ["q_proj"])
+    model.add_adapter("second", LoraConfig(r=5, target_modules=["v_proj"], task_type="CAUSAL_LM"))
+    first = find_modules(model).captured
+    model.set_adapter("second")
+    second = find_modules(model).captured
+    assert {c.name.split(".")[-3] for c in first} == {"q_proj"}
+    assert {c.name.split(".")[-3] for c in second} == {"v_proj"}
+    assert all(c.name.endswith((".lora_A.weight", ".lora_B.weight")) for c in (*first, *second))
+
+
+def test_patterns_that_mean_nothing_say_what_there_is() -> None:
+    """No match lists linear modules; a broken expression and a missing adapter say so."""
+    with pytest.raises(ConfigError, match=r"'c_attn'.*15 linear modules.*model\.layers\.0\.self_attn\.q_proj"):
+        find_modules(tiny_llama(), "c_attn")
+    with pytest.raises(ConfigError, match="not a regular expression"):
+        find_modules(tiny_llama(), "q_proj(")
+    with pytest.raises(ConfigError, match="load an adapter"):
+        find_modules(tiny_llama())
+
+
+def test_logits_are_made_at_supervised_positions_only() -> None:
+    """The head sees as many positions as there are labels, not the batch's tokens."""
+    model = with_lora(tiny_llama())
+    modules = find_modules(model).captured
+    seen: list[torch.Size] = []
+    handle = model.get_output_embeddings().register_forward_hook(lambda _m, _i, output: seen.append(output.shape))
+    sequences = random_sequences([9, 12])
+    with Capture(model, modules, lambda _captured, _gradients: None).open() as capture:
+        capture.run(sequences)
+    handle.remove()
+    assert seen == [(1, 3 + 4, 61)]

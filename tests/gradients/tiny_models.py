@@ -92,6 +92,7 @@ def tiny_mixtral(*, seed: int = 0) -> nn.Module:
         num_key_value_heads=2,
         num_local_experts=4,
         num_experts_per_tok=2,
+        experts_implementation="eager",  # the grouped kernel has no float64
         max_position_embeddings=64,
         initializer_range=0.2,
         bos_token_id=1,
@@ -116,6 +117,7 @@ def tiny_qwen2_moe(*, seed: int = 0) -> nn.Module:
         num_key_value_heads=2,
         num_experts=4,
         num_experts_per_tok=2,
+        experts_implementation="eager",  # the grouped kernel has no float64
         max_position_embeddings=64,
         initializer_range=0.2,
         bos_token_id=1,
@@ -125,7 +127,13 @@ def tiny_qwen2_moe(*, seed: int = 0) -> nn.Module:
 
 
 def with_lora(
-    model: nn.Module, targets: str | list[str] = "all-linear", *, rank: int = 3, seed: int = 1, **options: Any
+    model: nn.Module,
+    targets: str | list[str] = "all-linear",
+    *,
+    rank: int = 3,
+    dropout: float = 0.1,
+    seed: int = 1,
+    **options: Any,
 ) -> Any:
     """The model under a LoRA adapter as after some training: B is not zero."""
     from peft import LoraConfig, get_peft_model
@@ -134,7 +142,7 @@ def with_lora(
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank,
-        lora_dropout=0.1,
+        lora_dropout=dropout,
         target_modules=targets,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         task_type="CAUSAL_LM",

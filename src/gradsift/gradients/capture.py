@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from gradsift.errors import ConfigError
+from gradsift.errors import ConfigError, ModelError
 from gradsift.loss import head_at, pad
 from gradsift.models import parameter_name
 from gradsift.types import Sequence
@@ -63,9 +63,9 @@ def find_modules(model: nn.Module, pattern: str = LORA) -> Modules:
             searched in the names of all linear modules (`q_proj|v_proj`, `mlp`, `.` for all).
 
     Returns:
-        The captured modules, and by name the parameters that match the pattern but are not a linear module's own
-        weight: biases and norms are not counted, fused mixture-of-experts tensors, embeddings and tied or quantised
-        weights are. Callers must show them.
+        The captured modules, and by name the parameters that match the pattern (or belong to the adapter) but are not
+        a linear module's own weight: biases and norms are not counted; fused mixture-of-experts tensors, routers,
+        embeddings, tied or quantised weights and an adapter's other parameters are. Callers must show them.
 
     Raises:
         ConfigError: the pattern is no regular expression or nothing matches; the message lists what is there.
@@ -74,41 +74,48 @@ def find_modules(model: nn.Module, pattern: str = LORA) -> Modules:
         wanted = re.compile(r"\.lora_[AB]\." if pattern == LORA else pattern)
     except re.error as error:
         raise ConfigError(f"modules pattern {pattern!r} is not a regular expression: {error}") from error
-    active = set(getattr(model, "active_adapters", None) or []) if hasattr(model, "peft_config") else set()
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    active = _active_adapters(model)
     embedded = model.get_input_embeddings().weight if hasattr(model, "get_input_embeddings") else None
+    # LoRA on a fused expert tensor keeps A and B in linear modules that never run: PEFT multiplies their weights.
+    never_run = {
+        child for m in model.modules() if type(m).__name__ == "ParamWrapper" for child in _lora_parts(m) if active
+    }
     captured: list[Captured] = []
-    reached: set[int] = set()
     unreachable: list[str] = []
+    told: set[int] = set()
     for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding) and pattern != LORA and wanted.search(name):
-            unreachable.append(f"{name}.weight (an embedding)")
         if not isinstance(module, nn.Linear | Conv1D):
             continue
-        path = f"{name}."
-        lora = re.search(r"\.lora_[AB]\.([^.]+)\.$", path)
-        if lora and active and lora.group(1) not in active:
+        lora = re.search(r"\.lora_[AB]\.([^.]+)$", name)
+        if lora and (pattern != LORA or (active and lora.group(1) not in active)):
             continue
-        public = parameter_name(f"{name}.weight")
-        if not wanted.search(path if pattern == LORA else name) or (pattern != LORA and lora):
+        if not wanted.search(f"{name}." if pattern == LORA else name):
             continue
+        public = parameter_name(f"{name}.weight", lora.group(1) if lora else "default")
         weight = module.weight
-        if module is head and weight is embedded:
+        told.add(id(weight))
+        if weight is embedded:
             unreachable.append(f"{public} (tied to the input embeddings)")
-            continue
-        if not weight.is_floating_point() or type(module).__module__.startswith("bitsandbytes"):
+        elif not weight.is_floating_point() or type(module).__module__.startswith("bitsandbytes"):
             unreachable.append(f"{public} (quantised, {weight.dtype})")
-            continue
-        transposed = isinstance(module, Conv1D)
-        rows, columns = weight.shape
-        captured.append(
-            Captured(public, module, columns if transposed else rows, rows if transposed else columns, transposed)
-        )
-        reached.add(id(weight))
+        elif module in never_run:
+            unreachable.append(f"{public} (LoRA on a fused tensor)")
+        else:
+            transposed = isinstance(module, Conv1D)
+            rows, columns = weight.shape
+            captured.append(
+                Captured(public, module, columns if transposed else rows, rows if transposed else columns, transposed)
+            )
     for name, parameter in model.named_parameters():
-        fused = parameter.ndim >= 3
-        if fused and (wanted.search(name) or pattern == LORA and "lora_" in name) and id(parameter) not in reached:
-            unreachable.append(f"{parameter_name(name)} (a fused tensor of shape {tuple(parameter.shape)})")
+        if id(parameter) in told:
+            continue
+        if pattern == LORA:
+            part = re.search(r"(?:\.lora_[A-Za-z_]+|\.modules_to_save)\.([^.]+)(?:\.|$)", name)
+            if part and (not active or part.group(1) in active):
+                unreachable.append(f"{parameter_name(name, part.group(1))} (of the adapter, but no LoRA linear)")
+        elif parameter.ndim >= 2 and wanted.search(name) and "lora_" not in name:
+            what = "the embeddings" if parameter is embedded else f"no linear module's weight, {tuple(parameter.shape)}"
+            unreachable.append(f"{name} ({what})")
     if not captured:
         linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
         if pattern == LORA:
@@ -124,11 +131,24 @@ def find_modules(model: nn.Module, pattern: str = LORA) -> Modules:
     return Modules(tuple(captured), tuple(unreachable))
 
 
+def _active_adapters(model: nn.Module) -> set[str]:
+    """Names of the adapters in use: PEFT's models have a property of this name, transformers' own a method."""
+    if not hasattr(model, "peft_config"):
+        return set()
+    active: Any = getattr(model, "active_adapters", ())
+    return set(active() if callable(active) else active)
+
+
+def _lora_parts(layer: nn.Module) -> list[nn.Module]:
+    return [part for side in ("lora_A", "lora_B") for part in getattr(layer, side, nn.ModuleDict()).values()]
+
+
 class Capture:
     """Runs batches of sequences through a model and hands over each module's per-sequence weight gradients.
 
-    `consume(captured, gradients)` is called during the backward pass, once per module, with gradients
-    `[sequence out in]` in float32 (float64 for a float64 model) that the callee may overwrite.
+    `consume(captured, gradients)` is called once per module and batch, as soon as the backward pass allows, with
+    gradients `[sequence out in]` in float32 (float64 for a float64 model) that the callee may overwrite. Where
+    `consume_factors` is given, it gets activations and output gradients instead for a module that ran once.
 
     The model is put into eval mode without parameter gradients while the context is open, and left as it was found.
     """
@@ -149,8 +169,9 @@ class Capture:
         self.autocast = autocast
         self.device = next(model.parameters()).device
         self.accumulate = torch.float64 if _dtype(model) == torch.float64 else torch.float32
-        self._pending: dict[str, int] = {}
-        self._partial: dict[str, Tensor] = {}
+        self._pending: dict[str, int] = {}  # uses of a module whose gradient is still to come
+        self._partial: dict[str, Tensor] = {}  # gradients of a module's earlier uses
+        self._consumed: set[str] = set()
 
     @contextmanager
     def open(self) -> Iterator[Capture]:
@@ -180,15 +201,33 @@ class Capture:
     def run(self, sequences: SequenceABC[Sequence]) -> Tensor:
         """Forward and backward of one batch; returns each sequence's weighted loss Σ_t w_t·NLL_t `[sequence]`, float64."""
         batch = pad(sequences, self.device)
-        self._pending.clear()
-        self._partial.clear()
+        for state in (self._pending, self._partial, self._consumed):
+            state.clear()
         self._tokens = batch
-        with torch.enable_grad(), torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-            nll = self._head.nll(batch)
-        if nll.requires_grad:
+        with torch.enable_grad():
+            with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+                nll = self._head.nll(batch)
             nll.sum().backward()  # type: ignore[no-untyped-call]
+        self._consume_rest()
         losses = torch.zeros(len(batch), dtype=torch.float64, device=self.device)
         return losses.index_add_(0, batch.owner, nll.detach().double())
+
+    def _consume_rest(self) -> None:
+        """After the backward pass: modules of which one use had no part in the loss, and modules that had none at all.
+
+        The latter have a zero gradient, which is not nothing: its Adam direction is the momentum.
+        """
+        if not self._consumed and not self._partial:
+            raise ModelError(
+                f"none of the {len(self.modules)} modules took part in the loss, first {self.modules[0].name}: "
+                "find the modules of the model that is run"
+            )
+        for captured in self.modules:
+            if captured.name in self._partial:
+                self.consume(captured, self._partial.pop(captured.name))
+            elif captured.name not in self._consumed:
+                shape = (len(self._tokens), *captured.shape)
+                self.consume(captured, torch.zeros(shape, dtype=self.accumulate, device=self.device))
 
     def _forward_hook(self, captured: Captured) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
         def hook(_module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -201,28 +240,43 @@ class Capture:
         return hook
 
     def _backward(self, captured: Captured, activations: Tensor, output_gradients: Tensor) -> None:
-        a = activations.to(self.accumulate)  # [sequence token in]
-        g = output_gradients.to(self.accumulate)  # [sequence token out]
-        if a.shape[0] != len(self._tokens):
-            a, g = self._by_sequence(a), self._by_sequence(g)
-        if self.consume_factors is not None:
+        name = captured.name
+        a = self._by_sequence(captured, activations).to(self.accumulate)  # [sequence token in]
+        g = self._by_sequence(captured, output_gradients).to(self.accumulate)  # [sequence token out]
+        self._pending[name] -= 1
+        if self.consume_factors is not None and self._pending[name] == 0 and name not in self._partial:
+            self._consumed.add(name)
             self.consume_factors(captured, a, g)
             return
         gradients = torch.bmm(g.transpose(1, 2), a)
-        self._pending[captured.name] -= 1
-        if captured.name in self._partial:  # a module used more than once in a pass: its gradients add up
-            gradients += self._partial.pop(captured.name)
-        if self._pending[captured.name] > 0:
-            self._partial[captured.name] = gradients
+        if name in self._partial:  # a module used more than once in a pass: its gradients add up
+            gradients += self._partial.pop(name)
+        if self._pending[name] > 0:
+            self._partial[name] = gradients
             return
+        self._consumed.add(name)
         self.consume(captured, gradients)
 
-    def _by_sequence(self, at_labels: Tensor) -> Tensor:
-        """The head sees supervised positions only, `[1 label feature]`: put them back to `[sequence token feature]`."""
+    def _by_sequence(self, captured: Captured, features: Tensor) -> Tensor:
+        """`[sequence token feature]`, from that, from `[sequence·token feature]`, or from the head's `[1 label feature]`.
+
+        Raises:
+            ModelError: another choice or order of tokens, such as those routed to one expert.
+        """
         batch = self._tokens
-        full = at_labels.new_zeros(batch.ids.numel(), at_labels.shape[-1])
-        full[batch.positions] = at_labels[0]
-        return full.view(*batch.ids.shape, -1)
+        shape = tuple(features.shape[:-1])
+        if shape == tuple(batch.ids.shape):
+            return features
+        if shape == (batch.ids.numel(),):
+            return features.view(*batch.ids.shape, -1)
+        if shape == (1, len(batch.positions)):
+            full = features.new_zeros(batch.ids.numel(), features.shape[-1])
+            full[batch.positions] = features[0]
+            return full.view(*batch.ids.shape, -1)
+        raise ModelError(
+            f"{captured.name} ran on tokens of shape {list(shape)} in a batch of {list(batch.ids.shape)} "
+            "(sequence, token), so its gradients cannot be told apart by sequence: leave it out of the modules"
+        )
 
 
 def _require_grad(_module: nn.Module, _inputs: tuple[Any, ...], output: Tensor) -> Tensor:

@@ -197,7 +197,7 @@ class _Sink:
 
         A row of several sequences has no such shortcut for its norm, so its gradient is formed after all.
         """
-        if not self.batch.one_to_one or not self.batch.last:
+        if not self.batch.one_to_one or not self.batch.last or captured.name in self._open_row:
             self.consume(captured, torch.bmm(output_gradients.transpose(1, 2), activations))
             return
         segment = self.projector.segment(captured.name)

@@ -246,8 +246,7 @@ def _print_json(content: Any) -> None:
 
 
 def _print_result(result: Any, given: dict[str, Any]) -> None:
-    from gradsift.pipeline import summary
-    from gradsift.report.terminal import print_result
+    from gradsift.pipeline import print_result, summary
 
     if given.get("as_json"):
         _print_json(summary(result))

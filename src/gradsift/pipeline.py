@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
 from collections.abc import Sequence as SequenceABC
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from gradsift.context import Pool, Target, open_pool, open_target
 from gradsift.data.dataset import count_reasons
 from gradsift.data.load import load_examples
-from gradsift.errors import ConfigError
+from gradsift.errors import ConfigError, CorruptError
 from gradsift.explanation.explain import Explanations, Question, explain, question_of, questions_of
+from gradsift.explanation.relevance import to_db
 from gradsift.influence.less import LESS
 from gradsift.influence.scores import Scores, save_tables, score
 from gradsift.progress import Reporter, silent
@@ -28,8 +30,9 @@ from gradsift.report.page import (
     ReportData,
     ReportExample,
     ScoreSummary,
-    write_report,
+    render,
 )
+from gradsift.report.terminal import console, decibels, first_words, shares_text, table
 from gradsift.run import Run
 from gradsift.selection.select import FacilityLocation, Selection, TopK, select
 from gradsift.store.manifest import versions
@@ -106,8 +109,7 @@ def run_score(recipe: Recipe, reporter: Reporter | None = None) -> Result:
     """Score the pool for the target with the recipe's estimator and its controls; writes scores.parquet."""
     reporter = reporter or silent()
     with Run(recipe.out).lock():
-        pool = open_recipe(recipe, reporter)
-        return _scored(recipe, pool, reporter)
+        return score_all(recipe, reporter)
 
 
 def run_select(recipe: Recipe, reporter: Reporter | None = None) -> Result:
@@ -118,11 +120,10 @@ def run_select(recipe: Recipe, reporter: Reporter | None = None) -> Result:
     reporter = reporter or silent()
     start = time.monotonic()
     with Run(recipe.out).lock():
-        pool = open_recipe(recipe, reporter)
-        result = _scored(recipe, pool, reporter)
+        result = score_all(recipe, reporter)
         choose(result)
         if recipe.explain is not None:
-            result.explanations = _explained(recipe, pool)
+            result.explanations = _explained(recipe, result.pool)
         result.seconds = time.monotonic() - start
         write_results(result)
     return result
@@ -150,7 +151,9 @@ def run_recipe(recipe: Recipe, reporter: Reporter | None = None) -> Result:
     return run_explain(recipe, reporter)
 
 
-def _scored(recipe: Recipe, pool: Pool, reporter: Reporter) -> Result:
+def score_all(recipe: Recipe, reporter: Reporter) -> Result:
+    """The pool scored for the target by the estimator and every control; the caller holds the run's lock."""
+    pool = open_recipe(recipe, reporter)
     target = open_recipe_target(recipe, pool)
     result = Result(recipe, pool, target)
     say_skipped(pool.data.skipped, "pool", len(pool.data), reporter)
@@ -205,7 +208,15 @@ def explain_questions(recipe: Recipe) -> list[Question]:
     if job.prompt is not None:
         return [question_of(_messages(job.prompt), job.output)]
     loaded = load_examples(job.target, columns=recipe.target_columns, what="target", require_answer=job.use_answers)
-    return questions_of(loaded.examples, use_answers=job.use_answers)
+    examples = [example for example in loaded.examples if job.row in (None, example.id)]
+    if not examples:
+        known = ", ".join(example.id for example in loaded.examples[:3])
+        raise ConfigError(f"{job.target} has no row with id {job.row!r}; its ids look like {known}")
+    if job.output is not None and len(examples) > 1:
+        raise ConfigError("--output is the answer to one prompt: name the row with --row, or give --prompt")
+    if job.output is not None:
+        return [Question(examples[0].id, questions_of(examples)[0].messages, job.output)]
+    return questions_of(examples, use_answers=job.use_answers)
 
 
 def _messages(prompt: str) -> Any:
@@ -238,10 +249,133 @@ def write_skipped(result: Result) -> Path:
 
 
 def write_results(result: Result) -> None:
-    """skipped.jsonl, summary.json and report.html."""
+    """skipped.jsonl, summary.json, report.html and report.json, from which the page can be written again."""
+    run = result.pool.run
     write_skipped(result)
-    result.pool.run.publish_json("summary.json", summary(result))
-    write_report(report_data(result), result.pool.run.path("report.html"))
+    data = report_data(result)
+    run.storage.publish("report.json", TypeAdapter(ReportData).dump_json(data))
+    run.publish_text("report.html", render(data))
+    run.publish_json("summary.json", summary(result))
+
+
+def rewrite_report(out: str | Path) -> Path:
+    """Write report.html of a run folder again from its latest results, and return its path.
+
+    Raises:
+        ConfigError: the folder holds no results yet.
+        CorruptError: report.json is damaged.
+    """
+    run = Run(out)
+    if not run.storage.exists("report.json"):
+        raise ConfigError(f"{out} holds no results yet: run `gradsift select` or `gradsift explain` with this --out")
+    try:
+        data = TypeAdapter(ReportData).validate_json(run.storage.read("report.json"))
+    except ValidationError as error:
+        raise CorruptError(
+            f"{run.path('report.json')} is damaged: run `gradsift select` or `gradsift explain` again, it is quick"
+        ) from error
+    return run.publish_text("report.html", render(data))
+
+
+def print_result(result: Result) -> None:
+    """The result as short tables on standard output, and where the files are."""
+    out, data = console(), result.pool.data
+    if result.selections:
+        chosen = result.selections[0]
+        rows = [
+            (n + 1, f"{value:+.4f}", rank, id_, first_words(data.messages(id_), "user"))
+            for n, (id_, value, rank) in enumerate(zip(chosen.ids[:10], chosen.scores, chosen.ranks, strict=False))
+        ]
+        how = f"{chosen.estimator}, {chosen.method.label}"
+        title = f"{len(chosen)} of {len(data)} chosen by {how} (higher score = training on it helps more)"
+        out.print(table(title, ("", "score", "rank", "id", "prompt"), rows, wide=("prompt",)))
+        if len(chosen) > 10:
+            out.print(f"… and {len(chosen) - 10} more in selected.jsonl\n")
+        pool_shares = shares(result, data.ids)
+        if pool_shares:
+            compared = [(s.estimator, shares_text(shares(result, s.ids), len(s))) for s in result.selections]
+            compared.append(("the whole pool", shares_text(pool_shares, len(data))))
+            title = "What was chosen, beside controls of the same size"
+            out.print(table(title, ("by", "shares"), compared, wide=("shares",)))
+    elif result.scores:
+        rows = []
+        for entry in result.scores:
+            best = int(entry.aggregate.argmax())
+            rows.append((entry.method.label, len(entry.ids), entry.ids[best], f"{entry.aggregate[best]:+.4f}",
+                         f"{entry.length_correlation:+.2f}"))  # fmt: skip
+        out.print(table("Scores (higher = training on it helps)",
+                        ("method", "scored", "highest", "score", "Spearman with length"), rows))  # fmt: skip
+    if result.outcomes:
+        names = list(dict.fromkeys(name for outcome in result.outcomes for name in outcome.values))
+        rows = [(o.label, *(_number(o.values.get(name)) for name in names)) for o in result.outcomes]
+        out.print(table("Outcome", ("", *names), rows))
+        for note in result.outcome_notes:
+            out.print(note, markup=False)
+        out.print()
+    if result.explanations is not None:
+        _print_explanations(result.explanations, out)
+    if result.skipped:
+        out.print(f"{len(result.skipped)} rows left out: {count_reasons(result.skipped)}", markup=False)
+    run = result.pool.run
+    out.print(f"results in {run.folder}:", markup=False)
+    for name, what in _FILES.items():
+        if run.storage.exists(name):
+            out.print(f"  {name:<17} {what}", markup=False)
+
+
+_FILES = {
+    "selected.jsonl": "the chosen rows, for load_dataset('json', …)",
+    "scores.parquet": "every score: id, target, method, score, rank, tokens",
+    "explanation.json": "the explanations",
+    "skipped.jsonl": "rows left out, with reasons",
+    "report.html": "all of it to look at, in one file",
+}
+
+
+def _print_explanations(explanations: Explanations, out: Any) -> None:
+    pool = explanations.pool
+    assert pool is not None
+    for entry in explanations.entries[:5]:
+        said = "the model says" if entry.generated else "the given answer"
+        cut = "" if entry.finished else f" (cut at {entry.tokens} tokens)"
+        out.print(f"{entry.id}: {' '.join(entry.messages[-1]['content'].split())[:300]}", style="bold", markup=False)
+        out.print(f"{said}{cut}: {' '.join(entry.output.split())[:500]}\n", markup=False)
+        for strategy in entry.strategies:
+            rows = [
+                (e.rank, f"{e.score:+.4f}", f"{e.coefficient:.2f}", e.id,
+                 first_words(pool.data.messages(e.id), "user"), first_words(pool.data.messages(e.id), "assistant"))
+                for e in strategy.examples
+            ]  # fmt: skip
+            note = _strategy_note(strategy)
+            title = f"{strategy.strategy}: {decibels(strategy.relevance_db)}" + (f" ({note})" if note else "")
+            out.print(table(title, ("rank", "score", "coefficient", "id", "prompt", "answer"), rows,
+                            wide=("prompt", "answer")))  # fmt: skip
+    if len(explanations.entries) > 5:
+        out.print(f"… and {len(explanations.entries) - 5} more in explanation.json")
+    if len(explanations.entries) > 1:
+        rows = []
+        for number, strategy in enumerate(explanations.entries[0].strategies):
+            found = [entry.strategies[number] for entry in explanations.entries]
+            values = sorted(result.relevance_db for result in found)
+            positive = sum(value > 0 for value in values) / len(values)
+            rows.append((strategy.strategy, len(found), f"{_relevance_of(explanations, number):+.2f}",
+                         f"{values[len(values) // 2]:+.2f}", f"{positive:.0%}"))  # fmt: skip
+        columns = ("strategy", "outputs", "dB (ratio of means)", "median dB", "above 0 dB")
+        out.print(table("Selection relevance over all outputs", columns, rows))
+    for failure in explanations.failed:
+        out.print(f"not explained: {failure.id}: {failure.detail}", markup=False)
+
+
+def _relevance_of(explanations: Explanations, strategy: int) -> float:
+    """Ratio of means over outputs, in dB (Compact, equation 1)."""
+    results = [(entry.gradient_norm**2, entry.strategies[strategy].ratio) for entry in explanations.entries]
+    return to_db(sum(norm for norm, _ in results) / sum(norm / ratio for norm, ratio in results))
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.0f}" if float(value).is_integer() and abs(value) >= 1 else f"{value:.3f}"
 
 
 def summary(result: Result) -> dict[str, Any]:
@@ -293,7 +427,7 @@ def group_columns(result: Result) -> list[str]:
             result.pool.data.column(column)
         return list(result.recipe.group_by)
     first = [result.pool.data.row(id_) for id_ in result.pool.data.ids[:50]]
-    usual = [column for column in _GROUP_COLUMNS if any(isinstance(row.get(column), str) for row in first)]
+    usual = [column for column in _GROUP_COLUMNS if all(isinstance(row.get(column), str) for row in first)]
     return [c for c in usual if 1 < len({str(v) for v in result.pool.data.column(c)}) <= _MAX_GROUPS]
 
 
@@ -445,16 +579,3 @@ def _known_checkpoints(pool: Pool, result: Result) -> list[Checkpoint]:
 def _checkpoint_name(checkpoint: Checkpoint) -> str:
     rate = "" if checkpoint.learning_rate is None else f" (η̄ {checkpoint.learning_rate:.2e})"
     return Path(checkpoint.name).name + rate
-
-
-def read_summary(out: str | Path) -> Mapping[str, Any]:
-    """summary.json of a run folder.
-
-    Raises:
-        ConfigError: there is none yet.
-    """
-    path = Path(out) / "summary.json"
-    if not path.is_file():
-        raise ConfigError(f"{out} holds no results yet: run `gradsift select` or `gradsift explain` with this --out")
-    content: dict[str, Any] = json.loads(path.read_text())
-    return content

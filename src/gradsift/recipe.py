@@ -27,7 +27,8 @@ from gradsift.warmup.train import PRESETS, Warmup
 class Explain(Settings):
     """What to explain, besides choosing.
 
-    prompt: a text; or `target`, rows of this file (their prompts; the model answers them unless `use_answers`).
+    prompt: a text, or messages as JSON; or `target`, rows of this file (`row`: only the one with this id).
+    output: the answer to explain; by default the model's own, or for a target's rows theirs with `use_answers`.
     k: examples per explanation.
     estimator: ranks the pool for each output.
     trade_off: λ of the facility location shown beside top-k.
@@ -35,6 +36,7 @@ class Explain(Settings):
 
     prompt: str | None = None
     target: str | None = None
+    row: str | None = None
     output: str | None = None
     use_answers: bool = False
     k: int = Field(default=5, ge=1)
@@ -242,5 +244,3 @@ budget: 0.05                 # a share below 1, or a number of examples
 def template(path: str | Path) -> str:
     """The annotated recipe that `gradsift init` writes."""
     return TEMPLATE.format(name=path)
-
-

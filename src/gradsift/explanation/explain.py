@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from collections.abc import Sequence as SequenceABC
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -316,31 +315,3 @@ def _choose(
             for pick, coefficient in zip(picks, relevance.coefficients.tolist(), strict=True)
         ),
     )
-
-
-def tables(explanation: Explanation, pool: Pool) -> Mapping[str, list[tuple[str, ...]]]:
-    """For printing: per strategy rows of (rank, score, coefficient, id, first words of the prompt, of the answer)."""
-    result = {}
-    for strategy in explanation.strategies:
-        rows = []
-        for example in strategy.examples:
-            messages = pool.data.messages(example.id)
-            prompt = next((m["content"] for m in messages if m["role"] == "user"), "")
-            answer = next((m["content"] for m in reversed(messages) if m["role"] == "assistant"), "")
-            rows.append(
-                (
-                    str(example.rank),
-                    f"{example.score:+.3f}",
-                    f"{example.coefficient:.2f}",
-                    example.id,
-                    _short(prompt),
-                    _short(answer),
-                )
-            )
-        result[strategy.strategy] = rows
-    return result
-
-
-def _short(text: str, length: int = 60) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= length else line[: length - 1] + "…"

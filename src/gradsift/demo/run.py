@@ -1,0 +1,141 @@
+"""The demo: both jobs on a small real model, with data of its own, and whether the choice helped."""
+
+from __future__ import annotations
+
+import time
+from importlib import resources
+from pathlib import Path
+
+from gradsift.context import Pool
+from gradsift.data.dataset import prepare
+from gradsift.demo.model import demo_model
+from gradsift.evaluation.loss import held_out_loss
+from gradsift.explanation.explain import explain, question_of
+from gradsift.gradients.collect import Gradients
+from gradsift.influence.bm25 import BM25
+from gradsift.influence.less import LESS
+from gradsift.influence.random import Random
+from gradsift.pipeline import Result, choose, print_result, score_all, write_results
+from gradsift.progress import Reporter, silent
+from gradsift.recipe import Explain, Recipe
+from gradsift.report.page import Outcome
+from gradsift.report.terminal import console
+from gradsift.run import Run
+from gradsift.selection.select import Selection
+from gradsift.warmup.checkpoint import Checkpoint
+from gradsift.warmup.train import Training, Warmup, train
+
+_SKILL = "arithmetic"
+_QUESTION = "A baker has 48 rolls and sells 19 of them. How many rolls are left?"
+# Rates are higher than for a real run: these adapters see 120 and 48 rows, not thousands.
+_WARMUP = Warmup(fraction=0.5, epochs=1, rank=16, alpha=32, learning_rate=5e-4, batch_size=8)
+_FINE_TUNE = Training(epochs=2, rank=16, alpha=32, learning_rate=5e-4, batch_size=8, dropout=0.0)
+
+
+def run_demo(out: str = "runs/demo", *, model: str | None = None, reporter: Reporter | None = None) -> Result:
+    """Choose 24 of 240 examples for a target of worked arithmetic, fine-tune on them, and explain one answer.
+
+    The pool has seven skills and 24 planted mistakes; the columns that say so are never seen by a method. Everything
+    is kept in `out`, so that a second call is quick and an interrupted one goes on.
+
+    Args:
+        out: the run folder.
+        model: another model than the demo's own.
+        reporter: where progress goes.
+    """
+    reporter = reporter or silent()
+    start = time.monotonic()
+    data = resources.files("gradsift.demo") / "data"
+    with resources.as_file(data) as folder, Run(out).lock():
+        recipe = demo_recipe(out, model or str(demo_model(reporter)), folder)
+        result = score_all(recipe, reporter)
+        choose(result)
+        _fine_tune(result, folder / "target_heldout.jsonl", reporter)
+        job = recipe.explain
+        assert job is not None
+        result.explanations = explain(
+            result.pool, question_of(_QUESTION), k=job.k, estimator=job.estimator, max_new_tokens=job.max_new_tokens
+        )
+        result.seconds = time.monotonic() - start
+        write_results(result)
+    return result
+
+
+def demo_recipe(out: str, model: str, data: Path) -> Recipe:
+    """What the demo runs."""
+    return Recipe(
+        model=model,
+        pool=str(data / "pool.jsonl"),
+        target=str(data / "target_validation.jsonl"),
+        out=out,
+        max_length=64,
+        warmup=_WARMUP,
+        gradients=Gradients(),
+        estimator=LESS(),
+        controls=(BM25(), Random(seed=0)),
+        budget=24,
+        group_by=("skill", "quality"),
+        explain=Explain(prompt=_QUESTION, k=5, max_new_tokens=48),
+    )
+
+
+def print_demo(result: Result) -> None:
+    """The demo's tables, and what to try next."""
+    print_result(result)
+    out = console()
+    folder = result.pool.run.folder
+    out.print(f"\nThe demo took {result.seconds:.0f} s. Open {folder / 'report.html'} in a browser.\n", markup=False)
+    out.print("What to try next, with your own files:", style="bold")
+    out.print("  gradsift plan    --model MODEL --pool pool.jsonl --target target.jsonl --out runs/first", markup=False)
+    out.print("  gradsift select  --model MODEL --pool pool.jsonl --target target.jsonl --budget 5% --out runs/first",
+              markup=False)  # fmt: skip
+    out.print('  gradsift explain --model MODEL --pool pool.jsonl --out runs/first --prompt "…"', markup=False)
+
+
+def _fine_tune(result: Result, held_out: Path, reporter: Reporter) -> None:
+    """Held-out loss of the target's skill before and after training on each choice, and what each chose."""
+    pool = result.pool
+    data = prepare(pool.run, str(held_out), pool.chat, what="held-out examples", reporter=reporter)
+    before = held_out_loss(pool, data, Checkpoint(None), what="held-out loss before")
+    result.outcomes = [Outcome("before fine-tuning", {"held-out loss": before.mean})]
+    for chosen in result.selections:
+        name = chosen.estimator
+        checkpoint = train(
+            pool.run,
+            pool.data,
+            chosen.ids,
+            _FINE_TUNE,
+            model=pool.model,
+            dtype=pool.dtype,
+            device=pool.device,
+            what=f"fine-tuning on the choice of {name}",
+            reporter=reporter,
+        )[-1]
+        after = held_out_loss(pool, data, checkpoint, what=f"held-out loss, {name}")
+        values = {**_shares(pool, chosen), "held-out loss": after.mean}
+        result.outcomes.append(Outcome(f"24 chosen by {name}", values))
+    result.outcome_notes = [
+        f"{_SKILL}: share of the target's skill among the chosen (pool: {_share(pool, 'skill', _SKILL):.0%}). "
+        f"planted mistakes: share of rows with a wrong answer (pool: {_share(pool, 'quality', 'bad'):.0%}; among the "
+        f"pool's {_SKILL} rows: {_bad_within_skill(pool):.0%}). Held-out loss: nats per token on {len(data)} "
+        f"{_SKILL} examples that nothing was trained on or chosen by; lower is better.",
+        "One seed and 24 examples: a demonstration, not evidence. Compare over seeds before you believe a difference.",
+    ]
+
+
+def _shares(pool: Pool, chosen: Selection) -> dict[str, float]:
+    rows = [pool.data.row(id_) for id_ in chosen.ids]
+    return {
+        _SKILL: sum(row["skill"] == _SKILL for row in rows) / len(rows),
+        "planted mistakes": sum(row["quality"] == "bad" for row in rows) / len(rows),
+    }
+
+
+def _share(pool: Pool, column: str, value: str) -> float:
+    values = pool.data.column(column)
+    return values.count(value) / len(values)
+
+
+def _bad_within_skill(pool: Pool) -> float:
+    pairs = list(zip(pool.data.column("skill"), pool.data.column("quality"), strict=True))
+    return pairs.count((_SKILL, "bad")) / sum(skill == _SKILL for skill, _ in pairs)

@@ -1,0 +1,190 @@
+"""What a run will cost, before anything heavy: tokens, time, memory and disk, from a short measured sample."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import tempfile
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from gradsift.context import Pool
+from gradsift.gradients.batching import automatic_token_budget
+from gradsift.gradients.capture import LORA, find_modules
+from gradsift.gradients.projection import Projector, plan_segments
+from gradsift.gradients.rows import gradient_rows
+from gradsift.influence.less import LESS
+from gradsift.models import host, parameter_counts
+from gradsift.pipeline import open_recipe, open_recipe_target
+from gradsift.progress import Reporter, silent
+from gradsift.recipe import Recipe
+from gradsift.report.terminal import console, table
+from gradsift.warmup.trainer import adapter_on
+
+_SAMPLE_TOKENS = 1_500
+_ROW_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+
+
+def estimate(recipe: Recipe, reporter: Reporter | None = None) -> dict[str, Any]:
+    """Estimated tokens, seconds, peak memory and disk of each stage of `select`, as JSON-able numbers.
+
+    The pool is read and tokenised; then a few examples of median length are run through the model with a LoRA adapter
+    of the recipe's shape, and everything else is arithmetic. Nothing is left behind in the run folder.
+    """
+    reporter = reporter or silent()
+    with tempfile.TemporaryDirectory(prefix="gradsift-plan-") as scratch:
+        planned = recipe.model_copy(update={"out": scratch})
+        pool = open_recipe(planned, reporter)
+        target = open_recipe_target(planned, pool) if recipe.target else None
+        sample = _measure(recipe, pool, reporter)
+    checkpoints = len(recipe.adapter) or recipe.warmup.epochs
+    if isinstance(recipe.estimator, LESS) and recipe.estimator.checkpoints == "last":
+        checkpoints = 1
+    views = 2 if recipe.explain is not None else 1
+    tokens = int(pool.data.lengths.sum())
+    target_tokens = int(target.data.lengths.sum()) if target else 0
+    warm_rows = 0 if recipe.adapter else max(1, round(recipe.warmup.fraction * len(pool.data)))
+    warm_tokens = int(tokens / len(pool.data) * warm_rows * recipe.warmup.epochs)
+    row_bytes = sample["dim"] * _ROW_BYTES[recipe.gradients.dtype]
+    rows = len(pool.data) * checkpoints * views + (len(target.data) if target else 0) * checkpoints
+    trained = sample["trained_parameters"]
+    stages = {
+        "warm-up": {
+            "tokens": warm_tokens,
+            "seconds": warm_tokens / sample["tokens_per_second"],
+            "disk_bytes": 0 if recipe.adapter else recipe.warmup.epochs * trained * 12,
+        },
+        "pool gradients": {
+            "tokens": tokens * checkpoints,
+            "seconds": tokens * checkpoints / sample["tokens_per_second"],
+            "disk_bytes": len(pool.data) * checkpoints * views * row_bytes,
+        },
+        "target gradients": {
+            "tokens": target_tokens * checkpoints,
+            "seconds": target_tokens * checkpoints / sample["tokens_per_second"],
+            "disk_bytes": (rows - len(pool.data) * checkpoints * views) * row_bytes,
+        },
+    }
+    free = psutil.disk_usage(_existing(recipe.out)).free
+    total = {key: sum(stage[key] for stage in stages.values()) for key in ("tokens", "seconds", "disk_bytes")}
+    return {
+        "pool": {"rows": len(pool.data), "tokens": tokens, "longest": int(pool.data.lengths.max())},
+        "target": {"rows": len(target.data), "tokens": target_tokens} if target else None,
+        "checkpoints": checkpoints,
+        "row_bytes": row_bytes,
+        "sample": sample,
+        "stages": stages,
+        "total": total,
+        "peak_memory_bytes": sample["peak_memory_bytes"],
+        "available_memory_bytes": psutil.virtual_memory().available,
+        "free_disk_bytes": free,
+        "enough_disk": total["disk_bytes"] < free,
+    }
+
+
+def print_estimate(found: dict[str, Any]) -> None:
+    """The estimate as a table."""
+    out = console()
+    rows = [
+        (name, f"{stage['tokens']:,}", _duration(stage["seconds"]), _bytes(stage["disk_bytes"]))
+        for name, stage in [*found["stages"].items(), ("total", found["total"])]
+    ]
+    sample, pool = found["sample"], found["pool"]
+    title = (
+        f"{pool['rows']:,} pool rows, {pool['tokens']:,} tokens, longest {pool['longest']}, "
+        f"{found['checkpoints']} checkpoints"
+    )
+    out.print(table(title, ("stage", "tokens", "time", "disk"), rows))
+    out.print(
+        f"measured: {sample['tokens_per_second']:.0f} tokens/s through {sample['rows']} rows on {sample['device']} "
+        f"(gradients of {sample['trained_parameters']:,} LoRA parameters to {sample['dim']} dimensions)"
+    )
+    out.print(
+        f"memory: about {_bytes(found['peak_memory_bytes'])} of {_bytes(found['available_memory_bytes'])} free; "
+        f"disk: {_bytes(found['total']['disk_bytes'])} of {_bytes(found['free_disk_bytes'])} free"
+        + ("" if found["enough_disk"] else ": NOT ENOUGH, lower --projection-dim or choose another --out")
+    )
+
+
+def _measure(recipe: Recipe, pool: Pool, reporter: Reporter) -> dict[str, Any]:
+    """Run a few rows of median length; the adapter has the recipe's shape and random B, so that no path is skipped."""
+    base = host(recipe.model, recipe.dtype, recipe.device).base()
+    with adapter_on(base, recipe.warmup, 0) if recipe.gradients.modules == LORA else nullcontext(base) as model:
+        generator = torch.Generator().manual_seed(0)
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                parameter.data = torch.randn(parameter.shape, generator=generator).to(parameter) * 0.01
+        modules = find_modules(model, recipe.gradients.modules)
+        for name in modules.unreachable:
+            reporter.warn(f"no gradients are taken of {name}")
+        segments = plan_segments({c.name: c.shape for c in modules.captured}, recipe.gradients.projection)
+        device = next(model.parameters()).device
+        projector = Projector(segments, recipe.gradients.projection, device=device)
+        order = sorted(range(len(pool.data)), key=lambda position: int(pool.data.lengths[position]))
+        middle = order[len(order) // 2 :]
+        count = max(1, min(len(middle), _SAMPLE_TOKENS // max(1, int(pool.data.lengths[middle[0]]))))
+        picked = [pool.data.sequences(p, p + 1)[0] for p in middle[:count]]
+        sequences = [type(s)(row, s.token_ids, s.weights) for row, s in enumerate(picked)]
+        budget = recipe.gradients.token_budget or automatic_token_budget(model)
+        with reporter.stage("measuring a sample", 2 * count) as advance:
+            seconds = 0.0
+            for repeat in range(2):  # the first pass also draws the projection and touches every weight
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                start = time.perf_counter()
+                part = sequences if repeat else sequences[:1]
+                gradient_rows(
+                    model, modules.captured, projector, part, row_count=count, token_budget=budget, on_rows=advance
+                )
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                seconds = time.perf_counter() - start
+        tokens = sum(len(s.token_ids) for s in sequences)
+        trained = sum(c.out_features * c.in_features for c in modules.captured)
+        total, _head = parameter_counts(model)
+        return {
+            "rows": count,
+            "tokens": tokens,
+            "tokens_per_second": tokens / seconds,
+            "device": str(device),
+            "parameters": total,
+            "trained_parameters": trained,
+            "dim": projector.dim,
+            "token_budget": budget,
+            "peak_memory_bytes": _peak_memory(device),
+        }
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _existing(path: str) -> str:
+    folder = Path(path).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return str(folder)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 6000:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit in ("B", "KB", "MB") else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError(count)

@@ -1,0 +1,187 @@
+"""Charts as inline SVG, drawn by small functions. Colours come from the page's style sheet by class name.
+
+Bars that stand in tables are stretched to their cell (no text inside them); histograms and dot charts carry their own
+text and are drawn at about the size they are shown at, so that it stays readable on a phone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+
+import numpy as np
+from markupsafe import Markup
+from numpy.typing import ArrayLike, NDArray
+
+from gradsift.report.text import clean, figures, shorten, written
+
+_MOST_TICKS_OF_CHOSEN = 300
+
+
+def histogram(scores: ArrayLike, chosen: ArrayLike, *, title: str, bins: int = 40) -> Markup:
+    """Counts of `scores` over equal bins, the part that was chosen drawn over them, each chosen score marked below.
+
+    Values that are not finite are left out. Returns an empty string if nothing is left.
+    """
+    pool, picked = finite(scores), finite(chosen)
+    if pool.size == 0:
+        return Markup("")
+    both = np.concatenate([pool, picked])
+    low, high = float(both.min()), float(both.max())
+    if not high > low:
+        low, high = low - max(abs(low), 1.0) / 2, high + max(abs(high), 1.0) / 2
+    edges = np.linspace(low, high, bins + 1)
+    counts, taken = np.histogram(pool, edges)[0], np.histogram(picked, edges)[0]
+    width, left, right, top, base = 360.0, 40.0, 352.0, 10.0, 150.0
+    tallest = max(int(counts.max()), int(taken.max()), 1)
+    step = (right - left) / bins
+    parts = [_open(width, 200, title)]
+    for mark, label in _ticks(0, tallest, 4):
+        if mark == int(mark):
+            y = base - (base - top) * mark / tallest
+            parts.append(_line("grid", left, y, right, y))
+            parts.append(_text(left - 6, y + 4, label, "end"))
+    for position, (count, part) in enumerate(zip(counts.tolist(), taken.tolist(), strict=True)):
+        x = left + step * position
+        for kind, amount in (("pool", count), ("chosen", part)):
+            if amount:
+                # A handful of chosen examples in a large pool must stay visible: at least one and a half units high.
+                height = max((base - top) * amount / tallest, 1.5)
+                parts.append(_rect(kind, x + 0.5, base - height, step - 1, height))
+    parts.append(_line("axis", left, base, right, base))
+    for score in _thinned(picked).tolist():
+        x = left + (right - left) * (score - low) / (high - low)
+        parts.append(_line("rug", x, 153, x, 162))
+    for mark, label in _ticks(low, high, 4):
+        x = left + (right - left) * (mark - low) / (high - low)
+        parts.append(_text(x, 177, label, "middle"))
+    parts.append(_text((left + right) / 2, 195, "score (higher = training on it helps)", "middle"))
+    parts.append(Markup("</svg>"))
+    return Markup("").join(parts)
+
+
+def share_bar(share: float, reference: float | None, largest: float) -> Markup:
+    """A bar as long as `share`, a stroke at `reference` if there is one; `largest` is what fills the whole width."""
+    scale = 100 / largest if largest > 0 else 0.0
+    mark = None if reference is None else min(max(scale * reference, 0.75), 99.25)
+    return Markup(
+        '<svg class="bar" viewBox="0 0 100 10" preserveAspectRatio="none" aria-hidden="true">{}{}{}</svg>'
+    ).format(
+        _rect("track", 0, 0, 100, 10),
+        _rect("chosen", 0, 1.5, scale * share, 7),
+        "" if mark is None else _line("mark", mark, 0, mark, 10),
+    )
+
+
+def signed_bar(value: float, lowest: float, highest: float) -> Markup:
+    """A bar from zero to `value` on an axis from `lowest` to `highest`, which must hold zero."""
+    assert lowest <= 0 <= highest, (lowest, highest)
+    if not (math.isfinite(value) and highest > lowest):
+        value, highest = 0.0, 1.0
+    scale = 100 / (highest - lowest)
+    zero, end = -lowest * scale, (min(max(value, lowest), highest) - lowest) * scale
+    return Markup(
+        '<svg class="bar" viewBox="0 0 100 10" preserveAspectRatio="none" aria-hidden="true">{}{}{}</svg>'
+    ).format(
+        _rect("track", 0, 0, 100, 10),
+        _rect("negative" if value < 0 else "chosen", min(zero, end), 1.5, abs(end - zero), 7),
+        _line("mark", zero, 0, zero, 10) if lowest < 0 else "",
+    )
+
+
+def dot_chart(rows: Sequence[tuple[str, float, float]], *, best: Collection[int], title: str) -> Markup:
+    """One row per `(label, value, spread)`: the value as a dot, the spread either side of it as a line.
+
+    The axis need not start at zero, which is why these are dots and not bars. `best` holds the positions of the rows
+    to mark. Rows whose value is not finite are left out.
+    """
+    kept = [
+        (position, label, value, abs(spread) if math.isfinite(spread) else 0.0)
+        for position, (label, value, spread) in enumerate(rows)
+        if math.isfinite(value)
+    ]
+    if not kept:
+        return Markup("")
+    low = min(value - spread for _, _, value, spread in kept)
+    high = max(value + spread for _, _, value, spread in kept)
+    margin = 0.08 * (high - low) or max(abs(high), 1.0) / 2
+    low, high = low - margin, high + margin
+    left, right, pitch = 2.0, 358.0, 38
+    bottom = 8 + pitch * len(kept)
+
+    def along(value: float) -> float:
+        return left + (right - left) * (value - low) / (high - low)
+
+    parts = [_open(360, bottom + 24, title)]
+    for mark, text in _ticks(low, high, 4):
+        parts.append(_line("grid", along(mark), 4, along(mark), bottom))
+        parts.append(_text(along(mark), bottom + 16, text, "middle"))
+    texts = figures([value for _, _, value, _ in kept])
+    for row, ((position, label, value, spread), text) in enumerate(zip(kept, texts, strict=True)):
+        y, wins = 18 + pitch * row, position in best
+        parts.append(_text(left, y, shorten(label, 34), "start", "label"))
+        parts.append(_text(right, y, f"{text}, best" if wins else text, "end", "label"))
+        parts.append(_line("grid", left, y + 10, right, y + 10))
+        if spread:
+            parts.append(_line("spread", along(value - spread), y + 10, along(value + spread), y + 10))
+        parts.append(
+            Markup('<circle class="{}" cx="{}" cy="{}" r="5"/>').format(
+                "dot best" if wins else "dot", _r(along(value)), y + 10
+            )
+        )
+    parts.append(Markup("</svg>"))
+    return Markup("").join(parts)
+
+
+def _open(width: float, height: float, title: str) -> Markup:
+    # Charts with text of their own are images to a screen reader: the title stands for all of it.
+    return Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">').format(
+        int(width), int(height), clean(title)
+    )
+
+
+def _rect(kind: str, x: float, y: float, width: float, height: float) -> Markup:
+    return Markup('<rect class="{}" x="{}" y="{}" width="{}" height="{}"/>').format(
+        kind, _r(x), _r(y), _r(width), _r(height)
+    )
+
+
+def _line(kind: str, x1: float, y1: float, x2: float, y2: float) -> Markup:
+    return Markup('<line class="{}" x1="{}" y1="{}" x2="{}" y2="{}"/>').format(kind, _r(x1), _r(y1), _r(x2), _r(y2))
+
+
+def _text(x: float, y: float, text: str, anchor: str, kind: str = "tick") -> Markup:
+    return Markup('<text class="{}" x="{}" y="{}" text-anchor="{}">{}</text>').format(
+        kind, _r(x), _r(y), anchor, clean(text)
+    )
+
+
+def _r(number: float) -> str:
+    """Coordinates to a hundredth: enough to draw, short enough for hundreds of bars."""
+    return f"{number:.2f}".rstrip("0").rstrip(".")
+
+
+def finite(values: ArrayLike) -> NDArray[np.float64]:
+    """The finite ones among `values`, as float64."""
+    array = np.asarray(values, dtype=np.float64).reshape(-1)
+    return array[np.isfinite(array)]
+
+
+def _thinned(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """At most a few hundred of `values`, evenly spaced in rank, both ends kept."""
+    if values.size <= _MOST_TICKS_OF_CHOSEN:
+        return values
+    return np.sort(values)[np.linspace(0, values.size - 1, _MOST_TICKS_OF_CHOSEN).astype(int)]
+
+
+def _ticks(low: float, high: float, wanted: int) -> list[tuple[float, str]]:
+    """About `wanted` round numbers (1, 2 or 5 times a power of ten apart) from `low` to `high`, and their texts."""
+    rough = (high - low) / wanted
+    power = math.floor(math.log10(rough))
+    step = next(factor * 10.0**power for factor in (1, 2, 5, 10) if factor * 10.0**power >= rough * (1 - 1e-9))
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    marks = [number * step for number in range(first, last + 1)]
+    largest = max((abs(mark) for mark in marks), default=0.0)
+    plain = largest < 1e6 and power > -5
+    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
+    return [(mark, written(mark, f",.{decimals}f" if plain else ".1e")) for mark in marks]

@@ -1,0 +1,123 @@
+"""How the report writes untrusted text and numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+MINUS = "\u2212"
+ABSENT = "\u2013"
+
+# HTML has no way to write most control characters, and overrides of the writing direction would let one text rearrange
+# its neighbours; both become visible. Joiners and direction marks stay: emoji and right-to-left scripts need them.
+_VISIBLE: dict[int, str] = (
+    {code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\t\n\r"}
+    | {0x7F: "\u2421"}
+    | {code: f"\\x{code:02x}" for code in range(0x80, 0xA0)}
+    | {code: f"\u27e8U+{code:04X}\u27e9" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
+    | dict.fromkeys((*range(0xD800, 0xE000), 0xFFFE, 0xFFFF), "\ufffd")
+)
+
+
+def clean(text: str) -> str:
+    """`text` with control characters, direction overrides and lone surrogates made visible; line breaks become LF."""
+    return text.replace("\r\n", "\n").replace("\r", "\n").translate(_VISIBLE)
+
+
+def shorten(text: str, limit: int) -> str:
+    """At most `limit` characters of `text`, ending in an ellipsis where something was cut."""
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def value_text(value: Any, limit: int = 120) -> str:
+    """A dataset column's value on one line: strings as they are, numbers at four figures, the rest as JSON."""
+    if isinstance(value, str):
+        text = value
+    elif value is None:
+        text = ABSENT
+    elif isinstance(value, float):
+        text = figure(value)
+    else:
+        text = (
+            json.dumps(value, ensure_ascii=False, default=str)
+            if isinstance(value, (Mapping, list, tuple))
+            else str(value)
+        )
+    return shorten(" ".join(text[: 4 * limit].split()), limit)
+
+
+def figures(values: Sequence[float | None]) -> list[str]:
+    """Numbers of one column, all with the same decimals, so that their points line up.
+
+    The largest gets four figures, three if it is below 1; columns whose largest is below 0.001 or from a million up
+    are written with an exponent, whole numbers as whole numbers.
+
+    >>> figures([2.3456, 0.5, None])
+    ['2.346', '0.500', '–']
+    """
+    layout = figures_layout(values)
+    return [written(value, layout) for value in values]
+
+
+def figures_layout(values: Sequence[float | None]) -> str:
+    """The format that `figures` gives to a column of these values."""
+    finite = [abs(value) for value in values if value is not None and math.isfinite(value)]
+    largest = max(finite, default=0.0)
+    if all(value == int(value) for value in finite) and largest < 1e9:
+        return ",.0f"
+    if largest < 1e-3 or largest >= 1e6:
+        return ".3e"
+    power = math.floor(math.log10(largest))
+    return f",.{max(0, (3 if power >= 0 else 2) - power)}f"
+
+
+def figure(value: float | None) -> str:
+    """One number at four figures."""
+    return figures([value])[0]
+
+
+def decibels(value: float) -> str:
+    """A relevance in dB with its sign, to one decimal: `+3.0 dB`."""
+    return f"{written(value, '+.1f')} dB"
+
+
+def signed(value: float) -> str:
+    """A number from -1 to 1 with its sign, to two decimals."""
+    return written(value, "+.2f")
+
+
+def percent(share: float) -> str:
+    """A share as a percentage with one decimal."""
+    return written(100 * share, ".1f") + "\u202f%"
+
+
+def written(value: float | None, layout: str) -> str:
+    """A number in a format, with a real minus sign; absent and not finite values as words or signs."""
+    if value is None:
+        return ABSENT
+    if math.isnan(value):
+        return "not a number"
+    if math.isinf(value):
+        return "∞" if value > 0 else f"{MINUS}∞"
+    text = format(value, layout).replace("-", MINUS)
+    return text.removeprefix(MINUS) if not any(digit in text for digit in "123456789") else text
+
+
+def fair_limit(sizes: Sequence[int], budget: int) -> int:
+    """The largest limit L with `sum(min(size, L)) <= budget`: short texts stay whole, only the longest are cut.
+
+    >>> fair_limit([10, 20, 1000, 5000], 630)
+    300
+    """
+    if sum(sizes) <= budget:
+        return max(sizes, default=0)
+    left = budget
+    ordered = sorted(sizes)
+    for position, size in enumerate(ordered):
+        remaining = len(ordered) - position
+        if size * remaining > left:
+            return left // remaining
+        left -= size
+    raise AssertionError(f"sizes sum to {sum(sizes)} above the budget {budget}, yet none exceeds its share")

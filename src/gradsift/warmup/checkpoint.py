@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -19,6 +21,9 @@ from gradsift.models import adapter_identity, parameter_name
 
 ADAM_FILE = "adam.safetensors"
 INFO_FILE = "checkpoint.json"
+# Trainer's own rule for what gets no weight decay, on lower-case names; it adds the parameters of nn.LayerNorm.
+_NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
+_WRAPPERS = re.compile(r"(?:^module\.|_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.)")
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,34 @@ def open_checkpoint(adapter: str) -> Checkpoint:
     return Checkpoint(str(folder), _learning_rate(folder), str(found[0]) if found else None)
 
 
+def trained_parameters(network: Any) -> dict[str, tuple[int, ...]]:
+    """Name → shape of what training an attached PEFT adapter updates, in the model's order, though all may be frozen.
+
+    These are the adapter's own parameters, the copies of `modules_to_save`, and the base's biases where the adapter's
+    configuration says that they are trained: what `load_moments` needs to read an optimizer state without names.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    adapter = network.active_adapter
+    bias = getattr(network.peft_config[adapter], "bias", "none")
+    adapted = {
+        id(module.get_base_layer().bias)
+        for module in network.modules()
+        if isinstance(module, BaseTunerLayer) and getattr(module.get_base_layer(), "bias", None) is not None
+    }
+    trained = {}
+    for name, parameter in network.named_parameters():
+        if adapter in name.split("."):
+            own = True
+        elif ".original_module." in name:  # frozen: its copy in modules_to_save is trained instead
+            own = False
+        else:
+            own = name.endswith(".bias") if bias == "all" else bias.endswith("_only") and id(parameter) in adapted
+        if own:
+            trained[parameter_name(name, adapter)] = tuple(parameter.shape)
+    return trained
+
+
 def load_moments(checkpoint: Checkpoint, parameters: Mapping[str, tuple[int, ...]]) -> Moments:
     """Adam's moments of a checkpoint for the given trainable parameters.
 
@@ -90,34 +123,24 @@ def load_moments(checkpoint: Checkpoint, parameters: Mapping[str, tuple[int, ...
         checkpoint: with optimizer state in one of three forms: gradsift's by name, Trainer's `optimizer.pt` (indexed by
             position: parameters with weight decay first, each group in the model's order), FSDP's `optimizer.bin`
             (by name).
-        parameters: name → shape of the adapter's trainable parameters, in the model's order.
+        parameters: name → shape, from `trained_parameters`. Forms with names may be asked for a part of them.
 
     Raises:
         ConfigError: no optimizer state.
-        MismatchError: shapes or counts do not fit the parameters.
+        MismatchError: shapes, counts or parameter groups do not fit the parameters.
         CorruptError: the file cannot be read.
     """
     checkpoint.optimizer_identity()
     assert checkpoint.optimizer is not None
     path = Path(checkpoint.optimizer)
-    if path.name == ADAM_FILE:
-        tensors = load_file(path)
-        step = int(tensors.pop("step"))
-        moments = Moments(
-            {n.removesuffix(".exp_avg"): t for n, t in tensors.items() if n.endswith(".exp_avg")},
-            {n.removesuffix(".exp_avg_sq"): t for n, t in tensors.items() if n.endswith(".exp_avg_sq")},
-            step,
-        )
-    else:
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
-            raise CorruptError(f"cannot read optimizer state {path}: {str(error).splitlines()[0]}") from error
-        moments = _from_torch(content, parameters, path)
+    moments = _read_named(path) if path.name == ADAM_FILE else _from_torch(_read_torch(path), parameters, path)
     for name, shape in parameters.items():
         for kind, values in (("exp_avg", moments.exp_avg), ("exp_avg_sq", moments.exp_avg_sq)):
             if name not in values:
-                raise MismatchError(f"optimizer state {path} has no {kind} of {name}: it belongs to another adapter")
+                raise MismatchError(
+                    f"optimizer state {path} has no {kind} of {name}: it belongs to another adapter, or that "
+                    "parameter took no optimizer step"
+                )
             if tuple(values[name].shape) != tuple(shape):
                 raise MismatchError(
                     f"optimizer state {path}: {kind} of {name} has shape {tuple(values[name].shape)}, "
@@ -126,43 +149,120 @@ def load_moments(checkpoint: Checkpoint, parameters: Mapping[str, tuple[int, ...
     return moments
 
 
+def _read_named(path: Path) -> Moments:
+    try:
+        tensors = load_file(path)
+        step = int(tensors.pop("step"))
+    except (SafetensorError, OSError, KeyError) as error:
+        raise CorruptError(f"cannot read optimizer state {path} ({error}): train again, or copy it again") from error
+    return Moments(
+        {n.removesuffix(".exp_avg"): t for n, t in tensors.items() if n.endswith(".exp_avg")},
+        {n.removesuffix(".exp_avg_sq"): t for n, t in tensors.items() if n.endswith(".exp_avg_sq")},
+        step,
+    )
+
+
+def _read_torch(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CorruptError(f"cannot read optimizer state {path}: {reason}") from error
+
+
 def _from_torch(content: Any, parameters: Mapping[str, tuple[int, ...]], path: Path) -> Moments:
-    state = content.get("state", content) if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not state or not isinstance(content, dict):
-        raise MismatchError(f"optimizer state {path} is not a torch optimizer's state_dict with a 'state'")
-    if all(isinstance(key, str) for key in state):  # FSDP: by name
-        by_name = {parameter_name(key.removeprefix("module.")): entry for key, entry in state.items()}
+    state = content.get("state") if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not state:
+        raise MismatchError(
+            f"optimizer state {path} is not a torch optimizer's state_dict, which has a 'state' by parameter: "
+            "give the folder that Trainer saved, or score with --optimizer sgd"
+        )
+    if all(isinstance(key, str) for key in state):  # FSDP
+        by_name = {_plain_name(key): entry for key, entry in state.items()}
     else:
-        order = [index for group in content["param_groups"] for index in group["params"]]
-        sizes = [len(group["params"]) for group in content["param_groups"]]
-        if len(order) != len(parameters):
-            raise MismatchError(
-                f"optimizer state {path} has {len(order)} parameters (groups of {sizes}), the adapter "
-                f"{len(parameters)} trainable ones: it belongs to another adapter or training set-up"
-            )
-        by_name = {name: state[index] for name, index in zip(parameters, order, strict=True) if index in state}
-    steps = {int(entry["step"]) for entry in by_name.values() if "step" in entry}
+        by_name = {name: state[index] for name, index in _indexed(content, parameters, path) if index in state}
     if not all({"exp_avg", "exp_avg_sq"} <= set(entry) for entry in by_name.values()):
         raise MismatchError(
             f"optimizer state {path} has no exp_avg and exp_avg_sq (8-bit or another optimizer?): "
             "Adam's moments are needed; score with --optimizer sgd instead"
         )
+    groups = content.get("param_groups") or [{}]  # some optimizers count their steps there
+    steps = {int(entry["step"]) for entry in (*by_name.values(), *groups) if "step" in entry}
     return Moments(
-        {name: entry["exp_avg"].float() for name, entry in by_name.items()},
-        {name: entry["exp_avg_sq"].float() for name, entry in by_name.items()},
+        {name: _at_least_float32(entry["exp_avg"]) for name, entry in by_name.items()},
+        {name: _at_least_float32(entry["exp_avg_sq"]) for name, entry in by_name.items()},
         max(steps, default=0),
     )
 
 
+def _indexed(content: Any, parameters: Mapping[str, tuple[int, ...]], path: Path) -> list[tuple[str, int]]:
+    """(name, index) pairs of an optimizer state whose parameters have numbers only.
+
+    Trainer makes two groups, with weight decay and without, each in the model's order. Which parameters it put in the
+    second has changed over its versions, so each rule is tried, and one counts only if sizes and shapes fit.
+    """
+    groups = [list(group.get("params", ())) for group in content.get("param_groups", ())]
+    sizes = [len(group) for group in groups]
+    wanted = MismatchError(
+        f"optimizer state {path} has {sum(sizes)} parameters in groups of {sizes}, the adapter {len(parameters)} "
+        "trained ones whose shapes do not fit that: it belongs to another adapter, or its optimizer was not made by "
+        "Trainer (with weight decay, without). Use the folder that Trainer saved, or score with --optimizer sgd"
+    )
+    filled = [group for group in groups if group]
+    if sum(sizes) != len(parameters) or len(filled) > 2:
+        raise wanted
+    by_name = [name for name in parameters if _NO_DECAY.search(name.lower())]
+    vectors = [n for n, shape in parameters.items() if len(shape) == 1 and ".lora_" not in n]  # nn.LayerNorm's weights
+    rules = [by_name, [*by_name, *vectors], [n for n in parameters if "bias" in n]]
+    for rule in rules:
+        no_decay = set(rule)
+        order = [[n for n in parameters if n not in no_decay], [n for n in parameters if n in no_decay]]
+        if len(filled) == 1:
+            order = [list(parameters)]
+        if [len(names) for names in order if names] != [len(group) for group in filled]:
+            continue
+        pairs = list(zip((n for names in order for n in names), (i for group in filled for i in group), strict=True))
+        if all(_fits(content["state"].get(index), parameters[name]) for name, index in pairs):
+            return pairs
+    raise wanted
+
+
+def _fits(entry: Any, shape: tuple[int, ...]) -> bool:
+    return entry is None or "exp_avg" not in entry or tuple(entry["exp_avg"].shape) == tuple(shape)
+
+
+def _plain_name(key: str) -> str:
+    """The parameter's name without what wrappers add, and without the adapter's name, whatever it is."""
+    return re.sub(r"(\.lora_[A-Za-z_]+)\.(?!weight$)[^.]+(?=\.weight$|$)", r"\1", _WRAPPERS.sub("", key))
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
 def _learning_rate(folder: Path) -> float | None:
+    """η̄ of the epoch that ends here.
+
+    From Trainer's log it is the mean over the entries of the last epoch: exact with logging_steps=1.
+    """
     info, trainer = folder / INFO_FILE, folder / "trainer_state.json"
     if info.is_file():
-        rate = json.loads(info.read_text()).get("learning_rate")
+        rate = _read_json(info).get("learning_rate")
         return None if rate is None else float(rate)
     if not trainer.is_file():
         return None
-    state = json.loads(trainer.read_text())
+    state = _read_json(trainer)
     last = state.get("epoch") or 0
-    log = [e for e in state.get("log_history", []) if "learning_rate" in e and "epoch" in e]
+    log = [e for e in state.get("log_history", []) if e.get("learning_rate") is not None and "epoch" in e]
     rates = [float(e["learning_rate"]) for e in log if last - 1 < e["epoch"] <= last]
     return sum(rates) / len(rates) if rates else None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CorruptError(f"{path} is damaged ({error}): copy it again, or train again") from error
+    if not isinstance(value, dict):
+        raise CorruptError(f"{path} is damaged (not a JSON object): copy it again, or train again")
+    return value

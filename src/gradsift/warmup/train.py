@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from gradsift.warmup.trainer import StepTrainer, TrainingState
 
 _MIN_STEPS = 8  # optimizer steps per epoch; with one, the first runs at rate 0 and leaves B = 0
-_SAVE_SECONDS = 120.0  # the work that a killed training loses at most, unless saving takes a twentieth of it
+_SAVE_SECONDS = 120.0  # the work that a killed training loses at most …
+_SAVE_SHARE = 0.05  # … unless saving that often would take more than this share of the time
 _PARTIAL = "partial.safetensors"
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -279,7 +280,7 @@ class _Job:
         now = time.monotonic()
         if rest == 0:
             self._publish_epoch(trainer, epoch)
-        elif now - self._saved_at >= max(_SAVE_SECONDS, 20 * self._save_cost):
+        elif now - self._saved_at >= max(_SAVE_SECONDS, self._save_cost / _SAVE_SHARE):
             self._publish_partial(trainer.snapshot())
         else:
             return

@@ -1,7 +1,7 @@
 """Next-token loss on supervised positions only: the one loss of training, gradients and evaluation.
 
-`logits[t]` predicts `token[t+1]`; the head runs only where a label follows, which for short answers to long prompts saves
-most of the vocabulary-sized work and memory.
+`logits[t]` predicts `token[t+1]`; the head runs only where a label follows, which for short answers to long prompts
+saves most of the vocabulary-sized work and memory.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def token_mean(example: TokenizedExample, row: int) -> Sequence:
 
 
 @contextmanager
-def head_at(model: nn.Module) -> Iterator[SupervisedHead]:
+def head_at(model: Any) -> Iterator[SupervisedHead]:
     """While open, the language-model head of `model` sees only the positions asked for."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if not isinstance(head, nn.Module):

@@ -64,7 +64,7 @@ def check_against_oracle(
     reference: nn.Module | None = None,
     **options: Any,
 ) -> ShardRows:
-    """Both views, norms and losses of a shard equal the oracle's (on `reference`, where the model is more than that)."""
+    """Both views, norms and losses of a shard equal the oracle's (of `reference`, where the model itself has none)."""
     model = model.to(dtype)
     reference = model if reference is None else reference.to(dtype)
     modules = find_modules(model, pattern).captured

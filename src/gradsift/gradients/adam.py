@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -53,7 +53,7 @@ def adam_direction(
     Raises:
         ShapeError: the moments do not broadcast to the gradient's shape.
         NonFiniteError: an input holds NaN or infinity, or v is negative.
-        ConfigError: bias correction without a step.
+        ConfigError: bias correction without a step; a decay rate, ε or its placement that means nothing.
 
     Example:
         >>> g = torch.tensor([1.0, -2.0])
@@ -107,6 +107,12 @@ class AdamDirection:
     ) -> None:
         if bias_correction and step is None:
             raise ConfigError("bias_correction needs the optimizer's step count at the checkpoint: pass step=")
+        if step is not None and step < 0:
+            raise ConfigError(f"step is {step}: it counts the optimizer's steps so far, 0 or more")
+        if not all(0 <= beta < 1 for beta in betas) or eps < 0:
+            raise ConfigError(f"betas are {tuple(betas)} and eps {eps}: betas must be in [0, 1), eps 0 or more")
+        if eps_placement not in get_args(EpsPlacement):
+            raise ConfigError(f"eps_placement is {eps_placement!r}: it must be 'outside' or 'inside'")
         self.beta1, self.beta2 = betas
         # Bias correction scales m' and v' by constants, so it folds into the stored moments and coefficients.
         scale1 = 1.0 / (1.0 - self.beta1 ** (step + 1)) if bias_correction and step is not None else 1.0

@@ -75,7 +75,8 @@ def find_modules(model: nn.Module, pattern: str = LORA) -> Modules:
     except re.error as error:
         raise ConfigError(f"modules pattern {pattern!r} is not a regular expression: {error}") from error
     active = _active_adapters(model)
-    embedded = model.get_input_embeddings().weight if hasattr(model, "get_input_embeddings") else None
+    embeddings = _input_embeddings(model)
+    embedded = None if embeddings is None else embeddings.weight
     # LoRA on a fused expert tensor keeps A and B in linear modules that never run: PEFT multiplies their weights.
     never_run = {
         child for m in model.modules() if type(m).__name__ == "ParamWrapper" for child in _lora_parts(m) if active
@@ -139,6 +140,10 @@ def _active_adapters(model: nn.Module) -> set[str]:
     return set(active() if callable(active) else active)
 
 
+def _input_embeddings(model: Any) -> nn.Module | None:
+    return model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+
+
 def _lora_parts(layer: nn.Module) -> list[nn.Module]:
     return [part for side in ("lora_A", "lora_B") for part in getattr(layer, side, nn.ModuleDict()).values()]
 
@@ -176,7 +181,8 @@ class Capture:
     @contextmanager
     def open(self) -> Iterator[Capture]:
         """Install the hooks; on leaving, remove them and restore train mode and `requires_grad`."""
-        embeddings = self.model.get_input_embeddings()
+        embeddings = _input_embeddings(self.model)
+        assert embeddings is not None, f"{type(self.model).__name__} has no input embeddings"
         required = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
         training = [(module, module.training) for module in self.model.modules()]
         handles = [captured.module.register_forward_hook(self._forward_hook(captured)) for captured in self.modules]
@@ -199,7 +205,7 @@ class Capture:
             self._partial.clear()
 
     def run(self, sequences: SequenceABC[Sequence]) -> Tensor:
-        """Forward and backward of one batch; returns each sequence's weighted loss Σ_t w_t·NLL_t `[sequence]`, float64."""
+        """Forward and backward of one batch; returns the weighted losses Σ_t w_t·NLL_t `[sequence]`, float64."""
         batch = pad(sequences, self.device)
         for state in (self._pending, self._partial, self._consumed):
             state.clear()
@@ -207,7 +213,7 @@ class Capture:
         with torch.enable_grad():
             with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
                 nll = self._head.nll(batch)
-            nll.sum().backward()  # type: ignore[no-untyped-call]
+            nll.sum().backward()
         self._consume_rest()
         losses = torch.zeros(len(batch), dtype=torch.float64, device=self.device)
         return losses.index_add_(0, batch.owner, nll.detach().double())
@@ -258,7 +264,7 @@ class Capture:
         self.consume(captured, gradients)
 
     def _by_sequence(self, captured: Captured, features: Tensor) -> Tensor:
-        """`[sequence token feature]`, from that, from `[sequence·token feature]`, or from the head's `[1 label feature]`.
+        """`[sequence token feature]`, from that, `[sequence·token feature]`, or the head's `[1 label feature]`.
 
         Raises:
             ModelError: another choice or order of tokens, such as those routed to one expert.

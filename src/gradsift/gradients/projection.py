@@ -54,13 +54,17 @@ class Projection(Settings):
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """The columns `[start, stop)` of a row that belong to one module, whose weight is `[out_features in_features]`."""
+    """The columns `[start, stop)` of a row that belong to one module, whose weight is `[out_features in_features]`.
+
+    `factors` are (k_out, k_in) of a Kronecker projection, whose product is k_l.
+    """
 
     name: str
     start: int
     stop: int
     out_features: int
     in_features: int
+    factors: tuple[int, int] | None = None
 
     @property
     def dim(self) -> int:
@@ -116,15 +120,18 @@ def plan_segments(shapes: Mapping[str, tuple[int, int]], projection: Projection)
         sizes = [min(projection.dim, d) for d in full]
     else:
         sizes = segment_dims(full, projection.dim)
-    if projection.kind == "kronecker":
-        sizes = [
-            k_out * k_in
-            for (out, inp), k in zip(shapes.values(), sizes, strict=True)
-            for k_out, k_in in [_kronecker_dims(out, inp, k)]
-        ]
     segments, start = [], 0
     for (name, (out, inp)), size in zip(shapes.items(), sizes, strict=True):
-        segments.append(Segment(name, start, start + size, out, inp))
+        factors = None
+        if projection.kind == "kronecker":
+            factors = _kronecker_dims(out, inp, size)
+            size = factors[0] * factors[1]
+        if projection.kind == "sparse" and size < min(projection.nonzeros, out * inp):
+            raise ConfigError(
+                f"{projection.nonzeros} non-zeros per column do not fit the {size} dimensions of module {name}: "
+                "raise the projection dim or lower nonzeros"
+            )
+        segments.append(Segment(name, start, start + size, out, inp, factors))
         start += size
     return tuple(segments)
 
@@ -229,7 +236,8 @@ class Projector:
 
     def _kronecker(self, segment: Segment) -> tuple[Tensor, Tensor]:
         if segment.name not in self._factors:
-            k_out, k_in = _kronecker_dims(segment.out_features, segment.in_features, segment.dim)
+            assert segment.factors is not None, segment
+            k_out, k_in = segment.factors
             factors = []
             for side, full, k in (("out", segment.out_features, k_out), ("in", segment.in_features, k_in)):
                 if k == full:
@@ -299,11 +307,6 @@ def _draw_sketch(
 ) -> list[_SparseBlock]:
     """The s blocks of a segment: column block b takes one non-zero of every entry, so the s buckets always differ."""
     s = projection.nonzeros
-    if s > segment.dim:
-        raise ConfigError(
-            f"{s} non-zeros per column do not fit the {segment.dim} dimensions of module {segment.name}: "
-            "raise the projection dim or lower nonzeros"
-        )
     out, inp = segment.out_features, segment.in_features
     long, short = max(out, inp), min(out, inp)
     edges = [segment.dim * b // s for b in range(s + 1)]

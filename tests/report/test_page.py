@@ -255,8 +255,8 @@ def test_group_shares_divide_by_the_pool_and_by_the_choice() -> None:
     choice = Choice("LESS", 10, [], {"skill": {"sums": 9, "facts": 1}})
     data = ReportData(title="t", pool_size=100, pool_shares={"skill": {"sums": 30, "facts": 70}}, choices=[choice])
     text = Page(render(data)).text.replace("\u202f", " ")
-    assert "sums 30.0 % 30 90.0 % 9 3.0×" in text
-    assert "facts 70.0 % 70 10.0 % 1 0.1×" in text
+    assert "sums 30.0 % 30 90.0 % 9 3.00×" in text
+    assert "facts 70.0 % 70 10.0 % 1 0.14×" in text
 
 
 def test_a_column_with_many_values_is_gathered_and_nothing_is_lost() -> None:
@@ -309,6 +309,16 @@ def test_more_chosen_than_listed_is_said() -> None:
     text = Page(render(ReportData(title="t", choices=[Choice("LESS", 620, examples)]))).text
     assert "chose 620" in text
     assert "120 more chosen examples are in the run's files" in text
+
+
+def test_explanations_are_listed_whole_up_to_a_limit_and_the_rest_counted() -> None:
+    """40 outputs with 25 explaining examples each: 20 are listed with all of them, 20 are said to be left out."""
+    example = ExplainedExample("a", [{"role": "user", "content": "hi"}], 0.25, 1, 0.04)
+    explained = Explained("p", "o", True, "LESS", [ExplainedStrategy("one", 1.0, [example] * 25)])
+    page = Page(render(ReportData(title="t", explained=[explained] * 40)))
+    assert len(page.of("article")) == 20
+    assert page.text.count("coefficient 0.040") == 500
+    assert "20 more explained outputs are in the run's files" in page.text
 
 
 def test_every_place_with_scores_states_their_sign(full: ReportData) -> None:

@@ -36,11 +36,11 @@ def histogram(scores: ArrayLike, chosen: ArrayLike, *, title: str, bins: int = 4
     tallest = max(int(counts.max()), int(taken.max()), 1)
     step = (right - left) / bins
     parts = [_open(width, 200, title)]
-    for mark, label in _ticks(0, tallest, 4):
+    for mark, _ in _ticks(0, tallest, 4):
         if mark == int(mark):
             y = base - (base - top) * mark / tallest
             parts.append(_line("grid", left, y, right, y))
-            parts.append(_text(left - 6, y + 4, label, "end"))
+            parts.append(_text(left - 6, y + 4, f"{mark:,.0f}", "end"))
     for position, (count, part) in enumerate(zip(counts.tolist(), taken.tolist(), strict=True)):
         x = left + step * position
         for kind, amount in (("pool", count), ("chosen", part)):

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
-from itertools import count
+from itertools import accumulate, count
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,9 @@ from gradsift.types import Skipped
 
 # Limits that keep the page near a megabyte whatever the run's size; what is left out is always counted on the page.
 MOST_CHOSEN = 500
-MOST_CONTROL = 100
+MOST_OF_CONTROLS = 300  # all controls together
 MOST_SKIPPED = 200
-MOST_EXPLAINED = 50
+MOST_EXPLAINING = 500  # examples in all explanations together
 MOST_GROUPS = 14
 MOST_COLUMNS = 6
 TEXT_BYTES = 600_000
@@ -224,11 +224,14 @@ class _Listing:
     def __init__(self, data: ReportData) -> None:
         self._numbers = count(1)
         self._anchors: dict[str, str] = {}
+        of_each = max(20, MOST_OF_CONTROLS // max(1, len(data.choices) - 1))
         kept_choices = [
-            (choice, choice.examples[: MOST_CONTROL if position else MOST_CHOSEN])
+            (choice, choice.examples[: of_each if position else MOST_CHOSEN])
             for position, choice in enumerate(data.choices)
         ]
-        kept_explained = data.explained[:MOST_EXPLAINED]
+        explaining = accumulate(sum(len(strategy.examples) for strategy in item.strategies) for item in data.explained)
+        whole = sum(total <= MOST_EXPLAINING for total in explaining)
+        kept_explained = data.explained[: max(1, whole)]
         everything = [example.messages for _, examples in kept_choices for example in examples]
         everything += [e.messages for item in kept_explained for strategy in item.strategies for e in strategy.examples]
         unique = {repr(messages): messages for messages in everything}
@@ -309,7 +312,7 @@ class _Listing:
             "output": self._message("output", item.output),
             "generated": item.generated,
             "method": item.method,
-            "target_loss": None if item.target_loss is None else text.figure(item.target_loss),
+            "target_loss": None if item.target_loss is None else text.written(item.target_loss, ".3f"),
             "strategies": strategies,
             "name": text.shorten(" ".join(item.prompt[:400].split()), 90),
         }
@@ -354,7 +357,7 @@ def _outcome_table(data: ReportData) -> dict[str, Any]:
     for column in columns:
         lower = column in data.lower_is_better or any(word in column.lower() for word in ("loss", "perplexity"))
         values = [outcome.values.get(column) for outcome in data.outcomes]
-        layout = text.figures_layout(values)
+        layout = text.figures_layout([*values, *(outcome.spread.get(column) for outcome in data.outcomes)])
         written = [text.written(value, layout) for value in values]
         best = _best(values, written, lower)
         spreads = [outcome.spread.get(column, 0.0) for outcome in data.outcomes]
@@ -451,7 +454,7 @@ def _group(data: ReportData, column: str) -> dict[str, Any]:
                 "count": f"{sum(pick[value] for value in values):,}",
                 "share": text.percent(share),
                 "bar": charts.share_bar(share, base if known else None, largest),
-                "lift": f"{share / base:.1f}×" if base else text.ABSENT,
+                "lift": f"{share / base:.2f}×" if base else text.ABSENT,
             }
             for pick, share in zip(picks, row, strict=True)
         ]

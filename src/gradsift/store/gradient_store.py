@@ -97,10 +97,14 @@ class GradientStoreWriter:
         if self.config.get("full_sum") and not self.storage.exists(self._sum_key(shard)):
             return "missing"
         try:
-            stored = read_json(self.storage, side)["checksum"]
-        except (CorruptError, KeyError):
+            stored = read_json(self.storage, side)
+        except CorruptError:
             return "damaged"
-        return "complete" if checksum_file(self.storage.local(rows)) == stored else "damaged"
+        files = {rows: stored.get("checksum")}
+        if self.config.get("full_sum"):
+            files[self._sum_key(shard)] = stored.get("sum_checksum")
+        intact = all(checksum_file(self.storage.local(key)) == digest for key, digest in files.items())
+        return "complete" if intact else "damaged"
 
     def write_shard(
         self,
@@ -116,9 +120,11 @@ class GradientStoreWriter:
         assert len(rows) == len(columns.ids), (len(rows), len(columns.ids))
         data = save(_encode(rows, self.config["dtype"]))
         self.storage.publish(self._rows_key(shard), data)
-        if full_sum is not None:
-            self.storage.publish(self._sum_key(shard), save({k: v.contiguous().cpu() for k, v in full_sum.items()}))
         side = {"checksum": checksum(data), "rows": len(rows), **columns.__dict__}
+        if full_sum is not None:
+            sums = save({name: tensor.contiguous().cpu() for name, tensor in full_sum.items()})
+            self.storage.publish(self._sum_key(shard), sums)
+            side["sum_checksum"] = checksum(sums)
         publish_json(self.storage, self._side_key(shard), side)
 
     def finish(self, shards: int) -> None:
@@ -129,7 +135,7 @@ class GradientStoreWriter:
             side = read_json(self.storage, self._side_key(shard))
             for name in _COLUMNS:
                 table[name] += [shard] * side["rows"] if name == "shard" else side["ids" if name == "id" else name]
-            files.append({"rows": side["rows"], "checksum": side["checksum"]})
+            files.append({key: side[key] for key in ("rows", "checksum", "sum_checksum") if key in side})
             excluded.update(side["excluded"])
         sink = io.BytesIO()
         pq.write_table(pa.table(table, schema=_SCHEMA), sink, compression="zstd")
@@ -253,7 +259,7 @@ class GradientStore:
         return [self._position[id_] for id_ in ids]
 
     def stored_blocks(self, start: int, stop: int, block: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Memory-mapped `(stored [row dim], scale [row] | None)` of at most `block` rows, in order; row = stored·scale."""
+        """Memory-mapped `(stored [row dim], scale [row] | None)` of up to `block` rows, in order; row = stored·scale."""
         position = start
         while position < stop:
             shard = int(np.searchsorted(self._starts, position, side="right")) - 1
@@ -292,17 +298,17 @@ class GradientStore:
             )
 
     def _verify(self, content: Mapping[str, Any]) -> None:
+        files = {self.prefix + "rows.parquet": content["rows_parquet"]}
         for shard, entry in enumerate(content["shards"]):
-            key = f"{self.prefix}shard-{shard:05d}.safetensors"
-            if not self.storage.exists(key) or checksum_file(self.storage.local(key)) != entry["checksum"]:
+            files[f"{self.prefix}shard-{shard:05d}.safetensors"] = entry["checksum"]
+            if "sum_checksum" in entry:
+                files[f"{self.prefix}sum-{shard:05d}.safetensors"] = entry["sum_checksum"]
+        for key, digest in files.items():
+            if not self.storage.exists(key) or checksum_file(self.storage.local(key)) != digest:
                 raise CorruptError(
-                    f"{self.storage.local(key)} is truncated or altered: run `gradsift collect` again with the same "
-                    "options, only this shard is collected anew"
+                    f"{self.storage.local(key)} is missing, truncated or altered: run `gradsift collect` again with "
+                    "the same options, only what is damaged is collected anew"
                 )
-        if checksum(self.storage.read(self.prefix + "rows.parquet")) != content["rows_parquet"]:
-            raise CorruptError(
-                f"{self.path}/rows.parquet is altered: run `gradsift collect` again with the same options"
-            )
 
     def _map(self, shard: int) -> tuple[Tensor, Tensor | None]:
         if shard not in self._maps:
@@ -329,8 +335,9 @@ def _encode(rows: Tensor, dtype: RowDtype) -> dict[str, Tensor]:
     if dtype != "float16":
         return {"rows": rows.to(_DTYPES[dtype]).contiguous()}
     top = rows.abs().amax(dim=1) if len(rows) else torch.zeros(0)
-    exponent = torch.where(top > 0, torch.ceil(torch.log2(top / _FP16_TOP)), torch.zeros_like(top))
-    scale = torch.exp2(exponent).float()
+    exponent = torch.where(top > 0, torch.ceil(torch.log2(top.double() / _FP16_TOP)), 0.0)
+    # The scale is a normal float32 number: rows of 1e-42 lose digits, and none divides by zero.
+    scale = torch.exp2(exponent.clamp(-126, 127)).float()
     return {"rows": (rows / scale[:, None]).to(torch.float16).contiguous(), "scale": scale}
 
 

@@ -85,12 +85,16 @@ class LocalStorage:
                 os.fsync(file.fileno())
             temporary.replace(path)
         except OSError as error:
-            temporary.unlink(missing_ok=True) if path.parent.is_dir() else None
+            if path.parent.is_dir():
+                temporary.unlink(missing_ok=True)
             raise _storage_error(path, "write", error) from error
 
     def delete(self, key: str) -> None:
         """Remove an object; absent is fine."""
-        (self.root / key).unlink(missing_ok=True)
+        try:
+            (self.root / key).unlink(missing_ok=True)
+        except OSError as error:
+            raise _storage_error(self.root / key, "delete", error) from error
 
     def local(self, key: str) -> Path:
         """The object's own path."""
@@ -121,6 +125,8 @@ def _storage_error(path: Path, verb: str, error: OSError) -> StorageError:
         errno.EROFS: "the file system is read-only: choose another folder",
         errno.ENOENT: "it is not there",
         errno.ENOTDIR: "a part of the path is a file, not a folder",
+        errno.EEXIST: "a part of the path is a file, not a folder",
+        errno.EISDIR: "it is a folder, not a file",
     }
     remedy = remedies.get(error.errno or 0, error.strerror or str(error))
     return StorageError(f"cannot {verb} {path}: {remedy}")

@@ -130,7 +130,7 @@ def page(
             "time": "6 min 12 s on 2 CPU cores",
         },
         pool_size=len(pool),
-        pool_shares={group: Counter(row[group] for row in pool)},
+        pool_shares={name: Counter(row[name] for row in pool) for name in pool[0] if name not in ("id", "messages")},
         choices=choices,
         score_summaries=[
             ScoreSummary("LESS", list(scores.values()), [e.score for e in best], -0.21),
@@ -185,7 +185,10 @@ def page(
             ),
         ],
         skipped_counts={"no_assistant_turn": 240, "truncated_answer": 3},
-        warnings=["Two target examples also stand in the pool (units-012, facts-025): their scores are too high."],
+        warnings=[
+            "The figures on this page are made up: it shows the layout, not a result.",
+            "Two target examples also stand in the pool (units-012, facts-025): their scores are too high.",
+        ],
         repeat={
             "command": "gradsift run recipe.yaml --output runs/arithmetic",
             "recipe": "model: SmolLM2-135M-Instruct\npool: pool.jsonl\ntarget: target_validation.jsonl\n"

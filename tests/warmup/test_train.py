@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import random
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,14 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from gradsift import models
 from gradsift.data.dataset import Dataset
-from gradsift.errors import CorruptError, DataError, ModelError
+from gradsift.errors import ConfigError, CorruptError, DataError, ModelError
 from gradsift.models import host, parameter_name
 from gradsift.progress import Reporter
 from gradsift.run import Run
 from gradsift.types import Sequence
 from gradsift.warmup import train as train_module
 from gradsift.warmup import trainer as trainer_module
-from gradsift.warmup.checkpoint import load_moments, open_checkpoint, trained_parameters
+from gradsift.warmup.checkpoint import Checkpoint, load_moments, open_checkpoint, trained_parameters
 from gradsift.warmup.train import PRESETS, Training, Warmup, effective_batch_size, train, warm_up
 from gradsift.warmup.trainer import micro_batches
 
@@ -120,12 +121,12 @@ class Interrupting(Reporter):
         return counting()
 
 
-def tensors_of(checkpoint: Any) -> dict[str, torch.Tensor]:
+def tensors_of(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     folder = Path(checkpoint.adapter)
     return load_file(folder / "adapter_model.safetensors") | load_file(folder / "adam.safetensors")
 
 
-def assert_same(first: list[Any], second: list[Any]) -> None:
+def assert_same(first: list[Checkpoint], second: list[Checkpoint]) -> None:
     assert len(first) == len(second)
     for one, other in zip(first, second, strict=True):
         assert one.learning_rate == other.learning_rate
@@ -244,39 +245,60 @@ def test_files_are_what_peft_writes_and_moments_belong_to_them(run: Run, llama: 
     assert len(list(ours.iterdir())) == 4
 
 
+LONGER = SMALL.model_copy(update={"epochs": 3, "dropout": 0.2})
+
+
+@pytest.fixture(scope="module")
+def undisturbed(llama: str, tmp_path_factory: pytest.TempPathFactory) -> list[Checkpoint]:
+    """30 rows, 3 epochs of 8 steps, dropout, in one go."""
+    run = Run(tmp_path_factory.mktemp("undisturbed"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    data = make_data(run, 30)
+    checkpoints = train(run, data, data.ids, LONGER, model=llama)
+    torch.set_num_threads(threads)
+    return checkpoints
+
+
 @pytest.mark.parametrize("rows", [13, 30, 45, 75])
 def test_an_interrupted_training_ends_where_an_undisturbed_one_does(
-    run: Run, llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int
+    run: Run, llama: str, undisturbed: list[Checkpoint], monkeypatch: pytest.MonkeyPatch, rows: int
 ) -> None:
     """Interrupted within the first epoch, after it, within the second or the third, it goes on from the last saved
     step and gives the same weights, moments, rates and losses to the bit, with dropout."""
-    settings = SMALL.model_copy(update={"epochs": 3, "dropout": 0.2})
-    other = Run(tmp_path / "other")
-    whole = train(other, make_data(other, 30), make_data(other, 30).ids, settings, model=llama)
     data = make_data(run, 30)
     monkeypatch.setattr(train_module, "_SAVE_SECONDS", 0.0)
     monkeypatch.setattr(train_module, "_SAVE_SHARE", 1e9)
     with pytest.raises(KeyboardInterrupt):
-        train(run, data, data.ids, settings, model=llama, reporter=Interrupting(after=rows))
+        train(run, data, data.ids, LONGER, model=llama, reporter=Interrupting(after=rows))
     torch.manual_seed(99)
     second = Interrupting()
-    resumed = train(run, data, data.ids, settings, model=llama, reporter=second)
-    assert_same(whole, resumed)
-    assert "going on after" in second.said[1 if "batch size" in second.said[0] else 0]
+    resumed = train(run, data, data.ids, LONGER, model=llama, reporter=second)
+    assert_same(undisturbed, resumed)
+    assert (
+        second.said[0]
+        == "warm-up: going on after "
+        + {
+            13: "step 3 of 8 in epoch 1",
+            30: "epoch 1",
+            45: "step 3 of 8 in epoch 2",
+            75: "step 3 of 8 in epoch 3",
+        }[rows]
+    )
     assert 90 - rows <= second.rows == second.totals[0] <= 90 - rows + 4
     assert not list(Path(resumed[0].adapter).parent.glob("partial*"))
 
 
-def test_without_a_saved_step_it_goes_on_after_the_last_finished_epoch(run: Run, llama: str, tmp_path: Path) -> None:
+def test_without_a_saved_step_it_goes_on_after_the_last_finished_epoch(
+    run: Run, llama: str, undisturbed: list[Checkpoint]
+) -> None:
     """A training stopped by an error within epoch 2, before its state was saved, repeats that epoch only."""
-    other = Run(tmp_path / "other")
-    whole = train(other, make_data(other, 16), make_data(other, 16).ids, SMALL, model=llama)
-    data = make_data(run, 16)
+    data = make_data(run, 30)
     with pytest.raises(RuntimeError):
-        train(run, data, data.ids, SMALL, model=llama, reporter=Interrupting(after=24, error=RuntimeError))
+        train(run, data, data.ids, LONGER, model=llama, reporter=Interrupting(after=45, error=RuntimeError))
     second = Interrupting()
-    assert_same(whole, train(run, data, data.ids, SMALL, model=llama, reporter=second))
-    assert second.rows == 16
+    assert_same(undisturbed, train(run, data, data.ids, LONGER, model=llama, reporter=second))
+    assert second.rows == 60
 
 
 def test_a_damaged_epoch_is_not_gone_on_from(run: Run, llama: str) -> None:
@@ -329,13 +351,16 @@ def test_the_base_model_is_left_as_it_was(run: Run, llama: str, how: str) -> Non
 
 
 def test_training_prints_nothing(run: Run, llama: str, capfd: pytest.CaptureFixture[str]) -> None:
-    """Nothing but the reporter writes: no bars, logs or notes of the Trainer, on neither stream."""
+    """Nothing but the reporter writes: no bars, logs or notes of the Trainer, and no warnings of any kind."""
     data = make_data(run, 16)
     host(llama).base()
     capfd.readouterr()
     level = transformers.logging.get_verbosity()
-    train(run, data, data.ids, SMALL, model=llama)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(run, data, data.ids, SMALL, model=llama)
     assert capfd.readouterr() == ("", "")
+    assert [str(warning.message) for warning in caught] == []
     assert transformers.logging.get_verbosity() == level
 
 
@@ -463,13 +488,15 @@ def test_the_adapter_is_float32_on_a_bfloat16_base(run: Run, llama: str) -> None
     assert {t.dtype for name, t in tensors_of(checkpoint).items() if name != "step"} == {torch.float32}
 
 
-def test_ids_must_be_there(run: Run, llama: str) -> None:
-    """No ids, or ids of another data set, are refused before a model is loaded."""
+def test_wrong_arguments_are_refused_at_once(run: Run, llama: str) -> None:
+    """No ids, ids of another data set and a negative seed are refused before a model is loaded."""
     data = make_data(run, 16)
     with pytest.raises(DataError, match="no examples to train on"):
         train(run, data, [], SMALL, model=llama)
     with pytest.raises(DataError, match=r"1 of 2 ids .*'elsewhere'"):
         train(run, data, [data.ids[0], "elsewhere"], SMALL, model=llama)
+    with pytest.raises(ConfigError, match="seed is -1"):
+        warm_up(run, data, model=llama, seed=-1)
     assert not models._HOSTS
 
 

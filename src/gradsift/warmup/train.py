@@ -16,7 +16,7 @@ from pydantic import Field
 from safetensors import SafetensorError
 
 from gradsift.data.dataset import Dataset
-from gradsift.errors import CorruptError, DataError, ModelError
+from gradsift.errors import ConfigError, CorruptError, DataError, ModelError
 from gradsift.models import DtypeName, host, model_identity
 from gradsift.progress import Reporter, silent
 from gradsift.run import Run
@@ -101,6 +101,7 @@ def warm_up(
         >>> checkpoints = warm_up(run, pool, PRESETS["less"], model="meta-llama/Llama-3.2-1B")  # doctest: +SKIP
     """
     settings = settings or Warmup()
+    _check_seed(seed)
     ids = sorted(data.ids)
     count = min(len(ids), max(_MIN_STEPS, round(settings.fraction * len(ids))))
     chosen = np.random.default_rng((seed, len(ids))).choice(len(ids), count, replace=False)
@@ -153,12 +154,14 @@ def train(
         Checkpoints whose `learning_rate` η̄ is the mean of the rates of the epoch's optimizer steps.
 
     Raises:
+        ConfigError: a negative seed.
         DataError: no ids, or some that are not in `data`.
         ModelError: the model cannot be loaded or adapted, the loss is not finite, or an epoch taught nothing because
             all its steps ran at rate 0.
         CorruptError: what an interrupted training left cannot be read.
     """
     reporter = reporter or silent()
+    _check_seed(seed)
     if not ids:
         raise DataError(f"{what}: no examples to train on; give at least one id of {data.description}")
     ordered = sorted(ids)
@@ -202,6 +205,11 @@ def effective_batch_size(count: int, wanted: int) -> int:
     return max(1, min(wanted, (count - 1) // (_MIN_STEPS - 1)))
 
 
+def _check_seed(seed: int) -> None:
+    if seed < 0:
+        raise ConfigError(f"seed is {seed}: it must be a whole number from 0")
+
+
 def _finished_epochs(run: Run, prefix: str, epochs: int) -> int:
     """How many epochs, from the first, are there in full; checkpoint.json is written last of each."""
     for epoch in range(1, epochs + 1):
@@ -241,20 +249,21 @@ class _Job:
 
     def train(self, base: Any, finished: int) -> None:
         """Train from the last state that was saved."""
-        from gradsift.warmup.trainer import StepTrainer, adapter_on
+        from gradsift.warmup.trainer import adapter_on, run_steps
 
         state = self._saved_state(finished)
         done = 0 if state is None else state.step
         epoch, step = divmod(done, self.steps_per_epoch)
         if done:
-            self.reporter.say(f"{self.what}: going on after epoch {epoch}, step {step} of {self.steps_per_epoch}")
+            within = f"step {step} of {self.steps_per_epoch} in epoch {epoch + 1}" if step else f"epoch {epoch}"
+            self.reporter.say(f"{self.what}: going on after {within}")
         seen = epoch * len(self.positions) + step * self.batch_size
         self.run.path(self.prefix).mkdir(parents=True, exist_ok=True)
         with (
             adapter_on(base, self.settings, self.seed) as model,
             self.reporter.stage(f"{self.what}: training", self.settings.epochs * len(self.positions) - seen) as advance,
         ):
-            StepTrainer.run(
+            run_steps(
                 model,
                 self.batch,
                 total_steps=self.settings.epochs * self.steps_per_epoch,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import random
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceABC
 from contextlib import contextmanager
@@ -143,9 +145,21 @@ def _wrap(base: Any, settings: Training) -> Any:
         task_type="CAUSAL_LM",
     )
     try:
-        return get_peft_model(base, lora)
+        with warnings.catch_warnings():
+            # PEFT asks transformers for an attribute under its old name.
+            warnings.simplefilter("ignore", FutureWarning)
+            return get_peft_model(base, lora)
     except ValueError as error:
         raise ModelError(f"cannot put LoRA on {type(base).__name__}: {str(error).splitlines()[0]}") from error
+
+
+def run_steps(model: Any, batches: Callable[[int], list[TokenizedExample]], **options: Any) -> None:
+    """Train to the last step, without a word on the terminal; the arguments are those of `StepTrainer`."""
+    with _silence(), own_randomness(), head_at(model) as head:
+        StepTrainer(model, batches, head=head, **options).train()
+    if torch.cuda.is_initialized():  # the Trainer and its hooks hold each other, and with them the optimizer's memory
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 class StepTrainer(Trainer):
@@ -165,6 +179,7 @@ class StepTrainer(Trainer):
         state: to go on from; None starts.
         on_rows: told how many examples went through a backward pass.
         on_step: called after each optimizer step.
+        head: of `model`, open.
     """
 
     def __init__(
@@ -179,9 +194,10 @@ class StepTrainer(Trainer):
         state: TrainingState | None,
         on_rows: Callable[[float], None],
         on_step: Callable[[StepTrainer], None],
+        head: SupervisedHead,
     ) -> None:
         self.done = 0 if state is None else state.step
-        self.total_steps, self.seed = total_steps, seed
+        self.total_steps, self.seed, self.head = total_steps, seed, head
         self.loss_sum = 0.0 if state is None else state.loss_sum
         self.rates: list[float] = [] if state is None else list(state.rates)
         self.trainable = {parameter_name(n): p for n, p in model.named_parameters() if p.requires_grad}
@@ -222,16 +238,6 @@ class StepTrainer(Trainer):
         )
         self.accelerator.device_placement = False
         self.remove_callback(PrinterCallback)
-
-    @classmethod
-    def run(cls, model: Any, *args: Any, **kwargs: Any) -> None:
-        """Train to the end, without a word on the terminal."""
-        with _silence(), own_randomness(), head_at(model) as head:
-            trainer = cls(model, *args, **kwargs)
-            trainer.head = head
-            trainer.train()
-
-    head: SupervisedHead
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         """Leave the model where it is."""

@@ -25,6 +25,7 @@ from gradsift.gradients.adam import AdamDirection
 from gradsift.gradients.capture import Capture, Captured, find_modules
 from gradsift.gradients.projection import Projection, Projector, plan_segments
 from gradsift.gradients.rows import ShardRows, gradient_rows
+from gradsift.loss import weighted_nll
 from gradsift.types import Sequence
 
 LENGTHS = [9, 4, 17, 9, 2, 12]
@@ -649,3 +650,32 @@ def test_logits_are_made_at_supervised_positions_only() -> None:
         capture.run(sequences)
     handle.remove()
     assert seen == [(1, 3 + 4, 61)]
+
+
+def test_the_loss_refuses_a_second_derivative() -> None:
+    """The loss's gradient is formed in its forward pass; differentiating it again raises, instead of giving zeros."""
+    logits = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
+    weights = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
+    loss = weighted_nll(logits, torch.tensor([1, 0, 6]), weights).sum()
+    (first,) = torch.autograd.grad(loss, logits, create_graph=True)
+    onehot = torch.nn.functional.one_hot(torch.tensor([1, 0, 6]), 7)
+    torch.testing.assert_close(first, weights[:, None] * (logits.softmax(-1) - onehot))
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        torch.autograd.grad(first.square().sum(), logits)
+
+
+@pytest.mark.parametrize("labels", [1, 63, 64, 65, 200])
+def test_the_loss_is_exact_in_every_block(labels: int) -> None:
+    """Losses and gradients equal cross entropy times the weights, for label counts around the block's size."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(labels, 11, generator=generator, dtype=torch.float64).requires_grad_()
+    label = torch.randint(0, 11, (labels,), generator=generator)
+    weights = torch.randn(labels, generator=generator, dtype=torch.float64)
+    upstream = torch.randn(labels, generator=generator, dtype=torch.float64)
+    wanted = weights * torch.nn.functional.cross_entropy(logits, label, reduction="none")
+    found = weighted_nll(logits, label, weights)
+    torch.testing.assert_close(found, wanted)
+    for scale in (torch.ones_like(upstream), upstream):
+        (expected,) = torch.autograd.grad((wanted * scale).sum(), logits, retain_graph=True)
+        (gradient,) = torch.autograd.grad((found * scale).sum(), logits, retain_graph=True)
+        torch.testing.assert_close(gradient, expected)

@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from gradsift.errors import ConfigError, DataError
+from gradsift.errors import ConfigError, CorruptError, DataError
 from gradsift.gradients.adam import AdamDirection, EpsPlacement
 from gradsift.gradients.batching import automatic_token_budget
 from gradsift.gradients.capture import LORA, Modules, find_modules
@@ -21,6 +21,7 @@ from gradsift.progress import Reporter, silent
 from gradsift.run import Run
 from gradsift.settings import Settings
 from gradsift.store.gradient_store import GradientStore, GradientStoreWriter, RowDtype, ShardColumns
+from gradsift.store.manifest import fingerprint
 from gradsift.types import Sequence
 from gradsift.warmup.checkpoint import Checkpoint, load_moments
 
@@ -69,22 +70,24 @@ class Gradients(Settings):
 
 
 class SequenceSource(Protocol):
-    """What rows are made of: labelled examples, or the sampled responses of prompts. Must be picklable.
-
-    ids:         one per row
-    fingerprint: of ids and sequences
-    template:    of the chat template and lengths
-    loss:        what the weights mean, `token_mean` for labelled examples
-    """
+    """What rows are made of: labelled examples, or the sampled responses of prompts. Must be picklable."""
 
     @property
-    def ids(self) -> list[str]: ...
+    def ids(self) -> list[str]:
+        """One per row."""
+
     @property
-    def fingerprint(self) -> str: ...
+    def fingerprint(self) -> str:
+        """Of ids and sequences."""
+
     @property
-    def template(self) -> str: ...
+    def template(self) -> str:
+        """Fingerprint of the chat template and lengths."""
+
     @property
-    def loss(self) -> str: ...
+    def loss(self) -> str:
+        """What the weights mean: `token_mean` for labelled examples."""
+
     def token_counts(self) -> SequenceABC[int]:
         """Tokens of each row."""
 
@@ -143,8 +146,10 @@ def collect(
     Raises:
         ConfigError: the Adam view without optimizer state, or no module matches.
         MismatchError: the optimizer state or adapter belongs to another model.
-        DataError: every row was non-finite.
+        DataError: there is no row, or every row was non-finite.
     """
+    if not source.ids:
+        raise DataError(f"the {what} has no rows to take gradients of")
     settings = settings or Gradients()
     reporter = reporter or silent()
     prefixes = {
@@ -164,8 +169,9 @@ def collect(
     for view, store in opened.items():
         if not len(store):
             raise DataError(
-                f"all {len(source.ids)} {what} rows have a non-finite {view} gradient, first {next(iter(excluded.items()))}: "
-                "the model's weights are damaged or overflow in this dtype; try --dtype float32"
+                f"all {len(source.ids)} {what} rows have a non-finite {view} gradient, "
+                f"first {next(iter(excluded.items()))}: the model's weights are damaged or overflow in this dtype; "
+                "try --dtype float32"
             )
     return opened
 
@@ -202,8 +208,9 @@ def store_config(
 def collect_shard(spec: ShardSpec, on_rows: Any = None) -> None:
     """Compute and publish one shard of every view; the process keeps the model for the next one."""
     engine = _engine(spec.model, spec.dtype, spec.device, spec.checkpoint, spec.settings)
+    sequences = spec.source.sequences(spec.start, spec.stop)
     result = engine.rows(
-        spec.source.sequences(spec.start, spec.stop),
+        sequences,
         spec.stop - spec.start,
         tuple(spec.stores),
         spec.token_budget,
@@ -211,9 +218,8 @@ def collect_shard(spec: ShardSpec, on_rows: Any = None) -> None:
     )
     ids = spec.source.ids[spec.start : spec.stop]
     keep = [row for row in range(len(ids)) if row not in result.bad]
-    supervised = spec.source.sequences(spec.start, spec.stop)
     counts = [0] * len(ids)
-    for sequence in supervised:
+    for sequence in sequences:
         counts[sequence.row] += int((sequence.weights != 0).sum())
     for view, prefix in spec.stores.items():
         writer = GradientStoreWriter(spec.run.storage, prefix, engine.config(spec.source, view))
@@ -239,7 +245,8 @@ class _Engine:
     def __init__(self, model: str, dtype: DtypeName, device: str, checkpoint: Checkpoint, settings: Gradients) -> None:
         self.model_name, self.dtype, self.checkpoint, self.settings = model, dtype, checkpoint, settings
         self.host = host(model, dtype, device)
-        network = self.host.with_adapter(checkpoint.adapter)
+        self.host.base()  # an adapter that is on the model may be what the folder held before
+        self._network = network = self.host.with_adapter(checkpoint.adapter)
         if checkpoint.adapter is not None and settings.modules == LORA:
             refuse_untrained(network, checkpoint.adapter)
         self.modules: Modules = find_modules(network, settings.modules)
@@ -255,7 +262,11 @@ class _Engine:
 
     @property
     def network(self) -> Any:
-        return self.host.with_adapter(self.checkpoint.adapter)
+        """The model at the checkpoint; once another stage has changed the adapter, it has new modules to capture."""
+        network = self.host.with_adapter(self.checkpoint.adapter)
+        if network is not self._network:
+            self._network, self.modules = network, find_modules(network, self.settings.modules)
+        return network
 
     def adam(self) -> dict[str, AdamDirection]:
         if self._adam is None:
@@ -313,19 +324,23 @@ class _Engine:
         return {**config, "segments": segments}
 
 
-@lru_cache(maxsize=1)
 def _engine(model: str, dtype: DtypeName, device: str, checkpoint: Checkpoint, settings: Gradients) -> _Engine:
+    """The process's engine of this checkpoint, as its files are now: a folder may have been trained anew."""
+    moments = None if checkpoint.optimizer is None else checkpoint.optimizer_identity()
+    return _make_engine(model, dtype, device, checkpoint, settings, fingerprint([checkpoint.identity(), moments]))
+
+
+@lru_cache(maxsize=1)
+def _make_engine(
+    model: str, dtype: DtypeName, device: str, checkpoint: Checkpoint, settings: Gradients, _files: str
+) -> _Engine:
     return _Engine(model, dtype, device, checkpoint, settings)
 
 
 def _open_complete(run: Run, prefix: str) -> GradientStore | None:
-    """The store if it is complete and every byte of it is as written; a damaged one loses its manifest and is mended."""
-    from gradsift.errors import CorruptError
-
-    if run.manifest(prefix) is None:
-        return None
+    """The store if it is complete and every byte is as written; a damaged one loses its manifest and is mended."""
     try:
-        return GradientStore(run.storage, prefix)
+        return None if run.manifest(prefix) is None else GradientStore(run.storage, prefix)
     except CorruptError:
         run.storage.delete(f"{prefix}manifest.json")
         return None
@@ -354,35 +369,36 @@ def _collect_missing(
     mean = max(1.0, sum(source.token_counts()) / max(1, count))
     kind = engine.projector.device.type
     default_rows = int(max(8, min(4096, _SHARD_TOKENS.get(kind, 16_384) / mean)))
-    writers = {}
-    layout: dict[str, int] = {}
+    layout = {"shard_rows": settings.shard_rows or default_rows, "token_budget": budget}
+    writers: dict[View, GradientStoreWriter] = {}
+    layouts: dict[View, tuple[int, int]] = {}
     for view in views:
-        writer = GradientStoreWriter(run.storage, prefixes[view], engine.config(source, view))
-        # The shards of an earlier, interrupted attempt fix how the rest is cut.
-        layout = writer.layout({"shard_rows": settings.shard_rows or default_rows, "token_budget": budget} | layout)
-        writers[view] = writer
-    shards = [(start, min(start + layout["shard_rows"], count)) for start in range(0, count, layout["shard_rows"])]
-    missing: dict[int, list[View]] = {}
+        writers[view] = GradientStoreWriter(run.storage, prefixes[view], engine.config(source, view))
+        # The shards of an earlier, interrupted attempt fix how the rest is cut; views cut alike share their passes.
+        layout = writers[view].layout(layout)
+        layouts[view] = layout["shard_rows"], layout["token_budget"]
+    missing: dict[tuple[int, int, int], list[View]] = {}
     for view, writer in writers.items():
-        for shard in range(len(shards)):
+        shard_rows, token_budget = layouts[view]
+        for shard in range(-(-count // shard_rows)):
             state = writer.shard_state(shard)
             if state == "damaged":
                 reporter.warn(
                     f"shard {shard} of the {what}'s {view} gradients is truncated or altered: collecting it again"
                 )
             if state != "complete":
-                missing.setdefault(shard, []).append(view)
-    rows_left = sum(shards[shard][1] - shards[shard][0] for shard in missing)
+                missing.setdefault((shard_rows, token_budget, shard), []).append(view)
+    rows_left = sum(min(shard_rows, count - shard * shard_rows) for shard_rows, _, shard in missing)
     if rows_left < count:
         reporter.say(f"{count - rows_left} of {count} {what} rows are there already")
     label = f"gradients of the {what} at {checkpoint.name.rstrip('/').rsplit('/', 1)[-1]} ({' + '.join(views)})"
     with reporter.stage(label, rows_left) as advance:
-        for shard, shard_views in sorted(missing.items()):
-            start, stop = shards[shard]
+        for (shard_rows, token_budget, shard), shard_views in sorted(missing.items()):
+            start, stop = shard * shard_rows, min((shard + 1) * shard_rows, count)
             spec = ShardSpec(
                 run, source, model, dtype, device, checkpoint, settings,
-                {view: prefixes[view] for view in shard_views}, shard, start, stop, layout["token_budget"],
+                {view: prefixes[view] for view in shard_views}, shard, start, stop, token_budget,
             )  # fmt: skip
             collect_shard(spec, advance)
-    for writer in writers.values():
-        writer.finish(len(shards))
+    for view, writer in writers.items():
+        writer.finish(-(-count // layouts[view][0]))

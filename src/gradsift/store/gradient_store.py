@@ -259,7 +259,7 @@ class GradientStore:
         return [self._position[id_] for id_ in ids]
 
     def stored_blocks(self, start: int, stop: int, block: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Memory-mapped `(stored [row dim], scale [row] | None)` of up to `block` rows, in order; row = stored·scale."""
+        """Memory-mapped `(stored [row dim], scale [row] | None)` of up to `block` rows in order; row = stored·scale."""
         position = start
         while position < stop:
             shard = int(np.searchsorted(self._starts, position, side="right")) - 1

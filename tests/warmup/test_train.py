@@ -451,7 +451,7 @@ def test_warm_up_takes_a_uniform_share_by_seed(run: Run, llama: str) -> None:
 
 
 def test_presets_are_the_papers() -> None:
-    """The presets hold SPEC section 2's numbers."""
+    """The presets hold the numbers that LESS and Compact Example-Based Explanations print."""
     less, compact = PRESETS["less"], PRESETS["compact"]
     assert less == Warmup()
     assert (less.fraction, less.epochs, less.learning_rate, less.warmup_ratio, less.batch_size) == (

@@ -490,6 +490,7 @@ def report_data(result: Result) -> ReportData:
         ],
         outcomes=result.outcomes,
         outcome_notes=result.outcome_notes,
+        lower_is_better=("planted mistakes",),
         explained=[_explained_entry(result.explanations, entry) for entry in result.explanations.entries]
         if result.explanations
         else [],

@@ -68,7 +68,7 @@ class GradientStoreWriter:
 
     def __init__(self, storage: Storage, prefix: str, config: Mapping[str, Any]) -> None:
         self.storage = storage
-        self.prefix = prefix.rstrip("/") + "/"
+        self.prefix = prefix.rstrip("/") + "/" if prefix else ""
         self.config = dict(config)
         key = self.prefix + "store.json"
         if storage.exists(key):

@@ -1,0 +1,517 @@
+"""How fast gradsift is, as ratios of medians of interleaved runs on this machine.
+
+    python benchmarks/speed.py                       all sections on the demo model
+    python benchmarks/speed.py collection --rank 8   one section
+    python benchmarks/speed.py collection --random-model 135m --device cuda
+
+Sections: collection, memory, less, scoring, start. Real rows come from ../shared/data/pool.jsonl where present, else
+from the demo's pool. Times are wall-clock seconds; processor seconds stand beside them, because a busy machine lengthens
+the former.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceABC
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from gradsift.data.chat import ChatFormat
+from gradsift.data.load import load_examples
+from gradsift.gradients.adam import AdamDirection
+from gradsift.gradients.batching import Batch, automatic_token_budget, form_batches
+from gradsift.gradients.capture import LORA, find_modules
+from gradsift.gradients.projection import Projection, Projector, plan_segments
+from gradsift.gradients.rows import gradient_rows
+from gradsift.loss import token_mean
+from gradsift.models import load_model, load_tokenizer
+from gradsift.store.gradient_store import GradientStore, GradientStoreWriter, ShardColumns
+from gradsift.store.storage import LocalStorage
+from gradsift.types import Sequence, TokenizedExample
+
+ROOT = Path(__file__).resolve().parents[1]
+SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
+    "135m": (576, 1536, 30, 9, 3, 49152),
+    "0.5b": (896, 4864, 24, 14, 2, 151936),
+    "1b": (2048, 8192, 16, 32, 8, 128256),
+    "7b": (4096, 14336, 32, 32, 8, 128256),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sections", nargs="*", default=["collection", "memory", "scoring", "start"])
+    parser.add_argument("--rank", type=int, nargs="*", default=[8, 128])
+    parser.add_argument("--rows", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--max-length", type=int, default=512)
+    parser.add_argument("--token-budget", type=int)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", help="of the random model")
+    parser.add_argument("--autocast", action="store_true", help="bfloat16 for both sides")
+    parser.add_argument("--model", help="folder or hub id; the demo model if not given")
+    parser.add_argument("--random-model", choices=SHAPES, help="a Llama of this size with random weights")
+    parser.add_argument("--score-rows", type=int, default=100_000)
+    parser.add_argument("--out", type=Path, help="also write the figures as JSON")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.child:
+        print(json.dumps(_memory_child(args)))
+        return
+    figures: dict[str, Any] = {"machine": machine(args)}
+    print(json.dumps(figures["machine"]), flush=True)
+    for section in args.sections:
+        figures[section] = globals()[f"section_{section}"](args)
+    if args.out:
+        args.out.write_text(json.dumps(figures, indent=1))
+
+
+def machine(args: argparse.Namespace) -> dict[str, Any]:
+    """What kind of machine this is, and how busy."""
+    cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "")
+    found = {"cpu": cpu or platform.processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+             "torch": torch.__version__, "load": round(os.getloadavg()[0], 2), "date": time.strftime("%Y-%m-%d")}  # fmt: skip
+    if args.device.startswith("cuda"):
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+# --- collection ---------------------------------------------------------------------------------------------------
+
+
+def section_collection(args: argparse.Namespace) -> dict[str, Any]:
+    """Gradients + Adam direction + projection to 8192 + write, against plain forward and backward passes."""
+    found = {}
+    for rank in args.rank:
+        work = Work(args, rank)
+        arms: dict[str, Callable[[], Any]] = {
+            "plain, padded batches of 8": lambda work=work: work.plain(work.batches_of(8)),
+            "plain, batches of 1": lambda work=work: work.plain(work.batches_of(1)),
+            "plain, the same length buckets": lambda work=work: work.plain(work.buckets),
+            "gradsift collection": work.collect,
+        }
+        work.collect(work.sequences[:2])  # draws the projection, touches the weights
+        work.plain([work.sequences[:2]])
+        times = interleaved(arms, args.repeats, args.device)
+        ours = times["gradsift collection"]
+        faster = min(times["plain, padded batches of 8"], times["plain, batches of 1"], key=lambda t: t["wall"])
+        bucketed = times["plain, the same length buckets"]
+        found[f"rank {rank}"] = {
+            "rows": len(work.sequences),
+            "real_tokens": work.tokens,
+            "supervised_tokens": work.supervised,
+            "padded_tokens": {"of 8": padded(work.batches_of(8)), "buckets": padded(work.buckets)},
+            "token_budget": work.budget,
+            "times": times,
+            "ratio_to_faster_plain": ours["wall"] / faster["wall"],
+            "ratio_to_faster_plain_cpu": ours["cpu"] / min(times[a]["cpu"] for a in list(arms)[:2]),
+            "ratio_to_buckets": ours["wall"] / bucketed["wall"],
+            "ratio_to_buckets_cpu": ours["cpu"] / bucketed["cpu"],
+            "projection_share": work.projection_seconds() / ours["wall"],
+            "bytes_per_row": work.bytes_per_row,
+            "tokens_per_second": work.tokens / ours["wall"],
+        }
+        report(f"collection, LoRA rank {rank}", found[f"rank {rank}"])
+        work.close()
+    return found
+
+
+class Work:
+    """A model with a LoRA adapter of random B, rows, and the two things to compare."""
+
+    def __init__(self, args: argparse.Namespace, rank: int) -> None:
+        from peft import LoraConfig, get_peft_model
+
+        self.args = args
+        if args.random_model:
+            base = random_model(args)
+        else:
+            base = load_model(args.model or demo_model(), device=args.device)
+        config = LoraConfig(
+            r=rank, lora_alpha=4 * rank, lora_dropout=0.1, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]
+        )
+        self.model = get_peft_model(base, config)
+        generator = torch.Generator().manual_seed(0)
+        for name, parameter in self.model.named_parameters():
+            if ".lora_B." in name:
+                parameter.data = torch.randn(parameter.shape, generator=generator).to(parameter) * 0.005
+        self.model.eval()
+        self.trained = [p for n, p in self.model.named_parameters() if "lora_" in n]
+        self.sequences = rows(args)
+        self.tokens = sum(len(s.token_ids) for s in self.sequences)
+        self.supervised = int(sum((s.weights > 0).sum() for s in self.sequences))
+        self.budget = args.token_budget or automatic_token_budget(self.model)
+        self.buckets = [list(batch.sequences) for batch in form_batches(self.sequences, self.budget)]
+        modules = find_modules(self.model, LORA)
+        self.modules = modules.captured
+        projection = Projection()
+        segments = plan_segments({c.name: c.shape for c in self.modules}, projection)
+        device = next(self.model.parameters()).device
+        self.projector = TimedProjector(segments, projection, device=device)
+        generator.manual_seed(1)
+        self.adam = {
+            c.name: AdamDirection(
+                (torch.randn(c.shape, generator=generator) * 1e-4).to(device),
+                (torch.rand(c.shape, generator=generator) * 1e-8).to(device),
+            )
+            for c in self.modules
+        }
+        self.folder = Path(tempfile.mkdtemp(prefix="gradsift-speed-"))
+        self.segments = [
+            {"name": s.name, "start": s.start, "stop": s.stop, "shape": [s.out_features, s.in_features]}
+            for s in segments
+        ]
+        self.bytes_per_row = 0.0
+
+    def close(self) -> None:
+        """Remove what was written."""
+        shutil.rmtree(self.folder)
+
+    def batches_of(self, size: int) -> list[list[Sequence]]:
+        """Batches in the rows' own order, as a training loop makes them."""
+        return [self.sequences[i : i + size] for i in range(0, len(self.sequences), size)]
+
+    def autocast(self) -> Any:
+        """The same for both sides."""
+        return torch.autocast(self.args.device.split(":")[0], torch.bfloat16, enabled=self.args.autocast)
+
+    def plain(self, batches: SequenceABC[SequenceABC[Sequence]]) -> None:
+        """What a training step does before the optimizer: padded batch, the model's own loss, gradients of LoRA."""
+        device = next(self.model.parameters()).device
+        for parameter in self.trained:
+            parameter.requires_grad_(True)
+        for batch in batches:
+            longest = max(len(s.token_ids) for s in batch)
+            ids = torch.zeros(len(batch), longest, dtype=torch.long)
+            labels = torch.full((len(batch), longest), -100)
+            mask = torch.zeros(len(batch), longest, dtype=torch.long)
+            for row, sequence in enumerate(batch):
+                tokens = torch.from_numpy(sequence.token_ids.astype(np.int64))
+                count = len(tokens)
+                ids[row, :count], mask[row, :count] = tokens, 1
+                labels[row, :count] = torch.where(torch.from_numpy(sequence.weights) > 0, tokens, -100)
+            with self.autocast():
+                loss = self.model(
+                    input_ids=ids.to(device), attention_mask=mask.to(device), labels=labels.to(device)
+                ).loss
+            loss.backward()
+            for parameter in self.trained:
+                parameter.grad = None
+
+    def collect(self, sequences: list[Sequence] | None = None) -> None:
+        """The whole of collection for one shard."""
+        sequences = sequences or self.sequences
+        self.projector.seconds = 0.0
+        result = gradient_rows(
+            self.model,
+            self.modules,
+            self.projector,
+            sequences,
+            row_count=len(sequences),
+            token_budget=self.budget,
+            views=("adam",),
+            adam=self.adam,
+            autocast=torch.bfloat16 if self.args.autocast else None,
+        )
+        prefix = f"store-{time.monotonic_ns()}"
+        writer = GradientStoreWriter(
+            LocalStorage(self.folder), prefix, {"view": "adam", "dtype": "float16", "segments": self.segments}
+        )
+        stored = result.rows["adam"]
+        writer.write_shard(
+            0,
+            stored,
+            ShardColumns(
+                ids=[str(n) for n in range(len(sequences))],
+                loss=result.loss.tolist(),
+                supervised_tokens=[int((s.weights > 0).sum()) for s in sequences],
+                norm=result.norms["adam"].tolist(),
+                projected_norm=torch.linalg.vector_norm(stored, dim=1).tolist(),
+                excluded={},
+            ),
+        )
+        writer.finish(1)
+        size = sum(f.stat().st_size for f in (self.folder / prefix).iterdir())
+        self.bytes_per_row = size / len(sequences)
+
+    def projection_seconds(self) -> float:
+        """Seconds that the last collection spent projecting (on a GPU: launching)."""
+        return self.projector.seconds
+
+
+class TimedProjector(Projector):
+    """A projector that adds up its own time."""
+
+    seconds = 0.0
+
+    def project(self, name: str, gradient: torch.Tensor, out: torch.Tensor, *, overwrite: bool = False) -> None:
+        start = time.perf_counter()
+        super().project(name, gradient, out, overwrite=overwrite)
+        self.seconds += time.perf_counter() - start
+
+
+def padded(batches: SequenceABC[SequenceABC[Sequence] | Batch]) -> int:
+    """Tokens that batches run, padding included."""
+    return sum(max(len(s.token_ids) for s in b) * len(b) for b in batches)  # type: ignore[union-attr,arg-type]
+
+
+def rows(args: argparse.Namespace) -> list[Sequence]:
+    """Rows of mixed length: real ones where there are any, else (random model) lengths like theirs."""
+    if args.random_model:
+        generator = np.random.default_rng(0)
+        vocabulary = SHAPES[args.random_model][5]
+        found = []
+        for row in range(args.rows):
+            length = int(np.clip(generator.lognormal(5.1, 0.5), 40, args.max_length))
+            ids = generator.integers(0, vocabulary, length, dtype=np.int64).astype(np.int32)
+            supervised = np.zeros(length, dtype=np.bool_)
+            supervised[int(length * generator.uniform(0.2, 0.7)) :] = True
+            found.append(token_mean(TokenizedExample(str(row), ids, supervised), row))
+        return found
+    shared = ROOT.parent / "shared" / "data" / "pool.jsonl"
+    source = shared if shared.is_file() else ROOT / "src" / "gradsift" / "demo" / "data" / "pool.jsonl"
+    chat = ChatFormat(load_tokenizer(args.model or demo_model()), max_length=args.max_length)
+    examples = load_examples(str(source)).examples[: 2 * args.rows]
+    tokenized = [entry for entry in map(chat.tokenize, examples) if isinstance(entry, TokenizedExample)]
+    return [token_mean(entry, row) for row, entry in enumerate(tokenized[: args.rows])]
+
+
+def random_model(args: argparse.Namespace) -> Any:
+    """A Llama with random weights: speed does not depend on them."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    hidden, intermediate, layers, heads, kv_heads, vocabulary = SHAPES[args.random_model]
+    config = LlamaConfig(
+        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, vocab_size=vocabulary, tie_word_embeddings=hidden < 2048,
+        max_position_embeddings=4096,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    torch.set_default_dtype(getattr(torch, args.dtype))
+    with torch.device(args.device):
+        model = LlamaForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
+    return model.eval().requires_grad_(False)
+
+
+def demo_model() -> str:
+    """The demo model's folder."""
+    from gradsift.demo.model import demo_model as path
+
+    return str(os.environ.get("GRADSIFT_TEST_MODEL") or path())
+
+
+# --- memory -------------------------------------------------------------------------------------------------------
+
+
+def section_memory(args: argparse.Namespace) -> dict[str, Any]:
+    """Peak resident memory of a plain pass and of collection, each in a process of its own."""
+    found: dict[str, Any] = {}
+    for rank in args.rank:
+        entry = {}
+        for arm, count in (("loaded", 16), ("plain", 16), ("collect", 16), ("collect", 64)):
+            command = [sys.executable, __file__, "--child", arm, "--rank", str(rank), "--rows", str(count),
+                       "--max-length", "256"]  # fmt: skip
+            command += ["--model", args.model] if args.model else []
+            out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            entry[f"{arm}, {count} rows"] = json.loads(out.splitlines()[-1])["peak_bytes"]
+        entry["ratio_to_plain"] = entry["collect, 16 rows"] / entry["plain, 16 rows"]
+        entry["ratio_64_to_16_rows"] = entry["collect, 64 rows"] / entry["collect, 16 rows"]
+        found[f"rank {rank}"] = entry
+        report(f"peak memory, LoRA rank {rank}", entry)
+    return found
+
+
+def _memory_child(args: argparse.Namespace) -> dict[str, int]:
+    work = Work(args, args.rank[0])
+    if args.child == "plain":
+        work.plain(work.batches_of(8))
+    elif args.child == "collect":
+        work.collect()
+    work.close()
+    return {"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+
+
+# --- LESS as its code does it ----------------------------------------------------------------------------------------
+
+
+def section_less(args: argparse.Namespace) -> dict[str, Any]:
+    """The same rows as LESS's code makes them: batch 1, Adam direction, dense Rademacher over all parameters."""
+    found = {}
+    for rank in args.rank:
+        work = Work(args, rank)
+        example = sorted(work.sequences, key=lambda s: len(s.token_ids))[len(work.sequences) // 2]
+        work.collect([Sequence(0, example.token_ids, example.weights)])
+        start = time.perf_counter()
+        for parameter in work.trained:
+            parameter.requires_grad_(True)
+        ids = torch.from_numpy(example.token_ids.astype(np.int64))[None]
+        labels = torch.where(torch.from_numpy(example.weights) > 0, ids[0], -100)[None]
+        work.model(input_ids=ids, labels=labels).loss.backward()
+        flat = torch.cat([p.grad.flatten() for p in work.trained if p.grad is not None])
+        direction = AdamDirection(torch.zeros_like(flat), torch.full_like(flat, 1e-8))(flat)
+        backward = time.perf_counter() - start
+        block, row, generator = 1024, torch.zeros(8192), torch.Generator().manual_seed(0)
+        entries = len(direction) if rank <= 16 else len(direction) // 16
+        for begin in range(0, entries, block):
+            part = direction[begin : begin + block]
+            signs = (
+                torch.randint(0, 2, (len(part), 8192), generator=generator, dtype=torch.int8).float().mul_(2).sub_(1)
+            )
+            row += part @ signs
+        dense = (time.perf_counter() - start - backward) * len(direction) / entries
+        start = time.perf_counter()
+        for _ in range(3):
+            work.collect([Sequence(0, example.token_ids, example.weights)])
+        ours = (time.perf_counter() - start) / 3
+        found[f"rank {rank}"] = {
+            "tokens": len(example.token_ids), "entries": len(direction), "entries_measured": entries,
+            "seconds_backward_and_adam": backward, "seconds_dense_projection": dense, "seconds_gradsift": ours,
+            "ratio": (backward + dense) / ours,
+        }  # fmt: skip
+        report(f"as LESS's code does it, rank {rank}", found[f"rank {rank}"])
+        work.close()
+    return found
+
+
+# --- scoring ------------------------------------------------------------------------------------------------------
+
+
+def section_scoring(args: argparse.Namespace) -> dict[str, Any]:
+    """100 targets and 1 target against 100k × 8192 fp16 rows, from the page cache."""
+    from gradsift.influence.less import store_inner_products
+
+    folder = Path(tempfile.mkdtemp(prefix="gradsift-speed-"))
+    count, dim, shard = args.score_rows, 8192, 4096
+    config = {"view": "plain", "dtype": "float16", "segments": [{"name": "all", "start": 0, "stop": dim}]}
+    writer = GradientStoreWriter(LocalStorage(folder), "", config)
+    generator = torch.Generator().manual_seed(0)
+    stored = torch.randn(shard, dim, generator=generator)
+    shards = -(-count // shard)
+    for number in range(shards):
+        part = stored[: min(shard, count - number * shard)]
+        size = len(part)
+        columns = ShardColumns(
+            [f"{number}-{n}" for n in range(size)], [0.0] * size, [1] * size, [1.0] * size,
+            torch.linalg.vector_norm(part, dim=1).tolist(), {},
+        )  # fmt: skip
+        writer.write_shard(number, part, columns)
+    writer.finish(shards)
+    store = GradientStore.open(folder, verify=False)
+    queries = torch.randn(100, dim, generator=generator)
+    left, right = torch.randn(4096, dim), torch.randn(dim, 100)
+    product, buffer = torch.empty(4096, 100), bytearray(1 << 24)
+
+    def matmul() -> None:
+        for _ in range(-(-count // 4096)):
+            torch.mm(left, right, out=product)
+
+    def read() -> None:
+        for number in range(shards):
+            with (folder / f"shard-{number:05d}.safetensors").open("rb", buffering=0) as file:
+                while file.readinto(buffer):
+                    pass
+
+    arms = {
+        "fp32 matrix product of this shape": matmul,
+        "100 targets": lambda: store_inner_products(store, queries, normalise=True),
+        "reading the rows": read,
+        "1 target": lambda: store_inner_products(store, queries[:1], normalise=True),
+    }
+    for arm in arms.values():
+        arm()
+    times = interleaved(arms, args.repeats, "cpu")
+    found = {
+        "rows": count,
+        "times": times,
+        "share_of_matmul_rate": times["fp32 matrix product of this shape"]["wall"] / times["100 targets"]["wall"],
+        "one_target_to_reading": times["1 target"]["wall"] / times["reading the rows"]["wall"],
+    }
+    report("scoring", found)
+    shutil.rmtree(folder)
+    return found
+
+
+# --- start --------------------------------------------------------------------------------------------------------
+
+
+def section_start(args: argparse.Namespace) -> dict[str, Any]:
+    """Seconds from the shell's command to its end."""
+    commands = {
+        "python -c pass": ["-c", "pass"],
+        "import gradsift": ["-c", "import gradsift"],
+        "gradsift --help": ["-m", "gradsift", "--help"],
+        "gradsift select --help": ["-m", "gradsift", "select", "--help"],
+    }
+    arms = {
+        name: lambda rest=rest: subprocess.run([sys.executable, *rest], check=True, stdout=subprocess.DEVNULL)
+        for name, rest in commands.items()
+    }
+    for arm in arms.values():
+        arm()
+    found = {"times": interleaved(arms, max(5, args.repeats), "cpu")}
+    report("start", found)
+    return found
+
+
+# --- shared -------------------------------------------------------------------------------------------------------
+
+
+def interleaved(arms: dict[str, Callable[[], Any]], repeats: int, device: str) -> dict[str, dict[str, float]]:
+    """Median wall and processor seconds of each arm, the arms taking turns."""
+    wall: dict[str, list[float]] = {name: [] for name in arms}
+    cpu: dict[str, list[float]] = {name: [] for name in arms}
+    for _ in range(repeats):
+        for name, arm in arms.items():
+            if device.startswith("cuda"):
+                torch.cuda.synchronize()
+            start, processor = time.perf_counter(), time.process_time()
+            arm()
+            if device.startswith("cuda"):
+                torch.cuda.synchronize()
+            wall[name].append(time.perf_counter() - start)
+            cpu[name].append(time.process_time() - processor)
+    return {name: {"wall": statistics.median(wall[name]), "cpu": statistics.median(cpu[name])} for name in arms}
+
+
+def report(title: str, figures: dict[str, Any]) -> None:
+    """Markdown."""
+    print(f"\n### {title}\n", flush=True)
+    times = figures.get("times", {})
+    if times:
+        print("| | wall s | processor s |\n|---|---|---|")
+        for name, entry in times.items():
+            print(f"| {name} | {entry['wall']:.3f} | {entry['cpu']:.3f} |")
+        print()
+    for name, value in figures.items():
+        if name != "times":
+            print(f"- {name}: {value:.3f}" if isinstance(value, float) else f"- {name}: {value}")
+    print(flush=True)
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
+
+
+if __name__ == "__main__":
+    main()

@@ -15,7 +15,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from gradsift.errors import ModelError
 from gradsift.types import Sequence, TokenizedExample
@@ -97,7 +96,8 @@ class SupervisedHead:
         if self._positions is None:
             return inputs
         hidden = inputs[0]
-        return (hidden.reshape(-1, hidden.shape[-1])[self._positions][None], *inputs[1:])
+        positions = self._positions.to(hidden.device)  # a model spread over devices has its head on another one
+        return (hidden.reshape(-1, hidden.shape[-1])[positions][None], *inputs[1:])
 
     def logits(self, batch: PaddedBatch) -> Tensor:
         """Logits `[label vocab]`."""
@@ -109,7 +109,8 @@ class SupervisedHead:
 
     def nll(self, batch: PaddedBatch) -> Tensor:
         """w·NLL of every label `[label]`, differentiable."""
-        return weighted_nll(self.logits(batch), batch.labels, batch.weights)
+        logits = self.logits(batch)
+        return weighted_nll(logits, batch.labels.to(logits.device), batch.weights.to(logits.device))
 
 
 def weighted_nll(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
@@ -144,8 +145,9 @@ class _WeightedNLL(torch.autograd.Function):
         return nll.mul_(weights)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
+        # The saved gradient is a constant to autograd: a second derivative through it would lack the softmax's own.
+        assert not torch.is_grad_enabled(), "weighted_nll can be differentiated once: take second derivatives elsewhere"
         (gradient,) = ctx.saved_tensors
         scale = upstream[0]
         if (scale == 1).all():  # the sum of all rows, which is what everyone asks for

@@ -535,6 +535,18 @@ def test_the_model_is_left_as_found(fails: bool) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before[4], after[4], strict=True))
 
 
+def test_half_precision_models_give_float32_rows() -> None:
+    """A bfloat16 model's gradients are formed and summed in float32: rows keep a cosine above 0.99 with the exact."""
+    model = with_lora(tiny_llama())
+    exact, _ = oracles.per_example_gradients(model, find_modules(model).captured, random_sequences(LENGTHS), 6)
+    modules = find_modules(model.bfloat16()).captured
+    projector = projector_for(modules, torch.float32)
+    found = gradient_rows(model, modules, projector, random_sequences(LENGTHS), row_count=6, token_budget=30)
+    assert found.rows["plain"].dtype == torch.float32
+    wanted = oracles.projected_rows(exact, projector)
+    assert float(torch.cosine_similarity(found.rows["plain"].double(), wanted, dim=1).min()) > 0.99
+
+
 def test_dropout_plays_no_part() -> None:
     """The same example twice gives the same row, in a model whose dropout is active when it arrives."""
     model = with_lora(tiny_gpt2()).train()
@@ -653,15 +665,11 @@ def test_logits_are_made_at_supervised_positions_only() -> None:
 
 
 def test_the_loss_refuses_a_second_derivative() -> None:
-    """The loss's gradient is formed in its forward pass; differentiating it again raises, instead of giving zeros."""
-    logits = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
-    weights = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
-    loss = weighted_nll(logits, torch.tensor([1, 0, 6]), weights).sum()
-    (first,) = torch.autograd.grad(loss, logits, create_graph=True)
-    onehot = torch.nn.functional.one_hot(torch.tensor([1, 0, 6]), 7)
-    torch.testing.assert_close(first, weights[:, None] * (logits.softmax(-1) - onehot))
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        torch.autograd.grad(first.square().sum(), logits)
+    """The loss's gradient is formed in its forward pass; differentiating it again raises, not misleads."""
+    logits = torch.randn(3, 7, requires_grad=True)
+    loss = weighted_nll(logits, torch.tensor([1, 0, 6]), torch.ones(3)).sum()
+    with pytest.raises(AssertionError, match="differentiated once"):
+        torch.autograd.grad(loss, logits, create_graph=True)
 
 
 @pytest.mark.parametrize("labels", [1, 63, 64, 65, 200])

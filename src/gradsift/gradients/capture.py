@@ -78,9 +78,7 @@ def find_modules(model: nn.Module, pattern: str = LORA) -> Modules:
     embeddings = _input_embeddings(model)
     embedded = None if embeddings is None else embeddings.weight
     # LoRA on a fused expert tensor keeps A and B in linear modules that never run: PEFT multiplies their weights.
-    never_run = {
-        child for m in model.modules() if type(m).__name__ == "ParamWrapper" for child in _lora_parts(m) if active
-    }
+    never_run = {part for m in model.modules() if type(m).__name__ == "ParamWrapper" for part in _lora_parts(m)}
     captured: list[Captured] = []
     unreachable: list[str] = []
     told: set[int] = set()
@@ -216,7 +214,7 @@ class Capture:
             nll.sum().backward()
         self._consume_rest()
         losses = torch.zeros(len(batch), dtype=torch.float64, device=self.device)
-        return losses.index_add_(0, batch.owner, nll.detach().double())
+        return losses.index_add_(0, batch.owner, nll.detach().double().to(self.device))
 
     def _consume_rest(self) -> None:
         """After the backward pass: modules of which one use had no part in the loss, and modules that had none at all.
@@ -277,7 +275,7 @@ class Capture:
             return features.view(*batch.ids.shape, -1)
         if shape == (1, len(batch.positions)):
             full = features.new_zeros(batch.ids.numel(), features.shape[-1])
-            full[batch.positions] = features[0]
+            full[batch.positions.to(features.device)] = features[0]
             return full.view(*batch.ids.shape, -1)
         raise ModelError(
             f"{captured.name} ran on tokens of shape {list(shape)} in a batch of {list(batch.ids.shape)} "

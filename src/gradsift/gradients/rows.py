@@ -171,6 +171,7 @@ class _Sink:
 
     def consume(self, captured: Captured, gradients: Tensor) -> None:
         batch = self.batch
+        gradients = gradients.to(self.projector.device)  # a model spread over devices
         if not batch.one_to_one:
             summed = gradients.new_zeros(len(batch.rows), *gradients.shape[1:])
             gradients = summed.index_add_(0, self.owner, gradients)
@@ -200,6 +201,7 @@ class _Sink:
         if not self.batch.one_to_one or not self.batch.last or captured.name in self._open_row:
             self.consume(captured, torch.bmm(output_gradients.transpose(1, 2), activations))
             return
+        activations, output_gradients = (t.to(self.projector.device) for t in (activations, output_gradients))
         segment = self.projector.segment(captured.name)
         columns = self.block["plain"][:, segment.start : segment.stop]
         columns += self.projector.project_factors(captured.name, activations, output_gradients)

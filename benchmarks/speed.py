@@ -5,8 +5,8 @@
     python benchmarks/speed.py collection --random-model 135m --device cuda
 
 Sections: collection, memory, less, scoring, start. Real rows come from ../shared/data/pool.jsonl where present, else
-from the demo's pool. Times are wall-clock seconds; processor seconds stand beside them, because a busy machine lengthens
-the former.
+from the demo's pool. Times are wall-clock seconds; processor seconds stand beside them, because a busy machine
+lengthens the former.
 """
 
 from __future__ import annotations
@@ -86,8 +86,14 @@ def main() -> None:
 def machine(args: argparse.Namespace) -> dict[str, Any]:
     """What kind of machine this is, and how busy."""
     cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "")
-    found = {"cpu": cpu or platform.processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-             "torch": torch.__version__, "load": round(os.getloadavg()[0], 2), "date": time.strftime("%Y-%m-%d")}  # fmt: skip
+    found = {
+        "cpu": cpu or platform.processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "load": round(os.getloadavg()[0], 2),
+        "date": time.strftime("%Y-%m-%d"),
+    }
     if args.device.startswith("cuda"):
         found["gpu"] = torch.cuda.get_device_name()
     return found

@@ -30,55 +30,113 @@ def _option(*names: str, help: str, panel: str = _RUN) -> Any:
     return typer.Option(*names, help=help, rich_help_panel=panel)
 
 
+def _shared(kind: Any, default: Any, *names: str, help: str, panel: str) -> tuple[Any, Any]:
+    return Annotated[kind, _option(*names, help=help, panel=panel)], default
+
+
 # Options that several commands share, by parameter name: (type, default).
 _SHARED: dict[str, tuple[Any, Any]] = {
-    "model": (Annotated[str, _option("--model", "-m", help="Hub id or folder of a causal language model.", panel=_INPUT)], ...),
-    "pool": (Annotated[str, _option("--pool", "-p", help="Training examples: file, folder, glob or data set name.", panel=_INPUT)], ...),
-    "target": (Annotated[str, _option("--target", "-t", help="Examples of what the model should get better at.", panel=_INPUT)], ...),
-    "out": (Annotated[str, _option("--out", "-o", help="Run folder: results, and what is needed to go on.")], ...),
-    "subtask": (Annotated[str | None, _option("--subtask", help="Target column that names subtasks; the score is the best mean over them.", panel=_INPUT)], None),
-    "columns": (Annotated[str | None, _option("--columns", help="Column names, such as prompt=question,completion=answer.", panel=_INPUT)], None),
-    "target_columns": (Annotated[str | None, _option("--target-columns", help="The same for the target; --columns if not given.", panel=_INPUT)], None),
-    "max_length": (Annotated[int, _option("--max-length", help="Tokens kept of each example.", panel=_INPUT)], 1024),
-    "supervise": (Annotated[str, _option("--supervise", help="Loss on all_turns or on the last_turn.", panel=_INPUT)], "all_turns"),
-    "keep_duplicates": (Annotated[bool, _option("--keep-duplicates", help="Keep exact duplicates in the pool.", panel=_INPUT)], False),
-    "keep_overlap": (Annotated[bool, _option("--keep-overlap", help="Score pool rows that are in the target, too.", panel=_INPUT)], False),
-    "adapter": (Annotated[list[str] | None, _option("--adapter", help="PEFT adapter to use instead of a warm-up; repeat for several checkpoints.", panel=_WARMUP)], None),
-    "preset": (Annotated[str, _option("--preset", help="Warm-up settings: less or compact.", panel=_WARMUP)], "less"),
-    "fraction": (Annotated[float | None, _option("--fraction", help="Share of the pool to warm up on.", panel=_WARMUP)], None),
-    "epochs": (Annotated[int | None, _option("--epochs", help="Epochs, one checkpoint each.", panel=_WARMUP)], None),
-    "rank": (Annotated[int | None, _option("--rank", help="LoRA rank.", panel=_WARMUP)], None),
-    "alpha": (Annotated[float | None, _option("--alpha", help="LoRA alpha.", panel=_WARMUP)], None),
-    "dropout": (Annotated[float | None, _option("--dropout", help="LoRA dropout.", panel=_WARMUP)], None),
-    "lora_modules": (Annotated[str | None, _option("--lora-modules", help="Modules that get LoRA, such as q_proj,v_proj.", panel=_WARMUP)], None),
-    "learning_rate": (Annotated[float | None, _option("--learning-rate", help="Peak learning rate.", panel=_WARMUP)], None),
-    "schedule": (Annotated[str | None, _option("--schedule", help="linear, cosine or constant.", panel=_WARMUP)], None),
-    "batch_size": (Annotated[int | None, _option("--batch-size", help="Examples per optimizer step.", panel=_WARMUP)], None),
-    "modules": (Annotated[str, _option("--modules", help="'lora', or a regular expression over linear modules.", panel=_GRADIENTS)], "lora"),
-    "projection": (Annotated[str, _option("--projection", help="sparse, rademacher, kronecker or none.", panel=_GRADIENTS)], "sparse"),
-    "projection_dim": (Annotated[int, _option("--projection-dim", help="Stored dimensions per example.", panel=_GRADIENTS)], 8192),
-    "projection_seed": (Annotated[int, _option("--projection-seed", help="Seed of the projection.", panel=_GRADIENTS)], 0),
-    "row_dtype": (Annotated[str, _option("--row-dtype", help="float16, bfloat16 or float32 rows.", panel=_GRADIENTS)], "float16"),
-    "token_budget": (Annotated[int | None, _option("--token-budget", help="Padded tokens per batch; found for the memory at hand.", panel=_GRADIENTS)], None),
-    "shard_rows": (Annotated[int | None, _option("--shard-rows", help="Rows per shard: the work a killed run can lose.", panel=_GRADIENTS)], None),
-    "module_groups": (Annotated[int, _option("--module-groups", help="Passes over the data, each for a part of the modules, to save memory.", panel=_GRADIENTS)], 1),
-    "autocast": (Annotated[str, _option("--autocast", help="none, or bfloat16 on a GPU.", panel=_GRADIENTS)], "none"),
-    "estimator": (Annotated[str, _option("--estimator", "-e", help="less, bm25 or random.")], "less"),
-    "optimizer": (Annotated[str, _option("--optimizer", help="Pool side of LESS: adam update directions or plain sgd gradients.")], "adam"),
-    "raw": (Annotated[bool, _option("--raw", help="Raw inner products (TracIn) instead of cosines.")], False),
-    "checkpoints": (Annotated[str, _option("--checkpoints", help="Score at all checkpoints or the last.")], "all"),
-    "aggregation": (Annotated[str, _option("--aggregation", help="Over targets: max_of_means (of subtasks) or mean.")], "max_of_means"),
-    "seed": (Annotated[int, _option("--seed", help="Seed of the warm-up and the random control.")], 0),
-    "dtype": (Annotated[str, _option("--dtype", help="Of the model: auto, float32, bfloat16, float16.")], "auto"),
-    "device": (Annotated[str, _option("--device", help="auto, cpu, cuda, cuda:1, or map (spread over GPUs).")], "auto"),
-    "as_json": (Annotated[bool, _option("--json", help="Print the result as JSON on standard output.")], False),
-    "quiet": (Annotated[bool, _option("--quiet", "-q", help="No progress.")], False),
-    "debug": (Annotated[bool, _option("--debug", help="Show the traceback of an error.")], False),
-}  # fmt: skip
+    "model": _shared(str, ..., "--model", "-m", help="Hub id or folder of a causal language model.", panel=_INPUT),
+    "pool": _shared(
+        str, ..., "--pool", "-p", help="Training examples: file, folder, glob or data set name.", panel=_INPUT
+    ),
+    "target": _shared(
+        str, ..., "--target", "-t", help="Examples of what the model should get better at.", panel=_INPUT
+    ),
+    "out": _shared(str, ..., "--out", "-o", help="Run folder: results, and what is needed to go on.", panel=_RUN),
+    "subtask": _shared(
+        str | None,
+        None,
+        "--subtask",
+        help="Target column that names subtasks; the score is the best mean over them.",
+        panel=_INPUT,
+    ),
+    "columns": _shared(
+        str | None, None, "--columns", help="Column names, such as prompt=question,completion=answer.", panel=_INPUT
+    ),
+    "target_columns": _shared(
+        str | None, None, "--target-columns", help="The same for the target; --columns if not given.", panel=_INPUT
+    ),
+    "max_length": _shared(int, 1024, "--max-length", help="Tokens kept of each example.", panel=_INPUT),
+    "supervise": _shared(str, "all_turns", "--supervise", help="Loss on all_turns or on the last_turn.", panel=_INPUT),
+    "keep_duplicates": _shared(
+        bool, False, "--keep-duplicates", help="Keep exact duplicates in the pool.", panel=_INPUT
+    ),
+    "keep_overlap": _shared(
+        bool, False, "--keep-overlap", help="Score pool rows that are in the target, too.", panel=_INPUT
+    ),
+    "adapter": _shared(
+        list[str] | None,
+        None,
+        "--adapter",
+        help="PEFT adapter to use instead of a warm-up; repeat for several checkpoints.",
+        panel=_WARMUP,
+    ),
+    "preset": _shared(str, "less", "--preset", help="Warm-up settings: less or compact.", panel=_WARMUP),
+    "fraction": _shared(float | None, None, "--fraction", help="Share of the pool to warm up on.", panel=_WARMUP),
+    "epochs": _shared(int | None, None, "--epochs", help="Epochs, one checkpoint each.", panel=_WARMUP),
+    "rank": _shared(int | None, None, "--rank", help="LoRA rank.", panel=_WARMUP),
+    "alpha": _shared(float | None, None, "--alpha", help="LoRA alpha.", panel=_WARMUP),
+    "dropout": _shared(float | None, None, "--dropout", help="LoRA dropout.", panel=_WARMUP),
+    "lora_modules": _shared(
+        str | None, None, "--lora-modules", help="Modules that get LoRA, such as q_proj,v_proj.", panel=_WARMUP
+    ),
+    "learning_rate": _shared(float | None, None, "--learning-rate", help="Peak learning rate.", panel=_WARMUP),
+    "schedule": _shared(str | None, None, "--schedule", help="linear, cosine or constant.", panel=_WARMUP),
+    "batch_size": _shared(int | None, None, "--batch-size", help="Examples per optimizer step.", panel=_WARMUP),
+    "modules": _shared(
+        str, "lora", "--modules", help="'lora', or a regular expression over linear modules.", panel=_GRADIENTS
+    ),
+    "projection": _shared(
+        str, "sparse", "--projection", help="sparse, rademacher, kronecker or none.", panel=_GRADIENTS
+    ),
+    "projection_dim": _shared(int, 8192, "--projection-dim", help="Stored dimensions per example.", panel=_GRADIENTS),
+    "projection_seed": _shared(int, 0, "--projection-seed", help="Seed of the projection.", panel=_GRADIENTS),
+    "row_dtype": _shared(str, "float16", "--row-dtype", help="float16, bfloat16 or float32 rows.", panel=_GRADIENTS),
+    "token_budget": _shared(
+        int | None,
+        None,
+        "--token-budget",
+        help="Padded tokens per batch; found for the memory at hand.",
+        panel=_GRADIENTS,
+    ),
+    "shard_rows": _shared(
+        int | None, None, "--shard-rows", help="Rows per shard: the work a killed run can lose.", panel=_GRADIENTS
+    ),
+    "module_groups": _shared(
+        int,
+        1,
+        "--module-groups",
+        help="Passes over the data, each for a part of the modules, to save memory.",
+        panel=_GRADIENTS,
+    ),
+    "autocast": _shared(str, "none", "--autocast", help="none, or bfloat16 on a GPU.", panel=_GRADIENTS),
+    "estimator": _shared(str, "less", "--estimator", "-e", help="less, bm25 or random.", panel=_RUN),
+    "optimizer": _shared(
+        str, "adam", "--optimizer", help="Pool side of LESS: adam update directions or plain sgd gradients.", panel=_RUN
+    ),
+    "raw": _shared(bool, False, "--raw", help="Raw inner products (TracIn) instead of cosines.", panel=_RUN),
+    "checkpoints": _shared(str, "all", "--checkpoints", help="Score at all checkpoints or the last.", panel=_RUN),
+    "aggregation": _shared(
+        str, "max_of_means", "--aggregation", help="Over targets: max_of_means (of subtasks) or mean.", panel=_RUN
+    ),
+    "seed": _shared(int, 0, "--seed", help="Seed of the warm-up and the random control.", panel=_RUN),
+    "dtype": _shared(str, "auto", "--dtype", help="Of the model: auto, float32, bfloat16, float16.", panel=_RUN),
+    "device": _shared(str, "auto", "--device", help="auto, cpu, cuda, cuda:1, or map (spread over GPUs).", panel=_RUN),
+    "as_json": _shared(bool, False, "--json", help="Print the result as JSON on standard output.", panel=_RUN),
+    "quiet": _shared(bool, False, "--quiet", "-q", help="No progress.", panel=_RUN),
+    "debug": _shared(bool, False, "--debug", help="Show the traceback of an error.", panel=_RUN),
+}
 
 _OF_POOL = ("model", "pool", "out", "columns", "max_length", "supervise", "keep_duplicates")
-_OF_WARMUP = ("preset", "fraction", "epochs", "rank", "alpha", "dropout", "lora_modules", "learning_rate", "schedule", "batch_size")  # fmt: skip
-_OF_GRADIENTS = ("modules", "projection", "projection_dim", "projection_seed", "row_dtype", "token_budget", "shard_rows", "module_groups", "autocast")  # fmt: skip
+_OF_WARMUP = (
+    "preset", "fraction", "epochs", "rank", "alpha", "dropout", "lora_modules", "learning_rate", "schedule",
+    "batch_size",
+)  # fmt: skip
+_OF_GRADIENTS = (
+    "modules", "projection", "projection_dim", "projection_seed", "row_dtype", "token_budget", "shard_rows",
+    "module_groups", "autocast",
+)  # fmt: skip
 _OF_TARGET = ("subtask", "target_columns", "keep_overlap")
 _OF_SCORE = ("estimator", "optimizer", "raw", "checkpoints", "aggregation")
 _OF_RUN = ("seed", "dtype", "device", "as_json", "quiet", "debug")
@@ -280,21 +338,30 @@ def select(
         method["trade_off"] = trade_off
     elif selection == "random":
         method["seed"] = given["seed"]
-    recipe = _recipe(
-        given, budget=parse_budget(budget), selection=method, group_by=tuple(group_by or ())
-    )
+    recipe = _recipe(given, budget=parse_budget(budget), selection=method, group_by=tuple(group_by or ()))
     _print_result(run_select(recipe, _reporter(given)), given)
 
 
 @_command(*_OF_POOL, "adapter", *_OF_WARMUP, *_OF_GRADIENTS, *_OF_RUN)
 def explain(
     given: dict[str, Any],
-    prompt: Annotated[str | None, _option("--prompt", help="What to ask: a text, or messages as JSON.", panel=_INPUT)] = None,
-    target: Annotated[str | None, _option("--target", "-t", help="Explain the model's answer to every row of this file.", panel=_INPUT)] = None,
+    prompt: Annotated[
+        str | None, _option("--prompt", help="What to ask: a text, or messages as JSON.", panel=_INPUT)
+    ] = None,
+    target: Annotated[
+        str | None,
+        _option("--target", "-t", help="Explain the model's answer to every row of this file.", panel=_INPUT),
+    ] = None,
     row: Annotated[str | None, _option("--row", help="Of --target, only the row with this id.", panel=_INPUT)] = None,
-    output: Annotated[str | None, _option("--output", help="Explain this answer instead of the model's own.", panel=_INPUT)] = None,
-    use_answers: Annotated[bool, _option("--use-answers", help="Of --target, explain the rows' own answers.", panel=_INPUT)] = False,
-    target_columns: Annotated[str | None, _option("--target-columns", help="Column names of --target.", panel=_INPUT)] = None,
+    output: Annotated[
+        str | None, _option("--output", help="Explain this answer instead of the model's own.", panel=_INPUT)
+    ] = None,
+    use_answers: Annotated[
+        bool, _option("--use-answers", help="Of --target, explain the rows' own answers.", panel=_INPUT)
+    ] = False,
+    target_columns: Annotated[
+        str | None, _option("--target-columns", help="Column names of --target.", panel=_INPUT)
+    ] = None,
     k: Annotated[int, _option("--k", "-k", help="Examples per explanation.")] = 5,
     estimator: Annotated[str, _option("--estimator", "-e", help="Ranks the pool: less or bm25.")] = "less",
     trade_off: Annotated[float, _option("--trade-off", help="λ of the facility location beside top-k.")] = 0.5,
@@ -317,7 +384,10 @@ def explain(
     _print_result(run_explain(recipe, _reporter(given)), given)
 
 
-@_command(*_OF_POOL[:2], "target", "out", *_OF_POOL[3:], *_OF_TARGET, "adapter", *_OF_WARMUP, *_OF_GRADIENTS, *_OF_SCORE, *_OF_RUN)  # fmt: skip
+@_command(
+    *_OF_POOL[:2], "target", "out", *_OF_POOL[3:], *_OF_TARGET, "adapter", *_OF_WARMUP, *_OF_GRADIENTS, *_OF_SCORE,
+    *_OF_RUN,
+)  # fmt: skip
 def score(given: dict[str, Any]) -> None:
     """Score the pool for a target: influence of each example, in scores.parquet. Higher = training on it helps.
 
@@ -378,9 +448,13 @@ def collect(
             for view, store in pool.stores(checkpoint, wanted).items():
                 found.append(
                     {
-                        "checkpoint": checkpoint.name, "view": view, "path": str(store.path), "rows": len(store),
-                        "dim": store.dim, "excluded": store.excluded,
-                    }  # fmt: skip
+                        "checkpoint": checkpoint.name,
+                        "view": view,
+                        "path": str(store.path),
+                        "rows": len(store),
+                        "dim": store.dim,
+                        "excluded": store.excluded,
+                    }
                 )
     if given["as_json"]:
         _print_json(found)

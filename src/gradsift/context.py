@@ -6,8 +6,6 @@ from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field
 from typing import Any
 
-from gradsift.warmup.train import Warmup, warm_up
-
 from gradsift.data.chat import ChatFormat, Supervise
 from gradsift.data.dataset import Dataset, prepare
 from gradsift.data.load import Columns
@@ -21,6 +19,7 @@ from gradsift.run import Run
 from gradsift.store.gradient_store import GradientStore
 from gradsift.types import Example, Skipped
 from gradsift.warmup.checkpoint import Checkpoint, open_checkpoint
+from gradsift.warmup.train import Warmup, warm_up
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ def load_model(name: str, *, dtype: DtypeName = "auto", device: str = "auto") ->
         options |= {"gguf_file": path.name, "dtype": torch.float32 if torch_dtype == "auto" else torch_dtype}
     try:
         source = str(path.parent if path.is_file() else path) if path.exists() else name
-        model = AutoModelForCausalLM.from_pretrained(source, **options)
+        model: Any = AutoModelForCausalLM.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise ModelError(_cannot_load("model", name, error)) from error
     if path.is_file():
@@ -186,7 +186,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gradsift"
 
 
-def parameter_counts(model: nn.Module) -> tuple[int, int]:
+def parameter_counts(model: Any) -> tuple[int, int]:
     """(all parameters, parameters of the language-model head), tied ones counted once."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     total = sum(p.numel() for p in model.parameters())

@@ -280,6 +280,7 @@ def rewrite_report(out: str | Path) -> Path:
 def print_result(result: Result) -> None:
     """The result as short tables on standard output, and where the files are."""
     out, data = console(), result.pool.data
+    rows: list[tuple[object, ...]]
     if result.selections:
         chosen = result.selections[0]
         rows = [
@@ -333,6 +334,7 @@ _FILES = {
 
 
 def _print_explanations(explanations: Explanations, out: Any) -> None:
+    rows: list[tuple[object, ...]]
     pool = explanations.pool
     assert pool is not None
     for entry in explanations.entries[:5]:

@@ -20,7 +20,7 @@ class Advance(Protocol):
 
 
 class Reporter:
-    """Where stages tell what they do. `quiet=True` prints nothing; without a terminal a line is printed now and then."""
+    """Where stages tell what they do. `quiet=True` prints nothing; without a terminal there is a line now and then."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.console = Console(stderr=True, quiet=quiet, highlight=False)
@@ -28,11 +28,11 @@ class Reporter:
 
     def say(self, message: str) -> None:
         """One line of information."""
-        self.console.print(message, markup=False)
+        self.console.print(message, markup=False, soft_wrap=True)
 
     def warn(self, message: str) -> None:
         """One line that the user should act on."""
-        self.console.print(f"warning: {message}", style="yellow", markup=False)
+        self.console.print(f"warning: {message}", style="yellow", markup=False, soft_wrap=True)
 
     @contextmanager
     def stage(self, what: str, total: float, unit: str = "rows") -> Iterator[Advance]:

@@ -16,14 +16,14 @@ from gradsift.gradients.batching import automatic_token_budget
 from gradsift.gradients.capture import LORA, Modules, find_modules
 from gradsift.gradients.projection import Projection, Projector, plan_segments
 from gradsift.gradients.rows import ShardRows, View, gradient_rows
-from gradsift.models import DtypeName, host, model_identity, parameter_name, refuse_untrained
+from gradsift.models import DtypeName, host, model_identity, refuse_untrained
 from gradsift.progress import Reporter, silent
 from gradsift.run import Run
 from gradsift.settings import Settings
 from gradsift.store.gradient_store import GradientStore, GradientStoreWriter, RowDtype, ShardColumns
 from gradsift.store.manifest import fingerprint
 from gradsift.types import Sequence
-from gradsift.warmup.checkpoint import Checkpoint, load_moments
+from gradsift.warmup.checkpoint import Checkpoint, load_moments, trained_parameters
 
 _SHARD_TOKENS = {"cpu": 16_384, "cuda": 1_048_576}  # about two minutes of work
 
@@ -270,12 +270,7 @@ class _Engine:
 
     def adam(self) -> dict[str, AdamDirection]:
         if self._adam is None:
-            trained = {
-                parameter_name(name): tuple(parameter.shape)
-                for name, parameter in self.network.named_parameters()
-                if "lora_" in name
-            }
-            moments = load_moments(self.checkpoint, trained)
+            moments = load_moments(self.checkpoint, trained_parameters(self.network))
             self._adam = {}
             for captured in self.modules.captured:
                 if captured.name not in moments.exp_avg:

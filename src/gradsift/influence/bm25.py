@@ -29,7 +29,7 @@ class BM25(Settings):
         return "BM25"
 
 
-def conversation_text(messages: Sequence[Mapping[str, str]]) -> str:
+def conversation_text(messages: Sequence[Mapping[str, object]]) -> str:
     """`Question:…\\n\\nAnswer:…` for one exchange, Tulu's `<|role|>` lines for longer conversations (NICE, App. D)."""
     turns = [message for message in messages if message["role"] != "system"]
     if [turn["role"] for turn in turns] == ["user", "assistant"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 import torch
@@ -131,7 +132,8 @@ def store_inner_products(
     """Inner products of every stored row with every query, added to `out` `[row query]`, block by block from the map.
 
     The store is read once and never held: each block of rows is converted into a reused fp32 buffer small enough to
-    stay in the cache, which one matrix product then reads.
+    stay in the cache, which one matrix product then reads. Every thread has rows of its own and one buffer, because
+    threads that share blocks this small would spend their time waiting for each other.
 
     Args:
         store: N rows.
@@ -145,21 +147,30 @@ def store_inner_products(
     count = queries.shape[0]
     if out is None:
         out = torch.zeros(len(store), count)
-    block = _FEW_QUERY_ROWS if count < 8 else _MANY_QUERY_ROWS
-    buffer = torch.empty(block, store.dim)
-    products = torch.empty(block, count)
     factors = torch.full((len(store),), weight, dtype=torch.float64)
     if normalise:
         norms = store.projected_norms
         factors = torch.where(norms > 0, weight / norms.clamp_min(1e-300), torch.zeros_like(norms))
     factors = factors.float()
-    position = 0
-    for stored, scale in store.stored_blocks(0, len(store), block):
-        rows = len(stored)
-        part = slice(position, position + rows)
-        values = buffer[:rows].copy_(stored)
-        torch.mm(values, by_column, out=products[:rows])
-        factor = factors[part] if scale is None else factors[part] * scale
-        out[part].addcmul_(products[:rows], factor[:, None])
-        position += rows
+    block = _FEW_QUERY_ROWS if count < 8 else _MANY_QUERY_ROWS
+
+    def work(start: int, stop: int) -> None:
+        torch.set_num_threads(1)
+        buffer, products = torch.empty(block, store.dim), torch.empty(block, count)
+        position = start
+        for stored, scale in store.stored_blocks(start, stop, block):
+            rows = len(stored)
+            part = slice(position, position + rows)
+            torch.mm(buffer[:rows].copy_(stored), by_column, out=products[:rows])
+            factor = factors[part] if scale is None else factors[part] * scale
+            out[part].addcmul_(products[:rows], factor[:, None])
+            position += rows
+
+    threads = torch.get_num_threads()
+    edges = [len(store) * n // threads for n in range(threads + 1)]
+    try:
+        with ThreadPoolExecutor(threads) as executor:
+            list(executor.map(work, edges[:-1], edges[1:]))
+    finally:
+        torch.set_num_threads(threads)
     return out

@@ -21,9 +21,9 @@ def console() -> Console:
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, wide: Sequence[str] = ()) -> Table:
     """A table whose cells are text, never markup; columns in `wide` take the room that is left."""
     made = Table(title=escape(title), box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
-    rows = [[str(cell) for cell in row] for row in rows]
+    cells = [[str(cell) for cell in row] for row in rows]
     for number, name in enumerate(columns):
-        numeric = bool(rows) and all(_is_number(row[number]) for row in rows)
+        numeric = bool(cells) and all(_is_number(row[number]) for row in cells)
         made.add_column(
             escape(name),
             justify="right" if numeric else "left",
@@ -31,7 +31,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], 
             overflow="ellipsis",
             ratio=1 if name in wide else None,
         )
-    for row in rows:
+    for row in cells:
         made.add_row(*(Text(_one_line(cell)) for cell in row))
     if wide:
         made.expand = True

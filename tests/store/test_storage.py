@@ -32,6 +32,17 @@ def test_objects_are_published_read_listed_and_deleted(tmp_path: Path) -> None:
     assert not storage.exists("a/1")
 
 
+def test_a_reader_keeps_the_object_it_opened(tmp_path: Path) -> None:
+    """Publishing replaces the object, it never writes into it: a reader in the middle of the old one finishes it."""
+    storage = LocalStorage(tmp_path)
+    storage.publish("key", b"old object")
+    with storage.local("key").open("rb", buffering=0) as reader:
+        assert reader.read(3) == b"old"
+        storage.publish("key", b"another, longer object")
+        assert reader.read() == b" object"
+    assert storage.read("key") == b"another, longer object"
+
+
 def test_temporary_files_are_not_listed(tmp_path: Path) -> None:
     """What a killed writer left is not an object."""
     storage = LocalStorage(tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -225,12 +226,12 @@ def _calm_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|accelerate|torch)\b")
 
 
-def _columns(text: str | None) -> dict[str, str]:
+def _columns(text: str | None, option: str = "--columns") -> dict[str, str]:
     from gradsift.errors import ConfigError
 
     pairs = [part.split("=", 1) for part in (text or "").split(",") if part.strip()]
     if any(len(pair) != 2 for pair in pairs):
-        raise ConfigError(f"--columns {text!r}: wanted pairs such as prompt=question,completion=answer")
+        raise ConfigError(f"{option} {text!r}: wanted pairs such as prompt=question,completion=answer")
     return {key.strip(): value.strip() for key, value in pairs}
 
 
@@ -244,7 +245,8 @@ def parse_budget(text: str) -> float:
         raise ConfigError(f"--budget {text!r}: wanted a number of examples, or a share such as 0.05 or 5%") from error
     if text.strip().endswith("%") and not 0 < value <= 1:
         raise ConfigError(f"--budget {text!r}: a share lies between 0% and 100%")
-    return value
+    # 100% is a share, while 1 is one example: the largest number below 1 stands for the whole.
+    return min(value, math.nextafter(1.0, 0.0)) if text.strip().endswith("%") else value
 
 
 def _recipe(given: dict[str, Any], **more: Any) -> Any:
@@ -260,14 +262,17 @@ def _recipe(given: dict[str, Any], **more: Any) -> Any:
         if given.get(name) is not None
     }  # fmt: skip
     values["columns"] = _columns(given.get("columns"))
-    values["target_columns"] = _columns(given.get("target_columns") or given.get("columns"))
+    values["target_columns"] = (
+        _columns(given["target_columns"], "--target-columns") if given.get("target_columns") else values["columns"]
+    )
     if "preset" in given:
         if given["preset"] not in PRESETS:
             raise ConfigError(f"--preset {given['preset']!r} is unknown: there are {', '.join(PRESETS)}")
         names = {"lora_modules": "target_modules"}
         chosen = {names.get(n, n): given[n] for n in _OF_WARMUP if n != "preset" and given[n] is not None}
         if "target_modules" in chosen:
-            chosen["target_modules"] = tuple(chosen["target_modules"].split(","))
+            parts = chosen["target_modules"].split(",")
+            chosen["target_modules"] = tuple(part.strip() for part in parts if part.strip())
         values["warmup"] = {**PRESETS[given["preset"]].model_dump(), **chosen}
         values["adapter"] = tuple(given.get("adapter") or ())
     if "projection" in given:
@@ -284,7 +289,25 @@ def _recipe(given: dict[str, Any], **more: Any) -> Any:
     if "estimator" in given:
         values["estimator"] = _estimator(given)
         values["controls"] = [{"kind": "bm25"}, {"kind": "random", "seed": given["seed"]}]
-    return validated({**values, **more})
+    if given.get("target_columns"):
+        return validated({**values, **more}, _option_of)
+    return validated({**values, **more}, lambda field: _option_of(field.removeprefix("target_")))
+
+
+# Options whose name is not the last part of the field that they fill.
+_OPTION_OF = {
+    "gradients.projection.kind": "--projection",
+    "gradients.projection.dim": "--projection-dim",
+    "gradients.projection.seed": "--projection-seed",
+    "gradients.dtype": "--row-dtype",
+    "warmup.target_modules": "--lora-modules",
+}
+
+
+def _option_of(field: str) -> str:
+    """The option that fills a field of the recipe."""
+    name = field.partition(".")[0] if "columns." in field else field.rpartition(".")[2]
+    return _OPTION_OF.get(field, f"--{name.replace('_', '-')}")
 
 
 def _estimator(given: dict[str, Any]) -> dict[str, Any]:
@@ -493,11 +516,11 @@ def init(
     with _errors(debug=False):
         from gradsift.errors import ConfigError
         from gradsift.recipe import template
+        from gradsift.store.storage import LocalStorage
 
         if path.exists() and not force:
             raise ConfigError(f"{path} is there already: choose another name, or --force to overwrite it")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(template(path), encoding="utf-8")
+        LocalStorage(path.parent).publish(path.name, template(path).encode())
         print(f"wrote {path}: fill in model, pool, target and out, then `gradsift run {path}`")
 
 
@@ -528,11 +551,11 @@ def report(
     Example: gradsift report runs/math --to math.html
     """
     from gradsift.pipeline import rewrite_report
+    from gradsift.store.storage import LocalStorage
 
     path = rewrite_report(out)
     if to is not None:
-        to.parent.mkdir(parents=True, exist_ok=True)
-        to.write_bytes(path.read_bytes())
+        LocalStorage(to.parent).publish(to.name, path.read_bytes())
     print(to or path)
 
 

@@ -13,7 +13,7 @@ from gradsift.data.overlap import find_overlap
 from gradsift.errors import ConfigError
 from gradsift.gradients.collect import Gradients, collect
 from gradsift.gradients.rows import View
-from gradsift.models import DtypeName, load_tokenizer, model_identity
+from gradsift.models import DtypeName, find_adapter, load_tokenizer, model_identity, resolve_device
 from gradsift.progress import Reporter, silent
 from gradsift.run import Run
 from gradsift.store.gradient_store import GradientStore
@@ -46,6 +46,8 @@ class Pool:
     def checkpoints(self) -> list[Checkpoint]:
         """The adapters that were given, or those of the warm-up, trained now if the run does not hold them."""
         if self.adapters:
+            for adapter in self.adapters:
+                find_adapter(adapter)
             return [open_checkpoint(adapter) for adapter in self.adapters]
         return warm_up(
             self.run,
@@ -136,12 +138,14 @@ def open_pool(
     reporter = reporter or silent()
     if max_length < 2:
         raise ConfigError(f"max_length is {max_length}: a prompt and one answer token need at least 2")
+    identity = model_identity(model)
+    resolve_device(device)
     tokenizer = load_tokenizer(model)
     chat = ChatFormat(tokenizer, supervise=supervise, max_length=max_length)
     if chat.announcement:
         reporter.warn(chat.announcement)
     data = prepare(run, source, chat, what="pool", columns=columns, keep_duplicates=keep_duplicates, reporter=reporter)
-    run.bind({"model": model_identity(model), "pool": data.fingerprint})
+    run.bind({"model": identity, "pool": data.fingerprint})
     return Pool(
         run=run,
         model=model,

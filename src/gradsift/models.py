@@ -28,7 +28,11 @@ def model_identity(name: str) -> dict[str, str]:
         ModelError: there is no such model; the message says what was tried.
     """
     path = Path(name).expanduser()
-    if path.is_file() and path.suffix == ".gguf":
+    if not path.exists() and name.startswith((".", "/", "~")):
+        raise ModelError(f"model {name}: there is no such folder. Give a model's folder, a .gguf file or a hub id")
+    if path.is_file() and path.suffix != ".gguf":
+        raise ModelError(f"model {name} is a file: give the folder that holds config.json, or a .gguf file")
+    if path.is_file():
         return {"weights": _hash_files([path])}
     if path.is_dir():
         weights = sorted(p for p in path.iterdir() if p.suffix in {".safetensors", ".bin", ".gguf"} and p.is_file())
@@ -108,8 +112,14 @@ def resolve_device(device: str) -> str:
     """
     if device in ("auto", "map"):
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"--device {device!r} is unknown: there are auto, cpu, cuda, cuda:1 … and map") from error
+    if place.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"--device {device}: no CUDA device is available here; use --device cpu")
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"--device {device}: there are {torch.cuda.device_count()} GPUs, numbered from cuda:0")
     return device
 
 
@@ -163,6 +173,25 @@ def refuse_untrained(peft_model: Any, adapter: str | Path) -> None:
         )
 
 
+def find_adapter(adapter: str) -> None:
+    """Look up an adapter that is not a folder here, before any work is done for it.
+
+    Raises:
+        ModelError: the hub does not give it either.
+    """
+    from peft import PeftConfig
+
+    if Path(adapter).exists() or adapter.startswith((".", "/", "~")):  # `open_checkpoint` says what is wrong there
+        return
+    try:
+        PeftConfig.from_pretrained(adapter)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"cannot find the adapter {adapter!r}: it is no local folder, and the Hugging Face hub did not give it "
+            f"({_first_lines(error, 1)}). Check the spelling and the network"
+        ) from error
+
+
 def adapter_identity(adapter: str | Path) -> dict[str, str]:
     """What an adapter is: a hash of its weights and its configuration, or the hub id."""
     folder = Path(adapter)
@@ -204,6 +233,8 @@ def _config(name: str) -> Any:
 
 def _cannot_load(what: str, name: str, error: Exception) -> str:
     local = Path(name).expanduser()
+    if what == "tokenizer" and local.is_dir() and not any(local.glob("*token*")):
+        return f"{local} has no tokenizer (tokenizer.json): copy the tokenizer files of the base model there"
     if local.exists():
         return f"cannot load the {what} in {local}: {_first_lines(error, 2)}"
     return (

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from gradsift.context import Pool, Target, open_pool, open_target
 from gradsift.data.dataset import count_reasons
 from gradsift.data.load import load_examples
-from gradsift.errors import ConfigError, CorruptError
+from gradsift.errors import ConfigError, CorruptError, DataError
 from gradsift.explanation.explain import Explanations, Question, explain, question_of, questions_of
 from gradsift.explanation.relevance import to_db
 from gradsift.influence.less import LESS
@@ -34,13 +34,14 @@ from gradsift.report.page import (
 )
 from gradsift.report.terminal import console, decibels, first_words, shares_text, table
 from gradsift.run import Run
-from gradsift.selection.select import FacilityLocation, Selection, TopK, select
+from gradsift.selection.select import FacilityLocation, Selection, TopK, budget_count, select
 from gradsift.store.manifest import versions
 from gradsift.types import Skipped
 from gradsift.warmup.checkpoint import Checkpoint
 
 _GROUP_COLUMNS = ("skill", "source", "dataset", "category", "task", "domain", "type")
 _MAX_GROUPS = 40
+_PROMPT_ROLES = ("system", "user", "assistant", "tool")
 
 
 @dataclass
@@ -53,6 +54,7 @@ class Result:
     scores: list[Scores] = field(default_factory=list)
     selections: list[Selection] = field(default_factory=list)
     explanations: Explanations | None = None
+    unexplained: list[Skipped] = field(default_factory=list)
     outcomes: list[Outcome] = field(default_factory=list)
     outcome_notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
@@ -65,16 +67,25 @@ class Result:
 
     @property
     def skipped(self) -> list[Skipped]:
-        """Every row that was left out of the pool, the target, or of the choice."""
+        """Every row that was left out of the pool, the target, the choice, or the explanations."""
         rows = list(self.pool.data.skipped)
         if self.target is not None:
             rows += [*self.target.data.skipped, *self.target.overlap]
+            known = {skip.id for skip in self.target.overlap}
+            for entry in self.scores[:1]:
+                known.update(entry.ids)
+                what = f"its gradient is not finite, so {entry.method.label} does not score it"
+                rows += [Skipped(id_, "non_finite_gradient", what) for id_ in self.pool.data.ids if id_ not in known]
+        rows += self.unexplained
+        if self.explanations is not None:
+            rows += self.explanations.failed
         return rows
 
 
-def open_recipe(recipe: Recipe, reporter: Reporter | None = None) -> Pool:
-    """The recipe's pool."""
-    return open_pool(
+def open_recipe(recipe: Recipe, reporter: Reporter | None = None, *, announce: bool = True) -> Pool:
+    """The recipe's pool; with `announce` the rows left out of it are told and listed in skipped.jsonl."""
+    reporter = reporter or silent()
+    pool = open_pool(
         recipe.pool,
         model=recipe.model,
         out=recipe.out,
@@ -88,8 +99,12 @@ def open_recipe(recipe: Recipe, reporter: Reporter | None = None) -> Pool:
         dtype=recipe.dtype,
         device=recipe.device,
         seed=recipe.seed,
-        reporter=reporter or silent(),
+        reporter=reporter,
     )
+    if announce:
+        say_skipped(pool.data.skipped, "pool", len(pool.data), reporter)
+        write_skipped(Result(recipe, pool))
+    return pool
 
 
 def open_recipe_target(recipe: Recipe, pool: Pool) -> Target:
@@ -119,11 +134,13 @@ def run_select(recipe: Recipe, reporter: Reporter | None = None) -> Result:
     """
     reporter = reporter or silent()
     start = time.monotonic()
+    if recipe.explain is not None:
+        explain_questions(recipe)  # refused before anything heavy
     with Run(recipe.out).lock():
         result = score_all(recipe, reporter)
         choose(result)
         if recipe.explain is not None:
-            result.explanations = _explained(recipe, result.pool)
+            _explain(result)
         result.seconds = time.monotonic() - start
         write_results(result)
     return result
@@ -134,11 +151,11 @@ def run_explain(recipe: Recipe, reporter: Reporter | None = None) -> Result:
     reporter = reporter or silent()
     start = time.monotonic()
     if recipe.explain is None:
-        raise ConfigError("nothing to explain: give --prompt, --messages or --target")
+        raise ConfigError("nothing to explain: give --prompt or --target, or `explain:` in the recipe")
+    explain_questions(recipe)  # refused before anything heavy
     with Run(recipe.out).lock():
-        pool = open_recipe(recipe, reporter)
-        say_skipped(pool.data.skipped, "pool", len(pool.data), reporter)
-        result = Result(recipe, pool, explanations=_explained(recipe, pool))
+        result = Result(recipe, open_recipe(recipe, reporter))
+        _explain(result)
         result.seconds = time.monotonic() - start
         write_results(result)
     return result
@@ -156,7 +173,7 @@ def score_all(recipe: Recipe, reporter: Reporter) -> Result:
     pool = open_recipe(recipe, reporter)
     target = open_recipe_target(recipe, pool)
     result = Result(recipe, pool, target)
-    say_skipped(pool.data.skipped, "pool", len(pool.data), reporter)
+    _check_sizes(result)
     say_skipped(target.data.skipped, "target", len(target.data), reporter)
     if target.overlap:
         reporter.warn(
@@ -175,6 +192,16 @@ def score_all(recipe: Recipe, reporter: Reporter) -> Result:
     return result
 
 
+def _check_sizes(result: Result) -> None:
+    """Refuse what cannot be met by this pool before anything heavy is done for it."""
+    recipe, target = result.recipe, result.target
+    budget_count(recipe.budget, len(result.pool.data) - (len(target.overlap) if target else 0))
+    if recipe.explain is not None and recipe.explain.k > len(result.pool.data):
+        raise ConfigError(f"k is {recipe.explain.k}: choose between 1 and the {len(result.pool.data)} pool examples")
+    for column in recipe.group_by:
+        result.pool.data.column(column)
+
+
 def choose(result: Result) -> None:
     """Choose by the estimator with the recipe's method, and by each control's top-k; writes selected.jsonl."""
     recipe = result.recipe
@@ -185,12 +212,14 @@ def choose(result: Result) -> None:
     result.pool.run.publish_text("selected.jsonl", "".join(f"{line}\n" for line in lines))
 
 
-def _explained(recipe: Recipe, pool: Pool) -> Explanations:
-    job = recipe.explain
+def _explain(result: Result) -> None:
+    job = result.recipe.explain
     assert job is not None
-    return explain(
-        pool,
-        explain_questions(recipe),
+    questions, result.unexplained = explain_questions(result.recipe)
+    say_skipped(result.unexplained, "what is to be explained", len(questions), result.pool.reporter)
+    result.explanations = explain(
+        result.pool,
+        questions,
         k=job.k,
         estimator=job.estimator,
         strategies=(TopK(), FacilityLocation(trade_off=job.trade_off)),
@@ -199,14 +228,25 @@ def _explained(recipe: Recipe, pool: Pool) -> Explanations:
     )
 
 
-def explain_questions(recipe: Recipe) -> list[Question]:
-    """The prompts that a recipe asks to explain."""
+def explain_questions(recipe: Recipe) -> tuple[list[Question], list[Skipped]]:
+    """The prompts that a recipe asks to explain, and the rows of its file that are none.
+
+    Raises:
+        ConfigError: not exactly one of prompt and target, or options that do not go together.
+        DataError: the prompt or the given output is empty, or the file cannot be used.
+    """
     job = recipe.explain
     assert job is not None
     if (job.prompt is None) == (job.target is None):
         raise ConfigError("explain either a prompt or the rows of a target file: give exactly one of them")
+    if job.prompt is not None and (job.row is not None or job.use_answers):
+        raise ConfigError("--row and --use-answers go with the rows of a --target, not with a --prompt")
+    if job.output is not None and job.use_answers:
+        raise ConfigError("explain either the answer given with --output or, with --use-answers, the row's own")
+    if job.output is not None and not job.output.strip():
+        raise DataError("the given output is empty: give the answer to explain, or leave it out to have one generated")
     if job.prompt is not None:
-        return [question_of(_messages(job.prompt), job.output)]
+        return [question_of(_messages(job.prompt), job.output)], []
     loaded = load_examples(job.target, columns=recipe.target_columns, what="target", require_answer=job.use_answers)
     examples = [example for example in loaded.examples if job.row in (None, example.id)]
     if not examples:
@@ -215,8 +255,9 @@ def explain_questions(recipe: Recipe) -> list[Question]:
     if job.output is not None and len(examples) > 1:
         raise ConfigError("--output is the answer to one prompt: name the row with --row, or give --prompt")
     if job.output is not None:
-        return [Question(examples[0].id, questions_of(examples)[0].messages, job.output)]
-    return questions_of(examples, use_answers=job.use_answers)
+        return [Question(examples[0].id, questions_of(examples)[0].messages, job.output)], []
+    skipped = loaded.skipped if job.row is None else []
+    return questions_of(examples, use_answers=job.use_answers), skipped
 
 
 def _messages(prompt: str) -> Any:
@@ -231,7 +272,13 @@ def _messages(prompt: str) -> Any:
             and value
             and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in value)
         ):
-            return [{"role": str(m["role"]), "content": str(m["content"])} for m in value]
+            wrong = [m for m in value if m["role"] not in _PROMPT_ROLES or not isinstance(m["content"], str)]
+            if wrong:
+                raise DataError(
+                    f"--prompt holds the message {json.dumps(wrong[0], ensure_ascii=False)[:200]}: wanted a role of "
+                    f"{', '.join(_PROMPT_ROLES)} and a text as content"
+                )
+            return [{"role": m["role"], "content": m["content"]} for m in value]
     return prompt
 
 

@@ -39,7 +39,7 @@ def estimate(recipe: Recipe, reporter: Reporter | None = None) -> dict[str, Any]
     reporter = reporter or silent()
     with tempfile.TemporaryDirectory(prefix="gradsift-plan-") as scratch:
         planned = recipe.model_copy(update={"out": scratch})
-        pool = open_recipe(planned, reporter)
+        pool = open_recipe(planned, reporter, announce=False)
         target = open_recipe_target(planned, pool) if recipe.target else None
         sample = _measure(recipe, pool, reporter)
     checkpoints = len(recipe.adapter) or recipe.warmup.epochs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -104,10 +105,16 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
         return Recipe.model_validate(content)
     except ValidationError as error:
         raise ConfigError(_explain_errors(error, Recipe, node, str(file))) from error
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from error
 
 
-def validated(values: dict[str, Any]) -> Recipe:
+def validated(values: dict[str, Any], name_of: Callable[[str], str] = str) -> Recipe:
     """A recipe from Python or command-line values.
+
+    Args:
+        values: by field name.
+        name_of: what to call a field such as `gradients.projection.kind` in messages: the option that fills it.
 
     Raises:
         ConfigError: a wrong key or value.
@@ -115,7 +122,7 @@ def validated(values: dict[str, Any]) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_explain_errors(error, Recipe, None, "options")) from error
+        raise ConfigError(_explain_errors(error, Recipe, None, "", name_of)) from error
 
 
 def as_yaml(recipe: Recipe) -> str:
@@ -132,24 +139,42 @@ def _with_preset(warmup: dict[str, Any], file: Path) -> dict[str, Any]:
     return {**PRESETS[warmup["preset"]].model_dump(), **rest}
 
 
-def _explain_errors(error: ValidationError, model: type[BaseModel], node: Any, source: str) -> str:
+def _explain_errors(
+    error: ValidationError, model: type[BaseModel], node: Any, source: str, name_of: Callable[[str], str] = str
+) -> str:
     messages = []
     for entry in error.errors():
         path = [part for part in entry["loc"] if not _is_tag(part)]
         line = _line(node, path)
-        where = f"{source} line {line}" if line else source
-        name = ".".join(map(str, path))
+        where = f"{source} line {line}: " if line else f"{source}: " if source else ""
+        name = name_of(".".join(map(str, path)))
+        value, context = entry.get("input"), entry.get("ctx", {})
+        shown = repr(value) if len(repr(value)) < 60 else type(value).__name__
         if entry["type"] == "extra_forbidden":
             known = _fields(model, entry["loc"][:-1])
             near = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.5)
             advice = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-            messages.append(f"{where}: unknown key {name!r}; {advice}")
+            key = f"{name}: unknown key {str(path[-1])!r}" if name.startswith("--") else f"unknown key {name!r}"
+            messages.append(f"{where}{key}; {advice}")
         elif entry["type"] == "missing":
-            messages.append(f"{where}: {name!r} is missing")
+            messages.append(f"{where}{name!r} is missing")
+        elif entry["type"] == "literal_error":
+            messages.append(f"{where}{name} {shown} is unknown: there are {context['expected'].replace(chr(39), '')}")
+        elif entry["type"] == "union_tag_invalid":
+            there = context["expected_tags"].replace("'", "")
+            messages.append(f"{where}{name} {context['tag']!r} is unknown: there are {there}")
+        elif entry["type"] == "union_tag_not_found":
+            kinds = _kinds(model, entry["loc"])
+            messages.append(f"{where}{name} is {shown}: wanted {{kind: …}}, where the kind is one of {kinds}")
+        elif entry["type"] == "too_short":
+            messages.append(f"{where}{name} is empty: name at least one")
+        elif entry["type"] in ("model_type", "model_attributes_type", "dict_type"):
+            messages.append(f"{where}{name} is {shown}: wanted settings of its own, such as {{key: value}}")
+        elif entry["type"] in ("tuple_type", "list_type"):
+            messages.append(f"{where}{name} is {shown}: wanted a list, such as [{shown}]")
         else:
-            value = entry.get("input")
-            shown = repr(value) if len(repr(value)) < 60 else type(value).__name__
-            messages.append(f"{where}: {name} is {shown}: {entry['msg'][0].lower()}{entry['msg'][1:]}")
+            wanted = entry["msg"].replace("Input should", "it should")
+            messages.append(f"{where}{name} is {shown}: {wanted[0].lower()}{wanted[1:]}")
     return "; ".join(dict.fromkeys(messages))
 
 
@@ -163,6 +188,15 @@ def _is_tag(part: Any) -> bool:
 
 def _fields(model: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
     """Field names of the model that an error's place lies in."""
+    return sorted({name for candidate in _models_at(model, loc) for name in candidate.model_fields})
+
+
+def _kinds(model: type[BaseModel], loc: tuple[Any, ...]) -> str:
+    """The kinds that may stand in an error's place."""
+    return ", ".join(candidate.model_fields["kind"].default for candidate in _models_at(model, loc))
+
+
+def _models_at(model: type[BaseModel], loc: tuple[Any, ...]) -> list[type[BaseModel]]:
     current: list[type[BaseModel]] = [model]
     for part in loc:
         if isinstance(part, int):
@@ -175,7 +209,7 @@ def _fields(model: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
             if part in candidate.model_fields:
                 found += _models(candidate.model_fields[part].annotation)
         current = found or current
-    return sorted({name for candidate in current for name in candidate.model_fields})
+    return current
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:

@@ -26,7 +26,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from gradsift.errors import LockedError, MismatchError, StorageError
+from gradsift.errors import CorruptError, LockedError, MismatchError, StorageError
 from gradsift.store.manifest import differences, fingerprint, manifest, publish_json, read_json
 from gradsift.store.storage import LocalStorage
 
@@ -55,19 +55,21 @@ class Run:
             LockedError: another process works here.
             StorageError: the folder cannot be made or written.
         """
+        lock = FileLock(self.folder / "lock", timeout=0)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.folder / "lock", timeout=0)
-            with lock:
-                yield
+            lock.acquire()
         except Timeout as error:
             raise LockedError(f"another process works on {self.folder}: wait for it, or use another --out") from error
-        except PermissionError as error:
-            raise StorageError(f"cannot write to {self.folder}: no permission. Choose another --out") from error
-        except FileExistsError as error:
+        except (FileExistsError, NotADirectoryError) as error:
             raise StorageError(f"cannot make the folder {self.folder}: a part of its path is a file") from error
-        except NotADirectoryError as error:
-            raise StorageError(f"cannot make the folder {self.folder}: a part of its path is a file") from error
+        except OSError as error:
+            reason = "no permission" if isinstance(error, PermissionError) else error.strerror or str(error)
+            raise StorageError(f"cannot write to {self.folder}: {reason}. Choose another --out") from error
+        try:
+            yield
+        finally:
+            lock.release()
 
     def bind(self, identity: Mapping[str, Any]) -> None:
         """Tie the folder to a model and a pool, or refuse others.
@@ -78,7 +80,7 @@ class Run:
         if not self.storage.exists("run.json"):
             publish_json(self.storage, "run.json", manifest("run", identity))
             return
-        changed = differences(read_json(self.storage, "run.json")["config"], identity)
+        changed = differences(self.identity(), identity)
         if changed:
             raise MismatchError(
                 f"{self.folder} belongs to another run: {'; '.join(changed)}. "
@@ -89,7 +91,10 @@ class Run:
         """What `bind` recorded."""
         if not self.storage.exists("run.json"):
             raise StorageError(f"{self.folder} is not a run folder (no run.json): give the --out of an earlier command")
-        config: dict[str, Any] = read_json(self.storage, "run.json")["config"]
+        content = read_json(self.storage, "run.json")
+        if not isinstance(content.get("config"), dict):
+            raise CorruptError(f"{self.path('run.json')} is damaged (no config): delete the folder and run again")
+        config: dict[str, Any] = content["config"]
         return config
 
     def prefix(self, kind: str, config: Mapping[str, Any]) -> str:

@@ -190,6 +190,8 @@ def explain(
         raise DataError(f"no prompt can be explained; first: {failed[0].detail if failed else 'none was given'}")
     source = OutputSource(tuple(entry for _, entry, _, _ in answered), pool.chat.fingerprint)
     store = pool.stores(checkpoint, ["plain"])["plain"]
+    if k > len(store):
+        raise ConfigError(f"k is {k}, but only {len(store)} examples of the pool have a finite gradient: lower k")
     outputs = pool.collect(source, checkpoint, ["plain"], what="output")["plain"]
     texts = [
         conversation_text([*question.messages, {"role": "assistant", "content": text}])
@@ -238,6 +240,8 @@ def question_of(prompt: str | SequenceABC[Message], output: str | None = None) -
     messages: tuple[Message, ...] = ({"role": "user", "content": prompt},) if isinstance(prompt, str) else tuple(prompt)
     if not messages or not any(m["content"].strip() for m in messages):
         raise DataError("the prompt is empty: give the text, or messages, that the model is to answer")
+    if messages[-1]["role"] == "assistant":
+        raise DataError("the prompt ends with an assistant turn: leave the answer out of it, and give it as the output")
     name = "prompt-" + fingerprint([list(messages), output])[:10]
     return Question(name, messages, output)
 
@@ -256,6 +260,8 @@ def questions_of(examples: SequenceABC[Example], *, use_answers: bool = False) -
 
 def _answer(pool: Pool, model: Any, question: Question, max_new_tokens: int) -> tuple[TokenizedExample, str, bool]:
     """The output's tokens behind the prompt's, its text, and whether it ended by itself."""
+    if not any(message["content"].strip() for message in question.messages):
+        raise DataError("the prompt is empty")
     if question.output is not None:
         if not question.output.strip():
             raise DataError("the given output is empty")

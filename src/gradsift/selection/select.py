@@ -109,7 +109,7 @@ def budget_count(budget: float, available: int) -> int:
     if isinstance(budget, float) and not budget.is_integer() and 0 < budget < 1:
         return max(1, round(budget * available))
     if not math.isfinite(budget) or budget != int(budget) or budget < 1:
-        raise ConfigError(f"budget {budget} is neither a share between 0 and 1 nor a whole number of at least 1")
+        raise ConfigError(f"budget {budget:g} is neither a share between 0 and 1 nor a whole number of at least 1")
     if budget > available:
         raise ConfigError(
             f"budget {int(budget)} is larger than the pool: {available} examples can be chosen from; "

@@ -1,0 +1,116 @@
+"""A tiny model with a ChatML tokenizer, pools and targets for it, and the command line called in this process."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+COLOURS = ("red", "blue", "green", "black", "white", "brown", "pink", "grey")
+ANIMALS = ("cat", "dog", "owl", "fox", "hen", "cow", "bee", "ant")
+
+
+def save_model(folder: Path, *, seed: int = 0, layers: int = 2, hidden: int = 32) -> str:
+    """A Llama of two layers with random weights and a byte-level tokenizer, as `from_pretrained` wants them."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = ["system user assistant\n", *COLOURS, *ANIMALS, "what colour is the it says"]
+    raw.train_from_iterator(texts * 4, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHATML
+    )
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+        bos_token_id=None,
+        eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
+        pad_token_id=tokenizer.convert_tokens_to_ids("<|endoftext|>"),
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+def pool_rows(count: int = 24) -> list[dict[str, Any]]:
+    """Questions about colours and about sounds in turn, each with columns of its own."""
+    rows: list[dict[str, Any]] = []
+    for number in range(count):
+        animal, colour = ANIMALS[number % 8], COLOURS[(number // 2) % 8]
+        if number % 2 == 0:
+            question, answer, kind = f"what colour is the {animal} {number}", f"the {animal} is {colour}", "colour"
+        else:
+            question, answer, kind = f"what says the {animal} {number}", f"it says {animal * 2}", "sound"
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        rows.append({"id": f"p{number:02}", "messages": messages, "source": kind, "weight_kg": number / 4})
+    return rows
+
+
+def target_rows(count: int = 4) -> list[dict[str, Any]]:
+    """Questions about colours that are not in the pool, with a subtask each."""
+    return [
+        {
+            "id": f"t{number}",
+            "prompt": f"what colour is the {ANIMALS[number % 8]} of {number}",
+            "completion": f"the {ANIMALS[number % 8]} is {COLOURS[number % 8]}",
+            "task": ("odd", "even")[number % 2],
+        }
+        for number in range(count)
+    ]
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+# Enough training for gradients that tell examples apart, in well under a second.
+WARMUP = ("--fraction", "0.5", "--epochs", "2", "--rank", "4", "--alpha", "8", "--learning-rate", "1e-2",
+          "--batch-size", "4", "--dropout", "0")  # fmt: skip
+SMALL = ("--projection-dim", "256", "--max-length", "64", "--quiet", "--device", "cpu")
+
+
+class Cli:
+    """`gradsift …` in this process: exit code, standard output, standard error."""
+
+    def __init__(self, *arguments: object) -> None:
+        from typer.testing import CliRunner
+
+        from gradsift.cli import app
+
+        self.arguments = [str(argument) for argument in arguments]
+        result = CliRunner().invoke(app, self.arguments)
+        self.code, self.out, self.err = result.exit_code, result.stdout, result.stderr
+        assert "Traceback" not in self.err + self.out, self.err
+        assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+    def succeeded(self) -> Cli:
+        assert self.code == 0, f"exit code {self.code}: {self.err}"
+        return self

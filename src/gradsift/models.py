@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
-from gradsift.errors import ConfigError, MismatchError, ModelError
+from gradsift.errors import ConfigError, CorruptError, MismatchError, ModelError
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
@@ -86,7 +87,7 @@ def load_model(name: str, *, dtype: DtypeName = "auto", device: str = "auto") ->
     try:
         source = str(path.parent if path.is_file() else path) if path.exists() else name
         model: Any = AutoModelForCausalLM.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(_cannot_load("model", name, error)) from error
     if path.is_file():
         forget_quantisation(model)
@@ -138,19 +139,26 @@ def attach_adapter(model: Any, adapter: str | Path) -> Any:
             peft_model = PeftModel.from_pretrained(model, str(adapter), is_trainable=False)
     except RuntimeError as error:
         raise MismatchError(
-            f"adapter {adapter} was trained for another model: {_first_lines(error, 3)}. "
+            f"adapter {adapter} was trained for another model: {_first_mismatch(error)}. "
             "Use the model named in its adapter_config.json"
         ) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         if "Target modules" in str(error):
-            raise MismatchError(f"adapter {adapter} was trained for another model: {_first_lines(error, 1)}") from error
+            raise MismatchError(
+                f"adapter {adapter} was trained for another model: {_first_lines(error, 1).partition(' Please')[0]} "
+                "Use the model named in its adapter_config.json"
+            ) from error
         raise ModelError(
             f"cannot load adapter {adapter}: {_first_lines(error, 2)}. "
             "Wanted: a folder with adapter_config.json and adapter_model.safetensors, or a hub id"
         ) from error
     missing = [str(w.message) for w in caught if "missing adapter keys" in str(w.message).lower()]
     if missing:
-        raise MismatchError(f"adapter {adapter} does not fit the model: {missing[0][:300]}")
+        first = missing[0].partition("[")[2].partition(",")[0].strip("'\"] ")
+        raise MismatchError(
+            f"adapter {adapter} does not fit the model: it has no weights of {first or missing[0][:200]}, which its "
+            "adapter_config.json asks for. Use the model named there, or save the adapter again"
+        )
     return peft_model.eval().requires_grad_(False)
 
 
@@ -200,7 +208,10 @@ def adapter_identity(adapter: str | Path) -> dict[str, str]:
     files = [p for p in (folder / "adapter_model.safetensors", folder / "adapter_model.bin") if p.is_file()]
     if not files or not (folder / "adapter_config.json").is_file():
         raise ModelError(f"{folder} is not a PEFT adapter: it needs adapter_config.json and adapter_model.safetensors")
-    config = json.loads((folder / "adapter_config.json").read_text())
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text())
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CorruptError(f"{folder / 'adapter_config.json'} is damaged ({error}): copy the adapter again") from error
     config.pop("base_model_name_or_path", None)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     digest.update(files[0].read_bytes())
@@ -246,6 +257,14 @@ def _cannot_load(what: str, name: str, error: Exception) -> str:
 def _first_lines(error: Exception, count: int) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:count])[:400] or type(error).__name__
+
+
+def _first_mismatch(error: Exception) -> str:
+    """What torch says of the first tensor that does not fit, in fewer words."""
+    found = re.search(r"size mismatch for (\S+): .*?torch\.Size\((.*?)\).*?torch\.Size\((.*?)\)", str(error), re.DOTALL)
+    if found is None:
+        return _first_lines(error, 2)
+    return f"{found[1]} has shape {found[2]} in the adapter, {found[3]} on this model"
 
 
 def _hash_files(files: list[Path]) -> str:
@@ -296,7 +315,9 @@ class ModelHost:
             return self.base()
         if self._adapter != str(adapter):
             base = self.base()
+            self._base = None  # PEFT puts its layers into the model before it finds that they do not fit
             self._peft, self._adapter = attach_adapter(base, adapter), str(adapter)
+            self._base = base
         return self._peft
 
 

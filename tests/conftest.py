@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tiny_world import World
+
 # Set before anything imports torch or transformers, and inherited by the commands that tests start.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -20,6 +22,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "demo_model_path" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.model)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """A tiny model with a pool and a target."""
+    return World.make(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -90,22 +93,36 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> str:
 # Enough training for gradients that tell examples apart, in well under a second.
 WARMUP = ("--fraction", "0.5", "--epochs", "2", "--rank", "4", "--alpha", "8", "--learning-rate", "1e-2",
           "--batch-size", "4", "--dropout", "0")  # fmt: skip
-SMALL = ("--projection-dim", "256", "--max-length", "64", "--quiet", "--device", "cpu")
+GRADIENTS = ("--projection-dim", "256")
+COMMON = ("--max-length", "64", "--quiet", "--device", "cpu")
+_OPTIONS = {
+    "select": (*WARMUP, *GRADIENTS),
+    "score": (*WARMUP, *GRADIENTS),
+    "collect": (*WARMUP, *GRADIENTS),
+    "explain": (*WARMUP, *GRADIENTS),
+    "plan": (*WARMUP, *GRADIENTS),
+    "warmup": WARMUP,
+}
 
 
 class Cli:
     """`gradsift …` in this process: exit code, standard output, standard error."""
 
     def __init__(self, *arguments: object) -> None:
+        import transformers
         from typer.testing import CliRunner
 
         from gradsift.cli import app
 
         self.arguments = [str(argument) for argument in arguments]
-        result = CliRunner().invoke(app, self.arguments)
+        verbosity = transformers.utils.logging.get_verbosity()
+        try:
+            result = CliRunner().invoke(app, self.arguments)
+        finally:  # the command line calms the libraries for its process, which is the tests' own here
+            transformers.utils.logging.set_verbosity(verbosity)
         self.code, self.out, self.err = result.exit_code, result.stdout, result.stderr
+        assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
         assert "Traceback" not in self.err + self.out, self.err
-        assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
 
     @property
     def json(self) -> Any:
@@ -114,3 +131,51 @@ class Cli:
     def succeeded(self) -> Cli:
         assert self.code == 0, f"exit code {self.code}: {self.err}"
         return self
+
+
+@dataclass
+class World:
+    """A model, a pool and a target in a folder, and commands on them."""
+
+    folder: Path
+    model: str
+    pool: str
+    target: str
+
+    @classmethod
+    def make(cls, folder: Path) -> World:
+        return cls(
+            folder,
+            save_model(folder / "model"),
+            write_rows(folder / "pool.jsonl", pool_rows()),
+            write_rows(folder / "target.jsonl", target_rows()),
+        )
+
+    def arguments(self, command: str, out: Path | str, *more: object, **replaced: object) -> list[str]:
+        """A command line on this world; `target=None` and the like leave an option out."""
+        given: dict[str, object] = {"model": self.model, "pool": self.pool, "out": out}
+        if command in ("select", "score", "plan"):
+            given["target"] = self.target
+        given |= replaced
+        named = [str(part) for name, value in given.items() if value is not None for part in (f"--{name}", value)]
+        return [command, *named, *_OPTIONS[command], *COMMON, *map(str, more)]
+
+    def __call__(self, command: str, out: Path | str, *more: object, **replaced: object) -> Cli:
+        return Cli(*self.arguments(command, out, *more, **replaced))
+
+    @cached_property
+    def adapters(self) -> list[str]:
+        """Two checkpoints of a warm-up, with Adam's moments and learning rates."""
+        return [entry["adapter"] for entry in self("warmup", self.folder / "adapters", "--json").succeeded().json]
+
+    def with_adapters(self) -> list[str]:
+        """Options that take both checkpoints."""
+        return [part for adapter in self.adapters for part in ("--adapter", adapter)]
+
+    def variant(self, name: str, source: str | Path) -> Path:
+        """A copy of a folder to change."""
+        copied = self.folder / name
+        if copied.exists():
+            shutil.rmtree(copied)
+        shutil.copytree(source, copied)
+        return copied

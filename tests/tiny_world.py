@@ -179,3 +179,20 @@ class World:
             shutil.rmtree(copied)
         shutil.copytree(source, copied)
         return copied
+
+
+def run_in_process(arguments: list[str], errors: str) -> None:
+    """`gradsift …` on one thread, with standard error in a file: what another process is to run."""
+    import os
+    import sys
+
+    import torch
+
+    from gradsift.cli import app
+
+    torch.set_num_threads(1)
+    file = os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.stderr = os.fdopen(2, "w", buffering=1)
+    app(arguments)

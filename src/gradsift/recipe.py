@@ -127,7 +127,19 @@ def validated(values: dict[str, Any], name_of: Callable[[str], str] = str) -> Re
 
 def as_yaml(recipe: Recipe) -> str:
     """The recipe as YAML, with defaults left out."""
-    return yaml.safe_dump(recipe.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(_without_defaults(recipe), sort_keys=False, allow_unicode=True)
+
+
+def _without_defaults(value: Any) -> Any:
+    """What YAML needs to make this value again: fields that are not as their class has them, and each `kind`."""
+    if isinstance(value, tuple):
+        return [_without_defaults(part) for part in value]
+    if not isinstance(value, BaseModel):
+        return value
+    fields = type(value).model_fields
+    given = {name: getattr(value, name) for name in fields}
+    changed = [name for name, field in fields.items() if name == "kind" or given[name] != field.default]
+    return {name: _without_defaults(given[name]) for name in changed}
 
 
 def _with_preset(warmup: dict[str, Any], file: Path) -> dict[str, Any]:

@@ -1,0 +1,151 @@
+"""The command line itself: options, errors, exit codes, and what is imported when."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import typer
+
+from gradsift import cli
+from gradsift.cli import app, parse_budget
+from gradsift.errors import ConfigError, DataError
+from gradsift.selection.select import budget_count
+from tiny_world import Cli
+
+COMMANDS = ("select", "score", "explain", "warmup", "collect", "plan", "init", "run", "report", "demo")
+
+
+def test_help_imports_nothing_heavy() -> None:
+    """Importing the command line and asking for help loads none of torch, transformers, datasets, numpy."""
+    heavy = ("torch", "transformers", "datasets", "peft", "numpy", "scipy", "pyarrow")
+    program = (
+        "import sys\nfrom gradsift.cli import app\n"
+        "try:\n    app(['select', '--help'])\nexcept SystemExit as end:\n    assert not end.code\n"
+        f"loaded = [name for name in {heavy!r} if name in sys.modules]\nassert not loaded, loaded\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_help_names_every_command() -> None:
+    """The list of commands is complete, and each command has help with an example."""
+    assert {command.name or command.callback.__name__ for command in app.registered_commands} == set(COMMANDS)
+    shown = Cli("--help").succeeded().out
+    for command in COMMANDS:
+        assert command in shown
+        assert "Example: gradsift" in Cli(command, "-h").succeeded().out
+
+
+def test_every_option_has_help() -> None:
+    """No option of any command is left without a sentence."""
+    group = typer.main.get_command(app)
+    for name, command in group.commands.items():  # type: ignore[attr-defined]
+        for parameter in command.params:
+            assert getattr(parameter, "help", None), (name, parameter.name)
+
+
+def test_version() -> None:
+    """--version prints the package's version and succeeds."""
+    import gradsift
+
+    assert Cli("--version").succeeded().out == f"gradsift {gradsift.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("5%", 50), ("0.05", 50), ("100%", 1000), ("1", 1), ("1000", 1000), (" 12.5 %", 125), ("0.04%", 1)],
+)
+def test_budgets_count_or_share(text: str, count: int) -> None:
+    """A percentage and a number below 1 are shares, of which at least one example is taken; the rest counts."""
+    assert budget_count(parse_budget(text), 1000) == count
+
+
+@pytest.mark.parametrize("text", ["", "many", "5%%x", "0%", "101%", "-5%", "%"])
+def test_budgets_that_are_none(text: str) -> None:
+    """What cannot be read is refused with the option's name."""
+    with pytest.raises(ConfigError, match=r"--budget "):
+        parse_budget(text)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (DataError("the pool is odd: mend it"), 1, "error: the pool is odd: mend it\n"),
+        (KeyboardInterrupt(), 130, "\ninterrupted: finished shards are kept; the same command goes on from there\n"),
+        (OSError(5, "Input/output error"), 1, "error: OSError: [Errno 5] Input/output error. Run with --debug"),
+        (MemoryError(), 1, "error: MemoryError"),
+        (ZeroDivisionError("by zero"), 1, "error: this should not have happened (ZeroDivisionError: by zero)"),
+    ],
+    ids=["ours", "ctrl-c", "system", "memory", "bug"],
+)
+def test_errors_become_messages_and_exit_codes(
+    error: BaseException, code: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Users see one sentence; only --debug shows where it came from."""
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("gradsift.pipeline.run_score", fail)
+    options = ("score", "--model", "m", "--pool", "p", "--target", "t", "--out", "o")
+    result = Cli(*options)
+    assert result.code == code
+    assert result.err.startswith(message)
+    if not isinstance(error, KeyboardInterrupt):
+        with pytest.raises(AssertionError, match=type(error).__name__):
+            Cli(*options, "--debug")
+
+
+def test_options_that_cannot_be_read_exit_with_2() -> None:
+    """A missing or unknown option is told apart from an error of the work itself."""
+    assert Cli("select").code == 2
+    assert Cli("select", "--nonsense").code == 2
+    assert Cli("nonsense").code == 2
+
+
+def test_options_reach_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every shared option changes the field that it names: none is accepted and forgotten."""
+    recipes: list[Any] = []
+
+    def keep(recipe: Any, *_: Any) -> None:
+        recipes.append(recipe)
+        raise DataError("stop here")
+
+    monkeypatch.setattr("gradsift.pipeline.run_score", keep)
+    base = ["score", "--model", "m", "--pool", "p", "--target", "t", "--out", "o"]
+    changed = {
+        "--subtask": "s", "--columns": "prompt=q", "--target-columns": "prompt=q", "--max-length": "99",
+        "--supervise": "last_turn", "--keep-duplicates": None, "--keep-overlap": None, "--adapter": "a",
+        "--preset": "compact", "--fraction": "0.3", "--epochs": "3", "--rank": "3", "--alpha": "3", "--dropout": "0.3",
+        "--lora-modules": "q_proj", "--learning-rate": "0.3", "--schedule": "cosine", "--batch-size": "3",
+        "--modules": "q_proj", "--projection": "none", "--projection-dim": "33", "--projection-seed": "3",
+        "--row-dtype": "float32", "--token-budget": "333", "--shard-rows": "3", "--module-groups": "3",
+        "--autocast": "bfloat16", "--estimator": "bm25", "--optimizer": "sgd", "--raw": None, "--checkpoints": "last",
+        "--aggregation": "mean", "--seed": "3", "--dtype": "float32", "--device": "cpu",
+    }  # fmt: skip
+    wanted = {f"--{name.replace('_', '-')}" for name in cli._SHARED} - {
+        "--model", "--pool", "--target", "--out", "--as-json", "--quiet", "--debug",
+    }  # fmt: skip
+    assert set(changed) == wanted
+    Cli(*base)
+    for option, value in changed.items():
+        result = Cli(*base, option, *([] if value is None else [value]))
+        assert result.err == "error: stop here\n", (option, result.err)
+        assert recipes[-1] != recipes[0], option
+
+
+def test_a_preset_is_a_base_for_single_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """--preset compact --rank 3 is Compact's warm-up at rank 3."""
+    from gradsift.warmup.train import PRESETS
+
+    recipes: list[Any] = []
+
+    def keep(recipe: Any, *_: Any) -> None:
+        recipes.append(recipe)
+        raise DataError("stop here")
+
+    monkeypatch.setattr("gradsift.pipeline.run_score", keep)
+    Cli("score", "--model", "m", "--pool", "p", "--target", "t", "--out", "o", "--preset", "compact", "--rank", "3")
+    assert recipes[0].warmup == PRESETS["compact"].model_copy(update={"rank": 3})

@@ -1,0 +1,129 @@
+"""Recipes: what a file says is what runs, and the template says the defaults."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from gradsift.errors import ConfigError
+from gradsift.explanation.coefficients import coefficients
+from gradsift.influence.bm25 import BM25
+from gradsift.influence.less import LESS
+from gradsift.influence.random import Random
+from gradsift.recipe import Explain, Recipe, as_yaml, load_recipe, template, validated
+from gradsift.selection.select import FacilityLocation
+from gradsift.warmup.train import PRESETS, Warmup
+
+NEEDED = {"model": "m", "pool": "p.jsonl", "out": "runs/x"}
+
+
+def written(path: Path, content: dict[str, Any]) -> Path:
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def test_the_template_holds_the_defaults(tmp_path: Path) -> None:
+    """The recipe that `init` writes is valid, and differs from the defaults in nothing but its four names."""
+    path = tmp_path / "first.yaml"
+    path.write_text(template(path))
+    recipe = load_recipe(path)
+    assert recipe == Recipe(model=recipe.model, pool="pool.jsonl", target="target.jsonl", out="runs/first")
+
+
+def test_the_templates_comments_are_valid_too(tmp_path: Path) -> None:
+    """Every commented-out setting can be switched on by taking the # away."""
+    path = tmp_path / "full.yaml"
+    lines = []
+    for line in template(path).splitlines():
+        body = line.lstrip()
+        if (body.startswith("# ") and ": " in body) or body.startswith("# explain:") or body.startswith("#   "):
+            line = line.replace("# ", "", 1) if "gradsift recipe" not in line else line
+        lines.append(line)
+    path.write_text("\n".join(lines))
+    recipe = load_recipe(path)
+    assert recipe.subtask == "task"
+    assert recipe.columns.prompt == "question"
+    assert recipe.adapter == ("path/to/checkpoint-100",)
+    assert recipe.explain == Explain(prompt="What is 17 + 25?", k=5)
+    assert recipe.warmup == Warmup()
+
+
+def test_yaml_and_back(tmp_path: Path) -> None:
+    """A recipe written as YAML and read again is the same recipe; defaults are left out of the text."""
+    recipe = Recipe(
+        **NEEDED,
+        target="t.jsonl",
+        warmup=Warmup(rank=3, learning_rate=3e-5),
+        estimator=LESS(optimizer="sgd", checkpoints="last"),
+        controls=(BM25(k1=2.0), Random(seed=4)),
+        selection=FacilityLocation(trade_off=0.25),
+        budget=12,
+        explain=Explain(prompt="why?", k=2, estimator=BM25()),
+        adapter=("a", "b"),
+    )
+    path = tmp_path / "recipe.yaml"
+    path.write_text(as_yaml(recipe))
+    assert load_recipe(path) == recipe
+    assert "max_length" not in path.read_text()
+
+
+def test_methods_keep_their_kind_in_yaml(tmp_path: Path) -> None:
+    """A method that differs from the default in its kind alone comes back as that method."""
+    recipe = Recipe(**NEEDED, estimator=BM25(), selection=FacilityLocation())
+    path = tmp_path / "recipe.yaml"
+    path.write_text(as_yaml(recipe))
+    assert load_recipe(path) == recipe
+
+
+def test_a_preset_is_a_base(tmp_path: Path) -> None:
+    """`preset: compact` with another rank is Compact's warm-up at that rank."""
+    path = written(tmp_path / "r.yaml", {**NEEDED, "warmup": {"preset": "compact", "rank": 3}})
+    assert load_recipe(path).warmup == PRESETS["compact"].model_copy(update={"rank": 3})
+
+
+def test_overrides_win(tmp_path: Path) -> None:
+    """What is given beside the file takes the place of what stands in it."""
+    assert load_recipe(written(tmp_path / "r.yaml", NEEDED), {"out": "elsewhere"}).out == "elsewhere"
+
+
+def test_every_mistake_is_named_at_once(tmp_path: Path) -> None:
+    """Three wrong lines give three places in one message."""
+    path = tmp_path / "r.yaml"
+    path.write_text("model: m\npool: p\nout: o\nbudget: x\nsede: 1\ngradients:\n  dtype: int8\n")
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(path)
+    text = str(caught.value)
+    assert "r.yaml line 4: budget is 'x'" in text
+    assert "r.yaml line 5: unknown key 'sede'; did you mean 'seed'?" in text
+    assert "r.yaml line 7: gradients.dtype 'int8' is unknown: there are float16, bfloat16, float32" in text
+
+
+def test_names_of_options_take_the_place_of_fields() -> None:
+    """The caller says what a field is called where the user typed it."""
+    with pytest.raises(ConfigError, match=r"^--a-gradients\.dtype 'x' is unknown: there are "):
+        validated({**NEEDED, "gradients": {"dtype": "x"}}, lambda field: f"--a-{field}")
+    with pytest.raises(ConfigError, match=r"^budget is 0: it should be greater than 0$"):
+        validated({**NEEDED, "budget": 0})
+
+
+def test_explain_accepts_every_coefficient_model() -> None:
+    """The recipe's names for coefficient models are those that the function takes."""
+    import torch
+
+    field = Recipe.model_fields["explain"]
+    assert field is not None
+    for name in ("MSE", "MSEProjUSimp", "MSEProjUSimpSparse", "MSENNLSL2", "KLT"):
+        Explain(prompt="x", coefficients=name)
+        coefficients(torch.ones(3), torch.eye(3)[:2], model=name)
+    with pytest.raises(ConfigError, match=r"explain\.coefficients 'x' is unknown: there are MSE, "):
+        validated({**NEEDED, "explain": {"prompt": "x", "coefficients": "x"}})
+
+
+def test_a_recipe_is_immutable() -> None:
+    """Fields cannot be set, so that what ran is what the manifest says."""
+    recipe = Recipe(**NEEDED)
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.budget = 3  # type: ignore[misc]

@@ -94,6 +94,16 @@ def test_a_second_call_loads_no_model(tiny: World, selected: Path, monkeypatch: 
     assert len(tiny("collect", selected, "--json").succeeded().json) == 2
 
 
+def test_a_run_folder_can_be_moved(
+    tiny: World, selected: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy elsewhere holds everything, down to the adapters that its gradients were taken at."""
+    first = tiny("select", selected, "--budget", "4", "--json").json["selections"]
+    shutil.copytree(selected, tmp_path / "moved")
+    without_model(monkeypatch)
+    assert tiny("select", tmp_path / "moved", "--budget", "4", "--json").succeeded().json["selections"] == first
+
+
 def test_the_whole_pool_is_100_percent_and_one_is_one(tiny: World, selected: Path) -> None:
     """`--budget 100%` is every example, `--budget 1` is a single one."""
     assert len(tiny("select", selected, "--budget", "100%", "--json").json["selections"][0]["ids"]) == 24

@@ -1,0 +1,213 @@
+"""`score`: what is scored, in which order and with which sign; BM25 and chance against their definitions."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import spearmanr
+
+from gradsift.context import Pool, Target, open_pool, open_target
+from gradsift.errors import ConfigError, DataError
+from gradsift.gradients.collect import Gradients
+from gradsift.gradients.projection import Projection
+from gradsift.influence.bm25 import BM25, bm25_scores, conversation_text, words
+from gradsift.influence.less import LESS, less_scores
+from gradsift.influence.random import Random, random_scores
+from gradsift.influence.scores import checkpoint_weights, influence_matrix, save_tables, score
+from gradsift.warmup.checkpoint import Checkpoint
+from tiny_world import World, pool_rows, target_rows
+
+NONE = Gradients(projection=Projection(kind="none"), dtype="float32")
+
+
+def opened(tiny: World, out: Path, rows: object = None, gradients: Gradients = NONE) -> Pool:
+    return open_pool(
+        tiny.pool if rows is None else rows,
+        model=tiny.model,
+        out=str(out),
+        adapters=tiny.adapters,
+        gradients=gradients,
+        max_length=64,
+        device="cpu",
+    )
+
+
+@pytest.fixture(scope="module")
+def pool(tiny: World, tmp_path_factory: pytest.TempPathFactory) -> Pool:
+    return opened(tiny, tmp_path_factory.mktemp("scores") / "run")
+
+
+@pytest.fixture(scope="module")
+def target(tiny: World, pool: Pool) -> Target:
+    return open_target(tiny.target, pool, subtask="task")
+
+
+@pytest.mark.parametrize("method", [LESS(), LESS(optimizer="sgd"), LESS(optimizer="sgd", normalise=False)], ids=str)
+def test_scores_are_less_of_the_stored_rows(pool: Pool, target: Target, method: LESS) -> None:
+    """The streamed product over all checkpoints equals `less_scores` of the whole rows with the learning rates."""
+    checkpoints = pool.checkpoints()
+    view = "adam" if method.optimizer == "adam" else "plain"
+    rows, queries = [], []
+    for checkpoint in checkpoints:
+        rows.append(pool.stores(checkpoint, [view])[view].rows_by_id(pool.data.ids).double())
+        store = pool.collect(target.data, checkpoint, ["plain"], what="target")["plain"]
+        queries.append(store.rows_by_id(target.data.ids).double())
+    rates = [checkpoint.learning_rate for checkpoint in checkpoints]
+    assert all(rate for rate in rates)
+    wanted = less_scores(rows, queries, [rate or 0.0 for rate in rates], normalise=method.normalise)
+    found = score(pool, target, method)
+    assert found.ids == pool.data.ids
+    assert found.target_ids == target.data.ids
+    assert found.per_target is not None
+    assert np.allclose(found.per_target, wanted, rtol=1e-4, atol=1e-6 * float(wanted.abs().max()))
+    means = [found.per_target[:, part].mean(axis=1) for part in ([0, 2], [1, 3])]
+    assert np.allclose(found.aggregate, np.maximum(*means), rtol=1e-5, atol=1e-7)
+
+
+def test_a_compressed_store_agrees_with_the_exact_one(tiny: World, target: Target, pool: Pool, tmp_path: Path) -> None:
+    """float16 rows of all dimensions give the exact scores to a thousandth of their spread."""
+    half = opened(tiny, tmp_path / "run", gradients=Gradients(projection=Projection(kind="none")))
+    exact = score(pool, target).aggregate
+    found = score(half, open_target(tiny.target, half, subtask="task")).aggregate
+    assert np.abs(found - exact).max() < 1e-3 * exact.std()
+
+
+def test_scores_do_not_depend_on_the_order_of_rows(tiny: World, pool: Pool, target: Target, tmp_path: Path) -> None:
+    """A reversed pool gives every id its score, by each method."""
+    other = opened(tiny, tmp_path / "run", pool_rows()[::-1])
+    assert other.data.ids == pool.data.ids[::-1]
+    there = open_target(target_rows()[::-1], other, subtask="task")
+    for method in (LESS(), BM25(), Random(seed=3)):
+        wanted, found = score(pool, target, method).by_id(), score(other, there, method).by_id()
+        assert found == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+
+
+def test_overlap_is_left_out(tiny: World, pool: Pool) -> None:
+    """A pool row whose normalised messages are in the target is neither scored nor ranked, unless asked for."""
+    shared = pool_rows()[5]
+    shared["messages"][1]["content"] = shared["messages"][1]["content"].upper() + " "
+    rows = [*target_rows(), {"id": "t9", "messages": shared["messages"]}]
+    target = open_target(rows, pool)
+    assert [skip.id for skip in target.overlap] == ["p05"]
+    for method in (LESS(), BM25(), Random()):
+        found = score(pool, target, method)
+        assert set(pool.data.ids) - set(found.ids) == {"p05"}
+        assert sorted(found.ranks()) == list(range(1, 24))
+    kept = open_target(rows, pool, keep_overlap=True)
+    assert score(pool, kept, LESS()).ids == pool.data.ids
+    with pytest.raises(ConfigError, match="every pool row is also in the target"):
+        open_target(tiny.pool, pool)
+
+
+def test_last_checkpoint_alone(pool: Pool, target: Target) -> None:
+    """`checkpoints="last"` is the score at the last one, with weight 1 whatever its learning rate."""
+    ids, matrix, used = influence_matrix(pool, target.data, [], LESS(checkpoints="last"))
+    checkpoint = pool.checkpoints()[-1]
+    rows = pool.stores(checkpoint, ["adam"])["adam"].rows_by_id(ids)
+    queries = pool.collect(target.data, checkpoint, ["plain"], what="target")["plain"].rows_by_id(target.data.ids)
+    assert np.allclose(matrix, less_scores([rows], [queries]), atol=1e-5)
+    assert len(used) == 2
+
+
+def test_weights_are_shares_of_the_learning_rates() -> None:
+    """w_e = η̄_e / Σ η̄; equal where none is known; a single checkpoint has weight 1; a part known is refused."""
+
+    def weights(*rates: float | None) -> list[float]:
+        return checkpoint_weights([Checkpoint(f"c{number}", rate) for number, rate in enumerate(rates)])
+
+    assert weights(3e-5, 1e-5) == pytest.approx([0.75, 0.25])
+    assert weights(None, None) == [0.5, 0.5]
+    assert weights(2e-5) == weights(None) == [1.0]
+    with pytest.raises(DataError, match="the learning rate of c1 is unknown while others say theirs"):
+        weights(1e-5, None)
+
+
+def test_a_warning_where_the_ranking_is_one_of_length(pool: Pool, target: Target) -> None:
+    """The correlation is Spearman's with the supervised tokens; it is told where it is strong, and only there."""
+    for method in (LESS(), BM25(), Random(seed=0)):
+        found = score(pool, target, method)
+        wanted = spearmanr(found.aggregate, pool.data.supervised_tokens).statistic
+        assert found.length_correlation == pytest.approx(wanted, abs=1e-6)
+        assert any("longer" in text or "shorter" in text for text in found.warnings) == (abs(wanted) > 0.5)
+
+
+def test_the_table_holds_each_target_and_the_aggregate(pool: Pool, target: Target) -> None:
+    """scores.parquet: one row per example, target and method; ranks count from the highest score."""
+    entries = [score(pool, target, method) for method in (LESS(), Random(seed=1))]
+    table = pq.read_table(save_tables(pool, entries)).to_pylist()
+    assert len(table) == 24 * (1 + 4) + 24
+    for entry in entries:
+        for name in ("*", *target.data.ids):
+            part = [row for row in table if row["method"] == entry.method.label and row["target"] == name]
+            by_rank = sorted(part, key=lambda row: row["rank"])
+            assert [row["rank"] for row in by_rank] == list(range(1, len(part) + 1))
+            scores = [row["score"] for row in by_rank]
+            assert scores == sorted(scores, reverse=True)
+
+
+def test_random_scores_are_uniform_and_belong_to_ids() -> None:
+    """A seed and an id fix a score in [0, 1); other seeds draw others; means and quarters are those of chance."""
+    ids = [f"row{number}" for number in range(4000)]
+    drawn = random_scores(ids, 0)
+    assert np.array_equal(random_scores(ids[::-1], 0), drawn[::-1])
+    assert abs(np.corrcoef(drawn, random_scores(ids, 1))[0, 1]) < 0.05
+    assert drawn.min() >= 0
+    assert drawn.max() < 1
+    assert np.histogram(drawn, 4, (0, 1))[0] == pytest.approx([1000] * 4, abs=120)
+
+
+def slow_bm25(pool: list[list[str]], query: list[str], k1: float, b: float) -> list[float]:
+    """The formula, word by word."""
+    mean = sum(map(len, pool)) / len(pool)
+    scores = []
+    for document in pool:
+        total = 0.0
+        for word in query:
+            n = sum(word in other for other in pool)
+            tf = document.count(word)
+            idf = math.log(1 + (len(pool) - n + 0.5) / (n + 0.5))
+            total += idf * tf / (tf + k1 * (1 - b + b * len(document) / mean)) if tf else 0.0
+        scores.append(total)
+    return scores
+
+
+DOCUMENT = st.lists(st.sampled_from(["a", "b", "c", "1", "the"]), min_size=1, max_size=8)
+
+
+@given(st.lists(DOCUMENT, min_size=2, max_size=6), st.lists(DOCUMENT, min_size=1, max_size=3))
+def test_bm25_is_the_formula(pool: list[list[str]], queries: list[list[str]]) -> None:
+    """Okapi's sum with Lucene's idf; words of one letter, digits, frequent words and repeated ones count."""
+    found = bm25_scores(pool, queries, k1=1.5, b=0.75)
+    wanted = np.array([slow_bm25(pool, query, 1.5, 0.75) for query in queries]).T
+    assert np.allclose(found, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_bm25_of_nothing_in_common_is_zero() -> None:
+    """Unknown words and empty texts score 0 and do no harm."""
+    assert bm25_scores([["a"], ["b"]], [["z"], []], k1=1.5, b=0.75).tolist() == [[0, 0], [0, 0]]
+    assert bm25_scores([[], ["b"]], [["b"]], k1=1.5, b=0.75)[:, 0].tolist()[0] == 0
+
+
+def test_texts_of_conversations() -> None:
+    """One exchange is a question and an answer without its system turn; a longer one has a line per role."""
+    ask, say = {"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}
+    assert conversation_text([{"role": "system", "content": "s"}, ask, say]) == "Question:a?\n\nAnswer:b"
+    assert conversation_text([ask, say, ask, say]).startswith("<|user|>\na?\n<|assistant|>\nb\n<|user|>")
+    assert words("It's 3 O'Clock, naïve_x!") == ["it", "s", "3", "o", "clock", "naïve_x"]
+
+
+def test_a_target_without_gradient_counts_as_zero(pool: Pool, target: Target) -> None:
+    """Rows come in the order of the targets; one that the store left out is a row of zeros."""
+    from gradsift.influence.scores import target_rows as rows_of
+
+    store = pool.collect(target.data, pool.checkpoints()[-1], ["plain"], what="target")["plain"]
+    found = rows_of(store, ["t2", "absent", "t0"])
+    assert torch.equal(found[[0, 2]], store.rows_by_id(["t2", "t0"]).float())
+    assert not found[1].any()

@@ -1,0 +1,136 @@
+"""`select`: how many, which, in which order, and the rows that come out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gradsift.context import open_pool, open_target
+from gradsift.errors import ConfigError, GradsiftError
+from gradsift.gradients.collect import Gradients
+from gradsift.gradients.projection import Projection
+from gradsift.influence.bm25 import BM25
+from gradsift.influence.less import LESS
+from gradsift.influence.scores import Scores, score
+from gradsift.selection.select import FacilityLocation, RandomChoice, TopK, budget_count, select
+from tiny_world import World, pool_rows
+
+
+def made_up(values: list[float]) -> Scores:
+    """Scores without a pool."""
+    ids = [f"row{number}" for number in range(len(values))]
+    tokens = np.ones(len(ids), dtype=np.int64)
+    return Scores(ids, np.array(values, dtype=np.float32), None, [], tokens, LESS(), "none", 0.0)
+
+
+@pytest.fixture(scope="module")
+def scores(tiny: World, tmp_path_factory: pytest.TempPathFactory) -> Scores:
+    pool = open_pool(
+        tiny.pool,
+        model=tiny.model,
+        out=str(tmp_path_factory.mktemp("select") / "run"),
+        adapters=tiny.adapters,
+        gradients=Gradients(projection=Projection(dim=256)),
+        max_length=64,
+        device="cpu",
+    )
+    return score(pool, open_target(tiny.target, pool), LESS())
+
+
+@given(st.lists(st.floats(-1, 1, width=32), min_size=1, max_size=12), st.data())
+def test_top_k_takes_the_highest_in_order(values: list[float], data: st.DataObject) -> None:
+    """No example left out has a higher score than one chosen; ties go to the earlier row; ranks count up from 1."""
+    budget = data.draw(st.integers(1, len(values)))
+    chosen = select(made_up(values), TopK(), budget=budget)
+    wanted = sorted(range(len(values)), key=lambda row: (-np.float32(values[row]), row))[:budget]
+    assert chosen.ids == [f"row{row}" for row in wanted]
+    assert chosen.ranks == list(range(1, budget + 1))
+
+
+@pytest.mark.parametrize(
+    ("budget", "available", "count"),
+    [(0.05, 100, 5), (0.05, 3, 1), (0.5, 5, 2), (0.999, 10, 10), (1, 10, 1), (1.0, 10, 1), (10, 10, 10), (7.0, 10, 7)],
+)
+def test_budgets(budget: float, available: int, count: int) -> None:
+    """Below 1 a share, of which at least one example is taken; whole numbers count."""
+    assert budget_count(budget, available) == count
+
+
+@pytest.mark.parametrize("budget", [0, -1, -0.5, 2.5, float("nan"), float("inf"), 11])
+def test_budgets_that_cannot_be_met(budget: float) -> None:
+    """Zero, negative, fractional above one, not finite, or above what there is: refused with the value."""
+    with pytest.raises(ConfigError, match=r"^budget "):
+        budget_count(budget, 10)
+
+
+def test_facility_location_without_coverage_is_top_k(scores: Scores) -> None:
+    """λ = 0 gives top-k in its order; λ = 1 trades scores for coverage."""
+    best = select(scores, TopK(), budget=8)
+    assert select(scores, FacilityLocation(trade_off=0), budget=8).ids == best.ids
+    covering = select(scores, FacilityLocation(trade_off=1), budget=8)
+    assert set(covering.ids) != set(best.ids)
+    assert sum(covering.scores) < sum(best.scores)
+    ranks = dict(zip(scores.ids, scores.ranks().tolist(), strict=True))
+    assert covering.ranks == [ranks[id_] for id_ in covering.ids]
+
+
+def test_facility_location_chooses_among_its_candidates(scores: Scores) -> None:
+    """With as many candidates as the budget nothing but the order is left to choose; fewer are raised to the budget."""
+    best = set(select(scores, TopK(), budget=5).ids)
+    for candidates in (1, 5):
+        assert set(select(scores, FacilityLocation(trade_off=1, candidates=candidates), budget=5).ids) == best
+
+
+def test_facility_location_over_scores_without_gradients(scores: Scores) -> None:
+    """BM25's scores are spread over plain gradients of the pool; scores without a pool are refused."""
+    assert scores.pool is not None
+    lexical = score(scores.pool, open_target(pool_rows(3), scores.pool), BM25())
+    assert len(set(select(lexical, FacilityLocation(), budget=4).ids)) == 4
+    with pytest.raises(ConfigError, match="facility location needs gradients"):
+        select(made_up([1, 2, 3]), FacilityLocation(), budget=2)
+
+
+def test_random_choice_belongs_to_seed_and_ids() -> None:
+    """The same rows in any order give the same choice; every row's chance is equal."""
+    forth = made_up([0.0] * 10)
+    back = Scores(forth.ids[::-1], forth.aggregate, None, [], forth.tokens, LESS(), "none", 0.0)
+    counts = dict.fromkeys(forth.ids, 0)
+    for seed in range(400):
+        chosen = select(forth, RandomChoice(seed=seed), budget=3).ids
+        assert set(chosen) == set(select(back, RandomChoice(seed=seed), budget=3).ids)
+        for id_ in chosen:
+            counts[id_] += 1
+    assert list(counts.values()) == pytest.approx([120] * 10, abs=40)
+
+
+def test_a_score_that_is_not_finite_is_never_chosen() -> None:
+    """NaN and infinity rank below everything; asking for more than the finite ones is refused."""
+    values = made_up([float("nan"), 1.0, float("inf"), 2.0, float("-inf")])
+    assert select(values, TopK(), budget=2).ids == ["row3", "row1"]
+    with pytest.raises(GradsiftError):
+        select(values, TopK(), budget=3)
+
+
+def test_rows_come_out_as_they_were_written(tiny: World, tmp_path: Path) -> None:
+    """Numbers, escapes, order and duplicates of keys stay byte for byte; three columns are appended to valid JSON."""
+    lines = [
+        '{"n": 1.0, "big": 12345678901234567890, "prompt": "caf\\u00e9 \\ud83d\\ude00", "completion": "é", "id": "a"}',
+        '{ "prompt":"x","completion":"y","deep":{"list":[1,2.50,null]},"id":7 }',
+        '{"prompt": "p", "completion": "q", "e": 1e-7, "id": "\\u0061b", "t": true}',
+    ]
+    path = tmp_path / "pool.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    pool = open_pool(str(path), model=tiny.model, out=str(tmp_path / "run"), max_length=64, device="cpu")
+    chosen = select(score(pool, open_target(tiny.target, pool), BM25()), budget=3)
+    found = dict(zip(chosen.ids, chosen.lines(), strict=True))
+    for id_, line in zip(("a", "7", "ab"), lines, strict=True):
+        assert found[id_].startswith(line.rstrip(" }"))
+        row = json.loads(found[id_])
+        assert row["gradsift_id"] == id_
+        original = json.loads(line)
+        assert {key: value for key, value in row.items() if not key.startswith("gradsift_")} == original

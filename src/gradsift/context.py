@@ -10,7 +10,7 @@ from gradsift.data.chat import ChatFormat, Supervise
 from gradsift.data.dataset import Dataset, prepare
 from gradsift.data.load import Columns
 from gradsift.data.overlap import find_overlap
-from gradsift.errors import ConfigError
+from gradsift.errors import ConfigError, DataError
 from gradsift.gradients.collect import Gradients, collect
 from gradsift.gradients.rows import View
 from gradsift.models import DtypeName, find_adapter, load_tokenizer, model_identity, resolve_device
@@ -173,15 +173,30 @@ def open_target(
         subtask: a column of the target that names each example's subtask.
         columns: names of the target's columns.
         keep_overlap: score pool rows that are in the target as well.
+
+    Raises:
+        DataError: the source cannot be read, no row of it can be used, or a row names no subtask.
+        ConfigError: every pool row is in the target.
     """
     data = prepare(
         pool.run, source, pool.chat, what="target", columns=columns, keep_duplicates=True, reporter=pool.reporter
     )
-    subtasks = tuple(str(label) for label in data.column(subtask)) if subtask else None
+    subtasks = _subtasks(data, subtask) if subtask else None
     overlap = () if keep_overlap else tuple(find_overlap(_hashed(pool.data), _hashed(data)))
     if len(overlap) == len(pool.data):
         raise ConfigError("every pool row is also in the target: nothing is left to choose from")
     return Target(data, subtasks, overlap)
+
+
+def _subtasks(data: Dataset, column: str) -> tuple[str, ...]:
+    labels = data.column(column)
+    without = [id_ for id_, label in zip(data.ids, labels, strict=True) if label in (None, "")]
+    if without:
+        raise DataError(
+            f"{len(without)} of {len(labels)} target rows have nothing in column {column!r}, first {without[0]!r}: "
+            "name the subtask of each row, or leave --subtask out"
+        )
+    return tuple(str(label) for label in labels)
 
 
 def _hashed(data: Dataset) -> list[Example]:

@@ -285,8 +285,13 @@ def _messages(prompt: str) -> Any:
 def say_skipped(skipped: SequenceABC[Skipped], what: str, kept: int, reporter: Reporter) -> None:
     """One line on the rows that were left out."""
     if skipped:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in count_reasons(skipped).items())
-        reporter.say(f"{what}: {kept} rows used, {len(skipped)} left out ({reasons}); listed in skipped.jsonl")
+        reporter.say(
+            f"{what}: {kept} rows used, {len(skipped)} left out ({_reasons(skipped)}); listed in skipped.jsonl"
+        )
+
+
+def _reasons(skipped: SequenceABC[Skipped]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in count_reasons(skipped).items())
 
 
 def write_skipped(result: Result) -> Path:
@@ -363,7 +368,7 @@ def print_result(result: Result) -> None:
     if result.explanations is not None:
         _print_explanations(result.explanations, out)
     if result.skipped:
-        out.print(f"{len(result.skipped)} rows left out: {count_reasons(result.skipped)}", markup=False)
+        out.print(f"{len(result.skipped)} rows left out: {_reasons(result.skipped)}", markup=False)
     run = result.pool.run
     out.print(f"results in {run.folder}:", markup=False)
     for name, what in _FILES.items():
@@ -387,8 +392,8 @@ def _print_explanations(explanations: Explanations, out: Any) -> None:
     for entry in explanations.entries[:5]:
         said = "the model says" if entry.generated else "the given answer"
         cut = "" if entry.finished else f" (cut at {entry.tokens} tokens)"
-        out.print(f"{entry.id}: {' '.join(entry.messages[-1]['content'].split())[:300]}", style="bold", markup=False)
-        out.print(f"{said}{cut}: {' '.join(entry.output.split())[:500]}\n", markup=False)
+        out.print(f"{entry.id}: {_on_one_line(entry.messages[-1]['content'], 300)}", style="bold", markup=False)
+        out.print(f"{said}{cut}: {_on_one_line(entry.output, 500)}\n", markup=False)
         for strategy in entry.strategies:
             rows = [
                 (e.rank, f"{e.score:+.4f}", f"{e.coefficient:.2f}", e.id,
@@ -413,6 +418,12 @@ def _print_explanations(explanations: Explanations, out: Any) -> None:
         out.print(table("Selection relevance over all outputs", columns, rows))
     for failure in explanations.failed:
         out.print(f"not explained: {failure.id}: {failure.detail}", markup=False)
+
+
+def _on_one_line(text: str, most: int) -> str:
+    """Text without anything that a terminal would obey: pools and models may say escape sequences."""
+    line = " ".join(text.split())[:most]
+    return "".join(character if character.isprintable() else "\ufffd" for character in line)
 
 
 def _relevance_of(explanations: Explanations, strategy: int) -> float:

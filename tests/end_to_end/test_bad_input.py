@@ -211,6 +211,10 @@ CASES = [
          replaced={"target": "{here}/none.jsonl"}),
     Case("subtask column missing", "has no column 'level'; its columns are completion, id, prompt, task",
          options=("--subtask", "level")),
+    Case("a row without subtask", "1 of 2 target rows have nothing in column 'task', first 'b'",
+         options=("--subtask", "task"),
+         setup=target_of('{"id": "a", "prompt": "x", "completion": "y", "task": "z"}\n'
+                         '{"id": "b", "prompt": "x", "completion": "y"}\n')),
     Case("group column missing", "has no column 'level'; its columns are id, messages, source, weight_kg",
          options=("--group-by", "level")),
     Case("mapped column missing", "wanted column 'question'; found id, messages, source, weight_kg",

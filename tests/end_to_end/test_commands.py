@@ -248,6 +248,21 @@ def test_skipped_lists_every_row_that_was_left_out(tiny: World, tmp_path: Path) 
     assert "shared" in kept.json["selections"][0]["ids"]
 
 
+def test_nothing_that_a_terminal_obeys_is_printed(tiny: World, tmp_path: Path) -> None:
+    """Escape sequences in ids, prompts and answers are shown as replacement characters, markup as it stands."""
+    rows = pool_rows(8)
+    rows[0] |= {"id": "[red]x[/red]", "prompt": "\x1b[31mcolour", "completion": "\x1b]0;title\x07cat"}
+    del rows[0]["messages"]
+    out, pool = tmp_path / "run", write_rows(tmp_path / "pool.jsonl", rows)
+    shown = tiny("select", out, "--budget", "8", pool=pool).succeeded().out
+    asked = ("--prompt", "\x1b[31mcolour", "--output", "\x1b]0;title\x07cat", "-k", 1)
+    shown += tiny("explain", out, *asked, pool=pool).succeeded().out
+    assert "\x1b" not in shown
+    assert "\x07" not in shown
+    assert "\ufffd[31mcolour" in shown
+    assert "[red]x[/red]" in shown
+
+
 def test_collect_alone_lists_rows_left_out(tiny: World, tmp_path: Path) -> None:
     """`collect` and `warmup` say and list what they leave out, too."""
     pool = write_rows(tmp_path / "pool.jsonl", [*pool_rows(8), {"id": "mute", "prompt": "x", "completion": ""}])

@@ -111,6 +111,8 @@ def section_collection(args: argparse.Namespace) -> dict[str, Any]:
             "plain, padded batches of 8": lambda work=work: work.plain(work.batches_of(8)),
             "plain, batches of 1": lambda work=work: work.plain(work.batches_of(1)),
             "plain, the same length buckets": lambda work=work: work.plain(work.buckets),
+            "plain without dropout, batches of 1": lambda work=work: work.plain(work.batches_of(1), train=False),
+            "plain without dropout, buckets": lambda work=work: work.plain(work.buckets, train=False),
             "gradsift collection": work.collect,
         }
         work.collect(work.sequences[:2])  # draws the projection, touches the weights
@@ -128,6 +130,8 @@ def section_collection(args: argparse.Namespace) -> dict[str, Any]:
             "times": times,
             "ratio_to_faster_plain": ours["wall"] / faster["wall"],
             "ratio_to_faster_plain_cpu": ours["cpu"] / min(times[a]["cpu"] for a in list(arms)[:2]),
+            "ratio_to_ones_without_dropout": ours["wall"] / times["plain without dropout, batches of 1"]["wall"],
+            "ratio_to_buckets_without_dropout": ours["wall"] / times["plain without dropout, buckets"]["wall"],
             "ratio_to_buckets": ours["wall"] / bucketed["wall"],
             "ratio_to_buckets_cpu": ours["cpu"] / bucketed["cpu"],
             "projection_share": work.projection_seconds() / ours["wall"],
@@ -198,8 +202,12 @@ class Work:
         """The same for both sides."""
         return torch.autocast(self.args.device.split(":")[0], torch.bfloat16, enabled=self.args.autocast)
 
-    def plain(self, batches: SequenceABC[SequenceABC[Sequence]]) -> None:
-        """What a training step does before the optimizer: padded batch, the model's own loss, gradients of LoRA."""
+    def plain(self, batches: SequenceABC[SequenceABC[Sequence]], *, train: bool = True) -> None:
+        """What a training step does before the optimizer: padded batch, the model's own loss, gradients of LoRA.
+
+        `train=False` leaves out LoRA's dropout, which gradients are taken without.
+        """
+        self.model.train(train)
         device = next(self.model.parameters()).device
         for parameter in self.trained:
             parameter.requires_grad_(True)
@@ -220,6 +228,7 @@ class Work:
             loss.backward()
             for parameter in self.trained:
                 parameter.grad = None
+        self.model.eval()
 
     def collect(self, sequences: list[Sequence] | None = None) -> None:
         """The whole of collection for one shard."""

@@ -103,7 +103,8 @@ class SupervisedHead:
         """Logits `[label vocab]`."""
         self._positions = batch.positions
         try:
-            return cast(Tensor, self.model(input_ids=batch.ids, use_cache=False).logits)[0]
+            logits = cast(Tensor, self.model(input_ids=batch.ids, use_cache=False).logits)
+            return logits.flatten(0, 1)  # a view: indexing would cost the backward pass a vocabulary-sized copy
         finally:
             self._positions = None
 
@@ -139,7 +140,10 @@ class _WeightedNLL(torch.autograd.Function):
             if gradient is not None:
                 p = log_p.exp_()
                 p.scatter_add_(1, label, p.new_full((1, 1), -1.0).expand(len(label), 1))
-                gradient[part] = p.mul_(weights[part, None])
+                if gradient.dtype == dtype:
+                    torch.mul(p, weights[part, None], out=gradient[part])
+                else:
+                    gradient[part] = p.mul_(weights[part, None])
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return nll.mul_(weights)

@@ -72,8 +72,8 @@ def _batch(units: SequenceABC[tuple[int, list[Sequence]]]) -> Batch:
 def automatic_token_budget(model: Any) -> int:
     """Tokens per batch for the memory at hand.
 
-    On a CPU 1,024 tokens already run at full speed and larger batches only fall out of the caches, so that is the
-    ceiling; on a GPU it is what half of the free memory holds. Both bow to an estimate of the activations that one
+    On a CPU 512 tokens already run at full speed; larger batches fall out of the caches and are padded more, so that is
+    the ceiling. On a GPU it is what half of the free memory holds. Both bow to an estimate of the activations that one
     token keeps alive: about 20 hidden and 4 intermediate vectors per layer, and the head's logits twice.
     """
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
@@ -86,4 +86,4 @@ def automatic_token_budget(model: Any) -> int:
     if parameter.device.type == "cuda":
         free, _total = torch.cuda.mem_get_info(parameter.device)
         return int(min(65_536, max(256, free * 0.5 / per_token)))
-    return int(min(1024, max(128, psutil.virtual_memory().available * 0.3 / per_token)))
+    return int(min(512, max(128, psutil.virtual_memory().available * 0.3 / per_token)))

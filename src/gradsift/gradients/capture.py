@@ -19,31 +19,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from gradsift.errors import ConfigError, ModelError
+from gradsift.gradients.folding import Captured, Fold, find_folds, folded_in
 from gradsift.loss import head_at, pad
 from gradsift.models import parameter_name
 from gradsift.types import Sequence
 
 LORA = "lora"
-
-
-@dataclass(frozen=True, slots=True)
-class Captured:
-    """A linear module whose weight gradient is captured.
-
-    `name` is the weight's parameter name as PEFT writes it to a file (without the adapter's name). Gradients are
-    `[out_features in_features]` whatever the module's own layout (GPT-2's Conv1D keeps its weight transposed).
-    """
-
-    name: str
-    module: nn.Module
-    out_features: int
-    in_features: int
-    transposed: bool
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out_features, in_features)."""
-        return self.out_features, self.in_features
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,14 +164,17 @@ class Capture:
         assert embeddings is not None, f"{type(self.model).__name__} has no input embeddings"
         required = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
         training = [(module, module.training) for module in self.model.modules()]
-        handles = [captured.module.register_forward_hook(self._forward_hook(captured)) for captured in self.modules]
+        folds = find_folds(self.model, self.modules)
+        folded = {side for fold in folds for side in (fold.a, fold.b)}
+        handles = [c.module.register_forward_hook(self._forward_hook(c)) for c in self.modules if c not in folded]
+        handles += [fold.base.register_forward_hook(self._folded_hook(fold)) for fold in folds]
         # The embeddings' output starts the graph, now that no parameter does.
         handles.append(embeddings.register_forward_hook(_require_grad))
         try:
             self.model.eval()
             for parameter, _ in required:
                 parameter.requires_grad_(False)
-            with head_at(self.model) as self._head:
+            with folded_in(folds), head_at(self.model) as self._head:
                 yield self
         finally:
             for handle in handles:
@@ -240,6 +224,26 @@ class Capture:
             activations = inputs[0].detach()
             self._pending[captured.name] = self._pending.get(captured.name, 0) + 1
             output.register_hook(lambda gradient: self._backward(captured, activations, gradient))
+
+        return hook
+
+    def _folded_hook(self, fold: Fold) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+        wanted = [side for side in (fold.b, fold.a) if side in self.modules]
+
+        def hook(_module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+            if not output.requires_grad:
+                return
+            x = inputs[0].detach()
+            for side in wanted:
+                self._pending[side.name] = self._pending.get(side.name, 0) + 1
+
+            def backward(gradient: Tensor) -> None:
+                if fold.b in wanted:
+                    self._backward(fold.b, fold.into_b(x), gradient)
+                if fold.a in wanted:
+                    self._backward(fold.a, x, fold.out_of_a(gradient))
+
+            output.register_hook(backward)
 
         return hook
 

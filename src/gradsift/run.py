@@ -10,7 +10,6 @@
       gradients/<fingerprint>/  gradient stores
       scores/<fingerprint>/     scores of one pool for one target and method
       explanations/<fingerprint>.json
-      evaluations/<fingerprint>.json
       scores.parquet selected.jsonl skipped.jsonl explanation.json report.html summary.json   the latest results
 
 Artifacts are addressed by the fingerprint of everything they depend on, so equal requests find them again and different

@@ -1,0 +1,88 @@
+"""Folding LoRA into its linear layer changes the cost of gradients, not their values, and leaves no trace."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from gradsift.gradients.capture import Capture, find_modules
+from gradsift.gradients.folding import find_folds, folded_in
+from gradsift.types import Sequence
+
+
+def lora_model(**options: object) -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    lora = LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "v_proj", "up_proj"], lora_dropout=0.1, **options)
+    model = get_peft_model(LlamaForCausalLM(config).double().eval(), lora).double()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.1)
+    return model
+
+
+def sequences() -> list[Sequence]:
+    rng = np.random.default_rng(0)
+    found = []
+    for row, length in enumerate((9, 5, 12)):
+        weights = np.full(length, 1 / 4, dtype=np.float32)
+        weights[:3] = 0
+        found.append(Sequence(row, rng.integers(0, 97, length).astype(np.int32), weights))
+    return found
+
+
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    capture = Capture(model, find_modules(model).captured, lambda c, g: found.__setitem__(c.name, g.clone()))
+    with capture.open():
+        capture.run(sequences())
+    return found
+
+
+def test_folded_gradients_equal_those_of_the_lora_branch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """∂A and ∂B from the folded layer's input and output gradient are those that autograd's own branch gives."""
+    model = lora_model()
+    assert len(find_folds(model, find_modules(model).captured)) == 6
+    folded = gradients(model)
+    monkeypatch.setattr("gradsift.gradients.capture.find_folds", lambda *_: [])
+    unfolded = gradients(model)
+    assert folded.keys() == unfolded.keys()
+    for name, expected in unfolded.items():
+        torch.testing.assert_close(folded[name], expected, rtol=1e-9, atol=1e-12)
+
+
+def test_weights_come_back_bit_for_bit_also_after_an_error() -> None:
+    """The base weights are the same tensors after folding as before, and PEFT does not think them merged."""
+    model = lora_model()
+    folds = find_folds(model, find_modules(model).captured)
+    before = copy.deepcopy(model.state_dict())
+    storages = [fold.base.weight.data_ptr() for fold in folds]
+
+    def fail_inside() -> None:
+        with folded_in(folds):
+            assert not torch.equal(folds[0].base.weight, before[next(k for k in before if "q_proj.base_layer" in k)])
+            raise RuntimeError("interrupted")
+
+    with pytest.raises(RuntimeError, match="interrupted"):
+        fail_inside()
+    assert storages == [fold.base.weight.data_ptr() for fold in folds]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(fold.layer.merged for fold in folds)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*has no bias.*"
+)  # PEFT says that such weights cannot be merged, which is the point
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}])
+def test_layers_that_are_more_than_plain_lora_are_not_folded(options: dict[str, object]) -> None:
+    """DoRA and LoRA with a bias compute something else than x (W + s B A)ᵀ."""
+    model = lora_model(**options)
+    assert find_folds(model, find_modules(model).captured) == []

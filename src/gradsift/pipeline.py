@@ -523,7 +523,8 @@ def report_data(result: Result) -> ReportData:
             f"{len(chosen)} of {len(pool.data)} training examples chosen by {chosen.estimator} for this target"
         )
     if result.explanations is not None:
-        summary_lines.append(f"{len(result.explanations.entries)} outputs explained by their training examples")
+        count = len(result.explanations.entries)
+        summary_lines.append(f"{count} output{'s' * (count != 1)} explained by the training examples behind them")
     facts["checkpoints"] = ", ".join(_checkpoint_name(c) for c in _known_checkpoints(pool, result)) or "none needed"
     facts["gradients"] = (
         f"{recipe.gradients.modules} modules, {recipe.gradients.projection.kind} projection to "

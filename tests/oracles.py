@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad
 
-from gradsift.gradients.capture import Captured
+from gradsift.gradients.folding import Captured
 from gradsift.gradients.projection import Projector
 from gradsift.types import Sequence
 

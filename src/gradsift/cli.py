@@ -327,7 +327,7 @@ def _print_json(content: Any) -> None:
 
 
 def _print_result(result: Any, given: dict[str, Any]) -> None:
-    from gradsift.pipeline import print_result, summary
+    from gradsift.results import print_result, summary
 
     if given.get("as_json"):
         _print_json(summary(result))
@@ -550,7 +550,7 @@ def report(
 
     Example: gradsift report runs/math --to math.html
     """
-    from gradsift.pipeline import rewrite_report
+    from gradsift.results import rewrite_report
     from gradsift.store.storage import LocalStorage
 
     path = rewrite_report(out)
@@ -575,7 +575,7 @@ def demo(
 
     result = run_demo(out, model=model, reporter=_reporter(given))
     if given["as_json"]:
-        from gradsift.pipeline import summary
+        from gradsift.results import summary
 
         _print_json(summary(result))
     else:

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 import oracles
 from gradsift.errors import ConfigError, ModelError
 from gradsift.gradients.adam import AdamDirection
-from gradsift.gradients.capture import Capture, Captured, find_modules
+from gradsift.gradients.capture import Capture, find_modules
+from gradsift.gradients.folding import Captured
 from gradsift.gradients.projection import Projection, Projector, plan_segments
 from gradsift.gradients.rows import ShardRows, gradient_rows
 from gradsift.loss import weighted_nll

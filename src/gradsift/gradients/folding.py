@@ -78,14 +78,14 @@ def find_folds(model: nn.Module, modules: SequenceABC[Captured]) -> list[Fold]:
         if not isinstance(adapters, nn.ModuleDict) or not isinstance(active, list) or len(active) != 1:
             continue
         adapter = active[0]
-        base = layer.get_base_layer()  # type: ignore[operator]
+        base = layer.get_base_layer()
         if adapter not in adapters or type(base) is not nn.Linear or not _plain(layer, adapter, base):
             continue
-        a, b = adapters[adapter], layer.lora_B[adapter]  # type: ignore[index]
+        a, b = adapters[adapter], layer.lora_B[adapter]
         if type(a) is not nn.Linear or type(b) is not nn.Linear or not wanted & {id(a), id(b)}:
             continue
         sides = [_captured(modules, side, f"{name}.{kind}.{adapter}") for side, kind in ((a, "lora_A"), (b, "lora_B"))]
-        folds.append(Fold(layer, base, sides[0], sides[1], float(layer.scaling[adapter])))  # type: ignore[index]
+        folds.append(Fold(layer, base, sides[0], sides[1], float(layer.scaling[adapter])))
     copies = sum(fold.base.weight.numel() * fold.base.weight.element_size() for fold in folds)
     return folds if copies <= _MEMORY_SHARE * psutil.virtual_memory().available else []
 

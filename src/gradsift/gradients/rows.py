@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from gradsift.gradients.adam import AdamDirection
 from gradsift.gradients.batching import Batch, form_batches
-from gradsift.gradients.capture import Capture, Captured
+from gradsift.gradients.capture import Capture
+from gradsift.gradients.folding import Captured
 from gradsift.gradients.projection import Projector
 from gradsift.types import Sequence
 

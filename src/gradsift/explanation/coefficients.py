@@ -7,7 +7,6 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import nnls
 from torch import Tensor
 
 from gradsift.checks import float_array, same_size, to_float64
@@ -159,9 +158,9 @@ def _fit(g: Array, A: Array, rcond: float, model: CoefficientModel) -> Array:
             return _onto_simplex(np.sign(t) * np.maximum(np.abs(t) - 0.5 * t.sum(), 0.0))
         case "MSENNLSL2":
             k = A.shape[1]
-            return nnls(np.vstack([A, np.sqrt(_RIDGE) * np.eye(k)]), np.concatenate([g, np.zeros(k)]))[0]
+            return _nnls(np.vstack([A, np.sqrt(_RIDGE) * np.eye(k)]), np.concatenate([g, np.zeros(k)]))
         case "MSENNLSL2NormalEquations":
-            return nnls(A.T @ A + _RIDGE * np.eye(A.shape[1]), A.T @ g)[0]
+            return _nnls(A.T @ A + _RIDGE * np.eye(A.shape[1]), A.T @ g)
         case "KLT":
             return _klt(g, A, rcond)
         case "simplex_exact":
@@ -229,6 +228,13 @@ def _simplex_least_squares(g: Array, A: Array) -> Array:
     largest = float(np.linalg.norm(P, axis=0).max())
     # With columns of norm at most 1, D is at most 1 and the sum of x at least 1/2.
     system = np.vstack([P / largest if largest > 0 else P, np.ones(A.shape[1])])
-    x, _ = nnls(system, np.concatenate([np.zeros(len(g)), [1.0]]))
+    x = _nnls(system, np.concatenate([np.zeros(len(g)), [1.0]]))
     t: Array = x / x.sum()
     return t
+
+
+def _nnls(A: Array, b: Array) -> Array:
+    """argmin ‖A x − b‖ over x ≥ 0."""
+    from scipy.optimize import nnls  # most of a second to import, which every command would pay
+
+    return np.asarray(nnls(A, b)[0], dtype=np.float64)

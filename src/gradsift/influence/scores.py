@@ -13,7 +13,6 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
-from scipy.stats import spearmanr
 
 from gradsift.context import Pool, Target
 from gradsift.errors import DataError
@@ -263,4 +262,6 @@ def _ranks(scores: NDArray[np.float32]) -> NDArray[np.int64]:
 def _spearman(scores: NDArray[np.float32], tokens: NDArray[np.int64]) -> float:
     if len(scores) < 3 or np.ptp(scores) == 0 or np.ptp(tokens) == 0:
         return 0.0
+    from scipy.stats import spearmanr  # half a second to import, for one number
+
     return float(spearmanr(scores, tokens).statistic)

@@ -135,13 +135,13 @@ def open_pool(
         MismatchError: the run folder belongs to another model or pool.
     """
     run = out if isinstance(out, Run) else Run(out)
-    if dtype == "auto" and resolve_device(device) == "cpu":
+    place = resolve_device(device)
+    if dtype == "auto" and place == "cpu":
         dtype = "float32"  # said outright, so that a run that moves to a GPU does not mix rows of two precisions
     reporter = reporter or silent()
     if max_length < 2:
         raise ConfigError(f"max_length is {max_length}: a prompt and one answer token need at least 2")
     identity = model_identity(model)
-    resolve_device(device)
     tokenizer = load_tokenizer(model)
     chat = ChatFormat(tokenizer, supervise=supervise, max_length=max_length)
     if chat.announcement:

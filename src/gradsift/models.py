@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
 
 from gradsift.errors import ConfigError, CorruptError, MismatchError, ModelError
 
@@ -224,13 +223,6 @@ def cache_folder() -> Path:
     if explicit:
         return Path(explicit)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gradsift"
-
-
-def parameter_counts(model: Any) -> tuple[int, int]:
-    """(all parameters, parameters of the language-model head), tied ones counted once."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    total = sum(p.numel() for p in model.parameters())
-    return total, sum(p.numel() for p in head.parameters()) if isinstance(head, nn.Module) else 0
 
 
 def _config(name: str) -> Any:

@@ -19,7 +19,7 @@ from gradsift.gradients.capture import LORA, find_modules
 from gradsift.gradients.projection import Projector, plan_segments
 from gradsift.gradients.rows import gradient_rows
 from gradsift.influence.less import LESS
-from gradsift.models import host, parameter_counts
+from gradsift.models import host
 from gradsift.pipeline import open_recipe, open_recipe_target
 from gradsift.progress import Reporter, silent
 from gradsift.recipe import Recipe
@@ -146,13 +146,12 @@ def _measure(recipe: Recipe, pool: Pool, reporter: Reporter) -> dict[str, Any]:
                 seconds = time.perf_counter() - start
         tokens = sum(len(s.token_ids) for s in sequences)
         trained = sum(c.out_features * c.in_features for c in modules.captured)
-        total, _head = parameter_counts(model)
         return {
             "rows": count,
             "tokens": tokens,
             "tokens_per_second": tokens / seconds,
             "device": str(device),
-            "parameters": total,
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "trained_parameters": trained,
             "dim": projector.dim,
             "token_budget": budget,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -79,8 +78,3 @@ def _nothing(units: float = 1) -> None:
 def silent() -> Reporter:
     """A reporter that prints nothing: the default of Python calls."""
     return Reporter(quiet=True)
-
-
-def to_terminal() -> bool:
-    """Whether standard output is watched by a person."""
-    return sys.stdout.isatty()

@@ -17,7 +17,7 @@ from gradsift.evaluation.metrics import AnyMetric
 from gradsift.evaluation.setup import Setup, open_model
 from gradsift.generation.endpoint import Endpoint
 from gradsift.generation.sampling import Sampling
-from gradsift.options import endpoint_of, rewards_of
+from gradsift.options import endpoint_of, rewards_of, sampling_fields
 from gradsift.pipeline import open_recipe
 from gradsift.progress import Reporter
 from gradsift.recipe import Recipe
@@ -258,8 +258,7 @@ def sampling_of(given: Mapping[str, Any]) -> Sampling:
     Raises:
         ConfigError: settings that do not go together.
     """
-    names = {"samples": "samples", "temperature": "temperature", "response_tokens": "max_new_tokens"}
-    fields: dict[str, Any] = {field: given[name] for name, field in names.items() if given.get(name) is not None}
+    fields = sampling_fields(given)
     if given.get("sampling") is None and not {"samples", "temperature"} & set(fields):
         return _greedy(given.get("response_tokens"))
     if fields.get("temperature") == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from gradsift.errors import ConfigError
@@ -220,8 +221,7 @@ def _sampled(given: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError("--server-model is a name on a server, and none is named: give --server-url")
     if given.get("assistant") and given.get("server_url"):
         raise ConfigError("--assistant and --server-url: responses come from one of them, leave the other out")
-    names = {"samples": "samples", "temperature": "temperature", "response_tokens": "max_new_tokens"}
-    sampling: dict[str, Any] = {field: given[name] for name, field in names.items() if given.get(name) is not None}
+    sampling = sampling_fields(given)
     sampling["preset"] = given.get("sampling") or ("assisted" if given.get("assistant") else "general")
     sampling["seed"] = given["seed"]
     if given.get("assistant"):
@@ -237,6 +237,12 @@ def _sampled(given: dict[str, Any]) -> dict[str, Any]:
         served = endpoint_of(given.get("server_model") or "{checkpoint}", given["server_url"])
         return {"sampling": sampling, "server": {**served, "server": "vllm"}}
     return {"sampling": sampling}
+
+
+def sampling_fields(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of sampling that options say one by one."""
+    names = {"samples": "samples", "temperature": "temperature", "response_tokens": "max_new_tokens"}
+    return {field: given[name] for name, field in names.items() if given.get(name) is not None}
 
 
 def _policy(given: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,13 @@ class Message(TypedDict):
 
     role: str
     content: str
+
+
+class Chat(Protocol):
+    """A language model that answers a conversation, such as a judge."""
+
+    def complete(self, messages: SequenceABC[Message], *, max_tokens: int, temperature: float, seed: int | None) -> str:
+        """The text of one answer; whatever is raised says why there is no usable one."""
 
 
 def before_answer(messages: SequenceABC[Message]) -> tuple[tuple[Message, ...], str | None]:

@@ -14,7 +14,8 @@ from safetensors.numpy import load, save
 from gradsift.data.chat import ChatFormat, tokenize_examples
 from gradsift.data.load import Columns, load_examples
 from gradsift.data.overlap import find_duplicates, normalised_hash
-from gradsift.errors import ConfigError, DataError
+from gradsift.data.sample import sample_count
+from gradsift.errors import DataError
 from gradsift.loss import token_mean
 from gradsift.progress import Reporter
 from gradsift.run import Run
@@ -97,12 +98,7 @@ class Dataset:
         Raises:
             ConfigError: a size that is neither a share nor a whole number, or more than there are.
         """
-        count = max(1, round(size * len(self))) if 0 < size < 1 else int(size)
-        if count < 1 or (size >= 1 and count != size) or count > len(self):
-            raise ConfigError(
-                f"a sample of {size:g} cannot be drawn from {len(self)} rows: give a share below 1, or a whole number "
-                "no larger"
-            )
+        count = sample_count(size, len(self))
         positions = np.random.default_rng(seed).choice(len(self), count, replace=False)
         return self.subset([int(position) for position in np.sort(positions)])
 

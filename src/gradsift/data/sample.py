@@ -54,11 +54,23 @@ class RowSample(Settings):
         return str(example.row[self.within])
 
     def _count(self, name: str, group: Sequence[int]) -> int:
-        count = max(1, round(self.size * len(group))) if self.size < 1 else int(self.size)
-        if count > len(group) or (self.size >= 1 and count != self.size):
-            where = f" with {self.within} = {name!r}" if self.within else ""
-            raise ConfigError(
-                f"a sample of {self.size:g} cannot be drawn from {len(group)} rows{where}: give a share below 1, or a "
-                "whole number no larger"
-            )
-        return count
+        return sample_count(self.size, len(group), f" with {self.within} = {name!r}" if self.within else "")
+
+
+def sample_count(size: float, rows: int, where: str = "") -> int:
+    """How many of so many rows a size means: a share below 1 (rounded, at least one row), or a whole number.
+
+    Raises:
+        ConfigError: neither, or more than there are; `where` says of which rows.
+
+    Example:
+        >>> sample_count(0.1, 25), sample_count(3, 25)
+        (2, 3)
+    """
+    count = max(1, round(size * rows)) if 0 < size < 1 else int(size)
+    if count < 1 or (size >= 1 and count != size) or count > rows:
+        raise ConfigError(
+            f"a sample of {size:g} cannot be drawn from {rows} rows{where}: give a share below 1, or a whole number no "
+            "larger"
+        )
+    return count

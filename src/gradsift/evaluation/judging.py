@@ -9,11 +9,11 @@ from typing import Any
 
 from gradsift.errors import ConfigError, DataError, GradsiftError
 from gradsift.evaluation.metric import Notebook
-from gradsift.generation.endpoint import Client, Endpoint
+from gradsift.generation.endpoint import Endpoint, connected
 from gradsift.progress import Reporter
-from gradsift.rewards.judge import BoundJudge, Chat, Judge, side_by_side
+from gradsift.rewards.judge import BoundJudge, Judge, side_by_side
 from gradsift.store.manifest import fingerprint
-from gradsift.types import Message
+from gradsift.types import Chat, Message
 
 
 def judge_identity(judge: Judge, ask: Endpoint | Chat) -> dict[str, Any] | None:
@@ -21,7 +21,7 @@ def judge_identity(judge: Judge, ask: Endpoint | Chat) -> dict[str, Any] | None:
     if not isinstance(ask, Endpoint):
         return None
     settings = judge.model_dump(mode="json", exclude={"workers", "reference"})
-    return {"settings": settings, "model": ask.model, "base_url": ask.base_url}
+    return {"settings": settings, **ask.served}
 
 
 @contextmanager
@@ -33,11 +33,8 @@ def asking(judge: Judge, ask: Endpoint | Chat | None) -> Iterator[BoundJudge]:
     """
     if ask is None:
         raise ConfigError("a judge asks a language model, and none is named: give --judge-model, or `ask` in Python")
-    if not isinstance(ask, Endpoint):
-        yield judge.bind(ask)
-        return
-    with Client(ask) as client:
-        yield judge.bind(client)
+    with connected(ask) as chat:
+        yield judge.bind(chat)
 
 
 def verdicts(

@@ -16,11 +16,12 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from functools import cached_property
 from queue import SimpleQueue
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -41,7 +42,7 @@ from gradsift.generation.sampling import (
     request_seed,
 )
 from gradsift.settings import Settings
-from gradsift.types import Message
+from gradsift.types import Chat, Message
 
 _OPENAI = "https://api.openai.com/v1"
 _LARGEST_REPLY = 64 << 20  # bytes
@@ -58,19 +59,6 @@ class ReplyError(Exception):
     """
 
     outage = False
-
-
-class Chat(Protocol):
-    """Something that answers a conversation, such as a judge."""
-
-    def complete(
-        self, messages: Sequence[Message], *, max_tokens: int, temperature: float, seed: int | None = None
-    ) -> str:
-        """The text of one answer.
-
-        Raises:
-            ReplyError: there is no usable answer to this conversation.
-        """
 
 
 class Endpoint(Settings):
@@ -128,6 +116,11 @@ class Endpoint(Settings):
             return host == "localhost" or ipaddress.ip_address(host).is_loopback
         except ValueError:
             return False
+
+    @property
+    def served(self) -> dict[str, str | None]:
+        """What its answers depend on: the model and where it is served."""
+        return {"model": self.model, "base_url": self.base_url}
 
     @property
     def place(self) -> str:
@@ -675,6 +668,16 @@ def _usage(value: Any, endpoint: Endpoint) -> Usage:
     if len(known) < len(counts):
         return Usage(requests=1, uncounted=1)
     return usage_of(endpoint, known[0], known[1])
+
+
+@contextmanager
+def connected(chat: Endpoint | Chat) -> Iterator[Chat]:
+    """Whoever answers: an endpoint's client, whose connection is closed afterwards, or what can answer already."""
+    if isinstance(chat, Endpoint):
+        with Client(chat) as client:
+            yield client
+    else:
+        yield chat
 
 
 def usage_of(endpoint: Endpoint, prompt_tokens: int, completion_tokens: int, *, requests: int = 1) -> Usage:

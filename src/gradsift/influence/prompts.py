@@ -23,20 +23,19 @@ from gradsift.data.load import Columns, load_examples
 from gradsift.data.overlap import hashed, normalised_hash, overlap_of_hashes
 from gradsift.data.sample import RowSample
 from gradsift.errors import ConfigError, DataError, GradsiftError
-from gradsift.generation.endpoint import Client, Endpoint, ReplyError
+from gradsift.generation.endpoint import Client, Endpoint, ReplyError, connected
 from gradsift.generation.samples import Samples
 from gradsift.generation.sampling import Prompt, Usage, prompts_of
 from gradsift.models import model_identity
 from gradsift.progress import Reporter
 from gradsift.rewards.function import Function
-from gradsift.rewards.judge import Chat
 from gradsift.rewards.reward import WeightedSum, check_reward, reward_samples, single_rewards
 from gradsift.rewards.reward_model import RewardModel
 from gradsift.rewards.samples import Problem, Sample, prompt_of
 from gradsift.rewards.sandbox import isolation_text
 from gradsift.rewards.unit_tests import UnitTests
 from gradsift.settings import Settings
-from gradsift.types import Example, Message, Sequence, Skipped, before_answer
+from gradsift.types import Chat, Example, Message, Sequence, Skipped, before_answer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -201,7 +200,7 @@ class PromptTarget:
             return None
         judge: Any = None
         if isinstance(self.judge, Endpoint):
-            judge = {"model": self.judge.model, "base_url": self.judge.base_url}
+            judge = self.judge.served
         elif self.judge is not None:
             return None
         return {"rewards": identities, "weights": self.weights, "judge": judge}
@@ -536,8 +535,6 @@ class _Judging:
 def _chat(judge: Endpoint | Chat | None) -> Iterator[_Judging | None]:
     if judge is None:
         yield None
-    elif isinstance(judge, Endpoint):
-        with Client(judge) as client:
-            yield _Judging(client)
-    else:
-        yield _Judging(judge)
+        return
+    with connected(judge) as chat:
+        yield _Judging(chat)

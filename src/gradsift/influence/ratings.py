@@ -244,7 +244,7 @@ def _identity(pool: Pool, rater: Rater) -> dict[str, Any]:
     identity = rater.model_dump(mode="json")
     if isinstance(rater, JudgeRating):
         assert rater.endpoint is not None
-        identity["endpoint"] = {"model": rater.endpoint.model, "base_url": rater.endpoint.base_url}
+        identity["endpoint"] = rater.endpoint.served
     elif isinstance(rater, FunctionRating):  # another text under the same name is another function
         identity["source"] = source_digest(load_function(rater.name))
     else:

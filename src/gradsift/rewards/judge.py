@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -16,14 +16,7 @@ from gradsift.errors import GradsiftError
 from gradsift.rewards.function import LogProblem, in_words
 from gradsift.rewards.samples import column, text_of
 from gradsift.settings import Settings
-from gradsift.types import Message
-
-
-class Chat(Protocol):
-    """A language model that answers a conversation."""
-
-    def complete(self, messages: Sequence[Message], *, max_tokens: int, temperature: float, seed: int | None) -> str:
-        """The text of its answer."""
+from gradsift.types import Chat, Message
 
 
 class Judge(Settings):

@@ -22,12 +22,13 @@ from gradsift.rewards.function import (
     stdout_to_stderr,
     trl_arguments,
 )
-from gradsift.rewards.judge import Chat, Judge
+from gradsift.rewards.judge import Judge
 from gradsift.rewards.matching import Exact, Numeric, Regex
 from gradsift.rewards.reward_model import RewardModel
 from gradsift.rewards.samples import Problem, Rewarded, Sample, column
 from gradsift.rewards.unit_tests import UnitTests
 from gradsift.settings import Settings
+from gradsift.types import Chat
 
 _Single = Function | Exact | Regex | Numeric | Length | Format | Sentiment | UnitTests | RewardModel | Judge
 SingleReward = Annotated[_Single, Field(discriminator="kind")]

@@ -94,8 +94,8 @@ class _Work:
     def compare(self) -> Comparison:
         """Choose for every cell, then train and evaluate one after the other."""
         per_seed = self.job.warmup == "per_seed"
-        for warmup_seed in self.job.seeds if per_seed else (self.plan.recipe.seed,):
-            self._choose(replace(self.pool, seed=warmup_seed), (warmup_seed,) if per_seed else self.job.seeds)
+        for warmup_seed in self.plan.seeds if per_seed else (self.plan.recipe.seed,):
+            self._choose(replace(self.pool, seed=warmup_seed), (warmup_seed,) if per_seed else self.plan.seeds)
         cells = list(self.plan.cells())
         for number, (contender, budget, seed) in enumerate(cells):
             self.pool.reporter.say(f"cell {number + 1} of {len(cells)}: {_words(contender, budget, seed)}")
@@ -104,7 +104,7 @@ class _Work:
 
     def _choose(self, pool: Pool, seeds: Sequence[int]) -> None:
         """Every choice of these seeds at one warm-up, or what stopped it."""
-        choosing = [one for one in self.plan.contenders if one.sized]
+        choosing = [one for one in self.plan.contenders if one.sized and set(seeds) & set(self.plan.seeds_of(one))]
         if any(isinstance(one.estimator, JI2S) and one.estimator.full_space for one in choosing):
             # Collected with the sums that JI2S needs, one store serves the other methods as well.
             pool = full_sums(pool)
@@ -113,7 +113,7 @@ class _Work:
         for contender in choosing:
             assert contender.estimator is not None
             in_vain = stopped if pool_view(contender.estimator) is not None else None
-            for seed in seeds:
+            for seed in (seed for seed in seeds if seed in self.plan.seeds_of(contender)):
                 for budget in self.plan.budgets:
                     choice = in_vain or self._choice(pool, contender, budget, seed, known)
                     self.choices[contender.name, budget, seed] = choice
@@ -193,6 +193,9 @@ class _Work:
 
     def _cell(self, contender: Contender, budget: int, seed: int) -> None:
         """Train and evaluate one cell, or record why not."""
+        if contender.base:
+            self._untrained(contender, seed)
+            return
         ids = self.choices[contender.name, budget, seed] if contender.sized else self.plan.available
         stopped = ids if isinstance(ids, _Stopped) else None
         if stopped is None:
@@ -204,6 +207,22 @@ class _Work:
                 self._keep(contender, budget, seed, trained, evaluation, () if data is not None else ids)
                 return
             stopped = found
+        self._failed(contender, budget, seed, stopped)
+
+    def _untrained(self, contender: Contender, seed: int) -> None:
+        """Evaluate the model as it is."""
+        identity = {"model": self.pool.model, "dtype": self.pool.dtype}
+        try:
+            evaluation = self._evaluated(None, contender, identity)
+        except _FATAL:
+            raise
+        except _CELL_ERRORS as error:
+            self._failed(contender, 0, seed, _Stopped("evaluate", error))
+            return
+        self._keep(contender, 0, seed, None, evaluation, ())
+
+    def _failed(self, contender: Contender, budget: int, seed: int, stopped: _Stopped) -> None:
+        """Record why a cell came to nothing."""
         error = stopped.error
         said = str(error) if isinstance(error, GradsiftError) else f"{type(error).__name__}: {error}"
         self.failures.append(CellFailure(contender.name, budget, seed, stopped.stage, said))
@@ -240,22 +259,27 @@ class _Work:
                     what=_words(contender, budget, seed),
                 )
             stage = "evaluate"
-            measuring = {**identity, "metrics": [settings_of(metric) for metric in job.metrics]}
-            with self.clock.timed(stage, contender.name, measuring) as timed:
-                evaluation = evaluate(self.pool, trained, job.metrics)
-                timed.done = not any(found.error or found.partial for found in evaluation.results)
+            evaluation = self._evaluated(trained, contender, identity)
         except _FATAL:
             raise
         except _CELL_ERRORS as error:
             return _Stopped(stage, error)
         return trained, evaluation
 
+    def _evaluated(self, trained: Trained | None, contender: Contender, identity: dict[str, Any]) -> Evaluation:
+        """What the metrics find; None is the model before training."""
+        measuring = {**identity, "metrics": [settings_of(metric) for metric in self.job.metrics]}
+        with self.clock.timed("evaluate", contender.name, measuring) as timed:
+            evaluation = evaluate(self.pool, trained, self.job.metrics)
+            timed.done = not any(found.error or found.partial for found in evaluation.results)
+        return evaluation
+
     def _keep(
         self,
         contender: Contender,
         budget: int,
         seed: int,
-        trained: Trained,
+        trained: Trained | None,
         evaluation: Evaluation,
         ids: tuple[str, ...],
     ) -> None:
@@ -267,10 +291,10 @@ class _Work:
             arm=contender.name,
             budget=budget,
             seed=seed,
-            examples=trained.examples,
-            path=trained.path,
-            kept_epoch=trained.kept,
-            validation=trained.validation,
+            examples=0 if trained is None else trained.examples,
+            path=self.pool.model if trained is None else trained.path,
+            kept_epoch=0 if trained is None else trained.kept,
+            validation=() if trained is None else trained.validation,
             measured=evaluation.results,
             ids=ids,
         )

@@ -45,15 +45,28 @@ class Plan:
 
     def size(self, contender: Contender) -> int:
         """Examples of a contender that takes no budget."""
+        if contender.base:
+            return 0
         return len(self.datasets[contender.name] if contender.data is not None else self.available)
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Those of the comparison, then what single arms have beside them."""
+        own = (seed for one in self.contenders for seed in one.seeds or ())
+        return tuple(dict.fromkeys((*self.job.seeds, *own)))
+
+    def seeds_of(self, contender: Contender) -> tuple[int, ...]:
+        """Seeds of one arm; an untrained model does not depend on any."""
+        return self.job.seeds[:1] if contender.base else contender.seeds or self.job.seeds
 
     def cells(self) -> Iterator[tuple[Contender, int, int]]:
         """Contender, budget and seed of every cell, in the order they are worked on: a whole table per seed."""
-        for seed in self.job.seeds:
-            for contender in (one for one in self.contenders if not one.sized):
+        for seed in self.seeds:
+            there = [one for one in self.contenders if seed in self.seeds_of(one)]
+            for contender in (one for one in there if not one.sized):
                 yield contender, self.size(contender), seed
             for budget in self.budgets:
-                for contender in (one for one in self.contenders if one.sized):
+                for contender in (one for one in there if one.sized):
                     yield contender, budget, seed
 
 

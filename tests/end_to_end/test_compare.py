@@ -62,12 +62,13 @@ def files(tiny: World) -> Path:
 
 
 def whole(tiny: World, files: Path) -> dict[str, Any]:
-    return {"arms": [*METHODS, {"full": True}, {"data": str(files / "ready.jsonl")}], "budgets": [6, "50%"]}
+    others = [{"full": True, "seeds": [0]}, {"base": True}, {"data": str(files / "ready.jsonl")}]
+    return {"arms": [*METHODS, *others], "budgets": [6, "50%"]}
 
 
 @pytest.fixture(scope="module")
 def done(tiny: World, files: Path, tmp_path_factory: pytest.TempPathFactory) -> Comparison:
-    """An undisturbed comparison of two methods, the full pool and a ready data set."""
+    """An undisturbed comparison of two methods, the full pool, the untrained model and a ready data set."""
     out = tmp_path_factory.mktemp("compared") / "run"
     return run_compare(Recipe.model_validate(settings(tiny, out, whole(tiny, files))))
 
@@ -106,11 +107,12 @@ def test_figures_are_those_of_the_stages_by_hand(tiny: World, files: Path, done:
 
 
 def test_every_arm_budget_and_seed_is_there(done: Comparison, tiny: World, files: Path) -> None:
-    """Two methods at two budgets, the full pool and a ready data set at their own sizes, each with both seeds; random
-    draws differ between seeds and shared choices do not; files and tables say the same."""
+    """Two methods at two budgets and a ready data set at its own size, each with both seeds; the full pool with the one
+    seed of its own, and the untrained model once; random draws differ between seeds and shared choices do not; files and
+    tables say the same."""
     cells = {(cell.arm, cell.budget, cell.seed): cell for cell in done.cells}
     sized = [(arm, budget, seed) for arm in ("LESS", "random") for budget in (6, 12) for seed in (0, 1)]
-    own = [(arm, size, seed) for arm, size in (("full pool", 24), ("ready.jsonl", 5)) for seed in (0, 1)]
+    own = [("full pool", 24, 0), ("ready.jsonl", 5, 0), ("ready.jsonl", 5, 1), ("base model", 0, 0)]
     assert sorted(cells) == sorted(sized + own)
     assert done.failures == ()
     assert cells["LESS", 6, 0].ids == cells["LESS", 6, 1].ids == cells["LESS", 12, 0].ids[:6]
@@ -122,7 +124,10 @@ def test_every_arm_budget_and_seed_is_there(done: Comparison, tiny: World, files
     written = json.loads((Path(done.out) / "comparison.json").read_text())
     assert written == json.loads(json.dumps(done.as_dict()))
     table = pq.read_table(Path(done.out) / "comparison.parquet").to_pylist()
-    assert len(table) == 12 * 3  # loss, token loss and perplexity
+    assert len(table) == len(cells) * 3  # loss, token loss and perplexity
+    base = gs.evaluate(gs.open_model(tiny.model, out=str(done.out), max_length=64, device="cpu"), None,
+                       [gs.HeldOutLoss(str(files / "test.jsonl"))])  # fmt: skip
+    assert done.row("base model", 0, "loss").by_seed == {0: base["loss"].value}
     assert {line["value"] for line in table if (line["arm"], line["figure"]) == ("full pool", "loss")} == set(
         full.by_seed.values()
     )
@@ -131,7 +136,7 @@ def test_every_arm_budget_and_seed_is_there(done: Comparison, tiny: World, files
     stages = {(cost.arm, cost.stage) for cost in done.costs}
     assert {(None, "warm-up"), (None, "gradients"), ("LESS", "score"), ("random", "select")} <= stages
     train = next(cost for cost in done.costs if (cost.arm, cost.stage) == ("full pool", "train"))
-    assert train.amounts["examples"] == 48
+    assert train.amounts["examples"] == 24
     assert train.seconds > 0
 
 
@@ -272,7 +277,9 @@ REFUSED = [
     ("test data that is not there", {"test": "none.jsonl"}, "none.jsonl"),
     ("unknown preset", {"training": "nice2"}, "training preset 'nice2' is unknown; there are less, compact"),
     ("best of nothing", {"keep": "best"}, "`keep: best` and `best_by:`"),
-    ("arm of nothing", {"arms": [{"name": "x"}]}, "an arm has none of estimator, data and full"),
+    ("arm of nothing", {"arms": [{"name": "x"}]}, "an arm has none of estimator, data, full and base"),
+    ("seeds of no training", {"arms": [{"base": True, "seeds": [1]}]}, "base: true is measured once"),
+    ("an arm's seed twice", {"arms": [{"full": True, "seeds": [1, 1]}]}, "seed 1 is named 2 times"),
     ("arm of two", {"arms": [{"full": True, "data": "x"}]}, "an arm has data and full"),
     ("the same arm twice", {"arms": [METHODS[0], METHODS[0]]}, "two arms of the comparison are called 'LESS'"),
     ("a list of no λ", {"arms": [{"estimator": {"kind": "ji2s", "joint_weight": []}}]}, "joint_weight lists no value"),

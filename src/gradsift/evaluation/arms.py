@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Annotated, Any, Literal, get_args
 
@@ -29,6 +29,7 @@ from gradsift.settings import Settings
 from gradsift.warmup.train import TRAINING_PRESETS, Training
 
 FULL_POOL = "full pool"
+BASE_MODEL = "base model"
 
 
 def _expanded(value: Any, union: Any) -> Any:
@@ -123,7 +124,7 @@ def asking(metric: _Metric, judge: Endpoint | None) -> _Metric:
 
 
 class Arm(Settings):
-    """One or several ways to get a training set: by an estimator, a ready file, or everything.
+    """One or several ways to get a training set: by an estimator, a ready file, everything, or nothing.
 
     name: what tables call it; by default the method's own label, or the file's name.
     estimator: scores the pool. A field that holds a list stands for one arm per value, as does a list of estimators.
@@ -131,6 +132,8 @@ class Arm(Settings):
     data: instead, a file, folder or data set name whose rows are all trained on.
     columns: of `data`, where they are not the usual ones.
     full: instead, the whole pool.
+    base: instead, nothing: the model before any training, measured once.
+    seeds: of its own, where they are not those of the comparison; differences pair the seeds that both have.
 
     Example:
         >>> arm = Arm(estimator={"kind": "ji2s", "joint_weight": [0, 0.1]})
@@ -146,15 +149,22 @@ class Arm(Settings):
     data: str | None = None
     columns: Columns = Columns()
     full: bool = False
+    base: bool = False
+    seeds: tuple[int, ...] | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> Arm:
-        given = [name for name in ("estimator", "data", "full") if getattr(self, name)]
+        given = [name for name in ("estimator", "data", "full", "base") if getattr(self, name)]
         if len(given) != 1:
             raise ValueError(
-                f"an arm has {' and '.join(given) or 'none of estimator, data and full'}: give one of estimator "
-                "(which chooses from the pool), data (a ready file) and full: true (the whole pool)"
+                f"an arm has {' and '.join(given) or 'none of estimator, data, full and base'}: give one of estimator "
+                "(which chooses from the pool), data (a ready file), full: true (the whole pool) and base: true (the "
+                "model before training)"
             )
+        if self.seeds is not None:
+            check_seeds(self.seeds)
+            if self.base:
+                raise ValueError("base: true is measured once: seeds do not go with it")
         if not self.estimator and self.selection != (TopK(),):
             raise ValueError(f"selection chooses by an estimator's scores: it does not go with {given[0]}")
         return self
@@ -228,6 +238,8 @@ class Compare(Settings):
 class Contender:
     """One way to get a training set, its lists resolved.
 
+    base: nothing is trained
+    seeds: its own, where they are not those of the comparison
     family, setting: contenders of one family differ in this number alone
     """
 
@@ -236,12 +248,14 @@ class Contender:
     selection: SelectionMethod | None = None
     data: str | None = None
     columns: Columns = field(default_factory=Columns)
+    base: bool = False
+    seeds: tuple[int, ...] | None = None
     family: str = ""
     setting: float | None = None
 
     @property
     def sized(self) -> bool:
-        """Whether it chooses by a budget; the full pool and a ready data set have sizes of their own."""
+        """Whether it chooses by a budget; the full pool, a ready data set and nothing have sizes of their own."""
         return self.estimator is not None
 
     @property
@@ -270,7 +284,7 @@ def contenders(arms: Sequence[Arm], estimator: Method, selection: SelectionMetho
         usual = [Arm(estimator=(estimator,), selection=(selection,))]
         usual += [Arm(estimator=(control,)) for control in (BM25(), Random()) if type(control) is not type(estimator)]
         arms = [*usual, Arm(full=True)]
-    found = [one for arm in arms for one in _of_arm(arm)]
+    found = [replace(one, seeds=arm.seeds) for arm in arms for one in _of_arm(arm)]
     names = [one.name for one in found]
     for name in names:
         if names.count(name) > 1:
@@ -282,6 +296,8 @@ def contenders(arms: Sequence[Arm], estimator: Method, selection: SelectionMetho
 
 
 def _of_arm(arm: Arm) -> list[Contender]:
+    if arm.base:
+        return [Contender(arm.name or BASE_MODEL, base=True)]
     if arm.full:
         return [Contender(arm.name or FULL_POOL)]
     if arm.data is not None:

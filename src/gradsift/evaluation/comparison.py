@@ -31,7 +31,7 @@ FILES = {
 class Cell:
     """One training and what was measured of it.
 
-    budget: examples asked for; for the full pool and a ready data set, their own number
+    budget: examples asked for; for the full pool and a ready data set, their own number; 0 for the untrained model
     ids: of the chosen examples, in the order they were chosen; empty for a ready data set
     measured: one per metric; a metric that failed has an error
     """
@@ -201,7 +201,7 @@ def tabulate(cells: Sequence[Cell], contenders: Sequence[Contender]) -> list[Row
     """A row per metric, figure, budget and arm, in that order, from the cells that there are.
 
     Each is paired with the first random arm: at the same budget where both have it, else (the full pool, a ready data
-    set) at the control's largest.
+    set, the untrained model) at the control's largest.
     """
     order = {contender.name: number for number, contender in enumerate(contenders)}
     control = next((contender.name for contender in contenders if contender.chance), None)

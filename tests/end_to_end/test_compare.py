@@ -107,8 +107,8 @@ def test_figures_are_those_of_the_stages_by_hand(tiny: World, files: Path, done:
 
 
 def test_every_arm_budget_and_seed_is_there(done: Comparison, tiny: World, files: Path) -> None:
-    """Two methods at two budgets and a ready data set at its own size, each with both seeds; the full pool with the one
-    seed of its own, and the untrained model once; random draws differ between seeds and shared choices do not; files and
+    """Two methods at two budgets and a ready data set at its own size, each with both seeds; the full pool with its own
+    seed alone, and the untrained model once; random draws differ between seeds and shared choices do not; files and
     tables say the same."""
     cells = {(cell.arm, cell.budget, cell.seed): cell for cell in done.cells}
     sized = [(arm, budget, seed) for arm in ("LESS", "random") for budget in (6, 12) for seed in (0, 1)]

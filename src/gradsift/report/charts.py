@@ -13,7 +13,8 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import ArrayLike, NDArray
 
-from gradsift.report.text import clean, figures, shorten, written
+from gradsift.report.svg import coordinate, draw_line, draw_rect, draw_text, open_drawing, round_ticks
+from gradsift.report.text import figures, shorten
 
 _MOST_TICKS_OF_CHOSEN = 300
 
@@ -44,27 +45,27 @@ def histogram(
     width, left, right, top, base = 360.0, 40.0, 352.0, 10.0, 150.0
     tallest = max(int(counts.max()), int(taken.max()), 1)
     step = (right - left) / bins
-    parts = [_open(width, 200, title)]
-    for mark, _ in _ticks(0, tallest, 4):
+    parts = [open_drawing(width, 200, title)]
+    for mark, _ in round_ticks(0, tallest, 4):
         if mark == int(mark):
             y = base - (base - top) * mark / tallest
-            parts.append(_line("grid", left, y, right, y))
-            parts.append(_text(left - 6, y + 4, f"{mark:,.0f}", "end"))
+            parts.append(draw_line("grid", left, y, right, y))
+            parts.append(draw_text(left - 6, y + 4, f"{mark:,.0f}", "end"))
     for position, (count, part) in enumerate(zip(counts.tolist(), taken.tolist(), strict=True)):
         x = left + step * position
         for kind, amount in (("pool", count), ("chosen", part)):
             if amount:
                 # A handful of chosen examples in a large pool must stay visible: at least one and a half units high.
                 height = max((base - top) * amount / tallest, 1.5)
-                parts.append(_rect(kind, x + 0.5, base - height, step - 1, height))
-    parts.append(_line("axis", left, base, right, base))
+                parts.append(draw_rect(kind, x + 0.5, base - height, step - 1, height))
+    parts.append(draw_line("axis", left, base, right, base))
     for score in _thinned(picked).tolist():
         x = left + (right - left) * (score - low) / (high - low)
-        parts.append(_line("rug", x, 153, x, 162))
-    for mark, label in _ticks(low, high, 4):
+        parts.append(draw_line("rug", x, 153, x, 162))
+    for mark, label in round_ticks(low, high, 4):
         x = left + (right - left) * (mark - low) / (high - low)
-        parts.append(_text(x, 177, label, "middle"))
-    parts.append(_text((left + right) / 2, 195, axis, "middle"))
+        parts.append(draw_text(x, 177, label, "middle"))
+    parts.append(draw_text((left + right) / 2, 195, axis, "middle"))
     parts.append(Markup("</svg>"))
     return Markup("").join(parts)
 
@@ -76,9 +77,9 @@ def share_bar(share: float, reference: float | None, largest: float) -> Markup:
     return Markup(
         '<svg class="bar" viewBox="0 0 100 10" preserveAspectRatio="none" aria-hidden="true">{}{}{}</svg>'
     ).format(
-        _rect("track", 0, 0, 100, 10),
-        _rect("chosen", 0, 1.5, scale * share, 7),
-        "" if mark is None else _line("mark", mark, 0, mark, 10),
+        draw_rect("track", 0, 0, 100, 10),
+        draw_rect("chosen", 0, 1.5, scale * share, 7),
+        "" if mark is None else draw_line("mark", mark, 0, mark, 10),
     )
 
 
@@ -88,16 +89,16 @@ def strip(values: ArrayLike, lowest: float, highest: float) -> Markup:
     assert kept.size, "there is nothing to draw"
     scale = 100 / (highest - lowest) if highest > lowest else 0.0
     quarter, median, three_quarters = (scale * (np.quantile(kept, [0.25, 0.5, 0.75]) - lowest)).tolist()
-    strokes = "".join(f"M{_r(scale * (value - lowest))} 2v6" for value in _thinned(kept).tolist())
+    strokes = "".join(f"M{coordinate(scale * (value - lowest))} 2v6" for value in _thinned(kept).tolist())
     return Markup(
         '<svg class="bar strip" viewBox="0 0 100 10" preserveAspectRatio="none" aria-hidden="true">{}{}{}'
         '<path class="rug" d="{}"/>{}</svg>'
     ).format(
-        _rect("track", 0, 0, 100, 10),
-        _rect("box", quarter, 0.5, max(three_quarters - quarter, 0.2), 9),
-        _line("zero", -lowest * scale, 0, -lowest * scale, 10) if lowest < 0 < highest else "",
+        draw_rect("track", 0, 0, 100, 10),
+        draw_rect("box", quarter, 0.5, max(three_quarters - quarter, 0.2), 9),
+        draw_line("zero", -lowest * scale, 0, -lowest * scale, 10) if lowest < 0 < highest else "",
         strokes,
-        _line("median", median, 0, median, 10),
+        draw_line("median", median, 0, median, 10),
     )
 
 
@@ -111,9 +112,9 @@ def signed_bar(value: float, lowest: float, highest: float) -> Markup:
     return Markup(
         '<svg class="bar" viewBox="0 0 100 10" preserveAspectRatio="none" aria-hidden="true">{}{}{}</svg>'
     ).format(
-        _rect("track", 0, 0, 100, 10),
-        _rect("negative" if value < 0 else "chosen", min(zero, end), 1.5, abs(end - zero), 7),
-        _line("mark", zero, 0, zero, 10) if lowest < 0 else "",
+        draw_rect("track", 0, 0, 100, 10),
+        draw_rect("negative" if value < 0 else "chosen", min(zero, end), 1.5, abs(end - zero), 7),
+        draw_line("mark", zero, 0, zero, 10) if lowest < 0 else "",
     )
 
 
@@ -140,53 +141,25 @@ def dot_chart(rows: Sequence[tuple[str, float, float]], *, best: Collection[int]
     def along(value: float) -> float:
         return left + (right - left) * (value - low) / (high - low)
 
-    parts = [_open(360, bottom + 24, title)]
-    for mark, text in _ticks(low, high, 4):
-        parts.append(_line("grid", along(mark), 4, along(mark), bottom))
-        parts.append(_text(along(mark), bottom + 16, text, "middle"))
+    parts = [open_drawing(360, bottom + 24, title)]
+    for mark, text in round_ticks(low, high, 4):
+        parts.append(draw_line("grid", along(mark), 4, along(mark), bottom))
+        parts.append(draw_text(along(mark), bottom + 16, text, "middle"))
     texts = figures([value for _, _, value, _ in kept])
     for row, ((position, label, value, spread), text) in enumerate(zip(kept, texts, strict=True)):
         y, wins = 18 + pitch * row, position in best
-        parts.append(_text(left, y, shorten(label, 34), "start", "label"))
-        parts.append(_text(right, y, f"{text}, best" if wins else text, "end", "label"))
-        parts.append(_line("grid", left, y + 10, right, y + 10))
+        parts.append(draw_text(left, y, shorten(label, 34), "start", "label"))
+        parts.append(draw_text(right, y, f"{text}, best" if wins else text, "end", "label"))
+        parts.append(draw_line("grid", left, y + 10, right, y + 10))
         if spread:
-            parts.append(_line("spread", along(value - spread), y + 10, along(value + spread), y + 10))
+            parts.append(draw_line("spread", along(value - spread), y + 10, along(value + spread), y + 10))
         parts.append(
             Markup('<circle class="{}" cx="{}" cy="{}" r="5"/>').format(
-                "dot best" if wins else "dot", _r(along(value)), y + 10
+                "dot best" if wins else "dot", coordinate(along(value)), y + 10
             )
         )
     parts.append(Markup("</svg>"))
     return Markup("").join(parts)
-
-
-def _open(width: float, height: float, title: str) -> Markup:
-    # Charts with text of their own are images to a screen reader: the title stands for all of it.
-    return Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">').format(
-        int(width), int(height), clean(title)
-    )
-
-
-def _rect(kind: str, x: float, y: float, width: float, height: float) -> Markup:
-    return Markup('<rect class="{}" x="{}" y="{}" width="{}" height="{}"/>').format(
-        kind, _r(x), _r(y), _r(width), _r(height)
-    )
-
-
-def _line(kind: str, x1: float, y1: float, x2: float, y2: float) -> Markup:
-    return Markup('<line class="{}" x1="{}" y1="{}" x2="{}" y2="{}"/>').format(kind, _r(x1), _r(y1), _r(x2), _r(y2))
-
-
-def _text(x: float, y: float, text: str, anchor: str, kind: str = "tick") -> Markup:
-    return Markup('<text class="{}" x="{}" y="{}" text-anchor="{}">{}</text>').format(
-        kind, _r(x), _r(y), anchor, clean(text)
-    )
-
-
-def _r(number: float) -> str:
-    """Coordinates to a hundredth: enough to draw, short enough for hundreds of bars."""
-    return f"{number:.2f}".rstrip("0").rstrip(".")
 
 
 def finite(values: ArrayLike) -> NDArray[np.float64]:
@@ -200,16 +173,3 @@ def _thinned(values: NDArray[np.float64]) -> NDArray[np.float64]:
     if values.size <= _MOST_TICKS_OF_CHOSEN:
         return values
     return np.sort(values)[np.linspace(0, values.size - 1, _MOST_TICKS_OF_CHOSEN).astype(int)]
-
-
-def _ticks(low: float, high: float, wanted: int) -> list[tuple[float, str]]:
-    """About `wanted` round numbers (1, 2 or 5 times a power of ten apart) from `low` to `high`, and their texts."""
-    rough = (high - low) / wanted
-    power = math.floor(math.log10(rough))
-    step = next(factor * 10.0**power for factor in (1, 2, 5, 10) if factor * 10.0**power >= rough * (1 - 1e-9))
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    marks = [number * step for number in range(first, last + 1)]
-    largest = max((abs(mark) for mark in marks), default=0.0)
-    plain = largest < 1e6 and power > -5
-    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
-    return [(mark, written(mark, f",.{decimals}f" if plain else ".1e")) for mark in marks]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from gradsift.report.charts import _line, _open, _r, _rect, _text, _ticks
+from gradsift.report.svg import coordinate, draw_line, draw_rect, draw_text, open_drawing, round_ticks
 from gradsift.report.text import clean
 
 COLOURS = 8  # of the style sheet; methods beyond them have the same ones with broken lines
@@ -78,26 +78,26 @@ def line_chart(
     def up(y: float) -> float:
         return base - (base - _TOP) * (y - y_low) / (y_high - y_low)
 
-    parts = [_open(_WIDTH, height, title)]
-    for mark, text in _ticks(y_low, y_high, 4):
-        parts += [_line("grid", _LEFT, up(mark), _RIGHT, up(mark)), _text(_LEFT - 6, up(mark) + 4, text, "end")]
-    parts.append(_line("axis", _LEFT, base, _RIGHT, base))
+    parts = [open_drawing(_WIDTH, height, title)]
+    for mark, text in round_ticks(y_low, y_high, 4):
+        parts += [draw_line("grid", _LEFT, up(mark), _RIGHT, up(mark)), draw_text(_LEFT - 6, up(mark) + 4, text, "end")]
+    parts.append(draw_line("axis", _LEFT, base, _RIGHT, base))
     free = -math.inf
-    for mark, text in ticks or _ticks(x_low, x_high, 5):
+    for mark, text in ticks or round_ticks(x_low, x_high, 5):
         half = _LETTER * len(text) / 2
         if along(mark) - half < free:
             continue
         parts += [
-            _line("axis", along(mark), base, along(mark), base + 4),
-            _text(along(mark), base + 17, text, "middle"),
+            draw_line("axis", along(mark), base, along(mark), base + 4),
+            draw_text(along(mark), base + 17, text, "middle"),
         ]
         free = along(mark) + half + 6
-    parts.append(_text((_LEFT + _RIGHT) / 2, height - 5, axis, "middle"))
+    parts.append(draw_text((_LEFT + _RIGHT) / 2, height - 5, axis, "middle"))
     for line, points in kept:
         drawn = [(along(x), up(y), spread) for x, y, spread in points]
-        path = "M" + "L".join(f"{_r(x)} {_r(y)}" for x, y, _ in drawn)
+        path = "M" + "L".join(f"{coordinate(x)} {coordinate(y)}" for x, y, _ in drawn)
         whiskers = "".join(
-            f"M{_r(x)} {_r(up(y - s))}V{_r(up(y + s))}"
+            f"M{coordinate(x)} {coordinate(up(y - s))}V{coordinate(up(y + s))}"
             for (x, _, _), (_, y, spread) in zip(drawn, points, strict=True)
             if (s := _spread(spread))
         )
@@ -136,25 +136,26 @@ def bins_chart(
     left, right, base = 4.0, 296.0, 96.0
     step = (right - left) / len(pool)
     high = (base - 8) / largest if largest > 0 else 0.0
-    parts = [_open(300, 134, title)]
+    parts = [open_drawing(300, 134, title)]
     for position, share in enumerate(shares(chosen)):
         if share:
-            parts.append(_rect("chosen", left + step * position + 1, base - high * share, step - 2, high * share))
+            parts.append(draw_rect("chosen", left + step * position + 1, base - high * share, step - 2, high * share))
     outline = "".join(
-        f"{'M' if not position else 'L'}{_r(left + step * position)} {_r(base - high * share)}h{_r(step)}"
+        f"{'L' if position else 'M'}{coordinate(left + step * position)} {coordinate(base - high * share)}"
+        f"h{coordinate(step)}"
         for position, share in enumerate(shares(pool))
     )
     parts.append(Markup('<path class="outline" d="{}"/>').format(outline))
-    parts.append(_line("axis", left, base, right, base))
+    parts.append(draw_line("axis", left, base, right, base))
     free = -math.inf
     for position, edge in enumerate(edges):
         text = f"{edge:,.0f}"
         half = _LETTER * len(text) / 2
         x = min(max(left + step * position, half), 300 - half)
         if x - half >= free:
-            parts.append(_text(x, base + 15, text, "middle"))
+            parts.append(draw_text(x, base + 15, text, "middle"))
             free = x + half + 8
-    parts += [_text(150, 130, axis, "middle"), Markup("</svg>")]
+    parts += [draw_text(150, 130, axis, "middle"), Markup("</svg>")]
     return Markup("").join(parts)
 
 
@@ -174,15 +175,15 @@ def interval_bar(
     def along(number: float) -> float:
         return min(max(scale * (number - lowest), 0.0), 100.0)
 
-    whisker = "" if low is None or high is None else _line("span", along(low), 5, along(high), 5)
+    whisker = "" if low is None or high is None else draw_line("span", along(low), 5, along(high), 5)
     return Markup(
         '<svg class="bar interval {}" viewBox="0 0 100 10" preserveAspectRatio="none" aria-hidden="true">{}{}{}{}</svg>'
     ).format(
         kind,
-        _rect("track", 0, 0, 100, 10),
-        _line("zero", along(0), 0, along(0), 10),
+        draw_rect("track", 0, 0, 100, 10),
+        draw_line("zero", along(0), 0, along(0), 10),
         whisker,
-        _line("median", along(value), 0.5, along(value), 9.5),
+        draw_line("median", along(value), 0.5, along(value), 9.5),
     )
 
 
@@ -193,7 +194,7 @@ def colour(method: int) -> str:
 
 def dots_path(places: Sequence[tuple[float, float]]) -> str:
     """Dots as one path: lines of no length, which the style sheet gives a width and round ends."""
-    return "".join(f"M{_r(x)} {_r(y)}h0" for x, y in places)
+    return "".join(f"M{coordinate(x)} {coordinate(y)}h0" for x, y in places)
 
 
 def _dots(kind: str, places: Sequence[tuple[float, float]]) -> Markup:

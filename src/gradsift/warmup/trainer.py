@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 # Attention projections under the names that most architectures give them; the first set that is there is adapted.
 _ATTENTION = (("q_proj", "k_proj", "v_proj", "o_proj"), ("qkv_proj", "o_proj"))
-_CPU_TOKENS = 2048  # padded tokens per backward: full speed on a CPU, larger batches only leave its caches
+_CPU_TOKENS = 512  # padded tokens per backward: as fast as larger ones on a CPU, with less padding (6 % of the time)
 _CUDA_TOKENS = 16_384  # where training begins on a GPU; halved for as long as memory runs out
 _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 

@@ -234,10 +234,11 @@ class _Work:
     ) -> tuple[Trained, Evaluation] | _Stopped:
         """The training and what its metrics found. `source`: a data set, or ids of `data`."""
         job, ids = self.job, list(source.ids if isinstance(source, Dataset) else source)
+        training = contender.training or job.training
         identity: dict[str, Any] = {
             "data": data.fingerprint,
             "ids": fingerprint(sorted(ids)),
-            "training": job.training.model_dump(mode="json"),
+            "training": training.model_dump(mode="json"),
             "full": job.full_training,
             "seed": seed,
             "best_by": None if job.best_by is None else settings_of(job.best_by),

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from gradsift.data.load import Row, is_data_file, read_rows
 from gradsift.errors import ConfigError, DataError, GradsiftError, LockedError, StorageError
 from gradsift.evaluation.evaluate import Evaluation, evaluate
 from gradsift.evaluation.fine_tune import Keep, check_seeds, train_on
@@ -293,42 +293,34 @@ def _whole_numbers(text: str, option: str) -> tuple[int, ...]:
 
 
 def read_ids(file: str) -> list[str]:
-    """Ids of a file: rows with `gradsift_id` or `id` (jsonl), a JSON list, or one id a line.
+    """Ids of a file: rows with `gradsift_id` or `id` or a list of ids (jsonl, json, csv, parquet …), or one id a line.
 
     Raises:
         DataError: the file cannot be read, or a row has no id.
     """
     path = Path(file)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: {error.reason}") from error
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if text.lstrip().startswith("["):
-        try:
-            values = json.loads(text)
-        except ValueError as error:
-            raise DataError(f"{path} is not a JSON list of ids: {error}") from error
-        found = [str(value) for value in values]
-    elif lines and lines[0].startswith("{"):
-        found = [_row_id(line, number, path) for number, line in enumerate(lines, 1)]
+    if is_data_file(path):
+        found = [_row_id(row, path) for row in read_rows(path, "ids")[0]]
     else:
-        found = lines
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path} is not UTF-8 text: {error.reason}") from error
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+        found = [line.strip() for line in text.splitlines() if line.strip()]
     if not found:
         raise DataError(f"{path} names no example: wanted an id a line, or rows with a column gradsift_id or id")
     return found
 
 
-def _row_id(line: str, number: int, path: Path) -> str:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{path}:{number} is not JSON: {error}") from error
-    own = row.get("gradsift_id", row.get("id")) if isinstance(row, dict) else None
-    if own is None:
-        raise DataError(f"{path}:{number} has neither gradsift_id nor id: give rows that `gradsift select` wrote")
+def _row_id(row: Row, path: Path) -> str:
+    if row.problem is not None:
+        raise DataError(f"{path}:{row.line} cannot be read: {row.problem[1]}")
+    value = row.value
+    own = value.get("gradsift_id", value.get("id")) if isinstance(value, Mapping) else value
+    if not isinstance(own, str | int):
+        raise DataError(f"{path}:{row.line} has neither gradsift_id nor id: give rows that `gradsift select` wrote")
     return str(own)
 
 

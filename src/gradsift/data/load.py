@@ -58,7 +58,8 @@ class Columns(BaseModel):
     Naming `messages`, or `prompt`/`completion`, or `instruction`/`input`/`output` decides the row format; naming only
     `id` or `system` leaves it to be recognised row by row.
 
-    `prompt` and `completion` may also be a text with columns in braces, which each row fills in.
+    `prompt` and `completion` may also be a text with columns in braces, which each row fills in; and what lies inside a
+    column is named by its path, `instances.0.input`.
 
     >>> Columns(prompt="question", completion="answer").prompt
     'question'
@@ -89,7 +90,7 @@ class Loaded:
 
 
 @dataclass(frozen=True, slots=True)
-class _Row:
+class Row:
     """One row as it was found: its value, or (reason, detail) why it could not be read."""
 
     value: Any
@@ -124,9 +125,10 @@ def load_examples(
         prompts only, as targets scored by a reward function are.
 
     Row formats recognised by themselves: `messages` (role, content; content may be a list of text parts),
-    `conversations` (from, value), `prompt`/`completion` (text or lists of messages), `instruction`/`input`/`output`
-    (the input follows the instruction after an empty line; a `system` column goes first). A row's id is its id column
-    as text, or else the content hash; a second row with the same id gets the suffix -2, a third -3, and so on.
+    `conversations` (from, value), either also as a list of texts that user and assistant say in turn;
+    `prompt`/`completion` (text or lists of messages), `instruction`/`input`/`output` (the input follows the instruction
+    after an empty line; a `system` column goes first). A row's id is its id column as text, or else the content hash; a
+    second row with the same id gets the suffix -2, a third -3, and so on.
 
     Raises DataError when the source is missing, unsupported or empty, or when none of its rows can be used.
 
@@ -136,7 +138,7 @@ def load_examples(
     """
     columns = columns or Columns()
     _check_columns(columns, what)
-    rows, name = _open_source(source, what)
+    rows, name = read_rows(source, what)
 
     examples: list[Example] = []
     skipped: list[Skipped] = []
@@ -201,14 +203,14 @@ def _read_messages(row: Mapping[str, Any], columns: Columns, require_answer: boo
 def _turns(row: Mapping[str, Any], columns: Columns, require_answer: bool) -> list[Any]:
     """Return the row's turns as they are written, whatever its format."""
     if columns.messages is not None:
-        return _turn_list(_need(row, columns.messages), columns.messages)
+        return _in_turn(_turn_list(_need(row, columns.messages), columns.messages))
     if columns.prompt is not None or columns.completion is not None:
         return _prompt_completion(row, columns.prompt or "prompt", columns.completion or "completion", require_answer)
     if columns.instruction is not None or columns.input is not None or columns.output is not None:
         return _alpaca(row, columns, require_answer)
     for name in ("messages", "conversations"):
         if row.get(name) is not None:
-            return _turn_list(row[name], name)
+            return _in_turn(_turn_list(row[name], name))
     if row.get("prompt") is not None and (not require_answer or row.get("completion") is not None):
         return _prompt_completion(row, "prompt", "completion", require_answer)
     if row.get("instruction") is not None and (not require_answer or row.get("output") is not None):
@@ -219,16 +221,16 @@ def _turns(row: Mapping[str, Any], columns: Columns, require_answer: bool) -> li
 def _prompt_completion(row: Mapping[str, Any], prompt: str, completion: str, require_answer: bool) -> list[Any]:
     turns = _text_or_turns(_need(row, prompt), "user")
     places = [] if completion in row else _PLACE.findall(completion)
-    there = any(row.get(name) is not None for name in places or [completion])
+    there = any(_value(row, name) is not None for name in places or [completion])
     answer = _need(row, completion) if require_answer or there else None
     return turns if answer is None else turns + _text_or_turns(answer, "assistant")
 
 
 def _alpaca(row: Mapping[str, Any], columns: Columns, require_answer: bool) -> list[Any]:
     instruction = _need(row, columns.instruction or "instruction")
-    extra = row.get(columns.input or "input")
+    extra = _value(row, columns.input or "input")
     output = columns.output or "output"
-    answer = _need(row, output) if require_answer else row.get(output)
+    answer = _need(row, output) if require_answer else _value(row, output)
     if not isinstance(instruction, str) or not isinstance(extra, str | None):
         raise _BadRowError(
             "bad_content", f"instruction and input must be text, found {_kind(instruction)}, {_kind(extra)}"
@@ -242,9 +244,24 @@ def _need(row: Mapping[str, Any], column: str) -> Any:
     """A column's value, or the text whose places in braces the row's columns fill."""
     if column not in row and _PLACE.search(column):
         return _PLACE.sub(lambda place: str(_need(row, place[1])), column)
-    value = row.get(column)
+    value = _value(row, column)
     if value is None:
         raise _missing(row, [column])
+    return value
+
+
+def _value(row: Mapping[str, Any], column: str) -> Any:
+    """A column's value, or what lies at a path such as `instances.0.input` inside one; None where there is nothing."""
+    if column in row or "." not in column:
+        return row.get(column)
+    value: Any = row
+    for part in column.split("."):
+        if isinstance(value, Mapping):
+            value = value.get(part)
+        elif isinstance(value, list | tuple) and part.isdecimal() and int(part) < len(value):
+            value = value[int(part)]
+        else:
+            return None
     return value
 
 
@@ -268,6 +285,13 @@ def _turn_list(value: Any, column: str) -> list[Any]:
     if not isinstance(value, list | tuple):
         raise _BadRowError("bad_messages", f"column {column!r} is {_kind(value)}, not a list of messages")
     return list(value)
+
+
+def _in_turn(turns: list[Any]) -> list[Any]:
+    """Texts alone are said by user and assistant in turn, as in LIMA; other turns are as they are."""
+    if not turns or not all(isinstance(turn, str) for turn in turns):
+        return turns
+    return [{"role": ("user", "assistant")[number % 2], "content": turn} for number, turn in enumerate(turns)]
 
 
 def _speaker(turn: Mapping[str, Any]) -> Any:
@@ -409,8 +433,12 @@ def _nothing_usable(what: str, name: str, skipped: Sequence[Skipped], columns: S
 # --- sources ------------------------------------------------------------------------------------------------------
 
 
-def _open_source(source: Any, what: str) -> tuple[Iterator[_Row], str]:
-    """Return the rows of a source and its name ("" for rows in memory)."""
+def read_rows(source: Any, what: str) -> tuple[Iterator[Row], str]:
+    """The rows of any source that `load_examples` takes, as they are, and its name ("" for rows in memory).
+
+    Raises:
+        DataError: the source is missing or unsupported; also while reading, where a file breaks off.
+    """
     if isinstance(source, str | os.PathLike):
         return _open_named(os.fspath(source), what)
     if isinstance(source, Mapping):
@@ -426,10 +454,10 @@ def _open_source(source: Any, what: str) -> tuple[Iterator[_Row], str]:
     if rows and all(isinstance(row, str | os.PathLike) for row in rows):
         opened = [_open_named(os.fspath(row), what) for row in rows]
         return (row for part, _ in opened for row in part), ", ".join(name for _, name in opened)
-    return (_Row(row, "rows", number) for number, row in enumerate(rows, start=1)), ""
+    return (Row(row, "rows", number) for number, row in enumerate(rows, start=1)), ""
 
 
-def _open_named(text: str, what: str) -> tuple[Iterator[_Row], str]:
+def _open_named(text: str, what: str) -> tuple[Iterator[Row], str]:
     on_hub = _HUB_FILE.fullmatch(text)
     if on_hub is not None:
         return _hub_file(on_hub[1], on_hub[2], on_hub[3], what)
@@ -437,7 +465,7 @@ def _open_named(text: str, what: str) -> tuple[Iterator[_Row], str]:
     if path.is_dir():
         return _open_folder(path, what)
     if path.exists():
-        if _suffix(path) not in _SUFFIXES:
+        if not is_data_file(path):
             raise DataError(
                 f"{what}: {path} is of a type that cannot be read; wanted {', '.join(_SUFFIXES)}, a folder of them, "
                 "or a Hugging Face dataset name."
@@ -450,7 +478,7 @@ def _open_named(text: str, what: str) -> tuple[Iterator[_Row], str]:
     folder, colon, split = text.rpartition(":")
     if colon and Path(folder).expanduser().is_dir() and _is_saved_dataset(Path(folder).expanduser()):
         return _saved_dataset(Path(folder).expanduser(), split, what)
-    if _HUB_NAME.fullmatch(text) and _suffix(path) not in _SUFFIXES:
+    if _HUB_NAME.fullmatch(text) and not is_data_file(path):
         return _hub_dataset(text, what)
     near = _near(path)
     raise DataError(
@@ -462,16 +490,21 @@ def _near(path: Path) -> str:
     parent = path.parent
     if not parent.is_dir():
         return f" (nor does the folder {parent})"
-    names = sorted(entry.name for entry in parent.iterdir() if _suffix(entry) in _SUFFIXES)
+    names = sorted(entry.name for entry in parent.iterdir() if is_data_file(entry))
     listed = ", ".join(names[:8]) + (" …" if len(names) > 8 else "")
     return f" (readable files in {parent.resolve()}: {listed})" if names else ""
+
+
+def is_data_file(path: Path) -> bool:
+    """Whether a file of this name is one that rows are read from."""
+    return _suffix(path) in _SUFFIXES
 
 
 def _suffix(path: Path) -> str:
     return (Path(path.stem) if path.suffix.lower() == ".gz" else path).suffix.lower()
 
 
-def _open_folder(folder: Path, what: str) -> tuple[Iterator[_Row], str]:
+def _open_folder(folder: Path, what: str) -> tuple[Iterator[Row], str]:
     if _is_saved_dataset(folder):
         return _saved_dataset(folder, None, what)
     files = sorted(
@@ -484,8 +517,8 @@ def _open_folder(folder: Path, what: str) -> tuple[Iterator[_Row], str]:
 
 def _open_files(
     files: Sequence[Path], name: str, where: str, what: str, root: Path | None = None
-) -> tuple[Iterator[_Row], str]:
-    readable = [file for file in files if _suffix(file) in _SUFFIXES]
+) -> tuple[Iterator[Row], str]:
+    readable = [file for file in files if is_data_file(file)]
     if not readable:
         kinds = ", ".join(sorted({_suffix(file) or file.name for file in files})[:10]) or "no files at all"
         raise DataError(f"{what}: nothing readable in {where}: wanted {', '.join(_SUFFIXES)}, found {kinds}.")
@@ -497,7 +530,7 @@ def _open_files(
     return rows, name if len(readable) == 1 else f"{name}: {len(readable):,} files"
 
 
-def _file_rows(path: Path, name: str, what: str) -> Iterator[_Row]:
+def _file_rows(path: Path, name: str, what: str) -> Iterator[Row]:
     suffix = _suffix(path)
     try:
         if suffix == ".parquet":
@@ -524,7 +557,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
             yield file
 
 
-def _line_rows(file: Iterable[bytes], name: str) -> Iterator[_Row]:
+def _line_rows(file: Iterable[bytes], name: str) -> Iterator[Row]:
     for number, line in enumerate(file, start=1):
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
@@ -532,14 +565,14 @@ def _line_rows(file: Iterable[bytes], name: str) -> Iterator[_Row]:
             continue
         try:
             text = line.decode("utf-8").strip()
-            yield _Row(json.loads(text), name, number, text)
+            yield Row(json.loads(text), name, number, text)
         except UnicodeDecodeError as error:
-            yield _Row(None, name, number, problem=("bad_encoding", f"not UTF-8: {error}"))
+            yield Row(None, name, number, problem=("bad_encoding", f"not UTF-8: {error}"))
         except (ValueError, RecursionError) as error:
-            yield _Row(None, name, number, problem=("bad_json", f"not valid JSON: {error}"))
+            yield Row(None, name, number, problem=("bad_json", f"not valid JSON: {error}"))
 
 
-def _json_rows(path: Path, name: str) -> Iterator[_Row]:
+def _json_rows(path: Path, name: str) -> Iterator[Row]:
     with _opened(path) as file:
         content = file.read()
     try:
@@ -560,12 +593,12 @@ def _json_rows(path: Path, name: str) -> Iterator[_Row]:
     if value is None:
         return
     if isinstance(value, dict) and isinstance(value.get("data"), list):
-        yield from (_Row(row, name, number) for number, row in enumerate(value["data"], start=1))
+        yield from (Row(row, name, number) for number, row in enumerate(value["data"], start=1))
     else:
-        yield _Row(value, name, 1, _on_one_line(text.strip()))
+        yield Row(value, name, 1, _on_one_line(text.strip()))
 
 
-def _array_rows(text: str, position: int, name: str) -> Iterator[_Row]:
+def _array_rows(text: str, position: int, name: str) -> Iterator[Row]:
     """Walk over the elements of a JSON array, keeping each one's own text."""
     decoder = json.JSONDecoder()
     skip = re.compile(r"[\s,]*")
@@ -579,9 +612,9 @@ def _array_rows(text: str, position: int, name: str) -> Iterator[_Row]:
             value, position = decoder.raw_decode(text, begin)
         except (ValueError, RecursionError) as error:
             detail = f"the array breaks off here, nothing after this line can be read: {error}"
-            yield _Row(None, name, line, problem=("bad_json", detail))
+            yield Row(None, name, line, problem=("bad_json", detail))
             return
-        yield _Row(value, name, line, _on_one_line(text[begin:position]))
+        yield Row(value, name, line, _on_one_line(text[begin:position]))
 
 
 def _on_one_line(text: str) -> str:
@@ -589,7 +622,7 @@ def _on_one_line(text: str) -> str:
     return re.sub(r"\s*[\r\n]\s*", " ", text)
 
 
-def _csv_rows(path: Path, name: str, delimiter: str, what: str) -> Iterator[_Row]:
+def _csv_rows(path: Path, name: str, delimiter: str, what: str) -> Iterator[Row]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     with _opened(path) as file:
         # Undecodable bytes are kept as surrogates so that they spoil only their own row.
@@ -609,7 +642,7 @@ def _csv_rows(path: Path, name: str, delimiter: str, what: str) -> Iterator[_Row
             try:
                 fields = next(reader, None)
             except csv.Error as error:
-                yield _Row(None, name, line, problem=("bad_csv", f"not valid csv: {error}"))
+                yield Row(None, name, line, problem=("bad_csv", f"not valid csv: {error}"))
                 continue
             if fields is None:
                 return
@@ -617,17 +650,17 @@ def _csv_rows(path: Path, name: str, delimiter: str, what: str) -> Iterator[_Row
                 yield _csv_row(header, fields, name, line)
 
 
-def _csv_row(header: list[str], fields: list[str], name: str, line: int) -> _Row:
+def _csv_row(header: list[str], fields: list[str], name: str, line: int) -> Row:
     value = dict(zip(header, fields, strict=False))
     problem = None
     if any(not field.isascii() and re.search("[\ud800-\udfff]", field) for field in fields):
         problem = ("bad_encoding", "not UTF-8: save the file as UTF-8")
     elif len(fields) != len(header):
         problem = ("bad_csv", f"{len(fields)} fields where the header names {len(header)} columns")
-    return _Row(value, name, line, problem=problem)
+    return Row(value, name, line, problem=problem)
 
 
-def _parquet_rows(path: Path, name: str, what: str) -> Iterator[_Row]:
+def _parquet_rows(path: Path, name: str, what: str) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
 
@@ -637,7 +670,7 @@ def _parquet_rows(path: Path, name: str, what: str) -> Iterator[_Row]:
             for batch in file.iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
                     number += 1
-                    yield _Row(row, name, number)
+                    yield Row(row, name, number)
     except pyarrow.ArrowException as error:
         raise DataError(f"{what}: {path} is not a parquet file that can be read: {error}.") from error
 
@@ -653,7 +686,7 @@ def _is_saved_dataset(folder: Path) -> bool:
     return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
 
 
-def _saved_dataset(folder: Path, split: str | None, what: str) -> tuple[Iterator[_Row], str]:
+def _saved_dataset(folder: Path, split: str | None, what: str) -> tuple[Iterator[Row], str]:
     from datasets import DatasetDict, load_from_disk
 
     try:
@@ -675,7 +708,7 @@ def _pick_split(splits: Mapping[str, Any], split: str | None, where: str, what: 
     return splits[wanted]
 
 
-def _hub_dataset(text: str, what: str) -> tuple[Iterator[_Row], str]:
+def _hub_dataset(text: str, what: str) -> tuple[Iterator[Row], str]:
     from datasets import load_dataset
 
     name, _, split = text.partition(":")
@@ -689,11 +722,11 @@ def _hub_dataset(text: str, what: str) -> tuple[Iterator[_Row], str]:
     return _dataset_rows(dataset, text), text
 
 
-def _hub_file(dataset: str, revision: str | None, name: str, what: str) -> tuple[Iterator[_Row], str]:
+def _hub_file(dataset: str, revision: str | None, name: str, what: str) -> tuple[Iterator[Row], str]:
     """One file of a data set's repository, by way of the hub's own cache."""
     from huggingface_hub import hf_hub_download
 
-    if _suffix(Path(name)) not in _SUFFIXES:
+    if not is_data_file(Path(name)):
         raise DataError(f"{what}: {name} in {dataset} is of a type that cannot be read; wanted {', '.join(_SUFFIXES)}.")
     try:
         path = Path(hf_hub_download(dataset, name, repo_type="dataset", revision=revision))
@@ -705,7 +738,7 @@ def _hub_file(dataset: str, revision: str | None, name: str, what: str) -> tuple
     return _file_rows(path, f"{dataset}/{name}", what), f"{dataset}/{name}"
 
 
-def _dataset_rows(dataset: Dataset, name: str) -> Iterator[_Row]:
+def _dataset_rows(dataset: Dataset, name: str) -> Iterator[Row]:
     # A torch or numpy format would turn the user's values into tensors.
     plain = dataset.with_format(None)
-    return (_Row(row, name, number) for number, row in enumerate(plain, start=1))
+    return (Row(row, name, number) for number, row in enumerate(plain, start=1))

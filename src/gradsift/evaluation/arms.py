@@ -100,9 +100,29 @@ class RewardMetric(MeanReward):
 
 
 class PairwiseMetric(Pairwise):
-    """`Pairwise` as a recipe writes it."""
+    """`Pairwise` as a recipe writes it, whose `against` may also be `arm:NAME`: what another arm's model answers.
+
+    budget: of that arm; by default the one of the cell that is measured, or the nearest that there is.
+    """
 
     ask: Endpoint | None = Field(default=None, repr=False)
+    budget: Annotated[float | None, BeforeValidator(_share)] = None
+
+    @property
+    def opponent(self) -> str | None:
+        """Name of the arm that it is compared with."""
+        return self.against.removeprefix("arm:") if self.against.startswith("arm:") else None
+
+    @model_validator(mode="after")
+    def _budget_of_an_arm(self) -> PairwiseMetric:
+        if self.budget is not None and self.opponent is None and self.name is None:
+            raise ValueError(f"budget is of an arm, and against is {self.against!r}: name an arm, as arm:NAME")
+        return self
+
+    def meeting(self, adapter: str, budget: int) -> PairwiseMetric:
+        """The same with that arm's adapter in its place."""
+        name = self.opponent if self.budget is None else f"{self.opponent}, {budget} examples"
+        return self.model_copy(update={"against": adapter, "name": name})
 
 
 class GradingMetric(Grading):
@@ -134,6 +154,7 @@ class Arm(Settings):
     full: instead, the whole pool.
     base: instead, nothing: the model before any training, measured once.
     seeds: of its own, where they are not those of the comparison; differences pair the seeds that both have.
+    training: of this arm, where it is not the comparison's.
 
     Example:
         >>> arm = Arm(estimator={"kind": "ji2s", "joint_weight": [0, 0.1]})
@@ -151,6 +172,7 @@ class Arm(Settings):
     full: bool = False
     base: bool = False
     seeds: tuple[int, ...] | None = None
+    training: Annotated[Training | None, BeforeValidator(_training)] = None
 
     @model_validator(mode="after")
     def _one_source(self) -> Arm:
@@ -165,6 +187,8 @@ class Arm(Settings):
             check_seeds(self.seeds)
             if self.base:
                 raise ValueError("base: true is measured once: seeds do not go with it")
+        if self.base and self.training is not None:
+            raise ValueError("base: true is the model before training: training does not go with it")
         if not self.estimator and self.selection != (TopK(),):
             raise ValueError(f"selection chooses by an estimator's scores: it does not go with {given[0]}")
         return self
@@ -250,6 +274,7 @@ class Contender:
     columns: Columns = field(default_factory=Columns)
     base: bool = False
     seeds: tuple[int, ...] | None = None
+    training: Training | None = None
     family: str = ""
     setting: float | None = None
 
@@ -284,7 +309,7 @@ def contenders(arms: Sequence[Arm], estimator: Method, selection: SelectionMetho
         usual = [Arm(estimator=(estimator,), selection=(selection,))]
         usual += [Arm(estimator=(control,)) for control in (BM25(), Random()) if type(control) is not type(estimator)]
         arms = [*usual, Arm(full=True)]
-    found = [replace(one, seeds=arm.seeds) for arm in arms for one in _of_arm(arm)]
+    found = [replace(one, seeds=arm.seeds, training=arm.training) for arm in arms for one in _of_arm(arm)]
     names = [one.name for one in found]
     for name in names:
         if names.count(name) > 1:

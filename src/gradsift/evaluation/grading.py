@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-import pyarrow.parquet as pq
 from pydantic import ConfigDict, Field
 
+from gradsift.data.load import Row, read_rows
 from gradsift.errors import ConfigError, DataError
-from gradsift.evaluation.judging import as_text, asking, judge_identity, verdicts
+from gradsift.evaluation.judging import as_text, judge_identity, verdicts
 from gradsift.evaluation.mean_reward import GREEDY, respond
 from gradsift.evaluation.metric import Figure, Measured, Notebook, in_words, mean_figure, source_name
 from gradsift.evaluation.setup import Setup, Subject
@@ -39,8 +38,8 @@ class Grading(Settings):
     10 by a question of its own, in which the judge sees the conversation so far, and the reference answer where the
     questions file has one.
 
-    questions: a jsonl file (or rows) in MT-Bench's form: `turns` (a list of texts) or `prompt` (a text), and if you
-        like `question_id` or `id`, `category`, `reference` (a list of answers, one a turn).
+    questions: a file, data set name or rows in MT-Bench's form: `turns` (a list of texts) or `prompt` (a text, or such
+        a list), and if you like `question_id` or `id`, `category`, `reference` (a list of answers, one a turn).
     ask: the endpoint (or in Python anything with `complete`) that judges.
     judge: criteria and settings of the questions.
     sampling: how answers are drawn, one each. MT-Bench itself draws at 0.7 for writing and roleplay; the default is
@@ -103,15 +102,15 @@ class BoundGrading:
         asked = self._answered(subject)
         if not asked:
             raise DataError("the model could answer none of the questions: are they longer than it can read?")
-        with asking(self.metric.judge, self.metric.ask) as judge:
-            found, reasons = verdicts(
-                asked,
-                lambda question: judge.grade(*question),
-                notebook,
-                workers=self.metric.judge.workers,
-                what=f"{self.metric.label}, {subject.name}",
-                reporter=subject.setup.reporter,
-            )
+        found, reasons = verdicts(
+            asked,
+            lambda judge, question: judge.grade(*question),
+            notebook,
+            judge=self.metric.judge,
+            ask=self.metric.ask,
+            what=f"{self.metric.label}, {subject.name}",
+            reporter=subject.setup.reporter,
+        )
         grades = {id_: float(grade) for id_, grade in found.items()}
         by_question: dict[str, dict[int, float]] = {}
         for question in self.questions:
@@ -174,19 +173,19 @@ def read_questions(source: Any) -> tuple[tuple[Question, ...], tuple[str, ...]]:
     Raises:
         DataError: the file cannot be read, or no row of it is a question.
     """
-    rows = _rows(source)
+    rows, _ = read_rows(source, "questions")
     questions: list[Question] = []
     left_out: list[str] = []
     seen: dict[str, int] = {}
-    for number, row in enumerate(rows, 1):
+    for row in rows:
         try:
-            question = _question(row, number)
+            question = _question(row)
         except DataError as error:
-            left_out.append(f"row {number}: {error}")
+            left_out.append(f"row {row.line}: {error}")
             continue
         seen[question.id] = seen.get(question.id, 0) + 1
         if seen[question.id] > 1:
-            left_out.append(f"row {number}: a second question with the id {question.id!r}")
+            left_out.append(f"row {row.line}: a second question with the id {question.id!r}")
             continue
         questions.append(question)
     if not questions:
@@ -197,38 +196,10 @@ def read_questions(source: Any) -> tuple[tuple[Question, ...], tuple[str, ...]]:
     return tuple(questions), tuple(left_out)
 
 
-def _rows(source: Any) -> Sequence[Any]:
-    if not isinstance(source, str | Path):
-        return list(source)
-    import json
-
-    path = Path(source)
-    try:
-        if path.suffix == ".parquet":
-            return list(pq.read_table(path).to_pylist())
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: {error.reason}") from error
-    except OSError as error:
-        raise DataError(f"cannot read the questions file {path}: {error.strerror or error}") from error
-    if text.lstrip().startswith("["):
-        try:
-            return list(json.loads(text))
-        except ValueError as error:
-            raise DataError(f"{path} is not JSON: {error}") from error
-    rows: list[Any] = []
-    for line in text.splitlines():
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except ValueError as error:
-                rows.append(error)
-    return rows
-
-
-def _question(row: Any, number: int) -> Question:
-    if isinstance(row, Exception):
-        raise DataError(f"is not JSON ({row})")
+def _question(found: Row) -> Question:
+    if found.problem is not None:
+        raise DataError(found.problem[1])
+    row = found.value
     if not isinstance(row, Mapping):
         raise DataError("is not an object with named columns")
     turns = row.get("turns", row.get("prompt"))
@@ -241,7 +212,7 @@ def _question(row: Any, number: int) -> Question:
         raise DataError("has a `reference` that is neither a text nor a list of texts")
     own = row.get("question_id", row.get("id"))
     return Question(
-        str(own if own is not None else number),
+        str(own if own is not None else found.line),
         str(row.get("category") or ""),
         tuple(turns),
         tuple(reference or None for reference in references),

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from gradsift.errors import ConfigError, DataError, GradsiftError
+from gradsift.errors import DataError, GradsiftError
 from gradsift.evaluation.metric import Notebook
 from gradsift.generation.endpoint import Endpoint, connected
 from gradsift.progress import Reporter
@@ -24,25 +24,13 @@ def judge_identity(judge: Judge, ask: Endpoint | Chat) -> dict[str, Any] | None:
     return {"settings": settings, **ask.served}
 
 
-@contextmanager
-def asking(judge: Judge, ask: Endpoint | Chat | None) -> Iterator[BoundJudge]:
-    """The judge with the model that it asks; a connection is closed afterwards.
-
-    Raises:
-        ConfigError: there is nobody to ask.
-    """
-    if ask is None:
-        raise ConfigError("a judge asks a language model, and none is named: give --judge-model, or `ask` in Python")
-    with connected(ask) as chat:
-        yield judge.bind(chat)
-
-
 def verdicts(
     questions: Mapping[str, Any],
-    answer: Callable[[Any], Any],
+    answer: Callable[[BoundJudge, Any], Any],
     notebook: Notebook,
     *,
-    workers: int,
+    judge: Judge,
+    ask: Endpoint | Chat,
     what: str,
     reporter: Reporter,
 ) -> tuple[dict[str, Any], dict[str, str]]:
@@ -50,9 +38,10 @@ def verdicts(
 
     Args:
         questions: by item id; JSON-able, since another question under the same id is another item.
-        answer: JSON-able, or a text that says why there is none; then the question is asked again next time.
+        answer: by the judge: JSON-able, or a text that says why there is none; then it is asked again next time.
         notebook: of the evaluation.
-        workers: questions at a time.
+        judge: asks so many questions at a time as it has `workers`.
+        ask: whom it asks; a connection is closed afterwards.
         what: the word for progress.
         reporter: where it goes.
 
@@ -68,18 +57,19 @@ def verdicts(
     reasons: dict[str, str] = {}
     failures: list[GradsiftError] = []
 
-    def asked(question: Any) -> Any:
+    def asked(bound: BoundJudge, question: Any) -> Any:
         if failures:
             return None
         try:
-            return answer(question)
+            return answer(bound, question)
         except GradsiftError as error:  # others that are under way may still be answered, and are paid for
             failures.append(error)
             return None
 
     ids = list(waiting)
-    with reporter.stage(what, len(waiting), "questions") as advance:
-        for position, found in side_by_side(asked, list(waiting.values()), workers):
+    with connected(ask) as chat, reporter.stage(what, len(waiting), "questions") as advance:
+        put = partial(asked, judge.bind(chat))
+        for position, found in side_by_side(put, list(waiting.values()), judge.workers):
             if isinstance(found, str):
                 reasons[ids[position]] = found
             elif found is not None:

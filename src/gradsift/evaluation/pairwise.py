@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field
 
 from gradsift.data.load import Columns
 from gradsift.errors import ConfigError, DataError
-from gradsift.evaluation.judging import as_text, asking, judge_identity, verdicts
+from gradsift.evaluation.judging import as_text, judge_identity, verdicts
 from gradsift.evaluation.length_controlled import length_controlled_win_rate
 from gradsift.evaluation.mean_reward import GREEDY, respond
 from gradsift.evaluation.metric import Figure, Measured, Notebook, in_words, mean_figure, source_name
@@ -39,6 +39,7 @@ class Pairwise(Settings):
     ask: the endpoint (or in Python anything with `complete`) that judges.
     judge: criteria and settings of the questions.
     sampling: how responses are drawn, for both sides; one each.
+    name: what tables call the other side.
     difficulty: column with γ of each instruction, for the length-controlled win rate; see `instruction_difficulty`.
     columns: names of the columns of `data`.
 
@@ -54,13 +55,14 @@ class Pairwise(Settings):
     ask: Any = Field(default=None, repr=False)
     judge: Judge = Judge()
     sampling: Sampling = GREEDY
+    name: str | None = None
     difficulty: str | None = None
     columns: Columns = Columns()
 
     @property
     def label(self) -> str:
         """What tables call it."""
-        return f"wins against {self.against} on {source_name(self.data)}"
+        return f"wins against {self.name or self.against} on {source_name(self.data)}"
 
     def bind(self, setup: Setup) -> BoundPairwise:
         """Load the prompts, and what they are compared with where the rows have it.
@@ -135,15 +137,15 @@ class BoundPairwise:
         questions = {id_: [as_text(by_id[id_].messages), own[id_], references[id_]] for id_ in own if id_ in references}
         if not questions:
             raise DataError("no prompt has a response of both sides: there is nothing to compare")
-        with asking(self.metric.judge, self.metric.ask) as judge:
-            found, reasons = verdicts(
-                questions,
-                lambda question: judge.compare(*question),
-                notebook,
-                workers=self.metric.judge.workers,
-                what=f"{self.metric.label}, {subject.name}",
-                reporter=subject.setup.reporter,
-            )
+        found, reasons = verdicts(
+            questions,
+            lambda judge, question: judge.compare(*question),
+            notebook,
+            judge=self.metric.judge,
+            ask=self.metric.ask,
+            what=f"{self.metric.label}, {subject.name}",
+            reporter=subject.setup.reporter,
+        )
         orders = {id_: (int(first), int(second)) for id_, (first, second) in found.items()}
         rewards = {id_: {2: 1.0, -2: 0.0}.get(sum(order), 0.5) for id_, order in orders.items()}
         figures = [mean_figure("win_rate", rewards, higher_is_better=True)]

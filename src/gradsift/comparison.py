@@ -12,9 +12,8 @@ from typing import Any
 
 from gradsift.comparison_plan import Plan, planned
 from gradsift.context import Pool
-from gradsift.data.dataset import Dataset
 from gradsift.errors import ConfigError, GradsiftError, LockedError, StorageError
-from gradsift.evaluation.arms import Contender
+from gradsift.evaluation.arms import Contender, PairwiseMetric
 from gradsift.evaluation.comparison import (
     Cell,
     CellFailure,
@@ -26,6 +25,7 @@ from gradsift.evaluation.comparison import (
 )
 from gradsift.evaluation.evaluate import Evaluation, evaluate, settings_of
 from gradsift.evaluation.fine_tune import train_on
+from gradsift.evaluation.metric import Measured
 from gradsift.evaluation.setup import Trained
 from gradsift.evaluation.stage_costs import StageClock
 from gradsift.gradients.rows import View
@@ -89,6 +89,7 @@ class _Work:
         self.cells: list[Cell] = []
         self.failures: list[CellFailure] = []
         self.choices: dict[tuple[str, int, int], tuple[str, ...] | _Stopped] = {}
+        self.trained: dict[tuple[str, int, int], Trained | _Stopped] = {}
         self._scores: tuple[str, Scores | _Stopped] | None = None
 
     def compare(self) -> Comparison:
@@ -196,24 +197,25 @@ class _Work:
         if contender.base:
             self._untrained(contender, seed)
             return
-        ids = self.choices[contender.name, budget, seed] if contender.sized else self.plan.available
-        stopped = ids if isinstance(ids, _Stopped) else None
-        if stopped is None:
-            assert not isinstance(ids, _Stopped)
-            data = self.plan.datasets.get(contender.name)
-            found = self._trained(contender, budget, seed, self.pool.data if data is None else data, data or ids)
-            if not isinstance(found, _Stopped):
-                trained, evaluation = found
-                self._keep(contender, budget, seed, trained, evaluation, () if data is not None else ids)
-                return
-            stopped = found
-        self._failed(contender, budget, seed, stopped)
+        trained = self._trained(contender, budget, seed)
+        if isinstance(trained, _Stopped):
+            self._failed(contender, budget, seed, trained)
+            return
+        try:
+            evaluation = self._evaluated(trained, contender, budget, seed)
+        except _FATAL:
+            raise
+        except _CELL_ERRORS as error:
+            self._failed(contender, budget, seed, _Stopped("evaluate", error))
+            return
+        ids = self._chosen(contender, budget, seed)
+        assert not isinstance(ids, _Stopped)
+        self._keep(contender, budget, seed, trained, evaluation, () if contender.data is not None else ids)
 
     def _untrained(self, contender: Contender, seed: int) -> None:
         """Evaluate the model as it is."""
-        identity = {"model": self.pool.model, "dtype": self.pool.dtype}
         try:
-            evaluation = self._evaluated(None, contender, identity)
+            evaluation = self._evaluated(None, contender, 0, seed)
         except _FATAL:
             raise
         except _CELL_ERRORS as error:
@@ -229,51 +231,95 @@ class _Work:
         words = _words(contender, budget, seed)
         self.pool.reporter.warn(f"{words}: {stopped.stage} failed, the rest goes on: {said}")
 
-    def _trained(
-        self, contender: Contender, budget: int, seed: int, data: Dataset, source: Dataset | tuple[str, ...]
-    ) -> tuple[Trained, Evaluation] | _Stopped:
-        """The training and what its metrics found. `source`: a data set, or ids of `data`."""
-        job, ids = self.job, list(source.ids if isinstance(source, Dataset) else source)
-        training = contender.training or job.training
-        identity: dict[str, Any] = {
+    def _chosen(self, contender: Contender, budget: int, seed: int) -> tuple[str, ...] | _Stopped:
+        """The ids that are trained on."""
+        if contender.sized:
+            return self.choices[contender.name, budget, seed]
+        data = self.plan.datasets.get(contender.name)
+        return self.plan.available if data is None else tuple(data.ids)
+
+    def _training(self, contender: Contender, budget: int, seed: int) -> dict[str, Any]:
+        """What decides a training."""
+        if contender.base:
+            return {"model": self.pool.model, "dtype": self.pool.dtype}
+        job, data = self.job, self.plan.datasets.get(contender.name, self.pool.data)
+        ids = self._chosen(contender, budget, seed)
+        assert not isinstance(ids, _Stopped)
+        return {
             "data": data.fingerprint,
             "ids": fingerprint(sorted(ids)),
-            "training": training.model_dump(mode="json"),
+            "training": (contender.training or job.training).model_dump(mode="json"),
             "full": job.full_training,
             "seed": seed,
             "best_by": None if job.best_by is None else settings_of(job.best_by),
         }
-        stage = "train"
+
+    def _trained(self, contender: Contender, budget: int, seed: int) -> Trained | _Stopped:
+        """The model of a cell, trained now or before; or what stopped it."""
+        ids = self._chosen(contender, budget, seed)
+        if isinstance(ids, _Stopped):
+            return ids
+        key = contender.name, budget, seed
+        if key not in self.trained:
+            self.trained[key] = self._train(contender, budget, seed, ids)
+        return self.trained[key]
+
+    def _train(self, contender: Contender, budget: int, seed: int, ids: tuple[str, ...]) -> Trained | _Stopped:
+        job, own = self.job, self.plan.datasets.get(contender.name)
+        data = self.pool.data if own is None else own
+        training = contender.training or job.training
         try:
-            with self.clock.timed(stage, contender.name, identity) as timed:
-                tokens = int(data.lengths[data.positions(ids)].sum())
-                timed.amounts["examples"] = float(len(ids) * job.training.epochs)
-                timed.amounts["tokens"] = float(tokens * job.training.epochs)
-                trained = train_on(
+            with self.clock.timed("train", contender.name, self._training(contender, budget, seed)) as timed:
+                tokens = int(data.lengths[data.positions(list(ids))].sum())
+                timed.amounts["examples"] = float(len(ids) * training.epochs)
+                timed.amounts["tokens"] = float(tokens * training.epochs)
+                return train_on(
                     self.pool,
-                    source,
-                    job.training,
+                    ids if own is None else own,
+                    training,
                     seed=seed,
                     keep=job.keep,
                     best_by=job.best_by,
                     full=job.full_training,
                     what=_words(contender, budget, seed),
                 )
-            stage = "evaluate"
-            evaluation = self._evaluated(trained, contender, identity)
         except _FATAL:
             raise
         except _CELL_ERRORS as error:
-            return _Stopped(stage, error)
-        return trained, evaluation
+            return _Stopped("train", error)
 
-    def _evaluated(self, trained: Trained | None, contender: Contender, identity: dict[str, Any]) -> Evaluation:
+    def _evaluated(self, trained: Trained | None, contender: Contender, budget: int, seed: int) -> Evaluation:
         """What the metrics find; None is the model before training."""
-        measuring = {**identity, "metrics": [settings_of(metric) for metric in self.job.metrics]}
+        metrics: list[Any] = []
+        unmet: list[Measured] = []
+        for metric in self.job.metrics:
+            met = self._met(metric, contender, budget, seed)
+            if isinstance(met, Measured):
+                unmet.append(met)
+            elif met is not None:
+                metrics.append(met)
+        measuring = self._training(contender, budget, seed) | {"metrics": [settings_of(metric) for metric in metrics]}
+        if not metrics:
+            return Evaluation(contender.name, {}, tuple(unmet))
         with self.clock.timed("evaluate", contender.name, measuring) as timed:
-            evaluation = evaluate(self.pool, trained, self.job.metrics)
+            evaluation = evaluate(self.pool, trained, metrics)
             timed.done = not any(found.error or found.partial for found in evaluation.results)
-        return evaluation
+        return replace(evaluation, results=(*evaluation.results, *unmet))
+
+    def _met(self, metric: Any, contender: Contender, budget: int, seed: int) -> Any:
+        """The metric with the model of the arm that it compares with; None for that arm's own cell, or a failure."""
+        if not isinstance(metric, PairwiseMetric) or metric.opponent is None:
+            return metric
+        other, at, of_seed = self.plan.opponent(metric, budget, seed)
+        if (other.name, at) == (contender.name, budget):
+            return None
+        if other.base:
+            return metric.meeting("base", at)
+        found = self._trained(other, at, of_seed)
+        if isinstance(found, _Stopped):
+            error = f"{_words(other, at, of_seed)}, which it is compared with: {found.stage} failed: {found.error}"
+            return Measured(metric.meeting("", at).label, metric.kind, (), settings=settings_of(metric), error=error)
+        return metric.meeting(found.path, at)
 
     def _keep(
         self,

@@ -11,7 +11,7 @@ from gradsift.data.dataset import Dataset, prepare
 from gradsift.data.load import load_examples
 from gradsift.data.overlap import hashed
 from gradsift.errors import ConfigError, DataError, MismatchError
-from gradsift.evaluation.arms import Compare, Contender, asking, contenders
+from gradsift.evaluation.arms import Compare, Contender, PairwiseMetric, asking, contenders
 from gradsift.evaluation.setup import subject_of
 from gradsift.influence.diagnostics import check_samples
 from gradsift.influence.nice import NICE, NICEIF
@@ -58,6 +58,16 @@ class Plan:
     def seeds_of(self, contender: Contender) -> tuple[int, ...]:
         """Seeds of one arm; an untrained model does not depend on any."""
         return self.job.seeds[:1] if contender.base else contender.seeds or self.job.seeds
+
+    def opponent(self, metric: PairwiseMetric, budget: int, seed: int) -> tuple[Contender, int, int]:
+        """The cell that a metric compares with: at its budget or else this one's or the nearest, and with this seed."""
+        other = next(one for one in self.contenders if one.name == metric.opponent)
+        at = self.size(other)
+        if other.sized:
+            wanted = budget if metric.budget is None else metric.budget
+            at = min(self.budgets, key=lambda one: abs(one - wanted))
+        seeds = self.seeds_of(other)
+        return other, at, seed if seed in seeds else seeds[0]
 
     def cells(self) -> Iterator[tuple[Contender, int, int]]:
         """Contender, budget and seed of every cell, in the order they are worked on: a whole table per seed."""
@@ -115,11 +125,16 @@ def planned(recipe: Recipe, job: Compare, reporter: Reporter) -> Plan:
     warnings = []
     if overlap:
         warnings.append(f"{len(overlap)} pool rows are also in the target and are left out of every choice")
-    metrics = tuple(asking(metric, recipe.judge) for metric in job.metrics)
+    metrics = tuple(_meeting(asking(metric, recipe.judge), job, found, budgets, available) for metric in job.metrics)
     best_by = None if job.best_by is None else asking(job.best_by, recipe.judge)
+    if isinstance(best_by, PairwiseMetric) and best_by.opponent is not None:
+        raise ConfigError(
+            "compare.best_by: epochs cannot be chosen by another arm's model: compare with base or answer"
+        )
     job = job.model_copy(update={"metrics": metrics, "best_by": best_by})
     for metric in (*metrics, *([] if best_by is None else [best_by])):
-        metric.bind(subject_of(pool, None).base)
+        met = isinstance(metric, PairwiseMetric) and metric.opponent is not None
+        (metric.model_copy(update={"against": "base"}) if met else metric).bind(subject_of(pool, None).base)
         warnings += _leaks(pool, target, metric)
     for warning in dict.fromkeys(warnings):
         reporter.warn(warning)
@@ -169,6 +184,36 @@ def _counts(budgets: Sequence[float], available: int) -> tuple[int, ...]:
                 f"compare.budgets: {budget:g} of {available} examples is {count}, and so is another: name each once"
             )
     return tuple(sorted(counts))
+
+
+def _meeting(
+    metric: Any, job: Compare, found: Sequence[Contender], budgets: Sequence[int], available: Sequence[str]
+) -> Any:
+    """The metric with the budget of the arm that it compares with as a number of examples.
+
+    Raises:
+        ConfigError: there is no such arm or budget, or its models are no adapters.
+    """
+    if not isinstance(metric, PairwiseMetric) or metric.opponent is None:
+        return metric
+    other = next((one for one in found if one.name == metric.opponent), None)
+    if other is None:
+        there = ", ".join(repr(one.name) for one in found)
+        raise ConfigError(f"compare.metrics: against is 'arm:{metric.opponent}', and there is no such arm: {there}")
+    if job.full_training and not other.base:
+        raise ConfigError(
+            f"compare.metrics: against is 'arm:{metric.opponent}', whose whole model would have to be loaded beside "
+            "this one: leave full_training out, or compare with the base or with answers"
+        )
+    if metric.budget is None:
+        return metric
+    count = budget_count(metric.budget, len(available))
+    if not other.sized or count not in budgets:
+        raise ConfigError(
+            f"compare.metrics: the budget of 'arm:{metric.opponent}' is {count}, which is none of its own: "
+            + (f"there are {', '.join(map(str, budgets))}" if other.sized else "it takes no budget, leave it out")
+        )
+    return metric.model_copy(update={"budget": count})
 
 
 def _check_origin(name: str, data: Dataset, pool: Pool) -> None:

@@ -115,14 +115,14 @@ class PairwiseMetric(Pairwise):
 
     @model_validator(mode="after")
     def _budget_of_an_arm(self) -> PairwiseMetric:
-        if self.budget is not None and self.opponent is None and self.name is None:
+        if self.budget is not None and self.opponent is None:
             raise ValueError(f"budget is of an arm, and against is {self.against!r}: name an arm, as arm:NAME")
         return self
 
     def meeting(self, adapter: str, budget: int) -> PairwiseMetric:
         """The same with that arm's adapter in its place."""
         name = self.opponent if self.budget is None else f"{self.opponent}, {budget} examples"
-        return self.model_copy(update={"against": adapter, "name": name})
+        return self.model_copy(update={"against": adapter, "name": self.name or name})
 
 
 class GradingMetric(Grading):

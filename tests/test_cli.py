@@ -11,7 +11,7 @@ import typer
 from pydantic import TypeAdapter
 
 import gradsift
-from gradsift import cli, options
+from gradsift import cli
 from gradsift.cli import app, parse_budget
 from gradsift.errors import ConfigError, DataError
 from gradsift.options import reward_of, strategy_of
@@ -22,7 +22,7 @@ from gradsift.rewards.matching import Exact, Numeric, Regex
 from gradsift.rewards.reward import Reward
 from gradsift.rewards.reward_model import RewardModel
 from gradsift.selection.select import budget_count
-from gradsift.selection.strategies import Strategy
+from gradsift.selection.strategies import KINDS, Strategy
 from tiny_world import Cli
 
 COMMANDS = (
@@ -221,10 +221,10 @@ def test_rewards_by_name(text: str, reward: Any) -> None:
     assert TypeAdapter(Reward).validate_python(reward_of(text)) == reward
 
 
-def test_all_strategies_by_name_are_those_of_the_package() -> None:
-    """`--compare` and Python's ALL_STRATEGIES are the same; every text names the strategy that it looks like."""
-    made = tuple(TypeAdapter(Strategy).validate_python(strategy_of(text)) for text in options.ALL_STRATEGIES)
-    assert made == gradsift.ALL_STRATEGIES
+def test_strategies_by_name_are_those_of_the_package() -> None:
+    """Every kind has its name; every text names the strategy that it looks like."""
+    made = tuple(TypeAdapter(Strategy).validate_python(strategy_of(kind)) for kind in KINDS)
+    assert {type(strategy) for strategy in made} == {type(strategy) for strategy in gradsift.ALL_STRATEGIES}
     assert strategy_of("facility_location:most_harmful:0.75", 0.5) == {
         "kind": "facility_location", "trade_off": 0.75, "order": "most_harmful",
     }  # fmt: skip

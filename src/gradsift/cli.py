@@ -695,7 +695,8 @@ def validate(
 
 
 def _explain_recipe(given: dict[str, Any], **more: Any) -> Any:
-    from gradsift.options import ALL_STRATEGIES, counts_of, estimator_of, strategy_of
+    from gradsift.explanation.explain import ALL_STRATEGIES
+    from gradsift.options import counts_of, estimator_of, strategy_of
 
     settings = {"optimizer": "sgd", "raw": False, "checkpoints": "last", "seed": given["seed"]}
     job: dict[str, Any] = {
@@ -712,10 +713,11 @@ def _explain_recipe(given: dict[str, Any], **more: Any) -> Any:
         estimator_of(kind, {**settings, "damping": given["damping"] if kind in damped or not damped else None})
         for kind in given["estimators"]
     ]
-    chosen = ALL_STRATEGIES if given["compare"] else given["strategies"]
+    chosen = [strategy_of(text, given["trade_off"]) for text in given["strategies"]]
+    if given["compare"]:
+        chosen = [strategy.model_dump() for strategy in ALL_STRATEGIES]
     job["strategies"] = [
-        {**fields, "seed": given["seed"]} if fields["kind"] == "random" else fields
-        for fields in (strategy_of(text, given["trade_off"]) for text in chosen)
+        {**fields, "seed": given["seed"]} if fields["kind"] == "random" else fields for fields in chosen
     ]
     values = {name: value for name, value in given.items() if name != "estimators"}
     return _recipe(values, explain={**job, **more})

@@ -10,13 +10,15 @@ from gradsift.context import Pool, Target
 from gradsift.data.dataset import Dataset, prepare
 from gradsift.data.load import load_examples
 from gradsift.data.overlap import hashed
-from gradsift.errors import ConfigError, DataError, MismatchError
+from gradsift.errors import ConfigError, DataError, MismatchError, UnusableRowsError
 from gradsift.evaluation.arms import Compare, Contender, PairwiseMetric, asking, contenders
 from gradsift.evaluation.setup import subject_of
+from gradsift.influence.alpagasus import AlpaGasus
+from gradsift.influence.deita import DEITA
 from gradsift.influence.diagnostics import check_samples
 from gradsift.influence.nice import NICE, NICEIF
 from gradsift.influence.prompts import PromptTarget
-from gradsift.influence.ratings import with_judge
+from gradsift.influence.ratings import check_raters, with_judge
 from gradsift.influence.scores import Method, needs_target, pool_view, target_sources
 from gradsift.pipeline import open_recipe, open_recipe_target, say_skipped
 from gradsift.progress import Reporter
@@ -99,6 +101,9 @@ def planned(recipe: Recipe, job: Compare, reporter: Reporter) -> Plan:
             check_selection(one.selection, one.estimator)
     pool = open_recipe(recipe, reporter)
     methods = [one.estimator for one in found if one.estimator is not None]
+    for method in methods:
+        if isinstance(method, AlpaGasus | DEITA):
+            check_raters(method)
     target = _target(recipe, pool, methods)
     if target is not None:
         say_skipped(target.data.skipped, "target", len(target.data), reporter)
@@ -151,14 +156,20 @@ def _judged(contender: Contender, recipe: Recipe) -> Contender:
 def _target(recipe: Recipe, pool: Pool, methods: Sequence[Method]) -> Target | PromptTarget | None:
     if recipe.target is None and not any(needs_target(method) for method in methods):
         return None
+    unpaid = next((method for method in methods if isinstance(method, NICE | NICEIF)), None)
+    if unpaid is not None and recipe.reward is None:
+        raise ConfigError(
+            f"{unpaid.label} ranks by a reward, and none is named: give `reward:`, such as "
+            "{kind: numeric}, or leave that arm out"
+        )
     try:
         return open_recipe_target(recipe, pool)
-    except DataError as error:
+    except UnusableRowsError as error:
         needing = next((method for method in methods if pool_view(method) and not isinstance(method, NICE)), None)
         if recipe.reward is not None or needing is None:
             raise
         raise DataError(
-            f"{error}. {needing.label} compares gradients with those of answers: add answers to the target, or use "
+            f"{error} {needing.label} compares gradients with those of answers: add answers to the target, or use "
             "NICE with a reward (`reward:`), which needs none"
         ) from error
 

@@ -11,6 +11,10 @@ class DataError(GradsiftError):
     """Input rows, files or columns cannot be used."""
 
 
+class UnusableRowsError(DataError):
+    """A source can be read, and no row of it can be used."""
+
+
 class ModelError(GradsiftError):
     """A model, tokenizer or adapter cannot be loaded or does not fit what is asked of it."""
 

@@ -2,38 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gradsift.errors import ConfigError
-
-STRATEGIES = (
-    "most_helpful",
-    "most_harmful",
-    "most_influential",
-    "least_influential",
-    "facility_location",
-    "divine",
-    "aide",
-    "random",
-    "relevance_pursuit",
-)
-ORDERS = STRATEGIES[:4]
 
 # Options of `--estimator ji2s`, each named as the field that it fills; None where it is not given.
 JOINT = (
     "hessian", "joint_weight", "joint_lr_power", "pair_reduction", "standardise_terms", "normalise", "subtract_bias",
 )  # fmt: skip
-
-# All strategies of Compact's Table 1, and relevance pursuit, as texts for `strategy_of`.
-ALL_STRATEGIES = (
-    *ORDERS,
-    *(f"facility_location:{order}:{trade_off}" for order in ORDERS for trade_off in (0.25, 0.5, 0.75, 1.0)),
-    *(f"divine:{order}" for order in ORDERS),
-    "aide",
-    "random",
-    "relevance_pursuit",
-)
 
 
 def strategy_of(text: str, trade_off: float | None = None) -> dict[str, Any]:
@@ -49,9 +26,11 @@ def strategy_of(text: str, trade_off: float | None = None) -> dict[str, Any]:
         >>> strategy_of("facility_location:0.25")
         {'kind': 'facility_location', 'trade_off': 0.25}
     """
+    from gradsift.selection.strategies import KINDS, ORDERS  # imports torch, for which `--help` should not wait
+
     kind, *parts = text.split(":")
-    if kind not in STRATEGIES:
-        raise ConfigError(f"--strategy {kind!r} is unknown: there are {', '.join(STRATEGIES)}")
+    if kind not in KINDS:
+        raise ConfigError(f"--strategy {kind!r} is unknown: there are {', '.join(KINDS)}")
     fields: dict[str, Any] = {"kind": kind}
     if kind == "facility_location" and trade_off is not None:
         fields["trade_off"] = trade_off
@@ -59,7 +38,7 @@ def strategy_of(text: str, trade_off: float | None = None) -> dict[str, Any]:
         if part in ORDERS and kind in ("facility_location", "divine", "relevance_pursuit"):
             fields["order"] = part
         elif kind == "facility_location":
-            fields["trade_off"] = _trade_off(text, part)
+            fields["trade_off"] = _trade_off(text, part, ORDERS)
         else:
             raise ConfigError(
                 f"--strategy {text!r}: {part!r} does not go with {kind}; wanted a name such as divine:most_influential "
@@ -329,13 +308,13 @@ def rewards_of(given: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def _trade_off(text: str, part: str) -> float:
+def _trade_off(text: str, part: str, orders: Sequence[str]) -> float:
     try:
         value = float(part)
     except ValueError:
         value = -1.0
     if not 0 <= value <= 1:
         raise ConfigError(
-            f"--strategy {text!r}: {part!r} is neither a trade-off between 0 and 1 nor one of {', '.join(ORDERS)}"
+            f"--strategy {text!r}: {part!r} is neither a trade-off between 0 and 1 nor one of {', '.join(orders)}"
         )
     return value

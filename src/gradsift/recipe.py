@@ -268,7 +268,7 @@ def _explain_errors(
 ) -> str:
     messages = []
     for entry in error.errors():
-        path = [part for depth, part in enumerate(entry["loc"]) if depth == 0 or not _is_tag(part)]
+        path = [part for depth, part in enumerate(entry["loc"]) if depth not in _tags(entry["loc"])]
         line = _line(node, path)
         where = f"{source} line {line}: " if line else f"{source}: " if source else ""
         name = name_of(".".join(map(str, path)))
@@ -304,9 +304,13 @@ def _explain_errors(
     return "; ".join(dict.fromkeys(messages))
 
 
-def _is_tag(part: Any) -> bool:
-    """Whether a part of an error's place is the discriminator's value, not a key."""
-    return part in _TAGS
+def _tags(loc: tuple[Any, ...]) -> set[int]:
+    """Where an error's place has a discriminator's value instead of a key; after it comes a key, even of its name."""
+    found: set[int] = set()
+    for depth, part in enumerate(loc):
+        if depth > 0 and part in _TAGS and depth - 1 not in found:
+            found.add(depth)
+    return found
 
 
 def _fields(model: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
@@ -321,10 +325,11 @@ def _kinds(model: type[BaseModel], loc: tuple[Any, ...]) -> str:
 
 def _models_at(model: type[BaseModel], loc: tuple[Any, ...]) -> list[type[BaseModel]]:
     current: list[type[BaseModel]] = [model]
-    for part in loc:
+    tags = _tags(loc)
+    for depth, part in enumerate(loc):
         if isinstance(part, int):
             continue
-        if _is_tag(part):
+        if depth in tags:
             current = [m for m in current if part == getattr(m.model_fields.get("kind"), "default", None)] or current
             continue
         found: list[type[BaseModel]] = []

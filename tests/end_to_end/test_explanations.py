@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import gradsift.explanation.explain as explain_module
 import gradsift.validation.validate as validate_module
 from gradsift import embeddings, models
-from gradsift.options import ALL_STRATEGIES
+from gradsift.explanation.explain import ALL_STRATEGIES
 from tiny_world import Cli, World, pool_rows, target_rows, write_rows
 
 EVIL = "<script>alert(1)</script>"

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 from pydantic import BaseModel, ConfigDict
 
 from gradsift.data.overlap import content_hash
-from gradsift.errors import DataError
+from gradsift.errors import DataError, UnusableRowsError
 from gradsift.types import Example, Message, Skipped
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ def load_examples(
         examples.append(Example(example_id, messages, row.value, row.raw))
 
     if not examples:
-        raise DataError(_nothing_usable(what, name, skipped, list(found_columns)))
+        raise UnusableRowsError(_nothing_usable(what, name, skipped, list(found_columns)))
     return Loaded(examples, skipped, _describe(name, len(examples) + len(skipped), len(skipped), ids))
 
 

@@ -72,7 +72,7 @@ class Grading(Settings):
         if self.sampling.samples != 1:
             raise ConfigError(f"samples is {self.sampling.samples}: a question gets one answer a turn")
         if self.ask is None:
-            raise ConfigError("grading needs a judge: give --judge-model, or `ask` in Python")
+            raise ConfigError("grading needs a judge: `judge:` in a recipe, --judge-model, or `ask` in Python")
         questions, left_out = read_questions(self.questions)
         return BoundGrading(self, questions, left_out)
 

@@ -11,7 +11,7 @@ from pydantic import ConfigDict, Field
 
 from gradsift.data.dataset import Dataset, count_reasons, prepare
 from gradsift.data.load import Columns
-from gradsift.errors import DataError
+from gradsift.errors import DataError, UnusableRowsError
 from gradsift.evaluation.metric import Figure, Measured, Notebook, in_words, mean_figure, source_name
 from gradsift.evaluation.setup import Place, Setup, Subject
 from gradsift.gradients.losses import row_losses
@@ -92,9 +92,9 @@ class HeldOutLoss(Settings):
                 keep_duplicates=True,
                 reporter=setup.reporter,
             )
-        except DataError as error:
+        except UnusableRowsError as error:
             raise DataError(
-                f"{error}. A loss needs examples with answers: add them, name their column, or measure a reward instead"
+                f"{error} A loss needs examples with answers: add them, name their column, or measure a reward instead"
             ) from error
         return BoundLoss(self, data)
 

@@ -75,7 +75,7 @@ class Pairwise(Settings):
         if self.sampling.samples != 1:
             raise ConfigError(f"samples is {self.sampling.samples}: a comparison takes one response of each side")
         if self.ask is None:
-            raise ConfigError("a comparison needs a judge: give --judge-model, or `ask` in Python")
+            raise ConfigError("a comparison needs a judge: `judge:` in a recipe, --judge-model, or `ask` in Python")
         prompts = read_prompts(self.data, setup.chat, columns=self.columns, what="evaluation data")
         other: Checkpoint | None = None
         references: Mapping[str, str] = {}

@@ -161,6 +161,22 @@ class Ratings:
         ]
 
 
+def check_raters(method: Rated) -> None:
+    """Refuse what could rate nothing.
+
+    Raises:
+        ConfigError: a judge without an endpoint, or a function that cannot be loaded.
+    """
+    for rater in method.raters:
+        if isinstance(rater, JudgeRating) and rater.endpoint is None:
+            raise ConfigError(
+                f"{method.label} asks a judge, and none is named: give --judge-model MODEL (and --judge-url), `judge:` "
+                "in a recipe, or a rater that asks nobody: length, perplexity, ifd, or file.py:function"
+            )
+        if isinstance(rater, FunctionRating):
+            load_function(rater.name)
+
+
 def rate(pool: Pool, method: Rated) -> Ratings:
     """The product of a method's ratings for every pool row; ratings are kept in the run folder row by row.
 
@@ -170,12 +186,7 @@ def rate(pool: Pool, method: Rated) -> Ratings:
         ConfigError: a judge without an endpoint, or a function that cannot be used.
         DataError: not one row has a rating.
     """
-    for rater in method.raters:
-        if isinstance(rater, JudgeRating) and rater.endpoint is None:
-            raise ConfigError(
-                f"{method.label} asks a judge, and none is named: give --judge-model MODEL (and --judge-url), `judge:` "
-                "in a recipe, or a rater that asks nobody: length, perplexity, ifd, or file.py:function"
-            )
+    check_raters(method)
     values, reasons = dict.fromkeys(pool.data.ids, 1.0), dict[str, str]()
     for rater in method.raters:
         for id_, rating in _kept_ratings(pool, rater).items():

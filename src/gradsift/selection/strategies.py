@@ -205,6 +205,8 @@ Strategy = Annotated[
     Field(discriminator="kind"),
 ]
 
+KINDS: tuple[str, ...] = tuple(model.model_fields["kind"].default for model in get_args(get_args(Strategy)[0]))
+
 
 @dataclass(frozen=True, eq=False)
 class Ranked:

@@ -17,9 +17,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gradsift.comparison import run_compare
     from gradsift.context import Pool, Target, open_pool, open_target
     from gradsift.data.load import Columns
     from gradsift.errors import GradsiftError
+    from gradsift.evaluation.comparison import Comparison
     from gradsift.evaluation.evaluate import Evaluation, evaluate
     from gradsift.evaluation.fine_tune import train_on
     from gradsift.evaluation.grading import Grading
@@ -93,9 +95,11 @@ if TYPE_CHECKING:
     from gradsift.warmup.train import Training, Warmup, train, warm_up
 
 _WHERE = {
+    "gradsift.comparison": ("run_compare",),
     "gradsift.context": ("Pool", "Target", "open_pool", "open_target"),
     "gradsift.data.load": ("Columns",),
     "gradsift.errors": ("GradsiftError",),
+    "gradsift.evaluation.comparison": ("Comparison",),
     "gradsift.evaluation.evaluate": ("Evaluation", "evaluate"),
     "gradsift.evaluation.fine_tune": ("train_on",),
     "gradsift.evaluation.grading": ("Grading",),
@@ -186,7 +190,8 @@ __all__ = [  # noqa: RUF022  # kept in the order of the flow
     "validate", "validate_explanations", "Validation", "OneStep",
     "train_on", "Trained", "merge", "open_model", "Setup", "evaluate", "Evaluation", "Measured", "Figure",
     "HeldOutLoss", "MeanReward", "Pairwise", "Grading", "LMEval", "length_controlled_win_rate",
-    "instruction_difficulty", "held_out_loss", "HeldOut", "Recipe", "load_recipe", "Reporter", "GradsiftError",
+    "instruction_difficulty", "held_out_loss", "HeldOut", "run_compare", "Comparison", "Recipe", "load_recipe",
+    "Reporter", "GradsiftError",
 ]  # fmt: skip
 
 

@@ -75,7 +75,13 @@ _SHARED: dict[str, tuple[Any, Any]] = {
         help="PEFT adapter to use instead of a warm-up; repeat for several checkpoints.",
         panel=_WARMUP,
     ),
-    "preset": _shared(str, "less", "--preset", help="Warm-up settings: less, nice or compact.", panel=_WARMUP),
+    "preset": _shared(
+        str,
+        "less",
+        "--preset",
+        help="Warm-up settings: less, nice, compact, or small for a pool of hundreds.",
+        panel=_WARMUP,
+    ),
     "fraction": _shared(float | None, None, "--fraction", help="Share of the pool to warm up on.", panel=_WARMUP),
     "epochs": _shared(int | None, None, "--epochs", help="Epochs, one checkpoint each.", panel=_WARMUP),
     "rank": _shared(int | None, None, "--rank", help="LoRA rank.", panel=_WARMUP),
@@ -811,7 +817,7 @@ def train(
         str,
         _option(
             "--preset",
-            help="Training settings: less, compact, nice, ji2s, ji2s_mistral, ji2s_13b or ji2s_whole_data.",
+            help="Training settings: less, compact, nice, ji2s, ji2s_mistral, ji2s_13b, ji2s_whole_data or small.",
             panel=_TRAINING,
         ),
     ] = "less",
@@ -1119,6 +1125,9 @@ def demo(
     given: dict[str, Any],
     out: Annotated[str, _option("--out", "-o", help="Run folder.")] = "runs/demo",
     model: Annotated[str | None, _option("--model", "-m", help="Another model than SmolLM2-135M-Instruct.")] = None,
+    data: Annotated[
+        str | None, _option("--data", help="Run nothing, write the demo's examples into this folder.", panel=_INPUT)
+    ] = None,
 ) -> None:
     """Run both jobs on a small real model with data of our own: choose for a target, and explain an answer.
 
@@ -1126,6 +1135,9 @@ def demo(
 
     Example: gradsift demo
     """
+    if data is not None:
+        _write_demo_files(data, as_json=bool(given["as_json"]))
+        return
     from gradsift.demo.run import print_demo, run_demo
 
     result = run_demo(out, model=model, reporter=_reporter(given))
@@ -1135,6 +1147,20 @@ def demo(
         _print_json(summary(result))
     else:
         print_demo(result)
+
+
+def _write_demo_files(folder: str, *, as_json: bool) -> None:
+    from gradsift.demo.files import write_files
+    from gradsift.demo.model import demo_model_ready
+
+    written, model = write_files(folder), demo_model_ready()
+    if as_json:
+        _print_json({"files": {str(path): rows for path, rows, _ in written}, "model": model and str(model)})
+        return
+    for path, rows, what in written:
+        print(f"{path}: {rows} examples {what}")
+    known = f"in {model}" if model else "not here yet: `gradsift demo` fetches it"
+    print(f"The demo's model is {known}; any other model does, too")
 
 
 @app.callback(invoke_without_command=True)

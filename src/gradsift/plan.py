@@ -122,9 +122,10 @@ def print_estimate(found: dict[str, Any]) -> None:
     sample, pool = found["sample"], found["pool"]
     title = (
         f"{found['model']}: {pool['rows']:,} pool rows, {pool['tokens']:,} tokens, longest {pool['longest']}, "
-        f"{found['checkpoints']} checkpoints"
+        f"{found['checkpoints']} checkpoint{'' if found['checkpoints'] == 1 else 's'}"
     )
-    out.print(table(title, ("stage", "tokens", "time", "disk"), rows))
+    out.print(title, style="bold", markup=False)  # as a title of the table it would be broken at the table's width
+    out.print(table("", ("stage", "tokens", "time", "disk"), rows))
     out.print(
         f"measured: {sample['tokens_per_second']:.0f} tokens/s through {sample['rows']} rows on {sample['device']} "
         f"(gradients of {sample['trained_parameters']:,} LoRA parameters to {sample['dim']} dimensions)"

@@ -403,7 +403,7 @@ supervise: all_turns         # or last_turn
 seed: 0
 
 warmup:                      # a short LoRA training, one checkpoint an epoch
-  preset: less               # less, nice or compact; any field below overrides it
+  preset: less               # less, nice, compact, or small for a pool of hundreds; any field below overrides it
   # fraction: 0.05           # share of the pool
   # epochs: 4
   # rank: 128

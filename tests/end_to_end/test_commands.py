@@ -335,6 +335,8 @@ def test_plan_counts_and_leaves_nothing_behind(tiny: World, tmp_path: Path) -> N
     shown = tiny("plan", tmp_path / "run").succeeded().out
     assert "pool gradients" in shown
     assert "tokens/s" in shown
+    heading = f"{tiny.model}: 24 pool rows, {found['pool']['tokens']:,} tokens, longest {found['pool']['longest']}, "
+    assert f"{heading}2 checkpoints" in " ".join(shown.split())
     with_adapter = tiny("plan", tmp_path / "run", "--json", *tiny.with_adapters()).succeeded().json
     assert with_adapter["stages"]["warm-up"]["tokens"] == 0
 

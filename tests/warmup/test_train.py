@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel
+from pydantic import ValidationError
 from safetensors.numpy import save
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, get_scheduler
@@ -25,7 +26,7 @@ from gradsift.types import Sequence
 from gradsift.warmup import train as train_module
 from gradsift.warmup import trainer as trainer_module
 from gradsift.warmup.checkpoint import Checkpoint, load_moments, open_checkpoint, trained_parameters
-from gradsift.warmup.train import PRESETS, Training, Warmup, effective_batch_size, train, warm_up
+from gradsift.warmup.train import PRESETS, TRAINING_PRESETS, Training, Warmup, effective_batch_size, train, warm_up
 from gradsift.warmup.trainer import micro_batches
 
 VOCABULARY = 128
@@ -464,6 +465,20 @@ def test_presets_are_the_papers() -> None:
     assert (less.rank, less.alpha, less.dropout, less.weight_decay, less.schedule) == (128, 512, 0.1, 0.0, "linear")
     assert (compact.fraction, compact.epochs, compact.learning_rate, compact.batch_size) == (1.0, 1, 1e-4, 32)
     assert (compact.rank, compact.alpha, compact.target_modules) == (16, 32, ("q_proj", "v_proj"))
+
+
+def test_presets_come_by_name_with_fields_changed() -> None:
+    """`preset` gives a warm-up or a training as `--preset` does, changes what is named, and lists what there is."""
+    for name, settings in PRESETS.items():
+        assert Warmup.preset(name) == settings
+    for name, training in TRAINING_PRESETS.items():
+        assert Training.preset(name) == training
+    assert Warmup.preset("compact", rank=4) == PRESETS["compact"].model_copy(update={"rank": 4})
+    assert type(Training.preset("compact")) is Training
+    with pytest.raises(ConfigError, match="preset 'big' is unknown: there are less, nice, compact, small"):
+        Warmup.preset("big")
+    with pytest.raises(ValidationError, match="rank"):
+        Training.preset("less", rank=0)
 
 
 def test_models_without_q_proj_get_pefts_default(run: Run, tmp_path: Path) -> None:

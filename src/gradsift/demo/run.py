@@ -29,9 +29,8 @@ from gradsift.warmup.train import Training, Warmup, train
 
 _SKILL = "arithmetic"
 _QUESTION = "A baker has 48 rolls and sells 19 of them. How many rolls are left?"
-# Rates are higher than for a real run: these adapters see 120 and 48 rows, not thousands.
-_WARMUP = Warmup(fraction=0.5, epochs=1, rank=16, alpha=32, learning_rate=5e-4, batch_size=8)
-_FINE_TUNE = Training(epochs=2, rank=16, alpha=32, learning_rate=5e-4, batch_size=8, dropout=0.0)
+_WARMUP = Warmup.preset("small")
+_FINE_TUNE = Training.preset("small")
 
 
 def run_demo(out: str = "runs/demo", *, model: str | None = None, reporter: Reporter | None = None) -> Result:

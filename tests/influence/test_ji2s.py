@@ -27,6 +27,7 @@ from gradsift.influence.less import LESS, unit_rows
 from gradsift.influence.scores import Method, at_last_checkpoint, pool_view, score
 from gradsift.options import estimator_of
 from gradsift.selection.select import TSDS, FacilityLocation, JointGreedy, select
+from gradsift.store.gradient_store import GradientStore
 from gradsift.types import Skipped
 from tiny_world import World, pool_rows
 
@@ -186,6 +187,23 @@ def test_streamed_terms_are_those_of_the_rows(
     found = terms.scores(method)
     assert terms.ids == [f"r{position}" for position in (range(11) if kept is None else kept)]
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("hessian", ["fisher_projected", "identity"])
+def test_a_store_without_its_sum_is_read_for_it(tmp_path: Path, hessian: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stores of earlier versions do not hold the sum of their rows: the terms are the same, of all rows or of some."""
+    store = write_store(tmp_path, gradients(11, sum(SIZES), 4).float(), dtype="float16")
+    store.config["segments"][0]["shape"] = [100, 100]  # projected, so that there is a bias
+    targets, method = gradients(3, sum(SIZES), 5).float(), JI2S(hessian=hessian)
+    parts = (None, [0, 1, 2, 3, 4, 6, 8], [2, 9])
+    quick = [store_terms(store, targets, method, kept=kept) for kept in parts]
+    monkeypatch.setattr(GradientStore, "total", lambda _store: None)
+    for kept, wanted in zip(parts, quick, strict=True):
+        found = store_terms(store, targets, method, kept=kept)
+        scale = float(wanted.joint.abs().max())
+        torch.testing.assert_close(found.joint, wanted.joint, rtol=1e-5, atol=1e-6 * scale)
+        if found.bias is not None:
+            torch.testing.assert_close(found.bias, wanted.bias, rtol=1e-5, atol=1e-6 * scale)
 
 
 @pytest.mark.slow

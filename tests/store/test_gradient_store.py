@@ -132,6 +132,16 @@ def test_fp16_takes_float64_rows_too() -> None:
     assert not _decode(stored["rows"], stored["scale"]).any()
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_the_total_is_that_of_the_stored_rows(tmp_path: Path, dtype: str) -> None:
+    """The shards' sums add up to all rows as they are read back; where a shard holds none, there is no total."""
+    write(tmp_path, (4, 0, 5), dtype)
+    store = open_store(tmp_path)
+    torch.testing.assert_close(store.total(), store.rows(0, 9).double().sum(dim=0), rtol=1e-12, atol=1e-12)
+    store._tensors(2).pop("total")
+    assert store.total() is None
+
+
 def test_any_range_of_rows_reads_across_shards(tmp_path: Path) -> None:
     """Every `[start, stop)` gives those rows, empty shards included; other ranges are refused."""
     rows = write(tmp_path, (0, 3, 0, 0, 2, 1, 0))

@@ -24,7 +24,7 @@ from gradsift.gradients.collect import SequenceSource
 from gradsift.gradients.hessian import Curvature, curvature_product
 from gradsift.gradients.projection import Projector, plan_segments
 from gradsift.gradients.rows import View
-from gradsift.influence.less import BlockConsumer, block_rows, over_blocks, store_inner_products, unit_rows
+from gradsift.influence.less import SINGLY, BlockConsumer, block_rows, over_blocks, store_inner_products, unit_rows
 from gradsift.models import host
 from gradsift.settings import Settings
 from gradsift.store.gradient_store import GradientStore
@@ -370,14 +370,13 @@ def store_terms(
     targets, count = targets.float(), len(kept)
     bias = None
     if method.hessian == "identity":
-        first = _pass(store, targets.double().mean(dim=0, keepdim=True).float(), factor, torch.ones(store.dim))
-        marginal, pairs = first.products[:, 0], _quadratic(store, first, factor)
+        mean = targets.double().mean(dim=0, keepdim=True).float()
+        products, along = _with_own_sum(store, mean, factor, torch.ones(store.dim))
+        marginal, pairs = products[:, 0], along
     elif method.hessian == "fisher_projected":
-        strength = _projection_strength(store, targets)
-        first = _pass(store, targets, factor, strength)
-        P = first.products
+        P, bias = _with_own_sum(store, targets, factor, _projection_strength(store, targets))
         marginal, pairs = P.mean(dim=1), (P @ P.sum(dim=0) - P.square().sum(dim=1)) / len(targets)
-        bias = _quadratic(store, first, factor)[kept]
+        bias = bias[kept]
     else:
         assert direction is not None, method.hessian
         # One more query beside the targets, so that the rows are read once.
@@ -406,47 +405,57 @@ def _projection_strength(store: GradientStore, targets: Tensor) -> Tensor:
     return strength
 
 
-@dataclass(frozen=True)
-class _Pass:
-    """What one reading of a store yields for rows r_i = factor_i · row_i and D = diag(`diagonal`).
+def _with_own_sum(store: GradientStore, queries: Tensor, factor: Tensor, diagonal: Tensor) -> tuple[Tensor, Tensor]:
+    """⟨r_i, query⟩ `[row query]` and ⟨r_i, D(s − r_i)⟩ `[row]` in float64, r_i = factor_i · row_i, s = Σ_i r_i.
 
-    products: float64 [row query]; own: float64 [row], r_iᵀDr_i; weighted: float32 [dim], D Σ_i r_i
+    D is `diagonal`. With the sum that the store holds its rows are read once.
     """
-
-    products: Tensor
-    own: Tensor
-    weighted: Tensor
-
-
-def _pass(store: GradientStore, queries: Tensor, factor: Tensor, diagonal: Tensor) -> _Pass:
-    by_column, root = queries.T.contiguous(), diagonal.sqrt()
-    products, own = torch.empty(len(store), len(queries)), torch.empty(len(store))
-    totals: list[Tensor] = []
+    weighted = (diagonal.double() * _row_sum(store, factor)).float()
+    by_row, own = torch.cat([queries, weighted[None]]).contiguous(), torch.empty(len(store), dtype=torch.float64)
+    by_column, count, block = by_row.T.contiguous(), len(queries) + 1, block_rows(len(queries) + 1)
+    products = torch.empty(len(store), count)
     factors = factor.float()
 
     def begin() -> BlockConsumer:
-        total = torch.zeros(store.dim, dtype=torch.float64)
-        totals.append(total)
+        single = torch.empty(block)
 
         def consume(part: slice, rows: Tensor, scale: Tensor | None) -> None:
-            torch.mm(rows, by_column, out=products[part])
-            by_row = factors[part] if scale is None else factors[part] * scale
-            products[part] *= by_row[:, None]
-            total.add_(by_row @ rows)
-            torch.linalg.vector_norm(rows.mul_(root), dim=1, out=own[part])
-            own[part] *= by_row
+            if count <= SINGLY:
+                for number, query in enumerate(by_row):
+                    products[part, number] = torch.mv(rows, query, out=single[: len(rows)])
+            else:
+                torch.mm(rows, by_column, out=products[part])
+            by_factor = factors[part] if scale is None else factors[part] * scale
+            products[part] *= by_factor[:, None]
+            own[part] = torch.mv(rows.square_(), diagonal).double() * by_factor.double().square()
 
         return consume
 
-    over_blocks(store, block_rows(len(queries)), begin)
-    weighted = diagonal * torch.stack(totals).sum(dim=0).float()
-    return _Pass(products.double(), own.double().square(), weighted)
+    over_blocks(store, block, begin)
+    return products[:, :-1].double(), products[:, -1].double() - own
 
 
-def _quadratic(store: GradientStore, first: _Pass, factor: Tensor) -> Tensor:
-    """⟨r_i, D(s − r_i)⟩, float64 `[row]`: reads the store once more."""
-    along = store_inner_products(store, first.weighted[None], normalise=False)[:, 0].double()
-    return factor * along - first.own
+def _row_sum(store: GradientStore, factor: Tensor) -> Tensor:
+    """Σ_i factor_i · row_i, float64 `[dim]`: from the store's own sum if that leaves few rows to read."""
+    total, left_out = store.total(), (factor == 0).nonzero()[:, 0].tolist()
+    if total is not None and bool((factor[factor != 0] == 1).all()) and 2 * len(left_out) < len(store):
+        for position in left_out:
+            total -= store.rows(position, position + 1)[0].double()
+        return total
+    sums: list[Tensor] = []
+    factors = factor.float()
+
+    def begin() -> BlockConsumer:
+        own = torch.zeros(store.dim, dtype=torch.float64)
+        sums.append(own)
+
+        def consume(part: slice, rows: Tensor, scale: Tensor | None) -> None:
+            own.add_((factors[part] if scale is None else factors[part] * scale) @ rows)
+
+        return consume
+
+    over_blocks(store, block_rows(1), begin)
+    return torch.stack(sums).sum(dim=0)
 
 
 def _full_direction(

@@ -17,7 +17,7 @@ from gradsift.store.gradient_store import GradientStore
 # Rows converted at once: with one query, reading is the bound and a block must stay in a core's own cache; with many,
 # the product is, and wants longer blocks.
 _FEW_QUERY_ROWS, _MANY_QUERY_ROWS = 32, 256
-_SINGLY = 3  # up to so many queries, a matrix product takes longer than one vector product for each
+SINGLY = 3  # up to so many queries, a matrix product takes longer than one vector product for each
 
 BlockConsumer = Callable[[slice, Tensor, Tensor | None], None]
 
@@ -164,7 +164,7 @@ def store_inner_products(
 
         def consume(part: slice, rows: Tensor, scale: Tensor | None) -> None:
             found = products[: len(rows)]
-            if count <= _SINGLY:
+            if count <= SINGLY:
                 found = by_query[:, : len(rows)].T
                 for number, query in enumerate(queries):
                     torch.mv(rows, query, out=by_query[number, : len(rows)])

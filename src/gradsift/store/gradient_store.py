@@ -3,7 +3,7 @@
 Layout under its prefix::
 
     store.json                what the rows are (configuration, segments, ids' order): written first
-    shard-00000.safetensors   rows [rows dim], and scale [rows] for fp16
+    shard-00000.safetensors   rows [rows dim], scale [rows] for fp16, and total [dim], the sum of the rows
     shard-00000.json          checksum, side columns (loss, tokens, norms), rows left out: written after the shard
     rows.parquet              id, shard, loss, supervised_tokens, norm, projected_norm of every row
     manifest.json             written last: the store is complete
@@ -118,7 +118,9 @@ class GradientStoreWriter:
         `full_sum` maps module names to the unprojected sum of the shard's rows `[out in]`, stored beside them.
         """
         assert len(rows) == len(columns.ids), (len(rows), len(columns.ids))
-        data = save(_encode(rows, self.config["dtype"]))
+        encoded = _encode(rows, self.config["dtype"])
+        total = _decode(encoded["rows"], encoded.get("scale")).sum(dim=0, dtype=torch.float64)
+        data = save({**encoded, "total": total})
         self.storage.publish(self._rows_key(shard), data)
         side = {"checksum": checksum(data), "rows": len(rows), **columns.__dict__}
         if full_sum is not None:
@@ -212,7 +214,7 @@ class GradientStore:
         self.supervised_tokens = torch.from_numpy(table["supervised_tokens"].to_numpy().copy())
         self._position = {id_: position for position, id_ in enumerate(self.ids)}
         self._starts = np.cumsum([0, *(shard["rows"] for shard in content["shards"])])
-        self._maps: dict[int, tuple[Tensor, Tensor | None]] = {}
+        self._maps: dict[int, dict[str, Tensor]] = {}
 
     @classmethod
     def open(cls, path: str | Path, *, verify: bool = True) -> GradientStore:
@@ -265,7 +267,7 @@ class GradientStore:
             shard = int(np.searchsorted(self._starts, position, side="right")) - 1
             offset = position - int(self._starts[shard])
             count = min(block, stop - position, int(self._starts[shard + 1]) - position)
-            rows, scale = self._map(shard)
+            rows, scale = self._tensors(shard)["rows"], self._tensors(shard).get("scale")
             yield rows[offset : offset + count], None if scale is None else scale[offset : offset + count]
             position += count
 
@@ -280,6 +282,13 @@ class GradientStore:
             ).items():
                 total[name] = total[name] + tensor.double() if name in total else tensor.double()
         return total
+
+    def total(self) -> Tensor | None:
+        """The sum of the stored rows, float64 `[dim]`, without reading them; None for stores that do not hold it."""
+        shards = len(self._starts) - 1
+        sums = [self._tensors(shard).get("total") for shard in range(shards)]
+        known = [total for total in sums if total is not None]
+        return torch.stack(known).sum(dim=0) if known and len(known) == shards else None
 
     def check_comparable(self, target: GradientStore) -> None:
         """Refuse a pair of stores whose rows live in different spaces.
@@ -310,10 +319,9 @@ class GradientStore:
                     "the same options, only what is damaged is collected anew"
                 )
 
-    def _map(self, shard: int) -> tuple[Tensor, Tensor | None]:
+    def _tensors(self, shard: int) -> dict[str, Tensor]:
         if shard not in self._maps:
-            tensors = _map_safetensors(self.storage.local(f"{self.prefix}shard-{shard:05d}.safetensors"))
-            self._maps[shard] = tensors["rows"], tensors.get("scale")
+            self._maps[shard] = _map_safetensors(self.storage.local(f"{self.prefix}shard-{shard:05d}.safetensors"))
         return self._maps[shard]
 
 

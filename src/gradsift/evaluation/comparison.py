@@ -289,7 +289,7 @@ def _compared(row: Row, found: Mapping[int, Figure], control: Mapping[int, Figur
 
 
 def _methods(contender: Contender) -> dict[str, Any]:
-    return {"estimator": contender.estimator, "selection": contender.selection}
+    return {"estimator": contender.estimator, "selection": contender.selection, "training": contender.training}
 
 
 def _cell(cell: Cell) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def refuse_too_large(model: str, dtype: DtypeName, device: str) -> None:
         raise ConfigError(
             f"training all {parameters:,} parameters of {model} takes {needed / 2**30:.1f} GiB for weights, gradients "
             f"and Adam's moments in {dtype}, and {free / 2**30:.1f} GiB are free on {place}: train an adapter (leave "
-            "out --full), take a smaller model, or a machine with more memory"
+            "out --full, or full_training in a recipe), take a smaller model, or a machine with more memory"
         )
 
 

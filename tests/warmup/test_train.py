@@ -100,10 +100,14 @@ class Interrupting(Reporter):
         super().__init__(quiet=True)
         self.after, self.error, self.rows = after, error, 0.0
         self.said: list[str] = []
+        self.warned: list[str] = []
         self.totals: list[float] = []
 
     def say(self, message: str) -> None:
         self.said.append(message)
+
+    def warn(self, message: str) -> None:
+        self.warned.append(message)
 
     def stage(self, what: str, total: float, unit: str = "rows") -> Any:
         from contextlib import contextmanager
@@ -449,6 +453,17 @@ def test_warm_up_takes_a_uniform_share_by_seed(run: Run, llama: str) -> None:
         )
         drawn.append(content["config"]["ids"])
     assert len(set(drawn)) == 3
+
+
+def test_a_training_that_teaches_nothing_says_so(run: Run, llama: str) -> None:
+    """Eight steps at LESS's rate of 2e-5 get a warning that names the preset for few examples; eight at 1e-3 none."""
+    for rate, warned in ((2e-5, True), (1e-3, False)):
+        settings = Training(**{**SMALL.model_dump(include=set(Training.model_fields)), "epochs": 1,
+                               "learning_rate": rate})  # fmt: skip
+        reporter = Interrupting()
+        data = make_data(run, 8)
+        train(run, data, data.ids, settings, model=llama, reporter=reporter)
+        assert any("--preset small" in said for said in reporter.warned) == warned
 
 
 def test_presets_are_the_papers() -> None:

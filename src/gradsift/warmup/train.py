@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from gradsift.warmup.trainer import StepTrainer, TrainingState
 
 _MIN_STEPS = 8  # optimizer steps per epoch; with one, the first runs at rate 0 and leaves B = 0
+_LITTLE = 1e-3  # sum of the learning rates of all steps, below which Adam has hardly moved any weight
 _SAVE_SECONDS = 120.0  # the work that a killed training loses at most …
 _SAVE_SHARE = 0.05  # … unless saving that often would take more than this share of the time
 _PARTIAL = "partial.safetensors"
@@ -258,11 +259,22 @@ def train_as(
             f"{steps} optimizer step{'s' if steps > 1 else ''} per epoch"
         )
     if finished < settings.epochs:
+        _warn_of_little(settings, -(-len(ids) // batch_size), what, reporter)
         positions = data.positions(sorted(ids))
         _Job(run, prefix, data, positions, settings, seed, batch_size, what, reporter, form).train(finished)
     run.storage.delete(f"{prefix}{_PARTIAL}")
     form.complete()
     run.complete(prefix, "checkpoints", config, examples=len(ids), batch_size=batch_size, what=what)
+
+
+def _warn_of_little(settings: Training, steps_per_epoch: int, what: str, reporter: Reporter) -> None:
+    """Adam moves a weight by about the learning rate in each step, so that a few steps at a small one teach nothing."""
+    steps = settings.epochs * steps_per_epoch
+    if steps * settings.learning_rate < _LITTLE:
+        reporter.warn(
+            f"{what}: {steps} optimizer steps at a learning rate of {settings.learning_rate:g} hardly move a weight: "
+            "for tens to hundreds of examples there is --preset small, or raise --learning-rate or --epochs"
+        )
 
 
 def check_examples(data: Dataset, ids: Sequence[str], seed: int, what: str) -> None:

@@ -571,3 +571,19 @@ def test_real_rows_load() -> None:
     loaded = load_examples(SHARED / "pool.jsonl")
     assert (len(loaded.examples), loaded.skipped) == (6000, [])
     assert all(one.id == one.row["id"] for one in loaded.examples)
+
+
+@pytest.mark.parametrize(
+    "inside", [[{"input": "1 2", "output": "3"}], [{"input": "", "output": "3"}], [], "text", None]
+)
+def test_columns_may_be_paths_into_what_a_column_holds(inside: Any) -> None:
+    """`instances.0.input` is the first instance's input; where there is nothing, the input is left out and an answer
+    is missing. A column of that very name goes first."""
+    columns = Columns(instruction="instruction", input="instances.0.input", output="instances.0.output")
+    loaded = load_examples([{"instruction": "Add", "instances": inside}], columns=columns, require_answer=False)
+    first = inside[0] if isinstance(inside, list) and inside else {}
+    text = f"Add\n\n{first['input']}" if first.get("input") else "Add"
+    wanted = [text, first["output"]] if first else [text]
+    assert [message["content"] for message in loaded.examples[0].messages] == wanted
+    named = load_examples([{"instruction": "Add", "instances.0.output": "4"}], columns=columns)
+    assert named.examples[0].messages[-1]["content"] == "4"

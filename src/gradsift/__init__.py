@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from gradsift.context import Pool, Target, open_pool, open_target
     from gradsift.data.load import Columns
     from gradsift.errors import GradsiftError
+    from gradsift.evaluation.arms import Arm, Compare, Curve
     from gradsift.evaluation.comparison import Comparison
     from gradsift.evaluation.evaluate import Evaluation, evaluate
     from gradsift.evaluation.fine_tune import train_on
@@ -99,6 +100,7 @@ _WHERE = {
     "gradsift.context": ("Pool", "Target", "open_pool", "open_target"),
     "gradsift.data.load": ("Columns",),
     "gradsift.errors": ("GradsiftError",),
+    "gradsift.evaluation.arms": ("Arm", "Compare", "Curve"),
     "gradsift.evaluation.comparison": ("Comparison",),
     "gradsift.evaluation.evaluate": ("Evaluation", "evaluate"),
     "gradsift.evaluation.fine_tune": ("train_on",),
@@ -190,8 +192,8 @@ __all__ = [  # noqa: RUF022  # kept in the order of the flow
     "validate", "validate_explanations", "Validation", "OneStep",
     "train_on", "Trained", "merge", "open_model", "Setup", "evaluate", "Evaluation", "Measured", "Figure",
     "HeldOutLoss", "MeanReward", "Pairwise", "Grading", "LMEval", "length_controlled_win_rate",
-    "instruction_difficulty", "held_out_loss", "HeldOut", "run_compare", "Comparison", "Recipe", "load_recipe",
-    "Reporter", "GradsiftError",
+    "instruction_difficulty", "held_out_loss", "HeldOut",
+    "run_compare", "Comparison", "Compare", "Arm", "Curve", "Recipe", "load_recipe", "Reporter", "GradsiftError",
 ]  # fmt: skip
 
 

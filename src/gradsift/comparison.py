@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from gradsift.comparison_plan import Plan, planned
+from gradsift.comparison_views import choice_views, extremes_of, told
 from gradsift.context import Pool
 from gradsift.errors import ConfigError, GradsiftError, LockedError, StorageError
 from gradsift.evaluation.arms import Contender, PairwiseMetric
@@ -18,12 +19,13 @@ from gradsift.evaluation.comparison import (
     Cell,
     CellFailure,
     Comparison,
+    LearningCurve,
     interval_of,
     overlaps,
     tabulate,
     variance_of,
 )
-from gradsift.evaluation.evaluate import Evaluation, evaluate, settings_of
+from gradsift.evaluation.evaluate import Evaluation, evaluate, measure, settings_of
 from gradsift.evaluation.fine_tune import train_on
 from gradsift.evaluation.metric import Measured
 from gradsift.evaluation.setup import Trained
@@ -31,13 +33,16 @@ from gradsift.evaluation.stage_costs import StageClock
 from gradsift.gradients.rows import View
 from gradsift.influence.ji2s import JI2S, full_sums
 from gradsift.influence.scores import Method, Scores, at_last_checkpoint, pool_view, score
+from gradsift.pages import publish_page
 from gradsift.progress import Reporter, silent
 from gradsift.recipe import Recipe
+from gradsift.report.comparison_data import ComparisonPage, Extremes
 from gradsift.report.comparison_page import render_comparison
 from gradsift.report.comparison_report import comparison_page
 from gradsift.run import Run
 from gradsift.selection.select import select
 from gradsift.store.manifest import fingerprint
+from gradsift.warmup.train import steps_per_epoch
 
 # What a cell may fail with while the others go on; a full disk or a lost folder ends the comparison.
 _CELL_ERRORS = (GradsiftError, RuntimeError, MemoryError)
@@ -64,11 +69,12 @@ def run_compare(recipe: Recipe, reporter: Reporter | None = None) -> Comparison:
         raise ConfigError("nothing to compare: the recipe has no `compare:` section (recipes/compare.yaml shows one)")
     with Run(recipe.out).lock():
         plan = planned(recipe, recipe.compare, reporter or silent())
-        result = _Work(plan).compare()
+        work = _Work(plan)
+        result = work.compare()
         run = plan.pool.run
         run.publish_json("comparison.json", result.as_dict())
         run.publish_parquet("comparison.parquet", result.table())
-        run.publish_text("comparison.html", render_comparison(comparison_page(result)))
+        publish_page(run, "comparison.html", page := work.page(result), render_comparison(page))
     return result
 
 
@@ -90,6 +96,8 @@ class _Work:
         self.failures: list[CellFailure] = []
         self.choices: dict[tuple[str, int, int], tuple[str, ...] | _Stopped] = {}
         self.trained: dict[tuple[str, int, int], Trained | _Stopped] = {}
+        self.curves: list[LearningCurve] = []
+        self.extremes: dict[str, Extremes] = {}
         self._scores: tuple[str, Scores | _Stopped] | None = None
 
     def compare(self) -> Comparison:
@@ -102,6 +110,16 @@ class _Work:
             self.pool.reporter.say(f"cell {number + 1} of {len(cells)}: {_words(contender, budget, seed)}")
             self._cell(contender, budget, seed)
         return self._result(per_seed=per_seed)
+
+    def page(self, result: Comparison) -> ComparisonPage:
+        """Everything that the page shows."""
+        choices = {key: ids for key, ids in self.choices.items() if not isinstance(ids, _Stopped)}
+        views = choice_views(self.plan, choices)
+        for warning in views["warnings"]:
+            self.pool.reporter.warn(warning)
+        views["warnings"] = (*result.warnings, *views["warnings"])
+        ordered = (self.extremes[one.name] for one in self.plan.contenders if one.name in self.extremes)
+        return replace(comparison_page(result), extremes=tuple(ordered), **views, **told(self.plan))
 
     def _choose(self, pool: Pool, seeds: Sequence[int]) -> None:
         """Every choice of these seeds at one warm-up, or what stopped it."""
@@ -190,7 +208,12 @@ class _Work:
             except _CELL_ERRORS as error:
                 found = _Stopped("score", error)
             self._scores = name, found
-        return self._scores[1]
+        found = self._scores[1]
+        if contender.name not in self.extremes and not isinstance(found, _Stopped):
+            note = f"Scores of the warm-up with seed {pool.seed}." if self.job.warmup == "per_seed" else ""
+            if (ends := extremes_of(self.plan, contender, found, note)) is not None:
+                self.extremes[contender.name] = ends
+        return found
 
     def _cell(self, contender: Contender, budget: int, seed: int) -> None:
         """Train and evaluate one cell, or record why not."""
@@ -211,6 +234,8 @@ class _Work:
         ids = self._chosen(contender, budget, seed)
         assert not isinstance(ids, _Stopped)
         self._keep(contender, budget, seed, trained, evaluation, () if contender.data is not None else ids)
+        if self.plan.curve:
+            self._follow(contender, budget, seed, trained)
 
     def _untrained(self, contender: Contender, seed: int) -> None:
         """Evaluate the model as it is."""
@@ -225,11 +250,12 @@ class _Work:
 
     def _failed(self, contender: Contender, budget: int, seed: int, stopped: _Stopped) -> None:
         """Record why a cell came to nothing."""
-        error = stopped.error
-        said = str(error) if isinstance(error, GradsiftError) else f"{type(error).__name__}: {error}"
-        self.failures.append(CellFailure(contender.name, budget, seed, stopped.stage, said))
-        words = _words(contender, budget, seed)
-        self.pool.reporter.warn(f"{words}: {stopped.stage} failed, the rest goes on: {said}")
+        self._tell(CellFailure(contender.name, budget, seed, stopped.stage, _said(stopped.error)))
+
+    def _tell(self, failure: CellFailure) -> None:
+        self.failures.append(failure)
+        words = f"{failure.arm}, {failure.budget} examples, seed {failure.seed}"
+        self.pool.reporter.warn(f"{words}: {failure.stage} failed, the rest goes on: {failure.error}")
 
     def _chosen(self, contender: Contender, budget: int, seed: int) -> tuple[str, ...] | _Stopped:
         """The ids that are trained on."""
@@ -347,6 +373,37 @@ class _Work:
         )
         self.cells.append(cell)
 
+    def _follow(self, contender: Contender, budget: int, seed: int, trained: Trained) -> None:
+        """Loss and reward of the untrained model and after each epoch; a gap where one could not be measured."""
+        metrics, epochs = self.plan.curve, len(trained.checkpoints)
+        states = [None, *(replace(trained, kept=number) for number in range(1, epochs + 1))]
+        values: list[list[float | None]] = [[] for _ in metrics]
+        failed: dict[str, str] = {}
+        identity = {
+            "trained": [None if state is None else state.path for state in states],
+            "metrics": [settings_of(metric) for metric in metrics],
+        }
+        with self.clock.timed("curve", contender.name, identity) as timed:
+            for number, state in enumerate(states):
+                when = f"after epoch {number}" if number else "before training"
+                for metric, own in zip(metrics, values, strict=True):
+                    try:
+                        found = measure(self.pool, state, metric)
+                        timed.done = timed.done and not found.partial
+                        own.append(found.figures[0].value)
+                    except _FATAL:
+                        raise
+                    except _CELL_ERRORS as error:
+                        own.append(None)
+                        failed.setdefault(metric.label, f"{when}: {_said(error)}")
+            timed.done = timed.done and not failed
+        for label, said in failed.items():
+            self._tell(CellFailure(contender.name, budget, seed, "curve", said, label))
+        training = contender.training or self.job.training
+        each = steps_per_epoch(trained.examples, training.batch_size)
+        steps = tuple(each * number for number in range(epochs + 1))
+        self.curves.append(LearningCurve(contender.name, budget, seed, steps, *map(tuple, values)))
+
     def _result(self, *, per_seed: bool) -> Comparison:
         plan = self.plan
         rows = tabulate(self.cells, plan.contenders)
@@ -364,7 +421,12 @@ class _Work:
             interval=interval_of(rows),
             reference=next((one.name for one in plan.contenders if one.chance), None),
             warnings=plan.warnings,
+            curves=tuple(self.curves),
         )
+
+
+def _said(error: Exception) -> str:
+    return str(error) if isinstance(error, GradsiftError) else f"{type(error).__name__}: {error}"
 
 
 def _words(contender: Contender, budget: int, seed: int) -> str:

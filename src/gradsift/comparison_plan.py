@@ -6,12 +6,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from gradsift import embeddings
 from gradsift.context import Pool, Target
 from gradsift.data.dataset import Dataset, prepare
 from gradsift.data.load import load_examples
 from gradsift.data.overlap import hashed
 from gradsift.errors import ConfigError, DataError, MismatchError, UnusableRowsError
 from gradsift.evaluation.arms import Compare, Contender, PairwiseMetric, asking, contenders
+from gradsift.evaluation.metric import Metric
 from gradsift.evaluation.setup import subject_of
 from gradsift.influence.alpagasus import AlpaGasus
 from gradsift.influence.deita import DEITA
@@ -33,6 +35,7 @@ class Plan:
     budgets: as numbers of examples
     datasets: of the arms that are ready ones
     available: ids that can be chosen
+    curve: what is measured after each epoch: the loss, and the reward where there is one
     """
 
     recipe: Recipe
@@ -44,6 +47,7 @@ class Plan:
     datasets: dict[str, Dataset]
     available: tuple[str, ...]
     warnings: tuple[str, ...]
+    curve: tuple[Metric, ...] = ()
 
     def size(self, contender: Contender) -> int:
         """Examples of a contender that takes no budget."""
@@ -141,10 +145,17 @@ def planned(recipe: Recipe, job: Compare, reporter: Reporter) -> Plan:
         met = isinstance(metric, PairwiseMetric) and metric.opponent is not None
         (metric.model_copy(update={"against": "base"}) if met else metric).bind(subject_of(pool, None).base)
         warnings += _leaks(pool, target, metric)
+    curve = () if job.curve is None else tuple(asking(metric, recipe.judge) for metric in job.curve.metrics)
+    for metric in curve:
+        metric.bind(subject_of(pool, None).base)
+    if curve:  # what was chosen by may be what is watched, as in the paper, but what is trained on may not
+        warnings += _leaks(pool, None, curve[0])
+    if job.embedding not in (None, embeddings.DEFAULT):
+        embeddings.embed(["is it there?"], job.embedding)
     for warning in dict.fromkeys(warnings):
         reporter.warn(warning)
     return Plan(
-        recipe, job, pool, target, found, budgets, datasets, available, tuple(dict.fromkeys(warnings))
+        recipe, job, pool, target, found, budgets, datasets, available, tuple(dict.fromkeys(warnings)), curve
     )  # fmt: skip
 
 

@@ -48,6 +48,20 @@ def available() -> bool:
     return importlib.util.find_spec("sentence_transformers") is not None
 
 
+def at_hand(model: str = DEFAULT) -> bool:
+    """Whether a model can be loaded without fetching anything: a package, a folder, or in the hub's cache."""
+    if not available():
+        return False
+    if Path(model).is_dir() or (model == DEFAULT and _packaged() is not None):
+        return True
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        return isinstance(try_to_load_from_cache(model, "modules.json"), str)
+    except ValueError:  # no hub id either
+        return False
+
+
 @lru_cache(maxsize=1)
 def _load(model: str, device: str) -> Any:
     from sentence_transformers import SentenceTransformer

@@ -18,6 +18,7 @@ from gradsift.errors import CorruptError, GradsiftError
 from gradsift.explanation.explain import Explanation, Explanations, StrategyResult, candidates_of, ranks_of
 from gradsift.explanation.relevance import to_db
 from gradsift.explanation.table import RelevanceTable
+from gradsift.report.comparison_page import ComparisonPage, render_comparison
 from gradsift.report.explanation_page import (
     Candidate,
     ExplanationPage,
@@ -43,6 +44,7 @@ from gradsift.selection.strategies import Candidates, FacilityLocation, Order, R
 from gradsift.store.manifest import versions
 from gradsift.validation.validate import Validation
 
+Page = ExplanationPage | RelevancePage | ComparisonPage
 PAGES = 10  # outputs of a target file that get a page of their own, unless told otherwise
 
 
@@ -76,14 +78,14 @@ def write_pages(
     if several:
         assert table is not None
         page = relevance_page(explanations, table, validation, pages=pages, facts=facts or {})
-        written.append(_publish(pool, "relevance.html", page, render_relevance(page)))
+        written.append(publish_page(pool.run, "relevance.html", page, render_relevance(page)))
     wanted = explanations.entries[:pages] if several else explanations.entries
     missing: set[str] = set()
     with pool.reporter.stage("drawing pages", len(wanted), "outputs") as advance:
         for entry in wanted:
             name = f"explanations/{explanation_file(entry.id)}" if several else "explanation.html"
             one = explanation_page(explanations, entry, embedding=embedding, facts=facts or {})
-            written.append(_publish(pool, name, one, render_explanation(one)))
+            written.append(publish_page(pool.run, name, one, render_explanation(one)))
             missing.update(one.warnings)
             advance(1)
     for warning in sorted(missing):
@@ -92,30 +94,35 @@ def write_pages(
 
 
 def rewrite_pages(run: Run) -> list[Path]:
-    """Write every explanation page of a run folder again from the JSON beside it, and return their paths.
+    """Write every page of a comparison or an explanation again from the JSON beside it, and return their paths.
 
     Raises:
         CorruptError: such a JSON file is damaged.
     """
     written = []
-    keys = [key for key in ("relevance.page.json", "explanation.page.json") if run.storage.exists(key)]
+    top = ("comparison.page.json", "relevance.page.json", "explanation.page.json")
+    keys = [key for key in top if run.storage.exists(key)]
     keys += [key for key in run.storage.list("explanations/") if key.endswith(".page.json")]
     for key in keys:
+        content = run.storage.read(key)
         try:
-            if key == "relevance.page.json":
-                html = render_relevance(TypeAdapter(RelevancePage).validate_json(run.storage.read(key)))
+            if key == "comparison.page.json":
+                html = render_comparison(TypeAdapter(ComparisonPage).validate_json(content))
+            elif key == "relevance.page.json":
+                html = render_relevance(TypeAdapter(RelevancePage).validate_json(content))
             else:
-                html = render_explanation(TypeAdapter(ExplanationPage).validate_json(run.storage.read(key)))
+                html = render_explanation(TypeAdapter(ExplanationPage).validate_json(content))
         except ValidationError as error:
-            raise CorruptError(f"{run.path(key)} is damaged: delete it, or explain again, it is quick") from error
+            again = "compare" if key == "comparison.page.json" else "explain"
+            raise CorruptError(f"{run.path(key)} is damaged: delete it, or {again} again, it is quick") from error
         written.append(run.publish_text(f"{key.removesuffix('.page.json')}.html", html))
     return written
 
 
-def _publish(pool: Pool, key: str, page: ExplanationPage | RelevancePage, html: str) -> str:
-    content = TypeAdapter(type(page)).dump_json(page)
-    pool.run.storage.publish(f"{key.removesuffix('.html')}.page.json", content)
-    pool.run.publish_text(key, html)
+def publish_page(run: Run, key: str, page: Page, html: str) -> str:
+    """Write a page, and beside it the JSON that it can be written again from. Returns the key."""
+    run.storage.publish(f"{key.removesuffix('.html')}.page.json", TypeAdapter(type(page)).dump_json(page))
+    run.publish_text(key, html)
     return key
 
 

@@ -144,7 +144,12 @@ def run_explain(recipe: Recipe, reporter: Reporter | None = None) -> Result:
 
 
 def run_recipe(recipe: Recipe, reporter: Reporter | None = None) -> Result:
-    """Everything a recipe asks for: a choice where it names a target, an explanation where it asks for one."""
+    """Everything a recipe asks for: a choice where it names a target, an explanation where it asks for one.
+
+    Its `compare:` is left to `run_compare`, which may take a hundred times as long; a line says so.
+    """
+    if recipe.compare is not None and reporter is not None:
+        reporter.say("this recipe also has `compare:`, which run leaves out: `gradsift compare` with it does that")
     if recipe.target is not None or (recipe.explain is None and not needs_target(recipe.estimator)):
         return run_select(recipe, reporter)
     return run_explain(recipe, reporter)

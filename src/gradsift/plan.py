@@ -6,6 +6,7 @@ import resource
 import sys
 import tempfile
 import time
+from collections.abc import Sequence as SequenceABC
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import psutil
 import torch
 
+from gradsift.comparison_plan import planned as planned_comparison
 from gradsift.context import Pool, Target
 from gradsift.generation.local import greedy_output
 from gradsift.generation.sampling import Sampling
@@ -25,6 +27,7 @@ from gradsift.influence.prompts import PromptTarget
 from gradsift.influence.scores import at_last_checkpoint, pool_view
 from gradsift.models import host
 from gradsift.pipeline import explain_questions, open_recipe, open_recipe_target
+from gradsift.plan_comparison import Measuring, comparison_stages, measurings
 from gradsift.plan_rewards import Decoding, RewardCosts, measure_sampling, reward_costs
 from gradsift.progress import Reporter, silent
 from gradsift.recipe import Recipe
@@ -47,20 +50,34 @@ def estimate(recipe: Recipe, reporter: Reporter | None = None) -> dict[str, Any]
     For NICE the sampling of a few tokens is measured as well, of the model or of a local assistant. Responses count as
     long as they may be, and their gradients twice, for the diagnostics. Seconds are None where they depend on an
     endpoint or on programs.
+
+    A recipe with `compare:` is estimated as `run_compare` does it: the gradients that its arms share, a fine-tuning
+    for each arm, budget and seed, and what its metrics and curves read and write.
     """
     reporter = reporter or silent()
     with tempfile.TemporaryDirectory(prefix="gradsift-plan-") as scratch:
         planned = recipe.model_copy(update={"out": scratch})
-        pool = open_recipe(planned, reporter, announce=False)
-        policy = recipe.estimator if isinstance(recipe.estimator, NICE | NICEIF) else None
-        target = open_recipe_target(planned, pool) if recipe.target or policy else None
-        sample, decoding = _measure(recipe, pool, target, reporter)
+        comparison = planned_comparison(planned, recipe.compare, reporter) if recipe.compare is not None else None
+        methods = [recipe.estimator]
+        if comparison is not None:
+            methods = [one.estimator for one in comparison.contenders if one.estimator is not None]
+        policy = next((method for method in methods if isinstance(method, NICE | NICEIF)), None)
+        if comparison is not None:
+            pool, target = comparison.pool, comparison.target
+        else:
+            pool = open_recipe(planned, reporter, announce=False)
+            target = open_recipe_target(planned, pool) if recipe.target or policy else None
+        wanted = [] if comparison is None else measurings(comparison)
+        sample, decoding, decodings = _measure(recipe, pool, target, policy, wanted, reporter)
         explained = _explaining(planned, pool, sample) if recipe.explain is not None else {}
+        compared = {} if comparison is None else comparison_stages(comparison, wanted, decodings, sample)
     checkpoints = len(recipe.adapter) or recipe.warmup.epochs
-    if target is None or at_last_checkpoint(recipe.estimator):
+    if target is None or all(at_last_checkpoint(method) for method in methods):
         checkpoints = 1
     labels = target.labels if isinstance(target, PromptTarget) else target.data if target else None
-    views = 2 if target is not None and recipe.explain is not None and pool_view(recipe.estimator) == "adam" else 1
+    views = len({pool_view(method) for method in methods} - {None}) if comparison is not None else 1
+    if target is not None and recipe.explain is not None and pool_view(recipe.estimator) == "adam":
+        views = 2
     tokens = int(pool.data.lengths.sum())
     target_tokens = int(labels.lengths.sum()) if labels else 0
     everything = pool.training
@@ -74,7 +91,12 @@ def estimate(recipe: Recipe, reporter: Reporter | None = None) -> dict[str, Any]
             gradient_speed=sample["tokens_per_second"], row_bytes=row_bytes,
         )  # fmt: skip
     trained = sample["trained_parameters"]
-    stages = {
+    # How often the pool is warmed up for and its gradients are taken.
+    rounds = 1
+    if comparison is not None:
+        rounds = len(comparison.seeds) if comparison.job.warmup == "per_seed" else 1
+        rounds = 0 if views == 0 else rounds
+    stages: dict[str, dict[str, Any]] = {
         "warm-up": {
             "tokens": warm_tokens,
             "seconds": warm_tokens / sample["tokens_per_second"],
@@ -91,8 +113,9 @@ def estimate(recipe: Recipe, reporter: Reporter | None = None) -> dict[str, Any]
             "disk_bytes": (len(labels) if labels else 0) * checkpoints * row_bytes,
         },
         **(rewards.stages if rewards else {}),
-        **explained,
     }
+    stages = {name: {key: _times(value, rounds) for key, value in stage.items()} for name, stage in stages.items()}
+    stages |= {**explained, **compared}
     free = psutil.disk_usage(_existing(recipe.out)).free
     total = {key: sum(stage[key] or 0 for stage in stages.values()) for key in ("tokens", "seconds", "disk_bytes")}
     return {
@@ -103,6 +126,7 @@ def estimate(recipe: Recipe, reporter: Reporter | None = None) -> dict[str, Any]
         "sample": sample,
         "stages": stages,
         "total": total,
+        **({} if comparison is None else {"cells": len(list(comparison.cells()))}),
         **(rewards.as_dict() if rewards else {}),
         "peak_memory_bytes": sample["peak_memory_bytes"],
         "model": recipe.model,
@@ -131,6 +155,10 @@ def print_estimate(found: dict[str, Any]) -> None:
         f"(gradients of {sample['trained_parameters']:,} LoRA parameters to {sample['dim']} dimensions)"
     )
     _print_rewards(found, out)
+    if any(stage["seconds"] is None for stage in found["stages"].values()):
+        out.print("time: without what ? stands for, as it depends on endpoints, judges, programs or a reward model")
+    if "cells" in found:
+        out.print(f"comparison: {found['cells']} cells (arm, budget, seed); `gradsift compare` does them")
     out.print(
         f"memory: about {_bytes(found['peak_memory_bytes'])} of {_bytes(found['available_memory_bytes'])} free; "
         f"disk: {_bytes(found['total']['disk_bytes'])} of {_bytes(found['free_disk_bytes'])} free"
@@ -159,8 +187,6 @@ def _print_rewards(found: dict[str, Any], out: Any) -> None:
     for what, count in counts.items():
         if count:
             out.print(f"rewards: {count:,} {what}")
-    if any(stage["seconds"] is None for stage in found["stages"].values()):
-        out.print("time: without what ? stands for, as it depends on endpoints, programs or the reward model")
 
 
 def _explaining(recipe: Recipe, pool: Pool, sample: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -202,10 +228,14 @@ def _explaining(recipe: Recipe, pool: Pool, sample: dict[str, Any]) -> dict[str,
 
 
 def _measure(
-    recipe: Recipe, pool: Pool, target: Target | PromptTarget | None, reporter: Reporter
-) -> tuple[dict[str, Any], Decoding | None]:
+    recipe: Recipe,
+    pool: Pool,
+    target: Target | PromptTarget | None,
+    policy: NICE | NICEIF | None,
+    wanted: SequenceABC[Measuring],
+    reporter: Reporter,
+) -> tuple[dict[str, Any], Decoding | None, list[Decoding | None]]:
     """Run a few rows of median length; the adapter has the recipe's shape and random B, so that no path is skipped."""
-    policy = recipe.estimator if isinstance(recipe.estimator, NICE | NICEIF) else None
     prompts = [ids.tolist() for ids in target.data.prompt_ids] if isinstance(target, PromptTarget) else []
     decoding: Decoding | None = None
     base = host(recipe.model, recipe.dtype, recipe.device).base()
@@ -249,6 +279,12 @@ def _measure(
             decoded = _DECODED / (time.perf_counter() - start)
         if policy is not None and policy.assistant is None and policy.server is None:
             decoding = _sampling(model, prompts, policy.sampling, reporter)
+        decodings = [
+            None
+            if one.prompts is None or one.sampling is None
+            else _sampling(model, [ids.tolist() for ids in one.prompts.prompt_ids], one.sampling, reporter)
+            for one in wanted
+        ]
         tokens = sum(len(s.token_ids) for s in sequences)
         trained = sum(c.out_features * c.in_features for c in modules.captured)
         found = {
@@ -267,7 +303,7 @@ def _measure(
         decoding = _sampling(writer, prompts, policy.assistant.sampling, reporter)
     found["sampled_tokens_per_second"] = 0.0 if decoding is None else decoding.tokens_per_second
     found["sampled_rows"] = 0 if decoding is None else decoding.rows
-    return found | {"peak_memory_bytes": _peak_memory(device)}, decoding
+    return found | {"peak_memory_bytes": _peak_memory(device)}, decoding, decodings
 
 
 def _sampling(model: Any, prompts: list[list[int]], sampling: Sampling, reporter: Reporter) -> Decoding:
@@ -275,6 +311,10 @@ def _sampling(model: Any, prompts: list[list[int]], sampling: Sampling, reporter
         found = measure_sampling(model, prompts, sampling)
         advance(1)
     return found
+
+
+def _times(value: Any, count: int) -> Any:
+    return None if value is None else count * value
 
 
 def _peak_memory(device: torch.device) -> int:

@@ -238,7 +238,7 @@ def validated(values: dict[str, Any], name_of: Callable[[str], str] = str) -> Re
 
 
 def as_yaml(recipe: Recipe) -> str:
-    """The recipe as YAML, with defaults left out."""
+    """The recipe as YAML, with defaults left out; what is only in memory (rows, functions) by a description."""
     return yaml.safe_dump(_without_defaults(recipe), sort_keys=False, allow_unicode=True)
 
 
@@ -247,7 +247,9 @@ def _without_defaults(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_without_defaults(part) for part in value]
     if not isinstance(value, BaseModel):
-        return value
+        rows = isinstance(value, list) and any(not isinstance(part, str | int | float) for part in value)
+        plain = value is None or isinstance(value, str | int | float | list | dict)
+        return value if plain and not rows else f"a {type(value).__name__} in memory"
     fields = type(value).model_fields
     given = {name: getattr(value, name) for name in fields}
     changed = [name for name, field in fields.items() if name == "kind" or given[name] != field.default]

@@ -70,10 +70,10 @@ def _with_earlier(result: Result, data: ReportData) -> ReportData:
 
 
 def rewrite_report(out: str | Path) -> Path:
-    """Write report.html and the explanation pages of a run folder again from its latest results.
+    """Write every page of a run folder again from its latest results.
 
     Returns:
-        The path of report.html.
+        The path of report.html, or of comparison.html where the folder holds a comparison alone.
 
     Raises:
         ConfigError: the folder holds no results yet.
@@ -81,7 +81,12 @@ def rewrite_report(out: str | Path) -> Path:
     """
     run = Run(out)
     if not run.storage.exists("report.json"):
-        raise ConfigError(f"{out} holds no results yet: run `gradsift select` or `gradsift explain` with this --out")
+        if run.storage.exists("comparison.page.json"):
+            return rewrite_pages(run)[0]
+        raise ConfigError(
+            f"{out} holds no results yet: run `gradsift select`, `gradsift explain` or `gradsift compare` with this "
+            "--out"
+        )
     try:
         data = TypeAdapter(ReportData).validate_json(run.storage.read("report.json"))
     except ValidationError as error:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gradsift.context import Pool, Target
-from gradsift.data.dataset import count_reasons
+from gradsift.data.dataset import Dataset, count_reasons
 from gradsift.data.load import Columns
 from gradsift.explanation.explain import Explanations, StrategyResult
 from gradsift.explanation.table import RelevanceTable
@@ -160,21 +160,21 @@ def own_columns(row: Mapping[str, Any], columns: Columns) -> dict[str, str]:
     return column_texts(row, known)
 
 
-def group_columns(result: Result) -> list[str]:
+def group_columns(data: Dataset, wanted: SequenceABC[str]) -> list[str]:
     """Columns by which chosen and pool are compared: those asked for, else the usual ones that have few values."""
-    if result.recipe.group_by:
-        for column in result.recipe.group_by:
-            result.pool.data.column(column)
-        return list(result.recipe.group_by)
-    first = [result.pool.data.row(id_) for id_ in result.pool.data.ids[:50]]
+    if wanted:
+        for column in wanted:
+            data.column(column)
+        return list(wanted)
+    first = [data.row(id_) for id_ in data.ids[:50]]
     usual = [column for column in _GROUP_COLUMNS if all(isinstance(row.get(column), str) for row in first)]
-    return [c for c in usual if 1 < len({str(v) for v in result.pool.data.column(c)}) <= _MAX_GROUPS]
+    return [c for c in usual if 1 < len({str(v) for v in data.column(c)}) <= _MAX_GROUPS]
 
 
 def shares(result: Result, ids: SequenceABC[str]) -> dict[str, dict[str, int]]:
     """How many of the ids have each value of each group column."""
     counts: dict[str, dict[str, int]] = {}
-    for column in group_columns(result):
+    for column in group_columns(result.pool.data, result.recipe.group_by):
         counts[column] = {}
         for id_ in ids:
             value = str(result.pool.data.row(id_).get(column))

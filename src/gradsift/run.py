@@ -18,7 +18,7 @@
       times/<fingerprint>.json  what the stages of comparisons took
       scores.parquet selected.jsonl skipped.jsonl explanations.jsonl explanations.parquet relevance.json validation.json
       responses.jsonl rewards.json diagnostics.json training.json evaluation.json
-      comparison.json comparison.parquet comparison.html
+      comparison.json comparison.parquet comparison.html   (comparison.page.json: what the page is made from)
       report.html explanation.html summary.json   the latest results
 
 Artifacts are addressed by the fingerprint of everything they depend on, so equal requests find them again and different

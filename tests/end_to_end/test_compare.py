@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from pydantic import TypeAdapter
 
 import gradsift as gs
 from gradsift.comparison import run_compare
+from gradsift.embeddings import at_hand
 from gradsift.evaluation.arms import Arm, Compare, Contender, contenders
 from gradsift.evaluation.comparison import Cell, Comparison, tabulate
 from gradsift.evaluation.metric import Figure, Measured
@@ -22,13 +26,16 @@ from gradsift.influence.less import LESS
 from gradsift.influence.random import Random
 from gradsift.progress import Advance, Reporter
 from gradsift.recipe import Recipe, as_yaml, load_recipe
+from gradsift.report.comparison_data import ComparisonPage
 from gradsift.report.comparison_text import print_comparison
+from gradsift.rewards.form import Length
 from gradsift.selection.select import TopK
 from gradsift.warmup.train import TRAINING_PRESETS, Training, Warmup
 from tiny_world import Cli, World, pool_rows, target_rows, write_rows
 
 WARMUP = {"fraction": 0.5, "epochs": 1, "rank": 4, "alpha": 8, "learning_rate": 1e-2, "batch_size": 4, "dropout": 0}
 TRAINING = {"epochs": 1, "rank": 4, "alpha": 8, "learning_rate": 3e-2, "batch_size": 2, "dropout": 0.1}
+SHORT = {"samples": 1, "temperature": 0, "max_new_tokens": 4}
 METHODS = [{"estimator": {"kind": "less"}}, {"estimator": {"kind": "random"}}]
 
 
@@ -57,13 +64,15 @@ def recipe_file(path: Path, content: dict[str, Any]) -> Path:
 def files(tiny: World) -> Path:
     """Test data, and a ready data set with one row of the pool and four that are not in it."""
     write_rows(tiny.folder / "test.jsonl", target_rows(8)[4:])
+    write_rows(tiny.folder / "dev.jsonl", target_rows(12)[8:])
     write_rows(tiny.folder / "ready.jsonl", [*pool_rows(28)[24:], pool_rows(1)[0]])
     return tiny.folder
 
 
 def whole(tiny: World, files: Path) -> dict[str, Any]:
     others = [{"full": True, "seeds": [0]}, {"base": True}, {"data": str(files / "ready.jsonl")}]
-    return {"arms": [*METHODS, *others], "budgets": [6, "50%"]}
+    curve = {"data": str(files / "dev.jsonl"), "reward": {"kind": "length", "maximum": 9}, "sampling": SHORT}
+    return {"arms": [*METHODS, *others], "budgets": [6, "50%"], "curve": curve}
 
 
 @pytest.fixture(scope="module")
@@ -189,8 +198,150 @@ def test_interrupted_twice_and_resumed_it_is_the_undisturbed_one(
     assert not (tmp_path / "run" / "comparison.json").exists()
     resumed = run_compare(recipe)
     assert figures(resumed) == figures(done)
+    pages = [replace(page_of(out), created="", costs=(), repeat={}) for out in (done.out, resumed.out)]
+    assert pages[0] == pages[1]
     again = run_compare(recipe)
     assert again.as_dict() == resumed.as_dict()  # times included: what is found again keeps its time
+
+
+def page_of(out: Path | str) -> ComparisonPage:
+    """What comparison.html was made from."""
+    return TypeAdapter(ComparisonPage).validate_json((Path(out) / "comparison.page.json").read_bytes())
+
+
+@pytest.fixture(scope="module")
+def same_pool(tiny: World, done: Comparison) -> gs.Pool:
+    """The pool in the run folder of the undisturbed comparison."""
+    return gs.open_pool(
+        tiny.pool,
+        model=tiny.model,
+        out=done.out,
+        max_length=64,
+        device="cpu",
+        warmup=Warmup(**WARMUP),
+        gradients=gs.Gradients(projection=gs.Projection(dim=256)),
+    )
+
+
+def test_the_page_shows_what_was_chosen(done: Comparison, same_pool: gs.Pool) -> None:
+    """Pool and choices by source and length are counts of the rows themselves, all seeds added up; every point of the
+    map knows in how many seeds it was chosen; a ready data set has its own counts, the whole pool none."""
+    page, data = page_of(done.out), same_pool.data
+    assert page.pool is not None
+    assert (page.pool.size, page.pool.source_name) == (24, "source")
+    assert page.pool.sources == {"colour": 12, "sound": 12}
+    assert page.pool.median_tokens == np.median(data.lengths)
+    assert page.pool.lengths == tuple(np.histogram(data.lengths, page.pool.length_edges)[0])
+    names = [method.name for method in page.methods]
+    assert [(names[one.method], one.budget) for one in page.chosen] == [
+        ("LESS", 6), ("LESS", 12), ("random", 6), ("random", 12), ("ready.jsonl", 5),
+    ]  # fmt: skip
+    for one in page.chosen[:4]:
+        ids = [id_ for cell in done.cells if (cell.arm, cell.budget) == (names[one.method], one.budget)
+               for id_ in cell.ids]  # fmt: skip
+        assert (one.seeds, one.count) == (2, 2 * one.budget) == (2, len(ids))
+        assert one.sources == Counter(data.row(id_)["source"] for id_ in ids)
+        lengths = data.lengths[data.positions(ids)]
+        assert one.median_tokens == np.median(lengths)
+        assert one.lengths == tuple(np.histogram(lengths, page.pool.length_edges)[0])
+        if page.points:
+            assert {page.points[number].id: times for number, times in one.points.items()} == Counter(ids)
+    assert page.chosen[4].sources == {"colour": 6, "sound": 4}  # five rows with two seeds
+    if at_hand():
+        assert sorted(point.id for point in page.points) == sorted(data.ids)
+        assert {(point.source, point.tokens) for point in page.points} == {
+            (data.row(id_)["source"], int(length)) for id_, length in zip(data.ids, data.lengths, strict=True)
+        }
+    else:
+        assert any("no map of embeddings" in warning for warning in page.warnings)
+
+
+def test_the_page_shows_the_ends_of_each_ranking(tiny: World, done: Comparison, same_pool: gs.Pool) -> None:
+    """The highest and lowest by the method's own scores, with rank and columns; chance has none."""
+    page = page_of(done.out)
+    (ends,) = page.extremes
+    assert page.methods[ends.method].name == "LESS"
+    scores = gs.score(same_pool, gs.open_target(tiny.target, same_pool), LESS())
+    order = np.argsort(-scores.aggregate, kind="stable")
+    assert [one.id for one in ends.highest] == [scores.ids[place] for place in order[:10]]
+    assert [one.id for one in ends.lowest] == [scores.ids[place] for place in order[::-1][:10]]
+    assert [one.rank for one in ends.lowest] == list(range(24, 14, -1))
+    first = ends.highest[0]
+    assert first.score == pytest.approx(float(scores.aggregate.max()))
+    assert [first.prompt, first.answer] == [turn["content"] for turn in same_pool.data.messages(first.id)]
+    assert first.columns["source"] == same_pool.data.row(first.id)["source"]
+
+
+def test_curves_are_the_metrics_of_each_epoch(tiny: World, files: Path, done: Comparison) -> None:
+    """Loss and reward before training and after every epoch, at the optimizer steps that the checkpoint has taken; the
+    untrained model has none of its own."""
+    place = gs.open_model(tiny.model, out=done.out, max_length=64, device="cpu")
+    dev, sampling = str(files / "dev.jsonl"), gs.Sampling(**SHORT)
+    metrics = [gs.HeldOutLoss(dev), gs.MeanReward(data=dev, reward=Length(maximum=9), sampling=sampling)]
+    assert [(curve.arm, curve.budget, curve.seed) for curve in done.curves] == [
+        (cell.arm, cell.budget, cell.seed) for cell in done.cells if cell.arm != "base model"
+    ]
+    cell = next(cell for cell in done.cells if cell.arm == "full pool")
+    curve = next(curve for curve in done.curves if curve.arm == "full pool")
+    found = [gs.evaluate(place, subject, metrics) for subject in (None, cell.path)]
+    assert curve.loss == tuple(one["loss"].value for one in found)
+    assert curve.reward == tuple(one["reward"].value for one in found)
+    assert curve.steps == (0, json.loads((Path(cell.path) / "checkpoint.json").read_text())["steps"])
+    page = page_of(done.out)
+    assert page.reward_name == "length reward"
+    drawn = next(one for one in page.curves if page.methods[one.method].name == "full pool")
+    assert (drawn.steps, drawn.loss, drawn.reward) == (curve.steps, curve.loss, curve.reward)
+
+
+def test_the_page_tells_how_to_repeat_it(done: Comparison, tmp_path: Path) -> None:
+    """Its recipe is the one that was run, with versions and the data's fingerprints beside it; facts name what was
+    compared."""
+    page = page_of(done.out)
+    (tmp_path / "again.yaml").write_text(page.repeat["recipe"])
+    assert load_recipe(tmp_path / "again.yaml").compare is not None
+    assert {"gradsift", "torch", "python"} <= set(page.repeat["versions"])
+    assert set(page.repeat["fingerprints"]) == {"pool", "target", "ready.jsonl"}
+    assert page.facts["seeds"] == "0, 1"
+    assert [method.size for method in page.methods] == [None, None, 24, 0, 5]
+    assert page.created
+
+
+def test_report_writes_the_page_again(done: Comparison) -> None:
+    """From the run folder alone, `gradsift report` gives the same page, byte for byte."""
+    file = Path(done.out) / "comparison.html"
+    before = file.read_bytes()
+    file.unlink()
+    assert Cli("report", done.out).succeeded().out.strip() == str(file)
+    assert file.read_bytes() == before
+
+
+def test_run_leaves_the_comparison_and_says_so(tiny: World, files: Path, done: Comparison, tmp_path: Path) -> None:
+    """`gradsift run` chooses as ever, and names the command that compares."""
+    path = recipe_file(tmp_path / "recipe.yaml", settings(tiny, Path(done.out), whole(tiny, files), budget=6))
+    result = Cli("run", path).succeeded()
+    assert "`gradsift compare`" in result.err
+    assert (Path(done.out) / "selected.jsonl").exists()
+
+
+def test_plan_counts_trainings_and_evaluations(tiny: World, files: Path, same_pool: gs.Pool, tmp_path: Path) -> None:
+    """Of a comparison, the estimate has every cell's training (examples × mean length), its metrics and its curves, and
+    leaves nothing behind."""
+    content = settings(tiny, tmp_path / "run", whole(tiny, files))
+    found = Cli("plan", recipe_file(tmp_path / "recipe.yaml", content), "--quiet", "--json").succeeded().json
+    assert found["cells"] == 12
+    assert not (tmp_path / "run").exists()
+    pool, test, dev = (
+        gs.open_pool(source, model=tiny.model, out=str(tmp_path / name), max_length=64, device="cpu").data
+        for name, source in (("p", tiny.pool), ("t", str(files / "test.jsonl")), ("d", str(files / "dev.jsonl")))
+    )
+    ready = gs.open_pool(str(files / "ready.jsonl"), model=tiny.model, out=str(tmp_path / "r"), max_length=64,
+                         device="cpu").data  # fmt: skip
+    stages = found["stages"]
+    chosen = pool.lengths.mean() * (4 * 6 + 4 * 12) + pool.lengths.sum() + 2 * ready.lengths.sum()
+    assert stages["fine-tuning, 11 times"]["tokens"] == pytest.approx(chosen)
+    assert stages["evaluation"]["tokens"] == 12 * test.lengths.sum()
+    assert stages["curves"]["tokens"] == 12 * (dev.lengths.sum() + 4 * 4)
+    assert all(stages[name]["seconds"] > 0 for name in ("fine-tuning, 11 times", "evaluation", "curves"))
 
 
 REWARD = """
@@ -233,6 +384,24 @@ def test_a_failing_cell_is_reported_and_the_rest_goes_on(tiny: World, files: Pat
     assert second["failures"] == []
     assert [row for row in second["rows"] if row["figure"] == "loss"] == loss
     assert all(len(row["by_seed"]) == 2 for row in second["rows"])
+
+
+def test_a_failing_curve_costs_that_curve_alone(tiny: World, files: Path, tmp_path: Path) -> None:
+    """A reward that fails after the first epoch leaves a gap in the curve, is told with its epoch, and is measured by
+    the next call; the cell and its metrics stand."""
+    rewards = tmp_path / "rewards.py"
+    rewards.write_text(REWARD)
+    curve = {"data": str(files / "dev.jsonl"), "reward": f"{rewards}:fails_once", "sampling": SHORT}
+    content = settings(tiny, tmp_path / "run", {"arms": METHODS[1:], "budgets": [6], "seeds": [0], "curve": curve})
+    first = run_compare(Recipe.model_validate(content))
+    assert len(first.cells) == 1
+    assert [(failure.stage, failure.arm) for failure in first.failures] == [("curve", "random")]
+    assert "after epoch 1" in first.failures[0].error
+    assert first.curves[0].reward[1] is None
+    assert None not in first.curves[0].loss
+    second = run_compare(Recipe.model_validate(content))
+    assert (second.failures, None in second.curves[0].reward) == ((), False)
+    assert second.curves[0].loss == first.curves[0].loss
 
 
 @pytest.mark.slow

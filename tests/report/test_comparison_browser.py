@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
 import pytest
 
+from gradsift.report.comparison_data import Method, Result
 from gradsift.report.comparison_page import ComparisonPage, render_comparison
 
 pytestmark = pytest.mark.browser
@@ -124,6 +126,19 @@ def test_a_picked_budget_shows_its_tables_and_choices(
     method = page.evaluate("Number(document.querySelector('input[name=method]:checked').value)")
     assert _listed(page) == sorted(_chosen(full, method, 1000))
     assert page.locator("#results .by-budget:visible .failed").count() == 1
+
+
+def test_a_method_of_its_own_size_chooses_nothing(show: Callable[..., Any], full: ComparisonPage) -> None:
+    """The whole pool is a row at every budget; picked, the map says that it chooses no part of the pool."""
+    methods = (*full.methods, Method("full pool", size=4000))
+    added = Result(len(full.methods), 4000, 0, 1.3, 0.1, {0: 1.2, 1: 1.4})
+    page = show(render_comparison(replace(full, methods=methods, results=(*full.results, added), overlaps=())))
+    for budget in ("100", "1,000"):
+        page.locator(".budgets label", has_text=budget).first.click()
+        assert page.locator("#results .by-budget:visible tr", has_text="4,000 examples").is_visible()
+    page.locator(".methods label", has_text="full pool").click()
+    assert page.locator("#map-count").inner_text() == "chooses no part of the pool"
+    assert _listed(page) == []
 
 
 def test_the_first_pick_is_the_best_method(show: Callable[..., Any], full: ComparisonPage, source: str) -> None:

@@ -25,7 +25,15 @@ from gradsift.report.comparison_data import (
     TrainingCurve,
 )
 from gradsift.report.comparison_page import render_comparison
-from gradsift.report.comparison_results import best_method, differences, results_table, setting_charts
+from gradsift.report.comparison_results import (
+    best_method,
+    budget_charts,
+    budgets_of,
+    differences,
+    notes,
+    results_table,
+    setting_charts,
+)
 from gradsift.report.comparison_training import loss_and_reward
 from gradsift.report.curves import Line, bins_chart, line_chart
 
@@ -135,6 +143,39 @@ def test_a_family_of_methods_makes_a_line_over_its_setting(full: ComparisonPage)
     assert ticks[:3] == ["0", "0.1", "0.2"]
     alone = replace(full, methods=(*full.methods[:6], Method("a"), Method("b")))
     assert setting_charts(alone, 250) == []
+
+
+def test_what_no_budget_decides_stands_beside_every_budget() -> None:
+    """The whole pool is a row at each budget with its size, has its difference where its reference is, draws a level
+    over the budgets, makes no budget of its own, and is not picked as the best choice."""
+    methods = (Method("random"), Method("full pool", size=40))
+    small_, large = (Result(0, budget, 0, 2.0, None, {0: 2.0}) for budget in (10, 20))
+    full = Result(1, 40, 0, 1.0, None, {0: 1.0}, -1.0, -1.5, -0.5, reference_budget=20)
+    page = ComparisonPage("t", methods, (LOSS,), (small_, large, full), "± covers seeds.", reference=0)
+    assert budgets_of(page) == [10, 20]
+    for budget in (10, 20):
+        table = results_table(page, budget)
+        assert table is not None
+        assert [(row["name"], row["size"]) for row in table["rows"]] == [("random", None), ("full pool", 40)]
+        assert best_method(page, budget) == 0
+    assert [len(differences(page, budget)) for budget in (10, 20)] == [0, 1]
+    (chart,) = budget_charts(page)
+    level, line = re.findall(r'<g class="series[^>]*>.*?</g>', chart["chart"])
+    assert ("full pool" in level, 'class="spots"' in level) == (True, False)
+    assert ("random" in line, 'class="spots"' in line) == (True, True)
+
+
+def test_further_figures_of_a_metric_are_in_the_tables_alone() -> None:
+    """Differences and charts are of main figures; the tables have all, and their metric is named once for all."""
+    metrics = (Metric("loss", False, note="on test"), Metric("perplexity", False, note="on test", main=False))
+    results = [Result(1, budget, m, 1.0, None, {0: 1.0}, -0.5, -1.0, -0.1) for budget in (10, 20) for m in (0, 1)]
+    page = ComparisonPage("t", TWO, metrics, tuple(results), "± covers seeds.", reference=0)
+    table = results_table(page, 10)
+    assert table is not None
+    assert [head["name"] for head in table["heads"]] == ["loss", "perplexity"]
+    assert [item["name"] for item in differences(page, 10)] == ["loss"]
+    assert [item["name"] for item in budget_charts(page)] == ["loss"]
+    assert notes(page) == [("loss, perplexity", "on test")]
 
 
 def test_stopping_at_the_lowest_loss_is_told_what_it_gives_up() -> None:

@@ -10,16 +10,18 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from gradsift import embeddings
 from gradsift.data.load import Columns
 from gradsift.errors import ConfigError
 from gradsift.evaluation.fine_tune import Keep, check_seeds
 from gradsift.evaluation.grading import Grading
 from gradsift.evaluation.harness import LMEval
 from gradsift.evaluation.loss import HeldOutLoss
-from gradsift.evaluation.mean_reward import MeanReward
+from gradsift.evaluation.mean_reward import GREEDY, MeanReward
 from gradsift.evaluation.metric import source_name
 from gradsift.evaluation.pairwise import Pairwise
 from gradsift.generation.endpoint import Endpoint
+from gradsift.generation.sampling import Sampling
 from gradsift.influence.bm25 import BM25
 from gradsift.influence.random import Random
 from gradsift.influence.scores import Estimator, Method
@@ -89,13 +91,16 @@ def _wants_data(metric: Mapping[str, Any]) -> bool:
     return metric.get("kind") in ("loss", "reward", "pairwise") and "data" not in metric
 
 
+RewardSetting = Annotated[
+    Reward, BeforeValidator(lambda given: {"kind": "function", "name": given} if isinstance(given, str) else given)
+]
+
+
 class RewardMetric(MeanReward):
     """`MeanReward` as a recipe writes it: the reward by its kind, or a function as `rewards.py:name`."""
 
     data: Any = Field(repr=False)
-    reward: Annotated[
-        Reward, BeforeValidator(lambda given: {"kind": "function", "name": given} if isinstance(given, str) else given)
-    ]
+    reward: RewardSetting
     judge: Endpoint | None = Field(default=None, repr=False)
 
 
@@ -141,6 +146,31 @@ def asking(metric: _Metric, judge: Endpoint | None) -> _Metric:
     if asked is None or judge is None or getattr(metric, asked) is not None:
         return metric
     return metric.model_copy(update={asked: judge})
+
+
+class Curve(Settings):
+    """Loss and reward after each epoch of every fine-tuning (NICE, Figures 1 and 2), the untrained model first.
+
+    data: validation examples, neither trained on nor tested; answers for the loss, the reward's columns for the reward.
+    columns: of `data`, where they are not the usual ones.
+    reward: without one, the loss alone.
+    sampling: of the responses that earn it, as in the metric.
+    """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    data: Any = Field(repr=False)
+    columns: Columns = Columns()
+    reward: RewardSetting | None = None
+    sampling: Sampling = GREEDY
+
+    @property
+    def metrics(self) -> tuple[HeldOutLoss | RewardMetric, ...]:
+        """The loss, and the reward where there is one."""
+        on = {"data": self.data, "columns": self.columns}
+        if self.reward is None:
+            return (HeldOutLoss(**on),)
+        return HeldOutLoss(**on), RewardMetric(**on, reward=self.reward, sampling=self.sampling)
 
 
 class Arm(Settings):
@@ -208,6 +238,8 @@ class Compare(Settings):
     warmup: `shared`, one warm-up and one choice for all seeds; `per_seed` repeats both with each (NICE, section 4.1).
     keep: the `last` epoch, or the `best` by `best_by`.
     best_by: a metric on data that is neither trained on nor tested.
+    curve: loss and reward over the steps of each fine-tuning.
+    embedding: sentence-transformers model of the page's map, if it is on this machine; null leaves the map out.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
@@ -223,6 +255,8 @@ class Compare(Settings):
     warmup: Literal["shared", "per_seed"] = "shared"
     keep: Keep = "last"
     best_by: MetricSetting | None = None
+    curve: Curve | None = None
+    embedding: str | None = embeddings.DEFAULT
 
     @model_validator(mode="before")
     @classmethod

@@ -51,7 +51,7 @@ class Cell:
 class CellFailure:
     """A cell, or one metric of it, that came to nothing. The next run tries it again.
 
-    stage: `warm-up`, `gradients`, `score`, `select`, `train` or `evaluate`
+    stage: `warm-up`, `gradients`, `score`, `select`, `train`, `evaluate` or `curve`
     """
 
     arm: str
@@ -60,6 +60,22 @@ class CellFailure:
     stage: str
     error: str
     metric: str | None = None
+
+
+@dataclass(frozen=True)
+class LearningCurve:
+    """Validation loss and reward over one fine-tuning.
+
+    steps: optimizer steps taken when each was measured: none, and after each epoch
+    loss, reward: in the metrics' own units; None = could not be measured; empty = not asked for
+    """
+
+    arm: str
+    budget: int
+    seed: int
+    steps: tuple[int, ...]
+    loss: tuple[float | None, ...]
+    reward: tuple[float | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -107,6 +123,7 @@ class Comparison:
     variance: what ± covers
     interval: what the intervals of differences cover
     reference: the random control; None where there is none
+    curves: of every fine-tuning, where the recipe asks for them
     """
 
     out: str
@@ -122,6 +139,7 @@ class Comparison:
     interval: str
     reference: str | None
     warnings: tuple[str, ...] = ()
+    curves: tuple[LearningCurve, ...] = ()
 
     def row(self, arm: str, budget: int, figure: str) -> Row:
         """The first row of this arm, budget and figure, such as `("LESS", 500, "loss")`."""
@@ -150,6 +168,7 @@ class Comparison:
             "overlaps": [asdict(overlap) for overlap in self.overlaps],
             "costs": [asdict(cost) for cost in self.costs],
             "warnings": list(self.warnings),
+            "curves": [asdict(curve) for curve in self.curves],
         }
 
     def table(self) -> pa.Table:

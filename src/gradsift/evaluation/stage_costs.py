@@ -13,7 +13,7 @@ from gradsift.generation.sampling import Usage
 from gradsift.run import Run
 from gradsift.store.manifest import read_json
 
-STAGES = ("warm-up", "gradients", "score", "select", "train", "evaluate")
+STAGES = ("warm-up", "gradients", "score", "select", "train", "evaluate", "curve")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from gradsift.report import charts, curves, text
 from gradsift.report.comparison_data import Chosen, ComparisonPage, Overlap, Point
-from gradsift.report.comparison_results import named
+from gradsift.report.comparison_results import is_at, named
 from gradsift.report.document import escaped_size
 
 MOST_SOURCES = 12
@@ -21,21 +21,21 @@ _MAP_WIDTH, _MAP_EDGE = 1000, 24
 
 
 def overlap(page: ComparisonPage, item: Overlap) -> dict[str, Any]:
-    """The matrix of one budget."""
+    """The matrix of one budget, of the methods that have any choice to compare."""
+    kept = [n for n, row in enumerate(item.jaccard) if any(value is not None for value in row)]
     return {
         "budget": item.budget,
         "chance": None if item.chance is None else text.written(item.chance, ".2f" if item.chance >= 0.01 else ".3f"),
         "rows": [
             {
-                "name": page.methods[row].name,
-                "colour": curves.colour(row),
-                "number": row + 1,
+                **named(page, row),
+                "number": number + 1,
                 "cells": [
                     {"text": text.written(value, ".2f"), "shade": _shade(value), "own": row == column}
-                    for column, value in enumerate(values)
+                    for column, value in ((column, item.jaccard[row][column]) for column in kept)
                 ],
             }
-            for row, values in enumerate(item.jaccard)
+            for number, row in enumerate(kept)
         ],
     }  # fmt: skip
 
@@ -47,7 +47,7 @@ def _shade(value: float | None) -> int:
 
 def sources(page: ComparisonPage, budget: int) -> dict[str, Any] | None:
     """The pool's share of each source beside that of every method's choice."""
-    choices = [choice for choice in page.chosen if choice.budget == budget and choice.sources]
+    choices = [choice for choice in page.chosen if is_at(page, choice, budget) and choice.sources]
     if not choices:
         return None
     pool = dict(page.pool.sources) if page.pool else {}
@@ -83,7 +83,7 @@ def sources(page: ComparisonPage, budget: int) -> dict[str, Any] | None:
 def lengths(page: ComparisonPage, budget: int) -> dict[str, Any] | None:
     """A histogram of each method's choice over the pool's."""
     pool = page.pool
-    choices = [choice for choice in page.chosen if choice.budget == budget and any(choice.lengths)]
+    choices = [choice for choice in page.chosen if is_at(page, choice, budget) and any(choice.lengths)]
     if pool is None or not pool.lengths or not choices:
         return None
     largest = max(share for counts in (pool.lengths, *(c.lengths for c in choices)) for share in curves.shares(counts))

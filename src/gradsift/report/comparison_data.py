@@ -16,22 +16,30 @@ class Method:
 
     family, setting: methods of one family that differ in this number alone, such as JI2S at several λ, are drawn as
                      one line over it
+    size:            examples of a training set that no budget decides (the whole pool, a ready data set, none): it
+                     stands beside every budget
     """
 
     name: str
     note: str = ""
     family: str = ""
     setting: float | None = None
+    size: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A figure that was measured after fine-tuning."""
+    """A figure that was measured after fine-tuning.
+
+    note: what metric it is of, for figures together that have the same
+    main: whether differences and charts show it too, and not the tables alone
+    """
 
     name: str
     higher_is_better: bool
     unit: str = ""
     note: str = ""
+    main: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +49,7 @@ class Result:
     mean, spread: over seeds; no spread where there is one seed
     by_seed:      the value of each seed
     difference:   mean paired difference to the reference method, with the ends of its interval
+    reference_budget: the reference method's, where it is another
     """
 
     method: int
@@ -52,6 +61,7 @@ class Result:
     difference: float | None = None
     low: float | None = None
     high: float | None = None
+    reference_budget: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +204,7 @@ class ComparisonPage:
     setting_name: what `Method.setting` is
     reward_name:  what the curves' reward is
     budget:       shown first; by default the largest
+    created:      when, as a text
     repeat:       nested mapping; texts of several lines (a recipe) are shown as they are
     """
 

@@ -39,7 +39,13 @@ def render_comparison(page: ComparisonPage) -> str:
         title=page.title,
         styles=("style.css", "explanation.css", "comparison.css"),
         scripts=[asset("charts.js"), asset("comparison.js")],
-        data={"first": first, "picked": picked, "budgets": budgets, **choices.map_data(page, budgets)},
+        data={
+            "first": first,
+            "picked": picked,
+            "budgets": budgets,
+            "fixed": [method.size is not None for method in page.methods],
+            **choices.map_data(page, budgets),
+        },
         kind="comparison",
         created=page.created,
         summary=page.summary,
@@ -50,6 +56,8 @@ def render_comparison(page: ComparisonPage) -> str:
         methods=[results.named(page, n) | {"note": method.note} for n, method in enumerate(page.methods)],
         results=[table for budget in budgets if (table := results.results_table(page, budget))],
         differences={budget: results.differences(page, budget) for budget in budgets},
+        notes=results.notes(page),
+        fixed=any(method.size is not None for method in page.methods),
         over_budgets=results.budget_charts(page),
         over_settings=[
             {"budget": budget, "figures": figures}
@@ -58,7 +66,7 @@ def render_comparison(page: ComparisonPage) -> str:
         ],
         failures=results.failures(page),
         costs=training.costs(page),
-        overlaps=[choices.overlap(page, item) for item in page.overlaps],
+        overlaps=[table for item in page.overlaps if (table := choices.overlap(page, item))["rows"]],
         sources=[table for budget in budgets if (table := choices.sources(page, budget))],
         lengths=[table for budget in budgets if (table := choices.lengths(page, budget))],
         map=choices.map_drawing(page, picked, first),

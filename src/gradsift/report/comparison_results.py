@@ -13,14 +13,22 @@ MOST_FAILURES = 100
 
 
 def budgets_of(page: ComparisonPage) -> list[int]:
-    """Every budget that anything on the page has, ascending."""
-    numbered: list[Any] = [*page.results, *page.failures, *page.overlaps, *page.chosen, *page.curves]
-    return sorted({item.budget for item in numbered})
+    """Every budget that anything on the page has, ascending; sizes that no budget decides where there is none."""
+    numbered: list[Any] = [*page.results, *page.failures, *page.chosen, *page.curves]
+    budgets = {item.budget for item in numbered if page.methods[item.method].size is None}
+    budgets |= {item.budget for item in page.overlaps}
+    return sorted(budgets or {item.budget for item in numbered})
+
+
+def is_at(page: ComparisonPage, item: Any, budget: int) -> bool:
+    """Whether what a method has belongs to this budget's part of the page, or to every one's."""
+    return bool(item.budget == budget) or page.methods[item.method].size is not None
 
 
 def best_method(page: ComparisonPage, budget: int) -> int:
-    """The method that is best by the main metric under this budget; without results the first."""
+    """The method that chooses best by the main metric under this budget; without results the first."""
     means = {method: result.mean for (method, metric), result in _by_cell(page, budget).items() if metric == 0}
+    means = {method: mean for method, mean in means.items() if page.methods[method].size is None} or means
     if not means:
         return 0
     return (max if page.metrics[0].higher_is_better else min)(sorted(means), key=lambda method: means[method])
@@ -29,7 +37,7 @@ def best_method(page: ComparisonPage, budget: int) -> int:
 def results_table(page: ComparisonPage, budget: int) -> dict[str, Any] | None:
     """Mean ± spread of each metric, the best marked, and the values of single seeds; None where nothing was tried."""
     found = _by_cell(page, budget)
-    failed = {failure.method for failure in page.failures if failure.budget == budget}
+    failed = {f.method for f in page.failures if is_at(page, f, budget) and not f.stage.startswith("curve")}
     methods = sorted(failed | {method for method, _ in found})
     if not methods:
         return None
@@ -49,6 +57,7 @@ def results_table(page: ComparisonPage, budget: int) -> dict[str, Any] | None:
             | {
                 "seeds": max((len(r.by_seed) for (owner, _), r in found.items() if owner == method), default=0),
                 "failed": method in failed,
+                "size": page.methods[method].size,
                 "cells": [column[row] for column in columns],
             }
             for row, method in enumerate(methods)
@@ -75,7 +84,7 @@ def _column(metric: Metric, results: Sequence[Result | None]) -> list[dict[str, 
 def differences(page: ComparisonPage, budget: int) -> list[dict[str, Any]]:
     """One table per metric: how far each method is from the reference, with its interval."""
     found, shown = _by_cell(page, budget), []
-    for number, metric in enumerate(page.metrics):
+    for number, metric in _main(page):
         known = [
             (result, result.difference)
             for method in range(len(page.methods))
@@ -83,6 +92,7 @@ def differences(page: ComparisonPage, budget: int) -> list[dict[str, Any]]:
             and (result := found.get((method, number)))
             and result.difference is not None
             and math.isfinite(result.difference)
+            and result.reference_budget in (None, budget)
         ]
         ends = [end for r, middle in known for end in (middle, *_interval(r))]
         if page.reference is None or not ends:
@@ -112,15 +122,18 @@ def _difference(
 def budget_charts(page: ComparisonPage) -> list[dict[str, Any]]:
     """Each metric against the budget, a line per method, where there are several budgets."""
     shown = []
-    for number, metric in enumerate(page.metrics):
+    for number, metric in _main(page):
         results = sorted((r for r in page.results if r.metric == number), key=lambda result: result.budget)
-        budgets = sorted({result.budget for result in results})
+        budgets = sorted({r.budget for r in results if page.methods[r.method].size is None})
         if len(budgets) < 2:
             continue
         lines = [
             curves.Line(method, page.methods[method].name, [_spot(r.budget, r) for r in results if r.method == method])
             for method in sorted({result.method for result in results})
+            if page.methods[method].size is None
         ]
+        levels = [r for r in results if page.methods[r.method].size is not None and math.isfinite(r.mean)]
+        lines[:0] = [_level(page, r, budgets[0], budgets[-1]) for r in levels]
         chart = curves.line_chart(
             lines,
             title=f"{metric.name} against the budget; the values are in the tables.",
@@ -141,7 +154,7 @@ def setting_charts(page: ComparisonPage, budget: int) -> list[dict[str, Any]]:
     found = _by_cell(page, budget)
     charts = [
         _setting_chart(page, number, family, members, found)
-        for number in range(len(page.metrics))
+        for number, _ in _main(page)
         for family, members in families.items()
     ]
     return [chart for chart in charts if chart is not None]
@@ -161,8 +174,7 @@ def _setting_chart(
     lines = [curves.Line(members[settings[0]], family, spots)]
     reference = page.reference
     if reference is not None and (reference, number) in found and reference not in members.values():
-        level = [(float(end), found[reference, number].mean, 0.0) for end in (0, len(settings) - 1)]
-        lines.insert(0, curves.Line(reference, page.methods[reference].name, level, dotted=False))
+        lines.insert(0, _level(page, found[reference, number], 0, len(settings) - 1))
     return measured(metric) | {
         "lines": [{"name": line.name, "colour": curves.colour(line.method)} for line in reversed(lines)],
         "chart": curves.line_chart(
@@ -192,6 +204,19 @@ def failures(page: ComparisonPage) -> dict[str, Any]:
     }
 
 
+def _main(page: ComparisonPage) -> list[tuple[int, Metric]]:
+    return [(number, metric) for number, metric in enumerate(page.metrics) if metric.main]
+
+
+def notes(page: ComparisonPage) -> list[tuple[str, str]]:
+    """What metrics the figures are of: names of figures, and their common note."""
+    found: dict[str, list[str]] = {}
+    for metric in page.metrics:
+        if metric.note:
+            found.setdefault(metric.note, []).append(metric.name)
+    return [(", ".join(names), note) for note, names in found.items()]
+
+
 def measured(metric: Metric) -> dict[str, Any]:
     """A metric as headings name it."""
     return {
@@ -210,7 +235,7 @@ def _by_cell(page: ComparisonPage, budget: int) -> dict[tuple[int, int], Result]
     return {
         (result.method, result.metric): result
         for result in page.results
-        if result.budget == budget and math.isfinite(result.mean)
+        if is_at(page, result, budget) and math.isfinite(result.mean)
     }
 
 
@@ -230,6 +255,12 @@ def _interval(result: Result) -> tuple[float, float] | tuple[()]:
     if low is None or high is None or not (math.isfinite(low) and math.isfinite(high)):
         return ()
     return low, high
+
+
+def _level(page: ComparisonPage, result: Result, start: float, end: float) -> curves.Line:
+    """A mean as a line from end to end."""
+    ends = [(float(x), result.mean, 0.0) for x in (start, end)]
+    return curves.Line(result.method, page.methods[result.method].name, ends, dotted=False)
 
 
 def _spot(x: float, result: Result) -> tuple[float, float, float]:

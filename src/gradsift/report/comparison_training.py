@@ -8,24 +8,27 @@ from typing import Any
 
 from gradsift.report import curves, text
 from gradsift.report.comparison_data import ComparisonPage, Metric, StageCost, TrainingCurve
-from gradsift.report.comparison_results import measured, named
+from gradsift.report.comparison_results import is_at, measured, named
 
 MOST_STEPS = 80  # points of one drawn curve
 
 
 def loss_and_reward(page: ComparisonPage, budget: int) -> dict[str, Any] | None:
     """Loss and reward over the steps of fine-tuning (NICE, Figures 1 and 2), and where each is best."""
-    found = [curve for curve in page.curves if curve.budget == budget and curve.steps]
+    found = [curve for curve in page.curves if is_at(page, curve, budget) and curve.steps]
     if not found:
         return None
     panels = []
-    for name, better, pick in (("validation loss", False, "loss"), (page.reward_name, True, "reward")):
+    for name, unit, better, pick in (
+        ("validation loss", "nats per token", False, "loss"),
+        (page.reward_name, "", True, "reward"),
+    ):
         lines = [_curve(page, curve, _numbers(getattr(curve, pick)), better) for curve in found]
         chart = curves.line_chart(
             lines, title=f"{name} over the steps of fine-tuning.", axis="steps of fine-tuning", height=200
         )
         if chart:
-            panels.append(measured(Metric(name, better)) | {"chart": chart})
+            panels.append(measured(Metric(name, better, unit)) | {"chart": chart})
     rows = []
     for method in sorted({curve.method for curve in found}):
         mine = [curve for curve in found if curve.method == method]
@@ -43,7 +46,8 @@ def loss_and_reward(page: ComparisonPage, budget: int) -> dict[str, Any] | None:
         )
     for row, written in zip(rows, text.figures([row["lost"] for row in rows]), strict=True):
         row["lost"] = written
-    return {"budget": budget, "panels": panels, "rows": rows}
+    rewarded = any(value is not None for curve in found for value in curve.reward)
+    return {"budget": budget, "panels": panels, "rows": rows, "rewarded": rewarded}
 
 
 def _given_up(curve: TrainingCurve, low: int | None, high: int | None) -> float | None:

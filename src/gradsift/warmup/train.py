@@ -310,6 +310,11 @@ def effective_batch_size(count: int, wanted: int) -> int:
     return max(1, min(wanted, (count - 1) // (_MIN_STEPS - 1)))
 
 
+def steps_per_epoch(count: int, wanted: int) -> int:
+    """Optimizer steps that an epoch of `count` examples takes at the batch size asked for."""
+    return -(-count // effective_batch_size(count, wanted))
+
+
 def _check_seed(seed: int) -> None:
     if seed < 0:
         raise ConfigError(f"seed is {seed}: it must be a whole number from 0")

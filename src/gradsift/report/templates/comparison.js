@@ -28,7 +28,7 @@
     one("#map-method").textContent = names[state.method];
     one("#map-count").textContent = digits
       ? `${count(some.length + every.length)} of the ${count(data.xs.length)} examples on the map chosen`
-      : "nothing is known of this choice";
+      : data.fixed[state.method] ? "chooses no part of the pool" : "nothing is known of this choice";
     one("#map-some").hidden = some.length === 0;
     one("#map-every").lastChild.textContent = seeds(state.method) > 1 ? `chosen with each of ${seeds(state.method)} seeds` : "chosen";
     items.forEach((item, n) => {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ from gradsift.results import group_columns, own_columns
 from gradsift.store.manifest import versions
 
 _MOST_BINS = 12
+_MOST_SOURCES = 200  # values kept apart; the page draws the largest
 _EXCERPT = 400  # characters kept of a point's text; the page cuts further
 
 Choices = Mapping[tuple[str, int, int], Sequence[str]]
@@ -78,9 +80,11 @@ class _Counted:
         self.lengths: NDArray[np.int64] = data.lengths
         self.edges = edges or length_edges(data.lengths)
         self.column, values = _source_column(data, wanted)
-        names, codes = np.unique(np.array(values, dtype=object).astype(str), return_inverse=True)
-        self.names: list[str] = names.tolist()
-        self.codes: NDArray[np.int64] = codes
+        texts = [str(value) for value in values]
+        common = [name for name, _ in Counter(texts).most_common(_MOST_SOURCES)]
+        code = {name: number for number, name in enumerate(common)}
+        self.names = [*common, "other values"]
+        self.codes = np.array([code.get(text, len(common)) for text in texts], dtype=np.int64)
 
     def sources(self, rows: NDArray[np.int64]) -> dict[str, int]:
         """Rows by source, most first; none where no column tells it."""
@@ -186,7 +190,6 @@ def extremes_of(plan: Plan, contender: Contender, scores: Scores, note: str = ""
     ranks, data = scores.ranks(), plan.pool.data
     order = np.argsort(ranks)
     each = min(MOST_EXTREME, len(order) // 2)
-    lengths = dict(zip(data.ids, data.lengths.tolist(), strict=True))
 
     def example(place: int) -> ScoredExample:
         id_ = scores.ids[place]
@@ -197,7 +200,7 @@ def extremes_of(plan: Plan, contender: Contender, scores: Scores, note: str = ""
             answer=content_of(last),
             score=float(scores.aggregate[place]),
             rank=int(ranks[place]),
-            tokens=lengths[id_],
+            tokens=int(data.lengths[data.positions([id_])[0]]),
             columns=own_columns(data.row(id_), plan.recipe.columns),
         )
 
@@ -226,6 +229,8 @@ def told(plan: Plan) -> dict[str, Any]:
         f"epoch{'s' * (training.epochs != 1)}, learning rate {training.learning_rate:g}, batches of "
         f"{training.batch_size}; the {job.keep} epoch is kept"
     )
+    if own := [one.name for one in plan.contenders if one.training is not None]:
+        facts["fine-tuning"] += f". {', '.join(own)}: settings of their own (see the recipe)"
     if recipe.adapter:
         facts["checkpoints"] = ", ".join(recipe.adapter)
     else:

@@ -479,7 +479,7 @@ def ranked(first: Array, second: Array) -> float:
 
 
 def pair_sums(world: World, groups: SequenceABC[tuple[str, list[str], list[str]]]) -> dict[str, Array]:
-    """Σ_{a∈A, b∈B} Γ_aᵀHΓ_b `[pair kind]` for every H, weighted over checkpoints as JI2S weights them; kept in a file."""
+    """Σ_{a∈A, b∈B} Γ_aᵀHΓ_b `[pair kind]` for every H, weighted over checkpoints as in JI2S; kept in a file."""
     pool = world.pool
     path = world.out / f"pairs-{key_of(world, groups)}.json"
     if path.exists():

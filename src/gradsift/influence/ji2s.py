@@ -371,7 +371,7 @@ def store_terms(
     bias = None
     if method.hessian == "identity":
         mean = targets.double().mean(dim=0, keepdim=True).float()
-        products, along = _with_own_sum(store, mean, factor, torch.ones(store.dim))
+        products, along = _with_own_sum(store, mean, factor, None)
         marginal, pairs = products[:, 0], along
     elif method.hessian == "fisher_projected":
         P, bias = _with_own_sum(store, targets, factor, _projection_strength(store, targets))
@@ -405,13 +405,17 @@ def _projection_strength(store: GradientStore, targets: Tensor) -> Tensor:
     return strength
 
 
-def _with_own_sum(store: GradientStore, queries: Tensor, factor: Tensor, diagonal: Tensor) -> tuple[Tensor, Tensor]:
+def _with_own_sum(
+    store: GradientStore, queries: Tensor, factor: Tensor, diagonal: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """⟨r_i, query⟩ `[row query]` and ⟨r_i, D(s − r_i)⟩ `[row]` in float64, r_i = factor_i · row_i, s = Σ_i r_i.
 
-    D is `diagonal`. With the sum that the store holds its rows are read once.
+    D is `diagonal`, or the identity, for which the store knows the rows' norms. With the sum that the store holds its
+    rows are read once.
     """
-    weighted = (diagonal.double() * _row_sum(store, factor)).float()
-    by_row, own = torch.cat([queries, weighted[None]]).contiguous(), torch.empty(len(store), dtype=torch.float64)
+    total = _row_sum(store, factor)
+    weighted = (total if diagonal is None else diagonal.double() * total).float()
+    by_row, own = torch.cat([queries, weighted[None]]).contiguous(), (factor * store.projected_norms).square()
     by_column, count, block = by_row.T.contiguous(), len(queries) + 1, block_rows(len(queries) + 1)
     products = torch.empty(len(store), count)
     factors = factor.float()
@@ -427,7 +431,8 @@ def _with_own_sum(store: GradientStore, queries: Tensor, factor: Tensor, diagona
                 torch.mm(rows, by_column, out=products[part])
             by_factor = factors[part] if scale is None else factors[part] * scale
             products[part] *= by_factor[:, None]
-            own[part] = torch.mv(rows.square_(), diagonal).double() * by_factor.double().square()
+            if diagonal is not None:
+                own[part] = torch.mv(rows.square_(), diagonal).double() * by_factor.double().square()
 
         return consume
 

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gradsift.errors import ConfigError, DataError, NonFiniteError, ShapeError
@@ -131,13 +131,20 @@ def test_ties_go_to_the_lowest_position() -> None:
 
 
 @given(seed=st.integers(0, 999), order=st.permutations(range(9)), k=st.integers(1, 6))
+@example(seed=266, order=[0, 5, 2, 3, 4, 1, 6, 7, 8], k=3)
 @settings(max_examples=25, deadline=None)
 def test_permuting_the_candidates_permutes_the_picks(seed: int, order: list[int], k: int) -> None:
-    """The same examples, however they are numbered; none twice; the same again when asked again."""
+    """The same examples, or others that leave as much, however they are numbered; none twice; the same when asked again.
+
+    The last of several may have weight 0, and then the lowest position decides (seed 266).
+    """
     g, rows = problem(9, 30, seed)
     picks = relevance_pursuit(g, rows[order], budget=k)
     assert picks == relevance_pursuit(g, rows[order], budget=k)
-    assert {order[pick] for pick in picks} == set(relevance_pursuit(g, rows, budget=k))
+    chosen, again = [order[pick] for pick in picks], relevance_pursuit(g, rows, budget=k)
+    assert set(chosen) == set(again) or share_left(g, rows, chosen) == pytest.approx(
+        share_left(g, rows, again), rel=0, abs=1e-12
+    )
     assert len(set(picks)) == k
 
 

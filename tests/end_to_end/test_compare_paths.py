@@ -190,6 +190,7 @@ def undisturbed(tiny: World, files: Path, server: Server, tmp_path_factory: pyte
     return found
 
 
+@pytest.mark.slow
 def test_a_judge_that_dies_midway_and_comes_back(
     tiny: World, files: Path, undisturbed: Comparison, tmp_path: Path
 ) -> None:

@@ -134,7 +134,7 @@ def test_ties_go_to_the_lowest_position() -> None:
 @example(seed=266, order=[0, 5, 2, 3, 4, 1, 6, 7, 8], k=3)
 @settings(max_examples=25, deadline=None)
 def test_permuting_the_candidates_permutes_the_picks(seed: int, order: list[int], k: int) -> None:
-    """The same examples, or others that leave as much, however they are numbered; none twice; the same when asked again.
+    """The same examples, or others that leave as much, however they are numbered; none twice; the same if asked again.
 
     The last of several may have weight 0, and then the lowest position decides (seed 266).
     """

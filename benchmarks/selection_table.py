@@ -101,7 +101,7 @@ def main() -> None:
 
 
 def write_data(model: str, out: Path, rows: int) -> dict[str, Path]:
-    """The pool, and each target's validation and test rows, as files; those that are there stay."""
+    """The pool, and each target's validation and test rows, as files."""
     chat = ChatFormat(load_tokenizer(model), max_length=100_000)
     folder = out / "data"
     folder.mkdir(parents=True, exist_ok=True)
@@ -166,7 +166,7 @@ def arm_name(arm: Mapping[str, Any]) -> str:
 
 
 def own_seeds(arm: dict[str, Any], seeds: int) -> dict[str, Any]:
-    """With one seed random keeps its three draws; nothing else has seeds of its own beyond the first."""
+    """With one seed for all, arms with seeds of their own keep the first of them."""
     return arm if "seeds" not in arm or seeds > 1 else {**arm, "seeds": arm["seeds"][:1]}
 
 

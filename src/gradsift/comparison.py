@@ -6,9 +6,10 @@ own, so that an interrupted comparison, or one with another seed, goes on with w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from gradsift.comparison_plan import Plan, planned
 from gradsift.comparison_views import choice_views, extremes_of, told
@@ -40,13 +41,15 @@ from gradsift.report.comparison_data import ComparisonPage, Extremes
 from gradsift.report.comparison_page import render_comparison
 from gradsift.report.comparison_report import comparison_page
 from gradsift.run import Run
-from gradsift.selection.select import select
+from gradsift.selection.select import SelectionMethod, select
 from gradsift.store.manifest import fingerprint
+from gradsift.warmup.checkpoint import Checkpoint
 from gradsift.warmup.train import steps_per_epoch
 
 # What a cell may fail with while the others go on; a full disk or a lost folder ends the comparison.
 _CELL_ERRORS = (GradsiftError, RuntimeError, MemoryError)
 _FATAL = (StorageError, LockedError)
+_Result = TypeVar("_Result")
 
 
 def run_compare(recipe: Recipe, reporter: Reporter | None = None) -> Comparison:
@@ -84,6 +87,16 @@ class _Stopped:
 
     stage: str
     error: Exception
+
+
+def _attempted(stage: str, step: Callable[[], _Result]) -> _Result | _Stopped:
+    """What a step comes to, or what stopped it while others may go on."""
+    try:
+        return step()
+    except _FATAL:
+        raise
+    except _CELL_ERRORS as error:
+        return _Stopped(stage, error)
 
 
 class _Work:
@@ -142,28 +155,28 @@ class _Work:
         viewed = [(method, view) for method in methods if (view := pool_view(method)) is not None]
         if not viewed:
             return None
-        stage = "warm-up"
-        try:
-            settings = {"warmup": pool.warmup.model_dump(mode="json"), "adapters": list(pool.adapters)}
-            with self.clock.timed(stage, None, {**settings, "seed": pool.seed}):
-                checkpoints = pool.checkpoints()
-            stage = "gradients"
-            for number, checkpoint in enumerate(checkpoints):
-                last = number == len(checkpoints) - 1
-                views: list[View] = sorted({view for method, view in viewed if last or not at_last_checkpoint(method)})
-                identity = {
-                    "gradients": pool.gradients.model_dump(mode="json"),
-                    "checkpoint": checkpoint.identity(),
-                    "views": list(views),
-                }
-                if views:
-                    with self.clock.timed(stage, None, identity):
-                        pool.stores(checkpoint, views)
-        except _FATAL:
-            raise
-        except _CELL_ERRORS as error:
-            return _Stopped(stage, error)
-        return None
+        checkpoints = _attempted("warm-up", partial(self._warm_up, pool))
+        if isinstance(checkpoints, _Stopped):
+            return checkpoints
+        return _attempted("gradients", partial(self._collect, pool, checkpoints, viewed))
+
+    def _warm_up(self, pool: Pool) -> list[Checkpoint]:
+        settings = {"warmup": pool.warmup.model_dump(mode="json"), "adapters": list(pool.adapters)}
+        with self.clock.timed("warm-up", None, {**settings, "seed": pool.seed}):
+            return pool.checkpoints()
+
+    def _collect(self, pool: Pool, checkpoints: Sequence[Checkpoint], viewed: Sequence[tuple[Method, View]]) -> None:
+        for number, checkpoint in enumerate(checkpoints):
+            last = number == len(checkpoints) - 1
+            views: list[View] = sorted({view for method, view in viewed if last or not at_last_checkpoint(method)})
+            identity = {
+                "gradients": pool.gradients.model_dump(mode="json"),
+                "checkpoint": checkpoint.identity(),
+                "views": list(views),
+            }
+            if views:
+                with self.clock.timed("gradients", None, identity):
+                    pool.stores(checkpoint, views)
 
     def _choice(
         self, pool: Pool, contender: Contender, budget: int, seed: int, known: dict[str, tuple[str, ...] | _Stopped]
@@ -183,14 +196,14 @@ class _Work:
             if isinstance(scores, _Stopped):
                 known[name] = scores
             else:
-                try:
-                    with self.clock.timed("select", contender.name, choosing):
-                        known[name] = tuple(select(scores, method, budget=budget).ids)
-                except _FATAL:
-                    raise
-                except _CELL_ERRORS as error:
-                    known[name] = _Stopped("select", error)
+                known[name] = _attempted("select", partial(self._select, contender, scores, method, budget, choosing))
         return known[name]
+
+    def _select(
+        self, contender: Contender, scores: Scores, method: SelectionMethod, budget: int, identity: dict[str, Any]
+    ) -> tuple[str, ...]:
+        with self.clock.timed("select", contender.name, identity):
+            return tuple(select(scores, method, budget=budget).ids)
 
     def _scored(
         self, pool: Pool, contender: Contender, estimator: Method, identity: dict[str, Any]
@@ -199,15 +212,7 @@ class _Work:
         name = fingerprint(identity)
         if self._scores is None or self._scores[0] != name:
             self._scores = None  # a table of scores may be large: the last goes before the next comes
-            found: Scores | _Stopped
-            try:
-                with self.clock.timed("score", contender.name, identity):
-                    found = score(pool, self.plan.target, estimator, aggregation=self.plan.recipe.aggregation)
-            except _FATAL:
-                raise
-            except _CELL_ERRORS as error:
-                found = _Stopped("score", error)
-            self._scores = name, found
+            self._scores = name, _attempted("score", partial(self._score, pool, contender, estimator, identity))
         found = self._scores[1]
         if contender.name not in self.extremes and not isinstance(found, _Stopped):
             note = f"Scores of the warm-up with seed {pool.seed}." if self.job.warmup == "per_seed" else ""
@@ -215,41 +220,23 @@ class _Work:
                 self.extremes[contender.name] = ends
         return found
 
+    def _score(self, pool: Pool, contender: Contender, estimator: Method, identity: dict[str, Any]) -> Scores:
+        with self.clock.timed("score", contender.name, identity):
+            return score(pool, self.plan.target, estimator, aggregation=self.plan.recipe.aggregation)
+
     def _cell(self, contender: Contender, budget: int, seed: int) -> None:
         """Train and evaluate one cell, or record why not."""
-        if contender.base:
-            self._untrained(contender, seed)
-            return
-        trained = self._trained(contender, budget, seed)
-        if isinstance(trained, _Stopped):
-            self._failed(contender, budget, seed, trained)
-            return
-        try:
-            evaluation = self._evaluated(trained, contender, budget, seed)
-        except _FATAL:
-            raise
-        except _CELL_ERRORS as error:
-            self._failed(contender, budget, seed, _Stopped("evaluate", error))
-            return
-        ids = self._chosen(contender, budget, seed)
-        assert not isinstance(ids, _Stopped)
-        self._keep(contender, budget, seed, trained, evaluation, () if contender.data is not None else ids)
-        if self.plan.curve:
-            self._follow(contender, budget, seed, trained)
-
-    def _untrained(self, contender: Contender, seed: int) -> None:
-        """Evaluate the model as it is."""
-        try:
-            evaluation = self._evaluated(None, contender, 0, seed)
-        except _FATAL:
-            raise
-        except _CELL_ERRORS as error:
-            self._failed(contender, 0, seed, _Stopped("evaluate", error))
-            return
-        self._keep(contender, 0, seed, None, evaluation, ())
-
-    def _failed(self, contender: Contender, budget: int, seed: int, stopped: _Stopped) -> None:
-        """Record why a cell came to nothing."""
+        trained = None if contender.base else self._trained(contender, budget, seed)
+        stopped = trained if isinstance(trained, _Stopped) else None
+        if not isinstance(trained, _Stopped):
+            evaluation = _attempted("evaluate", partial(self._evaluated, trained, contender, budget, seed))
+            if not isinstance(evaluation, _Stopped):
+                self._keep(contender, budget, seed, trained, evaluation)
+                if self.plan.curve and trained is not None:
+                    self._follow(contender, budget, seed, trained)
+                return
+            stopped = evaluation
+        assert stopped is not None
         self._tell(CellFailure(contender.name, budget, seed, stopped.stage, _said(stopped.error)))
 
     def _tell(self, failure: CellFailure) -> None:
@@ -274,7 +261,7 @@ class _Work:
         return {
             "data": data.fingerprint,
             "ids": fingerprint(sorted(ids)),
-            "training": (contender.training or job.training).model_dump(mode="json"),
+            "training": self.plan.training_of(contender).model_dump(mode="json"),
             "full": job.full_training,
             "seed": seed,
             "best_by": None if job.best_by is None else settings_of(job.best_by),
@@ -287,32 +274,27 @@ class _Work:
             return ids
         key = contender.name, budget, seed
         if key not in self.trained:
-            self.trained[key] = self._train(contender, budget, seed, ids)
+            self.trained[key] = _attempted("train", partial(self._train, contender, budget, seed, ids))
         return self.trained[key]
 
-    def _train(self, contender: Contender, budget: int, seed: int, ids: tuple[str, ...]) -> Trained | _Stopped:
+    def _train(self, contender: Contender, budget: int, seed: int, ids: tuple[str, ...]) -> Trained:
         job, own = self.job, self.plan.datasets.get(contender.name)
         data = self.pool.data if own is None else own
-        training = contender.training or job.training
-        try:
-            with self.clock.timed("train", contender.name, self._training(contender, budget, seed)) as timed:
-                tokens = int(data.lengths[data.positions(list(ids))].sum())
-                timed.amounts["examples"] = float(len(ids) * training.epochs)
-                timed.amounts["tokens"] = float(tokens * training.epochs)
-                return train_on(
-                    self.pool,
-                    ids if own is None else own,
-                    training,
-                    seed=seed,
-                    keep=job.keep,
-                    best_by=job.best_by,
-                    full=job.full_training,
-                    what=_words(contender, budget, seed),
-                )
-        except _FATAL:
-            raise
-        except _CELL_ERRORS as error:
-            return _Stopped("train", error)
+        training = self.plan.training_of(contender)
+        with self.clock.timed("train", contender.name, self._training(contender, budget, seed)) as timed:
+            tokens = int(data.lengths[data.positions(list(ids))].sum())
+            timed.amounts["examples"] = float(len(ids) * training.epochs)
+            timed.amounts["tokens"] = float(tokens * training.epochs)
+            return train_on(
+                self.pool,
+                ids if own is None else own,
+                training,
+                seed=seed,
+                keep=job.keep,
+                best_by=job.best_by,
+                full=job.full_training,
+                what=_words(contender, budget, seed),
+            )
 
     def _evaluated(self, trained: Trained | None, contender: Contender, budget: int, seed: int) -> Evaluation:
         """What the metrics find; None is the model before training."""
@@ -348,15 +330,11 @@ class _Work:
         return metric.meeting(found.path, at)
 
     def _keep(
-        self,
-        contender: Contender,
-        budget: int,
-        seed: int,
-        trained: Trained | None,
-        evaluation: Evaluation,
-        ids: tuple[str, ...],
+        self, contender: Contender, budget: int, seed: int, trained: Trained | None, evaluation: Evaluation
     ) -> None:
         """Record a cell that came to an end, and the metrics of it that did not."""
+        ids = () if contender.base or contender.data is not None else self._chosen(contender, budget, seed)
+        assert not isinstance(ids, _Stopped), ids
         for measured in evaluation.failed:
             failure = CellFailure(contender.name, budget, seed, "evaluate", str(measured.error), measured.metric)
             self.failures.append(failure)
@@ -387,20 +365,17 @@ class _Work:
             for number, state in enumerate(states):
                 when = f"after epoch {number}" if number else "before training"
                 for metric, own in zip(metrics, values, strict=True):
-                    try:
-                        found = measure(self.pool, state, metric)
+                    found = _attempted("curve", partial(measure, self.pool, state, metric))
+                    if isinstance(found, _Stopped):
+                        own.append(None)
+                        failed.setdefault(metric.label, f"{when}: {_said(found.error)}")
+                    else:
                         timed.done = timed.done and not found.partial
                         own.append(found.figures[0].value)
-                    except _FATAL:
-                        raise
-                    except _CELL_ERRORS as error:
-                        own.append(None)
-                        failed.setdefault(metric.label, f"{when}: {_said(error)}")
             timed.done = timed.done and not failed
         for label, said in failed.items():
             self._tell(CellFailure(contender.name, budget, seed, "curve", said, label))
-        training = contender.training or self.job.training
-        each = steps_per_epoch(trained.examples, training.batch_size)
+        each = steps_per_epoch(trained.examples, self.plan.training_of(contender).batch_size)
         steps = tuple(each * number for number in range(epochs + 1))
         self.curves.append(LearningCurve(contender.name, budget, seed, steps, *map(tuple, values)))
 

@@ -26,6 +26,7 @@ from gradsift.pipeline import open_recipe, open_recipe_target, say_skipped
 from gradsift.progress import Reporter
 from gradsift.recipe import Recipe
 from gradsift.selection.select import budget_count, check_selection
+from gradsift.warmup.train import Training
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,10 @@ class Plan:
     def seeds_of(self, contender: Contender) -> tuple[int, ...]:
         """Seeds of one arm; an untrained model does not depend on any."""
         return self.job.seeds[:1] if contender.base else contender.seeds or self.job.seeds
+
+    def training_of(self, contender: Contender) -> Training:
+        """An arm's own settings, or the comparison's."""
+        return contender.training or self.job.training
 
     def opponent(self, metric: PairwiseMetric, budget: int, seed: int) -> tuple[Contender, int, int]:
         """The cell that a metric compares with: at its budget or else this one's or the nearest, and with this seed."""

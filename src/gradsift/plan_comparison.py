@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from gradsift.comparison_plan import Plan
-from gradsift.evaluation.arms import Contender
 from gradsift.evaluation.loss import HeldOutLoss
 from gradsift.evaluation.mean_reward import MeanReward
 from gradsift.evaluation.metric import Metric
@@ -15,7 +14,6 @@ from gradsift.evaluation.setup import Setup, subject_of
 from gradsift.generation.sampling import Sampling
 from gradsift.influence.prompts import Prompts
 from gradsift.plan_rewards import Decoding
-from gradsift.warmup.train import Training
 
 _FORWARD = 3  # times as fast as forward and backward together, about
 
@@ -43,17 +41,12 @@ def measurings(plan: Plan) -> list[Measuring]:
     """What every metric of a comparison takes; equal work is counted each time, as nobody knows which choices agree."""
     base = subject_of(plan.pool, None).base
     cells = [contender for contender, _, _ in plan.cells()]
-    after_epochs = sum(training_of(plan, contender).epochs for contender in cells if not contender.base)
+    after_epochs = sum(plan.training_of(contender).epochs for contender in cells if not contender.base)
     asked: list[tuple[str, int, Metric]] = [("evaluation", len(cells), metric) for metric in plan.job.metrics]
     if plan.job.best_by is not None:
         asked.append(("evaluation", after_epochs, plan.job.best_by))
     asked += [("curves", after_epochs + 1, metric) for metric in plan.curve]
     return [_measuring(stage, times, metric, base) for stage, times, metric in asked]
-
-
-def training_of(plan: Plan, contender: Contender) -> Training:
-    """An arm's own settings, or the comparison's."""
-    return contender.training or plan.job.training
 
 
 def _measuring(stage: str, times: int, metric: Metric, base: Setup) -> Measuring:
@@ -81,7 +74,7 @@ def comparison_stages(
     cells = [(contender, budget) for contender, budget, _ in plan.cells() if not contender.base]
     tokens = kept = 0.0
     for contender, budget in cells:
-        training = training_of(plan, contender)
+        training = plan.training_of(contender)
         tokens += training.epochs * sizes.get(contender.name, budget * mean)
         # An adapter's weights and both moments; or every weight.
         adapter = sample["trained_parameters"] * training.rank / plan.recipe.warmup.rank * 12

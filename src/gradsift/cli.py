@@ -119,6 +119,13 @@ _SHARED: dict[str, tuple[Any, Any]] = {
         help="Passes over the data, each for a part of the modules, to save memory.",
         panel=_GRADIENTS,
     ),
+    "gradient_checkpointing": _shared(
+        bool,
+        False,
+        "--gradient-checkpointing",
+        help="Run layers again instead of keeping their activations: more time, less memory, the same rows.",
+        panel=_GRADIENTS,
+    ),
     "reward": _shared(
         list[str] | None,
         None,
@@ -373,7 +380,7 @@ _OF_WARMUP = (
 )  # fmt: skip
 _OF_GRADIENTS = (
     "modules", "projection", "projection_dim", "projection_seed", "row_dtype", "token_budget", "shard_rows",
-    "module_groups", "autocast",
+    "module_groups", "autocast", "gradient_checkpointing",
 )  # fmt: skip
 _OF_TARGET = ("subtask", "target_columns", "keep_overlap")
 _OF_SAMPLING = (
@@ -561,7 +568,10 @@ def _recipe(given: dict[str, Any], **more: Any) -> Any:
                 "seed": given["projection_seed"],
             },
             "dtype": given["row_dtype"],
-            **{name: given[name] for name in ("token_budget", "shard_rows", "module_groups", "autocast")},
+            **{
+                name: given[name]
+                for name in ("token_budget", "shard_rows", "module_groups", "autocast", "gradient_checkpointing")
+            },
         }
     if "estimator" in given:
         values["estimator"] = estimator_of(given["estimator"], given)

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gradsift.errors import ModelError
@@ -56,12 +57,20 @@ def pad(batch: SequenceABC[Sequence], device: torch.device | str = "cpu") -> Pad
     assert not weights[:, 0].any(), "nothing predicts the first token: its weight must be 0"
     owner, column = weights[:, 1:].nonzero()
     return PaddedBatch(
-        ids=torch.from_numpy(ids).to(device),
-        positions=torch.from_numpy(owner * longest + column).to(device),
-        labels=torch.from_numpy(ids[owner, column + 1]).to(device),
-        weights=torch.from_numpy(weights[owner, column + 1]).to(device),
-        owner=torch.from_numpy(owner).to(device),
+        ids=to_device(ids, device),
+        positions=to_device(owner * longest + column, device),
+        labels=to_device(ids[owner, column + 1], device),
+        weights=to_device(weights[owner, column + 1], device),
+        owner=to_device(owner, device),
     )
+
+
+def to_device(array: NDArray[Any] | SequenceABC[int], device: torch.device | str) -> Tensor:
+    """An array of this process on a device; a GPU gets it from pinned memory, while it goes on with what it does."""
+    tensor = torch.from_numpy(array) if isinstance(array, np.ndarray) else torch.tensor(array)
+    if torch.device(device).type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def token_mean(example: TokenizedExample, row: int) -> Sequence:
@@ -80,9 +89,46 @@ def head_at(model: Any) -> Iterator[SupervisedHead]:
     selector = SupervisedHead(model)
     handle = head.register_forward_pre_hook(selector.select)
     try:
-        yield selector
+        with _NOTHING_PACKED:
+            yield selector
     finally:
         handle.remove()
+
+
+class _NothingPacked:
+    """While open, transformers takes it that no batch holds several sequences in one line, which is true of `pad`'s.
+
+    It would ask the positions otherwise, and on a GPU every batch would wait there for the one before it to end.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._original: Any = None
+
+    def __enter__(self) -> None:
+        from transformers import masking_utils
+
+        with self._lock:
+            if self._users == 0:
+                self._original = getattr(masking_utils, "find_packed_sequence_indices", None)
+                masking_utils.find_packed_sequence_indices = _no_packed_sequence
+            self._users += 1
+
+    def __exit__(self, *_error: object) -> None:
+        from transformers import masking_utils
+
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                masking_utils.find_packed_sequence_indices = self._original
+
+
+def _no_packed_sequence(position_ids: Tensor) -> None:
+    """What transformers' own function returns where each line is one sequence."""
+
+
+_NOTHING_PACKED = _NothingPacked()
 
 
 class SupervisedHead:
@@ -113,24 +159,27 @@ class SupervisedHead:
         finally:
             self._running.positions = None
 
-    def nll(self, batch: PaddedBatch) -> Tensor:
-        """w·NLL of every label `[label]`, differentiable."""
+    def nll(self, batch: PaddedBatch, *, summed: bool = False) -> Tensor:
+        """w·NLL of every label `[label]`, differentiable; with `summed`, the sum is all that will be differentiated."""
         logits = self.logits(batch)
-        return weighted_nll(logits, batch.labels.to(logits.device), batch.weights.to(logits.device))
+        labels, weights = batch.labels.to(logits.device), batch.weights.to(logits.device)
+        return weighted_nll(logits, labels, weights, summed=summed)
 
 
-def weighted_nll(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+def weighted_nll(logits: Tensor, labels: Tensor, weights: Tensor, *, summed: bool = False) -> Tensor:
     """w·(−log softmax(logits)[label]) for each row of `logits` `[label vocab]`; differentiable in the logits.
 
     The gradient w·(softmax − onehot) is formed with the loss, in blocks, so that one vocabulary-sized buffer suffices;
-    hence it can be differentiated once only, and a second time raises.
+    hence it can be differentiated once only, and a second time raises. With `summed` the caller promises to
+    differentiate the plain sum, whose upstream gradient of ones need not be looked at: on a GPU a look is a wait.
     """
-    return cast(Tensor, _WeightedNLL.apply(logits, labels, weights))
+    return cast(Tensor, _WeightedNLL.apply(logits, labels, weights, summed))
 
 
 class _WeightedNLL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, weights: Tensor, summed: bool) -> Tensor:
+        ctx.summed = summed
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         needs_gradient = logits.requires_grad
         gradient = torch.empty_like(logits) if needs_gradient else None
@@ -154,11 +203,11 @@ class _WeightedNLL(torch.autograd.Function):
         return nll.mul_(weights)
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None]:
         # The saved gradient is a constant to autograd: a second derivative through it would lack the softmax's own.
         assert not torch.is_grad_enabled(), "weighted_nll can be differentiated once: take second derivatives elsewhere"
         (gradient,) = ctx.saved_tensors
         scale = upstream[0]
-        if (scale == 1).all():  # the sum of all rows, which is what everyone asks for
-            return gradient, None, None
-        return gradient * scale[:, None].to(gradient.dtype), None, None
+        if ctx.summed or (scale == 1).all():  # the sum of all rows, which is what everyone asks for
+            return gradient, None, None, None
+        return gradient * scale[:, None].to(gradient.dtype), None, None, None

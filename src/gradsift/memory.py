@@ -1,10 +1,19 @@
-"""Freed memory, given back to the operating system."""
+"""Memory that ran out, and freed memory given back to those who lend it."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
 from collections.abc import Callable
+
+# Libraries beside PyTorch allocate for themselves; the last two are PyTorch's own words for a CPU.
+_NO_MEMORY = (
+    "CUDA out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "DefaultCPUAllocator: not enough memory",
+    "DefaultCPUAllocator: can't allocate memory",
+)
 
 
 def give_back_memory() -> None:
@@ -16,6 +25,23 @@ def give_back_memory() -> None:
     trim = _malloc_trim()
     if trim is not None:
         trim(0)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device's memory does not suffice, in whatever words the library in question uses."""
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+
+
+def empty_device_cache() -> None:
+    """Let PyTorch give back the device memory that it keeps for later, where it has taken any."""
+    import torch
+
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 @functools.cache

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from gradsift.errors import ConfigError, CorruptError, MismatchError, ModelError
-from gradsift.memory import give_back_memory
+from gradsift.memory import empty_device_cache, give_back_memory
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
@@ -144,6 +144,17 @@ def resolve_device(device: str) -> str:
     return device
 
 
+def input_device(model: Any) -> torch.device:
+    """Where a model takes its inputs: the device of its embeddings, or that onto which accelerate loads them."""
+    weight: Any = model.get_input_embeddings().weight
+    if weight.device.type != "meta":
+        return torch.device(weight.device)
+    hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
+    places = [getattr(part, "execution_device", None) for part in getattr(hook, "hooks", [hook])]
+    place = next((place for place in places if place is not None), "cpu")
+    return torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
+
+
 def attach_adapter(model: Any, adapter: str | Path) -> Any:
     """The model with a PEFT adapter on it, in eval mode; `detach_adapter` undoes it.
 
@@ -193,7 +204,7 @@ def refuse_untrained(peft_model: Any, adapter: str | Path) -> None:
     Raises:
         ModelError: the adapter is as LoRA initialises it.
     """
-    b = [p for n, p in peft_model.named_parameters() if ".lora_B." in n]
+    b = [p for n, p in peft_model.named_parameters() if ".lora_B." in n and p.device.type != "meta"]
     if b and not any(bool(p.detach().any()) for p in b):
         raise ModelError(
             f"adapter {adapter} is untrained: every LoRA B is zero, so the gradients of A vanish. "
@@ -322,6 +333,7 @@ class ModelHost:
 
     def __init__(self, name: str, dtype: DtypeName = "auto", device: str = "auto") -> None:
         self.name, self.dtype, self.device = name, dtype, device
+        self.token_limit: int | None = None  # of a batch, once memory has run out for a larger one
         self._base: Any = None
         self._peft: Any = None
         self._adapter: str | None = None
@@ -351,6 +363,7 @@ def release_models() -> None:
     """Let go of the model that the process keeps, where another use needs its memory."""
     _HOSTS.clear()
     gc.collect()
+    empty_device_cache()
     give_back_memory()
 
 

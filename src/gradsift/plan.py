@@ -268,6 +268,7 @@ def _measure(
                 gradient_rows(
                     model, modules.captured, projector, part,
                     row_count=count, token_budget=budget, lanes=lanes, on_rows=advance,
+                    checkpointing=recipe.gradients.gradient_checkpointing,
                 )  # fmt: skip
                 if device.type == "cuda":
                     torch.cuda.synchronize()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import oracles
 from gradsift.data.dataset import Dataset
-from gradsift.errors import ConfigError, DataError, MismatchError, ModelError
+from gradsift.errors import ConfigError, DataError, MismatchError, ModelError, StorageError
 from gradsift.gradients import collect as collect_module
 from gradsift.gradients.capture import find_modules
 from gradsift.gradients.collect import Adam, Gradients, ShardSpec, collect, collect_shard
@@ -478,3 +478,100 @@ def test_sizes_below_one_are_refused(field: str) -> None:
     """A size of zero raises when the settings are made, by name."""
     with pytest.raises(ConfigError, match=f"{field} is 0"):
         Gradients(**{field: 0})
+
+
+@contextmanager
+def memory_for(files: dict[str, str], tokens: int) -> Iterator[list[int]]:
+    """The process's model fits no more than so many tokens, and notes the sizes of the batches that it ran."""
+    ran: list[int] = []
+
+    def refuse(_module: Any, inputs: tuple[Tensor, ...]) -> None:
+        if inputs[0].numel() > tokens:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        ran.append(inputs[0].numel())
+
+    own = host(files["model"], "auto", "cpu")
+    handle = own.base().get_input_embeddings().register_forward_pre_hook(refuse)
+    try:
+        yield ran
+    finally:
+        handle.remove()
+        own.token_limit = None
+
+
+def token_budgets(run: Run) -> list[int]:
+    return [json.loads(path.read_text())["token_budget"] for path in run.folder.rglob("layout.json")]
+
+
+def test_a_run_that_ran_out_of_memory_remembers_what_fits(tmp_path: Path, files: dict[str, str]) -> None:
+    """Every row is there; later shards, a resumed run and the next checkpoint begin with batches that fit."""
+    calm_run, run = Run(tmp_path / "calm"), Run(tmp_path / "run")
+    calm = collect_both(calm_run, make_dataset(calm_run), files)
+    data, notes = make_dataset(run), Notes()
+    with memory_for(files, 20) as ran:
+        with pytest.raises(KeyboardInterrupt):
+            collect_both(run, data, files, reporter=Notes(killed_after=5))
+        host(files["model"], "auto", "cpu").token_limit = None  # as in another process
+        assert max(token_budgets(run)) <= 20
+        kept = token_budgets(run)
+        stores = collect_both(run, data, files, reporter=notes)
+        assert token_budgets(run) == kept
+        other = collect_both(run, data, files, checkpoint=open_checkpoint(files["other"]))
+    assert max(ran) <= 20
+    for view, store in stores.items():
+        assert store.ids == other[view].ids == data.ids
+        assert oracles.relative_error(store.rows(0, COUNT), calm[view].rows(0, COUNT)) < 1e-5
+    fresh, told = Run(tmp_path / "fresh"), Notes()
+    with memory_for(files, 20):
+        collect_both(fresh, make_dataset(fresh), files, views=("plain",), reporter=told)
+    assert [text for text in told.warned if "memory ran out" in text] == [
+        "memory ran out: batches of the pool's plain gradients were cut from 40 to "
+        f"{token_budgets(fresh)[0]} tokens; --token-budget sets where to begin"
+    ]
+
+
+def test_a_row_too_long_for_the_memory_is_left_out(run: Run, data: Dataset, files: dict[str, str]) -> None:
+    """The longest rows are excluded with their reason, the others stay: the run does not end."""
+    longest = max(data.token_counts())
+    left_out = {id_ for id_, count in zip(data.ids, data.token_counts(), strict=True) if count == longest}
+    with memory_for(files, longest - 1):
+        stores = collect_both(run, data, files)
+    reason = f"a sequence of {longest} tokens does not fit in the memory of cpu even alone"
+    for store in stores.values():
+        assert store.excluded == dict.fromkeys(sorted(left_out), reason)
+        assert store.ids == [id_ for id_ in data.ids if id_ not in left_out]
+
+
+def test_gradient_checkpointing_makes_the_same_store(tmp_path: Path, files: dict[str, str]) -> None:
+    """With layers that run again a fresh run has the same bytes, and a run that began without goes on with them."""
+    runs = [Run(tmp_path / name) for name in ("without", "with")]
+    again = SETTINGS.model_copy(update={"gradient_checkpointing": True})
+    found = [
+        collect_both(run, make_dataset(run), files, settings=settings)
+        for run, settings in zip(runs, (SETTINGS, again), strict=True)
+    ]
+    for view in found[0]:
+        assert shard_bytes(found[0][view]) == shard_bytes(found[1][view])
+    notes = Notes()
+    collect_both(runs[0], make_dataset(runs[0]), files, settings=again, reporter=notes)
+    assert notes.rows == 0
+
+
+def test_a_disk_that_fills_up_is_told_while_the_next_shard_is_computed(
+    run: Run, data: Dataset, files: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shard that cannot be written ends the run with the reason; what was written before is kept and used."""
+    publish = type(run.storage).publish
+
+    def full(self: Any, key: str, content: Any) -> None:
+        if "shard-00001" in key:
+            raise StorageError("the disk is full")
+        publish(self, key, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(run.storage), "publish", full)
+        with pytest.raises(StorageError, match="the disk is full"):
+            collect_both(run, data, files)
+    notes = Notes()
+    collect_both(run, data, files, reporter=notes)
+    assert notes.rows == COUNT - 4

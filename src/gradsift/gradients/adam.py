@@ -126,6 +126,9 @@ class AdamDirection:
 
     def __call__(self, gradient: Tensor) -> Tensor:
         """Γ of `gradient` `[... *parameter]`, a new tensor."""
+        if self._decayed_avg.device != gradient.device:  # a model spread over devices: its moments follow, once
+            self._decayed_avg = self._decayed_avg.to(gradient.device)
+            self._decayed_avg_sq = self._decayed_avg_sq.to(gradient.device)
         denominator = torch.addcmul(self._decayed_avg_sq, gradient, gradient, value=self._square_weight)
         if self.eps_placement == "inside":
             denominator.add_(self.eps).sqrt_()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceABC
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import psutil
 import torch
 
 from gradsift.types import Sequence
+
+_GRADIENT_COPIES = 5  # of a module's gradients: itself, Adam's numerator and denominator, folded and gathered
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,15 +30,25 @@ class Batch:
     last: bool = True
 
     @property
+    def tokens(self) -> int:
+        """Tokens that run, padding included."""
+        return len(self.sequences) * max(len(sequence.token_ids) for sequence in self.sequences)
+
+    @property
     def one_to_one(self) -> bool:
         """Whether each sequence is a row of its own."""
         return len(self.rows) == len(self.sequences)
 
 
-def form_batches(sequences: SequenceABC[Sequence], token_budget: int) -> list[Batch]:
+def form_batches(sequences: SequenceABC[Sequence], token_budget: int, sequence_tokens: int = 0) -> list[Batch]:
     """Group sequences so that rows × longest ≤ `token_budget`; all sequences of a row stay together where they fit.
 
     A row whose sequences exceed the budget gets batches of its own, all but the last marked `last=False`.
+
+    Args:
+        sequences: to group.
+        token_budget: padded tokens of a batch.
+        sequence_tokens: what each sequence costs beside its tokens, in tokens.
     """
     units: dict[int, list[Sequence]] = {}
     for sequence in sequences:
@@ -45,7 +58,7 @@ def form_batches(sequences: SequenceABC[Sequence], token_budget: int) -> list[Ba
     pending: list[tuple[int, list[Sequence]]] = []
     count = longest = 0
     for row, unit in ordered:
-        length = max(len(s.token_ids) for s in unit)
+        length = max(len(s.token_ids) for s in unit) + sequence_tokens
         if length * len(unit) > token_budget and len(unit) > 1:
             size = max(1, token_budget // length)
             parts = [unit[i : i + size] for i in range(0, len(unit), size)]
@@ -70,18 +83,113 @@ def _batch(units: SequenceABC[tuple[int, list[Sequence]]]) -> Batch:
 
 
 def automatic_token_budget(model: Any, lanes: int = 1) -> int:
-    """Tokens per batch for the memory at hand, where `lanes` batches run at once.
+    """Tokens per batch for the memory at hand, where `lanes` batches run at once, by an estimate of the activations.
 
     On a CPU 512 tokens in all lanes together already run at full speed; larger batches fall out of the caches and are
-    padded more, so that is the ceiling. On a GPU it is what half of the free memory holds. Both bow to an estimate of
-    the activations.
+    padded more, so that is the ceiling. On a GPU it is what half of the free memory holds; `measured_token_budget` is
+    better where a batch can be tried.
     """
     per_token = _activation_bytes(model)
     parameter = next(model.parameters())
     if parameter.device.type == "cuda":
-        free, _total = torch.cuda.mem_get_info(parameter.device)
-        return int(min(65_536, max(256, free * 0.5 / per_token)))
+        return budget_from(_free_bytes(parameter.device), per_token, share=0.5)
     return int(min(max(128, 512 // lanes), max(128, psutil.virtual_memory().available * 0.3 / per_token)))
+
+
+def budget_from(
+    free_bytes: float,
+    bytes_per_token: float,
+    *,
+    fixed_bytes: float = 0.0,
+    share: float = 0.8,
+    floor: int = 256,
+    ceiling: int = 65_536,
+) -> int:
+    """Tokens per batch so that `fixed_bytes + tokens · bytes_per_token` is at most a share of the free memory.
+
+    The rest is left to fragmentation and to batches that need more than others. Beyond the ceiling a batch gets no
+    faster on any GPU of today; below the floor, memory that runs out is what halving is for.
+
+    >>> budget_from(8e9, 1e6, fixed_bytes=4e8)
+    6000
+    """
+    assert bytes_per_token > 0, bytes_per_token
+    return int(min(ceiling, max(floor, (free_bytes * share - fixed_bytes) / bytes_per_token)))
+
+
+def line_through(first: tuple[float, float], second: tuple[float, float]) -> tuple[float, float]:
+    """(intercept, slope) of the peaks `(tokens, bytes)` of two batches, neither below zero.
+
+    Where the larger batch did not need more, all of its bytes are counted as its tokens'.
+
+    >>> line_through((1000, 3e8), (3000, 7e8))
+    (100000000.0, 200000.0)
+    """
+    (few, low), (many, high) = sorted((first, second))
+    slope = (high - low) / (many - few) if many > few else 0.0
+    if slope <= 0:
+        return 0.0, max(high, 1.0) / many
+    return max(0.0, low - slope * few), slope
+
+
+def repeated(known: SequenceABC[Sequence], tokens: int) -> list[Sequence]:
+    """Sequences one after the other, from the beginning again after the last, that make one batch of so many tokens.
+
+    Each is a row of its own; there is at least one, however long.
+    """
+    longest = 0
+    made: list[Sequence] = []
+    while True:
+        following = known[len(made) % len(known)]
+        longest = max(longest, len(following.token_ids))
+        if made and longest * (len(made) + 1) > tokens:
+            return made
+        made.append(replace(following, row=len(made)))
+
+
+def measured_token_budget(devices: SequenceABC[torch.device], run: Callable[[int], int]) -> int:
+    """Tokens per batch for GPUs, from the peaks of memory of two small batches.
+
+    Args:
+        devices: the GPUs that the model lies on; the fullest one decides.
+        run: runs a batch of about so many tokens and tells how many there were, fewer where memory ran out.
+    """
+    small, large = 1024, 4096
+    ran = run(small)  # whatever is made once and kept is made now
+    peaks: dict[torch.device, list[tuple[float, float]]] = {device: [] for device in devices}
+    for tokens in (small, large):
+        before = {}
+        for device in devices:
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            before[device] = torch.cuda.memory_allocated(device)
+        ran = run(tokens)
+        if ran < tokens // 4:  # memory ran out: what ran then is what fits
+            return ran
+        for device in devices:
+            peaks[device].append((ran, torch.cuda.max_memory_allocated(device) - before[device]))
+    budgets = []
+    for device, (first, second) in peaks.items():
+        fixed, per_token = line_through(first, second)
+        budgets.append(budget_from(_free_bytes(device), per_token, fixed_bytes=fixed))
+    return min(budgets)
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Of a GPU: what the driver has left, and what PyTorch keeps without using it."""
+    free, _total = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def sequence_tokens(model: Any, largest_module: int, row_bytes: int) -> int:
+    """What a sequence costs beside its tokens, as a number of tokens: gradients of one module in a few copies, its row.
+
+    Args:
+        model: for what a token costs.
+        largest_module: entries of the largest weight whose gradient is taken.
+        row_bytes: of a projected row in all views.
+    """
+    return (_GRADIENT_COPIES * 4 * largest_module + row_bytes) // _activation_bytes(model)
 
 
 def automatic_lanes(model: Any, longest: int, token_budget: int | None = None) -> int:

@@ -11,7 +11,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceABC
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from gradsift.errors import ConfigError, ModelError
+from gradsift.gradients.checkpointing import checkpointed_layers
 from gradsift.gradients.folding import Captured, Fold, find_folds, folded_in
 from gradsift.loss import PaddedBatch, head_at, pad
-from gradsift.models import parameter_name
+from gradsift.models import input_device, parameter_name
 from gradsift.types import Sequence
 
 LORA = "lora"
@@ -142,6 +143,7 @@ class _Pass:
     pending: uses of a module whose gradient is still to come
     partial: gradients of a module's earlier uses
     consumed: modules whose gradients were handed over
+    backward: whether the backward pass has begun; layers that run then run again, for checkpointing
     """
 
     batch: PaddedBatch
@@ -150,6 +152,12 @@ class _Pass:
     pending: dict[str, int] = field(default_factory=dict)
     partial: dict[str, Tensor] = field(default_factory=dict)
     consumed: set[str] = field(default_factory=set)
+    backward: bool = False
+
+    def uses(self, captured: Captured) -> None:
+        """Count a use of a module; its recomputation is none."""
+        if not self.backward:
+            self.pending[captured.name] = self.pending.get(captured.name, 0) + 1
 
 
 class Capture:
@@ -165,11 +173,13 @@ class Capture:
         modules: SequenceABC[Captured],
         *,
         autocast: torch.dtype | None = None,
+        checkpointing: bool = False,
     ) -> None:
         self.model = model
         self.modules = tuple(modules)
         self.autocast = autocast
-        self.device = next(model.parameters()).device
+        self.checkpointing = checkpointing
+        self.device = input_device(model)
         self.accumulate = torch.float64 if _dtype(model) == torch.float64 else torch.float32
         self._threads = threading.local()  # .running: the pass of this thread
         self._latest: _Pass | None = None
@@ -191,7 +201,8 @@ class Capture:
             self.model.eval()
             for parameter, _ in required:
                 parameter.requires_grad_(False)
-            with folded_in(folds), head_at(self.model) as self._head:
+            layers = checkpointed_layers(self.model) if self.checkpointing else nullcontext()
+            with layers, folded_in(folds), head_at(self.model) as self._head:
                 yield self
         finally:
             for handle in handles:
@@ -221,11 +232,13 @@ class Capture:
         try:
             with torch.enable_grad():
                 with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-                    nll = self._head.nll(batch)
+                    nll = self._head.nll(batch, summed=True)
+                running.backward = True
                 nll.sum().backward()
             self._consume_rest(running)
         finally:
-            self._threads.running = None
+            # What is left of a batch that failed must not outlive it: its memory may be what another try needs.
+            self._threads.running = self._latest = None
         losses = torch.zeros(len(batch), dtype=torch.float64, device=self.device)
         return losses.index_add_(0, batch.owner, nll.detach().double().to(self.device))
 
@@ -257,10 +270,11 @@ class Capture:
 
     def _forward_hook(self, captured: Captured) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
         def hook(_module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+            running = self._running()
+            running.uses(captured)
             if not output.requires_grad:  # the first pass of gradient checkpointing
                 return
-            running, activations = self._running(), inputs[0].detach()
-            running.pending[captured.name] = running.pending.get(captured.name, 0) + 1
+            activations = inputs[0].detach()
             output.register_hook(lambda gradient: self._backward(running, captured, activations, gradient))
 
         return hook
@@ -269,11 +283,12 @@ class Capture:
         wanted = [side for side in (fold.b, fold.a) if side in self.modules]
 
         def hook(_module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+            running = self._running()
+            for side in wanted:
+                running.uses(side)
             if not output.requires_grad:
                 return
-            running, x = self._running(), inputs[0].detach()
-            for side in wanted:
-                running.pending[side.name] = running.pending.get(side.name, 0) + 1
+            x = inputs[0].detach()
 
             def backward(gradient: Tensor) -> None:
                 if fold.b in wanted:

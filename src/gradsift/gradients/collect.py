@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Literal, Protocol
 
 import torch
 
 from gradsift.errors import ConfigError, CorruptError, DataError
 from gradsift.gradients.adam import AdamDirection, EpsPlacement
-from gradsift.gradients.batching import automatic_lanes, automatic_token_budget
+from gradsift.gradients.batching import automatic_lanes, automatic_token_budget, measured_token_budget, repeated
+from gradsift.gradients.behind import to_host, write, writing_behind
 from gradsift.gradients.capture import LORA, Modules, find_modules
 from gradsift.gradients.projection import Projection, Projector, plan_segments
 from gradsift.gradients.rows import ShardRows, View, gradient_rows
-from gradsift.models import DtypeName, host, model_identity, refuse_untrained
+from gradsift.models import DtypeName, host, input_device, model_identity, refuse_untrained
 from gradsift.progress import Reporter, silent
 from gradsift.run import Run
 from gradsift.settings import Settings
@@ -26,6 +27,7 @@ from gradsift.types import Sequence
 from gradsift.warmup.checkpoint import Checkpoint, load_moments, trained_parameters
 
 _SHARD_TOKENS = {"cpu": 16_384, "cuda": 1_048_576}  # about two minutes of work
+_PROBE_ROWS = 64  # of which batches are made to see what memory they take
 
 
 class Adam(Settings):
@@ -45,7 +47,10 @@ class Gradients(Settings):
     dtype: of stored rows; float16 has a power-of-two scale per row and costs 2e-4 of the scores' spread.
     adam: the Adam direction's options.
     autocast: run the model in bfloat16 on a GPU (gradients are accumulated in float32 all the same).
-    token_budget: padded tokens per batch; None finds one for the memory at hand.
+    gradient_checkpointing: run each layer again in the backward pass instead of keeping its activations: a third more
+        time for larger batches and longer rows. Rows are the same, so it is no part of what a store is.
+    token_budget: padded tokens per batch; None finds one for the memory at hand. Where memory runs out, batches are
+        halved, and the store remembers their size for later shards and runs.
     shard_rows: rows per shard, the work lost when a run is killed; None takes about two minutes' worth.
     module_groups: passes over the data, each for a part of the modules, when the gradients of all do not fit.
     full_sum: also store the unprojected sum of each shard's rows (second-order methods need it).
@@ -56,6 +61,7 @@ class Gradients(Settings):
     dtype: RowDtype = "float16"
     adam: Adam = Adam()
     autocast: Literal["none", "bfloat16"] = "none"
+    gradient_checkpointing: bool = False
     token_budget: int | None = None
     shard_rows: int | None = None
     module_groups: int = 1
@@ -234,20 +240,29 @@ def collect_shard(spec: ShardSpec, on_rows: Any = None) -> None:
         counts[sequence.row] += int((sequence.weights != 0).sum())
     for view, prefix in spec.stores.items():
         writer = GradientStoreWriter(spec.run.storage, prefix, engine.config(spec.source, view))
+        if result.token_budget < spec.token_budget:
+            writer.remember_token_budget(result.token_budget)
         rows = result.rows[view][keep]
-        writer.write_shard(
-            spec.shard,
-            rows,
-            ShardColumns(
-                ids=[ids[row] for row in keep],
-                loss=result.loss[keep].tolist(),
-                supervised_tokens=[counts[row] for row in keep],
-                norm=result.norms[view][keep].tolist(),
-                projected_norm=torch.linalg.vector_norm(rows, dim=1).double().tolist(),
-                excluded={ids[row]: reason for row, reason in sorted(result.bad.items())},
-            ),
-            result.full_sums.get(view),
+        columns = ShardColumns(
+            ids=[ids[row] for row in keep],
+            loss=result.loss[keep].tolist(),
+            supervised_tokens=[counts[row] for row in keep],
+            norm=result.norms[view][keep].tolist(),
+            projected_norm=torch.linalg.vector_norm(rows, dim=1).double().tolist(),
+            excluded={ids[row]: reason for row, reason in sorted(result.bad.items())},
         )
+        sums = to_host(result.full_sums[view]) if view in result.full_sums else None
+        write(partial(_write, writer, spec.shard, to_host({"rows": rows}), columns, sums))
+
+
+_Waiting = Callable[[], dict[str, torch.Tensor]]
+
+
+def _write(
+    writer: GradientStoreWriter, shard: int, rows: _Waiting, columns: ShardColumns, sums: _Waiting | None
+) -> None:
+    """Publish a shard as soon as its rows have arrived in this machine's memory."""
+    writer.write_shard(shard, rows()["rows"], columns, None if sums is None else sums())
 
 
 class _Engine:
@@ -266,7 +281,7 @@ class _Engine:
         self.projector = Projector(
             self.segments,
             settings.projection,
-            device=parameter.device,
+            device=input_device(network),
             dtype=torch.float64 if parameter.dtype == torch.float64 else torch.float32,
         )
         self._adam: dict[str, AdamDirection] | None = None
@@ -311,7 +326,8 @@ class _Engine:
         lanes: int,
         on_rows: Any,
     ) -> ShardRows:
-        return gradient_rows(
+        budget = min(budget, self.host.token_limit or budget)
+        result = gradient_rows(
             self.network,
             self.modules.captured,
             self.projector,
@@ -324,8 +340,28 @@ class _Engine:
             autocast=torch.bfloat16 if self.settings.autocast == "bfloat16" else None,
             module_groups=self.settings.module_groups,
             lanes=lanes,
+            checkpointing=self.settings.gradient_checkpointing,
             on_rows=on_rows,
         )
+        if result.token_budget < budget:  # memory ran out: later shards and checkpoints begin with what fits
+            self.host.token_limit = result.token_budget
+        return result
+
+    def token_budget(self, source: SequenceSource, views: SequenceABC[View], lanes: int) -> int:
+        """Tokens per batch for the memory at hand: on a GPU from the peaks of two batches of the first rows."""
+        known = source.sequences(0, min(len(source.ids), _PROBE_ROWS))
+        if self.projector.device.type != "cuda" or not known:
+            return automatic_token_budget(self.network, lanes)
+
+        def run(tokens: int) -> int:
+            sequences = repeated(known, tokens)
+            result = self.rows(sequences, len(sequences), views, tokens, lanes, None)
+            if result.token_budget < tokens:
+                return result.token_budget
+            return len(sequences) * max(len(sequence.token_ids) for sequence in sequences)
+
+        gpus = dict.fromkeys(p.device for p in self.network.parameters() if p.device.type == "cuda")
+        return measured_token_budget(list(gpus), run)
 
     def config(self, source: SequenceSource, view: View) -> dict[str, Any]:
         """The store's configuration with its segments."""
@@ -384,7 +420,7 @@ def _collect_missing(
     default_rows = int(max(8, min(4096, _SHARD_TOKENS.get(kind, 16_384) / mean)))
     layout = {
         "shard_rows": settings.shard_rows or default_rows,
-        "token_budget": settings.token_budget or automatic_token_budget(engine.network, lanes),
+        "token_budget": settings.token_budget or engine.token_budget(source, views, lanes),
         "lanes": lanes,
     }
     writers: dict[View, GradientStoreWriter] = {}
@@ -409,7 +445,7 @@ def _collect_missing(
     if rows_left < count:
         reporter.say(f"{count - rows_left} of {count} {what} rows are there already")
     label = f"gradients of the {what} at {checkpoint.name.rstrip('/').rsplit('/', 1)[-1]} ({' + '.join(views)})"
-    with reporter.stage(label, rows_left) as advance:
+    with reporter.stage(label, rows_left) as advance, writing_behind():
         for (shard_rows, token_budget, lanes, shard), shard_views in sorted(missing.items()):
             start, stop = shard * shard_rows, min((shard + 1) * shard_rows, count)
             spec = ShardSpec(
@@ -418,4 +454,10 @@ def _collect_missing(
             )  # fmt: skip
             collect_shard(spec, advance)
     for view, writer in writers.items():
+        fits = writer.layout(layout)["token_budget"]
+        if fits < layouts[view][1]:
+            reporter.warn(
+                f"memory ran out: batches of the {what}'s {view} gradients were cut from {layouts[view][1]} to {fits} "
+                "tokens; --token-budget sets where to begin"
+            )
         writer.finish(-(-count // layouts[view][0]))

@@ -22,7 +22,8 @@ from gradsift.settings import Settings
 ProjectionKind = Literal["sparse", "rademacher", "kronecker", "none"]
 SegmentSizes = Literal["proportional", "per_module"]
 
-# A fold by matrix product costs 2·k operations per gradient entry, a scatter about 5 ns: they cross near here.
+# A fold by matrix product costs 2·k operations per gradient entry, a scatter about 5 ns on a CPU: they cross near here.
+# On a GPU it is memory that bounds k: each of hundreds of modules keeps a one-hot matrix [long k].
 _MATMUL_FOLD_LIMIT = 192
 # Dense matrices are kept between batches up to this many int8 entries, then drawn again for every batch.
 _DENSE_CACHE_ENTRIES = 1 << 30
@@ -138,7 +139,7 @@ def plan_segments(shapes: Mapping[str, tuple[int, int]], projection: Projection)
 
 
 class Projector:
-    """The projection of every segment, ready to apply on one device.
+    """The projection of every segment; rows are made on `device`.
 
     `dim` is the length of a row. Matrices are built when first used and kept; those of `sparse` need one byte per
     gradient entry, those of `rademacher` k_l bytes per entry (drawn again for each batch when that exceeds 1 GiB).
@@ -159,9 +160,10 @@ class Projector:
         self.dim = segments[-1].stop
         self._by_name = {segment.name: segment for segment in segments}
         self._drawing = threading.Lock()
-        self._sparse: dict[str, list[_SparseBlock]] = {}
-        self._dense: dict[str, Tensor] = {}
-        self._factors: dict[str, tuple[Tensor, Tensor]] = {}
+        # By module and device: where a model is spread over several, each draws what its modules need.
+        self._sparse: dict[tuple[str, torch.device], list[_SparseBlock]] = {}
+        self._dense: dict[tuple[str, torch.device], Tensor] = {}
+        self._factors: dict[tuple[str, torch.device], tuple[Tensor, Tensor]] = {}
 
     def segment(self, name: str) -> Segment:
         """The segment of a module."""
@@ -179,22 +181,32 @@ class Projector:
                 f"its gradients {tuple(gradient.shape[1:])}"
             )
         columns = out[:, segment.start : segment.stop]
-        kind = self.projection.kind
+        if gradient.device == out.device:
+            self._add(segment, gradient, columns, overwrite=overwrite)
+            return
+        # A model spread over devices: a gradient is projected where it is, and only the columns travel.
+        part = torch.zeros(len(gradient), segment.dim, device=gradient.device, dtype=out.dtype)
+        self._add(segment, gradient, part, overwrite=overwrite)
+        columns += part.to(out.device)
+
+    def _add(self, segment: Segment, gradient: Tensor, columns: Tensor, *, overwrite: bool) -> None:
+        kind, device = self.projection.kind, gradient.device
         if kind == "kronecker":
-            left, right = self._kronecker(segment)
+            left, right = self._kronecker(segment, device)
             columns += torch.einsum("roi, ok, il -> rkl", gradient, left, right).flatten(1)
         elif segment.dim == segment.full_dim:
             columns += gradient.flatten(1)
         elif kind == "rademacher":
-            matrix = self._rademacher(segment)
+            matrix = self._rademacher(segment, device)
             columns += (gradient.flatten(1) @ matrix.to(self.dtype)).mul_(segment.dim**-0.5)
         else:
-            for block in self._sketch(segment):
-                block.add(gradient, columns, overwrite=overwrite and len(self._sketch(segment)) == 1)
+            blocks = self._sketch(segment, device)
+            for block in blocks:
+                block.add(gradient, columns, overwrite=overwrite and len(blocks) == 1)
 
     def project_factors(self, name: str, activations: Tensor, output_gradients: Tensor) -> Tensor:
         """Kronecker only: `[row token in]` and `[row token out]` to `[row k_l]` without forming the gradient."""
-        left, right = self._kronecker(self._by_name[name])
+        left, right = self._kronecker(self._by_name[name], activations.device)
         return torch.einsum("rtk, rtl -> rkl", output_gradients @ left, activations @ right).flatten(1)
 
     def apply(self, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -221,40 +233,41 @@ class Projector:
         self.project(name, basis.view(-1, segment.out_features, segment.in_features), out)
         return out[:, segment.start : segment.stop]
 
-    def _sketch(self, segment: Segment) -> list[_SparseBlock]:
+    def _sketch(self, segment: Segment, device: torch.device) -> list[_SparseBlock]:
         with self._drawing:
-            if segment.name not in self._sparse:
-                self._sparse[segment.name] = _draw_sketch(segment, self.projection, self.device, self.dtype)
-            return self._sparse[segment.name]
+            key = segment.name, device
+            if key not in self._sparse:
+                self._sparse[key] = _draw_sketch(segment, self.projection, device, self.dtype)
+            return self._sparse[key]
 
-    def _rademacher(self, segment: Segment) -> Tensor:
+    def _rademacher(self, segment: Segment, device: torch.device) -> Tensor:
         with self._drawing:
-            return self._dense_matrix(segment)
+            return self._dense_matrix(segment, device)
 
-    def _dense_matrix(self, segment: Segment) -> Tensor:
-        if segment.name in self._dense:
-            return self._dense[segment.name]
+    def _dense_matrix(self, segment: Segment, device: torch.device) -> Tensor:
+        if (segment.name, device) in self._dense:
+            return self._dense[segment.name, device]
         entries = segment.full_dim * segment.dim
         key = _key(self.projection.seed, "rademacher", segment.name)
-        matrix = _signs(key, entries).to(self.device).view(segment.full_dim, segment.dim)
+        matrix = _signs(key, entries).to(device).view(segment.full_dim, segment.dim)
         if sum(m.numel() for m in self._dense.values()) + entries <= _DENSE_CACHE_ENTRIES:
-            self._dense[segment.name] = matrix
+            self._dense[segment.name, device] = matrix
         return matrix
 
-    def _kronecker(self, segment: Segment) -> tuple[Tensor, Tensor]:
+    def _kronecker(self, segment: Segment, device: torch.device) -> tuple[Tensor, Tensor]:
         with self._drawing:
-            if segment.name not in self._factors:
+            if (segment.name, device) not in self._factors:
                 assert segment.factors is not None, segment
                 k_out, k_in = segment.factors
                 factors = []
                 for side, full, k in (("out", segment.out_features, k_out), ("in", segment.in_features, k_in)):
                     if k == full:
-                        factors.append(torch.eye(full, device=self.device, dtype=self.dtype))
+                        factors.append(torch.eye(full, device=device, dtype=self.dtype))
                         continue
                     signs = _signs(_key(self.projection.seed, f"kronecker-{side}", segment.name), full * k)
-                    factors.append(signs.view(full, k).to(self.device, self.dtype) * k**-0.5)
-                self._factors[segment.name] = (factors[0], factors[1])
-            return self._factors[segment.name]
+                    factors.append(signs.view(full, k).to(device, self.dtype) * k**-0.5)
+                self._factors[segment.name, device] = (factors[0], factors[1])
+            return self._factors[segment.name, device]
 
 
 class _SparseBlock:
@@ -282,26 +295,37 @@ class _SparseBlock:
         out_features, in_features = signs.shape
         self._fold_in = in_features >= out_features
         device = signs.device
-        self._by_product = self.dim <= _MATMUL_FOLD_LIMIT or device.type == "cuda"
+        self._by_product = self.dim <= _MATMUL_FOLD_LIMIT
         if self._by_product:
             self._one_hot = torch.nn.functional.one_hot(long_hash, self.dim).to(dtype)  # [long k]
             buckets = torch.arange(self.dim, device=device)
             self._shift = (buckets[None, :] - short_hash[:, None]) % self.dim  # [short k]
         else:
-            a, b = (short_hash, long_hash) if self._fold_in else (long_hash, short_hash)
-            self._bucket = ((a[:, None] + b[None, :]) % self.dim).flatten()  # [out·in]
+            self._hashes = (short_hash, long_hash) if self._fold_in else (long_hash, short_hash)  # [out], [in]
+            # Eight bytes per gradient entry: affordable in a machine's memory, not in a GPU's.
+            self._bucket = None if device.type == "cuda" else self._buckets()
+
+    def _buckets(self) -> Tensor:
+        """The bucket of every entry `[out·in]`."""
+        of_out, of_in = self._hashes
+        return ((of_out[:, None] + of_in[None, :]) % self.dim).flatten()
 
     def add(self, gradient: Tensor, columns: Tensor, *, overwrite: bool) -> None:
         """columns[:, block] += sketch of gradient `[row out in]`."""
-        rows = gradient.shape[0]
-        signs = self.signs.to(gradient.dtype)
+        rows, on_gpu = gradient.shape[0], gradient.device.type == "cuda"
+        # A GPU reads the signs as they are, beside the gradient; a CPU would turn them to floats for every row.
+        signs = self.signs if on_gpu and self.scale == 1.0 else self.signs.to(gradient.dtype)
         if self.scale != 1.0:
             signs = signs * self.scale
         signed = gradient.mul_(signs) if overwrite else gradient * signs
         target = columns[:, self.columns]
         if not self._by_product:
+            bucket = self._buckets() if self._bucket is None else self._bucket
+            if on_gpu:
+                target.index_add_(1, bucket, signed.flatten(1))
+                return
             for row in range(rows):
-                target[row].index_add_(0, self._bucket, signed[row].flatten())
+                target[row].index_add_(0, bucket, signed[row].flatten())
             return
         if self._fold_in:
             folded = signed @ self._one_hot  # [row out k]

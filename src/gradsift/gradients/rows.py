@@ -7,17 +7,19 @@ from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceABC
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from gradsift.gradients.adam import AdamDirection
-from gradsift.gradients.batching import Batch, form_batches
+from gradsift.gradients.batching import Batch, form_batches, sequence_tokens
 from gradsift.gradients.capture import Capture
 from gradsift.gradients.folding import Captured
 from gradsift.gradients.projection import Projector
-from gradsift.memory import give_back_memory
+from gradsift.loss import to_device
+from gradsift.memory import empty_device_cache, give_back_memory, is_out_of_memory
 from gradsift.types import Sequence
 
 View = Literal["plain", "adam"]
@@ -32,6 +34,7 @@ class ShardRows:
     loss: float64 `[row]`, Σ over the row's sequences of Σ_t w_t·NLL_t
     bad: row → why it must be left out
     full_sums: view → module → `[out in]`, the unprojected sum of the rows that are not bad
+    token_budget: of the batches; smaller than was asked for where memory ran out
     """
 
     rows: dict[View, Tensor]
@@ -39,6 +42,7 @@ class ShardRows:
     loss: Tensor
     bad: dict[int, str] = field(default_factory=dict)
     full_sums: dict[View, dict[str, Tensor]] = field(default_factory=dict)
+    token_budget: int = 0
 
 
 def gradient_rows(
@@ -55,9 +59,13 @@ def gradient_rows(
     autocast: torch.dtype | None = None,
     module_groups: int = 1,
     lanes: int = 1,
+    checkpointing: bool = False,
     on_rows: Callable[[int], None] | None = None,
 ) -> ShardRows:
     """Projected per-example gradients of a shard.
+
+    Where memory runs out, a batch is taken in halves, and what follows in batches of that size; a row depends on its
+    company by rounding only. On a GPU nothing waits for a batch to end before the next one begins.
 
     For a row r with sequences s ∈ r the gradient of module l is `G_r,l = Σ_s ∂(Σ_t w_t·NLL_t)/∂W_l`. The `plain` view
     stores R_l·G, the `adam` view R_l·Γ(G) with the Adam direction taken before the projection, from the same backward.
@@ -77,22 +85,66 @@ def gradient_rows(
             gradients, moments and sums in memory at once.
         lanes: batches that run at once on a CPU, each on its share of the threads: small batches lose up to a fifth of
             the time when all threads share one. Rows depend on the threads of a lane only by rounding.
+        checkpointing: run each layer again in the backward pass instead of keeping its activations.
         on_rows: told how many rows were done.
 
     Returns:
-        Rows of non-finite loss or gradient are zero and listed in `bad`.
+        Rows of non-finite loss or gradient, and those that do not fit in memory even alone, are zero and in `bad`.
     """
     assert lanes == 1 or projector.device.type == "cpu", (lanes, projector.device)
     work = (model, modules, projector, row_count, views, adam or {}, full_sum, autocast, module_groups, lanes)
-    result = _pass(form_batches(sequences, token_budget), *work, on_rows)
+    beside = 0
+    if projector.device.type == "cuda":
+        row_bytes = len(views) * projector.dim * projector.dtype.itemsize
+        beside = sequence_tokens(model, max(c.out_features * c.in_features for c in modules), row_bytes)
+    budget = _Budget(token_budget, beside, projector.device)
+    result = _pass(sequences, budget, *work, checkpointing, on_rows)
     if result.bad and full_sum:  # a non-finite row has spoilt the sums: take them again without it
         kept = [sequence for sequence in sequences if sequence.row not in result.bad]
-        result.full_sums = _pass(form_batches(kept, token_budget), *work, None).full_sums
+        result.full_sums = _pass(kept, budget, *work, checkpointing, None).full_sums
+    result.token_budget = budget.tokens
     return result
 
 
+Unit = list[Batch]  # batches that make up whole rows: a single one, or all those of a row that needs several
+
+
+class _Budget:
+    """The size of batches, which shrinks where memory runs out."""
+
+    def __init__(self, tokens: int, sequence_tokens: int, device: torch.device) -> None:
+        self.tokens, self.sequence_tokens, self.device = tokens, sequence_tokens, device
+
+    def units(self, sequences: SequenceABC[Sequence]) -> list[Unit]:
+        """Sequences as batches of today's size."""
+        units: list[Unit] = [[]]
+        for batch in form_batches(sequences, self.tokens, self.sequence_tokens):
+            units[-1].append(batch)
+            if batch.last:
+                units.append([])
+        return units[:-1]
+
+    def fitting(self, unit: Unit) -> list[Unit]:
+        """A unit that was formed earlier, cut anew if batches have become smaller since."""
+        if all(batch.tokens <= self.tokens or len(batch.sequences) == 1 for batch in unit):
+            return [unit]
+        return self.units([sequence for batch in unit for sequence in batch.sequences])
+
+    def smaller(self, unit: Unit, failed: Batch) -> list[Unit]:
+        """A unit in batches of half the size of the one that did not fit; nothing if that was a single sequence."""
+        if len(failed.sequences) == 1:
+            return []
+        self.tokens = max(1, min(self.tokens, failed.tokens) // 2)
+        return self.units([sequence for batch in unit for sequence in batch.sequences])
+
+    def why_left_out(self, failed: Batch) -> str:
+        """For a row of which a single sequence does not fit."""
+        return f"a sequence of {failed.tokens} tokens does not fit in the memory of {self.device} even alone"
+
+
 def _pass(
-    batches: SequenceABC[Batch],
+    sequences: SequenceABC[Sequence],
+    budget: _Budget,
     model: nn.Module,
     modules: SequenceABC[Captured],
     projector: Projector,
@@ -103,6 +155,7 @@ def _pass(
     autocast: torch.dtype | None,
     module_groups: int,
     lanes: int,
+    checkpointing: bool,
     on_rows: Callable[[int], None] | None,
 ) -> ShardRows:
     device, dtype = projector.device, projector.dtype
@@ -119,23 +172,34 @@ def _pass(
     by_factors = projector.projection.kind == "kronecker" and tuple(views) == ("plain",) and not full_sum
     sums = result.full_sums
     for number, group in enumerate(groups):
-        with Capture(model, group, autocast=autocast).open() as capture:
-            sinks = [_Sink(projector, views, adam, result, squares, full_sum) for _ in range(lanes)]
+        with Capture(model, group, autocast=autocast, checkpointing=checkpointing).open() as capture:
+            sinks = [_Sink(projector, views, adam, result, squares, full_sum, number == 0) for _ in range(lanes)]
 
-            def run(lane: int, batch: Batch, capture: Capture = capture, number: int = number) -> None:
+            def run(lane: int, unit: Unit, stopped: Callable[[], bool], capture: Capture = capture) -> bool:
                 sink = sinks[lane]  # noqa: B023 - used before the next group's
-                sink.start(batch)
-                losses = capture.run(batch.sequences, sink.consume, sink.consume_factors if by_factors else None)
-                sink.end()
-                if number == 0:
-                    owner = torch.tensor([batch.rows[o] for o in batch.owner], device=device)
-                    result.loss.index_add_(0, owner, losses)
+                waiting = budget.fitting(unit)
+                while waiting:
+                    failed = _take(waiting[0], capture, sink, by_factors, stopped)
+                    if stopped():
+                        return False
+                    if failed is None:
+                        waiting.pop(0)
+                        continue
+                    # Out here the failed batch's tensors are gone: those of its error, too.
+                    empty_device_cache()
+                    whole = waiting.pop(0)
+                    cut = budget.smaller(whole, failed)
+                    if not cut:
+                        result.bad.update(dict.fromkeys(failed.rows, budget.why_left_out(failed)))
+                    waiting[:0] = cut
+                    waiting = [small for unit in waiting for small in budget.fitting(unit)]
+                return True
 
-            def done(batch: Batch, number: int = number) -> None:
-                if on_rows is not None and batch.last and number == len(groups) - 1:
-                    on_rows(len(batch.rows))
+            def done(unit: Unit, number: int = number) -> None:
+                if on_rows is not None and number == len(groups) - 1:
+                    on_rows(len(unit[-1].rows))
 
-            _in_lanes(batches, lanes, run, done, fixed=full_sum)
+            _in_lanes(budget.units(sequences), lanes, run, done, fixed=full_sum)
         for sink in sinks:
             for view, modules_ in sink.full_sums.items():
                 for name, total in modules_.items():
@@ -148,47 +212,61 @@ def _pass(
     for row in (~(finite_loss & finite_rows)).nonzero()[:, 0].tolist():
         loss = float(result.loss[row])
         result.bad[row] = f"the loss is {loss}" if not finite_loss[row] else "the gradient holds NaN or infinity"
+    for row in result.bad:
         for view in views:
             result.rows[view][row] = 0
     return result
 
 
+def _take(unit: Unit, capture: Capture, sink: _Sink, by_factors: bool, stopped: Callable[[], bool]) -> Batch | None:
+    """Add the rows of a unit, or change nothing and return the batch for which memory did not suffice."""
+    batch = unit[0]
+    sink.begin()
+    try:
+        for batch in unit:
+            if stopped():
+                return None
+            sink.start(batch)
+            sink.end(capture.run(batch.sequences, sink.consume, sink.consume_factors if by_factors else None))
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        sink.undo()
+        return batch
+    sink.commit()
+    return None
+
+
 def _in_lanes(
-    batches: SequenceABC[Batch],
+    units: SequenceABC[Unit],
     lanes: int,
-    run: Callable[[int, Batch], None],
-    done: Callable[[Batch], None],
+    run: Callable[[int, Unit, Callable[[], bool]], bool],
+    done: Callable[[Unit], None],
     *,
     fixed: bool,
 ) -> None:
-    """Call `run(lane, batch)` for every batch, `lanes` at a time, and `done(batch)` after each, one at a time.
+    """Call `run(lane, unit, stopped)` for every unit, `lanes` at a time, and `done(unit)` after each, one at a time.
 
-    A lane takes the next batch that waits, or with `fixed` those that are always its own, so that sums over a lane are
-    the same every time. The batches of one row stay in one lane, in order. Whatever ends this early (a failure,
-    Ctrl-C) lets each lane finish its batch and no more.
+    A lane takes the next unit that waits, or with `fixed` those that are always its own, so that sums over a lane are
+    the same every time. Whatever ends this early (a failure, Ctrl-C) lets each lane finish its batch and no more:
+    `stopped` tells it, and it returns False for a unit that it leaves unfinished.
     """
     if lanes == 1:
-        for batch in batches:
-            run(0, batch)
-            done(batch)
+        for unit in units:
+            run(0, unit, lambda: False)
+            done(unit)
         return
-    units: list[list[Batch]] = [[]]
-    for batch in batches:
-        units[-1].append(batch)
-        if batch.last:
-            units.append([])
     waiting = iter(units)  # shared: taking the next of a list is atomic
     queues = [iter(units[lane::lanes]) if fixed else waiting for lane in range(lanes)]
     threads, stop, told = torch.get_num_threads(), threading.Event(), threading.Lock()
 
     def lane_of(lane: int) -> None:
         torch.set_num_threads(max(1, threads // lanes))
-        for batch in (batch for unit in queues[lane] for batch in unit):
-            if stop.is_set():
+        for unit in queues[lane]:
+            if stop.is_set() or not run(lane, unit, stop.is_set):
                 return
-            run(lane, batch)
             with told:
-                done(batch)
+                done(unit)
 
     try:
         with ThreadPoolExecutor(lanes) as executor:
@@ -214,32 +292,67 @@ class _Sink:
         result: ShardRows,
         squares: Mapping[View, Tensor],
         full_sum: bool,
+        losses: bool,
     ) -> None:
         self.projector, self.views, self.adam, self.result, self.squares = projector, views, adam, result, squares
         self.full_sums: dict[View, dict[str, Tensor]] = {view: {} for view in views} if full_sum else {}
+        self._with_losses = losses
         self._open_row: dict[str, Tensor] = {}  # full-space sums of a row that needs several batches
+        self._before: dict[View, dict[str, Tensor]] = {}  # full_sums as they were when the unit began
+        self._done: list[Callable[[], object]] = []  # what the unit's batches add to the result
+        self.block: dict[View, Tensor] = {}
+        self.square: dict[View, Tensor] = {}
+
+    def begin(self) -> None:
+        """Before the batches of a unit."""
+        self._before = {view: dict(sums) for view, sums in self.full_sums.items()}
+
+    def undo(self) -> None:
+        """As if the unit had not begun."""
+        self.full_sums, self._before = self._before, {}
+        self._open_row.clear()
+        self._done.clear()
+        self._let_go()
+
+    def commit(self) -> None:
+        """Add the unit's rows to the result; needs no memory."""
+        for add in self._done:
+            add()
+        self._done.clear()
+        self._before = {}
+        self._let_go()
+
+    def _let_go(self) -> None:
+        self.block, self.square = {}, {}
 
     def start(self, batch: Batch) -> None:
+        """Before a batch."""
         self.batch = batch
         device, dtype = self.projector.device, self.projector.dtype
-        self.index = torch.tensor(batch.rows, device=device)
-        self.owner = torch.tensor(batch.owner, device=device)
+        self.index = to_device(batch.rows, device)
+        self.owner = to_device(batch.owner, device)
         self.block = {
             v: torch.zeros(len(batch.rows), self.projector.dim, device=device, dtype=dtype) for v in self.views
         }
         self.square = {v: torch.zeros(len(batch.rows), dtype=torch.float64, device=device) for v in self.views}
 
-    def end(self) -> None:
-        for view in self.views:
-            self.result.rows[view].index_add_(0, self.index, self.block[view])
-            self.squares[view].index_add_(0, self.index, self.square[view])
+    def end(self, losses: Tensor) -> None:
+        """After a batch, with the losses of its sequences."""
+        if self._with_losses:
+            self._done.append(
+                partial(self.result.loss.index_add_, 0, self.index[self.owner], losses.to(self.index.device))
+            )
+        if self.batch.last:  # the batches of a row before its last one only add to `_open_row`
+            for view in self.views:
+                self._done.append(partial(self.result.rows[view].index_add_, 0, self.index, self.block[view]))
+                self._done.append(partial(self.squares[view].index_add_, 0, self.index, self.square[view]))
 
     def consume(self, captured: Captured, gradients: Tensor) -> None:
+        """A module's gradients, on whatever device it is."""
         batch = self.batch
-        gradients = gradients.to(self.projector.device)  # a model spread over devices
         if not batch.one_to_one:
             summed = gradients.new_zeros(len(batch.rows), *gradients.shape[1:])
-            gradients = summed.index_add_(0, self.owner, gradients)
+            gradients = summed.index_add_(0, self.owner.to(gradients.device), gradients)
         if not batch.last or captured.name in self._open_row:
             if captured.name in self._open_row:
                 gradients += self._open_row.pop(captured.name)
@@ -252,7 +365,8 @@ class _Sink:
             self._add("plain", captured.name, gradients)
 
     def _add(self, view: View, name: str, rows: Tensor) -> None:
-        self.square[view] += torch.linalg.vector_norm(rows, dim=(1, 2)).double().square_()
+        square = self.square[view]
+        square += torch.linalg.vector_norm(rows, dim=(1, 2)).double().square_().to(square.device)
         if self.full_sums:
             total, sums = rows.sum(0), self.full_sums[view]
             sums[name] = sums[name] + total if name in sums else total
@@ -266,10 +380,9 @@ class _Sink:
         if not self.batch.one_to_one or not self.batch.last or captured.name in self._open_row:
             self.consume(captured, torch.bmm(output_gradients.transpose(1, 2), activations))
             return
-        activations, output_gradients = (t.to(self.projector.device) for t in (activations, output_gradients))
         segment = self.projector.segment(captured.name)
-        columns = self.block["plain"][:, segment.start : segment.stop]
-        columns += self.projector.project_factors(captured.name, activations, output_gradients)
+        columns, square = self.block["plain"][:, segment.start : segment.stop], self.square["plain"]
+        columns += self.projector.project_factors(captured.name, activations, output_gradients).to(columns.device)
         gram = torch.bmm(output_gradients, output_gradients.transpose(1, 2))
         gram.mul_(torch.bmm(activations, activations.transpose(1, 2)))
-        self.square["plain"] += gram.double().sum(dim=(1, 2)).clamp_(min=0)
+        square += gram.double().sum(dim=(1, 2)).clamp_(min=0).to(square.device)

@@ -89,6 +89,13 @@ class GradientStoreWriter:
             publish_json(self.storage, key, wanted)
         return read_json(self.storage, key)
 
+    def remember_token_budget(self, tokens: int) -> None:
+        """Record that memory did not suffice for larger batches: who goes on with the store begins with this size."""
+        key = self.prefix + "layout.json"
+        layout = read_json(self.storage, key) if self.storage.exists(key) else {}
+        if layout.get("token_budget", tokens + 1) > tokens:
+            publish_json(self.storage, key, {**layout, "token_budget": tokens})
+
     def shard_state(self, shard: int) -> Literal["complete", "damaged", "missing"]:
         """Whether a shard is there; a shard whose bytes do not match its checksum is damaged."""
         side, rows = self._side_key(shard), self._rows_key(shard)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from gradsift.errors import CorruptError, LockedError, MismatchError, StorageError
+from gradsift.progress import Reporter
 from gradsift.run import Run
 
 
@@ -70,7 +71,7 @@ def test_a_run_belongs_to_one_identity(tmp_path: Path) -> None:
 def test_a_damaged_run_json_is_said(content: str, tmp_path: Path) -> None:
     """Whatever stands in run.json instead of an identity, it is an error that names the file."""
     (tmp_path / "run.json").write_text(content)
-    with pytest.raises(CorruptError, match=r"run\.json is damaged"):
+    with pytest.raises(CorruptError, match=r"run\.json is damaged: delete it, this one file, and"):
         Run(tmp_path).bind({"model": 1})
 
 
@@ -88,3 +89,45 @@ def test_artifacts_are_complete_with_their_manifest(tmp_path: Path) -> None:
     assert found is not None
     assert (found["rows"], found["config"]) == (3, {"a": 1})
     assert run.artifacts("scores") == [prefix]
+
+
+@pytest.mark.parametrize("content", ["", '{"kind": ', '{"kind": "x", "_digest": "0"}'])
+def test_a_damaged_manifest_is_none(content: str, tmp_path: Path) -> None:
+    """What a half-written or altered manifest describes counts as unfinished, and is completed again."""
+    run = Run(tmp_path)
+    prefix = run.prefix("scores", {"a": 1})
+    run.storage.publish(f"{prefix}manifest.json", content.encode())
+    assert run.manifest(prefix) is None
+    run.complete(prefix, "scores", {"a": 1})
+    assert run.manifest(prefix) is not None
+
+
+def test_altered_files_of_an_artifact_are_found_and_said(tmp_path: Path) -> None:
+    """A file that is missing, shorter, or other than when its manifest was written makes the artifact unfinished."""
+    run, said = Run(tmp_path), Saying()
+    run.storage.publish("data/1/part", b"whole")
+    run.complete("data/1/", "data", {}, files=["part"])
+    assert run.intact("data/1/", said) == run.manifest("data/1/")
+    assert said.warned == []
+    for change in (b"whol", b"whore", None):
+        if change is None:
+            run.path("data/1/part").unlink()
+        else:
+            run.path("data/1/part").write_bytes(change)
+        assert run.intact("data/1/", said) is None
+    assert len(said.warned) == 3
+    assert said.warned[0] == f"{tmp_path}/data/1/part is missing, truncated or altered: making it again"
+    run.path("data/1/manifest.json").write_text("{")
+    assert run.intact("data/1/", said) is None
+    assert "manifest.json is truncated or altered" in said.warned[-1]
+    assert run.intact("data/2/", said) is None
+    assert len(said.warned) == 4
+
+
+class Saying(Reporter):
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+        self.warned: list[str] = []
+
+    def warn(self, message: str) -> None:
+        self.warned.append(message)

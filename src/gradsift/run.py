@@ -28,7 +28,7 @@ requests never meet.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from gradsift.errors import CorruptError, LockedError, MismatchError, StorageError
+from gradsift.progress import Reporter
 from gradsift.store.manifest import differences, fingerprint, manifest, publish_json, read_json
-from gradsift.store.storage import LocalStorage
+from gradsift.store.storage import LocalStorage, checksum_file
 
 
 class Run:
@@ -87,7 +88,7 @@ class Run:
             MismatchError: the folder belongs to something else; the message names what differs.
         """
         if not self.storage.exists("run.json"):
-            publish_json(self.storage, "run.json", manifest("run", identity))
+            publish_json(self.storage, "run.json", manifest("run", identity), sealed=True)
             return
         changed = differences(self.identity(), identity)
         if changed:
@@ -100,10 +101,15 @@ class Run:
         """What `bind` recorded."""
         if not self.storage.exists("run.json"):
             raise StorageError(f"{self.folder} is not a run folder (no run.json): give the --out of an earlier command")
-        content = read_json(self.storage, "run.json")
-        if not isinstance(content.get("config"), dict):
-            raise CorruptError(f"{self.path('run.json')} is damaged (no config): delete the folder and run again")
-        config: dict[str, Any] = content["config"]
+        try:
+            config = read_json(self.storage, "run.json").get("config")
+        except CorruptError:
+            config = None
+        if not isinstance(config, dict):
+            raise CorruptError(
+                f"{self.path('run.json')} is damaged: delete it, this one file, and run the same command again, which "
+                "writes it anew and finds everything else"
+            )
         return config
 
     def prefix(self, kind: str, config: Mapping[str, Any]) -> str:
@@ -111,13 +117,50 @@ class Run:
         return f"{kind}/{fingerprint({'kind': kind, **config})}/"
 
     def manifest(self, prefix: str) -> dict[str, Any] | None:
-        """The manifest of a complete artifact, or None where it is not complete."""
-        key = f"{prefix}manifest.json"
-        return read_json(self.storage, key) if self.storage.exists(key) else None
+        """The manifest of a complete artifact, or None where it is not complete.
 
-    def complete(self, prefix: str, kind: str, config: Mapping[str, Any], **content: Any) -> None:
-        """Write an artifact's manifest: the last thing that is written of it."""
-        publish_json(self.storage, f"{prefix}manifest.json", manifest(kind, config, **content))
+        A damaged manifest counts as none: the artifact is completed again, from whatever of it is there.
+        """
+        key = f"{prefix}manifest.json"
+        try:
+            return read_json(self.storage, key) if self.storage.exists(key) else None
+        except CorruptError:
+            return None
+
+    def intact(self, prefix: str, reporter: Reporter | None = None) -> dict[str, Any] | None:
+        """As `manifest`, and None where a file is missing or altered whose checksum it has; the reporter is told.
+
+        Manifests have the checksums of the files that `complete` was told of.
+        """
+        content = self.manifest(prefix)
+        if content is None:
+            if reporter is not None and self.storage.exists(f"{prefix}manifest.json"):
+                reporter.warn(
+                    f"{self.path(prefix)}/manifest.json is truncated or altered: making what it describes again"
+                )
+            return None
+        for name, digest in content.get("files", {}).items():
+            if not self.unaltered(f"{prefix}{name}", digest):
+                if reporter is not None:
+                    reporter.warn(f"{self.path(prefix)}/{name} is missing, truncated or altered: making it again")
+                return None
+        return content
+
+    def complete(
+        self, prefix: str, kind: str, config: Mapping[str, Any], *, files: Iterable[str] = (), **content: Any
+    ) -> None:
+        """Write an artifact's manifest, with checksums of the files named: the last thing that is written of it."""
+        if files:
+            content["files"] = self.checksums(prefix, files)
+        publish_json(self.storage, f"{prefix}manifest.json", manifest(kind, config, **content), sealed=True)
+
+    def checksums(self, prefix: str, names: Iterable[str]) -> dict[str, str]:
+        """Checksums of files, by their names below the prefix."""
+        return {name: checksum_file(self.path(f"{prefix}{name}")) for name in names}
+
+    def unaltered(self, key: str, digest: str) -> bool:
+        """Whether a file is there with this checksum."""
+        return self.storage.exists(key) and checksum_file(self.path(key)) == digest
 
     def artifacts(self, kind: str) -> list[str]:
         """Prefixes of the complete artifacts of a kind."""
@@ -142,7 +185,7 @@ class Run:
         self.storage.publish(key, sink.getvalue())
         return self.storage.local(key)
 
-    def publish_json(self, key: str, value: Mapping[str, Any]) -> Path:
-        """Publish a JSON file and return its path."""
-        publish_json(self.storage, key, value)
+    def publish_json(self, key: str, value: Mapping[str, Any], *, sealed: bool = False) -> Path:
+        """Publish a JSON file and return its path; a sealed one is for `read_json`, which finds it altered."""
+        publish_json(self.storage, key, value, sealed=sealed)
         return self.storage.local(key)

@@ -4,12 +4,15 @@ import errno
 import os
 import subprocess
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gradsift.errors import CorruptError, StorageError
-from gradsift.store.manifest import canonical, differences, fingerprint, publish_json, read_json
+from gradsift.store.manifest import DIGEST, canonical, differences, fingerprint, publish_json, read_json
 from gradsift.store.storage import LocalStorage, checksum, checksum_file
 
 
@@ -171,3 +174,28 @@ def test_json_objects_round_trip(tmp_path: Path) -> None:
     storage.publish("x.json", b'"text"')
     with pytest.raises(CorruptError, match="not a JSON object"):
         read_json(storage, "x.json")
+
+
+@settings(max_examples=50)
+@given(
+    value=st.dictionaries(
+        st.text(),
+        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    ),
+    place=st.integers(min_value=0),
+    bit=st.integers(min_value=0, max_value=7),
+)
+def test_a_sealed_object_is_what_was_written_or_damaged(value: dict[str, Any], place: int, bit: int) -> None:
+    """Whatever single bit of a sealed file flips, reading it gives the written value or CorruptError, never another."""
+    with TemporaryDirectory() as folder:
+        storage = LocalStorage(folder)
+        publish_json(storage, "x.json", value, sealed=True)
+        assert read_json(storage, "x.json") == value
+        data = bytearray(storage.read("x.json"))
+        data[place % len(data)] ^= 1 << bit
+        storage.local("x.json").write_bytes(data)
+        try:
+            found = read_json(storage, "x.json")
+        except CorruptError:
+            return
+        assert found == value or DIGEST not in data.decode()  # its name altered: as if it had no seal

@@ -22,6 +22,8 @@ from gradsift.run import Run
 from gradsift.store.manifest import fingerprint
 from gradsift.types import Example, Message, Sequence, Skipped, TokenizedExample
 
+_FILES = ("tokens.safetensors", "rows.jsonl", "index.json")
+
 
 class Dataset:
     """Examples with token ids and labels, opened from a run folder.
@@ -196,7 +198,7 @@ def prepare(
         "template": chat.fingerprint,
     }
     prefix = run.prefix("data", config)
-    if run.manifest(prefix) is None:
+    if run.intact(prefix, reporter) is None:
         with reporter.stage(f"tokenising the {what}", len(examples)) as advance:
             tokenized, too_long = tokenize_examples(examples, chat, on_advance=advance)
         skipped = [*loaded.skipped, *duplicates, *too_long]
@@ -211,6 +213,7 @@ def prepare(
             prefix,
             "data",
             config,
+            files=_FILES,
             description=loaded.description,
             skipped=[_as_dict(skip) for skip in skipped],
             announcement=chat.announcement,

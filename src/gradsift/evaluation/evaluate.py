@@ -109,7 +109,7 @@ class _Task:
         prefix = None if self.config is None else run.prefix("evaluations", self.config)
         self.found = replace(self.bound.measure(self.subject, Notebook(run, prefix)), settings=settings_of(self.metric))
         if prefix is not None and self.config is not None and not self.found.partial:
-            run.publish_json(f"{prefix}{_FILE}", self.found.as_dict())
+            run.publish_json(f"{prefix}{_FILE}", self.found.as_dict(), sealed=True)
             run.complete(prefix, "evaluations", self.config, name=self.subject.name, metric=self.metric.label)
         return self.found
 

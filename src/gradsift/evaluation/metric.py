@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ import numpy as np
 from gradsift.errors import CorruptError
 from gradsift.evaluation.setup import Setup, Subject
 from gradsift.run import Run
+from gradsift.store.manifest import read_json
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,8 @@ class Notebook:
         keys = [] if prefix is None else [key for key in run.storage.list(prefix) if "/items-" in key]
         for key in keys:
             try:
-                self._entries |= json.loads(run.storage.read(key))
-            except (ValueError, TypeError):
+                self._entries |= read_json(run.storage, key)
+            except CorruptError:
                 run.storage.delete(key)  # cut off or altered: its items are asked for again
         self._files = 1 + max((int(key.rpartition("-")[2].partition(".")[0]) for key in keys), default=-1)
 
@@ -141,8 +141,7 @@ class Notebook:
             return
         self._entries |= entries
         if self._prefix is not None:
-            content = json.dumps(dict(entries), ensure_ascii=False).encode()
-            self._run.storage.publish(f"{self._prefix}items-{self._files:06}.json", content)
+            self._run.publish_json(f"{self._prefix}items-{self._files:06}.json", entries, sealed=True)
             self._files += 1
 
 

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from gradsift.context import Pool
-from gradsift.errors import ConfigError, DataError, GradsiftError
+from gradsift.errors import ConfigError, CorruptError, DataError, GradsiftError
 from gradsift.explanation.batch import relevance_of_choices
 from gradsift.explanation.coefficients import CoefficientModel
 from gradsift.explanation.outputs import Output, OutputSource, Question, answers, question_of
@@ -40,7 +40,7 @@ from gradsift.selection.strategies import (
     choose_all,
 )
 from gradsift.store.gradient_store import GradientStore
-from gradsift.store.manifest import fingerprint
+from gradsift.store.manifest import fingerprint, read_json
 from gradsift.types import Message, Skipped, TokenizedExample
 
 Ranking = tuple[list[str], NDArray[np.float32]]
@@ -370,7 +370,7 @@ class _Work:
                 for output in missing:
                     try:
                         entry = self._explain(output, columns[output.id])
-                        self.pool.run.publish_json(keys[output.id], entry.as_dict())
+                        self.pool.run.publish_json(keys[output.id], entry.as_dict(), sealed=True)
                         done[output.id] = entry
                     except GradsiftError as error:
                         failed.append(Skipped(output.id, "not_explained", str(error)))
@@ -457,8 +457,8 @@ class _Work:
         if not storage.exists(key):
             return None
         try:
-            return _EXPLANATION.validate_json(storage.read(key))
-        except ValidationError:
+            return _EXPLANATION.validate_json(json.dumps(read_json(storage, key)))
+        except (CorruptError, ValidationError):
             self.pool.reporter.warn(f"{self.pool.run.path(key)} is damaged: explaining this output again")
             return None
 

@@ -202,5 +202,5 @@ class _Speaker:
         ends = end_ids(self._model, self.pool.chat)
         output = greedy_output(self._model, prompt, end_ids=ends, max_new_tokens=self.max_new_tokens)
         said = [int(token) for token in output.token_ids]
-        self.pool.run.publish_json(key, {"token_ids": said, "finished": output.finished})
+        self.pool.run.publish_json(key, {"token_ids": said, "finished": output.finished}, sealed=True)
         return said, output.finished

@@ -485,13 +485,13 @@ def _full_direction(
         "autocast": pool.gradients.autocast,
     }
     prefix = pool.run.prefix("curvature", identity)
-    if pool.run.manifest(prefix) is not None:
+    if pool.run.intact(prefix, pool.reporter) is not None:
         return load(pool.run.storage.read(f"{prefix}product.safetensors"))["product"]
     direction = _project_product(
         pool, _full_sum(pool, store, method, checkpoint, left_out), queries, targets, kind, checkpoint
     )
     pool.run.storage.publish(f"{prefix}product.safetensors", save({"product": direction}))
-    pool.run.complete(prefix, "curvature", identity)
+    pool.run.complete(prefix, "curvature", identity, files=["product.safetensors"])
     return direction
 
 

@@ -243,7 +243,7 @@ def _kept_ratings(pool: Pool, rater: Rater) -> dict[str, Rating]:
             kept = {keys[id_]: value for id_, value in fresh.items() if not isinstance(value, str)}
             if kept:
                 part = hashlib.blake2b("".join(kept).encode(), digest_size=8).hexdigest()
-                publish_json(run.storage, f"{prefix}{part}.json", {"ratings": kept})
+                publish_json(run.storage, f"{prefix}{part}.json", {"ratings": kept}, sealed=True)
             advance(len(chunk))
     if not any(isinstance(value, str) for value in found.values()):
         run.complete(prefix, "ratings", identity)

@@ -56,10 +56,10 @@ def kept_embeddings(run: Run, texts: Sequence[str], model: str, device: str = "a
     config = {"model": model, "texts": fingerprint(list(texts))}
     prefix = run.prefix("embeddings", config)
     key = f"{prefix}rows.safetensors"
-    if run.manifest(prefix) is None:
+    if run.intact(prefix) is None:
         rows = embed(texts, model, device=resolve_device(device))
         run.storage.publish(key, save({"rows": np.ascontiguousarray(rows)}))
-        run.complete(prefix, "embeddings", config)
+        run.complete(prefix, "embeddings", config, files=["rows.safetensors"])
         return rows
     kept: NDArray[np.float32] = load(run.storage.read(key))["rows"]
     return kept

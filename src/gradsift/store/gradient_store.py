@@ -80,13 +80,13 @@ class GradientStoreWriter:
                     f"{'; '.join(changed)}. Choose another folder, or ask for the same again"
                 )
         else:
-            publish_json(storage, key, {"kind": "gradients", "config": self.config})
+            publish_json(storage, key, {"kind": "gradients", "config": self.config}, sealed=True)
 
     def layout(self, wanted: Mapping[str, int]) -> dict[str, int]:
         """How rows are cut into shards and batches: as recorded by whoever began the store, else `wanted`, recorded."""
         key = self.prefix + "layout.json"
         if not self.storage.exists(key):
-            publish_json(self.storage, key, wanted)
+            publish_json(self.storage, key, wanted, sealed=True)
         return read_json(self.storage, key)
 
     def remember_token_budget(self, tokens: int) -> None:
@@ -134,7 +134,7 @@ class GradientStoreWriter:
             sums = save({name: tensor.contiguous().cpu() for name, tensor in full_sum.items()})
             self.storage.publish(self._sum_key(shard), sums)
             side["sum_checksum"] = checksum(sums)
-        publish_json(self.storage, self._side_key(shard), side)
+        publish_json(self.storage, self._side_key(shard), side, sealed=True)
 
     def finish(self, shards: int) -> None:
         """Join the side columns into rows.parquet and write the manifest."""
@@ -156,7 +156,7 @@ class GradientStoreWriter:
             excluded=excluded,
             rows_parquet=checksum(sink.getvalue()),
         )
-        publish_json(self.storage, self.prefix + "manifest.json", content)
+        publish_json(self.storage, self.prefix + "manifest.json", content, sealed=True)
 
     def _rows_key(self, shard: int) -> str:
         return f"{self.prefix}shard-{shard:05d}.safetensors"

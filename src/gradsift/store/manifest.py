@@ -13,6 +13,7 @@ from typing import Any
 from gradsift.errors import CorruptError
 from gradsift.store.storage import Storage
 
+DIGEST = "_digest"  # the key of a sealed object's own fingerprint
 _PACKAGES = ("gradsift", "torch", "transformers", "peft", "datasets", "numpy")
 
 
@@ -50,10 +51,10 @@ def differences(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str
 
 
 def read_json(storage: Storage, key: str) -> dict[str, Any]:
-    """A JSON object; anything else under that key is reported as damage.
+    """A JSON object, without its seal where it has one; anything else under that key is reported as damage.
 
     Raises:
-        CorruptError: the file is not a JSON object.
+        CorruptError: the file is not a JSON object, or not the one that was sealed.
     """
     try:
         value = json.loads(storage.read(key))
@@ -63,11 +64,22 @@ def read_json(storage: Storage, key: str) -> dict[str, Any]:
         ) from error
     if not isinstance(value, dict):
         raise CorruptError(f"{storage.local(key)} is damaged (not a JSON object): delete its folder and run again")
+    digest = value.pop(DIGEST, None)
+    if digest is not None and digest != _digest(value):
+        raise CorruptError(
+            f"{storage.local(key)} is damaged (its content does not match its digest): delete its folder and run the "
+            "same command again"
+        )
     return value
 
 
-def publish_json(storage: Storage, key: str, value: Mapping[str, Any]) -> None:
-    """Publish a JSON object, readable by people."""
+def publish_json(storage: Storage, key: str, value: Mapping[str, Any], *, sealed: bool = False) -> None:
+    """Publish a JSON object, readable by people.
+
+    A sealed one holds its own fingerprint, by which `read_json` finds a single altered digit.
+    """
+    if sealed:
+        value = {**value, DIGEST: _digest(value)}
     storage.publish(key, (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
@@ -81,6 +93,11 @@ def manifest(kind: str, config: Mapping[str, Any], **content: Any) -> dict[str, 
         "versions": versions(),
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def _digest(value: Mapping[str, Any]) -> str:
+    """Of the value as JSON reads it back: keys are text there."""
+    return fingerprint(json.loads(json.dumps(value)))
 
 
 def _short(value: Any) -> str:

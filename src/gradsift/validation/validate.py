@@ -416,7 +416,7 @@ class _Bench:
             "log_likelihood": self._likelihood,
             "effects": {name: [effect.log_likelihood, effect.jsd] for name, effect in self._effects.items()},
         }
-        self.pool.run.publish_json(self._file, content)
+        self.pool.run.publish_json(self._file, content, sealed=True)
         self._changed = False
 
     def validated(self, cell: Cell) -> Validated:

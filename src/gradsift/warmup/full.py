@@ -14,11 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gradsift.data.dataset import Dataset
-from gradsift.errors import ConfigError
+from gradsift.errors import ConfigError, CorruptError, StorageError
 from gradsift.memory import give_back_memory
 from gradsift.models import DtypeName, count_parameters, load_model, load_tokenizer, release_models, resolve_device
 from gradsift.progress import Reporter, silent
 from gradsift.run import Run
+from gradsift.store.manifest import read_json
 from gradsift.warmup.checkpoint import INFO_FILE
 from gradsift.warmup.train import Training, check_examples, moments_of, split_state, train_as, training_config
 from gradsift.warmup.trainer import TrainingState
@@ -105,9 +106,20 @@ class _Models:
     def finished(self) -> int:
         """A folder is there in full or not at all."""
         for epoch in range(1, self._epochs + 1):
-            if not self._run.storage.exists(f"{self._prefix}epoch-{epoch}/{INFO_FILE}"):
+            if not self._whole(f"{self._prefix}epoch-{epoch}/"):
                 return epoch - 1
         return self._epochs
+
+    def _whole(self, folder: str) -> bool:
+        """By the files' sizes: weights of many gigabytes are not read to find an altered bit."""
+        storage = self._run.storage
+        try:
+            sizes = read_json(storage, f"{folder}{INFO_FILE}").get("bytes", {})
+        except (CorruptError, StorageError):
+            return False
+        return all(
+            storage.exists(folder + name) and storage.size(folder + name) == size for name, size in sizes.items()
+        )
 
     @contextmanager
     def network(self, finished: int) -> Iterator[Any]:
@@ -148,7 +160,8 @@ class _Models:
         def write(folder: Path) -> None:
             network.save_pretrained(folder)
             load_tokenizer(self._model).save_pretrained(folder)
-            (folder / INFO_FILE).write_text(json.dumps(dict(info), indent=1) + "\n")
+            sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+            (folder / INFO_FILE).write_text(json.dumps({**info, "bytes": sizes}, indent=1) + "\n")
 
         self._run.storage.publish_folder(f"{self._prefix}epoch-{epoch}", write)
         self._run.storage.delete(self._moments(epoch - 1))

@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 import numpy as np
@@ -23,6 +24,7 @@ from gradsift.progress import Reporter, silent
 from gradsift.run import Run
 from gradsift.settings import Settings
 from gradsift.store.manifest import fingerprint, publish_json, read_json
+from gradsift.store.storage import checksum
 from gradsift.types import TokenizedExample
 from gradsift.warmup.checkpoint import ADAM_FILE, INFO_FILE, Checkpoint
 
@@ -251,6 +253,10 @@ def train_as(
     finished = form.finished()
     if run.manifest(prefix) is not None and finished == settings.epochs:
         return
+    for epoch in range(finished + 1, settings.epochs + 1):
+        if run.storage.exists(f"{prefix}epoch-{epoch}/{INFO_FILE}"):
+            reporter.warn(f"{what}: epoch {finished + 1} is missing, truncated or altered: training goes on before it")
+            break
     batch_size = effective_batch_size(len(ids), settings.batch_size)
     if batch_size < min(settings.batch_size, len(ids)):
         steps = -(-len(ids) // batch_size)
@@ -339,12 +345,21 @@ class _Adapters:
         self._model, self._dtype, self._device = model, dtype, device
 
     def finished(self) -> int:
-        """By all files of an epoch; checkpoint.json is written last."""
+        """By all files of an epoch, as they were written; checkpoint.json is written last and has their checksums."""
         for epoch in range(1, self._settings.epochs + 1):
-            names = (*_ADAPTER_FILES, ADAM_FILE, INFO_FILE)
-            if not all(self._run.storage.exists(f"{self._prefix}epoch-{epoch}/{name}") for name in names):
+            if not self._intact(f"{self._prefix}epoch-{epoch}/"):
                 return epoch - 1
         return self._settings.epochs
+
+    def _intact(self, folder: str) -> bool:
+        storage = self._run.storage
+        if not all(storage.exists(f"{folder}{name}") for name in (*_ADAPTER_FILES, ADAM_FILE, INFO_FILE)):
+            return False
+        try:
+            digests = read_json(storage, f"{folder}{INFO_FILE}").get("files", {})
+        except CorruptError:
+            return False
+        return all(self._run.unaltered(f"{folder}{name}", digest) for name, digest in digests.items())
 
     def network(self, finished: int) -> AbstractContextManager[Any]:
         """A fresh adapter on the shared base."""
@@ -378,7 +393,8 @@ class _Adapters:
         publish(f"{folder}adapter_config.json", _adapter_config(network))
         publish(f"{folder}adapter_model.safetensors", save(weights, metadata={"format": "pt"}))
         publish(f"{folder}{ADAM_FILE}", save(moments))
-        publish_json(self._run.storage, f"{folder}{INFO_FILE}", info)
+        files = self._run.checksums(folder, (*_ADAPTER_FILES, ADAM_FILE))
+        publish_json(self._run.storage, f"{folder}{INFO_FILE}", {**info, "files": files}, sealed=True)
 
     def complete(self) -> None:
         """Everything stays: gradients need the moments of every epoch."""
@@ -483,28 +499,24 @@ class _Job:
         tensors["step"] = torch.tensor(state.step)
         tensors["loss_sum"] = torch.tensor(state.loss_sum, dtype=torch.float64)
         tensors["rates"] = torch.tensor(state.rates, dtype=torch.float64)
-        self.run.storage.publish_with(f"{self.prefix}{_PARTIAL}", lambda path: save_file(tensors, path))
+        seal = {"digest": _digest(tensors)}
+        self.run.storage.publish_with(f"{self.prefix}{_PARTIAL}", lambda path: save_file(tensors, path, metadata=seal))
 
     def _saved_state(self, finished: int) -> TrainingState | None:
         """Where to go on: within an epoch, after the last finished one, or (None) at the start.
 
         Raises:
-            CorruptError: the files cannot be read, or are of another number of steps.
+            CorruptError: the last epoch's files cannot be read, or are of another number of steps.
         """
-        from safetensors.torch import load_file
-
         from gradsift.warmup.trainer import TrainingState
 
         start = finished * self.steps_per_epoch
-        partial = f"{self.prefix}{_PARTIAL}"
+        partial = self._partial_state()
+        if partial is not None and start < partial.step < start + self.steps_per_epoch:
+            return partial
+        if not finished:
+            return None
         try:
-            if self.run.storage.exists(partial):
-                tensors = load_file(self.run.path(partial))
-                if start < int(tensors["step"]) < start + self.steps_per_epoch:
-                    rates, loss_sum = tensors.pop("rates").tolist(), float(tensors.pop("loss_sum"))
-                    return TrainingState(*split_state(tensors), loss_sum, rates)
-            if not finished:
-                return None
             state = TrainingState(*self.form.state(finished))
         except (SafetensorError, KeyError) as error:
             raise CorruptError(
@@ -517,6 +529,21 @@ class _Job:
                 f"{start}: delete that folder and run the same command again"
             )
         return state
+
+    def _partial_state(self) -> TrainingState | None:
+        """What was saved within an epoch; where that cannot be read, the epoch begins anew."""
+        from gradsift.warmup.trainer import TrainingState
+
+        path = self.run.path(f"{self.prefix}{_PARTIAL}")
+        if not path.exists():
+            return None
+        try:
+            tensors = _load_sealed(path)
+            rates, loss_sum = tensors.pop("rates").tolist(), float(tensors.pop("loss_sum"))
+            return TrainingState(*split_state(tensors), loss_sum, rates)
+        except (SafetensorError, KeyError) as error:
+            self.reporter.warn(f"{path} is damaged ({error}): the epoch that it is of begins anew")
+            return None
 
 
 def moments_of(state: TrainingState) -> dict[str, Any]:
@@ -535,6 +562,34 @@ def split_state(tensors: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
         squares,
         step,
     )
+
+
+def _digest(tensors: Mapping[str, Any]) -> str:
+    """Of names and values."""
+    parts = {name: checksum(_bytes(tensor)) for name, tensor in tensors.items()}
+    return fingerprint(parts)
+
+
+def _bytes(tensor: Any) -> memoryview:
+    import torch
+
+    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def _load_sealed(path: Path) -> dict[str, Any]:
+    """The tensors of a file.
+
+    Raises:
+        SafetensorError: it is damaged, or its tensors are not those that were written.
+    """
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
+        wanted = (file.metadata() or {}).get("digest")
+    if wanted is not None and wanted != _digest(tensors):
+        raise SafetensorError("its content does not match its digest")
+    return tensors
 
 
 def _adapter_config(model: Any) -> bytes:

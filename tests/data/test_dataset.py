@@ -1,0 +1,41 @@
+"""A tokenised data set in a run folder: what was altered there is found and made again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gradsift.progress import Reporter
+from tiny_world import World
+
+
+class Saying(Reporter):
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+        self.warned: list[str] = []
+
+    def warn(self, message: str) -> None:
+        self.warned.append(message)
+
+
+@pytest.mark.parametrize("name", ["tokens.safetensors", "rows.jsonl", "index.json", "manifest.json"])
+def test_an_altered_data_set_is_tokenised_again(name: str, tiny: World, tmp_path: Path) -> None:
+    """A file cut in half, with one bit flipped, or gone is said, and what is opened is what was written at first."""
+    first = tiny.open_pool(tmp_path / "run").data
+    (file,) = (tmp_path / "run" / "data").glob(f"*/{name}")
+    whole = file.read_bytes()
+    place = len(whole) * 2 // 3
+    flipped = whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]
+    for data in (whole[: len(whole) // 2], flipped, None):
+        file.unlink() if data is None else file.write_bytes(data)
+        reporter = Saying()
+        again = tiny.open_pool(tmp_path / "run", reporter=reporter).data
+        assert [text for text in reporter.warned if "truncated or altered" in text] or (data, name) == (
+            None,
+            "manifest.json",
+        )
+        assert again.fingerprint == first.fingerprint
+        assert [again.line(id_) for id_ in again.ids] == [first.line(id_) for id_ in first.ids]
+        assert all((again[n].token_ids == first[n].token_ids).all() for n in range(len(first)))
+        assert name == "manifest.json" or file.read_bytes() == whole

@@ -5,6 +5,8 @@ TORCH := torch==2.13.0
 EXTRAS := dev,browser,embeddings,openai,sentiment
 # pip's progress is for people; a log gets the errors only.
 PIP_FLAGS := $(shell test -t 2 || echo -qq)
+# Processes that tests run in; each needs up to 3 GB.
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -19,7 +21,7 @@ PREPARE := from gradsift.demo.model import demo_model; from gradsift.progress im
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*  ## ' Makefile | sed 's/:.*  ## /\t/' | while IFS='	' read -r target what; do \
 	  printf '  make %-10s %s\n' "$$target" "$$what"; done
-	@echo 'Variables: PYTHON=python3.12 TORCH="torch==2.13.0 --index-url ..." EXTRAS=dev ARGS="..."'
+	@echo 'Variables: PYTHON=python3.12 TORCH="torch==2.13.0 --index-url ..." EXTRAS=dev WORKERS=1 ARGS="..."'
 
 setup: $(READY)  ## make the virtual environment .venv with the tested versions (once)
 
@@ -49,7 +51,7 @@ demo: $(READY)  ## run the demo on a small model, on the CPU
 	"$(BIN)/gradsift" demo $(ARGS)
 
 test: model  ## run the tests that take seconds
-	"$(BIN)/python" -m pytest -m 'not slow and not gpu' $(ARGS)
+	"$(BIN)/python" -m pytest -m 'not slow and not gpu' -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-slow: model  ## run the tests that take minutes
 	"$(BIN)/python" -m pytest -m 'slow and not gpu' $(ARGS)

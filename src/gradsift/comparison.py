@@ -381,7 +381,7 @@ class _Work:
 
     def _result(self, *, per_seed: bool) -> Comparison:
         plan = self.plan
-        rows = tabulate(self.cells, plan.contenders)
+        rows = tabulate(self.cells, plan.contenders, plan.reference)
         return Comparison(
             out=str(self.pool.run.folder),
             contenders=tuple(plan.contenders),
@@ -393,8 +393,8 @@ class _Work:
             overlaps=tuple(overlaps(self.cells, plan.contenders, len(plan.available))),
             costs=tuple(self.clock.costs()),
             variance=variance_of(len(self.job.seeds), per_seed=per_seed),
-            interval=interval_of(rows),
-            reference=next((one.name for one in plan.contenders if one.chance), None),
+            interval=interval_of(rows, plan.reference),
+            reference=plan.reference,
             warnings=plan.warnings,
             curves=tuple(self.curves),
         )

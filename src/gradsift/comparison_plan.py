@@ -66,6 +66,11 @@ class Plan:
         """Seeds of one arm; an untrained model does not depend on any."""
         return self.job.seeds[:1] if contender.base else contender.seeds or self.job.seeds
 
+    @property
+    def reference(self) -> str | None:
+        """The arm that differences are taken to."""
+        return self.job.reference or next((one.name for one in self.contenders if one.chance), None)
+
     def training_of(self, contender: Contender) -> Training:
         """An arm's own settings, or the comparison's."""
         return contender.training or self.job.training
@@ -105,6 +110,11 @@ def planned(recipe: Recipe, job: Compare, reporter: Reporter) -> Plan:
             "`adapter:` out, or use warmup: shared"
         )
     found = [_judged(one, recipe) for one in contenders(job.arms, recipe.estimator, recipe.selection)]
+    names = [one.name for one in found]
+    if job.reference is not None and job.reference not in names:
+        raise ConfigError(
+            f"compare.reference is {job.reference!r}, and there is no such arm: {', '.join(map(repr, names))}"
+        )
     for one in found:
         if one.estimator is not None and one.selection is not None:
             check_selection(one.selection, one.estimator)

@@ -537,9 +537,13 @@ def test_with_one_seed_items_are_paired() -> None:
              dict(zip("wxyz", own, strict=True))),)),))
         for arm, own in values.items()
     ]  # fmt: skip
-    row, control = tabulate(cells, names)
+    row, control = tabulate(cells, names, "r")
     assert (row.mean.spread, row.over, control.difference) == (None, "items", None)
     assert row.difference is not None
     assert row.difference.mean == pytest.approx(-0.75)
     assert row.difference.low == pytest.approx(-1.0)
     assert row.difference.high == pytest.approx(-0.5)
+    reference, turned = tabulate(cells, names, "a")
+    assert (reference.difference, turned.reference_budget) == (None, 4)
+    assert turned.difference is not None
+    assert turned.difference.mean == pytest.approx(0.75)

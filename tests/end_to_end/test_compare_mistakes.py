@@ -85,6 +85,8 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("questions that are none", metric("grading", questions="{here}/texts.jsonl"), {},
      "texts.jsonl has no question: wanted rows with `turns` (a list of texts) or `prompt`"),
     ("questions that are not there", metric("grading", questions="{here}/q.jsonl"), {}, "q.jsonl does not exist"),
+    ("reference that is no arm", {"reference": "LESS"}, {},
+     "compare.reference is 'LESS', and there is no such arm: 'random'"),
     ("best by no answers", {"keep": "best", "best_by": {"kind": "loss", "data": "{here}/prompts.jsonl"}}, {},
      "A loss needs examples with answers"),
     ("best by an arm", {"keep": "best", "best_by": {"kind": "pairwise", "data": "{here}/test.jsonl",

@@ -239,6 +239,7 @@ class Compare(Settings):
     keep: the `last` epoch, or the `best` by `best_by`.
     best_by: a metric on data that is neither trained on nor tested.
     curve: loss and reward over the steps of each fine-tuning.
+    reference: name of the arm that differences are taken to; by default the first random one.
     embedding: sentence-transformers model of the page's map, if it is on this machine; null leaves the map out.
     """
 
@@ -256,6 +257,7 @@ class Compare(Settings):
     keep: Keep = "last"
     best_by: MetricSetting | None = None
     curve: Curve | None = None
+    reference: str | None = None
     embedding: str | None = embeddings.DEFAULT
 
     @model_validator(mode="before")

@@ -84,10 +84,10 @@ class Row:
 
     by_seed: the figure of each seed that came to an end
     mean: over them, with the sample standard deviation
-    difference: mean paired difference to the random control, in the figure's unit; None for the control itself
+    difference: mean paired difference to the reference arm, in the figure's unit; None for that arm itself
     over: what is paired: `seeds`, with a t interval, or, where one seed is shared, the `items` of the metric, whose
         bootstrap interval leaves the variation between trainings out
-    reference_budget: the control's number of examples
+    reference_budget: the reference arm's number of examples
     """
 
     arm: str
@@ -122,7 +122,7 @@ class Comparison:
 
     variance: what ± covers
     interval: what the intervals of differences cover
-    reference: the random control; None where there is none
+    reference: the arm that differences are taken to; None where there is none
     curves: of every fine-tuning, where the recipe asks for them
     """
 
@@ -216,14 +216,13 @@ _SCHEMA = pa.schema(
 )
 
 
-def tabulate(cells: Sequence[Cell], contenders: Sequence[Contender]) -> list[Row]:
+def tabulate(cells: Sequence[Cell], contenders: Sequence[Contender], reference: str | None) -> list[Row]:
     """A row per metric, figure, budget and arm, in that order, from the cells that there are.
 
-    Each is paired with the first random arm: at the same budget where both have it, else (the full pool, a ready data
-    set, the untrained model) at the control's largest.
+    Each is paired with the arm `reference`: at the same budget where both have it, else (the full pool, a ready data
+    set, the untrained model) at that arm's largest.
     """
     order = {contender.name: number for number, contender in enumerate(contenders)}
-    control = next((contender.name for contender in contenders if contender.chance), None)
     groups: dict[tuple[str, str], dict[tuple[int, str], dict[int, Figure]]] = {}
     for cell in cells:
         for measured in cell.measured:
@@ -232,7 +231,7 @@ def tabulate(cells: Sequence[Cell], contenders: Sequence[Contender]) -> list[Row
                 figures.setdefault((cell.budget, cell.arm), {})[cell.seed] = figure
     rows = []
     for (metric, name), figures in groups.items():
-        controls = {budget: by_seed for (budget, arm), by_seed in figures.items() if arm == control}
+        controls = {budget: by_seed for (budget, arm), by_seed in figures.items() if arm == reference}
         for budget, arm in sorted(figures, key=lambda key: (key[0], order[key[1]])):
             found = dict(sorted(figures[budget, arm].items()))
             values = {seed: figure.value for seed, figure in found.items()}
@@ -241,7 +240,7 @@ def tabulate(cells: Sequence[Cell], contenders: Sequence[Contender]) -> list[Row
             assert mean is not None, (metric, name, arm, budget)
             row = Row(arm, budget, metric, name, one.unit, one.higher_is_better, values, mean)
             at = budget if budget in controls else max(controls, default=None)
-            rows.append(row if arm == control or at is None else _compared(row, found, controls[at], at))
+            rows.append(row if arm == reference or at is None else _compared(row, found, controls[at], at))
     return rows
 
 
@@ -280,7 +279,7 @@ def variance_of(seeds: int, *, per_seed: bool) -> str:
     )
 
 
-def interval_of(rows: Sequence[Row]) -> str:
+def interval_of(rows: Sequence[Row], reference: str | None) -> str:
     """What the intervals cover, as a sentence; empty where there is none."""
     over = {row.over for row in rows} - {None}
     parts = []
@@ -291,7 +290,7 @@ def interval_of(rows: Sequence[Row]) -> str:
             "with one seed the test items are paired, and the interval is a bootstrap over them, which leaves the "
             "variation between trainings out"
         )
-    return f"Differences to random, 95 %: {'; '.join(parts)}." if parts else ""
+    return f"Differences to {reference}, 95 %: {'; '.join(parts)}." if parts else ""
 
 
 def _compared(row: Row, found: Mapping[int, Figure], control: Mapping[int, Figure], budget: int) -> Row:

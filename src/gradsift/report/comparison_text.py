@@ -13,11 +13,12 @@ from gradsift.report.terminal import console, table
 def print_comparison(result: Comparison) -> None:
     """The comparison as short tables on standard output."""
     out = console()
+    against = f"− {result.reference}" if result.reference else "difference"
     for metric, figure in dict.fromkeys((row.metric, row.figure) for row in _main_rows(result)):
         rows = [row for row in result.rows if (row.metric, row.figure) == (metric, figure)]
         better = "higher" if rows[0].higher_is_better else "lower"
         unit = f" in {rows[0].unit}" if rows[0].unit else ""
-        columns = ("arm", "examples", "seeds", "mean ± std", "− random", "95 % interval")
+        columns = ("arm", "examples", "seeds", "mean ± std", against, "95 % interval")
         out.print(table(f"{metric}: {figure}{unit}, {better} is better", columns, map(_line, rows)))
     for line in (result.variance, result.interval):
         if line:

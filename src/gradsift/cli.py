@@ -366,7 +366,9 @@ _SHARED: dict[str, tuple[Any, Any]] = {
         str, "max_of_means", "--aggregation", help="Over targets: max_of_means (of subtasks) or mean.", panel=_RUN
     ),
     "seed": _shared(int, 0, "--seed", help="Seed of the warm-up and the random control.", panel=_RUN),
-    "dtype": _shared(str, "auto", "--dtype", help="Of the model: auto, float32, bfloat16, float16.", panel=_RUN),
+    "dtype": _shared(
+        str, "auto", "--dtype", help="Of the model: auto, float32, bfloat16, float16, 4bit or 8bit.", panel=_RUN
+    ),
     "device": _shared(str, "auto", "--device", help="auto, cpu, cuda, cuda:1, or map (spread over GPUs).", panel=_RUN),
     "as_json": _shared(bool, False, "--json", help="Print the result as JSON on standard output.", panel=_RUN),
     "quiet": _shared(bool, False, "--quiet", "-q", help="No progress.", panel=_RUN),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -17,7 +18,8 @@ from safetensors import SafetensorError
 from gradsift.errors import ConfigError, CorruptError, MismatchError, ModelError
 from gradsift.memory import empty_device_cache, give_back_memory
 
-DtypeName = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+DtypeName = Literal["auto", "float32", "bfloat16", "float16", "float64", "4bit", "8bit"]
+QUANTISED: tuple[DtypeName, ...] = ("4bit", "8bit")
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
 
 
@@ -69,18 +71,28 @@ def load_model(name: str, *, dtype: DtypeName = "auto", device: str = "auto") ->
 
     Args:
         name: hub id, folder, or a `.gguf` file.
-        dtype: `auto` is float32 on the CPU (bfloat16 is slower there) and the checkpoint's own dtype on a GPU.
+        dtype: `auto` is float32 on the CPU (bfloat16 is slower there) and the checkpoint's own dtype on a GPU; `4bit`
+            (NF4, quantised twice) and `8bit` quantise the linear modules with bitsandbytes.
         device: `auto` takes the first GPU, else the CPU; `map` spreads over all GPUs with accelerate's device map.
 
     Raises:
         ModelError: it cannot be loaded.
+        ConfigError: quantisation without its package, or of a `.gguf` file.
     """
     from transformers import AutoModelForCausalLM
 
     place = resolve_device(device)
-    torch_dtype: Any = getattr(torch, dtype) if dtype != "auto" else ("auto" if place != "cpu" else torch.float32)
+    torch_dtype: Any = "auto" if place != "cpu" else torch.float32
+    if dtype in QUANTISED:
+        torch_dtype = _unquantised_dtype(place)
+    elif dtype != "auto":
+        torch_dtype = getattr(torch, dtype)
     path = Path(name).expanduser()
     options: dict[str, Any] = {"dtype": torch_dtype}
+    if dtype in QUANTISED:
+        options |= {"quantization_config": _quantisation(name, dtype, torch_dtype), "device_map": {"": place}}
+        if place == "cuda":
+            options["device_map"] = {"": torch.cuda.current_device()}
     if device == "map":
         options["device_map"] = "auto"
     if path.is_file():
@@ -92,9 +104,42 @@ def load_model(name: str, *, dtype: DtypeName = "auto", device: str = "auto") ->
         raise ModelError(_cannot_load("model", name, error)) from error
     if path.is_file():
         forget_quantisation(model)
-    if device != "map":
+    if "device_map" not in options:
         model = model.to(place)
+    for module in model.modules():
+        # bitsandbytes may repack 4-bit weights for a CPU at the first pass without gradients, which ends all gradients.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     return model.eval().requires_grad_(False)
+
+
+def _unquantised_dtype(place: str) -> torch.dtype:
+    """What a quantised model computes in, and keeps its other weights in."""
+    if place == "cpu":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def _quantisation(name: str, dtype: DtypeName, compute: torch.dtype) -> Any:
+    """How bitsandbytes is to quantise a model.
+
+    Raises:
+        ConfigError: it is not installed, or the model is a file that is unpacked to full weights.
+    """
+    from transformers import BitsAndBytesConfig
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(f"dtype {dtype} needs bitsandbytes: pip install 'gradsift[bitsandbytes]'")
+    if name.endswith(".gguf"):
+        raise ConfigError(f"{name} is unpacked to full weights, dtype {dtype} is for a model's folder or hub id")
+    if dtype == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+    )
 
 
 def count_parameters(name: str) -> int:
@@ -146,10 +191,11 @@ def resolve_device(device: str) -> str:
 
 def input_device(model: Any) -> torch.device:
     """Where a model takes its inputs: the device of its embeddings, or that onto which accelerate loads them."""
-    weight: Any = model.get_input_embeddings().weight
+    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    weight: Any = next(model.parameters()) if embeddings is None else embeddings.weight
     if weight.device.type != "meta":
         return torch.device(weight.device)
-    hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
+    hook = getattr(embeddings, "_hf_hook", None)
     places = [getattr(part, "execution_device", None) for part in getattr(hook, "hooks", [hook])]
     place = next((place for place in places if place is not None), "cpu")
     return torch.device("cuda", place) if isinstance(place, int) else torch.device(place)

@@ -34,7 +34,7 @@ from gradsift.generation.sampling import (
     Sampling,
     uniforms,
 )
-from gradsift.models import DtypeName, adapter_identity, host, load_tokenizer, model_identity
+from gradsift.models import DtypeName, adapter_identity, host, input_device, load_tokenizer, model_identity
 
 _ROWS = {"cpu": 64, "cuda": 256}  # samples in a batch, fewer where the memory does not suffice for their caches
 _MEMORY_SHARE = 0.3  # of the free memory, for caches, which are copied as they grow
@@ -164,14 +164,14 @@ def draw_batches(
 
 def default_rows(model: Any) -> int:
     """Samples drawn at a time on the model's device."""
-    return _ROWS.get(next(model.parameters()).device.type, _ROWS["cpu"])
+    return _ROWS.get(input_device(model).type, _ROWS["cpu"])
 
 
 class _Prefix:
     """Prompts read by the model once: logits of what follows, and the cache, padded on the left."""
 
     def __init__(self, model: Any, prompts: Sequence[Sequence[int]]) -> None:
-        device = next(model.parameters()).device
+        device = input_device(model)
         self.lengths = torch.tensor([len(prompt) for prompt in prompts])
         longest = int(self.lengths.max())
         ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
@@ -221,7 +221,7 @@ class _Prefix:
 def _draw_batch(
     model: Any, prefix: _Prefix, rows: Sequence[Row], sampling: Sampling, ends: Tensor, *, last: bool
 ) -> list[TokenDraw]:
-    device = next(model.parameters()).device
+    device = input_device(model)
     owner = torch.tensor([row.prompt for row in rows])
     places = _max_positions(model)
     limits = np.minimum(sampling.max_new_tokens, places - prefix.lengths[owner].numpy())

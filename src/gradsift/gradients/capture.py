@@ -108,6 +108,13 @@ def find_modules(model: nn.Module, pattern: str = LORA) -> Modules:
                 "the model has no LoRA layers to take gradients of: load an adapter (or warm one up first), "
                 "or name plain linear modules with a pattern such as 'q_proj|v_proj'"
             )
+        quantised = [name for name in unreachable if "(quantised" in name]
+        if quantised:
+            raise ConfigError(
+                f"the {len(quantised)} modules whose name matches {pattern!r} are quantised, first {quantised[0]}: "
+                "quantised weights have no gradients. Take those of an adapter (modules 'lora'), or load the model "
+                "without quantisation (dtype bfloat16 or float32)"
+            )
         examples = ", ".join(linears[:4])
         raise ConfigError(
             f"no linear module's name matches {pattern!r}; the model has {len(linears)} linear modules, "

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from gradsift.gradients.batching import automatic_token_budget, form_batches
-from gradsift.loss import head_at, pad
+from gradsift.loss import head_at, pad, to_device
+from gradsift.models import input_device
 from gradsift.types import Sequence
 
 
@@ -29,13 +30,13 @@ def row_losses(
         row_count: number of rows.
         on_rows: told how many rows were done.
     """
-    losses = torch.zeros(row_count, dtype=torch.float64)
-    device = next(model.parameters()).device
+    device = input_device(model)
+    losses = torch.zeros(row_count, dtype=torch.float64, device=device)
     with torch.inference_mode(), head_at(model) as head:
         for batch in form_batches(sequences, automatic_token_budget(model)):
             padded = pad(batch.sequences, device)
-            rows = torch.tensor(batch.rows)[padded.owner.cpu()]
-            losses.index_add_(0, rows, head.nll(padded).double().cpu())
+            row_of_sequence = to_device([sequence.row for sequence in batch.sequences], device)
+            losses.index_add_(0, row_of_sequence[padded.owner], head.nll(padded).double().to(device))
             if on_rows is not None:
                 on_rows(len(batch.rows))
-    return losses
+    return losses.cpu().clone()  # of inference mode's tensors nothing can be computed outside

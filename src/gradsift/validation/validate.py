@@ -28,7 +28,7 @@ from gradsift.explanation.outputs import OutputSource
 from gradsift.gradients.capture import find_modules
 from gradsift.gradients.collect import store_config
 from gradsift.gradients.projection import Projection
-from gradsift.models import DtypeName, host, model_identity
+from gradsift.models import QUANTISED, DtypeName, host, model_identity
 from gradsift.store.gradient_store import GradientStore
 from gradsift.store.manifest import fingerprint, read_json
 from gradsift.types import Skipped, TokenizedExample
@@ -354,6 +354,11 @@ class _Bench:
         self.store = None if settings.dropout else _stored_rows(pool, self.checkpoint, route)
         self.route = "trained" if self.store is None else "stored"
         self.dtype: DtypeName = pool.dtype
+        if settings.float32 and pool.dtype in QUANTISED:
+            raise ConfigError(
+                f"one step is validated in float32, and the base is {pool.dtype}: another function. Collect with dtype "
+                "bfloat16 or float32, or set float32 to false and see only steps that its rounding does not hide"
+            )
         if settings.float32 and pool.dtype not in ("float32", "float64"):
             self.dtype = "float32"
         excluded = {} if self.store is None else self.store.excluded

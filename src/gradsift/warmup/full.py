@@ -16,7 +16,15 @@ from safetensors.torch import load_file, save_file
 from gradsift.data.dataset import Dataset
 from gradsift.errors import ConfigError, CorruptError, StorageError
 from gradsift.memory import give_back_memory
-from gradsift.models import DtypeName, count_parameters, load_model, load_tokenizer, release_models, resolve_device
+from gradsift.models import (
+    QUANTISED,
+    DtypeName,
+    count_parameters,
+    load_model,
+    load_tokenizer,
+    release_models,
+    resolve_device,
+)
 from gradsift.progress import Reporter, silent
 from gradsift.run import Run
 from gradsift.store.manifest import read_json
@@ -53,10 +61,15 @@ def train_fully(
         Folders that transformers loads, with the tokenizer.
 
     Raises:
-        ConfigError: a negative seed, or the memory cannot hold weights, gradients and moments.
+        ConfigError: a negative seed, a quantised dtype, or the memory cannot hold weights, gradients and moments.
         DataError, ModelError, CorruptError, StorageError: as `train`.
     """
     check_examples(data, ids, seed, what)
+    if dtype in QUANTISED:
+        raise ConfigError(
+            f"dtype {dtype} and full training do not go together: quantised weights cannot be trained. "
+            "Train an adapter, or choose dtype float32"
+        )
     precision: DtypeName = "float64" if dtype == "float64" else "float32"
     config = training_config(data, ids, settings, model=model, dtype=precision, seed=seed) | {"full": True}
     config["training"] = {name: value for name, value in config["training"].items() if name not in _NO_ADAPTER}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from gradsift.errors import ConfigError, ModelError
 from gradsift.models import (
+    QUANTISED,
     DtypeName,
     adapter_identity,
     attach_adapter,
@@ -44,13 +45,17 @@ def merge(model: str, adapter: str, folder: str | Path, *, dtype: DtypeName = "a
         device: to merge on.
 
     Raises:
-        ConfigError: the folder holds something else.
+        ConfigError: the folder holds something else, or a quantised dtype.
         MismatchError: the adapter was trained for another model.
         ModelError: the merged weights are not finite.
         StorageError: the folder cannot be written.
     """
     path = Path(folder)
     check_merge(path)
+    if dtype in QUANTISED:
+        raise ConfigError(
+            f"an adapter merged into {dtype} weights would be rounded away: merge with dtype bfloat16 or float32"
+        )
     config = {"model": model_identity(model), "adapter": adapter_identity(adapter), "dtype": dtype}
     storage = LocalStorage(path.parent)
     mark = f"{path.name}/{_MARK}"

@@ -160,6 +160,7 @@ def test_a_tutorial_runs_as_it_is_written(page: Path, tiny: World, place: Path) 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
 def test_a_tutorial_shows_what_the_demos_model_gives(page: Path, demo_model_path: Path, place: Path) -> None:
     """On the model that the page is about, the examples shown are those that come."""
@@ -171,6 +172,7 @@ def test_a_tutorial_shows_what_the_demos_model_gives(page: Path, demo_model_path
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
 def test_a_tutorial_runs_on_other_data(page: Path, demo_model_path: Path, place: Path) -> None:
     """With a small mixed pool and word problems as a target, all commands succeed on the real model, too."""

@@ -16,7 +16,7 @@ VERSION := import sys; print(sys.version.split()[0])
 PREPARE := from gradsift.demo.model import demo_model; from gradsift.progress import Reporter; demo_model(Reporter())
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo test test-slow check bench browser clean
+.PHONY: help setup model demo test test-slow check bench faults audit sbom wheel browser clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*  ## ' Makefile | sed 's/:.*  ## /\t/' | while IFS='	' read -r target what; do \
@@ -64,6 +64,18 @@ check: $(READY)  ## lint, format, types and import order
 
 bench: model  ## measure the speed of the stages
 	"$(BIN)/python" benchmarks/speed.py $(ARGS)
+
+faults: $(READY)  ## kill, starve and damage runs, and see whether they end as undisturbed ones (an hour)
+	"$(BIN)/python" benchmarks/faults.py --out runs/faults $(ARGS)
+
+audit: $(READY)  ## compare installed versions with their pins, and look up known vulnerabilities
+	"$(BIN)/python" .ci/supply.py audit $(ARGS)
+
+sbom: $(READY)  ## write a bill of materials, build/sbom.json (CycloneDX)
+	"$(BIN)/python" .ci/supply.py sbom build/sbom.json
+
+wheel: $(READY)  ## build the wheel and use it in an environment of its own
+	.ci/wheel "$(BIN)/python"
 
 browser:  ## install Debian's chromium, for the tests of the report page (needs root)
 	@command -v chromium >/dev/null || { apt-get update -qq && \

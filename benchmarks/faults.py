@@ -13,7 +13,8 @@ Each runs once undisturbed. A fault is then done to another run of it, and the s
 - what the command said.
 
 A command runs in a process of its own, forked from one that has the libraries imported, else most moments would fall
-into their imports. Writes faults.json and faults.md into OUT. Faults of the disk need root (they mount a tmpfs).
+into their imports. Writes faults.json and faults.md into OUT. Faults of the disk need root (they mount a
+tmpfs) and are left out without it.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -119,6 +122,8 @@ class Bench:
     def __init__(self, folder: Path, seed: int) -> None:
         self.folder, self.seed = folder.absolute(), seed
         shutil.rmtree(self.folder / "work", ignore_errors=True)
+        self.path = self.folder / "faults.json"
+        self.before = [Outcome(**row) for row in json.loads(self.path.read_text())] if self.path.exists() else []
         self.work = self.folder / "work"
         self.work.mkdir(parents=True)
         os.environ["OMP_NUM_THREADS"] = "1"
@@ -156,9 +161,10 @@ class Bench:
         path.write_text(yaml.safe_dump(content))
         return ["compare", str(path)]
 
-    def jobs(self) -> list[Job]:
-        """Both jobs, each run once with nothing done to it."""
+    def jobs(self, *names: str) -> list[Job]:
+        """The jobs of these names, or both, each run once with nothing done to it."""
         jobs = [Job("select", self.select), Job("compare", self.compare)]
+        jobs = [job for job in jobs if not names or job.name in names]
         for job in jobs:
             job.whole = self.work / f"undisturbed-{job.name}"
             self.run(job.arguments(job.whole), job.whole).checked()
@@ -178,7 +184,7 @@ class Bench:
     def errors(self, out: Path) -> Path:
         return self.work / f"{out.name}-{zlib.crc32(str(out).encode()):08x}.err"
 
-    def ended(self, process: Any, out: Path, seconds: float = 300) -> Ended:
+    def ended(self, process: Any, out: Path, seconds: float = 3600) -> Ended:
         process.join(seconds)
         assert process.exitcode is not None, f"still at work after {seconds} s: {self.errors(out).read_text()}"
         return Ended(process.exitcode, self.errors(out).read_text() if self.errors(out).exists() else "")
@@ -208,6 +214,11 @@ class Bench:
 
     def record(self, outcome: Outcome) -> None:
         self.outcomes.append(outcome)
+        groups = {row.group for row in self.outcomes}
+        rows = [row for row in self.before if row.group not in groups] + self.outcomes
+        rows.sort(key=lambda row: list(FAULTS).index(row.group))
+        self.path.write_text(json.dumps([asdict(row) for row in rows], indent=1, ensure_ascii=False) + "\n")
+        self.path.with_suffix(".md").write_text(table(rows))
         mark = "BAD " if outcome.bad else "    "
         print(f"{mark}{outcome.group} | {outcome.fault} | {outcome.happened}", flush=True)
 
@@ -221,8 +232,13 @@ def count(out: Path) -> int:
 
 
 def content_of(out: Path) -> dict[str, str]:
-    """A hash of everything a run holds, by file; of JSON without what differs between two runs in peace."""
+    """A hash of everything a run holds, by file; of JSON without what differs between two runs in peace.
+
+    Responses to a prompt count together: an interruption may leave them in two files instead of one.
+    """
     found = {}
+    responses: dict[str, list[Any]] = {}
+    here = re.compile(re.escape(str(out.parent)) + r"/[\w.-]+")  # a copy names the folder that it was made from
     for path in sorted(out.rglob("*")):
         key = path.relative_to(out).as_posix()
         if not path.is_file() or UNCOMPARED.search(key):
@@ -230,10 +246,15 @@ def content_of(out: Path) -> dict[str, str]:
         data = path.read_bytes()
         if path.suffix == ".json":
             with suppress(ValueError):  # altered, and left so
-                data = json.dumps(steady(json.loads(data)), sort_keys=True).replace(str(out), "OUT").encode()
-        elif path.suffix == ".jsonl":
-            data = data.replace(str(out).encode(), b"OUT")
+                data = here.sub("OUT", json.dumps(steady(json.loads(data)), sort_keys=True)).encode()
+        elif re.fullmatch(r"samples/\w+/\w+/\d+\.parquet", key):
+            with suppress(OSError, pa.ArrowException):
+                responses.setdefault(str(Path(key).parent), []).extend(pq.read_table(path).to_pylist())
+                continue
         found[key] = hashlib.sha256(data).hexdigest()[:16]
+    for key, rows in responses.items():
+        text = repr(sorted(rows, key=lambda row: row["number"]))
+        found[f"{key}/000000.parquet"] = hashlib.sha256(text.encode()).hexdigest()[:16]
     return found
 
 
@@ -334,7 +355,7 @@ def interrupt(bench: Bench, jobs: list[Job], kills: int) -> None:
     """SIGINT: a sentence, exit 130, and the same command goes on."""
     generator = random.Random(bench.seed + 2)
     for number in range(8):
-        job, out = jobs[number % 2], bench.work / f"interrupt-{number}"
+        job, out = jobs[number % len(jobs)], bench.work / f"interrupt-{number}"
         share = (number // 2 + generator.random()) / 4
         process = bench.start(job.arguments(out), out)
         alive = bench.until(process, out, int(share * job.files), generator.random() * 0.05)
@@ -385,7 +406,7 @@ def remount(folder: Path, options: str) -> None:
 
 def disk_full(bench: Bench, jobs: list[Job], kills: int) -> None:
     """A file system that fills up; with more room, the same command goes on."""
-    for job in jobs:
+    for job in jobs if os.geteuid() == 0 else []:
         pages = sum(-(-path.stat().st_size // 4096) for path in job.whole.rglob("*") if path.is_file())
         for share in (0.02, 0.2, 0.4, 0.6, 0.8) if job is jobs[0] else (0.5, 0.9):
             disk = bench.work / "disk"
@@ -405,7 +426,7 @@ def disk_full(bench: Bench, jobs: list[Job], kills: int) -> None:
 def read_only(bench: Bench, jobs: list[Job], kills: int) -> None:
     """A run folder on a file system that is read-only, before the run and after it."""
     job, disk = jobs[0], bench.work / "disk"
-    for name in ("an empty folder", "a finished run"):
+    for name in ("an empty folder", "a finished run") if os.geteuid() == 0 else ():
         with small_disk(disk, "64m"):
             out = disk / "run"
             if name == "a finished run":
@@ -574,9 +595,6 @@ def crowded(bench: Bench, jobs: list[Job], kills: int) -> None:
 
 def swapped(bench: Bench, jobs: list[Job], kills: int) -> None:
     """Inputs that are replaced under a run: the pool between and during commands, an adapter during one."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     job, out = jobs[0], bench.work / "swapped"
     own, other = bench.work / "own.parquet", bench.work / "other.parquet"
     rows = pool_rows(ROWS)
@@ -749,14 +767,8 @@ def main() -> None:
     for name in groups:
         for fault in FAULTS[name]:
             fault(bench, jobs, given.kills)
-    path = given.out / "faults.json"
-    before = [Outcome(**row) for row in json.loads(path.read_text())] if path.exists() else []
-    outcomes = [row for row in before if row.group not in groups] + bench.outcomes
-    outcomes.sort(key=lambda row: list(FAULTS).index(row.group))
-    path.write_text(json.dumps([asdict(row) for row in outcomes], indent=1, ensure_ascii=False) + "\n")
-    (given.out / "faults.md").write_text(table(outcomes))
     bad = [row for row in bench.outcomes if row.bad]
-    print(f"{len(bench.outcomes)} faults, {len(bad)} with a wrong end; {given.out / 'faults.md'}")
+    print(f"{len(bench.outcomes)} faults, {len(bad)} with a wrong end; {bench.path.with_suffix('.md')}")
     shutil.rmtree(bench.work)
     sys.exit(bool(bad))
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from gradsift.data.chat import ChatFormat, Supervise
 from gradsift.data.dataset import Dataset, prepare
 from gradsift.data.load import Columns
@@ -14,7 +16,7 @@ from gradsift.data.sample import RowSample
 from gradsift.errors import ConfigError, DataError
 from gradsift.gradients.collect import Gradients, collect
 from gradsift.gradients.rows import View
-from gradsift.models import DtypeName, find_adapter, load_tokenizer, model_identity, resolve_device
+from gradsift.models import DtypeName, find_adapter, load_tokenizer, model_identity, positions, resolve_device
 from gradsift.progress import Reporter, silent
 from gradsift.run import Run
 from gradsift.store.gradient_store import GradientStore
@@ -140,6 +142,7 @@ def open_pool(
     Raises:
         DataError: the source cannot be read, or no row of it can be used.
         ModelError: the model cannot be found.
+        ConfigError: a row has more tokens than the model has positions.
         MismatchError: the run folder belongs to another model or pool.
     """
     run = out if isinstance(out, Run) else Run(out)
@@ -154,7 +157,17 @@ def open_pool(
     chat = ChatFormat(tokenizer, supervise=supervise, max_length=max_length)
     if chat.announcement:
         reporter.warn(chat.announcement)
-    data = prepare(run, source, chat, what="pool", columns=columns, keep_duplicates=keep_duplicates, reporter=reporter)
+    data = prepare(
+        run,
+        source,
+        chat,
+        what="pool",
+        columns=columns,
+        keep_duplicates=keep_duplicates,
+        check=lambda pool: run.refuse_other({"model": identity, "pool": pool}),
+        reporter=reporter,
+    )
+    refuse_longer(data, model, what="pool")
     run.bind({"model": identity, "pool": data.fingerprint})
     return Pool(
         run=run,
@@ -199,6 +212,7 @@ def open_target(
     data = prepare(
         pool.run, source, pool.chat, what="target", columns=columns, keep_duplicates=True, reporter=pool.reporter
     )
+    refuse_longer(data, pool.model, what="target")
     if sample is not None:
         data = data.subset(sample.positions([Example(id_, (), data.row(id_)) for id_ in data.ids]))
     subtasks = subtask_labels(data.ids, data.column(subtask), subtask) if subtask else None
@@ -207,6 +221,22 @@ def open_target(
     if len(overlap) == len(pool.data):
         raise ConfigError("every pool row is also in the target: nothing is left to choose from")
     return Target(data, subtasks, overlap)
+
+
+def refuse_longer(data: Dataset, model: str, what: str) -> None:
+    """Refuse rows that have more tokens than the model has positions.
+
+    Raises:
+        ConfigError: naming the first such row.
+    """
+    places = positions(model)
+    if places is None or data.longest() <= places:
+        return
+    first = int(np.argmax(data.lengths > places))
+    raise ConfigError(
+        f"{int((data.lengths > places).sum())} rows of the {what} have more tokens than {model} has positions "
+        f"({places:,}), first {data.ids[first]!r} with {int(data.lengths[first]):,}: --max-length {places} cuts them"
+    )
 
 
 def subtask_labels(ids: SequenceABC[str], labels: SequenceABC[Any], column: str) -> tuple[str, ...]:

@@ -287,7 +287,9 @@ def adapter_identity(adapter: str | Path) -> dict[str, str]:
         raise ModelError(f"{folder} is not a PEFT adapter: it needs adapter_config.json and adapter_model.safetensors")
     try:
         config = json.loads((folder / "adapter_config.json").read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        if not isinstance(config, dict):
+            raise ValueError("not a JSON object")
+    except (ValueError, RecursionError) as error:
         raise CorruptError(f"{folder / 'adapter_config.json'} is damaged ({error}): copy the adapter again") from error
     config.pop("base_model_name_or_path", None)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())

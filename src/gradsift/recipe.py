@@ -122,6 +122,9 @@ class Recipe(Settings):
     device: str = "auto"
 
 
+_LONGEST = 1_000_000  # characters of a recipe, and values in it
+
+
 def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Recipe:
     """Read and check a YAML recipe.
 
@@ -177,9 +180,17 @@ def _read(file: Path) -> tuple[dict[str, Any], Any]:
         raise ConfigError(f"{file} is not UTF-8 text: {error.reason}") from error
     except OSError as error:
         raise ConfigError(f"cannot read recipe {file}: {error.strerror}. `gradsift init {file}` writes one") from error
+    if len(text) > _LONGEST:
+        raise ConfigError(f"{file} has {len(text):,} characters: is it a recipe? They have at most {_LONGEST:,}")
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
+        if _size(node) > _LONGEST:
+            raise ConfigError(f"{file} says one thing many times over by aliases (*name): write it out")
         content = yaml.safe_load(text)
+    except RecursionError as error:
+        raise ConfigError(f"{file} is nested too deep to be a recipe") from error
+    except ValueError as error:  # a date or a number that is none
+        raise ConfigError(f"{file} holds a value that is none: {error}") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
@@ -187,6 +198,18 @@ def _read(file: Path) -> tuple[dict[str, Any], Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"{file} holds no settings: wanted `model:`, `pool:`, `out:` …; `gradsift init` writes one")
     return content, node
+
+
+def _size(node: Any, known: dict[int, int] | None = None) -> int:
+    """Values that a YAML document stands for: what an alias names counts at every place, without end in itself."""
+    known = {} if known is None else known
+    if not isinstance(node, yaml.CollectionNode):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = _LONGEST + 1  # for a place inside itself
+        parts = [part for entry in node.value for part in (entry if isinstance(entry, tuple) else (entry,))]
+        known[id(node)] = 1 + sum(_size(part, known) for part in parts)
+    return known[id(node)]
 
 
 def _checked(content: dict[str, Any], file: Path, node: Any) -> Recipe:

@@ -87,8 +87,17 @@ class Run:
         Raises:
             MismatchError: the folder belongs to something else; the message names what differs.
         """
+        self.refuse_other(identity)
         if not self.storage.exists("run.json"):
             publish_json(self.storage, "run.json", manifest("run", identity), sealed=True)
+
+    def refuse_other(self, identity: Mapping[str, Any]) -> None:
+        """Refuse a folder that is tied to another model and pool, before anything is written to it.
+
+        Raises:
+            MismatchError: the message names what differs.
+        """
+        if not self.storage.exists("run.json"):
             return
         changed = differences(self.identity(), identity)
         if changed:

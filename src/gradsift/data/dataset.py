@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceABC
 from typing import Any
 
@@ -178,12 +178,13 @@ def prepare(
     what: str = "pool",
     columns: Columns | None = None,
     keep_duplicates: bool = False,
+    check: Callable[[str], None] | None = None,
     reporter: Reporter,
 ) -> Dataset:
     """Load, tokenise and store a data set, or open it if the run holds it already.
 
     Exact duplicates (normalised content) are left out unless `keep_duplicates`. Rows with nothing to learn are left
-    out. Both are listed in `skipped`.
+    out. Both are listed in `skipped`. `check` is given the fingerprint before anything is tokenised or written.
 
     Raises:
         DataError: the source cannot be read or no row of it is usable.
@@ -197,6 +198,8 @@ def prepare(
         "skipped": fingerprint([_as_dict(skip) for skip in loaded.skipped]),
         "template": chat.fingerprint,
     }
+    if check is not None:
+        check(fingerprint(config))
     prefix = run.prefix("data", config)
     if run.intact(prefix, reporter) is None:
         with reporter.stage(f"tokenising the {what}", len(examples)) as advance:

@@ -13,7 +13,7 @@ import io
 import json
 import os
 import re
-import sys
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -47,6 +47,8 @@ _FORMATS = (
     "or `instruction` (with `input`) and `output`"
 )
 _SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+MAX_ROW_BYTES = 64 << 20  # of a line, or of a field of csv: an example of a thousand pages has two million
+MAX_JSON_BYTES = 4 << 30  # a .json file is read whole
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.:\[\]%+-]+)?")
 _HUB_FILE = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+?)(?:@([^/]+))?/(.+)")
 _PLACE = re.compile(r"\{([^{}]+)\}")
@@ -542,8 +544,8 @@ def _file_rows(path: Path, name: str, what: str) -> Iterator[Row]:
         else:
             with _opened(path) as file:
                 yield from _line_rows(file, name)
-    except (OSError, EOFError) as error:
-        # EOFError and BadGzipFile: a .gz file that was cut off or is none.
+    except (OSError, EOFError, zlib.error) as error:
+        # EOFError, BadGzipFile and zlib's: a .gz file that was cut off, is none, or was altered.
         raise DataError(f"{what}: {path} cannot be read: {error}. Check the file and its permissions.") from error
 
 
@@ -557,8 +559,23 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
             yield file
 
 
-def _line_rows(file: Iterable[bytes], name: str) -> Iterator[Row]:
-    for number, line in enumerate(file, start=1):
+def _lines(file: BinaryIO) -> Iterator[bytes | None]:
+    """The lines of a file; None for one that is too long, which is passed over in pieces."""
+    while line := file.readline(MAX_ROW_BYTES + 1):
+        if len(line) <= MAX_ROW_BYTES:
+            yield line
+            continue
+        while not line.endswith(b"\n") and (line := file.readline(MAX_ROW_BYTES)):
+            pass
+        yield None
+
+
+def _line_rows(file: BinaryIO, name: str) -> Iterator[Row]:
+    for number, line in enumerate(_lines(file), start=1):
+        if line is None:
+            detail = f"longer than {MAX_ROW_BYTES >> 20} MiB, which no example needs: is it one row a line?"
+            yield Row(None, name, number, problem=("too_large", detail))
+            continue
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
         if not line.strip():
@@ -574,7 +591,12 @@ def _line_rows(file: Iterable[bytes], name: str) -> Iterator[Row]:
 
 def _json_rows(path: Path, name: str) -> Iterator[Row]:
     with _opened(path) as file:
-        content = file.read()
+        content = file.read(MAX_JSON_BYTES + 1)
+    if len(content) > MAX_JSON_BYTES:
+        raise DataError(
+            f"{name} holds more than {MAX_JSON_BYTES >> 30} GiB, and .json is read whole: save it as .jsonl, one row a "
+            "line"
+        )
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -623,7 +645,7 @@ def _on_one_line(text: str) -> str:
 
 
 def _csv_rows(path: Path, name: str, delimiter: str, what: str) -> Iterator[Row]:
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    csv.field_size_limit(MAX_ROW_BYTES)
     with _opened(path) as file:
         # Undecodable bytes are kept as surrogates so that they spoil only their own row.
         text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import ConfigDict, Field
 
+from gradsift.context import refuse_longer
 from gradsift.data.dataset import Dataset, count_reasons, prepare
 from gradsift.data.load import Columns
 from gradsift.errors import DataError, UnusableRowsError
@@ -96,6 +97,7 @@ class HeldOutLoss(Settings):
             raise DataError(
                 f"{error} A loss needs examples with answers: add them, name their column, or measure a reward instead"
             ) from error
+        refuse_longer(data, setup.model, what="evaluation data")
         return BoundLoss(self, data)
 
 

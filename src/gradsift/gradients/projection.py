@@ -29,6 +29,9 @@ _MATMUL_FOLD_LIMIT = 192
 _DENSE_CACHE_ENTRIES = 1 << 30
 
 
+MAX_DIM = 2**24
+
+
 class Projection(Settings):
     """How gradients are compressed before they are stored.
 
@@ -52,6 +55,11 @@ class Projection(Settings):
         """Refuse sizes that make no sense."""
         if self.dim < 1 or self.nonzeros < 1:
             raise ConfigError(f"projection dim {self.dim} and nonzeros {self.nonzeros} must be at least 1")
+        if self.kind != "none" and self.dim > MAX_DIM:
+            raise ConfigError(
+                f"projection dim {self.dim:,} is more than {MAX_DIM:,}, of which a row takes {MAX_DIM >> 19} MiB: "
+                "lower it (8192 is usual), or keep full gradients with --projection none"
+            )
 
 
 @dataclass(frozen=True, slots=True)

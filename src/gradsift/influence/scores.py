@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
@@ -299,7 +300,11 @@ def influence_matrix(
         targets: the targets' token sequences, or those of each checkpoint.
         texts: the targets' texts, for lexical methods.
         method: any but chance.
+
+    Raises:
+        ConfigError: the matrix does not fit into the memory at hand.
     """
+    _refuse_too_many(len(pool.data), len(texts))
     if isinstance(method, BM25):
         assert not isinstance(targets, TargetsByCheckpoint), targets
         return list(pool.data.ids), _bm25_matrix(pool, targets, texts, method), []
@@ -445,6 +450,17 @@ def _save(pool: Pool, scores: Scores, identity: dict[str, Any]) -> None:
     if pool.run.manifest(prefix) is None:
         pool.run.publish_parquet(f"{prefix}scores.parquet", scores.table())
         pool.run.complete(prefix, "scores", identity)
+
+
+def _refuse_too_many(rows: int, targets: int) -> None:
+    """The matrix, and what it is added to or aggregated from."""
+    needed, free = 2 * 4 * rows * targets, psutil.virtual_memory().available
+    if needed > free:
+        raise ConfigError(
+            f"scores of {rows:,} pool rows for each of {targets:,} targets take {needed / 2**30:.1f} GiB of memory, "
+            f"and {free / 2**30:.1f} GiB are free: draw fewer targets (target_sample in a recipe) or rows "
+            "(--pool-sample)"
+        )
 
 
 def _ranks(scores: NDArray[np.float32]) -> NDArray[np.int64]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -203,7 +204,16 @@ class GradientStore:
                     else "run `gradsift collect` first"
                 )
             )
-        content = read_json(storage, key)
+        try:
+            self._open(read_json(storage, key), verify)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, pa.ArrowException) as error:
+            raise CorruptError(
+                f"{self.path} is damaged ({type(error).__name__}: {error}): run `gradsift collect` again with the same "
+                "options"
+            ) from error
+
+    def _open(self, content: Mapping[str, Any], verify: bool) -> None:
+        storage = self.storage
         self.config: dict[str, Any] = content["config"]
         self.fingerprint: str = content["fingerprint"]
         self.excluded: dict[str, str] = content["excluded"]
@@ -213,7 +223,11 @@ class GradientStore:
         self.dim: int = max(stop for _, stop in self.segments.values())
         if verify:
             self._verify(content)
-        table = pq.read_table(io.BytesIO(storage.read(self.prefix + "rows.parquet")))
+        content_of_rows = storage.read(self.prefix + "rows.parquet")
+        try:
+            table = pq.read_table(io.BytesIO(content_of_rows))
+        except OSError as error:  # of the parquet format, not of the disk
+            raise ValueError(f"rows.parquet: {error}") from error
         self.ids: list[str] = table["id"].to_pylist()
         self.norms = torch.from_numpy(table["norm"].to_numpy().copy())
         self.projected_norms = torch.from_numpy(table["projected_norm"].to_numpy().copy())
@@ -363,8 +377,19 @@ def _decode(stored: Tensor, scale: Tensor | None) -> Tensor:
 
 def _map_safetensors(path: Path) -> dict[str, Tensor]:
     """Memory-mapped tensors of a safetensors file, without reading it."""
+    try:
+        return _mapped(path, path.stat().st_size)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, struct.error) as error:
+        raise CorruptError(
+            f"{path} is truncated or altered ({error}): run `gradsift collect` again with the same options"
+        ) from error
+
+
+def _mapped(path: Path, size: int) -> dict[str, Tensor]:
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
+        if length > size - 8:
+            raise ValueError(f"a header of {length} bytes in a file of {size}")
         header = json.loads(file.read(length))
     tensors = {}
     for name, entry in header.items():
@@ -374,6 +399,8 @@ def _map_safetensors(path: Path) -> dict[str, Tensor]:
         if stop == start:
             tensors[name] = torch.empty(entry["shape"])
             continue
+        if stop - start != math.prod(entry["shape"]) * np.dtype(dtype).itemsize or not 0 <= start < stop:
+            raise ValueError(f"{name} has shape {entry['shape']} and {stop - start} bytes")
         # Copy-on-write: torch warns of read-only arrays, and nothing here writes.
         array = np.memmap(path, dtype=dtype, mode="c", offset=8 + length + start, shape=tuple(entry["shape"]))
         tensor = torch.from_numpy(array)

@@ -58,7 +58,7 @@ def read_json(storage: Storage, key: str) -> dict[str, Any]:
     """
     try:
         value = json.loads(storage.read(key))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise CorruptError(
             f"{storage.local(key)} is damaged ({error}): delete its folder and run the same command again"
         ) from error

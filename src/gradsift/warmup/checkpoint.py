@@ -246,13 +246,25 @@ def _learning_rate(folder: Path) -> float | None:
 
     From Trainer's log it is the mean over the entries of the last epoch: exact with logging_steps=1.
     """
-    info, trainer = folder / INFO_FILE, folder / "trainer_state.json"
-    if info.is_file():
-        rate = _read_json(info).get("learning_rate")
-        return None if rate is None else float(rate)
-    if not trainer.is_file():
-        return None
-    state = _read_json(trainer)
+    for name, rate_in in ((INFO_FILE, _rate_of_info), ("trainer_state.json", _rate_of_trainer)):
+        path = folder / name
+        if path.is_file():
+            content = _read_json(path)
+            try:
+                return rate_in(content)
+            except (TypeError, ValueError, AttributeError, OverflowError) as error:
+                raise CorruptError(
+                    f"{path} is damaged (its learning rates cannot be read: {error}): copy it again, or train again"
+                ) from error
+    return None
+
+
+def _rate_of_info(info: dict[str, Any]) -> float | None:
+    rate = info.get("learning_rate")
+    return None if rate is None else float(rate)
+
+
+def _rate_of_trainer(state: dict[str, Any]) -> float | None:
     last = state.get("epoch") or 0
     log = [e for e in state.get("log_history", []) if e.get("learning_rate") is not None and "epoch" in e]
     rates = [float(e["learning_rate"]) for e in log if last - 1 < e["epoch"] <= last]
@@ -262,7 +274,7 @@ def _learning_rate(folder: Path) -> float | None:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise CorruptError(f"{path} is damaged ({error}): copy it again, or train again") from error
     if not isinstance(value, dict):
         raise CorruptError(f"{path} is damaged (not a JSON object): copy it again, or train again")

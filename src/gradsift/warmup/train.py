@@ -49,8 +49,8 @@ class Training(Settings):
     batch_size: examples per optimizer step; fewer where an epoch would have less than 8 steps.
     """
 
-    epochs: int = Field(default=4, ge=1)
-    rank: int = Field(default=128, ge=1)
+    epochs: int = Field(default=4, ge=1, le=10_000)
+    rank: int = Field(default=128, ge=1, le=65_536)
     alpha: float = Field(default=512, gt=0)
     dropout: float = Field(default=0.1, ge=0, lt=1)
     target_modules: tuple[str, ...] | None = Field(default=None, min_length=1)
@@ -322,8 +322,8 @@ def steps_per_epoch(count: int, wanted: int) -> int:
 
 
 def _check_seed(seed: int) -> None:
-    if seed < 0:
-        raise ConfigError(f"seed is {seed}: it must be a whole number from 0")
+    if not 0 <= seed < 2**32:
+        raise ConfigError(f"seed is {seed}: it must be a whole number from 0 to {2**32 - 1}")
 
 
 def _checkpoint(run: Run, prefix: str, epoch: int) -> Checkpoint:

@@ -234,7 +234,8 @@ def count(out: Path) -> int:
 def content_of(out: Path) -> dict[str, str]:
     """A hash of everything a run holds, by file; of JSON without what differs between two runs in peace.
 
-    Responses to a prompt count together: an interruption may leave them in two files instead of one.
+    Responses to a prompt count together, and without the last digits of their log-probabilities: they may lie in two
+    files instead of one, and have been drawn in a batch of another size.
     """
     found = {}
     responses: dict[str, list[Any]] = {}
@@ -249,7 +250,8 @@ def content_of(out: Path) -> dict[str, str]:
                 data = here.sub("OUT", json.dumps(steady(json.loads(data)), sort_keys=True)).encode()
         elif re.fullmatch(r"samples/\w+/\w+/\d+\.parquet", key):
             with suppress(OSError, pa.ArrowException):
-                responses.setdefault(str(Path(key).parent), []).extend(pq.read_table(path).to_pylist())
+                rows = pq.read_table(path).drop_columns(["logprobs", "sampler_logprobs"]).to_pylist()
+                responses.setdefault(str(Path(key).parent), []).extend(rows)
                 continue
         found[key] = hashlib.sha256(data).hexdigest()[:16]
     for key, rows in responses.items():

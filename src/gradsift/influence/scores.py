@@ -447,9 +447,9 @@ def checkpoint_weights(checkpoints: SequenceABC[Checkpoint]) -> list[float]:
 
 def _save(pool: Pool, scores: Scores, identity: dict[str, Any]) -> None:
     prefix = pool.run.prefix("scores", identity)
-    if pool.run.manifest(prefix) is None:
+    if pool.run.intact(prefix) is None:
         pool.run.publish_parquet(f"{prefix}scores.parquet", scores.table())
-        pool.run.complete(prefix, "scores", identity)
+        pool.run.complete(prefix, "scores", identity, files=["scores.parquet"])
 
 
 def _refuse_too_many(rows: int, targets: int) -> None:

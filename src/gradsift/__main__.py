@@ -1,6 +1,17 @@
-"""`python -m gradsift` is `gradsift`."""
+"""`gradsift` and `python -m gradsift`: the command line, which may be interrupted while it is still being read."""
 
-from gradsift.cli import main
+import sys
+
+
+def main() -> None:
+    """Entry point."""
+    try:
+        from gradsift.cli import app
+    except KeyboardInterrupt:
+        print("\ninterrupted: nothing was begun", file=sys.stderr)
+        sys.exit(130)
+    app()
+
 
 if __name__ == "__main__":
     main()

@@ -460,15 +460,21 @@ class _errors:  # noqa: N801  # reads as a phrase: with _errors(...)
     """Turn gradsift's errors into one message and exit code 1, and an interruption into 130."""
 
     def __init__(self, *, debug: bool) -> None:
+        from gradsift.interruption import watching
+
         self.debug = debug
+        self.watch = watching()
 
     def __enter__(self) -> None:
-        return None
+        self.watch.__enter__()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _trace: object) -> None:
+        from gradsift.interruption import pressed
+
+        self.watch.__exit__(None, None, None)
         if error is None or self.debug or isinstance(error, SystemExit | typer.Exit | typer.Abort):
             return
-        if isinstance(error, KeyboardInterrupt):
+        if isinstance(error, KeyboardInterrupt) or pressed():
             print("\ninterrupted: finished shards are kept; the same command goes on from there", file=sys.stderr)
             raise typer.Exit(130) from None
         from gradsift.errors import GradsiftError
@@ -1184,8 +1190,3 @@ def _root(
 
         print(f"gradsift {__version__}")
         raise typer.Exit
-
-
-def main() -> None:
-    """Entry point."""
-    app()

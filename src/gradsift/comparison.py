@@ -34,6 +34,7 @@ from gradsift.evaluation.stage_costs import StageClock
 from gradsift.gradients.rows import View
 from gradsift.influence.ji2s import JI2S, full_sums
 from gradsift.influence.scores import Method, Scores, at_last_checkpoint, pool_view, score
+from gradsift.interruption import refuse_to_go_on
 from gradsift.pages import publish_page
 from gradsift.progress import Reporter, silent
 from gradsift.recipe import Recipe
@@ -96,6 +97,7 @@ def _attempted(stage: str, step: Callable[[], _Result]) -> _Result | _Stopped:
     except _FATAL:
         raise
     except _CELL_ERRORS as error:
+        refuse_to_go_on(error)
         return _Stopped(stage, error)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from gradsift.errors import ConfigError, CorruptError, GradsiftError, LockedError, StorageError
 from gradsift.evaluation.metric import BoundMetric, Figure, Measured, Metric, Notebook, measured_from
 from gradsift.evaluation.setup import Evaluated, Place, Subject, subject_of
+from gradsift.interruption import refuse_to_go_on
 from gradsift.models import host
 from gradsift.settings import Settings
 from gradsift.store.manifest import read_json
@@ -140,6 +141,7 @@ def _attempt(place: Place, metric: Metric, step: Callable[[], Any]) -> Any:
     except (StorageError, LockedError):
         raise
     except GradsiftError as error:
+        refuse_to_go_on(error)
         place.reporter.warn(f"{metric.label}: {error}")
         return Measured(metric.label, metric.kind, (), settings=settings_of(metric), error=str(error))
 

@@ -38,7 +38,7 @@ from gradsift.warmup.checkpoint import open_checkpoint
 from tiny_world import pool_rows
 
 EXAMPLES = int(os.environ.get("GRADSIFT_FUZZ", "25"))
-few = settings(max_examples=EXAMPLES, deadline=5000, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
+few = settings(max_examples=EXAMPLES, deadline=20_000, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
 
 
 @st.composite

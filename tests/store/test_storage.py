@@ -176,7 +176,7 @@ def test_json_objects_round_trip(tmp_path: Path) -> None:
         read_json(storage, "x.json")
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(
     value=st.dictionaries(
         st.text(),

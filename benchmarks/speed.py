@@ -2,11 +2,11 @@
 
     python benchmarks/speed.py                       all sections on the demo model
     python benchmarks/speed.py collection --rank 8   one section
-    python benchmarks/speed.py collection --random-model 135m --device cuda
+    python benchmarks/speed.py --device cuda         models of 135M to 7B from configuration, as gpu.py says
 
-Sections: collection, memory, less, scoring, joint, explain, start. Real rows come from ../shared/data/pool.jsonl where
-present, else from the demo's pool. Times are wall-clock seconds; processor seconds stand beside them, because a busy
-machine lengthens the former.
+Sections: collection, memory, less, scoring, joint, explain, start; on a GPU matrix and scoring_gpu. Real rows come from
+../shared/data/pool.jsonl where present, else from the demo's pool. Times are wall-clock seconds; processor seconds
+stand beside them, because a busy machine lengthens the former.
 """
 
 from __future__ import annotations
@@ -25,23 +25,22 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceABC
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from gpu import SIZES, section_matrix, section_scoring_gpu  # noqa: F401 - sections are found by name
 
-from gradsift.data.chat import ChatFormat
-from gradsift.data.load import load_examples
 from gradsift.gradients.adam import AdamDirection
 from gradsift.gradients.batching import Batch, automatic_lanes, automatic_token_budget, form_batches
 from gradsift.gradients.capture import LORA, find_modules
 from gradsift.gradients.projection import Projection, Projector, plan_segments
 from gradsift.gradients.rows import gradient_rows
 from gradsift.loss import token_mean
-from gradsift.models import load_model, load_tokenizer
-from gradsift.store.gradient_store import GradientStore, GradientStoreWriter, ShardColumns
-from gradsift.store.storage import LocalStorage
 from gradsift.types import Sequence, TokenizedExample
+
+if TYPE_CHECKING:  # a machine with a GPU may lack what the sections on it do not need
+    from gradsift.store.gradient_store import GradientStore
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
@@ -52,11 +51,16 @@ SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
 }
 
 
+_ON_CPU = ["collection", "memory", "scoring", "explain", "start"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sections", nargs="*", default=["collection", "memory", "scoring", "explain", "start"])
+    parser.add_argument("sections", nargs="*")
     parser.add_argument("--rank", type=int, nargs="*", default=[8, 128])
-    parser.add_argument("--rows", type=int, default=32)
+    parser.add_argument("--sizes", nargs="*", choices=SIZES, default=["135m", "0.5b", "1b", "7b"], help="of matrix")
+    parser.add_argument("--ranks", type=int, nargs="*", default=[16, 128], help="of matrix")
+    parser.add_argument("--rows", type=int, help="32, or in matrix as many as take two seconds")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--token-budget", type=int)
@@ -71,6 +75,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the figures as JSON")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    on_gpu = args.device.startswith("cuda")
+    if on_gpu and not torch.cuda.is_available():
+        parser.error("no CUDA device is available here")
+    args.sections = args.sections or (["matrix", "scoring_gpu"] if on_gpu else _ON_CPU)
+    args.matrix_rows, args.rows = args.rows, args.rows or 32
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.child:
@@ -97,6 +106,7 @@ def machine(args: argparse.Namespace) -> dict[str, Any]:
     }
     if args.device.startswith("cuda"):
         found["gpu"] = torch.cuda.get_device_name()
+        found["gpu_bytes"] = torch.cuda.get_device_properties(args.device).total_memory
     return found
 
 
@@ -149,6 +159,8 @@ class Work:
 
     def __init__(self, args: argparse.Namespace, rank: int) -> None:
         from peft import LoraConfig, get_peft_model
+
+        from gradsift.models import load_model
 
         self.args = args
         if args.random_model:
@@ -235,6 +247,9 @@ class Work:
 
     def collect(self, sequences: list[Sequence] | None = None) -> None:
         """The whole of collection for one shard."""
+        from gradsift.store.gradient_store import GradientStoreWriter, ShardColumns
+        from gradsift.store.storage import LocalStorage
+
         sequences = sequences or self.sequences
         self.projector.seconds = 0.0
         result = gradient_rows(
@@ -304,6 +319,10 @@ def rows(args: argparse.Namespace) -> list[Sequence]:
             supervised[int(length * generator.uniform(0.2, 0.7)) :] = True
             found.append(token_mean(TokenizedExample(str(row), ids, supervised), row))
         return found
+    from gradsift.data.chat import ChatFormat
+    from gradsift.data.load import load_examples
+    from gradsift.models import load_tokenizer
+
     shared = ROOT.parent / "shared" / "data" / "pool.jsonl"
     source = shared if shared.is_file() else ROOT / "src" / "gradsift" / "demo" / "data" / "pool.jsonl"
     chat = ChatFormat(load_tokenizer(args.model or demo_model()), max_length=args.max_length)
@@ -464,6 +483,9 @@ def section_scoring(args: argparse.Namespace) -> dict[str, Any]:
 
 def random_store(folder: Path, count: int, dim: int) -> GradientStore:
     """A store of random fp16 rows, projected from as many as 64 times the dimensions."""
+    from gradsift.store.gradient_store import GradientStore, GradientStoreWriter, ShardColumns
+    from gradsift.store.storage import LocalStorage
+
     shard, shape = 4096, [dim, 64]
     segments = [{"name": "all", "start": 0, "stop": dim, "shape": shape}]
     writer = GradientStoreWriter(LocalStorage(folder), "", {"view": "plain", "dtype": "float16", "segments": segments})

@@ -616,6 +616,32 @@ def test_half_precision_models_give_float32_rows() -> None:
     assert float(torch.cosine_similarity(found.rows["plain"].double(), wanted, dim=1).min()) > 0.99
 
 
+@pytest.mark.parametrize(
+    ("build", "pattern"),
+    [(lambda: with_lora(tiny_llama()), "lora"), (lambda: with_lora(tiny_gpt2()), "lora"), (tiny_qwen2, ".")],
+    ids=["llama-lora", "gpt2-lora", "qwen2"],
+)
+def test_autocast_gives_float32_rows_that_point_the_same_way(build: Callable[[], nn.Module], pattern: str) -> None:
+    """A float32 model run in bfloat16 by autocast, LoRA folded in or not: rows keep a cosine above 0.99."""
+    model, sequences = build(), random_sequences(LENGTHS)
+    modules = find_modules(model, pattern).captured
+    exact, rounded = (
+        gradient_rows(
+            model,
+            modules,
+            projector_for(modules, torch.float32),
+            sequences,
+            row_count=6,
+            token_budget=30,
+            autocast=dtype,
+        ).rows["plain"]
+        for dtype in (None, torch.bfloat16)
+    )
+    assert rounded.dtype == torch.float32
+    assert not torch.equal(rounded, exact)
+    assert float(torch.cosine_similarity(rounded, exact, dim=1).min()) > 0.99
+
+
 def test_dropout_plays_no_part() -> None:
     """The same example twice gives the same row, in a model whose dropout is active when it arrives."""
     model = with_lora(tiny_gpt2()).train()

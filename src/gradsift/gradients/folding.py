@@ -56,12 +56,12 @@ class Fold:
     def into_b(self, x: Tensor) -> Tensor:
         """s·A x, what B saw `[... rank]`."""
         weight: Tensor = self.a.module.weight  # type: ignore[assignment]
-        return nn.functional.linear(x, weight).mul_(self.scale)
+        return nn.functional.linear(x.to(weight.dtype), weight).mul_(self.scale)
 
     def out_of_a(self, gradient: Tensor) -> Tensor:
         """s·Bᵀ g, the gradient of A's output `[... rank]`."""
         weight: Tensor = self.b.module.weight  # type: ignore[assignment]
-        return (gradient @ weight).mul_(self.scale)
+        return (gradient.to(weight.dtype) @ weight).mul_(self.scale)  # under autocast gradients are narrower
 
 
 def find_folds(model: nn.Module, modules: SequenceABC[Captured]) -> list[Fold]:

@@ -301,7 +301,7 @@ class _Sink:
         self._before: dict[View, dict[str, Tensor]] = {}  # full_sums as they were when the unit began
         self._done: list[Callable[[], object]] = []  # what the unit's batches add to the result
         self.block: dict[View, Tensor] = {}
-        self.square: dict[View, Tensor] = {}
+        self._norms: dict[View, list[Tensor]] = {}  # of the batch's rows, module by module
 
     def begin(self) -> None:
         """Before the batches of a unit."""
@@ -323,7 +323,7 @@ class _Sink:
         self._let_go()
 
     def _let_go(self) -> None:
-        self.block, self.square = {}, {}
+        self.block, self._norms = {}, {}
 
     def start(self, batch: Batch) -> None:
         """Before a batch."""
@@ -334,7 +334,7 @@ class _Sink:
         self.block = {
             v: torch.zeros(len(batch.rows), self.projector.dim, device=device, dtype=dtype) for v in self.views
         }
-        self.square = {v: torch.zeros(len(batch.rows), dtype=torch.float64, device=device) for v in self.views}
+        self._norms = {v: [] for v in self.views}
 
     def end(self, losses: Tensor) -> None:
         """After a batch, with the losses of its sequences."""
@@ -345,7 +345,9 @@ class _Sink:
         if self.batch.last:  # the batches of a row before its last one only add to `_open_row`
             for view in self.views:
                 self._done.append(partial(self.result.rows[view].index_add_, 0, self.index, self.block[view]))
-                self._done.append(partial(self.squares[view].index_add_, 0, self.index, self.square[view]))
+                square = torch.stack([norms.to(self.index.device) for norms in self._norms[view]])
+                square = square.double().square_().sum(0)
+                self._done.append(partial(self.squares[view].index_add_, 0, self.index, square))
 
     def consume(self, captured: Captured, gradients: Tensor) -> None:
         """A module's gradients, on whatever device it is."""
@@ -365,8 +367,7 @@ class _Sink:
             self._add("plain", captured.name, gradients)
 
     def _add(self, view: View, name: str, rows: Tensor) -> None:
-        square = self.square[view]
-        square += torch.linalg.vector_norm(rows, dim=(1, 2)).double().square_().to(square.device)
+        self._norms[view].append(torch.linalg.vector_norm(rows, dim=(1, 2)))
         if self.full_sums:
             total, sums = rows.sum(0), self.full_sums[view]
             sums[name] = sums[name] + total if name in sums else total
@@ -381,8 +382,8 @@ class _Sink:
             self.consume(captured, torch.bmm(output_gradients.transpose(1, 2), activations))
             return
         segment = self.projector.segment(captured.name)
-        columns, square = self.block["plain"][:, segment.start : segment.stop], self.square["plain"]
+        columns = self.block["plain"][:, segment.start : segment.stop]
         columns += self.projector.project_factors(captured.name, activations, output_gradients).to(columns.device)
         gram = torch.bmm(output_gradients, output_gradients.transpose(1, 2))
         gram.mul_(torch.bmm(activations, activations.transpose(1, 2)))
-        square += gram.double().sum(dim=(1, 2)).clamp_(min=0).to(square.device)
+        self._norms["plain"].append(gram.double().sum(dim=(1, 2)).clamp_(min=0).sqrt_())

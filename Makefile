@@ -16,7 +16,7 @@ VERSION := import sys; print(sys.version.split()[0])
 PREPARE := from gradsift.demo.model import demo_model; from gradsift.progress import Reporter; demo_model(Reporter())
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo test test-slow check bench faults audit sbom wheel browser clean
+.PHONY: help setup model demo test test-slow test-gpu check bench faults audit sbom wheel browser clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*  ## ' Makefile | sed 's/:.*  ## /\t/' | while IFS='	' read -r target what; do \
@@ -55,6 +55,9 @@ test: model  ## run the tests that take seconds
 
 test-slow: model  ## run the tests that take minutes
 	"$(BIN)/python" -m pytest -m 'slow and not gpu' $(ARGS)
+
+test-gpu: $(READY)  ## run the tests that need a CUDA device (TORCH must name a build with CUDA)
+	"$(BIN)/python" -m pytest -m gpu $(ARGS)
 
 check: $(READY)  ## lint, format, types and import order
 	"$(BIN)/ruff" check

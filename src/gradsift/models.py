@@ -117,7 +117,7 @@ def _unquantised_dtype(place: str) -> torch.dtype:
     """What a quantised model computes in, and keeps its other weights in."""
     if place == "cpu":
         return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 def _quantisation(name: str, dtype: DtypeName, compute: torch.dtype) -> Any:

@@ -375,6 +375,7 @@ def test_scores_are_equal_on_both_devices(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs the extra bitsandbytes")
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt")
 @pytest.mark.parametrize("dtype", ["4bit", "8bit"])
 def test_an_adapter_on_a_quantised_base_has_gradients(tmp_path: Path, dtype: Any) -> None:
     """Rows over a base quantised on the GPU point where the unquantised base's do, and no batch mixes rows."""

@@ -575,3 +575,25 @@ def test_a_disk_that_fills_up_is_told_while_the_next_shard_is_computed(
     notes = Notes()
     collect_both(run, data, files, reporter=notes)
     assert notes.rows == COUNT - 4
+
+
+def test_a_pool_of_which_no_row_fits_says_what_to_try(run: Run, data: Dataset, files: dict[str, str]) -> None:
+    """Where memory holds no row at all, the error is about memory and names the options that save it."""
+    with (
+        memory_for(files, 1),
+        pytest.raises(DataError, match=r"none of the 10 pool rows fits.*--gradient-checkpointing"),
+    ):
+        collect_both(run, data, files)
+
+
+def test_unprojected_rows_make_small_shards(run: Run, data: Dataset, files: dict[str, str], monkeypatch: Any) -> None:
+    """A shard's rows are held until they are written: their bytes bound it, and the rows stay the same."""
+    settings = SETTINGS.model_copy(update={"shard_rows": None, "projection": Projection(kind="none")})
+    whole = collect_both(run, data, files, views=("plain",), settings=settings)["plain"]
+    assert len(shard_bytes(whole)) == 2
+    expected = whole.rows(0, COUNT)
+    shutil.rmtree(run.folder / "gradients")
+    monkeypatch.setattr(collect_module, "_SHARD_BYTES", 1)
+    parts = collect_both(run, data, files, views=("plain",), settings=settings)["plain"]
+    assert len(shard_bytes(parts)) == 2 * 2  # at least eight rows in each
+    assert oracles.relative_error(parts.rows(0, COUNT), expected) < 1e-5

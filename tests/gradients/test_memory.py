@@ -20,7 +20,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import oracles
 from gradsift.gradients.adam import AdamDirection
-from gradsift.gradients.batching import budget_from, form_batches, line_through, sequence_tokens
+from gradsift.gradients.batching import (
+    budget_from,
+    form_batches,
+    line_through,
+    measured_token_budget,
+    repeated,
+    sequence_tokens,
+)
 from gradsift.gradients.capture import find_modules
 from gradsift.gradients.projection import Projection, Projector, plan_segments
 from gradsift.gradients.rows import ShardRows, gradient_rows
@@ -318,3 +325,45 @@ def test_packed_lines_are_found_again_afterwards() -> None:
         assert masking_utils.find_packed_sequence_indices(packed) is None
     assert masking_utils.find_packed_sequence_indices is find
     assert np.array_equal(find(packed), [[0, 0, 0, 1, 1]])
+
+
+class Gpu:
+    """The numbers that PyTorch tells of a GPU's memory, where a batch of n tokens takes `fixed + n · per_token`."""
+
+    def __init__(self, free: int, fixed: int, per_token: int) -> None:
+        self.free, self.fixed, self.per_token = free, fixed, per_token
+        self.held, self.kept, self.peak = 5000, 9000, 0
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name, told in {
+            "synchronize": lambda _device: None,
+            "reset_peak_memory_stats": lambda _device: setattr(self, "peak", self.held),
+            "memory_allocated": lambda _device: self.held,
+            "max_memory_allocated": lambda _device: self.peak,
+            "memory_reserved": lambda _device: self.kept,
+            "mem_get_info": lambda _device: (self.free - self.kept + self.held, 10**12),
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, told)
+
+    def run(self, tokens: int) -> int:
+        ran = tokens - tokens % 100  # rows of 100 tokens
+        self.peak = self.held + self.fixed + ran * self.per_token
+        return ran
+
+
+def test_the_budget_is_measured_by_two_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four fifths of what is free and of what PyTorch keeps unused, less the fixed part, by bytes per token."""
+    gpu = Gpu(free=10**9, fixed=10**7, per_token=50_000)
+    gpu.install(monkeypatch)
+    assert measured_token_budget([torch.device("cpu")], gpu.run) == int((0.8 * 10**9 - 10**7) / 50_000)
+    assert measured_token_budget([torch.device("cpu")], lambda _tokens: 300) == 300, "where a small batch did not fit"
+
+
+def test_probes_are_batches_of_the_wanted_size() -> None:
+    """Rows are repeated up to the number of tokens, padding included; a longer one stands alone."""
+    known = random_sequences([4, 9, 6])
+    made = repeated(known, 40)
+    assert [len(s.token_ids) for s in made] == [4, 9, 6, 4]
+    assert [s.row for s in made] == [0, 1, 2, 3]
+    assert len(form_batches(made, 40)) == 1
+    assert len(repeated(known, 1)) == 1

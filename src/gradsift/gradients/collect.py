@@ -27,6 +27,7 @@ from gradsift.types import Sequence
 from gradsift.warmup.checkpoint import Checkpoint, load_moments, trained_parameters
 
 _SHARD_TOKENS = {"cpu": 16_384, "cuda": 1_048_576}  # about two minutes of work
+_SHARD_BYTES = 1 << 31  # unprojected rows are a hundred megabytes each
 _PROBE_ROWS = 64  # of which batches are made to see what memory they take
 
 
@@ -183,6 +184,12 @@ def collect(
         first = ", ".join(f"{id_} ({reason})" for id_, reason in list(excluded.items())[:3])
         reporter.warn(f"{len(excluded)} of {len(source.ids)} {what} rows were left out: {first}")
     for view, store in opened.items():
+        if not len(store) and all("does not fit in the memory" in reason for reason in store.excluded.values()):
+            raise DataError(
+                f"none of the {len(source.ids)} {what} rows fits in memory, first "
+                f"{next(iter(store.excluded.items()))}: "
+                "try --gradient-checkpointing, --module-groups 4, --dtype bfloat16 or 4bit, or a smaller --max-length"
+            )
         if not len(store):
             raise DataError(
                 f"all {len(source.ids)} {what} rows have a non-finite {view} gradient, "
@@ -347,6 +354,12 @@ class _Engine:
             self.host.token_limit = result.token_budget
         return result
 
+    def shard_rows(self, mean_tokens: float, views: int) -> int:
+        """Rows per shard that take about two minutes and whose rows the device holds until they are written."""
+        row_bytes = self.projector.dim * self.projector.dtype.itemsize * views
+        by_time = _SHARD_TOKENS.get(self.projector.device.type, 16_384) / mean_tokens
+        return int(max(8, min(4096, by_time, _SHARD_BYTES / row_bytes)))
+
     def token_budget(self, source: SequenceSource, views: SequenceABC[View], lanes: int) -> int:
         """Tokens per batch for the memory at hand: on a GPU from the peaks of two batches of the first rows."""
         known = source.sequences(0, min(len(source.ids), _PROBE_ROWS))
@@ -416,8 +429,7 @@ def _collect_missing(
     lanes = automatic_lanes(engine.network, source.longest(), settings.token_budget)
     count = len(source.ids)
     mean = max(1.0, sum(source.token_counts()) / max(1, count))
-    kind = engine.projector.device.type
-    default_rows = int(max(8, min(4096, _SHARD_TOKENS.get(kind, 16_384) / mean)))
+    default_rows = engine.shard_rows(mean, len(views))
     layout = {
         "shard_rows": settings.shard_rows or default_rows,
         "token_budget": settings.token_budget or engine.token_budget(source, views, lanes),

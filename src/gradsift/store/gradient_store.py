@@ -179,7 +179,7 @@ class GradientStore:
         projected_norms: float64 `[row]`, the rows' own 2-norms.
         losses: float64 `[row]`, weighted loss of each row.
         supervised_tokens: int64 `[row]`.
-        excluded: id → reason of rows left out for non-finite gradients.
+        excluded: id → reason of rows left out: gradients that are not finite, or a row too long for the memory.
         config: what the rows are: model, adapter, optimizer state, data, template, loss, projection.
 
     Example::

@@ -124,8 +124,8 @@ class Notebook:
         keys = [] if prefix is None else [key for key in run.storage.list(prefix) if "/items-" in key]
         for key in keys:
             try:
-                self._entries |= read_json(run.storage, key)
-            except CorruptError:
+                self._entries |= read_json(run.storage, key)["items"]
+            except (CorruptError, KeyError):
                 run.storage.delete(key)  # cut off or altered: its items are asked for again
         self._files = 1 + max((int(key.rpartition("-")[2].partition(".")[0]) for key in keys), default=-1)
 
@@ -141,7 +141,7 @@ class Notebook:
             return
         self._entries |= entries
         if self._prefix is not None:
-            self._run.publish_json(f"{self._prefix}items-{self._files:06}.json", entries, sealed=True)
+            self._run.publish_json(f"{self._prefix}items-{self._files:06}.json", {"items": dict(entries)}, sealed=True)
             self._files += 1
 
 

@@ -5,7 +5,8 @@
     python benchmarks/speed.py matrix scoring_gpu --device cpu --sizes tiny  a smoke test, in seconds
 
 Speed does not depend on the weights, so they are random, made on the device in bfloat16, and nothing is fetched. Needs
-torch, transformers and peft; where pyarrow or xxhash are missing, rows are written without a store's index.
+torch, transformers, peft, psutil and pydantic; where pyarrow or xxhash are missing, rows are written without a store's
+index. `PYTHONPATH=src` does for an installation.
 """
 
 from __future__ import annotations

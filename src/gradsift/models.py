@@ -105,7 +105,13 @@ def load_model(name: str, *, dtype: DtypeName = "auto", device: str = "auto") ->
     if path.is_file():
         forget_quantisation(model)
     if "device_map" not in options:
-        model = model.to(place)
+        try:
+            model = model.to(place)
+        except torch.OutOfMemoryError as error:
+            raise ModelError(
+                f"model {name} does not fit in the memory of {place} ({_first_lines(error, 1)}): "
+                "try --dtype bfloat16 or 4bit, --device map to spread it, or --device cpu"
+            ) from error
     for module in model.modules():
         # bitsandbytes may repack 4-bit weights for a CPU at the first pass without gradients, which ends all gradients.
         if hasattr(module, "support_avx512bf16_for_cpu"):

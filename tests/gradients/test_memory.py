@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,10 @@ import torch
 from tiny_models import random_sequences, tiny_gpt2, tiny_llama, tiny_qwen2, with_lora
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaForCausalLM
 
 import oracles
+from gradsift.errors import ModelError
 from gradsift.gradients.adam import AdamDirection
 from gradsift.gradients.batching import (
     budget_from,
@@ -32,6 +35,7 @@ from gradsift.gradients.capture import find_modules
 from gradsift.gradients.projection import Projection, Projector, plan_segments
 from gradsift.gradients.rows import ShardRows, gradient_rows
 from gradsift.memory import is_out_of_memory
+from gradsift.models import load_model
 from gradsift.types import Sequence
 
 LENGTHS = [9, 4, 17, 9, 3, 12, 5, 5]
@@ -367,3 +371,15 @@ def test_probes_are_batches_of_the_wanted_size() -> None:
     assert [s.row for s in made] == [0, 1, 2, 3]
     assert len(form_batches(made, 40)) == 1
     assert len(repeated(known, 1)) == 1
+
+
+def test_a_model_too_large_for_the_device_says_what_to_try(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that cannot be moved to its device is a model error that names the ways out."""
+    tiny_llama().save_pretrained(tmp_path)
+
+    def full(_model: nn.Module, _place: Any) -> nn.Module:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 224.00 MiB")
+
+    monkeypatch.setattr(LlamaForCausalLM, "to", full)
+    with pytest.raises(ModelError, match=r"does not fit in the memory of cpu .*224.*4bit, --device map"):
+        load_model(str(tmp_path), device="cpu")

@@ -12,7 +12,6 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree
 from torch.utils.checkpoint import checkpoint
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from gradsift.errors import ConfigError
 
@@ -28,6 +27,8 @@ def checkpointed_layers(model: nn.Module) -> Iterator[None]:
     Raises:
         ConfigError: the model has no layers that say they can run again.
     """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise ConfigError(

@@ -101,7 +101,12 @@ def gradient_rows(
     result = _pass(sequences, budget, *work, checkpointing, on_rows)
     if result.bad and full_sum:  # a non-finite row has spoilt the sums: take them again without it
         kept = [sequence for sequence in sequences if sequence.row not in result.bad]
-        result.full_sums = _pass(kept, budget, *work, checkpointing, None).full_sums
+        again = _pass(kept, budget, *work, checkpointing, None)
+        result.full_sums = again.full_sums
+        result.bad.update(again.bad)
+    for row in result.bad:
+        for rows in result.rows.values():
+            rows[row] = 0
     result.token_budget = budget.tokens
     return result
 
@@ -212,9 +217,6 @@ def _pass(
     for row in (~(finite_loss & finite_rows)).nonzero()[:, 0].tolist():
         loss = float(result.loss[row])
         result.bad[row] = f"the loss is {loss}" if not finite_loss[row] else "the gradient holds NaN or infinity"
-    for row in result.bad:
-        for view in views:
-            result.rows[view][row] = 0
     return result
 
 

@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 TORCH := torch==2.13.0
-EXTRAS := dev,browser,embeddings,openai,sentiment
+EXTRAS := dev,browser,embeddings,openai,sentiment,ray,s3
 # pip's progress is for people; a log gets the errors only.
 PIP_FLAGS := $(shell test -t 2 || echo -qq)
 # Processes that tests run in; each needs up to 3 GB.

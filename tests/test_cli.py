@@ -249,6 +249,7 @@ def test_options_reach_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
         "--row-dtype": "float32", "--token-budget": "333", "--shard-rows": "3", "--module-groups": "3",
         "--autocast": "bfloat16", "--estimator": "bm25", "--optimizer": "sgd", "--raw": None, "--checkpoints": "last",
         "--aggregation": "mean", "--seed": "3", "--dtype": "float32", "--device": "cpu", "--pool-sample": "0.5",
+        "--engine": "ray", "--gradient-checkpointing": None,
     }  # fmt: skip
     of_one_estimator = {
         "--damping": ("datainf", "--damping", "0.3"),
@@ -263,11 +264,18 @@ def test_options_reach_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
         "--complexity": ("deita", "--complexity", "mine.py:steps"),
         "--quality": ("deita", "--quality", "perplexity:high"),
     }
+    of_ray = {"--workers": "3", "--worker-threads": "3", "--worker-gpus": "0.5", "--address": "auto"}
     of_explain = {*cli._OF_EXPLAIN, *cli._OF_REWARD} - {"damping", "target_columns"}
     wanted = {f"--{name.replace('_', '-')}" for name in cli._SHARED if name not in of_explain} - {
         "--model", "--pool", "--target", "--out", "--as-json", "--quiet", "--debug",
     }  # fmt: skip
-    assert {*changed, *of_one_estimator} == wanted
+    assert {*changed, *of_one_estimator, *of_ray} == wanted
+    for option, value in of_ray.items():
+        refused = f"error: {option} is about Ray's workers: give --engine ray as well, or leave it out\n"
+        assert Cli(*base, option, value).err == refused
+        assert Cli(*base, "--engine", "ray").err == Cli(*base, "--engine", "ray", option, value).err
+        assert recipes[-1].engine != recipes[-2].engine, option
+    recipes.clear()
     Cli(*base)
     for option, value in changed.items():
         result = Cli(*base, option, *([] if value is None else [value]))

@@ -370,6 +370,15 @@ _SHARED: dict[str, tuple[Any, Any]] = {
         str, "auto", "--dtype", help="Of the model: auto, float32, bfloat16, float16, 4bit or 8bit.", panel=_RUN
     ),
     "device": _shared(str, "auto", "--device", help="auto, cpu, cuda, cuda:1, or map (spread over GPUs).", panel=_RUN),
+    "engine": _shared(
+        str | None, None, "--engine", help="Where the work runs: local, or ray (workers on a cluster).", panel=_RUN
+    ),
+    "workers": _shared(int | None, None, "--workers", help="Of ray: how many; as many as fit.", panel=_RUN),
+    "worker_threads": _shared(int | None, None, "--worker-threads", help="Of ray: cores of each worker.", panel=_RUN),
+    "worker_gpus": _shared(float | None, None, "--worker-gpus", help="Of ray: GPUs of each worker.", panel=_RUN),
+    "address": _shared(
+        str | None, None, "--address", help="Of ray: a cluster that runs, or auto; else one here.", panel=_RUN
+    ),
     "as_json": _shared(bool, False, "--json", help="Print the result as JSON on standard output.", panel=_RUN),
     "quiet": _shared(bool, False, "--quiet", "-q", help="No progress.", panel=_RUN),
     "debug": _shared(bool, False, "--debug", help="Show the traceback of an error.", panel=_RUN),
@@ -380,9 +389,10 @@ _OF_WARMUP = (
     "preset", "fraction", "epochs", "rank", "alpha", "dropout", "lora_modules", "learning_rate", "schedule",
     "batch_size",
 )  # fmt: skip
+_OF_ENGINE = ("engine", "workers", "worker_threads", "worker_gpus", "address")
 _OF_GRADIENTS = (
-    "modules", "projection", "projection_dim", "projection_seed", "row_dtype", "token_budget", "shard_rows",
-    "module_groups", "autocast", "gradient_checkpointing",
+    *_OF_ENGINE, "modules", "projection", "projection_dim", "projection_seed", "row_dtype", "token_budget",
+    "shard_rows", "module_groups", "autocast", "gradient_checkpointing",
 )  # fmt: skip
 _OF_TARGET = ("subtask", "target_columns", "keep_overlap")
 _OF_SAMPLING = (
@@ -548,7 +558,7 @@ def parse_budget(text: str) -> float:
 def _recipe(given: dict[str, Any], **more: Any) -> Any:
     """A recipe from the options that were given."""
     from gradsift.errors import ConfigError
-    from gradsift.options import estimator_of, rewards_of
+    from gradsift.options import engine_fields, estimator_of, rewards_of
     from gradsift.recipe import validated
     from gradsift.warmup.train import PRESETS
 
@@ -585,6 +595,7 @@ def _recipe(given: dict[str, Any], **more: Any) -> Any:
         values["estimator"] = estimator_of(given["estimator"], given)
         values["controls"] = [{"kind": "bm25"}, {"kind": "random", "seed": given["seed"]}]
     values |= rewards_of(given)
+    values |= engine_fields(given)
     if given.get("target_columns"):
         return validated({**values, **more}, _option_of)
     return validated({**values, **more}, lambda field: _option_of(field.removeprefix("target_")))
@@ -607,6 +618,9 @@ _OPTION_OF = {
     "gradients.projection.dim": "--projection-dim",
     "gradients.projection.seed": "--projection-seed",
     "gradients.dtype": "--row-dtype",
+    "engine.threads": "--worker-threads",
+    "engine.gpus": "--worker-gpus",
+    "engine.kind": "--engine",
     "warmup.target_modules": "--lora-modules",
     "explain.estimators": "--estimator",
     "explain.aggregation": "--over-outputs",
@@ -761,7 +775,8 @@ def score(given: dict[str, Any]) -> None:
     _print_result(run_score(_recipe(given), _reporter(given)), given)
 
 
-_OF_PROMPTS = (*_OF_POOL[:2], "target", "out", *_OF_POOL[3:], "target_columns", "adapter", *_OF_WARMUP, "checkpoints")
+_OF_PROMPTS = (*_OF_POOL[:2], "target", "out", *_OF_POOL[3:], "target_columns", "adapter", *_OF_WARMUP, "checkpoints",
+               *_OF_ENGINE)  # fmt: skip
 _Show = Annotated[int, _option("--show", min=0, help="Prompts whose responses are shown.")]
 
 
@@ -998,7 +1013,7 @@ def collect(
                     {
                         "checkpoint": checkpoint.name,
                         "view": view,
-                        "path": str(store.path),
+                        "path": store.name,
                         "rows": len(store),
                         "dim": store.dim,
                         "excluded": store.excluded,
@@ -1027,10 +1042,9 @@ def plan(
     Of a recipe: gradsift plan recipes/compact-paper.yaml
     """
     from gradsift.plan import estimate, print_estimate
-    from gradsift.recipe import load_recipes
 
     if recipe is not None:
-        recipes = load_recipes(recipe, {"out": given["out"]} if given["out"] else None)
+        recipes = _read_recipes(recipe, given, given["out"])
     else:
         for name in ("model", "pool", "out"):
             if given[name] is None:
@@ -1064,7 +1078,15 @@ def init(
         print(f"wrote {path}: fill in model, pool, target and out, then `gradsift run {path}`")
 
 
-@_command("as_json", "quiet", "debug")
+def _read_recipes(path: Path, given: dict[str, Any], out: str | None) -> list[Any]:
+    """A recipe's runs, with the run folder and the engine that options name."""
+    from gradsift.options import engine_fields
+    from gradsift.recipe import load_recipes
+
+    return load_recipes(path, {**({"out": out} if out else {}), **engine_fields(given)})
+
+
+@_command(*_OF_ENGINE, "as_json", "quiet", "debug")
 def run(
     given: dict[str, Any],
     recipe: Annotated[Path, typer.Argument(help="A recipe, as `gradsift init` writes it.")],
@@ -1075,10 +1097,9 @@ def run(
     Example: gradsift run math.yaml
     """
     from gradsift.pipeline import run_recipe
-    from gradsift.recipe import load_recipes
     from gradsift.results import summary
 
-    recipes = load_recipes(recipe, {"out": out} if out else None)
+    recipes = _read_recipes(recipe, given, out)
     if len(recipes) == 1 or not given["as_json"]:
         for one in recipes:
             _print_result(run_recipe(one, _reporter(given)), given)
@@ -1086,7 +1107,7 @@ def run(
         _print_json([summary(run_recipe(one, _reporter(given))) for one in recipes])
 
 
-@_command("as_json", "quiet", "debug")
+@_command(*_OF_ENGINE, "as_json", "quiet", "debug")
 def compare(
     given: dict[str, Any],
     recipe: Annotated[Path, typer.Argument(help="A recipe with a `compare:` section.")],
@@ -1100,10 +1121,9 @@ def compare(
     """
     from gradsift.comparison import run_compare
     from gradsift.errors import ConfigError
-    from gradsift.recipe import load_recipes
     from gradsift.report.comparison_text import print_comparison
 
-    results = [run_compare(one, _reporter(given)) for one in load_recipes(recipe, {"out": out} if out else None)]
+    results = [run_compare(one, _reporter(given)) for one in _read_recipes(recipe, given, out)]
     if given["as_json"]:
         contents = [result.as_dict() for result in results]
         _print_json(contents[0] if len(contents) == 1 else contents)

@@ -31,12 +31,13 @@ from gradsift.evaluation.fine_tune import train_on
 from gradsift.evaluation.metric import Measured
 from gradsift.evaluation.setup import Trained
 from gradsift.evaluation.stage_costs import StageClock
+from gradsift.execution.engine import LOCAL
 from gradsift.gradients.rows import View
 from gradsift.influence.ji2s import JI2S, full_sums
 from gradsift.influence.scores import Method, Scores, at_last_checkpoint, pool_view, score
 from gradsift.interruption import refuse_to_go_on
 from gradsift.pages import publish_page
-from gradsift.progress import Reporter, silent
+from gradsift.progress import Advance, Reporter, silent, untold
 from gradsift.recipe import Recipe
 from gradsift.report.comparison_data import ComparisonPage, Extremes
 from gradsift.report.comparison_page import render_comparison
@@ -101,6 +102,32 @@ def _attempted(stage: str, step: Callable[[], _Result]) -> _Result | _Stopped:
         return _Stopped(stage, error)
 
 
+@dataclass(frozen=True)
+class _CellTask:
+    """The task of training, or of evaluating, one cell."""
+
+    plan: Plan
+    choices: dict[tuple[str, int, int], Any]
+    contender: Contender
+    budget: int
+    seed: int
+    stage: str
+
+    def work(self, advance: Advance) -> list[CellFailure]:
+        """Leave the results in the run folder; what came to nothing."""
+        work = _Work(self.plan)
+        work.choices = self.choices
+        if self.stage == "evaluate":
+            work._cell(self.contender, self.budget, self.seed)
+        elif not self.contender.base:
+            trained = work._trained(self.contender, self.budget, self.seed)
+            if isinstance(trained, _Stopped):
+                work._tell(
+                    CellFailure(self.contender.name, self.budget, self.seed, trained.stage, _said(trained.error))
+                )
+        return work.failures
+
+
 class _Work:
     """A comparison under way."""
 
@@ -121,10 +148,33 @@ class _Work:
         for warmup_seed in self.plan.seeds if per_seed else (self.plan.recipe.seed,):
             self._choose(replace(self.pool, seed=warmup_seed), (warmup_seed,) if per_seed else self.plan.seeds)
         cells = list(self.plan.cells())
+        elsewhere = self._elsewhere(cells)
         for number, (contender, budget, seed) in enumerate(cells):
+            if failures := elsewhere.get((contender.name, budget, seed)):
+                for failure in failures:
+                    self._tell(failure)
+                continue
             self.pool.reporter.say(f"cell {number + 1} of {len(cells)}: {_words(contender, budget, seed)}")
             self._cell(contender, budget, seed)
         return self._result(per_seed=per_seed)
+
+    def _elsewhere(self, cells: Sequence[tuple[Contender, int, int]]) -> dict[tuple[str, int, int], list[CellFailure]]:
+        """Have the engine's workers train and evaluate; what came to nothing. The rest lies in the run folder."""
+        engine = self.pool.engine
+        if engine is LOCAL:
+            return {}
+        plan = replace(self.plan, pool=replace(self.pool, reporter=silent(), engine=LOCAL))
+        failed: dict[tuple[str, int, int], list[CellFailure]] = {}
+        for stage in ("train", "evaluate"):  # a metric may compare a cell's model with another arm's
+            left = [cell for cell in cells if (cell[0].name, *cell[1:]) not in failed]
+            tasks = [_CellTask(plan, self.choices, *cell, stage) for cell in left]
+            with self.pool.reporter.stage(f"cells: {stage}", len(tasks), "cells") as advance:
+                for position, failures in engine.map(tasks, untold, "cell"):
+                    advance()
+                    contender, budget, seed = left[position]
+                    if failures:
+                        failed[contender.name, budget, seed] = failures
+        return failed
 
     def page(self, result: Comparison) -> ComparisonPage:
         """Everything that the page shows."""
@@ -385,7 +435,7 @@ class _Work:
         plan = self.plan
         rows = tabulate(self.cells, plan.contenders, plan.reference)
         return Comparison(
-            out=str(self.pool.run.folder),
+            out=self.pool.run.place,
             contenders=tuple(plan.contenders),
             seeds=self.job.seeds,
             budgets=plan.budgets,

@@ -14,6 +14,7 @@ from gradsift.data.load import Columns
 from gradsift.data.overlap import overlap_of_hashes
 from gradsift.data.sample import RowSample
 from gradsift.errors import ConfigError, DataError
+from gradsift.execution.engine import LOCAL, Engine
 from gradsift.gradients.collect import Gradients, collect
 from gradsift.gradients.rows import View
 from gradsift.models import DtypeName, find_adapter, load_tokenizer, model_identity, positions, resolve_device
@@ -48,6 +49,7 @@ class Pool:
     dtype: DtypeName = "auto"
     device: str = "auto"
     seed: int = 0
+    engine: Engine = field(default=LOCAL, repr=False, compare=False)
     reporter: Reporter = field(default_factory=silent, repr=False)
 
     def checkpoints(self) -> list[Checkpoint]:
@@ -86,6 +88,7 @@ class Pool:
             device=self.device,
             what=what,
             reporter=self.reporter,
+            engine=self.engine,
         )
 
 
@@ -118,6 +121,7 @@ def open_pool(
     dtype: DtypeName = "auto",
     device: str = "auto",
     seed: int = 0,
+    engine: Engine = LOCAL,
     reporter: Reporter | None = None,
 ) -> Pool:
     """Load and tokenise a pool and tie it to a run folder.
@@ -137,6 +141,7 @@ def open_pool(
             from all of them.
         dtype, device: of the model.
         seed: of the warm-up.
+        engine: where gradients, responses, rewards and scores are computed: in this process, or by a `RayEngine`.
         reporter: where progress goes; nothing is printed by default.
 
     Raises:
@@ -182,6 +187,7 @@ def open_pool(
         dtype=dtype,
         device=device,
         seed=seed,
+        engine=engine,
         reporter=reporter,
     )
 

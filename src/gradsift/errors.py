@@ -45,3 +45,7 @@ class StorageError(GradsiftError):
 
 class LockedError(GradsiftError):
     """Another process works on the same run folder."""
+
+
+class WorkerError(GradsiftError):
+    """A piece of work brings its workers down, again and again."""

@@ -6,7 +6,6 @@ import gc
 import hashlib
 import importlib.util
 import json
-import os
 import re
 import warnings
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors import SafetensorError
 
 from gradsift.errors import ConfigError, CorruptError, MismatchError, ModelError
 from gradsift.memory import empty_device_cache, give_back_memory
+from gradsift.store.remote import at_hand
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16", "float64", "4bit", "8bit"]
 QUANTISED: tuple[DtypeName, ...] = ("4bit", "8bit")
@@ -31,6 +31,7 @@ def model_identity(name: str) -> dict[str, str]:
     Raises:
         ModelError: there is no such model; the message says what was tried.
     """
+    name = at_hand(name)
     path = Path(name).expanduser()
     if not path.exists() and name.startswith((".", "/", "~")):
         raise ModelError(f"model {name}: there is no such folder. Give a model's folder, a .gguf file or a hub id")
@@ -57,6 +58,7 @@ def load_tokenizer(name: str) -> Any:
     """
     from transformers import AutoTokenizer
 
+    name = at_hand(name)
     path = Path(name).expanduser()
     try:
         if path.is_file():
@@ -87,7 +89,7 @@ def load_model(name: str, *, dtype: DtypeName = "auto", device: str = "auto") ->
         torch_dtype = _unquantised_dtype(place)
     elif dtype != "auto":
         torch_dtype = getattr(torch, dtype)
-    path = Path(name).expanduser()
+    path = Path(at_hand(name)).expanduser()
     options: dict[str, Any] = {"dtype": torch_dtype}
     if dtype in QUANTISED:
         options |= {"quantization_config": _quantisation(name, dtype, torch_dtype), "device_map": {"": place}}
@@ -156,7 +158,7 @@ def count_parameters(name: str) -> int:
     """
     from transformers import AutoModelForCausalLM
 
-    path = Path(name).expanduser()
+    path = Path(at_hand(name)).expanduser()
     config = (
         _config(str(path.parent), gguf_file=path.name)
         if path.is_file()
@@ -272,6 +274,7 @@ def find_adapter(adapter: str) -> None:
     """
     from peft import PeftConfig
 
+    adapter = at_hand(adapter)
     if Path(adapter).exists() or adapter.startswith((".", "/", "~")):  # `open_checkpoint` says what is wrong there
         return
     try:
@@ -285,7 +288,7 @@ def find_adapter(adapter: str) -> None:
 
 def adapter_identity(adapter: str | Path) -> dict[str, str]:
     """What an adapter is: a hash of its weights and its configuration, or the hub id."""
-    folder = Path(adapter)
+    folder = Path(at_hand(str(adapter)))
     if not folder.is_dir():
         return {"hub": str(adapter)}
     files = [p for p in (folder / "adapter_model.safetensors", folder / "adapter_model.bin") if p.is_file()]
@@ -303,20 +306,13 @@ def adapter_identity(adapter: str | Path) -> dict[str, str]:
     return {"weights": digest.hexdigest()[:16]}
 
 
-def cache_folder() -> Path:
-    """Where gradsift keeps what it fetches once: `$GRADSIFT_CACHE`, else `$XDG_CACHE_HOME/gradsift` or `~/.cache/…`."""
-    explicit = os.environ.get("GRADSIFT_CACHE")
-    if explicit:
-        return Path(explicit)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gradsift"
-
-
 def positions(name: str) -> int | None:
     """Tokens that a model can place, prompt and answer together; None where its configuration does not say.
 
     Raises:
         ModelError: it has no configuration that can be read.
     """
+    name = at_hand(name)
     path = Path(name).expanduser()
     if path.is_file():
         return None
@@ -408,7 +404,7 @@ class ModelHost:
         if self._adapter != str(adapter):
             base = self.base()
             self._base = None  # PEFT puts its layers into the model before it finds that they do not fit
-            self._peft, self._adapter = attach_adapter(base, adapter), str(adapter)
+            self._peft, self._adapter = attach_adapter(base, at_hand(str(adapter))), str(adapter)
             self._base = base
         return self._peft
 

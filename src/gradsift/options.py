@@ -218,6 +218,21 @@ def _sampled(given: dict[str, Any]) -> dict[str, Any]:
     return {"sampling": sampling}
 
 
+def engine_fields(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Where the work runs, as a recipe's `engine`, by the options that say so; nothing where none does.
+
+    Raises:
+        ConfigError: an option of Ray's workers without `--engine ray`.
+    """
+    names = {"workers": "workers", "worker_threads": "threads", "worker_gpus": "gpus", "address": "address"}
+    fields = {field: given[name] for name, field in names.items() if given.get(name) is not None}
+    kind = given.get("engine")
+    if kind != "ray" and fields:
+        option = next(name for name in names if given.get(name) is not None).replace("_", "-")
+        raise ConfigError(f"--{option} is about Ray's workers: give --engine ray as well, or leave it out")
+    return {} if kind is None else {"engine": {"kind": kind, **fields}}
+
+
 def sampling_fields(given: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of sampling that options say one by one."""
     names = {"samples": "samples", "temperature": "temperature", "response_tokens": "max_new_tokens"}

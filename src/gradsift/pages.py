@@ -114,7 +114,7 @@ def rewrite_pages(run: Run) -> list[Path]:
                 html = render_explanation(TypeAdapter(ExplanationPage).validate_json(content))
         except ValidationError as error:
             again = "compare" if key == "comparison.page.json" else "explain"
-            raise CorruptError(f"{run.path(key)} is damaged: delete it, or {again} again, it is quick") from error
+            raise CorruptError(f"{run.name(key)} is damaged: delete it, or {again} again, it is quick") from error
         written.append(run.publish_text(f"{key.removesuffix('.page.json')}.html", html))
     return written
 

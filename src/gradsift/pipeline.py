@@ -13,6 +13,7 @@ from gradsift import embeddings
 from gradsift.context import Pool, Target, open_pool, open_target
 from gradsift.data.load import load_examples
 from gradsift.errors import ConfigError, DataError
+from gradsift.execution.ray import engine_of
 from gradsift.explanation.explain import check_budgets, explain
 from gradsift.explanation.outputs import Question, question_of, questions_of
 from gradsift.explanation.table import relevance_table
@@ -58,6 +59,7 @@ def open_recipe(recipe: Recipe, reporter: Reporter | None = None, *, announce: b
         dtype=recipe.dtype,
         device=recipe.device,
         seed=recipe.seed,
+        engine=engine_of(recipe.engine, reporter),
         reporter=reporter,
     )
     if announce:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import tempfile
@@ -14,12 +15,14 @@ from typing import Any
 import psutil
 import torch
 
+from gradsift.comparison_plan import Plan
 from gradsift.comparison_plan import planned as planned_comparison
 from gradsift.context import Pool, Target
-from gradsift.generation.local import greedy_output
+from gradsift.generation.local import SHARE, greedy_output
 from gradsift.generation.sampling import Sampling
 from gradsift.gradients.batching import automatic_lanes, automatic_token_budget
 from gradsift.gradients.capture import LORA, find_modules
+from gradsift.gradients.collect import automatic_shard_rows
 from gradsift.gradients.projection import Projector, plan_segments
 from gradsift.gradients.rows import gradient_rows
 from gradsift.influence.nice import NICE, NICEIF
@@ -29,6 +32,7 @@ from gradsift.models import host
 from gradsift.pipeline import explain_questions, open_recipe, open_recipe_target
 from gradsift.plan_comparison import Measuring, comparison_stages, measurings
 from gradsift.plan_rewards import Decoding, RewardCosts, measure_sampling, reward_costs
+from gradsift.plan_workers import crew_of, threads_of
 from gradsift.progress import Reporter, silent
 from gradsift.recipe import Recipe
 from gradsift.report.terminal import console, table
@@ -51,6 +55,9 @@ def estimate(recipe: Recipe, reporter: Reporter | None = None) -> dict[str, Any]
     long as they may be, and their gradients twice, for the diagnostics. Seconds are None where they depend on an
     endpoint or on programs.
 
+    With `engine: {kind: ray}` the speed is that of one worker, measured here with its number of threads; gradients,
+    local responses and cells of comparisons are divided by whole tasks, the rest is not.
+
     A recipe with `compare:` is estimated as `run_compare` does it: the gradients that its arms share, a fine-tuning
     for each arm, budget and seed, and what its metrics and curves read and write.
     """
@@ -68,7 +75,9 @@ def estimate(recipe: Recipe, reporter: Reporter | None = None) -> dict[str, Any]
             pool = open_recipe(planned, reporter, announce=False)
             target = open_recipe_target(planned, pool) if recipe.target or policy else None
         wanted = [] if comparison is None else measurings(comparison)
-        sample, decoding, decodings = _measure(recipe, pool, target, policy, wanted, reporter)
+        crew = crew_of(recipe.engine)
+        with threads_of(crew):
+            sample, decoding, decodings = _measure(recipe, pool, target, policy, wanted, reporter)
         explained = _explaining(planned, pool, sample) if recipe.explain is not None else {}
         compared = {} if comparison is None else comparison_stages(comparison, wanted, decodings, sample)
     checkpoints = len(recipe.adapter) or recipe.warmup.epochs
@@ -116,6 +125,8 @@ def estimate(recipe: Recipe, reporter: Reporter | None = None) -> dict[str, Any]
     }
     stages = {name: {key: _times(value, rounds) for key, value in stage.items()} for name, stage in stages.items()}
     stages |= {**explained, **compared}
+    if crew is not None:
+        stages = crew.share(stages, _tasks(recipe, pool, target, policy, comparison, sample))
     free = psutil.disk_usage(_existing(recipe.out)).free
     total = {key: sum(stage[key] or 0 for stage in stages.values()) for key in ("tokens", "seconds", "disk_bytes")}
     return {
@@ -124,6 +135,7 @@ def estimate(recipe: Recipe, reporter: Reporter | None = None) -> dict[str, Any]
         "checkpoints": checkpoints,
         "row_bytes": row_bytes,
         "sample": sample,
+        **({} if crew is None else {"workers": crew.as_dict()}),
         "stages": stages,
         "total": total,
         **({} if comparison is None else {"cells": len(list(comparison.cells()))}),
@@ -154,13 +166,21 @@ def print_estimate(found: dict[str, Any]) -> None:
         f"measured: {sample['tokens_per_second']:.0f} tokens/s through {sample['rows']} rows on {sample['device']} "
         f"(gradients of {sample['trained_parameters']:,} LoRA parameters to {sample['dim']} dimensions)"
     )
+    if "workers" in found:
+        crew = found["workers"]
+        threads = f"{crew['threads']} thread{'' if crew['threads'] == 1 else 's'}"
+        out.print(
+            f"time: on {crew['workers']} workers with {threads} or a GPU each, as fast as measured here, which share "
+            "gradients, local responses and cells; the rest is done by one"
+        )
     _print_rewards(found, out)
     if any(stage["seconds"] is None for stage in found["stages"].values()):
         out.print("time: without what ? stands for, as it depends on endpoints, judges, programs or a reward model")
     if "cells" in found:
         out.print(f"comparison: {found['cells']} cells (arm, budget, seed); `gradsift compare` does them")
+    each = " for each worker, here" if "workers" in found else ""
     out.print(
-        f"memory: about {_bytes(found['peak_memory_bytes'])} of {_bytes(found['available_memory_bytes'])} free; "
+        f"memory: about {_bytes(found['peak_memory_bytes'])}{each} of {_bytes(found['available_memory_bytes'])} free; "
         f"disk: {_bytes(found['total']['disk_bytes'])} of {_bytes(found['free_disk_bytes'])} free"
         + ("" if found["enough_disk"] else ": NOT ENOUGH, lower --projection-dim or choose another --out")
     )
@@ -187,6 +207,38 @@ def _print_rewards(found: dict[str, Any], out: Any) -> None:
     for what, count in counts.items():
         if count:
             out.print(f"rewards: {count:,} {what}")
+
+
+def _tasks(
+    recipe: Recipe,
+    pool: Pool,
+    target: Target | PromptTarget | None,
+    policy: NICE | NICEIF | None,
+    comparison: Plan | None,
+    sample: dict[str, Any],
+) -> dict[str, int]:
+    """How many tasks workers can share of each stage that they share."""
+    kind = torch.device(sample["device"]).type
+
+    def shards(rows: int, tokens: float) -> int:
+        return math.ceil(rows / (recipe.gradients.shard_rows or automatic_shard_rows(tokens, kind, 4 * sample["dim"])))
+
+    found = {"pool gradients": shards(len(pool.data), float(pool.data.lengths.mean()))}
+    labels = target.labels if isinstance(target, PromptTarget) else target.data if target else None
+    if labels:
+        found["target gradients"] = shards(len(labels), float(labels.lengths.mean()))
+    if recipe.explain is not None:
+        found["gradients of answers"] = shards(len(explain_questions(recipe, pool)[0]), recipe.explain.max_new_tokens)
+    if policy is not None and isinstance(target, PromptTarget):
+        sampling = policy.sampling if policy.assistant is None else policy.assistant.sampling
+        found["responses"] = math.ceil(len(target.data) * sampling.samples / SHARE)
+        tokens = float(target.data.lengths.mean()) + sampling.max_new_tokens
+        found["policy gradients"] = shards(len(target.data), sampling.samples * tokens)
+    if comparison is not None:
+        cells = [contender for contender, _, _ in comparison.cells()]
+        trained = sum(not contender.base for contender in cells)
+        found |= {f"fine-tuning, {trained} times": trained, "evaluation": len(cells), "curves": trained}
+    return found
 
 
 def _explaining(recipe: Recipe, pool: Pool, sample: dict[str, Any]) -> dict[str, dict[str, float]]:

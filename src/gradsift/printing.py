@@ -57,7 +57,7 @@ def print_result(result: Result) -> None:
     if result.skipped:
         out.print(f"{len(result.skipped)} rows left out: {reasons(result.skipped)}", markup=False)
     run = result.pool.run
-    out.print(f"results in {run.folder}:", markup=False)
+    out.print(f"results in {run.place}:", markup=False)
     for name in files_of(result):
         out.print(f"  {name:<21} {FILES[name]}", markup=False)
 

@@ -5,10 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 # What other people wrote stands in messages: control characters would let it move the cursor, colour or hide lines, and
 # overrides of the writing direction rearrange them.
@@ -42,6 +52,10 @@ class Reporter:
         self.quiet = quiet
         self._said: set[str] = set()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process has no part in this terminal: there it is silent."""
+        return silent, ()
+
     def say(self, message: str) -> None:
         """One line of information."""
         self.console.print(visible(message), markup=False, soft_wrap=True)
@@ -60,13 +74,14 @@ class Reporter:
     def stage(self, what: str, total: float, unit: str = "rows") -> Iterator[Advance]:
         """A progress bar with count, elapsed time and time left."""
         if self.quiet:
-            yield _nothing
+            yield untold
         elif self.console.is_terminal:
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TextColumn(unit),
+                _Rate(),
                 TimeElapsedColumn(),
                 TextColumn("left"),
                 TimeRemainingColumn(),
@@ -88,14 +103,24 @@ class Reporter:
             if now - last >= 15 and done < total:
                 last = now
                 left = (now - start) / done * (total - done) if done else float("nan")
-                self.say(f"{what}: {done:.0f}/{total:.0f} {unit}, {now - start:.0f} s, about {left:.0f} s left")
+                self.say(
+                    f"{what}: {done:.0f}/{total:.0f} {unit}, {now - start:.0f} s, {done / (now - start):.3g}/s, "
+                    f"about {left:.0f} s left"
+                )
 
         yield advance
         self.say(f"{what}: {done:.0f}/{total:.0f} {unit} in {time.monotonic() - start:.1f} s")
 
 
-def _nothing(units: float = 1) -> None:
-    """Advance nothing."""
+class _Rate(ProgressColumn):
+    """Units a second."""
+
+    def render(self, task: Task) -> Text:
+        return Text("" if task.speed is None else f"{task.speed:.3g}/s")
+
+
+def untold(units: float = 1) -> None:
+    """An `Advance` that nobody watches."""
 
 
 def silent() -> Reporter:

@@ -17,6 +17,8 @@ from gradsift.data.load import Columns
 from gradsift.data.sample import RowSample
 from gradsift.errors import ConfigError
 from gradsift.evaluation.arms import Compare, MetricSetting
+from gradsift.execution.engine import ThisProcess
+from gradsift.execution.ray import Where
 from gradsift.explanation.coefficients import CoefficientModel
 from gradsift.explanation.explain import DEFAULT_ESTIMATOR, DEFAULT_STRATEGIES
 from gradsift.explanation.relevance import Aggregation as RelevanceAggregation
@@ -120,6 +122,7 @@ class Recipe(Settings):
     seed: int = 0
     dtype: DtypeName = "auto"
     device: str = "auto"
+    engine: Where = ThisProcess()
 
 
 _LONGEST = 1_000_000  # characters of a recipe, and values in it

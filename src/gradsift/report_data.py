@@ -91,7 +91,7 @@ def rewrite_report(out: str | Path) -> Path:
         data = TypeAdapter(ReportData).validate_json(run.storage.read("report.json"))
     except ValidationError as error:
         raise CorruptError(
-            f"{run.path('report.json')} is damaged: run `gradsift select` or `gradsift explain` again, it is quick"
+            f"{run.name('report.json')} is damaged: run `gradsift select` or `gradsift explain` again, it is quick"
         ) from error
     rewrite_pages(run)
     return run.publish_text("report.html", render(data))

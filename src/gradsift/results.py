@@ -101,12 +101,12 @@ def summary(result: Result) -> dict[str, Any]:
     """The result as JSON: what `--json` prints."""
     run = result.pool.run
     content: dict[str, Any] = {
-        "out": str(run.folder),
+        "out": run.place,
         "pool": {"rows": len(result.pool.data), "description": result.pool.data.description},
         "skipped": count_reasons(result.skipped),
         "warnings": result.warnings,
         "seconds": round(result.seconds, 2),
-        "files": {name: str(run.path(name)) for name in FILES if name in {*files_of(result), "report.html"}},
+        "files": {name: run.name(name) for name in FILES if name in {*files_of(result), "report.html"}},
     }
     if result.target is not None:
         content["target"] = {"rows": len(result.target.data), "description": result.target.data.description}

@@ -120,13 +120,13 @@ class Rollouts:
         run = self.pool.run
         names = ("responses.jsonl", *(["rewards.json"] if self.rewarded else []), "skipped.jsonl")
         return {
-            "out": str(run.folder),
+            "out": run.place,
             "target": {"rows": len(self.target.data), "description": self.target.data.description},
             "checkpoints": [rollout.as_dict() for rollout in self.checkpoints],
             "skipped": count_reasons(self.target.data.skipped),
             "warnings": list(self.warnings),
             "seconds": round(self.seconds, 2),
-            "files": {name: str(run.path(name)) for name in names},
+            "files": {name: run.name(name) for name in names},
         }
 
     @property
@@ -329,7 +329,7 @@ def print_rollouts(result: Rollouts, show: int = 3) -> None:
             out.print(f"{rollout.name}: {rollout.samples.usage}", markup=False)
     _print_responses(result, show, out)
     run = result.pool.run
-    out.print(f"results in {run.folder}:", markup=False)
+    out.print(f"results in {run.place}:", markup=False)
     for name in result.as_dict()["files"]:
         if name != "skipped.jsonl" or result.target.data.skipped or result.pool.data.skipped:
             out.print(f"  {name:<21} {FILES[name]}", markup=False)

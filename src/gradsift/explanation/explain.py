@@ -287,7 +287,7 @@ def explain(
         source=source,
         store=store,
         gradients=gradients,
-        path=str(pool.run.path("explanations.jsonl")),
+        path=pool.run.name("explanations.jsonl"),
         pool=pool,
         _rankings=work.rankings,
     )
@@ -459,7 +459,7 @@ class _Work:
         try:
             return _EXPLANATION.validate_json(json.dumps(read_json(storage, key)))
         except (CorruptError, ValidationError):
-            self.pool.reporter.warn(f"{self.pool.run.path(key)} is damaged: explaining this output again")
+            self.pool.reporter.warn(f"{self.pool.run.name(key)} is damaged: explaining this output again")
             return None
 
 

@@ -195,7 +195,7 @@ class _Speaker:
                 kept = read_json(storage, key)
                 return [int(token) for token in kept["token_ids"]], bool(kept["finished"])
             except (CorruptError, KeyError, TypeError, ValueError):
-                self.pool.reporter.warn(f"{self.pool.run.path(key)} is damaged: asking the model again")
+                self.pool.reporter.warn(f"{self.pool.run.name(key)} is damaged: asking the model again")
         if self._model is None:
             checkpoint = self.pool.checkpoints()[-1]
             self._model = host(self.pool.model, self.pool.dtype, self.pool.device).with_adapter(checkpoint.adapter)

@@ -91,6 +91,10 @@ class Assisted:
             "prompt_suffix": self.prompt_suffix,
         }
 
+    def shares(self, requests: Sequence[Request]) -> list[list[Request]] | None:
+        """As g divides them."""
+        return self.writer.shares(requests)
+
     def draw(self, requests: Sequence[Request]) -> Iterator[Drawn]:
         """Let g answer its version of the prompts, and write the answers into the original ones."""
         original = {request.prompt.id: request.prompt for request in requests}

@@ -427,6 +427,9 @@ class EndpointSampler:
             "sampling": self.sampling.distribution(),
         }
 
+    def shares(self, requests: Sequence[Request]) -> None:
+        """None: the server does the work, and one client keeps it busy."""
+
     def draw(self, requests: Sequence[Request]) -> Iterator[Drawn]:
         """Ask for all samples, several at a time; a prompt comes out when all of its are there.
 

@@ -37,6 +37,7 @@ from gradsift.generation.sampling import (
 from gradsift.models import DtypeName, adapter_identity, host, input_device, load_tokenizer, model_identity
 
 _ROWS = {"cpu": 64, "cuda": 256}  # samples in a batch, fewer where the memory does not suffice for their caches
+SHARE = 256  # samples that one worker draws before it is given others
 _MEMORY_SHARE = 0.3  # of the free memory, for caches, which are copied as they grow
 _PREFIX_TOKENS = 16_384  # tokens of prompts, padding included, that are read at once
 _TIES = 32  # tokens looked at beyond the k most likely, so that ties with the last rarely need the whole vocabulary
@@ -395,6 +396,19 @@ class LocalSampler:
             "template": self.chat.fingerprint,
             "sampling": self.sampling.distribution(),
         }
+
+    def shares(self, requests: Sequence[Request]) -> list[list[Request]]:
+        """Prompts of like length together, a few hundred samples a share."""
+        ordered = sorted(requests, key=lambda request: sum(len(m["content"]) for m in request.prompt.messages))
+        shares: list[list[Request]] = []
+        room = 0
+        for request in ordered:
+            if room < len(request.numbers):
+                shares.append([])
+                room = SHARE
+            shares[-1].append(request)
+            room -= len(request.numbers)
+        return shares
 
     def draw(self, requests: Sequence[Request]) -> Iterator[Drawn]:
         """Draw in groups of prompts of similar length, shortest first; one with many samples comes out in parts."""

@@ -16,7 +16,7 @@ import io
 import json
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,8 +24,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gradsift.errors import CorruptError, DataError, NonFiniteError, StorageError
+from gradsift.execution.engine import LOCAL, Engine
 from gradsift.generation.sampling import Drawn, Problem, Prompt, Request, Response, Sampler, Usage
-from gradsift.progress import Reporter, silent
+from gradsift.progress import Advance, Reporter, silent
 from gradsift.run import Run
 from gradsift.store.manifest import fingerprint
 
@@ -90,6 +91,10 @@ class Samples:
     def ids(self) -> list[str]:
         """Of the prompts that have responses, in the order in which they were given."""
         return list(self._prompts)
+
+    def part(self, ids: Sequence[str]) -> Samples:
+        """Those of some prompts."""
+        return Samples(self.run, self.identity, [self._prompts[id_] for id_ in ids], self._numbers, self.samples)
 
     def prompt(self, prompt_id: str) -> Prompt:
         """The prompt with this id."""
@@ -163,7 +168,14 @@ class Samples:
         return f"{self.prefix}{prompt_key(self._prompts[prompt_id])}/reward-{fingerprint(reward)}.parquet"
 
 
-def sample(run: Run, prompts: Sequence[Prompt], sampler: Sampler, *, reporter: Reporter | None = None) -> Samples:
+def sample(
+    run: Run,
+    prompts: Sequence[Prompt],
+    sampler: Sampler,
+    *,
+    reporter: Reporter | None = None,
+    engine: Engine = LOCAL,
+) -> Samples:
     """Sample M responses to each prompt, or those of them that the run does not hold yet.
 
     What is done is stored at once: a run that was killed goes on where it stopped, and from M = 5 to 20 samples the
@@ -174,6 +186,7 @@ def sample(run: Run, prompts: Sequence[Prompt], sampler: Sampler, *, reporter: R
         prompts: each with an id of its own.
         sampler: `LocalSampler`, `EndpointSampler` or `Assisted`; it says how many.
         reporter: where progress goes.
+        engine: who draws.
 
     Raises:
         DataError: no prompt, two with the same id, or not one response.
@@ -195,27 +208,22 @@ def sample(run: Run, prompts: Sequence[Prompt], sampler: Sampler, *, reporter: R
         if missing:
             requests.append(Request(prompt, missing))
     problems: list[Problem] = []
-    first: dict[str, str] = {}
-    drawn_before = differ = False
+    outcomes: list[_Outcome] = []
     if requests:
         total = sum(len(request.numbers) for request in requests)
-        numbers = {request.prompt.id: len(request.numbers) for request in requests}
         if total < len(prompts) * len(wanted):
             everything = len(prompts) * len(wanted)
             reporter.say(f"{everything - total} of {everything} responses are there already")
         with reporter.stage("sampling responses", total, "responses") as advance:
-            for drawn in sampler.draw(requests):
-                if drawn.responses:
-                    _publish_drawn(run, prefix, drawn)
-                    stored[drawn.prompt.id] |= {response.number for response in drawn.responses}
-                if drawn.usage is not None:
-                    usages.append(drawn.usage)
-                for response in drawn.responses:
-                    drawn_before |= response.prompt_id in first
-                    differ |= first.setdefault(response.prompt_id, response.text) != response.text
-                problems += drawn.problems
-                lost = sum(numbers[p.prompt_id] if p.number is None else 1 for p in drawn.problems)
-                advance(len(drawn.responses) + lost)
+            shares = sampler.shares(requests)
+            where = LOCAL if shares is None else engine
+            tasks = [_Drawing(run, prefix, sampler, tuple(share)) for share in shares or [requests]]
+            for _, outcome in where.map(tasks, advance, "responses"):
+                outcomes.append(outcome)
+                problems += outcome.problems
+                usages += outcome.usages
+                for prompt_id, drawn in outcome.numbers.items():
+                    stored[prompt_id] |= drawn
     usage = sum(usages, Usage()) if usages else None
     samples = Samples(run, identity, prompts, stored, len(wanted), problems=problems, usage=usage)
     if not len(samples):
@@ -225,7 +233,8 @@ def sample(run: Run, prompts: Sequence[Prompt], sampler: Sampler, *, reporter: R
             f"{len(problems)} responses could not be had and are left out, the next run tries them again; first: "
             f"prompt {problems[0].prompt_id!r}: {problems[0].detail}"
         )
-    if drawn_before and not differ and sampler.sampling.temperature > 0:
+    repeated = any(outcome.repeated for outcome in outcomes)
+    if repeated and not any(outcome.differ for outcome in outcomes) and sampler.sampling.temperature > 0:
         reporter.warn(
             f"all responses to a prompt are the same at temperature {sampler.sampling.temperature:g}, for each prompt: "
             "a server may ignore the temperature (transformers serve does unless the model's generation_config.json "
@@ -243,6 +252,51 @@ def sample(run: Run, prompts: Sequence[Prompt], sampler: Sampler, *, reporter: R
             usage=None if usage is None else asdict(usage),
         )
     return samples
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What a share of the drawing came to.
+
+    numbers: of the responses that are stored, by prompt
+    repeated, differ: whether a prompt has several responses, and whether two of them have other texts
+    """
+
+    numbers: dict[str, set[int]]
+    problems: list[Problem]
+    usages: list[Usage]
+    repeated: bool
+    differ: bool
+
+
+@dataclass(frozen=True)
+class _Drawing:
+    """The task of drawing some samples and storing them as they come."""
+
+    run: Run
+    prefix: str
+    sampler: Sampler
+    requests: tuple[Request, ...]
+
+    def work(self, advance: Advance) -> _Outcome:
+        """Draw and store."""
+        asked = {request.prompt.id: len(request.numbers) for request in self.requests}
+        outcome = _Outcome({}, [], [], repeated=False, differ=False)
+        first: dict[str, str] = {}
+        repeated = differ = False
+        for drawn in self.sampler.draw(self.requests):
+            if drawn.responses:
+                _publish_drawn(self.run, self.prefix, drawn)
+                outcome.numbers.setdefault(drawn.prompt.id, set()).update(r.number for r in drawn.responses)
+            if drawn.usage is not None:
+                outcome.usages.append(drawn.usage)
+            for response in drawn.responses:
+                repeated |= response.prompt_id in first
+                differ |= first.setdefault(response.prompt_id, response.text) != response.text
+            outcome.problems.extend(drawn.problems)
+            lost = sum(asked[p.prompt_id] if p.number is None else 1 for p in drawn.problems)
+            advance(len(drawn.responses) + lost)
+        return replace(outcome, repeated=repeated, differ=differ)
 
 
 def prompt_key(prompt: Prompt) -> str:
@@ -297,7 +351,7 @@ def _publish(run: Run, key: str, table: pa.Table) -> None:
 def _read(run: Run, key: str) -> tuple[list[Response], Usage | None]:
     table = _read_table(run, key)
     if not table.schema.equals(_SCHEMA):
-        raise CorruptError(f"{run.path(key)} does not hold responses: delete it and run the same command again")
+        raise CorruptError(f"{run.name(key)} does not hold responses: delete it and run the same command again")
     responses = [
         Response(
             prompt_id=row["prompt_id"],
@@ -324,7 +378,7 @@ def _read_table(run: Run, key: str) -> pa.Table:
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, StorageError):
             raise
-        raise CorruptError(f"{run.path(key)} is damaged: delete it and run the same command again") from error
+        raise CorruptError(f"{run.name(key)} is damaged: delete it and run the same command again") from error
 
 
 def _plain(value: Any) -> Any:

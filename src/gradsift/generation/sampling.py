@@ -203,6 +203,11 @@ class Sampler(Protocol):
         What comes out is stored before the next is drawn. A prompt may come out in parts.
         """
 
+    def shares(self, requests: Sequence[Request]) -> list[list[Request]] | None:
+        """The requests, divided among whoever draws, however many those are; None where a server does the work, which
+        one client keeps busy.
+        """
+
 
 def uniforms(seed: int, prompt_id: str, checkpoint: str, number: int, count: int) -> NDArray[np.float64]:
     """The uniform numbers of one sample, one for each of its steps: float64 `[count]` in [0, 1).

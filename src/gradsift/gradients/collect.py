@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceABC
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any, Literal, Protocol
 
 import torch
 
 from gradsift.errors import ConfigError, CorruptError, DataError
+from gradsift.execution.engine import LOCAL, Engine, Task
 from gradsift.gradients.adam import AdamDirection, EpsPlacement
 from gradsift.gradients.batching import automatic_lanes, automatic_token_budget, measured_token_budget, repeated
 from gradsift.gradients.behind import to_host, write, writing_behind
@@ -18,7 +19,7 @@ from gradsift.gradients.capture import LORA, Modules, find_modules
 from gradsift.gradients.projection import Projection, Projector, plan_segments
 from gradsift.gradients.rows import ShardRows, View, gradient_rows
 from gradsift.models import DtypeName, host, input_device, model_identity, refuse_untrained
-from gradsift.progress import Reporter, silent
+from gradsift.progress import Advance, Reporter, silent, untold
 from gradsift.run import Run
 from gradsift.settings import Settings
 from gradsift.store.gradient_store import GradientStore, GradientStoreWriter, RowDtype, ShardColumns
@@ -107,7 +108,11 @@ class SequenceSource(Protocol):
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """Everything one shard of work needs, picklable: who runs it, and where, changes nothing in the result."""
+    """Everything one shard of work needs, picklable: who runs it, and where, changes nothing in the result.
+
+    left_out: rows of the shard that are not computed, with the reason
+    dry: compute the rows and keep nothing
+    """
 
     run: Run
     source: SequenceSource
@@ -122,6 +127,29 @@ class ShardSpec:
     stop: int
     token_budget: int
     lanes: int = 1
+    left_out: Mapping[int, str] = field(default_factory=dict, hash=False)
+    dry: bool = False
+
+    @property
+    def rows(self) -> int:
+        """How many."""
+        return self.stop - self.start
+
+    def work(self, advance: Advance) -> None:
+        """Compute the shard and publish it."""
+        collect_shard(self, advance)
+
+    def probe(self, start: int, stop: int) -> ShardSpec:
+        """Rows `[start, stop)` of the shard alone, computed and forgotten."""
+        return replace(self, start=self.start + start, stop=self.start + stop, dry=True)
+
+    def without(self, rows: SequenceABC[int], reason: str) -> ShardSpec:
+        """The shard in which these rows are left out."""
+        return replace(self, left_out={**self.left_out, **dict.fromkeys(rows, reason)})
+
+    def name_of(self, row: int) -> str:
+        """The id of a row."""
+        return self.source.ids[self.start + row]
 
 
 def collect(
@@ -136,6 +164,7 @@ def collect(
     device: str = "auto",
     what: str = "pool",
     reporter: Reporter | None = None,
+    engine: Engine = LOCAL,
 ) -> dict[View, GradientStore]:
     """Gradient stores of every view at one checkpoint, from one backward pass per batch.
 
@@ -154,6 +183,7 @@ def collect(
         device: `auto`, `cpu`, `cuda`, `cuda:1`, or `map`.
         what: the word for the rows in messages.
         reporter: where progress goes.
+        engine: where shards are computed; they are the same wherever that is.
 
     Raises:
         ConfigError: the Adam view without optimizer state, or no module matches.
@@ -175,7 +205,8 @@ def collect(
             stores[view] = _open_complete(run, run.prefix("gradients", config))
     wanted: list[View] = [view for view, store in stores.items() if store is None]
     if wanted:
-        _collect_missing(run, source, checkpoint, model, wanted, prefixes, settings, dtype, device, what, reporter)
+        work = _Preparation(run, source, model, dtype, device, checkpoint, settings, tuple(wanted))
+        _collect_missing(work, prefixes, what, reporter, engine)
         for view in wanted:
             stores[view] = GradientStore(run.storage, prefixes[view])
     opened = {view: store for view, store in stores.items() if store is not None}
@@ -231,7 +262,7 @@ def store_config(
 def collect_shard(spec: ShardSpec, on_rows: Any = None) -> None:
     """Compute and publish one shard of every view; the process keeps the model for the next one."""
     engine = _engine(spec.model, spec.dtype, spec.device, spec.checkpoint, spec.settings)
-    sequences = spec.source.sequences(spec.start, spec.stop)
+    sequences = [s for s in spec.source.sequences(spec.start, spec.stop) if s.row not in spec.left_out]
     result = engine.rows(
         sequences,
         spec.stop - spec.start,
@@ -240,8 +271,11 @@ def collect_shard(spec: ShardSpec, on_rows: Any = None) -> None:
         spec.lanes,
         on_rows,
     )
+    if spec.dry:
+        return
     ids = spec.source.ids[spec.start : spec.stop]
-    keep = [row for row in range(len(ids)) if row not in result.bad]
+    bad = {**result.bad, **spec.left_out}
+    keep = [row for row in range(len(ids)) if row not in bad]
     counts = [0] * len(ids)
     for sequence in sequences:
         counts[sequence.row] += int((sequence.weights != 0).sum())
@@ -256,7 +290,7 @@ def collect_shard(spec: ShardSpec, on_rows: Any = None) -> None:
             supervised_tokens=[counts[row] for row in keep],
             norm=result.norms[view][keep].tolist(),
             projected_norm=torch.linalg.vector_norm(rows, dim=1).double().tolist(),
-            excluded={ids[row]: reason for row, reason in sorted(result.bad.items())},
+            excluded={ids[row]: reason for row, reason in sorted(bad.items())},
         )
         sums = to_host(result.full_sums[view]) if view in result.full_sums else None
         write(partial(_write, writer, spec.shard, to_host({"rows": rows}), columns, sums))
@@ -357,8 +391,7 @@ class _Engine:
     def shard_rows(self, mean_tokens: float, views: int) -> int:
         """Rows per shard that take about two minutes and whose rows the device holds until they are written."""
         row_bytes = self.projector.dim * self.projector.dtype.itemsize * views
-        by_time = _SHARD_TOKENS.get(self.projector.device.type, 16_384) / mean_tokens
-        return int(max(8, min(4096, by_time, _SHARD_BYTES / row_bytes)))
+        return automatic_shard_rows(mean_tokens, self.projector.device.type, row_bytes)
 
     def token_budget(self, source: SequenceSource, views: SequenceABC[View], lanes: int) -> int:
         """Tokens per batch for the memory at hand: on a GPU from the peaks of two batches of the first rows."""
@@ -408,37 +441,67 @@ def _open_complete(run: Run, prefix: str) -> GradientStore | None:
         return None
 
 
+def automatic_shard_rows(tokens: float, device: str, row_bytes: float) -> int:
+    """Rows of a shard, by their mean number of tokens and by the bytes of a row in all views: what a killed run loses.
+
+    >>> automatic_shard_rows(256, "cpu", 32768), automatic_shard_rows(512, "cuda", 32768)
+    (64, 2048)
+    """
+    by_time = _SHARD_TOKENS.get(device, 16_384) / max(1.0, tokens)
+    return int(max(8, min(4096, by_time, _SHARD_BYTES / row_bytes)))
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What only the model tells: modules without gradients, each view's configuration, and how to cut the work."""
+
+    unreachable: tuple[str, ...]
+    configs: Mapping[View, dict[str, Any]]
+    layout: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class _Preparation:
+    """The task of a worker that has the model: what `_Prepared` holds, and whether Adam's moments are there."""
+
+    run: Run
+    source: SequenceSource
+    model: str
+    dtype: DtypeName
+    device: str
+    checkpoint: Checkpoint
+    settings: Gradients
+    views: tuple[View, ...]
+
+    def work(self, _advance: Advance) -> _Prepared:
+        engine = _engine(self.model, self.dtype, self.device, self.checkpoint, self.settings)
+        if "adam" in self.views:
+            engine.adam()
+        source, settings = self.source, self.settings
+        lanes = automatic_lanes(engine.network, source.longest(), settings.token_budget)
+        mean = max(1.0, sum(source.token_counts()) / max(1, len(source.ids)))
+        layout = {
+            "shard_rows": settings.shard_rows or engine.shard_rows(mean, len(self.views)),
+            "token_budget": settings.token_budget or engine.token_budget(source, self.views, lanes),
+            "lanes": lanes,
+        }
+        configs = {view: engine.config(source, view) for view in self.views}
+        return _Prepared(tuple(engine.modules.unreachable), configs, layout)
+
+
 def _collect_missing(
-    run: Run,
-    source: SequenceSource,
-    checkpoint: Checkpoint,
-    model: str,
-    views: SequenceABC[View],
-    prefixes: Mapping[View, str],
-    settings: Gradients,
-    dtype: DtypeName,
-    device: str,
-    what: str,
-    reporter: Reporter,
+    work: _Preparation, prefixes: Mapping[View, str], what: str, reporter: Reporter, engine: Engine
 ) -> None:
-    engine = _engine(model, dtype, device, checkpoint, settings)
-    for name in engine.modules.unreachable:
+    run, source, views = work.run, work.source, work.views
+    prepared: _Prepared = next(iter(engine.map([work], untold, "preparation")))[1]
+    for name in prepared.unreachable:
         reporter.warn(f"no gradients are taken of {name}")
-    if "adam" in views:
-        engine.adam()
-    lanes = automatic_lanes(engine.network, source.longest(), settings.token_budget)
     count = len(source.ids)
-    mean = max(1.0, sum(source.token_counts()) / max(1, count))
-    default_rows = engine.shard_rows(mean, len(views))
-    layout = {
-        "shard_rows": settings.shard_rows or default_rows,
-        "token_budget": settings.token_budget or engine.token_budget(source, views, lanes),
-        "lanes": lanes,
-    }
+    layout = dict(prepared.layout)
     writers: dict[View, GradientStoreWriter] = {}
     layouts: dict[View, tuple[int, int, int]] = {}
     for view in views:
-        writers[view] = GradientStoreWriter(run.storage, prefixes[view], engine.config(source, view))
+        writers[view] = GradientStoreWriter(run.storage, prefixes[view], prepared.configs[view])
         # The shards of an earlier, interrupted attempt fix how the rest is cut; views cut alike share their passes.
         layout = writers[view].layout(layout)
         layouts[view] = layout["shard_rows"], layout["token_budget"], layout.get("lanes", 1)
@@ -456,15 +519,19 @@ def _collect_missing(
     rows_left = sum(min(shard_rows, count - shard * shard_rows) for shard_rows, _, _, shard in missing)
     if rows_left < count:
         reporter.say(f"{count - rows_left} of {count} {what} rows are there already")
-    label = f"gradients of the {what} at {checkpoint.name.rstrip('/').rsplit('/', 1)[-1]} ({' + '.join(views)})"
-    with reporter.stage(label, rows_left) as advance, writing_behind():
-        for (shard_rows, token_budget, lanes, shard), shard_views in sorted(missing.items()):
-            start, stop = shard * shard_rows, min((shard + 1) * shard_rows, count)
-            spec = ShardSpec(
-                run, source, model, dtype, device, checkpoint, settings,
+    label = f"gradients of the {what} at {work.checkpoint.name.rstrip('/').rsplit('/', 1)[-1]} ({' + '.join(views)})"
+    tasks: list[Task] = []
+    for (shard_rows, token_budget, lanes, shard), shard_views in sorted(missing.items()):
+        start, stop = shard * shard_rows, min((shard + 1) * shard_rows, count)
+        tasks.append(
+            ShardSpec(
+                run, source, work.model, work.dtype, work.device, work.checkpoint, work.settings,
                 {view: prefixes[view] for view in shard_views}, shard, start, stop, token_budget, lanes,
-            )  # fmt: skip
-            collect_shard(spec, advance)
+            )
+        )  # fmt: skip
+    with reporter.stage(label, rows_left) as advance, writing_behind():
+        for _ in engine.map(tasks, advance, "shard"):
+            pass
     for view, writer in writers.items():
         fits = writer.layout(layout)["token_budget"]
         if fits < layouts[view][1]:

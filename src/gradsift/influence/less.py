@@ -132,7 +132,14 @@ class LESS(Settings):
 
 
 def store_inner_products(
-    store: GradientStore, queries: Tensor, *, normalise: bool, out: Tensor | None = None, weight: float = 1.0
+    store: GradientStore,
+    queries: Tensor,
+    *,
+    normalise: bool,
+    out: Tensor | None = None,
+    weight: float = 1.0,
+    start: int = 0,
+    stop: int | None = None,
 ) -> Tensor:
     """Inner products of every stored row with every query, added to `out` `[row query]`, block by block from the map.
 
@@ -146,15 +153,17 @@ def store_inner_products(
         normalise: divide by the rows' and the queries' norms.
         out: `[row query]` float32 to add to; made if None.
         weight: factor of the products.
+        start, stop: rows [start, stop) of the store alone.
     """
+    stop = len(store) if stop is None else stop
     queries = (unit_rows(queries) if normalise else queries).to(torch.float32).contiguous()
     by_column = queries.T.contiguous()  # [dim query]
     count = queries.shape[0]
     if out is None:
-        out = torch.zeros(len(store), count)
-    factors = torch.full((len(store),), weight, dtype=torch.float64)
+        out = torch.zeros(stop - start, count)
+    factors = torch.full((stop - start,), weight, dtype=torch.float64)
     if normalise:
-        norms = store.projected_norms
+        norms = store.projected_norms[start:stop]
         factors = torch.where(norms > 0, weight / norms.clamp_min(1e-300), torch.zeros_like(norms))
     factors = factors.float()
     block = block_rows(count)
@@ -175,7 +184,7 @@ def store_inner_products(
 
         return consume
 
-    over_blocks(store, block, begin)
+    over_blocks(store, block, begin, start, stop)
     return out
 
 
@@ -184,7 +193,9 @@ def block_rows(queries: int) -> int:
     return _FEW_QUERY_ROWS if queries < 8 else _MANY_QUERY_ROWS
 
 
-def over_blocks(store: GradientStore, block: int, begin: Callable[[], BlockConsumer]) -> None:
+def over_blocks(
+    store: GradientStore, block: int, begin: Callable[[], BlockConsumer], start: int = 0, stop: int | None = None
+) -> None:
     """Read a store once, block by block, on all threads.
 
     Args:
@@ -192,18 +203,20 @@ def over_blocks(store: GradientStore, block: int, begin: Callable[[], BlockConsu
         block: rows that are converted at once.
         begin: called once by each thread; what it returns takes each of the thread's blocks as (positions, fp32 rows
             as they are stored `[row dim]`, their scales `[row]` or None). It may change the rows.
+        start, stop: rows [start, stop) alone, whose positions count from 0.
     """
+    first, last = start, len(store) if stop is None else stop
 
     def work(start: int, stop: int) -> None:
         torch.set_num_threads(1)
         buffer, consume, position = torch.empty(block, store.dim), begin(), start
         for stored, scale in store.stored_blocks(start, stop, block):
             count = len(stored)
-            consume(slice(position, position + count), buffer[:count].copy_(stored), scale)
+            consume(slice(position - first, position - first + count), buffer[:count].copy_(stored), scale)
             position += count
 
     threads = torch.get_num_threads()
-    edges = [len(store) * n // threads for n in range(threads + 1)]
+    edges = [first + (last - first) * n // threads for n in range(threads + 1)]
     try:
         with ThreadPoolExecutor(threads) as executor:
             list(executor.map(work, edges[:-1], edges[1:]))

@@ -177,9 +177,11 @@ class PolicyTargets:
             DataError, ConfigError, ModelError: as `sample`.
         """
         pool, sampler = self.pool, sampler_of(self.pool, self.method, checkpoint)
-        key = (f"{pool.run.folder}/{pool.run.prefix('samples', sampler.identity())}", sampler.sampling.samples)
+        key = (f"{pool.run.place}/{pool.run.prefix('samples', sampler.identity())}", sampler.sampling.samples)
         if key not in self.target.drawn:  # an assistant's responses serve all checkpoints
-            self.target.drawn[key] = sample(pool.run, self.target.data.prompts, sampler, reporter=pool.reporter)
+            self.target.drawn[key] = sample(
+                pool.run, self.target.data.prompts, sampler, reporter=pool.reporter, engine=pool.engine
+            )
         return self.target.drawn[key]
 
     def earned_at(self, checkpoint: Checkpoint) -> Earned:
@@ -189,9 +191,9 @@ class PolicyTargets:
             DataError, ConfigError, ModelError: as `reward_responses`.
         """
         samples = self.samples_at(checkpoint)
-        key = (f"{self.pool.run.folder}/{samples.prefix}", samples.samples)
+        key = (f"{self.pool.run.place}/{samples.prefix}", samples.samples)
         if key not in self.target.earned:
-            self.target.earned[key] = reward_responses(self.target, samples, self.pool.reporter)
+            self.target.earned[key] = reward_responses(self.target, samples, self.pool.reporter, self.pool.engine)
         return self.target.earned[key]
 
     def _that_fit(self, responses: tuple[Response, ...]) -> tuple[Response, ...]:

@@ -7,8 +7,8 @@ import inspect
 import json
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceABC
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,11 +23,12 @@ from gradsift.data.load import Columns, load_examples
 from gradsift.data.overlap import hashed, normalised_hash, overlap_of_hashes
 from gradsift.data.sample import RowSample
 from gradsift.errors import ConfigError, DataError, GradsiftError
+from gradsift.execution.engine import LOCAL, Engine
 from gradsift.generation.endpoint import Client, Endpoint, ReplyError, connected
 from gradsift.generation.samples import Samples
 from gradsift.generation.sampling import Prompt, Usage, prompts_of
 from gradsift.models import model_identity
-from gradsift.progress import Reporter
+from gradsift.progress import Advance, Reporter, silent
 from gradsift.rewards.function import Function
 from gradsift.rewards.reward import WeightedSum, check_reward, reward_samples, single_rewards
 from gradsift.rewards.reward_model import RewardModel
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _CHUNK = 256  # responses whose rewards are asked for, and kept, at once: what a killed run loses
+_SHARE = 16  # prompts whose rewards one worker computes before it is given others
 _JUDGED = 64  # the same where each costs a request
 
 
@@ -306,12 +308,12 @@ def read_prompts(
     return Prompts(tuple(examples), tuple(prompt_ids), chat.fingerprint, skipped, loaded.description)
 
 
-def reward_responses(target: PromptTarget, samples: Samples, reporter: Reporter) -> Earned:
+def reward_responses(target: PromptTarget, samples: Samples, reporter: Reporter, engine: Engine = LOCAL) -> Earned:
     """The reward of each response; those that cannot be judged are reported and left out.
 
     Rewards that a file or a setting names are kept beside the responses, under the reward and the row's columns, and
     asked for once; those that failed are tried again next time. Where a judge's server is gone, what was judged before
-    is kept.
+    is kept. What workers of another process can compute is computed and kept there first.
 
     Raises:
         ConfigError: there is no reward, it cannot be called with what there is, or the judge refuses the key or the
@@ -321,13 +323,15 @@ def reward_responses(target: PromptTarget, samples: Samples, reporter: Reporter)
     """
     target.check_reward()
     identity = target.reward_identity()
+    if engine is not LOCAL and identity is not None and target.judge is None:
+        _reward_elsewhere(target, identity, samples, reporter, engine)
     values: Rewards = {}
     problems: list[Problem] = []
     waiting: list[Sample] = []
     total = 0
 
     def under(prompt_id: str) -> dict[str, Any]:
-        return {**(identity or {}), "row": _digest(target.data.row(prompt_id))}
+        return _kept_under(target, identity or {}, prompt_id)
 
     def settle(chat: _Judging | None) -> None:
         for single in single_rewards(target.reward):
@@ -385,6 +389,42 @@ def reward_responses(target: PromptTarget, samples: Samples, reporter: Reporter)
             f"{first.prompt_id!r}, response {first.number}: {first.reason}"
         )
     return Earned(values, tuple(problems), usage)
+
+
+@dataclass(frozen=True)
+class _Rewarding:
+    """The task of computing and keeping the rewards of some prompts' responses."""
+
+    target: PromptTarget
+    samples: Samples
+
+    def work(self, advance: Advance) -> None:
+        """Whatever has no reward is left for the driver to tell."""
+        with suppress(DataError):
+            reward_responses(self.target, self.samples, silent())
+        advance(sum(len(self.samples[prompt_id]) for prompt_id in self.samples))
+
+
+def _kept_under(target: PromptTarget, identity: Mapping[str, Any], prompt_id: str) -> dict[str, Any]:
+    """What the rewards of a prompt's responses are kept under."""
+    return {**identity, "row": _digest(target.data.row(prompt_id))}
+
+
+def _reward_elsewhere(
+    target: PromptTarget, identity: Mapping[str, Any], samples: Samples, reporter: Reporter, engine: Engine
+) -> None:
+    """Have the engine's workers compute and keep the rewards that are not there yet."""
+    missing = {
+        id_: len(own)
+        for id_ in samples
+        if len(own := samples[id_]) > len(samples.rewards(_kept_under(target, identity, id_), id_))
+    }
+    ids, bare = list(missing), replace(target)  # without responses that it has seen
+    tasks = [_Rewarding(bare, samples.part(ids[at : at + _SHARE])) for at in range(0, len(ids), _SHARE)]
+    if tasks:
+        with reporter.stage("rewards, on the workers", sum(missing.values()), "responses") as advance:
+            for _ in engine.map(tasks, advance, "rewards"):
+                pass
 
 
 @dataclass(frozen=True)

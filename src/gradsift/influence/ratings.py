@@ -229,7 +229,7 @@ def _kept_ratings(pool: Pool, rater: Rater) -> dict[str, Rating]:
         try:
             known |= read_json(run.storage, name)["ratings"]
         except CorruptError:
-            pool.reporter.warn(f"{run.path(name)} is truncated or altered: rating its rows again")
+            pool.reporter.warn(f"{run.name(name)} is truncated or altered: rating its rows again")
             run.storage.delete(name)
     waiting = [id_ for id_ in data.ids if keys[id_] not in known]
     found: dict[str, Rating] = {id_: known[keys[id_]] for id_ in data.ids if keys[id_] in known}

@@ -17,6 +17,7 @@ from pydantic import Field
 from gradsift.context import Pool, Target
 from gradsift.data.dataset import Dataset
 from gradsift.errors import ConfigError, DataError
+from gradsift.execution.engine import Engine
 from gradsift.gradients.collect import SequenceSource
 from gradsift.gradients.rows import View
 from gradsift.influence.aggregate import max_of_means, mean_over_targets
@@ -26,8 +27,9 @@ from gradsift.influence.datainf import DataInf, ProjectedInverse, datainf_direct
 from gradsift.influence.deita import DEITA
 from gradsift.influence.dsir import DSIR, dsir_log_ratios, hashed_counts
 from gradsift.influence.ji2s import JI2S, JointTerms, joint_terms, joint_warnings
-from gradsift.influence.less import LESS, store_inner_products
+from gradsift.influence.less import LESS
 from gradsift.influence.nice import NICE, NICEIF, PolicyTargets, TargetsByCheckpoint, check_server, signal_warnings
+from gradsift.influence.products import inner_products
 from gradsift.influence.prompts import Prompts, PromptTarget, RewardSummary
 from gradsift.influence.random import Random, random_scores
 from gradsift.influence.ratings import Ratings, rate
@@ -336,7 +338,7 @@ def influence_matrix(
         queries = pool.collect(source, checkpoint, ["plain"], what="target")["plain"]
         store.check_comparable(queries)
         used += [store.fingerprint, queries.fingerprint]
-        products = _store_products(store, queries, targets.ids, method, weight)
+        products = _store_products(store, queries, targets.ids, method, weight, pool.engine)
         if total is None:
             total, ids = products, list(store.ids)
             continue
@@ -355,17 +357,19 @@ def _store_products(
     target_ids: SequenceABC[str],
     method: Ranker | NICE | NICEIF,
     weight: float,
+    engine: Engine,
 ) -> torch.Tensor:
     """What a method sums over checkpoints, times `weight`, `[row target]`; TRAK's 1 − p is one more column."""
     targets = target_rows(queries, target_ids)
     if isinstance(method, LESS | NICE):
-        return store_inner_products(store, targets, normalise=method.normalise, weight=weight)
+        return inner_products(store, targets, normalise=method.normalise, weight=weight, engine=engine)
     if isinstance(method, TRAK):
         kernel = trak_kernel(store, targets, _target_losses(queries, target_ids), method)
         return torch.cat([kernel, doubt_of(store.losses).float()[:, None]], dim=1) * weight
     assert isinstance(method, DataInf | NICEIF | ProjectedInverse), method
     directions = inverse_directions if isinstance(method, ProjectedInverse) else datainf_directions
-    return store_inner_products(store, directions(store, targets, method.damping), normalise=False, weight=weight)
+    along = directions(store, targets, method.damping)
+    return inner_products(store, along, normalise=False, weight=weight, engine=engine)
 
 
 def _joint_terms(pool: Pool, target: Target | PromptTarget, method: JI2S, excluded: SetABC[str]) -> JointTerms:

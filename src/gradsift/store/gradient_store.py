@@ -77,7 +77,7 @@ class GradientStoreWriter:
             changed = differences(found, self.config)
             if changed:
                 raise MismatchError(
-                    f"{storage.local(self.prefix)} holds gradients that do not belong to this request: "
+                    f"{storage.name(self.prefix)} holds gradients that do not belong to this request: "
                     f"{'; '.join(changed)}. Choose another folder, or ask for the same again"
                 )
         else:
@@ -173,6 +173,8 @@ class GradientStore:
     """A complete gradient store, memory-mapped.
 
     Attributes:
+        name: the path or URL, for messages.
+        path: the folder, of copies where the store lies elsewhere.
         ids: example ids in row order.
         segments: name → (start, stop) columns of each module.
         norms: float64 `[row]`, the gradients' 2-norms before projection.
@@ -193,11 +195,12 @@ class GradientStore:
         self.storage = storage
         self.prefix = prefix.rstrip("/") + "/" if prefix else ""
         self.path = storage.local(self.prefix)
+        self.name = storage.name(self.prefix)
         key = self.prefix + "manifest.json"
         if not storage.exists(key):
             unfinished = storage.exists(self.prefix + "store.json")
             raise StorageError(
-                f"{self.path} is {'an unfinished' if unfinished else 'not a'} gradient store: "
+                f"{self.name} is {'an unfinished' if unfinished else 'not a'} gradient store: "
                 + (
                     "run the command that collects it again, it goes on where it stopped"
                     if unfinished
@@ -268,7 +271,7 @@ class GradientStore:
         if missing:
             why = self.excluded.get(missing[0])
             raise MismatchError(
-                f"{len(missing)} of {len(ids)} ids are not in {self.path}, first {missing[0]!r}"
+                f"{len(missing)} of {len(ids)} ids are not in {self.name}, first {missing[0]!r}"
                 + (f" (left out: {why})" if why else ": the store was collected from other data")
             )
         return (
@@ -295,7 +298,7 @@ class GradientStore:
     def full_sum(self) -> dict[str, Tensor]:
         """The unprojected sum of all rows, module name → float64 `[out in]`; only if it was asked for on collection."""
         if not self.config.get("full_sum"):
-            raise ConfigError(f"{self.path} holds no full-space sum: collect it again with full_sum=True")
+            raise ConfigError(f"{self.name} holds no full-space sum: collect it again with full_sum=True")
         total: dict[str, Tensor] = {}
         for shard in range(len(self._starts) - 1):
             for name, tensor in _map_safetensors(
@@ -323,7 +326,7 @@ class GradientStore:
         changed = differences(found, wanted)
         if changed:
             raise MismatchError(
-                f"target gradients {target.path} do not belong to pool gradients {self.path}: {'; '.join(changed)}. "
+                f"target gradients {target.name} do not belong to pool gradients {self.name}: {'; '.join(changed)}. "
                 "Collect one of them again with the same settings"
             )
 
@@ -336,7 +339,7 @@ class GradientStore:
         for key, digest in files.items():
             if not self.storage.exists(key) or checksum_file(self.storage.local(key)) != digest:
                 raise CorruptError(
-                    f"{self.storage.local(key)} is missing, truncated or altered: run `gradsift collect` again with "
+                    f"{self.storage.name(key)} is missing, truncated or altered: run `gradsift collect` again with "
                     "the same options, only what is damaged is collected anew"
                 )
 

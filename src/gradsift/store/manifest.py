@@ -60,14 +60,14 @@ def read_json(storage: Storage, key: str) -> dict[str, Any]:
         value = json.loads(storage.read(key))
     except (ValueError, RecursionError) as error:
         raise CorruptError(
-            f"{storage.local(key)} is damaged ({error}): delete its folder and run the same command again"
+            f"{storage.name(key)} is damaged ({error}): delete its folder and run the same command again"
         ) from error
     if not isinstance(value, dict):
-        raise CorruptError(f"{storage.local(key)} is damaged (not a JSON object): delete its folder and run again")
+        raise CorruptError(f"{storage.name(key)} is damaged (not a JSON object): delete its folder and run again")
     digest = value.pop(DIGEST, None)
     if digest is not None and not _matches(value, digest):
         raise CorruptError(
-            f"{storage.local(key)} is damaged (its content does not match its digest): delete its folder and run the "
+            f"{storage.name(key)} is damaged (its content does not match its digest): delete its folder and run the "
             "same command again"
         )
     return value

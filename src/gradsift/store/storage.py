@@ -43,6 +43,18 @@ class Storage(Protocol):
     def local(self, key: str) -> Path:
         """A path to the object's bytes on this machine, to be memory-mapped or given to another library, read only."""
 
+    def folder(self, key: str) -> Path:
+        """A folder on this machine with all objects under the key, to be given to another library, read only."""
+
+    def name(self, key: str) -> str:
+        """What messages call an object."""
+
+    def publish_with(self, key: str, write: Callable[[Path], None]) -> None:
+        """Publish what `write` puts at the path it is given: for what should not lie in memory."""
+
+    def publish_folder(self, key: str, write: Callable[[Path], None]) -> None:
+        """Publish the files that `write` puts into the folder it is given."""
+
 
 class LocalStorage:
     """Storage in a folder: an object is written under a temporary name, flushed to disk, then renamed."""
@@ -127,6 +139,22 @@ class LocalStorage:
     def local(self, key: str) -> Path:
         """The object's own path."""
         return self.root / key
+
+    def folder(self, key: str) -> Path:
+        """The folder itself."""
+        return self.root / key
+
+    def name(self, key: str) -> str:
+        """Its path."""
+        return str(self.root / key)
+
+
+def cache_folder() -> Path:
+    """Where gradsift keeps what it fetches once: `$GRADSIFT_CACHE`, else `$XDG_CACHE_HOME/gradsift` or `~/.cache/…`."""
+    explicit = os.environ.get("GRADSIFT_CACHE")
+    if explicit:
+        return Path(explicit)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gradsift"
 
 
 def checksum(data: bytes | memoryview) -> str:

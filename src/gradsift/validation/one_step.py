@@ -305,7 +305,7 @@ class StoredSteps:
         found = (config["projection"]["kind"], config["view"], config["loss"])
         if found != ("none", "plain", "token_mean"):
             raise MismatchError(
-                f"{store.path} holds rows of projection {found[0]}, view {found[1]} and loss {found[2]}, but a step "
+                f"{store.name} holds rows of projection {found[0]}, view {found[1]} and loss {found[2]}, but a step "
                 "needs none, plain and token_mean: collect with projection none"
             )
         rows = [(segment["name"], tuple(segment["shape"])) for segment in config["segments"]]
@@ -313,7 +313,7 @@ class StoredSteps:
         if rows != modules:
             first = next((pair for pair in zip(rows, modules, strict=False) if pair[0] != pair[1]), (None, None))
             raise MismatchError(
-                f"{store.path} holds gradients of {len(rows)} modules, the model has {len(modules)} to move; they "
+                f"{store.name} holds gradients of {len(rows)} modules, the model has {len(modules)} to move; they "
                 f"first differ at {first[0]} against {first[1]}: collect them again at this model and adapter"
             )
         self.model, self.store = model, store

@@ -226,7 +226,7 @@ def validate(
         },
         route=bench.route,
         settings=settings,
-        path=str(pool.run.path("validation.json")),
+        path=pool.run.name("validation.json"),
         pool=pool,
     )
     pool.run.publish_json("validation.json", found.as_dict())

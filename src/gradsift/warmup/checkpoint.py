@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gradsift.errors import ConfigError, CorruptError, MismatchError, ModelError
 from gradsift.models import adapter_identity, parameter_name
+from gradsift.store.remote import at_hand, is_url
 
 ADAM_FILE = "adam.safetensors"
 INFO_FILE = "checkpoint.json"
@@ -59,7 +60,7 @@ class Checkpoint:
                 f"{ADAM_FILE}, optimizer.pt, optimizer.bin). Save it while training (Trainer does, unless "
                 "save_only_model=True), warm up with `gradsift warmup`, or score with --optimizer sgd"
             )
-        with Path(self.optimizer).open("rb") as file:
+        with Path(at_hand(self.optimizer)).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
@@ -77,14 +78,15 @@ def open_checkpoint(adapter: str) -> Checkpoint:
 
     The learning rate is read from gradsift's checkpoint.json or averaged over the last epoch in trainer_state.json.
     """
-    folder = Path(adapter)
+    folder = Path(at_hand(adapter))
     if not folder.is_dir():
         if folder.exists() or adapter.startswith((".", "/", "~")):
             raise ModelError(f"{adapter} is not a folder: --adapter needs a PEFT adapter's folder or a hub id")
         return Checkpoint(adapter)
     adapter_identity(folder)
     found = [folder / name for name in (ADAM_FILE, "optimizer.pt", "optimizer.bin") if (folder / name).is_file()]
-    return Checkpoint(str(folder), _learning_rate(folder), str(found[0]) if found else None)
+    place = adapter.rstrip("/") if is_url(adapter) else str(folder)  # another machine has no copy yet
+    return Checkpoint(place, _learning_rate(folder), f"{place}/{found[0].name}" if found else None)
 
 
 def trained_parameters(network: Any) -> dict[str, tuple[int, ...]]:
@@ -131,7 +133,7 @@ def load_moments(checkpoint: Checkpoint, parameters: Mapping[str, tuple[int, ...
     """
     checkpoint.optimizer_identity()
     assert checkpoint.optimizer is not None
-    path = Path(checkpoint.optimizer)
+    path = Path(at_hand(checkpoint.optimizer))
     moments = _read_named(path) if path.name == ADAM_FILE else _from_torch(_read_torch(path), parameters, path)
     for name, shape in parameters.items():
         for kind, values in (("exp_avg", moments.exp_avg), ("exp_avg_sq", moments.exp_avg_sq)):

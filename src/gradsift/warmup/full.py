@@ -79,7 +79,7 @@ def train_fully(
         release_models()
         refuse_too_large(model, precision, device)
     train_as(form, run, prefix, config, data, ids, settings, seed=seed, what=what, reporter=reporter or silent())
-    return [str(run.path(f"{prefix}epoch-{epoch}")) for epoch in range(1, settings.epochs + 1)]
+    return [run.name(f"{prefix}epoch-{epoch}") for epoch in range(1, settings.epochs + 1)]
 
 
 def refuse_too_large(model: str, dtype: DtypeName, device: str) -> None:
@@ -146,7 +146,7 @@ class _Models:
             give_back_memory()
 
     def _loaded(self, finished: int) -> Any:
-        source = str(self._run.path(f"{self._prefix}epoch-{finished}")) if finished else self._model
+        source = self._run.name(f"{self._prefix}epoch-{finished}") if finished else self._model
         if self._network is None:
             self._network = load_model(source, dtype=self._dtype, device=self._device)
         return self._network

@@ -329,7 +329,7 @@ def _check_seed(seed: int) -> None:
 def _checkpoint(run: Run, prefix: str, epoch: int) -> Checkpoint:
     folder = f"{prefix}epoch-{epoch}"
     rate = float(read_json(run.storage, f"{folder}/{INFO_FILE}")["learning_rate"])
-    return Checkpoint(str(run.path(folder)), rate, str(run.path(f"{folder}/{ADAM_FILE}")))
+    return Checkpoint(run.name(folder), rate, run.name(f"{folder}/{ADAM_FILE}"))
 
 
 class _Adapters:
@@ -520,12 +520,12 @@ class _Job:
             state = TrainingState(*self.form.state(finished))
         except (SafetensorError, KeyError) as error:
             raise CorruptError(
-                f"what an interrupted training left in {self.run.path(self.prefix)} cannot be read ({error}): "
+                f"what an interrupted training left in {self.run.name(self.prefix)} cannot be read ({error}): "
                 "delete that folder and run the same command again"
             ) from error
         if state.step != start:
             raise CorruptError(
-                f"what {self.run.path(self.prefix)} holds of epoch {finished} is of step {state.step}, expected "
+                f"what {self.run.name(self.prefix)} holds of epoch {finished} is of step {state.step}, expected "
                 f"{start}: delete that folder and run the same command again"
             )
         return state

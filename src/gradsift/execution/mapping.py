@@ -1,0 +1,238 @@
+"""Tasks on workers that may die: tried again, searched for the rows that bring workers down, overtaken when slow."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from gradsift.errors import WorkerError
+from gradsift.execution.actors import Actors
+from gradsift.execution.engine import Divisible, Task
+from gradsift.progress import Advance, Reporter
+
+_TRIES = 3  # workers that a task may bring down before its rows are searched
+_POLL_SECONDS = 1.0
+_STRAGGLER = 3.0  # times the median after which a task is started once more
+_STRAGGLER_SECONDS = 30.0
+_SILENCE_SECONDS = 900.0  # in which the first worker must have said something
+
+
+@dataclass(eq=False)
+class _Job:
+    """A task that waits or runs.
+
+    deaths: workers that it has brought down
+    told: units of it that `advance` has heard of
+    probe: rows [start, stop) of the task, which are tried by themselves
+    asked: how far it is, once the worker answers
+    """
+
+    position: int
+    task: Task
+    deaths: int = 0
+    probe: tuple[int, int] | None = None
+    worker: Any = None
+    began: float = 0.0
+    told: float = 0.0
+    asked: Any = None
+
+
+@dataclass
+class _Search:
+    """Which rows of a task bring workers down: halves are tried until single rows are left."""
+
+    task: Divisible
+    open: int = 0
+    guilty: list[int] = field(default_factory=list)
+
+
+class Mapping:
+    """One `Engine.map` under way.
+
+    Args:
+        actors: who works.
+        reporter: where lost workers are told.
+        tasks, advance, what: see `Engine.map`.
+    """
+
+    def __init__(self, actors: Actors, reporter: Reporter, tasks: Sequence[Task], advance: Advance, what: str) -> None:
+        self._actors, self._reporter, self._advance, self._what = actors, reporter, advance, what
+        self._ray = actors.ray
+        self._waiting = deque(_Job(position, task) for position, task in enumerate(tasks))
+        self._running: dict[Any, _Job] = {}  # by the reference of the result
+        self._searches: dict[int, _Search] = {}
+        self._left = set(range(len(tasks)))
+        self._took: list[float] = []
+        self._lost = 0
+        self._heard = False
+
+    def results(self) -> Iterator[tuple[int, Any]]:
+        """Results with their positions, as they come."""
+        begun = time.monotonic()
+        try:
+            while self._left:
+                self._fill()
+                ready, _ = self._ray.wait(list(self._running), num_returns=1, timeout=_POLL_SECONDS)
+                self._listen()
+                for reference in ready:
+                    found = self._finish(reference)
+                    if found is not None:
+                        yield found
+                if not self._heard and time.monotonic() - begun > _SILENCE_SECONDS:
+                    raise WorkerError(
+                        f"no worker has begun in {_SILENCE_SECONDS / 60:.0f} minutes: `ray status` says whether the "
+                        "cluster has room for them"
+                    )
+            if self._lost:
+                count = "1 worker was" if self._lost == 1 else f"{self._lost} workers were"
+                self._reporter.warn(f"{count} lost; the work was done again by others")
+        finally:
+            # Given up half way, or overtaken: a worker in the middle of a task is of no use to the next.
+            for job in self._running.values():
+                self._actors.end(job.worker)
+
+    def _fill(self) -> None:
+        """Give every worker something to do."""
+        while self._waiting and len(self._running) < self._actors.count:
+            job = self._waiting.popleft()
+            if job.position in self._left:
+                self._begin(job)
+        if len(self._running) < self._actors.count and self._took:
+            self._double()
+
+    def _begin(self, job: _Job) -> None:
+        job.worker, job.began, job.told, job.asked = self._actors.take(), time.monotonic(), 0.0, None
+        self._running[job.worker.run.remote(job.task)] = job
+
+    def _double(self) -> None:
+        """Start the slowest task once more, as a worker has nothing else to do."""
+        limit = max(_STRAGGLER_SECONDS, _STRAGGLER * statistics.median(self._took))
+        copies = Counter(job.position for job in self._running.values())
+        now = time.monotonic()
+        slow = [
+            job for job in self._running.values()
+            if job.probe is None and copies[job.position] == 1 and now - job.began > limit
+        ]  # fmt: skip
+        if slow:
+            slowest = min(slow, key=lambda job: job.began)
+            self._begin(_Job(slowest.position, slowest.task, slowest.deaths))
+
+    def _finish(self, reference: Any) -> tuple[int, Any] | None:
+        """What a worker has done, or what became of it."""
+        job = self._running.pop(reference)
+        errors = self._ray.exceptions
+        try:
+            result, done = self._ray.get(reference)
+        except errors.RayTaskError as error:
+            if isinstance(error.cause, BaseException):
+                raise error.cause from error
+            raise
+        except errors.RayError as error:  # the worker or its node has died, or its result is lost with it
+            self._died(job, error)
+            return None
+        self._heard = True
+        self._actors.give_back(job.worker)
+        if job.probe is not None:
+            self._searches[job.position].open -= 1
+            self._conclude(job.position)
+            return None
+        self._tell(job, done)
+        self._left.discard(job.position)
+        self._took.append(time.monotonic() - job.began)
+        self._end_copies(job.position)
+        return job.position, result
+
+    def _end_copies(self, position: int) -> None:
+        """End whoever else is at a task that is done."""
+        for reference, job in list(self._running.items()):
+            if job.position == position:
+                del self._running[reference]
+                self._actors.end(job.worker)
+                self._tell(job, 0.0)
+
+    def _died(self, job: _Job, error: Exception) -> None:
+        """Try again, search, or give up."""
+        self._lost += 1
+        self._tell(job, 0.0)
+        job.deaths += 1
+        number = f"{self._what} {job.position}"
+        if job.probe is not None:
+            self._suspect(job, job.probe)
+        elif job.deaths < _TRIES:
+            self._reporter.warn(f"a worker was lost at {number}: it is tried again")
+            self._waiting.appendleft(job)
+        elif isinstance(job.task, Divisible) and job.position not in self._searches:
+            self._reporter.warn(f"{number} has brought down {job.deaths} workers: searching for the rows that do")
+            self._searches[job.position] = _Search(job.task)
+            self._halve(job.position, 0, job.task.rows)
+        else:
+            raise WorkerError(
+                f"{number} has brought down {job.deaths} workers ({_reason(error)}): give them more memory, or look "
+                "at Ray's logs. What is complete stays: the same command goes on there"
+            )
+
+    def _suspect(self, job: _Job, rows: tuple[int, int]) -> None:
+        """Rows have brought a worker down: look closer, or find a single one guilty."""
+        search, (start, stop) = self._searches[job.position], rows
+        if stop - start == 1 and job.deaths < 2:  # once may have been chance
+            self._waiting.appendleft(job)
+            return
+        search.open -= 1
+        if stop - start == 1:
+            search.guilty.append(start)
+        else:
+            self._halve(job.position, start, stop)
+        self._conclude(job.position)
+
+    def _halve(self, position: int, start: int, stop: int) -> None:
+        """Have both halves of rows `[start, stop)` tried."""
+        search, middle = self._searches[position], (start + stop + 1) // 2
+        for part in ((start, middle), (middle, stop)):
+            if part[0] < part[1]:
+                search.open += 1
+                self._waiting.appendleft(_Job(position, search.task.probe(*part), probe=part))
+
+    def _conclude(self, position: int) -> None:
+        """Once all halves are tried, do the task without what brings workers down."""
+        search = self._searches[position]
+        if search.open:
+            return
+        task: Task = search.task
+        if search.guilty:
+            guilty = sorted(search.guilty)
+            names = ", ".join(search.task.name_of(row) for row in guilty[:3])
+            count = "1 row brings its" if len(guilty) == 1 else f"{len(guilty)} rows bring their"
+            self._reporter.warn(f"{count} workers down and {'is' if len(guilty) == 1 else 'are'} left out: {names}"
+                                f"{' …' if len(guilty) > 3 else ''}")  # fmt: skip
+            task = search.task.without(guilty, "worker_died")
+        self._waiting.appendleft(_Job(position, task, deaths=_TRIES - 1))
+
+    def _listen(self) -> None:
+        """Tell what the workers have done since the last time."""
+        for job in self._running.values():
+            if job.probe is not None:
+                continue
+            if job.asked is not None:
+                answered, _ = self._ray.wait([job.asked], timeout=0)
+                if not answered:
+                    continue  # it has not started yet, or is too busy
+                try:
+                    self._tell(job, max(job.told, self._ray.get(job.asked)))
+                except self._ray.exceptions.RayError:
+                    continue  # its result will tell why
+                self._heard = True
+            job.asked = job.worker.done.remote()
+
+    def _tell(self, job: _Job, done: float) -> None:
+        """So many units of a job are done."""
+        if done != job.told:
+            self._advance(done - job.told)
+            job.told = done
+
+
+def _reason(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,58 @@
+"""Inner products of a store with queries, by whoever does the work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from gradsift.execution.engine import LOCAL, Engine
+from gradsift.influence.less import store_inner_products
+from gradsift.progress import Advance, untold
+from gradsift.store.gradient_store import GradientStore
+from gradsift.store.storage import Storage
+
+_SHARE_ROWS = 65_536  # that a worker reads before it is given others: 1 GB at 8192 dimensions
+_SHARE_VALUES = 1 << 22  # that it sends back at once: 16 MB
+
+
+@dataclass(frozen=True)
+class _Products:
+    """The task of some rows of a store."""
+
+    storage: Storage
+    prefix: str
+    queries: Tensor
+    start: int
+    stop: int
+    normalise: bool
+    weight: float
+
+    def work(self, advance: Advance) -> Tensor:
+        """`[row query]`."""
+        store = GradientStore(self.storage, self.prefix, verify=False)  # the driver has looked at every byte
+        found = store_inner_products(
+            store, self.queries, normalise=self.normalise, weight=self.weight, start=self.start, stop=self.stop
+        )
+        advance(self.stop - self.start)
+        return found
+
+
+def inner_products(
+    store: GradientStore, queries: Tensor, *, normalise: bool, weight: float = 1.0, engine: Engine = LOCAL
+) -> Tensor:
+    """`store_inner_products` on the engine's workers, which read the store's rows where it lies `[row query]`."""
+    if engine is LOCAL:
+        return store_inner_products(store, queries, normalise=normalise, weight=weight)
+    share = max(1, min(_SHARE_ROWS, _SHARE_VALUES // max(1, len(queries))))
+    edges = [*range(0, len(store), share), len(store)]
+    tasks = [
+        _Products(store.storage, store.prefix, queries, start, stop, normalise, weight)
+        for start, stop in pairwise(edges)
+    ]
+    out = torch.empty(len(store), len(queries))
+    for position, found in engine.map(tasks, untold, "scores"):
+        out[edges[position] : edges[position + 1]] = found
+    return out

@@ -1,0 +1,47 @@
+"""One Ray cluster and one pair of workers for all tests of this folder: starting them takes longer than most tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from gradsift.execution.actors import RayCluster
+from gradsift.execution.ray import RayEngine
+from ray_tasks import Listening
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[None]:
+    """Eight cores, as far as Ray knows."""
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'gradsift[ray]'")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        first = RayEngine(RayCluster(workers=8))
+        assert first.workers == 8
+        yield
+        first.close()
+
+
+@pytest.fixture(scope="session")
+def pair(cluster: None) -> Iterator[RayEngine]:
+    engine = RayEngine(RayCluster(workers=2))
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+def engine(pair: RayEngine) -> RayEngine:
+    """Two workers, whose losses this test hears of."""
+    pair.reporter = Listening()
+    return pair
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As many as a worker has, so that results have the same bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

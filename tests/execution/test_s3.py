@@ -1,0 +1,142 @@
+"""Runs in a bucket, on a local S3 server: the results of a folder, one process at a time, and going on."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gradsift import models
+from gradsift.errors import ConfigError, LockedError, StorageError
+from gradsift.run import Run
+from gradsift.store import remote
+from gradsift.store.remote import RemoteStorage
+from processes import python
+from tiny_world import World
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.usefixtures("one_thread"),
+]
+
+
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A bucket on a server of this process."""
+    pytest.importorskip("s3fs", reason="s3fs is not installed: pip install 'gradsift[s3]'")
+    moto = pytest.importorskip("moto.server", reason="moto is not installed: pip install 'moto[s3,server]'")
+    server = moto.ThreadedMotoServer(port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("GRADSIFT_CACHE", str(tmp_path_factory.mktemp("copies")))
+        RemoteStorage("s3://tests")._fs.mkdir("tests")
+        yield "s3://tests"
+    server.stop()
+
+
+def test_without_s3fs_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A URL whose protocol's library is missing names the extra; one of no protocol at all is refused."""
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    monkeypatch.delitem(import_module("fsspec.registry")._registry, "s3", raising=False)
+    with pytest.raises(ConfigError, match=r"s3://bucket/run: .*pip install 'gradsift\[s3\]'"):
+        Run("s3://bucket/run")
+    with pytest.raises(ConfigError, match="no URL that can be written to"):
+        Run("nowhere://bucket/run")
+
+
+def test_objects_in_a_bucket_are_as_files_in_a_folder(bucket: str, tmp_path: Path) -> None:
+    """Published whole, listed sorted by prefix, replaced, deleted; a copy is fetched again only after a change; what is
+    not there says so with its URL."""
+    storage = RemoteStorage(f"{bucket}/objects")
+    assert storage.list("") == []
+    for key in ("b/2", "a/1", "b/10", "b2"):
+        storage.publish(key, key.encode())
+    assert storage.list("") == ["a/1", "b/10", "b/2", "b2"]
+    assert (storage.list("b/"), storage.list("b/1")) == (["b/10", "b/2"], ["b/10"])
+    copy = storage.local("a/1")
+    assert copy.read_bytes() == b"a/1"
+    before = copy.stat().st_mtime_ns
+    assert storage.local("a/1").stat().st_mtime_ns == before
+    storage.publish("a/1", b"replaced")
+    assert storage.local("a/1").read_bytes() == storage.read("a/1") == b"replaced"
+    storage.publish_folder("c", lambda folder: (folder / "x").write_bytes(b"x") and None)
+    assert (storage.folder("c") / "x").read_bytes() == b"x"
+    storage.delete("a/1")
+    assert not storage.exists("a/1")
+    with pytest.raises(StorageError, match=r"cannot read s3://tests/objects/a/1: it is not there"):
+        storage.read("a/1")
+    assert not storage.create("b2", b"another")
+    assert storage.read("b2") == b"b2"
+
+
+def test_a_choice_in_a_bucket_is_that_of_a_folder(
+    tiny: World, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Warm-up, gradients, scores and choice are those of a local run; on another machine, without copies, the same
+    command finds all of it and loads no model."""
+    place = f"{bucket}/runs/math"
+    given = ("--budget", "4", "--json")
+    here = tiny("select", tmp_path / "run", *given).succeeded().json
+    there = tiny("select", place, *given).succeeded().json
+    assert there["out"] == place
+    assert there["files"]["selected.jsonl"] == f"{place}/selected.jsonl"
+    storage = RemoteStorage(place)
+    for name in ("selected.jsonl", "scores.parquet"):
+        assert storage.read(name) == (tmp_path / "run" / name).read_bytes(), name
+    assert here["selections"] == there["selections"]
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    with monkeypatch.context() as patch:
+        patch.setenv("GRADSIFT_CACHE", str(tmp_path / "another machine"))
+        models._HOSTS.clear()
+        patch.setattr(models, "load_model", refuse)
+        assert tiny("select", place, *given).succeeded().json["selections"] == there["selections"]
+
+
+def test_one_process_at_a_time_works_in_a_bucket(tiny: World, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the claim is renewed, a second command is refused; afterwards, and when a dead holder's claim has run out,
+    the run is free."""
+    place = f"{bucket}/runs/locked"
+    with Run(place).lock():
+        refused = tiny("collect", place)
+        assert refused.code == 1
+        assert f"another process works on {place}" in refused.err
+    monkeypatch.setattr(remote, "_LEASE_SECONDS", 0.9)
+    with Run(place).lock():
+        pass
+    dead: dict[str, Any] = {"owner": "gone", "renewed": time.time() - 5}
+    RemoteStorage(place).publish("lock", json.dumps(dead).encode())
+    with Run(place).lock(), pytest.raises(LockedError, match="another process works on"), Run(place).lock():
+        pass
+    assert not RemoteStorage(place).exists("lock")
+
+
+@pytest.mark.slow
+def test_workers_write_into_a_bucket(tiny: World, bucket: str, tmp_path: Path) -> None:
+    """Two workers put the shards into the bucket, with the bytes that this process leaves in a folder."""
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'gradsift[ray]'")
+    place, errors = f"{bucket}/runs/ray", tmp_path / "errors"
+    options = ("--adapter", tiny.adapters[-1], "--shard-rows", 5, "--token-budget", "64")
+    tiny("collect", tmp_path / "run", *options).succeeded()
+    driver = python(
+        "-m", "gradsift", *tiny.arguments("collect", place, *options, "--engine", "ray", "--workers", 2), errors=errors
+    )
+    assert driver.wait(400) == 0, errors.read_text()
+    storage = RemoteStorage(place)
+    shards = [key for key in storage.list("gradients/") if "shard-" in key]
+    assert len(shards) >= 5
+    for key in shards:
+        assert storage.read(key) == (tmp_path / "run" / key).read_bytes(), key

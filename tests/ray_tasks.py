@@ -1,0 +1,187 @@
+"""Tasks for tests of engines, in a module that workers can import, and a reporter that remembers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from gradsift.errors import DataError
+from gradsift.progress import Advance, Reporter
+
+
+class Listening(Reporter):
+    """Keeps its warnings."""
+
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+        self.warned: list[str] = []
+
+    def warn(self, message: str) -> None:
+        self.warned.append(message)
+
+
+def warned(engine: Any) -> str:
+    """All that an engine has warned of."""
+    assert isinstance(engine.reporter, Listening)
+    return "\n".join(engine.reporter.warned)
+
+
+@dataclass(frozen=True)
+class Square:
+    """Squares a number, in as many steps as it counts, and says which threads it had."""
+
+    number: int
+
+    def work(self, advance: Advance) -> tuple[int, int, int]:
+        import torch
+
+        advance(self.number)
+        return self.number**2, torch.get_num_threads(), os.getpid()
+
+
+@dataclass(frozen=True)
+class Refuse:
+    """Raises an error of ours."""
+
+    def work(self, advance: Advance) -> None:
+        raise DataError("row 7 cannot be read: mend it")
+
+
+@dataclass(frozen=True)
+class DieOnce:
+    """Ends its process in the middle, the first so many times."""
+
+    marks: str
+    times: int = 1
+
+    def work(self, advance: Advance) -> str:
+        advance(5)
+        deaths = len(list(Path(self.marks).iterdir()))
+        if deaths < self.times:
+            (Path(self.marks) / f"{deaths}").touch()
+            os._exit(1)
+        advance(5)
+        return "done"
+
+
+@dataclass(frozen=True)
+class SlowOnce:
+    """Sleeps for long the first time."""
+
+    mark: str
+
+    def work(self, advance: Advance) -> str:
+        if not Path(self.mark).exists():
+            Path(self.mark).touch()
+            time.sleep(600)
+            return "slept"
+        return "done"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Adds up rows, of which some end the process."""
+
+    values: tuple[int, ...]
+    deadly: frozenset[int]
+    left_out: tuple[int, ...] = ()
+    start: int = 0
+    stop: int | None = None
+    reasons: dict[int, str] = field(default_factory=dict, hash=False)
+
+    @property
+    def rows(self) -> int:
+        return len(self.values)
+
+    def work(self, advance: Advance) -> Any:
+        for row in range(self.start, self.rows if self.stop is None else self.stop):
+            if row in self.left_out:
+                continue
+            if row in self.deadly:
+                os._exit(1)
+            advance()
+        return sum(value for row, value in enumerate(self.values) if row not in self.left_out), self.reasons
+
+    def probe(self, start: int, stop: int) -> Rows:
+        return Rows(self.values, self.deadly, self.left_out, start, stop)
+
+    def without(self, rows: Sequence[int], reason: str) -> Rows:
+        return Rows(self.values, self.deadly, (*self.left_out, *rows), reasons=dict.fromkeys(rows, reason))
+
+    def name_of(self, row: int) -> str:
+        return f"row-{row}"
+
+
+@dataclass(frozen=True)
+class Killing:
+    """A shard of gradients in which a process is killed: at a row, always, or once in the middle."""
+
+    shard: Any
+    row: str | None = None
+    mark: str | None = None
+
+    @property
+    def rows(self) -> int:
+        return self.shard.rows  # type: ignore[no-any-return]
+
+    def work(self, advance: Advance) -> Any:
+        from gradsift.gradients.collect import collect_shard
+
+        spec = self.shard
+        left = [id_ for row, id_ in enumerate(spec.source.ids[spec.start : spec.stop]) if row not in spec.left_out]
+        if self.row in left:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.mark is None or Path(self.mark).exists():
+            return spec.work(advance)
+        Path(self.mark).touch()
+
+        def kill(rows: float = 1) -> None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        return collect_shard(spec, kill)
+
+    def probe(self, start: int, stop: int) -> Killing:
+        return replace(self, shard=self.shard.probe(start, stop))
+
+    def without(self, rows: Sequence[int], reason: str) -> Killing:
+        return replace(self, shard=self.shard.without(rows, reason))
+
+    def name_of(self, row: int) -> str:
+        return self.shard.name_of(row)  # type: ignore[no-any-return]
+
+
+class Saboteur:
+    """An engine whose shards kill the processes they run in."""
+
+    def __init__(self, engine: Any, **how: Any) -> None:
+        self.engine, self.how = engine, how
+
+    @property
+    def workers(self) -> int:
+        return self.engine.workers  # type: ignore[no-any-return]
+
+    def map(self, tasks: Sequence[Any], advance: Advance, what: str) -> Iterator[tuple[int, Any]]:
+        wrapped = [Killing(task, **self.how) if what == "shard" else task for task in tasks]
+        yield from self.engine.map(wrapped, advance, what)
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Says on which node it runs, and waits there to be killed, the first time."""
+
+    mark: str
+
+    def work(self, advance: Advance) -> str:
+        import ray
+
+        node = ray.get_runtime_context().get_node_id()
+        if not Path(self.mark).exists():
+            Path(f"{self.mark}.new").write_text(node)
+            Path(f"{self.mark}.new").replace(self.mark)
+            time.sleep(600)
+        return node

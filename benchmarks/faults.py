@@ -283,7 +283,7 @@ def complete(out: Path) -> dict[str, tuple[int, int]]:
             continue
         if epoch and not (path.parent / "checkpoint.json").exists():
             continue
-        if key.startswith("data/") and not (path.parent / "manifest.json").exists():
+        if key.startswith(("data/", "embeddings/")) and not (path.parent / "manifest.json").exists():
             continue
         if path.name in ("rows.parquet", "partial.safetensors"):
             continue
@@ -492,6 +492,29 @@ def altered(bench: Bench, jobs: list[Job], kills: int) -> None:
                 name = "cut in half" if damage is _truncate else "one bit flipped"
                 bench.record(Outcome("altered", f"{kind} {name}", tidy(happened, bench), equal))
                 shutil.rmtree(out)
+
+
+def altered_together(bench: Bench, jobs: list[Job], kills: int) -> None:
+    """One file of every kind at once; run.json and rewards, which end with a message and a remedy, are left out."""
+    generator = random.Random(bench.seed + 4)
+    for job in jobs:
+        kinds = {kind: keys for kind, keys in kinds_of(job).items() if kind != "run.json" and "/reward-" not in kind}
+        for damage, name in ((_truncate, "cut in half"), (_flip, "one bit flipped")):
+            out = bench.work / "together"
+            shutil.copytree(job.whole, out)
+            for keys in kinds.values():
+                path = out / generator.choice(keys)
+                path.write_bytes(damage(path.read_bytes()))
+            ended = bench.run(job.arguments(out), out)
+            wrong = differing(job.wanted, content_of(out))
+            unread = [key for key in wrong if re.fullmatch(r"gradients/.*\.json", key)]  # of complete stores
+            told = sum("altered" in line or "damaged" in line for line in ended.text.splitlines())
+            wrong = [key for key in wrong if key not in unread]
+            happened = f"exit {ended.code}, told in {told} lines" + (f", DIFFERS: {wrong[:4]}" if wrong else ", mended")
+            happened += "" if ended.code == 0 else f" {ended.said}"
+            fault = f"{job.name}: a file of each of {len(kinds)} kinds {name}, all at once"
+            bench.record(Outcome("altered", fault, tidy(happened, bench), not wrong and ended.code == 0))
+            shutil.rmtree(out)
 
 
 def mended(bench: Bench, job: Job, out: Path, key: str, ended: Ended) -> tuple[str, bool]:
@@ -736,7 +759,7 @@ FAULTS: dict[str, list[Callable[[Bench, list[Job], int], None]]] = {
     "kill": [kill, killed_often],
     "interrupt": [interrupt, interrupt_at_start],
     "disk": [disk_full, read_only],
-    "altered": [altered],
+    "altered": [altered_together, altered],
     "clock": [clock],
     "two processes": [crowded],
     "swapped": [swapped],

@@ -18,38 +18,46 @@ from tempfile import TemporaryDirectory
 
 import atheris
 
-with atheris.instrument_imports(include=["gradsift"]):
-    from gradsift.data.load import load_examples
-    from gradsift.errors import GradsiftError
-    from gradsift.recipe import load_recipes
-    from gradsift.run import Run
-    from gradsift.store.gradient_store import _map_safetensors
+from gradsift.errors import GradsiftError
+
+INSTRUMENTED = ["gradsift.data", "gradsift.recipe", "gradsift.store"]
 
 
-def pool(suffix: str) -> Callable[[Path], None]:
-    def read(path: Path) -> None:
-        load_examples(str(path.rename(path.with_suffix(suffix))))
+def pool(suffix: str) -> Callable[[Path], object]:
+    with atheris.instrument_imports(include=INSTRUMENTED):
+        from gradsift.data.load import load_examples
 
-    return read
-
-
-def manifest(path: Path) -> None:
-    folder = path.parent / "data" / "1"
-    folder.mkdir(parents=True)
-    path.rename(folder / "manifest.json")
-    Run(path.parent).manifest("data/1/")
+    return lambda path: load_examples(str(path.rename(path.with_suffix(suffix))))
 
 
-def store(path: Path) -> None:
-    _map_safetensors(path)
+def recipe(_: str) -> Callable[[Path], object]:
+    with atheris.instrument_imports(include=INSTRUMENTED):
+        from gradsift.recipe import load_recipes
+
+    return load_recipes
 
 
-TARGETS: dict[str, Callable[[Path], object]] = {
-    "jsonl": pool(".jsonl"),
-    "json": pool(".json"),
-    "csv": pool(".csv"),
-    "parquet": pool(".parquet"),
-    "recipe": load_recipes,
+def manifest(_: str) -> Callable[[Path], object]:
+    with atheris.instrument_imports(include=INSTRUMENTED):
+        from gradsift.store.manifest import read_json
+        from gradsift.store.storage import LocalStorage
+
+    return lambda path: read_json(LocalStorage(path.parent), path.name)
+
+
+def store(_: str) -> Callable[[Path], object]:
+    with atheris.instrument_imports(include=INSTRUMENTED):
+        from gradsift.store.gradient_store import _map_safetensors
+
+    return _map_safetensors
+
+
+TARGETS: dict[str, Callable[[str], Callable[[Path], object]]] = {
+    "jsonl": pool,
+    "json": pool,
+    "csv": pool,
+    "parquet": pool,
+    "recipe": recipe,
     "manifest": manifest,
     "store": store,
 }
@@ -58,7 +66,7 @@ TARGETS: dict[str, Callable[[Path], object]] = {
 def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1] not in TARGETS:
         sys.exit(f"name what to fuzz first: {', '.join(TARGETS)}")
-    read = TARGETS[sys.argv[1]]
+    read = TARGETS[sys.argv[1]](f".{sys.argv[1]}")
 
     def one(data: bytes) -> None:
         with TemporaryDirectory() as folder:

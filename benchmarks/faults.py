@@ -386,7 +386,7 @@ def interrupt_at_start(bench: Bench, jobs: list[Job], kills: int) -> None:
         text = process.communicate(timeout=120)[1]
         ended = Ended(process.returncode, text)
         # Before the interpreter runs any of our code, it is Python's own to say something.
-        right = (ended.code == 130 and ended.clean) or seconds < 0.1
+        right = (ended.code == 130 and ended.clean) or "/gradsift/" not in text
         bench.record(
             Outcome("interrupt", f"SIGINT {seconds} s after the start", f"exit {ended.code}, {ended.said!r}", right)
         )

@@ -454,7 +454,9 @@ def _truncate(data: bytes) -> bytes:
 
 
 def _flip(data: bytes) -> bytes:
-    """One bit, in a place that holds something."""
+    """One bit, in the midst of it; an empty file gets a line break."""
+    if not data:
+        return b"\n"
     place = len(data) * 2 // 3
     return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
 

@@ -14,7 +14,9 @@ from tiny_world import World
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Tiny models run slower on many threads, and the suite's time should not depend on the machine's size.
-os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes, which got the line above from the first
+    os.environ["OMP_NUM_THREADS"] = "1"
 # A shell starts what runs in its background with interrupts ignored, and so would the commands that tests interrupt.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -21,7 +23,10 @@ def cluster() -> Iterator[None]:
         first = RayEngine(RayCluster(workers=8))
         assert first.workers == 8
         yield
-        first.close()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)  # Ray does not wait for the processes that it ends
+            first.close()
+            gc.collect()
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +43,7 @@ def engine(pair: RayEngine) -> RayEngine:
     return pair
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """As many as a worker has, so that results have the same bits."""
     threads = torch.get_num_threads()

@@ -43,7 +43,7 @@ def collected(pool: gs.Pool) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def here(tiny: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+def here(tiny: World, tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> dict[str, bytes]:
     """What this process collects."""
     found = collected(pool_of(tiny, tmp_path_factory.mktemp("here"), LOCAL))
     assert sum("shard-" in key and key.endswith(".safetensors") for key in found) == 10

@@ -24,6 +24,7 @@ from gradsift.influence.bm25 import BM25
 from gradsift.models import host
 from gradsift.progress import Advance, Reporter
 from gradsift.selection.strategies import MostHelpful, RandomExamples
+from gradsift.store.manifest import read_json
 from gradsift.types import TokenizedExample
 from gradsift.validation.one_step import Effect, OneStep, jensen_shannon
 from gradsift.validation.validate import (
@@ -73,7 +74,7 @@ def cell(output: str, *selected: str, relevance: float = 2.0, estimator: str = "
 def files(pool: Pool) -> dict[str, dict[str, object]]:
     """Outputs' effects in the run folder."""
     keys = [key for key in pool.run.storage.list("validation/") if not key.endswith("config.json")]
-    return {key: json.loads(pool.run.path(key).read_text()) for key in keys}
+    return {key: read_json(pool.run.storage, key) for key in keys}
 
 
 def _rho(rho: float | None) -> str:
@@ -211,7 +212,7 @@ def test_done_cells_are_not_measured_again(tiny: World, outputs: list[TokenizedE
     assert (content["output"], others) == (outputs[0].id, [])
     assert len(content["effects"]) == 3  # type: ignore[arg-type]  # the selection's and two random ones
     changed = {name: [value - 1, jsd] for name, (value, jsd) in content["effects"].items()}  # type: ignore[attr-defined]
-    pool.run.publish_json(path, {**content, "effects": changed})
+    pool.run.publish_json(path, {**content, "effects": changed}, sealed=True)
     again = validate(pool, outputs, [cell(outputs[0].id, "p01", "p00")], settings=STEP)
     assert again.cells[0].gain == first.cells[0].gain - 1
     validate(pool, outputs, [cell(outputs[0].id, "p02", "p03")], settings=STEP)

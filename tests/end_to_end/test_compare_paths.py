@@ -97,6 +97,7 @@ ARMS = [
 ]
 
 
+@pytest.mark.slow
 def test_every_kind_of_arm_and_metric(tiny: World, files: Path, server: Server, tmp_path: Path) -> None:
     """Joint influence, coverage, transport, ratings and policy gradients choose side by side, one arm with a training
     of its own; the best epoch is kept; the judge compares with the base and with another arm, and grades; typed again,

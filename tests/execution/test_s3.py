@@ -80,6 +80,7 @@ def test_objects_in_a_bucket_are_as_files_in_a_folder(bucket: str, tmp_path: Pat
     assert storage.read("b2") == b"b2"
 
 
+@pytest.mark.slow
 def test_a_choice_in_a_bucket_is_that_of_a_folder(
     tiny: World, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

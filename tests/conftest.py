@@ -6,6 +6,7 @@ import os
 import signal
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from tiny_world import World
@@ -20,6 +21,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes, which got t
 # A shell starts what runs in its background with interrupts ignored, and so would the commands that tests interrupt.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+# A run of the tests draws the same examples each time; `GRADSIFT_FUZZ=10000` draws new ones, in the fuzz tests as many.
+hypothesis.settings.register_profile("same", derandomize=True, database=None)
+if "GRADSIFT_FUZZ" not in os.environ:
+    hypothesis.settings.load_profile("same")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -1,6 +1,6 @@
 """Files of random and of altered content: an error that says so, or a result; never another exception, hang or escape.
 
-`GRADSIFT_FUZZ=10000` asks for more examples than the few that a test run takes.
+A test run takes the same few examples each time; `GRADSIFT_FUZZ=10000` asks for as many new ones.
 """
 
 from __future__ import annotations
@@ -220,6 +220,20 @@ def test_responses(content: bytes) -> None:
         samples = Samples(run, {}, [prompt], {"p": [0, 1]}, 2)
         run.storage.publish(f"{samples.prefix}{_folder_of(prompt)}/000000.parquet", content)
         result_or_error(lambda: samples["p"], CorruptError)
+
+
+def test_responses_with_an_altered_footer() -> None:
+    """Checksums are of pages: a column's name, the schema and the metadata lie outside of them."""
+    whole = responses()
+    prompt = Prompt("p", ({"role": "user", "content": "x"},))
+    with TemporaryDirectory() as folder:
+        run = Run(folder)
+        samples = Samples(run, {}, [prompt], {"p": [0, 1]}, 2)
+        for old, new in ((b"number", b"\x80umber"), (b"number", b"numbed"), (b'{"requests"', b'{"requestz"')):
+            assert old in whole
+            run.storage.publish(f"{samples.prefix}{_folder_of(prompt)}/000000.parquet", whole.replace(old, new))
+            with pytest.raises(CorruptError, match=r"000000\.parquet"):
+                samples["p"]
 
 
 def _folder_of(prompt: Prompt) -> str:

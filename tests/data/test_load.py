@@ -335,6 +335,32 @@ class TestFiles:
         with pytest.raises(DataError, match="not a valid csv header"):
             load_examples(write_lines(tmp_path / "y.csv", '"id"x,prompt,completion', "a,b,c"))
 
+    @pytest.mark.parametrize("saved", [False, True])
+    def test_text_that_is_not_utf8_costs_its_row(self, tmp_path: Path, saved: bool) -> None:
+        """Arrow stores texts unchecked; the rows before and after such a one are read."""
+        texts = pa.array([b"one", b"caf\xe9", b"three", b"\xff"], pa.binary())
+        answers = pa.StringArray.from_buffers(len(texts), *texts.buffers()[1:])
+        table = pa.table({"prompt": list("abcd"), "completion": answers})
+        path = tmp_path / "x.parquet"
+        if saved:
+            from datasets import Dataset
+
+            Dataset(table).save_to_disk(path)
+        else:
+            pyarrow.parquet.write_table(table, path)
+        loaded = load_examples(path)
+        assert [turns(loaded, at)[1] for at in range(2)] == [("assistant", "one"), ("assistant", "three")]
+        assert [(row.reason, row.line) for row in loaded.skipped] == [("bad_encoding", 2), ("bad_encoding", 4)]
+
+    def test_a_parquet_column_whose_name_is_not_utf8(self, tmp_path: Path) -> None:
+        """The file is refused as damaged, without a traceback."""
+        path = tmp_path / "x.parquet"
+        table = pa.table({"prompt": ["a"], "completion": ["b"], "number": ["c"]})
+        pyarrow.parquet.write_table(table, path, store_schema=False)
+        path.write_bytes(path.read_bytes().replace(b"number", b"\x80umber"))
+        with pytest.raises(DataError, match="not a parquet file that can be read"):
+            load_examples(path)
+
     def test_parquet(self, tmp_path: Path) -> None:
         """Nested rows come back as written."""
         path = tmp_path / "x.parquet"

@@ -29,6 +29,7 @@ from gradsift.types import Example, Message, Skipped
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from pyarrow import RecordBatch
 
 # The names the formats in the wild give to their speakers (ShareGPT: human, gpt; OpenAI: the roles themselves).
 _ROLES = {
@@ -570,6 +571,10 @@ def _lines(file: BinaryIO) -> Iterator[bytes | None]:
         yield None
 
 
+def _not_utf8(error: UnicodeDecodeError) -> tuple[str, str]:
+    return "bad_encoding", f"not UTF-8: {error}"
+
+
 def _line_rows(file: BinaryIO, name: str) -> Iterator[Row]:
     for number, line in enumerate(_lines(file), start=1):
         if line is None:
@@ -584,7 +589,7 @@ def _line_rows(file: BinaryIO, name: str) -> Iterator[Row]:
             text = line.decode("utf-8").strip()
             yield Row(json.loads(text), name, number, text)
         except UnicodeDecodeError as error:
-            yield Row(None, name, number, problem=("bad_encoding", f"not UTF-8: {error}"))
+            yield Row(None, name, number, problem=_not_utf8(error))
         except (ValueError, RecursionError) as error:
             yield Row(None, name, number, problem=("bad_json", f"not valid JSON: {error}"))
 
@@ -690,11 +695,21 @@ def _parquet_rows(path: Path, name: str, what: str) -> Iterator[Row]:
         with pyarrow.parquet.ParquetFile(path) as file:
             number = 0
             for batch in file.iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
+                for row in _decoded(batch, name, number):
                     number += 1
-                    yield Row(row, name, number)
-    except pyarrow.ArrowException as error:
+                    yield row
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"{what}: {path} is not a parquet file that can be read: {error}.") from error
+
+
+def _decoded(batch: RecordBatch, name: str, before: int) -> list[Row]:
+    """The rows of a batch of which `before` came before; a text that is not UTF-8 costs its own row only."""
+    try:
+        return [Row(row, name, number) for number, row in enumerate(batch.to_pylist(), start=before + 1)]
+    except UnicodeDecodeError as error:
+        if batch.num_rows == 1:
+            return [Row(None, name, before + 1, problem=_not_utf8(error))]
+        return [row for at in range(batch.num_rows) for row in _decoded(batch.slice(at, 1), name, before + at)]
 
 
 # --- datasets -----------------------------------------------------------------------------------------------------
@@ -762,5 +777,17 @@ def _hub_file(dataset: str, revision: str | None, name: str, what: str) -> tuple
 
 def _dataset_rows(dataset: Dataset, name: str) -> Iterator[Row]:
     # A torch or numpy format would turn the user's values into tensors.
-    plain = dataset.with_format(None)
-    return (Row(row, name, number) for number, row in enumerate(plain, start=1))
+    plain, number = dataset.with_format(None), 0
+    rest = plain
+    while True:
+        try:
+            for row in rest:
+                number += 1
+                yield Row(row, name, number)
+            return
+        except UnicodeDecodeError as error:
+            number += 1
+            yield Row(None, name, number, problem=_not_utf8(error))
+            if number == getattr(plain, "num_rows", None):  # the end, where `skip` raises; streams have no length
+                return
+            rest = plain.skip(number)

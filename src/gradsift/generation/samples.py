@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gradsift.errors import CorruptError, DataError, NonFiniteError, StorageError
+from gradsift.errors import CorruptError, DataError, NonFiniteError
 from gradsift.execution.engine import LOCAL, Engine
 from gradsift.generation.sampling import Drawn, Problem, Prompt, Request, Response, Sampler, Usage
 from gradsift.progress import Advance, Reporter, silent
@@ -132,8 +132,7 @@ class Samples:
         key = self._reward_key(reward, prompt_id)
         if not self.run.storage.exists(key):
             return {}
-        columns = _read_table(self.run, key).to_pydict()
-        return dict(zip(columns["number"], columns["reward"], strict=True))
+        return {row["number"]: row["reward"] for row in _read_rows(self.run, key, _REWARDS)[0]}
 
     def save_rewards(self, reward: Mapping[str, Any], prompt_id: str, values: Mapping[int, float | None]) -> None:
         """Store the rewards of a prompt's responses, beside those that are there.
@@ -349,9 +348,7 @@ def _publish(run: Run, key: str, table: pa.Table) -> None:
 
 
 def _read(run: Run, key: str) -> tuple[list[Response], Usage | None]:
-    table = _read_table(run, key)
-    if not table.schema.equals(_SCHEMA):
-        raise CorruptError(f"{run.name(key)} does not hold responses: delete it and run the same command again")
+    rows, metadata = _read_rows(run, key, _SCHEMA)
     responses = [
         Response(
             prompt_id=row["prompt_id"],
@@ -365,20 +362,32 @@ def _read(run: Run, key: str) -> tuple[list[Response], Usage | None]:
                 None if row["sampler_logprobs"] is None else np.array(row["sampler_logprobs"], dtype=np.float32)
             ),
         )
-        for row in table.to_pylist()
+        for row in rows
     ]
-    usage = (table.schema.metadata or {}).get(b"usage")
-    return responses, Usage(**json.loads(usage)) if usage else None
+    try:
+        usage = Usage(**json.loads(metadata[b"usage"])) if metadata.get(b"usage") else None
+    except (ValueError, TypeError) as error:
+        raise _damaged(run, key) from error
+    return responses, usage
 
 
-def _read_table(run: Run, key: str) -> pa.Table:
+def _read_rows(run: Run, key: str, schema: pa.Schema) -> tuple[list[dict[str, Any]], dict[bytes, bytes]]:
+    """The rows of a file of that schema, and what its footer says besides."""
     content = run.storage.read(key)
     try:
-        return pq.ParquetFile(io.BytesIO(content), page_checksum_verification=True).read()
-    except (pa.ArrowException, OSError) as error:
-        if isinstance(error, StorageError):
-            raise
-        raise CorruptError(f"{run.name(key)} is damaged: delete it and run the same command again") from error
+        table = pq.ParquetFile(io.BytesIO(content), page_checksum_verification=True).read()
+        if table.schema.equals(schema):
+            return table.to_pylist(), dict(table.schema.metadata or {})
+    except (pa.ArrowException, OSError, ValueError) as error:  # checksums are of pages: a column's name may be altered
+        raise _damaged(run, key) from error
+    raise CorruptError(f"{run.name(key)} has other columns than {', '.join(schema.names)}: {_AGAIN}")
+
+
+_AGAIN = "delete it and run the same command again"
+
+
+def _damaged(run: Run, key: str) -> CorruptError:
+    return CorruptError(f"{run.name(key)} is damaged: {_AGAIN}")
 
 
 def _plain(value: Any) -> Any:

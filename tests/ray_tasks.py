@@ -1,4 +1,4 @@
-"""Tasks for tests of engines, in a module that workers can import, and a reporter that remembers."""
+"""Tasks for tests of engines, in a module that workers can import."""
 
 from __future__ import annotations
 
@@ -11,18 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from gradsift.errors import DataError
-from gradsift.progress import Advance, Reporter
-
-
-class Listening(Reporter):
-    """Keeps its warnings."""
-
-    def __init__(self) -> None:
-        super().__init__(quiet=True)
-        self.warned: list[str] = []
-
-    def warn(self, message: str) -> None:
-        self.warned.append(message)
+from gradsift.progress import Advance
+from reporters import Listening
 
 
 def warned(engine: Any) -> str:

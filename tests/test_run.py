@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from gradsift.errors import CorruptError, LockedError, MismatchError, StorageError
-from gradsift.progress import Reporter
 from gradsift.run import Run
+from reporters import Listening
 
 
 def test_a_folder_appears_when_it_is_written_to(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_a_damaged_manifest_is_none(content: str, tmp_path: Path) -> None:
 
 def test_altered_files_of_an_artifact_are_found_and_said(tmp_path: Path) -> None:
     """A file that is missing, shorter, or other than when its manifest was written makes the artifact unfinished."""
-    run, said = Run(tmp_path), Saying()
+    run, said = Run(tmp_path), Listening()
     run.storage.publish("data/1/part", b"whole")
     run.complete("data/1/", "data", {}, files=["part"])
     assert run.intact("data/1/", said) == run.manifest("data/1/")
@@ -122,12 +122,3 @@ def test_altered_files_of_an_artifact_are_found_and_said(tmp_path: Path) -> None
     assert "manifest.json is truncated or altered" in said.warned[-1]
     assert run.intact("data/2/", said) is None
     assert len(said.warned) == 4
-
-
-class Saying(Reporter):
-    def __init__(self) -> None:
-        super().__init__(quiet=True)
-        self.warned: list[str] = []
-
-    def warn(self, message: str) -> None:
-        self.warned.append(message)

@@ -6,17 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from gradsift.progress import Reporter
+from reporters import Listening
 from tiny_world import World
-
-
-class Saying(Reporter):
-    def __init__(self) -> None:
-        super().__init__(quiet=True)
-        self.warned: list[str] = []
-
-    def warn(self, message: str) -> None:
-        self.warned.append(message)
 
 
 @pytest.mark.parametrize("name", ["tokens.safetensors", "rows.jsonl", "index.json", "manifest.json"])
@@ -29,7 +20,7 @@ def test_an_altered_data_set_is_tokenised_again(name: str, tiny: World, tmp_path
     flipped = whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]
     for data in (whole[: len(whole) // 2], flipped, None):
         file.unlink() if data is None else file.write_bytes(data)
-        reporter = Saying()
+        reporter = Listening()
         again = tiny.open_pool(tmp_path / "run", reporter=reporter).data
         assert [text for text in reporter.warned if "truncated or altered" in text] or (data, name) == (
             None,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,13 +23,13 @@ from gradsift.evaluation.comparison import Cell, Comparison, tabulate
 from gradsift.evaluation.metric import Figure, Measured
 from gradsift.influence.less import LESS
 from gradsift.influence.random import Random
-from gradsift.progress import Advance, Reporter
 from gradsift.recipe import Recipe, as_yaml, load_recipe
 from gradsift.report.comparison_data import ComparisonPage
 from gradsift.report.comparison_text import print_comparison
 from gradsift.rewards.form import Length
 from gradsift.selection.select import TopK
 from gradsift.warmup.train import TRAINING_PRESETS, Training, Warmup
+from reporters import Listening
 from tiny_world import Cli, World, pool_rows, target_rows, write_rows
 
 WARMUP = {"fraction": 0.5, "epochs": 1, "rank": 4, "alpha": 8, "learning_rate": 1e-2, "batch_size": 4, "dropout": 0}
@@ -160,23 +159,6 @@ def test_the_tables_on_the_terminal(done: Comparison, capsys: pytest.CaptureFixt
     assert "comparison.parquet" in shown
 
 
-class Stopping(Reporter):
-    """Interrupts after so many units, as Ctrl-C would."""
-
-    def __init__(self, after: float) -> None:
-        super().__init__(quiet=True)
-        self.left = after
-
-    def stage(self, what: str, total: float, unit: str = "rows") -> Any:
-        def advance(units: float = 1) -> None:
-            self.left -= units
-            if self.left <= 0:
-                raise KeyboardInterrupt
-
-        step: Advance = advance
-        return nullcontext(step)
-
-
 def figures(comparison: Comparison) -> Any:
     """Everything but places and times."""
     content = comparison.as_dict()
@@ -192,9 +174,9 @@ def test_interrupted_twice_and_resumed_it_is_the_undisturbed_one(
     """Stopped while it collects gradients and again in the middle of the trainings, the comparison ends with the same
     choices and figures, and counts the time of all its attempts."""
     recipe = Recipe.model_validate(settings(tiny, tmp_path / "run", whole(tiny, files)))
-    for after in (80, 150):
+    for after in (79, 149):
         with pytest.raises(KeyboardInterrupt):
-            run_compare(recipe, Stopping(after))
+            run_compare(recipe, Listening(stop_after=after))
     assert not (tmp_path / "run" / "comparison.json").exists()
     resumed = run_compare(recipe)
     assert figures(resumed) == figures(done)

@@ -11,7 +11,7 @@ import torch
 
 from gradsift.execution.actors import RayCluster
 from gradsift.execution.ray import RayEngine
-from ray_tasks import Listening
+from reporters import Listening
 
 
 @pytest.fixture(scope="session")

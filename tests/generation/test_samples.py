@@ -23,9 +23,9 @@ from gradsift.generation.local import LocalSampler
 from gradsift.generation.samples import Samples, sample
 from gradsift.generation.sampling import ASSISTED, Drawn, Problem, Prompt, Request, Response, Sampling, Usage
 from gradsift.models import load_tokenizer
-from gradsift.progress import Reporter
 from gradsift.run import Run
 from loopback import Answer, completion, serving
+from reporters import Listening
 from tiny_world import World
 
 PROMPTS = [
@@ -83,21 +83,6 @@ class Limited:
             if count == self.stop_after:
                 raise KeyboardInterrupt
             yield drawn
-
-
-class Heard(Reporter):
-    """A reporter that keeps what it is told."""
-
-    def __init__(self) -> None:
-        super().__init__(quiet=True)
-        self.said: list[str] = []
-        self.warned: list[str] = []
-
-    def say(self, message: str) -> None:
-        self.said.append(message)
-
-    def warn(self, message: str) -> None:
-        self.warned.append(message)
 
 
 # --- what is kept -------------------------------------------------------------------------------------------------
@@ -250,7 +235,7 @@ def test_a_damaged_file_is_drawn_anew(tiny: World, tmp_path: Path, damage: str) 
     run.path(key).write_bytes(pieces[damage])
     with pytest.raises(CorruptError, match="is damaged: delete it and run the same command again"):
         content(samples)
-    heard = Heard()
+    heard = Listening()
     sample(run, PROMPTS, local(tiny), reporter=heard)
     assert "they are drawn anew" in heard.warned[0]
     assert tokens(samples) == drawn
@@ -268,7 +253,7 @@ def test_prompts_need_ids_of_their_own(tiny: World, tmp_path: Path) -> None:
 def test_a_prompt_that_fails_is_left_out_and_reported(tiny: World, tmp_path: Path) -> None:
     """The others are sampled; if none is left, the first reason is the error."""
     long = Prompt("long", ({"role": "user", "content": "x" * 400},))
-    heard = Heard()
+    heard = Listening()
     samples = sample(Run(tmp_path), [PROMPTS[0], long], local(tiny), reporter=heard)
     assert samples.ids == ["p0"]
     assert [p.prompt_id for p in samples.problems] == ["long"]
@@ -315,7 +300,7 @@ def test_impossible_rewards_are_refused(tiny: World, tmp_path: Path) -> None:
 def test_only_missing_replies_are_paid_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sample that failed is asked for again next time, alone; tokens and cost of both runs add up."""
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    run, heard, bad = Run(tmp_path), Heard(), [1]
+    run, heard, bad = Run(tmp_path), Listening(), [1]
 
     def reply(body: dict[str, Any]) -> Answer:
         if bad and len(server.requests) == 2:
@@ -342,7 +327,7 @@ def test_only_missing_replies_are_paid_for(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize("varied", [False, True])
 def test_a_server_that_ignores_the_temperature_is_noticed(tmp_path: Path, varied: bool) -> None:
     """Three times the same reply to every prompt is worth a warning; one that differs, or single replies, are not."""
-    heard = Heard()
+    heard = Listening()
 
     def reply(body: dict[str, Any]) -> dict[str, Any]:
         return completion(str(body["seed"]) if varied and body["messages"][0]["content"] == "bee" else "always")

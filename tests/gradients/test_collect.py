@@ -24,10 +24,10 @@ from gradsift.gradients.capture import find_modules
 from gradsift.gradients.collect import Adam, Gradients, ShardSpec, collect, collect_shard
 from gradsift.gradients.projection import Projection, Projector, plan_segments
 from gradsift.models import host
-from gradsift.progress import Advance, Reporter
 from gradsift.run import Run
 from gradsift.store.gradient_store import GradientStore
 from gradsift.warmup.checkpoint import Checkpoint, open_checkpoint
+from reporters import Listening
 
 COUNT = 10
 RARE = VOCABULARY - 1
@@ -93,32 +93,6 @@ def data(run: Run) -> Dataset:
     return make_dataset(run)
 
 
-class Notes(Reporter):
-    """A reporter that keeps what it is told, and may be killed after some rows."""
-
-    def __init__(self, *, killed_after: int | None = None) -> None:
-        super().__init__(quiet=True)
-        self.said: list[str] = []
-        self.warned: list[str] = []
-        self.rows = 0
-        self.killed_after = killed_after
-
-    def say(self, message: str) -> None:
-        self.said.append(message)
-
-    def warn(self, message: str) -> None:
-        self.warned.append(message)
-
-    @contextmanager
-    def stage(self, what: str, total: float, unit: str = "rows") -> Iterator[Advance]:
-        def advance(units: float = 1) -> None:
-            self.rows += int(units)
-            if self.killed_after is not None and self.rows > self.killed_after:
-                raise KeyboardInterrupt
-
-        yield advance
-
-
 def collect_both(run: Run, data: Dataset, files: dict[str, str], **options: Any) -> dict[Any, GradientStore]:
     """Both views at the first adapter, unless told otherwise."""
     checkpoint = options.pop("checkpoint", open_checkpoint(files["adapter"]))
@@ -165,10 +139,10 @@ def test_a_complete_store_opens_without_the_model(
         raise AssertionError("the model was loaded")
 
     monkeypatch.setattr(collect_module, "_engine", tripwire)
-    notes = Notes()
+    notes = Listening()
     again = collect_both(run, data, files, reporter=notes)
     assert torch.equal(again["adam"].rows(0, COUNT), first["adam"].rows(0, COUNT))
-    assert notes.rows == 0
+    assert notes.done == 0
 
 
 def test_only_a_deleted_shard_is_collected_again(run: Run, data: Dataset, files: dict[str, str]) -> None:
@@ -178,9 +152,9 @@ def test_only_a_deleted_shard_is_collected_again(run: Run, data: Dataset, files:
     victim = stores["plain"].path / "shard-00001.safetensors"
     others = {p: p.stat().st_mtime_ns for p in run.folder.rglob("shard-*") if p != victim and p.suffix != ".json"}
     victim.unlink()
-    notes = Notes()
+    notes = Listening()
     again = collect_both(run, data, files, reporter=notes)
-    assert notes.rows == 4
+    assert notes.done == 4
     assert notes.said == ["6 of 10 pool rows are there already"]
     assert shard_bytes(again["plain"]) == before
     assert others == {path: path.stat().st_mtime_ns for path in others}
@@ -195,10 +169,10 @@ def test_a_damaged_shard_is_told_and_collected_again(
     before = shard_bytes(stores["adam"])
     path = stores["adam"].path / "shard-00002.safetensors"
     path.write_bytes(damage(path.read_bytes()))
-    notes = Notes()
+    notes = Listening()
     again = collect_both(run, data, files, reporter=notes)
     assert notes.warned == ["shard 2 of the pool's adam gradients is truncated or altered: collecting it again"]
-    assert notes.rows == 2
+    assert notes.done == 2
     assert shard_bytes(again["adam"]) == before
 
 
@@ -210,9 +184,9 @@ def test_a_damaged_index_is_mended_from_the_shards(
     """Manifest and rows.parquet are made again without computing a row."""
     stores = collect_both(run, data, files)
     damage(stores["plain"].path / name)
-    notes = Notes()
+    notes = Listening()
     again = collect_both(run, data, files, reporter=notes)
-    assert notes.rows == 0
+    assert notes.done == 0
     assert again["plain"].ids == data.ids
     assert torch.equal(again["plain"].rows(0, COUNT), stores["plain"].rows(0, COUNT))
 
@@ -224,13 +198,13 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path, files: dict[str,
     calm = collect_both(calm_run, make_dataset(calm_run), files)
     data = make_dataset(run)
     with pytest.raises(KeyboardInterrupt):
-        collect_both(run, data, files, reporter=Notes(killed_after=killed_after))
+        collect_both(run, data, files, reporter=Listening(stop_after=killed_after))
     # Sizes asked for later do not change how a store was begun.
-    notes = Notes()
+    notes = Listening()
     again = collect_both(
         run, data, files, reporter=notes, settings=SETTINGS.model_copy(update={"shard_rows": 3, "token_budget": 7})
     )
-    assert notes.rows == COUNT - killed_after // 4 * 4
+    assert notes.done == COUNT - killed_after // 4 * 4
     for view in calm:
         assert shard_bytes(again[view]) == shard_bytes(calm[view])
         assert again[view].ids == calm[view].ids
@@ -246,7 +220,7 @@ def test_views_begun_with_other_shards_are_finished_apart(run: Run, data: Datase
                 files,
                 views=(view,),
                 settings=SETTINGS.model_copy(update={"shard_rows": rows}),
-                reporter=Notes(killed_after=5),
+                reporter=Listening(stop_after=5),
             )
     stores = collect_both(run, data, files)
     assert stores["plain"].ids == stores["adam"].ids == data.ids
@@ -293,7 +267,7 @@ def test_rows_that_are_not_finite_are_left_out_and_told(
     run: Run, data: Dataset, files: dict[str, str], tmp_path: Path
 ) -> None:
     """A row of NaN loss is excluded with its reason, the others stay, and its absence is explained by id."""
-    notes = Notes()
+    notes = Listening()
     stores = collect_both(run, data, poisoned(files, tmp_path / "bad", [RARE]), reporter=notes)
     for store in stores.values():
         assert store.excluded == {"row-3": "the loss is nan"}
@@ -444,9 +418,9 @@ def test_full_sums_are_stored(run: Run, data: Dataset, files: dict[str, str]) ->
     path = stores["plain"].path / "sum-00001.safetensors"
     before = path.read_bytes()
     path.write_bytes(before[:-4] + bytes(4))
-    notes = Notes()
+    notes = Listening()
     collect_both(run, data, files, settings=settings, reporter=notes)
-    assert (len(notes.warned), notes.rows) == (1, 4)
+    assert (len(notes.warned), notes.done) == (1, 4)
     assert path.read_bytes() == before
 
 
@@ -507,10 +481,10 @@ def test_a_run_that_ran_out_of_memory_remembers_what_fits(tmp_path: Path, files:
     """Every row is there; later shards, a resumed run and the next checkpoint begin with batches that fit."""
     calm_run, run = Run(tmp_path / "calm"), Run(tmp_path / "run")
     calm = collect_both(calm_run, make_dataset(calm_run), files)
-    data, notes = make_dataset(run), Notes()
+    data, notes = make_dataset(run), Listening()
     with memory_for(files, 20) as ran:
         with pytest.raises(KeyboardInterrupt):
-            collect_both(run, data, files, reporter=Notes(killed_after=5))
+            collect_both(run, data, files, reporter=Listening(stop_after=5))
         host(files["model"], "auto", "cpu").token_limit = None  # as in another process
         assert max(token_budgets(run)) <= 20
         kept = token_budgets(run)
@@ -521,7 +495,7 @@ def test_a_run_that_ran_out_of_memory_remembers_what_fits(tmp_path: Path, files:
     for view, store in stores.items():
         assert store.ids == other[view].ids == data.ids
         assert oracles.relative_error(store.rows(0, COUNT), calm[view].rows(0, COUNT)) < 1e-5
-    fresh, told = Run(tmp_path / "fresh"), Notes()
+    fresh, told = Run(tmp_path / "fresh"), Listening()
     with memory_for(files, 20):
         collect_both(fresh, make_dataset(fresh), files, views=("plain",), reporter=told)
     assert [text for text in told.warned if "memory ran out" in text] == [
@@ -552,9 +526,9 @@ def test_gradient_checkpointing_makes_the_same_store(tmp_path: Path, files: dict
     ]
     for view in found[0]:
         assert shard_bytes(found[0][view]) == shard_bytes(found[1][view])
-    notes = Notes()
+    notes = Listening()
     collect_both(runs[0], make_dataset(runs[0]), files, settings=again, reporter=notes)
-    assert notes.rows == 0
+    assert notes.done == 0
 
 
 def test_a_disk_that_fills_up_is_told_while_the_next_shard_is_computed(
@@ -572,9 +546,9 @@ def test_a_disk_that_fills_up_is_told_while_the_next_shard_is_computed(
         patch.setattr(type(run.storage), "publish", full)
         with pytest.raises(StorageError, match="the disk is full"):
             collect_both(run, data, files)
-    notes = Notes()
+    notes = Listening()
     collect_both(run, data, files, reporter=notes)
-    assert notes.rows == COUNT - 4
+    assert notes.done == COUNT - 4
 
 
 def test_a_pool_of_which_no_row_fits_says_what_to_try(run: Run, data: Dataset, files: dict[str, str]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +21,6 @@ from gradsift.gradients.collect import Gradients
 from gradsift.gradients.projection import Projection
 from gradsift.influence.bm25 import BM25
 from gradsift.models import host
-from gradsift.progress import Advance, Reporter
 from gradsift.selection.strategies import MostHelpful, RandomExamples
 from gradsift.store.manifest import read_json
 from gradsift.types import TokenizedExample
@@ -40,6 +38,7 @@ from gradsift.validation.validate import (
     validate_explanations,
 )
 from gradsift.warmup.checkpoint import Checkpoint
+from reporters import Listening
 from tiny_world import World, target_rows
 
 FULL = Gradients(projection=Projection(kind="none"), dtype="float32")
@@ -79,23 +78,6 @@ def files(pool: Pool) -> dict[str, dict[str, object]]:
 
 def _rho(rho: float | None) -> str:
     return "none" if rho is None else f"{rho:+.2f}"
-
-
-class Stopping(Reporter):
-    """Interrupts after so many units, as Ctrl-C would."""
-
-    def __init__(self, after: int) -> None:
-        super().__init__(quiet=True)
-        self.left = after
-
-    def stage(self, what: str, total: float, unit: str = "rows") -> object:  # type: ignore[override]
-        def advance(units: float = 1) -> None:
-            self.left -= int(units)
-            if self.left <= 0:
-                raise KeyboardInterrupt
-
-        step: Advance = advance
-        return nullcontext(step)
 
 
 def test_cells_are_what_was_explained(pool: Pool, explained: Explanations) -> None:
@@ -232,7 +214,7 @@ def test_an_interrupted_run_goes_on(
     """Stopped after three cells and run again, it ends as if it had never been stopped; a damaged file is mended."""
     cells = cells_of(explained)
     whole = validate(tiny.open_pool(tmp_path / "whole"), outputs, cells, settings=STEP, route="trained")
-    stopped = replace(tiny.open_pool(tmp_path / "stopped"), reporter=Stopping(after=3))
+    stopped = replace(tiny.open_pool(tmp_path / "stopped"), reporter=Listening(stop_after=2))
     with pytest.raises(KeyboardInterrupt):
         validate(stopped, outputs, cells, settings=STEP, route="trained")
     done = {key: stopped.run.path(key).stat().st_mtime_ns for key in files(stopped)}

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,10 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import gradsift as gs
 from gradsift import models
 from gradsift.errors import ConfigError
-from gradsift.progress import Reporter
 from gradsift.warmup import train as train_module
 from gradsift.warmup.full import refuse_too_large, train_fully
 from gradsift.warmup.train import Training
+from reporters import Listening
 from tiny_world import World
 
 SETTINGS = Training(epochs=2, learning_rate=1e-3, weight_decay=0.1, batch_size=4, max_grad_norm=0.5)
@@ -25,23 +23,6 @@ SETTINGS = Training(epochs=2, learning_rate=1e-3, weight_decay=0.1, batch_size=4
 
 def opened(tiny: World, out: Path) -> gs.Pool:
     return gs.open_pool(tiny.pool, model=tiny.model, out=str(out), max_length=64, device="cpu")
-
-
-class Stopping(Reporter):
-    """Interrupts once so many rows went through a backward pass."""
-
-    def __init__(self, after: int) -> None:
-        super().__init__(quiet=True)
-        self.after = after
-
-    @contextmanager
-    def stage(self, what: str, total: float, unit: str = "rows") -> Iterator[object]:
-        def advance(units: float = 1) -> None:
-            self.after -= int(units)
-            if self.after <= 0:
-                raise KeyboardInterrupt
-
-        yield advance
 
 
 def test_full_training_equals_hand_written_adamw(tiny: World, tmp_path: Path) -> None:
@@ -98,7 +79,7 @@ def test_an_interrupted_full_training_ends_where_an_undisturbed_one_does(
         monkeypatch.setattr(train_module, "_SAVE_SECONDS", 0.0)
         monkeypatch.setattr(train_module, "_SAVE_SHARE", 1e9)
     ends = []
-    for name, reporters in (("one", [None]), ("two", [Stopping(rows), None])):
+    for name, reporters in (("one", [None]), ("two", [Listening(stop_after=rows - 1), None])):
         pool = opened(tiny, tmp_path / name)
         for reporter in reporters:
             options = {"model": tiny.model, "device": "cpu", "reporter": reporter}

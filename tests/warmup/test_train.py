@@ -20,7 +20,6 @@ from gradsift import models
 from gradsift.data.dataset import Dataset
 from gradsift.errors import ConfigError, CorruptError, DataError, ModelError
 from gradsift.models import host, parameter_name
-from gradsift.progress import Reporter
 from gradsift.run import Run
 from gradsift.types import Sequence
 from gradsift.warmup import train as train_module
@@ -28,6 +27,7 @@ from gradsift.warmup import trainer as trainer_module
 from gradsift.warmup.checkpoint import Checkpoint, load_moments, open_checkpoint, trained_parameters
 from gradsift.warmup.train import PRESETS, TRAINING_PRESETS, Training, Warmup, effective_batch_size, train, warm_up
 from gradsift.warmup.trainer import micro_batches
+from reporters import Listening
 
 VOCABULARY = 128
 SMALL = Training(epochs=2, rank=4, alpha=8, dropout=0.0, learning_rate=1e-2, batch_size=4)
@@ -91,39 +91,6 @@ def make_data(run: Run, count: int, seed: int = 0) -> Dataset:
     run.storage.publish(f"{prefix}index.json", json.dumps({"ids": ids, "hashes": ids}).encode())
     run.complete(prefix, "data", config, description="random tokens", skipped=[], announcement=None)
     return Dataset(run, prefix)
-
-
-class Interrupting(Reporter):
-    """Raises once so many rows went through a backward pass, and remembers what it was told."""
-
-    def __init__(self, after: float = float("inf"), error: type[BaseException] = KeyboardInterrupt) -> None:
-        super().__init__(quiet=True)
-        self.after, self.error, self.rows = after, error, 0.0
-        self.said: list[str] = []
-        self.warned: list[str] = []
-        self.totals: list[float] = []
-
-    def say(self, message: str) -> None:
-        self.said.append(message)
-
-    def warn(self, message: str) -> None:
-        self.warned.append(message)
-
-    def stage(self, what: str, total: float, unit: str = "rows") -> Any:
-        from contextlib import contextmanager
-
-        @contextmanager
-        def counting() -> Any:
-            self.totals.append(total)
-
-            def advance(units: float = 1) -> None:
-                self.rows += units
-                if self.rows > self.after:
-                    raise self.error
-
-            yield advance
-
-        return counting()
 
 
 def tensors_of(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
@@ -214,7 +181,7 @@ def test_learning_rate_is_the_mean_of_the_rates_used(run: Run, llama: str, sched
     data = make_data(run, 16)
     settings = SMALL.model_copy(update={"schedule": schedule, "warmup_ratio": 0.2, "epochs": 3})
     with pytest.raises(KeyboardInterrupt):
-        train(run, data, data.ids, settings, model=llama, reporter=Interrupting(after=20))
+        train(run, data, data.ids, settings, model=llama, reporter=Listening(stop_after=20))
     checkpoints = train(run, data, data.ids, settings, model=llama)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=settings.learning_rate)
     name = "constant_with_warmup" if schedule == "constant" else schedule
@@ -275,9 +242,9 @@ def test_an_interrupted_training_ends_where_an_undisturbed_one_does(
     monkeypatch.setattr(train_module, "_SAVE_SECONDS", 0.0)
     monkeypatch.setattr(train_module, "_SAVE_SHARE", 1e9)
     with pytest.raises(KeyboardInterrupt):
-        train(run, data, data.ids, LONGER, model=llama, reporter=Interrupting(after=rows))
+        train(run, data, data.ids, LONGER, model=llama, reporter=Listening(stop_after=rows))
     torch.manual_seed(99)
-    second = Interrupting()
+    second = Listening()
     resumed = train(run, data, data.ids, LONGER, model=llama, reporter=second)
     assert_same(undisturbed, resumed)
     assert (
@@ -290,7 +257,7 @@ def test_an_interrupted_training_ends_where_an_undisturbed_one_does(
             75: "step 3 of 8 in epoch 3",
         }[rows]
     )
-    assert 90 - rows <= second.rows == second.totals[0] <= 90 - rows + 4
+    assert 90 - rows <= second.done == second.totals[0] <= 90 - rows + 4
     assert not list(Path(resumed[0].adapter).parent.glob("partial*"))
 
 
@@ -300,10 +267,10 @@ def test_without_a_saved_step_it_goes_on_after_the_last_finished_epoch(
     """A training stopped by an error within epoch 2, before its state was saved, repeats that epoch only."""
     data = make_data(run, 30)
     with pytest.raises(RuntimeError):
-        train(run, data, data.ids, LONGER, model=llama, reporter=Interrupting(after=45, error=RuntimeError))
-    second = Interrupting()
+        train(run, data, data.ids, LONGER, model=llama, reporter=Listening(stop_after=45, error=RuntimeError))
+    second = Listening()
     assert_same(undisturbed, train(run, data, data.ids, LONGER, model=llama, reporter=second))
-    assert second.rows == 60
+    assert second.done == 60
 
 
 ALTERED = {
@@ -323,9 +290,9 @@ def test_an_altered_epoch_is_trained_again(
     train(run, data, data.ids, LONGER, model=llama)
     (file,) = run.path("checkpoints").glob(f"*/epoch-2/{name}")
     file.write_bytes(ALTERED[damage](file.read_bytes()))
-    second = Interrupting()
+    second = Listening()
     assert_same(undisturbed, train(run, data, data.ids, LONGER, model=llama, reporter=second))
-    assert second.rows == 60
+    assert second.done == 60
     assert [text for text in second.warned if "epoch 2 is missing, truncated or altered" in text]
 
 
@@ -333,7 +300,7 @@ def test_an_epoch_whose_files_are_of_another_step_is_refused(run: Run, llama: st
     """Moments of another number of steps are an error that names the folder, not silent nonsense."""
     data = make_data(run, 16)
     with pytest.raises(KeyboardInterrupt):
-        train(run, data, data.ids, SMALL, model=llama, reporter=Interrupting(after=24))
+        train(run, data, data.ids, SMALL, model=llama, reporter=Listening(stop_after=24))
     (info,) = run.path("checkpoints").glob("*/epoch-1/checkpoint.json")
     info.write_text(json.dumps({"learning_rate": 0.1}))  # as versions without checksums wrote it
     (file,) = run.path("checkpoints").glob("*/epoch-1/adam.safetensors")
@@ -351,12 +318,12 @@ def test_an_altered_state_within_an_epoch_costs_that_epoch_alone(
     monkeypatch.setattr(train_module, "_SAVE_SECONDS", 0.0)
     monkeypatch.setattr(train_module, "_SAVE_SHARE", 1e9)
     with pytest.raises(KeyboardInterrupt):
-        train(run, data, data.ids, LONGER, model=llama, reporter=Interrupting(after=45))
+        train(run, data, data.ids, LONGER, model=llama, reporter=Listening(stop_after=45))
     (file,) = run.path("checkpoints").glob("*/partial.safetensors")
     file.write_bytes(ALTERED[damage](file.read_bytes()))
-    second = Interrupting()
+    second = Listening()
     assert_same(undisturbed, train(run, data, data.ids, LONGER, model=llama, reporter=second))
-    assert second.rows == 60
+    assert second.done == 60
     assert [text for text in second.warned if "the epoch that it is of begins anew" in text]
 
 
@@ -389,7 +356,7 @@ def test_the_base_model_is_left_as_it_was(run: Run, llama: str, how: str) -> Non
     else:
         error = KeyboardInterrupt if how == "interrupted" else RuntimeError
         with pytest.raises(error):
-            train(run, data, data.ids, SMALL, model=llama, reporter=Interrupting(after=20, error=error))
+            train(run, data, data.ids, SMALL, model=llama, reporter=Listening(stop_after=20, error=error))
     assert host(llama).base() is base
     assert describe(base) == before
     assert all(torch.equal(weights[name], p) for name, p in base.state_dict().items())
@@ -485,11 +452,11 @@ def test_warm_up_takes_a_uniform_share_by_seed(run: Run, llama: str) -> None:
     settings = Warmup(**{**SMALL.model_dump(), "epochs": 1, "batch_size": 128})
     drawn = []
     for rows, seed, expected in ((200, 0, 10), (40, 0, 8), (200, 1, 10)):
-        data, reporter = make_data(run, rows), Interrupting()
+        data, reporter = make_data(run, rows), Listening()
         (checkpoint,) = warm_up(run, data, settings, model=llama, seed=seed, reporter=reporter)
         content = run.manifest(f"{Path(checkpoint.adapter).parent.relative_to(run.folder)}/")
         assert content is not None
-        assert content["examples"] == reporter.rows == expected
+        assert content["examples"] == reporter.done == expected
         assert reporter.said[0] == (
             f"warm-up: batch size 1 instead of 128, so that {expected} examples make {expected} optimizer steps "
             "per epoch"
@@ -503,7 +470,7 @@ def test_a_training_that_teaches_nothing_says_so(run: Run, llama: str) -> None:
     for rate, warned in ((2e-5, True), (1e-3, False)):
         settings = Training(**{**SMALL.model_dump(include=set(Training.model_fields)), "epochs": 1,
                                "learning_rate": rate})  # fmt: skip
-        reporter = Interrupting()
+        reporter = Listening()
         data = make_data(run, 8)
         train(run, data, data.ids, settings, model=llama, reporter=reporter)
         assert any("--preset small" in said for said in reporter.warned) == warned

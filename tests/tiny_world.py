@@ -93,6 +93,33 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> str:
     return str(path)
 
 
+LM_EVAL_TASK = """task: colours
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {file}
+test_split: test
+fewshot_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{gold}}}}"
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+metadata:
+  version: 1.0
+"""
+
+
+def write_lm_eval_task(folder: Path, rows: Iterable[Mapping[str, Any]]) -> str:
+    """A task `colours` for lm-eval, to be found by `include_path`; rows have question, choices and gold."""
+    folder.mkdir(parents=True)
+    (folder / "colours.yaml").write_text(LM_EVAL_TASK.format(file=write_rows(folder / "colours.jsonl", rows)))
+    return str(folder)
+
+
 # Enough training for gradients that tell examples apart, in well under a second.
 WARMUP = ("--fraction", "0.5", "--epochs", "2", "--rank", "4", "--alpha", "8", "--learning-rate", "1e-2",
           "--batch-size", "4", "--dropout", "0")  # fmt: skip

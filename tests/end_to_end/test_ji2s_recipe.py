@@ -21,7 +21,7 @@ from gradsift.evaluation.arms import Compare, Contender, contenders
 from gradsift.influence.ji2s import JI2S
 from gradsift.recipe import Recipe, load_recipes
 from loopback import Server, completion, serving
-from tiny_world import ANIMALS, COLOURS, Cli, World, write_rows
+from tiny_world import ANIMALS, COLOURS, Cli, World, write_lm_eval_task, write_rows
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "ji2s-paper.yaml"
 LM_EVAL = importlib.util.find_spec("lm_eval") is not None
@@ -87,24 +87,6 @@ def questions(name: str) -> list[dict[str, Any]]:
     return [{key: text} for text in texts]
 
 
-TASK = """task: colours
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: {file}
-test_split: test
-fewshot_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: "{{{{gold}}}}"
-metric_list:
-  - metric: acc
-    aggregation: mean
-    higher_is_better: true
-"""
-
-
 def answer(body: dict[str, Any]) -> dict[str, Any]:
     """A grader, an examiner and a judge in one, each by the form that it is asked for."""
     question = body["messages"][-1]["content"]
@@ -150,14 +132,13 @@ def dry(tiny: World, folder: Path, server: Server) -> Path:
                 arm["estimator"][rater]["endpoint"]["base_url"] = server.url
         if arm.get("selection") == {"kind": "diverse"}:  # an encoder is no tiny thing
             arm["selection"] |= {"by": "gradients", "max_cosine": 1}
-    (folder / "tasks").mkdir()
     rows = [{"question": f"what is {n}", "choices": [" red", " blue"], "gold": n % 2} for n in range(4)]
-    (folder / "tasks" / "colours.yaml").write_text(TASK.format(file=write_rows(folder / "colours.jsonl", rows)))
+    tasks = write_lm_eval_task(folder / "tasks", rows)
     metrics = []
     for metric in job["metrics"]:
         if metric["kind"] == "lm_eval":
             if LM_EVAL and metric["tasks"] == ["mmlu"]:
-                own = {"tasks": ["colours"], "num_fewshot": 1, "include_path": str(folder / "tasks")}
+                own = {"tasks": ["colours"], "num_fewshot": 1, "include_path": tasks}
                 metrics.append({**metric, **own})
             continue
         if metric["kind"] == "grading":

@@ -13,25 +13,8 @@ from gradsift.evaluation.evaluate import evaluate, measure
 from gradsift.evaluation.harness import LMEval
 from gradsift.evaluation.setup import open_model
 from gradsift.models import host
-from tiny_world import World, write_rows
+from tiny_world import World, write_lm_eval_task, write_rows
 
-TASK = """task: colours
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: {file}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: "{{{{gold}}}}"
-metric_list:
-  - metric: acc
-    aggregation: mean
-    higher_is_better: true
-metadata:
-  version: 1.0
-"""
 ROWS = [{"question": f"what colour is the cat {n}", "choices": [" red", " blue"], "gold": n % 2} for n in range(6)]
 
 
@@ -39,11 +22,7 @@ ROWS = [{"question": f"what colour is the cat {n}", "choices": [" red", " blue"]
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'gradsift[eval]'")
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    tasks = tmp_path / "tasks"
-    tasks.mkdir()
-    file = write_rows(tasks / "colours.jsonl", ROWS)
-    (tasks / "colours.yaml").write_text(TASK.format(file=file))
-    return tasks
+    return Path(write_lm_eval_task(tmp_path / "tasks", ROWS))
 
 
 @pytest.mark.filterwarnings("default")  # lm-eval's own

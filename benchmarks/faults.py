@@ -126,6 +126,8 @@ class Bench:
         self.before = [Outcome(**row) for row in json.loads(self.path.read_text())] if self.path.exists() else []
         self.work = self.folder / "work"
         self.work.mkdir(parents=True)
+        # A shell starts what runs in its background with interrupts ignored, and so would the commands started here.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         os.environ["OMP_NUM_THREADS"] = "1"
         os.environ["HF_HUB_OFFLINE"] = "1"
         self.context = multiprocessing.get_context("forkserver")
@@ -239,7 +241,8 @@ def content_of(out: Path) -> dict[str, str]:
     """
     found = {}
     responses: dict[str, list[Any]] = {}
-    here = re.compile(re.escape(str(out.parent)) + r"/[\w.-]+")  # a copy names the folder that it was made from
+    # Its own folder; a copy names the folder that it was made from.
+    here = re.compile(rf'/[^"\s]*/(?:{re.escape(out.name)}|undisturbed-\w+)(?![\w.-])')
     for path in sorted(out.rglob("*")):
         key = path.relative_to(out).as_posix()
         if not path.is_file() or UNCOMPARED.search(key):
@@ -386,7 +389,7 @@ def interrupt_at_start(bench: Bench, jobs: list[Job], kills: int) -> None:
         text = process.communicate(timeout=120)[1]
         ended = Ended(process.returncode, text)
         # Before the interpreter runs any of our code, it is Python's own to say something.
-        right = (ended.code == 130 and ended.clean) or "/gradsift/" not in text
+        right = (ended.code == 130 and ended.clean) or (ended.code != 0 and "/gradsift/" not in text)
         bench.record(
             Outcome("interrupt", f"SIGINT {seconds} s after the start", f"exit {ended.code}, {ended.said!r}", right)
         )

@@ -205,7 +205,7 @@ def test_a_shard_without_rows_is_a_shard(tmp_path: Path) -> None:
         writer = GradientStoreWriter(LocalStorage(tmp_path / dtype), PREFIX, config(dtype))
         empty = torch.zeros(0, DIM)
         writer.write_shard(0, empty, columns([], empty, {"a": "the loss is nan"}))
-        assert writer.shard_state(0) == "complete"
+        assert writer.shard_state(0, ["a"]) == "complete"
         writer.finish(1)
         store = open_store(tmp_path / dtype)
         assert len(store) == 0
@@ -247,7 +247,7 @@ def test_damage_is_found_on_opening(tmp_path: Path, name: str, damage: str) -> N
     path.write_bytes(DAMAGES[damage](data))
     with pytest.raises(CorruptError, match=rf"{name}.*run `gradsift collect` again"):
         open_store(tmp_path)
-    states = [writer.shard_state(shard) for shard in range(3)]
+    states = [writer.shard_state(shard, ids) for shard, (ids, _) in enumerate(shards([2, 3, 1]))]
     assert states == ["complete", "complete" if name == "rows.parquet" else "damaged", "complete"]
     path.unlink()
     with pytest.raises(CorruptError, match=name):
@@ -259,18 +259,36 @@ def test_damage_is_found_on_opening(tmp_path: Path, name: str, damage: str) -> N
 @pytest.mark.parametrize("name", ["manifest.json", "store.json", "shard-00001.json"])
 @pytest.mark.parametrize("content", [b"", b'{"kind": "gradi', b"[]", b"\xff\xfe"])
 def test_damaged_json_is_reported_not_a_traceback(tmp_path: Path, name: str, content: bytes) -> None:
-    """Damaged JSON is a CorruptError with the file's name, or a damaged shard."""
+    """Damaged JSON is a CorruptError with the file's name, or a damaged shard; a configuration is written again."""
     write(tmp_path)
-    (tmp_path / PREFIX / name).write_bytes(content)
+    path = tmp_path / PREFIX / name
+    before = path.read_bytes()
+    path.write_bytes(content)
     if name == "manifest.json":
         with pytest.raises(CorruptError, match=name):
             open_store(tmp_path)
-    elif name == "store.json":
-        with pytest.raises(CorruptError, match=name):
-            GradientStoreWriter(LocalStorage(tmp_path), PREFIX, config())
-    else:
-        writer = GradientStoreWriter(LocalStorage(tmp_path), PREFIX, config())
-        assert [writer.shard_state(shard) for shard in range(3)] == ["complete", "damaged", "complete"]
+        return
+    writer = GradientStoreWriter(LocalStorage(tmp_path), PREFIX, config())
+    states = [writer.shard_state(shard, ids) for shard, (ids, _) in enumerate(shards([3, 2, 4]))]
+    assert states == ["complete", "complete" if name == "store.json" else "damaged", "complete"]
+    assert (path.read_bytes() == before) == (name == "store.json")
+
+
+def test_shards_of_other_examples_are_damaged(tmp_path: Path) -> None:
+    """Where the record of how rows were cut is lost and they are cut otherwise, shards that hold others are found."""
+    (ids, _), (more, _) = parts = shards([2, 3])
+    writer = GradientStoreWriter(LocalStorage(tmp_path), PREFIX, config())
+    assert writer.layout({"shard_rows": 2, "token_budget": 100})["shard_rows"] == 2
+    writer.remember_token_budget(50)
+    for shard, (part, of_part) in enumerate(parts):
+        writer.write_shard(shard, of_part, columns(part, of_part))
+    path = tmp_path / PREFIX / "layout.json"
+    path.write_bytes(path.read_bytes()[:-9])
+    again = GradientStoreWriter(LocalStorage(tmp_path), PREFIX, config())
+    assert again.layout({"shard_rows": 3, "token_budget": 70}) == {"shard_rows": 3, "token_budget": 70}
+    assert again.shard_state(0, [*ids, more[0]]) == "damaged"
+    assert again.shard_state(0, ids[::-1]) == "damaged"
+    assert again.shard_state(0, ids) == "complete"
 
 
 def test_a_resumed_writer_keeps_good_shards(tmp_path: Path) -> None:
@@ -282,7 +300,12 @@ def test_a_resumed_writer_keeps_good_shards(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"unfinished gradient store.*goes on where it stopped"):
         open_store(tmp_path)
     second = GradientStoreWriter(LocalStorage(tmp_path), PREFIX, config())
-    assert [second.shard_state(shard) for shard in range(3)] == ["missing", "complete", "missing"]
+    states = [second.shard_state(shard, ids) for shard, (ids, _) in enumerate(parts)]
+    assert states == [
+        "missing",
+        "complete",
+        "missing",
+    ]
     for shard in (2, 0):
         second.write_shard(shard, parts[shard][1], columns(*parts[shard]))
     second.finish(3)
@@ -358,5 +381,6 @@ def test_a_killed_writer_leaves_no_part(tmp_path: Path) -> None:
         f"{PREFIX}{name}" for name in ("shard-00000.json", "shard-00000.safetensors", "store.json")
     ]
     writer = GradientStoreWriter(storage, PREFIX, config())
-    assert [writer.shard_state(shard) for shard in (0, 1)] == ["complete", "missing"]
+    states = [writer.shard_state(shard, ids) for shard, (ids, _) in enumerate(shards([3, 2]))]
+    assert states == ["complete", "missing"]
     assert torch.equal(load_file(folder / "shard-00000.safetensors")["rows"], shards([3])[0][1])

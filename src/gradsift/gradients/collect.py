@@ -509,7 +509,7 @@ def _collect_missing(
     for view, writer in writers.items():
         shard_rows, token_budget, lanes = layouts[view]
         for shard in range(-(-count // shard_rows)):
-            state = writer.shard_state(shard)
+            state = writer.shard_state(shard, source.ids[shard * shard_rows : (shard + 1) * shard_rows])
             if state == "damaged":
                 reporter.warn(
                     f"shard {shard} of the {what}'s {view} gradients is truncated or altered: collecting it again"

@@ -72,8 +72,8 @@ class GradientStoreWriter:
         self.prefix = prefix.rstrip("/") + "/" if prefix else ""
         self.config = dict(config)
         key = self.prefix + "store.json"
-        if storage.exists(key):
-            found = read_json(storage, key)["config"]
+        found = _read_if_whole(storage, key).get("config")
+        if found is not None:
             changed = differences(found, self.config)
             if changed:
                 raise MismatchError(
@@ -84,21 +84,30 @@ class GradientStoreWriter:
             publish_json(storage, key, {"kind": "gradients", "config": self.config}, sealed=True)
 
     def layout(self, wanted: Mapping[str, int]) -> dict[str, int]:
-        """How rows are cut into shards and batches: as recorded by whoever began the store, else `wanted`, recorded."""
+        """How rows are cut into shards and batches: as recorded by whoever began the store, else `wanted`, recorded.
+
+        A damaged record counts as none: `shard_state` finds the shards that were cut otherwise.
+        """
         key = self.prefix + "layout.json"
-        if not self.storage.exists(key):
-            publish_json(self.storage, key, wanted, sealed=True)
-        return read_json(self.storage, key)
+        found = _read_if_whole(self.storage, key)
+        if not found:
+            publish_json(self.storage, key, found := dict(wanted), sealed=True)
+        return found
 
     def remember_token_budget(self, tokens: int) -> None:
         """Record that memory did not suffice for larger batches: who goes on with the store begins with this size."""
         key = self.prefix + "layout.json"
-        layout = read_json(self.storage, key) if self.storage.exists(key) else {}
+        layout = _read_if_whole(self.storage, key)
         if layout.get("token_budget", tokens + 1) > tokens:
-            publish_json(self.storage, key, {**layout, "token_budget": tokens})
+            publish_json(self.storage, key, {**layout, "token_budget": tokens}, sealed=True)
 
-    def shard_state(self, shard: int) -> Literal["complete", "damaged", "missing"]:
-        """Whether a shard is there; a shard whose bytes do not match its checksum is damaged."""
+    def shard_state(self, shard: int, ids: Sequence[str]) -> Literal["complete", "damaged", "missing"]:
+        """Whether a shard is there; one of other bytes than its checksum's, or of other examples, is damaged.
+
+        Args:
+            shard: its number.
+            ids: of the examples that belong in it, in order.
+        """
         side, rows = self._side_key(shard), self._rows_key(shard)
         if not self.storage.exists(side) or not self.storage.exists(rows):
             return "missing"
@@ -106,7 +115,9 @@ class GradientStoreWriter:
             return "missing"
         try:
             stored = read_json(self.storage, side)
-        except CorruptError:
+            if [id_ for id_ in ids if id_ not in stored["excluded"]] != stored["ids"]:
+                return "damaged"
+        except (CorruptError, KeyError, TypeError):
             return "damaged"
         files = {rows: stored.get("checksum")}
         if self.config.get("full_sum"):
@@ -376,6 +387,14 @@ def _encode(rows: Tensor, dtype: RowDtype) -> dict[str, Tensor]:
 def _decode(stored: Tensor, scale: Tensor | None) -> Tensor:
     rows = stored.to(torch.float64 if stored.dtype == torch.float64 else torch.float32, copy=True)
     return rows if scale is None else rows.mul_(scale[:, None])
+
+
+def _read_if_whole(storage: Storage, key: str) -> dict[str, Any]:
+    """A JSON object; an empty one where there is none or it is damaged."""
+    try:
+        return read_json(storage, key) if storage.exists(key) else {}
+    except CorruptError:
+        return {}
 
 
 def _map_safetensors(path: Path) -> dict[str, Tensor]:

@@ -1,12 +1,11 @@
-"""Collection against plain LoRA training, and scoring against memory, on a GPU: models from configuration only.
+"""Collection against plain LoRA training on a GPU: models from configuration only.
 
-    python benchmarks/speed.py --device cuda                                 all of it, in under ten minutes
-    python benchmarks/speed.py --device cuda --sizes 135m 7b --ranks 16      a part
-    python benchmarks/speed.py matrix scoring_gpu --device cpu --sizes tiny  a smoke test, in seconds
+    python benchmarks/speed.py --device cuda                                     and scoring, in under ten minutes
+    python benchmarks/speed.py matrix --device cuda --sizes 135m 7b --ranks 16   a part
+    python benchmarks/speed.py matrix --device cpu --sizes tiny                  a smoke test, in seconds
 
-Speed does not depend on the weights, so they are random, made on the device in bfloat16, and nothing is fetched. Needs
-torch, transformers, peft, psutil and pydantic; where pyarrow or xxhash are missing, rows are written without a store's
-index. `PYTHONPATH=src` does for an installation.
+Speed does not depend on the weights, so they are random, made on the device in bfloat16, and nothing is fetched.
+`PYTHONPATH=src` does for an installation, where gradsift's dependencies are at hand.
 """
 
 from __future__ import annotations
@@ -34,6 +33,8 @@ from gradsift.gradients.projection import Projection, Projector, plan_segments
 from gradsift.gradients.rows import gradient_rows
 from gradsift.loss import head_at, pad
 from gradsift.memory import empty_device_cache, is_out_of_memory
+from gradsift.store.gradient_store import GradientStoreWriter, ShardColumns
+from gradsift.store.storage import LocalStorage
 from gradsift.types import Sequence
 
 # class, hidden, intermediate, layers, heads, key-value heads, vocabulary, tied: those of SmolLM2-135M, Qwen2-0.5B,
@@ -146,7 +147,6 @@ def compare(base: Any, rank: int, budget: int, args: argparse.Namespace) -> dict
         "ratio_to_plain": ours / seconds["plain training"],
         "ratio_to_plain_at_labels": ours / seconds["training, logits at labels only"],
         "peak_bytes": peaks,
-        "written": work.written,
     }
     if rank in BOUNDS:
         entry["bound"] = BOUNDS[rank]
@@ -184,7 +184,6 @@ class Work:
         self.vocabulary = int(base.config.vocab_size)
         self.budget = self.fits = budget
         self.folder = Path(tempfile.mkdtemp(prefix="gradsift-speed-"))
-        self.written = "a gradient store"
         self.autocast = torch.bfloat16 if _on_gpu(args.device) else None
         self._make_rows(args.matrix_rows or self._rows_for(_ARM_SECONDS if _on_gpu(args.device) else 0.2))
 
@@ -267,15 +266,6 @@ class Work:
 
     def _write(self, folder: Path, shard: int, ready: Callable[[], dict[str, torch.Tensor]]) -> None:
         tensors = ready()
-        try:
-            from gradsift.store.gradient_store import GradientStoreWriter, ShardColumns
-            from gradsift.store.storage import LocalStorage
-        except ImportError as error:
-            from safetensors.torch import save_file
-
-            self.written = f"rows alone, because {error.name} is missing"
-            save_file({"rows": tensors["rows"].half()}, folder / f"shard-{shard}.safetensors")
-            return
         names = [f"{shard}-{row}" for row in range(len(tensors["rows"]))]
         parts = [
             {"name": s.name, "start": s.start, "stop": s.stop, "shape": [s.out_features, s.in_features]}
@@ -289,45 +279,6 @@ class Work:
                 torch.linalg.vector_norm(tensors["rows"], dim=1).tolist(), {},
             ),
         )  # fmt: skip
-
-
-# --- scoring ------------------------------------------------------------------------------------------------------
-
-
-def section_scoring_gpu(args: argparse.Namespace) -> dict[str, Any]:
-    """Inner products of fp16 rows on the device with 1 and 100 targets, beside a copy of as many bytes."""
-    from gradsift.influence.device import resident_products
-
-    device = torch.device(args.device)
-    count = args.score_rows if _on_gpu(args.device) else min(args.score_rows, 4096)
-    rows = torch.randn(
-        count, 8192, device=device, dtype=torch.float32 if device.type == "cpu" else torch.float16
-    ).half()
-    target = torch.empty_like(rows)
-    queries = torch.randn(100, 8192, device=device)
-    arms: dict[str, Callable[[], Any]] = {
-        "copy of the rows": lambda: target.copy_(rows),
-        "1 target": lambda: resident_products(rows, queries[:1]),
-        "100 targets": lambda: resident_products(rows, queries),
-    }
-    times: dict[str, list[float]] = {name: [] for name in arms}
-    for arm in arms.values():
-        arm()
-    for _ in range(max(5, args.repeats)):
-        for name, arm in arms.items():
-            times[name].append(timed(arm, args.device))
-    seconds = {name: statistics.median(values) for name, values in times.items()}
-    size = rows.numel() * rows.element_size()
-    bandwidth = 2 * size / seconds["copy of the rows"]  # read and written
-    found = {
-        "rows": count,
-        "bytes": size,
-        "seconds": seconds,
-        "copy_gigabytes_per_second": bandwidth / 1e9,
-        "share_of_bandwidth": {name: size / seconds[name] / bandwidth for name in ("1 target", "100 targets")},
-    }
-    _report(f"scoring {count} rows of 8192 fp16 numbers", found)
-    return found
 
 
 # --- shared -------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@
     python benchmarks/speed.py collection --rank 8   one section
     python benchmarks/speed.py --device cuda         models of 135M to 7B from configuration, as gpu.py says
 
-Sections: collection, memory, less, scoring, joint, explain, start; on a GPU matrix and scoring_gpu. Real rows come from
+Sections: collection, memory, less, scoring, joint, explain, start; on a GPU matrix and scoring. Real rows come from
 ../shared/data/pool.jsonl where present, else from the demo's pool. Times are wall-clock seconds; processor seconds
 stand beside them, because a busy machine lengthens the former.
 """
@@ -25,11 +25,11 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceABC
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-from gpu import SIZES, section_matrix, section_scoring_gpu  # noqa: F401 - sections are found by name
+from gpu import SIZES, section_matrix  # noqa: F401 - sections are found by name
 
 from gradsift.gradients.adam import AdamDirection
 from gradsift.gradients.batching import Batch, automatic_lanes, automatic_token_budget, form_batches
@@ -37,10 +37,9 @@ from gradsift.gradients.capture import LORA, find_modules
 from gradsift.gradients.projection import Projection, Projector, plan_segments
 from gradsift.gradients.rows import gradient_rows
 from gradsift.loss import token_mean
+from gradsift.store.gradient_store import GradientStore, GradientStoreWriter, ShardColumns
+from gradsift.store.storage import LocalStorage
 from gradsift.types import Sequence, TokenizedExample
-
-if TYPE_CHECKING:  # a machine with a GPU may lack what the sections on it do not need
-    from gradsift.store.gradient_store import GradientStore
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
@@ -78,7 +77,7 @@ def main() -> None:
     on_gpu = args.device.startswith("cuda")
     if on_gpu and not torch.cuda.is_available():
         parser.error("no CUDA device is available here")
-    args.sections = args.sections or (["matrix", "scoring_gpu"] if on_gpu else _ON_CPU)
+    args.sections = args.sections or (["matrix", "scoring"] if on_gpu else _ON_CPU)
     args.matrix_rows, args.rows = args.rows, args.rows or 32
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -247,9 +246,6 @@ class Work:
 
     def collect(self, sequences: list[Sequence] | None = None) -> None:
         """The whole of collection for one shard."""
-        from gradsift.store.gradient_store import GradientStoreWriter, ShardColumns
-        from gradsift.store.storage import LocalStorage
-
         sequences = sequences or self.sequences
         self.projector.seconds = 0.0
         result = gradient_rows(
@@ -440,14 +436,14 @@ def section_less(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def section_scoring(args: argparse.Namespace) -> dict[str, Any]:
-    """100 targets and 1 target against 100k × 8192 fp16 rows, from the page cache."""
+    """100 targets and 1 target against 100k × 8192 fp16 rows, from the page cache; on a GPU also 1000 targets."""
     from gradsift.influence.less import store_inner_products
 
     count, dim = args.score_rows, 8192
     folder = Path(tempfile.mkdtemp(prefix="gradsift-speed-"))
     store = random_store(folder, count, dim)
     shards = len(list(folder.glob("shard-*.safetensors")))
-    queries = torch.randn(100, dim, generator=torch.Generator().manual_seed(1))
+    queries = torch.randn(1000, dim, generator=torch.Generator().manual_seed(1))
     left, right = torch.randn(4096, dim), torch.randn(dim, 100)
     product, buffer = torch.empty(4096, 100), bytearray(1 << 24)
 
@@ -461,21 +457,29 @@ def section_scoring(args: argparse.Namespace) -> dict[str, Any]:
                 while file.readinto(buffer):
                     pass
 
+    def score(targets: int, device: str = "cpu") -> Callable[[], Any]:
+        return lambda: store_inner_products(store, queries[:targets], normalise=True, device=device)
+
     arms = {
         "fp32 matrix product of this shape": matmul,
-        "100 targets": lambda: store_inner_products(store, queries, normalise=True),
+        "100 targets": score(100),
         "reading the rows": read,
-        "1 target": lambda: store_inner_products(store, queries[:1], normalise=True),
+        "1 target": score(1),
     }
+    if args.device.startswith("cuda"):
+        arms["1000 targets"] = score(1000)
+        arms |= {f"{count} targets on the GPU": score(count, args.device) for count in (100, 1000)}
     for arm in arms.values():
         arm()
-    times = interleaved(arms, args.repeats, "cpu")
+    times = interleaved(arms, args.repeats, args.device)
+    reading = times["reading the rows"]["wall"]
     found = {
         "rows": count,
         "times": times,
         "share_of_matmul_rate": times["fp32 matrix product of this shape"]["wall"] / times["100 targets"]["wall"],
-        "one_target_to_reading": times["1 target"]["wall"] / times["reading the rows"]["wall"],
+        "one_target_to_reading": times["1 target"]["wall"] / reading,
     }
+    found |= {f"{name} to reading": times[name]["wall"] / reading for name in arms if "GPU" in name}
     report("scoring", found)
     shutil.rmtree(folder)
     return found
@@ -483,9 +487,6 @@ def section_scoring(args: argparse.Namespace) -> dict[str, Any]:
 
 def random_store(folder: Path, count: int, dim: int) -> GradientStore:
     """A store of random fp16 rows, projected from as many as 64 times the dimensions."""
-    from gradsift.store.gradient_store import GradientStore, GradientStoreWriter, ShardColumns
-    from gradsift.store.storage import LocalStorage
-
     shard, shape = 4096, [dim, 64]
     segments = [{"name": "all", "start": 0, "stop": dim, "shape": shape}]
     writer = GradientStoreWriter(LocalStorage(folder), "", {"view": "plain", "dtype": "float16", "segments": segments})

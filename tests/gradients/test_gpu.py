@@ -26,11 +26,7 @@ from gradsift.gradients.hessian import Curvature, curvature_product
 from gradsift.gradients.losses import row_losses
 from gradsift.gradients.projection import Projection, Projector, plan_segments
 from gradsift.gradients.rows import ShardRows, gradient_rows
-from gradsift.influence.device import products_on_device
-from gradsift.influence.less import store_inner_products
 from gradsift.models import attach_adapter, load_model
-from gradsift.store.gradient_store import GradientStore, GradientStoreWriter, ShardColumns
-from gradsift.store.storage import LocalStorage
 from gradsift.types import Sequence
 
 pytestmark = [
@@ -351,27 +347,6 @@ def test_rows_on_another_device_than_the_gradients() -> None:
     projector.project("layer", gradients, wanted)
     projector.project("layer", gradients.to("cuda"), found)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.usefixtures("exact_products")
-def test_scores_are_equal_on_both_devices(tmp_path: Path) -> None:
-    """Inner products of a store with queries, over several shards and transfers, agree to 1e-5."""
-    generator = torch.Generator().manual_seed(0)
-    writer = GradientStoreWriter(
-        LocalStorage(tmp_path), "",
-        {"view": "plain", "dtype": "float16", "segments": [{"name": "m", "start": 0, "stop": 256, "shape": [16, 16]}]},
-    )  # fmt: skip
-    for shard in range(3):
-        rows = torch.randn(9000, 256, generator=generator) * 10.0**shard
-        names = [f"{shard}-{n}" for n in range(len(rows))]
-        norms = rows.norm(dim=1).tolist()
-        writer.write_shard(shard, rows, ShardColumns(names, [0.0] * len(rows), [1] * len(rows), norms, norms, {}))
-    writer.finish(3)
-    store = GradientStore.open(tmp_path)
-    queries = torch.randn(11, 256, generator=generator)
-    cpu = store_inner_products(store, queries, normalise=False)
-    gpu = products_on_device(store, queries, torch.device("cuda"), 0, len(store))
-    assert oracles.relative_error(gpu, cpu) < 1e-5
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs the extra bitsandbytes")

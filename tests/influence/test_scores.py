@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,10 @@ from gradsift.context import Pool, Target, open_target
 from gradsift.errors import ConfigError, DataError
 from gradsift.gradients.collect import Gradients
 from gradsift.gradients.projection import Projection
+from gradsift.influence import blocks
 from gradsift.influence.bm25 import BM25, bm25_scores, conversation_text, model_tokens, words
 from gradsift.influence.datainf import DataInf, ProjectedInverse, datainf_scores, projected_inverse_scores
+from gradsift.influence.ji2s import JI2S
 from gradsift.influence.less import LESS, less_scores
 from gradsift.influence.random import Random, random_scores
 from gradsift.influence.scores import (
@@ -218,6 +221,25 @@ def test_overlap_is_left_out(tiny: World, pool: Pool) -> None:
     assert score(pool, kept, LESS()).ids == pool.data.ids
     with pytest.raises(ConfigError, match="every pool row is also in the target"):
         open_target(tiny.pool, pool)
+
+
+@pytest.mark.parametrize(
+    "method", [LESS(), DataInf(), ProjectedInverse(), TRAK(), JI2S(hessian="fisher_projected")], ids=lambda m: m.kind
+)
+def test_products_are_made_where_the_pool_says(
+    pool: Pool, target: Target, method: Method, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pool's device decides where every estimator multiplies, and nothing else does."""
+    asked = []
+
+    def resolve(device: str) -> str:
+        asked.append(device)
+        return "cpu"
+
+    found = score(pool, target, method).aggregate
+    monkeypatch.setattr(blocks, "resolve_device", resolve)
+    assert np.array_equal(score(replace(pool, device="auto"), target, method).aggregate, found)
+    assert set(asked) == {"auto"}
 
 
 def test_last_checkpoint_alone(pool: Pool, target: Target) -> None:

@@ -17,11 +17,13 @@ from torch import Tensor
 
 from gradsift.checks import float_array, same_size, to_float64
 from gradsift.errors import ConfigError, ShapeError
+from gradsift.influence.blocks import CPU, carried, place_for
 from gradsift.settings import Settings
 from gradsift.store.gradient_store import GradientStore
 
 _AUTO_SHARE = 0.1  # λ as a share of the mean squared gradient coordinate, as in Kwon et al. 2024
-_BLOCK_ROWS = 512  # rows converted at once: long enough for matrix products, 16 MiB at 8192 dimensions
+# Rows converted at once: long enough for matrix products, 16 MiB at 8192 dimensions; a GPU wants fewer, larger kernels.
+_BLOCK_ROWS, _GPU_BLOCK_ROWS = 512, 2048
 _PANEL = 1024  # columns of a second moment computed at once
 
 Columns = tuple[int, int]  # a segment: its first column and the one after its last
@@ -141,7 +143,9 @@ def projected_inverse_scores(
     return _segment_sum(pool, target, damping, lambda G, V, damping: inverse_product(G.T @ G / len(G), V, damping))
 
 
-def datainf_directions(store: GradientStore, targets: Tensor, damping: Literal["auto"] | float) -> Tensor:
+def datainf_directions(
+    store: GradientStore, targets: Tensor, damping: Literal["auto"] | float, *, device: str = "cpu"
+) -> Tensor:
     """h of every target over all segments, `[target dim]` float32: the raw inner product with a row is DataInf's score.
 
     The pool is read block by block: once for `auto` damping, once for the sums Σ_j (v·g_j)c_j g_j.
@@ -150,26 +154,29 @@ def datainf_directions(store: GradientStore, targets: Tensor, damping: Literal["
         store: the pool's plain gradients.
         targets: plain gradients of the targets `[target dim]`, finite.
         damping: λ or `auto`.
+        device: for the products with the targets.
     """
     segments = list(store.segments.values())
     dampings = store_dampings(store, segments, damping)
-    queries = [targets[:, start:stop].float().T.contiguous() for start, stop in segments]
-    sums = [torch.zeros(len(targets), stop - start, dtype=torch.float64) for start, stop in segments]
+    place = place_for(device, len(targets), held=12 * targets.numel())
+    values = torch.tensor(dampings, dtype=torch.float64, device=place)
+    queries = [targets[:, start:stop].float().T.contiguous().to(place) for start, stop in segments]
+    sums = [torch.zeros(len(targets), stop - start, dtype=torch.float64, device=place) for start, stop in segments]
 
     def work(block: _Block) -> None:
         squares = block.squares()
-        value = torch.tensor([dampings[number] for number in block.numbers], dtype=torch.float64)
+        value = values[block.numbers[0] : block.numbers[-1] + 1]
         # c_j times both scales of a stored row; a row of zeros may have any weight that is finite.
         weights = (block.scale.square()[:, None] / (value + squares)).nan_to_num(0).clamp_max(1e30).float()
         for column, (number, rows) in enumerate(block.segments()):
             products = (rows @ queries[number]).mul_(weights[:, column, None])
             sums[number] += products.T @ rows
 
-    _for_each_block(store, segments, work)
+    _for_each_block(store, segments, work, place=place)
     result = torch.zeros(len(targets), store.dim)
     for (start, stop), total, value in zip(segments, sums, dampings, strict=True):
         if value > 0:
-            result[:, start:stop] = (targets[:, start:stop].double() - total / len(store)) / value
+            result[:, start:stop] = (targets[:, start:stop].double() - total.cpu() / len(store)) / value
     return result
 
 
@@ -180,6 +187,7 @@ def inverse_directions(
     *,
     segments: Sequence[Columns] | None = None,
     factors: Tensor | None = None,
+    device: str = "cpu",
 ) -> Tensor:
     """`V (ΦᵀΦ/n + λI)⁻¹` of every segment, `[target dim]` float32, where Φ is the stored rows times their factors.
 
@@ -189,11 +197,13 @@ def inverse_directions(
         damping: λ or `auto`, for Φ.
         segments: the blocks of the kernel; by default those of the store. 8 Σ k_l² bytes are held, and one factor.
         factors: float64 `[row]`; 1 if None.
+        device: for second moments and inverses, where it has room for them.
     """
     segments = list(store.segments.values()) if segments is None else list(segments)
     dampings = store_dampings(store, segments, damping, factors)
+    place = place_for(device, store.dim, held=8 * sum((stop - start) ** 2 for start, stop in segments))
     # fp64: products in fp32 moved real scores by 1e-4 at `auto` damping, and by 1% at a hundredth of it.
-    grams = [torch.zeros(stop - start, stop - start, dtype=torch.float64) for start, stop in segments]
+    grams = [torch.zeros(stop - start, stop - start, dtype=torch.float64, device=place) for start, stop in segments]
 
     def work(block: _Block) -> None:
         for number, rows in block.segments():
@@ -202,12 +212,12 @@ def inverse_directions(
                 panel = scaled[:, left : left + _PANEL]
                 grams[number][left : left + _PANEL, left:].addmm_(panel.T, scaled[:, left:])
 
-    _for_each_block(store, segments, work, factors)
+    _for_each_block(store, segments, work, factors, place)
     result = torch.zeros(len(targets), store.dim)
     for number, ((start, stop), value) in enumerate(zip(segments, dampings, strict=True)):
         if value > 0:
             gram = grams[number].div_(len(store))
-            result[:, start:stop] = inverse_product(gram, targets[:, start:stop].double(), value)
+            result[:, start:stop] = inverse_product(gram, targets[:, start:stop].double().to(place), value)
         grams[number] = torch.empty(0)
     return result
 
@@ -291,9 +301,11 @@ class _Block:
 
     def squares(self) -> Tensor:
         """‖g‖² of each row in each segment, float64 `[row segment]`."""
-        # One call for all segments: hundreds of small ones would cost more than the reading.
-        sums = np.add.reduceat(self.stored.square().numpy(), self.starts[:-1], axis=1)
-        return torch.from_numpy(sums).double().mul_(self.scale.square()[:, None])
+        if self.stored.device != CPU:
+            sums = torch.stack([rows.square().sum(dim=1) for _, rows in self.segments()], dim=1)
+        else:  # one call for all segments: hundreds of small ones would cost more than the reading
+            sums = torch.from_numpy(np.add.reduceat(self.stored.square().numpy(), self.starts[:-1], axis=1))
+        return sums.double().mul_(self.scale.square()[:, None])
 
 
 def _for_each_block(
@@ -301,27 +313,31 @@ def _for_each_block(
     segments: Sequence[Columns],
     work: Callable[[_Block], None],
     factors: Tensor | None = None,
+    place: torch.device = CPU,
 ) -> None:
     """Call `work` with every block of rows, in row order; `segments` are all the store's columns, cut in any way.
 
-    Each thread has segments of its own, side by side, and one buffer: no sums have to be merged.
+    Each thread has segments of its own, side by side, and one buffer: no sums have to be merged. For a GPU there
+    is one thread, which reads a block while the GPU works on the one before.
     """
     threads = torch.get_num_threads()
+    shares, length = (threads, _BLOCK_ROWS) if place == CPU else (1, _GPU_BLOCK_ROWS)
     numbered = enumerate(segments)
-    parts = [list(part) for _, part in groupby(numbered, lambda entry: sum(entry[1]) * threads // (2 * store.dim))]
+    parts = [list(part) for _, part in groupby(numbered, lambda entry: sum(entry[1]) * shares // (2 * store.dim))]
 
     def run(part: list[tuple[int, Columns]]) -> None:
         torch.set_num_threads(max(1, threads // len(parts)))
         left, right = part[0][1][0], part[-1][1][1]
         numbers = [number for number, _ in part]
         starts = [start - left for _, (start, _) in part] + [right - left]
-        buffer = torch.empty(_BLOCK_ROWS, right - left)
+        buffer = torch.empty(length, right - left, device=place)
         first = 0
-        for stored, stored_scale in store.stored_blocks(0, len(store), _BLOCK_ROWS):
+        for stored, stored_scale in store.stored_blocks(0, len(store), length):
             scale = torch.ones(len(stored), dtype=torch.float64) if stored_scale is None else stored_scale.double()
             if factors is not None:
                 scale = scale * factors[first : first + len(stored)]
-            work(_Block(numbers, buffer[: len(stored)].copy_(stored[:, left:right]), scale, starts))
+            rows = buffer[: len(stored)].copy_(carried(stored[:, left:right], place))
+            work(_Block(numbers, rows, scale.to(place), starts))
             first += len(stored)
 
     try:

@@ -24,7 +24,8 @@ from gradsift.gradients.collect import SequenceSource
 from gradsift.gradients.hessian import Curvature, curvature_product
 from gradsift.gradients.projection import Projector, plan_segments
 from gradsift.gradients.rows import View
-from gradsift.influence.less import SINGLY, BlockConsumer, block_rows, over_blocks, store_inner_products, unit_rows
+from gradsift.influence.blocks import BlockConsumer, Queries, block_rows, over_blocks
+from gradsift.influence.less import store_inner_products, unit_rows
 from gradsift.models import host
 from gradsift.settings import Settings
 from gradsift.store.gradient_store import GradientStore
@@ -338,7 +339,9 @@ def _at_checkpoint(
     if not kept:
         raise DataError("no pool example is left to score: all overlap the target or have non-finite gradients")
     direction = _full_direction(pool, store, queries, targets, method, checkpoint, excluded)
-    terms = store_terms(store, queries.rows(0, len(queries)), method, kept=kept, direction=direction)
+    terms = store_terms(
+        store, queries.rows(0, len(queries)), method, kept=kept, direction=direction, device=pool.device
+    )
     ids = [store.ids[position] for position in kept]
     return replaced(terms, ids=ids, stores=[store.fingerprint, queries.fingerprint])
 
@@ -350,6 +353,7 @@ def store_terms(
     *,
     kept: SequenceABC[int] | None = None,
     direction: Tensor | None = None,
+    device: str = "cpu",
 ) -> JointTerms:
     """Both terms from stored rows, streamed from the memory map: float64 `[kept]`, the bias taken off if asked for.
 
@@ -359,6 +363,7 @@ def store_terms(
         method: options; its λ, powers of η and standardisation play no part.
         kept: positions of the rows that are scored and paired; all by default.
         direction: the projected Hs [dim], for a Hessian in full space.
+        device: for the products with the targets.
     """
     kept = list(range(len(store))) if kept is None else kept
     factor = torch.zeros(len(store), dtype=torch.float64)
@@ -371,16 +376,17 @@ def store_terms(
     bias = None
     if method.hessian == "identity":
         mean = targets.double().mean(dim=0, keepdim=True).float()
-        products, along = _with_own_sum(store, mean, factor, None)
+        products, along = _with_own_sum(store, mean, factor, None, device)
         marginal, pairs = products[:, 0], along
     elif method.hessian == "fisher_projected":
-        P, bias = _with_own_sum(store, targets, factor, _projection_strength(store, targets))
+        P, bias = _with_own_sum(store, targets, factor, _projection_strength(store, targets), device)
         marginal, pairs = P.mean(dim=1), (P @ P.sum(dim=0) - P.square().sum(dim=1)) / len(targets)
         bias = bias[kept]
     else:
         assert direction is not None, method.hessian
         # One more query beside the targets, so that the rows are read once.
-        products = store_inner_products(store, torch.cat([targets, direction[None]]), normalise=False).double()
+        queries = torch.cat([targets, direction[None]])
+        products = store_inner_products(store, queries, normalise=False, device=device).double()
         P = products[:, :-1]
         marginal, pairs = P.mean(dim=1), products[:, -1] - P.square().sum(dim=1) / len(targets)
     joint = _reduced(pairs[kept], method.pair_reduction, count)
@@ -406,7 +412,7 @@ def _projection_strength(store: GradientStore, targets: Tensor) -> Tensor:
 
 
 def _with_own_sum(
-    store: GradientStore, queries: Tensor, factor: Tensor, diagonal: Tensor | None
+    store: GradientStore, queries: Tensor, factor: Tensor, diagonal: Tensor | None, device: str
 ) -> tuple[Tensor, Tensor]:
     """⟨r_i, query⟩ `[row query]` and ⟨r_i, D(s − r_i)⟩ `[row]` in float64, r_i = factor_i · row_i, s = Σ_i r_i.
 
@@ -415,28 +421,23 @@ def _with_own_sum(
     """
     total = _row_sum(store, factor)
     weighted = (total if diagonal is None else diagonal.double() * total).float()
-    by_row, own = torch.cat([queries, weighted[None]]).contiguous(), (factor * store.projected_norms).square()
-    by_column, count, block = by_row.T.contiguous(), len(queries) + 1, block_rows(len(queries) + 1)
-    products = torch.empty(len(store), count)
-    factors = factor.float()
+    asked = Queries(torch.cat([queries, weighted[None]]).contiguous(), device)
+    own = (factor * store.projected_norms).square()
+    products, factors = torch.empty(len(store), len(queries) + 1), factor.float()
+    diagonal = None if diagonal is None else diagonal.to(asked.place)
 
     def begin() -> BlockConsumer:
-        single = torch.empty(block)
+        multiply = asked.multiplier()
 
         def consume(part: slice, rows: Tensor, scale: Tensor | None) -> None:
-            if count <= SINGLY:
-                for number, query in enumerate(by_row):
-                    products[part, number] = torch.mv(rows, query, out=single[: len(rows)])
-            else:
-                torch.mm(rows, by_column, out=products[part])
             by_factor = factors[part] if scale is None else factors[part] * scale
-            products[part] *= by_factor[:, None]
+            torch.mul(multiply(rows), by_factor[:, None], out=products[part])
             if diagonal is not None:
-                own[part] = torch.mv(rows.square_(), diagonal).double() * by_factor.double().square()
+                own[part] = torch.mv(rows.square_(), diagonal).cpu().double() * by_factor.double().square()
 
         return consume
 
-    over_blocks(store, block, begin)
+    over_blocks(store, asked.block, begin, place=asked.place)
     return products[:, :-1].double(), products[:, -1].double() - own
 
 

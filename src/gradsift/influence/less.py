@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -11,15 +10,9 @@ from torch import Tensor
 
 from gradsift.checks import float_array, same_size
 from gradsift.errors import ConfigError, ShapeError
+from gradsift.influence.blocks import BlockConsumer, Queries, over_blocks
 from gradsift.settings import Settings
 from gradsift.store.gradient_store import GradientStore
-
-# Rows converted at once: with one query, reading is the bound and a block must stay in a core's own cache; with many,
-# the product is, and wants longer blocks.
-_FEW_QUERY_ROWS, _MANY_QUERY_ROWS = 32, 256
-SINGLY = 3  # up to so many queries, a matrix product takes longer than one vector product for each
-
-BlockConsumer = Callable[[slice, Tensor, Tensor | None], None]
 
 
 def less_scores(
@@ -140,6 +133,7 @@ def store_inner_products(
     weight: float = 1.0,
     start: int = 0,
     stop: int | None = None,
+    device: str = "cpu",
 ) -> Tensor:
     """Inner products of every stored row with every query, added to `out` `[row query]`, block by block from the map.
 
@@ -154,71 +148,26 @@ def store_inner_products(
         out: `[row query]` float32 to add to; made if None.
         weight: factor of the products.
         start, stop: rows [start, stop) of the store alone.
+        device: to multiply on; products on a GPU agree with the CPU's within rounding.
     """
     stop = len(store) if stop is None else stop
-    queries = (unit_rows(queries) if normalise else queries).to(torch.float32).contiguous()
-    by_column = queries.T.contiguous()  # [dim query]
-    count = queries.shape[0]
+    asked = Queries((unit_rows(queries) if normalise else queries).to(torch.float32).contiguous(), device)
     if out is None:
-        out = torch.zeros(stop - start, count)
+        out = torch.zeros(stop - start, len(queries))
     factors = torch.full((stop - start,), weight, dtype=torch.float64)
     if normalise:
         norms = store.projected_norms[start:stop]
         factors = torch.where(norms > 0, weight / norms.clamp_min(1e-300), torch.zeros_like(norms))
     factors = factors.float()
-    block = block_rows(count)
 
     def begin() -> BlockConsumer:
-        products, by_query = torch.empty(block, count), torch.empty(count, block)
+        multiply = asked.multiplier()
 
         def consume(part: slice, rows: Tensor, scale: Tensor | None) -> None:
-            found = products[: len(rows)]
-            if count <= SINGLY:
-                found = by_query[:, : len(rows)].T
-                for number, query in enumerate(queries):
-                    torch.mv(rows, query, out=by_query[number, : len(rows)])
-            else:
-                torch.mm(rows, by_column, out=found)
             factor = factors[part] if scale is None else factors[part] * scale
-            out[part].addcmul_(found, factor[:, None])
+            out[part].addcmul_(multiply(rows), factor[:, None])
 
         return consume
 
-    over_blocks(store, block, begin, start, stop)
+    over_blocks(store, asked.block, begin, start, stop, asked.place)
     return out
-
-
-def block_rows(queries: int) -> int:
-    """How many rows to convert at once for so many queries."""
-    return _FEW_QUERY_ROWS if queries < 8 else _MANY_QUERY_ROWS
-
-
-def over_blocks(
-    store: GradientStore, block: int, begin: Callable[[], BlockConsumer], start: int = 0, stop: int | None = None
-) -> None:
-    """Read a store once, block by block, on all threads.
-
-    Args:
-        store: N rows.
-        block: rows that are converted at once.
-        begin: called once by each thread; what it returns takes each of the thread's blocks as (positions, fp32 rows
-            as they are stored `[row dim]`, their scales `[row]` or None). It may change the rows.
-        start, stop: rows [start, stop) alone, whose positions count from 0.
-    """
-    first, last = start, len(store) if stop is None else stop
-
-    def work(start: int, stop: int) -> None:
-        torch.set_num_threads(1)
-        buffer, consume, position = torch.empty(block, store.dim), begin(), start
-        for stored, scale in store.stored_blocks(start, stop, block):
-            count = len(stored)
-            consume(slice(position - first, position - first + count), buffer[:count].copy_(stored), scale)
-            position += count
-
-    threads = torch.get_num_threads()
-    edges = [first + (last - first) * n // threads for n in range(threads + 1)]
-    try:
-        with ThreadPoolExecutor(threads) as executor:
-            list(executor.map(work, edges[:-1], edges[1:]))
-    finally:
-        torch.set_num_threads(threads)

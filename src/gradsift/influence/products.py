@@ -29,27 +29,35 @@ class _Products:
     stop: int
     normalise: bool
     weight: float
+    device: str
 
     def work(self, advance: Advance) -> Tensor:
         """`[row query]`."""
         store = GradientStore(self.storage, self.prefix, verify=False)  # the driver has looked at every byte
         found = store_inner_products(
-            store, self.queries, normalise=self.normalise, weight=self.weight, start=self.start, stop=self.stop
-        )
+            store, self.queries, normalise=self.normalise, weight=self.weight, start=self.start, stop=self.stop,
+            device=self.device,
+        )  # fmt: skip
         advance(self.stop - self.start)
         return found
 
 
 def inner_products(
-    store: GradientStore, queries: Tensor, *, normalise: bool, weight: float = 1.0, engine: Engine = LOCAL
+    store: GradientStore,
+    queries: Tensor,
+    *,
+    normalise: bool,
+    weight: float = 1.0,
+    engine: Engine = LOCAL,
+    device: str = "cpu",
 ) -> Tensor:
     """`store_inner_products` on the engine's workers, which read the store's rows where it lies `[row query]`."""
     if engine is LOCAL:
-        return store_inner_products(store, queries, normalise=normalise, weight=weight)
+        return store_inner_products(store, queries, normalise=normalise, weight=weight, device=device)
     share = max(1, min(_SHARE_ROWS, _SHARE_VALUES // max(1, len(queries))))
     edges = [*range(0, len(store), share), len(store)]
     tasks = [
-        _Products(store.storage, store.prefix, queries, start, stop, normalise, weight)
+        _Products(store.storage, store.prefix, queries, start, stop, normalise, weight, device)
         for start, stop in pairwise(edges)
     ]
     out = torch.empty(len(store), len(queries))

@@ -17,7 +17,6 @@ from pydantic import Field
 from gradsift.context import Pool, Target
 from gradsift.data.dataset import Dataset
 from gradsift.errors import ConfigError, DataError
-from gradsift.execution.engine import Engine
 from gradsift.gradients.collect import SequenceSource
 from gradsift.gradients.rows import View
 from gradsift.influence.aggregate import max_of_means, mean_over_targets
@@ -338,7 +337,7 @@ def influence_matrix(
         queries = pool.collect(source, checkpoint, ["plain"], what="target")["plain"]
         store.check_comparable(queries)
         used += [store.fingerprint, queries.fingerprint]
-        products = _store_products(store, queries, targets.ids, method, weight, pool.engine)
+        products = _store_products(store, queries, targets.ids, method, weight, pool)
         if total is None:
             total, ids = products, list(store.ids)
             continue
@@ -357,19 +356,21 @@ def _store_products(
     target_ids: SequenceABC[str],
     method: Ranker | NICE | NICEIF,
     weight: float,
-    engine: Engine,
+    pool: Pool,
 ) -> torch.Tensor:
     """What a method sums over checkpoints, times `weight`, `[row target]`; TRAK's 1 − p is one more column."""
     targets = target_rows(queries, target_ids)
     if isinstance(method, LESS | NICE):
-        return inner_products(store, targets, normalise=method.normalise, weight=weight, engine=engine)
+        return inner_products(
+            store, targets, normalise=method.normalise, weight=weight, engine=pool.engine, device=pool.device
+        )
     if isinstance(method, TRAK):
-        kernel = trak_kernel(store, targets, _target_losses(queries, target_ids), method)
+        kernel = trak_kernel(store, targets, _target_losses(queries, target_ids), method, device=pool.device)
         return torch.cat([kernel, doubt_of(store.losses).float()[:, None]], dim=1) * weight
     assert isinstance(method, DataInf | NICEIF | ProjectedInverse), method
     directions = inverse_directions if isinstance(method, ProjectedInverse) else datainf_directions
-    along = directions(store, targets, method.damping)
-    return inner_products(store, along, normalise=False, weight=weight, engine=engine)
+    along = directions(store, targets, method.damping, device=pool.device)
+    return inner_products(store, along, normalise=False, weight=weight, engine=pool.engine, device=pool.device)
 
 
 def _joint_terms(pool: Pool, target: Target | PromptTarget, method: JI2S, excluded: SetABC[str]) -> JointTerms:

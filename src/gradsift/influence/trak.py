@@ -121,7 +121,9 @@ def trak_scores(
     return scores.to(device=device, dtype=dtype)
 
 
-def trak_kernel(store: GradientStore, targets: Tensor, target_loss: Tensor, method: TRAK) -> Tensor:
+def trak_kernel(
+    store: GradientStore, targets: Tensor, target_loss: Tensor, method: TRAK, *, device: str = "cpu"
+) -> Tensor:
     """`Φ (ΦᵀΦ/n + λI)⁻¹ φ` of every stored row and every target at one checkpoint, float32 `[row target]`.
 
     Args:
@@ -129,12 +131,15 @@ def trak_kernel(store: GradientStore, targets: Tensor, target_loss: Tensor, meth
         targets: plain gradients of the targets `[target dim]`.
         target_loss: their mean losses `[target]`.
         method: the damping and the kernel's blocks.
+        device: for the heavy products.
     """
     inverse_doubt = 1 / doubt_of(store.losses)
     queries = targets.double() / doubt_of(target_loss)[:, None]
     blocks = [(0, store.dim)] if method.kernel == "whole" else None
-    directions = inverse_directions(store, queries, method.damping, segments=blocks, factors=inverse_doubt)
-    return store_inner_products(store, directions, normalise=False).mul_(inverse_doubt.float()[:, None])
+    directions = inverse_directions(
+        store, queries, method.damping, segments=blocks, factors=inverse_doubt, device=device
+    )
+    return store_inner_products(store, directions, normalise=False, device=device).mul_(inverse_doubt.float()[:, None])
 
 
 def doubt_of(losses: Tensor) -> Tensor:

@@ -155,7 +155,7 @@ def _terms(scores: Scores, method: JI2S) -> tuple[Array, Callable[[int], Array]]
         rows = unit_rows(rows) if method.normalise else rows
         if method.hessian == "identity":  # which needs the targets' mean alone
             rows = rows.mean(dim=0, keepdim=True)
-        P = store_inner_products(store, rows, normalise=False)[places].double()
+        P = store_inner_products(store, rows, normalise=False, device=pool.device)[places].double()
         if method.normalise:  # here, as a mean of unit rows has no unit length
             norms = store.projected_norms[places]
             P /= torch.where(norms > 0, norms, math.inf)[:, None]

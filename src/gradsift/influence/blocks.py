@@ -1,0 +1,130 @@
+"""Stored rows read block by block, and their inner products with queries, on this machine's cores or on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from gradsift.memory import empty_device_cache
+from gradsift.models import resolve_device
+from gradsift.store.gradient_store import GradientStore
+
+# Rows converted at once: with one query, reading is the bound and a block must stay in a core's own cache; with many,
+# the product is, and wants longer blocks. A large GPU's cache holds 1024 rows of 8192 numbers, 32 MB.
+_FEW_QUERY_ROWS, _MANY_QUERY_ROWS, _GPU_ROWS = 32, 256, 1024
+_SINGLY = 3  # up to so many queries, a matrix product takes longer than one vector product for each
+_GPU_READERS = 4  # threads: while one waits for the GPU, the others read
+_GPU_BUFFERS = 1 << 29  # bytes that blocks on their way, and the libraries, take on a GPU
+CPU = torch.device("cpu")
+
+BlockConsumer = Callable[[slice, Tensor, Tensor | None], None]
+
+
+def place_for(device: str, queries: int, held: int) -> torch.device:
+    """Where rows are multiplied: on the device, if it is a GPU that has room, and the work is worth the way there.
+
+    Args:
+        device: as `--device` has it; `map` takes the first GPU.
+        queries: with how many; a few take less time than the way.
+        held: bytes that factors and sums take there meanwhile.
+    """
+    place = torch.device(resolve_device(device))
+    if place.type != "cuda" or queries <= _SINGLY:
+        return CPU
+    empty_device_cache()
+    return place if 2 * (held + _GPU_BUFFERS) < torch.cuda.mem_get_info(place)[0] else CPU
+
+
+def block_rows(queries: int, place: torch.device = CPU) -> int:
+    """How many rows to convert at once for so many queries."""
+    if place != CPU:
+        return _GPU_ROWS
+    return _FEW_QUERY_ROWS if queries < 8 else _MANY_QUERY_ROWS
+
+
+class Queries:
+    """What multiplies blocks of rows by all queries; the arithmetic is float32 on every device.
+
+    Attributes:
+        place: where it is done.
+        block: rows of a block, at most.
+
+    Args:
+        queries: `[query dim]` float32, contiguous.
+        device: see `place_for`.
+    """
+
+    def __init__(self, queries: Tensor, device: str) -> None:
+        self.place = place_for(device, len(queries), held=4 * queries.numel())
+        self.block = block_rows(len(queries), self.place)
+        self._by_row = queries
+        self._by_column = queries.T.contiguous().to(self.place)  # [dim query]
+
+    def multiplier(self) -> Callable[[Tensor], Tensor]:
+        """From the rows of a block, which are at `place`, to their products `[row query]`, which are on the CPU.
+
+        They stand in a buffer that the next block's overwrite: each thread has a multiplier of its own.
+        """
+        count = len(self._by_row)
+        if count <= _SINGLY:
+            by_query = torch.empty(count, self.block)
+
+            def singly(rows: Tensor) -> Tensor:
+                for number, query in enumerate(self._by_row):
+                    torch.mv(rows, query, out=by_query[number, : len(rows)])
+                return by_query[:, : len(rows)].T
+
+            return singly
+        products = torch.empty(self.block, count, device=self.place)
+        return lambda rows: torch.mm(rows, self._by_column, out=products[: len(rows)]).cpu()
+
+
+def over_blocks(
+    store: GradientStore,
+    block: int,
+    begin: Callable[[], BlockConsumer],
+    start: int = 0,
+    stop: int | None = None,
+    place: torch.device = CPU,
+) -> None:
+    """Read a store once, block by block, on all threads.
+
+    Args:
+        store: N rows.
+        block: rows that are converted at once.
+        begin: called once by each thread; what it returns takes each of the thread's blocks as (positions, fp32 rows
+            as they are stored `[row dim]`, their scales `[row]` or None). It may change the rows.
+        start, stop: rows [start, stop) alone, whose positions count from 0.
+        place: where the rows are wanted; scales stay on the CPU.
+    """
+    first, last = start, len(store) if stop is None else stop
+
+    def work(start: int, stop: int) -> None:
+        torch.set_num_threads(1)
+        buffer, consume, position = torch.empty(block, store.dim, device=place), begin(), start
+        for stored, scale in store.stored_blocks(start, stop, block):
+            count = len(stored)
+            rows = buffer[:count].copy_(carried(stored, place))
+            consume(slice(position - first, position - first + count), rows, scale)
+            position += count
+
+    cores = torch.get_num_threads()
+    threads = cores if place == CPU else _GPU_READERS
+    edges = [first + (last - first) * n // threads for n in range(threads + 1)]
+    try:
+        with ThreadPoolExecutor(threads) as executor:
+            list(executor.map(work, edges[:-1], edges[1:]))
+    finally:
+        torch.set_num_threads(cores)
+
+
+def carried(stored: Tensor, place: torch.device) -> Tensor:
+    """Stored rows at a place, not converted: 16 bits travel as 16 bits.
+
+    They are copied into pinned memory while the GPU works, and go over when it is done with what it was given before:
+    there is never more than one block of a thread on the way.
+    """
+    return stored if place == CPU else stored.pin_memory().to(place)

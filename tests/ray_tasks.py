@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,19 @@ class SlowOnce:
             time.sleep(600)
             return "slept"
         return "done"
+
+
+@dataclass(frozen=True)
+class Hopeless:
+    """Ends every process that does it; others do without."""
+
+    def work(self, advance: Advance) -> str:
+        advance(2)
+        os.kill(os.getpid(), signal.SIGKILL)
+        return "done"
+
+    def lost(self, reason: str) -> str:
+        return f"lost: {reason}"
 
 
 @dataclass(frozen=True)
@@ -145,19 +158,61 @@ class Killing:
         return self.shard.name_of(row)  # type: ignore[no-any-return]
 
 
-class Saboteur:
-    """An engine whose shards kill the processes they run in."""
+@dataclass(frozen=True)
+class KillingRow:
+    """A task over rows that ends its process as long as one of them is there."""
 
-    def __init__(self, engine: Any, **how: Any) -> None:
-        self.engine, self.how = engine, how
+    task: Any
+    row: str
+
+    @property
+    def rows(self) -> int:
+        return self.task.rows  # type: ignore[no-any-return]
+
+    def work(self, advance: Advance) -> Any:
+        if self.row in [self.name_of(row) for row in range(self.rows)]:
+            os._exit(1)
+        return self.task.work(advance)
+
+    def probe(self, start: int, stop: int) -> KillingRow:
+        return replace(self, task=self.task.probe(start, stop))
+
+    def without(self, rows: Sequence[int], reason: str) -> KillingRow:
+        return replace(self, task=self.task.without(rows, reason))
+
+    def name_of(self, row: int) -> str:
+        return self.task.name_of(row)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class KillingCell:
+    """A cell of a comparison that kills its process in one stage as long as a mark is there."""
+
+    cell: Any
+    mark: str
+
+    def work(self, advance: Advance) -> Any:
+        if Path(self.mark).exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.cell.work(advance)
+
+    def lost(self, reason: str) -> Any:
+        return self.cell.lost(reason)
+
+
+class Saboteur:
+    """An engine some of whose tasks kill the processes they run in: its shards, unless `wrap` says otherwise."""
+
+    def __init__(self, engine: Any, wrap: Callable[[Any, str], Any] | None = None, **how: Any) -> None:
+        self.engine = engine
+        self.wrap = wrap or (lambda task, what: Killing(task, **how) if what == "shard" else task)
 
     @property
     def workers(self) -> int:
         return self.engine.workers  # type: ignore[no-any-return]
 
     def map(self, tasks: Sequence[Any], advance: Advance, what: str) -> Iterator[tuple[int, Any]]:
-        wrapped = [Killing(task, **self.how) if what == "shard" else task for task in tasks]
-        yield from self.engine.map(wrapped, advance, what)
+        yield from self.engine.map([self.wrap(task, what) for task in tasks], advance, what)
 
 
 @dataclass(frozen=True)

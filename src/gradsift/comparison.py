@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from gradsift.comparison_plan import Plan, planned
 from gradsift.comparison_views import choice_views, extremes_of, told
@@ -30,7 +30,7 @@ from gradsift.evaluation.evaluate import Evaluation, evaluate, measure, settings
 from gradsift.evaluation.fine_tune import train_on
 from gradsift.evaluation.metric import Measured
 from gradsift.evaluation.setup import Trained
-from gradsift.evaluation.stage_costs import StageClock
+from gradsift.evaluation.stage_costs import StageClock, StageCost
 from gradsift.execution.engine import LOCAL
 from gradsift.gradients.rows import View
 from gradsift.influence.ji2s import JI2S, full_sums
@@ -52,6 +52,8 @@ from gradsift.warmup.train import steps_per_epoch
 _CELL_ERRORS = (GradsiftError, RuntimeError, MemoryError)
 _FATAL = (StorageError, LockedError)
 _Result = TypeVar("_Result")
+_Key = tuple[str, int, int]  # arm, budget and seed of a cell
+_CellOf = tuple[Contender, int, int]
 
 
 def run_compare(recipe: Recipe, reporter: Reporter | None = None) -> Comparison:
@@ -88,7 +90,7 @@ class _Stopped:
     """What a stage came to instead of a result."""
 
     stage: str
-    error: Exception
+    error: str
 
 
 def _attempted(stage: str, step: Callable[[], _Result]) -> _Result | _Stopped:
@@ -99,33 +101,51 @@ def _attempted(stage: str, step: Callable[[], _Result]) -> _Result | _Stopped:
         raise
     except _CELL_ERRORS as error:
         refuse_to_go_on(error)
-        return _Stopped(stage, error)
+        return _Stopped(stage, str(error) if isinstance(error, GradsiftError) else f"{type(error).__name__}: {error}")
+
+
+_Choice = tuple[str, ...] | _Stopped  # ids
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a worker has to tell of a cell."""
+
+    cells: list[Cell]
+    failures: list[CellFailure]
+    curves: list[LearningCurve]
+    costs: dict[str, StageCost]
 
 
 @dataclass(frozen=True)
 class _CellTask:
-    """The task of training, or of evaluating, one cell."""
+    """The task of training, or of evaluating, one cell, which the other cells do without.
+
+    choices: of this cell, and of those that its metrics compare with
+    trained: what stopped the training of cells
+    """
 
     plan: Plan
-    choices: dict[tuple[str, int, int], Any]
+    choices: dict[_Key, _Choice]
+    trained: dict[_Key, _Stopped]
     contender: Contender
     budget: int
     seed: int
-    stage: str
+    stage: Literal["train", "evaluate"]
 
-    def work(self, advance: Advance) -> list[CellFailure]:
-        """Leave the results in the run folder; what came to nothing."""
+    def work(self, advance: Advance) -> _Found | _Stopped | None:
+        """Leave a training in the run folder, or tell of an evaluation; or of what stopped it."""
         work = _Work(self.plan)
-        work.choices = self.choices
-        if self.stage == "evaluate":
-            work._cell(self.contender, self.budget, self.seed)
-        elif not self.contender.base:
+        work.choices, work.trained = self.choices, dict(self.trained)
+        if self.stage == "train":
             trained = work._trained(self.contender, self.budget, self.seed)
-            if isinstance(trained, _Stopped):
-                work._tell(
-                    CellFailure(self.contender.name, self.budget, self.seed, trained.stage, _said(trained.error))
-                )
-        return work.failures
+            return trained if isinstance(trained, _Stopped) else None
+        work._cell(self.contender, self.budget, self.seed)
+        return _Found(work.cells, work.failures, work.curves, work.clock.by_key)
+
+    def lost(self, reason: str) -> _Stopped:
+        """It ends here alone."""
+        return _Stopped(self.stage, reason)
 
 
 class _Work:
@@ -136,8 +156,8 @@ class _Work:
         self.clock = StageClock(plan.pool.run)
         self.cells: list[Cell] = []
         self.failures: list[CellFailure] = []
-        self.choices: dict[tuple[str, int, int], tuple[str, ...] | _Stopped] = {}
-        self.trained: dict[tuple[str, int, int], Trained | _Stopped] = {}
+        self.choices: dict[_Key, _Choice] = {}
+        self.trained: dict[_Key, Trained | _Stopped] = {}
         self.curves: list[LearningCurve] = []
         self.extremes: dict[str, Extremes] = {}
         self._scores: tuple[str, Scores | _Stopped] | None = None
@@ -150,31 +170,64 @@ class _Work:
         cells = list(self.plan.cells())
         elsewhere = self._elsewhere(cells)
         for number, (contender, budget, seed) in enumerate(cells):
-            if failures := elsewhere.get((contender.name, budget, seed)):
-                for failure in failures:
-                    self._tell(failure)
-                continue
-            self.pool.reporter.say(f"cell {number + 1} of {len(cells)}: {_words(contender, budget, seed)}")
-            self._cell(contender, budget, seed)
+            found = elsewhere.get((contender.name, budget, seed))
+            if isinstance(found, _Stopped):
+                self._fail(contender, budget, seed, found)
+            elif found is not None:
+                self._take(contender, budget, seed, found)
+            else:
+                self.pool.reporter.say(f"cell {number + 1} of {len(cells)}: {_words(contender, budget, seed)}")
+                self._cell(contender, budget, seed)
         return self._result(per_seed=per_seed)
 
-    def _elsewhere(self, cells: Sequence[tuple[Contender, int, int]]) -> dict[tuple[str, int, int], list[CellFailure]]:
-        """Have the engine's workers train and evaluate; what came to nothing. The rest lies in the run folder."""
-        engine = self.pool.engine
-        if engine is LOCAL:
+    def _elsewhere(self, cells: Sequence[_CellOf]) -> dict[_Key, _Found | _Stopped]:
+        """What the engine's workers have to tell of cells; nothing of those that their choice or training stopped."""
+        if self.pool.engine is LOCAL:
             return {}
+        trainable = [cell for cell in cells if not cell[0].base and not self._is_stopped(*cell)]
+        stopped = self._on_workers("train", trainable)  # all before any evaluation: a metric may compare two arms
+        self.trained |= {key: found for key, found in stopped.items() if isinstance(found, _Stopped)}
+        found = self._on_workers("evaluate", [cell for cell in cells if not self._is_stopped(*cell)])
+        return {key: one for key, one in found.items() if one is not None}
+
+    def _is_stopped(self, contender: Contender, budget: int, seed: int) -> bool:
+        trained = self.trained.get((contender.name, budget, seed))
+        return isinstance(trained, _Stopped) or isinstance(self._chosen(contender, budget, seed), _Stopped)
+
+    def _on_workers(
+        self, stage: Literal["train", "evaluate"], cells: Sequence[_CellOf]
+    ) -> dict[_Key, _Found | _Stopped | None]:
         plan = replace(self.plan, pool=replace(self.pool, reporter=silent(), engine=LOCAL))
-        failed: dict[tuple[str, int, int], list[CellFailure]] = {}
-        for stage in ("train", "evaluate"):  # a metric may compare a cell's model with another arm's
-            left = [cell for cell in cells if (cell[0].name, *cell[1:]) not in failed]
-            tasks = [_CellTask(plan, self.choices, *cell, stage) for cell in left]
-            with self.pool.reporter.stage(f"cells: {stage}", len(tasks), "cells") as advance:
-                for position, failures in engine.map(tasks, untold, "cell"):
-                    advance()
-                    contender, budget, seed = left[position]
-                    if failures:
-                        failed[contender.name, budget, seed] = failures
-        return failed
+        stopped = {key: one for key, one in self.trained.items() if isinstance(one, _Stopped)}
+        tasks = [_CellTask(plan, self._choices_for(*cell), stopped, *cell, stage) for cell in cells]
+        found: dict[_Key, _Found | _Stopped | None] = {}
+        with self.pool.reporter.stage(f"cells: {stage}", len(tasks), "cells") as advance:
+            for position, result in self.pool.engine.map(tasks, untold, "cell"):
+                advance()
+                contender, budget, seed = cells[position]
+                found[contender.name, budget, seed] = result
+        return found
+
+    def _choices_for(self, contender: Contender, budget: int, seed: int) -> dict[_Key, _Choice]:
+        """Those that the work on a cell may ask for."""
+        keys = [(contender.name, budget, seed)]
+        for metric in self.job.metrics:
+            if isinstance(metric, PairwiseMetric) and metric.opponent is not None:
+                other, at, of_seed = self.plan.opponent(metric, budget, seed)
+                keys.append((other.name, at, of_seed))
+        return {key: self.choices[key] for key in keys if key in self.choices}
+
+    def _take(self, contender: Contender, budget: int, seed: int, found: _Found) -> None:
+        """Make what a worker tells of a cell our own."""
+        for failure in found.failures:
+            self._tell(failure)
+        self.curves += found.curves
+        for cell in found.cells:
+            # The worker may see the run folder, or keep its copies of it, elsewhere.
+            trained = None if contender.base else self._trained(contender, budget, seed)
+            assert not isinstance(trained, _Stopped), trained
+            self.cells.append(replace(cell, path=self.pool.model if trained is None else trained.path))
+        self.clock.by_key = found.costs | self.clock.by_key
 
     def page(self, result: Comparison) -> ComparisonPage:
         """Everything that the page shows."""
@@ -193,7 +246,7 @@ class _Work:
             # Collected with the sums that JI2S needs, one store serves the other methods as well.
             pool = full_sums(pool)
         stopped = self._prepare(pool, [one.estimator for one in choosing if one.estimator is not None])
-        known: dict[str, tuple[str, ...] | _Stopped] = {}
+        known: dict[str, _Choice] = {}
         for contender in choosing:
             assert contender.estimator is not None
             in_vain = stopped if pool_view(contender.estimator) is not None else None
@@ -230,9 +283,7 @@ class _Work:
                 with self.clock.timed("gradients", None, identity):
                     pool.stores(checkpoint, views)
 
-    def _choice(
-        self, pool: Pool, contender: Contender, budget: int, seed: int, known: dict[str, tuple[str, ...] | _Stopped]
-    ) -> tuple[str, ...] | _Stopped:
+    def _choice(self, pool: Pool, contender: Contender, budget: int, seed: int, known: dict[str, _Choice]) -> _Choice:
         """The ids that a contender chooses; equal choices are made once."""
         estimator, method = contender.drawn_by(seed)
         scoring = {
@@ -289,14 +340,17 @@ class _Work:
                 return
             stopped = evaluation
         assert stopped is not None
-        self._tell(CellFailure(contender.name, budget, seed, stopped.stage, _said(stopped.error)))
+        self._fail(contender, budget, seed, stopped)
+
+    def _fail(self, contender: Contender, budget: int, seed: int, stopped: _Stopped) -> None:
+        self._tell(CellFailure(contender.name, budget, seed, stopped.stage, stopped.error))
 
     def _tell(self, failure: CellFailure) -> None:
         self.failures.append(failure)
         words = f"{failure.arm}, {failure.budget} examples, seed {failure.seed}"
         self.pool.reporter.warn(f"{words}: {failure.stage} failed, the rest goes on: {failure.error}")
 
-    def _chosen(self, contender: Contender, budget: int, seed: int) -> tuple[str, ...] | _Stopped:
+    def _chosen(self, contender: Contender, budget: int, seed: int) -> _Choice:
         """The ids that are trained on."""
         if contender.sized:
             return self.choices[contender.name, budget, seed]
@@ -420,7 +474,7 @@ class _Work:
                     found = _attempted("curve", partial(measure, self.pool, state, metric))
                     if isinstance(found, _Stopped):
                         own.append(None)
-                        failed.setdefault(metric.label, f"{when}: {_said(found.error)}")
+                        failed.setdefault(metric.label, f"{when}: {found.error}")
                     else:
                         timed.done = timed.done and not found.partial
                         own.append(found.figures[0].value)
@@ -450,10 +504,6 @@ class _Work:
             warnings=plan.warnings,
             curves=tuple(self.curves),
         )
-
-
-def _said(error: Exception) -> str:
-    return str(error) if isinstance(error, GradsiftError) else f"{type(error).__name__}: {error}"
 
 
 def _words(contender: Contender, budget: int, seed: int) -> str:

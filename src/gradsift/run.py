@@ -68,8 +68,12 @@ class Run:
         return f"Run({self.place!r})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Another process may work in another folder."""
-        return Run, (self.place if is_url(self.place) else str(self.folder.absolute()),)
+        return Run, (self.address,)
+
+    @property
+    def address(self) -> str:
+        """The place, for another process, which may work in another folder."""
+        return self.place if is_url(self.place) else str(self.folder.absolute())
 
     @contextmanager
     def lock(self) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from gradsift.execution.actors import RayCluster
 from gradsift.execution.engine import LOCAL
 from gradsift.execution.ray import RayEngine, engine_of
 from gradsift.progress import Reporter, untold
-from ray_tasks import DieOnce, Refuse, Rows, SlowOnce, Square, warned
+from ray_tasks import DieOnce, Hopeless, Refuse, Rows, SlowOnce, Square, warned
 
 # Ray leaves its own processes and files to the end of this one.
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
@@ -70,9 +71,26 @@ def test_a_lost_worker_costs_its_task_a_second_try(engine: RayEngine, tmp_path: 
 @pytest.mark.slow
 def test_a_task_that_always_ends_its_worker_ends_the_work(engine: RayEngine, tmp_path: Path) -> None:
     """After three workers the error names the task and says that what is complete stays."""
-    with pytest.raises(WorkerError, match=r"shard 0 has brought down 3 workers .*the same command goes on there"):
+    with pytest.raises(WorkerError, match=r"shard 0 has brought down 3 workers, .*the same command goes on there"):
         list(engine.map([DieOnce(str(tmp_path), times=99)], untold, "shard"))
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_task_that_others_do_without_is_lost_alone(engine: RayEngine, capfd: pytest.CaptureFixture[str]) -> None:
+    """After three workers an expendable task says what its loss means, with how many died and where their logs are; the
+    others are done, and progress counts only them. Nothing goes to standard output, which is for results."""
+    told: list[float] = []
+    found = dict(engine.map([Hopeless(), Square(3)], lambda units=1: told.append(units), "cell"))
+    assert found[1][0] == 9
+    assert re.fullmatch(
+        r"lost: 3 workers died at it, most likely out of memory: fewer --workers .*"
+        r"Ray's logs are in /\S+/logs, of the last one: worker-\*-\d+\.err on [\d.]+",
+        found[0],
+    )
+    assert warned(engine).count("a worker was lost at cell 0: it is tried again") == 2
+    assert "done again by others" not in warned(engine)
+    assert sum(told) == 3
+    assert capfd.readouterr().out == ""
 
 
 @pytest.mark.slow

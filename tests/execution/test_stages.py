@@ -13,7 +13,7 @@ import gradsift as gs
 from gradsift.execution.actors import RayCluster
 from gradsift.execution.engine import LOCAL, Engine
 from gradsift.execution.ray import RayEngine
-from ray_tasks import Saboteur, warned
+from ray_tasks import KillingCell, KillingRow, Saboteur, warned
 from tiny_world import Cli, World, target_rows, write_rows
 
 pytestmark = [
@@ -24,7 +24,12 @@ RAY = ("--engine", "ray", "--workers", "2")
 REWARD = """
 def vowels(completions, **columns):
     return [sum(letter in "aeiou" for letter in text) / (1 + len(text)) for text in completions]
+
+
+def broken(completions, **columns):
+    raise ValueError("no reward today")
 """
+Comparison = tuple[dict[tuple[str, int], dict[str, Any]], dict[tuple[str, int, str, str | None], str]]
 
 
 def pool_of(tiny: World, out: Path, engine: Engine) -> gs.Pool:
@@ -124,38 +129,111 @@ def test_responses_and_rewards_are_the_same(tiny: World, tmp_path: Path, cluster
     assert [entry["responses"]["responses"] for entry in earned["checkpoints"]] == [32, 32]
 
 
-@pytest.mark.slow
-def test_cells_of_a_comparison_are_the_same(tiny: World, tmp_path: Path, cluster: None) -> None:
-    """Two arms, two seeds, and an arm that cannot be trained: figures, choices and the failure are those of this
-    process."""
-    write_rows(tmp_path / "test.jsonl", target_rows(8)[4:])
+@pytest.fixture(scope="module")
+def recipe(tiny: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two arms, two seeds, an arm that cannot be trained, and a metric that never gives a figure."""
+    folder = tmp_path_factory.mktemp("recipe")
+    write_rows(folder / "test.jsonl", target_rows(8)[4:])
+    (folder / "rewards.py").write_text(REWARD)
     small = {"epochs": 1, "rank": 4, "alpha": 8, "learning_rate": 3e-2, "batch_size": 2, "dropout": 0.1}
+    broken = {
+        "kind": "reward",
+        "reward": f"{folder}/rewards.py:broken",
+        "sampling": {"samples": 1, "max_new_tokens": 2},
+    }
     content = {
         "model": tiny.model, "pool": tiny.pool, "target": tiny.target, "max_length": 64, "device": "cpu",
         "adapter": tiny.adapters, "gradients": {"projection": {"dim": 256}},
         "compare": {
-            "test": str(tmp_path / "test.jsonl"), "training": small, "seeds": [0, 1], "budgets": [6],
+            "test": str(folder / "test.jsonl"), "training": small, "seeds": [0, 1], "budgets": [6],
+            "metrics": [{"kind": "loss"}, broken],
             "arms": [
                 {"estimator": {"kind": "less"}}, {"estimator": {"kind": "random"}}, {"base": True},
                 {"name": "lost", "estimator": {"kind": "bm25"}, "training": {**small, "target_modules": ["no_such"]}},
             ],
         },
     }  # fmt: skip
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(content, sort_keys=False))
-    said = {}
-    for name, where in (("here", ()), ("there", RAY)):
-        compared = Cli("compare", recipe, "--out", tmp_path / name, "--quiet", *where)
-        assert compared.code == 1, compared.err
-        said[name] = compared.err.splitlines()[-1]
-    assert said["here"] == said["there"]
-    assert "lost" in said["here"]
-    figures = [cells(tmp_path / name) for name in ("here", "there")]
-    assert figures[0] == figures[1]
-    assert len(figures[0]) == 5
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    return folder / "recipe.yaml"
 
 
-def cells(out: Path) -> list[dict[str, Any]]:
-    """Cells with figures, without paths and times."""
-    found = json.loads((out / "comparison.json").read_text())["cells"]
-    return [{key: value for key, value in cell.items() if key not in ("path", "seconds")} for cell in found]
+@pytest.fixture(scope="module")
+def compared_here(recipe: Path, one_thread: None) -> Comparison:
+    """What this process finds."""
+    return compared(recipe, recipe.parent / "here")
+
+
+def compared(recipe: Path, out: Path, *where: str) -> Comparison:
+    """Cells with figures, without paths; what is said of failures, by arm, seed, stage and metric."""
+    ran = Cli("compare", recipe, "--out", out, "--quiet", *where)
+    assert ran.code == 1, ran.err
+    found = json.loads((out / "comparison.json").read_text())
+    cells = {(cell["arm"], cell["seed"]): cell for cell in found["cells"]}
+    for cell in cells.values():
+        del cell["path"]
+    failures = {(one["arm"], one["seed"], one["stage"], one["metric"]): one["error"] for one in found["failures"]}
+    return cells, failures
+
+
+@pytest.mark.slow
+def test_cells_of_a_comparison_are_the_same(
+    recipe: Path, tmp_path: Path, cluster: None, compared_here: Comparison
+) -> None:
+    """Figures, choices and failures, of cells and of single metrics, are those of this process."""
+    cells, failures = compared(recipe, tmp_path / "there", *RAY)
+    assert (cells, failures) == compared_here
+    assert len(cells) == 5
+    assert {key[0] for key in failures if key[2] == "train"} == {"lost"}
+    assert len([key for key in failures if key[3] is not None]) == 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["train", "evaluate"])
+def test_a_cell_that_ends_its_workers_fails_alone(
+    recipe: Path, tmp_path: Path, engine: RayEngine, compared_here: Comparison, stage: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Three workers die at one cell: it fails with what happened and where to look, the other cells have their figures,
+    and the next run tries it again."""
+    cells, failures = compared_here
+    mark = tmp_path / "mark"
+    mark.touch()
+
+    def wrap(task: Any, what: str) -> Any:
+        deadly = what == "cell" and (task.contender.name, task.seed, task.stage) == ("random", 1, stage)
+        return KillingCell(task, str(mark)) if deadly else task
+
+    monkeypatch.setattr("gradsift.pipeline.engine_of", lambda *_: Saboteur(engine, wrap))
+    found, failed = compared(recipe, tmp_path / "there")
+    assert found == {key: cell for key, cell in cells.items() if key != ("random", 1)}
+    said = failed.pop(("random", 1, stage, None))
+    assert "3 workers died at it, most likely out of memory" in said
+    assert "/logs" in said
+    assert failed == {key: error for key, error in failures.items() if key[:2] != ("random", 1)}
+    mark.unlink()
+    assert compared(recipe, tmp_path / "there") == compared_here
+
+
+@pytest.mark.slow
+def test_a_prompt_that_ends_its_workers_costs_its_responses_alone(
+    tiny: World, tmp_path: Path, engine: RayEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One prompt ends whoever draws its responses, another whoever computes its rewards: the other prompts have theirs,
+    the driver tries neither, and both are named."""
+    (tmp_path / "rewards.py").write_text(REWARD)
+    target = write_rows(tmp_path / "prompts.jsonl", target_rows(4))
+    deadly = {"responses": "t1", "rewards": "t2"}
+
+    def wrap(task: Any, what: str) -> Any:
+        return KillingRow(task, deadly[what]) if what in deadly else task
+
+    monkeypatch.setattr("gradsift.pipeline.engine_of", lambda *_: Saboteur(engine, wrap))
+    given = ("--samples", "2", "--response-tokens", "4", "--adapter", tiny.adapters[-1])
+    given += ("--reward", f"{tmp_path}/rewards.py:vowels")
+    tiny("reward", tmp_path / "run", *given, target=target).succeeded()
+    (earned,) = json.loads((tmp_path / "run" / "rewards.json").read_text())["checkpoints"]
+    assert earned["responses"]["unanswered"] == ["t1"]
+    assert [one["detail"] for one in earned["missing"]] == ["worker_died: every worker that drew its responses ended"]
+    assert (earned["rewards"]["responses"], earned["without_reward"]) == (4, 2)
+    assert "1 row brings its workers down and is left out: t1" in warned(engine)
+    assert "1 row brings its workers down and is left out: t2" in warned(engine)

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceABC
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -88,7 +89,8 @@ class Dataset:
         return "token_mean"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Dataset, (self.run, self.prefix, self._stored if isinstance(self._stored, tuple) else None)
+        positions = self._stored if isinstance(self._stored, tuple) else None
+        return _opened, (self.run.address, self.prefix, positions)
 
     def subset(self, positions: SequenceABC[int]) -> Dataset:
         """The rows at these positions, in this order; nothing is copied."""
@@ -168,6 +170,12 @@ class Dataset:
             there = ", ".join(sorted({key for row in rows for key in row}))
             raise DataError(f"{self.description} has no column {name!r}; its columns are {there}")
         return [row.get(name) for row in rows]
+
+
+@lru_cache(maxsize=4)
+def _opened(address: str, prefix: str, positions: tuple[int, ...] | None) -> Dataset:
+    """A worker is sent the same data set with every task, and reads it once."""
+    return Dataset(Run(address), prefix, positions)
 
 
 def prepare(

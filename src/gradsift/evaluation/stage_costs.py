@@ -44,11 +44,14 @@ class StageClock:
     """Wall time and endpoint use of stages, each counted once however many arms share it.
 
     Time that a killed process (not an interrupted one) spent on an unfinished stage is lost.
+
+    Attributes:
+        by_key: what was timed, by what the work depended on.
     """
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._costs: dict[str, StageCost] = {}
+        self.by_key: dict[str, StageCost] = {}
 
     @contextmanager
     def timed(self, stage: str, arm: str | None, identity: dict[str, Any]) -> Iterator[Stage]:
@@ -76,12 +79,12 @@ class StageClock:
                         timed.amounts[unit] = timed.amounts.get(unit, 0.0) + used
                 content = {"seconds": timed.seconds, "amounts": timed.amounts, "done": finished}
                 self._run.publish_json(key, content)
-        self._costs.setdefault(key, StageCost(arm, stage, timed.seconds, timed.amounts))
+        self.by_key.setdefault(key, StageCost(arm, stage, timed.seconds, timed.amounts))
 
     def costs(self) -> list[StageCost]:
         """One entry per arm and stage."""
         found: dict[tuple[str | None, str], StageCost] = {}
-        for cost in self._costs.values():
+        for cost in self.by_key.values():
             old = found.get((cost.arm, cost.stage), StageCost(cost.arm, cost.stage, 0.0))
             units = dict.fromkeys([*old.amounts, *cost.amounts])
             amounts = {unit: old.amounts.get(unit, 0.0) + cost.amounts.get(unit, 0.0) for unit in units}

@@ -23,6 +23,7 @@ _ENVIRONMENT = {
     "RAY_worker_niceness": "0",  # Ray's 15 starves workers on a machine that others use as well
     "RAY_raylet_start_wait_time_s": "180",  # a busy machine needs more than Ray's own 30
 }
+_SESSION = "/tmp/ray/session_latest"  # Ray's own choice, unless it is told another
 _OBJECT_STORE = 128 << 20  # bytes: rows never go through it
 
 
@@ -84,13 +85,15 @@ class Actors:
 
     Attributes:
         count: how many may work at once.
+        logs: where Ray keeps them, on each node.
 
     Raises:
         ConfigError: Ray is not installed, no cluster is there, or the workers do not fit it.
     """
 
     def __init__(self, cluster: RayCluster) -> None:
-        self._own = _connect(cluster)
+        self._own, session = _connect(cluster)
+        self.logs = f"{session}/logs"
         import ray
 
         self.ray: Any = ray
@@ -124,8 +127,8 @@ class Actors:
             self.ray.shutdown()
 
 
-def _connect(cluster: RayCluster) -> bool:
-    """Join the cluster, or start one here; whether that was our doing."""
+def _connect(cluster: RayCluster) -> tuple[bool, str]:
+    """Join the cluster, or start one here; whether that was our doing, and Ray's folder on every node."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     try:
@@ -133,7 +136,7 @@ def _connect(cluster: RayCluster) -> bool:
     except ImportError as error:
         raise ConfigError("the ray engine needs Ray: pip install 'gradsift[ray]'") from error
     if ray.is_initialized():
-        return False
+        return False, _SESSION
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "address": address or "local"}
     if not address:
@@ -141,13 +144,18 @@ def _connect(cluster: RayCluster) -> bool:
         if cluster.workers is not None:
             options["num_cpus"] = max(cluster.workers * cluster.threads, os.cpu_count() or 1)
     try:
-        ray.init(**options)
+        context = ray.init(**options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ConfigError(
             f"no Ray cluster at {address or 'this machine'}: {str(error).splitlines()[0]}. Start one with "
             "`ray start --head`, or leave --address out"
         ) from error
-    return True
+    # Ray writes of each dead worker to standard output, which is for results; we tell of them ourselves.
+    ray._private.worker.print_to_stdstream = _untold
+    return True, str(context.address_info.get("session_dir", _SESSION))
+
+
+def _untold(*_: object, **__: object) -> None: ...
 
 
 def _fitted(cluster: RayCluster, found: dict[str, float]) -> tuple[float, int]:

@@ -29,13 +29,21 @@ class Divisible(Task, Protocol):
         """How many."""
 
     def probe(self, start: int, stop: int) -> Task:
-        """The same work for rows `[start, stop)` alone, keeping nothing."""
+        """The same work for rows `[start, stop)` alone, which leaves nothing that the whole task would not leave."""
 
     def without(self, rows: Sequence[int], reason: str) -> Task:
         """The task without these rows, which are recorded with the reason."""
 
     def name_of(self, row: int) -> str:
         """What messages call a row."""
+
+
+@runtime_checkable
+class Expendable(Task, Protocol):
+    """A task that the others make sense without."""
+
+    def lost(self, reason: str) -> Any:
+        """What counts as its result where its workers die, whatever is tried."""
 
 
 class Engine(Protocol):
@@ -55,7 +63,7 @@ class Engine(Protocol):
 
         Raises:
             GradsiftError: as a task raises it; those that are under way are given up.
-            WorkerError: a task cannot be done because its workers die.
+            WorkerError: a task that is not `Expendable` cannot be done because its workers die.
         """
 
 

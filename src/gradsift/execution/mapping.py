@@ -11,7 +11,7 @@ from typing import Any
 
 from gradsift.errors import WorkerError
 from gradsift.execution.actors import Actors
-from gradsift.execution.engine import Divisible, Task
+from gradsift.execution.engine import Divisible, Expendable, Task
 from gradsift.progress import Advance, Reporter
 
 _TRIES = 3  # workers that a task may bring down before its rows are searched
@@ -132,8 +132,7 @@ class Mapping:
                 raise error.cause from error
             raise
         except errors.RayError as error:  # the worker or its node has died, or its result is lost with it
-            self._died(job, error)
-            return None
+            return self._died(job, error)
         self._heard = True
         self._actors.give_back(job.worker)
         if job.probe is not None:
@@ -154,14 +153,21 @@ class Mapping:
                 self._actors.end(job.worker)
                 self._tell(job, 0.0)
 
-    def _died(self, job: _Job, error: Exception) -> None:
-        """Try again, search, or give up."""
+    def _died(self, job: _Job, error: Exception) -> tuple[int, Any] | None:
+        """Try again, search, or give up, with what then counts as the result."""
+        if getattr(error, "actor_init_failed", False):
+            raise WorkerError(
+                f"workers cannot start: {_lines(error)[-1]}. Every node needs the same gradsift, Python and Ray, with "
+                "the same versions"
+            )
         self._lost += 1
         self._tell(job, 0.0)
         job.deaths += 1
         number = f"{self._what} {job.position}"
         if job.probe is not None:
             self._suspect(job, job.probe)
+        elif (copy := self._copy(job)) is not None:
+            copy.deaths = job.deaths
         elif job.deaths < _TRIES:
             self._reporter.warn(f"a worker was lost at {number}: it is tried again")
             self._waiting.appendleft(job)
@@ -169,11 +175,29 @@ class Mapping:
             self._reporter.warn(f"{number} has brought down {job.deaths} workers: searching for the rows that do")
             self._searches[job.position] = _Search(job.task)
             self._halve(job.position, 0, job.task.rows)
+        elif isinstance(job.task, Expendable):
+            self._lost -= job.deaths
+            self._left.discard(job.position)
+            return job.position, job.task.lost(f"{job.deaths} workers died at it, {self._remedy(error)}")
         else:
             raise WorkerError(
-                f"{number} has brought down {job.deaths} workers ({_reason(error)}): give them more memory, or look "
-                "at Ray's logs. What is complete stays: the same command goes on there"
+                f"{number} has brought down {job.deaths} workers, {self._remedy(error)}. What is complete stays: the "
+                "same command goes on there"
             )
+        return None
+
+    def _copy(self, job: _Job) -> _Job | None:
+        """Whoever else is at the same task."""
+        return next((other for other in self._running.values() if other.position == job.position), None)
+
+    def _remedy(self, error: Exception) -> str:
+        """Why workers are likely to have died, what helps, and where the last one's log is."""
+        facts = dict(line.split(": ", 1) for line in _lines(error) if line.startswith(("pid: ", "ip: ")))
+        last = f"worker-*-{facts['pid']}.err on {facts['ip']}" if len(facts) == 2 else _lines(error)[0]
+        return (
+            "most likely out of memory: fewer --workers leave more for each, and so does `memory_gib` in the recipe's "
+            f"`engine:`. Ray's logs are in {self._actors.logs}, of the last one: {last}"
+        )
 
     def _suspect(self, job: _Job, rows: tuple[int, int]) -> None:
         """Rows have brought a worker down: look closer, or find a single one guilty."""
@@ -234,5 +258,5 @@ class Mapping:
             job.told = done
 
 
-def _reason(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def _lines(error: Exception) -> list[str]:
+    return [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]

@@ -270,21 +270,48 @@ class _Outcome:
 
 @dataclass(frozen=True)
 class _Drawing:
-    """The task of drawing some samples and storing them as they come."""
+    """The task of drawing some samples and storing them as they come.
+
+    problems: of prompts that are left out
+    dry: store nothing
+    """
 
     run: Run
     prefix: str
     sampler: Sampler
     requests: tuple[Request, ...]
+    problems: tuple[Problem, ...] = ()
+    dry: bool = False
+
+    @property
+    def rows(self) -> int:
+        """How many prompts."""
+        return len(self.requests)
+
+    def probe(self, start: int, stop: int) -> _Drawing:
+        """Responses to some of the prompts, drawn and forgotten."""
+        return replace(self, requests=self.requests[start:stop], dry=True)
+
+    def without(self, rows: Sequence[int], reason: str) -> _Drawing:
+        """The other prompts; these have a problem."""
+        left = tuple(request for row, request in enumerate(self.requests) if row not in rows)
+        lost = tuple(
+            Problem(self.name_of(row), None, f"{reason}: every worker that drew its responses ended") for row in rows
+        )
+        return replace(self, requests=left, problems=(*self.problems, *lost))
+
+    def name_of(self, row: int) -> str:
+        """The id of a prompt."""
+        return self.requests[row].prompt.id
 
     def work(self, advance: Advance) -> _Outcome:
         """Draw and store."""
         asked = {request.prompt.id: len(request.numbers) for request in self.requests}
-        outcome = _Outcome({}, [], [], repeated=False, differ=False)
+        outcome = _Outcome({}, list(self.problems), [], repeated=False, differ=False)
         first: dict[str, str] = {}
         repeated = differ = False
         for drawn in self.sampler.draw(self.requests):
-            if drawn.responses:
+            if drawn.responses and not self.dry:
                 _publish_drawn(self.run, self.prefix, drawn)
                 outcome.numbers.setdefault(drawn.prompt.id, set()).update(r.number for r in drawn.responses)
             if drawn.usage is not None:

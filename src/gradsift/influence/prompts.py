@@ -323,8 +323,9 @@ def reward_responses(target: PromptTarget, samples: Samples, reporter: Reporter,
     """
     target.check_reward()
     identity = target.reward_identity()
+    lost: dict[str, str] = {}
     if engine is not LOCAL and identity is not None and target.judge is None:
-        _reward_elsewhere(target, identity, samples, reporter, engine)
+        lost = _reward_elsewhere(target, identity, samples, reporter, engine)
     values: Rewards = {}
     problems: list[Problem] = []
     waiting: list[Sample] = []
@@ -360,6 +361,9 @@ def reward_responses(target: PromptTarget, samples: Samples, reporter: Reporter,
                 value = known.get(response.number)
                 if value is not None:
                     values[response.key] = value
+                    continue
+                if prompt_id in lost:
+                    problems.append(Problem(prompt_id, response.number, lost[prompt_id]))
                     continue
                 waiting.append(
                     Sample(
@@ -397,12 +401,34 @@ class _Rewarding:
 
     target: PromptTarget
     samples: Samples
+    left_out: Mapping[str, str] = field(default_factory=dict, hash=False)
 
-    def work(self, advance: Advance) -> None:
-        """Whatever has no reward is left for the driver to tell."""
+    @property
+    def rows(self) -> int:
+        """How many prompts."""
+        return len(self.samples)
+
+    def probe(self, start: int, stop: int) -> _Rewarding:
+        """Some of the prompts."""
+        return replace(self, samples=self.samples.part(self.samples.ids[start:stop]))
+
+    def without(self, rows: SequenceABC[int], reason: str) -> _Rewarding:
+        """The other prompts."""
+        lost = [self.name_of(row) for row in rows]
+        left = self.samples.part([id_ for id_ in self.samples if id_ not in lost])
+        why = f"{reason}: every worker that computed it ended"
+        return replace(self, samples=left, left_out={**self.left_out, **dict.fromkeys(lost, why)})
+
+    def name_of(self, row: int) -> str:
+        """The id of a prompt."""
+        return self.samples.ids[row]
+
+    def work(self, advance: Advance) -> Mapping[str, str]:
+        """The prompts that are left out, with reasons; whatever else has no reward is left for the driver to tell."""
         with suppress(DataError):
             reward_responses(self.target, self.samples, silent())
         advance(sum(len(self.samples[prompt_id]) for prompt_id in self.samples))
+        return self.left_out
 
 
 def _kept_under(target: PromptTarget, identity: Mapping[str, Any], prompt_id: str) -> dict[str, Any]:
@@ -412,8 +438,8 @@ def _kept_under(target: PromptTarget, identity: Mapping[str, Any], prompt_id: st
 
 def _reward_elsewhere(
     target: PromptTarget, identity: Mapping[str, Any], samples: Samples, reporter: Reporter, engine: Engine
-) -> None:
-    """Have the engine's workers compute and keep the rewards that are not there yet."""
+) -> dict[str, str]:
+    """Have the engine's workers compute and keep the rewards that are not there yet; prompts that end them, and why."""
     missing = {
         id_: len(own)
         for id_ in samples
@@ -421,10 +447,12 @@ def _reward_elsewhere(
     }
     ids, bare = list(missing), replace(target)  # without responses that it has seen
     tasks = [_Rewarding(bare, samples.part(ids[at : at + _SHARE])) for at in range(0, len(ids), _SHARE)]
+    lost: dict[str, str] = {}
     if tasks:
         with reporter.stage("rewards, on the workers", sum(missing.values()), "responses") as advance:
-            for _ in engine.map(tasks, advance, "rewards"):
-                pass
+            for _, left_out in engine.map(tasks, advance, "rewards"):
+                lost |= left_out
+    return lost
 
 
 @dataclass(frozen=True)

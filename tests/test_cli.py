@@ -230,6 +230,34 @@ def test_strategies_by_name_are_those_of_the_package() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("command", ["select", "plan"])
+def test_options_of_a_choice_reach_the_recipe(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is chosen and how is said to `select` and to `plan` alike, and changes the field that it names."""
+    recipes: list[Any] = []
+
+    def keep(recipe: Any, *_: Any) -> None:
+        recipes.append(recipe)
+        raise DataError("stop here")
+
+    monkeypatch.setattr({"select": "gradsift.pipeline.run_select", "plan": "gradsift.plan.estimate"}[command], keep)
+    base = [command, "--model", "m", "--pool", "p", "--target", "t", "--out", "o"]
+    for kind, *own in (
+        ("top_k", "--budget", "7"),
+        ("top_k", "--group-by", "source"),
+        ("top_k", "--threshold", "4.5"),
+        ("facility_location", "--trade-off", "0.3"),
+        ("diverse", "--max-cosine", "0.8"),
+        ("diverse", "--diverse-by", "gradients"),
+        ("tsds", "--seed", "3"),
+    ):
+        for more in ((), own):
+            assert Cli(*base, "--selection", kind, *more).err == "error: stop here\n"
+        assert recipes[-1].selection.kind == kind
+        assert recipes[-1].model_dump(exclude={"controls"}) != recipes[-2].model_dump(exclude={"controls"}), own
+        if kind != "top_k":
+            assert recipes[-1].selection != recipes[-2].selection, own
+
+
 def test_options_reach_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every shared option changes the field that it names: none is accepted and forgotten."""
     recipes: list[Any] = []
@@ -265,8 +293,8 @@ def test_options_reach_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
         "--quality": ("deita", "--quality", "perplexity:high"),
     }
     of_ray = {"--workers": "3", "--worker-threads": "3", "--worker-gpus": "0.5", "--address": "auto"}
-    of_explain = {*cli._OF_EXPLAIN, *cli._OF_REWARD} - {"damping", "target_columns"}
-    wanted = {f"--{name.replace('_', '-')}" for name in cli._SHARED if name not in of_explain} - {
+    others = {*cli._OF_EXPLAIN, *cli._OF_REWARD, *cli._OF_CHOICE} - {"damping", "target_columns"}
+    wanted = {f"--{name.replace('_', '-')}" for name in cli._SHARED if name not in others} - {
         "--model", "--pool", "--target", "--out", "--as-json", "--quiet", "--debug",
     }  # fmt: skip
     assert {*changed, *of_one_estimator, *of_ray} == wanted

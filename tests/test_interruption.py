@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import typer
 
+from gradsift.__main__ import main
 from gradsift.cli import _errors
 from gradsift.errors import ModelError
 from gradsift.interruption import pressed, refuse_to_go_on, watching
@@ -74,3 +75,18 @@ def test_interrupted_before_it_is_read(tmp_path: Path) -> None:
     code = f"import sys; sys.path[:0] = {paths!r}; from gradsift.__main__ import main; main()"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stderr) == (130, "\ninterrupted: nothing was begun\n")
+
+
+def test_interrupted_while_the_commands_are_built(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same sentence when the options are still being put together, before any command runs."""
+
+    def building() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gradsift.cli.app", building)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "\ninterrupted: nothing was begun\n"

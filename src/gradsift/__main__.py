@@ -7,10 +7,11 @@ def main() -> None:
     """Entry point."""
     try:
         from gradsift.cli import app
+
+        app()
     except KeyboardInterrupt:
         print("\ninterrupted: nothing was begun", file=sys.stderr)
         sys.exit(130)
-    app()
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ app = typer.Typer(
 )
 
 _INPUT, _RUN, _GRADIENTS, _WARMUP = "Input", "Run", "Gradients", "Warm-up"
-_EXPLANATION, _REWARD, _JOINT = "Explanation", "Reward", "Joint influence"
+_EXPLANATION, _REWARD, _JOINT, _CHOICE = "Explanation", "Reward", "Joint influence", "Choice"
 _TRAINING, _HARNESS, _JUDGE = "Training", "lm-eval", "Judge"
 
 
@@ -269,7 +269,7 @@ _SHARED: dict[str, tuple[Any, Any]] = {
     ),
     "compare": _shared(bool, False, "--compare", help="All strategies side by side.", panel=_EXPLANATION),
     "trade_off": _shared(
-        float | None, None, "--trade-off", help="λ of facility location: 0 = scores, 1 = coverage.", panel=_EXPLANATION
+        float | None, None, "--trade-off", help="λ of facility_location: 0 = scores, 1 = coverage (0.5).", panel=_CHOICE
     ),
     "candidates": _shared(
         int, 100, "--candidates", help="How many of the ranking strategies choose from.", panel=_EXPLANATION
@@ -362,6 +362,42 @@ _SHARED: dict[str, tuple[Any, Any]] = {
         help="Of ji2s with hessian fisher_projected: take the projection's estimated bias off (default: no).",
         panel=_JOINT,
     ),
+    "budget": _shared(str, "5%", "--budget", "-b", help="How many to choose: 500, 0.05 or 5%.", panel=_CHOICE),
+    "selection": _shared(
+        str,
+        "top_k",
+        "--selection",
+        help="top_k, facility_location, tsds, joint_greedy, diverse, gumbel or random.",
+        panel=_CHOICE,
+    ),
+    "threshold": _shared(
+        float | None,
+        None,
+        "--threshold",
+        help="Of top_k: nothing that scores below this; 4.5 for AlpaGasus.",
+        panel=_CHOICE,
+    ),
+    "max_cosine": _shared(
+        float | None,
+        None,
+        "--max-cosine",
+        help="Of diverse: nothing this close to something chosen (0.9).",
+        panel=_CHOICE,
+    ),
+    "diverse_by": _shared(
+        str | None,
+        None,
+        "--diverse-by",
+        help="Of diverse: gradients, or a sentence-transformers model.",
+        panel=_CHOICE,
+    ),
+    "group_by": _shared(
+        list[str] | None,
+        None,
+        "--group-by",
+        help="Column to compare chosen and pool by; repeat for several.",
+        panel=_CHOICE,
+    ),
     "aggregation": _shared(
         str, "max_of_means", "--aggregation", help="Over targets: max_of_means (of subtasks) or mean.", panel=_RUN
     ),
@@ -422,6 +458,7 @@ _OF_SCORE = (
     *_OF_RATED,
     *_OF_REWARD,
 )
+_OF_CHOICE = ("budget", "selection", "trade_off", "threshold", "max_cosine", "diverse_by", "group_by")
 _OF_EXPLAIN = (
     "prompt", "questions", "row", "output", "use_answers", "sample", "target_columns", "k", "estimators",
     "damping", "strategies", "compare", "trade_off", "candidates", "coefficients", "over_outputs", "max_new_tokens",
@@ -558,7 +595,7 @@ def parse_budget(text: str) -> float:
 def _recipe(given: dict[str, Any], **more: Any) -> Any:
     """A recipe from the options that were given."""
     from gradsift.errors import ConfigError
-    from gradsift.options import engine_fields, estimator_of, rewards_of
+    from gradsift.options import engine_fields, estimator_of, rewards_of, selection_of
     from gradsift.recipe import validated
     from gradsift.warmup.train import PRESETS
 
@@ -594,6 +631,10 @@ def _recipe(given: dict[str, Any], **more: Any) -> Any:
     if "estimator" in given:
         values["estimator"] = estimator_of(given["estimator"], given)
         values["controls"] = [{"kind": "bm25"}, {"kind": "random", "seed": given["seed"]}]
+    if "selection" in given:
+        own = {name: given[name] for name in ("trade_off", "threshold", "max_cosine")} | {"by": given["diverse_by"]}
+        values["selection"] = selection_of(given["selection"], own, seed=given["seed"])
+        values |= {"budget": parse_budget(given["budget"]), "group_by": tuple(given["group_by"] or ())}
     values |= rewards_of(given)
     values |= engine_fields(given)
     if given.get("target_columns"):
@@ -660,42 +701,18 @@ def _print_result(result: Any, given: dict[str, Any]) -> None:
 
 @_command(
     *_OF_POOL[:2], "target", "out", *_OF_POOL[3:], *_OF_TARGET, "adapter", *_OF_WARMUP, *_OF_GRADIENTS, *_OF_SCORE,
-    *_OF_RUN, optional=("target",),
+    *_OF_CHOICE, *_OF_RUN, optional=("target",),
 )  # fmt: skip
-def select(
-    given: dict[str, Any],
-    budget: Annotated[str, _option("--budget", "-b", help="How many to choose: 500, 0.05 or 5%.")] = "5%",
-    selection: Annotated[
-        str,
-        _option("--selection", help="top_k, facility_location, tsds, joint_greedy, diverse, gumbel or random."),
-    ] = "top_k",
-    trade_off: Annotated[float, _option("--trade-off", help="Of facility_location: 0 = scores, 1 = coverage.")] = 0.5,
-    threshold: Annotated[
-        float | None, _option("--threshold", help="Of top_k: nothing that scores below this; 4.5 for AlpaGasus.")
-    ] = None,
-    max_cosine: Annotated[
-        float | None, _option("--max-cosine", help="Of diverse: nothing this close to something chosen (0.9).")
-    ] = None,
-    diverse_by: Annotated[
-        str | None, _option("--diverse-by", help="Of diverse: gradients, or a sentence-transformers model.")
-    ] = None,
-    group_by: Annotated[
-        list[str] | None, _option("--group-by", help="Column to compare chosen and pool by; repeat for several.")
-    ] = None,
-) -> None:
+def select(given: dict[str, Any]) -> None:
     """Choose the training examples that help a target most, and report it against BM25 and random choices.
 
     Does everything that is missing (warm-up, gradients, scores) and skips what the run folder already holds.
 
     Example: gradsift select --model MODEL --pool pool.jsonl --target math.jsonl --budget 5% --out runs/math
     """
-    from gradsift.options import selection_of
     from gradsift.pipeline import run_select
 
-    own = {"threshold": threshold, "max_cosine": max_cosine, "by": diverse_by}
-    method = selection_of(selection, own, trade_off=trade_off, seed=given["seed"])
-    recipe = _recipe(given, budget=parse_budget(budget), selection=method, group_by=tuple(group_by or ()))
-    _print_result(run_select(recipe, _reporter(given)), given)
+    _print_result(run_select(_recipe(given), _reporter(given)), given)
 
 
 @_command(*_OF_POOL, "adapter", *_OF_WARMUP, *_OF_GRADIENTS, *_OF_EXPLAIN, *_OF_RUN)
@@ -1027,15 +1044,17 @@ def collect(
 
 
 @_command(
-    *_OF_POOL, *_OF_TARGET, "adapter", *_OF_WARMUP, *_OF_GRADIENTS, *_OF_SCORE, *_OF_RUN,
-    optional=("model", "pool", "out"),
+    *_OF_POOL[:2], "target", "out", *_OF_POOL[3:], *_OF_TARGET, "adapter", *_OF_WARMUP, *_OF_GRADIENTS, *_OF_SCORE,
+    *_OF_CHOICE, *_OF_RUN, optional=("model", "pool", "target", "out"),
 )  # fmt: skip
 def plan(
     given: dict[str, Any],
     recipe: Annotated[Path | None, typer.Argument(help="A recipe to estimate, instead of options.")] = None,
-    target: Annotated[str | None, _option("--target", "-t", help="The target, to count it in.", panel=_INPUT)] = None,
 ) -> None:
     """Estimate tokens, time, memory and disk before anything heavy, from a short measured sample.
+
+    Takes the options of `gradsift select`, and estimates what it would do with them; without a target, one pass of
+    `gradsift collect`.
 
     Example: gradsift plan --model MODEL --pool pool.jsonl --target math.jsonl --out runs/math
 
@@ -1049,7 +1068,7 @@ def plan(
         for name in ("model", "pool", "out"):
             if given[name] is None:
                 raise typer.BadParameter(f"give --{name}, or a recipe")
-        recipes = [_recipe(given | {"target": target})]
+        recipes = [_recipe(given)]
     found = [estimate(one, _reporter(given)) for one in recipes]
     if given["as_json"]:
         _print_json(found[0] if len(found) == 1 else found)

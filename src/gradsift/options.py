@@ -49,26 +49,24 @@ def strategy_of(text: str, trade_off: float | None = None) -> dict[str, Any]:
 
 # Options that belong to one selection, by the field that they fill.
 _OF_SELECTION = {
-    "threshold": ("top_k", "--threshold"), "max_cosine": ("diverse", "--max-cosine"), "by": ("diverse", "--diverse-by"),
+    "trade_off": ("facility_location", "--trade-off"), "threshold": ("top_k", "--threshold"),
+    "max_cosine": ("diverse", "--max-cosine"), "by": ("diverse", "--diverse-by"),
 }  # fmt: skip
 
 
-def selection_of(kind: str, own: dict[str, Any], *, trade_off: float, seed: int) -> dict[str, Any]:
+def selection_of(kind: str, own: dict[str, Any], *, seed: int) -> dict[str, Any]:
     """The selection that `--selection` and the options beside it name.
 
     Args:
         kind: its name.
         own: fields of one selection alone, None where not given.
-        trade_off: of facility location.
         seed: of those that draw.
 
     Raises:
         ConfigError: an option of another selection.
     """
     fields: dict[str, Any] = {"kind": kind}
-    if kind == "facility_location":
-        fields["trade_off"] = trade_off
-    elif kind in ("random", "tsds", "gumbel"):
+    if kind in ("random", "tsds", "gumbel"):
         fields["seed"] = seed
     for name, value in own.items():
         owner, option = _OF_SELECTION[name]

@@ -27,10 +27,10 @@ from gradsift.gradients.projection import Projector, plan_segments
 from gradsift.gradients.rows import gradient_rows
 from gradsift.influence.nice import NICE, NICEIF
 from gradsift.influence.prompts import PromptTarget
-from gradsift.influence.scores import at_last_checkpoint, pool_view
 from gradsift.models import host
 from gradsift.pipeline import explain_questions, open_recipe, open_recipe_target
 from gradsift.plan_comparison import Measuring, comparison_stages, measurings
+from gradsift.plan_gradients import collecting
 from gradsift.plan_rewards import Decoding, RewardCosts, measure_sampling, reward_costs
 from gradsift.plan_workers import crew_of, threads_of
 from gradsift.progress import Reporter, silent
@@ -80,15 +80,12 @@ def estimate(recipe: Recipe, reporter: Reporter | None = None) -> dict[str, Any]
             sample, decoding, decodings = _measure(recipe, pool, target, policy, wanted, reporter)
         explained = _explaining(planned, pool, sample) if recipe.explain is not None else {}
         compared = {} if comparison is None else comparison_stages(comparison, wanted, decodings, sample)
-    checkpoints = len(recipe.adapter) or recipe.warmup.epochs
-    if target is None or all(at_last_checkpoint(method) for method in methods):
-        checkpoints = 1
+    collected = collecting(recipe, comparison, target=target is not None)
+    checkpoints = collected.checkpoints
     labels = target.labels if isinstance(target, PromptTarget) else target.data if target else None
-    views = len({pool_view(method) for method in methods} - {None}) if comparison is not None else 1
-    if target is not None and recipe.explain is not None and pool_view(recipe.estimator) == "adam":
-        views = 2
     tokens = int(pool.data.lengths.sum())
-    target_tokens = int(labels.lengths.sum()) if labels else 0
+    answers = labels if collected.targets else None
+    answer_tokens = int(answers.lengths.sum()) if answers else 0
     everything = pool.training
     warm_rows = 0 if recipe.adapter else max(1, round(recipe.warmup.fraction * len(everything)))
     warm_tokens = int(int(everything.lengths.sum()) / len(everything) * warm_rows * recipe.warmup.epochs)
@@ -100,11 +97,6 @@ def estimate(recipe: Recipe, reporter: Reporter | None = None) -> dict[str, Any]
             gradient_speed=sample["tokens_per_second"], row_bytes=row_bytes,
         )  # fmt: skip
     trained = sample["trained_parameters"]
-    # How often the pool is warmed up for and its gradients are taken.
-    rounds = 1
-    if comparison is not None:
-        rounds = len(comparison.seeds) if comparison.job.warmup == "per_seed" else 1
-        rounds = 0 if views == 0 else rounds
     stages: dict[str, dict[str, Any]] = {
         "warm-up": {
             "tokens": warm_tokens,
@@ -114,16 +106,18 @@ def estimate(recipe: Recipe, reporter: Reporter | None = None) -> dict[str, Any]
         "pool gradients": {
             "tokens": tokens * checkpoints,
             "seconds": tokens * checkpoints / sample["tokens_per_second"],
-            "disk_bytes": len(pool.data) * checkpoints * views * row_bytes,
+            "disk_bytes": len(pool.data) * checkpoints * collected.views * row_bytes,
         },
         "target gradients": {
-            "tokens": target_tokens * checkpoints,
-            "seconds": target_tokens * checkpoints / sample["tokens_per_second"],
-            "disk_bytes": (len(labels) if labels else 0) * checkpoints * row_bytes,
+            "tokens": answer_tokens * checkpoints,
+            "seconds": answer_tokens * checkpoints / sample["tokens_per_second"],
+            "disk_bytes": (len(answers) if answers else 0) * checkpoints * row_bytes,
         },
         **(rewards.stages if rewards else {}),
     }
-    stages = {name: {key: _times(value, rounds) for key, value in stage.items()} for name, stage in stages.items()}
+    stages = {
+        name: {key: _times(value, collected.warmups) for key, value in stage.items()} for name, stage in stages.items()
+    }
     stages |= {**explained, **compared}
     if crew is not None:
         stages = crew.share(stages, _tasks(recipe, pool, target, policy, comparison, sample))
@@ -131,7 +125,7 @@ def estimate(recipe: Recipe, reporter: Reporter | None = None) -> dict[str, Any]
     total = {key: sum(stage[key] or 0 for stage in stages.values()) for key in ("tokens", "seconds", "disk_bytes")}
     return {
         "pool": {"rows": len(pool.data), "tokens": tokens, "longest": int(pool.data.lengths.max())},
-        "target": {"rows": len(target.data), "tokens": target_tokens} if target else None,
+        "target": {"rows": len(target.data), "tokens": int(labels.lengths.sum()) if labels else 0} if target else None,
         "checkpoints": checkpoints,
         "row_bytes": row_bytes,
         "sample": sample,
@@ -155,10 +149,9 @@ def print_estimate(found: dict[str, Any]) -> None:
         (name, f"{stage['tokens']:,.0f}", _duration(stage["seconds"]), _bytes(stage["disk_bytes"]))
         for name, stage in [*found["stages"].items(), ("total", found["total"])]
     ]
-    sample, pool = found["sample"], found["pool"]
-    title = (
-        f"{found['model']}: {pool['rows']:,} pool rows, {pool['tokens']:,} tokens, longest {pool['longest']}, "
-        f"{found['checkpoints']} checkpoint{'' if found['checkpoints'] == 1 else 's'}"
+    sample, pool, count = found["sample"], found["pool"], found["checkpoints"]
+    title = f"{found['model']}: {pool['rows']:,} pool rows, {pool['tokens']:,} tokens, longest {pool['longest']}, " + (
+        f"{count} checkpoint{'' if count == 1 else 's'}" if count else "no gradients are taken"
     )
     out.print(title, style="bold", markup=False)  # as a title of the table it would be broken at the table's width
     out.print(table("", ("stage", "tokens", "time", "disk"), rows))

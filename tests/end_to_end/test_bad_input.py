@@ -346,6 +346,8 @@ CASES = [
     Case("limit of one", "--max-length is 1: it should be greater than or equal to 2", options=("--max-length", "1")),
     Case("trade-off above one", "--trade-off is 2.0: it should be less than or equal to 1",
          options=("--selection", "facility_location", "--trade-off", "2")),
+    Case("trade-off of top-k", "--trade-off goes with --selection facility_location, not with top_k: leave it out",
+         options=("--trade-off", "0.2")),
     Case("columns not pairs", "--columns 'x': wanted pairs such as prompt=question", options=("--columns", "x")),
     Case("unknown column role", "--columns: unknown key 'promt'; did you mean 'prompt'?",
          options=("--columns", "promt=a")),

@@ -341,6 +341,36 @@ def test_plan_counts_and_leaves_nothing_behind(tiny: World, tmp_path: Path) -> N
     assert with_adapter["stages"]["warm-up"]["tokens"] == 0
 
 
+@pytest.mark.parametrize(
+    ("options", "pool", "target", "checkpoints"),
+    [
+        (("--estimator", "bm25"), 0, 0, 0),
+        (("--estimator", "random"), 0, 0, 0),
+        (("--estimator", "bm25", "--selection", "facility_location"), 1, 0, 1),
+        (("--estimator", "bm25", "--selection", "tsds"), 2, 2, 2),
+        (("--estimator", "datainf"), 1, 1, 1),
+        (("--estimator", "tracin"), 2, 2, 2),
+    ],
+)
+def test_plan_counts_the_gradients_that_are_taken(
+    tiny: World, tmp_path: Path, options: tuple[str, ...], pool: int, target: int, checkpoints: int
+) -> None:
+    """A method without gradients needs no warm-up, unless its selection compares gradients; DataInf is taken at the
+    last checkpoint, where what select leaves in the run folder is as large as was said."""
+    out = tmp_path / "run"
+    given = (*options, "--budget", "4")
+    found = tiny("plan", out, *given, "--json").succeeded().json
+    stages = found["stages"]
+    assert found["checkpoints"] == checkpoints
+    assert stages["pool gradients"]["tokens"] == pool * found["pool"]["tokens"]
+    assert stages["target gradients"]["tokens"] == target * found["target"]["tokens"]
+    assert (stages["warm-up"]["tokens"] > 0) == (checkpoints > 0)
+    tiny("select", out, *given).succeeded()
+    rows = sum(len(gs.GradientStore.open(path.parent)) for path in out.glob("gradients/*/manifest.json"))
+    assert rows == pool * 24 + target * 4
+    assert (out / "checkpoints").exists() == (checkpoints > 0)
+
+
 def test_plan_counts_on_workers(tiny: World, tmp_path: Path) -> None:
     """Twelve shards on five workers take three rounds of a twelfth of the time; the warm-up is not divided; so many
     workers are said to be counted on."""

@@ -303,7 +303,7 @@ def _measure(
         budget = recipe.gradients.token_budget
         lanes = automatic_lanes(model, max(len(s.token_ids) for s in sequences), budget)
         budget = budget or automatic_token_budget(model, lanes)
-        with reporter.stage("measuring a sample", 2 * count) as advance:
+        with reporter.stage("measuring a sample", 1 + count) as advance:
             seconds = 0.0
             for repeat in range(2):  # the first pass also draws the projection and touches every weight
                 if device.type == "cuda":

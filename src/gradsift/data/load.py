@@ -699,7 +699,8 @@ def _parquet_rows(path: Path, name: str, what: str) -> Iterator[Row]:
                     number += 1
                     yield row
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise DataError(f"{what}: {path} is not a parquet file that can be read: {str(error).rstrip(".")}.") from error
+        detail = str(error).rstrip(".")
+        raise DataError(f"{what}: {path} is not a parquet file that can be read: {detail}.") from error
 
 
 def _decoded(batch: RecordBatch, name: str, before: int) -> list[Row]:

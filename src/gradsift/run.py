@@ -33,9 +33,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from gradsift.errors import CorruptError, LockedError, MismatchError, StorageError
+from gradsift.errors import CorruptError, MismatchError, StorageError
 from gradsift.progress import Reporter
 from gradsift.store.manifest import differences, fingerprint, manifest, publish_json, read_json
 from gradsift.store.remote import RemoteStorage, is_url
@@ -77,31 +75,14 @@ class Run:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the run for this process; the operating system lets go of it when the process ends, however it ends.
+        """Hold the run for this process; it is free again when the process ends, however it ends.
 
         Raises:
             LockedError: another process works here.
             StorageError: the folder cannot be made or written.
         """
-        if isinstance(self.storage, RemoteStorage):
-            with self.storage.lock():
-                yield
-            return
-        lock = FileLock(self.folder / "lock", timeout=0)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
-        except Timeout as error:
-            raise LockedError(f"another process works on {self.folder}: wait for it, or use another --out") from error
-        except (FileExistsError, NotADirectoryError) as error:
-            raise StorageError(f"cannot make the folder {self.folder}: a part of its path is a file") from error
-        except OSError as error:
-            reason = "no permission" if isinstance(error, PermissionError) else error.strerror or str(error)
-            raise StorageError(f"cannot write to {self.folder}: {reason}. Choose another --out") from error
-        try:
+        with self.storage.lock():
             yield
-        finally:
-            lock.release()
 
     def bind(self, identity: Mapping[str, Any]) -> None:
         """Tie the folder to a model and a pool, or refuse others.

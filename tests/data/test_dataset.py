@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import pytest
@@ -30,3 +31,14 @@ def test_an_altered_data_set_is_tokenised_again(name: str, tiny: World, tmp_path
         assert [again.line(id_) for id_ in again.ids] == [first.line(id_) for id_ in first.ids]
         assert all((again[n].token_ids == first[n].token_ids).all() for n in range(len(first)))
         assert name == "manifest.json" or file.read_bytes() == whole
+
+
+def test_a_data_set_that_is_sent_twice_is_read_once(tiny: World, tmp_path: Path) -> None:
+    """A worker is sent the data set with each of its tasks: whole, or some of its rows, it is one object there, with
+    the rows of the original."""
+    data = tiny.open_pool(tmp_path / "run").data
+    for sent in (data, data.subset([5, 2])):
+        first, second = (pickle.loads(pickle.dumps(sent)) for _ in range(2))  # noqa: S301  # our own bytes
+        assert first is second
+        assert (first.ids, first.fingerprint) == (sent.ids, sent.fingerprint)
+        assert all((first[n].token_ids == sent[n].token_ids).all() for n in range(len(sent)))

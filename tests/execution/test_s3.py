@@ -80,6 +80,23 @@ def test_objects_in_a_bucket_are_as_files_in_a_folder(bucket: str, tmp_path: Pat
     assert storage.read("b2") == b"b2"
 
 
+def test_a_place_that_cannot_be_written_says_what_to_do(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bucket that is not there is not made but asked for, missing credentials are named; folders are made."""
+    with pytest.raises(StorageError, match=r"s3://none/run/lock: there is no such bucket .*make it first"):
+        Run("s3://none/run").storage.create("lock", b"")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    anonymous = RemoteStorage(f"{bucket}/run")
+    anonymous._fs = type(anonymous._fs)(skip_instance_cache=True)
+    with pytest.raises(StorageError, match=r"no permission .*credentials.*: check the credentials"):
+        anonymous.create("lock", b"")
+    with Run(f"file://{tmp_path}/run").lock():
+        assert (tmp_path / "run" / "lock").exists()
+
+
 @pytest.mark.slow
 def test_a_choice_in_a_bucket_is_that_of_a_folder(
     tiny: World, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

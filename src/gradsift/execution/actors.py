@@ -167,6 +167,7 @@ def _fitted(cluster: RayCluster, found: dict[str, float]) -> tuple[float, int]:
     if count > most:
         raise ConfigError(
             f"{count} workers of {cluster.threads} cores and {gpus:g} GPUs each do not fit the cluster: "
-            f"it has {cores:g} cores and {all_gpus:g} GPUs: at most {most}"
+            f"it has {cores:g} cores and {all_gpus:g} GPUs: at most {most}. Give fewer --workers, --worker-threads or "
+            "--worker-gpus, or add nodes"
         )
     return gpus, count

@@ -18,7 +18,7 @@ _TRIES = 3  # workers that a task may bring down before its rows are searched
 _POLL_SECONDS = 1.0
 _STRAGGLER = 3.0  # times the median after which a task is started once more
 _STRAGGLER_SECONDS = 30.0
-_SILENCE_SECONDS = 900.0  # in which the first worker must have said something
+_SILENCE_SECONDS = 900.0  # in which one worker must have said something
 
 
 @dataclass(eq=False)
@@ -68,11 +68,10 @@ class Mapping:
         self._left = set(range(len(tasks)))
         self._took: list[float] = []
         self._lost = 0
-        self._heard = False
+        self._begun, self._heard, self._listened = False, time.monotonic(), 0.0
 
     def results(self) -> Iterator[tuple[int, Any]]:
         """Results with their positions, as they come."""
-        begun = time.monotonic()
         try:
             while self._left:
                 self._fill()
@@ -82,11 +81,7 @@ class Mapping:
                     found = self._finish(reference)
                     if found is not None:
                         yield found
-                if not self._heard and time.monotonic() - begun > _SILENCE_SECONDS:
-                    raise WorkerError(
-                        f"no worker has begun in {_SILENCE_SECONDS / 60:.0f} minutes: `ray status` says whether the "
-                        "cluster has room for them"
-                    )
+                self._mind_silence()
             if self._lost:
                 count = "1 worker was" if self._lost == 1 else f"{self._lost} workers were"
                 self._reporter.warn(f"{count} lost; the work was done again by others")
@@ -133,7 +128,7 @@ class Mapping:
             raise
         except errors.RayError as error:  # the worker or its node has died, or its result is lost with it
             return self._died(job, error)
-        self._heard = True
+        self._hear()
         self._actors.give_back(job.worker)
         if job.probe is not None:
             self._searches[job.position].open -= 1
@@ -236,20 +231,39 @@ class Mapping:
         self._waiting.appendleft(_Job(position, task, deaths=_TRIES - 1))
 
     def _listen(self) -> None:
-        """Tell what the workers have done since the last time."""
-        for job in self._running.values():
-            if job.probe is not None:
-                continue
-            if job.asked is not None:
-                answered, _ = self._ray.wait([job.asked], timeout=0)
-                if not answered:
-                    continue  # it has not started yet, or is too busy
-                try:
-                    self._tell(job, max(job.told, self._ray.get(job.asked)))
-                except self._ray.exceptions.RayError:
-                    continue  # its result will tell why
-                self._heard = True
-            job.asked = job.worker.done.remote()
+        """Tell what the workers have done since the last time: once in a while, however fast tasks end."""
+        now = time.monotonic()
+        if now - self._listened < _POLL_SECONDS:
+            return
+        self._listened = now
+        jobs = [job for job in self._running.values() if job.probe is None]
+        asked = {job.asked: job for job in jobs if job.asked is not None}
+        # Who does not answer has not started yet, or is too busy.
+        answered = self._ray.wait(list(asked), num_returns=len(asked), timeout=0)[0] if asked else []
+        for reference in answered:
+            job = asked[reference]
+            try:
+                self._tell(job, max(job.told, self._ray.get(reference)))
+            except self._ray.exceptions.RayError:
+                continue  # its result will tell why
+            job.asked = None
+            self._hear()
+        for job in jobs:
+            if job.asked is None:
+                job.asked = job.worker.done.remote()
+
+    def _hear(self) -> None:
+        self._begun, self._heard = True, time.monotonic()
+
+    def _mind_silence(self) -> None:
+        """Say that nobody works; where nobody ever did, nobody will."""
+        if time.monotonic() - self._heard < _SILENCE_SECONDS:
+            return
+        minutes = f"{_SILENCE_SECONDS / 60:.0f} minutes: `ray status` says whether the cluster"
+        if not self._begun:
+            raise WorkerError(f"no worker has begun in {minutes} has room for them")
+        self._reporter.warn(f"no worker has answered for {minutes} still has nodes for them. Waiting on")
+        self._heard = time.monotonic()
 
     def _tell(self, job: _Job, done: float) -> None:
         """So many units of a job are done."""

@@ -41,7 +41,7 @@ class RayEngine:
     def __repr__(self) -> str:
         return f"RayEngine({self.cluster!r})"
 
-    def __reduce__(self) -> str | tuple[Any, ...]:
+    def __reduce__(self) -> tuple[Any, ...]:
         """A worker does by itself what it is given."""
         return _local, ()
 

@@ -94,7 +94,12 @@ class Samples:
 
     def part(self, ids: Sequence[str]) -> Samples:
         """Those of some prompts."""
-        return Samples(self.run, self.identity, [self._prompts[id_] for id_ in ids], self._numbers, self.samples)
+        numbers = {id_: self._numbers[id_] for id_ in ids}
+        return Samples(self.run, self.identity, [self._prompts[id_] for id_ in ids], numbers, self.samples)
+
+    def count(self, prompt_id: str) -> int:
+        """How many responses a prompt has."""
+        return len(self._numbers[prompt_id])
 
     def prompt(self, prompt_id: str) -> Prompt:
         """The prompt with this id."""

@@ -427,7 +427,7 @@ class _Rewarding:
         """The prompts that are left out, with reasons; whatever else has no reward is left for the driver to tell."""
         with suppress(DataError):
             reward_responses(self.target, self.samples, silent())
-        advance(sum(len(self.samples[prompt_id]) for prompt_id in self.samples))
+        advance(sum(map(self.samples.count, self.samples)))
         return self.left_out
 
 
@@ -441,9 +441,9 @@ def _reward_elsewhere(
 ) -> dict[str, str]:
     """Have the engine's workers compute and keep the rewards that are not there yet; prompts that end them, and why."""
     missing = {
-        id_: len(own)
+        id_: samples.count(id_)
         for id_ in samples
-        if len(own := samples[id_]) > len(samples.rewards(_kept_under(target, identity, id_), id_))
+        if samples.count(id_) > len(samples.rewards(_kept_under(target, identity, id_), id_))
     }
     ids, bare = list(missing), replace(target)  # without responses that it has seen
     tasks = [_Rewarding(bare, samples.part(ids[at : at + _SHARE])) for at in range(0, len(ids), _SHARE)]

@@ -24,6 +24,7 @@ from gradsift.errors import ConfigError, LockedError, StorageError
 from gradsift.store.storage import LocalStorage, cache_folder
 
 _LIBRARIES = ("botocore", "aiobotocore", "aiohttp", "google", "gcsfs", "adlfs", "azure")
+_OBJECT_STORES = frozenset({"s3", "gs", "abfs", "oci", "oss"})
 _LEASE_SECONDS = 90.0  # a run whose holder has not renewed its claim for so long is free
 
 
@@ -130,7 +131,7 @@ class RemoteStorage:
     def publish(self, key: str, data: bytes | memoryview) -> None:
         """Write the whole object."""
         with self._told("write", key):
-            self._fs.makedirs(self._at(key).rpartition("/")[0], exist_ok=True)
+            self._make_folder(key)
             self._fs.pipe_file(self._at(key), bytes(data))
 
     def publish_with(self, key: str, write: Callable[[Path], None]) -> None:
@@ -180,7 +181,7 @@ class RemoteStorage:
         """Hold the run by an object `lock` that is renewed while we work; one that is not renewed counts no more.
 
         Raises:
-            LockedError: another process works here, or has taken over because we could not renew our claim.
+            LockedError: another process works here.
         """
         lease = _Lease(self)
         lease.take()
@@ -191,19 +192,26 @@ class RemoteStorage:
 
     def create(self, key: str, data: bytes) -> bool:
         """Write an object unless there is one; whether it was written."""
-        try:
-            self._fs.pipe_file(self._at(key), data, mode="create")
-        except FileExistsError:
-            return False
-        except (OSError, ValueError) as error:
-            if "PreconditionFailed" in str(error) or "pre-conditions" in str(error):
+        with self._told("write", key):
+            self._make_folder(key)
+            try:
+                self._fs.pipe_file(self._at(key), data, mode="create")
+            except FileExistsError:
                 return False
-            raise StorageError(f"cannot write {self.url}/{key}: {error}") from error
+            except OSError as error:
+                if "PreconditionFailed" in str(error) or "pre-conditions" in str(error):
+                    return False
+                raise
         return True
+
+    def _make_folder(self, key: str) -> None:
+        """Where there are folders: an object store would look for the bucket with each write, or make one."""
+        if _OBJECT_STORES.isdisjoint([self._fs.protocol] if isinstance(self._fs.protocol, str) else self._fs.protocol):
+            self._fs.makedirs(self._at(key).rpartition("/")[0], exist_ok=True)
 
     def _upload(self, key: str) -> None:
         with self._told("write", key):
-            self._fs.makedirs(self._at(key).rpartition("/")[0], exist_ok=True)
+            self._make_folder(key)
             self._fs.put_file(str(self._copies.local(key)), self._at(key))
             version = self._version(key)
         self._versions.publish(key, version.encode())
@@ -235,18 +243,20 @@ class RemoteStorage:
         except FileNotFoundError as error:
             if verb in ("list", "delete"):
                 raise
-            raise StorageError(f"cannot {verb} {self.url}/{key}: it is not there") from error
-        except PermissionError as error:
-            raise StorageError(
-                f"cannot {verb} {self.url}/{key}: no permission ({error}): check the credentials and the bucket's "
-                "policy"
-            ) from error
+            missing = "there is no such bucket or folder: make it first" if verb == "write" else "it is not there"
+            raise StorageError(f"cannot {verb} {self.name(key)}: {missing}") from error
         except Exception as error:
+            name = type(error).__name__
+            if isinstance(error, PermissionError) or name == "NoCredentialsError":
+                raise StorageError(
+                    f"cannot {verb} {self.name(key)}: no permission ({error}): check the credentials and the bucket's "
+                    "policy"
+                ) from error
             if not isinstance(error, OSError) and not type(error).__module__.startswith(_LIBRARIES):
                 raise
             raise StorageError(
-                f"cannot {verb} {self.url}/{key}: {type(error).__name__}: {error}. What is complete stays: run the "
-                "same command again when the place can be reached"
+                f"cannot {verb} {self.name(key)}: {name}: {error}. What is complete stays: run the same command again "
+                "when the place can be reached"
             ) from error
 
 
@@ -264,6 +274,7 @@ class _Lease:
         if not self._storage.create("lock", self._claim()):
             self._refuse_living()
             self._storage.publish("lock", self._claim())
+            time.sleep(_LEASE_SECONDS / 90)  # others may have waited as well: the last to write has it
         if self._held_by() != self._owner:
             raise self._locked(self._held_by())
         self._thread.start()
@@ -279,7 +290,7 @@ class _Lease:
         """Whether a claim lives shows in its being renewed, whatever the clocks of two machines say."""
         before = self._read()
         deadline = time.monotonic() + _LEASE_SECONDS
-        if time.time() - before.get("renewed", 0.0) < _LEASE_SECONDS / 3:
+        if 0 <= time.time() - before.get("renewed", 0.0) < _LEASE_SECONDS / 3:
             raise self._locked(before.get("owner", "unknown"))
         while time.monotonic() < deadline:
             time.sleep(_LEASE_SECONDS / 9)

@@ -9,14 +9,16 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Protocol
 
 import xxhash
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from gradsift.errors import StorageError
+from gradsift.errors import LockedError, StorageError
 
 
 class Storage(Protocol):
@@ -54,6 +56,9 @@ class Storage(Protocol):
 
     def publish_folder(self, key: str, write: Callable[[Path], None]) -> None:
         """Publish the files that `write` puts into the folder it is given."""
+
+    def lock(self) -> AbstractContextManager[None]:
+        """Hold the place for this process; it is free again when the process ends, however it ends."""
 
 
 class LocalStorage:
@@ -147,6 +152,30 @@ class LocalStorage:
     def name(self, key: str) -> str:
         """Its path."""
         return str(self.root / key)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder by a file `lock`, of which the operating system lets go with the process.
+
+        Raises:
+            LockedError: another process works here.
+            StorageError: the folder cannot be made or written.
+        """
+        lock = FileLock(self.root / "lock", timeout=0)
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except Timeout as error:
+            raise LockedError(f"another process works on {self.root}: wait for it, or use another --out") from error
+        except (FileExistsError, NotADirectoryError) as error:
+            raise StorageError(f"cannot make the folder {self.root}: a part of its path is a file") from error
+        except OSError as error:
+            reason = "no permission" if isinstance(error, PermissionError) else error.strerror or str(error)
+            raise StorageError(f"cannot write to {self.root}: {reason}. Choose another --out") from error
+        try:
+            yield
+        finally:
+            lock.release()
 
 
 def cache_folder() -> Path:

@@ -17,6 +17,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from collections.abc import Sequence as SequenceABC
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,13 +30,14 @@ from gradsift.gradients.adam import AdamDirection
 from gradsift.gradients.batching import form_batches
 from gradsift.gradients.behind import to_host, write, writing_behind
 from gradsift.gradients.capture import LORA, find_modules
+from gradsift.gradients.folding import Captured
 from gradsift.gradients.projection import Projection, Projector, plan_segments
 from gradsift.gradients.rows import gradient_rows
-from gradsift.loss import head_at, pad
+from gradsift.loss import head_at, pad, to_device, token_mean
 from gradsift.memory import empty_device_cache, is_out_of_memory
 from gradsift.store.gradient_store import GradientStoreWriter, ShardColumns
 from gradsift.store.storage import LocalStorage
-from gradsift.types import Sequence
+from gradsift.types import Sequence, TokenizedExample
 
 # class, hidden, intermediate, layers, heads, key-value heads, vocabulary, tied: those of SmolLM2-135M, Qwen2-0.5B,
 # Llama-3.2-1B and Llama-2-7B
@@ -58,7 +60,7 @@ def section_matrix(args: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for size in args.sizes:
         try:
-            base = build(size, args.device)
+            base = build(size, args.device, torch.bfloat16 if _on_gpu(args.device) else torch.float32)
         except (RuntimeError, MemoryError) as error:
             found[size] = _too_large(size, error)
             continue
@@ -82,8 +84,8 @@ def section_matrix(args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def build(size: str, device: str) -> Any:
-    """A causal model with random weights, made on the device: bfloat16 on a GPU, float32 on a CPU."""
+def build(size: str, device: str, dtype: torch.dtype) -> Any:
+    """A causal model with random weights, made on the device."""
     import transformers
 
     kind, hidden, intermediate, layers, heads, kv_heads, vocabulary, tied = SIZES[size]
@@ -99,12 +101,59 @@ def build(size: str, device: str) -> Any:
     )
     before = torch.get_default_dtype()
     try:
-        torch.set_default_dtype(torch.bfloat16 if _on_gpu(device) else torch.float32)
+        torch.set_default_dtype(dtype)
         with torch.device(device):
             model = getattr(transformers, f"{kind}ForCausalLM")(config)
     finally:
         torch.set_default_dtype(before)
     return model.eval().requires_grad_(False)
+
+
+def with_adapter(base: Any, rank: int) -> Any:
+    """The model under LoRA on q, k, v and o as after some training: B is not zero."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=rank, lora_alpha=4 * rank, lora_dropout=0.1, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]
+    )
+    model = get_peft_model(base, config)
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            nn.init.normal_(parameter, std=0.005)
+    return model.eval()
+
+
+def random_moments(modules: SequenceABC[Captured], device: torch.device) -> dict[str, AdamDirection]:
+    """Adam's state of each module."""
+    return {
+        c.name: AdamDirection(torch.randn(c.shape, device=device) * 1e-4, torch.rand(c.shape, device=device) * 1e-8)
+        for c in modules
+    }
+
+
+def random_rows(count: int, vocabulary: int, most: int = 512) -> list[Sequence]:
+    """Lengths like those of instruction data, from 40 tokens, the answer a third to four fifths of each."""
+    generator = np.random.default_rng(0)
+    found = []
+    for row in range(count):
+        length = int(np.clip(generator.lognormal(5.1, 0.5), 40, most))
+        ids = generator.integers(0, vocabulary, length).astype(np.int32)
+        supervised = np.arange(length) >= int(length * generator.uniform(0.2, 0.7))
+        found.append(token_mean(TokenizedExample(str(row), ids, supervised), row))
+    return found
+
+
+def collated(sequences: SequenceABC[Sequence], device: torch.device) -> dict[str, torch.Tensor]:
+    """What a training loop's collator makes: ids, mask and labels, all padded."""
+    longest = max(len(sequence.token_ids) for sequence in sequences)
+    ids = np.zeros((len(sequences), longest), dtype=np.int64)
+    mask, labels = np.zeros_like(ids), np.full_like(ids, -100)
+    for row, sequence in enumerate(sequences):
+        count = len(sequence.token_ids)
+        ids[row, :count], mask[row, :count] = sequence.token_ids, 1
+        labels[row, :count] = np.where(sequence.weights > 0, sequence.token_ids, -100)
+    arrays = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    return {name: to_device(array, device) for name, array in arrays.items()}
 
 
 def compare(base: Any, rank: int, budget: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -158,16 +207,8 @@ class Work:
     """An adapter on a base, rows of mixed lengths, and the two things to compare."""
 
     def __init__(self, base: Any, rank: int, budget: int, args: argparse.Namespace) -> None:
-        from peft import LoraConfig, get_peft_model
-
         self.device = torch.device(args.device)
-        config = LoraConfig(
-            r=rank, lora_alpha=4 * rank, lora_dropout=0.1, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]
-        )
-        self.model = get_peft_model(base, config)
-        for name, parameter in self.model.named_parameters():
-            if ".lora_B." in name:
-                nn.init.normal_(parameter, std=0.005)
+        self.model = with_adapter(base, rank)
         self.trained = [p for n, p in self.model.named_parameters() if ".lora_" in n]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-6, fused=_on_gpu(args.device))
         self.modules = find_modules(self.model, LORA).captured
@@ -175,12 +216,7 @@ class Work:
         projection = Projection()
         self.segments = plan_segments({c.name: c.shape for c in self.modules}, projection)
         self.projector = Projector(self.segments, projection, device=self.device)
-        self.adam = {
-            c.name: AdamDirection(
-                torch.randn(c.shape, device=self.device) * 1e-4, torch.rand(c.shape, device=self.device) * 1e-8
-            )
-            for c in self.modules
-        }
+        self.adam = random_moments(self.modules, self.device)
         self.vocabulary = int(base.config.vocab_size)
         self.budget = self.fits = budget
         self.folder = Path(tempfile.mkdtemp(prefix="gradsift-speed-"))
@@ -188,16 +224,7 @@ class Work:
         self._make_rows(args.matrix_rows or self._rows_for(_ARM_SECONDS if _on_gpu(args.device) else 0.2))
 
     def _make_rows(self, count: int) -> None:
-        """Lengths like those of instruction data, 40 to 512 tokens, the answer a third to four fifths of each."""
-        generator = np.random.default_rng(0)
-        self.sequences = []
-        for row in range(count):
-            length = int(np.clip(generator.lognormal(5.1, 0.5), 40, 512))
-            ids = generator.integers(0, self.vocabulary, length).astype(np.int32)
-            weights = np.zeros(length, dtype=np.float32)
-            start = int(length * generator.uniform(0.2, 0.7))
-            weights[start:] = 1 / (length - start)
-            self.sequences.append(Sequence(row, ids, weights))
+        self.sequences = random_rows(count, self.vocabulary)
         self.tokens = sum(len(sequence.token_ids) for sequence in self.sequences)
         self.batches = form_batches(self.sequences, self.budget)
 
@@ -224,27 +251,13 @@ class Work:
                     if at_labels:
                         loss = head.nll(pad(batch.sequences, self.device), summed=True).sum()
                     else:
-                        loss = self.model(**self._inputs(batch.sequences)).loss
+                        loss = self.model(**collated(batch.sequences, self.device)).loss
                 loss.backward()
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
         for parameter in self.trained:
             parameter.requires_grad_(False)
         self.model.eval()
-
-    def _inputs(self, sequences: tuple[Sequence, ...]) -> dict[str, torch.Tensor]:
-        """What a collator makes: ids, mask and labels, all padded."""
-        longest = max(len(sequence.token_ids) for sequence in sequences)
-        ids = torch.zeros(len(sequences), longest, dtype=torch.int64)
-        mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
-        for row, sequence in enumerate(sequences):
-            tokens, count = torch.from_numpy(sequence.token_ids.astype(np.int64)), len(sequence.token_ids)
-            ids[row, :count], mask[row, :count] = tokens, 1
-            labels[row, :count] = torch.where(torch.from_numpy(sequence.weights) > 0, tokens, -100)
-        arrays = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-        if self.device.type == "cuda":
-            return {name: array.pin_memory().to(self.device, non_blocking=True) for name, array in arrays.items()}
-        return arrays
 
     def collect(self, *, checkpointing: bool = False) -> None:
         """Two shards of Adam rows, each written while the next is computed."""
@@ -267,10 +280,7 @@ class Work:
     def _write(self, folder: Path, shard: int, ready: Callable[[], dict[str, torch.Tensor]]) -> None:
         tensors = ready()
         names = [f"{shard}-{row}" for row in range(len(tensors["rows"]))]
-        parts = [
-            {"name": s.name, "start": s.start, "stop": s.stop, "shape": [s.out_features, s.in_features]}
-            for s in self.segments
-        ]
+        parts = [segment.entry for segment in self.segments]
         GradientStoreWriter(LocalStorage(folder), "", {"dtype": "float16", "segments": parts}).write_shard(
             shard,
             tensors["rows"],

@@ -29,7 +29,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from gpu import SIZES, section_matrix  # noqa: F401 - sections are found by name
+from gpu import (  # noqa: F401 - sections are found by name
+    SIZES,
+    build,
+    collated,
+    random_moments,
+    random_rows,
+    section_matrix,
+    with_adapter,
+)
 
 from gradsift.gradients.adam import AdamDirection
 from gradsift.gradients.batching import Batch, automatic_lanes, automatic_token_budget, form_batches
@@ -42,14 +50,6 @@ from gradsift.store.storage import LocalStorage
 from gradsift.types import Sequence, TokenizedExample
 
 ROOT = Path(__file__).resolve().parents[1]
-SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
-    "135m": (576, 1536, 30, 9, 3, 49152),
-    "0.5b": (896, 4864, 24, 14, 2, 151936),
-    "1b": (2048, 8192, 16, 32, 8, 128256),
-    "7b": (4096, 14336, 32, 32, 8, 128256),
-}
-
-
 _ON_CPU = ["collection", "memory", "scoring", "explain", "start"]
 
 
@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", help="of the random model")
     parser.add_argument("--autocast", action="store_true", help="bfloat16 for both sides")
     parser.add_argument("--model", help="folder or hub id; the demo model if not given")
-    parser.add_argument("--random-model", choices=SHAPES, help="a Llama of this size with random weights")
+    parser.add_argument("--random-model", choices=SIZES, help="a model of this size with random weights")
     parser.add_argument("--score-rows", type=int, default=100_000)
     parser.add_argument("--out", type=Path, help="also write the figures as JSON")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -157,24 +157,14 @@ class Work:
     """A model with a LoRA adapter of random B, rows, and the two things to compare."""
 
     def __init__(self, args: argparse.Namespace, rank: int) -> None:
-        from peft import LoraConfig, get_peft_model
-
         from gradsift.models import load_model
 
         self.args = args
         if args.random_model:
-            base = random_model(args)
+            base = build(args.random_model, args.device, getattr(torch, args.dtype))
         else:
             base = load_model(args.model or demo_model(), device=args.device)
-        config = LoraConfig(
-            r=rank, lora_alpha=4 * rank, lora_dropout=0.1, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]
-        )
-        self.model = get_peft_model(base, config)
-        generator = torch.Generator().manual_seed(0)
-        for name, parameter in self.model.named_parameters():
-            if ".lora_B." in name:
-                parameter.data = torch.randn(parameter.shape, generator=generator).to(parameter) * 0.005
-        self.model.eval()
+        self.model = with_adapter(base, rank)
         self.trained = [p for n, p in self.model.named_parameters() if "lora_" in n]
         self.sequences = rows(args)
         self.tokens = sum(len(s.token_ids) for s in self.sequences)
@@ -187,21 +177,11 @@ class Work:
         self.modules = modules.captured
         projection = Projection()
         segments = plan_segments({c.name: c.shape for c in self.modules}, projection)
-        device = next(self.model.parameters()).device
-        self.projector = TimedProjector(segments, projection, device=device)
-        generator.manual_seed(1)
-        self.adam = {
-            c.name: AdamDirection(
-                (torch.randn(c.shape, generator=generator) * 1e-4).to(device),
-                (torch.rand(c.shape, generator=generator) * 1e-8).to(device),
-            )
-            for c in self.modules
-        }
+        self.device = next(self.model.parameters()).device
+        self.projector = TimedProjector(segments, projection, device=self.device)
+        self.adam = random_moments(self.modules, self.device)
         self.folder = Path(tempfile.mkdtemp(prefix="gradsift-speed-"))
-        self.segments = [
-            {"name": s.name, "start": s.start, "stop": s.stop, "shape": [s.out_features, s.in_features]}
-            for s in segments
-        ]
+        self.segments = [segment.entry for segment in segments]
         self.bytes_per_row = 0.0
 
     def close(self) -> None:
@@ -222,23 +202,11 @@ class Work:
         `train=False` leaves out LoRA's dropout, which gradients are taken without.
         """
         self.model.train(train)
-        device = next(self.model.parameters()).device
         for parameter in self.trained:
             parameter.requires_grad_(True)
         for batch in batches:
-            longest = max(len(s.token_ids) for s in batch)
-            ids = torch.zeros(len(batch), longest, dtype=torch.long)
-            labels = torch.full((len(batch), longest), -100)
-            mask = torch.zeros(len(batch), longest, dtype=torch.long)
-            for row, sequence in enumerate(batch):
-                tokens = torch.from_numpy(sequence.token_ids.astype(np.int64))
-                count = len(tokens)
-                ids[row, :count], mask[row, :count] = tokens, 1
-                labels[row, :count] = torch.where(torch.from_numpy(sequence.weights) > 0, tokens, -100)
             with self.autocast():
-                loss = self.model(
-                    input_ids=ids.to(device), attention_mask=mask.to(device), labels=labels.to(device)
-                ).loss
+                loss = self.model(**collated(batch, self.device)).loss
             loss.backward()
             for parameter in self.trained:
                 parameter.grad = None
@@ -305,16 +273,7 @@ def padded(batches: SequenceABC[SequenceABC[Sequence] | Batch]) -> int:
 def rows(args: argparse.Namespace) -> list[Sequence]:
     """Rows of mixed length: real ones where there are any, else (random model) lengths like theirs."""
     if args.random_model:
-        generator = np.random.default_rng(0)
-        vocabulary = SHAPES[args.random_model][5]
-        found = []
-        for row in range(args.rows):
-            length = int(np.clip(generator.lognormal(5.1, 0.5), 40, args.max_length))
-            ids = generator.integers(0, vocabulary, length, dtype=np.int64).astype(np.int32)
-            supervised = np.zeros(length, dtype=np.bool_)
-            supervised[int(length * generator.uniform(0.2, 0.7)) :] = True
-            found.append(token_mean(TokenizedExample(str(row), ids, supervised), row))
-        return found
+        return random_rows(args.rows, SIZES[args.random_model][6], args.max_length)
     from gradsift.data.chat import ChatFormat
     from gradsift.data.load import load_examples
     from gradsift.models import load_tokenizer
@@ -325,24 +284,6 @@ def rows(args: argparse.Namespace) -> list[Sequence]:
     examples = load_examples(str(source)).examples[: 2 * args.rows]
     tokenized = [entry for entry in map(chat.tokenize, examples) if isinstance(entry, TokenizedExample)]
     return [token_mean(entry, row) for row, entry in enumerate(tokenized[: args.rows])]
-
-
-def random_model(args: argparse.Namespace) -> Any:
-    """A Llama with random weights: speed does not depend on them."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    hidden, intermediate, layers, heads, kv_heads, vocabulary = SHAPES[args.random_model]
-    config = LlamaConfig(
-        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, vocab_size=vocabulary, tie_word_embeddings=hidden < 2048,
-        max_position_embeddings=4096,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    torch.set_default_dtype(getattr(torch, args.dtype))
-    with torch.device(args.device):
-        model = LlamaForCausalLM(config)
-    torch.set_default_dtype(torch.float32)
-    return model.eval().requires_grad_(False)
 
 
 def demo_model() -> str:

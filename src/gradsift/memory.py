@@ -5,6 +5,10 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 # Libraries beside PyTorch allocate for themselves; the last two are PyTorch's own words for a CPU.
 _NO_MEMORY = (
@@ -42,6 +46,17 @@ def empty_device_cache() -> None:
 
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+
+
+def free_bytes(device: torch.device | str) -> int:
+    """Of this machine's memory or a GPU's: what nobody holds, and what PyTorch keeps there without using it."""
+    import psutil
+    import torch
+
+    if torch.device(device).type != "cuda":
+        return int(psutil.virtual_memory().available)
+    free, _total = torch.cuda.mem_get_info(device)
+    return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
 
 
 @functools.cache

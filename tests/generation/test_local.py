@@ -9,12 +9,10 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from tiny_models import tiny_gpt2, tiny_llama, tiny_qwen2, with_lora
+from tiny_models import tiny_gpt2, tiny_llama, tiny_mistral, tiny_qwen2, with_lora
 from torch import nn
 from transformers import (
     LogitsProcessorList,
-    MistralConfig,
-    MistralForCausalLM,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -138,27 +136,10 @@ def test_sampled_frequencies_follow_the_exact_probabilities() -> None:
 # --- the draws ----------------------------------------------------------------------------------------------------
 
 
-def sliding_window() -> nn.Module:
-    """Attention that sees the last four tokens only."""
-    torch.manual_seed(0)
-    config = MistralConfig(
-        vocab_size=61,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        sliding_window=4,
-        initializer_range=0.2,
-    )
-    return MistralForCausalLM(config).eval()
-
-
 MODELS: dict[str, Callable[[], Any]] = {
     "llama": tiny_llama,
     "gpt2": tiny_gpt2,
-    "sliding window": sliding_window,
+    "sliding window": tiny_mistral,
     "lora": lambda: with_lora(tiny_qwen2()),
 }
 

@@ -247,14 +247,12 @@ def test_no_batch_is_waited_for(
 
 def wide_llama(layers: int = 2) -> nn.Module:
     """Activations of megabytes, so that batches fill what memory there is."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=4096, hidden_size=256, intermediate_size=1024, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=2048,
+    return with_lora(
+        tiny_llama(
+            vocab_size=4096, hidden_size=256, intermediate_size=1024, num_hidden_layers=layers, num_key_value_heads=4,
+            max_position_embeddings=2048, initializer_range=0.02,
+        )
     )  # fmt: skip
-    return with_lora(LlamaForCausalLM(config).eval())
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_models import random_sequences, tiny_gpt2, tiny_llama, tiny_qwen2, with_lora
+from tiny_models import random_sequences, tiny_gpt2, tiny_llama, tiny_mistral, tiny_qwen2, with_lora
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM
@@ -259,23 +259,6 @@ class Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def tiny_mistral() -> nn.Module:
-    """Attention over the last eight tokens alone."""
-    from transformers import MistralConfig, MistralForCausalLM
-
-    config = MistralConfig(
-        vocab_size=61,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        sliding_window=8,
-    )
-    torch.manual_seed(0)
-    return MistralForCausalLM(config).eval()
-
-
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(
     ("build", "pattern"),
@@ -359,8 +342,8 @@ def test_the_budget_is_measured_by_two_batches(monkeypatch: pytest.MonkeyPatch) 
     """Four fifths of what is free and of what PyTorch keeps unused, less the fixed part, by bytes per token."""
     gpu = Gpu(free=10**9, fixed=10**7, per_token=50_000)
     gpu.install(monkeypatch)
-    assert measured_token_budget([torch.device("cpu")], gpu.run) == int((0.8 * 10**9 - 10**7) / 50_000)
-    assert measured_token_budget([torch.device("cpu")], lambda _tokens: 300) == 300, "where a small batch did not fit"
+    assert measured_token_budget([torch.device("cuda")], gpu.run) == int((0.8 * 10**9 - 10**7) / 50_000)
+    assert measured_token_budget([torch.device("cuda")], lambda _tokens: 300) == 300, "where a small batch did not fit"
 
 
 def test_probes_are_batches_of_the_wanted_size() -> None:

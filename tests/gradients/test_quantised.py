@@ -33,19 +33,7 @@ needs_bitsandbytes = pytest.mark.skipif(
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A model with weights that fill whole blocks of 64, and an adapter of it."""
     folder = tmp_path_factory.mktemp("files")
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=61,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.1,
-    )
-    base = LlamaForCausalLM(config).eval()
+    base: Any = tiny_llama(hidden_size=64, intermediate_size=128, initializer_range=0.1)
     base.save_pretrained(folder / "model")
     with_lora(base).save_pretrained(folder / "adapter", save_embedding_layers=False)
     return {"model": str(folder / "model"), "adapter": str(folder / "adapter")}

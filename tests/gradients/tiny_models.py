@@ -12,6 +12,18 @@ from transformers.pytorch_utils import Conv1D
 from gradsift.types import Sequence
 
 VOCABULARY = 61
+SHAPE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 
 def tiny_llama(*, seed: int = 0, **options: Any) -> nn.Module:
@@ -19,20 +31,15 @@ def tiny_llama(*, seed: int = 0, **options: Any) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.2,
-        bos_token_id=1,
-        eos_token_id=2,
-        **options,
-    )
-    return LlamaForCausalLM(config).eval()
+    return LlamaForCausalLM(LlamaConfig(**(SHAPE | options))).eval()
+
+
+def tiny_mistral(*, seed: int = 0, window: int = 4) -> nn.Module:
+    """Attention over the last `window` tokens alone."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(seed)
+    return MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=window)).eval()
 
 
 def tiny_gpt2(*, seed: int = 0) -> nn.Module:
@@ -58,20 +65,7 @@ def tiny_qwen2(*, seed: int = 0) -> nn.Module:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(seed)
-    config = Qwen2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.2,
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    model = Qwen2ForCausalLM(config).eval()
+    model = Qwen2ForCausalLM(Qwen2Config(**SHAPE, tie_word_embeddings=True)).eval()
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             nn.init.normal_(parameter, std=0.2)
@@ -84,19 +78,10 @@ def tiny_mixtral(*, seed: int = 0) -> nn.Module:
 
     torch.manual_seed(seed)
     config = MixtralConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        **SHAPE,
         num_local_experts=4,
         num_experts_per_tok=2,
         experts_implementation="eager",  # the grouped kernel has no float64
-        max_position_embeddings=64,
-        initializer_range=0.2,
-        bos_token_id=1,
-        eos_token_id=2,
     )
     return MixtralForCausalLM(config).eval()
 
@@ -107,21 +92,12 @@ def tiny_qwen2_moe(*, seed: int = 0) -> nn.Module:
 
     torch.manual_seed(seed)
     config = Qwen2MoeConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=24,
+        **SHAPE,
         moe_intermediate_size=8,
         shared_expert_intermediate_size=12,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         num_experts=4,
         num_experts_per_tok=2,
         experts_implementation="eager",  # the grouped kernel has no float64
-        max_position_embeddings=64,
-        initializer_range=0.2,
-        bos_token_id=1,
-        eos_token_id=2,
     )
     return Qwen2MoeForCausalLM(config).eval()
 

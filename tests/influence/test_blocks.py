@@ -19,6 +19,7 @@ from gradsift.influence.ji2s import JI2S, store_terms
 from gradsift.influence.less import store_inner_products
 from gradsift.influence.products import inner_products
 from gradsift.influence.trak import TRAK, trak_kernel
+from gradsift.memory import free_bytes
 from gradsift.store.gradient_store import GradientStore
 
 GPU = [
@@ -103,6 +104,6 @@ def test_few_queries_stay_here(store: GradientStore, device: str) -> None:
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU)])
 def test_what_a_gpu_has_no_room_for_stays_here(device: str) -> None:
     """What would take more than half of the free memory is made by this machine."""
-    free = torch.cuda.mem_get_info(device)[0]
+    free = free_bytes(device)
     assert place_for(device, 100, held=1 << 20).type == "cuda"
     assert place_for(device, 100, held=free // 2) == CPU

@@ -86,10 +86,7 @@ def stored(
         "view": "plain",
         "loss": "token_mean",
         "dtype": dtype,
-        "segments": [
-            {"name": s.name, "start": s.start, "stop": s.stop, "shape": [s.out_features, s.in_features]}
-            for s in segments
-        ],
+        "segments": [segment.entry for segment in segments],
         **changed,
     }
     writer = GradientStoreWriter(LocalStorage(folder), "", config)

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -34,6 +33,7 @@ from gradsift.generation.sampling import (
     Sampling,
     uniforms,
 )
+from gradsift.memory import free_bytes
 from gradsift.models import DtypeName, adapter_identity, host, input_device, load_tokenizer, model_identity
 
 _ROWS = {"cpu": 64, "cuda": 256}  # samples in a batch, fewer where the memory does not suffice for their caches
@@ -205,11 +205,7 @@ class _Prefix:
         size = sum(t.numel() * t.element_size() for t in kept if isinstance(t, Tensor))
         longest = int(self.lengths.max())
         per_row = size / len(self.lengths) * (1 + steps / longest)
-        if self.logits.device.type == "cuda":
-            free, _total = torch.cuda.mem_get_info(self.logits.device)
-        else:
-            free = psutil.virtual_memory().available
-        return max(1, int(free * _MEMORY_SHARE / max(per_row, 1)))
+        return max(1, int(free_bytes(self.logits.device) * _MEMORY_SHARE / max(per_row, 1)))
 
     def select(self, owner: Tensor, *, last: bool) -> Any:
         """The cache with a row for each sample; the prompts' own is used up by the last."""

@@ -10,6 +10,7 @@ from typing import Any
 import psutil
 import torch
 
+from gradsift.memory import free_bytes
 from gradsift.types import Sequence
 
 _GRADIENT_COPIES = 5  # of a module's gradients: itself, Adam's numerator and denominator, folded and gathered
@@ -92,7 +93,7 @@ def automatic_token_budget(model: Any, lanes: int = 1) -> int:
     per_token = _activation_bytes(model)
     parameter = next(model.parameters())
     if parameter.device.type == "cuda":
-        return budget_from(_free_bytes(parameter.device), per_token, share=0.5)
+        return budget_from(free_bytes(parameter.device), per_token, share=0.5)
     return int(min(max(128, 512 // lanes), max(128, psutil.virtual_memory().available * 0.3 / per_token)))
 
 
@@ -171,14 +172,8 @@ def measured_token_budget(devices: SequenceABC[torch.device], run: Callable[[int
     budgets = []
     for device, (first, second) in peaks.items():
         fixed, per_token = line_through(first, second)
-        budgets.append(budget_from(_free_bytes(device), per_token, fixed_bytes=fixed))
+        budgets.append(budget_from(free_bytes(device), per_token, fixed_bytes=fixed))
     return min(budgets)
-
-
-def _free_bytes(device: torch.device) -> int:
-    """Of a GPU: what the driver has left, and what PyTorch keeps without using it."""
-    free, _total = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def sequence_tokens(model: Any, largest_module: int, row_bytes: int) -> int:

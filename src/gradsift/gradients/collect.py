@@ -107,12 +107,8 @@ class SequenceSource(Protocol):
 
 
 @dataclass(frozen=True)
-class ShardSpec:
-    """Everything one shard of work needs, picklable: who runs it, and where, changes nothing in the result.
-
-    left_out: rows of the shard that are not computed, with the reason
-    dry: compute the rows and keep nothing
-    """
+class _Work:
+    """What every task of a collection needs, picklable: who runs it, and where, changes nothing in the result."""
 
     run: Run
     source: SequenceSource
@@ -121,6 +117,20 @@ class ShardSpec:
     device: str
     checkpoint: Checkpoint
     settings: Gradients
+
+    def engine(self) -> _Engine:
+        """The process's own."""
+        return _engine(self.model, self.dtype, self.device, self.checkpoint, self.settings)
+
+
+@dataclass(frozen=True)
+class ShardSpec(_Work):
+    """One shard of work.
+
+    left_out: rows of the shard that are not computed, with the reason
+    dry: compute the rows and keep nothing
+    """
+
     stores: Mapping[View, str] = field(hash=False)  # view → prefix
     shard: int
     start: int
@@ -261,7 +271,7 @@ def store_config(
 
 def collect_shard(spec: ShardSpec, on_rows: Any = None) -> None:
     """Compute and publish one shard of every view; the process keeps the model for the next one."""
-    engine = _engine(spec.model, spec.dtype, spec.device, spec.checkpoint, spec.settings)
+    engine = spec.engine()
     sequences = [s for s in spec.source.sequences(spec.start, spec.stop) if s.row not in spec.left_out]
     result = engine.rows(
         sequences,
@@ -412,11 +422,7 @@ class _Engine:
     def config(self, source: SequenceSource, view: View) -> dict[str, Any]:
         """The store's configuration with its segments."""
         config = store_config(source, self.checkpoint, self.model_name, view, self.settings, self.dtype)
-        segments = [
-            {"name": s.name, "start": s.start, "stop": s.stop, "shape": [s.out_features, s.in_features]}
-            for s in self.segments
-        ]
-        return {**config, "segments": segments}
+        return {**config, "segments": [segment.entry for segment in self.segments]}
 
 
 def _engine(model: str, dtype: DtypeName, device: str, checkpoint: Checkpoint, settings: Gradients) -> _Engine:
@@ -461,20 +467,13 @@ class _Prepared:
 
 
 @dataclass(frozen=True)
-class _Preparation:
+class _Preparation(_Work):
     """The task of a worker that has the model: what `_Prepared` holds, and whether Adam's moments are there."""
 
-    run: Run
-    source: SequenceSource
-    model: str
-    dtype: DtypeName
-    device: str
-    checkpoint: Checkpoint
-    settings: Gradients
     views: tuple[View, ...]
 
     def work(self, _advance: Advance) -> _Prepared:
-        engine = _engine(self.model, self.dtype, self.device, self.checkpoint, self.settings)
+        engine = self.engine()
         if "adam" in self.views:
             engine.adam()
         source, settings = self.source, self.settings

@@ -10,7 +10,7 @@ import hashlib
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -85,6 +85,13 @@ class Segment:
     def full_dim(self) -> int:
         """d_l, the number of gradient entries before projection."""
         return self.out_features * self.in_features
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """As it stands in a store's configuration."""
+        return {
+            "name": self.name, "start": self.start, "stop": self.stop, "shape": [self.out_features, self.in_features]
+        }  # fmt: skip
 
 
 def segment_dims(full_dims: list[int], dim: int) -> list[int]:

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from gradsift.memory import empty_device_cache
+from gradsift.memory import free_bytes
 from gradsift.models import resolve_device
 from gradsift.store.gradient_store import GradientStore
 
@@ -34,8 +34,7 @@ def place_for(device: str, queries: int, held: int) -> torch.device:
     place = torch.device(resolve_device(device))
     if place.type != "cuda" or queries <= _SINGLY:
         return CPU
-    empty_device_cache()
-    return place if 2 * (held + _GPU_BUFFERS) < torch.cuda.mem_get_info(place)[0] else CPU
+    return place if 2 * (held + _GPU_BUFFERS) < free_bytes(place) else CPU
 
 
 def block_rows(queries: int, place: torch.device = CPU) -> int:

@@ -9,13 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from safetensors.torch import load_file, save_file
 
 from gradsift.data.dataset import Dataset
 from gradsift.errors import ConfigError, CorruptError, StorageError
-from gradsift.memory import give_back_memory
+from gradsift.memory import free_bytes, give_back_memory
 from gradsift.models import (
     QUANTISED,
     DtypeName,
@@ -90,11 +89,9 @@ def refuse_too_large(model: str, dtype: DtypeName, device: str) -> None:
     """
     place = resolve_device(device)
     if device == "map":
-        free = sum(torch.cuda.mem_get_info(number)[0] for number in range(torch.cuda.device_count()))
-    elif place.startswith("cuda"):
-        free = torch.cuda.mem_get_info(place)[0]
+        free = sum(free_bytes(f"cuda:{number}") for number in range(torch.cuda.device_count()))
     else:
-        free = psutil.virtual_memory().available
+        free = free_bytes(place)
     parameters = count_parameters(model)
     needed = parameters * (8 if dtype == "float64" else 4) * _COPIES
     if needed > free:

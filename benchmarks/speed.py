@@ -305,6 +305,7 @@ def section_memory(args: argparse.Namespace) -> dict[str, Any]:
             command = [sys.executable, __file__, "--child", arm, "--rank", str(rank), "--rows", str(count),
                        "--max-length", "256"]  # fmt: skip
             command += ["--model", args.model] if args.model else []
+            command += ["--random-model", args.random_model] if args.random_model else []
             out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             entry[f"{arm}, {count} rows"] = json.loads(out.splitlines()[-1])["peak_bytes"]
         entry["ratio_to_plain"] = entry["collect, 16 rows"] / entry["plain, 16 rows"]

@@ -34,6 +34,8 @@ def place_for(device: str, queries: int, held: int) -> torch.device:
     place = torch.device(resolve_device(device))
     if place.type != "cuda" or queries <= _SINGLY:
         return CPU
+    if place.index is None:  # said outright, as each thread has a current device of its own
+        place = torch.device("cuda", torch.cuda.current_device())
     return place if 2 * (held + _GPU_BUFFERS) < free_bytes(place) else CPU
 
 

@@ -31,10 +31,11 @@ def place_for(device: str, queries: int, held: int) -> torch.device:
         queries: with how many; a few take less time than the way.
         held: bytes that factors and sums take there meanwhile.
     """
-    place = torch.device(resolve_device(device))
+    name = resolve_device(device)
+    place = torch.device(name)
     if place.type != "cuda" or queries <= _SINGLY:
         return CPU
-    if place.index is None:  # said outright, as each thread has a current device of its own
+    if name == "cuda":  # its number is said outright, as each thread has a current device of its own
         place = torch.device("cuda", torch.cuda.current_device())
     return place if 2 * (held + _GPU_BUFFERS) < free_bytes(place) else CPU
 

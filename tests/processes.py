@@ -19,6 +19,13 @@ def python(*arguments: object, errors: Path) -> subprocess.Popen[str]:
         )
 
 
+def said(process: subprocess.Popen[str], errors: Path) -> str:
+    """What it prints until it ends well."""
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, errors.read_text()
+    return output
+
+
 def wait_until(there: Callable[[], bool], process: subprocess.Popen[str], errors: Path) -> None:
     deadline = time.monotonic() + 300
     while not there():

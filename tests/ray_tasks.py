@@ -12,6 +12,7 @@ from typing import Any
 
 from gradsift.errors import DataError
 from gradsift.progress import Advance
+from gradsift.run import Run
 from reporters import Listening
 
 
@@ -32,6 +33,16 @@ class Square:
 
         advance(self.number)
         return self.number**2, torch.get_num_threads(), os.getpid()
+
+
+@dataclass(frozen=True)
+class Visit:
+    """Goes to a run."""
+
+    run: Run
+
+    def work(self, advance: Advance) -> str:
+        return self.run.place
 
 
 @dataclass(frozen=True)

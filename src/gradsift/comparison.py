@@ -225,7 +225,9 @@ class _Work:
         for cell in found.cells:
             # The worker may see the run folder, or keep its copies of it, elsewhere.
             trained = None if contender.base else self._trained(contender, budget, seed)
-            assert not isinstance(trained, _Stopped), trained
+            if isinstance(trained, _Stopped):  # what the worker left cannot be read here
+                self._fail(contender, budget, seed, trained)
+                continue
             self.cells.append(replace(cell, path=self.pool.model if trained is None else trained.path))
         self.clock.by_key = found.costs | self.clock.by_key
 

@@ -28,6 +28,7 @@ requests never meet.
 from __future__ import annotations
 
 import io
+import socket
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,7 +67,7 @@ class Run:
         return f"Run({self.place!r})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Run, (self.address,)
+        return run_at, (self.address,)
 
     @property
     def address(self) -> str:
@@ -205,3 +206,17 @@ class Run:
         """Publish a JSON file and return its path; a sealed one is for `read_json`, which finds it altered."""
         publish_json(self.storage, key, value, sealed=sealed)
         return self.storage.local(key)
+
+
+def run_at(address: str) -> Run:
+    """The run of another process, which is somewhere already.
+
+    Raises:
+        StorageError: this machine does not see its folder.
+    """
+    if not is_url(address) and not Path(address).is_dir():
+        raise StorageError(
+            f"{address} is not on {socket.gethostname()}, where a worker runs: give an --out that all nodes see, on a "
+            "shared file system or in a bucket (s3://…)"
+        )
+    return Run(address)

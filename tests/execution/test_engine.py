@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
-from gradsift.errors import ConfigError, DataError, WorkerError
+from gradsift.errors import ConfigError, DataError, StorageError, WorkerError
 from gradsift.execution import mapping
 from gradsift.execution.actors import RayCluster
 from gradsift.execution.engine import LOCAL
 from gradsift.execution.ray import RayEngine, engine_of
 from gradsift.progress import Reporter, untold
-from ray_tasks import DieOnce, Hopeless, Refuse, Rows, SlowOnce, Square, warned
+from gradsift.run import Run
+from ray_tasks import DieOnce, Hopeless, Refuse, Rows, SlowOnce, Square, Visit, warned
 
 # Ray leaves its own processes and files to the end of this one.
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
@@ -56,6 +57,16 @@ def test_an_error_of_a_task_is_raised_here(engine: RayEngine) -> None:
     with pytest.raises(DataError, match="row 7 cannot be read: mend it"):
         list(engine.map([Square(1), Refuse()], untold, "task"))
     assert [square for _, (square, _, _) in engine.map([Square(5)], untold, "task")] == [25]
+
+
+def test_a_run_that_workers_do_not_see_is_told(engine: RayEngine, tmp_path: Path) -> None:
+    """A worker whose machine has not the run folder says so, and what would do; it is not worked on elsewhere."""
+    found = Run(tmp_path / "there")
+    found.folder.mkdir()
+    assert list(engine.map([Visit(found)], untold, "task")) == [(0, str(found.folder))]
+    with pytest.raises(StorageError, match=r"gone is not on .*, where a worker runs: give an --out that all nodes see"):
+        list(engine.map([Visit(Run(tmp_path / "gone"))], untold, "task"))
+    assert not (tmp_path / "gone").exists()
 
 
 def test_a_lost_worker_costs_its_task_a_second_try(engine: RayEngine, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from processes import python, wait_until
+from processes import python, said, wait_until
 from tiny_world import World, pool_rows, write_rows
 
 pytestmark = [
@@ -59,9 +59,7 @@ def test_a_lost_node_costs_its_tasks_a_second_try(nodes: Any, tmp_path: Path) ->
     lost = mark.read_text()
     (node,) = (node for node in nodes.worker_nodes if node.unique_id == lost or node.node_id == lost)
     nodes.remove_node(node, allow_graceful=False)
-    said, _ = driver.communicate(timeout=300)
-    assert driver.returncode == 0, errors.read_text()
-    survivor, *squares = said.splitlines()[-1].split()  # Ray tells of the lost node on standard output, too
+    survivor, *squares = said(driver, errors).split()
     assert squares == ["9", "16"]
     assert survivor != lost
     assert "a worker was lost at shard 0: it is tried again" in errors.read_text()
@@ -82,16 +80,15 @@ def test_a_killed_driver_goes_on_where_it_was(tiny: World, tmp_path: Path) -> No
     def shards(out: Path) -> dict[str, bytes]:
         return {str(file.relative_to(out)): file.read_bytes() for file in sorted(out.glob("gradients/*/shard-*"))}
 
-    undisturbed = command(whole)
-    assert undisturbed.wait(300) == 0, errors.read_text()
+    said(command(whole), errors)
     wanted = shards(whole)
     ray = ("--engine", "ray", "--workers", "2")
     killed = command(there, *ray)
     wait_until(lambda: len(list(there.glob("gradients/*/shard-*.safetensors"))) > 4, killed, errors)
     killed.kill()
-    assert killed.wait(60) == -signal.SIGKILL
+    killed.communicate(timeout=60)
+    assert killed.returncode == -signal.SIGKILL
     assert not list(there.glob("gradients/*/manifest.json"))
-    again = command(there, *ray)
-    assert again.wait(300) == 0, errors.read_text()
+    said(command(there, *ray), errors)
     assert "120 pool rows are there already" in errors.read_text()
     assert shards(there) == wanted

@@ -17,7 +17,7 @@ from gradsift.errors import ConfigError, LockedError, StorageError
 from gradsift.run import Run
 from gradsift.store import remote
 from gradsift.store.remote import RemoteStorage
-from processes import python
+from processes import python, said
 from tiny_world import World
 
 pytestmark = [
@@ -152,7 +152,7 @@ def test_workers_write_into_a_bucket(tiny: World, bucket: str, tmp_path: Path) -
     driver = python(
         "-m", "gradsift", *tiny.arguments("collect", place, *options, "--engine", "ray", "--workers", 2), errors=errors
     )
-    assert driver.wait(400) == 0, errors.read_text()
+    said(driver, errors)
     storage = RemoteStorage(place)
     shards = [key for key in storage.list("gradients/") if "shard-" in key]
     assert len(shards) >= 5

@@ -19,7 +19,7 @@ from gradsift.data.sample import sample_count
 from gradsift.errors import DataError
 from gradsift.loss import token_mean
 from gradsift.progress import Reporter
-from gradsift.run import Run
+from gradsift.run import Run, run_at
 from gradsift.store.manifest import fingerprint
 from gradsift.types import Example, Message, Sequence, Skipped, TokenizedExample
 
@@ -175,7 +175,7 @@ class Dataset:
 @lru_cache(maxsize=4)
 def _opened(address: str, prefix: str, positions: tuple[int, ...] | None) -> Dataset:
     """A worker is sent the same data set with every task, and reads it once."""
-    return Dataset(Run(address), prefix, positions)
+    return Dataset(run_at(address), prefix, positions)
 
 
 def prepare(

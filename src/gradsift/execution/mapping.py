@@ -123,8 +123,9 @@ class Mapping:
         try:
             result, done = self._ray.get(reference)
         except errors.RayTaskError as error:
-            if isinstance(error.cause, BaseException):
-                raise error.cause from error
+            cause = getattr(error.cause, "client_exc", error.cause)  # of what was raised as the task was read
+            if isinstance(cause, BaseException):
+                raise cause from error
             raise
         except errors.RayError as error:  # the worker or its node has died, or its result is lost with it
             return self._died(job, error)

@@ -133,6 +133,11 @@ class _CellTask:
     seed: int
     stage: Literal["train", "evaluate"]
 
+    @property
+    def name(self) -> str:
+        """Cell and stage."""
+        return f"{_words(self.contender, self.budget, self.seed)} ({self.stage})"
+
     def work(self, advance: Advance) -> _Found | _Stopped | None:
         """Leave a training in the run folder, or tell of an evaluation; or of what stopped it."""
         work = _Work(self.plan)

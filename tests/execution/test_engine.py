@@ -98,7 +98,7 @@ def test_a_task_that_others_do_without_is_lost_alone(engine: RayEngine, capfd: p
         r"Ray's logs are in /\S+/logs, of the last one: worker-\*-\d+\.err on [\d.]+",
         found[0],
     )
-    assert warned(engine).count("a worker was lost at cell 0: it is tried again") == 2
+    assert warned(engine).count("a worker was lost at the last straw: it is tried again") == 2
     assert "done again by others" not in warned(engine)
     assert sum(told) == 3
     assert capfd.readouterr().out == ""

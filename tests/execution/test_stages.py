@@ -206,6 +206,7 @@ def test_a_cell_that_ends_its_workers_fails_alone(
     monkeypatch.setattr("gradsift.pipeline.engine_of", lambda *_: Saboteur(engine, wrap))
     found, failed = compared(recipe, tmp_path / "there")
     assert found == {key: cell for key, cell in cells.items() if key != ("random", 1)}
+    assert f"a worker was lost at random, 6 examples, seed 1 ({stage}): it is tried again" in warned(engine)
     said = failed.pop(("random", 1, stage, None))
     assert "3 workers died at it, most likely out of memory" in said
     assert "/logs" in said

@@ -42,6 +42,10 @@ class Divisible(Task, Protocol):
 class Expendable(Task, Protocol):
     """A task that the others make sense without."""
 
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+
     def lost(self, reason: str) -> Any:
         """What counts as its result where its workers die, whatever is tried."""
 

@@ -159,16 +159,16 @@ class Mapping:
         self._lost += 1
         self._tell(job, 0.0)
         job.deaths += 1
-        number = f"{self._what} {job.position}"
+        name = job.task.name if isinstance(job.task, Expendable) else f"{self._what} {job.position}"
         if job.probe is not None:
             self._suspect(job, job.probe)
         elif (copy := self._copy(job)) is not None:
             copy.deaths = job.deaths
         elif job.deaths < _TRIES:
-            self._reporter.warn(f"a worker was lost at {number}: it is tried again")
+            self._reporter.warn(f"a worker was lost at {name}: it is tried again")
             self._waiting.appendleft(job)
         elif isinstance(job.task, Divisible) and job.position not in self._searches:
-            self._reporter.warn(f"{number} has brought down {job.deaths} workers: searching for the rows that do")
+            self._reporter.warn(f"{name} has brought down {job.deaths} workers: searching for the rows that do")
             self._searches[job.position] = _Search(job.task)
             self._halve(job.position, 0, job.task.rows)
         elif isinstance(job.task, Expendable):
@@ -177,7 +177,7 @@ class Mapping:
             return job.position, job.task.lost(f"{job.deaths} workers died at it, {self._remedy(error)}")
         else:
             raise WorkerError(
-                f"{number} has brought down {job.deaths} workers, {self._remedy(error)}. What is complete stays: the "
+                f"{name} has brought down {job.deaths} workers, {self._remedy(error)}. What is complete stays: the "
                 "same command goes on there"
             )
         return None

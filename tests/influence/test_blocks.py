@@ -59,11 +59,11 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> GradientStore:
     return found
 
 
-def terms(store: GradientStore, targets: Tensor, hessian: Any, device: str) -> Tensor:
+def terms(store: GradientStore, targets: Tensor, device: str, **options: Any) -> Tensor:
     """Of JI2S, one below the other."""
-    method = JI2S(hessian=hessian, normalise=hessian == "fisher_projected")
-    found = store_terms(store, targets, method, direction=targets[0], device=device)
-    return torch.stack([found.marginal, found.joint, *([] if found.bias is None else [found.bias])])
+    found = store_terms(store, targets, JI2S(**options), direction=targets[0], device=device)
+    bias = [] if found.bias is None else [found.bias.nan_to_num(0)]  # of some rows alone, where it is not taken off
+    return torch.stack([found.marginal, found.joint, *bias])
 
 
 PRODUCTS: dict[str, Callable[[GradientStore, Tensor, str], Tensor]] = {
@@ -77,8 +77,13 @@ PRODUCTS: dict[str, Callable[[GradientStore, Tensor, str], Tensor]] = {
     "TRAK": lambda store, targets, device: trak_kernel(
         store, targets, torch.linspace(0.1, 2, len(targets)), TRAK(), device=device
     ),
-    "JI2S projected": lambda store, targets, device: terms(store, targets, "fisher_projected", device),
-    "JI2S full": lambda store, targets, device: terms(store, targets, "fisher", device),
+    "JI2S projected": lambda store, targets, device: terms(
+        store, targets, device, hessian="fisher_projected", normalise=True
+    ),
+    "JI2S less its bias": lambda store, targets, device: terms(
+        store, targets, device, hessian="fisher_projected", normalise=True, subtract_bias=True
+    ),
+    "JI2S full": lambda store, targets, device: terms(store, targets, device, hessian="fisher"),
 }
 
 

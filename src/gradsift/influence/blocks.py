@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -121,6 +122,17 @@ def over_blocks(
             list(executor.map(work, edges[:-1], edges[1:]))
     finally:
         torch.set_num_threads(cores)
+
+
+@contextmanager
+def single_thread() -> Iterator[None]:
+    """Compute on one core, as each of `over_blocks`' threads does."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def carried(stored: Tensor, place: torch.device) -> Tensor:

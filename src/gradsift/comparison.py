@@ -6,7 +6,7 @@ own, so that an interrupted comparison, or one with another seed, goes on with w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -189,11 +189,24 @@ class _Work:
         """What the engine's workers have to tell of cells; nothing of those that their choice or training stopped."""
         if self.pool.engine is LOCAL:
             return {}
-        trainable = [cell for cell in cells if not cell[0].base and not self._is_stopped(*cell)]
-        stopped = self._on_workers("train", trainable)  # all before any evaluation: a metric may compare two arms
-        self.trained |= {key: found for key, found in stopped.items() if isinstance(found, _Stopped)}
-        found = self._on_workers("evaluate", [cell for cell in cells if not self._is_stopped(*cell)])
-        return {key: one for key, one in found.items() if one is not None}
+        found: dict[_Key, _Found | _Stopped] = {}
+        for part in self._rounds([cell for cell in cells if not cell[0].base and not self._is_stopped(*cell)]):
+            stopped = self._on_workers("train", part)
+            self.trained |= {key: one for key, one in stopped.items() if isinstance(one, _Stopped)}
+        # All trainings come first, as a metric may compare two arms.
+        for part in self._rounds([cell for cell in cells if not self._is_stopped(*cell)]):
+            results = self._on_workers("evaluate", part)
+            found |= {key: one for key, one in results.items() if one is not None}
+        return found
+
+    def _rounds(self, cells: Sequence[_CellOf]) -> Iterator[list[_CellOf]]:
+        """Cells with a training of their own; then those that share one with them, and find what was made."""
+        firsts: dict[str, _CellOf] = {}
+        for cell in cells:
+            firsts.setdefault(fingerprint(self._training(*cell)), cell)
+        for part in (list(firsts.values()), [cell for cell in cells if cell not in firsts.values()]):
+            if part:
+                yield part
 
     def _is_stopped(self, contender: Contender, budget: int, seed: int) -> bool:
         trained = self.trained.get((contender.name, budget, seed))

@@ -131,7 +131,7 @@ def test_responses_and_rewards_are_the_same(tiny: World, tmp_path: Path, cluster
 
 @pytest.fixture(scope="module")
 def recipe(tiny: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two arms, two seeds, an arm that cannot be trained, and a metric that never gives a figure."""
+    """Three arms, of which two choose alike, two seeds, an arm that cannot be trained, and a metric without figures."""
     folder = tmp_path_factory.mktemp("recipe")
     write_rows(folder / "test.jsonl", target_rows(8)[4:])
     (folder / "rewards.py").write_text(REWARD)
@@ -149,6 +149,7 @@ def recipe(tiny: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "metrics": [{"kind": "loss"}, broken],
             "arms": [
                 {"estimator": {"kind": "less"}}, {"estimator": {"kind": "random"}}, {"base": True},
+                {"name": "again", "estimator": {"kind": "random"}},
                 {"name": "lost", "estimator": {"kind": "bm25"}, "training": {**small, "target_modules": ["no_such"]}},
             ],
         },
@@ -182,9 +183,9 @@ def test_cells_of_a_comparison_are_the_same(
     """Figures, choices and failures, of cells and of single metrics, are those of this process."""
     cells, failures = compared(recipe, tmp_path / "there", *RAY)
     assert (cells, failures) == compared_here
-    assert len(cells) == 5
+    assert len(cells) == 7
     assert {key[0] for key in failures if key[2] == "train"} == {"lost"}
-    assert len([key for key in failures if key[3] is not None]) == 5
+    assert len([key for key in failures if key[3] is not None]) == 7
 
 
 @pytest.mark.slow

@@ -40,7 +40,7 @@ class Divisible(Task, Protocol):
 
 @runtime_checkable
 class Expendable(Task, Protocol):
-    """A task that the others make sense without."""
+    """A task that the others make sense without. It is never done twice at once."""
 
     @property
     def name(self) -> str:

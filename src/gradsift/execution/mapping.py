@@ -104,13 +104,18 @@ class Mapping:
         self._running[job.worker.run.remote(job.task)] = job
 
     def _double(self) -> None:
-        """Start the slowest task once more, as a worker has nothing else to do."""
+        """Start the slowest task once more, as a worker has nothing else to do.
+
+        Not one that others do without: a cell on the whole pool takes long by right, and two trainings of one would get
+        into each other's way.
+        """
         limit = max(_STRAGGLER_SECONDS, _STRAGGLER * statistics.median(self._took))
         copies = Counter(job.position for job in self._running.values())
         now = time.monotonic()
         slow = [
             job for job in self._running.values()
             if job.probe is None and copies[job.position] == 1 and now - job.began > limit
+            and not isinstance(job.task, Expendable)
         ]  # fmt: skip
         if slow:
             slowest = min(slow, key=lambda job: job.began)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -105,7 +106,7 @@ class LocalStorage:
     def publish_with(self, key: str, write: Callable[[Path], None]) -> None:
         """Let `write` make the file under the temporary path that it is given: for what should not lie in memory."""
         path = self.root / key
-        temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+        temporary = _temporary(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write(temporary)
@@ -119,7 +120,7 @@ class LocalStorage:
     def publish_folder(self, key: str, write: Callable[[Path], None]) -> None:
         """Let `write` fill a folder that appears under its key when all is there, replacing what was there."""
         path = self.root / key
-        temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+        temporary = _temporary(path)
         try:
             temporary.mkdir(parents=True, exist_ok=True)
             write(temporary)
@@ -198,6 +199,11 @@ def checksum_file(path: Path, *, block: int = 1 << 24) -> str:
         while chunk := file.read(block):
             state.update(chunk)
     return state.hexdigest()
+
+
+def _temporary(path: Path) -> Path:
+    """Beside it, under a name of no other process of any machine: on two of them the same number may be at work."""
+    return path.with_name(f".tmp-{uuid.uuid4().hex[:12]}-{path.name}")
 
 
 def _flush(path: Path) -> None:

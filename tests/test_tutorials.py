@@ -21,7 +21,7 @@ TUTORIALS = sorted((ROOT / "docs/tutorials").glob("*.md"))
 REAL_DATA = ROOT.parent / "shared" / "data"
 _BLOCK = re.compile(r"^```(\w+)(?: (\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _RULE = re.compile(r"^ *─[─ ]*$")
-_ID = re.compile(r"\b[a-z]+-\d{3}\b")
+_ID = re.compile(r"\b[a-z][a-z0-9_]*-(?:\d{3}|[0-9a-f]{10})\b")  # of the demo's examples, and of the shared data
 
 
 @dataclass

@@ -85,6 +85,24 @@ class SlowOnce:
 
 
 @dataclass(frozen=True)
+class KillTheFirst:
+    """Sleeps for long the first time; the second time it kills the process that sleeps, and is done long after."""
+
+    mark: str
+
+    def work(self, advance: Advance) -> str:
+        mark = Path(self.mark)
+        if not mark.exists():
+            mark.with_suffix(".new").write_text(str(os.getpid()))
+            mark.with_suffix(".new").replace(mark)
+            time.sleep(600)
+            return "slept"
+        os.kill(int(mark.read_text()), signal.SIGKILL)
+        time.sleep(5)  # so that the engine hears of the death first; where it does not, nothing is tried again either
+        return "done"
+
+
+@dataclass(frozen=True)
 class Hopeless:
     """Ends every process that does it; others do without."""
 

@@ -16,7 +16,7 @@ from gradsift.execution.engine import LOCAL
 from gradsift.execution.ray import RayEngine, engine_of
 from gradsift.progress import Reporter, untold
 from gradsift.run import Run
-from ray_tasks import DieOnce, Hopeless, Refuse, Rows, SlowOnce, Square, Visit, warned
+from ray_tasks import DieOnce, Hopeless, KillTheFirst, Refuse, Rows, SlowOnce, Square, Visit, warned
 
 # Ray leaves its own processes and files to the end of this one.
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
@@ -121,6 +121,15 @@ def test_a_straggler_is_overtaken(engine: RayEngine, tmp_path: Path, monkeypatch
     monkeypatch.setattr(mapping, "_STRAGGLER_SECONDS", 2.0)
     found = dict(engine.map([SlowOnce(str(tmp_path / "mark")), Square(3), Square(4)], untold, "shard"))
     assert found[0] == "done"
+
+
+@pytest.mark.slow
+def test_of_two_at_a_task_one_may_be_lost(engine: RayEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that dies at a task that was started a second time leaves it to the other: nobody begins a third time."""
+    monkeypatch.setattr(mapping, "_STRAGGLER_SECONDS", 2.0)
+    found = dict(engine.map([KillTheFirst(str(tmp_path / "mark")), Square(3), Square(4)], untold, "shard"))
+    assert found[0] == "done"
+    assert "it is tried again" not in warned(engine)
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [

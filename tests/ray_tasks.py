@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,8 @@ class KillTheFirst:
             mark.with_suffix(".new").replace(mark)
             time.sleep(600)
             return "slept"
-        os.kill(int(mark.read_text()), signal.SIGKILL)
+        with suppress(ProcessLookupError):  # idle workers may begin a third time
+            os.kill(int(mark.read_text()), signal.SIGKILL)
         time.sleep(5)  # so that the engine hears of the death first; where it does not, nothing is tried again either
         return "done"
 

@@ -125,7 +125,7 @@ def test_a_straggler_is_overtaken(engine: RayEngine, tmp_path: Path, monkeypatch
 
 @pytest.mark.slow
 def test_of_two_at_a_task_one_may_be_lost(engine: RayEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker that dies at a task that was started a second time leaves it to the other: nobody begins a third time."""
+    """A worker that dies at a task at which another is, too, leaves it to the other, whose result counts."""
     monkeypatch.setattr(mapping, "_STRAGGLER_SECONDS", 2.0)
     found = dict(engine.map([KillTheFirst(str(tmp_path / "mark")), Square(3), Square(4)], untold, "shard"))
     assert found[0] == "done"

@@ -11,7 +11,7 @@ import typer
 from pydantic import TypeAdapter
 
 import gradsift
-from gradsift import cli
+from gradsift import cli_options
 from gradsift.cli import app, parse_budget
 from gradsift.errors import ConfigError, DataError
 from gradsift.options import reward_of, strategy_of
@@ -152,7 +152,7 @@ def test_options_of_explain_reach_the_recipe(monkeypatch: pytest.MonkeyPatch) ->
         "over_outputs": ("--over-outputs", "median_db"), "max_new_tokens": ("--max-new-tokens", "3"),
         "embedding": ("--embedding", "none"), "pages": ("--pages", "3"),
     }  # fmt: skip
-    assert set(changed) == set(cli._OF_EXPLAIN)
+    assert set(changed) == set(cli_options.OF_EXPLAIN)
     for command in ("explain", "validate"):
         assert Cli(command, *base).err == "error: stop here\n"
         first = len(recipes) - 1
@@ -191,7 +191,7 @@ def test_options_of_rewards_reach_the_recipe(monkeypatch: pytest.MonkeyPatch) ->
         "assistant_suffix": ("--assistant", "g", "--assistant-suffix", "x"),
         "server_url": ("--server-url", url), "server_model": ("--server-url", url, "--server-model", "m-{checkpoint}"),
     }  # fmt: skip
-    assert set(changed) == set(cli._OF_REWARD)
+    assert set(changed) == set(cli_options.OF_REWARD)
     assert Cli(*base).err == "error: stop here\n"
     for name, given in changed.items():
         result = Cli(*base, *given)
@@ -293,8 +293,8 @@ def test_options_reach_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
         "--quality": ("deita", "--quality", "perplexity:high"),
     }
     of_ray = {"--workers": "3", "--worker-threads": "3", "--worker-gpus": "0.5", "--address": "auto"}
-    others = {*cli._OF_EXPLAIN, *cli._OF_REWARD, *cli._OF_CHOICE} - {"damping", "target_columns"}
-    wanted = {f"--{name.replace('_', '-')}" for name in cli._SHARED if name not in others} - {
+    others = {*cli_options.OF_EXPLAIN, *cli_options.OF_REWARD, *cli_options.OF_CHOICE} - {"damping", "target_columns"}
+    wanted = {f"--{name.replace('_', '-')}" for name in cli_options.SHARED if name not in others} - {
         "--model", "--pool", "--target", "--out", "--as-json", "--quiet", "--debug",
     }  # fmt: skip
     assert {*changed, *of_one_estimator, *of_ray} == wanted

@@ -33,13 +33,25 @@ class _Products:
 
     def work(self, advance: Advance) -> Tensor:
         """`[row query]`."""
-        store = GradientStore(self.storage, self.prefix, verify=False)  # the driver has looked at every byte
+        store = _opened(self.storage, self.prefix)
         found = store_inner_products(
             store, self.queries, normalise=self.normalise, weight=self.weight, start=self.start, stop=self.stop,
             device=self.device,
         )  # fmt: skip
         advance(self.stop - self.start)
         return found
+
+
+_open_stores: dict[str, GradientStore] = {}
+
+
+def _opened(storage: Storage, prefix: str) -> GradientStore:
+    """A worker is asked for one part of a store after the other; the driver has looked at every byte of it."""
+    name = storage.name(prefix)
+    if name not in _open_stores:
+        _open_stores.clear()
+        _open_stores[name] = GradientStore(storage, prefix, verify=False)
+    return _open_stores[name]
 
 
 def inner_products(

@@ -210,9 +210,10 @@ class Bench:
         ended = self.run(job.arguments(out), out)
         if ended.code != 0:
             return f"exit {ended.code}: {ended.said}", False, True
-        kept = before is None or lost(before, out) == []
+        again = [] if before is None else lost(before, out)
         wrong = differing(job.wanted, content_of(out))
-        return f"differs: {', '.join(wrong[:4])}" if wrong else "", not wrong, kept
+        notes = [f"{what}: {', '.join(keys[:4])}" for what, keys in (("differs", wrong), ("made again", again)) if keys]
+        return "; ".join(notes), not wrong, not again
 
     def record(self, outcome: Outcome) -> None:
         self.outcomes.append(outcome)
@@ -286,7 +287,8 @@ def complete(out: Path) -> dict[str, tuple[int, int]]:
             continue
         if epoch and not (path.parent / "checkpoint.json").exists():
             continue
-        if key.startswith(("data/", "embeddings/")) and not (path.parent / "manifest.json").exists():
+        whole = key.startswith(("data/", "embeddings/")) or path.name == "evaluation.json"
+        if whole and not (path.parent / "manifest.json").exists():
             continue
         if path.name in ("rows.parquet", "partial.safetensors"):
             continue

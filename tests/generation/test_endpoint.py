@@ -10,10 +10,12 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 from pydantic import ValidationError
 
@@ -346,6 +348,30 @@ def test_requests_run_side_by_side_up_to_the_limit() -> None:
         drawn = list(EndpointSampler(endpoint(server, concurrency=3), ASSISTED).draw([ask("fox", "a", 9)]))
     assert len(drawn[0].responses) == 9
     assert server.most_open == 3
+
+
+def test_threads_share_a_client_and_its_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all threads that ask at once one connects, and closing lets go of it: none has connections of its own."""
+    made: list[Any] = []
+    connect = openai.OpenAI
+
+    def slowly(**options: Any) -> Any:
+        time.sleep(0.05)  # long enough for the other threads to get here as well
+        made.append(connect(**options))
+        return made[-1]
+
+    monkeypatch.setattr(openai, "OpenAI", slowly)
+    with serving(echo) as server:
+        sampler = EndpointSampler(endpoint(server, concurrency=4), ASSISTED)
+        assert len(next(sampler.draw([ask("fox", "a", 12)])).responses) == 12
+        with Client(endpoint(server, concurrency=4)) as client, ThreadPoolExecutor(4) as threads:
+            texts = [
+                threads.submit(client.complete, [{"role": "user", "content": "x"}], max_tokens=2, temperature=0, seed=1)
+                for _ in range(4)
+            ]
+            assert all(isinstance(text.result(), str) for text in texts)
+    assert len(made) == 2
+    assert all(one.is_closed() for one in made)
 
 
 def test_one_bad_reply_is_one_problem() -> None:

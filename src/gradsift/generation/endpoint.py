@@ -168,7 +168,8 @@ class Client:
         self.endpoint = endpoint
         self.usage = Usage()
         self._open = threading.BoundedSemaphore(endpoint.concurrency)
-        self._lock = threading.Lock()
+        self._lock, self._connecting = threading.Lock(), threading.Lock()
+        self._connection: Any = None
         self._closed = threading.Event()
         self._outages = self._useless = 0
         self._ever_useful = False
@@ -236,8 +237,9 @@ class Client:
     def close(self) -> None:
         """Let go of connections, and end the waits of other threads."""
         self._closed.set()
-        if "_client" in self.__dict__:
-            self._client.close()
+        with self._connecting:
+            if self._connection is not None:
+                self._connection.close()
 
     def _failed(self, reason: str, *, outage: bool = False) -> None:
         """Tell a server that is gone, or is something else, from single requests that fail."""
@@ -319,7 +321,7 @@ class Client:
         deadline = time.monotonic() + limit
         parts: list[bytes] = []
         try:
-            with self._client.chat.completions.with_streaming_response.create(**body) as response:
+            with self._connected().chat.completions.with_streaming_response.create(**body) as response:
                 # Read here, since a server that sends a blank line now and then never reaches a read timeout.
                 for part in response.iter_bytes():
                     parts.append(part)
@@ -370,17 +372,20 @@ class Client:
             )
         return key or None
 
-    @cached_property
-    def _client(self) -> Any:
+    def _connected(self) -> Any:
+        """The client of the package openai, one for all threads: each would keep connections of its own."""
         openai, endpoint = _package(), self.endpoint
-        return openai.OpenAI(
-            api_key=self._key or "none",
-            base_url=endpoint.base_url or _OPENAI,
-            timeout=openai.Timeout(endpoint.timeout, connect=min(10, endpoint.timeout)),
-            max_retries=0,  # ours also repeat what breaks off in the middle of a reply, and can be interrupted
-            # A proxy is no way to this machine itself.
-            http_client=openai.DefaultHttpxClient(trust_env=False) if endpoint.loopback else None,
-        )
+        with self._connecting:
+            if self._connection is None:
+                self._connection = openai.OpenAI(
+                    api_key=self._key or "none",
+                    base_url=endpoint.base_url or _OPENAI,
+                    timeout=openai.Timeout(endpoint.timeout, connect=min(10, endpoint.timeout)),
+                    max_retries=0,  # ours also repeat what breaks off in the middle of a reply, and can be interrupted
+                    # A proxy is no way to this machine itself.
+                    http_client=openai.DefaultHttpxClient(trust_env=False) if endpoint.loopback else None,
+                )
+            return self._connection
 
     def _hide(self, text: str) -> str:
         text = " ".join(text.split())
@@ -464,6 +469,7 @@ class EndpointSampler:
 
         # Daemons: an interrupted run does not wait for replies that may take minutes.
         count = min(self.endpoint.concurrency, len(tasks))
+        _ = self.client, self._encoder  # made once: from Python 3.12 on, each thread would make its own
         threads = [threading.Thread(target=work, name=f"endpoint-{n}", daemon=True) for n in range(count)]
         try:
             for thread in threads:

@@ -68,7 +68,7 @@ check: $(READY)  ## lint, format, types and import order
 bench: model  ## measure the speed of the stages
 	"$(BIN)/python" benchmarks/speed.py $(ARGS)
 
-faults: $(READY)  ## kill, starve and damage runs, and see whether they end as undisturbed ones (an hour)
+faults: $(READY)  ## kill, starve and damage runs, and see whether they end as undisturbed ones (20 minutes)
 	"$(BIN)/python" benchmarks/faults.py --out runs/faults $(ARGS)
 
 audit: $(READY)  ## compare installed versions with their pins, and look up known vulnerabilities

@@ -168,6 +168,7 @@ def figures(comparison: Comparison) -> Any:
     return content
 
 
+@pytest.mark.slow
 def test_interrupted_twice_and_resumed_it_is_the_undisturbed_one(
     tiny: World, files: Path, done: Comparison, tmp_path: Path
 ) -> None:

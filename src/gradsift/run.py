@@ -36,7 +36,7 @@ from typing import Any
 
 from gradsift.errors import CorruptError, MismatchError, StorageError
 from gradsift.progress import Reporter
-from gradsift.store.manifest import differences, fingerprint, manifest, publish_json, read_json
+from gradsift.store.manifest import differences, fingerprint, manifest, publish_json, read_if_whole, read_json
 from gradsift.store.remote import RemoteStorage, is_url
 from gradsift.store.storage import LocalStorage, checksum_file
 
@@ -134,11 +134,7 @@ class Run:
 
         A damaged manifest counts as none: the artifact is completed again, from whatever of it is there.
         """
-        key = f"{prefix}manifest.json"
-        try:
-            return read_json(self.storage, key) if self.storage.exists(key) else None
-        except CorruptError:
-            return None
+        return read_if_whole(self.storage, f"{prefix}manifest.json")
 
     def intact(self, prefix: str, reporter: Reporter | None = None) -> dict[str, Any] | None:
         """As `manifest`, and None where a file is missing or altered whose checksum it has; the reporter is told.

@@ -8,10 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from gradsift.errors import CorruptError
 from gradsift.generation.sampling import Usage
 from gradsift.run import Run
-from gradsift.store.manifest import read_json
+from gradsift.store.manifest import read_if_whole
 
 STAGES = ("warm-up", "gradients", "score", "select", "train", "evaluate", "curve")
 
@@ -63,7 +62,7 @@ class StageClock:
             identity: what the work depends on: equal work is timed once.
         """
         key = f"{self._run.prefix('times', {'stage': stage, **identity}).rstrip('/')}.json"
-        earlier = self._read(key)
+        earlier = read_if_whole(self._run.storage, key) or {}  # a time alone is not worth ending anything
         timed = Stage(float(earlier.get("seconds", 0.0)), dict(earlier.get("amounts", {})))
         if earlier.get("done"):
             yield timed
@@ -90,12 +89,6 @@ class StageClock:
             amounts = {unit: old.amounts.get(unit, 0.0) + cost.amounts.get(unit, 0.0) for unit in units}
             found[cost.arm, cost.stage] = StageCost(cost.arm, cost.stage, old.seconds + cost.seconds, amounts)
         return list(found.values())
-
-    def _read(self, key: str) -> dict[str, Any]:
-        try:
-            return read_json(self._run.storage, key) if self._run.storage.exists(key) else {}
-        except CorruptError:  # a time alone is not worth ending anything
-            return {}
 
 
 def endpoint_use(run: Run) -> dict[str, float]:

@@ -30,7 +30,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from gradsift.errors import ConfigError, CorruptError, MismatchError, StorageError
-from gradsift.store.manifest import differences, manifest, publish_json, read_json
+from gradsift.store.manifest import differences, manifest, publish_json, read_if_whole, read_json
 from gradsift.store.storage import LocalStorage, Storage, checksum, checksum_file
 
 RowDtype = Literal["float16", "bfloat16", "float32", "float64"]
@@ -72,7 +72,7 @@ class GradientStoreWriter:
         self.prefix = prefix.rstrip("/") + "/" if prefix else ""
         self.config = dict(config)
         key = self.prefix + "store.json"
-        found = _read_if_whole(storage, key).get("config")
+        found = (read_if_whole(storage, key) or {}).get("config")
         if found is not None:
             changed = differences(found, self.config)
             if changed:
@@ -89,7 +89,7 @@ class GradientStoreWriter:
         A damaged record counts as none: `shard_state` finds the shards that were cut otherwise.
         """
         key = self.prefix + "layout.json"
-        found = _read_if_whole(self.storage, key)
+        found = read_if_whole(self.storage, key)
         if not found:
             publish_json(self.storage, key, found := dict(wanted), sealed=True)
         return found
@@ -97,7 +97,7 @@ class GradientStoreWriter:
     def remember_token_budget(self, tokens: int) -> None:
         """Record that memory did not suffice for larger batches: who goes on with the store begins with this size."""
         key = self.prefix + "layout.json"
-        layout = _read_if_whole(self.storage, key)
+        layout = read_if_whole(self.storage, key) or {}
         if layout.get("token_budget", tokens + 1) > tokens:
             publish_json(self.storage, key, {**layout, "token_budget": tokens}, sealed=True)
 
@@ -387,14 +387,6 @@ def _encode(rows: Tensor, dtype: RowDtype) -> dict[str, Tensor]:
 def _decode(stored: Tensor, scale: Tensor | None) -> Tensor:
     rows = stored.to(torch.float64 if stored.dtype == torch.float64 else torch.float32, copy=True)
     return rows if scale is None else rows.mul_(scale[:, None])
-
-
-def _read_if_whole(storage: Storage, key: str) -> dict[str, Any]:
-    """A JSON object; an empty one where there is none or it is damaged."""
-    try:
-        return read_json(storage, key) if storage.exists(key) else {}
-    except CorruptError:
-        return {}
 
 
 def _map_safetensors(path: Path) -> dict[str, Tensor]:

@@ -73,6 +73,14 @@ def read_json(storage: Storage, key: str) -> dict[str, Any]:
     return value
 
 
+def read_if_whole(storage: Storage, key: str) -> dict[str, Any] | None:
+    """As `read_json`; None where there is nothing under that key, or it is damaged."""
+    try:
+        return read_json(storage, key) if storage.exists(key) else None
+    except CorruptError:
+        return None
+
+
 def publish_json(storage: Storage, key: str, value: Mapping[str, Any], *, sealed: bool = False) -> None:
     """Publish a JSON object, readable by people.
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from gradsift.errors import DataError
 from gradsift.progress import Advance
@@ -154,21 +154,36 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Killing:
-    """A shard of gradients in which a process is killed: at a row, always, or once in the middle."""
+class _Around:
+    """A task over rows that does something else besides."""
 
-    shard: Any
-    row: str | None = None
-    mark: str | None = None
+    task: Any
 
     @property
     def rows(self) -> int:
-        return self.shard.rows  # type: ignore[no-any-return]
+        return self.task.rows  # type: ignore[no-any-return]
+
+    def probe(self, start: int, stop: int) -> Self:
+        return replace(self, task=self.task.probe(start, stop))
+
+    def without(self, rows: Sequence[int], reason: str) -> Self:
+        return replace(self, task=self.task.without(rows, reason))
+
+    def name_of(self, row: int) -> str:
+        return self.task.name_of(row)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Killing(_Around):
+    """A shard of gradients in which a process is killed: at a row, always, or once in the middle."""
+
+    row: str | None = None
+    mark: str | None = None
 
     def work(self, advance: Advance) -> Any:
         from gradsift.gradients.collect import collect_shard
 
-        spec = self.shard
+        spec = self.task
         left = [id_ for row, id_ in enumerate(spec.source.ids[spec.start : spec.stop]) if row not in spec.left_out]
         if self.row in left:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -181,40 +196,17 @@ class Killing:
 
         return collect_shard(spec, kill)
 
-    def probe(self, start: int, stop: int) -> Killing:
-        return replace(self, shard=self.shard.probe(start, stop))
-
-    def without(self, rows: Sequence[int], reason: str) -> Killing:
-        return replace(self, shard=self.shard.without(rows, reason))
-
-    def name_of(self, row: int) -> str:
-        return self.shard.name_of(row)  # type: ignore[no-any-return]
-
 
 @dataclass(frozen=True)
-class KillingRow:
+class KillingRow(_Around):
     """A task over rows that ends its process as long as one of them is there."""
 
-    task: Any
     row: str
-
-    @property
-    def rows(self) -> int:
-        return self.task.rows  # type: ignore[no-any-return]
 
     def work(self, advance: Advance) -> Any:
         if self.row in [self.name_of(row) for row in range(self.rows)]:
             os._exit(1)
         return self.task.work(advance)
-
-    def probe(self, start: int, stop: int) -> KillingRow:
-        return replace(self, task=self.task.probe(start, stop))
-
-    def without(self, rows: Sequence[int], reason: str) -> KillingRow:
-        return replace(self, task=self.task.without(rows, reason))
-
-    def name_of(self, row: int) -> str:
-        return self.task.name_of(row)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from gradsift.gradients.capture import LORA, find_modules
 from gradsift.gradients.collect import automatic_shard_rows
 from gradsift.gradients.projection import Projector, plan_segments
 from gradsift.gradients.rows import gradient_rows
+from gradsift.influence.blocks import threads
 from gradsift.influence.nice import NICE, NICEIF
 from gradsift.influence.prompts import PromptTarget
 from gradsift.models import host
@@ -32,7 +33,7 @@ from gradsift.pipeline import explain_questions, open_recipe, open_recipe_target
 from gradsift.plan_comparison import Measuring, comparison_stages, measurings
 from gradsift.plan_gradients import collecting
 from gradsift.plan_rewards import Decoding, RewardCosts, measure_sampling, reward_costs
-from gradsift.plan_workers import crew_of, threads_of
+from gradsift.plan_workers import crew_of
 from gradsift.progress import Reporter, silent
 from gradsift.recipe import Recipe
 from gradsift.report.terminal import console, table
@@ -76,7 +77,7 @@ def estimate(recipe: Recipe, reporter: Reporter | None = None) -> dict[str, Any]
             target = open_recipe_target(planned, pool) if recipe.target or policy else None
         wanted = [] if comparison is None else measurings(comparison)
         crew = crew_of(recipe.engine)
-        with threads_of(crew):
+        with nullcontext() if crew is None else threads(crew.threads):  # as many as a worker has
             sample, decoding, decodings = _measure(recipe, pool, target, policy, wanted, reporter)
         explained = _explaining(planned, pool, sample) if recipe.explain is not None else {}
         compared = {} if comparison is None else comparison_stages(comparison, wanted, decodings, sample)

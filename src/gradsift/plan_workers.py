@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
-
-import torch
 
 from gradsift.execution.actors import RayCluster
 from gradsift.execution.engine import ThisProcess
@@ -62,15 +59,3 @@ def crew_of(where: ThisProcess | RayCluster) -> Crew | None:
         return Crew(engine.workers, where.threads)
     finally:
         engine.close()
-
-
-@contextmanager
-def threads_of(crew: Crew | None) -> Iterator[None]:
-    """Measure with as many threads as a worker has."""
-    before = torch.get_num_threads()
-    if crew is not None:
-        torch.set_num_threads(crew.threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

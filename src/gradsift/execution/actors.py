@@ -144,7 +144,7 @@ def _connect(cluster: RayCluster) -> tuple[bool, str]:
         if cluster.workers is not None:
             options["num_cpus"] = max(cluster.workers * cluster.threads, os.cpu_count() or 1)
     try:
-        context = ray.init(**options)
+        context: Any = ray.init(**options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ConfigError(
             f"no Ray cluster at {address or 'this machine'}: {str(error).splitlines()[0]}. Start one with "

@@ -125,10 +125,10 @@ def over_blocks(
 
 
 @contextmanager
-def single_thread() -> Iterator[None]:
-    """Compute on one core, as each of `over_blocks`' threads does."""
+def threads(count: int) -> Iterator[None]:
+    """Compute with so many of PyTorch's threads."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(count)
     try:
         yield
     finally:

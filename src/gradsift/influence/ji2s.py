@@ -25,7 +25,7 @@ from gradsift.gradients.collect import SequenceSource
 from gradsift.gradients.hessian import Curvature, curvature_product
 from gradsift.gradients.projection import Projector, plan_segments
 from gradsift.gradients.rows import View
-from gradsift.influence.blocks import BlockConsumer, block_rows, over_blocks, single_thread
+from gradsift.influence.blocks import BlockConsumer, block_rows, over_blocks, threads
 from gradsift.influence.less import store_inner_products, unit_rows
 from gradsift.models import host
 from gradsift.settings import Settings
@@ -438,7 +438,7 @@ def _bias(store: GradientStore, factor: Tensor, strength: Tensor, *, everywhere:
     weighted = (strength.double() * _row_sum(store, factor)).float()
     found = torch.full((len(store),), math.nan, dtype=torch.float64)
     buffer = torch.empty(_RUN, store.dim)
-    with single_thread():  # for blocks as small as these, threads wait for each other longer than they work
+    with threads(1):  # for blocks as small as these, threads wait for each other longer than they work
         for start, stop in [(0, len(store))] if everywhere else _sampled_runs(store.ids):
             for stored, scale in store.stored_blocks(start, stop, _RUN):
                 part = slice(start, start + len(stored))

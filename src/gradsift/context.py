@@ -157,11 +157,17 @@ def open_pool(
     reporter = reporter or silent()
     if max_length < 2:
         raise ConfigError(f"max_length is {max_length}: a prompt and one answer token need at least 2")
-    identity = model_identity(model)
+    belongs: dict[str, Any] = {"model": model_identity(model)}
     tokenizer = load_tokenizer(model)
     chat = ChatFormat(tokenizer, supervise=supervise, max_length=max_length)
     if chat.announcement:
         reporter.warn(chat.announcement)
+
+    def check(pool: str) -> None:
+        """The folder belongs to what was read, by whichever revision it is tokenised."""
+        belongs["pool"] = pool
+        run.refuse_other(belongs)
+
     data = prepare(
         run,
         source,
@@ -169,11 +175,11 @@ def open_pool(
         what="pool",
         columns=columns,
         keep_duplicates=keep_duplicates,
-        check=lambda pool: run.refuse_other({"model": identity, "pool": pool}),
+        check=check,
         reporter=reporter,
     )
     refuse_longer(data, model, what="pool")
-    run.bind({"model": identity, "pool": data.fingerprint})
+    run.bind(belongs)
     return Pool(
         run=run,
         model=model,

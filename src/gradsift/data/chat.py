@@ -44,6 +44,7 @@ from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
 from gradsift.errors import ConfigError, DataError, ModelError
+from gradsift.run import REVISIONS
 from gradsift.types import Example, Message, Skipped, TokenizedExample
 
 if TYPE_CHECKING:
@@ -54,8 +55,6 @@ _Value = TypeVar("_Value")
 
 Supervise = Literal["all_turns", "last_turn"]
 
-# Raised when the rules that turn text into labels change, so that rows made under older rules do not match.
-_RULES = "1"
 # Templates that print today's date would give other token ids tomorrow: they see the date that Llama's fall back to.
 _TODAY = datetime(2024, 7, 26)
 # What a template can do wrong on one conversation: refuse it, or trip over a value it did not expect.
@@ -157,7 +156,7 @@ class ChatFormat:
         self._backend, identity = _backend_of(tokenizer)
         # A pad token set by a training script changes no id; one that the template writes does.
         named = {name: token for name, token in tokenizer.special_tokens_map.items() if name in self._template}
-        self.fingerprint = _digest(_RULES, self._template, named, identity, supervise, max_length)
+        self.fingerprint = _digest(str(REVISIONS["labels"]), self._template, named, identity, supervise, max_length)
         self.end_of_turn_ids = self._find_end_of_turn_ids(generation_eos)
         self.control_tokens = self._find_control_tokens()
 

@@ -22,7 +22,8 @@ from gradsift.explanation.coefficients import CoefficientModel
 from gradsift.explanation.outputs import Output, OutputSource, Question, answers, question_of
 from gradsift.explanation.relevance import Relevance, to_db
 from gradsift.influence.less import LESS
-from gradsift.influence.scores import Ranker, influence_matrix
+from gradsift.influence.scores import Ranker, influence_matrix, inputs_of
+from gradsift.run import revisions
 from gradsift.selection.strategies import (
     CANDIDATES,
     ORDERS,
@@ -443,12 +444,16 @@ class _Work:
     def _prefix(self) -> str:
         config = {
             "pool": self.store.fingerprint,
-            "estimators": [estimator.model_dump(mode="json") for estimator in self.estimators],
+            "estimators": [
+                {**estimator.model_dump(mode="json"), "inputs": inputs_of(self.pool, estimator)}
+                for estimator in self.estimators
+            ],
             "strategies": [strategy.model_dump(mode="json") for strategy in self.strategies],
             "budgets": list(self.budgets),
             "coefficients": self.coefficients,
             "candidates": self.candidates,
             "warmup": [checkpoint.identity() for checkpoint in self.pool.checkpoints()],
+            **revisions("scores"),
         }
         return self.pool.run.prefix("explanations", config)
 

@@ -20,7 +20,7 @@ from gradsift.gradients.projection import Projection, Projector, plan_segments
 from gradsift.gradients.rows import ShardRows, View, gradient_rows
 from gradsift.models import DtypeName, host, input_device, model_identity, refuse_untrained
 from gradsift.progress import Advance, Reporter, silent, untold
-from gradsift.run import Run
+from gradsift.run import Run, revised
 from gradsift.settings import Settings
 from gradsift.store.gradient_store import GradientStore, GradientStoreWriter, RowDtype, ShardColumns
 from gradsift.store.manifest import fingerprint
@@ -266,7 +266,7 @@ def store_config(
     if view == "adam":
         config["optimizer"] = checkpoint.optimizer_identity()
         config["adam"] = settings.adam.model_dump(mode="json")
-    return config
+    return revised("gradients", config)
 
 
 def collect_shard(spec: ShardSpec, on_rows: Any = None) -> None:

@@ -28,8 +28,10 @@ from gradsift.gradients.rows import View
 from gradsift.influence.blocks import BlockConsumer, block_rows, over_blocks, threads
 from gradsift.influence.less import store_inner_products, unit_rows
 from gradsift.models import host
+from gradsift.run import revised
 from gradsift.settings import Settings
 from gradsift.store.gradient_store import GradientStore
+from gradsift.store.manifest import fingerprint
 from gradsift.warmup.checkpoint import Checkpoint
 
 Reduction = Literal["sum", "mean"]
@@ -344,12 +346,12 @@ def _at_checkpoint(
     kept = [position for position, id_ in enumerate(store.ids) if id_ not in excluded]
     if not kept:
         raise DataError("no pool example is left to score: all overlap the target or have non-finite gradients")
-    direction = _full_direction(pool, store, queries, targets, method, checkpoint, excluded)
+    direction, made_from = _full_direction(pool, store, queries, targets, method, checkpoint, excluded)
     terms = store_terms(
         store, queries.rows(0, len(queries)), method, kept=kept, direction=direction, device=pool.device
     )
     ids = [store.ids[position] for position in kept]
-    return replaced(terms, ids=ids, stores=[store.fingerprint, queries.fingerprint])
+    return replaced(terms, ids=ids, stores=[store.fingerprint, queries.fingerprint, *made_from])
 
 
 def store_terms(
@@ -491,11 +493,14 @@ def _full_direction(
     method: JI2S,
     checkpoint: Checkpoint,
     excluded: SetABC[str],
-) -> Tensor | None:
-    """R(Hs) `[dim]` with H and s in full space, kept in the run folder; None where H is taken on the stored rows."""
+) -> tuple[Tensor | None, list[str]]:
+    """R(Hs) `[dim]` with H and s in full space, kept in the run folder, and its fingerprint.
+
+    None and nothing where H is taken on the stored rows.
+    """
     kind = method.hessian
     if kind == "fisher_projected" or kind == "identity":
-        return None
+        return None, []
     left_out = sorted(id_ for id_ in excluded if id_ in store)
     identity = {
         "hessian": kind,
@@ -504,15 +509,17 @@ def _full_direction(
         "left_out": left_out,
         "autocast": pool.gradients.autocast,
     }
+    identity = revised("curvature", identity)
     prefix = pool.run.prefix("curvature", identity)
     if pool.run.intact(prefix, pool.reporter) is not None:
-        return load(pool.run.storage.read(f"{prefix}product.safetensors"))["product"]
+        kept = load(pool.run.storage.read(f"{prefix}product.safetensors"))
+        return kept["product"], [fingerprint(identity)]
     direction = _project_product(
         pool, _full_sum(pool, store, method, checkpoint, left_out), queries, targets, kind, checkpoint
     )
     pool.run.storage.publish(f"{prefix}product.safetensors", save({"product": direction}))
     pool.run.complete(prefix, "curvature", identity, files=["product.safetensors"])
-    return direction
+    return direction, [fingerprint(identity)]
 
 
 def _full_sum(

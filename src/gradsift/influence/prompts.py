@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceABC
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,9 +25,10 @@ from gradsift.execution.engine import LOCAL, Engine
 from gradsift.generation.endpoint import Client, Endpoint, ReplyError, connected
 from gradsift.generation.samples import Samples
 from gradsift.generation.sampling import Prompt, Usage, prompts_of
-from gradsift.models import model_identity
+from gradsift.models import whole_identity
 from gradsift.progress import Advance, Reporter, silent
-from gradsift.rewards.function import Function
+from gradsift.rewards.form import Sentiment
+from gradsift.rewards.function import Function, function_identity
 from gradsift.rewards.reward import WeightedSum, check_reward, reward_samples, single_rewards
 from gradsift.rewards.reward_model import RewardModel
 from gradsift.rewards.samples import Problem, Sample, prompt_of
@@ -562,21 +561,16 @@ def _identity(reward: Any) -> dict[str, Any] | None:
     if isinstance(reward, WeightedSum):
         parts = [_identity(part) for part in reward.rewards]
         return {"kind": reward.kind, "rewards": parts, "weights": reward.weights}
+    if isinstance(reward, Function):
+        return {"kind": reward.kind, **function_identity(reward.name)}
     identity = reward.model_dump(mode="json")
-    if isinstance(reward, Function):  # another text under the same name is another reward
-        identity["source"] = source_digest(reward.load())
     if isinstance(reward, RewardModel):
-        identity["weights"] = model_identity(reward.model)
+        for where in ("model", "device", "batch_size"):
+            del identity[where]
+        identity["weights"] = whole_identity(reward.model)
+    if isinstance(reward, Sentiment):
+        identity["lexicon"] = reward.version()
     return identity
-
-
-def source_digest(function: Any) -> str | None:
-    """A hash of the file that defines a function; None for one that is compiled."""
-    try:
-        file = inspect.getsourcefile(inspect.unwrap(function))
-    except TypeError:
-        return None
-    return None if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
 
 
 class _Judging:

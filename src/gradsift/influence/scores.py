@@ -17,7 +17,7 @@ from pydantic import Field
 from gradsift.context import Pool, Target
 from gradsift.data.dataset import Dataset
 from gradsift.errors import ConfigError, DataError
-from gradsift.gradients.collect import SequenceSource
+from gradsift.gradients.collect import SequenceSource, store_config
 from gradsift.gradients.rows import View
 from gradsift.influence.aggregate import max_of_means, mean_over_targets
 from gradsift.influence.alpagasus import AlpaGasus
@@ -25,15 +25,16 @@ from gradsift.influence.bm25 import BM25, bm25_scores, conversation_text, model_
 from gradsift.influence.datainf import DataInf, ProjectedInverse, datainf_directions, inverse_directions
 from gradsift.influence.deita import DEITA
 from gradsift.influence.dsir import DSIR, dsir_log_ratios, hashed_counts
-from gradsift.influence.ji2s import JI2S, JointTerms, joint_terms, joint_warnings
+from gradsift.influence.ji2s import JI2S, JointTerms, joint_factors, joint_terms, joint_warnings
 from gradsift.influence.less import LESS
 from gradsift.influence.nice import NICE, NICEIF, PolicyTargets, TargetsByCheckpoint, check_server, signal_warnings
 from gradsift.influence.products import inner_products
 from gradsift.influence.prompts import Prompts, PromptTarget, RewardSummary
 from gradsift.influence.random import Random, random_scores
 from gradsift.influence.ratings import Ratings, rate
-from gradsift.influence.rds import RDS, kept_embeddings, rds_scores
+from gradsift.influence.rds import RDS, embedding_identity, kept_embeddings, rds_scores
 from gradsift.influence.trak import TRAK, doubt_of, trak_kernel
+from gradsift.run import revised
 from gradsift.store.gradient_store import GradientStore
 from gradsift.store.manifest import fingerprint
 from gradsift.types import Skipped
@@ -171,6 +172,7 @@ def score(
         rows = target_sources(pool, target, method)
         policy = rows if isinstance(rows, PolicyTargets) else None
         ids, matrix, identity["stores"] = influence_matrix(pool, rows, texts, method)
+    identity["inputs"] = inputs_of(pool, method)
     keep = np.array([id_ not in excluded for id_ in ids])
     ids = [id_ for id_, kept in zip(ids, keep, strict=True) if kept]
     if not ids:
@@ -205,7 +207,7 @@ def score(
         target_ids=list(target.data.ids) if target is not None else [],
         tokens=tokens,
         method=method,
-        fingerprint=fingerprint(identity),
+        fingerprint=fingerprint(revised("scores", identity)),
         length_correlation=correlation,
         warnings=tuple(warnings),
         rewards=tuple(policy.summaries) if policy else (),
@@ -240,6 +242,26 @@ def at_last_checkpoint(method: Method) -> bool:
     if isinstance(method, LESS | JI2S | NICE | TRAK):
         return method.checkpoints == "last"
     return isinstance(method, DataInf | NICEIF | ProjectedInverse)
+
+
+def inputs_of(pool: Pool, method: Method) -> dict[str, Any]:
+    """What decides a method's scores beside its settings, the pool's texts and the targets: a text model, or rows.
+
+    The rows are those of the pool at each checkpoint, with the weights of their sum; they need not be there yet.
+    """
+    if isinstance(method, RDS):
+        return {"embedding": embedding_identity(method.model)}
+    view = pool_view(method)
+    if view is None:
+        return {}
+    checkpoints = pool.checkpoints()[-1:] if at_last_checkpoint(method) else pool.checkpoints()
+    configs = [store_config(pool.data, one, pool.model, view, pool.gradients, pool.dtype) for one in checkpoints]
+    inputs: dict[str, Any] = {"rows": [fingerprint(config) for config in configs]}
+    if isinstance(method, LESS | NICE):
+        inputs["weights"] = checkpoint_weights(checkpoints)
+    if isinstance(method, JI2S):
+        inputs["weights"] = joint_factors(checkpoints, checkpoint_weights(checkpoints), method.joint_lr_power)
+    return inputs
 
 
 def aggregated(

@@ -331,7 +331,7 @@ class GradientStore:
         Raises:
             MismatchError: model, adapter, template, projection or modules differ; the message names them.
         """
-        keys = ("model", "adapter", "modules", "projection", "segments", "template")
+        keys = ("model", "adapter", "modules", "projection", "segments", "template", "revision")
         found = {key: target.config.get(key) for key in keys}
         wanted = {key: self.config.get(key) for key in keys}
         changed = differences(found, wanted)

@@ -50,11 +50,11 @@ def differences(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str
     return phrases
 
 
-def read_json(storage: Storage, key: str) -> dict[str, Any]:
+def read_json(storage: Storage, key: str, *, sealed: bool = False) -> dict[str, Any]:
     """A JSON object, without its seal where it has one; anything else under that key is reported as damage.
 
     Raises:
-        CorruptError: the file is not a JSON object, or not the one that was sealed.
+        CorruptError: the file is not a JSON object, not the one that was sealed, or with `sealed` has no seal.
     """
     try:
         value = json.loads(storage.read(key))
@@ -65,7 +65,7 @@ def read_json(storage: Storage, key: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CorruptError(f"{storage.name(key)} is damaged (not a JSON object): delete its folder and run again")
     digest = value.pop(DIGEST, None)
-    if digest is not None and not _matches(value, digest):
+    if (sealed or digest is not None) and not _matches(value, digest):
         raise CorruptError(
             f"{storage.name(key)} is damaged (its content does not match its digest): delete its folder and run the "
             "same command again"
@@ -73,10 +73,10 @@ def read_json(storage: Storage, key: str) -> dict[str, Any]:
     return value
 
 
-def read_if_whole(storage: Storage, key: str) -> dict[str, Any] | None:
+def read_if_whole(storage: Storage, key: str, *, sealed: bool = False) -> dict[str, Any] | None:
     """As `read_json`; None where there is nothing under that key, or it is damaged."""
     try:
-        return read_json(storage, key) if storage.exists(key) else None
+        return read_json(storage, key, sealed=sealed) if storage.exists(key) else None
     except CorruptError:
         return None
 

@@ -15,6 +15,7 @@ from gradsift.models import (
     model_identity,
     release_models,
 )
+from gradsift.run import revised
 from gradsift.store.manifest import manifest, publish_json, read_json
 from gradsift.store.storage import LocalStorage
 
@@ -57,6 +58,7 @@ def merge(model: str, adapter: str, folder: str | Path, *, dtype: DtypeName = "a
             f"an adapter merged into {dtype} weights would be rounded away: merge with dtype bfloat16 or float32"
         )
     config = {"model": model_identity(model), "adapter": adapter_identity(adapter), "dtype": dtype}
+    config = revised("merge", config)
     storage = LocalStorage(path.parent)
     mark = f"{path.name}/{_MARK}"
     if storage.exists(mark) and read_json(storage, mark).get("config") == config:

@@ -219,23 +219,35 @@ def _module_of_file(name: str, path: Path) -> ModuleType:
     return module
 
 
-_imported: dict[Path, str] = {}  # digests of the users' modules that were imported here
+_imported: dict[Path | None, str] = {}  # digests of the users' modules that were imported here
 
 
 def _remember(sources: Sequence[Source]) -> None:
     """Of modules that are imported now, which source they have."""
     for source in sources:
-        if source.module in sys.modules:
+        if _path_of(sys.modules.get(source.module)) == source.path:
             _imported.setdefault(source.path, source.digest)
 
 
 def _forget_changed(sources: Sequence[Source]) -> None:
-    """Import modules of the user's own anew whose source has changed since they were imported for a function here."""
-    if any(_imported.get(source.path, source.digest) != source.digest for source in sources):
-        for source in sources:
-            if _imported.pop(source.path, None) is not None:
-                sys.modules.pop(source.module, None)
-        importlib.invalidate_caches()
+    """Let modules be imported anew that are not what these sources say: edited since, or of another function's folder.
+
+    Those alone that were imported for a function here.
+    """
+    held = {source: _path_of(sys.modules.get(source.module)) for source in sources}
+    stale = any(
+        path in _imported and (path != source.path or _imported[path] != source.digest) for source, path in held.items()
+    )
+    for source, path in held.items() if stale else ():
+        if path in _imported:
+            del _imported[path]
+            del sys.modules[source.module]
+    importlib.invalidate_caches()
+
+
+def _path_of(module: ModuleType | None) -> Path | None:
+    file = getattr(module, "__file__", None)
+    return None if file is None else Path(file).resolve()
 
 
 @contextmanager

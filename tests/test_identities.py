@@ -293,7 +293,8 @@ FILES = {
     "def reward(completions, **columns):\n    return [weigh(c) for c in completions]\n",
     "helper.py": "from pack.deep import scale\ngradsift_files = ('sub/more.txt',)\n"
     "def weigh(text):\n    return scale * len(text)\n",
-    "pack/__init__.py": "",
+    "pack/__init__.py": "from . import early\n",
+    "pack/early.py": "",
     "pack/deep.py": "from . import sibling\nscale = sibling.scale\n",
     "pack/sibling.py": "scale = 1.0\n",
     "late.py": "import importlib\nplugin = importlib.import_module('plugin')\n",
@@ -328,7 +329,7 @@ def test_a_function_keeps_its_identity_where_it_goes(function: Path) -> None:
     before = function_identity(str(function))
     assert before["function"] == "reward"
     assert set(before["sources"]) == {
-        "rewards", "helper", "pack", "pack.deep", "pack.sibling", "late", "plugin",
+        "rewards", "helper", "pack", "pack.early", "pack.deep", "pack.sibling", "late", "plugin",
     }  # fmt: skip
     assert set(before["files"]) == {"words.txt", "sub/more.txt"}
     moved = function.parent.rename(function.parent.with_name("elsewhere")) / "rewards.py"
@@ -554,7 +555,9 @@ def test_settings_of_rows_decide_stores(settings: Any, name: str, pool: Pool, ad
 
 
 @pytest.mark.parametrize("what", ["weights", "config", "moments", "rate", "place"])
-def test_checkpoints_decide_rows_and_scores(what: str, tiny: World, pool: Pool, address: Address) -> None:
+def test_checkpoints_decide_rows_and_scores(
+    what: str, tiny: World, pool: Pool, address: Address, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Weights and configuration every view, Adam's moments their own, learning rates the sum; places nothing."""
     from dataclasses import replace
 
@@ -564,7 +567,9 @@ def test_checkpoints_decide_rows_and_scores(what: str, tiny: World, pool: Pool, 
         own = replace(pool, adapters=(tiny.adapters[0], str(adapter)))
         last = own.checkpoints()[-1]
         views = (address("gradients", lambda v=view: own.stores(last, [v])) for view in ("plain", "adam"))  # type: ignore[misc]
-        return *views, str(scoring.inputs_of(own, LESS()))  # type: ignore[return-value]
+        ids = list(pool.data.ids)
+        monkeypatch.setattr(scoring, "influence_matrix", lambda *_: (ids, np.zeros((len(ids), 4), np.float32), []))
+        return *views, address("scores", lambda: score(own, open_target(target_rows(), pool), LESS()))  # type: ignore[return-value]
 
     before = addresses()
     if what == "weights":

@@ -1,0 +1,277 @@
+"""Would a ranking come again? What it owes to the samples, or to the targets, that happened to be there.
+
+Scores are means over units: targets, or the samples of a prompt. With other units of the same kind they would come out
+otherwise, and how much is told from how the units differ among themselves. With x the scores (over the pool, their mean
+taken off), E the energy ‖ε‖² of their noise ε = x − E[x] and ν its effective number of dimensions, (tr Σ)²/tr Σ²:
+
+    ρ  = max(0, 1 − (χ²_ν/ν)/(χ²_νf/νf) · E/‖x‖²)        the share of x that is signal, known as well as E and ν tell
+    x' = ρ x + √(1 + ρ) ε'                                a ranking from new units: signal, and noise of its own
+
+E, ν and ε' come from resampling the units within their strata, whose covariance is multiplied by n/(n − 1) (ours; with
+signal and noise spread alike over directions this is the empirical Bayes posterior). A resampled ranking is no new one:
+it holds the noise of the first, and agrees with it by half even where there is no signal, which ρ takes off. How often
+intervals made in this way hold what they say is in `benchmarks/RESULTS.md`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradsift.checks import float_array, same_size
+
+Over = Literal["samples", "targets"]
+
+DRAWS = 400
+LEVEL = 0.9
+WIDEST = 0.3  # of an interval whose ends are told
+_STEP = 0.05  # to which shares are told: the ends of an interval of 400 draws are known no better
+_FEWEST = 4  # units of a stratum: how 3 differ says little of how others would
+_PAIRS = 100  # draws whose products tell the noise's dimensions
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """How a ranking agrees with one from new samples, or from other targets, of the same kind.
+
+    over:  what is new
+    units: how many there are
+    low, high: ends of the 90 % interval of Spearman's correlation of both rankings, not below 0, in steps of 0.05. So
+        much of the variance of a ranking would come again
+    middle: its median
+    kept:  share of new rankings whose choice holds a row, for the rows asked for, in steps of 0.05
+    """
+
+    over: Over
+    units: int
+    low: float
+    middle: float
+    high: float
+    kept: tuple[float, ...] | None = field(default=None, repr=False)
+
+    @property
+    def told(self) -> bool:
+        """Whether the interval is narrow enough to be worth a number."""
+        return self.high - self.low <= WIDEST + 1e-9
+
+    @property
+    def weak(self) -> bool:
+        """Whether most of the ranking would come out otherwise, in all likelihood."""
+        return self.high < 0.5
+
+    @property
+    def words(self) -> str:
+        """The interval in a sentence, or why there is none and what to do."""
+        new, units, advice = _WORDS[self.over]
+        if self.told:
+            return (
+                f"with {new}, {share_text(self.low)} to {share_text(self.high)} of the ranking's variance would come "
+                f"again ({LEVEL:.0%} interval, from {self.units} {units})"
+            )
+        return f"{self.units} {units} are too few to say how much of the ranking would come again with {new}: {advice}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        found = {"over": self.over, "units": self.units, "level": LEVEL, "low": self.low, "middle": self.middle}
+        kept = None if self.kept is None else list(self.kept)
+        return found | {"high": self.high, "told": self.told, "words": self.words, "kept": kept}
+
+
+_WORDS: dict[Over, tuple[str, str, str]] = {
+    "samples": ("new samples of the same prompts", "responses", "sample more (--samples), or use more prompts"),
+    "targets": ("other targets of the same kind", "targets", "give more of them, in fewer subtasks"),
+}
+
+
+def share_text(share: float) -> str:
+    """A share as terminal, page and sentences write it.
+
+    >>> share_text(0.85)
+    '85 %'
+    """
+    return f"{share:.0%}".replace("%", " %")
+
+
+def to_step(share: float, rounding: Any = round) -> float:
+    """A share between 0 and 1 in steps of 0.05.
+
+    >>> to_step(0.934), to_step(-0.2), to_step(0.93, math.floor)
+    (0.95, 0.0, 0.9)
+    """
+    return min(1.0, max(0.0, round(rounding(share / _STEP + (1e-9 if rounding is math.floor else 0)) * _STEP, 2)))
+
+
+@dataclass(frozen=True)
+class Strata:
+    """Which units are drawn from which others, and what a score is the mean of.
+
+    labels: of each unit, its stratum
+    outputs: weights of the units in each output, float64 [output unit], alike within a stratum; a row's score is its
+        largest output
+    """
+
+    labels: tuple[Hashable, ...]
+    outputs: Tensor
+
+    @classmethod
+    def of(cls, labels: Sequence[Hashable], *, maximum: bool) -> Strata:
+        """The mean within each label and their maximum, or the mean over all units."""
+        names = list(dict.fromkeys(labels))
+        own = torch.tensor([[float(label == name) for label in labels] for name in names], dtype=torch.float64)
+        if not maximum:
+            own = torch.ones(1, len(labels), dtype=torch.float64)
+        return cls(tuple(labels), own / own.sum(dim=1, keepdim=True))
+
+    def freedom(self) -> Tensor:
+        """Degrees of freedom of each output's noise: Σ (n − 1) over its strata [output]."""
+        counts = {label: self.labels.count(label) for label in self.labels}
+        each = torch.tensor([1 - 1 / counts[label] for label in self.labels], dtype=torch.float64)
+        return (self.outputs != 0).double() @ each
+
+    @property
+    def enough(self) -> bool:
+        """Whether the units of some stratum of every output tell how others would differ."""
+        return bool((self.freedom() >= _FEWEST - 1).all())
+
+
+def resampling_weights(strata: Strata, draws: int, generator: np.random.Generator) -> Tensor:
+    """What resampling the units within their strata adds to their weights of 1, float64 [unit draw].
+
+    √(n/(n − 1)) · (count − 1), so that Σ_unit w_unit parts_unit has the covariance of the mean of n new units about the
+    old, times n. A unit alone in its stratum has 0.
+    """
+    found = torch.zeros(len(strata.labels), draws, dtype=torch.float64)
+    for label in dict.fromkeys(strata.labels):
+        places = [place for place, own in enumerate(strata.labels) if own == label]
+        n = len(places)
+        if n > 1:
+            counts = torch.from_numpy(generator.multinomial(n, np.full(n, 1 / n), size=draws).T - 1)
+            found[places] = math.sqrt(n / (n - 1)) * counts.double()
+    return found
+
+
+def new_rankings(scores: Tensor, noise: Tensor, freedom: Tensor, generator: np.random.Generator) -> Tensor:
+    """Scores as new units would give them, float64 [row draw].
+
+    Args:
+        scores: the outputs of each row, [row output]; its score is the largest.
+        noise: what resampling adds to them, [row output draw], with the covariance of a mean of new units.
+        freedom: degrees of freedom f that this covariance is known by, [output].
+        generator: of the draws.
+    """
+    x, eps = float_array("scores", scores, "row output").double(), float_array("noise", noise, "row output draw")
+    same_size("row", "scores", x.shape[0], "noise", eps.shape[0])
+    same_size("output", "scores", x.shape[1], "noise", eps.shape[1])
+    best = torch.full((x.shape[0], eps.shape[2]), -torch.inf, dtype=torch.float64)
+    for output, f in enumerate(freedom.tolist()):
+        own = eps[:, output].double()
+        offset = x[:, output].mean()
+        share, scale = _signal(x[:, output] - offset, own - own.mean(dim=0), f, generator)
+        drawn = offset + share * (x[:, output] - offset)[:, None] + (1 + share).sqrt() * scale * own
+        torch.maximum(best, drawn, out=best)
+    return best
+
+
+def _signal(x: Tensor, noise: Tensor, f: float, generator: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """ρ and the noise's own scale, as well as they are known: [draw] each."""
+    draws, energy = noise.shape[1], float(noise.square().sum(dim=0).mean())
+    if energy == 0.0 or float(x.square().sum()) == 0.0:
+        return torch.full((draws,), float(energy == 0.0), dtype=torch.float64), torch.ones(draws, dtype=torch.float64)
+    some = noise[:, :_PAIRS]
+    products = (some.T @ some).square()
+    pairs = float((products.sum() - products.diagonal().sum()) / (len(products) * (len(products) - 1)))
+    squares = pairs
+    if f > 1:  # tr Σ̂² holds (tr Σ)²/f beside tr Σ²
+        squares = (pairs - energy**2 / f) * f**2 / ((f - 1) * (f + 2))
+    dimensions = energy**2 / min(max(squares, energy**2 / 200, pairs / 20), energy**2)
+    seen = generator.chisquare(dimensions, draws) / dimensions
+    known = torch.from_numpy(generator.chisquare(dimensions * f, draws) / (dimensions * f))
+    ratio = torch.from_numpy(seen) / known * (energy / float(x.square().sum()))
+    return (1 - ratio).clamp(0, 1), known.rsqrt()
+
+
+def rank_correlations(old: Tensor, new: Tensor) -> Tensor:
+    """Spearman's correlation of one ranking with each of others; 0 with one that is constant, float64 [draw].
+
+    Args:
+        old: [row].
+        new: [row draw].
+    """
+
+    def standardised(values: Tensor) -> Tensor:
+        from scipy.stats import rankdata  # half a second to import
+
+        ranks = torch.from_numpy(rankdata(values.numpy(), axis=0))
+        centred = ranks - ranks.mean(dim=0)
+        return centred / torch.linalg.vector_norm(centred, dim=0).clamp_min(1e-300)
+
+    return standardised(old[:, None])[:, 0] @ standardised(new)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is asked of the rows that were chosen: how often a new ranking would choose them again.
+
+    rows:  their places among the rows that new rankings are of
+    count: how many the choice takes of the whole pool
+    bonus: what is added to every row's score before the highest are taken [row], or None
+    least: no row is chosen that scores below it
+    """
+
+    rows: tuple[int, ...]
+    count: int
+    bonus: Tensor | None = None
+    least: float | None = None
+
+
+def reliability_of(
+    scores: Tensor,
+    noise: Tensor,
+    freedom: Tensor,
+    over: Over,
+    units: int,
+    *,
+    seed: int = 0,
+    pool: int | None = None,
+    sampled: Sequence[int] | None = None,
+    choice: Choice | None = None,
+) -> Reliability:
+    """How the ranking and the choice would come out again.
+
+    Args:
+        scores, noise, freedom: as for `new_rankings`, of some rows or all.
+        over, units: what is new.
+        seed: of the draws.
+        pool: how many rows there are in all; None: those of `scores`.
+        sampled: places of the rows that stand for the pool; None: all do.
+        choice: what was chosen, if anything.
+    """
+    generator = np.random.default_rng(seed)
+    new = new_rankings(scores, noise, freedom, generator)
+    old = scores.double().amax(dim=1)
+    places = torch.arange(len(old)) if sampled is None else torch.tensor(list(sampled))
+    found = rank_correlations(old[places], new[places]).numpy()
+    low, middle, high = np.quantile(found, [(1 - LEVEL) / 2, 0.5, (1 + LEVEL) / 2]).tolist()
+    kept = None
+    if choice is not None:
+        kept = tuple(to_step(share) for share in _kept(new, places, pool or len(old), choice).tolist())
+    return Reliability(over, units, to_step(low, math.floor), to_step(middle), to_step(high, math.ceil), kept)
+
+
+def _kept(new: Tensor, places: Tensor, pool: int, choice: Choice) -> Tensor:
+    """Share of draws in which each chosen row is among the highest [chosen]."""
+    values = new if choice.bonus is None else new + choice.bonus[:, None]
+    of_pool = values[places]
+    rank = max(1, round(choice.count * len(of_pool) / pool))
+    least = of_pool.topk(min(rank, len(of_pool)), dim=0).values[-1]
+    own = values[list(choice.rows)]
+    chosen = own >= least
+    if choice.least is not None:
+        chosen &= new[list(choice.rows)] >= choice.least
+    return chosen.double().mean(dim=1)

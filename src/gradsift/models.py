@@ -7,14 +7,14 @@ import hashlib
 import importlib.util
 import json
 import re
-import warnings
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
 
-from gradsift.errors import ConfigError, CorruptError, MismatchError, ModelError
+from gradsift.adapters import BareModel, attach_adapter, first_lines, refuse_other_kinds
+from gradsift.errors import ConfigError, CorruptError, ModelError
 from gradsift.memory import empty_device_cache, give_back_memory
 from gradsift.store.remote import at_hand
 
@@ -111,7 +111,7 @@ def load_model(name: str, *, dtype: DtypeName = "auto", device: str = "auto") ->
             model = model.to(place)
         except torch.OutOfMemoryError as error:
             raise ModelError(
-                f"model {name} does not fit in the memory of {place} ({_first_lines(error, 1)}): "
+                f"model {name} does not fit in the memory of {place} ({first_lines(error, 1)}): "
                 "try --dtype bfloat16 or 4bit, --device map to spread it, or --device cpu"
             ) from error
     for module in model.modules():
@@ -209,63 +209,6 @@ def input_device(model: Any) -> torch.device:
     return torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
 
 
-def attach_adapter(model: Any, adapter: str | Path) -> Any:
-    """The model with a PEFT adapter on it, in eval mode; `detach_adapter` undoes it.
-
-    Raises:
-        ModelError: there is no adapter there.
-        MismatchError: the adapter was trained for another model; the message names the first tensors that do not fit.
-    """
-    from peft import PeftModel
-
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            peft_model = PeftModel.from_pretrained(model, str(adapter), is_trainable=False)
-    except RuntimeError as error:
-        raise MismatchError(
-            f"adapter {adapter} was trained for another model: {_first_mismatch(error)}. "
-            "Use the model named in its adapter_config.json"
-        ) from error
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        if "Target modules" in str(error):
-            raise MismatchError(
-                f"adapter {adapter} was trained for another model: {_first_lines(error, 1).partition(' Please')[0]} "
-                "Use the model named in its adapter_config.json"
-            ) from error
-        raise ModelError(
-            f"cannot load adapter {adapter}: {_first_lines(error, 2)}. "
-            "Wanted: a folder with adapter_config.json and adapter_model.safetensors, or a hub id"
-        ) from error
-    missing = [str(w.message) for w in caught if "missing adapter keys" in str(w.message).lower()]
-    if missing:
-        first = missing[0].partition("[")[2].partition(",")[0].strip("'\"] ")
-        raise MismatchError(
-            f"adapter {adapter} does not fit the model: it has no weights of {first or missing[0][:200]}, which its "
-            "adapter_config.json asks for. Use the model named there, or save the adapter again"
-        )
-    return peft_model.eval().requires_grad_(False)
-
-
-def detach_adapter(peft_model: Any) -> Any:
-    """The base model again, as it was before `attach_adapter`."""
-    return peft_model.unload()
-
-
-def refuse_untrained(peft_model: Any, adapter: str | Path) -> None:
-    """Refuse an adapter whose B matrices are all zero: the gradient of every A vanishes there.
-
-    Raises:
-        ModelError: the adapter is as LoRA initialises it.
-    """
-    b = [p for n, p in peft_model.named_parameters() if ".lora_B." in n and p.device.type != "meta"]
-    if b and not any(bool(p.detach().any()) for p in b):
-        raise ModelError(
-            f"adapter {adapter} is untrained: every LoRA B is zero, so the gradients of A vanish. "
-            "Warm it up first (`gradsift warmup`), with at least a few optimizer steps"
-        )
-
-
 def find_adapter(adapter: str) -> None:
     """Look up an adapter that is not a folder here, before any work is done for it.
 
@@ -278,12 +221,13 @@ def find_adapter(adapter: str) -> None:
     if Path(adapter).exists() or adapter.startswith((".", "/", "~")):  # `open_checkpoint` says what is wrong there
         return
     try:
-        PeftConfig.from_pretrained(adapter)
+        config = PeftConfig.from_pretrained(adapter)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
             f"cannot find the adapter {adapter!r}: it is no local folder, and the Hugging Face hub did not give it "
-            f"({_first_lines(error, 1)}). Check the spelling and the network"
+            f"({first_lines(error, 1)}). Check the spelling and the network"
         ) from error
+    refuse_other_kinds(config.peft_type, adapter)
 
 
 def adapter_identity(adapter: str | Path) -> dict[str, str]:
@@ -300,6 +244,7 @@ def adapter_identity(adapter: str | Path) -> dict[str, str]:
             raise ValueError("not a JSON object")
     except (ValueError, RecursionError) as error:
         raise CorruptError(f"{folder / 'adapter_config.json'} is damaged ({error}): copy the adapter again") from error
+    refuse_other_kinds(config.get("peft_type"), folder)
     config.pop("base_model_name_or_path", None)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     digest.update(files[0].read_bytes())
@@ -334,24 +279,11 @@ def _cannot_load(what: str, name: str, error: Exception) -> str:
     if what == "tokenizer" and local.is_dir() and not any(local.glob("*token*")):
         return f"{local} has no tokenizer (tokenizer.json): copy the tokenizer files of the base model there"
     if local.exists():
-        return f"cannot load the {what} in {local}: {_first_lines(error, 2)}"
+        return f"cannot load the {what} in {local}: {first_lines(error, 2)}"
     return (
         f"cannot load the {what} {name!r}: it is no local folder, and the Hugging Face hub did not give it "
-        f"({_first_lines(error, 1)}). Check the spelling, the network and, for gated models, `hf auth login`"
+        f"({first_lines(error, 1)}). Check the spelling, the network and, for gated models, `hf auth login`"
     )
-
-
-def _first_lines(error: Exception, count: int) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:count])[:400] or type(error).__name__
-
-
-def _first_mismatch(error: Exception) -> str:
-    """What torch says of the first tensor that does not fit, in fewer words."""
-    found = re.search(r"size mismatch for (\S+): .*?torch\.Size\((.*?)\).*?torch\.Size\((.*?)\)", str(error), re.DOTALL)
-    if found is None:
-        return _first_lines(error, 2)
-    return f"{found[1]} has shape {found[2]} in the adapter, {found[3]} on this model"
 
 
 def _hash_files(files: list[Path]) -> str:
@@ -378,21 +310,23 @@ def parameter_name(name: str, adapter: str = "default") -> str:
 class ModelHost:
     """One base model in memory, with at most one adapter on it at a time.
 
-    The process keeps the last host, so that stages, checkpoints and shards share one loaded model.
+    The process keeps the last host, so that stages, checkpoints and shards share one loaded model. After an adapter the
+    base has the bits that it was loaded with: it is put back, and where an adapter has written over weights that are
+    too large to be kept twice, it is loaded again.
     """
 
     def __init__(self, name: str, dtype: DtypeName = "auto", device: str = "auto") -> None:
         self.name, self.dtype, self.device = name, dtype, device
         self.token_limit: int | None = None  # of a batch, once memory has run out for a larger one
         self._base: Any = None
+        self._bare: BareModel | None = None  # of the base, once an adapter has been asked for
         self._peft: Any = None
         self._adapter: str | None = None
 
     def base(self) -> Any:
         """The model without any adapter."""
-        if self._peft is not None:
-            self._base = detach_adapter(self._peft)
-            self._peft = self._adapter = None
+        if self._adapter is not None:
+            self._take_off()
         if self._base is None:
             self._base = load_model(self.name, dtype=self.dtype, device=self.device)
         return self._base
@@ -403,10 +337,23 @@ class ModelHost:
             return self.base()
         if self._adapter != str(adapter):
             base = self.base()
-            self._base = None  # PEFT puts its layers into the model before it finds that they do not fit
-            self._peft, self._adapter = attach_adapter(base, at_hand(str(adapter))), str(adapter)
-            self._base = base
+            self._bare = self._bare or BareModel(base, sealed=True)
+            self._adapter = str(adapter)
+            try:
+                self._peft = attach_adapter(base, at_hand(str(adapter)))
+            except BaseException:
+                self._take_off()
+                raise
         return self._peft
+
+    def _take_off(self) -> None:
+        assert self._bare is not None
+        self._peft = self._adapter = None
+        self._bare.restore()
+        if not self._bare.is_whole():
+            self._base = self._bare = None
+            gc.collect()
+            empty_device_cache()
 
 
 def release_models() -> None:

@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
+from gradsift.adapters import refuse_untrained
 from gradsift.errors import ConfigError, CorruptError, DataError
 from gradsift.execution.engine import LOCAL, Engine, Task
 from gradsift.gradients.adam import AdamDirection, EpsPlacement
@@ -18,7 +19,7 @@ from gradsift.gradients.behind import to_host, write, writing_behind
 from gradsift.gradients.capture import LORA, Modules, find_modules
 from gradsift.gradients.projection import Projection, Projector, plan_segments
 from gradsift.gradients.rows import ShardRows, View, gradient_rows
-from gradsift.models import DtypeName, host, input_device, model_identity, refuse_untrained
+from gradsift.models import DtypeName, host, input_device, model_identity
 from gradsift.progress import Advance, Reporter, silent, untold
 from gradsift.run import Run
 from gradsift.settings import Settings

@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,14 +63,16 @@ def load_tokenizer(name: str) -> Any:
     path = Path(name).expanduser()
     try:
         if path.is_file():
-            return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-        return AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name)
+            return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(_cannot_load("tokenizer", name, error)) from error
 
 
 def load_model(name: str, *, dtype: DtypeName = "auto", device: str = "auto") -> Any:
     """A causal language model in eval mode, without parameter gradients.
+
+    All its weights come from the files, none of its code does, and no position sees a later one: what all else assumes.
 
     Args:
         name: hub id, folder, or a `.gguf` file.
@@ -78,7 +81,7 @@ def load_model(name: str, *, dtype: DtypeName = "auto", device: str = "auto") ->
         device: `auto` takes the first GPU, else the CPU; `map` spreads over all GPUs with accelerate's device map.
 
     Raises:
-        ModelError: it cannot be loaded.
+        ModelError: it cannot be loaded, the files lack weights, it needs code of its own, or it is no causal decoder.
         ConfigError: quantisation without its package, or of a `.gguf` file.
     """
     from transformers import AutoModelForCausalLM
@@ -99,11 +102,10 @@ def load_model(name: str, *, dtype: DtypeName = "auto", device: str = "auto") ->
         options["device_map"] = "auto"
     if path.is_file():
         options |= {"gguf_file": path.name, "dtype": torch.float32 if torch_dtype == "auto" else torch_dtype}
-    try:
-        source = str(path.parent if path.is_file() else path) if path.exists() else name
-        model: Any = AutoModelForCausalLM.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ModelError(_cannot_load("model", name, error)) from error
+    source = str(path.parent if path.is_file() else path) if path.exists() else name
+    if not path.is_file():
+        _refuse_encoder(_config(source), name)
+    model = pretrained(AutoModelForCausalLM, source, **options)
     if path.is_file():
         forget_quantisation(model)
     if "device_map" not in options:
@@ -118,7 +120,110 @@ def load_model(name: str, *, dtype: DtypeName = "auto", device: str = "auto") ->
         # bitsandbytes may repack 4-bit weights for a CPU at the first pass without gradients, which ends all gradients.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    return model.eval().requires_grad_(False)
+    model = model.eval().requires_grad_(False)
+    _refuse_looking_ahead(model, name)
+    return model
+
+
+def pretrained(kind: Any, name: str, *, what: str = "model", **options: Any) -> Any:
+    """A model of transformers' class `kind` with all its weights from its files, and no code of its repository run.
+
+    Args:
+        kind: such as AutoModelForCausalLM.
+        name: folder or hub id.
+        what: the word for it in messages.
+        options: of `from_pretrained`.
+
+    Raises:
+        ModelError: it cannot be loaded, or its files and its configuration do not go together; the message names the
+            first weights.
+    """
+    try:
+        model, report = kind.from_pretrained(
+            name, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False, **options
+        )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        raise ModelError(_cannot_load(what, name, error)) from error
+    mismatched = {weight: shapes for weight, *shapes in report["mismatched_keys"]}
+    if mismatched:
+        found, wanted = mismatched[min(mismatched)]
+        raise ModelError(
+            f"{what} {name}: {_first_of(mismatched)} has shape {list(found)} in its files, where config.json asks for "
+            f"{list(wanted)}: copy or download it again, whole"
+        )
+    if report["missing_keys"]:
+        raise ModelError(
+            f"{what} {name}: its files lack {_first_of(report['missing_keys'])} of {type(model).__name__}, which would "
+            "be random numbers: copy or download it again, whole, or give one that was saved with its head"
+        )
+    homeless = [weight for weight in report["unexpected_keys"] if _belongs(model, weight)]
+    if homeless:
+        raise ModelError(
+            f"{what} {name}: its files hold {_first_of(homeless)}, for which config.json leaves no place, so that it "
+            "would be another model than was saved: copy config.json again"
+        )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ModelError(f"{what} {name} holds an adapter beside the base: keep them apart, and name it by --adapter")
+    return model
+
+
+def _refuse_encoder(config: Any, name: str) -> None:
+    """Refuse an encoder-decoder, of which AutoModelForCausalLM loads the decoder alone.
+
+    Raises:
+        ModelError: it is one, or the decoder of one, by its class of configurations.
+    """
+    if config.is_encoder_decoder or getattr(type(config), "is_encoder_decoder", False):
+        raise ModelError(
+            f"{name} is an encoder-decoder ({config.model_type}), and gradsift works with causal decoders: of this one "
+            "it would load the decoder alone, whose input from the encoder is missing"
+        )
+
+
+def _first_of(weights: Iterable[str]) -> str:
+    """The first by name, and how many others there are."""
+    first, *others = sorted(weights)
+    return f"{first} and {len(others)} more weight{'s' * (len(others) > 1)}" if others else first
+
+
+def _belongs(model: torch.nn.Module, weight: str) -> bool:
+    """Whether a weight that was passed over is that of a module which the model has, such as a linear's bias."""
+    owner, _, leaf = weight.rpartition(".")
+    try:
+        return leaf in ("weight", "bias") and isinstance(model.get_submodule(owner).weight, torch.Tensor)
+    except AttributeError:
+        return False
+
+
+def _refuse_looking_ahead(model: Any, name: str) -> None:
+    """Refuse a model in which the last token moves the logits of earlier positions.
+
+    Raises:
+        ModelError: it does, or the model cannot run on tokens alone.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    exact = next(model.parameters()).dtype in (torch.float32, torch.float64)
+    moved = 0.0
+    for start in (5, 11, 23):  # rounding may send a token to another expert: what looks ahead does so every time
+        ids = (start + 7 * torch.arange(8).repeat(2, 1)) % rows
+        ids[1, -1] = (ids[0, -1] + 3) % rows
+        try:
+            with torch.inference_mode():
+                logits = model(input_ids=ids.to(input_device(model)), use_cache=False).logits.float()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # other architectures fail in any way they like
+            raise ModelError(
+                f"{name} ({type(model).__name__}) does not run on token ids alone: {type(error).__name__}: "
+                f"{first_lines(error, 2)}. A causal language model of text is needed"
+            ) from error
+        moved = float((logits[0, :-1] - logits[1, :-1]).abs().max() / logits.std().clamp_min(1e-30))
+        if not moved > (1e-3 if exact else 5e-2):  # what is not a number is told by whoever computes with it
+            return
+    raise ModelError(
+        f"{name} ({type(model).__name__}) is no causal decoder: changing the last of 8 tokens moves the logits of "
+        f"earlier ones by {moved:.2g} of their spread. Give a model that predicts each token from those before it"
+    )
 
 
 def _unquantised_dtype(place: str) -> torch.dtype:
@@ -165,7 +270,7 @@ def count_parameters(name: str) -> int:
         else _config(str(path) if path.exists() else name)
     )
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config)
+        model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -269,13 +374,18 @@ def _config(name: str, **options: Any) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(name, **options)
+        return AutoConfig.from_pretrained(name, trust_remote_code=False, **options)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(_cannot_load("model", name, error)) from error
 
 
 def _cannot_load(what: str, name: str, error: Exception) -> str:
     local = Path(name).expanduser()
+    if "trust_remote_code" in str(error):
+        return (
+            f"the {what} {name} needs Python code that comes with it, and gradsift runs no code of a model's "
+            "repository: give one whose architecture transformers knows itself (look for a converted version)"
+        )
     if what == "tokenizer" and local.is_dir() and not any(local.glob("*token*")):
         return f"{local} has no tokenizer (tokenizer.json): copy the tokenizer files of the base model there"
     if local.exists():

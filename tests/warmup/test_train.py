@@ -351,7 +351,7 @@ def test_the_base_model_is_left_as_it_was(run: Run, llama: str, how: str) -> Non
     if how == "finished":
         train(run, data, data.ids, SMALL, model=llama)
     elif how == "wrong modules":
-        with pytest.raises(ModelError, match=r"no linear module named c_attn: choose target_modules of .*q_proj"):
+        with pytest.raises(ModelError, match=r"no linear module named c_attn: choose --lora-modules .*q_proj"):
             train(run, data, data.ids, SMALL.model_copy(update={"target_modules": ("q_proj", "c_attn")}), model=llama)
     else:
         error = KeyboardInterrupt if how == "interrupted" else RuntimeError

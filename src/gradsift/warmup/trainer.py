@@ -97,16 +97,16 @@ def _wrap(base: Any, settings: Training) -> Any:
         targets = found[0] if found else known
     if targets is None:
         raise ModelError(
-            f"{type(base).__name__} has no q_proj and PEFT knows no default modules for it: name target_modules, "
-            f"of {', '.join(sorted(linears))}"
+            f"{type(base).__name__} has no q_proj and PEFT knows no default modules for it: name some with "
+            f"--lora-modules (target_modules in Python and recipes), of {', '.join(sorted(linears))}"
         )
     names = targets if isinstance(targets, str) else sorted(targets)
     adapted = [linears[name] for name in names if name in linears] if not isinstance(names, str) else []
     missing = [] if isinstance(names, str) else [name for name in names if name.rpartition(".")[2] not in linears]
     if missing:
         raise ModelError(
-            f"{type(base).__name__} has no linear module named {', '.join(missing)}: choose target_modules "
-            f"of {', '.join(sorted(linears))}, or leave them out"
+            f"{type(base).__name__} has no linear module named {', '.join(missing)}: choose --lora-modules "
+            f"(target_modules in Python and recipes) of {', '.join(sorted(linears))}, or leave the option out"
         )
     alpha = settings.alpha
     lora = LoraConfig(

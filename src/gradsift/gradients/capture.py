@@ -30,11 +30,11 @@ LORA = "lora"
 
 
 class UncapturedError(ModelError):
-    """A module runs in a way that tells no gradients of single sequences; `module` is its name."""
+    """A module runs in a way that tells no gradients of single sequences: its name, and what it does."""
 
-    def __init__(self, module: str, why: str) -> None:
-        super().__init__(f"{module} {why}, so that its gradients cannot be told apart by sequence: leave it out")
-        self.module = module
+    def __init__(self, module: str, does: str) -> None:
+        super().__init__(f"{module} {does}, so that its gradients cannot be told apart by sequence: leave it out")
+        self.module, self.does = module, does
 
 
 @dataclass(frozen=True, slots=True)

@@ -232,7 +232,7 @@ def _captured(
         except UncapturedError as error:
             # Its like in the other layers runs in the same way: a pass for each would take as long as the work.
             kind = _kind(error.module)
-            refused |= {c.name: str(error) for c in left if _kind(c.name) == kind}
+            refused |= {c.name: f"{c.name}, which {error.does}" for c in left if _kind(c.name) == kind}
             left = [c for c in left if _kind(c.name) != kind]
     return {}, refused
 

@@ -228,7 +228,7 @@ class LoraPlus(Trainer):
     ids=["plain", "embeddings", "biases and norms", "biases of B"],
 )
 @pytest.mark.filterwarnings(
-    "ignore:Careful, disabling", "ignore:Setting `save_emb", "ignore:`lora_bias=True` was passed"
+    "ignore:Careful, disabling", "ignore:Setting `save_emb", "ignore:.lora_bias=True", "ignore:Adapter 'default'"
 )
 def test_the_groups_of_lora_plus_are_read(tmp_path: Path, lora: dict[str, Any]) -> None:
     """A, embeddings, B with decay and B without, each in the model's order: every moment finds its parameter."""

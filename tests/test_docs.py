@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import re
 import shlex
@@ -97,6 +98,19 @@ def test_commands_and_options_in_the_text_exist(page: Path) -> None:
                 assert option in options_of(known[words[1]]) | {"--help"}, f"{name(page)}: `{code}`"
         elif words[0].startswith("--"):
             assert words[0].partition("=")[0] in everywhere, f"{name(page)}: `{code}`"
+
+
+def test_options_that_messages_name_exist() -> None:
+    """What an error tells a user to give, gradsift takes; other programs' options stand where these are called."""
+    everywhere = {"--help", "--version"}.union(*(options_of(command) for command in parser().commands.values()))
+    named = set()
+    for file in (ROOT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            told = isinstance(node, ast.Call) and getattr(node.func, "attr", None) in ("warn", "say")
+            if told or isinstance(node, ast.Raise):
+                texts = [n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+                named |= {option for text in texts for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)}
+    assert named - everywhere == {"--head", "--no-deps"}, "of `ray start` and `pip download`"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)

@@ -174,7 +174,7 @@ def open_pool(
         dtype = "float32"  # said outright, so that a run that moves to a GPU does not mix rows of two precisions
     reporter = reporter or silent()
     if max_length < 2:
-        raise ConfigError(f"max_length is {max_length}: a prompt and one answer token need at least 2")
+        raise ConfigError(f"--max-length is {max_length}: a prompt and one answer token need at least 2")
     identity = model_identity(model)
     tokenizer = load_tokenizer(model)
     chat = ChatFormat(tokenizer, supervise=supervise, max_length=max_length)

@@ -489,7 +489,8 @@ class _Job:
             raise ModelError(
                 f"{self.what}: epoch {epoch} taught the {self.form.learner} nothing: {len(state.rates)} optimizer "
                 f"steps at a mean learning rate of {rate:g}{self.form.why_not}. Train on more than "
-                f"{len(self.positions)} examples, or set warmup_ratio to 0, so that no epoch runs at rate 0"
+                f"{len(self.positions)} examples, or with warmup_ratio 0 (--warmup-ratio of `train`), so that no epoch "
+                "runs at rate 0"
             )
         loss = state.loss_sum / len(self.positions)
         info = {"epoch": epoch, "learning_rate": rate, "steps": state.step, "loss": loss}

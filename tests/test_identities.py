@@ -31,6 +31,7 @@ from gradsift.generation.samples import Samples
 from gradsift.generation.sampling import Prompt, Sampling
 from gradsift.gradients.collect import Adam, Gradients
 from gradsift.gradients.projection import Projection
+from gradsift.gradients.self_check import kept_check
 from gradsift.influence.alpagasus import AlpaGasus
 from gradsift.influence.bm25 import BM25
 from gradsift.influence.datainf import DataInf, ProjectedInverse
@@ -668,6 +669,7 @@ def every_address(pool: Pool, address: Address, tmp_path: Path) -> dict[str, str
         "explanations": lambda: work._prefix,
         "validation": lambda: _Bench(pool, OneStep(), "trained", checkpoint),
         "evaluations": lambda: evaluate(place, None, [HeldOutLoss(target_rows())]),
+        "checks": lambda: kept_check(pool.run, torch.nn.Linear(2, 2), (), (), model=pool.model, pattern="lora"),
         "times": timed,
     }
     addresses = {kind: address(kind, call) for kind, call in found.items()}

@@ -76,7 +76,7 @@ def _load(model: str, device: str) -> Any:
     from sentence_transformers import SentenceTransformer
 
     try:
-        return SentenceTransformer(place_of(model), device=device)
+        return SentenceTransformer(place_of(model), device=device, trust_remote_code=False)
     except (OSError, ValueError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelError(

@@ -17,7 +17,7 @@ from gradsift.execution.ray import engine_of
 from gradsift.explanation.explain import check_budgets, explain
 from gradsift.explanation.outputs import Question, question_of, questions_of
 from gradsift.explanation.table import relevance_table
-from gradsift.influence.diagnostics import check_samples, diagnose
+from gradsift.influence.diagnostics import check_samples
 from gradsift.influence.ji2s import JI2S, full_sums
 from gradsift.influence.nice import NICE, NICEIF, PolicyTargets
 from gradsift.influence.prompts import PromptTarget, open_prompts
@@ -28,9 +28,10 @@ from gradsift.pages import write_pages
 from gradsift.progress import Reporter, silent
 from gradsift.recipe import Recipe
 from gradsift.report_data import write_results
-from gradsift.results import Result, reasons, write_skipped
+from gradsift.results import Result, diagnostics, reasons, write_skipped
 from gradsift.run import Run
 from gradsift.selection.select import TopK, budget_count, check_selection, select
+from gradsift.selection.trust import sample_reliability, target_reliability
 from gradsift.types import Example, Skipped
 from gradsift.validation.validate import validate_explanations
 
@@ -107,7 +108,9 @@ def run_score(recipe: Recipe, reporter: Reporter | None = None) -> Result:
     reporter = reporter or silent()
     _check_methods(recipe)
     with Run(recipe.out).lock():
-        return score_all(recipe, reporter)
+        result = score_all(recipe, reporter)
+        trust(result)
+    return result
 
 
 def run_select(recipe: Recipe, reporter: Reporter | None = None) -> Result:
@@ -123,6 +126,7 @@ def run_select(recipe: Recipe, reporter: Reporter | None = None) -> Result:
     with Run(recipe.out).lock():
         result = score_all(recipe, reporter)
         choose(result)
+        trust(result)
         if recipe.explain is not None:
             explain_into(result)
         result.seconds = time.monotonic() - start
@@ -183,14 +187,25 @@ def score_all(recipe: Recipe, reporter: Reporter) -> Result:
         rows.stores(pool.checkpoints()[-1], ["adam", "plain"])
     result.scores = [score(pool, target, method, aggregation=recipe.aggregation) for method in methods]
     save_tables(pool, result.scores)
-    if isinstance(recipe.estimator, NICE | NICEIF) and isinstance(target, PromptTarget):
-        targets = PolicyTargets(pool, target, recipe.estimator)
-        result.diagnostics = diagnose(pool, target, recipe.estimator, aggregation=recipe.aggregation, targets=targets)
-        result.responses = sampled_responses(targets)
-        pool.run.publish_json("diagnostics.json", result.diagnostics.as_dict())
-    for warning in result.warnings:
-        reporter.warn(warning)
     return result
+
+
+def trust(result: Result) -> None:
+    """Say how far the estimator's ranking and choice can be trusted, and warn of what a reader should know.
+
+    Writes diagnostics.json where there is anything to say.
+    """
+    pool, target, scores = result.pool, result.target, result.scores[0]
+    chosen = result.selections[0] if result.selections else None
+    if isinstance(scores.method, NICE | NICEIF) and isinstance(target, PromptTarget):
+        targets = PolicyTargets(pool, target, scores.method)
+        result.diagnostics = sample_reliability(scores, chosen, targets=targets)
+        result.responses = sampled_responses(targets)
+    result.over_targets = target_reliability(scores, chosen)
+    if result.reliability:
+        pool.run.publish_json("diagnostics.json", diagnostics(result))
+    for warning in result.warnings:
+        pool.reporter.warn(warning)
 
 
 def _check_methods(recipe: Recipe) -> None:

@@ -9,9 +9,19 @@ from typing import Any
 from gradsift.explanation.explain import Explanations, StrategyResult
 from gradsift.explanation.table import RelevanceTable
 from gradsift.influence.diagnostics import PolicyDiagnostics
+from gradsift.influence.reliability import share_text
 from gradsift.progress import visible
 from gradsift.report.terminal import console, decibels, first_words, on_one_line, shares_text, table
-from gradsift.results import FILES, Result, files_of, reasons, shares, shown_budget, strategy_note
+from gradsift.results import (
+    FILES,
+    Result,
+    files_of,
+    reasons,
+    reliability_sentences,
+    shares,
+    shown_budget,
+    strategy_note,
+)
 
 
 def print_result(result: Result) -> None:
@@ -19,14 +29,16 @@ def print_result(result: Result) -> None:
     out, data = console(), result.pool.data
     rows: list[tuple[object, ...]]
     if result.selections:
-        chosen = result.selections[0]
+        chosen, kept = result.selections[0], result.kept
         rows = [
-            (n + 1, f"{value:+.4f}", rank, id_, first_words(data.messages(id_), "user"))
+            (n + 1, f"{value:+.4f}", rank, *(share_text(shares[n]) for shares in kept.values()), id_,
+             first_words(data.messages(id_), "user"))
             for n, (id_, value, rank) in enumerate(zip(chosen.ids[:10], chosen.scores, chosen.ranks, strict=False))
-        ]
+        ]  # fmt: skip
         how = f"{chosen.estimator}, {chosen.method.label}"
         title = f"{len(chosen)} of {len(data)} chosen by {how} (higher score = training on it helps more)"
-        out.print(table(title, ("", "score", "rank", "id", "prompt"), rows, wide=("prompt",)))
+        again = [f"again, new {over}" for over in kept]
+        out.print(table(title, ("", "score", "rank", *again, "id", "prompt"), rows, wide=("prompt",)))
         if len(chosen) > 10:
             out.print(f"… and {len(chosen) - 10} more in selected.jsonl\n")
         pool_shares = shares(result, data.ids)
@@ -43,6 +55,8 @@ def print_result(result: Result) -> None:
                          f"{entry.length_correlation:+.2f}"))  # fmt: skip
         out.print(table("Scores (higher = training on it helps)",
                         ("method", "scored", "highest", "score", "Spearman with length"), rows))  # fmt: skip
+    for sentence in reliability_sentences(result):
+        out.print(f"{sentence}\n", markup=False)
     if result.diagnostics is not None:
         _print_rewards(result.diagnostics, out)
     if result.outcomes:
@@ -100,7 +114,7 @@ def _print_explanations(result: Result, out: Any) -> None:
 
 
 def _print_rewards(found: PolicyDiagnostics, out: Any) -> None:
-    """What sampled responses earned at each checkpoint, and how far the ranking can be trusted."""
+    """What sampled responses earned at each checkpoint, and how far a prompt's agree."""
     rows = []
     for entry in found.checkpoints:
         rewards = entry.rewards
@@ -110,7 +124,6 @@ def _print_rewards(found: PolicyDiagnostics, out: Any) -> None:
     columns = ("checkpoint", "responses", "mean", "spread", "no signal", "cut off", "halves", "labels")
     title = "Rewards of sampled responses: spread in a prompt, prompts without signal, cosines of halves, with labels"
     out.print(table(title, columns, rows))
-    out.print(f"{found.agreement}\n")
 
 
 def _cosine(value: float | None) -> str:

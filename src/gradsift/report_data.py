@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from collections.abc import Sequence as SequenceABC
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from gradsift.data.dataset import count_reasons
 from gradsift.errors import ConfigError, CorruptError
 from gradsift.explanation.explain import Explanation
 from gradsift.influence.random import Random
+from gradsift.influence.reliability import Over
 from gradsift.influence.scores import Scores, pool_view
 from gradsift.pages import rewrite_pages
 from gradsift.recipe import as_yaml
@@ -31,7 +34,16 @@ from gradsift.report.data import (
 from gradsift.report.listing import MOST_EXTREME
 from gradsift.report.page import render
 from gradsift.report_rewards import rewards_data
-from gradsift.results import Result, own_columns, shares, shown_budget, strategy_note, summary, write_skipped
+from gradsift.results import (
+    Result,
+    own_columns,
+    reliability_sentences,
+    shares,
+    shown_budget,
+    strategy_note,
+    summary,
+    write_skipped,
+)
 from gradsift.run import Run
 from gradsift.selection.select import Selection
 from gradsift.store.manifest import versions
@@ -133,7 +145,11 @@ def report_data(result: Result) -> ReportData:
         facts=facts,
         pool_size=len(pool.data),
         pool_shares=shares(result, pool.data.ids) if result.selections else {},
-        choices=[_choice(result, chosen, by_scores[chosen.estimator]) for chosen in result.selections],
+        choices=[
+            _choice(result, chosen, by_scores[chosen.estimator], result.kept if number == 0 else {})
+            for number, chosen in enumerate(result.selections)
+        ],
+        reliability=reliability_sentences(result),
         score_summaries=[
             ScoreSummary(
                 method=entry.method.label,
@@ -170,14 +186,14 @@ def report_data(result: Result) -> ReportData:
     )
 
 
-def _choice(result: Result, chosen: Selection, scores: Scores) -> Choice:
+def _choice(result: Result, chosen: Selection, scores: Scores, kept: Mapping[Over, SequenceABC[float]]) -> Choice:
     tokens = dict(zip(scores.ids, scores.tokens.tolist(), strict=True))
     return Choice(
         method=f"{chosen.estimator}, {chosen.method.label}",
         budget=len(chosen),
         examples=[
-            _example(result, id_, value, rank, tokens[id_])
-            for id_, value, rank in zip(chosen.ids, chosen.scores, chosen.ranks, strict=True)
+            _example(result, id_, value, rank, tokens[id_], {over: shares[n] for over, shares in kept.items()})
+            for n, (id_, value, rank) in enumerate(zip(chosen.ids, chosen.scores, chosen.ranks, strict=True))
         ],
         shares=shares(result, chosen.ids),
     )
@@ -197,10 +213,12 @@ def _extremes(result: Result, scores: Scores) -> Extremes:
     return Extremes(scores.method.label, len(order), listed(order[:each]), listed(order[::-1][:each]))
 
 
-def _example(result: Result, id_: str, score: float, rank: int, tokens: int) -> ReportExample:
+def _example(
+    result: Result, id_: str, score: float, rank: int, tokens: int, kept: Mapping[str, float] | None = None
+) -> ReportExample:
     data = result.pool.data
     own = own_columns(data.row(id_), result.recipe.columns)
-    return ReportExample(id=id_, messages=data.messages(id_), score=score, rank=rank, tokens=tokens, columns=own)
+    return ReportExample(id_, data.messages(id_), score, rank, tokens, own, kept or {})
 
 
 def _explained_entry(result: Result, entry: Explanation) -> list[Explained]:

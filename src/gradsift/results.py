@@ -16,6 +16,7 @@ from gradsift.explanation.explain import Explanations, StrategyResult
 from gradsift.explanation.table import RelevanceTable
 from gradsift.influence.diagnostics import PolicyDiagnostics
 from gradsift.influence.prompts import PromptTarget
+from gradsift.influence.reliability import Over, Reliability
 from gradsift.influence.responses import SampledResponses
 from gradsift.influence.scores import Scores
 from gradsift.recipe import Recipe
@@ -55,6 +56,7 @@ class Result:
     selections: list[Selection] = field(default_factory=list)
     explanations: Explanations | None = None
     diagnostics: PolicyDiagnostics | None = None
+    over_targets: Reliability | None = None
     responses: SampledResponses | None = None
     relevance: RelevanceTable | None = None
     validation: Validation | None = None
@@ -63,6 +65,17 @@ class Result:
     outcomes: list[Outcome] = field(default_factory=list)
     outcome_notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
+
+    @property
+    def reliability(self) -> list[Reliability]:
+        """Of the estimator's ranking: with new samples, with other targets."""
+        found = [self.diagnostics.reliability if self.diagnostics is not None else None, self.over_targets]
+        return [one for one in found if one is not None]
+
+    @property
+    def kept(self) -> dict[Over, tuple[float, ...]]:
+        """Of each row of the first choice, the share of new rankings that choose it again, by what is new in them."""
+        return {one.over: one.kept for one in self.reliability if one.kept is not None}
 
     @property
     def warnings(self) -> list[str]:
@@ -119,13 +132,17 @@ def summary(result: Result) -> dict[str, Any]:
             }
             for entry in result.scores
         ]
+    if result.reliability:
+        content["reliability"] = [one.as_dict() for one in result.reliability]
     if result.selections:
+        first = result.selections[0]
         content["selections"] = [
             {
                 "estimator": chosen.estimator,
                 "method": chosen.method.label,
                 "ids": chosen.ids,
                 "scores": chosen.scores,
+                "kept": {over: list(kept) for over, kept in result.kept.items()} if chosen is first else {},
                 "shares": shares(result, chosen.ids),
             }
             for chosen in result.selections
@@ -151,6 +168,27 @@ def files_of(result: Result) -> list[str]:
         outdated = {"explanation.html", "relevance.html"} - set(result.pages)
         outdated |= {"validation.json"} if result.validation is None else set()
     return [name for name in FILES if name not in outdated and result.pool.run.storage.exists(name)]
+
+
+def diagnostics(result: Result) -> dict[str, Any]:
+    """diagnostics.json: how far the estimator's ranking, and the choice by it, can be trusted."""
+    chosen = result.selections[0].ids if result.selections else []
+    content: dict[str, Any] = {
+        "method": result.scores[0].method.label,
+        "scores": result.scores[0].fingerprint,
+        "reliability": [one.as_dict() for one in result.reliability],
+        "kept": {over: dict(zip(chosen, kept, strict=True)) for over, kept in result.kept.items()},
+    }
+    return content | ({} if result.diagnostics is None else result.diagnostics.as_dict())
+
+
+def reliability_sentences(result: Result) -> list[str]:
+    """What is known of how the ranking and the choice would come out again, for people."""
+    sentences = [f"{one.words[0].upper()}{one.words[1:]}." for one in result.reliability]
+    if sentences and result.selections and not result.kept:
+        how = result.selections[0].method.label
+        sentences.append(f"How often a row would be chosen again is known for choices by scores alone, not for {how}.")
+    return sentences
 
 
 def own_columns(row: Mapping[str, Any], columns: Columns) -> dict[str, str]:

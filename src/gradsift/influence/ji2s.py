@@ -253,6 +253,53 @@ def joint_terms(
     return total
 
 
+def joint_parts(
+    pool: Pool,
+    targets: SequenceSource,
+    method: JI2S,
+    checkpoints: SequenceABC[Checkpoint],
+    weights: SequenceABC[float],
+    terms: JointTerms,
+    ids: SequenceABC[str],
+) -> Tensor:
+    """What each target adds to the scores of some rows, float64 `[row target]`, but for what is the same for all.
+
+    Of the pairs the part ⟨Γ_i, v_q⟩(⟨v_q, s⟩ − ⟨Γ_i, v_q⟩) is q's, ⟨v_q, s⟩ of the stored rows. With an exact Hessian,
+    whose product with s is known for all targets together, only the self terms are; with `identity` nothing is.
+
+    Args:
+        pool, targets, method, checkpoints, weights: as for `joint_terms`.
+        terms: what that returned, whose spreads standardised terms are divided by.
+        ids: of rows that `terms` has.
+    """
+    alone = torch.zeros(len(ids), len(targets.ids), dtype=torch.float64)
+    shared = torch.zeros_like(alone)
+    for checkpoint, (weight, factor) in zip(
+        checkpoints, joint_factors(checkpoints, weights, method.joint_lr_power), strict=True
+    ):
+        asked = full_sums(pool) if method.full_space else pool
+        store = asked.stores(checkpoint, [method.view])[method.view]
+        queries = pool.collect(targets, checkpoint, ["plain"], what="target")["plain"]
+        V, rows = torch.zeros(len(targets.ids), store.dim, dtype=torch.float64), store.rows_by_id(ids).double()
+        V[[number for number, id_ in enumerate(targets.ids) if id_ in queries]] = queries.rows(0, len(queries)).double()
+        kept = torch.zeros(len(store), dtype=torch.float64)
+        kept[store.positions(terms.ids)] = 1.0
+        if method.normalise:
+            V, rows = unit_rows(V), unit_rows(rows)
+            kept = torch.where(store.projected_norms > 0, kept / store.projected_norms.clamp_min(1e-300), 0.0)
+        P = rows @ V.T
+        pairs = {"identity": torch.zeros_like(P), "hvp": -P.square(), "ggn": -P.square()}.get(method.hessian)
+        if pairs is None:
+            pairs = P * (V @ _row_sum(store, kept)) - P.square()
+        alone += weight * P
+        shared += factor * _reduced(pairs, method.pair_reduction, len(terms.ids))
+    factors = [1.0, method.joint_weight]
+    if method.standardise_terms:
+        spreads = [float((term - term.mean()).square().mean().sqrt()) for term in (terms.marginal, terms.joint)]
+        factors = [factor / spread if spread else 0.0 for factor, spread in zip(factors, spreads, strict=True)]
+    return factors[0] * alone - factors[1] * shared
+
+
 def full_sums(pool: Pool) -> Pool:
     """The same pool, whose stores also hold the unprojected sums of their rows."""
     return replaced(pool, gradients=pool.gradients.model_copy(update={"full_sum": True}))

@@ -15,6 +15,7 @@ intervals made in this way hold what they say is in `benchmarks/RESULTS.md`.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
@@ -32,8 +33,10 @@ DRAWS = 400
 LEVEL = 0.9
 WIDEST = 0.3  # of an interval whose ends are told
 _STEP = 0.05  # to which shares are told: the ends of an interval of 400 draws are known no better
-_FEWEST = 4  # units of a stratum: how 3 differ says little of how others would
+_LEAST_FREEDOM = 3  # degrees of freedom: how three targets differ says little of how others would
 _PAIRS = 100  # draws whose products tell the noise's dimensions
+# Rows whose new rankings stand for the pool's: their correlation is then known to 0.02.
+_MOST_ROWS, _FEWEST_ROWS, _ROWS_TIMES_OUTPUTS = 4000, 500, 40_000
 
 
 @dataclass(frozen=True)
@@ -77,10 +80,11 @@ class Reliability:
         return f"{self.units} {units} are too few to say how much of the ranking would come again with {new}: {advice}"
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able."""
-        found = {"over": self.over, "units": self.units, "level": LEVEL, "low": self.low, "middle": self.middle}
-        kept = None if self.kept is None else list(self.kept)
-        return found | {"high": self.high, "told": self.told, "words": self.words, "kept": kept}
+        """JSON-able, without the rows."""
+        return {
+            "over": self.over, "units": self.units, "level": LEVEL, "low": self.low, "middle": self.middle,
+            "high": self.high, "told": self.told, "words": self.words,
+        }  # fmt: skip
 
 
 _WORDS: dict[Over, tuple[str, str, str]] = {
@@ -98,13 +102,15 @@ def share_text(share: float) -> str:
     return f"{share:.0%}".replace("%", " %")
 
 
-def to_step(share: float, rounding: Any = round) -> float:
+def to_step(share: float, towards: Literal["nearest", "below", "above"] = "nearest") -> float:
     """A share between 0 and 1 in steps of 0.05.
 
-    >>> to_step(0.934), to_step(-0.2), to_step(0.93, math.floor)
-    (0.95, 0.0, 0.9)
+    >>> to_step(0.934), to_step(-0.2), to_step(0.93, "below"), to_step(0.85, "above")
+    (0.95, 0.0, 0.9, 0.85)
     """
-    return min(1.0, max(0.0, round(rounding(share / _STEP + (1e-9 if rounding is math.floor else 0)) * _STEP, 2)))
+    steps = round(share / _STEP, 6)  # 0.85 is a hair above 17 steps
+    whole = math.floor(steps) if towards == "below" else math.ceil(steps) if towards == "above" else round(steps)
+    return round(min(1.0, max(0.0, whole * _STEP)), 2)
 
 
 @dataclass(frozen=True)
@@ -120,31 +126,26 @@ class Strata:
     outputs: Tensor
 
     @classmethod
-    def of(cls, labels: Sequence[Hashable], *, maximum: bool) -> Strata:
-        """The mean within each label and their maximum, or the mean over all units."""
-        names = list(dict.fromkeys(labels))
+    def of(cls, labels: Sequence[Hashable | None], *, maximum: bool) -> Strata:
+        """The mean within each label and their maximum, or the mean over all units; a unit of None is in no mean."""
+        names = list(dict.fromkeys(label for label in labels if label is not None))
         own = torch.tensor([[float(label == name) for label in labels] for name in names], dtype=torch.float64)
         if not maximum:
-            own = torch.ones(1, len(labels), dtype=torch.float64)
+            own = own.sum(dim=0, keepdim=True)
         return cls(tuple(labels), own / own.sum(dim=1, keepdim=True))
 
     def freedom(self) -> Tensor:
-        """Degrees of freedom of each output's noise: Σ (n − 1) over its strata [output]."""
+        """Degrees of freedom of each output's noise, Σ (n − 1) over its strata [output]."""
         counts = {label: self.labels.count(label) for label in self.labels}
         each = torch.tensor([1 - 1 / counts[label] for label in self.labels], dtype=torch.float64)
         return (self.outputs != 0).double() @ each
-
-    @property
-    def enough(self) -> bool:
-        """Whether the units of some stratum of every output tell how others would differ."""
-        return bool((self.freedom() >= _FEWEST - 1).all())
 
 
 def resampling_weights(strata: Strata, draws: int, generator: np.random.Generator) -> Tensor:
     """What resampling the units within their strata adds to their weights of 1, float64 [unit draw].
 
-    √(n/(n − 1)) · (count − 1), so that Σ_unit w_unit parts_unit has the covariance of the mean of n new units about the
-    old, times n. A unit alone in its stratum has 0.
+    √(n/(n − 1)) · (count − 1), whose sums over units have the covariance of sums of new units. A unit that is alone in
+    its stratum has 0.
     """
     found = torch.zeros(len(strata.labels), draws, dtype=torch.float64)
     for label in dict.fromkeys(strata.labels):
@@ -169,7 +170,7 @@ def new_rankings(scores: Tensor, noise: Tensor, freedom: Tensor, generator: np.r
     same_size("row", "scores", x.shape[0], "noise", eps.shape[0])
     same_size("output", "scores", x.shape[1], "noise", eps.shape[1])
     best = torch.full((x.shape[0], eps.shape[2]), -torch.inf, dtype=torch.float64)
-    for output, f in enumerate(freedom.tolist()):
+    for output, f in enumerate(freedom.clamp_min(1).tolist()):
         own = eps[:, output].double()
         offset = x[:, output].mean()
         share, scale = _signal(x[:, output] - offset, own - own.mean(dim=0), f, generator)
@@ -215,6 +216,30 @@ def rank_correlations(old: Tensor, new: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Looked:
+    """The rows of a pool that new rankings are computed for: all of a small pool, else some of it and the chosen.
+
+    ids:     theirs
+    sampled: places of those that stand for the pool
+    pool:    how many rows there are in all
+    """
+
+    ids: tuple[str, ...]
+    sampled: tuple[int, ...]
+    pool: int
+
+    @classmethod
+    def at(cls, ids: Sequence[str], chosen: Sequence[str] = (), *, outputs: int = 1) -> Looked:
+        """Some of the ids, fewer where each has many outputs, and all that were chosen."""
+        most = max(_FEWEST_ROWS, min(_MOST_ROWS, _ROWS_TIMES_OUTPUTS // max(1, outputs)))
+        if len(ids) <= most:
+            return cls(tuple(ids), tuple(range(len(ids))), len(ids))
+        drawn = sorted(ids, key=lambda id_: hashlib.blake2b(id_.encode(), digest_size=8).digest())[:most]
+        rest = [id_ for id_ in chosen if id_ not in set(drawn)]
+        return cls((*drawn, *rest), tuple(range(most)), len(ids))
+
+
+@dataclass(frozen=True)
 class Choice:
     """What is asked of the rows that were chosen: how often a new ranking would choose them again.
 
@@ -234,41 +259,39 @@ def reliability_of(
     scores: Tensor,
     noise: Tensor,
     freedom: Tensor,
+    looked: Looked,
+    *,
     over: Over,
     units: int,
-    *,
-    seed: int = 0,
-    pool: int | None = None,
-    sampled: Sequence[int] | None = None,
     choice: Choice | None = None,
+    seed: int = 0,
 ) -> Reliability:
     """How the ranking and the choice would come out again.
 
     Args:
-        scores, noise, freedom: as for `new_rankings`, of some rows or all.
+        scores, noise, freedom: as for `new_rankings`.
+        looked: at which rows.
         over, units: what is new.
-        seed: of the draws.
-        pool: how many rows there are in all; None: those of `scores`.
-        sampled: places of the rows that stand for the pool; None: all do.
         choice: what was chosen, if anything.
+        seed: of the draws.
     """
-    generator = np.random.default_rng(seed)
-    new = new_rankings(scores, noise, freedom, generator)
-    old = scores.double().amax(dim=1)
-    places = torch.arange(len(old)) if sampled is None else torch.tensor(list(sampled))
+    new = new_rankings(scores, noise, freedom, np.random.default_rng(seed))
+    old, places = scores.double().amax(dim=1), list(looked.sampled)
     found = rank_correlations(old[places], new[places]).numpy()
     low, middle, high = np.quantile(found, [(1 - LEVEL) / 2, 0.5, (1 + LEVEL) / 2]).tolist()
+    if float(freedom.min()) < _LEAST_FREEDOM:
+        low, high = 0.0, 1.0
     kept = None
     if choice is not None:
-        kept = tuple(to_step(share) for share in _kept(new, places, pool or len(old), choice).tolist())
-    return Reliability(over, units, to_step(low, math.floor), to_step(middle), to_step(high, math.ceil), kept)
+        kept = tuple(to_step(share) for share in _kept(new, looked, choice).tolist())
+    return Reliability(over, units, to_step(low, "below"), to_step(middle), to_step(high, "above"), kept)
 
 
-def _kept(new: Tensor, places: Tensor, pool: int, choice: Choice) -> Tensor:
+def _kept(new: Tensor, looked: Looked, choice: Choice) -> Tensor:
     """Share of draws in which each chosen row is among the highest [chosen]."""
     values = new if choice.bonus is None else new + choice.bonus[:, None]
-    of_pool = values[places]
-    rank = max(1, round(choice.count * len(of_pool) / pool))
+    of_pool = values[list(looked.sampled)]
+    rank = max(1, round(choice.count * len(of_pool) / looked.pool))
     least = of_pool.topk(min(rank, len(of_pool)), dim=0).values[-1]
     own = values[list(choice.rows)]
     chosen = own >= least

@@ -25,7 +25,7 @@ from gradsift.influence.bm25 import BM25, bm25_scores, conversation_text, model_
 from gradsift.influence.datainf import DataInf, ProjectedInverse, datainf_directions, inverse_directions
 from gradsift.influence.deita import DEITA
 from gradsift.influence.dsir import DSIR, dsir_log_ratios, hashed_counts
-from gradsift.influence.ji2s import JI2S, JointTerms, joint_factors, joint_terms, joint_warnings
+from gradsift.influence.ji2s import JI2S, JointTerms, joint_factors, joint_parts, joint_terms, joint_warnings
 from gradsift.influence.less import LESS
 from gradsift.influence.nice import NICE, NICEIF, PolicyTargets, TargetsByCheckpoint, check_server, signal_warnings
 from gradsift.influence.products import inner_products
@@ -33,6 +33,7 @@ from gradsift.influence.prompts import Prompts, PromptTarget, RewardSummary
 from gradsift.influence.random import Random, random_scores
 from gradsift.influence.ratings import Ratings, rate
 from gradsift.influence.rds import RDS, embedding_identity, kept_embeddings, rds_scores
+from gradsift.influence.reliability import Strata
 from gradsift.influence.trak import TRAK, doubt_of, trak_kernel
 from gradsift.run import revised
 from gradsift.store.gradient_store import GradientStore
@@ -65,6 +66,9 @@ class Scores:
     warnings:   what a reader should know
     rewards:    for NICE, what sampled responses earned, per checkpoint
     left_out:   rows that a judge or a function could not rate, with reasons
+    aggregation: over targets, as it was asked for
+    strata:     which targets the aggregate is made of, and how; None where there is none
+    terms:      for JI2S, its two terms
     """
 
     ids: list[str]
@@ -78,6 +82,9 @@ class Scores:
     warnings: tuple[str, ...] = ()
     rewards: tuple[RewardSummary, ...] = ()
     left_out: tuple[Skipped, ...] = ()
+    aggregation: Aggregation = "max_of_means"
+    strata: Strata | None = field(default=None, repr=False, compare=False)
+    terms: JointTerms | None = field(default=None, repr=False, compare=False)
     pool: Pool | None = field(default=None, repr=False, compare=False)
     target: Target | PromptTarget | None = field(default=None, repr=False, compare=False)
 
@@ -212,6 +219,9 @@ def score(
         warnings=tuple(warnings),
         rewards=tuple(policy.summaries) if policy else (),
         left_out=ratings.left_out if ratings else (),
+        aggregation=aggregation,
+        strata=_strata_of(target, method, aggregation, policy),
+        terms=terms,
         pool=pool,
         target=target,
     )
@@ -281,9 +291,77 @@ def aggregated(
     tensor = torch.from_numpy(matrix)
     if aggregation == "mean" or not subtasks:
         return mean_over_targets(tensor).numpy()
-    speaking = set(subtasks) if live is None else {name for name, own in zip(subtasks, live, strict=True) if own}
+    speaking = _speaking(subtasks, live)
     kept = [number for number, name in enumerate(subtasks) if name in speaking]
     return max_of_means(tensor[:, kept], [subtasks[number] for number in kept]).numpy()
+
+
+def _speaking(subtasks: SequenceABC[str], live: SequenceABC[bool] | None) -> set[str]:
+    """The subtasks that the maximum is over."""
+    return set(subtasks) if live is None else {name for name, own in zip(subtasks, live, strict=True) if own}
+
+
+def strata_of(
+    count: int, subtasks: SequenceABC[str] | None, aggregation: Aggregation, live: SequenceABC[bool] | None = None
+) -> Strata:
+    """As `aggregated`: which means over targets a score is the maximum of, and that targets stand for their subtask."""
+    if not subtasks:
+        return Strata.of([""] * count, maximum=False)
+    if aggregation == "mean":
+        return Strata.of(subtasks, maximum=False)
+    speaking = _speaking(subtasks, live)
+    return Strata.of([name if name in speaking else None for name in subtasks], maximum=True)
+
+
+def _strata_of(
+    target: Target | PromptTarget | None, method: Method, aggregation: Aggregation, policy: PolicyTargets | None
+) -> Strata | None:
+    if target is None or not needs_target(method):
+        return None
+    if isinstance(method, JI2S | DSIR):  # which know no subtasks
+        return strata_of(len(target.data), None, "mean")
+    return strata_of(len(target.data), target.subtasks, aggregation, policy.live if policy else None)
+
+
+def target_parts(scores: Scores, ids: SequenceABC[str]) -> NDArray[np.float64] | None:
+    """What each target adds to the scores of some rows, float64 `[row target]`; None for methods without targets.
+
+    Their mean over targets (by `Scores.strata`) is the score. For JI2S the spreads that terms are divided by are held,
+    see `joint_parts`; for DSIR they are the jackknife's pseudo-values, Q·s − (Q − 1)·s without the target.
+    """
+    if scores.strata is None or scores.pool is None or scores.target is None:
+        return None
+    place = {id_: position for position, id_ in enumerate(scores.ids)}
+    rows = [place[id_] for id_ in ids]
+    if scores.per_target is not None:
+        return scores.per_target[rows].astype(np.float64)
+    parts = _parts_of_whole(scores, scores.pool, scores.target, ids)
+    return parts + (scores.aggregate[rows] - parts.mean(axis=1))[:, None]
+
+
+def _parts_of_whole(
+    scores: Scores, pool: Pool, target: Target | PromptTarget, ids: SequenceABC[str]
+) -> NDArray[np.float64]:
+    """How the targets' parts in scores of all of them differ, float64 `[row target]`."""
+    method = scores.method
+    if isinstance(method, JI2S):
+        assert scores.terms is not None
+        targets = target_sources(pool, target, method)
+        assert not isinstance(targets, PolicyTargets), targets
+        checkpoints = pool.checkpoints()[-1:] if at_last_checkpoint(method) else pool.checkpoints()
+        weights = checkpoint_weights(checkpoints)
+        return joint_parts(pool, targets, method, checkpoints, weights, scores.terms, ids).numpy()
+    assert isinstance(method, DSIR), method
+    rows, queries = (hashed_counts(_conversations(data), method.buckets) for data in (pool.data, target.data))
+    places, count = pool.data.positions(ids), len(target.data)
+    whole = dsir_log_ratios(rows, queries, smoothing=method.smoothing)[places]
+    parts = np.empty((len(places), count))
+    for number in range(count):
+        others = queries[[other for other in range(count) if other != number]]
+        there = count > 1 and others.sum() > 0
+        without = dsir_log_ratios(rows, others, smoothing=method.smoothing)[places] if there else whole
+        parts[:, number] = count * whole - (count - 1) * without
+    return parts
 
 
 def target_sources(

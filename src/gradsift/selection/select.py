@@ -117,13 +117,17 @@ Selector = Annotated[SelectionMethod, Field(discriminator="kind")]
 
 @dataclass(frozen=True)
 class Selection:
-    """Chosen examples in the order they were chosen, with score and rank in the whole pool."""
+    """Chosen examples in the order they were chosen, with score and rank in the whole pool.
+
+    budget: how many were asked for
+    """
 
     ids: list[str]
     scores: list[float]
     ranks: list[int]
     method: SelectionMethod
     estimator: str
+    budget: int
     pool: Pool | None = field(default=None, repr=False, compare=False)
 
     def __len__(self) -> int:
@@ -217,6 +221,7 @@ def select(scores: Scores, method: SelectionMethod | None = None, *, budget: flo
         ranks=[int(ranks[p]) for p in positions],
         method=method,
         estimator=scores.method.label,
+        budget=count,
         pool=scores.pool,
     )
 

@@ -273,14 +273,24 @@ class _Resampling:
             directions = torch.zeros(1 + DRAWS, store.dim)
             for share, (rows, draws) in zip(own.tolist(), parts, strict=True):
                 if share and len(rows):
-                    scale = share
-                    if normalise:
-                        norm = float(torch.linalg.vector_norm(draws[0].float() @ rows))
-                        scale = share / norm if norm else 0.0
-                    directions += (scale * draws).float() @ rows
+                    scales = _scales(rows, draws) if normalise else 1.0
+                    directions += (share * scales * draws).float() @ rows
             if isinstance(method, NICEIF):
                 directions = datainf_directions(store, directions, method.damping, device=pool.device)
             self.scores[:, output] += weight * (looked @ directions.T)
+
+
+def _scales(rows: Tensor, draws: Tensor) -> Tensor:
+    """1/‖g‖ of a prompt's gradient, and what new samples add over the norm that they would give it [draw 1].
+
+    That is at least the noise's own, below which ‖g‖ may fall by chance.
+    """
+    products = rows.double() @ rows.double().T
+    squares = ((draws @ products) * draws).sum(dim=1)
+    norm, noise = float(squares[0].clamp_min(0).sqrt()), float(squares[1:].mean().clamp_min(0).sqrt())
+    scales = torch.full((len(draws), 1), 1 / max(norm, noise) if norm else 0.0, dtype=torch.float64)
+    scales[0] = 1 / norm if norm else 0.0
+    return scales
 
 
 def _looked(pool: Pool, method: PolicyMethod, checkpoints: SequenceABC[Checkpoint], strata: Strata) -> Looked:

@@ -84,7 +84,8 @@ def run_train(
                     merge(pool.model, trained.path, folders[seed], dtype=pool.dtype, device=pool.device)
                 )
             found.append(entry)
-            pool.run.publish_json("training.json", {"trained": found})
+            trained_on = {"pool": pool.data.description, "chosen": file}
+            pool.run.publish_json("training.json", {"command": "train", **trained_on, "trained": found})
     return found
 
 
@@ -118,7 +119,8 @@ def run_evaluate(
 
 def evaluations_as_dict(found: Sequence[Evaluation], failures: Sequence[str]) -> dict[str, Any]:
     """What `--json` prints."""
-    return {"evaluations": [evaluation.as_dict() for evaluation in found], "failures": list(failures)}
+    evaluations = [evaluation.as_dict() for evaluation in found]
+    return {"command": "evaluate", "evaluations": evaluations, "failures": list(failures)}
 
 
 def print_trained(found: Sequence[Mapping[str, Any]]) -> None:

@@ -28,7 +28,7 @@ from gradsift.pages import write_pages
 from gradsift.progress import Reporter, silent
 from gradsift.recipe import Recipe
 from gradsift.report_data import write_results
-from gradsift.results import Result, diagnostics, reasons, write_skipped
+from gradsift.results import Result, diagnostics, reasons, remove_outdated, summary, write_skipped
 from gradsift.run import Run
 from gradsift.selection.select import TopK, budget_count, check_selection, select
 from gradsift.selection.trust import sample_reliability, target_reliability
@@ -65,7 +65,7 @@ def open_recipe(recipe: Recipe, reporter: Reporter | None = None, *, announce: b
     )
     if announce:
         say_skipped(pool.data.skipped, "pool", len(pool.data), reporter)
-        write_skipped(Result(recipe, pool))
+        write_skipped(Result(recipe, pool, ""))
     return pool
 
 
@@ -104,16 +104,20 @@ def open_recipe_target(recipe: Recipe, pool: Pool, *, rewarded: bool = True) -> 
 
 
 def run_score(recipe: Recipe, reporter: Reporter | None = None) -> Result:
-    """Score the pool for the target with the recipe's estimator and its controls; writes scores.parquet."""
+    """Score the pool for the target with the recipe's estimator and its controls: scores.parquet, summary.json."""
     reporter = reporter or silent()
+    start = time.monotonic()
     _check_methods(recipe)
     with Run(recipe.out).lock():
-        result = score_all(recipe, reporter)
+        result = score_all(recipe, reporter, command="score")
         trust(result)
+        remove_outdated(result)
+        result.seconds = time.monotonic() - start
+        result.pool.run.publish_json("summary.json", summary(result))
     return result
 
 
-def run_select(recipe: Recipe, reporter: Reporter | None = None) -> Result:
+def run_select(recipe: Recipe, reporter: Reporter | None = None, *, command: str = "select") -> Result:
     """Score, choose, and report: scores.parquet, selected.jsonl, skipped.jsonl, summary.json, report.html.
 
     The controls choose the same number of examples as the estimator, so that its choice can be compared with theirs.
@@ -124,7 +128,7 @@ def run_select(recipe: Recipe, reporter: Reporter | None = None) -> Result:
     if recipe.explain is not None:
         explain_questions(recipe)
     with Run(recipe.out).lock():
-        result = score_all(recipe, reporter)
+        result = score_all(recipe, reporter, command=command)
         choose(result)
         trust(result)
         if recipe.explain is not None:
@@ -134,15 +138,22 @@ def run_select(recipe: Recipe, reporter: Reporter | None = None) -> Result:
     return result
 
 
-def run_explain(recipe: Recipe, reporter: Reporter | None = None) -> Result:
-    """Explain the recipe's prompts: explanations.jsonl and .parquet, relevance.json, the pages, report.html."""
+def run_explain(recipe: Recipe, reporter: Reporter | None = None, *, command: str | None = None) -> Result:
+    """Explain the recipe's prompts: explanations.jsonl and .parquet, relevance.json, the pages, report.html.
+
+    Args:
+        recipe: with `explain:`.
+        reporter: where progress goes.
+        command: whose result it is; `explain`, or `validate` where the recipe asks for that.
+    """
     reporter = reporter or silent()
     start = time.monotonic()
     if recipe.explain is None:
         raise ConfigError("nothing to explain: give --prompt or --target, or `explain:` in the recipe")
     explain_questions(recipe)  # refused before anything heavy
     with Run(recipe.out).lock():
-        result = Result(recipe, open_recipe(recipe, reporter))
+        named = command or ("validate" if recipe.explain.validation is not None else "explain")
+        result = Result(recipe, open_recipe(recipe, reporter), named)
         explain_into(result)
         result.seconds = time.monotonic() - start
         write_results(result)
@@ -157,11 +168,11 @@ def run_recipe(recipe: Recipe, reporter: Reporter | None = None) -> Result:
     if recipe.compare is not None and reporter is not None:
         reporter.say("this recipe also has `compare:`, which run leaves out: `gradsift compare` with it does that")
     if recipe.target is not None or (recipe.explain is None and not needs_target(recipe.estimator)):
-        return run_select(recipe, reporter)
-    return run_explain(recipe, reporter)
+        return run_select(recipe, reporter, command="run")
+    return run_explain(recipe, reporter, command="run")
 
 
-def score_all(recipe: Recipe, reporter: Reporter) -> Result:
+def score_all(recipe: Recipe, reporter: Reporter, *, command: str) -> Result:
     """The pool scored for the target by the estimator and every control; the caller holds the run's lock."""
     pool = open_recipe(recipe, reporter)
     if recipe.target is None and not needs_target(recipe.estimator):
@@ -169,7 +180,7 @@ def score_all(recipe: Recipe, reporter: Reporter) -> Result:
         recipe = recipe.model_copy(update={"controls": tuple(c for c in recipe.controls if not needs_target(c))})
     else:
         target = open_recipe_target(recipe, pool)
-    result = Result(recipe, pool, target)
+    result = Result(recipe, pool, command, target)
     _check_sizes(result)
     if target is not None:
         say_skipped(target.data.skipped, "target", len(target.data), reporter)

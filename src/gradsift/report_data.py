@@ -38,6 +38,7 @@ from gradsift.results import (
     Result,
     own_columns,
     reliability_sentences,
+    remove_outdated,
     shares,
     shown_budget,
     strategy_note,
@@ -54,6 +55,7 @@ def write_results(result: Result) -> None:
     """skipped.jsonl, summary.json, report.html and report.json, from which the page can be written again."""
     run = result.pool.run
     write_skipped(result)
+    remove_outdated(result)
     data = _with_earlier(result, report_data(result))
     run.storage.publish("report.json", TypeAdapter(ReportData).dump_json(data))
     run.publish_text("report.html", render(data))
@@ -69,13 +71,16 @@ def _with_earlier(result: Result, data: ReportData) -> ReportData:
         earlier = TypeAdapter(ReportData).validate_json(storage.read("report.json"))
     except ValidationError:
         return data
+    of_both = " and ".join(facts["command"] for facts in (earlier.facts, data.facts) if "command" in facts)
     if data.choices or not earlier.choices:
-        return replace(data, explained=data.explained or earlier.explained)
+        if data.explained or not earlier.explained:
+            return data
+        return replace(data, explained=earlier.explained, facts={**data.facts, "command": of_both})
     return replace(
         earlier,
         title="gradsift: training examples for a target, and outputs explained",
         summary=[*earlier.summary[:1], *data.summary],
-        facts={**data.facts, **earlier.facts, "time": data.facts["time"]},
+        facts={**data.facts, **earlier.facts, "command": of_both, "time": data.facts["time"]},
         explained=data.explained,
         created=data.created,
     )
@@ -114,6 +119,7 @@ def report_data(result: Result) -> ReportData:
     pool, recipe = result.pool, result.recipe
     by_scores = dict(zip((entry.method.label for entry in result.scores), result.scores, strict=True))
     facts = {
+        "command": result.command,
         "model": recipe.model,
         "pool": f"{pool.data.description}: {len(pool.data)} used, {int(pool.data.lengths.sum()):,} tokens",
     }

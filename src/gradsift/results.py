@@ -35,7 +35,7 @@ FILES = {
     "explanations.parquet": "the same as a table",
     "relevance.json": "selection relevance by estimator, strategy and k",
     "validation.json": "what one training step on each selection does",
-    "diagnostics.json": "rewards per checkpoint, and how far the ranking can be trusted",
+    "diagnostics.json": "how far the ranking and the choice can be trusted",
     "responses.jsonl": "every sampled response, with its reward where it has one",
     "rewards.json": "what the responses of each checkpoint earn",
     "skipped.jsonl": "rows left out, with reasons",
@@ -47,10 +47,14 @@ FILES = {
 
 @dataclass
 class Result:
-    """What a job made, for printing, for `--json` and for the page."""
+    """What a job made, for printing, for `--json` and for the page.
+
+    command: whose result it is
+    """
 
     recipe: Recipe
     pool: Pool
+    command: str
     target: Target | PromptTarget | None = None
     scores: list[Scores] = field(default_factory=list)
     selections: list[Selection] = field(default_factory=list)
@@ -114,12 +118,13 @@ def summary(result: Result) -> dict[str, Any]:
     """The result as JSON: what `--json` prints."""
     run = result.pool.run
     content: dict[str, Any] = {
+        "command": result.command,
         "out": run.place,
         "pool": {"rows": len(result.pool.data), "description": result.pool.data.description},
         "skipped": count_reasons(result.skipped),
         "warnings": result.warnings,
         "seconds": round(result.seconds, 2),
-        "files": {name: run.name(name) for name in FILES if name in {*files_of(result), "report.html"}},
+        "files": {name: run.name(name) for name in files_of(result)},
     }
     if result.target is not None:
         content["target"] = {"rows": len(result.target.data), "description": result.target.data.description}
@@ -162,18 +167,58 @@ def summary(result: Result) -> dict[str, Any]:
 
 
 def files_of(result: Result) -> list[str]:
-    """The run's files of this result and of earlier ones, less what earlier ones say of other explanations."""
-    outdated: set[str] = set()
+    """The run's files that hold this result."""
+    made = {
+        "selected.jsonl": bool(result.selections),
+        "scores.parquet": bool(result.scores),
+        "explanations.jsonl": result.explanations is not None,
+        "explanations.parquet": result.explanations is not None,
+        "relevance.json": result.relevance is not None,
+        "validation.json": result.validation is not None,
+        "diagnostics.json": bool(result.reliability),
+        "skipped.jsonl": True,
+        "report.html": bool(result.selections) or result.explanations is not None,
+    }
+    return [name for name in FILES if made.get(name, name in result.pages)]
+
+
+def remove_outdated(result: Result) -> None:
+    """Remove files of earlier results that this one has put others in place of.
+
+    Scores go with the choice by them and what says how far they can be trusted, explanations with their relevance,
+    their validation and their pages. A choice stays where the new scores are those that it was made by.
+    """
+    storage, made = result.pool.run.storage, {*files_of(result), *result.pages}
+    gone: list[str] = []
+    if result.scores:
+        gone += ["diagnostics.json"] + ["selected.jsonl"] * (not _still_chosen(result))
     if result.explanations is not None:
-        outdated = {"explanation.html", "relevance.html"} - set(result.pages)
-        outdated |= {"validation.json"} if result.validation is None else set()
-    return [name for name in FILES if name not in outdated and result.pool.run.storage.exists(name)]
+        gone += ["relevance.json", "validation.json"]
+        gone += [name for page in ("explanation", "relevance") for name in (f"{page}.html", f"{page}.page.json")]
+        gone += [key for key in storage.list("explanations/") if key.count("/") == 1]
+    for key in gone:
+        if key not in made and f"{key.removesuffix('.page.json')}.html" not in made:
+            storage.delete(key)
+
+
+def _still_chosen(result: Result) -> bool:
+    """Whether the rows of selected.jsonl have the scores and ranks that the estimator gives them now."""
+    storage, scores = result.pool.run.storage, result.scores[0]
+    if not storage.exists("selected.jsonl"):
+        return False
+    known = dict(zip(scores.ids, zip(scores.aggregate.tolist(), scores.ranks().tolist(), strict=True), strict=True))
+    try:
+        rows = [json.loads(line) for line in storage.read("selected.jsonl").decode().splitlines()]
+        return all(known.get(row["gradsift_id"]) == (row["gradsift_score"], row["gradsift_rank"]) for row in rows)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False
 
 
 def diagnostics(result: Result) -> dict[str, Any]:
     """diagnostics.json: how far the estimator's ranking, and the choice by it, can be trusted."""
     chosen = result.selections[0].ids if result.selections else []
     content: dict[str, Any] = {
+        "command": result.command,
         "method": result.scores[0].method.label,
         "scores": result.scores[0].fingerprint,
         "reliability": [one.as_dict() for one in result.reliability],

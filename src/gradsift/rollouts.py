@@ -188,7 +188,7 @@ def _rollouts(recipe: Recipe, reporter: Reporter, *, rewarded: bool) -> Rollouts
         if rewarded:
             target.check_reward()
         say_skipped(target.data.skipped, "target", len(target.data), reporter)
-        write_skipped(Result(recipe, pool, target))
+        write_skipped(Result(recipe, pool, "", target))
         targets = PolicyTargets(pool, target, method)
         checkpoints = _checkpoints(pool, method)
         names = _names(checkpoints, method)
@@ -268,7 +268,12 @@ def _warnings(rollouts: list[Rollout], method: PolicyMethod) -> list[str]:
 def _write(result: Rollouts) -> None:
     run = result.pool.run
     if result.rewarded:
-        content = {"reward": result.target.reward_identity(), "warnings": list(result.warnings)}
+        content = {
+            "command": "reward",
+            "target": result.target.data.description,
+            "reward": result.target.reward_identity(),
+            "warnings": list(result.warnings),
+        }
         run.publish_json("rewards.json", content | {"checkpoints": [r.as_dict() for r in result.checkpoints]})
     else:
         run.storage.delete("rewards.json")  # of other responses than those that responses.jsonl holds from here on

@@ -294,21 +294,30 @@ def test_a_choice_and_an_explanation_share_a_report(tiny: World, tmp_path: Path)
     command(tiny, "explain", second, *prompt).succeeded()
     found = tiny("select", second, *adapter, "--json").succeeded().json
     both(second)
-    assert {"explanation.html", "explanations.jsonl", "selected.jsonl"} <= set(found["files"])
+    assert set(found["files"]) == {
+        "selected.jsonl", "scores.parquet", "diagnostics.json", "skipped.jsonl", "report.html",
+    }  # fmt: skip
     command(tiny, "explain", second, "--use-answers", "--pages", 0, target=tiny.target).succeeded()
     assert "4 outputs explained" in Page(second / "report.html").text
     assert "3 of 24 training examples chosen" in Page(second / "report.html").text
 
 
-def test_files_of_other_explanations_are_not_listed(tiny: World, tmp_path: Path) -> None:
-    """A page or a validation of earlier questions stays in the folder, but is not among the later one's results."""
-    target = ("--use-answers", "-k", 1, "--pages", 0, "-s", "most_helpful", "--random-sets", 1)
-    before = strictly(command(tiny, "validate", tmp_path, *target, "--json", target=tiny.target))["files"]
-    assert {"relevance.html", "validation.json"} <= set(before)
-    after = explained(tiny, tmp_path, "--prompt", "what says the cow", "-k", 1)["files"]
-    assert "explanation.html" in after
-    assert not {"relevance.html", "validation.json"} & set(after)
-    assert (tmp_path / "validation.json").exists()
+def test_files_of_other_explanations_go(tiny: World, tmp_path: Path) -> None:
+    """Pages and a validation of earlier questions are neither among the later one's results nor in the folder."""
+    target = ("--use-answers", "-k", 1, "--pages", 1, "-s", "most_helpful", "--random-sets", 1)
+    first = strictly(command(tiny, "validate", tmp_path, *target, "--json", target=tiny.target))
+    assert first["command"] == "validate"
+    assert {"relevance.html", "validation.json"} <= set(first["files"])
+    pages = {"relevance.html", "relevance.page.json", "explanations/t0.html", "explanations/t0.page.json"}
+    assert all((tmp_path / name).exists() for name in (*pages, "validation.json"))
+    second = explained(tiny, tmp_path, "--prompt", "what says the cow", "-k", 1)
+    assert set(second["files"]) == {"explanations.jsonl", "explanations.parquet", "relevance.json", "skipped.jsonl",
+                                    "explanation.html", "report.html"}  # fmt: skip
+    assert not any((tmp_path / name).exists() for name in (*pages, "validation.json"))
+    assert json.loads((tmp_path / "summary.json").read_text())["files"] == second["files"]
+    again = explained(tiny, tmp_path, "--use-answers", "-k", 1, "--pages", 1, target=tiny.target)["files"]
+    assert "explanation.html" not in again
+    assert not (tmp_path / "explanation.html").exists()
 
 
 def test_prompts_from_the_rows_that_the_pool_sample_left_out(tiny: World, tmp_path: Path) -> None:

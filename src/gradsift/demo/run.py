@@ -49,7 +49,7 @@ def run_demo(out: str = "runs/demo", *, model: str | None = None, reporter: Repo
     data = resources.files("gradsift.demo") / "data"
     with resources.as_file(data) as folder, Run(out).lock():
         recipe = demo_recipe(out, model or str(demo_model(reporter)), folder)
-        result = score_all(recipe, reporter)
+        result = score_all(recipe, reporter, command="demo")
         choose(result)
         trust(result)
         _fine_tune(result, folder / "target_heldout.jsonl", reporter)

@@ -250,6 +250,8 @@ _OPTION_OF = {
     "estimator.sampling.max_new_tokens": "--response-tokens",
     "estimator.assistant.sampling.max_new_tokens": "--response-tokens",
     "estimator.assistant.sampling": "--sampling",
+    "estimator.sampling.seed": "--sampling-seed",
+    "estimator.assistant.sampling.seed": "--sampling-seed",
     "estimator.assistant.model.endpoint.base_url": "--assistant-url",
     "estimator.server.base_url": "--server-url",
     "judge.model": "--judge-model",

@@ -261,11 +261,12 @@ def sampling_of(given: Mapping[str, Any]) -> Sampling:
         ConfigError: settings that do not go together.
     """
     fields = sampling_fields(given)
-    if given.get("sampling") is None and not {"samples", "temperature"} & set(fields):
+    drawn = given.get("sampling") is not None or bool({"samples", "temperature"} & set(fields))
+    if not drawn or fields.get("temperature") == 0:
+        if "seed" in fields:
+            raise ConfigError("--sampling-seed: the likeliest response takes no luck: give --samples, or leave it out")
         return _greedy(given.get("response_tokens"))
-    if fields.get("temperature") == 0:
-        return _greedy(given.get("response_tokens"))
-    fields |= {"preset": given.get("sampling") or "general", "seed": given.get("seed") or 0}
+    fields = {"preset": given.get("sampling") or "general", "seed": given.get("seed") or 0, **fields}
     found: Sampling = _checked(TypeAdapter(Sampling), fields, "--sampling")
     return found
 

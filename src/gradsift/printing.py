@@ -9,7 +9,6 @@ from typing import Any
 from gradsift.explanation.explain import Explanations, StrategyResult
 from gradsift.explanation.table import RelevanceTable
 from gradsift.influence.diagnostics import PolicyDiagnostics
-from gradsift.influence.reliability import share_text
 from gradsift.progress import visible
 from gradsift.report.terminal import console, decibels, first_words, on_one_line, shares_text, table
 from gradsift.results import (
@@ -31,7 +30,7 @@ def print_result(result: Result) -> None:
     if result.selections:
         chosen, kept = result.selections[0], result.kept
         rows = [
-            (n + 1, f"{value:+.4f}", rank, *(share_text(shares[n]) for shares in kept.values()), id_,
+            (n + 1, f"{value:+.4f}", rank, *(f"{shares[n]:.0%}" for shares in kept.values()), id_,
              first_words(data.messages(id_), "user"))
             for n, (id_, value, rank) in enumerate(zip(chosen.ids[:10], chosen.scores, chosen.ranks, strict=False))
         ]  # fmt: skip

@@ -74,7 +74,7 @@ class Reliability:
         new, units, advice = _WORDS[self.over]
         if self.told:
             return (
-                f"with {new}, {share_text(self.low)} to {share_text(self.high)} of the ranking's variance would come "
+                f"with {new}, {self.low:.0%} to {self.high:.0%} of the ranking's variance would come "
                 f"again ({LEVEL:.0%} interval, from {self.units} {units})"
             )
         return f"{self.units} {units} are too few to say how much of the ranking would come again with {new}: {advice}"
@@ -91,15 +91,6 @@ _WORDS: dict[Over, tuple[str, str, str]] = {
     "samples": ("new samples of the same prompts", "responses", "sample more (--samples), or use more prompts"),
     "targets": ("other targets of the same kind", "targets", "give more of them, in fewer subtasks"),
 }
-
-
-def share_text(share: float) -> str:
-    """A share as terminal, page and sentences write it.
-
-    >>> share_text(0.85)
-    '85 %'
-    """
-    return f"{share:.0%}".replace("%", " %")
 
 
 def to_step(share: float, towards: Literal["nearest", "below", "above"] = "nearest") -> float:

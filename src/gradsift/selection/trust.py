@@ -37,7 +37,7 @@ def target_reliability(scores: Scores, selection: Selection | None = None) -> Re
 
     Example:
         >>> target_reliability(scores).words  # doctest: +SKIP
-        'with other targets of the same kind, 80 % to 95 % of the ranking's variance would come again (…)'
+        'with other targets of the same kind, 80% to 95% of the ranking's variance would come again (…)'
     """
     if scores.strata is None or scores.target is None:
         return None

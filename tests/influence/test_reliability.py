@@ -17,6 +17,7 @@ from gradsift.influence.reliability import (
     Reliability,
     Strata,
     new_rankings,
+    noise_dimensions,
     rank_correlations,
     reliability_of,
     resampling_weights,
@@ -164,8 +165,23 @@ def test_new_rankings_keep_the_offset_between_subtasks() -> None:
     noise = torch.randn(200, 2, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 0.01
     new = new_rankings(x, noise, torch.tensor([9.0, 9.0]), np.random.default_rng(0))
     assert new.mean() == pytest.approx(5, abs=0.01)
+    assert rank_correlations(x[:, 0], new).mean() < 0.35  # all of the order is noise, and the lead is no order
     with pytest.raises(ShapeError, match="the axis 'output' has 2 entries in scores and 1 in noise"):
         new_rankings(x, noise[:, :1], torch.tensor([9.0, 9.0]), np.random.default_rng(0))
+
+
+def test_dimensions_of_noise_are_those_of_its_covariance() -> None:
+    """However few the units: the mean estimate from six is near the truth, which their own covariance cannot show."""
+    spread = torch.arange(1, 61, dtype=torch.float64) ** -0.25
+    truth = float(spread.square().sum() ** 2 / (spread**4).sum())
+    strata, found = Strata.of([""] * 6, maximum=False), []
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        parts = spread[:, None] * torch.randn(60, 6, dtype=torch.float64, generator=generator)
+        noise = parts @ resampling_weights(strata, DRAWS, np.random.default_rng(seed))
+        found.append(1 / noise_dimensions(noise, 5.0))
+    assert truth > 30
+    assert 1 / np.mean(found) == pytest.approx(truth, rel=0.4)
 
 
 def test_rank_correlations_are_spearmans() -> None:
@@ -223,5 +239,7 @@ def test_choices_with_a_bound_or_luck() -> None:
 def test_shares_are_told_in_steps() -> None:
     """Ends of intervals are moved outwards, other shares to the nearest twentieth."""
     assert [to_step(0.62, "below"), to_step(0.62, "above"), to_step(0.62)] == [0.6, 0.65, 0.6]
-    assert [to_step(share / 20, "above") for share in range(21)] == [round(share / 20, 2) for share in range(21)]
+    steps = [round(step * 0.05, 2) for step in range(21)]
+    for towards in ("below", "nearest", "above"):
+        assert [to_step(step * 0.05, towards) for step in range(21)] == steps
     assert [to_step(-0.3), to_step(1.2)] == [0.0, 1.0]

@@ -175,17 +175,26 @@ def _signal(x: Tensor, noise: Tensor, f: float, generator: np.random.Generator) 
     draws, energy = noise.shape[1], float(noise.square().sum(dim=0).mean())
     if energy == 0.0 or float(x.square().sum()) == 0.0:
         return torch.full((draws,), float(energy == 0.0), dtype=torch.float64), torch.ones(draws, dtype=torch.float64)
-    some = noise[:, :_PAIRS]
-    products = (some.T @ some).square()
-    pairs = float((products.sum() - products.diagonal().sum()) / (len(products) * (len(products) - 1)))
-    squares = pairs
-    if f > 1:  # tr Σ̂² holds (tr Σ)²/f beside tr Σ²
-        squares = (pairs - energy**2 / f) * f**2 / ((f - 1) * (f + 2))
-    dimensions = energy**2 / min(max(squares, energy**2 / 200, pairs / 20), energy**2)
+    dimensions = noise_dimensions(noise, f)
     seen = generator.chisquare(dimensions, draws) / dimensions
     known = torch.from_numpy(generator.chisquare(dimensions * f, draws) / (dimensions * f))
     ratio = torch.from_numpy(seen) / known * (energy / float(x.square().sum()))
     return (1 - ratio).clamp(0, 1), known.rsqrt()
+
+
+def noise_dimensions(noise: Tensor, freedom: float) -> float:
+    """Effective number of dimensions ν = (tr Σ)²/tr Σ² of noise, between 1 and 200.
+
+    Args:
+        noise: resampled, [row draw].
+        freedom: f of the covariance that it is drawn with, whose own tr Σ̂² holds (tr Σ)²/f beside tr Σ².
+    """
+    energy, some = float(noise.square().sum(dim=0).mean()), noise[:, :_PAIRS]
+    products = (some.T @ some).square()
+    squares = found = float((products.sum() - products.diagonal().sum()) / (len(products) * (len(products) - 1)))
+    if freedom > 1:
+        squares = (found - energy**2 / freedom) * freedom**2 / ((freedom - 1) * (freedom + 2))
+    return energy**2 / min(max(squares, energy**2 / 200, found / 20), energy**2)
 
 
 def rank_correlations(old: Tensor, new: Tensor) -> Tensor:

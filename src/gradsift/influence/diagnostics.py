@@ -202,7 +202,7 @@ class _Resampling:
         self.scores = torch.zeros(len(looked.ids), len(strata.outputs), 1 + DRAWS)
         self.units = 0
         self._generator = np.random.default_rng(0)
-        self._counts: dict[str, Tensor] = {}  # of an assistant's responses, which serve all checkpoints
+        self._drawn: dict[str, Tensor] = {}  # of an assistant's responses, which serve all checkpoints
         self._freedom = torch.zeros(len(whole.ids), dtype=torch.float64)
 
     def freedom(self) -> Tensor:
@@ -255,11 +255,14 @@ class _Resampling:
         if n < 2:
             weights = one.weights(torch.ones(1, n, dtype=torch.int64))
             return torch.cat([weights, torch.zeros(DRAWS, n, dtype=torch.float64)])
-        if id_ not in self._counts or self.whole.method.assistant is None:
-            drawn = torch.from_numpy(self._generator.multinomial(n, np.full(n, 1 / n), size=DRAWS))
-            self._counts[id_] = torch.cat([torch.ones(1, n, dtype=torch.int64), drawn])
-        weights = one.weights(self._counts[id_])
+        weights = one.weights(torch.cat([torch.ones(1, n, dtype=torch.int64), self._counts(id_, n)]))
         return torch.cat([weights[:1], math.sqrt(n / (n - 1)) * (weights[1:] - weights[:1])])
+
+    def _counts(self, id_: str, n: int) -> Tensor:
+        """How often each resample takes each of a prompt's n rows [draw unit]."""
+        if id_ not in self._drawn or self.whole.method.assistant is None:
+            self._drawn[id_] = torch.from_numpy(self._generator.multinomial(n, np.full(n, 1 / n), size=DRAWS))
+        return self._drawn[id_]
 
     def _add(self, parts: SequenceABC[tuple[Tensor, Tensor]], checkpoint: Checkpoint, weight: float) -> None:
         pool, method = self.whole.pool, self.whole.method

@@ -113,7 +113,6 @@ def test_the_ranking_is_that_of_the_scores(pool: Pool, target: PromptTarget, met
     assert np.allclose(found, scores.aggregate, atol=1e-3 * float(np.abs(scores.aggregate).max()))
     assert scores.per_target is not None
     parts = target_parts(scores, scores.ids)
-    assert parts is not None
     assert np.allclose((parts @ scores.strata.outputs.numpy().T).max(axis=1), scores.aggregate, atol=1e-6)
 
 

@@ -125,6 +125,13 @@ class Strata:
             own = own.sum(dim=0, keepdim=True)
         return cls(tuple(labels), own / own.sum(dim=1, keepdim=True))
 
+    def members(self) -> list[list[int]]:
+        """The places of each stratum's units."""
+        places: dict[Hashable, list[int]] = {}
+        for place, label in enumerate(self.labels):
+            places.setdefault(label, []).append(place)
+        return list(places.values())
+
     def freedom(self) -> Tensor:
         """Degrees of freedom of each output's noise, Σ (n − 1) over its strata [output]."""
         counts = {label: self.labels.count(label) for label in self.labels}
@@ -138,13 +145,18 @@ def resampling_weights(strata: Strata, draws: int, generator: np.random.Generato
     √(n/(n − 1)) · (count − 1), whose sums over units have the covariance of sums of new units. A unit that is alone in
     its stratum has 0.
     """
-    found = torch.zeros(len(strata.labels), draws, dtype=torch.float64)
-    for label in dict.fromkeys(strata.labels):
-        places = [place for place, own in enumerate(strata.labels) if own == label]
+    found = resampling_counts(strata, draws, generator).double() - 1
+    for places in strata.members():
+        found[places] *= math.sqrt(len(places) / (len(places) - 1)) if len(places) > 1 else 0.0
+    return found
+
+
+def resampling_counts(strata: Strata, draws: int, generator: np.random.Generator) -> Tensor:
+    """How often each unit is drawn where as many are drawn from each stratum as it has, int64 [unit draw]."""
+    found = torch.ones(len(strata.labels), draws, dtype=torch.int64)
+    for places in strata.members():
         n = len(places)
-        if n > 1:
-            counts = torch.from_numpy(generator.multinomial(n, np.full(n, 1 / n), size=draws).T - 1)
-            found[places] = math.sqrt(n / (n - 1)) * counts.double()
+        found[places] = torch.from_numpy(generator.multinomial(n, np.full(n, 1 / n), size=draws).T)
     return found
 
 

@@ -323,45 +323,49 @@ def _strata_of(
     return strata_of(len(target.data), target.subtasks, aggregation, policy.live if policy else None)
 
 
-def target_parts(scores: Scores, ids: SequenceABC[str]) -> NDArray[np.float64] | None:
-    """What each target adds to the scores of some rows, float64 `[row target]`; None for methods without targets.
+def target_parts(scores: Scores, ids: SequenceABC[str]) -> NDArray[np.float64]:
+    """What each target adds to the scores of some rows, float64 `[row target]`: their mean, by `strata`, is the score.
 
-    Their mean over targets (by `Scores.strata`) is the score. For JI2S the spreads that terms are divided by are held,
-    see `joint_parts`; for DSIR they are the jackknife's pseudo-values, Q·s − (Q − 1)·s without the target.
+    For JI2S the spreads that terms are divided by are held, see `joint_parts`. DSIR's scores have no such parts.
     """
-    if scores.strata is None or scores.pool is None or scores.target is None:
-        return None
+    pool, target, method = scores.pool, scores.target, scores.method
+    assert pool is not None
+    assert target is not None
     place = {id_: position for position, id_ in enumerate(scores.ids)}
     rows = [place[id_] for id_ in ids]
     if scores.per_target is not None:
         return scores.per_target[rows].astype(np.float64)
-    parts = _parts_of_whole(scores, scores.pool, scores.target, ids)
-    return parts + (scores.aggregate[rows] - parts.mean(axis=1))[:, None]
+    assert isinstance(method, JI2S), method
+    assert scores.terms is not None
+    targets = target_sources(pool, target, method)
+    assert not isinstance(targets, PolicyTargets), targets
+    checkpoints = pool.checkpoints()[-1:] if at_last_checkpoint(method) else pool.checkpoints()
+    weights = checkpoint_weights(checkpoints)
+    parts = joint_parts(pool, targets, method, checkpoints, weights, scores.terms, ids).numpy()
+    found: NDArray[np.float64] = parts + (scores.aggregate[rows] - parts.mean(axis=1))[:, None]
+    return found
 
 
-def _parts_of_whole(
-    scores: Scores, pool: Pool, target: Target | PromptTarget, ids: SequenceABC[str]
-) -> NDArray[np.float64]:
-    """How the targets' parts in scores of all of them differ, float64 `[row target]`."""
-    method = scores.method
-    if isinstance(method, JI2S):
-        assert scores.terms is not None
-        targets = target_sources(pool, target, method)
-        assert not isinstance(targets, PolicyTargets), targets
-        checkpoints = pool.checkpoints()[-1:] if at_last_checkpoint(method) else pool.checkpoints()
-        weights = checkpoint_weights(checkpoints)
-        return joint_parts(pool, targets, method, checkpoints, weights, scores.terms, ids).numpy()
+def log_ratios_of_draws(scores: Scores, ids: SequenceABC[str], counts: NDArray[np.int64]) -> NDArray[np.float64]:
+    """DSIR's scores of some rows where each target stands as often as a draw says, float64 `[row draw]`.
+
+    Args:
+        scores: of DSIR.
+        ids: of the rows.
+        counts: `[target draw]`; a draw of targets without words gives the scores of all.
+    """
+    pool, target, method = scores.pool, scores.target, scores.method
     assert isinstance(method, DSIR), method
+    assert pool is not None
+    assert target is not None
     rows, queries = (hashed_counts(_conversations(data), method.buckets) for data in (pool.data, target.data))
-    places, count = pool.data.positions(ids), len(target.data)
-    whole = dsir_log_ratios(rows, queries, smoothing=method.smoothing)[places]
-    parts = np.empty((len(places), count))
-    for number in range(count):
-        others = queries[[other for other in range(count) if other != number]]
-        there = count > 1 and others.sum() > 0
-        without = dsir_log_ratios(rows, others, smoothing=method.smoothing)[places] if there else whole
-        parts[:, number] = count * whole - (count - 1) * without
-    return parts
+    places = pool.data.positions(ids)
+    found = np.empty((len(places), counts.shape[1]))
+    for draw, own in enumerate(counts.T):
+        drawn = (queries.T @ own)[None, :]
+        drawn = drawn if drawn.any() else queries
+        found[:, draw] = dsir_log_ratios(rows, drawn, smoothing=method.smoothing)[places]
+    return found
 
 
 def target_sources(

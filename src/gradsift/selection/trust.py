@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 
 from gradsift.influence.diagnostics import PolicyDiagnostics, diagnose
+from gradsift.influence.dsir import DSIR
 from gradsift.influence.nice import NICE, NICEIF, PolicyTargets
 from gradsift.influence.prompts import PromptTarget
 from gradsift.influence.reliability import (
@@ -14,9 +17,10 @@ from gradsift.influence.reliability import (
     Looked,
     Reliability,
     reliability_of,
+    resampling_counts,
     resampling_weights,
 )
-from gradsift.influence.scores import Scores, target_parts
+from gradsift.influence.scores import Scores, log_ratios_of_draws, target_parts
 from gradsift.selection.gumbel import gumbel_noise
 from gradsift.selection.select import GumbelTopK, Selection, TopK
 
@@ -43,17 +47,22 @@ def target_reliability(scores: Scores, selection: Selection | None = None) -> Re
         return None
     strata = scores.strata
     looked = looked_at(scores, selection)
-    parts = target_parts(scores, looked.ids)
-    assert parts is not None, scores.method
-    outputs = strata.outputs
-    drawn = resampling_weights(strata, DRAWS, np.random.default_rng(0))
-    values = torch.from_numpy(parts)
-    noise = torch.stack([(values @ (own[:, None] * drawn)).float() for own in outputs], dim=1)
-    units = int((outputs != 0).any(dim=0).sum())
-    return reliability_of(
-        values @ outputs.T, noise, strata.freedom(), looked, over="targets", units=units,
-        choice=choice_among(selection, looked),
-    )  # fmt: skip
+    generator = np.random.default_rng(0)
+    if isinstance(scores.method, DSIR):
+        counts = resampling_counts(strata, DRAWS, generator)
+        drawn = torch.from_numpy(log_ratios_of_draws(scores, looked.ids, counts.numpy()))
+        count = len(strata.labels)
+        noise = math.sqrt(count / max(1, count - 1)) * (drawn - drawn.mean(dim=1, keepdim=True)).float()[:, None]
+        known = scores.by_id()
+        values = torch.tensor([known[id_] for id_ in looked.ids], dtype=torch.float64)[:, None]
+    else:
+        parts = torch.from_numpy(target_parts(scores, looked.ids))
+        weights = resampling_weights(strata, DRAWS, generator)
+        noise = torch.stack([(parts @ (own[:, None] * weights)).float() for own in strata.outputs], dim=1)
+        values = parts @ strata.outputs.T
+    units = int((strata.outputs != 0).any(dim=0).sum())
+    choice = choice_among(selection, looked)
+    return reliability_of(values, noise, strata.freedom(), looked, over="targets", units=units, choice=choice)
 
 
 def sample_reliability(

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 
-from gradsift.adapters import BareModel, attach_adapter, first_lines, refuse_other_kinds
+from gradsift.adapters import BareModel, attach_adapter, checksums, first_lines, refuse_other_kinds
 from gradsift.errors import ConfigError, CorruptError, ModelError
 from gradsift.memory import empty_device_cache, give_back_memory
 from gradsift.store.remote import at_hand
@@ -429,7 +429,8 @@ class ModelHost:
         self.name, self.dtype, self.device = name, dtype, device
         self.token_limit: int | None = None  # of a batch, once memory has run out for a larger one
         self._base: Any = None
-        self._bare: BareModel | None = None  # of the base, once an adapter has been asked for
+        self._sums: list[int] = []  # of the base, as it was before its first adapter
+        self._bare: BareModel | None = None  # what the base was before the adapter that is on it
         self._peft: Any = None
         self._adapter: str | None = None
 
@@ -447,8 +448,8 @@ class ModelHost:
             return self.base()
         if self._adapter != str(adapter):
             base = self.base()
-            self._bare = self._bare or BareModel(base, sealed=True)
-            self._adapter = str(adapter)
+            self._sums = self._sums or checksums(base)
+            self._bare, self._adapter = BareModel(base), str(adapter)
             try:
                 self._peft = attach_adapter(base, at_hand(str(adapter)))
             except BaseException:
@@ -458,10 +459,10 @@ class ModelHost:
 
     def _take_off(self) -> None:
         assert self._bare is not None
-        self._peft = self._adapter = None
         self._bare.restore()
-        if not self._bare.is_whole():
-            self._base = self._bare = None
+        self._peft = self._adapter = self._bare = None
+        if self._sums != checksums(self._base):
+            self._base, self._sums = None, []
             gc.collect()
             empty_device_cache()
 

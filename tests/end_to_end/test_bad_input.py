@@ -333,7 +333,7 @@ CASES = [
     Case("fraction above one", "--fraction is 2.0: it should be less than or equal to 1", options=("--fraction", "2")),
     Case("learning rate nan", "--learning-rate is nan: it should be a finite number",
          options=("--learning-rate", "nan")),
-    Case("unknown LoRA module", "has no linear module named c_attn: choose target_modules of down_proj",
+    Case("unknown LoRA module", "has no linear module named c_attn: choose --lora-modules (target",
          options=("--lora-modules", "c_attn")),
     Case("no LoRA module", "--lora-modules is empty: name at least one", options=("--lora-modules", ",")),
     Case("modules not a pattern", "modules pattern '(' is not a regular expression", options=("--modules", "(")),

@@ -98,7 +98,7 @@ def self_check(
             row depends on its company. The message names the modules and a pattern that leaves them out.
     """
     pair = _short(rows)
-    modules = [c for c in modules if not c.module.weight.is_meta]  # what is offloaded comes and goes with each use
+    modules = [c for c in modules if not _weight(c).is_meta]  # what is offloaded comes and goes with each use
     exactly = autocast is None and _in_full_precision(network)
     bound = (_FOLDED if find_folds(network, modules) else _BOUND) if exactly else _COARSE
     try:
@@ -185,7 +185,7 @@ def _short(rows: SequenceABC[Sequence]) -> list[Sequence]:
     """Two rows of different lengths, each with its loss on the second half of what is kept of it."""
     assert len(rows) > 0, "nothing to check with"
     ordered = sorted(rows, key=lambda row: len(row.token_ids))
-    pair = []
+    pair: list[Sequence] = []
     for number, row in enumerate((ordered[0], ordered[-1])):
         # Where all are of one length, or long, the second is still longer than the first.
         count = min(len(row.token_ids), _TOKENS - 5 * (1 - number))
@@ -204,11 +204,8 @@ def _first_tokens(row: Sequence, count: int) -> Sequence:
 @contextmanager
 def _nothing_zero(modules: SequenceABC[Captured]) -> Iterator[None]:
     """While open, a LoRA B that is all zero holds small random numbers: the gradient of A vanishes otherwise."""
-    zeros = [
-        c.module.weight
-        for c in modules
-        if ".lora_B." in c.name and not c.module.weight.is_meta and not bool(c.module.weight.any())
-    ]
+    b = [_weight(c) for c in modules if ".lora_B." in c.name]
+    zeros = [weight for weight in b if not bool(weight.any())]
     kept = [weight.detach().clone() for weight in zeros]
     try:
         with own_randomness(), torch.no_grad():
@@ -296,7 +293,7 @@ def _exact(
     place = input_device(network)
     batch = pad(pair, place)
     for group in _groups(modules):
-        weights = [c.module.weight.requires_grad_(True) for c in group]
+        weights = [_weight(c).requires_grad_(True) for c in group]
         with torch.enable_grad(), head_at(network) as head:
             with torch.autocast(place.type, autocast, enabled=autocast is not None):
                 nll = head.nll(batch)
@@ -315,14 +312,19 @@ def _groups(modules: SequenceABC[Captured]) -> Iterator[list[Captured]]:
     group: list[Captured] = []
     size = 0
     for c in modules:
-        weight = c.module.weight
-        if group and size + weight.nbytes > _GROUP_BYTES:
+        if group and size + _weight(c).nbytes > _GROUP_BYTES:
             yield group
             group, size = [], 0
         group.append(c)
-        size += weight.nbytes
+        size += _weight(c).nbytes
     if group:
         yield group
+
+
+def _weight(captured: Captured) -> Tensor:
+    weight = captured.module.weight
+    assert isinstance(weight, Tensor), captured.name
+    return weight
 
 
 def _kind(name: str) -> str:

@@ -409,7 +409,7 @@ CASES = [
     Case("prompt and target", "explain either a prompt or the rows of a target file: give one of them", "explain",
          options=("--prompt", "x"), setup=asked),
     Case("empty prompt", "the prompt is empty", "explain", options=("--prompt", " ")),
-    Case("prompt with an unknown role", "wanted a role of system, developer, user, assistant, tool and a text as content",
+    Case("prompt with an unknown role", "wanted a role of system, developer, user, assistant, tool and a text",
          "explain",
          options=("--prompt", '[{"role": "wizard", "content": "x"}]')),
     Case("prompt that ends with an answer", "the prompt ends with an assistant turn", "explain",

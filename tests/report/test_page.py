@@ -291,7 +291,7 @@ def test_skipped_rows_are_counted_in_full_and_listed_up_to_a_limit() -> None:
 
 
 def test_parts_of_rows_and_files_have_tables_of_their_own() -> None:
-    """What was left out of rows that are used is counted by row, apart from rows that were left out; files are named."""
+    """What was left out of rows that are used is counted apart from rows that were left out; files are named."""
     parts = [Skipped(f"row-{n}", "cut", "Too long.", "a.jsonl", n, "part", "cut at 9 tokens") for n in range(200)]
     data = ReportData(
         title="t",

@@ -198,7 +198,8 @@ class ChatFormat:
             weights = {position: weight for position, weight in weights.items() if weight != 1}
         turns = self._template.turns(shown.roles, example.options) if weights else {}
         spans = [self._span(shown, position, turns, weight) for position, weight in weights.items()]
-        return _Located(shown.text, tuple(spans), tuple(left_out))
+        last = max((place.end for place in shown.places.values()), default=0)
+        return _Located(shown.text, tuple(spans), tuple(left_out), last)
 
     def _span(self, shown: Rendering, position: int, turns: dict[int, Turn], weight: float) -> _Span:
         if position not in turns:
@@ -274,13 +275,7 @@ class ChatFormat:
                 detail += f", of which the first {self._max_length:,} are kept"
             return example.skipped("nothing_to_learn", detail)
         left_out = [*located.left_out, *self._unknown(example, located.text, ids, offsets)]
-        if self._max_length is not None and len(ids) > self._max_length:
-            lost, there = int((weights[self._max_length :] > 0).sum()), int((weights > 0).sum())
-            detail = (
-                f"the last {len(ids) - self._max_length:,} of {len(ids):,} tokens are cut off, "
-                f"{lost:,} of the {there:,} tokens to learn among them"
-            )
-            left_out.append(example.in_part("cut", detail, f"cut at {self._max_length:,} tokens"))
+        left_out += self._cut(example, located, weights, offsets)
         return TokenizedExample(
             example.id,
             np.array(ids[kept], dtype=np.int32),
@@ -288,6 +283,18 @@ class ChatFormat:
             weights[kept].copy() if (weights[kept][supervised] != 1).any() else None,
             tuple(left_out),
         )
+
+    def _cut(
+        self, example: Example, located: _Located, weights: NDArray[np.float32], offsets: NDArray[np.int64] | None
+    ) -> Iterator[Skipped]:
+        """What the longest length cuts off; nothing where that is only what the template writes at the end."""
+        if self._max_length is None or len(weights) <= self._max_length:
+            return
+        lost, there = int((weights[self._max_length :] > 0).sum()), int((weights > 0).sum())
+        if lost or offsets is None or offsets[self._max_length - 1, 1] < located.last:
+            cut = f"the last {len(weights) - self._max_length:,} of {len(weights):,} tokens are cut off"
+            detail = f"{cut}, {lost:,} of the {there:,} tokens to learn among them"
+            yield example.in_part("cut", detail, f"cut at {self._max_length:,} tokens")
 
     def _labels_by_offsets(self, span: _Span, ids: list[int], offsets: NDArray[np.int64]) -> NDArray[np.bool_]:
         begin, end = offsets[:, 0], offsets[:, 1]
@@ -355,11 +362,17 @@ class ChatFormat:
 
 @dataclass(frozen=True, slots=True)
 class _Located:
-    """A rendered conversation: its text, the spans that have a weight of their own, and what it does not show."""
+    """A rendered conversation.
+
+    spans:    that have a weight of their own
+    left_out: what it does not show
+    last:     the character at which the last content ends
+    """
 
     text: str
     spans: tuple[_Span, ...]
     left_out: tuple[Skipped, ...]
+    last: int
 
 
 def _unshown(example: Example, messages: Sequence[Message], shown: Rendering) -> Iterator[Skipped]:
@@ -378,8 +391,9 @@ def _unshown(example: Example, messages: Sequence[Message], shown: Rendering) ->
         if taken != role:
             detail = f"{which} is shown as one of {taken}: the chat template does not show that role"
             yield example.in_part("changed", detail, f"role {role} shown as {taken}")
-        found = differences(content, shown.text[slice(*place)])
-        dropped, changed = [d for d in found if not d.instead], [d for d in found if d.instead]
+        found = differences(content, shown.text[place.begin : place.end])
+        dropped = [difference for difference in found if not (difference.instead and place.exact)]
+        changed = [difference for difference in found if difference.instead and place.exact]
         for reason, differing, what in (
             ("not_shown", dropped, "not shown by the template"),
             ("changed", changed, "changed by the template"),
@@ -387,7 +401,7 @@ def _unshown(example: Example, messages: Sequence[Message], shown: Rendering) ->
             if differing:
                 count = sum(difference.end - difference.begin for difference in differing)
                 first = content[differing[0].begin : differing[0].end]
-                instead = f" as {_quoted(differing[0].instead)}" if differing[0].instead else ""
+                instead = f" as {_quoted(differing[0].instead)}" if reason == "changed" else ""
                 detail = (
                     f"{count:,} of the {len(content):,} characters of {which} are {what}: {_quoted(first)}{instead}"
                 )

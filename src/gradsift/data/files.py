@@ -245,30 +245,36 @@ def _opened_text(path: Path) -> Iterator[io.TextIOWrapper]:
 def _delimiter(path: Path) -> str:
     """What separates the fields: the usual character of the type, unless another one fits more of the first rows.
 
-    A row fits where it has as many fields as the header, and at least two: so a file that is well-formed with its own
-    character is never read with another.
+    A file that is well-formed with its usual character is never read with another.
     """
     usual = "\t" if suffix_of(path) == ".tsv" else ","
-    fitting: dict[str, int] = {}
+    fitting: dict[str, float] = {}
     for delimiter in dict.fromkeys((usual, ",", ";", "\t")):
         with _opened_text(path) as text:
-            fitting[delimiter] = _fitting_rows(csv.reader(text, delimiter=delimiter, strict=True))
+            fitting[delimiter] = _fitting(csv.reader(text, delimiter=delimiter, strict=True))
     return max(fitting, key=lambda delimiter: fitting[delimiter])  # the usual one comes first and wins a tie
 
 
-def _fitting_rows(reader: Iterator[list[str]]) -> int:
-    """How many of the first rows have as many fields as the header, which counts itself, and more than one."""
-    columns, fitting = None, 0
+def _fitting(reader: Iterator[list[str]]) -> float:
+    """The share of the first rows that have as many fields as the header; 0 for a header of one field, or of none."""
+    try:
+        columns = len(next(reader, ()))
+    except csv.Error:
+        return 0.0
+    if columns < 2:
+        return 0.0
+    rows, fitting = 0, 0
     for _ in range(_CSV_PROBE):
         try:
             fields = next(reader, None)
         except csv.Error:
+            rows += 1
             continue
         if fields is None:
             break
-        columns = len(fields) if columns is None else columns
-        fitting += len(fields) == columns > 1
-    return fitting
+        rows += bool(fields)  # an empty line is no row
+        fitting += len(fields) == columns
+    return (fitting + 1) / (rows + 1)
 
 
 def _csv_row(header: list[str], fields: list[str], name: str, line: int) -> Row:

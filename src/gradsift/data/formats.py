@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 from pydantic import BaseModel, ConfigDict
@@ -37,10 +38,10 @@ _UNSUPPORTED_FIELDS = (
     *("train_detail", "training_detail"),
 )
 # What it may carry that a template may show, and that it is not handed here.
-_UNUSED_FIELDS = (
+_UNUSED_FIELDS = {
     *("name", "tool_call_id", "tool_responses", "refusal", "recipient", "channel", "prefix", "citations", "documents"),
     *("image", "images", "audio", "audios", "video", "videos", "file", "files"),
-)
+}
 # Columns that trainers read, and what they would do with them.
 _TRAINER_COLUMNS = {
     "tools": "tools that the template would show",
@@ -65,6 +66,7 @@ _TRAINER_COLUMNS = {
 }
 _OPTIONS_COLUMN = "chat_template_kwargs"
 _LEARN_FLAGS = ("train", "training", "loss", "masked")
+_FLAGS = {*_LEARN_FLAGS, "weight"}
 FORMATS = (
     "`messages` (role, content), `conversations` (from, value), `prompt` with `completion`, "
     "or `instruction` (with `input`) and `output`"
@@ -100,7 +102,7 @@ class Columns(BaseModel):
     history: str | None = None
     system: str | None = None
 
-    @property
+    @cached_property
     def families(self) -> dict[str, str | None]:
         """The row formats, each with a column that was named for it."""
         return {
@@ -108,6 +110,11 @@ class Columns(BaseModel):
             "prompt/completion": self.prompt or self.completion,
             "instruction/input/output/history": self.instruction or self.input or self.output or self.history,
         }
+
+    @cached_property
+    def named(self) -> frozenset[str]:
+        """All columns that were named."""
+        return frozenset(name for name in self.model_dump().values() if name is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -351,6 +358,8 @@ def _check_unicode(text: str, what: str) -> None:
 
 def _flags(turn: Mapping[str, Any], position: int) -> Flags | None:
     """What the message says of its part in the loss: `train`, `training`, `loss`, `masked` (the opposite), `weight`."""
+    if not _FLAGS & turn.keys():
+        return None
     said: dict[str, bool] = {}
     for name in _LEARN_FLAGS:
         value = _truth(turn.get(name))
@@ -424,8 +433,8 @@ def _options(row: Mapping[str, Any]) -> str:
 
 def _unused_fields(turns: list[Any]) -> Iterator[Unused]:
     for position, turn in enumerate(turns, start=1):
-        for name in _UNUSED_FIELDS:
-            if _is_something(turn.get(name)):
+        for name in turn:
+            if name in _UNUSED_FIELDS and _is_something(turn[name]):
                 detail = f"message {position} has {name} {_short(turn[name])}, which is not handed to the chat template"
                 yield Unused("field_not_used", detail, f"field {name} of a message not used")
         both = turn.get("content"), turn.get("value")
@@ -435,19 +444,20 @@ def _unused_fields(turns: list[Any]) -> Iterator[Unused]:
 
 
 def _unused_columns(row: Mapping[str, Any], columns: Columns, messages: list[Message]) -> Iterator[Unused]:
-    named = set(columns.model_dump().values())
-    for name, what in _TRAINER_COLUMNS.items():
-        if name not in named and _matters(name, row.get(name)):
-            yield Unused("column_not_used", f"column {name} ({what}) is not used: {_short(row[name])}", _not_used(name))
+    for name in row:
+        if name in _TRAINER_COLUMNS and name not in columns.named and _matters(name, row[name]):
+            detail = f"column {name} ({_TRAINER_COLUMNS[name]}) is not used: {_short(row[name])}"
+            yield Unused("column_not_used", detail, _not_used(name))
     shown = [message["content"] for message in messages]
     rivals: list[tuple[str, ...]] = [(columns.system or "system",)]
     if not any(columns.families.values()):  # where the user named none, the first format that fits was taken
         rivals += [("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "output"), ("history",)]
     for rival in rivals:
-        texts = [text for name in rival for text in _texts(row.get(name))]
-        there = all(_is_something(row.get(name)) for name in rival)
+        if not all(_is_something(row.get(name)) for name in rival):
+            continue
+        texts = (text for name in rival for text in _texts(row[name]))
         missing = next((text for text in texts if not any(text.strip() in content for content in shown)), None)
-        if there and missing is not None:
+        if missing is not None:
             name = " and ".join(rival)
             detail = f"column {name} is not used, and says what the conversation does not: {_short(missing)}"
             yield Unused("column_not_used", detail, _not_used(name))

@@ -266,6 +266,19 @@ class ChatTemplate:
         return frame is not None and position in frame.order
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Characters [begin, end) of a rendering in which one message stands.
+
+    exact: they are what the template makes of its content and no more. What it writes elsewhere may depend on a message
+        that it rewrites: then they are all that stands between its neighbours.
+    """
+
+    begin: int
+    end: int
+    exact: bool = True
+
+
 class Rendering:
     """One conversation as the template writes it, and where in the text each message stands.
 
@@ -294,16 +307,11 @@ class Rendering:
         return self._replaced[position]
 
     @cached_property
-    def places(self) -> dict[int, tuple[int, int]]:
-        """Characters [begin, end) in which each message stands as the template writes it, by position; a message that
-        the template does not show has none.
-
-        Exact, unless what the template writes elsewhere depends on this message and it is rewritten as well: then it is
-        the text between its neighbours.
-        """
+    def places(self) -> dict[int, Place]:
+        """Where each message stands as the template writes it, by position; one that it does not show has no place."""
         if self.contents is not None:
-            return self.contents
-        places: dict[int, tuple[int, int]] = {}
+            return {position: Place(*edges) for position, edges in self.contents.items()}
+        places: dict[int, Place] = {}
         unknown: dict[int, tuple[int | None, int | None]] = {}
         for position in range(len(self.messages)):
             try:
@@ -314,18 +322,19 @@ class Rendering:
             if pieces == [self.text]:
                 continue  # nothing depends on it
             if len(pieces) > 1 and begin <= end and self.text.startswith(pieces[0]) and self.text.endswith(pieces[-1]):
-                places[position] = begin, end
+                places[position] = Place(begin, end)
                 continue
             edges = self._edge(position, at_end=False), self._edge(position, at_end=True)
             if edges[0] is not None and edges[1] is not None and edges[0] <= edges[1]:
-                places[position] = edges[0], edges[1]
+                places[position] = Place(edges[0], edges[1])
             else:
                 unknown[position] = edges
         for position, (first, last) in unknown.items():
-            floor = max((end for p, (_, end) in places.items() if p < position), default=0)
-            ceiling = min((begin for p, (begin, _) in places.items() if p > position), default=len(self.text))
+            floor = max((place.end for p, place in places.items() if p < position), default=0)
+            ceiling = min((place.begin for p, place in places.items() if p > position), default=len(self.text))
             begin, end = floor if first is None else first, ceiling if last is None else last
-            places[position] = (begin, end) if begin <= end else (0, len(self.text))
+            begin, end = (begin, end) if begin <= end else (0, len(self.text))
+            places[position] = Place(begin, end, exact=False)
         return places
 
     def _edge(self, position: int, *, at_end: bool) -> int | None:
@@ -340,10 +349,10 @@ class Rendering:
 
     @cached_property
     def _mark(self) -> str:
-        mark = "gradsiftq"
-        while any(mark in message["content"] for message in self.messages):
-            mark += "q"
-        return mark + "z"
+        mark = "7531902468"  # which no change of case touches
+        while mark in self.text or any(mark in message["content"] for message in self.messages):
+            mark += "57"
+        return mark
 
     def _with(self, position: int, content: str) -> str:
         message = Message(role=self.roles[position], content=content)

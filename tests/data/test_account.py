@@ -168,6 +168,19 @@ class TestThinking:
         assert [int(part.detail.split(" ")[0]) for part in parts] == [lost] * (lost > 0)
 
 
+def test_a_dropped_message_is_told_though_its_words_stand_elsewhere() -> None:
+    """Words of the system message that the template itself writes, or that the user says, do not hide that it is not
+    shown, in a conversation that the template rewrites."""
+    template = THINKING.replace(
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}",
+        "{% for m in messages if m['role'] != 'system' %}{% if m['role'] == 'assistant' %}",
+    )
+    assert template != THINKING
+    chat = ChatFormat(bytes_tokenizer(template))
+    parts = left_out(chat, *conversation("a", "<think>x</think>b", "start", "c", system="start"))
+    assert [part.part.split(" ")[0] for part in parts] == ["system", "part"]
+
+
 @given(st.text("ab <>/\n", max_size=40), st.text("ab <>/\n", max_size=40))
 def test_what_is_outside_the_differences_is_shown_in_order(text: str, shown: str) -> None:
     """Of any two texts: the given one without its differences and its white space is a subsequence of the other."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gradsift.data.load import Loaded, load_examples
@@ -202,6 +202,7 @@ class TestDelimiters:
         loaded = load_examples(written(rows, delimiter, tmp_path / f"x{suffix}"))
         assert [list(example.row.values()) for example in loaded.examples] == rows[1:]
 
+    @example(table=([";", "\n;a"], [["", ";"]]), suffix=(".csv", ","))  # with ; it has two rows of two fields
     @given(table=TABLES, suffix=st.sampled_from([(".csv", ","), (".tsv", "\t")]))
     def test_a_well_formed_file_is_never_read_otherwise(
         self,

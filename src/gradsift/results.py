@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gradsift.context import Pool, Target
-from gradsift.data.account import Account, count_parts, count_reasons
+from gradsift.data.account import Account
 from gradsift.data.dataset import Dataset
 from gradsift.data.load import Columns
 from gradsift.explanation.explain import Explanations, StrategyResult
@@ -118,9 +118,7 @@ def summary(result: Result) -> dict[str, Any]:
     content: dict[str, Any] = {
         "out": run.place,
         "pool": {"rows": len(result.pool.data), "description": result.pool.data.description},
-        "skipped": count_reasons(account.rows),
-        "used_in_part": {"rows": account.rows_in_part, "parts": count_parts(account.parts)},
-        "files_not_read": [file.id for file in account.files],
+        **account.as_dict(),
         "warnings": result.warnings,
         "seconds": round(result.seconds, 2),
         "files": {name: run.name(name) for name in FILES if name in {*files_of(result), "report.html"}},

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from gradsift.context import Pool
-from gradsift.data.account import count_parts, count_reasons
 from gradsift.errors import ConfigError
 from gradsift.generation.endpoint import Endpoint
 from gradsift.generation.samples import Samples
@@ -123,8 +122,7 @@ class Rollouts:
             "out": run.place,
             "target": {"rows": len(self.target.data), "description": self.target.data.description},
             "checkpoints": [rollout.as_dict() for rollout in self.checkpoints],
-            "skipped": count_reasons(self.target.data.account.rows),
-            "used_in_part": count_parts(self.target.data.account.parts),
+            **self.target.data.account.as_dict(),
             "warnings": list(self.warnings),
             "seconds": round(self.seconds, 2),
             "files": {name: run.name(name) for name in names},

@@ -58,14 +58,14 @@ TRAINERS: list[tuple[str, Any]] = [
     ("chosen", [{"role": "assistant", "content": "yes"}]),
     ("weight", 0.5),
     ("weight", 0),
-    ("label", False),
+    ("kto_tag", False),
     ("input_ids", [1, 2]),
     ("labels", [-100, 2]),
     ("completion_mask", [0, 1]),
 ]
 HARMLESS: list[tuple[str, Any]] = [
     *[(name, value) for name, _ in TRAINERS for value in (None, "", [], "[]", "null")],
-    *[("weight", 1), ("weight", 1.0), ("weight", "1"), ("label", 3), ("label", "sports"), ("label", True)],
+    *[("weight", 1), ("weight", 1.0), ("weight", "1"), ("label", 3), ("label", "sports"), ("label", False)],
     *[
         ("source", "x"),
         ("skill", "y"),
@@ -89,6 +89,12 @@ def test_a_column_that_a_trainer_would_use_is_told(column: str, value: Any) -> N
 def test_a_users_own_column_is_not(column: str, value: Any) -> None:
     """Empty ones, those that change nothing, and ordinary extra columns are no loss."""
     assert not unused({"messages": CHAT, column: value})
+
+
+def test_an_unwanted_completion_is_told() -> None:
+    """KTO's label says which completions are not to be learned: those that are, say nothing."""
+    rows = [{"prompt": "a", "completion": "b", "label": label} for label in (True, False)]
+    assert [unused(row) for row in rows] == [[], ["column label not used"]]
 
 
 @pytest.mark.parametrize(

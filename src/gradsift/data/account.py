@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from difflib import SequenceMatcher
+from typing import Any
 
 from gradsift.types import Skipped
 
@@ -47,14 +48,22 @@ class Account:
         """How many rows are used in part."""
         return len({entry.id for entry in self.parts})
 
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON has it, counted."""
+        return {
+            "skipped": count_reasons(self.rows),
+            "used_in_part": {"rows": self.rows_in_part, "parts": count_parts(self.parts)},
+            "files_not_read": [file.id for file in self.files],
+        }
+
     def rows_line(self) -> str:
         """`4 rows left out: 3 duplicate, 1 bad_json`; "" for none."""
         return f"{_many(self.rows, 'row')} left out: {counts_text(count_reasons(self.rows))}" if self.rows else ""
 
     def parts_line(self) -> str:
         """`12 rows used in part: 7 system message not shown by the template, 5 cut at 1,024 tokens`; "" for none."""
-        rows = {entry.id for entry in self.parts}
-        return f"{_many(rows, 'row')} used in part: {counts_text(count_parts(self.parts))}" if self.parts else ""
+        rows = f"{self.rows_in_part:,} row{'' if self.rows_in_part == 1 else 's'}"
+        return f"{rows} used in part: {counts_text(count_parts(self.parts))}" if self.parts else ""
 
     def files_line(self) -> str:
         """Which files were not read; "" for none."""

@@ -263,7 +263,7 @@ class ChatFormat:
                 return example.skipped("template", detail)
             weights[mask] = span.weight
         if not every and not located.spans:
-            detail = "no turn is left to learn from: what the messages say of themselves leaves every answer out"
+            detail = "no turn is left to learn from: the flags of the messages leave every answer out"
             return example.skipped("nothing_to_learn", detail)
         total = int((weights > 0).sum())
         weights[:1] = 0

@@ -445,7 +445,7 @@ def _unused_fields(turns: list[Any]) -> Iterator[Unused]:
 
 def _unused_columns(row: Mapping[str, Any], columns: Columns, messages: list[Message]) -> Iterator[Unused]:
     for name in row:
-        if name in _TRAINER_COLUMNS and name not in columns.named and _matters(name, row[name]):
+        if name in _TRAINER_COLUMNS and name not in columns.named and _matters(name, row):
             detail = f"column {name} ({_TRAINER_COLUMNS[name]}) is not used: {_short(row[name])}"
             yield Unused("column_not_used", detail, _not_used(name))
     shown = [message["content"] for message in messages]
@@ -467,13 +467,14 @@ def _not_used(column: str) -> str:
     return f"column {column} not used"
 
 
-def _matters(name: str, value: Any) -> bool:
+def _matters(name: str, row: Mapping[str, Any]) -> bool:
     """Whether a trainer that reads this column would do something else for it."""
+    value = row[name]
     if name in ("weight", "sample_weight"):
         return _is_something(value) and _number(value) != 1
-    if name in ("label", "kto_tag"):  # numbers and names are classes, which are the user's own
-        return value is False
-    return _is_something(value)
+    if name == "label":  # of prompt and completion, as in KTO; elsewhere it is a class, the user's own
+        return value is False and "completion" in row
+    return value is False if name == "kto_tag" else _is_something(value)
 
 
 def _texts(value: Any) -> Iterator[str]:

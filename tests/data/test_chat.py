@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -298,6 +299,61 @@ def test_the_last_turn_may_end_with_another_token() -> None:
     tokenizer = bytes_tokenizer(HARMONY)
     result = tokenized(ChatFormat(tokenizer), example("a", "b", "c", "d"))
     assert runs(tokenizer, result) == ["<|channel|>b<|end|>", "<|channel|>d</s>"]
+
+
+BETWEEN = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}"
+    "{% if not loop.last %}{{ '<|im_end|>\n' }}{% endif %}{% endfor %}"
+)
+ALTERNATING = (
+    "{{ bos_token }}{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('alternate') }}{% endif %}{{ '[INST]' if m['role'] == 'user' else '[/INST]' }}"
+    "{{ m['content'] }}{% if m['role'] == 'assistant' and not loop.last %}{{ '<|end|>' }}{% endif %}{% endfor %}"
+)
+
+
+PROMPT = "{% if add_generation_prompt %}{{ 'END<|im_start|>assistant\n' }}{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "special", "learned"),
+    [
+        (BETWEEN, SPECIAL, ["b<|im_end|>", "d"]),
+        (BETWEEN + PROMPT.replace("END", ""), SPECIAL, ["b<|im_end|>", "d"]),
+        (BETWEEN + PROMPT.replace("END", "<|im_end|>\n"), SPECIAL, ["b<|im_end|>", "d"]),
+        (BETWEEN, ("<s>", "</s>"), ["b<|im_end|>", "d"]),
+        (ALTERNATING, SPECIAL, ["b<|end|>", "d"]),
+        (BETWEEN.partition("{% if not")[0] + "{% endfor %}", SPECIAL, ["b", "d"]),
+    ],
+)
+def test_turns_may_be_ended_only_where_others_follow(template: str, special: Sequence[str], learned: list[str]) -> None:
+    """A template that ends no last turn ends the earlier ones; what opens the next turn is no end of this one."""
+    tokenizer = bytes_tokenizer(template, special)
+    assert runs(tokenizer, tokenized(ChatFormat(tokenizer), example("a", "b", "c", "d"))) == learned
+
+
+PARTS = CHATML.replace(
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}",
+    "{{ '<|im_start|>' + m['role'] + '\n' }}{% for part in CONTENT %}{% if part['type'] == 'text' %}{{ part['text'] }}"
+    "{% endif %}{% endfor %}{{ '<|im_end|>\n' }}",
+)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["m['content']", "(m['content'] if m['role'] != 'assistant' else [{'type': 'text', 'text': m['content']}])"],
+)
+def test_a_template_that_takes_lists_of_parts_gets_them(content: str) -> None:
+    """As those of multimodal models: for every role, or for some; labels, prompts and ids are those of ChatML."""
+    template = PARTS.replace("CONTENT", content)
+    assert template != PARTS
+    chat, plain = ChatFormat(bytes_tokenizer(template)), ChatFormat(bytes_tokenizer(CHATML))
+    messages = (*conversation("a", "b", system="s"), Message(role="tool", content="t"), *conversation("c", "d"))
+    ours, theirs = (tokenized(one, Example("e", messages, {})) for one in (chat, plain))
+    assert ours.token_ids.tolist() == theirs.token_ids.tolist()
+    assert ours.supervised.tolist() == theirs.supervised.tolist()
+    assert not ours.unshown
+    assert chat.prompt_ids(messages[:2]) == plain.prompt_ids(messages[:2])
 
 
 def test_control_tokens_are_those_around_turns() -> None:

@@ -157,7 +157,7 @@ class ChatFormat:
         Raises DataError when the template refuses the conversation.
         """
         shown = self._prompt(messages, options)
-        answer = self._template.turns((*shown.roles, "assistant"), options).get(len(messages))
+        answer = self._template.turn((*shown.roles, "assistant"), len(messages), options)
         return self._ids(shown.text if answer is None else shown.text + answer.header)
 
     def unshown_of_prompt(self, example: Example, messages: Sequence[Message]) -> tuple[Skipped, ...]:
@@ -196,16 +196,15 @@ class ChatFormat:
             weights = dict([max(weights.items())]) if weights else {}
         elif self.supervise == "all_tokens":  # every token weighs 1 but for the turns that say otherwise
             weights = {position: weight for position, weight in weights.items() if weight != 1}
-        turns = self._template.turns(shown.roles, example.options) if weights else {}
-        spans = [self._span(shown, position, turns, weight) for position, weight in weights.items()]
+        spans = [self._span(shown, position, weight) for position, weight in weights.items()]
         last = max((place.end for place in shown.places.values()), default=0)
         return _Located(shown.text, tuple(spans), tuple(left_out), last)
 
-    def _span(self, shown: Rendering, position: int, turns: dict[int, Turn], weight: float) -> _Span:
-        if position not in turns:
+    def _span(self, shown: Rendering, position: int, weight: float) -> _Span:
+        turn = self._template.turn(shown.roles, position, shown.options)
+        if turn is None:
             how = "exactly once" if shown.frame is not None else "when its text is a single word"
             raise TemplateProblemError(f"the chat template does not show message {position + 1} {how}")
-        turn = turns[position]
         if shown.contents is not None:
             begin, end = shown.contents[position]
             begin -= len(turn.lead)
@@ -338,7 +337,7 @@ class ChatFormat:
         if self._tokenizer.eos_token_id is not None:
             stops.add(int(self._tokenizer.eos_token_id))
         for roles in (("user", "assistant"), ("system", "user", "assistant")):
-            answer = self._template.turns(roles).get(len(roles) - 1)
+            answer = self._template.turn(roles, len(roles) - 1)
             if answer is not None and answer.end:
                 closing = [token for text, token in self._marker_ids.items() if answer.end.endswith(text)]
                 ids = closing or self._ids(answer.end)

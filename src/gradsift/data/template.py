@@ -99,7 +99,7 @@ class ChatTemplate:
         self._marker_ids = marker_ids
         self.text, self.announcement = _template_of(tokenizer)
         self._frames: dict[tuple[tuple[str, ...], str, bool], Frame | None] = {}
-        self._turns: dict[tuple[tuple[str, ...], str], dict[int, Turn]] = {}
+        self._turns: dict[tuple[tuple[str, ...], int, str], Turn | None] = {}
         self._own_options = set(inspect.signature(tokenizer.apply_chat_template).parameters) | {"messages"}
         self._listed: frozenset[str] = frozenset()
         self._check()
@@ -167,27 +167,19 @@ class ChatTemplate:
             for position, message in enumerate(messages)
         )
 
-    def turns(self, roles: tuple[str, ...], options: str = "") -> dict[int, Turn]:
-        """What surrounds each message of a conversation with these roles, by position; not those that are not shown
-        exactly once."""
-        key = (roles, options)
-        known = self._turns.get(key)
-        if known is None:
-            known = {}
+    def turn(self, roles: tuple[str, ...], position: int, options: str = "") -> Turn | None:
+        """What surrounds one message of a conversation with these roles; `None` if it is not shown exactly once."""
+        key = (roles, position, options)
+        if key not in self._turns:
             frame = self.frame(roles, options)
-            for gap, position in enumerate(frame.order if frame is not None else ()):
-                assert frame is not None
-                if frame.order.count(position) == 1:
-                    turn = self._turn(frame, gap, roles, options)
-                    if turn is not None:
-                        known[position] = turn
-            _remember(self._turns, key, known)
-        return known
+            once = frame is not None and frame.order.count(position) == 1
+            _remember(self._turns, key, self._turn(frame, position, roles, options) if frame and once else None)
+        return self._turns[key]
 
-    def _turn(self, frame: Frame, gap: int, roles: tuple[str, ...], options: str) -> Turn | None:
-        position = frame.order[gap]
+    def _turn(self, frame: Frame, position: int, roles: tuple[str, ...], options: str) -> Turn | None:
+        gap = frame.order.index(position)
         before, earlier = frame.literals[gap], roles[:position]
-        end = self._end(frame, gap, roles, options)
+        end = self._end(frame, position, roles, options)
         if end is None:
             return None
         prompt = self.frame(earlier, options, generation_prompt=True)
@@ -206,10 +198,9 @@ class ChatTemplate:
             return Turn(rest.removeprefix(header), end, header)
         return Turn(rest, end)
 
-    def _end(self, frame: Frame, gap: int, roles: tuple[str, ...], options: str) -> str | None:
+    def _end(self, frame: Frame, position: int, roles: tuple[str, ...], options: str) -> str | None:
         """What ends the turn; `None` where the template shows it only when more follows."""
-        position = frame.order[gap]
-        after, begun = frame.literals[gap + 1], roles[: position + 1]
+        after, begun, coming = frame.after(position), roles[: position + 1], roles[position + 1 : position + 2]
         # What the template writes when the conversation ends with this turn holds no header of a next one.
         alone = self.frame(begun, options)
         if alone is None or position not in alone.order:
@@ -219,18 +210,19 @@ class ChatTemplate:
             return end
         # Only the last turn ends like that, or without an end. Others end with the marker that comes before whatever
         # comes next: the prompt of an answer, or a turn of another role.
+        others = {"user", "assistant", "system", "tool"} - {*coming} if not end else ()
         nexts = [self.frame(begun, options, generation_prompt=True)]
-        nexts += [self.frame((*begun, role), options) for role in ("user", "assistant", "system", "tool")]
+        nexts += [self.frame((*begun, role), options) for role in sorted(others, reverse=True)]
         for other in nexts:
             common = after[: common_length(after, "" if other is None else other.after(position))]
             marker = _first_marker(common, self._marker_ids)
             # One that opens the conversation, too, opens the next turn.
-            if marker is not None and common != after and (end or not self._in_opening(marker, frame)):
+            if marker is not None and (end or not self._in_opening(marker, frame)):
                 return marker
         # Or with what comes before the header that a conversation begins with.
-        opening = self.frame(roles[position + 1 : position + 2], options)
+        opening = self.frame(coming, options) if not end else None
         header = 0 if opening is None else common_length(after[::-1], opening.literals[0][::-1])
-        return _end_of_turn(after[: len(after) - header], self._marker_ids) if header and not end else ""
+        return _end_of_turn(after[: len(after) - header], self._marker_ids) if header else ""
 
     def _in_opening(self, marker: str, frame: Frame) -> bool:
         return any(marker.endswith(token) and token in frame.literals[0] for token in self._marker_ids)

@@ -13,8 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
-from gradsift.data.account import Account, differences
+from gradsift.data.account import Account, Difference, differences
 from gradsift.data.chat import ChatFormat
+from gradsift.data.template import Rendering
 from gradsift.types import Example, Message, Skipped
 from templates import (
     CHATML,
@@ -100,7 +101,7 @@ def test_every_character_is_shown_or_told(
     name: str, turns: list[tuple[str, str]], system: str | None, tool: str | None
 ) -> None:
     """Whatever users write and templates do: a message is in the account exactly when the template shows less of it, or
-    something else, than trims make of it."""
+    something else, than trims make of it; and every character is in the rendering, or in what is told to be missing."""
     _, shows = FAMILY[name]
     messages = list(conversation(*[text for turn in turns for text in turn], system=system))
     if tool is not None and name != "system in the last question":
@@ -108,6 +109,12 @@ def test_every_character_is_shown_or_told(
     result = chat_of(name).tokenize(Example("e", tuple(messages), {}))
     if isinstance(result, Skipped):
         return
+    shown_as = Rendering(chat_of(name)._template, messages)
+    for position, message in enumerate(messages):
+        place = shown_as.places.get(position)
+        if place is not None:
+            text = shown_as.text[place.begin : place.end]
+            _check_every_character(message["content"], differences(message["content"], text), text)
     told = {int(part.detail.partition("message ")[2].split(" ")[0]) for part in result.unshown}
     for position, message in enumerate(messages, start=1):
         shown = shows(message["role"], message["content"])
@@ -181,14 +188,18 @@ def test_a_dropped_message_is_told_though_its_words_stand_elsewhere() -> None:
     assert [part.part.split(" ")[0] for part in parts] == ["system", "part"]
 
 
-@given(st.text("ab <>/\n", max_size=40), st.text("ab <>/\n", max_size=40))
-def test_what_is_outside_the_differences_is_shown_in_order(text: str, shown: str) -> None:
-    """Of any two texts: the given one without its differences and its white space is a subsequence of the other."""
-    found = differences(text, shown)
+def _check_every_character(text: str, found: list[Difference], shown: str) -> None:
+    """The text without its differences and its white space is a subsequence of what is shown."""
     assert all(a.end <= b.begin for a, b in pairwise(found))
     lost = {place for difference in found for place in range(difference.begin, difference.end)}
     rest = iter(shown)
     assert all(c in rest for place, c in enumerate(text) if place not in lost and not c.isspace())
+
+
+@given(st.text("ab <>/\n", max_size=40), st.text("ab <>/\n", max_size=40))
+def test_what_is_outside_the_differences_is_shown_in_order(text: str, shown: str) -> None:
+    """Of any two texts."""
+    _check_every_character(text, differences(text, shown), shown)
 
 
 @given(st.text("ab<>/ \n", min_size=1, max_size=30), st.data())

@@ -42,7 +42,13 @@ SHARED: dict[str, tuple[Any, Any]] = {
         str | None, None, "--target-columns", help="The same for the target; --columns if not given.", panel=INPUT
     ),
     "max_length": _shared(int, 1024, "--max-length", help="Tokens kept of each example.", panel=INPUT),
-    "supervise": _shared(str, "all_turns", "--supervise", help="Loss on all_turns or on the last_turn.", panel=INPUT),
+    "supervise": _shared(
+        str,
+        "all_turns",
+        "--supervise",
+        help="Loss on all_turns, the last_turn or all_tokens.",
+        panel=INPUT,
+    ),
     "keep_duplicates": _shared(
         bool, False, "--keep-duplicates", help="Keep exact duplicates in the pool.", panel=INPUT
     ),

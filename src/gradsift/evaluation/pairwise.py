@@ -13,7 +13,7 @@ from gradsift.errors import ConfigError, DataError
 from gradsift.evaluation.judging import as_text, judge_identity, verdicts
 from gradsift.evaluation.length_controlled import length_controlled_win_rate
 from gradsift.evaluation.mean_reward import GREEDY, respond
-from gradsift.evaluation.metric import Figure, Measured, Notebook, in_words, mean_figure, source_name
+from gradsift.evaluation.metric import Figure, Measured, Notebook, in_words, left_out, mean_figure, source_name
 from gradsift.evaluation.setup import Setup, Subject
 from gradsift.generation.sampling import Prompt, Sampling
 from gradsift.influence.prompts import Prompts, read_prompts
@@ -164,7 +164,7 @@ class BoundPairwise:
             figures.append(
                 Figure("length_controlled_win_rate", controlled.win_rate, None, len(rewards), higher_is_better=True)
             )
-        notes = in_words(len(self.prompts.skipped), "rows left out", (s.detail for s in self.prompts.skipped))
+        notes = left_out(self.prompts.account)
         without = len(self.prompts) - len(questions)
         notes += in_words(without, f"of {len(self.prompts)} prompts have no response of both sides", ())
         notes += in_words(len(reasons), "comparisons have no verdict and do not count", reasons.values())

@@ -172,6 +172,11 @@ class Explanations:
     _rankings: dict[str, Ranking] = field(default_factory=dict, repr=False, compare=False)
 
     @property
+    def unshown(self) -> list[Skipped]:
+        """What the prompts and given answers have and the model was not shown."""
+        return [part for entry in (self.source.entries if self.source else ()) for part in entry.unshown]
+
+    @property
     def outputs(self) -> list[TokenizedExample]:
         """Tokens of the explained outputs, in the order of `entries`."""
         assert self.source is not None

@@ -313,9 +313,10 @@ def _side_by_side(client: Client, rater: JudgeRating, rows: Sequence[Sequence[Me
 
 def _graded(client: Client, rater: JudgeRating, messages: Sequence[Message]) -> Rating:
     prompt, answer = before_answer(messages)
-    assert answer is not None, "pool rows have an answer"
     parts, task = {"conversation": transcript(prompt)}, _COMPLEXITY
     if rater.aspect == "quality":
+        if answer is None:  # where every token is learned, rows need none
+            return "there is no answer to judge"
         parts["response"], task = answer, _QUALITY
     asked = question_of(task, rater.criteria or _CRITERIA[rater.aspect], parts)
     try:

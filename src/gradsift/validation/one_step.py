@@ -25,7 +25,7 @@ from gradsift.errors import ConfigError, DataError, MismatchError, ModelError, S
 from gradsift.gradients.adam import adam_direction
 from gradsift.gradients.batching import automatic_token_budget, form_batches
 from gradsift.gradients.folding import Captured
-from gradsift.loss import head_at, pad, token_mean
+from gradsift.loss import head_at, label_weights, pad, supervised_count, token_mean
 from gradsift.settings import Settings
 from gradsift.store.gradient_store import GradientStore
 from gradsift.types import Sequence, TokenizedExample
@@ -211,16 +211,16 @@ class StepModel:
     def trained_on(self, examples: SequenceABC[TokenizedExample]) -> Iterator[None]:
         """The model after one real AdamW step on the examples as one batch.
 
-        The loss is the mean over all supervised tokens of the batch, so longer answers weigh more.
+        The loss is Σ w_t·NLL_t over the batch by the number of its supervised tokens, so longer answers weigh more.
 
         Raises:
             DataError: the batch has no supervised token.
         """
-        total = sum(int(example.supervised.sum()) for example in examples)
+        total = sum(map(supervised_count, examples))
         if not total:
             raise DataError("the batch has no supervised token to train on")
         sequences = [
-            Sequence(row, example.token_ids, example.supervised.astype(np.float32) / np.float32(total))
+            Sequence(row, example.token_ids, label_weights(example) / np.float32(total))
             for row, example in enumerate(examples)
         ]
         options = self.settings

@@ -208,8 +208,11 @@ def of_rows(world: World) -> dict[str, Any]:
 def adam_markdown(tables: Mapping[str, Any]) -> str:
     lines = []
     for name, table in tables.items():
-        lines += ["", f"**{name}**", "", "| ε, checkpoints | LDS | minus outside | loss after the choice | minus outside |",
-                  "|---|---|---|---|---|"]  # fmt: skip
+        lines += ["", f"**{name}**", ""]
+        lines += [
+            "| ε, checkpoints | LDS | minus outside | loss after the choice | minus outside |",
+            "|---|---|---|---|---|",
+        ]
         for label, entry in table["choice"].items():
             lds = table["lds"].get(label)
             cells = ["", ""] if lds is None else [with_interval(lds["value"]), with_interval(lds["minus outside"])]

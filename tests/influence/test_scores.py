@@ -19,8 +19,9 @@ from gradsift.errors import ConfigError, DataError
 from gradsift.gradients.collect import Gradients
 from gradsift.gradients.projection import Projection
 from gradsift.influence import blocks
-from gradsift.influence.bm25 import BM25, bm25_scores, conversation_text, model_tokens, words
+from gradsift.influence.bm25 import BM25, bm25_scores, conversation_text, model_tokens, spoken_text
 from gradsift.influence.datainf import DataInf, ProjectedInverse, datainf_scores, projected_inverse_scores
+from gradsift.influence.dsir import DSIR
 from gradsift.influence.ji2s import JI2S
 from gradsift.influence.less import LESS, less_scores
 from gradsift.influence.random import Random, random_scores
@@ -348,7 +349,36 @@ def test_texts_of_conversations() -> None:
     ask, say = {"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}
     assert conversation_text([{"role": "system", "content": "s"}, ask, say]) == "Question:a?\n\nAnswer:b"
     assert conversation_text([ask, say, ask, say]).startswith("<|user|>\na?\n<|assistant|>\nb\n<|user|>")
-    assert words("It's 3 O'Clock, naïve_x!") == ["it", "s", "3", "o", "clock", "naïve_x"]
+    assert spoken_text([{"role": "system", "content": "s"}, ask, say]) == "a?\nb"
+    assert spoken_text([{"role": "system", "content": "s"}, ask]) == "s\na?"
+
+
+def test_lexical_scores_are_those_of_what_is_said(tiny: World, tmp_path: Path) -> None:
+    """A Chinese question finds the row about it; the words of the form (`Question`, `Answer`, roles) bring no score: a
+    target that shares no other word with the pool has none. Texts without words are told."""
+    roles = ("user", "assistant") * 2
+    rows = [
+        {"id": "other", "prompt": "the cat is red", "completion": "an answer to a question"},
+        {"id": "long", "messages": [{"role": role, "content": f"{role} {n}"} for n, role in enumerate(roles)]},
+        {"id": "chinese", "prompt": "猫在睡觉", "completion": "是"},
+        {"id": "about", "prompt": "中国首都", "completion": "北京"},
+        {"id": "none", "prompt": "?!", "completion": "…"},
+    ]
+    asked = {"asked": ("首都", "何"), "alien": ("zzz", "yyy"), "silent": ("❤️", "!!"), "asks": ("one question", "zzz")}
+    pool = tiny.open_pool(tmp_path / "run", rows)
+    target = open_target([{"id": id_, "prompt": p, "completion": a} for id_, (p, a) in asked.items()], pool)
+    found = score(pool, target, BM25())
+    assert found.per_target is not None
+    best = dict(zip(found.target_ids, found.per_target.T, strict=True))
+    assert np.flatnonzero(best["asked"]).tolist() == [found.ids.index("about")]
+    assert not best["alien"].any()
+    assert not best["silent"].any()
+    assert np.flatnonzero(best["asks"]).tolist() == [found.ids.index("other")]
+    warned = "\n".join(found.warnings)
+    assert "1 of 5 pool rows have no letter and no digit, first 'none': BM25" in warned
+    assert "1 of 4 targets have no letter and no digit, first 'silent': BM25" in warned
+    assert "no letter" in "".join(score(pool, target, DSIR()).warnings)
+    assert "no letter" not in "".join(score(pool, target, BM25(tokens="model")).warnings)
 
 
 def test_a_target_without_gradient_counts_as_zero(pool: Pool, target: Target) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
@@ -17,8 +16,8 @@ class BM25(Settings):
     """Okapi BM25 of each pool text for each target text (NICE, App. D): higher = more words in common.
 
     k1, b: saturation and length normalisation.
-    tokens: `words` compares lower-case words of the texts; `model` the token ids that the model sees, of prompt, answer
-        and template (Compact, section 3.4).
+    tokens: `words` compares lower-case words of what is said, in any script, not those of the form in which NICE
+        writes it; `model` the token ids that the model sees, of prompt, answer and template (Compact, section 3.4).
     """
 
     kind: Literal["bm25"] = "bm25"
@@ -33,16 +32,30 @@ class BM25(Settings):
 
 
 def conversation_text(messages: Sequence[Mapping[str, object]]) -> str:
-    """`Question:…\\n\\nAnswer:…` for one exchange, Tulu's `<|role|>` lines for longer conversations (NICE, App. D)."""
-    turns = [message for message in messages if message["role"] != "system"]
+    """`Question:…\\n\\nAnswer:…` for one exchange, Tulu's `<|role|>` lines for longer conversations (NICE, App. D).
+
+    For embeddings, which take a text as a whole.
+    """
+    turns = _turns(messages)
     if [turn["role"] for turn in turns] == ["user", "assistant"]:
         return f"Question:{turns[0]['content']}\n\nAnswer:{turns[1]['content']}"
-    return "\n".join(f"<|{message['role']}|>\n{message['content']}" for message in messages)
+    return "\n".join(f"<|{turn['role']}|>\n{turn['content']}" for turn in turns)
 
 
-def words(text: str) -> list[str]:
-    """Lower-case word tokens, digits and single letters included."""
-    return re.findall(r"\w+", text.lower())
+def spoken_text(messages: Sequence[Mapping[str, object]]) -> str:
+    """What the turns of `conversation_text` say, one below the other, without the words of the form.
+
+    Those would be words that a row and a target have in common because both are one exchange, or both are not: where no
+    other word is shared they would decide the ranking, and `question` in a text would count for nothing.
+    """
+    return "\n".join(str(turn["content"]) for turn in _turns(messages))
+
+
+def _turns(messages: Sequence[Mapping[str, object]]) -> list[Mapping[str, object]]:
+    """All turns, but for the system turn before one exchange."""
+    turns = [message for message in messages if message["role"] != "system"]
+    exchange = [turn["role"] for turn in turns] == ["user", "assistant"]
+    return turns if exchange else list(messages)
 
 
 def model_tokens(token_ids: Iterable[NDArray[np.int32]]) -> list[list[str]]:

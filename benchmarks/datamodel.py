@@ -100,8 +100,8 @@ PER_TARGET: tuple[Method, ...] = (
     DataInf(),
     ProjectedInverse(),
     TRAK(),
-    TRAK(kernel="segments"),
-    TRAK(checkpoints="last"),
+    TRAK(kernel="whole"),
+    TRAK(kernel="whole", checkpoints="last"),
     BM25(),
     BM25(tokens="model"),
 )
@@ -117,7 +117,7 @@ SAMPLING = Sampling(samples=20, temperature=1, top_k=None, top_p=None, max_new_t
 REWARDED: tuple[NICE | NICEIF, ...] = (NICE(sampling=SAMPLING), NICEIF(sampling=SAMPLING))
 CHANCES = 3  # draws of random scores
 REMOVERS: tuple[Method, ...] = (
-    LESS(), LESS(optimizer="sgd", normalise=False), DataInf(), ProjectedInverse(), TRAK(),
+    LESS(), LESS(optimizer="sgd", normalise=False), DataInf(), ProjectedInverse(), TRAK(kernel="whole"),
     JI2S(joint_weight=0), JI2S(), JI2S(joint_weight=1.0), BM25(),
 )  # fmt: skip
 

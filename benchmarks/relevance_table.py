@@ -50,7 +50,7 @@ ESTIMATORS: tuple[Ranker, ...] = (
     LESS(optimizer="sgd", checkpoints="last"),
     BM25(tokens="model"),
     ProjectedInverse(),
-    TRAK(checkpoints="last"),
+    TRAK(kernel="whole", checkpoints="last"),
     LESS(optimizer="sgd", checkpoints="last", normalise=False),
 )
 # Compact, Table 1 (k = 10, mean of three models): what to compare with, never what is printed as ours.

@@ -291,6 +291,13 @@ SHARED: dict[str, tuple[Any, Any]] = {
         help="Of datainf, projected_inverse and trak: auto, or λ above 0 in squared units of the gradients.",
         panel=RUN,
     ),
+    "kernel": _shared(
+        str | None,
+        None,
+        "--kernel",
+        help="Of trak: segments keeps modules apart (default), whole inverts over all dimensions at once.",
+        panel=RUN,
+    ),
     "optimizer": _shared(
         str, "adam", "--optimizer", help="Pool side of LESS: adam update directions or plain sgd gradients.", panel=RUN
     ),
@@ -431,6 +438,7 @@ OF_JOINT = (
 OF_SCORE = (
     "estimator",
     "damping",
+    "kernel",
     "optimizer",
     "raw",
     "checkpoints",
@@ -442,7 +450,7 @@ OF_SCORE = (
 OF_CHOICE = ("budget", "selection", "trade_off", "threshold", "max_cosine", "diverse_by", "group_by")
 OF_EXPLAIN = (
     "prompt", "questions", "row", "output", "use_answers", "sample", "target_columns", "k", "estimators",
-    "damping", "strategies", "compare", "trade_off", "candidates", "coefficients", "over_outputs", "max_new_tokens",
-    "embedding", "pages",
+    "damping", "kernel", "strategies", "compare", "trade_off", "candidates", "coefficients", "over_outputs",
+    "max_new_tokens", "embedding", "pages",
 )  # fmt: skip
 OF_RUN = ("seed", "dtype", "device", "as_json", "quiet", "debug")

@@ -34,7 +34,7 @@ from gradsift.influence.scores import (
     save_tables,
     score,
 )
-from gradsift.influence.trak import TRAK, trak_scores
+from gradsift.influence.trak import TRAK, kernel_warnings, trak_scores
 from gradsift.warmup.checkpoint import Checkpoint
 from tiny_world import World, pool_rows, target_rows
 
@@ -94,7 +94,7 @@ def test_inverses_are_those_of_the_stored_rows(pool: Pool, target: Target, metho
     assert np.allclose(found.aggregate, np.maximum(*means), rtol=1e-5)
 
 
-@pytest.mark.parametrize("method", [TRAK(kernel="segments"), TRAK(kernel="segments", damping=1e-2, checkpoints="last")])
+@pytest.mark.parametrize("method", [TRAK(), TRAK(damping=1e-2, checkpoints="last")])
 def test_trak_is_that_of_the_stored_rows_and_losses(pool: Pool, target: Target, method: TRAK) -> None:
     """Plain rows and losses of the checkpoints, weighted equally whatever their learning rates."""
     stores, queries = [], []
@@ -116,21 +116,26 @@ def test_trak_is_that_of_the_stored_rows_and_losses(pool: Pool, target: Target, 
 
 
 def test_the_whole_kernel_of_trak_spans_modules(tiny: World, target: Target, tmp_path: Path) -> None:
-    """By default one kernel over all stored dimensions, as published."""
+    """One kernel over all stored dimensions, as published; with fewer rows than dimensions it is warned of."""
     small = tiny.open_pool(tmp_path / "run", gradients=Gradients(projection=Projection(dim=64)))
     there = open_target(tiny.target, small, subtask="task")
     store = small.stores(small.checkpoints()[-1], ["plain"])["plain"]
     queries = small.collect(there.data, small.checkpoints()[-1], ["plain"], what="target")["plain"]
     wanted = trak_scores([store.rows(0, len(store))], [queries.rows(0, len(queries))], [store.losses], [queries.losses])
-    found = score(small, there, TRAK(checkpoints="last")).per_target
+    scores = score(small, there, TRAK(kernel="whole", checkpoints="last"))
+    found = scores.per_target
     assert found is not None
+    (warned,) = (text for text in scores.warnings if "TRAK" in text and "dimensions" in text)
+    assert "64 dimensions that are estimated from 24 rows" in warned
+    assert not any("dimensions" in text for text in score(small, there, TRAK(checkpoints="last")).warnings)
+    assert kernel_warnings(TRAK(kernel="whole"), 64, 64) == []
     assert np.allclose(found, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
 
 
 def test_settings_tell_scores_apart(pool: Pool, target: Target) -> None:
     """The fingerprint, the kept file and the name in tables cover damping, kernel and tokens: no score is another's."""
     methods: list[Method] = [DataInf(), DataInf(damping=0.1), DataInf(damping=0.2), ProjectedInverse(damping=0.1)]
-    methods += [TRAK(kernel="segments"), TRAK(kernel="segments", damping=0.1), BM25(), BM25(tokens="model")]
+    methods += [TRAK(), TRAK(kernel="whole"), TRAK(damping=0.1), BM25(), BM25(tokens="model")]
     found = [score(pool, target, method) for method in methods]
     assert len({entry.fingerprint for entry in found}) == len(methods)
     assert len({entry.method.label for entry in found}) == len(methods)
@@ -159,7 +164,7 @@ def test_names_of_less_and_tracin() -> None:
     [
         DataInf(),
         ProjectedInverse(),
-        TRAK(kernel="segments"),
+        TRAK(),
         LESS(optimizer="sgd", normalise=False),
         BM25(tokens="model"),
     ],

@@ -35,7 +35,7 @@ from gradsift.influence.prompts import Prompts, PromptTarget, RewardSummary
 from gradsift.influence.random import Random, random_scores
 from gradsift.influence.ratings import Ratings, rate
 from gradsift.influence.rds import RDS, kept_embeddings, rds_scores
-from gradsift.influence.trak import TRAK, doubt_of, trak_kernel
+from gradsift.influence.trak import TRAK, doubt_of, kernel_warnings, trak_kernel
 from gradsift.store.gradient_store import GradientStore
 from gradsift.store.manifest import fingerprint
 from gradsift.types import Message, Skipped
@@ -151,6 +151,7 @@ def score(
         "aggregation": aggregation,
     }
     policy: PolicyTargets | None = None
+    stores: SequenceABC[GradientStore] = ()
     whole: NDArray[Any] | None = None  # [pool], of a method that has no score per target
     terms: JointTerms | None = None
     ratings: Ratings | None = None
@@ -172,7 +173,8 @@ def score(
     else:
         rows = target_sources(pool, target, method)
         policy = rows if isinstance(rows, PolicyTargets) else None
-        ids, matrix, identity["stores"] = influence_matrix(pool, rows, _conversations(target.data), method)
+        ids, matrix, stores = influence_matrix(pool, rows, _conversations(target.data), method)
+        identity["stores"] = [store.fingerprint for store in stores]
     keep = np.array([id_ not in excluded for id_ in ids])
     ids = [id_ for id_, kept in zip(ids, keep, strict=True) if kept]
     if not ids:
@@ -197,7 +199,7 @@ def score(
         if subtasks and len(set(subtasks)) > 1:
             warnings.append(f"{method.label} takes the mean over all targets: their subtasks play no part in it")
     if target is not None:
-        warnings += wordless_warnings(pool, target.data.ids, _conversations(target.data), method)
+        warnings += method_warnings(pool, target.data.ids, _conversations(target.data), method, stores)
     if policy is not None:
         warnings += signal_warnings(policy.summaries, policy.method)
     if ratings is not None:
@@ -297,8 +299,10 @@ def influence_matrix(
     targets: SequenceSource | TargetsByCheckpoint,
     conversations: Iterable[Conversation],
     method: Ranker | NICE | NICEIF,
-) -> tuple[list[str], NDArray[np.float32], list[str]]:
-    """Influence of every pool example on every target: (pool ids, `[pool target]`, fingerprints of the stores used).
+) -> tuple[list[str], NDArray[np.float32], list[GradientStore]]:
+    """Influence of every pool example on every target: (pool ids, `[pool target]`, the stores used).
+
+    Of each checkpoint the pool's store comes first, then the targets'.
 
     Args:
         pool: from `open_pool`.
@@ -335,12 +339,12 @@ def influence_matrix(
     weights = checkpoint_weights(checkpoints) if isinstance(method, LESS | NICE) else equal
     total: torch.Tensor | None = None
     ids: list[str] = []
-    used = []
+    used: list[GradientStore] = []
     for checkpoint, source, weight in zip(checkpoints, sources, weights, strict=True):
         store = pool.stores(checkpoint, [view])[view]
         queries = pool.collect(source, checkpoint, ["plain"], what="target")["plain"]
         store.check_comparable(queries)
-        used += [store.fingerprint, queries.fingerprint]
+        used += [store, queries]
         products = _store_products(store, queries, targets.ids, method, weight, pool)
         if total is None:
             total, ids = products, list(store.ids)
@@ -422,17 +426,24 @@ def _dsir(pool: Pool, target: Target | PromptTarget, method: DSIR) -> NDArray[np
     return dsir_log_ratios(rows, queries, smoothing=method.smoothing)
 
 
-def wordless_warnings(
-    pool: Pool, ids: SequenceABC[str], conversations: Iterable[Conversation], method: Method
+def method_warnings(
+    pool: Pool,
+    ids: SequenceABC[str],
+    conversations: Iterable[Conversation],
+    method: Method,
+    stores: SequenceABC[GradientStore],
 ) -> list[str]:
-    """What to know about texts without any word, of which a method that compares words cannot say anything.
+    """What a method cannot do with the rows and targets at hand: texts without words, a kernel of too few rows.
 
     Args:
         pool: the rows.
         ids: of the targets.
         conversations: their messages.
         method: any.
+        stores: those that it read, from `influence_matrix`.
     """
+    if isinstance(method, TRAK):
+        return kernel_warnings(method, len(stores[0]), stores[0].dim)
     if not (isinstance(method, DSIR) or (isinstance(method, BM25) and method.tokens == "words")):
         return []
     found = []

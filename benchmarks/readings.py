@@ -2,6 +2,14 @@
 
     python benchmarks/readings.py adam --out runs/readings     LESS: ε outside or inside Adam's root
     python benchmarks/readings.py adam --share 0/2             every second training of it, and no tables
+    python benchmarks/readings.py trak                         TRAK: one kernel, or one for each module
+    python benchmarks/readings.py rejection                    NICE: rejection as here and as in the authors' code
+    python benchmarks/readings.py words                        BM25 and DSIR as here and as in their authors' code
+    python benchmarks/readings.py klt                          Compact's coefficients KLT for one gradient and several
+
+`trak` looks for a target's class among the rows of DataInf's sets (`../shared/outside`), after a short training of the
+same tiny transformer on them. `rejection` and `klt` take the world and the halves of `adam` as they are in
+`datamodel.py`. `words` takes the 6,000 rows of `../shared/data` and four targets, and no model but a tokenizer.
 
 `adam` takes the small world of `datamodel.py` (160 rows, 8 kinds of task) in three trainings: its own, and two smoother
 ones with a lower rate and a long warm-up. Attributions differ in nothing but Adam's ε and its bias correction.
@@ -18,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceABC
 from dataclasses import replace
@@ -29,9 +38,37 @@ import numpy as np
 import torch
 from datamodel import KINDS, RESAMPLES, World, halves, kind_scores, make_world, matrix_of, retrain, spearmans
 
-from gradsift import LESS, Gradients, Projection
+from gradsift import (
+    BM25,
+    LESS,
+    NICE,
+    TRAK,
+    DataInf,
+    Gradients,
+    ProjectedInverse,
+    Projection,
+    Reporter,
+    Warmup,
+    open_pool,
+    open_prompts,
+    open_target,
+    score,
+)
+from gradsift.data.load import load_examples
+from gradsift.data.words import words
+from gradsift.demo.model import demo_model
+from gradsift.explanation.coefficients import coefficients
 from gradsift.gradients.collect import Adam
+from gradsift.gradients.policy import PolicyGradient
+from gradsift.influence.bm25 import bm25_scores, model_tokens, spoken_text
+from gradsift.influence.dsir import dsir_log_ratios, hashed_counts
+from gradsift.influence.nice import PolicyTargets
+from gradsift.influence.scores import Method
+from gradsift.models import load_tokenizer
+from gradsift.rewards.matching import Exact
 from gradsift.warmup.checkpoint import load_moments
+
+OUTSIDE = datamodel.DATA.parents[1] / "outside"
 
 TRAININGS = {
     "lr 1e-2, no warm-up": {},
@@ -232,7 +269,234 @@ def with_interval(value: SequenceABC[float]) -> str:
     return f"{value[0]:+.3f} ({value[1]:+.3f} to {value[2]:+.3f})"
 
 
-PARTS: dict[str, Any] = {"adam": adam}
+# --- TRAK's kernel ------------------------------------------------------------------------------------------------
+
+SETS = ("grammars", "math_with_reason", "math_without_reason")
+CLASSIFIED: tuple[Method, ...] = (
+    TRAK(),
+    TRAK(kernel="whole"),
+    TRAK(checkpoints="last"),
+    TRAK(kernel="whole", checkpoints="last"),
+    ProjectedInverse(),
+    DataInf(),
+    LESS(optimizer="sgd", normalise=False, checkpoints="last"),
+    BM25(),
+)
+
+
+def trak(out: Path, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Per set and method: area under the ROC curve of a target's class, and its share among as many first rows."""
+    from sklearn.metrics import roc_auc_score
+
+    model = make_world(out / "world").pool.model
+    table: dict[str, Any] = {}
+    for name in SETS:
+        rows = [
+            [json.loads(line) for line in (OUTSIDE / f"{name}_{part}.jsonl").read_text(encoding="utf-8").splitlines()]
+            for part in ("pool", "target")
+        ]
+        pool = open_pool(
+            rows[0],
+            model=model,
+            out=str(out / name),
+            warmup=Warmup(**datamodel.TRAINING.model_copy(update={"learning_rate": 3e-3}).model_dump(), fraction=1.0),
+            gradients=Gradients(projection=Projection(dim=4096), dtype="float32"),
+            max_length=256,
+            keep_duplicates=True,
+        )
+        target = open_target(rows[1], pool, keep_overlap=True)
+        own, asked = np.array(pool.data.column("cls")), np.array(target.data.column("cls"))
+        for method in CLASSIFIED:
+            found = score(pool, target, method)
+            assert found.per_target is not None
+            assert found.ids == pool.data.ids
+            areas, shares = [], []
+            for column, cls in enumerate(asked):
+                scores, same = found.per_target[:, column], own == cls
+                areas.append(roc_auc_score(same, scores))
+                shares.append(same[np.argsort(-scores, kind="stable")[: same.sum()]].mean())
+            resampled = np.random.default_rng(7).integers(len(asked), size=(RESAMPLES, len(asked)))
+            drawn = [slice(None), *resampled]
+            table.setdefault(method.label, {})[name] = {
+                "rows": len(own),
+                "auc": of_drawn(np.array([np.mean(np.array(areas)[rows]) for rows in drawn])),
+                "recall": of_drawn(np.array([np.mean(np.array(shares)[rows]) for rows in drawn])),
+            }
+    lines = [f"| AUC (95 %) / recall | {' | '.join(SETS)} |", "|---|---|---|---|"]
+    for label, entry in table.items():
+        cells = [
+            "{:.3f} ({:.3f} to {:.3f}) / {:.3f}".format(*entry[name]["auc"], entry[name]["recall"][0]) for name in SETS
+        ]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return table, "\n".join(lines)
+
+
+# --- rejection ----------------------------------------------------------------------------------------------------
+
+POLICIES = {
+    "plain (NICE)": PolicyGradient(),
+    "rejection": PolicyGradient(variant="rejection"),
+    "weighted rejection": PolicyGradient(variant="weighted_rejection"),
+    "plain, or the label": PolicyGradient(fallback="label"),
+    "rejection, or the label": PolicyGradient(variant="rejection", fallback="label"),
+    "weighted rejection, or the label (the authors')": PolicyGradient(variant="weighted_rejection", fallback="label"),
+}
+
+
+def overlap_reward(completions: SequenceABC[str], answer: SequenceABC[str], **_: Any) -> list[float]:
+    """F1 of the words that response and answer have in common."""
+    rewards = []
+    for response, wanted in zip(completions, answer, strict=True):
+        first, second = Counter(words(response)), Counter(words(wanted))
+        common = (first & second).total()
+        rewards.append(2 * common / max(1, first.total() + second.total()))
+    return rewards
+
+
+def rejection(out: Path, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """LDS of each reading by a reward that is 0 or 1 and by a graded one, and how alike the rankings are."""
+    world = make_world(out / "world")
+    plan = halves(world, args.subsets)
+    outcomes = datamodel.retrain_all(world, plan, (1, 2), None)
+    member = np.array([np.isin(world.pool.data.ids, kept) for kept in plan.values()], dtype=np.float64)
+    truth = -np.array(list(outcomes.values()))[:, :, : len(world.target_kinds)].mean(axis=1)
+    drawn = [slice(None), *np.random.default_rng(1).integers(len(plan), size=(RESAMPLES, len(plan)))]
+    rows = [world.target.data.row(id_) for id_ in world.target.data.ids]
+    table: dict[str, Any] = {}
+    for reward_name, reward in (("exact answer, 0 or 1", Exact()), ("words in common, graded", overlap_reward)):
+        prompts = open_prompts(rows, world.pool, reward)
+        own = table[reward_name] = {}
+        plain: Any = None
+        for name, policy in POLICIES.items():
+            method = NICE(sampling=datamodel.SAMPLING, policy=policy)
+            targets = PolicyTargets(world.pool, prompts, method)
+            silent = [1 - np.mean(targets.at(checkpoint).signal) for checkpoint in world.pool.checkpoints()]
+            matrix = matrix_of(world, method, prompts)
+            plain = matrix if plain is None else plain
+            live = matrix.any(axis=0) & plain.any(axis=0)
+            values = np.array([spearmans((member @ matrix)[rows_], truth[rows_]) for rows_ in drawn])
+            base = np.array([spearmans((member @ plain)[rows_], truth[rows_]) for rows_ in drawn])
+            own[name] = {
+                "lds": of_drawn(values),
+                "minus plain": of_drawn(values - base),
+                "like plain": spearmans(matrix[:, live], plain[:, live]),
+                "silent": [float(share) for share in silent],
+            }
+    lines = []
+    for reward_name, own in table.items():
+        lines += ["", f"**{reward_name}**", ""]
+        lines += ["| policy gradient | LDS | minus plain | Spearman with plain | prompts without signal |"]
+        lines += ["|---|---|---|---|---|"]
+        for name, entry in own.items():
+            silent = ", ".join(f"{share:.0%}" for share in entry["silent"])
+            lines.append(
+                f"| {name} | {with_interval(entry['lds'])} | {with_interval(entry['minus plain'])} | "
+                f"{entry['like plain']:+.3f} | {silent} |"
+            )
+    return table, "\n".join(lines).strip()
+
+
+# --- lexical methods ----------------------------------------------------------------------------------------------
+
+LEXICAL_TARGETS = ("math", "code", "instruction", "sentiment")
+
+
+def lexical(out: Path, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Rankings of 6,000 rows by each reading of BM25 and DSIR, beside the default's."""
+    rows = conversations("pool")
+    tokenizer = load_tokenizer(str(demo_model(Reporter())))
+    shown = [tokenizer(tokenizer.apply_chat_template(own, tokenize=False))["input_ids"] for own in rows]
+    spoken = [words(spoken_text(own)) for own in rows]
+    counted = hashed_counts([spoken_text(own) for own in rows], 10_000)
+    long = np.array([len(words(spoken_text(own), punctuation=True)) >= 100 for own in rows])  # data-selection's minimum
+    table: dict[str, Any] = {"rows of 100 words or more": float(long.mean())}
+    for name in LEXICAL_TARGETS:
+        asked = conversations(f"target_{name}_validation")
+        entry: dict[str, Any] = {}
+        of_words = [words(spoken_text(own)) for own in asked]
+        of_tokens = [tokenizer(tokenizer.apply_chat_template(own, tokenize=False))["input_ids"] for own in asked]
+        for label, documents, queries in (
+            ("BM25 on words", spoken, of_words),
+            ("BM25 on model tokens", as_words(shown), as_words(of_tokens)),
+        ):
+            okapi, authors = (
+                bm25_scores(documents, queries, k1=1.5, b=0.75, reading=reading).astype(np.float64)
+                for reading in ("okapi", "compact")
+            )
+            entry[f"{label}, Compact's reading"] = alike(okapi, authors)
+        target_counts = hashed_counts([spoken_text(own) for own in asked], 10_000)
+        ours, published = (dsir_log_ratios(counted, target_counts, smoothing=value) for value in (1e-4, 1e-8))
+        entry["DSIR, smoothing 1e-8"] = alike(ours[:, None], published[:, None], first=300)
+        dropped = np.where(long, ours, -np.inf)
+        entry["DSIR, rows of 100 words or more alone"] = alike(ours[:, None], dropped[:, None], first=300)
+        table[name] = entry
+    labels = list(table["math"])
+    lines = [f"| against the default | {' | '.join(LEXICAL_TARGETS)} |", "|---|---|---|---|---|"]
+    for label in labels:
+        cells = ["{:+.3f}, {:.0%}".format(*table[name][label]) for name in LEXICAL_TARGETS]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    lines += ["", f"Rows of 100 words or more: {float(long.mean()):.1%} of the pool."]
+    return table, "\n".join(lines)
+
+
+def conversations(name: str) -> list[Any]:
+    """Messages of the rows of a file of the shared data."""
+    path = datamodel.DATA.with_name(f"{name}.jsonl")
+    return [example.messages for example in load_examples(str(path), what=name).examples]
+
+
+def as_words(sequences: SequenceABC[SequenceABC[int]]) -> list[list[str]]:
+    return model_tokens(np.array(ids, dtype=np.int32) for ids in sequences)
+
+
+def alike(one: Any, other: Any, *, first: int = 10) -> list[float]:
+    """Spearman and the share of equal rows among the first, by column `[row target]`, mean over columns."""
+    finite = np.isfinite(other).all(axis=1)
+    shared = [
+        len(set(np.argsort(-a, kind="stable")[:first]) & set(np.argsort(-b, kind="stable")[:first])) / first
+        for a, b in zip(one.T, other.T, strict=True)
+    ]
+    return [spearmans(one[finite], other[finite]), float(np.mean(shared))]
+
+
+# --- KLT ----------------------------------------------------------------------------------------------------------
+
+
+def klt(out: Path, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Relevance of the first k rows of TracIn's ranking for each target by KLT, as here and with every right singular
+    vector of the centred gradients in the basis, among them that of the singular value 0, as in the authors' code."""
+    world = make_world(out / "world")
+    checkpoint = world.pool.checkpoints()[-1]
+    store = world.pool.stores(checkpoint, ["plain"])["plain"]
+    rows = store.rows(0, len(store)).double()
+    targets = world.pool.collect(world.target.data, checkpoint, ["plain"], what="target")["plain"]
+    table: dict[str, Any] = {}
+    for k in (1, 2, 5, 10):
+        found = []
+        for target in targets.rows(0, len(targets)).double():
+            chosen = rows[torch.argsort(-(rows @ target), stable=True)[:k]]
+            ours = coefficients(target, chosen, model="KLT")
+            basis = torch.linalg.svd(chosen - chosen.mean(dim=0, keepdim=True), full_matrices=False).Vh.T
+            theirs = torch.linalg.pinv(chosen.T) @ (basis @ (basis.T @ target))
+            found.append(
+                [float((target @ target) / (target - t @ chosen).square().sum()) for t in (ours, theirs)]
+                + [float((theirs - ours).abs().max())]
+            )
+        values = np.array(found)
+        db = 10 * np.log10(values[:, :2])
+        table[str(k)] = {
+            "here, dB": float(np.median(db[:, 0])),
+            "authors, dB": float(np.median(db[:, 1])),
+            "largest difference, dB": float(np.abs(db[:, 0] - db[:, 1]).max()),
+            "largest difference of a coefficient": float(values[:, 2].max()),
+        }
+    names = list(table["1"])
+    lines = [f"| k | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
+    lines += [f"| {k} | {' | '.join(f'{entry[name]:.3g}' for name in names)} |" for k, entry in table.items()]
+    return table, "\n".join(lines)
+
+
+PARTS: dict[str, Any] = {"adam": adam, "trak": trak, "rejection": rejection, "words": lexical, "klt": klt}
 
 
 if __name__ == "__main__":

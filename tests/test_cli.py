@@ -185,6 +185,7 @@ def test_options_of_rewards_reach_the_recipe(monkeypatch: pytest.MonkeyPatch) ->
         "temperature": ("--temperature", "0.3"), "response_tokens": ("--response-tokens", "9"),
         "assistant": ("--assistant", "g"), "allow_code_execution": ("--allow-code-execution",),
         "reward_weight": ("--reward-weight", "2"), "baseline": ("--baseline", "mean"),
+        "fallback": ("--fallback", "label"),
         "policy_variant": ("--policy-variant", "ppo"), "judge_model": ("--reward", "judge", "--judge-model", "j"),
         "judge_url": ("--reward", "judge", "--judge-model", "j", "--judge-url", url),
         "assistant_url": ("--assistant", "g", "--assistant-url", url),

@@ -182,7 +182,14 @@ SHARED: dict[str, tuple[Any, Any]] = {
         str | None,
         None,
         "--policy-variant",
-        help="How rewards weigh responses: plain, discrete, rejection or ppo.",
+        help="How rewards weigh responses: plain, discrete, rejection, weighted_rejection or ppo.",
+        panel=REWARD,
+    ),
+    "fallback": _shared(
+        str | None,
+        None,
+        "--fallback",
+        help="For a prompt in which no response has any weight: none (default), or the row's own answer (label).",
         panel=REWARD,
     ),
     "judge_model": _shared(str | None, None, "--judge-model", help="Model that a judge asks.", panel=REWARD),
@@ -424,7 +431,7 @@ OF_SAMPLING = (
     "assistant_suffix", "server_url", "server_model",
 )  # fmt: skip
 OF_REWARD = (
-    "reward", "reward_weight", *OF_SAMPLING, "baseline", "policy_variant", "judge_model", "judge_url",
+    "reward", "reward_weight", *OF_SAMPLING, "baseline", "policy_variant", "fallback", "judge_model", "judge_url",
     "allow_code_execution",
 )  # fmt: skip
 OF_MEASURED_REWARD = (

@@ -160,7 +160,7 @@ OF_SAMPLING = (
     "samples", "sampling", "temperature", "response_tokens", "assistant", "assistant_url", "assistant_prefix",
     "assistant_suffix", "server_url", "server_model",
 )  # fmt: skip
-OF_RESPONSES = (*OF_SAMPLING, "baseline", "policy_variant")
+OF_RESPONSES = (*OF_SAMPLING, "baseline", "policy_variant", "fallback")
 
 
 # What a word after `--rater`, `--complexity` or `--quality` stands for; anything else is a function's name.
@@ -243,7 +243,7 @@ def sampling_fields(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _policy(given: dict[str, Any]) -> dict[str, Any]:
     """How samples and rewards become a gradient, where that is said."""
-    named = {"variant": given.get("policy_variant"), "baseline": given.get("baseline")}
+    named = {"variant": given.get("policy_variant"), **{name: given.get(name) for name in ("baseline", "fallback")}}
     chosen = {name: value for name, value in named.items() if value is not None}
     return {"policy": chosen} if chosen else {}
 

@@ -135,7 +135,7 @@ def test_the_whole_kernel_of_trak_spans_modules(tiny: World, target: Target, tmp
 def test_settings_tell_scores_apart(pool: Pool, target: Target) -> None:
     """The fingerprint, the kept file and the name in tables cover damping, kernel and tokens: no score is another's."""
     methods: list[Method] = [DataInf(), DataInf(damping=0.1), DataInf(damping=0.2), ProjectedInverse(damping=0.1)]
-    methods += [TRAK(), TRAK(kernel="whole"), TRAK(damping=0.1), BM25(), BM25(tokens="model")]
+    methods += [TRAK(), TRAK(kernel="whole"), TRAK(damping=0.1), BM25(), BM25(tokens="model"), BM25(reading="compact")]
     found = [score(pool, target, method) for method in methods]
     assert len({entry.fingerprint for entry in found}) == len(methods)
     assert len({entry.method.label for entry in found}) == len(methods)
@@ -329,6 +329,22 @@ def test_bm25_is_the_formula(pool: list[list[str]], queries: list[list[str]]) ->
     found = bm25_scores(pool, queries, k1=1.5, b=0.75)
     wanted = np.array([slow_bm25(pool, query, 1.5, 0.75) for query in queries]).T
     assert np.allclose(found, wanted, rtol=1e-4, atol=1e-6)
+
+
+@given(st.lists(DOCUMENT, min_size=2, max_size=6), st.lists(DOCUMENT, min_size=1, max_size=3))
+def test_the_reading_of_compacts_authors(pool: list[list[str]], queries: list[list[str]]) -> None:
+    """Their formula, but for the constant factor k1 + 1: 1 more in the denominator, a word of the query counts once."""
+    mean = sum(map(len, pool)) / len(pool)
+    found = bm25_scores(pool, queries, k1=1.5, b=0.75, reading="compact")
+    for column, query in enumerate(queries):
+        for row, document in enumerate(pool):
+            total = 0.0
+            for word in set(query):
+                n, tf = sum(word in other for other in pool), document.count(word)
+                below = tf + 1.0 + 1.5 * (0.25 + 0.75 * len(document) / mean)
+                total += math.log((len(pool) - n + 0.5) / (n + 0.5) + 1.0) * tf / below
+            assert found[row, column] == pytest.approx(total, rel=1e-4, abs=1e-6)
+    assert BM25(tokens="model", reading="compact").label == "BM25 (model tokens, Compact's)"
 
 
 def test_bm25_of_model_tokens_counts_token_ids(pool: Pool, target: Target) -> None:

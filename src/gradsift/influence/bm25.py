@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from gradsift.settings import Settings
 
+Reading = Literal["okapi", "compact"]
+
 
 class BM25(Settings):
     """Okapi BM25 of each pool text for each target text (NICE, App. D): higher = more words in common.
@@ -18,17 +20,21 @@ class BM25(Settings):
     k1, b: saturation and length normalisation.
     tokens: `words` compares lower-case words of what is said, in any script, not those of the form in which NICE
         writes it; `model` the token ids that the model sees, of prompt, answer and template (Compact, section 3.4).
+    reading: `okapi`, or `compact`, what Compact's authors compute: the denominator is 1 larger, and a word that stands
+        twice in the query counts once.
     """
 
     kind: Literal["bm25"] = "bm25"
     k1: float = 1.5
     b: float = 0.75
     tokens: Literal["words", "model"] = "words"
+    reading: Reading = "okapi"
 
     @property
     def label(self) -> str:
         """What tables call it."""
-        return "BM25" if self.tokens == "words" else "BM25 (model tokens)"
+        parts = ["model tokens"] * (self.tokens == "model") + ["Compact's"] * (self.reading == "compact")
+        return f"BM25 ({', '.join(parts)})" if parts else "BM25"
 
 
 def conversation_text(messages: Sequence[Mapping[str, object]]) -> str:
@@ -65,13 +71,24 @@ def model_tokens(token_ids: Iterable[NDArray[np.int32]]) -> list[list[str]]:
 
 
 def bm25_scores(
-    pool: Sequence[Sequence[str]], target: Sequence[Sequence[str]], *, k1: float, b: float
+    pool: Sequence[Sequence[str]],
+    target: Sequence[Sequence[str]],
+    *,
+    k1: float,
+    b: float,
+    reading: Reading = "okapi",
 ) -> NDArray[np.float32]:
     """BM25 of tokenised documents `pool` for tokenised queries `target`, float32 `[pool target]`.
 
     score(d, q) = Σ_{w in q} idf(w)·tf/(tf + k1·(1 − b + b·|d|/mean|d|)), idf(w) = log(1 + (N − n + ½)/(n + ½)); a word
     that stands twice in the query counts twice. (The constant factor k1+1 of other presentations is left out.)
+
+    The reading `compact` has tf + 1 + k1·(…) below the line, which is Okapi's with k1 + 1 for k1 and b·k1/(k1 + 1) for
+    b, and the sum is over the different words of the query.
     """
+    if reading == "compact":
+        k1, b = k1 + 1, b * k1 / (k1 + 1)
+        target = [list(dict.fromkeys(query)) for query in target]
     index = bm25s.BM25(method="lucene", k1=k1, b=b)
     index.index([list(document) or [""] for document in pool], show_progress=False)
     scores = np.zeros((len(pool), len(target)), dtype=np.float32)

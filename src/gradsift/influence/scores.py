@@ -407,7 +407,7 @@ def _bm25_matrix(
         documents, asked = (
             [words(spoken_text(messages)) for messages in part] for part in (_conversations(pool.data), conversations)
         )
-    return bm25_scores(documents, asked, k1=method.k1, b=method.b)
+    return bm25_scores(documents, asked, k1=method.k1, b=method.b, reading=method.reading)
 
 
 def _rds_matrix(pool: Pool, conversations: Iterable[Conversation], method: RDS) -> NDArray[np.float32]:

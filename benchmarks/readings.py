@@ -5,11 +5,8 @@
     python benchmarks/readings.py trak                         TRAK: one kernel, or one for each module
     python benchmarks/readings.py rejection                    NICE: rejection as here and as in the authors' code
     python benchmarks/readings.py words                        BM25 and DSIR as here and as in their authors' code
+    python benchmarks/readings.py damping                      DataInf's λ over projected coordinates
     python benchmarks/readings.py klt                          Compact's coefficients KLT for one gradient and several
-
-`trak` looks for a target's class among the rows of DataInf's sets (`../shared/outside`), after a short training of the
-same tiny transformer on them. `rejection` and `klt` take the world and the halves of `adam` as they are in
-`datamodel.py`. `words` takes the 6,000 rows of `../shared/data` and four targets, and no model but a tokenizer.
 
 `adam` takes the small world of `datamodel.py` (160 rows, 8 kinds of task) in three trainings: its own, and two smoother
 ones with a lower rate and a long warm-up. Attributions differ in nothing but Adam's ε and its bias correction.
@@ -18,6 +15,10 @@ ones with a lower rate and a long warm-up. Attributions differ in nothing but Ad
 - Choice: the model is trained afresh on the 16 rows that rank first for the four targets of a kind; loss of 12 other
   rows of the kind, several seeds; differences are paired over kinds and seeds.
 - Rows: how far √v′ of the rows is from the floor that ε inside the root is, and the cosines of both rows.
+
+`rejection`, `damping` and `klt` take that world in its own training. `trak` looks for a target's class among the rows
+of DataInf's sets (`../shared/outside`), after a short training of the same tiny transformer on them. `words` takes the
+6,000 rows of `../shared/data` and four targets, and no model but a tokenizer.
 
 Intervals are 95 % bootstrap percentiles. Every training leaves a JSON file; the tables are OUT/<part>.json and .md.
 """
@@ -496,7 +497,37 @@ def klt(out: Path, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     return table, "\n".join(lines)
 
 
-PARTS: dict[str, Any] = {"adam": adam, "trak": trak, "rejection": rejection, "words": lexical, "klt": klt}
+# --- DataInf's damping --------------------------------------------------------------------------------------------
+
+
+def damping(out: Path, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """DataInf with λ a tenth of the mean squared projected coordinate, beside DataInf of unprojected rows."""
+    world = make_world(out / "world")
+    exact = Gradients(projection=Projection(kind="none"), dtype="float32")
+    whole = replace(world, pool=replace(world.pool, gradients=exact))
+    wanted = matrix_of(whole, DataInf(), world.target)
+    table: dict[str, Any] = {}
+    for dim in (4096, 1024, 256, 64):
+        settings = Gradients(projection=Projection(dim=dim), dtype="float32")
+        found = matrix_of(replace(world, pool=replace(world.pool, gradients=settings)), DataInf(), world.target)
+        table[str(dim)] = {
+            "size": float(np.median(np.abs(found)) / np.median(np.abs(wanted))),
+            "Spearman": spearmans(found, wanted),
+        }
+    store = whole.pool.stores(whole.pool.checkpoints()[-1], ["plain"])["plain"]
+    lines = [f"| dimensions of {store.dim:,} | median size, of that of unprojected rows | Spearman |", "|---|---|---|"]
+    lines += [f"| {dim} | {entry['size']:.3f} | {entry['Spearman']:.3f} |" for dim, entry in table.items()]
+    return table, "\n".join(lines)
+
+
+PARTS: dict[str, Any] = {
+    "adam": adam,
+    "trak": trak,
+    "rejection": rejection,
+    "words": lexical,
+    "klt": klt,
+    "damping": damping,
+}
 
 
 if __name__ == "__main__":

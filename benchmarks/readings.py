@@ -2,6 +2,8 @@
 
     python benchmarks/readings.py adam --out runs/readings     LESS: ε outside or inside Adam's root
     python benchmarks/readings.py adam --share 0/2             every second training of it, and no tables
+    python benchmarks/readings.py real                         the same choice on the demo's model
+    python benchmarks/readings.py less                         LESS: the projection, as here and as in its code
     python benchmarks/readings.py trak                         TRAK: one kernel, or one for each module
     python benchmarks/readings.py rejection                    NICE: rejection as here and as in the authors' code
     python benchmarks/readings.py words                        BM25 and DSIR as here and as in their authors' code
@@ -16,9 +18,9 @@ ones with a lower rate and a long warm-up. Attributions differ in nothing but Ad
   rows of the kind, several seeds; differences are paired over kinds and seeds.
 - Rows: how far √v′ of the rows is from the floor that ε inside the root is, and the cosines of both rows.
 
-`rejection`, `damping` and `klt` take that world in its own training. `trak` looks for a target's class among the rows
-of DataInf's sets (`../shared/outside`), after a short training of the same tiny transformer on them. `words` takes the
-6,000 rows of `../shared/data` and four targets, and no model but a tokenizer.
+`less`, `rejection`, `damping` and `klt` take that world in its own training. `trak` looks for a target's class among
+the rows of DataInf's sets (`../shared/outside`), after a short training of the same tiny transformer on them. `words`
+takes the 6,000 rows of `../shared/data` and four targets, and no model but a tokenizer.
 
 Intervals are 95 % bootstrap percentiles. Every training leaves a JSON file; the tables are OUT/<part>.json and .md.
 """
@@ -30,14 +32,14 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceABC
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import datamodel
 import numpy as np
 import torch
-from datamodel import KINDS, RESAMPLES, World, halves, kind_scores, make_world, matrix_of, retrain, spearmans
+from datamodel import KINDS, RESAMPLES, World, halves, kind_scores, make_world, matrix_of, retrain, spearmans, world_on
 
 from gradsift import (
     BM25,
@@ -49,6 +51,7 @@ from gradsift import (
     ProjectedInverse,
     Projection,
     Reporter,
+    Training,
     Warmup,
     open_pool,
     open_prompts,
@@ -63,8 +66,9 @@ from gradsift.gradients.collect import Adam
 from gradsift.gradients.policy import PolicyGradient
 from gradsift.influence.bm25 import bm25_scores, model_tokens, spoken_text
 from gradsift.influence.dsir import dsir_log_ratios, hashed_counts
+from gradsift.influence.less import less_scores
 from gradsift.influence.nice import PolicyTargets
-from gradsift.influence.scores import Method
+from gradsift.influence.scores import Method, checkpoint_weights
 from gradsift.models import load_tokenizer
 from gradsift.rewards.matching import Exact
 from gradsift.warmup.checkpoint import load_moments
@@ -81,10 +85,15 @@ ADAM = {
     "inside": Adam(eps_placement="inside"),
     "outside, corrected": Adam(eps_placement="outside", bias_correction=True),
     "inside, corrected": Adam(eps_placement="inside", bias_correction=True),
+    # Adam's steps depend on the gradients' scale by ε alone: these are 1e-8 for a model whose gradients are 10 and 100
+    # times smaller, as those of larger models are.
+    "inside, ε 1e-6": Adam(eps_placement="inside", eps=1e-6),
+    "inside, ε 1e-4": Adam(eps_placement="inside", eps=1e-4),
 }
 CHECKPOINTS = ("all", "last")
 CHOSEN = 16  # of 160 rows
 HELD_OUT = 12  # rows of each kind that choices are judged by
+RETRAININGS = (1, 2)  # seeds of the trainings on halves
 SEEDS = (11, 12, 13)  # of the trainings on a choice
 
 
@@ -105,6 +114,36 @@ def main() -> None:
         print(text)
 
 
+@dataclass(frozen=True)
+class Halves:
+    """Random halves of a world's pool, and what retraining on them gave.
+
+    member: 1 where a half has a row `[half pool]`
+    truth:  mean loss of two seeds, turned `[half target]`
+    drawn:  all halves, and resampled ones
+    """
+
+    member: Any
+    truth: Any
+    drawn: list[Any]
+
+    @classmethod
+    def of(cls, world: World, count: int) -> Halves:
+        """Retrained now where that was not done before."""
+        plan = halves(world, count)
+        outcomes = datamodel.retrain_all(world, plan, RETRAININGS, None)
+        return cls(
+            np.array([np.isin(world.pool.data.ids, kept) for kept in plan.values()], dtype=np.float64),
+            -np.array(list(outcomes.values()))[:, :, : len(world.target_kinds)].mean(axis=1),
+            [slice(None), *np.random.default_rng(1).integers(len(plan), size=(RESAMPLES, len(plan)))],
+        )
+
+    def lds(self, matrix: Any) -> Any:
+        """Of scores `[pool target]`: over all halves, then over each resampling."""
+        predicted = self.member @ matrix
+        return np.array([spearmans(predicted[rows], self.truth[rows]) for rows in self.drawn])
+
+
 # --- Adam's ε -----------------------------------------------------------------------------------------------------
 
 
@@ -116,8 +155,10 @@ def adam(out: Path, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     for name, changes in TRAININGS.items():
         datamodel.TRAINING = own.model_copy(update=changes)
         world = make_world(out / "world")
-        plan = halves(world, args.subsets)
-        outcomes = datamodel.retrain_all(world, plan, (1, 2), args.share)
+        if args.share is None:
+            retrained = Halves.of(world, args.subsets)
+        else:
+            datamodel.retrain_all(world, halves(world, args.subsets), RETRAININGS, args.share)
         scored = {
             f"{adam_name}, {checkpoints}": (placed(world, settings), LESS(checkpoints=checkpoints))  # type: ignore[arg-type]
             for checkpoints in CHECKPOINTS
@@ -129,8 +170,8 @@ def adam(out: Path, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         losses = train_choices(world, choices, args.share)
         if args.share is None:
             tables[name] = {
-                "rows": of_rows(world),
-                "lds": lds_of(world, plan, outcomes, scored),
+                "rows": of_rows(world, {form: placed(world, settings) for form, settings in ADAM.items()}),
+                "lds": lds_of(retrained, scored),
                 "choice": choice_of(losses),
             }
     datamodel.TRAINING = own
@@ -177,17 +218,9 @@ def train_choices(
     return found
 
 
-def lds_of(
-    world: World, plan: Mapping[str, list[str]], outcomes: Mapping[str, Any], scored: Mapping[str, tuple[World, LESS]]
-) -> dict[str, Any]:
+def lds_of(retrained: Halves, scored: Mapping[str, tuple[World, LESS]]) -> dict[str, Any]:
     """LDS of each, with the paired difference to ε outside at the same checkpoints."""
-    member = np.array([np.isin(world.pool.data.ids, kept) for kept in plan.values()], dtype=np.float64)
-    truth = -np.array(list(outcomes.values()))[:, :, : len(world.target_kinds)].mean(axis=1)  # [subset target]
-    resampled = [slice(None), *np.random.default_rng(1).integers(len(plan), size=(RESAMPLES, len(plan)))]
-    drawn = {}
-    for label, (place, method) in scored.items():
-        predicted = member @ matrix_of(place, method, world.target)
-        drawn[label] = np.array([spearmans(predicted[rows], truth[rows]) for rows in resampled])
+    drawn = {label: retrained.lds(matrix_of(place, method, place.target)) for label, (place, method) in scored.items()}
     return {
         label: {
             "value": of_drawn(values),
@@ -218,8 +251,8 @@ def choice_of(losses: Mapping[str, list[list[float]]]) -> dict[str, Any]:
     return table
 
 
-def of_rows(world: World) -> dict[str, Any]:
-    """Quantiles of √v at the first and last checkpoint, and cosines of both rows with each other."""
+def of_rows(world: World, forms: Mapping[str, World]) -> dict[str, Any]:
+    """Quantiles of √v at the first and last checkpoint, and cosines of each form's rows with those of ε outside."""
     found = {}
     checkpoints = world.pool.checkpoints()
     for name, checkpoint in (("first", checkpoints[0]), ("last", checkpoints[-1])):
@@ -228,17 +261,19 @@ def of_rows(world: World) -> dict[str, Any]:
             part: torch.cat([v.flatten() for key, v in squares.items() if f"lora_{part}" in key]).sqrt()
             for part in "AB"
         }
-        outside, inside = (
-            placed(world, ADAM[form]).pool.stores(checkpoint, ["adam"])["adam"] for form in ("outside", "inside")
-        )
-        rows = [store.rows(0, len(store)).double() for store in (outside, inside)]
-        cosines = torch.nn.functional.cosine_similarity(*rows, dim=1)
+        stores = {form: place.pool.stores(checkpoint, ["adam"])["adam"] for form, place in forms.items()}
+        rows = {form: store.rows(0, len(store)).double() for form, store in stores.items()}
+        cosines = {
+            form: torch.nn.functional.cosine_similarity(rows["outside"], own, dim=1) for form, own in rows.items()
+        }
         found[name] = {
             "root of v": {
                 part: torch.quantile(values[:: max(1, len(values) // 100_000)], torch.tensor([0.1, 0.5, 0.9])).tolist()
                 for part, values in roots.items()
             },
-            "cosine": [float(cosines.min()), float(cosines.median()), float(cosines.max())],
+            "cosine": {
+                form: [float(own.min()), float(own.median()), float(own.max())] for form, own in cosines.items()
+            },
         }
     return found
 
@@ -260,14 +295,124 @@ def adam_markdown(tables: Mapping[str, Any]) -> str:
             parts = "; ".join(
                 f"{part}: {', '.join(f'{value:.1e}' for value in values)}" for part, values in rows["root of v"].items()
             )
-            low, middle, high = rows["cosine"]
-            lines += ["", f"{at} checkpoint: √v at the 10th, 50th and 90th percentile {parts}; cosine of a row outside "
-                      f"with the same inside {low:.2f} to {high:.2f}, median {middle:.2f}"]  # fmt: skip
+            cosines = ", ".join(
+                f"{form} {middle:.2f} ({low:.2f} to {high:.2f})"
+                for form, (low, middle, high) in rows["cosine"].items()
+                if form.startswith("inside") and "corrected" not in form
+            )
+            lines += ["", f"{at} checkpoint: √v at the 10th, 50th and 90th percentile {parts}"]
+            lines += [f"; median cosine of a row with the same row outside: {cosines}"]
     return "\n".join(lines).strip()
 
 
 def with_interval(value: SequenceABC[float]) -> str:
     return f"{value[0]:+.3f} ({value[1]:+.3f} to {value[2]:+.3f})"
+
+
+WARMUPS = {
+    "the demo's warm-up": Warmup.preset("small"),
+    "LESS's warm-up, on all rows": Warmup.preset("less", fraction=1.0, batch_size=8),
+}
+
+
+def real(out: Path, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Rows and choices of LESS by ε outside and inside on the demo's model, SmolLM2-135M, with the same rows."""
+    datamodel.HELD_OUT = 8
+    own, datamodel.TRAINING = datamodel.TRAINING, Training.preset("small")
+    model = str(demo_model(Reporter()))
+    tables: dict[str, Any] = {}
+    for name, warmup in WARMUPS.items():
+        world = world_on(model, out / "real", warmup)
+        forms = {form: placed(world, ADAM[form]) for form in ("outside", "inside")}
+        choices = {
+            (f"{form}, all", kind): best_rows(place, LESS(), kind) for form, place in forms.items() for kind in KINDS
+        }
+        ranks = [matrix_of(place, LESS(), world.target) for place in forms.values()]
+        shared = [len(set(choices["outside, all", kind]) & set(choices["inside, all", kind])) for kind in KINDS]
+        losses = train_choices(world, choices, args.share)
+        if args.share is None:
+            tables[name] = {
+                "rows": of_rows(world, forms),
+                "choice": choice_of(losses),
+                "lds": {},
+                "Spearman of the scores": spearmans(*ranks),
+                "rows in both choices": float(np.mean(shared)) / CHOSEN,
+            }
+    datamodel.TRAINING = own
+    text = [adam_markdown(tables)]
+    text += [
+        f"{name}: Spearman of both scores {table['Spearman of the scores']:.3f}, {table['rows in both choices']:.0%} "
+        f"of the {CHOSEN} chosen rows the same"
+        for name, table in tables.items()
+    ]
+    return tables, "\n\n".join(text)
+
+
+# --- LESS's projection --------------------------------------------------------------------------------------------
+
+
+def less(out: Path, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """LDS of LESS as its authors' code computes it, difference by difference, and how alike the rankings are."""
+    world = make_world(out / "world")
+    retrained = Halves.of(world, args.subsets)
+
+    def stored(placement: str, **projection: Any) -> Any:
+        settings = Gradients(
+            projection=Projection(**{"dim": 4096, **projection}),
+            dtype="float32",
+            adam=Adam(eps_placement=placement),  # type: ignore[arg-type]
+        )
+        return matrix_of(replace(world, pool=replace(world.pool, gradients=settings)), LESS(), world.target)
+
+    matrices = {
+        "ε outside, sparse, a segment for each module": stored("outside"),
+        "ε outside, not projected": stored("outside", kind="none"),
+        "ε outside, dense, a segment for each module": stored("outside", kind="rademacher"),
+        "ε outside, one dense matrix over all modules": as_authors(world, "outside"),
+        "ε inside, sparse, a segment for each module": stored("inside"),
+        "ε inside, not projected": stored("inside", kind="none"),
+        "ε inside, one dense matrix of float16 rows (the authors')": as_authors(world, "inside", half=True),
+    }
+    table: dict[str, Any] = {}
+    first = next(iter(matrices))
+    lds = {name: retrained.lds(matrix) for name, matrix in matrices.items()}
+    for name, matrix in matrices.items():
+        exact = matrices[f"{name.partition(',')[0]}, not projected"]
+        table[name] = {
+            "lds": of_drawn(lds[name]),
+            "minus first": of_drawn(lds[name] - lds[first]),
+            "like not projected": spearmans(matrix, exact),
+            "like first": spearmans(matrix, matrices[first]),
+        }
+    lines = [
+        "| LESS, 4,096 dimensions of 10,240 | LDS | minus the first | Spearman with not projected | with the first |"
+    ]
+    lines += ["|---|---|---|---|---|"]
+    for name, entry in table.items():
+        lines.append(
+            f"| {name} | {with_interval(entry['lds'])} | {with_interval(entry['minus first'])} | "
+            f"{entry['like not projected']:+.3f} | {entry['like first']:+.3f} |"
+        )
+    return table, "\n".join(lines)
+
+
+def as_authors(world: World, placement: str, *, half: bool = False) -> Any:
+    """Scores `[pool target]` by one matrix of signs over all parameters, of rows rounded to float16 or not."""
+    adam_settings = Adam(eps_placement=placement)  # type: ignore[arg-type]
+    settings = Gradients(projection=Projection(kind="none"), dtype="float32", adam=adam_settings)
+    pool = replace(world.pool, gradients=settings)
+    checkpoints = pool.checkpoints()
+    sides: list[list[torch.Tensor]] = [[], []]
+    for checkpoint in checkpoints:
+        store = pool.stores(checkpoint, ["adam"])["adam"]
+        queries = pool.collect(world.target.data, checkpoint, ["plain"], what="target")["plain"]
+        assert store.ids == world.pool.data.ids
+        assert queries.ids == world.target.data.ids
+        signs = torch.randint(0, 2, (store.dim, 4096), generator=torch.Generator().manual_seed(0)).float() * 2 - 1
+        for side, own in zip(sides, (store, queries), strict=True):
+            rows = own.rows(0, len(own))
+            side.append((rows.half().float() if half else rows) @ signs)
+    return less_scores(*sides, weights=checkpoint_weights(checkpoints)).double().numpy()
 
 
 # --- TRAK's kernel ------------------------------------------------------------------------------------------------
@@ -357,11 +502,7 @@ def overlap_reward(completions: SequenceABC[str], answer: SequenceABC[str], **_:
 def rejection(out: Path, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """LDS of each reading by a reward that is 0 or 1 and by a graded one, and how alike the rankings are."""
     world = make_world(out / "world")
-    plan = halves(world, args.subsets)
-    outcomes = datamodel.retrain_all(world, plan, (1, 2), None)
-    member = np.array([np.isin(world.pool.data.ids, kept) for kept in plan.values()], dtype=np.float64)
-    truth = -np.array(list(outcomes.values()))[:, :, : len(world.target_kinds)].mean(axis=1)
-    drawn = [slice(None), *np.random.default_rng(1).integers(len(plan), size=(RESAMPLES, len(plan)))]
+    retrained = Halves.of(world, args.subsets)
     rows = [world.target.data.row(id_) for id_ in world.target.data.ids]
     table: dict[str, Any] = {}
     for reward_name, reward in (("exact answer, 0 or 1", Exact()), ("words in common, graded", overlap_reward)):
@@ -375,11 +516,10 @@ def rejection(out: Path, args: argparse.Namespace) -> tuple[dict[str, Any], str]
             matrix = matrix_of(world, method, prompts)
             plain = matrix if plain is None else plain
             live = matrix.any(axis=0) & plain.any(axis=0)
-            values = np.array([spearmans((member @ matrix)[rows_], truth[rows_]) for rows_ in drawn])
-            base = np.array([spearmans((member @ plain)[rows_], truth[rows_]) for rows_ in drawn])
+            lds = retrained.lds(matrix)
             own[name] = {
-                "lds": of_drawn(values),
-                "minus plain": of_drawn(values - base),
+                "lds": of_drawn(lds),
+                "minus plain": of_drawn(lds - retrained.lds(plain)),
                 "like plain": spearmans(matrix[:, live], plain[:, live]),
                 "silent": [float(share) for share in silent],
             }
@@ -522,6 +662,8 @@ def damping(out: Path, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 PARTS: dict[str, Any] = {
     "adam": adam,
+    "real": real,
+    "less": less,
     "trak": trak,
     "rejection": rejection,
     "words": lexical,

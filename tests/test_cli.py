@@ -279,7 +279,7 @@ def test_options_reach_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
         "--row-dtype": "float32", "--token-budget": "333", "--shard-rows": "3", "--module-groups": "3",
         "--autocast": "bfloat16", "--estimator": "bm25", "--optimizer": "sgd", "--raw": None, "--checkpoints": "last",
         "--aggregation": "mean", "--seed": "3", "--dtype": "float32", "--device": "cpu", "--pool-sample": "0.5",
-        "--engine": "ray", "--gradient-checkpointing": None,
+        "--engine": "ray", "--gradient-checkpointing": None, "--eps-placement": "inside",
     }  # fmt: skip
     of_one_estimator = {
         "--damping": ("datainf", "--damping", "0.3"),

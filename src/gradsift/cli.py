@@ -207,6 +207,7 @@ def _recipe(given: dict[str, Any], **more: Any) -> Any:
                 name: given[name]
                 for name in ("token_budget", "shard_rows", "module_groups", "autocast", "gradient_checkpointing")
             },
+            "adam": {} if given["eps_placement"] is None else {"eps_placement": given["eps_placement"]},
         }
     if "estimator" in given:
         values["estimator"] = estimator_of(given["estimator"], given)
@@ -239,6 +240,7 @@ _OPTION_OF = {
     "gradients.projection.dim": "--projection-dim",
     "gradients.projection.seed": "--projection-seed",
     "gradients.dtype": "--row-dtype",
+    "gradients.adam.eps_placement": "--eps-placement",
     "engine.threads": "--worker-threads",
     "engine.gpus": "--worker-gpus",
     "engine.kind": "--engine",

@@ -83,6 +83,13 @@ SHARED: dict[str, tuple[Any, Any]] = {
     "projection_dim": _shared(int, 8192, "--projection-dim", help="Stored dimensions per example.", panel=GRADIENTS),
     "projection_seed": _shared(int, 0, "--projection-seed", help="Seed of the projection.", panel=GRADIENTS),
     "row_dtype": _shared(str, "float16", "--row-dtype", help="float16, bfloat16 or float32 rows.", panel=GRADIENTS),
+    "eps_placement": _shared(
+        str | None,
+        None,
+        "--eps-placement",
+        help="Of Adam's update directions: ε outside the root, as AdamW has it, or inside, as LESS's code has it.",
+        panel=GRADIENTS,
+    ),
     "token_budget": _shared(
         int | None,
         None,
@@ -422,8 +429,8 @@ OF_WARMUP = (
 )  # fmt: skip
 OF_ENGINE = ("engine", "workers", "worker_threads", "worker_gpus", "address")
 OF_GRADIENTS = (
-    *OF_ENGINE, "modules", "projection", "projection_dim", "projection_seed", "row_dtype", "token_budget",
-    "shard_rows", "module_groups", "autocast", "gradient_checkpointing",
+    *OF_ENGINE, "modules", "projection", "projection_dim", "projection_seed", "row_dtype", "eps_placement",
+    "token_budget", "shard_rows", "module_groups", "autocast", "gradient_checkpointing",
 )  # fmt: skip
 OF_TARGET = ("subtask", "target_columns", "keep_overlap")
 OF_SAMPLING = (

@@ -95,7 +95,7 @@ CHECKPOINTS = ("all", "last")
 CHOSEN = 16  # of 160 rows
 HELD_OUT = 12  # rows of each kind that choices are judged by
 RETRAININGS = (1, 2)  # seeds of the trainings on halves
-SEEDS = (11, 12, 13)  # of the trainings on a choice
+FIRST_SEED = 11  # of the trainings on a choice
 
 
 def main() -> None:
@@ -103,6 +103,7 @@ def main() -> None:
     parser.add_argument("part", choices=list(PARTS))
     parser.add_argument("--out", default="runs/readings")
     parser.add_argument("--subsets", type=int, default=64)
+    parser.add_argument("--seeds", type=int, default=3, help="of the trainings on a choice; 0 trains on none")
     parser.add_argument("--share", help="n/m: only the n-th of m shares of the trainings, and no tables")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -168,7 +169,7 @@ def adam(out: Path, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         choices = {
             (label, kind): best_rows(place, method, kind) for label, (place, method) in scored.items() for kind in KINDS
         }
-        losses = train_choices(world, choices, args.share)
+        losses = train_choices(world, choices, args)
         if args.share is None:
             tables[name] = {
                 "rows": of_rows(world, {form: placed(world, settings) for form, settings in ADAM.items()}),
@@ -191,18 +192,19 @@ def best_rows(world: World, method: LESS, kind: str) -> list[str]:
 
 
 def train_choices(
-    world: World, choices: Mapping[tuple[str, str], list[str]], share: str | None
+    world: World, choices: Mapping[tuple[str, str], list[str]], args: argparse.Namespace
 ) -> dict[str, list[list[float]]]:
     """Per label and kind the losses of the kind's held-out rows, one for each seed; equal choices are trained on once.
 
     Random choices are drawn for each kind and seed anew.
     """
     generator = np.random.default_rng(5)
-    wanted = [(label, kind, rows, seed) for (label, kind), rows in choices.items() for seed in SEEDS]
+    seeds, share = range(FIRST_SEED, FIRST_SEED + args.seeds), args.share
+    wanted = [(label, kind, rows, seed) for (label, kind), rows in choices.items() for seed in seeds]
     wanted += [
         ("random", kind, generator.choice(world.pool.data.ids, CHOSEN, replace=False).tolist(), seed)
         for kind in KINDS
-        for seed in SEEDS
+        for seed in seeds
     ]
     number, shares = (int(part) for part in (share or "0/1").split("/"))
     first = len(world.target.data.ids)
@@ -212,7 +214,7 @@ def train_choices(
         if share is not None and position % shares != number:
             continue
         losses = np.array(retrain(world, rows, seed))[first:][kinds == kind]
-        if seed == SEEDS[0]:
+        if seed == FIRST_SEED:
             found.setdefault(label, []).append([])
         if share is None:
             found[label][-1].append(float(losses.mean()))
@@ -238,8 +240,10 @@ def of_drawn(values: Any) -> list[float]:
 
 def choice_of(losses: Mapping[str, list[list[float]]]) -> dict[str, Any]:
     """Mean held-out loss of each, with the paired difference to ε outside over kinds and seeds."""
+    if not losses:
+        return {}
     generator = np.random.default_rng(6)
-    count = len(KINDS) * len(SEEDS)
+    count = sum(map(len, next(iter(losses.values()))))
     resampled = [np.arange(count), *generator.integers(count, size=(RESAMPLES, count))]
     table = {}
     for label, by_kind in losses.items():
@@ -283,10 +287,9 @@ def adam_markdown(tables: Mapping[str, Any]) -> str:
     lines = []
     for name, table in tables.items():
         lines += ["", f"**{name}**", ""]
-        lines += [
-            "| ε, checkpoints | LDS | minus outside | loss after the choice | minus outside |",
-            "|---|---|---|---|---|",
-        ]
+        if table["choice"]:
+            lines += ["| ε, checkpoints | LDS | minus outside | loss after the choice | minus outside |"]
+            lines += ["|---|---|---|---|---|"]
         for label, entry in table["choice"].items():
             lds = table["lds"].get(label)
             cells = ["", ""] if lds is None else [with_interval(lds["value"]), with_interval(lds["minus outside"])]
@@ -330,7 +333,7 @@ def real(out: Path, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         }
         ranks = [matrix_of(place, LESS(), world.target) for place in forms.values()]
         shared = [len(set(choices["outside, all", kind]) & set(choices["inside, all", kind])) for kind in KINDS]
-        losses = train_choices(world, choices, args.share)
+        losses = train_choices(world, choices, args)
         if args.share is None:
             tables[name] = {
                 "rows": of_rows(world, forms),

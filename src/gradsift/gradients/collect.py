@@ -36,8 +36,8 @@ _PROBE_ROWS = 64  # of which batches are made to see what memory they take
 class Adam(Settings):
     """How the Adam direction is formed; the decay rates and ε are those the optimizer ran with.
 
-    eps_placement: `outside` the root is how AdamW steps, and foretells retraining as well as `inside` or better where
-        it was measured; `inside` is LESS's code, whose denominators are at least √ε.
+    eps_placement: `outside` the root is how AdamW steps; `inside` is LESS's code, whose denominators are at least √ε.
+        Rankings are nearly the same, and foretell retraining as well or slightly better with `outside`.
     bias_correction: as AdamW has it; off in LESS's code.
     """
 

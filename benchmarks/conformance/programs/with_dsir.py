@@ -1,21 +1,17 @@
-"""Log importance weights of data-selection, the package of DSIR's authors, on a few texts: what our tests expect.
-
-    python -m venv .cache/peers/dsir
-    .cache/peers/dsir/bin/pip install data-selection==1.0.3 nltk==3.10.4
-    .cache/peers/dsir/bin/python benchmarks/peers/dsir.py
-
-prints the JSON that `tests/influence/dsir_weights.json` holds. Nothing of gradsift is imported.
-"""
+"""Log importance weights and choices of data-selection, the package of DSIR's authors; run where it is installed."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from data_selection import HashedNgramDSIR
+from recording import record, rounded
 
 POOL = [
     "Question:What is 17 + 25?\n\nAnswer:17 + 25 = 42.",
@@ -33,7 +29,8 @@ TARGET = [
 ]
 
 
-def weights(folder: Path, buckets: int) -> list[float]:
+def weights(folder: Path, buckets: int) -> dict[str, Any]:
+    """Log weights of the pool, and the highest three that `resample` takes at several minimum lengths."""
     paths = []
     for name, texts in (("pool", POOL), ("target", TARGET)):
         path = folder / f"{name}.jsonl"
@@ -42,19 +39,21 @@ def weights(folder: Path, buckets: int) -> list[float]:
     dsir = HashedNgramDSIR(*paths, cache_dir=str(folder / str(buckets)), num_proc=1, num_buckets=buckets)
     dsir.fit_importance_estimator(num_tokens_to_fit="all")
     dsir.compute_importance_weights()
-    found: list[float] = np.load(dsir.log_importance_weights_dir / "0.npy").tolist()
-    return found
+    found = np.load(dsir.log_importance_weights_dir / "0.npy")
+    highest = {}
+    for least in (0, 10):
+        dsir.min_example_length = least
+        out = folder / f"{buckets}-{least}"
+        dsir.resample(str(out), 3, cache_dir=str(folder / "cache"), top_k=True)
+        texts = [json.loads(line)["text"] for line in (out / "0.jsonl").read_text().splitlines()]
+        highest[least] = sorted(POOL.index(text) for text in texts)
+    return {"buckets": buckets, "weights": rounded(found, 17), "highest": highest}
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        cases = [{"buckets": buckets, "weights": weights(Path(folder), buckets)} for buckets in (10_000, 64)]
-    packages = {name: version(name) for name in ("data-selection", "nltk", "numpy")}
-    print("{")
-    print(f'"packages": {json.dumps(packages)},')
-    for name, texts in (("pool", POOL), ("target", TARGET)):
-        print(f'"{name}": {json.dumps(texts, indent=1)},')
-    print('"cases": [\n' + ",\n".join(json.dumps(case) for case in cases) + "\n]\n}")
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        cases = [weights(Path(folder), buckets) for buckets in (10_000, 64)]
+    record({"pool": POOL, "target": TARGET, "cases": cases}, packages=("data-selection", "nltk", "numpy"))
 
 
 if __name__ == "__main__":

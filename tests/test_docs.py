@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import re
 import shlex
@@ -99,6 +100,19 @@ def test_commands_and_options_in_the_text_exist(page: Path) -> None:
             assert words[0].partition("=")[0] in everywhere, f"{name(page)}: `{code}`"
 
 
+def test_options_that_messages_name_exist() -> None:
+    """What an error tells a user to give, gradsift takes; other programs' options stand where these are called."""
+    everywhere = {"--help", "--version"}.union(*(options_of(command) for command in parser().commands.values()))
+    named = set()
+    for file in (ROOT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            told = isinstance(node, ast.Call) and getattr(node.func, "attr", None) in ("warn", "say")
+            if told or isinstance(node, ast.Raise):
+                texts = [n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+                named |= {option for text in texts for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)}
+    assert named - everywhere == {"--head", "--no-deps"}, "of `ray start` and `pip download`"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_links_lead_somewhere(page: Path) -> None:
     """Every relative link names a file of the repository, and its anchor a heading of that page."""
@@ -168,11 +182,11 @@ def test_the_demo_recipe_is_what_the_demo_runs() -> None:
 
 
 def test_the_version_is_the_latest_of_the_changelog() -> None:
-    """The first heading of the changelog is the package's version."""
+    """The first heading of the changelog is the package's version, but for what is not released yet."""
     import gradsift
 
     headings = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
-    assert headings[0] == gradsift.__version__
+    assert next(heading for heading in headings if heading != "Unreleased") == gradsift.__version__
 
 
 def test_reasons_for_skipping_are_those_of_the_code() -> None:

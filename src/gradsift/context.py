@@ -15,8 +15,10 @@ from gradsift.data.overlap import overlap_of_hashes
 from gradsift.data.sample import RowSample
 from gradsift.errors import ConfigError, DataError
 from gradsift.execution.engine import LOCAL, Engine
+from gradsift.gradients.capture import find_modules
 from gradsift.gradients.collect import Gradients, collect
 from gradsift.gradients.rows import View
+from gradsift.gradients.self_check import kept_check
 from gradsift.models import DtypeName, find_adapter, load_tokenizer, model_identity, positions, resolve_device
 from gradsift.progress import Reporter, silent
 from gradsift.run import Run
@@ -24,6 +26,8 @@ from gradsift.store.gradient_store import GradientStore
 from gradsift.types import Example, Skipped
 from gradsift.warmup.checkpoint import Checkpoint, open_checkpoint
 from gradsift.warmup.train import Warmup, warm_up
+
+_CHECKED = 64  # rows, of which the self-check takes a short one and a long one
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,20 @@ class Pool:
             device=self.device,
             seed=self.seed,
             reporter=self.reporter,
+            check=self._check,
+        )
+
+    def _check(self, network: Any) -> None:
+        """Refuse a model whose gradients the hooks will not see, before it is trained."""
+        kept_check(
+            self.run,
+            network,
+            find_modules(network, self.gradients.modules).captured,
+            self.data.sequences(0, min(len(self.data), _CHECKED)),
+            model=self.model,
+            pattern=self.gradients.modules,
+            autocast=self.gradients.autocast_type,
+            checkpointing=self.gradients.gradient_checkpointing,
         )
 
     def stores(self, checkpoint: Checkpoint, views: SequenceABC[View]) -> dict[View, GradientStore]:
@@ -156,7 +174,7 @@ def open_pool(
         dtype = "float32"  # said outright, so that a run that moves to a GPU does not mix rows of two precisions
     reporter = reporter or silent()
     if max_length < 2:
-        raise ConfigError(f"max_length is {max_length}: a prompt and one answer token need at least 2")
+        raise ConfigError(f"--max-length is {max_length}: a prompt and one answer token need at least 2")
     identity = model_identity(model)
     tokenizer = load_tokenizer(model)
     chat = ChatFormat(tokenizer, supervise=supervise, max_length=max_length)

@@ -263,6 +263,8 @@ def test_weights_are_shares_of_the_learning_rates() -> None:
     assert weights(2e-5) == weights(None) == [1.0]
     with pytest.raises(DataError, match="the learning rate of c1 is unknown while others say theirs"):
         weights(1e-5, None)
+    with pytest.raises(DataError, match="learning rates of all 2 checkpoints are 0"):
+        weights(0.0, 0.0)
 
 
 def test_a_warning_where_the_ranking_is_one_of_length(pool: Pool, target: Target) -> None:

@@ -89,7 +89,7 @@ def open_model(
     run = out if isinstance(out, Run) else Run(out)
     reporter = reporter or silent()
     if max_length < 2:
-        raise ConfigError(f"max_length is {max_length}: a prompt and one answer token need at least 2")
+        raise ConfigError(f"--max-length is {max_length}: a prompt and one answer token need at least 2")
     if dtype == "auto" and resolve_device(device) == "cpu":
         dtype = "float32"  # as `open_pool` says it, so that both find the same results
     identity = model_identity(model)

@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
+from gradsift.adapters import refuse_untrained
 from gradsift.errors import ConfigError, CorruptError, DataError
 from gradsift.execution.engine import LOCAL, Engine, Task
 from gradsift.gradients.adam import AdamDirection, EpsPlacement
@@ -18,7 +19,8 @@ from gradsift.gradients.behind import to_host, write, writing_behind
 from gradsift.gradients.capture import LORA, Modules, find_modules
 from gradsift.gradients.projection import Projection, Projector, plan_segments
 from gradsift.gradients.rows import ShardRows, View, gradient_rows
-from gradsift.models import DtypeName, host, input_device, model_identity, refuse_untrained
+from gradsift.gradients.self_check import kept_check
+from gradsift.models import DtypeName, host, input_device, model_identity
 from gradsift.progress import Advance, Reporter, silent, untold
 from gradsift.run import Run
 from gradsift.settings import Settings
@@ -75,6 +77,11 @@ class Gradients(Settings):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}: it must be at least 1")
+
+    @property
+    def autocast_type(self) -> torch.dtype | None:
+        """What PyTorch calls it."""
+        return torch.bfloat16 if self.autocast == "bfloat16" else None
 
 
 class SequenceSource(Protocol):
@@ -198,6 +205,7 @@ def collect(
     Raises:
         ConfigError: the Adam view without optimizer state, or no module matches.
         MismatchError: the optimizer state or adapter belongs to another model.
+        ModelError: the hooks do not see the gradients of this model (`self_check`).
         DataError: there is no row, or every row was non-finite.
     """
     if not source.ids:
@@ -388,7 +396,7 @@ class _Engine:
             views=views,
             adam=self.adam() if "adam" in views else None,
             full_sum=self.settings.full_sum,
-            autocast=torch.bfloat16 if self.settings.autocast == "bfloat16" else None,
+            autocast=self.settings.autocast_type,
             module_groups=self.settings.module_groups,
             lanes=lanes,
             checkpointing=self.settings.gradient_checkpointing,
@@ -397,6 +405,23 @@ class _Engine:
         if result.token_budget < budget:  # memory ran out: later shards and checkpoints begin with what fits
             self.host.token_limit = result.token_budget
         return result
+
+    def check(self, run: Run, source: SequenceSource) -> None:
+        """Refuse a model whose gradients the hooks do not see, before the long work.
+
+        Raises:
+            ModelError: as `self_check`.
+        """
+        kept_check(
+            run,
+            self.network,
+            self.modules.captured,
+            source.sequences(0, min(len(source.ids), _PROBE_ROWS)),
+            model=self.model_name,
+            pattern=self.settings.modules,
+            autocast=self.settings.autocast_type,
+            checkpointing=self.settings.gradient_checkpointing,
+        )
 
     def shard_rows(self, mean_tokens: float, views: int) -> int:
         """Rows per shard that take about two minutes and whose rows the device holds until they are written."""
@@ -477,6 +502,7 @@ class _Preparation(_Work):
         if "adam" in self.views:
             engine.adam()
         source, settings = self.source, self.settings
+        engine.check(self.run, source)
         lanes = automatic_lanes(engine.network, source.longest(), settings.token_budget)
         mean = max(1.0, sum(source.token_counts()) / max(1, len(source.ids)))
         layout = {

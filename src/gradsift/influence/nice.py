@@ -204,7 +204,7 @@ class PolicyTargets:
         if len(kept) < len(responses):
             self.pool.reporter.warn(
                 f"{len(responses) - len(kept)} responses to prompt {responses[0].prompt_id!r} are longer than the "
-                f"model's {places} tokens and are left out: lower max_new_tokens"
+                f"model's {places} tokens and are left out: lower --response-tokens"
             )
         return kept
 
@@ -265,7 +265,7 @@ def cut_off_warnings(checkpoint: str, share: float) -> list[str]:
         return []
     return [
         f"{share:.0%} of the responses at {checkpoint} were cut off, and their rewards are those of unfinished "
-        "answers: raise max_new_tokens (--response-tokens)"
+        "answers: raise --response-tokens (max_new_tokens)"
     ]
 
 

@@ -435,7 +435,7 @@ def checkpoint_weights(checkpoints: SequenceABC[Checkpoint]) -> list[float]:
     """w_e = η̄_e / Σ η̄; equal weights where no checkpoint says its learning rate.
 
     Raises:
-        DataError: some say it and some do not.
+        DataError: some say it and some do not, or all say 0.
     """
     rates = [checkpoint.learning_rate for checkpoint in checkpoints]
     known = [rate for rate in rates if rate is not None]
@@ -446,6 +446,11 @@ def checkpoint_weights(checkpoints: SequenceABC[Checkpoint]) -> list[float]:
         raise DataError(
             f"the learning rate of {unknown} is unknown while others say theirs: put trainer_state.json beside it, "
             "or give checkpoints that all have or all lack one"
+        )
+    if not any(known):
+        raise DataError(
+            f"the learning rates of all {len(rates)} checkpoints are 0, first {checkpoints[0].name}, so that none "
+            "counts: give checkpoints of epochs in which something was learned"
         )
     return [rate / sum(known) for rate in known]
 

@@ -111,15 +111,12 @@ def _loaded(name: str, device: str, dtype: str) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    from gradsift.models import load_tokenizer, resolve_device
+    from gradsift.models import load_tokenizer, pretrained, resolve_device
 
     tokenizer = load_tokenizer(name)
     place = resolve_device(device)
     torch_dtype: Any = getattr(torch, dtype) if dtype != "auto" else ("auto" if place != "cpu" else torch.float32)
-    try:
-        model: Any = AutoModelForSequenceClassification.from_pretrained(name, dtype=torch_dtype)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise ModelError(f"the reward model {name} cannot be loaded: {error}") from error
+    model = pretrained(AutoModelForSequenceClassification, name, what="reward model", dtype=torch_dtype)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from gradsift.context import Pool, open_target
 from gradsift.errors import ConfigError, ShapeError
-from gradsift.influence.bm25 import conversation_text
+from gradsift.influence.bm25 import spoken_text
 from gradsift.influence.dsir import DSIR, dsir_log_ratios, hashed_counts
 from gradsift.influence.scores import at_last_checkpoint, pool_view, score
 from gradsift.selection.gumbel import gumbel_top_k
@@ -75,10 +75,10 @@ def test_what_cannot_be_weighed_is_refused() -> None:
 
 
 def test_scores_are_the_log_ratios_of_the_texts(tiny: World, pool: Pool) -> None:
-    """`score` weighs `Question:… Answer:…` texts; there is no score per target, and no gradient is taken."""
+    """`score` weighs what the conversations say; there is no score per target, and no gradient is taken."""
     target = open_target(tiny.target, pool, subtask="task")
     found = score(pool, target, DSIR(buckets=500))
-    texts = [[conversation_text(data.messages(id_)) for id_ in data.ids] for data in (pool.data, target.data)]
+    texts = [[spoken_text(data.messages(id_)) for id_ in data.ids] for data in (pool.data, target.data)]
     wanted = dsir_log_ratios(*(hashed_counts(part, 500) for part in texts), smoothing=1e-4)
     assert np.allclose(found.aggregate, wanted, rtol=1e-5)
     assert found.ids == pool.data.ids
@@ -98,7 +98,7 @@ def test_smoothing_keeps_a_small_target_from_asking_for_short_texts() -> None:
         [json.loads(line) for line in (folder / name).read_text().splitlines()]
         for name in ("pool.jsonl", "target_math_validation.jsonl")
     )
-    counts = [hashed_counts([conversation_text(row["messages"]) for row in part], 10_000) for part in (rows, targets)]
+    counts = [hashed_counts([spoken_text(row["messages"]) for row in part], 10_000) for part in (rows, targets)]
     found = {}
     for smoothing in (DSIR().smoothing, 1e-8):
         best = np.argsort(-dsir_log_ratios(*counts, smoothing=smoothing))[:300]

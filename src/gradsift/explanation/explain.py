@@ -22,7 +22,7 @@ from gradsift.explanation.coefficients import CoefficientModel
 from gradsift.explanation.outputs import Output, OutputSource, Question, answers, question_of
 from gradsift.explanation.relevance import Relevance, to_db
 from gradsift.influence.less import LESS
-from gradsift.influence.scores import Ranker, influence_matrix
+from gradsift.influence.scores import Ranker, influence_matrix, method_warnings
 from gradsift.selection.strategies import (
     CANDIDATES,
     ORDERS,
@@ -464,7 +464,9 @@ class _Work:
 
 
 def _ranking(pool: Pool, source: OutputSource, estimator: Ranker) -> Ranking:
-    ids, matrix, _ = influence_matrix(pool, source, source.texts, estimator)
+    ids, matrix, stores = influence_matrix(pool, source, source.conversations, estimator)
+    for warning in method_warnings(pool, source.ids, source.conversations, estimator, stores):
+        pool.reporter.warn(warning)
     return ids, matrix
 
 

@@ -13,7 +13,6 @@ from gradsift.context import Pool
 from gradsift.data.chat import ChatFormat
 from gradsift.errors import CorruptError, DataError, NonFiniteError
 from gradsift.generation.local import end_ids, greedy_output
-from gradsift.influence.bm25 import conversation_text
 from gradsift.loss import token_mean
 from gradsift.models import host, model_identity
 from gradsift.store.manifest import fingerprint, read_json
@@ -55,22 +54,24 @@ class Output:
 class OutputSource:
     """Prompts with their outputs as the gradient engine takes them: token-mean loss on the output's tokens.
 
-    texts: the conversations as text, which lexical estimators need
+    conversations: prompts and outputs as messages, which estimators of texts need
     """
 
     entries: tuple[TokenizedExample, ...]
     template: str
     loss: str = "token_mean"
-    texts: tuple[str, ...] = ()
+    conversations: tuple[tuple[Message, ...], ...] = ()
 
     @classmethod
     def of(cls, pool: Pool, outputs: SequenceABC[Output]) -> OutputSource:
         """The source of some outputs."""
-        texts = (
-            conversation_text([*output.question.messages, {"role": "assistant", "content": output.text}])
-            for output in outputs
+        return cls(
+            tuple(output.entry for output in outputs),
+            pool.chat.fingerprint,
+            conversations=tuple(
+                (*output.question.messages, {"role": "assistant", "content": output.text}) for output in outputs
+            ),
         )
-        return cls(tuple(output.entry for output in outputs), pool.chat.fingerprint, texts=tuple(texts))
 
     @property
     def ids(self) -> list[str]:

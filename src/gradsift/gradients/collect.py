@@ -26,6 +26,7 @@ from gradsift.run import Run
 from gradsift.settings import Settings
 from gradsift.store.gradient_store import GradientStore, GradientStoreWriter, RowDtype, ShardColumns
 from gradsift.store.manifest import fingerprint
+from gradsift.sums import row_norms
 from gradsift.types import Sequence
 from gradsift.warmup.checkpoint import Checkpoint, load_moments, trained_parameters
 
@@ -307,7 +308,7 @@ def collect_shard(spec: ShardSpec, on_rows: Any = None) -> None:
             loss=result.loss[keep].tolist(),
             supervised_tokens=[counts[row] for row in keep],
             norm=result.norms[view][keep].tolist(),
-            projected_norm=torch.linalg.vector_norm(rows, dim=1).double().tolist(),
+            projected_norm=row_norms(rows).tolist(),
             excluded={ids[row]: reason for row, reason in sorted(bad.items())},
         )
         sums = to_host(result.full_sums[view]) if view in result.full_sums else None

@@ -102,7 +102,7 @@ def folds(count: int) -> list[int]:
 def main() -> None:
     cases = []
     with tempfile.TemporaryDirectory() as folder:
-        for count in (50, 200, 800):
+        for count in (12, 50, 200, 800):
             for soft in (False, True):
                 inputs = annotations(count, soft, seed=count + soft)
                 cases.append(

@@ -51,7 +51,7 @@ from gradsift.evaluation.length_controlled import (
 )
 from gradsift.evaluation.setup import open_model
 from gradsift.explanation.coefficients import CoefficientModel, coefficients
-from gradsift.explanation.relevance import Relevance, relevance_auc, selection_relevance
+from gradsift.explanation.relevance import Relevance, aggregate_relevance, relevance_auc, selection_relevance, to_db
 from gradsift.generation.sampling import Response, Sampling
 from gradsift.gradients.adam import AdamDirection
 from gradsift.gradients.capture import find_modules
@@ -270,6 +270,11 @@ def trained(preset: str, script: Mapping[str, float]) -> tuple[list[float], list
 
 def tensor(values: Any) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
+
+
+def mean_of_ratios(gains: Sequence[float]) -> float:
+    relevances = [Relevance(gain, to_db(gain), torch.ones(1), gain, 1.0) for gain in gains]
+    return aggregate_relevance(relevances, how="mean_of_ratios")
 
 
 def largest(found: Any, wanted: Any) -> float:
@@ -503,9 +508,10 @@ class Compact(Published):
             [fit["mse"] for fit in fits], 1e-5,
         )  # fmt: skip
         auc = self.record["auc"]
-        gains = {int(k): float(np.mean(values)) for k, values in auc["gains"].items()}
+        gains = {int(k): mean_of_ratios(values) for k, values in auc["gains"].items()}
         yield Compared(
-            "area under the relevance over budgets", "scoring.ipynb, compute_auc", "relevance_auc",
+            "area under the relevance over budgets", "scoring.ipynb, compute_auc",
+            'relevance_auc, aggregate_relevance(how="mean_of_ratios")',
             10 ** (relevance_auc(gains) / 10), auc["area"],
         )  # fmt: skip
         given = self.record["datainf"]
@@ -698,12 +704,18 @@ class Nice(Published):
         recipes = {kind: yaml.safe_load((REPOSITORY / "recipes" / f"nice-paper-{name}.yaml").read_text())
                    for kind, name in self.recipes.items()}  # fmt: skip
         sampling = self.record["sampling"]
-        general = [Sampling().top_k, Sampling().top_p]
+        lengths = [recipe["estimator"]["sampling"]["max_new_tokens"] for recipe in recipes.values()]
         yield Compared(
-            "sampling: length of a response (AlpacaEval, TLDR, RLHF, HumanEval), top-k, top-p",
+            "length of a response (AlpacaEval, TLDR, RLHF, HumanEval), top-k, top-p, seconds of a unit test",
             "collect_grads, obtain_policy_gradients", "recipes/nice-paper-*.yaml, Sampling",
-            [recipe["estimator"]["sampling"]["max_new_tokens"] for recipe in recipes.values()] + general,
-            [sampling["max_new_tokens"][f"policy_{kind}"] for kind in recipes] + [sampling["top_k"], sampling["top_p"]],
+            [*lengths, Sampling().top_k, Sampling().top_p, recipes["codex"]["reward"]["sandbox"]["timeout"]],
+            [*(sampling["max_new_tokens"][f"policy_{kind}"] for kind in recipes), sampling["top_k"], sampling["top_p"],
+             sampling["timeout"]],
+        )  # fmt: skip
+        yield Compared(
+            "reward models of RLHF and TLDR", "collect_grads", "recipes/nice-paper-*.yaml",
+            [letter for kind in ("reward", "tldr") for letter in map(ord, recipes[kind]["reward"]["model"])],
+            [letter for name in sampling["reward_models"] for letter in map(ord, name)],
         )  # fmt: skip
         script = self.record["training"]
         ours, theirs = trained("nice", script)

@@ -130,7 +130,7 @@ def prompts(code: Any) -> dict[str, Any]:
 
 
 def sampling_in(source: Path) -> dict[str, Any]:
-    """The numbers written into `collect_grads` for each kind of reward."""
+    """The numbers and models written into the code for each kind of reward."""
     found: dict[str, Any] = {"max_new_tokens": {}, "temperature": {}}
     tree = ast.parse(source.read_text())
     for branch in (node for node in ast.walk(tree) if isinstance(node, ast.If)):
@@ -150,6 +150,11 @@ def sampling_in(source: Path) -> dict[str, Any]:
     for keyword in generate.keywords:
         if keyword.arg in ("top_k", "top_p"):
             found[keyword.arg] = ast.literal_eval(keyword.value)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "timeout":
+            found["timeout"] = ast.literal_eval(node.value)
+        if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("AutoModelForSequenceClassification."):
+            found.setdefault("reward_models", []).append(ast.literal_eval(node.args[0]))
     return found
 
 

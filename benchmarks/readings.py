@@ -71,6 +71,7 @@ from gradsift.influence.nice import PolicyTargets
 from gradsift.influence.scores import Method, checkpoint_weights
 from gradsift.models import load_tokenizer
 from gradsift.rewards.matching import Exact
+from gradsift.rewards.samples import text_of
 from gradsift.warmup.checkpoint import load_moments
 
 OUTSIDE = datamodel.DATA.parents[1] / "outside"
@@ -489,11 +490,11 @@ POLICIES = {
 }
 
 
-def overlap_reward(completions: SequenceABC[str], answer: SequenceABC[str], **_: Any) -> list[float]:
+def overlap_reward(completions: SequenceABC[Any], answer: SequenceABC[str], **_: Any) -> list[float]:
     """F1 of the words that response and answer have in common."""
     rewards = []
     for response, wanted in zip(completions, answer, strict=True):
-        first, second = Counter(words(response)), Counter(words(wanted))
+        first, second = Counter(words(text_of(response))), Counter(words(wanted))
         common = (first & second).total()
         rewards.append(2 * common / max(1, first.total() + second.total()))
     return rewards

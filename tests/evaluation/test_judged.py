@@ -120,6 +120,11 @@ def test_against_the_base_an_equal_model_ties_and_length_is_controlled(tiny: Wor
     assert found["ties"].value == 1
     assert found["length_controlled_minimal"].value == pytest.approx(0.5, abs=1e-3)
     assert found["length_controlled_minimal"].standard_error is None
+    harder = [{**row, "gamma": n % 3} for n, row in enumerate(rows)]
+    metric = Pairwise(data=harder, against="base", ask=ByLength(), sampling=GREEDY, difficulty="gamma")
+    names = {figure.name for figure in measure(place, None, metric).figures}
+    assert "length_controlled_noreg" in names
+    assert "length_controlled_minimal" not in names
 
 
 QUESTIONS = [

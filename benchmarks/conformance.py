@@ -93,6 +93,7 @@ TORCH = ("torch==2.13.0", "transformers==5.23.0", "peft==0.21.2", "accelerate==1
 
 # Weights of tokens and the norms of Llama are in float32, everything else about the tiny model is in float64.
 WEIGHTS = 1e-6
+WARMUP = "warm-up: epochs, LoRA's r, α and dropout, rate, warm-up share, weight decay, length of a row, batch"
 EXACT_SEARCH = 483  # the most candidates for which TSDS's index has as many cells as it looks into
 
 Array = np.ndarray[Any, Any]
@@ -258,14 +259,21 @@ def labelled(count: int, seed: int) -> list[TokenSequence]:
     return [token_mean(example, row) for row, example in enumerate(examples(count, seed))]
 
 
-def trained(preset: str, script: Mapping[str, float]) -> tuple[list[float], list[float]]:
-    """The settings of a warm-up: a preset's, and those of a training script of LESS's kind."""
-    ours = Warmup.preset(preset)
+def trained(recipe: Mapping[str, Any], script: Mapping[str, float]) -> tuple[list[float], list[float]]:
+    """The settings of a recipe's warm-up, and those of a training script of LESS's kind."""
+    settings = dict(recipe["warmup"])
+    ours = Warmup.preset(settings.pop("preset"), **settings)
     pairs = {
         "num_train_epochs": ours.epochs, "lora_r": ours.rank, "lora_alpha": ours.alpha, "lora_dropout": ours.dropout,
         "learning_rate": ours.learning_rate, "warmup_ratio": ours.warmup_ratio, "weight_decay": ours.weight_decay,
+        "max_seq_length": recipe["max_length"],
     }  # fmt: skip
-    return [float(value) for value in pairs.values()], [script[name] for name in pairs]
+    batch = script["per_device_train_batch_size"] * script["gradient_accumulation_steps"]
+    return [*map(float, pairs.values()), ours.batch_size], [*(script[name] for name in pairs), batch]
+
+
+def recipe(name: str) -> Any:
+    return yaml.safe_load((REPOSITORY / "recipes" / f"{name}.yaml").read_text(encoding="utf-8"))
 
 
 def tensor(values: Any) -> Tensor:
@@ -345,8 +353,8 @@ class Less(Published):
             [int(label) for chat in chats for label in self._labels(chat)],
         )  # fmt: skip
         yield Compared(
-            "warm-up: epochs, LoRA's r, α and dropout, rate, warm-up share, weight decay", "base_training_args.sh",
-            'Warmup.preset("less")', *trained("less", self.record["training"]),
+            WARMUP, "base_training_args.sh", "recipes/less-authors.yaml",
+            *trained(recipe("less-authors"), self.record["training"]),
         )  # fmt: skip
 
     @cached_property
@@ -391,7 +399,7 @@ class Less(Published):
         batch = script["per_device_train_batch_size"] * script["gradient_accumulation_steps"]
         yield Departure(
             f"the script trains with batches of {batch:g} a process", f"batches of {Warmup.preset('less').batch_size}, "
-            "as the paper has them", "not measured", "`--batch-size 32`",
+            "as the paper has them", "not measured", "`--batch-size 32`, `recipes/less-authors.yaml`",
         )  # fmt: skip
 
 
@@ -479,18 +487,28 @@ class Compact(Published):
         self._test, self._scores = tests[0], -scores[0]
 
     def compared(self) -> Iterable[Compared]:
-        kinds: dict[str, tuple[str, Any]] = {"naive": ("TopK…", None), "divine": ("DIVINE…", Divine())}
-        for trade_off in (0.0, 0.25, 0.5, 0.75, 1.0):
-            kinds[f"facility_location {trade_off}"] = "FacilityLocation…", FacilityLocation(trade_off=trade_off)
-        for kind, (theirs, strategy) in kinds.items():
-            name = kind.replace("facility_location", "facility location, λ =").replace("divine", "DIVINE")
-            ours = "choose" if strategy is None else f"choose({type(strategy).__name__}(…))"
-            # At λ = 1 two that cover nobody but each other gain the same, and theirs decides by rounding.
-            budgets = (1, 5) if kind.endswith("1.0") else (1, 5, 8)
+        for kind, theirs, strategy in (("naive", "TopK…", None), ("divine", "DIVINE…", Divine())):
+            ours = "choose" if strategy is None else "choose(Divine(…))"
             yield Compared(
-                f"picks of four orders, k = {', '.join(map(str, budgets))}: {name}", f"explanations.py, {theirs}", ours,
-                *self._picks(kind, strategy, budgets),
+                f"picks of four orders, k = 1, 5, 8: {kind.replace('divine', 'DIVINE')}", f"explanations.py, {theirs}",
+                ours, *self._picks(kind, strategy, (1, 5, 8)),
             )  # fmt: skip
+        # At λ = 1 two that cover nobody but each other gain the same, and theirs decides by rounding.
+        located = [
+            self._picks(f"facility_location {trade_off}", FacilityLocation(trade_off=trade_off), budgets)
+            for trade_off, budgets in (
+                (0.0, (1, 5, 8)),
+                (0.25, (1, 5, 8)),
+                (0.5, (1, 5, 8)),
+                (0.75, (1, 5, 8)),
+                (1.0, (1, 5)),
+            )
+        ]
+        yield Compared(
+            "picks of four orders: facility location, λ = 0, ¼, ½, ¾ with k = 1, 5, 8, and λ = 1 with k = 1, 5",
+            "explanations.py, FacilityLocation…", "choose(FacilityLocation(…))",
+            *([*chain(*side)] for side in zip(*located, strict=True)),
+        )  # fmt: skip
         yield Compared(
             "picks, k = 1, 5, 8: AIDE (near the gradient that theirs takes for the output's)", "explanations.py, AIDE",
             "choose(Aide())", *self._aide(self._pool[0]),
@@ -701,10 +719,9 @@ class Nice(Published):
             1e-6,  # theirs in float32
         )
 
-        recipes = {kind: yaml.safe_load((REPOSITORY / "recipes" / f"nice-paper-{name}.yaml").read_text())
-                   for kind, name in self.recipes.items()}  # fmt: skip
+        recipes = {kind: recipe(f"nice-paper-{name}") for kind, name in self.recipes.items()}
         sampling = self.record["sampling"]
-        lengths = [recipe["estimator"]["sampling"]["max_new_tokens"] for recipe in recipes.values()]
+        lengths = [each["estimator"]["sampling"]["max_new_tokens"] for each in recipes.values()]
         yield Compared(
             "length of a response (AlpacaEval, TLDR, RLHF, HumanEval), top-k, top-p, seconds of a unit test",
             "collect_grads, obtain_policy_gradients", "recipes/nice-paper-*.yaml, Sampling",
@@ -717,15 +734,8 @@ class Nice(Published):
             [letter for kind in ("reward", "tldr") for letter in map(ord, recipes[kind]["reward"]["model"])],
             [letter for name in sampling["reward_models"] for letter in map(ord, name)],
         )  # fmt: skip
-        script = self.record["training"]
-        ours, theirs = trained("nice", script)
-        yield Compared(
-            "warm-up: epochs, LoRA's r, α and dropout, rate, warm-up share, weight decay, batch, length of a row",
-            "base_training_args.sh", 'Warmup.preset("nice"), recipes/nice-paper-*.yaml',
-            [*ours, Warmup.preset("nice").batch_size, *{recipe["max_length"] for recipe in recipes.values()}],
-            [*theirs, script["per_device_train_batch_size"] * script["gradient_accumulation_steps"],
-             script["max_seq_length"]],
-        )  # fmt: skip
+        ours, theirs = zip(*(trained(each, self.record["training"]) for each in recipes.values()), strict=True)
+        yield Compared(WARMUP, "base_training_args.sh", "recipes/nice-paper-*.yaml", ours, theirs)
         for kind, task in (("tldr", "tldr"), ("codex", "humaneval")):
             given = self.record["prompts_of"][task]
             columns = Columns(**recipes[kind]["target_columns"])
@@ -1141,9 +1151,12 @@ float32, or stops early. Measured 2026-11-28 on a CPU.
 
 TAIL = """## Without published code
 
-JI2S has none, and neither have DIVINE's and AIDE's authors published theirs in a form that takes gradients: Compact's
-readings of the two are compared above. What is gradsift's own (relevance pursuit, greedy joint selection, the projected
-inverse over stored rows, coefficients on the simplex found exactly) is tested against brute force instead.
+JI2S has none; of DIVINE and AIDE, Compact's readings are compared above. TRAK is compared with dattri's: the soft
+threshold at the end of its paper's algorithm is in neither. What is gradsift's own (relevance pursuit, greedy joint
+selection, the exact optimum on the simplex) is tested against brute force.
+
+What the differences do on real rows and models: [LESS](less-paper.md), [NICE](nice-paper.md), [Compact](explanations.md)
+and [DSIR and TSDS](how-to-choose.md).
 """
 
 

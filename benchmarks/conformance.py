@@ -9,9 +9,9 @@ Published code runs in an environment of its own under `.cache/peers/`, by a pro
 imports nothing of gradsift; inputs and outputs stay as `conformance/NAME.json`. Papers' code is no package: clone it,
 and name the folder with `--checkout`. What has no environment or no checkout is left out and told.
 
-gradsift is compared with the recorded numbers, so `tests/test_conformance.py` needs none of this. A file of `published/`
-is one published code: `compared` holds what must agree, `departures` what gradsift does otherwise on purpose, with its
-effect on the same inputs.
+gradsift is compared with the recorded numbers, so `tests/test_conformance.py` needs none of this. Each file of
+`published/` is one published code: `compared` holds what must agree, `departures` what gradsift does otherwise on
+purpose, with its effect on the same inputs.
 """
 
 from __future__ import annotations

@@ -36,7 +36,12 @@ _PROBE_ROWS = 64  # of which batches are made to see what memory they take
 
 
 class Adam(Settings):
-    """How the Adam direction is formed; the decay rates and ε are those the optimizer ran with."""
+    """How the Adam direction is formed; the decay rates and ε are those the optimizer ran with.
+
+    eps_placement: `outside` the root is how AdamW steps, and foretells retraining as well as `inside` or better where
+        it was measured; `inside` is LESS's code, whose denominators are at least √ε.
+    bias_correction: as AdamW has it; off in LESS's code.
+    """
 
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8

@@ -103,7 +103,7 @@ def test_the_recipe_of_less_is_its_authors_code(tiny: World, tmp_path: Path) -> 
         128,
         512,
     )
-    assert (recipe.warmup.learning_rate, recipe.warmup.batch_size, recipe.warmup.dropout) == (2e-5, 128, 0.1)
+    assert (recipe.warmup.learning_rate, recipe.warmup.batch_size, recipe.warmup.dropout) == (2e-5, 32, 0.1)
     assert (recipe.keep_duplicates, recipe.keep_overlap, recipe.max_length, recipe.budget) == (True, True, 2048, 0.05)
     target = write_rows(tmp_path / "target.jsonl", target_rows())
     path = dry("less-authors.yaml", tiny, tmp_path, target=target, dtype="float32", max_length=64, group_by=["source"],

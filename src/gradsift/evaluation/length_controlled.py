@@ -16,6 +16,8 @@ Vector = NDArray[np.float64]
 
 _STRENGTHS = tuple(np.logspace(-4, 4, 10))  # C, as the authors' scikit-learn grid has them
 _FOLDS = 5
+_NEWTON_STEPS = 200
+_SWEEPS = 10_000
 
 
 @dataclass(frozen=True)
@@ -184,27 +186,42 @@ def instruction_difficulty(
 def fit_logistic(X: Vector, y: Vector, strength: float | None) -> Vector:
     """argmin_w C · Σ_i CE(y_i, logistic(x_i·w)) + ‖w‖₁, with soft labels; strength C, None without the penalty.
 
-    w = u − v with u, v ≥ 0 makes the penalty smooth. Without one, a pull of 1e-9 keeps separable data finite.
+    Proximal Newton steps: each goes to the optimum of the loss's second-order model with the penalty, as far as the
+    loss itself falls. Without a penalty, a pull of 1e-9 keeps separable data finite.
     """
-    columns = X.shape[1]
     penalty = 0.0 if strength is None else 1 / strength
 
-    def loss(parts: Vector) -> tuple[float, Vector]:
-        w = parts[:columns] - parts[columns:]
+    def loss(w: Vector) -> float:
         score = X @ w
-        value = np.sum(np.logaddexp(0, score) - y * score) + penalty * parts.sum() + 5e-10 * w @ w
-        gradient = X.T @ (expit(score) - y) + 1e-9 * w
-        return float(value), np.concatenate([gradient + penalty, penalty - gradient])
+        return float(np.sum(np.logaddexp(0, score) - y * score) + penalty * np.abs(w).sum() + 5e-10 * w @ w)
 
-    found = minimize(
-        loss,
-        np.zeros(2 * columns),
-        jac=True,
-        method="L-BFGS-B",
-        bounds=[(0, None)] * (2 * columns),
-        options={"maxiter": 10_000, "ftol": 1e-15, "gtol": 1e-9},
-    )
-    return np.asarray(found.x[:columns] - found.x[columns:], dtype=np.float64)
+    w = np.zeros(X.shape[1])
+    for _ in range(_NEWTON_STEPS):
+        p = expit(X @ w)
+        gradient = X.T @ (p - y) + 1e-9 * w
+        hessian = (X.T * (p * (1 - p))) @ X + 1e-9 * np.eye(len(w))
+        step = _lasso(hessian, hessian @ w - gradient, penalty) - w
+        falls = gradient @ step + penalty * (np.abs(w + step).sum() - np.abs(w).sum())
+        length = 1.0
+        while loss(w + length * step) > loss(w) + 1e-4 * length * falls and length > 1e-10:
+            length /= 2
+        w = w + length * step
+        if np.abs(step).max() <= 1e-10 * (1 + np.abs(w).max()):
+            break
+    return w
+
+
+def _lasso(A: Vector, b: Vector, penalty: float) -> Vector:
+    """argmin_w ½ wᵀAw − b·w + penalty · ‖w‖₁ for a positive definite A of a few rows, by coordinate descent."""
+    w = np.zeros(len(b))
+    for _ in range(_SWEEPS):
+        before = w.copy()
+        for i in range(len(w)):
+            pull = b[i] - A[i] @ w + A[i, i] * w[i]
+            w[i] = np.sign(pull) * max(abs(pull) - penalty, 0.0) / A[i, i]
+        if np.abs(w - before).max() <= 1e-13 * (1 + np.abs(w).max()):
+            break
+    return w
 
 
 def _cross_validated(X: Vector, y: Vector) -> float:

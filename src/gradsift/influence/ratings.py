@@ -112,7 +112,7 @@ class DifficultyRating(Settings):
     """Instruction-following difficulty (Li et al. 2024): IFD = L(answer | prompt) / L(answer), both by the base model.
 
     Near 1 the prompt hardly helps to predict the answer: the instruction is hard to follow, and rates high. Above
-    `maximum` the prompt hinders, as where the two do not belong together: such rows are left out, as the authors do.
+    `maximum` the prompt hinders, as where the two do not belong together: such rows are left out.
     Both losses are means over the last answer's tokens but the first, which nothing precedes in L(answer).
     """
 

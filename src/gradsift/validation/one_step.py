@@ -40,7 +40,7 @@ class OneStep(Settings):
     lr, betas, eps, weight_decay: AdamW's, with fresh state. `betas` change nothing in a first step but its rounding.
     random_sets: selections of the same size drawn at random, the control of every cell.
     seed: of those draws, and of dropout.
-    dropout: train with the model's dropout, as Compact's authors do; it needs the step to be taken for real.
+    dropout: train with the model's dropout, as a trainer does; it needs the step to be taken for real.
     float32: run the model in float32 even where the pool's dtype is narrower, whose rounding hides a step of 1e-5.
     """
 

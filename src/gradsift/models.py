@@ -52,7 +52,7 @@ def model_identity(name: str) -> dict[str, str]:
 
 
 def load_tokenizer(name: str) -> Any:
-    """The model's tokenizer.
+    """The model's tokenizer, which has as `model_vocabulary` how many ids the model has embeddings for, where known.
 
     Raises:
         ModelError: it cannot be loaded.
@@ -61,12 +61,15 @@ def load_tokenizer(name: str) -> Any:
 
     name = at_hand(name)
     path = Path(name).expanduser()
+    source, options = (str(path.parent), {"gguf_file": path.name}) if path.is_file() else (str(path), {})
     try:
-        if path.is_file():
-            return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
-        return AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name, trust_remote_code=False)
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            source if path.exists() else name, trust_remote_code=False, **options
+        )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(_cannot_load("tokenizer", name, error)) from error
+    tokenizer.model_vocabulary = None if path.is_file() else _vocabulary(source if path.exists() else name)
+    return tokenizer
 
 
 def load_model(name: str, *, dtype: DtypeName = "auto", device: str = "auto") -> Any:
@@ -368,6 +371,11 @@ def positions(name: str) -> int | None:
         return None
     places = getattr(_config(str(path) if path.is_dir() else name), "max_position_embeddings", None)
     return places if isinstance(places, int) and places > 0 else None
+
+
+def _vocabulary(name: str) -> int | None:
+    size = getattr(_config(name).get_text_config(), "vocab_size", None)
+    return size if isinstance(size, int) and size > 0 else None
 
 
 def _config(name: str, **options: Any) -> Any:

@@ -113,12 +113,14 @@ class ChatFormat:
         self.supervise = supervise
         self._max_length = max_length
         self._marker_ids = _marker_ids(tokenizer)
+        self._vocabulary: int | None = getattr(tokenizer, "model_vocabulary", None)
         self._template = ChatTemplate(tokenizer, self._marker_ids)
         self.announcement = self._template.announcement
         self._backend, identity = _backend_of(tokenizer)
         # A pad token set by a training script changes no id; one that the template writes does.
         named = {name: token for name, token in tokenizer.special_tokens_map.items() if name in self._template.text}
         self.fingerprint = _digest(_RULES, self._template.text, named, identity, supervise, max_length)
+        self._refuse_foreign_markers()
         self.end_of_turn_ids = self._find_end_of_turn_ids(generation_eos)
         self.control_tokens = self._find_control_tokens()
 
@@ -158,7 +160,11 @@ class ChatFormat:
         """
         shown = self._prompt(messages, options)
         answer = self._template.turn((*shown.roles, "assistant"), len(messages), options)
-        return self._ids(shown.text if answer is None else shown.text + answer.header)
+        ids = self._ids(shown.text if answer is None else shown.text + answer.header)
+        foreign = self._foreign(ids)
+        if foreign:
+            raise DataError(f"a prompt cannot be read: {foreign}")
+        return ids
 
     def unshown_of_prompt(self, example: Example, messages: Sequence[Message]) -> tuple[Skipped, ...]:
         """What of a prompt's messages the model is not shown before it answers.
@@ -230,6 +236,30 @@ class ChatFormat:
             "turn cannot be told apart exactly"
         )
 
+    # --- the model's vocabulary -----------------------------------------------------------------------------------
+
+    def _foreign(self, ids: Sequence[int]) -> str | None:
+        """Which token has no embedding, in words."""
+        if self._vocabulary is None or not ids or (highest := max(ids)) < self._vocabulary:
+            return None
+        token = self._tokenizer.convert_ids_to_tokens(highest)
+        return f"the token {token!r} has the id {highest:,}, and the model has embeddings for {self._vocabulary:,} ids"
+
+    def _refuse_foreign_markers(self) -> None:
+        """Refuse a tokenizer with whose template every conversation has tokens that the model does not know.
+
+        Raises:
+            ModelError: naming one.
+        """
+        for roles in (("user",), ("user", "assistant")):
+            frame = self._template.frame(roles, generation_prompt=roles[-1] == "user")
+            foreign = None if frame is None else self._foreign(self._ids("a".join(frame.literals)))
+            if foreign:
+                raise ModelError(
+                    f"the tokenizer belongs to another model: {foreign}. Copy the model's own tokenizer into its "
+                    "folder; where tokens were added, the model has to be saved after resize_token_embeddings"
+                )
+
     # --- encoding, labelling --------------------------------------------------------------------------------------
 
     def _ids(self, text: str) -> list[int]:
@@ -249,6 +279,9 @@ class ChatFormat:
     def _label(
         self, example: Example, located: _Located, ids: list[int], offsets: NDArray[np.int64] | None
     ) -> TokenizedExample | Skipped:
+        foreign = self._foreign(ids)
+        if foreign:
+            return example.skipped("unknown_token", foreign)
         every = self.supervise == "all_tokens"
         weights = np.full(len(ids), float(every), dtype=np.float32)
         for span in located.spans:

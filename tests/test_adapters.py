@@ -17,7 +17,7 @@ from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from gradsift.adapters import BareModel, attach_adapter, shared_weights
+from gradsift.adapters import BareModel, attach_adapter, checksums, shared_weights
 from gradsift.errors import MismatchError, ModelError
 from gradsift.gradients.capture import Capture, find_modules
 from gradsift.gradients.folding import find_folds
@@ -315,20 +315,48 @@ def test_a_tied_head_is_not_folded() -> None:
 
 
 def test_a_weight_that_was_written_over_is_found() -> None:
-    """One bit of one large weight, or of a buffer, makes a model another one; what is small is put back."""
+    """One bit of one large weight makes a model another one; what is small, and what is no weight, is put back."""
     network = model()
-    bare = BareModel(network, sealed=True)
+    bare, sums = BareModel(network), checksums(network)
     with torch.no_grad():
         network.model.layers[0].self_attn.q_proj.bias.add_(1)
         network.model.norm.weight.mul_(2)
     network.train().requires_grad_(False)
     network.config.added = "by an adapter"
     bare.restore()
-    assert bare.is_whole()
+    assert checksums(network) == sums
     assert not network.training
     assert not hasattr(network.config, "added")
     with torch.no_grad():
         weight = network.model.layers[1].mlp.up_proj.weight
         weight[3, 4] = torch.nextafter(weight[3, 4], torch.tensor(9.0))
     bare.restore()
-    assert not bare.is_whole()
+    assert checksums(network) != sums
+
+
+def test_hooks_of_others_come_and_go_as_they_like(bases: Callable[[bool], str], other: dict[bool, str]) -> None:
+    """A hook that was removed while an adapter was on is not brought back, and one that was added stays."""
+    host = ModelHost(bases(False), "float32", "cpu")
+    called: list[str] = []
+    first = host.base().model.register_forward_hook(lambda *_: called.append("first"))
+    host.with_adapter(other[False])
+    first.remove()
+    host.base().model.register_forward_hook(lambda *_: called.append("second"))
+    logits(host.with_adapter(other[False]))
+    logits(host.base())
+    assert called == ["second", "second"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.uint8, torch.bool])
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (5, 7), (8, 2)])
+def test_checksums_are_of_all_bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Any type and size, contiguous or not."""
+    holder = nn.Module()
+    holder.register_buffer("held", (torch.rand(shape) * 9).to(dtype))
+    before = checksums(holder)
+    assert checksums(holder) == before
+    holder.held = holder.held.clone()
+    assert checksums(holder) == before
+    holder.held.view(-1)[-1] = 0 if bool(holder.held.view(-1)[-1]) else 1
+    assert checksums(holder) != before
+    assert checksums(nn.Module()) == []

@@ -190,17 +190,26 @@ def test_the_version_is_the_latest_of_the_changelog() -> None:
 
 
 def test_reasons_for_skipping_are_those_of_the_code() -> None:
-    """docs/bring-your-own-data.md explains every reason that the code gives, and no other."""
+    """docs/bring-your-own-data.md explains every reason that the code gives, and no other: why a row is left out, which
+    parts of one are, and why a file is not read."""
     page = (ROOT / "docs/bring-your-own-data.md").read_text(encoding="utf-8")
-    table = page.partition("| reason | meaning |")[2].partition("\n\n")[0]
-    explained = {reason for row in table.splitlines()[2:] for reason in re.findall(r"`(\w+)`", row.split("|")[1])}
-    given = set()
+
+    def explained(head: str) -> set[str]:
+        table = page.partition(f"| reason | {head} |")[2].partition("\n\n")[0]
+        return {reason for row in table.splitlines()[2:] for reason in re.findall(r"`(\w+)`", row.split("|")[1])}
+
+    rows: set[str] = set()
+    parts: set[str] = set()
     for source in (ROOT / "src/gradsift").rglob("*.py"):
         text = source.read_text(encoding="utf-8")
-        given |= set(re.findall(r'_BadRowError\(\s*"(\w+)"', text))
-        given |= set(re.findall(r'problem\s*=\s*\(\s*"(\w+)"', text))
-        given |= set(re.findall(r'Skipped\(\s*[\w.]+,\s*"(\w+)"', text))
-    assert explained == given
+        rows |= set(re.findall(r'BadRowError\(\s*"(\w+)"', text))
+        rows |= set(re.findall(r'problem\s*=\s*\(\s*"(\w+)"', text))
+        rows |= set(re.findall(r'Skipped\(\s*[\w.]+,\s*"(\w+)"', text))
+        rows |= set(re.findall(r'\.skipped\(\s*"(\w+)"', text))
+        parts |= set(re.findall(r'(?:in_part|Unused)\(\s*"(\w+)"', text))
+    assert explained("meaning") == rows
+    assert explained("what is left out") == parts
+    assert set(re.findall(r"`(\w+_file)`", page)) == {"unread_file", "broken_file"}
 
 
 def test_exported_names_in_the_documentation_exist() -> None:

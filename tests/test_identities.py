@@ -500,6 +500,7 @@ def test_every_setting_of_every_method_decides_its_scores(
     ids, zeros = list(pool.data.ids), np.zeros((len(pool.data), 4), dtype=np.float32)
     none = torch.zeros(len(ids), dtype=torch.float64)
     monkeypatch.setattr(scoring, "influence_matrix", lambda *_: (ids, zeros, []))
+    monkeypatch.setattr(scoring, "method_warnings", lambda *_: [])
     monkeypatch.setattr(scoring, "_joint_terms", lambda *_: JointTerms(ids, none, none, None, []))
     monkeypatch.setattr(scoring, "_dsir", lambda *_: zeros[:, 0])
     monkeypatch.setattr(scoring, "rate", lambda *_: Ratings(ids, zeros[:, 0], ()))
@@ -717,7 +718,7 @@ def test_a_raised_revision_makes_everything_anew(
     folder: Path = unraised["folder"]
     if "addresses" not in unraised:
         unraised["addresses"] = every_address(opened(tiny, folder / "run"), address, folder)
-    monkeypatch.setitem(REVISIONS, kind, 2)
+    monkeypatch.setitem(REVISIONS, kind, REVISIONS[kind] + 1)
     where = "labels" if kind == "labels" else "run"  # another template is another pool
     found = every_address(opened(tiny, folder / where), address, folder)
     changed = {name for name, value in found.items() if value != unraised["addresses"][name]}
@@ -734,7 +735,7 @@ def test_fingerprints_of_first_revisions_are_those_without(tmp_path: Path) -> No
     """What was made before there were revisions is found."""
     from gradsift.store.manifest import fingerprint
 
-    assert Run(tmp_path).prefix("scores", {"a": 1}) == f"scores/{fingerprint({'kind': 'scores', 'a': 1})}/"
+    assert Run(tmp_path).prefix("gradients", {"a": 1}) == f"gradients/{fingerprint({'kind': 'gradients', 'a': 1})}/"
 
 
 def test_damaged_adapters_are_said(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
+    AutoTokenizer,
     BartConfig,
     BartForConditionalGeneration,
     BertConfig,
@@ -28,11 +29,12 @@ from transformers import (
     WhisperForCausalLM,
 )
 
+import gradsift as gs
 from gradsift import embeddings
-from gradsift.errors import ModelError
+from gradsift.errors import DataError, ModelError
 from gradsift.models import count_parameters, load_model, load_tokenizer, positions
 from gradsift.rewards.reward_model import RewardModel
-from tiny_world import save_model
+from tiny_world import pool_rows, save_model
 
 Weights = dict[str, torch.Tensor]
 
@@ -195,3 +197,39 @@ def test_an_adapter_beside_the_base_is_told(tmp_path: Path) -> None:
     get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="holds an adapter beside the base"):
         load_model(str(tmp_path), device="cpu")
+
+
+@pytest.fixture
+def extended(tmp_path: Path) -> str:
+    """A model whose tokenizer has one token more than the model has embeddings."""
+    tokenizer = AutoTokenizer.from_pretrained(save_model(tmp_path / "model"))
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def test_a_tokenizer_of_another_model_is_refused_before_its_tokens_are_used(tmp_path: Path) -> None:
+    """Where the template's own tokens have no embedding no row can be read; the message names one, and both sizes."""
+    save_model(tmp_path / "model")
+    config = LlamaConfig.from_pretrained(tmp_path / "model")
+    config.vocab_size = 2
+    config.eos_token_id = config.pad_token_id = None
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    with pytest.raises(ModelError, match=r"the token '\w+' has the id \d+, and the model has embeddings for 2 ids"):
+        gs.open_pool(pool_rows(4), model=str(tmp_path / "model"), out=str(tmp_path / "run"), device="cpu")
+    assert not (tmp_path / "run" / "data").exists()
+
+
+def test_a_row_with_a_token_that_the_model_does_not_know_is_left_out(tmp_path: Path, extended: str) -> None:
+    """One such row costs itself: in the pool, in a target with labels, and among prompts."""
+    rows = pool_rows(4)
+    rows[1]["messages"][0]["content"] += " <extra>"
+    pool = gs.open_pool(rows, model=extended, out=str(tmp_path / "run"), device="cpu")
+    assert pool.data.ids == ["p00", "p02", "p03"]
+    assert [(entry.id, entry.reason) for entry in pool.data.skipped] == [("p01", "unknown_token")]
+    assert "'<extra>' has the id" in pool.data.skipped[0].detail
+    assert gs.open_target(rows, pool, keep_overlap=True).data.ids == ["p00", "p02", "p03"]
+    prompts = gs.open_prompts([{"prompt": "<extra>?"}, {"prompt": "what?"}], pool, lambda prompts, **_: [1.0])
+    assert len(prompts.data) == 1
+    with pytest.raises(DataError, match="embeddings for"):
+        pool.chat.prompt_ids([{"role": "user", "content": "<extra>"}])

@@ -26,22 +26,17 @@ class BareModel:
 
     PEFT replaces modules, writes trained biases and embeddings over the base's own, gives the model and its
     configuration new attributes, and for some initialisations (PiSSA, OLoRA and others) leaves a remainder in W's
-    place; its own `unload` undoes the first alone. `restore` puts back all but large weights that were written over;
-    `is_whole` says whether any was.
-
-    Args:
-        model: without an adapter.
-        sealed: take checksums of all weights, for `is_whole`.
+    place; its own `unload` undoes the first alone. `restore` puts back all but large weights that were written over,
+    which `checksums` tell.
     """
 
-    def __init__(self, model: Any, *, sealed: bool = False) -> None:
+    def __init__(self, model: Any) -> None:
         self._model = model
         self._modules = [(module, _contents(module)) for module in model.modules()]
         config = getattr(model, "config", None)
         self._config = (None, {}) if config is None else (config, dict(vars(config)))
         self._trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         self._small = [(p, p.detach().clone()) for p in model.parameters() if p.ndim <= 1 and not p.is_meta]
-        self._sums = self._checksums() if sealed else None
 
     def restore(self) -> None:
         """Take whatever adapter there is off, wholly attached or not."""
@@ -59,19 +54,18 @@ class BareModel:
         for parameter, value in self._small:
             parameter.data.copy_(value)
 
-    def is_whole(self) -> bool:
-        """Whether every weight has the bits that it had; to be asked after `restore`."""
-        assert self._sums is not None, "a model that is not sealed"
-        return self._sums == self._checksums()
 
-    def _checksums(self) -> list[int]:
-        tensors = [*self._model.parameters(), *self._model.buffers()]
-        return [_checksum(tensor.data) for tensor in tensors if not tensor.is_meta]
+def checksums(model: torch.nn.Module) -> list[int]:
+    """One for each parameter and buffer in memory: of two models with equal ones, every weight has the same bits."""
+    return [_checksum(tensor.data) for tensor in (*model.parameters(), *model.buffers()) if not tensor.is_meta]
 
 
 def _contents(module: torch.nn.Module) -> dict[str, tuple[Any, dict[Any, Any] | None]]:
-    """A module's attributes, and the entries of those that are dictionaries: submodules, parameters, buffers, hooks."""
-    return {name: (value, dict(value) if isinstance(value, dict) else None) for name, value in vars(module).items()}
+    """A module's attributes, and the entries of its tables; hooks are left to those who register and remove them."""
+    return {
+        name: (value, dict(value) if name in ("_modules", "_parameters", "_buffers") else None)
+        for name, value in vars(module).items()
+    }
 
 
 def _put_back(table: dict[Any, Any], entries: dict[Any, Any]) -> None:

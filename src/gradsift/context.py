@@ -153,7 +153,7 @@ def open_pool(
         gradients: how gradients are taken, projected and stored.
         columns: names of the columns, where they are not the usual ones.
         max_length: tokens kept of each example.
-        supervise: take the loss on all assistant turns or on the last one.
+        supervise: take the loss on all assistant turns, on the last one, or on all tokens.
         keep_duplicates: keep exact duplicates in the pool.
         sample: score only so many examples (a share below 1, or a number), drawn by `seed`; the warm-up still draws
             from all of them.

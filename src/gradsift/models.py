@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 
-from gradsift.adapters import BareModel, attach_adapter, first_lines, refuse_other_kinds
+from gradsift.adapters import BareModel, attach_adapter, checksums, first_lines, refuse_other_kinds
 from gradsift.errors import ConfigError, CorruptError, ModelError
 from gradsift.memory import empty_device_cache, give_back_memory
 from gradsift.store.digests import file_digest
@@ -106,7 +106,7 @@ def generation_ends(name: str) -> dict[str, Any]:
 
 
 def load_tokenizer(name: str) -> Any:
-    """The model's tokenizer.
+    """The model's tokenizer, which has as `model_vocabulary` how many ids the model has embeddings for, where known.
 
     Raises:
         ModelError: it cannot be loaded.
@@ -115,12 +115,15 @@ def load_tokenizer(name: str) -> Any:
 
     name = at_hand(name)
     path = Path(name).expanduser()
+    source, options = (str(path.parent), {"gguf_file": path.name}) if path.is_file() else (str(path), {})
     try:
-        if path.is_file():
-            return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
-        return AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name, trust_remote_code=False)
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            source if path.exists() else name, trust_remote_code=False, **options
+        )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(_cannot_load("tokenizer", name, error)) from error
+    tokenizer.model_vocabulary = None if path.is_file() else _vocabulary(source if path.exists() else name)
+    return tokenizer
 
 
 def load_model(name: str, *, dtype: DtypeName = "auto", device: str = "auto") -> Any:
@@ -446,6 +449,11 @@ def positions(name: str) -> int | None:
     return places if isinstance(places, int) and places > 0 else None
 
 
+def _vocabulary(name: str) -> int | None:
+    size = getattr(_config(name).get_text_config(), "vocab_size", None)
+    return size if isinstance(size, int) and size > 0 else None
+
+
 def _config(name: str, **options: Any) -> Any:
     from transformers import AutoConfig
 
@@ -489,7 +497,8 @@ class ModelHost:
         self.name, self.dtype, self.device = name, dtype, device
         self.token_limit: int | None = None  # of a batch, once memory has run out for a larger one
         self._base: Any = None
-        self._bare: BareModel | None = None  # of the base, once an adapter has been asked for
+        self._sums: list[int] = []  # of the base, as it was before its first adapter
+        self._bare: BareModel | None = None  # what the base was before the adapter that is on it
         self._peft: Any = None
         self._adapter: str | None = None
 
@@ -507,8 +516,8 @@ class ModelHost:
             return self.base()
         if self._adapter != str(adapter):
             base = self.base()
-            self._bare = self._bare or BareModel(base, sealed=True)
-            self._adapter = str(adapter)
+            self._sums = self._sums or checksums(base)
+            self._bare, self._adapter = BareModel(base), str(adapter)
             try:
                 self._peft = attach_adapter(base, at_hand(str(adapter)))
             except BaseException:
@@ -518,10 +527,10 @@ class ModelHost:
 
     def _take_off(self) -> None:
         assert self._bare is not None
-        self._peft = self._adapter = None
         self._bare.restore()
-        if not self._bare.is_whole():
-            self._base = self._bare = None
+        self._peft = self._adapter = self._bare = None
+        if self._sums != checksums(self._base):
+            self._base, self._sums = None, []
             gc.collect()
             empty_device_cache()
 

@@ -244,7 +244,9 @@ def _explaining(recipe: Recipe, pool: Pool, sample: dict[str, Any]) -> dict[str,
     questions, _ = explain_questions(recipe, pool)
     count, speed = len(questions), sample["tokens_per_second"]
     some = questions[:: max(1, count // 200)]
-    prompt = sum(len(pool.chat.prompt_ids(question.messages)) for question in some) / max(1, len(some))
+    prompt = sum(len(pool.chat.prompt_ids(question.messages, question.options)) for question in some) / max(
+        1, len(some)
+    )
     tokens = count * (prompt + job.max_new_tokens)
     strategies, budgets = len(job.strategies) * len(job.estimators), len(job.budgets)
     stages = {

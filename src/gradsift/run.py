@@ -44,21 +44,21 @@ from gradsift.store.remote import RemoteStorage, is_url
 from gradsift.store.storage import LocalStorage, checksum_file
 
 REVISIONS = {
-    "labels": 1,  # a chat template's token ids and labels, in its fingerprint
+    "labels": 2,  # a chat template's token ids and labels, in its fingerprint
     "data": 1,
     "checkpoints": 1,
     "checks": 1,
     "gradients": 1,
     "samples": 1,
-    "rewards": 1,  # of responses, kept beside them
-    "scores": 1,
+    "rewards": 2,  # of responses, kept beside them
+    "scores": 2,
     "ratings": 1,
     "embeddings": 1,
     "curvature": 1,
     "outputs": 1,
     "explanations": 1,
     "validation": 1,
-    "evaluations": 1,
+    "evaluations": 2,
     "times": 1,
     "merge": 1,  # an adapter merged into its base, in a folder of the user's
 }

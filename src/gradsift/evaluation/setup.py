@@ -82,7 +82,7 @@ def open_model(
         model: hub id or folder of a causal language model.
         out: the run folder, which may be that of a pool with the same model.
         max_length: tokens kept of each labelled example.
-        supervise: take losses on all assistant turns or on the last one.
+        supervise: take losses on all assistant turns, on the last one, or on all tokens.
         dtype, device: of the model.
         reporter: where progress goes; nothing is printed by default.
 

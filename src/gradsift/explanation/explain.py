@@ -22,7 +22,7 @@ from gradsift.explanation.coefficients import CoefficientModel
 from gradsift.explanation.outputs import Output, OutputSource, Question, answers, question_of
 from gradsift.explanation.relevance import Relevance, to_db
 from gradsift.influence.less import LESS
-from gradsift.influence.scores import Ranker, influence_matrix, inputs_of
+from gradsift.influence.scores import Ranker, influence_matrix, inputs_of, method_warnings
 from gradsift.run import revisions
 from gradsift.selection.strategies import (
     CANDIDATES,
@@ -171,6 +171,11 @@ class Explanations:
     path: str = ""
     pool: Pool | None = field(default=None, repr=False, compare=False)
     _rankings: dict[str, Ranking] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def unshown(self) -> list[Skipped]:
+        """What the prompts and given answers have and the model was not shown."""
+        return [part for entry in (self.source.entries if self.source else ()) for part in entry.unshown]
 
     @property
     def outputs(self) -> list[TokenizedExample]:
@@ -469,7 +474,9 @@ class _Work:
 
 
 def _ranking(pool: Pool, source: OutputSource, estimator: Ranker) -> Ranking:
-    ids, matrix, _ = influence_matrix(pool, source, source.texts, estimator)
+    ids, matrix, stores = influence_matrix(pool, source, source.conversations, estimator)
+    for warning in method_warnings(pool, source.ids, source.conversations, estimator, stores):
+        pool.reporter.warn(warning)
     return ids, matrix
 
 

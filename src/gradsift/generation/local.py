@@ -424,7 +424,7 @@ class LocalSampler:
         tokenized: list[tuple[list[int], Request]] = []
         for request in requests:
             try:
-                ids = self.chat.prompt_ids(request.prompt.messages)
+                ids = self.chat.prompt_ids(request.prompt.messages, request.prompt.options)
                 _refuse_unfit(ids, _max_positions(model))
             except DataError as error:
                 yield Drawn(request.prompt, (), (Problem(request.prompt.id, None, str(error)),))

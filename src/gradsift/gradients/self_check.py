@@ -8,6 +8,7 @@ of these without an error: by using a weight directly, by mixing the sequences o
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceABC
@@ -23,6 +24,7 @@ from gradsift.errors import ModelError
 from gradsift.gradients.capture import LORA, Capture, UncapturedError
 from gradsift.gradients.folding import Captured, find_folds
 from gradsift.loss import head_at, pad
+from gradsift.memory import is_out_of_memory
 from gradsift.models import input_device, model_identity
 from gradsift.run import Run
 from gradsift.store.manifest import versions
@@ -56,6 +58,8 @@ class SelfCheck:
     @property
     def words(self) -> str:
         """For a person."""
+        if not self.modules:
+            return "gradients could not be compared with autograd's: they are not finite, out of memory, or offloaded"
         idle = f"; {len(self.idle)} took no part" if self.idle else ""
         return (
             f"gradients of {self.modules} modules agree with autograd's (largest difference {self.error:.1e}, "
@@ -78,7 +82,8 @@ def self_check(
 ) -> SelfCheck:
     """Compare what `Capture` hands over for a batch of two rows with autograd's gradients of either row's loss.
 
-    In single and double precision the shorter row's loss must also be the same in the batch as alone.
+    In single and double precision the shorter row's loss must also be the same in the batch as alone. Where gradients
+    are not finite, or memory does not suffice even for this, nothing is compared, and the work itself will tell.
 
     Args:
         network: as gradients will be taken of it. LoRA B matrices that are zero hold small random numbers meanwhile.
@@ -93,28 +98,35 @@ def self_check(
             row depends on its company. The message names the modules and a pattern that leaves them out.
     """
     pair = _short(rows)
-    modules = [c for c in modules if not c.module.weight.is_meta]  # what is offloaded comes and goes with each use
+    modules = [c for c in modules if not _weight(c).is_meta]  # what is offloaded comes and goes with each use
     exactly = autocast is None and _in_full_precision(network)
     bound = (_FOLDED if find_folds(network, modules) else _BOUND) if exactly else _COARSE
-    with _nothing_zero(modules):
-        captured, refused = _captured(network, modules, pair, autocast, checkpointing)
-        with _nothing_trained(network):
-            if exactly:
-                _refuse_company(network, pair)
-            exact = _exact(network, [c for c in modules if c.name in captured], pair, autocast)
-        norms = {name: torch.stack([g.norm() for g in per_row]) for name, per_row in exact.items()}
-        floor = _FLOOR * float(torch.stack(list(norms.values())).square().mean().sqrt()) if norms else 0.0
-        errors: dict[str, float] = {}
-        for name, per_row in exact.items():
-            found = captured.pop(name)
-            if found.shape[1:] != per_row[0].shape:
-                refused[name] = f"{name}, which multiplies with parts of its weight apart"
-                continue
-            away = torch.stack([(f - e).norm() for f, e in zip(found, per_row, strict=True)])
-            errors[name] = float((away / norms[name].clamp_min(max(floor, 1e-30))).nan_to_num(float("inf")).max())
-            if errors[name] > bound:
-                seen = "see nothing of it" if not bool(found.any()) else f"are off by {errors[name]:.2g} of it"
-                refused[name] = f"{name}, whose gradient autograd finds and hooks {seen}"
+    try:
+        with _nothing_zero(modules):
+            captured, refused = _captured(network, modules, pair, autocast, checkpointing)
+            with _nothing_trained(network):
+                if exactly:
+                    _refuse_company(network, pair)
+                exact = _exact(network, [c for c in modules if c.name in captured], pair, autocast)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return SelfCheck(0, 0.0, "", bound, ())
+    norms = {name: torch.stack([gradient.norm() for gradient in per_row]) for name, per_row in exact.items()}
+    floor = _FLOOR * float(torch.stack(list(norms.values())).square().mean().sqrt()) if norms else 0.0
+    if not math.isfinite(floor):
+        return SelfCheck(0, 0.0, "", bound, ())
+    errors: dict[str, float] = {}
+    for name, per_row in exact.items():
+        found = captured[name]
+        if found.shape[1:] != per_row[0].shape:
+            refused[name] = f"{name}, which multiplies with parts of its weight apart"
+            continue
+        away = torch.stack([(f - e).norm() for f, e in zip(found, per_row, strict=True)])
+        errors[name] = float((away / norms[name].clamp_min(max(floor, 1e-30))).nan_to_num(math.inf).max())
+        if errors[name] > bound:
+            seen = "see nothing of it" if not bool(found.any()) else f"are off by {errors[name]:.2g} of it"
+            refused[name] = f"{name}, whose gradient autograd finds and hooks {seen}"
     if refused:
         raise ModelError(_refusal(network, refused, pattern))
     worst = max(errors, key=errors.__getitem__, default="")
@@ -153,7 +165,8 @@ def kept_check(
     if kept is not None:
         return SelfCheck(**(kept["found"] | {"idle": tuple(kept["found"]["idle"])}))
     found = self_check(network, modules, rows, pattern=pattern, autocast=autocast, checkpointing=checkpointing)
-    run.complete(prefix, "checks", config, found=found.as_dict())
+    if found.modules:
+        run.complete(prefix, "checks", config, found=found.as_dict())
     return found
 
 
@@ -172,7 +185,7 @@ def _short(rows: SequenceABC[Sequence]) -> list[Sequence]:
     """Two rows of different lengths, each with its loss on the second half of what is kept of it."""
     assert len(rows) > 0, "nothing to check with"
     ordered = sorted(rows, key=lambda row: len(row.token_ids))
-    pair = []
+    pair: list[Sequence] = []
     for number, row in enumerate((ordered[0], ordered[-1])):
         # Where all are of one length, or long, the second is still longer than the first.
         count = min(len(row.token_ids), _TOKENS - 5 * (1 - number))
@@ -191,11 +204,8 @@ def _first_tokens(row: Sequence, count: int) -> Sequence:
 @contextmanager
 def _nothing_zero(modules: SequenceABC[Captured]) -> Iterator[None]:
     """While open, a LoRA B that is all zero holds small random numbers: the gradient of A vanishes otherwise."""
-    zeros = [
-        c.module.weight
-        for c in modules
-        if ".lora_B." in c.name and not c.module.weight.is_meta and not bool(c.module.weight.any())
-    ]
+    b = [_weight(c) for c in modules if ".lora_B." in c.name]
+    zeros = [weight for weight in b if not bool(weight.any())]
     kept = [weight.detach().clone() for weight in zeros]
     try:
         with own_randomness(), torch.no_grad():
@@ -283,7 +293,7 @@ def _exact(
     place = input_device(network)
     batch = pad(pair, place)
     for group in _groups(modules):
-        weights = [c.module.weight.requires_grad_(True) for c in group]
+        weights = [_weight(c).requires_grad_(True) for c in group]
         with torch.enable_grad(), head_at(network) as head:
             with torch.autocast(place.type, autocast, enabled=autocast is not None):
                 nll = head.nll(batch)
@@ -302,14 +312,19 @@ def _groups(modules: SequenceABC[Captured]) -> Iterator[list[Captured]]:
     group: list[Captured] = []
     size = 0
     for c in modules:
-        weight = c.module.weight
-        if group and size + weight.nbytes > _GROUP_BYTES:
+        if group and size + _weight(c).nbytes > _GROUP_BYTES:
             yield group
             group, size = [], 0
         group.append(c)
-        size += weight.nbytes
+        size += _weight(c).nbytes
     if group:
         yield group
+
+
+def _weight(captured: Captured) -> Tensor:
+    weight = captured.module.weight
+    assert isinstance(weight, Tensor), captured.name
+    return weight
 
 
 def _kind(name: str) -> str:

@@ -32,6 +32,7 @@ from gradsift.run import revised
 from gradsift.settings import Settings
 from gradsift.store.gradient_store import GradientStore
 from gradsift.store.manifest import fingerprint
+from gradsift.sums import row_products
 from gradsift.warmup.checkpoint import Checkpoint
 
 Reduction = Literal["sum", "mean"]
@@ -494,7 +495,8 @@ def _bias(store: GradientStore, factor: Tensor, strength: Tensor, *, everywhere:
                 rows, by_factor = buffer[: len(stored)].copy_(stored), factor[part]
                 if scale is not None:
                     by_factor = by_factor * scale
-                along, own = (rows @ weighted).double(), (rows.square_() @ strength).double()
+                along = row_products(rows, weighted).double()
+                own = row_products(rows.square_(), strength).double()
                 found[part] = along * by_factor - own * by_factor.square()
                 start = part.stop
     return found

@@ -202,6 +202,9 @@ class ReportData:
     reliability:    how far its ranking and choice can be trusted, in sentences
     lower_is_better: outcome columns where lower is better, besides those whose name holds "loss" or "perplexity"
     skipped_counts: reason -> rows; may count more rows than `skipped` lists
+    parts:          the first of `parts_total` parts of rows that were left out; `part_counts`: part -> rows
+    rows_in_part:   rows that have any of them
+    files:          that were not read
     repeat:         nested mapping; texts of several lines (a recipe) are shown as they are
     """
 
@@ -224,3 +227,8 @@ class ReportData:
     extremes: Sequence[Extremes] = ()
     rewards: Rewards | None = None
     reliability: Sequence[str] = ()
+    parts: Sequence[Skipped] = ()
+    part_counts: Mapping[str, int] = field(default_factory=dict)
+    parts_total: int = 0
+    rows_in_part: int = 0
+    files: Sequence[Skipped] = ()

@@ -53,6 +53,12 @@ class RewardModel(Settings):
                 + ("leave label out" if outputs == 1 else f"say which is the reward, label = 0 to {outputs - 1}")
             )
         encoded = [self._token_ids(tokenizer, *pair) for pair in zip(prompts, completions, strict=True)]
+        known, highest = tokenizer.model_vocabulary, max((max(e["input_ids"], default=0) for e in encoded), default=0)
+        if known is not None and highest >= known:
+            raise ModelError(
+                f"the tokenizer in {self.model} belongs to another model: it gives the id {highest:,}, and the reward "
+                f"model has embeddings for {known:,}: copy the model's own tokenizer there"
+            )
         # Neighbours of similar length waste little on padding.
         order = sorted(range(len(encoded)), key=lambda position: len(encoded[position]["input_ids"]))
         rewards = [0.0] * len(encoded)

@@ -30,6 +30,7 @@ from gradsift.gradients.policy import (
 )
 from gradsift.rewards.reward import reward_samples
 from gradsift.rewards.samples import Sample
+from gradsift.types import Sequence as TokenSequence
 from gradsift.types import TokenizedExample
 
 EXACT = Sampling(samples=8, temperature=1, top_k=None, top_p=None, max_new_tokens=LONGEST)
@@ -504,7 +505,7 @@ GRADIENTS = (
     PolicyGradient(), PolicyGradient(variant="discrete"), PolicyGradient(variant="rejection"),
     PolicyGradient(variant="ppo"), PolicyGradient(baseline="mean"), PolicyGradient(baseline="leave_one_out"),
     PolicyGradient(importance_weights=True), PolicyGradient(importance_weights=True, baseline="leave_one_out"),
-    PolicyGradient(logprob_reduction="mean"),
+    PolicyGradient(logprob_reduction="mean"), PolicyGradient(variant="weighted_rejection"),
 )  # fmt: skip
 
 
@@ -532,14 +533,18 @@ def token_sums(sequences: Any, factors: Any) -> dict[bytes, Tensor]:
 
 
 @pytest.mark.parametrize("gradient", GRADIENTS, ids=str)
-@given(seed=st.integers(0, 10**6), count=st.integers(1, 8))
-def test_rows_of_samples_add_up_to_the_gradient_of_any_choice(gradient: PolicyGradient, seed: int, count: int) -> None:
+@given(seed=st.integers(0, 10**6), count=st.integers(1, 8), fallback=st.booleans())
+def test_rows_of_samples_add_up_to_the_gradient_of_any_choice(
+    gradient: PolicyGradient, seed: int, count: int, fallback: bool
+) -> None:
     """Weighed as the rows of samples say, they are the policy gradient of the samples that were drawn, as if there were
-    no others: with repetitions, halves, all; a sample without a reward is none."""
+    no others: with repetitions, halves, all; a sample without a reward is none. A label stands for draws without
+    weight."""
     responses, rewards = drawn_responses(count, seed)
     known: list[float | None] = [*rewards]
     known[0] = None if count > 3 else known[0]
-    rows = SampleRows.of(responses, known, gradient)
+    label = TokenSequence(0, np.arange(20, 25, dtype=np.int32), np.ones(5, dtype=np.float32)) if fallback else None
+    rows = SampleRows.of(responses, known, gradient, label)
     kept = [number for number in range(count) if known[number] is not None]
     assert rows.numbers == tuple((number,) for number in kept)
     counts = torch.from_numpy(np.random.default_rng(seed).integers(0, 3, size=(4, len(kept))))
@@ -547,8 +552,9 @@ def test_rows_of_samples_add_up_to_the_gradient_of_any_choice(gradient: PolicyGr
     for own, weights in zip(counts, rows.weights(counts), strict=True):
         taken = [kept[place] for place in torch.arange(len(kept)).repeat_interleave(own).tolist()]
         alone = weighted_sequences([responses[n] for n in taken], [known[n] for n in taken], gradient)
+        alone = alone or ((label,) if label is not None else ())
         wanted = token_sums(alone, [1.0] * len(alone))
-        parts = [(s, w) for sequences, w in zip(rows.sequences, weights.tolist(), strict=True) for s in sequences]
+        parts = [(s, w) for sequences, w in zip(rows.rows().values(), weights.tolist(), strict=True) for s in sequences]
         found = token_sums(*zip(*parts, strict=True)) if parts else {}
         assert set(found) == set(wanted)
         assert all(torch.allclose(found[key], wanted[key], atol=1e-6) for key in wanted)
@@ -569,6 +575,10 @@ def test_many_samples_are_taken_in_groups(gradient: PolicyGradient) -> None:
     assert set(found) == set(wanted)
     assert all(torch.allclose(found[key], wanted[key], atol=1e-6) for key in wanted)
     assert rows.weights(torch.tensor([[2] * 16 + [0] * 16]))[0].tolist() == [2.0] * 16 + [0.0] * 16
+    label = TokenSequence(0, np.arange(5, dtype=np.int32), np.ones(5, dtype=np.float32))
+    for own, weighs in ((rewards, 0.0), ([0.0] * 100, 1.0)):
+        with_label = SampleRows.of(responses, own, gradient, label)
+        assert with_label.weights(torch.ones(1, 32, dtype=torch.int64))[0, 32] == weighs
 
 
 def test_samples_that_no_choice_could_weigh_have_no_sequences() -> None:

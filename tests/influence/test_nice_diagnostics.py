@@ -32,6 +32,10 @@ def long_ones(completions: list[str], **columns: Any) -> list[float]:
     return [float(len(text)) for text in completions]
 
 
+def few_ones(completions: list[str], **columns: Any) -> list[float]:
+    return [float(len(text) % 4 == 0) for text in completions]
+
+
 @pytest.fixture(scope="module")
 def pool(tiny: World, tmp_path_factory: pytest.TempPathFactory) -> Pool:
     return tiny.open_pool(tmp_path_factory.mktemp("diagnostics") / "run")
@@ -50,7 +54,7 @@ def policy_rows(
     for checkpoint in pool.checkpoints():
         responses, rewards, _ = targets.rollouts(checkpoint)
         own = {id_: there if taken is None else [there[n] for n in taken[id_]] for id_, there in responses.items()}
-        source = PolicySource.of(own, rewards, method.policy, template=pool.chat.fingerprint)
+        source = PolicySource.of(own, rewards, method.policy, template=pool.chat.fingerprint, labels=targets.labels)
         store = pool.collect(source, checkpoint, ["plain"], what="target")["plain"]
         found.append(store.rows_by_id(target.data.ids).double())
     return found
@@ -67,6 +71,7 @@ def scores_of(pool: Pool, targets: list[torch.Tensor], *, normalise: bool) -> np
 POLICIES = (
     PolicyGradient(), PolicyGradient(baseline="mean"), PolicyGradient(baseline="leave_one_out"),
     PolicyGradient(variant="rejection"), PolicyGradient(variant="ppo"), PolicyGradient(importance_weights=True),
+    PolicyGradient(variant="rejection", fallback="label"),
 )  # fmt: skip
 
 
@@ -75,8 +80,10 @@ def test_resamples_are_rankings_of_their_own(
     pool: Pool, target: PromptTarget, policy: PolicyGradient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What resampling adds to a score is that of the ranking by just those samples, whose baseline and spread are their
-    own, less that by all; times √(M/(M − 1))."""
+    own, less that by all; times √(M/(M − 1)). Labels stand for resamples in which nothing has any weight."""
     method = NICE(sampling=SIX, policy=policy, normalise=False)
+    if policy.fallback == "label":
+        target = open_prompts(target_rows(), pool, few_ones, subtask="task")
     generator = np.random.default_rng(1)
     counts = {id_: torch.from_numpy(generator.multinomial(6, [1 / 6] * 6, size=3)) for id_ in target.data.ids}
     monkeypatch.setattr("gradsift.influence.diagnostics.DRAWS", 3)
@@ -95,7 +102,15 @@ def test_resamples_are_rankings_of_their_own(
         wanted = np.sqrt(6 / 5) * (resampled - whole)
         assert np.allclose(work.scores[..., 1 + draw], wanted, atol=2e-4 * max(scale, float(np.abs(wanted).max())))
     assert work.units == 24
-    assert work.freedom().tolist() == [10, 10]
+    if policy.fallback == "none":
+        assert work.freedom().tolist() == [10, 10]
+        return
+    earned = work.whole.rollouts(checkpoints[0])[1]
+    signal = {id_: torch.tensor([earned[id_, n] or 0.0 for n in range(6)]).double() for id_ in counts}
+    fallen = [bool((counts[id_].double() @ own == 0).any()) for id_, own in signal.items() if bool(own.any())]
+    assert len(fallen) == 3  # one prompt has no signal at all
+    assert any(fallen)
+    assert sorted(work.freedom().tolist()) == [5, 10]
 
 
 @pytest.mark.parametrize("method", [NICE(sampling=SIX), NICEIF(sampling=SIX)], ids=["NICE", "NICE_IF"])

@@ -254,10 +254,11 @@ class SampleRows:
 
     A row is one sample's ∇NLL; weights are what `policy_coefficients` gives for the choice, its baseline included, and
     so exact. Of more than `MOST_ROWS` samples a row is the sum over a group, each at its weight among all samples: a
-    choice of groups then has the baseline of all. With importance weights, `ppo` clips as it does among all.
+    choice of groups then has the baseline of all. With importance weights, `ppo` clips as it does among all. A label
+    that stands for samples without weight is the last row.
 
     numbers:   of the samples, by row
-    sequences: of each row; none where no choice could give it any weight
+    sequences: of each of these rows; none where no choice could give it any weight
     rewards:   float64 [row], or None of groups
     ratios:    log f/q of each sample, float64 [row], where the weights are shares by it
     """
@@ -267,10 +268,17 @@ class SampleRows:
     gradient: PolicyGradient
     rewards: Tensor | None = None
     ratios: Tensor | None = None
+    label: TokenSequence | None = None
 
     @classmethod
-    def of(cls, responses: Sequence[Response], rewards: Sequence[float | None], gradient: PolicyGradient) -> SampleRows:
-        """The rows of some responses to one prompt; those without a reward are left out."""
+    def of(
+        cls,
+        responses: Sequence[Response],
+        rewards: Sequence[float | None],
+        gradient: PolicyGradient,
+        label: TokenSequence | None = None,
+    ) -> SampleRows:
+        """The rows of some responses to one prompt, those without a reward left out, and of what stands for none."""
         known = [(response, reward) for response, reward in zip(responses, rewards, strict=True) if reward is not None]
         own = [response for response, _ in known]
         values = torch.tensor([reward for _, reward in known], dtype=torch.float64)
@@ -286,7 +294,7 @@ class SampleRows:
         if len(own) <= MOST_ROWS:
             weighed = [_could_weigh(values, place, gradient) for place in range(len(own))]
             rows = tuple((sequence,) * weigh for sequence, weigh in zip(sequences, weighed, strict=True))
-            return cls(tuple(numbers), rows, gradient, values, ratios)
+            return cls(tuple(numbers), rows, gradient, values, ratios, label)
         weights = _weights(values, ratios, everything, gradient)[0].tolist()
         scaled = [replace(s, weights=s.weights * np.float32(w)) for s, w in zip(sequences, weights, strict=True)]
         groups = [range(start, len(own), MOST_ROWS) for start in range(MOST_ROWS)]
@@ -294,7 +302,13 @@ class SampleRows:
             tuple(tuple(number for place in group for number in numbers[place]) for group in groups),
             tuple(tuple(scaled[place] for place in group if weights[place]) for group in groups),
             gradient,
+            label=label,
         )
+
+    def rows(self) -> dict[str, tuple[TokenSequence, ...]]:
+        """The sequences of each row, by a name that is its own within the prompt."""
+        named = {str(own[0]): sequences for own, sequences in zip(self.numbers, self.sequences, strict=True)}
+        return named if self.label is None else {**named, "label": (self.label,)}
 
     def weights(self, counts: Tensor) -> Tensor:
         """What each row weighs where it is drawn so often.
@@ -303,11 +317,16 @@ class SampleRows:
             counts: whole numbers [draw row].
 
         Returns:
-            [draw row], float64.
+            [draw row], float64; the label's 1 where no other row of a draw weighs anything, else 0.
         """
         if self.rewards is None:
-            return counts.double() * (counts.shape[1] / counts.sum(dim=1, keepdim=True).clamp_min(1))
-        return _weights(self.rewards, self.ratios, counts, self.gradient)
+            found = counts.double() * (counts.shape[1] / counts.sum(dim=1, keepdim=True).clamp_min(1))
+        else:
+            found = _weights(self.rewards, self.ratios, counts, self.gradient)
+        if self.label is None:
+            return found
+        silent = ~(found * torch.tensor([float(bool(own)) for own in self.sequences])).any(dim=1, keepdim=True)
+        return torch.cat([found, silent.double()], dim=1)
 
 
 def _weights(rewards: Tensor, ratios: Tensor | None, counts: Tensor, gradient: PolicyGradient) -> Tensor:

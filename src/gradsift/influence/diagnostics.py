@@ -213,20 +213,22 @@ class _Resampling:
         """Add the scores of a checkpoint, and say how the samples agree there."""
         whole, pool, method = self.whole, self.whole.pool, self.whole.method
         responses, rewards, _ = whole.rollouts(checkpoint)
+        labels = whole.labels or {}
         samples = {
-            id_: SampleRows.of(own, [rewards.get(response.key) for response in own], method.policy)
+            id_: SampleRows.of(own, [rewards.get(response.key) for response in own], method.policy, labels.get(id_))
             for id_, own in responses.items()
         }
         self.units = max(self.units, sum(len(numbers) for one in samples.values() for numbers in one.numbers))
         rows = self._rows(samples, checkpoint)
-        parts: list[tuple[Tensor, Tensor]] = []  # of each prompt: rows [unit dim], what resampling adds [draw unit]
+        parts: list[tuple[Tensor, Tensor]] = []  # of each prompt: rows [row dim], what resampling adds [draw row]
         halves = torch.full((len(samples),), math.nan, dtype=torch.float64)
         for number, (id_, one) in enumerate(samples.items()):
             own = rows[id_]
-            halves[number] = _halves(one, own, self._generator)
+            drawn = own[: len(one.numbers)]
+            halves[number] = _halves(one, drawn, self._generator)
             parts.append((own, self._draws(id_, one)))
-            if bool(own.any()):
-                self._freedom[number] = max(float(self._freedom[number]), len(one.numbers) - 1.0)
+            if bool(drawn.any()):
+                self._freedom[number] = max(float(self._freedom[number]), len(drawn) - 1.0)
         self._add(parts, checkpoint, weight)
         loss = None
         if whole.target.labels is not None:
@@ -237,24 +239,19 @@ class _Resampling:
         return CheckpointDiagnostics(whole.summary_at(checkpoint), halves.numpy(), loss)
 
     def _rows(self, samples: dict[str, SampleRows], checkpoint: Checkpoint) -> dict[str, Tensor]:
-        """Each prompt's sample rows [unit dim]; zeros for those without weight, and those that are not finite."""
-        pool, named = self.whole.pool, {}
-        for id_, one in samples.items():
-            for numbers, sequences in zip(one.numbers, one.sequences, strict=True):
-                if sequences:
-                    named[f"{id_}#{numbers[0]}"] = sequences
+        """Each prompt's sample rows [row dim]; zeros for those without weight, and those that are not finite."""
+        rows = {id_: {f"{id_}#{name}": own for name, own in one.rows().items()} for id_, one in samples.items()}
+        named = {name: sequences for own in rows.values() for name, sequences in own.items() if sequences}
         source = PolicySource(list(named), tuple(named.values()), self.whole.target.data.template)
-        store: GradientStore = pool.collect(source, checkpoint, ["plain"], what="samples")["plain"]
-        return {
-            id_: target_rows(store, [f"{id_}#{numbers[0]}" for numbers in one.numbers]) for id_, one in samples.items()
-        }
+        store: GradientStore = self.whole.pool.collect(source, checkpoint, ["plain"], what="samples")["plain"]
+        return {id_: target_rows(store, list(own)) for id_, own in rows.items()}
 
     def _draws(self, id_: str, one: SampleRows) -> Tensor:
-        """Weights of a prompt's rows: of all, and what each resample adds, as much as new samples would [draw unit]."""
+        """Weights of a prompt's rows: of all, and what each resample adds, as much as new samples would [draw row]."""
         n = len(one.numbers)
         if n < 2:
             weights = one.weights(torch.ones(1, n, dtype=torch.int64))
-            return torch.cat([weights, torch.zeros(DRAWS, n, dtype=torch.float64)])
+            return torch.cat([weights, torch.zeros(DRAWS, weights.shape[1], dtype=torch.float64)])
         weights = one.weights(torch.cat([torch.ones(1, n, dtype=torch.int64), self._counts(id_, n)]))
         return torch.cat([weights[:1], math.sqrt(n / (n - 1)) * (weights[1:] - weights[:1])])
 
@@ -312,7 +309,7 @@ def _halves(one: SampleRows, rows: Tensor, generator: np.random.Generator) -> fl
         return math.nan
     order = torch.from_numpy(np.stack([generator.permutation(n) for _ in range(_SPLITS)]))
     first, second = (
-        one.weights(torch.zeros(_SPLITS, n, dtype=torch.int64).scatter_(1, part, 1))
+        one.weights(torch.zeros(_SPLITS, n, dtype=torch.int64).scatter_(1, part, 1))[:, :n]
         for part in (order[:, : n // 2], order[:, n // 2 : 2 * (n // 2)])
     )
     products = rows.double() @ rows.double().T

@@ -156,7 +156,7 @@ class PolicyTargets:
         if checkpoint.name not in self._sources:
             responses, rewards, samples = self.rollouts(checkpoint)
             source = PolicySource.of(
-                responses, rewards, self.method.policy, template=self.target.data.template, labels=self._labels
+                responses, rewards, self.method.policy, template=self.target.data.template, labels=self.labels
             )
             self._sources[checkpoint.name] = source
             signal = dict(zip(source.ids, source.signal, strict=True))
@@ -212,7 +212,7 @@ class PolicyTargets:
         return kept
 
     @cached_property
-    def _labels(self) -> dict[str, TokenSequence] | None:
+    def labels(self) -> dict[str, TokenSequence] | None:
         """What stands for prompts without signal, where the method wants that."""
         if self.method.policy.fallback == "none":
             return None

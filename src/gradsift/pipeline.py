@@ -267,10 +267,11 @@ def explain_into(result: Result) -> None:
         coefficients=job.coefficients,
         candidates=job.candidates,
         max_new_tokens=job.max_new_tokens,
+        aggregation=job.aggregation,
     )
     result.explanations = found
     say_account(Account(parts=tuple(found.unshown)), "what is to be explained", len(found.entries), pool.reporter)
-    result.relevance = relevance_table(found, how=job.aggregation)
+    result.relevance = relevance_table(found)
     pool.run.publish_json("relevance.json", result.relevance.as_dict())
     if job.validation is not None:
         result.validation = validate_explanations(pool, found, settings=job.validation.step, route=job.validation.route)

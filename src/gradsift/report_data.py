@@ -41,7 +41,6 @@ from gradsift.results import (
     remove_outdated,
     shares,
     shown_budget,
-    strategy_note,
     summary,
     write_skipped,
 )
@@ -248,7 +247,7 @@ def _explained_entry(result: Result, entry: Explanation) -> list[Explained]:
                 ExplainedStrategy(
                     name=found.strategy,
                     relevance_db=found.relevance_db,
-                    note=strategy_note(found),
+                    note=entry.note(found),
                     examples=[
                         ExplainedExample(
                             id=example.id,

@@ -13,7 +13,7 @@ from gradsift.context import Pool, Target
 from gradsift.data.account import Account
 from gradsift.data.dataset import Dataset
 from gradsift.data.load import Columns
-from gradsift.explanation.explain import Explanations, StrategyResult
+from gradsift.explanation.explain import Explanations
 from gradsift.explanation.table import RelevanceTable
 from gradsift.influence.diagnostics import PolicyDiagnostics
 from gradsift.influence.prompts import PromptTarget
@@ -285,12 +285,3 @@ def shares(result: Result, ids: SequenceABC[str]) -> dict[str, dict[str, int]]:
 def shown_budget(explanations: Explanations) -> int:
     """The budget that is shown first: 5 where it was asked for, else the smallest."""
     return 5 if 5 in explanations.budgets else explanations.budgets[0]
-
-
-def strategy_note(strategy: StrategyResult) -> str:
-    """What a reader should know about a relevance that is extreme; empty where it is not."""
-    if strategy.capped:
-        return "The output's gradient is reconstructed exactly: the output itself is probably in the pool."
-    if strategy.near_zero:
-        return "The chosen gradients are almost zero, so that 0 dB says nothing about their directions."
-    return ""

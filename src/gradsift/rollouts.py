@@ -229,7 +229,9 @@ def _rollout(targets: PolicyTargets, checkpoint: Checkpoint, name: str, *, rewar
         return Rollout(name, checkpoint.adapter, samples, summary)
     earned = targets.earned_at(checkpoint)
     rewards = replace(targets.summary_at(checkpoint), checkpoint=name)
-    return Rollout(name, checkpoint.adapter, samples, summary, earned, rewards, pass_rates(earned.values))
+    used = {response.key for own in targets.rollouts(checkpoint)[0].values() for response in own}
+    passed = pass_rates({key: value for key, value in earned.values.items() if key in used})
+    return Rollout(name, checkpoint.adapter, samples, summary, earned, rewards, passed)
 
 
 def _summary(samples: Samples, ids: list[str]) -> ResponseSummary:

@@ -277,7 +277,6 @@ def _rewards(draw: random.Random) -> Rewards:
     return Rewards(
         "NICE (M=20)",
         "Responses sampled from the model at each checkpoint: 20 for each prompt, temperature 1.2.",
-        "Scores from two halves of the samples: Spearman +0.53, so 69% of the ranking's variance would come again.",
         checkpoints,
         prompts,
         all_prompts=14,
@@ -316,7 +315,7 @@ def hostile_page(text: str = HOSTILE) -> ReportData:
         choices=[choice, choice],
         score_summaries=[ScoreSummary(text, [0.0, 1.0], [1.0], 0.9, text)],
         extremes=[Extremes(text, 2, [example], [example])],
-        rewards=Rewards(text, text, text, [checkpoint, checkpoint], [prompt], 2, [text]),
+        rewards=Rewards(text, text, [checkpoint, checkpoint], [prompt], 2, [text]),
         outcomes=[Outcome(text, {text: 1.0}), Outcome(text, {text: 2.0}, {text: 0.1})],
         outcome_notes=[text],
         explained=[Explained(text, text, False, text, [ExplainedStrategy(text, 1.0, [explained], text)], 1.0)],

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from gradsift.checks import float_array, same_size
+from gradsift.ranks import rank_correlations
 
 Over = Literal["samples", "targets"]
 
@@ -209,24 +210,6 @@ def noise_dimensions(noise: Tensor, freedom: float) -> float:
     return energy**2 / min(max(squares, energy**2 / 200, found / 20), energy**2)
 
 
-def rank_correlations(old: Tensor, new: Tensor) -> Tensor:
-    """Spearman's correlation of one ranking with each of others; 0 with one that is constant, float64 [draw].
-
-    Args:
-        old: [row].
-        new: [row draw].
-    """
-
-    def standardised(values: Tensor) -> Tensor:
-        from scipy.stats import rankdata  # half a second to import
-
-        ranks = torch.from_numpy(rankdata(values.numpy(), axis=0))
-        centred = ranks - ranks.mean(dim=0)
-        return centred / torch.linalg.vector_norm(centred, dim=0).clamp_min(1e-300)
-
-    return standardised(old[:, None])[:, 0] @ standardised(new)
-
-
 @dataclass(frozen=True)
 class Looked:
     """The rows of a pool that new rankings are computed for: all of a small pool, else some of it and the chosen.
@@ -289,7 +272,7 @@ def reliability_of(
     """
     new = new_rankings(scores, noise, freedom, np.random.default_rng(seed))
     old, places = scores.double().amax(dim=1), list(looked.sampled)
-    found = rank_correlations(old[places], new[places]).numpy()
+    found = rank_correlations(old[places].numpy(), new[places].numpy())
     low, middle, high = np.quantile(found, [(1 - LEVEL) / 2, 0.5, (1 + LEVEL) / 2]).tolist()
     if float(freedom.min()) < _LEAST_FREEDOM:
         low, high = 0.0, 1.0

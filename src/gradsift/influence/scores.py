@@ -37,6 +37,7 @@ from gradsift.influence.ratings import Ratings, rate
 from gradsift.influence.rds import RDS, embedding_identity, kept_embeddings, rds_scores
 from gradsift.influence.reliability import Strata
 from gradsift.influence.trak import TRAK, doubt_of, kernel_warnings, trak_kernel
+from gradsift.ranks import descending_ranks, spearman
 from gradsift.run import revised
 from gradsift.store.gradient_store import GradientStore
 from gradsift.store.manifest import fingerprint
@@ -65,7 +66,8 @@ class Scores:
     target_ids: ids of the targets; none for a method that needs no target
     tokens:     supervised tokens of each pool example
     method:     the estimator that made them
-    length_correlation: Spearman correlation of the aggregate with the number of supervised tokens
+    length_correlation: Spearman correlation of the aggregate with the number of supervised tokens; 0 where there is no
+        order on one side
     warnings:   what a reader should know
     rewards:    for NICE, what sampled responses earned, per checkpoint
     left_out:   rows that a judge or a function could not rate, with reasons
@@ -93,7 +95,7 @@ class Scores:
 
     def ranks(self) -> NDArray[np.int64]:
         """Rank of each example by the aggregate, 1 = highest, ties by position."""
-        return _ranks(self.aggregate)
+        return descending_ranks(self.aggregate)
 
     def by_id(self) -> dict[str, float]:
         """Aggregate score of each id."""
@@ -111,7 +113,7 @@ class Scores:
                     "target": pa.array([target] * len(self.ids), pa.string()).dictionary_encode(),
                     "method": pa.array([self.method.label] * len(self.ids), pa.string()).dictionary_encode(),
                     "score": pa.array(scores, pa.float32()),
-                    "rank": pa.array(_ranks(scores), pa.int64()),
+                    "rank": pa.array(descending_ranks(scores), pa.int64()),
                     "tokens": pa.array(self.tokens, pa.int64()),
                 }
             )
@@ -195,7 +197,7 @@ def score(
         matrix = matrix[keep]
         aggregate = aggregated(matrix, subtasks, aggregation, policy.live if policy else None)
     tokens = pool.data.supervised_tokens[pool.data.positions(ids)]
-    correlation = spearman(aggregate, tokens)
+    correlation = spearman(aggregate, tokens) or 0.0
     warnings = []
     if abs(correlation) > _LENGTH_WARNING and not isinstance(method, Random):
         longer = "longer" if correlation > 0 else "shorter"
@@ -204,7 +206,7 @@ def score(
             "tokens): look at whether it found the target's skill or a length"
         )
     if terms is not None and isinstance(method, JI2S):
-        warnings += joint_warnings(terms, method, spearman(terms.marginal.numpy(), terms.joint.numpy()))
+        warnings += joint_warnings(terms, method, spearman(terms.marginal.numpy(), terms.joint.numpy()) or 0.0)
         if subtasks and len(set(subtasks)) > 1:
             warnings.append(f"{method.label} takes the mean over all targets: their subtasks play no part in it")
     if target is not None:
@@ -630,19 +632,3 @@ def _refuse_too_many(rows: int, targets: int) -> None:
             f"and {free / 2**30:.1f} GiB are free: draw fewer targets (target_sample in a recipe) or rows "
             "(--pool-sample)"
         )
-
-
-def _ranks(scores: NDArray[np.float32]) -> NDArray[np.int64]:
-    order = np.argsort(-scores, kind="stable")
-    ranks = np.empty(len(scores), dtype=np.int64)
-    ranks[order] = np.arange(1, len(scores) + 1)
-    return ranks
-
-
-def spearman(first: NDArray[Any], second: NDArray[Any]) -> float:
-    """Rank correlation; 0 where one side is constant or there are fewer than 3, as no order says anything then."""
-    if len(first) < 3 or np.ptp(first) == 0 or np.ptp(second) == 0:
-        return 0.0
-    from scipy.stats import spearmanr  # half a second to import, for one number
-
-    return float(spearmanr(first, second).statistic)

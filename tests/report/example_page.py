@@ -298,7 +298,7 @@ def hostile_page(text: str = HOSTILE) -> ReportData:
         {"role": "user", "content": text},
         {"role": "assistant", "content": text * 40},
     ]
-    example = ReportExample(text, messages, 0.5, 1, 10, {text: text, f"{text}2": [text, {text: None}]})
+    example = ReportExample(text, messages, 0.5, 1, 10, {text: text, f"{text}2": [text, {text: None}]}, {text: 0.5})
     explained = ExplainedExample(text, [*messages, {"role": "user", "content": "second"}], -0.5, 2, 0.25)
     choice = Choice(text, 1, [example], {text: {text: 1}})
     response = ReportResponse(text * 40, 1.0, text, 3, 2)
@@ -327,6 +327,7 @@ def hostile_page(text: str = HOSTILE) -> ReportData:
         rows_in_part=2,
         files=[Skipped(text, text, text, text, left_out="file")],
         warnings=[text],
+        reliability=[text],
         repeat={text: {text: [text, f"{text}\n{text}"]}},
         created=text,
     )

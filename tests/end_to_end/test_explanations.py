@@ -192,8 +192,8 @@ def test_all_strategies_of_several_estimators(tiny: World, tmp_path: Path) -> No
         for result in entry["results"]:
             assert len(result["examples"]) == result["k"]
             assert len(result["draws"]) == (5 if result["strategy"] == "random" else 1)
-            ratios = [draw["ratio"] for draw in result["draws"]]
-            assert result["ratio"] == pytest.approx(sum(ratios) / len(ratios))
+            errors = [draw["squared_error"] for draw in result["draws"]]
+            assert result["ratio"] == pytest.approx(entry["squared_norm"] * len(errors) / sum(errors))
     table = found["relevance"]
     assert (table["budgets"], table["sorted_at"], table["outputs"]) == ([1, 3], 3, 4)
     for estimator in ("DataInf", "BM25"):

@@ -14,8 +14,11 @@ from gradsift.context import Pool
 from gradsift.generation.endpoint import Endpoint, usage_of
 from gradsift.generation.local import Row, default_rows, draw_tokens
 from gradsift.generation.sampling import Sampling, Usage
+from gradsift.gradients.collect import kept_as
+from gradsift.gradients.rows import View
 from gradsift.influence.nice import PolicyMethod
 from gradsift.influence.prompts import PromptTarget
+from gradsift.influence.scores import pool_view, target_view
 from gradsift.recipe import Recipe
 from gradsift.rewards.judge import Judge
 from gradsift.rewards.reward import single_rewards
@@ -146,10 +149,14 @@ def reward_costs(
     if programs or texts or judging:
         tokens = sum(usage.prompt_tokens + usage.completion_tokens for usage in judging)
         stages["rewards"] = {"tokens": tokens, "seconds": None, "disk_bytes": 0}
+    view = pool_view(method)
+    assert view is not None, method
+    read: tuple[View, ...] = ("plain", target_view(view))
+    views = {kept_as(kept, recipe.gradients.projection) for kept in read}
     stages["policy gradients"] = {
         "tokens": run,
         "seconds": run / gradient_speed,
-        "disk_bytes": 3 * prompts * checkpoints * row_bytes,
+        "disk_bytes": 3 * len(views) * prompts * checkpoints * row_bytes,
     }
     return RewardCosts(stages, tuple(asked), programs, texts)
 

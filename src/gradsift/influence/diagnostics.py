@@ -25,8 +25,10 @@ from gradsift.influence.scores import (
     aggregated,
     at_last_checkpoint,
     influence_matrix,
+    pool_view,
     spearman,
     target_rows,
+    target_view,
 )
 from gradsift.warmup.checkpoint import Checkpoint
 
@@ -222,8 +224,12 @@ class _Half:
 def _at_checkpoint(
     pool: Pool, target: PromptTarget, whole: PolicyTargets, halves: SequenceABC[_Half], checkpoint: Checkpoint
 ) -> CheckpointDiagnostics:
+    view = pool_view(whole.method)
+    assert view is not None, whole.method
+    views = sorted({"plain", target_view(view)})  # what the scores of the halves take comes from the same pass
+
     def rows(source: SequenceSource) -> Tensor:
-        return target_rows(pool.collect(source, checkpoint, ["plain"], what="target")["plain"], whole.ids)
+        return target_rows(pool.collect(source, checkpoint, views, what="target")["plain"], whole.ids)
 
     first, second = (rows(half.at(checkpoint)) for half in halves)
     loss = None

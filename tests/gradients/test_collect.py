@@ -401,6 +401,11 @@ def test_rows_that_are_not_finite_are_left_out_and_told(
         assert store.excluded == {"row-3": "the loss is nan"}
         assert store.ids == [id_ for id_ in data.ids if id_ != "row-3"]
         assert torch.isfinite(store.rows(0, COUNT - 1)).all()
+    whole = SETTINGS.model_copy(update={"projection": Projection(kind="none"), "shard_rows": 6})
+    for store in collect_both(run, data, poisoned(files, tmp_path / "bad", [RARE]), settings=whole).values():
+        assert store.measured_error is not None  # of the others, each compared with itself
+        assert store.measured_error.rms < 1e-6
+        assert store.measured_error.rows == COUNT - 1
     assert notes.warned == ["1 of 10 pool rows were left out: row-3 (the loss is nan)"]
     with pytest.raises(MismatchError, match="left out: the loss is nan"):
         stores["plain"].rows_by_id(["row-3"])

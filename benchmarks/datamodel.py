@@ -100,8 +100,8 @@ PER_TARGET: tuple[Method, ...] = (
     DataInf(),
     ProjectedInverse(),
     TRAK(),
-    TRAK(kernel="segments"),
-    TRAK(checkpoints="last"),
+    TRAK(kernel="whole"),
+    TRAK(kernel="whole", checkpoints="last"),
     BM25(),
     BM25(tokens="model"),
 )
@@ -117,7 +117,7 @@ SAMPLING = Sampling(samples=20, temperature=1, top_k=None, top_p=None, max_new_t
 REWARDED: tuple[NICE | NICEIF, ...] = (NICE(sampling=SAMPLING), NICEIF(sampling=SAMPLING))
 CHANCES = 3  # draws of random scores
 REMOVERS: tuple[Method, ...] = (
-    LESS(), LESS(optimizer="sgd", normalise=False), DataInf(), ProjectedInverse(), TRAK(),
+    LESS(), LESS(optimizer="sgd", normalise=False), DataInf(), ProjectedInverse(), TRAK(kernel="whole"),
     JI2S(joint_weight=0), JI2S(), JI2S(joint_weight=1.0), BM25(),
 )  # fmt: skip
 
@@ -174,24 +174,29 @@ def main() -> None:
 def make_world(out: Path) -> World:
     """Tokenizer and model from the shared rows, made once; the pool on the pre-trained model."""
     rows = [json.loads(line) for line in DATA.read_text(encoding="utf-8").splitlines()]
-    chosen: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    others = []
-    for row in rows:
-        kind = next((kind for kind in KINDS if (row.get("task") or "").startswith(kind)), None)
-        if not (row.get("task") or "").startswith(UNSEEN):
-            others.append(row)
-        elif kind is not None and sum(len(message["content"]) for message in row["messages"]) < LONGEST:
-            chosen[kind].append({**row, "kind": kind, "answer": row["messages"][-1]["content"]})
+    others = [row for row in rows if not (row.get("task") or "").startswith(UNSEEN)]
     save_model(out / "start", rows)
     before = open_pool(others[:4000], model=str(out / "start"), out=str(out / "pretraining"), max_length=128)
-    model = train_on(before, None, PRETRAINING, full=True).path
+    return world_on(
+        train_on(before, None, PRETRAINING, full=True).path, out, Warmup(**TRAINING.model_dump(), fraction=1.0)
+    )
+
+
+def world_on(model: str, out: Path, warmup: Warmup) -> World:
+    """Pool, targets and held-out rows of every kind, on a model."""
+    chosen: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for line in DATA.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        kind = next((kind for kind in KINDS if (row.get("task") or "").startswith(kind)), None)
+        if kind is not None and sum(len(message["content"]) for message in row["messages"]) < LONGEST:
+            chosen[kind].append({**row, "kind": kind, "answer": row["messages"][-1]["content"]})
     edges = (0, POOL, POOL + TARGETS, POOL + TARGETS + HELD_OUT)
     parts = [[row for kind in KINDS for row in chosen[kind][a:b]] for a, b in pairwise(edges)]
     pool = open_pool(
         parts[0],
         model=model,
         out=str(out / "run"),
-        warmup=Warmup(**TRAINING.model_dump(), fraction=1.0),
+        warmup=warmup,
         gradients=Gradients(projection=Projection(dim=4096), dtype="float32"),
         max_length=160,
         keep_duplicates=True,

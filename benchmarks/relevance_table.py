@@ -50,7 +50,7 @@ ESTIMATORS: tuple[Ranker, ...] = (
     LESS(optimizer="sgd", checkpoints="last"),
     BM25(tokens="model"),
     ProjectedInverse(),
-    TRAK(checkpoints="last"),
+    TRAK(kernel="whole", checkpoints="last"),
     LESS(optimizer="sgd", checkpoints="last", normalise=False),
 )
 # Compact, Table 1 (k = 10, mean of three models): what to compare with, never what is printed as ours.
@@ -214,7 +214,7 @@ def causes(pool: Pool, found: Explanations) -> dict[str, Any]:
         if supervised.sum() > 1 and int(tokens.token_ids[-1]) in pool.chat.end_of_turn_ids:
             supervised[-1] = False
         cut.append(replace(tokens, supervised=supervised))
-    without_end = OutputSource(tuple(cut), source.template, texts=source.texts)
+    without_end = OutputSource(tuple(cut), source.template, conversations=source.conversations)
     ended = pool.collect(without_end, pool.checkpoints()[-1], ["plain"], what="output")["plain"]
     result: dict[str, Any] = {"strategies": []}
     labels = ("most influential", "most helpful", "least influential", "FL most influential λ=0.5", "random")

@@ -147,6 +147,7 @@ def test_options_of_explain_reach_the_recipe(monkeypatch: pytest.MonkeyPatch) ->
         "use_answers": ("--use-answers",), "sample": ("--sample", "3"),
         "target_columns": ("--target-columns", "prompt=q"),
         "k": ("-k", "1,5"), "estimators": ("-e", "bm25", "-e", "trak"), "damping": ("-e", "datainf", "--damping", "2"),
+        "kernel": ("-e", "trak", "--kernel", "whole"),
         "strategies": ("-s", "aide"), "compare": ("--compare",), "trade_off": ("--trade-off", "0.3"),
         "candidates": ("--candidates", "50"), "coefficients": ("--coefficients", "MSE"),
         "over_outputs": ("--over-outputs", "median_db"), "max_new_tokens": ("--max-new-tokens", "3"),
@@ -184,6 +185,7 @@ def test_options_of_rewards_reach_the_recipe(monkeypatch: pytest.MonkeyPatch) ->
         "temperature": ("--temperature", "0.3"), "response_tokens": ("--response-tokens", "9"),
         "assistant": ("--assistant", "g"), "allow_code_execution": ("--allow-code-execution",),
         "reward_weight": ("--reward-weight", "2"), "baseline": ("--baseline", "mean"),
+        "fallback": ("--fallback", "label"),
         "policy_variant": ("--policy-variant", "ppo"), "judge_model": ("--reward", "judge", "--judge-model", "j"),
         "judge_url": ("--reward", "judge", "--judge-model", "j", "--judge-url", url),
         "assistant_url": ("--assistant", "g", "--assistant-url", url),
@@ -277,10 +279,11 @@ def test_options_reach_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
         "--row-dtype": "float32", "--token-budget": "333", "--shard-rows": "3", "--module-groups": "3",
         "--autocast": "bfloat16", "--estimator": "bm25", "--optimizer": "sgd", "--raw": None, "--checkpoints": "last",
         "--aggregation": "mean", "--seed": "3", "--dtype": "float32", "--device": "cpu", "--pool-sample": "0.5",
-        "--engine": "ray", "--gradient-checkpointing": None,
+        "--engine": "ray", "--gradient-checkpointing": None, "--eps-placement": "inside",
     }  # fmt: skip
     of_one_estimator = {
         "--damping": ("datainf", "--damping", "0.3"),
+        "--kernel": ("trak", "--kernel", "whole"),
         "--hessian": ("ji2s", "--hessian", "identity"),
         "--joint-weight": ("ji2s", "--joint-weight", "0.3"),
         "--joint-lr-power": ("ji2s", "--joint-lr-power", "2"),
@@ -293,7 +296,11 @@ def test_options_reach_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
         "--quality": ("deita", "--quality", "perplexity:high"),
     }
     of_ray = {"--workers": "3", "--worker-threads": "3", "--worker-gpus": "0.5", "--address": "auto"}
-    others = {*cli_options.OF_EXPLAIN, *cli_options.OF_REWARD, *cli_options.OF_CHOICE} - {"damping", "target_columns"}
+    others = {*cli_options.OF_EXPLAIN, *cli_options.OF_REWARD, *cli_options.OF_CHOICE} - {
+        "damping",
+        "kernel",
+        "target_columns",
+    }
     wanted = {f"--{name.replace('_', '-')}" for name in cli_options.SHARED if name not in others} - {
         "--model", "--pool", "--target", "--out", "--as-json", "--quiet", "--debug",
     }  # fmt: skip
@@ -357,6 +364,12 @@ def test_estimators_of_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None
         assert explained("--estimator", name) == for_output
     assert scored("--estimator", "random", "--seed", "4") == Random(seed=4)
     assert scored("--estimator", "trak", "--checkpoints", "last") == TRAK(checkpoints="last")
+    assert TRAK().kernel == "segments"
+    assert scored("--estimator", "trak", "--kernel", "whole") == TRAK(kernel="whole")
+    assert explained("-e", "less", "-e", "trak", "--kernel", "whole") == LESS(optimizer="sgd", checkpoints="last")
+    assert recipes[-1].explain.estimators[1] == TRAK(kernel="whole", checkpoints="last")
+    refused = Cli("explain", *base, "--prompt", "why?", "-e", "datainf", "--kernel", "whole")
+    assert refused.err == "error: --kernel goes with trak, not with --estimator datainf: leave it out\n"
     for name, method in (("datainf", DataInf), ("projected_inverse", ProjectedInverse)):
         assert scored("--estimator", name, "--damping", "1e-4") == method(damping=1e-4)
         assert explained("--estimator", name, "--damping", "auto") == method()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import re
 import shlex
@@ -99,6 +100,19 @@ def test_commands_and_options_in_the_text_exist(page: Path) -> None:
             assert words[0].partition("=")[0] in everywhere, f"{name(page)}: `{code}`"
 
 
+def test_options_that_messages_name_exist() -> None:
+    """What an error tells a user to give, gradsift takes; other programs' options stand where these are called."""
+    everywhere = {"--help", "--version"}.union(*(options_of(command) for command in parser().commands.values()))
+    named = set()
+    for file in (ROOT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            told = isinstance(node, ast.Call) and getattr(node.func, "attr", None) in ("warn", "say")
+            if told or isinstance(node, ast.Raise):
+                texts = [n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+                named |= {option for text in texts for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)}
+    assert named - everywhere == {"--head", "--no-deps"}, "of `ray start` and `pip download`"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_links_lead_somewhere(page: Path) -> None:
     """Every relative link names a file of the repository, and its anchor a heading of that page."""
@@ -168,7 +182,7 @@ def test_the_demo_recipe_is_what_the_demo_runs() -> None:
 
 
 def test_the_version_is_the_latest_of_the_changelog() -> None:
-    """The first heading of the changelog that is not of what is to come is the package's version."""
+    """The first heading of the changelog is the package's version, but for what is not released yet."""
     import gradsift
 
     headings = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
@@ -176,17 +190,26 @@ def test_the_version_is_the_latest_of_the_changelog() -> None:
 
 
 def test_reasons_for_skipping_are_those_of_the_code() -> None:
-    """docs/bring-your-own-data.md explains every reason that the code gives, and no other."""
+    """docs/bring-your-own-data.md explains every reason that the code gives, and no other: why a row is left out, which
+    parts of one are, and why a file is not read."""
     page = (ROOT / "docs/bring-your-own-data.md").read_text(encoding="utf-8")
-    table = page.partition("| reason | meaning |")[2].partition("\n\n")[0]
-    explained = {reason for row in table.splitlines()[2:] for reason in re.findall(r"`(\w+)`", row.split("|")[1])}
-    given = set()
+
+    def explained(head: str) -> set[str]:
+        table = page.partition(f"| reason | {head} |")[2].partition("\n\n")[0]
+        return {reason for row in table.splitlines()[2:] for reason in re.findall(r"`(\w+)`", row.split("|")[1])}
+
+    rows: set[str] = set()
+    parts: set[str] = set()
     for source in (ROOT / "src/gradsift").rglob("*.py"):
         text = source.read_text(encoding="utf-8")
-        given |= set(re.findall(r'_BadRowError\(\s*"(\w+)"', text))
-        given |= set(re.findall(r'problem\s*=\s*\(\s*"(\w+)"', text))
-        given |= set(re.findall(r'Skipped\(\s*[\w.]+,\s*"(\w+)"', text))
-    assert explained == given
+        rows |= set(re.findall(r'BadRowError\(\s*"(\w+)"', text))
+        rows |= set(re.findall(r'problem\s*=\s*\(\s*"(\w+)"', text))
+        rows |= set(re.findall(r'Skipped\(\s*[\w.]+,\s*"(\w+)"', text))
+        rows |= set(re.findall(r'\.skipped\(\s*"(\w+)"', text))
+        parts |= set(re.findall(r'(?:in_part|Unused)\(\s*"(\w+)"', text))
+    assert explained("meaning") == rows
+    assert explained("what is left out") == parts
+    assert set(re.findall(r"`(\w+_file)`", page)) == {"unread_file", "broken_file"}
 
 
 def test_exported_names_in_the_documentation_exist() -> None:

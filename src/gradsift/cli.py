@@ -207,6 +207,7 @@ def _recipe(given: dict[str, Any], **more: Any) -> Any:
                 name: given[name]
                 for name in ("token_budget", "shard_rows", "module_groups", "autocast", "gradient_checkpointing")
             },
+            "adam": {} if given["eps_placement"] is None else {"eps_placement": given["eps_placement"]},
         }
     if "estimator" in given:
         values["estimator"] = estimator_of(given["estimator"], given)
@@ -239,6 +240,7 @@ _OPTION_OF = {
     "gradients.projection.dim": "--projection-dim",
     "gradients.projection.seed": "--projection-seed",
     "gradients.dtype": "--row-dtype",
+    "gradients.adam.eps_placement": "--eps-placement",
     "engine.threads": "--worker-threads",
     "engine.gpus": "--worker-gpus",
     "engine.kind": "--engine",
@@ -331,7 +333,7 @@ def validate(
 
 def _explain_recipe(given: dict[str, Any], **more: Any) -> Any:
     from gradsift.explanation.explain import ALL_STRATEGIES
-    from gradsift.options import counts_of, estimator_of, strategy_of
+    from gradsift.options import OF_SOME, counts_of, estimator_of, strategy_of
 
     settings = {"optimizer": "sgd", "raw": False, "checkpoints": "last", "seed": given["seed"]}
     job: dict[str, Any] = {
@@ -343,10 +345,15 @@ def _explain_recipe(given: dict[str, Any], **more: Any) -> Any:
     job["k"] = counts_of(given["k"])
     job["aggregation"] = given["over_outputs"]
     job["embedding"] = None if given["embedding"] == "none" else given["embedding"]
-    damped = [kind for kind in given["estimators"] if kind in ("datainf", "projected_inverse", "trak")]
+    kinds = given["estimators"]
+    # An option goes to those that have it; where none has, the first that has not says so.
     job["estimators"] = [
-        estimator_of(kind, {**settings, "damping": given["damping"] if kind in damped or not damped else None})
-        for kind in given["estimators"]
+        estimator_of(
+            kind,
+            settings
+            | {name: given[name] for name, own in OF_SOME.items() if kind in own or not set(own).intersection(kinds)},
+        )
+        for kind in kinds
     ]
     chosen = [strategy_of(text, given["trade_off"]) for text in given["strategies"]]
     if given["compare"]:

@@ -42,7 +42,13 @@ SHARED: dict[str, tuple[Any, Any]] = {
         str | None, None, "--target-columns", help="The same for the target; --columns if not given.", panel=INPUT
     ),
     "max_length": _shared(int, 1024, "--max-length", help="Tokens kept of each example.", panel=INPUT),
-    "supervise": _shared(str, "all_turns", "--supervise", help="Loss on all_turns or on the last_turn.", panel=INPUT),
+    "supervise": _shared(
+        str,
+        "all_turns",
+        "--supervise",
+        help="Loss on all_turns, the last_turn or all_tokens.",
+        panel=INPUT,
+    ),
     "keep_duplicates": _shared(
         bool, False, "--keep-duplicates", help="Keep exact duplicates in the pool.", panel=INPUT
     ),
@@ -83,6 +89,13 @@ SHARED: dict[str, tuple[Any, Any]] = {
     "projection_dim": _shared(int, 8192, "--projection-dim", help="Stored dimensions per example.", panel=GRADIENTS),
     "projection_seed": _shared(int, 0, "--projection-seed", help="Seed of the projection.", panel=GRADIENTS),
     "row_dtype": _shared(str, "float16", "--row-dtype", help="float16, bfloat16 or float32 rows.", panel=GRADIENTS),
+    "eps_placement": _shared(
+        str | None,
+        None,
+        "--eps-placement",
+        help="Of Adam's update directions: ε outside the root, as AdamW has it, or inside, as LESS's code has it.",
+        panel=GRADIENTS,
+    ),
     "token_budget": _shared(
         int | None,
         None,
@@ -182,7 +195,14 @@ SHARED: dict[str, tuple[Any, Any]] = {
         str | None,
         None,
         "--policy-variant",
-        help="How rewards weigh responses: plain, discrete, rejection or ppo.",
+        help="How rewards weigh responses: plain, discrete, rejection, weighted_rejection or ppo.",
+        panel=REWARD,
+    ),
+    "fallback": _shared(
+        str | None,
+        None,
+        "--fallback",
+        help="For a prompt in which no response has any weight: none (default), or the row's own answer (label).",
         panel=REWARD,
     ),
     "judge_model": _shared(str | None, None, "--judge-model", help="Model that a judge asks.", panel=REWARD),
@@ -289,6 +309,13 @@ SHARED: dict[str, tuple[Any, Any]] = {
         None,
         "--damping",
         help="Of datainf, projected_inverse and trak: auto, or λ above 0 in squared units of the gradients.",
+        panel=RUN,
+    ),
+    "kernel": _shared(
+        str | None,
+        None,
+        "--kernel",
+        help="Of trak: segments keeps modules apart (default), whole inverts over all dimensions at once.",
         panel=RUN,
     ),
     "optimizer": _shared(
@@ -408,8 +435,8 @@ OF_WARMUP = (
 )  # fmt: skip
 OF_ENGINE = ("engine", "workers", "worker_threads", "worker_gpus", "address")
 OF_GRADIENTS = (
-    *OF_ENGINE, "modules", "projection", "projection_dim", "projection_seed", "row_dtype", "token_budget",
-    "shard_rows", "module_groups", "autocast", "gradient_checkpointing",
+    *OF_ENGINE, "modules", "projection", "projection_dim", "projection_seed", "row_dtype", "eps_placement",
+    "token_budget", "shard_rows", "module_groups", "autocast", "gradient_checkpointing",
 )  # fmt: skip
 OF_TARGET = ("subtask", "target_columns", "keep_overlap")
 OF_SAMPLING = (
@@ -417,7 +444,7 @@ OF_SAMPLING = (
     "assistant_suffix", "server_url", "server_model",
 )  # fmt: skip
 OF_REWARD = (
-    "reward", "reward_weight", *OF_SAMPLING, "baseline", "policy_variant", "judge_model", "judge_url",
+    "reward", "reward_weight", *OF_SAMPLING, "baseline", "policy_variant", "fallback", "judge_model", "judge_url",
     "allow_code_execution",
 )  # fmt: skip
 OF_MEASURED_REWARD = (
@@ -431,6 +458,7 @@ OF_JOINT = (
 OF_SCORE = (
     "estimator",
     "damping",
+    "kernel",
     "optimizer",
     "raw",
     "checkpoints",
@@ -442,7 +470,7 @@ OF_SCORE = (
 OF_CHOICE = ("budget", "selection", "trade_off", "threshold", "max_cosine", "diverse_by", "group_by")
 OF_EXPLAIN = (
     "prompt", "questions", "row", "output", "use_answers", "sample", "target_columns", "k", "estimators",
-    "damping", "strategies", "compare", "trade_off", "candidates", "coefficients", "over_outputs", "max_new_tokens",
-    "embedding", "pages",
+    "damping", "kernel", "strategies", "compare", "trade_off", "candidates", "coefficients", "over_outputs",
+    "max_new_tokens", "embedding", "pages",
 )  # fmt: skip
 OF_RUN = ("seed", "dtype", "device", "as_json", "quiet", "debug")

@@ -22,9 +22,10 @@ from gradsift.influence.nice import NICE, NICEIF
 from gradsift.influence.prompts import PromptTarget
 from gradsift.influence.ratings import check_raters, with_judge
 from gradsift.influence.scores import Method, needs_target, pool_view, target_sources
-from gradsift.pipeline import open_recipe, open_recipe_target, say_skipped
+from gradsift.pipeline import open_recipe, open_recipe_target, say_account
 from gradsift.progress import Reporter
 from gradsift.recipe import Recipe
+from gradsift.results import Result, write_skipped
 from gradsift.selection.select import budget_count, check_selection
 from gradsift.warmup.train import Training
 
@@ -125,7 +126,7 @@ def planned(recipe: Recipe, job: Compare, reporter: Reporter) -> Plan:
             check_raters(method)
     target = _target(recipe, pool, methods)
     if target is not None:
-        say_skipped(target.data.skipped, "target", len(target.data), reporter)
+        say_account(target.data.account, "target", len(target.data), reporter)
         _check_methods(pool, target, methods)
     overlap = set() if target is None else {skip.id for skip in target.overlap}
     available = tuple(id_ for id_ in pool.data.ids if id_ not in overlap)
@@ -143,8 +144,10 @@ def planned(recipe: Recipe, job: Compare, reporter: Reporter) -> Plan:
         for one in found
         if one.data is not None
     }
+    account = Result(recipe, pool, target).account
+    write_skipped(pool.run, sum((data.account for data in datasets.values()), account))
     for name, data in datasets.items():
-        say_skipped(data.skipped, name, len(data), reporter)
+        say_account(data.account, name, len(data), reporter)
         _check_origin(name, data, pool)
     warnings = []
     if overlap:

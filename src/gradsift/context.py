@@ -15,8 +15,10 @@ from gradsift.data.overlap import overlap_of_hashes
 from gradsift.data.sample import RowSample
 from gradsift.errors import ConfigError, DataError
 from gradsift.execution.engine import LOCAL, Engine
+from gradsift.gradients.capture import find_modules
 from gradsift.gradients.collect import Gradients, collect, known_error
 from gradsift.gradients.rows import View
+from gradsift.gradients.self_check import kept_check
 from gradsift.models import DtypeName, find_adapter, load_tokenizer, model_identity, positions, resolve_device
 from gradsift.progress import Reporter, silent
 from gradsift.run import Run
@@ -25,6 +27,8 @@ from gradsift.store.precision import MeasuredError
 from gradsift.types import Example, Skipped
 from gradsift.warmup.checkpoint import Checkpoint, open_checkpoint
 from gradsift.warmup.train import Warmup, warm_up
+
+_CHECKED = 64  # rows, of which the self-check takes a short one and a long one
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,20 @@ class Pool:
             device=self.device,
             seed=self.seed,
             reporter=self.reporter,
+            check=self._check,
+        )
+
+    def _check(self, network: Any) -> None:
+        """Refuse a model whose gradients the hooks will not see, before it is trained."""
+        kept_check(
+            self.run,
+            network,
+            find_modules(network, self.gradients.modules).captured,
+            self.data.sequences(0, min(len(self.data), _CHECKED)),
+            model=self.model,
+            pattern=self.gradients.modules,
+            autocast=self.gradients.autocast_type,
+            checkpointing=self.gradients.gradient_checkpointing,
         )
 
     def stores(self, checkpoint: Checkpoint, views: SequenceABC[View]) -> dict[View, GradientStore]:
@@ -142,7 +160,7 @@ def open_pool(
         gradients: how gradients are taken, projected and stored.
         columns: names of the columns, where they are not the usual ones.
         max_length: tokens kept of each example.
-        supervise: take the loss on all assistant turns or on the last one.
+        supervise: take the loss on all assistant turns, on the last one, or on all tokens.
         keep_duplicates: keep exact duplicates in the pool.
         sample: score only so many examples (a share below 1, or a number), drawn by `seed`; the warm-up still draws
             from all of them.
@@ -163,7 +181,7 @@ def open_pool(
         dtype = "float32"  # said outright, so that a run that moves to a GPU does not mix rows of two precisions
     reporter = reporter or silent()
     if max_length < 2:
-        raise ConfigError(f"max_length is {max_length}: a prompt and one answer token need at least 2")
+        raise ConfigError(f"--max-length is {max_length}: a prompt and one answer token need at least 2")
     identity = model_identity(model)
     tokenizer = load_tokenizer(model)
     chat = ChatFormat(tokenizer, supervise=supervise, max_length=max_length)

@@ -68,7 +68,7 @@ def _load(model: str, device: str) -> Any:
 
     place = _packaged() if model == DEFAULT else None
     try:
-        return SentenceTransformer(str(place or model), device=device)
+        return SentenceTransformer(str(place or model), device=device, trust_remote_code=False)
     except (OSError, ValueError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelError(

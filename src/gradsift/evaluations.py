@@ -8,7 +8,8 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from gradsift.data.load import Row, is_data_file, read_rows
+from gradsift.data.files import Row, is_data_file
+from gradsift.data.sources import read_rows
 from gradsift.errors import ConfigError, DataError, GradsiftError, LockedError, StorageError
 from gradsift.evaluation.evaluate import Evaluation, evaluate
 from gradsift.evaluation.fine_tune import Keep, check_seeds, train_on
@@ -300,7 +301,7 @@ def read_ids(file: str) -> list[str]:
     """
     path = Path(file)
     if is_data_file(path):
-        found = [_row_id(row, path) for row in read_rows(path, "ids")[0]]
+        found = [_row_id(row, path) for row in read_rows(path, "ids").rows]
     else:
         try:
             text = path.read_text(encoding="utf-8")

@@ -74,10 +74,22 @@ def to_device(array: NDArray[Any] | SequenceABC[int], device: torch.device | str
 
 
 def token_mean(example: TokenizedExample, row: int) -> Sequence:
-    """The sequence of a labelled example: weight 1/S on each of its S supervised tokens."""
-    supervised = example.supervised
-    weights = supervised.astype(np.float32) / np.float32(max(1, int(supervised.sum())))
-    return Sequence(row, example.token_ids, weights)
+    """The sequence of a labelled example, whose loss is Σ_t w_t·NLL_t / S: weight w_t/S on each supervised token t.
+
+    S counts the supervised tokens, those whose weight w_t is above 0; w_t is 1 where the row names no weights. So a
+    turn of weight 1/2 pulls half as hard as it would, and no other turn pulls harder for it.
+    """
+    return Sequence(row, example.token_ids, label_weights(example) / np.float32(max(1, supervised_count(example))))
+
+
+def label_weights(example: TokenizedExample) -> NDArray[np.float32]:
+    """w_t, float32 `[token]`: 0 where there is no label."""
+    return example.supervised.astype(np.float32) if example.weights is None else example.weights
+
+
+def supervised_count(example: TokenizedExample) -> int:
+    """S, the number of supervised tokens."""
+    return int(example.supervised.sum())
 
 
 @contextmanager

@@ -7,14 +7,15 @@ import hashlib
 import importlib.util
 import json
 import re
-import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
 
-from gradsift.errors import ConfigError, CorruptError, MismatchError, ModelError
+from gradsift.adapters import BareModel, attach_adapter, checksums, first_lines, refuse_other_kinds
+from gradsift.errors import ConfigError, CorruptError, ModelError
 from gradsift.memory import empty_device_cache, give_back_memory
 from gradsift.store.remote import at_hand
 
@@ -51,7 +52,7 @@ def model_identity(name: str) -> dict[str, str]:
 
 
 def load_tokenizer(name: str) -> Any:
-    """The model's tokenizer.
+    """The model's tokenizer, which has as `model_vocabulary` how many ids the model has embeddings for, where known.
 
     Raises:
         ModelError: it cannot be loaded.
@@ -60,16 +61,21 @@ def load_tokenizer(name: str) -> Any:
 
     name = at_hand(name)
     path = Path(name).expanduser()
+    source, options = (str(path.parent), {"gguf_file": path.name}) if path.is_file() else (str(path), {})
     try:
-        if path.is_file():
-            return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-        return AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name)
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            source if path.exists() else name, trust_remote_code=False, **options
+        )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(_cannot_load("tokenizer", name, error)) from error
+    tokenizer.model_vocabulary = None if path.is_file() else _vocabulary(source if path.exists() else name)
+    return tokenizer
 
 
 def load_model(name: str, *, dtype: DtypeName = "auto", device: str = "auto") -> Any:
     """A causal language model in eval mode, without parameter gradients.
+
+    All its weights come from the files, none of its code does, and no position sees a later one: what all else assumes.
 
     Args:
         name: hub id, folder, or a `.gguf` file.
@@ -78,7 +84,7 @@ def load_model(name: str, *, dtype: DtypeName = "auto", device: str = "auto") ->
         device: `auto` takes the first GPU, else the CPU; `map` spreads over all GPUs with accelerate's device map.
 
     Raises:
-        ModelError: it cannot be loaded.
+        ModelError: it cannot be loaded, the files lack weights, it needs code of its own, or it is no causal decoder.
         ConfigError: quantisation without its package, or of a `.gguf` file.
     """
     from transformers import AutoModelForCausalLM
@@ -99,11 +105,10 @@ def load_model(name: str, *, dtype: DtypeName = "auto", device: str = "auto") ->
         options["device_map"] = "auto"
     if path.is_file():
         options |= {"gguf_file": path.name, "dtype": torch.float32 if torch_dtype == "auto" else torch_dtype}
-    try:
-        source = str(path.parent if path.is_file() else path) if path.exists() else name
-        model: Any = AutoModelForCausalLM.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ModelError(_cannot_load("model", name, error)) from error
+    source = str(path.parent if path.is_file() else path) if path.exists() else name
+    if not path.is_file():
+        _refuse_encoder(_config(source), name)
+    model = pretrained(AutoModelForCausalLM, source, **options)
     if path.is_file():
         forget_quantisation(model)
     if "device_map" not in options:
@@ -111,14 +116,117 @@ def load_model(name: str, *, dtype: DtypeName = "auto", device: str = "auto") ->
             model = model.to(place)
         except torch.OutOfMemoryError as error:
             raise ModelError(
-                f"model {name} does not fit in the memory of {place} ({_first_lines(error, 1)}): "
+                f"model {name} does not fit in the memory of {place} ({first_lines(error, 1)}): "
                 "try --dtype bfloat16 or 4bit, --device map to spread it, or --device cpu"
             ) from error
     for module in model.modules():
         # bitsandbytes may repack 4-bit weights for a CPU at the first pass without gradients, which ends all gradients.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    return model.eval().requires_grad_(False)
+    model = model.eval().requires_grad_(False)
+    _refuse_looking_ahead(model, name)
+    return model
+
+
+def pretrained(kind: Any, name: str, *, what: str = "model", **options: Any) -> Any:
+    """A model of transformers' class `kind` with all its weights from its files, and no code of its repository run.
+
+    Args:
+        kind: such as AutoModelForCausalLM.
+        name: folder or hub id.
+        what: the word for it in messages.
+        options: of `from_pretrained`.
+
+    Raises:
+        ModelError: it cannot be loaded, or its files and its configuration do not go together; the message names the
+            first weights.
+    """
+    try:
+        model, report = kind.from_pretrained(
+            name, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False, **options
+        )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        raise ModelError(_cannot_load(what, name, error)) from error
+    mismatched = {weight: shapes for weight, *shapes in report["mismatched_keys"]}
+    if mismatched:
+        found, wanted = mismatched[min(mismatched)]
+        raise ModelError(
+            f"{what} {name}: {_first_of(mismatched)} has shape {list(found)} in its files, where config.json asks for "
+            f"{list(wanted)}: copy or download it again, whole"
+        )
+    if report["missing_keys"]:
+        raise ModelError(
+            f"{what} {name}: its files lack {_first_of(report['missing_keys'])} of {type(model).__name__}, which would "
+            "be random numbers: copy or download it again, whole, or give one that was saved with its head"
+        )
+    homeless = [weight for weight in report["unexpected_keys"] if _belongs(model, weight)]
+    if homeless:
+        raise ModelError(
+            f"{what} {name}: its files hold {_first_of(homeless)}, for which config.json leaves no place, so that it "
+            "would be another model than was saved: copy config.json again"
+        )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ModelError(f"{what} {name} holds an adapter beside the base: keep them apart, and name it by --adapter")
+    return model
+
+
+def _refuse_encoder(config: Any, name: str) -> None:
+    """Refuse an encoder-decoder, of which AutoModelForCausalLM loads the decoder alone.
+
+    Raises:
+        ModelError: it is one, or the decoder of one, by its class of configurations.
+    """
+    if config.is_encoder_decoder or getattr(type(config), "is_encoder_decoder", False):
+        raise ModelError(
+            f"{name} is an encoder-decoder ({config.model_type}), and gradsift works with causal decoders: of this one "
+            "it would load the decoder alone, whose input from the encoder is missing"
+        )
+
+
+def _first_of(weights: Iterable[str]) -> str:
+    """The first by name, and how many others there are."""
+    first, *others = sorted(weights)
+    return f"{first} and {len(others)} more weight{'s' * (len(others) > 1)}" if others else first
+
+
+def _belongs(model: torch.nn.Module, weight: str) -> bool:
+    """Whether a weight that was passed over is that of a module which the model has, such as a linear's bias."""
+    owner, _, leaf = weight.rpartition(".")
+    try:
+        return leaf in ("weight", "bias") and isinstance(model.get_submodule(owner).weight, torch.Tensor)
+    except AttributeError:
+        return False
+
+
+def _refuse_looking_ahead(model: Any, name: str) -> None:
+    """Refuse a model in which the last token moves the logits of earlier positions.
+
+    Raises:
+        ModelError: it does, or the model cannot run on tokens alone.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    exact = next(model.parameters()).dtype in (torch.float32, torch.float64)
+    moved = 0.0
+    for start in (5, 11, 23):  # rounding may send a token to another expert: what looks ahead does so every time
+        ids = (start + 7 * torch.arange(8).repeat(2, 1)) % rows
+        ids[1, -1] = (ids[0, -1] + 3) % rows
+        try:
+            with torch.inference_mode():
+                logits = model(input_ids=ids.to(input_device(model)), use_cache=False).logits.float()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # other architectures fail in any way they like
+            raise ModelError(
+                f"{name} ({type(model).__name__}) does not run on token ids alone: {type(error).__name__}: "
+                f"{first_lines(error, 2)}. A causal language model of text is needed"
+            ) from error
+        moved = float((logits[0, :-1] - logits[1, :-1]).abs().max() / logits.std().clamp_min(1e-30))
+        if not moved > (1e-3 if exact else 5e-2):  # what is not a number is told by whoever computes with it
+            return
+    raise ModelError(
+        f"{name} ({type(model).__name__}) is no causal decoder: changing the last of 8 tokens moves the logits of "
+        f"earlier ones by {moved:.2g} of their spread. Give a model that predicts each token from those before it"
+    )
 
 
 def _unquantised_dtype(place: str) -> torch.dtype:
@@ -165,7 +273,7 @@ def count_parameters(name: str) -> int:
         else _config(str(path) if path.exists() else name)
     )
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config)
+        model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -209,63 +317,6 @@ def input_device(model: Any) -> torch.device:
     return torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
 
 
-def attach_adapter(model: Any, adapter: str | Path) -> Any:
-    """The model with a PEFT adapter on it, in eval mode; `detach_adapter` undoes it.
-
-    Raises:
-        ModelError: there is no adapter there.
-        MismatchError: the adapter was trained for another model; the message names the first tensors that do not fit.
-    """
-    from peft import PeftModel
-
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            peft_model = PeftModel.from_pretrained(model, str(adapter), is_trainable=False)
-    except RuntimeError as error:
-        raise MismatchError(
-            f"adapter {adapter} was trained for another model: {_first_mismatch(error)}. "
-            "Use the model named in its adapter_config.json"
-        ) from error
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        if "Target modules" in str(error):
-            raise MismatchError(
-                f"adapter {adapter} was trained for another model: {_first_lines(error, 1).partition(' Please')[0]} "
-                "Use the model named in its adapter_config.json"
-            ) from error
-        raise ModelError(
-            f"cannot load adapter {adapter}: {_first_lines(error, 2)}. "
-            "Wanted: a folder with adapter_config.json and adapter_model.safetensors, or a hub id"
-        ) from error
-    missing = [str(w.message) for w in caught if "missing adapter keys" in str(w.message).lower()]
-    if missing:
-        first = missing[0].partition("[")[2].partition(",")[0].strip("'\"] ")
-        raise MismatchError(
-            f"adapter {adapter} does not fit the model: it has no weights of {first or missing[0][:200]}, which its "
-            "adapter_config.json asks for. Use the model named there, or save the adapter again"
-        )
-    return peft_model.eval().requires_grad_(False)
-
-
-def detach_adapter(peft_model: Any) -> Any:
-    """The base model again, as it was before `attach_adapter`."""
-    return peft_model.unload()
-
-
-def refuse_untrained(peft_model: Any, adapter: str | Path) -> None:
-    """Refuse an adapter whose B matrices are all zero: the gradient of every A vanishes there.
-
-    Raises:
-        ModelError: the adapter is as LoRA initialises it.
-    """
-    b = [p for n, p in peft_model.named_parameters() if ".lora_B." in n and p.device.type != "meta"]
-    if b and not any(bool(p.detach().any()) for p in b):
-        raise ModelError(
-            f"adapter {adapter} is untrained: every LoRA B is zero, so the gradients of A vanish. "
-            "Warm it up first (`gradsift warmup`), with at least a few optimizer steps"
-        )
-
-
 def find_adapter(adapter: str) -> None:
     """Look up an adapter that is not a folder here, before any work is done for it.
 
@@ -278,12 +329,13 @@ def find_adapter(adapter: str) -> None:
     if Path(adapter).exists() or adapter.startswith((".", "/", "~")):  # `open_checkpoint` says what is wrong there
         return
     try:
-        PeftConfig.from_pretrained(adapter)
+        config = PeftConfig.from_pretrained(adapter)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
             f"cannot find the adapter {adapter!r}: it is no local folder, and the Hugging Face hub did not give it "
-            f"({_first_lines(error, 1)}). Check the spelling and the network"
+            f"({first_lines(error, 1)}). Check the spelling and the network"
         ) from error
+    refuse_other_kinds(config.peft_type, adapter)
 
 
 def adapter_identity(adapter: str | Path) -> dict[str, str]:
@@ -300,6 +352,7 @@ def adapter_identity(adapter: str | Path) -> dict[str, str]:
             raise ValueError("not a JSON object")
     except (ValueError, RecursionError) as error:
         raise CorruptError(f"{folder / 'adapter_config.json'} is damaged ({error}): copy the adapter again") from error
+    refuse_other_kinds(config.get("peft_type"), folder)
     config.pop("base_model_name_or_path", None)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     digest.update(files[0].read_bytes())
@@ -320,38 +373,35 @@ def positions(name: str) -> int | None:
     return places if isinstance(places, int) and places > 0 else None
 
 
+def _vocabulary(name: str) -> int | None:
+    size = getattr(_config(name).get_text_config(), "vocab_size", None)
+    return size if isinstance(size, int) and size > 0 else None
+
+
 def _config(name: str, **options: Any) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(name, **options)
+        return AutoConfig.from_pretrained(name, trust_remote_code=False, **options)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(_cannot_load("model", name, error)) from error
 
 
 def _cannot_load(what: str, name: str, error: Exception) -> str:
     local = Path(name).expanduser()
+    if "trust_remote_code" in str(error):
+        return (
+            f"the {what} {name} needs Python code that comes with it, and gradsift runs no code of a model's "
+            "repository: give one whose architecture transformers knows itself (look for a converted version)"
+        )
     if what == "tokenizer" and local.is_dir() and not any(local.glob("*token*")):
         return f"{local} has no tokenizer (tokenizer.json): copy the tokenizer files of the base model there"
     if local.exists():
-        return f"cannot load the {what} in {local}: {_first_lines(error, 2)}"
+        return f"cannot load the {what} in {local}: {first_lines(error, 2)}"
     return (
         f"cannot load the {what} {name!r}: it is no local folder, and the Hugging Face hub did not give it "
-        f"({_first_lines(error, 1)}). Check the spelling, the network and, for gated models, `hf auth login`"
+        f"({first_lines(error, 1)}). Check the spelling, the network and, for gated models, `hf auth login`"
     )
-
-
-def _first_lines(error: Exception, count: int) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:count])[:400] or type(error).__name__
-
-
-def _first_mismatch(error: Exception) -> str:
-    """What torch says of the first tensor that does not fit, in fewer words."""
-    found = re.search(r"size mismatch for (\S+): .*?torch\.Size\((.*?)\).*?torch\.Size\((.*?)\)", str(error), re.DOTALL)
-    if found is None:
-        return _first_lines(error, 2)
-    return f"{found[1]} has shape {found[2]} in the adapter, {found[3]} on this model"
 
 
 def _hash_files(files: list[Path]) -> str:
@@ -378,21 +428,24 @@ def parameter_name(name: str, adapter: str = "default") -> str:
 class ModelHost:
     """One base model in memory, with at most one adapter on it at a time.
 
-    The process keeps the last host, so that stages, checkpoints and shards share one loaded model.
+    The process keeps the last host, so that stages, checkpoints and shards share one loaded model. After an adapter the
+    base has the bits that it was loaded with: it is put back, and where an adapter has written over weights that are
+    too large to be kept twice, it is loaded again.
     """
 
     def __init__(self, name: str, dtype: DtypeName = "auto", device: str = "auto") -> None:
         self.name, self.dtype, self.device = name, dtype, device
         self.token_limit: int | None = None  # of a batch, once memory has run out for a larger one
         self._base: Any = None
+        self._sums: list[int] = []  # of the base, as it was before its first adapter
+        self._bare: BareModel | None = None  # what the base was before the adapter that is on it
         self._peft: Any = None
         self._adapter: str | None = None
 
     def base(self) -> Any:
         """The model without any adapter."""
-        if self._peft is not None:
-            self._base = detach_adapter(self._peft)
-            self._peft = self._adapter = None
+        if self._adapter is not None:
+            self._take_off()
         if self._base is None:
             self._base = load_model(self.name, dtype=self.dtype, device=self.device)
         return self._base
@@ -403,10 +456,23 @@ class ModelHost:
             return self.base()
         if self._adapter != str(adapter):
             base = self.base()
-            self._base = None  # PEFT puts its layers into the model before it finds that they do not fit
-            self._peft, self._adapter = attach_adapter(base, at_hand(str(adapter))), str(adapter)
-            self._base = base
+            self._sums = self._sums or checksums(base)
+            self._bare, self._adapter = BareModel(base), str(adapter)
+            try:
+                self._peft = attach_adapter(base, at_hand(str(adapter)))
+            except BaseException:
+                self._take_off()
+                raise
         return self._peft
+
+    def _take_off(self) -> None:
+        assert self._bare is not None
+        self._bare.restore()
+        self._peft = self._adapter = self._bare = None
+        if self._sums != checksums(self._base):
+            self._base, self._sums = None, []
+            gc.collect()
+            empty_device_cache()
 
 
 def release_models() -> None:

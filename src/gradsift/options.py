@@ -100,7 +100,7 @@ def estimator_of(kind: str, given: dict[str, Any]) -> dict[str, Any]:
     """The estimator that `--estimator` and the options beside it name.
 
     Raises:
-        ConfigError: `--damping` for an estimator that has none, or an option of JI2S for another one.
+        ConfigError: an option of other estimators, such as `--damping` for one that has none.
     """
     fields: dict[str, Any] = {"kind": kind}
     if kind in ("less", "tracin"):
@@ -143,20 +143,24 @@ def estimator_of(kind: str, given: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(
             f"--{joint[0].replace('_', '-')} goes with --estimator ji2s, not with {kind}: leave it out{cosines}"
         )
-    if given.get("damping") is not None:
-        damped = ("datainf", "projected_inverse", "trak", "nice_if")
-        if kind not in damped:
-            raise ConfigError(f"--damping goes with {', '.join(damped)}, not with --estimator {kind}: leave it out")
-        fields["damping"] = given["damping"]
+    for name, owners in OF_SOME.items():
+        if given.get(name) is None:
+            continue
+        if kind not in owners:
+            raise ConfigError(f"--{name} goes with {', '.join(owners)}, not with --estimator {kind}: leave it out")
+        fields[name] = given[name]
     return fields
 
+
+# Options of some estimators, each named as the field that it fills.
+OF_SOME = {"damping": ("datainf", "projected_inverse", "trak", "nice_if"), "kernel": ("trak",)}
 
 # Options of responses that are sampled, and of what becomes of them.
 OF_SAMPLING = (
     "samples", "sampling", "temperature", "response_tokens", "assistant", "assistant_url", "assistant_prefix",
     "assistant_suffix", "server_url", "server_model",
 )  # fmt: skip
-OF_RESPONSES = (*OF_SAMPLING, "baseline", "policy_variant")
+OF_RESPONSES = (*OF_SAMPLING, "baseline", "policy_variant", "fallback")
 
 
 # What a word after `--rater`, `--complexity` or `--quality` stands for; anything else is a function's name.
@@ -239,7 +243,7 @@ def sampling_fields(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _policy(given: dict[str, Any]) -> dict[str, Any]:
     """How samples and rewards become a gradient, where that is said."""
-    named = {"variant": given.get("policy_variant"), "baseline": given.get("baseline")}
+    named = {"variant": given.get("policy_variant"), **{name: given.get(name) for name in ("baseline", "fallback")}}
     chosen = {name: value for name, value in named.items() if value is not None}
     return {"policy": chosen} if chosen else {}
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence as SequenceABC
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from gradsift import embeddings
 from gradsift.context import Pool, Target, open_pool, open_target
+from gradsift.data.account import Account, count_reasons, counts_text
 from gradsift.data.load import load_examples
 from gradsift.errors import ConfigError, DataError
 from gradsift.execution.ray import engine_of
@@ -28,17 +30,17 @@ from gradsift.pages import write_pages
 from gradsift.progress import Reporter, silent
 from gradsift.recipe import Recipe
 from gradsift.report_data import write_results
-from gradsift.results import Result, reasons, write_skipped
+from gradsift.results import Result, write_skipped
 from gradsift.run import Run
 from gradsift.selection.select import TopK, budget_count, check_selection, select
-from gradsift.types import Example, Skipped
+from gradsift.types import Example
 from gradsift.validation.validate import validate_explanations
 
 _NO_TARGET = (
     "no target: give --target, a file of examples of what the model should get better at (alpagasus, deita and random "
     "alone need none)"
 )
-_PROMPT_ROLES = ("system", "user", "assistant", "tool")
+_PROMPT_ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 def open_recipe(recipe: Recipe, reporter: Reporter | None = None, *, announce: bool = True) -> Pool:
@@ -63,8 +65,8 @@ def open_recipe(recipe: Recipe, reporter: Reporter | None = None, *, announce: b
         reporter=reporter,
     )
     if announce:
-        say_skipped(pool.data.skipped, "pool", len(pool.data), reporter)
-        write_skipped(Result(recipe, pool))
+        say_account(pool.training.account, "pool", len(pool.training), reporter)
+        write_skipped(pool.run, Result(recipe, pool).account)
     return pool
 
 
@@ -168,13 +170,13 @@ def score_all(recipe: Recipe, reporter: Reporter) -> Result:
     result = Result(recipe, pool, target)
     _check_sizes(result)
     if target is not None:
-        say_skipped(target.data.skipped, "target", len(target.data), reporter)
+        say_account(target.data.account, "target", len(target.data), reporter)
     if target is not None and target.overlap:
         reporter.warn(
             f"{len(target.overlap)} pool rows are also in the target and are left out of the choice "
             f"(--keep-overlap keeps them), first {target.overlap[0].id}"
         )
-    write_skipped(result)
+    write_skipped(pool.run, result.account)
     methods = [recipe.estimator, *(control for control in recipe.controls if control != recipe.estimator)]
     methods = [with_judge(method, recipe.judge) for method in methods]
     views = {view for method in methods if (view := pool_view(method)) is not None}
@@ -231,7 +233,7 @@ def explain_into(result: Result) -> None:
     job = recipe.explain
     assert job is not None
     questions, result.unexplained = explain_questions(recipe, pool)
-    say_skipped(result.unexplained, "what is to be explained", len(questions), pool.reporter)
+    say_account(result.unexplained, "what is to be explained", len(questions), pool.reporter)
     found = explain(
         pool,
         questions,
@@ -243,6 +245,7 @@ def explain_into(result: Result) -> None:
         max_new_tokens=job.max_new_tokens,
     )
     result.explanations = found
+    say_account(Account(parts=tuple(found.unshown)), "what is to be explained", len(found.entries), pool.reporter)
     result.relevance = relevance_table(found, how=job.aggregation)
     pool.run.publish_json("relevance.json", result.relevance.as_dict())
     if job.validation is not None:
@@ -257,8 +260,8 @@ def explain_into(result: Result) -> None:
     )
 
 
-def explain_questions(recipe: Recipe, pool: Pool | None = None) -> tuple[list[Question], list[Skipped]]:
-    """The prompts that a recipe asks to explain, and the rows of its file that are none.
+def explain_questions(recipe: Recipe, pool: Pool | None = None) -> tuple[list[Question], Account]:
+    """The prompts that a recipe asks to explain, and what of its file is none.
 
     Without `pool`, rows that are drawn from the pool are not there yet, and everything else is checked.
 
@@ -282,15 +285,16 @@ def explain_questions(recipe: Recipe, pool: Pool | None = None) -> tuple[list[Qu
     if pool is None and job.embedding not in (None, embeddings.DEFAULT):
         embeddings.embed(["is it there?"], job.embedding)
     if job.prompt is not None:
-        return [question_of(_messages(job.prompt), job.output)], []
-    skipped: list[Skipped] = []
+        return [question_of(_messages(job.prompt), job.output)], Account()
+    account = Account()
     if job.target is not None:
         loaded = load_examples(job.target, columns=recipe.target_columns, what="target", require_answer=job.use_answers)
         examples = [example for example in loaded.examples if job.row in (None, example.id)]
         if not examples:
             known = ", ".join(example.id for example in loaded.examples[:3])
             raise ConfigError(f"{job.target} has no row with id {job.row!r}; its ids look like {known}")
-        skipped = loaded.skipped if job.row is None else []
+        rows = tuple(loaded.skipped) if job.row is None else ()
+        account = Account(rows, files=loaded.unread, notes=loaded.notes)
     else:
         examples = _left_out(recipe, pool)
     if job.sample is not None and examples:
@@ -298,8 +302,8 @@ def explain_questions(recipe: Recipe, pool: Pool | None = None) -> tuple[list[Qu
     if job.output is not None and len(examples) > 1:
         raise ConfigError("--output is the answer to one prompt: name the row with --row, or give --prompt")
     if job.output is not None:
-        return [Question(examples[0].id, questions_of(examples)[0].messages, job.output)], []
-    return questions_of(examples, use_answers=job.use_answers), skipped
+        return [replace(questions_of(examples)[0], output=job.output)], account
+    return questions_of(examples, use_answers=job.use_answers), account
 
 
 def _left_out(recipe: Recipe, pool: Pool | None) -> list[Example]:
@@ -319,7 +323,7 @@ def _left_out(recipe: Recipe, pool: Pool | None) -> list[Example]:
         raise ConfigError(
             f"--pool-sample takes all {len(known)} rows of the pool: lower it, and --sample has prompts to draw from"
         )
-    return [Example(id_, tuple(pool.training.messages(id_)), {}) for id_ in rest]
+    return [Example(id_, tuple(pool.training.messages(id_)), {}, options=pool.training.options(id_)) for id_ in rest]
 
 
 def _drawn(examples: SequenceABC[Example], count: int, seed: int) -> list[Example]:
@@ -351,7 +355,14 @@ def _messages(prompt: str) -> Any:
     return prompt
 
 
-def say_skipped(skipped: SequenceABC[Skipped], what: str, kept: int, reporter: Reporter) -> None:
-    """One line on the rows that were left out."""
-    if skipped:
-        reporter.say(f"{what}: {kept} rows used, {len(skipped)} left out ({reasons(skipped)}); listed in skipped.jsonl")
+def say_account(account: Account, what: str, used: int, reporter: Reporter) -> None:
+    """A line on the rows that were left out, one on those used in part, one on files that were not read."""
+    if account.rows:
+        why = counts_text(count_reasons(account.rows))
+        reporter.say(f"{what}: {used} rows used, {len(account.rows)} left out ({why}); listed in skipped.jsonl")
+    if account.parts:
+        reporter.say(f"{what}: {account.parts_line()}; listed in skipped.jsonl")
+    if account.files:
+        reporter.warn(f"{what}: {account.files_line()}; listed in skipped.jsonl")
+    for note in account.notes:
+        reporter.say(f"{what}: {note}")

@@ -25,6 +25,7 @@ from gradsift.gradients.capture import LORA, find_modules
 from gradsift.gradients.collect import automatic_shard_rows
 from gradsift.gradients.projection import Projector, plan_segments
 from gradsift.gradients.rows import gradient_rows
+from gradsift.gradients.self_check import SelfCheck, self_check
 from gradsift.influence.blocks import threads
 from gradsift.influence.nice import NICE, NICEIF
 from gradsift.influence.prompts import PromptTarget
@@ -160,6 +161,7 @@ def print_estimate(found: dict[str, Any]) -> None:
         f"measured: {sample['tokens_per_second']:.0f} tokens/s through {sample['rows']} rows on {sample['device']} "
         f"(gradients of {sample['trained_parameters']:,} LoRA parameters to {sample['dim']} dimensions)"
     )
+    out.print(f"self-check: {SelfCheck(**sample['self_check']).words}")
     if "workers" in found:
         crew = found["workers"]
         threads = f"{crew['threads']} thread{'' if crew['threads'] == 1 else 's'}"
@@ -245,7 +247,9 @@ def _explaining(recipe: Recipe, pool: Pool, sample: dict[str, Any], stores: int)
     questions, _ = explain_questions(recipe, pool)
     count, speed = len(questions), sample["tokens_per_second"]
     some = questions[:: max(1, count // 200)]
-    prompt = sum(len(pool.chat.prompt_ids(question.messages)) for question in some) / max(1, len(some))
+    prompt = sum(len(pool.chat.prompt_ids(question.messages, question.options)) for question in some) / max(
+        1, len(some)
+    )
     tokens = count * (prompt + job.max_new_tokens)
     strategies, budgets = len(job.strategies) * len(job.estimators), len(job.budgets)
     stages = {
@@ -308,6 +312,10 @@ def _measure(
         budget = recipe.gradients.token_budget
         lanes = automatic_lanes(model, max(len(s.token_ids) for s in sequences), budget)
         budget = budget or automatic_token_budget(model, lanes)
+        check = self_check(
+            model, modules.captured, sequences, pattern=recipe.gradients.modules,
+            autocast=recipe.gradients.autocast_type, checkpointing=recipe.gradients.gradient_checkpointing,
+        )  # fmt: skip
         with reporter.stage("measuring a sample", 1 + count) as advance:
             seconds = 0.0
             for repeat in range(2):  # the first pass also draws the projection and touches every weight
@@ -348,6 +356,7 @@ def _measure(
             "trained_parameters": trained,
             "dim": projector.dim,
             "token_budget": budget,
+            "self_check": check.as_dict(),
         }
     if policy is not None and policy.assistant is not None and isinstance(policy.assistant.model, str):
         writer = host(policy.assistant.model, recipe.dtype, recipe.device).base()

@@ -11,7 +11,7 @@ from gradsift.explanation.table import RelevanceTable
 from gradsift.influence.diagnostics import PolicyDiagnostics
 from gradsift.progress import visible
 from gradsift.report.terminal import console, decibels, first_words, on_one_line, shares_text, table
-from gradsift.results import FILES, Result, files_of, reasons, shares, shown_budget, strategy_note
+from gradsift.results import FILES, Result, files_of, shares, shown_budget, strategy_note
 
 
 def print_result(result: Result) -> None:
@@ -54,8 +54,12 @@ def print_result(result: Result) -> None:
         out.print()
     if result.explanations is not None:
         _print_explanations(result, out)
-    if result.skipped:
-        out.print(f"{len(result.skipped)} rows left out: {reasons(result.skipped)}", markup=False)
+    account = result.account
+    if account.rows:
+        out.print(visible(account.rows_line()), markup=False)
+    for line in (account.parts_line(), account.files_line()):
+        if line and result.pool.reporter.quiet:  # said already otherwise
+            out.print(visible(line), markup=False)
     run = result.pool.run
     out.print(f"results in {run.place}:", markup=False)
     for name in files_of(result):

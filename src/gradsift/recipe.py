@@ -427,7 +427,7 @@ out: runs/first              # run folder: results, and everything needed to go 
 # subtask: task              # a target column: the score is the best mean over its values
 # columns: {{prompt: question, completion: answer}}   # where the pool's columns have other names
 max_length: 1024             # tokens kept of each example
-supervise: all_turns         # or last_turn
+supervise: all_turns         # or last_turn, all_tokens
 seed: 0
 
 warmup:                      # a short LoRA training, one checkpoint an epoch

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
 from gradsift.context import Pool
-from gradsift.data.dataset import count_reasons
+from gradsift.data.account import count_parts, count_reasons
 from gradsift.errors import ConfigError, CorruptError
 from gradsift.explanation.explain import Explanation, explained_views
 from gradsift.gradients.rows import View
@@ -30,7 +30,7 @@ from gradsift.report.data import (
     ScoreSummary,
 )
 from gradsift.report.listing import MOST_EXTREME
-from gradsift.report.page import render
+from gradsift.report.page import MOST_SKIPPED, render
 from gradsift.report_rewards import rewards_data
 from gradsift.results import Result, own_columns, shares, shown_budget, strategy_note, summary, write_skipped
 from gradsift.run import Run
@@ -42,7 +42,7 @@ from gradsift.warmup.checkpoint import Checkpoint
 def write_results(result: Result) -> None:
     """skipped.jsonl, summary.json, report.html and report.json, from which the page can be written again."""
     run = result.pool.run
-    write_skipped(result)
+    write_skipped(run, result.account)
     data = _with_earlier(result, report_data(result))
     run.storage.publish("report.json", TypeAdapter(ReportData).dump_json(data))
     run.publish_text("report.html", render(data))
@@ -100,7 +100,7 @@ def rewrite_report(out: str | Path) -> Path:
 
 def report_data(result: Result) -> ReportData:
     """Everything the page shows."""
-    pool, recipe = result.pool, result.recipe
+    pool, recipe, account = result.pool, result.recipe, result.account
     by_scores = dict(zip((entry.method.label for entry in result.scores), result.scores, strict=True))
     facts = {
         "model": recipe.model,
@@ -159,8 +159,13 @@ def report_data(result: Result) -> ReportData:
             for entry in (result.explanations.entries if result.explanations else ())
             for explained in _explained_entry(result, entry)
         ],
-        skipped=result.skipped,
-        skipped_counts=count_reasons(result.skipped),
+        skipped=account.rows,
+        skipped_counts=count_reasons(account.rows),
+        parts=account.parts[:MOST_SKIPPED],
+        parts_total=len(account.parts),
+        part_counts=count_parts(account.parts),
+        rows_in_part=account.rows_in_part,
+        files=account.files[:MOST_SKIPPED],
         warnings=result.warnings,
         repeat={
             "recipe": as_yaml(recipe),

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from gradsift.context import Pool, Target
-from gradsift.data.dataset import Dataset, count_reasons
+from gradsift.data.account import Account
+from gradsift.data.dataset import Dataset
 from gradsift.data.load import Columns
 from gradsift.explanation.explain import Explanations, StrategyResult
 from gradsift.explanation.table import RelevanceTable
@@ -21,6 +22,7 @@ from gradsift.influence.scores import Scores
 from gradsift.recipe import Recipe
 from gradsift.report.data import Outcome
 from gradsift.report.text import column_texts
+from gradsift.run import Run
 from gradsift.selection.select import Selection
 from gradsift.types import Skipped
 from gradsift.validation.validate import Validation
@@ -37,7 +39,7 @@ FILES = {
     "diagnostics.json": "rewards per checkpoint, and how far the ranking can be trusted",
     "responses.jsonl": "every sampled response, with its reward where it has one",
     "rewards.json": "what the responses of each checkpoint earn",
-    "skipped.jsonl": "rows left out, with reasons",
+    "skipped.jsonl": "rows and parts of rows left out, with reasons",
     "explanation.html": "why these examples: a page with a map",
     "relevance.html": "how well each strategy does over the target",
     "report.html": "all of it to look at, in one file",
@@ -59,7 +61,7 @@ class Result:
     relevance: RelevanceTable | None = None
     validation: Validation | None = None
     pages: list[str] = field(default_factory=list)
-    unexplained: list[Skipped] = field(default_factory=list)
+    unexplained: Account = field(default_factory=Account)
     outcomes: list[Outcome] = field(default_factory=list)
     outcome_notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
@@ -85,25 +87,38 @@ class Result:
             known = {*entry.ids, *(skip.id for skip in (*overlap, *entry.left_out))}
             what = f"its gradient is not finite, so {entry.method.label} does not score it"
             rows += [Skipped(id_, "non_finite_gradient", what) for id_ in self.pool.data.ids if id_ not in known]
-        rows += self.unexplained
+        rows += self.unexplained.rows
         if self.explanations is not None:
             rows += self.explanations.failed
         return rows
 
+    @property
+    def account(self) -> Account:
+        """Everything that was given and is not used: whole rows, parts of rows, files."""
+        found = self.pool.training.account + self.unexplained
+        if self.target is not None:
+            found += self.target.data.account
+        parts = [*found.parts]
+        if isinstance(self.target, PromptTarget) and self.target.labels is not None:
+            parts += self.target.labels.account.parts  # which have those of the prompts among them
+        if self.explanations is not None:
+            parts += self.explanations.unshown
+        return Account(tuple(self.skipped), tuple(dict.fromkeys(parts)), found.files, found.notes)
 
-def write_skipped(result: Result) -> Path:
-    """skipped.jsonl: id, reason, detail, source and line of every row that was left out."""
-    text = "".join(json.dumps(asdict(skip), ensure_ascii=False) + "\n" for skip in result.skipped)
-    return result.pool.run.publish_text("skipped.jsonl", text)
+
+def write_skipped(run: Run, account: Account) -> Path:
+    """skipped.jsonl: id, reason, detail, source and line of every row, part of a row and file that was left out."""
+    text = "".join(json.dumps(asdict(skip), ensure_ascii=False) + "\n" for skip in account.entries)
+    return run.publish_text("skipped.jsonl", text)
 
 
 def summary(result: Result) -> dict[str, Any]:
     """The result as JSON: what `--json` prints."""
-    run = result.pool.run
+    run, account = result.pool.run, result.account
     content: dict[str, Any] = {
         "out": run.place,
         "pool": {"rows": len(result.pool.data), "description": result.pool.data.description},
-        "skipped": count_reasons(result.skipped),
+        **account.as_dict(),
         "warnings": result.warnings,
         "seconds": round(result.seconds, 2),
         "files": {name: run.name(name) for name in FILES if name in {*files_of(result), "report.html"}},
@@ -155,7 +170,8 @@ def files_of(result: Result) -> list[str]:
 
 def own_columns(row: Mapping[str, Any], columns: Columns) -> dict[str, str]:
     """What a row holds beside its conversation."""
-    known = {"id", "messages", "conversations", "prompt", "completion", "instruction", "input", "output", "system"}
+    known = {"id", "messages", "conversations", "prompt", "completion", "instruction", "input", "output", "history"}
+    known |= {"system", "chat_template_kwargs"}
     known |= {value for value in columns.model_dump().values() if value}
     return column_texts(row, known)
 
@@ -195,8 +211,3 @@ def strategy_note(strategy: StrategyResult) -> str:
     if strategy.near_zero:
         return "The chosen gradients are almost zero, so that 0 dB says nothing about their directions."
     return ""
-
-
-def reasons(skipped: SequenceABC[Skipped]) -> str:
-    """`3 duplicate, 1 bad_json`."""
-    return ", ".join(f"{count} {reason}" for reason, count in count_reasons(skipped).items())

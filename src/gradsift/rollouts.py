@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from gradsift.context import Pool
-from gradsift.data.dataset import count_reasons
 from gradsift.errors import ConfigError
 from gradsift.generation.endpoint import Endpoint
 from gradsift.generation.samples import Samples
@@ -33,7 +32,7 @@ from gradsift.influence.nice import (
 from gradsift.influence.prompts import Earned, PromptTarget, Rewards, RewardSummary
 from gradsift.influence.responses import PromptResponses, RewardedResponse, sampled_responses
 from gradsift.influence.scores import at_last_checkpoint
-from gradsift.pipeline import open_recipe, open_recipe_target, say_skipped
+from gradsift.pipeline import open_recipe, open_recipe_target, say_account
 from gradsift.progress import Reporter, silent
 from gradsift.recipe import Recipe
 from gradsift.report.terminal import console, on_one_line, table
@@ -123,7 +122,7 @@ class Rollouts:
             "out": run.place,
             "target": {"rows": len(self.target.data), "description": self.target.data.description},
             "checkpoints": [rollout.as_dict() for rollout in self.checkpoints],
-            "skipped": count_reasons(self.target.data.skipped),
+            **self.target.data.account.as_dict(),
             "warnings": list(self.warnings),
             "seconds": round(self.seconds, 2),
             "files": {name: run.name(name) for name in names},
@@ -187,8 +186,8 @@ def _rollouts(recipe: Recipe, reporter: Reporter, *, rewarded: bool) -> Rollouts
         assert isinstance(target, PromptTarget), target
         if rewarded:
             target.check_reward()
-        say_skipped(target.data.skipped, "target", len(target.data), reporter)
-        write_skipped(Result(recipe, pool, target))
+        say_account(target.data.account, "target", len(target.data), reporter)
+        write_skipped(pool.run, Result(recipe, pool, target).account)
         targets = PolicyTargets(pool, target, method)
         checkpoints = _checkpoints(pool, method)
         names = _names(checkpoints, method)
@@ -331,7 +330,7 @@ def print_rollouts(result: Rollouts, show: int = 3) -> None:
     run = result.pool.run
     out.print(f"results in {run.place}:", markup=False)
     for name in result.as_dict()["files"]:
-        if name != "skipped.jsonl" or result.target.data.skipped or result.pool.data.skipped:
+        if name != "skipped.jsonl" or (result.target.data.account + result.pool.training.account).entries:
             out.print(f"  {name:<21} {FILES[name]}", markup=False)
 
 

@@ -7,6 +7,7 @@
       lock                      held by the process that works here; dies with it
       data/<fingerprint>/       tokenised pool or target, original rows, skipped rows
       checkpoints/<fingerprint>/epoch-N/   PEFT adapter, Adam moments, learning rate
+      checks/<fingerprint>/     that hooks see the gradients of a model with an adapter of some form
       gradients/<fingerprint>/  gradient stores
       samples/<fingerprint>/    sampled responses and their rewards, a folder a prompt
       scores/<fingerprint>/     scores of one pool for one target and method

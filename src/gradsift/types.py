@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,29 +36,69 @@ def before_answer(messages: SequenceABC[Message]) -> tuple[tuple[Message, ...], 
     return tuple(messages[:last]), None if last is None else messages[last]["content"]
 
 
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One training or target example: a conversation with at least one assistant turn.
-
-    `row` is the original row, every column of it, as the user wrote it; outputs carry it through untouched.
-    `raw` is the row's original JSON text where the source was json(l), so that types survive byte for byte.
-    """
-
-    id: str
-    messages: tuple[Message, ...]
-    row: Mapping[str, Any] = field(repr=False)
-    raw: str | None = field(default=None, repr=False)
+LeftOut = Literal["row", "part", "file"]
 
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """A row that was left out, and why. `reason` is a short stable slug, `detail` a sentence for a person."""
+    """A row that was left out, a part of one that is used all the same, or a file that was not read, and why.
+
+    reason:   a short stable slug
+    detail:   a sentence for a person
+    left_out: the whole row, a part of it, or a file
+    part:     which part and what became of it, in words that rows share: "system message not shown by the template"
+    """
 
     id: str
     reason: str
     detail: str
     source: str = ""
     line: int | None = None
+    left_out: LeftOut = "row"
+    part: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Flags:
+    """What a message says of its own part in the loss.
+
+    learn:  whether it is learned from; None leaves that to the role
+    weight: factor of its part of the loss; None is 1
+    """
+
+    learn: bool | None = None
+    weight: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One training or target example: a conversation with something to learn from.
+
+    row:      the original row, every column of it, as the user wrote it; outputs carry it through untouched
+    raw:      the row's original JSON text where the source was json(l), so that types survive byte for byte
+    flags:    of each message; empty where no message has any
+    options:  the row's own arguments for the chat template (`chat_template_kwargs`) as canonical JSON; "" for none
+    unused:   what of the row is in none of these
+    source, line: where it was found
+    """
+
+    id: str
+    messages: tuple[Message, ...]
+    row: Mapping[str, Any] = field(repr=False)
+    raw: str | None = field(default=None, repr=False)
+    flags: tuple[Flags | None, ...] = ()
+    options: str = ""
+    unused: tuple[Skipped, ...] = field(default=(), repr=False)
+    source: str = ""
+    line: int | None = None
+
+    def skipped(self, reason: str, detail: str) -> Skipped:
+        """This row as one that is left out."""
+        return Skipped(self.id, reason, detail, self.source, self.line)
+
+    def in_part(self, reason: str, detail: str, part: str) -> Skipped:
+        """A part of this row that is left out, while the row is used."""
+        return Skipped(self.id, reason, detail, self.source, self.line, "part", part)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +107,15 @@ class TokenizedExample:
 
     token_ids:  int32 [token]
     supervised: bool  [token]; `supervised[t]` means that token t is a label (predicted from tokens before t)
+    weights:    float32 [token], above 0 on the labels and 0 elsewhere; None where every label weighs 1
+    unshown:    what the row has and these tokens do not show or teach
     """
 
     id: str
     token_ids: NDArray[np.int32]
     supervised: NDArray[np.bool_]
+    weights: NDArray[np.float32] | None = None
+    unshown: tuple[Skipped, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +123,8 @@ class Sequence:
     """What the gradient engine runs: one token sequence, adding `sum_t weights[t] · NLL(token_t)` to one row.
 
     Several sequences may name the same row (the sampled responses of one prompt, a grouped target): their losses
-    add up. A labelled example has weights 1/S on its S supervised tokens (token-mean loss), 0 elsewhere.
+    add up. A labelled example has weights w_t/S on its S supervised tokens (token-mean loss; w_t is 1 unless its row
+    says otherwise), 0 elsewhere.
 
     row:       position of the row in its shard
     token_ids: int32 [token]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-import gradsift.data.load
+import gradsift.data.files
 from gradsift.data.load import load_examples
 from gradsift.errors import DataError
 from tiny_world import World, pool_rows, write_rows
@@ -71,8 +71,8 @@ class TestLargeFiles:
 
     @pytest.fixture(autouse=True)
     def limits(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(gradsift.data.load, "MAX_ROW_BYTES", 1000)
-        monkeypatch.setattr(gradsift.data.load, "MAX_JSON_BYTES", 5000)
+        monkeypatch.setattr(gradsift.data.files, "MAX_ROW_BYTES", 1000)
+        monkeypatch.setattr(gradsift.data.files, "MAX_JSON_BYTES", 5000)
 
     def row(self, length: int) -> dict[str, Any]:
         return {"prompt": "x" * length, "completion": "y"}

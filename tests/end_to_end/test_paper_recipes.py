@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from gradsift.recipe import load_recipes
-from tiny_world import Cli, World, pool_rows, write_rows
+from tiny_world import Cli, World, pool_rows, target_rows, write_rows
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
@@ -19,7 +19,9 @@ RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 def dry(name: str, tiny: World, folder: Path, **changes: Any) -> Path:
     """A paper's recipe with its models and data replaced by tiny ones, as a file."""
     content = yaml.safe_load((RECIPES / name).read_text())
-    for number, entry in enumerate(content["models"]):
+    if "model" in content:
+        content["model"] = tiny.model
+    for number, entry in enumerate(content.get("models", ())):
         entry |= {"model": tiny.model, "out": f"{folder}/run-{number}"}
     content["pool"] = write_rows(folder / "pool.jsonl", pool_rows(72))
     content["out"] = str(folder)
@@ -85,3 +87,28 @@ def test_compacts_recipe_can_be_planned(compact: Path) -> None:
         assert stages["answers"]["tokens"] == 2 * 4
         assert all(stage["seconds"] > 0 for name, stage in stages.items() if name != "target gradients")
     assert "training on choices" in Cli("plan", compact).succeeded().out
+
+
+def test_the_recipe_of_less_is_its_authors_code(tiny: World, tmp_path: Path) -> None:
+    """ε inside the root, no bias correction, dense signs, the warm-up of their script; nothing is left out. It runs,
+    with the target's column as subtasks."""
+    (recipe,) = load_recipes(RECIPES / "less-authors.yaml")
+    assert recipe.gradients.adam.model_dump() == {
+        "betas": (0.9, 0.999), "eps": 1e-8, "eps_placement": "inside", "bias_correction": False
+    }  # fmt: skip
+    assert (recipe.gradients.projection.kind, recipe.gradients.projection.dim) == ("rademacher", 8192)
+    assert (recipe.warmup.fraction, recipe.warmup.epochs, recipe.warmup.rank, recipe.warmup.alpha) == (
+        0.05,
+        4,
+        128,
+        512,
+    )
+    assert (recipe.warmup.learning_rate, recipe.warmup.batch_size, recipe.warmup.dropout) == (2e-5, 32, 0.1)
+    assert (recipe.keep_duplicates, recipe.keep_overlap, recipe.max_length, recipe.budget) == (True, True, 2048, 0.05)
+    target = write_rows(tmp_path / "target.jsonl", target_rows())
+    path = dry("less-authors.yaml", tiny, tmp_path, target=target, dtype="float32", max_length=64, group_by=["source"],
+               warmup={"fraction": 0.5, "rank": 4, "alpha": 8, "learning_rate": 1e-2}, gradients={
+                   "projection": {"kind": "rademacher", "dim": 64}})  # fmt: skip
+    found = Cli("run", path, "--json").succeeded().json
+    assert found["selections"][0]["estimator"] == "LESS"
+    assert len((Path(found["out"]) / "selected.jsonl").read_text().splitlines()) == 4

@@ -82,6 +82,17 @@ def test_loss_is_that_of_transformers_and_perplexity_its_exponential(
     assert not found["loss"].higher_is_better
 
 
+def test_the_loss_of_weighted_turns(pool: gs.Pool, tiny: World, trained: Trained) -> None:
+    """A row's value is Σ w·NLL over the number of its labels: that of a row of weight 3 is three times as large."""
+    rows = [
+        {"id": name, "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "red", **flags}]}
+        for name, flags in (("plain", {}), ("thrice", {"weight": 3}), ("quarter", {"weight": 0.25}))
+    ]
+    found = measure(pool, trained, HeldOutLoss(rows))["loss"].per_item
+    assert found["thrice"] == pytest.approx(3 * found["plain"], rel=1e-6)
+    assert found["quarter"] == pytest.approx(found["plain"] / 4, rel=1e-6)
+
+
 def test_the_best_epoch_on_the_validation_data_is_kept(pool: gs.Pool, tiny: World, trained: Trained) -> None:
     """`keep="best"` names the epoch with the lowest validation loss, and with a reward the one with the highest, the
     first of equal ones; every epoch stays; `last` keeps the last."""

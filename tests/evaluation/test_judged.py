@@ -118,8 +118,13 @@ def test_against_the_base_an_equal_model_ties_and_length_is_controlled(tiny: Wor
     rows = [{"prompt": f"what colour is the cat {n}", "completion": "red"} for n in range(12)]
     found = measure(place, None, Pairwise(data=rows, against="base", ask=ByLength(), sampling=GREEDY))
     assert found["ties"].value == 1
-    assert found["length_controlled_win_rate"].value == pytest.approx(0.5, abs=1e-3)
-    assert found["length_controlled_win_rate"].standard_error is None
+    assert found["length_controlled_minimal"].value == pytest.approx(0.5, abs=1e-3)
+    assert found["length_controlled_minimal"].standard_error is None
+    harder = [{**row, "gamma": n % 3} for n, row in enumerate(rows)]
+    metric = Pairwise(data=harder, against="base", ask=ByLength(), sampling=GREEDY, difficulty="gamma")
+    names = {figure.name for figure in measure(place, None, metric).figures}
+    assert "length_controlled_noreg" in names
+    assert "length_controlled_minimal" not in names
 
 
 QUESTIONS = [

@@ -47,9 +47,23 @@ def test_the_fit_is_the_optimum_of_the_penalised_likelihood() -> None:
         )
         doubled, labels = np.concatenate([X, X]), np.repeat([1, 0], len(y))
         reference.fit(doubled, labels, sample_weight=np.concatenate([y, 1 - y]))
-        np.testing.assert_allclose(found, reference.coef_[0], atol=1e-4)
+        np.testing.assert_allclose(found, reference.coef_[0], atol=1e-6)
     free = fit_logistic(X, y, None)
-    np.testing.assert_allclose(X.T @ (expit(X @ free) - y), 0, atol=1e-5)
+    np.testing.assert_allclose(X.T @ (expit(X @ free) - y), 0, atol=1e-7)
+
+
+@pytest.mark.parametrize("strength", [1e-3, 0.1, 20.0, 1e4])
+def test_the_fit_meets_the_conditions_of_the_optimum(strength: float) -> None:
+    """At any strength the loss's slope is the penalty's where a weight is not 0, and at most that where it is."""
+    y, lengths, other, gamma = simulated(100)
+    X = np.stack([np.ones(len(y)), length_feature(lengths, other), gamma], axis=1)
+    soft = expit(X @ [0.2, 1.0, -0.4] + np.sin(np.arange(len(y))))
+    for preferences in (y, soft):
+        w = fit_logistic(X, preferences, strength)
+        slope = X.T @ (expit(X @ w) - preferences)
+        kept = w != 0
+        np.testing.assert_allclose(slope[kept], -np.sign(w[kept]) / strength, atol=1e-7)
+        assert (np.abs(slope[~kept]) <= 1 / strength + 1e-7).all()
 
 
 def test_the_win_rate_leaves_the_length_term_out() -> None:

@@ -23,11 +23,13 @@ from gradsift.gradients.policy import (
     PolicySource,
     clipped_ratios,
     importance_shares,
+    label_sequence,
     policy_coefficients,
     weighted_sequences,
 )
 from gradsift.rewards.reward import reward_samples
 from gradsift.rewards.samples import Sample
+from gradsift.types import TokenizedExample
 
 EXACT = Sampling(samples=8, temperature=1, top_k=None, top_p=None, max_new_tokens=LONGEST)
 
@@ -243,7 +245,7 @@ def test_clipped_ratios_are_autograd_of_the_surrogate(log_ratios: list[float], a
 
 
 def test_coefficients_by_hand() -> None:
-    """The four variants and three baselines on three rewards, one of them negative."""
+    """The five variants and three baselines on three rewards, one of them negative."""
     r = torch.tensor([3.0, 0.0, -1.5])
 
     def found(**options: Any) -> list[float]:
@@ -256,6 +258,9 @@ def test_coefficients_by_hand() -> None:
     assert found(variant="discrete", baseline="leave_one_out") == pytest.approx([1 / 3, -1 / 6, -1 / 6])
     assert found(variant="rejection") == [1, 0, 0]
     assert policy_coefficients(torch.tensor([2.0, 0.1, -1.0, 0.0]), variant="rejection").tolist() == [0.5, 0.5, 0, 0]
+    assert found(variant="weighted_rejection") == [3, 0, 0]
+    accepted = policy_coefficients(torch.tensor([2.0, 0.1, -1.0, 0.0]), variant="weighted_rejection")
+    assert accepted.tolist() == pytest.approx([1, 0.05, 0, 0])
     spread = float(torch.tensor([3.0, 0.0, -1.5]).std())
     assert found(variant="ppo") == pytest.approx([2.5 / spread / 3, -0.5 / spread / 3, -2 / spread / 3])
 
@@ -296,13 +301,35 @@ def test_what_coefficients_refuse() -> None:
         policy_coefficients(torch.zeros(0))
     with pytest.raises(ShapeError, match="no sample to weigh"):
         importance_shares([])
-    for variant in ("rejection", "ppo"):
+    for variant in ("rejection", "weighted_rejection", "ppo"):
         with pytest.raises(ConfigError, match=f"baseline mean does not go with the variant {variant}"):
             PolicyGradient(variant=variant, baseline="mean")
         with pytest.raises(ConfigError, match="leave it out"):
             policy_coefficients(torch.ones(2), variant=variant, baseline="leave_one_out")
-    with pytest.raises(ConfigError, match="importance_weights do not go with the variant rejection"):
-        PolicyGradient(variant="rejection", importance_weights=True)
+    for variant in ("rejection", "weighted_rejection"):
+        with pytest.raises(ConfigError, match=f"importance_weights do not go with the variant {variant}"):
+            PolicyGradient(variant=variant, importance_weights=True)
+
+
+def test_a_prompt_without_signal_may_fall_back_to_its_label() -> None:
+    """The label's own tokens weigh 1 each, or 1/T with the token mean; prompts with a signal keep their samples."""
+    label = TokenizedExample("q", np.arange(6, dtype=np.int32), np.array([0, 1, 0, 0, 1, 1], dtype=bool))
+    prompt = np.arange(4, dtype=np.int32)  # of two turns, the first answer among them
+    whole = label_sequence(prompt, label, "sum")
+    assert whole.weights.tolist() == [0, 0, 0, 0, 1, 1]
+    assert label_sequence(prompt, label, "mean").weights.tolist() == [0, 0, 0, 0, 0.5, 0.5]
+    samples = [response(number, np.array([number + 1])) for number in range(2)]
+    gradient = PolicyGradient(variant="weighted_rejection", fallback="label")
+    found = {}
+    for name, values in (("good", (2.0, 0.0)), ("bad", (0.0, -1.0))):
+        rewards = dict(zip([sample.key for sample in samples], values, strict=True))
+        source = PolicySource.of({samples[0].prompt_id: samples}, rewards, gradient, template="t",
+                                 labels={samples[0].prompt_id: whole})  # fmt: skip
+        assert source.signal == [True]
+        found[name] = source.sequences(0, 1)
+    assert [float(sequence.weights.sum()) for sequence in found["good"]] == [2.0]
+    assert [sequence.token_ids.tolist() for sequence in found["bad"]] == [label.token_ids.tolist()]
+    assert gradient.label == "weighted rejection, or the label"
 
 
 def test_importance_shares_have_mean_one_and_do_not_overflow() -> None:

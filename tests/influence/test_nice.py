@@ -169,6 +169,28 @@ def test_answers_of_prompts_change_nothing_for_nice(pool: Pool, target: PromptTa
     assert np.array_equal(score(pool, labelled, method).aggregate, score(pool, target, method).aggregate)
 
 
+def test_prompts_without_signal_fall_back_to_labels(pool: Pool, target: PromptTarget) -> None:
+    """With rewards that only the first prompt earns, the others' columns are those of the label's gradient; a target
+    without answers refuses."""
+
+    def first_alone(prompts: Any, completions: Any, **_: Any) -> list[float]:
+        return [float("of 0" in str(prompt)) for prompt in prompts]
+
+    labelled = open_prompts(target_rows(), pool, first_alone, subtask="task")
+    method = NICE(sampling=FEW, policy=PolicyGradient(variant="weighted_rejection", fallback="label"))
+    found = score(pool, labelled, method).per_target
+    bare = score(pool, labelled, NICE(sampling=FEW, policy=PolicyGradient(variant="weighted_rejection"))).per_target
+    labels = score(pool, labelled, LESS()).per_target
+    assert found is not None
+    assert bare is not None
+    assert labels is not None
+    assert not bare[:, 1:].any()
+    assert np.allclose(found[:, 0], bare[:, 0], atol=1e-6)
+    assert np.allclose(found[:, 1:], labels[:, 1:], atol=1e-3)  # cosines: a sum over tokens has the mean's direction
+    with pytest.raises(ConfigError, match="falls back to the rows' own answers, and no row has one"):
+        score(pool, open_prompts(prompts_only(), pool, first_alone), method)
+
+
 def test_what_nice_reads() -> None:
     """The views and checkpoints of each; every field that changes a ranking changes the name in tables."""
     assert pool_view(NICE()) == "adam"
@@ -182,6 +204,7 @@ def test_what_nice_reads() -> None:
         NICE(), NICE(optimizer="sgd"), NICE(normalise=False), NICE(checkpoints="last"), NICE(sampling=FEW),
         NICE(policy=PolicyGradient(variant="ppo")), NICE(policy=PolicyGradient(baseline="leave_one_out")),
         NICE(policy=PolicyGradient(logprob_reduction="mean")), NICE(policy=PolicyGradient(importance_weights=True)),
+        NICE(policy=PolicyGradient(fallback="label")),
         NICE(assistant=writer), NICEIF(), NICEIF(damping=0.1), NICEIF(assistant=writer),
     ]  # fmt: skip
     assert len({method.label for method in methods}) == len(methods)

@@ -19,8 +19,9 @@ from gradsift.errors import ConfigError, DataError
 from gradsift.gradients.collect import Gradients
 from gradsift.gradients.projection import Projection
 from gradsift.influence import blocks
-from gradsift.influence.bm25 import BM25, bm25_scores, conversation_text, model_tokens, words
+from gradsift.influence.bm25 import BM25, bm25_scores, conversation_text, model_tokens, spoken_text
 from gradsift.influence.datainf import DataInf, ProjectedInverse, datainf_scores, projected_inverse_scores
+from gradsift.influence.dsir import DSIR
 from gradsift.influence.ji2s import JI2S
 from gradsift.influence.less import LESS, less_scores
 from gradsift.influence.nice import NICEIF
@@ -35,7 +36,7 @@ from gradsift.influence.scores import (
     score,
     target_view,
 )
-from gradsift.influence.trak import TRAK, trak_scores
+from gradsift.influence.trak import TRAK, kernel_warnings, trak_scores
 from gradsift.warmup.checkpoint import Checkpoint
 from tiny_world import World, pool_rows, target_rows
 
@@ -95,7 +96,7 @@ def test_inverses_are_those_of_the_stored_rows(pool: Pool, target: Target, metho
     assert np.allclose(found.aggregate, np.maximum(*means), rtol=1e-5)
 
 
-@pytest.mark.parametrize("method", [TRAK(kernel="segments"), TRAK(kernel="segments", damping=1e-2, checkpoints="last")])
+@pytest.mark.parametrize("method", [TRAK(), TRAK(damping=1e-2, checkpoints="last")])
 def test_trak_is_that_of_the_stored_rows_and_losses(pool: Pool, target: Target, method: TRAK) -> None:
     """Plain rows and losses of the checkpoints, weighted equally whatever their learning rates."""
     stores, queries = [], []
@@ -117,21 +118,26 @@ def test_trak_is_that_of_the_stored_rows_and_losses(pool: Pool, target: Target, 
 
 
 def test_the_whole_kernel_of_trak_spans_modules(tiny: World, target: Target, tmp_path: Path) -> None:
-    """By default one kernel over all stored dimensions, as published."""
+    """One kernel over all stored dimensions, as published; with fewer rows than dimensions it is warned of."""
     small = tiny.open_pool(tmp_path / "run", gradients=Gradients(projection=Projection(dim=64)))
     there = open_target(tiny.target, small, subtask="task")
     store = small.stores(small.checkpoints()[-1], ["plain"])["plain"]
     queries = small.collect(there.data, small.checkpoints()[-1], ["plain"], what="target")["plain"]
     wanted = trak_scores([store.rows(0, len(store))], [queries.rows(0, len(queries))], [store.losses], [queries.losses])
-    found = score(small, there, TRAK(checkpoints="last")).per_target
+    scores = score(small, there, TRAK(kernel="whole", checkpoints="last"))
+    found = scores.per_target
     assert found is not None
+    (warned,) = (text for text in scores.warnings if "TRAK" in text and "dimensions" in text)
+    assert "64 dimensions that are estimated from 24 rows" in warned
+    assert not any("dimensions" in text for text in score(small, there, TRAK(checkpoints="last")).warnings)
+    assert kernel_warnings(TRAK(kernel="whole"), 64, 64) == []
     assert np.allclose(found, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
 
 
 def test_settings_tell_scores_apart(pool: Pool, target: Target) -> None:
     """The fingerprint, the kept file and the name in tables cover damping, kernel and tokens: no score is another's."""
     methods: list[Method] = [DataInf(), DataInf(damping=0.1), DataInf(damping=0.2), ProjectedInverse(damping=0.1)]
-    methods += [TRAK(kernel="segments"), TRAK(kernel="segments", damping=0.1), BM25(), BM25(tokens="model")]
+    methods += [TRAK(), TRAK(kernel="whole"), TRAK(damping=0.1), BM25(), BM25(tokens="model"), BM25(reading="compact")]
     found = [score(pool, target, method) for method in methods]
     assert len({entry.fingerprint for entry in found}) == len(methods)
     assert len({entry.method.label for entry in found}) == len(methods)
@@ -163,7 +169,7 @@ def test_names_of_less_and_tracin() -> None:
     [
         DataInf(),
         ProjectedInverse(),
-        TRAK(kernel="segments"),
+        TRAK(),
         LESS(optimizer="sgd", normalise=False),
         BM25(tokens="model"),
     ],
@@ -268,6 +274,8 @@ def test_weights_are_shares_of_the_learning_rates() -> None:
     assert weights(2e-5) == weights(None) == [1.0]
     with pytest.raises(DataError, match="the learning rate of c1 is unknown while others say theirs"):
         weights(1e-5, None)
+    with pytest.raises(DataError, match="learning rates of all 2 checkpoints are 0"):
+        weights(0.0, 0.0)
 
 
 def test_a_warning_where_the_ranking_is_one_of_length(pool: Pool, target: Target) -> None:
@@ -330,6 +338,22 @@ def test_bm25_is_the_formula(pool: list[list[str]], queries: list[list[str]]) ->
     assert np.allclose(found, wanted, rtol=1e-4, atol=1e-6)
 
 
+@given(st.lists(DOCUMENT, min_size=2, max_size=6), st.lists(DOCUMENT, min_size=1, max_size=3))
+def test_the_reading_of_compacts_authors(pool: list[list[str]], queries: list[list[str]]) -> None:
+    """Their formula, but for the constant factor k1 + 1: 1 more in the denominator, a word of the query counts once."""
+    mean = sum(map(len, pool)) / len(pool)
+    found = bm25_scores(pool, queries, k1=1.5, b=0.75, reading="compact")
+    for column, query in enumerate(queries):
+        for row, document in enumerate(pool):
+            total = 0.0
+            for word in set(query):
+                n, tf = sum(word in other for other in pool), document.count(word)
+                below = tf + 1.0 + 1.5 * (0.25 + 0.75 * len(document) / mean)
+                total += math.log((len(pool) - n + 0.5) / (n + 0.5) + 1.0) * tf / below
+            assert found[row, column] == pytest.approx(total, rel=1e-4, abs=1e-6)
+    assert BM25(tokens="model", reading="compact").label == "BM25 (model tokens, Compact's)"
+
+
 def test_bm25_of_model_tokens_counts_token_ids(pool: Pool, target: Target) -> None:
     """Documents and queries are the sequences that the model sees, template included; texts play no part."""
     documents = [[str(id_) for id_ in pool.data.by_id(name).token_ids] for name in pool.data.ids]
@@ -353,7 +377,36 @@ def test_texts_of_conversations() -> None:
     ask, say = {"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}
     assert conversation_text([{"role": "system", "content": "s"}, ask, say]) == "Question:a?\n\nAnswer:b"
     assert conversation_text([ask, say, ask, say]).startswith("<|user|>\na?\n<|assistant|>\nb\n<|user|>")
-    assert words("It's 3 O'Clock, naïve_x!") == ["it", "s", "3", "o", "clock", "naïve_x"]
+    assert spoken_text([{"role": "system", "content": "s"}, ask, say]) == "a?\nb"
+    assert spoken_text([{"role": "system", "content": "s"}, ask]) == "s\na?"
+
+
+def test_lexical_scores_are_those_of_what_is_said(tiny: World, tmp_path: Path) -> None:
+    """A Chinese question finds the row about it; the words of the form (`Question`, `Answer`, roles) bring no score: a
+    target that shares no other word with the pool has none. Texts without words are told."""
+    roles = ("user", "assistant") * 2
+    rows = [
+        {"id": "other", "prompt": "the cat is red", "completion": "an answer to a question"},
+        {"id": "long", "messages": [{"role": role, "content": f"{role} {n}"} for n, role in enumerate(roles)]},
+        {"id": "chinese", "prompt": "猫在睡觉", "completion": "是"},
+        {"id": "about", "prompt": "中国首都", "completion": "北京"},
+        {"id": "none", "prompt": "?!", "completion": "…"},
+    ]
+    asked = {"asked": ("首都", "何"), "alien": ("zzz", "yyy"), "silent": ("❤️", "!!"), "asks": ("one question", "zzz")}
+    pool = tiny.open_pool(tmp_path / "run", rows)
+    target = open_target([{"id": id_, "prompt": p, "completion": a} for id_, (p, a) in asked.items()], pool)
+    found = score(pool, target, BM25())
+    assert found.per_target is not None
+    best = dict(zip(found.target_ids, found.per_target.T, strict=True))
+    assert np.flatnonzero(best["asked"]).tolist() == [found.ids.index("about")]
+    assert not best["alien"].any()
+    assert not best["silent"].any()
+    assert np.flatnonzero(best["asks"]).tolist() == [found.ids.index("other")]
+    warned = "\n".join(found.warnings)
+    assert "1 of 5 pool rows have no letter and no digit, first 'none': BM25" in warned
+    assert "1 of 4 targets have no letter and no digit, first 'silent': BM25" in warned
+    assert "no letter" in "".join(score(pool, target, DSIR()).warnings)
+    assert "no letter" not in "".join(score(pool, target, BM25(tokens="model")).warnings)
 
 
 def test_a_target_without_gradient_counts_as_zero(pool: Pool, target: Target) -> None:

@@ -152,5 +152,6 @@ def test_arguments_that_do_not_fit_are_refused(arguments: Any, more: Any, error:
 def test_labels_say_what_departs_from_the_default() -> None:
     """Two settings in one report do not share a name."""
     assert TRAK().label == "TRAK"
-    methods = [TRAK(), TRAK(kernel="segments"), TRAK(checkpoints="last"), TRAK(damping=0.1), TRAK(damping=0.2)]
+    assert TRAK(kernel="whole", checkpoints="last").label == "TRAK (whole kernel, last checkpoint)"
+    methods = [TRAK(), TRAK(kernel="whole"), TRAK(checkpoints="last"), TRAK(damping=0.1), TRAK(damping=0.2)]
     assert len({method.label for method in methods}) == len(methods)

@@ -133,6 +133,8 @@ def test_an_empty_page_has_only_the_reading_guide() -> None:
         ({"explained": [Explained("p", "o", True, "LESS", [])]}, "explanations"),
         ({"skipped_counts": {"bad_json": 3}}, "skipped"),
         ({"skipped": [Skipped("a", "bad_json", "No JSON.")]}, "skipped"),
+        ({"parts": [Skipped("a", "cut", "Too long.", left_out="part", part="cut")], "rows_in_part": 1}, "skipped"),
+        ({"files": [Skipped("a.zip", "unread_file", "No.", left_out="file")]}, "skipped"),
         ({"repeat": {"seed": 3}}, "repeat"),
     ],
 )
@@ -156,9 +158,8 @@ def test_hostile_text_in_every_field_adds_no_element(example_page: ModuleType) -
 def test_hostile_page_fills_every_text_field(example_page: ModuleType) -> None:
     """The hostile page leaves no text field harmless, so the test above covers them all."""
     data = example_page.hostile_page("HOSTILE")
-    assert all(
-        text in ("second", "user", "assistant", "role", "content") or "HOSTILE" in text for text in _texts_of(data)
-    )
+    ours = ("second", "user", "assistant", "role", "content", "row", "part", "file", "")
+    assert all(text in ours or "HOSTILE" in text for text in _texts_of(data))
     for part in fields(data):
         assert getattr(data, part.name) or part.name == "lower_is_better", part.name
 
@@ -287,6 +288,27 @@ def test_skipped_rows_are_counted_in_full_and_listed_up_to_a_limit() -> None:
     assert "row-199 bad_json No JSON. a.jsonl:199" in text
     assert "row-200" not in text
     assert "800 more are not listed" in text
+
+
+def test_parts_of_rows_and_files_have_tables_of_their_own() -> None:
+    """What was left out of rows that are used is counted apart from rows that were left out; files are named."""
+    parts = [Skipped(f"row-{n}", "cut", "Too long.", "a.jsonl", n, "part", "cut at 9 tokens") for n in range(200)]
+    data = ReportData(
+        title="t",
+        skipped=[Skipped("b", "bad_json", "No JSON.")],
+        parts=parts,
+        parts_total=250,
+        part_counts={"cut at 9 tokens": 250},
+        rows_in_part=250,
+        files=[Skipped("x.zip", "unread_file", "No such type.", "x.zip", left_out="file")],
+    )
+    text = Page(render(data)).text
+    assert "1 row was left out." in text
+    assert "250 rows were used in part." in text
+    assert "cut at 9 tokens 250" in text
+    assert "50 more are not listed" in text
+    assert "1 file was not read." in text
+    assert "x.zip unread_file No such type." in text
 
 
 def test_relevance_and_coefficients_carry_their_signs_and_the_cap() -> None:

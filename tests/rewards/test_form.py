@@ -12,6 +12,7 @@ def test_length_counts_words_characters_or_tokens() -> None:
     texts = {"prompts": ["", ""], "completions": ["one two", "one two three"], "completion_ids": [[1, 2, 3], [1]]}
     assert Length(maximum=2)(**texts) == [1.0, 0.0]
     assert Length(minimum=3)(**texts) == [0.0, 1.0]
+    assert Length(minimum=4)(prompts=["", ""], completions=["今天天气", "今天"]) == [1.0, 0.0]
     assert Length(minimum=7, maximum=7, unit="characters")(**texts) == [1.0, 0.0]
     assert Length(minimum=2, unit="tokens")(**texts) == [1.0, 0.0]
 

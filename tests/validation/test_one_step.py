@@ -42,12 +42,14 @@ STEP = OneStep(lr=1e-3)
 LOGITS = st.floats(-50, 50)
 
 
-def examples(lengths: list[int], *, seed: int = 0) -> list[TokenizedExample]:
+def examples(lengths: list[int], *, seed: int = 0, weighted: bool = False) -> list[TokenizedExample]:
     generator = np.random.default_rng(seed)
     found = []
     for number, length in enumerate(lengths):
         answer = np.arange(length) >= length - max(1, length // 3)
-        found.append(TokenizedExample(f"e{number}", generator.integers(3, VOCABULARY, length).astype(np.int32), answer))
+        ids = generator.integers(3, VOCABULARY, length).astype(np.int32)
+        weights = (answer * generator.choice([0.25, 1.0, 3.0], length)).astype(np.float32) if weighted else None
+        found.append(TokenizedExample(f"e{number}", ids, answer, weights))
     return found
 
 
@@ -244,13 +246,34 @@ def test_real_step_is_a_training_loops(name: str, budget: int) -> None:
             torch.testing.assert_close(captured.module.weight.detach(), wanted.detach(), rtol=0, atol=1e-7)
 
 
+def test_weights_of_labels_scale_their_part_of_the_step() -> None:
+    """The step is AdamW's on Σ w_t·NLL_t over the number of labels of the batch."""
+    batch = examples([9, 4, 14], weighted=True)
+    model, other = (step_model(*build("plain", torch.float64)) for _ in range(2))
+    for weight in other.weights:
+        weight.requires_grad_(True)
+    total = torch.zeros((), dtype=torch.float64)
+    for example in batch:
+        assert example.weights is not None
+        ids = torch.from_numpy(example.token_ids.astype(np.int64))
+        logits = other.network(input_ids=ids[None]).logits[0, :-1]
+        nll = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
+        total = total + (nll * torch.from_numpy(example.weights[1:])).sum()
+    (total / sum(int(example.supervised.sum()) for example in batch)).backward()
+    torch.optim.AdamW(other.weights, lr=STEP.lr, weight_decay=0).step()
+    with model.trained_on(batch):
+        for ours, wanted in zip(model.weights, other.weights, strict=True):
+            torch.testing.assert_close(ours.detach(), wanted.detach(), rtol=0, atol=1e-7)
+
+
 @EVERY_MODEL
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_stored_rows_give_the_real_step(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    """Both routes end at the same weights and effects; a selection's order does not matter."""
+@pytest.mark.parametrize(("dtype", "weighted"), [(torch.float64, False), (torch.float64, True), (torch.float32, False)])
+def test_stored_rows_give_the_real_step(name: str, dtype: torch.dtype, weighted: bool, tmp_path: Path) -> None:
+    """Both routes end at the same weights and effects, also where labels have weights; a selection's order does not
+    matter."""
     network, pattern = build(name, dtype)
     model = step_model(network, pattern)
-    rows = examples([9, 4, 17, 9, 2, 12])
+    rows = examples([9, 4, 17, 9, 2, 12], weighted=weighted)
     output = examples([11], seed=9)[0]
     before = model.logits(output)
     by_id = {row.id: row for row in rows}

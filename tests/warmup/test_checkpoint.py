@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import save_file
 from transformers import (
     GPT2Config,
@@ -22,7 +25,7 @@ from transformers import (
 
 from gradsift.errors import ConfigError, CorruptError, MismatchError, ModelError
 from gradsift.models import attach_adapter, parameter_name
-from gradsift.warmup.checkpoint import Checkpoint, load_moments, open_checkpoint, trained_parameters
+from gradsift.warmup.checkpoint import Checkpoint, _indexed, load_moments, open_checkpoint, trained_parameters
 
 # Older versions of PEFT look for the configuration of the base model, which here comes from no folder.
 pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file")
@@ -72,7 +75,9 @@ class _Moments(TrainerCallback):
                 self.found[parameter_name(name)] = optimizer.state[parameter]
 
 
-def train_with_trainer(base: Any, folder: Path, lora: dict[str, Any], **arguments: Any) -> tuple[Path, _Moments]:
+def train_with_trainer(
+    base: Any, folder: Path, lora: dict[str, Any], *, trainer: type[Trainer] = Trainer, **arguments: Any
+) -> tuple[Path, _Moments]:
     """Two epochs of four steps of transformers' own Trainer; the last checkpoint folder and the true moments."""
     network = get_peft_model(base, LoraConfig(r=2, task_type="CAUSAL_LM", **lora))
     with torch.no_grad():  # so that gradients of A are not zero
@@ -82,7 +87,7 @@ def train_with_trainer(base: Any, folder: Path, lora: dict[str, Any], **argument
     rows = [{"input_ids": r, "labels": r} for r in np.random.default_rng(0).integers(0, 32, (8, 6)).tolist()]
     watch = _Moments(network)
     options = {"weight_decay": 0.1, "logging_steps": 1} | arguments
-    trainer = Trainer(
+    running = trainer(
         network,
         TrainingArguments(
             output_dir=str(folder),
@@ -100,8 +105,8 @@ def train_with_trainer(base: Any, folder: Path, lora: dict[str, Any], **argument
         train_dataset=rows,
         callbacks=[watch],
     )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
+    running.remove_callback(PrinterCallback)
+    running.train()
     return folder / "checkpoint-8", watch
 
 
@@ -200,6 +205,73 @@ def test_states_that_do_not_fit_are_refused(lora_folder: Path, tmp_path: Path) -
         load_moments(altered(lora_folder, tmp_path, lambda content: content["state"].pop(0)), parameters)
     with pytest.raises(MismatchError, match="not a torch optimizer's state_dict"):
         load_moments(altered(lora_folder, tmp_path, lambda content: content.pop("state")), parameters)
+
+
+class LoraPlus(Trainer):
+    """Trainer with PEFT's LoRA+: B learns faster than A, and has a group of its own."""
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        self.optimizer = create_loraplus_optimizer(
+            self.model, torch.optim.AdamW, lr=1e-2, loraplus_lr_ratio=16, loraplus_weight_decay=0.1
+        )
+        return self.optimizer
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {},
+        {"target_modules": ["q_proj", "o_proj", "embed_tokens"]},
+        {"bias": "lora_only", "modules_to_save": ["input_layernorm", "lm_head"]},
+        {"target_modules": "all-linear", "lora_bias": True},
+    ],
+    ids=["plain", "embeddings", "biases and norms", "biases of B"],
+)
+@pytest.mark.filterwarnings(
+    "ignore:Careful, disabling", "ignore:Setting `save_emb", "ignore:.lora_bias=True", "ignore:Adapter 'default'"
+)
+def test_the_groups_of_lora_plus_are_read(tmp_path: Path, lora: dict[str, Any]) -> None:
+    """A, embeddings, B with decay and B without, each in the model's order: every moment finds its parameter."""
+    lora = {"target_modules": ["q_proj", "o_proj"]} | lora
+    folder, truth = train_with_trainer(llama(), tmp_path, lora, trainer=LoraPlus)
+    assert len(torch.load(folder / "optimizer.pt", weights_only=True)["param_groups"]) == 4
+    assert_right(folder, llama(), truth)
+
+
+def test_groups_that_say_their_names_are_believed(lora_folder: Path, tmp_path: Path) -> None:
+    """Where an optimizer was made of named parameters, in any order and groups, its state is read by name."""
+    parameters = trained_parameters(attach_adapter(llama(), lora_folder))
+    wanted = load_moments(open_checkpoint(str(lora_folder)), parameters)
+
+    def shuffled(content: Any) -> None:
+        names = {id_: name for name, id_ in _indexed(content, parameters, lora_folder)}
+        numbers = sorted(names, key=lambda number: (number * 7) % 12)
+        parts = (numbers[:5], numbers[5:6], numbers[6:])
+        content["param_groups"] = [
+            {"params": part, "param_names": [f"module.{name_in_model(names[n])}" for n in part]} for part in parts
+        ]
+
+    def name_in_model(name: str) -> str:
+        return re.sub(r"(lora_[AB])\.", r"\1.default.", name)
+
+    found = load_moments(altered(lora_folder, tmp_path, shuffled), parameters)
+    for name in parameters:
+        assert torch.equal(found.exp_avg[name], wanted.exp_avg[name]), name
+
+
+@pytest.mark.parametrize("rate", [math.nan, -1e-4, math.inf, -math.inf])
+@pytest.mark.parametrize("file", ["trainer_state.json", "checkpoint.json"])
+def test_a_learning_rate_that_is_none_is_refused_as_such(
+    lora_folder: Path, tmp_path: Path, file: str, rate: float
+) -> None:
+    """NaN, infinity and negative numbers, also where the mean of an epoch would hide them."""
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / name).write_bytes((lora_folder / name).read_bytes())
+    log = [{"epoch": 0.5, "learning_rate": 1.0}, {"epoch": 1.0, "learning_rate": rate}]
+    content = {"epoch": 1, "log_history": log} if file == "trainer_state.json" else {"learning_rate": rate}
+    (tmp_path / file).write_text(json.dumps(content))
+    with pytest.raises(CorruptError, match=rf"{file} holds the learning rate {rate}"):
+        open_checkpoint(str(tmp_path))
 
 
 def test_damaged_files_are_said_to_be_damaged(lora_folder: Path, tmp_path: Path) -> None:

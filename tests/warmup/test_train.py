@@ -70,8 +70,8 @@ def run(tmp_path: Path) -> Run:
     return Run(tmp_path / "run")
 
 
-def make_data(run: Run, count: int, seed: int = 0) -> Dataset:
-    """A data set of random token ids with 4 to 40 tokens, the last 1 to 12 of them supervised."""
+def make_data(run: Run, count: int, seed: int = 0, *, weighted: bool = False) -> Dataset:
+    """A data set of random token ids with 4 to 40 tokens, the last 1 to 12 of them supervised, by weights if asked."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(4, 41, count)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
@@ -79,13 +79,15 @@ def make_data(run: Run, count: int, seed: int = 0) -> Dataset:
     for stop, length in zip(offsets[1:], lengths, strict=True):
         supervised[stop - rng.integers(1, min(12, length - 1) + 1) : stop] = True
     ids = [f"row-{number:03}" for number in range(count)]
-    config = {"template": "none", "count": count, "seed": seed}
+    config = {"template": "none", "count": count, "seed": seed, "weighted": weighted}
     prefix = run.prefix("data", config)
     tokens = {
         "token_ids": rng.integers(0, VOCABULARY, offsets[-1]).astype(np.int32),
         "supervised": supervised,
         "offsets": offsets,
     }
+    if weighted:
+        tokens["weights"] = (supervised * rng.choice([0.25, 1.0, 3.0], offsets[-1])).astype(np.float32)
     run.storage.publish(f"{prefix}tokens.safetensors", save(tokens))
     run.storage.publish(f"{prefix}rows.jsonl", b"\n".join(b"{}" for _ in ids))
     run.storage.publish(f"{prefix}index.json", json.dumps({"ids": ids, "hashes": ids}).encode())
@@ -112,11 +114,15 @@ def in_order(data: Dataset, count: int, seed: int, epoch: int) -> list[int]:
     return np.random.default_rng((seed, epoch)).permutation(count).tolist()
 
 
-def test_training_equals_hand_written_adamw(run: Run, llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("weighted", [False, True])
+def test_training_equals_hand_written_adamw(
+    run: Run, llama: str, monkeypatch: pytest.MonkeyPatch, weighted: bool
+) -> None:
     """Weights, moments, rate and loss equal AdamW written out, on the mean of example means over a whole batch, in
-    float64; with micro-batches of several sizes, a last batch of two instead of four, clipping and weight decay."""
+    float64; with micro-batches of several sizes, a last batch of two instead of four, clipping and weight decay. Where
+    labels have weights the mean of an example is their weighted sum over their number."""
     monkeypatch.setattr(trainer_module, "_CPU_TOKENS", 64)
-    data = make_data(run, 30)
+    data = make_data(run, 30, weighted=weighted)
     settings = Training(
         epochs=1, rank=4, alpha=8, dropout=0.0, learning_rate=1e-2, weight_decay=0.1, batch_size=64, max_grad_norm=0.5
     )
@@ -139,6 +145,8 @@ def test_training_equals_hand_written_adamw(run: Run, llama: str, monkeypatch: p
                 ids = torch.from_numpy(example.token_ids.astype(np.int64))
                 logits = network(input_ids=ids[None]).logits[0, :-1]
                 nll = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
+                if example.weights is not None:
+                    nll = nll * torch.from_numpy(example.weights[1:])
                 mean = nll[torch.from_numpy(example.supervised[1:])].mean()
                 losses.append(float(mean.detach()))
                 total = total + mean / len(batch)
@@ -351,7 +359,7 @@ def test_the_base_model_is_left_as_it_was(run: Run, llama: str, how: str) -> Non
     if how == "finished":
         train(run, data, data.ids, SMALL, model=llama)
     elif how == "wrong modules":
-        with pytest.raises(ModelError, match=r"no linear module named c_attn: choose target_modules of .*q_proj"):
+        with pytest.raises(ModelError, match=r"no linear module named c_attn: choose --lora-modules .*q_proj"):
             train(run, data, data.ids, SMALL.model_copy(update={"target_modules": ("q_proj", "c_attn")}), model=llama)
     else:
         error = KeyboardInterrupt if how == "interrupted" else RuntimeError
@@ -412,7 +420,7 @@ def test_the_seed_decides_and_the_order_of_ids_does_not(run: Run, llama: str, tm
 def test_an_epoch_at_rate_0_is_refused(run: Run, llama: str) -> None:
     """One example makes one step per epoch, the first at rate 0: no checkpoint, and the message says what to do."""
     data = make_data(run, 16)
-    with pytest.raises(ModelError, match=r"epoch 1 taught the adapter nothing.*rate of 0.*set warmup_ratio to 0"):
+    with pytest.raises(ModelError, match=r"epoch 1 taught the adapter nothing.*rate of 0.*with warmup_ratio 0"):
         train(run, data, data.ids[:1], SMALL, model=llama)
     assert not list(run.folder.glob("checkpoints/*/epoch-1"))
     settings = SMALL.model_copy(update={"warmup_ratio": 0.0})

@@ -4,37 +4,38 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceABC
-from functools import lru_cache
+from dataclasses import asdict
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import load, save
 
+from gradsift.data.account import Account, count_reasons, counts_text
 from gradsift.data.chat import ChatFormat, tokenize_examples
 from gradsift.data.load import Columns, load_examples
 from gradsift.data.overlap import find_duplicates, normalised_hash
 from gradsift.data.sample import sample_count
 from gradsift.errors import DataError
-from gradsift.loss import token_mean
+from gradsift.loss import label_weights, token_mean
 from gradsift.progress import Reporter
 from gradsift.run import Run, run_at
 from gradsift.store.manifest import fingerprint
 from gradsift.types import Example, Message, Sequence, Skipped, TokenizedExample
 
-_FILES = ("tokens.safetensors", "rows.jsonl", "index.json")
+_FILES = ("tokens.safetensors", "rows.jsonl", "index.json", "account.jsonl")
 
 
 class Dataset:
     """Examples with token ids and labels, opened from a run folder.
 
     Attributes:
-        fingerprint: names ids, token ids and labels; two data sets with equal fingerprints give equal gradients.
+        fingerprint: names ids, token ids, labels and weights; data sets with equal ones give equal gradients.
         ids: in row order.
         lengths: int64 `[example]`, tokens of each example.
         supervised_tokens: int64 `[example]`.
-        skipped: rows left out, with reasons.
         hashes: normalised content hash of each example.
         description: one line that says what was read.
     """
@@ -47,7 +48,6 @@ class Dataset:
         self.fingerprint: str = content["fingerprint"]
         self.template: str = content["config"]["template"]
         self.description: str = content["description"]
-        self.skipped = [Skipped(**entry) for entry in content["skipped"]]
         self.announcement: str | None = content["announcement"]
         tensors = load(run.storage.read(f"{prefix}tokens.safetensors"))
         self._tokens, self._supervised, self._offsets = (
@@ -55,6 +55,7 @@ class Dataset:
             tensors["supervised"],
             tensors["offsets"],
         )
+        self._weights = tensors.get("weights")
         index = json.loads(run.storage.read(f"{prefix}index.json"))
         self.ids: list[str] = index["ids"]
         self.hashes: list[str] = index["hashes"]
@@ -71,6 +72,7 @@ class Dataset:
             self.hashes = [self.hashes[position] for position in chosen]
             self.lengths, self.supervised_tokens = self.lengths[chosen], self.supervised_tokens[chosen]
         self._position = {id_: position for position, id_ in enumerate(self.ids)}
+        self._beside = Account()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -81,11 +83,26 @@ class Dataset:
     def __getitem__(self, position: int) -> TokenizedExample:
         stored = self._stored[position]
         part = slice(int(self._offsets[stored]), int(self._offsets[stored + 1]))
-        return TokenizedExample(self.ids[position], self._tokens[part], self._supervised[part])
+        weights = None if self._weights is None else self._weights[part]
+        return TokenizedExample(self.ids[position], self._tokens[part], self._supervised[part], weights)
+
+    @cached_property
+    def account(self) -> Account:
+        """What of the source is not used, not shown or not learned from."""
+        lines = self.run.storage.read(f"{self.prefix}account.jsonl").decode().splitlines()
+        entries = [Skipped(**json.loads(line)) for line in lines]
+        rows = tuple(entry for entry in entries if entry.left_out == "row")
+        parts = tuple(entry for entry in entries if entry.left_out == "part" and entry.id in self._position)
+        return Account(rows, parts) + self._beside
+
+    @property
+    def skipped(self) -> list[Skipped]:
+        """Rows left out, with reasons."""
+        return list(self.account.rows)
 
     @property
     def loss(self) -> str:
-        """What a row's loss is: the mean over its supervised tokens."""
+        """What a row's loss is: the mean over its supervised tokens, `gradsift.loss.token_mean`."""
         return "token_mean"
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -94,7 +111,12 @@ class Dataset:
 
     def subset(self, positions: SequenceABC[int]) -> Dataset:
         """The rows at these positions, in this order; nothing is copied."""
-        return Dataset(self.run, self.prefix, [self._stored[position] for position in positions])
+        return Dataset(self.run, self.prefix, [self._stored[position] for position in positions])._with(self._beside)
+
+    def _with(self, beside: Account) -> Dataset:
+        """With what is known of the source since it was opened: files that are not read, and notes."""
+        self._beside = beside
+        return self
 
     def sample(self, size: float, seed: int = 0) -> Dataset:
         """Rows drawn uniformly by seed, in their own order; a size below 1 is a share.
@@ -159,6 +181,11 @@ class Dataset:
         messages: list[Message] = json.loads(self.line(id_))["messages"]
         return messages
 
+    def options(self, id_: str) -> str:
+        """The row's own arguments for the chat template, as JSON; "" for none."""
+        options: str = json.loads(self.line(id_)).get("options", "")
+        return options
+
     def column(self, name: str) -> list[Any]:
         """A column of the original rows, in row order.
 
@@ -192,18 +219,19 @@ def prepare(
     """Load, tokenise and store a data set, or open it if the run holds it already.
 
     Exact duplicates (normalised content) are left out unless `keep_duplicates`. Rows with nothing to learn are left
-    out. Both are listed in `skipped`. `check` is given the fingerprint before anything is tokenised or written.
+    out. Both are in its `account`, as is what of the other rows is not shown. `check` is given the fingerprint before
+    anything is tokenised or written.
 
     Raises:
         DataError: the source cannot be read or no row of it is usable.
     """
-    loaded = load_examples(source, columns=columns, what=what)
+    loaded = load_examples(source, columns=columns, what=what, require_answer=chat.supervise != "all_tokens")
     duplicates = [] if keep_duplicates else find_duplicates(loaded.examples)
     dropped = {skip.id for skip in duplicates}
     examples = [example for example in loaded.examples if example.id not in dropped]
     config = {
         "content": _content_fingerprint(examples),
-        "skipped": fingerprint([_as_dict(skip) for skip in loaded.skipped]),
+        "skipped": fingerprint([asdict(skip) for skip in loaded.skipped]),
         "template": chat.fingerprint,
     }
     if check is not None:
@@ -214,37 +242,35 @@ def prepare(
             tokenized, too_long = tokenize_examples(examples, chat, on_advance=advance)
         skipped = [*loaded.skipped, *duplicates, *too_long]
         if not tokenized:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in count_reasons(skipped).items())
             raise DataError(
-                f"no row of the {what} ({loaded.description}) can be used: {reasons}. "
+                f"no row of the {what} ({loaded.description}) can be used: {counts_text(count_reasons(skipped))}. "
                 f"First: {skipped[0].detail if skipped else 'nothing was read'}"
             )
-        _write(run, prefix, examples, tokenized)
+        _write(run, prefix, examples, tokenized, skipped)
         run.complete(
             prefix,
             "data",
             config,
             files=_FILES,
             description=loaded.description,
-            skipped=[_as_dict(skip) for skip in skipped],
             announcement=chat.announcement,
         )
-    return Dataset(run, prefix)
+    return Dataset(run, prefix)._with(Account(files=loaded.unread, notes=loaded.notes))
 
 
-def count_reasons(skipped: SequenceABC[Skipped]) -> dict[str, int]:
-    """How many rows were left out for each reason, most first."""
-    counts: dict[str, int] = {}
-    for skip in skipped:
-        counts[skip.reason] = counts.get(skip.reason, 0) + 1
-    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
-
-
-def _write(run: Run, prefix: str, examples: SequenceABC[Example], tokenized: SequenceABC[TokenizedExample]) -> None:
+def _write(
+    run: Run,
+    prefix: str,
+    examples: SequenceABC[Example],
+    tokenized: SequenceABC[TokenizedExample],
+    skipped: SequenceABC[Skipped],
+) -> None:
     by_id = {example.id: example for example in examples}
     kept = [by_id[example.id] for example in tokenized]
     lines = [
-        f'{{"id":{json.dumps(example.id)},"messages":{json.dumps(list(example.messages))},"row":{_row_text(example)}}}'
+        f'{{"id":{json.dumps(example.id)},"messages":{json.dumps(list(example.messages))},'
+        + (f'"options":{json.dumps(example.options)},' if example.options else "")
+        + f'"row":{_row_text(example)}}}'
         for example in kept
     ]
     offsets = np.concatenate([[0], np.cumsum([len(example.token_ids) for example in tokenized])]).astype(np.int64)
@@ -253,10 +279,14 @@ def _write(run: Run, prefix: str, examples: SequenceABC[Example], tokenized: Seq
         "supervised": np.concatenate([example.supervised for example in tokenized]).astype(np.bool_),
         "offsets": offsets,
     }
+    if any(example.weights is not None for example in tokenized):
+        tensors["weights"] = np.concatenate([label_weights(example) for example in tokenized]).astype(np.float32)
+    account = [*skipped, *(part for example in tokenized for part in example.unshown)]
     index = {"ids": [e.id for e in kept], "hashes": [normalised_hash(e.messages) for e in kept]}
     run.storage.publish(f"{prefix}tokens.safetensors", save(tensors))
     run.storage.publish(f"{prefix}rows.jsonl", "\n".join(lines).encode())
     run.storage.publish(f"{prefix}index.json", json.dumps(index).encode())
+    run.storage.publish(f"{prefix}account.jsonl", "".join(f"{json.dumps(asdict(e))}\n" for e in account).encode())
 
 
 def _row_text(example: Example) -> str:
@@ -271,13 +301,3 @@ def _content_fingerprint(examples: SequenceABC[Example]) -> str:
     for example in examples:
         digest.update(json.dumps([example.id, list(example.messages), _row_text(example)]).encode())
     return digest.hexdigest()[:16]
-
-
-def _as_dict(skip: Skipped) -> Mapping[str, Any]:
-    return {
-        "id": skip.id,
-        "reason": skip.reason,
-        "detail": skip.detail,
-        "source": skip.source,
-        "line": skip.line,
-    }

@@ -40,15 +40,17 @@ def normalised_hash(messages: Iterable[Message]) -> str:
 def find_duplicates(examples: Iterable[Example]) -> list[Skipped]:
     """List every example whose normalised messages came before; the first of each group is kept.
 
+    Flags of messages and arguments for the template count, too: with others the same words teach something else.
+
     Returns one `Skipped` per later copy, in the order of `examples`, reason "duplicate"; its detail names the id that
     is kept.
     """
-    kept: dict[str, str] = {}
+    kept: dict[tuple[object, ...], str] = {}
     duplicates = []
     for example in examples:
-        key = normalised_hash(example.messages)
+        key = (normalised_hash(example.messages), example.flags, example.options)
         if key in kept:
-            duplicates.append(Skipped(example.id, "duplicate", f"same messages as {kept[key]!r}, which is kept"))
+            duplicates.append(example.skipped("duplicate", f"same messages as {kept[key]!r}, which is kept"))
         else:
             kept[key] = example.id
     return duplicates

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from gradsift.data.load import Row, read_rows
+from gradsift.data.files import Row
+from gradsift.data.sources import read_rows
 from gradsift.errors import ConfigError, DataError
 from gradsift.evaluation.judging import as_text, judge_identity, verdicts
 from gradsift.evaluation.mean_reward import GREEDY, respond
@@ -173,11 +174,11 @@ def read_questions(source: Any) -> tuple[tuple[Question, ...], tuple[str, ...]]:
     Raises:
         DataError: the file cannot be read, or no row of it is a question.
     """
-    rows, _ = read_rows(source, "questions")
+    found = read_rows(source, "questions")
     questions: list[Question] = []
-    left_out: list[str] = []
+    left_out = [f"{file.id}: {file.detail}" for file in found.unread]
     seen: dict[str, int] = {}
-    for row in rows:
+    for row in found.rows:
         try:
             question = _question(row)
         except DataError as error:

@@ -14,13 +14,13 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from gradsift.adapters import own_randomness
 from gradsift.errors import ConfigError, ModelError
 from gradsift.evaluation.metric import Figure, Measured, Notebook
 from gradsift.evaluation.setup import Setup, Subject
 from gradsift.models import host, load_tokenizer
 from gradsift.settings import Settings
 from gradsift.store.storage import checksum_file
-from gradsift.warmup.trainer import own_randomness
 
 _DATA_FILE = re.compile(r"[^\s'\"\[\]{},:]+\.(?:jsonl|json|csv|tsv|parquet|txt|py)\b")
 _BOOTSTRAP = 1000  # resamples, for the few metrics that are no mean over documents

@@ -10,10 +10,10 @@ import numpy as np
 from pydantic import ConfigDict, Field
 
 from gradsift.context import refuse_longer
-from gradsift.data.dataset import Dataset, count_reasons, prepare
+from gradsift.data.dataset import Dataset, prepare
 from gradsift.data.load import Columns
 from gradsift.errors import DataError, UnusableRowsError
-from gradsift.evaluation.metric import Figure, Measured, Notebook, in_words, mean_figure, source_name
+from gradsift.evaluation.metric import Figure, Measured, Notebook, left_out, mean_figure, source_name
 from gradsift.evaluation.setup import Place, Setup, Subject
 from gradsift.gradients.losses import row_losses
 from gradsift.models import host
@@ -50,7 +50,8 @@ class HeldOutLoss(Settings):
     data: file, folder, data set name, rows or `Dataset` of examples with answers.
     columns: names of its columns, where they are not the usual ones.
 
-    Figures, with L_i the sum of the NLL of the S_i supervised tokens of example i, in nats:
+    Figures, with L_i the sum of w_t·NLL_t over the S_i supervised tokens of example i, in nats; w_t is 1 but in rows
+    that say otherwise:
 
     - `loss`: mean over examples of L_i / S_i, the loss that training lowers.
     - `token_loss`: Σ L_i / Σ S_i, nats per supervised token; its standard error is that of a ratio of means.
@@ -110,7 +111,7 @@ class BoundLoss:
 
     def identity(self) -> dict[str, Any]:
         """The examples, as they are tokenised."""
-        return {"data": self.data.fingerprint, "left_out": len(self.data.skipped)}
+        return {"data": self.data.fingerprint, "left_out": len(self.data.account.rows)}
 
     def measure(self, subject: Subject, notebook: Notebook) -> Measured:
         """Loss and perplexity at the checkpoint."""
@@ -126,8 +127,6 @@ class BoundLoss:
         summed = np.array(list(found.per_example.values())) * tokens
         per_token, error = _ratio(summed, tokens)
         perplexity = math.exp(min(per_token, 700.0))  # exp overflows beyond
-        skipped = self.data.skipped
-        reasons = ", ".join(f"{count} {reason}" for reason, count in count_reasons(skipped).items())
         return Measured(
             self.metric.label,
             self.metric.kind,
@@ -136,7 +135,7 @@ class BoundLoss:
                 Figure("token_loss", per_token, error, len(self.data), False, "nats per token"),
                 Figure("perplexity", perplexity, None if error is None else perplexity * error, len(self.data), False),
             ),
-            in_words(len(skipped), f"rows left out ({reasons})", (skip.detail for skip in skipped)),
+            left_out(self.data.account),
             {"examples": len(self.data), "supervised_tokens": int(tokens.sum())},
         )
 

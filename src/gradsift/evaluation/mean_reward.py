@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field
 
 from gradsift.data.load import Columns
-from gradsift.evaluation.metric import Figure, Measured, Notebook, in_words, mean_figure, source_name
+from gradsift.evaluation.metric import Figure, Measured, Notebook, in_words, left_out, mean_figure, source_name
 from gradsift.evaluation.setup import Setup, Subject
 from gradsift.generation.local import LocalSampler
 from gradsift.generation.samples import Samples, sample
@@ -110,7 +110,7 @@ class BoundReward:
         asked, drawn = len(self.prompts), sum(len(responses[id_]) for id_ in responses)
         wanted = asked * self.metric.sampling.samples
         cut = sum(response.finish_reason == "length" for id_ in responses for response in responses[id_])
-        notes = in_words(len(self.prompts.skipped), "rows left out", (skip.detail for skip in self.prompts.skipped))
+        notes = left_out(self.prompts.account)
         notes += in_words(
             asked - len(groups), f"of {asked} prompts have no response with a reward and do not count", ()
         )

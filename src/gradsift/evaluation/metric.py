@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from gradsift.data.account import Account, count_reasons, counts_text
 from gradsift.errors import CorruptError
 from gradsift.evaluation.setup import Setup, Subject
 from gradsift.run import Run
@@ -188,6 +189,13 @@ def mean_figure(name: str, per_item: Mapping[str, float], *, higher_is_better: b
 def source_name(data: Any) -> str:
     """What to call a data source in a label."""
     return data.rstrip("/").rpartition("/")[2] if isinstance(data, str) else "rows in memory"
+
+
+def left_out(account: Account) -> tuple[str, ...]:
+    """Notes on what of the data is not measured: rows left out, rows used in part, files that were not read."""
+    why = counts_text(count_reasons(account.rows))
+    rows = in_words(len(account.rows), f"rows left out ({why})", (row.detail for row in account.rows))
+    return (*rows, *(line for line in (account.parts_line(), account.files_line()) if line))
 
 
 def in_words(count: int, what: str, reasons: Iterable[str]) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from gradsift.errors import ConfigError, DataError
 from gradsift.evaluation.judging import as_text, judge_identity, verdicts
 from gradsift.evaluation.length_controlled import length_controlled_win_rate
 from gradsift.evaluation.mean_reward import GREEDY, respond
-from gradsift.evaluation.metric import Figure, Measured, Notebook, in_words, mean_figure, source_name
+from gradsift.evaluation.metric import Figure, Measured, Notebook, in_words, left_out, mean_figure, source_name
 from gradsift.evaluation.setup import Setup, Subject
 from gradsift.generation.sampling import Prompt, Sampling
 from gradsift.influence.prompts import Prompts, read_prompts
@@ -43,8 +43,9 @@ class Pairwise(Settings):
     difficulty: column with γ of each instruction, for the length-controlled win rate; see `instruction_difficulty`.
     columns: names of the columns of `data`.
 
-    Figures: `win_rate` (win 1, tie ½, loss 0), `wins`, `ties`, `losses` (shares), and with at least 10 pairs
-    `length_controlled_win_rate` (Dubois et al. 2024; no standard error).
+    Figures: `win_rate` (win 1, tie ½, loss 0), `wins`, `ties`, `losses` (shares), and with at least 10 pairs the
+    length-controlled win rate (Dubois et al. 2024; no standard error) by AlpacaEval's name of its model:
+    `length_controlled_minimal`, or with `difficulty` `length_controlled_noreg`.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
@@ -161,10 +162,9 @@ class BoundPairwise:
         if len(rewards) >= _FEWEST:
             controlled = self._length_controlled(rewards, own, references)
             details["length_control"] = controlled.as_dict()
-            figures.append(
-                Figure("length_controlled_win_rate", controlled.win_rate, None, len(rewards), higher_is_better=True)
-            )
-        notes = in_words(len(self.prompts.skipped), "rows left out", (s.detail for s in self.prompts.skipped))
+            name = "length_controlled_minimal" if self.metric.difficulty is None else "length_controlled_noreg"
+            figures.append(Figure(name, controlled.win_rate, None, len(rewards), higher_is_better=True))
+        notes = left_out(self.prompts.account)
         without = len(self.prompts) - len(questions)
         notes += in_words(without, f"of {len(self.prompts)} prompts have no response of both sides", ())
         notes += in_words(len(reasons), "comparisons have no verdict and do not count", reasons.values())

@@ -74,7 +74,7 @@ def open_model(
         model: hub id or folder of a causal language model.
         out: the run folder, which may be that of a pool with the same model.
         max_length: tokens kept of each labelled example.
-        supervise: take losses on all assistant turns or on the last one.
+        supervise: take losses on all assistant turns, on the last one, or on all tokens.
         dtype, device: of the model.
         reporter: where progress goes; nothing is printed by default.
 
@@ -89,7 +89,7 @@ def open_model(
     run = out if isinstance(out, Run) else Run(out)
     reporter = reporter or silent()
     if max_length < 2:
-        raise ConfigError(f"max_length is {max_length}: a prompt and one answer token need at least 2")
+        raise ConfigError(f"--max-length is {max_length}: a prompt and one answer token need at least 2")
     if dtype == "auto" and resolve_device(device) == "cpu":
         dtype = "float32"  # as `open_pool` says it, so that both find the same results
     identity = model_identity(model)

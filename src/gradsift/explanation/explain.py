@@ -23,7 +23,7 @@ from gradsift.explanation.outputs import Output, OutputSource, Question, answers
 from gradsift.explanation.relevance import Relevance, to_db
 from gradsift.gradients.rows import View
 from gradsift.influence.less import LESS
-from gradsift.influence.scores import Ranker, influence_matrix, pool_view, target_view
+from gradsift.influence.scores import Ranker, influence_matrix, method_warnings, pool_view, target_view
 from gradsift.selection.strategies import (
     CANDIDATES,
     ORDERS,
@@ -171,6 +171,11 @@ class Explanations:
     path: str = ""
     pool: Pool | None = field(default=None, repr=False, compare=False)
     _rankings: dict[str, Ranking] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def unshown(self) -> list[Skipped]:
+        """What the prompts and given answers have and the model was not shown."""
+        return [part for entry in (self.source.entries if self.source else ()) for part in entry.unshown]
 
     @property
     def outputs(self) -> list[TokenizedExample]:
@@ -472,7 +477,9 @@ class _Work:
 
 
 def _ranking(pool: Pool, source: OutputSource, estimator: Ranker) -> Ranking:
-    ids, matrix, _ = influence_matrix(pool, source, source.texts, estimator)
+    ids, matrix, stores = influence_matrix(pool, source, source.conversations, estimator)
+    for warning in method_warnings(pool, source.ids, source.conversations, estimator, stores):
+        pool.reporter.warn(warning)
     return ids, matrix
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence as SequenceABC
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,6 @@ from gradsift.context import Pool
 from gradsift.data.chat import ChatFormat
 from gradsift.errors import CorruptError, DataError, NonFiniteError
 from gradsift.generation.local import end_ids, greedy_output
-from gradsift.influence.bm25 import conversation_text
 from gradsift.loss import token_mean
 from gradsift.models import host, model_identity
 from gradsift.store.manifest import fingerprint, read_json
@@ -22,11 +21,21 @@ from gradsift.types import Example, Message, Sequence, Skipped, TokenizedExample
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt to explain: the conversation up to the answer, and the answer if it is given."""
+    """A prompt to explain: the conversation up to the answer, and the answer if it is given.
+
+    options: its row's own arguments for the template, as JSON
+    unused: what its row has beside that
+    """
 
     id: str
     messages: tuple[Message, ...]
     output: str | None = None
+    options: str = ""
+    unused: tuple[Skipped, ...] = field(default=(), repr=False, compare=False)
+
+    def example(self, *turns: Message) -> Example:
+        """The conversation as a row, with more turns."""
+        return Example(self.id, (*self.messages, *turns), {}, options=self.options, unused=self.unused)
 
 
 @dataclass(frozen=True)
@@ -55,22 +64,24 @@ class Output:
 class OutputSource:
     """Prompts with their outputs as the gradient engine takes them: token-mean loss on the output's tokens.
 
-    texts: the conversations as text, which lexical estimators need
+    conversations: prompts and outputs as messages, which estimators of texts need
     """
 
     entries: tuple[TokenizedExample, ...]
     template: str
     loss: str = "token_mean"
-    texts: tuple[str, ...] = ()
+    conversations: tuple[tuple[Message, ...], ...] = ()
 
     @classmethod
     def of(cls, pool: Pool, outputs: SequenceABC[Output]) -> OutputSource:
         """The source of some outputs."""
-        texts = (
-            conversation_text([*output.question.messages, {"role": "assistant", "content": output.text}])
-            for output in outputs
+        return cls(
+            tuple(output.entry for output in outputs),
+            pool.chat.fingerprint,
+            conversations=tuple(
+                (*output.question.messages, {"role": "assistant", "content": output.text}) for output in outputs
+            ),
         )
-        return cls(tuple(output.entry for output in outputs), pool.chat.fingerprint, texts=tuple(texts))
 
     @property
     def ids(self) -> list[str]:
@@ -120,7 +131,8 @@ def questions_of(examples: SequenceABC[Example], *, use_answers: bool = False) -
     questions = []
     for example in examples:
         prompt, answer = before_answer(example.messages)
-        questions.append(Question(example.id, prompt, answer if use_answers else None))
+        output = answer if use_answers else None
+        questions.append(Question(example.id, prompt, output, example.options, example.unused))
     return questions
 
 
@@ -163,8 +175,7 @@ def _given(pool: Pool, chat: ChatFormat, question: Question, output: str) -> Out
         raise DataError("the given output is empty")
     if not pool.tokenizer.encode(output, add_special_tokens=False):
         raise DataError(f"the model's tokenizer makes no token of the given output {output[:80]!r}")
-    turns: tuple[Message, ...] = (*question.messages, {"role": "assistant", "content": output})
-    entry = chat.tokenize(Example(question.id, turns, {}))
+    entry = chat.tokenize(question.example({"role": "assistant", "content": output}))
     if isinstance(entry, Skipped):
         raise DataError(entry.detail)
     return Output(question, entry, output, generated=False, finished=True)
@@ -178,14 +189,15 @@ class _Speaker:
         self._model: Any = None
 
     def answer(self, question: Question) -> Output:
-        prompt = self.pool.chat.prompt_ids(question.messages)
+        prompt = self.pool.chat.prompt_ids(question.messages, question.options)
         token_ids, finished = self._tokens(prompt)
         assert token_ids, "the first token is taken whatever it is: an answer that ends at once holds its end"
         ids = np.array([*prompt, *token_ids], dtype=np.int32)
         supervised = np.zeros(len(ids), dtype=np.bool_)
         supervised[len(prompt) :] = True
         text = self.pool.tokenizer.decode(token_ids[:-1] if finished else token_ids, skip_special_tokens=False)
-        entry = TokenizedExample(question.id, ids, supervised)
+        unshown = self.pool.chat.unshown_of_prompt(question.example(), question.messages)
+        entry = TokenizedExample(question.id, ids, supervised, unshown=unshown)
         return Output(question, entry, text, generated=True, finished=finished)
 
     def _tokens(self, prompt: list[int]) -> tuple[list[int], bool]:

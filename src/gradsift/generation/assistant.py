@@ -114,11 +114,15 @@ class Assisted:
             return prompt
         content = f"{self.prompt_prefix}{prompt.messages[last]['content']}{self.prompt_suffix}"
         changed: Message = {"role": "user", "content": content}
-        return Prompt(prompt.id, (*prompt.messages[:last], changed, *prompt.messages[last + 1 :]))
+        return replace(prompt, messages=(*prompt.messages[:last], changed, *prompt.messages[last + 1 :]))
 
     def _for_f(self, prompt: Prompt, response: Response) -> Response:
         finished = response.finish_reason == "stop"
         prompt_ids, token_ids = self._encoder.encode(
-            prompt.messages, response.text, finished=finished, limit=self.sampling.max_new_tokens
+            prompt.messages,
+            response.text,
+            finished=finished,
+            limit=self.sampling.max_new_tokens,
+            options=prompt.options,
         )
         return replace(response, prompt_ids=prompt_ids, token_ids=token_ids, logprobs=None, sampler_logprobs=None)

@@ -33,7 +33,7 @@ class ReplyEncoder:
         self.chat = ChatFormat(tokenizer, supervise="last_turn")
 
     def encode(
-        self, messages: Sequence[Message], text: str, *, finished: bool, limit: int | None = None
+        self, messages: Sequence[Message], text: str, *, finished: bool, limit: int | None = None, options: str = ""
     ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """The token ids of the prompt and of the reply, which follow each other.
 
@@ -42,6 +42,7 @@ class ReplyEncoder:
             text: the reply.
             finished: it ended by itself.
             limit: tokens that were asked for.
+            options: the prompt's own arguments for the template.
 
         Raises:
             DataError: the template refuses the conversation, nothing of the reply is left, it spells a control token of
@@ -52,7 +53,7 @@ class ReplyEncoder:
         spelled = min((token for token in self.chat.control_tokens if token in text), default=None)
         if spelled is not None:
             raise DataError(f"the reply spells {spelled!r}, a control token of the model's chat template")
-        prompt, reply = self._parts(messages, text)
+        prompt, reply = self._parts(messages, text, options)
         if limit is not None and len(reply) > _TOKENS * limit:
             raise DataError(f"the reply has {len(reply):,} of the model's tokens, and {limit} were asked for")
         if not finished:
@@ -64,9 +65,11 @@ class ReplyEncoder:
             raise DataError("the reply is empty")
         return prompt, reply
 
-    def _parts(self, messages: Sequence[Message], text: str) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    def _parts(
+        self, messages: Sequence[Message], text: str, options: str = ""
+    ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         turns: tuple[Message, ...] = (*messages, {"role": "assistant", "content": text})
-        entry = self.chat.tokenize(Example("reply", turns, {}))
+        entry = self.chat.tokenize(Example("reply", turns, {}, options=options))
         if isinstance(entry, Skipped):
             raise DataError(entry.detail)
         labels = np.flatnonzero(entry.supervised)

@@ -198,6 +198,7 @@ class Client:
         choices: int = 1,
         seed: int | None = None,
         token_ids: bool = False,
+        options: str = "",
     ) -> Reply:
         """One request, repeated until it is answered.
 
@@ -207,6 +208,7 @@ class Client:
             choices: how many choices to ask for; there may come fewer.
             seed: sent where given.
             token_ids: ask for token ids (vLLM).
+            options: arguments for the server's chat template, as JSON; sent as `chat_template_kwargs` (vLLM, SGLang).
 
         Raises:
             ReplyError, ConfigError, ModelError: as for `complete`.
@@ -214,6 +216,8 @@ class Client:
         if not all(_is_unicode(message["content"]) for message in messages):
             raise ReplyError("the prompt holds half a surrogate pair, which is no Unicode text: leave it out")
         body = self._body(messages, sampling, choices=choices, seed=seed, token_ids=token_ids)
+        if options:
+            body.setdefault("extra_body", {})["chat_template_kwargs"] = json.loads(options)
         try:
             with self._open:
                 reply = self._with_retries(body)
@@ -510,6 +514,7 @@ class EndpointSampler:
                     choices=len(numbers),
                     seed=request_seed(self.sampling.seed, prompt.id, self.checkpoint, numbers[0]),
                     token_ids=self.tokenizer is not None,
+                    options=prompt.options,
                 )
             except ReplyError as error:
                 problems += [Problem(prompt.id, number, str(error)) for number in numbers]
@@ -533,7 +538,7 @@ class EndpointSampler:
         if self._encoder is not None and choice.token_ids is not None and len(choice.token_ids):
             token_ids = choice.token_ids
             self._refuse_foreign(token_ids)
-            prompt_ids = np.array(self._encoder.chat.prompt_ids(prompt.messages), dtype=np.int32)
+            prompt_ids = np.array(self._encoder.chat.prompt_ids(prompt.messages, prompt.options), dtype=np.int32)
             if served_prompt is not None and prompt_ids.tolist() != list(served_prompt):
                 raise ModelError(
                     f"{self.endpoint.place} renders prompt {prompt.id!r} as {len(served_prompt)} tokens that are not "
@@ -544,7 +549,11 @@ class EndpointSampler:
         elif self._encoder is not None:
             finished = choice.finish_reason == "stop"
             prompt_ids, token_ids = self._encoder.encode(
-                prompt.messages, choice.text, finished=finished, limit=self.sampling.max_new_tokens
+                prompt.messages,
+                choice.text,
+                finished=finished,
+                limit=self.sampling.max_new_tokens,
+                options=prompt.options,
             )
         return Response(prompt.id, number, prompt_ids, token_ids, choice.finish_reason, choice.text, **logprobs)
 

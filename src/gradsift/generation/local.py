@@ -414,7 +414,7 @@ class LocalSampler:
         tokenized: list[tuple[list[int], Request]] = []
         for request in requests:
             try:
-                ids = self.chat.prompt_ids(request.prompt.messages)
+                ids = self.chat.prompt_ids(request.prompt.messages, request.prompt.options)
                 _refuse_unfit(ids, _max_positions(model))
             except DataError as error:
                 yield Drawn(request.prompt, (), (Problem(request.prompt.id, None, str(error)),))
@@ -498,5 +498,5 @@ def _last_logits_only(model: Any) -> dict[str, int]:
 def _no_memory(prompt_tokens: int, sampling: Sampling) -> str:
     return (
         f"the GPU's memory does not suffice to sample one response of {sampling.max_new_tokens} tokens to a prompt of "
-        f"{prompt_tokens}: lower max_new_tokens, leave out long prompts, or use an endpoint"
+        f"{prompt_tokens}: lower --response-tokens (max_new_tokens), leave out long prompts, or use an endpoint"
     )

@@ -332,7 +332,7 @@ class _Drawing:
 
 def prompt_key(prompt: Prompt) -> str:
     """The folder of a prompt's responses: another text under the same id is another prompt."""
-    return fingerprint([prompt.id, list(prompt.messages)])
+    return fingerprint([prompt.id, list(prompt.messages), *([prompt.options] if prompt.options else [])])
 
 
 def _refuse_unfit(prompts: Sequence[Prompt]) -> None:

@@ -88,15 +88,16 @@ PRESETS: Mapping[str, Sampling] = {
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What is answered: a conversation up to the answer."""
+    """What is answered: a conversation up to the answer, and its row's own arguments for the template, as JSON."""
 
     id: str
     messages: tuple[Message, ...]
+    options: str = ""
 
 
 def prompts_of(examples: Iterable[Example]) -> list[Prompt]:
     """The conversations before their last answer; those without one are taken whole."""
-    return [Prompt(example.id, before_answer(example.messages)[0]) for example in examples]
+    return [Prompt(example.id, before_answer(example.messages)[0], example.options) for example in examples]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -29,6 +29,14 @@ from gradsift.types import Sequence
 LORA = "lora"
 
 
+class UncapturedError(ModelError):
+    """A module runs in a way that tells no gradients of single sequences: its name, and what it does."""
+
+    def __init__(self, module: str, does: str) -> None:
+        super().__init__(f"{module} {does}, so that its gradients cannot be told apart by sequence: leave it out")
+        self.module, self.does = module, does
+
+
 @dataclass(frozen=True, slots=True)
 class Modules:
     """The modules to capture, in the model's order, and parameters that the pattern meant but hooks cannot reach."""
@@ -198,7 +206,8 @@ class Capture:
         assert embeddings is not None, f"{type(self.model).__name__} has no input embeddings"
         required = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
         training = [(module, module.training) for module in self.model.modules()]
-        folds = find_folds(self.model, self.modules)
+        # Under autocast W + s·B·A would be rounded to the narrow type, and a small B·A be lost in it.
+        folds = find_folds(self.model, self.modules) if self.autocast is None else []
         folded = {side for fold in folds for side in (fold.a, fold.b)}
         handles = [c.module.register_forward_hook(self._forward_hook(c)) for c in self.modules if c not in folded]
         handles += [fold.base.register_forward_hook(self._folded_hook(fold)) for fold in folds]
@@ -276,9 +285,11 @@ class Capture:
                 running.consume(captured, torch.zeros(shape, dtype=self.accumulate, device=self.device))
 
     def _forward_hook(self, captured: Captured) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-        def hook(_module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        def hook(_module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             running = self._running()
             running.uses(captured)
+            if not isinstance(output, Tensor) or not inputs:
+                raise UncapturedError(captured.name, "returns more than the product of its weight with one input")
             if not output.requires_grad:  # the first pass of gradient checkpointing
                 return
             activations = inputs[0].detach()
@@ -327,28 +338,30 @@ class Capture:
 
 
 def _by_sequence(batch: PaddedBatch, captured: Captured, features: Tensor) -> Tensor:
-    """`[sequence token feature]`, from that, `[sequence·token feature]`, or the head's `[1 label feature]`.
+    """`[sequence place feature]`, whatever the places of a sequence are: its tokens, or its tokens at each head.
+
+    From `[sequence … feature]`, `[sequence·token … feature]`, or the head's `[1 label feature]`. `self_check` finds the
+    modules whose first axis is something else of the same size.
 
     Raises:
-        ModelError: another choice or order of tokens, such as those routed to one expert.
+        UncapturedError: another choice or order of tokens, such as those routed to one expert.
     """
-    shape = tuple(features.shape[:-1])
-    if shape == tuple(batch.ids.shape):
-        return features
-    if shape == (batch.ids.numel(),):
-        return features.view(*batch.ids.shape, -1)
-    if shape == (1, len(batch.positions)):
+    shape, count = tuple(features.shape[:-1]), len(batch)
+    if len(shape) == 2 and shape == (1, len(batch.positions)) and count > 1:
         full = features.new_zeros(batch.ids.numel(), features.shape[-1])
         full[batch.positions.to(features.device)] = features[0]
         return full.view(*batch.ids.shape, -1)
-    raise ModelError(
-        f"{captured.name} ran on tokens of shape {list(shape)} in a batch of {list(batch.ids.shape)} "
-        "(sequence, token), so its gradients cannot be told apart by sequence: leave it out of the modules"
+    if (len(shape) > 1 and shape[0] == count) or (shape and shape[0] == batch.ids.numel()):
+        return features.reshape(count, -1, features.shape[-1])
+    raise UncapturedError(
+        captured.name,
+        f"ran on tokens of shape {list(shape)} in a batch of {list(batch.ids.shape)} (sequence, token)",
     )
 
 
 def _require_grad(_module: nn.Module, _inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-    return output.requires_grad_(True) if output.is_leaf else output
+    """A copy, as some models scale their embeddings in place."""
+    return output.requires_grad_(True).clone() if output.is_leaf else output
 
 
 def _dtype(model: nn.Module) -> torch.dtype:

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import psutil
 import torch
 
+from gradsift.adapters import refuse_untrained
 from gradsift.errors import ConfigError, CorruptError, DataError
 from gradsift.execution.engine import LOCAL, Engine, Task
 from gradsift.gradients.adam import AdamDirection, EpsPlacement
@@ -21,13 +22,15 @@ from gradsift.gradients.capture import LORA, Modules, find_modules
 from gradsift.gradients.exact import ExactProducts, Side
 from gradsift.gradients.projection import Projection, Projector, plan_segments
 from gradsift.gradients.rows import ShardRows, View, gradient_rows
-from gradsift.models import DtypeName, host, input_device, model_identity, refuse_untrained
+from gradsift.gradients.self_check import kept_check
+from gradsift.models import DtypeName, host, input_device, model_identity
 from gradsift.progress import Advance, Reporter, silent, untold
 from gradsift.run import Run
 from gradsift.settings import Settings
 from gradsift.store.gradient_store import GradientStore, GradientStoreWriter, RowDtype, ShardColumns
 from gradsift.store.manifest import fingerprint
 from gradsift.store.precision import ExactRows, MeasuredError
+from gradsift.sums import row_norms
 from gradsift.types import Sequence
 from gradsift.warmup.checkpoint import Checkpoint, load_moments, trained_parameters
 
@@ -39,7 +42,12 @@ _MEASURED_ROWS, _MEASURED_SHARE = 16, 1 / 16
 
 
 class Adam(Settings):
-    """How the Adam direction is formed; the decay rates and ε are those the optimizer ran with."""
+    """How the Adam direction is formed; the decay rates and ε are those the optimizer ran with.
+
+    eps_placement: `outside` the root is how AdamW steps; `inside` is LESS's code, whose denominators are at least √ε.
+        Rankings are nearly the same, and foretell retraining as well or slightly better with `outside`.
+    bias_correction: as AdamW has it; off in LESS's code.
+    """
 
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -81,6 +89,11 @@ class Gradients(Settings):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}: it must be at least 1")
+
+    @property
+    def autocast_type(self) -> torch.dtype | None:
+        """What PyTorch calls it."""
+        return torch.bfloat16 if self.autocast == "bfloat16" else None
 
 
 class SequenceSource(Protocol):
@@ -207,6 +220,7 @@ def collect(
     Raises:
         ConfigError: the Adam view without optimizer state, or no module matches.
         MismatchError: the optimizer state or adapter belongs to another model.
+        ModelError: the hooks do not see the gradients of this model (`self_check`).
         DataError: there is no row, or every row was non-finite.
     """
     if not source.ids:
@@ -330,7 +344,7 @@ def collect_shard(spec: ShardSpec, on_rows: Any = None) -> None:
             loss=result.loss[keep].tolist(),
             supervised_tokens=[counts[row] for row in keep],
             norm=result.norms[view][keep].tolist(),
-            projected_norm=torch.linalg.vector_norm(rows, dim=1).double().tolist(),
+            projected_norm=row_norms(rows).tolist(),
             excluded={ids[row]: reason for row, reason in sorted(bad.items())},
         )
         sums = to_host(result.full_sums[view]) if view in result.full_sums else None
@@ -457,7 +471,7 @@ class _Engine:
             by_module=self.by_module if "segments" in views else None,
             adam=self.adam() if "adam" in views else None,
             full_sum=self.settings.full_sum,
-            autocast=torch.bfloat16 if self.settings.autocast == "bfloat16" else None,
+            autocast=self.settings.autocast_type,
             module_groups=self.settings.module_groups,
             lanes=lanes,
             checkpointing=self.settings.gradient_checkpointing,
@@ -467,6 +481,23 @@ class _Engine:
         if result.token_budget < budget:  # memory ran out: later shards and checkpoints begin with what fits
             self.host.token_limit = result.token_budget
         return result
+
+    def check(self, run: Run, source: SequenceSource) -> None:
+        """Refuse a model whose gradients the hooks do not see, before the long work.
+
+        Raises:
+            ModelError: as `self_check`.
+        """
+        kept_check(
+            run,
+            self.network,
+            self.modules.captured,
+            source.sequences(0, min(len(source.ids), _PROBE_ROWS)),
+            model=self.model_name,
+            pattern=self.settings.modules,
+            autocast=self.settings.autocast_type,
+            checkpointing=self.settings.gradient_checkpointing,
+        )
 
     def shard_rows(self, mean_tokens: float, views: int) -> int:
         """Rows per shard that take about two minutes and whose rows the device holds until they are written."""
@@ -556,6 +587,7 @@ class _Preparation(_Work):
         if "adam" in self.views:
             engine.adam()
         source, settings = self.source, self.settings
+        engine.check(self.run, source)
         lanes = automatic_lanes(engine.network, source.longest(), settings.token_budget)
         mean = max(1.0, sum(source.token_counts()) / max(1, len(source.ids)))
         layout = {

@@ -20,6 +20,8 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from gradsift.adapters import shared_weights
+
 _MEMORY_SHARE = 0.1  # of the free memory, for the copies that restore the weights bit for bit
 
 
@@ -68,8 +70,10 @@ def find_folds(model: nn.Module, modules: SequenceABC[Captured]) -> list[Fold]:
     """The plain LoRA layers of `model`, in single or double precision on the CPU, of which a module is captured.
 
     None where the copies of their weights would take more than a tenth of the free memory. Layers that are more than
-    x Wᵀ + s (x Aᵀ) Bᵀ (DoRA and other variants, biases, several adapters, quantised bases) are left as they are.
+    x Wᵀ + s (x Aᵀ) Bᵀ (DoRA and other variants, biases, several adapters, quantised bases) are left as they are, and so
+    are those whose W something else uses, too: a head that is tied to the embeddings, whose LoRA is not for them.
     """
+    shared = shared_weights(model)
     wanted = {id(captured.module) for captured in modules}
     folds = []
     for name, layer in model.named_modules():
@@ -80,6 +84,8 @@ def find_folds(model: nn.Module, modules: SequenceABC[Captured]) -> list[Fold]:
         adapter = active[0]
         base = layer.get_base_layer()
         if adapter not in adapters or type(base) is not nn.Linear or not _plain(layer, adapter, base):
+            continue
+        if shared(base.weight):
             continue
         a, b = adapters[adapter], layer.lora_B[adapter]
         if type(a) is not nn.Linear or type(b) is not nn.Linear or not wanted & {id(a), id(b)}:

@@ -19,6 +19,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
@@ -27,9 +28,12 @@ from gradsift.errors import ConfigError, ShapeError
 from gradsift.generation.sampling import Response
 from gradsift.settings import Settings
 from gradsift.types import Sequence as TokenSequence
+from gradsift.types import TokenizedExample
 
-Variant = Literal["plain", "discrete", "rejection", "ppo"]
+Variant = Literal["plain", "discrete", "rejection", "weighted_rejection", "ppo"]
 Baseline = Literal["none", "mean", "leave_one_out"]
+
+_REJECTIONS = ("rejection", "weighted_rejection")
 
 # Rewards that differ by less than this share of the largest are equal: what rounding leaves of a constant reward would
 # otherwise be a direction of its own once rows are normalised.
@@ -40,14 +44,17 @@ class PolicyGradient(Settings):
     """How samples and rewards become a gradient; the defaults are the paper's.
 
     variant: `plain` weighs each sample by its reward; `discrete` by 1 where the reward is positive (NICE, App. I.3);
-        `rejection` is the mean loss gradient of the samples with positive reward; `ppo` weighs by advantages, the
-        rewards of a prompt's samples with their mean taken off and divided by their standard deviation (our reading of
-        App. I.1: on-policy, the clipped surrogate's gradient is that).
+        `rejection` is the mean loss gradient of the samples with positive reward; `weighted_rejection`, which the
+        authors' code calls rejection, the mean of reward times loss gradient over these; `ppo` weighs by advantages,
+        the rewards of a prompt's samples with their mean taken off and divided by their standard deviation (our reading
+        of App. I.1: on-policy, the clipped surrogate's gradient is that).
     baseline: taken off the rewards of `plain` and `discrete`. `leave_one_out`, the mean of the prompt's other samples,
         leaves the expectation as it is; `mean`, over all of them, multiplies it by 1 − 1/M.
     logprob_reduction: of log f over a response's tokens; `mean` weighs tokens of long responses less.
     importance_weights: f/q for samples drawn from a warped distribution q, normalised within each prompt (for `ppo` per
         token, with clipping). What q never draws stays missing.
+    fallback: what stands for a prompt in which no sample has any weight: `none`, a zero row, or the `label`, the row's
+        own answer with weight 1 (the authors' `worst_case_protect`, where it is weighed by its own reward).
     clip: ε of `ppo`'s surrogate; acts with importance weights only, as the ratio is 1 without.
     """
 
@@ -55,20 +62,24 @@ class PolicyGradient(Settings):
     baseline: Baseline = "none"
     logprob_reduction: Literal["sum", "mean"] = "sum"
     importance_weights: bool = False
+    fallback: Literal["none", "label"] = "none"
     clip: float = Field(default=0.2, gt=0)
 
     def model_post_init(self, _context: object) -> None:
         """Refuse what does not go together."""
         _refuse_unfit(self.variant, self.baseline)
-        if self.variant == "rejection" and self.importance_weights:
-            raise ConfigError("importance_weights do not go with the variant rejection: it weighs its samples equally")
+        if self.variant in _REJECTIONS and self.importance_weights:
+            raise ConfigError(
+                f"importance_weights do not go with the variant {self.variant}: its mean is over what it accepts"
+            )
 
     @property
     def label(self) -> str:
         """What departs from the paper's defaults, in words; empty where nothing does."""
-        parts: list[str] = [self.variant] * (self.variant != "plain")
+        parts: list[str] = [self.variant.replace("_", " ")] * (self.variant != "plain")
         parts += [f"{self.baseline.replace('_', '-')} baseline"] * (self.baseline != "none")
         parts += ["token mean"] * (self.logprob_reduction == "mean") + ["f/q"] * self.importance_weights
+        parts += ["or the label"] * (self.fallback == "label")
         return ", ".join(parts)
 
 
@@ -78,7 +89,7 @@ def policy_coefficients(rewards: Tensor, *, variant: Variant = "plain", baseline
     With r the rewards (1[r > 0] for `discrete`) of M samples:
 
         plain, discrete:  c = (r − b) / M     b: 0, mean(r), or for each sample the mean of the others
-        rejection:        c = 1[r > 0] / #(r > 0)
+        rejection:        c = 1[r > 0] / #(r > 0); weighted_rejection: r·1[r > 0] / #(r > 0)
         ppo:              c = (r − mean(r)) / std(r) / M     std with M − 1
 
     (NICE, section 3.1, App. I.1 and I.3.) Where nothing distinguishes the samples (a constant reward with a baseline,
@@ -89,12 +100,12 @@ def policy_coefficients(rewards: Tensor, *, variant: Variant = "plain", baseline
         variant, baseline: as in `PolicyGradient`.
 
     Returns:
-        [sample], float64, in the unit of the rewards (`rejection` and `ppo`: none).
+        [sample], float64, in the unit of the rewards (`discrete`, `rejection` and `ppo`: none).
 
     Raises:
         ShapeError: not [sample], or no sample.
         NonFiniteError: a reward is NaN or infinite.
-        ConfigError: a baseline with `rejection` or `ppo`.
+        ConfigError: a baseline with a rejection or `ppo`.
 
     Example:
         >>> policy_coefficients(torch.tensor([1.0, 0.0, 0.0, 0.0])).tolist()
@@ -105,9 +116,10 @@ def policy_coefficients(rewards: Tensor, *, variant: Variant = "plain", baseline
     _refuse_unfit(variant, baseline)
     r = to_float64(float_array("rewards", rewards, "sample"))
     samples = len(r)
-    if variant == "rejection":
+    if variant in _REJECTIONS:
         accepted = (r > 0).double()
-        return accepted / accepted.sum().clamp_min(1)
+        weights = accepted if variant == "rejection" else r.clamp_min(0)
+        return weights / accepted.sum().clamp_min(1)
     if variant == "discrete":
         r = (r > 0).double()
     if variant == "plain" and baseline == "none":
@@ -165,6 +177,24 @@ def clipped_ratios(log_ratio: Tensor, advantage: float, clip: float) -> Tensor:
     ratio = to_float64(float_array("log_ratio", log_ratio, "token")).exp()
     clipped = ratio > 1 + clip if advantage > 0 else ratio < 1 - clip
     return ratio.masked_fill(clipped, 0.0)
+
+
+def label_sequence(
+    prompt_ids: NDArray[np.int32], label: TokenizedExample, reduction: Literal["sum", "mean"]
+) -> TokenSequence:
+    """A row's own answer as an accepted sample: weight 1 (1/T for the mean) on each of the T tokens of its last turn.
+
+    Args:
+        prompt_ids: the row up to its answer.
+        label: the whole row.
+        reduction: of log f over the answer's tokens.
+    """
+    own = label.supervised.copy()
+    own[: len(prompt_ids)] = False
+    weights = own.astype(np.float32)
+    if reduction == "mean":
+        weights /= max(1, int(own.sum()))
+    return TokenSequence(0, label.token_ids, weights)
 
 
 def weighted_sequences(
@@ -233,6 +263,7 @@ class PolicySource:
         gradient: PolicyGradient,
         *,
         template: str,
+        labels: Mapping[str, TokenSequence] | None = None,
     ) -> PolicySource:
         """The rows of some prompts.
 
@@ -242,10 +273,12 @@ class PolicySource:
                 without one, or of None, is left out.
             gradient: the settings.
             template: the pool's.
+            labels: by prompt id, what stands for a prompt in which no response has any weight (`fallback`).
         """
         rows = tuple(
             weighted_sequences(own, [rewards.get(response.key) for response in own], gradient)
-            for own in responses.values()
+            or ((labels[id_],) if labels is not None and id_ in labels else ())
+            for id_, own in responses.items()
         )
         return cls(list(responses), rows, template)
 
@@ -280,8 +313,8 @@ class PolicySource:
 
 
 def _refuse_unfit(variant: Variant, baseline: Baseline) -> None:
-    if variant in ("rejection", "ppo") and baseline != "none":
-        why = "it has no rewards to take it off" if variant == "rejection" else "its advantages have one already"
+    if variant in (*_REJECTIONS, "ppo") and baseline != "none":
+        why = "its advantages have one already" if variant == "ppo" else "it accepts by the rewards as they are"
         raise ConfigError(f"baseline {baseline} does not go with the variant {variant}: {why}; leave it out")
 
 

@@ -21,6 +21,7 @@ from gradsift.gradients.folding import Captured
 from gradsift.gradients.projection import Projector
 from gradsift.loss import to_device
 from gradsift.memory import empty_device_cache, give_back_memory, is_out_of_memory
+from gradsift.sums import row_norms
 from gradsift.types import Sequence
 
 View = Literal["plain", "adam", "segments"]
@@ -398,7 +399,7 @@ class _Sink:
             self._add("plain", captured.name, gradients, overwrite=True)
 
     def _add(self, view: View, name: str, rows: Tensor, *, overwrite: bool) -> None:
-        self._norms[view].append(torch.linalg.vector_norm(rows, dim=(1, 2)))
+        self._norms[view].append(row_norms(rows.flatten(1)))
         if self.full_sums:
             total, sums = rows.sum(0), self.full_sums[view]
             sums[name] = sums[name] + total if name in sums else total

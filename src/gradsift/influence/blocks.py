@@ -12,6 +12,7 @@ from torch import Tensor
 from gradsift.memory import free_bytes
 from gradsift.models import resolve_device
 from gradsift.store.gradient_store import GradientStore
+from gradsift.sums import spans
 
 # Rows converted at once: with one query, reading is the bound and a block must stay in a core's own cache; with many,
 # the product is, and wants longer blocks. A large GPU's cache holds 1024 rows of 8192 numbers, 32 MB.
@@ -49,7 +50,7 @@ def block_rows(queries: int, place: torch.device = CPU) -> int:
 
 
 class Queries:
-    """What multiplies blocks of rows by all queries; the arithmetic is float32 on every device.
+    """What multiplies blocks of rows by all queries, with the arithmetic of `row_products` on every device.
 
     Attributes:
         place: where it is done.
@@ -71,18 +72,27 @@ class Queries:
 
         They stand in a buffer that the next block's overwrite: each thread has a multiplier of its own.
         """
-        count = len(self._by_row)
-        if count <= _SINGLY:
-            by_query = torch.empty(count, self.block)
-
-            def singly(rows: Tensor) -> Tensor:
-                for number, query in enumerate(self._by_row):
-                    torch.mv(rows, query, out=by_query[number, : len(rows)])
-                return by_query[:, : len(rows)].T
-
-            return singly
+        count, dim = self._by_row.shape
+        first, *rest = spans(dim)
+        by_query = torch.empty(count, self.block)
         products = torch.empty(self.block, count, device=self.place)
-        return lambda rows: torch.mm(rows, self._by_column, out=products[: len(rows)]).cpu()
+
+        def over(span: slice, rows: Tensor) -> Tensor:
+            if count <= _SINGLY:
+                for number, query in enumerate(self._by_row):
+                    torch.mv(rows[:, span], query[span], out=by_query[number, : len(rows)])
+                return by_query[:, : len(rows)].T
+            return torch.mm(rows[:, span], self._by_column[span], out=products[: len(rows)])
+
+        def multiply(rows: Tensor) -> Tensor:
+            if not rest:
+                return over(first, rows).cpu()
+            total = over(first, rows).double()
+            for span in rest:
+                total += over(span, rows)
+            return total.float().cpu()
+
+        return multiply
 
 
 def over_blocks(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
@@ -12,37 +11,57 @@ from numpy.typing import NDArray
 
 from gradsift.settings import Settings
 
+Reading = Literal["okapi", "compact"]
+
 
 class BM25(Settings):
     """Okapi BM25 of each pool text for each target text (NICE, App. D): higher = more words in common.
 
     k1, b: saturation and length normalisation.
-    tokens: `words` compares lower-case words of the texts; `model` the token ids that the model sees, of prompt, answer
-        and template (Compact, section 3.4).
+    tokens: `words` compares lower-case words of what is said, in any script, not those of the form in which NICE
+        writes it; `model` the token ids that the model sees, of prompt, answer and template (Compact, section 3.4).
+    reading: `okapi`, or `compact`, what Compact's authors compute: the denominator is 1 larger, and a word that stands
+        twice in the query counts once.
     """
 
     kind: Literal["bm25"] = "bm25"
     k1: float = 1.5
     b: float = 0.75
     tokens: Literal["words", "model"] = "words"
+    reading: Reading = "okapi"
 
     @property
     def label(self) -> str:
         """What tables call it."""
-        return "BM25" if self.tokens == "words" else "BM25 (model tokens)"
+        parts = ["model tokens"] * (self.tokens == "model") + ["Compact's"] * (self.reading == "compact")
+        return f"BM25 ({', '.join(parts)})" if parts else "BM25"
 
 
 def conversation_text(messages: Sequence[Mapping[str, object]]) -> str:
-    """`Question:…\\n\\nAnswer:…` for one exchange, Tulu's `<|role|>` lines for longer conversations (NICE, App. D)."""
-    turns = [message for message in messages if message["role"] != "system"]
+    """`Question:…\\n\\nAnswer:…` for one exchange, Tulu's `<|role|>` lines for longer conversations (NICE, App. D).
+
+    For embeddings, which take a text as a whole.
+    """
+    turns = _turns(messages)
     if [turn["role"] for turn in turns] == ["user", "assistant"]:
         return f"Question:{turns[0]['content']}\n\nAnswer:{turns[1]['content']}"
-    return "\n".join(f"<|{message['role']}|>\n{message['content']}" for message in messages)
+    return "\n".join(f"<|{turn['role']}|>\n{turn['content']}" for turn in turns)
 
 
-def words(text: str) -> list[str]:
-    """Lower-case word tokens, digits and single letters included."""
-    return re.findall(r"\w+", text.lower())
+def spoken_text(messages: Sequence[Mapping[str, object]]) -> str:
+    """What the turns of `conversation_text` say, one below the other, without the words of the form.
+
+    Those would be words that a row and a target have in common because both are one exchange, or both are not: where no
+    other word is shared they would decide the ranking, and `question` in a text would count for nothing.
+    """
+    return "\n".join(str(turn["content"]) for turn in _turns(messages))
+
+
+def _turns(messages: Sequence[Mapping[str, object]]) -> list[Mapping[str, object]]:
+    """All turns, but for the system turn before one exchange."""
+    turns = [message for message in messages if message["role"] != "system"]
+    exchange = [turn["role"] for turn in turns] == ["user", "assistant"]
+    return turns if exchange else list(messages)
 
 
 def model_tokens(token_ids: Iterable[NDArray[np.int32]]) -> list[list[str]]:
@@ -52,13 +71,24 @@ def model_tokens(token_ids: Iterable[NDArray[np.int32]]) -> list[list[str]]:
 
 
 def bm25_scores(
-    pool: Sequence[Sequence[str]], target: Sequence[Sequence[str]], *, k1: float, b: float
+    pool: Sequence[Sequence[str]],
+    target: Sequence[Sequence[str]],
+    *,
+    k1: float,
+    b: float,
+    reading: Reading = "okapi",
 ) -> NDArray[np.float32]:
     """BM25 of tokenised documents `pool` for tokenised queries `target`, float32 `[pool target]`.
 
     score(d, q) = Σ_{w in q} idf(w)·tf/(tf + k1·(1 − b + b·|d|/mean|d|)), idf(w) = log(1 + (N − n + ½)/(n + ½)); a word
     that stands twice in the query counts twice. (The constant factor k1+1 of other presentations is left out.)
+
+    The reading `compact` has tf + 1 + k1·(…) below the line, which is Okapi's with k1 + 1 for k1 and b·k1/(k1 + 1) for
+    b, and the sum is over the different words of the query.
     """
+    if reading == "compact":
+        k1, b = k1 + 1, b * k1 / (k1 + 1)
+        target = [list(dict.fromkeys(query)) for query in target]
     index = bm25s.BM25(method="lucene", k1=k1, b=b)
     index.index([list(document) or [""] for document in pool], show_progress=False)
     scores = np.zeros((len(pool), len(target)), dtype=np.float32)

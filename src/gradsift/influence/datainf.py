@@ -20,6 +20,7 @@ from gradsift.errors import ConfigError, ShapeError
 from gradsift.influence.blocks import CPU, carried, place_for
 from gradsift.settings import Settings
 from gradsift.store.gradient_store import GradientStore
+from gradsift.sums import row_products
 
 _AUTO_SHARE = 0.1  # λ as a share of the mean squared gradient coordinate, as in Kwon et al. 2024
 # Rows converted at once: long enough for matrix products, 16 MiB at 8192 dimensions; a GPU wants fewer, larger kernels.
@@ -169,8 +170,8 @@ def datainf_directions(
         # c_j times both scales of a stored row; a row of zeros may have any weight that is finite.
         weights = (block.scale.square()[:, None] / (value + squares)).nan_to_num(0).clamp_max(1e30).float()
         for column, (number, rows) in enumerate(block.segments()):
-            products = (rows @ queries[number]).mul_(weights[:, column, None])
-            sums[number] += products.T @ rows
+            weighted = row_products(rows, queries[number]).mul_(weights[:, column, None])
+            sums[number] += weighted.T @ rows
 
     _for_each_block(store, segments, work, place=place)
     result = torch.zeros(len(targets), store.dim)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
@@ -13,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from gradsift.data.words import words
 from gradsift.errors import ConfigError, ShapeError
 from gradsift.settings import Settings
 
@@ -42,8 +42,9 @@ class DSIR(Settings):
 def hashed_counts(texts: Sequence[str], buckets: int) -> Any:
     """How often each bucket's words and pairs of neighbouring words occur, scipy CSR int64 `[text bucket]`.
 
-    Lower-cased runs of word characters and runs of punctuation count as words (NLTK's WordPunct), a pair is joined by a
-    blank, and the bucket is the SHA-256 digest modulo `buckets`, all as in the package data-selection.
+    Lower-cased words and runs of punctuation count as words, a pair is joined by a blank, and the bucket is the SHA-256
+    digest modulo `buckets`. On Latin text all of it is as in the package data-selection, which takes NLTK's WordPunct;
+    in other scripts that drops combining marks and takes a whole Chinese sentence for a word.
 
     Example:
         >>> int(hashed_counts(["What is it?"], 100).sum())      # 4 words, 3 pairs
@@ -54,9 +55,9 @@ def hashed_counts(texts: Sequence[str], buckets: int) -> Any:
     columns: list[int] = []
     starts = [0]
     for text in texts:
-        words = re.findall(r"\w+|[^\w\s]+", text.lower())
-        columns += [_bucket(word, buckets) for word in words]
-        columns += [_bucket(f"{first} {second}", buckets) for first, second in pairwise(words)]
+        found = words(text, punctuation=True)
+        columns += [_bucket(word, buckets) for word in found]
+        columns += [_bucket(f"{first} {second}", buckets) for first, second in pairwise(found)]
         starts.append(len(columns))
     ones = np.ones(len(columns), dtype=np.int64)
     counts = csr_array((ones, np.array(columns, dtype=np.int64), np.array(starts)), shape=(len(texts), buckets))

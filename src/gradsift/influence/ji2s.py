@@ -31,6 +31,7 @@ from gradsift.influence.less import store_inner_products, unit_rows
 from gradsift.models import host
 from gradsift.settings import Settings
 from gradsift.store.gradient_store import GradientStore
+from gradsift.sums import row_products
 from gradsift.warmup.checkpoint import Checkpoint
 
 Reduction = Literal["sum", "mean"]
@@ -450,7 +451,8 @@ def _bias(store: GradientStore, factor: Tensor, strength: Tensor, *, everywhere:
                 rows, by_factor = buffer[: len(stored)].copy_(stored), factor[part]
                 if scale is not None:
                     by_factor = by_factor * scale
-                along, own = (rows @ weighted).double(), (rows.square_() @ strength).double()
+                along = row_products(rows, weighted).double()
+                own = row_products(rows.square_(), strength).double()
                 found[part] = along * by_factor - own * by_factor.square()
                 start = part.stop
     return found

@@ -13,6 +13,7 @@ from gradsift.errors import ConfigError, ShapeError
 from gradsift.influence.blocks import BlockConsumer, Queries, over_blocks
 from gradsift.settings import Settings
 from gradsift.store.gradient_store import GradientStore
+from gradsift.sums import row_norms, row_products
 
 
 def less_scores(
@@ -71,7 +72,7 @@ def less_scores(
         if normalise:
             P, T = unit_rows(P), unit_rows(T)
         dtype = torch.promote_types(P.dtype, T.dtype)
-        scores = weight * (P.to(dtype) @ T.to(dtype).T)
+        scores = weight * row_products(P.to(dtype), T.to(dtype).T)
         total = scores if total is None else total + scores
     assert total is not None, "at least one checkpoint was checked above"
     return total
@@ -83,7 +84,7 @@ def unit_rows(rows: Tensor) -> Tensor:
     largest = rows.abs().amax(dim=1, keepdim=True)
     scaled = rows / torch.where(largest > 0, largest, torch.ones_like(largest))
     # Each norm is now 0 or at least 1, so the clamp only spares zero rows a division by zero.
-    return scaled / torch.linalg.vector_norm(scaled, dim=1, keepdim=True).clamp_min(1.0)
+    return scaled / row_norms(scaled)[:, None].clamp_min(1.0).to(scaled.dtype)
 
 
 def _shares(weights: Sequence[float] | Tensor | None, checkpoints: int) -> list[float]:

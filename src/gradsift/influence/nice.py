@@ -16,7 +16,7 @@ from gradsift.generation.local import LocalSampler
 from gradsift.generation.samples import Samples, sample
 from gradsift.generation.sampling import Response, Sampler, Sampling
 from gradsift.gradients.collect import SequenceSource
-from gradsift.gradients.policy import PolicyGradient, PolicySource
+from gradsift.gradients.policy import PolicyGradient, PolicySource, label_sequence
 from gradsift.influence.datainf import Damping
 from gradsift.influence.prompts import (
     Earned,
@@ -28,6 +28,7 @@ from gradsift.influence.prompts import (
 )
 from gradsift.models import positions
 from gradsift.settings import Settings
+from gradsift.types import Sequence as TokenSequence
 from gradsift.warmup.checkpoint import Checkpoint
 
 _SILENT = 0.5  # share of prompts without signal above which the ranking rests on too few
@@ -154,7 +155,9 @@ class PolicyTargets:
         """
         if checkpoint.name not in self._sources:
             responses, rewards, samples = self.rollouts(checkpoint)
-            source = PolicySource.of(responses, rewards, self.method.policy, template=self.target.data.template)
+            source = PolicySource.of(
+                responses, rewards, self.method.policy, template=self.target.data.template, labels=self._labels
+            )
             self._sources[checkpoint.name] = source
             signal = dict(zip(source.ids, source.signal, strict=True))
             summary = summarise_rewards(checkpoint_name(checkpoint), samples, rewards, signal)
@@ -204,9 +207,23 @@ class PolicyTargets:
         if len(kept) < len(responses):
             self.pool.reporter.warn(
                 f"{len(responses) - len(kept)} responses to prompt {responses[0].prompt_id!r} are longer than the "
-                f"model's {places} tokens and are left out: lower max_new_tokens"
+                f"model's {places} tokens and are left out: lower --response-tokens"
             )
         return kept
+
+    @cached_property
+    def _labels(self) -> dict[str, TokenSequence] | None:
+        """What stands for prompts without signal, where the method wants that."""
+        if self.method.policy.fallback == "none":
+            return None
+        labels, prompts = self.target.labels, self.target.data
+        if labels is None:
+            raise ConfigError(
+                f"{self.method.label} falls back to the rows' own answers, and no row has one: leave fallback out"
+            )
+        reduction = self.method.policy.logprob_reduction
+        of_prompts = dict(zip(prompts.ids, prompts.prompt_ids, strict=True))
+        return {id_: label_sequence(of_prompts[id_], labels.by_id(id_), reduction) for id_ in labels.ids}
 
     @cached_property
     def _positions(self) -> int | None:
@@ -265,7 +282,7 @@ def cut_off_warnings(checkpoint: str, share: float) -> list[str]:
         return []
     return [
         f"{share:.0%} of the responses at {checkpoint} were cut off, and their rewards are those of unfinished "
-        "answers: raise max_new_tokens (--response-tokens)"
+        "answers: raise --response-tokens (max_new_tokens)"
     ]
 
 

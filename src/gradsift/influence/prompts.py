@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradsift.context import Pool, subtask_labels
+from gradsift.data.account import Account
 from gradsift.data.chat import ChatFormat
 from gradsift.data.dataset import Dataset, prepare
 from gradsift.data.load import Columns, load_examples
@@ -53,18 +54,23 @@ class Prompts:
     examples:   rows whose prompt the template renders, with an answer or without
     prompt_ids: int32 [token] of each, with the generation prompt
     template:   fingerprint of the chat template
-    skipped:    rows left out, with reasons
+    account:    what of the source is not used or not shown
     """
 
     examples: tuple[Example, ...]
     prompt_ids: tuple[NDArray[np.int32], ...] = field(repr=False)
     template: str
-    skipped: list[Skipped]
+    account: Account
     description: str
     loss: str = "none"
 
     def __len__(self) -> int:
         return len(self.examples)
+
+    @property
+    def skipped(self) -> list[Skipped]:
+        """Rows left out, with reasons."""
+        return list(self.account.rows)
 
     @property
     def ids(self) -> list[str]:
@@ -295,17 +301,20 @@ def read_prompts(
     loaded = load_examples(source, columns=columns, what=what, require_answer=False)
     rows = loaded.examples if sample is None else [loaded.examples[n] for n in sample.positions(loaded.examples)]
     examples, prompt_ids, skipped = [], [], list(loaded.skipped)
+    parts: list[Skipped] = []
     for example, prompt in zip(rows, prompts_of(rows), strict=True):
         try:
             if not any(message["content"].strip() for message in prompt.messages):
                 raise DataError("there is nothing before the answer to respond to")
-            prompt_ids.append(np.array(chat.prompt_ids(prompt.messages), dtype=np.int32))
+            prompt_ids.append(np.array(chat.prompt_ids(prompt.messages, prompt.options), dtype=np.int32))
+            parts += chat.unshown_of_prompt(example, prompt.messages)
             examples.append(example)
         except DataError as error:
-            skipped.append(Skipped(example.id, "no_prompt", str(error)))
+            skipped.append(example.skipped("no_prompt", str(error)))
     if not examples:
         raise DataError(f"no row of the {what} ({loaded.description}) can be used; first: {skipped[0].detail}")
-    return Prompts(tuple(examples), tuple(prompt_ids), chat.fingerprint, skipped, loaded.description)
+    account = Account(tuple(skipped), tuple(parts), loaded.unread, loaded.notes)
+    return Prompts(tuple(examples), tuple(prompt_ids), chat.fingerprint, account, loaded.description)
 
 
 def reward_responses(target: PromptTarget, samples: Samples, reporter: Reporter, engine: Engine = LOCAL) -> Earned:

@@ -112,7 +112,7 @@ class DifficultyRating(Settings):
     """Instruction-following difficulty (Li et al. 2024): IFD = L(answer | prompt) / L(answer), both by the base model.
 
     Near 1 the prompt hardly helps to predict the answer: the instruction is hard to follow, and rates high. Above
-    `maximum` the prompt hinders, as where the two do not belong together: such rows are left out, as the authors do.
+    `maximum` the prompt hinders, as where the two do not belong together: such rows are left out.
     Both losses are means over the last answer's tokens but the first, which nothing precedes in L(answer).
     """
 
@@ -313,9 +313,10 @@ def _side_by_side(client: Client, rater: JudgeRating, rows: Sequence[Sequence[Me
 
 def _graded(client: Client, rater: JudgeRating, messages: Sequence[Message]) -> Rating:
     prompt, answer = before_answer(messages)
-    assert answer is not None, "pool rows have an answer"
     parts, task = {"conversation": transcript(prompt)}, _COMPLEXITY
     if rater.aspect == "quality":
+        if answer is None:  # where every token is learned, rows need none
+            return "there is no answer to judge"
         parts["response"], task = answer, _QUALITY
     asked = question_of(task, rater.criteria or _CRITERIA[rater.aspect], parts)
     try:

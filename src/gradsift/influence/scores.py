@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Sequence as SequenceABC
 from collections.abc import Set as SetABC
 from dataclasses import dataclass, field
@@ -16,12 +17,13 @@ from pydantic import Field
 
 from gradsift.context import Pool, Target
 from gradsift.data.dataset import Dataset
+from gradsift.data.words import has_words, words
 from gradsift.errors import ConfigError, DataError
 from gradsift.gradients.collect import SequenceSource
 from gradsift.gradients.rows import View
 from gradsift.influence.aggregate import max_of_means, mean_over_targets
 from gradsift.influence.alpagasus import AlpaGasus
-from gradsift.influence.bm25 import BM25, bm25_scores, conversation_text, model_tokens, words
+from gradsift.influence.bm25 import BM25, bm25_scores, conversation_text, model_tokens, spoken_text
 from gradsift.influence.datainf import DataInf, ProjectedInverse, datainf_directions, inverse_directions
 from gradsift.influence.deita import DEITA
 from gradsift.influence.dsir import DSIR, dsir_log_ratios, hashed_counts
@@ -33,10 +35,10 @@ from gradsift.influence.prompts import Prompts, PromptTarget, RewardSummary
 from gradsift.influence.random import Random, random_scores
 from gradsift.influence.ratings import Ratings, rate
 from gradsift.influence.rds import RDS, kept_embeddings, rds_scores
-from gradsift.influence.trak import TRAK, doubt_of, trak_kernel
+from gradsift.influence.trak import TRAK, doubt_of, kernel_warnings, trak_kernel
 from gradsift.store.gradient_store import GradientStore
 from gradsift.store.manifest import fingerprint
-from gradsift.types import Skipped
+from gradsift.types import Message, Skipped
 from gradsift.warmup.checkpoint import Checkpoint
 
 # What ranks a pool for one labelled target. NICE ranks for prompts with a reward, JI2S and DSIR for all targets as one;
@@ -45,6 +47,7 @@ Ranker = LESS | DataInf | ProjectedInverse | TRAK | BM25 | RDS
 Method = Ranker | JI2S | NICE | NICEIF | DSIR | AlpaGasus | DEITA | Random
 Estimator = Annotated[Method, Field(discriminator="kind")]
 Aggregation = Literal["max_of_means", "mean"]
+Conversation = SequenceABC[Message]
 
 _LENGTH_WARNING = 0.5  # |Spearman| with length above which a ranking may be one of length
 _MAX_PER_TARGET_ROWS = 20_000_000  # above this the parquet file holds the aggregate alone
@@ -148,6 +151,7 @@ def score(
         "aggregation": aggregation,
     }
     policy: PolicyTargets | None = None
+    stores: SequenceABC[GradientStore] = ()
     whole: NDArray[Any] | None = None  # [pool], of a method that has no score per target
     terms: JointTerms | None = None
     ratings: Ratings | None = None
@@ -167,10 +171,10 @@ def score(
         ids, matrix, identity["stores"] = terms.ids, None, terms.stores
         whole = terms.scores(method).numpy()
     else:
-        texts = _conversations(target.data)
         rows = target_sources(pool, target, method)
         policy = rows if isinstance(rows, PolicyTargets) else None
-        ids, matrix, identity["stores"] = influence_matrix(pool, rows, texts, method)
+        ids, matrix, stores = influence_matrix(pool, rows, _conversations(target.data), method)
+        identity["stores"] = [store.fingerprint for store in stores]
     keep = np.array([id_ not in excluded for id_ in ids])
     ids = [id_ for id_, kept in zip(ids, keep, strict=True) if kept]
     if not ids:
@@ -194,6 +198,8 @@ def score(
         warnings += joint_warnings(terms, method, spearman(terms.marginal.numpy(), terms.joint.numpy()))
         if subtasks and len(set(subtasks)) > 1:
             warnings.append(f"{method.label} takes the mean over all targets: their subtasks play no part in it")
+    if target is not None:
+        warnings += method_warnings(pool, target.data.ids, _conversations(target.data), method, stores)
     if policy is not None:
         warnings += signal_warnings(policy.summaries, policy.method)
     if ratings is not None:
@@ -300,26 +306,28 @@ def target_sources(
 def influence_matrix(
     pool: Pool,
     targets: SequenceSource | TargetsByCheckpoint,
-    texts: SequenceABC[str],
+    conversations: Iterable[Conversation],
     method: Ranker | NICE | NICEIF,
-) -> tuple[list[str], NDArray[np.float32], list[str]]:
-    """Influence of every pool example on every target: (pool ids, `[pool target]`, fingerprints of the stores used).
+) -> tuple[list[str], NDArray[np.float32], list[GradientStore]]:
+    """Influence of every pool example on every target: (pool ids, `[pool target]`, the stores used).
+
+    Of each checkpoint the pool's store comes first, then the targets'.
 
     Args:
         pool: from `open_pool`.
         targets: the targets' token sequences, or those of each checkpoint.
-        texts: the targets' texts, for lexical methods.
+        conversations: the targets' messages, for methods that compare texts.
         method: any but chance.
 
     Raises:
         ConfigError: the matrix does not fit into the memory at hand.
     """
-    _refuse_too_many(len(pool.data), len(texts))
+    _refuse_too_many(len(pool.data), len(targets.ids))
     if isinstance(method, BM25):
         assert not isinstance(targets, TargetsByCheckpoint), targets
-        return list(pool.data.ids), _bm25_matrix(pool, targets, texts, method), []
+        return list(pool.data.ids), _bm25_matrix(pool, targets, conversations, method), []
     if isinstance(method, RDS):
-        return list(pool.data.ids), _rds_matrix(pool, texts, method), []
+        return list(pool.data.ids), _rds_matrix(pool, conversations, method), []
     checkpoints = pool.checkpoints()
     if at_last_checkpoint(method):
         checkpoints = checkpoints[-1:]
@@ -340,13 +348,13 @@ def influence_matrix(
     weights = checkpoint_weights(checkpoints) if isinstance(method, LESS | NICE) else equal
     total: torch.Tensor | None = None
     ids: list[str] = []
-    used = []
+    used: list[GradientStore] = []
     for checkpoint, source, weight in zip(checkpoints, sources, weights, strict=True):
         store = pool.stores(checkpoint, [view])[view]
         asked = target_view(view)
         queries = pool.collect(source, checkpoint, [asked], what="target")[asked]
         store.check_comparable(queries)
-        used += [store.fingerprint, queries.fingerprint]
+        used += [store, queries]
         products = _store_products(store, queries, targets.ids, method, weight, pool)
         if total is None:
             total, ids = products, list(store.ids)
@@ -396,7 +404,9 @@ def _joint_terms(pool: Pool, target: Target | PromptTarget, method: JI2S, exclud
     return joint_terms(pool, targets, method, checkpoints, checkpoint_weights(checkpoints), excluded)
 
 
-def _bm25_matrix(pool: Pool, targets: SequenceSource, texts: SequenceABC[str], method: BM25) -> NDArray[np.float32]:
+def _bm25_matrix(
+    pool: Pool, targets: SequenceSource, conversations: Iterable[Conversation], method: BM25
+) -> NDArray[np.float32]:
     if method.tokens == "model":
         rows = (pool.data[position].token_ids for position in range(len(pool.data)))
         of_target: list[list[NDArray[np.int32]]] = [[] for _ in targets.ids]
@@ -404,25 +414,64 @@ def _bm25_matrix(pool: Pool, targets: SequenceSource, texts: SequenceABC[str], m
             of_target[sequence.row].append(sequence.token_ids)
         documents, asked = model_tokens(rows), model_tokens(np.concatenate(parts) for parts in of_target)
     else:
-        documents = [words(text) for text in _conversations(pool.data)]
-        asked = [words(text) for text in texts]
-    return bm25_scores(documents, asked, k1=method.k1, b=method.b)
+        documents, asked = (
+            [words(spoken_text(messages)) for messages in part] for part in (_conversations(pool.data), conversations)
+        )
+    return bm25_scores(documents, asked, k1=method.k1, b=method.b, reading=method.reading)
 
 
-def _rds_matrix(pool: Pool, texts: SequenceABC[str], method: RDS) -> NDArray[np.float32]:
+def _rds_matrix(pool: Pool, conversations: Iterable[Conversation], method: RDS) -> NDArray[np.float32]:
     rows, queries = (
-        kept_embeddings(pool.run, part, method.model, pool.device) for part in (_conversations(pool.data), texts)
+        kept_embeddings(pool.run, [conversation_text(messages) for messages in part], method.model, pool.device)
+        for part in (_conversations(pool.data), conversations)
     )
     return rds_scores(rows, queries)
 
 
 def _dsir(pool: Pool, target: Target | PromptTarget, method: DSIR) -> NDArray[np.float64]:
-    rows, queries = (hashed_counts(_conversations(data), method.buckets) for data in (pool.data, target.data))
+    rows, queries = (
+        hashed_counts([spoken_text(messages) for messages in _conversations(data)], method.buckets)
+        for data in (pool.data, target.data)
+    )
     return dsir_log_ratios(rows, queries, smoothing=method.smoothing)
 
 
-def _conversations(data: Dataset | Prompts) -> list[str]:
-    return [conversation_text(data.messages(id_)) for id_ in data.ids]
+def method_warnings(
+    pool: Pool,
+    ids: SequenceABC[str],
+    conversations: Iterable[Conversation],
+    method: Method,
+    stores: SequenceABC[GradientStore],
+) -> list[str]:
+    """What a method cannot do with the rows and targets at hand: texts without words, a kernel of too few rows.
+
+    Args:
+        pool: the rows.
+        ids: of the targets.
+        conversations: their messages.
+        method: any.
+        stores: those that it read, from `influence_matrix`.
+    """
+    if isinstance(method, TRAK):
+        return kernel_warnings(method, len(stores[0]), stores[0].dim)
+    if not (isinstance(method, DSIR) or (isinstance(method, BM25) and method.tokens == "words")):
+        return []
+    found = []
+    for what, names, texts in (
+        ("pool rows", pool.data.ids, _conversations(pool.data)),
+        ("targets", ids, conversations),
+    ):
+        without = [id_ for id_, own in zip(names, texts, strict=True) if not has_words(spoken_text(own))]
+        if without:
+            found.append(
+                f"{len(without)} of {len(names)} {what} have no letter and no digit, first {without[0]!r}: "
+                f"{method.label} knows nothing of them"
+            )
+    return found
+
+
+def _conversations(data: Dataset | Prompts) -> Iterable[Conversation]:
+    return (data.messages(id_) for id_ in data.ids)
 
 
 def _target_losses(queries: GradientStore, ids: SequenceABC[str]) -> torch.Tensor:
@@ -445,7 +494,7 @@ def checkpoint_weights(checkpoints: SequenceABC[Checkpoint]) -> list[float]:
     """w_e = η̄_e / Σ η̄; equal weights where no checkpoint says its learning rate.
 
     Raises:
-        DataError: some say it and some do not.
+        DataError: some say it and some do not, or all say 0.
     """
     rates = [checkpoint.learning_rate for checkpoint in checkpoints]
     known = [rate for rate in rates if rate is not None]
@@ -456,6 +505,11 @@ def checkpoint_weights(checkpoints: SequenceABC[Checkpoint]) -> list[float]:
         raise DataError(
             f"the learning rate of {unknown} is unknown while others say theirs: put trainer_state.json beside it, "
             "or give checkpoints that all have or all lack one"
+        )
+    if not any(known):
+        raise DataError(
+            f"the learning rates of all {len(rates)} checkpoints are 0, first {checkpoints[0].name}, so that none "
+            "counts: give checkpoints of epochs in which something was learned"
         )
     return [rate / sum(known) for rate in known]
 

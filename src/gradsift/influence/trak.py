@@ -25,21 +25,21 @@ class TRAK(Settings):
 
     damping: λ of the kernel, in squared units of the margin's gradients; `auto` takes a tenth of their mean squared
         coordinate.
-    kernel: `whole` inverts over all dimensions at once, as published: 8·dim² bytes twice over (1 GB at 8192), and about
-        dim² operations per row and checkpoint. `segments` keeps modules apart, which costs next to nothing and ranks
-        much as ProjectedInverse does.
+    kernel: `segments` keeps modules apart, which costs next to nothing and foretells retraining better wherever it was
+        measured. `whole` inverts over all dimensions at once, as published: 8·dim² bytes twice over (1 GB at 8192),
+        about dim² operations per row and checkpoint, and more rows than dimensions to estimate it from.
     checkpoints: `all`, averaged with equal weights, or the `last`.
     """
 
     kind: Literal["trak"] = "trak"
     damping: Damping = "auto"
-    kernel: Literal["whole", "segments"] = "whole"
+    kernel: Literal["segments", "whole"] = "segments"
     checkpoints: Literal["all", "last"] = "all"
 
     @property
     def label(self) -> str:
         """What tables call it."""
-        parts = ["by segment"] * (self.kernel == "segments") + ["last checkpoint"] * (self.checkpoints == "last")
+        parts = ["whole kernel"] * (self.kernel == "whole") + ["last checkpoint"] * (self.checkpoints == "last")
         parts += [] if self.damping == "auto" else [f"λ={self.damping:g}"]
         return f"TRAK ({', '.join(parts)})" if parts else "TRAK"
 
@@ -140,6 +140,17 @@ def trak_kernel(
         store, queries, method.damping, segments=blocks, factors=inverse_doubt, device=device
     )
     return store_inner_products(store, directions, normalise=False, device=device).mul_(inverse_doubt.float()[:, None])
+
+
+def kernel_warnings(method: TRAK, rows: int, dim: int) -> list[str]:
+    """What to know of a kernel that is estimated from fewer rows than it has dimensions."""
+    if method.kernel == "segments" or rows >= dim:
+        return []
+    return [
+        f"{method.label} inverts second moments of {dim:,} dimensions that are estimated from {rows:,} rows: most of "
+        "them are the damping's. Take kernel: segments (--kernel segments, the default), or a --projection-dim well "
+        "below the number of rows"
+    ]
 
 
 def doubt_of(losses: Tensor) -> Tensor:

@@ -198,6 +198,9 @@ class ReportData:
     choices:        the first is the main method, the others are its controls
     lower_is_better: outcome columns where lower is better, besides those whose name holds "loss" or "perplexity"
     skipped_counts: reason -> rows; may count more rows than `skipped` lists
+    parts:          the first of `parts_total` parts of rows that were left out; `part_counts`: part -> rows
+    rows_in_part:   rows that have any of them
+    files:          that were not read
     repeat:         nested mapping; texts of several lines (a recipe) are shown as they are
     """
 
@@ -219,3 +222,8 @@ class ReportData:
     lower_is_better: Sequence[str] = ()
     extremes: Sequence[Extremes] = ()
     rewards: Rewards | None = None
+    parts: Sequence[Skipped] = ()
+    part_counts: Mapping[str, int] = field(default_factory=dict)
+    parts_total: int = 0
+    rows_in_part: int = 0
+    files: Sequence[Skipped] = ()

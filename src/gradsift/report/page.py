@@ -21,6 +21,7 @@ from gradsift.report.document import asset, document
 from gradsift.report.listing import Listing
 from gradsift.report.rewards_section import prompts_view, rewards_view
 from gradsift.store.storage import LocalStorage
+from gradsift.types import Skipped
 
 # These and the limits of the listing keep the page near a megabyte whatever the run's size; what is left out is always
 # counted on the page.
@@ -55,7 +56,7 @@ def render(data: ReportData) -> str:
         "rewards": data.rewards.checkpoints if data.rewards else [],
         "responses": data.rewards.prompts if data.rewards else [],
         "explanations": listed.explained,
-        "skipped": [1] if data.skipped or data.skipped_counts else [],
+        "skipped": [1] if data.skipped or data.skipped_counts or data.parts or data.files else [],
         "repeat": data.repeat,
     }
     return document(
@@ -197,15 +198,43 @@ def _group(data: ReportData, column: str) -> dict[str, Any]:
 
 
 def _skipped_view(data: ReportData) -> dict[str, Any]:
+    """Three tables: whole rows by reason, parts of rows by what they are, and files."""
     counts = Counter(data.skipped_counts) or Counter(row.reason for row in data.skipped)
+    total = max(counts.total(), len(data.skipped))
+    part_counts = sorted(data.part_counts.items(), key=lambda pair: -pair[1])
+    tables = [
+        _left_out(
+            "Rows left out", f"{_many(total, 'row')} left out", "reason", counts.most_common(), data.skipped, total
+        ),
+        _left_out(
+            "Parts of rows left out",
+            f"{_many(data.rows_in_part, 'row')} used in part",
+            "what the model is not shown, or does not learn from",
+            part_counts,
+            data.parts,
+            data.parts_total,
+        ),
+        _left_out("Files not read", f"{_many(len(data.files), 'file')} not read", "", [], data.files, len(data.files)),
+    ]
+    shown = [table for table in tables if table["rows"] or table["counts"]]
+    return {"tables": shown, "total": total + data.rows_in_part + len(data.files)}
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count:,} {what}{'s were' if count != 1 else ' was'}"
+
+
+def _left_out(
+    label: str, sentence: str, head: str, counts: Sequence[tuple[str, int]], entries: Sequence[Skipped], total: int
+) -> dict[str, Any]:
     listed = [
         {
-            "place": ":".join(str(part) for part in (row.source, row.line) if part not in ("", None)),
-            "id": text.shorten(row.id, 120),
-            "reason": row.reason,
-            "detail": text.shorten(row.detail, 400),
+            "place": ":".join(str(part) for part in (entry.source, entry.line) if part not in ("", None)),
+            "id": text.shorten(entry.id, 120),
+            "reason": entry.part or entry.reason,
+            "detail": text.shorten(entry.detail, 400),
         }
-        for row in data.skipped[:MOST_SKIPPED]
+        for entry in entries[:MOST_SKIPPED]
     ]
-    total = max(counts.total(), len(data.skipped))
-    return {"counts": counts.most_common(), "rows": listed, "total": total, "rest": total - len(listed)}
+    rest = total - len(listed)
+    return {"label": label, "sentence": sentence, "head": head, "counts": counts, "rows": listed, "rest": rest}

@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from gradsift.data.words import count_words
 from gradsift.errors import ConfigError
 from gradsift.rewards.function import LogProblem
 from gradsift.rewards.samples import text_of
@@ -19,7 +20,8 @@ from gradsift.settings import Settings
 class Length(Settings):
     """1 where the length of the response is within bounds, else 0.
 
-    unit: what is counted; tokens are those that were sampled
+    unit: what is counted; words are what white space sets apart, in Chinese, Japanese, Thai and their like each
+        character; tokens are those that were sampled
     minimum, maximum: bounds, both included; at least one is needed
 
     Example:
@@ -54,7 +56,7 @@ class Length(Settings):
             lengths = [len(ids) for ids in completion_ids]
         else:
             texts = [text_of(completion) for completion in completions]
-            lengths = [len(text.split()) if self.unit == "words" else len(text) for text in texts]
+            lengths = [count_words(text) if self.unit == "words" else len(text) for text in texts]
         low, high = self.minimum or 0, float("inf") if self.maximum is None else self.maximum
         return [float(low <= length <= high) for length in lengths]
 

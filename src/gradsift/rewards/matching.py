@@ -10,11 +10,12 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from gradsift.data.words import composed, set_apart, stands_in
 from gradsift.rewards.function import LogProblem
 from gradsift.rewards.samples import column, text_of
 from gradsift.settings import Settings
 
-_EDGES = " \t\r\n*_`\"'“”‘’.,;:!?()[]{}$"
+_EDGES = " \t\r\n*_`\"'“”‘’.,;:!?()[]{}$" + "„‚«»‹›…¿¡。，、．；：！？（）［］「」『』【】《》〈〉｡।॥،؛؟۔។"
 
 
 class Exact(Settings):
@@ -45,12 +46,12 @@ class Exact(Settings):
             response, reference = self._normalised(response), self._normalised(reference)
             if not self.within:
                 return response == reference
-            return bool(reference) and re.search(rf"(?<!\w){re.escape(reference)}(?!\w)", response) is not None
+            return stands_in(response, reference)
 
         return _compared(matches, completions, column(columns, self.answer, self.kind), self.answer, log_problem)
 
     def _normalised(self, text: str) -> str:
-        text = " ".join(text.split())
+        text = " ".join(composed(text).split())
         text = text.strip(_EDGES) if self.ignore_punctuation else text
         return text.casefold() if self.ignore_case else text
 
@@ -185,7 +186,7 @@ def numbers_in(text: str) -> list[Number]:
         >>> numbers_in(r"not 3 but \boxed{\frac{3}{4}}")
         [(Fraction(3, 4), False)]
     """
-    text = _answer_part(text).replace("−", "-").replace("–", "-").replace("⁄", "/")
+    text = set_apart(_answer_part(text)).replace("−", "-").replace("–", "-").replace("⁄", "/")
     text = text.replace("{,}", ",").replace("\\,", "").replace("\\%", "%").replace("\\$", "$").replace("\\!", "")
     text = _FRACTION.sub(lambda found: f"{found[1] or found[3]}/{found[2] or found[4]}", text)
     numbers = (_number(found) for found in _NUMBER.finditer(re.sub(r"[*_`{}]+", " ", text)))

@@ -53,6 +53,12 @@ class RewardModel(Settings):
                 + ("leave label out" if outputs == 1 else f"say which is the reward, label = 0 to {outputs - 1}")
             )
         encoded = [self._token_ids(tokenizer, *pair) for pair in zip(prompts, completions, strict=True)]
+        known, highest = tokenizer.model_vocabulary, max((max(e["input_ids"], default=0) for e in encoded), default=0)
+        if known is not None and highest >= known:
+            raise ModelError(
+                f"the tokenizer in {self.model} belongs to another model: it gives the id {highest:,}, and the reward "
+                f"model has embeddings for {known:,}: copy the model's own tokenizer there"
+            )
         # Neighbours of similar length waste little on padding.
         order = sorted(range(len(encoded)), key=lambda position: len(encoded[position]["input_ids"]))
         rewards = [0.0] * len(encoded)
@@ -111,15 +117,12 @@ def _loaded(name: str, device: str, dtype: str) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    from gradsift.models import load_tokenizer, resolve_device
+    from gradsift.models import load_tokenizer, pretrained, resolve_device
 
     tokenizer = load_tokenizer(name)
     place = resolve_device(device)
     torch_dtype: Any = getattr(torch, dtype) if dtype != "auto" else ("auto" if place != "cpu" else torch.float32)
-    try:
-        model: Any = AutoModelForSequenceClassification.from_pretrained(name, dtype=torch_dtype)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise ModelError(f"the reward model {name} cannot be loaded: {error}") from error
+    model = pretrained(AutoModelForSequenceClassification, name, what="reward model", dtype=torch_dtype)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"

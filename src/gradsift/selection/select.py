@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -11,6 +10,7 @@ import torch
 from pydantic import Field, FiniteFloat
 
 from gradsift.context import Pool
+from gradsift.data.columns import add_columns
 from gradsift.errors import ConfigError, DataError
 from gradsift.gradients.rows import View
 from gradsift.influence.alpagasus import AlpaGasus
@@ -131,18 +131,25 @@ class Selection:
         return len(self.ids)
 
     def lines(self) -> list[str]:
-        """The original rows as JSON lines with `gradsift_score`, `gradsift_rank` and `gradsift_id` added.
+        """The original rows as JSON lines with `gradsift_id`, `gradsift_score` and `gradsift_rank` added at the end.
 
-        A row's own text is kept byte for byte; the three columns are appended to it.
+        A row's own text is kept byte for byte, unless it has columns of these names from an earlier selection: those
+        are then called `gradsift_id_1` and so on.
         """
         assert self.pool is not None
-        result = []
-        for id_, score, rank in zip(self.ids, self.scores, self.ranks, strict=True):
-            raw = self.pool.data.raw(id_).rstrip()
-            extra = f'"gradsift_id": {_json(id_)}, "gradsift_score": {_json(score)}, "gradsift_rank": {rank}'
-            body = raw[:-1].rstrip()
-            result.append(f"{body}{'' if body.endswith('{') else ', '}{extra}}}")
-        return result
+        lines, moved = add_columns(
+            [self.pool.data.raw(id_) for id_ in self.ids],
+            [
+                {"gradsift_id": id_, "gradsift_score": score, "gradsift_rank": rank}
+                for id_, score, rank in zip(self.ids, self.scores, self.ranks, strict=True)
+            ],
+        )
+        if moved:
+            self.pool.reporter.say_once(
+                "the pool's rows have columns of an earlier selection; among what is chosen now they are called "
+                + ", ".join(f"{new} (before: {old})" for old, new in moved.items())
+            )
+        return lines
 
 
 def budget_count(budget: float, available: int) -> int:
@@ -294,7 +301,3 @@ def _transport_rows(scores: Scores) -> tuple[list[int], torch.Tensor, torch.Tens
     if not bool(told.all()):
         known, rows = [position for position, has in zip(known, told.tolist(), strict=True) if has], rows[told]
     return known, rows, queries
-
-
-def _json(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False)

@@ -25,7 +25,7 @@ from gradsift.errors import ConfigError, DataError, MismatchError, ModelError, S
 from gradsift.gradients.adam import adam_direction
 from gradsift.gradients.batching import automatic_token_budget, form_batches
 from gradsift.gradients.folding import Captured
-from gradsift.loss import head_at, pad, token_mean
+from gradsift.loss import head_at, label_weights, pad, supervised_count, token_mean
 from gradsift.settings import Settings
 from gradsift.store.gradient_store import GradientStore
 from gradsift.types import Sequence, TokenizedExample
@@ -40,7 +40,7 @@ class OneStep(Settings):
     lr, betas, eps, weight_decay: AdamW's, with fresh state. `betas` change nothing in a first step but its rounding.
     random_sets: selections of the same size drawn at random, the control of every cell.
     seed: of those draws, and of dropout.
-    dropout: train with the model's dropout, as Compact's authors do; it needs the step to be taken for real.
+    dropout: train with the model's dropout, as a trainer does; it needs the step to be taken for real.
     float32: run the model in float32 even where the pool's dtype is narrower, whose rounding hides a step of 1e-5.
     """
 
@@ -211,16 +211,16 @@ class StepModel:
     def trained_on(self, examples: SequenceABC[TokenizedExample]) -> Iterator[None]:
         """The model after one real AdamW step on the examples as one batch.
 
-        The loss is the mean over all supervised tokens of the batch, so longer answers weigh more.
+        The loss is Σ w_t·NLL_t over the batch by the number of its supervised tokens, so longer answers weigh more.
 
         Raises:
             DataError: the batch has no supervised token.
         """
-        total = sum(int(example.supervised.sum()) for example in examples)
+        total = sum(map(supervised_count, examples))
         if not total:
             raise DataError("the batch has no supervised token to train on")
         sequences = [
-            Sequence(row, example.token_ids, example.supervised.astype(np.float32) / np.float32(total))
+            Sequence(row, example.token_ids, label_weights(example) / np.float32(total))
             for row, example in enumerate(examples)
         ]
         options = self.settings

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -199,35 +200,53 @@ def _from_torch(content: Any, parameters: Mapping[str, tuple[int, ...]], path: P
 
 
 def _indexed(content: Any, parameters: Mapping[str, tuple[int, ...]], path: Path) -> list[tuple[str, int]]:
-    """(name, index) pairs of an optimizer state whose parameters have numbers only.
+    """(name, index) pairs of an optimizer state whose parameters have numbers.
 
-    Trainer makes two groups, with weight decay and without, each in the model's order. Which parameters it put in the
-    second has changed over its versions, so each rule is tried, and one counts only if sizes and shapes fit.
+    Where the groups say the names of their parameters, those count. Else every known way of forming groups is tried,
+    and one counts only if sizes and shapes fit.
     """
-    groups = [list(group.get("params", ())) for group in content.get("param_groups", ())]
-    sizes = [len(group) for group in groups]
-    wanted = MismatchError(
-        f"optimizer state {path} has {sum(sizes)} parameters in groups of {sizes}, the adapter {len(parameters)} "
-        "trained ones whose shapes do not fit that: it belongs to another adapter, or its optimizer was not made by "
-        "Trainer (with weight decay, without). Use the folder that Trainer saved, or score with --optimizer sgd"
-    )
-    filled = [group for group in groups if group]
-    if sum(sizes) != len(parameters) or len(filled) > 2:
-        raise wanted
-    by_name = [name for name in parameters if _NO_DECAY.search(name.lower())]
-    vectors = [n for n, shape in parameters.items() if len(shape) == 1 and ".lora_" not in n]  # nn.LayerNorm's weights
-    rules = [by_name, [*by_name, *vectors], [n for n in parameters if "bias" in n]]
-    for rule in rules:
-        no_decay = set(rule)
-        order = [[n for n in parameters if n not in no_decay], [n for n in parameters if n in no_decay]]
-        if len(filled) == 1:
-            order = [list(parameters)]
-        if [len(names) for names in order if names] != [len(group) for group in filled]:
+    groups = [group for group in content.get("param_groups", ()) if group.get("params")]
+    if groups and all("param_names" in group for group in groups):
+        return [
+            (_plain_name(name), index)
+            for group in groups
+            for name, index in zip(group["param_names"], group["params"], strict=True)
+        ]
+    sizes = [len(group["params"]) for group in groups]
+    numbers = [index for group in groups for index in group["params"]]
+    for partition in _partitions(parameters):
+        filled = [names for names in partition if names]
+        if [len(names) for names in filled] != sizes:
             continue
-        pairs = list(zip((n for names in order for n in names), (i for group in filled for i in group), strict=True))
+        pairs = list(zip((name for names in filled for name in names), numbers, strict=True))
         if all(_fits(content["state"].get(index), parameters[name]) for name, index in pairs):
             return pairs
-    raise wanted
+    raise MismatchError(
+        f"optimizer state {path} has {sum(sizes)} parameters in groups of {sizes}, the adapter {len(parameters)} "
+        "trained ones whose shapes do not fit that: it belongs to another adapter, or its groups are neither Trainer's "
+        "(with weight decay, without) nor those of LoRA+ (A, embeddings, B). Use the folder that Trainer saved, or "
+        "score with --optimizer sgd"
+    )
+
+
+def _partitions(parameters: Mapping[str, tuple[int, ...]]) -> Iterator[list[list[str]]]:
+    """How optimizers cut trained parameters into groups, each in the model's order.
+
+    Trainer makes two, with weight decay and without; which parameters it spares has changed over its versions. PEFT's
+    `create_loraplus_optimizer` makes four: A and what else has no other place, LoRA of embeddings, B with decay, B
+    without.
+    """
+    by_name = [name for name in parameters if _NO_DECAY.search(name.lower())]
+    vectors = [n for n, shape in parameters.items() if len(shape) == 1 and ".lora_" not in n]  # nn.LayerNorm's weights
+    spared = [set(by_name), {*by_name, *vectors}, {n for n in parameters if "bias" in n}]
+    yield [list(parameters)]
+    for no_decay in spared:
+        yield [[n for n in parameters if n not in no_decay], [n for n in parameters if n in no_decay]]
+    embedding = [n for n in parameters if ".lora_embedding_" in n]
+    b = [n for n, shape in parameters.items() if n not in embedding and ("lora_B" in n or len(shape) == 1)]
+    a = [n for n in parameters if n not in embedding and n not in b]
+    for no_decay in spared:
+        yield [a, embedding, [n for n in b if n not in no_decay], [n for n in b if n in no_decay]]
 
 
 def _fits(entry: Any, shape: tuple[int, ...]) -> bool:
@@ -248,29 +267,36 @@ def _learning_rate(folder: Path) -> float | None:
 
     From Trainer's log it is the mean over the entries of the last epoch: exact with logging_steps=1.
     """
-    for name, rate_in in ((INFO_FILE, _rate_of_info), ("trainer_state.json", _rate_of_trainer)):
+    for name, rates_in in ((INFO_FILE, _rates_of_info), ("trainer_state.json", _rates_of_trainer)):
         path = folder / name
         if path.is_file():
             content = _read_json(path)
             try:
-                return rate_in(content)
+                rates = rates_in(content)
             except (TypeError, ValueError, AttributeError, OverflowError) as error:
                 raise CorruptError(
                     f"{path} is damaged (its learning rates cannot be read: {error}): copy it again, or train again"
                 ) from error
+            wrong = [rate for rate in rates if not 0 <= rate < math.inf]
+            if wrong:
+                raise CorruptError(
+                    f"{path} holds the learning rate {wrong[0]}, and checkpoints are weighted by theirs: wanted "
+                    "numbers of at least 0. Correct the file, or remove it from all checkpoints, which then weigh the "
+                    "same"
+                )
+            return sum(rates) / len(rates) if rates else None
     return None
 
 
-def _rate_of_info(info: dict[str, Any]) -> float | None:
+def _rates_of_info(info: dict[str, Any]) -> list[float]:
     rate = info.get("learning_rate")
-    return None if rate is None else float(rate)
+    return [] if rate is None else [float(rate)]
 
 
-def _rate_of_trainer(state: dict[str, Any]) -> float | None:
+def _rates_of_trainer(state: dict[str, Any]) -> list[float]:
     last = state.get("epoch") or 0
     log = [e for e in state.get("log_history", []) if e.get("learning_rate") is not None and "epoch" in e]
-    rates = [float(e["learning_rate"]) for e in log if last - 1 < e["epoch"] <= last]
-    return sum(rates) / len(rates) if rates else None
+    return [float(e["learning_rate"]) for e in log if last - 1 < e["epoch"] <= last]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from torch import Tensor, nn
+
+from gradsift.adapters import attach_adapter, shared_weights
 from gradsift.errors import ConfigError, ModelError
 from gradsift.models import (
     QUANTISED,
     DtypeName,
     adapter_identity,
-    attach_adapter,
     load_model,
     load_tokenizer,
     model_identity,
@@ -62,10 +66,13 @@ def merge(model: str, adapter: str, folder: str | Path, *, dtype: DtypeName = "a
     if storage.exists(mark) and read_json(storage, mark).get("config") == config:
         return path
     release_models()  # merging changes the base: it takes one of its own
-    attached = attach_adapter(load_model(model, dtype=dtype, device=device), adapter)
+    base = load_model(model, dtype=dtype, device=device)
+    tied = shared_weights(base)
+    attached = attach_adapter(base, adapter)
+    _part(base, tied)
     try:
         merged = attached.merge_and_unload(safe_merge=True)
-    except ValueError as error:
+    except (ValueError, NotImplementedError) as error:
         raise ModelError(f"cannot merge {adapter} into {model}: {error}") from error
 
     def write(temporary: Path) -> None:
@@ -75,3 +82,15 @@ def merge(model: str, adapter: str, folder: str | Path, *, dtype: DtypeName = "a
 
     storage.publish_folder(path.name, write)
     return path
+
+
+def _part(model: Any, tied: Callable[[Tensor], bool]) -> None:
+    """Give weights that modules share memory of their own where an adapter is for one of them or made them share it."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    adapted = {id(layer.get_base_layer()) for layer in model.modules() if isinstance(layer, BaseTunerLayer)}
+    shared = shared_weights(model)
+    for module in model.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            if shared(weight) and (id(module) in adapted or not tied(weight)):
+                setattr(module, name, nn.Parameter(weight.detach().clone(), requires_grad=False))

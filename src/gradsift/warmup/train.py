@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
@@ -130,6 +130,7 @@ def warm_up(
     device: str = "auto",
     seed: int = 0,
     reporter: Reporter | None = None,
+    check: Callable[[Any], None] | None = None,
 ) -> list[Checkpoint]:
     """Train on a uniform sample of the pool; one checkpoint per epoch, in order. See `train`.
 
@@ -152,6 +153,7 @@ def warm_up(
         seed=seed,
         what="warm-up",
         reporter=reporter,
+        check=check,
     )
 
 
@@ -167,6 +169,7 @@ def train(
     seed: int = 0,
     what: str = "warm-up",
     reporter: Reporter | None = None,
+    check: Callable[[Any], None] | None = None,
 ) -> list[Checkpoint]:
     """Train a fresh LoRA adapter on the examples; one checkpoint per epoch, in order.
 
@@ -185,6 +188,7 @@ def train(
         seed: of the adapter's A matrices, the order of the examples, and dropout.
         what: the word for this training in messages.
         reporter: where progress goes.
+        check: given the network before its first step; what it raises ends the training.
 
     Returns:
         Checkpoints whose `learning_rate` η̄ is the mean of the rates of the epoch's optimizer steps.
@@ -200,7 +204,10 @@ def train(
     config = training_config(data, ids, settings, model=model, dtype=dtype, seed=seed)
     prefix = run.prefix("checkpoints", config)
     form = _Adapters(run, prefix, settings, seed, model, dtype, device)
-    train_as(form, run, prefix, config, data, ids, settings, seed=seed, what=what, reporter=reporter or silent())
+    train_as(
+        form, run, prefix, config, data, ids, settings,
+        seed=seed, what=what, reporter=reporter or silent(), check=check,
+    )  # fmt: skip
     return [_checkpoint(run, prefix, epoch) for epoch in range(1, settings.epochs + 1)]
 
 
@@ -248,6 +255,7 @@ def train_as(
     seed: int,
     what: str,
     reporter: Reporter,
+    check: Callable[[Any], None] | None = None,
 ) -> None:
     """Train what is missing of all epochs, in the form asked for; see `train`."""
     finished = form.finished()
@@ -267,7 +275,7 @@ def train_as(
     if finished < settings.epochs:
         _warn_of_little(settings, -(-len(ids) // batch_size), what, reporter)
         positions = data.positions(sorted(ids))
-        _Job(run, prefix, data, positions, settings, seed, batch_size, what, reporter, form).train(finished)
+        _Job(run, prefix, data, positions, settings, seed, batch_size, what, reporter, form, check).train(finished)
     run.storage.delete(f"{prefix}{_PARTIAL}")
     form.complete()
     run.complete(prefix, "checkpoints", config, examples=len(ids), batch_size=batch_size, what=what)
@@ -415,10 +423,11 @@ class _Job:
         what: str,
         reporter: Reporter,
         form: Form,
+        check: Callable[[Any], None] | None,
     ) -> None:
         self.run, self.prefix, self.data, self.positions, self.form = run, prefix, data, positions, form
         self.settings, self.seed, self.batch_size = settings, seed, batch_size
-        self.what, self.reporter = what, reporter
+        self.what, self.reporter, self.check = what, reporter, check
         self.steps_per_epoch = -(-len(positions) // batch_size)
         self._order: tuple[int, Any] = (-1, None)
         self._saved_at, self._save_cost = time.monotonic(), 0.0
@@ -435,21 +444,22 @@ class _Job:
             self.reporter.say(f"{self.what}: going on after {within}")
         seen = epoch * len(self.positions) + step * self.batch_size
         self.run.path(self.prefix).mkdir(parents=True, exist_ok=True)
-        with (
-            self.form.network(finished) as model,
-            self.reporter.stage(f"{self.what}: training", self.settings.epochs * len(self.positions) - seen) as advance,
-        ):
-            run_steps(
-                model,
-                self.batch,
-                total_steps=self.settings.epochs * self.steps_per_epoch,
-                settings=self.settings,
-                seed=self.seed,
-                folder=str(self.run.path(self.prefix)),
-                state=state,
-                on_rows=advance,
-                on_step=self.after_step,
-            )
+        rows = self.settings.epochs * len(self.positions) - seen
+        with self.form.network(finished) as model:
+            if self.check is not None:
+                self.check(model)
+            with self.reporter.stage(f"{self.what}: training", rows) as advance:
+                run_steps(
+                    model,
+                    self.batch,
+                    total_steps=self.settings.epochs * self.steps_per_epoch,
+                    settings=self.settings,
+                    seed=self.seed,
+                    folder=str(self.run.path(self.prefix)),
+                    state=state,
+                    on_rows=advance,
+                    on_step=self.after_step,
+                )
 
     def batch(self, step: int) -> list[TokenizedExample]:
         """The examples of an optimizer step; each epoch has its own order, drawn from (seed, epoch)."""
@@ -479,7 +489,8 @@ class _Job:
             raise ModelError(
                 f"{self.what}: epoch {epoch} taught the {self.form.learner} nothing: {len(state.rates)} optimizer "
                 f"steps at a mean learning rate of {rate:g}{self.form.why_not}. Train on more than "
-                f"{len(self.positions)} examples, or set warmup_ratio to 0, so that no epoch runs at rate 0"
+                f"{len(self.positions)} examples, or with warmup_ratio 0 (--warmup-ratio of `train`), so that no epoch "
+                "runs at rate 0"
             )
         loss = state.loss_sum / len(self.positions)
         info = {"epoch": epoch, "learning_rate": rate, "steps": state.step, "loss": loss}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import math
-import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceABC
@@ -22,6 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
+from gradsift.adapters import BareModel, own_randomness
 from gradsift.errors import ModelError
 from gradsift.loss import SupervisedHead, head_at, pad, token_mean
 from gradsift.memory import give_back_memory
@@ -65,41 +65,13 @@ def adapter_on(base: Any, settings: Training, seed: int) -> Iterator[Any]:
     Raises:
         ModelError: the target modules are not there.
     """
-    modules = dict(base.named_modules())
-    training = {name: module.training for name, module in modules.items()}
-    trainable = {name: parameter.requires_grad for name, parameter in base.named_parameters()}
-    attributes, config = set(vars(base)), dict(vars(base.config))
+    bare = BareModel(base)
     try:
         with own_randomness():
             torch.manual_seed(seed)
             yield _wrap(base, settings)
     finally:
-        # By the list made before, not by PEFT's unload, which needs an adapter that was wholly attached.
-        for name, module in modules.items():
-            parent, _, child = name.rpartition(".")
-            if name and getattr(modules[parent], child) is not module:
-                setattr(modules[parent], child, module)
-            module.training = training[name]
-        for name, parameter in base.named_parameters():
-            parameter.requires_grad_(trainable[name])
-            parameter.grad = None
-        for name in set(vars(base)) - attributes:
-            delattr(base, name)
-        vars(base.config).clear()
-        vars(base.config).update(config)
-
-
-@contextmanager
-def own_randomness() -> Iterator[None]:
-    """Inside, random numbers are ours to seed; outside, every generator goes on as if nothing had happened."""
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
+        bare.restore()
 
 
 @contextmanager
@@ -125,16 +97,16 @@ def _wrap(base: Any, settings: Training) -> Any:
         targets = found[0] if found else known
     if targets is None:
         raise ModelError(
-            f"{type(base).__name__} has no q_proj and PEFT knows no default modules for it: name target_modules, "
-            f"of {', '.join(sorted(linears))}"
+            f"{type(base).__name__} has no q_proj and PEFT knows no default modules for it: name some with "
+            f"--lora-modules (target_modules in Python and recipes), of {', '.join(sorted(linears))}"
         )
     names = targets if isinstance(targets, str) else sorted(targets)
     adapted = [linears[name] for name in names if name in linears] if not isinstance(names, str) else []
     missing = [] if isinstance(names, str) else [name for name in names if name.rpartition(".")[2] not in linears]
     if missing:
         raise ModelError(
-            f"{type(base).__name__} has no linear module named {', '.join(missing)}: choose target_modules "
-            f"of {', '.join(sorted(linears))}, or leave them out"
+            f"{type(base).__name__} has no linear module named {', '.join(missing)}: choose --lora-modules "
+            f"(target_modules in Python and recipes) of {', '.join(sorted(linears))}, or leave the option out"
         )
     alpha = settings.alpha
     lora = LoraConfig(

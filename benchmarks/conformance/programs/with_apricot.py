@@ -1,24 +1,19 @@
-"""Picks of apricot, a published submodular-selection package, on one seeded instance: what our tests expect of ours.
+"""Picks of apricot, a package for submodular selection; run where it is installed.
 
-    python -m venv .cache/peers/apricot
-    .cache/peers/apricot/bin/pip install apricot-select==0.6.1 scikit-learn
-    .cache/peers/apricot/bin/python benchmarks/peers/facility_location.py
-
-prints the JSON that `tests/selection/apricot_picks.json` holds. Nothing of gradsift is imported. apricot computes the
-similarity (`metric="cosine"`, which is cos²) or is given it, and all gains; at λ = 1 its own lazy and naive optimizers
-pick, otherwise an optimizer of a few lines that takes the greatest (gain + 1)^λ / cost^(1−λ) (Compact, equation 4).
-Picks end before the first tie (two that cover nobody but each other gain the same), which apricot decides by rounding.
+It computes the similarity (`metric="cosine"`, which is cos²) or is given it, and all gains; at λ = 1 its own lazy and
+naive optimizers pick, otherwise an optimizer of a few lines that takes the greatest (gain + 1)^λ / cost^(1−λ) (Compact,
+equation 4). Picks end before the first tie (two that cover nobody but each other gain the same), which apricot decides
+by rounding.
 """
 
 from __future__ import annotations
 
-import json
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 from apricot import FacilityLocationSelection
 from apricot.optimizers import BaseOptimizer
+from recording import record
 
 SEED, CANDIDATES, DIM, BUDGET = 20, 100, 6, 25
 
@@ -65,13 +60,10 @@ def main() -> None:
                 own = [picks(X, metric, optimizer)[: len(chosen)] for optimizer in ("lazy", "naive")]
                 assert own == [chosen, chosen], f"apricot's own optimizers pick {own}, not {chosen}"
             found.append({"similarity": similarity, "trade_off": trade_off, "picks": chosen})
-    packages = {name: version(name) for name in ("apricot-select", "numpy", "numba")}
-    print("{")
-    lines = [f'"packages": {json.dumps(packages)}', f'"scores": {json.dumps(scores.astype(int).tolist())}']
-    lines += ['"gradients": [\n' + ",\n".join(json.dumps(row) for row in gradients.astype(int).tolist()) + "\n]"]
-    lines += ['"cases": [\n' + ",\n".join(json.dumps(case) for case in found) + "\n]"]
-    print(",\n".join(lines))
-    print("}")
+    record(
+        {"scores": scores.astype(int).tolist(), "gradients": gradients.astype(int).tolist(), "cases": found},
+        packages=("apricot-select", "numpy", "numba"),
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,491 @@
+"""From a row to a conversation: the row formats in the wild, what their messages say of the loss, and what is not used.
+
+A row becomes messages of role and content, flags that say which of them are learned from, and arguments for the chat
+template. What it holds beside that and a trainer would use is told, so that nothing of it is left out in silence.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, cast
+
+from pydantic import BaseModel, ConfigDict
+
+from gradsift.data.sources import kind_of
+from gradsift.store.manifest import canonical
+from gradsift.types import Flags, Message
+
+# The names the formats in the wild give to their speakers (ShareGPT: human, gpt; OpenAI: the roles themselves).
+_ROLES = {
+    "system": "system",
+    "developer": "developer",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+}
+# What a message may carry beside its text that the loss would silently leave out, or take otherwise.
+_UNSUPPORTED_FIELDS = (
+    *("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking"),
+    *("train_detail", "training_detail"),
+)
+# What it may carry that a template may show, and that it is not handed here.
+_UNUSED_FIELDS = {
+    *("name", "tool_call_id", "tool_responses", "refusal", "recipient", "channel", "prefix", "citations", "documents"),
+    *("image", "images", "audio", "audios", "video", "videos", "file", "files"),
+}
+# Columns that trainers read, and what they would do with them.
+_TRAINER_COLUMNS = {
+    "tools": "tools that the template would show",
+    "functions": "functions that the template would show",
+    "documents": "documents that the template would show",
+    "image": "an image of the conversation",
+    "images": "images of the conversation",
+    "audio": "a sound of the conversation",
+    "audios": "sounds of the conversation",
+    "video": "a video of the conversation",
+    "videos": "videos of the conversation",
+    "chosen": "the answer that is preferred",
+    "rejected": "the answer that is not preferred",
+    "label": "whether the answer is wanted",
+    "kto_tag": "whether the answer is wanted",
+    "weight": "a weight of the row",
+    "sample_weight": "a weight of the row",
+    "input_ids": "token ids",
+    "labels": "labels of tokens",
+    "completion_mask": "labels of tokens",
+    "assistant_masks": "labels of tokens",
+}
+_OPTIONS_COLUMN = "chat_template_kwargs"
+_LEARN_FLAGS = ("train", "training", "loss", "masked")
+_FLAGS = {*_LEARN_FLAGS, "weight"}
+FORMATS = (
+    "`messages` (role, content), `conversations` (from, value), `prompt` with `completion`, "
+    "or `instruction` (with `input`) and `output`"
+)
+_PLACE = re.compile(r"\{([^{}]+)\}")
+
+
+class Columns(BaseModel):
+    """Which columns of the user's rows hold what; a name left `None` means the usual one.
+
+    Naming `messages`, or `prompt`/`completion`, or `instruction`/`input`/`output`/`history` decides the row format;
+    naming only `id` or `system` leaves it to be recognised row by row.
+
+    `prompt` and `completion` may also be a text with columns in braces, which each row fills in; and what lies inside a
+    column is named by its path, `instances.0.input`.
+
+    >>> Columns(prompt="question", completion="answer").prompt
+    'question'
+    >>> columns = Columns(prompt="Title: {title}\\n\\nTL;DR:", completion="summary")
+    >>> read_conversation({"title": "A", "summary": "B"}, columns).messages[0]["content"]
+    'Title: A\\n\\nTL;DR:'
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: str | None = None
+    messages: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    instruction: str | None = None
+    input: str | None = None
+    output: str | None = None
+    history: str | None = None
+    system: str | None = None
+
+    @cached_property
+    def families(self) -> dict[str, str | None]:
+        """The row formats, each with a column that was named for it."""
+        return {
+            "messages": self.messages,
+            "prompt/completion": self.prompt or self.completion,
+            "instruction/input/output/history": self.instruction or self.input or self.output or self.history,
+        }
+
+    @cached_property
+    def named(self) -> frozenset[str]:
+        """All columns that were named."""
+        return frozenset(name for name in self.model_dump().values() if name is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class Unused:
+    """Something of a row that is not used: (reason, detail, part) of `Example.in_part`."""
+
+    reason: str
+    detail: str
+    part: str
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """What a row says: the fields of an `Example` that come from its format."""
+
+    messages: tuple[Message, ...]
+    flags: tuple[Flags | None, ...]
+    options: str
+    unused: tuple[Unused, ...]
+
+
+class BadRowError(Exception):
+    """Why one row cannot be used; `load_examples` turns it into a `Skipped`."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+        self.detail = detail
+
+
+def read_conversation(row: Mapping[str, Any], columns: Columns, *, require_answer: bool = True) -> Conversation:
+    """The conversation that a row holds.
+
+    Raises:
+        BadRowError: it holds none, or one with nothing to learn from where an answer is required.
+    """
+    turns = _turns(row, columns, require_answer)
+    if columns.system is not None and columns.system not in row:
+        raise _missing(row, [columns.system])
+    system = row.get(columns.system or "system")
+    own_system = bool(turns) and isinstance(turns[0], Mapping) and _speaker(turns[0]) == "system"
+    if system not in (None, "") and not own_system:
+        turns = [{"role": "system", "content": system}, *turns]
+    messages, flags = [], []
+    for position, turn in enumerate(turns, start=1):
+        message, flag = _message(turn, position)
+        messages.append(message)
+        flags.append(flag)
+    if not messages:
+        raise BadRowError("no_messages", "the conversation has no messages")
+    learned = any(message["role"] == "assistant" for message in messages) or any(flag and flag.learn for flag in flags)
+    if require_answer and not learned:
+        roles = ", ".join(message["role"] for message in messages[:5])
+        raise BadRowError("no_assistant_turn", f"no assistant turn to learn from (roles found: {roles})")
+    return Conversation(
+        tuple(messages),
+        tuple(flags) if any(flag is not None for flag in flags) else (),
+        _options(row),
+        (*_unused_fields(turns), *_unused_columns(row, columns, messages)),
+    )
+
+
+# --- turns --------------------------------------------------------------------------------------------------------
+
+
+def _turns(row: Mapping[str, Any], columns: Columns, require_answer: bool) -> list[Any]:
+    """Return the row's turns as they are written, whatever its format."""
+    messages, prompt_completion, alpaca = columns.families.values()
+    if messages is not None:
+        return _in_turn(_turn_list(_need(row, messages), messages))
+    if prompt_completion is not None:
+        return _prompt_completion(row, columns.prompt or "prompt", columns.completion or "completion", require_answer)
+    if alpaca is not None:
+        return _alpaca(row, columns, require_answer)
+    for name in ("messages", "conversations"):
+        if row.get(name) is not None:
+            return _in_turn(_turn_list(row[name], name))
+    if row.get("prompt") is not None and (not require_answer or row.get("completion") is not None):
+        return _prompt_completion(row, "prompt", "completion", require_answer)
+    if row.get("instruction") is not None and (not require_answer or row.get("output") is not None):
+        return _alpaca(row, columns, require_answer)
+    raise _missing(row, None)
+
+
+def _prompt_completion(row: Mapping[str, Any], prompt: str, completion: str, require_answer: bool) -> list[Any]:
+    turns = _text_or_turns(_need(row, prompt), "user")
+    places = [] if completion in row else _PLACE.findall(completion)
+    there = any(_value(row, name) is not None for name in places or [completion])
+    answer = _need(row, completion) if require_answer or there else None
+    return turns if answer is None else turns + _text_or_turns(answer, "assistant")
+
+
+def _alpaca(row: Mapping[str, Any], columns: Columns, require_answer: bool) -> list[Any]:
+    instruction = _need(row, columns.instruction or "instruction")
+    extra = _value(row, columns.input or "input")
+    output = columns.output or "output"
+    answer = _need(row, output) if require_answer else _value(row, output)
+    if not isinstance(instruction, str) or not isinstance(extra, str | None):
+        raise BadRowError(
+            "bad_content", f"instruction and input must be text, found {kind_of(instruction)}, {kind_of(extra)}"
+        )
+    text = f"{instruction}\n\n{extra}" if extra else instruction
+    turns = [*_history(row, columns.history or "history"), {"role": "user", "content": text}]
+    return turns if answer is None else [*turns, {"role": "assistant", "content": answer}]
+
+
+def _history(row: Mapping[str, Any], column: str) -> list[Any]:
+    """Earlier turns: pairs of what the user and the assistant said, or messages."""
+    value = _value(row, column)
+    if not _is_something(value):
+        return []
+    turns: list[Any] = []
+    for number, entry in enumerate(_turn_list(value, column), start=1):
+        if isinstance(entry, Mapping):
+            turns.append(entry)
+        elif isinstance(entry, list | tuple) and len(entry) == 2:
+            turns += _in_turn(list(entry))
+        else:
+            raise BadRowError(
+                "bad_messages", f"entry {number} of column {column!r} is {kind_of(entry)}, not a question and an answer"
+            )
+    return turns
+
+
+def _need(row: Mapping[str, Any], column: str) -> Any:
+    """A column's value, or the text whose places in braces the row's columns fill."""
+    if column not in row and _PLACE.search(column):
+        return _PLACE.sub(lambda place: str(_need(row, place[1])), column)
+    value = _value(row, column)
+    if value is None:
+        raise _missing(row, [column])
+    return value
+
+
+def _value(row: Mapping[str, Any], column: str) -> Any:
+    """A column's value, or what lies at a path such as `instances.0.input` inside one; None where there is nothing."""
+    if column in row or "." not in column:
+        return row.get(column)
+    value: Any = row
+    for part in column.split("."):
+        if isinstance(value, Mapping):
+            value = value.get(part)
+        elif isinstance(value, list | tuple) and part.isdecimal() and int(part) < len(value):
+            value = value[int(part)]
+        else:
+            return None
+    return value
+
+
+def _missing(row: Mapping[str, Any], wanted: list[str] | None) -> BadRowError:
+    found = ", ".join(f"{name} (empty)" if value is None else str(name) for name, value in list(row.items())[:20])
+    wish = FORMATS if wanted is None else " and ".join(f"column {name!r}" for name in wanted)
+    return BadRowError("missing_columns", f"wanted {wish}; found {found or 'no columns'}")
+
+
+def _text_or_turns(value: Any, role: str) -> list[Any]:
+    return _turn_list(value, role) if isinstance(value, list | tuple) else [{"role": role, "content": value}]
+
+
+def _turn_list(value: Any, column: str) -> list[Any]:
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        # csv files, and parquet written from them, hold the conversation as JSON text.
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise BadRowError("bad_messages", f"column {column!r} holds text that is not JSON: {error}") from None
+    if not isinstance(value, list | tuple):
+        raise BadRowError("bad_messages", f"column {column!r} is {kind_of(value)}, not a list of messages")
+    return list(value)
+
+
+def _in_turn(turns: list[Any]) -> list[Any]:
+    """Texts alone are said by user and assistant in turn, as in LIMA; other turns are as they are."""
+    if not turns or not all(isinstance(turn, str) for turn in turns):
+        return turns
+    return [{"role": ("user", "assistant")[number % 2], "content": turn} for number, turn in enumerate(turns)]
+
+
+# --- messages -----------------------------------------------------------------------------------------------------
+
+
+def _speaker(turn: Mapping[str, Any]) -> Any:
+    return turn.get("role", turn.get("from"))
+
+
+def _content(turn: Mapping[str, Any]) -> Any:
+    return turn.get("value") if turn.get("content") is None else turn["content"]
+
+
+def _message(turn: Any, position: int) -> tuple[Message, Flags | None]:
+    if not isinstance(turn, Mapping):
+        raise BadRowError("bad_messages", f"message {position} is {kind_of(turn)}, not an object with role and content")
+    speaker = _speaker(turn)
+    role = _ROLES.get(speaker) if isinstance(speaker, str) else None
+    if role is None:
+        known = ", ".join(_ROLES)
+        raise BadRowError("unknown_role", f"message {position} has the role {speaker!r}; known are {known}")
+    for name in _UNSUPPORTED_FIELDS:
+        if turn.get(name):
+            raise BadRowError(
+                "unsupported_field", f"message {position} carries {name!r}, which would be left out of the loss"
+            )
+    content = _text(_content(turn), position)
+    if role == "assistant" and not content.strip():
+        raise BadRowError("empty_answer", f"message {position} is an assistant turn without text")
+    return {"role": role, "content": content}, _flags(turn, position)
+
+
+def _text(content: Any, position: int) -> str:
+    if isinstance(content, list | tuple):
+        content = "".join(_part_text(part, position) for part in content)
+    if not isinstance(content, str):
+        raise BadRowError("bad_content", f"the content of message {position} is {kind_of(content)}, not text")
+    if not content.isascii():
+        _check_unicode(content, f"message {position}")
+    return content
+
+
+def _part_text(part: Any, position: int) -> str:
+    if isinstance(part, str):
+        return part
+    if isinstance(part, Mapping) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
+        return cast(str, part["text"])
+    kind = repr(part.get("type")) if isinstance(part, Mapping) else kind_of(part)
+    raise BadRowError(
+        "unsupported_content", f"message {position} has a content part of type {kind}; only text is supported"
+    )
+
+
+def _check_unicode(text: str, what: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise BadRowError(
+            "bad_unicode", f"{what} holds half of a surrogate pair, which no tokenizer can read"
+        ) from None
+
+
+# --- flags --------------------------------------------------------------------------------------------------------
+
+
+def _flags(turn: Mapping[str, Any], position: int) -> Flags | None:
+    """What the message says of its part in the loss: `train`, `training`, `loss`, `masked` (the opposite), `weight`."""
+    if not _FLAGS & turn.keys():
+        return None
+    said: dict[str, bool] = {}
+    for name in _LEARN_FLAGS:
+        value = _truth(turn.get(name))
+        if value is None and _is_something(turn.get(name)):
+            raise BadRowError(
+                "bad_flags", f"message {position} has {name} {_short(turn[name])}, which is neither true nor false"
+            )
+        if value is not None:
+            said[f"{name} {json.dumps(value)}"] = not value if name == "masked" else value
+    weight = _number(turn.get("weight"))
+    if weight is None and _is_something(turn.get("weight")):
+        raise BadRowError(
+            "bad_flags", f"message {position} has the weight {_short(turn['weight'])}: wanted a number of at least 0"
+        )
+    votes = said if weight is None else said | {f"weight {weight:g}": weight > 0}
+    if len(set(votes.values())) > 1:
+        raise BadRowError("bad_flags", f"message {position} contradicts itself: {', '.join(votes)}")
+    if not votes:
+        return None
+    # A weight of 0 leaves a turn out, whoever speaks. One above 0 scales what is learned, and says not whether it is.
+    learn = next(iter(said.values()), False if weight == 0 else None)
+    return Flags(learn, weight if weight else None)
+
+
+def _truth(value: Any) -> bool | None:
+    """True and false, as JSON, numbers and csv files write them; None for anything else."""
+    if isinstance(value, str):
+        value = {"true": True, "false": False, "1": True, "0": False}.get(value.strip().lower())
+    return bool(value) if isinstance(value, bool | int | float) and value in (0, 1) else None
+
+
+def _number(value: Any) -> float | None:
+    """A finite number of at least 0, also as text; None for anything else."""
+    if isinstance(value, str):
+        truth = _truth(value)
+        try:
+            value = float(value) if truth is None else truth
+        except ValueError:
+            return None
+    usable = isinstance(value, bool | int | float) and math.isfinite(value) and value >= 0
+    return float(value) if usable else None
+
+
+def _short(value: Any) -> str:
+    return f"{value!r:.60}"
+
+
+def _is_something(value: Any) -> bool:
+    """Whether a field says anything: not null or NaN, and not an empty text, list or object, nor one as text."""
+    if isinstance(value, str):
+        return value.strip() not in ("", "[]", "{}", "null")
+    empty = isinstance(value, list | tuple | Mapping) and not value
+    return not (value is None or empty or (isinstance(value, float) and math.isnan(value)))
+
+
+# --- what is not used ---------------------------------------------------------------------------------------------
+
+
+def _options(row: Mapping[str, Any]) -> str:
+    """The row's own arguments for the template, as canonical JSON; "" for none."""
+    value: Any = row.get(_OPTIONS_COLUMN)
+    if not _is_something(value):
+        return ""
+    try:
+        value = json.loads(value) if isinstance(value, str) else value
+        kept = {name: entry for name, entry in value.items() if entry is not None}  # null: what only other rows have
+        return canonical(kept) if kept else ""
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise BadRowError("bad_options", f"{_OPTIONS_COLUMN} is no object that JSON can hold: {error}") from None
+
+
+def _unused_fields(turns: list[Any]) -> Iterator[Unused]:
+    for position, turn in enumerate(turns, start=1):
+        for name in turn:
+            if name in _UNUSED_FIELDS and _is_something(turn[name]):
+                detail = f"message {position} has {name} {_short(turn[name])}, which is not handed to the chat template"
+                yield Unused("field_not_used", detail, f"field {name} of a message not used")
+        both = turn.get("content"), turn.get("value")
+        if None not in both and both[0] != both[1]:
+            detail = f"message {position} has content and value, of which the content is used"
+            yield Unused("field_not_used", detail, "field value of a message not used")
+
+
+def _unused_columns(row: Mapping[str, Any], columns: Columns, messages: list[Message]) -> Iterator[Unused]:
+    for name in row:
+        if name in _TRAINER_COLUMNS and name not in columns.named and _matters(name, row):
+            detail = f"column {name} ({_TRAINER_COLUMNS[name]}) is not used: {_short(row[name])}"
+            yield Unused("column_not_used", detail, _not_used(name))
+    shown = [message["content"] for message in messages]
+    rivals: list[tuple[str, ...]] = [(columns.system or "system",)]
+    if not any(columns.families.values()):  # where the user named none, the first format that fits was taken
+        rivals += [("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "output"), ("history",)]
+    for rival in rivals:
+        if not all(_is_something(row.get(name)) for name in rival):
+            continue
+        texts = (text for name in rival for text in _texts(row[name]))
+        missing = next((text for text in texts if not any(text.strip() in content for content in shown)), None)
+        if missing is not None:
+            name = " and ".join(rival)
+            detail = f"column {name} is not used, and says what the conversation does not: {_short(missing)}"
+            yield Unused("column_not_used", detail, _not_used(name))
+
+
+def _not_used(column: str) -> str:
+    return f"column {column} not used"
+
+
+def _matters(name: str, row: Mapping[str, Any]) -> bool:
+    """Whether a trainer that reads this column would do something else for it."""
+    value = row[name]
+    if name in ("weight", "sample_weight"):
+        return _is_something(value) and _number(value) != 1
+    if name == "label":  # of prompt and completion, as in KTO; elsewhere it is a class, the user's own
+        return value is False and "completion" in row
+    return value is False if name == "kto_tag" else _is_something(value)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text that a column says, in whatever format of a conversation."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with suppress(ValueError):
+            value = json.loads(value)
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _texts(value.get("text") if _content(value) is None else _content(value))
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            yield from _texts(entry)

@@ -1,0 +1,143 @@
+"""What of a row becomes its conversation, and what of it a trainer would use is not used."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gradsift.data.load import Columns, Loaded, load_examples
+
+CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+
+
+def said(loaded: Loaded) -> list[tuple[str, str]]:
+    return [(message["role"], message["content"]) for message in loaded.examples[0].messages]
+
+
+def unused(row: dict[str, Any], columns: Columns | None = None) -> list[str]:
+    return [part.part for part in load_examples([row], columns=columns).examples[0].unused]
+
+
+@pytest.mark.parametrize(
+    "history",
+    [
+        [["a", "b"], ["c", "d"]],
+        [("a", "b"), ("c", "d")],
+        '[["a", "b"], ["c", "d"]]',
+        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, ["c", "d"]],
+    ],
+)
+def test_the_history_of_alpaca_rows_comes_first(history: Any) -> None:
+    """Pairs of questions and answers, or messages, are turns before the instruction; the system text before them."""
+    row = {"instruction": "e", "input": "f", "output": "g", "system": "S", "history": history}
+    turns = ["a", "b", "c", "d", "e\n\nf", "g"]
+    wanted = [("system", "S"), *((("user", "assistant")[n % 2], text) for n, text in enumerate(turns))]
+    assert said(load_examples([row])) == wanted
+    named = {"instruction": "e\n\nf", "output": "g", "system": "S", "before": history}
+    assert said(load_examples([named], columns=Columns(history="before"))) == wanted
+    assert not unused(row)
+
+
+@pytest.mark.parametrize("history", [None, [], "", "[]"])
+def test_an_empty_history_is_none(history: Any) -> None:
+    """Rows without earlier turns are as they were."""
+    assert len(said(load_examples([{"instruction": "a", "output": "b", "history": history}]))) == 2
+
+
+TRAINERS: list[tuple[str, Any]] = [
+    ("tools", [{"name": "f"}]),
+    ("tools", '[{"name": "f"}]'),
+    ("functions", [{"name": "f"}]),
+    ("images", ["a.png"]),
+    ("image", {"bytes": "x"}),
+    ("videos", ["a.mp4"]),
+    ("rejected", "no"),
+    ("chosen", [{"role": "assistant", "content": "yes"}]),
+    ("weight", 0.5),
+    ("weight", 0),
+    ("kto_tag", False),
+    ("input_ids", [1, 2]),
+    ("labels", [-100, 2]),
+    ("completion_mask", [0, 1]),
+]
+HARMLESS: list[tuple[str, Any]] = [
+    *[(name, value) for name, _ in TRAINERS for value in (None, "", [], "[]", "null")],
+    *[("weight", 1), ("weight", 1.0), ("weight", "1"), ("label", 3), ("label", "sports"), ("label", False)],
+    *[
+        ("source", "x"),
+        ("skill", "y"),
+        ("output", "z"),
+        ("text", "t"),
+        ("prompt", "p"),
+        ("weight_kg", 3),
+        ("input", "i"),
+    ],
+]
+
+
+@pytest.mark.parametrize(("column", "value"), TRAINERS)
+def test_a_column_that_a_trainer_would_use_is_told(column: str, value: Any) -> None:
+    """Its name is in the account of the row, which is used without it; where the user gave it a meaning it is not."""
+    assert unused({"messages": CHAT, column: value}) == [f"column {column} not used"]
+    assert not unused({"messages": CHAT, column: value}, Columns(id=column))
+
+
+@pytest.mark.parametrize(("column", "value"), HARMLESS)
+def test_a_users_own_column_is_not(column: str, value: Any) -> None:
+    """Empty ones, those that change nothing, and ordinary extra columns are no loss."""
+    assert not unused({"messages": CHAT, column: value})
+
+
+def test_an_unwanted_completion_is_told() -> None:
+    """KTO's label says which completions are not to be learned: those that are, say nothing."""
+    rows = [{"prompt": "a", "completion": "b", "label": label} for label in (True, False)]
+    assert [unused(row) for row in rows] == [[], ["column label not used"]]
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ({"messages": CHAT, "conversations": [{"from": "human", "value": "other"}]}, ["column conversations not used"]),
+        ({"messages": CHAT, "prompt": "Hi", "completion": "Hello"}, []),
+        ({"messages": CHAT, "prompt": "Hi", "completion": "Bye"}, ["column prompt and completion not used"]),
+        ({"messages": CHAT, "instruction": "x", "output": "y"}, ["column instruction and output not used"]),
+        ({"messages": CHAT, "history": [["a", "b"]]}, ["column history not used"]),
+        ({"messages": [{"role": "system", "content": "own"}, *CHAT], "system": "x"}, ["column system not used"]),
+        ({"messages": [{"role": "system", "content": "own"}, *CHAT], "system": "own "}, []),
+        ({"messages": CHAT, "system": "x"}, []),
+    ],
+)
+def test_another_conversation_in_the_row_is_told_where_it_differs(row: dict[str, Any], told: list[str]) -> None:
+    """The first format that fits is taken; what another says beside it is compared, and told if it is nowhere."""
+    assert unused(row) == told
+
+
+@pytest.mark.parametrize("field", ["name", "tool_call_id", "refusal", "images", "audio"])
+def test_a_field_of_a_message_that_means_something_is_told(field: str) -> None:
+    """It is not handed to the template; empty it means nothing, and other fields are the user's own."""
+    assert unused({"messages": [{**CHAT[0], field: "x"}, CHAT[1]]}) == [f"field {field} of a message not used"]
+    assert not unused({"messages": [{**CHAT[0], field: None, "timestamp": 3, "language": "en"}, CHAT[1]]})
+
+
+def test_a_message_with_two_texts_is_told() -> None:
+    """`content` goes before `value`; an empty one gives way."""
+    assert unused({"messages": [{**CHAT[0], "value": "other"}, CHAT[1]]}) == ["field value of a message not used"]
+    row = {"messages": [{"role": "user", "content": None, "value": "Hi"}, CHAT[1]]}
+    assert said(load_examples([row]))[0] == ("user", "Hi")
+    assert not unused(row)
+
+
+VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.lists(st.text(max_size=2))
+
+
+@given(
+    st.dictionaries(st.sampled_from(["train", "training", "loss", "masked", "weight", "name"]), VALUES),
+    st.dictionaries(st.sampled_from(["tools", "weight", "label", "history", "system", "chat_template_kwargs"]), VALUES),
+)
+def test_no_flag_or_column_ends_the_run(flags: dict[str, Any], row: dict[str, Any]) -> None:
+    """Whatever they hold, a row is used or skipped with a reason."""
+    loaded = load_examples([{"messages": CHAT}, {"messages": [CHAT[0], {**CHAT[1], **flags}], **row}])
+    assert len(loaded.examples) + len(loaded.skipped) == 2

@@ -147,8 +147,8 @@ def test_settings_tell_scores_apart(pool: Pool, target: Target) -> None:
 def test_what_methods_read() -> None:
     """The view of the pool's rows and the checkpoints that a method takes them at."""
     assert [pool_view(m) for m in (LESS(), LESS(optimizer="sgd"), BM25(), Random())] == ["adam", "plain", None, None]
-    assert {pool_view(m) for m in (TRAK(), JI2S(optimizer="sgd"))} == {"plain"}
-    by_module = (DataInf(), ProjectedInverse(), TRAK(kernel="segments"), NICEIF())
+    assert {pool_view(m) for m in (TRAK(kernel="whole"), JI2S(optimizer="sgd"))} == {"plain"}
+    by_module = (DataInf(), ProjectedInverse(), TRAK(), NICEIF())
     assert {pool_view(m) for m in by_module} == {"segments"}
     assert [target_view(view) for view in ("plain", "adam", "segments")] == ["plain", "plain", "segments"]
     last = (LESS(checkpoints="last"), TRAK(checkpoints="last"), DataInf(), ProjectedInverse())

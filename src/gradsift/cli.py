@@ -589,7 +589,9 @@ def evaluate(
 @_command(*OF_POOL, "adapter", *OF_WARMUP, *OF_GRADIENTS, *OF_RUN)
 def collect(
     given: dict[str, Any],
-    views: Annotated[str, option("--views", help="adam, plain or adam,plain from one pass.")] = "adam",
+    views: Annotated[
+        str, option("--views", help="Of adam, plain and segments (plain, modules apart), with commas between.")
+    ] = "adam",
     full_sum: Annotated[bool, option("--full-sum", help="Also store each shard's unprojected sum.")] = False,
 ) -> None:
     """Collect the pool's per-example gradients at every checkpoint. Killed, it goes on where it stopped.
@@ -601,12 +603,12 @@ def collect(
     from gradsift.run import Run
 
     wanted: list[Any] = [view.strip() for view in views.split(",") if view.strip()]
-    if not wanted or not set(wanted) <= {"adam", "plain"}:
-        raise ConfigError(f"--views {views!r}: wanted adam, plain or adam,plain")
+    if not wanted or not set(wanted) <= {"adam", "plain", "segments"}:
+        raise ConfigError(f"--views {views!r}: wanted adam, plain or segments, or several with commas between")
     recipe = _recipe(given)
     if full_sum:
         recipe = recipe.model_copy(update={"gradients": recipe.gradients.model_copy(update={"full_sum": True})})
-    found = []
+    found, lines = [], []
     with Run(recipe.out).lock():
         pool = open_recipe(recipe, _reporter(given))
         checkpoints = pool.checkpoints()
@@ -615,6 +617,9 @@ def collect(
                 checkpoint.optimizer_identity()
         for checkpoint in checkpoints:
             for view, store in pool.stores(checkpoint, wanted).items():
+                error = store.measured_error
+                measured = "error not measured: too few rows" if error is None else str(error)
+                lines.append(f"{store.name}  {len(store)} × {store.dim} {view} rows at {checkpoint.name}: {measured}")
                 found.append(
                     {
                         "checkpoint": checkpoint.name,
@@ -623,13 +628,14 @@ def collect(
                         "rows": len(store),
                         "dim": store.dim,
                         "excluded": store.excluded,
+                        "measured_error": None if error is None else error.as_dict(),
                     }
                 )
     if given["as_json"]:
         _print_json(found)
         return
-    for entry in found:
-        print(f"{entry['path']}  {entry['rows']} × {entry['dim']} {entry['view']} rows at {entry['checkpoint']}")
+    for line in lines:
+        print(line)
 
 
 @_command(

@@ -16,13 +16,14 @@ from gradsift.data.sample import RowSample
 from gradsift.errors import ConfigError, DataError
 from gradsift.execution.engine import LOCAL, Engine
 from gradsift.gradients.capture import find_modules
-from gradsift.gradients.collect import Gradients, collect
+from gradsift.gradients.collect import Gradients, collect, known_error
 from gradsift.gradients.rows import View
 from gradsift.gradients.self_check import kept_check
 from gradsift.models import DtypeName, find_adapter, load_tokenizer, model_identity, positions, resolve_device
 from gradsift.progress import Reporter, silent
 from gradsift.run import Run
 from gradsift.store.gradient_store import GradientStore
+from gradsift.store.precision import MeasuredError
 from gradsift.types import Example, Skipped
 from gradsift.warmup.checkpoint import Checkpoint, open_checkpoint
 from gradsift.warmup.train import Warmup, warm_up
@@ -90,6 +91,12 @@ class Pool:
     def stores(self, checkpoint: Checkpoint, views: SequenceABC[View]) -> dict[View, GradientStore]:
         """The pool's gradient stores at a checkpoint, collected now if the run does not hold them."""
         return self.collect(self.data, checkpoint, views, what="pool")
+
+    def measured_error(self, checkpoint: Checkpoint, view: View) -> MeasuredError | None:
+        """Of the pool's gradient store, where the run holds one and it could be measured."""
+        return known_error(
+            self.run, self.data, checkpoint, model=self.model, view=view, settings=self.gradients, dtype=self.dtype
+        )
 
     def collect(
         self, source: Any, checkpoint: Checkpoint, views: SequenceABC[View], *, what: str

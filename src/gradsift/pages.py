@@ -174,7 +174,7 @@ def explanation_page(
         candidates=candidates,
         strategies=strategies,
         budget=5 if 5 in explanations.budgets else explanations.budgets[0],
-        facts={"output": entry.id, "model": pool.model, "pool": pool.data.description, **(facts or {}), **versions()},
+        facts={"output": entry.id, **_facts(explanations), **(facts or {}), **versions()},
         warnings=tuple(warnings),
     )
 
@@ -242,10 +242,19 @@ def relevance_page(
         validated=tuple(points),
         bins=validation.agreement.bins if validation is not None and validation.agreement is not None else (),
         budget=table.sorted_at,
-        facts={"model": pool.model, "pool": pool.data.description, **(facts or {}), **versions()},
+        facts={**_facts(explanations), **(facts or {}), **versions()},
         validation_facts=validation_facts,
         warnings=tuple(warnings),
     )
+
+
+def _facts(explanations: Explanations) -> dict[str, str]:
+    """What every page of explanations says of where they come from."""
+    pool, store = explanations.pool, explanations.store
+    assert pool is not None
+    error = None if store is None else store.measured_error
+    measured = {} if error is None else {"measured on gradients": str(error)}
+    return {"model": pool.model, "pool": pool.data.description, **measured}
 
 
 def _main_order(strategies: SequenceABC[Strategy]) -> Order:

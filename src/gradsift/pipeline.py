@@ -16,7 +16,7 @@ from gradsift.data.account import Account, count_reasons, counts_text
 from gradsift.data.load import load_examples
 from gradsift.errors import ConfigError, DataError
 from gradsift.execution.ray import engine_of
-from gradsift.explanation.explain import check_budgets, explain
+from gradsift.explanation.explain import check_budgets, explain, explained_views
 from gradsift.explanation.outputs import Question, question_of, questions_of
 from gradsift.explanation.table import relevance_table
 from gradsift.influence.diagnostics import check_samples
@@ -194,10 +194,12 @@ def score_all(recipe: Recipe, reporter: Reporter, *, command: str) -> Result:
     write_skipped(pool.run, result.account)
     methods = [recipe.estimator, *(control for control in recipe.controls if control != recipe.estimator)]
     methods = [with_judge(method, recipe.judge) for method in methods]
-    views = {pool_view(method) for method in methods} | ({"plain"} if recipe.explain is not None else set())
-    if views >= {"adam", "plain"}:  # an explanation and some methods need plain rows: the same backward gives both
+    views = {view for method in methods if (view := pool_view(method)) is not None}
+    if recipe.explain is not None:
+        views |= explained_views(recipe.explain.estimators)
+    if len(views) > 1:  # the same backward gives them all
         rows = full_sums(pool) if any(isinstance(m, JI2S) and m.full_space for m in methods) else pool
-        rows.stores(pool.checkpoints()[-1], ["adam", "plain"])
+        rows.stores(pool.checkpoints()[-1], sorted(views))
     result.scores = [score(pool, target, method, aggregation=recipe.aggregation) for method in methods]
     save_tables(pool, result.scores)
     return result

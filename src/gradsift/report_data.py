@@ -15,7 +15,8 @@ from pydantic import TypeAdapter, ValidationError
 from gradsift.context import Pool
 from gradsift.data.account import count_parts, count_reasons
 from gradsift.errors import ConfigError, CorruptError
-from gradsift.explanation.explain import Explanation
+from gradsift.explanation.explain import Explanation, explained_views
+from gradsift.gradients.rows import View
 from gradsift.influence.random import Random
 from gradsift.influence.reliability import Over
 from gradsift.influence.scores import Scores, pool_view
@@ -137,11 +138,15 @@ def report_data(result: Result) -> ReportData:
     if result.explanations is not None:
         count = len(result.explanations.entries)
         summary_lines.append(f"{count} output{'s' * (count != 1)} explained by the training examples behind them")
-    facts["checkpoints"] = ", ".join(_checkpoint_name(c) for c in _known_checkpoints(pool, result)) or "none needed"
+    checkpoints = _known_checkpoints(pool, result)
+    facts["checkpoints"] = ", ".join(_checkpoint_name(c) for c in checkpoints) or "none needed"
     facts["gradients"] = (
         f"{recipe.gradients.modules} modules, {recipe.gradients.projection.kind} projection to "
         f"{recipe.gradients.projection.dim} dimensions, {recipe.gradients.dtype}"
     )
+    for view in _views(result) if checkpoints else ():
+        error = pool.measured_error(checkpoints[-1], view)
+        facts[f"measured on {view} rows"] = "nothing: too few rows" if error is None else str(error)
     facts["seed"] = str(recipe.seed)
     facts["time"] = f"{result.seconds:.0f} s for this call (finished parts are reused)"
     return ReportData(
@@ -269,8 +274,15 @@ def _explained_entry(result: Result, entry: Explanation) -> list[Explained]:
 
 def _known_checkpoints(pool: Pool, result: Result) -> list[Checkpoint]:
     """Checkpoints that were used; never trains any."""
-    gradient_based = any(pool_view(entry.method) for entry in result.scores) or result.explanations
-    return pool.checkpoints() if gradient_based else []
+    return pool.checkpoints() if _views(result) else []
+
+
+def _views(result: Result) -> list[View]:
+    """Views of the pool's gradients that were read at the last checkpoint."""
+    views = {view for entry in result.scores if (view := pool_view(entry.method)) is not None}
+    if result.explanations is not None:
+        views |= explained_views(result.explanations.estimators)
+    return sorted(views)
 
 
 def _checkpoint_name(checkpoint: Checkpoint) -> str:

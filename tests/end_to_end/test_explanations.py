@@ -291,6 +291,8 @@ def test_a_choice_and_an_explanation_share_a_report(tiny: World, tmp_path: Path)
     tiny("select", first, *adapter).succeeded()
     command(tiny, "explain", first, *prompt).succeeded()
     assert "1 output explained" in both(first)
+    assert "measured on gradients" in Page(first / "explanation.html").text
+    assert "measured on plain rows" in Page(first / "report.html").text
     command(tiny, "explain", second, *prompt).succeeded()
     found = tiny("select", second, *adapter, "--json").succeeded().json
     both(second)

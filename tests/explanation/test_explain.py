@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import gradsift.explanation.explain as explain_module
+import gradsift.gradients.collect as collect_module
 from gradsift.context import Pool
 from gradsift.data.load import load_examples
 from gradsift.errors import ConfigError, DataError
@@ -27,6 +28,8 @@ from gradsift.explanation.relevance import (
 )
 from gradsift.explanation.table import gain_over_naive, relevance_table
 from gradsift.generation.local import greedy_output
+from gradsift.gradients.collect import Gradients
+from gradsift.gradients.projection import Projection
 from gradsift.influence.bm25 import BM25
 from gradsift.influence.datainf import DataInf
 from gradsift.influence.less import LESS
@@ -186,6 +189,25 @@ def test_other_rankers_and_strategies(pool: Pool) -> None:
         assert by_key[ranker.label, "FL λ=1", 4][:2] == by_key[ranker.label, "FL λ=1", 2]
     alone = explain(pool, own_answer(8), k=4, estimator=DataInf(damping=0.1), strategies=strategies).entries[0]
     assert alone.results == tuple(r for r in entry.results if r.estimator == rankers[-1].label and r.k == 4)
+
+
+def test_what_estimators_and_relevance_read_comes_from_one_pass(
+    tiny: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DataInf ranks by gradients whose modules lie apart, relevance is that of the plain ones: both are collected at
+    once, of the pool and of the output."""
+    passes: list[set[str]] = []
+    original = collect_module.collect_shard
+
+    def counted(spec: Any, on_rows: Any = None) -> None:
+        passes.append(set(spec.stores))
+        original(spec, on_rows)
+
+    monkeypatch.setattr(collect_module, "collect_shard", counted)
+    gradients = Gradients(projection=Projection(dim=64))
+    pool = tiny.open_pool(tmp_path / "run", adapters=tiny.adapters[-1:], gradients=gradients)
+    explain(pool, own_answer(3), k=2, estimator=DataInf())
+    assert passes == [{"plain", "segments"}] * 2
 
 
 def test_every_strategy_explains(pool: Pool) -> None:

@@ -21,8 +21,9 @@ from gradsift.explanation.batch import relevance_of_choices
 from gradsift.explanation.coefficients import CoefficientModel
 from gradsift.explanation.outputs import Output, OutputSource, Question, answers, question_of
 from gradsift.explanation.relevance import AGGREGATIONS, Aggregation, Relevance, relevance_of_draws, to_db
+from gradsift.gradients.rows import View
 from gradsift.influence.less import LESS
-from gradsift.influence.scores import Ranker, influence_matrix, inputs_of, method_warnings
+from gradsift.influence.scores import Ranker, influence_matrix, inputs_of, method_warnings, pool_view, target_view
 from gradsift.ranks import descending_ranks
 from gradsift.run import revisions
 from gradsift.selection.strategies import (
@@ -304,12 +305,14 @@ def explain(
     if not answered:
         raise DataError(f"no prompt can be explained; first: {failed[0].detail if failed else 'none was given'}")
     source = OutputSource.of(pool, answered)
-    store = pool.stores(checkpoint, ["plain"])["plain"]
+    views = sorted(explained_views(estimators))
+    store = pool.stores(checkpoint, views)["plain"]
     if budgets[-1] > len(store):
         raise ConfigError(
             f"k is {budgets[-1]}, but only {len(store)} examples of the pool have a finite gradient: lower k"
         )
-    gradients = pool.collect(source, checkpoint, ["plain"], what="output")["plain"]
+    of_outputs = sorted({target_view(view) for view in views})
+    gradients = pool.collect(source, checkpoint, of_outputs, what="output")["plain"]
     work = _Work(
         pool, source, store, gradients, estimators, tuple(strategies), budgets, coefficients, candidates, aggregation
     )
@@ -334,6 +337,11 @@ def explain(
     pool.run.publish_text("explanations.jsonl", "".join(lines))
     pool.run.publish_parquet("explanations.parquet", found.table())
     return found
+
+
+def explained_views(estimators: SequenceABC[Ranker]) -> set[View]:
+    """The views that explanations read at the last checkpoint: plain gradients, and what the estimators rank by."""
+    return {"plain", *(view for ranker in estimators if (view := pool_view(ranker)) is not None)}
 
 
 def check_budgets(budgets: SequenceABC[int], available: int, candidates: int = CANDIDATES) -> None:

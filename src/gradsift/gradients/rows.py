@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from gradsift.gradients.adam import AdamDirection
 from gradsift.gradients.batching import Batch, form_batches, sequence_tokens
 from gradsift.gradients.capture import Capture
+from gradsift.gradients.exact import ExactProducts
 from gradsift.gradients.folding import Captured
 from gradsift.gradients.projection import Projector
 from gradsift.loss import to_device
@@ -23,7 +24,8 @@ from gradsift.memory import empty_device_cache, give_back_memory, is_out_of_memo
 from gradsift.sums import row_norms
 from gradsift.types import Sequence
 
-View = Literal["plain", "adam"]
+View = Literal["plain", "adam", "segments"]
+"""What a row is: the gradient, Adam's update direction, or the gradient with columns of its own for each module."""
 
 
 @dataclass
@@ -36,6 +38,7 @@ class ShardRows:
     bad: row → why it must be left out
     full_sums: view → module → `[out in]`, the unprojected sum of the rows that are not bad
     token_budget: of the batches; smaller than was asked for where memory ran out
+    exact: what the rows that were to be measured are before projection; None if there were none
     """
 
     rows: dict[View, Tensor]
@@ -44,6 +47,7 @@ class ShardRows:
     bad: dict[int, str] = field(default_factory=dict)
     full_sums: dict[View, dict[str, Tensor]] = field(default_factory=dict)
     token_budget: int = 0
+    exact: ExactProducts | None = None
 
 
 def gradient_rows(
@@ -55,12 +59,14 @@ def gradient_rows(
     row_count: int,
     token_budget: int,
     views: SequenceABC[View] = ("plain",),
+    by_module: Projector | None = None,
     adam: Mapping[str, AdamDirection] | None = None,
     full_sum: bool = False,
     autocast: torch.dtype | None = None,
     module_groups: int = 1,
     lanes: int = 1,
     checkpointing: bool = False,
+    measured: SequenceABC[int] = (),
     on_rows: Callable[[int], None] | None = None,
 ) -> ShardRows:
     """Projected per-example gradients of a shard.
@@ -69,7 +75,8 @@ def gradient_rows(
     company by rounding only. On a GPU nothing waits for a batch to end before the next one begins.
 
     For a row r with sequences s ∈ r the gradient of module l is `G_r,l = Σ_s ∂(Σ_t w_t·NLL_t)/∂W_l`. The `plain` view
-    stores R_l·G, the `adam` view R_l·Γ(G) with the Adam direction taken before the projection, from the same backward.
+    stores R_l·G, the `adam` view R_l·Γ(G) with the Adam direction taken before the projection, and the `segments` view
+    R_l·G of a projection that keeps modules apart, all from the same backward.
 
     Args:
         model: in any mode; it is evaluated without dropout and left as found.
@@ -79,6 +86,7 @@ def gradient_rows(
         row_count: number of rows of the shard.
         token_budget: padded tokens per batch.
         views: which rows to make.
+        by_module: the projector of the `segments` view.
         adam: per module name, needed for the `adam` view.
         full_sum: also sum the unprojected rows of each view.
         autocast: run the model in this dtype; gradients are accumulated in float32 all the same.
@@ -87,22 +95,30 @@ def gradient_rows(
         lanes: batches that run at once on a CPU, each on its share of the threads: small batches lose up to a fifth of
             the time when all threads share one. Rows depend on the threads of a lane only by rounding.
         checkpointing: run each layer again in the backward pass instead of keeping its activations.
+        measured: rows whose inner products are wanted before projection, too.
         on_rows: told how many rows were done.
 
     Returns:
         Rows of non-finite loss or gradient, and those that do not fit in memory even alone, are zero and in `bad`.
     """
     assert lanes == 1 or projector.device.type == "cpu", (lanes, projector.device)
-    work = (model, modules, projector, row_count, views, adam or {}, full_sum, autocast, module_groups, lanes)
+    projectors: dict[View, Projector] = {view: projector for view in views if view != "segments"}
+    if "segments" in views:
+        assert by_module is not None, views
+        projectors["segments"] = by_module
+    work = (model, modules, projectors, row_count, adam or {}, full_sum, autocast, module_groups, lanes)
+    exact = (
+        ExactProducts(measured, ("plain", "adam") if "adam" in views else ("plain",), projector) if measured else None
+    )
     beside = 0
     if projector.device.type == "cuda":
-        row_bytes = len(views) * projector.dim * projector.dtype.itemsize
+        row_bytes = sum(one.dim * one.dtype.itemsize for one in projectors.values())
         beside = sequence_tokens(model, max(c.out_features * c.in_features for c in modules), row_bytes)
     budget = _Budget(token_budget, beside, projector.device)
-    result = _pass(sequences, budget, *work, checkpointing, on_rows)
+    result = _pass(sequences, budget, *work, checkpointing, exact, on_rows)
     if result.bad and full_sum:  # a non-finite row has spoilt the sums: take them again without it
         kept = [sequence for sequence in sequences if sequence.row not in result.bad]
-        again = _pass(kept, budget, *work, checkpointing, None)
+        again = _pass(kept, budget, *work, checkpointing, None, None)
         result.full_sums = again.full_sums
         result.bad.update(again.bad)
     for row in result.bad:
@@ -153,33 +169,38 @@ def _pass(
     budget: _Budget,
     model: nn.Module,
     modules: SequenceABC[Captured],
-    projector: Projector,
+    projectors: Mapping[View, Projector],
     row_count: int,
-    views: SequenceABC[View],
     adam: Mapping[str, AdamDirection],
     full_sum: bool,
     autocast: torch.dtype | None,
     module_groups: int,
     lanes: int,
     checkpointing: bool,
+    exact: ExactProducts | None,
     on_rows: Callable[[int], None] | None,
 ) -> ShardRows:
-    device, dtype = projector.device, projector.dtype
+    device = next(iter(projectors.values())).device
     result = ShardRows(
-        rows={view: torch.zeros(row_count, projector.dim, device=device, dtype=dtype) for view in views},
+        rows={
+            view: torch.zeros(row_count, projector.dim, device=device, dtype=projector.dtype)
+            for view, projector in projectors.items()
+        },
         norms={},
         loss=torch.zeros(row_count, dtype=torch.float64, device=device),
-        full_sums={view: {} for view in views} if full_sum else {},
+        full_sums={view: {} for view in projectors} if full_sum else {},
+        exact=exact,
     )
-    squares = {view: torch.zeros(row_count, dtype=torch.float64, device=device) for view in views}
+    squares = {view: torch.zeros(row_count, dtype=torch.float64, device=device) for view in projectors}
     size = -(-len(modules) // module_groups)
     groups = [modules[start : start + size] for start in range(0, len(modules), size)]
     # Kronecker rows come from the factors; only Adam directions and sums need the gradient itself.
-    by_factors = projector.projection.kind == "kronecker" and tuple(views) == ("plain",) and not full_sum
+    kinds = {projector.projection.kind for projector in projectors.values()}
+    by_factors = kinds == {"kronecker"} and "adam" not in projectors and not full_sum
     sums = result.full_sums
     for number, group in enumerate(groups):
         with Capture(model, group, autocast=autocast, checkpointing=checkpointing).open() as capture:
-            sinks = [_Sink(projector, views, adam, result, squares, full_sum, number == 0) for _ in range(lanes)]
+            sinks = [_Sink(projectors, adam, result, squares, full_sum, number == 0) for _ in range(lanes)]
 
             def run(lane: int, unit: Unit, stopped: Callable[[], bool], capture: Capture = capture) -> bool:
                 sink = sinks[lane]  # noqa: B023 - used before the next group's
@@ -210,6 +231,8 @@ def _pass(
             for view, modules_ in sink.full_sums.items():
                 for name, total in modules_.items():
                     sums[view][name] = sums[view][name] + total if name in sums[view] else total
+        if exact is not None:
+            exact.add_up()
     result.norms = {view: square.sqrt() for view, square in squares.items()}
     finite_loss = torch.isfinite(result.loss)
     finite_rows = torch.stack(
@@ -289,21 +312,21 @@ class _Sink:
 
     def __init__(
         self,
-        projector: Projector,
-        views: SequenceABC[View],
+        projectors: Mapping[View, Projector],
         adam: Mapping[str, AdamDirection],
         result: ShardRows,
         squares: Mapping[View, Tensor],
         full_sum: bool,
         losses: bool,
     ) -> None:
-        self.projector, self.views, self.adam, self.result, self.squares = projector, views, adam, result, squares
-        self.full_sums: dict[View, dict[str, Tensor]] = {view: {} for view in views} if full_sum else {}
+        self.projectors, self.adam, self.result, self.squares = projectors, adam, result, squares
+        self.device = result.loss.device
+        self.full_sums: dict[View, dict[str, Tensor]] = {view: {} for view in projectors} if full_sum else {}
         self._with_losses = losses
         self._open_row: dict[str, Tensor] = {}  # full-space sums of a row that needs several batches
         self._before: dict[View, dict[str, Tensor]] = {}  # full_sums as they were when the unit began
         self._done: list[Callable[[], object]] = []  # what the unit's batches add to the result
-        self.block: dict[View, Tensor] = {}
+        self.block: dict[tuple[View, torch.device], Tensor] = {}  # a model spread over devices adds up on each
         self._norms: dict[View, list[Tensor]] = {}  # of the batch's rows, module by module
 
     def begin(self) -> None:
@@ -331,13 +354,10 @@ class _Sink:
     def start(self, batch: Batch) -> None:
         """Before a batch."""
         self.batch = batch
-        device, dtype = self.projector.device, self.projector.dtype
-        self.index = to_device(batch.rows, device)
-        self.owner = to_device(batch.owner, device)
-        self.block = {
-            v: torch.zeros(len(batch.rows), self.projector.dim, device=device, dtype=dtype) for v in self.views
-        }
-        self._norms = {v: [] for v in self.views}
+        self.index = to_device(batch.rows, self.device)
+        self.owner = to_device(batch.owner, self.device)
+        self.block = {}
+        self._norms = {view: [] for view in self.projectors}
 
     def end(self, losses: Tensor) -> None:
         """After a batch, with the losses of its sequences."""
@@ -346,8 +366,9 @@ class _Sink:
                 partial(self.result.loss.index_add_, 0, self.index[self.owner], losses.to(self.index.device))
             )
         if self.batch.last:  # the batches of a row before its last one only add to `_open_row`
-            for view in self.views:
-                self._done.append(partial(self.result.rows[view].index_add_, 0, self.index, self.block[view]))
+            for (view, _), block in self.block.items():
+                self._done.append(partial(self.result.rows[view].index_add_, 0, self.index, block.to(self.device)))
+            for view in self.projectors:
                 square = torch.stack([norms.to(self.index.device) for norms in self._norms[view]])
                 square = square.double().square_().sum(0)
                 self._done.append(partial(self.squares[view].index_add_, 0, self.index, square))
@@ -364,29 +385,50 @@ class _Sink:
             if not batch.last:
                 self._open_row[captured.name] = gradients
                 return
-        if "adam" in self.views:
-            self._add("adam", captured.name, self.adam[captured.name](gradients))
-        if "plain" in self.views:
-            self._add("plain", captured.name, gradients)
+        exact = self.result.exact
+        if exact is not None:
+            exact.take(captured.name, "plain", batch.rows, gradients)
+        if "adam" in self.projectors:
+            directions = self.adam[captured.name](gradients)
+            if exact is not None:
+                exact.take(captured.name, "adam", batch.rows, directions)
+            self._add("adam", captured.name, directions, overwrite=True)
+        if "segments" in self.projectors:
+            self._add("segments", captured.name, gradients, overwrite="plain" not in self.projectors)
+        if "plain" in self.projectors:
+            self._add("plain", captured.name, gradients, overwrite=True)
 
-    def _add(self, view: View, name: str, rows: Tensor) -> None:
+    def _add(self, view: View, name: str, rows: Tensor, *, overwrite: bool) -> None:
         self._norms[view].append(row_norms(rows.flatten(1)))
         if self.full_sums:
             total, sums = rows.sum(0), self.full_sums[view]
             sums[name] = sums[name] + total if name in sums else total
-        self.projector.project(name, rows, self.block[view], overwrite=True)
+        self.projectors[view].project(name, rows, self._block(view, rows.device), overwrite=overwrite)
+
+    def _block(self, view: View, device: torch.device) -> Tensor:
+        """What the batch's rows are so far from the modules on a device `[row dim]`."""
+        if (view, device) not in self.block:
+            projector = self.projectors[view]
+            self.block[view, device] = torch.zeros(
+                len(self.batch.rows), projector.dim, device=device, dtype=projector.dtype
+            )
+        return self.block[view, device]
 
     def consume_factors(self, captured: Captured, activations: Tensor, output_gradients: Tensor) -> None:
         """Kronecker: project both factors; ‖Σ_t g_t a_tᵀ‖² = Σ_{t,u} ⟨g_t,g_u⟩⟨a_t,a_u⟩ gives the norm.
 
-        A row of several sequences has no such shortcut for its norm, so its gradient is formed after all.
+        A row of several sequences has no such shortcut for its norm, so its gradient is formed after all, and so is
+        that of a row that is measured.
         """
-        if not self.batch.one_to_one or not self.batch.last or captured.name in self._open_row:
+        exact = self.result.exact
+        wanted = exact is not None and not set(exact.rows).isdisjoint(self.batch.rows)
+        if wanted or not self.batch.one_to_one or not self.batch.last or captured.name in self._open_row:
             self.consume(captured, torch.bmm(output_gradients.transpose(1, 2), activations))
             return
-        segment = self.projector.segment(captured.name)
-        columns = self.block["plain"][:, segment.start : segment.stop]
-        columns += self.projector.project_factors(captured.name, activations, output_gradients).to(columns.device)
         gram = torch.bmm(output_gradients, output_gradients.transpose(1, 2))
         gram.mul_(torch.bmm(activations, activations.transpose(1, 2)))
-        self._norms["plain"].append(gram.double().sum(dim=(1, 2)).clamp_(min=0).sqrt_())
+        norms = gram.double().sum(dim=(1, 2)).clamp_(min=0).sqrt_()
+        for view, projector in self.projectors.items():
+            block = self._block(view, activations.device)
+            projector.project_factors(captured.name, activations, output_gradients, block)
+            self._norms[view].append(norms)

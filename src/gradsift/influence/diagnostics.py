@@ -32,6 +32,7 @@ from gradsift.influence.scores import (
     pool_view,
     strata_of,
     target_rows,
+    target_view,
 )
 from gradsift.store.gradient_store import GradientStore
 from gradsift.warmup.checkpoint import Checkpoint
@@ -201,6 +202,9 @@ class _Resampling:
         self.whole, self.strata, self.looked = whole, strata, looked
         self.scores = torch.zeros(len(looked.ids), len(strata.outputs), 1 + DRAWS)
         self.units = 0
+        view = pool_view(whole.method)
+        assert view is not None, whole.method
+        self._view = target_view(view)  # what the scores are computed from, so that no gradient is taken twice
         self._generator = np.random.default_rng(0)
         self._drawn: dict[str, Tensor] = {}  # of an assistant's responses, which serve all checkpoints
         self._freedom = torch.zeros(len(whole.ids), dtype=torch.float64)
@@ -232,7 +236,7 @@ class _Resampling:
         self._add(parts, checkpoint, weight)
         loss = None
         if whole.target.labels is not None:
-            stores = (pool.collect(source, checkpoint, ["plain"], what="target")["plain"]
+            stores = (pool.collect(source, checkpoint, [self._view], what="target")[self._view]
                       for source in (whole.at(checkpoint), whole.target.labels))  # fmt: skip
             policy, labelled = (target_rows(store, whole.ids) for store in stores)
             loss = cosines(policy, labelled).numpy()  # a prompt without a label is a row of zeros, hence NaN
@@ -243,7 +247,7 @@ class _Resampling:
         rows = {id_: {f"{id_}#{name}": own for name, own in one.rows().items()} for id_, one in samples.items()}
         named = {name: sequences for own in rows.values() for name, sequences in own.items() if sequences}
         source = PolicySource(list(named), tuple(named.values()), self.whole.target.data.template)
-        store: GradientStore = self.whole.pool.collect(source, checkpoint, ["plain"], what="samples")["plain"]
+        store: GradientStore = self.whole.pool.collect(source, checkpoint, [self._view], what="samples")[self._view]
         return {id_: target_rows(store, list(own)) for id_, own in rows.items()}
 
     def _draws(self, id_: str, one: SampleRows) -> Tensor:

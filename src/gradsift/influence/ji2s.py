@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections import defaultdict
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceABC
 from collections.abc import Set as SetABC
@@ -39,8 +40,9 @@ Reduction = Literal["sum", "mean"]
 
 _JOINT_SHARE = 0.99  # of the variance, above which the pairs alone make the ranking
 _BIAS_RATIO = 0.1  # of the projection's bias to the joint term, in spread, above which the term is not to be trusted
-# So many rows' bias tells the spread of all rows' to 2 %, at a fraction of two more products of the pool; single ones
-# would take longer to find on disk than to multiply.
+# So many rows' bias tells the spread of all rows' well enough for a warning (to 2 % if it were normal, which is theory;
+# the warning says on how many rows), at a fraction of two more products of the pool; single ones would take longer to
+# find on disk than to multiply.
 _BIAS_ROWS, _RUN = 2048, 32
 
 
@@ -339,7 +341,8 @@ def joint_warnings(terms: JointTerms, method: JI2S, rank_correlation: float) -> 
         else:
             advice = ": use hessian fisher, or subtract_bias" if ratio > _BIAS_RATIO else ""
             found.append(
-                f"{method.label}: the projection's estimated bias has {ratio:.3g} times the joint term's spread{advice}"
+                f"{method.label}: the projection's estimated bias has {ratio:.3g} times the joint term's spread, on "
+                f"{int(known.sum())} rows{advice}"
             )
     return found
 
@@ -452,15 +455,17 @@ def store_terms(
 
 
 def _projection_strength(store: GradientStore, targets: Tensor) -> Tensor:
-    """D = mean_q ‖v_q,l‖²/k_l on the columns of each segment l, float32 `[dim]`.
+    """D = mean_q ‖v_q,l‖²/k_l on the columns of each segment l, or of all modules that share them, float32 `[dim]`.
 
     Projected by R with k dimensions, ⟨Rx, Rv⟩⟨Ry, Rv⟩ is ⟨x, v⟩⟨y, v⟩ + ‖v‖²⟨x, y⟩/k in expectation, and smaller terms:
     to first order, projecting H adds ⟨Γ_i, D(s − Γ_i)⟩ to the pairs. A segment that is stored whole has no such share.
     """
     strength = torch.zeros(store.dim)
+    entries: dict[tuple[int, int], int] = defaultdict(int)  # by columns, which modules may share
     for segment in store.config["segments"]:
-        start, stop = segment["start"], segment["stop"]
-        if stop - start < math.prod(segment["shape"]):
+        entries[segment["start"], segment["stop"]] += math.prod(segment["shape"])
+    for (start, stop), count in entries.items():
+        if stop - start < count:
             squares = targets[:, start:stop].double().square().sum(dim=1)
             strength[start:stop] = float(squares.mean()) / (stop - start)
     return strength

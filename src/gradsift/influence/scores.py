@@ -252,7 +252,16 @@ def pool_view(method: Method) -> View | None:
     """Which of the pool's rows a method is computed from; None if it takes no gradient."""
     if isinstance(method, BM25 | RDS | DSIR) or not needs_target(method):
         return None
+    if isinstance(method, DataInf | ProjectedInverse | NICEIF) or (
+        isinstance(method, TRAK) and method.kernel == "segments"
+    ):
+        return "segments"
     return "adam" if isinstance(method, LESS | JI2S | NICE) and method.optimizer == "adam" else "plain"
+
+
+def target_view(view: View) -> View:
+    """Which of the targets' rows go with a view of the pool's."""
+    return "segments" if view == "segments" else "plain"
 
 
 def at_last_checkpoint(method: Method) -> bool:
@@ -448,7 +457,8 @@ def influence_matrix(
     used: list[GradientStore] = []
     for checkpoint, source, weight in zip(checkpoints, sources, weights, strict=True):
         store = pool.stores(checkpoint, [view])[view]
-        queries = pool.collect(source, checkpoint, ["plain"], what="target")["plain"]
+        asked = target_view(view)
+        queries = pool.collect(source, checkpoint, [asked], what="target")[asked]
         store.check_comparable(queries)
         used += [store, queries]
         products = _store_products(store, queries, targets.ids, method, weight, pool)

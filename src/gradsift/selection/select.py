@@ -29,6 +29,7 @@ from gradsift.influence.scores import (
     pool_view,
     target_rows,
     target_sources,
+    target_view,
 )
 from gradsift.selection.diverse import Diverse as Diverse
 from gradsift.selection.diverse import diverse_choice
@@ -285,7 +286,8 @@ def _transport_rows(scores: Scores) -> tuple[list[int], torch.Tensor, torch.Tens
     for checkpoint in checkpoints:
         source = sources.at(checkpoint) if isinstance(sources, TargetsByCheckpoint) else sources
         stores.append(pool.stores(checkpoint, [view])[view])
-        of_target.append(pool.collect(source, checkpoint, ["plain"], what="target")["plain"])
+        asked = target_view(view)
+        of_target.append(pool.collect(source, checkpoint, [asked], what="target")[asked])
         stores[-1].check_comparable(of_target[-1])
     known = [position for position, id_ in enumerate(scores.ids) if all(id_ in store for store in stores)]
     ids = [scores.ids[position] for position in known]

@@ -48,19 +48,19 @@ REVISIONS = {
     "data": 1,
     "checkpoints": 1,
     "checks": 1,
-    "gradients": 1,
-    "samples": 1,
+    "gradients": 2,
+    "samples": 2,
     "rewards": 2,  # of responses, kept beside them
     "scores": 2,
     "ratings": 1,
     "embeddings": 1,
-    "curvature": 1,
-    "outputs": 1,
+    "curvature": 2,
+    "outputs": 2,
     "explanations": 1,
-    "validation": 1,
+    "validation": 2,
     "evaluations": 2,
     "times": 1,
-    "merge": 1,  # an adapter merged into its base, in a folder of the user's
+    "merge": 2,  # an adapter merged into its base, in a folder of the user's
 }
 """Revision of each kind's computation: raise it when the same inputs come to give other results.
 

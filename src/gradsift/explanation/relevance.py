@@ -218,7 +218,7 @@ def relevance_of_draws(draws: Sequence[Relevance], *, how: Aggregation = "ratio_
         draws[0].squared_norm,
         math.fsum(draw.squared_error for draw in draws) / len(draws),
         near_zero=all(draw.near_zero for draw in draws),
-        exact=all(draw.capped for draw in draws),
+        exact=any(draw.capped for draw in draws),
     )
 
 

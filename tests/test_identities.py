@@ -648,7 +648,10 @@ def every_address(pool: Pool, address: Address, tmp_path: Path) -> dict[str, str
     (encoder / "modules.json").write_text("{}")
     (tmp_path / "rate.py").write_text("def rate(rows):\n    return [1.0] * len(rows)\n")
     rater = AlpaGasus(rater=FunctionRating(name=str(tmp_path / "rate.py")))
-    work: Any = _Work(pool, None, source, None, (LESS(),), DEFAULT_STRATEGIES, (5,), "MSEProjUSimp", 100)  # type: ignore[arg-type]
+    settings = (DEFAULT_STRATEGIES, (5,), "MSEProjUSimp", 100, "ratio_of_means")
+    work: Any = _Work(pool, None, source, None, (LESS(),), *settings)  # type: ignore[arg-type]
+        pool, None, source, None, (LESS(),), DEFAULT_STRATEGIES, (5,), "MSEProjUSimp", 100, "ratio_of_means"
+    )  # type: ignore[arg-type]
     place = open_model(pool.model, out=pool.run, max_length=64, device="cpu")
     identity = sampler_of(pool, NICE(), checkpoint).identity()
     samples = Samples(pool.run, identity, [Prompt("p", ())], {"p": {0}}, 1)
@@ -735,7 +738,7 @@ def test_fingerprints_of_first_revisions_are_those_without(tmp_path: Path) -> No
     """What was made before there were revisions is found."""
     from gradsift.store.manifest import fingerprint
 
-    assert Run(tmp_path).prefix("gradients", {"a": 1}) == f"gradients/{fingerprint({'kind': 'gradients', 'a': 1})}/"
+    assert Run(tmp_path).prefix("data", {"a": 1}) == f"data/{fingerprint({'kind': 'data', 'a': 1})}/"
 
 
 def test_damaged_adapters_are_said(tmp_path: Path) -> None:

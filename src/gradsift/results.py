@@ -200,13 +200,13 @@ def files_of(result: Result) -> list[str]:
 def remove_outdated(result: Result) -> None:
     """Remove files of earlier results that this one has put others in place of.
 
-    Scores go with the choice by them and what says how far they can be trusted, explanations with their relevance,
-    their validation and their pages. A choice stays where the new scores are those that it was made by.
+    Scores go with what says how far they can be trusted, explanations with their relevance, their validation and their
+    pages. A choice stays: its rows hold their scores.
     """
     storage, made = result.pool.run.storage, {*files_of(result), *result.pages}
     gone: list[str] = []
     if result.scores:
-        gone += ["diagnostics.json"] + ["selected.jsonl"] * (not _still_chosen(result))
+        gone += ["diagnostics.json"]
     if result.explanations is not None:
         gone += ["relevance.json", "validation.json"]
         gone += [name for page in ("explanation", "relevance") for name in (f"{page}.html", f"{page}.page.json")]
@@ -214,19 +214,6 @@ def remove_outdated(result: Result) -> None:
     for key in gone:
         if key not in made and f"{key.removesuffix('.page.json')}.html" not in made:
             storage.delete(key)
-
-
-def _still_chosen(result: Result) -> bool:
-    """Whether the rows of selected.jsonl have the scores and ranks that the estimator gives them now."""
-    storage, scores = result.pool.run.storage, result.scores[0]
-    if not storage.exists("selected.jsonl"):
-        return False
-    known = dict(zip(scores.ids, zip(scores.aggregate.tolist(), scores.ranks().tolist(), strict=True), strict=True))
-    try:
-        rows = [json.loads(line) for line in storage.read("selected.jsonl").decode().splitlines()]
-        return all(known.get(row["gradsift_id"]) == (row["gradsift_score"], row["gradsift_rank"]) for row in rows)
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return False
 
 
 def diagnostics(result: Result) -> dict[str, Any]:

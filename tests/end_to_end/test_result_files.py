@@ -54,8 +54,8 @@ def test_a_later_choice_replaces_what_was_said_of_the_earlier(
     assert set(chance["files"]) == CHOICE == there(tmp_path)
 
 
-def test_other_scores_end_a_choice_and_the_same_do_not(tiny: World, tmp_path: Path) -> None:
-    """`score` keeps a selected.jsonl whose scores it finds again, and removes another method's."""
+def test_other_scores_leave_a_choice_as_it_is(tiny: World, tmp_path: Path) -> None:
+    """`score` lists no selected.jsonl, says nothing of its rows, and leaves it there, whatever the method."""
     own = (*tiny.with_adapters(), "--budget", 4, "--json")
     chosen = tiny("select", tmp_path, *own).succeeded().json
     kept = (tmp_path / "selected.jsonl").read_bytes()
@@ -66,7 +66,8 @@ def test_other_scores_end_a_choice_and_the_same_do_not(tiny: World, tmp_path: Pa
     assert "kept" not in again
     assert len(chosen["selections"][0]["kept"]["targets"]) == 4
     tiny("score", tmp_path, *own[:-3], "--estimator", "bm25").succeeded()
-    assert not (tmp_path / "selected.jsonl").exists()
+    assert read(tmp_path, "diagnostics.json")["method"] == "BM25"
+    assert (tmp_path / "selected.jsonl").read_bytes() == kept
 
 
 def test_an_explanation_and_a_choice_list_their_own(tiny: World, tmp_path: Path) -> None:

@@ -650,8 +650,6 @@ def every_address(pool: Pool, address: Address, tmp_path: Path) -> dict[str, str
     rater = AlpaGasus(rater=FunctionRating(name=str(tmp_path / "rate.py")))
     settings = (DEFAULT_STRATEGIES, (5,), "MSEProjUSimp", 100, "ratio_of_means")
     work: Any = _Work(pool, None, source, None, (LESS(),), *settings)  # type: ignore[arg-type]
-        pool, None, source, None, (LESS(),), DEFAULT_STRATEGIES, (5,), "MSEProjUSimp", 100, "ratio_of_means"
-    )  # type: ignore[arg-type]
     place = open_model(pool.model, out=pool.run, max_length=64, device="cpu")
     identity = sampler_of(pool, NICE(), checkpoint).identity()
     samples = Samples(pool.run, identity, [Prompt("p", ())], {"p": {0}}, 1)

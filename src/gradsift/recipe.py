@@ -6,7 +6,7 @@ import difflib
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError
@@ -25,10 +25,11 @@ from gradsift.explanation.relevance import Aggregation as RelevanceAggregation
 from gradsift.generation.endpoint import Endpoint
 from gradsift.gradients.collect import Gradients
 from gradsift.influence.bm25 import BM25
+from gradsift.influence.estimators import AnyEstimator, AnyRanker
 from gradsift.influence.less import LESS
 from gradsift.influence.random import Random
 from gradsift.influence.ratings import Rater
-from gradsift.influence.scores import Aggregation, Estimator, Ranker
+from gradsift.influence.scores import Aggregation
 from gradsift.models import DtypeName
 from gradsift.rewards.reward import Reward
 from gradsift.selection.select import Selector, TopK
@@ -74,7 +75,7 @@ class Explain(Settings):
     use_answers: bool = False
     sample: int | None = Field(default=None, ge=1)
     k: int | tuple[int, ...] = 5
-    estimators: tuple[Annotated[Ranker, Field(discriminator="kind")], ...] = (DEFAULT_ESTIMATOR,)
+    estimators: tuple[AnyRanker, ...] = (DEFAULT_ESTIMATOR,)
     strategies: tuple[Strategy, ...] = DEFAULT_STRATEGIES
     candidates: int = Field(default=CANDIDATES, ge=1)
     coefficients: CoefficientModel = "MSEProjUSimp"
@@ -109,8 +110,8 @@ class Recipe(Settings):
     warmup: Warmup = Warmup()
     adapter: tuple[str, ...] = ()
     gradients: Gradients = Gradients()
-    estimator: Estimator = LESS()
-    controls: tuple[Estimator, ...] = (BM25(), Random(seed=0))
+    estimator: AnyEstimator = LESS()
+    controls: tuple[AnyEstimator, ...] = (BM25(), Random(seed=0))
     aggregation: Aggregation = "max_of_means"
     selection: Selector = TopK()
     budget: float = Field(default=0.05, gt=0)
@@ -375,7 +376,7 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
 
 
 _METHODS = (
-    *_models(Estimator),
+    *_models(AnyEstimator),
     *_models(Selector),
     *_models(Strategy),
     *_models(Reward),

@@ -74,8 +74,27 @@ def cut(name: str) -> Callable[[Weights], object]:
             lambda w: w.update({f"model.layers.{n}.self_attn.q_proj.bias": torch.ones(16) for n in (0, 1)}),
             r"hold model\.layers\.0\.self_attn\.q_proj\.bias and 1 more weight, for which config.json leaves no place",
         ),
+        (
+            lambda w: w.update({n.replace(".1.", ".2."): v.clone() for n, v in w.items() if ".layers.1." in n}),
+            r"hold model\.layers\.2\.input_layernorm\.weight and 8 more weights, for which config.json leaves no place",
+        ),
+        (
+            lambda w: w.update({"model.layers.0.self_attn.q_norm.weight": torch.ones(8)}),
+            r"hold model\.layers\.0\.self_attn\.q_norm\.weight, for which",
+        ),
+        (
+            lambda w: w.update({"model.layers.1.mlp.up_proj.lora_A.weight": torch.ones(2, 16)}),
+            r"hold model\.layers\.1\.mlp\.up_proj\.lora_A\.weight, for which",
+        ),
+        (
+            lambda w: w.update({"model.layers.1.mlp.up_proj.weight_scale_inv": torch.ones(1, 1)}),
+            r"hold model\.layers\.1\.mlp\.up_proj\.weight_scale_inv, for which",
+        ),
     ],
-    ids=["no head", "no layer", "half a matrix", "half the embeddings", "biases without a place"],
+    ids=[
+        *("no head", "no layer", "half a matrix", "half the embeddings", "biases without a place"),
+        *("a layer too many", "norms of another architecture", "an adapter within", "scales of a quantised weight"),
+    ],
 )
 def test_a_folder_whose_weights_are_not_the_models_is_refused_by_name(
     tmp_path: Path, change: Callable[[Weights], object], message: str
@@ -88,10 +107,18 @@ def test_a_folder_whose_weights_are_not_the_models_is_refused_by_name(
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_whole_folder_is_loaded_as_it_was_saved(tmp_path: Path, tied: bool) -> None:
-    """Tied weights are written once and are not missing; what no module owns, such as old buffers, does no harm."""
+    """Tied weights are written once and are not missing; what no module owns, such as old buffers and other heads,
+    does no harm."""
     model = llama(tie_word_embeddings=tied)
     model.save_pretrained(tmp_path)
-    folder = torn(tmp_path, lambda w: w.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
+    others = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+        "v_head.summary.weight": torch.ones(1, 16),
+        "vision_tower.layers.0.mlp.up_proj.weight": torch.ones(4, 4),
+        "model.layers.2.eh_proj.weight": torch.ones(4, 8),  # a block that predicts further tokens
+        "model.layers.2.self_attn.q_proj.weight": torch.ones(16, 16),
+    }
+    folder = torn(tmp_path, lambda w: w.update(others))
     loaded = load_model(folder, device="cpu")
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
 
@@ -101,6 +128,58 @@ def test_a_body_that_was_saved_without_its_head_is_whole_where_the_head_is_tied(
     GPT2Model(GPT2Config(vocab_size=60, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path)
     model = load_model(str(tmp_path), device="cpu")
     assert model.lm_head.weight is model.transformer.wte.weight
+
+
+def test_a_layer_too_many_of_a_body_that_was_saved_without_its_head(tmp_path: Path) -> None:
+    """Its weights have other names than those of the whole model."""
+    GPT2Model(GPT2Config(vocab_size=60, n_embd=16, n_layer=2, n_head=2)).save_pretrained(tmp_path)
+    configured(tmp_path, n_layer=1)
+    with pytest.raises(ModelError, match=r"hold h\.1\.attn\.c_attn\.weight and 10 more weights, for which"):
+        load_model(str(tmp_path), device="cpu")
+
+
+def configured(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_size": "16"},
+        {"num_attention_heads": 0},
+        {"num_attention_heads": 3},
+        {"dtype": "float99"},
+        {"hidden_act": "none such"},
+    ],
+    ids=str,
+)
+def test_a_configuration_that_makes_no_model_is_told(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """Each architecture has exceptions of its own for that; whoever asks gets ours."""
+    llama().save_pretrained(tmp_path)
+    configured(tmp_path, **changes)
+    for asked in (lambda name: load_model(name, device="cpu"), count_parameters):
+        with pytest.raises(ModelError, match="cannot load the model in"):
+            asked(str(tmp_path))
+
+
+def test_weights_that_are_a_program_are_not_run(tmp_path: Path) -> None:
+    """A pickle file may name any function; torch reads it without, and the refusal is ours."""
+    llama().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(weights | {"more": _Program(tmp_path / "mark")}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="cannot load the model in"):
+        load_model(str(tmp_path), device="cpu")
+    assert not (tmp_path / "mark").exists()
+
+
+class _Program:
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.mark,)
 
 
 @pytest.mark.parametrize("kind", ["bart", "whisper", "bert", "roberta"])

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 
 from gradsift.adapters import BareModel, attach_adapter, checksums, first_lines, refuse_other_kinds
 from gradsift.errors import ConfigError, CorruptError, ModelError
@@ -199,7 +198,9 @@ def pretrained(kind: Any, name: str, *, what: str = "model", **options: Any) -> 
         model, report = kind.from_pretrained(
             name, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False, **options
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # what a configuration or a file of weights can have wrong has no common base
         raise ModelError(_cannot_load(what, name, error)) from error
     mismatched = {weight: shapes for weight, *shapes in report["mismatched_keys"]}
     if mismatched:
@@ -213,11 +214,11 @@ def pretrained(kind: Any, name: str, *, what: str = "model", **options: Any) -> 
             f"{what} {name}: its files lack {_first_of(report['missing_keys'])} of {type(model).__name__}, which would "
             "be random numbers: copy or download it again, whole, or give one that was saved with its head"
         )
-    homeless = [weight for weight in report["unexpected_keys"] if _belongs(model, weight)]
+    homeless = _homeless(model, report["unexpected_keys"])
     if homeless:
         raise ModelError(
             f"{what} {name}: its files hold {_first_of(homeless)}, for which config.json leaves no place, so that it "
-            "would be another model than was saved: copy config.json again"
+            "would be another model than was saved: copy the config.json that was saved with them"
         )
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ModelError(f"{what} {name} holds an adapter beside the base: keep them apart, and name it by --adapter")
@@ -243,13 +244,51 @@ def _first_of(weights: Iterable[str]) -> str:
     return f"{first} and {len(others)} more weight{'s' * (len(others) > 1)}" if others else first
 
 
-def _belongs(model: torch.nn.Module, weight: str) -> bool:
-    """Whether a weight that was passed over is that of a module which the model has, such as a linear's bias."""
-    owner, _, leaf = weight.rpartition(".")
-    try:
-        return leaf in ("weight", "bias") and isinstance(model.get_submodule(owner).weight, torch.Tensor)
-    except AttributeError:
-        return False
+def _homeless(model: torch.nn.Module, unexpected: Iterable[str]) -> list[str]:
+    """Which of the weights that were passed over are of what the model has, so that without them it is another one.
+
+    Those of its numbered blocks, those beside a module's weight (its bias, the scales of a quantised one), and whole
+    blocks that are like the others, which config.json does not count. Not: buffers of old versions, a head for another
+    task, a tower that the text does not pass, and blocks of another kind, such as those that predict further tokens.
+    """
+    found: list[str] = []
+    blocks: dict[str, dict[str, str]] = {}  # which the model lacks: their weights, by kind
+    kinds = {_kind(name) for name, _ in model.named_parameters()}
+    body = getattr(model, "base_model_prefix", "")
+    for weight in unexpected:
+        full = weight
+        if body and _first_lacking(model, weight.partition(".")[0]) is not None:  # saved without its head
+            full = f"{body}.{weight}"
+        owner, _, leaf = full.rpartition(".")
+        lacks = _first_lacking(model, owner)
+        if lacks is None:
+            if isinstance(getattr(model.get_submodule(owner), "weight", None), torch.Tensor):
+                found.append(weight)
+        elif lacks.rpartition(".")[2].isdecimal():
+            blocks.setdefault(lacks, {})[weight] = _kind(full)
+        elif leaf in ("weight", "bias") and re.search(r"\.\d+\.", lacks):
+            found.append(weight)
+    for block, weights in blocks.items():
+        like = f"{_kind(block)}."
+        if not any(kind.startswith(like) for kind in kinds) or kinds.issuperset(weights.values()):
+            found += weights
+    return found
+
+
+def _kind(name: str) -> str:
+    """A name without the numbers of layers and experts."""
+    return re.sub(r"\d+", "#", name)
+
+
+def _first_lacking(model: torch.nn.Module, name: str) -> str | None:
+    """The outermost part of a dotted name that is no module of the model; None where all are."""
+    parts = name.split(".")
+    for count in range(1, len(parts) + 1):
+        try:
+            model.get_submodule(".".join(parts[:count]))
+        except AttributeError:
+            return ".".join(parts[:count])
+    return None
 
 
 def _refuse_looking_ahead(model: Any, name: str) -> None:
@@ -326,8 +365,11 @@ def count_parameters(name: str) -> int:
         if path.is_file()
         else _config(str(path) if path.exists() else name)
     )
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    try:
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # as in `pretrained`
+        raise ModelError(_cannot_load("model", name, error)) from error
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -459,7 +501,7 @@ def _config(name: str, **options: Any) -> Any:
 
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # each architecture checks its values in its own way
         raise ModelError(_cannot_load("model", name, error)) from error
 
 

@@ -156,6 +156,11 @@ class Selection:
         return lines
 
 
+def by_scores_alone(selection: Selection) -> bool:
+    """Whether a row was chosen for its score and id, so that the choice can be made again of other scores."""
+    return isinstance(selection.method, TopK | GumbelTopK)
+
+
 def budget_count(budget: float, available: int) -> int:
     """A budget as a number of examples: a whole number counts examples, a number below 1 is a share.
 

@@ -19,6 +19,7 @@ from transformers import (
     BartForConditionalGeneration,
     BertConfig,
     BertLMHeadModel,
+    BertModel,
     GPT2Config,
     GPT2Model,
     LlamaConfig,
@@ -224,6 +225,29 @@ def test_damaged_weights_are_left_to_those_who_compute_with_them(tmp_path: Path)
     """NaN is not taken for looking ahead: rows say that their loss is not finite."""
     llama().save_pretrained(tmp_path)
     load_model(torn(tmp_path, lambda w: w["model.norm.weight"].fill_(float("nan"))), device="cpu")
+
+
+def test_an_embedding_model_is_whole_too(tmp_path: Path) -> None:
+    """sentence-transformers says nothing of weights that it makes up, of which every process has others."""
+    pytest.importorskip("sentence_transformers")
+    config = BertConfig(
+        vocab_size=320, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    for name in ("whole", "no layer", "half", "fewer layers"):
+        save_model(tmp_path / name)
+        BertModel(config, add_pooling_layer=False).save_pretrained(tmp_path / name)
+    assert embeddings.embed(["a"], str(tmp_path / "whole")).shape == (1, 16)
+    torn(tmp_path / "no layer", lambda w: [w.pop(name) for name in sorted(w) if ".layer.1." in name])
+    torn(tmp_path / "half", cut("embeddings.word_embeddings.weight"))
+    configured(tmp_path / "fewer layers", num_hidden_layers=1)
+    for name, message in (
+        ("no layer", r"embedding model .* its files lack encoder\.layer\.1\."),
+        ("half", "cannot load the embedding model"),
+        ("fewer layers", r"its files hold encoder\.layer\.1\."),
+    ):
+        with pytest.raises(ModelError, match=message):
+            embeddings.embed(["a"], str(tmp_path / name))
 
 
 CODE = "from pathlib import Path\nPath({mark!r}).write_text('ran')\nraise RuntimeError('code of the repository ran')\n"

@@ -181,13 +181,14 @@ def load_model(name: str, *, dtype: DtypeName = "auto", device: str = "auto") ->
     return model
 
 
-def pretrained(kind: Any, name: str, *, what: str = "model", **options: Any) -> Any:
+def pretrained(kind: Any, name: str, *, what: str = "model", unused: str = "", **options: Any) -> Any:
     """A model of transformers' class `kind` with all its weights from its files, and no code of its repository run.
 
     Args:
         kind: such as AutoModelForCausalLM.
         name: folder or hub id.
         what: the word for it in messages.
+        unused: beginning of the names of weights that may be missing, as nothing is computed with them.
         options: of `from_pretrained`.
 
     Raises:
@@ -209,9 +210,10 @@ def pretrained(kind: Any, name: str, *, what: str = "model", **options: Any) -> 
             f"{what} {name}: {_first_of(mismatched)} has shape {list(found)} in its files, where config.json asks for "
             f"{list(wanted)}: copy or download it again, whole"
         )
-    if report["missing_keys"]:
+    missing = [weight for weight in report["missing_keys"] if not (unused and weight.startswith(unused))]
+    if missing:
         raise ModelError(
-            f"{what} {name}: its files lack {_first_of(report['missing_keys'])} of {type(model).__name__}, which would "
+            f"{what} {name}: its files lack {_first_of(missing)} of {type(model).__name__}, which would "
             "be random numbers: copy or download it again, whole, or give one that was saved with its head"
         )
     homeless = _homeless(model, report["unexpected_keys"])

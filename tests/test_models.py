@@ -33,7 +33,7 @@ from transformers import (
 import gradsift as gs
 from gradsift import embeddings
 from gradsift.errors import DataError, ModelError
-from gradsift.models import count_parameters, load_model, load_tokenizer, positions
+from gradsift.models import count_parameters, generation_ends, load_model, load_tokenizer, positions
 from gradsift.rewards.reward_model import RewardModel
 from tiny_world import pool_rows, save_model
 
@@ -162,6 +162,36 @@ def test_a_configuration_that_makes_no_model_is_told(tmp_path: Path, changes: di
     for asked in (lambda name: load_model(name, device="cpu"), count_parameters):
         with pytest.raises(ModelError, match="cannot load the model in"):
             asked(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer.json", {"added_tokens": [], "model": {"type": "none such"}}),
+        ("tokenizer.json", []),
+        ("tokenizer_config.json", []),
+        ("tokenizer_config.json", {"eos_token": 5}),
+        ("special_tokens_map.json", [1]),
+    ],
+    ids=str,
+)
+def test_files_that_make_no_tokenizer_are_told(tmp_path: Path, file: str, content: Any) -> None:
+    """Whatever the libraries raise for them, which is often Exception itself."""
+    save_model(tmp_path)
+    (tmp_path / file).write_text(json.dumps(content))
+    with pytest.raises(ModelError, match="cannot load the tokenizer in"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_ends_of_turns_are_token_ids(tmp_path: Path) -> None:
+    """One or several; anything else is told, where transformers would fail in the middle of sampling."""
+    for ends, expected in ((2, [2]), ([5, 2], [2, 5]), (["x", 2], None), (2.0, None), ([[2]], None)):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+        if expected is not None:
+            assert generation_ends(str(tmp_path)) == {"ends": expected}
+            continue
+        with pytest.raises(ModelError, match=r"eos_token_id is .*, expected a token id"):
+            generation_ends(str(tmp_path))
 
 
 def test_weights_that_are_a_program_are_not_run(tmp_path: Path) -> None:

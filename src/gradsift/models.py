@@ -99,9 +99,20 @@ def generation_settings(name: str) -> dict[str, Any]:
 
 
 def generation_ends(name: str) -> dict[str, Any]:
-    """What a model's generation settings say of the end of a turn, for the identity of what it generates."""
+    """What a model's generation settings say of the end of a turn, for the identity of what it generates.
+
+    Raises:
+        ModelError: it is no token id, nor a list of them.
+    """
     ends = generation_settings(name).get("eos_token_id")
-    return {} if ends is None else {"ends": sorted(ends) if isinstance(ends, list) else [ends]}
+    if ends is None:
+        return {}
+    several = ends if isinstance(ends, list) else [ends]
+    if not all(isinstance(end, int) for end in several):
+        raise ModelError(
+            f"generation_config.json of {name}: eos_token_id is {ends!r:.60}, expected a token id or a list of them"
+        )
+    return {"ends": sorted(several)}
 
 
 def load_tokenizer(name: str) -> Any:
@@ -119,7 +130,7 @@ def load_tokenizer(name: str) -> Any:
         tokenizer: Any = AutoTokenizer.from_pretrained(
             source if path.exists() else name, trust_remote_code=False, **options
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # nor have the files of a tokenizer; the Rust library raises Exception itself
         raise ModelError(_cannot_load("tokenizer", name, error)) from error
     tokenizer.model_vocabulary = None if path.is_file() else _vocabulary(source if path.exists() else name)
     return tokenizer

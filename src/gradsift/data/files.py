@@ -240,9 +240,7 @@ def _csv_rows(path: Path, name: str) -> Iterator[Row]:
             raise FileError(f"has a first line that is not a valid csv header: {error}") from error
         if header is None:
             return
-        repeated = [column for column, count in Counter(header).items() if count > 1]
-        if repeated:
-            raise FileError(f"has the column {repeated[0]!r} twice: rename one of them")
+        refuse_repeated(header)
         while True:
             line = reader.line_num + 1
             try:
@@ -254,6 +252,17 @@ def _csv_rows(path: Path, name: str) -> Iterator[Row]:
                 return
             if fields:
                 yield _csv_row(header, fields, name, line)
+
+
+def refuse_repeated(columns: Iterable[Any]) -> None:
+    """Refuse a table in which one column would hide another.
+
+    Raises:
+        FileError: naming it.
+    """
+    repeated = [column for column, count in Counter(columns).items() if count > 1]
+    if repeated:
+        raise FileError(f"has the column {repeated[0]!r} twice: rename one of them")
 
 
 @contextmanager
@@ -314,6 +323,7 @@ def _parquet_rows(path: Path, name: str) -> Iterator[Row]:
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
+            refuse_repeated(file.schema_arrow.names)
             yield from batch_rows(file.iter_batches(batch_size=1024), name)
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise FileError(f"is not a parquet file that can be read: {str(error).rstrip('.')}") from error

@@ -93,7 +93,7 @@ def _load(model: str, device: str) -> Any:
             "sentence-transformers model"
         ) from error
     for part in found.modules():
-        folder = _folder_of(part.name_or_path) if isinstance(part, PreTrainedModel) else None
+        folder = _folder_of(str(part.name_or_path)) if isinstance(part, PreTrainedModel) else None
         if folder is not None:  # without weights it is read in hundredths of a second; most poolings use no pooler
             pretrained(type(part), folder, what="embedding model", unused="pooler.", device_map="meta")
     return found

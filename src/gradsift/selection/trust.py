@@ -91,7 +91,7 @@ def looked_at(scores: Scores, selection: Selection | None) -> Looked:
 
 def choice_among(selection: Selection | None, looked: Looked) -> Choice | None:
     """A choice that depends on nothing but scores and ids, as it is made of new ones; None for other choices."""
-    if selection is None or not by_scores_alone(selection):
+    if selection is None or not by_scores_alone(selection.method):
         return None
     place = {id_: number for number, id_ in enumerate(looked.ids)}
     rows = tuple(place[id_] for id_ in selection.ids)

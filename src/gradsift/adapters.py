@@ -208,7 +208,7 @@ def _refuse_left_over(peft_model: Any, adapter: str | Path) -> None:
             f"lacks, first {layers[0]}. Use the model named in its adapter_config.json"
         )
     raise MismatchError(
-        f"adapter {adapter} has {len(left)} weights that its adapter_config.json has no place for, first {left[0]}, so "
+        f"adapter {adapter} has {len(left)} weight{'s' * (len(left) > 1)} that its adapter_config.json has no place for, first {left[0]}, so "
         "that it would be another adapter than was trained: copy the adapter_config.json that was saved with them"
     )
 

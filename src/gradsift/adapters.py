@@ -207,9 +207,10 @@ def _refuse_left_over(peft_model: Any, adapter: str | Path) -> None:
             f"adapter {adapter} was trained for another model: it has weights for {len(layers)} layers that this one "
             f"lacks, first {layers[0]}. Use the model named in its adapter_config.json"
         )
+    many = f"{len(left)} weight{'s' * (len(left) > 1)}"
     raise MismatchError(
-        f"adapter {adapter} has {len(left)} weight{'s' * (len(left) > 1)} that its adapter_config.json has no place for, first {left[0]}, so "
-        "that it would be another adapter than was trained: copy the adapter_config.json that was saved with them"
+        f"adapter {adapter} has {many} that its adapter_config.json has no place for, first {left[0]}, so that it would "
+        "be another adapter than was trained: copy the adapter_config.json that was saved with them"
     )
 
 

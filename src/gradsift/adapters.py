@@ -209,8 +209,8 @@ def _refuse_left_over(peft_model: Any, adapter: str | Path) -> None:
         )
     many = f"{len(left)} weight{'s' * (len(left) > 1)}"
     raise MismatchError(
-        f"adapter {adapter} has {many} that its adapter_config.json has no place for, first {left[0]}, so that it would "
-        "be another adapter than was trained: copy the adapter_config.json that was saved with them"
+        f"adapter {adapter} has {many} that its adapter_config.json has no place for, first {left[0]}, so that it "
+        "would be another adapter than was trained: copy the adapter_config.json that was saved with them"
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceABC
 from collections.abc import Set as SetABC
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -336,8 +336,10 @@ def _strata_of(
     if target is None or not needs_target(method):
         return None
     if isinstance(method, JI2S | DSIR):  # which know no subtasks
-        return strata_of(len(target.data), None, "mean")
-    return strata_of(len(target.data), target.subtasks, aggregation, policy.live if policy else None)
+        strata = strata_of(len(target.data), None, "mean")
+    else:
+        strata = strata_of(len(target.data), target.subtasks, aggregation, policy.live if policy else None)
+    return replace(strata, contents=tuple(target.data.hashes))
 
 
 def target_parts(scores: Scores, ids: SequenceABC[str]) -> NDArray[np.float64]:

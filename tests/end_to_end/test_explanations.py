@@ -201,7 +201,7 @@ def test_all_strategies_of_several_estimators(tiny: World, tmp_path: Path) -> No
         assert len(values) == len(ALL_STRATEGIES)
         assert values == sorted(values)
     shown = command(tiny, "explain", tmp_path / "run", *options, target=tiny.target).succeeded().out
-    assert " ".join(shown.split()).count("Selection relevance in dB over 4 outputs") == 2
+    assert " ".join(shown.split()).count("Selection relevance in dB (ratio of means over 4 outputs") == 2
     assert len(Page(tmp_path / "run" / "relevance.html").links) == 1
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceABC
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -160,7 +160,7 @@ def score(
     if target is not None and method.needs_target:
         # One number per row is of all targets as one, and knows no subtasks.
         parted = (subtasks, aggregation, found.live) if matrix is not None else (None, "mean", None)
-        strata = strata_of(len(target.data), *parted)
+        strata = replace(strata_of(len(target.data), *parted), contents=tuple(target.data.hashes))
     result = Scores(
         ids=ids,
         aggregate=aggregate.astype(np.float32),

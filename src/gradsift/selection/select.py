@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeGuard
 
 import torch
 from pydantic import Field, FiniteFloat
@@ -143,6 +143,11 @@ class Selection:
                 + ", ".join(f"{new} (before: {old})" for old, new in moved.items())
             )
         return lines
+
+
+def by_scores_alone(method: SelectionMethod) -> TypeGuard[TopK | GumbelTopK]:
+    """Whether rows are chosen for their scores and ids, so that the choice can be made again of other scores."""
+    return isinstance(method, TopK | GumbelTopK)
 
 
 def budget_count(budget: float, available: int) -> int:

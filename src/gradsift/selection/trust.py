@@ -21,14 +21,15 @@ from gradsift.influence.reliability import (
 )
 from gradsift.influence.scores import Scores, target_parts
 from gradsift.selection.gumbel import gumbel_noise
-from gradsift.selection.select import GumbelTopK, Selection, TopK
+from gradsift.selection.select import GumbelTopK, Selection, by_scores_alone
 
 
 def target_reliability(scores: Scores, selection: Selection | None = None) -> Reliability | None:
     """How a ranking and a choice by it would come out with other targets of the same kind.
 
     The targets of each subtask are resampled; the mean over a subtask and the maximum over subtasks are taken anew. A
-    target that is alone in its subtask tells nothing of how another would differ, and counts as it is.
+    target that is alone in its subtask tells nothing of how another would differ, and counts as it is; one that was
+    given several times is one.
 
     Args:
         scores: from `score`.
@@ -63,9 +64,8 @@ def target_reliability(scores: Scores, selection: Selection | None = None) -> Re
         weights = resampling_weights(strata, DRAWS, generator)
         noise = torch.stack([(parts @ (own[:, None] * weights)).float() for own in strata.outputs], dim=1)
         values = parts @ strata.outputs.T
-    units = int((strata.outputs != 0).any(dim=0).sum())
     choice = choice_among(selection, looked)
-    return reliability_of(values, noise, strata.freedom(), looked, over="targets", units=units, choice=choice)
+    return reliability_of(values, noise, strata.freedom(), looked, over="targets", units=strata.units(), choice=choice)
 
 
 def sample_reliability(
@@ -94,7 +94,7 @@ def looked_at(scores: Scores, selection: Selection | None) -> Looked:
 
 def choice_among(selection: Selection | None, looked: Looked) -> Choice | None:
     """A choice that depends on nothing but scores and ids, as it is made of new ones; None for other choices."""
-    if selection is None or not isinstance(selection.method, TopK | GumbelTopK):
+    if selection is None or not by_scores_alone(selection.method):
         return None
     place = {id_: number for number, id_ in enumerate(looked.ids)}
     rows = tuple(place[id_] for id_ in selection.ids)

@@ -220,7 +220,7 @@ def _recipe(given: dict[str, Any], **more: Any) -> Any:
     values |= rewards_of(given)
     values |= engine_fields(given)
     values |= more
-    set_fields(values, given.get("settings"))
+    set_fields(values, given.get("set"))
     if given.get("target_columns"):
         return validated(values, _option_of)
     return validated(values, lambda field: _option_of(field.removeprefix("target_")))
@@ -713,7 +713,7 @@ def _read_recipes(path: Path, given: dict[str, Any], out: str | None) -> list[An
     from gradsift.options import engine_fields
     from gradsift.recipe import load_recipes
 
-    return load_recipes(path, {**({"out": out} if out else {}), **engine_fields(given)}, given["settings"])
+    return load_recipes(path, {**({"out": out} if out else {}), **engine_fields(given)}, given["set"])
 
 
 @_command(*OF_ENGINE, *OF_RECIPE, "as_json", "quiet", "debug")

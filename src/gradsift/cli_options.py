@@ -321,7 +321,7 @@ SHARED: dict[str, tuple[Any, Any]] = {
         help="Of trak: segments keeps modules apart (default), whole inverts over all dimensions at once.",
         panel=RUN,
     ),
-    "settings": _shared(
+    "set": _shared(
         list[str] | None,
         None,
         "--set",
@@ -483,5 +483,5 @@ OF_EXPLAIN = (
     "damping", "kernel", "strategies", "compare", "trade_off", "candidates", "coefficients", "over_outputs",
     "max_new_tokens", "embedding", "pages",
 )  # fmt: skip
-OF_RECIPE = ("settings",)
+OF_RECIPE = ("set",)
 OF_RUN = ("seed", "dtype", "device", "as_json", "quiet", "debug")

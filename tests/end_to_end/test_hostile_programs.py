@@ -137,3 +137,26 @@ def test_nothing_is_sampled_for_programs_that_may_not_run(tiny: World, tmp_path:
             "what the sandbox does not protect from, then give --allow-code-execution (allow_code_execution: true)"
         )
     assert list((tmp_path / "run").glob("samples/*/*/0*.parquet")) == [] or permitted
+
+
+def test_tests_that_can_judge_nobody_end_the_run_before_anything_is_sampled(tiny: World, tmp_path: Path) -> None:
+    """`gradsift reward` asks for no response where a row's tests are empty; mended, rows of MBPP run."""
+    rows = [
+        {"id": "a", "prompt": "Write answer.", "test_list": [TEST], "code": RIGHT},
+        {"id": "b", "prompt": "Write answer.", "test_list": ["# nothing"], "code": RIGHT},
+    ]
+    given: list[Any] = ["--reward", "unit_tests", "--allow-code-execution", "--samples", 2, "--json"]
+    with serving(lambda body: completion(f"```python\n{RIGHT}```")) as server:
+        given += ["--assistant", "g", "--assistant-url", server.url]
+        result = tiny("reward", tmp_path / "run", *given, target=write_rows(tmp_path / "target.jsonl", rows))
+        assert result.code == 1
+        last = result.err.splitlines()[-1]
+        assert last.startswith("error: the tests of 1 of 2 targets can judge no program (b: the tests are empty)"), last
+        assert not server.requests
+        rows[1]["test_list"] = ["assert answer() != 42"]  # which the reference solution fails
+        again = tiny(
+            "reward", tmp_path / "run2", *given, target=write_rows(tmp_path / "mended.jsonl", rows)
+        ).succeeded()
+    (checkpoint,) = again.json["checkpoints"]
+    assert checkpoint["without_reward"] == 2, checkpoint
+    assert checkpoint["pass_at"] == {"1": 1.0}, checkpoint

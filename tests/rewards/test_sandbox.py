@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import sysconfig
+import tempfile
 import threading
 import time
 import uuid
@@ -16,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from gradsift.errors import ConfigError
+from gradsift.rewards import sandbox
 from gradsift.rewards.sandbox import Outcome, Program, Sandbox, Status, isolation, run_programs
 
 GOOD = "def answer():\n    return 42\n"
@@ -88,7 +92,7 @@ CHEATS: dict[str, tuple[str, str, Status, str]] = {
     "leaves when it is called": ("import os\ndef answer(): os._exit(0)\n", TESTS, "failed", "exited with code 0"),
     "leaves where the tests swallow every exception": (
         "import os\ndef answer(): os._exit(0)\n",
-        "try:\n    answer()\nexcept BaseException:\n    pass\n",
+        "try:\n    assert answer() == 42\nexcept BaseException:\n    pass\n",
         "failed",
         "exited with code 0",
     ),
@@ -276,7 +280,7 @@ def test_nothing_runs_on_when_gradsift_is_killed(namespaces: str, tmp_path: Path
     code = f"import os\nos.execv('/bin/sleep', ['sleep', '{marker}'])\n"
     script = (
         "from gradsift.rewards.sandbox import *\n"
-        f"run_programs([Program({code!r}, 'assert 1', 'answer')], Sandbox(timeout=60, namespaces={namespaces!r}), "
+        f"run_programs([Program({code!r}, {TESTS!r}, 'answer')], Sandbox(timeout=60, namespaces={namespaces!r}), "
         "allow_code_execution=True)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", script])
@@ -286,11 +290,17 @@ def test_nothing_runs_on_when_gradsift_is_killed(namespaces: str, tmp_path: Path
             assert time.monotonic() < deadline, "the program never started"
             assert process.poll() is None
             time.sleep(0.05)
-        assert running
+        folder = Path(f"/proc/{running[0]}/cwd").readlink()
     finally:
         process.kill()
         process.wait()
     assert gone(marker)
+    if "files" not in isolation(Sandbox(namespaces=namespaces)):  # type: ignore[arg-type]
+        assert folder.parent.name.startswith("gradsift-")
+        deadline = time.monotonic() + 5
+        while folder.parent.exists():
+            assert time.monotonic() < deadline, f"{folder.parent} is still there"
+            time.sleep(0.05)
 
 
 def test_a_program_writes_nowhere_but_into_its_folder(namespaces: str, tmp_path: Path) -> None:
@@ -455,6 +465,32 @@ def test_installed_packages_are_there_if_asked_for() -> None:
     assert "ModuleNotFoundError" in run(code, **roomy).reason
     outcome = run(code, "assert answer() == [0, 2, 4]", packages=True, **roomy)
     assert outcome.status == "passed", outcome
+
+
+def test_packages_may_lie_in_any_place(namespaces: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An environment under /tmp, where programs have folders of their own, is there for programs and tests alike."""
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))
+    try:
+        folder.chmod(0o755)
+        (folder / "somewhere.py").write_text("answer = 42\n")
+        get_path = sysconfig.get_path
+        monkeypatch.setattr(sysconfig, "get_path", lambda name: str(folder) if name.endswith("lib") else get_path(name))
+        code = "import somewhere\ndef answer():\n    open('mine', 'w').close()\n    return somewhere.answer\n"
+        tests = "import somewhere\nassert answer() == somewhere.answer"
+        outcome = run(code, tests, packages=True, namespaces=namespaces)
+        assert outcome.status == "passed", outcome
+        assert run(code, TESTS, namespaces=namespaces).status == "failed"
+    finally:
+        shutil.rmtree(folder)
+
+
+def test_less_than_a_filter_is_refused_unless_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine whose system calls are not known, and where namespaces fail, only `off` runs programs."""
+    monkeypatch.setattr(sandbox, "_first_that_works", lambda levels, packages: levels[-1])
+    assert "syscalls" in isolation(Sandbox())
+    assert "syscalls" in isolation(Sandbox(namespaces="require"))
+    assert isolation(Sandbox(namespaces="off")) == ()
+    assert "not held: " in sandbox.isolation_text(Sandbox(namespaces="off"))
 
 
 def test_nothing_runs_without_permission(tmp_path: Path) -> None:

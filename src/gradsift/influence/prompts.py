@@ -195,9 +195,8 @@ class PromptTarget:
                 "the target has no reward, and responses cannot be told apart: give --reward, such as numeric:answer, "
                 "or in Python open_prompts(…, reward)"
             )
-        first = self.data.examples[0]
-        example = Sample(first.id, 0, prompt_of(first), "", (), {n: None for e in self.data.examples for n in e.row})
-        check_reward(self.reward, example, judged=self.judge is not None)
+        samples = [Sample(one.id, 0, prompt_of(one), "", (), one.row) for one in self.data.examples]
+        check_reward(self.reward, samples, judged=self.judge is not None)
 
     def reward_identity(self) -> dict[str, Any] | None:
         """What the rewards depend on beside the response and its row; None for functions that no file names."""

@@ -1,9 +1,10 @@
-"""What runs inside the sandbox: the tester, which decides, and the program, which answers its calls.
+"""What runs beside an untrusted program: its side of the pipes, and how a response becomes a program.
 
-The two are different processes, and only plain data passes between them (numbers, text, bytes, lists, tuples, dicts,
-sets): an object that claims to equal everything, a patched builtin, or an exit with code 0 stays in the program's own
-process and cannot make a test succeed. Standard library only; this text is handed to both interpreters, so it knows
-nothing of the place it came from.
+Only plain data passes between the program and the process with the tests (`_tester.py`): numbers, text, bytes, lists,
+tuples, dicts, sets, arrays; objects of the program's classes stay here and are spoken of by number. An object that
+claims to equal everything, a patched builtin, or an exit with code 0 stays in the program's own process and cannot make
+a test succeed. Standard library only; this text is handed to the program's interpreter, so it knows nothing of the
+place it came from.
 """
 
 # ruff: noqa: BLE001 - whatever untrusted code raises is a result
@@ -12,12 +13,12 @@ from __future__ import annotations
 
 import ast
 import builtins
+import importlib
 import json
 import os
 import re
 import sys
 import textwrap
-import traceback
 import types
 
 TYPE_CHECKING = False
@@ -31,6 +32,13 @@ _TEXT = 500  # characters of a foreign message that are passed on
 
 class NotPlainError(TypeError):
     """A value that cannot pass between the processes."""
+
+
+class Reference:
+    """An object of the program, as the process with the tests knows it: by its number."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
 
 
 # --- plain data ------------------------------------------------------------------------------------------------------
@@ -61,13 +69,38 @@ def encode(value: Any) -> Any:
             return {kind.__name__: [encode(entry) for entry in value]}
     if isinstance(value, dict):
         return {"dict": [[encode(key), encode(entry)] for key, entry in value.items()]}
+    standard = _STANDARD.get((type(value).__module__, type(value).__name__))
+    if standard is not None:
+        return {type(value).__name__: encode(standard(value))}
+    if isinstance(value, Reference):
+        return {"object": hex(value.number)}
     if type(value).__module__.partition(".")[0] == "numpy":
+        if type(value).__name__ == "ndarray" and value.dtype.kind in "biufc":
+            return {"array": [value.dtype.str, encode(value.tolist())]}
         return encode(value.tolist())
     raise NotPlainError(f"{type(value).__name__}, which is not plain data")
 
 
-def decode(data: Any) -> Any:
-    """The value that `encode` made `data` of; anything malformed raises."""
+# Types of the standard library that pass as what they are, by module and name, and what makes them up.
+_STANDARD: dict[tuple[str, str], Callable[[Any], Any]] = {
+    ("collections", "deque"): lambda value: [list(value), value.maxlen],
+    ("datetime", "timedelta"): lambda value: [value.days, value.seconds, value.microseconds],
+    ("datetime", "datetime"): lambda value: value.isoformat(),
+    ("datetime", "date"): lambda value: value.isoformat(),
+    ("datetime", "time"): lambda value: value.isoformat(),
+    ("decimal", "Decimal"): str,
+    ("fractions", "Fraction"): str,
+}
+
+
+def _made(module: str, name: str, *arguments: Any) -> Any:
+    """A class of the standard library, or an object of it."""
+    found = getattr(importlib.import_module(module), name)
+    return found(*arguments) if arguments else found
+
+
+def decode(data: Any, known: Callable[[int], Any] = Reference) -> Any:
+    """The value that `encode` made `data` of, with `known` of the objects' numbers; anything malformed raises."""
     if not isinstance(data, dict):
         if isinstance(data, list):
             raise ValueError("a bare list")
@@ -85,13 +118,35 @@ def decode(data: Any) -> Any:
         case "range":
             return range(*(int(part, 16) for part in content))
         case "dict":
-            return {decode(key): decode(entry) for key, entry in content}
+            return {decode(key, known): decode(entry, known) for key, entry in content}
+        case "deque":
+            entries, longest = decode(content, known)
+            return _made("collections", kind, entries, longest)
+        case "timedelta":
+            return _made("datetime", kind, *decode(content))
+        case "datetime" | "date" | "time":
+            return _made("datetime", kind).fromisoformat(str(content))
+        case "Decimal" | "Fraction":
+            return _made(f"{kind.lower()}{'s' * (kind == 'Fraction')}", kind, str(content))
+        case "object":
+            return known(int(content, 16))
+        case "array":
+            kind, entries = content
+            return _array(str(kind), decode(entries))
         case "list" | "tuple" | "set" | "frozenset":
-            return getattr(builtins, kind)(decode(entry) for entry in content)
+            return getattr(builtins, kind)(decode(entry, known) for entry in content)
     raise ValueError(f"unknown kind {kind[:20]!r}")
 
 
-def _send(fd: int, message: Any) -> None:
+def _array(kind: str, content: Any) -> Any:
+    """An array where arrays are in use, nested lists elsewhere."""
+    if "numpy" not in sys.modules or not re.fullmatch(r"[<>|=]?[biufc]\d{1,2}", kind):
+        return content
+    return sys.modules["numpy"].array(content, dtype=kind)
+
+
+def send(fd: int, message: Any) -> None:
+    """Write a message that `receive` reads at the other end."""
     content = json.dumps(message).encode()
     if len(content) > _MESSAGE_BYTES:
         raise NotPlainError(f"{len(content) >> 20} MB of data, more than {_MESSAGE_BYTES >> 20} MB")
@@ -103,7 +158,9 @@ def _write(fd: int, content: bytes) -> None:
         content = content[os.write(fd, content) :]
 
 
-def _receive(fd: int) -> Any:
+def receive(fd: int) -> Any:
+    """The message that `send` wrote."""
+
     def exactly(size: int) -> bytes:
         parts = []
         while size:
@@ -125,31 +182,155 @@ def _receive(fd: int) -> Any:
 
 def program(requests: int, answers: int) -> NoReturn:
     """Load what the tester sends, then answer its calls until it has no more."""
-    load = _receive(requests)
+    load = receive(requests)
+    builtins.__dict__.update(exit=sys.exit, quit=sys.exit)  # as the module site, which is not loaded, would
     module = types.ModuleType("solution")
     sys.modules["solution"] = module
     names = module.__dict__
+    script = None
     try:
         source = assemble(load["context"], load["completion"], load["entry_point"])
-        exec(compile(source, "<program>", "exec"), names)
-        _send(answers, {"names": [name for name, value in names.items() if callable(value)]})
+        if re.search(r"^class Solution\b", source, re.MULTILINE):
+            exec(_PRELUDE, names)
+        given = dict(names)
+        code = compile(source, "<program>", "exec")
+        if load["script"]:
+            script = code
+        else:
+            exec(code, names)
+        defined = {
+            name: isinstance(value, type)
+            for name, value in names.items()
+            if callable(value) and given.get(name) is not value
+        }
+        send(answers, {"names": defined})
     except BaseException as error:
-        _send(answers, {"raised": _described(error)})
+        send(answers, {"raised": _described(error)})
         os._exit(1)
+    objects: list[Any] = []
     while True:
         try:
-            request = _receive(requests)
+            request = receive(requests)
         except EOFError:
             os._exit(0)
         try:
-            arguments, keywords = decode(request["arguments"]), decode(request["keywords"])
-            value = names[request["name"]](*arguments, **keywords)
-            answer = {"answer": encode((value, arguments))}
-            _send(answers, answer)
+            if "stdin" in request:
+                answer = _run(script, request["stdin"], (requests, answers))
+            else:
+                answer = _done(request, names, objects)
+            send(answers, answer)
         except NotPlainError as error:
-            _send(answers, {"not_plain": str(error)[:_TEXT]})
+            send(answers, {"not_plain": str(error)[:_TEXT]})
         except BaseException as error:
-            _send(answers, {"raised": _described(error)})
+            send(answers, {"raised": _described(error)})
+
+
+# What programs of LeetCode's form may rely on.
+_PRELUDE = """
+import bisect, collections, functools, heapq, itertools, math, operator, random, re, string
+from bisect import *
+from collections import *
+from functools import *
+from heapq import *
+from itertools import *
+from math import *
+from typing import *
+"""
+
+
+def _done(request: dict[str, Any], names: dict[str, Any], objects: list[Any]) -> dict[str, Any]:
+    """The answer to one request: a call, an attribute, or the next entry of an iterator."""
+    target = names[request["name"]] if "name" in request else objects[request["object"]]
+    arguments, keywords = (decode(request[part], objects.__getitem__) for part in ("arguments", "keywords"))
+    match request["do"]:
+        case "call":
+            value = target(*arguments, **keywords)
+        case "method":
+            value = getattr(target, request["attribute"])(*arguments, **keywords)
+        case "set":
+            setattr(target, request["attribute"], *arguments)
+            value = None
+        case "await":
+            import asyncio
+
+            value = asyncio.run(_awaited(target))
+        case "get":
+            value = getattr(target, request["attribute"])
+            if callable(value):
+                return {"callable": True}
+        case _:
+            try:
+                value = next(target)
+            except StopIteration:
+                return {"end": True}
+    # What a call has changed goes back, too; its own objects are here already.
+    arguments = [None if any(one is own for own in objects) else one for one in arguments]
+    try:
+        return {"answer": encode((value, arguments))}
+    except NotPlainError:
+        if isinstance(value, list | tuple | set | frozenset | dict):
+            raise
+        objects.append(value)
+        reference = Reference(len(objects) - 1)
+        return {"answer": encode((reference, arguments)), "kind": type(value).__name__[:_TEXT]}
+
+
+async def _awaited(value: Any) -> Any:
+    return await value
+
+
+def _run(script: types.CodeType | None, text: str, pipes: tuple[int, int]) -> dict[str, Any]:
+    """What a program prints that reads `text`, and its exit code: in a process of its own, as a script."""
+    files = []
+    for _ in range(2):
+        files.append(os.open(".standard", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+        os.unlink(".standard")  # noqa: PTH108 - saves every program the import
+    _write(files[0], text.encode("utf-8", "surrogatepass"))
+    os.lseek(files[0], 0, os.SEEK_SET)
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            for fd in pipes:
+                os.close(fd)
+            for number, fd in enumerate(files):
+                os.dup2(fd, number)
+                os.close(fd)
+            sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
+            sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+            module = types.ModuleType("__main__")
+            sys.modules["__main__"] = module
+            sys.argv = ["program.py"]
+            code = _exit_code(script, module.__dict__)
+        finally:
+            os._exit(code)
+    ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    size = os.fstat(files[1]).st_size
+    output = os.pread(files[1], min(size, _MESSAGE_BYTES // 2), 0)
+    for fd in files:
+        os.close(fd)
+    return {"answer": [output.decode("utf-8", "replace"), ended]}
+
+
+def _exit_code(script: types.CodeType | None, names: dict[str, Any]) -> int:
+    """Run a script as an interpreter would, to the end of its threads; its exit code."""
+    import atexit
+
+    code = 0
+    try:
+        exec(script or "", names)
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    if threading := sys.modules.get("threading"):
+        for thread in threading.enumerate():
+            if thread is not threading.current_thread() and not thread.daemon:
+                thread.join()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    return code & 0xFF
 
 
 def _described(error: BaseException) -> dict[str, str]:
@@ -160,143 +341,6 @@ def _described(error: BaseException) -> dict[str, str]:
     except BaseException:
         text = ""
     return {"name": type(error).__name__[:_TEXT], "ancestor": ancestor.__name__, "text": text}
-
-
-# --- the tester ------------------------------------------------------------------------------------------------------
-
-
-class RefusedError(BaseException):
-    """The program answered in a way that ends the tests; nothing that the tests catch can undo that."""
-
-
-def tester(task: dict[str, str], answers: int, requests: int, verdict: int, first: bytes) -> None:
-    """Run the tests against the program at the other end of the pipes, `first` before all, and write the verdict."""
-    connection = _Connection(answers, requests)
-    try:
-        _write(requests, first)
-        status, reason = _judged(task, connection)
-    except OSError:
-        status, reason = "gone", "the program could not be reached"
-    except MemoryError:
-        status, reason = "memory", "the tests ran out of memory"
-    status, reason = connection.broken or (status, reason)
-    _write(verdict, json.dumps({"status": status, "reason": reason[:2000]}).encode())
-
-
-def _judged(task: dict[str, str], connection: _Connection) -> tuple[str, str]:
-    try:
-        tests = compile(task["tests"], "<tests>", "exec")
-    except (SyntaxError, ValueError) as error:
-        return "error", f"the tests are not Python: {error}"
-    entry_point = task["entry_point"]
-    context = code_of(task["context"], entry_point)
-    names: dict[str, Any] = {"__name__": "tests"}
-    try:
-        exec(compile(_closed(context), "<context>", "exec"), names)
-    except Exception as error:
-        return "error", f"the code before the completion cannot run by itself: {_in_words(error)}"
-    try:
-        load = {"context": context, "completion": task["completion"], "entry_point": entry_point}
-        defined = connection.ask(load, "names")
-        if entry_point:
-            if entry_point not in defined:
-                return "failed", f"the program does not define {entry_point}"
-            defined = [entry_point]
-        # What the tests bring themselves, and what Python has, no program can replace.
-        known = {*names, *dir(builtins)} - {entry_point}
-        names |= {name: connection.function(name) for name in map(str, defined) if name not in known}
-        exec(tests, names)
-        if entry_point and callable(names.get("check")):
-            names["check"](names[entry_point])
-    except BaseException as error:
-        kind = getattr(error, "program_error", type(error).__name__)
-        return "memory" if kind == "MemoryError" else "failed", _in_words(error)
-    return "passed", ""
-
-
-class _Connection:
-    """The tester's end of the pipes. The form of what comes out of them is not to be trusted."""
-
-    def __init__(self, answers: int, requests: int) -> None:
-        self.answers, self.requests = answers, requests
-        self.broken: tuple[str, str] | None = None  # a verdict that stands whatever the tests make of it
-
-    def ask(self, message: Any, wanted: str) -> Any:
-        """The entry `wanted` of the program's answer; what the program raised is raised."""
-        try:
-            _send(self.requests, message)
-            answer = _receive(self.answers)
-            if "raised" in answer:
-                raise _as_raised({key: str(text) for key, text in answer["raised"].items()})
-            if "not_plain" in answer:
-                self.stop("failed", f"the program returned a {answer['not_plain']}")
-            return answer[wanted]
-        except (OSError, EOFError) as error:
-            if getattr(error, "program_error", None):
-                raise
-            self.stop("gone", "the program ended before the tests were done")
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            if getattr(error, "program_error", None):
-                raise
-            self.stop("failed", "the program wrote into the sandbox's own pipe")
-
-    def stop(self, status: str, reason: str) -> NoReturn:
-        """End the tests with this verdict."""
-        self.broken = self.broken or (status, reason)
-        raise RefusedError(reason)
-
-    def function(self, name: str) -> Callable[..., Any]:
-        """A function that is called here and computed in the program."""
-
-        def call(*arguments: Any, **keywords: Any) -> Any:
-            try:
-                message = {"name": name, "arguments": encode(list(arguments)), "keywords": encode(keywords)}
-            except NotPlainError as error:
-                self.stop("error", f"the tests pass a {error}, to {name}: only plain data can be passed")
-            answer = self.ask(message, "answer")
-            try:
-                value, after = decode(answer)
-                for argument, changed in zip(arguments, after, strict=True):
-                    _take_over(argument, changed)
-            except (ValueError, TypeError, AttributeError, RecursionError):
-                self.stop("failed", "the program wrote into the sandbox's own pipe")
-            return value
-
-        call.__name__ = call.__qualname__ = name
-        return call
-
-
-def _take_over(argument: Any, after: Any) -> None:
-    """Change a list, dict or set that the program was given as the program changed it."""
-    if type(argument) is not type(after) or argument == after:
-        return
-    if isinstance(argument, list | bytearray):
-        argument[:] = after
-    elif isinstance(argument, dict | set):
-        argument.clear()
-        argument.update(after)
-
-
-def _as_raised(raised: dict[str, str]) -> BaseException:
-    """The program's exception as one of the same builtin class; what is not an Exception becomes RuntimeError."""
-    kind = getattr(builtins, str(raised["ancestor"]), RuntimeError)
-    text = f"{raised['name']}: {raised['text']}" if raised["name"] != raised["ancestor"] else str(raised["text"])
-    if not (isinstance(kind, type) and issubclass(kind, Exception)):
-        kind, text = RuntimeError, f"{raised['name']}: {raised['text']}"
-    try:
-        error = kind(text)
-    except TypeError:  # UnicodeDecodeError and the like want more
-        error = RuntimeError(f"{raised['name']}: {raised['text']}")
-    error.program_error = str(raised["name"])  # type: ignore[attr-defined]
-    return error
-
-
-def _in_words(error: BaseException) -> str:
-    """Class, text and the line of the tests where it happened."""
-    text = str(error)[:_TEXT]
-    words = type(error).__name__ + (f": {text}" if text else "")
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "<tests>"]
-    return f"{words} (line {lines[-1]} of the tests)" if lines else words
 
 
 # --- from a model's response to a program ----------------------------------------------------------------------------
@@ -328,6 +372,8 @@ def _defined(source: str) -> set[str] | None:
     for node in body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             found.add(node.name)
+            if isinstance(node, ast.ClassDef) and node.name == "Solution":  # LeetCode's form: a method is asked for
+                found |= {own.name for own in node.body if isinstance(own, ast.FunctionDef)}
         elif isinstance(node, ast.Assign):
             found |= {target.id for target in node.targets if isinstance(target, ast.Name)}
     return found
@@ -341,9 +387,16 @@ def _compiles(source: str) -> bool:
     return True
 
 
-def _closed(context: str) -> str:
+def closed(context: str) -> str:
     """A context that is Python by itself: a bare function header gets a body."""
-    return context if not context or _compiles(context) else f"{context.rstrip()}\n    pass\n"
+    return context if not context or _compiles(context) else f"{context.rstrip()}\n{_indent_after(context)}pass\n"
+
+
+def _indent_after(context: str) -> str:
+    """Blanks before a line that continues the body of the last function."""
+    last = context.rstrip().rpartition("\n")[2]
+    blanks = last[: len(last) - len(last.lstrip())]
+    return f"{blanks}    " if last.endswith(":") else blanks or "    "
 
 
 def code_of(prompt: str, entry_point: str = "") -> str:
@@ -356,10 +409,15 @@ def code_of(prompt: str, entry_point: str = "") -> str:
         starts = [number for number, line in enumerate(lines) if line.strip() and not line[0].isspace()]
         for start in starts[:200]:
             code = "".join(lines[start:])
-            names = _defined(_closed(code))
+            names = _defined(closed(code))
             if names and (not entry_point or entry_point in names):
                 return code
     return ""
+
+
+def plain_name(entry_point: str) -> str:
+    """The name that an entry point such as `Solution().add` ends in."""
+    return entry_point.rpartition(".")[2]
 
 
 def assemble(context: str, completion: str, entry_point: str) -> str:
@@ -368,13 +426,14 @@ def assemble(context: str, completion: str, entry_point: str) -> str:
     A continuation that runs on after the function (into prose, or a line that was cut off) is cut where the first line
     of it begins in the first column, as the usual stop words would have done.
     """
+    entry_point = plain_name(entry_point)
     code = extract_code(completion, entry_point)
     names = _defined(code)
     if not context:
         return code
     if names is not None and (entry_point in names if entry_point else names):
-        return f"{_closed(context).rstrip()}\n\n\n{code}"
-    body = textwrap.indent(textwrap.dedent(code), "    ")
+        return f"{closed(context).rstrip()}\n\n\n{code}"
+    body = textwrap.indent(textwrap.dedent(code), _indent_after(context))
     kept = re.split(r"\n(?=[^\s#)\]}])", code.lstrip("\n"), maxsplit=1)[0]
     candidates = (context + code, f"{context.rstrip()}\n{body}", context + kept, f"{context.rstrip()}\n{kept}\n")
     return next(filter(_compiles, candidates), context + code)

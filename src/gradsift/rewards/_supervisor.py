@@ -6,7 +6,7 @@ each from standard output; it uses nothing but the standard library. Closing sta
     gradsift ── this file        one for each worker, forks for each request
                  └─ supervisor   time, memory and output limits, the verdict; outside all namespaces
                      └─ init     first process of the namespaces: builds the file tree, collects dead children
-                         ├─ tester     holds the tests, decides, and alone can write the verdict (`_harness.py`)
+                         ├─ tester     holds the tests, decides, and alone can write the verdict (`_tester.py`)
                          └─ program    a fresh interpreter with the untrusted code (`_harness.py`)
 
 The program has no path to the verdict: it answers calls over a pipe with plain data and sees neither the tests nor
@@ -20,8 +20,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import io
 import json
 import marshal
+import mmap
 import os
 import resource
 import select
@@ -31,7 +33,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from types import CodeType
+from types import CodeType, ModuleType
 from typing import Any
 
 _CLONE = {"user": 0x10000000, "pid": 0x20000000, "network": 0x40000000, "ipc": 0x08000000, "files": 0x00020000}
@@ -44,11 +46,12 @@ _VISIBLE = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/ni
             "/etc/ld.so.cache", "/etc/localtime", "/dev/null", "/dev/zero", "/dev/full", "/dev/random",
             "/dev/urandom")  # fmt: skip
 _NOT_STARTED = 126
-_FOLDER = "/tmp"  # the program's own folder, inside its file tree
+_READABLE_IN_PROC = ("/proc/cpuinfo", "/proc/meminfo", "/proc/stat")  # beside the program's own folder there
+_WRITABLE_DEVICES = ("/dev/null", "/dev/zero", "/dev/full")
 _NOBODY = 65534
 _FIRST_USER = 1_500_000_000  # plus twice the supervisor's process id: no account has such a number
 _POLL_SECONDS = 0.05
-_LAST_WORDS_SECONDS = 1.0
+_LAST_WORDS_SECONDS = 5.0
 _KILL_SECONDS = 10.0
 
 # The program's interpreter gets the harness ready compiled, down the pipe of its requests.
@@ -62,6 +65,14 @@ def read(size):
 exec(marshal.loads(read(int.from_bytes(read(8), "big"))))
 program(3, 4)
 """
+
+# The modules beside this file, without the packages that they lie in, which need more than the standard library.
+for _name, _folder in (("gradsift", Path(__file__).parents[1]), ("gradsift.rewards", Path(__file__).parent)):
+    sys.modules.setdefault(_name, ModuleType(_name)).__path__ = [str(_folder)]
+
+from gradsift.rewards import _tester  # noqa: E402 - found by the lines before
+from gradsift.rewards._cleaning import open_folder, remove, sweep  # noqa: E402
+from gradsift.rewards._confinement import MemoryGroup, forget_group, memory_group, restrict_paths  # noqa: E402
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -104,8 +115,14 @@ def _enter_namespaces(wanted: list[str]) -> None:
             _check(_libc.unshare(_CLONE[name]), f"{name} namespace")
 
 
-def _build_root(request: dict[str, Any], user: int) -> None:
-    """A file tree with the interpreter and the system's libraries, read-only, and one folder of limited size."""
+def _build_root(request: dict[str, Any], users: tuple[int, int]) -> tuple[str, str]:
+    """A file tree with the interpreter and the system's libraries, read-only, and two folders of limited size.
+
+    Returns:
+        The folders, the program's and the tests': no name under which anything else is shown.
+    """
+    shown = [*_VISIBLE, *request["visible"]]
+    folders = (_unused("/program", shown), _unused("/tests", shown))
     root = Path(request["scratch"])
     _check(_libc.unshare(_CLONE["files"]), "mount namespace")
     _mount(None, "/", None, _MS_REC | _MS_PRIVATE)
@@ -113,21 +130,41 @@ def _build_root(request: dict[str, Any], user: int) -> None:
     os.umask(0o022)
     for name in (*_VISIBLE, *request["visible"]):
         _show(Path(name), root / name.lstrip("/"))
-    folder = root / _FOLDER.lstrip("/")
-    for path in (folder, root / "proc"):
-        path.mkdir(exist_ok=True)
+    for path in (*folders, "/proc"):
+        (root / path.lstrip("/")).mkdir(exist_ok=True)
+    with contextlib.suppress(FileExistsError):  # what needs /tmp finds the program's folder, if nothing is shown there
+        (root / "tmp").symlink_to(folders[0])
     # A container may hide parts of /proc, and then the kernel refuses a new one: programs do without.
     with contextlib.suppress(OSError):
         _mount("proc", root / "proc", "proc", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC)
     _make_read_only(root)
-    group = user if os.getuid() == 0 else os.getgid()
-    size = f"size={request['disk_bytes']},nr_inodes=8192,mode=0700,uid={user},gid={group}"
-    _mount("tmpfs", folder, "tmpfs", _MS_NOSUID | _MS_NODEV, size)
+    for folder, user in zip(folders, users, strict=True):
+        group = user if os.getuid() == 0 else os.getgid()
+        size = f"size={request['disk_bytes']},nr_inodes=8192,mode=0700,uid={user},gid={group}"
+        _mount("tmpfs", root / folder.lstrip("/"), "tmpfs", _MS_NOSUID | _MS_NODEV, size)
     # As switch_root does: leaving it again takes CAP_SYS_CHROOT, which the program does not have.
     os.chdir(root)
     _mount(".", "/", None, _MS_MOVE)
     os.chroot(".")
     os.chdir("/")
+    return folders
+
+
+def _unused(name: str, shown: list[str]) -> str:
+    """A name at the top of the tree that begins none of these paths."""
+    while any(Path(path).is_relative_to(name) for path in shown):
+        name += "_"
+    return name
+
+
+def _make_folders(scratch: str, users: tuple[int, int]) -> tuple[str, str]:
+    """The program's folder and the tests', inside one that neither of their users can write to, if they are made."""
+    folders = (f"{scratch}/program", f"{scratch}/tests")
+    for folder, user in zip(folders, users, strict=True):
+        os.mkdir(folder, 0o700)  # noqa: PTH102
+        if os.getuid() == 0:
+            os.chown(folder, user, user)
+    return folders
 
 
 def _show(path: Path, target: Path) -> None:
@@ -233,33 +270,39 @@ def _high(fd: int) -> int:
     return moved
 
 
-def _init(request: dict[str, Any], harness: CodeType, users: tuple[int, int], fds: tuple[int, int, int]) -> None:
+def _init(
+    request: dict[str, Any],
+    harness: CodeType,
+    users: tuple[int, int],
+    fds: tuple[int, int, int],
+    entrance: int | None,
+    page: mmap.mmap,
+) -> None:
     """First process of the namespaces: starts tester and program, then collects whatever dies."""
     verdict, status, output = (_high(fd) for fd in fds)
+    entrance = None if entrance is None else _high(entrance)
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     os.setsid()
     _limit(request, users[0])
     with contextlib.suppress(OSError):  # where memory runs out, the kernel ends these processes first
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
-    prefix: int | None = None
-    folder = _FOLDER
     if "files" in request["isolate"]:
-        _build_root(request, users[0])
+        folders = _build_root(request, users)
     else:
-        folder = request["scratch"]
+        folders = _make_folders(request["scratch"], users)
         if os.getuid() == 0:
-            os.chown(folder, users[0], users[0])
-            # The interpreter may lie where only root can go: its folder stays reachable through an open descriptor.
-            prefix = _high(os.open(request["prefix"], os.O_PATH | os.O_DIRECTORY))
+            _reach(request)
     null = _high(os.open("/dev/null", os.O_RDWR))
     requests, answers = [_high(fd) for fd in os.pipe()], [_high(fd) for fd in os.pipe()]
     tester = os.fork()
     if tester == 0:
-        _become_tester(request, harness, users[1], (answers[0], requests[1], verdict), prefix, null)
+        pipes = (answers[0], requests[1], verdict)
+        _become_tester(request, harness, users[1], pipes, folders[1], null, page)
     program = os.fork()
     if program == 0:
-        _become_program(request, harness, users[0], (null, output, output, requests[0], answers[1]), folder, prefix)
-    for fd in (*requests, *answers, verdict, output, null):
+        files = (null, output, output, requests[0], answers[1])
+        _become_program(request, users[0], files, folders[0], entrance)
+    for fd in (*requests, *answers, verdict, output, null, *([] if entrance is None else [entrance])):
         os.close(fd)
     names = {tester: "tester", program: "program"}
     while True:
@@ -272,49 +315,79 @@ def _init(request: dict[str, Any], harness: CodeType, users: tuple[int, int], fd
             os.write(status, json.dumps(report).encode() + b"\n")
 
 
+def _reach(request: dict[str, Any]) -> None:
+    """Put open descriptors in the place of folders of the interpreter, which may lie where only root can go."""
+    opened: dict[str, str] = {}
+    for path in (request["prefix"], *request["packages"]):
+        if path not in opened and os.path.isdir(path):  # noqa: PTH112
+            fd = _high(os.open(path, os.O_PATH | os.O_DIRECTORY))
+            os.set_inheritable(fd, True)
+            opened[path] = f"/proc/self/fd/{fd}"
+    sys.path[:] = [_moved(entry, {request["prefix"]: opened[request["prefix"]]}) for entry in sys.path]
+    request["python"] = _moved(request["python"], opened)
+    request["packages"] = [_moved(path, opened) for path in request["packages"]]
+    request["prefix"] = opened[request["prefix"]]
+
+
+def _moved(path: str, opened: dict[str, str]) -> str:
+    for folder, reachable in opened.items():
+        if Path(path).is_relative_to(folder):
+            return path.replace(folder, reachable, 1)
+    return path
+
+
+def _descriptor(path: str) -> str | int:
+    """A path, or the descriptor that stands in its place."""
+    number = path.removeprefix("/proc/self/fd/")
+    return int(number) if number.isdigit() else path
+
+
 def _become_tester(
-    request: dict[str, Any], harness: CodeType, user: int, pipes: tuple[int, int, int], prefix: int | None, null: int
+    request: dict[str, Any],
+    harness: CodeType,
+    user: int,
+    pipes: tuple[int, int, int],
+    folder: str,
+    null: int,
+    page: mmap.mmap,
 ) -> None:
     """Turn this fork into the process that holds the tests; it does not return."""
     try:
         os.setsid()
         for standard in (0, 1, 2):
             os.dup2(null, standard)
+        kept = {*pipes, *map(_descriptor, (request["prefix"], *request["packages"]))}
         for fd in range(3, request["open_files"]):
-            if fd not in (*pipes, prefix):
+            if fd not in kept:
                 with contextlib.suppress(OSError):
                     os.close(fd)
-        if prefix is not None:
-            sys.path[:] = [entry.replace(request["prefix"], f"/proc/self/fd/{prefix}", 1) for entry in sys.path]
+        sys.path += request["packages"]
+        os.environ |= {"HOME": folder, "TMPDIR": folder, **_ONE_THREAD}
+        os.chdir(folder)
         _drop_privileges(user)
         compiled = marshal.dumps(harness)
         compiled = len(compiled).to_bytes(8, "big") + compiled
-        names: dict[str, Any] = {"__name__": "harness"}
-        exec(harness, names)
-        names["tester"](request["program"], *pipes, compiled)
+        _tester.tester(request["program"], *pipes, compiled, page)
     except BaseException:
         with contextlib.suppress(OSError):
             os.write(pipes[2], _error(traceback.format_exc()))
     os._exit(0)
 
 
+_ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+
+
 def _become_program(
-    request: dict[str, Any], harness: CodeType, user: int, files: tuple[int, ...], folder: str, prefix: int | None
+    request: dict[str, Any], user: int, files: tuple[int, ...], folder: str, entrance: int | None
 ) -> None:
     """Turn this fork into a fresh interpreter that runs the program; it does not return."""
     try:
         os.setsid()
+        if entrance is not None:
+            os.write(entrance, b"0")
         for number, fd in enumerate(files):
             os.dup2(fd, number, inheritable=True)
         python, home, packages = request["python"], request["prefix"], request["packages"]
-        if prefix is not None:
-            os.set_inheritable(prefix, True)
-            reachable = f"/proc/self/fd/{prefix}"
-            python, home = python.replace(home, reachable, 1), reachable
-            opened = [_high(os.open(path, os.O_PATH | os.O_DIRECTORY)) for path in packages]
-            for fd in opened:
-                os.set_inheritable(fd, True)
-            packages = [f"/proc/self/fd/{fd}" for fd in opened]
         environment = {
             "HOME": folder,
             "TMPDIR": folder,
@@ -324,11 +397,15 @@ def _become_program(
             "PYTHONHOME": home,
             "PYTHONPATH": os.pathsep.join(packages),
             "PYTHONHASHSEED": "0",  # the same program gives the same answers
-            "OMP_NUM_THREADS": "1",
-            "OPENBLAS_NUM_THREADS": "1",
+            **_ONE_THREAD,
         }
         os.chdir(folder)
         _drop_privileges(user)
+        if "paths" in request["isolate"]:
+            # Where it has numbers of its own, those in /proc are others'.
+            own = (*_READABLE_IN_PROC, *([] if "pid" in request["isolate"] else [f"/proc/{os.getpid()}"]))
+            shown = (*_VISIBLE, *own, *map(_descriptor, (home, *packages)))
+            restrict_paths(shown, (folder, *_WRITABLE_DEVICES))
         if "syscalls" in request["isolate"]:
             _install_filter(request["filter"])
         os.execve(python, [python, "-P", "-s", "-S", "-B", "-u", "-c", _START], environment)
@@ -432,8 +509,9 @@ def _kill_user(user: int) -> None:
 class _Watch:
     """What is known of the running program, and the loop that finds it out."""
 
-    def __init__(self, request: dict[str, Any], init: int, verdict: int, status: int, output: int) -> None:
-        self.request, self.init = request, init
+    def __init__(self, request: dict[str, Any], init: int, fds: tuple[int, int, int], page: mmap.mmap) -> None:
+        self.request, self.init, self.page = request, init, page
+        verdict, status, output = fds
         self.verdict_fd, self.status_fd, self.output_fd = verdict, status, output
         self.open = {0, verdict, status, output}
         self.verdict, self.status, self.output = b"", b"", b""
@@ -461,10 +539,12 @@ class _Watch:
                     last_words = min(last_words, time.monotonic() + _LAST_WORDS_SECONDS)
 
     def _decided(self) -> bool:
-        """The verdict is complete, and where it needs the reason why the program has gone, that too."""
+        """The verdict is complete, or why there is none, and where the program has gone, the reason of that, too."""
         if self.verdict_fd in self.open:
             return False
-        return (bool(self.verdict) and b'"gone"' not in self.verdict) or "program" in self.ended
+        if not self.verdict:
+            return "tester" in self.ended
+        return b'"gone"' not in self.verdict or "program" in self.ended
 
     def _read(self, seconds: float) -> None:
         for fd in select.select(sorted(self.open), [], [], max(0.0, seconds))[0]:
@@ -494,9 +574,15 @@ class _Watch:
         if "files" not in self.request["isolate"] and _folder_bytes(self.request["scratch"]) > limit:
             self.stopped = ("killed", f"wrote more than {limit >> 20} MB into its folder")
 
-    def result(self) -> dict[str, Any]:
-        """Status, reason, output and processor time."""
+    def result(self, out_of_memory: int) -> dict[str, Any]:
+        """Status, reason, output and processor time, where the memory limit has ended so many processes."""
         status, reason = self.stopped or self._conclusion()
+        if status == "killed" and out_of_memory:
+            limit = self.request["memory_bytes"] >> 20
+            status, reason = "memory", f"its processes took more than {limit} MB together"
+        # A limit that the tests reach before they have called the program is no fault of the program.
+        if status in ("timeout", "memory") and self.page[_tester.ALONE]:
+            status, reason = "error", f"before the tests called the program: {reason}"
         return {"status": status, "reason": reason, "output": self.output.decode("utf-8", "replace"), "cpu": self.cpu}
 
     def _conclusion(self) -> tuple[str, str]:
@@ -513,7 +599,8 @@ class _Watch:
         if program is not None and os.WIFSIGNALED(program):
             return "killed", f"ended by {signal.Signals(os.WTERMSIG(program)).name} before the tests were done"
         if not verdict:
-            return "killed", "the process with the tests was killed, or its parent"
+            status = "error" if self.page[_tester.ALONE] else "killed"
+            return status, "the process with the tests was killed, or its parent"
         if program is None:
             return "failed", "stopped answering before the tests were done"
         code = os.WEXITSTATUS(program)
@@ -523,29 +610,46 @@ class _Watch:
 
 
 def _supervise(request: dict[str, Any], harness: CodeType) -> dict[str, Any]:
-    isolated = request["isolate"]
     users = _users()
-    _enter_namespaces(isolated)
+    _enter_namespaces(request["isolate"])
+    # What the program writes into its folder counts as memory, too.
+    group = memory_group(request["memory_bytes"] + request["disk_bytes"])
+    try:
+        return _watched(request, harness, users, group) | {"memory_group": group is not None}
+    finally:
+        if group is not None:
+            group.close()
+
+
+def _watched(
+    request: dict[str, Any], harness: CodeType, users: tuple[int, int], group: MemoryGroup | None
+) -> dict[str, Any]:
+    """Start tester and program, watch them to the end, and clear away what is left."""
+    isolated = request["isolate"]
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     _prctl(_PR_SET_DUMPABLE, 0)  # inherited by the tester: the program cannot look into it, whoever runs it
     verdict, status, output = os.pipe(), os.pipe(), os.pipe()
+    page = mmap.mmap(-1, mmap.PAGESIZE)  # shared with the tester, which says there how far it is
     init = os.fork()
     if init == 0:
         try:
             os.close(0)
-            _init(request, harness, users, (verdict[1], status[1], output[1]))
+            entrance = None if group is None else group.entrance
+            _init(request, harness, users, (verdict[1], status[1], output[1]), entrance, page)
         except BaseException:
             os.write(verdict[1], _error(traceback.format_exc()))
         os._exit(1)
     for fd in (verdict[1], status[1], output[1]):
         os.close(fd)
-    watch = _Watch(request, init, verdict[0], status[0], output[0])
+    watch = _Watch(request, init, (verdict[0], status[0], output[0]), page)
     try:
         watch.until_the_end()
     finally:
         made = {user for user in users if user >= _FIRST_USER}
         clean = _kill_everything(init, pid_namespace="pid" in isolated, users=made)
-    result = watch.result()
+        if made and not {"files", "ipc"} <= set(isolated):
+            sweep(made)
+    result = watch.result(0 if group is None else group.kills())
     if not clean:
         result |= {"status": "error", "reason": "some of its processes could not be ended"}
     return result
@@ -558,20 +662,65 @@ def main() -> None:
     harness = compile(text, "<harness>", "exec")
     while True:
         request = json.loads(_read_exactly(int.from_bytes(_read_exactly(8), "big")))
+        if request["pytest"]:
+            _load_pytest(request["pytest"])
+        try:
+            folder = _make_scratch(request)
+        except OSError as error:
+            _write(_NOTHING | {"status": "error", "reason": f"no folder can be made for the program: {error}"})
+            continue
         child = os.fork()
         if child == 0:
-            _answer(request, harness)
+            _answer(request, harness, folder)
             os._exit(0)
-        if os.waitpid(child, 0)[1] != 0:
-            _write({"status": "killed", "reason": "the sandbox's own processes were killed", "output": "", "cpu": 0.0})
+        ended = os.waitpid(child, 0)[1]
+        with contextlib.suppress(OSError):  # where the child has not come to it
+            remove(folder)
+        if ended != 0:
+            forget_group(child)
+            _write(_NOTHING | {"status": "killed", "reason": "the sandbox's own processes were killed"})
 
 
-def _answer(request: dict[str, Any], harness: CodeType) -> None:
+def _load_pytest(folders: list[str]) -> None:
+    """Import pytest and what it imports when it runs: the testers that are forked from here need no file of it."""
+    if "pytest" in sys.modules:
+        return
+    there = list(sys.path)
+    sys.path += folders
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # the real one is for results
+            _tester.through_pytest(ModuleType("none"))
+    except Exception:  # the tester says what is wrong
+        sys.modules.pop("pytest", None)
+    finally:
+        sys.path[:] = there
+
+
+def _make_scratch(request: dict[str, Any]) -> int:
+    """An empty folder that no program can write to; its descriptor."""
+    name = f"{request['scratch_in']}/gradsift-{os.urandom(8).hex()}"
+    os.mkdir(name, 0o700)  # noqa: PTH102
+    folder = open_folder(name)
+    if os.getuid() == 0:
+        os.fchmod(folder, 0o711)  # others pass through to what is theirs, and can change nothing here
+    request["scratch"] = name
+    return folder
+
+
+def _answer(request: dict[str, Any], harness: CodeType, folder: int) -> None:
     try:
         result = _supervise(request, harness)
     except BaseException:
-        result = {"status": "error", "reason": traceback.format_exc()[-2000:], "output": "", "cpu": 0.0}
-    _write(result)
+        result = {"status": "error", "reason": traceback.format_exc()[-2000:]}
+    try:
+        remove(folder)
+    except OSError as error:
+        result |= {"status": "error", "reason": f"the program's folder cannot be removed: {error}"}
+    _write(_NOTHING | result)
+
+
+_NOTHING: dict[str, Any] = {"output": "", "cpu": 0.0, "memory_group": False}
 
 
 def _write(result: dict[str, Any]) -> None:

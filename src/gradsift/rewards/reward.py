@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -111,18 +111,19 @@ def single_rewards(reward: Any) -> list[Any]:
     return list(reward) if isinstance(reward, list | tuple) else [reward]
 
 
-def check_reward(reward: Any, example: Sample, *, judged: bool) -> None:
+def check_reward(reward: Any, samples: Sequence[Sample], *, judged: bool) -> None:
     """Refuse a reward that cannot be computed, without computing any.
 
     Args:
         reward: as for `reward_samples`.
-        example: a sample whose row has every column.
+        samples: one for each row, at least one; what they answer does not matter.
         judged: whether there is somebody for a `Judge` to ask.
 
     Raises:
         ConfigError: a function cannot be loaded or called with what there is, a column is missing, programs may not
-            be run, or a judge has nobody to ask.
+            be run, tests can judge no program, or a judge has nobody to ask.
     """
+    example = replace(samples[0], row={name: None for sample in samples for name in sample.row})
     for single in single_rewards(reward):
         if isinstance(single, str | Function):
             function = (Function(name=single) if isinstance(single, str) else single).load()
@@ -132,11 +133,8 @@ def check_reward(reward: Any, example: Sample, *, judged: bool) -> None:
                 "the reward judge asks a language model, and none is named: give --judge-model (`judge:` in a recipe, "
                 "judge= in Python)"
             )
-        elif isinstance(single, UnitTests) and not single.allow_code_execution:
-            raise ConfigError(
-                "the reward unit_tests runs programs that the model wrote on this machine: read docs/rewards.md on "
-                "what the sandbox does not protect from, then give --allow-code-execution (allow_code_execution: true)"
-            )
+        elif isinstance(single, UnitTests):
+            single.check(samples)
         for name in _columns_read(single):
             column(example.row, name, single.kind)
 
@@ -145,8 +143,6 @@ def _columns_read(reward: Any) -> list[str]:
     """The columns that a built-in reward looks at."""
     if isinstance(reward, Exact | Regex | Numeric):
         return [reward.answer] if reward.answer else []
-    if isinstance(reward, UnitTests):
-        return [name for name in (reward.tests, reward.entry_point, reward.context) if name]
     return [reward.reference] if isinstance(reward, Judge) and reward.mode == "pairwise" else []
 
 

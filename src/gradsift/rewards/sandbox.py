@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import select
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -16,7 +15,8 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Literal
@@ -25,6 +25,7 @@ from pydantic import Field
 
 from gradsift.errors import ConfigError
 from gradsift.rewards._seccomp import syscall_filter
+from gradsift.rewards._shapes import CannotJudgeError, Tests, understand
 from gradsift.settings import Settings
 
 Status = Literal["passed", "failed", "timeout", "memory", "killed", "error"]
@@ -32,7 +33,8 @@ Status = Literal["passed", "failed", "timeout", "memory", "killed", "error"]
 # From the strongest to what always works. A container may allow only some.
 _LEVELS = (
     ("pid", "network", "ipc", "files", "syscalls"),
-    ("pid", "network", "ipc", "syscalls"),
+    ("pid", "network", "ipc", "paths", "syscalls"),
+    ("paths", "syscalls"),
     ("syscalls",),
     (),
 )
@@ -51,8 +53,9 @@ class Sandbox(Settings):
     output_kb: of its printed output that is kept; the rest is read and dropped
     packages: installed packages can be imported; otherwise only the standard library
     namespaces: `require` runs programs only where the system allows to shut out the network, other processes and the
-        file system; `try` also runs them where it does not, if gradsift was started by root and so can hand them to a
-        user who owns nothing; `off` makes do with limits and a filter of system calls
+        file system; `try` also runs them without namespaces, if there is a filter of system calls, and Landlock or (if
+        root started gradsift) a user of their own who owns nothing; `off` asks for no namespaces, and for nothing else
+        that is not there
     """
 
     timeout: float = Field(default=10.0, gt=0)
@@ -71,7 +74,8 @@ class Program:
     """A completion and the tests that judge it.
 
     completion: what the model wrote: code, or text with code in a fence
-    tests: Python with asserts, or a function `check(candidate)` that is called with the entry point
+    tests: Python with asserts; a function `check(candidate)` that is called with the entry point; functions of pytest,
+        classes of unittest; or pairs of inputs and outputs in JSON (`docs/rewards.md` has the forms)
     entry_point: the function under test; empty where the tests call functions by name
     context: the code that the completion continues (HumanEval's prompt); text before it is left out
     """
@@ -86,9 +90,9 @@ class Program:
 class Outcome:
     """How one program ended.
 
-    status: `passed`: every test ran and held; `failed`: a test did not, or the program raised, ended early or answered
-        with something else than plain data; `timeout`, `memory`: a limit; `killed`: ended by a signal or for filling
-        its folder; `error`: it could not be judged
+    status: `passed`: every test ran and held, and not for every answer; `failed`: a test did not hold, or the program
+        raised, ended early or answered with something else than plain data; `timeout`, `memory`: a limit; `killed`:
+        ended by a signal or for filling its folder; `error`: it could not be judged
     reason: a sentence; empty where it passed
     output: the beginning of what the program printed
     cpu_seconds: processor time of program and tests
@@ -138,11 +142,14 @@ def run_programs(
 
 
 def isolation(sandbox: Sandbox | None = None) -> tuple[str, ...]:
-    """How this system shuts a program off: of `pid`, `network`, `ipc`, `files` and `syscalls` those that work here.
+    """How this system shuts a program off: of the following those that work here.
 
-    The first four are namespaces: no other processes are visible, no network, no shared memory, and no files but the
-    interpreter's and a private folder. `syscalls` is a filter that refuses sockets, signals to other processes and
-    looking into them. Found by running a program, once per process.
+    `pid`, `network`, `ipc` and `files` are namespaces: no other processes are visible, no network, no shared memory,
+    and no files but the interpreter's and a private folder. `paths` is Landlock: others than these files cannot be
+    opened.
+    `syscalls` is a filter that allows what a program by itself needs: no sockets, no signals to other processes, no
+    looking into them, no memory that counts as nobody's. `memory` is a control group, whose limit the kernel keeps for
+    all processes together. Found by running a program, once per process.
 
     Raises:
         ConfigError: no program can be run at all, or not as `sandbox` requires.
@@ -150,9 +157,10 @@ def isolation(sandbox: Sandbox | None = None) -> tuple[str, ...]:
     sandbox = sandbox or Sandbox()
     if sys.platform != "linux":
         raise ConfigError(f"running programs needs Linux, this is {sys.platform}: use a Linux machine or container")
-    # Root hands programs to a user who owns nothing; an ordinary user's own files and processes would lie open.
-    weakest = len(_LEVELS) if os.getuid() == 0 else 1
-    levels = {"try": _LEVELS[:weakest], "require": _LEVELS[:1], "off": _LEVELS[-2:]}[sandbox.namespaces]
+    # Root hands programs to a user who owns nothing; an ordinary user's own files and processes lie open to programs
+    # that nothing but the filter holds. Less than the filter is never enough unless it is asked for.
+    enough = _LEVELS[:4] if os.getuid() == 0 else _LEVELS[:3]
+    levels = {"try": enough, "require": _LEVELS[:1], "off": _LEVELS[2:]}[sandbox.namespaces]
     found = _first_that_works(levels, sandbox.packages)
     if isinstance(found, tuple):
         return found
@@ -164,49 +172,90 @@ def isolation(sandbox: Sandbox | None = None) -> tuple[str, ...]:
     raise ConfigError(f"no program can be shut off here with namespaces={sandbox.namespaces!r} ({found}): {advice}")
 
 
-_SHUT_OFF = {
+_IN_FORCE = {
     "pid": "no other processes in sight",
     "network": "no network",
     "ipc": "no shared memory",
     "files": "no files but their own",
-    "syscalls": "a filter of system calls",
+    "paths": "no files but a list (Landlock)",
+    "syscalls": "a list of system calls",
+    "memory": "one memory limit for all their processes",
 }
 
 
 def isolation_text(sandbox: Sandbox | None = None) -> str:
-    """`isolation` in words: what is in force, and what this system does not allow.
+    """`isolation` in words: what is in force, and what does not hold.
 
     Raises:
         ConfigError: as `isolation`.
     """
     found = isolation(sandbox)
-    there = ", ".join(_SHUT_OFF[name] for name in _SHUT_OFF if name in found) or "limits of time and memory alone"
-    lacking = ", ".join(_SHUT_OFF[name] for name in _SHUT_OFF if name not in found)
-    return f"in force: {there}" + (f"; not possible here: {lacking} (docs/rewards.md)" if lacking else "")
+    there = ", ".join(words for name, words in _IN_FORCE.items() if name in found) or "limits of time and memory alone"
+    open_ = _not_held(found)
+    return f"in force: {there}" + (f"; not held: {'; '.join(open_)} (docs/security.md)" if open_ else "")
+
+
+def _not_held(found: tuple[str, ...]) -> list[str]:
+    """What a program can do where some of `isolation` is missing."""
+    own = os.getuid() != 0
+    there = []
+    if "files" not in found and "paths" not in found:
+        whose = (
+            "all that you may read and write" if own else "what every user may read, and what every user may write to"
+        )
+        there.append(f"they reach {whose}")
+    elif "files" not in found:
+        there.append("they can ask whether a file exists and how large it is")
+    if "syscalls" not in found:
+        there.append(
+            "they have sockets, shared memory and signals" if "network" not in found else "they have all calls"
+        )
+    if "pid" not in found and "paths" not in found:
+        there.append("they see which processes run")
+    if "memory" not in found:
+        there.append("the memory of all their processes is looked at 20 times a second, not by the kernel")
+    return there
 
 
 @cache
 def _first_that_works(levels: tuple[tuple[str, ...], ...], packages: bool) -> tuple[str, ...] | str:
     reason = ""
+    trial = Program("def answer():\n    return 42\n", "assert answer() == 42", "answer")
     for level in levels:
-        trial = Program("def answer():\n    return 42\n", "assert answer() == 42", "answer")
         with _supervisors(1) as pool:
-            (outcome,) = pool.run([trial], Sandbox(packages=packages), level)
-        if outcome.status == "passed":
-            return level
-        reason = f"{outcome.status}: {outcome.reason.strip()}"
-        if outcome.status == "timeout":
+            answer = pool.ask(trial, understand(trial.tests, trial.entry_point), Sandbox(packages=packages), level)
+        if answer["status"] == "passed":
+            return (*level, "memory") if answer["memory_group"] else level
+        reason = f"{answer['status']}: {answer['reason'].strip()}"
+        if answer["status"] == "timeout":
             break  # a busy machine is no reason to run anything less well shut off
     return reason
 
 
-def _request(program: Program, sandbox: Sandbox, isolated: tuple[str, ...], scratch: str) -> dict[str, Any]:
-    packages = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")] if sandbox.packages else []
+# Many programs are judged by the same tests.
+understood = lru_cache(maxsize=4096)(understand)
+
+
+def needs_pytest(tests: Tests) -> bool:
+    """Whether only pytest can run these tests, and it is not installed.
+
+    Example:
+        >>> needs_pytest(understand("assert add(1, 2) == 3"))
+        False
+    """
+    return "pytest" in tests.tools and find_spec("pytest") is None
+
+
+def _request(program: Program, tests: Tests, sandbox: Sandbox, isolated: tuple[str, ...]) -> dict[str, Any]:
+    installed = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    packages = installed if sandbox.packages else []
     return {
+        "pytest": _folders_of("pytest") if "pytest" in tests.tools else [],
         "program": asdict(program),
         "isolate": ("user", *isolated) if "pid" in isolated and os.getuid() != 0 else isolated,
-        "filter": syscall_filter(os.uname().machine),
-        "scratch": scratch,
+        "filter": syscall_filter(os.uname().machine, attributes=os.getuid() == 0 or "files" in isolated),
+        # An unprivileged user must be able to reach it: root's own temporary folder may be closed to others.
+        "scratch_in": "/tmp" if os.getuid() == 0 else os.path.realpath(tempfile.gettempdir()),
         "python": os.path.realpath(sys.executable),
         "prefix": sys.base_prefix,
         "packages": list(dict.fromkeys(packages)),
@@ -221,20 +270,11 @@ def _request(program: Program, sandbox: Sandbox, isolated: tuple[str, ...], scra
     }
 
 
-@contextmanager
-def _scratch() -> Iterator[str]:
-    """An empty folder, gone afterwards whatever a program made of it."""
-    # An unprivileged user must be able to reach it: root's own temporary folder may be closed to others.
-    base = "/tmp" if os.getuid() == 0 else None
-    folder = os.path.realpath(tempfile.mkdtemp(prefix="gradsift-", dir=base))
-    try:
-        yield folder
-    finally:
-        try:
-            shutil.rmtree(folder)
-        except (OSError, RecursionError):  # folders without permissions, or nested too deeply
-            subprocess.run(["chmod", "-R", "u+rwx", folder], check=False, stderr=subprocess.DEVNULL)
-            subprocess.run(["rm", "-rf", folder], check=False, stderr=subprocess.DEVNULL)
+def _folders_of(package: str) -> list[str]:
+    """Where a package and what it needs is imported from."""
+    found = find_spec(package)
+    folders = [str(Path(found.origin).parents[1])] if found is not None and found.origin is not None else []
+    return list(dict.fromkeys([*folders, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]))
 
 
 class _Supervisor:
@@ -314,19 +354,30 @@ class _Pool:
                 raise
 
     def _run(self, program: Program, sandbox: Sandbox, isolated: tuple[str, ...]) -> Outcome:
+        try:
+            tests = understood(program.tests, program.entry_point, program.context)
+        except CannotJudgeError as error:
+            return Outcome("error", str(error))
+        answer = self.ask(program, tests, sandbox, isolated)
+        return Outcome(answer["status"], answer["reason"], answer["output"], answer["cpu"])
+
+    def ask(self, program: Program, tests: Tests, sandbox: Sandbox, isolated: tuple[str, ...]) -> dict[str, Any]:
+        """What a supervisor says of one program."""
         supervisor = self.free.get()
         try:
-            with _scratch() as scratch:
-                request = _request(program, sandbox, isolated, scratch)
-                answer = supervisor.ask(request, sandbox.timeout + _GRACE_SECONDS, self.stop)
-                if answer is None:
-                    supervisor.close()
-                    supervisor = _Supervisor()
+            request = _request(program, tests, sandbox, isolated)
+            answer = supervisor.ask(request, sandbox.timeout + _GRACE_SECONDS, self.stop)
+            if answer is None:
+                supervisor.close()
+                supervisor = _Supervisor()
         finally:
             self.free.put(supervisor)
-        if answer is None:
-            return Outcome("killed", "the sandbox's own processes were killed")
-        return Outcome(answer["status"], answer["reason"], answer["output"], answer["cpu"])
+        return answer or {
+            "status": "killed",
+            "reason": "the sandbox's own processes were killed",
+            "output": "",
+            "cpu": 0.0,
+        }
 
     def close(self) -> None:
         for _ in range(self.workers):

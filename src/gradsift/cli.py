@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import inspect
 import json
-import math
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from gradsift.cli_options import (
     HARNESS,
@@ -47,6 +48,39 @@ app = typer.Typer(
 )
 
 
+class _Careful(TyperCommand):
+    """A command that refuses what was hardly meant: an empty text, as a shell variable that is not set gives, a text
+    that is not UTF-8, and an option of one value given twice, of which the last would count.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """As any command, after a look at what was typed.
+
+        Raises:
+            BadParameter: of such a value; the exit status is 2.
+        """
+        found, _, order = self.make_parser(ctx).parse_args(args=list(args))
+        for parameter in order:
+            name, value = parameter.opts[0], found.get(parameter.name)
+            flag = getattr(parameter, "is_flag", False)
+            values = value if isinstance(value, list | tuple) else [value]
+            if getattr(parameter, "multiple", False) or (flag and not parameter.secondary_opts):
+                pass
+            elif order.count(parameter) > 1:
+                raise typer.BadParameter(f"{name} is given {order.count(parameter)} times and has one value: keep one")
+            for text in (text for text in values if isinstance(text, str)):
+                if not text.strip():
+                    raise typer.BadParameter(
+                        f"{name} is empty, as a shell variable that is not set makes it: give a value, or leave it out"
+                    )
+                if not text.isprintable() and _SURROGATE.search(text):
+                    raise typer.BadParameter(f"{name} {text!r} is not UTF-8: rename the file or folder")
+        return super().parse_args(ctx, args)
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
 def _command(
     *shared: str, optional: tuple[str, ...] = (), **options: Any
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -77,14 +111,14 @@ def _command(
         call.__name__, call.__doc__ = function.__name__, function.__doc__
         call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         call.__annotations__ = {p.name: p.annotation for p in parameters}
-        app.command(**options)(call)
+        app.command(cls=_Careful, **options)(call)
         return function
 
     return register
 
 
 class _errors:  # noqa: N801  # reads as a phrase: with _errors(...)
-    """Turn gradsift's errors into one message and exit code 1, and an interruption into 130."""
+    """One message for gradsift's errors, with exit code 2 for what was typed wrong and else 1; 130 when interrupted."""
 
     def __init__(self, *, debug: bool) -> None:
         from gradsift.interruption import watching
@@ -104,12 +138,12 @@ class _errors:  # noqa: N801  # reads as a phrase: with _errors(...)
         if isinstance(error, KeyboardInterrupt) or pressed():
             print("\ninterrupted: finished shards are kept; the same command goes on from there", file=sys.stderr)
             raise typer.Exit(130) from None
-        from gradsift.errors import GradsiftError
+        from gradsift.errors import ConfigError, GradsiftError
         from gradsift.progress import visible
 
         if isinstance(error, GradsiftError):
             print(f"error: {visible(str(error))}", file=sys.stderr)
-            raise typer.Exit(1) from None
+            raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from None
         if isinstance(error, BrokenPipeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(1) from None
@@ -158,20 +192,6 @@ def _columns(text: str | None, option: str = "--columns") -> dict[str, str]:
     return {key.strip(): value.strip() for key, value in pairs}
 
 
-def parse_budget(text: str) -> float:
-    """`500`, `0.05` or `5%`."""
-    from gradsift.errors import ConfigError
-
-    try:
-        value = float(text.rstrip("%")) / 100 if text.strip().endswith("%") else float(text)
-    except ValueError as error:
-        raise ConfigError(f"--budget {text!r}: wanted a number of examples, or a share such as 0.05 or 5%") from error
-    if text.strip().endswith("%") and not 0 < value <= 1:
-        raise ConfigError(f"--budget {text!r}: a share lies between 0% and 100%")
-    # 100% is a share, while 1 is one example: the largest number below 1 stands for the whole.
-    return min(value, math.nextafter(1.0, 0.0)) if text.strip().endswith("%") else value
-
-
 def _recipe(given: dict[str, Any], **more: Any) -> Any:
     """A recipe from the options that were given."""
     from gradsift.errors import ConfigError
@@ -215,7 +235,7 @@ def _recipe(given: dict[str, Any], **more: Any) -> Any:
     if "selection" in given:
         own = {name: given[name] for name in ("trade_off", "threshold", "max_cosine")} | {"by": given["diverse_by"]}
         values["selection"] = selection_of(given["selection"], own, seed=given["seed"])
-        values |= {"budget": parse_budget(given["budget"]), "group_by": tuple(given["group_by"] or ())}
+        values |= {"budget": given["budget"], "group_by": tuple(given["group_by"] or ())}
     values |= rewards_of(given)
     values |= engine_fields(given)
     if given.get("target_columns"):
@@ -664,7 +684,7 @@ def plan(
             print_estimate(one)
 
 
-@app.command()
+@app.command(cls=_Careful)
 def init(
     path: Annotated[Path, typer.Argument(help="Where to write the recipe.")] = Path("recipe.yaml"),
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
@@ -726,7 +746,7 @@ def compare(
     Example: gradsift compare recipes/compare.yaml
     """
     from gradsift.comparison import run_compare
-    from gradsift.errors import ConfigError
+    from gradsift.errors import IncompleteError
     from gradsift.report.comparison_text import print_comparison
 
     results = [run_compare(one, _reporter(given)) for one in _read_recipes(recipe, given, out)]
@@ -739,7 +759,7 @@ def compare(
     failed = [failure for result in results for failure in result.failures]
     if failed:
         first = failed[0]
-        raise ConfigError(
+        raise IncompleteError(
             f"{len(failed)} of the comparison failed and the rest is done, first {first.arm}, {first.budget} examples, "
             f"seed {first.seed}, {first.stage}: {first.error}. The same command tries again what failed"
         )

@@ -69,7 +69,7 @@ def _load(model: str, device: str) -> Any:
     place = _packaged() if model == DEFAULT else None
     try:
         return SentenceTransformer(str(place or model), device=device, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a file that anybody may have written can fail in any way
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelError(
             f"cannot load the embedding model {model}: {first}. Give the hub id or the folder of a "

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 
 class GradsiftError(Exception):
-    """Base of all errors that gradsift raises on purpose: the command line prints its message and exits with 1."""
+    """Base of all errors that gradsift raises on purpose: the command line prints its message and exits with 1.
+
+    `ConfigError`, what was typed wrong, exits with 2.
+    """
 
 
 class DataError(GradsiftError):
@@ -49,3 +52,7 @@ class LockedError(GradsiftError):
 
 class WorkerError(GradsiftError):
     """A piece of work brings its workers down, again and again."""
+
+
+class IncompleteError(GradsiftError):
+    """A part of the work failed, and the rest is done."""

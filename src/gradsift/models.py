@@ -7,15 +7,15 @@ import hashlib
 import importlib.util
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 
 from gradsift.adapters import BareModel, attach_adapter, checksums, first_lines, refuse_other_kinds
-from gradsift.errors import ConfigError, CorruptError, ModelError
+from gradsift.errors import ConfigError, CorruptError, GradsiftError, ModelError
 from gradsift.memory import empty_device_cache, give_back_memory
 from gradsift.store.remote import at_hand
 
@@ -62,12 +62,10 @@ def load_tokenizer(name: str) -> Any:
     name = at_hand(name)
     path = Path(name).expanduser()
     source, options = (str(path.parent), {"gguf_file": path.name}) if path.is_file() else (str(path), {})
-    try:
+    with _loading("tokenizer", name):
         tokenizer: Any = AutoTokenizer.from_pretrained(
             source if path.exists() else name, trust_remote_code=False, **options
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(_cannot_load("tokenizer", name, error)) from error
     tokenizer.model_vocabulary = None if path.is_file() else _vocabulary(source if path.exists() else name)
     return tokenizer
 
@@ -141,12 +139,10 @@ def pretrained(kind: Any, name: str, *, what: str = "model", **options: Any) -> 
         ModelError: it cannot be loaded, or its files and its configuration do not go together; the message names the
             first weights.
     """
-    try:
+    with _loading(what, name):
         model, report = kind.from_pretrained(
             name, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False, **options
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ModelError(_cannot_load(what, name, error)) from error
     mismatched = {weight: shapes for weight, *shapes in report["mismatched_keys"]}
     if mismatched:
         found, wanted = mismatched[min(mismatched)]
@@ -272,7 +268,7 @@ def count_parameters(name: str) -> int:
         if path.is_file()
         else _config(str(path) if path.exists() else name)
     )
-    with torch.device("meta"):
+    with _loading("model", name), torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -330,7 +326,7 @@ def find_adapter(adapter: str) -> None:
         return
     try:
         config = PeftConfig.from_pretrained(adapter)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # as in `_loading`
         raise ModelError(
             f"cannot find the adapter {adapter!r}: it is no local folder, and the Hugging Face hub did not give it "
             f"({first_lines(error, 1)}). Check the spelling and the network"
@@ -381,10 +377,23 @@ def _vocabulary(name: str) -> int | None:
 def _config(name: str, **options: Any) -> Any:
     from transformers import AutoConfig
 
-    try:
+    with _loading("model", name):
         return AutoConfig.from_pretrained(name, trust_remote_code=False, **options)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(_cannot_load("model", name, error)) from error
+
+
+@contextmanager
+def _loading(what: str, name: str) -> Iterator[None]:
+    """What libraries raise over files that anybody may have written can be any exception: all of it as ours.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    try:
+        yield
+    except (GradsiftError, MemoryError):
+        raise
+    except Exception as error:
+        raise ModelError(_cannot_load(what, name, error)) from error
 
 
 def _cannot_load(what: str, name: str, error: Exception) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceABC
 from dataclasses import asdict
 from functools import cached_property, lru_cache
@@ -211,7 +211,7 @@ def prepare(
     chat: ChatFormat,
     *,
     what: str = "pool",
-    columns: Columns | None = None,
+    columns: Columns | Mapping[str, str] | None = None,
     keep_duplicates: bool = False,
     check: Callable[[str], None] | None = None,
     reporter: Reporter,

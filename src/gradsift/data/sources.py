@@ -133,7 +133,7 @@ def _open_named(text: str, what: str) -> Source:
     if path.is_dir():
         return _open_folder(path, what)
     if path.exists():
-        if not is_data_file(path):
+        if not path.is_file() or not is_data_file(path):
             raise DataError(
                 f"{what}: {path} is {why_unread(path)}; wanted {readable_types()}, a folder of them, "
                 "or a Hugging Face dataset name."

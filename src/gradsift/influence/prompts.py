@@ -222,7 +222,7 @@ def open_prompts(
     weights: SequenceABC[float] | None = None,
     judge: Endpoint | Chat | None = None,
     subtask: str | None = None,
-    columns: Columns | None = None,
+    columns: Columns | Mapping[str, str] | None = None,
     keep_overlap: bool = False,
     sample: RowSample | None = None,
 ) -> PromptTarget:
@@ -288,7 +288,7 @@ def read_prompts(
     source: Any,
     chat: ChatFormat,
     *,
-    columns: Columns | None = None,
+    columns: Columns | Mapping[str, str] | None = None,
     what: str = "target",
     sample: RowSample | None = None,
 ) -> Prompts:

@@ -9,14 +9,14 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from gradsift.settings import Settings
+from gradsift.settings import Seed, Settings
 
 
 class Random(Settings):
     """Scores drawn uniformly from [0, 1) by seed and id, so that they do not depend on the pool's order."""
 
     kind: Literal["random"] = "random"
-    seed: int = 0
+    seed: Seed = 0
 
     @property
     def label(self) -> str:

@@ -74,8 +74,8 @@ def load_function(name: str) -> RewardFunction:
         ConfigError: no such file, module or function, or the import fails.
     """
     place, _, attribute = name.rpartition(":")
-    if not place:
-        place, attribute = attribute, ""
+    if not place or name.endswith(".py"):  # a path may hold colons itself
+        place, attribute = name, ""
     is_file = place.endswith(".py") or os.sep in place
     if not is_file and not attribute:
         raise ConfigError(f"the function {name!r} is neither module:function nor file.py:function: add its name")

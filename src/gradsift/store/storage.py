@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from gradsift.errors import LockedError, StorageError
+from gradsift.inputs import open_input
 
 
 class Storage(Protocol):
@@ -90,7 +91,8 @@ class LocalStorage:
     def read(self, key: str) -> bytes:
         """The whole object."""
         try:
-            return (self.root / key).read_bytes()
+            with open_input(self.root / key) as file:
+                return file.read()
         except OSError as error:
             raise _storage_error(self.root / key, "read", error) from error
 

@@ -22,7 +22,7 @@ from gradsift.errors import ConfigError, CorruptError, DataError, ModelError
 from gradsift.models import DtypeName, host, model_identity
 from gradsift.progress import Reporter, silent
 from gradsift.run import Run
-from gradsift.settings import Settings
+from gradsift.settings import MAX_SEED, Settings
 from gradsift.store.manifest import fingerprint, publish_json, read_json
 from gradsift.store.storage import checksum
 from gradsift.types import TokenizedExample
@@ -330,8 +330,8 @@ def steps_per_epoch(count: int, wanted: int) -> int:
 
 
 def _check_seed(seed: int) -> None:
-    if not 0 <= seed < 2**32:
-        raise ConfigError(f"seed is {seed}: it must be a whole number from 0 to {2**32 - 1}")
+    if not 0 <= seed <= MAX_SEED:
+        raise ConfigError(f"seed is {seed}: it must be a whole number from 0 to {MAX_SEED}")
 
 
 def _checkpoint(run: Run, prefix: str, epoch: int) -> Checkpoint:

@@ -186,10 +186,28 @@ def _calm_libraries() -> None:
 def _columns(text: str | None, option: str = "--columns") -> dict[str, str]:
     from gradsift.errors import ConfigError
 
-    pairs = [part.split("=", 1) for part in (text or "").split(",") if part.strip()]
-    if any(len(pair) != 2 for pair in pairs):
+    if text is None:
+        return {}
+    pairs = [[half.strip() for half in part.split("=", 1)] for part in text.split(",")]
+    if not all(len(pair) == 2 and all(pair) for pair in pairs):
         raise ConfigError(f"{option} {text!r}: wanted pairs such as prompt=question,completion=answer")
-    return {key.strip(): value.strip() for key, value in pairs}
+    if len(dict(pairs)) < len(pairs):
+        raise ConfigError(f"{option} {text!r} names a column twice: keep one of them")
+    return dict(pairs)
+
+
+def _listed(text: str, option: str) -> tuple[str, ...]:
+    """Names with commas between them.
+
+    Raises:
+        ConfigError: there is nothing between two commas, or before or after one.
+    """
+    from gradsift.errors import ConfigError
+
+    parts = tuple(part.strip() for part in text.split(","))
+    if not all(parts):
+        raise ConfigError(f"{option} {text!r} has nothing beside a comma: wanted names, with commas between them")
+    return parts
 
 
 def _recipe(given: dict[str, Any], **more: Any) -> Any:
@@ -249,8 +267,7 @@ def _training_fields(given: dict[str, Any]) -> dict[str, Any]:
     options = (*(name for name in OF_WARMUP if name != "preset"), "warmup_ratio", "weight_decay")
     chosen = {names.get(name, name): given[name] for name in options if given.get(name) is not None}
     if "target_modules" in chosen:
-        parts = chosen["target_modules"].split(",")
-        chosen["target_modules"] = tuple(part.strip() for part in parts if part.strip())
+        chosen["target_modules"] = _listed(chosen["target_modules"], "--lora-modules")
     return chosen
 
 
@@ -618,8 +635,8 @@ def collect(
     from gradsift.pipeline import open_recipe
     from gradsift.run import Run
 
-    wanted: list[Any] = [view.strip() for view in views.split(",") if view.strip()]
-    if not wanted or not set(wanted) <= {"adam", "plain"}:
+    wanted: list[Any] = list(_listed(views, "--views"))
+    if not set(wanted) <= {"adam", "plain"}:
         raise ConfigError(f"--views {views!r}: wanted adam, plain or adam,plain")
     recipe = _recipe(given)
     if full_sum:

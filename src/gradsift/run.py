@@ -37,7 +37,16 @@ from typing import Any
 
 from gradsift.errors import CorruptError, MismatchError, StorageError
 from gradsift.progress import Reporter
-from gradsift.store.manifest import differences, fingerprint, manifest, publish_json, read_if_whole, read_json
+from gradsift.store.manifest import (
+    Manifest,
+    Record,
+    differences,
+    fingerprint,
+    manifest,
+    publish_json,
+    read_if_whole,
+    read_json,
+)
 from gradsift.store.remote import RemoteStorage, is_url
 from gradsift.store.storage import LocalStorage, checksum_file
 
@@ -116,33 +125,34 @@ class Run:
         if not self.storage.exists("run.json"):
             raise StorageError(f"{self.place} is not a run folder (no run.json): give the --out of an earlier command")
         try:
-            config = read_json(self.storage, "run.json").get("config")
-        except CorruptError:
-            config = None
-        if not isinstance(config, dict):
+            config: dict[str, Any] = read_json(self.storage, "run.json", Manifest)["config"]
+        except CorruptError as error:
             raise CorruptError(
                 f"{self.name('run.json')} is damaged: delete it, this one file, and run the same command again, which "
                 "writes it anew and finds everything else"
-            )
+            ) from error
         return config
 
     def prefix(self, kind: str, config: Mapping[str, Any]) -> str:
         """Where the artifact of this kind and configuration lives: `gradients/3f2ab1c09d8e7f65/`."""
         return f"{kind}/{fingerprint({'kind': kind, **config})}/"
 
-    def manifest(self, prefix: str) -> dict[str, Any] | None:
+    def manifest(self, prefix: str, shape: type[Record] = Manifest) -> dict[str, Any] | None:
         """The manifest of a complete artifact, or None where it is not complete.
 
-        A damaged manifest counts as none: the artifact is completed again, from whatever of it is there.
+        A damaged manifest, or one without what its kind has, counts as none: the artifact is completed again, from
+        whatever of it is there.
         """
-        return read_if_whole(self.storage, f"{prefix}manifest.json")
+        return read_if_whole(self.storage, f"{prefix}manifest.json", shape)
 
-    def intact(self, prefix: str, reporter: Reporter | None = None) -> dict[str, Any] | None:
+    def intact(
+        self, prefix: str, reporter: Reporter | None = None, shape: type[Record] = Manifest
+    ) -> dict[str, Any] | None:
         """As `manifest`, and None where a file is missing or altered whose checksum it has; the reporter is told.
 
         Manifests have the checksums of the files that `complete` was told of.
         """
-        content = self.manifest(prefix)
+        content = self.manifest(prefix, shape)
         if content is None:
             if reporter is not None and self.storage.exists(f"{prefix}manifest.json"):
                 reporter.warn(

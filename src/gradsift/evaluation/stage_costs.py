@@ -8,9 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import Field
+
 from gradsift.generation.sampling import Usage
 from gradsift.run import Run
-from gradsift.store.manifest import read_if_whole
+from gradsift.store.manifest import Manifest, Record, read_if_whole
 
 STAGES = ("warm-up", "gradients", "score", "select", "train", "evaluate", "curve")
 
@@ -39,6 +41,16 @@ class Stage:
     done: bool = True
 
 
+class _Times(Record):
+    seconds: float = Field(ge=0)
+    amounts: dict[str, float]
+    done: bool
+
+
+class _Sampled(Manifest):
+    usage: Usage | None = None
+
+
 class StageClock:
     """Wall time and endpoint use of stages, each counted once however many arms share it.
 
@@ -62,7 +74,7 @@ class StageClock:
             identity: what the work depends on: equal work is timed once.
         """
         key = f"{self._run.prefix('times', {'stage': stage, **identity}).rstrip('/')}.json"
-        earlier = read_if_whole(self._run.storage, key) or {}  # a time alone is not worth ending anything
+        earlier = read_if_whole(self._run.storage, key, _Times) or {}  # a time alone is not worth ending anything
         timed = Stage(float(earlier.get("seconds", 0.0)), dict(earlier.get("amounts", {})))
         if earlier.get("done"):
             yield timed
@@ -95,7 +107,7 @@ def endpoint_use(run: Run) -> dict[str, float]:
     """What all responses of a run have used up at endpoints, by unit; judges are not in it."""
     used = Usage()
     for prefix in run.artifacts("samples"):
-        usage = (run.manifest(prefix) or {}).get("usage")
+        usage = (run.manifest(prefix, _Sampled) or {}).get("usage")
         used += Usage(**usage) if usage else Usage()
     amounts = {
         "requests": used.requests,

@@ -23,7 +23,7 @@ from gradsift.models import host, model_identity
 from gradsift.rewards.function import in_words, load_function, stdout_to_stderr
 from gradsift.rewards.judge import last_line, question_of, side_by_side, transcript, unreadable
 from gradsift.settings import Settings
-from gradsift.store.manifest import publish_json, read_json
+from gradsift.store.manifest import Record, publish_json, read_json
 from gradsift.types import Message, Skipped, TokenizedExample, before_answer
 from gradsift.types import Sequence as TokenSequence
 
@@ -216,6 +216,10 @@ def with_judge(method: Any, judge: Endpoint | None) -> Any:
     return method.model_copy(update=changed) if changed else method
 
 
+class _Kept(Record):
+    ratings: dict[str, float]
+
+
 def _kept_ratings(pool: Pool, rater: Rater) -> dict[str, Rating]:
     """Ratings by id, of all rows: read, and computed where they are not there."""
     data, run = pool.data, pool.run
@@ -227,7 +231,7 @@ def _kept_ratings(pool: Pool, rater: Rater) -> dict[str, Rating]:
         if name.endswith("manifest.json"):
             continue
         try:
-            known |= read_json(run.storage, name)["ratings"]
+            known |= read_json(run.storage, name, _Kept)["ratings"]
         except CorruptError:
             pool.reporter.warn(f"{run.name(name)} is truncated or altered: rating its rows again")
             run.storage.delete(name)

@@ -74,7 +74,7 @@ def load_function(name: str) -> RewardFunction:
         ConfigError: no such file, module or function, or the import fails.
     """
     place, _, attribute = name.rpartition(":")
-    if not place or name.endswith(".py"):  # a path may hold colons itself
+    if not place or name.endswith(".py") or os.sep in attribute:  # a path may hold colons itself
         place, attribute = name, ""
     is_file = place.endswith(".py") or os.sep in place
     if not is_file and not attribute:
@@ -118,6 +118,8 @@ def _module(name: str, module: str) -> ModuleType:
 def _module_of_file(name: str, path: Path) -> ModuleType:
     if not path.is_file():
         raise ConfigError(f"the function {name!r}: there is no file {path}")
+    if path.suffix != ".py":
+        raise ConfigError(f"the function {name!r}: {path} is no Python file, whose name ends in .py")
     path = path.resolve()
     key = hashlib.blake2b(f"{path}:{path.stat().st_mtime_ns}".encode(), digest_size=6).hexdigest()
     module_name = f"gradsift_reward_{path.stem}_{key}"

@@ -19,7 +19,7 @@ from gradsift.models import (
     model_identity,
     release_models,
 )
-from gradsift.store.manifest import manifest, publish_json, read_json
+from gradsift.store.manifest import Manifest, manifest, publish_json, read_if_whole
 from gradsift.store.storage import LocalStorage
 
 _MARK = "gradsift_merge.json"
@@ -63,7 +63,7 @@ def merge(model: str, adapter: str, folder: str | Path, *, dtype: DtypeName = "a
     config = {"model": model_identity(model), "adapter": adapter_identity(adapter), "dtype": dtype}
     storage = LocalStorage(path.parent)
     mark = f"{path.name}/{_MARK}"
-    if storage.exists(mark) and read_json(storage, mark).get("config") == config:
+    if (read_if_whole(storage, mark, Manifest) or {}).get("config") == config:
         return path
     release_models()  # merging changes the base: it takes one of its own
     base = load_model(model, dtype=dtype, device=device)

@@ -23,7 +23,7 @@ from gradsift.models import DtypeName, host, model_identity
 from gradsift.progress import Reporter, silent
 from gradsift.run import Run
 from gradsift.settings import MAX_SEED, Settings
-from gradsift.store.manifest import fingerprint, publish_json, read_json
+from gradsift.store.manifest import Record, fingerprint, publish_json, read_json
 from gradsift.store.storage import checksum
 from gradsift.types import TokenizedExample
 from gradsift.warmup.checkpoint import ADAM_FILE, INFO_FILE, Checkpoint
@@ -37,6 +37,14 @@ _SAVE_SECONDS = 120.0  # the work that a killed training loses at most …
 _SAVE_SHARE = 0.05  # … unless saving that often would take more than this share of the time
 _PARTIAL = "partial.safetensors"
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+class CheckpointInfo(Record):
+    """What stands beside an epoch's weights; files by checksum, or whole models' by bytes."""
+
+    learning_rate: float = Field(ge=0)
+    files: dict[str, str] = Field(default_factory=dict)
+    bytes: dict[str, int] = Field(default_factory=dict)
 
 
 class Training(Settings):
@@ -336,7 +344,7 @@ def _check_seed(seed: int) -> None:
 
 def _checkpoint(run: Run, prefix: str, epoch: int) -> Checkpoint:
     folder = f"{prefix}epoch-{epoch}"
-    rate = float(read_json(run.storage, f"{folder}/{INFO_FILE}")["learning_rate"])
+    rate = float(read_json(run.storage, f"{folder}/{INFO_FILE}", CheckpointInfo)["learning_rate"])
     return Checkpoint(run.name(folder), rate, run.name(f"{folder}/{ADAM_FILE}"))
 
 
@@ -364,7 +372,7 @@ class _Adapters:
         if not all(storage.exists(f"{folder}{name}") for name in (*_ADAPTER_FILES, ADAM_FILE, INFO_FILE)):
             return False
         try:
-            digests = read_json(storage, f"{folder}{INFO_FILE}").get("files", {})
+            digests = read_json(storage, f"{folder}{INFO_FILE}", CheckpointInfo).get("files", {})
         except CorruptError:
             return False
         return all(self._run.unaltered(f"{folder}{name}", digest) for name, digest in digests.items())

@@ -19,8 +19,10 @@ from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from gradsift.errors import ConfigError, LockedError, StorageError
+from gradsift.secrets import Secret
 from gradsift.store.storage import LocalStorage, cache_folder
 
 _LIBRARIES = ("botocore", "aiobotocore", "aiohttp", "google", "gcsfs", "adlfs", "azure")
@@ -77,6 +79,10 @@ class RemoteStorage:
     def __init__(self, url: str, copies: str | Path | None = None) -> None:
         from fsspec.core import url_to_fs
 
+        parts = urlsplit(url)
+        if "@" in parts.netloc or parts.query:
+            # Not shown: what stands there is a secret, and a run's place is written to files.
+            raise ConfigError("the URL of a run holds a user, a password or a query: give them in the environment")
         self.url = url.rstrip("/")
         try:
             # Listings change under us: workers write while the driver looks.
@@ -246,16 +252,16 @@ class RemoteStorage:
             missing = "there is no such bucket or folder: make it first" if verb == "write" else "it is not there"
             raise StorageError(f"cannot {verb} {self.name(key)}: {missing}") from error
         except Exception as error:
-            name = type(error).__name__
+            name, said = type(error).__name__, _secret().masked(str(error))
             if isinstance(error, PermissionError) or name == "NoCredentialsError":
                 raise StorageError(
-                    f"cannot {verb} {self.name(key)}: no permission ({error}): check the credentials and the bucket's "
+                    f"cannot {verb} {self.name(key)}: no permission ({said}): check the credentials and the bucket's "
                     "policy"
                 ) from error
             if not isinstance(error, OSError) and not type(error).__module__.startswith(_LIBRARIES):
                 raise
             raise StorageError(
-                f"cannot {verb} {self.name(key)}: {name}: {error}. What is complete stays: run the same command again "
+                f"cannot {verb} {self.name(key)}: {name}: {said}. What is complete stays: run the same command again "
                 "when the place can be reached"
             ) from error
 
@@ -326,6 +332,11 @@ class _Lease:
             f"another process works on {self._storage.url} ({owner}): wait for it, or use another --out. A claim that "
             f"is not renewed for {_LEASE_SECONDS:.0f} seconds is taken over"
         )
+
+
+def _secret() -> Secret:
+    """What the libraries send to a bucket's server, which may say it in an error."""
+    return Secret(*(os.environ.get(name) for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")))
 
 
 def _copies_of(url: str) -> Path:

@@ -12,10 +12,9 @@ from pydantic import TypeAdapter
 
 import gradsift
 from gradsift import cli_options
-from gradsift.cli import app
+from gradsift.cli import app, parse_budget
 from gradsift.errors import ConfigError, DataError
 from gradsift.options import reward_of, strategy_of
-from gradsift.recipe import validated
 from gradsift.rewards.form import Format, Length, Sentiment
 from gradsift.rewards.function import Function
 from gradsift.rewards.judge import Judge
@@ -24,7 +23,6 @@ from gradsift.rewards.reward import Reward
 from gradsift.rewards.reward_model import RewardModel
 from gradsift.selection.select import budget_count
 from gradsift.selection.strategies import KINDS, Strategy
-from gradsift.settings import parse_budget
 from tiny_world import Cli
 
 COMMANDS = (
@@ -91,13 +89,11 @@ def test_budgets_count_or_share(text: str, count: int) -> None:
     assert budget_count(parse_budget(text), 1000) == count
 
 
-@pytest.mark.parametrize("text", ["", "many", "5%%", "5%%x", "0%", "101%", "-5%", "%", "nan", "inf%", "0", "-3"])
+@pytest.mark.parametrize("text", ["", "many", "5%%", "5%%x", "0%", "101%", "-5%", "%", "nan%", "inf%"])
 def test_budgets_that_are_none(text: str) -> None:
     """What cannot be read is refused with the option's name."""
-    with pytest.raises(ValueError, match="number of examples"):
+    with pytest.raises(ConfigError, match=r"--budget "):
         parse_budget(text)
-    with pytest.raises(ConfigError, match=r"^--budget: "):
-        validated({"model": "m", "pool": "p", "out": "o", "budget": text}, lambda name: f"--{name}")
 
 
 @pytest.mark.parametrize(

@@ -138,12 +138,12 @@ class _errors:  # noqa: N801  # reads as a phrase: with _errors(...)
         if isinstance(error, KeyboardInterrupt) or pressed():
             print("\ninterrupted: finished shards are kept; the same command goes on from there", file=sys.stderr)
             raise typer.Exit(130) from None
-        from gradsift.errors import ConfigError, GradsiftError
+        from gradsift.errors import GradsiftError
         from gradsift.progress import visible
 
         if isinstance(error, GradsiftError):
             print(f"error: {visible(str(error))}", file=sys.stderr)
-            raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from None
+            raise typer.Exit(error.exit_status) from None
         if isinstance(error, BrokenPipeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(1) from None
@@ -196,6 +196,24 @@ def _columns(text: str | None, option: str = "--columns") -> dict[str, str]:
     return dict(pairs)
 
 
+def parse_budget(text: str) -> float:
+    """The number that `--budget` names.
+
+    Raises:
+        ConfigError: it names none, or no share.
+    """
+    from gradsift import settings
+    from gradsift.errors import ConfigError
+
+    try:
+        value = settings.parse_budget(text)
+    except ValueError as error:
+        raise ConfigError(f"--budget {text!r}: wanted a number of examples, or a share such as 0.05 or 5%") from error
+    if text.strip().endswith("%") and not 0 < value <= 1:
+        raise ConfigError(f"--budget {text!r}: a share lies between 0% and 100%")
+    return value
+
+
 def _listed(text: str, option: str) -> tuple[str, ...]:
     """Names with commas between them.
 
@@ -205,9 +223,9 @@ def _listed(text: str, option: str) -> tuple[str, ...]:
     from gradsift.errors import ConfigError
 
     parts = tuple(part.strip() for part in text.split(","))
-    if not all(parts):
+    if any(parts) and not all(parts):
         raise ConfigError(f"{option} {text!r} has nothing beside a comma: wanted names, with commas between them")
-    return parts
+    return parts if any(parts) else ()
 
 
 def _recipe(given: dict[str, Any], **more: Any) -> Any:
@@ -253,7 +271,7 @@ def _recipe(given: dict[str, Any], **more: Any) -> Any:
     if "selection" in given:
         own = {name: given[name] for name in ("trade_off", "threshold", "max_cosine")} | {"by": given["diverse_by"]}
         values["selection"] = selection_of(given["selection"], own, seed=given["seed"])
-        values |= {"budget": given["budget"], "group_by": tuple(given["group_by"] or ())}
+        values |= {"budget": parse_budget(given["budget"]), "group_by": tuple(given["group_by"] or ())}
     values |= rewards_of(given)
     values |= engine_fields(given)
     if given.get("target_columns"):

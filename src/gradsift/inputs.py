@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 _KINDS = (
-    (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a pipe"),
     (stat.S_ISCHR, "a device"),
     (stat.S_ISBLK, "a device"),
@@ -34,6 +33,8 @@ def open_input(path: str | Path) -> BinaryIO:
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
         os.close(descriptor)
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         kind = next((name for test, name in _KINDS if test(mode)), "something else")
         raise OSError(errno.EINVAL, f"it is {kind}, and a regular file is wanted", str(path))
     return os.fdopen(descriptor, "rb")

@@ -6,15 +6,23 @@ import math
 import re
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 MAX_SEED = 2**32 - 1
-Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 
 _LARGEST = 2**53  # whole numbers beyond it are no sizes, and not every library can take them
 _UNWRITABLE = re.compile("[\0\ud800-\udfff]")
+
+
+def _seed(given: int) -> int:
+    if not 0 <= given <= MAX_SEED:
+        raise PydanticCustomError("seed", f"it must be a whole number from 0 to {MAX_SEED}")
+    return given
+
+
+Seed = Annotated[int, AfterValidator(_seed)]
 
 
 class Settings(BaseModel):
@@ -68,26 +76,26 @@ def parse_budget(text: str) -> float:
     """`500`, `0.05` or `5%` as a number: one below 1 is a share.
 
     Raises:
-        ValueError: anything else.
+        ValueError: it is no number.
 
     Example:
         >>> parse_budget("5%")
         0.05
     """
-    share = text.strip().endswith("%")
-    try:
-        value = float(text.strip().removesuffix("%")) / (100 if share else 1)
-    except ValueError:
-        raise ValueError(f"{text!r}: wanted a number of examples, or a share such as 0.05 or 5%") from None
-    if not (0 < value <= 1 if share else 0 < value < math.inf):
-        raise ValueError(f"{text!r}: a share lies between 0% and 100%, and a number of examples above 0")
+    text = text.strip()
+    if not text.endswith("%"):
+        return float(text)
     # 100% is a share, while 1 is one example: the largest number below 1 stands for the whole.
-    return min(value, math.nextafter(1.0, 0.0)) if share else value
+    share = float(text[:-1]) / 100
+    return math.nextafter(1.0, 0.0) if share == 1 else share
 
 
 def _budget(given: Any) -> Any:
-    """Of a text; anything else is checked as it is."""
-    return parse_budget(given) if isinstance(given, str) else given
+    """Of a text; what is none is checked as it is."""
+    try:
+        return parse_budget(given) if isinstance(given, str) else given
+    except ValueError:
+        return given
 
 
 Budget = Annotated[float, Field(gt=0), BeforeValidator(_budget)]

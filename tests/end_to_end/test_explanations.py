@@ -512,7 +512,7 @@ def test_a_missing_embedding_extra(tiny: World, tmp_path: Path, monkeypatch: pyt
     prompt = ("--adapter", tiny.adapters[-1], "--prompt", "what says the cow", "--output", "it says moo", "-k", 2)
     install = "pip install 'gradsift[embeddings]'"
     refused = tiny("explain", tmp_path / "named", *prompt, "--embedding", "some/model")
-    assert refused.code == 1
+    assert refused.code == 2
     assert refused.err == f"error: sentence embeddings need sentence-transformers: {install}\n"
     assert not (tmp_path / "named").exists()
     tiny("explain", tmp_path / "default", *prompt).succeeded()
@@ -524,6 +524,6 @@ def test_an_embedding_model_that_is_not_there(tiny: World, tmp_path: Path) -> No
     if not embeddings.available():
         pytest.skip("sentence-transformers is not installed")
     refused = tiny("explain", tmp_path / "run", "--prompt", "x", "--embedding", tmp_path / "none")
-    assert refused.code == 1
+    assert refused.code == 2
     assert f"cannot load the embedding model {tmp_path / 'none'}" in refused.err
     assert not (tmp_path / "run").exists()

@@ -149,7 +149,7 @@ def test_wrong_training_options_are_refused_at_once(
 ) -> None:
     """One message, exit code 1, and no run folder."""
     wrong = train(tiny, tmp_path / "run", *options)
-    assert wrong.code == 1
+    assert wrong.code == 2
     assert message in wrong.err
     assert not (tmp_path / "run" / "checkpoints").exists()
 
@@ -170,7 +170,7 @@ def test_wrong_evaluation_options_are_refused_at_once(
 ) -> None:
     """One message that names the option, and exit code 1."""
     wrong = evaluate(tiny, tmp_path / "run", *options)
-    assert wrong.code == 1
+    assert wrong.code == 2
     assert message in wrong.err
 
 
@@ -179,5 +179,5 @@ def test_ids_that_the_pool_does_not_have_are_named(tiny: World, tmp_path: Path) 
     ids = tmp_path / "ids.txt"
     ids.write_text("p01\nnobody\n")
     wrong = train(tiny, tmp_path / "run", "--ids", ids)
-    assert wrong.code == 1
+    assert wrong.code == 2
     assert "'nobody'" in wrong.err

@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
-from gradsift.errors import ConfigError, DataError, ModelError
+from gradsift.errors import ConfigError, DataError, ModelError, RefusedError
 from gradsift.generation.encoding import ReplyEncoder
 from gradsift.generation.sampling import (
     Drawn,
@@ -349,14 +349,14 @@ class Client:
         if status in (401, 403):
             # The server's words are left out: some repeat a part of the key.
             key = f"the key in {self.endpoint.api_key_env}" if self._key else "a request without a key"
-            return ConfigError(f"{place} refuses {key} (HTTP {status}): put a valid key in the environment variable")
+            return RefusedError(f"{place} refuses {key} (HTTP {status}): put a valid key in the environment variable")
         said = self._hide(_words(self._secret.masked(error.body)))
         if status == 429 and "insufficient_quota" in (getattr(error, "code", None), getattr(error, "type", None)):
-            return ConfigError(f"{place}: the account's quota is used up ({said})")
+            return RefusedError(f"{place}: the account's quota is used up ({said})")
         if status in (408, 409, 425, 429) or status >= 500:
             return _AgainError(f"HTTP {status} {said}".rstrip(), wait=_retry_after(error.response.headers))
         if status in (404, 405):
-            return ConfigError(f"{place} is not served (HTTP {status} {said}): check model and base_url")
+            return RefusedError(f"{place} is not served (HTTP {status} {said}): check model and base_url")
         return ReplyError(f"{place} refuses the request (HTTP {status} {said})")
 
     # --- the connection -------------------------------------------------------------------------------------------

@@ -205,7 +205,9 @@ def _combined(terms: Sequence[_Term], outcomes: Sequence[_Outcome]) -> tuple[flo
     if not parts:
         return None, [f"{', '.join(name_of(term.function) for term in terms)}: returned None, so no reward applies"]
     total = math.fsum(parts) if all(abs(part) <= LARGEST for part in parts) else math.inf
-    return (total, []) if abs(total) <= LARGEST else (None, [f"the weighted sum, or a part of it, is beyond ±{LARGEST:g}"])
+    if abs(total) > LARGEST:
+        return None, [f"the weighted sum, or a part of it, is beyond ±{LARGEST:g}"]
+    return total, []
 
 
 LARGEST = 1e15  # a reward beyond it times a gradient may be more than float32 holds

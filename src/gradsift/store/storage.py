@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -21,6 +20,7 @@ from safetensors import SafetensorError
 
 from gradsift.errors import LockedError, StorageError
 from gradsift.inputs import open_input
+from gradsift.store.writers import is_temporary, remove_left_behind, temporary_name
 
 
 class Storage(Protocol):
@@ -78,7 +78,7 @@ class LocalStorage:
         if not folder.is_dir():
             return []
         keys = (path.relative_to(self.root).as_posix() for path in folder.rglob("*") if path.is_file())
-        return sorted(key for key in keys if key.startswith(prefix) and not Path(key).name.startswith(".tmp-"))
+        return sorted(key for key in keys if key.startswith(prefix) and not is_temporary(key))
 
     def exists(self, key: str) -> bool:
         """Whether a published object has this key."""
@@ -108,7 +108,7 @@ class LocalStorage:
     def publish_with(self, key: str, write: Callable[[Path], None]) -> None:
         """Let `write` make the file under the temporary path that it is given: for what should not lie in memory."""
         path = self.root / key
-        temporary = _temporary(path)
+        temporary = temporary_name(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write(temporary)
@@ -122,7 +122,7 @@ class LocalStorage:
     def publish_folder(self, key: str, write: Callable[[Path], None]) -> None:
         """Let `write` fill a folder that appears under its key when all is there, replacing what was there."""
         path = self.root / key
-        temporary = _temporary(path)
+        temporary = temporary_name(path)
         try:
             temporary.mkdir(parents=True, exist_ok=True)
             write(temporary)
@@ -160,6 +160,8 @@ class LocalStorage:
     def lock(self) -> Iterator[None]:
         """Hold the folder by a file `lock`, of which the operating system lets go with the process.
 
+        What writers that are dead left half written is removed.
+
         Raises:
             LockedError: another process works here.
             StorageError: the folder cannot be made or written.
@@ -176,6 +178,7 @@ class LocalStorage:
             reason = "no permission" if isinstance(error, PermissionError) else error.strerror or str(error)
             raise StorageError(f"cannot write to {self.root}: {reason}. Choose another --out") from error
         try:
+            remove_left_behind(self.root)
             yield
         finally:
             lock.release()
@@ -201,11 +204,6 @@ def checksum_file(path: Path, *, block: int = 1 << 24) -> str:
         while chunk := file.read(block):
             state.update(chunk)
     return state.hexdigest()
-
-
-def _temporary(path: Path) -> Path:
-    """Beside it, under a name of no other process of any machine: on two of them the same number may be at work."""
-    return path.with_name(f".tmp-{uuid.uuid4().hex[:12]}-{path.name}")
 
 
 def _flush(path: Path) -> None:

@@ -130,13 +130,13 @@ class _errors:  # noqa: N801  # reads as a phrase: with _errors(...)
         self.watch.__enter__()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _trace: object) -> None:
-        from gradsift.interruption import pressed
+        from gradsift.interruption import last_words, pressed
 
         self.watch.__exit__(None, None, None)
         if error is None or self.debug or isinstance(error, SystemExit | typer.Exit | typer.Abort):
             return
         if isinstance(error, KeyboardInterrupt) or pressed():
-            print("\ninterrupted: finished shards are kept; the same command goes on from there", file=sys.stderr)
+            print(f"\n{last_words()}", file=sys.stderr)
             raise typer.Exit(130) from None
         from gradsift.errors import GradsiftError
         from gradsift.progress import visible

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field, replace
@@ -12,26 +13,30 @@ import torch
 
 from gradsift.adapters import refuse_untrained
 from gradsift.errors import ConfigError, CorruptError, DataError
-from gradsift.execution.engine import LOCAL, Engine, Task
+from gradsift.execution.engine import LOCAL, Engine
 from gradsift.gradients.adam import AdamDirection, EpsPlacement
 from gradsift.gradients.batching import automatic_lanes, automatic_token_budget, measured_token_budget, repeated
 from gradsift.gradients.behind import to_host, write, writing_behind
 from gradsift.gradients.capture import LORA, Modules, find_modules
 from gradsift.gradients.projection import Projection, Projector, plan_segments
-from gradsift.gradients.rows import ShardRows, View, gradient_rows
+from gradsift.gradients.rows import ShardPart, ShardRows, View, gradient_rows
 from gradsift.gradients.self_check import kept_check
+from gradsift.interruption import keep_note, pressed
 from gradsift.models import DtypeName, host, input_device, model_identity
 from gradsift.progress import Advance, Reporter, silent, untold
 from gradsift.run import Run
 from gradsift.settings import Settings
 from gradsift.store.gradient_store import GradientStore, GradientStoreWriter, RowDtype, ShardColumns
 from gradsift.store.manifest import fingerprint
+from gradsift.store.tensors import publish_tensors, read_tensors
 from gradsift.sums import row_norms
 from gradsift.types import Sequence
 from gradsift.warmup.checkpoint import Checkpoint, load_moments, trained_parameters
 
 _SHARD_TOKENS = {"cpu": 16_384, "cuda": 1_048_576}  # about two minutes of work
 _SHARD_BYTES = 1 << 31  # unprojected rows are a hundred megabytes each
+_SAVE_SECONDS = 20.0  # the work within a shard that a killed process loses at most, beside one batch …
+_SAVE_SHARE = 0.05  # … unless saving that often would take more than this share of the time
 _PROBE_ROWS = 64  # of which batches are made to see what memory they take
 
 
@@ -166,6 +171,11 @@ class ShardSpec(_Work):
         """Rows `[start, stop)` of the shard alone, computed and forgotten."""
         return replace(self, start=self.start + start, stop=self.start + stop, dry=True)
 
+    @property
+    def part(self) -> _Part:
+        """What is kept of the shard while it is under way."""
+        return _Part(self)
+
     def without(self, rows: SequenceABC[int], reason: str) -> ShardSpec:
         """The shard in which these rows are left out."""
         return replace(self, left_out={**self.left_out, **dict.fromkeys(rows, reason)})
@@ -287,14 +297,29 @@ def collect_shard(spec: ShardSpec, on_rows: Any = None) -> None:
     """Compute and publish one shard of every view; the process keeps the model for the next one."""
     engine = spec.engine()
     sequences = [s for s in spec.source.sequences(spec.start, spec.stop) if s.row not in spec.left_out]
-    result = engine.rows(
-        sequences,
-        spec.stop - spec.start,
-        tuple(spec.stores),
-        spec.token_budget,
-        spec.lanes,
-        on_rows,
-    )
+    kept = spec.part
+    progress = ShardPart({} if spec.dry else kept.tensors())
+
+    def advance(rows: int) -> None:
+        if on_rows is not None:
+            on_rows(rows)
+        if not spec.dry:
+            kept.save_now_and_then(progress)
+
+    try:
+        result = engine.rows(
+            sequences,
+            spec.stop - spec.start,
+            tuple(spec.stores),
+            spec.token_budget,
+            spec.lanes,
+            advance,
+            progress,
+        )
+    except BaseException as error:
+        if not spec.dry and (isinstance(error, KeyboardInterrupt) or pressed()):
+            kept.save(progress)
+        raise
     if spec.dry:
         return
     ids = spec.source.ids[spec.start : spec.stop]
@@ -318,6 +343,58 @@ def collect_shard(spec: ShardSpec, on_rows: Any = None) -> None:
         )
         sums = to_host(result.full_sums[view]) if view in result.full_sums else None
         write(partial(_write, writer, spec.shard, to_host({"rows": rows}), columns, sums))
+    if kept.there:
+        write(kept.remove)
+
+
+class _Part:
+    """A file in the run with what is finished of a shard, so that little is lost with the process.
+
+    Batches are formed as ever, so that the shard's rows are the same whether it is taken up again or not.
+    """
+
+    def __init__(self, spec: ShardSpec) -> None:
+        self._storage = spec.run.storage
+        prefix = min(spec.stores.items())[1]
+        self._key = GradientStoreWriter.part_key(prefix, spec.shard)
+        # What rows and the company they are computed in depend on, beside what the store is.
+        self._note = fingerprint(
+            [
+                spec.source.ids[spec.start : spec.stop], sorted(spec.stores), spec.token_budget, spec.lanes,
+                spec.settings.module_groups, sorted(spec.left_out),
+            ]
+        )  # fmt: skip
+        self._saved_at, self._cost, self.there = time.monotonic(), 0.0, False
+
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        """What an earlier process has left; nothing where that is damaged or of other batches."""
+        if not self._storage.exists(self._key):
+            return {}
+        self.there = True
+        try:
+            tensors, note = read_tensors(self._storage, self._key)
+        except CorruptError:
+            return {}
+        return tensors if note == self._note else {}
+
+    def save_now_and_then(self, progress: ShardPart) -> None:
+        """Save, unless that was done lately or takes too much of the time."""
+        if time.monotonic() - self._saved_at >= max(_SAVE_SECONDS, self._cost / _SAVE_SHARE):
+            self.save(progress)
+
+    def save(self, progress: ShardPart) -> None:
+        """Publish what is finished."""
+        began = time.monotonic()
+        tensors = progress.snapshot()
+        if ShardPart.is_something(tensors):
+            publish_tensors(self._storage, self._key, tensors, self._note)
+            self.there = True
+        self._saved_at = time.monotonic()
+        self._cost = self._saved_at - began
+
+    def remove(self) -> None:
+        """Once the shard is there."""
+        self._storage.delete(self._key)
 
 
 _Waiting = Callable[[], dict[str, torch.Tensor]]
@@ -390,6 +467,7 @@ class _Engine:
         budget: int,
         lanes: int,
         on_rows: Any,
+        part: ShardPart | None = None,
     ) -> ShardRows:
         budget = min(budget, self.host.token_limit or budget)
         result = gradient_rows(
@@ -407,6 +485,7 @@ class _Engine:
             lanes=lanes,
             checkpointing=self.settings.gradient_checkpointing,
             on_rows=on_rows,
+            part=part,
         )
         if result.token_budget < budget:  # memory ran out: later shards and checkpoints begin with what fits
             self.host.token_limit = result.token_budget
@@ -547,11 +626,8 @@ def _collect_missing(
                 )
             if state != "complete":
                 missing.setdefault((shard_rows, token_budget, lanes, shard), []).append(view)
-    rows_left = sum(min(shard_rows, count - shard * shard_rows) for shard_rows, _, _, shard in missing)
-    if rows_left < count:
-        reporter.say(f"{count - rows_left} of {count} {what} rows are there already")
     label = f"gradients of the {what} at {work.checkpoint.name.rstrip('/').rsplit('/', 1)[-1]} ({' + '.join(views)})"
-    tasks: list[Task] = []
+    tasks: list[ShardSpec] = []
     for (shard_rows, token_budget, lanes, shard), shard_views in sorted(missing.items()):
         start, stop = shard * shard_rows, min((shard + 1) * shard_rows, count)
         tasks.append(
@@ -560,9 +636,22 @@ def _collect_missing(
                 {view: prefixes[view] for view in shard_views}, shard, start, stop, token_budget, lanes,
             )
         )  # fmt: skip
-    with reporter.stage(label, rows_left) as advance, writing_behind():
-        for _ in engine.map(tasks, advance, "shard"):
-            pass
+    rows_left = sum(task.rows - ShardPart.rows_of(task.part.tensors()) for task in tasks)
+    if rows_left < count:
+        reporter.say(f"{count - rows_left} of {count} {what} rows are there already")
+    try:
+        with reporter.stage(label, rows_left) as advance, writing_behind():
+            for _ in engine.map(tasks, advance, "shard"):
+                pass
+    except KeyboardInterrupt:
+        lost = sum(
+            task.rows - ShardPart.rows_of(task.part.tensors())
+            for task in tasks
+            if any(writers[view].shard_state(task.shard, source.ids[task.start : task.stop]) != "complete"
+                   for view in task.stores)
+        )  # fmt: skip
+        keep_note(f"{count - lost} of {count} {what} rows")
+        raise
     for view, writer in writers.items():
         fits = writer.layout(layout)["token_budget"]
         if fits < layouts[view][1]:

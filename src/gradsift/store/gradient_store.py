@@ -5,6 +5,7 @@ Layout under its prefix::
     store.json                what the rows are (configuration, segments, ids' order): written first
     shard-00000.safetensors   rows [rows dim], scale [rows] for fp16, and total [dim], the sum of the rows
     shard-00000.json          checksum, side columns (loss, tokens, norms), rows left out: written after the shard
+    part-00000.safetensors    what is finished of a shard that is under way, to go on from; gone with the shard
     rows.parquet              id, shard, loss, supervised_tokens, norm, projected_norm of every row
     manifest.json             written last: the store is complete
 
@@ -206,6 +207,11 @@ class GradientStoreWriter:
             side["sum_checksum"] = checksum(sums)
         publish_json(self.storage, self._side_key(shard), side, sealed=True)
 
+    @staticmethod
+    def part_key(prefix: str, shard: int) -> str:
+        """Where what is finished of a shard that is under way lies, by the store's prefix."""
+        return f"{prefix}part-{shard:05d}.safetensors"
+
     def finish(self, shards: int) -> None:
         """Join the side columns into rows.parquet and write the manifest."""
         table: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
@@ -227,6 +233,8 @@ class GradientStoreWriter:
             rows_parquet=checksum(sink.getvalue()),
         )
         publish_json(self.storage, self.prefix + "manifest.json", content, sealed=True)
+        for key in self.storage.list(f"{self.prefix}part-"):  # of a worker that was overtaken
+            self.storage.delete(key)
 
     def _rows_key(self, shard: int) -> str:
         return f"{self.prefix}shard-{shard:05d}.safetensors"

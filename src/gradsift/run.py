@@ -77,7 +77,7 @@ class Run:
         return f"Run({self.place!r})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return run_at, (self.address,)
+        return run_at, (self.address, self.storage.claim)
 
     @property
     def address(self) -> str:
@@ -215,8 +215,8 @@ class Run:
         return self.storage.local(key)
 
 
-def run_at(address: str) -> Run:
-    """The run of another process, which is somewhere already.
+def run_at(address: str, claim: str | None = None) -> Run:
+    """The run of another process, which is somewhere already; `claim` is by what that one holds it.
 
     Raises:
         StorageError: this machine does not see its folder.
@@ -226,4 +226,7 @@ def run_at(address: str) -> Run:
             f"{address} is not on {socket.gethostname()}, where a worker runs: give an --out that all nodes see, on a "
             "shared file system or in a bucket (s3://…)"
         )
-    return Run(address)
+    run = Run(address)
+    if isinstance(run.storage, RemoteStorage):
+        run.storage = RemoteStorage(address, claim=claim)
+    return run

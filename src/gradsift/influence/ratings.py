@@ -16,6 +16,7 @@ from pydantic import Field, FiniteFloat
 
 from gradsift.context import Pool
 from gradsift.errors import ConfigError, CorruptError, DataError, GradsiftError
+from gradsift.execution.chunks import Chunks
 from gradsift.generation.endpoint import Client, Endpoint
 from gradsift.gradients.losses import row_losses
 from gradsift.influence.prompts import source_digest
@@ -27,7 +28,8 @@ from gradsift.store.manifest import Record, publish_json, read_json
 from gradsift.types import Message, Skipped, TokenizedExample, before_answer
 from gradsift.types import Sequence as TokenSequence
 
-_CHUNK = 64  # rows that are rated and kept at once: what a killed run loses
+_CHUNK = 64  # rows that are rated and kept at once, at most
+_MODELLED = 16  # the same by a model's losses, always: in other batches they would be others by rounding
 
 Rating = float | str
 """A row's rating, or in words why it has none."""
@@ -240,9 +242,13 @@ def _kept_ratings(pool: Pool, rater: Rater) -> dict[str, Rating]:
     if not waiting:
         return found
     with _rating(pool, rater) as rated, pool.reporter.stage(f"ratings by {rater.label}", len(waiting)) as advance:
-        for start in range(0, len(waiting), _CHUNK):
-            chunk = waiting[start : start + _CHUNK]
-            fresh = dict(zip(chunk, rated(chunk), strict=True))
+        chunks = Chunks(most=_CHUNK)
+        modelled = isinstance(rater, PerplexityRating | DifficultyRating)
+        while waiting:
+            size = _MODELLED if modelled else chunks.size
+            chunk, waiting = waiting[:size], waiting[size:]
+            with chunks.timed():
+                fresh = dict(zip(chunk, rated(chunk), strict=True))
             found |= fresh
             kept = {keys[id_]: value for id_, value in fresh.items() if not isinstance(value, str)}
             if kept:

@@ -66,6 +66,8 @@ class Storage(Protocol):
 class LocalStorage:
     """Storage in a folder: an object is written under a temporary name, flushed to disk, then renamed."""
 
+    claim: str | None = None  # the lock of a folder is not handed on
+
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
 

@@ -132,10 +132,11 @@ class _errors:  # noqa: N801  # reads as a phrase: with _errors(...)
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _trace: object) -> None:
         from gradsift.interruption import last_words, pressed
 
+        interrupted = isinstance(error, KeyboardInterrupt) or pressed()
         self.watch.__exit__(None, None, None)
         if error is None or self.debug or isinstance(error, SystemExit | typer.Exit | typer.Abort):
             return
-        if isinstance(error, KeyboardInterrupt) or pressed():
+        if interrupted:
             print(f"\n{last_words()}", file=sys.stderr)
             raise typer.Exit(130) from None
         from gradsift.errors import GradsiftError

@@ -58,6 +58,7 @@ def watching() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        _pressed.clear()
 
 
 @contextmanager
@@ -90,7 +91,7 @@ def release() -> None:
 
 
 def pressed() -> bool:
-    """Whether a signal came since `watching` began."""
+    """Whether a signal came since `watching` began, until it ends."""
     return _pressed.is_set()
 
 

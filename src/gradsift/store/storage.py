@@ -116,10 +116,12 @@ class LocalStorage:
             write(temporary)
             _flush(temporary)
             temporary.replace(path)
-        except (OSError, SafetensorError) as error:
+        except BaseException as error:  # an interruption leaves no more behind than a full disk
             if path.parent.is_dir():
                 temporary.unlink(missing_ok=True)
-            raise _storage_error(path, "write", _as_os_error(error)) from error
+            if isinstance(error, OSError | SafetensorError):
+                raise _storage_error(path, "write", _as_os_error(error)) from error
+            raise
 
     def publish_folder(self, key: str, write: Callable[[Path], None]) -> None:
         """Let `write` fill a folder that appears under its key when all is there, replacing what was there."""

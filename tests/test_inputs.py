@@ -58,7 +58,8 @@ def options() -> list[tuple[str, str, bool, str]]:
         for parameter in inspect.signature(command.callback).parameters.values():
             kind, *notes = get_args(parameter.annotation) or (None,)
             option = next((note for note in notes if isinstance(note, typer.models.OptionInfo)), None)
-            names = [n for n in (option.param_decls or ()) if n.startswith("--")] if option else []
+            declared = [option.default, *(option.param_decls or ())] if option else []
+            names = [n for n in declared if isinstance(n, str) and n.startswith("--")]
             if names and "bool" not in str(kind) and "--" + "help" not in names:
                 found.append((name, names[0], "list" in str(kind), "text" if "str" in str(kind) else "number"))
     return found
@@ -67,13 +68,15 @@ def options() -> list[tuple[str, str, bool, str]]:
 def test_every_option_of_every_command() -> None:
     """An empty or blank text, as a shell variable that is not set leaves it, a text that is not UTF-8, and an option of
     one value given twice are refused with 2 and the option's name; nothing else is looked at."""
+    commands: Any = typer.main.get_command(cli.app)
     assert len(options()) > 300
-    for command, option, repeats, kind in options():
+    for name, option, repeats, kind in options():
         wrong = [[option, ""], [option, "  "], [option, os.fsdecode(b"a\xff")]] if kind == "text" else [[option, ""]]
         wrong += [] if repeats else [[option, "1", option, "2"]]
         for arguments in wrong:
-            result = Cli(command, *arguments)
-            assert (result.code, option in result.err) == (2, True), (command, arguments, result.err)
+            with pytest.raises(typer.BadParameter, match=f"^{option} ") as refused:
+                commands.commands[name].make_context(name, arguments)
+            assert refused.value.exit_code == 2
     assert Cli("select", "-e", "less", "-e", "bm25").code == 2
     assert "--estimator is given 2 times" in Cli("select", "-e", "less", "--estimator", "bm25").err
 
@@ -108,7 +111,7 @@ def test_every_field_of_every_setting() -> None:
         field = model.model_fields[name]
         for value, why in WRONG.items():
             for wrong in (value, [value]):
-                if value == field.default:
+                if value == field.default or (isinstance(value, int) and "seed" in name):  # seeds have their own
                     continue
                 with pytest.raises((ValidationError, ConfigError)) as refused:
                     model.model_validate({name: wrong})
@@ -128,7 +131,7 @@ BAD_RECIPES = {
     "budget: .nan": "budget is nan: it should be a finite number",
     "budget: .inf": "budget",
     "budget: [5]": "budget",
-    f"seed: {2**70}": "line 4: seed: it is a whole number beyond",
+    f"seed: {2**70}": "line 4: seed is .*must be a whole number from 0 to 4294967295",
     "seed: -1": "seed is -1: it must be a whole number from 0 to 4294967295",
     "seed: 4294967296": "must be a whole number from 0 to 4294967295",
     "seed: 1.5": "seed is 1.5",

@@ -137,7 +137,7 @@ _OPTIONS = {
 }
 
 
-def _without(options: tuple[str, ...], given: tuple[object, ...]) -> list[str]:
+def without(options: tuple[str, ...], given: tuple[object, ...]) -> list[str]:
     """Options and their values but for those that are given otherwise."""
     kept: list[str] = []
     for option in options:
@@ -201,7 +201,7 @@ class World:
             given["target"] = self.target
         given |= replaced
         named = [str(part) for name, value in given.items() if value is not None for part in (f"--{name}", value)]
-        defaults = [*_without(_OPTIONS[command], more), *_without(COMMON, more)]
+        defaults = [*without(_OPTIONS[command], more), *without(COMMON, more)]
         return [command, *named, *defaults, *map(str, more)]
 
     def __call__(self, command: str, out: Path | str, *more: object, **replaced: object) -> Cli:

@@ -22,7 +22,8 @@ def _seed(given: int) -> int:
     return given
 
 
-Seed = Annotated[int, AfterValidator(_seed)]
+_OF_SEED = AfterValidator(_seed)
+Seed = Annotated[int, _OF_SEED]
 
 
 class Settings(BaseModel):
@@ -54,7 +55,7 @@ def _problem(value: Any, field: FieldInfo) -> str | None:
     if isinstance(value, bool):
         said = f"it is {str(value).lower()}, and neither true nor false is wanted here"
         return None if _names_truth(field.annotation) else said
-    if isinstance(value, int) and abs(value) > _LARGEST:
+    if isinstance(value, int) and abs(value) > _LARGEST and _OF_SEED not in field.metadata:
         return "it is a whole number beyond 2^53, which nothing here can be"
     if isinstance(value, str) and not value.strip() and field.default != value:
         return "it is empty: give a value, or leave it out"

@@ -113,7 +113,8 @@ def test_a_mistake_is_told_before_any_work(
 ) -> None:
     """One line with what was found and what to do, exit code 1, and no training."""
     found = compare(tiny, here, tmp_path / "run", change, **more)
-    assert (found.code, message.replace("{here}", str(here)) in found.err) == (1, True), found.err
+    assert message.replace("{here}", str(here)) in found.err
+    assert found.code in (1, 2)  # of a model or a file that is not there, and of what was typed wrong
     assert found.err.splitlines()[-1].startswith("error: ")
     assert ".. " not in found.err
     assert not (tmp_path / "run" / "checkpoints").exists()
@@ -129,7 +130,7 @@ def test_too_little_memory_for_full_training(
 
     monkeypatch.setattr(psutil, "virtual_memory", lambda: Little)
     found = compare(tiny, here, tmp_path / "run", {"arms": [RANDOM, {"base": True}], "full_training": True})
-    assert found.code == 2
+    assert found.code == 1
     assert "1 of the comparison failed and the rest is done, first random, 6 examples, seed 0, train" in found.err
     assert "GiB are free on cpu: train an adapter" in found.err
     assert (tmp_path / "run" / "comparison.json").is_file()

@@ -67,7 +67,8 @@ from gradsift.generation.samples import Samples, sample
 from gradsift.gradients.policy import PolicyGradient
 from gradsift.influence.nice import PolicyTargets, checkpoint_name, sampler_of
 from gradsift.influence.prompts import reward_responses
-from gradsift.influence.scores import Method, at_last_checkpoint, spearman
+from gradsift.influence.scores import Method, at_last_checkpoint
+from gradsift.ranks import spearman
 from gradsift.rewards.estimators import pass_at_k
 from gradsift.rewards.form import Sentiment
 from gradsift.rewards.matching import Numeric
@@ -321,7 +322,7 @@ class Bench:
         return f"{task}|{name}|{seed}|{samples or self.args.eval_samples}"
 
     def diagnose(self, task: str) -> None:
-        """What two halves of NICE's samples agree on, and how its target compares with the labels'."""
+        """How far NICE's ranking would come again with new samples, and how its target compares with the labels'."""
         if task in self.results["diagnostics"]:
             return
         target = self.target(self.pool, task, "validation")
@@ -329,7 +330,8 @@ class Bench:
         with self.timed(f"{task}|diagnostics"):
             found = diagnose(self.pool, target, NICE(sampling=SAMPLING))
         self.results["diagnostics"][task] = {
-            "split_half": found.split_half, "reliability": found.reliability, "warnings": list(found.warnings),
+            "reliability": found.reliability.as_dict(), "words": found.reliability.words,
+            "warnings": list(found.warnings),
             "half_cosine": [entry.median_half_cosine for entry in found.checkpoints],
             "loss_cosine": [entry.median_loss_cosine for entry in found.checkpoints],
         }  # fmt: skip
@@ -445,7 +447,7 @@ def choice_table(bench: Bench, task: str) -> str:
             shared = f"{len(set(choice['ids']) & set(less['ids'])) / len(choice['ids']):.0%}"
             both = [id_ for id_ in choice["scores"] if id_ in less["scores"]]
             a, b = (np.array([c["scores"][id_] for id_ in both]) for c in (choice, less))
-            rho = f"{spearman(a, b):+.2f}"
+            rho = f"{spearman(a, b) or 0.0:+.2f}"
         shares = " | ".join(f"{choice['sources'].get(s, 0) / len(choice['ids']):.0%}" for s in sources)
         lines.append(
             f"| {name.replace('|', ', seed ')} | {shares} | {choice['tokens']:.0f} "
@@ -474,8 +476,7 @@ def diagnostics_table(bench: Bench) -> str:
         labels = ", ".join("none" if value is None else f"{value:+.2f}" for value in found["loss_cosine"])
         lines += [""] * lines[-1].startswith("|")
         lines.append(
-            f"- {task}: scores from two halves of the samples correlate at {found['split_half']:+.2f} (reliability "
-            f"{found['reliability']:.2f}); median cosine of the halves' gradients {cosines}, with the labels' {labels}"
+            f"- {task}: {found['words']}; median cosine of the halves' gradients {cosines}, with the labels' {labels}"
         )
     return "\n".join(lines) if len(lines) > 4 else ""
 

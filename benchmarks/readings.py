@@ -304,8 +304,8 @@ def adam_markdown(tables: Mapping[str, Any]) -> str:
                 for form, (low, middle, high) in rows["cosine"].items()
                 if form.startswith("inside") and "corrected" not in form
             )
-            lines += ["", f"{at} checkpoint: √v at the 10th, 50th and 90th percentile {parts}"]
-            lines += [f"; median cosine of a row with the same row outside: {cosines}"]
+            lines += ["", f"{at} checkpoint: √v at the 10th, 50th and 90th percentile {parts};"]
+            lines += [f"median cosine of a row with the same row outside: {cosines}"]
     return "\n".join(lines).strip()
 
 
@@ -315,7 +315,7 @@ def with_interval(value: SequenceABC[float]) -> str:
 
 WARMUPS = {
     "the demo's warm-up": Warmup.preset("small"),
-    "LESS's warm-up, on all rows": Warmup.preset("less", fraction=1.0, batch_size=8),
+    "LESS's warm-up, one epoch on all rows": Warmup.preset("less", fraction=1.0, epochs=1, batch_size=8),
 }
 
 

@@ -71,10 +71,11 @@ def adam_directions(gradients: Mapping[str, Tensor], moments: Moments) -> dict[s
 
 
 def projected_rows(gradients: Mapping[str, Tensor], projector: Projector) -> Tensor:
-    """`[row dim]`: each module's flattened gradients times its explicit matrix, side by side."""
-    return torch.cat(
-        [gradients[s.name].flatten(1) @ projector.matrix(s.name).double() for s in projector.segments], dim=1
-    )
+    """`[row dim]`: each module's flattened gradients times its explicit matrix, added to the module's columns."""
+    rows = torch.zeros(len(next(iter(gradients.values()))), projector.dim, dtype=torch.float64)
+    for s in projector.segments:
+        rows[:, s.start : s.stop] += gradients[s.name].flatten(1) @ projector.matrix(s.name).double()
+    return rows
 
 
 def row_norms(gradients: Mapping[str, Tensor]) -> Tensor:

@@ -14,6 +14,7 @@ import gradsift
 from gradsift import cli_options
 from gradsift.cli import app, parse_budget
 from gradsift.errors import ConfigError, DataError
+from gradsift.evaluations import sampling_of
 from gradsift.options import reward_of, strategy_of
 from gradsift.rewards.form import Format, Length, Sentiment
 from gradsift.rewards.function import Function
@@ -183,6 +184,7 @@ def test_options_of_rewards_reach_the_recipe(monkeypatch: pytest.MonkeyPatch) ->
     changed = {
         "reward": ("--reward", "length:5-9"), "samples": ("--samples", "3"), "sampling": ("--sampling", "code"),
         "temperature": ("--temperature", "0.3"), "response_tokens": ("--response-tokens", "9"),
+        "sampling_seed": ("--sampling-seed", "7"),
         "assistant": ("--assistant", "g"), "allow_code_execution": ("--allow-code-execution",),
         "reward_weight": ("--reward-weight", "2"), "baseline": ("--baseline", "mean"),
         "fallback": ("--fallback", "label"),
@@ -205,7 +207,24 @@ def test_options_of_rewards_reach_the_recipe(monkeypatch: pytest.MonkeyPatch) ->
     silent = Cli(*base[:-4], "-e", "alpagasus", "--rater", "ifd", "--judge-model", "j")
     assert "--judge-model is asked by" in silent.err
     assert recipes[0].estimator == gradsift.NICE()
+    for seed, own, wanted in ((7, (), 7), (7, ("--sampling-seed", "0"), 0), (0, ("--sampling-seed", "7"), 7)):
+        Cli(*base, "--seed", str(seed), *own)
+        assert (recipes[-1].seed, recipes[-1].estimator.sampling.seed) == (seed, wanted)
+    Cli(*base, "--assistant", "g", "--sampling-seed", "7")
+    assert recipes[-1].estimator.assistant.sampling.seed == 7
+    stray = Cli(*base[:-4], "--sampling-seed", "7")
+    assert "--sampling-seed goes with --estimator nice or nice_if" in stray.err
     assert [reward.kind for reward in recipes[1].reward.rewards] == ["unit_tests", "length"]
+
+
+def test_evaluations_draw_by_their_own_seed() -> None:
+    """--sampling-seed comes before --seed, and is refused where nothing is drawn."""
+    assert sampling_of({"samples": 3, "seed": 2}).seed == 2
+    assert sampling_of({"samples": 3, "seed": 2, "sampling_seed": 5}).seed == 5
+    for given in ({}, {"temperature": 0.0}):
+        assert sampling_of(given).temperature == 0
+        with pytest.raises(ConfigError, match="--sampling-seed: the likeliest response takes no luck"):
+            sampling_of({**given, "sampling_seed": 5})
 
 
 @pytest.mark.parametrize(

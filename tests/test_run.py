@@ -78,17 +78,17 @@ def test_a_damaged_run_json_is_said(content: str, tmp_path: Path) -> None:
 def test_artifacts_are_complete_with_their_manifest(tmp_path: Path) -> None:
     """Equal configurations share a prefix, others do not; only what has a manifest is listed."""
     run = Run(tmp_path)
-    prefix = run.prefix("scores", {"a": 1, "b": [2]})
-    assert prefix == run.prefix("scores", {"b": [2], "a": 1})
-    assert len({prefix, run.prefix("data", {"a": 1, "b": [2]}), run.prefix("scores", {"a": 2, "b": [2]})}) == 3
+    prefix = run.prefix("data", {"a": 1, "b": [2]})
+    assert prefix == run.prefix("data", {"b": [2], "a": 1})
+    assert len({prefix, run.prefix("scores", {"a": 1, "b": [2]}), run.prefix("data", {"a": 2, "b": [2]})}) == 3
     run.storage.publish(f"{prefix}part", b"x")
     assert run.manifest(prefix) is None
-    assert run.artifacts("scores") == []
-    run.complete(prefix, "scores", {"a": 1}, rows=3)
+    assert run.artifacts("data") == []
+    run.complete(prefix, "data", {"a": 1}, rows=3)
     found = run.manifest(prefix)
     assert found is not None
     assert (found["rows"], found["config"]) == (3, {"a": 1})
-    assert run.artifacts("scores") == [prefix]
+    assert run.artifacts("data") == [prefix]
 
 
 @pytest.mark.parametrize("content", ["", '{"kind": ', '{"kind": "x", "_digest": "0"}'])

@@ -89,6 +89,7 @@ if TYPE_CHECKING:
         RelevancePursuit,
     )
     from gradsift.store.gradient_store import GradientStore
+    from gradsift.store.precision import MeasuredError
     from gradsift.validation.one_step import OneStep
     from gradsift.validation.validate import Validation, validate, validate_explanations
     from gradsift.warmup.checkpoint import Checkpoint, open_checkpoint
@@ -168,6 +169,7 @@ _WHERE = {
         "RelevancePursuit",
     ),
     "gradsift.store.gradient_store": ("GradientStore",),
+    "gradsift.store.precision": ("MeasuredError",),
     "gradsift.validation.one_step": ("OneStep",),
     "gradsift.validation.validate": ("Validation", "validate", "validate_explanations"),
     "gradsift.warmup.checkpoint": ("Checkpoint", "open_checkpoint"),
@@ -180,7 +182,7 @@ __version__ = "0.1.0"
 __all__ = [  # noqa: RUF022  # kept in the order of the flow
     "open_pool", "open_target", "Pool", "Target", "Columns",
     "Warmup", "Training", "warm_up", "train", "Checkpoint", "open_checkpoint",
-    "Gradients", "Adam", "Projection", "collect", "GradientStore", "Run",
+    "Gradients", "Adam", "Projection", "collect", "GradientStore", "MeasuredError", "Run",
     "score", "Scores", "LESS", "DataInf", "ProjectedInverse", "TRAK", "JI2S", "BM25", "RDS", "DSIR", "Random",
     "AlpaGasus", "DEITA", "JudgeRating", "FunctionRating", "LengthRating", "PerplexityRating", "DifficultyRating",
     "NICE", "NICEIF", "open_prompts", "PromptTarget", "Sampling", "Assistant", "Endpoint", "PolicyGradient", "diagnose",

@@ -308,6 +308,8 @@ _OPTION_OF = {
     "estimator.sampling.max_new_tokens": "--response-tokens",
     "estimator.assistant.sampling.max_new_tokens": "--response-tokens",
     "estimator.assistant.sampling": "--sampling",
+    "estimator.sampling.seed": "--sampling-seed",
+    "estimator.assistant.sampling.seed": "--sampling-seed",
     "estimator.assistant.model.endpoint.base_url": "--assistant-url",
     "estimator.server.base_url": "--server-url",
     "judge.model": "--judge-model",
@@ -643,7 +645,9 @@ def evaluate(
 @_command(*OF_POOL, "adapter", *OF_WARMUP, *OF_GRADIENTS, *OF_RUN)
 def collect(
     given: dict[str, Any],
-    views: Annotated[str, option("--views", help="adam, plain or adam,plain from one pass.")] = "adam",
+    views: Annotated[
+        str, option("--views", help="Of adam, plain and segments (plain, modules apart), with commas between.")
+    ] = "adam",
     full_sum: Annotated[bool, option("--full-sum", help="Also store each shard's unprojected sum.")] = False,
 ) -> None:
     """Collect the pool's per-example gradients at every checkpoint. Killed, it goes on where it stopped.
@@ -655,12 +659,12 @@ def collect(
     from gradsift.run import Run
 
     wanted: list[Any] = list(_listed(views, "--views"))
-    if not set(wanted) <= {"adam", "plain"}:
-        raise ConfigError(f"--views {views!r}: wanted adam, plain or adam,plain")
+    if not wanted or not set(wanted) <= {"adam", "plain", "segments"}:
+        raise ConfigError(f"--views {views!r}: wanted adam, plain or segments, or several with commas between")
     recipe = _recipe(given)
     if full_sum:
         recipe = recipe.model_copy(update={"gradients": recipe.gradients.model_copy(update={"full_sum": True})})
-    found = []
+    found, lines = [], []
     with Run(recipe.out).lock():
         pool = open_recipe(recipe, _reporter(given))
         checkpoints = pool.checkpoints()
@@ -669,6 +673,9 @@ def collect(
                 checkpoint.optimizer_identity()
         for checkpoint in checkpoints:
             for view, store in pool.stores(checkpoint, wanted).items():
+                error = store.measured_error
+                measured = "error not measured: too few rows" if error is None else str(error)
+                lines.append(f"{store.name}  {len(store)} × {store.dim} {view} rows at {checkpoint.name}: {measured}")
                 found.append(
                     {
                         "checkpoint": checkpoint.name,
@@ -677,13 +684,14 @@ def collect(
                         "rows": len(store),
                         "dim": store.dim,
                         "excluded": store.excluded,
+                        "measured_error": None if error is None else error.as_dict(),
                     }
                 )
     if given["as_json"]:
         _print_json(found)
         return
-    for entry in found:
-        print(f"{entry['path']}  {entry['rows']} × {entry['dim']} {entry['view']} rows at {entry['checkpoint']}")
+    for line in lines:
+        print(line)
 
 
 @_command(

@@ -150,6 +150,9 @@ SHARED: dict[str, tuple[Any, Any]] = {
         str | None, None, "--sampling", help="general, alpaca_eval, code or assisted settings.", panel=REWARD
     ),
     "temperature": _shared(float | None, None, "--temperature", help="Of the samples.", panel=REWARD),
+    "sampling_seed": _shared(
+        int | None, None, "--sampling-seed", help="Of the samples; --seed's where it is left out.", panel=REWARD
+    ),
     "response_tokens": _shared(
         int | None, None, "--response-tokens", help="Where a response is cut off.", panel=REWARD
     ),
@@ -440,16 +443,16 @@ OF_GRADIENTS = (
 )  # fmt: skip
 OF_TARGET = ("subtask", "target_columns", "keep_overlap")
 OF_SAMPLING = (
-    "samples", "sampling", "temperature", "response_tokens", "assistant", "assistant_url", "assistant_prefix",
-    "assistant_suffix", "server_url", "server_model",
+    "samples", "sampling", "temperature", "sampling_seed", "response_tokens", "assistant", "assistant_url",
+    "assistant_prefix", "assistant_suffix", "server_url", "server_model",
 )  # fmt: skip
 OF_REWARD = (
     "reward", "reward_weight", *OF_SAMPLING, "baseline", "policy_variant", "fallback", "judge_model", "judge_url",
     "allow_code_execution",
 )  # fmt: skip
 OF_MEASURED_REWARD = (
-    "reward", "reward_weight", "samples", "sampling", "temperature", "response_tokens", "allow_code_execution",
-    "judge_model", "judge_url",
+    "reward", "reward_weight", "samples", "sampling", "temperature", "sampling_seed", "response_tokens",
+    "allow_code_execution", "judge_model", "judge_url",
 )  # fmt: skip
 OF_RATED = ("rater", "complexity", "quality")
 OF_JOINT = (

@@ -34,6 +34,7 @@ from gradsift.evaluation.stage_costs import StageClock, StageCost
 from gradsift.execution.engine import LOCAL
 from gradsift.gradients.rows import View
 from gradsift.influence.ji2s import JI2S, full_sums
+from gradsift.influence.prompts import PromptTarget
 from gradsift.influence.scores import Method, Scores, at_last_checkpoint, pool_view, score
 from gradsift.interruption import refuse_to_go_on
 from gradsift.pages import publish_page
@@ -158,7 +159,9 @@ class _Work:
 
     def __init__(self, plan: Plan) -> None:
         self.plan, self.pool, self.job = plan, plan.pool, plan.job
-        self.clock = StageClock(plan.pool.run)
+        target = plan.target
+        reward = target.reward_identity() if isinstance(target, PromptTarget) else None
+        self.clock = StageClock(plan.pool.run, {"model_dtype": plan.pool.dtype, "reward": reward})
         self.cells: list[Cell] = []
         self.failures: list[CellFailure] = []
         self.choices: dict[_Key, _Choice] = {}

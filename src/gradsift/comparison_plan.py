@@ -144,7 +144,7 @@ def planned(recipe: Recipe, job: Compare, reporter: Reporter) -> Plan:
         for one in found
         if one.data is not None
     }
-    account = Result(recipe, pool, target).account
+    account = Result(recipe, pool, "", target).account
     write_skipped(pool.run, sum((data.account for data in datasets.values()), account))
     for name, data in datasets.items():
         say_account(data.account, name, len(data), reporter)

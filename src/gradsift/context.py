@@ -17,13 +17,14 @@ from gradsift.data.sample import RowSample
 from gradsift.errors import ConfigError, DataError
 from gradsift.execution.engine import LOCAL, Engine
 from gradsift.gradients.capture import find_modules
-from gradsift.gradients.collect import Gradients, collect
+from gradsift.gradients.collect import Gradients, collect, known_error
 from gradsift.gradients.rows import View
 from gradsift.gradients.self_check import kept_check
 from gradsift.models import DtypeName, find_adapter, load_tokenizer, model_identity, positions, resolve_device
 from gradsift.progress import Reporter, silent
 from gradsift.run import Run
 from gradsift.store.gradient_store import GradientStore
+from gradsift.store.precision import MeasuredError
 from gradsift.types import Example, Skipped
 from gradsift.warmup.checkpoint import Checkpoint, open_checkpoint
 from gradsift.warmup.train import Warmup, warm_up
@@ -91,6 +92,12 @@ class Pool:
     def stores(self, checkpoint: Checkpoint, views: SequenceABC[View]) -> dict[View, GradientStore]:
         """The pool's gradient stores at a checkpoint, collected now if the run does not hold them."""
         return self.collect(self.data, checkpoint, views, what="pool")
+
+    def measured_error(self, checkpoint: Checkpoint, view: View) -> MeasuredError | None:
+        """Of the pool's gradient store, where the run holds one and it could be measured."""
+        return known_error(
+            self.run, self.data, checkpoint, model=self.model, view=view, settings=self.gradients, dtype=self.dtype
+        )
 
     def collect(
         self, source: Any, checkpoint: Checkpoint, views: SequenceABC[View], *, what: str
@@ -176,11 +183,17 @@ def open_pool(
     reporter = reporter or silent()
     if max_length < 2:
         raise ConfigError(f"--max-length is {max_length}: a prompt and one answer token need at least 2")
-    identity = model_identity(model)
+    belongs: dict[str, Any] = {"model": model_identity(model)}
     tokenizer = load_tokenizer(model)
     chat = ChatFormat(tokenizer, supervise=supervise, max_length=max_length)
     if chat.announcement:
         reporter.warn(chat.announcement)
+
+    def check(pool: str) -> None:
+        """The folder belongs to what was read, by whichever revision it is tokenised."""
+        belongs["pool"] = pool
+        run.refuse_other(belongs)
+
     data = prepare(
         run,
         source,
@@ -188,11 +201,11 @@ def open_pool(
         what="pool",
         columns=columns,
         keep_duplicates=keep_duplicates,
-        check=lambda pool: run.refuse_other({"model": identity, "pool": pool}),
+        check=check,
         reporter=reporter,
     )
     refuse_longer(data, model, what="pool")
-    run.bind({"model": identity, "pool": data.fingerprint})
+    run.bind(belongs)
     return Pool(
         run=run,
         model=model,

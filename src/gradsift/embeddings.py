@@ -34,8 +34,7 @@ def embed(texts: Sequence[str], model: str = DEFAULT, *, device: str = "cpu") ->
         rows = embed(["two and two", "2 + 2"])
         float(rows[0] @ rows[1])            # cosine
     """
-    if not available():
-        raise ConfigError("sentence embeddings need sentence-transformers: pip install 'gradsift[embeddings]'")
+    require()
     encoder = _load(model, device)
     rows: NDArray[np.float32] = encoder.encode(
         list(texts), batch_size=32, normalize_embeddings=True, convert_to_numpy=True, show_progress_bar=False
@@ -46,6 +45,16 @@ def embed(texts: Sequence[str], model: str = DEFAULT, *, device: str = "cpu") ->
 def available() -> bool:
     """Whether the extra is installed."""
     return importlib.util.find_spec("sentence_transformers") is not None
+
+
+def require() -> None:
+    """Refuse to go on without it.
+
+    Raises:
+        ConfigError: the extra is not installed.
+    """
+    if not available():
+        raise ConfigError("sentence embeddings need sentence-transformers: pip install 'gradsift[embeddings]'")
 
 
 def at_hand(model: str = DEFAULT) -> bool:
@@ -66,15 +75,20 @@ def at_hand(model: str = DEFAULT) -> bool:
 def _load(model: str, device: str) -> Any:
     from sentence_transformers import SentenceTransformer
 
-    place = _packaged() if model == DEFAULT else None
     try:
-        return SentenceTransformer(str(place or model), device=device, trust_remote_code=False)
+        return SentenceTransformer(place_of(model), device=device, trust_remote_code=False)
     except Exception as error:  # a file that anybody may have written can fail in any way
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelError(
             f"cannot load the embedding model {model}: {first}. Give the hub id or the folder of a "
             "sentence-transformers model"
         ) from error
+
+
+def place_of(model: str) -> str:
+    """What is loaded under a model's name: a folder, or a hub id."""
+    place = _packaged() if model == DEFAULT else None
+    return model if place is None else str(place)
 
 
 def _packaged() -> Path | None:

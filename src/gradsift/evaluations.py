@@ -86,7 +86,8 @@ def run_train(
                     merge(pool.model, trained.path, folders[seed], dtype=pool.dtype, device=pool.device)
                 )
             found.append(entry)
-            pool.run.publish_json("training.json", {"trained": found})
+            trained_on = {"pool": pool.data.description, "chosen": file}
+            pool.run.publish_json("training.json", {"command": "train", **trained_on, "trained": found})
     return found
 
 
@@ -120,7 +121,8 @@ def run_evaluate(
 
 def evaluations_as_dict(found: Sequence[Evaluation], failures: Sequence[str]) -> dict[str, Any]:
     """What `--json` prints."""
-    return {"evaluations": [evaluation.as_dict() for evaluation in found], "failures": list(failures)}
+    evaluations = [evaluation.as_dict() for evaluation in found]
+    return {"command": "evaluate", "evaluations": evaluations, "failures": list(failures)}
 
 
 def print_trained(found: Sequence[Mapping[str, Any]]) -> None:
@@ -261,11 +263,12 @@ def sampling_of(given: Mapping[str, Any]) -> Sampling:
         ConfigError: settings that do not go together.
     """
     fields = sampling_fields(given)
-    if given.get("sampling") is None and not {"samples", "temperature"} & set(fields):
+    drawn = given.get("sampling") is not None or bool({"samples", "temperature"} & set(fields))
+    if not drawn or fields.get("temperature") == 0:
+        if "seed" in fields:
+            raise ConfigError("--sampling-seed: the likeliest response takes no luck: give --samples, or leave it out")
         return _greedy(given.get("response_tokens"))
-    if fields.get("temperature") == 0:
-        return _greedy(given.get("response_tokens"))
-    fields |= {"preset": given.get("sampling") or "general", "seed": given.get("seed") or 0}
+    fields = {"preset": given.get("sampling") or "general", "seed": given.get("seed") or 0, **fields}
     found: Sampling = _checked(TypeAdapter(Sampling), fields, "--sampling")
     return found
 

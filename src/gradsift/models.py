@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 import importlib.util
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,17 +18,23 @@ import torch
 from gradsift.adapters import BareModel, attach_adapter, checksums, first_lines, refuse_other_kinds
 from gradsift.errors import ConfigError, CorruptError, GradsiftError, ModelError
 from gradsift.memory import empty_device_cache, give_back_memory
+from gradsift.store.digests import file_digest
+from gradsift.store.manifest import fingerprint
 from gradsift.store.remote import at_hand
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16", "float64", "4bit", "8bit"]
 QUANTISED: tuple[DtypeName, ...] = ("4bit", "8bit")
-_SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
+_READERS = 4  # files of weights hashed at once
+_WEIGHTS = (".safetensors", ".bin", ".gguf")
+_BESIDE = ("config.json", "adapter_config.json")  # what else of a folder decides the network, and shards' indices
 
 
 def model_identity(name: str) -> dict[str, str]:
-    """What a model is, cheaply: a hub commit, or a hash of a folder's configuration and of samples of its weights.
+    """What a model is: a hub commit, or a hash of a folder's configuration and of every byte of its weights.
 
-    A folder's name is not part of it, so a copied or moved model is the same model.
+    Names of folders are not part of it, so a copied or moved model is the same model. The tokenizer is not, either: its
+    part in a result is in the fingerprint of the chat template (`ChatFormat`). What ends
+    a turn is in `generation_ends`.
 
     Raises:
         ModelError: there is no such model; the message says what was tried.
@@ -39,16 +46,63 @@ def model_identity(name: str) -> dict[str, str]:
     if path.is_file() and path.suffix != ".gguf":
         raise ModelError(f"model {name} is a file: give the folder that holds config.json, or a .gguf file")
     if path.is_file():
-        return {"weights": _hash_files([path])}
+        return {"weights": file_digest(path)[:16]}
     if path.is_dir():
-        weights = sorted(p for p in path.iterdir() if p.suffix in {".safetensors", ".bin", ".gguf"} and p.is_file())
-        config = path / "config.json"
-        if not config.is_file():
+        files = sorted(p for p in path.iterdir() if p.is_file())
+        weights = [p for p in files if p.suffix in _WEIGHTS]
+        if not (path / "config.json").is_file():
             raise ModelError(f"{path} is not a model folder: it has no config.json")
         if not weights:
             raise ModelError(f"{path} has a config.json but no weights (*.safetensors)")
-        return {"weights": _hash_files([config, *weights])}
+        return {"weights": files_digest([p for p in files if p in weights or _is_beside(p.name)])}
     return {"hub": name, "commit": str(getattr(_config(name), "_commit_hash", None))}
+
+
+def whole_identity(name: str) -> dict[str, str]:
+    """As `model_identity`, of a model that is used as its folder has it: of all files there, the tokenizer's included.
+
+    Hidden files and texts about the model (*.md) are not part of it.
+
+    Raises:
+        ModelError: there is no such model.
+    """
+    path = Path(at_hand(name)).expanduser()
+    if not path.is_dir():
+        return model_identity(name)
+    files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix != ".md")
+    seen = [p for p in files if not any(part.startswith(".") for part in p.relative_to(path).parts)]
+    return {"files": files_digest(seen, path)}
+
+
+def _is_beside(name: str) -> bool:
+    return name in _BESIDE or name.endswith(".index.json")
+
+
+def files_digest(files: Sequence[Path], root: Path | None = None) -> str:
+    """16 hex digits of the names and of every byte of some files; with `root`, names are paths below it."""
+    with ThreadPoolExecutor(_READERS) as readers:
+        digests = list(readers.map(file_digest, files))
+    names = [str(file.relative_to(root)) if root is not None else file.name for file in files]
+    return fingerprint([list(entry) for entry in zip(names, digests, strict=True)])
+
+
+def generation_settings(name: str) -> dict[str, Any]:
+    """What generation_config.json says in a model's folder.
+
+    Empty for a hub id, whose commit decides it, and where nothing can be read, which transformers passes over.
+    """
+    path = Path(at_hand(name)).expanduser() / "generation_config.json"
+    try:
+        settings = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return settings if isinstance(settings, dict) else {}
+
+
+def generation_ends(name: str) -> dict[str, Any]:
+    """What a model's generation settings say of the end of a turn, for the identity of what it generates."""
+    ends = generation_settings(name).get("eos_token_id")
+    return {} if ends is None else {"ends": sorted(ends) if isinstance(ends, list) else [ends]}
 
 
 def load_tokenizer(name: str) -> Any:
@@ -327,18 +381,20 @@ def find_adapter(adapter: str) -> None:
     try:
         config = PeftConfig.from_pretrained(adapter)
     except Exception as error:  # as in `_loading`
-        raise ModelError(
-            f"cannot find the adapter {adapter!r}: it is no local folder, and the Hugging Face hub did not give it "
-            f"({first_lines(error, 1)}). Check the spelling and the network"
-        ) from error
+        raise ModelError(_no_adapter(adapter, error)) from error
     refuse_other_kinds(config.peft_type, adapter)
 
 
 def adapter_identity(adapter: str | Path) -> dict[str, str]:
-    """What an adapter is: a hash of its weights and its configuration, or the hub id."""
+    """What an adapter is: a hash of every byte of its weights and of its configuration, or a hub commit.
+
+    Raises:
+        ModelError: there is no adapter.
+        CorruptError: its configuration cannot be read.
+    """
     folder = Path(at_hand(str(adapter)))
     if not folder.is_dir():
-        return {"hub": str(adapter)}
+        return {"hub": str(adapter), "commit": _adapter_commit(str(adapter))}
     files = [p for p in (folder / "adapter_model.safetensors", folder / "adapter_model.bin") if p.is_file()]
     if not files or not (folder / "adapter_config.json").is_file():
         raise ModelError(f"{folder} is not a PEFT adapter: it needs adapter_config.json and adapter_model.safetensors")
@@ -350,9 +406,29 @@ def adapter_identity(adapter: str | Path) -> dict[str, str]:
         raise CorruptError(f"{folder / 'adapter_config.json'} is damaged ({error}): copy the adapter again") from error
     refuse_other_kinds(config.get("peft_type"), folder)
     config.pop("base_model_name_or_path", None)
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    digest.update(files[0].read_bytes())
-    return {"weights": digest.hexdigest()[:16]}
+    return {"weights": file_digest(files[0], json.dumps(config, sort_keys=True).encode())[:16]}
+
+
+@cache
+def _adapter_commit(name: str) -> str:
+    """Of an adapter on the hub, at which this process takes it.
+
+    Raises:
+        ModelError: the hub does not give it.
+    """
+    from huggingface_hub import hf_hub_download
+
+    try:  # the file lies in a folder that is named by the commit
+        return Path(hf_hub_download(name, "adapter_config.json")).parent.name
+    except (OSError, ValueError) as error:
+        raise ModelError(_no_adapter(name, error)) from error
+
+
+def _no_adapter(name: str, error: Exception) -> str:
+    return (
+        f"cannot find the adapter {name!r}: it is no local folder, and the Hugging Face hub did not give it "
+        f"({first_lines(error, 1)}). Check the spelling and the network"
+    )
 
 
 def positions(name: str) -> int | None:
@@ -411,22 +487,6 @@ def _cannot_load(what: str, name: str, error: Exception) -> str:
         f"cannot load the {what} {name!r}: it is no local folder, and the Hugging Face hub did not give it "
         f"({first_lines(error, 1)}). Check the spelling, the network and, for gated models, `hf auth login`"
     )
-
-
-def _hash_files(files: list[Path]) -> str:
-    """A hash of sizes and of evenly spread samples: 64 blocks of 64 KiB tell fine-tunes apart without reading 15 GB."""
-    digest = hashlib.sha256()
-    for path in files:
-        size = path.stat().st_size
-        digest.update(f"{path.name}:{size};".encode())
-        with path.open("rb") as file:
-            if size <= _SAMPLES * _SAMPLE_BYTES:
-                digest.update(file.read())
-                continue
-            for sample in range(_SAMPLES):
-                file.seek((size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
-                digest.update(file.read(_SAMPLE_BYTES))
-    return digest.hexdigest()[:16]
 
 
 def parameter_name(name: str, adapter: str = "default") -> str:

@@ -157,8 +157,8 @@ OF_SOME = {"damping": ("datainf", "projected_inverse", "trak", "nice_if"), "kern
 
 # Options of responses that are sampled, and of what becomes of them.
 OF_SAMPLING = (
-    "samples", "sampling", "temperature", "response_tokens", "assistant", "assistant_url", "assistant_prefix",
-    "assistant_suffix", "server_url", "server_model",
+    "samples", "sampling", "temperature", "sampling_seed", "response_tokens", "assistant", "assistant_url",
+    "assistant_prefix", "assistant_suffix", "server_url", "server_model",
 )  # fmt: skip
 OF_RESPONSES = (*OF_SAMPLING, "baseline", "policy_variant", "fallback")
 
@@ -205,7 +205,7 @@ def _sampled(given: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError("--assistant and --server-url: responses come from one of them, leave the other out")
     sampling = sampling_fields(given)
     sampling["preset"] = given.get("sampling") or ("assisted" if given.get("assistant") else "general")
-    sampling["seed"] = given["seed"]
+    sampling.setdefault("seed", given["seed"])
     if given.get("assistant"):
         url = given.get("assistant_url")
         writer = {
@@ -238,7 +238,8 @@ def engine_fields(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def sampling_fields(given: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of sampling that options say one by one."""
-    names = {"samples": "samples", "temperature": "temperature", "response_tokens": "max_new_tokens"}
+    names = {"samples": "samples", "temperature": "temperature", "sampling_seed": "seed",
+             "response_tokens": "max_new_tokens"}  # fmt: skip
     return {field: given[name] for name, field in names.items() if given.get(name) is not None}
 
 

@@ -15,9 +15,10 @@ from pydantic import TypeAdapter, ValidationError
 from gradsift import embeddings
 from gradsift.context import Pool
 from gradsift.errors import CorruptError, GradsiftError
-from gradsift.explanation.explain import Explanation, Explanations, StrategyResult, candidates_of, ranks_of
-from gradsift.explanation.relevance import to_db
+from gradsift.explanation.explain import Explanation, Explanations, StrategyResult, candidates_of
+from gradsift.explanation.relevance import AGGREGATIONS, to_db
 from gradsift.explanation.table import RelevanceTable
+from gradsift.ranks import descending_ranks
 from gradsift.report.comparison_page import ComparisonPage, render_comparison
 from gradsift.report.explanation_page import (
     Candidate,
@@ -158,7 +159,7 @@ def explanation_page(
     by_label = {strategy.label: strategy for strategy in explanations.strategies}
     names = list(dict.fromkeys(result.strategy for result in results))
     strategies = tuple(
-        _strategy_view(by_label[name], [r for r in results if r.strategy == name], shown) for name in names
+        _strategy_view(by_label[name], entry, [r for r in results if r.strategy == name], shown) for name in names
     )
     return ExplanationPage(
         title="Why these examples explain this output",
@@ -173,7 +174,7 @@ def explanation_page(
         candidates=candidates,
         strategies=strategies,
         budget=5 if 5 in explanations.budgets else explanations.budgets[0],
-        facts={"output": entry.id, "model": pool.model, "pool": pool.data.description, **(facts or {}), **versions()},
+        facts={"output": entry.id, **_facts(explanations), **(facts or {}), **versions()},
         warnings=tuple(warnings),
     )
 
@@ -193,7 +194,8 @@ def relevance_page(
     values: dict[tuple[str, str, int], list[float]] = {}
     for entry in entries:
         for result in entry.results:
-            values.setdefault((result.estimator, result.strategy, result.k), []).append(result.relevance_db)
+            own = values.setdefault((result.estimator, result.strategy, result.k), [])
+            own.append(entry.relevance_of(result, table.how).db)
     place = {entry.id: number for number, entry in enumerate(entries)}
     points: list[ValidatedPoint] = []
     validation_facts: dict[str, str] = {}
@@ -216,7 +218,7 @@ def relevance_page(
         )
     return RelevancePage(
         title="Selection relevance over a target",
-        aggregation=_AGGREGATIONS[table.how],
+        aggregation=AGGREGATIONS[table.how],
         estimators=tuple(
             EstimatorTable(
                 estimator,
@@ -226,6 +228,7 @@ def relevance_page(
                         {k: summary.db for k, summary in row.by_budget.items()},
                         row.auc_db,
                         {k: tuple(values[estimator, row.strategy, k]) for k in row.by_budget},
+                        dict(row.above),
                     )
                     for row in table.of(estimator)
                 ),
@@ -237,18 +240,21 @@ def relevance_page(
             for number, entry in enumerate(entries)
         ),
         validated=tuple(points),
+        bins=validation.agreement.bins if validation is not None and validation.agreement is not None else (),
         budget=table.sorted_at,
-        facts={"model": pool.model, "pool": pool.data.description, **(facts or {}), **versions()},
+        facts={**_facts(explanations), **(facts or {}), **versions()},
         validation_facts=validation_facts,
         warnings=tuple(warnings),
     )
 
 
-_AGGREGATIONS = {
-    "ratio_of_means": "ratio of means (Σ‖g‖² over Σ‖g − At‖²)",
-    "mean_of_ratios": "mean of the outputs' ratios",
-    "median_db": "median of the outputs",
-}
+def _facts(explanations: Explanations) -> dict[str, str]:
+    """What every page of explanations says of where they come from."""
+    pool, store = explanations.pool, explanations.store
+    assert pool is not None
+    error = None if store is None else store.measured_error
+    measured = {} if error is None else {"measured on gradients": str(error)}
+    return {"model": pool.model, "pool": pool.data.description, **measured}
 
 
 def _main_order(strategies: SequenceABC[Strategy]) -> Order:
@@ -281,7 +287,7 @@ class _Shown:
         unit = rows / torch.where(lengths > 0, lengths, torch.ones_like(lengths))
         self.cosine = (unit @ unit.T).clamp(-1, 1)
         self.costs = self._costs(order)
-        self.ranks = ranks_of(competing.scores)
+        self.ranks = descending_ranks(competing.scores.numpy())
 
     def _costs(self, order: Order) -> list[float]:
         """Costs of the candidates shown on the scale of the ranking's own: 1 for its first, m for its last."""
@@ -321,7 +327,9 @@ class _Shown:
         )
 
 
-def _strategy_view(strategy: Strategy, results: SequenceABC[StrategyResult], shown: _Shown) -> StrategyView:
+def _strategy_view(
+    strategy: Strategy, entry: Explanation, results: SequenceABC[StrategyResult], shown: _Shown
+) -> StrategyView:
     kind: SimilarityKind = strategy.similarity if isinstance(strategy, FacilityLocation) else "cosine_squared"
     similarity = similarity_from_cosines(shown.cosine, kind)
     by_budget = {}
@@ -336,12 +344,10 @@ def _strategy_view(strategy: Strategy, results: SequenceABC[StrategyResult], sho
             redundancy=tuple(tuple(row) for row in shown.cosine[numbers][:, numbers].tolist()),
             coverage=tuple(similarity[:, numbers].amax(dim=1).clamp(0, 1).tolist()),
         )
-    note = ""
     if isinstance(strategy, RandomExamples):
-        note = f"relevance is the mean of {strategy.draws} draws; the first is shown"
-        return StrategyView(strategy.label, by_budget, note)
+        return StrategyView(strategy.label, by_budget, entry.over_draws(results[0]))
     candidates, costs = shown.view_of(shown.order if strategy.order == "any" else strategy.order)
-    return StrategyView(strategy.label, by_budget, note, candidates, costs)
+    return StrategyView(strategy.label, by_budget, "", candidates, costs)
 
 
 def _embedded(texts: SequenceABC[str], model: str | None, warnings: list[str]) -> NDArray[np.float32] | None:

@@ -16,10 +16,10 @@ from gradsift.data.account import Account, count_reasons, counts_text
 from gradsift.data.load import load_examples
 from gradsift.errors import ConfigError, DataError
 from gradsift.execution.ray import engine_of
-from gradsift.explanation.explain import check_budgets, explain
+from gradsift.explanation.explain import check_budgets, explain, explained_views
 from gradsift.explanation.outputs import Question, question_of, questions_of
 from gradsift.explanation.table import relevance_table
-from gradsift.influence.diagnostics import check_samples, diagnose
+from gradsift.influence.diagnostics import check_samples
 from gradsift.influence.ji2s import JI2S, full_sums
 from gradsift.influence.nice import NICE, NICEIF, PolicyTargets
 from gradsift.influence.prompts import PromptTarget, open_prompts
@@ -30,9 +30,10 @@ from gradsift.pages import write_pages
 from gradsift.progress import Reporter, silent
 from gradsift.recipe import Recipe
 from gradsift.report_data import write_results
-from gradsift.results import Result, write_skipped
+from gradsift.results import Result, diagnostics, remove_outdated, summary, write_skipped
 from gradsift.run import Run
 from gradsift.selection.select import TopK, budget_count, check_selection, select
+from gradsift.selection.trust import sample_reliability, target_reliability
 from gradsift.types import Example
 from gradsift.validation.validate import validate_explanations
 
@@ -66,7 +67,7 @@ def open_recipe(recipe: Recipe, reporter: Reporter | None = None, *, announce: b
     )
     if announce:
         say_account(pool.training.account, "pool", len(pool.training), reporter)
-        write_skipped(pool.run, Result(recipe, pool).account)
+        write_skipped(pool.run, Result(recipe, pool, "").account)
     return pool
 
 
@@ -105,14 +106,20 @@ def open_recipe_target(recipe: Recipe, pool: Pool, *, rewarded: bool = True) -> 
 
 
 def run_score(recipe: Recipe, reporter: Reporter | None = None) -> Result:
-    """Score the pool for the target with the recipe's estimator and its controls; writes scores.parquet."""
+    """Score the pool for the target with the recipe's estimator and its controls: scores.parquet, summary.json."""
     reporter = reporter or silent()
+    start = time.monotonic()
     _check_methods(recipe)
     with Run(recipe.out).lock():
-        return score_all(recipe, reporter)
+        result = score_all(recipe, reporter, command="score")
+        trust(result)
+        remove_outdated(result)
+        result.seconds = time.monotonic() - start
+        result.pool.run.publish_json("summary.json", summary(result))
+    return result
 
 
-def run_select(recipe: Recipe, reporter: Reporter | None = None) -> Result:
+def run_select(recipe: Recipe, reporter: Reporter | None = None, *, command: str = "select") -> Result:
     """Score, choose, and report: scores.parquet, selected.jsonl, skipped.jsonl, summary.json, report.html.
 
     The controls choose the same number of examples as the estimator, so that its choice can be compared with theirs.
@@ -123,8 +130,9 @@ def run_select(recipe: Recipe, reporter: Reporter | None = None) -> Result:
     if recipe.explain is not None:
         explain_questions(recipe)
     with Run(recipe.out).lock():
-        result = score_all(recipe, reporter)
+        result = score_all(recipe, reporter, command=command)
         choose(result)
+        trust(result)
         if recipe.explain is not None:
             explain_into(result)
         result.seconds = time.monotonic() - start
@@ -132,15 +140,22 @@ def run_select(recipe: Recipe, reporter: Reporter | None = None) -> Result:
     return result
 
 
-def run_explain(recipe: Recipe, reporter: Reporter | None = None) -> Result:
-    """Explain the recipe's prompts: explanations.jsonl and .parquet, relevance.json, the pages, report.html."""
+def run_explain(recipe: Recipe, reporter: Reporter | None = None, *, command: str | None = None) -> Result:
+    """Explain the recipe's prompts: explanations.jsonl and .parquet, relevance.json, the pages, report.html.
+
+    Args:
+        recipe: with `explain:`.
+        reporter: where progress goes.
+        command: whose result it is; `explain`, or `validate` where the recipe asks for that.
+    """
     reporter = reporter or silent()
     start = time.monotonic()
     if recipe.explain is None:
         raise ConfigError("nothing to explain: give --prompt or --target, or `explain:` in the recipe")
     explain_questions(recipe)  # refused before anything heavy
     with Run(recipe.out).lock():
-        result = Result(recipe, open_recipe(recipe, reporter))
+        named = command or ("validate" if recipe.explain.validation is not None else "explain")
+        result = Result(recipe, open_recipe(recipe, reporter), named)
         explain_into(result)
         result.seconds = time.monotonic() - start
         write_results(result)
@@ -155,11 +170,11 @@ def run_recipe(recipe: Recipe, reporter: Reporter | None = None) -> Result:
     if recipe.compare is not None and reporter is not None:
         reporter.say("this recipe also has `compare:`, which run leaves out: `gradsift compare` with it does that")
     if recipe.target is not None or (recipe.explain is None and not needs_target(recipe.estimator)):
-        return run_select(recipe, reporter)
-    return run_explain(recipe, reporter)
+        return run_select(recipe, reporter, command="run")
+    return run_explain(recipe, reporter, command="run")
 
 
-def score_all(recipe: Recipe, reporter: Reporter) -> Result:
+def score_all(recipe: Recipe, reporter: Reporter, *, command: str) -> Result:
     """The pool scored for the target by the estimator and every control; the caller holds the run's lock."""
     pool = open_recipe(recipe, reporter)
     if recipe.target is None and not needs_target(recipe.estimator):
@@ -167,7 +182,7 @@ def score_all(recipe: Recipe, reporter: Reporter) -> Result:
         recipe = recipe.model_copy(update={"controls": tuple(c for c in recipe.controls if not needs_target(c))})
     else:
         target = open_recipe_target(recipe, pool)
-    result = Result(recipe, pool, target)
+    result = Result(recipe, pool, command, target)
     _check_sizes(result)
     if target is not None:
         say_account(target.data.account, "target", len(target.data), reporter)
@@ -179,20 +194,33 @@ def score_all(recipe: Recipe, reporter: Reporter) -> Result:
     write_skipped(pool.run, result.account)
     methods = [recipe.estimator, *(control for control in recipe.controls if control != recipe.estimator)]
     methods = [with_judge(method, recipe.judge) for method in methods]
-    views = {pool_view(method) for method in methods} | ({"plain"} if recipe.explain is not None else set())
-    if views >= {"adam", "plain"}:  # an explanation and some methods need plain rows: the same backward gives both
+    views = {view for method in methods if (view := pool_view(method)) is not None}
+    if recipe.explain is not None:
+        views |= explained_views(recipe.explain.estimators)
+    if len(views) > 1:  # the same backward gives them all
         rows = full_sums(pool) if any(isinstance(m, JI2S) and m.full_space for m in methods) else pool
-        rows.stores(pool.checkpoints()[-1], ["adam", "plain"])
+        rows.stores(pool.checkpoints()[-1], sorted(views))
     result.scores = [score(pool, target, method, aggregation=recipe.aggregation) for method in methods]
     save_tables(pool, result.scores)
-    if isinstance(recipe.estimator, NICE | NICEIF) and isinstance(target, PromptTarget):
-        targets = PolicyTargets(pool, target, recipe.estimator)
-        result.diagnostics = diagnose(pool, target, recipe.estimator, aggregation=recipe.aggregation, targets=targets)
-        result.responses = sampled_responses(targets)
-        pool.run.publish_json("diagnostics.json", result.diagnostics.as_dict())
-    for warning in result.warnings:
-        reporter.warn(warning)
     return result
+
+
+def trust(result: Result) -> None:
+    """Say how far the estimator's ranking and choice can be trusted, and warn of what a reader should know.
+
+    Writes diagnostics.json where there is anything to say.
+    """
+    pool, target, scores = result.pool, result.target, result.scores[0]
+    chosen = result.selections[0] if result.selections else None
+    if isinstance(scores.method, NICE | NICEIF) and isinstance(target, PromptTarget):
+        targets = PolicyTargets(pool, target, scores.method)
+        result.diagnostics = sample_reliability(scores, chosen, targets=targets)
+        result.responses = sampled_responses(targets)
+    result.over_targets = target_reliability(scores, chosen)
+    if result.reliability:
+        pool.run.publish_json("diagnostics.json", diagnostics(result))
+    for warning in result.warnings:
+        pool.reporter.warn(warning)
 
 
 def _check_methods(recipe: Recipe) -> None:
@@ -241,10 +269,11 @@ def explain_into(result: Result) -> None:
         coefficients=job.coefficients,
         candidates=job.candidates,
         max_new_tokens=job.max_new_tokens,
+        aggregation=job.aggregation,
     )
     result.explanations = found
     say_account(Account(parts=tuple(found.unshown)), "what is to be explained", len(found.entries), pool.reporter)
-    result.relevance = relevance_table(found, how=job.aggregation)
+    result.relevance = relevance_table(found)
     pool.run.publish_json("relevance.json", result.relevance.as_dict())
     if job.validation is not None:
         result.validation = validate_explanations(pool, found, settings=job.validation.step, route=job.validation.route)

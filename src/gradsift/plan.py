@@ -80,9 +80,9 @@ def estimate(recipe: Recipe, reporter: Reporter | None = None) -> dict[str, Any]
         crew = crew_of(recipe.engine)
         with nullcontext() if crew is None else threads(crew.threads):  # as many as a worker has
             sample, decoding, decodings = _measure(recipe, pool, target, policy, wanted, reporter)
-        explained = _explaining(planned, pool, sample) if recipe.explain is not None else {}
+        collected = collecting(recipe, comparison, target=target is not None)
+        explained = _explaining(planned, pool, sample, collected.outputs) if recipe.explain is not None else {}
         compared = {} if comparison is None else comparison_stages(comparison, wanted, decodings, sample)
-    collected = collecting(recipe, comparison, target=target is not None)
     checkpoints = collected.checkpoints
     labels = target.labels if isinstance(target, PromptTarget) else target.data if target else None
     tokens = int(pool.data.lengths.sum())
@@ -108,12 +108,12 @@ def estimate(recipe: Recipe, reporter: Reporter | None = None) -> dict[str, Any]
         "pool gradients": {
             "tokens": tokens * checkpoints,
             "seconds": tokens * checkpoints / sample["tokens_per_second"],
-            "disk_bytes": len(pool.data) * checkpoints * collected.views * row_bytes,
+            "disk_bytes": len(pool.data) * collected.pool * row_bytes,
         },
         "target gradients": {
             "tokens": answer_tokens * checkpoints,
             "seconds": answer_tokens * checkpoints / sample["tokens_per_second"],
-            "disk_bytes": (len(answers) if answers else 0) * checkpoints * row_bytes,
+            "disk_bytes": (len(answers) if answers else 0) * collected.targets * row_bytes,
         },
         **(rewards.stages if rewards else {}),
     }
@@ -237,8 +237,11 @@ def _tasks(
     return found
 
 
-def _explaining(recipe: Recipe, pool: Pool, sample: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """The stages of an explanation: answers, their gradients, choosing, and training on what was chosen."""
+def _explaining(recipe: Recipe, pool: Pool, sample: dict[str, Any], stores: int) -> dict[str, dict[str, float]]:
+    """The stages of an explanation: answers, their gradients, choosing, and training on what was chosen.
+
+    `stores` is how many rows are stored of an output.
+    """
     job = recipe.explain
     assert job is not None
     questions, _ = explain_questions(recipe, pool)
@@ -256,7 +259,8 @@ def _explaining(recipe: Recipe, pool: Pool, sample: dict[str, Any]) -> dict[str,
             "disk_bytes": 0,
         },
         "gradients of answers": {
-            "tokens": tokens, "seconds": tokens / speed, "disk_bytes": count * sample["dim"] * 2,
+            "tokens": tokens, "seconds": tokens / speed,
+            "disk_bytes": count * stores * sample["dim"] * _ROW_BYTES[recipe.gradients.dtype],
         },
         "choosing": {
             "tokens": 0, "seconds": count * strategies * budgets * _CHOICE_SECONDS,

@@ -1,12 +1,15 @@
-"""Of what a run takes gradients, and how often: views of the pool, checkpoints, warm-ups."""
+"""Of what a run takes gradients, and how often: views, checkpoints, warm-ups."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from gradsift.comparison_plan import Plan
+from gradsift.explanation.explain import explained_views
+from gradsift.gradients.collect import kept_as
 from gradsift.gradients.rows import View
-from gradsift.influence.scores import Method, at_last_checkpoint, pool_view
+from gradsift.influence.scores import Method, at_last_checkpoint, pool_view, target_view
 from gradsift.recipe import Recipe
 from gradsift.selection.diverse import Diverse
 from gradsift.selection.select import TSDS, FacilityLocation, SelectionMethod
@@ -16,16 +19,18 @@ from gradsift.selection.select import TSDS, FacilityLocation, SelectionMethod
 class Collecting:
     """What is collected.
 
-    views: of each row of the pool
     checkpoints: at which
+    pool: stored rows of each row of the pool, over views and checkpoints
+    targets: of each row of the target; 0 where none is taken
+    outputs: of each output that is explained
     warmups: how often the model is warmed up and all of it collected; 0 where nothing takes a gradient
-    targets: whether the target's gradients are taken, too
     """
 
-    views: int
     checkpoints: int
+    pool: int
+    targets: int
+    outputs: int
     warmups: int
-    targets: bool
 
 
 @dataclass(frozen=True)
@@ -49,15 +54,28 @@ def collecting(recipe: Recipe, comparison: Plan | None, *, target: bool) -> Coll
         for method in (recipe.estimator, *recipe.controls):
             needs += _of_method(method)
         needs += _of_selection(recipe.selection, recipe.estimator)
-    if recipe.explain is not None or (comparison is None and not target):
+    explained = set() if recipe.explain is None else explained_views(recipe.explain.estimators)
+    needs += [_Need(view) for view in explained]
+    if not explained and comparison is None and not target:
         needs.append(_Need("plain"))
-    everywhere = any(not need.last for need in needs)
     per_seed = comparison is not None and comparison.job.warmup == "per_seed"
+    every = len(recipe.adapter) or recipe.warmup.epochs
+
+    def stores(wanted: Iterable[tuple[View, bool]]) -> dict[View, int]:
+        """At how many checkpoints each view is stored."""
+        found: dict[View, int] = {}
+        for view, last in wanted:
+            kept = kept_as(view, recipe.gradients.projection)
+            found[kept] = max(found.get(kept, 0), 1 if last else every)
+        return found
+
+    of_pool = stores((need.view, need.last) for need in needs)
     return Collecting(
-        views=len({need.view for need in needs}),
-        checkpoints=(len(recipe.adapter) or recipe.warmup.epochs) if everywhere else min(1, len(needs)),
+        checkpoints=max(of_pool.values(), default=0),
+        pool=sum(of_pool.values()),
+        targets=sum(stores((target_view(need.view), need.last) for need in needs if need.targets).values()),
+        outputs=sum(stores((target_view(view), True) for view in explained).values()),
         warmups=(len(comparison.seeds) if comparison is not None and per_seed else 1) if needs else 0,
-        targets=any(need.targets for need in needs),
     )
 
 

@@ -14,6 +14,7 @@ from gradsift.context import Pool
 from gradsift.generation.endpoint import Endpoint, usage_of
 from gradsift.generation.local import Row, default_rows, draw_tokens
 from gradsift.generation.sampling import Sampling, Usage
+from gradsift.gradients.policy import MOST_ROWS
 from gradsift.influence.nice import PolicyMethod
 from gradsift.influence.prompts import PromptTarget
 from gradsift.recipe import Recipe
@@ -124,7 +125,7 @@ def reward_costs(
     responses = prompts * sampling.samples * sets
     length = float(target.data.lengths.mean())
     written = responses * limit
-    # Whole, and both halves of the samples for the diagnostics, which together are the same sequences again.
+    # Together, and each as a row of its own for the diagnostics.
     run = 2 * prompts * sampling.samples * checkpoints * (length + limit)
     stages: dict[str, dict[str, Any]] = {
         "responses": {
@@ -149,7 +150,7 @@ def reward_costs(
     stages["policy gradients"] = {
         "tokens": run,
         "seconds": run / gradient_speed,
-        "disk_bytes": 3 * prompts * checkpoints * row_bytes,
+        "disk_bytes": (1 + min(MOST_ROWS, sampling.samples)) * prompts * checkpoints * row_bytes,
     }
     return RewardCosts(stages, tuple(asked), programs, texts)
 

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from gradsift.explanation.explain import Explanations, StrategyResult
+from gradsift.explanation.relevance import AGGREGATIONS
 from gradsift.explanation.table import RelevanceTable
 from gradsift.influence.diagnostics import PolicyDiagnostics
 from gradsift.progress import visible
 from gradsift.report.terminal import console, decibels, first_words, on_one_line, shares_text, table
-from gradsift.results import FILES, Result, files_of, shares, shown_budget, strategy_note
+from gradsift.results import FILES, Result, files_of, reliability_sentences, shares, shown_budget
 
 
 def print_result(result: Result) -> None:
@@ -19,14 +20,16 @@ def print_result(result: Result) -> None:
     out, data = console(), result.pool.data
     rows: list[tuple[object, ...]]
     if result.selections:
-        chosen = result.selections[0]
+        chosen, kept = result.selections[0], result.kept
         rows = [
-            (n + 1, f"{value:+.4f}", rank, id_, first_words(data.messages(id_), "user"))
+            (n + 1, f"{value:+.4f}", rank, *(f"{shares[n]:.0%}" for shares in kept.values()), id_,
+             first_words(data.messages(id_), "user"))
             for n, (id_, value, rank) in enumerate(zip(chosen.ids[:10], chosen.scores, chosen.ranks, strict=False))
-        ]
+        ]  # fmt: skip
         how = f"{chosen.estimator}, {chosen.method.label}"
         title = f"{len(chosen)} of {len(data)} chosen by {how} (higher score = training on it helps more)"
-        out.print(table(title, ("", "score", "rank", "id", "prompt"), rows, wide=("prompt",)))
+        again = [f"again, new {over}" for over in kept]
+        out.print(table(title, ("", "score", "rank", *again, "id", "prompt"), rows, wide=("prompt",)))
         if len(chosen) > 10:
             out.print(f"… and {len(chosen) - 10} more in selected.jsonl\n")
         pool_shares = shares(result, data.ids)
@@ -43,6 +46,8 @@ def print_result(result: Result) -> None:
                          f"{entry.length_correlation:+.2f}"))  # fmt: skip
         out.print(table("Scores (higher = training on it helps)",
                         ("method", "scored", "highest", "score", "Spearman with length"), rows))  # fmt: skip
+    for sentence in reliability_sentences(result):
+        out.print(f"{sentence}\n", markup=False)
     if result.diagnostics is not None:
         _print_rewards(result.diagnostics, out)
     if result.outcomes:
@@ -87,14 +92,15 @@ def _print_explanations(result: Result, out: Any) -> None:
                  first_words(pool.data.messages(e.id), "user"), first_words(pool.data.messages(e.id), "assistant"))
                 for e in found.examples
             ]  # fmt: skip
-            note = strategy_note(found)
+            note = entry.note(found)
             title = f"{_name_of(found, explanations)}: {decibels(found.relevance_db)}" + (f" ({note})" if note else "")
             out.print(table(title, ("rank", "score", "coefficient", "id", "prompt", "answer"), rows,
                             wide=("prompt", "answer")))  # fmt: skip
     if len(explanations.entries) > 5:
         out.print(f"… and {len(explanations.entries) - 5} more in explanations.jsonl\n")
     if result.relevance is not None and (not alone or len(explanations.entries[0].results) > 4):
-        _print_relevance(result.relevance, out, alone=alone)
+        draws = max(len(found.draws) for entry in explanations.entries for found in entry.results)
+        _print_relevance(result.relevance, out, draws=draws)
     if result.validation is not None:
         for line in result.validation.lines():
             out.print(line, markup=False)
@@ -104,26 +110,25 @@ def _print_explanations(result: Result, out: Any) -> None:
 
 
 def _print_rewards(found: PolicyDiagnostics, out: Any) -> None:
-    """What sampled responses earned at each checkpoint, and how far the ranking can be trusted."""
+    """What sampled responses earned at each checkpoint, and how far a prompt's agree."""
     rows = []
     for entry in found.checkpoints:
         rewards = entry.rewards
         rows.append((Path(rewards.checkpoint).name, rewards.responses, f"{rewards.mean:.3f}", f"{rewards.within:.3f}",
-                     f"{rewards.silent:.0%}", f"{rewards.cut_off:.0%}", _cosine(entry.median_half_cosine),
-                     _cosine(entry.median_loss_cosine)))  # fmt: skip
+                     f"{len(rewards.no_signal)} of {rewards.prompts}", f"{rewards.cut_off:.0%}",
+                     _cosine(entry.median_half_cosine), _cosine(entry.median_loss_cosine)))  # fmt: skip
     columns = ("checkpoint", "responses", "mean", "spread", "no signal", "cut off", "halves", "labels")
     title = "Rewards of sampled responses: spread in a prompt, prompts without signal, cosines of halves, with labels"
     out.print(table(title, columns, rows))
-    out.print(f"{found.agreement}\n")
 
 
 def _cosine(value: float | None) -> str:
     return "–" if value is None or math.isnan(value) else f"{value:+.2f}"
 
 
-def _print_relevance(relevance: RelevanceTable, out: Any, *, alone: bool) -> None:
+def _print_relevance(relevance: RelevanceTable, out: Any, *, draws: int) -> None:
     """The aggregate table as the paper lays it out: each estimator's strategies, least relevant first."""
-    several = len(relevance.budgets) > 1
+    several, alone = len(relevance.budgets) > 1, relevance.outputs == 1
     for estimator in relevance.estimators:
         rows = []
         for row in relevance.of(estimator):
@@ -135,7 +140,8 @@ def _print_relevance(relevance: RelevanceTable, out: Any, *, alone: bool) -> Non
             rows.append((row.strategy, *cells))
         columns = [f"k={k}" for k in relevance.budgets] + ["AUC"] * several
         columns += [f"above 0 dB (k={relevance.sorted_at})"] * (not alone)
-        how = "" if alone else f" over {relevance.outputs} outputs ({relevance.how.replace('_', ' ')})"
+        over = [f"{relevance.outputs} outputs"] * (not alone) + [f"{draws} random draws"] * (draws > 1)
+        how = f" ({AGGREGATIONS[relevance.how]} over {' and '.join(over)})" if over else ""
         out.print(table(f"Selection relevance in dB{how}, {estimator}", ("strategy", *columns), rows))
 
 

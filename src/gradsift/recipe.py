@@ -462,7 +462,7 @@ warmup:                      # a short LoRA training, one checkpoint an epoch
 
 gradients:
   modules: lora              # or a regular expression over linear modules
-  projection: {{kind: sparse, dim: 8192, seed: 0}}
+  projection: {{kind: sparse, dim: 8192, seed: 0}}   # sizes: proportional keeps modules apart, for DataInf alone say
   dtype: float16
 
 estimator: {{kind: less, optimizer: adam}}   # datainf, projected_inverse, trak, ji2s, nice (with a reward), bm25 …

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from collections.abc import Sequence as SequenceABC
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +15,10 @@ from pydantic import TypeAdapter, ValidationError
 from gradsift.context import Pool
 from gradsift.data.account import count_parts, count_reasons
 from gradsift.errors import ConfigError, CorruptError
-from gradsift.explanation.explain import Explanation
+from gradsift.explanation.explain import Explanation, explained_views
+from gradsift.gradients.rows import View
 from gradsift.influence.random import Random
+from gradsift.influence.reliability import Over
 from gradsift.influence.scores import Scores, pool_view
 from gradsift.pages import rewrite_pages
 from gradsift.recipe import as_yaml
@@ -31,7 +35,16 @@ from gradsift.report.data import (
 from gradsift.report.listing import MOST_EXTREME
 from gradsift.report.page import MOST_SKIPPED, render
 from gradsift.report_rewards import rewards_data
-from gradsift.results import Result, own_columns, shares, shown_budget, strategy_note, summary, write_skipped
+from gradsift.results import (
+    Result,
+    own_columns,
+    reliability_sentences,
+    remove_outdated,
+    shares,
+    shown_budget,
+    summary,
+    write_skipped,
+)
 from gradsift.run import Run
 from gradsift.selection.select import Selection
 from gradsift.store.manifest import versions
@@ -42,6 +55,7 @@ def write_results(result: Result) -> None:
     """skipped.jsonl, summary.json, report.html and report.json, from which the page can be written again."""
     run = result.pool.run
     write_skipped(run, result.account)
+    remove_outdated(result)
     data = _with_earlier(result, report_data(result))
     run.storage.publish("report.json", TypeAdapter(ReportData).dump_json(data))
     run.publish_text("report.html", render(data))
@@ -57,13 +71,16 @@ def _with_earlier(result: Result, data: ReportData) -> ReportData:
         earlier = TypeAdapter(ReportData).validate_json(storage.read("report.json"))
     except ValidationError:
         return data
+    of_both = " and ".join(facts["command"] for facts in (earlier.facts, data.facts) if "command" in facts)
     if data.choices or not earlier.choices:
-        return replace(data, explained=data.explained or earlier.explained)
+        if data.explained or not earlier.explained:
+            return data
+        return replace(data, explained=earlier.explained, facts={**data.facts, "command": of_both})
     return replace(
         earlier,
         title="gradsift: training examples for a target, and outputs explained",
         summary=[*earlier.summary[:1], *data.summary],
-        facts={**data.facts, **earlier.facts, "time": data.facts["time"]},
+        facts={**data.facts, **earlier.facts, "command": of_both, "time": data.facts["time"]},
         explained=data.explained,
         created=data.created,
     )
@@ -102,6 +119,7 @@ def report_data(result: Result) -> ReportData:
     pool, recipe, account = result.pool, result.recipe, result.account
     by_scores = dict(zip((entry.method.label for entry in result.scores), result.scores, strict=True))
     facts = {
+        "command": result.command,
         "model": recipe.model,
         "pool": f"{pool.data.description}: {len(pool.data)} used, {int(pool.data.lengths.sum()):,} tokens",
     }
@@ -120,11 +138,15 @@ def report_data(result: Result) -> ReportData:
     if result.explanations is not None:
         count = len(result.explanations.entries)
         summary_lines.append(f"{count} output{'s' * (count != 1)} explained by the training examples behind them")
-    facts["checkpoints"] = ", ".join(_checkpoint_name(c) for c in _known_checkpoints(pool, result)) or "none needed"
+    checkpoints = _known_checkpoints(pool, result)
+    facts["checkpoints"] = ", ".join(_checkpoint_name(c) for c in checkpoints) or "none needed"
     facts["gradients"] = (
         f"{recipe.gradients.modules} modules, {recipe.gradients.projection.kind} projection to "
         f"{recipe.gradients.projection.dim} dimensions, {recipe.gradients.dtype}"
     )
+    for view in _views(result) if checkpoints else ():
+        error = pool.measured_error(checkpoints[-1], view)
+        facts[f"measured on {view} rows"] = "nothing: too few rows" if error is None else str(error)
     facts["seed"] = str(recipe.seed)
     facts["time"] = f"{result.seconds:.0f} s for this call (finished parts are reused)"
     return ReportData(
@@ -133,7 +155,11 @@ def report_data(result: Result) -> ReportData:
         facts=facts,
         pool_size=len(pool.data),
         pool_shares=shares(result, pool.data.ids) if result.selections else {},
-        choices=[_choice(result, chosen, by_scores[chosen.estimator]) for chosen in result.selections],
+        choices=[
+            _choice(result, chosen, by_scores[chosen.estimator], result.kept if number == 0 else {})
+            for number, chosen in enumerate(result.selections)
+        ],
+        reliability=reliability_sentences(result),
         score_summaries=[
             ScoreSummary(
                 method=entry.method.label,
@@ -175,14 +201,14 @@ def report_data(result: Result) -> ReportData:
     )
 
 
-def _choice(result: Result, chosen: Selection, scores: Scores) -> Choice:
+def _choice(result: Result, chosen: Selection, scores: Scores, kept: Mapping[Over, SequenceABC[float]]) -> Choice:
     tokens = dict(zip(scores.ids, scores.tokens.tolist(), strict=True))
     return Choice(
         method=f"{chosen.estimator}, {chosen.method.label}",
         budget=len(chosen),
         examples=[
-            _example(result, id_, value, rank, tokens[id_])
-            for id_, value, rank in zip(chosen.ids, chosen.scores, chosen.ranks, strict=True)
+            _example(result, id_, value, rank, tokens[id_], {over: shares[n] for over, shares in kept.items()})
+            for n, (id_, value, rank) in enumerate(zip(chosen.ids, chosen.scores, chosen.ranks, strict=True))
         ],
         shares=shares(result, chosen.ids),
     )
@@ -202,10 +228,12 @@ def _extremes(result: Result, scores: Scores) -> Extremes:
     return Extremes(scores.method.label, len(order), listed(order[:each]), listed(order[::-1][:each]))
 
 
-def _example(result: Result, id_: str, score: float, rank: int, tokens: int) -> ReportExample:
+def _example(
+    result: Result, id_: str, score: float, rank: int, tokens: int, kept: Mapping[str, float] | None = None
+) -> ReportExample:
     data = result.pool.data
     own = own_columns(data.row(id_), result.recipe.columns)
-    return ReportExample(id=id_, messages=data.messages(id_), score=score, rank=rank, tokens=tokens, columns=own)
+    return ReportExample(id_, data.messages(id_), score, rank, tokens, own, kept or {})
 
 
 def _explained_entry(result: Result, entry: Explanation) -> list[Explained]:
@@ -224,7 +252,7 @@ def _explained_entry(result: Result, entry: Explanation) -> list[Explained]:
                 ExplainedStrategy(
                     name=found.strategy,
                     relevance_db=found.relevance_db,
-                    note=strategy_note(found),
+                    note=entry.note(found),
                     examples=[
                         ExplainedExample(
                             id=example.id,
@@ -246,8 +274,15 @@ def _explained_entry(result: Result, entry: Explanation) -> list[Explained]:
 
 def _known_checkpoints(pool: Pool, result: Result) -> list[Checkpoint]:
     """Checkpoints that were used; never trains any."""
-    gradient_based = any(pool_view(entry.method) for entry in result.scores) or result.explanations
-    return pool.checkpoints() if gradient_based else []
+    return pool.checkpoints() if _views(result) else []
+
+
+def _views(result: Result) -> list[View]:
+    """Views of the pool's gradients that were read at the last checkpoint."""
+    views = {view for entry in result.scores if (view := pool_view(entry.method)) is not None}
+    if result.explanations is not None:
+        views |= explained_views(result.explanations.estimators)
+    return sorted(views)
 
 
 def _checkpoint_name(checkpoint: Checkpoint) -> str:

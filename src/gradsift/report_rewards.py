@@ -29,7 +29,6 @@ def rewards_data(result: Result) -> Rewards | None:
     return Rewards(
         method=method.label,
         how=_sampled_how(method),
-        agreement=found.agreement[0].upper() + found.agreement[1:] + ".",
         checkpoints=[
             _checkpoint_rewards(entry, rewards.tolist())
             for entry, rewards in zip(found.checkpoints, sampled.rewards, strict=True)

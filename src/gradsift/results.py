@@ -13,10 +13,11 @@ from gradsift.context import Pool, Target
 from gradsift.data.account import Account
 from gradsift.data.dataset import Dataset
 from gradsift.data.load import Columns
-from gradsift.explanation.explain import Explanations, StrategyResult
+from gradsift.explanation.explain import Explanations
 from gradsift.explanation.table import RelevanceTable
 from gradsift.influence.diagnostics import PolicyDiagnostics
 from gradsift.influence.prompts import PromptTarget
+from gradsift.influence.reliability import Over, Reliability
 from gradsift.influence.responses import SampledResponses
 from gradsift.influence.scores import Scores
 from gradsift.recipe import Recipe
@@ -36,7 +37,7 @@ FILES = {
     "explanations.parquet": "the same as a table",
     "relevance.json": "selection relevance by estimator, strategy and k",
     "validation.json": "what one training step on each selection does",
-    "diagnostics.json": "rewards per checkpoint, and how far the ranking can be trusted",
+    "diagnostics.json": "how far the ranking and the choice can be trusted",
     "responses.jsonl": "every sampled response, with its reward where it has one",
     "rewards.json": "what the responses of each checkpoint earn",
     "skipped.jsonl": "rows and parts of rows left out, with reasons",
@@ -48,15 +49,20 @@ FILES = {
 
 @dataclass
 class Result:
-    """What a job made, for printing, for `--json` and for the page."""
+    """What a job made, for printing, for `--json` and for the page.
+
+    command: whose result it is
+    """
 
     recipe: Recipe
     pool: Pool
+    command: str
     target: Target | PromptTarget | None = None
     scores: list[Scores] = field(default_factory=list)
     selections: list[Selection] = field(default_factory=list)
     explanations: Explanations | None = None
     diagnostics: PolicyDiagnostics | None = None
+    over_targets: Reliability | None = None
     responses: SampledResponses | None = None
     relevance: RelevanceTable | None = None
     validation: Validation | None = None
@@ -65,6 +71,17 @@ class Result:
     outcomes: list[Outcome] = field(default_factory=list)
     outcome_notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
+
+    @property
+    def reliability(self) -> list[Reliability]:
+        """Of the estimator's ranking: with new samples, with other targets."""
+        found = [self.diagnostics.reliability if self.diagnostics is not None else None, self.over_targets]
+        return [one for one in found if one is not None]
+
+    @property
+    def kept(self) -> dict[Over, tuple[float, ...]]:
+        """Of each row of the first choice, the share of new rankings that choose it again, by what is new in them."""
+        return {one.over: one.kept for one in self.reliability if one.kept is not None}
 
     @property
     def warnings(self) -> list[str]:
@@ -116,12 +133,13 @@ def summary(result: Result) -> dict[str, Any]:
     """The result as JSON: what `--json` prints."""
     run, account = result.pool.run, result.account
     content: dict[str, Any] = {
+        "command": result.command,
         "out": run.place,
         "pool": {"rows": len(result.pool.data), "description": result.pool.data.description},
         **account.as_dict(),
         "warnings": result.warnings,
         "seconds": round(result.seconds, 2),
-        "files": {name: run.name(name) for name in FILES if name in {*files_of(result), "report.html"}},
+        "files": {name: run.name(name) for name in files_of(result)},
     }
     if result.target is not None:
         content["target"] = {"rows": len(result.target.data), "description": result.target.data.description}
@@ -134,13 +152,17 @@ def summary(result: Result) -> dict[str, Any]:
             }
             for entry in result.scores
         ]
+    if result.reliability:
+        content["reliability"] = [one.as_dict() for one in result.reliability]
     if result.selections:
+        first = result.selections[0]
         content["selections"] = [
             {
                 "estimator": chosen.estimator,
                 "method": chosen.method.label,
                 "ids": chosen.ids,
                 "scores": chosen.scores,
+                "kept": {over: list(kept) for over, kept in result.kept.items()} if chosen is first else {},
                 "shares": shares(result, chosen.ids),
             }
             for chosen in result.selections
@@ -160,12 +182,60 @@ def summary(result: Result) -> dict[str, Any]:
 
 
 def files_of(result: Result) -> list[str]:
-    """The run's files of this result and of earlier ones, less what earlier ones say of other explanations."""
-    outdated: set[str] = set()
+    """The run's files that hold this result."""
+    made = {
+        "selected.jsonl": bool(result.selections),
+        "scores.parquet": bool(result.scores),
+        "explanations.jsonl": result.explanations is not None,
+        "explanations.parquet": result.explanations is not None,
+        "relevance.json": result.relevance is not None,
+        "validation.json": result.validation is not None,
+        "diagnostics.json": bool(result.reliability),
+        "skipped.jsonl": True,
+        "report.html": bool(result.selections) or result.explanations is not None,
+    }
+    return [name for name in FILES if made.get(name, name in result.pages)]
+
+
+def remove_outdated(result: Result) -> None:
+    """Remove files of earlier results that this one has put others in place of.
+
+    Scores go with what says how far they can be trusted, explanations with their relevance, their validation and their
+    pages. A choice stays: its rows hold their scores.
+    """
+    storage, made = result.pool.run.storage, {*files_of(result), *result.pages}
+    gone: list[str] = []
+    if result.scores:
+        gone += ["diagnostics.json"]
     if result.explanations is not None:
-        outdated = {"explanation.html", "relevance.html"} - set(result.pages)
-        outdated |= {"validation.json"} if result.validation is None else set()
-    return [name for name in FILES if name not in outdated and result.pool.run.storage.exists(name)]
+        gone += ["relevance.json", "validation.json"]
+        gone += [name for page in ("explanation", "relevance") for name in (f"{page}.html", f"{page}.page.json")]
+        gone += [key for key in storage.list("explanations/") if key.count("/") == 1]
+    for key in gone:
+        if key not in made and f"{key.removesuffix('.page.json')}.html" not in made:
+            storage.delete(key)
+
+
+def diagnostics(result: Result) -> dict[str, Any]:
+    """diagnostics.json: how far the estimator's ranking, and the choice by it, can be trusted."""
+    chosen = result.selections[0].ids if result.selections else []
+    content: dict[str, Any] = {
+        "command": result.command,
+        "method": result.scores[0].method.label,
+        "scores": result.scores[0].fingerprint,
+        "reliability": [one.as_dict() for one in result.reliability],
+        "kept": {over: dict(zip(chosen, kept, strict=True)) for over, kept in result.kept.items()},
+    }
+    return content | ({} if result.diagnostics is None else result.diagnostics.as_dict())
+
+
+def reliability_sentences(result: Result) -> list[str]:
+    """What is known of how the ranking and the choice would come out again, for people."""
+    sentences = [f"{one.words[0].upper()}{one.words[1:]}." for one in result.reliability]
+    if sentences and result.selections and not result.kept:
+        how = result.selections[0].method.label
+        sentences.append(f"How often a row would be chosen again is known for choices by scores alone, not for {how}.")
+    return sentences
 
 
 def own_columns(row: Mapping[str, Any], columns: Columns) -> dict[str, str]:
@@ -202,12 +272,3 @@ def shares(result: Result, ids: SequenceABC[str]) -> dict[str, dict[str, int]]:
 def shown_budget(explanations: Explanations) -> int:
     """The budget that is shown first: 5 where it was asked for, else the smallest."""
     return 5 if 5 in explanations.budgets else explanations.budgets[0]
-
-
-def strategy_note(strategy: StrategyResult) -> str:
-    """What a reader should know about a relevance that is extreme; empty where it is not."""
-    if strategy.capped:
-        return "The output's gradient is reconstructed exactly: the output itself is probably in the pool."
-    if strategy.near_zero:
-        return "The chosen gradients are almost zero, so that 0 dB says nothing about their directions."
-    return ""

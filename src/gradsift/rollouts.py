@@ -187,7 +187,7 @@ def _rollouts(recipe: Recipe, reporter: Reporter, *, rewarded: bool) -> Rollouts
         if rewarded:
             target.check_reward()
         say_account(target.data.account, "target", len(target.data), reporter)
-        write_skipped(pool.run, Result(recipe, pool, target).account)
+        write_skipped(pool.run, Result(recipe, pool, "", target).account)
         targets = PolicyTargets(pool, target, method)
         checkpoints = _checkpoints(pool, method)
         names = _names(checkpoints, method)
@@ -229,7 +229,9 @@ def _rollout(targets: PolicyTargets, checkpoint: Checkpoint, name: str, *, rewar
         return Rollout(name, checkpoint.adapter, samples, summary)
     earned = targets.earned_at(checkpoint)
     rewards = replace(targets.summary_at(checkpoint), checkpoint=name)
-    return Rollout(name, checkpoint.adapter, samples, summary, earned, rewards, pass_rates(earned.values))
+    used = {response.key for own in targets.rollouts(checkpoint)[0].values() for response in own}
+    passed = pass_rates({key: value for key, value in earned.values.items() if key in used})
+    return Rollout(name, checkpoint.adapter, samples, summary, earned, rewards, passed)
 
 
 def _summary(samples: Samples, ids: list[str]) -> ResponseSummary:
@@ -267,7 +269,12 @@ def _warnings(rollouts: list[Rollout], method: PolicyMethod) -> list[str]:
 def _write(result: Rollouts) -> None:
     run = result.pool.run
     if result.rewarded:
-        content = {"reward": result.target.reward_identity(), "warnings": list(result.warnings)}
+        content = {
+            "command": "reward",
+            "target": result.target.data.description,
+            "reward": result.target.reward_identity(),
+            "warnings": list(result.warnings),
+        }
         run.publish_json("rewards.json", content | {"checkpoints": [r.as_dict() for r in result.checkpoints]})
     else:
         run.storage.delete("rewards.json")  # of other responses than those that responses.jsonl holds from here on

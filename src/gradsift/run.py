@@ -12,6 +12,8 @@
       samples/<fingerprint>/    sampled responses and their rewards, a folder a prompt
       scores/<fingerprint>/     scores of one pool for one target and method
       ratings/<fingerprint>/    what a judge, a function or losses say of single rows
+      embeddings/<fingerprint>/ sentence embeddings of texts
+      curvature/<fingerprint>/  the Hessian of a target's loss, times the sum of a pool
       outputs/<fingerprint>/    what the model answered to prompts that were to be explained
       explanations/<fingerprint>/   explanations, one file an output
       validation/<fingerprint>/ effects of training steps on selections
@@ -22,8 +24,8 @@
       comparison.json comparison.parquet comparison.html   (comparison.page.json: what the page is made from)
       report.html explanation.html summary.json   the latest results
 
-Artifacts are addressed by the fingerprint of everything they depend on, so equal requests find them again and different
-requests never meet.
+Artifacts are addressed by the fingerprint of everything they depend on, the revision of their computation included, so
+equal requests find them again and different requests never meet.
 """
 
 from __future__ import annotations
@@ -47,8 +49,43 @@ from gradsift.store.manifest import (
     read_if_whole,
     read_json,
 )
-from gradsift.store.remote import RemoteStorage, is_url
+from gradsift.store.remote import RemoteStorage, is_url, storage_at
 from gradsift.store.storage import LocalStorage, checksum_file
+
+REVISIONS = {
+    "labels": 2,  # a chat template's token ids and labels, in its fingerprint
+    "data": 1,
+    "checkpoints": 1,
+    "checks": 1,
+    "gradients": 2,
+    "samples": 2,
+    "rewards": 2,  # of responses, kept beside them
+    "scores": 2,
+    "ratings": 1,
+    "embeddings": 1,
+    "curvature": 2,
+    "outputs": 2,
+    "explanations": 1,
+    "validation": 2,
+    "evaluations": 2,
+    "times": 1,
+    "merge": 2,  # an adapter merged into its base, in a folder of the user's
+}
+"""Revision of each kind's computation: raise it when the same inputs come to give other results.
+
+It is part of the kind's fingerprint, and so of all that is made from it; at 1 it is left out."""
+
+
+def revised(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of an artifact with the revision of its kind."""
+    assert kind in REVISIONS, f"{kind} is no kind of artifact: it needs a revision in REVISIONS"
+    return dict(config) if REVISIONS[kind] == 1 else {**config, "revision": REVISIONS[kind]}
+
+
+def revisions(*kinds: str) -> dict[str, Any]:
+    """The revisions of kinds that something is made from, for a configuration that names them in no other way."""
+    raised = {kind: REVISIONS[kind] for kind in kinds if REVISIONS[kind] > 1}
+    return {"revisions": raised} if raised else {}
 
 
 class Run:
@@ -65,7 +102,7 @@ class Run:
     def __init__(self, folder: str | Path) -> None:
         self.storage: LocalStorage | RemoteStorage
         if is_url(folder):
-            self.storage = RemoteStorage(str(folder))
+            self.storage = storage_at(str(folder))
             self.place, self.folder = self.storage.url, self.storage.copies
             return
         self.place, self.folder = str(folder), Path(folder)
@@ -135,7 +172,7 @@ class Run:
 
     def prefix(self, kind: str, config: Mapping[str, Any]) -> str:
         """Where the artifact of this kind and configuration lives: `gradients/3f2ab1c09d8e7f65/`."""
-        return f"{kind}/{fingerprint({'kind': kind, **config})}/"
+        return f"{kind}/{fingerprint({'kind': kind, **revised(kind, config)})}/"
 
     def manifest(self, prefix: str, shape: type[Record] = Manifest) -> dict[str, Any] | None:
         """The manifest of a complete artifact, or None where it is not complete.
@@ -172,7 +209,8 @@ class Run:
         """Write an artifact's manifest, with checksums of the files named: the last thing that is written of it."""
         if files:
             content["files"] = self.checksums(prefix, files)
-        publish_json(self.storage, f"{prefix}manifest.json", manifest(kind, config, **content), sealed=True)
+        described = manifest(kind, revised(kind, config), **content)
+        publish_json(self.storage, f"{prefix}manifest.json", described, sealed=True)
 
     def checksums(self, prefix: str, names: Iterable[str]) -> dict[str, str]:
         """Checksums of files, by their names below the prefix."""

@@ -157,6 +157,15 @@ def test_collect_stores_each_view_of_each_checkpoint(tiny: World, tmp_path: Path
     ] * 2
     shown = tiny("collect", tmp_path / "run", *options).succeeded().out
     assert all(entry["path"] in shown for entry in found)
+    for entry in found:
+        assert 0 < entry["measured_error"]["rms"] < 1.5 / 256**0.5
+        assert (
+            f"{entry['view']} rows at {entry['checkpoint']}: cosines off by {entry['measured_error']['rms']:.3g}"
+            in shown
+        )
+    refused = tiny("collect", tmp_path / "run", "--views", "adam,modules")
+    assert "wanted adam, plain or segments" in refused.err
+    assert refused.code == 1
 
 
 def test_warmup_prints_its_checkpoints(tiny: World, selected: Path) -> None:
@@ -206,7 +215,7 @@ def test_explain_rows_of_a_file(tiny: World, selected: Path) -> None:
     given = explained(tiny, selected, "--row", "t2", "--output", "it says moo", target=tiny.target)["explanations"]
     assert [(entry["output"], entry["generated"]) for entry in given] == [("it says moo", False)]
     shown = tiny("explain", selected, "--use-answers", target=tiny.target).succeeded().out
-    assert "Selection relevance in dB over 4 outputs (ratio of means)" in " ".join(shown.split())
+    assert "Selection relevance in dB (ratio of means over 4 outputs)" in " ".join(shown.split())
 
 
 def test_explaining_a_training_example_finds_it(tiny: World, selected: Path) -> None:
@@ -371,6 +380,27 @@ def test_plan_counts_the_gradients_that_are_taken(
     assert (out / "checkpoints").exists() == (checkpoints > 0)
 
 
+def test_plan_counts_every_form_of_a_row(tiny: World, tmp_path: Path) -> None:
+    """A choice by Adam rows at two checkpoints and an explanation by DataInf, which reads plain gradients and those of
+    modules apart at the last: the files of rows are as large as was said, but for their headers and scales."""
+    recipe: dict[str, Any] = {
+        "model": tiny.model, "pool": tiny.pool, "target": tiny.target, "out": str(tmp_path / "run"), "budget": 3,
+        "adapter": tiny.adapters, "gradients": {"projection": {"dim": 256}}, "controls": [],
+        "explain": {"prompt": "what says the cow", "k": 2, "max_new_tokens": 4, "estimators": [{"kind": "datainf"}]},
+    }  # fmt: skip
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    stages = Cli("plan", path, "--json", "--quiet").succeeded().json["stages"]
+    said = {name: stages[name]["disk_bytes"] for name in ("pool gradients", "target gradients", "gradients of answers")}
+    row = 256 * 2
+    assert said == {
+        "pool gradients": (2 + 1 + 1) * 24 * row, "target gradients": 2 * 4 * row, "gradients of answers": 2 * row,
+    }  # fmt: skip
+    Cli("run", path, "--json", "--quiet").succeeded()
+    stores = [gs.GradientStore.open(found.parent) for found in (tmp_path / "run").glob("gradients/*/manifest.json")]
+    assert sum(len(store) * store.dim * 2 for store in stores) == sum(said.values())
+
+
 def test_plan_counts_on_workers(tiny: World, tmp_path: Path) -> None:
     """Twelve shards on five workers take three rounds of a twelfth of the time; the warm-up is not divided; so many
     workers are said to be counted on."""
@@ -391,6 +421,7 @@ def test_report_writes_the_page_again(selected: Path, tiny: World, tmp_path: Pat
     tiny("select", selected, "--budget", "4").succeeded()
     page = (selected / "report.html").read_bytes()
     (selected / "report.html").unlink()
+    assert b"measured on adam rows" in page
     copy = tmp_path / "new" / "page.html"
     assert str(copy) in Cli("report", selected, "--to", copy).succeeded().out
     assert copy.read_bytes() == page == (selected / "report.html").read_bytes()

@@ -192,8 +192,8 @@ def test_all_strategies_of_several_estimators(tiny: World, tmp_path: Path) -> No
         for result in entry["results"]:
             assert len(result["examples"]) == result["k"]
             assert len(result["draws"]) == (5 if result["strategy"] == "random" else 1)
-            ratios = [draw["ratio"] for draw in result["draws"]]
-            assert result["ratio"] == pytest.approx(sum(ratios) / len(ratios))
+            errors = [draw["squared_error"] for draw in result["draws"]]
+            assert result["ratio"] == pytest.approx(entry["squared_norm"] * len(errors) / sum(errors))
     table = found["relevance"]
     assert (table["budgets"], table["sorted_at"], table["outputs"]) == ([1, 3], 3, 4)
     for estimator in ("DataInf", "BM25"):
@@ -201,7 +201,7 @@ def test_all_strategies_of_several_estimators(tiny: World, tmp_path: Path) -> No
         assert len(values) == len(ALL_STRATEGIES)
         assert values == sorted(values)
     shown = command(tiny, "explain", tmp_path / "run", *options, target=tiny.target).succeeded().out
-    assert " ".join(shown.split()).count("Selection relevance in dB over 4 outputs") == 2
+    assert " ".join(shown.split()).count("Selection relevance in dB (ratio of means over 4 outputs") == 2
     assert len(Page(tmp_path / "run" / "relevance.html").links) == 1
 
 
@@ -291,24 +291,35 @@ def test_a_choice_and_an_explanation_share_a_report(tiny: World, tmp_path: Path)
     tiny("select", first, *adapter).succeeded()
     command(tiny, "explain", first, *prompt).succeeded()
     assert "1 output explained" in both(first)
+    assert "measured on gradients" in Page(first / "explanation.html").text
+    assert "measured on plain rows" in Page(first / "report.html").text
     command(tiny, "explain", second, *prompt).succeeded()
     found = tiny("select", second, *adapter, "--json").succeeded().json
     both(second)
-    assert {"explanation.html", "explanations.jsonl", "selected.jsonl"} <= set(found["files"])
+    assert set(found["files"]) == {
+        "selected.jsonl", "scores.parquet", "diagnostics.json", "skipped.jsonl", "report.html",
+    }  # fmt: skip
     command(tiny, "explain", second, "--use-answers", "--pages", 0, target=tiny.target).succeeded()
     assert "4 outputs explained" in Page(second / "report.html").text
     assert "3 of 24 training examples chosen" in Page(second / "report.html").text
 
 
-def test_files_of_other_explanations_are_not_listed(tiny: World, tmp_path: Path) -> None:
-    """A page or a validation of earlier questions stays in the folder, but is not among the later one's results."""
-    target = ("--use-answers", "-k", 1, "--pages", 0, "-s", "most_helpful", "--random-sets", 1)
-    before = strictly(command(tiny, "validate", tmp_path, *target, "--json", target=tiny.target))["files"]
-    assert {"relevance.html", "validation.json"} <= set(before)
-    after = explained(tiny, tmp_path, "--prompt", "what says the cow", "-k", 1)["files"]
-    assert "explanation.html" in after
-    assert not {"relevance.html", "validation.json"} & set(after)
-    assert (tmp_path / "validation.json").exists()
+def test_files_of_other_explanations_go(tiny: World, tmp_path: Path) -> None:
+    """Pages and a validation of earlier questions are neither among the later one's results nor in the folder."""
+    target = ("--use-answers", "-k", 1, "--pages", 1, "-s", "most_helpful", "--random-sets", 1)
+    first = strictly(command(tiny, "validate", tmp_path, *target, "--json", target=tiny.target))
+    assert first["command"] == "validate"
+    assert {"relevance.html", "validation.json"} <= set(first["files"])
+    pages = {"relevance.html", "relevance.page.json", "explanations/t0.html", "explanations/t0.page.json"}
+    assert all((tmp_path / name).exists() for name in (*pages, "validation.json"))
+    second = explained(tiny, tmp_path, "--prompt", "what says the cow", "-k", 1)
+    assert set(second["files"]) == {"explanations.jsonl", "explanations.parquet", "relevance.json", "skipped.jsonl",
+                                    "explanation.html", "report.html"}  # fmt: skip
+    assert not any((tmp_path / name).exists() for name in (*pages, "validation.json"))
+    assert json.loads((tmp_path / "summary.json").read_text())["files"] == second["files"]
+    again = explained(tiny, tmp_path, "--use-answers", "-k", 1, "--pages", 1, target=tiny.target)["files"]
+    assert "explanation.html" not in again
+    assert not (tmp_path / "explanation.html").exists()
 
 
 def test_prompts_from_the_rows_that_the_pool_sample_left_out(tiny: World, tmp_path: Path) -> None:

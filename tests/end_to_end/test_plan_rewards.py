@@ -27,14 +27,17 @@ def lengths(tiny: World) -> list[int]:
 
 
 def test_responses_and_policy_gradients_are_counted(tiny: World, tmp_path: Path) -> None:
-    """Prompts × samples × checkpoints × limit; gradients of prompt and response, twice; no labels are counted."""
+    """Prompts × samples × checkpoints × limit; gradients of prompt and response, twice; no labels are counted.
+
+    A prompt's rows are one for all of its samples and one for each.
+    """
     given = (*NICE, "--reward", "length:1-5", "--json")
     found = tiny("plan", tmp_path / "run", *given, target=prompts(tmp_path)).succeeded().json
     stages = found["stages"]
     assert stages["responses"]["tokens"] == 4 * 5 * 2 * 7
     assert stages["responses"]["seconds"] > 0
     assert stages["policy gradients"]["tokens"] == pytest.approx(2 * 2 * 5 * sum(n + 7 for n in lengths(tiny)))
-    assert stages["policy gradients"]["disk_bytes"] == 3 * 4 * 2 * 256 * 2
+    assert stages["policy gradients"]["disk_bytes"] == (1 + 5) * 4 * 2 * 256 * 2
     assert stages["target gradients"] == {"tokens": 0, "seconds": 0, "disk_bytes": 0}
     assert stages["pool gradients"]["tokens"] == 2 * found["pool"]["tokens"]
     assert "rewards" not in stages

@@ -286,8 +286,10 @@ def test_two_writers_and_one_result(
     monkeypatch.setattr(remote, "_LEASE_SECONDS", 3.0)
     tiny("collect", place, *options).succeeded()
     if ends == "stopped":
+        written = {key: storage._version(key) for key in storage.list("")}
         first.send_signal(signal.SIGCONT)
         first.wait(60)
+        assert {key: storage._version(key) for key in storage.list("")} == written
         assert first.returncode == 1, errors.read_text()
         assert "another has taken the run over" in errors.read_text()
     shards = [key for key in storage.list("gradients/") if "shard-" in key]

@@ -5,21 +5,31 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 
 import gradsift.explanation.explain as explain_module
+import gradsift.gradients.collect as collect_module
 from gradsift.context import Pool
 from gradsift.data.load import load_examples
 from gradsift.errors import ConfigError, DataError
 from gradsift.explanation.explain import ALL_STRATEGIES, explain
 from gradsift.explanation.outputs import OutputSource, Question, question_of, questions_of
-from gradsift.explanation.relevance import selection_relevance
+from gradsift.explanation.relevance import (
+    AGGREGATIONS,
+    Aggregation,
+    relevance_of_draws,
+    selection_relevance,
+    summarise_relevance,
+)
 from gradsift.explanation.table import gain_over_naive, relevance_table
 from gradsift.generation.local import greedy_output
+from gradsift.gradients.collect import Gradients
+from gradsift.gradients.projection import Projection
 from gradsift.influence.bm25 import BM25
 from gradsift.influence.datainf import DataInf
 from gradsift.influence.less import LESS
@@ -181,14 +191,34 @@ def test_other_rankers_and_strategies(pool: Pool) -> None:
     assert alone.results == tuple(r for r in entry.results if r.estimator == rankers[-1].label and r.k == 4)
 
 
+def test_what_estimators_and_relevance_read_comes_from_one_pass(
+    tiny: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DataInf ranks by gradients whose modules lie apart, relevance is that of the plain ones: both are collected at
+    once, of the pool and of the output."""
+    passes: list[set[str]] = []
+    original = collect_module.collect_shard
+
+    def counted(spec: Any, on_rows: Any = None) -> None:
+        passes.append(set(spec.stores))
+        original(spec, on_rows)
+
+    monkeypatch.setattr(collect_module, "collect_shard", counted)
+    gradients = Gradients(projection=Projection(dim=64))
+    pool = tiny.open_pool(tmp_path / "run", adapters=tiny.adapters[-1:], gradients=gradients)
+    explain(pool, own_answer(3), k=2, estimator=DataInf())
+    assert passes == [{"plain", "segments"}] * 2
+
+
 def test_every_strategy_explains(pool: Pool) -> None:
-    """All strategies choose k different examples; a random one reports the mean of its draws; pursuit is the best."""
+    """All strategies choose k different examples; a random one has the mean error of its draws; pursuit is the best."""
     entry = explain(pool, own_answer(5), k=(1, 3), strategies=ALL_STRATEGIES, candidates=12).entries[0]
     assert len({r.strategy for r in entry.results}) == len(ALL_STRATEGIES) == 27
     for result in entry.results:
         assert len({e.id for e in result.examples}) == result.k
         assert len(result.draws) == (5 if result.strategy == "random" else 1)
-        assert result.ratio == pytest.approx(sum(draw.ratio for draw in result.draws) / len(result.draws))
+        error = sum(draw.squared_error for draw in result.draws) / len(result.draws)
+        assert result.ratio == pytest.approx(min(1e12, entry.squared_norm / error), rel=1e-6)
     for k in (1, 3):
         one = [r for r in entry.results if r.k == k and r.strategy != "random"]
         assert max(one, key=lambda r: r.ratio).ratio == next(r.ratio for r in one if r.strategy == "relevance pursuit")
@@ -231,6 +261,44 @@ def test_explanations_are_written(pool: Pool) -> None:
     table = pq.read_table(pool.run.path("explanations.parquet")).to_pylist()
     assert len(table) == 4 * 2 * 2
     assert [len(row["ids"]) for row in table] == [row["k"] for row in table]
+
+
+@pytest.mark.parametrize("how", get_args(Aggregation))
+def test_draws_and_outputs_are_aggregated_alike(pool: Pool, how: Aggregation) -> None:
+    """Of one output, table and result are one figure, also for a random strategy; the kept one is another's by how."""
+    strategies = (MostHelpful(), RandomExamples(draws=4))
+    question = questions_of(load_examples(target_rows()).examples, use_answers=True)[0]
+    found = explain(pool, question, k=(1, 3), strategies=strategies, aggregation=how)
+    (entry,) = found.entries
+    assert entry.aggregation == how
+    table = relevance_table(found)
+    assert table.how == how
+    for result in entry.results:
+        draws = [draw.ratio for draw in result.draws]
+        by_hand = {
+            "ratio_of_means": entry.squared_norm / np.mean([draw.squared_error for draw in result.draws]),
+            "mean_of_ratios": np.mean(draws),
+            "median_db": 10 ** np.median(np.log10(draws)),
+        }
+        assert result.ratio == pytest.approx(by_hand[how], rel=1e-6)
+        assert result.relevance_db == pytest.approx(10 * math.log10(result.ratio))
+        row = next(row for row in table.rows if row.strategy == result.strategy)
+        assert row.by_budget[result.k].db == pytest.approx(result.relevance_db, rel=1e-12)
+        assert row.above[result.k] == float(result.ratio > 1)
+        assert (AGGREGATIONS[how] in entry.note(result)) == (result.strategy == "random")
+        for other in get_args(Aggregation):
+            assert entry.relevance_of(result, other).ratio == pytest.approx(by_hand[other], rel=1e-6)
+
+
+def test_an_exact_draw_is_told_however_draws_are_aggregated() -> None:
+    """One of four reconstructs the output: the value is flagged, and left out where capped ones are."""
+    g = torch.tensor([1.0, 1.0])
+    exact, half = (selection_relevance(g, row[None]) for row in (g, torch.tensor([1.0, 0.0])))
+    for how in get_args(Aggregation):
+        found = relevance_of_draws([half, half, half, exact], how=how)
+        assert found.capped
+        assert summarise_relevance([found, half], how=how).ratio_without_capped == pytest.approx(2.0)
+        assert not relevance_of_draws([half, half], how=how).capped
 
 
 def test_the_table_aggregates_over_outputs(pool: Pool) -> None:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,7 @@ from gradsift.data.dataset import Dataset
 from gradsift.errors import ConfigError, DataError, MismatchError, ModelError, StorageError
 from gradsift.gradients import collect as collect_module
 from gradsift.gradients.capture import find_modules
-from gradsift.gradients.collect import Adam, Gradients, ShardSpec, collect, collect_shard
+from gradsift.gradients.collect import Adam, Gradients, ShardSpec, collect, collect_shard, known_error
 from gradsift.gradients.projection import Projection, Projector, plan_segments
 from gradsift.models import host
 from gradsift.run import Run
@@ -129,6 +131,130 @@ def test_stores_hold_the_oracles_rows(run: Run, data: Dataset, files: dict[str, 
     stores["plain"].check_comparable(stores["adam"])
 
 
+@pytest.mark.parametrize(
+    "projection", [Projection(dim=60), Projection(kind="kronecker", dim=60), Projection(kind="none")]
+)
+def test_the_measured_error_is_that_of_the_stored_rows(
+    run: Run, data: Dataset, files: dict[str, str], projection: Projection
+) -> None:
+    """Root mean square over the pairs within shards of what cosines of stored rows, as they are read, differ by from
+    the oracle's; for Adam rows also with plain rows, as they are read from a store of the same projection."""
+    views: tuple[Any, ...] = ("plain",) if projection.kind == "kronecker" else ("plain", "adam")
+    settings = SETTINGS.model_copy(update={"projection": projection, "dtype": "float16"})
+    stores = collect_both(run, data, files, settings=settings, views=views)
+    model = host(files["model"], "auto", "cpu").with_adapter(files["adapter"])
+    modules = find_modules(model).captured
+    plain, _ = oracles.per_example_gradients(model, modules, data.sequences(0, COUNT), COUNT)
+    moments = load_file(Path(files["adapter"]) / "adam.safetensors")
+    adam = oracles.adam_directions(
+        plain, {c.name: (moments[f"{c.name}.exp_avg"], moments[f"{c.name}.exp_avg_sq"]) for c in modules}
+    )
+    exact = {
+        view: torch.cat([g.flatten(1) for g in rows.values()], 1) for view, rows in (("plain", plain), ("adam", adam))
+    }
+    within = [(i, j) for i in range(COUNT) for j in range(COUNT) if i != j and i // 4 == j // 4]  # shards of four
+
+    def rms(left: str, right: str, pairs: list[tuple[int, int]]) -> float:
+        stored = [stores[view].rows(0, COUNT).double() for view in (left, right)]  # type: ignore[index]
+        differences = [
+            torch.cosine_similarity(stored[0][i], stored[1][j], dim=0)
+            - torch.cosine_similarity(exact[left][i], exact[right][j], dim=0)
+            for i, j in pairs
+        ]
+        return float(torch.stack(differences).square().mean().sqrt())
+
+    upper = [(i, j) for i, j in within if i < j]
+    for view in views:
+        error = stores[view].measured_error
+        assert error is not None
+        assert error.rms == pytest.approx(rms(view, view, upper), rel=0.01)
+        assert (error.pairs, error.rows) == (len(upper), COUNT)
+    if "adam" in views:
+        error = stores["adam"].measured_error
+        assert error is not None
+        assert error.to_plain is not None
+        assert error.to_plain.rms == pytest.approx(rms("adam", "plain", within), rel=0.01)
+    else:
+        assert stores["plain"].measured_error is not None
+        assert stores["plain"].measured_error.to_plain is None
+
+
+def test_the_adam_view_alone_measures_the_same(tmp_path: Path, files: dict[str, str]) -> None:
+    """Its error with plain rows does not take a store of them, and the run tells it without opening a store."""
+    runs = [Run(tmp_path / name) for name in ("both", "alone")]
+    both = collect_both(runs[0], make_dataset(runs[0]), files)["adam"].measured_error
+    alone = collect_both(runs[1], make_dataset(runs[1]), files, views=("adam",))["adam"].measured_error
+    assert both is not None
+    assert alone is not None
+    assert alone.rms == pytest.approx(both.rms, rel=1e-4)
+    assert alone.to_plain is not None
+    assert both.to_plain is not None
+    assert alone.to_plain.rms == pytest.approx(both.to_plain.rms, rel=1e-4)
+    given = {"model": files["model"], "settings": SETTINGS}
+    known = [
+        known_error(runs[1], make_dataset(runs[1]), open_checkpoint(files["adapter"]), view=view, **given)  # type: ignore[arg-type]
+        for view in ("adam", "plain")
+    ]
+    assert known == [alone, None]
+
+
+def test_rows_are_measured_by_their_ids(tmp_path: Path, files: dict[str, str]) -> None:
+    """Whatever their order; the rows left out are others' business, and too few rows are not measured."""
+    ids = [f"row-{number}" for number in range(100)]
+    sample = [ids[row] for row in collect_module._sample(ids, 16, {})]
+    assert len(sample) == 16
+    turned = ids[::-1]
+    assert {turned[row] for row in collect_module._sample(turned, 16, {})} == set(sample)
+    without = [ids[row] for row in collect_module._sample(ids, 16, {ids.index(sample[0])})]
+    assert set(sample[1:]) < set(without)
+    run = Run(tmp_path / "few")
+    few = collect_both(run, make_dataset(run, count=5).subset([0, 1]), files, views=("plain",))["plain"]
+    assert few.measured_error is None
+
+
+def test_rows_are_measured_as_far_as_memory_holds_them(
+    run: Run, data: Dataset, files: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where unprojected gradients would take more than their share of the free memory, fewer are held; where not two
+    fit, nothing is measured, and everything else is as it was."""
+    calm = collect_both(Run(run.folder.parent / "calm"), make_dataset(Run(run.folder.parent / "calm")), files)
+    entries = sum(math.prod(segment["shape"]) for segment in calm["plain"].config["segments"])
+    available = collect_module.psutil.virtual_memory().available
+
+    def with_room_for(rows: float) -> None:
+        share = rows * entries * 4 * 2 / available  # both views are held
+        monkeypatch.setattr(collect_module, "_MEASURED_SHARE", share)
+
+    monkeypatch.setattr(collect_module.psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
+    with_room_for(3.5)
+    three = collect_both(run, data, files)
+    assert three["adam"].measured_error is not None
+    assert three["adam"].measured_error.rows == 3 + 3 + 2
+    shutil.rmtree(run.folder / "gradients")
+    with_room_for(1.5)
+    none = collect_both(run, data, files)
+    assert none["adam"].measured_error is none["plain"].measured_error is None
+    for view, store in none.items():
+        assert torch.equal(store.rows(0, COUNT), calm[view].rows(0, COUNT))
+
+
+def test_segments_are_plain_rows_with_modules_apart(run: Run, data: Dataset, files: dict[str, str]) -> None:
+    """Each module has columns of its own, the shares of `proportional`; where the settings keep modules apart anyway,
+    the plain store serves and nothing is kept twice."""
+    stores = collect_both(run, data, files, views=("plain", "segments"))
+    apart = SETTINGS.model_copy(update={"projection": Projection(dim=60, sizes="proportional")})
+    wanted = collect_both(run, data, files, views=("segments", "plain"), settings=apart)
+    assert wanted["segments"] is wanted["plain"]
+    assert len(run.artifacts("gradients")) == 3
+    assert torch.equal(stores["segments"].rows(0, COUNT), wanted["plain"].rows(0, COUNT))
+    assert stores["segments"].blocks() == wanted["plain"].blocks() == list(wanted["plain"].segments.values())
+    assert set(stores["plain"].segments.values()) == {(0, 60)}
+    with pytest.raises(MismatchError, match=r"all modules in the same columns.*view `segments`"):
+        stores["plain"].blocks()
+    with pytest.raises(MismatchError, match=r"projection.sizes is \"proportional\", wanted \"whole\""):
+        stores["plain"].check_comparable(stores["segments"])
+
+
 def test_a_complete_store_opens_without_the_model(
     run: Run, data: Dataset, files: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,6 +335,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path, files: dict[str,
     for view in calm:
         assert shard_bytes(again[view]) == shard_bytes(calm[view])
         assert again[view].ids == calm[view].ids
+        assert again[view].measured_error == calm[view].measured_error is not None
 
 
 def test_views_begun_with_other_shards_are_finished_apart(run: Run, data: Dataset, files: dict[str, str]) -> None:
@@ -247,6 +374,7 @@ def test_shards_are_work_for_any_process(tmp_path: Path, files: dict[str, str]) 
         start=4,
         stop=8,
         token_budget=40,
+        measured=16,
     )
     shipped = pickle.loads(pickle.dumps(spec))  # noqa: S301 - the test's own bytes
     collect_shard(shipped)
@@ -274,6 +402,11 @@ def test_rows_that_are_not_finite_are_left_out_and_told(
         assert store.excluded == {"row-3": "the loss is nan"}
         assert store.ids == [id_ for id_ in data.ids if id_ != "row-3"]
         assert torch.isfinite(store.rows(0, COUNT - 1)).all()
+    whole = SETTINGS.model_copy(update={"projection": Projection(kind="none"), "shard_rows": 6})
+    for store in collect_both(run, data, poisoned(files, tmp_path / "bad", [RARE]), settings=whole).values():
+        assert store.measured_error is not None  # of the others, each compared with itself
+        assert store.measured_error.rms < 1e-6
+        assert store.measured_error.rows == COUNT - 1
     assert notes.warned == ["1 of 10 pool rows were left out: row-3 (the loss is nan)"]
     with pytest.raises(MismatchError, match="left out: the loss is nan"):
         stores["plain"].rows_by_id(["row-3"])

@@ -69,7 +69,7 @@ def take_rows(
         token_budget=token_budget,
         views=("plain", "adam"),
         adam=adam,
-        **{"full_sum": True, **options},
+        **{"full_sum": True, "measured": range(3), **options},
     )
 
 
@@ -107,6 +107,10 @@ def assert_same(found: ShardRows, wanted: ShardRows) -> None:
         torch.testing.assert_close(found.norms[view], wanted.norms[view], rtol=1e-5, atol=0)
         for name, total in wanted.full_sums.get(view, {}).items():
             assert oracles.relative_error(found.full_sums[view][name][None], total[None]) < 1e-5
+    assert found.exact is not None
+    assert wanted.exact is not None
+    for pair, products in wanted.exact.products.items():
+        torch.testing.assert_close(found.exact.products[pair], products, rtol=1e-4, atol=1e-5)
 
 
 def several_a_row() -> list[Sequence]:

@@ -21,6 +21,7 @@ from gradsift.generation.sampling import Response, Sampling, uniforms
 from gradsift.gradients.policy import (
     PolicyGradient,
     PolicySource,
+    SampleRows,
     clipped_ratios,
     importance_shares,
     label_sequence,
@@ -29,6 +30,7 @@ from gradsift.gradients.policy import (
 )
 from gradsift.rewards.reward import reward_samples
 from gradsift.rewards.samples import Sample
+from gradsift.types import Sequence as TokenSequence
 from gradsift.types import TokenizedExample
 
 EXACT = Sampling(samples=8, temperature=1, top_k=None, top_p=None, max_new_tokens=LONGEST)
@@ -497,3 +499,95 @@ def test_the_source_is_named_by_what_it_holds(tmp_path: Path) -> None:
     ]
     assert len({source.fingerprint, *(other.fingerprint for other in others)}) == 6
     assert source.loss == "policy"
+
+
+GRADIENTS = (
+    PolicyGradient(), PolicyGradient(variant="discrete"), PolicyGradient(variant="rejection"),
+    PolicyGradient(variant="ppo"), PolicyGradient(baseline="mean"), PolicyGradient(baseline="leave_one_out"),
+    PolicyGradient(importance_weights=True), PolicyGradient(importance_weights=True, baseline="leave_one_out"),
+    PolicyGradient(logprob_reduction="mean"), PolicyGradient(variant="weighted_rejection"),
+)  # fmt: skip
+
+
+def drawn_responses(count: int, seed: int) -> tuple[list[Response], list[float]]:
+    """Responses of several lengths with log-probabilities, and rewards of which some are equal and some 0."""
+    generator = np.random.default_rng(seed)
+    found = []
+    for number in range(count):
+        length = int(generator.integers(1, 5))
+        logprobs = generator.normal(size=(2, length)).astype(np.float32)
+        token_ids = generator.integers(0, 9, size=length).astype(np.int32)
+        prompt = np.arange(3, dtype=np.int32)
+        found.append(Response("p", number, prompt, token_ids, "stop", "", logprobs[0], logprobs[1]))
+    return found, (generator.integers(-2, 3, size=count) / 2).tolist()
+
+
+def token_sums(sequences: Any, factors: Any) -> dict[bytes, Tensor]:
+    """What each response's tokens weigh together, by its tokens."""
+    sums: dict[bytes, Tensor] = {}
+    for sequence, factor in zip(sequences, factors, strict=True):
+        key = sequence.token_ids.tobytes()
+        own = factor * torch.from_numpy(sequence.weights).double()
+        sums[key] = sums[key] + own if key in sums else own
+    return {key: own for key, own in sums.items() if bool(own.abs().max() > 1e-9)}
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS, ids=str)
+@given(seed=st.integers(0, 10**6), count=st.integers(1, 8), fallback=st.booleans())
+def test_rows_of_samples_add_up_to_the_gradient_of_any_choice(
+    gradient: PolicyGradient, seed: int, count: int, fallback: bool
+) -> None:
+    """Weighed as the rows of samples say, they are the policy gradient of the samples that were drawn, as if there were
+    no others: with repetitions, halves, all; a sample without a reward is none. A label stands for draws without
+    weight."""
+    responses, rewards = drawn_responses(count, seed)
+    known: list[float | None] = [*rewards]
+    known[0] = None if count > 3 else known[0]
+    label = TokenSequence(0, np.arange(20, 25, dtype=np.int32), np.ones(5, dtype=np.float32)) if fallback else None
+    rows = SampleRows.of(responses, known, gradient, label)
+    kept = [number for number in range(count) if known[number] is not None]
+    assert rows.numbers == tuple((number,) for number in kept)
+    counts = torch.from_numpy(np.random.default_rng(seed).integers(0, 3, size=(4, len(kept))))
+    counts[0] = 1
+    for own, weights in zip(counts, rows.weights(counts), strict=True):
+        taken = [kept[place] for place in torch.arange(len(kept)).repeat_interleave(own).tolist()]
+        alone = weighted_sequences([responses[n] for n in taken], [known[n] for n in taken], gradient)
+        alone = alone or ((label,) if label is not None else ())
+        wanted = token_sums(alone, [1.0] * len(alone))
+        parts = [(s, w) for sequences, w in zip(rows.rows().values(), weights.tolist(), strict=True) for s in sequences]
+        found = token_sums(*zip(*parts, strict=True)) if parts else {}
+        assert set(found) == set(wanted)
+        assert all(torch.allclose(found[key], wanted[key], atol=1e-6) for key in wanted)
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS, ids=str)
+def test_many_samples_are_taken_in_groups(gradient: PolicyGradient) -> None:
+    """Of 100 samples there are 32 rows, each sample is in one, and all of them together are the whole gradient."""
+    responses, rewards = drawn_responses(100, 0)
+    rows = SampleRows.of(responses, rewards, gradient)
+    assert len(rows.numbers) == len(rows.sequences) == 32
+    assert sorted(number for group in rows.numbers for number in group) == list(range(100))
+    ones = rows.weights(torch.ones(1, 32, dtype=torch.int64))[0]
+    assert ones.tolist() == [1.0] * 32
+    whole = weighted_sequences(responses, rewards, gradient)
+    together = [sequence for sequences in rows.sequences for sequence in sequences]
+    found, wanted = token_sums(together, [1.0] * len(together)), token_sums(whole, [1.0] * len(whole))
+    assert set(found) == set(wanted)
+    assert all(torch.allclose(found[key], wanted[key], atol=1e-6) for key in wanted)
+    assert rows.weights(torch.tensor([[2] * 16 + [0] * 16]))[0].tolist() == [2.0] * 16 + [0.0] * 16
+    label = TokenSequence(0, np.arange(5, dtype=np.int32), np.ones(5, dtype=np.float32))
+    for own, weighs in ((rewards, 0.0), ([0.0] * 100, 1.0)):
+        with_label = SampleRows.of(responses, own, gradient, label)
+        assert with_label.weights(torch.ones(1, 32, dtype=torch.int64))[0, 32] == weighs
+
+
+def test_samples_that_no_choice_could_weigh_have_no_sequences() -> None:
+    """Zero rewards without a baseline, and any constant with one; beside a lower or higher one they weigh."""
+    responses, _ = drawn_responses(4, 0)
+    for rewards, gradient, wanted in (
+        ([0.0, 1.0, 0.0, -1.0], PolicyGradient(), [0, 1, 0, 1]),
+        ([0.0, 1.0, 0.0, -1.0], PolicyGradient(variant="rejection"), [0, 1, 0, 0]),
+        ([2.0, 2.0, 2.0, 2.0], PolicyGradient(baseline="mean"), [0, 0, 0, 0]),
+        ([2.0, 2.0, 2.0, 3.0], PolicyGradient(baseline="leave_one_out"), [1, 1, 1, 1]),
+    ):
+        assert [len(own) for own in SampleRows.of(responses, rewards, gradient).sequences] == wanted

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from tiny_models import (
 )
 from torch import Tensor, nn
 
+import gradsift.gradients.exact as exact_module
 import oracles
 from gradsift.errors import ConfigError, ModelError
 from gradsift.gradients.adam import AdamDirection
@@ -38,7 +39,8 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 def projector_for(
     modules: tuple[Captured, ...], dtype: torch.dtype = torch.float64, *, dim: int = 100, **options: Any
 ) -> Projector:
-    projection = Projection(dim=dim, **options)
+    """Each module in columns of its own unless told otherwise, so that no module hides in others' errors."""
+    projection = Projection(**{"dim": dim, "sizes": "proportional", **options})
     return Projector(plan_segments({c.name: c.shape for c in modules}, projection), projection, dtype=dtype)
 
 
@@ -67,7 +69,7 @@ def check_against_oracle(
     reference: nn.Module | None = None,
     **options: Any,
 ) -> ShardRows:
-    """Both views, norms and losses of a shard equal the oracle's (of `reference`, where the model itself has none)."""
+    """All views, norms, losses and inner products of a shard equal the oracle's, of `reference` where there is one."""
     model = model.to(dtype)
     reference = model if reference is None else reference.to(dtype)
     modules = find_modules(model, pattern).captured
@@ -81,8 +83,10 @@ def check_against_oracle(
         sequences,
         row_count=row_count,
         token_budget=budget,
-        views=("plain", "adam"),
+        views=("plain", "adam", "segments"),
+        by_module=projector_for(modules, dtype, dim=40, sizes="whole"),
         adam=directions(moments, dtype),
+        measured=range(row_count),
     )
     plain, losses = oracles.per_example_gradients(
         reference, find_modules(reference, pattern).captured, sequences, row_count
@@ -100,9 +104,36 @@ def check_against_oracle(
             error = (found.rows[view][:, part].double() - rows[:, part]).norm() / rows[:, part].norm()
             assert error < tolerance, (view, segment.name)
         torch.testing.assert_close(found.norms[view], oracles.row_norms(wanted), rtol=tolerance, atol=0)
+    whole = oracles.projected_rows(plain, projector_for(modules, dtype, dim=40, sizes="whole"))
+    assert oracles.relative_error(found.rows["segments"], whole) < tolerance
+    torch.testing.assert_close(found.norms["segments"], found.norms["plain"])
+    check_exact(found, {"plain": plain, "adam": adam}, projector, tolerance)
     torch.testing.assert_close(found.loss, losses, rtol=tolerance, atol=0)
     assert found.bad == {}
     return found
+
+
+def check_exact(
+    found: ShardRows, gradients: Mapping[str, Mapping[str, Tensor]], projector: Projector, tolerance: float
+) -> None:
+    """Inner products of unprojected rows are the oracle's, relative to the rows' lengths, and so are plain rows."""
+    assert found.exact is not None
+    rows = {side: torch.cat([g.flatten(1) for g in own.values()], dim=1) for side, own in gradients.items()}
+    for (a, b), products in found.exact.products.items():
+        sizes = rows[a].norm(dim=1)[:, None] * rows[b].norm(dim=1)
+        assert ((products - rows[a] @ rows[b].T) / sizes).abs().max() < tolerance, (a, b)
+    assert found.exact.plain is not None
+    assert oracles.relative_error(found.exact.plain, oracles.projected_rows(gradients["plain"], projector)) < tolerance
+
+
+def same_exact(found: ShardRows, wanted: ShardRows, tolerance: float = 1e-12) -> None:
+    """The inner products of two passes over the same rows are those of real rows, and equal."""
+    assert found.exact is not None
+    assert wanted.exact is not None
+    assert found.exact.products.keys() == wanted.exact.products.keys()
+    for pair, products in wanted.exact.products.items():
+        assert products.diagonal().abs().min() > 0, pair
+        torch.testing.assert_close(found.exact.products[pair], products, rtol=tolerance, atol=tolerance)
 
 
 @EVERY_BATCHING
@@ -205,6 +236,12 @@ def test_every_projection_equals_its_explicit_matrix(options: dict[str, Any]) ->
     check_against_oracle(with_lora(tiny_llama()), "lora", random_sequences(LENGTHS), **options)
 
 
+def test_inner_products_are_summed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module of more entries than are float64 at once gives the same products, to the last entry."""
+    monkeypatch.setattr(exact_module, "_ENTRIES", 7)
+    check_against_oracle(with_lora(tiny_llama()), "lora", random_sequences(LENGTHS))
+
+
 @pytest.mark.parametrize("groups", [2, 3, 100])
 def test_module_groups_change_nothing(groups: int) -> None:
     """Passing several times over the data, each time for some modules, gives the same rows, norms, losses and sums."""
@@ -225,6 +262,7 @@ def test_module_groups_change_nothing(groups: int) -> None:
             adam=directions(moments),
             full_sum=True,
             module_groups=module_groups,
+            measured=(1, 2, 5),
             on_rows=done[module_groups].append,
         )
 
@@ -235,6 +273,7 @@ def test_module_groups_change_nothing(groups: int) -> None:
         torch.testing.assert_close(parts.rows[view], whole.rows[view], rtol=1e-12, atol=1e-15)
         torch.testing.assert_close(parts.norms[view], whole.norms[view], rtol=1e-12, atol=0)
         assert parts.full_sums[view].keys() == whole.full_sums[view].keys() == {c.name for c in modules}
+    same_exact(parts, whole)
 
 
 @pytest.mark.parametrize("lanes", [2, 3])
@@ -262,6 +301,7 @@ def test_lanes_change_nothing(lanes: int, kind: Any) -> None:
             full_sum=kind != "kronecker",
             module_groups=2,
             lanes=lanes,
+            measured=(0, 1, 2, 5),
             on_rows=done.append,
         )
 
@@ -275,8 +315,13 @@ def test_lanes_change_nothing(lanes: int, kind: Any) -> None:
     for view, sums in one.full_sums.items():
         for name, total in sums.items():
             torch.testing.assert_close(several.full_sums[view][name], total, rtol=1e-12, atol=1e-15)
+    same_exact(several, one)
     again = rows(lanes)
     assert all(torch.equal(again.rows[view], several.rows[view]) for view in several.rows)
+    assert again.exact is not None
+    assert several.exact is not None
+    for pair, products in several.exact.products.items():
+        assert torch.equal(again.exact.products[pair], products)
 
 
 def test_a_failure_in_one_lane_ends_all() -> None:

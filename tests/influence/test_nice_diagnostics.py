@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from scipy.stats import spearmanr
 
 from gradsift.context import Pool
 from gradsift.errors import ConfigError, ShapeError
 from gradsift.generation.sampling import Sampling
 from gradsift.gradients.policy import PolicyGradient, PolicySource
-from gradsift.influence.diagnostics import cosines, diagnose, spearman_brown
+from gradsift.influence.bm25 import BM25
+from gradsift.influence.diagnostics import _Resampling, cosines, diagnose
 from gradsift.influence.less import less_scores
 from gradsift.influence.nice import NICE, NICEIF, PolicyTargets
 from gradsift.influence.prompts import PromptTarget, open_prompts
+from gradsift.influence.random import Random
+from gradsift.influence.reliability import Looked, Reliability
+from gradsift.influence.scores import checkpoint_weights, score, strata_of, target_parts
+from gradsift.selection.select import FacilityLocation, TopK, select
+from gradsift.selection.trust import choice_among, looked_at, sample_reliability, target_reliability
 from tiny_world import World, target_rows
 
 SIX = Sampling(samples=6, max_new_tokens=6)
@@ -28,6 +30,10 @@ SIX = Sampling(samples=6, max_new_tokens=6)
 
 def long_ones(completions: list[str], **columns: Any) -> list[float]:
     return [float(len(text)) for text in completions]
+
+
+def few_ones(completions: list[str], **columns: Any) -> list[float]:
+    return [float(len(text) % 4 == 0) for text in completions]
 
 
 @pytest.fixture(scope="module")
@@ -40,38 +46,119 @@ def target(pool: Pool) -> PromptTarget:
     return open_prompts(target_rows(), pool, long_ones, subtask="task")
 
 
-def half_rows(pool: Pool, target: PromptTarget, method: NICE, parity: int) -> list[torch.Tensor]:
-    """Policy gradients from the samples of one parity."""
+def policy_rows(
+    pool: Pool, target: PromptTarget, method: NICE, taken: dict[str, list[int]] | None = None
+) -> list[torch.Tensor]:
+    """At each checkpoint, the policy gradients of all samples, or of some as often as they are named [prompt dim]."""
     targets, found = PolicyTargets(pool, target, method), []
     for checkpoint in pool.checkpoints():
         responses, rewards, _ = targets.rollouts(checkpoint)
-        own = {id_: [r for r in there if r.number % 2 == parity] for id_, there in responses.items()}
-        source = PolicySource.of(own, rewards, method.policy, template=pool.chat.fingerprint)
+        own = {id_: there if taken is None else [there[n] for n in taken[id_]] for id_, there in responses.items()}
+        source = PolicySource.of(own, rewards, method.policy, template=pool.chat.fingerprint, labels=targets.labels)
         store = pool.collect(source, checkpoint, ["plain"], what="target")["plain"]
         found.append(store.rows_by_id(target.data.ids).double())
     return found
 
 
-@pytest.mark.parametrize("policy", [PolicyGradient(), PolicyGradient(baseline="leave_one_out")], ids=str)
-def test_halves_are_independent_estimates(pool: Pool, target: PromptTarget, policy: PolicyGradient) -> None:
-    """Even and odd samples, each with a baseline of its own; cosines by prompt, Spearman of the two rankings."""
-    method = NICE(sampling=SIX, policy=policy)
-    found = diagnose(pool, target, method)
-    even, odd = (half_rows(pool, target, method, parity) for parity in (0, 1))
-    assert found.prompt_ids == target.data.ids
-    for entry, a, b in zip(found.checkpoints, even, odd, strict=True):
-        assert np.allclose(entry.half_cosine, torch.cosine_similarity(a, b, dim=1), atol=1e-5)
-        assert entry.median_half_cosine == pytest.approx(float(np.median(entry.half_cosine)))
+def scores_of(pool: Pool, targets: list[torch.Tensor], *, normalise: bool) -> np.ndarray:
     checkpoints = pool.checkpoints()
     rows = [pool.stores(c, ["adam"])["adam"].rows_by_id(pool.data.ids).double() for c in checkpoints]
     rates = [c.learning_rate or 0.0 for c in checkpoints]
-    rankings = []
-    for half in (even, odd):
-        scores = less_scores(rows, half, rates).numpy()
-        rankings.append(np.maximum(scores[:, [0, 2]].mean(axis=1), scores[:, [1, 3]].mean(axis=1)))
-    assert found.split_half == pytest.approx(spearmanr(*rankings).statistic, abs=0.01)
-    assert found.reliability == pytest.approx(spearman_brown(found.split_half))
-    assert any("too weak to rank by" in text for text in found.warnings) == (found.reliability < 0.5)
+    scores = less_scores(rows, targets, rates, normalise=normalise).numpy()
+    return np.stack([scores[:, [0, 2]].mean(axis=1), scores[:, [1, 3]].mean(axis=1)], axis=1)
+
+
+POLICIES = (
+    PolicyGradient(), PolicyGradient(baseline="mean"), PolicyGradient(baseline="leave_one_out"),
+    PolicyGradient(variant="rejection"), PolicyGradient(variant="ppo"), PolicyGradient(importance_weights=True),
+    PolicyGradient(variant="rejection", fallback="label"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_resamples_are_rankings_of_their_own(
+    pool: Pool, target: PromptTarget, policy: PolicyGradient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What resampling adds to a score is that of the ranking by just those samples, whose baseline and spread are their
+    own, less that by all; times √(M/(M − 1)). Labels stand for resamples in which nothing has any weight."""
+    method = NICE(sampling=SIX, policy=policy, normalise=False)
+    if policy.fallback == "label":
+        target = open_prompts(target_rows(), pool, few_ones, subtask="task")
+    generator = np.random.default_rng(1)
+    counts = {id_: torch.from_numpy(generator.multinomial(6, [1 / 6] * 6, size=3)) for id_ in target.data.ids}
+    monkeypatch.setattr("gradsift.influence.diagnostics.DRAWS", 3)
+    monkeypatch.setattr(_Resampling, "_counts", lambda self, id_, n: counts[id_])
+    strata = strata_of(4, target.subtasks, "max_of_means")
+    work = _Resampling(PolicyTargets(pool, target, method), strata, Looked.at(pool.data.ids))
+    checkpoints = pool.checkpoints()
+    for checkpoint, weight in zip(checkpoints, checkpoint_weights(checkpoints), strict=True):
+        work.at(checkpoint, weight)
+    whole = scores_of(pool, policy_rows(pool, target, method), normalise=False)
+    scale = float(np.abs(whole).max())
+    assert np.allclose(work.scores[..., 0], whole, atol=1e-4 * scale)
+    for draw in range(3):
+        taken = {id_: torch.arange(6).repeat_interleave(own[draw]).tolist() for id_, own in counts.items()}
+        resampled = scores_of(pool, policy_rows(pool, target, method, taken), normalise=False)
+        wanted = np.sqrt(6 / 5) * (resampled - whole)
+        assert np.allclose(work.scores[..., 1 + draw], wanted, atol=2e-4 * max(scale, float(np.abs(wanted).max())))
+    assert work.units == 24
+    if policy.fallback == "none":
+        assert work.freedom().tolist() == [10, 10]
+        return
+    earned = work.whole.rollouts(checkpoints[0])[1]
+    signal = {id_: torch.tensor([earned[id_, n] or 0.0 for n in range(6)]).double() for id_ in counts}
+    fallen = [bool((counts[id_].double() @ own == 0).any()) for id_, own in signal.items() if bool(own.any())]
+    assert len(fallen) == 3  # one prompt has no signal at all
+    assert any(fallen)
+    assert sorted(work.freedom().tolist()) == [5, 10]
+
+
+@pytest.mark.parametrize("method", [NICE(sampling=SIX), NICEIF(sampling=SIX)], ids=["NICE", "NICE_IF"])
+def test_the_ranking_is_that_of_the_scores(pool: Pool, target: PromptTarget, method: Any) -> None:
+    """All samples weighed once give the scores that `score` gives, for both methods."""
+    scores = score(pool, target, method)
+    whole = PolicyTargets(pool, target, method)
+    checkpoints = pool.checkpoints()[-1:] if isinstance(method, NICEIF) else pool.checkpoints()
+    weights = checkpoint_weights(checkpoints) if isinstance(method, NICE) else [1.0]
+    assert scores.strata is not None
+    work = _Resampling(whole, scores.strata, Looked.at(scores.ids))
+    for checkpoint, weight in zip(checkpoints, weights, strict=True):
+        work.at(checkpoint, weight)
+    found = work.scores[..., 0].amax(dim=1).numpy()
+    assert np.allclose(found, scores.aggregate, atol=1e-3 * float(np.abs(scores.aggregate).max()))
+    assert scores.per_target is not None
+    parts = target_parts(scores, scores.ids)
+    assert np.allclose((parts @ scores.strata.outputs.numpy().T).max(axis=1), scores.aggregate, atol=1e-6)
+
+
+def test_halves_are_independent_estimates(pool: Pool) -> None:
+    """Of two samples there is one way to halve them: their cosine, each with a weight of its own."""
+    target = open_prompts(target_rows(), pool, lambda completions, **_: [1.0 + len(text) for text in completions])
+    method = NICE(sampling=Sampling(samples=2, max_new_tokens=6))
+    found = diagnose(pool, target, method)
+    first, second = (policy_rows(pool, target, method, {id_: [n] for id_ in target.data.ids}) for n in (0, 1))
+    assert found.prompt_ids == target.data.ids
+    for entry, a, b in zip(found.checkpoints, first, second, strict=True):
+        assert np.allclose(entry.half_cosine, torch.cosine_similarity(a, b, dim=1), atol=1e-5)
+        assert entry.median_half_cosine == pytest.approx(float(np.median(entry.half_cosine)))
+
+
+def test_choices_say_how_often_they_would_come_again(pool: Pool, target: PromptTarget) -> None:
+    """Of each row of a choice by scores alone; what is new is said of both reliabilities."""
+    scores = score(pool, target, NICE(sampling=SIX))
+    chosen = select(scores, TopK(), budget=5)
+    found, over_targets = sample_reliability(scores, chosen), target_reliability(scores, chosen)
+    assert found is not None
+    assert over_targets is not None
+    assert [len(one.kept or ()) for one in (found.reliability, over_targets)] == [5, 5]
+    assert (found.reliability.over, found.reliability.units) == ("samples", 24)
+    assert (over_targets.over, over_targets.units) == ("targets", 4)
+    assert found.reliability == diagnose(pool, target, NICE(sampling=SIX), choice=choice_among(chosen, looked_at(
+        scores, chosen)), looked=looked_at(scores, chosen)).reliability  # fmt: skip
+    by_coverage = select(scores, FacilityLocation(), budget=5)
+    assert choice_among(by_coverage, looked_at(scores, by_coverage)) is None
+    assert sample_reliability(score(pool, target, BM25())) is None
+    assert target_reliability(score(pool, None, Random())) is None
 
 
 def test_the_loss_cosine_is_that_of_the_labels(pool: Pool, target: PromptTarget) -> None:
@@ -98,44 +185,47 @@ def test_the_loss_cosine_is_that_of_the_labels(pool: Pool, target: PromptTarget)
     assert none.median_loss_cosine is None
 
 
-def test_noise_is_told_and_signal_is_not(pool: Pool, tmp_path: Path) -> None:
-    """Rewards drawn by lot give halves that agree on nothing, and a warning; one and the same answer gives 1."""
+def test_noise_is_told_and_signal_is_not(pool: Pool) -> None:
+    """Rewards drawn by lot give halves that agree on nothing, and no percentage or a warning; one and the same answer
+    gives 1."""
     generator = np.random.default_rng(0)
 
     def lot(completions: list[str], **columns: Any) -> list[float]:
         return generator.normal(size=len(completions)).tolist()
 
     noise = diagnose(pool, open_prompts(target_rows(), pool, lot), NICE(sampling=SIX))
-    assert noise.reliability < 0.5
-    assert any(
-        "the signal is too weak to rank by: scores from two halves" in text and "give a denser reward" in text
-        for text in noise.warnings
-    )
+    assert noise.reliability.low < 0.3
+    assert not noise.reliability.told or noise.reliability.weak
+    assert any("too weak to rank by" in text for text in noise.warnings) == noise.reliability.weak
     warm = Sampling(samples=6, max_new_tokens=6, top_k=1)  # the same answer each time
     sure = diagnose(pool, open_prompts(target_rows(), pool, long_ones), NICE(sampling=warm))
-    assert sure.split_half == pytest.approx(1)
+    assert (sure.reliability.low, sure.reliability.high) == (1.0, 1.0)
     assert all(np.nanmin(entry.half_cosine) == pytest.approx(1, abs=1e-5) for entry in sure.checkpoints)
     assert not any("too weak" in text for text in sure.warnings)
+    weak = Reliability("samples", 6, 0.0, 0.2, 0.45)
+    assert weak.weak
+    assert not weak.told
 
 
-def test_a_half_without_signal_has_no_cosine(pool: Pool) -> None:
-    """Where only even samples earn something, nothing can agree: NaN, reliability 0, and the warning."""
+def test_a_prompt_whose_halves_have_no_signal_has_no_cosine(pool: Pool) -> None:
+    """Where one sample of six earns something, one half never does: NaN. What can have no weight takes no pass."""
     counts: dict[str, int] = {}
 
-    def even(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    def first(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
         numbers = []
         for prompt in prompts:
             numbers.append(counts.get(prompt, 0))
             counts[prompt] = numbers[-1] + 1
-        return [float(number % 2 == 0) for number in numbers]
+        return [float(number % 6 == 0) for number in numbers]
 
-    found = diagnose(pool, open_prompts(target_rows(), pool, even), NICE(sampling=SIX, checkpoints="last"))
+    found = diagnose(pool, open_prompts(target_rows(), pool, first), NICE(sampling=SIX, checkpoints="last"))
     assert np.isnan(found.checkpoints[0].half_cosine).all()
     assert math.isnan(found.checkpoints[0].median_half_cosine)
-    assert found.split_half == found.reliability == 0
-    assert any("too weak to rank by" in text for text in found.warnings)
+    assert not found.reliability.told
+    configs = [pool.run.manifest(prefix) for prefix in pool.run.artifacts("gradients")]
+    assert any(config is not None and config["shards"][0]["rows"] == 4 for config in configs)
     with pytest.raises(ConfigError, match="halves of one sample cannot be compared"):
-        diagnose(pool, open_prompts(target_rows(), pool, even), NICE(sampling=Sampling(samples=1)))
+        diagnose(pool, open_prompts(target_rows(), pool, first), NICE(sampling=Sampling(samples=1)))
 
 
 def test_cosines_row_by_row() -> None:
@@ -148,12 +238,3 @@ def test_cosines_row_by_row() -> None:
     assert torch.isnan(cosines(first, second)).tolist() == [False, False, True, False, False]
     with pytest.raises(ShapeError, match="the axis 'row' has 5 entries in first and 4 in second"):
         cosines(first, second[:4])
-
-
-@given(st.floats(-1, 1))
-def test_spearman_brown_is_a_share(half: float) -> None:
-    """Between 0 and 1, rising, 1 for halves that agree, 0 for halves that do not."""
-    found = spearman_brown(half)
-    assert 0 <= found <= 1
-    assert found >= max(half, 0) - 1e-12
-    assert spearman_brown(1.0) == 1

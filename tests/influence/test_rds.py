@@ -60,7 +60,7 @@ def test_scores_of_texts_with_subtasks(tiny: World, pool: Pool) -> None:
 
 
 @needs_encoder
-def test_embeddings_are_kept_by_text_and_model(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_embeddings_are_kept_by_text_and_model(pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second time they are read; another text is embedded anew."""
     texts = ["one", "two"]
     made = kept_embeddings(pool.run, texts, embeddings.DEFAULT)
@@ -71,7 +71,11 @@ def test_embeddings_are_kept_by_text_and_model(pool: Pool, monkeypatch: pytest.M
 
     monkeypatch.setattr("gradsift.influence.rds.embed", refuse)
     assert np.array_equal(kept_embeddings(pool.run, texts, embeddings.DEFAULT), made)
-    for other in ((["one", "three"], embeddings.DEFAULT), (["two", "one"], embeddings.DEFAULT), (texts, "another")):
+    (tmp_path / "1_Pooling").mkdir()
+    for number, file in enumerate(("modules.json", "model.safetensors", "1_Pooling/config.json")):
+        (tmp_path / file).write_text(str(number))
+    others = (["one", "three"], embeddings.DEFAULT), (["two", "one"], embeddings.DEFAULT), (texts, str(tmp_path))
+    for other in others:
         with pytest.raises(AssertionError, match="embedded again"):
             kept_embeddings(pool.run, *other)
 

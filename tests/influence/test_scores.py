@@ -24,6 +24,7 @@ from gradsift.influence.datainf import DataInf, ProjectedInverse, datainf_scores
 from gradsift.influence.dsir import DSIR
 from gradsift.influence.ji2s import JI2S
 from gradsift.influence.less import LESS, less_scores
+from gradsift.influence.nice import NICEIF
 from gradsift.influence.random import Random, random_scores
 from gradsift.influence.scores import (
     Method,
@@ -33,6 +34,7 @@ from gradsift.influence.scores import (
     pool_view,
     save_tables,
     score,
+    target_view,
 )
 from gradsift.influence.trak import TRAK, kernel_warnings, trak_scores
 from gradsift.warmup.checkpoint import Checkpoint
@@ -145,7 +147,10 @@ def test_settings_tell_scores_apart(pool: Pool, target: Target) -> None:
 def test_what_methods_read() -> None:
     """The view of the pool's rows and the checkpoints that a method takes them at."""
     assert [pool_view(m) for m in (LESS(), LESS(optimizer="sgd"), BM25(), Random())] == ["adam", "plain", None, None]
-    assert {pool_view(m) for m in (DataInf(), ProjectedInverse(), TRAK())} == {"plain"}
+    assert {pool_view(m) for m in (TRAK(kernel="whole"), JI2S(optimizer="sgd"))} == {"plain"}
+    by_module = (DataInf(), ProjectedInverse(), TRAK(), NICEIF())
+    assert {pool_view(m) for m in by_module} == {"segments"}
+    assert [target_view(view) for view in ("plain", "adam", "segments")] == ["plain", "plain", "segments"]
     last = (LESS(checkpoints="last"), TRAK(checkpoints="last"), DataInf(), ProjectedInverse())
     assert all(at_last_checkpoint(method) for method in last)
     assert not any(at_last_checkpoint(method) for method in (LESS(), TRAK(), BM25(), Random()))

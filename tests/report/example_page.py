@@ -277,7 +277,6 @@ def _rewards(draw: random.Random) -> Rewards:
     return Rewards(
         "NICE (M=20)",
         "Responses sampled from the model at each checkpoint: 20 for each prompt, temperature 1.2.",
-        "Scores from two halves of the samples: Spearman +0.53, so 69% of the ranking's variance would come again.",
         checkpoints,
         prompts,
         all_prompts=14,
@@ -299,7 +298,7 @@ def hostile_page(text: str = HOSTILE) -> ReportData:
         {"role": "user", "content": text},
         {"role": "assistant", "content": text * 40},
     ]
-    example = ReportExample(text, messages, 0.5, 1, 10, {text: text, f"{text}2": [text, {text: None}]})
+    example = ReportExample(text, messages, 0.5, 1, 10, {text: text, f"{text}2": [text, {text: None}]}, {text: 0.5})
     explained = ExplainedExample(text, [*messages, {"role": "user", "content": "second"}], -0.5, 2, 0.25)
     choice = Choice(text, 1, [example], {text: {text: 1}})
     response = ReportResponse(text * 40, 1.0, text, 3, 2)
@@ -316,7 +315,7 @@ def hostile_page(text: str = HOSTILE) -> ReportData:
         choices=[choice, choice],
         score_summaries=[ScoreSummary(text, [0.0, 1.0], [1.0], 0.9, text)],
         extremes=[Extremes(text, 2, [example], [example])],
-        rewards=Rewards(text, text, text, [checkpoint, checkpoint], [prompt], 2, [text]),
+        rewards=Rewards(text, text, [checkpoint, checkpoint], [prompt], 2, [text]),
         outcomes=[Outcome(text, {text: 1.0}), Outcome(text, {text: 2.0}, {text: 0.1})],
         outcome_notes=[text],
         explained=[Explained(text, text, False, text, [ExplainedStrategy(text, 1.0, [explained], text)], 1.0)],
@@ -328,6 +327,7 @@ def hostile_page(text: str = HOSTILE) -> ReportData:
         rows_in_part=2,
         files=[Skipped(text, text, text, text, left_out="file")],
         warnings=[text],
+        reliability=[text],
         repeat={text: {text: [text, f"{text}\n{text}"]}},
         created=text,
     )

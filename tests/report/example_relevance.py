@@ -6,6 +6,7 @@ import math
 import random
 
 from gradsift.report.relevance_page import EstimatorTable, OutputRow, RelevancePage, StrategyRow, Validated
+from gradsift.validation.statistics import agreement
 
 BUDGETS = (1, 5, 10, 25)
 _CENTRES = {
@@ -31,7 +32,8 @@ def page(outputs: int = 40, *, validated: bool = True, prompt: str = "", seed: i
                 for k in BUDGETS
             }
             db = {k: sum(column) / max(1, len(column)) for k, column in values.items()}
-            rows.append(StrategyRow(strategy, db, db[10] + 13.8, values))
+            above = {k: sum(value > 0 for value in column) / max(1, len(column)) for k, column in values.items()}
+            rows.append(StrategyRow(strategy, db, db[10] + 13.8, values, above))
         estimators.append(EstimatorTable(estimator, tuple(rows)))
     points = [
         Validated(table.estimator, row.strategy, n, 10, db, draw.gauss(0.02 * max(0.0, db), 0.12), 1.0)
@@ -55,6 +57,11 @@ def page(outputs: int = 40, *, validated: bool = True, prompt: str = "", seed: i
             for n in range(outputs)
         ),
         validated=tuple(points) if validated else (),
+        bins=agreement(
+            [10 ** (point.db / 10) for point in points], [point.support for point in points], [1.0] * len(points)
+        ).bins
+        if validated
+        else (),
         summary=(f"{outputs} outputs explained by {len(_CENTRES)} estimators.",),
         facts={"model": "SmolLM2-135M-Instruct", "target": "target_math_test.jsonl"},
         validation_facts={"Spearman, all": "0.31", "Spearman, relevance above 0 dB": "0.58"},

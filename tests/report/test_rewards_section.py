@@ -38,7 +38,7 @@ def section(data: ReportData, name: str) -> str:
 
 
 def page_of(*prompts: ReportPrompt, **changed: Any) -> ReportData:
-    rewards = Rewards("NICE", "Sampled.", "Halves agree.", [CHECKPOINT], prompts, len(prompts))
+    rewards = Rewards("NICE", "Sampled.", [CHECKPOINT], prompts, len(prompts))
     return ReportData(title="t", rewards=replace(rewards, **changed))
 
 
@@ -74,7 +74,7 @@ def test_figures_of_every_checkpoint_stand_side_by_side() -> None:
     """Mean, spread, quartiles, shares and cosines of each; a cosine that does not exist is called undefined."""
     second = replace(CHECKPOINT, checkpoint="epoch-2", mean=0.75, half_cosine=0.5)
     text = section(page_of(checkpoints=[CHECKPOINT, second], warnings=["too few"]), "rewards")
-    assert "Sampled. Halves agree. too few at checkpoint epoch-1 epoch-2" in text
+    assert "Sampled. too few at checkpoint epoch-1 epoch-2" in text
     assert "mean reward 0.500 0.750" in text
     assert "lowest, quartiles, highest 0 · 0 · 0.500 · 1 · 1" in text
     assert "prompts without signal all responses have weight 0 1 of 4 1 of 4" in text

@@ -28,7 +28,7 @@ from gradsift.influence.nice import NICE, NICEIF
 from gradsift.influence.prompts import open_prompts
 from gradsift.influence.random import Random
 from gradsift.influence.rds import RDS
-from gradsift.influence.scores import Method, checkpoint_weights, score
+from gradsift.influence.scores import Method, checkpoint_weights, score, target_view
 from gradsift.recipe import load_recipe
 from gradsift.selection.select import TSDS, GumbelTopK, select
 from gradsift.selection.transport import tsds, tsds_probabilities
@@ -275,7 +275,7 @@ def target(tiny: World, pool: Pool) -> Target:
     [
         (LESS(), "adam", 2),
         (LESS(optimizer="sgd", checkpoints="last"), "plain", 1),
-        (DataInf(), "plain", 1),
+        (DataInf(), "segments", 1),
         (BM25(), "plain", 2),
         (DSIR(), "plain", 2),
         (Random(), "plain", 2),
@@ -292,7 +292,8 @@ def test_selection_compares_the_rows_of_the_scores(
     rows, queries = [], []
     for checkpoint, weight in zip(used, weights, strict=True):
         own = pool.stores(checkpoint, [view])[view].rows_by_id(pool.data.ids)
-        found = pool.collect(target.data, checkpoint, ["plain"], what="target")["plain"].rows_by_id(target.data.ids)
+        asked = target_view(view)
+        found = pool.collect(target.data, checkpoint, [asked], what="target")[asked].rows_by_id(target.data.ids)
         rows.append(torch.nn.functional.normalize(own, dim=1) * weight**0.5)
         queries.append(torch.nn.functional.normalize(found, dim=1) * weight**0.5)
     features, wanted = torch.cat(rows, dim=1), torch.cat(queries, dim=1)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gradsift.errors import ConfigError, CorruptError, MismatchError, StorageError
 from gradsift.store.gradient_store import GradientStore, GradientStoreWriter, ShardColumns, _decode, _encode
+from gradsift.store.precision import ExactRows
 from gradsift.store.storage import LocalStorage
 
 DIM = 7
@@ -254,6 +255,34 @@ def test_damage_is_found_on_opening(tmp_path: Path, name: str, damage: str) -> N
         open_store(tmp_path)
     path.write_bytes(data)
     assert len(open_store(tmp_path)) == 6
+
+
+def test_the_measured_error_is_kept_and_guarded(tmp_path: Path) -> None:
+    """What was measured in each shard comes back as one error; a store that holds none says so; and a digit that was
+    altered, in a shard's cosines or in the manifest, is found."""
+    writer = GradientStoreWriter(LocalStorage(tmp_path), PREFIX, config())
+    parts = shards([3, 2, 4])
+    for shard, (ids, rows) in enumerate(parts):
+        sample = list(range(len(ids)))
+        writer.write_shard(shard, rows, columns(ids, rows), exact=ExactRows(sample, rows.double() @ rows.double().T))
+    writer.finish(3)
+    error = open_store(tmp_path).measured_error
+    assert error is not None
+    assert (error.rows, error.pairs) == (9, 3 + 1 + 6)
+    assert error.rms < 1e-7  # the rows are what they are measured by
+    for name, key in (("manifest.json", '"pairs": 10'), ("shard-00002.json", '"rows": [')):
+        path = tmp_path / PREFIX / name
+        before = path.read_text()
+        assert key in before
+        path.write_text(before.replace(key, key.replace("10", "11").replace("[", "[9, ")))
+        if name == "manifest.json":
+            with pytest.raises(CorruptError, match="does not match its digest"):
+                open_store(tmp_path)
+        else:
+            assert writer.shard_state(2, parts[2][0]) == "damaged"
+        path.write_text(before)
+    write(tmp_path / "another")
+    assert GradientStore.open(tmp_path / "another" / PREFIX).measured_error is None
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "store.json", "shard-00001.json"])

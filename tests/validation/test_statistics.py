@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest, spearmanr
 
 from gradsift.errors import ConfigError
-from gradsift.validation.statistics import EDGES_DB, Correlation, Proportion, agreement, spearman, wilson
+from gradsift.validation.statistics import EDGES_DB, Correlation, Proportion, agreement, correlation, wilson
 
 PAIRS = st.lists(st.tuples(st.integers(-5, 5), st.integers(-5, 5)), min_size=3, max_size=30)
 CELLS = st.lists(
@@ -24,7 +24,7 @@ CELLS = st.lists(
 def test_rank_correlation_is_scipys(pairs: list[tuple[int, int]]) -> None:
     """With many ties, too; a constant side has no correlation."""
     first, second = zip(*pairs, strict=True)
-    found = spearman(first, second)
+    found = correlation(first, second)
     if len(set(first)) == 1 or len(set(second)) == 1:
         assert found == Correlation(None, len(pairs))
     else:
@@ -33,12 +33,12 @@ def test_rank_correlation_is_scipys(pairs: list[tuple[int, int]]) -> None:
 
 def test_rank_correlation_without_ties_is_the_textbooks() -> None:
     """1 − 6 Σ d² / n(n²−1); missing values leave their pair out; two pairs say nothing."""
-    assert spearman([1, 2, 3, 4], [10, 30, 20, 40]).rho == pytest.approx(1 - 6 * 2 / (4 * 15))
+    assert correlation([1, 2, 3, 4], [10, 30, 20, 40]).rho == pytest.approx(1 - 6 * 2 / (4 * 15))
     nan = math.nan
-    assert spearman([1, 2, nan, 3, 4], [10, 30, 0, 20, nan]) == spearman([1, 2, 3], [10, 30, 20])
-    assert spearman([1, 2], [3, 4]) == Correlation(None, 2)
+    assert correlation([1, 2, nan, 3, 4], [10, 30, 0, 20, nan]) == correlation([1, 2, 3], [10, 30, 20])
+    assert correlation([1, 2], [3, 4]) == Correlation(None, 2)
     with pytest.raises(ConfigError, match="2 and 3 values"):
-        spearman([1, 2], [1, 2, 3])
+        correlation([1, 2], [1, 2, 3])
 
 
 @given(st.integers(1, 200).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))), st.sampled_from([0.8, 0.95]))

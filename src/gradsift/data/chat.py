@@ -43,6 +43,7 @@ from tokenizers import Encoding, Tokenizer
 from gradsift.data.account import common_length, differences
 from gradsift.data.template import ChatTemplate, Rendering, TemplateProblemError, Turn
 from gradsift.errors import ConfigError, DataError, ModelError
+from gradsift.run import REVISIONS
 from gradsift.types import Example, Message, Skipped, TokenizedExample
 
 if TYPE_CHECKING:
@@ -50,8 +51,6 @@ if TYPE_CHECKING:
 
 Supervise = Literal["all_turns", "last_turn", "all_tokens"]
 
-# Raised when the rules that turn text into labels change, so that rows made under older rules do not match.
-_RULES = "2"
 _BATCH = 256
 _QUOTED = 60  # characters of a text that a detail shows
 
@@ -119,7 +118,9 @@ class ChatFormat:
         self._backend, identity = _backend_of(tokenizer)
         # A pad token set by a training script changes no id; one that the template writes does.
         named = {name: token for name, token in tokenizer.special_tokens_map.items() if name in self._template.text}
-        self.fingerprint = _digest(_RULES, self._template.text, named, identity, supervise, max_length)
+        self.fingerprint = _digest(
+            str(REVISIONS["labels"]), self._template.text, named, identity, supervise, max_length
+        )
         self._refuse_foreign_markers()
         self.end_of_turn_ids = self._find_end_of_turn_ids(generation_eos)
         self.control_tokens = self._find_control_tokens()

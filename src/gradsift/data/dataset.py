@@ -242,8 +242,8 @@ def prepare(
     """Load, tokenise and store a data set, or open it if the run holds it already.
 
     Exact duplicates (normalised content) are left out unless `keep_duplicates`. Rows with nothing to learn are left
-    out. Both are in its `account`, as is what of the other rows is not shown. `check` is given the fingerprint before
-    anything is tokenised or written.
+    out. Both are in its `account`, as is what of the other rows is not shown. `check` is given the fingerprint of what
+    was read before anything is tokenised or written.
 
     Raises:
         DataError: the source cannot be read or no row of it is usable.
@@ -254,7 +254,7 @@ def prepare(
     examples = [example for example in loaded.examples if example.id not in dropped]
     config = {
         "content": _content_fingerprint(examples),
-        "skipped": fingerprint([asdict(skip) for skip in loaded.skipped]),
+        "skipped": fingerprint([asdict(skip) for skip in (*loaded.skipped, *duplicates)]),
         "template": chat.fingerprint,
     }
     if check is not None:

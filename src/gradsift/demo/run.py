@@ -14,7 +14,7 @@ from gradsift.gradients.collect import Gradients
 from gradsift.influence.bm25 import BM25
 from gradsift.influence.less import LESS
 from gradsift.influence.random import Random
-from gradsift.pipeline import choose, explain_into, score_all
+from gradsift.pipeline import choose, explain_into, score_all, trust
 from gradsift.printing import print_result
 from gradsift.progress import Reporter, silent
 from gradsift.recipe import Explain, Recipe
@@ -49,8 +49,9 @@ def run_demo(out: str = "runs/demo", *, model: str | None = None, reporter: Repo
     data = resources.files("gradsift.demo") / "data"
     with resources.as_file(data) as folder, Run(out).lock():
         recipe = demo_recipe(out, model or str(demo_model(reporter)), folder)
-        result = score_all(recipe, reporter)
+        result = score_all(recipe, reporter, command="demo")
         choose(result)
+        trust(result)
         _fine_tune(result, folder / "target_heldout.jsonl", reporter)
         explain_into(result)
         result.seconds = time.monotonic() - start

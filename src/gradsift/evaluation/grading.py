@@ -17,6 +17,7 @@ from gradsift.evaluation.metric import Figure, Measured, Notebook, in_words, mea
 from gradsift.evaluation.setup import Setup, Subject
 from gradsift.generation.sampling import Prompt, Sampling
 from gradsift.rewards.judge import Judge
+from gradsift.run import revisions
 from gradsift.settings import Settings
 from gradsift.store.manifest import fingerprint
 from gradsift.types import Message
@@ -96,6 +97,7 @@ class BoundGrading:
             "questions": fingerprint(content),
             "judge": judge,
             "sampling": self.metric.sampling.model_dump(mode="json"),
+            **revisions("samples"),
         }
 
     def measure(self, subject: Subject, notebook: Notebook) -> Measured:

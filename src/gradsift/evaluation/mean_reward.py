@@ -15,6 +15,7 @@ from gradsift.generation.samples import Samples, sample
 from gradsift.generation.sampling import Prompt, Sampling
 from gradsift.influence.prompts import Prompts, PromptTarget, read_prompts, reward_responses
 from gradsift.rewards.estimators import pass_at_k
+from gradsift.run import revisions
 from gradsift.settings import Settings
 
 GREEDY = Sampling(samples=1, temperature=0, top_k=None, top_p=None)
@@ -94,6 +95,7 @@ class BoundReward:
             "reward": reward,
             "sampling": self.metric.sampling.model_dump(mode="json"),
             "pass_at": sorted(set(self.metric.pass_at)),
+            **revisions("samples", "rewards"),
         }
 
     def measure(self, subject: Subject, notebook: Notebook) -> Measured:

@@ -17,9 +17,10 @@ from gradsift.evaluation.metric import Figure, Measured, Notebook, in_words, lef
 from gradsift.evaluation.setup import Setup, Subject
 from gradsift.generation.sampling import Prompt, Sampling
 from gradsift.influence.prompts import Prompts, read_prompts
-from gradsift.models import find_adapter, model_identity
+from gradsift.models import find_adapter, generation_ends, model_identity
 from gradsift.rewards.judge import Judge
 from gradsift.rewards.samples import text_of
+from gradsift.run import revisions
 from gradsift.settings import Settings
 from gradsift.types import Message
 from gradsift.warmup.checkpoint import Checkpoint, open_checkpoint
@@ -118,13 +119,15 @@ class BoundPairwise:
             return None
         against: Any = self.metric.against
         if self.other is not None:
-            against = {"model": model_identity(self.setup.model), "adapter": self.other.identity()}
+            model = self.setup.model
+            against = {"model": model_identity(model), "adapter": self.other.identity(), **generation_ends(model)}
         return {
             "data": self.prompts.fingerprint,
             "against": against,
             "judge": judge,
             "sampling": self.metric.sampling.model_dump(mode="json"),
             "difficulty": self.metric.difficulty,
+            **revisions("samples"),
         }
 
     def measure(self, subject: Subject, notebook: Notebook) -> Measured:

@@ -7,9 +7,17 @@ from typing import Any, Protocol
 
 from gradsift.data.chat import ChatFormat, Supervise
 from gradsift.errors import ConfigError, MismatchError
-from gradsift.models import DtypeName, find_adapter, load_tokenizer, model_identity, resolve_device
+from gradsift.models import (
+    DtypeName,
+    find_adapter,
+    generation_settings,
+    load_tokenizer,
+    model_identity,
+    resolve_device,
+)
 from gradsift.progress import Reporter, silent
 from gradsift.run import Run
+from gradsift.store.manifest import fingerprint
 from gradsift.warmup.checkpoint import Checkpoint, open_checkpoint
 
 
@@ -172,11 +180,13 @@ class Subject:
 
     def identity(self) -> dict[str, Any]:
         """What decides every figure beside the metric and its data."""
+        settings = generation_settings(self.setup.model)
         return {
             "model": model_identity(self.setup.model),
             "adapter": self.checkpoint.identity(),
             "template": self.setup.chat.fingerprint,
             "dtype": self.setup.dtype,
+            **({"generation": fingerprint(settings)} if settings else {}),
         }
 
 

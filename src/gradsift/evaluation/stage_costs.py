@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import Field
 
 from gradsift.generation.sampling import Usage
-from gradsift.run import Run
+from gradsift.run import REVISIONS, Run, revisions
 from gradsift.store.manifest import Manifest, Record, read_if_whole
 
 STAGES = ("warm-up", "gradients", "score", "select", "train", "evaluate", "curve")
@@ -63,12 +63,16 @@ class StageClock:
 
     Time that a killed process (not an interrupted one) spent on an unfinished stage is lost, and that is told.
 
+    Args:
+        run: the run folder.
+        common: what all stages depend on beside the run's model and pool.
+
     Attributes:
         by_key: what was timed, by what the work depended on.
     """
 
-    def __init__(self, run: Run) -> None:
-        self._run = run
+    def __init__(self, run: Run, common: dict[str, Any]) -> None:
+        self._run, self._common = run, common
         self.by_key: dict[str, StageCost] = {}
 
     @contextmanager
@@ -80,7 +84,8 @@ class StageClock:
             arm: whom it is for.
             identity: what the work depends on: equal work is timed once.
         """
-        key = f"{self._run.prefix('times', {'stage': stage, **identity}).rstrip('/')}.json"
+        work = {"stage": stage, **self._common, **identity, **revisions(*REVISIONS)}
+        key = f"{self._run.prefix('times', work).rstrip('/')}.json"
         earlier = read_if_whole(self._run.storage, key, _Times) or {}  # a time alone is not worth ending anything
         timed = Stage(float(earlier.get("seconds", 0.0)), dict(earlier.get("amounts", {})))
         lost = bool(earlier.get("lost") or earlier.get("open"))

@@ -20,9 +20,12 @@ from gradsift.errors import ConfigError, CorruptError, DataError, GradsiftError
 from gradsift.explanation.batch import relevance_of_choices
 from gradsift.explanation.coefficients import CoefficientModel
 from gradsift.explanation.outputs import Output, OutputSource, Question, answers, question_of
-from gradsift.explanation.relevance import Relevance, to_db
+from gradsift.explanation.relevance import AGGREGATIONS, Aggregation, Relevance, relevance_of_draws, to_db
+from gradsift.gradients.rows import View
 from gradsift.influence.less import LESS
-from gradsift.influence.scores import Ranker, influence_matrix, method_warnings
+from gradsift.influence.scores import Ranker, influence_matrix, inputs_of, method_warnings, pool_view, target_view
+from gradsift.ranks import descending_ranks
+from gradsift.run import revisions
 from gradsift.selection.strategies import (
     CANDIDATES,
     ORDERS,
@@ -101,9 +104,9 @@ class StrategyResult:
     """What one selection strategy chose, and how well it reconstructs the output's gradient.
 
     relevance_db: 10·log10 ξ with ξ = ‖g‖² / ‖g − A t‖²; 0 dB = no better than nothing at all, 3 dB halves the error
-    ratio: ξ; for a random strategy the mean over its draws
+    ratio: ξ; of a random strategy's draws together, by the explanation's aggregation
     near_zero: the chosen gradients are so small that the value says nothing about their directions
-    capped: reconstructed exactly, usually because the output itself is in the pool
+    capped: reconstructed exactly, usually because the output itself is in the pool; by one draw at least
     examples: in the order they were chosen; of the first draw
     draws: every selection's relevance: one, or as many as a random strategy makes
     """
@@ -127,6 +130,7 @@ class Explanation:
     finished: False where generation was cut at the token limit
     gradient_norm: of the output's gradient, before projection
     squared_norm: ‖g‖² of the projected gradient, which relevance is about
+    aggregation: how a random strategy's draws became one relevance
     """
 
     id: str
@@ -139,11 +143,36 @@ class Explanation:
     gradient_norm: float
     squared_norm: float
     coefficients: CoefficientModel
+    aggregation: Aggregation
     results: tuple[StrategyResult, ...]
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able."""
         return asdict(self)
+
+    def note(self, result: StrategyResult) -> str:
+        """What a reader should know of a result's relevance; empty where there is nothing."""
+        notes = [self.over_draws(result)] if len(result.draws) > 1 else []
+        if result.capped:
+            notes.append("the output's gradient is reconstructed exactly: the output itself is probably in the pool")
+        elif result.near_zero:
+            notes.append("the chosen gradients are almost zero, so that 0 dB says nothing about their directions")
+        return "; ".join(notes)
+
+    def over_draws(self, result: StrategyResult) -> str:
+        """How the relevance of a result of several draws was made of theirs."""
+        return f"{AGGREGATIONS[self.aggregation]} over {len(result.draws)} draws, of which the first is shown"
+
+    def relevance_of(self, result: StrategyResult, how: Aggregation | None = None) -> Relevance:
+        """A result's relevance, its draws taken together as they were, or otherwise; coefficients of the first draw."""
+        coefficients = torch.tensor([example.coefficient for example in result.examples], dtype=torch.float64)
+        draws = [
+            Relevance(
+                draw.ratio, to_db(draw.ratio), coefficients, self.squared_norm, draw.squared_error, draw.near_zero
+            )
+            for draw in result.draws
+        ]
+        return relevance_of_draws(draws, how=how or self.aggregation)
 
 
 _EXPLANATION = TypeAdapter(Explanation)
@@ -198,7 +227,7 @@ class Explanations:
         return _row(self.gradients, output_id)
 
     def table(self) -> pa.Table:
-        """Long form: output, estimator, strategy, k, draw, relevance (dB and ratio), flags, and the chosen ids."""
+        """Long form: output, estimator, strategy, k, relevance (dB and ratio), of how many draws, flags, chosen ids."""
         rows = [
             {
                 "output": entry.id,
@@ -210,6 +239,7 @@ class Explanations:
                 "near_zero": result.near_zero,
                 "capped": result.capped,
                 "draws": len(result.draws),
+                "aggregation": entry.aggregation,
                 "ids": [example.id for example in result.examples],
                 "scores": [example.score for example in result.examples],
                 "ranks": [example.rank for example in result.examples],
@@ -231,6 +261,7 @@ def explain(
     coefficients: CoefficientModel = "MSEProjUSimp",
     candidates: int = CANDIDATES,
     max_new_tokens: int = 128,
+    aggregation: Aggregation = "ratio_of_means",
 ) -> Explanations:
     """For each prompt, k training examples that account for the model's output, by each strategy.
 
@@ -248,6 +279,8 @@ def explain(
         coefficients: the model of the reconstruction's weights (Compact, App. D).
         candidates: m, how many of the ranking strategies choose from.
         max_new_tokens: limit of the generated output.
+        aggregation: how the relevances of a random strategy's draws become one, and in `relevance_table` those of
+            outputs (`gradsift.explanation.relevance.aggregate_relevance`).
 
     Raises:
         ConfigError: k below 1 or above the pool, or above the candidates.
@@ -272,13 +305,17 @@ def explain(
     if not answered:
         raise DataError(f"no prompt can be explained; first: {failed[0].detail if failed else 'none was given'}")
     source = OutputSource.of(pool, answered)
-    store = pool.stores(checkpoint, ["plain"])["plain"]
+    views = sorted(explained_views(estimators))
+    store = pool.stores(checkpoint, views)["plain"]
     if budgets[-1] > len(store):
         raise ConfigError(
             f"k is {budgets[-1]}, but only {len(store)} examples of the pool have a finite gradient: lower k"
         )
-    gradients = pool.collect(source, checkpoint, ["plain"], what="output")["plain"]
-    work = _Work(pool, source, store, gradients, estimators, tuple(strategies), budgets, coefficients, candidates)
+    of_outputs = sorted({target_view(view) for view in views})
+    gradients = pool.collect(source, checkpoint, of_outputs, what="output")["plain"]
+    work = _Work(
+        pool, source, store, gradients, estimators, tuple(strategies), budgets, coefficients, candidates, aggregation
+    )
     explained = work.explain_all(answered, failed)
     if not explained:
         raise DataError(f"no prompt can be explained; first: {failed[0].detail}")
@@ -300,6 +337,11 @@ def explain(
     pool.run.publish_text("explanations.jsonl", "".join(lines))
     pool.run.publish_parquet("explanations.parquet", found.table())
     return found
+
+
+def explained_views(estimators: SequenceABC[Ranker]) -> set[View]:
+    """The views that explanations read at the last checkpoint: plain gradients, and what the estimators rank by."""
+    return {"plain", *(view for ranker in estimators if (view := pool_view(ranker)) is not None)}
 
 
 def check_budgets(budgets: SequenceABC[int], available: int, candidates: int = CANDIDATES) -> None:
@@ -351,6 +393,7 @@ class _Work:
     budgets: tuple[int, ...]
     coefficients: CoefficientModel
     candidates: int
+    aggregation: Aggregation
     rankings: dict[str, Ranking] = field(default_factory=dict)
 
     def explain_all(self, answered: SequenceABC[Output], failed: list[Skipped]) -> list[Explanation]:
@@ -400,6 +443,7 @@ class _Work:
             gradient_norm=float(self.gradients.norms[position]),
             squared_norm=float(gradient.double() @ gradient.double()),
             coefficients=self.coefficients,
+            aggregation=self.aggregation,
             results=tuple(results),
         )
 
@@ -408,24 +452,24 @@ class _Work:
     ) -> list[StrategyResult]:
         competing = candidates_of(self.store, ids, scores, gradient, self.candidates)
         values = competing.scores
-        ranks = ranks_of(values)
+        ranks = descending_ranks(values.numpy())
         choices = choose_all(self.strategies, competing, self.budgets, test_id=output_id)
         relevances = relevance_of_choices(competing, choices, models=(self.coefficients,))
         results = []
         for strategy, by_budget, by_model in zip(self.strategies, choices, relevances, strict=True):
             for k, selections in by_budget.items():
                 found = by_model[k][self.coefficients]
-                ratio = sum(relevance.ratio for relevance in found) / len(found)
+                together = relevance_of_draws(found, how=self.aggregation)
                 examples = zip(selections[0], found[0].coefficients.tolist(), strict=True)
                 results.append(
                     StrategyResult(
                         estimator=estimator.label,
                         strategy=strategy.label,
                         k=k,
-                        relevance_db=to_db(ratio),
-                        ratio=ratio,
-                        near_zero=all(relevance.near_zero for relevance in found),
-                        capped=all(relevance.capped for relevance in found),
+                        relevance_db=together.db,
+                        ratio=together.ratio,
+                        near_zero=together.near_zero,
+                        capped=together.capped,
                         examples=tuple(
                             ChosenExample(ids[place], float(values[place]), int(ranks[place]), float(coefficient))
                             for place, coefficient in examples
@@ -448,12 +492,17 @@ class _Work:
     def _prefix(self) -> str:
         config = {
             "pool": self.store.fingerprint,
-            "estimators": [estimator.model_dump(mode="json") for estimator in self.estimators],
+            "estimators": [
+                {**estimator.model_dump(mode="json"), "inputs": inputs_of(self.pool, estimator)}
+                for estimator in self.estimators
+            ],
             "strategies": [strategy.model_dump(mode="json") for strategy in self.strategies],
             "budgets": list(self.budgets),
             "coefficients": self.coefficients,
             "candidates": self.candidates,
+            "aggregation": self.aggregation,
             "warmup": [checkpoint.identity() for checkpoint in self.pool.checkpoints()],
+            **revisions("scores"),
         }
         return self.pool.run.prefix("explanations", config)
 
@@ -490,14 +539,6 @@ def candidates_of(
     return Candidates(
         values, lambda positions: store.rows_by_id([ids[position] for position in positions]), gradient, count=count
     )
-
-
-def ranks_of(values: Tensor) -> NDArray[np.int64]:
-    """Rank of each score, 1 = highest, equal ones by position."""
-    order = np.argsort(-values.numpy(), kind="stable")
-    ranks = np.empty(len(order), dtype=np.int64)
-    ranks[order] = np.arange(1, len(order) + 1)
-    return ranks
 
 
 def _draw(relevance: Relevance) -> Draw:

@@ -14,7 +14,7 @@ from gradsift.data.chat import ChatFormat
 from gradsift.errors import CorruptError, DataError, NonFiniteError
 from gradsift.generation.local import end_ids, greedy_output
 from gradsift.loss import token_mean
-from gradsift.models import host, model_identity
+from gradsift.models import generation_ends, host, model_identity
 from gradsift.store.manifest import Record, fingerprint, read_json
 from gradsift.types import Example, Message, Sequence, Skipped, TokenizedExample, before_answer
 
@@ -149,6 +149,7 @@ def answers(
         "model_dtype": pool.dtype,
         "adapter": checkpoint.identity(),
         "end_ids": sorted(pool.chat.end_of_turn_ids),
+        **generation_ends(pool.model),
         "max_new_tokens": max_new_tokens,
     }
     speaker = _Speaker(pool, pool.run.prefix("outputs", config), max_new_tokens)

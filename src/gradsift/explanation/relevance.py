@@ -16,6 +16,11 @@ from gradsift.explanation.coefficients import Array, CoefficientModel, fit_coord
 
 Aggregation = Literal["ratio_of_means", "mean_of_ratios", "median_db"]
 
+AGGREGATIONS: Mapping[Aggregation, str] = {
+    "ratio_of_means": "ratio of means", "mean_of_ratios": "mean of ratios", "median_db": "median in dB"
+}  # fmt: skip
+"""What people are told of each."""
+
 CAP_DB = 120.0
 """Relevance is capped here: the residual is a millionth of the gradient, less than stored rows are rounded by."""
 
@@ -39,6 +44,7 @@ class Relevance:
     squared_error: ‖g − A t‖², in the same unit, not capped
     near_zero: no selected gradient is longer than 0.05·‖g‖, so the value says nothing about their directions ("least
         influential" selections are near 0 dB for this reason)
+    exact: it stands for several selections of which one is capped
     """
 
     ratio: float
@@ -47,11 +53,12 @@ class Relevance:
     squared_norm: float
     squared_error: float
     near_zero: bool = False
+    exact: bool = False
 
     @property
     def capped(self) -> bool:
         """The reconstruction is exact up to rounding: usually a duplicate of the target in the selection."""
-        return self.ratio >= CAP_RATIO
+        return self.exact or self.ratio >= CAP_RATIO
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +194,32 @@ def aggregate_relevance(relevances: Sequence[Relevance], *, how: Aggregation = "
             return math.fsum(relevance.ratio for relevance in relevances) / len(relevances)
         case "median_db":
             return float(10.0 ** (np.median([relevance.db for relevance in relevances]) / 10.0))
+
+
+def relevance_of_draws(draws: Sequence[Relevance], *, how: Aggregation = "ratio_of_means") -> Relevance:
+    """One relevance for several selections for one target, such as the draws of a random strategy.
+
+    Its error is their mean, its coefficients are those of the first; it is near zero if all of them are.
+
+    Args:
+        draws: one per selection.
+        how: as in `aggregate_relevance`.
+
+    Raises:
+        ConfigError: no draws, or an unknown aggregation.
+    """
+    if len(draws) == 1:
+        return draws[0]
+    ratio = aggregate_relevance(draws, how=how)
+    return Relevance(
+        ratio,
+        to_db(ratio),
+        draws[0].coefficients,
+        draws[0].squared_norm,
+        math.fsum(draw.squared_error for draw in draws) / len(draws),
+        near_zero=all(draw.near_zero for draw in draws),
+        exact=any(draw.capped for draw in draws),
+    )
 
 
 def summarise_relevance(relevances: Sequence[Relevance], *, how: Aggregation = "ratio_of_means") -> RelevanceSummary:

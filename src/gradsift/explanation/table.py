@@ -8,16 +8,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
-from gradsift.explanation.explain import Explanation, Explanations, StrategyResult
+from gradsift.explanation.explain import Explanation, Explanations
 from gradsift.explanation.relevance import (
     Aggregation,
     Relevance,
     RelevanceSummary,
     relevance_auc,
     summarise_relevance,
-    to_db,
 )
 
 
@@ -25,7 +23,7 @@ from gradsift.explanation.relevance import (
 class TableRow:
     """One strategy of one estimator over all outputs.
 
-    by_budget: k → the aggregate, with the number of capped outputs and the value without them
+    by_budget: k → the aggregate over outputs, with the number of capped ones and the value without them
     auc_db: 10·log10 of the area under ξ(k), as published; predicting nothing at k = 1, 5, 10, 25 gives 13.80 dB
     auc_per_unit_db: divided by the width of the budgets, so that predicting nothing gives 0 dB; None for one budget
     above: k → share of outputs above 0 dB
@@ -43,7 +41,7 @@ class TableRow:
 class RelevanceTable:
     """The aggregate table of a target file (Compact, Tables 1 and 5), each estimator sorted by dB at one budget.
 
-    how: the aggregation over outputs
+    how: the aggregation over outputs, and over a random strategy's draws for each
     sorted_at: the budget that the rows are sorted by, lowest relevance first
     """
 
@@ -70,46 +68,30 @@ class RelevanceTable:
 def relevance_table(
     explanations: Explanations | SequenceABC[Explanation],
     *,
-    how: Aggregation = "ratio_of_means",
+    how: Aggregation | None = None,
     sort_by: int | None = None,
 ) -> RelevanceTable:
-    """Aggregate the relevance of every estimator, strategy and budget over outputs.
-
-    A random strategy's draws count as selections of their own, so its value is the mean over draws and outputs.
+    """Aggregate the relevance of every estimator, strategy and budget: over the draws for an output, then over outputs.
 
     Args:
         explanations: of the same estimators, strategies and budgets.
-        how: the aggregation over outputs (`gradsift.explanation.relevance.aggregate_relevance`).
+        how: the aggregation (`gradsift.explanation.relevance.aggregate_relevance`); by default that of the
+            explanations, with which one output's row is the output's own result.
         sort_by: the budget to sort by; 10 where it is among them, else the largest.
     """
     entries = explanations.entries if isinstance(explanations, Explanations) else tuple(explanations)
+    how = how or entries[0].aggregation
     grouped: dict[tuple[str, str], dict[int, list[Relevance]]] = {}
     for entry in entries:
         for result in entry.results:
             by_budget = grouped.setdefault((result.estimator, result.strategy), {})
-            by_budget.setdefault(result.k, []).extend(relevances_of(entry, result))
+            by_budget.setdefault(result.k, []).append(entry.relevance_of(result, how))
     budgets = tuple(sorted({k for by_budget in grouped.values() for k in by_budget}))
     sorted_at = sort_by or (10 if 10 in budgets else budgets[-1])
     rows = [_row(*key, by_budget, how) for key, by_budget in grouped.items()]
     order = {estimator: n for n, estimator in enumerate(dict.fromkeys(row.estimator for row in rows))}
     rows.sort(key=lambda row: (order[row.estimator], row.by_budget[sorted_at].db))
     return RelevanceTable(how, budgets, sorted_at, len(entries), tuple(rows))
-
-
-def relevances_of(entry: Explanation, result: StrategyResult) -> list[Relevance]:
-    """The relevance of each draw of a result; the coefficients are those of the first."""
-    coefficients = torch.tensor([example.coefficient for example in result.examples], dtype=torch.float64)
-    return [
-        Relevance(
-            ratio=draw.ratio,
-            db=to_db(draw.ratio),
-            coefficients=coefficients,
-            squared_norm=entry.squared_norm,
-            squared_error=draw.squared_error,
-            near_zero=draw.near_zero,
-        )
-        for draw in result.draws
-    ]
 
 
 def _row(estimator: str, strategy: str, by_budget: Mapping[int, list[Relevance]], how: Aggregation) -> TableRow:

@@ -34,7 +34,15 @@ from gradsift.generation.sampling import (
     uniforms,
 )
 from gradsift.memory import free_bytes
-from gradsift.models import DtypeName, adapter_identity, host, input_device, load_tokenizer, model_identity
+from gradsift.models import (
+    DtypeName,
+    adapter_identity,
+    generation_ends,
+    host,
+    input_device,
+    load_tokenizer,
+    model_identity,
+)
 
 _ROWS = {"cpu": 64, "cuda": 256}  # samples in a batch, fewer where the memory does not suffice for their caches
 SHARE = 256  # samples that one worker draws before it is given others
@@ -383,10 +391,12 @@ class LocalSampler:
         return self.checkpoint or ("base" if self.adapter is None else Path(self.adapter).name)
 
     def identity(self) -> dict[str, Any]:
-        """Model, adapter, template and the settings of a draw."""
+        """Model, adapter, template, what ends a turn, and the settings of a draw."""
         return {
             "sampler": "local",
             "model": model_identity(self.model),
+            "model_dtype": self.dtype,
+            **generation_ends(self.model),
             "adapter": None if self.adapter is None else adapter_identity(self.adapter),
             "checkpoint": self.name,
             "template": self.chat.fingerprint,

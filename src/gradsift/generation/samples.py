@@ -27,7 +27,7 @@ from gradsift.errors import CorruptError, DataError, NonFiniteError
 from gradsift.execution.engine import LOCAL, Engine
 from gradsift.generation.sampling import Drawn, Problem, Prompt, Request, Response, Sampler, Usage
 from gradsift.progress import Advance, Reporter, silent
-from gradsift.run import Run
+from gradsift.run import Run, revised
 from gradsift.store.manifest import fingerprint, reading
 
 _SCHEMA = pa.schema(
@@ -169,7 +169,8 @@ class Samples:
         return [key for key in keys if _is_responses(key)]
 
     def _reward_key(self, reward: Mapping[str, Any], prompt_id: str) -> str:
-        return f"{self.prefix}{prompt_key(self._prompts[prompt_id])}/reward-{fingerprint(reward)}.parquet"
+        name = f"reward-{fingerprint(revised('rewards', reward))}.parquet"
+        return f"{self.prefix}{prompt_key(self._prompts[prompt_id])}/{name}"
 
 
 def sample(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Container, Mapping
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
-from typing import Any, Literal, Protocol
+from functools import cached_property, lru_cache, partial
+from typing import Any, Literal, NamedTuple, Protocol
 
+import psutil
 import torch
 
 from gradsift.adapters import refuse_untrained
@@ -18,16 +20,18 @@ from gradsift.gradients.adam import AdamDirection, EpsPlacement
 from gradsift.gradients.batching import automatic_lanes, automatic_token_budget, measured_token_budget, repeated
 from gradsift.gradients.behind import to_host, write, writing_behind
 from gradsift.gradients.capture import LORA, Modules, find_modules
+from gradsift.gradients.exact import ExactProducts, Side
 from gradsift.gradients.projection import Projection, Projector, plan_segments
 from gradsift.gradients.rows import ShardPart, ShardRows, View, gradient_rows
 from gradsift.gradients.self_check import kept_check
 from gradsift.interruption import keep_note, pressed
 from gradsift.models import DtypeName, host, input_device, model_identity
 from gradsift.progress import Advance, Reporter, silent, untold
-from gradsift.run import Run
+from gradsift.run import Run, revised
 from gradsift.settings import Settings
 from gradsift.store.gradient_store import GradientStore, GradientStoreWriter, RowDtype, ShardColumns
 from gradsift.store.manifest import fingerprint
+from gradsift.store.precision import ExactRows, MeasuredError
 from gradsift.store.tensors import publish_tensors, read_tensors
 from gradsift.sums import row_norms
 from gradsift.types import Sequence
@@ -38,6 +42,8 @@ _SHARD_BYTES = 1 << 31  # unprojected rows are a hundred megabytes each
 _SAVE_SECONDS = 20.0  # the work within a shard that a killed process loses at most, beside one batch …
 _SAVE_SHARE = 0.05  # … unless saving that often would take more than this share of the time
 _PROBE_ROWS = 64  # of which batches are made to see what memory they take
+# Rows of each shard whose unprojected gradients are held until they are compared, for so much of the free memory.
+_MEASURED_ROWS, _MEASURED_SHARE = 16, 1 / 16
 
 
 class Adam(Settings):
@@ -145,6 +151,7 @@ class _Work:
 class ShardSpec(_Work):
     """One shard of work.
 
+    measured: rows whose cosines are measured before projection, too
     left_out: rows of the shard that are not computed, with the reason
     dry: compute the rows and keep nothing
     """
@@ -155,6 +162,7 @@ class ShardSpec(_Work):
     stop: int
     token_budget: int
     lanes: int = 1
+    measured: int = 0
     left_out: Mapping[int, str] = field(default_factory=dict, hash=False)
     dry: bool = False
 
@@ -210,7 +218,8 @@ def collect(
         source: the rows' sequences, usually a `Dataset`.
         checkpoint: adapter and optimizer state; gradients are taken at its weights.
         model: the base model's hub id or folder.
-        views: `plain` for gradients, `adam` for update directions.
+        views: `plain` for gradients, `adam` for update directions, `segments` for gradients with columns of its own for
+            each module; those are the plain ones where the settings' projection keeps modules apart anyway.
         settings: how gradients are taken and stored.
         dtype: of the model.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, or `map`.
@@ -228,6 +237,7 @@ def collect(
         raise DataError(f"the {what} has no rows to take gradients of")
     settings = settings or Gradients()
     reporter = reporter or silent()
+    asked, views = views, list(dict.fromkeys(kept_as(view, settings.projection) for view in views))
     prefixes = {
         view: run.prefix("gradients", store_config(source, checkpoint, model, view, settings, dtype)) for view in views
     }
@@ -261,7 +271,30 @@ def collect(
                 f"first {next(iter(excluded.items()))}: the model's weights are damaged or overflow in this dtype; "
                 "try --dtype float32"
             )
-    return opened
+    return {view: opened[kept_as(view, settings.projection)] for view in asked}
+
+
+def known_error(
+    run: Run,
+    source: SequenceSource,
+    checkpoint: Checkpoint,
+    *,
+    model: str,
+    view: View,
+    settings: Gradients,
+    dtype: DtypeName = "auto",
+) -> MeasuredError | None:
+    """The measured error of a store that the run holds; nothing is collected, and no row is read."""
+    for held in (settings, settings.model_copy(update={"full_sum": True})):
+        content = run.manifest(run.prefix("gradients", store_config(source, checkpoint, model, view, held, dtype)))
+        if content is not None:
+            return MeasuredError.of_dict(content.get("measured_error"))
+    return None
+
+
+def kept_as(view: View, projection: Projection) -> View:
+    """The view whose store holds the rows: gradients whose modules lie apart anyway are not kept twice."""
+    return "plain" if view == "segments" and projection.keeps_modules_apart else view
 
 
 def store_config(
@@ -273,6 +306,8 @@ def store_config(
     dtype: DtypeName = "auto",
 ) -> dict[str, Any]:
     """What the rows of a store are: two stores with equal configurations hold equal rows (to rounding)."""
+    view = kept_as(view, settings.projection)
+    projection = settings.projection.by_module if view == "segments" else settings.projection
     config: dict[str, Any] = {
         "view": view,
         "model": model_identity(model),
@@ -282,7 +317,7 @@ def store_config(
         "template": source.template,
         "loss": source.loss,
         "modules": settings.modules,
-        "projection": settings.projection.model_dump(mode="json"),
+        "projection": projection.model_dump(mode="json"),
         "dtype": settings.dtype,
         "autocast": settings.autocast,
         "full_sum": settings.full_sum,
@@ -290,13 +325,15 @@ def store_config(
     if view == "adam":
         config["optimizer"] = checkpoint.optimizer_identity()
         config["adam"] = settings.adam.model_dump(mode="json")
-    return config
+    return revised("gradients", config)
 
 
 def collect_shard(spec: ShardSpec, on_rows: Any = None) -> None:
     """Compute and publish one shard of every view; the process keeps the model for the next one."""
     engine = spec.engine()
     sequences = [s for s in spec.source.sequences(spec.start, spec.stop) if s.row not in spec.left_out]
+    ids = spec.source.ids[spec.start : spec.stop]
+    measured = [] if spec.dry else _sample(ids, spec.measured, spec.left_out)
     kept = spec.part
     progress = ShardPart({} if spec.dry else kept.tensors())
 
@@ -309,12 +346,13 @@ def collect_shard(spec: ShardSpec, on_rows: Any = None) -> None:
     try:
         result = engine.rows(
             sequences,
-            spec.stop - spec.start,
+            len(ids),
             tuple(spec.stores),
             spec.token_budget,
             spec.lanes,
             advance,
-            progress,
+            measured=measured,
+            part=progress,
         )
     except BaseException as error:
         if not spec.dry and (isinstance(error, KeyboardInterrupt) or pressed()):
@@ -322,7 +360,6 @@ def collect_shard(spec: ShardSpec, on_rows: Any = None) -> None:
         raise
     if spec.dry:
         return
-    ids = spec.source.ids[spec.start : spec.stop]
     bad = {**result.bad, **spec.left_out}
     keep = [row for row in range(len(ids)) if row not in bad]
     counts = [0] * len(ids)
@@ -342,7 +379,8 @@ def collect_shard(spec: ShardSpec, on_rows: Any = None) -> None:
             excluded={ids[row]: reason for row, reason in sorted(bad.items())},
         )
         sums = to_host(result.full_sums[view]) if view in result.full_sums else None
-        write(partial(_write, writer, spec.shard, to_host({"rows": rows}), columns, sums))
+        exact = None if result.exact is None else _exact_rows(result.exact, view, keep)
+        write(partial(_write, writer, spec.shard, to_host({"rows": rows}), columns, sums, exact))
     if kept.there:
         write(kept.remove)
 
@@ -397,14 +435,41 @@ class _Part:
         self._storage.delete(self._key)
 
 
+def _sample(ids: SequenceABC[str], count: int, left_out: Container[int]) -> list[int]:
+    """So many rows, by a hash of their ids."""
+    there = [row for row in range(len(ids)) if row not in left_out]
+    return sorted(sorted(there, key=lambda row: (zlib.crc32(ids[row].encode()), ids[row]))[:count])
+
+
+def _exact_rows(exact: ExactProducts, view: View, keep: SequenceABC[int]) -> ExactRows:
+    """What rows of a view are compared with, of those that are kept."""
+    place = {row: number for number, row in enumerate(keep)}
+    own = [number for number, row in enumerate(exact.rows) if row in place]
+    side: Side = "adam" if view == "adam" else "plain"
+    found = ExactRows([place[exact.rows[n]] for n in own], exact.products[side, side][own][:, own])
+    if side == "plain" or exact.plain is None:
+        return found
+    return replace(
+        found,
+        plain=exact.plain[own].cpu(),
+        to_plain=exact.products["adam", "plain"][own][:, own],
+        plain_squares=exact.products["plain", "plain"].diagonal()[own],
+    )
+
+
 _Waiting = Callable[[], dict[str, torch.Tensor]]
 
 
 def _write(
-    writer: GradientStoreWriter, shard: int, rows: _Waiting, columns: ShardColumns, sums: _Waiting | None
+    writer: GradientStoreWriter,
+    shard: int,
+    rows: _Waiting,
+    columns: ShardColumns,
+    sums: _Waiting | None,
+    exact: ExactRows | None,
 ) -> None:
     """Publish a shard as soon as its rows have arrived in this machine's memory."""
-    writer.write_shard(shard, rows()["rows"], columns, None if sums is None else sums())
+    writer.write_shard(shard, rows()["rows"], columns, None if sums is None else sums(), exact)
 
 
 class _Engine:
@@ -418,14 +483,7 @@ class _Engine:
         if checkpoint.adapter is not None and settings.modules == LORA:
             refuse_untrained(network, checkpoint.adapter)
         self.modules: Modules = find_modules(network, settings.modules)
-        self.segments = plan_segments({c.name: c.shape for c in self.modules.captured}, settings.projection)
-        parameter = next(network.parameters())
-        self.projector = Projector(
-            self.segments,
-            settings.projection,
-            device=input_device(network),
-            dtype=torch.float64 if parameter.dtype == torch.float64 else torch.float32,
-        )
+        self.projector = self._projecting(settings.projection)
         self._adam: dict[str, AdamDirection] | None = None
 
     @property
@@ -435,6 +493,20 @@ class _Engine:
         if network is not self._network:
             self._network, self.modules = network, find_modules(network, self.settings.modules)
         return network
+
+    def _projecting(self, projection: Projection) -> Projector:
+        parameter = next(self._network.parameters())
+        return Projector(
+            plan_segments({c.name: c.shape for c in self.modules.captured}, projection),
+            projection,
+            device=input_device(self._network),
+            dtype=torch.float64 if parameter.dtype == torch.float64 else torch.float32,
+        )
+
+    @cached_property
+    def by_module(self) -> Projector:
+        """Of the `segments` view."""
+        return self._projecting(self.settings.projection.by_module)
 
     def adam(self) -> dict[str, AdamDirection]:
         if self._adam is None:
@@ -467,6 +539,8 @@ class _Engine:
         budget: int,
         lanes: int,
         on_rows: Any,
+        *,
+        measured: SequenceABC[int] = (),
         part: ShardPart | None = None,
     ) -> ShardRows:
         budget = min(budget, self.host.token_limit or budget)
@@ -478,12 +552,14 @@ class _Engine:
             row_count=row_count,
             token_budget=budget,
             views=views,
+            by_module=self.by_module if "segments" in views else None,
             adam=self.adam() if "adam" in views else None,
             full_sum=self.settings.full_sum,
             autocast=self.settings.autocast_type,
             module_groups=self.settings.module_groups,
             lanes=lanes,
             checkpointing=self.settings.gradient_checkpointing,
+            measured=measured,
             on_rows=on_rows,
             part=part,
         )
@@ -513,6 +589,14 @@ class _Engine:
         row_bytes = self.projector.dim * self.projector.dtype.itemsize * views
         return automatic_shard_rows(mean_tokens, self.projector.device.type, row_bytes)
 
+    def measured_rows(self, views: SequenceABC[View]) -> int:
+        """Rows of a shard whose gradients there is room to hold while its others are computed; 0 for a single one."""
+        entries = sum(captured.out_features * captured.in_features for captured in self.modules.captured)
+        row_bytes = entries * self.projector.dtype.itemsize * (2 if "adam" in views else 1)
+        room = psutil.virtual_memory().available * _MEASURED_SHARE * self.settings.module_groups
+        rows = int(min(_MEASURED_ROWS, room / row_bytes))
+        return rows if rows > 1 else 0
+
     def token_budget(self, source: SequenceSource, views: SequenceABC[View], lanes: int) -> int:
         """Tokens per batch for the memory at hand: on a GPU from the peaks of two batches of the first rows."""
         known = source.sequences(0, min(len(source.ids), _PROBE_ROWS))
@@ -532,7 +616,8 @@ class _Engine:
     def config(self, source: SequenceSource, view: View) -> dict[str, Any]:
         """The store's configuration with its segments."""
         config = store_config(source, self.checkpoint, self.model_name, view, self.settings, self.dtype)
-        return {**config, "segments": [segment.entry for segment in self.segments]}
+        projector = self.by_module if view == "segments" else self.projector
+        return {**config, "segments": [segment.entry for segment in projector.segments]}
 
 
 def _engine(model: str, dtype: DtypeName, device: str, checkpoint: Checkpoint, settings: Gradients) -> _Engine:
@@ -594,9 +679,19 @@ class _Preparation(_Work):
             "shard_rows": settings.shard_rows or engine.shard_rows(mean, len(self.views)),
             "token_budget": settings.token_budget or engine.token_budget(source, self.views, lanes),
             "lanes": lanes,
+            "measured": engine.measured_rows(self.views),
         }
         configs = {view: engine.config(source, view) for view in self.views}
         return _Prepared(tuple(engine.modules.unreachable), configs, layout)
+
+
+class _Cut(NamedTuple):
+    """How a store's rows are cut into shards and batches, and how many of a shard's are measured."""
+
+    shard_rows: int
+    token_budget: int
+    lanes: int
+    measured: int
 
 
 def _collect_missing(
@@ -609,31 +704,34 @@ def _collect_missing(
     count = len(source.ids)
     layout = dict(prepared.layout)
     writers: dict[View, GradientStoreWriter] = {}
-    layouts: dict[View, tuple[int, int, int]] = {}
+    layouts: dict[View, _Cut] = {}
     for view in views:
         writers[view] = GradientStoreWriter(run.storage, prefixes[view], prepared.configs[view])
         # The shards of an earlier, interrupted attempt fix how the rest is cut; views cut alike share their passes.
         layout = writers[view].layout(layout)
-        layouts[view] = layout["shard_rows"], layout["token_budget"], layout.get("lanes", 1)
-    missing: dict[tuple[int, int, int, int], list[View]] = {}
+        layouts[view] = _Cut(
+            layout["shard_rows"], layout["token_budget"], layout.get("lanes", 1), layout.get("measured", 0)
+        )
+    missing: dict[tuple[_Cut, int], list[View]] = {}
     for view, writer in writers.items():
-        shard_rows, token_budget, lanes = layouts[view]
-        for shard in range(-(-count // shard_rows)):
-            state = writer.shard_state(shard, source.ids[shard * shard_rows : (shard + 1) * shard_rows])
+        cut = layouts[view]
+        for shard in range(-(-count // cut.shard_rows)):
+            state = writer.shard_state(shard, source.ids[shard * cut.shard_rows : (shard + 1) * cut.shard_rows])
             if state == "damaged":
                 reporter.warn(
                     f"shard {shard} of the {what}'s {view} gradients is truncated or altered: collecting it again"
                 )
             if state != "complete":
-                missing.setdefault((shard_rows, token_budget, lanes, shard), []).append(view)
+                missing.setdefault((cut, shard), []).append(view)
     label = f"gradients of the {what} at {work.checkpoint.name.rstrip('/').rsplit('/', 1)[-1]} ({' + '.join(views)})"
     tasks: list[ShardSpec] = []
-    for (shard_rows, token_budget, lanes, shard), shard_views in sorted(missing.items()):
-        start, stop = shard * shard_rows, min((shard + 1) * shard_rows, count)
+    for (cut, shard), shard_views in sorted(missing.items()):
+        start, stop = shard * cut.shard_rows, min((shard + 1) * cut.shard_rows, count)
         tasks.append(
             ShardSpec(
                 run, source, work.model, work.dtype, work.device, work.checkpoint, work.settings,
-                {view: prefixes[view] for view in shard_views}, shard, start, stop, token_budget, lanes,
+                {view: prefixes[view] for view in shard_views}, shard, start, stop, cut.token_budget, cut.lanes,
+                cut.measured,
             )
         )  # fmt: skip
     rows_left = sum(task.rows - ShardPart.rows_of(task.part.tensors()) for task in tasks)
@@ -654,9 +752,9 @@ def _collect_missing(
         raise
     for view, writer in writers.items():
         fits = writer.layout(layout)["token_budget"]
-        if fits < layouts[view][1]:
+        if fits < layouts[view].token_budget:
             reporter.warn(
-                f"memory ran out: batches of the {what}'s {view} gradients were cut from {layouts[view][1]} to {fits} "
-                "tokens; --token-budget sets where to begin"
+                f"memory ran out: batches of the {what}'s {view} gradients were cut from {layouts[view].token_budget} "
+                f"to {fits} tokens; --token-budget sets where to begin"
             )
-        writer.finish(-(-count // layouts[view][0]))
+        writer.finish(-(-count // layouts[view].shard_rows))

@@ -33,6 +33,7 @@ from gradsift.types import TokenizedExample
 Variant = Literal["plain", "discrete", "rejection", "weighted_rejection", "ppo"]
 Baseline = Literal["none", "mean", "leave_one_out"]
 
+MOST_ROWS = 32  # that stand for a prompt's samples in `SampleRows`, for which more are taken together
 _REJECTIONS = ("rejection", "weighted_rejection")
 
 # Rewards that differ by less than this share of the largest are equal: what rounding leaves of a constant reward would
@@ -152,7 +153,10 @@ def importance_shares(log_ratios: Sequence[Tensor]) -> Tensor:
     """
     if not log_ratios:
         raise ShapeError("there is no sample to weigh: pass at least one")
-    totals = torch.stack([to_float64(float_array("log_ratios", ratio, "token")).sum() for ratio in log_ratios])
+    return _shares(torch.stack([to_float64(float_array("log_ratios", ratio, "token")).sum() for ratio in log_ratios]))
+
+
+def _shares(totals: Tensor) -> Tensor:
     return torch.softmax(totals, dim=0) * len(totals)
 
 
@@ -228,15 +232,122 @@ def weighted_sequences(
             factors = list(importance_shares(ratios))
     sequences = []
     for (response, _), coefficient, factor in zip(rewarded, coefficients.tolist(), factors, strict=True):
-        own = np.broadcast_to(np.asarray(coefficient * factor, dtype=np.float64), len(response.token_ids))
-        if gradient.logprob_reduction == "mean":
-            own = own / len(own)
-        weights = np.concatenate([np.zeros(len(response.prompt_ids)), own]).astype(np.float32)
-        if weights.any():
-            token_ids = np.concatenate([response.prompt_ids, response.token_ids]).astype(np.int32)
-            sequences.append(TokenSequence(0, token_ids, weights))
+        sequence = _as_sequence(response, coefficient * factor, gradient)
+        if sequence.weights.any():
+            sequences.append(sequence)
     # Batches are filled in this order, and neighbours of one length need no padding.
     return tuple(sorted(sequences, key=lambda sequence: -len(sequence.token_ids)))
+
+
+def _as_sequence(response: Response, weight: Tensor | float, gradient: PolicyGradient) -> TokenSequence:
+    """A response whose tokens weigh so much, together or each, and its prompt's nothing."""
+    own = np.broadcast_to(np.asarray(weight, dtype=np.float64), len(response.token_ids))
+    if gradient.logprob_reduction == "mean":
+        own = own / len(own)
+    weights = np.concatenate([np.zeros(len(response.prompt_ids)), own]).astype(np.float32)
+    return TokenSequence(0, np.concatenate([response.prompt_ids, response.token_ids]).astype(np.int32), weights)
+
+
+@dataclass(frozen=True)
+class SampleRows:
+    """One prompt's samples as rows of their own, of which the policy gradient of any choice of them is a weighted sum.
+
+    A row is one sample's ∇NLL; weights are what `policy_coefficients` gives for the choice, its baseline included, and
+    so exact. Of more than `MOST_ROWS` samples a row is the sum over a group, each at its weight among all samples: a
+    choice of groups then has the baseline of all. With importance weights, `ppo` clips as it does among all. A label
+    that stands for samples without weight is the last row.
+
+    numbers:   of the samples, by row
+    sequences: of each of these rows; none where no choice could give it any weight
+    rewards:   float64 [row], or None of groups
+    ratios:    log f/q of each sample, float64 [row], where the weights are shares by it
+    """
+
+    numbers: tuple[tuple[int, ...], ...]
+    sequences: tuple[tuple[TokenSequence, ...], ...]
+    gradient: PolicyGradient
+    rewards: Tensor | None = None
+    ratios: Tensor | None = None
+    label: TokenSequence | None = None
+
+    @classmethod
+    def of(
+        cls,
+        responses: Sequence[Response],
+        rewards: Sequence[float | None],
+        gradient: PolicyGradient,
+        label: TokenSequence | None = None,
+    ) -> SampleRows:
+        """The rows of some responses to one prompt, those without a reward left out, and of what stands for none."""
+        known = [(response, reward) for response, reward in zip(responses, rewards, strict=True) if reward is not None]
+        own = [response for response, _ in known]
+        values = torch.tensor([reward for _, reward in known], dtype=torch.float64)
+        shared = gradient.importance_weights and gradient.variant != "ppo"
+        ratios = torch.stack([_log_ratio(response).sum() for response in own]) if shared and own else None
+        units: list[Tensor | float] = [1.0] * len(own)
+        everything = torch.ones(1, len(own), dtype=torch.int64)
+        if gradient.importance_weights and not shared and own:
+            advantages = policy_coefficients(values, variant=gradient.variant, baseline=gradient.baseline).tolist()
+            units = [clipped_ratios(_log_ratio(r), a, gradient.clip) for r, a in zip(own, advantages, strict=True)]
+        sequences = [_as_sequence(response, unit, gradient) for response, unit in zip(own, units, strict=True)]
+        numbers = [(response.number,) for response in own]
+        if len(own) <= MOST_ROWS:
+            weighed = [_could_weigh(values, place, gradient) for place in range(len(own))]
+            rows = tuple((sequence,) * weigh for sequence, weigh in zip(sequences, weighed, strict=True))
+            return cls(tuple(numbers), rows, gradient, values, ratios, label)
+        weights = _weights(values, ratios, everything, gradient)[0].tolist()
+        scaled = [replace(s, weights=s.weights * np.float32(w)) for s, w in zip(sequences, weights, strict=True)]
+        groups = [range(start, len(own), MOST_ROWS) for start in range(MOST_ROWS)]
+        return cls(
+            tuple(tuple(number for place in group for number in numbers[place]) for group in groups),
+            tuple(tuple(scaled[place] for place in group if weights[place]) for group in groups),
+            gradient,
+            label=label,
+        )
+
+    def rows(self) -> dict[str, tuple[TokenSequence, ...]]:
+        """The sequences of each row, by a name that is its own within the prompt."""
+        named = {str(own[0]): sequences for own, sequences in zip(self.numbers, self.sequences, strict=True)}
+        return named if self.label is None else {**named, "label": (self.label,)}
+
+    def weights(self, counts: Tensor) -> Tensor:
+        """What each row weighs where it is drawn so often.
+
+        Args:
+            counts: whole numbers [draw row].
+
+        Returns:
+            [draw row], float64; the label's 1 where no other row of a draw weighs anything, else 0.
+        """
+        if self.rewards is None:
+            found = counts.double() * (counts.shape[1] / counts.sum(dim=1, keepdim=True).clamp_min(1))
+        else:
+            found = _weights(self.rewards, self.ratios, counts, self.gradient)
+        if self.label is None:
+            return found
+        silent = ~(found * torch.tensor([float(bool(own)) for own in self.sequences])).any(dim=1, keepdim=True)
+        return torch.cat([found, silent.double()], dim=1)
+
+
+def _weights(rewards: Tensor, ratios: Tensor | None, counts: Tensor, gradient: PolicyGradient) -> Tensor:
+    found = torch.zeros(counts.shape, dtype=torch.float64)
+    places = torch.arange(len(rewards))
+    for draw, own in enumerate(counts):
+        drawn = places.repeat_interleave(own)
+        if len(drawn):
+            weights = policy_coefficients(rewards[drawn], variant=gradient.variant, baseline=gradient.baseline)
+            weights = weights if ratios is None else weights * _shares(ratios[drawn])
+            found[draw].index_add_(0, drawn, weights)
+    return found
+
+
+def _could_weigh(rewards: Tensor, place: int, gradient: PolicyGradient) -> bool:
+    """Whether a sample has any weight alone, or beside the sample that earned least or most."""
+    for others in ([], [int(rewards.argmin())], [int(rewards.argmax())]):
+        own = rewards[[place, *others]]
+        if bool(policy_coefficients(own, variant=gradient.variant, baseline=gradient.baseline)[0]):
+            return True
+    return False
 
 
 @dataclass(frozen=True)

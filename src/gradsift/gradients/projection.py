@@ -1,7 +1,8 @@
-"""Random projections of per-module gradients that keep inner products in expectation (Johnson-Lindenstrauss).
+"""Random projections of gradients that keep inner products in expectation (Johnson-Lindenstrauss).
 
-Each module (segment) is projected on its own, so that block-wise estimators stay possible, and the matrices depend on
-nothing but the seed and the module's name: every process and device draws the same ones.
+A gradient lies in modules, each with a matrix of its own that depends on nothing but the seed and the module's name:
+every process and device draws the same ones. All modules add into the same columns, or each has columns of its own
+(segments), which block-wise estimators need.
 """
 
 from __future__ import annotations
@@ -20,13 +21,16 @@ from gradsift.errors import ConfigError, ShapeError
 from gradsift.settings import Seed, Settings
 
 ProjectionKind = Literal["sparse", "rademacher", "kronecker", "none"]
-SegmentSizes = Literal["proportional", "per_module"]
+SegmentSizes = Literal["whole", "proportional", "per_module"]
 
-# A fold by matrix product costs 2·k operations per gradient entry, a scatter about 5 ns on a CPU: they cross near here.
-# On a GPU it is memory that bounds k: each of hundreds of modules keeps a one-hot matrix [long k].
-_MATMUL_FOLD_LIMIT = 192
-# Dense matrices are kept between batches up to this many int8 entries, then drawn again for every batch.
+# Up to how many dimensions a fold is a matrix product, by the kind of device. On a CPU a scatter is faster at any
+# number (0.8 to 1.2 ns an entry against 1.8 to 11 at 68 dimensions); on a GPU memory bounds k, as each of hundreds of
+# modules keeps a one-hot matrix [long k].
+_MATMUL_FOLD_LIMIT = {"cuda": 192}
+# Dense matrices are kept between batches up to this many int8 entries, then drawn again for every batch …
 _DENSE_CACHE_ENTRIES = 1 << 30
+# … and refused beyond this many, which take some five minutes to draw.
+_MOST_DENSE_ENTRIES = 1 << 38
 
 
 MAX_DIM = 2**24
@@ -37,17 +41,21 @@ class Projection(Settings):
 
     kind:
         `sparse` (default): a count sketch, `nonzeros` entries ±1/√nonzeros per column; `rademacher`: dense ±1/√k, what
-        LESS, NICE and JI2S use; `kronecker`: activations and output gradients projected apart, never forming the
-        gradient (plain gradients only, larger error); `none`: rows keep the full gradient.
-    dim: total number of stored dimensions (`proportional`) or dimensions of each module (`per_module`).
-    sizes: `proportional` gives module l the share k_l ∝ d_l of `dim`; `per_module` gives each module `dim` dimensions.
+        LESS, NICE and JI2S use, for d·k operations a row; `kronecker`: activations and output gradients projected
+        apart, never forming the gradient (plain gradients only, larger error); `none`: rows keep the full gradient.
+    dim: total number of stored dimensions, or dimensions of each module (`per_module`).
+    sizes: which dimensions a module has.
+        `whole` (default): all of them, with every other module: inner products of any two rows err by 1/√dim of their
+        norms, wherever their energy lies. `proportional`: k_l ∝ d_l of its own (Compact, App. A); `per_module`: `dim`
+        of its own (NICE-IF). Those keep modules apart, and err by Σ_l ‖x_l‖²‖y_l‖²/k_l, which is far more where the
+        energy lies in modules that have few dimensions.
     nonzeros: s, the non-zero entries in each column of `sparse`.
     seed: fixes every matrix.
     """
 
     kind: ProjectionKind = "sparse"
     dim: int = 8192
-    sizes: SegmentSizes = "proportional"
+    sizes: SegmentSizes = "whole"
     nonzeros: int = 1
     seed: Seed = 0
 
@@ -61,12 +69,27 @@ class Projection(Settings):
                 "lower it (8192 is usual), or keep full gradients with --projection none"
             )
 
+    @property
+    def keeps_modules_apart(self) -> bool:
+        """Whether each module has columns of its own."""
+        return self.kind == "none" or self.sizes != "whole"
+
+    @property
+    def by_module(self) -> Projection:
+        """The same with columns of its own for each module, `proportional` unless it has such already.
+
+        That is where an estimator wants them that divides each module's gradient by its mean square: what is left then
+        lies in the modules in proportion to their sizes.
+        """
+        return self if self.keeps_modules_apart else self.model_copy(update={"sizes": "proportional"})
+
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """The columns `[start, stop)` of a row that belong to one module, whose weight is `[out_features in_features]`.
+    """The columns `[start, stop)` of a row that hold one module, whose weight is `[out_features in_features]`.
 
-    `factors` are (k_out, k_in) of a Kronecker projection, whose product is k_l.
+    `shared` says that they hold other modules as well. `factors` are (k_out, k_in) of a Kronecker projection, whose
+    product is k_l, or at most k_l where the columns are shared.
     """
 
     name: str
@@ -75,6 +98,7 @@ class Segment:
     out_features: int
     in_features: int
     factors: tuple[int, int] | None = None
+    shared: bool = False
 
     @property
     def dim(self) -> int:
@@ -127,29 +151,45 @@ def segment_dims(full_dims: list[int], dim: int) -> list[int]:
 
 
 def plan_segments(shapes: Mapping[str, tuple[int, int]], projection: Projection) -> tuple[Segment, ...]:
-    """Where each module's columns lie in a row; `shapes` maps module names to (out_features, in_features)."""
+    """Where each module's columns lie in a row; `shapes` maps module names to (out_features, in_features).
+
+    With as many dimensions as entries nothing is projected, and modules lie side by side whatever the sizes.
+
+    Raises:
+        ConfigError: no module, more non-zeros than dimensions, or a dense matrix that cannot be drawn in useful time.
+    """
     if not shapes:
         raise ConfigError("no module to project: name at least one linear module")
     full = [out * inp for out, inp in shapes.values()]
+    shared = not projection.keeps_modules_apart and len(full) > 1 and projection.dim < sum(full)
     if projection.kind == "none":
         sizes = full
+    elif shared:
+        sizes = [projection.dim] * len(full)
     elif projection.sizes == "per_module":
         sizes = [min(projection.dim, d) for d in full]
     else:
         sizes = segment_dims(full, projection.dim)
+    entries = sum(d * k for d, k in zip(full, sizes, strict=True) if shared or k < d)
+    if projection.kind == "rademacher" and entries > _MOST_DENSE_ENTRIES:
+        raise ConfigError(
+            f"a dense projection of {sum(full):,} gradient entries to {projection.dim} dimensions has {entries:,} "
+            "signs, which are drawn anew for every batch: take the sparse projection, whose error is the same"
+            + (", or sizes proportional" if shared else "")
+        )
     segments, start = [], 0
     for (name, (out, inp)), size in zip(shapes.items(), sizes, strict=True):
         factors = None
         if projection.kind == "kronecker":
             factors = _kronecker_dims(out, inp, size)
-            size = factors[0] * factors[1]
+            size = size if shared else factors[0] * factors[1]
         if projection.kind == "sparse" and size < min(projection.nonzeros, out * inp):
             raise ConfigError(
                 f"{projection.nonzeros} non-zeros per column do not fit the {size} dimensions of module {name}: "
                 "raise the projection dim or lower nonzeros"
             )
-        segments.append(Segment(name, start, start + size, out, inp, factors))
-        start += size
+        segments.append(Segment(name, start, start + size, out, inp, factors, shared))
+        start += 0 if shared else size
     return tuple(segments)
 
 
@@ -172,13 +212,14 @@ class Projector:
         self.projection = projection
         self.device = torch.device(device)
         self.dtype = dtype
-        self.dim = segments[-1].stop
+        self.dim = max(segment.stop for segment in segments)
         self._by_name = {segment.name: segment for segment in segments}
         self._drawing = threading.Lock()
         # By module and device: where a model is spread over several, each draws what its modules need.
         self._sparse: dict[tuple[str, torch.device], list[_SparseBlock]] = {}
         self._dense: dict[tuple[str, torch.device], Tensor] = {}
         self._factors: dict[tuple[str, torch.device], tuple[Tensor, Tensor]] = {}
+        self._places: dict[str, Tensor] = {}
 
     def segment(self, name: str) -> Segment:
         """The segment of a module."""
@@ -187,7 +228,8 @@ class Projector:
     def project(self, name: str, gradient: Tensor, out: Tensor, *, overwrite: bool = False) -> None:
         """Add the projection of `gradient` `[row out in]` of module `name` to its columns of `out` `[row dim]`.
 
-        `overwrite=True` allows `gradient` to be used as scratch space, which saves a copy.
+        Both are on one device, and the matrix is drawn there. `overwrite=True` allows `gradient` to be used as scratch
+        space, which saves a copy.
         """
         segment = self._by_name[name]
         if gradient.shape[1:] != (segment.out_features, segment.in_features):
@@ -195,21 +237,11 @@ class Projector:
                 f"module {name} has weight shape {(segment.out_features, segment.in_features)}, "
                 f"its gradients {tuple(gradient.shape[1:])}"
             )
-        columns = out[:, segment.start : segment.stop]
-        if gradient.device == out.device:
-            self._add(segment, gradient, columns, overwrite=overwrite)
-            return
-        # A model spread over devices: a gradient is projected where it is, and only the columns travel.
-        part = torch.zeros(len(gradient), segment.dim, device=gradient.device, dtype=out.dtype)
-        self._add(segment, gradient, part, overwrite=overwrite)
-        columns += part.to(out.device)
-
-    def _add(self, segment: Segment, gradient: Tensor, columns: Tensor, *, overwrite: bool) -> None:
-        kind, device = self.projection.kind, gradient.device
+        columns, kind, device = out[:, segment.start : segment.stop], self.projection.kind, gradient.device
         if kind == "kronecker":
             left, right = self._kronecker(segment, device)
-            columns += torch.einsum("roi, ok, il -> rkl", gradient, left, right).flatten(1)
-        elif segment.dim == segment.full_dim:
+            self._add_factors(segment, torch.einsum("roi, ok, il -> rkl", gradient, left, right).flatten(1), columns)
+        elif segment.dim == segment.full_dim and not segment.shared:
             columns += gradient.flatten(1)
         elif kind == "rademacher":
             matrix = self._rademacher(segment, device)
@@ -219,10 +251,27 @@ class Projector:
             for block in blocks:
                 block.add(gradient, columns, overwrite=overwrite and len(blocks) == 1)
 
-    def project_factors(self, name: str, activations: Tensor, output_gradients: Tensor) -> Tensor:
-        """Kronecker only: `[row token in]` and `[row token out]` to `[row k_l]` without forming the gradient."""
-        left, right = self._kronecker(self._by_name[name], activations.device)
-        return torch.einsum("rtk, rtl -> rkl", output_gradients @ left, activations @ right).flatten(1)
+    def project_factors(self, name: str, activations: Tensor, output_gradients: Tensor, out: Tensor) -> None:
+        """Kronecker only: `project` of `[row token in]` and `[row token out]` without forming the gradient."""
+        segment = self._by_name[name]
+        left, right = self._kronecker(segment, activations.device)
+        part = torch.einsum("rtk, rtl -> rkl", output_gradients @ left, activations @ right).flatten(1)
+        self._add_factors(segment, part, out[:, segment.start : segment.stop])
+
+    def _add_factors(self, segment: Segment, part: Tensor, columns: Tensor) -> None:
+        """Add `[row k_out·k_in]` to a module's columns, from a column of its own on where it shares them.
+
+        Modules that began at the same one would meet entry by entry, and large entries often stand at the same place.
+        """
+        if not segment.shared:
+            columns += part
+            return
+        if segment.name not in self._places:
+            first = int(
+                _raw(_key(self.projection.seed, "kronecker-place", segment.name), 1)[0] % np.uint64(segment.dim)
+            )
+            self._places[segment.name] = (torch.arange(part.shape[1]) + first) % segment.dim
+        columns.index_add_(1, self._places[segment.name].to(columns.device), part)
 
     def apply(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Project named full-space tensors (gradients, a Hessian-vector product, a sum of rows) to rows `[row dim]`.
@@ -276,11 +325,12 @@ class Projector:
                 k_out, k_in = segment.factors
                 factors = []
                 for side, full, k in (("out", segment.out_features, k_out), ("in", segment.in_features, k_in)):
-                    if k == full:
-                        factors.append(torch.eye(full, device=device, dtype=self.dtype))
+                    key = _key(self.projection.seed, f"kronecker-{side}", segment.name)
+                    if k == full:  # kept, but for signs that set apart what else is in the columns
+                        kept = _signs(key, full) if segment.shared else torch.ones(full)
+                        factors.append(torch.diag(kept.to(device, self.dtype)))
                         continue
-                    signs = _signs(_key(self.projection.seed, f"kronecker-{side}", segment.name), full * k)
-                    factors.append(signs.view(full, k).to(device, self.dtype) * k**-0.5)
+                    factors.append(_signs(key, full * k).view(full, k).to(device, self.dtype) * k**-0.5)
                 self._factors[segment.name, device] = (factors[0], factors[1])
             return self._factors[segment.name, device]
 
@@ -310,7 +360,7 @@ class _SparseBlock:
         out_features, in_features = signs.shape
         self._fold_in = in_features >= out_features
         device = signs.device
-        self._by_product = self.dim <= _MATMUL_FOLD_LIMIT
+        self._by_product = self.dim <= _MATMUL_FOLD_LIMIT.get(device.type, 0)
         if self._by_product:
             self._one_hot = torch.nn.functional.one_hot(long_hash, self.dim).to(dtype)  # [long k]
             buckets = torch.arange(self.dim, device=device)
@@ -338,9 +388,8 @@ class _SparseBlock:
             bucket = self._buckets() if self._bucket is None else self._bucket
             if on_gpu:
                 target.index_add_(1, bucket, signed.flatten(1))
-                return
-            for row in range(rows):
-                target[row].index_add_(0, bucket, signed[row].flatten())
+            else:
+                target.scatter_add_(1, bucket.expand(rows, -1), signed.flatten(1))
             return
         if self._fold_in:
             folded = signed @ self._one_hot  # [row out k]

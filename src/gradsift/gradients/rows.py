@@ -8,7 +8,8 @@ from collections.abc import Sequence as SequenceABC
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal
+from itertools import pairwise
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from gradsift.gradients.adam import AdamDirection
 from gradsift.gradients.batching import Batch, form_batches, sequence_tokens
 from gradsift.gradients.capture import Capture
+from gradsift.gradients.exact import ExactProducts
 from gradsift.gradients.folding import Captured
 from gradsift.gradients.projection import Projector
 from gradsift.loss import to_device
@@ -25,7 +27,8 @@ from gradsift.memory import empty_device_cache, give_back_memory, is_out_of_memo
 from gradsift.sums import row_norms
 from gradsift.types import Sequence
 
-View = Literal["plain", "adam"]
+View = Literal["plain", "adam", "segments"]
+"""What a row is: the gradient, Adam's update direction, or the gradient with columns of its own for each module."""
 
 
 @dataclass
@@ -38,6 +41,7 @@ class ShardRows:
     bad: row → why it must be left out
     full_sums: view → module → `[out in]`, the unprojected sum of the rows that are not bad
     token_budget: of the batches; smaller than was asked for where memory ran out
+    exact: what the rows that were to be measured are before projection; None if there were none
     """
 
     rows: dict[View, Tensor]
@@ -46,6 +50,7 @@ class ShardRows:
     bad: dict[int, str] = field(default_factory=dict)
     full_sums: dict[View, dict[str, Tensor]] = field(default_factory=dict)
     token_budget: int = 0
+    exact: ExactProducts | None = None
 
 
 class ShardPart:
@@ -86,12 +91,14 @@ def gradient_rows(
     row_count: int,
     token_budget: int,
     views: SequenceABC[View] = ("plain",),
+    by_module: Projector | None = None,
     adam: Mapping[str, AdamDirection] | None = None,
     full_sum: bool = False,
     autocast: torch.dtype | None = None,
     module_groups: int = 1,
     lanes: int = 1,
     checkpointing: bool = False,
+    measured: SequenceABC[int] = (),
     on_rows: Callable[[int], None] | None = None,
     part: ShardPart | None = None,
 ) -> ShardRows:
@@ -101,7 +108,8 @@ def gradient_rows(
     company by rounding only. On a GPU nothing waits for a batch to end before the next one begins.
 
     For a row r with sequences s ∈ r the gradient of module l is `G_r,l = Σ_s ∂(Σ_t w_t·NLL_t)/∂W_l`. The `plain` view
-    stores R_l·G, the `adam` view R_l·Γ(G) with the Adam direction taken before the projection, from the same backward.
+    stores R_l·G, the `adam` view R_l·Γ(G) with the Adam direction taken before the projection, and the `segments` view
+    R_l·G of a projection that keeps modules apart, all from the same backward.
 
     Args:
         model: in any mode; it is evaluated without dropout and left as found.
@@ -111,6 +119,7 @@ def gradient_rows(
         row_count: number of rows of the shard.
         token_budget: padded tokens per batch.
         views: which rows to make.
+        by_module: the projector of the `segments` view.
         adam: per module name, needed for the `adam` view.
         full_sum: also sum the unprojected rows of each view.
         autocast: run the model in this dtype; gradients are accumulated in float32 all the same.
@@ -119,6 +128,7 @@ def gradient_rows(
         lanes: batches that run at once on a CPU, each on its share of the threads: small batches lose up to a fifth of
             the time when all threads share one. Rows depend on the threads of a lane only by rounding.
         checkpointing: run each layer again in the backward pass instead of keeping its activations.
+        measured: rows whose inner products are wanted before projection, too.
         on_rows: told how many rows were done, beside those of `part`.
         part: what is known already, of a pass with the same arguments; tells what is finished from then on.
 
@@ -126,16 +136,23 @@ def gradient_rows(
         Rows of non-finite loss or gradient, and those that do not fit in memory even alone, are zero and in `bad`.
     """
     assert lanes == 1 or projector.device.type == "cpu", (lanes, projector.device)
-    work = (model, modules, projector, row_count, views, adam or {}, full_sum, autocast, module_groups, lanes)
+    projectors: dict[View, Projector] = {view: projector for view in views if view != "segments"}
+    if "segments" in views:
+        assert by_module is not None, views
+        projectors["segments"] = by_module
+    work = (model, modules, projectors, row_count, adam or {}, full_sum, autocast, module_groups, lanes)
+    exact = (
+        ExactProducts(measured, ("plain", "adam") if "adam" in views else ("plain",), projector) if measured else None
+    )
     beside = 0
     if projector.device.type == "cuda":
-        row_bytes = len(views) * projector.dim * projector.dtype.itemsize
+        row_bytes = sum(one.dim * one.dtype.itemsize for one in projectors.values())
         beside = sequence_tokens(model, max(c.out_features * c.in_features for c in modules), row_bytes)
     budget = _Budget(token_budget, beside, projector.device)
-    result = _pass(sequences, budget, *work, checkpointing, on_rows, part)
+    result = _pass(sequences, budget, *work, checkpointing, exact, on_rows, part)
     if result.bad and full_sum:  # a non-finite row has spoilt the sums: take them again without it
         kept = [sequence for sequence in sequences if sequence.row not in result.bad]
-        again = _pass(kept, budget, *work, checkpointing, None, None)
+        again = _pass(kept, budget, *work, checkpointing, None, None, None)
         result.full_sums = again.full_sums
         result.bad.update(again.bad)
     for row in result.bad:
@@ -186,47 +203,60 @@ def _pass(
     budget: _Budget,
     model: nn.Module,
     modules: SequenceABC[Captured],
-    projector: Projector,
+    projectors: Mapping[View, Projector],
     row_count: int,
-    views: SequenceABC[View],
     adam: Mapping[str, AdamDirection],
     full_sum: bool,
     autocast: torch.dtype | None,
     module_groups: int,
     lanes: int,
     checkpointing: bool,
+    exact: ExactProducts | None,
     on_rows: Callable[[int], None] | None,
     part: ShardPart | None,
 ) -> ShardRows:
-    device, dtype = projector.device, projector.dtype
+    device = next(iter(projectors.values())).device
     result = ShardRows(
-        rows={view: torch.zeros(row_count, projector.dim, device=device, dtype=dtype) for view in views},
+        rows={
+            view: torch.zeros(row_count, projector.dim, device=device, dtype=projector.dtype)
+            for view, projector in projectors.items()
+        },
         norms={},
         loss=torch.zeros(row_count, dtype=torch.float64, device=device),
-        full_sums={view: {} for view in views} if full_sum else {},
+        full_sums={view: {} for view in projectors} if full_sum else {},
+        exact=exact,
     )
     size = -(-len(modules) // module_groups)
     groups = [modules[start : start + size] for start in range(0, len(modules), size)]
-    squares = {view: torch.zeros(len(groups), row_count, dtype=torch.float64, device=device) for view in views}
-    columns = [[(s.start, s.stop) for s in (projector.segment(c.name) for c in group)] for group in groups]
-    progress = _Progress(result, squares, columns)
+    squares = {view: torch.zeros(len(groups), row_count, dtype=torch.float64, device=device) for view in projectors}
+    columns: Columns = {
+        view: [[(s.start, s.stop) for s in (projector.segment(c.name) for c in group)] for group in groups]
+        for view, projector in projectors.items()
+    }
+    # Groups that add to the same columns add to rows of their own, so that what each has added can be told apart.
+    blank = [
+        result.rows if _apart(columns) else {v: torch.zeros_like(r) for v, r in result.rows.items()} for _ in groups
+    ]
+    progress = _Progress(result, blank, squares, columns, frozenset() if exact is None else frozenset(exact.rows))
     if part is not None:
         progress.restore(part.tensors)
         part._snapshot = progress.snapshot
     # Kronecker rows come from the factors; only Adam directions and sums need the gradient itself.
-    by_factors = projector.projection.kind == "kronecker" and tuple(views) == ("plain",) and not full_sum
+    kinds = {projector.projection.kind for projector in projectors.values()}
+    by_factors = kinds == {"kronecker"} and "adam" not in projectors and not full_sum
     for number, group in enumerate(groups):
         with Capture(model, group, autocast=autocast, checkpointing=checkpointing).open() as capture:
             own = {view: square[number] for view, square in squares.items()}
-            sinks = [_Sink(projector, views, adam, result, own, full_sum, number == 0) for _ in range(lanes)]
+            into = replace(result, rows=blank[number])
+            sinks = [_Sink(projectors, adam, into, own, full_sum, number == 0) for _ in range(lanes)]
             units = budget.units(sequences)
             progress.begin(number, units, sinks)
 
             def run(lane: int, unit: Unit, stopped: Callable[[], bool], capture: Capture = capture) -> bool:
-                sink = sinks[lane]  # noqa: B023 - used before the next group's
+                sink, known = sinks[lane], progress.is_done(unit)  # noqa: B023 - used before the next group's
                 waiting = budget.fitting(unit)
                 while waiting:
-                    failed = _take(waiting[0], capture, sink, by_factors, stopped)
+                    failed = _take(waiting[0], capture, sink, by_factors, stopped, known=known)
                     if stopped():
                         return False
                     if failed is None:
@@ -243,14 +273,19 @@ def _pass(
                 return True
 
             def done(lane: int, unit: Unit, number: int = number) -> None:
+                known = progress.is_done(unit)
                 progress.mark(lane, unit)
-                if on_rows is not None and number == len(groups) - 1:
+                if on_rows is not None and not known and number == len(groups) - 1:
                     on_rows(len(unit[-1].rows))
 
-            _in_lanes(units, lanes, run, done, progress.is_done, fixed=full_sum)
+            _in_lanes(units, lanes, run, done, progress.needs_nothing, fixed=full_sum)
         progress.end()
+        if exact is not None:
+            exact.add_up()
+    if blank[0] is not result.rows:
+        result.rows = {view: sum((rows[view] for rows in blank[1:]), start=blank[0][view]) for view in projectors}
     if full_sum:
-        result.full_sums = {view: progress.sums.get(view, {}) for view in views}
+        result.full_sums = {view: progress.sums.get(view, {}) for view in projectors}
     norms = {view: sum(square[1:], start=square[0]) for view, square in squares.items()}  # in the groups' order
     result.norms = {view: square.sqrt() for view, square in norms.items()}
     finite_loss = torch.isfinite(result.loss)
@@ -264,6 +299,17 @@ def _pass(
 
 
 Sums = dict[View, dict[str, Tensor]]  # view → module → [out in]
+Columns = Mapping[View, SequenceABC[SequenceABC[tuple[int, int]]]]  # view → module group → (start, stop)
+
+
+def _apart(columns: Columns) -> bool:
+    """Whether module groups have columns of their own, so that what one has added can be told from the others'."""
+    for groups in columns.values():
+        taken = [range(start, stop) for group in groups for start, stop in {*group}] if len(groups) > 1 else []
+        ordered = sorted(taken, key=lambda part: part.start)
+        if any(one.stop > other.start for one, other in pairwise(ordered)):
+            return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -286,19 +332,25 @@ class _Progress:
     """What is done of a pass, and how that is written down and taken up again.
 
     Args:
-        result: rows and losses that the pass adds to.
+        result: whose losses the pass adds to.
+        rows: of each module group, by view, that it adds to; the same ones where groups have columns of their own.
         squares: view → [group row], squared norms that it adds to.
-        columns: of each module group, (start, stop) in the rows.
+        columns: of each view and module group in the rows.
+        measured: rows that are wanted before projection, too, which no part holds: their batches run again.
     """
 
     def __init__(
         self,
         result: ShardRows,
+        rows: SequenceABC[Mapping[View, Tensor]],
         squares: Mapping[View, Tensor],
-        columns: SequenceABC[SequenceABC[tuple[int, int]]],
+        columns: Columns,
+        measured: frozenset[int],
     ) -> None:
-        self._result, self._squares, self._columns = result, squares, columns
-        self._reached = _Reached(np.zeros((len(columns), len(result.loss)), dtype=np.bool_))
+        self._result, self._squares, self._columns, self._measured = result, squares, columns, measured
+        self._rows = rows if rows[0] is not rows[-1] else rows[:1]
+        groups = len(next(iter(columns.values())))
+        self._reached = _Reached(np.zeros((groups, len(result.loss)), dtype=np.bool_))
         self._sinks: SequenceABC[_Sink] = ()
         # The group that was under way in an earlier process, and what its lanes had summed up, until it is again.
         self._resumed: tuple[int, tuple[Sums, ...]] | None = None
@@ -323,6 +375,10 @@ class _Progress:
     def is_done(self, unit: Unit) -> bool:
         """Whether its rows are known."""
         return bool(self._reached.done[self._reached.group, list(unit[-1].rows)].all())
+
+    def needs_nothing(self, unit: Unit) -> bool:
+        """Whether a unit is not to be run."""
+        return self.is_done(unit) and self._measured.isdisjoint(unit[-1].rows)
 
     def mark(self, lane: int, unit: Unit) -> None:
         """A unit's rows are in the result; called for one unit at a time, before its lane takes another."""
@@ -357,13 +413,15 @@ class _Progress:
         group, lanes = self._resumed or (now.group, now.lanes)
         tensors = {"done": done, "group": torch.tensor(group), "loss": _taken(self._result.loss, index)}
         tensors["loss"][undone[0]] = 0
-        for view, rows in self._result.rows.items():
-            part, squares = _taken(rows, index), _taken(self._squares[view].T, index).T.contiguous()
+        for view, square in self._squares.items():
+            squares = _taken(square.T, index).T.contiguous()
             squares[undone] = 0
-            for number, columns in enumerate(self._columns):
-                for start, stop in columns:
-                    part[undone[number], start:stop] = 0
-            tensors |= {f"rows/{view}": part, f"squares/{view}": squares}
+            tensors[f"squares/{view}"] = squares
+            for number, rows in enumerate(self._rows):
+                part = tensors[f"rows {number}/{view}"] = _taken(rows[view], index)
+                for group, columns in enumerate(self._columns[view]):
+                    for start, stop in columns if len(self._rows) == 1 or group == number else ():
+                        part[undone[group], start:stop] = 0
         for place, sums in [("sum", now.sums), *((f"lane {n}", lane) for n, lane in enumerate(lanes))]:
             for view, modules in sums.items():
                 tensors |= {f"{place}/{view}/{name}": total.cpu().clone() for name, total in modules.items()}
@@ -376,16 +434,16 @@ class _Progress:
         done, result = tensors["done"], self._result
         index = done.any(0).nonzero()[:, 0].to(result.loss.device)
         result.loss[index] = tensors["loss"].to(result.loss)
-        for view, rows in result.rows.items():
-            rows[index] = tensors[f"rows/{view}"].to(rows)
-            self._squares[view][:, index] = tensors[f"squares/{view}"].to(self._squares[view])
+        for view, square in self._squares.items():
+            square[:, index] = tensors[f"squares/{view}"].to(square)
+            for number, rows in enumerate(self._rows):
+                rows[view][index] = tensors[f"rows {number}/{view}"].to(rows[view])
         places: dict[str, Sums] = {}
         for key, total in tensors.items():
             place, _, rest = key.partition("/")
             if place == "sum" or place.startswith("lane "):
-                name = rest.partition("/")[2]
-                of: View = "adam" if rest.startswith("adam/") else "plain"
-                places.setdefault(place, {}).setdefault(of, {})[name] = total.to(result.loss.device)
+                of, _, name = rest.partition("/")
+                places.setdefault(place, {}).setdefault(cast(View, of), {})[name] = total.to(result.loss.device)
         views = tuple(result.full_sums)
         lanes = tuple(
             {view: places.get(f"lane {n}", {}).get(view, {}) for view in views}
@@ -397,8 +455,8 @@ class _Progress:
     def _forget(self, group: int) -> None:
         for view, square in self._squares.items():
             square[group] = 0
-            for start, stop in self._columns[group]:
-                self._result.rows[view][:, start:stop] = 0
+            for start, stop in self._columns[view][group]:
+                self._rows[group if len(self._rows) > 1 else 0][view][:, start:stop] = 0
         if group == 0:
             self._result.loss.zero_()
 
@@ -413,8 +471,13 @@ def _taken(tensor: Tensor, index: Tensor) -> Tensor:
     return tensor[index.to(tensor.device)].cpu().clone()
 
 
-def _take(unit: Unit, capture: Capture, sink: _Sink, by_factors: bool, stopped: Callable[[], bool]) -> Batch | None:
-    """Add the rows of a unit, or change nothing and return the batch for which memory did not suffice."""
+def _take(
+    unit: Unit, capture: Capture, sink: _Sink, by_factors: bool, stopped: Callable[[], bool], *, known: bool
+) -> Batch | None:
+    """Add the rows of a unit, or change nothing and return the batch for which memory did not suffice.
+
+    Of a unit whose rows are known nothing is added: it is run for what its rows are before projection.
+    """
     batch = unit[0]
     sink.begin()
     try:
@@ -428,7 +491,10 @@ def _take(unit: Unit, capture: Capture, sink: _Sink, by_factors: bool, stopped: 
             raise
         sink.undo()
         return batch
-    sink.commit()
+    if known:
+        sink.undo()
+    else:
+        sink.commit()
     return None
 
 
@@ -486,21 +552,21 @@ class _Sink:
 
     def __init__(
         self,
-        projector: Projector,
-        views: SequenceABC[View],
+        projectors: Mapping[View, Projector],
         adam: Mapping[str, AdamDirection],
         result: ShardRows,
         squares: Mapping[View, Tensor],
         full_sum: bool,
         losses: bool,
     ) -> None:
-        self.projector, self.views, self.adam, self.result, self.squares = projector, views, adam, result, squares
-        self.full_sums: dict[View, dict[str, Tensor]] = {view: {} for view in views} if full_sum else {}
+        self.projectors, self.adam, self.result, self.squares = projectors, adam, result, squares
+        self.device = result.loss.device
+        self.full_sums: dict[View, dict[str, Tensor]] = {view: {} for view in projectors} if full_sum else {}
         self._with_losses = losses
         self._open_row: dict[str, Tensor] = {}  # full-space sums of a row that needs several batches
         self._before: dict[View, dict[str, Tensor]] = {}  # full_sums as they were when the unit began
         self._done: list[Callable[[], object]] = []  # what the unit's batches add to the result
-        self.block: dict[View, Tensor] = {}
+        self.block: dict[tuple[View, torch.device], Tensor] = {}  # a model spread over devices adds up on each
         self._norms: dict[View, list[Tensor]] = {}  # of the batch's rows, module by module
 
     def begin(self) -> None:
@@ -528,13 +594,10 @@ class _Sink:
     def start(self, batch: Batch) -> None:
         """Before a batch."""
         self.batch = batch
-        device, dtype = self.projector.device, self.projector.dtype
-        self.index = to_device(batch.rows, device)
-        self.owner = to_device(batch.owner, device)
-        self.block = {
-            v: torch.zeros(len(batch.rows), self.projector.dim, device=device, dtype=dtype) for v in self.views
-        }
-        self._norms = {v: [] for v in self.views}
+        self.index = to_device(batch.rows, self.device)
+        self.owner = to_device(batch.owner, self.device)
+        self.block = {}
+        self._norms = {view: [] for view in self.projectors}
 
     def end(self, losses: Tensor) -> None:
         """After a batch, with the losses of its sequences."""
@@ -543,8 +606,9 @@ class _Sink:
                 partial(self.result.loss.index_add_, 0, self.index[self.owner], losses.to(self.index.device))
             )
         if self.batch.last:  # the batches of a row before its last one only add to `_open_row`
-            for view in self.views:
-                self._done.append(partial(self.result.rows[view].index_add_, 0, self.index, self.block[view]))
+            for (view, _), block in self.block.items():
+                self._done.append(partial(self.result.rows[view].index_add_, 0, self.index, block.to(self.device)))
+            for view in self.projectors:
                 square = torch.stack([norms.to(self.index.device) for norms in self._norms[view]])
                 square = square.double().square_().sum(0)
                 self._done.append(partial(self.squares[view].index_add_, 0, self.index, square))
@@ -561,29 +625,50 @@ class _Sink:
             if not batch.last:
                 self._open_row[captured.name] = gradients
                 return
-        if "adam" in self.views:
-            self._add("adam", captured.name, self.adam[captured.name](gradients))
-        if "plain" in self.views:
-            self._add("plain", captured.name, gradients)
+        exact = self.result.exact
+        if exact is not None:
+            exact.take(captured.name, "plain", batch.rows, gradients)
+        if "adam" in self.projectors:
+            directions = self.adam[captured.name](gradients)
+            if exact is not None:
+                exact.take(captured.name, "adam", batch.rows, directions)
+            self._add("adam", captured.name, directions, overwrite=True)
+        if "segments" in self.projectors:
+            self._add("segments", captured.name, gradients, overwrite="plain" not in self.projectors)
+        if "plain" in self.projectors:
+            self._add("plain", captured.name, gradients, overwrite=True)
 
-    def _add(self, view: View, name: str, rows: Tensor) -> None:
+    def _add(self, view: View, name: str, rows: Tensor, *, overwrite: bool) -> None:
         self._norms[view].append(row_norms(rows.flatten(1)))
         if self.full_sums:
             total, sums = rows.sum(0), self.full_sums[view]
             sums[name] = sums[name] + total if name in sums else total
-        self.projector.project(name, rows, self.block[view], overwrite=True)
+        self.projectors[view].project(name, rows, self._block(view, rows.device), overwrite=overwrite)
+
+    def _block(self, view: View, device: torch.device) -> Tensor:
+        """What the batch's rows are so far from the modules on a device `[row dim]`."""
+        if (view, device) not in self.block:
+            projector = self.projectors[view]
+            self.block[view, device] = torch.zeros(
+                len(self.batch.rows), projector.dim, device=device, dtype=projector.dtype
+            )
+        return self.block[view, device]
 
     def consume_factors(self, captured: Captured, activations: Tensor, output_gradients: Tensor) -> None:
         """Kronecker: project both factors; ‖Σ_t g_t a_tᵀ‖² = Σ_{t,u} ⟨g_t,g_u⟩⟨a_t,a_u⟩ gives the norm.
 
-        A row of several sequences has no such shortcut for its norm, so its gradient is formed after all.
+        A row of several sequences has no such shortcut for its norm, so its gradient is formed after all, and so is
+        that of a row that is measured.
         """
-        if not self.batch.one_to_one or not self.batch.last or captured.name in self._open_row:
+        exact = self.result.exact
+        wanted = exact is not None and not set(exact.rows).isdisjoint(self.batch.rows)
+        if wanted or not self.batch.one_to_one or not self.batch.last or captured.name in self._open_row:
             self.consume(captured, torch.bmm(output_gradients.transpose(1, 2), activations))
             return
-        segment = self.projector.segment(captured.name)
-        columns = self.block["plain"][:, segment.start : segment.stop]
-        columns += self.projector.project_factors(captured.name, activations, output_gradients).to(columns.device)
         gram = torch.bmm(output_gradients, output_gradients.transpose(1, 2))
         gram.mul_(torch.bmm(activations, activations.transpose(1, 2)))
-        self._norms["plain"].append(gram.double().sum(dim=(1, 2)).clamp_(min=0).sqrt_())
+        norms = gram.double().sum(dim=(1, 2)).clamp_(min=0).sqrt_()
+        for view, projector in self.projectors.items():
+            block = self._block(view, activations.device)
+            projector.project_factors(captured.name, activations, output_gradients, block)
+            self._norms[view].append(norms)

@@ -1,4 +1,8 @@
-"""Is a policy gradient more than noise? What two halves of the samples agree on, and what the labels say."""
+"""Is a policy gradient more than noise? What a prompt's samples agree on, and what the labels say.
+
+A policy gradient is a weighted sum over samples (`SampleRows`), and so is that of any choice of them: with the rows of
+the samples collected once, halves and resamples of the samples are arithmetic.
+"""
 
 from __future__ import annotations
 
@@ -15,22 +19,25 @@ from torch import Tensor
 from gradsift.checks import float_array, same_size, to_float64
 from gradsift.context import Pool
 from gradsift.errors import ConfigError
-from gradsift.gradients.collect import SequenceSource
-from gradsift.gradients.policy import PolicySource
+from gradsift.gradients.policy import PolicySource, SampleRows
+from gradsift.influence.datainf import datainf_directions
 from gradsift.influence.less import unit_rows
-from gradsift.influence.nice import PolicyMethod, PolicyTargets, signal_warnings
+from gradsift.influence.nice import NICE, NICEIF, PolicyMethod, PolicyTargets, signal_warnings
 from gradsift.influence.prompts import PromptTarget, RewardSummary
+from gradsift.influence.reliability import DRAWS, Choice, Looked, Reliability, Strata, reliability_of
 from gradsift.influence.scores import (
     Aggregation,
-    aggregated,
     at_last_checkpoint,
-    influence_matrix,
-    spearman,
+    checkpoint_weights,
+    pool_view,
+    strata_of,
     target_rows,
+    target_view,
 )
+from gradsift.store.gradient_store import GradientStore
 from gradsift.warmup.checkpoint import Checkpoint
 
-_RELIABLE = 0.5  # below it, more than half of the variance of a ranking would be drawn anew with new samples
+_SPLITS = 50  # of a prompt's samples into halves
 
 
 @dataclass(frozen=True)
@@ -38,8 +45,8 @@ class CheckpointDiagnostics:
     """One checkpoint's policy gradients.
 
     rewards:     what the responses earned
-    half_cosine: cosine of the gradients of the two halves of each prompt's samples, float64 `[prompt]`; NaN where a
-        half has no signal
+    half_cosine: cosine of the gradients of two halves of each prompt's samples, the median over 50 ways to halve them,
+        float64 `[prompt]`; NaN where most ways leave a half without signal
     loss_cosine: cosine with the loss gradient of the prompt's label, float64 `[prompt]`; NaN where there is no label or
         no signal, None where there are no labels at all
     """
@@ -63,38 +70,23 @@ class CheckpointDiagnostics:
 class PolicyDiagnostics:
     """How far a ranking by policy gradients can be trusted.
 
-    split_half:  Spearman correlation of the pool's scores from one half of the samples with those from the other
-    reliability: of the scores from all samples, 2ρ/(1 + ρ) (Spearman and Brown): the share of their variance that new
-        samples would give again. It says nothing of what both halves have in common, such as a bias to long answers
+    reliability: of the ranking, with new samples of the same prompts. It says nothing of what all samples have in
+        common, such as a bias to long answers
     warnings:    each with what to do
     """
 
     prompt_ids: list[str] = field(repr=False)
     checkpoints: tuple[CheckpointDiagnostics, ...]
-    split_half: float
-    reliability: float
+    reliability: Reliability
     warnings: tuple[str, ...]
 
-    @property
-    def agreement(self) -> str:
-        """What the halves say, in words."""
-        return (
-            f"scores from two halves of the samples: Spearman {self.split_half:+.2f}, so "
-            f"{max(0.0, self.reliability):.0%} of the ranking's variance would come again with new samples"
-        )
-
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able; undefined cosines are null."""
+        """JSON-able, without the reliability; undefined cosines are null."""
 
         def numbers(values: NDArray[np.float64] | None) -> list[float | None] | None:
             return None if values is None else [float(v) if np.isfinite(v) else None for v in values]
 
-        def number(value: float) -> float | None:
-            return float(value) if np.isfinite(value) else None
-
         return {
-            "split_half": number(self.split_half),
-            "reliability": number(self.reliability),
             "warnings": list(self.warnings),
             "prompts": self.prompt_ids,
             "checkpoints": [
@@ -115,14 +107,24 @@ def diagnose(
     *,
     aggregation: Aggregation = "max_of_means",
     targets: PolicyTargets | None = None,
+    looked: Looked | None = None,
+    choice: Choice | None = None,
 ) -> PolicyDiagnostics:
-    """Compare the halves of each prompt's samples (even and odd numbers), and the gradients with those of labels.
+    """How the ranking would come out with new samples, how far a prompt's samples agree, and with what labels say.
 
-    Responses and rewards are those that `score` uses; the gradients of the halves cost as much as the target's own did.
-    With `targets`, which must be of the same pool, target and method, they can be read there afterwards.
+    Responses and rewards are those that `score` uses; the gradients of the samples cost as much as the target's own
+    did. With `targets`, which must be of the same pool, target and method, they can be read there afterwards.
 
-    Warns where the reliability of the ranking is below 0.5 (more than half of its variance is noise), besides what
-    `signal_warnings` finds.
+    Each prompt's samples are resampled, and weighed as if they were all (their baselines, too); its row is divided by
+    the norm of the whole one. Of more than 32 samples of a prompt, groups are.
+
+    Args:
+        pool, target, method, aggregation: as for `score`.
+        targets: see above.
+        looked: the pool's rows that new rankings are computed for.
+        choice: what was chosen of them.
+
+    Warns where less than half of the ranking would come again, besides what `signal_warnings` finds.
 
     Raises:
         ConfigError: fewer than 2 samples per prompt.
@@ -136,26 +138,22 @@ def diagnose(
     for checkpoint in checkpoints:
         whole.at(checkpoint)
     whole.check()
-    halves = [_Half(whole, parity) for parity in (0, 1)]
-    found = [_at_checkpoint(pool, target, whole, halves, checkpoint) for checkpoint in checkpoints]
-    scores: list[dict[str, float]] = []
-    for half in halves:
-        ids, matrix, _ = influence_matrix(pool, half, [], method)
-        of_pool = aggregated(matrix, target.subtasks, aggregation, whole.live)
-        scores.append(dict(zip(ids, of_pool.tolist(), strict=True)))
-    common = [id_ for id_ in scores[0] if id_ in scores[1]]
-    even, odd = ([own[id_] for id_ in common] for own in scores)
-    split_half = spearman(np.array(even), np.array(odd))
-    reliability = spearman_brown(split_half)
+    strata = strata_of(len(whole.ids), target.subtasks, aggregation, whole.live)
+    work = _Resampling(whole, strata, looked or _looked(pool, method, checkpoints, strata))
+    weights = checkpoint_weights(checkpoints) if isinstance(method, NICE) else [1.0]
+    found = [work.at(checkpoint, weight) for checkpoint, weight in zip(checkpoints, weights, strict=True)]
+    reliability = reliability_of(
+        work.scores[..., 0], work.scores[..., 1:], work.freedom(), work.looked, over="samples", units=work.units,
+        choice=choice,
+    )  # fmt: skip
     warnings = signal_warnings([entry.rewards for entry in found], method)
-    if reliability < _RELIABLE:
+    if reliability.weak:
         warnings.append(
-            f"the signal is too weak to rank by: scores from two halves of the samples correlate at {split_half:+.2f}: "
-            f"{1 - reliability:.0%} of the variance of the scores would come out otherwise with new samples. "
-            "Sample more (--samples), use more prompts, let a stronger model write the responses (--assistant), "
-            "or give a denser reward"
+            "the signal is too weak to rank by: less than half of the ranking's variance would come again with new "
+            "samples. Sample more (--samples), use more prompts, let a stronger model write the responses "
+            "(--assistant), or give a denser reward"
         )
-    return PolicyDiagnostics(list(whole.ids), tuple(found), split_half, reliability, tuple(warnings))
+    return PolicyDiagnostics(list(whole.ids), tuple(found), reliability, tuple(warnings))
 
 
 def check_samples(method: PolicyMethod) -> None:
@@ -192,45 +190,137 @@ def cosines(first: Tensor, second: Tensor) -> Tensor:
     return (unit_rows(A) * unit_rows(B)).sum(dim=1).clamp(-1, 1).masked_fill(zero, torch.nan)
 
 
-def spearman_brown(half: float) -> float:
-    """Reliability of a whole from the correlation of its halves, 2ρ/(1 + ρ); 0 where they do not agree.
+class _Resampling:
+    """Scores of some rows from all samples and from resamples of them, summed up checkpoint by checkpoint.
 
-    Example:
-        >>> spearman_brown(0.5), spearman_brown(-0.3)
-        (0.6666666666666666, 0.0)
+    Attributes:
+        scores: float32 [row output draw]; the first draw has each sample once, the others what resampling adds to it.
+        units: how many responses there are that have a reward.
     """
-    return max(0.0, 2 * half / (1 + half)) if half > -1 else 0.0
+
+    def __init__(self, whole: PolicyTargets, strata: Strata, looked: Looked) -> None:
+        self.whole, self.strata, self.looked = whole, strata, looked
+        self.scores = torch.zeros(len(looked.ids), len(strata.outputs), 1 + DRAWS)
+        self.units = 0
+        view = pool_view(whole.method)
+        assert view is not None, whole.method
+        self._view = target_view(view)  # what the scores are computed from, so that no gradient is taken twice
+        self._generator = np.random.default_rng(0)
+        self._drawn: dict[str, Tensor] = {}  # of an assistant's responses, which serve all checkpoints
+        self._freedom = torch.zeros(len(whole.ids), dtype=torch.float64)
+
+    def freedom(self) -> Tensor:
+        """Degrees of freedom of each output's noise: Σ (samples − 1) of its prompts that have a signal [output]."""
+        return (self.strata.outputs != 0).double() @ self._freedom
+
+    def at(self, checkpoint: Checkpoint, weight: float) -> CheckpointDiagnostics:
+        """Add the scores of a checkpoint, and say how the samples agree there."""
+        whole, pool, method = self.whole, self.whole.pool, self.whole.method
+        responses, rewards, _ = whole.rollouts(checkpoint)
+        labels = whole.labels or {}
+        samples = {
+            id_: SampleRows.of(own, [rewards.get(response.key) for response in own], method.policy, labels.get(id_))
+            for id_, own in responses.items()
+        }
+        self.units = max(self.units, sum(len(numbers) for one in samples.values() for numbers in one.numbers))
+        rows = self._rows(samples, checkpoint)
+        parts: list[tuple[Tensor, Tensor]] = []  # of each prompt: rows [row dim], what resampling adds [draw row]
+        halves = torch.full((len(samples),), math.nan, dtype=torch.float64)
+        for number, (id_, one) in enumerate(samples.items()):
+            own = rows[id_]
+            drawn = own[: len(one.numbers)]
+            halves[number] = _halves(one, drawn, self._generator)
+            parts.append((own, self._draws(id_, one)))
+            if bool(drawn.any()):
+                self._freedom[number] = max(float(self._freedom[number]), len(drawn) - 1.0)
+        self._add(parts, checkpoint, weight)
+        loss = None
+        if whole.target.labels is not None:
+            stores = (pool.collect(source, checkpoint, [self._view], what="target")[self._view]
+                      for source in (whole.at(checkpoint), whole.target.labels))  # fmt: skip
+            policy, labelled = (target_rows(store, whole.ids) for store in stores)
+            loss = cosines(policy, labelled).numpy()  # a prompt without a label is a row of zeros, hence NaN
+        return CheckpointDiagnostics(whole.summary_at(checkpoint), halves.numpy(), loss)
+
+    def _rows(self, samples: dict[str, SampleRows], checkpoint: Checkpoint) -> dict[str, Tensor]:
+        """Each prompt's sample rows [row dim]; zeros for those without weight, and those that are not finite."""
+        rows = {id_: {f"{id_}#{name}": own for name, own in one.rows().items()} for id_, one in samples.items()}
+        named = {name: sequences for own in rows.values() for name, sequences in own.items() if sequences}
+        source = PolicySource(list(named), tuple(named.values()), self.whole.target.data.template)
+        store: GradientStore = self.whole.pool.collect(source, checkpoint, [self._view], what="samples")[self._view]
+        return {id_: target_rows(store, list(own)) for id_, own in rows.items()}
+
+    def _draws(self, id_: str, one: SampleRows) -> Tensor:
+        """Weights of a prompt's rows: of all, and what each resample adds, as much as new samples would [draw row]."""
+        n = len(one.numbers)
+        if n < 2:
+            weights = one.weights(torch.ones(1, n, dtype=torch.int64))
+            return torch.cat([weights, torch.zeros(DRAWS, weights.shape[1], dtype=torch.float64)])
+        weights = one.weights(torch.cat([torch.ones(1, n, dtype=torch.int64), self._counts(id_, n)]))
+        return torch.cat([weights[:1], math.sqrt(n / (n - 1)) * (weights[1:] - weights[:1])])
+
+    def _counts(self, id_: str, n: int) -> Tensor:
+        """How often each resample takes each of a prompt's n rows [draw unit]."""
+        if id_ not in self._drawn or self.whole.method.assistant is None:
+            self._drawn[id_] = torch.from_numpy(self._generator.multinomial(n, np.full(n, 1 / n), size=DRAWS))
+        return self._drawn[id_]
+
+    def _add(self, parts: SequenceABC[tuple[Tensor, Tensor]], checkpoint: Checkpoint, weight: float) -> None:
+        pool, method = self.whole.pool, self.whole.method
+        view = pool_view(method)
+        assert view is not None, method
+        store = pool.stores(checkpoint, [view])[view]
+        looked = store.rows_by_id(list(self.looked.ids))
+        normalise = isinstance(method, NICE) and method.normalise
+        looked = unit_rows(looked) if normalise else looked
+        for output, own in enumerate(self.strata.outputs):
+            directions = torch.zeros(1 + DRAWS, store.dim)
+            for share, (rows, draws) in zip(own.tolist(), parts, strict=True):
+                if share and len(rows):
+                    scales = _scales(rows, draws) if normalise else 1.0
+                    directions += (share * scales * draws).float() @ rows
+            if isinstance(method, NICEIF):
+                directions = datainf_directions(store, directions, method.damping, device=pool.device)
+            self.scores[:, output] += weight * (looked @ directions.T)
 
 
-@dataclass(frozen=True)
-class _Half:
-    """Policy gradients from the samples of even or of odd number, with baselines of their own."""
+def _scales(rows: Tensor, draws: Tensor) -> Tensor:
+    """1/‖g‖ of a prompt's gradient, and what new samples add over the norm that they would give it [draw 1].
 
-    whole: PolicyTargets
-    parity: int
-
-    @property
-    def ids(self) -> list[str]:
-        return self.whole.ids
-
-    def at(self, checkpoint: Checkpoint) -> PolicySource:
-        responses, rewards, _ = self.whole.rollouts(checkpoint)
-        own = {id_: [r for r in there if r.number % 2 == self.parity] for id_, there in responses.items()}
-        return PolicySource.of(own, rewards, self.whole.method.policy, template=self.whole.target.data.template)
+    That is at least the noise's own, below which ‖g‖ may fall by chance.
+    """
+    products = rows.double() @ rows.double().T
+    squares = ((draws @ products) * draws).sum(dim=1)
+    norm, noise = float(squares[0].clamp_min(0).sqrt()), float(squares[1:].mean().clamp_min(0).sqrt())
+    scales = torch.full((len(draws), 1), 1 / max(norm, noise) if norm else 0.0, dtype=torch.float64)
+    scales[0] = 1 / norm if norm else 0.0
+    return scales
 
 
-def _at_checkpoint(
-    pool: Pool, target: PromptTarget, whole: PolicyTargets, halves: SequenceABC[_Half], checkpoint: Checkpoint
-) -> CheckpointDiagnostics:
-    def rows(source: SequenceSource) -> Tensor:
-        return target_rows(pool.collect(source, checkpoint, ["plain"], what="target")["plain"], whole.ids)
+def _looked(pool: Pool, method: PolicyMethod, checkpoints: SequenceABC[Checkpoint], strata: Strata) -> Looked:
+    """Rows that have a finite gradient at every checkpoint."""
+    view = pool_view(method)
+    assert view is not None, method
+    stores = [pool.stores(checkpoint, [view])[view] for checkpoint in checkpoints]
+    ids = [id_ for id_ in pool.data.ids if all(id_ in store for store in stores)]
+    return Looked.at(ids, outputs=len(strata.outputs))
 
-    first, second = (rows(half.at(checkpoint)) for half in halves)
-    loss = None
-    if target.labels is not None:
-        labelled = rows(target.labels)  # a prompt without a label is a row of zeros, hence NaN
-        loss = cosines(rows(whole.at(checkpoint)), labelled).numpy()
-    return CheckpointDiagnostics(whole.summary_at(checkpoint), cosines(first, second).numpy(), loss)
+
+def _halves(one: SampleRows, rows: Tensor, generator: np.random.Generator) -> float:
+    """The median cosine of the gradients of two halves of a prompt's samples; NaN where most have no signal."""
+    n = len(one.numbers)
+    if n < 2:
+        return math.nan
+    order = torch.from_numpy(np.stack([generator.permutation(n) for _ in range(_SPLITS)]))
+    first, second = (
+        one.weights(torch.zeros(_SPLITS, n, dtype=torch.int64).scatter_(1, part, 1))[:, :n]
+        for part in (order[:, : n // 2], order[:, n // 2 : 2 * (n // 2)])
+    )
+    products = rows.double() @ rows.double().T
+    lengths = [((half @ products) * half).sum(dim=1).clamp_min(0).sqrt() for half in (first, second)]
+    found = ((first @ products) * second).sum(dim=1) / (lengths[0] * lengths[1])
+    known = found[torch.isfinite(found)].clamp(-1, 1)
+    return float(np.median(known.numpy())) if 2 * len(known) > _SPLITS else math.nan
 
 
 def _median(values: NDArray[np.float64]) -> float:

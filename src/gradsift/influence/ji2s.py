@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections import defaultdict
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceABC
 from collections.abc import Set as SetABC
@@ -28,8 +29,10 @@ from gradsift.gradients.rows import View
 from gradsift.influence.blocks import BlockConsumer, block_rows, over_blocks, threads
 from gradsift.influence.less import store_inner_products, unit_rows
 from gradsift.models import host
+from gradsift.run import revised
 from gradsift.settings import Settings
 from gradsift.store.gradient_store import GradientStore
+from gradsift.store.manifest import fingerprint
 from gradsift.sums import row_products
 from gradsift.warmup.checkpoint import Checkpoint
 
@@ -37,8 +40,9 @@ Reduction = Literal["sum", "mean"]
 
 _JOINT_SHARE = 0.99  # of the variance, above which the pairs alone make the ranking
 _BIAS_RATIO = 0.1  # of the projection's bias to the joint term, in spread, above which the term is not to be trusted
-# So many rows' bias tells the spread of all rows' to 2 %, at a fraction of two more products of the pool; single ones
-# would take longer to find on disk than to multiply.
+# So many rows' bias tells the spread of all rows' well enough for a warning (to 2 % if it were normal, which is theory;
+# the warning says on how many rows), at a fraction of two more products of the pool; single ones would take longer to
+# find on disk than to multiply.
 _BIAS_ROWS, _RUN = 2048, 32
 
 
@@ -252,6 +256,53 @@ def joint_terms(
     return total
 
 
+def joint_parts(
+    pool: Pool,
+    targets: SequenceSource,
+    method: JI2S,
+    checkpoints: SequenceABC[Checkpoint],
+    weights: SequenceABC[float],
+    terms: JointTerms,
+    ids: SequenceABC[str],
+) -> Tensor:
+    """What each target adds to the scores of some rows, float64 `[row target]`, but for what is the same for all.
+
+    Of the pairs the part ⟨Γ_i, v_q⟩(⟨v_q, s⟩ − ⟨Γ_i, v_q⟩) is q's, ⟨v_q, s⟩ of the stored rows. With an exact Hessian,
+    whose product with s is known for all targets together, only the self terms are; with `identity` nothing is.
+
+    Args:
+        pool, targets, method, checkpoints, weights: as for `joint_terms`.
+        terms: what that returned, whose spreads standardised terms are divided by.
+        ids: of rows that `terms` has.
+    """
+    alone = torch.zeros(len(ids), len(targets.ids), dtype=torch.float64)
+    shared = torch.zeros_like(alone)
+    for checkpoint, (weight, factor) in zip(
+        checkpoints, joint_factors(checkpoints, weights, method.joint_lr_power), strict=True
+    ):
+        asked = full_sums(pool) if method.full_space else pool
+        store = asked.stores(checkpoint, [method.view])[method.view]
+        queries = pool.collect(targets, checkpoint, ["plain"], what="target")["plain"]
+        V, rows = torch.zeros(len(targets.ids), store.dim, dtype=torch.float64), store.rows_by_id(ids).double()
+        V[[number for number, id_ in enumerate(targets.ids) if id_ in queries]] = queries.rows(0, len(queries)).double()
+        kept = torch.zeros(len(store), dtype=torch.float64)
+        kept[store.positions(terms.ids)] = 1.0
+        if method.normalise:
+            V, rows = unit_rows(V), unit_rows(rows)
+            kept = torch.where(store.projected_norms > 0, kept / store.projected_norms.clamp_min(1e-300), 0.0)
+        P = rows @ V.T
+        pairs = {"identity": torch.zeros_like(P), "hvp": -P.square(), "ggn": -P.square()}.get(method.hessian)
+        if pairs is None:
+            pairs = P * (V @ _row_sum(store, kept)) - P.square()
+        alone += weight * P
+        shared += factor * _reduced(pairs, method.pair_reduction, len(terms.ids))
+    factors = [1.0, method.joint_weight]
+    if method.standardise_terms:
+        spreads = [float((term - term.mean()).square().mean().sqrt()) for term in (terms.marginal, terms.joint)]
+        factors = [factor / spread if spread else 0.0 for factor, spread in zip(factors, spreads, strict=True)]
+    return factors[0] * alone - factors[1] * shared
+
+
 def full_sums(pool: Pool) -> Pool:
     """The same pool, whose stores also hold the unprojected sums of their rows."""
     return replaced(pool, gradients=pool.gradients.model_copy(update={"full_sum": True}))
@@ -290,7 +341,8 @@ def joint_warnings(terms: JointTerms, method: JI2S, rank_correlation: float) -> 
         else:
             advice = ": use hessian fisher, or subtract_bias" if ratio > _BIAS_RATIO else ""
             found.append(
-                f"{method.label}: the projection's estimated bias has {ratio:.3g} times the joint term's spread{advice}"
+                f"{method.label}: the projection's estimated bias has {ratio:.3g} times the joint term's spread, on "
+                f"{int(known.sum())} rows{advice}"
             )
     return found
 
@@ -345,12 +397,12 @@ def _at_checkpoint(
     kept = [position for position, id_ in enumerate(store.ids) if id_ not in excluded]
     if not kept:
         raise DataError("no pool example is left to score: all overlap the target or have non-finite gradients")
-    direction = _full_direction(pool, store, queries, targets, method, checkpoint, excluded)
+    direction, made_from = _full_direction(pool, store, queries, targets, method, checkpoint, excluded)
     terms = store_terms(
         store, queries.rows(0, len(queries)), method, kept=kept, direction=direction, device=pool.device
     )
     ids = [store.ids[position] for position in kept]
-    return replaced(terms, ids=ids, stores=[store.fingerprint, queries.fingerprint])
+    return replaced(terms, ids=ids, stores=[store.fingerprint, queries.fingerprint, *made_from])
 
 
 def store_terms(
@@ -403,15 +455,17 @@ def store_terms(
 
 
 def _projection_strength(store: GradientStore, targets: Tensor) -> Tensor:
-    """D = mean_q ‖v_q,l‖²/k_l on the columns of each segment l, float32 `[dim]`.
+    """D = mean_q ‖v_q,l‖²/k_l on the columns of each segment l, or of all modules that share them, float32 `[dim]`.
 
     Projected by R with k dimensions, ⟨Rx, Rv⟩⟨Ry, Rv⟩ is ⟨x, v⟩⟨y, v⟩ + ‖v‖²⟨x, y⟩/k in expectation, and smaller terms:
     to first order, projecting H adds ⟨Γ_i, D(s − Γ_i)⟩ to the pairs. A segment that is stored whole has no such share.
     """
     strength = torch.zeros(store.dim)
+    entries: dict[tuple[int, int], int] = defaultdict(int)  # by columns, which modules may share
     for segment in store.config["segments"]:
-        start, stop = segment["start"], segment["stop"]
-        if stop - start < math.prod(segment["shape"]):
+        entries[segment["start"], segment["stop"]] += math.prod(segment["shape"])
+    for (start, stop), count in entries.items():
+        if stop - start < count:
             squares = targets[:, start:stop].double().square().sum(dim=1)
             strength[start:stop] = float(squares.mean()) / (stop - start)
     return strength
@@ -493,11 +547,14 @@ def _full_direction(
     method: JI2S,
     checkpoint: Checkpoint,
     excluded: SetABC[str],
-) -> Tensor | None:
-    """R(Hs) `[dim]` with H and s in full space, kept in the run folder; None where H is taken on the stored rows."""
+) -> tuple[Tensor | None, list[str]]:
+    """R(Hs) `[dim]` with H and s in full space, kept in the run folder, and its fingerprint.
+
+    None and nothing where H is taken on the stored rows.
+    """
     kind = method.hessian
     if kind == "fisher_projected" or kind == "identity":
-        return None
+        return None, []
     left_out = sorted(id_ for id_ in excluded if id_ in store)
     identity = {
         "hessian": kind,
@@ -506,15 +563,17 @@ def _full_direction(
         "left_out": left_out,
         "autocast": pool.gradients.autocast,
     }
+    identity = revised("curvature", identity)
     prefix = pool.run.prefix("curvature", identity)
     if pool.run.intact(prefix, pool.reporter) is not None:
-        return load(pool.run.storage.read(f"{prefix}product.safetensors"))["product"]
+        kept = load(pool.run.storage.read(f"{prefix}product.safetensors"))
+        return kept["product"], [fingerprint(identity)]
     direction = _project_product(
         pool, _full_sum(pool, store, method, checkpoint, left_out), queries, targets, kind, checkpoint
     )
     pool.run.storage.publish(f"{prefix}product.safetensors", save({"product": direction}))
     pool.run.complete(prefix, "curvature", identity, files=["product.safetensors"])
-    return direction
+    return direction, [fingerprint(identity)]
 
 
 def _full_sum(

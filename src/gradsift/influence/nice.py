@@ -154,13 +154,13 @@ class PolicyTargets:
             ConfigError: the reward or the sampler cannot be used.
         """
         if checkpoint.name not in self._sources:
-            responses, rewards, samples = self.rollouts(checkpoint)
+            responses, rewards, _ = self.rollouts(checkpoint)
             source = PolicySource.of(
-                responses, rewards, self.method.policy, template=self.target.data.template, labels=self._labels
+                responses, rewards, self.method.policy, template=self.target.data.template, labels=self.labels
             )
             self._sources[checkpoint.name] = source
             signal = dict(zip(source.ids, source.signal, strict=True))
-            summary = summarise_rewards(checkpoint_name(checkpoint), samples, rewards, signal)
+            summary = summarise_rewards(checkpoint_name(checkpoint), responses, rewards, signal)
             self._summaries[checkpoint.name] = summary
             self.checkpoints.append(checkpoint)
         return self._sources[checkpoint.name]
@@ -212,7 +212,7 @@ class PolicyTargets:
         return kept
 
     @cached_property
-    def _labels(self) -> dict[str, TokenSequence] | None:
+    def labels(self) -> dict[str, TokenSequence] | None:
         """What stands for prompts without signal, where the method wants that."""
         if self.method.policy.fallback == "none":
             return None
@@ -275,15 +275,15 @@ def signal_warnings(summaries: SequenceABC[RewardSummary], method: PolicyMethod)
             "leave_one_out (policy.baseline), which takes the level off"
         )
     worst = max(summaries, key=lambda summary: summary.cut_off)
-    return found + cut_off_warnings(worst.checkpoint, worst.cut_off)
+    return found + cut_off_warnings(worst.checkpoint, worst.cut_off, "responses with a reward")
 
 
-def cut_off_warnings(checkpoint: str, share: float) -> list[str]:
-    """What to do where more than half of a checkpoint's responses were cut off."""
+def cut_off_warnings(checkpoint: str, share: float, of: str = "responses") -> list[str]:
+    """What to do where more than half of a checkpoint's responses, or of some of them, were cut off."""
     if share <= _CUT_OFF:
         return []
     return [
-        f"{share:.0%} of the responses at {checkpoint} were cut off, and their rewards are those of unfinished "
+        f"{share:.0%} of the {of} at {checkpoint} were cut off, and their rewards are those of unfinished "
         "answers: raise --response-tokens (max_new_tokens)"
     ]
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceABC
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,10 +26,11 @@ from gradsift.execution.chunks import Chunks
 from gradsift.execution.engine import LOCAL, Engine
 from gradsift.generation.endpoint import Client, Endpoint, ReplyError, connected
 from gradsift.generation.samples import Samples
-from gradsift.generation.sampling import Prompt, Usage, prompts_of
-from gradsift.models import model_identity
+from gradsift.generation.sampling import Prompt, Response, Usage, prompts_of
+from gradsift.models import whole_identity
 from gradsift.progress import Advance, Reporter, silent
-from gradsift.rewards.function import Function
+from gradsift.rewards.form import Sentiment
+from gradsift.rewards.function import Function, function_identity
 from gradsift.rewards.reward import WeightedSum, check_reward, reward_samples, single_rewards
 from gradsift.rewards.reward_model import RewardModel
 from gradsift.rewards.samples import Problem, Sample, prompt_of
@@ -473,8 +472,8 @@ def _reward_elsewhere(
 class RewardSummary:
     """What a checkpoint's responses earn, and how much of it tells them apart.
 
-    responses:  that have a reward
-    mean, std:  over all responses
+    responses:  that have a reward and fit into the model; all that follows is of these
+    mean, std:  over all of them; std with n − 1
     within:     standard deviation within a prompt, root mean square over prompts: what a policy gradient lives on
     level:      root mean square over prompts of a prompt's mean reward
     quantiles:  0, 25, 50, 75 and 100 %
@@ -506,25 +505,33 @@ class RewardSummary:
 
 
 def summarise_rewards(
-    checkpoint: str, samples: Samples, rewards: Mapping[tuple[str, int], float], signal: Mapping[str, bool]
+    checkpoint: str,
+    responses: Mapping[str, SequenceABC[Response]],
+    rewards: Mapping[tuple[str, int], float],
+    signal: Mapping[str, bool],
 ) -> RewardSummary:
-    """The summary of one checkpoint's samples.
+    """The summary of one checkpoint's responses.
 
     Args:
         checkpoint: its name.
-        samples: the responses.
+        responses: by prompt, those that the policy gradients are of.
         rewards: by `Response.key`.
         signal: by prompt, whether any of its responses has a weight.
+
+    Raises:
+        DataError: no response has a reward.
     """
     groups: list[NDArray[np.float64]] = []
     lengths: list[int] = []
     cut = 0
-    for prompt_id in samples:
-        own = [response for response in samples[prompt_id] if response.key in rewards]
+    for there in responses.values():
+        own = [response for response in there if response.key in rewards]
         if own:
             groups.append(np.array([rewards[response.key] for response in own]))
         lengths += [len(response.token_ids) for response in own]
         cut += sum(response.finish_reason == "length" for response in own)
+    if not groups:
+        raise DataError("no response to any prompt has a reward and fits into the model: lower --response-tokens")
     values = np.concatenate(groups)
     several = [group for group in groups if len(group) > 1]
     variances = [float(group.var(ddof=1)) for group in several]
@@ -534,12 +541,12 @@ def summarise_rewards(
         prompts=len(signal),
         responses=len(values),
         mean=float(values.mean()),
-        std=float(values.std()),
+        std=float(values.std(ddof=1)) if len(values) > 1 else 0.0,
         within=float(np.sqrt(np.mean(variances))) if variances else 0.0,
         level=float(np.sqrt(np.mean([group.mean() ** 2 for group in groups]))),
         quantiles=tuple(quantiles),
         positive=float((values > 0).mean()),
-        constant=float(np.mean([np.ptp(group) == 0 for group in groups])),
+        constant=sum(bool(np.ptp(group) == 0) for group in groups) / len(signal),
         no_signal=tuple(id_ for id_, there in signal.items() if not there),
         cut_off=cut / len(values),
         tokens=float(np.mean(lengths)),
@@ -576,21 +583,16 @@ def _identity(reward: Any) -> dict[str, Any] | None:
     if isinstance(reward, WeightedSum):
         parts = [_identity(part) for part in reward.rewards]
         return {"kind": reward.kind, "rewards": parts, "weights": reward.weights}
+    if isinstance(reward, Function):
+        return {"kind": reward.kind, **function_identity(reward.name)}
     identity = reward.model_dump(mode="json")
-    if isinstance(reward, Function):  # another text under the same name is another reward
-        identity["source"] = source_digest(reward.load())
     if isinstance(reward, RewardModel):
-        identity["weights"] = model_identity(reward.model)
+        for where in ("model", "device", "batch_size"):
+            del identity[where]
+        identity["weights"] = whole_identity(reward.model)
+    if isinstance(reward, Sentiment):
+        identity["lexicon"] = reward.version()
     return identity
-
-
-def source_digest(function: Any) -> str | None:
-    """A hash of the file that defines a function; None for one that is compiled."""
-    try:
-        file = inspect.getsourcefile(inspect.unwrap(function))
-    except TypeError:
-        return None
-    return None if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
 
 
 class _Judging:

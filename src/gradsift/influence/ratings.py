@@ -19,9 +19,8 @@ from gradsift.errors import ConfigError, CorruptError, DataError, GradsiftError
 from gradsift.execution.chunks import Chunks
 from gradsift.generation.endpoint import Client, Endpoint
 from gradsift.gradients.losses import row_losses
-from gradsift.influence.prompts import source_digest
 from gradsift.models import host, model_identity
-from gradsift.rewards.function import in_words, load_function, stdout_to_stderr
+from gradsift.rewards.function import function_identity, in_words, load_function, stdout_to_stderr
 from gradsift.rewards.judge import last_line, question_of, side_by_side, transcript, unreadable
 from gradsift.settings import Settings
 from gradsift.store.manifest import Record, publish_json, read_json
@@ -262,12 +261,12 @@ def _kept_ratings(pool: Pool, rater: Rater) -> dict[str, Rating]:
 
 def _identity(pool: Pool, rater: Rater) -> dict[str, Any]:
     """What a rating depends on beside the row."""
+    if isinstance(rater, FunctionRating):
+        return {"kind": rater.kind, **function_identity(rater.name)}
     identity = rater.model_dump(mode="json")
     if isinstance(rater, JudgeRating):
         assert rater.endpoint is not None
         identity["endpoint"] = rater.endpoint.served
-    elif isinstance(rater, FunctionRating):  # another text under the same name is another function
-        identity["source"] = source_digest(load_function(rater.name))
     else:
         identity["template"] = pool.data.template
     if isinstance(rater, PerplexityRating | DifficultyRating):

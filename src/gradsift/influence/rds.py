@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
-from gradsift.embeddings import DEFAULT, embed
-from gradsift.models import resolve_device
-from gradsift.run import Run
+from gradsift.embeddings import DEFAULT, embed, place_of, require
+from gradsift.models import resolve_device, whole_identity
+from gradsift.run import Run, revisions
 from gradsift.settings import Settings
 from gradsift.store.manifest import fingerprint
 
@@ -46,14 +46,24 @@ def rds_scores(pool: NDArray[np.float32], target: NDArray[np.float32]) -> NDArra
     return np.clip(_unit(pool) @ _unit(target).T, -1.0, 1.0).astype(np.float32)
 
 
+def embedding_identity(model: str) -> dict[str, Any]:
+    """What decides the embedding of a text, the revision of our own part included.
+
+    Raises:
+        ModelError: there is no such model.
+    """
+    return {"model": whole_identity(place_of(model)), **revisions("embeddings")}
+
+
 def kept_embeddings(run: Run, texts: Sequence[str], model: str, device: str = "auto") -> NDArray[np.float32]:
-    """Embeddings `[text dim]`, kept in the run folder under the texts and the model's name.
+    """Embeddings `[text dim]`, kept in the run folder under the texts and the model.
 
     Raises:
         ConfigError: the extra is not installed.
         ModelError: the model cannot be loaded.
     """
-    config = {"model": model, "texts": fingerprint(list(texts))}
+    require()
+    config = {**embedding_identity(model), "texts": fingerprint(list(texts))}
     prefix = run.prefix("embeddings", config)
     key = f"{prefix}rows.safetensors"
     if run.intact(prefix) is None:

@@ -19,7 +19,7 @@ from gradsift.context import Pool, Target
 from gradsift.data.dataset import Dataset
 from gradsift.data.words import has_words, words
 from gradsift.errors import ConfigError, DataError
-from gradsift.gradients.collect import SequenceSource
+from gradsift.gradients.collect import SequenceSource, store_config
 from gradsift.gradients.rows import View
 from gradsift.influence.aggregate import max_of_means, mean_over_targets
 from gradsift.influence.alpagasus import AlpaGasus
@@ -27,15 +27,18 @@ from gradsift.influence.bm25 import BM25, bm25_scores, conversation_text, model_
 from gradsift.influence.datainf import DataInf, ProjectedInverse, datainf_directions, inverse_directions
 from gradsift.influence.deita import DEITA
 from gradsift.influence.dsir import DSIR, dsir_log_ratios, hashed_counts
-from gradsift.influence.ji2s import JI2S, JointTerms, joint_terms, joint_warnings
+from gradsift.influence.ji2s import JI2S, JointTerms, joint_factors, joint_parts, joint_terms, joint_warnings
 from gradsift.influence.less import LESS
 from gradsift.influence.nice import NICE, NICEIF, PolicyTargets, TargetsByCheckpoint, check_server, signal_warnings
 from gradsift.influence.products import inner_products
 from gradsift.influence.prompts import Prompts, PromptTarget, RewardSummary
 from gradsift.influence.random import Random, random_scores
 from gradsift.influence.ratings import Ratings, rate
-from gradsift.influence.rds import RDS, kept_embeddings, rds_scores
+from gradsift.influence.rds import RDS, embedding_identity, kept_embeddings, rds_scores
+from gradsift.influence.reliability import Strata
 from gradsift.influence.trak import TRAK, doubt_of, kernel_warnings, trak_kernel
+from gradsift.ranks import descending_ranks, spearman
+from gradsift.run import revised
 from gradsift.store.gradient_store import GradientStore
 from gradsift.store.manifest import fingerprint
 from gradsift.types import Message, Skipped
@@ -63,10 +66,14 @@ class Scores:
     target_ids: ids of the targets; none for a method that needs no target
     tokens:     supervised tokens of each pool example
     method:     the estimator that made them
-    length_correlation: Spearman correlation of the aggregate with the number of supervised tokens
+    length_correlation: Spearman correlation of the aggregate with the number of supervised tokens; 0 where there is no
+        order on one side
     warnings:   what a reader should know
     rewards:    for NICE, what sampled responses earned, per checkpoint
     left_out:   rows that a judge or a function could not rate, with reasons
+    aggregation: over targets, as it was asked for
+    strata:     which targets the aggregate is made of, and how; None where there is none
+    terms:      for JI2S, its two terms
     """
 
     ids: list[str]
@@ -80,12 +87,15 @@ class Scores:
     warnings: tuple[str, ...] = ()
     rewards: tuple[RewardSummary, ...] = ()
     left_out: tuple[Skipped, ...] = ()
+    aggregation: Aggregation = "max_of_means"
+    strata: Strata | None = field(default=None, repr=False, compare=False)
+    terms: JointTerms | None = field(default=None, repr=False, compare=False)
     pool: Pool | None = field(default=None, repr=False, compare=False)
     target: Target | PromptTarget | None = field(default=None, repr=False, compare=False)
 
     def ranks(self) -> NDArray[np.int64]:
         """Rank of each example by the aggregate, 1 = highest, ties by position."""
-        return _ranks(self.aggregate)
+        return descending_ranks(self.aggregate)
 
     def by_id(self) -> dict[str, float]:
         """Aggregate score of each id."""
@@ -103,7 +113,7 @@ class Scores:
                     "target": pa.array([target] * len(self.ids), pa.string()).dictionary_encode(),
                     "method": pa.array([self.method.label] * len(self.ids), pa.string()).dictionary_encode(),
                     "score": pa.array(scores, pa.float32()),
-                    "rank": pa.array(_ranks(scores), pa.int64()),
+                    "rank": pa.array(descending_ranks(scores), pa.int64()),
                     "tokens": pa.array(self.tokens, pa.int64()),
                 }
             )
@@ -175,6 +185,7 @@ def score(
         policy = rows if isinstance(rows, PolicyTargets) else None
         ids, matrix, stores = influence_matrix(pool, rows, _conversations(target.data), method)
         identity["stores"] = [store.fingerprint for store in stores]
+    identity["inputs"] = inputs_of(pool, method)
     keep = np.array([id_ not in excluded for id_ in ids])
     ids = [id_ for id_, kept in zip(ids, keep, strict=True) if kept]
     if not ids:
@@ -186,7 +197,7 @@ def score(
         matrix = matrix[keep]
         aggregate = aggregated(matrix, subtasks, aggregation, policy.live if policy else None)
     tokens = pool.data.supervised_tokens[pool.data.positions(ids)]
-    correlation = spearman(aggregate, tokens)
+    correlation = spearman(aggregate, tokens) or 0.0
     warnings = []
     if abs(correlation) > _LENGTH_WARNING and not isinstance(method, Random):
         longer = "longer" if correlation > 0 else "shorter"
@@ -195,7 +206,7 @@ def score(
             "tokens): look at whether it found the target's skill or a length"
         )
     if terms is not None and isinstance(method, JI2S):
-        warnings += joint_warnings(terms, method, spearman(terms.marginal.numpy(), terms.joint.numpy()))
+        warnings += joint_warnings(terms, method, spearman(terms.marginal.numpy(), terms.joint.numpy()) or 0.0)
         if subtasks and len(set(subtasks)) > 1:
             warnings.append(f"{method.label} takes the mean over all targets: their subtasks play no part in it")
     if target is not None:
@@ -211,11 +222,14 @@ def score(
         target_ids=list(target.data.ids) if target is not None else [],
         tokens=tokens,
         method=method,
-        fingerprint=fingerprint(identity),
+        fingerprint=fingerprint(revised("scores", identity)),
         length_correlation=correlation,
         warnings=tuple(warnings),
         rewards=tuple(policy.summaries) if policy else (),
         left_out=ratings.left_out if ratings else (),
+        aggregation=aggregation,
+        strata=_strata_of(target, method, aggregation, policy),
+        terms=terms,
         pool=pool,
         target=target,
     )
@@ -238,7 +252,16 @@ def pool_view(method: Method) -> View | None:
     """Which of the pool's rows a method is computed from; None if it takes no gradient."""
     if isinstance(method, BM25 | RDS | DSIR) or not needs_target(method):
         return None
+    if isinstance(method, DataInf | ProjectedInverse | NICEIF) or (
+        isinstance(method, TRAK) and method.kernel == "segments"
+    ):
+        return "segments"
     return "adam" if isinstance(method, LESS | JI2S | NICE) and method.optimizer == "adam" else "plain"
+
+
+def target_view(view: View) -> View:
+    """Which of the targets' rows go with a view of the pool's."""
+    return "segments" if view == "segments" else "plain"
 
 
 def at_last_checkpoint(method: Method) -> bool:
@@ -246,6 +269,26 @@ def at_last_checkpoint(method: Method) -> bool:
     if isinstance(method, LESS | JI2S | NICE | TRAK):
         return method.checkpoints == "last"
     return isinstance(method, DataInf | NICEIF | ProjectedInverse)
+
+
+def inputs_of(pool: Pool, method: Method) -> dict[str, Any]:
+    """What decides a method's scores beside its settings, the pool's texts and the targets: a text model, or rows.
+
+    The rows are those of the pool at each checkpoint, with the weights of their sum; they need not be there yet.
+    """
+    if isinstance(method, RDS):
+        return {"embedding": embedding_identity(method.model)}
+    view = pool_view(method)
+    if view is None:
+        return {}
+    checkpoints = pool.checkpoints()[-1:] if at_last_checkpoint(method) else pool.checkpoints()
+    configs = [store_config(pool.data, one, pool.model, view, pool.gradients, pool.dtype) for one in checkpoints]
+    inputs: dict[str, Any] = {"rows": [fingerprint(config) for config in configs]}
+    if isinstance(method, LESS | NICE):
+        inputs["weights"] = checkpoint_weights(checkpoints)
+    if isinstance(method, JI2S):
+        inputs["weights"] = joint_factors(checkpoints, checkpoint_weights(checkpoints), method.joint_lr_power)
+    return inputs
 
 
 def aggregated(
@@ -265,9 +308,81 @@ def aggregated(
     tensor = torch.from_numpy(matrix)
     if aggregation == "mean" or not subtasks:
         return mean_over_targets(tensor).numpy()
-    speaking = set(subtasks) if live is None else {name for name, own in zip(subtasks, live, strict=True) if own}
+    speaking = _speaking(subtasks, live)
     kept = [number for number, name in enumerate(subtasks) if name in speaking]
     return max_of_means(tensor[:, kept], [subtasks[number] for number in kept]).numpy()
+
+
+def _speaking(subtasks: SequenceABC[str], live: SequenceABC[bool] | None) -> set[str]:
+    """The subtasks that the maximum is over."""
+    return set(subtasks) if live is None else {name for name, own in zip(subtasks, live, strict=True) if own}
+
+
+def strata_of(
+    count: int, subtasks: SequenceABC[str] | None, aggregation: Aggregation, live: SequenceABC[bool] | None = None
+) -> Strata:
+    """As `aggregated`: which means over targets a score is the maximum of, and that targets stand for their subtask."""
+    if not subtasks:
+        return Strata.of([""] * count, maximum=False)
+    if aggregation == "mean":
+        return Strata.of(subtasks, maximum=False)
+    speaking = _speaking(subtasks, live)
+    return Strata.of([name if name in speaking else None for name in subtasks], maximum=True)
+
+
+def _strata_of(
+    target: Target | PromptTarget | None, method: Method, aggregation: Aggregation, policy: PolicyTargets | None
+) -> Strata | None:
+    if target is None or not needs_target(method):
+        return None
+    if isinstance(method, JI2S | DSIR):  # which know no subtasks
+        return strata_of(len(target.data), None, "mean")
+    return strata_of(len(target.data), target.subtasks, aggregation, policy.live if policy else None)
+
+
+def target_parts(scores: Scores, ids: SequenceABC[str]) -> NDArray[np.float64]:
+    """What each target adds to the scores of some rows, float64 `[row target]`: their mean, by `strata`, is the score.
+
+    For JI2S the spreads that terms are divided by are held, see `joint_parts`. DSIR's scores have no such parts.
+    """
+    pool, target, method = scores.pool, scores.target, scores.method
+    assert pool is not None
+    assert target is not None
+    place = {id_: position for position, id_ in enumerate(scores.ids)}
+    rows = [place[id_] for id_ in ids]
+    if scores.per_target is not None:
+        return scores.per_target[rows].astype(np.float64)
+    assert isinstance(method, JI2S), method
+    assert scores.terms is not None
+    targets = target_sources(pool, target, method)
+    assert not isinstance(targets, PolicyTargets), targets
+    checkpoints = pool.checkpoints()[-1:] if at_last_checkpoint(method) else pool.checkpoints()
+    weights = checkpoint_weights(checkpoints)
+    parts = joint_parts(pool, targets, method, checkpoints, weights, scores.terms, ids).numpy()
+    found: NDArray[np.float64] = parts + (scores.aggregate[rows] - parts.mean(axis=1))[:, None]
+    return found
+
+
+def log_ratios_of_draws(scores: Scores, ids: SequenceABC[str], counts: NDArray[np.int64]) -> NDArray[np.float64]:
+    """DSIR's scores of some rows where each target stands as often as a draw says, float64 `[row draw]`.
+
+    Args:
+        scores: of DSIR.
+        ids: of the rows.
+        counts: `[target draw]`; a draw of targets without words gives the scores of all.
+    """
+    pool, target, method = scores.pool, scores.target, scores.method
+    assert isinstance(method, DSIR), method
+    assert pool is not None
+    assert target is not None
+    rows, queries = _hashed(pool, target, method)
+    places = pool.data.positions(ids)
+    found = np.empty((len(places), counts.shape[1]))
+    for draw, own in enumerate(counts.T):
+        drawn = (queries.T @ own)[None, :]
+        drawn = drawn if drawn.any() else queries
+        found[:, draw] = dsir_log_ratios(rows, drawn, smoothing=method.smoothing)[places]
+    return found
 
 
 def target_sources(
@@ -342,7 +457,8 @@ def influence_matrix(
     used: list[GradientStore] = []
     for checkpoint, source, weight in zip(checkpoints, sources, weights, strict=True):
         store = pool.stores(checkpoint, [view])[view]
-        queries = pool.collect(source, checkpoint, ["plain"], what="target")["plain"]
+        asked = target_view(view)
+        queries = pool.collect(source, checkpoint, [asked], what="target")[asked]
         store.check_comparable(queries)
         used += [store, queries]
         products = _store_products(store, queries, targets.ids, method, weight, pool)
@@ -419,11 +535,17 @@ def _rds_matrix(pool: Pool, conversations: Iterable[Conversation], method: RDS) 
 
 
 def _dsir(pool: Pool, target: Target | PromptTarget, method: DSIR) -> NDArray[np.float64]:
+    rows, queries = _hashed(pool, target, method)
+    return dsir_log_ratios(rows, queries, smoothing=method.smoothing)
+
+
+def _hashed(pool: Pool, target: Target | PromptTarget, method: DSIR) -> tuple[Any, Any]:
+    """`hashed_counts` of the pool's texts and of the targets'."""
     rows, queries = (
         hashed_counts([spoken_text(messages) for messages in _conversations(data)], method.buckets)
         for data in (pool.data, target.data)
     )
-    return dsir_log_ratios(rows, queries, smoothing=method.smoothing)
+    return rows, queries
 
 
 def method_warnings(
@@ -520,19 +642,3 @@ def _refuse_too_many(rows: int, targets: int) -> None:
             f"and {free / 2**30:.1f} GiB are free: draw fewer targets (target_sample in a recipe) or rows "
             "(--pool-sample)"
         )
-
-
-def _ranks(scores: NDArray[np.float32]) -> NDArray[np.int64]:
-    order = np.argsort(-scores, kind="stable")
-    ranks = np.empty(len(scores), dtype=np.int64)
-    ranks[order] = np.arange(1, len(scores) + 1)
-    return ranks
-
-
-def spearman(first: NDArray[Any], second: NDArray[Any]) -> float:
-    """Rank correlation; 0 where one side is constant or there are fewer than 3, as no order says anything then."""
-    if len(first) < 3 or np.ptp(first) == 0 or np.ptp(second) == 0:
-        return 0.0
-    from scipy.stats import spearmanr  # half a second to import, for one number
-
-    return float(spearmanr(first, second).statistic)

@@ -14,7 +14,10 @@ from gradsift.types import Skipped
 
 @dataclass(frozen=True, slots=True)
 class ReportExample:
-    """A chosen training example; `columns` are the dataset's own columns, passed through."""
+    """A chosen training example; `columns` are the dataset's own columns, passed through.
+
+    kept: share of new rankings that would choose it again, by what is new in them
+    """
 
     id: str
     messages: Sequence[Mapping[str, object]]
@@ -22,6 +25,7 @@ class ReportExample:
     rank: int
     tokens: int
     columns: Mapping[str, Any] = field(default_factory=dict)
+    kept: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +73,8 @@ class CheckpointRewards:
     positive, cut_off: shares of the responses that earned more than 0, that reached the longest length
     constant, silent:  prompts whose responses all earn the same, have weight 0
     tokens:      mean length of a response
-    half_cosine: median cosine of the gradients of two halves of each prompt's samples; None where undefined
+    half_cosine: cosine of the gradients of two halves of a prompt's samples, median over ways to halve them and over
+        prompts; None where undefined
     loss_cosine: median cosine with the loss gradient of the prompt's label; None where there are no labels
     """
 
@@ -136,13 +141,11 @@ class Rewards:
     """What the responses that a ranking by reward rests on are like.
 
     how:       who wrote the responses, and with which settings
-    agreement: of two halves of the samples, in words
     prompts:   the first ones of `all_prompts`
     """
 
     method: str
     how: str
-    agreement: str
     checkpoints: Sequence[CheckpointRewards]
     prompts: Sequence[ReportPrompt] = ()
     all_prompts: int = 0
@@ -196,6 +199,7 @@ class ReportData:
     """Everything the page shows. A section appears only where it has content.
 
     choices:        the first is the main method, the others are its controls
+    reliability:    how far its ranking and choice can be trusted, in sentences
     lower_is_better: outcome columns where lower is better, besides those whose name holds "loss" or "perplexity"
     skipped_counts: reason -> rows; may count more rows than `skipped` lists
     parts:          the first of `parts_total` parts of rows that were left out; `part_counts`: part -> rows
@@ -222,6 +226,7 @@ class ReportData:
     lower_is_better: Sequence[str] = ()
     extremes: Sequence[Extremes] = ()
     rewards: Rewards | None = None
+    reliability: Sequence[str] = ()
     parts: Sequence[Skipped] = ()
     part_counts: Mapping[str, int] = field(default_factory=dict)
     parts_total: int = 0

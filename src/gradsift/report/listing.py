@@ -41,6 +41,7 @@ class Listed:
     columns: Sequence[tuple[str, str]] = ()
     more_columns: int = 0
     coefficient: str = ""
+    kept: Sequence[tuple[str, str]] = ()
     bar: Markup = Markup("")  # noqa: RUF009  (immutable)
 
 
@@ -125,7 +126,9 @@ class Listing:
         listed = []
         for example, score in zip(examples, scores, strict=True):
             columns, more = shown_columns(example.columns)
-            listed.append(self._listed(example, score, tokens=example.tokens, columns=columns, more_columns=more))
+            kept = [(over, text.share(value)) for over, value in example.kept.items()]
+            own: dict[str, Any] = {"tokens": example.tokens, "columns": columns, "more_columns": more, "kept": kept}
+            listed.append(self._listed(example, score, **own))
         return listed
 
     def _listed(self, example: ReportExample | ExplainedExample, score: str, **own: Any) -> Listed:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -16,10 +15,10 @@ import numpy as np
 from gradsift.report import charts, interactive, text
 from gradsift.report.document import asset, document
 from gradsift.report.explanation_page import explanation_file, shown_db
+from gradsift.validation.statistics import ScoreBin
 
 MOST_OUTPUTS = 1000
 MOST_VALIDATED = 6000
-_EDGES = (-math.inf, -20.0, -10.0, -3.0, 0.0, 3.0, 10.0, 20.0, math.inf)  # bins of relevance, in dB
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +28,14 @@ class StrategyRow:
     db:     aggregated relevance by budget
     auc:    area under the relevance curve over the budgets, in dB
     values: relevance of each output in dB by budget, in the order of `RelevancePage.outputs`; NaN = no value
+    above:  share of outputs above 0 dB by budget
     """
 
     strategy: str
     db: Mapping[int, float]
     auc: float | None = None
     values: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
+    above: Mapping[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,8 @@ class Validated:
 class RelevancePage:
     """Everything the page shows.
 
-    aggregation:      how values of outputs became one, in words
+    aggregation:      how values of outputs, and of a random strategy's draws, became one, in words
+    bins:             how often training supported the validated, by relevance
     budget:           tables are sorted by this one; by default 10, else the largest
     validation_facts: results that belong to the scatter, such as rank correlations
     """
@@ -91,6 +93,7 @@ class RelevancePage:
     estimators: tuple[EstimatorTable, ...]
     outputs: tuple[OutputRow, ...] = ()
     validated: tuple[Validated, ...] = ()
+    bins: tuple[ScoreBin, ...] = ()
     budget: int | None = None
     summary: tuple[str, ...] = ()
     facts: Mapping[str, str] = field(default_factory=dict)
@@ -148,7 +151,7 @@ def render_relevance(page: RelevancePage) -> str:
         spreads=[_spread(page, budget) for budget in budgets if _has_values(page, budget)],
         outputs=_outputs(page, main),
         more_outputs=max(0, len(page.outputs) - MOST_OUTPUTS),
-        bins=_bins(page.validated),
+        bins=_bins(page.bins),
         shown_points=len(points),
         clipped=any(interactive.drawn_db(p.db) != p.db for p in points),
     )
@@ -203,7 +206,7 @@ def _spread(page: RelevancePage, budget: int) -> dict[str, Any]:
                     "strip": charts.strip(np.clip(values, low, high), low, high),
                     "median": float(median),
                     "middle": " to ".join(text.written(float(value), "+.1f") for value in (quarter, three_quarters)),
-                    "above": text.percent(float((values > 0).mean())),
+                    "above": text.share(row.above[budget]) if budget in row.above else text.ABSENT,
                 }
             )
         rows.sort(key=lambda entry: entry["median"])
@@ -259,25 +262,26 @@ def _name(point: Validated) -> str:
     return f"{point.strategy}, {point.estimator}"
 
 
-def _bins(validated: Sequence[Validated]) -> list[dict[str, Any]]:
+def _bins(bins: Sequence[ScoreBin]) -> list[dict[str, Any]]:
     """How often training on the selection supported the output, by relevance (Compact, Figure 6)."""
     rows = []
-    for low, high in pairwise(_EDGES):
-        inside = [p.support for p in validated if low < p.db <= high and math.isfinite(p.support)]
-        if inside:
-            share = sum(support > 0 for support in inside) / len(inside)
-            name = f"{text.written(low, '+.0f')} to {text.written(high, '+.0f')} dB"
-            if math.isinf(low):
-                name = f"up to {text.written(high, '+.0f')} dB"
-            elif math.isinf(high):
-                name = f"above {text.written(low, '+.0f')} dB"
-            rows.append(
-                {
-                    "name": name.replace("+0", "0"),
-                    "count": f"{len(inside):,}",
-                    "share": text.percent(share),
-                    "bar": charts.share_bar(share, 0.5, 1.0),
-                    "right": text.percent(share if low >= 0 else 1 - share),
-                }
-            )
+    for found in bins:
+        share, right = found.supported.share, found.correct.share
+        if share is None or right is None:
+            continue
+        rows.append(
+            {
+                "name": _between(found.low_db, found.high_db),
+                "count": f"{found.supported.count:,}",
+                "share": text.share(share),
+                "bar": charts.share_bar(share, 0.5, 1.0),
+                "right": text.share(right),
+            }
+        )
     return rows
+
+
+def _between(low: float | None, high: float | None) -> str:
+    if low is None or high is None:
+        return f"up to {text.written(high, '+.0f')} dB" if low is None else f"above {text.written(low, '+.0f')} dB"
+    return f"{text.written(low, '+.0f')} to {text.written(high, '+.0f')} dB"

@@ -20,7 +20,6 @@ def rewards_view(rewards: Rewards) -> dict[str, Any]:
     return {
         "method": rewards.method,
         "how": rewards.how,
-        "agreement": rewards.agreement,
         "warnings": rewards.warnings,
         "checkpoints": [entry.checkpoint for entry in rewards.checkpoints],
         "rows": _rows(rewards.checkpoints),
@@ -80,7 +79,7 @@ def _rows(checkpoints: Sequence[CheckpointRewards]) -> list[dict[str, Any]]:
         ("tokens of a response", "mean", text.figures([c.tokens for c in checkpoints])),
         (
             "cosine of halves",
-            "gradients from two halves of a prompt's samples, median",
+            "gradients from halves of a prompt's samples, median",
             [_cosine(c.half_cosine) for c in checkpoints],
         ),
     ]

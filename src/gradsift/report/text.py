@@ -102,6 +102,15 @@ def percent(share: float) -> str:
     return written(100 * share, ".1f") + "\u202f%"
 
 
+def share(value: float) -> str:
+    """A share that is known to a few hundredths, as a whole percentage.
+
+    >>> share(0.85)
+    '85\u202f%'
+    """
+    return written(100 * value, ".0f") + "\u202f%"
+
+
 def written(value: float | None, layout: str) -> str:
     """A number in a format, with a real minus sign; absent and not finite values as words or signs."""
     if value is None:

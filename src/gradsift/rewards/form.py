@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from functools import cache
+from importlib import metadata
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -122,6 +123,15 @@ class Sentiment(Settings):
         """Rewards `[sample]`, in TRL's convention."""
         scores = _vader()
         return [float(scores(text_of(completion))["compound"]) for completion in completions]
+
+    def version(self) -> str:
+        """Of the package that has the lexicon.
+
+        Raises:
+            ConfigError: it is not installed.
+        """
+        _vader()
+        return metadata.version("vaderSentiment")
 
 
 @cache

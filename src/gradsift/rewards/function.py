@@ -21,18 +21,23 @@ from typing import Any, Literal
 
 from gradsift.errors import ConfigError
 from gradsift.rewards.samples import Sample
+from gradsift.rewards.sources import FILES, Source, sources_of
 from gradsift.settings import Settings
+from gradsift.store.digests import file_digest
 
 RewardFunction = Callable[..., Any]
 LogProblem = Callable[[int, str], None]
 
 _RESERVED = ("prompt", "completion", "completion_ids")
+_PREFIX = "gradsift_reward_"  # of the names of modules that a file's path names
+_VERSION = "gradsift_version"
 
 
 class Function(Settings):
     """A reward function by name: `module:function`, `rewards.py:function`, or a file with exactly one function.
 
-    It has TRL's signature, `f(prompts, completions, **columns) -> list[float]`, plain or `async def`.
+    It has TRL's signature, `f(prompts, completions, **columns) -> list[float]`, plain or `async def`. What it returned
+    is computed again once its source has changed; see `function_identity` for what it may declare besides.
 
     Example:
         >>> Function(name="operator:itemgetter").load().__name__
@@ -73,6 +78,74 @@ def load_function(name: str) -> RewardFunction:
     Raises:
         ConfigError: no such file, module or function, or the import fails.
     """
+    function, _ = _loaded(name)
+    return function
+
+
+def function_identity(name: str) -> dict[str, Any]:
+    """What decides the values of a user's function beside its arguments, wherever it lies.
+
+    function: its name in its module
+    sources:  digests of its module, of the modules of the user's own that this imports (see `sources_of`), and of the
+        one that defines the function
+    version:  `gradsift_version` of the function or its module, for what no source shows
+    files:    digests of the files that `gradsift_files` lists, by paths from the module's file
+
+    Raises:
+        ConfigError: as `load_function`, or a declaration that is no version, no list of files, or names none.
+    """
+    function, module = _loaded(name)
+    main = _own_source(module)
+    parts = [] if main is None else sources_of(*main)
+    sources = {part.module: part.digest for part in parts}
+    defined = _defined_in(function)
+    if defined is not None and defined.resolve() not in {part.path for part in parts}:
+        sources[defined.stem] = hashlib.sha256(defined.read_bytes()).hexdigest()[:16]
+    declared = [(getattr(holder, FILES), main and main[0]) for holder in (module, function) if hasattr(holder, FILES)]
+    declared += [(part.files, part.path) for part in parts[1:]]
+    files: dict[str, str] = {}
+    for names, beside in declared:
+        files |= _named_files(name, names, beside)
+    version = getattr(function, _VERSION, getattr(module, _VERSION, None))
+    if not isinstance(version, str | int | float | None):
+        raise ConfigError(f"{name}: {_VERSION} is a {type(version).__name__}, expected a text or a number")
+    identity: dict[str, Any] = {"function": getattr(function, "__qualname__", type(function).__name__)}
+    identity["sources"] = sources
+    return identity | ({} if version is None else {"version": version}) | ({"files": files} if files else {})
+
+
+def _named_files(name: str, names: Any, beside: Path | None) -> dict[str, str]:
+    if beside is None or not isinstance(names, list | tuple) or not all(isinstance(file, str) for file in names):
+        raise ConfigError(f"{name}: {FILES} is {names!r:.100}, expected a list of paths from the module's file")
+    found = {}
+    for file in names:
+        path = beside.parent / file
+        if not path.is_file():
+            raise ConfigError(
+                f"{name}: {FILES} names {file!r}, but there is no file {path}: correct it, or leave it out"
+            )
+        found[file] = file_digest(path)[:16]
+    return found
+
+
+def _own_source(module: ModuleType) -> tuple[Path, str] | None:
+    """The file of a module and its name; None for one that is compiled in."""
+    file = getattr(module, "__file__", None)
+    if file is None:
+        return None
+    path = Path(file)
+    return path, path.stem if module.__name__.startswith(_PREFIX) else module.__name__
+
+
+def _defined_in(function: RewardFunction) -> Path | None:
+    try:
+        file = inspect.getsourcefile(inspect.unwrap(function))
+    except TypeError:
+        return None
+    return None if file is None else Path(file)
+
+
+def _loaded(name: str) -> tuple[RewardFunction, ModuleType]:
     place, _, attribute = name.rpartition(":")
     if not place or name.endswith(".py") or os.sep in attribute:  # a path may hold colons itself
         place, attribute = name, ""
@@ -93,7 +166,7 @@ def load_function(name: str) -> RewardFunction:
         found = getattr(module, functions[0])
     if not callable(found):
         raise ConfigError(f"{name!r} is a {type(found).__name__}, expected a function")
-    return found
+    return found, module
 
 
 def _functions(module: ModuleType) -> list[str]:
@@ -112,7 +185,12 @@ def _listed(names: Sequence[str]) -> str:
 def _module(name: str, module: str) -> ModuleType:
     # A command that was installed does not look into the current folder by itself.
     with _importing(name, str(Path.cwd())):
-        return importlib.import_module(module)
+        if (known := sys.modules.get(module)) is not None and (main := _own_source(known)) is not None:
+            _forget_changed(sources_of(*main))
+        found = importlib.import_module(module)
+        if (main := _own_source(found)) is not None:
+            _remember(sources_of(*main))
+        return found
 
 
 def _module_of_file(name: str, path: Path) -> ModuleType:
@@ -121,8 +199,10 @@ def _module_of_file(name: str, path: Path) -> ModuleType:
     if path.suffix != ".py":
         raise ConfigError(f"the function {name!r}: {path} is no Python file, whose name ends in .py")
     path = path.resolve()
-    key = hashlib.blake2b(f"{path}:{path.stat().st_mtime_ns}".encode(), digest_size=6).hexdigest()
-    module_name = f"gradsift_reward_{path.stem}_{key}"
+    sources = sources_of(path, path.stem)
+    of_all = f"{path}:{[(source.module, source.digest) for source in sources]}"
+    key = hashlib.blake2b(of_all.encode(), digest_size=6).hexdigest()
+    module_name = f"{_PREFIX}{path.stem}_{key}"
     if module_name in sys.modules:
         return sys.modules[module_name]
     spec = importlib.util.spec_from_file_location(module_name, path)
@@ -130,13 +210,46 @@ def _module_of_file(name: str, path: Path) -> ModuleType:
     assert spec.loader is not None, path
     module = importlib.util.module_from_spec(spec)
     with _importing(name, str(path.parent)):
+        _forget_changed(sources[1:])
         sys.modules[module_name] = module
         try:
             spec.loader.exec_module(module)
         except BaseException:
             del sys.modules[module_name]
             raise
+        _remember(sources[1:])
     return module
+
+
+_imported: dict[Path | None, str] = {}  # digests of the users' modules that were imported here
+
+
+def _remember(sources: Sequence[Source]) -> None:
+    """Of modules that are imported now, which source they have."""
+    for source in sources:
+        if _path_of(sys.modules.get(source.module)) == source.path:
+            _imported.setdefault(source.path, source.digest)
+
+
+def _forget_changed(sources: Sequence[Source]) -> None:
+    """Let modules be imported anew that are not what these sources say: edited since, or of another function's folder.
+
+    Those alone that were imported for a function here.
+    """
+    held = {source: _path_of(sys.modules.get(source.module)) for source in sources}
+    stale = any(
+        path in _imported and (path != source.path or _imported[path] != source.digest) for source, path in held.items()
+    )
+    for source, path in held.items() if stale else ():
+        if path in _imported:
+            del _imported[path]
+            del sys.modules[source.module]
+    importlib.invalidate_caches()
+
+
+def _path_of(module: ModuleType | None) -> Path | None:
+    file = getattr(module, "__file__", None)
+    return None if file is None else Path(file).resolve()
 
 
 @contextmanager

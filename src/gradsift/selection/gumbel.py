@@ -35,7 +35,12 @@ def gumbel_top_k(scores: Tensor, ids: Sequence[str], *, budget: int, seed: int) 
     """
     values = to_float64(float_array("scores", scores, "pool", finite=False)).cpu()
     same_size("pool", "scores", len(values), "ids", len(ids))
+    return top_k(values + gumbel_noise(ids, seed), budget)
+
+
+def gumbel_noise(ids: Sequence[str], seed: int) -> Tensor:
+    """The luck of each example, −log(−log u), float64 [pool]."""
     digests = b"".join(hashlib.blake2b(f"gumbel|{seed}|{id_}".encode(), digest_size=8).digest() for id_ in ids)
     # 52 bits and a half: strictly between 0 and 1 in float64, so that the noise is finite.
     uniform = ((np.frombuffer(digests, dtype="<u8") >> np.uint64(12)) + 0.5) / 2.0**52
-    return top_k(values + from_numpy(-np.log(-np.log(uniform))), budget)
+    return from_numpy(-np.log(-np.log(uniform)))

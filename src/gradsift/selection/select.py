@@ -29,6 +29,7 @@ from gradsift.influence.scores import (
     pool_view,
     target_rows,
     target_sources,
+    target_view,
 )
 from gradsift.selection.diverse import Diverse as Diverse
 from gradsift.selection.diverse import diverse_choice
@@ -117,13 +118,17 @@ Selector = Annotated[SelectionMethod, Field(discriminator="kind")]
 
 @dataclass(frozen=True)
 class Selection:
-    """Chosen examples in the order they were chosen, with score and rank in the whole pool."""
+    """Chosen examples in the order they were chosen, with score and rank in the whole pool.
+
+    budget: how many were asked for
+    """
 
     ids: list[str]
     scores: list[float]
     ranks: list[int]
     method: SelectionMethod
     estimator: str
+    budget: int
     pool: Pool | None = field(default=None, repr=False, compare=False)
 
     def __len__(self) -> int:
@@ -224,6 +229,7 @@ def select(scores: Scores, method: SelectionMethod | None = None, *, budget: flo
         ranks=[int(ranks[p]) for p in positions],
         method=method,
         estimator=scores.method.label,
+        budget=count,
         pool=scores.pool,
     )
 
@@ -280,7 +286,8 @@ def _transport_rows(scores: Scores) -> tuple[list[int], torch.Tensor, torch.Tens
     for checkpoint in checkpoints:
         source = sources.at(checkpoint) if isinstance(sources, TargetsByCheckpoint) else sources
         stores.append(pool.stores(checkpoint, [view])[view])
-        of_target.append(pool.collect(source, checkpoint, ["plain"], what="target")["plain"])
+        asked = target_view(view)
+        of_target.append(pool.collect(source, checkpoint, [asked], what="target")[asked])
         stores[-1].check_comparable(of_target[-1])
     known = [position for position, id_ in enumerate(scores.ids) if all(id_ in store for store in stores)]
     ids = [scores.ids[position] for position in known]

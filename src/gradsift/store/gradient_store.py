@@ -4,10 +4,11 @@ Layout under its prefix::
 
     store.json                what the rows are (configuration, segments, ids' order): written first
     shard-00000.safetensors   rows [rows dim], scale [rows] for fp16, and total [dim], the sum of the rows
-    shard-00000.json          checksum, side columns (loss, tokens, norms), rows left out: written after the shard
+    shard-00000.json          checksum, side columns (loss, tokens, norms), rows left out, cosines of a few rows before
+                              and after projection: written after the shard
     part-00000.safetensors    what is finished of a shard that is under way, to go on from; gone with the shard
     rows.parquet              id, shard, loss, supervised_tokens, norm, projected_norm of every row
-    manifest.json             written last: the store is complete
+    manifest.json             written last: the store is complete; with the error that was measured
 
 A row is `stored · scale`, with `scale` a power of two chosen per row so that fp16 neither overflows nor goes subnormal.
 """
@@ -20,6 +21,7 @@ import math
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -33,6 +35,7 @@ from torch import Tensor
 
 from gradsift.errors import ConfigError, CorruptError, MismatchError, StorageError
 from gradsift.store.manifest import Record, differences, manifest, publish_json, read_if_whole, read_json
+from gradsift.store.precision import ExactRows, MeasuredError, cosine_pairs, measured_error
 from gradsift.store.storage import LocalStorage, Storage, checksum, checksum_file
 
 RowDtype = Literal["float16", "bfloat16", "float32", "float64"]
@@ -190,17 +193,22 @@ class GradientStoreWriter:
         rows: Tensor,
         columns: ShardColumns,
         full_sum: Mapping[str, Tensor] | None = None,
+        exact: ExactRows | None = None,
     ) -> None:
         """Publish the rows `[row dim]` of one shard, then its side file.
 
-        `full_sum` maps module names to the unprojected sum of the shard's rows `[out in]`, stored beside them.
+        `full_sum` maps module names to the unprojected sum of the shard's rows `[out in]`, stored beside them. `exact`
+        is what the error of the stored rows is measured by.
         """
         assert len(rows) == len(columns.ids), (len(rows), len(columns.ids))
         encoded = _encode(rows, self.config["dtype"])
-        total = _decode(encoded["rows"], encoded.get("scale")).sum(dim=0, dtype=torch.float64)
-        data = save({**encoded, "total": total})
+        decoded = _decode(encoded["rows"], encoded.get("scale"))
+        data = save({**encoded, "total": decoded.sum(dim=0, dtype=torch.float64)})
         self.storage.publish(self._rows_key(shard), data)
         side = {"checksum": checksum(data), "rows": len(rows), **columns.__dict__}
+        if exact is not None:
+            plain = None if exact.plain is None else self._as_read(exact.plain)
+            side["cosines"] = cosine_pairs(exact, decoded[list(exact.places)], plain)
         if full_sum is not None:
             sums = save({name: tensor.contiguous().cpu() for name, tensor in full_sum.items()})
             self.storage.publish(self._sum_key(shard), sums)
@@ -215,13 +223,15 @@ class GradientStoreWriter:
     def finish(self, shards: int) -> None:
         """Join the side columns into rows.parquet and write the manifest."""
         table: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
-        files, excluded = [], {}
+        files, excluded, cosines = [], {}, []
         for shard in range(shards):
             side = read_json(self.storage, self._side_key(shard), _Side)
             for name in _COLUMNS:
                 table[name] += [shard] * side["rows"] if name == "shard" else side["ids" if name == "id" else name]
             files.append({key: side[key] for key in ("rows", "checksum", "sum_checksum") if key in side})
             excluded.update(side["excluded"])
+            cosines += [side["cosines"]] if "cosines" in side else []
+        error = measured_error(cosines)
         sink = io.BytesIO()
         pq.write_table(pa.table(table, schema=_SCHEMA), sink, compression="zstd")
         self.storage.publish(self.prefix + "rows.parquet", sink.getvalue())
@@ -230,11 +240,17 @@ class GradientStoreWriter:
             self.config,
             shards=files,
             excluded=excluded,
+            measured_error=None if error is None else error.as_dict(),
             rows_parquet=checksum(sink.getvalue()),
         )
         publish_json(self.storage, self.prefix + "manifest.json", content, sealed=True)
         for key in self.storage.list(f"{self.prefix}part-"):  # of a worker that was overtaken
             self.storage.delete(key)
+
+    def _as_read(self, rows: Tensor) -> Tensor:
+        """Rows as this store would give them back."""
+        encoded = _encode(rows, self.config["dtype"])
+        return _decode(encoded["rows"], encoded.get("scale"))
 
     def _rows_key(self, shard: int) -> str:
         return f"{self.prefix}shard-{shard:05d}.safetensors"
@@ -253,12 +269,14 @@ class GradientStore:
         name: the path or URL, for messages.
         path: the folder, of copies where the store lies elsewhere.
         ids: example ids in row order.
-        segments: name → (start, stop) columns of each module.
+        segments: name → (start, stop), the columns that hold each module, alone or with all others.
         norms: float64 `[row]`, the gradients' 2-norms before projection.
         projected_norms: float64 `[row]`, the rows' own 2-norms.
         losses: float64 `[row]`, weighted loss of each row.
         supervised_tokens: int64 `[row]`.
         excluded: id → reason of rows left out: gradients that are not finite, or a row too long for the memory.
+        measured_error: how far cosines of stored rows are from those of unprojected ones; None where too few rows could
+            be compared.
         config: what the rows are: model, adapter, optimizer state, data, template, loss, projection.
 
     Example::
@@ -297,6 +315,7 @@ class GradientStore:
         self.config: dict[str, Any] = content["config"]
         self.fingerprint: str = content["fingerprint"]
         self.excluded: dict[str, str] = content["excluded"]
+        self.measured_error = MeasuredError.of_dict(content.get("measured_error"))
         self.segments: dict[str, tuple[int, int]] = {
             segment["name"]: (segment["start"], segment["stop"]) for segment in self.config["segments"]
         }
@@ -391,13 +410,27 @@ class GradientStore:
         known = [total for total in sums if total is not None]
         return torch.stack(known).sum(dim=0) if known and len(known) == shards else None
 
+    def blocks(self) -> list[tuple[int, int]]:
+        """The columns (start, stop) of each module, for estimators that take them one by one.
+
+        Raises:
+            MismatchError: the modules share their columns.
+        """
+        spans = list(self.segments.values())
+        if any(stop > start for (_, stop), (start, _) in pairwise(spans)):
+            raise MismatchError(
+                f"the rows of {self.name} hold all modules in the same columns, and each module is wanted by itself: "
+                "collect the view `segments`"
+            )
+        return spans
+
     def check_comparable(self, target: GradientStore) -> None:
         """Refuse a pair of stores whose rows live in different spaces.
 
         Raises:
             MismatchError: model, adapter, template, projection or modules differ; the message names them.
         """
-        keys = ("model", "adapter", "modules", "projection", "segments", "template")
+        keys = ("model", "adapter", "modules", "projection", "segments", "template", "revision")
         found = {key: target.config.get(key) for key in keys}
         wanted = {key: self.config.get(key) for key in keys}
         changed = differences(found, wanted)

@@ -68,7 +68,7 @@ def differences(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str
     return phrases
 
 
-def read_json(storage: Storage, key: str, shape: type[Record] = Record) -> dict[str, Any]:
+def read_json(storage: Storage, key: str, shape: type[Record] = Record, *, sealed: bool = False) -> dict[str, Any]:
     """A JSON object, without its seal where it has one; anything else under that key is reported as damage.
 
     Args:
@@ -77,7 +77,8 @@ def read_json(storage: Storage, key: str, shape: type[Record] = Record) -> dict[
         shape: the fields that it has to have.
 
     Raises:
-        CorruptError: the file is not a JSON object, or not the one that was sealed, or not of that shape.
+        CorruptError: the file is not a JSON object, not the one that was sealed, with `sealed` has no seal, or is not
+            of that shape.
     """
     content = storage.read(key)
     try:
@@ -89,7 +90,7 @@ def read_json(storage: Storage, key: str, shape: type[Record] = Record) -> dict[
     if not isinstance(value, dict):
         raise CorruptError(f"{storage.name(key)} is damaged (not a JSON object): delete its folder and run again")
     digest = value.pop(DIGEST, None)
-    if digest is not None and not _matches(value, digest):
+    if (sealed or digest is not None) and not _matches(value, digest):
         raise CorruptError(
             f"{storage.name(key)} is damaged (its content does not match its digest): delete its folder and run the "
             "same command again"
@@ -106,10 +107,12 @@ def read_json(storage: Storage, key: str, shape: type[Record] = Record) -> dict[
     return value
 
 
-def read_if_whole(storage: Storage, key: str, shape: type[Record] = Record) -> dict[str, Any] | None:
+def read_if_whole(
+    storage: Storage, key: str, shape: type[Record] = Record, *, sealed: bool = False
+) -> dict[str, Any] | None:
     """As `read_json`; None where there is nothing under that key, or it is damaged."""
     try:
-        return read_json(storage, key, shape) if storage.exists(key) else None
+        return read_json(storage, key, shape, sealed=sealed) if storage.exists(key) else None
     except CorruptError:
         return None
 

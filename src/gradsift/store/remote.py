@@ -56,7 +56,7 @@ def at_hand(place: str) -> str:
     if not is_url(place):
         return place
     parent, _, name = place.rstrip("/").rpartition("/")
-    storage = _storage_at(parent)
+    storage = storage_at(parent)
     if storage.exists(name):
         return str(storage.local(name))
     if not storage.list(f"{name}/"):
@@ -64,8 +64,13 @@ def at_hand(place: str) -> str:
     return str(storage.folder(name))
 
 
+def storage_at(url: str) -> RemoteStorage:
+    """This process's storage at a URL: whoever holds it holds it for all that the process writes there."""
+    return _shared(url.rstrip("/"), str(cache_folder()))
+
+
 @lru_cache(maxsize=64)
-def _storage_at(url: str) -> RemoteStorage:
+def _shared(url: str, _copies: str) -> RemoteStorage:
     return RemoteStorage(url)
 
 

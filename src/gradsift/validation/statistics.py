@@ -12,6 +12,7 @@ import numpy as np
 
 from gradsift.errors import ConfigError
 from gradsift.explanation.relevance import to_db
+from gradsift.ranks import spearman
 
 EDGES_DB = (-20.0, -10.0, 0.0, 10.0, 20.0)
 
@@ -125,10 +126,10 @@ def agreement(
         bins.append(ScoreBin(finite[0], finite[1], share(supported, inside), share(correct, inside)))
     return Agreement(
         cells=len(decibels),
-        support=spearman(decibels, values),
-        shift=spearman(decibels, ratios),
-        support_above=spearman(decibels[above], values[above]),
-        shift_above=spearman(decibels[above], ratios[above]),
+        support=correlation(decibels, values),
+        shift=correlation(decibels, ratios),
+        support_above=correlation(decibels[above], values[above]),
+        shift_above=correlation(decibels[above], ratios[above]),
         accuracy=share(correct, everywhere),
         precision=share(supported, above),
         supported=share(supported, everywhere),
@@ -136,26 +137,21 @@ def agreement(
     )
 
 
-def spearman(first: Sequence[float] | np.ndarray, second: Sequence[float] | np.ndarray) -> Correlation:
-    """Spearman's rank correlation of two sequences, ties at their mean rank; pairs with a NaN are left out.
+def correlation(first: Sequence[float] | np.ndarray, second: Sequence[float] | np.ndarray) -> Correlation:
+    """Spearman's rank correlation of two sequences; pairs with a NaN are left out.
 
     Raises:
         ConfigError: different lengths.
 
     Example:
-        >>> spearman([1.0, 2.0, 3.0], [10.0, 100.0, 1000.0])
+        >>> correlation([1.0, 2.0, 3.0], [10.0, 100.0, 1000.0])
         Correlation(rho=1.0, count=3)
     """
     a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     if a.shape != b.shape:
         raise ConfigError(f"there are {a.size} and {b.size} values to correlate: pass pairs")
     known = ~(np.isnan(a) | np.isnan(b))
-    a, b = a[known], b[known]
-    if len(a) < 3 or np.all(a == a[0]) or np.all(b == b[0]):
-        return Correlation(None, len(a))
-    from scipy.stats import rankdata  # half a second to import
-
-    return Correlation(float(np.corrcoef(rankdata(a), rankdata(b))[0, 1]), len(a))
+    return Correlation(spearman(a[known], b[known]), int(known.sum()))
 
 
 def wilson(successes: int, count: int, *, confidence: float = 0.95) -> Proportion:

@@ -29,6 +29,7 @@ from gradsift.gradients.capture import find_modules
 from gradsift.gradients.collect import store_config
 from gradsift.gradients.projection import Projection
 from gradsift.models import QUANTISED, DtypeName, host, model_identity
+from gradsift.run import revised
 from gradsift.store.gradient_store import GradientStore, StoreManifest
 from gradsift.store.manifest import Record, fingerprint, read_json
 from gradsift.types import Skipped, TokenizedExample
@@ -377,6 +378,7 @@ class _Bench:
             "gradients": None if self.store is None else self.store.fingerprint,
             "step": settings.model_dump(mode="json", exclude={"random_sets"}),
         }
+        config = revised("validation", config)
         self.prefix = pool.run.prefix("validation", config)
         if not pool.run.storage.exists(f"{self.prefix}config.json"):
             pool.run.publish_json(f"{self.prefix}config.json", config)
@@ -477,14 +479,14 @@ def _stored_rows(pool: Pool, checkpoint: Checkpoint, route: Route) -> GradientSt
         return pool.stores(checkpoint, ["plain"])["plain"]
     settings = pool.gradients.model_copy(update={"projection": Projection(kind="none")})
     wanted = store_config(pool.data, checkpoint, pool.model, "plain", settings, pool.dtype)
-    same = ("view", "model", "model_dtype", "adapter", "data", "template", "loss", "modules", "autocast")
+    same = ("view", "model", "model_dtype", "adapter", "data", "template", "loss", "modules", "autocast", "revision")
     found: list[tuple[int, str]] = []
     for prefix in pool.run.artifacts("gradients"):
         content = pool.run.manifest(prefix, StoreManifest)
         config = {} if content is None else content["config"]
         projection = config.get("projection")
         unprojected = isinstance(projection, dict) and projection.get("kind") == "none"
-        if unprojected and all(config.get(key) == wanted[key] for key in same):
+        if unprojected and all(config.get(key) == wanted.get(key) for key in same):
             found.append((_PRECISION.index(config["dtype"]), prefix))
     if found:
         return GradientStore(pool.run.storage, min(found)[1])

@@ -19,6 +19,7 @@ from gradsift.models import (
     model_identity,
     release_models,
 )
+from gradsift.run import revised
 from gradsift.store.manifest import Manifest, manifest, publish_json, read_if_whole
 from gradsift.store.storage import LocalStorage
 
@@ -61,6 +62,7 @@ def merge(model: str, adapter: str, folder: str | Path, *, dtype: DtypeName = "a
             f"an adapter merged into {dtype} weights would be rounded away: merge with dtype bfloat16 or float32"
         )
     config = {"model": model_identity(model), "adapter": adapter_identity(adapter), "dtype": dtype}
+    config = revised("merge", config)
     storage = LocalStorage(path.parent)
     mark = f"{path.name}/{_MARK}"
     if (read_if_whole(storage, mark, Manifest) or {}).get("config") == config:

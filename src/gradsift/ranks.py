@@ -1,0 +1,46 @@
+"""Ranks, and how far rankings agree: what tables, pages, warnings and intervals say of an order comes from here."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+
+def descending_ranks(values: ArrayLike) -> NDArray[np.int64]:
+    """Rank of each value, 1 = highest, equal ones by position.
+
+    >>> descending_ranks([0.5, 2.0, 0.5]).tolist()
+    [2, 1, 3]
+    """
+    order = np.argsort(-np.asarray(values), kind="stable")
+    ranks = np.empty(len(order), dtype=np.int64)
+    ranks[order] = np.arange(1, len(order) + 1)
+    return ranks
+
+
+def spearman(first: ArrayLike, second: ArrayLike) -> float | None:
+    """Spearman's rank correlation, ties at their mean rank.
+
+    None below three pairs, or where one side is constant: no order says anything then.
+
+    >>> spearman([1.0, 2.0, 3.0], [10.0, 1000.0, 100.0])
+    0.5
+    """
+    a, b = np.asarray(first), np.asarray(second)
+    if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
+        return None
+    return float(rank_correlations(a, b[:, None])[0])
+
+
+def rank_correlations(one: ArrayLike, others: ArrayLike) -> NDArray[np.float64]:
+    """`spearman` of one ranking [row] with each of others [row ranking]; 0 with one that is constant."""
+
+    def standardised(values: NDArray[np.generic]) -> NDArray[np.float64]:
+        from scipy.stats import rankdata  # half a second to import
+
+        ranks = rankdata(values, axis=0)
+        centred = ranks - ranks.mean(axis=0)
+        return np.asarray(centred / np.maximum(np.linalg.norm(centred, axis=0), 1e-300))
+
+    # Rounding may leave a ranking's agreement with itself a little above 1.
+    return np.clip(standardised(np.asarray(one)) @ standardised(np.asarray(others)), -1.0, 1.0)

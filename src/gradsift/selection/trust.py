@@ -1,0 +1,100 @@
+"""How far a ranking and a choice can be trusted: how they would come out with other targets, or with new samples."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+from gradsift.influence.diagnostics import PolicyDiagnostics, diagnose
+from gradsift.influence.dsir import DSIR
+from gradsift.influence.nice import NICE, NICEIF, PolicyTargets
+from gradsift.influence.prompts import PromptTarget
+from gradsift.influence.reliability import (
+    DRAWS,
+    Choice,
+    Looked,
+    Reliability,
+    reliability_of,
+    resampling_counts,
+    resampling_weights,
+)
+from gradsift.influence.scores import Scores, log_ratios_of_draws, target_parts
+from gradsift.selection.gumbel import gumbel_noise
+from gradsift.selection.select import GumbelTopK, Selection, TopK
+
+
+def target_reliability(scores: Scores, selection: Selection | None = None) -> Reliability | None:
+    """How a ranking and a choice by it would come out with other targets of the same kind.
+
+    The targets of each subtask are resampled; the mean over a subtask and the maximum over subtasks are taken anew. A
+    target that is alone in its subtask tells nothing of how another would differ, and counts as it is.
+
+    Args:
+        scores: from `score`.
+        selection: made from them; the share of rankings that would choose each row again is known for `TopK` and
+            `GumbelTopK`, which choose by scores alone.
+
+    Returns:
+        None for methods that rank for no target.
+
+    Example:
+        >>> target_reliability(scores).words  # doctest: +SKIP
+        'with other targets of the same kind, 80% to 95% of the ranking's variance would come again (…)'
+    """
+    if scores.strata is None or scores.target is None:
+        return None
+    strata = scores.strata
+    looked = looked_at(scores, selection)
+    generator = np.random.default_rng(0)
+    if isinstance(scores.method, DSIR):
+        counts = resampling_counts(strata, DRAWS, generator)
+        drawn = torch.from_numpy(log_ratios_of_draws(scores, looked.ids, counts.numpy()))
+        count = len(strata.labels)
+        noise = math.sqrt(count / max(1, count - 1)) * (drawn - drawn.mean(dim=1, keepdim=True)).float()[:, None]
+        known = scores.by_id()
+        values = torch.tensor([known[id_] for id_ in looked.ids], dtype=torch.float64)[:, None]
+    else:
+        parts = torch.from_numpy(target_parts(scores, looked.ids))
+        weights = resampling_weights(strata, DRAWS, generator)
+        noise = torch.stack([(parts @ (own[:, None] * weights)).float() for own in strata.outputs], dim=1)
+        values = parts @ strata.outputs.T
+    units = int((strata.outputs != 0).any(dim=0).sum())
+    choice = choice_among(selection, looked)
+    return reliability_of(values, noise, strata.freedom(), looked, over="targets", units=units, choice=choice)
+
+
+def sample_reliability(
+    scores: Scores, selection: Selection | None = None, *, targets: PolicyTargets | None = None
+) -> PolicyDiagnostics | None:
+    """`diagnose` of the scores that NICE or NICE_IF gave, beside the choice made by them; None for other methods.
+
+    Raises:
+        ConfigError: fewer than 2 samples per prompt.
+    """
+    pool, target, method = scores.pool, scores.target, scores.method
+    if pool is None or not isinstance(target, PromptTarget) or not isinstance(method, NICE | NICEIF):
+        return None
+    looked = looked_at(scores, selection)
+    return diagnose(
+        pool, target, method, aggregation=scores.aggregation, targets=targets, looked=looked,
+        choice=choice_among(selection, looked),
+    )  # fmt: skip
+
+
+def looked_at(scores: Scores, selection: Selection | None) -> Looked:
+    """The rows that new rankings are computed for."""
+    outputs = 1 if scores.strata is None else len(scores.strata.outputs)
+    return Looked.at(scores.ids, [] if selection is None else selection.ids, outputs=outputs)
+
+
+def choice_among(selection: Selection | None, looked: Looked) -> Choice | None:
+    """A choice that depends on nothing but scores and ids, as it is made of new ones; None for other choices."""
+    if selection is None or not isinstance(selection.method, TopK | GumbelTopK):
+        return None
+    place = {id_: number for number, id_ in enumerate(looked.ids)}
+    rows = tuple(place[id_] for id_ in selection.ids)
+    if isinstance(selection.method, GumbelTopK):
+        return Choice(rows, selection.budget, bonus=gumbel_noise(looked.ids, selection.method.seed))
+    return Choice(rows, selection.budget, least=selection.method.threshold)

@@ -72,7 +72,7 @@ class Gradients(Settings):
         time for larger batches and longer rows. Rows are the same, so it is no part of what a store is.
     token_budget: padded tokens per batch; None finds one for the memory at hand. Where memory runs out, batches are
         halved, and the store remembers their size for later shards and runs.
-    shard_rows: rows per shard, the work lost when a run is killed; None takes about two minutes' worth.
+    shard_rows: rows per shard, which are written and given to workers at once; None takes about two minutes' worth.
     module_groups: passes over the data, each for a part of the modules, when the gradients of all do not fit.
     full_sum: also store the unprojected sum of each shard's rows (second-order methods need it).
     """
@@ -643,7 +643,7 @@ def _open_complete(run: Run, prefix: str) -> GradientStore | None:
 
 
 def automatic_shard_rows(tokens: float, device: str, row_bytes: float) -> int:
-    """Rows of a shard, by their mean number of tokens and by the bytes of a row in all views: what a killed run loses.
+    """Rows of a shard, by their mean number of tokens and by the bytes of a row in all views.
 
     >>> automatic_shard_rows(256, "cpu", 32768), automatic_shard_rows(512, "cuda", 32768)
     (64, 2048)

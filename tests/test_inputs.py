@@ -503,7 +503,7 @@ def test_costs_say_where_an_attempt_was_killed(tmp_path: Path) -> None:
     identity = {"a": 1}
 
     def attempt(error: type[BaseException] | None) -> StageClock:
-        clock = StageClock(Run(tmp_path))
+        clock = StageClock(Run(tmp_path), {})
         try:
             with clock.timed("train", "arm", identity):
                 time.sleep(0.01)

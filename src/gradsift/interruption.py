@@ -102,7 +102,8 @@ def keep_note(what: str) -> None:
 
 def last_words() -> str:
     """What is said of an interrupted command."""
-    return f"interrupted: {', '.join(_kept) or 'what is finished is'} kept; the same command goes on from there"
+    kept = f"{', '.join(_kept)} kept" if _kept else "finished shards are kept"
+    return f"interrupted: {kept}; the same command goes on from there"
 
 
 def refuse_to_go_on(error: BaseException) -> None:

@@ -65,7 +65,7 @@ from gradsift import (
 )
 from gradsift.gradients.capture import LORA, find_modules
 from gradsift.gradients.hessian import curvature_product
-from gradsift.influence.scores import Method, checkpoint_weights
+from gradsift.influence.estimator import Estimator, rate_weights
 from gradsift.models import host
 from gradsift.rewards.matching import Exact
 
@@ -90,7 +90,7 @@ RESAMPLES = 400
 REMOVED = 16  # rows that leave-subset-out takes away
 GROUP = 10  # rows of each group of a pair
 
-PER_TARGET: tuple[Method, ...] = (
+PER_TARGET: tuple[Estimator, ...] = (
     LESS(),
     LESS(checkpoints="last"),
     LESS(optimizer="sgd"),
@@ -116,7 +116,7 @@ JOINT: tuple[JI2S, ...] = (
 SAMPLING = Sampling(samples=20, temperature=1, top_k=None, top_p=None, max_new_tokens=8)
 REWARDED: tuple[NICE | NICEIF, ...] = (NICE(sampling=SAMPLING), NICEIF(sampling=SAMPLING))
 CHANCES = 3  # draws of random scores
-REMOVERS: tuple[Method, ...] = (
+REMOVERS: tuple[Estimator, ...] = (
     LESS(), LESS(optimizer="sgd", normalise=False), DataInf(), ProjectedInverse(), TRAK(kernel="whole"),
     JI2S(joint_weight=0), JI2S(), JI2S(joint_weight=1.0), BM25(),
 )  # fmt: skip
@@ -343,7 +343,7 @@ def all_scores(world: World) -> Iterable[tuple[str, Array | None, Array]]:
         yield f"random (seed {seed})", matrix, means(matrix)
 
 
-def matrix_of(world: World, method: Method, target: Any) -> Array:
+def matrix_of(world: World, method: Estimator, target: Any) -> Array:
     """Scores `[pool target]` in the pool's order."""
     found = score(world.pool, target, method)
     assert found.per_target is not None, method
@@ -351,7 +351,7 @@ def matrix_of(world: World, method: Method, target: Any) -> Array:
     return found.per_target.astype(np.float64)
 
 
-def kind_scores(world: World, method: Method, kind: str) -> Array:
+def kind_scores(world: World, method: Estimator, kind: str) -> Array:
     """Scores `[pool]` for all targets of a kind as one."""
     data = world.target.data
     own = [position for position, other in enumerate(world.target_kinds) if other == kind]
@@ -498,7 +498,7 @@ def pair_sums(world: World, groups: SequenceABC[tuple[str, list[str], list[str]]
         pool, gradients=Gradients(projection=Projection(kind="none"), dtype="float32"), run=Run(world.out / "whole")
     )
     checkpoints = pool.checkpoints()
-    for checkpoint, weight in zip(checkpoints, checkpoint_weights(checkpoints), strict=True):
+    for checkpoint, weight in zip(checkpoints, rate_weights(checkpoints), strict=True):
         sides = {name: p.collect(world.target.data, checkpoint, ["plain"], what="target")["plain"]
                  for name, p in (("", whole), ("_projected", pool))}  # fmt: skip
         for view in ("adam", "plain"):

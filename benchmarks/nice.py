@@ -65,9 +65,9 @@ from gradsift.evaluation.statistics import mean_and_spread, paired_difference
 from gradsift.generation.local import LocalSampler
 from gradsift.generation.samples import Samples, sample
 from gradsift.gradients.policy import PolicyGradient
+from gradsift.influence.estimator import Estimator
 from gradsift.influence.nice import PolicyTargets, checkpoint_name, sampler_of
 from gradsift.influence.prompts import reward_responses
-from gradsift.influence.scores import Method, at_last_checkpoint
 from gradsift.ranks import spearman
 from gradsift.rewards.estimators import pass_at_k
 from gradsift.rewards.form import Sentiment
@@ -102,7 +102,7 @@ class Way:
     """
 
     name: str
-    method: Method | None
+    method: Estimator | None
     part: str = "validation"
     enlarged: bool = False
     samples: int | None = None
@@ -202,7 +202,7 @@ class Bench:
             case "split":
                 return [Way("NICE, other prompts", plain, "other")]
             case "enlarged":
-                methods: dict[str, Method] = {"NICE": plain, "NICE-AMC": NICE(assistant=assistant), "LESS": LESS()}
+                methods: dict[str, Estimator] = {"NICE": plain, "NICE-AMC": NICE(assistant=assistant), "LESS": LESS()}
                 return [Way(f"{name}, larger pool", method, enlarged=True) for name, method in methods.items()]
             case "full":
                 return [Way(FULL, None)]
@@ -260,12 +260,12 @@ class Bench:
         return chosen.ids
 
     def _target_gradients(
-        self, key: str, pool: Pool, target: PromptTarget | Target, method: Method
+        self, key: str, pool: Pool, target: PromptTarget | Target, method: Estimator
     ) -> list[dict[str, Any]]:
         """Responses, rewards and gradients of the target, each stage timed by itself; what the responses earn."""
         if isinstance(method, BM25 | Random):
             return []
-        checkpoints = pool.checkpoints()[-1:] if at_last_checkpoint(method) else pool.checkpoints()
+        checkpoints = pool.checkpoints()[-1:] if method.last_checkpoint else pool.checkpoints()
         if not isinstance(method, NICE | NICEIF):
             rows = target.labels if isinstance(target, PromptTarget) else target.data
             with self.timed(f"{key}|gradients"):

@@ -66,9 +66,9 @@ from gradsift.gradients.collect import Adam
 from gradsift.gradients.policy import PolicyGradient
 from gradsift.influence.bm25 import bm25_scores, model_tokens, spoken_text
 from gradsift.influence.dsir import dsir_log_ratios, hashed_counts
+from gradsift.influence.estimator import Estimator, rate_weights
 from gradsift.influence.less import less_scores
 from gradsift.influence.nice import PolicyTargets
-from gradsift.influence.scores import Method, checkpoint_weights
 from gradsift.models import load_tokenizer
 from gradsift.rewards.matching import Exact
 from gradsift.rewards.samples import text_of
@@ -416,13 +416,13 @@ def as_authors(world: World, placement: str, *, half: bool = False) -> Any:
         for side, own in zip(sides, (store, queries), strict=True):
             rows = own.rows(0, len(own))
             side.append((rows.half().float() if half else rows) @ signs)
-    return less_scores(*sides, weights=checkpoint_weights(checkpoints)).double().numpy()
+    return less_scores(*sides, weights=rate_weights(checkpoints)).double().numpy()
 
 
 # --- TRAK's kernel ------------------------------------------------------------------------------------------------
 
 SETS = ("grammars", "math_with_reason", "math_without_reason")
-CLASSIFIED: tuple[Method, ...] = (
+CLASSIFIED: tuple[Estimator, ...] = (
     TRAK(),
     TRAK(kernel="whole"),
     TRAK(checkpoints="last"),

@@ -379,7 +379,7 @@ def section_less(args: argparse.Namespace) -> dict[str, Any]:
 
 def section_scoring(args: argparse.Namespace) -> dict[str, Any]:
     """100 targets and 1 target against 100k × 8192 fp16 rows, from the page cache; on a GPU also 1000 targets."""
-    from gradsift.influence.less import store_inner_products
+    from gradsift.influence.products import store_inner_products
 
     count, dim = args.score_rows, 8192
     folder = Path(tempfile.mkdtemp(prefix="gradsift-speed-"))
@@ -452,7 +452,7 @@ def random_store(folder: Path, count: int, dim: int) -> GradientStore:
 def section_joint(args: argparse.Namespace) -> dict[str, Any]:
     """JI2S's two terms against LESS's scores, of the same rows and targets, from the page cache."""
     from gradsift.influence.ji2s import JI2S, store_terms
-    from gradsift.influence.less import store_inner_products
+    from gradsift.influence.products import store_inner_products
 
     folder = Path(tempfile.mkdtemp(prefix="gradsift-speed-"))
     store = random_store(folder, args.score_rows, 8192)

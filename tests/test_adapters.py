@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 import warnings
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import peft
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -285,6 +287,50 @@ def test_an_adapter_that_breaks_while_it_is_attached_leaves_the_base(
     (tmp_path / "corda" / "adapter_config.json").write_text(json.dumps(corda))
     with pytest.raises(ModelError, match="'corda', which PEFT does anew"):
         host.with_adapter(tmp_path / "corda")
+    assert torch.equal(logits(host.base()), logits(model()))
+
+
+LORA_ON_UP = {f"base_model.model.model.layers.0.mlp.up_proj.lora_{side}.weight": size for side, size in
+              (("A", (2, 16)), ("B", (24, 2)))}  # fmt: skip
+MAGNITUDE = {"base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector": (16,)}
+
+
+@pytest.mark.parametrize(
+    ("config", "added", "message"),
+    [
+        (
+            {"target_modules": ["q_proj"]},
+            {},
+            r"4 weights that its adapter_config\.json has no place for.*v_proj",
+        ),
+        ({"exclude_modules": ["v_proj"]}, {}, r"4 weights .*v_proj\.lora_A"),
+        ({"layers_to_transform": [0]}, {}, r"weights for 2 layers that this one lacks"),
+        ({}, LORA_ON_UP, r"2 weights .*up_proj\.lora_A"),
+        ({}, MAGNITUDE, r"1 weight that .*q_proj\.lora_magnitude_vector"),
+        ({}, {"base_model.model.model.layers.0.self_attn.q_proj.scale": (16,)}, r"1 weight that .*q_proj\.scale"),
+        ({"lora_alpha": 0}, {}, r"multiplies what it adds by 0"),
+        ({"alpha_pattern": {"v_proj": math.nan}}, {}, r"multiplies what it adds by"),
+    ],
+    ids=str,
+)
+def test_an_adapter_that_its_configuration_cuts_is_refused(
+    bases: Callable[[bool], str],
+    other: dict[bool, str],
+    tmp_path: Path,
+    config: dict[str, Any],
+    added: dict[str, tuple[int, ...]],
+    message: str,
+) -> None:
+    """PEFT passes over weights that no module asks for: half an adapter, or none, would be taken for the whole."""
+    folder = tmp_path / "a"
+    shutil.copytree(other[False], folder)
+    told = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(told | config))
+    weights = load_file(folder / "adapter_model.safetensors")
+    save_file(weights | {name: torch.ones(size) for name, size in added.items()}, folder / "adapter_model.safetensors")
+    host = ModelHost(bases(False), "float32", "cpu")
+    with pytest.raises((ModelError, MismatchError), match=message):
+        host.with_adapter(folder)
     assert torch.equal(logits(host.base()), logits(model()))
 
 

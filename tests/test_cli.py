@@ -40,6 +40,7 @@ COMMANDS = (
     "compare",
     "plan",
     "init",
+    "list",
     "run",
     "report",
     "demo",
@@ -299,6 +300,7 @@ def test_options_reach_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
         "--autocast": "bfloat16", "--estimator": "bm25", "--optimizer": "sgd", "--raw": None, "--checkpoints": "last",
         "--aggregation": "mean", "--seed": "3", "--dtype": "float32", "--device": "cpu", "--pool-sample": "0.5",
         "--engine": "ray", "--gradient-checkpointing": None, "--eps-placement": "inside",
+        "--set": "estimator.normalise=false",
     }  # fmt: skip
     of_one_estimator = {
         "--damping": ("datainf", "--damping", "0.3"),

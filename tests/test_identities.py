@@ -37,12 +37,13 @@ from gradsift.influence.bm25 import BM25
 from gradsift.influence.datainf import DataInf, ProjectedInverse
 from gradsift.influence.deita import DEITA
 from gradsift.influence.dsir import DSIR
-from gradsift.influence.ji2s import JI2S, JointTerms, _full_direction
+from gradsift.influence.estimator import Influence
+from gradsift.influence.ji2s import JI2S, _full_direction
 from gradsift.influence.less import LESS
 from gradsift.influence.nice import NICE, NICEIF, PolicyTargets, sampler_of
 from gradsift.influence.prompts import PromptTarget, open_prompts
 from gradsift.influence.random import Random
-from gradsift.influence.ratings import FunctionRating, Ratings, rate
+from gradsift.influence.ratings import FunctionRating, rate
 from gradsift.influence.rds import RDS, kept_embeddings
 from gradsift.influence.scores import score
 from gradsift.influence.trak import TRAK
@@ -498,18 +499,11 @@ def test_every_setting_of_every_method_decides_its_scores(
         assert name in ("normalise", "subtract_bias", "pair_reduction", "server", "assistant"), (method, name)
         return
     ids, zeros = list(pool.data.ids), np.zeros((len(pool.data), 4), dtype=np.float32)
-    none = torch.zeros(len(ids), dtype=torch.float64)
-    monkeypatch.setattr(scoring, "influence_matrix", lambda *_: (ids, zeros, []))
-    monkeypatch.setattr(scoring, "method_warnings", lambda *_: [])
-    monkeypatch.setattr(scoring, "_joint_terms", lambda *_: JointTerms(ids, none, none, None, []))
-    monkeypatch.setattr(scoring, "_dsir", lambda *_: zeros[:, 0])
-    monkeypatch.setattr(scoring, "rate", lambda *_: Ratings(ids, zeros[:, 0], ()))
-    monkeypatch.setattr(scoring, "embedding_identity", lambda model: {"model": "one"})
-    monkeypatch.setattr(PolicyTargets, "live", [True] * 4)
+    monkeypatch.setattr(scoring, "influence_of", lambda *_: Influence(ids, zeros))
+    monkeypatch.setattr("gradsift.influence.rds.embedding_identity", lambda model: {"model": "one"})
     target: Any = open_target(target_rows(), pool)
     if isinstance(method, NICE | NICEIF):
         target = open_prompts(target_rows(), pool, Numeric(answer="completion"))
-    monkeypatch.setattr(scoring, "signal_warnings", lambda *_: [])
     first, second = (address("scores", lambda m=m: score(pool, target, m)) for m in (method, changed))
     assert first != second
 
@@ -570,7 +564,7 @@ def test_checkpoints_decide_rows_and_scores(
         last = own.checkpoints()[-1]
         views = (address("gradients", lambda v=view: own.stores(last, [v])) for view in ("plain", "adam"))  # type: ignore[misc]
         ids = list(pool.data.ids)
-        monkeypatch.setattr(scoring, "influence_matrix", lambda *_: (ids, np.zeros((len(ids), 4), np.float32), []))
+        monkeypatch.setattr(scoring, "influence_of", lambda *_: Influence(ids, np.zeros((len(ids), 4), np.float32)))
         return *views, address("scores", lambda: score(own, open_target(target_rows(), pool), LESS()))  # type: ignore[return-value]
 
     before = addresses()
@@ -680,8 +674,8 @@ def every_address(pool: Pool, address: Address, tmp_path: Path) -> dict[str, str
     addresses["evaluated rewards"] = address("evaluations", lambda: evaluate(place, None, [reward]))
     addresses["labels"] = open_model(pool.model, out=pool.run, max_length=64, device="cpu").chat.fingerprint
     addresses["merge"] = str(runs.revised("merge", {}))
-    addresses["scores of rows"] = str(scoring.inputs_of(pool, LESS()))
-    addresses["scores of embeddings"] = str(scoring.inputs_of(pool, RDS(model=str(encoder))))
+    addresses["scores of rows"] = str(LESS().inputs(pool))
+    addresses["scores of embeddings"] = str(RDS(model=str(encoder)).inputs(pool))
     return addresses
 
 

@@ -19,6 +19,7 @@ from transformers import (
     BartForConditionalGeneration,
     BertConfig,
     BertLMHeadModel,
+    BertModel,
     GPT2Config,
     GPT2Model,
     LlamaConfig,
@@ -32,7 +33,7 @@ from transformers import (
 import gradsift as gs
 from gradsift import embeddings
 from gradsift.errors import DataError, ModelError
-from gradsift.models import count_parameters, load_model, load_tokenizer, positions
+from gradsift.models import count_parameters, generation_ends, load_model, load_tokenizer, positions
 from gradsift.rewards.reward_model import RewardModel
 from tiny_world import pool_rows, save_model
 
@@ -74,8 +75,27 @@ def cut(name: str) -> Callable[[Weights], object]:
             lambda w: w.update({f"model.layers.{n}.self_attn.q_proj.bias": torch.ones(16) for n in (0, 1)}),
             r"hold model\.layers\.0\.self_attn\.q_proj\.bias and 1 more weight, for which config.json leaves no place",
         ),
+        (
+            lambda w: w.update({n.replace(".1.", ".2."): v.clone() for n, v in w.items() if ".layers.1." in n}),
+            r"hold model\.layers\.2\.input_layernorm\.weight and 8 more weights, for which config.json leaves no place",
+        ),
+        (
+            lambda w: w.update({"model.layers.0.self_attn.q_norm.weight": torch.ones(8)}),
+            r"hold model\.layers\.0\.self_attn\.q_norm\.weight, for which",
+        ),
+        (
+            lambda w: w.update({"model.layers.1.mlp.up_proj.lora_A.weight": torch.ones(2, 16)}),
+            r"hold model\.layers\.1\.mlp\.up_proj\.lora_A\.weight, for which",
+        ),
+        (
+            lambda w: w.update({"model.layers.1.mlp.up_proj.weight_scale_inv": torch.ones(1, 1)}),
+            r"hold model\.layers\.1\.mlp\.up_proj\.weight_scale_inv, for which",
+        ),
     ],
-    ids=["no head", "no layer", "half a matrix", "half the embeddings", "biases without a place"],
+    ids=[
+        *("no head", "no layer", "half a matrix", "half the embeddings", "biases without a place"),
+        *("a layer too many", "norms of another architecture", "an adapter within", "scales of a quantised weight"),
+    ],
 )
 def test_a_folder_whose_weights_are_not_the_models_is_refused_by_name(
     tmp_path: Path, change: Callable[[Weights], object], message: str
@@ -88,10 +108,18 @@ def test_a_folder_whose_weights_are_not_the_models_is_refused_by_name(
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_whole_folder_is_loaded_as_it_was_saved(tmp_path: Path, tied: bool) -> None:
-    """Tied weights are written once and are not missing; what no module owns, such as old buffers, does no harm."""
+    """Tied weights are written once and are not missing; what no module owns, such as old buffers and other heads,
+    does no harm."""
     model = llama(tie_word_embeddings=tied)
     model.save_pretrained(tmp_path)
-    folder = torn(tmp_path, lambda w: w.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
+    others = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+        "v_head.summary.weight": torch.ones(1, 16),
+        "vision_tower.layers.0.mlp.up_proj.weight": torch.ones(4, 4),
+        "model.layers.2.eh_proj.weight": torch.ones(4, 8),  # a block that predicts further tokens
+        "model.layers.2.self_attn.q_proj.weight": torch.ones(16, 16),
+    }
+    folder = torn(tmp_path, lambda w: w.update(others))
     loaded = load_model(folder, device="cpu")
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
 
@@ -101,6 +129,88 @@ def test_a_body_that_was_saved_without_its_head_is_whole_where_the_head_is_tied(
     GPT2Model(GPT2Config(vocab_size=60, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path)
     model = load_model(str(tmp_path), device="cpu")
     assert model.lm_head.weight is model.transformer.wte.weight
+
+
+def test_a_layer_too_many_of_a_body_that_was_saved_without_its_head(tmp_path: Path) -> None:
+    """Its weights have other names than those of the whole model."""
+    GPT2Model(GPT2Config(vocab_size=60, n_embd=16, n_layer=2, n_head=2)).save_pretrained(tmp_path)
+    configured(tmp_path, n_layer=1)
+    with pytest.raises(ModelError, match=r"hold h\.1\.attn\.c_attn\.weight and 10 more weights, for which"):
+        load_model(str(tmp_path), device="cpu")
+
+
+def configured(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_size": "16"},
+        {"num_attention_heads": 0},
+        {"num_attention_heads": 3},
+        {"dtype": "float99"},
+        {"hidden_act": "none such"},
+    ],
+    ids=str,
+)
+def test_a_configuration_that_makes_no_model_is_told(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """Each architecture has exceptions of its own for that; whoever asks gets ours."""
+    llama().save_pretrained(tmp_path)
+    configured(tmp_path, **changes)
+    for asked in (lambda name: load_model(name, device="cpu"), count_parameters):
+        with pytest.raises(ModelError, match="cannot load the model in"):
+            asked(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer.json", {"added_tokens": [], "model": {"type": "none such"}}),
+        ("tokenizer.json", []),
+        ("tokenizer_config.json", []),
+        ("tokenizer_config.json", {"eos_token": 5}),
+        ("special_tokens_map.json", [1]),
+    ],
+    ids=str,
+)
+def test_files_that_make_no_tokenizer_are_told(tmp_path: Path, file: str, content: Any) -> None:
+    """Whatever the libraries raise for them, which is often Exception itself."""
+    save_model(tmp_path)
+    (tmp_path / file).write_text(json.dumps(content))
+    with pytest.raises(ModelError, match="cannot load the tokenizer in"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_ends_of_turns_are_token_ids(tmp_path: Path) -> None:
+    """One or several; anything else is told, where transformers would fail in the middle of sampling."""
+    for ends, expected in ((2, [2]), ([5, 2], [2, 5]), (["x", 2], None), (2.0, None), ([[2]], None)):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+        if expected is not None:
+            assert generation_ends(str(tmp_path)) == {"ends": expected}
+            continue
+        with pytest.raises(ModelError, match=r"eos_token_id is .*, expected a token id"):
+            generation_ends(str(tmp_path))
+
+
+def test_weights_that_are_a_program_are_not_run(tmp_path: Path) -> None:
+    """A pickle file may name any function; torch reads it without, and the refusal is ours."""
+    llama().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(weights | {"more": _Program(tmp_path / "mark")}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="cannot load the model in"):
+        load_model(str(tmp_path), device="cpu")
+    assert not (tmp_path / "mark").exists()
+
+
+class _Program:
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.mark,)
 
 
 @pytest.mark.parametrize("kind", ["bart", "whisper", "bert", "roberta"])
@@ -145,6 +255,29 @@ def test_damaged_weights_are_left_to_those_who_compute_with_them(tmp_path: Path)
     """NaN is not taken for looking ahead: rows say that their loss is not finite."""
     llama().save_pretrained(tmp_path)
     load_model(torn(tmp_path, lambda w: w["model.norm.weight"].fill_(float("nan"))), device="cpu")
+
+
+def test_an_embedding_model_is_whole_too(tmp_path: Path) -> None:
+    """sentence-transformers says nothing of weights that it makes up, of which every process has others."""
+    pytest.importorskip("sentence_transformers")
+    config = BertConfig(
+        vocab_size=320, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    for name in ("whole", "no layer", "half", "fewer layers"):
+        save_model(tmp_path / name)
+        BertModel(config, add_pooling_layer=False).save_pretrained(tmp_path / name)
+    assert embeddings.embed(["a"], str(tmp_path / "whole")).shape == (1, 16)
+    torn(tmp_path / "no layer", lambda w: [w.pop(name) for name in sorted(w) if ".layer.1." in name])
+    torn(tmp_path / "half", cut("embeddings.word_embeddings.weight"))
+    configured(tmp_path / "fewer layers", num_hidden_layers=1)
+    for name, message in (
+        ("no layer", r"embedding model .* its files lack encoder\.layer\.1\."),
+        ("half", "cannot load the embedding model"),
+        ("fewer layers", r"its files hold encoder\.layer\.1\."),
+    ):
+        with pytest.raises(ModelError, match=message):
+            embeddings.embed(["a"], str(tmp_path / name))
 
 
 CODE = "from pathlib import Path\nPath({mark!r}).write_text('ran')\nraise RuntimeError('code of the repository ran')\n"

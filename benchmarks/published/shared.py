@@ -21,7 +21,7 @@ from gradsift.gradients.adam import AdamDirection
 from gradsift.gradients.capture import find_modules
 from gradsift.gradients.projection import Projection, Projector, plan_segments
 from gradsift.gradients.rows import gradient_rows
-from gradsift.influence.less import unit_rows
+from gradsift.influence.products import unit_rows
 from gradsift.loss import token_mean
 from gradsift.types import Sequence as TokenSequence
 from gradsift.types import TokenizedExample

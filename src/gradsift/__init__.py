@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from gradsift.influence.deita import DEITA
     from gradsift.influence.diagnostics import PolicyDiagnostics, diagnose
     from gradsift.influence.dsir import DSIR
+    from gradsift.influence.estimator import Estimator, Influence
     from gradsift.influence.ji2s import JI2S
     from gradsift.influence.less import LESS
     from gradsift.influence.nice import NICE, NICEIF
@@ -131,6 +132,7 @@ _WHERE = {
     "gradsift.influence.prompts": ("PromptTarget", "open_prompts"),
     "gradsift.influence.datainf": ("DataInf", "ProjectedInverse"),
     "gradsift.influence.ji2s": ("JI2S",),
+    "gradsift.influence.estimator": ("Estimator", "Influence"),
     "gradsift.influence.less": ("LESS",),
     "gradsift.influence.dsir": ("DSIR",),
     "gradsift.influence.random": ("Random",),
@@ -183,7 +185,8 @@ __all__ = [  # noqa: RUF022  # kept in the order of the flow
     "open_pool", "open_target", "Pool", "Target", "Columns",
     "Warmup", "Training", "warm_up", "train", "Checkpoint", "open_checkpoint",
     "Gradients", "Adam", "Projection", "collect", "GradientStore", "MeasuredError", "Run",
-    "score", "Scores", "LESS", "DataInf", "ProjectedInverse", "TRAK", "JI2S", "BM25", "RDS", "DSIR", "Random",
+    "score", "Scores", "Estimator", "Influence",
+    "LESS", "DataInf", "ProjectedInverse", "TRAK", "JI2S", "BM25", "RDS", "DSIR", "Random",
     "AlpaGasus", "DEITA", "JudgeRating", "FunctionRating", "LengthRating", "PerplexityRating", "DifficultyRating",
     "NICE", "NICEIF", "open_prompts", "PromptTarget", "Sampling", "Assistant", "Endpoint", "PolicyGradient", "diagnose",
     "PolicyDiagnostics", "select", "Selection", "TopK", "FacilityLocation", "RandomChoice", "GumbelTopK", "TSDS",

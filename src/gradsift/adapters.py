@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import re
 import warnings
@@ -160,6 +161,13 @@ def attach_adapter(model: Any, adapter: str | Path) -> Any:
             "adapter_config.json asks for. Use the model named there, or save the adapter again"
         )
     _refuse_left_over(peft_model, adapter)
+    scalings = [getattr(module, "scaling", None) for module in peft_model.modules()]
+    scales = {float(value) for own in scalings if isinstance(own, dict) for value in own.values()}
+    if not all(math.isfinite(scale) and scale for scale in scales):
+        raise ModelError(
+            f"adapter {adapter} multiplies what it adds by {min(scales, key=abs):g}, by lora_alpha and r in its "
+            "adapter_config.json: nothing can be learned from that. Wanted: finite numbers other than 0"
+        )
     return peft_model.eval().requires_grad_(False)
 
 
@@ -178,22 +186,32 @@ def refuse_untrained(peft_model: Any, adapter: str | Path) -> None:
 
 
 def _refuse_left_over(peft_model: Any, adapter: str | Path) -> None:
-    """Refuse an adapter with weights for layers that this model does not have: PEFT passes over them.
+    """Refuse an adapter with weights that this model has no place for: PEFT passes over them.
 
     Raises:
-        MismatchError: naming the first.
+        MismatchError: its layers are more than the model's, or its adapter_config.json asks for fewer modules or
+            another kind of LoRA than its weights are of; naming the first.
     """
+    from peft import get_peft_model_state_dict
     from peft.utils.save_and_load import load_peft_weights
 
-    own = {_layer(name) for name, _ in peft_model.named_parameters() if ".lora_" in name}
-    kinds = {re.sub(r"\d+", "#", layer) for layer in own}
-    stored = {_layer(name) for name in load_peft_weights(str(adapter), device="cpu") if ".lora_" in name}
-    left = sorted(layer for layer in stored - own if re.sub(r"\d+", "#", layer) in kinds)
-    if left:
+    stored = load_peft_weights(str(adapter), device="cpu")
+    own = {*get_peft_model_state_dict(peft_model, save_embedding_layers=False), *peft_model.state_dict()}
+    left = sorted(name for name in stored if name not in own)
+    if not left:
+        return
+    kinds = {re.sub(r"\d+", "#", _layer(name)) for name in own if ".lora_" in name}
+    layers = sorted({_layer(name) for name in left if ".lora_" in name} - {_layer(name) for name in own})
+    if layers and all(re.sub(r"\d+", "#", layer) in kinds for layer in layers):
         raise MismatchError(
-            f"adapter {adapter} was trained for another model: it has weights for {len(left)} layers that this one "
-            f"lacks, first {left[0]}. Use the model named in its adapter_config.json"
+            f"adapter {adapter} was trained for another model: it has weights for {len(layers)} layers that this one "
+            f"lacks, first {layers[0]}. Use the model named in its adapter_config.json"
         )
+    many = f"{len(left)} weight{'s' * (len(left) > 1)}"
+    raise MismatchError(
+        f"adapter {adapter} has {many} that its adapter_config.json has no place for, first {left[0]}, so that it "
+        "would be another adapter than was trained: copy the adapter_config.json that was saved with them"
+    )
 
 
 def _layer(name: str) -> str:

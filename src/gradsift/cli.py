@@ -24,6 +24,7 @@ from gradsift.cli_options import (
     OF_GRADIENTS,
     OF_MEASURED_REWARD,
     OF_POOL,
+    OF_RECIPE,
     OF_REWARD,
     OF_RUN,
     OF_SAMPLING,
@@ -233,7 +234,7 @@ def _recipe(given: dict[str, Any], **more: Any) -> Any:
     """A recipe from the options that were given."""
     from gradsift.errors import ConfigError
     from gradsift.options import engine_fields, estimator_of, rewards_of, selection_of
-    from gradsift.recipe import validated
+    from gradsift.recipe import set_fields, validated
     from gradsift.warmup.train import PRESETS
 
     values: dict[str, Any] = {
@@ -275,9 +276,11 @@ def _recipe(given: dict[str, Any], **more: Any) -> Any:
         values |= {"budget": parse_budget(given["budget"]), "group_by": tuple(given["group_by"] or ())}
     values |= rewards_of(given)
     values |= engine_fields(given)
+    values |= more
+    set_fields(values, given.get("set"))
     if given.get("target_columns"):
-        return validated({**values, **more}, _option_of)
-    return validated({**values, **more}, lambda field: _option_of(field.removeprefix("target_")))
+        return validated(values, _option_of)
+    return validated(values, lambda field: _option_of(field.removeprefix("target_")))
 
 
 def _training_fields(given: dict[str, Any]) -> dict[str, Any]:
@@ -341,7 +344,7 @@ def _print_result(result: Any, given: dict[str, Any]) -> None:
 
 @_command(
     *OF_POOL[:2], "target", "out", *OF_POOL[3:], *OF_TARGET, "adapter", *OF_WARMUP, *OF_GRADIENTS, *OF_SCORE,
-    *OF_CHOICE, *OF_RUN, optional=("target",),
+    *OF_CHOICE, *OF_RECIPE, *OF_RUN, optional=("target",),
 )  # fmt: skip
 def select(given: dict[str, Any]) -> None:
     """Choose the training examples that help a target most, and report it against BM25 and random choices.
@@ -355,7 +358,7 @@ def select(given: dict[str, Any]) -> None:
     _print_result(run_select(_recipe(given), _reporter(given)), given)
 
 
-@_command(*OF_POOL, "adapter", *OF_WARMUP, *OF_GRADIENTS, *OF_EXPLAIN, *OF_RUN)
+@_command(*OF_POOL, "adapter", *OF_WARMUP, *OF_GRADIENTS, *OF_EXPLAIN, *OF_RECIPE, *OF_RUN)
 def explain(given: dict[str, Any]) -> None:
     """Show the few training examples whose gradients account for what the model says, and how well they do.
 
@@ -368,7 +371,7 @@ def explain(given: dict[str, Any]) -> None:
     _print_result(run_explain(_explain_recipe(given), _reporter(given)), given)
 
 
-@_command(*OF_POOL, "adapter", *OF_WARMUP, *OF_GRADIENTS, *OF_EXPLAIN, *OF_RUN)
+@_command(*OF_POOL, "adapter", *OF_WARMUP, *OF_GRADIENTS, *OF_EXPLAIN, *OF_RECIPE, *OF_RUN)
 def validate(
     given: dict[str, Any],
     random_sets: Annotated[int, option("--random-sets", help="Random selections each is compared with.")] = 5,
@@ -425,7 +428,7 @@ def _explain_recipe(given: dict[str, Any], **more: Any) -> Any:
 
 @_command(
     *OF_POOL[:2], "target", "out", *OF_POOL[3:], *OF_TARGET, "adapter", *OF_WARMUP, *OF_GRADIENTS, *OF_SCORE,
-    *OF_RUN, optional=("target",),
+    *OF_RECIPE, *OF_RUN, optional=("target",),
 )  # fmt: skip
 def score(given: dict[str, Any]) -> None:
     """Score the pool for a target: influence of each example, in scores.parquet. Higher = training on it helps.
@@ -442,7 +445,7 @@ _OF_PROMPTS = (*OF_POOL[:2], "target", "out", *OF_POOL[3:], "target_columns", "a
 _Show = Annotated[int, option("--show", min=0, help="Prompts whose responses are shown.")]
 
 
-@_command(*_OF_PROMPTS, *OF_SAMPLING, *OF_RUN)
+@_command(*_OF_PROMPTS, *OF_SAMPLING, *OF_RECIPE, *OF_RUN)
 def sample(given: dict[str, Any], show: _Show = 3) -> None:
     """Sample responses to a target's prompts at every checkpoint, or of an assistant: what NICE ranks by.
 
@@ -455,7 +458,7 @@ def sample(given: dict[str, Any], show: _Show = 3) -> None:
     _print_rollouts(run_sample(_rollout_recipe(given), _reporter(given)), given, show)
 
 
-@_command(*_OF_PROMPTS, *OF_REWARD, *OF_RUN)
+@_command(*_OF_PROMPTS, *OF_REWARD, *OF_RECIPE, *OF_RUN)
 def reward(given: dict[str, Any], show: _Show = 3) -> None:
     """Compute what sampled responses to a target's prompts earn; samples those that are missing.
 
@@ -481,7 +484,7 @@ def _print_rollouts(result: Any, given: dict[str, Any], show: int) -> None:
         print_rollouts(result, show)
 
 
-@_command(*OF_POOL, *OF_WARMUP, *OF_RUN)
+@_command(*OF_POOL, *OF_WARMUP, *OF_RECIPE, *OF_RUN)
 def warmup(given: dict[str, Any]) -> None:
     """Train a LoRA adapter for a few epochs on a share of the pool: the checkpoints that gradients are taken at.
 
@@ -642,7 +645,7 @@ def evaluate(
         raise typer.Exit(1)
 
 
-@_command(*OF_POOL, "adapter", *OF_WARMUP, *OF_GRADIENTS, *OF_RUN)
+@_command(*OF_POOL, "adapter", *OF_WARMUP, *OF_GRADIENTS, *OF_RECIPE, *OF_RUN)
 def collect(
     given: dict[str, Any],
     views: Annotated[
@@ -696,7 +699,7 @@ def collect(
 
 @_command(
     *OF_POOL[:2], "target", "out", *OF_POOL[3:], *OF_TARGET, "adapter", *OF_WARMUP, *OF_GRADIENTS, *OF_SCORE,
-    *OF_CHOICE, *OF_RUN, optional=("model", "pool", "target", "out"),
+    *OF_CHOICE, *OF_RECIPE, *OF_RUN, optional=("model", "pool", "target", "out"),
 )  # fmt: skip
 def plan(
     given: dict[str, Any],
@@ -728,6 +731,19 @@ def plan(
             print_estimate(one)
 
 
+@app.command("list", cls=_Careful)
+def list_() -> None:
+    """Name every estimator, gradsift's and those of installed packages, with what it reads and what it is.
+
+    Example: gradsift list
+    """
+    with _errors(debug=False):
+        from gradsift.printing import print_estimators
+
+        _calm_libraries()
+        print_estimators()
+
+
 @app.command(cls=_Careful)
 def init(
     path: Annotated[Path, typer.Argument(help="Where to write the recipe.")] = Path("recipe.yaml"),
@@ -753,10 +769,10 @@ def _read_recipes(path: Path, given: dict[str, Any], out: str | None) -> list[An
     from gradsift.options import engine_fields
     from gradsift.recipe import load_recipes
 
-    return load_recipes(path, {**({"out": out} if out else {}), **engine_fields(given)})
+    return load_recipes(path, {**({"out": out} if out else {}), **engine_fields(given)}, given["set"])
 
 
-@_command(*OF_ENGINE, "as_json", "quiet", "debug")
+@_command(*OF_ENGINE, *OF_RECIPE, "as_json", "quiet", "debug")
 def run(
     given: dict[str, Any],
     recipe: Annotated[Path, typer.Argument(help="A recipe, as `gradsift init` writes it.")],
@@ -777,7 +793,7 @@ def run(
         _print_json([summary(run_recipe(one, _reporter(given))) for one in recipes])
 
 
-@_command(*OF_ENGINE, "as_json", "quiet", "debug")
+@_command(*OF_ENGINE, *OF_RECIPE, "as_json", "quiet", "debug")
 def compare(
     given: dict[str, Any],
     recipe: Annotated[Path, typer.Argument(help="A recipe with a `compare:` section.")],

@@ -325,6 +325,13 @@ SHARED: dict[str, tuple[Any, Any]] = {
         help="Of trak: segments keeps modules apart (default), whole inverts over all dimensions at once.",
         panel=RUN,
     ),
+    "set": _shared(
+        list[str] | None,
+        None,
+        "--set",
+        help="Any field as in a recipe, such as estimator.smoothing=1e-8; after the other options. May be repeated.",
+        panel=RUN,
+    ),
     "optimizer": _shared(
         str, "adam", "--optimizer", help="Pool side of LESS: adam update directions or plain sgd gradients.", panel=RUN
     ),
@@ -480,4 +487,5 @@ OF_EXPLAIN = (
     "damping", "kernel", "strategies", "compare", "trade_off", "candidates", "coefficients", "over_outputs",
     "max_new_tokens", "embedding", "pages",
 )  # fmt: skip
+OF_RECIPE = ("set",)
 OF_RUN = ("seed", "dtype", "device", "as_json", "quiet", "debug")

@@ -33,9 +33,10 @@ from gradsift.evaluation.setup import Trained
 from gradsift.evaluation.stage_costs import StageClock, StageCost
 from gradsift.execution.engine import LOCAL
 from gradsift.gradients.rows import View
-from gradsift.influence.ji2s import JI2S, full_sums
+from gradsift.influence.estimator import Estimator
+from gradsift.influence.ji2s import full_sums
 from gradsift.influence.prompts import PromptTarget
-from gradsift.influence.scores import Method, Scores, at_last_checkpoint, pool_view, score
+from gradsift.influence.scores import Scores, score
 from gradsift.interruption import refuse_to_go_on
 from gradsift.pages import publish_page
 from gradsift.progress import Advance, Reporter, silent, untold
@@ -265,22 +266,22 @@ class _Work:
     def _choose(self, pool: Pool, seeds: Sequence[int]) -> None:
         """Every choice of these seeds at one warm-up, or what stopped it."""
         choosing = [one for one in self.plan.contenders if one.sized and set(seeds) & set(self.plan.seeds_of(one))]
-        if any(isinstance(one.estimator, JI2S) and one.estimator.full_space for one in choosing):
+        if any(one.estimator is not None and one.estimator.full_sum for one in choosing):
             # Collected with the sums that JI2S needs, one store serves the other methods as well.
             pool = full_sums(pool)
         stopped = self._prepare(pool, [one.estimator for one in choosing if one.estimator is not None])
         known: dict[str, _Choice] = {}
         for contender in choosing:
             assert contender.estimator is not None
-            in_vain = stopped if pool_view(contender.estimator) is not None else None
+            in_vain = stopped if contender.estimator.view is not None else None
             for seed in (seed for seed in seeds if seed in self.plan.seeds_of(contender)):
                 for budget in self.plan.budgets:
                     choice = in_vain or self._choice(pool, contender, budget, seed, known)
                     self.choices[contender.name, budget, seed] = choice
 
-    def _prepare(self, pool: Pool, methods: Sequence[Method]) -> _Stopped | None:
+    def _prepare(self, pool: Pool, methods: Sequence[Estimator]) -> _Stopped | None:
         """Warm-up and gradients that the methods share, or what stopped them."""
-        viewed = [(method, view) for method in methods if (view := pool_view(method)) is not None]
+        viewed = [(method, view) for method in methods if (view := method.view) is not None]
         if not viewed:
             return None
         checkpoints = _attempted("warm-up", partial(self._warm_up, pool))
@@ -293,10 +294,10 @@ class _Work:
         with self.clock.timed("warm-up", None, {**settings, "seed": pool.seed}):
             return pool.checkpoints()
 
-    def _collect(self, pool: Pool, checkpoints: Sequence[Checkpoint], viewed: Sequence[tuple[Method, View]]) -> None:
+    def _collect(self, pool: Pool, checkpoints: Sequence[Checkpoint], viewed: Sequence[tuple[Estimator, View]]) -> None:
         for number, checkpoint in enumerate(checkpoints):
             last = number == len(checkpoints) - 1
-            views: list[View] = sorted({view for method, view in viewed if last or not at_last_checkpoint(method)})
+            views: list[View] = sorted({view for method, view in viewed if last or not method.last_checkpoint})
             identity = {
                 "gradients": pool.gradients.model_dump(mode="json"),
                 "checkpoint": checkpoint.identity(),
@@ -332,7 +333,7 @@ class _Work:
             return tuple(select(scores, method, budget=budget).ids)
 
     def _scored(
-        self, pool: Pool, contender: Contender, estimator: Method, identity: dict[str, Any]
+        self, pool: Pool, contender: Contender, estimator: Estimator, identity: dict[str, Any]
     ) -> Scores | _Stopped:
         """The scores, computed once for the arms, budgets and seeds in a row that share them; or what stopped them."""
         name = fingerprint(identity)
@@ -346,7 +347,7 @@ class _Work:
                 self.extremes[contender.name] = ends
         return found
 
-    def _score(self, pool: Pool, contender: Contender, estimator: Method, identity: dict[str, Any]) -> Scores:
+    def _score(self, pool: Pool, contender: Contender, estimator: Estimator, identity: dict[str, Any]) -> Scores:
         with self.clock.timed("score", contender.name, identity):
             return score(pool, self.plan.target, estimator, aggregation=self.plan.recipe.aggregation)
 

@@ -15,13 +15,11 @@ from gradsift.errors import ConfigError, DataError, MismatchError, UnusableRowsE
 from gradsift.evaluation.arms import Compare, Contender, PairwiseMetric, asking, contenders
 from gradsift.evaluation.metric import Metric
 from gradsift.evaluation.setup import subject_of
-from gradsift.influence.alpagasus import AlpaGasus
-from gradsift.influence.deita import DEITA
 from gradsift.influence.diagnostics import check_samples
-from gradsift.influence.nice import NICE, NICEIF
+from gradsift.influence.estimator import Estimator
+from gradsift.influence.nice import takes_reward
 from gradsift.influence.prompts import PromptTarget
 from gradsift.influence.ratings import check_raters, with_judge
-from gradsift.influence.scores import Method, needs_target, pool_view, target_sources
 from gradsift.pipeline import open_recipe, open_recipe_target, say_account
 from gradsift.progress import Reporter
 from gradsift.recipe import Recipe
@@ -122,8 +120,7 @@ def planned(recipe: Recipe, job: Compare, reporter: Reporter) -> Plan:
     pool = open_recipe(recipe, reporter)
     methods = [one.estimator for one in found if one.estimator is not None]
     for method in methods:
-        if isinstance(method, AlpaGasus | DEITA):
-            check_raters(method)
+        check_raters(method)
     target = _target(recipe, pool, methods)
     if target is not None:
         say_account(target.data.account, "target", len(target.data), reporter)
@@ -182,10 +179,10 @@ def _judged(contender: Contender, recipe: Recipe) -> Contender:
     return replace(contender, estimator=contender.estimator and with_judge(contender.estimator, recipe.judge))
 
 
-def _target(recipe: Recipe, pool: Pool, methods: Sequence[Method]) -> Target | PromptTarget | None:
-    if recipe.target is None and not any(needs_target(method) for method in methods):
+def _target(recipe: Recipe, pool: Pool, methods: Sequence[Estimator]) -> Target | PromptTarget | None:
+    if recipe.target is None and not any(method.needs_target for method in methods):
         return None
-    unpaid = next((method for method in methods if isinstance(method, NICE | NICEIF)), None)
+    unpaid = next((method for method in methods if takes_reward(method)), None)
     if unpaid is not None and recipe.reward is None:
         raise ConfigError(
             f"{unpaid.label} ranks by a reward, and none is named: give `reward:`, such as "
@@ -194,7 +191,7 @@ def _target(recipe: Recipe, pool: Pool, methods: Sequence[Method]) -> Target | P
     try:
         return open_recipe_target(recipe, pool)
     except UnusableRowsError as error:
-        needing = next((method for method in methods if pool_view(method) and not isinstance(method, NICE)), None)
+        needing = next((method for method in methods if method.view and not takes_reward(method)), None)
         if recipe.reward is not None or needing is None:
             raise
         raise DataError(
@@ -203,17 +200,16 @@ def _target(recipe: Recipe, pool: Pool, methods: Sequence[Method]) -> Target | P
         ) from error
 
 
-def _check_methods(pool: Pool, target: Target | PromptTarget, methods: Sequence[Method]) -> None:
+def _check_methods(pool: Pool, target: Target | PromptTarget, methods: Sequence[Estimator]) -> None:
     """Refuse estimators that do not go with the target or the adapters."""
     for method in methods:
-        if isinstance(method, NICE | NICEIF) and isinstance(target, PromptTarget):
+        if takes_reward(method) and isinstance(target, PromptTarget):
             target.check_reward()
             check_samples(method)
-        elif pool_view(method) is not None:
-            target_sources(pool, target, method)  # type: ignore[arg-type]  # those with a view are what it takes
-        if pool.adapters and pool_view(method) == "adam":
-            for checkpoint in pool.checkpoints():
-                checkpoint.optimizer_identity()
+        elif method.view is not None:
+            method.targets(pool, target)
+        if pool.adapters:
+            method.checkpoints_of(pool)
 
 
 def _counts(budgets: Sequence[float], available: int) -> tuple[int, ...]:

@@ -16,7 +16,6 @@ from gradsift.data.dataset import Dataset
 from gradsift.errors import DataError, GradsiftError
 from gradsift.evaluation.arms import Contender
 from gradsift.influence.bm25 import conversation_text
-from gradsift.influence.random import Random
 from gradsift.influence.rds import kept_embeddings
 from gradsift.influence.scores import Scores
 from gradsift.recipe import as_yaml
@@ -185,7 +184,7 @@ def extremes_of(plan: Plan, contender: Contender, scores: Scores, note: str = ""
         scores: of that estimator.
         note: on the scores, beside their own warnings.
     """
-    if isinstance(scores.method, Random):
+    if scores.method.by_chance:
         return None
     ranks, data = scores.ranks(), plan.pool.data
     order = np.argsort(ranks)

@@ -73,16 +73,41 @@ def at_hand(model: str = DEFAULT) -> bool:
 
 @lru_cache(maxsize=1)
 def _load(model: str, device: str) -> Any:
-    from sentence_transformers import SentenceTransformer
+    """The model, all weights of which are in its files: sentence-transformers fills others with random numbers.
 
+    Raises:
+        ModelError: it cannot be loaded, or lacks weights.
+    """
+    from sentence_transformers import SentenceTransformer
+    from transformers import PreTrainedModel
+
+    from gradsift.models import pretrained
+
+    place = place_of(model)
     try:
-        return SentenceTransformer(place_of(model), device=device, trust_remote_code=False)
-    except Exception as error:  # a file that anybody may have written can fail in any way
+        found = SentenceTransformer(place, device=device, trust_remote_code=False)
+    except Exception as error:  # what a folder can have wrong has no common base
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelError(
             f"cannot load the embedding model {model}: {first}. Give the hub id or the folder of a "
             "sentence-transformers model"
         ) from error
+    for part in found.modules():
+        folder = _folder_of(str(part.name_or_path)) if isinstance(part, PreTrainedModel) else None
+        if folder is not None:  # without weights it is read in hundredths of a second; most poolings use no pooler
+            pretrained(type(part), folder, what="embedding model", unused="pooler.", device_map="meta")
+    return found
+
+
+def _folder_of(name: str) -> str | None:
+    """The folder of a model's files, also in the hub's cache; None where it is another, as of an adapter's base."""
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        config = Path(name) / "config.json" if Path(name).is_dir() else try_to_load_from_cache(name, "config.json")
+    except ValueError:  # no hub id either
+        return None
+    return str(Path(config).parent) if isinstance(config, str | Path) and Path(config).is_file() else None
 
 
 def place_of(model: str) -> str:

@@ -100,9 +100,20 @@ def generation_settings(name: str) -> dict[str, Any]:
 
 
 def generation_ends(name: str) -> dict[str, Any]:
-    """What a model's generation settings say of the end of a turn, for the identity of what it generates."""
+    """What a model's generation settings say of the end of a turn, for the identity of what it generates.
+
+    Raises:
+        ModelError: it is no token id, nor a list of them.
+    """
     ends = generation_settings(name).get("eos_token_id")
-    return {} if ends is None else {"ends": sorted(ends) if isinstance(ends, list) else [ends]}
+    if ends is None:
+        return {}
+    several = ends if isinstance(ends, list) else [ends]
+    if not all(isinstance(end, int) for end in several):
+        raise ModelError(
+            f"generation_config.json of {name}: eos_token_id is {ends!r:.60}, expected a token id or a list of them"
+        )
+    return {"ends": sorted(several)}
 
 
 def load_tokenizer(name: str) -> Any:
@@ -180,13 +191,14 @@ def load_model(name: str, *, dtype: DtypeName = "auto", device: str = "auto") ->
     return model
 
 
-def pretrained(kind: Any, name: str, *, what: str = "model", **options: Any) -> Any:
+def pretrained(kind: Any, name: str, *, what: str = "model", unused: str = "", **options: Any) -> Any:
     """A model of transformers' class `kind` with all its weights from its files, and no code of its repository run.
 
     Args:
         kind: such as AutoModelForCausalLM.
         name: folder or hub id.
         what: the word for it in messages.
+        unused: beginning of the names of weights that may be missing, as nothing is computed with them.
         options: of `from_pretrained`.
 
     Raises:
@@ -204,16 +216,17 @@ def pretrained(kind: Any, name: str, *, what: str = "model", **options: Any) -> 
             f"{what} {name}: {_first_of(mismatched)} has shape {list(found)} in its files, where config.json asks for "
             f"{list(wanted)}: copy or download it again, whole"
         )
-    if report["missing_keys"]:
+    missing = [weight for weight in report["missing_keys"] if not (unused and weight.startswith(unused))]
+    if missing:
         raise ModelError(
-            f"{what} {name}: its files lack {_first_of(report['missing_keys'])} of {type(model).__name__}, which would "
+            f"{what} {name}: its files lack {_first_of(missing)} of {type(model).__name__}, which would "
             "be random numbers: copy or download it again, whole, or give one that was saved with its head"
         )
-    homeless = [weight for weight in report["unexpected_keys"] if _belongs(model, weight)]
+    homeless = _homeless(model, report["unexpected_keys"])
     if homeless:
         raise ModelError(
             f"{what} {name}: its files hold {_first_of(homeless)}, for which config.json leaves no place, so that it "
-            "would be another model than was saved: copy config.json again"
+            "would be another model than was saved: copy the config.json that was saved with them"
         )
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ModelError(f"{what} {name} holds an adapter beside the base: keep them apart, and name it by --adapter")
@@ -239,13 +252,51 @@ def _first_of(weights: Iterable[str]) -> str:
     return f"{first} and {len(others)} more weight{'s' * (len(others) > 1)}" if others else first
 
 
-def _belongs(model: torch.nn.Module, weight: str) -> bool:
-    """Whether a weight that was passed over is that of a module which the model has, such as a linear's bias."""
-    owner, _, leaf = weight.rpartition(".")
-    try:
-        return leaf in ("weight", "bias") and isinstance(model.get_submodule(owner).weight, torch.Tensor)
-    except AttributeError:
-        return False
+def _homeless(model: torch.nn.Module, unexpected: Iterable[str]) -> list[str]:
+    """Which of the weights that were passed over are of what the model has, so that without them it is another one.
+
+    Those of its numbered blocks, those beside a module's weight (its bias, the scales of a quantised one), and whole
+    blocks that are like the others, which config.json does not count. Not: buffers of old versions, a head for another
+    task, a tower that the text does not pass, and blocks of another kind, such as those that predict further tokens.
+    """
+    found: list[str] = []
+    blocks: dict[str, dict[str, str]] = {}  # which the model lacks: their weights, by kind
+    kinds = {_kind(name) for name, _ in model.named_parameters()}
+    body = getattr(model, "base_model_prefix", "")
+    for weight in unexpected:
+        full = weight
+        if body and _first_lacking(model, weight.partition(".")[0]) is not None:  # saved without its head
+            full = f"{body}.{weight}"
+        owner, _, leaf = full.rpartition(".")
+        lacks = _first_lacking(model, owner)
+        if lacks is None:
+            if isinstance(getattr(model.get_submodule(owner), "weight", None), torch.Tensor):
+                found.append(weight)
+        elif lacks.rpartition(".")[2].isdecimal():
+            blocks.setdefault(lacks, {})[weight] = _kind(full)
+        elif leaf in ("weight", "bias") and re.search(r"\.\d+\.", lacks):
+            found.append(weight)
+    for block, weights in blocks.items():
+        like = f"{_kind(block)}."
+        if not any(kind.startswith(like) for kind in kinds) or kinds.issuperset(weights.values()):
+            found += weights
+    return found
+
+
+def _kind(name: str) -> str:
+    """A name without the numbers of layers and experts."""
+    return re.sub(r"\d+", "#", name)
+
+
+def _first_lacking(model: torch.nn.Module, name: str) -> str | None:
+    """The outermost part of a dotted name that is no module of the model; None where all are."""
+    parts = name.split(".")
+    for count in range(1, len(parts) + 1):
+        try:
+            model.get_submodule(".".join(parts[:count]))
+        except AttributeError:
+            return ".".join(parts[:count])
+    return None
 
 
 def _refuse_looking_ahead(model: Any, name: str) -> None:

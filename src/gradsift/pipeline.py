@@ -20,12 +20,12 @@ from gradsift.explanation.explain import check_budgets, explain, explained_views
 from gradsift.explanation.outputs import Question, question_of, questions_of
 from gradsift.explanation.table import relevance_table
 from gradsift.influence.diagnostics import check_samples
-from gradsift.influence.ji2s import JI2S, full_sums
-from gradsift.influence.nice import NICE, NICEIF, PolicyTargets
+from gradsift.influence.ji2s import full_sums
+from gradsift.influence.nice import PolicyTargets, takes_reward
 from gradsift.influence.prompts import PromptTarget, open_prompts
 from gradsift.influence.ratings import with_judge
 from gradsift.influence.responses import sampled_responses
-from gradsift.influence.scores import needs_target, pool_view, save_tables, score
+from gradsift.influence.scores import save_tables, score
 from gradsift.pages import write_pages
 from gradsift.progress import Reporter, silent
 from gradsift.recipe import Recipe
@@ -90,7 +90,7 @@ def open_recipe_target(recipe: Recipe, pool: Pool, *, rewarded: bool = True) -> 
             keep_overlap=recipe.keep_overlap,
             sample=recipe.target_sample,
         )
-    if isinstance(recipe.estimator, NICE | NICEIF):
+    if takes_reward(recipe.estimator):
         raise ConfigError(
             f"{recipe.estimator.label} ranks by a reward, and none is named: give --reward, such as numeric:answer, "
             "rewards.py:function or unit_tests"
@@ -169,7 +169,7 @@ def run_recipe(recipe: Recipe, reporter: Reporter | None = None) -> Result:
     """
     if recipe.compare is not None and reporter is not None:
         reporter.say("this recipe also has `compare:`, which run leaves out: `gradsift compare` with it does that")
-    if recipe.target is not None or (recipe.explain is None and not needs_target(recipe.estimator)):
+    if recipe.target is not None or (recipe.explain is None and not recipe.estimator.needs_target):
         return run_select(recipe, reporter, command="run")
     return run_explain(recipe, reporter, command="run")
 
@@ -177,9 +177,9 @@ def run_recipe(recipe: Recipe, reporter: Reporter | None = None) -> Result:
 def score_all(recipe: Recipe, reporter: Reporter, *, command: str) -> Result:
     """The pool scored for the target by the estimator and every control; the caller holds the run's lock."""
     pool = open_recipe(recipe, reporter)
-    if recipe.target is None and not needs_target(recipe.estimator):
+    if recipe.target is None and not recipe.estimator.needs_target:
         target = None
-        recipe = recipe.model_copy(update={"controls": tuple(c for c in recipe.controls if not needs_target(c))})
+        recipe = recipe.model_copy(update={"controls": tuple(c for c in recipe.controls if not c.needs_target)})
     else:
         target = open_recipe_target(recipe, pool)
     result = Result(recipe, pool, command, target)
@@ -194,11 +194,11 @@ def score_all(recipe: Recipe, reporter: Reporter, *, command: str) -> Result:
     write_skipped(pool.run, result.account)
     methods = [recipe.estimator, *(control for control in recipe.controls if control != recipe.estimator)]
     methods = [with_judge(method, recipe.judge) for method in methods]
-    views = {view for method in methods if (view := pool_view(method)) is not None}
+    views = {view for method in methods if (view := method.view) is not None}
     if recipe.explain is not None:
         views |= explained_views(recipe.explain.estimators)
     if len(views) > 1:  # the same backward gives them all
-        rows = full_sums(pool) if any(isinstance(m, JI2S) and m.full_space for m in methods) else pool
+        rows = full_sums(pool) if any(method.full_sum for method in methods) else pool
         rows.stores(pool.checkpoints()[-1], sorted(views))
     result.scores = [score(pool, target, method, aggregation=recipe.aggregation) for method in methods]
     save_tables(pool, result.scores)
@@ -212,7 +212,7 @@ def trust(result: Result) -> None:
     """
     pool, target, scores = result.pool, result.target, result.scores[0]
     chosen = result.selections[0] if result.selections else None
-    if isinstance(scores.method, NICE | NICEIF) and isinstance(target, PromptTarget):
+    if takes_reward(scores.method) and isinstance(target, PromptTarget):
         targets = PolicyTargets(pool, target, scores.method)
         result.diagnostics = sample_reliability(scores, chosen, targets=targets)
         result.responses = sampled_responses(targets)
@@ -225,7 +225,7 @@ def trust(result: Result) -> None:
 
 def _check_methods(recipe: Recipe) -> None:
     """Refuse an estimator without the target that it needs, and a selection that does not go with it."""
-    if recipe.target is None and needs_target(recipe.estimator):
+    if recipe.target is None and recipe.estimator.needs_target:
         raise ConfigError(_NO_TARGET)
     check_selection(recipe.selection, recipe.estimator)
 
@@ -233,7 +233,7 @@ def _check_methods(recipe: Recipe) -> None:
 def _check_sizes(result: Result) -> None:
     """Refuse what cannot be met by this pool before anything heavy is done for it."""
     recipe, target = result.recipe, result.target
-    if isinstance(target, PromptTarget) and isinstance(recipe.estimator, NICE | NICEIF):
+    if isinstance(target, PromptTarget) and takes_reward(recipe.estimator):
         target.check_reward()
         check_samples(recipe.estimator)
     budget_count(recipe.budget, len(result.pool.data) - (len(target.overlap) if target else 0))

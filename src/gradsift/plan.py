@@ -27,7 +27,7 @@ from gradsift.gradients.projection import Projector, plan_segments
 from gradsift.gradients.rows import gradient_rows
 from gradsift.gradients.self_check import SelfCheck, self_check
 from gradsift.influence.blocks import threads
-from gradsift.influence.nice import NICE, NICEIF
+from gradsift.influence.nice import PolicyEstimator, takes_reward
 from gradsift.influence.prompts import PromptTarget
 from gradsift.models import host
 from gradsift.pipeline import explain_questions, open_recipe, open_recipe_target
@@ -70,7 +70,7 @@ def estimate(recipe: Recipe, reporter: Reporter | None = None) -> dict[str, Any]
         methods = [recipe.estimator]
         if comparison is not None:
             methods = [one.estimator for one in comparison.contenders if one.estimator is not None]
-        policy = next((method for method in methods if isinstance(method, NICE | NICEIF)), None)
+        policy = next((method for method in methods if takes_reward(method)), None)
         if comparison is not None:
             pool, target = comparison.pool, comparison.target
         else:
@@ -209,7 +209,7 @@ def _tasks(
     recipe: Recipe,
     pool: Pool,
     target: Target | PromptTarget | None,
-    policy: NICE | NICEIF | None,
+    policy: PolicyEstimator | None,
     comparison: Plan | None,
     sample: dict[str, Any],
 ) -> dict[str, int]:
@@ -285,7 +285,7 @@ def _measure(
     recipe: Recipe,
     pool: Pool,
     target: Target | PromptTarget | None,
-    policy: NICE | NICEIF | None,
+    policy: PolicyEstimator | None,
     wanted: SequenceABC[Measuring],
     reporter: Reporter,
 ) -> tuple[dict[str, Any], Decoding | None, list[Decoding | None]]:

@@ -9,7 +9,7 @@ from gradsift.comparison_plan import Plan
 from gradsift.explanation.explain import explained_views
 from gradsift.gradients.collect import kept_as
 from gradsift.gradients.rows import View
-from gradsift.influence.scores import Method, at_last_checkpoint, pool_view, target_view
+from gradsift.influence.estimator import Estimator, target_view
 from gradsift.recipe import Recipe
 from gradsift.selection.diverse import Diverse
 from gradsift.selection.select import TSDS, FacilityLocation, SelectionMethod
@@ -79,14 +79,13 @@ def collecting(recipe: Recipe, comparison: Plan | None, *, target: bool) -> Coll
     )
 
 
-def _of_method(method: Method) -> list[_Need]:
-    view = pool_view(method)
-    return [] if view is None else [_Need(view, at_last_checkpoint(method), targets=True)]
+def _of_method(method: Estimator) -> list[_Need]:
+    return [] if method.view is None else [_Need(method.view, method.last_checkpoint, targets=True)]
 
 
-def _of_selection(selection: SelectionMethod | None, estimator: Method) -> list[_Need]:
+def _of_selection(selection: SelectionMethod | None, estimator: Estimator) -> list[_Need]:
     """What a selection reads beside its scores."""
-    view = pool_view(estimator)
+    view = estimator.view
     if isinstance(selection, FacilityLocation) or (isinstance(selection, Diverse) and selection.by == "gradients"):
         return [_Need(view or "plain")]
     if isinstance(selection, TSDS) and view is None:

@@ -15,7 +15,7 @@ from gradsift.generation.endpoint import Endpoint, usage_of
 from gradsift.generation.local import Row, default_rows, draw_tokens
 from gradsift.generation.sampling import Sampling, Usage
 from gradsift.gradients.policy import MOST_ROWS
-from gradsift.influence.nice import PolicyMethod
+from gradsift.influence.nice import PolicyEstimator
 from gradsift.influence.prompts import PromptTarget
 from gradsift.recipe import Recipe
 from gradsift.rewards.judge import Judge
@@ -101,7 +101,7 @@ def reward_costs(
     recipe: Recipe,
     pool: Pool,
     target: PromptTarget,
-    method: PolicyMethod,
+    method: PolicyEstimator,
     *,
     checkpoints: int,
     decoding: Decoding | None,
@@ -155,7 +155,9 @@ def reward_costs(
     return RewardCosts(stages, tuple(asked), programs, texts)
 
 
-def _writer(method: PolicyMethod, pool: Pool, prompts: int, sets: int, length: float) -> list[tuple[str, str, Usage]]:
+def _writer(
+    method: PolicyEstimator, pool: Pool, prompts: int, sets: int, length: float
+) -> list[tuple[str, str, Usage]]:
     """What the responses cost at the endpoint that writes them, where one does."""
     assistant = method.assistant
     endpoint = method.server if assistant is None else assistant.model

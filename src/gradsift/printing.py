@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from pathlib import Path
 from typing import Any
+
+from rich.padding import Padding
+from rich.text import Text
 
 from gradsift.explanation.explain import Explanations, StrategyResult
 from gradsift.explanation.relevance import AGGREGATIONS
 from gradsift.explanation.table import RelevanceTable
 from gradsift.influence.diagnostics import PolicyDiagnostics
+from gradsift.influence.estimators import estimators
 from gradsift.progress import visible
 from gradsift.report.terminal import console, decibels, first_words, on_one_line, shares_text, table
 from gradsift.results import FILES, Result, files_of, reliability_sentences, shares, shown_budget
@@ -153,3 +158,14 @@ def _number(value: float | None) -> str:
     if value is None:
         return ""
     return f"{value:.0f}" if float(value).is_integer() and abs(value) >= 1 else f"{value:.3f}"
+
+
+def print_estimators() -> None:
+    """All estimators: kind, what they take of a target and read of the pool, and the first paragraph about them."""
+    out = console()
+    for kind, one in estimators().items():
+        takes = one.takes if one.needs_target else "no target"
+        view = one.model_construct().view
+        said = (inspect.getdoc(one) or "").partition("\n\n")[0].replace("\n", " ")
+        out.print(f"{kind:<20}{takes}{'' if view is None else f', {view} rows'}", markup=False)
+        out.print(Padding(Text(said), (0, 0, 1, 4)))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError
@@ -24,10 +25,11 @@ from gradsift.explanation.relevance import Aggregation as RelevanceAggregation
 from gradsift.generation.endpoint import Endpoint
 from gradsift.gradients.collect import Gradients
 from gradsift.influence.bm25 import BM25
+from gradsift.influence.estimators import AnyEstimator, AnyRanker
 from gradsift.influence.less import LESS
 from gradsift.influence.random import Random
 from gradsift.influence.ratings import Rater
-from gradsift.influence.scores import Aggregation, Estimator, Ranker
+from gradsift.influence.scores import Aggregation
 from gradsift.inputs import read_input
 from gradsift.models import DtypeName
 from gradsift.rewards.reward import Reward
@@ -74,7 +76,7 @@ class Explain(Settings):
     use_answers: bool = False
     sample: int | None = Field(default=None, ge=1)
     k: int | tuple[int, ...] = 5
-    estimators: tuple[Annotated[Ranker, Field(discriminator="kind")], ...] = (DEFAULT_ESTIMATOR,)
+    estimators: tuple[AnyRanker, ...] = (DEFAULT_ESTIMATOR,)
     strategies: tuple[Strategy, ...] = DEFAULT_STRATEGIES
     candidates: int = Field(default=CANDIDATES, ge=1)
     coefficients: CoefficientModel = "MSEProjUSimp"
@@ -109,8 +111,8 @@ class Recipe(Settings):
     warmup: Warmup = Warmup()
     adapter: tuple[str, ...] = ()
     gradients: Gradients = Gradients()
-    estimator: Estimator = LESS()
-    controls: tuple[Estimator, ...] = (BM25(), Random(seed=0))
+    estimator: AnyEstimator = LESS()
+    controls: tuple[AnyEstimator, ...] = (BM25(), Random(seed=0))
     aggregation: Aggregation = "max_of_means"
     selection: Selector = TopK()
     budget: Budget = 0.05
@@ -141,7 +143,9 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
     return recipes[0]
 
 
-def load_recipes(path: str | Path, overrides: dict[str, Any] | None = None) -> list[Recipe]:
+def load_recipes(
+    path: str | Path, overrides: dict[str, Any] | None = None, given: Sequence[str] | None = None
+) -> list[Recipe]:
     """Read a YAML recipe that may have `models:`, a list of what differs between several runs of it.
 
     Each entry names a `model` and whatever else is its own; its run folder is `out` with the model's name, unless it
@@ -154,7 +158,9 @@ def load_recipes(path: str | Path, overrides: dict[str, Any] | None = None) -> l
     content, node = _read(file)
     models = content.pop("models", None)
     if models is None:
-        return [_checked({**content, **(overrides or {})}, file, node)]
+        content |= overrides or {}
+        set_fields(content, given)
+        return [_checked(content, file, node)]
     if not isinstance(models, list) or not models or not all(isinstance(entry, dict) for entry in models):
         raise ConfigError(
             f"{file} line {_line(node, ['models'])}: models: wanted a list of settings, each with `model:`"
@@ -166,7 +172,9 @@ def load_recipes(path: str | Path, overrides: dict[str, Any] | None = None) -> l
     for number, entry in enumerate(models):
         name = str(entry.get("model", "")).rstrip("/").rsplit("/", 1)[-1]
         own = {"out": f"{base.get('out', 'runs')}/{name}", **entry}
-        recipes.append(_checked(_merged(base, own), file, _at(node, ["models", number])))
+        merged = _merged(base, own)
+        set_fields(merged, given)
+        recipes.append(_checked(merged, file, _at(node, ["models", number])))
     folders = [recipe.out for recipe in recipes]
     if len(set(folders)) < len(folders):
         raise ConfigError(
@@ -278,6 +286,48 @@ def validated(values: dict[str, Any], name_of: Callable[[str], str] = str) -> Re
         return Recipe.model_validate(values)
     except ValidationError as error:
         raise ConfigError(_explain_errors(error, Recipe, None, "", name_of)) from error
+
+
+def set_fields(values: dict[str, Any], given: Sequence[str] | None) -> None:
+    """Put what `--set field=value` says into the fields of a recipe; values are read as in its file.
+
+    Raises:
+        ConfigError: a text of another form, or a field that lies in something that has none.
+
+    Example:
+        >>> values = {"estimator": {"kind": "dsir"}}
+        >>> set_fields(values, ["estimator.smoothing=1e-8", "controls=[{kind: random}]"])
+        >>> values
+        {'estimator': {'kind': 'dsir', 'smoothing': 1e-08}, 'controls': [{'kind': 'random'}]}
+    """
+    for text in given or ():
+        field, found, value = text.partition("=")
+        names = field.strip().split(".")
+        if not found or not all(names):
+            raise ConfigError(f"--set {text!r}: wanted a field and a value, such as estimator.smoothing=1e-8")
+        try:
+            said = yaml.safe_load(value)
+            said = float(said) if isinstance(said, str) and _NUMBER.fullmatch(said) else said  # YAML wants 1.0e-8
+        except (yaml.YAMLError, ValueError) as error:
+            raise ConfigError(f"--set {text!r}: {value!r} is no value as a recipe has them") from error
+        _put(values, names, said, text)
+
+
+_NUMBER = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
+
+
+def _put(place: Any, names: Sequence[str], value: Any, text: str) -> None:
+    name: Any = names[0]
+    if isinstance(place, tuple | list):
+        raise ConfigError(f"--set {text!r}: {name!r} lies in a list: give the whole list, as [{{kind: …}}, …]")
+    if not isinstance(place, dict):
+        raise ConfigError(f"--set {text!r}: {name!r} lies in {place!r}, which has no fields")
+    if len(names) == 1:
+        place[name] = value
+        return
+    if not isinstance(place.get(name), dict | list | tuple):
+        place[name] = {} if place.get(name) is None else place[name]
+    _put(place[name], names[1:], value, text)
 
 
 def as_yaml(recipe: Recipe) -> str:
@@ -396,7 +446,7 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
 
 
 _METHODS = (
-    *_models(Estimator),
+    *_models(AnyEstimator),
     *_models(Selector),
     *_models(Strategy),
     *_models(Reward),

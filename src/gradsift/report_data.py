@@ -17,9 +17,8 @@ from gradsift.data.account import count_parts, count_reasons
 from gradsift.errors import ConfigError, CorruptError
 from gradsift.explanation.explain import Explanation, explained_views
 from gradsift.gradients.rows import View
-from gradsift.influence.random import Random
 from gradsift.influence.reliability import Over
-from gradsift.influence.scores import Scores, pool_view
+from gradsift.influence.scores import Scores
 from gradsift.pages import rewrite_pages
 from gradsift.recipe import as_yaml
 from gradsift.report.data import (
@@ -170,7 +169,7 @@ def report_data(result: Result) -> ReportData:
             )
             for entry, chosen in zip(result.scores, result.selections, strict=False)
         ],
-        extremes=[_extremes(result, entry) for entry in result.scores if not isinstance(entry.method, Random)],
+        extremes=[_extremes(result, entry) for entry in result.scores if not entry.method.by_chance],
         rewards=rewards_data(result),
         outcomes=result.outcomes,
         outcome_notes=result.outcome_notes,
@@ -279,7 +278,7 @@ def _known_checkpoints(pool: Pool, result: Result) -> list[Checkpoint]:
 
 def _views(result: Result) -> list[View]:
     """Views of the pool's gradients that were read at the last checkpoint."""
-    views = {view for entry in result.scores if (view := pool_view(entry.method)) is not None}
+    views = {view for entry in result.scores if (view := entry.method.view) is not None}
     if result.explanations is not None:
         views |= explained_views(result.explanations.estimators)
     return sorted(views)

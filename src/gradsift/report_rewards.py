@@ -11,7 +11,7 @@ import numpy as np
 from gradsift.generation.endpoint import Endpoint
 from gradsift.generation.sampling import prompts_of
 from gradsift.influence.diagnostics import CheckpointDiagnostics
-from gradsift.influence.nice import NICE, NICEIF
+from gradsift.influence.nice import PolicyEstimator, takes_reward
 from gradsift.influence.prompts import PromptTarget
 from gradsift.influence.responses import PromptResponses, RewardedResponse
 from gradsift.report.data import CheckpointRewards, Helper, ReportPrompt, ReportResponse, Rewards
@@ -24,7 +24,7 @@ _HELPERS = 3  # training examples for each prompt
 def rewards_data(result: Result) -> Rewards | None:
     """What the responses of a ranking by reward are like; None for other rankings."""
     method, found, sampled = result.recipe.estimator, result.diagnostics, result.responses
-    if found is None or sampled is None or not isinstance(method, NICE | NICEIF):
+    if found is None or sampled is None or not takes_reward(method):
         return None
     return Rewards(
         method=method.label,
@@ -39,7 +39,7 @@ def rewards_data(result: Result) -> Rewards | None:
     )
 
 
-def _sampled_how(method: NICE | NICEIF) -> str:
+def _sampled_how(method: PolicyEstimator) -> str:
     sampling = method.sampling if method.assistant is None else method.assistant.sampling
     parts = [f"{sampling.samples} for each prompt", f"temperature {sampling.temperature:g}"]
     parts += [f"top-k {sampling.top_k}"] * (sampling.top_k is not None)

@@ -20,18 +20,16 @@ from gradsift.generation.endpoint import Endpoint
 from gradsift.generation.samples import Samples
 from gradsift.generation.sampling import Response
 from gradsift.influence.nice import (
-    NICE,
-    NICEIF,
-    PolicyMethod,
+    PolicyEstimator,
     PolicyTargets,
     check_server,
     checkpoint_name,
     cut_off_warnings,
     signal_warnings,
+    takes_reward,
 )
 from gradsift.influence.prompts import Earned, PromptTarget, Rewards, RewardSummary
 from gradsift.influence.responses import PromptResponses, RewardedResponse, sampled_responses
-from gradsift.influence.scores import at_last_checkpoint
 from gradsift.pipeline import open_recipe, open_recipe_target, say_account
 from gradsift.progress import Reporter, silent
 from gradsift.recipe import Recipe
@@ -177,7 +175,7 @@ def pass_rates(rewards: Rewards) -> dict[int, float]:
 def _rollouts(recipe: Recipe, reporter: Reporter, *, rewarded: bool) -> Rollouts:
     start = time.monotonic()
     method = recipe.estimator
-    if not isinstance(method, NICE | NICEIF):
+    if not takes_reward(method):
         raise ConfigError(f"the estimator {method.kind} samples no responses: name nice or nice_if")
     with Run(recipe.out).lock():
         pool = open_recipe(recipe, reporter)
@@ -205,16 +203,16 @@ def _rollouts(recipe: Recipe, reporter: Reporter, *, rewarded: bool) -> Rollouts
     return result
 
 
-def _checkpoints(pool: Pool, method: PolicyMethod) -> list[Checkpoint]:
+def _checkpoints(pool: Pool, method: PolicyEstimator) -> list[Checkpoint]:
     """Where samples are drawn; an assistant draws without any, so that no warm-up is needed."""
     if method.assistant is not None:
         return [Checkpoint(None)]
-    checkpoints = pool.checkpoints()[-1:] if at_last_checkpoint(method) else pool.checkpoints()
+    checkpoints = pool.checkpoints()[-1:] if method.last_checkpoint else pool.checkpoints()
     check_server(method, checkpoints)
     return checkpoints
 
 
-def _names(checkpoints: list[Checkpoint], method: PolicyMethod) -> list[str]:
+def _names(checkpoints: list[Checkpoint], method: PolicyEstimator) -> list[str]:
     if method.assistant is not None:
         writer = method.assistant.model
         return [f"assistant {writer.model if isinstance(writer, Endpoint) else Path(writer).name}"]
@@ -255,7 +253,7 @@ def _summary(samples: Samples, ids: list[str]) -> ResponseSummary:
     )
 
 
-def _warnings(rollouts: list[Rollout], method: PolicyMethod) -> list[str]:
+def _warnings(rollouts: list[Rollout], method: PolicyEstimator) -> list[str]:
     summaries = [rollout.rewards for rollout in rollouts if rollout.rewards is not None]
     if summaries:
         return signal_warnings(summaries, method)

@@ -62,6 +62,10 @@ TRAINERS: list[tuple[str, Any]] = [
     ("input_ids", [1, 2]),
     ("labels", [-100, 2]),
     ("completion_mask", [0, 1]),
+    ("loss_mask", [0, 1]),
+    ("xml_tools", ["f"]),
+    ("system_prompt", "Be kind."),
+    ("reasoning", "Because."),
 ]
 HARMLESS: list[tuple[str, Any]] = [
     *[(name, value) for name, _ in TRAINERS for value in (None, "", [], "[]", "null")],
@@ -108,6 +112,10 @@ def test_an_unwanted_completion_is_told() -> None:
         ({"messages": [{"role": "system", "content": "own"}, *CHAT], "system": "x"}, ["column system not used"]),
         ({"messages": [{"role": "system", "content": "own"}, *CHAT], "system": "own "}, []),
         ({"messages": CHAT, "system": "x"}, []),
+        ({"messages": [{"role": "system", "content": "own"}, *CHAT], "system_prompt": "own"}, []),
+        ({"messages": CHAT, "context": "x"}, []),
+        ({"prompt": "a", "completion": "b", "context": "x"}, ["column context not used"]),
+        ({"prompt": "Of x: a", "completion": "b", "context": "x"}, []),
     ],
 )
 def test_another_conversation_in_the_row_is_told_where_it_differs(row: dict[str, Any], told: list[str]) -> None:
@@ -115,7 +123,40 @@ def test_another_conversation_in_the_row_is_told_where_it_differs(row: dict[str,
     assert unused(row) == told
 
 
-@pytest.mark.parametrize("field", ["name", "tool_call_id", "refusal", "images", "audio"])
+def test_columns_that_were_not_named_with_the_others_of_their_format_are_told() -> None:
+    """An Alpaca row's input, Dolly's context: where the user names two of three columns the third is not lost."""
+    alpaca = {"instruction": "Translate", "input": "Hund", "output": "dog"}
+    assert unused(alpaca, Columns(prompt="instruction", completion="output")) == ["column input not used"]
+    assert not unused(alpaca)
+    assert not unused(alpaca, Columns(prompt="{instruction}: {input}", completion="output"))
+    dolly = {"instruction": "Sum up", "context": "A long text", "response": "Short"}
+    assert unused(dolly, Columns(instruction="instruction", output="response")) == ["column context not used"]
+    assert not unused(dolly, Columns(instruction="instruction", input="context", output="response"))
+    orca = {"system_prompt": "Be kind.", "question": "a", "response": "b"}
+    assert unused(orca, Columns(prompt="question", completion="response")) == ["column system_prompt not used"]
+    assert not unused(orca, Columns(prompt="question", completion="response", system="system_prompt"))
+
+
+def test_what_a_part_of_text_has_beside_its_text_is_told() -> None:
+    """An image in it, a weight; not what changes nothing, and not what is empty, as in columns of nested lists."""
+
+    def parts(**more: Any) -> dict[str, Any]:
+        return {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi", **more}]}, CHAT[1]]}
+
+    assert unused(parts(input_audio="x", weight=0)) == [
+        "field input_audio of a text part not used",
+        "field weight of a text part not used",
+    ]
+    assert not unused(parts(image=None, cache_control={"type": "ephemeral"}))
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        *("name", "tool_call_id", "refusal", "images", "audio", "tool_plan"),
+        *("loss_weight", "train_on_turn", "mask", "trainable"),
+    ],
+)
 def test_a_field_of_a_message_that_means_something_is_told(field: str) -> None:
     """It is not handed to the template; empty it means nothing, and other fields are the user's own."""
     assert unused({"messages": [{**CHAT[0], field: "x"}, CHAT[1]]}) == [f"field {field} of a message not used"]

@@ -314,6 +314,27 @@ class TestFiles:
         assert [one.id for one in loaded.examples] == ["a"]
         assert only_skip(loaded) == ("bad_json", "x.json", 3)
 
+    @pytest.mark.parametrize(
+        ("text", "lost"),
+        [
+            ("[{row}]\n[{row}]", True),
+            ("[{row}] and more", True),
+            ('{{"data": [{row}], "more": [{row}]}}', True),
+            ('{{"more": [{row}], "data": [{row}]}}', True),
+            ('{{"data": [{row}]', True),
+            ("[{row}]\n ", False),
+            ('{{"data": [{row}], "version": 1, "tags": ["a"]}}', False),
+            ('{{"version": {{"of": "x"}}, "data": [{row}]}}', False),
+        ],
+    )
+    def test_rows_after_or_beside_the_array_are_told(self, tmp_path: Path, text: str, lost: bool) -> None:
+        """Rows that are not read are in the account; what describes the file is no loss."""
+        path = tmp_path / "x.json"
+        path.write_text(text.format(row=json.dumps(ROW)))
+        loaded = load_examples(path)
+        assert [one.id for one in loaded.examples] == ["a"]
+        assert [one.reason for one in loaded.skipped] == ["bad_json"] * lost
+
     def test_csv_keeps_text_as_text(self, tmp_path: Path) -> None:
         """Ids like 007 stay; quoted line breaks are part of the text; a bad row is told with its line."""
         path = tmp_path / "x.csv"

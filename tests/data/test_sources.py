@@ -253,6 +253,20 @@ class TestPython:
         self.check(load_examples(pandas.read_parquet(tmp_path / "x.parquet")))
         json.dumps([example.row for example in load_examples(frame).examples], allow_nan=False)
 
+    @pytest.mark.filterwarnings("ignore:DataFrame columns are not unique")
+    def test_a_table_with_two_columns_of_one_name_is_refused(self, tmp_path: Path) -> None:
+        """One would hide the other, as in csv, where the same is said."""
+        import pandas
+        import pyarrow
+        import pyarrow.parquet
+
+        frame = pandas.DataFrame([["Hi", "Hello", "other"]], columns=["prompt", "completion", "prompt"])
+        table = pyarrow.table([["Hi"], ["Hello"], ["other"]], names=["prompt", "completion", "prompt"])
+        pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+        for source in (frame, table, table.to_reader(), tmp_path / "x.parquet"):
+            with pytest.raises(DataError, match="has the column 'prompt' twice"):
+                load_examples(source)
+
     def test_a_polars_frame(self) -> None:
         """Rows by name."""
         polars = pytest.importorskip("polars")

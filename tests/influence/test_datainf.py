@@ -23,7 +23,7 @@ from gradsift.influence.datainf import (
     inverse_directions,
     projected_inverse_scores,
 )
-from gradsift.influence.less import store_inner_products
+from gradsift.influence.products import store_inner_products
 
 BOTH = pytest.mark.parametrize("scores_of", [datainf_scores, projected_inverse_scores])
 

@@ -19,7 +19,7 @@ from gradsift.context import Pool, open_target
 from gradsift.errors import ConfigError, ShapeError
 from gradsift.influence.bm25 import spoken_text
 from gradsift.influence.dsir import DSIR, dsir_log_ratios, hashed_counts
-from gradsift.influence.scores import at_last_checkpoint, pool_view, score
+from gradsift.influence.scores import score
 from gradsift.selection.gumbel import gumbel_top_k
 from gradsift.selection.select import GumbelTopK, TopK, select
 from tiny_world import World
@@ -83,8 +83,8 @@ def test_scores_are_the_log_ratios_of_the_texts(tiny: World, pool: Pool) -> None
     assert np.allclose(found.aggregate, wanted, rtol=1e-5)
     assert found.ids == pool.data.ids
     assert found.per_target is None
-    assert pool_view(DSIR()) is None
-    assert not at_last_checkpoint(DSIR())
+    assert DSIR().view is None
+    assert not DSIR().last_checkpoint
     colours = [entry for entry in select(found, TopK(), budget=12).ids if int(entry[1:]) % 2 == 0]
     assert len(colours) == 12  # the target asks for colours
 

@@ -24,9 +24,11 @@ from gradsift.gradients.collect import Gradients
 from gradsift.gradients.hessian import curvature_product
 from gradsift.gradients.projection import Projection, Projector, Segment, plan_segments
 from gradsift.influence import ji2s
+from gradsift.influence.estimator import Estimator
 from gradsift.influence.ji2s import JI2S, JointTerms, ji2s_scores, joint_warnings, store_terms
-from gradsift.influence.less import LESS, unit_rows
-from gradsift.influence.scores import Method, at_last_checkpoint, pool_view, score
+from gradsift.influence.less import LESS
+from gradsift.influence.products import unit_rows
+from gradsift.influence.scores import score
 from gradsift.options import estimator_of
 from gradsift.selection.select import TSDS, FacilityLocation, JointGreedy, select
 from gradsift.store.gradient_store import GradientStore
@@ -339,9 +341,9 @@ def test_the_command_line_names_it() -> None:
     for name, value in (own | flags).items():
         with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')} goes with --estimator ji2s, not with less"):
             estimator_of("less", {**given, name: value})
-    methods: list[Method] = [JI2S(), JI2S(optimizer="sgd"), JI2S(checkpoints="last")]
-    assert [pool_view(method) for method in methods] == ["adam", "plain", "adam"]
-    assert [at_last_checkpoint(method) for method in methods] == [False, False, True]
+    methods: list[Estimator] = [JI2S(), JI2S(optimizer="sgd"), JI2S(checkpoints="last")]
+    assert [method.view for method in methods] == ["adam", "plain", "adam"]
+    assert [method.last_checkpoint for method in methods] == [False, False, True]
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradsift.errors import ConfigError, NonFiniteError, ShapeError
-from gradsift.influence.less import less_scores, unit_rows
+from gradsift.influence.less import less_scores
+from gradsift.influence.products import unit_rows
 
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NEEDS_CUDA])]

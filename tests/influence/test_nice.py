@@ -26,7 +26,7 @@ from gradsift.influence.less import LESS, less_scores
 from gradsift.influence.nice import NICE, NICEIF, PolicyTargets, checkpoint_name, sampler_of, signal_warnings
 from gradsift.influence.prompts import PromptTarget, RewardSummary, open_prompts
 from gradsift.influence.random import Random
-from gradsift.influence.scores import aggregated, at_last_checkpoint, pool_view, score
+from gradsift.influence.scores import aggregated, score
 from gradsift.models import load_tokenizer
 from gradsift.rewards.form import Length
 from gradsift.rewards.function import Function
@@ -193,12 +193,12 @@ def test_prompts_without_signal_fall_back_to_labels(pool: Pool, target: PromptTa
 
 def test_what_nice_reads() -> None:
     """The views and checkpoints of each; every field that changes a ranking changes the name in tables."""
-    assert pool_view(NICE()) == "adam"
-    assert pool_view(NICE(optimizer="sgd")) == "plain"
-    assert pool_view(NICEIF()) == "segments"
-    assert at_last_checkpoint(NICEIF())
-    assert at_last_checkpoint(NICE(checkpoints="last"))
-    assert not at_last_checkpoint(NICE())
+    assert NICE().view == "adam"
+    assert NICE(optimizer="sgd").view == "plain"
+    assert NICEIF().view == "segments"
+    assert NICEIF().last_checkpoint
+    assert NICE(checkpoints="last").last_checkpoint
+    assert not NICE().last_checkpoint
     writer = Assistant(model="models/qwen")
     methods = [
         NICE(), NICE(optimizer="sgd"), NICE(normalise=False), NICE(checkpoints="last"), NICE(sampling=FEW),

@@ -15,12 +15,13 @@ from gradsift.generation.sampling import Sampling
 from gradsift.gradients.policy import PolicyGradient, PolicySource
 from gradsift.influence.bm25 import BM25
 from gradsift.influence.diagnostics import _Resampling, cosines, diagnose
+from gradsift.influence.estimator import rate_weights
 from gradsift.influence.less import less_scores
 from gradsift.influence.nice import NICE, NICEIF, PolicyTargets
 from gradsift.influence.prompts import PromptTarget, open_prompts
 from gradsift.influence.random import Random
 from gradsift.influence.reliability import Looked, Reliability
-from gradsift.influence.scores import checkpoint_weights, score, strata_of, target_parts
+from gradsift.influence.scores import score, strata_of, target_parts
 from gradsift.selection.select import FacilityLocation, TopK, select
 from gradsift.selection.trust import choice_among, looked_at, sample_reliability, target_reliability
 from tiny_world import World, target_rows
@@ -91,7 +92,7 @@ def test_resamples_are_rankings_of_their_own(
     strata = strata_of(4, target.subtasks, "max_of_means")
     work = _Resampling(PolicyTargets(pool, target, method), strata, Looked.at(pool.data.ids))
     checkpoints = pool.checkpoints()
-    for checkpoint, weight in zip(checkpoints, checkpoint_weights(checkpoints), strict=True):
+    for checkpoint, weight in zip(checkpoints, rate_weights(checkpoints), strict=True):
         work.at(checkpoint, weight)
     whole = scores_of(pool, policy_rows(pool, target, method), normalise=False)
     scale = float(np.abs(whole).max())
@@ -119,7 +120,7 @@ def test_the_ranking_is_that_of_the_scores(pool: Pool, target: PromptTarget, met
     scores = score(pool, target, method)
     whole = PolicyTargets(pool, target, method)
     checkpoints = pool.checkpoints()[-1:] if isinstance(method, NICEIF) else pool.checkpoints()
-    weights = checkpoint_weights(checkpoints) if isinstance(method, NICE) else [1.0]
+    weights = rate_weights(checkpoints) if isinstance(method, NICE) else [1.0]
     assert scores.strata is not None
     work = _Resampling(whole, scores.strata, Looked.at(scores.ids))
     for checkpoint, weight in zip(checkpoints, weights, strict=True):

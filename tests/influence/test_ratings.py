@@ -26,7 +26,7 @@ from gradsift.influence.ratings import (
     rate,
     with_judge,
 )
-from gradsift.influence.scores import at_last_checkpoint, needs_target, pool_view, score
+from gradsift.influence.scores import score
 from gradsift.models import host
 from loopback import Answer, Server, completion, serving
 from tiny_world import World, pool_rows
@@ -226,7 +226,7 @@ def test_a_judge_without_an_endpoint_is_refused(pool: Pool) -> None:
         with pytest.raises(ConfigError, match=r"give --judge-model MODEL.*length, perplexity, ifd"):
             rate(pool, method)
     assert with_judge(AlpaGasus(), None) == AlpaGasus()
-    assert [pool_view(AlpaGasus()), needs_target(DEITA()), at_last_checkpoint(DEITA())] == [None, False, False]
+    assert [AlpaGasus().view, DEITA().needs_target, DEITA().last_checkpoint] == [None, False, False]
 
 
 def test_without_a_target_from_the_command_line(tiny: World, tmp_path: Path, judge: Server) -> None:

@@ -15,7 +15,7 @@ from gradsift.context import Pool, open_target
 from gradsift.errors import ConfigError
 from gradsift.influence.bm25 import conversation_text
 from gradsift.influence.rds import RDS, kept_embeddings, rds_scores
-from gradsift.influence.scores import at_last_checkpoint, pool_view, score
+from gradsift.influence.scores import score
 from gradsift.selection.select import TopK, select
 from tiny_world import World
 
@@ -53,8 +53,8 @@ def test_scores_of_texts_with_subtasks(tiny: World, pool: Pool) -> None:
     assert np.allclose(found.per_target, rows @ queries.T, atol=1e-5)
     means = [found.per_target[:, part].mean(axis=1) for part in ([0, 2], [1, 3])]
     assert np.allclose(found.aggregate, np.maximum(*means), atol=1e-6)
-    assert pool_view(RDS()) is None
-    assert not at_last_checkpoint(RDS())
+    assert RDS().view is None
+    assert not RDS().last_checkpoint
     colours = [id_ for id_ in select(found, TopK(), budget=8).ids if int(id_[1:]) % 2 == 0]
     assert len(colours) >= 7  # the target asks for colours
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -155,6 +156,45 @@ def test_units_that_are_all_alike_give_the_same_ranking() -> None:
     parts = torch.randn(30, 1, dtype=torch.float64).expand(-1, 6)
     found = told(parts, Strata.of([""] * 6, maximum=False), parts[:, 0].topk(3).indices.tolist())
     assert (found.low, found.middle, found.high, found.kept) == (1.0, 1.0, 1.0, (1.0, 1.0, 1.0))
+
+
+def test_a_unit_that_was_given_several_times_is_one() -> None:
+    """Copies add no certainty: units, degrees of freedom and noise are those of the units without them."""
+    generator = torch.Generator().manual_seed(0)
+    parts = torch.randn(40, 5, dtype=torch.float64, generator=generator) + torch.randn(40, 1, generator=generator)
+    once, twice = Strata.of([""] * 5, maximum=False), Strata.of([""] * 10, maximum=False)
+    twice = replace(twice, contents=tuple("abcde" * 2))
+    assert (once.units(), twice.units()) == (5, 5)
+    assert once.freedom() == twice.freedom() == 4
+    noise = [
+        (given @ (strata.outputs[0][:, None] * resampling_weights(strata, 20_000, np.random.default_rng(0))))
+        for given, strata in ((parts, once), (parts.repeat(1, 2), twice))
+    ]
+    assert torch.allclose(noise[0], noise[1])
+    alike = replace(Strata.of([""] * 6, maximum=False), contents=("a",) * 6)
+    found = told(parts[:, :1].expand(-1, 6), alike, [0])
+    assert (found.told, found.kept, alike.units()) == (False, None, 1)
+
+
+def test_a_unit_that_is_alone_says_nothing_of_a_choice_either() -> None:
+    """It would choose every row again, whatever another one would do: there is no share to tell."""
+    parts = torch.randn(30, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for labels in ([""], ["a", "a", "b"]):
+        found = told(parts[:, : len(labels)], Strata.of(labels, maximum=True), [0, 1])
+        assert (found.told, found.kept) == (False, None)
+    assert told(parts[:, :1], Strata.of([""], maximum=False), [0]).words.startswith("1 target is too few to say")
+    assert told(parts, Strata.of([""] * 3, maximum=False), [0, 1]).kept is not None
+
+
+@pytest.mark.parametrize("parts", [torch.ones(1, 8), torch.randn(2, 8), torch.ones(9, 8)], ids=["one", "two", "alike"])
+def test_scores_that_rank_nothing_have_no_reliability(parts: torch.Tensor) -> None:
+    """A pool of one or two rows, or scores that are all alike: no percentage, and the reason."""
+    found = told(parts.double(), Strata.of([""] * 8, maximum=False), [0])
+    assert (found.told, found.kept, found.ranked) == (False, None, False)
+    assert found.words == (
+        "there is no ranking that could come again with other targets of the same kind: fewer than three rows, or all "
+        "score alike"
+    )
 
 
 def test_new_rankings_keep_the_offset_between_subtasks() -> None:

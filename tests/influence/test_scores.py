@@ -22,20 +22,12 @@ from gradsift.influence import blocks
 from gradsift.influence.bm25 import BM25, bm25_scores, conversation_text, model_tokens, spoken_text
 from gradsift.influence.datainf import DataInf, ProjectedInverse, datainf_scores, projected_inverse_scores
 from gradsift.influence.dsir import DSIR
+from gradsift.influence.estimator import Estimator, influence_of, rate_weights, target_view
 from gradsift.influence.ji2s import JI2S
 from gradsift.influence.less import LESS, less_scores
 from gradsift.influence.nice import NICEIF
 from gradsift.influence.random import Random, random_scores
-from gradsift.influence.scores import (
-    Method,
-    at_last_checkpoint,
-    checkpoint_weights,
-    influence_matrix,
-    pool_view,
-    save_tables,
-    score,
-    target_view,
-)
+from gradsift.influence.scores import save_tables, score
 from gradsift.influence.trak import TRAK, kernel_warnings, trak_scores
 from gradsift.warmup.checkpoint import Checkpoint
 from tiny_world import World, pool_rows, target_rows
@@ -136,7 +128,7 @@ def test_the_whole_kernel_of_trak_spans_modules(tiny: World, target: Target, tmp
 
 def test_settings_tell_scores_apart(pool: Pool, target: Target) -> None:
     """The fingerprint, the kept file and the name in tables cover damping, kernel and tokens: no score is another's."""
-    methods: list[Method] = [DataInf(), DataInf(damping=0.1), DataInf(damping=0.2), ProjectedInverse(damping=0.1)]
+    methods: list[Estimator] = [DataInf(), DataInf(damping=0.1), DataInf(damping=0.2), ProjectedInverse(damping=0.1)]
     methods += [TRAK(), TRAK(kernel="whole"), TRAK(damping=0.1), BM25(), BM25(tokens="model"), BM25(reading="compact")]
     found = [score(pool, target, method) for method in methods]
     assert len({entry.fingerprint for entry in found}) == len(methods)
@@ -146,14 +138,14 @@ def test_settings_tell_scores_apart(pool: Pool, target: Target) -> None:
 
 def test_what_methods_read() -> None:
     """The view of the pool's rows and the checkpoints that a method takes them at."""
-    assert [pool_view(m) for m in (LESS(), LESS(optimizer="sgd"), BM25(), Random())] == ["adam", "plain", None, None]
-    assert {pool_view(m) for m in (TRAK(kernel="whole"), JI2S(optimizer="sgd"))} == {"plain"}
+    assert [m.view for m in (LESS(), LESS(optimizer="sgd"), BM25(), Random())] == ["adam", "plain", None, None]
+    assert {m.view for m in (TRAK(kernel="whole"), JI2S(optimizer="sgd"))} == {"plain"}
     by_module = (DataInf(), ProjectedInverse(), TRAK(), NICEIF())
-    assert {pool_view(m) for m in by_module} == {"segments"}
+    assert {m.view for m in by_module} == {"segments"}
     assert [target_view(view) for view in ("plain", "adam", "segments")] == ["plain", "plain", "segments"]
     last = (LESS(checkpoints="last"), TRAK(checkpoints="last"), DataInf(), ProjectedInverse())
-    assert all(at_last_checkpoint(method) for method in last)
-    assert not any(at_last_checkpoint(method) for method in (LESS(), TRAK(), BM25(), Random()))
+    assert all(method.last_checkpoint for method in last)
+    assert not any(method.last_checkpoint for method in (LESS(), TRAK(), BM25(), Random()))
 
 
 def test_names_of_less_and_tracin() -> None:
@@ -175,7 +167,7 @@ def test_names_of_less_and_tracin() -> None:
     ],
     ids=lambda method: method.label,
 )
-def test_every_ranker_explains_outputs(pool: Pool, method: Method) -> None:
+def test_every_ranker_explains_outputs(pool: Pool, method: Estimator) -> None:
     """The pool row whose answer is explained ranks among the first for its own output, by each method that can rank."""
     from gradsift.explanation.explain import Question, explain
 
@@ -238,7 +230,7 @@ def test_overlap_is_left_out(tiny: World, pool: Pool) -> None:
     "method", [LESS(), DataInf(), ProjectedInverse(), TRAK(), JI2S(hessian="fisher_projected")], ids=lambda m: m.kind
 )
 def test_products_are_made_where_the_pool_says(
-    pool: Pool, target: Target, method: Method, monkeypatch: pytest.MonkeyPatch
+    pool: Pool, target: Target, method: Estimator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The pool's device decides where every estimator multiplies, and nothing else does."""
     asked = []
@@ -255,19 +247,20 @@ def test_products_are_made_where_the_pool_says(
 
 def test_last_checkpoint_alone(pool: Pool, target: Target) -> None:
     """`checkpoints="last"` is the score at the last one, with weight 1 whatever its learning rate."""
-    ids, matrix, used = influence_matrix(pool, target.data, [], LESS(checkpoints="last"))
+    found = influence_of(LESS(checkpoints="last"), pool, target)
+    ids, matrix = found.ids, found.matrix
     checkpoint = pool.checkpoints()[-1]
     rows = pool.stores(checkpoint, ["adam"])["adam"].rows_by_id(ids)
     queries = pool.collect(target.data, checkpoint, ["plain"], what="target")["plain"].rows_by_id(target.data.ids)
     assert np.allclose(matrix, less_scores([rows], [queries]), atol=1e-5)
-    assert len(used) == 2
+    assert len(found.identity["stores"]) == 2
 
 
 def test_weights_are_shares_of_the_learning_rates() -> None:
     """w_e = η̄_e / Σ η̄; equal where none is known; a single checkpoint has weight 1; a part known is refused."""
 
     def weights(*rates: float | None) -> list[float]:
-        return checkpoint_weights([Checkpoint(f"c{number}", rate) for number, rate in enumerate(rates)])
+        return rate_weights([Checkpoint(f"c{number}", rate) for number, rate in enumerate(rates)])
 
     assert weights(3e-5, 1e-5) == pytest.approx([0.75, 0.25])
     assert weights(None, None) == [0.5, 0.5]
@@ -359,10 +352,10 @@ def test_bm25_of_model_tokens_counts_token_ids(pool: Pool, target: Target) -> No
     documents = [[str(id_) for id_ in pool.data.by_id(name).token_ids] for name in pool.data.ids]
     queries = [[str(id_) for id_ in target.data.by_id(name).token_ids] for name in target.data.ids]
     wanted = np.array([slow_bm25(documents, query, 1.5, 0.75) for query in queries]).T
-    ids, found, used = influence_matrix(pool, target.data, [], BM25(tokens="model"))
-    assert ids == pool.data.ids
-    assert used == []
-    assert np.allclose(found, wanted, rtol=1e-4)
+    found = influence_of(BM25(tokens="model"), pool, target)
+    assert found.ids == pool.data.ids
+    assert found.identity["stores"] == []
+    assert np.allclose(found.matrix, wanted, rtol=1e-4)
     assert model_tokens([np.array([7, 7, 1], np.int32), np.array([], np.int32)]) == [["7", "7", "1"], []]
 
 
@@ -411,7 +404,7 @@ def test_lexical_scores_are_those_of_what_is_said(tiny: World, tmp_path: Path) -
 
 def test_a_target_without_gradient_counts_as_zero(pool: Pool, target: Target) -> None:
     """Rows come in the order of the targets; one that the store left out is a row of zeros."""
-    from gradsift.influence.scores import target_rows as rows_of
+    from gradsift.influence.estimator import target_rows as rows_of
 
     store = pool.collect(target.data, pool.checkpoints()[-1], ["plain"], what="target")["plain"]
     found = rows_of(store, ["t2", "absent", "t0"])

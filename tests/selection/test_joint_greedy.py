@@ -16,7 +16,8 @@ from gradsift.errors import ConfigError, NonFiniteError, ShapeError
 from gradsift.gradients.collect import Gradients
 from gradsift.gradients.projection import Projection
 from gradsift.influence.ji2s import JI2S
-from gradsift.influence.less import LESS, unit_rows
+from gradsift.influence.less import LESS
+from gradsift.influence.products import unit_rows
 from gradsift.influence.scores import score
 from gradsift.selection.joint_greedy import joint_greedy
 from gradsift.selection.select import JointGreedy, TopK, select

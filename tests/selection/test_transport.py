@@ -23,12 +23,13 @@ from gradsift.gradients.rows import View
 from gradsift.influence.bm25 import BM25
 from gradsift.influence.datainf import DataInf
 from gradsift.influence.dsir import DSIR
+from gradsift.influence.estimator import Estimator, rate_weights, target_view
 from gradsift.influence.less import LESS
 from gradsift.influence.nice import NICE, NICEIF
 from gradsift.influence.prompts import open_prompts
 from gradsift.influence.random import Random
 from gradsift.influence.rds import RDS
-from gradsift.influence.scores import Method, checkpoint_weights, score, target_view
+from gradsift.influence.scores import score
 from gradsift.recipe import load_recipe
 from gradsift.selection.select import TSDS, GumbelTopK, select
 from gradsift.selection.transport import tsds, tsds_probabilities
@@ -283,11 +284,11 @@ def target(tiny: World, pool: Pool) -> Target:
     ids=lambda value: getattr(value, "label", str(value)),
 )
 def test_selection_compares_the_rows_of_the_scores(
-    pool: Pool, target: Target, method: Method, view: View, checkpoints: int
+    pool: Pool, target: Target, method: Estimator, view: View, checkpoints: int
 ) -> None:
     """Unit rows times √w_e, checkpoints side by side: their inner products are LESS, their draw the selection."""
     used = pool.checkpoints()[-checkpoints:]
-    weights = checkpoint_weights(used)
+    weights = rate_weights(used)
     assert checkpoints == 1 or weights[0] != weights[1]
     rows, queries = [], []
     for checkpoint, weight in zip(used, weights, strict=True):

@@ -14,7 +14,7 @@ from gradsift.influence.datainf import DataInf
 from gradsift.influence.dsir import DSIR
 from gradsift.influence.ji2s import JI2S
 from gradsift.influence.less import LESS
-from gradsift.influence.scores import Scores, log_ratios_of_draws, score, target_parts
+from gradsift.influence.scores import Scores, score, target_parts
 from gradsift.influence.trak import TRAK
 from gradsift.selection.gumbel import gumbel_noise, gumbel_top_k
 from gradsift.selection.select import GumbelTopK, TopK, select
@@ -33,7 +33,9 @@ def scored(pool: Pool, method: Any, kept: list[int], **options: Any) -> Scores:
 
 
 def parts_of(scores: Scores) -> np.ndarray:
-    return target_parts(scores, scores.ids)
+    parts = target_parts(scores, scores.ids)
+    assert parts is not None
+    return parts
 
 
 @pytest.mark.parametrize(
@@ -69,7 +71,9 @@ def test_dsir_is_scored_anew_for_each_draw(pool: Pool) -> None:
     """A draw of targets gives what scoring for just those gives; one target alone tells nothing of others."""
     whole = scored(pool, DSIR(), list(range(6)))
     counts = np.array([[1, 1, 0, 1, 0, 1], [1] * 6, [0] * 6]).T
-    found = log_ratios_of_draws(whole, whole.ids, counts)
+    assert whole.found is not None
+    assert whole.found.of_draws is not None
+    found = whole.found.of_draws(whole.ids, counts)
     assert np.allclose(found[:, 0], scored(pool, DSIR(), [0, 1, 3, 5]).aggregate, atol=1e-4)
     assert np.allclose(found[:, 1:], whole.aggregate[:, None], atol=1e-4)
     alone = target_reliability(scored(pool, DSIR(), [0]))

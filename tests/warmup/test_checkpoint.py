@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from transformers import (
 )
 
 from gradsift.errors import ConfigError, CorruptError, MismatchError, ModelError
+from gradsift.gradients.collect import Adam, _refuse_other_adam
 from gradsift.models import attach_adapter, parameter_name
 from gradsift.warmup.checkpoint import Checkpoint, _indexed, load_moments, open_checkpoint, trained_parameters
 
@@ -236,6 +238,25 @@ def test_the_groups_of_lora_plus_are_read(tmp_path: Path, lora: dict[str, Any]) 
     folder, truth = train_with_trainer(llama(), tmp_path, lora, trainer=LoraPlus)
     assert len(torch.load(folder / "optimizer.pt", weights_only=True)["param_groups"]) == 4
     assert_right(folder, llama(), truth)
+
+
+def test_an_optimizer_says_its_decay_rates(lora_folder: Path, tmp_path: Path) -> None:
+    """Trainer's file has them in its groups; Adam directions with others are refused, with both and what to set."""
+    parameters = trained_parameters(attach_adapter(llama(), lora_folder))
+    moments = load_moments(open_checkpoint(str(lora_folder)), parameters)
+    assert moments.options == (0.9, 0.999, 1e-8)
+
+    def other(content: Any) -> None:
+        for group in content["param_groups"]:
+            group["betas"] = (0.9, 0.95)
+
+    checkpoint = altered(lora_folder, tmp_path, other)
+    moments = load_moments(checkpoint, parameters)
+    assert moments.options == (0.9, 0.95, 1e-8)
+    with pytest.raises(MismatchError, match=r"betas \(0\.9, 0\.95\) and eps 1e-08.*adam: \{betas: \[0\.9, 0\.95\]"):
+        _refuse_other_adam(checkpoint, moments, Adam())
+    _refuse_other_adam(checkpoint, moments, Adam(betas=(0.9, 0.95)))
+    _refuse_other_adam(checkpoint, replace(moments, options=None), Adam())
 
 
 def test_groups_that_say_their_names_are_believed(lora_folder: Path, tmp_path: Path) -> None:

@@ -180,6 +180,8 @@ def test_training_equals_hand_written_adamw(
     info = json.loads(Path(checkpoint.adapter, "checkpoint.json").read_text())
     assert {key: value for key, value in info.items() if key not in ("files", "_digest")} == {
         "epoch": 1,
+        "betas": [0.9, 0.999],
+        "eps": 1e-8,
         "learning_rate": checkpoint.learning_rate,
         "steps": 8,
         "loss": pytest.approx(np.mean(losses), rel=1e-6),
@@ -224,6 +226,7 @@ def test_files_are_what_peft_writes_and_moments_belong_to_them(run: Run, llama: 
     moments = load_moments(open_checkpoint(str(ours)), trained_parameters(network))
     assert moments.exp_avg.keys() == moments.exp_avg_sq.keys() == a.keys()
     assert moments.step == 16
+    assert moments.options == (0.9, 0.999, 1e-8)
     assert sorted(path.name for path in ours.parent.iterdir()) == ["epoch-1", "epoch-2", "manifest.json"]
     assert len(list(ours.iterdir())) == 4
 

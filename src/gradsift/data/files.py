@@ -172,7 +172,7 @@ def _json_rows(path: Path, name: str) -> Iterator[Row]:
         return
     start = re.match(r'\s*(\{\s*"data"\s*:\s*)?\[', text)
     if start is not None:
-        yield from _array_rows(text, start.end(), name)
+        yield from _array_rows(text, start.end(), name, wrapped=start[1] is not None)
         return
     try:
         value = json.loads(text) if text.strip() else None
@@ -184,12 +184,15 @@ def _json_rows(path: Path, name: str) -> Iterator[Row]:
         return
     if isinstance(value, dict) and isinstance(value.get("data"), list):
         yield from (Row(row, name, number) for number, row in enumerate(value["data"], start=1))
+        for key, other in value.items():
+            if key != "data" and _has_rows(other):
+                yield Row(None, name, 1, problem=("bad_json", f"of the file's arrays only data is read, not {key}"))
     else:
         yield Row(value, name, 1, _on_one_line(text.strip()))
 
 
-def _array_rows(text: str, position: int, name: str) -> Iterator[Row]:
-    """Walk over the elements of a JSON array, keeping each one's own text."""
+def _array_rows(text: str, position: int, name: str, *, wrapped: bool) -> Iterator[Row]:
+    """Walk over the elements of a JSON array, keeping each one's own text; what comes after it is told."""
     decoder = json.JSONDecoder()
     skip = re.compile(r"[\s,]*")
     line, counted = 1, 0
@@ -197,6 +200,9 @@ def _array_rows(text: str, position: int, name: str) -> Iterator[Row]:
         begin = skip.match(text, position).end()  # type: ignore[union-attr]  # the pattern matches everywhere
         line, counted = line + text.count("\n", counted, begin), begin
         if text.startswith("]", begin):
+            if not _is_end(text[begin + 1 :], wrapped=wrapped):
+                detail = "what comes after the end of the array is not read: is it one array a file?"
+                yield Row(None, name, line, problem=("bad_json", detail))
             return
         try:
             value, position = decoder.raw_decode(text, begin)
@@ -205,6 +211,21 @@ def _array_rows(text: str, position: int, name: str) -> Iterator[Row]:
             yield Row(None, name, line, problem=("bad_json", detail))
             return
         yield Row(value, name, line, _on_one_line(text[begin:position]))
+
+
+def _is_end(rest: str, *, wrapped: bool) -> bool:
+    """Whether no rows are lost in what follows an array: nothing, or the rest of `{"data": [...], ...}`."""
+    if not wrapped:
+        return not rest.strip()
+    try:
+        others = json.loads(f'{{"data": 0{rest}')
+    except (ValueError, RecursionError):
+        return False
+    return not any(_has_rows(value) for value in others.values())
+
+
+def _has_rows(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(entry, dict) for entry in value)
 
 
 def _on_one_line(text: str) -> str:
@@ -222,9 +243,7 @@ def _csv_rows(path: Path, name: str) -> Iterator[Row]:
             raise FileError(f"has a first line that is not a valid csv header: {error}") from error
         if header is None:
             return
-        repeated = [column for column, count in Counter(header).items() if count > 1]
-        if repeated:
-            raise FileError(f"has the column {repeated[0]!r} twice: rename one of them")
+        refuse_repeated(header)
         while True:
             line = reader.line_num + 1
             try:
@@ -236,6 +255,17 @@ def _csv_rows(path: Path, name: str) -> Iterator[Row]:
                 return
             if fields:
                 yield _csv_row(header, fields, name, line)
+
+
+def refuse_repeated(columns: Iterable[Any]) -> None:
+    """Refuse a table in which one column would hide another.
+
+    Raises:
+        FileError: naming it.
+    """
+    repeated = [column for column, count in Counter(columns).items() if count > 1]
+    if repeated:
+        raise FileError(f"has the column {repeated[0]!r} twice: rename one of them")
 
 
 @contextmanager
@@ -297,6 +327,7 @@ def _parquet_rows(path: Path, name: str) -> Iterator[Row]:
     open_input(path).close()
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
+            refuse_repeated(file.schema_arrow.names)
             yield from batch_rows(file.iter_batches(batch_size=1024), name)
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise FileError(f"is not a parquet file that can be read: {str(error).rstrip('.')}") from error

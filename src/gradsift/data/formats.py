@@ -42,12 +42,20 @@ _UNSUPPORTED_FIELDS = (
 # What it may carry that a template may show, and that it is not handed here.
 _UNUSED_FIELDS = {
     *("name", "tool_call_id", "tool_responses", "refusal", "recipient", "channel", "prefix", "citations", "documents"),
+    *("tool_plan", "thought", "thoughts", "trainable", "learn", "learnable", "supervise", "supervised"),
     *("image", "images", "audio", "audios", "video", "videos", "file", "files"),
 }
+# By what stands in its name, a field of a message has to do with the loss, whatever a trainer makes of it.
+_OF_THE_LOSS = re.compile(r"(?:^|_)(?:train|loss|mask|weight)(?:_|$)")
+_OF_A_PART = {"type", "text", "cache_control", "annotations", "index"}  # what changes nothing for the text
 # Columns that trainers read, and what they would do with them.
 _TRAINER_COLUMNS = {
     "tools": "tools that the template would show",
     "functions": "functions that the template would show",
+    "xml_tools": "tools that the template would show",
+    "python_tools": "tools that the template would show",
+    "builtin_tools": "tools that the template would show",
+    "custom_tools": "tools that the template would show",
     "documents": "documents that the template would show",
     "image": "an image of the conversation",
     "images": "images of the conversation",
@@ -63,9 +71,13 @@ _TRAINER_COLUMNS = {
     "sample_weight": "a weight of the row",
     "input_ids": "token ids",
     "labels": "labels of tokens",
+    "loss_weight": "a weight of the row",
+    "loss_mask": "labels of turns or tokens",
     "completion_mask": "labels of tokens",
     "assistant_masks": "labels of tokens",
 }
+# Columns that say what others have in their messages: told where the conversation does not have it.
+_SPOKEN = ("system_prompt", "system_message", "reasoning", "reasoning_content", "thinking")
 _OPTIONS_COLUMN = "chat_template_kwargs"
 _LEARN_FLAGS = ("train", "training", "loss", "masked")
 _FLAGS = {*_LEARN_FLAGS, "weight"}
@@ -457,9 +469,16 @@ def _options(row: Mapping[str, Any]) -> str:
 def _unused_fields(turns: list[Any]) -> Iterator[Unused]:
     for position, turn in enumerate(turns, start=1):
         for name in turn:
-            if name in _UNUSED_FIELDS and _is_something(turn[name]):
+            known = name in _UNUSED_FIELDS or (name not in _FLAGS and _OF_THE_LOSS.search(str(name)))
+            if known and _is_something(turn[name]):
                 detail = f"message {position} has {name} {_short(turn[name])}, which is not handed to the chat template"
                 yield Unused("field_not_used", detail, f"field {name} of a message not used")
+        content = _content(turn)
+        parts = [part for part in content if isinstance(part, Mapping)] if isinstance(content, list | tuple) else []
+        for name in dict.fromkeys(name for part in parts for name in part if _is_something(part[name])):
+            if name not in _OF_A_PART:
+                detail = f"message {position} has a part of text with {name}, which is not used"
+                yield Unused("field_not_used", detail, f"field {name} of a text part not used")
         both = turn.get("content"), turn.get("value")
         if None not in both and both[0] != both[1]:
             detail = f"message {position} has content and value, of which the content is used"
@@ -472,7 +491,13 @@ def _unused_columns(row: Mapping[str, Any], columns: Columns, messages: list[Mes
             detail = f"column {name} ({_TRAINER_COLUMNS[name]}) is not used: {_short(row[name])}"
             yield Unused("column_not_used", detail, _not_used(name))
     shown = [message["content"] for message in messages]
+    others = list(_SPOKEN)
+    if isinstance(row.get("instruction"), str) and any(row["instruction"].strip() in content for content in shown):
+        others.append("input")  # of an Alpaca row of which other columns were named
+    if columns.messages is None and not any(_is_something(row.get(name)) for name in ("messages", "conversations")):
+        others.append("context")
     rivals: list[tuple[str, ...]] = [(columns.system or "system",)]
+    rivals += [(name,) for name in others if name not in columns.named]
     if not any(columns.families.values()):  # where the user named none, the first format that fits was taken
         rivals += [("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "output"), ("history",)]
     for rival in rivals:

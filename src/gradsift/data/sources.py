@@ -21,6 +21,7 @@ from gradsift.data.files import (
     is_data_file,
     not_utf8,
     readable_types,
+    refuse_repeated,
     suffix_of,
     why_unread,
 )
@@ -70,6 +71,11 @@ def read_rows(source: Any, what: str) -> Source:
         return Source(_dataset_rows(dataset, "dataset"), "dataset", notes=_other_splits(source, None))
     if isinstance(source, Mapping):
         raise DataError(f"{what}: got one mapping; wanted a list of them: [{{...}}].")
+    columns = getattr(source, "columns", ()) if _is_of("pandas", source) else _names(source)
+    try:
+        refuse_repeated(columns)
+    except FileError as error:
+        raise DataError(f"{what}: the table {error}.") from error
     if _is_of("pyarrow", source):
         batches = source.to_batches() if hasattr(source, "to_batches") else source
         return Source(batch_rows([batches] if hasattr(batches, "to_pylist") else batches, "table"), "table")
@@ -103,6 +109,11 @@ def kind_of(value: Any) -> str:
 
 def _is_of(package: str, source: Any) -> bool:
     return any(kind.__module__.partition(".")[0] == package for kind in type(source).__mro__)
+
+
+def _names(source: Any) -> Iterable[Any]:
+    """The columns of a table of pyarrow's; nothing for anything else."""
+    return getattr(getattr(source, "schema", None), "names", ()) if _is_of("pyarrow", source) else ()
 
 
 def _in_memory(rows: Iterable[Any]) -> Source:

@@ -22,8 +22,9 @@ from gradsift.evaluation.pairwise import Pairwise
 from gradsift.generation.endpoint import Endpoint
 from gradsift.generation.sampling import Sampling
 from gradsift.influence.bm25 import BM25
+from gradsift.influence.estimator import Estimator
+from gradsift.influence.estimators import AnyEstimator
 from gradsift.influence.random import Random
-from gradsift.influence.scores import Estimator, Method
 from gradsift.rewards.reward import Reward
 from gradsift.selection.select import RandomChoice, SelectionMethod, Selector, TopK
 from gradsift.settings import Budget, Seed, Settings
@@ -182,7 +183,7 @@ class Arm(Settings):
     """
 
     name: str | None = Field(default=None, min_length=1)
-    estimator: Annotated[tuple[Estimator, ...], BeforeValidator(lambda given: _expanded(given, Method))] = ()
+    estimator: Annotated[tuple[AnyEstimator, ...], BeforeValidator(lambda given: _expanded(given, AnyEstimator))] = ()
     selection: Annotated[
         tuple[Selector, ...], Field(min_length=1), BeforeValidator(lambda given: _expanded(given, SelectionMethod))
     ] = (TopK(),)
@@ -293,7 +294,7 @@ class Contender:
     """
 
     name: str
-    estimator: Method | None = None
+    estimator: Estimator | None = None
     selection: SelectionMethod | None = None
     data: str | None = None
     columns: Columns = field(default_factory=Columns)
@@ -311,16 +312,16 @@ class Contender:
     @property
     def chance(self) -> bool:
         """Whether it is a random choice: the control that others are compared with."""
-        return isinstance(self.estimator, Random) or isinstance(self.selection, RandomChoice)
+        return (self.estimator is not None and self.estimator.by_chance) or isinstance(self.selection, RandomChoice)
 
-    def drawn_by(self, seed: int) -> tuple[Method, SelectionMethod]:
+    def drawn_by(self, seed: int) -> tuple[Estimator, SelectionMethod]:
         """Estimator and selection with their draws, where they make any, by this seed."""
         assert self.estimator is not None
         assert self.selection is not None
         return _seeded(self.estimator, seed), _seeded(self.selection, seed)
 
 
-def contenders(arms: Sequence[Arm], estimator: Method, selection: SelectionMethod) -> list[Contender]:
+def contenders(arms: Sequence[Arm], estimator: Estimator, selection: SelectionMethod) -> list[Contender]:
     """What a comparison compares, in the order given.
 
     Args:

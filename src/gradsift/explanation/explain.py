@@ -15,15 +15,15 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from gradsift.context import Pool
+from gradsift.context import Pool, Target
 from gradsift.errors import ConfigError, CorruptError, DataError, GradsiftError
 from gradsift.explanation.batch import relevance_of_choices
 from gradsift.explanation.coefficients import CoefficientModel
 from gradsift.explanation.outputs import Output, OutputSource, Question, answers, question_of
 from gradsift.explanation.relevance import AGGREGATIONS, Aggregation, Relevance, relevance_of_draws, to_db
 from gradsift.gradients.rows import View
+from gradsift.influence.estimator import Estimator, influence_of, target_view
 from gradsift.influence.less import LESS
-from gradsift.influence.scores import Ranker, influence_matrix, inputs_of, method_warnings, pool_view, target_view
 from gradsift.ranks import descending_ranks
 from gradsift.run import revisions
 from gradsift.selection.strategies import (
@@ -49,7 +49,7 @@ from gradsift.types import Message, Skipped, TokenizedExample
 Ranking = tuple[list[str], NDArray[np.float32]]
 """Pool ids, and their influence on outputs `[pool output]` or on one `[pool]`; higher = training on it helps."""
 
-DEFAULT_ESTIMATOR: Ranker = LESS(optimizer="sgd", checkpoints="last")
+DEFAULT_ESTIMATOR: Estimator = LESS(optimizer="sgd", checkpoints="last")
 """The cosine of plain gradients at the last checkpoint (Compact, App. A)."""
 
 DEFAULT_STRATEGIES: tuple[Strategy, ...] = (MostHelpful(), FacilityLocation(trade_off=0.5))
@@ -190,7 +190,7 @@ class Explanations:
     entries: tuple[Explanation, ...]
     failed: tuple[Skipped, ...]
     budgets: tuple[int, ...] = ()
-    estimators: tuple[Ranker, ...] = field(default=(), repr=False)
+    estimators: tuple[Estimator, ...] = field(default=(), repr=False)
     strategies: tuple[Strategy, ...] = field(default=(), repr=False)
     candidates: int = CANDIDATES
     source: OutputSource | None = field(default=None, repr=False, compare=False)
@@ -212,7 +212,7 @@ class Explanations:
         by_id = {entry.id: entry for entry in self.source.entries}
         return [by_id[entry.id] for entry in self.entries]
 
-    def scores_of(self, output_id: str, estimator: Ranker) -> Ranking:
+    def scores_of(self, output_id: str, estimator: Estimator) -> Ranking:
         """Pool ids and their influence on one output `[pool]`."""
         assert self.pool is not None
         assert self.source is not None
@@ -256,7 +256,7 @@ def explain(
     questions: str | SequenceABC[Question] | Question,
     *,
     k: int | SequenceABC[int] = 5,
-    estimator: Ranker | SequenceABC[Ranker] | None = None,
+    estimator: Estimator | SequenceABC[Estimator] | None = None,
     strategies: SequenceABC[Strategy] = DEFAULT_STRATEGIES,
     coefficients: CoefficientModel = "MSEProjUSimp",
     candidates: int = CANDIDATES,
@@ -293,11 +293,17 @@ def explain(
     budgets = tuple(sorted({k} if isinstance(k, int) else set(k)))
     check_budgets(budgets, len(pool.data), candidates)
     given = estimator or DEFAULT_ESTIMATOR
-    estimators: tuple[Ranker, ...] = tuple(given) if isinstance(given, SequenceABC) else (given,)
+    estimators: tuple[Estimator, ...] = tuple(given) if isinstance(given, SequenceABC) else (given,)
     if not strategies:
         raise ConfigError("there are no strategies: give at least one, such as most_helpful")
     _check_once("strategy", [strategy.label for strategy in strategies])
     _check_once("estimator", [ranker.label for ranker in estimators])
+    for ranker in estimators:
+        if not ranker.pairs or ranker.takes == "reward":
+            raise ConfigError(
+                f"{ranker.label} has no score for each output: explain with LESS, DataInf, ProjectedInverse, TRAK, "
+                "BM25 or RDS"
+            )
     checkpoint = pool.checkpoints()[-1]
     asked, again = _once_each(questions)
     answered, failed = answers(pool, asked, max_new_tokens=max_new_tokens)
@@ -339,9 +345,9 @@ def explain(
     return found
 
 
-def explained_views(estimators: SequenceABC[Ranker]) -> set[View]:
+def explained_views(estimators: SequenceABC[Estimator]) -> set[View]:
     """The views that explanations read at the last checkpoint: plain gradients, and what the estimators rank by."""
-    return {"plain", *(view for ranker in estimators if (view := pool_view(ranker)) is not None)}
+    return {"plain", *(view for ranker in estimators if (view := ranker.view) is not None)}
 
 
 def check_budgets(budgets: SequenceABC[int], available: int, candidates: int = CANDIDATES) -> None:
@@ -388,7 +394,7 @@ class _Work:
     source: OutputSource
     store: GradientStore
     gradients: GradientStore
-    estimators: tuple[Ranker, ...]
+    estimators: tuple[Estimator, ...]
     strategies: tuple[Strategy, ...]
     budgets: tuple[int, ...]
     coefficients: CoefficientModel
@@ -448,7 +454,7 @@ class _Work:
         )
 
     def _of_estimator(
-        self, output_id: str, estimator: Ranker, ids: list[str], scores: NDArray[np.float32], gradient: Tensor
+        self, output_id: str, estimator: Estimator, ids: list[str], scores: NDArray[np.float32], gradient: Tensor
     ) -> list[StrategyResult]:
         competing = candidates_of(self.store, ids, scores, gradient, self.candidates)
         values = competing.scores
@@ -493,7 +499,7 @@ class _Work:
         config = {
             "pool": self.store.fingerprint,
             "estimators": [
-                {**estimator.model_dump(mode="json"), "inputs": inputs_of(self.pool, estimator)}
+                {**estimator.model_dump(mode="json"), "inputs": estimator.inputs(self.pool)}
                 for estimator in self.estimators
             ],
             "strategies": [strategy.model_dump(mode="json") for strategy in self.strategies],
@@ -517,11 +523,13 @@ class _Work:
             return None
 
 
-def _ranking(pool: Pool, source: OutputSource, estimator: Ranker) -> Ranking:
-    ids, matrix, stores = influence_matrix(pool, source, source.conversations, estimator)
-    for warning in method_warnings(pool, source.ids, source.conversations, estimator, stores):
+def _ranking(pool: Pool, source: OutputSource, estimator: Estimator) -> Ranking:
+    of_outputs = Target(source, None, ())  # type: ignore[arg-type]  # which is read as a data set is
+    found = influence_of(estimator, pool, of_outputs)
+    for warning in found.warnings:
         pool.reporter.warn(warning)
-    return ids, matrix
+    assert found.matrix is not None, estimator
+    return found.ids, found.matrix
 
 
 def _row(store: GradientStore, id_: str) -> Tensor:

@@ -88,6 +88,10 @@ class OutputSource:
         """One per output."""
         return [entry.id for entry in self.entries]
 
+    def messages(self, id_: str) -> tuple[Message, ...]:
+        """Prompt and output as messages."""
+        return self.conversations[self.ids.index(id_)]
+
     @property
     def fingerprint(self) -> str:
         """Of ids, token ids and labels."""

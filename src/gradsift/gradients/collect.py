@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import zlib
 from collections.abc import Callable, Container, Mapping
@@ -14,7 +15,7 @@ import psutil
 import torch
 
 from gradsift.adapters import refuse_untrained
-from gradsift.errors import ConfigError, CorruptError, DataError
+from gradsift.errors import ConfigError, CorruptError, DataError, MismatchError
 from gradsift.execution.engine import LOCAL, Engine
 from gradsift.gradients.adam import AdamDirection, EpsPlacement
 from gradsift.gradients.batching import automatic_lanes, automatic_token_budget, measured_token_budget, repeated
@@ -35,7 +36,7 @@ from gradsift.store.precision import ExactRows, MeasuredError
 from gradsift.store.tensors import publish_tensors, read_tensors
 from gradsift.sums import row_norms
 from gradsift.types import Sequence
-from gradsift.warmup.checkpoint import Checkpoint, load_moments, trained_parameters
+from gradsift.warmup.checkpoint import Checkpoint, Moments, load_moments, trained_parameters
 
 _SHARD_TOKENS = {"cpu": 16_384, "cuda": 1_048_576}  # about two minutes of work
 _SHARD_BYTES = 1 << 31  # unprojected rows are a hundred megabytes each
@@ -297,6 +298,22 @@ def kept_as(view: View, projection: Projection) -> View:
     return "plain" if view == "segments" and projection.keeps_modules_apart else view
 
 
+def _refuse_other_adam(checkpoint: Checkpoint, moments: Moments, asked: Adam) -> None:
+    """Refuse Adam directions with other decay rates or another ε than the optimizer had, where its file says them.
+
+    Raises:
+        MismatchError: saying both.
+    """
+    ours, theirs = (*asked.betas, asked.eps), moments.options
+    if theirs is not None and not all(math.isclose(a, b, rel_tol=1e-6) for a, b in zip(ours, theirs, strict=True)):
+        raise MismatchError(
+            f"the optimizer of {checkpoint.name} ran with betas ({theirs[0]:g}, {theirs[1]:g}) and eps {theirs[2]:g}, "
+            f"and Adam directions are asked for with ({ours[0]:g}, {ours[1]:g}) and {ours[2]:g}: set gradients to the "
+            f"optimizer's, in a recipe adam: {{betas: [{theirs[0]:g}, {theirs[1]:g}], eps: {theirs[2]:g}}}, in Python "
+            "gs.Gradients(adam=gs.Adam(...)), or score with --optimizer sgd"
+        )
+
+
 def store_config(
     source: SequenceSource,
     checkpoint: Checkpoint,
@@ -511,6 +528,7 @@ class _Engine:
     def adam(self) -> dict[str, AdamDirection]:
         if self._adam is None:
             moments = load_moments(self.checkpoint, trained_parameters(self.network))
+            _refuse_other_adam(self.checkpoint, moments, self.settings.adam)
             self._adam = {}
             for captured in self.modules.captured:
                 if captured.name not in moments.exp_avg:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from gradsift.influence.ratings import JudgeRating, Rater
-from gradsift.settings import Settings
+from gradsift.influence.ratings import JudgeRating, RatedEstimator, Rater
 
 
-class AlpaGasus(Settings):
+class AlpaGasus(RatedEstimator):
     """Scores rows by a judge's grade of their answers (Chen et al. 2024); takes no gradient and needs no target.
 
     The authors keep what ChatGPT gives 4.5 or more of 5: `TopK(threshold=4.5)` with a budget of 100 %. With another
@@ -21,7 +20,7 @@ class AlpaGasus(Settings):
     rater: Rater = JudgeRating()
 
     @property
-    def raters(self) -> tuple[Rater, ...]:
+    def raters(self) -> tuple[Rater, ...]:  # type: ignore[override]
         """What the score is the product of."""
         return (self.rater,)
 

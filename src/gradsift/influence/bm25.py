@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import bm25s
 import numpy as np
 from numpy.typing import NDArray
 
-from gradsift.settings import Settings
+from gradsift.context import Pool, Target
+from gradsift.data.words import has_words, words
+from gradsift.influence.estimator import Estimator, Influence, TargetsByCheckpoint, conversations, refuse_too_many
+from gradsift.influence.prompts import PromptTarget
 
 Reading = Literal["okapi", "compact"]
 
 
-class BM25(Settings):
+class BM25(Estimator):
     """Okapi BM25 of each pool text for each target text (NICE, App. D): higher = more words in common.
 
     k1, b: saturation and length normalisation.
@@ -23,6 +26,8 @@ class BM25(Settings):
     reading: `okapi`, or `compact`, what Compact's authors compute: the denominator is 1 larger, and a word that stands
         twice in the query counts once.
     """
+
+    takes: ClassVar[Literal["labels", "texts", "reward"]] = "texts"
 
     kind: Literal["bm25"] = "bm25"
     k1: float = 1.5
@@ -35,6 +40,27 @@ class BM25(Settings):
         """What tables call it."""
         parts = ["model tokens"] * (self.tokens == "model") + ["Compact's"] * (self.reading == "compact")
         return f"BM25 ({', '.join(parts)})" if parts else "BM25"
+
+    def influence(self, pool: Pool, target: Target | PromptTarget | None) -> Influence:
+        """`bm25_scores` of the texts or the tokens."""
+        assert target is not None, self
+        refuse_too_many(len(pool.data), len(target.data.ids))
+        warnings: list[str] = []
+        if self.tokens == "model":
+            targets = self.targets(pool, target)
+            assert not isinstance(targets, TargetsByCheckpoint), targets
+            of_target: list[list[NDArray[np.int32]]] = [[] for _ in targets.ids]
+            for sequence in targets.sequences(0, len(targets.ids)):
+                of_target[sequence.row].append(sequence.token_ids)
+            documents = model_tokens(pool.data[position].token_ids for position in range(len(pool.data)))
+            asked = model_tokens(np.concatenate(parts) for parts in of_target)
+        else:
+            documents, asked = (
+                [words(spoken_text(messages)) for messages in conversations(data)] for data in (pool.data, target.data)
+            )
+            warnings = wordless(self.label, pool, target)
+        matrix = bm25_scores(documents, asked, k1=self.k1, b=self.b, reading=self.reading)
+        return Influence(list(pool.data.ids), matrix, warnings=tuple(warnings), identity={"stores": []})
 
 
 def conversation_text(messages: Sequence[Mapping[str, object]]) -> str:
@@ -55,6 +81,21 @@ def spoken_text(messages: Sequence[Mapping[str, object]]) -> str:
     other word is shared they would decide the ranking, and `question` in a text would count for nothing.
     """
     return "\n".join(str(turn["content"]) for turn in _turns(messages))
+
+
+def wordless(label: str, pool: Pool, target: Target | PromptTarget) -> list[str]:
+    """What a method that compares words knows nothing of: texts without any."""
+    found = []
+    for what, data in (("pool rows", pool.data), ("targets", target.data)):
+        without = [
+            id_ for id_, own in zip(data.ids, conversations(data), strict=True) if not has_words(spoken_text(own))
+        ]
+        if without:
+            found.append(
+                f"{len(without)} of {len(data.ids)} {what} have no letter and no digit, first {without[0]!r}: "
+                f"{label} knows nothing of them"
+            )
+    return found
 
 
 def _turns(messages: Sequence[Mapping[str, object]]) -> list[Mapping[str, object]]:

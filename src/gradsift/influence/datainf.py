@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -17,8 +17,9 @@ from torch import Tensor
 
 from gradsift.checks import float_array, same_size, to_float64
 from gradsift.errors import ConfigError, ShapeError
+from gradsift.gradients.rows import View
 from gradsift.influence.blocks import CPU, carried, place_for
-from gradsift.settings import Settings
+from gradsift.influence.estimator import ProductEstimator
 from gradsift.store.gradient_store import GradientStore
 from gradsift.sums import row_products
 
@@ -49,7 +50,7 @@ def _positive(value: object) -> float | None:
 Damping = Annotated[Literal["auto"] | float, BeforeValidator(_checked_damping)]
 
 
-class DataInf(Settings):
+class DataInf(ProductEstimator):
     """DataInf (Kwon et al. 2024): influence through an average of single-example inverses, at the last checkpoint.
 
     Plain gradients on both sides, not normalised, each segment (module) on its own.
@@ -57,6 +58,9 @@ class DataInf(Settings):
     damping: λ of every segment, in squared units of the gradients; `auto` takes a tenth of the segment's mean squared
         gradient coordinate, so that scores do not depend on the gradients' scale.
     """
+
+    view: ClassVar[View | None] = "segments"
+    last_checkpoint: ClassVar[bool] = True
 
     kind: Literal["datainf"] = "datainf"
     damping: Damping = "auto"
@@ -66,12 +70,19 @@ class DataInf(Settings):
         """What tables call it."""
         return _label("DataInf", self.damping)
 
+    def directions(self, store: GradientStore, targets: Tensor, device: str) -> Tensor:
+        """h of `datainf_directions`."""
+        return datainf_directions(store, targets, self.damping, device=device)
 
-class ProjectedInverse(Settings):
+
+class ProjectedInverse(ProductEstimator):
     """The damped inverse that DataInf approximates, exact for the projected gradients, at the last checkpoint.
 
     damping: as for DataInf.
     """
+
+    view: ClassVar[View | None] = "segments"
+    last_checkpoint: ClassVar[bool] = True
 
     kind: Literal["projected_inverse"] = "projected_inverse"
     damping: Damping = "auto"
@@ -80,6 +91,10 @@ class ProjectedInverse(Settings):
     def label(self) -> str:
         """What tables call it."""
         return _label("projected inverse", self.damping)
+
+    def directions(self, store: GradientStore, targets: Tensor, device: str) -> Tensor:
+        """The targets through the inverse."""
+        return inverse_directions(store, targets, self.damping, device=device)
 
 
 def datainf_scores(

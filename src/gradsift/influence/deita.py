@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from gradsift.influence.ratings import JudgeRating, Rater
-from gradsift.settings import Settings
+from gradsift.influence.ratings import JudgeRating, RatedEstimator, Rater
 
 
-class DEITA(Settings):
+class DEITA(RatedEstimator):
     """Scores rows by complexity × quality (Liu et al. 2024); takes no gradient and needs no target.
 
     Its selection is `Diverse()`: in the order of scores, what is not too close to anything chosen before. The authors
@@ -24,7 +23,7 @@ class DEITA(Settings):
     quality: Rater = JudgeRating()
 
     @property
-    def raters(self) -> tuple[Rater, ...]:
+    def raters(self) -> tuple[Rater, ...]:  # type: ignore[override]
         """What the score is the product of."""
         return (self.complexity, self.quality)
 

@@ -20,19 +20,14 @@ from gradsift.checks import float_array, same_size, to_float64
 from gradsift.context import Pool
 from gradsift.errors import ConfigError
 from gradsift.gradients.policy import PolicySource, SampleRows
-from gradsift.influence.datainf import datainf_directions
-from gradsift.influence.less import unit_rows
-from gradsift.influence.nice import NICE, NICEIF, PolicyMethod, PolicyTargets, signal_warnings
+from gradsift.influence.estimator import target_rows, target_view
+from gradsift.influence.nice import PolicyEstimator, PolicyTargets, signal_warnings
+from gradsift.influence.products import unit_rows
 from gradsift.influence.prompts import PromptTarget, RewardSummary
 from gradsift.influence.reliability import DRAWS, Choice, Looked, Reliability, Strata, reliability_of
 from gradsift.influence.scores import (
     Aggregation,
-    at_last_checkpoint,
-    checkpoint_weights,
-    pool_view,
     strata_of,
-    target_rows,
-    target_view,
 )
 from gradsift.store.gradient_store import GradientStore
 from gradsift.warmup.checkpoint import Checkpoint
@@ -103,7 +98,7 @@ class PolicyDiagnostics:
 def diagnose(
     pool: Pool,
     target: PromptTarget,
-    method: PolicyMethod,
+    method: PolicyEstimator,
     *,
     aggregation: Aggregation = "max_of_means",
     targets: PolicyTargets | None = None,
@@ -132,15 +127,13 @@ def diagnose(
     """
     check_samples(method)
     whole = targets or PolicyTargets(pool, target, method)
-    checkpoints = pool.checkpoints()
-    if at_last_checkpoint(method):
-        checkpoints = checkpoints[-1:]
+    checkpoints = method.checkpoints_of(pool)
     for checkpoint in checkpoints:
         whole.at(checkpoint)
     whole.check()
     strata = strata_of(len(whole.ids), target.subtasks, aggregation, whole.live)
     work = _Resampling(whole, strata, looked or _looked(pool, method, checkpoints, strata))
-    weights = checkpoint_weights(checkpoints) if isinstance(method, NICE) else [1.0]
+    weights = method.weights(checkpoints)
     found = [work.at(checkpoint, weight) for checkpoint, weight in zip(checkpoints, weights, strict=True)]
     reliability = reliability_of(
         work.scores[..., 0], work.scores[..., 1:], work.freedom(), work.looked, over="samples", units=work.units,
@@ -156,7 +149,7 @@ def diagnose(
     return PolicyDiagnostics(list(whole.ids), tuple(found), reliability, tuple(warnings))
 
 
-def check_samples(method: PolicyMethod) -> None:
+def check_samples(method: PolicyEstimator) -> None:
     """Refuse to diagnose single samples.
 
     Raises:
@@ -202,9 +195,10 @@ class _Resampling:
         self.whole, self.strata, self.looked = whole, strata, looked
         self.scores = torch.zeros(len(looked.ids), len(strata.outputs), 1 + DRAWS)
         self.units = 0
-        view = pool_view(whole.method)
-        assert view is not None, whole.method
-        self._view = target_view(view)  # what the scores are computed from, so that no gradient is taken twice
+        assert whole.method.view is not None, whole.method
+        self._view = target_view(
+            whole.method.view
+        )  # what the scores are computed from, so that no gradient is taken twice
         self._generator = np.random.default_rng(0)
         self._drawn: dict[str, Tensor] = {}  # of an assistant's responses, which serve all checkpoints
         self._freedom = torch.zeros(len(whole.ids), dtype=torch.float64)
@@ -267,21 +261,18 @@ class _Resampling:
 
     def _add(self, parts: SequenceABC[tuple[Tensor, Tensor]], checkpoint: Checkpoint, weight: float) -> None:
         pool, method = self.whole.pool, self.whole.method
-        view = pool_view(method)
-        assert view is not None, method
-        store = pool.stores(checkpoint, [view])[view]
+        assert method.view is not None, method
+        store = pool.stores(checkpoint, [method.view])[method.view]
         looked = store.rows_by_id(list(self.looked.ids))
-        normalise = isinstance(method, NICE) and method.normalise
-        looked = unit_rows(looked) if normalise else looked
+        looked = unit_rows(looked) if method.by_cosine else looked
         for output, own in enumerate(self.strata.outputs):
             directions = torch.zeros(1 + DRAWS, store.dim)
             for share, (rows, draws) in zip(own.tolist(), parts, strict=True):
                 if share and len(rows):
-                    scales = _scales(rows, draws) if normalise else 1.0
+                    scales = _scales(rows, draws) if method.by_cosine else 1.0
                     directions += (share * scales * draws).float() @ rows
-            if isinstance(method, NICEIF):
-                directions = datainf_directions(store, directions, method.damping, device=pool.device)
-            self.scores[:, output] += weight * (looked @ directions.T)
+            along = method.directions(store, directions, pool.device)
+            self.scores[:, output] += weight * (looked @ along.T)
 
 
 def _scales(rows: Tensor, draws: Tensor) -> Tensor:
@@ -297,9 +288,9 @@ def _scales(rows: Tensor, draws: Tensor) -> Tensor:
     return scales
 
 
-def _looked(pool: Pool, method: PolicyMethod, checkpoints: SequenceABC[Checkpoint], strata: Strata) -> Looked:
+def _looked(pool: Pool, method: PolicyEstimator, checkpoints: SequenceABC[Checkpoint], strata: Strata) -> Looked:
     """Rows that have a finite gradient at every checkpoint."""
-    view = pool_view(method)
+    view = method.view
     assert view is not None, method
     stores = [pool.stores(checkpoint, [view])[view] for checkpoint in checkpoints]
     ids = [id_ for id_ in pool.data.ids if all(id_ in store for store in stores)]

@@ -6,18 +6,21 @@ import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from gradsift.context import Pool, Target
 from gradsift.data.words import words
 from gradsift.errors import ConfigError, ShapeError
-from gradsift.settings import Settings
+from gradsift.influence.bm25 import spoken_text, wordless
+from gradsift.influence.estimator import Estimator, Influence, conversations
+from gradsift.influence.prompts import PromptTarget
 
 
-class DSIR(Settings):
+class DSIR(Estimator):
     """Log of how much likelier a text is under the target's n-grams than under the pool's (Xie et al. 2023).
 
     Higher = more like the target. The target counts as a whole: there is no score per target example, and subtasks play
@@ -29,6 +32,9 @@ class DSIR(Settings):
         that short texts win; 1e-4 charges at most a few. Give 1e-8 to compute what the package data-selection does.
     """
 
+    takes: ClassVar[Literal["labels", "texts", "reward"]] = "texts"
+    pairs: ClassVar[bool] = False
+
     kind: Literal["dsir"] = "dsir"
     buckets: int = Field(default=10_000, ge=1)
     smoothing: float = Field(default=1e-4, gt=0)
@@ -37,6 +43,31 @@ class DSIR(Settings):
     def label(self) -> str:
         """What tables call it."""
         return "DSIR"
+
+    def influence(self, pool: Pool, target: Target | PromptTarget | None) -> Influence:
+        """Log ratios of the pool's texts."""
+        assert target is not None, self
+        rows, queries = (
+            hashed_counts([spoken_text(messages) for messages in conversations(data)], self.buckets)
+            for data in (pool.data, target.data)
+        )
+
+        def of_draws(ids: Sequence[str], counts: NDArray[np.int64]) -> NDArray[np.float64]:
+            """A draw of targets without words gives the numbers of all."""
+            places = pool.data.positions(ids)
+            found = np.empty((len(places), counts.shape[1]))
+            for draw, own in enumerate(counts.T):
+                drawn = (queries.T @ own)[None, :]
+                drawn = drawn if drawn.any() else queries
+                found[:, draw] = dsir_log_ratios(rows, drawn, smoothing=self.smoothing)[places]
+            return found
+
+        return Influence(
+            list(pool.data.ids),
+            whole=dsir_log_ratios(rows, queries, smoothing=self.smoothing),
+            warnings=tuple(wordless(self.label, pool, target)),
+            of_draws=of_draws,
+        )
 
 
 def hashed_counts(texts: Sequence[str], buckets: int) -> Any:

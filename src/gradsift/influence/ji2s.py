@@ -10,15 +10,17 @@ from collections.abc import Sequence as SequenceABC
 from collections.abc import Set as SetABC
 from dataclasses import dataclass
 from dataclasses import replace as replaced
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import FiniteFloat
 from safetensors.torch import load, save
 from torch import Tensor
 
 from gradsift.checks import float_array, same_size, to_float64
-from gradsift.context import Pool
+from gradsift.context import Pool, Target
 from gradsift.errors import ConfigError, DataError
 from gradsift.gradients.batching import automatic_token_budget
 from gradsift.gradients.capture import find_modules
@@ -27,10 +29,12 @@ from gradsift.gradients.hessian import Curvature, curvature_product
 from gradsift.gradients.projection import Projector, plan_segments
 from gradsift.gradients.rows import View
 from gradsift.influence.blocks import BlockConsumer, block_rows, over_blocks, threads
-from gradsift.influence.less import store_inner_products, unit_rows
+from gradsift.influence.estimator import Estimator, Influence, TargetsByCheckpoint, rate_weights
+from gradsift.influence.products import store_inner_products, unit_rows
+from gradsift.influence.prompts import PromptTarget
 from gradsift.models import host
+from gradsift.ranks import spearman
 from gradsift.run import revised
-from gradsift.settings import Settings
 from gradsift.store.gradient_store import GradientStore
 from gradsift.store.manifest import fingerprint
 from gradsift.sums import row_products
@@ -114,7 +118,7 @@ def ji2s_scores(
     return (marginal - joint_weight * joint).to(pool.device, dtype)
 
 
-class JI2S(Settings):
+class JI2S(Estimator):
     """JI2S (Wei et al. 2025): Adam directions against targets, less their interaction with the rest of the pool.
 
     `S_i = Σ_e w_e (A_i − λ η_e^(p−1) B_i)`, A_i = mean_q ⟨Γ_i, v_q⟩, B_i = Σ_{j≠i} Γ_iᵀHΓ_j, w_e = η̄_e/Ση̄: the mean
@@ -140,6 +144,8 @@ class JI2S(Settings):
     optimizer: `adam` takes Adam's update direction on the pool's side, `sgd` the plain gradient.
     checkpoints: `all` or the `last`.
     """
+
+    pairs: ClassVar[bool] = False
 
     kind: Literal["ji2s"] = "ji2s"
     joint_weight: FiniteFloat = 0.1
@@ -175,9 +181,59 @@ class JI2S(Settings):
         return self.hessian in ("fisher", "hvp", "ggn")
 
     @property
-    def view(self) -> View:
+    def full_sum(self) -> bool:  # type: ignore[override]
+        """Whether the unprojected sum of the pool's rows has to be stored."""
+        return self.full_space
+
+    @property
+    def view(self) -> View:  # type: ignore[override]
         """Which rows of the pool it takes."""
         return "adam" if self.optimizer == "adam" else "plain"
+
+    @property
+    def last_checkpoint(self) -> bool:  # type: ignore[override]
+        """Whether it reads those at the last checkpoint alone."""
+        return self.checkpoints == "last"
+
+    def weights(self, checkpoints: SequenceABC[Checkpoint]) -> list[float]:
+        """η̄_e / Σ η̄."""
+        return rate_weights(checkpoints)
+
+    def inputs(self, pool: Pool) -> dict[str, Any]:
+        """The rows, and what both terms are weighted by."""
+        checkpoints = self.checkpoints_of(pool)
+        factors = joint_factors(checkpoints, self.weights(checkpoints), self.joint_lr_power)
+        return {**super().inputs(pool), "weights": factors}
+
+    def influence(self, pool: Pool, target: Target | PromptTarget | None) -> Influence:
+        """Both terms over the checkpoints, and their difference."""
+        assert target is not None, self
+        targets, checkpoints = self.targets(pool, target), self.checkpoints_of(pool)
+        assert not isinstance(targets, TargetsByCheckpoint), targets
+        weights, excluded = self.weights(checkpoints), {skip.id for skip in target.overlap}
+        terms = joint_terms(pool, targets, self, checkpoints, weights, excluded)
+        whole = terms.scores(self).numpy()
+        warnings = joint_warnings(terms, self, spearman(terms.marginal.numpy(), terms.joint.numpy()) or 0.0)
+        if len(set(target.subtasks or ())) > 1:
+            warnings.append(f"{self.label} takes the mean over all targets: their subtasks play no part in it")
+        place = {id_: position for position, id_ in enumerate(terms.ids)}
+
+        def parts(ids: SequenceABC[str]) -> NDArray[np.float64]:
+            """The spreads that terms are divided by are held, see `joint_parts`."""
+            found = joint_parts(pool, targets, self, checkpoints, weights, terms, ids).numpy()
+            own: NDArray[np.float64] = (
+                found + (whole.astype(np.float32)[[place[id_] for id_ in ids]] - found.mean(axis=1))[:, None]
+            )
+            return own
+
+        return Influence(
+            terms.ids,
+            whole=whole,
+            warnings=tuple(warnings),
+            identity={"stores": terms.stores},
+            parts=parts,
+            terms=terms,
+        )
 
     @property
     def label(self) -> str:

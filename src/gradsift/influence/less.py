@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from gradsift.checks import float_array, same_size
+from gradsift.context import Pool
 from gradsift.errors import ConfigError, ShapeError
-from gradsift.influence.blocks import BlockConsumer, Queries, over_blocks
-from gradsift.settings import Settings
-from gradsift.store.gradient_store import GradientStore
-from gradsift.sums import row_norms, row_products
+from gradsift.gradients.rows import View
+from gradsift.influence.estimator import ProductEstimator, rate_weights
+from gradsift.influence.products import unit_rows
+from gradsift.sums import row_products
+from gradsift.warmup.checkpoint import Checkpoint
 
 
 def less_scores(
@@ -78,15 +80,6 @@ def less_scores(
     return total
 
 
-def unit_rows(rows: Tensor) -> Tensor:
-    """Rows [row dim] divided by their Euclidean norm; a zero row stays zero."""
-    # Dividing by the largest entry first keeps the squares of very small and very large gradients inside fp32.
-    largest = rows.abs().amax(dim=1, keepdim=True)
-    scaled = rows / torch.where(largest > 0, largest, torch.ones_like(largest))
-    # Each norm is now 0 or at least 1, so the clamp only spares zero rows a division by zero.
-    return scaled / row_norms(scaled)[:, None].clamp_min(1.0).to(scaled.dtype)
-
-
 def _shares(weights: Sequence[float] | Tensor | None, checkpoints: int) -> list[float]:
     """Checkpoint weights divided by their sum."""
     if weights is None:
@@ -102,7 +95,7 @@ def _shares(weights: Sequence[float] | Tensor | None, checkpoints: int) -> list[
     return [float(share) for share in values / values.sum()]
 
 
-class LESS(Settings):
+class LESS(ProductEstimator):
     """LESS (Xia et al. 2024): cosine of Adam update directions with target gradients, weighted over checkpoints.
 
     optimizer: `adam` takes the update direction Γ on the pool's side, `sgd` the plain gradient.
@@ -116,6 +109,29 @@ class LESS(Settings):
     checkpoints: Literal["all", "last"] = "all"
 
     @property
+    def by_cosine(self) -> bool:
+        """Whether rows and directions are taken to unit length."""
+        return self.normalise
+
+    @property
+    def view(self) -> View:  # type: ignore[override]
+        """Which of the pool's rows it reads."""
+        return "adam" if self.optimizer == "adam" else "plain"
+
+    @property
+    def last_checkpoint(self) -> bool:  # type: ignore[override]
+        """Whether it reads those at the last checkpoint alone."""
+        return self.checkpoints == "last"
+
+    def weights(self, checkpoints: Sequence[Checkpoint]) -> list[float]:
+        """η̄_e / Σ η̄."""
+        return rate_weights(checkpoints)
+
+    def inputs(self, pool: Pool) -> dict[str, Any]:
+        """The rows, and what their sum is weighted by."""
+        return {**super().inputs(pool), "weights": self.weights(self.checkpoints_of(pool))}
+
+    @property
     def label(self) -> str:
         """What tables call it."""
         # TracIn is defined on plain gradients, LESS on Adam's: what departs from its own method is named.
@@ -123,52 +139,3 @@ class LESS(Settings):
         parts = [] if self.optimizer == own else [{"sgd": "SGD", "adam": "Adam"}[self.optimizer]]
         parts += ["last checkpoint"] * (self.checkpoints == "last")
         return f"{name} ({', '.join(parts)})" if parts else name
-
-
-def store_inner_products(
-    store: GradientStore,
-    queries: Tensor,
-    *,
-    normalise: bool,
-    out: Tensor | None = None,
-    weight: float = 1.0,
-    start: int = 0,
-    stop: int | None = None,
-    device: str = "cpu",
-) -> Tensor:
-    """Inner products of every stored row with every query, added to `out` `[row query]`, block by block from the map.
-
-    The store is read once and never held: each block of rows is converted into a reused fp32 buffer small enough to
-    stay in the cache, which one matrix product then reads. Every thread has rows of its own and one buffer, because
-    threads that share blocks this small would spend their time waiting for each other.
-
-    Args:
-        store: N rows.
-        queries: `[query dim]`.
-        normalise: divide by the rows' and the queries' norms.
-        out: `[row query]` float32 to add to; made if None.
-        weight: factor of the products.
-        start, stop: rows [start, stop) of the store alone.
-        device: to multiply on; products on a GPU agree with the CPU's within rounding.
-    """
-    stop = len(store) if stop is None else stop
-    asked = Queries((unit_rows(queries) if normalise else queries).to(torch.float32).contiguous(), device)
-    if out is None:
-        out = torch.zeros(stop - start, len(queries))
-    factors = torch.full((stop - start,), weight, dtype=torch.float64)
-    if normalise:
-        norms = store.projected_norms[start:stop]
-        factors = torch.where(norms > 0, weight / norms.clamp_min(1e-300), torch.zeros_like(norms))
-    factors = factors.float()
-
-    def begin() -> BlockConsumer:
-        multiply = asked.multiplier()
-
-        def consume(part: slice, rows: Tensor, scale: Tensor | None) -> None:
-            factor = factors[part] if scale is None else factors[part] * scale
-            out[part].addcmul_(multiply(rows), factor[:, None])
-
-        return consume
-
-    over_blocks(store, asked.block, begin, start, stop, asked.place)
-    return out

@@ -6,18 +6,21 @@ from collections.abc import Mapping
 from collections.abc import Sequence as SequenceABC
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, TypeGuard
 
-from gradsift.context import Pool
+from torch import Tensor
+
+from gradsift.context import Pool, Target
 from gradsift.errors import ConfigError, DataError
 from gradsift.generation.assistant import Assistant
 from gradsift.generation.endpoint import Endpoint, EndpointSampler
 from gradsift.generation.local import LocalSampler
 from gradsift.generation.samples import Samples, sample
 from gradsift.generation.sampling import Response, Sampler, Sampling
-from gradsift.gradients.collect import SequenceSource
 from gradsift.gradients.policy import PolicyGradient, PolicySource, label_sequence
-from gradsift.influence.datainf import Damping
+from gradsift.gradients.rows import View
+from gradsift.influence.datainf import Damping, datainf_directions
+from gradsift.influence.estimator import Estimator, Influence, ProductEstimator, rate_weights, refuse_too_many
 from gradsift.influence.prompts import (
     Earned,
     PromptTarget,
@@ -27,7 +30,7 @@ from gradsift.influence.prompts import (
     summarise_rewards,
 )
 from gradsift.models import positions
-from gradsift.settings import Settings
+from gradsift.store.gradient_store import GradientStore
 from gradsift.types import Sequence as TokenSequence
 from gradsift.warmup.checkpoint import Checkpoint
 
@@ -36,11 +39,8 @@ _CUT_OFF = 0.5  # share of responses that were cut off
 _LEVEL = 3.0  # rewards' level over their spread within a prompt above which samples hardly differ in weight
 
 
-class NICE(Settings):
-    """NICE (Wang et al. 2025): LESS with the policy gradient of a reward on the target's side; needs no labels.
-
-    `S = Σ_e w_e · n(Γ_e) · n(∇L_r,e)ᵀ`, ∇L_r = −(1/M) Σ_m r_m ∇log f(ŷ_m | x; θ_e): normalised once per target, after
-    the sum over its samples.
+class PolicyEstimator(ProductEstimator):
+    """An estimator that ranks by a reward: policy gradients of sampled responses stand for the targets.
 
     sampling: of responses from the model at each checkpoint.
     server: serves the checkpoints, instead of sampling in this process; `{checkpoint}` in its model's name stands for
@@ -48,21 +48,89 @@ class NICE(Settings):
     assistant: a stronger model that writes the responses in their place (AMC), with sampling of its own; one set serves
         all checkpoints, log f is taken under each.
     policy: how samples and rewards become a gradient.
-    optimizer, normalise, checkpoints: as in LESS.
     """
 
-    kind: Literal["nice"] = "nice"
+    takes: ClassVar[Literal["labels", "texts", "reward"]] = "reward"
+
     sampling: Sampling = Sampling()
     server: Endpoint | None = None
     assistant: Assistant | None = None
     policy: PolicyGradient = PolicyGradient()
-    optimizer: Literal["adam", "sgd"] = "adam"
-    normalise: bool = True
-    checkpoints: Literal["all", "last"] = "all"
 
     def model_post_init(self, _context: object) -> None:
         """Refuse what does not go together."""
         _refuse_unfit(self)
+
+    def targets(self, pool: Pool, target: Target | PromptTarget) -> PolicyTargets:
+        """The policy gradients of each checkpoint.
+
+        Raises:
+            ConfigError: the target has no reward, or one that cannot be used.
+        """
+        if not isinstance(target, PromptTarget):
+            raise ConfigError(
+                f"{self.label} ranks by a reward, and this target has labels: give a reward (open_prompts), or use LESS"
+            )
+        target.check_reward()
+        return PolicyTargets(pool, target, self)
+
+    def influence(self, pool: Pool, target: Target | PromptTarget | None) -> Influence:
+        """As `ProductEstimator`, after all is sampled and rewarded: what is wrong with a reward shows early."""
+        assert target is not None, self
+        targets, checkpoints = self.targets(pool, target), self.checkpoints_of(pool)
+        refuse_too_many(len(pool.data), len(targets.ids))
+        check_server(self, checkpoints)
+        for checkpoint in checkpoints:
+            targets.at(checkpoint)
+        targets.check()
+        ids, matrix, stores = self.matrix(pool, targets)
+        return Influence(
+            ids,
+            matrix.numpy(),
+            warnings=tuple(signal_warnings(targets.summaries, self)),
+            identity={"stores": stores},
+            live=targets.live,
+            rewards=tuple(targets.summaries),
+        )
+
+
+class NICE(PolicyEstimator):
+    """NICE (Wang et al. 2025): LESS with the policy gradient of a reward on the target's side; needs no labels.
+
+    `S = Σ_e w_e · n(Γ_e) · n(∇L_r,e)ᵀ`, ∇L_r = −(1/M) Σ_m r_m ∇log f(ŷ_m | x; θ_e): normalised once per target, after
+    the sum over its samples.
+
+    sampling, server, assistant, policy: as in `PolicyEstimator`.
+    optimizer, normalise, checkpoints: as in LESS.
+    """
+
+    kind: Literal["nice"] = "nice"
+    optimizer: Literal["adam", "sgd"] = "adam"
+    normalise: bool = True
+    checkpoints: Literal["all", "last"] = "all"
+
+    @property
+    def by_cosine(self) -> bool:
+        """Whether rows and directions are taken to unit length."""
+        return self.normalise
+
+    @property
+    def view(self) -> View:  # type: ignore[override]
+        """Which of the pool's rows it reads."""
+        return "adam" if self.optimizer == "adam" else "plain"
+
+    @property
+    def last_checkpoint(self) -> bool:  # type: ignore[override]
+        """Whether it reads those at the last checkpoint alone."""
+        return self.checkpoints == "last"
+
+    def weights(self, checkpoints: SequenceABC[Checkpoint]) -> list[float]:
+        """η̄_e / Σ η̄."""
+        return rate_weights(checkpoints)
+
+    def inputs(self, pool: Pool) -> dict[str, Any]:
+        """The rows, and what their sum is weighted by."""
+        return {**super().inputs(pool), "weights": self.weights(self.checkpoints_of(pool))}
 
     @property
     def label(self) -> str:
@@ -72,7 +140,7 @@ class NICE(Settings):
         return _label("NICE", self, parts)
 
 
-class NICEIF(Settings):
+class NICEIF(PolicyEstimator):
     """NICE_IF (NICE, section 3.2): DataInf at the last checkpoint with the policy gradient as target.
 
     Plain gradients on both sides, not normalised.
@@ -81,36 +149,20 @@ class NICEIF(Settings):
     damping: as in DataInf.
     """
 
+    view: ClassVar[View | None] = "segments"
+    last_checkpoint: ClassVar[bool] = True
+
     kind: Literal["nice_if"] = "nice_if"
-    sampling: Sampling = Sampling()
-    server: Endpoint | None = None
-    assistant: Assistant | None = None
-    policy: PolicyGradient = PolicyGradient()
     damping: Damping = "auto"
 
-    def model_post_init(self, _context: object) -> None:
-        """Refuse what does not go together."""
-        _refuse_unfit(self)
+    def directions(self, store: GradientStore, targets: Tensor, device: str) -> Tensor:
+        """h of `datainf_directions`."""
+        return datainf_directions(store, targets, self.damping, device=device)
 
     @property
     def label(self) -> str:
         """What tables call it."""
         return _label("NICE-IF", self, [] if self.damping == "auto" else [f"λ={self.damping:g}"])
-
-
-PolicyMethod = NICE | NICEIF
-
-
-@runtime_checkable
-class TargetsByCheckpoint(Protocol):
-    """Targets whose sequences depend on the checkpoint."""
-
-    @property
-    def ids(self) -> list[str]:
-        """One per row."""
-
-    def at(self, checkpoint: Checkpoint) -> SequenceSource:
-        """The rows at a checkpoint."""
 
 
 class PolicyTargets:
@@ -120,7 +172,7 @@ class PolicyTargets:
     `checkpoints` are those that were asked for.
     """
 
-    def __init__(self, pool: Pool, target: PromptTarget, method: PolicyMethod) -> None:
+    def __init__(self, pool: Pool, target: PromptTarget, method: PolicyEstimator) -> None:
         self.pool, self.target, self.method = pool, target, method
         self._summaries: dict[str, RewardSummary] = {}
         self._sources: dict[str, PolicySource] = {}
@@ -251,7 +303,12 @@ _ADVICE = (
 )
 
 
-def signal_warnings(summaries: SequenceABC[RewardSummary], method: PolicyMethod) -> list[str]:
+def takes_reward(method: Estimator) -> TypeGuard[PolicyEstimator]:
+    """Whether a method ranks by a reward, for which it samples responses."""
+    return method.takes == "reward"
+
+
+def signal_warnings(summaries: SequenceABC[RewardSummary], method: PolicyEstimator) -> list[str]:
     """What is wrong with rewards as a signal, each with what to do; the worst checkpoint is named.
 
     - More than half of the prompts have responses of weight 0 only.
@@ -288,7 +345,7 @@ def cut_off_warnings(checkpoint: str, share: float, of: str = "responses") -> li
     ]
 
 
-def sampler_of(pool: Pool, method: PolicyMethod, checkpoint: Checkpoint) -> Sampler:
+def sampler_of(pool: Pool, method: PolicyEstimator, checkpoint: Checkpoint) -> Sampler:
     """Where a method's responses at a checkpoint come from."""
     if method.assistant is not None:
         return method.assistant.sampler(pool.tokenizer, dtype=pool.dtype, device=pool.device)
@@ -305,7 +362,7 @@ def checkpoint_name(checkpoint: Checkpoint) -> str:
     return "base" if checkpoint.adapter is None else Path(checkpoint.adapter).name
 
 
-def check_server(method: PolicyMethod, checkpoints: SequenceABC[Checkpoint]) -> None:
+def check_server(method: PolicyEstimator, checkpoints: SequenceABC[Checkpoint]) -> None:
     """Refuse to take one served model for several checkpoints.
 
     Raises:
@@ -322,7 +379,7 @@ def check_server(method: PolicyMethod, checkpoints: SequenceABC[Checkpoint]) -> 
         )
 
 
-def _refuse_unfit(method: PolicyMethod) -> None:
+def _refuse_unfit(method: PolicyEstimator) -> None:
     sampling = method.sampling if method.assistant is None else method.assistant.sampling
     if method.assistant is not None and method.server is not None:
         raise ConfigError("responses come either from an assistant or from a server of the checkpoints: leave one out")
@@ -338,7 +395,7 @@ def _refuse_unfit(method: PolicyMethod) -> None:
         )
 
 
-def _label(name: str, method: PolicyMethod, parts: list[str]) -> str:
+def _label(name: str, method: PolicyEstimator, parts: list[str]) -> str:
     if method.assistant is not None:
         writer = method.assistant.model
         name = f"{name}-AMC"

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from gradsift.execution.engine import LOCAL, Engine
-from gradsift.influence.less import store_inner_products
+from gradsift.influence.blocks import BlockConsumer, Queries, over_blocks
 from gradsift.progress import Advance, untold
 from gradsift.store.gradient_store import GradientStore
 from gradsift.store.storage import Storage
+from gradsift.sums import row_norms
 
 _SHARE_ROWS = 65_536  # that a worker reads before it is given others: 1 GB at 8192 dimensions
 _SHARE_VALUES = 1 << 22  # that it sends back at once: 16 MB
@@ -76,3 +77,61 @@ def inner_products(
     for position, found in engine.map(tasks, untold, "scores"):
         out[edges[position] : edges[position + 1]] = found
     return out
+
+
+def store_inner_products(
+    store: GradientStore,
+    queries: Tensor,
+    *,
+    normalise: bool,
+    out: Tensor | None = None,
+    weight: float = 1.0,
+    start: int = 0,
+    stop: int | None = None,
+    device: str = "cpu",
+) -> Tensor:
+    """Inner products of every stored row with every query, added to `out` `[row query]`, block by block from the map.
+
+    The store is read once and never held: each block of rows is converted into a reused fp32 buffer small enough to
+    stay in the cache, which one matrix product then reads. Every thread has rows of its own and one buffer, because
+    threads that share blocks this small would spend their time waiting for each other.
+
+    Args:
+        store: N rows.
+        queries: `[query dim]`.
+        normalise: divide by the rows' and the queries' norms.
+        out: `[row query]` float32 to add to; made if None.
+        weight: factor of the products.
+        start, stop: rows [start, stop) of the store alone.
+        device: to multiply on; products on a GPU agree with the CPU's within rounding.
+    """
+    stop = len(store) if stop is None else stop
+    asked = Queries((unit_rows(queries) if normalise else queries).to(torch.float32).contiguous(), device)
+    if out is None:
+        out = torch.zeros(stop - start, len(queries))
+    factors = torch.full((stop - start,), weight, dtype=torch.float64)
+    if normalise:
+        norms = store.projected_norms[start:stop]
+        factors = torch.where(norms > 0, weight / norms.clamp_min(1e-300), torch.zeros_like(norms))
+    factors = factors.float()
+
+    def begin() -> BlockConsumer:
+        multiply = asked.multiplier()
+
+        def consume(part: slice, rows: Tensor, scale: Tensor | None) -> None:
+            factor = factors[part] if scale is None else factors[part] * scale
+            out[part].addcmul_(multiply(rows), factor[:, None])
+
+        return consume
+
+    over_blocks(store, asked.block, begin, start, stop, asked.place)
+    return out
+
+
+def unit_rows(rows: Tensor) -> Tensor:
+    """Rows [row dim] divided by their Euclidean norm; a zero row stays zero."""
+    # Dividing by the largest entry first keeps the squares of very small and very large gradients inside fp32.
+    largest = rows.abs().amax(dim=1, keepdim=True)
+    scaled = rows / torch.where(largest > 0, largest, torch.ones_like(largest))
+    # Each norm is now 0 or at least 1, so the clamp only spares zero rows a division by zero.
+    return scaled / row_norms(scaled)[:, None].clamp_min(1.0).to(scaled.dtype)

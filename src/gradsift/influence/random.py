@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gradsift.settings import Seed, Settings
+from gradsift.context import Pool, Target
+from gradsift.influence.estimator import Estimator, Influence
+from gradsift.influence.prompts import PromptTarget
+from gradsift.settings import Seed
 
 
-class Random(Settings):
+class Random(Estimator):
     """Scores drawn uniformly from [0, 1) by seed and id, so that they do not depend on the pool's order."""
+
+    needs_target: ClassVar[bool] = False
+    pairs: ClassVar[bool] = False
+    by_chance: ClassVar[bool] = True
 
     kind: Literal["random"] = "random"
     seed: Seed = 0
@@ -22,6 +29,10 @@ class Random(Settings):
     def label(self) -> str:
         """What tables call it."""
         return f"random (seed {self.seed})"
+
+    def influence(self, pool: Pool, target: Target | PromptTarget | None) -> Influence:
+        """`random_scores`."""
+        return Influence(list(pool.data.ids), whole=random_scores(pool.data.ids, self.seed))
 
 
 def random_scores(ids: Sequence[str], seed: int) -> NDArray[np.float32]:

@@ -8,22 +8,24 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, FiniteFloat
 
-from gradsift.context import Pool
+from gradsift.context import Pool, Target
 from gradsift.errors import ConfigError, CorruptError, DataError, GradsiftError
 from gradsift.execution.chunks import Chunks
 from gradsift.generation.endpoint import Client, Endpoint
 from gradsift.gradients.losses import row_losses
+from gradsift.influence.estimator import Estimator, Influence
+from gradsift.influence.prompts import PromptTarget
 from gradsift.models import host, model_identity
 from gradsift.rewards.function import function_identity, in_words, load_function, stdout_to_stderr
 from gradsift.rewards.judge import last_line, question_of, side_by_side, transcript, unreadable
 from gradsift.settings import Settings
-from gradsift.store.manifest import Record, publish_json, read_json
+from gradsift.store.manifest import Record, fingerprint, publish_json, read_json
 from gradsift.types import Message, Skipped, TokenizedExample, before_answer
 from gradsift.types import Sequence as TokenSequence
 
@@ -131,16 +133,22 @@ Rater = Annotated[
 ]
 
 
-class Rated(Protocol):
-    """A method whose score is the product of ratings."""
+class RatedEstimator(Estimator):
+    """An estimator whose score is the product of its `raters`' ratings; it takes no gradient and needs no target."""
 
-    @property
-    def raters(self) -> tuple[Rater, ...]:
-        """What is multiplied."""
+    needs_target: ClassVar[bool] = False
+    pairs: ClassVar[bool] = False
 
-    @property
-    def label(self) -> str:
-        """What tables call it."""
+    def influence(self, pool: Pool, target: Target | PromptTarget | None) -> Influence:
+        """The ratings, asked for where the run does not hold them."""
+        found = rate(pool, self)
+        return Influence(
+            found.ids,
+            whole=found.values,
+            warnings=tuple(found.warnings(self.label)),
+            identity={"ratings": fingerprint([found.ids, found.values.tolist()])},
+            left_out=found.left_out,
+        )
 
 
 @dataclass(frozen=True)
@@ -162,7 +170,7 @@ class Ratings:
         ]
 
 
-def check_raters(method: Rated) -> None:
+def check_raters(method: Estimator) -> None:
     """Refuse what could rate nothing.
 
     Raises:
@@ -178,7 +186,7 @@ def check_raters(method: Rated) -> None:
             load_function(rater.name)
 
 
-def rate(pool: Pool, method: Rated) -> Ratings:
+def rate(pool: Pool, method: Estimator) -> Ratings:
     """The product of a method's ratings for every pool row; ratings are kept in the run folder row by row.
 
     What is there is not asked for again; rows without a rating are tried again by the next run.

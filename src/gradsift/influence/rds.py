@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
+from gradsift.context import Pool, Target
 from gradsift.embeddings import DEFAULT, embed, place_of, require
+from gradsift.influence.bm25 import conversation_text
+from gradsift.influence.estimator import Estimator, Influence, conversations, refuse_too_many
+from gradsift.influence.prompts import PromptTarget
 from gradsift.models import resolve_device, whole_identity
 from gradsift.run import Run, revisions
-from gradsift.settings import Settings
 from gradsift.store.manifest import fingerprint
 
 
-class RDS(Settings):
+class RDS(Estimator):
     """Cosine of the sentence embeddings of each pool text and each target text (NICE, App. D): higher = closer.
 
     model: hub id or folder of a sentence-transformers model. Such models read the first few hundred tokens of a text
         (all-MiniLM-L6-v2: 256).
     """
+
+    takes: ClassVar[Literal["labels", "texts", "reward"]] = "texts"
 
     kind: Literal["rds"] = "rds"
     model: str = DEFAULT
@@ -30,6 +35,22 @@ class RDS(Settings):
     def label(self) -> str:
         """What tables call it."""
         return "RDS" if self.model == DEFAULT else f"RDS ({self.model})"
+
+    def inputs(self, pool: Pool) -> dict[str, Any]:
+        """The text model."""
+        return {**super().inputs(pool), "embedding": embedding_identity(self.model)}
+
+    def influence(self, pool: Pool, target: Target | PromptTarget | None) -> Influence:
+        """Cosines of kept embeddings."""
+        assert target is not None, self
+        refuse_too_many(len(pool.data), len(target.data.ids))
+        rows, queries = (
+            kept_embeddings(
+                pool.run, [conversation_text(messages) for messages in conversations(data)], self.model, pool.device
+            )
+            for data in (pool.data, target.data)
+        )
+        return Influence(list(pool.data.ids), rds_scores(rows, queries), identity={"stores": []})
 
 
 def rds_scores(pool: NDArray[np.float32], target: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -49,7 +49,9 @@ class Reliability:
     low, high: ends of the 90 % interval of Spearman's correlation of both rankings, not below 0, in steps of 0.05. So
         much of the variance of a ranking would come again
     middle: its median
-    kept:  share of new rankings whose choice holds a row, for the rows asked for, in steps of 0.05
+    kept:  share of new rankings whose choice holds a row, for the rows asked for, in steps of 0.05; None also where
+        a unit is alone
+    ranked: whether the scores rank the rows at all: there are three or more, and not all score alike
     """
 
     over: Over
@@ -58,6 +60,7 @@ class Reliability:
     middle: float
     high: float
     kept: tuple[float, ...] | None = field(default=None, repr=False)
+    ranked: bool = True
 
     @property
     def told(self) -> bool:
@@ -73,12 +76,15 @@ class Reliability:
     def words(self) -> str:
         """The interval in a sentence, or why there is none and what to do."""
         new, units, advice = _WORDS[self.over]
+        if not self.ranked:
+            return f"there is no ranking that could come again with {new}: fewer than three rows, or all score alike"
         if self.told:
             return (
                 f"with {new}, {self.low:.0%} to {self.high:.0%} of the ranking's variance would come "
                 f"again ({LEVEL:.0%} interval, from {self.units} {units})"
             )
-        return f"{self.units} {units} are too few to say how much of the ranking would come again with {new}: {advice}"
+        many = f"{self.units} {units} are" if self.units != 1 else f"1 {units[:-1]} is"
+        return f"{many} too few to say how much of the ranking would come again with {new}: {advice}"
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able, without the rows."""
@@ -112,10 +118,12 @@ class Strata:
     labels: of each unit, its stratum
     outputs: weights of the units in each output, float64 [output unit], alike within a stratum; a row's score is its
         largest output
+    contents: of each unit, what it is; one that was given several times is drawn as one. Empty: all differ
     """
 
     labels: tuple[Hashable, ...]
     outputs: Tensor
+    contents: tuple[Hashable, ...] = ()
 
     @classmethod
     def of(cls, labels: Sequence[Hashable | None], *, maximum: bool) -> Strata:
@@ -126,17 +134,25 @@ class Strata:
             own = own.sum(dim=0, keepdim=True)
         return cls(tuple(labels), own / own.sum(dim=1, keepdim=True))
 
-    def members(self) -> list[list[int]]:
-        """The places of each stratum's units."""
-        places: dict[Hashable, list[int]] = {}
+    def members(self) -> list[list[list[int]]]:
+        """Of each stratum its units, each as the places at which it was given."""
+        places: dict[Hashable, dict[Hashable, list[int]]] = {}
         for place, label in enumerate(self.labels):
-            places.setdefault(label, []).append(place)
-        return list(places.values())
+            content = self.contents[place] if self.contents else place
+            places.setdefault(label, {}).setdefault(content, []).append(place)
+        return [list(own.values()) for own in places.values()]
+
+    def units(self) -> int:
+        """How many there are in the outputs."""
+        used = (self.outputs != 0).any(dim=0)
+        return sum(bool(used[places[0]]) for stratum in self.members() for places in stratum)
 
     def freedom(self) -> Tensor:
         """Degrees of freedom of each output's noise, Σ (n − 1) over its strata [output]."""
-        counts = {label: self.labels.count(label) for label in self.labels}
-        each = torch.tensor([1 - 1 / counts[label] for label in self.labels], dtype=torch.float64)
+        each = torch.zeros(len(self.labels), dtype=torch.float64)
+        for stratum in self.members():
+            everywhere = [place for places in stratum for place in places]
+            each[everywhere] = (len(stratum) - 1) / len(everywhere)
         return (self.outputs != 0).double() @ each
 
 
@@ -147,17 +163,20 @@ def resampling_weights(strata: Strata, draws: int, generator: np.random.Generato
     its stratum has 0.
     """
     found = resampling_counts(strata, draws, generator).double() - 1
-    for places in strata.members():
-        found[places] *= math.sqrt(len(places) / (len(places) - 1)) if len(places) > 1 else 0.0
+    for stratum in strata.members():
+        n = len(stratum)
+        found[[place for places in stratum for place in places]] *= math.sqrt(n / (n - 1)) if n > 1 else 0.0
     return found
 
 
 def resampling_counts(strata: Strata, draws: int, generator: np.random.Generator) -> Tensor:
     """How often each unit is drawn where as many are drawn from each stratum as it has, int64 [unit draw]."""
     found = torch.ones(len(strata.labels), draws, dtype=torch.int64)
-    for places in strata.members():
-        n = len(places)
-        found[places] = torch.from_numpy(generator.multinomial(n, np.full(n, 1 / n), size=draws).T)
+    for stratum in strata.members():
+        n = len(stratum)
+        counts = torch.from_numpy(generator.multinomial(n, np.full(n, 1 / n), size=draws).T)
+        for places, own in zip(stratum, counts, strict=True):
+            found[places] = own
     return found
 
 
@@ -274,12 +293,13 @@ def reliability_of(
     old, places = scores.double().amax(dim=1), list(looked.sampled)
     found = rank_correlations(old[places].numpy(), new[places].numpy())
     low, middle, high = np.quantile(found, [(1 - LEVEL) / 2, 0.5, (1 + LEVEL) / 2]).tolist()
-    if float(freedom.min()) < _LEAST_FREEDOM:
+    least, ranked = float(freedom.min()), len(places) > 2 and bool(old[places].std() > 0)
+    if least < _LEAST_FREEDOM or not ranked:
         low, high = 0.0, 1.0
     kept = None
-    if choice is not None:
+    if choice is not None and ranked and least >= 1:  # units that are alone would choose every row again
         kept = tuple(to_step(share) for share in _kept(new, looked, choice).tolist())
-    return Reliability(over, units, to_step(low, "below"), to_step(middle), to_step(high, "above"), kept)
+    return Reliability(over, units, to_step(low, "below"), to_step(middle), to_step(high, "above"), kept, ranked)
 
 
 def _kept(new: Tensor, looked: Looked, choice: Choice) -> Tensor:

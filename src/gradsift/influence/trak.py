@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from gradsift.checks import float_array, same_size, to_float64
+from gradsift.context import Pool, Target
 from gradsift.errors import ConfigError, ShapeError
+from gradsift.gradients.rows import View
 from gradsift.influence.datainf import Damping, inverse_directions, inverse_product, mean_damping
-from gradsift.influence.less import store_inner_products
-from gradsift.settings import Settings
+from gradsift.influence.estimator import Estimator, Influence, summed, target_rows
+from gradsift.influence.products import store_inner_products
+from gradsift.influence.prompts import PromptTarget
 from gradsift.store.gradient_store import GradientStore
 
 # Losses come from fp32 log-probabilities, good to about 1e-7: below this 1 − p says nothing, and would magnify
@@ -20,7 +23,7 @@ from gradsift.store.gradient_store import GradientStore
 _LEAST_DOUBT = 1e-6
 
 
-class TRAK(Settings):
+class TRAK(Estimator):
     """TRAK (Park et al. 2023): a kernel on margin gradients, from the plain rows and losses that are stored anyway.
 
     damping: λ of the kernel, in squared units of the margin's gradients; `auto` takes a tenth of their mean squared
@@ -42,6 +45,37 @@ class TRAK(Settings):
         parts = ["whole kernel"] * (self.kernel == "whole") + ["last checkpoint"] * (self.checkpoints == "last")
         parts += [] if self.damping == "auto" else [f"λ={self.damping:g}"]
         return f"TRAK ({', '.join(parts)})" if parts else "TRAK"
+
+    @property
+    def view(self) -> View:  # type: ignore[override]
+        """Which of the pool's rows it reads."""
+        return "segments" if self.kernel == "segments" else "plain"
+
+    @property
+    def last_checkpoint(self) -> bool:  # type: ignore[override]
+        """Whether it reads those at the last checkpoint alone."""
+        return self.checkpoints == "last"
+
+    def influence(self, pool: Pool, target: Target | PromptTarget | None) -> Influence:
+        """Means over checkpoints of the kernel and of 1 − p, each on its own, and their product."""
+        assert target is not None, self
+        targets = self.targets(pool, target)
+        sizes = [0, 0]
+
+        def products(store: GradientStore, queries: GradientStore, weight: float) -> Tensor:
+            """The kernel `[row target]` with 1 − p as one more column."""
+            sizes[:] = len(store), store.dim
+            asked, losses = target_rows(queries, targets.ids), _target_losses(queries, targets.ids)
+            kernel = trak_kernel(store, asked, losses, self, device=pool.device)
+            return torch.cat([kernel, doubt_of(store.losses).float()[:, None]], dim=1) * weight
+
+        ids, total, stores = summed(self, pool, targets, products)
+        return Influence(
+            ids,
+            (total[:, :-1] * total[:, -1:]).numpy(),
+            warnings=tuple(kernel_warnings(self, *sizes)),
+            identity={"stores": stores},
+        )
 
 
 def trak_scores(
@@ -151,6 +185,14 @@ def kernel_warnings(method: TRAK, rows: int, dim: int) -> list[str]:
         "them are the damping's. Take kernel: segments (--kernel segments, the default), or a --projection-dim well "
         "below the number of rows"
     ]
+
+
+def _target_losses(queries: GradientStore, ids: Sequence[str]) -> Tensor:
+    """Mean losses of targets in their order, float64 `[target]`; 0 where the gradient was left out."""
+    losses = torch.zeros(len(ids), dtype=torch.float64)
+    present = [number for number, id_ in enumerate(ids) if id_ in queries]
+    losses[present] = queries.losses[queries.positions([ids[number] for number in present])]
+    return losses
 
 
 def doubt_of(losses: Tensor) -> Tensor:

@@ -14,9 +14,9 @@ from gradsift.embeddings import DEFAULT
 from gradsift.errors import ConfigError
 from gradsift.gradients.rows import View
 from gradsift.influence.bm25 import conversation_text
-from gradsift.influence.less import unit_rows
+from gradsift.influence.products import unit_rows
 from gradsift.influence.rds import kept_embeddings
-from gradsift.influence.scores import Scores, pool_view
+from gradsift.influence.scores import Scores
 from gradsift.selection.top_k import top_k
 from gradsift.settings import Settings
 
@@ -116,7 +116,7 @@ def _rows(scores: Scores, method: Diverse) -> tuple[Container[str], Callable[[li
     if pool is None:
         raise ConfigError("selection diverse compares texts, but these scores carry no pool: score with `score`")
     if method.by == "gradients":
-        view: View = pool_view(scores.method) or "plain"
+        view: View = scores.method.view or "plain"
         store = pool.stores(pool.checkpoints()[-1], [view])[view]
         return store, store.rows_by_id
     texts = [conversation_text(pool.data.messages(id_)) for id_ in pool.data.ids]

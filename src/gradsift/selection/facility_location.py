@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradsift.checks import checked_budget, float_array, same_size, to_float64
 from gradsift.errors import ConfigError, ShapeError
-from gradsift.influence.less import unit_rows
+from gradsift.influence.products import unit_rows
 
 SimilarityKind = Literal["cosine_shifted", "cosine_squared"]
 

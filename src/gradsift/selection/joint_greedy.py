@@ -13,10 +13,10 @@ from torch import Tensor
 
 from gradsift.checks import checked_budget, float_array, same_size, to_float64
 from gradsift.errors import ConfigError
+from gradsift.influence.estimator import Estimator, TargetsByCheckpoint
 from gradsift.influence.ji2s import JI2S, joint_factors, standardised
-from gradsift.influence.less import store_inner_products, unit_rows
-from gradsift.influence.nice import PolicyTargets
-from gradsift.influence.scores import Method, Scores, at_last_checkpoint, checkpoint_weights, target_sources
+from gradsift.influence.products import store_inner_products, unit_rows
+from gradsift.influence.scores import Scores
 from gradsift.settings import Settings
 from gradsift.store.gradient_store import GradientStore
 
@@ -41,7 +41,7 @@ class JointGreedy(Settings):
         return "joint greedy"
 
 
-def check_joint_greedy(estimator: Method) -> JI2S:
+def check_joint_greedy(estimator: Estimator) -> JI2S:
     """The method whose terms are picked by.
 
     Raises:
@@ -140,10 +140,10 @@ def _terms(scores: Scores, method: JI2S) -> tuple[Array, Callable[[int], Array]]
     pool, target, ids = scores.pool, scores.target, scores.ids
     if pool is None or target is None:
         raise ConfigError("selection joint_greedy needs gradients, but these scores carry no pool: score with `score`")
-    source = target_sources(pool, target, method)
-    assert not isinstance(source, PolicyTargets), source
-    checkpoints = pool.checkpoints()[-1:] if at_last_checkpoint(method) else pool.checkpoints()
-    factors = joint_factors(checkpoints, checkpoint_weights(checkpoints), method.joint_lr_power)
+    source = method.targets(pool, target)
+    assert not isinstance(source, TargetsByCheckpoint), source
+    checkpoints = method.checkpoints_of(pool)
+    factors = joint_factors(checkpoints, method.weights(checkpoints), method.joint_lr_power)
     marginal = torch.zeros(len(ids), dtype=torch.float64)
     parts: list[Tensor] = []
     stored: list[tuple[GradientStore, list[int], float]] = []

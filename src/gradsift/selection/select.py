@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeGuard
 
 import torch
 from pydantic import Field, FiniteFloat
@@ -13,23 +13,12 @@ from gradsift.context import Pool
 from gradsift.data.columns import add_columns
 from gradsift.errors import ConfigError, DataError
 from gradsift.gradients.rows import View
-from gradsift.influence.alpagasus import AlpaGasus
-from gradsift.influence.bm25 import BM25
-from gradsift.influence.deita import DEITA
-from gradsift.influence.dsir import DSIR
-from gradsift.influence.less import LESS, unit_rows
-from gradsift.influence.nice import TargetsByCheckpoint
-from gradsift.influence.random import Random, random_scores
-from gradsift.influence.rds import RDS
+from gradsift.influence.estimator import Estimator, TargetsByCheckpoint, rate_weights, target_rows, target_view
+from gradsift.influence.less import LESS
+from gradsift.influence.products import unit_rows
+from gradsift.influence.random import random_scores
 from gradsift.influence.scores import (
-    Method,
     Scores,
-    at_last_checkpoint,
-    checkpoint_weights,
-    pool_view,
-    target_rows,
-    target_sources,
-    target_view,
 )
 from gradsift.selection.diverse import Diverse as Diverse
 from gradsift.selection.diverse import diverse_choice
@@ -156,6 +145,11 @@ class Selection:
         return lines
 
 
+def by_scores_alone(method: SelectionMethod) -> TypeGuard[TopK | GumbelTopK]:
+    """Whether rows are chosen for their scores and ids, so that the choice can be made again of other scores."""
+    return isinstance(method, TopK | GumbelTopK)
+
+
 def budget_count(budget: float, available: int) -> int:
     """A budget as a number of examples: a whole number counts examples, a number below 1 is a share.
 
@@ -174,7 +168,7 @@ def budget_count(budget: float, available: int) -> int:
     return int(budget)
 
 
-def check_selection(method: SelectionMethod, estimator: Method) -> None:
+def check_selection(method: SelectionMethod, estimator: Estimator) -> None:
     """Refuse a selection that cannot work with an estimator, before anything is computed.
 
     Raises:
@@ -247,7 +241,7 @@ def _candidate_rows(scores: Scores, candidates: list[int]) -> torch.Tensor:
     pool = scores.pool
     if pool is None:
         raise ConfigError("facility location needs gradients, but these scores carry no pool: score with `score`")
-    view: View = pool_view(scores.method) or "plain"
+    view: View = scores.method.view or "plain"
     store = pool.stores(pool.checkpoints()[-1], [view])[view]
     return store.rows_by_id([scores.ids[p] for p in candidates])
 
@@ -276,12 +270,9 @@ def _transport_rows(scores: Scores) -> tuple[list[int], torch.Tensor, torch.Tens
     pool, target = scores.pool, scores.target
     if pool is None or target is None:
         raise ConfigError("TSDS needs gradients, but these scores carry no pool and target: score with `score`")
-    gradient_based = pool_view(scores.method) is not None
-    method = scores.method if gradient_based else LESS(optimizer="sgd")
-    assert not isinstance(method, BM25 | RDS | DSIR | AlpaGasus | DEITA | Random), method
-    view = pool_view(method) or "plain"
-    checkpoints = pool.checkpoints()[-1:] if at_last_checkpoint(method) else pool.checkpoints()
-    sources = target_sources(pool, target, method)
+    method = LESS(optimizer="sgd") if scores.method.view is None else scores.method
+    view = method.view or "plain"
+    checkpoints, sources = method.checkpoints_of(pool), method.targets(pool, target)
     stores, of_target = [], []
     for checkpoint in checkpoints:
         source = sources.at(checkpoint) if isinstance(sources, TargetsByCheckpoint) else sources
@@ -291,7 +282,7 @@ def _transport_rows(scores: Scores) -> tuple[list[int], torch.Tensor, torch.Tens
         stores[-1].check_comparable(of_target[-1])
     known = [position for position, id_ in enumerate(scores.ids) if all(id_ in store for store in stores)]
     ids = [scores.ids[position] for position in known]
-    weights = checkpoint_weights(checkpoints)
+    weights = rate_weights(checkpoints)
     dim = stores[0].dim
     rows = torch.empty(len(ids), len(checkpoints) * dim)
     queries = torch.empty(len(scores.target_ids), len(checkpoints) * dim)

@@ -8,8 +8,7 @@ import numpy as np
 import torch
 
 from gradsift.influence.diagnostics import PolicyDiagnostics, diagnose
-from gradsift.influence.dsir import DSIR
-from gradsift.influence.nice import NICE, NICEIF, PolicyTargets
+from gradsift.influence.nice import PolicyTargets, takes_reward
 from gradsift.influence.prompts import PromptTarget
 from gradsift.influence.reliability import (
     DRAWS,
@@ -20,16 +19,17 @@ from gradsift.influence.reliability import (
     resampling_counts,
     resampling_weights,
 )
-from gradsift.influence.scores import Scores, log_ratios_of_draws, target_parts
+from gradsift.influence.scores import Scores, target_parts
 from gradsift.selection.gumbel import gumbel_noise
-from gradsift.selection.select import GumbelTopK, Selection, TopK
+from gradsift.selection.select import GumbelTopK, Selection, by_scores_alone
 
 
 def target_reliability(scores: Scores, selection: Selection | None = None) -> Reliability | None:
     """How a ranking and a choice by it would come out with other targets of the same kind.
 
     The targets of each subtask are resampled; the mean over a subtask and the maximum over subtasks are taken anew. A
-    target that is alone in its subtask tells nothing of how another would differ, and counts as it is.
+    target that is alone in its subtask tells nothing of how another would differ, and counts as it is; one that was
+    given several times is one.
 
     Args:
         scores: from `score`.
@@ -37,7 +37,7 @@ def target_reliability(scores: Scores, selection: Selection | None = None) -> Re
             `GumbelTopK`, which choose by scores alone.
 
     Returns:
-        None for methods that rank for no target.
+        None for methods that rank for no target, or do not say what each target adds.
 
     Example:
         >>> target_reliability(scores).words  # doctest: +SKIP
@@ -48,21 +48,24 @@ def target_reliability(scores: Scores, selection: Selection | None = None) -> Re
     strata = scores.strata
     looked = looked_at(scores, selection)
     generator = np.random.default_rng(0)
-    if isinstance(scores.method, DSIR):
+    of_draws = None if scores.found is None else scores.found.of_draws
+    if of_draws is not None:
         counts = resampling_counts(strata, DRAWS, generator)
-        drawn = torch.from_numpy(log_ratios_of_draws(scores, looked.ids, counts.numpy()))
+        drawn = torch.from_numpy(of_draws(looked.ids, counts.numpy()))
         count = len(strata.labels)
         noise = math.sqrt(count / max(1, count - 1)) * (drawn - drawn.mean(dim=1, keepdim=True)).float()[:, None]
         known = scores.by_id()
         values = torch.tensor([known[id_] for id_ in looked.ids], dtype=torch.float64)[:, None]
     else:
-        parts = torch.from_numpy(target_parts(scores, looked.ids))
+        known_parts = target_parts(scores, looked.ids)
+        if known_parts is None:
+            return None
+        parts = torch.from_numpy(known_parts)
         weights = resampling_weights(strata, DRAWS, generator)
         noise = torch.stack([(parts @ (own[:, None] * weights)).float() for own in strata.outputs], dim=1)
         values = parts @ strata.outputs.T
-    units = int((strata.outputs != 0).any(dim=0).sum())
     choice = choice_among(selection, looked)
-    return reliability_of(values, noise, strata.freedom(), looked, over="targets", units=units, choice=choice)
+    return reliability_of(values, noise, strata.freedom(), looked, over="targets", units=strata.units(), choice=choice)
 
 
 def sample_reliability(
@@ -74,7 +77,7 @@ def sample_reliability(
         ConfigError: fewer than 2 samples per prompt.
     """
     pool, target, method = scores.pool, scores.target, scores.method
-    if pool is None or not isinstance(target, PromptTarget) or not isinstance(method, NICE | NICEIF):
+    if pool is None or not isinstance(target, PromptTarget) or not takes_reward(method):
         return None
     looked = looked_at(scores, selection)
     return diagnose(
@@ -91,7 +94,7 @@ def looked_at(scores: Scores, selection: Selection | None) -> Looked:
 
 def choice_among(selection: Selection | None, looked: Looked) -> Choice | None:
     """A choice that depends on nothing but scores and ids, as it is made of new ones; None for other choices."""
-    if selection is None or not isinstance(selection.method, TopK | GumbelTopK):
+    if selection is None or not by_scores_alone(selection.method):
         return None
     place = {id_: number for number, id_ in enumerate(looked.ids)}
     rows = tuple(place[id_] for id_ in selection.ids)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,11 +67,15 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Moments:
-    """Adam's state by parameter name (as PEFT writes it): m, v in the parameter's layout, and steps taken."""
+    """Adam's state by parameter name (as PEFT writes it): m, v in the parameter's layout, and steps taken.
+
+    options: (β1, β2, ε) that the optimizer ran with, where its file says so
+    """
 
     exp_avg: Mapping[str, Tensor]
     exp_avg_sq: Mapping[str, Tensor]
     step: int
+    options: tuple[float, float, float] | None = None
 
 
 def open_checkpoint(adapter: str) -> Checkpoint:
@@ -167,6 +171,7 @@ def _read_named(path: Path) -> Moments:
         {n.removesuffix(".exp_avg"): t for n, t in tensors.items() if n.endswith(".exp_avg")},
         {n.removesuffix(".exp_avg_sq"): t for n, t in tensors.items() if n.endswith(".exp_avg_sq")},
         step,
+        _options([_read_json(path.parent / INFO_FILE)] if (path.parent / INFO_FILE).is_file() else []),
     )
 
 
@@ -202,7 +207,19 @@ def _from_torch(content: Any, parameters: Mapping[str, tuple[int, ...]], path: P
         {name: _at_least_float32(entry["exp_avg"]) for name, entry in by_name.items()},
         {name: _at_least_float32(entry["exp_avg_sq"]) for name, entry in by_name.items()},
         max(steps, default=0),
+        _options(groups),
     )
+
+
+def _options(said: Iterable[Any]) -> tuple[float, float, float] | None:
+    """(β1, β2, ε) where all that say them agree; None where none does."""
+    found = set()
+    for entry in said:
+        try:
+            found.add((float(entry["betas"][0]), float(entry["betas"][1]), float(entry["eps"])))
+        except (KeyError, IndexError, TypeError, ValueError):
+            continue
+    return found.pop() if len(found) == 1 else None
 
 
 def _indexed(content: Any, parameters: Mapping[str, tuple[int, ...]], path: Path) -> list[tuple[str, int]]:

@@ -510,7 +510,8 @@ class _Job:
                 "runs at rate 0"
             )
         loss = state.loss_sum / len(self.positions)
-        info = {"epoch": epoch, "learning_rate": rate, "steps": state.step, "loss": loss}
+        info: dict[str, Any] = {"epoch": epoch, "learning_rate": rate, "steps": state.step, "loss": loss}
+        info |= {"betas": list(self.settings.betas), "eps": self.settings.eps}
         self.form.publish(epoch, trainer.model, state, info)
         self.run.storage.delete(f"{self.prefix}{_PARTIAL}")
         trainer.loss_sum, trainer.rates = 0.0, []

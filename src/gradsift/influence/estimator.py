@@ -1,0 +1,329 @@
+"""What an estimator is: which rows of gradients it reads, at which checkpoints, what it needs, and what it computes."""
+
+from __future__ import annotations
+
+import inspect
+from abc import abstractmethod
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as SequenceABC
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+
+import numpy as np
+import psutil
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gradsift.context import Pool, Target
+from gradsift.errors import ConfigError, DataError, ShapeError
+from gradsift.gradients.collect import SequenceSource, store_config
+from gradsift.gradients.rows import View
+from gradsift.influence.products import inner_products
+from gradsift.influence.prompts import PromptTarget, RewardSummary
+from gradsift.rewards.sources import sources_of
+from gradsift.settings import Settings
+from gradsift.store.gradient_store import GradientStore
+from gradsift.store.manifest import fingerprint
+from gradsift.types import Message, Skipped
+from gradsift.warmup.checkpoint import Checkpoint
+
+Conversation = SequenceABC[Message]
+
+
+@runtime_checkable
+class TargetsByCheckpoint(Protocol):
+    """Targets whose sequences depend on the checkpoint."""
+
+    @property
+    def ids(self) -> list[str]:
+        """One per row."""
+
+    def at(self, checkpoint: Checkpoint) -> SequenceSource:
+        """The rows at a checkpoint."""
+
+
+Targets = SequenceSource | TargetsByCheckpoint
+
+
+@dataclass(frozen=True)
+class Influence:
+    """What an estimator found: **higher = training on the row helps more**.
+
+    ids:      of the pool's rows that it could rate
+    matrix:   float32 `[row target]`, the influence of each row on each target
+    whole:    `[row]`, in place of a matrix where there is one number per row
+    warnings: what a reader should know
+    identity: what decides the numbers beside settings, texts and targets, for the fingerprint of the scores
+    live:     which targets say anything, `[target]`; None: all do
+    rewards:  what sampled responses earned, per checkpoint
+    left_out: rows that could not be rated, with reasons
+    parts:    of `whole`: what each target adds to the numbers of some rows, ids → float64 `[row target]`, where they
+        are a mean over targets
+    of_draws: of `whole`: the numbers of some rows where each target stands as often as a draw says,
+        (ids, `[target draw]`) → float64 `[row draw]`
+    terms:    what else the estimator knows of its numbers
+    """
+
+    ids: list[str]
+    matrix: NDArray[np.float32] | None = field(default=None, repr=False)
+    whole: NDArray[Any] | None = field(default=None, repr=False)
+    warnings: tuple[str, ...] = ()
+    identity: dict[str, Any] = field(default_factory=dict, repr=False)
+    live: SequenceABC[bool] | None = field(default=None, repr=False)
+    rewards: tuple[RewardSummary, ...] = ()
+    left_out: tuple[Skipped, ...] = ()
+    parts: Callable[[SequenceABC[str]], NDArray[np.float64]] | None = field(default=None, repr=False)
+    of_draws: Callable[[SequenceABC[str], NDArray[np.int64]], NDArray[np.float64]] | None = field(
+        default=None, repr=False
+    )
+    terms: Any = field(default=None, repr=False)
+
+
+class Estimator(Settings):
+    """The base of every estimator: a frozen value that says what it is, what it needs, and computes.
+
+    Subclasses have a field `kind` with one `Literal` value, a `label`, `influence`, and those of the class attributes
+    below that differ. Their fields are the options of recipes and of the command line.
+
+    needs_target: whether it ranks for a target.
+    takes: what of a target: `labels`, whose losses' gradients it reads; `texts`, of which prompts without an answer are
+        enough; or a `reward`.
+    pairs: whether each target has a score of its own, which explanations need.
+    view: which of the pool's stored rows it reads: `adam`, `plain` or `segments`; None if it takes no gradient.
+    last_checkpoint: whether it reads those at the last checkpoint alone.
+    full_sum: whether the pool's stores have to hold the unprojected sums of their rows.
+    by_chance: whether its ranking means nothing, as a control.
+    raters: what grades rows, one by one, if anything does.
+    """
+
+    needs_target: ClassVar[bool] = True
+    takes: ClassVar[Literal["labels", "texts", "reward"]] = "labels"
+    pairs: ClassVar[bool] = True
+    view: ClassVar[View | None] = None
+    last_checkpoint: ClassVar[bool] = False
+    full_sum: ClassVar[bool] = False
+    by_chance: ClassVar[bool] = False
+    raters: ClassVar[tuple[Any, ...]] = ()
+
+    kind: str
+
+    @property
+    @abstractmethod
+    def label(self) -> str:
+        """What tables call it: different settings have different labels where that can be."""
+
+    @abstractmethod
+    def influence(self, pool: Pool, target: Target | PromptTarget | None) -> Influence:
+        """Influence of every pool example on the target; `target` is None only where none is needed.
+
+        Whatever is missing (a warm-up, responses, rewards, gradients) is made, and kept in the run folder.
+        """
+
+    def checkpoints_of(self, pool: Pool) -> list[Checkpoint]:
+        """Those of the pool that it reads.
+
+        Raises:
+            ConfigError: it reads Adam's rows, and a checkpoint has no optimizer state.
+        """
+        checkpoints = pool.checkpoints()[-1:] if self.last_checkpoint else pool.checkpoints()
+        if self.view == "adam":
+            for checkpoint in checkpoints:  # refused before the first gradient is taken
+                checkpoint.optimizer_identity()
+        return checkpoints
+
+    def weights(self, checkpoints: SequenceABC[Checkpoint]) -> list[float]:
+        """What each checkpoint counts for; they add up to 1."""
+        return [1.0 / len(checkpoints)] * len(checkpoints)
+
+    def inputs(self, pool: Pool) -> dict[str, Any]:
+        """What decides its numbers beside its settings, the pool's texts and the targets; JSON-able.
+
+        The pool's rows at each checkpoint, which need not be there yet; and of an estimator that is not gradsift's own,
+        the source of its module and of what that imports of the same project.
+        """
+        found: dict[str, Any] = {}
+        module = inspect.getmodule(type(self))
+        if module is not None and module.__name__.partition(".")[0] != "gradsift" and module.__file__ is not None:
+            sources = sources_of(Path(module.__file__), module.__name__)
+            found["source"] = fingerprint([source.digest for source in sources])
+        if self.view is not None:
+            found["rows"] = [
+                fingerprint(store_config(pool.data, one, pool.model, self.view, pool.gradients, pool.dtype))
+                for one in self.checkpoints_of(pool)
+            ]
+        return found
+
+    def targets(self, pool: Pool, target: Target | PromptTarget) -> Targets:
+        """The token sequences that stand for the target.
+
+        Raises:
+            ConfigError: it takes labels, and prompts have none.
+        """
+        if isinstance(target, Target):
+            return target.data
+        if target.labels is not None and target.labels.ids == target.data.ids:
+            return target.labels
+        if self.takes == "texts":
+            return target.data
+        answered = 0 if target.labels is None else len(target.labels)
+        raise ConfigError(
+            f"{self.label} needs labels, and {len(target.data) - answered} of {len(target.data)} prompts have no "
+            "answer: use NICE, or add answers"
+        )
+
+
+class ProductEstimator(Estimator):
+    """Ranks by inner products of the pool's stored rows with one direction for each target, summed over checkpoints."""
+
+    @property
+    def by_cosine(self) -> bool:
+        """Whether rows and directions are taken to unit length."""
+        return False
+
+    def directions(self, store: GradientStore, targets: Tensor, device: str) -> Tensor:
+        """What the rows are multiplied by, `[target dim]`: the targets' gradients, or what is made of them."""
+        return targets
+
+    def influence(self, pool: Pool, target: Target | PromptTarget | None) -> Influence:
+        """The sum over checkpoints, weighted."""
+        assert target is not None, self
+        ids, matrix, stores = self.matrix(pool, self.targets(pool, target))
+        return Influence(ids, matrix.numpy(), identity={"stores": stores})
+
+    def matrix(self, pool: Pool, targets: Targets) -> tuple[list[str], Tensor, list[str]]:
+        """Pool ids, `[row target]` and the stores' fingerprints."""
+
+        def products(store: GradientStore, queries: GradientStore, weight: float) -> Tensor:
+            along = self.directions(store, target_rows(queries, targets.ids), pool.device)
+            return inner_products(
+                store, along, normalise=self.by_cosine, weight=weight, engine=pool.engine, device=pool.device
+            )
+
+        return summed(self, pool, targets, products)
+
+
+def summed(
+    method: Estimator,
+    pool: Pool,
+    targets: Targets,
+    products: Callable[[GradientStore, GradientStore, float], Tensor],
+) -> tuple[list[str], Tensor, list[str]]:
+    """What an estimator sums over its checkpoints, for the rows that are finite at each.
+
+    Args:
+        method: says which view, checkpoints and weights.
+        pool: from `open_pool`; its rows and the targets' are collected where the run does not hold them.
+        targets: their token sequences, or those of each checkpoint.
+        products: of the pool's store, the targets' store and the checkpoint's weight: `[row column]`.
+
+    Returns:
+        Pool ids, the sum `[row column]`, and the fingerprints of the stores: of each checkpoint the pool's, then the
+        targets'.
+    """
+    refuse_too_many(len(pool.data), len(targets.ids))
+    view, checkpoints = method.view, method.checkpoints_of(pool)
+    assert view is not None, method
+    asked = target_view(view)
+    total: Tensor | None = None
+    ids: list[str] = []
+    used: list[str] = []
+    for checkpoint, weight in zip(checkpoints, method.weights(checkpoints), strict=True):
+        source = targets.at(checkpoint) if isinstance(targets, TargetsByCheckpoint) else targets
+        store = pool.stores(checkpoint, [view])[view]
+        queries = pool.collect(source, checkpoint, [asked], what="target")[asked]
+        store.check_comparable(queries)
+        used += [store.fingerprint, queries.fingerprint]
+        found = products(store, queries, weight)
+        if total is None:
+            total, ids = found, list(store.ids)
+            continue
+        both = [number for number, id_ in enumerate(ids) if id_ in store]  # finite at every checkpoint
+        total, ids = total[both], [ids[number] for number in both]
+        total += found[store.positions(ids)]
+    assert total is not None, "there is a checkpoint"
+    return ids, total, used
+
+
+def influence_of(method: Estimator, pool: Pool, target: Target | PromptTarget | None) -> Influence:
+    """`method.influence`, of which the form is checked.
+
+    Raises:
+        ConfigError: there is no target, and one is needed; or another error of the method.
+        ShapeError: what it gave does not fit the pool and the target.
+    """
+    if target is None and method.needs_target:
+        raise ConfigError(f"{method.label} ranks for a target, and there is none: give one, or use AlpaGasus or DEITA")
+    found = method.influence(pool, target)
+    said = f"{type(method).__name__}.influence gave"
+    if (found.matrix is None) == (found.whole is None):
+        raise ShapeError(f"{said} {'neither' if found.whole is None else 'both'} matrix and whole: wanted one of them")
+    values = found.matrix if found.whole is None else found.whole
+    assert values is not None
+    shape = (len(found.ids), *([] if target is None or found.whole is not None else [len(target.data.ids)]))
+    if np.shape(values) != shape:
+        raise ShapeError(f"{said} an array of shape {np.shape(values)} for {len(found.ids)} ids: wanted {shape}")
+    unknown = set(found.ids) - set(pool.data.ids)
+    if unknown or len(set(found.ids)) < len(found.ids):
+        raise ShapeError(f"{said} ids that are not the pool's, or one of them twice: {sorted(unknown)[:3]}")
+    if not np.isfinite(values).all():
+        raise DataError(f"{said} numbers that are not finite: leave such rows out of ids")
+    return found
+
+
+def target_view(view: View) -> View:
+    """Which of the targets' rows go with a view of the pool's."""
+    return "segments" if view == "segments" else "plain"
+
+
+def target_rows(queries: GradientStore, ids: SequenceABC[str]) -> Tensor:
+    """Gradients of targets in their order; a target whose gradient was left out counts as zero `[target dim]`."""
+    rows = torch.zeros(len(ids), queries.dim)
+    present = [number for number, id_ in enumerate(ids) if id_ in queries]
+    rows[present] = queries.rows_by_id([ids[number] for number in present]).float()
+    return rows
+
+
+def conversations(data: Any) -> Iterable[Conversation]:
+    """The messages of each row of a data set, of prompts, or of outputs."""
+    return (data.messages(id_) for id_ in data.ids)
+
+
+def rate_weights(checkpoints: SequenceABC[Checkpoint]) -> list[float]:
+    """w_e = η̄_e / Σ η̄; equal weights where no checkpoint says its learning rate.
+
+    Raises:
+        DataError: some say it and some do not, or all say 0.
+    """
+    rates = [checkpoint.learning_rate for checkpoint in checkpoints]
+    known = [rate for rate in rates if rate is not None]
+    if not known or len(checkpoints) == 1:
+        return [1.0 / len(checkpoints)] * len(checkpoints)
+    if len(known) < len(rates):
+        unknown = checkpoints[rates.index(None)].name
+        raise DataError(
+            f"the learning rate of {unknown} is unknown while others say theirs: put trainer_state.json beside it, "
+            "or give checkpoints that all have or all lack one"
+        )
+    if not any(known):
+        raise DataError(
+            f"the learning rates of all {len(rates)} checkpoints are 0, first {checkpoints[0].name}, so that none "
+            "counts: give checkpoints of epochs in which something was learned"
+        )
+    return [rate / sum(known) for rate in known]
+
+
+def refuse_too_many(rows: int, targets: int) -> None:
+    """Refuse a matrix that does not fit into the memory at hand, with what it is added to or aggregated from.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    needed, free = 2 * 4 * rows * targets, psutil.virtual_memory().available
+    if needed > free:
+        raise ConfigError(
+            f"scores of {rows:,} pool rows for each of {targets:,} targets take {needed / 2**30:.1f} GiB of memory, "
+            f"and {free / 2**30:.1f} GiB are free: draw fewer targets (target_sample in a recipe) or rows "
+            "(--pool-sample)"
+        )

@@ -34,7 +34,7 @@ from gradsift.evaluation.stage_costs import StageClock
 from gradsift.evaluations import read_ids
 from gradsift.inputs import open_input
 from gradsift.models import load_tokenizer
-from gradsift.recipe import Recipe, load_recipe
+from gradsift.recipe import Recipe, load_recipe, set_fields
 from gradsift.rewards.function import load_function
 from gradsift.rewards.reward import reward_samples
 from gradsift.rewards.samples import Sample
@@ -153,6 +153,15 @@ def test_recipes_that_mean_something_else(line: str, tmp_path: Path) -> None:
     path.write_text("".join(others) + "\n" * (3 - len(others)) + line)
     with pytest.raises(ConfigError, match=BAD_RECIPES[line]):
         load_recipe(path)
+
+
+@pytest.mark.parametrize(
+    "given", [["seed="], ["seed= "], ["seed=1", "seed=2"], ["estimator={kind: less, kind: bm25}"], ["a=" + "[" * 3000]]
+)
+def test_fields_that_are_set_to_something_else(given: list[str]) -> None:
+    """`--set field=$VALUE` without the variable is no null, and the last of two does not count in silence."""
+    with pytest.raises(ConfigError, match=r"--set 'a=|--set 'seed|stands on line 1 already"):
+        set_fields({}, given)
 
 
 def test_columns_as_a_mapping() -> None:

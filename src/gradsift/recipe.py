@@ -191,6 +191,18 @@ def _read(file: Path) -> tuple[dict[str, Any], Any]:
         raise ConfigError(f"{file} is not UTF-8 text: {error.reason}") from error
     except OSError as error:
         raise ConfigError(f"cannot read recipe {file}: {error.strerror}. `gradsift init {file}` writes one") from error
+    content, node = _parsed(text, file)
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file} holds no settings: wanted `model:`, `pool:`, `out:` …; `gradsift init` writes one")
+    return content, node
+
+
+def _parsed(text: str, file: str | Path) -> tuple[Any, Any]:
+    """The value that a YAML text says, and its nodes.
+
+    Raises:
+        ConfigError: it is none, too long or too deep, or says a key twice.
+    """
     if len(text) > _LONGEST:
         raise ConfigError(f"{file} has {len(text):,} characters: is it a recipe? They have at most {_LONGEST:,}")
     try:
@@ -207,12 +219,10 @@ def _read(file: Path) -> tuple[dict[str, Any], Any]:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
         raise ConfigError(f"{file}{where} is not YAML: {getattr(error, 'problem', error)}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{file} holds no settings: wanted `model:`, `pool:`, `out:` …; `gradsift init` writes one")
     return content, node
 
 
-def _refuse_doubles(node: Any, file: Path) -> None:
+def _refuse_doubles(node: Any, file: str | Path) -> None:
     """Refuse a key that stands twice in one mapping, of which YAML would take the last.
 
     Raises:
@@ -300,16 +310,20 @@ def set_fields(values: dict[str, Any], given: Sequence[str] | None) -> None:
         >>> values
         {'estimator': {'kind': 'dsir', 'smoothing': 1e-08}, 'controls': [{'kind': 'random'}]}
     """
+    taken: set[str] = set()
     for text in given or ():
         field, found, value = text.partition("=")
         names = field.strip().split(".")
-        if not found or not all(names):
+        if not found or not all(names) or not value.strip():
             raise ConfigError(f"--set {text!r}: wanted a field and a value, such as estimator.smoothing=1e-8")
+        if field.strip() in taken:
+            raise ConfigError(f"--set {text!r}: {field.strip()} is set twice: keep one of them")
+        taken.add(field.strip())
         try:
-            said = yaml.safe_load(value)
+            said, _ = _parsed(value, f"--set {text!r}:")
             said = float(said) if isinstance(said, str) and _NUMBER.fullmatch(said) else said  # YAML wants 1.0e-8
-        except (yaml.YAMLError, ValueError) as error:
-            raise ConfigError(f"--set {text!r}: {value!r} is no value as a recipe has them") from error
+        except (ConfigError, ValueError) as error:
+            raise ConfigError(f"--set {text!r}: {value!r} is no value as a recipe has them ({error})") from error
         _put(values, names, said, text)
 
 

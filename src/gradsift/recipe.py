@@ -115,7 +115,7 @@ class Recipe(Settings):
     controls: tuple[AnyEstimator, ...] = (BM25(), Random(seed=0))
     aggregation: Aggregation = "max_of_means"
     selection: Selector = TopK()
-    budget: Budget = 0.05
+    budget: Budget = Field(default=0.05, gt=0)
     group_by: tuple[str, ...] = ()
     reward: Reward | None = None
     judge: Endpoint | None = None

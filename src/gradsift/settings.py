@@ -6,7 +6,7 @@ import math
 import re
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
@@ -99,4 +99,4 @@ def _budget(given: Any) -> Any:
         return given
 
 
-Budget = Annotated[float, Field(gt=0), BeforeValidator(_budget)]
+Budget = Annotated[float, BeforeValidator(_budget)]

@@ -27,7 +27,7 @@ from gradsift.influence.estimators import AnyEstimator
 from gradsift.influence.random import Random
 from gradsift.rewards.reward import Reward
 from gradsift.selection.select import RandomChoice, SelectionMethod, Selector, TopK
-from gradsift.settings import Budget, Seed, Settings
+from gradsift.settings import Budget, Settings
 from gradsift.warmup.train import TRAINING_PRESETS, Training
 
 FULL_POOL = "full pool"
@@ -191,7 +191,7 @@ class Arm(Settings):
     columns: Columns = Columns()
     full: bool = False
     base: bool = False
-    seeds: tuple[Seed, ...] | None = None
+    seeds: tuple[int, ...] | None = None
     training: Annotated[Training | None, BeforeValidator(_training)] = None
 
     @model_validator(mode="after")
@@ -236,7 +236,7 @@ class Compare(Settings):
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
     arms: tuple[Arm, ...] = ()
-    seeds: tuple[Seed, ...] = (0, 1, 2)
+    seeds: tuple[int, ...] = (0, 1, 2)
     budgets: tuple[Budget, ...] = ()
     training: Annotated[Training, BeforeValidator(_training)] = Training()
     full_training: bool = False

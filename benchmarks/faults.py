@@ -57,7 +57,7 @@ TRAINING = {"epochs": 2, "rank": 4, "alpha": 8, "learning_rate": 3e-2, "batch_si
 GRADIENTS = {"projection": {"dim": 256}, "shard_rows": 8, "token_budget": 256}
 ROWS, PROMPTS, SAMPLES = 64, 6, 4
 # What differs between two runs that nothing happened to.
-VOLATILE = {"created", "versions", "seconds", "_digest", "bytes", "command", "times", "stage_seconds"}
+VOLATILE = {"created", "versions", "seconds", "_digest", "bytes", "command", "times", "stage_seconds", "lost"}
 UNCOMPARED = re.compile(r"(^|/)(lock|times/.*|.*\.html|report\.json|comparison\.page\.json|summary\.json|\.tmp-.*)$")
 # Results that are merged or written again by every command.
 REWRITTEN = re.compile(r"(^[^/]+$)|(manifest\.json$)|(/reward-[^/]*$)|(^scores/)|(^times/)")
@@ -290,7 +290,7 @@ def complete(out: Path) -> dict[str, tuple[int, int]]:
         whole = key.startswith(("data/", "embeddings/")) or path.name == "evaluation.json"
         if whole and not (path.parent / "manifest.json").exists():
             continue
-        if path.name in ("rows.parquet", "partial.safetensors"):
+        if path.name in ("rows.parquet", "partial.safetensors") or path.name.startswith("part-"):
             continue
         status = path.stat()
         found[key] = (status.st_ino, status.st_mtime_ns)
@@ -380,6 +380,128 @@ def interrupt(bench: Bench, jobs: list[Job], kills: int) -> None:
         shutil.rmtree(out)
 
 
+def _saving_often(arguments: list[str], errors: str) -> None:
+    """Saves what is finished of a shard every fifth of a second, as runs that take longer do every 20 seconds."""
+    from gradsift.gradients import collect
+
+    collect._SAVE_SECONDS = 0.2
+    run_in_process(arguments, errors)
+
+
+def within(bench: Bench, jobs: list[Job], kills: int) -> None:
+    """Signals in the middle of a pool that is smaller than a shard: what is finished is kept, told and used."""
+    pool = write_rows(bench.work / "small.jsonl", pool_rows(240))
+    options = ("--shard-rows", "1000", "--token-budget", "64", "--adapter", bench.world.adapters[-1])
+
+    def arguments(out: Path) -> list[str]:
+        given = bench.world.arguments("collect", out, *options, pool=pool)
+        return [argument for argument in given if argument != "--quiet"]
+
+    job = Job("collect", arguments, whole=bench.work / "undisturbed-within")
+    bench.run(arguments(job.whole), job.whole).checked()
+    job.wanted = content_of(job.whole)
+    generator = random.Random(bench.seed + 6)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGKILL"):
+        out = bench.work / f"within-{name}"
+        process = bench.start(arguments(out), out, _saving_often)
+        while not list(out.glob("gradients/*/part-*")):
+            assert process.is_alive(), bench.errors(out).read_text()
+            time.sleep(0.002)
+        time.sleep(generator.random() * 0.5)
+        os.kill(process.pid, getattr(signal, name))
+        ended = bench.ended(process, out)
+        shards = len(list(out.glob("gradients/*/shard-*")))
+        after = bench.run(arguments(out), out)
+        used = re.search(r"(\d+) of 240 pool rows are there already", after.text)
+        kept = used is not None and 0 < int(used[1]) < 240
+        wrong = differing(job.wanted, content_of(out))
+        right = name == "SIGKILL" or (
+            ended.code == 130
+            and used is not None
+            and ended.said == f"interrupted: {used[1]} of 240 pool rows kept; the same command goes on from there"
+        )
+        said = "" if name == "SIGKILL" else f"exit {ended.code}, {ended.said!r}; "
+        happened = f"{said}{used[1] if used else 0} of 240 rows are used, {shards} shards were finished"
+        fault = f"{name} within a pool of 240 rows, smaller than a shard"
+        bench.record(Outcome("within", fault, happened, not wrong and after.code == 0 and right, kept))
+        shutil.rmtree(out)
+
+
+def _short_lease(arguments: list[str], errors: str) -> None:
+    """With a claim that lives for three seconds instead of ninety."""
+    from gradsift.store import remote
+
+    os.environ.update(json.loads(Path(errors).with_name("bucket.json").read_text()))
+    remote._LEASE_SECONDS = 3.0
+    run_in_process(arguments, errors)
+
+
+@contextmanager
+def bucket(folder: Path) -> Iterator[str | None]:
+    """A bucket on a server of this process, on this machine alone; None where the packages are missing."""
+    try:
+        import s3fs  # noqa: F401
+        from moto.server import ThreadedMotoServer
+    except ImportError:
+        yield None
+        return
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    names = {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_DEFAULT_REGION": "us-east-1"}
+    names |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
+    (folder / "bucket.json").write_text(json.dumps(names))  # for processes whose server was started before
+    os.environ.update(names)
+    from gradsift.store.remote import RemoteStorage
+
+    RemoteStorage("s3://faults")._fs.mkdir("faults")
+    yield "s3://faults"
+    server.stop()
+
+
+def buckets(bench: Bench, jobs: list[Job], kills: int) -> None:
+    """Two writers of one run in a bucket, the first stopped beyond its lease, or killed."""
+    from gradsift.store.remote import RemoteStorage
+
+    job, generator = jobs[0], random.Random(bench.seed + 7)
+    with bucket(bench.work) as place:
+        if place is None:
+            print("without s3fs and moto there are no buckets: pip install 'gradsift[s3]' 'moto[s3,server]'")
+            return
+        for number, ends in enumerate(("stopped", "killed", "killed")):
+            out = bench.work / f"bucket-{number}"
+            url = f"{place}/{out.name}"
+            arguments = [url if part == str(out) else part for part in job.arguments(out)]
+            storage = RemoteStorage(url)
+            first = bench.start(arguments, out, _short_lease)
+            wanted = int(job.files * generator.uniform(0.2, 0.7))
+            while len(storage.list("")) < wanted:
+                assert first.is_alive(), bench.errors(out).read_text()
+                time.sleep(0.05)
+            os.kill(first.pid, signal.SIGSTOP if ends == "stopped" else signal.SIGKILL)
+            if ends == "stopped":
+                time.sleep(1.2)
+            else:
+                first.join()
+            second = bench.run(arguments, bench.work / f"{out.name}-second", _short_lease)
+            note = ""
+            if ends == "stopped":
+                os.kill(first.pid, signal.SIGCONT)
+                ended = bench.ended(first, out)
+                note = f"; the first then: exit {ended.code}, {ended.said}"
+                right = ended.code == 1 and ended.clean and "taken the run over" in ended.said
+            else:
+                right = True
+            found = RemoteStorage(url, copies=bench.work / f"{out.name}-found")
+            for key in found.list(""):
+                found.local(key)
+            wrong = differing(job.wanted, content_of(found.copies.rename(out))) + ["lock"] * storage.exists("lock")
+            differs = f", DIFFERS: {wrong[:4]}" if wrong else ""
+            happened = f"the second: exit {second.code}{tidy(note, bench)}{differs}"
+            fault = f"in a bucket, {job.name} {ends} after {wanted} of {job.files} objects, and typed again"
+            bench.record(Outcome("buckets", fault, happened, not wrong and second.code == 0 and right))
+
+
 def interrupt_at_start(bench: Bench, jobs: list[Job], kills: int) -> None:
     """SIGINT to `python -m gradsift` while it imports its libraries."""
     out = bench.work / "early"
@@ -466,6 +588,15 @@ def _flip(data: bytes) -> bytes:
     return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
 
 
+def _reshape(data: bytes) -> bytes:
+    """A well-formed record whose fields are of other types."""
+    content = json.loads(data)
+    return json.dumps(dict.fromkeys([key for key in content if key != "_digest"], 5)).encode()
+
+
+DAMAGES = {_truncate: "cut in half", _flip: "one bit flipped", _reshape: "with every field a 5"}
+
+
 def kinds_of(job: Job) -> dict[str, list[str]]:
     """The files of a run by what they are; of each kind one is altered."""
     kinds: dict[str, list[str]] = {}
@@ -488,15 +619,16 @@ def altered(bench: Bench, jobs: list[Job], kills: int) -> None:
             if kind in seen:
                 continue
             seen.add(kind)
-            for damage in (_truncate, _flip):
+            for damage, name in DAMAGES.items():
+                key = generator.choice(keys)
+                if damage is _reshape and not key.endswith(".json"):
+                    continue
                 out = bench.work / "altered"
                 shutil.copytree(job.whole, out)
-                key = generator.choice(keys)
                 data = damage((out / key).read_bytes())
                 (out / key).write_bytes(data)
                 ended = bench.run(job.arguments(out), out)
                 happened, equal = mended(bench, job, out, key, ended)
-                name = "cut in half" if damage is _truncate else "one bit flipped"
                 bench.record(Outcome("altered", f"{kind} {name}", tidy(happened, bench), equal))
                 shutil.rmtree(out)
 
@@ -765,6 +897,8 @@ def endpoint(bench: Bench, jobs: list[Job], kills: int) -> None:
 FAULTS: dict[str, list[Callable[[Bench, list[Job], int], None]]] = {
     "kill": [kill, killed_often],
     "interrupt": [interrupt, interrupt_at_start],
+    "within": [within],
+    "buckets": [buckets],
     "disk": [disk_full, read_only],
     "altered": [altered_together, altered],
     "clock": [clock],

@@ -91,7 +91,7 @@ def test_budgets_count_or_share(text: str, count: int) -> None:
     assert budget_count(parse_budget(text), 1000) == count
 
 
-@pytest.mark.parametrize("text", ["", "many", "5%%x", "0%", "101%", "-5%", "%"])
+@pytest.mark.parametrize("text", ["", "many", "5%%", "5%%x", "0%", "101%", "-5%", "%", "nan%", "inf%"])
 def test_budgets_that_are_none(text: str) -> None:
     """What cannot be read is refused with the option's name."""
     with pytest.raises(ConfigError, match=r"--budget "):

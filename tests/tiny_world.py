@@ -137,6 +137,17 @@ _OPTIONS = {
 }
 
 
+def without(options: tuple[str, ...], given: tuple[object, ...]) -> list[str]:
+    """Options and their values but for those that are given otherwise."""
+    kept: list[str] = []
+    for option in options:
+        if option.startswith("--"):
+            keep = option not in given
+        if keep:
+            kept.append(option)
+    return kept
+
+
 class Cli:
     """`gradsift …` in this process: exit code, standard output, standard error."""
 
@@ -190,7 +201,8 @@ class World:
             given["target"] = self.target
         given |= replaced
         named = [str(part) for name, value in given.items() if value is not None for part in (f"--{name}", value)]
-        return [command, *named, *_OPTIONS[command], *COMMON, *map(str, more)]
+        defaults = [*without(_OPTIONS[command], more), *without(COMMON, more)]
+        return [command, *named, *defaults, *map(str, more)]
 
     def __call__(self, command: str, out: Path | str, *more: object, **replaced: object) -> Cli:
         return Cli(*self.arguments(command, out, *more, **replaced))

@@ -6,6 +6,9 @@ import sys
 def main() -> None:
     """Entry point."""
     try:
+        from gradsift.interruption import heed_sigterm
+
+        heed_sigterm()
         from gradsift.cli import app
 
         app()

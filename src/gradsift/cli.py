@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import inspect
 import json
-import math
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from gradsift.cli_options import (
     HARNESS,
@@ -48,6 +49,39 @@ app = typer.Typer(
 )
 
 
+class _Careful(TyperCommand):
+    """A command that refuses what was hardly meant: an empty text, as a shell variable that is not set gives, a text
+    that is not UTF-8, and an option of one value given twice, of which the last would count.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """As any command, after a look at what was typed.
+
+        Raises:
+            BadParameter: of such a value; the exit status is 2.
+        """
+        found, _, order = self.make_parser(ctx).parse_args(args=list(args))
+        for parameter in order:
+            name, value = parameter.opts[0], found.get(parameter.name)
+            flag = getattr(parameter, "is_flag", False)
+            values = value if isinstance(value, list | tuple) else [value]
+            if getattr(parameter, "multiple", False) or (flag and not parameter.secondary_opts):
+                pass
+            elif order.count(parameter) > 1:
+                raise typer.BadParameter(f"{name} is given {order.count(parameter)} times and has one value: keep one")
+            for text in (text for text in values if isinstance(text, str)):
+                if not text.strip():
+                    raise typer.BadParameter(
+                        f"{name} is empty, as a shell variable that is not set makes it: give a value, or leave it out"
+                    )
+                if not text.isprintable() and _SURROGATE.search(text):
+                    raise typer.BadParameter(f"{name} {text!r} is not UTF-8: rename the file or folder")
+        return super().parse_args(ctx, args)
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
 def _command(
     *shared: str, optional: tuple[str, ...] = (), **options: Any
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -78,14 +112,14 @@ def _command(
         call.__name__, call.__doc__ = function.__name__, function.__doc__
         call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         call.__annotations__ = {p.name: p.annotation for p in parameters}
-        app.command(**options)(call)
+        app.command(cls=_Careful, **options)(call)
         return function
 
     return register
 
 
 class _errors:  # noqa: N801  # reads as a phrase: with _errors(...)
-    """Turn gradsift's errors into one message and exit code 1, and an interruption into 130."""
+    """One message for gradsift's errors, with exit code 2 for what was typed wrong and else 1; 130 when interrupted."""
 
     def __init__(self, *, debug: bool) -> None:
         from gradsift.interruption import watching
@@ -97,20 +131,21 @@ class _errors:  # noqa: N801  # reads as a phrase: with _errors(...)
         self.watch.__enter__()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _trace: object) -> None:
-        from gradsift.interruption import pressed
+        from gradsift.interruption import last_words, pressed
 
+        interrupted = isinstance(error, KeyboardInterrupt) or pressed()
         self.watch.__exit__(None, None, None)
         if error is None or self.debug or isinstance(error, SystemExit | typer.Exit | typer.Abort):
             return
-        if isinstance(error, KeyboardInterrupt) or pressed():
-            print("\ninterrupted: finished shards are kept; the same command goes on from there", file=sys.stderr)
+        if interrupted:
+            print(f"\n{last_words()}", file=sys.stderr)
             raise typer.Exit(130) from None
         from gradsift.errors import GradsiftError
         from gradsift.progress import visible
 
         if isinstance(error, GradsiftError):
             print(f"error: {visible(str(error))}", file=sys.stderr)
-            raise typer.Exit(1) from None
+            raise typer.Exit(error.exit_status) from None
         if isinstance(error, BrokenPipeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(1) from None
@@ -153,24 +188,46 @@ def _calm_libraries() -> None:
 def _columns(text: str | None, option: str = "--columns") -> dict[str, str]:
     from gradsift.errors import ConfigError
 
-    pairs = [part.split("=", 1) for part in (text or "").split(",") if part.strip()]
-    if any(len(pair) != 2 for pair in pairs):
+    if text is None:
+        return {}
+    pairs = [[half.strip() for half in part.split("=", 1)] for part in text.split(",")]
+    if not all(len(pair) == 2 and all(pair) for pair in pairs):
         raise ConfigError(f"{option} {text!r}: wanted pairs such as prompt=question,completion=answer")
-    return {key.strip(): value.strip() for key, value in pairs}
+    if len(dict(pairs)) < len(pairs):
+        raise ConfigError(f"{option} {text!r} names a column twice: keep one of them")
+    return dict(pairs)
 
 
 def parse_budget(text: str) -> float:
-    """`500`, `0.05` or `5%`."""
+    """The number that `--budget` names.
+
+    Raises:
+        ConfigError: it names none, or no share.
+    """
+    from gradsift import settings
     from gradsift.errors import ConfigError
 
     try:
-        value = float(text.rstrip("%")) / 100 if text.strip().endswith("%") else float(text)
+        value = settings.parse_budget(text)
     except ValueError as error:
         raise ConfigError(f"--budget {text!r}: wanted a number of examples, or a share such as 0.05 or 5%") from error
     if text.strip().endswith("%") and not 0 < value <= 1:
         raise ConfigError(f"--budget {text!r}: a share lies between 0% and 100%")
-    # 100% is a share, while 1 is one example: the largest number below 1 stands for the whole.
-    return min(value, math.nextafter(1.0, 0.0)) if text.strip().endswith("%") else value
+    return value
+
+
+def _listed(text: str, option: str) -> tuple[str, ...]:
+    """Names with commas between them.
+
+    Raises:
+        ConfigError: there is nothing between two commas, or before or after one.
+    """
+    from gradsift.errors import ConfigError
+
+    parts = tuple(part.strip() for part in text.split(","))
+    if any(parts) and not all(parts):
+        raise ConfigError(f"{option} {text!r} has nothing beside a comma: wanted names, with commas between them")
+    return parts if any(parts) else ()
 
 
 def _recipe(given: dict[str, Any], **more: Any) -> Any:
@@ -232,8 +289,7 @@ def _training_fields(given: dict[str, Any]) -> dict[str, Any]:
     options = (*(name for name in OF_WARMUP if name != "preset"), "warmup_ratio", "weight_decay")
     chosen = {names.get(name, name): given[name] for name in options if given.get(name) is not None}
     if "target_modules" in chosen:
-        parts = chosen["target_modules"].split(",")
-        chosen["target_modules"] = tuple(part.strip() for part in parts if part.strip())
+        chosen["target_modules"] = _listed(chosen["target_modules"], "--lora-modules")
     return chosen
 
 
@@ -605,7 +661,7 @@ def collect(
     from gradsift.pipeline import open_recipe
     from gradsift.run import Run
 
-    wanted: list[Any] = [view.strip() for view in views.split(",") if view.strip()]
+    wanted: list[Any] = list(_listed(views, "--views"))
     if not wanted or not set(wanted) <= {"adam", "plain", "segments"}:
         raise ConfigError(f"--views {views!r}: wanted adam, plain or segments, or several with commas between")
     recipe = _recipe(given)
@@ -675,7 +731,7 @@ def plan(
             print_estimate(one)
 
 
-@app.command("list")
+@app.command("list", cls=_Careful)
 def list_() -> None:
     """Name every estimator, gradsift's and those of installed packages, with what it reads and what it is.
 
@@ -688,7 +744,7 @@ def list_() -> None:
         print_estimators()
 
 
-@app.command()
+@app.command(cls=_Careful)
 def init(
     path: Annotated[Path, typer.Argument(help="Where to write the recipe.")] = Path("recipe.yaml"),
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
@@ -750,7 +806,7 @@ def compare(
     Example: gradsift compare recipes/compare.yaml
     """
     from gradsift.comparison import run_compare
-    from gradsift.errors import ConfigError
+    from gradsift.errors import IncompleteError
     from gradsift.report.comparison_text import print_comparison
 
     results = [run_compare(one, _reporter(given)) for one in _read_recipes(recipe, given, out)]
@@ -763,7 +819,7 @@ def compare(
     failed = [failure for result in results for failure in result.failures]
     if failed:
         first = failed[0]
-        raise ConfigError(
+        raise IncompleteError(
             f"{len(failed)} of the comparison failed and the rest is done, first {first.arm}, {first.budget} examples, "
             f"seed {first.seed}, {first.stage}: {first.error}. The same command tries again what failed"
         )

@@ -104,7 +104,11 @@ SHARED: dict[str, tuple[Any, Any]] = {
         panel=GRADIENTS,
     ),
     "shard_rows": _shared(
-        int | None, None, "--shard-rows", help="Rows per shard: the work a killed run can lose.", panel=GRADIENTS
+        int | None,
+        None,
+        "--shard-rows",
+        help="Rows per shard: what is written, and given to workers, at once.",
+        panel=GRADIENTS,
     ),
     "module_groups": _shared(
         int,

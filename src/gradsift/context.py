@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field
 from typing import Any
@@ -138,7 +139,7 @@ def open_pool(
     adapters: SequenceABC[str] = (),
     warmup: Warmup | None = None,
     gradients: Gradients | None = None,
-    columns: Columns | None = None,
+    columns: Columns | Mapping[str, str] | None = None,
     max_length: int = 1024,
     supervise: Supervise = "all_turns",
     keep_duplicates: bool = False,
@@ -158,7 +159,7 @@ def open_pool(
         adapters: PEFT adapters to use as checkpoints, in training order, instead of a warm-up.
         warmup: how to warm up when no adapters are given.
         gradients: how gradients are taken, projected and stored.
-        columns: names of the columns, where they are not the usual ones.
+        columns: names of the columns, where they are not the usual ones: a `Columns`, or a mapping of its fields.
         max_length: tokens kept of each example.
         supervise: take the loss on all assistant turns, on the last one, or on all tokens.
         keep_duplicates: keep exact duplicates in the pool.
@@ -228,7 +229,7 @@ def open_target(
     pool: Pool,
     *,
     subtask: str | None = None,
-    columns: Columns | None = None,
+    columns: Columns | Mapping[str, str] | None = None,
     keep_overlap: bool = False,
     sample: RowSample | None = None,
 ) -> Target:

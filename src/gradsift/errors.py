@@ -4,7 +4,12 @@ from __future__ import annotations
 
 
 class GradsiftError(Exception):
-    """Base of all errors that gradsift raises on purpose: the command line prints its message and exits with 1."""
+    """Base of all errors that gradsift raises on purpose: the command line prints its message and exits with a status.
+
+    exit_status: 1 for what went wrong, 2 for what was typed wrong
+    """
+
+    exit_status = 1
 
 
 class DataError(GradsiftError):
@@ -21,6 +26,14 @@ class ModelError(GradsiftError):
 
 class ConfigError(GradsiftError):
     """An option or recipe is wrong; raised before any work is done."""
+
+    exit_status = 2
+
+
+class RefusedError(ConfigError):
+    """A server refuses whoever asks it: the key, the quota, or the model's name; known only once it is asked."""
+
+    exit_status = 1
 
 
 class ShapeError(GradsiftError):
@@ -49,3 +62,7 @@ class LockedError(GradsiftError):
 
 class WorkerError(GradsiftError):
     """A piece of work brings its workers down, again and again."""
+
+
+class IncompleteError(GradsiftError):
+    """A part of the work failed, and the rest is done."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from gradsift.data.files import Row, is_data_file
+from gradsift.data.files import MAX_JSON_BYTES, Row, is_data_file
 from gradsift.data.sources import read_rows
 from gradsift.errors import ConfigError, DataError, GradsiftError, LockedError, StorageError
 from gradsift.evaluation.evaluate import Evaluation, evaluate
@@ -18,6 +18,7 @@ from gradsift.evaluation.metrics import AnyMetric
 from gradsift.evaluation.setup import Setup, open_model
 from gradsift.generation.endpoint import Endpoint
 from gradsift.generation.sampling import Sampling
+from gradsift.inputs import read_input
 from gradsift.options import endpoint_of, rewards_of, sampling_fields
 from gradsift.pipeline import open_recipe
 from gradsift.progress import Reporter
@@ -69,7 +70,7 @@ def run_train(
     for folder in folders.values():
         check_merge(folder)
     file = selected or ids
-    chosen = read_ids(file) if file else None
+    chosen = read_ids(file, "--ids" if selected is None else "--selected") if file else None
     found = []
     with Run(recipe.out).lock():
         pool = open_recipe(recipe, reporter)
@@ -296,7 +297,7 @@ def _whole_numbers(text: str, option: str) -> tuple[int, ...]:
         raise ConfigError(f"{option} {text!r}: wanted whole numbers such as 0,1,2") from error
 
 
-def read_ids(file: str) -> list[str]:
+def read_ids(file: str, option: str = "--ids") -> list[str]:
     """Ids of a file: rows with `gradsift_id` or `id` or a list of ids (jsonl, json, csv, parquet …), or one id a line.
 
     Raises:
@@ -304,14 +305,14 @@ def read_ids(file: str) -> list[str]:
     """
     path = Path(file)
     if is_data_file(path):
-        found = [_row_id(row, path) for row in read_rows(path, "ids").rows]
+        found = [_row_id(row, path) for row in read_rows(path, option).rows]
     else:
         try:
-            text = path.read_text(encoding="utf-8")
+            text = read_input(path, MAX_JSON_BYTES)
         except UnicodeDecodeError as error:
-            raise DataError(f"{path} is not UTF-8 text: {error.reason}") from error
+            raise DataError(f"{option}: {path} is not UTF-8 text: {error.reason}") from error
         except OSError as error:
-            raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+            raise DataError(f"{option}: cannot read {path}: {error.strerror or error}") from error
         found = [line.strip() for line in text.splitlines() if line.strip()]
     if not found:
         raise DataError(f"{path} names no example: wanted an id a line, or rows with a column gradsift_id or id")

@@ -6,8 +6,9 @@ import gc
 import importlib.util
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from typing import Any, Literal
 import torch
 
 from gradsift.adapters import BareModel, attach_adapter, checksums, first_lines, refuse_other_kinds
-from gradsift.errors import ConfigError, CorruptError, ModelError
+from gradsift.errors import ConfigError, CorruptError, GradsiftError, ModelError
 from gradsift.memory import empty_device_cache, give_back_memory
 from gradsift.store.digests import file_digest
 from gradsift.store.manifest import fingerprint
@@ -126,12 +127,10 @@ def load_tokenizer(name: str) -> Any:
     name = at_hand(name)
     path = Path(name).expanduser()
     source, options = (str(path.parent), {"gguf_file": path.name}) if path.is_file() else (str(path), {})
-    try:
+    with _loading("tokenizer", name):
         tokenizer: Any = AutoTokenizer.from_pretrained(
             source if path.exists() else name, trust_remote_code=False, **options
         )
-    except Exception as error:  # nor have the files of a tokenizer; the Rust library raises Exception itself
-        raise ModelError(_cannot_load("tokenizer", name, error)) from error
     tokenizer.model_vocabulary = None if path.is_file() else _vocabulary(source if path.exists() else name)
     return tokenizer
 
@@ -206,14 +205,10 @@ def pretrained(kind: Any, name: str, *, what: str = "model", unused: str = "", *
         ModelError: it cannot be loaded, or its files and its configuration do not go together; the message names the
             first weights.
     """
-    try:
+    with _loading(what, name):
         model, report = kind.from_pretrained(
             name, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False, **options
         )
-    except MemoryError:
-        raise
-    except Exception as error:  # what a configuration or a file of weights can have wrong has no common base
-        raise ModelError(_cannot_load(what, name, error)) from error
     mismatched = {weight: shapes for weight, *shapes in report["mismatched_keys"]}
     if mismatched:
         found, wanted = mismatched[min(mismatched)]
@@ -378,11 +373,8 @@ def count_parameters(name: str) -> int:
         if path.is_file()
         else _config(str(path) if path.exists() else name)
     )
-    try:
-        with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:  # as in `pretrained`
-        raise ModelError(_cannot_load("model", name, error)) from error
+    with _loading("model", name), torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -439,7 +431,7 @@ def find_adapter(adapter: str) -> None:
         return
     try:
         config = PeftConfig.from_pretrained(adapter)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # as in `_loading`
         raise ModelError(_no_adapter(adapter, error)) from error
     refuse_other_kinds(config.peft_type, adapter)
 
@@ -512,10 +504,23 @@ def _vocabulary(name: str) -> int | None:
 def _config(name: str, **options: Any) -> Any:
     from transformers import AutoConfig
 
-    try:
+    with _loading("model", name):
         return AutoConfig.from_pretrained(name, trust_remote_code=False, **options)
-    except Exception as error:  # each architecture checks its values in its own way
-        raise ModelError(_cannot_load("model", name, error)) from error
+
+
+@contextmanager
+def _loading(what: str, name: str) -> Iterator[None]:
+    """What libraries raise over files that anybody may have written can be any exception: all of it as ours.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    try:
+        yield
+    except (GradsiftError, MemoryError):
+        raise
+    except Exception as error:
+        raise ModelError(_cannot_load(what, name, error)) from error
 
 
 def _cannot_load(what: str, name: str, error: Exception) -> str:

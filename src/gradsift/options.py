@@ -181,7 +181,8 @@ def rater_of(text: str, aspect: str = "quality") -> dict[str, Any]:
         >>> rater_of("mine.py:words")
         {'kind': 'function', 'name': 'mine.py:words'}
     """
-    kind, _, word = text.partition(":")
+    kind, colon, word = text.partition(":")
+    _refuse_nothing_after(text, colon, word)
     if kind == "judge" and not word:
         return {"kind": kind, "aspect": aspect}
     if kind == "perplexity" and word:
@@ -278,7 +279,8 @@ def reward_of(text: str, *, allow_code_execution: bool = False) -> dict[str, Any
         >>> reward_of("rewards.py:short")
         {'kind': 'function', 'name': 'rewards.py:short'}
     """
-    kind, _, word = text.partition(":")
+    kind, colon, word = text.partition(":")
+    _refuse_nothing_after(text, colon, word)
     if kind == "length":
         low, _, high = word.partition("-")
         return {"kind": kind, "minimum": low or None, "maximum": high or None}
@@ -291,6 +293,16 @@ def reward_of(text: str, *, allow_code_execution: bool = False) -> dict[str, Any
     if word and name is None:
         raise ConfigError(f"--reward {text!r}: {kind} takes nothing after the colon")
     return fields | ({name: word} if word and name is not None else {})
+
+
+def _refuse_nothing_after(text: str, colon: str, word: str) -> None:
+    """A colon with nothing after it, as a shell variable that is not set leaves it, means no default.
+
+    Raises:
+        ConfigError: that is what it is.
+    """
+    if colon and not word.strip():
+        raise ConfigError(f"{text!r} has nothing after the colon: give what belongs there, or leave the colon out")
 
 
 def _asks_judge(given: dict[str, Any]) -> bool:

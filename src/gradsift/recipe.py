@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,11 +30,12 @@ from gradsift.influence.less import LESS
 from gradsift.influence.random import Random
 from gradsift.influence.ratings import Rater
 from gradsift.influence.scores import Aggregation
+from gradsift.inputs import read_input
 from gradsift.models import DtypeName
 from gradsift.rewards.reward import Reward
 from gradsift.selection.select import Selector, TopK
 from gradsift.selection.strategies import CANDIDATES, Strategy
-from gradsift.settings import Settings
+from gradsift.settings import Budget, Seed, Settings
 from gradsift.validation.one_step import OneStep
 from gradsift.validation.validate import Route
 from gradsift.warmup.train import PRESETS, Warmup
@@ -115,13 +115,13 @@ class Recipe(Settings):
     controls: tuple[AnyEstimator, ...] = (BM25(), Random(seed=0))
     aggregation: Aggregation = "max_of_means"
     selection: Selector = TopK()
-    budget: float = Field(default=0.05, gt=0)
+    budget: Budget = Field(default=0.05, gt=0)
     group_by: tuple[str, ...] = ()
     reward: Reward | None = None
     judge: Endpoint | None = None
     explain: Explain | None = None
     compare: Compare | None = None
-    seed: int = 0
+    seed: Seed = 0
     dtype: DtypeName = "auto"
     device: str = "auto"
     engine: Where = ThisProcess()
@@ -186,15 +186,28 @@ def load_recipes(
 def _read(file: Path) -> tuple[dict[str, Any], Any]:
     """A YAML file's settings, and its nodes, which know their lines."""
     try:
-        text = file.read_text(encoding="utf-8")
+        text = read_input(file, 4 * _LONGEST)
     except UnicodeDecodeError as error:
         raise ConfigError(f"{file} is not UTF-8 text: {error.reason}") from error
     except OSError as error:
         raise ConfigError(f"cannot read recipe {file}: {error.strerror}. `gradsift init {file}` writes one") from error
+    content, node = _parsed(text, file)
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file} holds no settings: wanted `model:`, `pool:`, `out:` …; `gradsift init` writes one")
+    return content, node
+
+
+def _parsed(text: str, file: str | Path) -> tuple[Any, Any]:
+    """The value that a YAML text says, and its nodes.
+
+    Raises:
+        ConfigError: it is none, too long or too deep, or says a key twice.
+    """
     if len(text) > _LONGEST:
         raise ConfigError(f"{file} has {len(text):,} characters: is it a recipe? They have at most {_LONGEST:,}")
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
+        _refuse_doubles(node, file)
         if _size(node) > _LONGEST:
             raise ConfigError(f"{file} says one thing many times over by aliases (*name): write it out")
         content = yaml.safe_load(text)
@@ -206,9 +219,35 @@ def _read(file: Path) -> tuple[dict[str, Any], Any]:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
         raise ConfigError(f"{file}{where} is not YAML: {getattr(error, 'problem', error)}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{file} holds no settings: wanted `model:`, `pool:`, `out:` …; `gradsift init` writes one")
     return content, node
+
+
+def _refuse_doubles(node: Any, file: str | Path) -> None:
+    """Refuse a key that stands twice in one mapping, of which YAML would take the last.
+
+    Raises:
+        ConfigError: with both lines.
+    """
+    waiting, seen = [node], set()
+    while waiting:
+        current = waiting.pop()
+        if id(current) in seen or not isinstance(current, yaml.CollectionNode):
+            continue
+        seen.add(id(current))
+        lines: dict[str, int] = {}
+        for entry in current.value:
+            if not isinstance(entry, tuple):
+                waiting.append(entry)
+                continue
+            key, value = entry
+            waiting += [key, value]
+            if isinstance(key, yaml.ScalarNode):
+                line = key.start_mark.line + 1
+                if key.value in lines:
+                    raise ConfigError(
+                        f"{file} line {line}: {key.value!r} stands on line {lines[key.value]} already: keep one of them"
+                    )
+                lines[key.value] = line
 
 
 def _size(node: Any, known: dict[int, int] | None = None) -> int:
@@ -226,8 +265,6 @@ def _size(node: Any, known: dict[int, int] | None = None) -> int:
 def _checked(content: dict[str, Any], file: Path, node: Any) -> Recipe:
     if isinstance(content.get("warmup"), dict):
         content["warmup"] = _with_preset(content["warmup"], file)
-    if isinstance(content.get("budget"), str):
-        content["budget"] = _share(content["budget"])
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
@@ -243,16 +280,6 @@ def _merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
         old = result.get(key)
         result[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
     return result
-
-
-def _share(text: str) -> Any:
-    """`5%` as 0.05; anything else as it is, for the check to refuse."""
-    try:
-        share = float(text[:-1]) / 100 if text.endswith("%") else text
-    except ValueError:
-        return text
-    # 100% is a share, while 1 is one example: the largest number below 1 stands for the whole.
-    return math.nextafter(1.0, 0.0) if share == 1 else share
 
 
 def validated(values: dict[str, Any], name_of: Callable[[str], str] = str) -> Recipe:
@@ -283,16 +310,20 @@ def set_fields(values: dict[str, Any], given: Sequence[str] | None) -> None:
         >>> values
         {'estimator': {'kind': 'dsir', 'smoothing': 1e-08}, 'controls': [{'kind': 'random'}]}
     """
+    taken: set[str] = set()
     for text in given or ():
         field, found, value = text.partition("=")
         names = field.strip().split(".")
-        if not found or not all(names):
+        if not found or not all(names) or not value.strip():
             raise ConfigError(f"--set {text!r}: wanted a field and a value, such as estimator.smoothing=1e-8")
+        if field.strip() in taken:
+            raise ConfigError(f"--set {text!r}: {field.strip()} is set twice: keep one of them")
+        taken.add(field.strip())
         try:
-            said = yaml.safe_load(value)
+            said, _ = _parsed(value, f"--set {text!r}:")
             said = float(said) if isinstance(said, str) and _NUMBER.fullmatch(said) else said  # YAML wants 1.0e-8
-        except (yaml.YAMLError, ValueError) as error:
-            raise ConfigError(f"--set {text!r}: {value!r} is no value as a recipe has them") from error
+        except (ConfigError, ValueError) as error:
+            raise ConfigError(f"--set {text!r}: {value!r} is no value as a recipe has them ({error})") from error
         _put(values, names, said, text)
 
 
@@ -347,6 +378,8 @@ def _explain_errors(
     messages = []
     for entry in error.errors():
         path = [part for depth, part in enumerate(entry["loc"]) if depth not in _tags(entry["loc"])]
+        if entry["type"] == "not_meant":  # of a field that its settings refuse before they look at each
+            path.append(entry["ctx"]["field"])
         line = _line(node, path)
         where = f"{source} line {line}: " if line else f"{source}: " if source else ""
         name = name_of(".".join(map(str, path)))
@@ -368,6 +401,8 @@ def _explain_errors(
         elif entry["type"] == "union_tag_not_found":
             kinds = _kinds(model, entry["loc"])
             messages.append(f"{where}{name} is {shown}: wanted {{kind: …}}, where the kind is one of {kinds}")
+        elif entry["type"] == "not_meant":
+            messages.append(f"{where}{name}: {context['problem']}")
         elif entry["type"] == "value_error":  # says by itself what it found; the value may hold a secret
             messages.append(f"{where}{name}: {context['error']}")
         elif entry["type"] == "too_short":

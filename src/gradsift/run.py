@@ -39,8 +39,17 @@ from typing import Any
 
 from gradsift.errors import CorruptError, MismatchError, StorageError
 from gradsift.progress import Reporter
-from gradsift.store.manifest import differences, fingerprint, manifest, publish_json, read_if_whole, read_json
-from gradsift.store.remote import RemoteStorage, is_url
+from gradsift.store.manifest import (
+    Manifest,
+    Record,
+    differences,
+    fingerprint,
+    manifest,
+    publish_json,
+    read_if_whole,
+    read_json,
+)
+from gradsift.store.remote import RemoteStorage, is_url, storage_at
 from gradsift.store.storage import LocalStorage, checksum_file
 
 REVISIONS = {
@@ -93,7 +102,7 @@ class Run:
     def __init__(self, folder: str | Path) -> None:
         self.storage: LocalStorage | RemoteStorage
         if is_url(folder):
-            self.storage = RemoteStorage(str(folder))
+            self.storage = storage_at(str(folder))
             self.place, self.folder = self.storage.url, self.storage.copies
             return
         self.place, self.folder = str(folder), Path(folder)
@@ -105,7 +114,7 @@ class Run:
         return f"Run({self.place!r})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return run_at, (self.address,)
+        return run_at, (self.address, self.storage.claim)
 
     @property
     def address(self) -> str:
@@ -153,33 +162,34 @@ class Run:
         if not self.storage.exists("run.json"):
             raise StorageError(f"{self.place} is not a run folder (no run.json): give the --out of an earlier command")
         try:
-            config = read_json(self.storage, "run.json").get("config")
-        except CorruptError:
-            config = None
-        if not isinstance(config, dict):
+            config: dict[str, Any] = read_json(self.storage, "run.json", Manifest)["config"]
+        except CorruptError as error:
             raise CorruptError(
                 f"{self.name('run.json')} is damaged: delete it, this one file, and run the same command again, which "
                 "writes it anew and finds everything else"
-            )
+            ) from error
         return config
 
     def prefix(self, kind: str, config: Mapping[str, Any]) -> str:
         """Where the artifact of this kind and configuration lives: `gradients/3f2ab1c09d8e7f65/`."""
         return f"{kind}/{fingerprint({'kind': kind, **revised(kind, config)})}/"
 
-    def manifest(self, prefix: str) -> dict[str, Any] | None:
+    def manifest(self, prefix: str, shape: type[Record] = Manifest) -> dict[str, Any] | None:
         """The manifest of a complete artifact, or None where it is not complete.
 
-        A damaged manifest counts as none: the artifact is completed again, from whatever of it is there.
+        A damaged manifest, or one without what its kind has, counts as none: the artifact is completed again, from
+        whatever of it is there.
         """
-        return read_if_whole(self.storage, f"{prefix}manifest.json")
+        return read_if_whole(self.storage, f"{prefix}manifest.json", shape)
 
-    def intact(self, prefix: str, reporter: Reporter | None = None) -> dict[str, Any] | None:
+    def intact(
+        self, prefix: str, reporter: Reporter | None = None, shape: type[Record] = Manifest
+    ) -> dict[str, Any] | None:
         """As `manifest`, and None where a file is missing or altered whose checksum it has; the reporter is told.
 
         Manifests have the checksums of the files that `complete` was told of.
         """
-        content = self.manifest(prefix)
+        content = self.manifest(prefix, shape)
         if content is None:
             if reporter is not None and self.storage.exists(f"{prefix}manifest.json"):
                 reporter.warn(
@@ -243,8 +253,8 @@ class Run:
         return self.storage.local(key)
 
 
-def run_at(address: str) -> Run:
-    """The run of another process, which is somewhere already.
+def run_at(address: str, claim: str | None = None) -> Run:
+    """The run of another process, which is somewhere already; `claim` is by what that one holds it.
 
     Raises:
         StorageError: this machine does not see its folder.
@@ -254,4 +264,7 @@ def run_at(address: str) -> Run:
             f"{address} is not on {socket.gethostname()}, where a worker runs: give an --out that all nodes see, on a "
             "shared file system or in a bucket (s3://…)"
         )
-    return Run(address)
+    run = Run(address)
+    if isinstance(run.storage, RemoteStorage):
+        run.storage = RemoteStorage(address, claim=claim)
+    return run

@@ -1,14 +1,102 @@
-"""The base of every method and stage configuration: an immutable, validated value."""
+"""The base of every method and stage configuration: an immutable, validated value, and the types that several share."""
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+import math
+import re
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
+
+MAX_SEED = 2**32 - 1
+
+_LARGEST = 2**53  # whole numbers beyond it are no sizes, and not every library can take them
+_UNWRITABLE = re.compile("[\0\ud800-\udfff]")
+
+
+def _seed(given: int) -> int:
+    if not 0 <= given <= MAX_SEED:
+        raise PydanticCustomError("seed", f"it must be a whole number from 0 to {MAX_SEED}")
+    return given
+
+
+_OF_SEED = AfterValidator(_seed)
+Seed = Annotated[int, _OF_SEED]
 
 
 class Settings(BaseModel):
     """A frozen value whose fields are the whole configuration; unknown fields are refused.
 
-    The same class is what Python code constructs, what a recipe holds and what the command line fills.
+    The same class is what Python code constructs, what a recipe holds and what the command line fills. What Python,
+    YAML or a shell would silently take for something else is refused in every field: an empty text (a shell variable
+    that is not set), where a field's default is not empty itself; true and false where neither is wanted, as both are
+    numbers to Python; whole numbers beyond 2⁵³; texts that no file can hold.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _meant(cls, values: Any) -> Any:
+        """Before the fields' own validation, which would convert what is refused here."""
+        for name, value in values.items() if isinstance(values, dict) else ():
+            field = cls.model_fields.get(name)
+            for part in value if isinstance(value, list | tuple) else (value,):
+                problem = None if field is None else _problem(part, field)
+                if problem is not None:
+                    raise PydanticCustomError("not_meant", "{field}: {problem}", {"field": name, "problem": problem})
+        return values
+
+
+def _problem(value: Any, field: FieldInfo) -> str | None:
+    """Why a value is not what anybody means, or None."""
+    if isinstance(value, bool):
+        said = f"it is {str(value).lower()}, and neither true nor false is wanted here"
+        return None if _names_truth(field.annotation) else said
+    if isinstance(value, int) and abs(value) > _LARGEST and _OF_SEED not in field.metadata:
+        return "it is a whole number beyond 2^53, which nothing here can be"
+    if isinstance(value, str) and not value.strip() and field.default != value:
+        return "it is empty: give a value, or leave it out"
+    if isinstance(value, str) and _UNWRITABLE.search(value):
+        return "it holds a character that is in no text file, a zero byte or half a surrogate pair"
+    return None
+
+
+def _names_truth(annotation: Any) -> bool:
+    """Whether an annotation leaves room for true and false."""
+    if annotation in (bool, Any, object):
+        return True
+    if get_origin(annotation) is Literal:
+        return any(isinstance(choice, bool) for choice in get_args(annotation))
+    return any(_names_truth(part) for part in get_args(annotation))
+
+
+def parse_budget(text: str) -> float:
+    """`500`, `0.05` or `5%` as a number: one below 1 is a share.
+
+    Raises:
+        ValueError: it is no number.
+
+    Example:
+        >>> parse_budget("5%")
+        0.05
+    """
+    text = text.strip()
+    if not text.endswith("%"):
+        return float(text)
+    # 100% is a share, while 1 is one example: the largest number below 1 stands for the whole.
+    share = float(text[:-1]) / 100
+    return math.nextafter(1.0, 0.0) if share == 1 else share
+
+
+def _budget(given: Any) -> Any:
+    """Of a text; what is none is checked as it is."""
+    try:
+        return parse_budget(given) if isinstance(given, str) else given
+    except ValueError:
+        return given
+
+
+Budget = Annotated[float, BeforeValidator(_budget)]

@@ -31,7 +31,7 @@ def test_a_file_of_the_users_is_not_overwritten(tmp_path: Path) -> None:
     """Another target.jsonl in the folder is refused by name before anything is written."""
     (tmp_path / "target.jsonl").write_text("mine\n")
     refused = Cli("demo", "--data", tmp_path)
-    assert refused.code == 1
+    assert refused.code == 2
     assert f"{tmp_path / 'target.jsonl'} is there already" in refused.err
     assert [path.name for path in tmp_path.iterdir()] == ["target.jsonl"]
     assert (tmp_path / "target.jsonl").read_text() == "mine\n"

@@ -165,7 +165,7 @@ def test_collect_stores_each_view_of_each_checkpoint(tiny: World, tmp_path: Path
         )
     refused = tiny("collect", tmp_path / "run", "--views", "adam,modules")
     assert "wanted adam, plain or segments" in refused.err
-    assert refused.code == 1
+    assert refused.code == 2
 
 
 def test_warmup_prints_its_checkpoints(tiny: World, selected: Path) -> None:

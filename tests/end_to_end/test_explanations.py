@@ -19,7 +19,7 @@ import gradsift.explanation.explain as explain_module
 import gradsift.validation.validate as validate_module
 from gradsift import embeddings, models
 from gradsift.explanation.explain import ALL_STRATEGIES
-from tiny_world import Cli, World, pool_rows, target_rows, write_rows
+from tiny_world import Cli, World, pool_rows, target_rows, without, write_rows
 
 EVIL = "<script>alert(1)</script>"
 EVIL_ID = '"><img src=x onerror=alert(2)>'
@@ -32,8 +32,8 @@ ASKED = [
 
 def command(tiny: World, name: str, out: Path, *options: object, **replaced: object) -> Cli:
     """`explain` or `validate` at the last of the tiny world's checkpoints, without a map of meanings."""
-    common = ("--adapter", tiny.adapters[-1], "--embedding", "none", "--max-new-tokens", 4, *options)
-    return Cli(name, *tiny.arguments("explain", out, *common, **replaced)[1:])
+    common = (*without(("--embedding", "none", "--max-new-tokens", "4"), options), *options)
+    return Cli(name, *tiny.arguments("explain", out, "--adapter", tiny.adapters[-1], *common, **replaced)[1:])
 
 
 def explained(tiny: World, out: Path, *options: object, **replaced: object) -> Any:
@@ -523,7 +523,7 @@ def test_a_missing_embedding_extra(tiny: World, tmp_path: Path, monkeypatch: pyt
     prompt = ("--adapter", tiny.adapters[-1], "--prompt", "what says the cow", "--output", "it says moo", "-k", 2)
     install = "pip install 'gradsift[embeddings]'"
     refused = tiny("explain", tmp_path / "named", *prompt, "--embedding", "some/model")
-    assert refused.code == 1
+    assert refused.code == 2
     assert refused.err == f"error: sentence embeddings need sentence-transformers: {install}\n"
     assert not (tmp_path / "named").exists()
     tiny("explain", tmp_path / "default", *prompt).succeeded()

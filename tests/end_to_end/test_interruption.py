@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -79,17 +80,20 @@ def test_killed_three_times_and_finished_is_as_undisturbed(
 def test_an_interruption_says_how_to_go_on(
     tiny: World, pool: str, start: Callable[[list[str], Path], Any], tmp_path: Path
 ) -> None:
-    """Ctrl-C ends with exit code 130 and one sentence; the same command then goes on from the finished shards."""
-    out, errors = tmp_path / "run", tmp_path / "errors"
-    process = start(command(tiny, pool, out), errors)
-    wait_for_shards(process, out, 4)
-    os.kill(process.pid, signal.SIGINT)
-    process.join(60)
-    text = errors.read_text()
-    assert process.exitcode == 130, text
-    assert text.rstrip().endswith("interrupted: finished shards are kept; the same command goes on from there")
-    assert "Traceback" not in text
-    assert "rows are there already" in finish(start(command(tiny, pool, out), errors), errors)
+    """Ctrl-C and SIGTERM end with exit code 130 and one sentence that says how many rows are kept; the same command
+    then goes on from just these."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        out, errors = tmp_path / str(number), tmp_path / "errors"
+        process = start(command(tiny, pool, out), errors)
+        wait_for_shards(process, out, 4)
+        os.kill(process.pid, number)
+        process.join(60)
+        text = errors.read_text()
+        assert process.exitcode == 130, text
+        said = re.search(r"interrupted: (\d+ of 120 pool rows) kept; the same command goes on from there\n$", text)
+        assert said is not None, text
+        assert "Traceback" not in text
+        assert f"{said[1]} are there already" in finish(start(command(tiny, pool, out), errors), errors)
 
 
 def test_two_processes_do_not_share_a_run_folder(

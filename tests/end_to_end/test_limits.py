@@ -48,7 +48,7 @@ def test_absurd_options_are_refused(name: str, tiny: World, tmp_path: Path) -> N
     given, message = ABSURD[name]
     more, replaced = given(tmp_path)
     result = tiny("select", tmp_path / "run", *more, **replaced)
-    assert result.code == 1
+    assert result.code == 2
     assert message in result.err
     assert "should not have happened" not in result.err
     assert not list((tmp_path / "run").glob("gradients/*"))
@@ -61,7 +61,7 @@ def test_as_many_targets_as_memory_holds(tiny: World, tmp_path: Path, monkeypatc
     free = psutil.virtual_memory()._replace(available=700)  # 24 rows × 4 targets × 8 bytes are 768
     monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
     result = tiny("select", tmp_path / "run", "--estimator", "bm25")
-    assert result.code == 1
+    assert result.code == 2
     assert "scores of 24 pool rows for each of 4 targets take 0.0 GiB of memory" in result.err
     assert "draw fewer targets" in result.err
 

@@ -101,5 +101,5 @@ def test_programs_of_unit_tests_are_counted(tiny: World, tmp_path: Path) -> None
 def test_without_a_reward_it_is_refused(tiny: World, tmp_path: Path) -> None:
     """A plan of what `select` would refuse is refused with the same words."""
     refused = tiny("plan", tmp_path / "run", *NICE, target=prompts(tmp_path))
-    assert refused.code == 1
+    assert refused.code == 2
     assert "ranks by a reward, and none is named: give --reward" in refused.err

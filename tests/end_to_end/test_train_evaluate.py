@@ -10,14 +10,16 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from loopback import completion, serving
-from tiny_world import COMMON, Cli, World, save_model, write_rows
+from tiny_world import COMMON, Cli, World, save_model, without, write_rows
 
 TRAINING = ("--epochs", "2", "--rank", "4", "--alpha", "8", "--learning-rate", "1e-2", "--batch-size", "4",
             "--dropout", "0")  # fmt: skip
 
 
 def train(tiny: World, out: Path, *more: object) -> Cli:
-    return Cli("train", "--model", tiny.model, "--pool", tiny.pool, "--out", out, *TRAINING, *COMMON, *more)
+    return Cli(
+        "train", "--model", tiny.model, "--pool", tiny.pool, "--out", out, *without(TRAINING, more), *COMMON, *more
+    )
 
 
 def evaluate(tiny: World, out: Path, *more: object) -> Cli:
@@ -86,7 +88,7 @@ def test_evaluate_prints_a_table_and_leaves_every_value(
     assert f"{losses[2]['value']:.4f}" in shown.out
 
     other = Cli("train", "--model", save_model(tmp_path / "m", hidden=48), "--pool", tiny.pool, "--out", tmp_path / "o",
-                *TRAINING, "--epochs", 1, *COMMON).succeeded().out.strip()  # fmt: skip
+                *without(TRAINING, ("--epochs",)), "--epochs", 1, *COMMON).succeeded().out.strip()  # fmt: skip
     failed = evaluate(tiny, out, "--data", tiny.target, "--reward", "judge:grade", "--metric", "loss", *adapters[:2],
                       "--adapter", other, "--json")  # fmt: skip
     assert failed.code == 1
@@ -147,9 +149,9 @@ def test_full_training_from_the_command_line(tiny: World, chosen: str, tmp_path:
 def test_wrong_training_options_are_refused_at_once(
     tiny: World, tmp_path: Path, options: tuple[str, ...], message: str
 ) -> None:
-    """One message, exit code 1, and no run folder."""
+    """One message, exit code 2 (1 where a file is not there), and no run folder."""
     wrong = train(tiny, tmp_path / "run", *options)
-    assert wrong.code == 1
+    assert wrong.code == (1 if "absent.txt" in options else 2)
     assert message in wrong.err
     assert not (tmp_path / "run" / "checkpoints").exists()
 
@@ -168,9 +170,9 @@ def test_wrong_training_options_are_refused_at_once(
 def test_wrong_evaluation_options_are_refused_at_once(
     tiny: World, tmp_path: Path, options: tuple[str, ...], message: str
 ) -> None:
-    """One message that names the option, and exit code 1."""
+    """One message that names the option, and exit code 2."""
     wrong = evaluate(tiny, tmp_path / "run", *options)
-    assert wrong.code == 1
+    assert wrong.code == 2
     assert message in wrong.err
 
 

@@ -30,7 +30,7 @@ from tiny_world import World, save_model
 
 SETTINGS = Training(epochs=3, rank=4, alpha=8, learning_rate=3e-2, batch_size=4, dropout=0.0)
 SAMPLED = Sampling(samples=12, temperature=1.0, max_new_tokens=6)
-SHORT = MeanReward(data="", reward=Length(unit="characters", maximum=14), sampling=SAMPLED)
+SHORT = MeanReward(data="replaced", reward=Length(unit="characters", maximum=14), sampling=SAMPLED)
 
 
 @pytest.fixture(scope="module")

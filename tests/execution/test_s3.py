@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -15,9 +18,9 @@ import pytest
 from gradsift import models
 from gradsift.errors import ConfigError, LockedError, StorageError
 from gradsift.run import Run
-from gradsift.store import remote
+from gradsift.store import remote, writers
 from gradsift.store.remote import RemoteStorage
-from processes import python, said
+from processes import python, said, wait_until
 from tiny_world import World
 
 pytestmark = [
@@ -31,7 +34,7 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A bucket on a server of this process."""
     pytest.importorskip("s3fs", reason="s3fs is not installed: pip install 'gradsift[s3]'")
     moto = pytest.importorskip("moto.server", reason="moto is not installed: pip install 'moto[s3,server]'")
-    server = moto.ThreadedMotoServer(port=0)
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     server.start()
     host, port = server.get_host_and_port()
     with pytest.MonkeyPatch.context() as patch:
@@ -140,6 +143,160 @@ def test_one_process_at_a_time_works_in_a_bucket(tiny: World, bucket: str, monke
     with Run(place).lock(), pytest.raises(LockedError, match="another process works on"), Run(place).lock():
         pass
     assert not RemoteStorage(place).exists("lock")
+
+
+def stand_still(storage: RemoteStorage) -> None:
+    """No renewal any more, and a while goes by, as where the whole process is stopped."""
+    assert storage._lease is not None
+    storage._lease._stop.set()
+    storage._lease._thread.join()
+    time.sleep(0.5)
+
+
+def test_who_was_stopped_beyond_the_lease_writes_no_more(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another takes over; the first, when it goes on, is refused at its next write, and is so at its end, too; its
+    workers with it. The second writes on, and replaces what it finds."""
+    monkeypatch.setattr(remote, "_LEASE_SECONDS", 0.9)
+    first, second = RemoteStorage(f"{bucket}/runs/stopped"), RemoteStorage(f"{bucket}/runs/stopped")
+
+    def refused() -> Any:
+        return pytest.raises(LockedError, match=r"another has taken the run over \(.*process")
+
+    def work() -> None:
+        with first.lock():
+            first.publish("a", b"first")
+            make, arguments = first.__reduce__()
+            worker: RemoteStorage = make(*arguments)
+            worker.publish("b", b"of its worker")
+            worker.publish("b", b"and again")
+            stand_still(first)
+            with second.lock():
+                second.publish("a", b"second")
+                for storage in (first, worker):
+                    with refused():
+                        storage.publish("a", b"too late")
+                    with refused():
+                        storage.publish_with("c", lambda path: path.write_bytes(b"too late") and None)
+                    with refused():
+                        storage.delete("b")
+                assert second.read("a") == b"second"
+            assert not second.exists("c")
+            assert not second.exists("lock")
+
+    with refused():
+        work()
+    first.publish("a", b"without a lock")  # as Python functions write
+    assert second.read("a") == b"without a lock"
+
+
+@pytest.mark.parametrize("before", [None, b"old"])
+def test_stopped_between_looking_and_writing(
+    bucket: str, monkeypatch: pytest.MonkeyPatch, before: bytes | None
+) -> None:
+    """Where the store knows conditions, a write that began before the takeover does not replace what came after it."""
+    monkeypatch.setattr(remote, "_LEASE_SECONDS", 0.9)
+    place = f"{bucket}/runs/between-{before}"
+    first, second = RemoteStorage(place), RemoteStorage(place)
+    if before is not None:
+        second.publish("a", before)
+    write = first._if_unchanged
+
+    def too_late(put: Any, version: str | None) -> bool:
+        monkeypatch.setattr(first, "_if_unchanged", write)
+        stand_still(first)
+        with second.lock():
+            second.publish("a", b"second")
+        return write(put, version)
+
+    def work() -> None:
+        with first.lock():
+            monkeypatch.setattr(first, "_if_unchanged", too_late)
+            first.publish("a", b"first")
+
+    with pytest.raises(LockedError, match="taken the run over"):
+        work()
+    assert second.read("a") == b"second"
+
+
+def test_a_dead_process_of_this_machine_holds_nothing(bucket: str) -> None:
+    """Its claim, renewed a moment ago, is taken over at once; a living one's, and another machine's, are not."""
+    storage = RemoteStorage(f"{bucket}/runs/dead")
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    claim: dict[str, Any] = {
+        "owner": "x",
+        "token": "t",
+        "machine": writers.machine(),
+        "process": child.pid,
+        "born": 1.0,
+    }
+    fresh = {"renewed": time.time()}
+    for changes in ({"process": os.getpid(), "born": writers.born(os.getpid())}, {"machine": "another"}):
+        storage.publish("lock", json.dumps(claim | fresh | changes).encode())
+        with pytest.raises(LockedError, match="another process works on"), storage.lock():
+            pass
+    for changes in ({}, {"process": os.getpid()}):  # the number of a dead one may be a living one's
+        storage.publish("lock", json.dumps(claim | fresh | changes).encode())
+        began = time.monotonic()
+        with storage.lock():
+            assert time.monotonic() - began < 5
+
+
+def test_a_lock_that_is_none_is_waited_out(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever lies under the name of the lock, it is a claim that is not renewed, or a message."""
+    monkeypatch.setattr(remote, "_LEASE_SECONDS", 0.3)
+    storage = RemoteStorage(f"{bucket}/runs/odd")
+    for content in (b"", b"[]", b"{}", b'{"owner": 5}', b'{"owner": "x", "renewed": "now"}', b"\xff"):
+        storage.publish("lock", content)
+        with storage.lock():
+            storage.publish("a", content)
+
+
+def test_secrets_of_a_bucket_are_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A URL with a password is refused without showing it."""
+    for url in ("s3://key:hunter2secret@bucket/run", "s3://bucket/run?token=hunter2secret"):
+        with pytest.raises(ConfigError, match="user, a password or a query") as refused:
+            Run(url)
+        assert "hunter2" not in str(refused.value)
+
+
+SHORT_LEASE = (
+    "import sys, gradsift.store.remote as r; r._LEASE_SECONDS = 3.0; from gradsift.cli import app; app(sys.argv[1:])"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ends", ["stopped", "killed"])
+def test_two_writers_and_one_result(
+    tiny: World, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: str
+) -> None:
+    """A command that was stopped beyond its lease ends with 1 once another has taken over; one that was killed is gone
+    on from at once. The results are those of a folder, to the byte."""
+    place, errors = f"{bucket}/runs/{ends}", tmp_path / "errors"
+    options = ("--adapter", tiny.adapters[-1], "--shard-rows", 1, "--token-budget", "64")
+    tiny("collect", tmp_path / "run", *options).succeeded()
+    storage = RemoteStorage(place)
+    first = python("-c", SHORT_LEASE, *tiny.arguments("collect", place, *options), errors=errors)
+    wait_until(lambda: len(storage.list("gradients/")) > 6, first, errors)
+    first.send_signal(signal.SIGSTOP if ends == "stopped" else signal.SIGKILL)
+    if ends == "killed":
+        first.wait()
+    else:
+        time.sleep(1.2)  # what was renewed a moment ago belongs to a living process
+    monkeypatch.setattr(remote, "_LEASE_SECONDS", 3.0)
+    tiny("collect", place, *options).succeeded()
+    if ends == "stopped":
+        written = {key: storage._version(key) for key in storage.list("")}
+        first.send_signal(signal.SIGCONT)
+        first.wait(60)
+        assert {key: storage._version(key) for key in storage.list("")} == written
+        assert first.returncode == 1, errors.read_text()
+        assert "another has taken the run over" in errors.read_text()
+    shards = [key for key in storage.list("gradients/") if "shard-" in key]
+    assert len(shards) == 48
+    for key in shards:
+        assert storage.read(key) == (tmp_path / "run" / key).read_bytes(), key
+    assert not storage.exists("lock")
 
 
 @pytest.mark.slow

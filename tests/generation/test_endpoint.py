@@ -128,6 +128,27 @@ def test_the_key_shows_nowhere(caplog: pytest.LogCaptureFixture) -> None:
     assert KEY not in "".join(seen)
 
 
+ECHOES = {
+    "finish_reason": completion("x", finish=f"{'a' * 30}{KEY}"),
+    "text": completion(f"the key is {KEY}"),
+    "a key of the reply": {KEY: 1, "id": f"x{KEY}"},
+    "an error in a reply": {"error": {"detail": [KEY, {"auth": f"Bearer {KEY}"}]}},
+    "no JSON": f"{'b' * 70}{KEY}".encode(),
+    "escaped": ('{"error": "' + "".join(f"\\u{ord(letter):04x}" for letter in KEY) + '"}').encode(),
+    "an error body": Answer({"error": {"message": {"request": {"headers": {"authorization": f"Bearer {KEY}"}}}}}, 422),
+    "a part": Answer({"error": {"message": f"no key begins with {KEY[:11]}"}}, 400),
+    "headers": Answer({"error": {"message": "later"}}, 429, headers={"retry-after": KEY, "x-key": KEY}),
+}
+
+
+@pytest.mark.parametrize("place", ECHOES)
+def test_no_field_of_a_reply_shows_the_key(place: str) -> None:
+    """Wherever a server repeats it, whole or in part, in whatever spelling, the error has stars in its place."""
+    answer = ECHOES[place]
+    text, _ = problem(answer if isinstance(answer, Answer) else Answer(answer), max_retries=0)
+    assert not any(KEY[n : n + 8] in text for n in range(len(KEY) - 7)), text
+
+
 def test_a_model_that_is_not_served_ends_the_work() -> None:
     """HTTP 404 is no matter of one request: the message repeats the server's reason."""
     body = {"error": {"message": "The model `m` does not exist.", "type": "NotFoundError", "code": 404}}

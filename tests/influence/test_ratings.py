@@ -249,7 +249,7 @@ def test_without_a_target_from_the_command_line(tiny: World, tmp_path: Path, jud
     left_out = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
     assert {row["reason"] for row in left_out} == {"no_rating"}
     refused = tiny("select", tmp_path / "none", "--estimator", "less", **common)
-    assert refused.code == 1
+    assert refused.code == 2
     assert "no target" in refused.err
     refused = tiny("select", tmp_path / "none", "--estimator", "deita", "--rater", "ifd", **common)
     assert "--rater goes with --estimator alpagasus, not with deita" in refused.err

@@ -174,7 +174,7 @@ def test_goes_with_joint_scores_alone(tiny: World, pool: Pool, target: Target, t
     with pytest.raises(ConfigError, match="the estimator is LESS"):
         select(score(pool, target, LESS()), JointGreedy(), budget=2)
     refused = tiny("select", tmp_path / "run", *tiny.with_adapters(), "--selection", "joint_greedy")
-    assert refused.code == 1
+    assert refused.code == 2
     assert "use --estimator ji2s" in refused.err
     refused = tiny(
         "select", tmp_path / "run", *tiny.with_adapters(), "--selection", "joint_greedy", "--estimator", "ji2s",
@@ -194,5 +194,5 @@ def test_from_the_command_line(tiny: World, tmp_path: Path) -> None:
     assert chosen["estimator"] == "JI2S (λ=0.5, identity, cosine)"
     assert len(chosen["ids"]) == 5
     wrong = tiny("select", tmp_path / "run", *tiny.with_adapters(), "--estimator", "ji2s", "--hessian", "dense")
-    assert wrong.code == 1
+    assert wrong.code == 2
     assert "--hessian 'dense' is unknown" in wrong.err

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import re
+import signal
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,7 @@ from safetensors.numpy import save
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, get_scheduler
 
-from gradsift import models
+from gradsift import interruption, models
 from gradsift.data.dataset import Dataset
 from gradsift.errors import ConfigError, CorruptError, DataError, ModelError
 from gradsift.models import host, parameter_name
@@ -310,8 +313,8 @@ def test_an_altered_epoch_is_trained_again(
 def test_an_epoch_whose_files_are_of_another_step_is_refused(run: Run, llama: str) -> None:
     """Moments of another number of steps are an error that names the folder, not silent nonsense."""
     data = make_data(run, 16)
-    with pytest.raises(KeyboardInterrupt):
-        train(run, data, data.ids, SMALL, model=llama, reporter=Listening(stop_after=24))
+    with pytest.raises(RuntimeError):
+        train(run, data, data.ids, SMALL, model=llama, reporter=Listening(stop_after=24, error=RuntimeError))
     (info,) = run.path("checkpoints").glob("*/epoch-1/checkpoint.json")
     info.write_text(json.dumps({"learning_rate": 0.1}))  # as versions without checksums wrote it
     (file,) = run.path("checkpoints").glob("*/epoch-1/adam.safetensors")
@@ -560,3 +563,41 @@ def test_micro_batches_keep_the_token_budget() -> None:
     assert sorted(sequence.row for part in parts for sequence in part) == list(range(51))
     assert all(len(part) * max(len(s.token_ids) for s in part) <= 128 or len(part) == 1 for part in parts)
     assert len(parts) < 30
+
+
+@pytest.mark.parametrize("rows", [2, 13, 45])
+def test_ctrl_c_loses_no_step(run: Run, llama: str, undisturbed: list[Checkpoint], rows: int) -> None:
+    """Interrupted in the middle of a step, without any state that was saved before, it goes on after the last whole
+    one, says so, and ends at the same weights, moments, rates and losses to the bit."""
+    data = make_data(run, 30)
+    first = Listening(stop_after=rows)
+    with interruption.watching(), pytest.raises(KeyboardInterrupt):
+        train(run, data, data.ids, LONGER, model=llama, reporter=first)
+    assert re.match(r"interrupted: \d+ of 24 steps of the warm-up kept; ", interruption.last_words())
+    second = Listening()
+    assert_same(undisturbed, train(run, data, data.ids, LONGER, model=llama, reporter=second))
+    assert first.done + second.done < 90 + 8  # the examples of one step
+
+
+def test_no_signal_tears_an_optimizer_step_apart(
+    run: Run, llama: str, undisturbed: list[Checkpoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGTERM while AdamW writes weights is heeded after the step, whose state is saved."""
+    data = make_data(run, 30)
+    step = torch.optim.AdamW.step
+    steps = 0
+
+    def interrupted(self: torch.optim.AdamW, *arguments: Any, **options: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *arguments, **options)
+
+    with monkeypatch.context() as patch, interruption.watching():
+        patch.setattr(torch.optim.AdamW, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(run, data, data.ids, LONGER, model=llama)
+        assert steps == 3
+        assert interruption.last_words().startswith("interrupted: 3 of 24 steps of the warm-up kept; ")
+    assert_same(undisturbed, train(run, data, data.ids, LONGER, model=llama))

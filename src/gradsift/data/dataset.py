@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceABC
 from dataclasses import asdict
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from pydantic import Field, TypeAdapter
 from safetensors.numpy import load, save
 
 from gradsift.data.account import Account, count_reasons, counts_text
@@ -22,10 +23,31 @@ from gradsift.errors import DataError
 from gradsift.loss import label_weights, token_mean
 from gradsift.progress import Reporter
 from gradsift.run import Run, run_at
-from gradsift.store.manifest import fingerprint
+from gradsift.store.manifest import Record, fingerprint, read_json, reading
 from gradsift.types import Example, Message, Sequence, Skipped, TokenizedExample
 
 _FILES = ("tokens.safetensors", "rows.jsonl", "index.json", "account.jsonl")
+
+
+_SKIPPED = TypeAdapter(Skipped)
+
+
+class _Rendered(Record):
+    template: str
+
+
+class _DataManifest(Record):
+    kind: Literal["data"]
+    fingerprint: str
+    config: _Rendered
+    files: dict[str, str] = Field(default_factory=dict)
+    description: str
+    announcement: str | None
+
+
+class _Index(Record):
+    ids: list[str]
+    hashes: list[str]
 
 
 class Dataset:
@@ -41,22 +63,22 @@ class Dataset:
     """
 
     def __init__(self, run: Run, prefix: str, positions: SequenceABC[int] | None = None) -> None:
-        content = run.manifest(prefix)
-        assert content is not None, prefix
+        content = read_json(run.storage, f"{prefix}manifest.json", _DataManifest)
         self.run = run
         self.prefix = prefix
         self.fingerprint: str = content["fingerprint"]
         self.template: str = content["config"]["template"]
         self.description: str = content["description"]
         self.announcement: str | None = content["announcement"]
-        tensors = load(run.storage.read(f"{prefix}tokens.safetensors"))
-        self._tokens, self._supervised, self._offsets = (
-            tensors["token_ids"],
-            tensors["supervised"],
-            tensors["offsets"],
-        )
+        with reading(run.name(f"{prefix}tokens.safetensors")):
+            tensors = load(run.storage.read(f"{prefix}tokens.safetensors"))
+            self._tokens, self._supervised, self._offsets = (
+                tensors["token_ids"],
+                tensors["supervised"],
+                tensors["offsets"],
+            )
         self._weights = tensors.get("weights")
-        index = json.loads(run.storage.read(f"{prefix}index.json"))
+        index = read_json(run.storage, f"{prefix}index.json", _Index)
         self.ids: list[str] = index["ids"]
         self.hashes: list[str] = index["hashes"]
         self.lengths = np.diff(self._offsets)
@@ -90,7 +112,8 @@ class Dataset:
     def account(self) -> Account:
         """What of the source is not used, not shown or not learned from."""
         lines = self.run.storage.read(f"{self.prefix}account.jsonl").decode().splitlines()
-        entries = [Skipped(**json.loads(line)) for line in lines]
+        with reading(self.run.name(f"{self.prefix}account.jsonl")):
+            entries = [_SKIPPED.validate_json(line) for line in lines]
         rows = tuple(entry for entry in entries if entry.left_out == "row")
         parts = tuple(entry for entry in entries if entry.left_out == "part" and entry.id in self._position)
         return Account(rows, parts) + self._beside
@@ -211,7 +234,7 @@ def prepare(
     chat: ChatFormat,
     *,
     what: str = "pool",
-    columns: Columns | None = None,
+    columns: Columns | Mapping[str, str] | None = None,
     keep_duplicates: bool = False,
     check: Callable[[str], None] | None = None,
     reporter: Reporter,
@@ -237,7 +260,7 @@ def prepare(
     if check is not None:
         check(fingerprint(config))
     prefix = run.prefix("data", config)
-    if run.intact(prefix, reporter) is None:
+    if run.intact(prefix, reporter, _DataManifest) is None:
         with reporter.stage(f"tokenising the {what}", len(examples)) as advance:
             tokenized, too_long = tokenize_examples(examples, chat, on_advance=advance)
         skipped = [*loaded.skipped, *duplicates, *too_long]

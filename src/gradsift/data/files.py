@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
+from gradsift.inputs import open_input
+
 if TYPE_CHECKING:
     from pyarrow import RecordBatch
 
@@ -56,7 +58,7 @@ def why_unread(path: Path) -> str:
     if not path.exists():
         return "a link to nothing"
     if not path.is_file():
-        return "no regular file"
+        return "no regular file but a pipe, a device or a socket"
     if Path(path.stem).suffix.lower() in _SUFFIXES:
         return f"compressed as {path.suffix.lower()}, which cannot be read"
     return "of a type that cannot be read"
@@ -91,7 +93,8 @@ def file_rows(path: Path, name: str) -> Iterator[Row]:
                 yield from _line_rows(file, name)
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         # All but OSError: a compressed file that was cut off, is none, or was altered.
-        raise FileError(f"cannot be read: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise FileError(f"cannot be read: {reason}") from error
 
 
 def _unpacked_zstd(file: BinaryIO) -> BinaryIO:
@@ -111,7 +114,7 @@ _OPENERS: dict[str, Callable[[BinaryIO], Any]] = {
 
 @contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
-    with path.open("rb") as file:
+    with open_input(path) as file:
         opener = _OPENERS.get(path.suffix.lower())
         if opener is None:
             yield file
@@ -321,6 +324,7 @@ def _parquet_rows(path: Path, name: str) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
 
+    open_input(path).close()
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             refuse_repeated(file.schema_arrow.names)

@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import ValidationError
 
 from gradsift.data.sources import kind_of
+from gradsift.errors import ConfigError
+from gradsift.settings import Settings
 from gradsift.store.manifest import canonical
 from gradsift.types import Flags, Message
 
@@ -86,7 +88,7 @@ FORMATS = (
 _PLACE = re.compile(r"\{([^{}]+)\}")
 
 
-class Columns(BaseModel):
+class Columns(Settings):
     """Which columns of the user's rows hold what; a name left `None` means the usual one.
 
     Naming `messages`, or `prompt`/`completion`, or `instruction`/`input`/`output`/`history` decides the row format;
@@ -102,8 +104,6 @@ class Columns(BaseModel):
     'Title: A\\n\\nTL;DR:'
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     id: str | None = None
     messages: str | None = None
     prompt: str | None = None
@@ -113,6 +113,29 @@ class Columns(BaseModel):
     output: str | None = None
     history: str | None = None
     system: str | None = None
+
+    @classmethod
+    def of(cls, given: Columns | Mapping[str, str] | None) -> Columns:
+        """What an argument `columns` means: one of these, a mapping of its fields, or nothing.
+
+        Raises:
+            ConfigError: a field that there is not, or a name that is no text.
+
+        Example:
+            >>> Columns.of({"prompt": "question"}).prompt
+            'question'
+        """
+        if given is None or isinstance(given, cls):
+            return given or cls()
+        try:
+            return cls.model_validate(given)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"])) or repr(given)
+            raise ConfigError(
+                f"columns: {place}: {first['msg'].removeprefix('Value error, ')}; wanted names of columns for "
+                f"{', '.join(cls.model_fields)}, as in columns={{'prompt': 'question'}}"
+            ) from error
 
     @cached_property
     def families(self) -> dict[str, str | None]:

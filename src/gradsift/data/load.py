@@ -35,7 +35,7 @@ class Loaded:
 
 
 def load_examples(
-    source: Any, *, columns: Columns | None = None, what: str = "pool", require_answer: bool = True
+    source: Any, *, columns: Columns | Mapping[str, str] | None = None, what: str = "pool", require_answer: bool = True
 ) -> Loaded:
     """Read examples from a file, folder, glob, Hugging Face dataset or list of rows.
 
@@ -63,7 +63,7 @@ def load_examples(
     >>> loaded.examples[0].id, loaded.examples[0].messages[1]["content"], loaded.description
     ('7', '2', '1 row in memory')
     """
-    columns = columns or Columns()
+    columns = Columns.of(columns)
     _check_columns(columns, what)
     found = read_rows(source, what)
 

@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import Field
 
 from gradsift.errors import ConfigError
-from gradsift.settings import Settings
+from gradsift.settings import Seed, Settings
 from gradsift.types import Example
 
 
@@ -22,7 +22,7 @@ class RowSample(Settings):
 
     size: float = Field(gt=0)
     within: str | None = None
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
 
     def positions(self, examples: Sequence[Example]) -> list[int]:
         """Positions of the rows that are drawn, ascending.

@@ -144,15 +144,16 @@ def _open_named(text: str, what: str) -> Source:
     if path.is_dir():
         return _open_folder(path, what)
     if path.exists():
-        if not is_data_file(path):
+        if not path.is_file() or not is_data_file(path):
             raise DataError(
                 f"{what}: {path} is {why_unread(path)}; wanted {readable_types()}, a folder of them, "
                 "or a Hugging Face dataset name."
             )
-        return Source(_named_rows(path, path.name, what), path.name)
+        name = _in_utf8(path.name)
+        return Source(_named_rows(path, name, what), name)
     if glob.has_magic(text) and not _HUB_NAME.fullmatch(text):
         matches = glob.glob(str(path), recursive=True)  # noqa: PTH207  # Path.glob takes no absolute patterns
-        return _open_files(sorted(map(Path, matches)), text, text, what)
+        return _open_files(sorted(map(Path, matches)), _in_utf8(text), _in_utf8(text), what)
     folder, colon, split = text.rpartition(":")
     if colon and Path(folder).expanduser().is_dir() and _is_saved_dataset(Path(folder).expanduser()):
         return _saved_dataset(Path(folder).expanduser(), split, what)
@@ -181,11 +182,11 @@ def _open_folder(folder: Path, what: str) -> Source:
         return _saved_dataset(folder, None, what)
     # A link to a folder is not followed, and named like a file that is not read.
     inside = sorted(entry for entry in folder.rglob("*") if entry.is_symlink() or not entry.is_dir())
-    return _open_files(inside, f"{folder.name or folder}/", str(folder), what, folder)
+    return _open_files(inside, f"{_in_utf8(folder.name or folder)}/", _in_utf8(folder), what, folder)
 
 
 def _open_files(found: Sequence[Path], name: str, where: str, what: str, root: Path | None = None) -> Source:
-    names = {path: str(path.relative_to(root)) if root is not None else path.name for path in found}
+    names = {path: _in_utf8(path.relative_to(root) if root is not None else path.name) for path in found}
     inside = {parent for path in found if not path.is_dir() for parent in path.parents}
     aside, readable, unread = [], [], []
     for path in found:
@@ -220,6 +221,11 @@ def _rows_of(files: Sequence[Path], names: Mapping[Path, str], unread: list[Skip
         except FileError as error:
             reason, done = ("broken_file", f"read up to row {count:,} only: ") if count else ("unread_file", "")
             unread.append(_unread(names[path], reason, f"{done}{error}"))
+
+
+def _in_utf8(path: str | Path) -> str:
+    """A file's name as files of ours can hold it: bytes that are not UTF-8 are written out."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def _unread(name: str, reason: str, why: str) -> Skipped:

@@ -12,15 +12,17 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from jinja2 import TemplateError, TemplateSyntaxError
+from jinja2 import Environment, TemplateError, TemplateSyntaxError
 
 from gradsift.data.account import common_length
+from gradsift.data.bounded import OverrunError, at_most
+from gradsift.data.files import MAX_ROW_BYTES
 from gradsift.errors import ModelError
 from gradsift.types import Message
 
@@ -33,7 +35,15 @@ _Value = TypeVar("_Value")
 # Templates that print today's date would give other token ids tomorrow: they see the date that Llama's fall back to.
 _TODAY = datetime(2024, 7, 26)
 # What a template can do wrong on one conversation: refuse it, or trip over a value it did not expect.
-_RENDER_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+RENDER_ERRORS = (
+    TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError,
+)  # fmt: skip
+# A conversation of a thousand pages is rendered in a fraction of a second, in a few times its own size.
+_RENDER_SECONDS, _RENDER_BYTES = 10.0, 1 << 30
+_OVERRUN = (
+    "on one conversation: correct `tokenizer.chat_template` (chat_template.jinja in the model's folder), or set it to "
+    "None to use the plain format"
+)
 _MARK = re.compile(r"gradsiftqq(\d+)q")
 _SHAPES_KEPT = 4096
 # Conversations in which a template is likely to take each role, and the role's place, to see how it takes a content.
@@ -53,8 +63,40 @@ _PLAIN_TEMPLATE = (
 )
 
 
+def _tokens(text: str) -> Iterable[tuple[int, str, str]]:
+    """The template's tokens; none where it cannot be cut into any, which compiling tells better."""
+    try:
+        return list(Environment().lex(text))
+    except TemplateError:
+        return []
+
+
 class TemplateProblemError(Exception):
     """A conversation that the template refuses or whose turns cannot be located; never leaves `gradsift.data`."""
+
+
+def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+    """What a tokenizer's chat template writes for a conversation, in bounded time and memory.
+
+    Args:
+        tokenizer: whose `apply_chat_template` it is.
+        messages: of the conversation.
+        options: of `apply_chat_template`.
+
+    Raises:
+        ModelError: it takes longer, more memory or more text than any template needs.
+    """
+    size = sum(len(str(message.get("content"))) for message in messages)
+    try:
+        with at_most(_RENDER_SECONDS, _RENDER_BYTES + 16 * size):
+            text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except OverrunError as error:
+        raise ModelError(f"the chat template does not end within {_RENDER_SECONDS:.0f} s {_OVERRUN}") from error
+    except MemoryError as error:
+        raise ModelError(f"the chat template takes more than {_RENDER_BYTES >> 20} MiB of memory {_OVERRUN}") from error
+    if not isinstance(text, str) or len(text) > MAX_ROW_BYTES + 16 * size:
+        raise ModelError(f"the chat template makes a text of more than {MAX_ROW_BYTES >> 20} MiB {_OVERRUN}")
+    return text
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,17 +170,11 @@ class ChatTemplate:
             for message in messages
         ]
         try:
-            text = self._tokenizer.apply_chat_template(
-                turns,
-                chat_template=self.text,
-                add_generation_prompt=generation_prompt,
-                tokenize=False,
-                **given,
+            return render(
+                self._tokenizer, turns, chat_template=self.text, add_generation_prompt=generation_prompt, **given
             )
-        except _RENDER_ERRORS as error:
+        except RENDER_ERRORS as error:
             raise TemplateProblemError(f"the chat template refuses the conversation: {error}") from error
-        assert isinstance(text, str), type(text)
-        return text
 
     def frame(self, roles: tuple[str, ...], options: str = "", *, generation_prompt: bool = False) -> Frame | None:
         """Split the template's rendering of these roles at marks that stand for the contents; `None` if it refuses."""
@@ -231,8 +267,13 @@ class ChatTemplate:
         """Refuse a template that is none.
 
         Raises:
-            ModelError: it does not compile.
+            ModelError: it does not compile, or takes longer or more memory than any template needs.
         """
+        if any(kind == "operator" and value == "**" for _, kind, value in _tokens(self.text)):
+            raise ModelError(
+                "the tokenizer's chat template raises numbers to powers, which may take for ever: correct "
+                "`tokenizer.chat_template`, or set it to None to use the plain format"
+            )
         try:
             self.render([Message(role="user", content="?")], generation_prompt=True)
         except TemplateProblemError as problem:

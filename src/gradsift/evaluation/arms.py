@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -28,7 +27,7 @@ from gradsift.influence.estimators import AnyEstimator
 from gradsift.influence.random import Random
 from gradsift.rewards.reward import Reward
 from gradsift.selection.select import RandomChoice, SelectionMethod, Selector, TopK
-from gradsift.settings import Settings
+from gradsift.settings import Budget, Settings
 from gradsift.warmup.train import TRAINING_PRESETS, Training
 
 FULL_POOL = "full pool"
@@ -77,16 +76,6 @@ def _training(value: Any) -> Any:
     return {**TRAINING_PRESETS[name].model_dump(), **fields}
 
 
-def _share(value: Any) -> Any:
-    """`5%` as 0.05; anything else as it is, for the check to refuse."""
-    try:
-        share = float(value[:-1]) / 100 if isinstance(value, str) and value.endswith("%") else value
-    except ValueError:
-        return value
-    # 100% is a share, while 1 is one example: the largest number below 1 stands for the whole.
-    return math.nextafter(1.0, 0.0) if share == 1 and isinstance(value, str) else share
-
-
 def _wants_data(metric: Mapping[str, Any]) -> bool:
     """Whether a metric's settings lack the data that this kind is taken on."""
     return metric.get("kind") in ("loss", "reward", "pairwise") and "data" not in metric
@@ -112,7 +101,7 @@ class PairwiseMetric(Pairwise):
     """
 
     ask: Endpoint | None = Field(default=None, repr=False)
-    budget: Annotated[float | None, BeforeValidator(_share)] = None
+    budget: Budget | None = None
 
     @property
     def opponent(self) -> str | None:
@@ -248,7 +237,7 @@ class Compare(Settings):
 
     arms: tuple[Arm, ...] = ()
     seeds: tuple[int, ...] = (0, 1, 2)
-    budgets: tuple[Annotated[float, BeforeValidator(_share)], ...] = ()
+    budgets: tuple[Budget, ...] = ()
     training: Annotated[Training, BeforeValidator(_training)] = Training()
     full_training: bool = False
     test: Any = Field(default=None, repr=False)

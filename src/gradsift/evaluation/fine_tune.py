@@ -13,6 +13,7 @@ from gradsift.evaluation.evaluate import measure
 from gradsift.evaluation.metric import Metric
 from gradsift.evaluation.setup import Trained
 from gradsift.selection.select import Selection
+from gradsift.settings import MAX_SEED
 from gradsift.warmup.checkpoint import Checkpoint
 from gradsift.warmup.train import TRAINING_PRESETS, Training, train
 
@@ -83,7 +84,7 @@ def check_seeds(seeds: Sequence[int]) -> tuple[int, ...]:
     """Seeds, each once.
 
     Raises:
-        ConfigError: none, one that is negative, or one that is named twice.
+        ConfigError: none, one that is negative or too large, or one that is named twice.
     """
     if not seeds:
         raise ConfigError("no seed: give at least one")
@@ -93,8 +94,9 @@ def check_seeds(seeds: Sequence[int]) -> tuple[int, ...]:
             f"seed {twice[0]} is named {list(seeds).count(twice[0])} times: the same seed gives the same training, so "
             "name each once"
         )
-    if min(seeds) < 0:
-        raise ConfigError(f"seed is {min(seeds)}: it must be a whole number from 0")
+    wrong = [seed for seed in seeds if not 0 <= seed <= MAX_SEED]
+    if wrong:
+        raise ConfigError(f"seed is {wrong[0]}: it must be a whole number from 0 to {MAX_SEED}")
     return tuple(seeds)
 
 

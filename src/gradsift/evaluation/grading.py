@@ -113,6 +113,7 @@ class BoundGrading:
             ask=self.metric.ask,
             what=f"{self.metric.label}, {subject.name}",
             reporter=subject.setup.reporter,
+            wanted=float,
         )
         grades = {id_: float(grade) for id_, grade in found.items()}
         by_question: dict[str, dict[int, float]] = {}

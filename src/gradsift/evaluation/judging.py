@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from gradsift.errors import DataError, GradsiftError
 from gradsift.evaluation.metric import Notebook
 from gradsift.generation.endpoint import Endpoint, connected
@@ -33,6 +35,7 @@ def verdicts(
     ask: Endpoint | Chat,
     what: str,
     reporter: Reporter,
+    wanted: Any,
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """An answer to each question, asked for once: each is in the notebook before the next is waited for.
 
@@ -44,6 +47,7 @@ def verdicts(
         ask: whom it asks; a connection is closed afterwards.
         what: the word for progress.
         reporter: where it goes.
+        wanted: the type of an answer; what the notebook has and is none is asked for again.
 
     Returns:
         Answers by item id, and reasons by id where there is none.
@@ -53,7 +57,8 @@ def verdicts(
         DataError: not one question was answered.
     """
     keys = {id_: f"{id_}:{fingerprint(_plain(question))}" for id_, question in questions.items()}
-    waiting = {id_: question for id_, question in questions.items() if keys[id_] not in notebook}
+    kept = {key for key in keys.values() if key in notebook and _is_of(wanted, notebook[key])}
+    waiting = {id_: question for id_, question in questions.items() if keys[id_] not in kept}
     reasons: dict[str, str] = {}
     failures: list[GradsiftError] = []
 
@@ -74,11 +79,11 @@ def verdicts(
                 reasons[ids[position]] = found
             elif found is not None:
                 notebook.keep({keys[ids[position]]: found})
+                kept.add(keys[ids[position]])
             advance(1)
     if failures:
-        kept = sum(key in notebook for key in keys.values())
-        raise type(failures[0])(f"{failures[0]} ({kept} of {len(questions)} verdicts are kept)") from failures[0]
-    answers = {id_: notebook[keys[id_]] for id_ in questions if keys[id_] in notebook}
+        raise type(failures[0])(f"{failures[0]} ({len(kept)} of {len(questions)} verdicts are kept)") from failures[0]
+    answers = {id_: notebook[keys[id_]] for id_ in questions if keys[id_] in kept}
     if not answers:
         raise DataError(
             f"the judge has no verdict on any of {len(questions)} items; first: {next(iter(reasons.values()))}"
@@ -88,6 +93,14 @@ def verdicts(
 
 def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value, default=str))
+
+
+def _is_of(wanted: Any, value: Any) -> bool:
+    try:
+        TypeAdapter(wanted).validate_python(value)
+    except ValidationError:
+        return False
+    return True
 
 
 def as_text(messages: Sequence[Message]) -> list[dict[str, str]]:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from gradsift.data.account import Account, count_reasons, counts_text
 from gradsift.errors import CorruptError
 from gradsift.evaluation.setup import Setup, Subject
 from gradsift.run import Run
-from gradsift.store.manifest import read_json
+from gradsift.store.manifest import Record, read_json, reading
 
 
 @dataclass(frozen=True)
@@ -96,21 +98,17 @@ def measured_from(content: Mapping[str, Any]) -> Measured:
     """What `as_dict` wrote.
 
     Raises:
-        CorruptError: something is missing.
+        CorruptError: something is missing, or of another type.
     """
-    try:
-        return Measured(
-            metric=content["metric"],
-            kind=content["kind"],
-            figures=tuple(Figure(**figure) for figure in content["figures"]),
-            notes=tuple(content["notes"]),
-            details=dict(content["details"]),
-            settings=dict(content["settings"]),
-            error=content["error"],
-            partial=content["partial"],
-        )
-    except (KeyError, TypeError) as error:
-        raise CorruptError(f"a stored evaluation is damaged ({error}): delete its folder and run again") from error
+    with reading("a stored evaluation"):
+        return _MEASURED.validate_json(json.dumps(content))
+
+
+_MEASURED = TypeAdapter(Measured)
+
+
+class _Items(Record):
+    items: dict[str, Any]
 
 
 class Notebook:
@@ -125,8 +123,8 @@ class Notebook:
         keys = [] if prefix is None else [key for key in run.storage.list(prefix) if "/items-" in key]
         for key in keys:
             try:
-                self._entries |= read_json(run.storage, key)["items"]
-            except (CorruptError, KeyError):
+                self._entries |= read_json(run.storage, key, _Items)["items"]
+            except CorruptError:
                 run.storage.delete(key)  # cut off or altered: its items are asked for again
         self._files = 1 + max((int(key.rpartition("-")[2].partition(".")[0]) for key in keys), default=-1)
 

@@ -149,6 +149,7 @@ class BoundPairwise:
             ask=self.metric.ask,
             what=f"{self.metric.label}, {subject.name}",
             reporter=subject.setup.reporter,
+            wanted=tuple[int, int],
         )
         orders = {id_: (int(first), int(second)) for id_, (first, second) in found.items()}
         rewards = {id_: {2: 1.0, -2: 0.0}.get(sum(order), 0.5) for id_, order in orders.items()}

@@ -8,11 +8,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import Field
+
 from gradsift.generation.sampling import Usage
 from gradsift.run import REVISIONS, Run, revisions
-from gradsift.store.manifest import read_if_whole
+from gradsift.store.manifest import Manifest, Record, read_if_whole
 
 STAGES = ("warm-up", "gradients", "score", "select", "train", "evaluate", "curve")
+
+
+LOST = "≥: an attempt was killed at this stage, and what it took until then is not counted"
 
 
 @dataclass(frozen=True)
@@ -22,12 +27,14 @@ class StageCost:
     arm: None where arms share it
     seconds: wall time; about 0 for what an earlier command of the run had done
     amounts: examples and tokens trained on; requests, tokens and cost of an endpoint that responses came from
+    lost: whether an attempt was killed, so that what it took until then is missing: these are lower bounds
     """
 
     arm: str | None
     stage: str
     seconds: float
     amounts: dict[str, float] = field(default_factory=dict)
+    lost: bool = False
 
 
 @dataclass
@@ -39,10 +46,22 @@ class Stage:
     done: bool = True
 
 
+class _Times(Record):
+    seconds: float = Field(ge=0)
+    amounts: dict[str, float]
+    done: bool
+    open: bool = False  # an attempt is under way, or was when its process was killed
+    lost: bool = False
+
+
+class _Sampled(Manifest):
+    usage: Usage | None = None
+
+
 class StageClock:
     """Wall time and endpoint use of stages, each counted once however many arms share it.
 
-    Time that a killed process (not an interrupted one) spent on an unfinished stage is lost.
+    Time that a killed process (not an interrupted one) spent on an unfinished stage is lost, and that is told.
 
     Args:
         run: the run folder.
@@ -67,12 +86,15 @@ class StageClock:
         """
         work = {"stage": stage, **self._common, **identity, **revisions(*REVISIONS)}
         key = f"{self._run.prefix('times', work).rstrip('/')}.json"
-        earlier = read_if_whole(self._run.storage, key) or {}  # a time alone is not worth ending anything
+        earlier = read_if_whole(self._run.storage, key, _Times) or {}  # a time alone is not worth ending anything
         timed = Stage(float(earlier.get("seconds", 0.0)), dict(earlier.get("amounts", {})))
+        lost = bool(earlier.get("lost") or earlier.get("open"))
         if earlier.get("done"):
             yield timed
         else:
             before, start, finished = endpoint_use(self._run), time.monotonic(), False
+            content = {"seconds": timed.seconds, "amounts": timed.amounts, "done": False, "open": True, "lost": lost}
+            self._run.publish_json(key, content)
             try:
                 yield timed
                 finished = timed.done
@@ -81,9 +103,9 @@ class StageClock:
                 for unit, amount in endpoint_use(self._run).items():
                     if used := amount - before.get(unit, 0.0):
                         timed.amounts[unit] = timed.amounts.get(unit, 0.0) + used
-                content = {"seconds": timed.seconds, "amounts": timed.amounts, "done": finished}
+                content = {"seconds": timed.seconds, "amounts": timed.amounts, "done": finished, "lost": lost}
                 self._run.publish_json(key, content)
-        self.by_key.setdefault(key, StageCost(arm, stage, timed.seconds, timed.amounts))
+        self.by_key.setdefault(key, StageCost(arm, stage, timed.seconds, timed.amounts, lost))
 
     def costs(self) -> list[StageCost]:
         """One entry per arm and stage."""
@@ -92,7 +114,9 @@ class StageClock:
             old = found.get((cost.arm, cost.stage), StageCost(cost.arm, cost.stage, 0.0))
             units = dict.fromkeys([*old.amounts, *cost.amounts])
             amounts = {unit: old.amounts.get(unit, 0.0) + cost.amounts.get(unit, 0.0) for unit in units}
-            found[cost.arm, cost.stage] = StageCost(cost.arm, cost.stage, old.seconds + cost.seconds, amounts)
+            found[cost.arm, cost.stage] = StageCost(
+                cost.arm, cost.stage, old.seconds + cost.seconds, amounts, old.lost or cost.lost
+            )
         return list(found.values())
 
 
@@ -100,7 +124,7 @@ def endpoint_use(run: Run) -> dict[str, float]:
     """What all responses of a run have used up at endpoints, by unit; judges are not in it."""
     used = Usage()
     for prefix in run.artifacts("samples"):
-        usage = (run.manifest(prefix) or {}).get("usage")
+        usage = (run.manifest(prefix, _Sampled) or {}).get("usage")
         used += Usage(**usage) if usage else Usage()
     amounts = {
         "requests": used.requests,

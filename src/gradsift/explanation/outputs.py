@@ -15,7 +15,7 @@ from gradsift.errors import CorruptError, DataError, NonFiniteError
 from gradsift.generation.local import end_ids, greedy_output
 from gradsift.loss import token_mean
 from gradsift.models import generation_ends, host, model_identity
-from gradsift.store.manifest import fingerprint, read_json
+from gradsift.store.manifest import Record, fingerprint, read_json
 from gradsift.types import Example, Message, Sequence, Skipped, TokenizedExample, before_answer
 
 
@@ -186,6 +186,11 @@ def _given(pool: Pool, chat: ChatFormat, question: Question, output: str) -> Out
     return Output(question, entry, output, generated=False, finished=True)
 
 
+class _Said(Record):
+    token_ids: list[int]
+    finished: bool
+
+
 class _Speaker:
     """Greedy answers, found in the run folder or generated and kept there; the first new one loads the model."""
 
@@ -209,9 +214,9 @@ class _Speaker:
         storage, key = self.pool.run.storage, f"{self.prefix}{fingerprint([int(token) for token in prompt])}.json"
         if storage.exists(key):
             try:
-                kept = read_json(storage, key)
-                return [int(token) for token in kept["token_ids"]], bool(kept["finished"])
-            except (CorruptError, KeyError, TypeError, ValueError):
+                kept = read_json(storage, key, _Said)
+                return kept["token_ids"], kept["finished"]
+            except CorruptError:
                 self.pool.reporter.warn(f"{self.pool.run.name(key)} is damaged: asking the model again")
         if self._model is None:
             checkpoint = self.pool.checkpoints()[-1]

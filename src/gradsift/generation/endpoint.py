@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
-from gradsift.errors import ConfigError, DataError, ModelError
+from gradsift.errors import ConfigError, DataError, ModelError, RefusedError
 from gradsift.generation.encoding import ReplyEncoder
 from gradsift.generation.sampling import (
     Drawn,
@@ -41,6 +41,7 @@ from gradsift.generation.sampling import (
     Usage,
     request_seed,
 )
+from gradsift.secrets import Secret
 from gradsift.settings import Settings
 from gradsift.types import Chat, Message
 
@@ -298,7 +299,7 @@ class Client:
         garbled = 0
         for attempt in range(self.endpoint.max_retries + 1):
             try:
-                return _parse(self._once(body), self.endpoint)
+                return _parse(self._once(body), self.endpoint, self._secret)
             except _AgainError as problem:
                 reason, answered = self._hide(str(problem)), problem.answered
                 garbled += answered
@@ -348,14 +349,14 @@ class Client:
         if status in (401, 403):
             # The server's words are left out: some repeat a part of the key.
             key = f"the key in {self.endpoint.api_key_env}" if self._key else "a request without a key"
-            return ConfigError(f"{place} refuses {key} (HTTP {status}): put a valid key in the environment variable")
-        said = self._hide(_words(error.body))
+            return RefusedError(f"{place} refuses {key} (HTTP {status}): put a valid key in the environment variable")
+        said = self._hide(_words(self._secret.masked(error.body)))
         if status == 429 and "insufficient_quota" in (getattr(error, "code", None), getattr(error, "type", None)):
-            return ConfigError(f"{place}: the account's quota is used up ({said})")
+            return RefusedError(f"{place}: the account's quota is used up ({said})")
         if status in (408, 409, 425, 429) or status >= 500:
             return _AgainError(f"HTTP {status} {said}".rstrip(), wait=_retry_after(error.response.headers))
         if status in (404, 405):
-            return ConfigError(f"{place} is not served (HTTP {status} {said}): check model and base_url")
+            return RefusedError(f"{place} is not served (HTTP {status} {said}): check model and base_url")
         return ReplyError(f"{place} refuses the request (HTTP {status} {said})")
 
     # --- the connection -------------------------------------------------------------------------------------------
@@ -391,9 +392,13 @@ class Client:
                 )
             return self._connection
 
+    @cached_property
+    def _secret(self) -> Secret:
+        return Secret(self._key)
+
     def _hide(self, text: str) -> str:
-        text = " ".join(text.split())
-        return (text.replace(self._key, "***") if self._key else text)[:300]
+        masked: str = self._secret.masked(" ".join(text.split()))
+        return masked[:300]
 
 
 @dataclass(frozen=True)
@@ -612,21 +617,24 @@ def _package() -> Any:
 # --- reading what came back ---------------------------------------------------------------------------------------
 
 
-def _parse(content: bytes, endpoint: Endpoint) -> Reply:
+def _parse(content: bytes, endpoint: Endpoint, secret: Secret) -> Reply:
     try:
         value = json.loads(content.decode("utf-8"))
-    except ValueError as error:
-        start = content[:80].decode("utf-8", "replace")
-        raise _AgainError(f"the reply is not JSON ({error}); it begins {start!r}", answered=True) from None
+    except (ValueError, RecursionError) as error:
+        start = secret.masked(content.decode("utf-8", "replace")[:1000])[:80]
+        raise _AgainError(
+            f"the reply is not JSON ({secret.masked(str(error))}); it begins {start!r}", answered=True
+        ) from None
     if not isinstance(value, dict):
         raise _AgainError(f"the reply is a JSON {type(value).__name__}, not an object", answered=True)
     choices = value.get("choices")
     if not isinstance(choices, list) or not choices:
+        value = secret.masked(value)
         said = _words(value["error"]) if value.get("error") else f"its keys are {', '.join(map(str, value)) or 'none'}"
         raise _AgainError(f"the reply has no choices: {said}", answered=True)
     prompt_ids = value.get("prompt_token_ids")
     return Reply(
-        tuple(_choice(choice, endpoint) for choice in sorted(choices, key=_index)),
+        tuple(_choice(choice, endpoint, secret) for choice in sorted(choices, key=_index)),
         _usage(value.get("usage"), endpoint),
         None if prompt_ids is None or not _is_tokens(prompt_ids) else tuple(prompt_ids),
     )
@@ -637,14 +645,14 @@ def _index(choice: Any) -> int:
     return index if isinstance(index, int) else 0
 
 
-def _choice(choice: Any, endpoint: Endpoint) -> Choice | str:
+def _choice(choice: Any, endpoint: Endpoint, secret: Secret) -> Choice | str:
     """The choice, or why it cannot be used."""
     message = choice.get("message") if isinstance(choice, dict) else None
     if not isinstance(message, dict):
         return "the choice holds no message"
     text, reason = message.get("content"), choice.get("finish_reason")
     if reason not in ("stop", "length"):
-        return f"the reply ended with {str(reason)[:40]!r}, wanted stop or length"
+        return f"the reply ended with {str(secret.masked(reason))[:40]!r}, wanted stop or length"
     token_ids = choice.get("token_ids")
     if text is None and _is_tokens(token_ids):
         text = ""  # vLLM's reply of an end-of-turn token alone
@@ -652,6 +660,8 @@ def _choice(choice: Any, endpoint: Endpoint) -> Choice | str:
         return f"the message's content is {type(text).__name__}, not a text"
     if not _is_unicode(text):
         return "the text holds half a surrogate pair, which is no Unicode"
+    if secret.is_in(text):  # whatever it means, it would be written to files, as text and as tokens
+        return "the text repeats the key that it was asked with"
     if not _is_tokens(token_ids):
         return Choice(text, reason)
     logprobs = _logprobs(choice.get("logprobs"), len(token_ids)) if endpoint.logprobs is not None else None
@@ -665,7 +675,10 @@ def _logprobs(value: Any, tokens: int) -> NDArray[np.float32] | str:
     found = [e.get("logprob") for e in entries if isinstance(e, dict)] if isinstance(entries, list) else []
     if len(found) != tokens or not all(isinstance(number, (int, float)) for number in found):
         return f"the reply has {len(found)} log-probabilities for {tokens} tokens"
-    return np.array(found, dtype=np.float32)
+    try:
+        return np.array(found, dtype=np.float32)
+    except OverflowError:
+        return "the reply has log-probabilities that no floating-point number is"
 
 
 def _is_tokens(value: Any) -> bool:
@@ -682,7 +695,7 @@ def _is_unicode(text: str) -> bool:
 
 def _usage(value: Any, endpoint: Endpoint) -> Usage:
     counts = [value.get(name) if isinstance(value, dict) else None for name in ("prompt_tokens", "completion_tokens")]
-    known = [count for count in counts if type(count) is int and count >= 0]
+    known = [count for count in counts if type(count) is int and 0 <= count < 2**53]
     if len(known) < len(counts):
         return Usage(requests=1, uncounted=1)
     return usage_of(endpoint, known[0], known[1])

@@ -28,7 +28,7 @@ from gradsift.execution.engine import LOCAL, Engine
 from gradsift.generation.sampling import Drawn, Problem, Prompt, Request, Response, Sampler, Usage
 from gradsift.progress import Advance, Reporter, silent
 from gradsift.run import Run, revised
-from gradsift.store.manifest import fingerprint
+from gradsift.store.manifest import fingerprint, reading
 
 _SCHEMA = pa.schema(
     [
@@ -382,7 +382,12 @@ def _publish(run: Run, key: str, table: pa.Table) -> None:
 
 def _read(run: Run, key: str) -> tuple[list[Response], Usage | None]:
     rows, metadata = _read_rows(run, key, _SCHEMA)
-    responses = [
+    with reading(run.name(key)):
+        return _responses(rows), Usage(**json.loads(metadata[b"usage"])) if metadata.get(b"usage") else None
+
+
+def _responses(rows: Sequence[Mapping[str, Any]]) -> list[Response]:
+    return [
         Response(
             prompt_id=row["prompt_id"],
             number=row["number"],
@@ -397,11 +402,6 @@ def _read(run: Run, key: str) -> tuple[list[Response], Usage | None]:
         )
         for row in rows
     ]
-    try:
-        usage = Usage(**json.loads(metadata[b"usage"])) if metadata.get(b"usage") else None
-    except (ValueError, TypeError) as error:
-        raise _damaged(run, key) from error
-    return responses, usage
 
 
 def _read_rows(run: Run, key: str, schema: pa.Schema) -> tuple[list[dict[str, Any]], dict[bytes, bytes]]:

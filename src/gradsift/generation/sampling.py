@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from gradsift.settings import Settings
+from gradsift.settings import Seed, Settings
 from gradsift.store.manifest import canonical
 from gradsift.types import Example, Message, before_answer
 
@@ -44,7 +44,7 @@ class Sampling(Settings):
     top_k: int | None = Field(default=50, ge=1)
     top_p: float | None = Field(default=0.95, gt=0, le=1)
     max_new_tokens: int = Field(default=256, ge=1)
-    seed: int = 0
+    seed: Seed = 0
 
     @model_validator(mode="before")
     @classmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 import zlib
 from collections.abc import Callable, Container, Mapping
 from collections.abc import Sequence as SequenceABC
@@ -15,15 +16,16 @@ import torch
 
 from gradsift.adapters import refuse_untrained
 from gradsift.errors import ConfigError, CorruptError, DataError, MismatchError
-from gradsift.execution.engine import LOCAL, Engine, Task
+from gradsift.execution.engine import LOCAL, Engine
 from gradsift.gradients.adam import AdamDirection, EpsPlacement
 from gradsift.gradients.batching import automatic_lanes, automatic_token_budget, measured_token_budget, repeated
 from gradsift.gradients.behind import to_host, write, writing_behind
 from gradsift.gradients.capture import LORA, Modules, find_modules
 from gradsift.gradients.exact import ExactProducts, Side
 from gradsift.gradients.projection import Projection, Projector, plan_segments
-from gradsift.gradients.rows import ShardRows, View, gradient_rows
+from gradsift.gradients.rows import ShardPart, ShardRows, View, gradient_rows
 from gradsift.gradients.self_check import kept_check
+from gradsift.interruption import keep_note, pressed
 from gradsift.models import DtypeName, host, input_device, model_identity
 from gradsift.progress import Advance, Reporter, silent, untold
 from gradsift.run import Run, revised
@@ -31,12 +33,15 @@ from gradsift.settings import Settings
 from gradsift.store.gradient_store import GradientStore, GradientStoreWriter, RowDtype, ShardColumns
 from gradsift.store.manifest import fingerprint
 from gradsift.store.precision import ExactRows, MeasuredError
+from gradsift.store.tensors import publish_tensors, read_tensors
 from gradsift.sums import row_norms
 from gradsift.types import Sequence
 from gradsift.warmup.checkpoint import Checkpoint, Moments, load_moments, trained_parameters
 
 _SHARD_TOKENS = {"cpu": 16_384, "cuda": 1_048_576}  # about two minutes of work
 _SHARD_BYTES = 1 << 31  # unprojected rows are a hundred megabytes each
+_SAVE_SECONDS = 20.0  # the work within a shard that a killed process loses at most, beside one batch …
+_SAVE_SHARE = 0.05  # … unless saving that often would take more than this share of the time
 _PROBE_ROWS = 64  # of which batches are made to see what memory they take
 # Rows of each shard whose unprojected gradients are held until they are compared, for so much of the free memory.
 _MEASURED_ROWS, _MEASURED_SHARE = 16, 1 / 16
@@ -68,7 +73,7 @@ class Gradients(Settings):
         time for larger batches and longer rows. Rows are the same, so it is no part of what a store is.
     token_budget: padded tokens per batch; None finds one for the memory at hand. Where memory runs out, batches are
         halved, and the store remembers their size for later shards and runs.
-    shard_rows: rows per shard, the work lost when a run is killed; None takes about two minutes' worth.
+    shard_rows: rows per shard, which are written and given to workers at once; None takes about two minutes' worth.
     module_groups: passes over the data, each for a part of the modules, when the gradients of all do not fit.
     full_sum: also store the unprojected sum of each shard's rows (second-order methods need it).
     """
@@ -174,6 +179,11 @@ class ShardSpec(_Work):
     def probe(self, start: int, stop: int) -> ShardSpec:
         """Rows `[start, stop)` of the shard alone, computed and forgotten."""
         return replace(self, start=self.start + start, stop=self.start + stop, dry=True)
+
+    @property
+    def part(self) -> _Part:
+        """What is kept of the shard while it is under way."""
+        return _Part(self)
 
     def without(self, rows: SequenceABC[int], reason: str) -> ShardSpec:
         """The shard in which these rows are left out."""
@@ -341,9 +351,30 @@ def collect_shard(spec: ShardSpec, on_rows: Any = None) -> None:
     sequences = [s for s in spec.source.sequences(spec.start, spec.stop) if s.row not in spec.left_out]
     ids = spec.source.ids[spec.start : spec.stop]
     measured = [] if spec.dry else _sample(ids, spec.measured, spec.left_out)
-    result = engine.rows(
-        sequences, len(ids), tuple(spec.stores), spec.token_budget, spec.lanes, on_rows, measured=measured
-    )
+    kept = spec.part
+    progress = ShardPart({} if spec.dry else kept.tensors())
+
+    def advance(rows: int) -> None:
+        if on_rows is not None:
+            on_rows(rows)
+        if not spec.dry:
+            kept.save_now_and_then(progress)
+
+    try:
+        result = engine.rows(
+            sequences,
+            len(ids),
+            tuple(spec.stores),
+            spec.token_budget,
+            spec.lanes,
+            advance,
+            measured=measured,
+            part=progress,
+        )
+    except BaseException as error:
+        if not spec.dry and (isinstance(error, KeyboardInterrupt) or pressed()):
+            kept.save(progress)
+        raise
     if spec.dry:
         return
     bad = {**result.bad, **spec.left_out}
@@ -367,6 +398,58 @@ def collect_shard(spec: ShardSpec, on_rows: Any = None) -> None:
         sums = to_host(result.full_sums[view]) if view in result.full_sums else None
         exact = None if result.exact is None else _exact_rows(result.exact, view, keep)
         write(partial(_write, writer, spec.shard, to_host({"rows": rows}), columns, sums, exact))
+    if kept.there:
+        write(kept.remove)
+
+
+class _Part:
+    """A file in the run with what is finished of a shard, so that little is lost with the process.
+
+    Batches are formed as ever, so that the shard's rows are the same whether it is taken up again or not.
+    """
+
+    def __init__(self, spec: ShardSpec) -> None:
+        self._storage = spec.run.storage
+        prefix = min(spec.stores.items())[1]
+        self._key = GradientStoreWriter.part_key(prefix, spec.shard)
+        # What rows and the company they are computed in depend on, beside what the store is.
+        self._note = fingerprint(
+            [
+                spec.source.ids[spec.start : spec.stop], sorted(spec.stores), spec.token_budget, spec.lanes,
+                spec.settings.module_groups, sorted(spec.left_out),
+            ]
+        )  # fmt: skip
+        self._saved_at, self._cost, self.there = time.monotonic(), 0.0, False
+
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        """What an earlier process has left; nothing where that is damaged or of other batches."""
+        if not self._storage.exists(self._key):
+            return {}
+        self.there = True
+        try:
+            tensors, note = read_tensors(self._storage, self._key)
+        except CorruptError:
+            return {}
+        return tensors if note == self._note else {}
+
+    def save_now_and_then(self, progress: ShardPart) -> None:
+        """Save, unless that was done lately or takes too much of the time."""
+        if time.monotonic() - self._saved_at >= max(_SAVE_SECONDS, self._cost / _SAVE_SHARE):
+            self.save(progress)
+
+    def save(self, progress: ShardPart) -> None:
+        """Publish what is finished."""
+        began = time.monotonic()
+        tensors = progress.snapshot()
+        if ShardPart.is_something(tensors):
+            publish_tensors(self._storage, self._key, tensors, self._note)
+            self.there = True
+        self._saved_at = time.monotonic()
+        self._cost = self._saved_at - began
+
+    def remove(self) -> None:
+        """Once the shard is there."""
+        self._storage.delete(self._key)
 
 
 def _sample(ids: SequenceABC[str], count: int, left_out: Container[int]) -> list[int]:
@@ -476,6 +559,7 @@ class _Engine:
         on_rows: Any,
         *,
         measured: SequenceABC[int] = (),
+        part: ShardPart | None = None,
     ) -> ShardRows:
         budget = min(budget, self.host.token_limit or budget)
         result = gradient_rows(
@@ -495,6 +579,7 @@ class _Engine:
             checkpointing=self.settings.gradient_checkpointing,
             measured=measured,
             on_rows=on_rows,
+            part=part,
         )
         if result.token_budget < budget:  # memory ran out: later shards and checkpoints begin with what fits
             self.host.token_limit = result.token_budget
@@ -576,7 +661,7 @@ def _open_complete(run: Run, prefix: str) -> GradientStore | None:
 
 
 def automatic_shard_rows(tokens: float, device: str, row_bytes: float) -> int:
-    """Rows of a shard, by their mean number of tokens and by the bytes of a row in all views: what a killed run loses.
+    """Rows of a shard, by their mean number of tokens and by the bytes of a row in all views.
 
     >>> automatic_shard_rows(256, "cpu", 32768), automatic_shard_rows(512, "cuda", 32768)
     (64, 2048)
@@ -656,11 +741,8 @@ def _collect_missing(
                 )
             if state != "complete":
                 missing.setdefault((cut, shard), []).append(view)
-    rows_left = sum(min(cut.shard_rows, count - shard * cut.shard_rows) for cut, shard in missing)
-    if rows_left < count:
-        reporter.say(f"{count - rows_left} of {count} {what} rows are there already")
     label = f"gradients of the {what} at {work.checkpoint.name.rstrip('/').rsplit('/', 1)[-1]} ({' + '.join(views)})"
-    tasks: list[Task] = []
+    tasks: list[ShardSpec] = []
     for (cut, shard), shard_views in sorted(missing.items()):
         start, stop = shard * cut.shard_rows, min((shard + 1) * cut.shard_rows, count)
         tasks.append(
@@ -670,9 +752,22 @@ def _collect_missing(
                 cut.measured,
             )
         )  # fmt: skip
-    with reporter.stage(label, rows_left) as advance, writing_behind():
-        for _ in engine.map(tasks, advance, "shard"):
-            pass
+    rows_left = sum(task.rows - ShardPart.rows_of(task.part.tensors()) for task in tasks)
+    if rows_left < count:
+        reporter.say(f"{count - rows_left} of {count} {what} rows are there already")
+    try:
+        with reporter.stage(label, rows_left) as advance, writing_behind():
+            for _ in engine.map(tasks, advance, "shard"):
+                pass
+    except KeyboardInterrupt:
+        lost = sum(
+            task.rows - ShardPart.rows_of(task.part.tensors())
+            for task in tasks
+            if any(writers[view].shard_state(task.shard, source.ids[task.start : task.stop]) != "complete"
+                   for view in task.stores)
+        )  # fmt: skip
+        keep_note(f"{count - lost} of {count} {what} rows")
+        raise
     for view, writer in writers.items():
         fits = writer.layout(layout)["token_budget"]
         if fits < layouts[view].token_budget:

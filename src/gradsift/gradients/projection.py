@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gradsift.errors import ConfigError, ShapeError
-from gradsift.settings import Settings
+from gradsift.settings import Seed, Settings
 
 ProjectionKind = Literal["sparse", "rademacher", "kronecker", "none"]
 SegmentSizes = Literal["whole", "proportional", "per_module"]
@@ -57,7 +57,7 @@ class Projection(Settings):
     dim: int = 8192
     sizes: SegmentSizes = "whole"
     nonzeros: int = 1
-    seed: int = 0
+    seed: Seed = 0
 
     def model_post_init(self, _context: object) -> None:
         """Refuse sizes that make no sense."""

@@ -6,11 +6,14 @@ import threading
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceABC
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal
+from itertools import pairwise
+from typing import Literal, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gradsift.gradients.adam import AdamDirection
@@ -50,6 +53,35 @@ class ShardRows:
     exact: ExactProducts | None = None
 
 
+class ShardPart:
+    """What a pass over a shard has finished so far, from which another process goes on to the same rows.
+
+    Rows are done module group by module group. What a batch was at when the pass was interrupted is in no part.
+
+    tensors: by name, on the CPU, what `snapshot` gave; empty where nothing is known.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor] | None = None) -> None:
+        self.tensors: Mapping[str, Tensor] = tensors or {}
+        self._snapshot: Callable[[], dict[str, Tensor]] | None = None
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """What is finished now: `done` [group row], and of rows of which anything is, rows, losses and squared norms;
+        with sums over modules where they are asked for. Empty before the pass begins.
+        """
+        return {} if self._snapshot is None else self._snapshot()
+
+    @staticmethod
+    def is_something(tensors: Mapping[str, Tensor]) -> bool:
+        """Whether a snapshot has anything, be it of one module group."""
+        return "done" in tensors and bool(tensors["done"].any())
+
+    @staticmethod
+    def rows_of(tensors: Mapping[str, Tensor]) -> int:
+        """How many rows a snapshot has in full."""
+        return int(tensors["done"].all(0).sum()) if "done" in tensors else 0
+
+
 def gradient_rows(
     model: nn.Module,
     modules: SequenceABC[Captured],
@@ -68,6 +100,7 @@ def gradient_rows(
     checkpointing: bool = False,
     measured: SequenceABC[int] = (),
     on_rows: Callable[[int], None] | None = None,
+    part: ShardPart | None = None,
 ) -> ShardRows:
     """Projected per-example gradients of a shard.
 
@@ -96,7 +129,8 @@ def gradient_rows(
             the time when all threads share one. Rows depend on the threads of a lane only by rounding.
         checkpointing: run each layer again in the backward pass instead of keeping its activations.
         measured: rows whose inner products are wanted before projection, too.
-        on_rows: told how many rows were done.
+        on_rows: told how many rows were done, beside those of `part`.
+        part: what is known already, of a pass with the same arguments; tells what is finished from then on.
 
     Returns:
         Rows of non-finite loss or gradient, and those that do not fit in memory even alone, are zero and in `bad`.
@@ -115,10 +149,10 @@ def gradient_rows(
         row_bytes = sum(one.dim * one.dtype.itemsize for one in projectors.values())
         beside = sequence_tokens(model, max(c.out_features * c.in_features for c in modules), row_bytes)
     budget = _Budget(token_budget, beside, projector.device)
-    result = _pass(sequences, budget, *work, checkpointing, exact, on_rows)
+    result = _pass(sequences, budget, *work, checkpointing, exact, on_rows, part)
     if result.bad and full_sum:  # a non-finite row has spoilt the sums: take them again without it
         kept = [sequence for sequence in sequences if sequence.row not in result.bad]
-        again = _pass(kept, budget, *work, checkpointing, None, None)
+        again = _pass(kept, budget, *work, checkpointing, None, None, None)
         result.full_sums = again.full_sums
         result.bad.update(again.bad)
     for row in result.bad:
@@ -179,6 +213,7 @@ def _pass(
     checkpointing: bool,
     exact: ExactProducts | None,
     on_rows: Callable[[int], None] | None,
+    part: ShardPart | None,
 ) -> ShardRows:
     device = next(iter(projectors.values())).device
     result = ShardRows(
@@ -191,22 +226,37 @@ def _pass(
         full_sums={view: {} for view in projectors} if full_sum else {},
         exact=exact,
     )
-    squares = {view: torch.zeros(row_count, dtype=torch.float64, device=device) for view in projectors}
     size = -(-len(modules) // module_groups)
     groups = [modules[start : start + size] for start in range(0, len(modules), size)]
+    squares = {view: torch.zeros(len(groups), row_count, dtype=torch.float64, device=device) for view in projectors}
+    columns: Columns = {
+        view: [[(s.start, s.stop) for s in (projector.segment(c.name) for c in group)] for group in groups]
+        for view, projector in projectors.items()
+    }
+    # Groups that add to the same columns add to rows of their own, so that what each has added can be told apart.
+    blank = [
+        result.rows if _apart(columns) else {v: torch.zeros_like(r) for v, r in result.rows.items()} for _ in groups
+    ]
+    progress = _Progress(result, blank, squares, columns, frozenset() if exact is None else frozenset(exact.rows))
+    if part is not None:
+        progress.restore(part.tensors)
+        part._snapshot = progress.snapshot
     # Kronecker rows come from the factors; only Adam directions and sums need the gradient itself.
     kinds = {projector.projection.kind for projector in projectors.values()}
     by_factors = kinds == {"kronecker"} and "adam" not in projectors and not full_sum
-    sums = result.full_sums
     for number, group in enumerate(groups):
         with Capture(model, group, autocast=autocast, checkpointing=checkpointing).open() as capture:
-            sinks = [_Sink(projectors, adam, result, squares, full_sum, number == 0) for _ in range(lanes)]
+            own = {view: square[number] for view, square in squares.items()}
+            into = replace(result, rows=blank[number])
+            sinks = [_Sink(projectors, adam, into, own, full_sum, number == 0) for _ in range(lanes)]
+            units = budget.units(sequences)
+            progress.begin(number, units, sinks)
 
             def run(lane: int, unit: Unit, stopped: Callable[[], bool], capture: Capture = capture) -> bool:
-                sink = sinks[lane]  # noqa: B023 - used before the next group's
+                sink, known = sinks[lane], progress.is_done(unit)  # noqa: B023 - used before the next group's
                 waiting = budget.fitting(unit)
                 while waiting:
-                    failed = _take(waiting[0], capture, sink, by_factors, stopped)
+                    failed = _take(waiting[0], capture, sink, by_factors, stopped, known=known)
                     if stopped():
                         return False
                     if failed is None:
@@ -222,21 +272,25 @@ def _pass(
                     waiting = [small for unit in waiting for small in budget.fitting(unit)]
                 return True
 
-            def done(unit: Unit, number: int = number) -> None:
-                if on_rows is not None and number == len(groups) - 1:
+            def done(lane: int, unit: Unit, number: int = number) -> None:
+                known = progress.is_done(unit)
+                progress.mark(lane, unit)
+                if on_rows is not None and not known and number == len(groups) - 1:
                     on_rows(len(unit[-1].rows))
 
-            _in_lanes(budget.units(sequences), lanes, run, done, fixed=full_sum)
-        for sink in sinks:
-            for view, modules_ in sink.full_sums.items():
-                for name, total in modules_.items():
-                    sums[view][name] = sums[view][name] + total if name in sums[view] else total
+            _in_lanes(units, lanes, run, done, progress.needs_nothing, fixed=full_sum)
+        progress.end()
         if exact is not None:
             exact.add_up()
-    result.norms = {view: square.sqrt() for view, square in squares.items()}
+    if blank[0] is not result.rows:
+        result.rows = {view: sum((rows[view] for rows in blank[1:]), start=blank[0][view]) for view in projectors}
+    if full_sum:
+        result.full_sums = {view: progress.sums.get(view, {}) for view in projectors}
+    norms = {view: sum(square[1:], start=square[0]) for view, square in squares.items()}  # in the groups' order
+    result.norms = {view: square.sqrt() for view, square in norms.items()}
     finite_loss = torch.isfinite(result.loss)
     finite_rows = torch.stack(
-        [torch.isfinite(square) & torch.isfinite(result.rows[view]).all(1) for view, square in squares.items()]
+        [torch.isfinite(square) & torch.isfinite(result.rows[view]).all(1) for view, square in norms.items()]
     ).all(0)
     for row in (~(finite_loss & finite_rows)).nonzero()[:, 0].tolist():
         loss = float(result.loss[row])
@@ -244,8 +298,186 @@ def _pass(
     return result
 
 
-def _take(unit: Unit, capture: Capture, sink: _Sink, by_factors: bool, stopped: Callable[[], bool]) -> Batch | None:
-    """Add the rows of a unit, or change nothing and return the batch for which memory did not suffice."""
+Sums = dict[View, dict[str, Tensor]]  # view → module → [out in]
+Columns = Mapping[View, SequenceABC[SequenceABC[tuple[int, int]]]]  # view → module group → (start, stop)
+
+
+def _apart(columns: Columns) -> bool:
+    """Whether module groups have columns of their own, so that what one has added can be told from the others'."""
+    for groups in columns.values():
+        taken = [range(start, stop) for group in groups for start, stop in {*group}] if len(groups) > 1 else []
+        ordered = sorted(taken, key=lambda part: part.start)
+        if any(one.stop > other.start for one, other in pairwise(ordered)):
+            return False
+    return True
+
+
+@dataclass(frozen=True)
+class _Reached:
+    """How far a pass is: one value, so that whoever looks at any moment sees what belongs together.
+
+    done: [group row], an array: a tensor's entries are asked for as if they lay on a GPU
+    group: that is under way
+    lanes: full-space sums of that group's units that are done, by lane
+    sums: full-space sums of the groups before
+    """
+
+    done: NDArray[np.bool_]
+    group: int = 0
+    lanes: tuple[Sums, ...] = ()
+    sums: Sums = field(default_factory=dict)
+
+
+class _Progress:
+    """What is done of a pass, and how that is written down and taken up again.
+
+    Args:
+        result: whose losses the pass adds to.
+        rows: of each module group, by view, that it adds to; the same ones where groups have columns of their own.
+        squares: view → [group row], squared norms that it adds to.
+        columns: of each view and module group in the rows.
+        measured: rows that are wanted before projection, too, which no part holds: their batches run again.
+    """
+
+    def __init__(
+        self,
+        result: ShardRows,
+        rows: SequenceABC[Mapping[View, Tensor]],
+        squares: Mapping[View, Tensor],
+        columns: Columns,
+        measured: frozenset[int],
+    ) -> None:
+        self._result, self._squares, self._columns, self._measured = result, squares, columns, measured
+        self._rows = rows if rows[0] is not rows[-1] else rows[:1]
+        groups = len(next(iter(columns.values())))
+        self._reached = _Reached(np.zeros((groups, len(result.loss)), dtype=np.bool_))
+        self._sinks: SequenceABC[_Sink] = ()
+        # The group that was under way in an earlier process, and what its lanes had summed up, until it is again.
+        self._resumed: tuple[int, tuple[Sums, ...]] | None = None
+
+    def begin(self, group: int, units: SequenceABC[Unit], sinks: SequenceABC[_Sink]) -> None:
+        """A pass over the units for a group's modules; what is done of it stays only if it is of whole units."""
+        known, done = self._reached, self._reached.done
+        self._sinks = sinks
+        flags = [done[group, list(unit[-1].rows)] for unit in units]
+        if any(bool(flag.any()) and not bool(flag.all()) for flag in flags):  # they were cut otherwise
+            done = done.copy()
+            done[group] = False
+            self._forget(group)
+        elif self._resumed is not None and self._resumed[0] == group:
+            for sink, sums in zip(sinks, self._resumed[1], strict=False):
+                sink.full_sums = {view: dict(modules) for view, modules in sums.items()}
+        lanes = tuple(_copy(sink.full_sums) for sink in sinks)
+        self._reached = _Reached(done, group, lanes, known.sums)
+        if self._resumed is not None and self._resumed[0] == group:
+            self._resumed = None
+
+    def is_done(self, unit: Unit) -> bool:
+        """Whether its rows are known."""
+        return bool(self._reached.done[self._reached.group, list(unit[-1].rows)].all())
+
+    def needs_nothing(self, unit: Unit) -> bool:
+        """Whether a unit is not to be run."""
+        return self.is_done(unit) and self._measured.isdisjoint(unit[-1].rows)
+
+    def mark(self, lane: int, unit: Unit) -> None:
+        """A unit's rows are in the result; called for one unit at a time, before its lane takes another."""
+        now, rows = self._reached, list(unit[-1].rows)
+        if not self._result.bad.keys().isdisjoint(rows):
+            return  # why a row is left out is found again by trying it
+        done, lanes = now.done.copy(), list(now.lanes)
+        done[now.group, rows], lanes[lane] = True, _copy(self._sinks[lane].full_sums)
+        self._reached = replace(now, done=done, lanes=tuple(lanes))
+
+    def end(self) -> None:
+        """All units of the group are through: its sums over lanes, in their order, join those of the groups before."""
+        sums = _copy(self._reached.sums)
+        for sink in self._sinks:
+            for view, modules in sink.full_sums.items():
+                own = sums.setdefault(view, {})
+                for name, total in modules.items():
+                    own[name] = own[name] + total if name in own else total
+        self._reached = replace(self._reached, lanes=(), sums=sums)
+
+    @property
+    def sums(self) -> Sums:
+        """Full-space sums of the groups that are through."""
+        return self._reached.sums
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """As `ShardPart.snapshot`."""
+        now = self._reached  # first: what is finished from here on is left out
+        done = torch.from_numpy(now.done.copy())
+        index = done.any(0).nonzero()[:, 0]
+        undone = ~done[:, index]
+        group, lanes = self._resumed or (now.group, now.lanes)
+        tensors = {"done": done, "group": torch.tensor(group), "loss": _taken(self._result.loss, index)}
+        tensors["loss"][undone[0]] = 0
+        for view, square in self._squares.items():
+            squares = _taken(square.T, index).T.contiguous()
+            squares[undone] = 0
+            tensors[f"squares/{view}"] = squares
+            for number, rows in enumerate(self._rows):
+                part = tensors[f"rows {number}/{view}"] = _taken(rows[view], index)
+                for group, columns in enumerate(self._columns[view]):
+                    for start, stop in columns if len(self._rows) == 1 or group == number else ():
+                        part[undone[group], start:stop] = 0
+        for place, sums in [("sum", now.sums), *((f"lane {n}", lane) for n, lane in enumerate(lanes))]:
+            for view, modules in sums.items():
+                tensors |= {f"{place}/{view}/{name}": total.cpu().clone() for name, total in modules.items()}
+        return tensors
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take up what `snapshot` gave."""
+        if "done" not in tensors:
+            return
+        done, result = tensors["done"], self._result
+        index = done.any(0).nonzero()[:, 0].to(result.loss.device)
+        result.loss[index] = tensors["loss"].to(result.loss)
+        for view, square in self._squares.items():
+            square[:, index] = tensors[f"squares/{view}"].to(square)
+            for number, rows in enumerate(self._rows):
+                rows[view][index] = tensors[f"rows {number}/{view}"].to(rows[view])
+        places: dict[str, Sums] = {}
+        for key, total in tensors.items():
+            place, _, rest = key.partition("/")
+            if place == "sum" or place.startswith("lane "):
+                of, _, name = rest.partition("/")
+                places.setdefault(place, {}).setdefault(cast(View, of), {})[name] = total.to(result.loss.device)
+        views = tuple(result.full_sums)
+        lanes = tuple(
+            {view: places.get(f"lane {n}", {}).get(view, {}) for view in views}
+            for n in range(sum(place.startswith("lane ") for place in places))
+        )
+        self._reached = _Reached(done.numpy(), sums=places.get("sum", {}))
+        self._resumed = int(tensors["group"]), lanes
+
+    def _forget(self, group: int) -> None:
+        for view, square in self._squares.items():
+            square[group] = 0
+            for start, stop in self._columns[view][group]:
+                self._rows[group if len(self._rows) > 1 else 0][view][:, start:stop] = 0
+        if group == 0:
+            self._result.loss.zero_()
+
+
+def _copy(sums: Mapping[View, Mapping[str, Tensor]]) -> Sums:
+    """Of the mappings; their tensors are never changed, but replaced."""
+    return {view: dict(modules) for view, modules in sums.items()}
+
+
+def _taken(tensor: Tensor, index: Tensor) -> Tensor:
+    """Some rows of a tensor, copied to the CPU."""
+    return tensor[index.to(tensor.device)].cpu().clone()
+
+
+def _take(
+    unit: Unit, capture: Capture, sink: _Sink, by_factors: bool, stopped: Callable[[], bool], *, known: bool
+) -> Batch | None:
+    """Add the rows of a unit, or change nothing and return the batch for which memory did not suffice.
+
+    Of a unit whose rows are known nothing is added: it is run for what its rows are before projection.
+    """
     batch = unit[0]
     sink.begin()
     try:
@@ -259,7 +491,10 @@ def _take(unit: Unit, capture: Capture, sink: _Sink, by_factors: bool, stopped: 
             raise
         sink.undo()
         return batch
-    sink.commit()
+    if known:
+        sink.undo()
+    else:
+        sink.commit()
     return None
 
 
@@ -267,11 +502,13 @@ def _in_lanes(
     units: SequenceABC[Unit],
     lanes: int,
     run: Callable[[int, Unit, Callable[[], bool]], bool],
-    done: Callable[[Unit], None],
+    done: Callable[[int, Unit], None],
+    skip: Callable[[Unit], bool],
     *,
     fixed: bool,
 ) -> None:
-    """Call `run(lane, unit, stopped)` for every unit, `lanes` at a time, and `done(unit)` after each, one at a time.
+    """Call `run(lane, unit, stopped)` for every unit, `lanes` at a time, and `done(lane, unit)` after each, one at a
+    time; units to `skip` are passed over.
 
     A lane takes the next unit that waits, or with `fixed` those that are always its own, so that sums over a lane are
     the same every time. Whatever ends this early (a failure, Ctrl-C) lets each lane finish its batch and no more:
@@ -279,8 +516,9 @@ def _in_lanes(
     """
     if lanes == 1:
         for unit in units:
-            run(0, unit, lambda: False)
-            done(unit)
+            if not skip(unit):
+                run(0, unit, lambda: False)
+                done(0, unit)
         return
     waiting = iter(units)  # shared: taking the next of a list is atomic
     queues = [iter(units[lane::lanes]) if fixed else waiting for lane in range(lanes)]
@@ -289,10 +527,12 @@ def _in_lanes(
     def lane_of(lane: int) -> None:
         torch.set_num_threads(max(1, threads // lanes))
         for unit in queues[lane]:
+            if skip(unit):
+                continue
             if stop.is_set() or not run(lane, unit, stop.is_set):
                 return
             with told:
-                done(unit)
+                done(lane, unit)
 
     try:
         with ThreadPoolExecutor(lanes) as executor:

@@ -27,7 +27,7 @@ from gradsift.loss import head_at, pad
 from gradsift.memory import is_out_of_memory
 from gradsift.models import input_device, model_identity
 from gradsift.run import Run
-from gradsift.store.manifest import versions
+from gradsift.store.manifest import Manifest, versions
 from gradsift.types import Sequence
 
 _TOKENS = 16  # of each row
@@ -134,6 +134,10 @@ def self_check(
     return SelfCheck(len(errors), errors.get(worst, 0.0), worst, bound, idle)
 
 
+class _Kept(Manifest):
+    found: SelfCheck
+
+
 def kept_check(
     run: Run,
     network: nn.Module,
@@ -161,7 +165,7 @@ def kept_check(
         "versions": versions(),
     }
     prefix = run.prefix("checks", config)
-    kept = run.manifest(prefix)
+    kept = run.manifest(prefix, _Kept)
     if kept is not None:
         return SelfCheck(**(kept["found"] | {"idle": tuple(kept["found"]["idle"])}))
     found = self_check(network, modules, rows, pattern=pattern, autocast=autocast, checkpointing=checkpointing)

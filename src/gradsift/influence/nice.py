@@ -289,9 +289,11 @@ class PolicyTargets:
         """
         if not any(self.live):
             best = max(summary.quantiles[-1] for summary in self.summaries)
+            lost = [problem for checkpoint in self.checkpoints for problem in self.earned_at(checkpoint).problems]
+            beside = f"; {len(lost)} have no reward, first: {lost[0].reason}" if lost else ""
             raise DataError(
-                f"no prompt has a signal: the weights of all sampled responses are 0 (highest reward {best:g}), so "
-                f"there is nothing to rank by. {_ADVICE}"
+                f"no prompt has a signal: the weights of all sampled responses are 0 (highest reward {best:g}{beside}),"
+                f" so there is nothing to rank by. {_ADVICE}"
             )
 
 

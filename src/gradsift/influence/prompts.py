@@ -22,6 +22,7 @@ from gradsift.data.load import Columns, load_examples
 from gradsift.data.overlap import hashed, normalised_hash, overlap_of_hashes
 from gradsift.data.sample import RowSample
 from gradsift.errors import ConfigError, DataError, GradsiftError
+from gradsift.execution.chunks import Chunks
 from gradsift.execution.engine import LOCAL, Engine
 from gradsift.generation.endpoint import Client, Endpoint, ReplyError, connected
 from gradsift.generation.samples import Samples
@@ -41,9 +42,9 @@ from gradsift.types import Chat, Example, Message, Sequence, Skipped, before_ans
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_CHUNK = 256  # responses whose rewards are asked for, and kept, at once: what a killed run loses
+_CHUNK = 256  # responses whose rewards are asked for, and kept, at once, at most
+_MODELLED = 32  # the same where a model gives them, always: in other batches they would be others by rounding
 _SHARE = 16  # prompts whose rewards one worker computes before it is given others
-_JUDGED = 64  # the same where each costs a request
 
 
 @dataclass(frozen=True)
@@ -220,7 +221,7 @@ def open_prompts(
     weights: SequenceABC[float] | None = None,
     judge: Endpoint | Chat | None = None,
     subtask: str | None = None,
-    columns: Columns | None = None,
+    columns: Columns | Mapping[str, str] | None = None,
     keep_overlap: bool = False,
     sample: RowSample | None = None,
 ) -> PromptTarget:
@@ -286,7 +287,7 @@ def read_prompts(
     source: Any,
     chat: ChatFormat,
     *,
-    columns: Columns | None = None,
+    columns: Columns | Mapping[str, str] | None = None,
     what: str = "target",
     sample: RowSample | None = None,
 ) -> Prompts:
@@ -345,19 +346,23 @@ def reward_responses(target: PromptTarget, samples: Samples, reporter: Reporter,
         for single in single_rewards(target.reward):
             if isinstance(single, UnitTests):
                 reporter.say_once(f"unit tests run what the model wrote; {isolation_text(single.sandbox)}")
-        found = reward_samples(waiting, target.reward, weights=target.weights, chat=chat)
+        size = _MODELLED if modelled else chunks.size
+        taken, waiting[:] = waiting[:size], waiting[size:]
+        with chunks.timed():
+            found = reward_samples(taken, target.reward, weights=target.weights, chat=chat)
         problems.extend(found.problems)
         fresh: dict[str, dict[int, float | None]] = {}
-        for sample, value in zip(waiting, found.values, strict=True):
+        for sample, value in zip(taken, found.values, strict=True):
             if value is not None:
                 values[sample.prompt_id, sample.number] = value
                 fresh.setdefault(sample.prompt_id, {})[sample.number] = value
         for prompt_id, own in fresh.items() if identity is not None else ():
             samples.save_rewards(under(prompt_id), prompt_id, own)
-        waiting.clear()
         if chat is not None and chat.failure is not None:
             raise chat.failure
 
+    modelled = any(isinstance(single, RewardModel) for single in single_rewards(target.reward))
+    chunks = Chunks(most=_CHUNK)
     responses = {prompt_id: samples[prompt_id] for prompt_id in samples}
     count = sum(map(len, responses.values()))
     with _chat(target.judge) as chat, reporter.stage("rewards", count, "responses") as advance:
@@ -382,11 +387,11 @@ def reward_responses(target: PromptTarget, samples: Samples, reporter: Reporter,
                         example.row,
                     )
                 )
-            if len(waiting) >= (_CHUNK if chat is None else _JUDGED):
+            while len(waiting) >= (_MODELLED if modelled else chunks.size):
                 settle(chat)
             advance(len(own))
             total += len(own)
-        if waiting:
+        while waiting:
             settle(chat)
         usage = chat.chat.usage if chat is not None and isinstance(chat.chat, Client) else None
     if usage is not None and usage.requests:

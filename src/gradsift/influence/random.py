@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from gradsift.context import Pool, Target
 from gradsift.influence.estimator import Estimator, Influence
 from gradsift.influence.prompts import PromptTarget
+from gradsift.settings import Seed
 
 
 class Random(Estimator):
@@ -22,7 +23,7 @@ class Random(Estimator):
     by_chance: ClassVar[bool] = True
 
     kind: Literal["random"] = "random"
-    seed: int = 0
+    seed: Seed = 0
 
     @property
     def label(self) -> str:

@@ -16,6 +16,7 @@ from pydantic import Field, FiniteFloat
 
 from gradsift.context import Pool, Target
 from gradsift.errors import ConfigError, CorruptError, DataError, GradsiftError
+from gradsift.execution.chunks import Chunks
 from gradsift.generation.endpoint import Client, Endpoint
 from gradsift.gradients.losses import row_losses
 from gradsift.influence.estimator import Estimator, Influence
@@ -24,11 +25,12 @@ from gradsift.models import host, model_identity
 from gradsift.rewards.function import function_identity, in_words, load_function, stdout_to_stderr
 from gradsift.rewards.judge import last_line, question_of, side_by_side, transcript, unreadable
 from gradsift.settings import Settings
-from gradsift.store.manifest import fingerprint, publish_json, read_json
+from gradsift.store.manifest import Record, fingerprint, publish_json, read_json
 from gradsift.types import Message, Skipped, TokenizedExample, before_answer
 from gradsift.types import Sequence as TokenSequence
 
-_CHUNK = 64  # rows that are rated and kept at once: what a killed run loses
+_CHUNK = 64  # rows that are rated and kept at once, at most
+_MODELLED = 16  # the same by a model's losses, always: in other batches they would be others by rounding
 
 Rating = float | str
 """A row's rating, or in words why it has none."""
@@ -223,6 +225,10 @@ def with_judge(method: Any, judge: Endpoint | None) -> Any:
     return method.model_copy(update=changed) if changed else method
 
 
+class _Kept(Record):
+    ratings: dict[str, float]
+
+
 def _kept_ratings(pool: Pool, rater: Rater) -> dict[str, Rating]:
     """Ratings by id, of all rows: read, and computed where they are not there."""
     data, run = pool.data, pool.run
@@ -234,7 +240,7 @@ def _kept_ratings(pool: Pool, rater: Rater) -> dict[str, Rating]:
         if name.endswith("manifest.json"):
             continue
         try:
-            known |= read_json(run.storage, name)["ratings"]
+            known |= read_json(run.storage, name, _Kept)["ratings"]
         except CorruptError:
             pool.reporter.warn(f"{run.name(name)} is truncated or altered: rating its rows again")
             run.storage.delete(name)
@@ -243,9 +249,13 @@ def _kept_ratings(pool: Pool, rater: Rater) -> dict[str, Rating]:
     if not waiting:
         return found
     with _rating(pool, rater) as rated, pool.reporter.stage(f"ratings by {rater.label}", len(waiting)) as advance:
-        for start in range(0, len(waiting), _CHUNK):
-            chunk = waiting[start : start + _CHUNK]
-            fresh = dict(zip(chunk, rated(chunk), strict=True))
+        chunks = Chunks(most=_CHUNK)
+        modelled = isinstance(rater, PerplexityRating | DifficultyRating)
+        while waiting:
+            size = _MODELLED if modelled else chunks.size
+            chunk, waiting = waiting[:size], waiting[size:]
+            with chunks.timed():
+                fresh = dict(zip(chunk, rated(chunk), strict=True))
             found |= fresh
             kept = {keys[id_]: value for id_, value in fresh.items() if not isinstance(value, str)}
             if kept:

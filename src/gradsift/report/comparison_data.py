@@ -81,12 +81,14 @@ class StageCost:
 
     seconds: wall time; 0 where everything was found in the run folder
     amounts: what else it used up, by unit, such as `{"tokens": 1.2e6, "US$": 0.31}`
+    lost: whether a killed attempt is not counted, so that it took more
     """
 
     method: int | None
     stage: str
     seconds: float
     amounts: Mapping[str, float] = field(default_factory=dict)
+    lost: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,7 +73,7 @@ def comparison_page(result: Comparison) -> ComparisonPage:
             for failure in result.failures
         ),
         costs=tuple(
-            StageCost(None if cost.arm is None else arms[cost.arm], cost.stage, cost.seconds, cost.amounts)
+            StageCost(None if cost.arm is None else arms[cost.arm], cost.stage, cost.seconds, cost.amounts, cost.lost)
             for cost in result.costs
         ),
         overlaps=tuple(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from gradsift.evaluation.comparison import FILES, Comparison, Row
-from gradsift.evaluation.stage_costs import STAGES
+from gradsift.evaluation.stage_costs import LOST, STAGES, StageCost
 from gradsift.progress import visible
 from gradsift.report.terminal import console, table
 
@@ -55,14 +55,16 @@ def _line(row: Row) -> tuple[object, ...]:
 def _print_costs(result: Comparison, out: Any) -> None:
     stages = [stage for stage in STAGES if any(cost.stage == stage for cost in result.costs)]
     arms: list[str | None] = [None, *(contender.name for contender in result.contenders)]
-    seconds = {(cost.arm, cost.stage): cost.seconds for cost in result.costs}
+    costs = {(cost.arm, cost.stage): cost for cost in result.costs}
     rows = [
-        ("shared" if arm is None else arm, *(_seconds(seconds.get((arm, stage))) for stage in stages))
+        ("shared" if arm is None else arm, *(_seconds(costs.get((arm, stage))) for stage in stages))
         for arm in arms
-        if any((arm, stage) in seconds for stage in stages)
+        if any((arm, stage) in costs for stage in stages)
     ]
     out.print()
     out.print(table("Wall time in seconds, all seeds and budgets together", ("arm", *stages), rows))
+    if any(cost.lost for cost in result.costs):
+        out.print(LOST, markup=False)
     spent: dict[str, float] = {}
     for cost in result.costs:
         for unit, amount in cost.amounts.items():
@@ -72,5 +74,5 @@ def _print_costs(result: Comparison, out: Any) -> None:
         out.print(f"endpoints: {', '.join(f'{amount:,.6g} {unit}' for unit, amount in asked.items())}", markup=False)
 
 
-def _seconds(value: float | None) -> str:
-    return "" if value is None else f"{value:.1f}"
+def _seconds(cost: StageCost | None) -> str:
+    return "" if cost is None else f"{'≥ ' * cost.lost}{cost.seconds:.1f}"

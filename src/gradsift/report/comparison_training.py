@@ -105,7 +105,8 @@ def costs(page: ComparisonPage) -> dict[str, Any] | None:
                 ],
             }
         )
-    return {"stages": stages, "rows": rows, "total": _cost(page.costs)}
+    lost = any(cost.lost for cost in page.costs)
+    return {"stages": stages, "rows": rows, "total": _cost(page.costs), "lost": lost}
 
 
 def _cost(costs: Sequence[StageCost]) -> dict[str, Any]:
@@ -114,9 +115,13 @@ def _cost(costs: Sequence[StageCost]) -> dict[str, Any]:
         for unit, amount in cost.amounts.items():
             amounts[unit] = amounts.get(unit, 0.0) + amount
     return {
-        "time": duration(sum(cost.seconds for cost in costs)) if costs else "",
+        "time": _at_least(costs) + duration(sum(cost.seconds for cost in costs)) if costs else "",
         "amounts": [f"{_amount(amount)} {unit}" for unit, amount in amounts.items()],
     }
+
+
+def _at_least(costs: Sequence[StageCost]) -> str:
+    return "≥ " if any(cost.lost for cost in costs) else ""
 
 
 def duration(seconds: float) -> str:

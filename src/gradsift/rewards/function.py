@@ -147,8 +147,8 @@ def _defined_in(function: RewardFunction) -> Path | None:
 
 def _loaded(name: str) -> tuple[RewardFunction, ModuleType]:
     place, _, attribute = name.rpartition(":")
-    if not place:
-        place, attribute = attribute, ""
+    if not place or name.endswith(".py") or os.sep in attribute:  # a path may hold colons itself
+        place, attribute = name, ""
     is_file = place.endswith(".py") or os.sep in place
     if not is_file and not attribute:
         raise ConfigError(f"the function {name!r} is neither module:function nor file.py:function: add its name")
@@ -196,6 +196,8 @@ def _module(name: str, module: str) -> ModuleType:
 def _module_of_file(name: str, path: Path) -> ModuleType:
     if not path.is_file():
         raise ConfigError(f"the function {name!r}: there is no file {path}")
+    if path.suffix != ".py":
+        raise ConfigError(f"the function {name!r}: {path} is no Python file, whose name ends in .py")
     path = path.resolve()
     sources = sources_of(path, path.stem)
     of_all = f"{path}:{[(source.module, source.digest) for source in sources]}"

@@ -200,8 +200,13 @@ def _combined(terms: Sequence[_Term], outcomes: Sequence[_Outcome]) -> tuple[flo
     parts = [term.weight * outcome for term, outcome in zip(terms, outcomes, strict=True) if isinstance(outcome, float)]
     if not parts:
         return None, [f"{', '.join(name_of(term.function) for term in terms)}: returned None, so no reward applies"]
-    total = math.fsum(parts) if all(map(math.isfinite, parts)) else math.inf
-    return (total, []) if math.isfinite(total) else (None, ["the weighted sum is not finite"])
+    total = math.fsum(parts) if all(abs(part) <= LARGEST for part in parts) else math.inf
+    if abs(total) > LARGEST:
+        return None, [f"the weighted sum, or a part of it, is beyond ±{LARGEST:g}"]
+    return total, []
+
+
+LARGEST = 1e15  # a reward beyond it times a gradient may be more than float32 holds
 
 
 def _evaluate(functions: Sequence[RewardFunction], samples: Sequence[Sample], state: Any) -> list[list[_Outcome]]:
@@ -277,8 +282,12 @@ def _outcome(value: Any) -> _Outcome:
         return None
     try:
         number = float(value) if not isinstance(value, str | bytes) else None
-    except (TypeError, ValueError, RuntimeError, OverflowError):
+    except OverflowError:
+        number = math.inf
+    except (TypeError, ValueError, RuntimeError):
         number = None
     if number is None:
         return _Failure(f"returned {str(value)[:60]!r}, which is no number")
+    if abs(number) > LARGEST and math.isfinite(number):
+        return _Failure(f"returned {number:g}, and rewards weigh gradients: it must be within ±{LARGEST:g}")
     return number if math.isfinite(number) else _Failure(f"returned {number}")

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from gradsift.data.template import RENDER_ERRORS, render
 from gradsift.errors import ConfigError, ModelError
 from gradsift.rewards.samples import text_of
 from gradsift.settings import Settings
@@ -83,7 +84,10 @@ class RewardModel(Settings):
         if form == "chat":
             messages = list(prompt) if conversation else [{"role": "user", "content": prompt}]
             messages.append({"role": "assistant", "content": text_of(completion)})
-            text = tokenizer.apply_chat_template(messages, tokenize=False)
+            try:
+                text = render(tokenizer, messages)
+            except RENDER_ERRORS as error:
+                raise ModelError(f"the chat template of {self.model} refuses a conversation: {error}") from error
             encoded = tokenizer(text, add_special_tokens=False)
         elif form in ("pair", "dialogue"):
             encoded = tokenizer(dialogue(prompt) if form == "dialogue" else text_of(prompt), text_of(completion))

@@ -30,7 +30,7 @@ from gradsift.selection.strategies import FacilityLocation as FacilityLocation
 from gradsift.selection.strategies import naive_key
 from gradsift.selection.top_k import top_k
 from gradsift.selection.transport import tsds
-from gradsift.settings import Settings
+from gradsift.settings import Seed, Settings
 
 
 class TopK(Settings):
@@ -52,7 +52,7 @@ class RandomChoice(Settings):
     """A uniform choice by seed and id: the control."""
 
     kind: Literal["random"] = "random"
-    seed: int = 0
+    seed: Seed = 0
 
     @property
     def label(self) -> str:
@@ -67,7 +67,7 @@ class GumbelTopK(Settings):
     """
 
     kind: Literal["gumbel"] = "gumbel"
-    seed: int = 0
+    seed: Seed = 0
 
     @property
     def label(self) -> str:
@@ -93,7 +93,7 @@ class TSDS(Settings):
     alpha: float = Field(default=0.5, ge=0, le=1)
     c: float = Field(default=5.0, gt=0)
     sigma: float = Field(default=0.75, ge=0)
-    seed: int = 0
+    seed: Seed = 0
 
     @property
     def label(self) -> str:

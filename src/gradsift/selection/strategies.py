@@ -26,7 +26,7 @@ from gradsift.selection.facility_location import (
 )
 from gradsift.selection.pursuit import Reconstruction
 from gradsift.selection.top_k import top_k
-from gradsift.settings import Settings
+from gradsift.settings import Seed, Settings
 
 Array = NDArray[np.float64]
 
@@ -166,7 +166,7 @@ class RandomExamples(Settings):
 
     kind: Literal["random"] = "random"
     draws: int = Field(default=5, ge=1)
-    seed: int = 0
+    seed: Seed = 0
     label: ClassVar[str] = "random"
 
 

@@ -6,6 +6,7 @@ Layout under its prefix::
     shard-00000.safetensors   rows [rows dim], scale [rows] for fp16, and total [dim], the sum of the rows
     shard-00000.json          checksum, side columns (loss, tokens, norms), rows left out, cosines of a few rows before
                               and after projection: written after the shard
+    part-00000.safetensors    what is finished of a shard that is under way, to go on from; gone with the shard
     rows.parquet              id, shard, loss, supervised_tokens, norm, projected_norm of every row
     manifest.json             written last: the store is complete; with the error that was measured
 
@@ -22,17 +23,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from pydantic import Field, model_validator
 from safetensors.torch import save
 from torch import Tensor
 
 from gradsift.errors import ConfigError, CorruptError, MismatchError, StorageError
-from gradsift.store.manifest import differences, manifest, publish_json, read_if_whole, read_json
+from gradsift.store.manifest import Record, differences, manifest, publish_json, read_if_whole, read_json
 from gradsift.store.precision import ExactRows, MeasuredError, cosine_pairs, measured_error
 from gradsift.store.storage import LocalStorage, Storage, checksum, checksum_file
 
@@ -45,6 +47,63 @@ _DTYPES = {
 }
 _NUMPY = {"F16": np.float16, "F32": np.float32, "F64": np.float64, "BF16": np.uint16}
 _FP16_TOP = 4096.0  # the largest stored magnitude: far from 65504, and 10⁷ above the smallest normal number
+
+
+class _Store(Record):
+    config: dict[str, Any]
+
+
+class _Layout(Record):
+    shard_rows: int = Field(ge=1)
+    token_budget: int = Field(ge=1)
+    lanes: int = Field(default=1, ge=1)
+
+
+class _Side(Record):
+    checksum: str
+    rows: int = Field(ge=0)
+    ids: list[str]
+    loss: list[float]
+    supervised_tokens: list[int]
+    norm: list[float]
+    projected_norm: list[float]
+    excluded: dict[str, str]
+    sum_checksum: str | None = None
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> Self:
+        columns = (self.ids, self.loss, self.supervised_tokens, self.norm, self.projected_norm)
+        if any(len(column) != self.rows for column in columns):
+            raise ValueError("its columns are not of one length")
+        return self
+
+
+class _Shard(Record):
+    rows: int = Field(ge=0)
+    checksum: str
+    sum_checksum: str | None = None
+
+
+class _Segment(Record):
+    name: str
+    start: int = Field(ge=0)
+    stop: int = Field(ge=0)
+
+
+class _Rows(Record):
+    dtype: RowDtype
+    view: str
+    segments: list[_Segment] = Field(min_length=1)
+
+
+class StoreManifest(Record):
+    """What a complete store says of itself."""
+
+    fingerprint: str
+    config: _Rows
+    shards: list[_Shard]
+    excluded: dict[str, str]
+    rows_parquet: str
 
 
 @dataclass(frozen=True)
@@ -75,7 +134,7 @@ class GradientStoreWriter:
         self.prefix = prefix.rstrip("/") + "/" if prefix else ""
         self.config = dict(config)
         key = self.prefix + "store.json"
-        found = (read_if_whole(storage, key) or {}).get("config")
+        found = (read_if_whole(storage, key, _Store) or {}).get("config")
         if found is not None:
             changed = differences(found, self.config)
             if changed:
@@ -92,7 +151,7 @@ class GradientStoreWriter:
         A damaged record counts as none: `shard_state` finds the shards that were cut otherwise.
         """
         key = self.prefix + "layout.json"
-        found = read_if_whole(self.storage, key)
+        found = read_if_whole(self.storage, key, _Layout)
         if not found:
             publish_json(self.storage, key, found := dict(wanted), sealed=True)
         return found
@@ -100,7 +159,7 @@ class GradientStoreWriter:
     def remember_token_budget(self, tokens: int) -> None:
         """Record that memory did not suffice for larger batches: who goes on with the store begins with this size."""
         key = self.prefix + "layout.json"
-        layout = read_if_whole(self.storage, key) or {}
+        layout = read_if_whole(self.storage, key, _Layout) or {}
         if layout.get("token_budget", tokens + 1) > tokens:
             publish_json(self.storage, key, {**layout, "token_budget": tokens}, sealed=True)
 
@@ -117,10 +176,10 @@ class GradientStoreWriter:
         if self.config.get("full_sum") and not self.storage.exists(self._sum_key(shard)):
             return "missing"
         try:
-            stored = read_json(self.storage, side)
-            if [id_ for id_ in ids if id_ not in stored["excluded"]] != stored["ids"]:
-                return "damaged"
-        except (CorruptError, KeyError, TypeError):
+            stored = read_json(self.storage, side, _Side)
+        except CorruptError:
+            return "damaged"
+        if [id_ for id_ in ids if id_ not in stored["excluded"]] != stored["ids"]:
             return "damaged"
         files = {rows: stored.get("checksum")}
         if self.config.get("full_sum"):
@@ -156,12 +215,17 @@ class GradientStoreWriter:
             side["sum_checksum"] = checksum(sums)
         publish_json(self.storage, self._side_key(shard), side, sealed=True)
 
+    @staticmethod
+    def part_key(prefix: str, shard: int) -> str:
+        """Where what is finished of a shard that is under way lies, by the store's prefix."""
+        return f"{prefix}part-{shard:05d}.safetensors"
+
     def finish(self, shards: int) -> None:
         """Join the side columns into rows.parquet and write the manifest."""
         table: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
         files, excluded, cosines = [], {}, []
         for shard in range(shards):
-            side = read_json(self.storage, self._side_key(shard))
+            side = read_json(self.storage, self._side_key(shard), _Side)
             for name in _COLUMNS:
                 table[name] += [shard] * side["rows"] if name == "shard" else side["ids" if name == "id" else name]
             files.append({key: side[key] for key in ("rows", "checksum", "sum_checksum") if key in side})
@@ -180,6 +244,8 @@ class GradientStoreWriter:
             rows_parquet=checksum(sink.getvalue()),
         )
         publish_json(self.storage, self.prefix + "manifest.json", content, sealed=True)
+        for key in self.storage.list(f"{self.prefix}part-"):  # of a worker that was overtaken
+            self.storage.delete(key)
 
     def _as_read(self, rows: Tensor) -> Tensor:
         """Rows as this store would give them back."""
@@ -237,7 +303,7 @@ class GradientStore:
                 )
             )
         try:
-            self._open(read_json(storage, key), verify)
+            self._open(read_json(storage, key, StoreManifest), verify)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, pa.ArrowException) as error:
             raise CorruptError(
                 f"{self.path} is damaged ({type(error).__name__}: {error}): run `gradsift collect` again with the same "

@@ -6,15 +6,33 @@ import hashlib
 import json
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import metadata
 from typing import Any
 
-from gradsift.errors import CorruptError
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from gradsift.errors import CorruptError, GradsiftError
 from gradsift.store.storage import Storage
 
 DIGEST = "_digest"  # the key of a sealed object's own fingerprint
 _PACKAGES = ("gradsift", "torch", "transformers", "peft", "datasets", "numpy")
+
+
+class Record(BaseModel):
+    """What a JSON file of ours has to hold to be gone on from: fields and their types; others may stand beside them."""
+
+    model_config = ConfigDict(strict=True, extra="allow", frozen=True, allow_inf_nan=False)
+
+
+class Manifest(Record):
+    """What `manifest` makes."""
+
+    kind: str
+    fingerprint: str
+    config: dict[str, Any]
+    files: dict[str, str] = {}
 
 
 def canonical(value: Any) -> str:
@@ -50,14 +68,21 @@ def differences(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str
     return phrases
 
 
-def read_json(storage: Storage, key: str, *, sealed: bool = False) -> dict[str, Any]:
+def read_json(storage: Storage, key: str, shape: type[Record] = Record, *, sealed: bool = False) -> dict[str, Any]:
     """A JSON object, without its seal where it has one; anything else under that key is reported as damage.
 
+    Args:
+        storage: where it is.
+        key: of the file.
+        shape: the fields that it has to have.
+
     Raises:
-        CorruptError: the file is not a JSON object, not the one that was sealed, or with `sealed` has no seal.
+        CorruptError: the file is not a JSON object, not the one that was sealed, with `sealed` has no seal, or is not
+            of that shape.
     """
+    content = storage.read(key)
     try:
-        value = json.loads(storage.read(key))
+        value = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise CorruptError(
             f"{storage.name(key)} is damaged ({error}): delete its folder and run the same command again"
@@ -70,15 +95,43 @@ def read_json(storage: Storage, key: str, *, sealed: bool = False) -> dict[str, 
             f"{storage.name(key)} is damaged (its content does not match its digest): delete its folder and run the "
             "same command again"
         )
+    try:
+        shape.model_validate_json(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "the file"
+        raise CorruptError(
+            f"{storage.name(key)} is damaged ({place}: {first['msg']}): delete its folder and run the same command "
+            "again"
+        ) from error
     return value
 
 
-def read_if_whole(storage: Storage, key: str, *, sealed: bool = False) -> dict[str, Any] | None:
+def read_if_whole(
+    storage: Storage, key: str, shape: type[Record] = Record, *, sealed: bool = False
+) -> dict[str, Any] | None:
     """As `read_json`; None where there is nothing under that key, or it is damaged."""
     try:
-        return read_json(storage, key, sealed=sealed) if storage.exists(key) else None
+        return read_json(storage, key, shape, sealed=sealed) if storage.exists(key) else None
     except CorruptError:
         return None
+
+
+@contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Whatever a file's content makes a library or Python raise while it is read, as damage to that file.
+
+    Raises:
+        CorruptError: naming it.
+    """
+    try:
+        yield
+    except (GradsiftError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        raise CorruptError(
+            f"{name} is damaged ({type(error).__name__}: {error}): delete its folder and run the same command again"
+        ) from error
 
 
 def publish_json(storage: Storage, key: str, value: Mapping[str, Any], *, sealed: bool = False) -> None:

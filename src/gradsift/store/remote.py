@@ -14,17 +14,24 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-from gradsift.errors import ConfigError, LockedError, StorageError
+from gradsift.errors import ConfigError, CorruptError, LockedError, StorageError
+from gradsift.secrets import Secret
+from gradsift.store.manifest import Record, read_json
 from gradsift.store.storage import LocalStorage, cache_folder
+from gradsift.store.writers import born, machine, remove_left_behind
 
 _LIBRARIES = ("botocore", "aiobotocore", "aiohttp", "google", "gcsfs", "adlfs", "azure")
 _OBJECT_STORES = frozenset({"s3", "gs", "abfs", "oci", "oss"})
+_CONDITIONAL = frozenset({"s3", "s3a"})
+_ONE_REQUEST = 50 << 20  # bytes that are written in one request, which alone may have conditions
+_TRIES = 3  # at an object that a worker of the same holder writes at the same time
 _LEASE_SECONDS = 90.0  # a run whose holder has not renewed its claim for so long is free
 
 
@@ -49,7 +56,7 @@ def at_hand(place: str) -> str:
     if not is_url(place):
         return place
     parent, _, name = place.rstrip("/").rpartition("/")
-    storage = _storage_at(parent)
+    storage = storage_at(parent)
     if storage.exists(name):
         return str(storage.local(name))
     if not storage.list(f"{name}/"):
@@ -57,8 +64,13 @@ def at_hand(place: str) -> str:
     return str(storage.folder(name))
 
 
+def storage_at(url: str) -> RemoteStorage:
+    """This process's storage at a URL: whoever holds it holds it for all that the process writes there."""
+    return _shared(url.rstrip("/"), str(cache_folder()))
+
+
 @lru_cache(maxsize=64)
-def _storage_at(url: str) -> RemoteStorage:
+def _shared(url: str, _copies: str) -> RemoteStorage:
     return RemoteStorage(url)
 
 
@@ -68,15 +80,20 @@ class RemoteStorage:
     Args:
         url: of the run, such as `s3://bucket/runs/math`. Credentials come from where the protocol's library looks.
         copies: folder for copies; by default in the user's cache folder.
+        claim: by which another process holds the run, for whom this one writes.
 
     Raises:
         ConfigError: the protocol is unknown or its library is not installed.
         StorageError: the place cannot be reached.
     """
 
-    def __init__(self, url: str, copies: str | Path | None = None) -> None:
+    def __init__(self, url: str, copies: str | Path | None = None, claim: str | None = None) -> None:
         from fsspec.core import url_to_fs
 
+        parts = urlsplit(url)
+        if "@" in parts.netloc or parts.query:
+            # Not shown: what stands there is a secret, and a run's place is written to files.
+            raise ConfigError("the URL of a run holds a user, a password or a query: give them in the environment")
         self.url = url.rstrip("/")
         try:
             # Listings change under us: workers write while the driver looks.
@@ -85,6 +102,9 @@ class RemoteStorage:
             raise ConfigError(f"{url}: {error}. For s3:// that is pip install 'gradsift[s3]'") from error
         except ValueError as error:
             raise ConfigError(f"{url} is no URL that can be written to: {error}") from error
+        self._protocols = {self._fs.protocol} if isinstance(self._fs.protocol, str) else set(self._fs.protocol)
+        self._lease: _Lease | None = None
+        self._token, self._conditional = claim, True
         folder = Path(copies) if copies is not None else _copies_of(self.url)
         self._copies = LocalStorage(folder / "objects")
         self._versions = LocalStorage(folder / "versions")
@@ -98,8 +118,8 @@ class RemoteStorage:
         return self._copies.root
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Another process connects for itself and keeps copies of its own machine."""
-        return RemoteStorage, (self.url,)
+        """Another process connects for itself and keeps copies of its own machine; it writes while we hold the run."""
+        return RemoteStorage, (self.url, None, self.claim)
 
     def list(self, prefix: str) -> list[str]:
         """Keys that start with `prefix`, sorted."""
@@ -131,8 +151,7 @@ class RemoteStorage:
     def publish(self, key: str, data: bytes | memoryview) -> None:
         """Write the whole object."""
         with self._told("write", key):
-            self._make_folder(key)
-            self._fs.pipe_file(self._at(key), bytes(data))
+            self._put(key, lambda **how: self._fs.pipe_file(self._at(key), bytes(data), **how), len(data))
 
     def publish_with(self, key: str, write: Callable[[Path], None]) -> None:
         """Let `write` make a file, then publish it."""
@@ -155,6 +174,8 @@ class RemoteStorage:
 
     def delete(self, key: str) -> None:
         """Remove an object; absent is fine."""
+        if key != "lock":
+            self._check_held()
         with self._told("delete", key), suppress(FileNotFoundError):
             self._fs.rm_file(self._at(key))
         self._copies.delete(key)
@@ -180,39 +201,128 @@ class RemoteStorage:
     def lock(self) -> Iterator[None]:
         """Hold the run by an object `lock` that is renewed while we work; one that is not renewed counts no more.
 
+        While it is held, nothing is written, here or by workers that were sent this storage, unless it is still ours.
+
         Raises:
-            LockedError: another process works here.
+            LockedError: another process works here, or took over while this one was stopped.
         """
         lease = _Lease(self)
         lease.take()
+        self._lease = lease
         try:
+            for copies in (self._copies, self._versions):
+                remove_left_behind(copies.root)
             yield
-        finally:
+        except BaseException:
+            with suppress(LockedError):
+                lease.give_back()
+            raise
+        else:
             lease.give_back()
+        finally:
+            self._lease = None
+
+    @property
+    def claim(self) -> str | None:
+        """By what the run is held, for workers that write for the holder."""
+        return self._token if self._lease is None else self._lease.token
+
+    @property
+    def conditional(self) -> bool:
+        """Whether the store can be told to write only what nobody has written in between."""
+        return self._conditional and not _CONDITIONAL.isdisjoint(self._protocols)
+
+    def claim_there(self) -> tuple[dict[str, Any] | None, str | None]:
+        """Who holds the run and the version of that object; None where nobody does, or it cannot be read."""
+        try:
+            with self._told("read", "lock"):
+                version = self._etag("lock")
+                if version is None:
+                    return None, None
+                return _Claim.model_validate(read_json(self, "lock", _Claim)).model_dump(), version
+        except CorruptError:
+            return _Claim(owner="unknown").model_dump(), version
+        except StorageError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                return None, None
+            raise
 
     def create(self, key: str, data: bytes) -> bool:
         """Write an object unless there is one; whether it was written."""
         with self._told("write", key):
             self._make_folder(key)
-            try:
-                self._fs.pipe_file(self._at(key), data, mode="create")
-            except FileExistsError:
+            return self._if_unchanged(lambda **how: self._fs.pipe_file(self._at(key), data, **how), None)
+
+    def replace(self, key: str, data: bytes, version: str | None) -> bool:
+        """Write an object if it is still of this version; whether it was written. Stores that cannot tell write."""
+        with self._told("write", key):
+            if self._etag(key) != version:
                 return False
-            except OSError as error:
-                if "PreconditionFailed" in str(error) or "pre-conditions" in str(error):
-                    return False
-                raise
+            return self._if_unchanged(lambda **how: self._fs.pipe_file(self._at(key), data, **how), version)
+
+    def _if_unchanged(self, put: Callable[..., Any], version: str | None) -> bool:
+        """Have `put` write an object on the condition that it is of a version, or (None) not there."""
+        how = {"mode": "create"} if version is None else {"IfMatch": version} if self.conditional else {}
+        try:
+            put(**how)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            said = str(error)
+            if any(word in said for word in ("PreconditionFailed", "pre-conditions", "ConditionalRequestConflict")):
+                return False
+            if how and version is not None and "NotImplemented" in said:
+                self._conditional = False
+                put()
+                return True
+            raise
         return True
+
+    def _etag(self, key: str) -> str | None:
+        """The version of an object; None where there is none."""
+        try:
+            return self._version(key) if not self.conditional else str(self._fs.info(self._at(key))["ETag"])
+        except FileNotFoundError:
+            return None
+
+    def _check_held(self) -> None:
+        """Before anything is written for whoever holds the run: whether it still does.
+
+        Raises:
+            LockedError: another has taken it over.
+        """
+        if self._lease is not None:
+            self._lease.check()
+        elif self._token is not None:
+            now, _ = self.claim_there()
+            if now is None or now["token"] != self._token:
+                raise _taken_over(self.url, "it is gone" if now is None else now["owner"])
+
+    def _put(self, key: str, put: Callable[..., Any], size: int) -> None:
+        """Write an object; for whoever holds the run, only if nobody else has written it since a moment ago."""
+        self._make_folder(key)
+        if self.claim is None:
+            put()
+            return
+        for _ in range(_TRIES):
+            version = self._etag(key)
+            self._check_held()
+            if not self.conditional or (version is not None and size > _ONE_REQUEST):
+                put()
+                return
+            if self._if_unchanged(put, version):
+                return
+        raise StorageError(f"cannot write {self.name(key)}: others write it all the time")
 
     def _make_folder(self, key: str) -> None:
         """Where there are folders: an object store would look for the bucket with each write, or make one."""
-        if _OBJECT_STORES.isdisjoint([self._fs.protocol] if isinstance(self._fs.protocol, str) else self._fs.protocol):
+        if _OBJECT_STORES.isdisjoint(self._protocols):
             self._fs.makedirs(self._at(key).rpartition("/")[0], exist_ok=True)
 
     def _upload(self, key: str) -> None:
+        path = self._copies.local(key)
         with self._told("write", key):
-            self._make_folder(key)
-            self._fs.put_file(str(self._copies.local(key)), self._at(key))
+            self._put(key, lambda **how: self._fs.put_file(str(path), self._at(key), **how), path.stat().st_size)
             version = self._version(key)
         self._versions.publish(key, version.encode())
 
@@ -246,86 +356,192 @@ class RemoteStorage:
             missing = "there is no such bucket or folder: make it first" if verb == "write" else "it is not there"
             raise StorageError(f"cannot {verb} {self.name(key)}: {missing}") from error
         except Exception as error:
-            name = type(error).__name__
+            name, said = type(error).__name__, _secret().masked(str(error))
             if isinstance(error, PermissionError) or name == "NoCredentialsError":
                 raise StorageError(
-                    f"cannot {verb} {self.name(key)}: no permission ({error}): check the credentials and the bucket's "
+                    f"cannot {verb} {self.name(key)}: no permission ({said}): check the credentials and the bucket's "
                     "policy"
                 ) from error
             if not isinstance(error, OSError) and not type(error).__module__.startswith(_LIBRARIES):
                 raise
             raise StorageError(
-                f"cannot {verb} {self.name(key)}: {name}: {error}. What is complete stays: run the same command again "
+                f"cannot {verb} {self.name(key)}: {name}: {said}. What is complete stays: run the same command again "
                 "when the place can be reached"
             ) from error
 
 
+class _Claim(Record):
+    """Who holds a run, as its object `lock` says.
+
+    token: of the holder; workers that it has started hold the run by the same
+    machine, process, born: where it runs, its number, and when it began; by these a dead one is told on its machine
+    renewed: when it last said so, by its clock
+    """
+
+    owner: str
+    token: str = ""
+    machine: str = ""
+    process: int = 0
+    born: float = 0.0
+    renewed: float = 0.0
+
+
 class _Lease:
-    """A claim on a run that ends by itself when it is not renewed."""
+    """A claim on a run that ends by itself when it is not renewed.
+
+    Whoever was stopped for longer than that finds another holder, or none, and writes no more.
+    """
 
     def __init__(self, storage: RemoteStorage) -> None:
         self._storage = storage
-        self._owner = f"{socket.gethostname()}, process {os.getpid()}, {uuid.uuid4().hex[:8]}"
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._renew, daemon=True)
+        self.token = uuid.uuid4().hex
+        process = os.getpid()
+        self._owner = f"{socket.gethostname()}, process {process}, {self.token[:8]}"
+        self._who = {"token": self.token, "machine": machine(), "process": process, "born": born(process) or 0.0}
+        self._renewed = 0.0  # by a clock that goes on while the process, or the machine, is stopped
+        self._version: str | None = None  # of the object, as we wrote it last
+        self._taken_by: str | None = None
+        self._renewing, self._stop = threading.Lock(), threading.Event()
+        self._thread = threading.Thread(target=self._keep_renewing, daemon=True)
 
     def take(self) -> None:
-        """Claim the run, or wait out a claim that is no longer renewed."""
+        """Claim the run: it is free, its holder is dead, or a claim is no longer renewed.
+
+        Raises:
+            LockedError: another process works here, or was quicker.
+        """
+        began = _now()
         if not self._storage.create("lock", self._claim()):
-            self._refuse_living()
-            self._storage.publish("lock", self._claim())
-            time.sleep(_LEASE_SECONDS / 90)  # others may have waited as well: the last to write has it
-        if self._held_by() != self._owner:
-            raise self._locked(self._held_by())
+            seen, version = self._read()
+            if seen is not None and not _is_dead(seen):
+                seen, version = self._outlive(seen, version)
+            began = _now()
+            if seen is None:
+                taken = self._storage.create("lock", self._claim())
+            else:
+                taken = self._storage.replace("lock", self._claim(), version)
+            if not taken:
+                raise self._locked(self._holder())
+            if not self._storage.conditional:
+                time.sleep(_LEASE_SECONDS / 90)  # others may have waited as well: the last to write has it
+        now, self._version = self._read()
+        if now is None or now["token"] != self.token:
+            raise self._locked(self._holder())
+        self._renewed = began
         self._thread.start()
 
     def give_back(self) -> None:
-        """End the claim, if it is still ours."""
+        """End the claim.
+
+        Raises:
+            LockedError: it had been taken over.
+        """
         self._stop.set()
         self._thread.join()
-        if self._held_by() == self._owner:
-            self._storage.delete("lock")
-
-    def _refuse_living(self) -> None:
-        """Whether a claim lives shows in its being renewed, whatever the clocks of two machines say."""
-        before = self._read()
-        deadline = time.monotonic() + _LEASE_SECONDS
-        if 0 <= time.time() - before.get("renewed", 0.0) < _LEASE_SECONDS / 3:
-            raise self._locked(before.get("owner", "unknown"))
-        while time.monotonic() < deadline:
-            time.sleep(_LEASE_SECONDS / 9)
-            now = self._read()
-            if not now or now != before:
-                if now:
-                    raise self._locked(now.get("owner", "unknown"))
+        with suppress(StorageError):
+            now, _ = self._read()
+            if now is not None and now["token"] == self.token:
+                self._storage.delete("lock")
                 return
+            self._taken_by = self._taken_by or ("unknown" if now is None else now["owner"])
+        if self._taken_by is not None:
+            raise self._lost()
+
+    def check(self) -> None:
+        """Refuse to write where somebody else may hold the run by now.
+
+        Raises:
+            LockedError: it was taken over.
+            StorageError: that cannot be found out.
+        """
+        # For so long after the last renewal nobody has taken the run over, whatever happened since.
+        if self._taken_by is None and _now() - self._renewed > _LEASE_SECONDS * 2 / 3:
+            self._renew()
+        if self._taken_by is not None:
+            raise self._lost()
+
+    def _outlive(self, seen: dict[str, Any], version: str | None) -> tuple[dict[str, Any] | None, str | None]:
+        """Whether a claim lives shows in its being renewed, whatever the clocks of two machines say.
+
+        Raises:
+            LockedError: it lives.
+        """
+        if 0 <= time.time() - seen["renewed"] < _LEASE_SECONDS / 3:
+            raise self._locked(seen["owner"])
+        deadline = _now() + _LEASE_SECONDS
+        while _now() < deadline:
+            time.sleep(_LEASE_SECONDS / 9)
+            now, version = self._read()
+            if now is None:
+                return None, None
+            if now != seen:
+                raise self._locked(now["owner"])
+        return seen, version
+
+    def _keep_renewing(self) -> None:
+        while self._taken_by is None and not self._stop.wait(_LEASE_SECONDS / 6):
+            with suppress(StorageError):  # the next one may get through; the work fails where the store is gone
+                self._renew()
 
     def _renew(self) -> None:
-        while not self._stop.wait(_LEASE_SECONDS / 6):
-            try:
-                if self._held_by() == self._owner:
-                    self._storage.publish("lock", self._claim())
-            except StorageError:
-                continue  # the next renewal may get through; the work itself fails where the store is gone
+        with self._renewing:
+            began = _now()
+            if not self._storage.replace("lock", self._claim(), self._version):
+                now, self._version = self._read()  # it may be ours all the same: a reply that was lost
+                if now is None or now["token"] != self.token:
+                    self._taken_by = "it is gone" if now is None else now["owner"]
+                    return
+                if not self._storage.replace("lock", self._claim(), self._version):
+                    return
+            now, self._version = self._read()
+            if now is None or now["token"] != self.token:
+                self._taken_by = "it is gone" if now is None else now["owner"]
+                return
+            self._renewed = began
 
     def _claim(self) -> bytes:
-        return json.dumps({"owner": self._owner, "renewed": time.time()}).encode()
+        return json.dumps({"owner": self._owner, **self._who, "renewed": time.time()}).encode()
 
-    def _read(self) -> dict[str, Any]:
-        try:
-            content = json.loads(self._storage.read("lock"))
-        except (StorageError, ValueError):
-            return {}
-        return content if isinstance(content, dict) else {}
+    def _read(self) -> tuple[dict[str, Any] | None, str | None]:
+        return self._storage.claim_there()
 
-    def _held_by(self) -> str:
-        return str(self._read().get("owner", ""))
+    def _holder(self) -> str:
+        now, _ = self._read()
+        return "unknown" if now is None else str(now["owner"])
+
+    def _lost(self) -> LockedError:
+        return _taken_over(self._storage.url, self._taken_by or "unknown")
 
     def _locked(self, owner: str) -> LockedError:
         return LockedError(
             f"another process works on {self._storage.url} ({owner}): wait for it, or use another --out. A claim that "
             f"is not renewed for {_LEASE_SECONDS:.0f} seconds is taken over"
         )
+
+
+def _taken_over(url: str, owner: str) -> LockedError:
+    return LockedError(
+        f"this process was stopped for longer than its claim on {url} lives, and another has taken the run over "
+        f"({owner}): nothing more is written. What was done before is kept; the other goes on from there"
+    )
+
+
+def _is_dead(claim: Mapping[str, Any]) -> bool:
+    """Whether the holder was a process of this machine that is there no more."""
+    if claim["machine"] != machine() or not claim["process"]:
+        return False
+    began = born(claim["process"])
+    return began is None or abs(began - claim["born"]) > 1.0
+
+
+def _now() -> float:
+    """Seconds of a clock that nobody sets, and that goes on while the machine sleeps where there is such a one."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
+
+def _secret() -> Secret:
+    """What the libraries send to a bucket's server, which may say it in an error."""
+    return Secret(*(os.environ.get(name) for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")))
 
 
 def _copies_of(url: str) -> Path:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -20,6 +19,8 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from gradsift.errors import LockedError, StorageError
+from gradsift.inputs import open_input
+from gradsift.store.writers import is_temporary, remove_left_behind, temporary_name
 
 
 class Storage(Protocol):
@@ -65,6 +66,8 @@ class Storage(Protocol):
 class LocalStorage:
     """Storage in a folder: an object is written under a temporary name, flushed to disk, then renamed."""
 
+    claim: str | None = None  # the lock of a folder is not handed on
+
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
 
@@ -77,7 +80,7 @@ class LocalStorage:
         if not folder.is_dir():
             return []
         keys = (path.relative_to(self.root).as_posix() for path in folder.rglob("*") if path.is_file())
-        return sorted(key for key in keys if key.startswith(prefix) and not Path(key).name.startswith(".tmp-"))
+        return sorted(key for key in keys if key.startswith(prefix) and not is_temporary(key))
 
     def exists(self, key: str) -> bool:
         """Whether a published object has this key."""
@@ -90,7 +93,8 @@ class LocalStorage:
     def read(self, key: str) -> bytes:
         """The whole object."""
         try:
-            return (self.root / key).read_bytes()
+            with open_input(self.root / key) as file:
+                return file.read()
         except OSError as error:
             raise _storage_error(self.root / key, "read", error) from error
 
@@ -106,21 +110,23 @@ class LocalStorage:
     def publish_with(self, key: str, write: Callable[[Path], None]) -> None:
         """Let `write` make the file under the temporary path that it is given: for what should not lie in memory."""
         path = self.root / key
-        temporary = _temporary(path)
+        temporary = temporary_name(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write(temporary)
             _flush(temporary)
             temporary.replace(path)
-        except (OSError, SafetensorError) as error:
+        except BaseException as error:  # an interruption leaves no more behind than a full disk
             if path.parent.is_dir():
                 temporary.unlink(missing_ok=True)
-            raise _storage_error(path, "write", _as_os_error(error)) from error
+            if isinstance(error, OSError | SafetensorError):
+                raise _storage_error(path, "write", _as_os_error(error)) from error
+            raise
 
     def publish_folder(self, key: str, write: Callable[[Path], None]) -> None:
         """Let `write` fill a folder that appears under its key when all is there, replacing what was there."""
         path = self.root / key
-        temporary = _temporary(path)
+        temporary = temporary_name(path)
         try:
             temporary.mkdir(parents=True, exist_ok=True)
             write(temporary)
@@ -158,6 +164,8 @@ class LocalStorage:
     def lock(self) -> Iterator[None]:
         """Hold the folder by a file `lock`, of which the operating system lets go with the process.
 
+        What writers that are dead left half written is removed.
+
         Raises:
             LockedError: another process works here.
             StorageError: the folder cannot be made or written.
@@ -174,6 +182,7 @@ class LocalStorage:
             reason = "no permission" if isinstance(error, PermissionError) else error.strerror or str(error)
             raise StorageError(f"cannot write to {self.root}: {reason}. Choose another --out") from error
         try:
+            remove_left_behind(self.root)
             yield
         finally:
             lock.release()
@@ -199,11 +208,6 @@ def checksum_file(path: Path, *, block: int = 1 << 24) -> str:
         while chunk := file.read(block):
             state.update(chunk)
     return state.hexdigest()
-
-
-def _temporary(path: Path) -> Path:
-    """Beside it, under a name of no other process of any machine: on two of them the same number may be at work."""
-    return path.with_name(f".tmp-{uuid.uuid4().hex[:12]}-{path.name}")
 
 
 def _flush(path: Path) -> None:

@@ -26,7 +26,7 @@ from gradsift.gradients.adam import adam_direction
 from gradsift.gradients.batching import automatic_token_budget, form_batches
 from gradsift.gradients.folding import Captured
 from gradsift.loss import head_at, label_weights, pad, supervised_count, token_mean
-from gradsift.settings import Settings
+from gradsift.settings import Seed, Settings
 from gradsift.store.gradient_store import GradientStore
 from gradsift.types import Sequence, TokenizedExample
 
@@ -49,7 +49,7 @@ class OneStep(Settings):
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     random_sets: int = Field(default=5, ge=1)
-    seed: int = 0
+    seed: Seed = 0
     dropout: bool = False
     float32: bool = True
 

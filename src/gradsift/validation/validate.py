@@ -30,8 +30,8 @@ from gradsift.gradients.collect import store_config
 from gradsift.gradients.projection import Projection
 from gradsift.models import QUANTISED, DtypeName, host, model_identity
 from gradsift.run import revised
-from gradsift.store.gradient_store import GradientStore
-from gradsift.store.manifest import fingerprint, read_json
+from gradsift.store.gradient_store import GradientStore, StoreManifest
+from gradsift.store.manifest import Record, fingerprint, read_json
 from gradsift.types import Skipped, TokenizedExample
 from gradsift.validation.one_step import (
     Effect,
@@ -345,6 +345,11 @@ def measured(cell: Cell, before: float, effect: Effect, controls: SequenceABC[Ef
     )
 
 
+class _Kept(Record):
+    log_likelihood: float | None
+    effects: dict[str, tuple[float, float]]
+
+
 class _Bench:
     """Effects of steps on one output after the other: found in the run folder, or measured and kept there."""
 
@@ -407,7 +412,7 @@ class _Bench:
         self._likelihood: float | None = None
         if self.pool.run.storage.exists(self._file):
             try:
-                content = read_json(self.pool.run.storage, self._file)
+                content = read_json(self.pool.run.storage, self._file, _Kept)
             except CorruptError as error:
                 self.pool.reporter.warn(f"{error}; its steps are taken again")
                 return
@@ -477,10 +482,11 @@ def _stored_rows(pool: Pool, checkpoint: Checkpoint, route: Route) -> GradientSt
     same = ("view", "model", "model_dtype", "adapter", "data", "template", "loss", "modules", "autocast", "revision")
     found: list[tuple[int, str]] = []
     for prefix in pool.run.artifacts("gradients"):
-        content = pool.run.manifest(prefix)
+        content = pool.run.manifest(prefix, StoreManifest)
         config = {} if content is None else content["config"]
-        whole = bool(config) and config["projection"]["kind"] == "none"
-        if whole and all(config.get(key) == wanted.get(key) for key in same):
+        projection = config.get("projection")
+        unprojected = isinstance(projection, dict) and projection.get("kind") == "none"
+        if unprojected and all(config.get(key) == wanted.get(key) for key in same):
             found.append((_PRECISION.index(config["dtype"]), prefix))
     if found:
         return GradientStore(pool.run.storage, min(found)[1])

@@ -139,7 +139,13 @@ def load_moments(checkpoint: Checkpoint, parameters: Mapping[str, tuple[int, ...
     checkpoint.optimizer_identity()
     assert checkpoint.optimizer is not None
     path = Path(at_hand(checkpoint.optimizer))
-    moments = _read_named(path) if path.name == ADAM_FILE else _from_torch(_read_torch(path), parameters, path)
+    try:
+        moments = _read_named(path) if path.name == ADAM_FILE else _from_torch(_read_torch(path), parameters, path)
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+        raise CorruptError(
+            f"optimizer state {path} holds what no optimizer writes ({type(error).__name__}: {error}): copy it again, "
+            "or score with --optimizer sgd"
+        ) from error
     for name, shape in parameters.items():
         for kind, values in (("exp_avg", moments.exp_avg), ("exp_avg_sq", moments.exp_avg_sq)):
             if name not in values:

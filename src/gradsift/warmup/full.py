@@ -28,7 +28,15 @@ from gradsift.progress import Reporter, silent
 from gradsift.run import Run
 from gradsift.store.manifest import read_json
 from gradsift.warmup.checkpoint import INFO_FILE
-from gradsift.warmup.train import Training, check_examples, moments_of, split_state, train_as, training_config
+from gradsift.warmup.train import (
+    CheckpointInfo,
+    Training,
+    check_examples,
+    moments_of,
+    split_state,
+    train_as,
+    training_config,
+)
 from gradsift.warmup.trainer import TrainingState
 
 _COPIES = 4  # weights, gradients, and Adam's two moments
@@ -124,7 +132,7 @@ class _Models:
         """By the files' sizes: weights of many gigabytes are not read to find an altered bit."""
         storage = self._run.storage
         try:
-            sizes = read_json(storage, f"{folder}{INFO_FILE}").get("bytes", {})
+            sizes = read_json(storage, f"{folder}{INFO_FILE}", CheckpointInfo).get("bytes", {})
         except (CorruptError, StorageError):
             return False
         return all(

@@ -20,7 +20,7 @@ from gradsift.models import (
     release_models,
 )
 from gradsift.run import revised
-from gradsift.store.manifest import manifest, publish_json, read_json
+from gradsift.store.manifest import Manifest, manifest, publish_json, read_if_whole
 from gradsift.store.storage import LocalStorage
 
 _MARK = "gradsift_merge.json"
@@ -65,7 +65,7 @@ def merge(model: str, adapter: str, folder: str | Path, *, dtype: DtypeName = "a
     config = revised("merge", config)
     storage = LocalStorage(path.parent)
     mark = f"{path.name}/{_MARK}"
-    if storage.exists(mark) and read_json(storage, mark).get("config") == config:
+    if (read_if_whole(storage, mark, Manifest) or {}).get("config") == config:
         return path
     release_models()  # merging changes the base: it takes one of its own
     base = load_model(model, dtype=dtype, device=device)

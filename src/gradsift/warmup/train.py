@@ -10,7 +10,6 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 import numpy as np
@@ -19,12 +18,13 @@ from safetensors import SafetensorError
 
 from gradsift.data.dataset import Dataset
 from gradsift.errors import ConfigError, CorruptError, DataError, ModelError
+from gradsift.interruption import keep_note
 from gradsift.models import DtypeName, host, model_identity
 from gradsift.progress import Reporter, silent
 from gradsift.run import Run
-from gradsift.settings import Settings
-from gradsift.store.manifest import fingerprint, publish_json, read_json
-from gradsift.store.storage import checksum
+from gradsift.settings import MAX_SEED, Settings
+from gradsift.store.manifest import Record, fingerprint, publish_json, read_json
+from gradsift.store.tensors import publish_tensors, read_tensors
 from gradsift.types import TokenizedExample
 from gradsift.warmup.checkpoint import ADAM_FILE, INFO_FILE, Checkpoint
 
@@ -33,10 +33,18 @@ if TYPE_CHECKING:
 
 _MIN_STEPS = 8  # optimizer steps per epoch; with one, the first runs at rate 0 and leaves B = 0
 _LITTLE = 1e-3  # sum of the learning rates of all steps, below which Adam has hardly moved any weight
-_SAVE_SECONDS = 120.0  # the work that a killed training loses at most …
+_SAVE_SECONDS = 20.0  # the work that a killed training loses at most …
 _SAVE_SHARE = 0.05  # … unless saving that often would take more than this share of the time
 _PARTIAL = "partial.safetensors"
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+class CheckpointInfo(Record):
+    """What stands beside an epoch's weights; files by checksum, or whole models' by bytes."""
+
+    learning_rate: float = Field(ge=0)
+    files: dict[str, str] = Field(default_factory=dict)
+    bytes: dict[str, int] = Field(default_factory=dict)
 
 
 class Training(Settings):
@@ -330,13 +338,13 @@ def steps_per_epoch(count: int, wanted: int) -> int:
 
 
 def _check_seed(seed: int) -> None:
-    if not 0 <= seed < 2**32:
-        raise ConfigError(f"seed is {seed}: it must be a whole number from 0 to {2**32 - 1}")
+    if not 0 <= seed <= MAX_SEED:
+        raise ConfigError(f"seed is {seed}: it must be a whole number from 0 to {MAX_SEED}")
 
 
 def _checkpoint(run: Run, prefix: str, epoch: int) -> Checkpoint:
     folder = f"{prefix}epoch-{epoch}"
-    rate = float(read_json(run.storage, f"{folder}/{INFO_FILE}")["learning_rate"])
+    rate = float(read_json(run.storage, f"{folder}/{INFO_FILE}", CheckpointInfo)["learning_rate"])
     return Checkpoint(run.name(folder), rate, run.name(f"{folder}/{ADAM_FILE}"))
 
 
@@ -364,7 +372,7 @@ class _Adapters:
         if not all(storage.exists(f"{folder}{name}") for name in (*_ADAPTER_FILES, ADAM_FILE, INFO_FILE)):
             return False
         try:
-            digests = read_json(storage, f"{folder}{INFO_FILE}").get("files", {})
+            digests = read_json(storage, f"{folder}{INFO_FILE}", CheckpointInfo).get("files", {})
         except CorruptError:
             return False
         return all(self._run.unaltered(f"{folder}{name}", digest) for name, digest in digests.items())
@@ -430,7 +438,7 @@ class _Job:
         self.what, self.reporter, self.check = what, reporter, check
         self.steps_per_epoch = -(-len(positions) // batch_size)
         self._order: tuple[int, Any] = (-1, None)
-        self._saved_at, self._save_cost = time.monotonic(), 0.0
+        self._saved_at, self._save_cost, self._saved_step = time.monotonic(), 0.0, 0
 
     def train(self, finished: int) -> None:
         """Train from the last state that was saved."""
@@ -459,6 +467,7 @@ class _Job:
                     state=state,
                     on_rows=advance,
                     on_step=self.after_step,
+                    on_interruption=self.on_interruption,
                 )
 
     def batch(self, step: int) -> list[TokenizedExample]:
@@ -479,8 +488,16 @@ class _Job:
             self._publish_partial(trainer.snapshot())
         else:
             return
+        self._saved_step = trainer.step
         self._saved_at = time.monotonic()
         self._save_cost = self._saved_at - now
+
+    def on_interruption(self, trainer: StepTrainer) -> None:
+        """Publish what the last whole step left, and tell it."""
+        if trainer.step > max(self._saved_step, trainer.done) and trainer.step % self.steps_per_epoch:
+            self._publish_partial(trainer.snapshot())
+        steps = self.settings.epochs * self.steps_per_epoch
+        keep_note(f"{trainer.step} of {steps} steps of the {self.what}")
 
     def _publish_epoch(self, trainer: StepTrainer, epoch: int) -> None:
         state = trainer.snapshot()
@@ -505,14 +522,12 @@ class _Job:
 
     def _publish_partial(self, state: TrainingState) -> None:
         import torch
-        from safetensors.torch import save_file
 
         tensors = dict(state.weights) | moments_of(state)
         tensors["step"] = torch.tensor(state.step)
         tensors["loss_sum"] = torch.tensor(state.loss_sum, dtype=torch.float64)
         tensors["rates"] = torch.tensor(state.rates, dtype=torch.float64)
-        seal = {"digest": _digest(tensors)}
-        self.run.storage.publish_with(f"{self.prefix}{_PARTIAL}", lambda path: save_file(tensors, path, metadata=seal))
+        publish_tensors(self.run.storage, f"{self.prefix}{_PARTIAL}", tensors)
 
     def _saved_state(self, finished: int) -> TrainingState | None:
         """Where to go on: within an epoch, after the last finished one, or (None) at the start.
@@ -546,15 +561,15 @@ class _Job:
         """What was saved within an epoch; where that cannot be read, the epoch begins anew."""
         from gradsift.warmup.trainer import TrainingState
 
-        path = self.run.path(f"{self.prefix}{_PARTIAL}")
-        if not path.exists():
+        key = f"{self.prefix}{_PARTIAL}"
+        if not self.run.storage.exists(key):
             return None
         try:
-            tensors = _load_sealed(path)
+            tensors, _ = read_tensors(self.run.storage, key)
             rates, loss_sum = tensors.pop("rates").tolist(), float(tensors.pop("loss_sum"))
             return TrainingState(*split_state(tensors), loss_sum, rates)
-        except (SafetensorError, KeyError) as error:
-            self.reporter.warn(f"{path} is damaged ({error}): the epoch that it is of begins anew")
+        except (CorruptError, KeyError, ValueError) as error:
+            self.reporter.warn(f"{self.run.name(key)} is damaged ({error}): the epoch that it is of begins anew")
             return None
 
 
@@ -574,34 +589,6 @@ def split_state(tensors: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
         squares,
         step,
     )
-
-
-def _digest(tensors: Mapping[str, Any]) -> str:
-    """Of names and values."""
-    parts = {name: checksum(_bytes(tensor)) for name, tensor in tensors.items()}
-    return fingerprint(parts)
-
-
-def _bytes(tensor: Any) -> memoryview:
-    import torch
-
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-
-
-def _load_sealed(path: Path) -> dict[str, Any]:
-    """The tensors of a file.
-
-    Raises:
-        SafetensorError: it is damaged, or its tensors are not those that were written.
-    """
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
-        wanted = (file.metadata() or {}).get("digest")
-    if wanted is not None and wanted != _digest(tensors):
-        raise SafetensorError("its content does not match its digest")
-    return tensors
 
 
 def _adapter_config(model: Any) -> bytes:

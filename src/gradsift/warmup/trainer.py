@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
+from gradsift import interruption
 from gradsift.adapters import BareModel, own_randomness
 from gradsift.errors import ModelError
 from gradsift.loss import SupervisedHead, head_at, pad, token_mean
@@ -126,10 +127,28 @@ def _wrap(base: Any, settings: Training) -> Any:
         raise ModelError(f"cannot put LoRA on {type(base).__name__}: {str(error).splitlines()[0]}") from error
 
 
-def run_steps(model: Any, batches: Callable[[int], list[TokenizedExample]], **options: Any) -> None:
-    """Train to the last step, without a word on the terminal; the arguments are those of `StepTrainer`."""
+def run_steps(
+    model: Any,
+    batches: Callable[[int], list[TokenizedExample]],
+    on_interruption: Callable[[StepTrainer], None],
+    **options: Any,
+) -> None:
+    """Train to the last step, without a word on the terminal; the other arguments are those of `StepTrainer`.
+
+    An interruption never comes in the middle of an optimizer step; `on_interruption` is called after the last whole
+    one.
+    """
     with _silence(), own_randomness(), head_at(model) as head:
-        StepTrainer(model, batches, head=head, **options).train()
+        trainer = StepTrainer(model, batches, head=head, **options)
+        try:
+            trainer.train()
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt) or interruption.pressed():
+                trainer.forget_unfinished_step()
+                on_interruption(trainer)
+            raise
+        finally:
+            trainer.close()
     gc.collect()  # the Trainer and its hooks hold each other, and with them the optimizer's memory
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
@@ -174,6 +193,8 @@ class StepTrainer(Trainer):
         self.total_steps, self.seed, self.head = total_steps, seed, head
         self.loss_sum = 0.0 if state is None else state.loss_sum
         self.rates: list[float] = [] if state is None else list(state.rates)
+        self.settled = self.loss_sum, list(self.rates)  # of the last whole step
+        self.stepping = False
         self.trainable = {parameter_name(n): p for n, p in model.named_parameters() if p.requires_grad}
         self._resumed, self._on_rows, self._on_step = state, on_rows, on_step
         self._place = model.get_input_embeddings().weight.device
@@ -240,6 +261,16 @@ class StepTrainer(Trainer):
             assert self.optimizer is not None
             self.lr_scheduler = LambdaLR(self.optimizer, lambda step: curve(step + self.done))
         return self.lr_scheduler
+
+    def forget_unfinished_step(self) -> None:
+        """Account for whole steps alone, as the weights do."""
+        self.loss_sum, self.rates = self.settled
+
+    def close(self) -> None:
+        """Let go of what an error in the middle of an optimizer step has left held."""
+        if self.stepping:
+            self.stepping = False
+            interruption.release()
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of a whole batch; returns its loss."""
@@ -323,10 +354,15 @@ class _Hooks(TrainerCallback):
         self._trainer = trainer
 
     def on_pre_optimizer_step(self, *_args: Any, optimizer: Any = None, **_kwargs: Any) -> None:
+        interruption.hold()
+        self._trainer.stepping = True
         self._trainer.rates.append(float(optimizer.param_groups[0]["lr"]))
 
     def on_step_end(self, *_args: Any, **_kwargs: Any) -> None:
-        self._trainer._on_step(self._trainer)
+        trainer = self._trainer
+        trainer._on_step(trainer)
+        trainer.settled = trainer.loss_sum, list(trainer.rates)
+        trainer.close()
 
 
 class _Steps(torch.utils.data.Dataset[Any]):

@@ -1,0 +1,128 @@
+"""Bounds on code that comes with a model, such as its chat template: so many seconds, so much memory, and no more.
+
+Python code is stopped between two of its instructions, by an exception that another thread raises in it. One that
+allocates without end is stopped by the limit that the system puts on the process's address space.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+_POLL_SECONDS = 0.25
+_IDLE_SECONDS = 5.0
+
+
+class OverrunError(Exception):
+    """Code has taken longer than it may; raised in the middle of it."""
+
+
+@dataclass(eq=False)
+class _Bounded:
+    """A piece of code that runs: in which thread, until when, and whether it was stopped."""
+
+    thread: int
+    deadline: float
+    stopped: bool = False
+
+
+class _Watch:
+    """The thread that looks at the time, while there is anything to look at."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.running: set[_Bounded] = set()
+        self.memory: tuple[int, int] | None = None  # the limits as they were
+        self._thread: threading.Thread | None = None
+
+    def begin(self, one: _Bounded, memory: int) -> None:
+        with self.lock:
+            if not self.running:
+                self.memory = _limit_memory(memory)
+            self.running.add(one)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._look, daemon=True, name="gradsift-bounds")
+                self._thread.start()
+
+    def end(self, one: _Bounded) -> None:
+        with self.lock:
+            self.running.discard(one)
+            if not self.running:
+                _restore_memory(self.memory)
+            if one.stopped:  # what has not been raised yet must not be raised in what follows
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(one.thread), None)
+
+    def _look(self) -> None:
+        used = time.monotonic()
+        while True:
+            time.sleep(_POLL_SECONDS)
+            now = time.monotonic()
+            with self.lock:
+                for one in self.running:
+                    used = now
+                    if now > one.deadline and not one.stopped:
+                        one.stopped = True
+                        ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                            ctypes.c_ulong(one.thread), ctypes.py_object(OverrunError)
+                        )
+                if now - used > _IDLE_SECONDS:
+                    self._thread = None
+                    return
+
+
+_watch = _Watch()
+
+
+def _forget() -> None:
+    """A forked process has no thread that looks."""
+    global _watch
+    _watch = _Watch()
+
+
+os.register_at_fork(after_in_child=_forget)
+
+
+@contextmanager
+def at_most(seconds: float, memory: int) -> Iterator[None]:
+    """Run code of others for at most so many seconds, with at most so many bytes beside what the process has.
+
+    Raises:
+        OverrunError: it took longer.
+        MemoryError: it wanted more; only on Linux, elsewhere memory is not bounded.
+    """
+    watch = _watch
+    one = _Bounded(threading.get_ident(), time.monotonic() + seconds)
+    watch.begin(one, memory)
+    try:
+        yield
+    finally:
+        watch.end(one)
+    if one.stopped:
+        raise OverrunError
+
+
+def _limit_memory(more: int) -> tuple[int, int] | None:
+    """Allow the process so many bytes more; the limits as they were, or None where there are none to be had."""
+    with suppress(ImportError, OSError, ValueError):
+        import resource
+
+        pages = int(Path("/proc/self/statm").read_bytes().split()[0])
+        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+        wanted = pages * resource.getpagesize() + more
+        tops = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
+        resource.setrlimit(resource.RLIMIT_AS, (min([wanted, *tops]), hard))
+        return soft, hard
+    return None
+
+
+def _restore_memory(limits: tuple[int, int] | None) -> None:
+    if limits is not None:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, limits)

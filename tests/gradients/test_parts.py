@@ -1,0 +1,161 @@
+"""Shards that are interrupted in their middle: what is finished is kept, and the end is the same to the bit."""
+
+from __future__ import annotations
+
+import random
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_collect import collect_both, files, make_dataset
+
+from gradsift import interruption
+from gradsift.gradients import collect as collect_module
+from gradsift.gradients.collect import Gradients
+from gradsift.gradients.projection import Projection
+from gradsift.gradients.rows import ShardPart, _Sink
+from gradsift.run import Run
+from reporters import Listening
+
+__all__ = ["files"]  # the fixture
+COUNT = 40
+WHOLE = Gradients(projection=Projection(dim=60), dtype="float32", shard_rows=COUNT, token_budget=40)
+
+
+def all_bytes(run: Run) -> dict[str, bytes]:
+    """Everything that was collected, but manifests, which have times."""
+    folder = run.folder / "gradients"
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "manifest.json"
+    }
+
+
+@pytest.fixture(params=[1, 2], ids=["one lane", "two lanes"])
+def lanes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Batches that run at once."""
+    monkeypatch.setattr(collect_module, "automatic_lanes", lambda *_: request.param)
+    return int(request.param)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"module_groups": 3}, {"full_sum": True}, {"module_groups": 2, "full_sum": True}]
+)
+def test_interrupted_anywhere_it_ends_at_the_same_bytes(
+    tmp_path: Path, files: dict[str, str], lanes: int, changes: dict[str, Any]
+) -> None:
+    """A shard of all rows that is interrupted after 17 of 40, again after some more, and then goes on: only the rest is
+    computed, nothing is left over, and rows, sums and columns are those of an undisturbed collection."""
+    settings = WHOLE.model_copy(update=changes)
+    calm, run = Run(tmp_path / "calm"), Run(tmp_path / "run")
+    collect_both(calm, make_dataset(calm, count=COUNT), files, settings=settings)
+    data = make_dataset(run, count=COUNT)
+    kept = 0
+    for more in (17, 9):
+        notes = Listening(stop_after=more)
+        with interruption.watching(), pytest.raises(KeyboardInterrupt):
+            collect_both(run, data, files, settings=settings, reporter=notes)
+        kept += int(notes.done)
+        assert f" {kept} of {COUNT} pool rows kept" in interruption.last_words()
+        assert len(list(run.folder.glob("gradients/*/part-*"))) == 1
+    notes = Listening()
+    collect_both(run, data, files, settings=settings, reporter=notes)
+    assert notes.done == COUNT - kept
+    assert f"{kept} of {COUNT} pool rows are there already" in notes.said
+    assert all_bytes(run) == all_bytes(calm)
+
+
+def test_signals_at_any_moment(tmp_path: Path, files: dict[str, str], lanes: int) -> None:
+    """SIGTERM a few milliseconds after the first batch, over and over: every attempt keeps what it finished, and the
+    end is the same, though the signal comes in the middle of adding a batch's rows, too."""
+    settings = WHOLE.model_copy(update={"full_sum": True, "module_groups": 2})
+    calm, run = Run(tmp_path / "calm"), Run(tmp_path / "run")
+    collect_both(calm, make_dataset(calm, count=COUNT), files, settings=settings)
+    data, generator = make_dataset(run, count=COUNT), random.Random(3)
+    interrupted = 0
+    while interrupted < 12:
+        try:
+            with interruption.watching(), alarm(generator.uniform(0.02, 0.12)):
+                collect_both(run, data, files, settings=settings)
+            break
+        except KeyboardInterrupt:
+            interrupted += 1
+    assert interrupted > 2
+    collect_both(run, data, files, settings=settings)
+    assert all_bytes(run) == all_bytes(calm)
+
+
+@contextmanager
+def alarm(seconds: float) -> Iterator[None]:
+    """SIGALRM after so long, which is as SIGTERM here."""
+    before = signal.signal(signal.SIGALRM, signal.getsignal(signal.SIGTERM))
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_interrupted_while_a_batch_is_added(
+    tmp_path: Path, files: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch of which a half was added counts as not begun."""
+    calm, run = Run(tmp_path / "calm"), Run(tmp_path / "run")
+    collect_both(calm, make_dataset(calm, count=COUNT), files, settings=WHOLE)
+    data = make_dataset(run, count=COUNT)
+    commits = 0
+
+    def commit(sink: _Sink) -> None:
+        nonlocal commits
+        commits += 1
+        if commits == 3:
+            for add in sink._done[:-1]:
+                add()
+            raise KeyboardInterrupt
+        whole(sink)
+
+    whole = _Sink.commit
+    monkeypatch.setattr(collect_module, "automatic_lanes", lambda *_: 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(_Sink, "commit", commit)
+        with pytest.raises(KeyboardInterrupt):
+            collect_both(run, data, files, settings=WHOLE)
+    notes = Listening()
+    collect_both(run, data, files, settings=WHOLE, reporter=notes)
+    assert 0 < notes.done < COUNT
+    assert all_bytes(run) == all_bytes(calm)
+
+
+def test_a_killed_process_loses_little(tmp_path: Path, files: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is finished is also saved now and then while a shard is under way, without any signal; a damaged file, and
+    one of other batches, is as none."""
+    run = Run(tmp_path / "run")
+    data = make_dataset(run, count=COUNT)
+    monkeypatch.setattr(collect_module, "_SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(collect_module, "_SAVE_SHARE", 1e9)
+    monkeypatch.setattr(collect_module, "pressed", lambda: False)
+
+    class Killed(BaseException):
+        pass
+
+    with pytest.raises(Killed):
+        collect_both(run, data, files, settings=WHOLE, reporter=(notes := Listening(stop_after=17, error=Killed)))
+    (part,) = run.folder.glob("gradients/*/part-*")
+    whole = part.read_bytes()
+    monkeypatch.undo()
+    assert 17 < notes.done < COUNT
+    for content in (whole, whole[:-3], b""):
+        part.write_bytes(content)
+        again = Listening(stop_after=5)
+        with pytest.raises(KeyboardInterrupt):
+            collect_both(run, data, files, settings=WHOLE, reporter=again)
+        (left,) = again.totals
+        assert COUNT - notes.done <= left < COUNT - 10 if content == whole else left == COUNT
+    assert ShardPart.rows_of({}) == 0
+    assert not ShardPart.is_something({"done": torch.zeros(1, 3, dtype=torch.bool)})

@@ -6,14 +6,14 @@ import json
 import time
 from collections.abc import Sequence as SequenceABC
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
 from gradsift import embeddings
 from gradsift.context import Pool, Target, open_pool, open_target
 from gradsift.data.account import Account, count_reasons, counts_text
-from gradsift.data.load import load_examples
+from gradsift.data.formats import BadRowError, read_conversation
+from gradsift.data.load import Columns, load_examples
 from gradsift.errors import ConfigError, DataError
 from gradsift.execution.ray import engine_of
 from gradsift.explanation.explain import check_budgets, explain, explained_views
@@ -34,14 +34,13 @@ from gradsift.results import Result, diagnostics, remove_outdated, summary, writ
 from gradsift.run import Run
 from gradsift.selection.select import TopK, budget_count, check_selection, select
 from gradsift.selection.trust import sample_reliability, target_reliability
-from gradsift.types import Example
+from gradsift.types import Example, Skipped
 from gradsift.validation.validate import validate_explanations
 
 _NO_TARGET = (
     "no target: give --target, a file of examples of what the model should get better at (alpagasus, deita and random "
     "alone need none)"
 )
-_PROMPT_ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 def open_recipe(recipe: Recipe, reporter: Reporter | None = None, *, announce: bool = True) -> Pool:
@@ -312,7 +311,7 @@ def explain_questions(recipe: Recipe, pool: Pool | None = None) -> tuple[list[Qu
     if pool is None and job.embedding not in (None, embeddings.DEFAULT):
         embeddings.embed(["is it there?"], job.embedding)
     if job.prompt is not None:
-        return [question_of(_messages(job.prompt), job.output)], Account()
+        return [_asked(job.prompt, job.output)], Account()
     account = Account()
     if job.target is not None:
         loaded = load_examples(job.target, columns=recipe.target_columns, what="target", require_answer=job.use_answers)
@@ -360,26 +359,21 @@ def _drawn(examples: SequenceABC[Example], count: int, seed: int) -> list[Exampl
     return [examples[position] for position in sorted(generator.choice(len(examples), count, replace=False))]
 
 
-def _messages(prompt: str) -> Any:
-    """A prompt that is a JSON list of messages is a conversation; anything else is a text."""
-    if prompt.lstrip().startswith("["):
-        try:
-            value = json.loads(prompt)
-        except json.JSONDecodeError:
-            return prompt
-        if (
-            isinstance(value, list)
-            and value
-            and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in value)
-        ):
-            wrong = [m for m in value if m["role"] not in _PROMPT_ROLES or not isinstance(m["content"], str)]
-            if wrong:
-                raise DataError(
-                    f"--prompt holds the message {json.dumps(wrong[0], ensure_ascii=False)[:200]}: wanted a role of "
-                    f"{', '.join(_PROMPT_ROLES)} and a text as content"
-                )
-            return [{"role": m["role"], "content": m["content"]} for m in value]
-    return prompt
+def _asked(prompt: str, output: str | None) -> Question:
+    """The question of `--prompt`: a JSON list of messages is a conversation, read as a row's; all else is a text."""
+    try:
+        value = json.loads(prompt) if prompt.lstrip().startswith("[") else None
+    except json.JSONDecodeError:
+        value = None
+    if not (isinstance(value, list) and value and all(isinstance(m, dict) and "role" in m for m in value)):
+        return question_of(prompt, output)
+    try:
+        read = read_conversation({"messages": value}, Columns(), require_answer=False)
+    except BadRowError as error:
+        raise DataError(f"--prompt holds messages that make no conversation: {error}") from error
+    question = question_of(read.messages, output)
+    unused = [Skipped(question.id, one.reason, one.detail, "--prompt", None, "part", one.part) for one in read.unused]
+    return replace(question, options=read.options, unused=tuple(unused))
 
 
 def say_account(account: Account, what: str, used: int, reporter: Reporter) -> None:

@@ -174,6 +174,35 @@ class Estimator(Settings):
         )
 
 
+class TrainingEstimator(Estimator):
+    """Follows the checkpoints of a training, each of which counts by its learning rate.
+
+    optimizer: `adam` takes Adam's update direction on the pool's side, `sgd` the plain gradient.
+    checkpoints: `all` or the `last`.
+    """
+
+    optimizer: Literal["adam", "sgd"] = "adam"
+    checkpoints: Literal["all", "last"] = "all"
+
+    @property
+    def view(self) -> View:  # type: ignore[override]
+        """Which of the pool's rows it reads."""
+        return "adam" if self.optimizer == "adam" else "plain"
+
+    @property
+    def last_checkpoint(self) -> bool:  # type: ignore[override]
+        """Whether it reads those at the last checkpoint alone."""
+        return self.checkpoints == "last"
+
+    def weights(self, checkpoints: SequenceABC[Checkpoint]) -> list[float]:
+        """η̄_e / Σ η̄."""
+        return rate_weights(checkpoints)
+
+    def inputs(self, pool: Pool) -> dict[str, Any]:
+        """The rows, and what their sum is weighted by."""
+        return {**super().inputs(pool), "weights": self.weights(self.checkpoints_of(pool))}
+
+
 class ProductEstimator(Estimator):
     """Ranks by inner products of the pool's stored rows with one direction for each target, summed over checkpoints."""
 

@@ -27,9 +27,8 @@ from gradsift.gradients.capture import find_modules
 from gradsift.gradients.collect import SequenceSource
 from gradsift.gradients.hessian import Curvature, curvature_product
 from gradsift.gradients.projection import Projector, plan_segments
-from gradsift.gradients.rows import View
 from gradsift.influence.blocks import BlockConsumer, block_rows, over_blocks, threads
-from gradsift.influence.estimator import Estimator, Influence, TargetsByCheckpoint, rate_weights
+from gradsift.influence.estimator import Influence, TargetsByCheckpoint, TrainingEstimator
 from gradsift.influence.products import store_inner_products, unit_rows
 from gradsift.influence.prompts import PromptTarget
 from gradsift.models import host
@@ -118,7 +117,7 @@ def ji2s_scores(
     return (marginal - joint_weight * joint).to(pool.device, dtype)
 
 
-class JI2S(Estimator):
+class JI2S(TrainingEstimator):
     """JI2S (Wei et al. 2025): Adam directions against targets, less their interaction with the rest of the pool.
 
     `S_i = Σ_e w_e (A_i − λ η_e^(p−1) B_i)`, A_i = mean_q ⟨Γ_i, v_q⟩, B_i = Σ_{j≠i} Γ_iᵀHΓ_j, w_e = η̄_e/Ση̄: the mean
@@ -155,8 +154,6 @@ class JI2S(Estimator):
     standardise_terms: bool = True
     normalise: bool = False
     subtract_bias: bool = False
-    optimizer: Literal["adam", "sgd"] = "adam"
-    checkpoints: Literal["all", "last"] = "all"
 
     def model_post_init(self, _context: object) -> None:
         """Refuse what does not go together."""
@@ -184,20 +181,6 @@ class JI2S(Estimator):
     def full_sum(self) -> bool:  # type: ignore[override]
         """Whether the unprojected sum of the pool's rows has to be stored."""
         return self.full_space
-
-    @property
-    def view(self) -> View:  # type: ignore[override]
-        """Which rows of the pool it takes."""
-        return "adam" if self.optimizer == "adam" else "plain"
-
-    @property
-    def last_checkpoint(self) -> bool:  # type: ignore[override]
-        """Whether it reads those at the last checkpoint alone."""
-        return self.checkpoints == "last"
-
-    def weights(self, checkpoints: SequenceABC[Checkpoint]) -> list[float]:
-        """η̄_e / Σ η̄."""
-        return rate_weights(checkpoints)
 
     def inputs(self, pool: Pool) -> dict[str, Any]:
         """The rows, and what both terms are weighted by."""

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from gradsift.checks import float_array, same_size
-from gradsift.context import Pool
 from gradsift.errors import ConfigError, ShapeError
-from gradsift.gradients.rows import View
-from gradsift.influence.estimator import ProductEstimator, rate_weights
+from gradsift.influence.estimator import ProductEstimator, TrainingEstimator
 from gradsift.influence.products import unit_rows
 from gradsift.sums import row_products
-from gradsift.warmup.checkpoint import Checkpoint
 
 
 def less_scores(
@@ -95,7 +92,7 @@ def _shares(weights: Sequence[float] | Tensor | None, checkpoints: int) -> list[
     return [float(share) for share in values / values.sum()]
 
 
-class LESS(ProductEstimator):
+class LESS(TrainingEstimator, ProductEstimator):
     """LESS (Xia et al. 2024): cosine of Adam update directions with target gradients, weighted over checkpoints.
 
     optimizer: `adam` takes the update direction Γ on the pool's side, `sgd` the plain gradient.
@@ -104,32 +101,12 @@ class LESS(ProductEstimator):
     """
 
     kind: Literal["less"] = "less"
-    optimizer: Literal["adam", "sgd"] = "adam"
     normalise: bool = True
-    checkpoints: Literal["all", "last"] = "all"
 
     @property
     def by_cosine(self) -> bool:
         """Whether rows and directions are taken to unit length."""
         return self.normalise
-
-    @property
-    def view(self) -> View:  # type: ignore[override]
-        """Which of the pool's rows it reads."""
-        return "adam" if self.optimizer == "adam" else "plain"
-
-    @property
-    def last_checkpoint(self) -> bool:  # type: ignore[override]
-        """Whether it reads those at the last checkpoint alone."""
-        return self.checkpoints == "last"
-
-    def weights(self, checkpoints: Sequence[Checkpoint]) -> list[float]:
-        """η̄_e / Σ η̄."""
-        return rate_weights(checkpoints)
-
-    def inputs(self, pool: Pool) -> dict[str, Any]:
-        """The rows, and what their sum is weighted by."""
-        return {**super().inputs(pool), "weights": self.weights(self.checkpoints_of(pool))}
 
     @property
     def label(self) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence as SequenceABC
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeGuard
+from typing import ClassVar, Literal, TypeGuard
 
 from torch import Tensor
 
@@ -20,7 +20,7 @@ from gradsift.generation.sampling import Response, Sampler, Sampling
 from gradsift.gradients.policy import PolicyGradient, PolicySource, label_sequence
 from gradsift.gradients.rows import View
 from gradsift.influence.datainf import Damping, datainf_directions
-from gradsift.influence.estimator import Estimator, Influence, ProductEstimator, rate_weights, refuse_too_many
+from gradsift.influence.estimator import Estimator, Influence, ProductEstimator, TrainingEstimator, refuse_too_many
 from gradsift.influence.prompts import (
     Earned,
     PromptTarget,
@@ -94,7 +94,7 @@ class PolicyEstimator(ProductEstimator):
         )
 
 
-class NICE(PolicyEstimator):
+class NICE(TrainingEstimator, PolicyEstimator):
     """NICE (Wang et al. 2025): LESS with the policy gradient of a reward on the target's side; needs no labels.
 
     `S = Σ_e w_e · n(Γ_e) · n(∇L_r,e)ᵀ`, ∇L_r = −(1/M) Σ_m r_m ∇log f(ŷ_m | x; θ_e): normalised once per target, after
@@ -105,32 +105,12 @@ class NICE(PolicyEstimator):
     """
 
     kind: Literal["nice"] = "nice"
-    optimizer: Literal["adam", "sgd"] = "adam"
     normalise: bool = True
-    checkpoints: Literal["all", "last"] = "all"
 
     @property
     def by_cosine(self) -> bool:
         """Whether rows and directions are taken to unit length."""
         return self.normalise
-
-    @property
-    def view(self) -> View:  # type: ignore[override]
-        """Which of the pool's rows it reads."""
-        return "adam" if self.optimizer == "adam" else "plain"
-
-    @property
-    def last_checkpoint(self) -> bool:  # type: ignore[override]
-        """Whether it reads those at the last checkpoint alone."""
-        return self.checkpoints == "last"
-
-    def weights(self, checkpoints: SequenceABC[Checkpoint]) -> list[float]:
-        """η̄_e / Σ η̄."""
-        return rate_weights(checkpoints)
-
-    def inputs(self, pool: Pool) -> dict[str, Any]:
-        """The rows, and what their sum is weighted by."""
-        return {**super().inputs(pool), "weights": self.weights(self.checkpoints_of(pool))}
 
     @property
     def label(self) -> str:

@@ -50,7 +50,8 @@ def programs(precious: Path, secret: Path, port: int, marker: str) -> dict[str, 
         "reads the key": (
             "import glob, os\ndef answer():\n    texts = [str(dict(os.environ))]\n"
             "    for path in glob.glob('/proc/[0-9]*/environ'):\n        try: texts.append(open(path).read())\n"
-            f"        except OSError: pass\n    return 42 * any({KEY[:9]!r} + {KEY[9:]!r} in text for text in texts)\n",
+            f"        except OSError: pass\n    key = bytes({list(KEY.encode())}).decode()\n"
+            "    return 42 * any(key in text for text in texts)\n",
             0,
         ),
         "calls home": (
@@ -127,7 +128,7 @@ def test_nothing_is_sampled_for_programs_that_may_not_run(tiny: World, tmp_path:
     options: list[Any] = ["-e", "nice", "--reward", "unit_tests", "--samples", 2, "--response-tokens", 4]
     options += [*tiny.with_adapters()[-2:], *["--allow-code-execution"] * permitted]
     result = tiny("score", tmp_path / "run", *options, target=target)
-    assert result.code == 1
+    assert result.code == (1 if permitted else 2)
     last = result.err.splitlines()[-1]
     if permitted:
         assert "no prompt has a signal" in last, last

@@ -172,11 +172,11 @@ def test_a_choice_by_rewards(tiny: World, tmp_path: Path) -> None:
     pool = write_rows(
         tmp_path / "pool.jsonl", [*map(json.loads, Path(tiny.pool).read_text().splitlines()), {"id": "bad"}]
     )
-    options = (*tiny.with_adapters(), "--pool", pool, "--budget", 6, "--estimator", "nice", "--reward",
+    options = (*tiny.with_adapters(), "--budget", 6, "--estimator", "nice", "--reward",
                f"{file}:letters", "--samples", "8", "--response-tokens", "6")  # fmt: skip
     out = tmp_path / "run"
-    found = tiny("select", out, *options, "--json").succeeded().json
-    terminal = tiny("select", out, *options).succeeded().out
+    found = tiny("select", out, *options, "--json", pool=pool).succeeded().json
+    terminal = tiny("select", out, *options, pool=pool).succeeded().out
     said, page = plain(terminal), (out / "report.html").read_text()
     shown = text_of(page)
     chosen = found["selections"][0]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from gradsift.errors import ConfigError
+from gradsift.errors import ConfigError, DataError
 from gradsift.rewards import sandbox
 from gradsift.rewards.reward import check_reward, reward_samples
 from gradsift.rewards.samples import Sample
@@ -200,11 +200,11 @@ def test_rows_that_can_judge_nobody_are_refused_before_anything_is_sampled() -> 
     good = "def check(candidate):\n    assert candidate(4) == 8\n"
     reward = UnitTests(allow_code_execution=True)
     check_reward(reward, rows(good, good), judged=False)
-    with pytest.raises(ConfigError, match=r"2 of 3 targets can judge no program \(t1: .* are empty; t2: .* not Python"):
+    with pytest.raises(DataError, match=r"2 of 3 targets can judge no program \(t1: .* are empty; t2: .* not Python"):
         check_reward(reward, rows(good, "# nothing", "assert double( =="), judged=False)
-    with pytest.raises(ConfigError, match=r"\(t0: .*; t4: [^;]*; and 3 more\)"):
+    with pytest.raises(DataError, match=r"\(t0: .*; t4: [^;]*; and 3 more\)"):
         check_reward(reward, rows(*[""] * 8), judged=False)
-    with pytest.raises(ConfigError, match="the tests use wanted, which nothing defines"):
+    with pytest.raises(DataError, match="the tests use wanted, which nothing defines"):
         check_reward(reward, rows("def check(candidate):\n    assert candidate(4) == wanted\n"), judged=False)
 
 
@@ -213,16 +213,16 @@ def test_a_named_reference_is_run_before_anything_is_sampled() -> None:
     good = "def check(candidate):\n    assert candidate(4) == 8\n"
     reward = UnitTests(allow_code_execution=True, reference="solution")
     check_reward(reward, rows(good, solution=DOUBLE), judged=False)
-    with pytest.raises(ConfigError, match=r"1 of 1 targets .* reference solution does not pass .*AssertionError"):
+    with pytest.raises(DataError, match=r"1 of 1 targets .* reference solution does not pass .*AssertionError"):
         check_reward(reward, rows(good.replace("8", "9"), solution=DOUBLE), judged=False)
-    with pytest.raises(ConfigError, match="reads the column 'solution'"):
+    with pytest.raises(DataError, match="reads the column 'solution'"):
         check_reward(reward, rows(good), judged=False)
 
 
 def test_tests_of_pytest_need_pytest(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where it is not installed the run is refused, with what to install."""
     monkeypatch.setattr(sandbox, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'gradsift\[pytest\]'"):
+    with pytest.raises(DataError, match=r"pip install 'gradsift\[pytest\]'"):
         check_reward(
             UnitTests(allow_code_execution=True), rows("def test_one():\n    assert double(4) == 8\n"), judged=False
         )

@@ -121,7 +121,8 @@ def check_reward(reward: Any, samples: Sequence[Sample], *, judged: bool) -> Non
 
     Raises:
         ConfigError: a function cannot be loaded or called with what there is, a column is missing, programs may not
-            be run, tests can judge no program, or a judge has nobody to ask.
+            be run, or a judge has nobody to ask.
+        DataError: tests can judge no program.
     """
     example = replace(samples[0], row={name: None for sample in samples for name in sample.row})
     for single in single_rewards(reward):

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from gradsift.errors import ConfigError
+from gradsift.errors import ConfigError, DataError
 from gradsift.rewards._shapes import CannotJudgeError, cases_of, joined
 from gradsift.rewards.function import LogProblem
 from gradsift.rewards.samples import Sample, column, text_of
@@ -122,7 +122,7 @@ class UnitTests(Settings):
         if reasons:
             shown = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:_NAMED])
             more = f"; and {len(reasons) - _NAMED} more" if len(reasons) > _NAMED else ""
-            raise ConfigError(
+            raise DataError(
                 f"the tests of {len(reasons)} of {len(samples)} targets can judge no program ({shown}{more}): mend "
                 "them or leave these targets out"
             )

@@ -215,7 +215,7 @@ def test_a_named_reference_is_run_before_anything_is_sampled() -> None:
     check_reward(reward, rows(good, solution=DOUBLE), judged=False)
     with pytest.raises(DataError, match=r"1 of 1 targets .* reference solution does not pass .*AssertionError"):
         check_reward(reward, rows(good.replace("8", "9"), solution=DOUBLE), judged=False)
-    with pytest.raises(DataError, match="reads the column 'solution'"):
+    with pytest.raises(ConfigError, match="reads the column 'solution'"):
         check_reward(reward, rows(good), judged=False)
 
 

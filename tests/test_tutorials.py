@@ -149,7 +149,11 @@ def test_there_are_tutorials() -> None:
         assert {"console", "python", "text"} <= found, page.name
 
 
-@pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=[pytest.mark.slow] * (page.stem == "compare")) for page in TUTORIALS],
+    ids=lambda page: page.stem,
+)
 def test_a_tutorial_runs_as_it_is_written(page: Path, tiny: World, place: Path) -> None:
     """With a tiny model and a part of the demo's pool, all commands succeed and output looks as it is shown."""
     (place / "MODEL").symlink_to(tiny.model)

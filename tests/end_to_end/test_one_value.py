@@ -99,7 +99,9 @@ def test_relevance_of_one_output(tiny: World, how: Aggregation, tmp_path: Path) 
     assert is_rounded(heading[1], first["relevance_db"])
 
 
-@pytest.mark.parametrize("how", get_args(Aggregation))
+@pytest.mark.parametrize(
+    "how", [pytest.param(how, marks=[pytest.mark.slow] * (how == "median_db")) for how in get_args(Aggregation)]
+)
 def test_relevance_over_outputs(tiny: World, how: Aggregation, tmp_path: Path) -> None:
     """The aggregate, the area under it, the share above 0 dB and what training does: terminal, page and JSON."""
     options = ("--over-outputs", how, "--use-answers", "--pages", 1, "--random-sets", 2)

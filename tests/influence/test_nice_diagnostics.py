@@ -76,7 +76,11 @@ POLICIES = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@pytest.mark.parametrize(
+    "policy",
+    [pytest.param(one, marks=[pytest.mark.slow] * (number < 2)) for number, one in enumerate(POLICIES)],
+    ids=str,
+)
 def test_resamples_are_rankings_of_their_own(
     pool: Pool, target: PromptTarget, policy: PolicyGradient, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -69,7 +69,7 @@ def test_full_training_equals_hand_written_adamw(tiny: World, tmp_path: Path) ->
         assert float((trained[name] - p).detach().norm()) < 1e-6 * float(p.detach().norm()), name
 
 
-@pytest.mark.parametrize("rows", [9, 26])
+@pytest.mark.parametrize("rows", [9, pytest.param(26, marks=pytest.mark.slow)])
 def test_an_interrupted_full_training_ends_where_an_undisturbed_one_does(
     tiny: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int
 ) -> None:

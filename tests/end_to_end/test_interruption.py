@@ -50,6 +50,7 @@ def finish(process: Any, errors: Path) -> str:
     return text
 
 
+@pytest.mark.slow
 def test_killed_three_times_and_finished_is_as_undisturbed(
     tiny: World, pool: str, start: Callable[[list[str], Path], Any], tmp_path: Path
 ) -> None:

@@ -159,7 +159,7 @@ def test_the_smaller_size_is_kept() -> None:
         handle.remove()
     assert failures == [80]
     assert found.token_budget == 40
-    assert ran == [40] * 6
+    assert ran == [40] * 5 + [10, 30]  # rows that are measured come last, by themselves
 
 
 @pytest.mark.parametrize("options", [{}, {"module_groups": 2}], ids=str)

@@ -237,7 +237,9 @@ def _pass(
     blank = [
         result.rows if _apart(columns) else {v: torch.zeros_like(r) for v, r in result.rows.items()} for _ in groups
     ]
-    progress = _Progress(result, blank, squares, columns, frozenset() if exact is None else frozenset(exact.rows))
+    measured = frozenset() if exact is None else frozenset(exact.rows)
+    others, last = ([s for s in sequences if (s.row in measured) == held] for held in (False, True))
+    progress = _Progress(result, blank, squares, columns, measured)
     if part is not None:
         progress.restore(part.tensors)
         part._snapshot = progress.snapshot
@@ -249,7 +251,8 @@ def _pass(
             own = {view: square[number] for view, square in squares.items()}
             into = replace(result, rows=blank[number])
             sinks = [_Sink(projectors, adam, into, own, full_sum, number == 0) for _ in range(lanes)]
-            units = budget.units(sequences)
+            # What is measured is held until all of it is there, and an interruption loses it: it comes last, by itself.
+            units = [unit for part in (others, last) for unit in budget.units(part)]
             progress.begin(number, units, sinks)
 
             def run(lane: int, unit: Unit, stopped: Callable[[], bool], capture: Capture = capture) -> bool:

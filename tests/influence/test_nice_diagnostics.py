@@ -78,7 +78,7 @@ POLICIES = (
 
 @pytest.mark.parametrize(
     "policy",
-    [pytest.param(one, marks=[pytest.mark.slow] * (number < 2)) for number, one in enumerate(POLICIES)],
+    [pytest.param(one, marks=[pytest.mark.slow] * (number in (0, 2))) for number, one in enumerate(POLICIES)],
     ids=str,
 )
 def test_resamples_are_rankings_of_their_own(

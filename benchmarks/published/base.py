@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -74,7 +75,7 @@ class Departure:
     option: str = "none"
 
 
-class Published:
+class Published(ABC):
     """A published code. Subclasses say what is compared; `record` is what their program recorded."""
 
     name: ClassVar[str]
@@ -99,8 +100,9 @@ class Published:
             return f"commit {self.record['commit'][:7]}"
         return str(self.record["packages"][self.package])
 
+    @abstractmethod
     def compared(self) -> Iterable[Compared]:
-        raise NotImplementedError
+        """Each quantity that both compute."""
 
     def departures(self) -> Iterable[Departure]:
         return ()

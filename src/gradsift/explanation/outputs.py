@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -90,7 +91,11 @@ class OutputSource:
 
     def messages(self, id_: str) -> tuple[Message, ...]:
         """Prompt and output as messages."""
-        return self.conversations[self.ids.index(id_)]
+        return self._messages[id_]
+
+    @cached_property
+    def _messages(self) -> dict[str, tuple[Message, ...]]:
+        return dict(zip(self.ids, self.conversations, strict=True))
 
     @property
     def fingerprint(self) -> str:

@@ -149,11 +149,17 @@ class Estimator(Settings):
             sources = sources_of(Path(module.__file__), module.__name__)
             found["source"] = fingerprint([source.digest for source in sources])
         if self.view is not None:
+            checkpoints = self.checkpoints_of(pool)
             found["rows"] = [
                 fingerprint(store_config(pool.data, one, pool.model, self.view, pool.gradients, pool.dtype))
-                for one in self.checkpoints_of(pool)
+                for one in checkpoints
             ]
+            found |= self.counted(checkpoints)
         return found
+
+    def counted(self, checkpoints: SequenceABC[Checkpoint]) -> dict[str, Any]:
+        """What of `inputs` is of the checkpoints beside their rows: the weights, where they are not always equal."""
+        return {}
 
     def targets(self, pool: Pool, target: Target | PromptTarget) -> Targets:
         """The token sequences that stand for the target.
@@ -198,9 +204,9 @@ class TrainingEstimator(Estimator):
         """η̄_e / Σ η̄."""
         return rate_weights(checkpoints)
 
-    def inputs(self, pool: Pool) -> dict[str, Any]:
-        """The rows, and what their sum is weighted by."""
-        return {**super().inputs(pool), "weights": self.weights(self.checkpoints_of(pool))}
+    def counted(self, checkpoints: SequenceABC[Checkpoint]) -> dict[str, Any]:
+        """What their sum is weighted by."""
+        return {"weights": self.weights(checkpoints)}
 
 
 class ProductEstimator(Estimator):

@@ -182,11 +182,9 @@ class JI2S(TrainingEstimator):
         """Whether the unprojected sum of the pool's rows has to be stored."""
         return self.full_space
 
-    def inputs(self, pool: Pool) -> dict[str, Any]:
-        """The rows, and what both terms are weighted by."""
-        checkpoints = self.checkpoints_of(pool)
-        factors = joint_factors(checkpoints, self.weights(checkpoints), self.joint_lr_power)
-        return {**super().inputs(pool), "weights": factors}
+    def counted(self, checkpoints: SequenceABC[Checkpoint]) -> dict[str, Any]:
+        """What both terms are weighted by."""
+        return {"weights": joint_factors(checkpoints, self.weights(checkpoints), self.joint_lr_power)}
 
     def influence(self, pool: Pool, target: Target | PromptTarget | None) -> Influence:
         """Both terms over the checkpoints, and their difference."""

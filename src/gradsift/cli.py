@@ -278,9 +278,14 @@ def _recipe(given: dict[str, Any], **more: Any) -> Any:
     values |= engine_fields(given)
     values |= more
     set_fields(values, given.get("set"))
-    if given.get("target_columns"):
-        return validated(values, _option_of)
-    return validated(values, lambda field: _option_of(field.removeprefix("target_")))
+    typed = {text.partition("=")[0].strip() for text in given.get("set") or ()}
+
+    def name_of(field: str) -> str:
+        if field in typed:
+            return f"--set {field}"
+        return _option_of(field if given.get("target_columns") else field.removeprefix("target_"))
+
+    return validated(values, name_of)
 
 
 def _training_fields(given: dict[str, Any]) -> dict[str, Any]:

@@ -358,6 +358,8 @@ CASES = [
     Case("unknown column role", "--columns: unknown key 'promt'; did you mean 'prompt'?",
          options=("--columns", "promt=a"), code=2),
     Case("target columns not pairs", "--target-columns 'x': wanted pairs", options=("--target-columns", "x"), code=2),
+    Case("unknown field", "--set estimator.nope: unknown key 'nope'; known keys: ",
+         options=("--set", "estimator.nope=1"), code=2),
     Case("unknown views", "--views 'x': wanted adam, plain or segments, or several with commas between", "collect",
          options=("--views", "x"), code=2),
     Case("unknown option", "No such option: --budgte", options=("--budgte", "5"), code=2),

@@ -13,7 +13,7 @@ READY := $(VENV)/.ready
 
 SUPPORTED := import sys; sys.exit(sys.version_info[:2] < (3, 11))
 VERSION := import sys; print(sys.version.split()[0])
-PREPARE := from gradsift.demo.model import demo_model; from gradsift.progress import Reporter; demo_model(Reporter())
+PREPARE := from gradsift.demo.model import demo_model; from gradsift.base.progress import Reporter; demo_model(Reporter())
 
 .DEFAULT_GOAL := help
 .PHONY: help setup model demo test test-slow test-gpu check bench faults audit sbom wheel browser clean

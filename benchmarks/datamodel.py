@@ -66,7 +66,7 @@ from gradsift import (
 from gradsift.gradients.capture import LORA, find_modules
 from gradsift.gradients.hessian import curvature_product
 from gradsift.influence.estimator import Estimator, rate_weights
-from gradsift.models import host
+from gradsift.model.models import host
 from gradsift.rewards.matching import Exact
 
 Array = NDArray[np.float64]

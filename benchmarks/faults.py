@@ -131,7 +131,7 @@ class Bench:
         os.environ["OMP_NUM_THREADS"] = "1"
         os.environ["HF_HUB_OFFLINE"] = "1"
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["tiny_world", "gradsift.pipeline", "peft", "datasets", "typer"])
+        self.context.set_forkserver_preload(["tiny_world", "gradsift.jobs.select_explain", "peft", "datasets", "typer"])
         self.world = World.make(self.work)
         self.pool = write_rows(self.work / "pool.jsonl", pool_rows(ROWS))
         prompts = [{k: v for k, v in row.items() if k != "completion"} for row in target_rows(PROMPTS)]

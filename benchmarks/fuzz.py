@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 
 import atheris
 
-from gradsift.errors import GradsiftError
+from gradsift.base.errors import GradsiftError
 
 INSTRUMENTED = ["gradsift.data", "gradsift.recipe", "gradsift.store"]
 

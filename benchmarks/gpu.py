@@ -26,6 +26,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from gradsift.base.memory import empty_device_cache, is_out_of_memory
+from gradsift.base.types import Sequence, TokenizedExample
 from gradsift.gradients.adam import AdamDirection
 from gradsift.gradients.batching import form_batches
 from gradsift.gradients.behind import to_host, write, writing_behind
@@ -33,11 +35,9 @@ from gradsift.gradients.capture import LORA, find_modules
 from gradsift.gradients.folding import Captured
 from gradsift.gradients.projection import Projection, Projector, plan_segments
 from gradsift.gradients.rows import gradient_rows
-from gradsift.loss import head_at, pad, to_device, token_mean
-from gradsift.memory import empty_device_cache, is_out_of_memory
+from gradsift.model.loss import head_at, pad, to_device, token_mean
 from gradsift.store.gradient_store import GradientStoreWriter, ShardColumns
 from gradsift.store.storage import LocalStorage
-from gradsift.types import Sequence, TokenizedExample
 
 # class, hidden, intermediate, layers, heads, key-value heads, vocabulary, tied: those of SmolLM2-135M, Qwen2-0.5B,
 # Llama-3.2-1B and Llama-2-7B

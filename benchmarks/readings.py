@@ -69,7 +69,7 @@ from gradsift.influence.dsir import dsir_log_ratios, hashed_counts
 from gradsift.influence.estimator import Estimator, rate_weights
 from gradsift.influence.less import less_scores
 from gradsift.influence.nice import PolicyTargets
-from gradsift.models import load_tokenizer
+from gradsift.model.models import load_tokenizer
 from gradsift.rewards.matching import Exact
 from gradsift.rewards.samples import text_of
 from gradsift.warmup.checkpoint import load_moments

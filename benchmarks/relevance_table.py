@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata, spearmanr
 
 from gradsift import BM25, LESS, TRAK, DataInf, Gradients, Pool, ProjectedInverse, Projection, Reporter, open_pool
+from gradsift.base.types import TokenizedExample
 from gradsift.data.chat import ChatFormat
 from gradsift.data.load import load_examples
 from gradsift.data.overlap import normalised_hash
@@ -34,11 +35,10 @@ from gradsift.explanation.outputs import OutputSource, Question, questions_of
 from gradsift.explanation.relevance import to_db
 from gradsift.explanation.table import gain_over_naive, relevance_table
 from gradsift.influence.scores import Ranker
-from gradsift.models import load_tokenizer
-from gradsift.pages import explanation_page
+from gradsift.jobs.explanation_pages import explanation_page
+from gradsift.model.models import load_tokenizer
 from gradsift.report.explanation_page import explanation_file, render_explanation
 from gradsift.selection.strategies import RelevancePursuit, choose_all
-from gradsift.types import TokenizedExample
 from gradsift.validation.validate import Validated, cells_of, sanity_check, validate
 from gradsift.warmup.train import PRESETS
 

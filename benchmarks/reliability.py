@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gradsift import NICE, Gradients, Projection, Sampling, open_prompts, score, select
+from gradsift.base.ranks import rank_correlations
 from gradsift.gradients.policy import PolicyGradient
 from gradsift.influence.reliability import (
     DRAWS,
@@ -37,7 +38,6 @@ from gradsift.influence.reliability import (
     resampling_weights,
 )
 from gradsift.influence.scores import strata_of
-from gradsift.ranks import rank_correlations
 from gradsift.selection.trust import sample_reliability
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))

@@ -22,13 +22,13 @@ import numpy as np
 from relevance_table import DATA, rows_of
 
 from gradsift import Comparison, Pool, Reporter, Warmup, open_pool, run_compare
+from gradsift.base.types import TokenizedExample
+from gradsift.compare.statistics import mean_and_spread, mean_jaccard, paired_difference
 from gradsift.data.chat import ChatFormat
 from gradsift.data.load import load_examples
 from gradsift.demo.model import demo_model
-from gradsift.evaluation.statistics import mean_and_spread, mean_jaccard, paired_difference
-from gradsift.models import load_tokenizer
+from gradsift.model.models import load_tokenizer
 from gradsift.recipe import Recipe
-from gradsift.types import TokenizedExample
 
 VALIDATION, TEST = 24, 60
 LONGEST = {"validation": 224, "test": 160}  # tokens of a target's row

@@ -39,15 +39,15 @@ from gpu import (  # noqa: F401 - sections are found by name
     with_adapter,
 )
 
+from gradsift.base.types import Sequence, TokenizedExample
 from gradsift.gradients.adam import AdamDirection
 from gradsift.gradients.batching import Batch, automatic_lanes, automatic_token_budget, form_batches
 from gradsift.gradients.capture import LORA, find_modules
 from gradsift.gradients.projection import Projection, Projector, plan_segments
 from gradsift.gradients.rows import gradient_rows
-from gradsift.loss import token_mean
+from gradsift.model.loss import token_mean
 from gradsift.store.gradient_store import GradientStore, GradientStoreWriter, ShardColumns
 from gradsift.store.storage import LocalStorage
-from gradsift.types import Sequence, TokenizedExample
 
 ROOT = Path(__file__).resolve().parents[1]
 _ON_CPU = ["collection", "memory", "scoring", "explain", "start"]
@@ -157,7 +157,7 @@ class Work:
     """A model with a LoRA adapter of random B, rows, and the two things to compare."""
 
     def __init__(self, args: argparse.Namespace, rank: int) -> None:
-        from gradsift.models import load_model
+        from gradsift.model.models import load_model
 
         self.args = args
         if args.random_model:
@@ -276,7 +276,7 @@ def rows(args: argparse.Namespace) -> list[Sequence]:
         return random_rows(args.rows, SIZES[args.random_model][6], args.max_length)
     from gradsift.data.chat import ChatFormat
     from gradsift.data.load import load_examples
-    from gradsift.models import load_tokenizer
+    from gradsift.model.models import load_tokenizer
 
     shared = ROOT.parent / "shared" / "data" / "pool.jsonl"
     source = shared if shared.is_file() else ROOT / "src" / "gradsift" / "demo" / "data" / "pool.jsonl"

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gradsift.base.types import Sequence as TokenSequence
 from gradsift.generation.sampling import Response
 from gradsift.gradients.capture import LORA, find_modules
 from gradsift.gradients.folding import Captured
 from gradsift.gradients.projection import Projection, Projector, plan_segments
 from gradsift.gradients.rows import gradient_rows
-from gradsift.types import Sequence as TokenSequence
 
 sys.path.insert(0, str(Path(__file__).parent / "gradients"))
 from tiny_models import tiny_llama, with_lora

@@ -240,8 +240,8 @@ FORGERIES: dict[str, tuple[str, str, tuple[str, ...]]] = {
 
 def unreachable(level: str) -> str:
     """Why this machine cannot be brought to a level; empty where it can."""
-    from gradsift.errors import ConfigError
-    from gradsift.rewards.sandbox import Sandbox, isolation
+    from gradsift.base.errors import ConfigError
+    from gradsift.sandbox.sandbox import Sandbox, isolation
 
     if level == "full":
         try:
@@ -262,7 +262,7 @@ def _python_for_all() -> list[str] | None:
     paths = [str(ROOT / "src"), *dict.fromkeys((sysconfig.get_path("purelib"), sysconfig.get_path("platlib")))]
     version = f"{sys.version_info[0]}.{sys.version_info[1]}"
     for python in (os.path.realpath(sys.executable), f"/usr/bin/python{version}", f"/usr/local/bin/python{version}"):
-        probe = [python, "-c", f"import sys; sys.path[:0] = {paths!r}; import pydantic, gradsift.rewards.sandbox"]
+        probe = [python, "-c", f"import sys; sys.path[:0] = {paths!r}; import pydantic, gradsift.sandbox.sandbox"]
         with suppress(OSError):
             if subprocess.run(probe, user=USER, group=USER, extra_groups=[], capture_output=True).returncode == 0:
                 return [python, os.pathsep.join(paths)]
@@ -311,7 +311,7 @@ def _without_landlock(libc: Any) -> None:
 
 
 def _run_here(level: str, names: list[str]) -> dict[str, Any]:
-    from gradsift.rewards.sandbox import Program, Sandbox, isolation, run_programs
+    from gradsift.sandbox.sandbox import Program, Sandbox, isolation, run_programs
 
     place = json.loads(os.environ["GRADSIFT_HOSTILE"])
     chosen = {name: one for name, one in attacks(**place).items() if not names or name in names}
@@ -388,7 +388,7 @@ def _state(folder: Path) -> dict[str, tuple[int, int, int]]:
 
 def _left(marker: str) -> list[str]:
     """Processes with the marker, files where all may write, control groups, and shared memory of made users."""
-    from gradsift.rewards._confinement import _parents
+    from gradsift.sandbox._confinement import _parents
 
     found = []
     for file in Path("/proc").glob("[0-9]*/cmdline"):

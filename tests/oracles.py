@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad
 
+from gradsift.base.types import Sequence
 from gradsift.gradients.folding import Captured
 from gradsift.gradients.projection import Projector
-from gradsift.types import Sequence
 
 Moments = Mapping[str, tuple[Tensor, Tensor]]
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
-from gradsift.errors import DataError
-from gradsift.progress import Advance
-from gradsift.run import Run
+from gradsift.base.errors import DataError
+from gradsift.base.progress import Advance
+from gradsift.store.run import Run
 from reporters import Listening
 
 

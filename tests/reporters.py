@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from gradsift.progress import Advance, Reporter
+from gradsift.base.progress import Advance, Reporter
 
 
 class Listening(Reporter):

@@ -12,9 +12,9 @@ from pydantic import TypeAdapter
 
 import gradsift
 from gradsift import cli_options
+from gradsift.base.errors import ConfigError, DataError
 from gradsift.cli import app, parse_budget
-from gradsift.errors import ConfigError, DataError
-from gradsift.evaluations import sampling_of
+from gradsift.jobs.train_evaluate import sampling_of
 from gradsift.options import reward_of, strategy_of
 from gradsift.rewards.form import Format, Length, Sentiment
 from gradsift.rewards.function import Function
@@ -117,7 +117,7 @@ def test_errors_become_messages_and_exit_codes(
     def fail(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr("gradsift.pipeline.run_score", fail)
+    monkeypatch.setattr("gradsift.jobs.select_explain.run_score", fail)
     options = ("score", "--model", "m", "--pool", "p", "--target", "t", "--out", "o")
     result = Cli(*options)
     assert result.code == code
@@ -142,7 +142,7 @@ def test_options_of_explain_reach_the_recipe(monkeypatch: pytest.MonkeyPatch) ->
         recipes.append(recipe)
         raise DataError("stop here")
 
-    monkeypatch.setattr("gradsift.pipeline.run_explain", keep)
+    monkeypatch.setattr("gradsift.jobs.select_explain.run_explain", keep)
     base = ["--model", "m", "--pool", "p", "--out", "o"]
     changed = {
         "prompt": ("--prompt", "x"), "questions": ("--target", "t"), "row": ("--row", "r"), "output": ("--output", "o"),
@@ -178,7 +178,7 @@ def test_options_of_rewards_reach_the_recipe(monkeypatch: pytest.MonkeyPatch) ->
         recipes.append(recipe)
         raise DataError("stop here")
 
-    monkeypatch.setattr("gradsift.pipeline.run_select", keep)
+    monkeypatch.setattr("gradsift.jobs.select_explain.run_select", keep)
     base = ["select", "--model", "m", "--pool", "p", "--target", "t", "--out", "o"]
     base += ["-e", "nice", "--reward", "unit_tests"]
     url = "http://localhost:8000/v1"
@@ -261,7 +261,9 @@ def test_options_of_a_choice_reach_the_recipe(command: str, monkeypatch: pytest.
         recipes.append(recipe)
         raise DataError("stop here")
 
-    monkeypatch.setattr({"select": "gradsift.pipeline.run_select", "plan": "gradsift.plan.estimate"}[command], keep)
+    monkeypatch.setattr(
+        {"select": "gradsift.jobs.select_explain.run_select", "plan": "gradsift.plan.measure.estimate"}[command], keep
+    )
     base = [command, "--model", "m", "--pool", "p", "--target", "t", "--out", "o"]
     for kind, *own in (
         ("top_k", "--budget", "7"),
@@ -288,7 +290,7 @@ def test_options_reach_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
         recipes.append(recipe)
         raise DataError("stop here")
 
-    monkeypatch.setattr("gradsift.pipeline.run_score", keep)
+    monkeypatch.setattr("gradsift.jobs.select_explain.run_score", keep)
     base = ["score", "--model", "m", "--pool", "p", "--target", "t", "--out", "o"]
     changed = {
         "--subtask": "s", "--columns": "prompt=q", "--target-columns": "prompt=q", "--max-length": "99",
@@ -357,8 +359,8 @@ def test_estimators_of_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None
         recipes.append(recipe)
         raise DataError("stop here")
 
-    monkeypatch.setattr("gradsift.pipeline.run_score", keep)
-    monkeypatch.setattr("gradsift.pipeline.run_explain", keep)
+    monkeypatch.setattr("gradsift.jobs.select_explain.run_score", keep)
+    monkeypatch.setattr("gradsift.jobs.select_explain.run_explain", keep)
     base = ("--model", "m", "--pool", "p", "--out", "o")
 
     def scored(*options: str) -> Any:
@@ -413,6 +415,6 @@ def test_a_preset_is_a_base_for_single_settings(monkeypatch: pytest.MonkeyPatch)
         recipes.append(recipe)
         raise DataError("stop here")
 
-    monkeypatch.setattr("gradsift.pipeline.run_score", keep)
+    monkeypatch.setattr("gradsift.jobs.select_explain.run_score", keep)
     Cli("score", "--model", "m", "--pool", "p", "--target", "t", "--out", "o", "--preset", "compact", "--rank", "3")
     assert recipes[0].warmup == PRESETS["compact"].model_copy(update={"rank": 3})

@@ -24,15 +24,15 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from gradsift.base.errors import CorruptError, GradsiftError
 from gradsift.data.load import load_examples
-from gradsift.errors import CorruptError, GradsiftError
 from gradsift.generation.samples import _SCHEMA, Samples
 from gradsift.generation.sampling import Prompt
-from gradsift.models import adapter_identity
+from gradsift.model.models import adapter_identity
 from gradsift.recipe import Recipe, as_yaml, load_recipes, template
-from gradsift.run import Run
 from gradsift.store.gradient_store import GradientStore, GradientStoreWriter, ShardColumns
 from gradsift.store.manifest import read_json
+from gradsift.store.run import Run
 from gradsift.store.storage import LocalStorage
 from gradsift.warmup.checkpoint import open_checkpoint
 from tiny_world import pool_rows

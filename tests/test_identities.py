@@ -17,14 +17,14 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
 import gradsift.influence.scores as scoring
-from gradsift import run as runs
+from gradsift.base.errors import ConfigError, CorruptError, GradsiftError
+from gradsift.base.settings import Settings
+from gradsift.compare.costs import StageClock
 from gradsift.context import Pool, open_pool, open_target
-from gradsift.errors import ConfigError, CorruptError, GradsiftError
 from gradsift.evaluation.evaluate import evaluate
 from gradsift.evaluation.loss import HeldOutLoss
 from gradsift.evaluation.mean_reward import MeanReward
 from gradsift.evaluation.setup import open_model
-from gradsift.evaluation.stage_costs import StageClock
 from gradsift.explanation.explain import DEFAULT_STRATEGIES, _Work
 from gradsift.explanation.outputs import answers, question_of
 from gradsift.generation.samples import Samples
@@ -47,13 +47,13 @@ from gradsift.influence.ratings import FunctionRating, rate
 from gradsift.influence.rds import RDS, kept_embeddings
 from gradsift.influence.scores import score
 from gradsift.influence.trak import TRAK
-from gradsift.models import adapter_identity, generation_ends, model_identity, whole_identity
+from gradsift.model.models import adapter_identity, generation_ends, model_identity, whole_identity
 from gradsift.rewards.function import function_identity
 from gradsift.rewards.matching import Numeric
 from gradsift.rewards.reward_model import RewardModel
-from gradsift.run import REVISIONS, Run
-from gradsift.settings import Settings
 from gradsift.store import digests
+from gradsift.store import run as runs
+from gradsift.store.run import REVISIONS, Run
 from gradsift.validation.one_step import OneStep
 from gradsift.validation.validate import _Bench
 from gradsift.warmup.train import Training, Warmup

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from gradsift.errors import ConfigError
+from gradsift.base.errors import ConfigError
 from gradsift.explanation.coefficients import coefficients
 from gradsift.influence.bm25 import BM25
 from gradsift.influence.less import LESS

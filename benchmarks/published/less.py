@@ -20,6 +20,8 @@ from published.shared import (
     trained,
 )
 
+from gradsift.base.types import Sequence as TokenSequence
+from gradsift.base.types import TokenizedExample
 from gradsift.data.chat import ChatFormat
 from gradsift.data.load import load_examples
 from gradsift.gradients.collect import Adam
@@ -27,8 +29,6 @@ from gradsift.influence.aggregate import max_of_means
 from gradsift.influence.less import less_scores
 from gradsift.selection.select import budget_count
 from gradsift.selection.top_k import top_k
-from gradsift.types import Sequence as TokenSequence
-from gradsift.types import TokenizedExample
 from gradsift.warmup.train import Warmup
 
 

@@ -16,15 +16,15 @@ from published.base import BENCHMARKS, PROGRAMS, Array
 from scipy.stats import spearmanr
 from torch import Tensor
 
+from gradsift.base.types import Sequence as TokenSequence
+from gradsift.base.types import TokenizedExample
 from gradsift.explanation.relevance import Relevance, aggregate_relevance, to_db
 from gradsift.gradients.adam import AdamDirection
 from gradsift.gradients.capture import find_modules
 from gradsift.gradients.projection import Projection, Projector, plan_segments
 from gradsift.gradients.rows import gradient_rows
 from gradsift.influence.products import unit_rows
-from gradsift.loss import token_mean
-from gradsift.types import Sequence as TokenSequence
-from gradsift.types import TokenizedExample
+from gradsift.model.loss import token_mean
 from gradsift.warmup.train import Warmup
 
 # Weights of tokens and the norms of Llama are in float32, everything else about the tiny model is in float64.

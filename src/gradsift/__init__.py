@@ -17,12 +17,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gradsift.comparison import run_compare
+    from gradsift.base.errors import GradsiftError
+    from gradsift.base.progress import Reporter
+    from gradsift.compare.run import run_compare
+    from gradsift.compare.table import Comparison
     from gradsift.context import Pool, Target, open_pool, open_target
     from gradsift.data.load import Columns
-    from gradsift.errors import GradsiftError
     from gradsift.evaluation.arms import Arm, Compare, Curve
-    from gradsift.evaluation.comparison import Comparison
     from gradsift.evaluation.evaluate import Evaluation, evaluate
     from gradsift.evaluation.fine_tune import train_on
     from gradsift.evaluation.grading import Grading
@@ -65,9 +66,7 @@ if TYPE_CHECKING:
     from gradsift.influence.rds import RDS
     from gradsift.influence.scores import Scores, score
     from gradsift.influence.trak import TRAK
-    from gradsift.progress import Reporter
     from gradsift.recipe import Recipe, load_recipe
-    from gradsift.run import Run
     from gradsift.selection.select import (
         TSDS,
         Diverse,
@@ -91,6 +90,7 @@ if TYPE_CHECKING:
     )
     from gradsift.store.gradient_store import GradientStore
     from gradsift.store.precision import MeasuredError
+    from gradsift.store.run import Run
     from gradsift.validation.one_step import OneStep
     from gradsift.validation.validate import Validation, validate, validate_explanations
     from gradsift.warmup.checkpoint import Checkpoint, open_checkpoint
@@ -98,12 +98,12 @@ if TYPE_CHECKING:
     from gradsift.warmup.train import Training, Warmup, train, warm_up
 
 _WHERE = {
-    "gradsift.comparison": ("run_compare",),
+    "gradsift.compare.run": ("run_compare",),
     "gradsift.context": ("Pool", "Target", "open_pool", "open_target"),
     "gradsift.data.load": ("Columns",),
-    "gradsift.errors": ("GradsiftError",),
+    "gradsift.base.errors": ("GradsiftError",),
     "gradsift.evaluation.arms": ("Arm", "Compare", "Curve"),
-    "gradsift.evaluation.comparison": ("Comparison",),
+    "gradsift.compare.table": ("Comparison",),
     "gradsift.evaluation.evaluate": ("Evaluation", "evaluate"),
     "gradsift.evaluation.fine_tune": ("train_on",),
     "gradsift.evaluation.grading": ("Grading",),
@@ -146,9 +146,9 @@ _WHERE = {
     "gradsift.influence.rds": ("RDS",),
     "gradsift.influence.scores": ("Scores", "score"),
     "gradsift.influence.trak": ("TRAK",),
-    "gradsift.progress": ("Reporter",),
+    "gradsift.base.progress": ("Reporter",),
     "gradsift.recipe": ("Recipe", "load_recipe"),
-    "gradsift.run": ("Run",),
+    "gradsift.store.run": ("Run",),
     "gradsift.selection.select": (
         "Diverse",
         "FacilityLocation",

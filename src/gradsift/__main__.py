@@ -6,7 +6,7 @@ import sys
 def main() -> None:
     """Entry point."""
     try:
-        from gradsift.interruption import heed_sigterm
+        from gradsift.base.interruption import heed_sigterm
 
         heed_sigterm()
         from gradsift.cli import app

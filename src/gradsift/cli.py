@@ -122,7 +122,7 @@ class _errors:  # noqa: N801  # reads as a phrase: with _errors(...)
     """One message for gradsift's errors, with exit code 2 for what was typed wrong and else 1; 130 when interrupted."""
 
     def __init__(self, *, debug: bool) -> None:
-        from gradsift.interruption import watching
+        from gradsift.base.interruption import watching
 
         self.debug = debug
         self.watch = watching()
@@ -131,7 +131,7 @@ class _errors:  # noqa: N801  # reads as a phrase: with _errors(...)
         self.watch.__enter__()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _trace: object) -> None:
-        from gradsift.interruption import last_words, pressed
+        from gradsift.base.interruption import last_words, pressed
 
         interrupted = isinstance(error, KeyboardInterrupt) or pressed()
         self.watch.__exit__(None, None, None)
@@ -140,8 +140,8 @@ class _errors:  # noqa: N801  # reads as a phrase: with _errors(...)
         if interrupted:
             print(f"\n{last_words()}", file=sys.stderr)
             raise typer.Exit(130) from None
-        from gradsift.errors import GradsiftError
-        from gradsift.progress import visible
+        from gradsift.base.errors import GradsiftError
+        from gradsift.base.progress import visible
 
         if isinstance(error, GradsiftError):
             print(f"error: {visible(str(error))}", file=sys.stderr)
@@ -165,7 +165,7 @@ class _errors:  # noqa: N801  # reads as a phrase: with _errors(...)
 
 
 def _reporter(given: dict[str, Any]) -> Any:
-    from gradsift.progress import Reporter
+    from gradsift.base.progress import Reporter
 
     _calm_libraries()
     return Reporter(quiet=bool(given.get("quiet")))
@@ -186,7 +186,7 @@ def _calm_libraries() -> None:
 
 
 def _columns(text: str | None, option: str = "--columns") -> dict[str, str]:
-    from gradsift.errors import ConfigError
+    from gradsift.base.errors import ConfigError
 
     if text is None:
         return {}
@@ -204,8 +204,8 @@ def parse_budget(text: str) -> float:
     Raises:
         ConfigError: it names none, or no share.
     """
-    from gradsift import settings
-    from gradsift.errors import ConfigError
+    from gradsift.base import settings
+    from gradsift.base.errors import ConfigError
 
     try:
         value = settings.parse_budget(text)
@@ -222,7 +222,7 @@ def _listed(text: str, option: str) -> tuple[str, ...]:
     Raises:
         ConfigError: there is nothing between two commas, or before or after one.
     """
-    from gradsift.errors import ConfigError
+    from gradsift.base.errors import ConfigError
 
     parts = tuple(part.strip() for part in text.split(","))
     if any(parts) and not all(parts):
@@ -232,7 +232,7 @@ def _listed(text: str, option: str) -> tuple[str, ...]:
 
 def _recipe(given: dict[str, Any], **more: Any) -> Any:
     """A recipe from the options that were given."""
-    from gradsift.errors import ConfigError
+    from gradsift.base.errors import ConfigError
     from gradsift.options import engine_fields, estimator_of, rewards_of, selection_of
     from gradsift.recipe import set_fields, validated
     from gradsift.warmup.train import PRESETS
@@ -338,8 +338,8 @@ def _print_json(content: Any) -> None:
 
 
 def _print_result(result: Any, given: dict[str, Any]) -> None:
-    from gradsift.printing import print_result
-    from gradsift.results import summary
+    from gradsift.jobs.printing import print_result
+    from gradsift.jobs.results import summary
 
     if given.get("as_json"):
         _print_json(summary(result))
@@ -358,7 +358,7 @@ def select(given: dict[str, Any]) -> None:
 
     Example: gradsift select --model MODEL --pool pool.jsonl --target math.jsonl --budget 5% --out runs/math
     """
-    from gradsift.pipeline import run_select
+    from gradsift.jobs.select_explain import run_select
 
     _print_result(run_select(_recipe(given), _reporter(given)), given)
 
@@ -371,7 +371,7 @@ def explain(given: dict[str, Any]) -> None:
 
     All strategies side by side: gradsift explain … --target questions.jsonl -k 1,5,10,25 --compare
     """
-    from gradsift.pipeline import run_explain
+    from gradsift.jobs.select_explain import run_explain
 
     _print_result(run_explain(_explain_recipe(given), _reporter(given)), given)
 
@@ -390,7 +390,7 @@ def validate(
 
     Example: gradsift validate --model MODEL --pool pool.jsonl --out runs/math --target questions.jsonl -k 5,10
     """
-    from gradsift.pipeline import run_explain
+    from gradsift.jobs.select_explain import run_explain
 
     step = {"random_sets": random_sets, "lr": step_rate, "seed": given["seed"]}
     recipe = _explain_recipe(given, validation={"step": step, "route": route})
@@ -440,7 +440,7 @@ def score(given: dict[str, Any]) -> None:
 
     Example: gradsift score --model MODEL --pool pool.jsonl --target math.jsonl --out runs/math
     """
-    from gradsift.pipeline import run_score
+    from gradsift.jobs.select_explain import run_score
 
     _print_result(run_score(_recipe(given), _reporter(given)), given)
 
@@ -458,7 +458,7 @@ def sample(given: dict[str, Any], show: _Show = 3) -> None:
 
     Example: gradsift sample --model MODEL --pool pool.jsonl --target prompts.jsonl --samples 20 --out runs/math
     """
-    from gradsift.rollouts import run_sample
+    from gradsift.jobs.rollouts import run_sample
 
     _print_rollouts(run_sample(_rollout_recipe(given), _reporter(given)), given, show)
 
@@ -471,7 +471,7 @@ def reward(given: dict[str, Any], show: _Show = 3) -> None:
 
     Example: gradsift reward --model MODEL --pool pool.jsonl --target math.jsonl --reward numeric:answer --out runs/math
     """
-    from gradsift.rollouts import run_reward
+    from gradsift.jobs.rollouts import run_reward
 
     _print_rollouts(run_reward(_rollout_recipe(given), _reporter(given)), given, show)
 
@@ -481,7 +481,7 @@ def _rollout_recipe(given: dict[str, Any]) -> Any:
 
 
 def _print_rollouts(result: Any, given: dict[str, Any], show: int) -> None:
-    from gradsift.rollouts import print_rollouts
+    from gradsift.jobs.rollouts import print_rollouts
 
     if given["as_json"]:
         _print_json(result.as_dict())
@@ -495,8 +495,8 @@ def warmup(given: dict[str, Any]) -> None:
 
     Example: gradsift warmup --model MODEL --pool pool.jsonl --fraction 0.05 --epochs 4 --out runs/math
     """
-    from gradsift.pipeline import open_recipe
-    from gradsift.run import Run
+    from gradsift.jobs.select_explain import open_recipe
+    from gradsift.store.run import Run
 
     recipe = _recipe(given)
     with Run(recipe.out).lock():
@@ -546,8 +546,8 @@ def train(
 
     Example: gradsift train --model MODEL --pool pool.jsonl --out runs/math --selected runs/math/selected.jsonl
     """
-    from gradsift.errors import ConfigError
-    from gradsift.evaluations import metrics_of, print_trained, run_train, seeds_of
+    from gradsift.base.errors import ConfigError
+    from gradsift.jobs.train_evaluate import metrics_of, print_trained, run_train, seeds_of
     from gradsift.warmup.train import TRAINING_PRESETS
 
     if preset not in TRAINING_PRESETS:
@@ -630,7 +630,7 @@ def evaluate(
 
     Example: gradsift evaluate --model MODEL --out runs/math --adapter ADAPTER --data test.jsonl --reward numeric:answer
     """
-    from gradsift.evaluations import evaluations_as_dict, metrics_of, place_of, print_evaluations, run_evaluate
+    from gradsift.jobs.train_evaluate import evaluations_as_dict, metrics_of, place_of, print_evaluations, run_evaluate
 
     options = {
         **given, "columns": _columns(given["columns"]), "data": data, "metric": metric, "pass_at": pass_at,
@@ -662,9 +662,9 @@ def collect(
 
     Example: gradsift collect --model MODEL --pool pool.jsonl --adapter out/checkpoint-100 --out runs/math
     """
-    from gradsift.errors import ConfigError
-    from gradsift.pipeline import open_recipe
-    from gradsift.run import Run
+    from gradsift.base.errors import ConfigError
+    from gradsift.jobs.select_explain import open_recipe
+    from gradsift.store.run import Run
 
     wanted: list[Any] = list(_listed(views, "--views"))
     if not wanted or not set(wanted) <= {"adam", "plain", "segments"}:
@@ -719,7 +719,7 @@ def plan(
 
     Of a recipe: gradsift plan recipes/compact-paper.yaml
     """
-    from gradsift.plan import estimate, print_estimate
+    from gradsift.plan.measure import estimate, print_estimate
 
     if recipe is not None:
         recipes = _read_recipes(recipe, given, given["out"])
@@ -743,7 +743,7 @@ def list_() -> None:
     Example: gradsift list
     """
     with _errors(debug=False):
-        from gradsift.printing import print_estimators
+        from gradsift.jobs.printing import print_estimators
 
         _calm_libraries()
         print_estimators()
@@ -759,7 +759,7 @@ def init(
     Example: gradsift init math.yaml
     """
     with _errors(debug=False):
-        from gradsift.errors import ConfigError
+        from gradsift.base.errors import ConfigError
         from gradsift.recipe import template
         from gradsift.store.storage import LocalStorage
 
@@ -787,8 +787,8 @@ def run(
 
     Example: gradsift run math.yaml
     """
-    from gradsift.pipeline import run_recipe
-    from gradsift.results import summary
+    from gradsift.jobs.results import summary
+    from gradsift.jobs.select_explain import run_recipe
 
     recipes = _read_recipes(recipe, given, out)
     if len(recipes) == 1 or not given["as_json"]:
@@ -810,9 +810,9 @@ def compare(
 
     Example: gradsift compare recipes/compare.yaml
     """
-    from gradsift.comparison import run_compare
-    from gradsift.errors import IncompleteError
-    from gradsift.report.comparison_text import print_comparison
+    from gradsift.base.errors import IncompleteError
+    from gradsift.compare.run import run_compare
+    from gradsift.compare.text import print_comparison
 
     results = [run_compare(one, _reporter(given)) for one in _read_recipes(recipe, given, out)]
     if given["as_json"]:
@@ -840,7 +840,7 @@ def report(
 
     Example: gradsift report runs/math --to math.html
     """
-    from gradsift.report_data import rewrite_report
+    from gradsift.jobs.report_data import rewrite_report
     from gradsift.store.storage import LocalStorage
 
     path = rewrite_report(out)
@@ -871,7 +871,7 @@ def demo(
 
     result = run_demo(out, model=model, reporter=_reporter(given))
     if given["as_json"]:
-        from gradsift.results import summary
+        from gradsift.jobs.results import summary
 
         _print_json(summary(result))
     else:

@@ -9,23 +9,23 @@ from typing import Any
 
 import numpy as np
 
+from gradsift.base.errors import ConfigError, DataError
+from gradsift.base.progress import Reporter, silent
+from gradsift.base.types import Example, Skipped
 from gradsift.data.chat import ChatFormat, Supervise
 from gradsift.data.dataset import Dataset, prepare
 from gradsift.data.load import Columns
 from gradsift.data.overlap import overlap_of_hashes
 from gradsift.data.sample import RowSample
-from gradsift.errors import ConfigError, DataError
 from gradsift.execution.engine import LOCAL, Engine
 from gradsift.gradients.capture import find_modules
 from gradsift.gradients.collect import Gradients, collect, known_error
 from gradsift.gradients.rows import View
 from gradsift.gradients.self_check import kept_check
-from gradsift.models import DtypeName, find_adapter, load_tokenizer, model_identity, positions, resolve_device
-from gradsift.progress import Reporter, silent
-from gradsift.run import Run
+from gradsift.model.models import DtypeName, find_adapter, load_tokenizer, model_identity, positions, resolve_device
 from gradsift.store.gradient_store import GradientStore
 from gradsift.store.precision import MeasuredError
-from gradsift.types import Example, Skipped
+from gradsift.store.run import Run
 from gradsift.warmup.checkpoint import Checkpoint, open_checkpoint
 from gradsift.warmup.train import Warmup, warm_up
 

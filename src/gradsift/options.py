@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gradsift.errors import ConfigError
+from gradsift.base.errors import ConfigError
 
 # Options of `--estimator ji2s`, each named as the field that it fills; None where it is not given.
 JOINT = (

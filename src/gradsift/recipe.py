@@ -11,11 +11,12 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, Field, ValidationError
 
-from gradsift import embeddings
+from gradsift.base.errors import ConfigError
+from gradsift.base.inputs import read_input
+from gradsift.base.settings import Budget, Seed, Settings
 from gradsift.data.chat import Supervise
 from gradsift.data.load import Columns
 from gradsift.data.sample import RowSample
-from gradsift.errors import ConfigError
 from gradsift.evaluation.arms import Compare, MetricSetting
 from gradsift.execution.engine import ThisProcess
 from gradsift.execution.ray import Where
@@ -30,12 +31,11 @@ from gradsift.influence.less import LESS
 from gradsift.influence.random import Random
 from gradsift.influence.ratings import Rater
 from gradsift.influence.scores import Aggregation
-from gradsift.inputs import read_input
-from gradsift.models import DtypeName
+from gradsift.model import embeddings
+from gradsift.model.models import DtypeName
 from gradsift.rewards.reward import Reward
 from gradsift.selection.select import Selector, TopK
 from gradsift.selection.strategies import CANDIDATES, Strategy
-from gradsift.settings import Budget, Seed, Settings
 from gradsift.validation.one_step import OneStep
 from gradsift.validation.validate import Route
 from gradsift.warmup.train import PRESETS, Warmup

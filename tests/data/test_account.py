@@ -13,10 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
+from gradsift.base.types import Example, Message, Skipped
 from gradsift.data.account import Account, Difference, differences
 from gradsift.data.chat import ChatFormat
 from gradsift.data.template import Rendering
-from gradsift.types import Example, Message, Skipped
 from templates import (
     CHATML,
     MISTRAL,

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, ByT5Tokenizer
 
+from gradsift.base.errors import ConfigError, DataError, ModelError
+from gradsift.base.types import Example, Message, Skipped, TokenizedExample
 from gradsift.data.chat import ChatFormat, tokenize_examples
-from gradsift.errors import ConfigError, DataError, ModelError
-from gradsift.types import Example, Message, Skipped, TokenizedExample
 from templates import (
     CHATML,
     CHATML_WITHOUT_PROMPT,

@@ -13,14 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
+from gradsift.base.errors import DataError
+from gradsift.base.progress import silent
+from gradsift.base.types import Example, Skipped, TokenizedExample
 from gradsift.data.chat import ChatFormat, Supervise
 from gradsift.data.dataset import prepare
 from gradsift.data.load import load_examples
-from gradsift.errors import DataError
-from gradsift.loss import token_mean
-from gradsift.progress import silent
-from gradsift.run import Run
-from gradsift.types import Example, Skipped, TokenizedExample
+from gradsift.model.loss import token_mean
+from gradsift.store.run import Run
 from templates import CHATML, bytes_tokenizer, runs
 from tiny_world import World
 

@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 import gradsift.data.load
+from gradsift.base.errors import DataError
+from gradsift.base.types import Message
 from gradsift.data.load import Columns, Loaded, load_examples
 from gradsift.data.overlap import content_hash
-from gradsift.errors import DataError
-from gradsift.types import Message
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 ROW = {"id": "a", "messages": CHAT}
@@ -493,7 +493,7 @@ class TestUnusableSources:
     def test_a_dataset_name_without_network(self, tmp_path: Path) -> None:
         """When the hub is out of reach the error says that neither a file nor a dataset was found, and why."""
         code = (
-            "from gradsift.data.load import load_examples\nfrom gradsift.errors import DataError\n"
+            "from gradsift.data.load import load_examples\nfrom gradsift.base.errors import DataError\n"
             "try: load_examples('nobody/no-such-dataset', what='target')\nexcept DataError as error: print(error)"
         )
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gradsift.base.types import Example, Message
 from gradsift.data.overlap import content_hash, find_duplicates, find_overlap, normalised_hash
-from gradsift.types import Example, Message
 
 TEXT = st.text(max_size=8)
 MESSAGES = st.lists(st.builds(Message, role=st.sampled_from(["user", "assistant"]), content=TEXT), max_size=3)

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gradsift.base.errors import ConfigError
+from gradsift.base.types import Example
 from gradsift.data.sample import RowSample
-from gradsift.errors import ConfigError
-from gradsift.types import Example
 
 ROWS = [Example(f"r{n}", (), {"task": "abc"[n % 3], "empty": "" if n == 4 else "x"}) for n in range(30)]
 

@@ -17,9 +17,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from gradsift.base.errors import DataError
 from gradsift.data.load import Loaded, load_examples
 from gradsift.data.sources import read_rows
-from gradsift.errors import DataError
 
 ROW = {"id": "a", "prompt": "Hi", "completion": "Hello"}
 LINE = (json.dumps(ROW) + "\n").encode()

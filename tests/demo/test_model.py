@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from gradsift.base.errors import ModelError, StorageError
 from gradsift.demo.model import NAME, PACKAGE, VERSION, demo_model, demo_model_ready
-from gradsift.errors import ModelError, StorageError
-from gradsift.models import load_model, load_tokenizer
+from gradsift.model.models import load_model, load_tokenizer
 
 MAKE = "from gradsift.demo.model import demo_model; print(demo_model())"
 

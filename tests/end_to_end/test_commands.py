@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 import gradsift as gs
-from gradsift import models
+from gradsift.model import models
 from tiny_world import Cli, World, pool_rows, write_rows
 
 ADDED = {"gradsift_id", "gradsift_score", "gradsift_rank"}

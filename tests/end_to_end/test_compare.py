@@ -16,16 +16,16 @@ import yaml
 from pydantic import TypeAdapter
 
 import gradsift as gs
-from gradsift.comparison import run_compare
-from gradsift.embeddings import at_hand
+from gradsift.compare.run import run_compare
+from gradsift.compare.table import Cell, Comparison, tabulate
+from gradsift.compare.text import print_comparison
 from gradsift.evaluation.arms import Arm, Compare, Contender, contenders
-from gradsift.evaluation.comparison import Cell, Comparison, tabulate
 from gradsift.evaluation.metric import Figure, Measured
 from gradsift.influence.less import LESS
 from gradsift.influence.random import Random
+from gradsift.model.embeddings import at_hand
 from gradsift.recipe import Recipe, as_yaml, load_recipe
 from gradsift.report.comparison_data import ComparisonPage
-from gradsift.report.comparison_text import print_comparison
 from gradsift.rewards.form import Length
 from gradsift.selection.select import TopK
 from gradsift.warmup.train import TRAINING_PRESETS, Training, Warmup

@@ -16,9 +16,9 @@ import pytest
 import yaml
 
 import gradsift as gs
-from gradsift import embeddings
-from gradsift.comparison import run_compare
-from gradsift.evaluation.comparison import Comparison
+from gradsift.compare.run import run_compare
+from gradsift.compare.table import Comparison
+from gradsift.model import embeddings
 from gradsift.recipe import Recipe
 from gradsift.warmup.train import Training
 from loopback import Server, completion, serving

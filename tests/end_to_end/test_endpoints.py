@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from endpoint_runs import GOOD, KEY, PROMPTS, REPLIES, ROLES, SAMPLES, Case, Scores, closed_port, write
-from gradsift.models import load_tokenizer
+from gradsift.model.models import load_tokenizer
 from loopback import Answer, completion, serving
 from tiny_world import World, pool_rows, target_rows, write_rows
 

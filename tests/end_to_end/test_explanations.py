@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 
 import gradsift.explanation.explain as explain_module
 import gradsift.validation.validate as validate_module
-from gradsift import embeddings, models
 from gradsift.explanation.explain import ALL_STRATEGIES
+from gradsift.model import embeddings, models
 from tiny_world import Cli, World, pool_rows, target_rows, without, write_rows
 
 EVIL = "<script>alert(1)</script>"

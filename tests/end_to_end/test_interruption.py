@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from gradsift.run import Run
+from gradsift.store.run import Run
 from tiny_world import World, pool_rows, write_rows
 
 ROWS, SHARD_ROWS = 120, 2

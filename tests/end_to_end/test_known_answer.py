@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from gradsift.base.types import TokenizedExample
 from gradsift.data.chat import ChatFormat
 from gradsift.data.load import load_examples
-from gradsift.models import attach_adapter, load_model, load_tokenizer
-from gradsift.types import TokenizedExample
+from gradsift.model.models import attach_adapter, load_model, load_tokenizer
 from tiny_world import ANIMALS, COLOURS, World, write_rows
 
 TWINS = 8

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 import gradsift.data.files
+from gradsift.base.errors import DataError
 from gradsift.data.load import load_examples
-from gradsift.errors import DataError
 from tiny_world import World, pool_rows, write_rows
 
 Options = Callable[[Path], tuple[tuple[object, ...], dict[str, object]]]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from gradsift.models import load_tokenizer
+from gradsift.model.models import load_tokenizer
 from tiny_world import Cli, World, save_model, target_rows, write_rows
 
 NICE = ("--estimator", "nice", "--samples", "5", "--response-tokens", "7")

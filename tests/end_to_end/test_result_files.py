@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gradsift.results import FILES
+from gradsift.jobs.results import FILES
 from tiny_world import COMMON, Cli, World, target_rows
 
 CHOICE = {"selected.jsonl", "scores.parquet", "skipped.jsonl", "report.html"}

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from gradsift import models
-from gradsift.errors import ConfigError
+from gradsift.base.errors import ConfigError
+from gradsift.jobs.rollouts import pass_rates, run_sample
+from gradsift.model import models
 from gradsift.recipe import validated
-from gradsift.rollouts import pass_rates, run_sample
 from loopback import Answer, completion, serving
 from tiny_world import Cli, World, save_model, target_rows, write_rows
 

@@ -14,14 +14,14 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import gradsift as gs
-from gradsift import models
-from gradsift.errors import ConfigError, DataError, MismatchError
+from gradsift.base.errors import ConfigError, DataError, MismatchError
 from gradsift.evaluation.evaluate import evaluate, measure
 from gradsift.evaluation.fine_tune import check_seeds, train_on
 from gradsift.evaluation.loss import HeldOutLoss
 from gradsift.evaluation.mean_reward import MeanReward
 from gradsift.evaluation.setup import Trained, open_model
 from gradsift.generation.sampling import Sampling
+from gradsift.model import models
 from gradsift.rewards.estimators import pass_at_k
 from gradsift.rewards.form import Length
 from gradsift.warmup.merge import merge

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from gradsift.errors import ConfigError
+from gradsift.base.errors import ConfigError
 from gradsift.evaluation.evaluate import evaluate, measure
 from gradsift.evaluation.harness import LMEval
 from gradsift.evaluation.setup import open_model
-from gradsift.models import host
+from gradsift.model.models import host
 from tiny_world import World, write_lm_eval_task, write_rows
 
 ROWS = [{"question": f"what colour is the cat {n}", "choices": [" red", " blue"], "gold": n % 2} for n in range(6)]

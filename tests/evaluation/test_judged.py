@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from gradsift.errors import ConfigError, DataError
+from gradsift.base.errors import ConfigError, DataError
 from gradsift.evaluation.evaluate import evaluate, measure
 from gradsift.evaluation.grading import Grading, read_questions
 from gradsift.evaluation.loss import HeldOutLoss

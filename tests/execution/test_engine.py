@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from gradsift.errors import ConfigError, DataError, StorageError, WorkerError
+from gradsift.base.errors import ConfigError, DataError, StorageError, WorkerError
+from gradsift.base.progress import Reporter, untold
 from gradsift.execution import mapping
 from gradsift.execution.actors import RayCluster
 from gradsift.execution.engine import LOCAL
 from gradsift.execution.ray import RayEngine, engine_of
-from gradsift.progress import Reporter, untold
-from gradsift.run import Run
+from gradsift.store.run import Run
 from ray_tasks import DieOnce, Hopeless, KillTheFirst, Refuse, Rows, SlowOnce, Square, Visit, warned
 
 # Ray leaves its own processes and files to the end of this one.

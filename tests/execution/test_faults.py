@@ -22,7 +22,7 @@ ON_NODES = """
 import sys
 from gradsift.execution.actors import RayCluster
 from gradsift.execution.ray import RayEngine
-from gradsift.progress import Reporter, untold
+from gradsift.base.progress import Reporter, untold
 from ray_tasks import Square, Wait
 
 engine = RayEngine(RayCluster(workers=2, address=sys.argv[1]), Reporter())

@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
-from gradsift import models
-from gradsift.errors import ConfigError, LockedError, StorageError
-from gradsift.run import Run
+from gradsift.base.errors import ConfigError, LockedError, StorageError
+from gradsift.model import models
 from gradsift.store import remote, writers
 from gradsift.store.remote import RemoteStorage
+from gradsift.store.run import Run
 from processes import python, said, wait_until
 from tiny_world import World
 

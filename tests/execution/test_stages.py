@@ -204,7 +204,7 @@ def test_a_cell_that_ends_its_workers_fails_alone(
         deadly = what == "cell" and (task.contender.name, task.seed, task.stage) == ("random", 1, stage)
         return KillingCell(task, str(mark)) if deadly else task
 
-    monkeypatch.setattr("gradsift.pipeline.engine_of", lambda *_: Saboteur(engine, wrap))
+    monkeypatch.setattr("gradsift.jobs.select_explain.engine_of", lambda *_: Saboteur(engine, wrap))
     found, failed = compared(recipe, tmp_path / "there")
     assert found == {key: cell for key, cell in cells.items() if key != ("random", 1)}
     assert f"a worker was lost at random, 6 examples, seed 1 ({stage}): it is tried again" in warned(engine)
@@ -229,7 +229,7 @@ def test_a_prompt_that_ends_its_workers_costs_its_responses_alone(
     def wrap(task: Any, what: str) -> Any:
         return KillingRow(task, deadly[what]) if what in deadly else task
 
-    monkeypatch.setattr("gradsift.pipeline.engine_of", lambda *_: Saboteur(engine, wrap))
+    monkeypatch.setattr("gradsift.jobs.select_explain.engine_of", lambda *_: Saboteur(engine, wrap))
     given = ("--samples", "2", "--response-tokens", "4", "--adapter", tiny.adapters[-1])
     given += ("--reward", f"{tmp_path}/rewards.py:vowels")
     tiny("reward", tmp_path / "run", *given, target=target).succeeded()

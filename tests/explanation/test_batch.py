@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradsift.errors import ConfigError, DataError, NonFiniteError, ShapeError
+from gradsift.base.errors import ConfigError, DataError, NonFiniteError, ShapeError
 from gradsift.explanation.batch import batch_relevance, relevance_of_choices
 from gradsift.explanation.coefficients import MODELS, CoefficientModel
 from gradsift.explanation.relevance import Relevance, selection_relevance

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import lsq_linear, minimize
 
-from gradsift.errors import ConfigError, NonFiniteError, ShapeError
+from gradsift.base.errors import ConfigError, NonFiniteError, ShapeError
 from gradsift.explanation.coefficients import CoefficientModel, coefficients, project_to_simplex, span_coordinates
 
 MODELS: tuple[CoefficientModel, ...] = get_args(CoefficientModel)

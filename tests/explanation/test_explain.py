@@ -14,9 +14,9 @@ import torch
 
 import gradsift.explanation.explain as explain_module
 import gradsift.gradients.collect as collect_module
+from gradsift.base.errors import ConfigError, DataError
 from gradsift.context import Pool
 from gradsift.data.load import load_examples
-from gradsift.errors import ConfigError, DataError
 from gradsift.explanation.explain import ALL_STRATEGIES, explain
 from gradsift.explanation.outputs import OutputSource, Question, question_of, questions_of
 from gradsift.explanation.relevance import (
@@ -33,7 +33,7 @@ from gradsift.gradients.projection import Projection
 from gradsift.influence.bm25 import BM25
 from gradsift.influence.datainf import DataInf
 from gradsift.influence.less import LESS
-from gradsift.models import host
+from gradsift.model.models import host
 from gradsift.selection.strategies import FacilityLocation, MostHelpful, RandomExamples
 from tiny_world import World, pool_rows, target_rows
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradsift.errors import ConfigError, DataError, NonFiniteError, ShapeError
+from gradsift.base.errors import ConfigError, DataError, NonFiniteError, ShapeError
 from gradsift.explanation.coefficients import CoefficientModel
 from gradsift.explanation.relevance import (
     Relevance,

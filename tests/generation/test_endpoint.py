@@ -19,11 +19,11 @@ import openai
 import pytest
 from pydantic import ValidationError
 
-from gradsift.errors import ConfigError, GradsiftError, ModelError
+from gradsift.base.errors import ConfigError, GradsiftError, ModelError
 from gradsift.generation.encoding import ReplyEncoder
 from gradsift.generation.endpoint import Client, Endpoint, EndpointSampler, ReplyError
 from gradsift.generation.sampling import ASSISTED, Drawn, Prompt, Request, Sampling, Usage, request_seed
-from gradsift.models import load_tokenizer
+from gradsift.model.models import load_tokenizer
 from loopback import Answer, Server, completion, serving
 from tiny_world import World
 

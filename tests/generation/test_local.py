@@ -18,7 +18,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from gradsift.errors import DataError, ModelError, NonFiniteError
+from gradsift.base.errors import DataError, ModelError, NonFiniteError
 from gradsift.generation.local import LocalSampler, Row, TokenDraw, draw_tokens, greedy_output, pick_tokens, warp
 from gradsift.generation.sampling import Prompt, Request, Sampling, uniforms
 from tiny_world import World

@@ -15,15 +15,15 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from gradsift.errors import CorruptError, DataError, NonFiniteError
+from gradsift.base.errors import CorruptError, DataError, NonFiniteError
 from gradsift.generation.assistant import Assistant
 from gradsift.generation.encoding import ReplyEncoder
 from gradsift.generation.endpoint import Endpoint, EndpointSampler
 from gradsift.generation.local import LocalSampler
 from gradsift.generation.samples import Samples, sample
 from gradsift.generation.sampling import ASSISTED, Drawn, Problem, Prompt, Request, Response, Sampling, Usage
-from gradsift.models import load_tokenizer
-from gradsift.run import Run
+from gradsift.model.models import load_tokenizer
+from gradsift.store.run import Run
 from loopback import Answer, completion, serving
 from reporters import Listening
 from tiny_world import World

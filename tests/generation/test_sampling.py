@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from gradsift.base.types import Example
 from gradsift.generation.sampling import (
     ALPACA_EVAL,
     ASSISTED,
@@ -18,7 +19,6 @@ from gradsift.generation.sampling import (
     request_seed,
     uniforms,
 )
-from gradsift.types import Example
 
 
 def test_presets_are_the_papers() -> None:

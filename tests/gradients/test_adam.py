@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import oracles
-from gradsift.errors import ConfigError, NonFiniteError, ShapeError
+from gradsift.base.errors import ConfigError, NonFiniteError, ShapeError
 from gradsift.gradients.adam import AdamDirection, adam_direction
 
 

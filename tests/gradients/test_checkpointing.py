@@ -10,7 +10,7 @@ from test_memory import assert_same, take_rows
 from tiny_models import random_sequences, tiny_gpt2, tiny_llama, tiny_mixtral, tiny_qwen2, with_lora
 from torch import nn
 
-from gradsift.errors import ConfigError
+from gradsift.base.errors import ConfigError
 from gradsift.gradients.capture import Capture, find_modules
 from gradsift.gradients.checkpointing import checkpointed_layers
 

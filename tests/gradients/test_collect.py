@@ -19,15 +19,15 @@ from tiny_models import VOCABULARY, tiny_llama, with_lora
 from torch import Tensor
 
 import oracles
+from gradsift.base.errors import ConfigError, DataError, MismatchError, ModelError, StorageError
 from gradsift.data.dataset import Dataset
-from gradsift.errors import ConfigError, DataError, MismatchError, ModelError, StorageError
 from gradsift.gradients import collect as collect_module
 from gradsift.gradients.capture import find_modules
 from gradsift.gradients.collect import Adam, Gradients, ShardSpec, collect, collect_shard, known_error
 from gradsift.gradients.projection import Projection, Projector, plan_segments
-from gradsift.models import host
-from gradsift.run import Run
+from gradsift.model.models import host
 from gradsift.store.gradient_store import GradientStore
+from gradsift.store.run import Run
 from gradsift.warmup.checkpoint import Checkpoint, open_checkpoint
 from reporters import Listening
 

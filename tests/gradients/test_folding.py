@@ -10,9 +10,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from gradsift.base.types import Sequence
 from gradsift.gradients.capture import Capture, find_modules
 from gradsift.gradients.folding import find_folds, folded_in
-from gradsift.types import Sequence
 
 
 def lora_model(**options: object) -> torch.nn.Module:

@@ -18,6 +18,7 @@ from tiny_models import random_sequences, tiny_gpt2, tiny_llama, tiny_qwen2, wit
 from torch import Tensor, nn
 
 import oracles
+from gradsift.base.types import Sequence
 from gradsift.gradients.adam import AdamDirection
 from gradsift.gradients.batching import automatic_token_budget, measured_token_budget, repeated
 from gradsift.gradients.behind import to_host
@@ -26,8 +27,7 @@ from gradsift.gradients.hessian import Curvature, curvature_product
 from gradsift.gradients.losses import row_losses
 from gradsift.gradients.projection import Projection, Projector, plan_segments
 from gradsift.gradients.rows import ShardRows, gradient_rows
-from gradsift.models import attach_adapter, load_model
-from gradsift.types import Sequence
+from gradsift.model.models import attach_adapter, load_model
 
 pytestmark = [
     pytest.mark.gpu,

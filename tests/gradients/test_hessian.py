@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.func import functional_call, hessian, jacrev, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gradsift.errors import ShapeError
+from gradsift.base.errors import ShapeError
+from gradsift.base.types import Sequence
 from gradsift.gradients.capture import LORA, find_modules
 from gradsift.gradients.folding import Captured
 from gradsift.gradients.hessian import Curvature, curvature_product
 from gradsift.gradients.projection import Projection, Projector, plan_segments
-from gradsift.types import Sequence
 from oracles import per_example_gradients, sequence_loss
 
 Model = tuple[nn.Module, tuple[Captured, ...]]

@@ -21,7 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM
 
 import oracles
-from gradsift.errors import ModelError
+from gradsift.base.errors import ModelError
+from gradsift.base.memory import is_out_of_memory
+from gradsift.base.types import Sequence
 from gradsift.gradients.adam import AdamDirection
 from gradsift.gradients.batching import (
     budget_from,
@@ -34,9 +36,7 @@ from gradsift.gradients.batching import (
 from gradsift.gradients.capture import find_modules
 from gradsift.gradients.projection import Projection, Projector, plan_segments
 from gradsift.gradients.rows import ShardRows, gradient_rows
-from gradsift.memory import is_out_of_memory
-from gradsift.models import load_model
-from gradsift.types import Sequence
+from gradsift.model.models import load_model
 
 LENGTHS = [9, 4, 17, 9, 3, 12, 5, 5]
 
@@ -307,7 +307,7 @@ def test_packed_lines_are_found_again_afterwards() -> None:
     """transformers looks for several sequences in a line as before, once no batch of ours is running."""
     from transformers import masking_utils
 
-    from gradsift.loss import head_at
+    from gradsift.model.loss import head_at
 
     packed = torch.tensor([[0, 1, 2, 0, 1]])
     find = masking_utils.find_packed_sequence_indices

@@ -13,12 +13,12 @@ import pytest
 import torch
 from test_collect import collect_both, files, make_dataset
 
-from gradsift import interruption
+from gradsift.base import interruption
 from gradsift.gradients import collect as collect_module
 from gradsift.gradients.collect import Gradients
 from gradsift.gradients.projection import Projection
 from gradsift.gradients.rows import ShardPart, _Sink
-from gradsift.run import Run
+from gradsift.store.run import Run
 from reporters import Listening
 
 __all__ = ["files"]  # the fixture

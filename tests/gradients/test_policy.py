@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from enumeration import LONGEST, PROMPT, STOP, VOCABULARY, Policy, response, unit
-from gradsift.errors import ConfigError, NonFiniteError, ShapeError
+from gradsift.base.errors import ConfigError, NonFiniteError, ShapeError
+from gradsift.base.types import Sequence as TokenSequence
+from gradsift.base.types import TokenizedExample
 from gradsift.generation.local import Row, draw_tokens
 from gradsift.generation.sampling import Response, Sampling, uniforms
 from gradsift.gradients.policy import (
@@ -30,8 +32,6 @@ from gradsift.gradients.policy import (
 )
 from gradsift.rewards.reward import reward_samples
 from gradsift.rewards.samples import Sample
-from gradsift.types import Sequence as TokenSequence
-from gradsift.types import TokenizedExample
 
 EXACT = Sampling(samples=8, temperature=1, top_k=None, top_p=None, max_new_tokens=LONGEST)
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import gradsift.gradients.projection as projection_module
-from gradsift.errors import ConfigError, ShapeError
+from gradsift.base.errors import ConfigError, ShapeError
 from gradsift.gradients.projection import Projection, Projector, Segment, plan_segments, segment_dims
 
 OUT, IN = 12, 20  # one module of 240 entries

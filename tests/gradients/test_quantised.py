@@ -13,11 +13,11 @@ from tiny_models import random_sequences, tiny_llama, with_lora
 from torch import nn
 
 import oracles
-from gradsift.errors import ConfigError
+from gradsift.base.errors import ConfigError
 from gradsift.gradients.capture import find_modules
 from gradsift.gradients.projection import Projection, Projector, plan_segments
 from gradsift.gradients.rows import gradient_rows
-from gradsift.models import DtypeName, attach_adapter, load_model
+from gradsift.model.models import DtypeName, attach_adapter, load_model
 from gradsift.warmup.full import train_fully
 from gradsift.warmup.merge import merge
 from gradsift.warmup.train import TRAINING_PRESETS

@@ -22,14 +22,14 @@ from torch import Tensor, nn
 
 import gradsift.gradients.exact as exact_module
 import oracles
-from gradsift.errors import ConfigError, ModelError
+from gradsift.base.errors import ConfigError, ModelError
+from gradsift.base.types import Sequence
 from gradsift.gradients.adam import AdamDirection
 from gradsift.gradients.capture import Capture, find_modules
 from gradsift.gradients.folding import Captured
 from gradsift.gradients.projection import Projection, Projector, plan_segments
 from gradsift.gradients.rows import ShardRows, gradient_rows
-from gradsift.loss import weighted_nll
-from gradsift.types import Sequence
+from gradsift.model.loss import weighted_nll
 
 LENGTHS = [9, 4, 17, 9, 2, 12]
 EVERY_BATCHING = pytest.mark.parametrize("budget", [1, 30, 10_000], ids=["batches-of-1", "some", "all-at-once"])

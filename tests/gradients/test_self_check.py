@@ -23,11 +23,11 @@ from tiny_models import (
 from torch import Tensor, nn
 
 import gradsift as gs
-from gradsift.errors import ModelError
+from gradsift.base.errors import ModelError
 from gradsift.gradients import folding
 from gradsift.gradients.capture import find_modules
 from gradsift.gradients.self_check import SelfCheck, kept_check, self_check
-from gradsift.run import Run
+from gradsift.store.run import Run
 from tiny_world import pool_rows, save_model
 
 ROWS = random_sequences([9, 14])

@@ -12,8 +12,8 @@ from test_memory import assert_same, take_rows
 from tiny_models import random_sequences, tiny_llama, with_lora
 from torch import nn
 
-from gradsift.adapters import attach_adapter, refuse_untrained
-from gradsift.models import input_device
+from gradsift.model.adapters import attach_adapter, refuse_untrained
+from gradsift.model.models import input_device
 
 LENGTHS = [9, 4, 17, 9, 3]
 MAPS = {

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from gradsift.types import Sequence
+from gradsift.base.types import Sequence
 
 VOCABULARY = 61
 SHAPE: dict[str, Any] = {

@@ -12,6 +12,7 @@ from stored_rows import gradients, write_store
 from torch import Tensor
 
 import oracles
+from gradsift.base.memory import free_bytes
 from gradsift.influence import blocks, datainf
 from gradsift.influence.blocks import CPU, place_for
 from gradsift.influence.datainf import datainf_directions, inverse_directions
@@ -19,7 +20,6 @@ from gradsift.influence.ji2s import JI2S, store_terms
 from gradsift.influence.less import less_scores
 from gradsift.influence.products import inner_products, store_inner_products
 from gradsift.influence.trak import TRAK, trak_kernel
-from gradsift.memory import free_bytes
 from gradsift.store.gradient_store import GradientStore
 
 GPU = [

@@ -14,7 +14,7 @@ from scipy.stats import spearmanr
 from stored_rows import SIZES, gradients, segmented, write_store
 from torch import Tensor
 
-from gradsift.errors import ConfigError, NonFiniteError, ShapeError
+from gradsift.base.errors import ConfigError, NonFiniteError, ShapeError
 from gradsift.influence.datainf import (
     DataInf,
     ProjectedInverse,

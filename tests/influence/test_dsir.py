@@ -15,8 +15,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gradsift.base.errors import ConfigError, ShapeError
 from gradsift.context import Pool, open_target
-from gradsift.errors import ConfigError, ShapeError
 from gradsift.influence.bm25 import spoken_text
 from gradsift.influence.dsir import DSIR, dsir_log_ratios, hashed_counts
 from gradsift.influence.scores import score

@@ -18,8 +18,9 @@ from pydantic import ValidationError
 from stored_rows import SIZES, gradients, write_store
 from torch import Tensor
 
+from gradsift.base.errors import ConfigError, NonFiniteError, ShapeError
+from gradsift.base.types import Skipped
 from gradsift.context import Pool, Target, open_target
-from gradsift.errors import ConfigError, NonFiniteError, ShapeError
 from gradsift.gradients.collect import Gradients
 from gradsift.gradients.hessian import curvature_product
 from gradsift.gradients.projection import Projection, Projector, Segment, plan_segments
@@ -32,7 +33,6 @@ from gradsift.influence.scores import score
 from gradsift.options import estimator_of
 from gradsift.selection.select import TSDS, FacilityLocation, JointGreedy, select
 from gradsift.store.gradient_store import GradientStore
-from gradsift.types import Skipped
 from tiny_world import World, pool_rows
 
 NONE = Gradients(projection=Projection(kind="none"), dtype="float32")
@@ -415,7 +415,7 @@ def test_scores_are_those_of_the_rows_at_every_checkpoint(pool: Pool, target: Ta
 def test_curvature_in_full_space_is_that_of_the_model(pool: Pool, target: Target, hessian: Any) -> None:
     """The score is the pure one with Hs from a product formed by hand, its self terms the projected Fisher's."""
     from gradsift.gradients.capture import LORA, find_modules
-    from gradsift.models import host
+    from gradsift.model.models import host
 
     method = JI2S(hessian=hessian, joint_weight=1e-2, checkpoints="last", standardise_terms=False)
     found = score(pool, target, method)

@@ -12,8 +12,9 @@ import torch
 from scipy.stats import wilcoxon
 
 from enumeration import PROMPT, VOCABULARY, Policy, response, unit
+from gradsift.base.errors import ConfigError, DataError
+from gradsift.base.types import Sequence as TokenSequence
 from gradsift.context import Pool, open_target
-from gradsift.errors import ConfigError, DataError
 from gradsift.generation.assistant import Assistant
 from gradsift.generation.endpoint import Endpoint
 from gradsift.generation.sampling import Sampling
@@ -27,10 +28,9 @@ from gradsift.influence.nice import NICE, NICEIF, PolicyTargets, checkpoint_name
 from gradsift.influence.prompts import PromptTarget, RewardSummary, open_prompts
 from gradsift.influence.random import Random
 from gradsift.influence.scores import aggregated, score
-from gradsift.models import load_tokenizer
+from gradsift.model.models import load_tokenizer
 from gradsift.rewards.form import Length
 from gradsift.rewards.function import Function
-from gradsift.types import Sequence as TokenSequence
 from tiny_world import World, pool_rows, save_model, target_rows
 
 NONE = Gradients(projection=Projection(kind="none"), dtype="float32")

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from gradsift.base.errors import ConfigError, ShapeError
 from gradsift.context import Pool
-from gradsift.errors import ConfigError, ShapeError
 from gradsift.generation.sampling import Sampling
 from gradsift.gradients.policy import PolicyGradient, PolicySource
 from gradsift.influence.bm25 import BM25

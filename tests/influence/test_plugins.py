@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from gradsift import Estimator, Influence, score
-from gradsift.errors import ConfigError, DataError, ShapeError
+from gradsift.base.errors import ConfigError, DataError, ShapeError
 from gradsift.influence.estimators import estimators
 from tiny_world import World
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from gradsift.base.errors import ConfigError, DataError
 from gradsift.context import Pool, open_pool
-from gradsift.errors import ConfigError, DataError
 from gradsift.generation.endpoint import Endpoint
 from gradsift.influence.alpagasus import AlpaGasus
 from gradsift.influence.deita import DEITA
@@ -27,7 +27,7 @@ from gradsift.influence.ratings import (
     with_judge,
 )
 from gradsift.influence.scores import score
-from gradsift.models import host
+from gradsift.model.models import host
 from loopback import Answer, Server, completion, serving
 from tiny_world import World, pool_rows
 

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradsift import embeddings
+from gradsift.base.errors import ConfigError
 from gradsift.context import Pool, open_target
-from gradsift.errors import ConfigError
 from gradsift.influence.bm25 import conversation_text
 from gradsift.influence.rds import RDS, kept_embeddings, rds_scores
 from gradsift.influence.scores import score
+from gradsift.model import embeddings
 from gradsift.selection.select import TopK, select
 from tiny_world import World
 

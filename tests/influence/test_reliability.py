@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from gradsift.errors import ShapeError
+from gradsift.base.errors import ShapeError
+from gradsift.base.ranks import rank_correlations
 from gradsift.influence.reliability import (
     DRAWS,
     Choice,
@@ -23,7 +24,6 @@ from gradsift.influence.reliability import (
     to_step,
 )
 from gradsift.influence.scores import aggregated, strata_of
-from gradsift.ranks import rank_correlations
 
 
 class World:

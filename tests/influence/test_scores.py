@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
+from gradsift.base.errors import ConfigError, DataError
 from gradsift.context import Pool, Target, open_target
-from gradsift.errors import ConfigError, DataError
 from gradsift.gradients.collect import Gradients
 from gradsift.gradients.projection import Projection
 from gradsift.influence import blocks

@@ -10,7 +10,7 @@ import torch
 from stored_rows import SIZES, segmented, write_store
 from torch import Tensor
 
-from gradsift.errors import ConfigError, NonFiniteError, ShapeError
+from gradsift.base.errors import ConfigError, NonFiniteError, ShapeError
 from gradsift.influence.trak import TRAK, doubt_of, trak_kernel, trak_scores
 
 WORDS, WIDTH = 5, 3

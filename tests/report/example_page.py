@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from gradsift.base.types import Skipped
 from gradsift.report.data import (
     CheckpointRewards,
     Choice,
@@ -23,7 +24,6 @@ from gradsift.report.data import (
     Rewards,
     ScoreSummary,
 )
-from gradsift.types import Skipped
 
 HOSTILE = (
     "<script>document.title='run'</script><img src=http://evil.invalid/x.png onerror=alert(1)>"

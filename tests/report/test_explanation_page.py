@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
-from gradsift.errors import NonFiniteError, ShapeError
+from gradsift.base.errors import NonFiniteError, ShapeError
 from gradsift.report.explanation_page import (
     Candidate,
     ExplanationPage,

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradsift.errors import ShapeError
+from gradsift.base.errors import ShapeError
 from gradsift.report.maps import sample
 
 

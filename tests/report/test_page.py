@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from gradsift.errors import StorageError
+from gradsift.base.errors import StorageError
+from gradsift.base.types import Skipped
 from gradsift.report.data import (
     CheckpointRewards,
     Choice,
@@ -28,7 +29,6 @@ from gradsift.report.data import (
     Rewards,
 )
 from gradsift.report.page import render, write_report
-from gradsift.types import Skipped
 
 CHECKPOINT = CheckpointRewards("epoch-1", 1, [0.0, 1.0], 0.5, 0.7, [0, 0, 0.5, 1, 1], 0.5, 0, 0, 0.25, 3.5)
 VOID = {"meta", "input", "br", "link", "img", "hr"}

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradsift.errors import ConfigError, GradsiftError, ShapeError
+from gradsift.base.errors import ConfigError, GradsiftError, ShapeError
 from gradsift.rewards import pass_at_k
 
 

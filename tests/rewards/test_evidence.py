@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from gradsift.rewards.sandbox import Outcome, Program, Sandbox, run_programs
+from gradsift.sandbox.sandbox import Outcome, Program, Sandbox, run_programs
 
 RIGHT = "def add(a, b):\n    return a + b\n"
 WRONG = "def add(a, b):\n    return 'wrong'\n"

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from gradsift.errors import ConfigError
+from gradsift.base.errors import ConfigError
 from gradsift.rewards.form import Format, Length, Sentiment
 
 

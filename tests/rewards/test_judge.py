@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from gradsift.errors import ConfigError
+from gradsift.base.errors import ConfigError
+from gradsift.base.types import Message
 from gradsift.rewards.judge import Judge
 from gradsift.rewards.reward import WeightedSum, reward_samples
 from gradsift.rewards.samples import Sample
-from gradsift.types import Message
 
 COLUMNS = {"prompts": ["Capital of France?"], "completions": ["Paris"], "reference": ["London"]}
 

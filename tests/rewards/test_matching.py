@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from gradsift.errors import ConfigError
+from gradsift.base.errors import ConfigError
 from gradsift.rewards.matching import Exact, Numeric, Regex, numbers_in
 
 

@@ -12,13 +12,13 @@ import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from gradsift.errors import ConfigError
+from gradsift.base.errors import ConfigError
+from gradsift.base.types import Example
 from gradsift.rewards.form import Length
 from gradsift.rewards.function import Function, TrainerState, load_function
 from gradsift.rewards.matching import Exact, Numeric
 from gradsift.rewards.reward import Reward, WeightedSum, reward_samples
 from gradsift.rewards.samples import Sample, prompt_of
-from gradsift.types import Example
 
 SAMPLES = [
     Sample("a", 0, "2 + 2 =", "4", (4, 9), {"answer": "4", "level": 1, "prompt": "2 + 2 ="}),

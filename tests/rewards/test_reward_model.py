@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from gradsift.errors import ConfigError, ModelError
+from gradsift.base.errors import ConfigError, ModelError
 from gradsift.rewards.reward_model import RewardModel
 from tiny_world import save_model
 

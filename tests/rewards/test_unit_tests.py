@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from gradsift.errors import ConfigError, DataError
-from gradsift.rewards import sandbox
+from gradsift.base.errors import ConfigError, DataError
 from gradsift.rewards.reward import check_reward, reward_samples
 from gradsift.rewards.samples import Sample
 from gradsift.rewards.unit_tests import UnitTests
+from gradsift.sandbox import sandbox
 
 INSTRUCTION = (
     "Complete the following python function to return only the function body (completion).\n"

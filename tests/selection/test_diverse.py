@@ -11,9 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradsift import embeddings
+from gradsift.base.errors import ConfigError, DataError
 from gradsift.context import Pool, open_pool, open_target
-from gradsift.errors import ConfigError, DataError
 from gradsift.gradients.collect import Gradients
 from gradsift.gradients.projection import Projection
 from gradsift.influence.alpagasus import AlpaGasus
@@ -21,6 +20,7 @@ from gradsift.influence.bm25 import BM25, conversation_text
 from gradsift.influence.less import LESS
 from gradsift.influence.ratings import LengthRating
 from gradsift.influence.scores import Scores, score
+from gradsift.model import embeddings
 from gradsift.selection.diverse import diverse
 from gradsift.selection.select import Diverse, TopK, select
 from tiny_world import World

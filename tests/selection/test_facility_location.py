@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradsift.errors import ConfigError, NonFiniteError, ShapeError
+from gradsift.base.errors import ConfigError, NonFiniteError, ShapeError
 from gradsift.selection.facility_location import (
     cost_from_scores,
     facility_location,

@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gradsift.base.errors import ConfigError, NonFiniteError, ShapeError
 from gradsift.context import Pool, Target, open_pool, open_target
-from gradsift.errors import ConfigError, NonFiniteError, ShapeError
 from gradsift.gradients.collect import Gradients
 from gradsift.gradients.projection import Projection
 from gradsift.influence.ji2s import JI2S

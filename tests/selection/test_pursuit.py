@@ -8,7 +8,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from gradsift.errors import ConfigError, DataError, NonFiniteError, ShapeError
+from gradsift.base.errors import ConfigError, DataError, NonFiniteError, ShapeError
 from gradsift.explanation.relevance import selection_relevance
 from gradsift.selection.pursuit import Reconstruction, relevance_pursuit
 

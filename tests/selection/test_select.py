@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gradsift.base.errors import ConfigError, GradsiftError
 from gradsift.context import open_pool, open_target
-from gradsift.errors import ConfigError, GradsiftError
 from gradsift.gradients.collect import Gradients
 from gradsift.gradients.projection import Projection
 from gradsift.influence.bm25 import BM25

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
-from gradsift.errors import ConfigError, DataError, NonFiniteError, ShapeError
+from gradsift.base.errors import ConfigError, DataError, NonFiniteError, ShapeError
 from gradsift.explanation.relevance import selection_relevance
 from gradsift.selection.aide import aide, aide_by_mean_distance
 from gradsift.selection.divine import divine

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradsift.errors import ConfigError, GradsiftError, ShapeError
+from gradsift.base.errors import ConfigError, GradsiftError, ShapeError
 from gradsift.selection.top_k import top_k
 
 INF, NAN = float("inf"), float("nan")

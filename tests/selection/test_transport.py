@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.optimize import linprog
 
+from gradsift.base.errors import ConfigError, DataError, NonFiniteError, ShapeError
 from gradsift.context import Pool, Target, open_target
-from gradsift.errors import ConfigError, DataError, NonFiniteError, ShapeError
 from gradsift.generation.sampling import Sampling
 from gradsift.gradients.collect import Gradients
 from gradsift.gradients.projection import Projection

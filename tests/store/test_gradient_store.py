@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gradsift.errors import ConfigError, CorruptError, MismatchError, StorageError
+from gradsift.base.errors import ConfigError, CorruptError, MismatchError, StorageError
 from gradsift.store.gradient_store import GradientStore, GradientStoreWriter, ShardColumns, _decode, _encode
 from gradsift.store.precision import ExactRows
 from gradsift.store.storage import LocalStorage

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradsift.errors import CorruptError, StorageError
+from gradsift.base.errors import CorruptError, StorageError
 from gradsift.store.manifest import DIGEST, canonical, differences, fingerprint, publish_json, read_json
 from gradsift.store.storage import LocalStorage, checksum, checksum_file
 

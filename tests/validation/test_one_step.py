@@ -17,14 +17,14 @@ from scipy.spatial.distance import jensenshannon
 from tiny_models import VOCABULARY, tiny_gpt2, tiny_llama, tiny_qwen2, with_lora
 from torch import Tensor, nn
 
-from gradsift.errors import ConfigError, DataError, MismatchError, ModelError, NonFiniteError, ShapeError
+from gradsift.base.errors import ConfigError, DataError, MismatchError, ModelError, NonFiniteError, ShapeError
+from gradsift.base.types import TokenizedExample
 from gradsift.gradients.capture import find_modules
 from gradsift.gradients.projection import Projection, Projector, plan_segments
 from gradsift.gradients.rows import gradient_rows
-from gradsift.loss import token_mean
+from gradsift.model.loss import token_mean
 from gradsift.store.gradient_store import GradientStore, GradientStoreWriter, ShardColumns
 from gradsift.store.storage import LocalStorage
-from gradsift.types import TokenizedExample
 from gradsift.validation.one_step import (
     OneStep,
     StepModel,

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest, spearmanr
 
-from gradsift.errors import ConfigError
+from gradsift.base.errors import ConfigError
 from gradsift.validation.statistics import EDGES_DB, Correlation, Proportion, agreement, correlation, wilson
 
 PAIRS = st.lists(st.tuples(st.integers(-5, 5), st.integers(-5, 5)), min_size=3, max_size=30)

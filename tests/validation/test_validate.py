@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 import torch
 
+from gradsift.base.errors import ConfigError, DataError
+from gradsift.base.types import TokenizedExample
 from gradsift.context import Pool
 from gradsift.data.load import load_examples
-from gradsift.errors import ConfigError, DataError
 from gradsift.explanation.explain import DEFAULT_ESTIMATOR, Explanations, explain
 from gradsift.explanation.outputs import Question, question_of, questions_of
 from gradsift.explanation.relevance import selection_relevance
 from gradsift.gradients.collect import Gradients
 from gradsift.gradients.projection import Projection
 from gradsift.influence.bm25 import BM25
-from gradsift.models import host
+from gradsift.model.models import host
 from gradsift.selection.strategies import MostHelpful, RandomExamples
 from gradsift.store.manifest import read_json
-from gradsift.types import TokenizedExample
 from gradsift.validation.one_step import Effect, OneStep, jensen_shannon
 from gradsift.validation.validate import (
     Cell,

@@ -24,9 +24,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from gradsift.errors import ConfigError, CorruptError, MismatchError, ModelError
+from gradsift.base.errors import ConfigError, CorruptError, MismatchError, ModelError
 from gradsift.gradients.collect import Adam, _refuse_other_adam
-from gradsift.models import attach_adapter, parameter_name
+from gradsift.model.models import attach_adapter, parameter_name
 from gradsift.warmup.checkpoint import Checkpoint, _indexed, load_moments, open_checkpoint, trained_parameters
 
 # Older versions of PEFT look for the configuration of the base model, which here comes from no folder.

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import gradsift as gs
-from gradsift import models
-from gradsift.errors import ConfigError
+from gradsift.base.errors import ConfigError
+from gradsift.model import models
 from gradsift.warmup import train as train_module
 from gradsift.warmup.full import refuse_too_large, train_fully
 from gradsift.warmup.train import Training

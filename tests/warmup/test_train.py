@@ -19,12 +19,13 @@ from safetensors.numpy import save
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, get_scheduler
 
-from gradsift import interruption, models
+from gradsift.base import interruption
+from gradsift.base.errors import ConfigError, CorruptError, DataError, ModelError
+from gradsift.base.types import Sequence
 from gradsift.data.dataset import Dataset
-from gradsift.errors import ConfigError, CorruptError, DataError, ModelError
-from gradsift.models import host, parameter_name
-from gradsift.run import Run
-from gradsift.types import Sequence
+from gradsift.model import models
+from gradsift.model.models import host, parameter_name
+from gradsift.store.run import Run
 from gradsift.warmup import train as train_module
 from gradsift.warmup import trainer as trainer_module
 from gradsift.warmup.checkpoint import Checkpoint, load_moments, open_checkpoint, trained_parameters

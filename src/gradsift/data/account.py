@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import Any
 
-from gradsift.types import Skipped
+from gradsift.base.types import Skipped
 
 # Two texts of this many tokens each are compared in about a second; what is larger is told as a whole.
 _LARGEST_COMPARISON = 4_000_000

@@ -40,11 +40,11 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
+from gradsift.base.errors import ConfigError, DataError, ModelError
+from gradsift.base.types import Example, Message, Skipped, TokenizedExample
 from gradsift.data.account import common_length, differences
 from gradsift.data.template import ChatTemplate, Rendering, TemplateProblemError, Turn
-from gradsift.errors import ConfigError, DataError, ModelError
-from gradsift.run import REVISIONS
-from gradsift.types import Example, Message, Skipped, TokenizedExample
+from gradsift.store.run import REVISIONS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -14,17 +14,17 @@ import numpy as np
 from pydantic import Field, TypeAdapter
 from safetensors.numpy import load, save
 
+from gradsift.base.errors import DataError
+from gradsift.base.progress import Reporter
+from gradsift.base.types import Example, Message, Sequence, Skipped, TokenizedExample
 from gradsift.data.account import Account, count_reasons, counts_text
 from gradsift.data.chat import ChatFormat, tokenize_examples
 from gradsift.data.load import Columns, load_examples
 from gradsift.data.overlap import find_duplicates, normalised_hash
 from gradsift.data.sample import sample_count
-from gradsift.errors import DataError
-from gradsift.loss import label_weights, token_mean
-from gradsift.progress import Reporter
-from gradsift.run import Run, run_at
+from gradsift.model.loss import label_weights, token_mean
 from gradsift.store.manifest import Record, fingerprint, read_json, reading
-from gradsift.types import Example, Message, Sequence, Skipped, TokenizedExample
+from gradsift.store.run import Run, run_at
 
 _FILES = ("tokens.safetensors", "rows.jsonl", "index.json", "account.jsonl")
 
@@ -125,7 +125,7 @@ class Dataset:
 
     @property
     def loss(self) -> str:
-        """What a row's loss is: the mean over its supervised tokens, `gradsift.loss.token_mean`."""
+        """What a row's loss is: the mean over its supervised tokens, `gradsift.model.loss.token_mean`."""
         return "token_mean"
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
-from gradsift.inputs import open_input
+from gradsift.base.inputs import open_input
 
 if TYPE_CHECKING:
     from pyarrow import RecordBatch

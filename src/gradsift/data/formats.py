@@ -17,11 +17,11 @@ from typing import Any, cast
 
 from pydantic import ValidationError
 
+from gradsift.base.errors import ConfigError
+from gradsift.base.settings import Settings
+from gradsift.base.types import Flags, Message
 from gradsift.data.sources import kind_of
-from gradsift.errors import ConfigError
-from gradsift.settings import Settings
 from gradsift.store.manifest import canonical
-from gradsift.types import Flags, Message
 
 # The names the formats in the wild give to their speakers (ShareGPT: human, gpt; OpenAI: the roles themselves).
 _ROLES = {

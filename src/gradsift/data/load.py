@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gradsift.base.errors import DataError, UnusableRowsError
+from gradsift.base.types import Example, Skipped
 from gradsift.data.formats import FORMATS, BadRowError, read_conversation
 from gradsift.data.formats import Columns as Columns
 from gradsift.data.overlap import content_hash
 from gradsift.data.sources import kind_of, read_rows
-from gradsift.errors import DataError, UnusableRowsError
-from gradsift.types import Example, Skipped
 
 
 @dataclass(frozen=True)

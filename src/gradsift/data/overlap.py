@@ -12,7 +12,7 @@ import json
 import unicodedata
 from collections.abc import Iterable, Iterator
 
-from gradsift.types import Example, Message, Skipped
+from gradsift.base.types import Example, Message, Skipped
 
 
 def content_hash(messages: Iterable[Message]) -> str:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from pydantic import Field
 
-from gradsift.errors import ConfigError
-from gradsift.settings import Seed, Settings
-from gradsift.types import Example
+from gradsift.base.errors import ConfigError
+from gradsift.base.settings import Seed, Settings
+from gradsift.base.types import Example
 
 
 class RowSample(Settings):

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gradsift.base.errors import DataError
+from gradsift.base.types import Skipped
 from gradsift.data.files import (
     FileError,
     Row,
@@ -25,8 +27,6 @@ from gradsift.data.files import (
     suffix_of,
     why_unread,
 )
-from gradsift.errors import DataError
-from gradsift.types import Skipped
 
 if TYPE_CHECKING:
     from datasets import Dataset

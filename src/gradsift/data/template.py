@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from jinja2 import Environment, TemplateError, TemplateSyntaxError
 
+from gradsift.base.errors import ModelError
+from gradsift.base.types import Message
 from gradsift.data.account import common_length
 from gradsift.data.bounded import OverrunError, at_most
 from gradsift.data.files import MAX_ROW_BYTES
-from gradsift.errors import ModelError
-from gradsift.types import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import resources
 from pathlib import Path
 
-from gradsift.errors import ConfigError
+from gradsift.base.errors import ConfigError
 from gradsift.store.storage import LocalStorage
 
 # Name in a user's folder: (name in the package, what it is good for)

@@ -27,9 +27,9 @@ from pathlib import Path
 import xxhash
 from filelock import FileLock, Timeout
 
-from gradsift.errors import ModelError, StorageError
-from gradsift.models import load_model, load_tokenizer
-from gradsift.progress import Reporter, silent
+from gradsift.base.errors import ModelError, StorageError
+from gradsift.base.progress import Reporter, silent
+from gradsift.model.models import load_model, load_tokenizer
 from gradsift.store.storage import cache_folder
 
 NAME = "smollm2-135m-instruct"

@@ -6,6 +6,7 @@ import time
 from importlib import resources
 from pathlib import Path
 
+from gradsift.base.progress import Reporter, silent
 from gradsift.context import Pool
 from gradsift.data.dataset import prepare
 from gradsift.demo.model import demo_model
@@ -14,16 +15,15 @@ from gradsift.gradients.collect import Gradients
 from gradsift.influence.bm25 import BM25
 from gradsift.influence.less import LESS
 from gradsift.influence.random import Random
-from gradsift.pipeline import choose, explain_into, score_all, trust
-from gradsift.printing import print_result
-from gradsift.progress import Reporter, silent
+from gradsift.jobs.printing import print_result
+from gradsift.jobs.report_data import write_results
+from gradsift.jobs.results import Result
+from gradsift.jobs.select_explain import choose, explain_into, score_all, trust
 from gradsift.recipe import Explain, Recipe
 from gradsift.report.data import Outcome
 from gradsift.report.terminal import console
-from gradsift.report_data import write_results
-from gradsift.results import Result
-from gradsift.run import Run
 from gradsift.selection.select import Selection
+from gradsift.store.run import Run
 from gradsift.warmup.checkpoint import Checkpoint
 from gradsift.warmup.train import Training, Warmup, train
 

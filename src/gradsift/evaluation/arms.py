@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from gradsift import embeddings
+from gradsift.base.errors import ConfigError
+from gradsift.base.settings import Budget, Settings
 from gradsift.data.load import Columns
-from gradsift.errors import ConfigError
 from gradsift.evaluation.fine_tune import Keep, check_seeds
 from gradsift.evaluation.grading import Grading
 from gradsift.evaluation.harness import LMEval
@@ -25,9 +25,9 @@ from gradsift.influence.bm25 import BM25
 from gradsift.influence.estimator import Estimator
 from gradsift.influence.estimators import AnyEstimator
 from gradsift.influence.random import Random
+from gradsift.model import embeddings
 from gradsift.rewards.reward import Reward
 from gradsift.selection.select import RandomChoice, SelectionMethod, Selector, TopK
-from gradsift.settings import Budget, Settings
 from gradsift.warmup.train import TRAINING_PRESETS, Training
 
 FULL_POOL = "full pool"

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from gradsift.errors import ConfigError, CorruptError, GradsiftError, LockedError, StorageError
+from gradsift.base.errors import ConfigError, CorruptError, GradsiftError, LockedError, StorageError
+from gradsift.base.interruption import refuse_to_go_on
+from gradsift.base.settings import Settings
 from gradsift.evaluation.metric import BoundMetric, Figure, Measured, Metric, Notebook, measured_from
 from gradsift.evaluation.setup import Evaluated, Place, Subject, subject_of
-from gradsift.interruption import refuse_to_go_on
-from gradsift.models import host
-from gradsift.settings import Settings
+from gradsift.model.models import host
 from gradsift.store.manifest import read_json
 
 _FILE = "evaluation.json"

@@ -6,14 +6,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
+from gradsift.base.errors import ConfigError, GradsiftError
+from gradsift.base.settings import MAX_SEED
 from gradsift.context import Pool
 from gradsift.data.dataset import Dataset
-from gradsift.errors import ConfigError, GradsiftError
 from gradsift.evaluation.evaluate import measure
 from gradsift.evaluation.metric import Metric
 from gradsift.evaluation.setup import Trained
 from gradsift.selection.select import Selection
-from gradsift.settings import MAX_SEED
 from gradsift.warmup.checkpoint import Checkpoint
 from gradsift.warmup.train import TRAINING_PRESETS, Training, train
 

@@ -8,19 +8,19 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
+from gradsift.base.errors import ConfigError, DataError
+from gradsift.base.settings import Settings
+from gradsift.base.types import Message
 from gradsift.data.files import Row
 from gradsift.data.sources import read_rows
-from gradsift.errors import ConfigError, DataError
 from gradsift.evaluation.judging import as_text, judge_identity, verdicts
 from gradsift.evaluation.mean_reward import GREEDY, respond
 from gradsift.evaluation.metric import Figure, Measured, Notebook, in_words, mean_figure, source_name
 from gradsift.evaluation.setup import Setup, Subject
 from gradsift.generation.sampling import Prompt, Sampling
 from gradsift.rewards.judge import Judge
-from gradsift.run import revisions
-from gradsift.settings import Settings
 from gradsift.store.manifest import fingerprint
-from gradsift.types import Message
+from gradsift.store.run import revisions
 
 
 @dataclass(frozen=True, slots=True)

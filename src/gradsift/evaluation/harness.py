@@ -14,12 +14,12 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from gradsift.adapters import own_randomness
-from gradsift.errors import ConfigError, ModelError
+from gradsift.base.errors import ConfigError, ModelError
+from gradsift.base.settings import Settings
 from gradsift.evaluation.metric import Figure, Measured, Notebook
 from gradsift.evaluation.setup import Setup, Subject
-from gradsift.models import host, load_tokenizer
-from gradsift.settings import Settings
+from gradsift.model.adapters import own_randomness
+from gradsift.model.models import host, load_tokenizer
 from gradsift.store.storage import checksum_file
 
 _DATA_FILE = re.compile(r"[^\s'\"\[\]{},:]+\.(?:jsonl|json|csv|tsv|parquet|txt|py)\b")

@@ -9,13 +9,13 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from gradsift.errors import DataError, GradsiftError
+from gradsift.base.errors import DataError, GradsiftError
+from gradsift.base.progress import Reporter
+from gradsift.base.types import Chat, Message
 from gradsift.evaluation.metric import Notebook
 from gradsift.generation.endpoint import Endpoint, connected
-from gradsift.progress import Reporter
 from gradsift.rewards.judge import BoundJudge, Judge, side_by_side
 from gradsift.store.manifest import fingerprint
-from gradsift.types import Chat, Message
 
 
 def judge_identity(judge: Judge, ask: Endpoint | Chat) -> dict[str, Any] | None:

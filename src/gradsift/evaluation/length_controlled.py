@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import minimize
 from scipy.special import expit
 
-from gradsift.errors import ConfigError, NonFiniteError, ShapeError
+from gradsift.base.errors import ConfigError, NonFiniteError, ShapeError
 
 Vector = NDArray[np.float64]
 

@@ -9,15 +9,15 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import ConfigDict, Field
 
+from gradsift.base.errors import DataError, UnusableRowsError
+from gradsift.base.settings import Settings
 from gradsift.context import refuse_longer
 from gradsift.data.dataset import Dataset, prepare
 from gradsift.data.load import Columns
-from gradsift.errors import DataError, UnusableRowsError
 from gradsift.evaluation.metric import Figure, Measured, Notebook, left_out, mean_figure, source_name
 from gradsift.evaluation.setup import Place, Setup, Subject
 from gradsift.gradients.losses import row_losses
-from gradsift.models import host
-from gradsift.settings import Settings
+from gradsift.model.models import host
 from gradsift.warmup.checkpoint import Checkpoint
 
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
+from gradsift.base.settings import Settings
 from gradsift.data.load import Columns
 from gradsift.evaluation.metric import Figure, Measured, Notebook, in_words, left_out, mean_figure, source_name
 from gradsift.evaluation.setup import Setup, Subject
@@ -15,8 +16,7 @@ from gradsift.generation.samples import Samples, sample
 from gradsift.generation.sampling import Prompt, Sampling
 from gradsift.influence.prompts import Prompts, PromptTarget, read_prompts, reward_responses
 from gradsift.rewards.estimators import pass_at_k
-from gradsift.run import revisions
-from gradsift.settings import Settings
+from gradsift.store.run import revisions
 
 GREEDY = Sampling(samples=1, temperature=0, top_k=None, top_p=None)
 

@@ -11,11 +11,11 @@ from typing import Any, Protocol
 import numpy as np
 from pydantic import TypeAdapter
 
+from gradsift.base.errors import CorruptError
 from gradsift.data.account import Account, count_reasons, counts_text
-from gradsift.errors import CorruptError
 from gradsift.evaluation.setup import Setup, Subject
-from gradsift.run import Run
 from gradsift.store.manifest import Record, read_json, reading
+from gradsift.store.run import Run
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,10 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
+from gradsift.base.errors import ConfigError, DataError
+from gradsift.base.settings import Settings
+from gradsift.base.types import Message
 from gradsift.data.load import Columns
-from gradsift.errors import ConfigError, DataError
 from gradsift.evaluation.judging import as_text, judge_identity, verdicts
 from gradsift.evaluation.length_controlled import length_controlled_win_rate
 from gradsift.evaluation.mean_reward import GREEDY, respond
@@ -17,12 +19,10 @@ from gradsift.evaluation.metric import Figure, Measured, Notebook, in_words, lef
 from gradsift.evaluation.setup import Setup, Subject
 from gradsift.generation.sampling import Prompt, Sampling
 from gradsift.influence.prompts import Prompts, read_prompts
-from gradsift.models import find_adapter, generation_ends, model_identity
+from gradsift.model.models import find_adapter, generation_ends, model_identity
 from gradsift.rewards.judge import Judge
 from gradsift.rewards.samples import text_of
-from gradsift.run import revisions
-from gradsift.settings import Settings
-from gradsift.types import Message
+from gradsift.store.run import revisions
 from gradsift.warmup.checkpoint import Checkpoint, open_checkpoint
 
 _FEWEST = 10  # items for a length-controlled win rate: its model has two terms and is cross-validated

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from gradsift.base.errors import ConfigError, MismatchError
+from gradsift.base.progress import Reporter, silent
 from gradsift.data.chat import ChatFormat, Supervise
-from gradsift.errors import ConfigError, MismatchError
-from gradsift.models import (
+from gradsift.model.models import (
     DtypeName,
     find_adapter,
     generation_settings,
@@ -15,9 +16,8 @@ from gradsift.models import (
     model_identity,
     resolve_device,
 )
-from gradsift.progress import Reporter, silent
-from gradsift.run import Run
 from gradsift.store.manifest import fingerprint
+from gradsift.store.run import Run
 from gradsift.warmup.checkpoint import Checkpoint, open_checkpoint
 
 

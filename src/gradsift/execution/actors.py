@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from gradsift.errors import ConfigError
+from gradsift.base.errors import ConfigError
+from gradsift.base.settings import Settings
 from gradsift.execution.engine import Task
-from gradsift.settings import Settings
 
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",  # nobody is told of a run unless its user says so

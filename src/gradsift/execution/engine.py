@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from gradsift.progress import Advance
-from gradsift.settings import Settings
+from gradsift.base.progress import Advance
+from gradsift.base.settings import Settings
 
 
 class Task(Protocol):

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from gradsift.errors import WorkerError
+from gradsift.base.errors import WorkerError
+from gradsift.base.progress import Advance, Reporter
 from gradsift.execution.actors import Actors
 from gradsift.execution.engine import Divisible, Expendable, Task
-from gradsift.progress import Advance, Reporter
 
 _TRIES = 3  # workers that a task may bring down before its rows are searched
 _POLL_SECONDS = 1.0

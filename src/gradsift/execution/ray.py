@@ -12,10 +12,10 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from gradsift.base.progress import Advance, Reporter, silent
 from gradsift.execution.actors import Actors, RayCluster
 from gradsift.execution.engine import LOCAL, Engine, LocalEngine, Task, ThisProcess
 from gradsift.execution.mapping import Mapping
-from gradsift.progress import Advance, Reporter, silent
 
 
 class RayEngine:

@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gradsift.checks import float_array, same_size, to_float64
-from gradsift.errors import ConfigError
+from gradsift.base.checks import float_array, same_size, to_float64
+from gradsift.base.errors import ConfigError
 from gradsift.selection.simplex import onto_simplex
 
 CoefficientModel = Literal[

@@ -15,8 +15,10 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
+from gradsift.base.errors import ConfigError, CorruptError, DataError, GradsiftError
+from gradsift.base.ranks import descending_ranks
+from gradsift.base.types import Message, Skipped, TokenizedExample
 from gradsift.context import Pool, Target
-from gradsift.errors import ConfigError, CorruptError, DataError, GradsiftError
 from gradsift.explanation.batch import relevance_of_choices
 from gradsift.explanation.coefficients import CoefficientModel
 from gradsift.explanation.outputs import Output, OutputSource, Question, answers, question_of
@@ -24,8 +26,6 @@ from gradsift.explanation.relevance import AGGREGATIONS, Aggregation, Relevance,
 from gradsift.gradients.rows import View
 from gradsift.influence.estimator import Estimator, influence_of, target_view
 from gradsift.influence.less import LESS
-from gradsift.ranks import descending_ranks
-from gradsift.run import revisions
 from gradsift.selection.strategies import (
     CANDIDATES,
     ORDERS,
@@ -44,7 +44,7 @@ from gradsift.selection.strategies import (
 )
 from gradsift.store.gradient_store import GradientStore
 from gradsift.store.manifest import fingerprint, read_json
-from gradsift.types import Message, Skipped, TokenizedExample
+from gradsift.store.run import revisions
 
 Ranking = tuple[list[str], NDArray[np.float32]]
 """Pool ids, and their influence on outputs `[pool output]` or on one `[pool]`; higher = training on it helps."""

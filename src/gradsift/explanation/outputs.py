@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from gradsift.base.errors import CorruptError, DataError, NonFiniteError
+from gradsift.base.types import Example, Message, Sequence, Skipped, TokenizedExample, before_answer
 from gradsift.context import Pool
 from gradsift.data.chat import ChatFormat
-from gradsift.errors import CorruptError, DataError, NonFiniteError
 from gradsift.generation.local import end_ids, greedy_output
-from gradsift.loss import token_mean
-from gradsift.models import generation_ends, host, model_identity
+from gradsift.model.loss import token_mean
+from gradsift.model.models import generation_ends, host, model_identity
 from gradsift.store.manifest import Record, fingerprint, read_json
-from gradsift.types import Example, Message, Sequence, Skipped, TokenizedExample, before_answer
 
 
 @dataclass(frozen=True)

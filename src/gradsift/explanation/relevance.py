@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradsift.errors import ConfigError, DataError, NonFiniteError
+from gradsift.base.errors import ConfigError, DataError, NonFiniteError
 from gradsift.explanation.coefficients import Array, CoefficientModel, fit_coordinates, span_coordinates
 
 Aggregation = Literal["ratio_of_means", "mean_of_ratios", "median_db"]

@@ -13,14 +13,14 @@ from typing import Annotated, Any
 
 from pydantic import Discriminator, Tag
 
-from gradsift.errors import DataError
+from gradsift.base.errors import DataError
+from gradsift.base.settings import Settings
+from gradsift.base.types import Message
 from gradsift.generation.encoding import ReplyEncoder
 from gradsift.generation.endpoint import Endpoint, EndpointSampler
 from gradsift.generation.local import LocalSampler
 from gradsift.generation.sampling import ASSISTED, Drawn, Problem, Prompt, Request, Response, Sampler, Sampling
-from gradsift.models import DtypeName
-from gradsift.settings import Settings
-from gradsift.types import Message
+from gradsift.model.models import DtypeName
 
 
 def _kind_of_writer(model: Any) -> str:

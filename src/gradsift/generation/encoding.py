@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gradsift.base.errors import DataError
+from gradsift.base.types import Example, Message, Skipped
 from gradsift.data.chat import ChatFormat
-from gradsift.errors import DataError
-from gradsift.types import Example, Message, Skipped
 
 # Characters that a reply may have for each token that was asked for, and tokens of f for each of another model's: far
 # above what tokenizers differ by, so that only a server that does not keep to the limit is refused.

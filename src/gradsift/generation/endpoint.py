@@ -28,7 +28,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
-from gradsift.errors import ConfigError, DataError, ModelError, RefusedError
+from gradsift.base.errors import ConfigError, DataError, ModelError, RefusedError
+from gradsift.base.secrets import Secret
+from gradsift.base.settings import Settings
+from gradsift.base.types import Chat, Message
 from gradsift.generation.encoding import ReplyEncoder
 from gradsift.generation.sampling import (
     Drawn,
@@ -41,9 +44,6 @@ from gradsift.generation.sampling import (
     Usage,
     request_seed,
 )
-from gradsift.secrets import Secret
-from gradsift.settings import Settings
-from gradsift.types import Chat, Message
 
 _OPENAI = "https://api.openai.com/v1"
 _LARGEST_REPLY = 64 << 20  # bytes

@@ -20,9 +20,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gradsift.checks import to_float64
+from gradsift.base.checks import to_float64
+from gradsift.base.errors import DataError, ModelError, NonFiniteError
+from gradsift.base.memory import free_bytes
 from gradsift.data.chat import ChatFormat
-from gradsift.errors import DataError, ModelError, NonFiniteError
 from gradsift.generation.sampling import (
     Drawn,
     FinishReason,
@@ -33,8 +34,7 @@ from gradsift.generation.sampling import (
     Sampling,
     uniforms,
 )
-from gradsift.memory import free_bytes
-from gradsift.models import (
+from gradsift.model.models import (
     DtypeName,
     adapter_identity,
     generation_ends,

@@ -23,12 +23,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gradsift.errors import CorruptError, DataError, NonFiniteError
+from gradsift.base.errors import CorruptError, DataError, NonFiniteError
+from gradsift.base.progress import Advance, Reporter, silent
 from gradsift.execution.engine import LOCAL, Engine
 from gradsift.generation.sampling import Drawn, Problem, Prompt, Request, Response, Sampler, Usage
-from gradsift.progress import Advance, Reporter, silent
-from gradsift.run import Run, revised
 from gradsift.store.manifest import fingerprint, reading
+from gradsift.store.run import Run, revised
 
 _SCHEMA = pa.schema(
     [

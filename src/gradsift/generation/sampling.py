@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from gradsift.settings import Seed, Settings
+from gradsift.base.settings import Seed, Settings
+from gradsift.base.types import Example, Message, before_answer
 from gradsift.store.manifest import canonical
-from gradsift.types import Example, Message, before_answer
 
 FinishReason = Literal["stop", "length"]
 

@@ -10,8 +10,8 @@ from typing import Any
 import psutil
 import torch
 
-from gradsift.memory import free_bytes
-from gradsift.types import Sequence
+from gradsift.base.memory import free_bytes
+from gradsift.base.types import Sequence
 
 _GRADIENT_COPIES = 5  # of a module's gradients: itself, Adam's numerator and denominator, folded and gathered
 

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from gradsift.errors import ConfigError, ModelError
+from gradsift.base.errors import ConfigError, ModelError
+from gradsift.base.types import Sequence
 from gradsift.gradients.checkpointing import checkpointed_layers
 from gradsift.gradients.folding import Captured, Fold, find_folds, folded_in
-from gradsift.loss import PaddedBatch, head_at, pad
-from gradsift.models import input_device, parameter_name
-from gradsift.types import Sequence
+from gradsift.model.loss import PaddedBatch, head_at, pad
+from gradsift.model.models import input_device, parameter_name
 
 LORA = "lora"
 

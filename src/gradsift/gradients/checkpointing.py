@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 from torch.utils.checkpoint import checkpoint
 
-from gradsift.errors import ConfigError
+from gradsift.base.errors import ConfigError
 
 
 @contextmanager

@@ -14,8 +14,12 @@ from typing import Any, Literal, NamedTuple, Protocol
 import psutil
 import torch
 
-from gradsift.adapters import refuse_untrained
-from gradsift.errors import ConfigError, CorruptError, DataError, MismatchError
+from gradsift.base.errors import ConfigError, CorruptError, DataError, MismatchError
+from gradsift.base.interruption import keep_note, pressed
+from gradsift.base.progress import Advance, Reporter, silent, untold
+from gradsift.base.settings import Settings
+from gradsift.base.sums import row_norms
+from gradsift.base.types import Sequence
 from gradsift.execution.engine import LOCAL, Engine
 from gradsift.gradients.adam import AdamDirection, EpsPlacement
 from gradsift.gradients.batching import automatic_lanes, automatic_token_budget, measured_token_budget, repeated
@@ -25,17 +29,13 @@ from gradsift.gradients.exact import ExactProducts, Side
 from gradsift.gradients.projection import Projection, Projector, plan_segments
 from gradsift.gradients.rows import ShardPart, ShardRows, View, gradient_rows
 from gradsift.gradients.self_check import kept_check
-from gradsift.interruption import keep_note, pressed
-from gradsift.models import DtypeName, host, input_device, model_identity
-from gradsift.progress import Advance, Reporter, silent, untold
-from gradsift.run import Run, revised
-from gradsift.settings import Settings
+from gradsift.model.adapters import refuse_untrained
+from gradsift.model.models import DtypeName, host, input_device, model_identity
 from gradsift.store.gradient_store import GradientStore, GradientStoreWriter, RowDtype, ShardColumns
 from gradsift.store.manifest import fingerprint
 from gradsift.store.precision import ExactRows, MeasuredError
+from gradsift.store.run import Run, revised
 from gradsift.store.tensors import publish_tensors, read_tensors
-from gradsift.sums import row_norms
-from gradsift.types import Sequence
 from gradsift.warmup.checkpoint import Checkpoint, Moments, load_moments, trained_parameters
 
 _SHARD_TOKENS = {"cpu": 16_384, "cuda": 1_048_576}  # about two minutes of work

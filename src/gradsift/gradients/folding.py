@@ -20,7 +20,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from gradsift.adapters import shared_weights
+from gradsift.model.adapters import shared_weights
 
 _MEMORY_SHARE = 0.1  # of the free memory, for the copies that restore the weights bit for bit
 

@@ -1,7 +1,7 @@
 """Curvature of a mean loss times one vector, in the full space of the captured modules' weights.
 
 No matrix is ever formed: a product costs a few passes over the sequences and as much memory as the weights. The loss is
-a plain cross entropy, because `gradsift.loss.weighted_nll` can be differentiated once only.
+a plain cross entropy, because `gradsift.model.loss.weighted_nll` can be differentiated once only.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gradsift.errors import ShapeError
+from gradsift.base.errors import ShapeError
+from gradsift.base.types import Sequence
 from gradsift.gradients.batching import form_batches
 from gradsift.gradients.capture import Capture
 from gradsift.gradients.folding import Captured
-from gradsift.loss import PaddedBatch, SupervisedHead, head_at, pad
-from gradsift.types import Sequence
+from gradsift.model.loss import PaddedBatch, SupervisedHead, head_at, pad
 
 Curvature = Literal["fisher", "hvp", "ggn"]
 

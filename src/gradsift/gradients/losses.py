@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradsift.base.types import Sequence
 from gradsift.gradients.batching import automatic_token_budget, form_batches
-from gradsift.loss import head_at, pad, to_device
-from gradsift.models import input_device
-from gradsift.types import Sequence
+from gradsift.model.loss import head_at, pad, to_device
+from gradsift.model.models import input_device
 
 
 def row_losses(

@@ -23,12 +23,12 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from gradsift.checks import float_array, to_float64
-from gradsift.errors import ConfigError, ShapeError
+from gradsift.base.checks import float_array, to_float64
+from gradsift.base.errors import ConfigError, ShapeError
+from gradsift.base.settings import Settings
+from gradsift.base.types import Sequence as TokenSequence
+from gradsift.base.types import TokenizedExample
 from gradsift.generation.sampling import Response
-from gradsift.settings import Settings
-from gradsift.types import Sequence as TokenSequence
-from gradsift.types import TokenizedExample
 
 Variant = Literal["plain", "discrete", "rejection", "weighted_rejection", "ppo"]
 Baseline = Literal["none", "mean", "leave_one_out"]

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradsift.errors import ConfigError, ShapeError
-from gradsift.settings import Seed, Settings
+from gradsift.base.errors import ConfigError, ShapeError
+from gradsift.base.settings import Seed, Settings
 
 ProjectionKind = Literal["sparse", "rademacher", "kronecker", "none"]
 SegmentSizes = Literal["whole", "proportional", "per_module"]

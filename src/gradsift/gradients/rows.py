@@ -16,16 +16,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from gradsift.base.memory import empty_device_cache, give_back_memory, is_out_of_memory
+from gradsift.base.sums import row_norms
+from gradsift.base.types import Sequence
 from gradsift.gradients.adam import AdamDirection
 from gradsift.gradients.batching import Batch, form_batches, sequence_tokens
 from gradsift.gradients.capture import Capture
 from gradsift.gradients.exact import ExactProducts
 from gradsift.gradients.folding import Captured
 from gradsift.gradients.projection import Projector
-from gradsift.loss import to_device
-from gradsift.memory import empty_device_cache, give_back_memory, is_out_of_memory
-from gradsift.sums import row_norms
-from gradsift.types import Sequence
+from gradsift.model.loss import to_device
 
 View = Literal["plain", "adam", "segments"]
 """What a row is: the gradient, Adam's update direction, or the gradient with columns of its own for each module."""

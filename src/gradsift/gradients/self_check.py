@@ -19,16 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradsift.adapters import own_randomness
-from gradsift.errors import ModelError
+from gradsift.base.errors import ModelError
+from gradsift.base.memory import is_out_of_memory
+from gradsift.base.types import Sequence
 from gradsift.gradients.capture import LORA, Capture, UncapturedError
 from gradsift.gradients.folding import Captured, find_folds
-from gradsift.loss import head_at, pad
-from gradsift.memory import is_out_of_memory
-from gradsift.models import input_device, model_identity
-from gradsift.run import Run
+from gradsift.model.adapters import own_randomness
+from gradsift.model.loss import head_at, pad
+from gradsift.model.models import input_device, model_identity
 from gradsift.store.manifest import Manifest, versions
-from gradsift.types import Sequence
+from gradsift.store.run import Run
 
 _TOKENS = 16  # of each row
 _EXACT = (torch.float64, torch.float32)

@@ -7,8 +7,8 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
-from gradsift.checks import float_array, same_size
-from gradsift.errors import ConfigError
+from gradsift.base.checks import float_array, same_size
+from gradsift.base.errors import ConfigError
 
 
 def max_of_means(scores: Tensor, subtasks: Sequence[Hashable] | Tensor | None = None) -> Tensor:

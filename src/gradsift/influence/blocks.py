@@ -9,10 +9,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from gradsift.memory import free_bytes
-from gradsift.models import resolve_device
+from gradsift.base.memory import free_bytes
+from gradsift.base.sums import spans
+from gradsift.model.models import resolve_device
 from gradsift.store.gradient_store import GradientStore
-from gradsift.sums import spans
 
 # Rows converted at once: with one query, reading is the bound and a block must stay in a core's own cache; with many,
 # the product is, and wants longer blocks. A large GPU's cache holds 1024 rows of 8192 numbers, 32 MB.

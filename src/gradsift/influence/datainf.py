@@ -15,13 +15,13 @@ from pydantic import BeforeValidator
 from pydantic_core import PydanticCustomError
 from torch import Tensor
 
-from gradsift.checks import float_array, same_size, to_float64
-from gradsift.errors import ConfigError, ShapeError
+from gradsift.base.checks import float_array, same_size, to_float64
+from gradsift.base.errors import ConfigError, ShapeError
+from gradsift.base.sums import row_products
 from gradsift.gradients.rows import View
 from gradsift.influence.blocks import CPU, carried, place_for
 from gradsift.influence.estimator import ProductEstimator
 from gradsift.store.gradient_store import GradientStore
-from gradsift.sums import row_products
 
 _AUTO_SHARE = 0.1  # λ as a share of the mean squared gradient coordinate, as in Kwon et al. 2024
 # Rows converted at once: long enough for matrix products, 16 MiB at 8192 dimensions; a GPU wants fewer, larger kernels.

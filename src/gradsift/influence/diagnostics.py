@@ -16,9 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gradsift.checks import float_array, same_size, to_float64
+from gradsift.base.checks import float_array, same_size, to_float64
+from gradsift.base.errors import ConfigError
 from gradsift.context import Pool
-from gradsift.errors import ConfigError
 from gradsift.gradients.policy import PolicySource, SampleRows
 from gradsift.influence.estimator import target_rows, target_view
 from gradsift.influence.nice import PolicyEstimator, PolicyTargets, signal_warnings

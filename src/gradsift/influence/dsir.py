@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from gradsift.base.errors import ConfigError, ShapeError
 from gradsift.context import Pool, Target
 from gradsift.data.words import words
-from gradsift.errors import ConfigError, ShapeError
 from gradsift.influence.bm25 import spoken_text, wordless
 from gradsift.influence.estimator import Estimator, Influence, conversations
 from gradsift.influence.prompts import PromptTarget

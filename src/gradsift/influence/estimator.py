@@ -16,17 +16,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gradsift.base.errors import ConfigError, DataError, ShapeError
+from gradsift.base.settings import Settings
+from gradsift.base.types import Message, Skipped
 from gradsift.context import Pool, Target
-from gradsift.errors import ConfigError, DataError, ShapeError
 from gradsift.gradients.collect import SequenceSource, store_config
 from gradsift.gradients.rows import View
 from gradsift.influence.products import inner_products
 from gradsift.influence.prompts import PromptTarget, RewardSummary
 from gradsift.rewards.sources import sources_of
-from gradsift.settings import Settings
 from gradsift.store.gradient_store import GradientStore
 from gradsift.store.manifest import fingerprint
-from gradsift.types import Message, Skipped
 from gradsift.warmup.checkpoint import Checkpoint
 
 Conversation = SequenceABC[Message]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Union
 
 from pydantic import Field
 
-from gradsift.errors import ConfigError
+from gradsift.base.errors import ConfigError
 from gradsift.influence.alpagasus import AlpaGasus
 from gradsift.influence.bm25 import BM25
 from gradsift.influence.datainf import DataInf, ProjectedInverse

@@ -19,9 +19,11 @@ from pydantic import FiniteFloat
 from safetensors.torch import load, save
 from torch import Tensor
 
-from gradsift.checks import float_array, same_size, to_float64
+from gradsift.base.checks import float_array, same_size, to_float64
+from gradsift.base.errors import ConfigError, DataError
+from gradsift.base.ranks import spearman
+from gradsift.base.sums import row_products
 from gradsift.context import Pool, Target
-from gradsift.errors import ConfigError, DataError
 from gradsift.gradients.batching import automatic_token_budget
 from gradsift.gradients.capture import find_modules
 from gradsift.gradients.collect import SequenceSource
@@ -31,12 +33,10 @@ from gradsift.influence.blocks import BlockConsumer, block_rows, over_blocks, th
 from gradsift.influence.estimator import Influence, TargetsByCheckpoint, TrainingEstimator
 from gradsift.influence.products import store_inner_products, unit_rows
 from gradsift.influence.prompts import PromptTarget
-from gradsift.models import host
-from gradsift.ranks import spearman
-from gradsift.run import revised
+from gradsift.model.models import host
 from gradsift.store.gradient_store import GradientStore
 from gradsift.store.manifest import fingerprint
-from gradsift.sums import row_products
+from gradsift.store.run import revised
 from gradsift.warmup.checkpoint import Checkpoint
 
 Reduction = Literal["sum", "mean"]

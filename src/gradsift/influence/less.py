@@ -8,11 +8,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gradsift.checks import float_array, same_size
-from gradsift.errors import ConfigError, ShapeError
+from gradsift.base.checks import float_array, same_size
+from gradsift.base.errors import ConfigError, ShapeError
+from gradsift.base.sums import row_products
 from gradsift.influence.estimator import ProductEstimator, TrainingEstimator
 from gradsift.influence.products import unit_rows
-from gradsift.sums import row_products
 
 
 def less_scores(

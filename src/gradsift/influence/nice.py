@@ -10,8 +10,9 @@ from typing import ClassVar, Literal, TypeGuard
 
 from torch import Tensor
 
+from gradsift.base.errors import ConfigError, DataError
+from gradsift.base.types import Sequence as TokenSequence
 from gradsift.context import Pool, Target
-from gradsift.errors import ConfigError, DataError
 from gradsift.generation.assistant import Assistant
 from gradsift.generation.endpoint import Endpoint, EndpointSampler
 from gradsift.generation.local import LocalSampler
@@ -29,9 +30,8 @@ from gradsift.influence.prompts import (
     reward_responses,
     summarise_rewards,
 )
-from gradsift.models import positions
+from gradsift.model.models import positions
 from gradsift.store.gradient_store import GradientStore
-from gradsift.types import Sequence as TokenSequence
 from gradsift.warmup.checkpoint import Checkpoint
 
 _SILENT = 0.5  # share of prompts without signal above which the ranking rests on too few

@@ -8,12 +8,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from gradsift.base.progress import Advance, untold
+from gradsift.base.sums import row_norms
 from gradsift.execution.engine import LOCAL, Engine
 from gradsift.influence.blocks import BlockConsumer, Queries, over_blocks
-from gradsift.progress import Advance, untold
 from gradsift.store.gradient_store import GradientStore
 from gradsift.store.storage import Storage
-from gradsift.sums import row_norms
 
 _SHARE_ROWS = 65_536  # that a worker reads before it is given others: 1 GB at 8192 dimensions
 _SHARE_VALUES = 1 << 22  # that it sends back at once: 16 MB

@@ -14,6 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gradsift.base.errors import ConfigError, DataError, GradsiftError
+from gradsift.base.progress import Advance, Reporter, silent
+from gradsift.base.settings import Settings
+from gradsift.base.types import Chat, Example, Message, Sequence, Skipped, before_answer
 from gradsift.context import Pool, subtask_labels
 from gradsift.data.account import Account
 from gradsift.data.chat import ChatFormat
@@ -21,23 +25,19 @@ from gradsift.data.dataset import Dataset, prepare
 from gradsift.data.load import Columns, load_examples
 from gradsift.data.overlap import hashed, normalised_hash, overlap_of_hashes
 from gradsift.data.sample import RowSample
-from gradsift.errors import ConfigError, DataError, GradsiftError
 from gradsift.execution.chunks import Chunks
 from gradsift.execution.engine import LOCAL, Engine
 from gradsift.generation.endpoint import Client, Endpoint, ReplyError, connected
 from gradsift.generation.samples import Samples
 from gradsift.generation.sampling import Prompt, Response, Usage, prompts_of
-from gradsift.models import whole_identity
-from gradsift.progress import Advance, Reporter, silent
+from gradsift.model.models import whole_identity
 from gradsift.rewards.form import Sentiment
 from gradsift.rewards.function import Function, function_identity
 from gradsift.rewards.reward import WeightedSum, check_reward, reward_samples, single_rewards
 from gradsift.rewards.reward_model import RewardModel
 from gradsift.rewards.samples import Problem, Sample, prompt_of
-from gradsift.rewards.sandbox import isolation_text
 from gradsift.rewards.unit_tests import UnitTests
-from gradsift.settings import Settings
-from gradsift.types import Chat, Example, Message, Sequence, Skipped, before_answer
+from gradsift.sandbox.sandbox import isolation_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

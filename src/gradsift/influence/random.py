@@ -9,10 +9,10 @@ from typing import ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from gradsift.base.settings import Seed
 from gradsift.context import Pool, Target
 from gradsift.influence.estimator import Estimator, Influence
 from gradsift.influence.prompts import PromptTarget
-from gradsift.settings import Seed
 
 
 class Random(Estimator):

@@ -14,20 +14,20 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, FiniteFloat
 
+from gradsift.base.errors import ConfigError, CorruptError, DataError, GradsiftError
+from gradsift.base.settings import Settings
+from gradsift.base.types import Message, Skipped, TokenizedExample, before_answer
+from gradsift.base.types import Sequence as TokenSequence
 from gradsift.context import Pool, Target
-from gradsift.errors import ConfigError, CorruptError, DataError, GradsiftError
 from gradsift.execution.chunks import Chunks
 from gradsift.generation.endpoint import Client, Endpoint
 from gradsift.gradients.losses import row_losses
 from gradsift.influence.estimator import Estimator, Influence
 from gradsift.influence.prompts import PromptTarget
-from gradsift.models import host, model_identity
+from gradsift.model.models import host, model_identity
 from gradsift.rewards.function import function_identity, in_words, load_function, stdout_to_stderr
 from gradsift.rewards.judge import last_line, question_of, side_by_side, transcript, unreadable
-from gradsift.settings import Settings
 from gradsift.store.manifest import Record, fingerprint, publish_json, read_json
-from gradsift.types import Message, Skipped, TokenizedExample, before_answer
-from gradsift.types import Sequence as TokenSequence
 
 _CHUNK = 64  # rows that are rated and kept at once, at most
 _MODELLED = 16  # the same by a model's losses, always: in other batches they would be others by rounding

@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
 from gradsift.context import Pool, Target
-from gradsift.embeddings import DEFAULT, embed, place_of, require
 from gradsift.influence.bm25 import conversation_text
 from gradsift.influence.estimator import Estimator, Influence, conversations, refuse_too_many
 from gradsift.influence.prompts import PromptTarget
-from gradsift.models import resolve_device, whole_identity
-from gradsift.run import Run, revisions
+from gradsift.model.embeddings import DEFAULT, embed, place_of, require
+from gradsift.model.models import resolve_device, whole_identity
 from gradsift.store.manifest import fingerprint
+from gradsift.store.run import Run, revisions
 
 
 class RDS(Estimator):

@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradsift.checks import float_array, same_size
-from gradsift.ranks import rank_correlations
+from gradsift.base.checks import float_array, same_size
+from gradsift.base.ranks import rank_correlations
 
 Over = Literal["samples", "targets"]
 

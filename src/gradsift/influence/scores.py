@@ -11,18 +11,18 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
+from gradsift.base.errors import DataError
+from gradsift.base.ranks import descending_ranks, spearman
+from gradsift.base.types import Skipped
 from gradsift.context import Pool, Target
-from gradsift.errors import DataError
 from gradsift.influence.aggregate import max_of_means, mean_over_targets
 from gradsift.influence.estimator import Estimator, Influence, influence_of
 from gradsift.influence.less import LESS
 from gradsift.influence.nice import NICE
 from gradsift.influence.prompts import PromptTarget, RewardSummary
 from gradsift.influence.reliability import Strata
-from gradsift.ranks import descending_ranks, spearman
-from gradsift.run import revised
 from gradsift.store.manifest import fingerprint
-from gradsift.types import Skipped
+from gradsift.store.run import revised
 
 Aggregation = Literal["max_of_means", "mean"]
 

@@ -8,9 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gradsift.checks import float_array, same_size, to_float64
+from gradsift.base.checks import float_array, same_size, to_float64
+from gradsift.base.errors import ConfigError, ShapeError
 from gradsift.context import Pool, Target
-from gradsift.errors import ConfigError, ShapeError
 from gradsift.gradients.rows import View
 from gradsift.influence.datainf import Damping, inverse_directions, inverse_product, mean_damping
 from gradsift.influence.estimator import Estimator, Influence, summed, target_rows

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from gradsift.types import Skipped
+from gradsift.base.types import Skipped
 
 
 @dataclass(frozen=True, slots=True)

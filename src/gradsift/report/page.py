@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
+from gradsift.base.types import Skipped
 from gradsift.report import charts, text
 from gradsift.report.data import ReportData, ScoreSummary
 from gradsift.report.document import asset, document
 from gradsift.report.listing import Listing
 from gradsift.report.rewards_section import prompts_view, rewards_view
 from gradsift.store.storage import LocalStorage
-from gradsift.types import Skipped
 
 # These and the limits of the listing keep the page near a megabyte whatever the run's size; what is left out is always
 # counted on the page.

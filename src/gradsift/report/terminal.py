@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from gradsift.types import Message
+from gradsift.base.types import Message
 
 
 def console() -> Console:

@@ -6,7 +6,7 @@ import operator
 from math import comb
 from typing import TYPE_CHECKING, Any, overload
 
-from gradsift.errors import ConfigError, ShapeError
+from gradsift.base.errors import ConfigError, ShapeError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -11,11 +11,11 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from gradsift.base.errors import ConfigError
+from gradsift.base.settings import Settings
 from gradsift.data.words import count_words
-from gradsift.errors import ConfigError
 from gradsift.rewards.function import LogProblem
 from gradsift.rewards.samples import text_of
-from gradsift.settings import Settings
 
 
 class Length(Settings):

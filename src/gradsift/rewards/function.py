@@ -19,10 +19,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-from gradsift.errors import ConfigError
+from gradsift.base.errors import ConfigError
+from gradsift.base.settings import Settings
 from gradsift.rewards.samples import Sample
 from gradsift.rewards.sources import FILES, Source, sources_of
-from gradsift.settings import Settings
 from gradsift.store.digests import file_digest
 
 RewardFunction = Callable[..., Any]

@@ -12,11 +12,11 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from gradsift.errors import GradsiftError
+from gradsift.base.errors import GradsiftError
+from gradsift.base.settings import Settings
+from gradsift.base.types import Chat, Message
 from gradsift.rewards.function import LogProblem, in_words
 from gradsift.rewards.samples import column, text_of
-from gradsift.settings import Settings
-from gradsift.types import Chat, Message
 
 
 class Judge(Settings):

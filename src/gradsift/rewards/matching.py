@@ -10,10 +10,10 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from gradsift.base.settings import Settings
 from gradsift.data.words import composed, set_apart, stands_in
 from gradsift.rewards.function import LogProblem
 from gradsift.rewards.samples import column, text_of
-from gradsift.settings import Settings
 
 _EDGES = " \t\r\n*_`\"'“”‘’.,;:!?()[]{}$" + "„‚«»‹›…¿¡。，、．；：！？（）［］「」『』【】《》〈〉｡।॥،؛؟۔។"
 

@@ -9,7 +9,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from gradsift.errors import ConfigError, GradsiftError
+from gradsift.base.errors import ConfigError, GradsiftError
+from gradsift.base.settings import Settings
+from gradsift.base.types import Chat
 from gradsift.rewards.form import Format, Length, Sentiment
 from gradsift.rewards.function import (
     Function,
@@ -27,8 +29,6 @@ from gradsift.rewards.matching import Exact, Numeric, Regex
 from gradsift.rewards.reward_model import RewardModel
 from gradsift.rewards.samples import Problem, Rewarded, Sample, column
 from gradsift.rewards.unit_tests import UnitTests
-from gradsift.settings import Settings
-from gradsift.types import Chat
 
 _Single = Function | Exact | Regex | Numeric | Length | Format | Sentiment | UnitTests | RewardModel | Judge
 SingleReward = Annotated[_Single, Field(discriminator="kind")]

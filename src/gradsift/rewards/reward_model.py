@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from gradsift.base.errors import ConfigError, ModelError
+from gradsift.base.settings import Settings
 from gradsift.data.template import RENDER_ERRORS, render
-from gradsift.errors import ConfigError, ModelError
 from gradsift.rewards.samples import text_of
-from gradsift.settings import Settings
 
 
 class RewardModel(Settings):
@@ -121,7 +121,7 @@ def _loaded(name: str, device: str, dtype: str) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    from gradsift.models import load_tokenizer, pretrained, resolve_device
+    from gradsift.model.models import load_tokenizer, pretrained, resolve_device
 
     tokenizer = load_tokenizer(name)
     place = resolve_device(device)

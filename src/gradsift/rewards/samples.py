@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from gradsift.errors import ConfigError
-from gradsift.types import Example, Message
+from gradsift.base.errors import ConfigError
+from gradsift.base.types import Example, Message
 
 Prompt = str | tuple[Message, ...]
 

@@ -9,12 +9,12 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from gradsift.errors import ConfigError, DataError
-from gradsift.rewards._shapes import CannotJudgeError, cases_of, joined
+from gradsift.base.errors import ConfigError, DataError
+from gradsift.base.settings import Settings
 from gradsift.rewards.function import LogProblem
 from gradsift.rewards.samples import Sample, column, text_of
-from gradsift.rewards.sandbox import Outcome, Program, Sandbox, needs_pytest, run_programs, understood
-from gradsift.settings import Settings
+from gradsift.sandbox._shapes import CannotJudgeError, cases_of, joined
+from gradsift.sandbox.sandbox import Outcome, Program, Sandbox, needs_pytest, run_programs, understood
 
 # Where public sets have their tests, in this order: HumanEval, MBPP, APPS and TACO, LiveCodeBench, CodeContests.
 _TESTS = ("test", "tests", "test_list", "input_output", "public_test_cases", "public_tests", "inputs")

@@ -9,16 +9,16 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from gradsift.checks import checked_budget, float_array
-from gradsift.embeddings import DEFAULT
-from gradsift.errors import ConfigError
+from gradsift.base.checks import checked_budget, float_array
+from gradsift.base.errors import ConfigError
+from gradsift.base.settings import Settings
 from gradsift.gradients.rows import View
 from gradsift.influence.bm25 import conversation_text
 from gradsift.influence.products import unit_rows
 from gradsift.influence.rds import kept_embeddings
 from gradsift.influence.scores import Scores
+from gradsift.model.embeddings import DEFAULT
 from gradsift.selection.top_k import top_k
-from gradsift.settings import Settings
 
 _BLOCK = 256  # candidates whose rows are held at once, beside the chosen ones'
 

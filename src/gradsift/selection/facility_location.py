@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gradsift.checks import checked_budget, float_array, same_size, to_float64
-from gradsift.errors import ConfigError, ShapeError
+from gradsift.base.checks import checked_budget, float_array, same_size, to_float64
+from gradsift.base.errors import ConfigError, ShapeError
 from gradsift.influence.products import unit_rows
 
 SimilarityKind = Literal["cosine_shifted", "cosine_squared"]

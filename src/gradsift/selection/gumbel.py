@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor, from_numpy
 
-from gradsift.checks import float_array, same_size, to_float64
+from gradsift.base.checks import float_array, same_size, to_float64
 from gradsift.selection.top_k import top_k
 
 

@@ -11,13 +11,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gradsift.checks import checked_budget, float_array, same_size, to_float64
-from gradsift.errors import ConfigError
+from gradsift.base.checks import checked_budget, float_array, same_size, to_float64
+from gradsift.base.errors import ConfigError
+from gradsift.base.settings import Settings
 from gradsift.influence.estimator import Estimator, TargetsByCheckpoint
 from gradsift.influence.ji2s import JI2S, joint_factors, standardised
 from gradsift.influence.products import store_inner_products, unit_rows
 from gradsift.influence.scores import Scores
-from gradsift.settings import Settings
 from gradsift.store.gradient_store import GradientStore
 
 Array = NDArray[np.float64]

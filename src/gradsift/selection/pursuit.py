@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gradsift.checks import checked_budget, float_array, same_size, to_float64
-from gradsift.errors import DataError
+from gradsift.base.checks import checked_budget, float_array, same_size, to_float64
+from gradsift.base.errors import DataError
 from gradsift.selection.simplex import onto_simplex
 
 Array = NDArray[np.float64]

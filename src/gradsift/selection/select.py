@@ -9,9 +9,10 @@ from typing import Annotated, Literal, TypeGuard
 import torch
 from pydantic import Field, FiniteFloat
 
+from gradsift.base.errors import ConfigError, DataError
+from gradsift.base.settings import Seed, Settings
 from gradsift.context import Pool
 from gradsift.data.columns import add_columns
-from gradsift.errors import ConfigError, DataError
 from gradsift.gradients.rows import View
 from gradsift.influence.estimator import Estimator, TargetsByCheckpoint, rate_weights, target_rows, target_view
 from gradsift.influence.less import LESS
@@ -30,7 +31,6 @@ from gradsift.selection.strategies import FacilityLocation as FacilityLocation
 from gradsift.selection.strategies import naive_key
 from gradsift.selection.top_k import top_k
 from gradsift.selection.transport import tsds
-from gradsift.settings import Seed, Settings
 
 
 class TopK(Settings):

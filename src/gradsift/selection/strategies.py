@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from gradsift.checks import checked_budget, float_array, same_size, to_float64
-from gradsift.errors import ConfigError
+from gradsift.base.checks import checked_budget, float_array, same_size, to_float64
+from gradsift.base.errors import ConfigError
+from gradsift.base.settings import Seed, Settings
 from gradsift.selection.aide import WEIGHTS, aide, aide_by_mean_distance
 from gradsift.selection.divine import nested_divine
 from gradsift.selection.facility_location import (
@@ -26,7 +27,6 @@ from gradsift.selection.facility_location import (
 )
 from gradsift.selection.pursuit import Reconstruction
 from gradsift.selection.top_k import top_k
-from gradsift.settings import Seed, Settings
 
 Array = NDArray[np.float64]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gradsift.checks import checked_budget, float_array
+from gradsift.base.checks import checked_budget, float_array
 
 
 def top_k(scores: Tensor, budget: int) -> list[int]:

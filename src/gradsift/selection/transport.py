@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gradsift.checks import checked_budget, float_array, same_size
-from gradsift.errors import ConfigError
+from gradsift.base.checks import checked_budget, float_array, same_size
+from gradsift.base.errors import ConfigError
 
 Array = NDArray[np.float64]
 

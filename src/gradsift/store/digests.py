@@ -15,7 +15,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from gradsift.errors import StorageError
+from gradsift.base.errors import StorageError
 from gradsift.store.manifest import publish_json, read_if_whole
 from gradsift.store.storage import LocalStorage, cache_folder
 

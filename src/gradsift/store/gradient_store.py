@@ -33,7 +33,7 @@ from pydantic import Field, model_validator
 from safetensors.torch import save
 from torch import Tensor
 
-from gradsift.errors import ConfigError, CorruptError, MismatchError, StorageError
+from gradsift.base.errors import ConfigError, CorruptError, MismatchError, StorageError
 from gradsift.store.manifest import Record, differences, manifest, publish_json, read_if_whole, read_json
 from gradsift.store.precision import ExactRows, MeasuredError, cosine_pairs, measured_error
 from gradsift.store.storage import LocalStorage, Storage, checksum, checksum_file

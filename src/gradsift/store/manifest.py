@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from gradsift.errors import CorruptError, GradsiftError
+from gradsift.base.errors import CorruptError, GradsiftError
 from gradsift.store.storage import Storage
 
 DIGEST = "_digest"  # the key of a sealed object's own fingerprint

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from gradsift.errors import ConfigError, CorruptError, LockedError, StorageError
-from gradsift.secrets import Secret
+from gradsift.base.errors import ConfigError, CorruptError, LockedError, StorageError
+from gradsift.base.secrets import Secret
 from gradsift.store.manifest import Record, read_json
 from gradsift.store.storage import LocalStorage, cache_folder
 from gradsift.store.writers import born, machine, remove_left_behind

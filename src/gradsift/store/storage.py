@@ -18,8 +18,8 @@ import xxhash
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from gradsift.errors import LockedError, StorageError
-from gradsift.inputs import open_input
+from gradsift.base.errors import LockedError, StorageError
+from gradsift.base.inputs import open_input
 from gradsift.store.writers import is_temporary, remove_left_behind, temporary_name
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from gradsift.errors import CorruptError
+from gradsift.base.errors import CorruptError
 from gradsift.store.manifest import fingerprint, reading
 from gradsift.store.storage import Storage, checksum
 

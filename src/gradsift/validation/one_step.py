@@ -20,15 +20,15 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from gradsift.checks import float_array, same_size, to_float64
-from gradsift.errors import ConfigError, DataError, MismatchError, ModelError, ShapeError
+from gradsift.base.checks import float_array, same_size, to_float64
+from gradsift.base.errors import ConfigError, DataError, MismatchError, ModelError, ShapeError
+from gradsift.base.settings import Seed, Settings
+from gradsift.base.types import Sequence, TokenizedExample
 from gradsift.gradients.adam import adam_direction
 from gradsift.gradients.batching import automatic_token_budget, form_batches
 from gradsift.gradients.folding import Captured
-from gradsift.loss import head_at, label_weights, pad, supervised_count, token_mean
-from gradsift.settings import Seed, Settings
+from gradsift.model.loss import head_at, label_weights, pad, supervised_count, token_mean
 from gradsift.store.gradient_store import GradientStore
-from gradsift.types import Sequence, TokenizedExample
 
 _ROWS = 64  # tokens whose vocabulary is held in fp64 at once
 _LOWEST = -1e6  # a log-probability below this is 0 in any arithmetic; it keeps differences finite

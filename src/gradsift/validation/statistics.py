@@ -10,9 +10,9 @@ from statistics import NormalDist
 
 import numpy as np
 
-from gradsift.errors import ConfigError
+from gradsift.base.errors import ConfigError
+from gradsift.base.ranks import spearman
 from gradsift.explanation.relevance import to_db
-from gradsift.ranks import spearman
 
 EDGES_DB = (-20.0, -10.0, 0.0, 10.0, 20.0)
 

@@ -21,18 +21,18 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 
+from gradsift.base.errors import ConfigError, CorruptError, DataError, GradsiftError
+from gradsift.base.types import Skipped, TokenizedExample
 from gradsift.context import Pool
-from gradsift.errors import ConfigError, CorruptError, DataError, GradsiftError
 from gradsift.explanation.explain import Explanations
 from gradsift.explanation.outputs import OutputSource
 from gradsift.gradients.capture import find_modules
 from gradsift.gradients.collect import store_config
 from gradsift.gradients.projection import Projection
-from gradsift.models import QUANTISED, DtypeName, host, model_identity
-from gradsift.run import revised
+from gradsift.model.models import QUANTISED, DtypeName, host, model_identity
 from gradsift.store.gradient_store import GradientStore, StoreManifest
 from gradsift.store.manifest import Record, fingerprint, read_json
-from gradsift.types import Skipped, TokenizedExample
+from gradsift.store.run import revised
 from gradsift.validation.one_step import (
     Effect,
     OneStep,

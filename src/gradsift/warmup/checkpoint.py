@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gradsift.errors import ConfigError, CorruptError, MismatchError, ModelError
-from gradsift.models import adapter_identity, parameter_name
+from gradsift.base.errors import ConfigError, CorruptError, MismatchError, ModelError
+from gradsift.model.models import adapter_identity, parameter_name
 from gradsift.store.remote import at_hand, is_url
 
 ADAM_FILE = "adam.safetensors"

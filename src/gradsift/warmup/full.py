@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from gradsift.base.errors import ConfigError, CorruptError, StorageError
+from gradsift.base.memory import free_bytes, give_back_memory
+from gradsift.base.progress import Reporter, silent
 from gradsift.data.dataset import Dataset
-from gradsift.errors import ConfigError, CorruptError, StorageError
-from gradsift.memory import free_bytes, give_back_memory
-from gradsift.models import (
+from gradsift.model.models import (
     QUANTISED,
     DtypeName,
     count_parameters,
@@ -24,9 +25,8 @@ from gradsift.models import (
     release_models,
     resolve_device,
 )
-from gradsift.progress import Reporter, silent
-from gradsift.run import Run
 from gradsift.store.manifest import read_json
+from gradsift.store.run import Run
 from gradsift.warmup.checkpoint import INFO_FILE
 from gradsift.warmup.train import (
     CheckpointInfo,

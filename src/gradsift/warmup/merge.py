@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gradsift.adapters import attach_adapter, shared_weights
-from gradsift.errors import ConfigError, ModelError
-from gradsift.models import (
+from gradsift.base.errors import ConfigError, ModelError
+from gradsift.model.adapters import attach_adapter, shared_weights
+from gradsift.model.models import (
     QUANTISED,
     DtypeName,
     adapter_identity,
@@ -19,8 +19,8 @@ from gradsift.models import (
     model_identity,
     release_models,
 )
-from gradsift.run import revised
 from gradsift.store.manifest import Manifest, manifest, publish_json, read_if_whole
+from gradsift.store.run import revised
 from gradsift.store.storage import LocalStorage
 
 _MARK = "gradsift_merge.json"

@@ -16,16 +16,16 @@ import numpy as np
 from pydantic import Field
 from safetensors import SafetensorError
 
+from gradsift.base.errors import ConfigError, CorruptError, DataError, ModelError
+from gradsift.base.interruption import keep_note
+from gradsift.base.progress import Reporter, silent
+from gradsift.base.settings import MAX_SEED, Settings
+from gradsift.base.types import TokenizedExample
 from gradsift.data.dataset import Dataset
-from gradsift.errors import ConfigError, CorruptError, DataError, ModelError
-from gradsift.interruption import keep_note
-from gradsift.models import DtypeName, host, model_identity
-from gradsift.progress import Reporter, silent
-from gradsift.run import Run
-from gradsift.settings import MAX_SEED, Settings
+from gradsift.model.models import DtypeName, host, model_identity
 from gradsift.store.manifest import Record, fingerprint, publish_json, read_json
+from gradsift.store.run import Run
 from gradsift.store.tensors import publish_tensors, read_tensors
-from gradsift.types import TokenizedExample
 from gradsift.warmup.checkpoint import ADAM_FILE, INFO_FILE, Checkpoint
 
 if TYPE_CHECKING:

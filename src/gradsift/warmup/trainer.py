@@ -21,13 +21,13 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
-from gradsift import interruption
-from gradsift.adapters import BareModel, own_randomness
-from gradsift.errors import ModelError
-from gradsift.loss import SupervisedHead, head_at, pad, token_mean
-from gradsift.memory import give_back_memory
-from gradsift.models import parameter_name
-from gradsift.types import Sequence, TokenizedExample
+from gradsift.base import interruption
+from gradsift.base.errors import ModelError
+from gradsift.base.memory import give_back_memory
+from gradsift.base.types import Sequence, TokenizedExample
+from gradsift.model.adapters import BareModel, own_randomness
+from gradsift.model.loss import SupervisedHead, head_at, pad, token_mean
+from gradsift.model.models import parameter_name
 
 if TYPE_CHECKING:
     from gradsift.warmup.train import Training

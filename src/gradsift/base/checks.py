@@ -1,0 +1,102 @@
+"""Input checks that the pure functions share: axes, finiteness, budgets."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import Tensor
+
+from gradsift.base.errors import ConfigError, NonFiniteError, ShapeError
+
+
+def float_array(name: str, array: object, axes: str, *, finite: bool = True) -> Tensor:
+    """`array` as a detached floating tensor of fp32 or better with the named axes, on its own device.
+
+    Half precision becomes fp32, whole numbers become fp64, fp32 and fp64 stay what they are (and then share memory
+    with the argument: callers never write to the result).
+
+    Args:
+        name: what the message calls the array, as the user knows it.
+        array: the argument to check.
+        axes: axis names separated by blanks, such as "pool dim"; every axis must have at least one entry.
+        finite: refuse NaN and infinity.
+
+    Raises:
+        ShapeError: not a real tensor, a wrong number of axes, or an empty axis.
+        NonFiniteError: NaN or infinity, where `finite`.
+    """
+    names = axes.split()
+    wanted = f"[{' '.join(names)}]"
+    if not isinstance(array, Tensor):
+        raise ShapeError(f"{name} is a {type(array).__name__}, expected a torch tensor {wanted}: convert it first")
+    if array.is_complex():
+        raise ShapeError(f"{name} holds {array.dtype} numbers, expected real ones {wanted}: pass a real tensor")
+    shape = tuple(array.shape)
+    if array.ndim != len(names):
+        raise ShapeError(f"{name} has shape {shape}, expected {len(names)} axes {wanted}: reshape or index it")
+    for axis, size in zip(names, shape, strict=True):
+        if size == 0:
+            raise ShapeError(f"{name} has shape {shape}: the axis '{axis}' is empty, pass at least one entry")
+    array = array.detach()
+    if not array.is_floating_point():
+        return array.to(torch.float64)
+    values = array if array.dtype in (torch.float32, torch.float64) else array.to(torch.float32)
+    if finite:
+        _refuse_non_finite(name, values, names)
+    return values
+
+
+def _refuse_non_finite(name: str, values: Tensor, axes: list[str]) -> None:
+    is_finite = torch.isfinite(values)
+    if bool(is_finite.all()):
+        return
+    where = torch.nonzero(~is_finite)
+    first = ", ".join(f"{axis} {position}" for axis, position in zip(axes, where[0].tolist(), strict=True))
+    raise NonFiniteError(
+        f"{name}: NaN or infinity in {len(where)} of {values.numel()} entries, first at {first}: "
+        f"leave these rows out or compute them again"
+    )
+
+
+def same_size(axis: str, first: str, first_size: int, second: str, second_size: int) -> None:
+    """Refuse two arguments whose shared axis differs in size.
+
+    Raises:
+        ShapeError: naming both arguments and both sizes.
+    """
+    if first_size != second_size:
+        raise ShapeError(
+            f"the axis '{axis}' has {first_size} entries in {first} and {second_size} in {second}: "
+            f"pass arrays that belong together"
+        )
+
+
+def checked_budget(budget: object, available: int, what: str) -> int:
+    """`budget` as a whole number between 1 and `available`.
+
+    Args:
+        budget: how many to choose.
+        available: how many there are to choose from.
+        what: these, in words, for the message: "candidates".
+
+    Raises:
+        ConfigError: not a whole number, below 1, or above `available`.
+    """
+    try:
+        # True is an int to Python, and a budget of True a slip of the pen.
+        size = None if isinstance(budget, bool) else operator.index(budget)  # type: ignore[arg-type]
+    except TypeError:
+        size = None
+    if size is None:
+        raise ConfigError(f"budget is {budget!r}, expected a whole number of examples: pass a count, not a share")
+    if size < 1:
+        raise ConfigError(f"budget is {size}: choose at least 1 of the {available} {what}")
+    if size > available:
+        raise ConfigError(f"budget is {size}, but there are only {available} {what}: lower it to {available} or less")
+    return size
+
+
+def to_float64(values: Tensor) -> Tensor:
+    """`values` in fp64 on their device, or on the CPU where the device has no fp64 (Apple's MPS)."""
+    return (values.cpu() if values.device.type == "mps" else values).to(torch.float64)

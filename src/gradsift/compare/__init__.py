@@ -1,0 +1,1 @@
+"""Methods × budgets × seeds: which choice trains better, with intervals."""

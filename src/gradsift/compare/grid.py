@@ -1,0 +1,292 @@
+"""A comparison before anything heavy: what its recipe asks for, opened and checked, and its cells in order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from gradsift.base.errors import ConfigError, DataError, MismatchError, UnusableRowsError
+from gradsift.base.progress import Reporter
+from gradsift.context import Pool, Target
+from gradsift.data.dataset import Dataset, prepare
+from gradsift.data.load import load_examples
+from gradsift.data.overlap import hashed
+from gradsift.evaluation.arms import Compare, Contender, PairwiseMetric, asking, contenders
+from gradsift.evaluation.metric import Metric
+from gradsift.evaluation.setup import subject_of
+from gradsift.influence.diagnostics import check_samples
+from gradsift.influence.estimator import Estimator
+from gradsift.influence.nice import takes_reward
+from gradsift.influence.prompts import PromptTarget
+from gradsift.influence.ratings import check_raters, with_judge
+from gradsift.jobs.results import Result, write_skipped
+from gradsift.jobs.select_explain import open_recipe, open_recipe_target, say_account
+from gradsift.model import embeddings
+from gradsift.recipe import Recipe
+from gradsift.selection.select import budget_count, check_selection
+from gradsift.warmup.train import Training
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked comparison.
+
+    budgets: as numbers of examples
+    datasets: of the arms that are ready ones
+    available: ids that can be chosen
+    curve: what is measured after each epoch: the loss, and the reward where there is one
+    """
+
+    recipe: Recipe
+    job: Compare
+    pool: Pool
+    target: Target | PromptTarget | None
+    contenders: list[Contender]
+    budgets: tuple[int, ...]
+    datasets: dict[str, Dataset]
+    available: tuple[str, ...]
+    warnings: tuple[str, ...]
+    curve: tuple[Metric, ...] = ()
+
+    def size(self, contender: Contender) -> int:
+        """Examples of a contender that takes no budget."""
+        if contender.base:
+            return 0
+        return len(self.datasets[contender.name] if contender.data is not None else self.available)
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Those of the comparison, then what single arms have beside them."""
+        own = (seed for one in self.contenders for seed in one.seeds or ())
+        return tuple(dict.fromkeys((*self.job.seeds, *own)))
+
+    def seeds_of(self, contender: Contender) -> tuple[int, ...]:
+        """Seeds of one arm; an untrained model does not depend on any."""
+        return self.job.seeds[:1] if contender.base else contender.seeds or self.job.seeds
+
+    @property
+    def reference(self) -> str | None:
+        """The arm that differences are taken to."""
+        return self.job.reference or next((one.name for one in self.contenders if one.chance), None)
+
+    def training_of(self, contender: Contender) -> Training:
+        """An arm's own settings, or the comparison's."""
+        return contender.training or self.job.training
+
+    def opponent(self, metric: PairwiseMetric, budget: int, seed: int) -> tuple[Contender, int, int]:
+        """The cell that a metric compares with: at its budget or else this one's or the nearest, and with this seed."""
+        other = next(one for one in self.contenders if one.name == metric.opponent)
+        at = self.size(other)
+        if other.sized:
+            wanted = budget if metric.budget is None else metric.budget
+            at = min(self.budgets, key=lambda one: abs(one - wanted))
+        seeds = self.seeds_of(other)
+        return other, at, seed if seed in seeds else seeds[0]
+
+    def cells(self) -> Iterator[tuple[Contender, int, int]]:
+        """Contender, budget and seed of every cell, in the order they are worked on: a whole table per seed."""
+        for seed in self.seeds:
+            there = [one for one in self.contenders if seed in self.seeds_of(one)]
+            for contender in (one for one in there if not one.sized):
+                yield contender, self.size(contender), seed
+            for budget in self.budgets:
+                for contender in (one for one in there if one.sized):
+                    yield contender, budget, seed
+
+
+def planned(recipe: Recipe, job: Compare, reporter: Reporter) -> Plan:
+    """Open and check everything that can be checked before anything heavy.
+
+    Raises:
+        ConfigError: a budget that the pool does not have, arms that do not go with the target, or a reward that cannot
+            be computed.
+        DataError, ModelError, MismatchError: the data, the model, or the run folder; a choice of another pool.
+    """
+    if job.warmup == "per_seed" and recipe.adapter:
+        raise ConfigError(
+            "compare.warmup is per_seed, but adapters are given, so that there is no warm-up to repeat: leave "
+            "`adapter:` out, or use warmup: shared"
+        )
+    found = [_judged(one, recipe) for one in contenders(job.arms, recipe.estimator, recipe.selection)]
+    names = [one.name for one in found]
+    if job.reference is not None and job.reference not in names:
+        raise ConfigError(
+            f"compare.reference is {job.reference!r}, and there is no such arm: {', '.join(map(repr, names))}"
+        )
+    for one in found:
+        if one.estimator is not None and one.selection is not None:
+            check_selection(one.selection, one.estimator)
+    pool = open_recipe(recipe, reporter)
+    methods = [one.estimator for one in found if one.estimator is not None]
+    for method in methods:
+        check_raters(method)
+    target = _target(recipe, pool, methods)
+    if target is not None:
+        say_account(target.data.account, "target", len(target.data), reporter)
+        _check_methods(pool, target, methods)
+    overlap = set() if target is None else {skip.id for skip in target.overlap}
+    available = tuple(id_ for id_ in pool.data.ids if id_ not in overlap)
+    budgets = _counts(job.budgets or (recipe.budget,), len(available))
+    datasets = {
+        one.name: prepare(
+            pool.run,
+            one.data,
+            pool.chat,
+            what=one.name,
+            columns=one.columns,
+            keep_duplicates=recipe.keep_duplicates,
+            reporter=reporter,
+        )
+        for one in found
+        if one.data is not None
+    }
+    account = Result(recipe, pool, "", target).account
+    write_skipped(pool.run, sum((data.account for data in datasets.values()), account))
+    for name, data in datasets.items():
+        say_account(data.account, name, len(data), reporter)
+        _check_origin(name, data, pool)
+    warnings = []
+    if overlap:
+        warnings.append(f"{len(overlap)} pool rows are also in the target and are left out of every choice")
+    metrics = tuple(_meeting(asking(metric, recipe.judge), job, found, budgets, available) for metric in job.metrics)
+    best_by = None if job.best_by is None else asking(job.best_by, recipe.judge)
+    if isinstance(best_by, PairwiseMetric) and best_by.opponent is not None:
+        raise ConfigError(
+            "compare.best_by: epochs cannot be chosen by another arm's model: compare with base or answer"
+        )
+    job = job.model_copy(update={"metrics": metrics, "best_by": best_by})
+    for metric in (*metrics, *([] if best_by is None else [best_by])):
+        met = isinstance(metric, PairwiseMetric) and metric.opponent is not None
+        (metric.model_copy(update={"against": "base"}) if met else metric).bind(subject_of(pool, None).base)
+        warnings += _leaks(pool, target, metric)
+    curve = () if job.curve is None else tuple(asking(metric, recipe.judge) for metric in job.curve.metrics)
+    for metric in curve:
+        metric.bind(subject_of(pool, None).base)
+    if curve:  # what was chosen by may be what is watched, as in the paper, but what is trained on may not
+        warnings += _leaks(pool, None, curve[0])
+    if job.embedding not in (None, embeddings.DEFAULT):
+        embeddings.embed(["is it there?"], job.embedding)
+    for warning in dict.fromkeys(warnings):
+        reporter.warn(warning)
+    return Plan(
+        recipe, job, pool, target, found, budgets, datasets, available, tuple(dict.fromkeys(warnings)), curve
+    )  # fmt: skip
+
+
+def _judged(contender: Contender, recipe: Recipe) -> Contender:
+    """With the recipe's judge where an estimator asks one and names none."""
+    return replace(contender, estimator=contender.estimator and with_judge(contender.estimator, recipe.judge))
+
+
+def _target(recipe: Recipe, pool: Pool, methods: Sequence[Estimator]) -> Target | PromptTarget | None:
+    if recipe.target is None and not any(method.needs_target for method in methods):
+        return None
+    unpaid = next((method for method in methods if takes_reward(method)), None)
+    if unpaid is not None and recipe.reward is None:
+        raise ConfigError(
+            f"{unpaid.label} ranks by a reward, and none is named: give `reward:`, such as "
+            "{kind: numeric}, or leave that arm out"
+        )
+    try:
+        return open_recipe_target(recipe, pool)
+    except UnusableRowsError as error:
+        needing = next((method for method in methods if method.view and not takes_reward(method)), None)
+        if recipe.reward is not None or needing is None:
+            raise
+        raise DataError(
+            f"{error} {needing.label} compares gradients with those of answers: add answers to the target, or use "
+            "NICE with a reward (`reward:`), which needs none"
+        ) from error
+
+
+def _check_methods(pool: Pool, target: Target | PromptTarget, methods: Sequence[Estimator]) -> None:
+    """Refuse estimators that do not go with the target or the adapters."""
+    for method in methods:
+        if takes_reward(method) and isinstance(target, PromptTarget):
+            target.check_reward()
+            check_samples(method)
+        elif method.view is not None:
+            method.targets(pool, target)
+        if pool.adapters:
+            method.checkpoints_of(pool)
+
+
+def _counts(budgets: Sequence[float], available: int) -> tuple[int, ...]:
+    counts = [budget_count(budget, available) for budget in budgets]
+    for budget, count in zip(budgets, counts, strict=True):
+        if counts.count(count) > 1:
+            raise ConfigError(
+                f"compare.budgets: {budget:g} of {available} examples is {count}, and so is another: name each once"
+            )
+    return tuple(sorted(counts))
+
+
+def _meeting(
+    metric: Any, job: Compare, found: Sequence[Contender], budgets: Sequence[int], available: Sequence[str]
+) -> Any:
+    """The metric with the budget of the arm that it compares with as a number of examples.
+
+    Raises:
+        ConfigError: there is no such arm or budget, or its models are no adapters.
+    """
+    if not isinstance(metric, PairwiseMetric) or metric.opponent is None:
+        return metric
+    other = next((one for one in found if one.name == metric.opponent), None)
+    if other is None:
+        there = ", ".join(repr(one.name) for one in found)
+        raise ConfigError(f"compare.metrics: against is 'arm:{metric.opponent}', and there is no such arm: {there}")
+    if job.full_training and not other.base:
+        raise ConfigError(
+            f"compare.metrics: against is 'arm:{metric.opponent}', whose whole model would have to be loaded beside "
+            "this one: leave full_training out, or compare with the base or with answers"
+        )
+    if metric.budget is None:
+        return metric
+    count = budget_count(metric.budget, len(available))
+    if not other.sized or count not in budgets:
+        raise ConfigError(
+            f"compare.metrics: the budget of 'arm:{metric.opponent}' is {count}, which is none of its own: "
+            + (f"there are {', '.join(map(str, budgets))}" if other.sized else "it takes no budget, leave it out")
+        )
+    return metric.model_copy(update={"budget": count})
+
+
+def _check_origin(name: str, data: Dataset, pool: Pool) -> None:
+    """Refuse what gradsift chose from another pool: that is no choice of this one.
+
+    Raises:
+        MismatchError: some rows are of another pool.
+    """
+    chosen = [id_ for id_ in data.ids if "gradsift_id" in data.row(id_)]
+    if not chosen:
+        return
+    known, own = set(pool.training.hashes), dict(zip(data.ids, data.hashes, strict=True))
+    foreign = [id_ for id_ in chosen if own[id_] not in known]
+    if foreign:
+        raise MismatchError(
+            f"{name} is a selection (it has gradsift_id), and {len(foreign)} of its {len(data)} rows are not in "
+            f"{pool.data.description}, first {foreign[0]!r}: selections of different pools cannot be told apart from "
+            "their pools. Choose from one pool, or take the gradsift_ columns out to compare it as a ready data set"
+        )
+
+
+def _leaks(pool: Pool, target: Target | PromptTarget | None, metric: Any) -> list[str]:
+    """Warnings where what is measured on could be trained on or chosen by."""
+    if metric.kind not in ("loss", "reward", "pairwise"):
+        return []
+    loaded = load_examples(metric.data, columns=metric.columns, what="evaluation data", require_answer=False)
+    tested = {own for _, own in hashed(loaded.examples)}
+    found = []
+    if same := sum(own in tested for own in pool.data.hashes):
+        found.append(
+            f"{metric.label}: {same} pool rows are in that data, and whoever chooses them has an advantage that is "
+            "none: take them out of the pool"
+        )
+    chosen_by = [] if target is None else target.data.hashes
+    if same := sum(own in tested for own in chosen_by):
+        found.append(
+            f"{metric.label}: {same} of the target's {len(chosen_by)} rows are in that data, so that it measures "
+            "what was chosen by: use other examples"
+        )
+    return found

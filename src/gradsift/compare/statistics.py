@@ -1,0 +1,195 @@
+"""Is one method better than another? Means over seeds, paired differences with intervals, and overlap of choices."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Literal, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradsift.base.errors import ConfigError
+
+_Key = TypeVar("_Key", bound=Hashable)
+Interval = Literal["t", "bootstrap"]
+
+_DRAWS = 10_000  # bootstrap resamples: the ends of a 95 % interval then vary by about 1 % of its width
+_DRAWN_AT_ONCE = 4_000_000  # entries of a block of resamples, 32 MB
+
+
+@dataclass(frozen=True, slots=True)
+class Mean:
+    """The mean of `count` values and their sample standard deviation (n - 1), which one value does not have."""
+
+    mean: float
+    spread: float | None
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """A mean paired difference, method minus reference, over `count` pairs.
+
+    low, high: ends of the interval; None where there is one pair alone
+    """
+
+    mean: float
+    low: float | None
+    high: float | None
+    count: int
+
+
+def mean_and_spread(values: Sequence[float]) -> Mean | None:
+    """Mean and sample standard deviation √(Σ(x - x̄)² / (n - 1)), the ± of tables over seeds; None of no values.
+
+    Raises:
+        ConfigError: NaN or infinity among the values.
+
+    Example:
+        >>> mean_and_spread([1.0, 2.0, 3.0])
+        Mean(mean=2.0, spread=1.0, count=3)
+    """
+    array = _finite(values, "values")
+    if not array.size:
+        return None
+    return Mean(float(array.mean()), float(array.std(ddof=1)) if array.size > 1 else None, array.size)
+
+
+def paired_difference(
+    values: Mapping[_Key, float],
+    reference: Mapping[_Key, float],
+    *,
+    interval: Interval = "t",
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Difference | None:
+    """How much higher `values` are than `reference`, pair by pair; None where they share no key.
+
+    Pairing takes out what both share, such as the seed's warm-up or an item's difficulty. Keys of one side alone are
+    left out.
+
+    - `t`: x̄ ± t(n - 1) · s / √n over the n differences; for seeds, of which there are few. Exact where differences are
+      normal.
+    - `bootstrap`: percentiles of the means of 10,000 resamples of the pairs; for evaluated items, of which there are
+      many. With fewer than some twenty pairs it is too narrow.
+
+    Args:
+        values: by seed, or by item.
+        reference: the same, of the method to compare with (random).
+        interval: see above.
+        confidence: of the interval.
+        seed: of the bootstrap.
+
+    Raises:
+        ConfigError: NaN or infinity, or a confidence outside (0, 1).
+
+    Example:
+        >>> found = paired_difference({0: 3.0, 1: 5.0}, {0: 1.0, 1: 2.0})
+        >>> found.mean, found.count
+        (2.5, 2)
+    """
+    if not 0 < confidence < 1:
+        raise ConfigError(f"the confidence is {confidence}: expected a number between 0 and 1, such as 0.95")
+    shared = [key for key in values if key in reference]
+    if not shared:
+        return None
+    differences = _finite([values[key] for key in shared], "values") - _finite(
+        [reference[key] for key in shared], "the reference's values"
+    )
+    mean, count = float(differences.mean()), differences.size
+    if count == 1:
+        return Difference(mean, None, None, 1)
+    if interval == "t":
+        half = _t_quantile((1 + confidence) / 2, count - 1) * float(differences.std(ddof=1)) / math.sqrt(count)
+        return Difference(mean, mean - half, mean + half, count)
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(_resampled_means(differences, seed), [tail, 1 - tail]).tolist()
+    return Difference(mean, low, high, count)
+
+
+def jaccard(first: Collection[Hashable], second: Collection[Hashable]) -> float:
+    """|A ∩ B| / |A ∪ B|: 1 = the same choice, 0 = nothing in common. Two empty choices are the same.
+
+    Example:
+        >>> jaccard({"a", "b"}, {"b", "c"})
+        0.3333333333333333
+    """
+    a, b = set(first), set(second)
+    return len(a & b) / len(a | b) if a or b else 1.0
+
+
+def mean_jaccard(choices: Sequence[Mapping[int, Collection[Hashable]]]) -> list[list[float | None]]:
+    """Overlap between methods' choices [method method], and on the diagonal between one method's own seeds.
+
+    Off the diagonal, the mean of `jaccard` over the seeds that both methods have, each with its like; on it, over all
+    pairs of different seeds. None where there is no such pair.
+
+    Args:
+        choices: of each method, by seed.
+
+    Example:
+        >>> mean_jaccard([{0: {"a", "b"}, 1: {"b", "c"}}, {0: {"a", "b"}}])
+        [[0.3333333333333333, 1.0], [1.0, None]]
+    """
+    return [
+        [_overlap(first, second, row == column) for column, second in enumerate(choices)]
+        for row, first in enumerate(choices)
+    ]
+
+
+def chance_jaccard(first: int, second: int, pool: int) -> float:
+    """Expected `jaccard` of two choices of these sizes drawn at random from a pool, independently.
+
+    Σ_k P(k) · k / (a + b - k), where the number k in common is hypergeometric.
+
+    Raises:
+        ConfigError: a choice larger than the pool.
+
+    Example:
+        >>> round(chance_jaccard(50, 50, 1000), 4)
+        0.0259
+    """
+    if not 0 <= max(first, second) <= pool or min(first, second) < 0:
+        raise ConfigError(f"choices of {first} and {second} examples from a pool of {pool}: none can be larger than it")
+    if not first or not second:
+        return 0.0 if first or second else 1.0
+    from scipy.stats import hypergeom  # half a second to import
+
+    common = np.arange(max(0, first + second - pool), min(first, second) + 1)
+    return float((hypergeom.pmf(common, pool, first, second) * common / (first + second - common)).sum())
+
+
+def _overlap(
+    first: Mapping[int, Collection[Hashable]], second: Mapping[int, Collection[Hashable]], same: bool
+) -> float | None:
+    if same:
+        pairs = list(combinations(first.values(), 2))
+    else:
+        pairs = [(first[seed], second[seed]) for seed in first if seed in second]
+    return sum(jaccard(a, b) for a, b in pairs) / len(pairs) if pairs else None
+
+
+def _resampled_means(differences: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
+    draw = np.random.default_rng(seed)
+    rows = max(1, _DRAWN_AT_ONCE // differences.size)
+    blocks = []
+    for start in range(0, _DRAWS, rows):
+        picked = draw.integers(differences.size, size=(min(rows, _DRAWS - start), differences.size))
+        blocks.append(differences[picked].mean(axis=1))
+    return np.concatenate(blocks)
+
+
+def _t_quantile(share: float, freedom: int) -> float:
+    from scipy.special import stdtrit  # half a second to import
+
+    return float(stdtrit(freedom, share))
+
+
+def _finite(values: Sequence[float], what: str) -> NDArray[np.float64]:
+    array = np.asarray(values, dtype=np.float64).reshape(-1)
+    if not np.isfinite(array).all():
+        raise ConfigError(f"{what} hold NaN or infinity: leave such seeds or items out and say so")
+    return array

@@ -1,0 +1,1 @@
+"""The main jobs, from recipe to result: select and explain, sample and reward, train and evaluate."""

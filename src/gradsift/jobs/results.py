@@ -1,0 +1,274 @@
+"""What a job made, and the same as JSON for another program."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from collections.abc import Sequence as SequenceABC
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gradsift.base.types import Skipped
+from gradsift.context import Pool, Target
+from gradsift.data.account import Account
+from gradsift.data.dataset import Dataset
+from gradsift.data.load import Columns
+from gradsift.explanation.explain import Explanations
+from gradsift.explanation.table import RelevanceTable
+from gradsift.influence.diagnostics import PolicyDiagnostics
+from gradsift.influence.prompts import PromptTarget
+from gradsift.influence.reliability import Over, Reliability
+from gradsift.influence.responses import SampledResponses
+from gradsift.influence.scores import Scores
+from gradsift.recipe import Recipe
+from gradsift.report.data import Outcome
+from gradsift.report.text import column_texts
+from gradsift.selection.select import Selection, by_scores_alone
+from gradsift.store.run import Run
+from gradsift.validation.validate import Validation
+
+_GROUP_COLUMNS = ("skill", "source", "dataset", "category", "task", "domain", "type")
+_MAX_GROUPS = 40
+FILES = {
+    "selected.jsonl": "the chosen rows, for load_dataset('json', …)",
+    "scores.parquet": "every score: id, target, method, score, rank, tokens",
+    "explanations.jsonl": "the explanations, one output a line",
+    "explanations.parquet": "the same as a table",
+    "relevance.json": "selection relevance by estimator, strategy and k",
+    "validation.json": "what one training step on each selection does",
+    "diagnostics.json": "how far the ranking and the choice can be trusted",
+    "responses.jsonl": "every sampled response, with its reward where it has one",
+    "rewards.json": "what the responses of each checkpoint earn",
+    "skipped.jsonl": "rows and parts of rows left out, with reasons",
+    "explanation.html": "why these examples: a page with a map",
+    "relevance.html": "how well each strategy does over the target",
+    "report.html": "all of it to look at, in one file",
+}
+
+
+@dataclass
+class Result:
+    """What a job made, for printing, for `--json` and for the page.
+
+    command: whose result it is
+    """
+
+    recipe: Recipe
+    pool: Pool
+    command: str
+    target: Target | PromptTarget | None = None
+    scores: list[Scores] = field(default_factory=list)
+    selections: list[Selection] = field(default_factory=list)
+    explanations: Explanations | None = None
+    diagnostics: PolicyDiagnostics | None = None
+    over_targets: Reliability | None = None
+    responses: SampledResponses | None = None
+    relevance: RelevanceTable | None = None
+    validation: Validation | None = None
+    pages: list[str] = field(default_factory=list)
+    unexplained: Account = field(default_factory=Account)
+    outcomes: list[Outcome] = field(default_factory=list)
+    outcome_notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def reliability(self) -> list[Reliability]:
+        """Of the estimator's ranking: with new samples, with other targets."""
+        found = [self.diagnostics.reliability if self.diagnostics is not None else None, self.over_targets]
+        return [one for one in found if one is not None]
+
+    @property
+    def kept(self) -> dict[Over, tuple[float, ...]]:
+        """Of each row of the first choice, the share of new rankings that choose it again, by what is new in them."""
+        return {one.over: one.kept for one in self.reliability if one.kept is not None}
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a reader should know."""
+        found = [self.pool.data.announcement] if self.pool.data.announcement else []
+        found += [warning for entry in self.scores for warning in entry.warnings]
+        if self.diagnostics is not None:
+            found += [warning for warning in self.diagnostics.warnings if warning not in found]
+        return found
+
+    @property
+    def skipped(self) -> list[Skipped]:
+        """Every row that was left out of the pool, the target, the choice, or the explanations."""
+        rows = list(self.pool.data.skipped)
+        overlap = self.target.overlap if self.target is not None else ()
+        if self.target is not None:
+            rows += [*self.target.data.skipped, *overlap]
+        for entry in self.scores[:1]:
+            rows += entry.left_out
+            known = {*entry.ids, *(skip.id for skip in (*overlap, *entry.left_out))}
+            what = f"its gradient is not finite, so {entry.method.label} does not score it"
+            rows += [Skipped(id_, "non_finite_gradient", what) for id_ in self.pool.data.ids if id_ not in known]
+        rows += self.unexplained.rows
+        if self.explanations is not None:
+            rows += self.explanations.failed
+        return rows
+
+    @property
+    def account(self) -> Account:
+        """Everything that was given and is not used: whole rows, parts of rows, files."""
+        found = self.pool.training.account + self.unexplained
+        if self.target is not None:
+            found += self.target.data.account
+        parts = [*found.parts]
+        if isinstance(self.target, PromptTarget) and self.target.labels is not None:
+            parts += self.target.labels.account.parts  # which have those of the prompts among them
+        if self.explanations is not None:
+            parts += self.explanations.unshown
+        return Account(tuple(self.skipped), tuple(dict.fromkeys(parts)), found.files, found.notes)
+
+
+def write_skipped(run: Run, account: Account) -> Path:
+    """skipped.jsonl: id, reason, detail, source and line of every row, part of a row and file that was left out."""
+    text = "".join(json.dumps(asdict(skip), ensure_ascii=False) + "\n" for skip in account.entries)
+    return run.publish_text("skipped.jsonl", text)
+
+
+def summary(result: Result) -> dict[str, Any]:
+    """The result as JSON: what `--json` prints."""
+    run, account = result.pool.run, result.account
+    content: dict[str, Any] = {
+        "command": result.command,
+        "out": run.place,
+        "pool": {"rows": len(result.pool.data), "description": result.pool.data.description},
+        **account.as_dict(),
+        "warnings": result.warnings,
+        "seconds": round(result.seconds, 2),
+        "files": {name: run.name(name) for name in files_of(result)},
+    }
+    if result.target is not None:
+        content["target"] = {"rows": len(result.target.data), "description": result.target.data.description}
+    if result.scores:
+        content["methods"] = [
+            {
+                "method": entry.method.label,
+                "scored": len(entry.ids),
+                "length_correlation": round(entry.length_correlation, 4),
+            }
+            for entry in result.scores
+        ]
+    if result.reliability:
+        content["reliability"] = [one.as_dict() for one in result.reliability]
+    if result.selections:
+        first = result.selections[0]
+        content["selections"] = [
+            {
+                "estimator": chosen.estimator,
+                "method": chosen.method.label,
+                "ids": chosen.ids,
+                "scores": chosen.scores,
+                "kept": {over: list(kept) for over, kept in result.kept.items()} if chosen is first else {},
+                "shares": shares(result, chosen.ids),
+            }
+            for chosen in result.selections
+        ]
+    if result.explanations is not None:
+        content["explanations"] = [entry.as_dict() for entry in result.explanations.entries]
+        content["failed"] = [asdict(failure) for failure in result.explanations.failed]
+    if result.diagnostics is not None:
+        content["diagnostics"] = result.diagnostics.as_dict()
+    if result.relevance is not None:
+        content["relevance"] = result.relevance.as_dict()
+    if result.validation is not None:
+        content["validation"] = result.validation.as_dict()
+    if result.outcomes:
+        content["outcomes"] = {outcome.label: dict(outcome.values) for outcome in result.outcomes}
+    return content
+
+
+def files_of(result: Result) -> list[str]:
+    """The run's files that hold this result."""
+    made = {
+        "selected.jsonl": bool(result.selections),
+        "scores.parquet": bool(result.scores),
+        "explanations.jsonl": result.explanations is not None,
+        "explanations.parquet": result.explanations is not None,
+        "relevance.json": result.relevance is not None,
+        "validation.json": result.validation is not None,
+        "diagnostics.json": bool(result.reliability),
+        "skipped.jsonl": True,
+        "report.html": bool(result.selections) or result.explanations is not None,
+    }
+    return [name for name in FILES if made.get(name, name in result.pages)]
+
+
+def remove_outdated(result: Result) -> None:
+    """Remove files of earlier results that this one has put others in place of.
+
+    Scores go with what says how far they can be trusted, explanations with their relevance, their validation and their
+    pages. A choice stays: its rows hold their scores.
+    """
+    storage, made = result.pool.run.storage, {*files_of(result), *result.pages}
+    gone: list[str] = []
+    if result.scores:
+        gone += ["diagnostics.json"]
+    if result.explanations is not None:
+        gone += ["relevance.json", "validation.json"]
+        gone += [name for page in ("explanation", "relevance") for name in (f"{page}.html", f"{page}.page.json")]
+        gone += [key for key in storage.list("explanations/") if key.count("/") == 1]
+    for key in gone:
+        if key not in made and f"{key.removesuffix('.page.json')}.html" not in made:
+            storage.delete(key)
+
+
+def diagnostics(result: Result) -> dict[str, Any]:
+    """diagnostics.json: how far the estimator's ranking, and the choice by it, can be trusted."""
+    chosen = result.selections[0].ids if result.selections else []
+    content: dict[str, Any] = {
+        "command": result.command,
+        "method": result.scores[0].method.label,
+        "scores": result.scores[0].fingerprint,
+        "reliability": [one.as_dict() for one in result.reliability],
+        "kept": {over: dict(zip(chosen, kept, strict=True)) for over, kept in result.kept.items()},
+    }
+    return content | ({} if result.diagnostics is None else result.diagnostics.as_dict())
+
+
+def reliability_sentences(result: Result) -> list[str]:
+    """What is known of how the ranking and the choice would come out again, for people."""
+    sentences = [f"{one.words[0].upper()}{one.words[1:]}." for one in result.reliability]
+    if sentences and result.selections and not by_scores_alone(result.selections[0].method):
+        how = result.selections[0].method.label
+        sentences.append(f"How often a row would be chosen again is known for choices by scores alone, not for {how}.")
+    return sentences
+
+
+def own_columns(row: Mapping[str, Any], columns: Columns) -> dict[str, str]:
+    """What a row holds beside its conversation."""
+    known = {"id", "messages", "conversations", "prompt", "completion", "instruction", "input", "output", "history"}
+    known |= {"system", "chat_template_kwargs"}
+    known |= {value for value in columns.model_dump().values() if value}
+    return column_texts(row, known)
+
+
+def group_columns(data: Dataset, wanted: SequenceABC[str]) -> list[str]:
+    """Columns by which chosen and pool are compared: those asked for, else the usual ones that have few values."""
+    if wanted:
+        for column in wanted:
+            data.column(column)
+        return list(wanted)
+    first = [data.row(id_) for id_ in data.ids[:50]]
+    usual = [column for column in _GROUP_COLUMNS if all(isinstance(row.get(column), str) for row in first)]
+    return [c for c in usual if 1 < len({str(v) for v in data.column(c)}) <= _MAX_GROUPS]
+
+
+def shares(result: Result, ids: SequenceABC[str]) -> dict[str, dict[str, int]]:
+    """How many of the ids have each value of each group column."""
+    counts: dict[str, dict[str, int]] = {}
+    for column in group_columns(result.pool.data, result.recipe.group_by):
+        counts[column] = {}
+        for id_ in ids:
+            value = str(result.pool.data.row(id_).get(column))
+            counts[column][value] = counts[column].get(value, 0) + 1
+        counts[column] = dict(sorted(counts[column].items(), key=lambda item: (-item[1], item[0])))
+    return counts
+
+
+def shown_budget(explanations: Explanations) -> int:
+    """The budget that is shown first: 5 where it was asked for, else the smallest."""
+    return 5 if 5 in explanations.budgets else explanations.budgets[0]

@@ -1,0 +1,389 @@
+"""The main jobs from a recipe: select for a target, explain an output. Each does what is missing and keeps the rest."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence as SequenceABC
+from dataclasses import replace
+
+import numpy as np
+
+from gradsift.base.errors import ConfigError, DataError
+from gradsift.base.progress import Reporter, silent
+from gradsift.base.types import Example, Skipped
+from gradsift.context import Pool, Target, open_pool, open_target
+from gradsift.data.account import Account, count_reasons, counts_text
+from gradsift.data.formats import BadRowError, read_conversation
+from gradsift.data.load import Columns, load_examples
+from gradsift.execution.ray import engine_of
+from gradsift.explanation.explain import check_budgets, explain, explained_views
+from gradsift.explanation.outputs import Question, question_of, questions_of
+from gradsift.explanation.table import relevance_table
+from gradsift.influence.diagnostics import check_samples
+from gradsift.influence.ji2s import full_sums
+from gradsift.influence.nice import PolicyTargets, takes_reward
+from gradsift.influence.prompts import PromptTarget, open_prompts
+from gradsift.influence.ratings import with_judge
+from gradsift.influence.responses import sampled_responses
+from gradsift.influence.scores import save_tables, score
+from gradsift.jobs.explanation_pages import write_pages
+from gradsift.jobs.report_data import write_results
+from gradsift.jobs.results import Result, diagnostics, remove_outdated, summary, write_skipped
+from gradsift.model import embeddings
+from gradsift.recipe import Recipe
+from gradsift.selection.select import TopK, budget_count, check_selection, select
+from gradsift.selection.trust import sample_reliability, target_reliability
+from gradsift.store.run import Run
+from gradsift.validation.validate import validate_explanations
+
+_NO_TARGET = (
+    "no target: give --target, a file of examples of what the model should get better at (alpagasus, deita and random "
+    "alone need none)"
+)
+
+
+def open_recipe(recipe: Recipe, reporter: Reporter | None = None, *, announce: bool = True) -> Pool:
+    """The recipe's pool; with `announce` the rows left out of it are told and listed in skipped.jsonl."""
+    reporter = reporter or silent()
+    pool = open_pool(
+        recipe.pool,
+        model=recipe.model,
+        out=recipe.out,
+        adapters=recipe.adapter,
+        warmup=recipe.warmup,
+        gradients=recipe.gradients,
+        columns=recipe.columns,
+        max_length=recipe.max_length,
+        supervise=recipe.supervise,
+        keep_duplicates=recipe.keep_duplicates,
+        sample=recipe.pool_sample,
+        dtype=recipe.dtype,
+        device=recipe.device,
+        seed=recipe.seed,
+        engine=engine_of(recipe.engine, reporter),
+        reporter=reporter,
+    )
+    if announce:
+        say_account(pool.training.account, "pool", len(pool.training), reporter)
+        write_skipped(pool.run, Result(recipe, pool, "").account)
+    return pool
+
+
+def open_recipe_target(recipe: Recipe, pool: Pool, *, rewarded: bool = True) -> Target | PromptTarget:
+    """The recipe's target: labelled examples, or prompts where it names a reward or, without `rewarded`, in any case.
+
+    Raises:
+        ConfigError: it names none.
+    """
+    if recipe.target is None:
+        raise ConfigError(_NO_TARGET)
+    if recipe.reward is not None or not rewarded:
+        return open_prompts(
+            recipe.target,
+            pool,
+            recipe.reward,
+            judge=recipe.judge,
+            subtask=recipe.subtask,
+            columns=recipe.target_columns,
+            keep_overlap=recipe.keep_overlap,
+            sample=recipe.target_sample,
+        )
+    if takes_reward(recipe.estimator):
+        raise ConfigError(
+            f"{recipe.estimator.label} ranks by a reward, and none is named: give --reward, such as numeric:answer, "
+            "rewards.py:function or unit_tests"
+        )
+    return open_target(
+        recipe.target,
+        pool,
+        subtask=recipe.subtask,
+        columns=recipe.target_columns,
+        keep_overlap=recipe.keep_overlap,
+        sample=recipe.target_sample,
+    )
+
+
+def run_score(recipe: Recipe, reporter: Reporter | None = None) -> Result:
+    """Score the pool for the target with the recipe's estimator and its controls: scores.parquet, summary.json."""
+    reporter = reporter or silent()
+    start = time.monotonic()
+    _check_methods(recipe)
+    with Run(recipe.out).lock():
+        result = score_all(recipe, reporter, command="score")
+        trust(result)
+        remove_outdated(result)
+        result.seconds = time.monotonic() - start
+        result.pool.run.publish_json("summary.json", summary(result))
+    return result
+
+
+def run_select(recipe: Recipe, reporter: Reporter | None = None, *, command: str = "select") -> Result:
+    """Score, choose, and report: scores.parquet, selected.jsonl, skipped.jsonl, summary.json, report.html.
+
+    The controls choose the same number of examples as the estimator, so that its choice can be compared with theirs.
+    """
+    reporter = reporter or silent()
+    start = time.monotonic()
+    _check_methods(recipe)  # refused before anything heavy
+    if recipe.explain is not None:
+        explain_questions(recipe)
+    with Run(recipe.out).lock():
+        result = score_all(recipe, reporter, command=command)
+        choose(result)
+        trust(result)
+        if recipe.explain is not None:
+            explain_into(result)
+        result.seconds = time.monotonic() - start
+        write_results(result)
+    return result
+
+
+def run_explain(recipe: Recipe, reporter: Reporter | None = None, *, command: str | None = None) -> Result:
+    """Explain the recipe's prompts: explanations.jsonl and .parquet, relevance.json, the pages, report.html.
+
+    Args:
+        recipe: with `explain:`.
+        reporter: where progress goes.
+        command: whose result it is; `explain`, or `validate` where the recipe asks for that.
+    """
+    reporter = reporter or silent()
+    start = time.monotonic()
+    if recipe.explain is None:
+        raise ConfigError("nothing to explain: give --prompt or --target, or `explain:` in the recipe")
+    explain_questions(recipe)  # refused before anything heavy
+    with Run(recipe.out).lock():
+        named = command or ("validate" if recipe.explain.validation is not None else "explain")
+        result = Result(recipe, open_recipe(recipe, reporter), named)
+        explain_into(result)
+        result.seconds = time.monotonic() - start
+        write_results(result)
+    return result
+
+
+def run_recipe(recipe: Recipe, reporter: Reporter | None = None) -> Result:
+    """Everything a recipe asks for: a choice where it names a target, an explanation where it asks for one.
+
+    Its `compare:` is left to `run_compare`, which may take a hundred times as long; a line says so.
+    """
+    if recipe.compare is not None and reporter is not None:
+        reporter.say("this recipe also has `compare:`, which run leaves out: `gradsift compare` with it does that")
+    if recipe.target is not None or (recipe.explain is None and not recipe.estimator.needs_target):
+        return run_select(recipe, reporter, command="run")
+    return run_explain(recipe, reporter, command="run")
+
+
+def score_all(recipe: Recipe, reporter: Reporter, *, command: str) -> Result:
+    """The pool scored for the target by the estimator and every control; the caller holds the run's lock."""
+    pool = open_recipe(recipe, reporter)
+    if recipe.target is None and not recipe.estimator.needs_target:
+        target = None
+        recipe = recipe.model_copy(update={"controls": tuple(c for c in recipe.controls if not c.needs_target)})
+    else:
+        target = open_recipe_target(recipe, pool)
+    result = Result(recipe, pool, command, target)
+    _check_sizes(result)
+    if target is not None:
+        say_account(target.data.account, "target", len(target.data), reporter)
+    if target is not None and target.overlap:
+        reporter.warn(
+            f"{len(target.overlap)} pool rows are also in the target and are left out of the choice "
+            f"(--keep-overlap keeps them), first {target.overlap[0].id}"
+        )
+    write_skipped(pool.run, result.account)
+    methods = [recipe.estimator, *(control for control in recipe.controls if control != recipe.estimator)]
+    methods = [with_judge(method, recipe.judge) for method in methods]
+    views = {view for method in methods if (view := method.view) is not None}
+    if recipe.explain is not None:
+        views |= explained_views(recipe.explain.estimators)
+    if len(views) > 1:  # the same backward gives them all
+        rows = full_sums(pool) if any(method.full_sum for method in methods) else pool
+        rows.stores(pool.checkpoints()[-1], sorted(views))
+    result.scores = [score(pool, target, method, aggregation=recipe.aggregation) for method in methods]
+    save_tables(pool, result.scores)
+    return result
+
+
+def trust(result: Result) -> None:
+    """Say how far the estimator's ranking and choice can be trusted, and warn of what a reader should know.
+
+    Writes diagnostics.json where there is anything to say.
+    """
+    pool, target, scores = result.pool, result.target, result.scores[0]
+    chosen = result.selections[0] if result.selections else None
+    if takes_reward(scores.method) and isinstance(target, PromptTarget):
+        targets = PolicyTargets(pool, target, scores.method)
+        result.diagnostics = sample_reliability(scores, chosen, targets=targets)
+        result.responses = sampled_responses(targets)
+    result.over_targets = target_reliability(scores, chosen)
+    if result.reliability:
+        pool.run.publish_json("diagnostics.json", diagnostics(result))
+    for warning in result.warnings:
+        pool.reporter.warn(warning)
+
+
+def _check_methods(recipe: Recipe) -> None:
+    """Refuse an estimator without the target that it needs, and a selection that does not go with it."""
+    if recipe.target is None and recipe.estimator.needs_target:
+        raise ConfigError(_NO_TARGET)
+    check_selection(recipe.selection, recipe.estimator)
+
+
+def _check_sizes(result: Result) -> None:
+    """Refuse what cannot be met by this pool before anything heavy is done for it."""
+    recipe, target = result.recipe, result.target
+    if isinstance(target, PromptTarget) and takes_reward(recipe.estimator):
+        target.check_reward()
+        check_samples(recipe.estimator)
+    budget_count(recipe.budget, len(result.pool.data) - (len(target.overlap) if target else 0))
+    if recipe.explain is not None:
+        check_budgets(recipe.explain.budgets, len(result.pool.data), recipe.explain.candidates)
+    for column in recipe.group_by:
+        result.pool.data.column(column)
+
+
+def choose(result: Result) -> None:
+    """Choose by the estimator with the recipe's method, and by each control's top-k; writes selected.jsonl."""
+    recipe = result.recipe
+    first, *controls = result.scores
+    result.selections = [select(first, recipe.selection, budget=recipe.budget)]
+    result.selections += [select(control, TopK(), budget=len(result.selections[0])) for control in controls]
+    lines = result.selections[0].lines()
+    result.pool.run.publish_text("selected.jsonl", "".join(f"{line}\n" for line in lines))
+
+
+def explain_into(result: Result) -> None:
+    """Explain what the recipe asks for, validate it where asked, and write the files and pages of it."""
+    recipe, pool = result.recipe, result.pool
+    job = recipe.explain
+    assert job is not None
+    questions, result.unexplained = explain_questions(recipe, pool)
+    say_account(result.unexplained, "what is to be explained", len(questions), pool.reporter)
+    found = explain(
+        pool,
+        questions,
+        k=job.k,
+        estimator=job.estimators,
+        strategies=job.strategies,
+        coefficients=job.coefficients,
+        candidates=job.candidates,
+        max_new_tokens=job.max_new_tokens,
+        aggregation=job.aggregation,
+    )
+    result.explanations = found
+    say_account(Account(parts=tuple(found.unshown)), "what is to be explained", len(found.entries), pool.reporter)
+    result.relevance = relevance_table(found)
+    pool.run.publish_json("relevance.json", result.relevance.as_dict())
+    if job.validation is not None:
+        result.validation = validate_explanations(pool, found, settings=job.validation.step, route=job.validation.route)
+    result.pages = write_pages(
+        found,
+        result.relevance,
+        result.validation,
+        pages=job.pages,
+        embedding=job.embedding,
+        facts={"seed": str(recipe.seed)},
+    )
+
+
+def explain_questions(recipe: Recipe, pool: Pool | None = None) -> tuple[list[Question], Account]:
+    """The prompts that a recipe asks to explain, and what of its file is none.
+
+    Without `pool`, rows that are drawn from the pool are not there yet, and everything else is checked.
+
+    Raises:
+        ConfigError: not exactly one of prompt and target, or options that do not go together.
+        DataError: the prompt or the given output is empty, or the file cannot be used.
+        ModelError: the embedding model that is named cannot be loaded.
+    """
+    job = recipe.explain
+    assert job is not None
+    if job.prompt is not None and job.target is not None:
+        raise ConfigError("explain either a prompt or the rows of a target file: give one of them")
+    if job.prompt is not None and (job.row is not None or job.use_answers or job.sample is not None):
+        raise ConfigError("--row, --sample and --use-answers go with the rows of a --target, not with a --prompt")
+    if job.row is not None and job.sample is not None:
+        raise ConfigError("give either --row, one row, or --sample, a number of rows")
+    if job.output is not None and job.use_answers:
+        raise ConfigError("explain either the answer given with --output or, with --use-answers, the row's own")
+    if job.output is not None and not job.output.strip():
+        raise DataError("the given output is empty: give the answer to explain, or leave it out to have one generated")
+    if pool is None and job.embedding not in (None, embeddings.DEFAULT):
+        embeddings.embed(["is it there?"], job.embedding)
+    if job.prompt is not None:
+        return [_asked(job.prompt, job.output)], Account()
+    account = Account()
+    if job.target is not None:
+        loaded = load_examples(job.target, columns=recipe.target_columns, what="target", require_answer=job.use_answers)
+        examples = [example for example in loaded.examples if job.row in (None, example.id)]
+        if not examples:
+            known = ", ".join(example.id for example in loaded.examples[:3])
+            raise ConfigError(f"{job.target} has no row with id {job.row!r}; its ids look like {known}")
+        rows = tuple(loaded.skipped) if job.row is None else ()
+        account = Account(rows, files=loaded.unread, notes=loaded.notes)
+    else:
+        examples = _left_out(recipe, pool)
+    if job.sample is not None and examples:
+        examples = _drawn(examples, job.sample, recipe.seed)
+    if job.output is not None and len(examples) > 1:
+        raise ConfigError("--output is the answer to one prompt: name the row with --row, or give --prompt")
+    if job.output is not None:
+        return [replace(questions_of(examples)[0], output=job.output)], account
+    return questions_of(examples, use_answers=job.use_answers), account
+
+
+def _left_out(recipe: Recipe, pool: Pool | None) -> list[Example]:
+    """The pool's rows that `pool_sample` left out: trained on, but not chosen from."""
+    job = recipe.explain
+    assert job is not None
+    if job.sample is None or recipe.pool_sample is None:
+        raise ConfigError(
+            "nothing to explain: give a prompt, or a target file of prompts (with --pool-sample, --sample draws "
+            "prompts from the pool's other rows)"
+        )
+    if pool is None:
+        return []
+    known = set(pool.data.ids)
+    rest = [id_ for id_ in pool.training.ids if id_ not in known]
+    if not rest:
+        raise ConfigError(
+            f"--pool-sample takes all {len(known)} rows of the pool: lower it, and --sample has prompts to draw from"
+        )
+    return [Example(id_, tuple(pool.training.messages(id_)), {}, options=pool.training.options(id_)) for id_ in rest]
+
+
+def _drawn(examples: SequenceABC[Example], count: int, seed: int) -> list[Example]:
+    if count > len(examples):
+        raise ConfigError(f"--sample is {count}, but there are only {len(examples)} rows to draw from")
+    generator = np.random.default_rng(seed)
+    return [examples[position] for position in sorted(generator.choice(len(examples), count, replace=False))]
+
+
+def _asked(prompt: str, output: str | None) -> Question:
+    """The question of `--prompt`: a JSON list of messages is a conversation, read as a row's; all else is a text."""
+    try:
+        value = json.loads(prompt) if prompt.lstrip().startswith("[") else None
+    except json.JSONDecodeError:
+        value = None
+    if not (isinstance(value, list) and value and all(isinstance(m, dict) and "role" in m for m in value)):
+        return question_of(prompt, output)
+    try:
+        read = read_conversation({"messages": value}, Columns(), require_answer=False)
+    except BadRowError as error:
+        raise DataError(f"--prompt holds messages that make no conversation: {error}") from error
+    question = question_of(read.messages, output)
+    unused = [Skipped(question.id, one.reason, one.detail, "--prompt", None, "part", one.part) for one in read.unused]
+    return replace(question, options=read.options, unused=tuple(unused))
+
+
+def say_account(account: Account, what: str, used: int, reporter: Reporter) -> None:
+    """A line on the rows that were left out, one on those used in part, one on files that were not read."""
+    if account.rows:
+        why = counts_text(count_reasons(account.rows))
+        reporter.say(f"{what}: {used} rows used, {len(account.rows)} left out ({why}); listed in skipped.jsonl")
+    if account.parts:
+        reporter.say(f"{what}: {account.parts_line()}; listed in skipped.jsonl")
+    if account.files:
+        reporter.warn(f"{what}: {account.files_line()}; listed in skipped.jsonl")
+    for note in account.notes:
+        reporter.say(f"{what}: {note}")

@@ -1,0 +1,340 @@
+"""`gradsift train` and `gradsift evaluate`: what their options mean, what they print, and the files they leave."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from gradsift.base.errors import ConfigError, DataError, GradsiftError, LockedError, StorageError
+from gradsift.base.inputs import read_input
+from gradsift.base.progress import Reporter
+from gradsift.data.files import MAX_JSON_BYTES, Row, is_data_file
+from gradsift.data.sources import read_rows
+from gradsift.evaluation.evaluate import Evaluation, evaluate
+from gradsift.evaluation.fine_tune import Keep, check_seeds, train_on
+from gradsift.evaluation.metric import Metric
+from gradsift.evaluation.metrics import AnyMetric
+from gradsift.evaluation.setup import Setup, open_model
+from gradsift.generation.endpoint import Endpoint
+from gradsift.generation.sampling import Sampling
+from gradsift.jobs.select_explain import open_recipe
+from gradsift.options import endpoint_of, rewards_of, sampling_fields
+from gradsift.recipe import Recipe
+from gradsift.report.terminal import console, table
+from gradsift.rewards.reward import Reward
+from gradsift.store.run import Run
+from gradsift.warmup.merge import check_merge, merge
+
+_METRIC: TypeAdapter[Metric] = TypeAdapter(AnyMetric)
+_REWARD: TypeAdapter[Any] = TypeAdapter(Reward)
+_KINDS = ("loss", "reward", "lm_eval", "pairwise", "grading")
+_BASE = "base"
+
+
+def run_train(
+    recipe: Recipe,
+    *,
+    seeds: Sequence[int],
+    selected: str | None = None,
+    ids: str | None = None,
+    keep: Keep = "last",
+    best_by: Metric | None = None,
+    full: bool = False,
+    merge_into: str | None = None,
+    reporter: Reporter,
+) -> list[dict[str, Any]]:
+    """Train on a choice once for each seed; training.json in the run folder says what there is.
+
+    Args:
+        recipe: model, pool and run folder; its `warmup` is the training.
+        seeds: each once.
+        selected: rows of the pool, as `gradsift select` leaves them.
+        ids: a file with ids of the pool; without either the whole pool is trained on.
+        keep, best_by, full: as `train_on`.
+        merge_into: folder for the kept adapter merged into its base; with several seeds, a folder `seed-N` in it each.
+        reporter: where progress goes.
+
+    Raises:
+        ConfigError: options that do not go together.
+        DataError: a file without ids, or ids that the pool does not have.
+    """
+    seeds = check_seeds(seeds)
+    if selected is not None and ids is not None:
+        raise ConfigError("--selected and --ids: both say what to train on, give one of them")
+    if full and merge_into is not None:
+        raise ConfigError("--merge is for adapters; --full leaves whole models already: leave it out")
+    folders = {s: Path(merge_into) / f"seed-{s}" if len(seeds) > 1 else Path(merge_into) for s in seeds if merge_into}
+    for folder in folders.values():
+        check_merge(folder)
+    file = selected or ids
+    chosen = read_ids(file, "--ids" if selected is None else "--selected") if file else None
+    found = []
+    with Run(recipe.out).lock():
+        pool = open_recipe(recipe, reporter)
+        if chosen is not None:
+            pool.training.positions(chosen)
+        for seed in seeds:
+            trained = train_on(
+                pool, chosen, recipe.warmup, seed=seed, keep=keep, best_by=best_by, full=full, what=f"seed {seed}"
+            )
+            entry = trained.as_dict()
+            if seed in folders:
+                entry["merged"] = str(
+                    merge(pool.model, trained.path, folders[seed], dtype=pool.dtype, device=pool.device)
+                )
+            found.append(entry)
+            trained_on = {"pool": pool.data.description, "chosen": file}
+            pool.run.publish_json("training.json", {"command": "train", **trained_on, "trained": found})
+    return found
+
+
+def run_evaluate(
+    place: Setup, adapters: Sequence[str], metrics: Sequence[Metric], *, with_base: bool = False
+) -> tuple[list[Evaluation], list[str]]:
+    """Measure the base model or adapters; evaluation.json in the run folder holds the latest figures.
+
+    Returns:
+        What was found, and what failed, in words.
+    """
+    subjects: list[str | None] = [None] if with_base or not adapters else []
+    subjects += adapters
+    found: list[Evaluation] = []
+    failures: list[str] = []
+    with place.run.lock():
+        for subject in subjects:
+            try:
+                evaluation = evaluate(place, subject, metrics)
+            except (StorageError, LockedError):
+                raise
+            except GradsiftError as error:  # of this adapter: the others go on
+                failures.append(str(error))
+                continue
+            found.append(evaluation)
+            failures += [f"{evaluation.name}: {result.metric}: {result.error}" for result in evaluation.failed]
+            place.run.publish_json("evaluation.json", evaluations_as_dict(found, failures))
+        place.run.publish_json("evaluation.json", evaluations_as_dict(found, failures))
+    return found, failures
+
+
+def evaluations_as_dict(found: Sequence[Evaluation], failures: Sequence[str]) -> dict[str, Any]:
+    """What `--json` prints."""
+    evaluations = [evaluation.as_dict() for evaluation in found]
+    return {"command": "evaluate", "evaluations": evaluations, "failures": list(failures)}
+
+
+def print_trained(found: Sequence[Mapping[str, Any]]) -> None:
+    """The folder that each seed kept, one a line, with what the validation said."""
+    for entry in found:
+        note = ""
+        if entry["validation"]:
+            value = entry["validation"][entry["kept_epoch"] - 1]
+            note = f"  epoch {entry['kept_epoch']} of {len(entry['epochs'])}, {entry['judged_by']} {value:.4f}"
+        print(f"{entry['path']}{note}")
+        if "merged" in entry:
+            print(f"{entry['merged']}  merged")
+
+
+def print_evaluations(found: Sequence[Evaluation], out: str | Path) -> None:
+    """A table of figures for each metric, models side by side in rows."""
+    shown = console()
+    metrics = list(dict.fromkeys(result.metric for evaluation in found for result in evaluation.results))
+    for metric in metrics:
+        rows: list[tuple[object, ...]] = []
+        notes: dict[str, None] = {}
+        for evaluation in found:
+            for result in evaluation.results:
+                if result.metric != metric:
+                    continue
+                for figure in result.figures:
+                    error = "" if figure.standard_error is None else f"{figure.standard_error:.4f}"
+                    arrow = "higher" if figure.higher_is_better else "lower"
+                    rows.append((_short(evaluation.name), figure.name, f"{figure.value:.4f}", error, figure.n, arrow))
+                notes |= dict.fromkeys(f"{_short(evaluation.name)}: {note}" for note in result.notes)
+        if rows:
+            shown.print(table(metric, ("model", "figure", "value", "s.e.", "n", "better"), rows, wide=("model",)))
+        for note in notes:
+            shown.print(note, markup=False)
+    shown.print(f"every item's value in {Path(out) / 'evaluation.json'}", markup=False)
+
+
+def _short(name: str) -> str:
+    """The last three parts of a path: run folders hold long ones."""
+    return "/".join(name.rstrip("/").split("/")[-3:])
+
+
+def place_of(given: Mapping[str, Any], reporter: Reporter) -> Setup:
+    """The model that options name."""
+    return open_model(
+        given["model"],
+        out=given["out"],
+        max_length=given["max_length"],
+        supervise=given["supervise"],
+        dtype=given["dtype"],
+        device=given["device"],
+        reporter=reporter,
+    )
+
+
+def metrics_of(given: Mapping[str, Any]) -> list[Metric]:
+    """The metrics that options ask for: those that `--metric` names, or all that the other options are of.
+
+    Raises:
+        ConfigError: none, or options that are missing or do not go together.
+    """
+    asked = {
+        "reward": bool(given.get("reward")),
+        "lm_eval": bool(given.get("tasks")),
+        "pairwise": given.get("against") is not None,
+        "grading": given.get("questions") is not None,
+    }
+    named = [{"tasks": "lm_eval"}.get(name, name) for name in given.get("metric") or ()]
+    unknown = [name for name in named if name not in _KINDS]
+    if unknown:
+        there = ", ".join(_KINDS).replace("lm_eval", "tasks")
+        raise ConfigError(f"--metric {unknown[0]!r} is unknown: there are {there}")
+    if not any(asked.values()) and given.get("data") is not None and not named:
+        named = ["loss"]
+    kinds = [kind for kind in _KINDS if kind in named or asked.get(kind)]
+    if not kinds:
+        raise ConfigError(
+            "nothing to measure: give --data for a loss, and --reward, --against, --tasks or --questions for more"
+        )
+    needed = {"loss": "data", "reward": "data", "pairwise": "data", "lm_eval": "tasks", "grading": "questions"}
+    for kind in kinds:
+        if not given.get(needed[kind]):
+            raise ConfigError(f"the metric {kind.replace('lm_eval', 'tasks')} needs --{needed[kind]}: give it")
+    if "reward" in kinds and not asked["reward"]:
+        raise ConfigError("the metric reward needs --reward, such as numeric:answer: give it")
+    return [_metric(kind, given) for kind in kinds]
+
+
+def _metric(kind: str, given: Mapping[str, Any]) -> Metric:
+    fields: dict[str, Any] = {"kind": kind}
+    if kind in ("loss", "reward", "pairwise"):
+        fields |= {"data": given["data"], "columns": given.get("columns") or {}}
+    if kind in ("pairwise", "grading"):
+        fields["ask"] = judge_of(given)
+        if given.get("criteria") is not None:
+            mode = "grade" if kind == "grading" else "pairwise"
+            fields["judge"] = {"mode": mode, "criteria": given["criteria"]}
+        if given.get("response_tokens") is not None:
+            fields["sampling"] = _greedy(given["response_tokens"])
+    if kind == "reward":
+        named = ("reward", "reward_weight", "allow_code_execution")  # the judge may be asked by other metrics alone
+        reward = rewards_of({name: given.get(name) for name in named})["reward"]
+        fields |= {"reward": _checked(_REWARD, reward, "--reward"), "judge": judge_of(given)}
+        fields |= {"sampling": sampling_of(given)}
+        if given.get("pass_at"):
+            fields["pass_at"] = _whole_numbers(given["pass_at"], "--pass-at")
+    if kind == "pairwise":
+        fields |= {"against": given.get("against") or _BASE, "difficulty": given.get("difficulty")}
+    if kind == "lm_eval":
+        fields |= {name: given.get(name) for name in ("num_fewshot", "limit", "include_path")}
+        fields["tasks"] = [part.strip() for text in given["tasks"] for part in text.split(",") if part.strip()]
+        fields["apply_chat_template"] = bool(given.get("apply_chat_template"))
+    if kind == "grading":
+        fields["questions"] = given["questions"]
+    found: Metric = _checked(_METRIC, fields, f"--metric {kind}")
+    return found
+
+
+def judge_of(given: Mapping[str, Any]) -> Endpoint | None:
+    """The endpoint that judges.
+
+    Raises:
+        ConfigError: an address without a model, or a wrong address.
+    """
+    if given.get("judge_model") is None:
+        if given.get("judge_url") is not None:
+            raise ConfigError("--judge-url says where the judge is: name its model with --judge-model")
+        return None
+    values = endpoint_of(given["judge_model"], given.get("judge_url"))
+    judge: Endpoint = _checked(TypeAdapter(Endpoint), values, "--judge-url")
+    return judge
+
+
+def sampling_of(given: Mapping[str, Any]) -> Sampling:
+    """How responses are drawn for a reward: the most likely one, unless an option says otherwise.
+
+    Raises:
+        ConfigError: settings that do not go together.
+    """
+    fields = sampling_fields(given)
+    drawn = given.get("sampling") is not None or bool({"samples", "temperature"} & set(fields))
+    if not drawn or fields.get("temperature") == 0:
+        if "seed" in fields:
+            raise ConfigError("--sampling-seed: the likeliest response takes no luck: give --samples, or leave it out")
+        return _greedy(given.get("response_tokens"))
+    fields = {"preset": given.get("sampling") or "general", "seed": given.get("seed") or 0, **fields}
+    found: Sampling = _checked(TypeAdapter(Sampling), fields, "--sampling")
+    return found
+
+
+def _greedy(tokens: int | None) -> Sampling:
+    fields = {"samples": 1, "temperature": 0, "top_k": None, "top_p": None}
+    found: Sampling = _checked(
+        TypeAdapter(Sampling), fields if tokens is None else fields | {"max_new_tokens": tokens}, "--response-tokens"
+    )
+    return found
+
+
+def seeds_of(text: str) -> tuple[int, ...]:
+    """`0` or `0,1,2`.
+
+    Raises:
+        ConfigError: not whole numbers, or one twice.
+    """
+    return check_seeds(_whole_numbers(text, "--seeds"))
+
+
+def _whole_numbers(text: str, option: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise ConfigError(f"{option} {text!r}: wanted whole numbers such as 0,1,2") from error
+
+
+def read_ids(file: str, option: str = "--ids") -> list[str]:
+    """Ids of a file: rows with `gradsift_id` or `id` or a list of ids (jsonl, json, csv, parquet …), or one id a line.
+
+    Raises:
+        DataError: the file cannot be read, or a row has no id.
+    """
+    path = Path(file)
+    if is_data_file(path):
+        found = [_row_id(row, path) for row in read_rows(path, option).rows]
+    else:
+        try:
+            text = read_input(path, MAX_JSON_BYTES)
+        except UnicodeDecodeError as error:
+            raise DataError(f"{option}: {path} is not UTF-8 text: {error.reason}") from error
+        except OSError as error:
+            raise DataError(f"{option}: cannot read {path}: {error.strerror or error}") from error
+        found = [line.strip() for line in text.splitlines() if line.strip()]
+    if not found:
+        raise DataError(f"{path} names no example: wanted an id a line, or rows with a column gradsift_id or id")
+    return found
+
+
+def _row_id(row: Row, path: Path) -> str:
+    if row.problem is not None:
+        raise DataError(f"{path}:{row.line} cannot be read: {row.problem[1]}")
+    value = row.value
+    own = value.get("gradsift_id", value.get("id")) if isinstance(value, Mapping) else value
+    if not isinstance(own, str | int):
+        raise DataError(f"{path}:{row.line} has neither gradsift_id nor id: give rows that `gradsift select` wrote")
+    return str(own)
+
+
+def _checked(adapter: TypeAdapter[Any], values: Any, option: str) -> Any:
+    """A value from options, with the first thing that is wrong with it in words."""
+    try:
+        return adapter.validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"{option}: {f'{place}: ' if place else ''}{message[0].lower()}{message[1:]}") from error

@@ -1,0 +1,1 @@
+"""Models with their adapters, the one loss, and sentence embeddings."""

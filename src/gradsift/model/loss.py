@@ -1,0 +1,225 @@
+"""Next-token loss on supervised positions only: the one loss of training, gradients and evaluation.
+
+`logits[t]` predicts `token[t+1]`; the head runs only where a label follows, which for short answers to long prompts
+saves most of the vocabulary-sized work and memory.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from collections.abc import Sequence as SequenceABC
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from gradsift.base.errors import ModelError
+from gradsift.base.types import Sequence, TokenizedExample
+
+_CPU_ROWS = 64  # rows of logits handled at once: a block of 64 × 50k fp32 numbers still fits a server's cache
+_CUDA_ROWS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class PaddedBatch:
+    """Sequences padded on the right, and where their supervised tokens are.
+
+    ids:       int64 [sequence token]
+    positions: int64 [label], index into the flattened [sequence·token] hidden states that predicts the label
+    labels:    int64 [label]
+    weights:   float64 [label]
+    owner:     int64 [label], the sequence that a label belongs to
+    """
+
+    ids: Tensor
+    positions: Tensor
+    labels: Tensor
+    weights: Tensor
+    owner: Tensor
+
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
+
+def pad(batch: SequenceABC[Sequence], device: torch.device | str = "cpu") -> PaddedBatch:
+    """Pad sequences on the right. A causal model needs no attention mask then: no real token sees what follows it."""
+    longest = max(len(sequence.token_ids) for sequence in batch)
+    ids = np.zeros((len(batch), longest), dtype=np.int64)
+    weights = np.zeros((len(batch), longest), dtype=np.float64)
+    for row, sequence in enumerate(batch):
+        ids[row, : len(sequence.token_ids)] = sequence.token_ids
+        weights[row, : len(sequence.weights)] = sequence.weights
+    assert not weights[:, 0].any(), "nothing predicts the first token: its weight must be 0"
+    owner, column = weights[:, 1:].nonzero()
+    return PaddedBatch(
+        ids=to_device(ids, device),
+        positions=to_device(owner * longest + column, device),
+        labels=to_device(ids[owner, column + 1], device),
+        weights=to_device(weights[owner, column + 1], device),
+        owner=to_device(owner, device),
+    )
+
+
+def to_device(array: NDArray[Any] | SequenceABC[int], device: torch.device | str) -> Tensor:
+    """An array of this process on a device; a GPU gets it from pinned memory, while it goes on with what it does."""
+    tensor = torch.from_numpy(array) if isinstance(array, np.ndarray) else torch.tensor(array)
+    if torch.device(device).type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def token_mean(example: TokenizedExample, row: int) -> Sequence:
+    """The sequence of a labelled example, whose loss is Σ_t w_t·NLL_t / S: weight w_t/S on each supervised token t.
+
+    S counts the supervised tokens, those whose weight w_t is above 0; w_t is 1 where the row names no weights. So a
+    turn of weight 1/2 pulls half as hard as it would, and no other turn pulls harder for it.
+    """
+    return Sequence(row, example.token_ids, label_weights(example) / np.float32(max(1, supervised_count(example))))
+
+
+def label_weights(example: TokenizedExample) -> NDArray[np.float32]:
+    """w_t, float32 `[token]`: 0 where there is no label."""
+    return example.supervised.astype(np.float32) if example.weights is None else example.weights
+
+
+def supervised_count(example: TokenizedExample) -> int:
+    """S, the number of supervised tokens."""
+    return int(example.supervised.sum())
+
+
+@contextmanager
+def head_at(model: Any) -> Iterator[SupervisedHead]:
+    """While open, the language-model head of `model` sees only the positions asked for."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if not isinstance(head, nn.Module):
+        raise ModelError(f"{type(model).__name__} has no language-model head: a causal language model is needed")
+    selector = SupervisedHead(model)
+    handle = head.register_forward_pre_hook(selector.select)
+    try:
+        with _NOTHING_PACKED:
+            yield selector
+    finally:
+        handle.remove()
+
+
+class _NothingPacked:
+    """While open, transformers takes it that no batch holds several sequences in one line, which is true of `pad`'s.
+
+    It would ask the positions otherwise, and on a GPU every batch would wait there for the one before it to end.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._original: Any = None
+
+    def __enter__(self) -> None:
+        from transformers import masking_utils
+
+        with self._lock:
+            if self._users == 0:
+                self._original = getattr(masking_utils, "find_packed_sequence_indices", None)
+                masking_utils.find_packed_sequence_indices = _no_packed_sequence
+            self._users += 1
+
+    def __exit__(self, *_error: object) -> None:
+        from transformers import masking_utils
+
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                masking_utils.find_packed_sequence_indices = self._original
+
+
+def _no_packed_sequence(position_ids: Tensor) -> None:
+    """What transformers' own function returns where each line is one sequence."""
+
+
+_NOTHING_PACKED = _NothingPacked()
+
+
+class SupervisedHead:
+    """Runs a model so that logits `[label vocab]` come out for the supervised positions of a batch alone.
+
+    Several threads may run batches of their own at once.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._running = threading.local()  # .positions of the batch that this thread runs
+
+    def select(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Forward pre-hook of the head."""
+        positions: Tensor | None = getattr(self._running, "positions", None)
+        if positions is None:
+            return inputs
+        hidden = inputs[0]
+        positions = positions.to(hidden.device)  # a model spread over devices has its head on another one
+        return (hidden.reshape(-1, hidden.shape[-1])[positions][None], *inputs[1:])
+
+    def logits(self, batch: PaddedBatch) -> Tensor:
+        """Logits `[label vocab]`."""
+        self._running.positions = batch.positions
+        try:
+            logits = cast(Tensor, self.model(input_ids=batch.ids, use_cache=False).logits)
+            return logits.flatten(0, 1)  # a view: indexing would cost the backward pass a vocabulary-sized copy
+        finally:
+            self._running.positions = None
+
+    def nll(self, batch: PaddedBatch, *, summed: bool = False) -> Tensor:
+        """w·NLL of every label `[label]`, differentiable; with `summed`, the sum is all that will be differentiated."""
+        logits = self.logits(batch)
+        labels, weights = batch.labels.to(logits.device), batch.weights.to(logits.device)
+        return weighted_nll(logits, labels, weights, summed=summed)
+
+
+def weighted_nll(logits: Tensor, labels: Tensor, weights: Tensor, *, summed: bool = False) -> Tensor:
+    """w·(−log softmax(logits)[label]) for each row of `logits` `[label vocab]`; differentiable in the logits.
+
+    The gradient w·(softmax − onehot) is formed with the loss, in blocks, so that one vocabulary-sized buffer suffices;
+    hence it can be differentiated once only, and a second time raises. With `summed` the caller promises to
+    differentiate the plain sum, whose upstream gradient of ones need not be looked at: on a GPU a look is a wait.
+    """
+    return cast(Tensor, _WeightedNLL.apply(logits, labels, weights, summed))
+
+
+class _WeightedNLL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, weights: Tensor, summed: bool) -> Tensor:
+        ctx.summed = summed
+        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        needs_gradient = logits.requires_grad
+        gradient = torch.empty_like(logits) if needs_gradient else None
+        nll = torch.empty(len(labels), dtype=dtype, device=logits.device)
+        weights = weights.to(dtype)
+        step = _CPU_ROWS if logits.device.type == "cpu" else _CUDA_ROWS
+        for start in range(0, len(labels), step):
+            part = slice(start, start + step)
+            label = labels[part, None]
+            log_p = torch.log_softmax(logits[part], dim=-1, dtype=dtype)
+            nll[part] = -log_p.gather(1, label)[:, 0]
+            if gradient is not None:
+                p = log_p.exp_()
+                p.scatter_add_(1, label, p.new_full((1, 1), -1.0).expand(len(label), 1))
+                if gradient.dtype == dtype:
+                    torch.mul(p, weights[part, None], out=gradient[part])
+                else:
+                    gradient[part] = p.mul_(weights[part, None])
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        return nll.mul_(weights)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None]:
+        # The saved gradient is a constant to autograd: a second derivative through it would lack the softmax's own.
+        assert not torch.is_grad_enabled(), "weighted_nll can be differentiated once: take second derivatives elsewhere"
+        (gradient,) = ctx.saved_tensors
+        scale = upstream[0]
+        if ctx.summed or (scale == 1).all():  # the sum of all rows, which is what everyone asks for
+            return gradient, None, None, None
+        return gradient * scale[:, None].to(gradient.dtype), None, None, None

@@ -1,0 +1,1 @@
+"""Programs of others, run so that they can do no harm."""

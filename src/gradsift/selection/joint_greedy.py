@@ -7,12 +7,11 @@ from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from gradsift.base.checks import checked_budget, float_array, same_size, to_float64
 from gradsift.base.errors import ConfigError
+from gradsift.base.lazy import Tensor, torch
 from gradsift.base.settings import Settings
 from gradsift.influence.estimator import Estimator, TargetsByCheckpoint
 from gradsift.influence.ji2s import JI2S, joint_factors, standardised

@@ -8,10 +8,10 @@ from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from gradsift.base.checks import checked_budget, float_array, same_size, to_float64
 from gradsift.base.errors import DataError
+from gradsift.base.lazy import Tensor
 from gradsift.selection.simplex import onto_simplex
 
 Array = NDArray[np.float64]

@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass, field
 from typing import Annotated, Literal, TypeGuard
 
-import torch
 from pydantic import Field, FiniteFloat
 
 from gradsift.base.errors import ConfigError, DataError
+from gradsift.base.lazy import torch
 from gradsift.base.settings import Seed, Settings
 from gradsift.context import Pool
 from gradsift.data.columns import add_columns

@@ -9,13 +9,12 @@ from functools import cached_property
 from typing import Annotated, ClassVar, Literal, get_args
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from pydantic import Field
-from torch import Tensor
 
 from gradsift.base.checks import checked_budget, float_array, same_size, to_float64
 from gradsift.base.errors import ConfigError
+from gradsift.base.lazy import Tensor, torch
 from gradsift.base.settings import Seed, Settings
 from gradsift.selection.aide import WEIGHTS, aide, aide_by_mean_distance
 from gradsift.selection.divine import nested_divine

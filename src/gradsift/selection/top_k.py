@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
 from gradsift.base.checks import checked_budget, float_array
+from gradsift.base.lazy import Tensor, torch
 
 
 def top_k(scores: Tensor, budget: int) -> list[int]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import heapq
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from gradsift.base.checks import checked_budget, float_array, same_size
 from gradsift.base.errors import ConfigError
+from gradsift.base.lazy import Tensor, torch
 
 Array = NDArray[np.float64]
 

@@ -126,10 +126,9 @@ def load_tokenizer(name: str) -> Any:
     with _loading("tokenizer", name):
         settings = _plain_settings(path)
         if settings and _json_of(path / "tokenizer_config.json").get("tokenizer_class") is not None:
-            options["config"] = PreTrainedConfig(
-                **{key: settings[key] for key in ("model_type", "model_name", "tokenizer_class") if key in settings},
-                name_or_path=source,
-            )
+            asked = ("model_type", "model_name", "tokenizer_class")
+            known: dict[str, Any] = {key: settings[key] for key in asked if key in settings}
+            options["config"] = PreTrainedConfig(**known | {"name_or_path": source})
         tokenizer: Any = AutoTokenizer.from_pretrained(
             source if path.exists() else name, trust_remote_code=False, **options
         )
@@ -513,7 +512,7 @@ def _plain_settings(folder: Path) -> dict[str, Any]:
     What stands there need not be asked of the architecture's own class, with which transformers imports accelerate and
     torch._dynamo: as long as torch itself.
     """
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # type: ignore[attr-defined]
 
     found = _json_of(folder / "config.json")
     parts = [key for key in found if key.endswith("_config") and key != "quantization_config"]

@@ -44,7 +44,8 @@ from gradsift.jobs.explanation_pages import publish_page
 from gradsift.recipe import Recipe
 from gradsift.report.comparison_data import ComparisonPage, Extremes
 from gradsift.report.comparison_page import render_comparison
-from gradsift.selection.select import SelectionMethod, select
+from gradsift.selection.select import select
+from gradsift.selection.selector import Selector
 from gradsift.store.manifest import fingerprint
 from gradsift.store.run import Run
 from gradsift.warmup.checkpoint import Checkpoint
@@ -316,7 +317,7 @@ class _Work:
             "warmup": pool.seed,
             "gradients": pool.gradients.model_dump(mode="json"),
         }
-        choosing = {**scoring, "selection": method.model_dump(mode="json"), "budget": budget}
+        choosing = {**scoring, "selection": method.identity(explaining=False), "budget": budget}
         name = fingerprint(choosing)
         if name not in known:
             scores = self._scored(pool, contender, estimator, scoring)
@@ -327,7 +328,7 @@ class _Work:
         return known[name]
 
     def _select(
-        self, contender: Contender, scores: Scores, method: SelectionMethod, budget: int, identity: dict[str, Any]
+        self, contender: Contender, scores: Scores, method: Selector, budget: int, identity: dict[str, Any]
     ) -> tuple[str, ...]:
         with self.clock.timed("select", contender.name, identity):
             return tuple(select(scores, method, budget=budget).ids)

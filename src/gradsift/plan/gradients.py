@@ -11,8 +11,7 @@ from gradsift.gradients.collect import kept_as
 from gradsift.gradients.rows import View
 from gradsift.influence.estimator import Estimator, target_view
 from gradsift.recipe import Recipe
-from gradsift.selection.diverse import Diverse
-from gradsift.selection.select import TSDS, FacilityLocation, SelectionMethod
+from gradsift.selection.selector import Selector
 
 
 @dataclass(frozen=True)
@@ -83,11 +82,10 @@ def _of_method(method: Estimator) -> list[_Need]:
     return [] if method.view is None else [_Need(method.view, method.last_checkpoint, targets=True)]
 
 
-def _of_selection(selection: SelectionMethod | None, estimator: Estimator) -> list[_Need]:
+def _of_selection(selection: Selector | None, estimator: Estimator) -> list[_Need]:
     """What a selection reads beside its scores."""
-    view = estimator.view
-    if isinstance(selection, FacilityLocation) or (isinstance(selection, Diverse) and selection.by == "gradients"):
-        return [_Need(view or "plain")]
-    if isinstance(selection, TSDS) and view is None:
-        return [_Need("plain", last=False, targets=True)]
-    return []
+    if selection is None or selection.takes == "scores":
+        return []
+    if selection.takes == "checkpoints":  # those of the estimator, where it reads any
+        return [] if estimator.view is not None else [_Need("plain", last=False, targets=True)]
+    return [_Need(selection.view_with(estimator), targets=selection.takes == "target")]

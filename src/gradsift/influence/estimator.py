@@ -12,11 +12,10 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import psutil
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from gradsift.base.errors import ConfigError, DataError, ShapeError
+from gradsift.base.lazy import Tensor, torch
 from gradsift.base.settings import Settings
 from gradsift.base.types import Message, Skipped
 from gradsift.context import Pool, Target

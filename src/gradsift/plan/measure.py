@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 
+from gradsift.base.lazy import torch
 from gradsift.base.progress import Reporter, silent
 from gradsift.compare.grid import Plan
 from gradsift.compare.grid import planned as planned_comparison

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import ClassVar, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from gradsift.base.checks import checked_budget, float_array
 from gradsift.base.errors import ConfigError
+from gradsift.base.lazy import Tensor, torch
 from gradsift.influence.bm25 import conversation_text
 from gradsift.influence.products import unit_rows
 from gradsift.influence.rds import kept_embeddings

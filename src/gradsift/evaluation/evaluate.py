@@ -115,12 +115,17 @@ class _Task:
         return self.found
 
 
+def evaluation_config(subject: Subject, metric: Metric, bound: BoundMetric) -> dict[str, Any] | None:
+    """What the figures of a metric depend on; None where nothing can name it."""
+    identity = bound.identity()
+    return None if identity is None else {**subject.identity(), "metric": metric.kind, "inputs": identity}
+
+
 def _task(subject: Subject, metric: Metric) -> _Task:
     bound = metric.bind(subject.base)
-    identity = bound.identity()
-    if identity is None:
+    config = evaluation_config(subject, metric, bound)
+    if config is None:
         return _Task(subject, metric, bound, None)
-    config = {**subject.identity(), "metric": metric.kind, "inputs": identity}
     run = subject.setup.run
     prefix = run.prefix("evaluations", config)
     if run.manifest(prefix) is None:

@@ -14,7 +14,7 @@ from gradsift.base.settings import Settings
 from gradsift.context import refuse_longer
 from gradsift.data.dataset import Dataset, prepare
 from gradsift.data.load import Columns
-from gradsift.evaluation.metric import Figure, Measured, Notebook, left_out, mean_figure, source_name
+from gradsift.evaluation.metric import Figure, Measured, Needs, Notebook, left_out, mean_figure, source_name
 from gradsift.evaluation.setup import Place, Setup, Subject
 from gradsift.gradients.losses import row_losses
 from gradsift.model.models import host
@@ -112,6 +112,10 @@ class BoundLoss:
     def identity(self) -> dict[str, Any]:
         """The examples, as they are tokenised."""
         return {"data": self.data.fingerprint, "left_out": len(self.data.account.rows)}
+
+    def needs(self, setup: Setup) -> Needs:
+        """A pass over the examples."""
+        return Needs(read=self.data.lengths.tolist())
 
     def measure(self, subject: Subject, notebook: Notebook) -> Measured:
         """Loss and perplexity at the checkpoint."""

@@ -286,10 +286,25 @@ def known_error(
     dtype: DtypeName = "auto",
 ) -> MeasuredError | None:
     """The measured error of a store that the run holds; nothing is collected, and no row is read."""
+    content = kept_manifest(run, source, checkpoint, model=model, view=view, settings=settings, dtype=dtype)
+    return None if content is None else MeasuredError.of_dict(content.get("measured_error"))
+
+
+def kept_manifest(
+    run: Run,
+    source: SequenceSource,
+    checkpoint: Checkpoint,
+    *,
+    model: str,
+    view: View,
+    settings: Gradients,
+    dtype: DtypeName = "auto",
+) -> dict[str, Any] | None:
+    """The manifest of a complete store of the run, be it with sums that were not asked for."""
     for held in (settings, settings.model_copy(update={"full_sum": True})):
         content = run.manifest(run.prefix("gradients", store_config(source, checkpoint, model, view, held, dtype)))
         if content is not None:
-            return MeasuredError.of_dict(content.get("measured_error"))
+            return content
     return None
 
 

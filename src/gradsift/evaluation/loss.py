@@ -15,7 +15,7 @@ from gradsift.context import refuse_longer
 from gradsift.data.dataset import Dataset, prepare
 from gradsift.data.load import Columns
 from gradsift.evaluation.metric import Figure, Measured, Needs, Notebook, left_out, mean_figure, source_name
-from gradsift.evaluation.setup import Place, Setup, Subject
+from gradsift.evaluation.setup import ModelInRun, Setup, Subject
 from gradsift.gradients.losses import row_losses
 from gradsift.model.models import host
 from gradsift.warmup.checkpoint import Checkpoint
@@ -29,7 +29,7 @@ class HeldOut:
     per_example: dict[str, float]
 
 
-def held_out_loss(pool: Place, data: Dataset, checkpoint: Checkpoint, *, what: str = "held-out loss") -> HeldOut:
+def held_out_loss(pool: ModelInRun, data: Dataset, checkpoint: Checkpoint, *, what: str = "held-out loss") -> HeldOut:
     """Mean token NLL of each example of `data` at a checkpoint, without dropout.
 
     Args:

@@ -22,8 +22,8 @@ from gradsift.base.sums import row_norms
 from gradsift.base.types import Sequence
 from gradsift.execution.engine import LOCAL, Engine
 from gradsift.gradients.adam import AdamDirection, EpsPlacement
+from gradsift.gradients.background import to_host, write, writing_in_background
 from gradsift.gradients.batching import automatic_lanes, automatic_token_budget, measured_token_budget, repeated
-from gradsift.gradients.behind import to_host, write, writing_behind
 from gradsift.gradients.capture import LORA, Modules, find_modules
 from gradsift.gradients.exact import ExactProducts, Side
 from gradsift.gradients.projection import Projection, Projector, plan_segments
@@ -771,7 +771,7 @@ def _collect_missing(
     if rows_left < count:
         reporter.say(f"{count - rows_left} of {count} {what} rows are there already")
     try:
-        with reporter.stage(label, rows_left) as advance, writing_behind():
+        with reporter.stage(label, rows_left) as advance, writing_in_background():
             for _ in engine.map(tasks, advance, "shard"):
                 pass
     except KeyboardInterrupt:

@@ -109,6 +109,7 @@ class Estimator(Settings):
     full_sum: whether the pool's stores have to hold the unprojected sums of their rows.
     by_chance: whether its ranking means nothing, as a control.
     raters: what grades rows, one by one, if anything does.
+    text_model: the sentence-transformers model that embeds the texts of pool and target, if one does.
     """
 
     needs_target: ClassVar[bool] = True
@@ -119,6 +120,7 @@ class Estimator(Settings):
     full_sum: ClassVar[bool] = False
     by_chance: ClassVar[bool] = False
     raters: ClassVar[tuple[Any, ...]] = ()
+    text_model: ClassVar[str | None] = None
 
     kind: str
 

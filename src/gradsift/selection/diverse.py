@@ -48,6 +48,11 @@ class Diverse(Selector):
         """Gradients, where they are compared."""
         return "rows" if self.by == "gradients" else "scores"
 
+    @property
+    def text_model(self) -> str | None:  # type: ignore[override]
+        """What embeds the texts, where they are compared."""
+        return None if self.by == "gradients" else self.by
+
     def choose(self, candidates: Candidates, budget: int) -> list[int]:
         """The best first.
 

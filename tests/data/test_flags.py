@@ -17,7 +17,7 @@ from gradsift.base.errors import DataError
 from gradsift.base.progress import silent
 from gradsift.base.types import Example, Skipped, TokenizedExample
 from gradsift.data.chat import ChatFormat, Supervise
-from gradsift.data.dataset import prepare
+from gradsift.data.prepare import prepare
 from gradsift.data.load import load_examples
 from gradsift.model.loss import token_mean
 from gradsift.store.run import Run

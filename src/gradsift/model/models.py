@@ -126,8 +126,8 @@ def load_tokenizer(name: str) -> Any:
     with _loading("tokenizer", name):
         settings = _plain_settings(path)
         if settings and _json_of(path / "tokenizer_config.json").get("tokenizer_class") is not None:
-            asked = ("model_type", "model_name", "tokenizer_class")
-            known: dict[str, Any] = {key: settings[key] for key in asked if key in settings}
+            names = ("model_type", "model_name", "tokenizer_class")
+            known: dict[str, Any] = {name: settings[name] for name in names if name in settings}
             options["config"] = PreTrainedConfig(**known | {"name_or_path": source})
         tokenizer: Any = AutoTokenizer.from_pretrained(
             source if path.exists() else name, trust_remote_code=False, **options
@@ -516,7 +516,8 @@ def _plain_settings(folder: Path) -> dict[str, Any]:
 
     found = _json_of(folder / "config.json")
     parts = [key for key in found if key.endswith("_config") and key != "quantization_config"]
-    return found if found.get("model_type") in CONFIG_MAPPING_NAMES and not parts and "auto_map" not in found else {}
+    plain = found.get("model_type") in CONFIG_MAPPING_NAMES and not parts and "auto_map" not in found
+    return found if plain else {}
 
 
 def _json_of(file: Path) -> dict[str, Any]:

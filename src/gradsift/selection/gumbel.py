@@ -4,12 +4,41 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
 from gradsift.base.checks import float_array, same_size, to_float64
 from gradsift.base.lazy import Tensor, torch
+from gradsift.base.settings import Seed
+from gradsift.selection.candidates import Candidates
+from gradsift.selection.selector import Selector
 from gradsift.selection.top_k import top_k
+
+
+class GumbelTopK(Selector):
+    """A draw without replacement, by chances in proportion to exp(score), by seed and id: DSIR's own selection.
+
+    It is meant for `DSIR()`, whose scores are log weights. Cosines hardly differ beside its noise of about ±1.
+    """
+
+    nested: ClassVar[bool] = True
+
+    kind: Literal["gumbel"] = "gumbel"
+    seed: Seed = 0
+
+    @property
+    def label(self) -> str:
+        """What tables call it."""
+        return f"Gumbel top-k (seed {self.seed})"
+
+    def choose(self, candidates: Candidates, budget: int) -> list[int]:
+        """`gumbel_top_k`."""
+        return gumbel_top_k(candidates.scores, candidates.ids, budget=budget, seed=self.seed)
+
+    def redrawn(self, ids: Sequence[str]) -> dict[str, Any]:
+        """The highest with the same luck."""
+        return {"bonus": gumbel_noise(ids, self.seed)}
 
 
 def gumbel_top_k(scores: Tensor, ids: Sequence[str], *, budget: int, seed: int) -> list[int]:

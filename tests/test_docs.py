@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
-from typer.testing import CliRunner
+from click.testing import CliRunner
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -52,11 +51,11 @@ def commands(page: Path) -> list[list[str]]:
 def parser() -> Any:
     from gradsift.cli import app
 
-    return typer.main.get_command(app)
+    return app
 
 
 def parse(arguments: list[str]) -> None:
-    """Parse the arguments of `gradsift` without running anything; what is wrong raises typer's usage errors."""
+    """Parse the arguments of `gradsift` without running anything; what is wrong raises click's usage errors."""
     command = parser().commands[arguments[0]]
     command.make_context(arguments[0], list(arguments[1:]))
 

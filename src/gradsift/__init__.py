@@ -189,6 +189,8 @@ __all__ = [  # noqa: RUF022  # kept in the order of the flow
 def __getattr__(name: str) -> Any:
     if name in _MODULE_OF:
         return getattr(import_module(_MODULE_OF[name]), name)
+    if name in ("errors", "models", "types"):
+        return import_module(f"gradsift.{name}")
     raise AttributeError(f"module 'gradsift' has no attribute {name!r}")
 
 

@@ -16,6 +16,7 @@ from gradsift.base.interruption import refuse_to_go_on
 from gradsift.base.progress import Advance, Reporter, silent, untold
 from gradsift.compare.costs import StageClock, StageCost
 from gradsift.compare.grid import Plan, planned
+from gradsift.compare.page import choice_views, extremes_of, told
 from gradsift.compare.report import comparison_page
 from gradsift.compare.table import (
     Cell,
@@ -27,7 +28,6 @@ from gradsift.compare.table import (
     tabulate,
     variance_of,
 )
-from gradsift.compare.views import choice_views, extremes_of, told
 from gradsift.context import Pool
 from gradsift.evaluation.arms import Contender, PairwiseMetric
 from gradsift.evaluation.evaluate import Evaluation, evaluate, measure, settings_of
@@ -453,12 +453,14 @@ class _Work:
         if (other.name, at) == (contender.name, budget):
             return None
         if other.base:
-            return metric.meeting("base", at)
+            return metric.against_model("base", at)
         found = self._trained(other, at, of_seed)
         if isinstance(found, _Stopped):
             error = f"{_words(other, at, of_seed)}, which it is compared with: {found.stage} failed: {found.error}"
-            return Measured(metric.meeting("", at).label, metric.kind, (), settings=settings_of(metric), error=error)
-        return metric.meeting(found.path, at)
+            return Measured(
+                metric.against_model("", at).label, metric.kind, (), settings=settings_of(metric), error=error
+            )
+        return metric.against_model(found.path, at)
 
     def _keep(
         self, contender: Contender, budget: int, seed: int, trained: Trained | None, evaluation: Evaluation

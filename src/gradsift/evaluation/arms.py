@@ -116,7 +116,7 @@ class PairwiseMetric(Pairwise):
             raise ValueError(f"budget is of an arm, and against is {self.against!r}: name an arm, as arm:NAME")
         return self
 
-    def meeting(self, adapter: str, budget: int) -> PairwiseMetric:
+    def against_model(self, adapter: str, budget: int) -> PairwiseMetric:
         """The same with that arm's adapter in its place."""
         name = self.opponent if self.budget is None else f"{self.opponent}, {budget} examples"
         return self.model_copy(update={"against": adapter, "name": self.name or name})
@@ -132,7 +132,7 @@ _Metric = HeldOutLoss | RewardMetric | LMEval | PairwiseMetric | GradingMetric
 MetricSetting = Annotated[_Metric, Field(discriminator="kind")]
 
 
-def asking(metric: _Metric, judge: Endpoint | None) -> _Metric:
+def with_metric_judge(metric: _Metric, judge: Endpoint | None) -> _Metric:
     """The metric with the recipe's judge where it names none."""
     asked = {"reward": "judge", "pairwise": "ask", "grading": "ask"}.get(metric.kind)
     if asked is None or judge is None or getattr(metric, asked) is not None:

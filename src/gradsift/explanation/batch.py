@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from gradsift.base.checks import float_array, same_size
 from gradsift.base.errors import ConfigError
+from gradsift.base.lazy import Tensor, torch
 from gradsift.explanation.coefficients import MODELS, Array, CoefficientModel, fit_many, span_coordinates
 from gradsift.explanation.relevance import Relevance, reconstruction_relevance, squared_target_norm
 from gradsift.selection.candidates import Candidates

@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
-from torch import Tensor
 
 from gradsift.base.errors import ConfigError, CorruptError, DataError, GradsiftError
+from gradsift.base.lazy import Tensor, torch
 from gradsift.base.ranks import descending_ranks
 from gradsift.base.types import Message, Skipped, TokenizedExample
 from gradsift.context import Pool, Target

@@ -12,11 +12,10 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import psutil
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from gradsift.base.errors import ConfigError, DataError, ShapeError
+from gradsift.base.lazy import Tensor, torch
 from gradsift.base.settings import Settings
 from gradsift.base.types import Message, Skipped
 from gradsift.context import Pool, Target
@@ -37,7 +36,7 @@ class TargetsByCheckpoint(Protocol):
     """Targets whose sequences depend on the checkpoint."""
 
     @property
-    def ids(self) -> list[str]:
+    def ids(self) -> SequenceABC[str]:
         """One per row."""
 
     def at(self, checkpoint: Checkpoint) -> SequenceSource:
@@ -110,6 +109,7 @@ class Estimator(Settings):
     full_sum: whether the pool's stores have to hold the unprojected sums of their rows.
     by_chance: whether its ranking means nothing, as a control.
     raters: what grades rows, one by one, if anything does.
+    text_model: the sentence-transformers model that embeds the texts of pool and target, if one does.
     """
 
     needs_target: ClassVar[bool] = True
@@ -120,6 +120,7 @@ class Estimator(Settings):
     full_sum: ClassVar[bool] = False
     by_chance: ClassVar[bool] = False
     raters: ClassVar[tuple[Any, ...]] = ()
+    text_model: ClassVar[str | None] = None
 
     kind: str
 

@@ -14,14 +14,12 @@ from functools import partial
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from pydantic import FiniteFloat
-from safetensors.torch import load, save
-from torch import Tensor
 
 from gradsift.base.checks import float_array, same_size, to_float64
 from gradsift.base.errors import ConfigError, DataError
+from gradsift.base.lazy import Tensor, torch
 from gradsift.base.ranks import spearman
 from gradsift.base.sums import row_products
 from gradsift.context import Pool, Target
@@ -604,6 +602,8 @@ def _full_direction(
 
     None and nothing where H is taken on the stored rows.
     """
+    from safetensors.torch import load, save
+
     kind = method.hessian
     if kind == "fisher_projected" or kind == "identity":
         return None, []

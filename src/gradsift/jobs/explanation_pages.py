@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
 from gradsift.base.errors import CorruptError, GradsiftError
+from gradsift.base.lazy import torch
 from gradsift.base.ranks import descending_ranks
 from gradsift.context import Pool
 from gradsift.explanation.explain import Explanation, Explanations, StrategyResult

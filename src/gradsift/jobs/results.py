@@ -183,18 +183,32 @@ def summary(result: Result) -> dict[str, Any]:
 
 def files_of(result: Result) -> list[str]:
     """The run's files that hold this result."""
+    return result_files(
+        scored=bool(result.scores),
+        chosen=bool(result.selections),
+        trusted=bool(result.reliability),
+        outputs=None if result.explanations is None else len(result.explanations.entries),
+        validated=result.validation is not None,
+    )
+
+
+def result_files(*, scored: bool, chosen: bool, trusted: bool, outputs: int | None, validated: bool) -> list[str]:
+    """The files of a result in which so many outputs are explained, None where that is not done."""
+    explained = outputs is not None
     made = {
-        "selected.jsonl": bool(result.selections),
-        "scores.parquet": bool(result.scores),
-        "explanations.jsonl": result.explanations is not None,
-        "explanations.parquet": result.explanations is not None,
-        "relevance.json": result.relevance is not None,
-        "validation.json": result.validation is not None,
-        "diagnostics.json": bool(result.reliability),
+        "selected.jsonl": chosen,
+        "scores.parquet": scored,
+        "explanations.jsonl": explained,
+        "explanations.parquet": explained,
+        "relevance.json": explained,
+        "validation.json": validated,
+        "diagnostics.json": trusted,
         "skipped.jsonl": True,
-        "report.html": bool(result.selections) or result.explanations is not None,
+        "explanation.html": outputs == 1,
+        "relevance.html": explained and outputs != 1,
+        "report.html": chosen or explained,
     }
-    return [name for name in FILES if made.get(name, name in result.pages)]
+    return [name for name in FILES if made.get(name, False)]
 
 
 def remove_outdated(result: Result) -> None:

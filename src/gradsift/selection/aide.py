@@ -7,10 +7,10 @@ from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from gradsift.base.checks import checked_budget, float_array, same_size, to_float64
 from gradsift.base.errors import ConfigError
+from gradsift.base.lazy import Tensor
 from gradsift.selection.candidates import Candidates, Order, min_max
 from gradsift.selection.facility_location import coverage_rows, square_matrix
 from gradsift.selection.selector import Selector

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import ClassVar, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from gradsift.base.checks import checked_budget, float_array
 from gradsift.base.errors import ConfigError
+from gradsift.base.lazy import Tensor, torch
 from gradsift.influence.bm25 import conversation_text
 from gradsift.influence.products import unit_rows
 from gradsift.influence.rds import kept_embeddings
@@ -48,6 +47,11 @@ class Diverse(Selector):
     def takes(self) -> Literal["scores", "rows"]:  # type: ignore[override]
         """Gradients, where they are compared."""
         return "rows" if self.by == "gradients" else "scores"
+
+    @property
+    def text_model(self) -> str | None:  # type: ignore[override]
+        """What embeds the texts, where they are compared."""
+        return None if self.by == "gradients" else self.by
 
     def choose(self, candidates: Candidates, budget: int) -> list[int]:
         """The best first.

@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import ClassVar, Literal, get_args
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from pydantic import Field
-from torch import Tensor
 
 from gradsift.base.checks import checked_budget, float_array, same_size, to_float64
 from gradsift.base.errors import ConfigError, ShapeError
+from gradsift.base.lazy import Tensor, torch
 from gradsift.selection.candidates import Candidates, Order, SimilarityKind, naive_key
 from gradsift.selection.selector import Selector, label_of
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-from torch import Tensor, from_numpy
 
 from gradsift.base.checks import float_array, same_size, to_float64
+from gradsift.base.lazy import Tensor, torch
 from gradsift.base.settings import Seed
 from gradsift.selection.candidates import Candidates
 from gradsift.selection.selector import Selector
@@ -59,7 +59,7 @@ def gumbel_top_k(scores: Tensor, ids: Sequence[str], *, budget: int, seed: int) 
         ConfigError: `budget` below 1 or above the number of finite scores.
 
     Example:
-        >>> gumbel_top_k(from_numpy(np.array([0.0, 1e9, 0.0])), ["a", "b", "c"], budget=1, seed=0)
+        >>> gumbel_top_k(torch.from_numpy(np.array([0.0, 1e9, 0.0])), ["a", "b", "c"], budget=1, seed=0)
         [1]
     """
     values = to_float64(float_array("scores", scores, "pool", finite=False)).cpu()
@@ -72,4 +72,4 @@ def gumbel_noise(ids: Sequence[str], seed: int) -> Tensor:
     digests = b"".join(hashlib.blake2b(f"gumbel|{seed}|{id_}".encode(), digest_size=8).digest() for id_ in ids)
     # 52 bits and a half: strictly between 0 and 1 in float64, so that the noise is finite.
     uniform = ((np.frombuffer(digests, dtype="<u8") >> np.uint64(12)) + 0.5) / 2.0**52
-    return from_numpy(-np.log(-np.log(uniform)))
+    return torch.from_numpy(-np.log(-np.log(uniform)))

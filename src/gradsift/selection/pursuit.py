@@ -9,10 +9,10 @@ from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from gradsift.base.checks import checked_budget, float_array, same_size, to_float64
 from gradsift.base.errors import DataError
+from gradsift.base.lazy import Tensor
 from gradsift.gradients.rows import View
 from gradsift.selection.candidates import Candidates, Order
 from gradsift.selection.selector import Selector, label_of

@@ -6,9 +6,9 @@ import hashlib
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-import torch
 from pydantic import Field
 
+from gradsift.base.lazy import torch
 from gradsift.base.settings import Seed
 from gradsift.influence.random import random_scores
 from gradsift.selection.candidates import Candidates

@@ -6,9 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from gradsift.base.errors import ConfigError
+from gradsift.base.lazy import torch
 from gradsift.context import Pool
 from gradsift.data.columns import add_columns
 from gradsift.influence.estimator import both_stores, target_rows

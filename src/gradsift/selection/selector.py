@@ -34,6 +34,7 @@ class Selector(Settings):
     nested: whether the choice of a smaller budget is the beginning of that of a larger one.
     last: whether it starts from what others choose of the same candidates, and so comes after them.
     by_chance: whether its choice means nothing, as a control.
+    text_model: the sentence-transformers model by which it compares the pool's texts, if it does.
     """
 
     takes: ClassVar[Literal["scores", "rows", "target", "checkpoints"]] = "scores"
@@ -41,6 +42,7 @@ class Selector(Settings):
     nested: ClassVar[bool] = False
     last: ClassVar[bool] = False
     by_chance: ClassVar[bool] = False
+    text_model: ClassVar[str | None] = None
 
     kind: str
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
-import torch
 from pydantic import FiniteFloat
-from torch import Tensor
 
 from gradsift.base.checks import checked_budget, float_array
 from gradsift.base.errors import DataError
+from gradsift.base.lazy import Tensor, torch
 from gradsift.selection.candidates import Candidates, Order
 from gradsift.selection.selector import CHOSEN_FROM, Selector
 

@@ -7,13 +7,12 @@ import math
 from typing import ClassVar, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from pydantic import Field
-from torch import Tensor
 
 from gradsift.base.checks import checked_budget, float_array, same_size
 from gradsift.base.errors import ConfigError, DataError
+from gradsift.base.lazy import Tensor, torch
 from gradsift.base.settings import Seed
 from gradsift.influence.estimator import both_stores, rate_weights, target_rows
 from gradsift.influence.less import LESS

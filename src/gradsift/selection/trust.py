@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import torch
 
+from gradsift.base.lazy import torch
 from gradsift.influence.diagnostics import PolicyDiagnostics, diagnose
 from gradsift.influence.nice import PolicyTargets, takes_reward
 from gradsift.influence.prompts import PromptTarget

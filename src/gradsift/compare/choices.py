@@ -19,7 +19,8 @@ from gradsift.influence.estimator import Estimator
 from gradsift.influence.ji2s import full_sums
 from gradsift.influence.scores import Scores, score
 from gradsift.report.comparison_data import Extremes
-from gradsift.selection.select import SelectionMethod, select
+from gradsift.selection.select import select
+from gradsift.selection.selector import Selector
 from gradsift.store.manifest import fingerprint
 from gradsift.warmup.checkpoint import Checkpoint
 
@@ -125,7 +126,7 @@ class Choices:
             "warmup": pool.seed,
             "gradients": pool.gradients.model_dump(mode="json"),
         }
-        choosing = {**scoring, "selection": method.model_dump(mode="json"), "budget": budget}
+        choosing = {**scoring, "selection": method.identity(explaining=False), "budget": budget}
         name = fingerprint(choosing)
         if name not in known:
             scores = self._scored(pool, contender, estimator, scoring)
@@ -134,7 +135,7 @@ class Choices:
         return known[name]
 
     def _select(
-        self, contender: Contender, scores: Any, method: SelectionMethod, budget: int, identity: dict[str, Any]
+        self, contender: Contender, scores: Any, method: Selector, budget: int, identity: dict[str, Any]
     ) -> tuple[str, ...]:
         with self.clock.timed("select", contender.name, identity):
             return tuple(select(scores, method, budget=budget).ids)

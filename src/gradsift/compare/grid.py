@@ -24,7 +24,7 @@ from gradsift.jobs.results import Result, write_skipped
 from gradsift.jobs.select_explain import open_recipe, open_recipe_target, say_account
 from gradsift.model import embeddings
 from gradsift.recipe import Recipe
-from gradsift.selection.select import budget_count, check_selection
+from gradsift.selection.select import budget_count
 from gradsift.warmup.train import Training
 
 
@@ -154,7 +154,7 @@ def open_grid(recipe: Recipe, job: Compare, reporter: Reporter) -> Grid:
         )
     for one in found:
         if one.estimator is not None and one.selection is not None:
-            check_selection(one.selection, one.estimator)
+            one.selection.check(one.estimator)
     pool = open_recipe(recipe, reporter)
     methods = [one.estimator for one in found if one.estimator is not None]
     for method in methods:

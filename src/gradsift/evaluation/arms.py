@@ -27,7 +27,9 @@ from gradsift.influence.estimators import AnyEstimator
 from gradsift.influence.random import Random
 from gradsift.model import embeddings
 from gradsift.rewards.reward import Reward
-from gradsift.selection.select import RandomChoice, SelectionMethod, Selector, TopK
+from gradsift.selection.selector import Selector
+from gradsift.selection.selectors import AnySelector
+from gradsift.selection.top_k import TopK
 from gradsift.warmup.train import TRAINING_PRESETS, Training
 
 FULL_POOL = "full pool"
@@ -185,7 +187,7 @@ class Arm(Settings):
     name: str | None = Field(default=None, min_length=1)
     estimator: Annotated[tuple[AnyEstimator, ...], BeforeValidator(lambda given: _expanded(given, AnyEstimator))] = ()
     selection: Annotated[
-        tuple[Selector, ...], Field(min_length=1), BeforeValidator(lambda given: _expanded(given, SelectionMethod))
+        tuple[AnySelector, ...], Field(min_length=1), BeforeValidator(lambda given: _expanded(given, AnySelector))
     ] = (TopK(),)
     data: str | None = None
     columns: Columns = Columns()
@@ -295,7 +297,7 @@ class Contender:
 
     name: str
     estimator: Estimator | None = None
-    selection: SelectionMethod | None = None
+    selection: Selector | None = None
     data: str | None = None
     columns: Columns = field(default_factory=Columns)
     base: bool = False
@@ -312,16 +314,16 @@ class Contender:
     @property
     def chance(self) -> bool:
         """Whether it is a random choice: the control that others are compared with."""
-        return (self.estimator is not None and self.estimator.by_chance) or isinstance(self.selection, RandomChoice)
+        return any(one is not None and one.by_chance for one in (self.estimator, self.selection))
 
-    def drawn_by(self, seed: int) -> tuple[Estimator, SelectionMethod]:
+    def drawn_by(self, seed: int) -> tuple[Estimator, Selector]:
         """Estimator and selection with their draws, where they make any, by this seed."""
         assert self.estimator is not None
         assert self.selection is not None
         return _seeded(self.estimator, seed), _seeded(self.selection, seed)
 
 
-def contenders(arms: Sequence[Arm], estimator: Estimator, selection: SelectionMethod) -> list[Contender]:
+def contenders(arms: Sequence[Arm], estimator: Estimator, selection: Selector) -> list[Contender]:
     """What a comparison compares, in the order given.
 
     Args:

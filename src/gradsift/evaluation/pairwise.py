@@ -13,7 +13,6 @@ from gradsift.base.settings import Settings
 from gradsift.base.types import Message
 from gradsift.data.load import Columns
 from gradsift.evaluation.judging import as_text, judge_identity, verdicts
-from gradsift.evaluation.length_controlled import length_controlled_win_rate
 from gradsift.evaluation.mean_reward import GREEDY, respond
 from gradsift.evaluation.metric import (
     ASKED,
@@ -204,6 +203,8 @@ class BoundPairwise:
     def _length_controlled(
         self, rewards: Mapping[str, float], own: Mapping[str, str], references: Mapping[str, str]
     ) -> Any:
+        from gradsift.evaluation.length_controlled import length_controlled_win_rate  # scipy
+
         difficulty = None
         if self.metric.difficulty is not None:
             column = dict(zip(self.prompts.ids, self.prompts.column(self.metric.difficulty), strict=True))

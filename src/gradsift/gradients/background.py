@@ -8,8 +8,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 
-import torch
-from torch import Tensor
+from gradsift.base.lazy import Tensor, torch
 
 
 class _Background:

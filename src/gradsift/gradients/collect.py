@@ -12,10 +12,10 @@ from functools import cached_property, lru_cache, partial
 from typing import Any, Literal, NamedTuple, Protocol
 
 import psutil
-import torch
 
 from gradsift.base.errors import ConfigError, CorruptError, DataError, MismatchError
 from gradsift.base.interruption import keep_note, pressed
+from gradsift.base.lazy import Tensor, torch
 from gradsift.base.progress import Advance, Reporter, silent, untold
 from gradsift.base.settings import Settings
 from gradsift.base.sums import row_norms
@@ -489,7 +489,7 @@ def _exact_rows(exact: ExactProducts, view: View, keep: SequenceABC[int]) -> Exa
     )
 
 
-_Waiting = Callable[[], dict[str, torch.Tensor]]
+_Waiting = Callable[[], dict[str, Tensor]]
 
 
 def _write(

@@ -13,12 +13,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from gradsift.base.checks import float_array, same_size, to_float64
 from gradsift.base.errors import ConfigError
+from gradsift.base.lazy import Tensor, torch
 from gradsift.context import Pool
 from gradsift.gradients.policy import PolicySource, SampleRows
 from gradsift.influence.estimator import target_rows, target_view

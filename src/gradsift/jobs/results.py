@@ -24,7 +24,7 @@ from gradsift.influence.scores import Scores
 from gradsift.recipe import Recipe
 from gradsift.report.data import Outcome
 from gradsift.report.text import column_texts
-from gradsift.selection.select import Selection, by_scores_alone
+from gradsift.selection.select import Selection
 from gradsift.store.run import Run
 from gradsift.validation.validate import Validation
 
@@ -246,7 +246,7 @@ def diagnostics(result: Result) -> dict[str, Any]:
 def reliability_sentences(result: Result) -> list[str]:
     """What is known of how the ranking and the choice would come out again, for people."""
     sentences = [f"{one.words[0].upper()}{one.words[1:]}." for one in result.reliability]
-    if sentences and result.selections and not by_scores_alone(result.selections[0].method):
+    if sentences and result.selections and result.selections[0].method.redrawn(()) is None:
         how = result.selections[0].method.label
         sentences.append(f"How often a row would be chosen again is known for choices by scores alone, not for {how}.")
     return sentences

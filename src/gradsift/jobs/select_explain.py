@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Sequence as SequenceABC
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 
@@ -34,7 +35,8 @@ from gradsift.jobs.report_data import write_results
 from gradsift.jobs.results import Result, diagnostics, remove_outdated, summary, write_skipped
 from gradsift.model import embeddings
 from gradsift.recipe import Recipe
-from gradsift.selection.select import TopK, budget_count, check_selection, select
+from gradsift.selection.select import budget_count, select
+from gradsift.selection.top_k import TopK
 from gradsift.selection.trust import sample_reliability, target_reliability
 from gradsift.store.run import Run
 from gradsift.validation.validate import validate_explanations
@@ -241,7 +243,7 @@ def _check_methods(recipe: Recipe) -> None:
     """Refuse an estimator without the target that it needs, and a selection that does not go with it."""
     if recipe.target is None and recipe.estimator.needs_target:
         raise ConfigError(_NO_TARGET)
-    check_selection(recipe.selection, recipe.estimator)
+    recipe.selection.check(recipe.estimator, target=recipe.target is not None)
 
 
 def _check_sizes(result: Result) -> None:
@@ -323,6 +325,8 @@ def explain_questions(recipe: Recipe, pool: Pool | None = None) -> tuple[list[Qu
         raise ConfigError("explain either the answer given with --output or, with --use-answers, the row's own")
     if job.output is not None and not job.output.strip():
         raise DataError("the given output is empty: give the answer to explain, or leave it out to have one generated")
+    for strategy, ranker in product(job.strategies, job.estimators):
+        strategy.check(ranker, explaining=True)
     if pool is None and job.embedding not in (None, embeddings.DEFAULT):
         embeddings.embed(["is it there?"], job.embedding)
     if job.prompt is not None:

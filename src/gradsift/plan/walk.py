@@ -61,8 +61,7 @@ from gradsift.rewards.reward import single_rewards
 from gradsift.rewards.reward_model import RewardModel
 from gradsift.rewards.samples import prompt_of
 from gradsift.rewards.unit_tests import UnitTests
-from gradsift.selection.diverse import Diverse
-from gradsift.selection.select import TSDS, FacilityLocation, SelectionMethod
+from gradsift.selection.selector import Selector
 from gradsift.store.run import Run
 from gradsift.warmup.checkpoint import Checkpoint, open_checkpoint
 from gradsift.warmup.train import kept_training, warm_up_ids
@@ -180,32 +179,40 @@ class Walk:
             if targets and self.target is not None:
                 self._target_rows(method, self.target, number)
 
-    def _target_rows(self, method: Estimator, target: Target | PromptTarget, number: int) -> None:
-        assert method.view is not None, method
+    def _target_rows(
+        self, method: Estimator, target: Target | PromptTarget, number: int, view: View | None = None
+    ) -> None:
+        """Those of a method; `view` is of the pool's rows that they go with, where it is not the method's own."""
+        view = view or method.view
+        assert view is not None, method
         if takes_reward(method) and isinstance(target, PromptTarget):
             self._policy_rows(method, target, number)
             return
         source: Any = method.targets(self.pool, target)
         rows = _Rows("target gradients", "target", len(source.ids), float(sum(source.token_counts())), source)
         # JI2S takes the pool's sums and the targets' rows alone.
-        self._collect(rows, number, [target_view(method.view)], self.pool.gradients.full_sum and not method.full_sum)
+        self._collect(rows, number, [target_view(view)], self.pool.gradients.full_sum and not method.full_sum)
         if method.full_sum and self.is_new("curvature", rows.name, method.model_dump_json(), number):
             if overlap := len(target.overlap):
                 tokens = overlap * float(self.pool.data.lengths.mean())
-                self._collect(_Rows("pool gradients", "overlap", overlap, tokens), number, [method.view], sums=True)
+                self._collect(_Rows("pool gradients", "overlap", overlap, tokens), number, [view], sums=True)
             # H is applied to the pool's sum by another pass over the targets.
-            made = bool(self.kept and self.kept.run.artifacts("curvature")) and self._has(rows, number, method.view)
+            made = bool(self.kept and self.kept.run.artifacts("curvature")) and self._has(rows, number, view)
             self.add(Work("curvature", rows.count, backward=rows.tokens, tasks=1, done=made))
 
-    def _select(self, selection: SelectionMethod, estimator: Estimator) -> None:
-        """What a selection reads beside its scores."""
-        if isinstance(selection, FacilityLocation) or (isinstance(selection, Diverse) and selection.by == "gradients"):
-            self._pool_rows(len(self._checkpoints()) - 1, [estimator.view or "plain"], sums=False)
-        elif isinstance(selection, TSDS):
-            self._gradients(LESS(optimizer="sgd") if estimator.view is None else estimator, targets=True)
-        elif isinstance(selection, Diverse):
+    def _select(self, selector: Selector, estimator: Estimator) -> None:
+        """What a selector reads beside scores."""
+        reading = estimator if estimator.view is not None else LESS(optimizer="sgd")
+        if selector.takes == "checkpoints":
+            self._gradients(reading, targets=True)
+        elif selector.takes != "scores":
+            last = len(self._checkpoints()) - 1
+            self._pool_rows(last, [selector.view_with(estimator)], sums=False)
+            if selector.takes == "target" and self.target is not None:
+                self._target_rows(reading, self.target, last, selector.view_with(estimator))
+        if selector.text_model is not None:
             texts = [conversation_text(own) for own in conversations(self.pool.data)]
-            self._embedded("pool", texts, selection.by)
+            self._embedded("pool", texts, selector.text_model)
 
     # --- gradients ----------------------------------------------------------------------------------------------------
 

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 from gradsift.base.errors import ConfigError, DataError, MismatchError, UnusableRowsError
 from gradsift.base.progress import Reporter
 from gradsift.context import Pool, Target
-from gradsift.data.dataset import Dataset, prepare
+from gradsift.data.dataset import Dataset
 from gradsift.data.load import load_examples
 from gradsift.data.overlap import hashed
+from gradsift.data.prepare import prepare
 from gradsift.evaluation.arms import Compare, Contender, PairwiseMetric, contenders, with_metric_judge
 from gradsift.evaluation.metric import Metric
 from gradsift.evaluation.setup import subject_of

@@ -12,8 +12,9 @@ from pydantic import ConfigDict, Field
 from gradsift.base.errors import DataError, UnusableRowsError
 from gradsift.base.settings import Settings
 from gradsift.context import refuse_longer
-from gradsift.data.dataset import Dataset, prepare
+from gradsift.data.dataset import Dataset
 from gradsift.data.load import Columns
+from gradsift.data.prepare import prepare
 from gradsift.evaluation.metric import Figure, Measured, Needs, Notebook, left_out, mean_figure, source_name
 from gradsift.evaluation.setup import ModelInRun, Setup, Subject
 from gradsift.gradients.losses import row_losses

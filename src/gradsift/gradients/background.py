@@ -1,4 +1,4 @@
-"""Writing in the background: a shard is copied from the GPU and written to disk while the next one is computed."""
+"""Writing in the background: a finished shard is copied from the GPU and written while the next one is computed."""
 
 from __future__ import annotations
 

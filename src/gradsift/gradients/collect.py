@@ -106,7 +106,7 @@ class SequenceSource(Protocol):
     """What rows are made of: labelled examples, or the sampled responses of prompts. Must be picklable."""
 
     @property
-    def ids(self) -> list[str]:
+    def ids(self) -> SequenceABC[str]:
         """One per row."""
 
     @property

@@ -36,7 +36,7 @@ class TargetsByCheckpoint(Protocol):
     """Targets whose sequences depend on the checkpoint."""
 
     @property
-    def ids(self) -> list[str]:
+    def ids(self) -> SequenceABC[str]:
         """One per row."""
 
     def at(self, checkpoint: Checkpoint) -> SequenceSource:

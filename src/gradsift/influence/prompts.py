@@ -21,9 +21,10 @@ from gradsift.base.types import Chat, Example, Message, Sequence, Skipped, befor
 from gradsift.context import Pool, subtask_labels
 from gradsift.data.account import Account
 from gradsift.data.chat import ChatFormat
-from gradsift.data.dataset import Dataset, prepare
+from gradsift.data.dataset import Dataset
 from gradsift.data.load import Columns, load_examples
 from gradsift.data.overlap import hashed, normalised_hash, overlap_of_hashes
+from gradsift.data.prepare import prepare
 from gradsift.data.sample import RowSample
 from gradsift.execution.chunks import Chunks
 from gradsift.execution.engine import LOCAL, Engine

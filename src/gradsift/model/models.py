@@ -126,8 +126,9 @@ def load_tokenizer(name: str) -> Any:
     with _loading("tokenizer", name):
         settings = _plain_settings(path)
         if settings and _json_of(path / "tokenizer_config.json").get("tokenizer_class") is not None:
-            known = {key: settings[key] for key in ("model_type", "model_name", "tokenizer_class") if key in settings}
-            options["config"] = PreTrainedConfig(**known, **{"name_or_path": source})
+            names = ("model_type", "model_name", "tokenizer_class")
+            known: dict[str, Any] = {name: settings[name] for name in names if name in settings}
+            options["config"] = PreTrainedConfig(**known | {"name_or_path": source})
         tokenizer: Any = AutoTokenizer.from_pretrained(
             source if path.exists() else name, trust_remote_code=False, **options
         )
@@ -511,15 +512,12 @@ def _plain_settings(folder: Path) -> dict[str, Any]:
     What stands there need not be asked of the architecture's own class, with which transformers imports accelerate and
     torch._dynamo: as long as torch itself.
     """
-    from transformers.models.auto import configuration_auto
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # type: ignore[attr-defined]
 
     found = _json_of(folder / "config.json")
     parts = [key for key in found if key.endswith("_config") and key != "quantization_config"]
-    return (
-        found
-        if found.get("model_type") in configuration_auto.CONFIG_MAPPING_NAMES and not parts and "auto_map" not in found
-        else {}
-    )
+    plain = found.get("model_type") in CONFIG_MAPPING_NAMES and not parts and "auto_map" not in found
+    return found if plain else {}
 
 
 def _json_of(file: Path) -> dict[str, Any]:

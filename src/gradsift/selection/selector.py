@@ -34,7 +34,7 @@ class Selector(Settings):
     nested: whether the choice of a smaller budget is the beginning of that of a larger one.
     last: whether it starts from what others choose of the same candidates, and so comes after them.
     by_chance: whether its choice means nothing, as a control.
-    text_model: the sentence-transformers model that embeds the pool's texts for it, if one does.
+    text_model: the sentence-transformers model by which it compares the pool's texts, if it does.
     """
 
     takes: ClassVar[Literal["scores", "rows", "target", "checkpoints"]] = "scores"

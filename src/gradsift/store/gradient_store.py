@@ -16,8 +16,6 @@ A row is `stored · scale`, with `scale` a power of two chosen per row so that f
 from __future__ import annotations
 
 import io
-import json
-import math
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,9 +33,9 @@ from gradsift.base.lazy import Tensor, torch
 from gradsift.store.manifest import Record, differences, manifest, publish_json, read_if_whole, read_json
 from gradsift.store.precision import ExactRows, MeasuredError, cosine_pairs, measured_error
 from gradsift.store.storage import LocalStorage, Storage, checksum, checksum_file
+from gradsift.store.tensors import map_arrays
 
 RowDtype = Literal["float16", "bfloat16", "float32", "float64"]
-_NUMPY = {"F16": np.float16, "F32": np.float32, "F64": np.float64, "BF16": np.uint16}
 _FP16_TOP = 4096.0  # the largest stored magnitude: far from 65504, and 10⁷ above the smallest normal number
 
 
@@ -485,31 +483,10 @@ def _decode(stored: Tensor, scale: Tensor | None) -> Tensor:
 def _map_safetensors(path: Path) -> dict[str, Tensor]:
     """Memory-mapped tensors of a safetensors file, without reading it."""
     try:
-        return _mapped(path, path.stat().st_size)
+        arrays = map_arrays(path)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, struct.error) as error:
         raise CorruptError(
             f"{path} is truncated or altered ({error}): run `gradsift collect` again with the same options"
         ) from error
-
-
-def _mapped(path: Path, size: int) -> dict[str, Tensor]:
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        if length > size - 8:
-            raise ValueError(f"a header of {length} bytes in a file of {size}")
-        header = json.loads(file.read(length))
-    tensors = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        dtype, (start, stop) = _NUMPY[entry["dtype"]], entry["data_offsets"]
-        if stop == start:
-            tensors[name] = torch.empty(entry["shape"])
-            continue
-        if stop - start != math.prod(entry["shape"]) * np.dtype(dtype).itemsize or not 0 <= start < stop:
-            raise ValueError(f"{name} has shape {entry['shape']} and {stop - start} bytes")
-        # Copy-on-write: torch warns of read-only arrays, and nothing here writes.
-        array = np.memmap(path, dtype=dtype, mode="c", offset=8 + length + start, shape=tuple(entry["shape"]))
-        tensor = torch.from_numpy(array)
-        tensors[name] = tensor.view(torch.bfloat16) if entry["dtype"] == "BF16" else tensor
-    return tensors
+    tensors = {name: (torch.from_numpy(array), dtype) for name, (array, dtype) in arrays.items()}
+    return {name: one.view(torch.bfloat16) if dtype == "BF16" else one for name, (one, dtype) in tensors.items()}

@@ -33,7 +33,7 @@ from gradsift.model.adapters import refuse_untrained
 from gradsift.model.models import DtypeName, host, input_device, model_identity
 from gradsift.store.gradient_store import GradientStore, GradientStoreWriter, RowDtype, ShardColumns
 from gradsift.store.manifest import fingerprint
-from gradsift.store.precision import ExactRows, MeasuredError
+from gradsift.store.precision import ExactRows
 from gradsift.store.run import Run, revised
 from gradsift.store.tensors import publish_tensors, read_tensors
 from gradsift.warmup.checkpoint import Checkpoint, Moments, load_moments, trained_parameters
@@ -273,21 +273,6 @@ def collect(
                 "try --dtype float32"
             )
     return {view: opened[kept_as(view, settings.projection)] for view in asked}
-
-
-def known_error(
-    run: Run,
-    source: SequenceSource,
-    checkpoint: Checkpoint,
-    *,
-    model: str,
-    view: View,
-    settings: Gradients,
-    dtype: DtypeName = "auto",
-) -> MeasuredError | None:
-    """The measured error of a store that the run holds; nothing is collected, and no row is read."""
-    content = kept_manifest(run, source, checkpoint, model=model, view=view, settings=settings, dtype=dtype)
-    return None if content is None else MeasuredError.of_dict(content.get("measured_error"))
 
 
 def kept_manifest(

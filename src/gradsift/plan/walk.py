@@ -26,7 +26,7 @@ from gradsift.explanation.explain import explained_views
 from gradsift.explanation.outputs import OutputSource, answers, missing_answers
 from gradsift.generation.endpoint import Endpoint, usage_of
 from gradsift.generation.samples import missing_samples
-from gradsift.gradients.collect import SequenceSource, kept_as, kept_manifest
+from gradsift.gradients.collect import SequenceSource, kept_as
 from gradsift.gradients.policy import MOST_ROWS
 from gradsift.gradients.rows import View
 from gradsift.influence.bm25 import conversation_text
@@ -266,12 +266,8 @@ class Walk:
         """Whether the run folder has a store."""
         if self.kept is None or source is None or checkpoint is None:
             return False
-        settings = self.recipe.gradients.model_copy(update={"full_sum": sums})
-        pool = self.kept
-        found = kept_manifest(
-            pool.run, source, checkpoint, model=pool.model, view=view, settings=settings, dtype=pool.dtype
-        )
-        return found is not None
+        gradients = self.recipe.gradients.model_copy(update={"full_sum": sums})
+        return replace(self.kept, gradients=gradients).kept(source, checkpoint, view) is not None
 
     def _has(self, rows: _Rows, number: int, view: View) -> bool:
         return self._holds(rows.source, self._checkpoints()[number], target_view(view), sums=False)

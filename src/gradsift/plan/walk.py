@@ -284,7 +284,7 @@ class Walk:
     def _rows_of(
         self, method: PolicyEstimator, target: PromptTarget, source: SequenceSource | None, name: str
     ) -> _Rows:
-        sampling = _sampling(method)
+        sampling = method.drawing
         prompts, each = len(target.data), sampling.samples
         tokens = each * (float(target.data.lengths.sum()) + prompts * sampling.max_new_tokens)
         count = prompts * (min(MOST_ROWS, each) if name.startswith("samples") else 1)
@@ -295,7 +295,7 @@ class Walk:
     def _responses(self, method: PolicyEstimator, target: PromptTarget, number: int) -> PolicyTargets | None:
         """The responses at a checkpoint and what they earn; where the run folder has all of it, that."""
         checkpoint, writer = self._checkpoints()[number], method.assistant
-        sampling, place = _sampling(method), "" if writer is not None else str(number)
+        sampling, place = method.drawing, "" if writer is not None else str(number)
         responses, limit = len(target.data) * sampling.samples, sampling.max_new_tokens
         drawn = unpaid = responses
         complete = None
@@ -314,7 +314,7 @@ class Walk:
         return complete
 
     def _drawing(self, method: PolicyEstimator, prompts: list[list[int]], drawn: int, limit: int) -> Work:
-        sampling, assistant = _sampling(method), method.assistant
+        sampling, assistant = method.drawing, method.assistant
         endpoint = method.server if assistant is None else assistant.model
         stored = {"bytes": len(prompts) * _FILE_BYTES + drawn * limit * _TOKEN_BYTES}
         if not isinstance(endpoint, Endpoint):
@@ -605,10 +605,6 @@ def _kept_pool(recipe: Recipe, pool: Pool) -> Pool | None:
         return None
     run.refuse_other(pool.run.identity())
     return replace(pool, run=run, reporter=silent())
-
-
-def _sampling(method: PolicyEstimator) -> Any:
-    return method.sampling if method.assistant is None else method.assistant.sampling
 
 
 def _judge_some(judge: Judge, target: PromptTarget, bound: Any) -> None:

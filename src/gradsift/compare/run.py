@@ -82,7 +82,7 @@ def run_compare(recipe: Recipe, reporter: Reporter | None = None) -> Comparison:
         result = work.compare()
         run = plan.pool.run
         run.publish_json("comparison.json", result.as_dict())
-        run.publish_parquet("comparison.parquet", result.table())
+        run.publish_parquet("comparison.parquet", [result.table()])
         publish_page(run, "comparison.html", page := work.page(result), render_comparison(page))
     return result
 

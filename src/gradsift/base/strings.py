@@ -35,6 +35,8 @@ class Strings(Sequence[str]):
     @classmethod
     def of(cls, texts: Iterable[str]) -> Strings:
         """A column of these."""
+        if isinstance(texts, Strings):
+            return texts
         data = bytearray()
         ends = []
         for text in texts:
@@ -72,11 +74,16 @@ class Strings(Sequence[str]):
             yield from (data[b - first : e - first].decode() for b, e in zip(begins, ends, strict=True))
 
     def __eq__(self, other: object) -> bool:
-        if self is other:
+        if isinstance(other, Strings) and self._is(other):
             return True
         if not isinstance(other, Sequence) or isinstance(other, str) or len(other) != len(self):
             return NotImplemented if not isinstance(other, Sequence) else False
         return all(mine == theirs for mine, theirs in zip(self, other, strict=True))
+
+    def _is(self, other: Strings) -> bool:
+        """Whether they are the same bytes, as most columns are that are compared."""
+        same = self._data is other._data and len(self) == len(other)
+        return same and bool((self._ends == other._ends).all() and (self._begins == other._begins).all())
 
     __hash__ = None  # type: ignore[assignment]  # as of a list
 
@@ -100,7 +107,7 @@ class Strings(Sequence[str]):
 
     def positions(self, texts: Sequence[str]) -> NDArray[np.int64]:
         """The first position of each text, int64 `[text]`; −1 where it is not."""
-        if texts is self or (len(texts) == len(self) and self == texts):
+        if len(texts) == len(self) and self == texts:
             return np.arange(len(self))
         hashes, order = self._index
         if not len(hashes):

@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import torch
 from numpy.typing import NDArray
 
 from gradsift.base.errors import DataError
+from gradsift.base.lazy import torch
 from gradsift.base.ranks import descending_ranks, spearman
 from gradsift.base.strings import Strings
 from gradsift.base.types import Skipped

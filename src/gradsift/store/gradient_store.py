@@ -26,12 +26,10 @@ from typing import Any, Literal, Self
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from pydantic import Field, model_validator
-from safetensors.torch import save
-from torch import Tensor
 
 from gradsift.base.errors import ConfigError, CorruptError, MismatchError, StorageError
+from gradsift.base.lazy import Tensor, torch
 from gradsift.base.strings import Strings
 from gradsift.store.manifest import Record, differences, manifest, publish_json, read_if_whole, read_json
 from gradsift.store.precision import ExactRows, MeasuredError, cosine_pairs, measured_error
@@ -39,12 +37,6 @@ from gradsift.store.storage import LocalStorage, Storage, checksum, checksum_fil
 from gradsift.store.tensors import map_arrays
 
 RowDtype = Literal["float16", "bfloat16", "float32", "float64"]
-_DTYPES = {
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float32": torch.float32,
-    "float64": torch.float64,
-}
 _FP16_TOP = 4096.0  # the largest stored magnitude: far from 65504, and 10⁷ above the smallest normal number
 
 
@@ -199,6 +191,8 @@ class GradientStoreWriter:
         `full_sum` maps module names to the unprojected sum of the shard's rows `[out in]`, stored beside them. `exact`
         is what the error of the stored rows is measured by.
         """
+        from safetensors.torch import save
+
         assert len(rows) == len(columns.ids), (len(rows), len(columns.ids))
         encoded = _encode(rows, self.config["dtype"])
         decoded = _decode(encoded["rows"], encoded.get("scale"))
@@ -326,7 +320,7 @@ class GradientStore:
             self._verify(content)
         content_of_rows = storage.read(self.prefix + "rows.parquet")
         try:
-            table = pq.read_table(io.BytesIO(content_of_rows))
+            table = pq.ParquetFile(io.BytesIO(content_of_rows)).read()
         except OSError as error:  # of the parquet format, not of the disk
             raise ValueError(f"rows.parquet: {error}") from error
         self.ids = Strings.of(id_ for chunk in table["id"].chunks for id_ in chunk.to_pylist())
@@ -476,7 +470,7 @@ _SCHEMA = pa.schema(
 def _encode(rows: Tensor, dtype: RowDtype) -> dict[str, Tensor]:
     rows = rows.detach().cpu()
     if dtype != "float16":
-        return {"rows": rows.to(_DTYPES[dtype]).contiguous()}
+        return {"rows": rows.to(getattr(torch, dtype)).contiguous()}
     top = rows.abs().amax(dim=1) if len(rows) else torch.zeros(0)
     exponent = torch.where(top > 0, torch.ceil(torch.log2(top.double() / _FP16_TOP)), 0.0)
     # The scale is a normal float32 number: rows of 1e-42 lose digits, and none divides by zero.

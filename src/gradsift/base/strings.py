@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 _BLOCK = 4096  # texts that are made Python objects of at once
+
+
+def let_go(array: NDArray[Any]) -> None:
+    """Have what was read of a mapped file count as this process's memory no longer; it stays in the system's cache.
+
+    For those who go through a file: the rest of it comes, and what was read goes.
+    """
+    mapped = getattr(array, "_mmap", None)
+    if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)
+
+
 _RECENT = 4096  # keys that are not in arrays yet, at least
 
 
@@ -71,6 +84,7 @@ class Strings(Sequence[str]):
                 yield from (self._data[b:e].tobytes().decode() for b, e in zip(begins, ends, strict=True))
                 continue
             data = self._data[first:last].tobytes()
+            let_go(self._data)
             yield from (data[b - first : e - first].decode() for b, e in zip(begins, ends, strict=True))
 
     def __eq__(self, other: object) -> bool:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from gradsift.base.errors import DataError
-from gradsift.base.strings import Strings
+from gradsift.base.strings import Strings, let_go
 from gradsift.base.types import Message, Sequence, Skipped, TokenizedExample
 from gradsift.data.account import Account, Entries
 from gradsift.data.sample import sample_count
@@ -79,6 +79,7 @@ class Dataset:
             )
             self.lengths = np.diff(self._offsets)
             self.supervised_tokens = _sums(self._supervised, self._offsets)
+            let_go(self._supervised)
         self._weights = arrays.get("weights")
         self._line_ends = arrays.get("line_ends")
         if "ids" in arrays:
@@ -168,7 +169,10 @@ class Dataset:
 
     def sequences(self, start: int, stop: int) -> list[Sequence]:
         """Rows `[start, stop)` as the gradient engine takes them, one sequence each."""
-        return [token_mean(self[position], position - start) for position in range(start, stop)]
+        found = [token_mean(self[position], position - start) for position in range(start, stop)]
+        let_go(self._tokens)
+        let_go(self._supervised)
+        return found
 
     def by_id(self, id_: str) -> TokenizedExample:
         """The example with this id."""

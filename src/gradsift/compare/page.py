@@ -17,7 +17,7 @@ from gradsift.evaluation.arms import Contender
 from gradsift.influence.bm25 import conversation_text
 from gradsift.influence.rds import kept_embeddings
 from gradsift.influence.scores import Scores
-from gradsift.jobs.results import group_columns, own_columns
+from gradsift.jobs.results import groups_of, own_columns
 from gradsift.model import embeddings
 from gradsift.recipe import as_yaml
 from gradsift.report.comparison_choices import MOST_POINTS
@@ -106,7 +106,7 @@ class _Counted:
 def _source_column(data: Dataset, wanted: Sequence[str]) -> tuple[str, list[Any]]:
     """The column that says where rows come from: the first of `group_by`, else `source`, else the report's first."""
     try:
-        columns = group_columns(data, wanted[:1])
+        columns = list(groups_of(data, wanted[:1]))
     except DataError:  # a ready data set need not have the pool's column
         columns = []
     if not columns:

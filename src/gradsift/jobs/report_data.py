@@ -116,7 +116,6 @@ def rewrite_report(out: str | Path) -> Path:
 def report_data(result: Result) -> ReportData:
     """Everything the page shows."""
     pool, recipe, account = result.pool, result.recipe, result.account
-    by_scores = dict(zip((entry.method.label for entry in result.scores), result.scores, strict=True))
     facts = {
         "command": result.command,
         "model": recipe.model,
@@ -155,7 +154,7 @@ def report_data(result: Result) -> ReportData:
         pool_size=len(pool.data),
         pool_shares=shares(result, pool.data.ids) if result.selections else {},
         choices=[
-            _choice(result, chosen, by_scores[chosen.estimator], result.kept if number == 0 else {})
+            _choice(result, chosen, result.kept if number == 0 else {})
             for number, chosen in enumerate(result.selections)
         ],
         reliability=reliability_sentences(result),
@@ -179,7 +178,7 @@ def report_data(result: Result) -> ReportData:
             for entry in (result.explanations.entries if result.explanations else ())
             for explained in _explained_entry(result, entry)
         ],
-        skipped=account.rows,
+        skipped=account.rows[:MOST_SKIPPED],
         skipped_counts=count_reasons(account.rows),
         parts=account.parts[:MOST_SKIPPED],
         parts_total=len(account.parts),
@@ -200,13 +199,14 @@ def report_data(result: Result) -> ReportData:
     )
 
 
-def _choice(result: Result, chosen: Selection, scores: Scores, kept: Mapping[Over, SequenceABC[float]]) -> Choice:
-    tokens = dict(zip(scores.ids, scores.tokens.tolist(), strict=True))
+def _choice(result: Result, chosen: Selection, kept: Mapping[Over, SequenceABC[float]]) -> Choice:
+    data = result.pool.data
+    tokens = data.supervised_tokens[data.positions(chosen.ids)].tolist()
     return Choice(
         method=f"{chosen.estimator}, {chosen.method.label}",
         budget=len(chosen),
         examples=[
-            _example(result, id_, value, rank, tokens[id_], {over: shares[n] for over, shares in kept.items()})
+            _example(result, id_, value, rank, tokens[n], {over: shares[n] for over, shares in kept.items()})
             for n, (id_, value, rank) in enumerate(zip(chosen.ids, chosen.scores, chosen.ranks, strict=True))
         ],
         shares=shares(result, chosen.ids),

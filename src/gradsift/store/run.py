@@ -30,7 +30,6 @@ equal requests find them again and different requests never meet.
 
 from __future__ import annotations
 
-import io
 import socket
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -50,7 +49,7 @@ from gradsift.store.manifest import (
     read_json,
 )
 from gradsift.store.remote import RemoteStorage, is_url, storage_at
-from gradsift.store.storage import LocalStorage, checksum_file
+from gradsift.store.storage import LocalStorage, checksum_file, publish_parquet
 
 REVISIONS = {
     "labels": 2,  # a chat template's token ids and labels, in its fingerprint
@@ -238,13 +237,9 @@ class Run:
         self.storage.publish(key, text.encode())
         return self.storage.local(key)
 
-    def publish_parquet(self, key: str, table: Any) -> Path:
-        """Publish a pyarrow table as a parquet file and return its path."""
-        import pyarrow.parquet as pq
-
-        sink = io.BytesIO()
-        pq.write_table(table, sink, compression="zstd")
-        self.storage.publish(key, sink.getvalue())
+    def publish_parquet(self, key: str, tables: Iterable[Any]) -> Path:
+        """Publish pyarrow tables, one below the other, as a parquet file and return its path."""
+        publish_parquet(self.storage, key, tables)
         return self.storage.local(key)
 
     def publish_json(self, key: str, value: Mapping[str, Any], *, sealed: bool = False) -> Path:

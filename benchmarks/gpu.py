@@ -29,8 +29,8 @@ from torch import nn
 from gradsift.base.memory import empty_device_cache, is_out_of_memory
 from gradsift.base.types import Sequence, TokenizedExample
 from gradsift.gradients.adam import AdamDirection
+from gradsift.gradients.background import to_host, write, writing_in_background
 from gradsift.gradients.batching import form_batches
-from gradsift.gradients.behind import to_host, write, writing_behind
 from gradsift.gradients.capture import LORA, find_modules
 from gradsift.gradients.folding import Captured
 from gradsift.gradients.projection import Projection, Projector, plan_segments
@@ -264,7 +264,7 @@ class Work:
         folder = self.folder / str(time.monotonic_ns())
         folder.mkdir()
         half = -(-len(self.sequences) // 2)
-        with writing_behind():
+        with writing_in_background():
             for shard, start in enumerate(range(0, len(self.sequences), half)):
                 part = self.sequences[start : start + half]
                 rows = [Sequence(row, s.token_ids, s.weights) for row, s in enumerate(part)]

@@ -13,9 +13,10 @@ from gradsift.base.errors import ConfigError, DataError
 from gradsift.base.progress import Reporter, silent
 from gradsift.base.types import Example, Skipped
 from gradsift.data.chat import ChatFormat, Supervise
-from gradsift.data.dataset import Dataset, prepare
+from gradsift.data.dataset import Dataset
 from gradsift.data.load import Columns
 from gradsift.data.overlap import overlap_of_hashes
+from gradsift.data.prepare import prepare
 from gradsift.data.sample import RowSample
 from gradsift.execution.engine import LOCAL, Engine
 from gradsift.gradients.capture import find_modules

@@ -34,7 +34,9 @@ from gradsift.influence.bm25 import BM25
 from gradsift.influence.datainf import DataInf
 from gradsift.influence.less import LESS
 from gradsift.model.models import host
-from gradsift.selection.strategies import FacilityLocation, MostHelpful, RandomExamples
+from gradsift.selection.facility_location import FacilityLocation
+from gradsift.selection.random import RandomExamples
+from gradsift.selection.top_k import MostHelpful
 from tiny_world import World, pool_rows, target_rows
 
 
@@ -232,7 +234,7 @@ def test_finished_explanations_are_found_again(pool: Pool, monkeypatch: pytest.M
     original = explain_module.choose_all
 
     def counted(*args: Any, **options: Any) -> Any:
-        chosen.append(options["test_id"])
+        chosen.append(args[1].test_id)
         return original(*args, **options)
 
     monkeypatch.setattr(explain_module, "choose_all", counted)

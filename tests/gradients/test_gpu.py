@@ -20,8 +20,8 @@ from torch import Tensor, nn
 import oracles
 from gradsift.base.types import Sequence
 from gradsift.gradients.adam import AdamDirection
+from gradsift.gradients.background import to_host
 from gradsift.gradients.batching import automatic_token_budget, measured_token_budget, repeated
-from gradsift.gradients.behind import to_host
 from gradsift.gradients.capture import find_modules
 from gradsift.gradients.hessian import Curvature, curvature_product
 from gradsift.gradients.losses import row_losses

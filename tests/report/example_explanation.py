@@ -11,7 +11,7 @@ from torch import Tensor
 from gradsift.explanation.relevance import selection_relevance
 from gradsift.report.explanation_page import Candidate, ExplanationPage, Pick, PickList, StrategyView
 from gradsift.report.maps import layout
-from gradsift.selection.facility_location import cost_from_scores, facility_location, similarity_from_gradients
+from gradsift.selection.facility_location import cost_from_scores, facility_location, similarity_from_cosines
 from gradsift.selection.top_k import top_k
 
 
@@ -40,7 +40,8 @@ def page(
     kept = list(dict.fromkeys([*helpful, *harmful]))
     place = {row: position for position, row in enumerate(kept)}
     gradients = rows[kept]
-    similarity = similarity_from_gradients(gradients, "cosine_squared")
+    unit = torch.nn.functional.normalize(gradients.double(), dim=1)
+    similarity = similarity_from_cosines(unit @ unit.T)
     helpful_costs, harmful_costs = cost_from_scores(scores[helpful]), cost_from_scores(-scores[harmful])
     costs = dict(zip(harmful, harmful_costs.tolist(), strict=True)) | dict(
         zip(helpful, helpful_costs.tolist(), strict=True)

@@ -17,7 +17,10 @@ from gradsift.gradients.projection import Projection
 from gradsift.influence.bm25 import BM25
 from gradsift.influence.less import LESS
 from gradsift.influence.scores import Scores, score
-from gradsift.selection.select import FacilityLocation, RandomChoice, TopK, budget_count, select
+from gradsift.selection.facility_location import FacilityLocation
+from gradsift.selection.random import RandomChoice
+from gradsift.selection.select import budget_count, select
+from gradsift.selection.top_k import TopK
 from tiny_world import World, pool_rows
 
 

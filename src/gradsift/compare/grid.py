@@ -9,10 +9,11 @@ from typing import Any
 from gradsift.base.errors import ConfigError, DataError, MismatchError, UnusableRowsError
 from gradsift.base.progress import Reporter
 from gradsift.context import Pool, Target
-from gradsift.data.dataset import Dataset, prepare
+from gradsift.data.dataset import Dataset
 from gradsift.data.load import load_examples
 from gradsift.data.overlap import hashed
-from gradsift.evaluation.arms import Compare, Contender, PairwiseMetric, asking, contenders
+from gradsift.data.prepare import prepare
+from gradsift.evaluation.arms import Compare, Contender, PairwiseMetric, contenders, with_metric_judge
 from gradsift.evaluation.metric import Metric
 from gradsift.evaluation.setup import subject_of
 from gradsift.influence.diagnostics import check_samples
@@ -24,7 +25,7 @@ from gradsift.jobs.results import Result, write_skipped
 from gradsift.jobs.select_explain import open_recipe, open_recipe_target, say_account
 from gradsift.model import embeddings
 from gradsift.recipe import Recipe
-from gradsift.selection.select import budget_count, check_selection
+from gradsift.selection.select import budget_count
 from gradsift.warmup.train import Training
 
 
@@ -116,7 +117,7 @@ def planned(recipe: Recipe, job: Compare, reporter: Reporter) -> Plan:
         )
     for one in found:
         if one.estimator is not None and one.selection is not None:
-            check_selection(one.selection, one.estimator)
+            one.selection.check(one.estimator)
     pool = open_recipe(recipe, reporter)
     methods = [one.estimator for one in found if one.estimator is not None]
     for method in methods:
@@ -149,8 +150,11 @@ def planned(recipe: Recipe, job: Compare, reporter: Reporter) -> Plan:
     warnings = []
     if overlap:
         warnings.append(f"{len(overlap)} pool rows are also in the target and are left out of every choice")
-    metrics = tuple(_meeting(asking(metric, recipe.judge), job, found, budgets, available) for metric in job.metrics)
-    best_by = None if job.best_by is None else asking(job.best_by, recipe.judge)
+    metrics = tuple(
+        _with_opponent(with_metric_judge(metric, recipe.judge), job, found, budgets, available)
+        for metric in job.metrics
+    )
+    best_by = None if job.best_by is None else with_metric_judge(job.best_by, recipe.judge)
     if isinstance(best_by, PairwiseMetric) and best_by.opponent is not None:
         raise ConfigError(
             "compare.best_by: epochs cannot be chosen by another arm's model: compare with base or answer"
@@ -160,7 +164,7 @@ def planned(recipe: Recipe, job: Compare, reporter: Reporter) -> Plan:
         met = isinstance(metric, PairwiseMetric) and metric.opponent is not None
         (metric.model_copy(update={"against": "base"}) if met else metric).bind(subject_of(pool, None).base)
         warnings += _leaks(pool, target, metric)
-    curve = () if job.curve is None else tuple(asking(metric, recipe.judge) for metric in job.curve.metrics)
+    curve = () if job.curve is None else tuple(with_metric_judge(metric, recipe.judge) for metric in job.curve.metrics)
     for metric in curve:
         metric.bind(subject_of(pool, None).base)
     if curve:  # what was chosen by may be what is watched, as in the paper, but what is trained on may not
@@ -222,7 +226,7 @@ def _counts(budgets: Sequence[float], available: int) -> tuple[int, ...]:
     return tuple(sorted(counts))
 
 
-def _meeting(
+def _with_opponent(
     metric: Any, job: Compare, found: Sequence[Contender], budgets: Sequence[int], available: Sequence[str]
 ) -> Any:
     """The metric with the budget of the arm that it compares with as a number of examples.

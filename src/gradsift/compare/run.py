@@ -16,6 +16,7 @@ from gradsift.base.interruption import refuse_to_go_on
 from gradsift.base.progress import Advance, Reporter, silent, untold
 from gradsift.compare.costs import StageClock, StageCost
 from gradsift.compare.grid import Plan, planned
+from gradsift.compare.page import choice_views, extremes_of, told
 from gradsift.compare.report import comparison_page
 from gradsift.compare.table import (
     Cell,
@@ -27,7 +28,6 @@ from gradsift.compare.table import (
     tabulate,
     variance_of,
 )
-from gradsift.compare.views import choice_views, extremes_of, told
 from gradsift.context import Pool
 from gradsift.evaluation.arms import Contender, PairwiseMetric
 from gradsift.evaluation.evaluate import Evaluation, evaluate, measure, settings_of
@@ -44,7 +44,8 @@ from gradsift.jobs.explanation_pages import publish_page
 from gradsift.recipe import Recipe
 from gradsift.report.comparison_data import ComparisonPage, Extremes
 from gradsift.report.comparison_page import render_comparison
-from gradsift.selection.select import SelectionMethod, select
+from gradsift.selection.select import select
+from gradsift.selection.selector import Selector
 from gradsift.store.manifest import fingerprint
 from gradsift.store.run import Run
 from gradsift.warmup.checkpoint import Checkpoint
@@ -316,7 +317,7 @@ class _Work:
             "warmup": pool.seed,
             "gradients": pool.gradients.model_dump(mode="json"),
         }
-        choosing = {**scoring, "selection": method.model_dump(mode="json"), "budget": budget}
+        choosing = {**scoring, "selection": method.identity(explaining=False), "budget": budget}
         name = fingerprint(choosing)
         if name not in known:
             scores = self._scored(pool, contender, estimator, scoring)
@@ -327,7 +328,7 @@ class _Work:
         return known[name]
 
     def _select(
-        self, contender: Contender, scores: Scores, method: SelectionMethod, budget: int, identity: dict[str, Any]
+        self, contender: Contender, scores: Scores, method: Selector, budget: int, identity: dict[str, Any]
     ) -> tuple[str, ...]:
         with self.clock.timed("select", contender.name, identity):
             return tuple(select(scores, method, budget=budget).ids)
@@ -452,12 +453,14 @@ class _Work:
         if (other.name, at) == (contender.name, budget):
             return None
         if other.base:
-            return metric.meeting("base", at)
+            return metric.against_model("base", at)
         found = self._trained(other, at, of_seed)
         if isinstance(found, _Stopped):
             error = f"{_words(other, at, of_seed)}, which it is compared with: {found.stage} failed: {found.error}"
-            return Measured(metric.meeting("", at).label, metric.kind, (), settings=settings_of(metric), error=error)
-        return metric.meeting(found.path, at)
+            return Measured(
+                metric.against_model("", at).label, metric.kind, (), settings=settings_of(metric), error=error
+            )
+        return metric.against_model(found.path, at)
 
     def _keep(
         self, contender: Contender, budget: int, seed: int, trained: Trained | None, evaluation: Evaluation

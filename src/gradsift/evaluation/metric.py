@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -12,10 +12,17 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from gradsift.base.errors import CorruptError
+from gradsift.base.types import Chat
 from gradsift.data.account import Account, count_reasons, counts_text
 from gradsift.evaluation.setup import Setup, Subject
+from gradsift.generation.endpoint import Endpoint
+from gradsift.generation.sampling import Sampling
+from gradsift.influence.prompts import PromptTarget
+from gradsift.rewards.judge import BoundJudge, Judge
 from gradsift.store.manifest import Record, read_json, reading
 from gradsift.store.run import Run
+
+ASKED = 20  # questions to a judge of which the tokens are counted beforehand
 
 
 @dataclass(frozen=True)
@@ -144,8 +151,41 @@ class Notebook:
             self._files += 1
 
 
+@dataclass(frozen=True)
+class Judging:
+    """What a judge is asked about one model.
+
+    calls:    questions
+    question: puts some of them to a judge, about empty responses, so that their tokens can be counted
+    """
+
+    judge: Judge
+    ask: Endpoint | Chat
+    calls: int
+    question: Callable[[BoundJudge], object]
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a metric takes of one model, for `gradsift plan`.
+
+    read:     tokens of each example whose loss is taken
+    prompts:  token ids of what is answered, by `sampling`
+    both:     whether what the model is compared with answers them as well, once for all models
+    target:   what the answers earn
+    judging:  what a judge is asked
+    """
+
+    read: Sequence[int] = ()
+    prompts: Sequence[Sequence[int]] = field(default=(), repr=False)
+    sampling: Sampling | None = None
+    both: bool = False
+    target: PromptTarget | None = None
+    judging: Judging | None = None
+
+
 class BoundMetric(Protocol):
-    """A metric with its data loaded for one model."""
+    """A metric with its data loaded for one model; `gradsift plan` asks for its `needs(setup) -> Needs`, if any."""
 
     def identity(self) -> dict[str, Any] | None:
         """What the figures depend on beside the model; None where nothing can name it, and they are not kept."""

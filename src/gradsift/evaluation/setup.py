@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 from gradsift.base.errors import ConfigError, MismatchError
 from gradsift.base.progress import Reporter, silent
+from gradsift.context import Pool
 from gradsift.data.chat import ChatFormat, Supervise
 from gradsift.model.models import (
     DtypeName,
@@ -21,41 +22,15 @@ from gradsift.store.run import Run
 from gradsift.warmup.checkpoint import Checkpoint, open_checkpoint
 
 
-class Place(Protocol):
-    """A model and the run folder that keeps what is found out about it: a `Pool`, or the `Setup` of `open_model`."""
-
-    @property
-    def run(self) -> Run:
-        """The folder."""
-
-    @property
-    def model(self) -> str:
-        """Hub id or folder of the base model."""
-
-    @property
-    def chat(self) -> ChatFormat:
-        """Its chat template, with the length that examples are cut at."""
-
-    @property
-    def tokenizer(self) -> Any:
-        """Its tokenizer."""
-
-    @property
-    def dtype(self) -> DtypeName:
-        """It is run in."""
-
-    @property
-    def device(self) -> str:
-        """It is run on."""
-
-    @property
-    def reporter(self) -> Reporter:
-        """Where progress goes."""
-
-
 @dataclass(frozen=True)
 class Setup:
-    """A model with a run folder; see `Place` for the attributes."""
+    """A model, and the run folder that keeps what is found out about it.
+
+    model:         hub id or folder of the base model
+    chat:          its chat template, with the length that examples are cut at
+    dtype, device: it is run in, and on
+    reporter:      where progress goes
+    """
 
     run: Run
     model: str
@@ -64,6 +39,10 @@ class Setup:
     dtype: DtypeName = "auto"
     device: str = "auto"
     reporter: Reporter = field(default_factory=silent, repr=False)
+
+
+ModelInRun = Setup | Pool
+"""What can be evaluated in: a pool has all that a model without one has."""
 
 
 def open_model(
@@ -190,7 +169,7 @@ class Subject:
         }
 
 
-def subject_of(place: Place, evaluated: Evaluated) -> Subject:
+def subject_of(place: ModelInRun, evaluated: Evaluated) -> Subject:
     """What `evaluate` means by a training, a checkpoint, an adapter's folder or hub id, or None (the base model).
 
     Raises:

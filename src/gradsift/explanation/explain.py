@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
-from torch import Tensor
 
 from gradsift.base.errors import ConfigError, CorruptError, DataError, GradsiftError
+from gradsift.base.lazy import Tensor, torch
 from gradsift.base.ranks import descending_ranks
 from gradsift.base.types import Message, Skipped, TokenizedExample
 from gradsift.context import Pool, Target
@@ -26,22 +25,14 @@ from gradsift.explanation.relevance import AGGREGATIONS, Aggregation, Relevance,
 from gradsift.gradients.rows import View
 from gradsift.influence.estimator import Estimator, influence_of, target_view
 from gradsift.influence.less import LESS
-from gradsift.selection.strategies import (
-    CANDIDATES,
-    ORDERS,
-    Aide,
-    Candidates,
-    Divine,
-    FacilityLocation,
-    LeastInfluential,
-    MostHarmful,
-    MostHelpful,
-    MostInfluential,
-    RandomExamples,
-    RelevancePursuit,
-    Strategy,
-    choose_all,
-)
+from gradsift.selection.aide import Aide
+from gradsift.selection.candidates import CANDIDATES, ORDERS, Candidates
+from gradsift.selection.divine import Divine
+from gradsift.selection.facility_location import FacilityLocation
+from gradsift.selection.pursuit import RelevancePursuit
+from gradsift.selection.random import RandomChoice
+from gradsift.selection.selector import Selector, choose_all
+from gradsift.selection.top_k import LeastInfluential, MostHarmful, MostHelpful, MostInfluential
 from gradsift.store.gradient_store import GradientStore
 from gradsift.store.manifest import fingerprint, read_json
 from gradsift.store.run import revisions
@@ -52,9 +43,9 @@ Ranking = tuple[list[str], NDArray[np.float32]]
 DEFAULT_ESTIMATOR: Estimator = LESS(optimizer="sgd", checkpoints="last")
 """The cosine of plain gradients at the last checkpoint (Compact, App. A)."""
 
-DEFAULT_STRATEGIES: tuple[Strategy, ...] = (MostHelpful(), FacilityLocation(trade_off=0.5))
+DEFAULT_STRATEGIES: tuple[Selector, ...] = (MostHelpful(), FacilityLocation(trade_off=0.5))
 
-ALL_STRATEGIES: tuple[Strategy, ...] = (
+ALL_STRATEGIES: tuple[Selector, ...] = (
     MostHelpful(),
     MostHarmful(),
     MostInfluential(),
@@ -62,7 +53,7 @@ ALL_STRATEGIES: tuple[Strategy, ...] = (
     *(FacilityLocation(order=order, trade_off=λ) for order in ORDERS for λ in (0.25, 0.5, 0.75, 1.0)),
     *(Divine(order=order) for order in ORDERS),
     Aide(),
-    RandomExamples(),
+    RandomChoice(),
     RelevancePursuit(),
 )
 """The strategies of Compact's Table 1, and relevance pursuit."""
@@ -191,7 +182,7 @@ class Explanations:
     failed: tuple[Skipped, ...]
     budgets: tuple[int, ...] = ()
     estimators: tuple[Estimator, ...] = field(default=(), repr=False)
-    strategies: tuple[Strategy, ...] = field(default=(), repr=False)
+    strategies: tuple[Selector, ...] = field(default=(), repr=False)
     candidates: int = CANDIDATES
     source: OutputSource | None = field(default=None, repr=False, compare=False)
     store: GradientStore | None = field(default=None, repr=False, compare=False)
@@ -257,7 +248,7 @@ def explain(
     *,
     k: int | SequenceABC[int] = 5,
     estimator: Estimator | SequenceABC[Estimator] | None = None,
-    strategies: SequenceABC[Strategy] = DEFAULT_STRATEGIES,
+    strategies: SequenceABC[Selector] = DEFAULT_STRATEGIES,
     coefficients: CoefficientModel = "MSEProjUSimp",
     candidates: int = CANDIDATES,
     max_new_tokens: int = 128,
@@ -283,7 +274,7 @@ def explain(
             outputs (`gradsift.explanation.relevance.aggregate_relevance`).
 
     Raises:
-        ConfigError: k below 1 or above the pool, or above the candidates.
+        ConfigError: k below 1 or above the pool, or above the candidates; a strategy that cannot choose for one output.
         DataError: no question can be explained.
     """
     if isinstance(questions, str):
@@ -296,7 +287,7 @@ def explain(
     estimators: tuple[Estimator, ...] = tuple(given) if isinstance(given, SequenceABC) else (given,)
     if not strategies:
         raise ConfigError("there are no strategies: give at least one, such as most_helpful")
-    _check_once("strategy", [strategy.label for strategy in strategies])
+    _check_once("strategy", [strategy.strategy for strategy in strategies])
     _check_once("estimator", [ranker.label for ranker in estimators])
     for ranker in estimators:
         if not ranker.pairs or ranker.takes == "reward":
@@ -304,6 +295,8 @@ def explain(
                 f"{ranker.label} has no score for each output: explain with LESS, DataInf, ProjectedInverse, TRAK, "
                 "BM25 or RDS"
             )
+        for strategy in strategies:
+            strategy.check(ranker, explaining=True)
     checkpoint = pool.checkpoints()[-1]
     asked, again = _once_each(questions)
     answered, failed = answers(pool, asked, max_new_tokens=max_new_tokens)
@@ -395,7 +388,7 @@ class _Work:
     store: GradientStore
     gradients: GradientStore
     estimators: tuple[Estimator, ...]
-    strategies: tuple[Strategy, ...]
+    strategies: tuple[Selector, ...]
     budgets: tuple[int, ...]
     coefficients: CoefficientModel
     candidates: int
@@ -456,10 +449,12 @@ class _Work:
     def _of_estimator(
         self, output_id: str, estimator: Estimator, ids: list[str], scores: NDArray[np.float32], gradient: Tensor
     ) -> list[StrategyResult]:
-        competing = candidates_of(self.store, ids, scores, gradient, self.candidates)
+        competing = Candidates.stored(
+            self.store, ids, scores, gradient, count=self.candidates, test_id=output_id, pool=self.pool
+        )
         values = competing.scores
         ranks = descending_ranks(values.numpy())
-        choices = choose_all(self.strategies, competing, self.budgets, test_id=output_id)
+        choices = choose_all(self.strategies, competing, self.budgets)
         relevances = relevance_of_choices(competing, choices, models=(self.coefficients,))
         results = []
         for strategy, by_budget, by_model in zip(self.strategies, choices, relevances, strict=True):
@@ -470,7 +465,7 @@ class _Work:
                 results.append(
                     StrategyResult(
                         estimator=estimator.label,
-                        strategy=strategy.label,
+                        strategy=strategy.strategy,
                         k=k,
                         relevance_db=together.db,
                         ratio=together.ratio,
@@ -502,7 +497,7 @@ class _Work:
                 {**estimator.model_dump(mode="json"), "inputs": estimator.inputs(self.pool)}
                 for estimator in self.estimators
             ],
-            "strategies": [strategy.model_dump(mode="json") for strategy in self.strategies],
+            "strategies": [strategy.identity(explaining=True) for strategy in self.strategies],
             "budgets": list(self.budgets),
             "coefficients": self.coefficients,
             "candidates": self.candidates,
@@ -535,18 +530,6 @@ def _ranking(pool: Pool, source: OutputSource, estimator: Estimator) -> Ranking:
 def _row(store: GradientStore, id_: str) -> Tensor:
     position = store.positions([id_])[0]
     return store.rows(position, position + 1)[0]
-
-
-def candidates_of(
-    store: GradientStore, ids: SequenceABC[str], scores: NDArray[np.float32], gradient: Tensor, count: int = CANDIDATES
-) -> Candidates:
-    """What strategies choose from for one output: the scored examples that have a gradient."""
-    values = torch.from_numpy(np.ascontiguousarray(scores))
-    known = torch.tensor([id_ in store for id_ in ids])
-    values = torch.where(known, values, torch.full_like(values, -torch.inf))
-    return Candidates(
-        values, lambda positions: store.rows_by_id([ids[position] for position in positions]), gradient, count=count
-    )
 
 
 def _draw(relevance: Relevance) -> Draw:

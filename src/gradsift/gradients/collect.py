@@ -12,18 +12,18 @@ from functools import cached_property, lru_cache, partial
 from typing import Any, Literal, NamedTuple, Protocol
 
 import psutil
-import torch
 
 from gradsift.base.errors import ConfigError, CorruptError, DataError, MismatchError
 from gradsift.base.interruption import keep_note, pressed
+from gradsift.base.lazy import Tensor, torch
 from gradsift.base.progress import Advance, Reporter, silent, untold
 from gradsift.base.settings import Settings
 from gradsift.base.sums import row_norms
 from gradsift.base.types import Sequence
 from gradsift.execution.engine import LOCAL, Engine
 from gradsift.gradients.adam import AdamDirection, EpsPlacement
+from gradsift.gradients.background import to_host, write, writing_in_background
 from gradsift.gradients.batching import automatic_lanes, automatic_token_budget, measured_token_budget, repeated
-from gradsift.gradients.behind import to_host, write, writing_behind
 from gradsift.gradients.capture import LORA, Modules, find_modules
 from gradsift.gradients.exact import ExactProducts, Side
 from gradsift.gradients.projection import Projection, Projector, plan_segments
@@ -106,7 +106,7 @@ class SequenceSource(Protocol):
     """What rows are made of: labelled examples, or the sampled responses of prompts. Must be picklable."""
 
     @property
-    def ids(self) -> list[str]:
+    def ids(self) -> SequenceABC[str]:
         """One per row."""
 
     @property
@@ -286,10 +286,25 @@ def known_error(
     dtype: DtypeName = "auto",
 ) -> MeasuredError | None:
     """The measured error of a store that the run holds; nothing is collected, and no row is read."""
+    content = kept_manifest(run, source, checkpoint, model=model, view=view, settings=settings, dtype=dtype)
+    return None if content is None else MeasuredError.of_dict(content.get("measured_error"))
+
+
+def kept_manifest(
+    run: Run,
+    source: SequenceSource,
+    checkpoint: Checkpoint,
+    *,
+    model: str,
+    view: View,
+    settings: Gradients,
+    dtype: DtypeName = "auto",
+) -> dict[str, Any] | None:
+    """The manifest of a complete store of the run, be it with sums that were not asked for."""
     for held in (settings, settings.model_copy(update={"full_sum": True})):
         content = run.manifest(run.prefix("gradients", store_config(source, checkpoint, model, view, held, dtype)))
         if content is not None:
-            return MeasuredError.of_dict(content.get("measured_error"))
+            return content
     return None
 
 
@@ -474,7 +489,7 @@ def _exact_rows(exact: ExactProducts, view: View, keep: SequenceABC[int]) -> Exa
     )
 
 
-_Waiting = Callable[[], dict[str, torch.Tensor]]
+_Waiting = Callable[[], dict[str, Tensor]]
 
 
 def _write(
@@ -756,7 +771,7 @@ def _collect_missing(
     if rows_left < count:
         reporter.say(f"{count - rows_left} of {count} {what} rows are there already")
     try:
-        with reporter.stage(label, rows_left) as advance, writing_behind():
+        with reporter.stage(label, rows_left) as advance, writing_in_background():
             for _ in engine.map(tasks, advance, "shard"):
                 pass
     except KeyboardInterrupt:

@@ -12,10 +12,9 @@ from itertools import pairwise
 from typing import Literal, cast
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
+from gradsift.base.lazy import Tensor, nn, torch
 from gradsift.base.memory import empty_device_cache, give_back_memory, is_out_of_memory
 from gradsift.base.sums import row_norms
 from gradsift.base.types import Sequence

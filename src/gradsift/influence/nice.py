@@ -8,9 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, Literal, TypeGuard
 
-from torch import Tensor
-
 from gradsift.base.errors import ConfigError, DataError
+from gradsift.base.lazy import Tensor
 from gradsift.base.types import Sequence as TokenSequence
 from gradsift.context import Pool, Target
 from gradsift.generation.assistant import Assistant

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
 from gradsift.base.errors import CorruptError, GradsiftError
+from gradsift.base.lazy import torch
 from gradsift.base.ranks import descending_ranks
 from gradsift.context import Pool
-from gradsift.explanation.explain import Explanation, Explanations, StrategyResult, candidates_of
+from gradsift.explanation.explain import Explanation, Explanations, StrategyResult
 from gradsift.explanation.relevance import AGGREGATIONS, to_db
 from gradsift.explanation.table import RelevanceTable
 from gradsift.model import embeddings
@@ -39,8 +39,9 @@ from gradsift.report.relevance_page import (
 )
 from gradsift.report.relevance_page import Validated as ValidatedPoint
 from gradsift.report.text import column_texts
-from gradsift.selection.facility_location import SimilarityKind, cost_from_scores, similarity_from_cosines
-from gradsift.selection.strategies import Candidates, FacilityLocation, Order, RandomExamples, Strategy, naive_key
+from gradsift.selection.candidates import Candidates, Order, naive_key
+from gradsift.selection.facility_location import cost_from_scores, similarity_from_cosines
+from gradsift.selection.selector import Selector
 from gradsift.store.manifest import versions
 from gradsift.store.run import Run
 from gradsift.validation.validate import Validation
@@ -143,8 +144,8 @@ def explanation_page(
     estimator = explanations.estimators[0]
     ids, scores = explanations.scores_of(entry.id, estimator)
     assert explanations.store is not None
-    competing = candidates_of(
-        explanations.store, ids, scores, explanations.gradient_of(entry.id), explanations.candidates
+    competing = Candidates.stored(
+        explanations.store, ids, scores, explanations.gradient_of(entry.id), count=explanations.candidates
     )
     results = [result for result in entry.results if result.estimator == estimator.label]
     shown = _Shown(pool, competing, ids, results, _main_order(explanations.strategies))
@@ -156,7 +157,7 @@ def explanation_page(
         shown.candidate(number, gradient_xy[number], embedding_xy[number] if embedding_xy else None)
         for number in range(len(shown.places))
     )
-    by_label = {strategy.label: strategy for strategy in explanations.strategies}
+    by_label = {strategy.strategy: strategy for strategy in explanations.strategies}
     names = list(dict.fromkeys(result.strategy for result in results))
     strategies = tuple(
         _strategy_view(by_label[name], entry, [r for r in results if r.strategy == name], shown) for name in names
@@ -257,10 +258,10 @@ def _facts(explanations: Explanations) -> dict[str, str]:
     return {"model": pool.model, "pool": pool.data.description, **measured}
 
 
-def _main_order(strategies: SequenceABC[Strategy]) -> Order:
+def _main_order(strategies: SequenceABC[Selector]) -> Order:
     """The ranking of the first strategy that has one."""
-    orders = [strategy.order for strategy in strategies if not isinstance(strategy, RandomExamples)]
-    return next((order for order in orders if order != "any"), "most_helpful")
+    orders = (strategy.ranking for strategy in strategies)
+    return next((order for order in orders if order is not None and order != "any"), "most_helpful")
 
 
 class _Shown:
@@ -328,10 +329,9 @@ class _Shown:
 
 
 def _strategy_view(
-    strategy: Strategy, entry: Explanation, results: SequenceABC[StrategyResult], shown: _Shown
+    strategy: Selector, entry: Explanation, results: SequenceABC[StrategyResult], shown: _Shown
 ) -> StrategyView:
-    kind: SimilarityKind = strategy.similarity if isinstance(strategy, FacilityLocation) else "cosine_squared"
-    similarity = similarity_from_cosines(shown.cosine, kind)
+    similarity = similarity_from_cosines(shown.cosine, strategy.coverage)
     by_budget = {}
     for result in results:
         picks = [(shown.number[example.id], example) for example in result.examples]
@@ -344,10 +344,10 @@ def _strategy_view(
             redundancy=tuple(tuple(row) for row in shown.cosine[numbers][:, numbers].tolist()),
             coverage=tuple(similarity[:, numbers].amax(dim=1).clamp(0, 1).tolist()),
         )
-    if isinstance(strategy, RandomExamples):
-        return StrategyView(strategy.label, by_budget, entry.over_draws(results[0]))
-    candidates, costs = shown.view_of(shown.order if strategy.order == "any" else strategy.order)
-    return StrategyView(strategy.label, by_budget, "", candidates, costs)
+    over = entry.over_draws(results[0]) if strategy.by_chance else ""
+    order = strategy.ranking
+    candidates, costs = shown.view_of(shown.order if order is None or order == "any" else order)
+    return StrategyView(strategy.strategy, by_budget, over, candidates, costs)
 
 
 def _embedded(texts: SequenceABC[str], model: str | None, warnings: list[str]) -> NDArray[np.float32] | None:

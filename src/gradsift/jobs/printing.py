@@ -11,6 +11,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from gradsift.base.progress import visible
+from gradsift.base.settings import Settings
 from gradsift.explanation.explain import Explanations, StrategyResult
 from gradsift.explanation.relevance import AGGREGATIONS
 from gradsift.explanation.table import RelevanceTable
@@ -18,6 +19,7 @@ from gradsift.influence.diagnostics import PolicyDiagnostics
 from gradsift.influence.estimators import estimators
 from gradsift.jobs.results import FILES, Result, files_of, reliability_sentences, shares, shown_budget
 from gradsift.report.terminal import console, decibels, first_words, on_one_line, shares_text, table
+from gradsift.selection.selectors import selectors
 
 
 def print_result(result: Result) -> None:
@@ -160,12 +162,28 @@ def _number(value: float | None) -> str:
     return f"{value:.0f}" if float(value).is_integer() and abs(value) >= 1 else f"{value:.3f}"
 
 
-def print_estimators() -> None:
-    """All estimators: kind, what they take of a target and read of the pool, and the first paragraph about them."""
+def print_methods() -> None:
+    """All estimators and selectors: kind, what they take or read, and the first paragraph about them."""
     out = console()
+    out.print("Estimators, which rank: --estimator\n", markup=False)
     for kind, one in estimators().items():
-        takes = one.takes if one.needs_target else "no target"
         view = one.model_construct().view
-        said = (inspect.getdoc(one) or "").partition("\n\n")[0].replace("\n", " ")
-        out.print(f"{kind:<20}{takes}{'' if view is None else f', {view} rows'}", markup=False)
-        out.print(Padding(Text(said), (0, 0, 1, 4)))
+        reads = f"{one.takes if one.needs_target else 'no target'}{'' if view is None else f', {view} rows'}"
+        _print_method(out, kind, reads, one)
+    out.print("Selectors, which choose by the ranking: --selection of select, --strategy of explain\n", markup=False)
+    for kind, chooser in selectors().items():
+        _print_method(out, kind, _TAKEN[chooser.model_construct().takes], chooser)
+
+
+_TAKEN = {
+    "scores": "scores",
+    "rows": "gradients of rows",
+    "target": "gradients of rows and target",
+    "checkpoints": "gradients of rows and targets at every checkpoint; not to explain",
+}
+
+
+def _print_method(out: Any, kind: str, reads: str, method: type[Settings]) -> None:
+    said = (inspect.getdoc(method) or "").partition("\n\n")[0].replace("\n", " ")
+    out.print(f"{kind:<20}{reads}", markup=False)
+    out.print(Padding(Text(said), (0, 0, 1, 4)))

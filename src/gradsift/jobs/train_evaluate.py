@@ -13,10 +13,10 @@ from gradsift.base.inputs import read_input
 from gradsift.base.progress import Reporter
 from gradsift.data.files import MAX_JSON_BYTES, Row, is_data_file
 from gradsift.data.sources import read_rows
+from gradsift.evaluation.any_metric import AnyMetric
 from gradsift.evaluation.evaluate import Evaluation, evaluate
 from gradsift.evaluation.fine_tune import Keep, check_seeds, train_on
 from gradsift.evaluation.metric import Metric
-from gradsift.evaluation.metrics import AnyMetric
 from gradsift.evaluation.setup import Setup, open_model
 from gradsift.generation.endpoint import Endpoint
 from gradsift.generation.sampling import Sampling

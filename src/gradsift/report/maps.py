@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from gradsift.base.errors import NonFiniteError, ShapeError
+from gradsift.base.lazy import Tensor
 
 _COMPONENTS = 50  # both as in Compact, Figure 2
 _PERPLEXITY = 10.0

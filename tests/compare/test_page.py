@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradsift.compare.views import length_edges
+from gradsift.compare.page import length_edges
 from gradsift.evaluation.arms import Compare
 from gradsift.recipe import Recipe, as_yaml
 

@@ -1,300 +1,280 @@
-"""MAGIC: the exact influence of every row through a whole fine-tuning (Ilyas & Engstrom 2025, arXiv 2504.16430).
-
-A training with row weights w takes the gradient of `L_t(θ; w) = Σ_{i∈B_t} w_i·ℓ_i(θ) / |B_t|` in step t, and Adam makes
-θ_{t+1}, m_{t+1}, v_{t+1} of it. What a row is worth to a target's loss F at the end of it is `−∂F(θ_T(w))/∂w_i` at
-w = 1. It is computed by going back through the steps (Engstrom et al. 2025, arXiv 2503.13751): exact but for rounding,
-at the cost of about two more backward passes a step.
-"""
+"""MAGIC: the exact influence of every row through a whole fine-tuning (Ilyas & Engstrom 2025, arXiv 2504.16430)."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from collections.abc import Sequence as SequenceABC
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
 
-from gradsift.base.errors import ConfigError, ShapeError
+from gradsift.base.errors import ConfigError
+from gradsift.base.lazy import Tensor, torch
+from gradsift.base.ranks import spearman
+from gradsift.context import Pool, Target
+from gradsift.gradients.collect import SequenceSource
+from gradsift.gradients.losses import row_losses
+from gradsift.influence.estimator import Estimator, Influence, TargetsByCheckpoint
+from gradsift.influence.metagradient import Adam
+from gradsift.influence.metagradient import metagradient as metagradient
+from gradsift.influence.prompts import PromptTarget
+from gradsift.influence.replay import Network, Positions, Record, Replay, Returned
+from gradsift.model.models import host
+from gradsift.store.manifest import fingerprint
+from gradsift.warmup.train import Training, Warmup, effective_batch_size, epoch_order, train, warm_up_ids
 
-RowLosses = Callable[[Tensor, Tensor], Tensor]
-"""(θ `[parameter]`, rows int64 `[row]`) → the loss of each row, `[row]`, twice differentiable."""
+_GROWTH = 20.0  # how often the adjoint's norm may be that at the end; prototypes that foretold well had 5 at most
+_DROPPED = 0.1  # share of the trained rows that a check leaves out
 
 
 @dataclass(frozen=True)
-class Adam:
-    """AdamW as torch has it, and ε_root under the root, which makes its first steps smooth.
+class Check:
+    """Predicted and true change of the targets' mean loss, nats, without a tenth of the rows, one number a retraining.
 
-    `u = m̂ / (√(v̂ + ε_root) + ε)` and `θ' = (1 − lr·wd)·θ − lr·u`, of a gradient that is scaled to a 2-norm of at most
-    `max_grad_norm` before it enters the moments; None never scales.
+    kept:      ids of the training: all, then those of each retraining
+    predicted: by the scores
+    smooth:    of the same training without the rows
+    plain:     of `gradsift train` without them, less that with them: of another seed, with dropout, Adam as it is
     """
 
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    eps_root: float = 1e-8
-    weight_decay: float = 0.0
-    max_grad_norm: float | None = None
+    kept: tuple[tuple[str, ...], ...]
+    predicted: tuple[float, ...]
+    smooth: tuple[float, ...]
+    plain: tuple[float, ...] = ()
 
-    def clip(self, gradient: Tensor) -> tuple[Tensor, float | None]:
-        """The gradient that enters the moments, and its norm before where that was too large."""
-        if self.max_grad_norm is None:
-            return gradient, None
-        norm = float(gradient.norm())
-        scale = self.max_grad_norm / (norm + _CLIP)
-        return (gradient * scale, norm) if scale < 1 else (gradient, None)
-
-    def step(self, state: State, gradient: Tensor, rate: float) -> State:
-        """The state after one step along the loss's gradient `[parameter]`, before clipping."""
-        beta1, beta2 = self.betas
-        gradient, _ = self.clip(gradient)
-        exp_avg = beta1 * state.exp_avg + (1 - beta1) * gradient
-        exp_avg_sq = beta2 * state.exp_avg_sq + (1 - beta2) * gradient.square()
-        mean, root = self._corrected(exp_avg, exp_avg_sq, state.step + 1)
-        theta = (1 - rate * self.weight_decay) * state.theta - rate * mean / (root + self.eps)
-        return State(theta, exp_avg, exp_avg_sq, state.step + 1)
-
-    def back(self, adjoint: Adjoint, state: State, gradient: Tensor, rate: float) -> tuple[Tensor, Adjoint]:
-        """One step backwards.
-
-        Args:
-            adjoint: of the state after the step.
-            state: before the step.
-            gradient: of the step's loss there, before clipping `[parameter]`.
-            rate: of the step.
-
-        Returns:
-            q `[target parameter]`, with which F changes by ⟨q, dĝ⟩ where the loss's gradient changes by dĝ; and the
-            adjoint of the state before, to whose θ `∇_θ⟨q, ∇L_t(θ_t)⟩` is still to be added.
-        """
-        beta1, beta2 = self.betas
-        clipped, norm = self.clip(gradient)
-        exp_avg = beta1 * state.exp_avg + (1 - beta1) * clipped
-        exp_avg_sq = beta2 * state.exp_avg_sq + (1 - beta2) * clipped.square()
-        mean, root = self._corrected(exp_avg, exp_avg_sq, state.step + 1)
-        below = root + self.eps
-        along_mean = (1 / (1 - beta1 ** (state.step + 1))) / below
-        # Where the root is 0, so is every gradient so far: none of them moves the weight to first order.
-        slope = torch.where(root > 0, 0.5 / root.clamp(min=torch.finfo(root.dtype).tiny), 0.0)
-        along_square = -mean / below.square() * slope / (1 - beta2 ** (state.step + 1))
-        of_mean = adjoint.exp_avg - rate * adjoint.theta * along_mean
-        of_square = adjoint.exp_avg_sq - rate * adjoint.theta * along_square
-        along = (1 - beta1) * of_mean + 2 * (1 - beta2) * clipped * of_square
-        if norm is not None:
-            assert self.max_grad_norm is not None
-            scale = self.max_grad_norm / (norm + _CLIP)
-            lost = (along @ gradient) * self.max_grad_norm / (norm * (norm + _CLIP) ** 2)
-            along = scale * along - lost[:, None] * gradient
-        theta = (1 - rate * self.weight_decay) * adjoint.theta
-        return along, Adjoint(theta, beta1 * of_mean, beta2 * of_square)
-
-    def _corrected(self, exp_avg: Tensor, exp_avg_sq: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """m̂, and √(v̂ + ε_root)."""
-        beta1, beta2 = self.betas
-        return exp_avg / (1 - beta1**step), (exp_avg_sq / (1 - beta2**step) + self.eps_root).sqrt()
-
-
-_CLIP = 1e-6  # torch's own, beside the norm that it divides by
+    def __str__(self) -> str:
+        known = [spearman(np.array(self.predicted), np.array(true)) for true in (self.smooth, self.plain)]
+        said = ["none" if value is None else f"{value:+.2f}" for value in known]
+        return (
+            f"over {len(self.predicted)} retrainings without a tenth of the rows, predicted and true change of the "
+            f"loss have a rank correlation of {said[0]} in the same training, {said[1]} in plain ones of another seed"
+        )
 
 
 @dataclass(frozen=True)
-class State:
-    """A training after `step` steps: θ and Adam's moments, each `[parameter]`."""
+class MagicTerms:
+    """What MAGIC knows of its numbers.
 
-    theta: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    step: int
+    errors: standard error of each row's score over trainings, `[row]`; None of one training
+    growth: the largest norm of the adjoint, in that at the end, of each training
+    check:  predicted and true changes, where they were asked for
+    """
 
-    @classmethod
-    def at(cls, start: Tensor) -> State:
-        """Before the first step."""
-        return cls(start, torch.zeros_like(start), torch.zeros_like(start), 0)
-
-
-@dataclass(frozen=True)
-class Adjoint:
-    """How targets' losses at the end change with a state: μ_θ, μ_m, μ_v, each `[target parameter]`."""
-
-    theta: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-
-    @classmethod
-    def at(cls, gradients: Tensor) -> Adjoint:
-        """After the last step, of the targets' gradients there."""
-        return cls(gradients, torch.zeros_like(gradients), torch.zeros_like(gradients))
+    errors: NDArray[np.float64] | None
+    growth: tuple[float, ...]
+    check: Check | None
 
 
-def loss_gradient(row_losses: RowLosses, theta: Tensor, rows: Tensor, shares: Tensor) -> Tensor:
-    """∇ Σ_i share_i·ℓ_i(θ), `[parameter]`."""
-    theta = theta.detach().requires_grad_()
-    with torch.enable_grad():
-        losses = row_losses(theta, rows)
-        _refuse_shape(losses, rows)
-        (gradient,) = torch.autograd.grad((shares * losses).sum(), theta)
-    return gradient
+class MAGIC(Estimator):
+    """MAGIC (Ilyas & Engstrom 2025): how the target's loss after a whole fine-tuning changes with a row's weight.
+
+    The training is that of `gradsift train` with the run's preset, made smooth: no dropout, a longer warm-up, ε_root.
+    It is taken whatever adapters are given, and rows that are in the target do not take part. Rows that it does not
+    train on ride along with weight 0. Scores are −∂F/∂w, in nats of the target's mean loss.
+
+    fraction: share of the pool that the training takes, drawn by the seed.
+    epochs: of the training; None takes the preset's.
+    learning_rate: its peak; None takes the preset's. Lower where the training is not smooth.
+    warmup_ratio: share of the steps over which the rate rises from 0; the preset's where that is larger.
+    eps_root: under the root of Adam's second moment; far above it, Adam becomes momentum SGD.
+    seeds: trainings, of which the scores are averaged.
+    per: one way back for each `subtask` (all targets without subtasks), or for each `target`.
+    check: retrainings without a random tenth of the rows, against which the scores are held.
+    memory: GiB of disk for the steps of a training; where they do not fit, they are taken again on the way back.
+    """
+
+    kind: Literal["magic"] = "magic"
+    fraction: float = Field(default=1.0, gt=0, le=1)
+    epochs: int | None = Field(default=None, ge=1)
+    learning_rate: float | None = Field(default=None, gt=0)
+    warmup_ratio: float = Field(default=0.2, ge=0, lt=1)
+    eps_root: float = Field(default=1e-10, ge=0)
+    seeds: int = Field(default=1, ge=1)
+    per: Literal["subtask", "target"] = "subtask"
+    check: int = Field(default=0, ge=0)
+    memory: float = Field(default=16.0, gt=0)
+
+    @property
+    def label(self) -> str:
+        """What tables call it."""
+        parts = [f"{self.fraction:g} of the pool"] * (self.fraction < 1) + [f"{self.seeds} trainings"] * (
+            self.seeds > 1
+        )
+        parts += [f"{name} {value:g}" for name, value in (("lr", self.learning_rate), ("epochs", self.epochs)) if value]
+        return f"MAGIC ({', '.join(parts)})" if parts else "MAGIC"
+
+    def influence(self, pool: Pool, target: Target | PromptTarget | None) -> Influence:
+        """Of every pool row, by going back through each training once for each group of targets."""
+        assert target is not None, self
+        source = self.targets(pool, target)
+        if isinstance(source, TargetsByCheckpoint):
+            raise ConfigError("MAGIC takes labelled targets: sampled responses depend on the checkpoint")
+        ending = _Ending(source, _groups(len(source.ids), target.subtasks, self.per))
+        overlap = {skip.id for skip in target.overlap}
+        scores, returned, identity = [], [], []
+        check = None
+        for seed in range(pool.seed, pool.seed + self.seeds):
+            replay, ids = self._replay(pool, overlap, seed)
+            note = fingerprint([source.fingerprint, ending.groups.tolist(), list(pool.data.ids)])
+            with replay.network() as network:
+                found = replay.back(network, note, partial(ending.gradients, network), replay.record.riders)
+                if self.check and seed == pool.seed:
+                    check = self._smooth_check(pool, replay, network, ending, found, ids)
+            scores.append(-found.change[:, pool.training.positions(pool.data.ids)].T)
+            returned.append(found)
+            identity.append(replay.fingerprint)
+        if check is not None:
+            check = self._plain_check(pool, check, ending)
+        each = np.stack(scores)  # [training row group]
+        errors = None if self.seeds == 1 else each.mean(axis=2).std(axis=0, ddof=1) / np.sqrt(self.seeds)
+        growth = tuple(float(one.norms.max() / one.norms[-1]) if one.norms[-1] else 0.0 for one in returned)
+        # A group's derivative stands in for each of its targets': means over targets are the same.
+        matrix = each.mean(axis=0)[:, ending.groups]
+        return Influence(
+            list(pool.data.ids),
+            matrix.astype(np.float32),
+            warnings=(*_not_smooth(growth, returned), *([f"MAGIC: {check}"] if check else [])),
+            identity={"replays": identity},
+            terms=MagicTerms(errors, growth, check),
+        )
+
+    def training(self, pool: Pool) -> Training:
+        """The run's preset, made smooth."""
+        preset = pool.warmup
+        changed = {"dropout": 0.0, "warmup_ratio": max(preset.warmup_ratio, self.warmup_ratio)}
+        given = {"epochs": self.epochs, "learning_rate": self.learning_rate}
+        changed |= {name: value for name, value in given.items() if value is not None}
+        return Training.model_validate(preset.model_dump(include=set(Training.model_fields)) | changed)
+
+    def _replay(self, pool: Pool, overlap: set[str], seed: int) -> tuple[Replay, list[str]]:
+        """A training by its seed, and the ids that it trains on."""
+        rows, training = pool.training, self.training(pool)
+        share = Warmup.model_validate(training.model_dump() | {"fraction": self.fraction})
+        ids = sorted(id_ for id_ in warm_up_ids(rows, share, seed) if id_ not in overlap)
+        if not ids:
+            raise ConfigError("MAGIC: every row of the training is in the target: raise fraction, or --keep-overlap")
+        trained = set(ids)
+        beside = [id_ for id_ in pool.data.ids if id_ not in trained and id_ not in overlap]
+        record = recorded(training, rows.positions(ids), rows.positions(beside), seed=seed, eps_root=self.eps_root)
+        what = "MAGIC's training" if self.seeds == 1 else f"MAGIC's training {seed - pool.seed + 1} of {self.seeds}"
+        replay = Replay(
+            pool.run, rows, record, model=pool.model, dtype=pool.dtype, device=pool.device,
+            budget=self.memory * 2**30, reporter=pool.reporter, what=what,
+        )  # fmt: skip
+        return replay, ids
+
+    def _smooth_check(
+        self, pool: Pool, replay: Replay, network: Network, ending: _Ending, found: Returned, ids: list[str]
+    ) -> Check:
+        """Retrain without random rows, the training being the same otherwise."""
+        draw = np.random.default_rng((pool.seed, self.check))
+        change = torch.from_numpy(found.change).mean(dim=0)
+        before = ending.loss(network, replay.end(network))
+        drawn = [draw.choice(len(ids), max(1, round(_DROPPED * len(ids))), replace=False) for _ in range(self.check)]
+        kept, predicted, smooth = [ids], [], []
+        with pool.reporter.stage("MAGIC's check", self.check, "retrainings") as advance:
+            for without in ([ids[number] for number in numbers] for numbers in drawn):
+                weights = torch.ones(len(pool.training), dtype=torch.float64)
+                weights[pool.training.positions(without)] = 0.0
+                kept.append(sorted(set(ids) - set(without)))
+                predicted.append(float((weights - 1) @ change))
+                smooth.append(ending.loss(network, replay.end_with(network, weights)) - before)
+                advance(1)
+        return Check(tuple(map(tuple, kept)), tuple(predicted), tuple(smooth))
+
+    def _plain_check(self, pool: Pool, check: Check, ending: _Ending) -> Check:
+        """Train as users do on all rows and without the same ones."""
+        given = {"epochs": self.epochs, "learning_rate": self.learning_rate}
+        plain = Training.model_validate(
+            pool.warmup.model_dump(include=set(Training.model_fields))
+            | {name: value for name, value in given.items() if value is not None}
+        )
+        losses = []
+        for ids in check.kept:
+            checkpoint = train(
+                pool.run, pool.training, ids, plain, model=pool.model, dtype=pool.dtype, device=pool.device,
+                seed=pool.seed + 1, what="MAGIC's check", reporter=pool.reporter,
+            )[-1]  # fmt: skip
+            model = host(pool.model, pool.dtype, pool.device).with_adapter(checkpoint.adapter)
+            losses.append(ending.mean(row_losses(model, ending.sequences, len(ending.groups))))
+        return replace(check, plain=tuple(loss - losses[0] for loss in losses[1:]))
 
 
-class Reverse:
-    """The loss of a step, gone through backwards once, to be gone through backwards again along any direction.
-
-    G(s) = ∇ Σ_i s_i·ℓ_i is linear in s, so that ⟨q, G(s)⟩ has the derivative ⟨q, ∇ℓ_i⟩ by s_i and, by θ, the Hessian of
-    the weighted loss times q: one backward pass through the backward pass gives both.
+def recorded(
+    training: Training, trained: SequenceABC[int], beside: SequenceABC[int], *, seed: int, eps_root: float
+) -> Record:
+    """The training that `gradsift train` would do, step by step.
 
     Args:
-        row_losses: see `metagradient`.
-        theta: `[parameter]`.
-        rows: int64 `[row]`.
-        shares: s, what each row's loss counts for, `[row]`; 0 for one that rides along.
-
-    Attributes:
-        gradient: ∇ Σ_i s_i·ℓ_i(θ), `[parameter]`.
+        training: without dropout.
+        trained: positions of the rows that it trains on, sorted by their ids.
+        beside: of those that ride along, each once an epoch.
+        seed: of the adapter and of every order.
+        eps_root: of Adam.
     """
+    from gradsift.warmup.trainer import learning_rates
 
-    def __init__(self, row_losses: RowLosses, theta: Tensor, rows: Tensor, shares: Tensor) -> None:
-        self._inputs = shares.detach().requires_grad_(), theta.detach().requires_grad_()
-        with torch.enable_grad():
-            losses = row_losses(self._inputs[1], rows)
-            _refuse_shape(losses, rows)
-            (self._gradient,) = torch.autograd.grad(
-                (self._inputs[0] * losses).sum(), self._inputs[1], create_graph=True
-            )
-        self.gradient = self._gradient.detach()
-
-    def along(self, directions: Tensor) -> tuple[Tensor, Tensor]:
-        """What each row adds along directions q `[target parameter]`, and how that changes with θ.
-
-        Returns:
-            ⟨q, ∇ℓ_i⟩ `[target row]`, and ∇_θ⟨q, ∇ Σ_i s_i·ℓ_i⟩ `[target parameter]`.
-        """
-        found = [
-            torch.autograd.grad(self._gradient, self._inputs, direction, retain_graph=True, materialize_grads=True)
-            for direction in directions
-        ]
-        return torch.stack([terms for terms, _ in found]), torch.stack([products for _, products in found])
+    size = effective_batch_size(len(trained), training.batch_size)
+    rows, others = np.array(trained, dtype=np.int64), np.array(beside, dtype=np.int64)
+    batches: list[Positions] = []
+    riders: list[Positions] = []
+    for epoch in range(training.epochs):
+        order = rows[epoch_order(len(rows), seed, epoch)]
+        own = [order[start : start + size] for start in range(0, len(order), size)]
+        batches += own
+        riders += np.array_split(others[epoch_order(len(others), seed, epoch)], len(own))
+    optimizer = Adam(training.betas, training.eps, eps_root, training.weight_decay, training.max_grad_norm or None)
+    rates = tuple(learning_rates(training, len(batches)))
+    return Record(training, seed, optimizer, tuple(batches), rates, tuple(riders))
 
 
-def metagradient(
-    row_losses: RowLosses,
-    target_loss: Callable[[Tensor], Tensor],
-    start: Tensor,
-    batches: SequenceABC[Tensor],
-    *,
-    lr: SequenceABC[float],
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    eps_root: float = 1e-8,
-    weight_decay: float = 0.0,
-    max_grad_norm: float | None = None,
-    weights: Tensor | None = None,
-    riders: SequenceABC[Tensor] | None = None,
-) -> Tensor:
-    """How a loss at the end of a training changes with the weight of each row: `∂F(θ_T(w))/∂w_i`.
+class _Ending:
+    """The targets' losses at the end of a training: a mean for each group, `groups` `[target]`."""
 
-    Influence is its negative: a row whose weight lowers F helps. Every state of the training is held in memory.
+    def __init__(self, source: SequenceSource, groups: NDArray[np.int64]) -> None:
+        self.sequences = source.sequences(0, len(source.ids))
+        self.groups = groups
+        self._counts = np.bincount(groups)
 
-    Args:
-        row_losses: (θ `[parameter]`, rows int64 `[row]`) → their losses `[row]`, twice differentiable in θ.
-        target_loss: θ → F, a scalar, or `[target]`.
-        start: θ_0 `[parameter]`, float32 or float64.
-        batches: of each step the rows that it trains on, int64 `[row]`; one that stands twice counts twice.
-        lr: the learning rate of each step.
-        betas: β1, β2 of Adam.
-        eps: ε outside Adam's root.
-        eps_root: ε under it.
-        weight_decay: AdamW's, times the learning rate.
-        max_grad_norm: gradients of a larger 2-norm are scaled down to it.
-        weights: w, at which the derivative is taken, `[row]`; 1 by default.
-        riders: of each step, rows that ride along with weight 0: the batch is divided by its own length alone.
+    def gradients(self, network: Network, theta: Tensor) -> Tensor:
+        """Of the groups' means, `[group parameter]`."""
+        found = []
+        for group, count in enumerate(self._counts):
+            rows = {int(row): number for number, row in enumerate(np.flatnonzero(self.groups == group))}
+            own = [replace(one, row=rows[one.row]) for one in self.sequences if one.row in rows]
+            shares = torch.full((int(count),), 1.0 / int(count), dtype=torch.float64)
+            found.append(network.gradient(theta, own, shares)[0])
+        return torch.stack(found)
 
-    Returns:
-        `[row]`, or `[target row]`, for the rows from 0 to the largest that batches and riders name, 0 for those between
-        that they do not name.
+    def loss(self, network: Network, theta: Tensor) -> float:
+        """The mean over groups of their means, nats."""
+        return self.mean(network.losses(theta, self.sequences, len(self.groups)))
 
-    Raises:
-        ConfigError: no step, an empty batch, an ε or a norm out of its range.
-        ShapeError: arguments that do not go together, or losses of another shape than asked for.
-
-    Example:
-        >>> loss = lambda theta, rows: (theta[0] - rows) ** 2 / 2
-        >>> start, batches = torch.zeros(1, dtype=torch.float64), [torch.tensor([0, 1])]
-        >>> found = metagradient(loss, lambda theta: theta[0], start, batches, lr=[0.1], eps=1.0)
-        >>> [round(float(value), 4) for value in found]  # row 1 pulls θ up
-        [0.0, 0.0222]
-    """
-    riders = [torch.empty(0, dtype=torch.int64)] * len(batches) if riders is None else riders
-    count = _checked(start, batches, lr, weights, riders)
-    optimizer = _checked_adam(Adam(betas, eps, eps_root, weight_decay, max_grad_norm))
-    weights = start.new_ones(count) if weights is None else weights.to(start)
-
-    def shares(batch: Tensor) -> Tensor:
-        return weights[batch] / len(batch)
-
-    states = [State.at(start.detach())]
-    for batch, rate in zip(batches, lr, strict=True):
-        gradient = loss_gradient(row_losses, states[-1].theta, batch, shares(batch))
-        states.append(optimizer.step(states[-1], gradient, rate))
-    end = states.pop().theta.detach().requires_grad_()
-    with torch.enable_grad():
-        losses = target_loss(end)
-        if losses.ndim > 1:
-            raise ShapeError(f"target_loss gave shape {tuple(losses.shape)}: wanted a scalar, or one loss a target")
-        flat = losses.reshape(-1)
-        ends = [torch.autograd.grad(loss, end, retain_graph=True, materialize_grads=True)[0] for loss in flat]
-    adjoint = Adjoint.at(torch.stack(ends))
-    found = start.new_zeros(len(flat), count)
-    for state, batch, beside, rate in zip(
-        reversed(states), reversed(batches), reversed(riders), reversed(lr), strict=True
-    ):
-        rows = torch.cat([batch, beside])
-        counted = torch.cat([shares(batch), start.new_zeros(len(beside))])
-        step = Reverse(row_losses, state.theta, rows, counted)
-        directions, adjoint = optimizer.back(adjoint, state, step.gradient, rate)
-        terms, products = step.along(directions)
-        adjoint = Adjoint(adjoint.theta + products, adjoint.exp_avg, adjoint.exp_avg_sq)
-        found.index_add_(1, rows, terms / len(batch))
-    return found.reshape(*losses.shape, count)
+    def mean(self, losses: Tensor) -> float:
+        """The same of the targets' losses `[target]`."""
+        return float((np.bincount(self.groups, weights=losses.numpy()) / self._counts).mean())
 
 
-def _checked(
-    start: Tensor,
-    batches: SequenceABC[Tensor],
-    lr: SequenceABC[float],
-    weights: Tensor | None,
-    riders: SequenceABC[Tensor],
-) -> int:
-    """How many rows there are."""
-    if start.ndim != 1 or not start.is_floating_point():
-        raise ShapeError(f"start is {start.dtype} of shape {tuple(start.shape)}: wanted floats [parameter]")
-    if not batches:
-        raise ConfigError("there is no batch: a training has at least one step")
-    if not len(batches) == len(lr) == len(riders):
-        raise ShapeError(f"{len(batches)} batches, {len(lr)} rates and {len(riders)} riders: wanted one for each step")
-    for step, (batch, beside) in enumerate(zip(batches, riders, strict=True)):
-        for name, rows in (("batch", batch), ("riders", beside)):
-            if rows.ndim != 1 or rows.is_floating_point() or (len(rows) and int(rows.min()) < 0):
-                raise ShapeError(f"the {name} of step {step} are no row numbers: wanted int64 [row], 0 or more")
-        if not len(batch):
-            raise ConfigError(f"the batch of step {step} is empty: a step trains on at least one row")
-        if not math.isfinite(lr[step]):
-            raise ConfigError(f"the rate of step {step} is {lr[step]}: wanted a finite number")
-    count = 1 + max(int(rows.max()) for rows in (*batches, *riders) if len(rows))
-    if weights is not None and (weights.ndim != 1 or len(weights) < count):
-        raise ShapeError(f"weights are of shape {tuple(weights.shape)}: wanted one for each of {count} rows")
-    return count
+def _groups(count: int, subtasks: SequenceABC[str] | None, per: str) -> NDArray[np.int64]:
+    """The group of each target, from 0."""
+    if per == "target":
+        return np.arange(count)
+    if subtasks is None:
+        return np.zeros(count, dtype=np.int64)
+    return np.unique(np.array(subtasks), return_inverse=True)[1].astype(np.int64)
 
 
-def _checked_adam(optimizer: Adam) -> Adam:
-    if not all(0 <= beta < 1 for beta in optimizer.betas):
-        raise ConfigError(f"betas are {optimizer.betas}: wanted two numbers from 0 to below 1")
-    if not (optimizer.eps > 0 and optimizer.eps_root >= 0):
-        raise ConfigError(f"eps is {optimizer.eps:g}, eps_root {optimizer.eps_root:g}: wanted above 0, and 0 or more")
-    if optimizer.max_grad_norm is not None and not optimizer.max_grad_norm > 0:
-        raise ConfigError(f"max_grad_norm is {optimizer.max_grad_norm:g}: wanted above 0, or None to clip nothing")
-    return optimizer
-
-
-def _refuse_shape(losses: Tensor, rows: Tensor) -> None:
-    if losses.shape != rows.shape:
-        raise ShapeError(f"row_losses gave shape {tuple(losses.shape)} for {len(rows)} rows: wanted one loss a row")
+def _not_smooth(growth: SequenceABC[float], returned: SequenceABC[Returned]) -> list[str]:
+    """Whether small changes of the training have effects that a derivative does not see."""
+    worst = int(np.argmax(growth))
+    if growth[worst] <= _GROWTH:
+        return []
+    step = int(np.argmax(returned[worst].norms))
+    return [
+        f"MAGIC: this training is not smooth: the adjoint grows {growth[worst]:.0f}-fold, most before step {step + 1} "
+        f"of {len(returned[worst].norms) - 1}, so that scores foretell little; lower learning_rate, raise "
+        "warmup_ratio, or raise eps_root a little"
+    ]

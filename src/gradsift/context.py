@@ -20,7 +20,7 @@ from gradsift.data.prepare import prepare
 from gradsift.data.sample import RowSample
 from gradsift.execution.engine import LOCAL, Engine
 from gradsift.gradients.capture import find_modules
-from gradsift.gradients.collect import Gradients, collect, kept_manifest
+from gradsift.gradients.collect import AtCheckpoint, Gradients, collect_at
 from gradsift.gradients.rows import View
 from gradsift.gradients.self_check import kept_check
 from gradsift.model.models import DtypeName, find_adapter, load_tokenizer, model_identity, positions, resolve_device
@@ -113,26 +113,18 @@ class Pool(Setup):
 
     def kept(self, source: Any, checkpoint: Checkpoint, view: View) -> dict[str, Any] | None:
         """The manifest of a store that the run holds; nothing is collected, and no row is read."""
-        return kept_manifest(
-            self.run, source, checkpoint, model=self.model, view=view, settings=self.gradients, dtype=self.dtype
-        )
+        return self.at(checkpoint).kept(self.run, source, view)
+
+    def at(self, checkpoint: Checkpoint) -> AtCheckpoint:
+        """How this pool's gradients are taken at a checkpoint."""
+        return AtCheckpoint(checkpoint, self.model, self.gradients, self.dtype, self.device)
 
     def collect(
         self, source: Any, checkpoint: Checkpoint, views: SequenceABC[View], *, what: str
     ) -> dict[View, GradientStore]:
         """Gradient stores of any sequences with this pool's model and settings."""
-        return collect(
-            self.run,
-            source,
-            checkpoint,
-            model=self.model,
-            views=views,
-            settings=self.gradients,
-            dtype=self.dtype,
-            device=self.device,
-            what=what,
-            reporter=self.reporter,
-            engine=self.engine,
+        return collect_at(
+            self.run, source, self.at(checkpoint), views, what=what, reporter=self.reporter, engine=self.engine
         )
 
 

@@ -21,7 +21,7 @@ from gradsift.base.strings import Strings
 from gradsift.base.types import Message, Skipped
 from gradsift.context import Pool, Target
 from gradsift.data.dataset import Dataset
-from gradsift.gradients.collect import SequenceSource, store_config
+from gradsift.gradients.collect import SequenceSource
 from gradsift.gradients.rows import View
 from gradsift.influence.products import inner_products
 from gradsift.influence.prompts import PromptTarget, RewardSummary
@@ -189,10 +189,7 @@ class Estimator(Settings):
         found = source_of(type(self))
         if self.view is not None:
             checkpoints = self.checkpoints_of(pool)
-            found["rows"] = [
-                fingerprint(store_config(pool.data, one, pool.model, self.view, pool.gradients, pool.dtype))
-                for one in checkpoints
-            ]
+            found["rows"] = [fingerprint(pool.at(one).config(pool.data, self.view)) for one in checkpoints]
             found |= self.counted(checkpoints)
         return found
 

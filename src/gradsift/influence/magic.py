@@ -27,6 +27,8 @@ from gradsift.store.manifest import fingerprint
 from gradsift.warmup.train import Training, Warmup, effective_batch_size, epoch_order, train, warm_up_ids
 
 _GROWTH = 20.0  # how often the adjoint's norm may be that at the end; prototypes that foretold well had 5 at most
+# Of a training's time, measured: a way back for one group of targets, and for each further one with it.
+_FIRST_BACK, _FURTHER_BACK = 2.1, 1.2
 _DROPPED = 0.1  # share of the trained rows that a check leaves out
 
 
@@ -138,6 +140,7 @@ class MAGIC(Estimator):
             matrix.astype(np.float32),
             warnings=(*_not_smooth(growth, returned), *([f"MAGIC: {check}"] if check else [])),
             identity={"replays": identity},
+            grouped=self.per == "subtask",
             terms=MagicTerms(errors, growth, check),
         )
 

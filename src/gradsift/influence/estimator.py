@@ -98,6 +98,20 @@ class GreedyTerms:
     gains: Callable[[NDArray[np.float64], NDArray[np.float64], int], NDArray[np.float64]]
 
 
+@dataclass(frozen=True)
+class Passes:
+    """Rows that an estimator takes through the model, forth and back, beside those that are stored.
+
+    stage: what `gradsift plan` calls them
+    done:  whether the run folder has what comes of them
+    """
+
+    stage: str
+    rows: int
+    tokens: float
+    done: bool = False
+
+
 class Estimator(Settings):
     """The base of every estimator: a frozen value that says what it is, what it needs, and computes.
 
@@ -139,6 +153,10 @@ class Estimator(Settings):
 
         Whatever is missing (a warm-up, responses, rewards, gradients) is made, and kept in the run folder.
         """
+
+    def passes(self, pool: Pool, target: Target | PromptTarget | None) -> list[Passes]:
+        """What it takes of the model beside stored rows, for `gradsift plan`; nothing is computed or written."""
+        return []
 
     def checkpoints_of(self, pool: Pool) -> list[Checkpoint]:
         """Those of the pool that it reads.

@@ -17,7 +17,7 @@ from gradsift.base.ranks import spearman
 from gradsift.context import Pool, Target
 from gradsift.gradients.collect import SequenceSource
 from gradsift.gradients.losses import row_losses
-from gradsift.influence.estimator import Estimator, Influence, TargetsByCheckpoint
+from gradsift.influence.estimator import Estimator, Influence, Passes, TargetsByCheckpoint
 from gradsift.influence.metagradient import Adam
 from gradsift.influence.metagradient import metagradient as metagradient
 from gradsift.influence.prompts import PromptTarget
@@ -143,6 +143,29 @@ class MAGIC(Estimator):
             grouped=self.per == "subtask",
             terms=MagicTerms(errors, growth, check),
         )
+
+    def passes(self, pool: Pool, target: Target | PromptTarget | None) -> list[Passes]:
+        """Its trainings, the ways back (each step's gradient, and two more passes for each group), and its check."""
+        assert target is not None, self
+        source = self.targets(pool, target)
+        assert not isinstance(source, TargetsByCheckpoint), source
+        groups = _groups(len(source.ids), target.subtasks, self.per)
+        note = fingerprint([source.fingerprint, groups.tolist(), list(pool.data.ids)])
+        overlap, found = {skip.id for skip in target.overlap}, []
+        lengths, ways = pool.training.lengths, 1 + int(groups.max())
+        for seed in range(pool.seed, pool.seed + self.seeds):
+            replay, _ = self._replay(pool, overlap, seed)
+            own, beside = (np.concatenate(parts) for parts in (replay.record.batches, replay.record.riders))
+            tokens, riding = float(lengths[own].sum()), float(lengths[beside].sum())
+            trained = pool.run.manifest(replay.prefix) is not None
+            back = trained and replay.went_back(note)
+            found.append(Passes("MAGIC's training", len(own), tokens, trained))
+            taken = (1 + 2 * ways) * tokens + ways * riding
+            found.append(Passes("MAGIC's way back", (1 + 2 * ways) * len(own) + ways * len(beside), taken, back))
+            if self.check and seed == pool.seed:
+                times = 2 * self.check + 1
+                found.append(Passes("MAGIC's check", times * len(own), times * tokens, back))
+        return found
 
     def training(self, pool: Pool) -> Training:
         """The run's preset, made smooth."""

@@ -167,6 +167,9 @@ class Walk:
         if method.text_model is not None and self.target is not None:
             for name, data in (("pool", self.pool.data), ("target", self.target.data)):
                 self._embedded(name, [conversation_text(own) for own in conversations(data)], method.text_model)
+        for one in method.passes(self.kept or self.pool, self.target):
+            if self.is_new("passes", method.model_dump_json(), one):
+                self.add(Work(one.stage, one.rows, backward=one.tokens, done=one.done and self.kept is not None))
         if method.view is not None:
             self._gradients(method, targets=method.needs_target)
 

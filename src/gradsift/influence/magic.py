@@ -145,7 +145,7 @@ class MAGIC(Estimator):
         )
 
     def passes(self, pool: Pool, target: Target | PromptTarget | None) -> list[Passes]:
-        """Its trainings, the ways back (each step's gradient, and two more passes for each group), and its check."""
+        """Its trainings, the ways back, which take so much more than a training, and its check."""
         assert target is not None, self
         source = self.targets(pool, target)
         assert not isinstance(source, TargetsByCheckpoint), source
@@ -160,8 +160,8 @@ class MAGIC(Estimator):
             trained = pool.run.manifest(replay.prefix) is not None
             back = trained and replay.went_back(note)
             found.append(Passes("MAGIC's training", len(own), tokens, trained))
-            taken = (1 + 2 * ways) * tokens + ways * riding
-            found.append(Passes("MAGIC's way back", (1 + 2 * ways) * len(own) + ways * len(beside), taken, back))
+            taken = (_FIRST_BACK + _FURTHER_BACK * (ways - 1)) * tokens + riding
+            found.append(Passes("MAGIC's way back", len(own) + len(beside), taken, back))
             if self.check and seed == pool.seed:
                 times = 2 * self.check + 1
                 found.append(Passes("MAGIC's check", times * len(own), times * tokens, back))

@@ -134,11 +134,9 @@ def _group_relevance(
 ) -> Relevances:
     """Relevance of selections of equal size and equally many zero gradients; C [candidate coordinate]."""
     chosen = np.array(selections)  # [selection k]
-    alive = np.asarray(C.any(axis=1))[chosen]
-    k = int(alive[0].sum())
-    fitted = chosen[alive].reshape(len(chosen), k)
+    k = chosen.shape[1]
     # R of [A, g] has the same products in at most k + 1 coordinates.
-    stacked = np.concatenate([C[fitted], np.broadcast_to(g, (len(chosen), 1, len(g)))], axis=1).transpose(0, 2, 1)
+    stacked = np.concatenate([C[chosen], np.broadcast_to(g, (len(chosen), 1, len(g)))], axis=1).transpose(0, 2, 1)
     R: Array = np.asarray(np.linalg.qr(stacked, mode="r"))
     A, target = np.ascontiguousarray(R[:, :, :k]), np.ascontiguousarray(R[:, :, k])
     squared_norm = squared_target_norm(g)
@@ -147,12 +145,10 @@ def _group_relevance(
     for model, t in fit_many(target, A, dim=dim, models=models).items():
         residual = target - (A @ t[:, :, None])[:, :, 0]
         errors = np.square(residual).sum(axis=1)
-        every = np.zeros(chosen.shape)
-        every[alive] = t.reshape(-1)
         found[model] = [
             reconstruction_relevance(
                 coefficients, squared_norm=squared_norm, squared_error=float(error), longest=float(length)
             )
-            for coefficients, error, length in zip(torch.from_numpy(every), errors, longest, strict=True)
+            for coefficients, error, length in zip(torch.from_numpy(t), errors, longest, strict=True)
         ]
     return found

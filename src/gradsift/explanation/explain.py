@@ -352,19 +352,10 @@ class Explanations(_Explaining):
         rows = [
             {
                 "output": entry.id,
-                "estimator": result.estimator,
-                "strategy": result.strategy,
-                "k": result.k,
-                "relevance_db": result.relevance_db,
-                "ratio": result.ratio,
-                "near_zero": result.near_zero,
-                "capped": result.capped,
+                **{name: value for name, value in vars(result).items() if name not in ("examples", "draws")},
                 "draws": len(result.draws),
                 "aggregation": entry.aggregation,
-                "ids": [example.id for example in result.examples],
-                "scores": [example.score for example in result.examples],
-                "ranks": [example.rank for example in result.examples],
-                "coefficients": [example.coefficient for example in result.examples],
+                **{f"{one.name}s": [getattr(e, one.name) for e in result.examples] for one in fields(ChosenExample)},
             }
             for entry in self.entries
             for result in entry.results

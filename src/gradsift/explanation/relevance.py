@@ -11,7 +11,7 @@ import numpy as np
 
 from gradsift.base.errors import ConfigError, DataError, NonFiniteError
 from gradsift.base.lazy import Tensor, torch
-from gradsift.explanation.coefficients import Array, CoefficientModel, fit_coordinates, span_coordinates
+from gradsift.explanation.coefficients import Array, CoefficientModel, fit_many, span_coordinates
 
 Aggregation = Literal["ratio_of_means", "mean_of_ratios", "median_db"]
 
@@ -116,7 +116,7 @@ def selection_relevance(
     g_coordinates, selected_coordinates = span_coordinates(target_gradient, selected)
     g, A = g_coordinates.cpu().numpy(), selected_coordinates.cpu().numpy().T
     squared_norm = squared_target_norm(g)
-    t = fit_coordinates(g, A, dim=selected.shape[1], model=coefficients)
+    t = fit_many(g[None], A[None], dim=selected.shape[1], models=[coefficients])[coefficients][0]
     residual = g - A @ t
     return reconstruction_relevance(
         torch.from_numpy(t).to(selected_coordinates.device),

@@ -19,10 +19,16 @@ from gradsift.base.lazy import Tensor, torch
 from gradsift.base.ranks import descending_ranks
 from gradsift.base.types import Message, Skipped, TokenizedExample
 from gradsift.context import Pool, Target
-from gradsift.explanation.batch import relevance_of_choices
 from gradsift.explanation.coefficients import CoefficientModel
 from gradsift.explanation.outputs import Output, OutputSource, Question, answers, question_of
-from gradsift.explanation.relevance import AGGREGATIONS, Aggregation, Relevance, relevance_of_draws, to_db
+from gradsift.explanation.relevance import (
+    AGGREGATIONS,
+    Aggregation,
+    Relevance,
+    relevance_of_choices,
+    relevance_of_draws,
+    to_db,
+)
 from gradsift.gradients.rows import View
 from gradsift.influence.estimator import Estimator, influence_of, target_view
 from gradsift.influence.less import LESS

@@ -176,8 +176,8 @@ class Explanation:
 _EXPLANATION = TypeAdapter(Explanation)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Explaining:
+@dataclass(frozen=True)
+class _Work:
     """What is the same for every output of one call, and explains each."""
 
     pool: Pool = field(repr=False, compare=False)
@@ -327,7 +327,7 @@ class _Explaining:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Explanations(_Explaining):
+class Explanations(_Work):
     """Explanations of a list of prompts, and the prompts that could not be explained.
 
     budgets: the numbers of examples
@@ -439,7 +439,7 @@ def explain(
         )
     of_outputs = sorted({target_view(view) for view in views})
     gradients = pool.collect(source, checkpoint, of_outputs, what="output")["plain"]
-    work = _Explaining(
+    work = _Work(
         pool=pool, source=source, store=store, gradients=gradients, estimators=estimators, strategies=tuple(strategies),
         budgets=budgets, coefficients=coefficients, candidates=candidates, aggregation=aggregation,
     )  # fmt: skip

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradsift.base.errors import DataError, GradsiftError
-from gradsift.compare.grid import Plan
+from gradsift.compare.grid import Grid
 from gradsift.data.dataset import Dataset
 from gradsift.evaluation.arms import Contender
 from gradsift.influence.bm25 import conversation_text
@@ -34,29 +34,29 @@ Choices = Mapping[tuple[str, int, int], Sequence[str]]
 """(arm, budget, seed) -> the ids that it chose."""
 
 
-def choice_views(plan: Plan, choices: Choices) -> dict[str, Any]:
+def choice_views(grid: Grid, choices: Choices) -> dict[str, Any]:
     """`pool`, `chosen`, `points` and `warnings` of the page.
 
     Args:
-        plan: of the comparison.
+        grid: of the comparison.
         choices: those that were made, also where the training that followed failed.
     """
-    data = plan.pool.data
-    counted = _Counted(data, plan.recipe.group_by)
+    data = grid.pool.data
+    counted = _Counted(data, grid.recipe.group_by)
     sets = {key: np.array(data.positions(list(ids)), dtype=np.int64) for key, ids in choices.items()}
     everything = np.unique(np.concatenate(list(sets.values()))) if sets else np.zeros(0, dtype=np.int64)
-    points, warnings = _points(plan, everything.tolist(), counted)
+    points, warnings = _points(grid, everything.tolist(), counted)
     number = {position: place for place, (position, _) in enumerate(points)}
     chosen = []
-    for place, contender in enumerate(plan.contenders):
+    for place, contender in enumerate(grid.contenders):
         budgets = sorted({budget for arm, budget, _ in sets if arm == contender.name})
         for budget in budgets:
             own = [rows for (arm, size, _), rows in sets.items() if (arm, size) == (contender.name, budget)]
             chosen.append(_chosen(place, budget, own, counted, number))
         if contender.data is not None:
-            ready = _Counted(plan.datasets[contender.name], (counted.column,) if counted.column else (), counted.edges)
+            ready = _Counted(grid.datasets[contender.name], (counted.column,) if counted.column else (), counted.edges)
             whole = np.arange(len(ready.lengths))
-            chosen.append(_chosen(place, len(whole), [whole] * len(plan.seeds_of(contender)), ready, {}))
+            chosen.append(_chosen(place, len(whole), [whole] * len(grid.seeds_of(contender)), ready, {}))
     return {
         "pool": PoolSummary(
             size=len(data),
@@ -151,16 +151,16 @@ def _chosen(
     )
 
 
-def _points(plan: Plan, chosen: Collection[int], counted: _Counted) -> tuple[list[tuple[int, Point]], list[str]]:
+def _points(grid: Grid, chosen: Collection[int], counted: _Counted) -> tuple[list[tuple[int, Point]], list[str]]:
     """Rows on the map of embeddings with their points, or none and why: no model is fetched for it."""
-    model, pool = plan.job.embedding, plan.pool
+    model, pool = grid.job.embedding, grid.pool
     if model is None:
         return [], []
     if model == embeddings.DEFAULT and not embeddings.at_hand():
         lacking = "the extra is not installed: pip install 'gradsift[embeddings]'"
         why = f"{model} is not on this machine" if embeddings.available() else lacking
         return [], [f"no map of embeddings: {why}. Get it, or say `compare: {{embedding: null}}`"]
-    rows = sample(len(pool.data), list(chosen), MOST_POINTS, seed=plan.recipe.seed)
+    rows = sample(len(pool.data), list(chosen), MOST_POINTS, seed=grid.recipe.seed)
     conversations = [pool.data.messages(pool.data.ids[row]) for row in rows]
     try:
         found = kept_embeddings(pool.run, [conversation_text(own) for own in conversations], model, pool.device)
@@ -175,18 +175,18 @@ def _points(plan: Plan, chosen: Collection[int], counted: _Counted) -> tuple[lis
     return list(zip(rows, points, strict=True)), []
 
 
-def extremes_of(plan: Plan, contender: Contender, scores: Scores, note: str = "") -> Extremes | None:
+def extremes_of(grid: Grid, contender: Contender, scores: Scores, note: str = "") -> Extremes | None:
     """The examples that a contender's estimator scores highest and lowest; None for chance, whose order says nothing.
 
     Args:
-        plan: of the comparison.
+        grid: of the comparison.
         contender: one of its own.
         scores: of that estimator.
         note: on the scores, beside their own warnings.
     """
     if scores.method.by_chance:
         return None
-    ranks, data = scores.ranks(), plan.pool.data
+    ranks, data = scores.ranks(), grid.pool.data
     order = np.argsort(ranks)
     each = min(MOST_EXTREME, len(order) // 2)
 
@@ -200,20 +200,20 @@ def extremes_of(plan: Plan, contender: Contender, scores: Scores, note: str = ""
             score=float(scores.aggregate[place]),
             rank=int(ranks[place]),
             tokens=int(data.lengths[data.positions([id_])[0]]),
-            columns=own_columns(data.row(id_), plan.recipe.columns),
+            columns=own_columns(data.row(id_), grid.recipe.columns),
         )
 
     return Extremes(
-        plan.contenders.index(contender),
+        grid.contenders.index(contender),
         tuple(example(place) for place in order[:each].tolist()),
         tuple(example(place) for place in order[::-1][:each].tolist()),
         " ".join(filter(None, (note, *scores.warnings))),
     )
 
 
-def told(plan: Plan) -> dict[str, Any]:
+def page_facts(grid: Grid) -> dict[str, Any]:
     """`summary`, `facts`, `repeat`, `reward_name` and `created` of the page."""
-    recipe, job, pool, target = plan.recipe, plan.job, plan.pool, plan.target
+    recipe, job, pool, target = grid.recipe, grid.job, grid.pool, grid.target
     training = job.training
     facts = {
         "model": recipe.model,
@@ -228,7 +228,7 @@ def told(plan: Plan) -> dict[str, Any]:
         f"epoch{'s' * (training.epochs != 1)}, learning rate {training.learning_rate:g}, batches of "
         f"{training.batch_size}; the {job.keep} epoch is kept"
     )
-    if own := [one.name for one in plan.contenders if one.training is not None]:
+    if own := [one.name for one in grid.contenders if one.training is not None]:
         facts["fine-tuning"] += f". {', '.join(own)}: settings of their own (see the recipe)"
     if recipe.adapter:
         facts["checkpoints"] = ", ".join(recipe.adapter)
@@ -240,12 +240,12 @@ def told(plan: Plan) -> dict[str, Any]:
         f"{recipe.gradients.modules} modules, {recipe.gradients.projection.kind} projection to "
         f"{recipe.gradients.projection.dim} dimensions, {recipe.gradients.dtype}"
     )
-    facts["seeds"] = ", ".join(map(str, plan.seeds))
-    methods, budgets = len(plan.contenders), " and ".join(f"{budget:,}" for budget in plan.budgets)
-    reward = plan.curve[1].label.partition(" on ")[0] if len(plan.curve) > 1 else ""
+    facts["seeds"] = ", ".join(map(str, grid.seeds))
+    methods, budgets = len(grid.contenders), " and ".join(f"{budget:,}" for budget in grid.budgets)
+    reward = grid.curve[1].label.partition(" on ")[0] if len(grid.curve) > 1 else ""
     return {
         "summary": (
-            f"{methods} way{'s' * (methods != 1)} to get a training set from {len(plan.available):,} examples, at "
+            f"{methods} way{'s' * (methods != 1)} to get a training set from {len(grid.available):,} examples, at "
             f"budgets of {budgets}; the same model is fine-tuned on each and evaluated.",
         ),
         "facts": facts,
@@ -256,7 +256,7 @@ def told(plan: Plan) -> dict[str, Any]:
             "fingerprints": {
                 "pool": pool.data.fingerprint,
                 **({} if target is None else {"target": target.data.fingerprint}),
-                **{name: data.fingerprint for name, data in plan.datasets.items()},
+                **{name: data.fingerprint for name, data in grid.datasets.items()},
             },
         },
         "reward_name": f"{reward} reward" if reward else "reward",

@@ -8,9 +8,10 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field
 
 from gradsift.base.settings import Settings
+from gradsift.context import Setup
 from gradsift.data.load import Columns
 from gradsift.evaluation.metric import Figure, Measured, Needs, Notebook, in_words, left_out, mean_figure, source_name
-from gradsift.evaluation.setup import Setup, Subject
+from gradsift.evaluation.setup import Subject
 from gradsift.generation.local import LocalSampler
 from gradsift.generation.samples import Samples, sample
 from gradsift.generation.sampling import Prompt, Sampling

@@ -11,6 +11,7 @@ from pydantic import ConfigDict, Field
 from gradsift.base.errors import ConfigError, DataError
 from gradsift.base.settings import Settings
 from gradsift.base.types import Message
+from gradsift.context import Setup
 from gradsift.data.load import Columns
 from gradsift.evaluation.judging import as_text, judge_identity, verdicts
 from gradsift.evaluation.mean_reward import GREEDY, respond
@@ -26,7 +27,7 @@ from gradsift.evaluation.metric import (
     mean_figure,
     source_name,
 )
-from gradsift.evaluation.setup import Setup, Subject
+from gradsift.evaluation.setup import Subject
 from gradsift.generation.sampling import Prompt, Sampling
 from gradsift.influence.prompts import Prompts, read_prompts
 from gradsift.model.models import find_adapter, generation_ends, model_identity

@@ -27,13 +27,13 @@ from gradsift.gradients.batching import automatic_lanes, automatic_token_budget,
 from gradsift.gradients.capture import LORA, Modules, find_modules
 from gradsift.gradients.exact import ExactProducts, Side
 from gradsift.gradients.projection import Projection, Projector, plan_segments
-from gradsift.gradients.rows import ShardPart, ShardRows, View, gradient_rows
+from gradsift.gradients.rows import RowSettings, ShardPart, ShardRows, View, gradient_rows
 from gradsift.gradients.self_check import kept_check
 from gradsift.model.adapters import refuse_untrained
 from gradsift.model.models import DtypeName, host, input_device, model_identity
 from gradsift.store.gradient_store import GradientStore, GradientStoreWriter, RowDtype, ShardColumns
 from gradsift.store.manifest import fingerprint
-from gradsift.store.precision import ExactRows, MeasuredError
+from gradsift.store.precision import ExactRows
 from gradsift.store.run import Run, revised
 from gradsift.store.tensors import publish_tensors, read_tensors
 from gradsift.warmup.checkpoint import Checkpoint, Moments, load_moments, trained_parameters
@@ -273,21 +273,6 @@ def collect(
                 "try --dtype float32"
             )
     return {view: opened[kept_as(view, settings.projection)] for view in asked}
-
-
-def known_error(
-    run: Run,
-    source: SequenceSource,
-    checkpoint: Checkpoint,
-    *,
-    model: str,
-    view: View,
-    settings: Gradients,
-    dtype: DtypeName = "auto",
-) -> MeasuredError | None:
-    """The measured error of a store that the run holds; nothing is collected, and no row is read."""
-    content = kept_manifest(run, source, checkpoint, model=model, view=view, settings=settings, dtype=dtype)
-    return None if content is None else MeasuredError.of_dict(content.get("measured_error"))
 
 
 def kept_manifest(
@@ -577,25 +562,22 @@ class _Engine:
         part: ShardPart | None = None,
     ) -> ShardRows:
         budget = min(budget, self.host.token_limit or budget)
-        result = gradient_rows(
-            self.network,
-            self.modules.captured,
-            self.projector,
-            sequences,
-            row_count=row_count,
+        settings = RowSettings(
             token_budget=budget,
             views=views,
             by_module=self.by_module if "segments" in views else None,
-            adam=self.adam() if "adam" in views else None,
+            adam=self.adam() if "adam" in views else {},
             full_sum=self.settings.full_sum,
             autocast=self.settings.autocast_type,
             module_groups=self.settings.module_groups,
             lanes=lanes,
             checkpointing=self.settings.gradient_checkpointing,
             measured=measured,
-            on_rows=on_rows,
-            part=part,
         )
+        result = gradient_rows(
+            self.network, self.modules.captured, self.projector, sequences, settings,
+            row_count=row_count, on_rows=on_rows, part=part,
+        )  # fmt: skip
         if result.token_budget < budget:  # memory ran out: later shards and checkpoints begin with what fits
             self.host.token_limit = result.token_budget
         return result

@@ -155,8 +155,7 @@ def check_samples(method: PolicyEstimator) -> None:
     Raises:
         ConfigError: fewer than 2 samples per prompt.
     """
-    sampling = method.sampling if method.assistant is None else method.assistant.sampling
-    if sampling.samples < 2:
+    if method.drawing.samples < 2:
         raise ConfigError("samples is 1: halves of one sample cannot be compared; sample at least 2, better 20")
 
 

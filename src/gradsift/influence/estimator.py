@@ -281,15 +281,11 @@ def summed(
     refuse_too_many(len(pool.data), len(targets.ids))
     view, checkpoints = method.view, method.checkpoints_of(pool)
     assert view is not None, method
-    asked = target_view(view)
     total: Tensor | None = None
     ids = Strings.of(())
     used: list[str] = []
     for checkpoint, weight in zip(checkpoints, method.weights(checkpoints), strict=True):
-        source = targets.at(checkpoint) if isinstance(targets, TargetsByCheckpoint) else targets
-        store = pool.stores(checkpoint, [view])[view]
-        queries = pool.collect(source, checkpoint, [asked], what="target")[asked]
-        store.check_comparable(queries)
+        store, queries = both_stores(pool, targets, checkpoint, view)
         used += [store.fingerprint, queries.fingerprint]
         found = products(store, queries, weight)
         if total is None:
@@ -342,6 +338,17 @@ def source_of(method: type[Settings]) -> dict[str, Any]:
 def target_view(view: View) -> View:
     """Which of the targets' rows go with a view of the pool's."""
     return "segments" if view == "segments" else "plain"
+
+
+def both_stores(
+    pool: Pool, targets: Targets, checkpoint: Checkpoint, view: View
+) -> tuple[GradientStore, GradientStore]:
+    """A checkpoint's rows of the pool, and those of the targets that go with them."""
+    source = targets.at(checkpoint) if isinstance(targets, TargetsByCheckpoint) else targets
+    store, asked = pool.stores(checkpoint, [view])[view], target_view(view)
+    queries = pool.collect(source, checkpoint, [asked], what="target")[asked]
+    store.check_comparable(queries)
+    return store, queries
 
 
 def target_rows(queries: GradientStore, ids: SequenceABC[str]) -> Tensor:

@@ -29,7 +29,7 @@ from gradsift.gradients.collect import SequenceSource
 from gradsift.gradients.hessian import Curvature, curvature_product
 from gradsift.gradients.projection import Projector, plan_segments
 from gradsift.influence.blocks import BlockConsumer, block_rows, over_blocks, threads
-from gradsift.influence.estimator import GreedyTerms, Influence, TargetsByCheckpoint, TrainingEstimator
+from gradsift.influence.estimator import GreedyTerms, Influence, TargetsByCheckpoint, TrainingEstimator, both_stores
 from gradsift.influence.products import store_inner_products, unit_rows
 from gradsift.influence.prompts import PromptTarget
 from gradsift.model.models import host
@@ -707,16 +707,13 @@ def _reduced(pairs: Tensor, reduction: Reduction, count: int) -> Tensor:
 
 def _greedy_terms(method: JI2S, pool: Pool, target: Target | PromptTarget, ids: SequenceABC[str]) -> GreedyTerms:
     """Σ_e w_e A [row], and what gives Σ_e w_e η_e^(p−1) Γ_iᵀHΓ_j [row] of an example j."""
-    source, checkpoints = method.targets(pool, target), method.checkpoints_of(pool)
-    assert not isinstance(source, TargetsByCheckpoint), source
+    targets, checkpoints = method.targets(pool, target), method.checkpoints_of(pool)
     factors = joint_factors(checkpoints, method.weights(checkpoints), method.joint_lr_power)
     marginal = torch.zeros(len(ids), dtype=torch.float64)
     parts: list[Tensor] = []
     stored: list[tuple[GradientStore, list[int], float]] = []
     for checkpoint, (weight, joint) in zip(checkpoints, factors, strict=True):
-        store = pool.stores(checkpoint, [method.view])[method.view]
-        queries = pool.collect(source, checkpoint, ["plain"], what="target")["plain"]
-        store.check_comparable(queries)
+        store, queries = both_stores(pool, targets, checkpoint, method.view)
         places, rows = store.positions(ids), queries.rows(0, len(queries))
         rows = unit_rows(rows) if method.normalise else rows
         if method.hessian == "identity":  # which needs the targets' mean alone

@@ -74,7 +74,6 @@ def write_pages(
         facts: more facts for the pages.
     """
     pool = explanations.pool
-    assert pool is not None, "explanations of a pool have one"
     several = len(explanations.entries) > 1
     written: list[str] = []
     if several:
@@ -139,16 +138,10 @@ def explanation_page(
 
     The candidates are those of every strategy's own ranking, on one map of their gradients and one of their meanings.
     """
-    pool = explanations.pool
-    assert pool is not None
     estimator = explanations.estimators[0]
-    ids, scores = explanations.scores_of(entry.id, estimator)
-    assert explanations.store is not None
-    competing = Candidates.stored(
-        explanations.store, ids, scores, explanations.gradient_of(entry.id), count=explanations.candidates
-    )
+    competing = explanations.candidates_of(entry.id, estimator)
     results = [result for result in entry.results if result.estimator == estimator.label]
-    shown = _Shown(pool, competing, ids, results, _main_order(explanations.strategies))
+    shown = _Shown(explanations.pool, competing, results, _main_order(explanations.strategies))
     warnings: list[str] = []
     map_rows = _embedded(shown.texts, embedding, warnings)
     gradient_xy = layout(competing.rows(shown.places))
@@ -189,8 +182,6 @@ def relevance_page(
     facts: Mapping[str, str] | None = None,
 ) -> RelevancePage:
     """Everything that the page of a target file shows."""
-    pool = explanations.pool
-    assert pool is not None
     entries = explanations.entries
     values: dict[tuple[str, str, int], list[float]] = {}
     for entry in entries:
@@ -251,9 +242,7 @@ def relevance_page(
 
 def _facts(explanations: Explanations) -> dict[str, str]:
     """What every page of explanations says of where they come from."""
-    pool, store = explanations.pool, explanations.store
-    assert pool is not None
-    error = None if store is None else store.measured_error
+    pool, error = explanations.pool, explanations.store.measured_error
     measured = {} if error is None else {"measured on gradients": str(error)}
     return {"model": pool.model, "pool": pool.data.description, **measured}
 
@@ -271,11 +260,11 @@ class _Shown:
         self,
         pool: Pool,
         competing: Candidates,
-        ids: SequenceABC[str],
         results: SequenceABC[StrategyResult],
         order: Order,
     ) -> None:
-        self.pool, self.competing, self.ids = pool, competing, ids
+        self.pool, self.competing, self.ids = pool, competing, competing.ids
+        ids = self.ids
         place_of = {id_: place for place, id_ in enumerate(ids)}
         chosen = [place_of[e.id] for result in results for e in result.examples]
         self.order = order

@@ -82,7 +82,6 @@ def _print_explanations(result: Result, out: Any) -> None:
     explanations = result.explanations
     assert explanations is not None
     pool = explanations.pool
-    assert pool is not None
     k = shown_budget(explanations)
     alone = len(explanations.entries) == 1
     for entry in explanations.entries[:5]:

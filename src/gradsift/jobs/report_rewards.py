@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
 
-from gradsift.generation.endpoint import Endpoint
 from gradsift.generation.sampling import prompts_of
 from gradsift.influence.diagnostics import CheckpointDiagnostics
 from gradsift.influence.nice import PolicyEstimator, takes_reward
@@ -40,16 +38,14 @@ def rewards_data(result: Result) -> Rewards | None:
 
 
 def _sampled_how(method: PolicyEstimator) -> str:
-    sampling = method.sampling if method.assistant is None else method.assistant.sampling
+    sampling = method.drawing
     parts = [f"{sampling.samples} for each prompt", f"temperature {sampling.temperature:g}"]
     parts += [f"top-k {sampling.top_k}"] * (sampling.top_k is not None)
     parts += [f"top-p {sampling.top_p}"] * (sampling.top_p is not None)
     parts.append(f"at most {sampling.max_new_tokens} tokens")
-    if method.assistant is None:
+    if method.writer is None:
         return f"Responses sampled from the model at each checkpoint: {', '.join(parts)}."
-    writer = method.assistant.model
-    name = writer.model if isinstance(writer, Endpoint) else Path(writer).name
-    return f"Responses written by {name} for all checkpoints: {', '.join(parts)}."
+    return f"Responses written by {method.writer} for all checkpoints: {', '.join(parts)}."
 
 
 def _checkpoint_rewards(found: CheckpointDiagnostics, rewards: list[float]) -> CheckpointRewards:

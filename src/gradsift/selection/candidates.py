@@ -220,19 +220,20 @@ class Candidates:
 
     def ranked(self, order: Order | Literal["any"], budget: int, own: int | None = None) -> Ranked:
         """What competes, with inner products of gradients."""
-        positions = self.competing(order, budget, own)
-        if (order, len(positions)) not in self._ranked:
+        key = order, max(own or self.count, self.least, budget)
+        if key not in self._ranked:
+            positions = self.competing(order, budget, own)
             self.read(positions)
             at = [self._read[position] for position in positions]
             alone = at == list(range(len(self._read)))  # a large matrix is not held twice
-            self._ranked[order, len(positions)] = Ranked(
+            self._ranked[key] = Ranked(
                 positions,
                 self.scores[positions],
                 self._gram if alone else self._gram[np.ix_(at, at)],
                 self._cross[at] if len(self._cross) else self._cross,
                 0.0 if self._target is None else float(self._target @ self._target),
             )
-        return self._ranked[order, len(positions)]
+        return self._ranked[key]
 
     def read(self, positions: Sequence[int]) -> None:
         """Read the gradients of those positions that have not been read, and form their inner products."""

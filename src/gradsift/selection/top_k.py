@@ -15,7 +15,7 @@ from gradsift.selection.selector import CHOSEN_FROM, Selector
 
 
 class _Naive(Selector):
-    """The first of a ranking."""
+    """The first of a ranking, equal ones by position."""
 
     nested: ClassVar[bool] = True
     order: ClassVar[Order]

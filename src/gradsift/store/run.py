@@ -14,6 +14,7 @@
       ratings/<fingerprint>/    what a judge, a function or losses say of single rows
       embeddings/<fingerprint>/ sentence embeddings of texts
       curvature/<fingerprint>/  the Hessian of a target's loss, times the sum of a pool
+      replays/<fingerprint>/    a training step by step, to go back through, and what was found on the way
       outputs/<fingerprint>/    what the model answered to prompts that were to be explained
       explanations/<fingerprint>/   explanations, one file an output
       validation/<fingerprint>/ effects of training steps on selections
@@ -63,6 +64,7 @@ REVISIONS = {
     "ratings": 1,
     "embeddings": 1,
     "curvature": 2,
+    "replays": 1,
     "outputs": 2,
     "explanations": 1,
     "validation": 2,

@@ -14,9 +14,10 @@ from typing import Any, Literal, TypeVar
 from gradsift.base.errors import ConfigError, GradsiftError, LockedError, StorageError
 from gradsift.base.interruption import refuse_to_go_on
 from gradsift.base.progress import Advance, Reporter, silent, untold
+from gradsift.compare.chosen import chosen_blocks, run_facts, score_ends_of
 from gradsift.compare.costs import StageClock, StageCost
 from gradsift.compare.grid import Plan, planned
-from gradsift.compare.report import comparison_page
+from gradsift.compare.shown import comparison_page
 from gradsift.compare.table import (
     Cell,
     CellFailure,
@@ -27,7 +28,6 @@ from gradsift.compare.table import (
     tabulate,
     variance_of,
 )
-from gradsift.compare.views import choice_views, extremes_of, told
 from gradsift.context import Pool
 from gradsift.evaluation.arms import Contender, PairwiseMetric
 from gradsift.evaluation.evaluate import Evaluation, evaluate, measure, settings_of
@@ -40,10 +40,9 @@ from gradsift.influence.estimator import Estimator
 from gradsift.influence.ji2s import full_sums
 from gradsift.influence.prompts import PromptTarget
 from gradsift.influence.scores import Scores, score
-from gradsift.jobs.explanation_pages import publish_page
+from gradsift.jobs.pages import publish_page
 from gradsift.recipe import Recipe
-from gradsift.report.comparison_data import ComparisonPage, Extremes
-from gradsift.report.comparison_page import render_comparison
+from gradsift.report.blocks import Block, Page
 from gradsift.selection.select import SelectionMethod, select
 from gradsift.store.manifest import fingerprint
 from gradsift.store.run import Run
@@ -83,7 +82,7 @@ def run_compare(recipe: Recipe, reporter: Reporter | None = None) -> Comparison:
         run = plan.pool.run
         run.publish_json("comparison.json", result.as_dict())
         run.publish_parquet("comparison.parquet", result.table())
-        publish_page(run, "comparison.html", page := work.page(result), render_comparison(page))
+        publish_page(run, "comparison.html", work.page(result))
     return result
 
 
@@ -168,7 +167,7 @@ class _Work:
         self.choices: dict[_Key, _Choice] = {}
         self.trained: dict[_Key, Trained | _Stopped] = {}
         self.curves: list[LearningCurve] = []
-        self.extremes: dict[str, Extremes] = {}
+        self.ends: dict[str, tuple[Block, ...]] = {}
         self._scores: tuple[str, Scores | _Stopped] | None = None
 
     def compare(self) -> Comparison:
@@ -253,15 +252,15 @@ class _Work:
             self.cells.append(replace(cell, path=self.pool.model if trained is None else trained.path))
         self.clock.by_key = found.costs | self.clock.by_key
 
-    def page(self, result: Comparison) -> ComparisonPage:
+    def page(self, result: Comparison) -> Page:
         """Everything that the page shows."""
         choices = {key: ids for key, ids in self.choices.items() if not isinstance(ids, _Stopped)}
-        views = choice_views(self.plan, choices)
-        for warning in views["warnings"]:
+        chosen, lacking = chosen_blocks(self.plan, choices)
+        for warning in lacking:
             self.pool.reporter.warn(warning)
-        views["warnings"] = (*result.warnings, *views["warnings"])
-        ordered = (self.extremes[one.name] for one in self.plan.contenders if one.name in self.extremes)
-        return replace(comparison_page(result), extremes=tuple(ordered), **views, **told(self.plan))
+        ends = {one.name: found for one in self.plan.contenders if (found := self.ends.get(one.name))}
+        warnings = (*result.warnings, *lacking)
+        return comparison_page(result, chosen=chosen, ends=ends, warnings=warnings, **run_facts(self.plan))
 
     def _choose(self, pool: Pool, seeds: Sequence[int]) -> None:
         """Every choice of these seeds at one warm-up, or what stopped it."""
@@ -341,10 +340,9 @@ class _Work:
             self._scores = None  # a table of scores may be large: the last goes before the next comes
             self._scores = name, _attempted("score", partial(self._score, pool, contender, estimator, identity))
         found = self._scores[1]
-        if contender.name not in self.extremes and not isinstance(found, _Stopped):
+        if contender.name not in self.ends and not isinstance(found, _Stopped):
             note = f"Scores of the warm-up with seed {pool.seed}." if self.job.warmup == "per_seed" else ""
-            if (ends := extremes_of(self.plan, contender, found, note)) is not None:
-                self.extremes[contender.name] = ends
+            self.ends[contender.name] = score_ends_of(self.plan, found, note)
         return found
 
     def _score(self, pool: Pool, contender: Contender, estimator: Estimator, identity: dict[str, Any]) -> Scores:

@@ -29,12 +29,12 @@ from torch import nn
 from gradsift.base.memory import empty_device_cache, is_out_of_memory
 from gradsift.base.types import Sequence, TokenizedExample
 from gradsift.gradients.adam import AdamDirection
+from gradsift.gradients.background import to_host, write, writing_in_background
 from gradsift.gradients.batching import form_batches
-from gradsift.gradients.behind import to_host, write, writing_behind
 from gradsift.gradients.capture import LORA, find_modules
 from gradsift.gradients.folding import Captured
 from gradsift.gradients.projection import Projection, Projector, plan_segments
-from gradsift.gradients.rows import gradient_rows
+from gradsift.gradients.rows import RowSettings, gradient_rows
 from gradsift.model.loss import head_at, pad, to_device, token_mean
 from gradsift.store.gradient_store import GradientStoreWriter, ShardColumns
 from gradsift.store.storage import LocalStorage
@@ -264,14 +264,24 @@ class Work:
         folder = self.folder / str(time.monotonic_ns())
         folder.mkdir()
         half = -(-len(self.sequences) // 2)
-        with writing_behind():
+        with writing_in_background():
             for shard, start in enumerate(range(0, len(self.sequences), half)):
                 part = self.sequences[start : start + half]
                 rows = [Sequence(row, s.token_ids, s.weights) for row, s in enumerate(part)]
                 result = gradient_rows(
-                    self.model, self.modules, self.projector, rows, row_count=len(rows), token_budget=self.budget,
-                    views=("adam",), adam=self.adam, autocast=self.autocast, checkpointing=checkpointing,
-                )  # fmt: skip
+                    self.model,
+                    self.modules,
+                    self.projector,
+                    rows,
+                    RowSettings(
+                        token_budget=self.budget,
+                        views=("adam",),
+                        adam=self.adam,
+                        autocast=self.autocast,
+                        checkpointing=checkpointing,
+                    ),
+                    row_count=len(rows),
+                )
                 self.fits = min(self.fits, result.token_budget)
                 side = {"loss": result.loss, "norm": result.norms["adam"]}
                 write(partial(self._write, folder, shard, to_host({"rows": result.rows["adam"], **side})))

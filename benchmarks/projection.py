@@ -44,7 +44,8 @@ from gradsift.influence.datainf import datainf_scores, projected_inverse_scores
 from gradsift.influence.less import less_scores
 from gradsift.influence.scores import spearman
 from gradsift.influence.trak import trak_scores
-from gradsift.selection.strategies import Candidates, choose_all
+from gradsift.selection.candidates import Candidates
+from gradsift.selection.selector import choose_all
 from gradsift.store.gradient_store import GradientStore
 from gradsift.warmup.checkpoint import Checkpoint
 
@@ -269,8 +270,10 @@ def signs(known: Unprojected, plain: Tensor, target: Tensor) -> dict[str, float]
     reported, true = [], []
     scores = less_scores([plain], [target])
     for number in range(len(target)):
-        competing = Candidates(scores[:, number], lambda places: plain[places], target[number], count=len(plain))
-        for by_budget in choose_all(ALL_STRATEGIES, competing, (BUDGET,), test_id=str(number)):
+        competing = Candidates(
+            scores[:, number], lambda places: plain[places], target[number], count=len(plain), test_id=str(number)
+        )
+        for by_budget in choose_all(ALL_STRATEGIES, competing, (BUDGET,)):
             chosen = by_budget[BUDGET][0]
             reported.append(selection_relevance(target[number], plain[chosen]).db > 0)
             true.append(selection_relevance(known.target[number], known.plain[chosen]).db > 0)

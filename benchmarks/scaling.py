@@ -29,7 +29,8 @@ from speed import random_store
 
 from gradsift.influence.aggregate import max_of_means
 from gradsift.influence.products import inner_products
-from gradsift.selection.facility_location import cost_from_scores, facility_location, similarity_from_gradients
+from gradsift.selection.candidates import Candidates
+from gradsift.selection.facility_location import FacilityLocation
 from gradsift.selection.top_k import top_k
 from gradsift.store.gradient_store import GradientStore
 
@@ -106,10 +107,8 @@ def scored(store: GradientStore, queries: torch.Tensor) -> torch.Tensor:
 
 def covering(store: GradientStore, scores: torch.Tensor) -> list[int]:
     """Facility location as `select` does it."""
-    candidates = top_k(scores, 2 * COVERED)
-    rows = store.rows_by_id([store.ids[position] for position in candidates])
-    similarity = similarity_from_gradients(rows, "cosine_squared")
-    return facility_location(similarity, cost_from_scores(scores[candidates]), budget=COVERED, trade_off=0.5)
+    pool = Candidates.stored(store, store.ids, scores.numpy(), None, count=2 * COVERED)
+    return FacilityLocation(trade_off=0.5).choose(pool, COVERED)
 
 
 def timed(step: Callable[[], Any]) -> float:

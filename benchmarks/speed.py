@@ -44,7 +44,7 @@ from gradsift.gradients.adam import AdamDirection
 from gradsift.gradients.batching import Batch, automatic_lanes, automatic_token_budget, form_batches
 from gradsift.gradients.capture import LORA, find_modules
 from gradsift.gradients.projection import Projection, Projector, plan_segments
-from gradsift.gradients.rows import gradient_rows
+from gradsift.gradients.rows import RowSettings, gradient_rows
 from gradsift.model.loss import token_mean
 from gradsift.store.gradient_store import GradientStore, GradientStoreWriter, ShardColumns
 from gradsift.store.storage import LocalStorage
@@ -221,12 +221,14 @@ class Work:
             self.modules,
             self.projector,
             sequences,
+            RowSettings(
+                token_budget=self.budget,
+                lanes=self.lanes,
+                views=("adam",),
+                adam=self.adam,
+                autocast=torch.bfloat16 if self.args.autocast else None,
+            ),
             row_count=len(sequences),
-            token_budget=self.budget,
-            lanes=self.lanes,
-            views=("adam",),
-            adam=self.adam,
-            autocast=torch.bfloat16 if self.args.autocast else None,
         )
         prefix = f"store-{time.monotonic_ns()}"
         writer = GradientStoreWriter(
@@ -491,7 +493,8 @@ def section_explain(args: argparse.Namespace) -> dict[str, Any]:
     """
     from gradsift.explanation.batch import relevance_of_choices
     from gradsift.explanation.coefficients import MODELS
-    from gradsift.selection.strategies import Candidates, Choices, choose_all
+    from gradsift.selection.candidates import Candidates
+    from gradsift.selection.selector import Choices, choose_all
 
     generator = torch.Generator().manual_seed(0)
 
@@ -537,13 +540,14 @@ def section_explain(args: argparse.Namespace) -> dict[str, Any]:
 
 def explaining_strategies() -> dict[str, list[Any]]:
     """Every strategy with every option that changes what it picks, over one order and over all four."""
-    from gradsift.selection import strategies as s
+    import gradsift as s
+    from gradsift.selection.candidates import ORDERS, Order
 
     naive = dict(
-        zip(s.ORDERS, (s.MostHelpful(), s.MostHarmful(), s.MostInfluential(), s.LeastInfluential()), strict=True)
+        zip(ORDERS, (s.MostHelpful(), s.MostHarmful(), s.MostInfluential(), s.LeastInfluential()), strict=True)
     )
 
-    def of(order: s.Order) -> list[Any]:
+    def of(order: Order) -> list[Any]:
         covering = [
             s.FacilityLocation(trade_off=trade_off, similarity=similarity, order=order)
             for trade_off in (0.25, 0.5, 0.75, 1.0)
@@ -553,7 +557,7 @@ def explaining_strategies() -> dict[str, list[Any]]:
 
     shared = [s.Aide(), s.Aide(influence="min_max"), s.Aide(diversity="mean_pairwise_distance"), s.RandomExamples()]
     one = [*of("most_influential"), *shared, s.RelevancePursuit(order="most_influential")]
-    every = [strategy for order in s.ORDERS for strategy in of(order)]
+    every = [strategy for order in ORDERS for strategy in of(order)]
     return {"one order": one, "four orders": [*every, *shared, s.RelevancePursuit()]}
 
 

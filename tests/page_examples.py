@@ -16,6 +16,7 @@ import torch
 from gradsift.base.types import Skipped
 from gradsift.compare.chosen import choice_view, length_edges
 from gradsift.compare.costs import StageCost
+from gradsift.compare.grid import Key
 from gradsift.compare.shown import comparison_page
 from gradsift.compare.table import Cell as Trained
 from gradsift.compare.table import CellFailure, ChoiceOverlap, Comparison, LearningCurve, tabulate
@@ -53,7 +54,10 @@ from gradsift.report.blocks import (
     Space,
     Text,
 )  # fmt: skip
-from gradsift.selection.strategies import FacilityLocation, MostHarmful, MostHelpful, RandomExamples
+from gradsift.selection.candidates import Candidates
+from gradsift.selection.facility_location import FacilityLocation
+from gradsift.selection.random import RandomChoice
+from gradsift.selection.top_k import MostHarmful, MostHelpful
 from gradsift.validation.one_step import OneStep
 from gradsift.validation.statistics import agreement
 from gradsift.validation.validate import Cell as Selected
@@ -209,18 +213,9 @@ STRATEGIES = (
     MostHelpful(),
     FacilityLocation(trade_off=1.0),
     MostHarmful(),
-    RandomExamples(),
+    RandomChoice(),
 )
 BUDGETS = (1, 5, 10, 25)
-
-
-class _Rows(dict):  # type: ignore[type-arg]
-    """Gradients by id, as a store gives them."""
-
-    measured_error = None
-
-    def rows_by_id(self, ids: list[str]) -> torch.Tensor:
-        return torch.stack([self[id_] for id_ in ids])
 
 
 def dataset(pool: list[dict[str, Any]]) -> Any:
@@ -248,7 +243,7 @@ def explained(pool: list[dict[str, Any]], k: tuple[int, ...] = BUDGETS, seed: in
             )
             ratio = 10 ** (db / 10)
             results.append(
-                StrategyResult("LESS", strategy.label, budget, db, ratio, False, False, tuple(examples), draws)
+                StrategyResult("LESS", strategy.strategy, budget, db, ratio, False, False, tuple(examples), draws)
             )
     asked = ({"role": "user", "content": "A vase holds 5 roses and 8 tulips. How many flowers?"},)
     entry = Explanation(
@@ -269,12 +264,12 @@ def explanation(pool: list[dict[str, Any]], *, output: str = "") -> Page:
         entry = replace(entry, output=output)
     found = SimpleNamespace(
         pool=SimpleNamespace(data=data, model="SmolLM2-135M-Instruct"),
-        store=_Rows(zip(data.ids, gradients, strict=True)),
+        store=SimpleNamespace(measured_error=None),
         estimators=[SimpleNamespace(label="LESS")],
         strategies=STRATEGIES,
-        candidates=100,
-        scores_of=lambda output_id, estimator: (data.ids, (gradients @ gradients[0]).numpy()),
-        gradient_of=lambda output_id: gradients[0],
+        candidates_of=lambda output_id, estimator: Candidates(
+            gradients @ gradients[0], lambda places: gradients[places], gradients[0], ids=data.ids
+        ),
     )
     page, _ = explanation_page(found, entry, embedding=None)
     return replace(page, sections=tuple(replace(s, blocks=tuple(map(_two_spaces, s.blocks))) for s in page.sections))
@@ -303,7 +298,10 @@ def relevance(outputs: int = 40, *, validated: bool = True, prompt: str = "") ->
     pairs = [(one.cell.relevance, one.support, 1.0) for one in cells]
     known = Validation(tuple(cells), (), agreement(*zip(*pairs, strict=True)), {}, "stored", OneStep())  # type: ignore[arg-type]
     found = SimpleNamespace(
-        entries=tuple(entries), failed=(), pool=SimpleNamespace(model="SmolLM2", data=dataset(pool)), store=None
+        entries=tuple(entries),
+        failed=(),
+        pool=SimpleNamespace(model="SmolLM2", data=dataset(pool)),
+        store=SimpleNamespace(measured_error=None),
     )
     table = relevance_table(entries)
     return relevance_page(found, table, known if validated else None, pages=outputs - 1)
@@ -375,7 +373,7 @@ def comparison(points: int = 400, *, words: int = 30) -> Page:
         for size in SIZES:
             for seed in SEEDS:
                 noisy = sorted(range(points), key=lambda n: (n % 7) * _SKILL[number] + 3 * draw.random())
-                sets[arm, size, seed] = np.array(noisy[: max(3, size * points // 4000)])
+                sets[Key(arm, size, seed)] = np.array(noisy[: max(3, size * points // 4000)])
     place = {row: row for row in range(points)}
     views = [choice_view(number, one, size, sets, place) for number, one in enumerate(contenders()) for size in SIZES]
     text = " ".join(draw.choices(("how", "many", "apples", "are", "there", "coins"), k=words))[:220]
@@ -397,7 +395,7 @@ def comparison(points: int = 400, *, words: int = 30) -> Page:
     shapes: list[Block] = []
     for size in SIZES:
         own = [
-            (arm, Counter(pool[n]["skill"] for n in sets[arm, size, 0].tolist()), len(sets[arm, size, 0]))
+            (arm, Counter(pool[n]["skill"] for n in sets[Key(arm, size, 0)].tolist()), len(sets[Key(arm, size, 0)]))
             for arm in ARMS
         ]
         series = list(range(len(ARMS)))
@@ -407,7 +405,9 @@ def comparison(points: int = 400, *, words: int = 30) -> Page:
                 (shares_table("skill", skills, points, own, series=series, title=f"{size:,} examples"),),
             )
         )
-        shares = [np.histogram(lengths[sets[arm, size, 0]], edges)[0] / len(sets[arm, size, 0]) for arm in ARMS]
+        shares = [
+            np.histogram(lengths[sets[Key(arm, size, 0)]], edges)[0] / len(sets[Key(arm, size, 0)]) for arm in ARMS
+        ]
         charts = [
             Chart("Lengths", arm, "median 90", axis="tokens", series=n,
                   bars=Bars(edges, tuple(counts), tuple(shares[n]), top=0.4, outline=True))

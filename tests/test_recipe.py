@@ -14,8 +14,10 @@ from gradsift.influence.bm25 import BM25
 from gradsift.influence.less import LESS
 from gradsift.influence.random import Random
 from gradsift.recipe import Explain, Recipe, as_yaml, load_recipe, load_recipes, template, validated
-from gradsift.selection.select import FacilityLocation, budget_count
-from gradsift.selection.strategies import Aide, Divine
+from gradsift.selection.aide import Aide
+from gradsift.selection.divine import Divine
+from gradsift.selection.facility_location import FacilityLocation
+from gradsift.selection.select import budget_count
 from gradsift.warmup.train import PRESETS, Warmup
 
 NEEDED = {"model": "m", "pool": "p.jsonl", "out": "runs/x"}

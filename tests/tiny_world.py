@@ -159,9 +159,11 @@ class Cli:
 
         self.arguments = [str(argument) for argument in arguments]
         verbosity = transformers.utils.logging.get_verbosity()
-        try:
+        try:  # the command line calms libraries by the environment, which this process has long read
+            transformers.utils.logging.set_verbosity_error()
+            transformers.utils.logging.disable_progress_bar()
             result = CliRunner().invoke(app, self.arguments)
-        finally:  # the command line calms the libraries for its process, which is the tests' own here
+        finally:
             transformers.utils.logging.set_verbosity(verbosity)
         self.code, self.out, self.err = result.exit_code, result.stdout, result.stderr
         assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)

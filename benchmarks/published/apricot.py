@@ -10,7 +10,8 @@ from published.shared import (
     tensor,
 )
 
-from gradsift.selection.facility_location import cost_from_scores, facility_location, similarity_from_gradients
+from gradsift.influence.products import unit_rows
+from gradsift.selection.facility_location import cost_from_scores, facility_location, similarity_from_cosines
 
 
 class Apricot(Published):
@@ -22,9 +23,10 @@ class Apricot(Published):
 
     def compared(self) -> Iterable[Compared]:
         gradients, scores = tensor(self.record["gradients"]), tensor(self.record["scores"])
+        unit = unit_rows(gradients.double())
         for kind in ("cosine_squared", "cosine_shifted"):
             cases = [case for case in self.record["cases"] if case["similarity"] == kind]
-            similarity, cost = similarity_from_gradients(gradients, kind), cost_from_scores(scores)
+            similarity, cost = similarity_from_cosines(unit @ unit.T, kind), cost_from_scores(scores)
             found = [facility_location(similarity, cost, budget=len(case["picks"]), trade_off=case["trade_off"])
                      for case in cases]  # fmt: skip
             yield Compared(

@@ -28,16 +28,12 @@ from gradsift.explanation.relevance import Relevance, relevance_auc, selection_r
 from gradsift.gradients.capture import find_modules
 from gradsift.influence.bm25 import Reading, bm25_scores
 from gradsift.influence.datainf import datainf_scores
-from gradsift.selection.strategies import (
-    Aide,
-    Divine,
-    FacilityLocation,
-    LeastInfluential,
-    MostHarmful,
-    MostHelpful,
-    MostInfluential,
-    choose,
-)
+from gradsift.selection.aide import Aide
+from gradsift.selection.candidates import Candidates
+from gradsift.selection.divine import Divine
+from gradsift.selection.facility_location import FacilityLocation
+from gradsift.selection.selector import choose_all
+from gradsift.selection.top_k import LeastInfluential, MostHarmful, MostHelpful, MostInfluential
 from gradsift.validation.one_step import StepModel, jensen_shannon, labels_of, log_likelihood
 
 
@@ -211,7 +207,8 @@ class Compact(Published):
     def _chosen(self, strategy: Any, target: Tensor, recorded: Mapping[str, list[int]]) -> tuple[list[int], list[int]]:
         wanted = {int(budget): picks for budget, picks in recorded.items()}
         rows = self._pool
-        found = choose(strategy, self._scores, lambda at: rows[at], target, list(wanted), candidates=20)
+        pool = Candidates(self._scores, lambda at: rows[at], target, count=20)
+        found = choose_all([strategy], pool, list(wanted))[0]
         return [pick for budget in wanted for pick in found[budget][0]], [*chain(*wanted.values())]
 
     def _relevance(self, fit: Mapping[str, Any]) -> Relevance:

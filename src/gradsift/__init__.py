@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from gradsift.base.progress import Reporter
     from gradsift.compare.run import run_compare
     from gradsift.compare.table import Comparison
-    from gradsift.context import Pool, Target, open_pool, open_target
+    from gradsift.context import Pool, Setup, Target, open_pool, open_target
     from gradsift.data.load import Columns
     from gradsift.evaluation.arms import Arm, Compare, Curve
     from gradsift.evaluation.evaluate import Evaluation, evaluate
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from gradsift.evaluation.mean_reward import MeanReward
     from gradsift.evaluation.metric import Figure, Measured
     from gradsift.evaluation.pairwise import Pairwise
-    from gradsift.evaluation.setup import Setup, Trained, open_model
+    from gradsift.evaluation.setup import Trained, open_model
     from gradsift.explanation.explain import ALL_STRATEGIES, Explanation, Explanations, explain
     from gradsift.explanation.outputs import Question
     from gradsift.explanation.relevance import selection_relevance
@@ -67,27 +67,19 @@ if TYPE_CHECKING:
     from gradsift.influence.scores import Scores, score
     from gradsift.influence.trak import TRAK
     from gradsift.recipe import Recipe, load_recipe
-    from gradsift.selection.select import (
-        TSDS,
-        Diverse,
-        FacilityLocation,
-        GumbelTopK,
-        JointGreedy,
-        RandomChoice,
-        Selection,
-        TopK,
-        select,
-    )
-    from gradsift.selection.strategies import (
-        Aide,
-        Divine,
-        LeastInfluential,
-        MostHarmful,
-        MostHelpful,
-        MostInfluential,
-        RandomExamples,
-        RelevancePursuit,
-    )
+    from gradsift.selection.aide import Aide
+    from gradsift.selection.candidates import Candidates
+    from gradsift.selection.diverse import Diverse
+    from gradsift.selection.divine import Divine
+    from gradsift.selection.facility_location import FacilityLocation
+    from gradsift.selection.gumbel import GumbelTopK
+    from gradsift.selection.joint_greedy import JointGreedy
+    from gradsift.selection.pursuit import RelevancePursuit
+    from gradsift.selection.random import RandomChoice, RandomExamples
+    from gradsift.selection.select import Selection, select
+    from gradsift.selection.selector import Selector
+    from gradsift.selection.top_k import LeastInfluential, MostHarmful, MostHelpful, MostInfluential, TopK
+    from gradsift.selection.transport import TSDS
     from gradsift.store.gradient_store import GradientStore
     from gradsift.store.precision import MeasuredError
     from gradsift.store.run import Run
@@ -99,7 +91,7 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "gradsift.compare.run": ("run_compare",),
-    "gradsift.context": ("Pool", "Target", "open_pool", "open_target"),
+    "gradsift.context": ("Pool", "Setup", "Target", "open_pool", "open_target"),
     "gradsift.data.load": ("Columns",),
     "gradsift.base.errors": ("GradsiftError",),
     "gradsift.evaluation.arms": ("Arm", "Compare", "Curve"),
@@ -113,7 +105,7 @@ _WHERE = {
     "gradsift.evaluation.mean_reward": ("MeanReward",),
     "gradsift.evaluation.metric": ("Figure", "Measured"),
     "gradsift.evaluation.pairwise": ("Pairwise",),
-    "gradsift.evaluation.setup": ("Setup", "Trained", "open_model"),
+    "gradsift.evaluation.setup": ("Trained", "open_model"),
     "gradsift.explanation.explain": ("ALL_STRATEGIES", "Explanation", "Explanations", "explain"),
     "gradsift.explanation.outputs": ("Question",),
     "gradsift.explanation.relevance": ("selection_relevance",),
@@ -149,27 +141,19 @@ _WHERE = {
     "gradsift.base.progress": ("Reporter",),
     "gradsift.recipe": ("Recipe", "load_recipe"),
     "gradsift.store.run": ("Run",),
-    "gradsift.selection.select": (
-        "Diverse",
-        "FacilityLocation",
-        "GumbelTopK",
-        "JointGreedy",
-        "RandomChoice",
-        "Selection",
-        "TSDS",
-        "TopK",
-        "select",
-    ),
-    "gradsift.selection.strategies": (
-        "Aide",
-        "Divine",
-        "LeastInfluential",
-        "MostHarmful",
-        "MostHelpful",
-        "MostInfluential",
-        "RandomExamples",
-        "RelevancePursuit",
-    ),
+    "gradsift.selection.aide": ("Aide",),
+    "gradsift.selection.candidates": ("Candidates",),
+    "gradsift.selection.diverse": ("Diverse",),
+    "gradsift.selection.divine": ("Divine",),
+    "gradsift.selection.facility_location": ("FacilityLocation",),
+    "gradsift.selection.gumbel": ("GumbelTopK",),
+    "gradsift.selection.joint_greedy": ("JointGreedy",),
+    "gradsift.selection.pursuit": ("RelevancePursuit",),
+    "gradsift.selection.random": ("RandomChoice", "RandomExamples"),
+    "gradsift.selection.select": ("Selection", "select"),
+    "gradsift.selection.selector": ("Selector",),
+    "gradsift.selection.top_k": ("LeastInfluential", "MostHarmful", "MostHelpful", "MostInfluential", "TopK"),
+    "gradsift.selection.transport": ("TSDS",),
     "gradsift.store.gradient_store": ("GradientStore",),
     "gradsift.store.precision": ("MeasuredError",),
     "gradsift.validation.one_step": ("OneStep",),
@@ -189,8 +173,8 @@ __all__ = [  # noqa: RUF022  # kept in the order of the flow
     "LESS", "DataInf", "ProjectedInverse", "TRAK", "JI2S", "BM25", "RDS", "DSIR", "Random",
     "AlpaGasus", "DEITA", "JudgeRating", "FunctionRating", "LengthRating", "PerplexityRating", "DifficultyRating",
     "NICE", "NICEIF", "open_prompts", "PromptTarget", "Sampling", "Assistant", "Endpoint", "PolicyGradient", "diagnose",
-    "PolicyDiagnostics", "select", "Selection", "TopK", "FacilityLocation", "RandomChoice", "GumbelTopK", "TSDS",
-    "JointGreedy", "Diverse",
+    "PolicyDiagnostics", "select", "Selection", "Selector", "Candidates", "TopK", "FacilityLocation", "RandomChoice",
+    "GumbelTopK", "TSDS", "JointGreedy", "Diverse",
     "explain", "Question", "Explanation", "Explanations", "ALL_STRATEGIES",
     "MostHelpful", "MostHarmful", "MostInfluential", "LeastInfluential", "Divine", "Aide", "RandomExamples",
     "RelevancePursuit", "selection_relevance", "relevance_table", "RelevanceTable",
@@ -205,6 +189,8 @@ __all__ = [  # noqa: RUF022  # kept in the order of the flow
 def __getattr__(name: str) -> Any:
     if name in _MODULE_OF:
         return getattr(import_module(_MODULE_OF[name]), name)
+    if name in ("errors", "models", "types"):
+        return import_module(f"gradsift.{name}")
     raise AttributeError(f"module 'gradsift' has no attribute {name!r}")
 
 

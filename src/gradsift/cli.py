@@ -176,12 +176,9 @@ def _calm_libraries() -> None:
     import warnings
 
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|accelerate|torch)\b")
 
 
@@ -421,12 +418,11 @@ def _explain_recipe(given: dict[str, Any], **more: Any) -> Any:
         )
         for kind in kinds
     ]
-    chosen = [strategy_of(text, given["trade_off"]) for text in given["strategies"]]
+    job["strategies"] = [strategy_of(text, given["trade_off"], given["seed"]) for text in given["strategies"]]
     if given["compare"]:
-        chosen = [strategy.model_dump() for strategy in ALL_STRATEGIES]
-    job["strategies"] = [
-        {**fields, "seed": given["seed"]} if fields["kind"] == "random" else fields for fields in chosen
-    ]
+        job["strategies"] = [
+            {**one.model_dump(), **({"seed": given["seed"]} if one.by_chance else {})} for one in ALL_STRATEGIES
+        ]
     values = {name: value for name, value in given.items() if name != "estimators"}
     return _recipe(values, explain={**job, **more})
 
@@ -738,15 +734,15 @@ def plan(
 
 @app.command("list", cls=_Careful)
 def list_() -> None:
-    """Name every estimator, gradsift's and those of installed packages, with what it reads and what it is.
+    """Name every estimator and selector, gradsift's and those of installed packages, with what it reads and is.
 
     Example: gradsift list
     """
     with _errors(debug=False):
-        from gradsift.jobs.report import print_estimators
+        from gradsift.jobs.report import print_methods
 
         _calm_libraries()
-        print_estimators()
+        print_methods()
 
 
 @app.command(cls=_Careful)

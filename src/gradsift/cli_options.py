@@ -389,7 +389,7 @@ SHARED: dict[str, tuple[Any, Any]] = {
         str,
         "top_k",
         "--selection",
-        help="top_k, facility_location, tsds, joint_greedy, diverse, gumbel or random.",
+        help="top_k, facility_location, tsds, joint_greedy, diverse, gumbel, random …: `gradsift list` names all.",
         panel=CHOICE,
     ),
     "threshold": _shared(

@@ -13,11 +13,11 @@ JOINT = (
 )  # fmt: skip
 
 
-def strategy_of(text: str, trade_off: float | None = None) -> dict[str, Any]:
+def strategy_of(text: str, trade_off: float | None = None, seed: int | None = None) -> dict[str, Any]:
     """The strategy that `facility_location`, `facility_location:0.25`, `divine:most_harmful` … name.
 
     After the name, in any order: a ranking (`most_helpful` …) for the strategies that have one, and λ for facility
-    location, where `trade_off` is the default.
+    location, where `trade_off` is the default. Those that draw do so by `seed`.
 
     Raises:
         ConfigError: an unknown name, or a part that does not go with it.
@@ -26,18 +26,22 @@ def strategy_of(text: str, trade_off: float | None = None) -> dict[str, Any]:
         >>> strategy_of("facility_location:0.25")
         {'kind': 'facility_location', 'trade_off': 0.25}
     """
-    from gradsift.selection.strategies import KINDS, ORDERS  # imports torch, for which `--help` should not wait
+    from gradsift.selection.candidates import ORDERS  # imports torch, for which `--help` should not wait
+    from gradsift.selection.selectors import selectors
 
     kind, *parts = text.split(":")
-    if kind not in KINDS:
-        raise ConfigError(f"--strategy {kind!r} is unknown: there are {', '.join(KINDS)}")
+    if kind not in selectors():
+        raise ConfigError(f"--strategy {kind!r} is unknown: there are {', '.join(selectors())}")
+    known = selectors()[kind].model_fields
     fields: dict[str, Any] = {"kind": kind}
-    if kind == "facility_location" and trade_off is not None:
+    if "trade_off" in known and trade_off is not None:
         fields["trade_off"] = trade_off
+    if "seed" in known and seed is not None:
+        fields["seed"] = seed
     for part in parts:
-        if part in ORDERS and kind in ("facility_location", "divine", "relevance_pursuit"):
+        if part in ORDERS and "order" in known:
             fields["order"] = part
-        elif kind == "facility_location":
+        elif "trade_off" in known:
             fields["trade_off"] = _trade_off(text, part, ORDERS)
         else:
             raise ConfigError(
@@ -65,8 +69,10 @@ def selection_of(kind: str, own: dict[str, Any], *, seed: int) -> dict[str, Any]
     Raises:
         ConfigError: an option of another selection.
     """
+    from gradsift.selection.selectors import selectors  # imports torch, for which `--help` should not wait
+
     fields: dict[str, Any] = {"kind": kind}
-    if kind in ("random", "tsds", "gumbel"):
+    if kind in selectors() and "seed" in selectors()[kind].model_fields:
         fields["seed"] = seed
     for name, value in own.items():
         owner, option = _OF_SELECTION[name]

@@ -34,8 +34,9 @@ from gradsift.influence.scores import Aggregation
 from gradsift.model import embeddings
 from gradsift.model.models import DtypeName
 from gradsift.rewards.reward import Reward
-from gradsift.selection.select import Selector, TopK
-from gradsift.selection.strategies import CANDIDATES, Strategy
+from gradsift.selection.candidates import CANDIDATES
+from gradsift.selection.selectors import AnySelector
+from gradsift.selection.top_k import TopK
 from gradsift.validation.one_step import OneStep
 from gradsift.validation.validate import Route
 from gradsift.warmup.train import PRESETS, Warmup
@@ -77,7 +78,7 @@ class Explain(Settings):
     sample: int | None = Field(default=None, ge=1)
     k: int | tuple[int, ...] = 5
     estimators: tuple[AnyRanker, ...] = (DEFAULT_ESTIMATOR,)
-    strategies: tuple[Strategy, ...] = DEFAULT_STRATEGIES
+    strategies: tuple[AnySelector, ...] = DEFAULT_STRATEGIES
     candidates: int = Field(default=CANDIDATES, ge=1)
     coefficients: CoefficientModel = "MSEProjUSimp"
     aggregation: RelevanceAggregation = "ratio_of_means"
@@ -114,7 +115,7 @@ class Recipe(Settings):
     estimator: AnyEstimator = LESS()
     controls: tuple[AnyEstimator, ...] = (BM25(), Random(seed=0))
     aggregation: Aggregation = "max_of_means"
-    selection: Selector = TopK()
+    selection: AnySelector = TopK()
     budget: Budget = Field(default=0.05, gt=0)
     group_by: tuple[str, ...] = ()
     reward: Reward | None = None
@@ -461,8 +462,7 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
 
 _METHODS = (
     *_models(AnyEstimator),
-    *_models(Selector),
-    *_models(Strategy),
+    *_models(AnySelector),
     *_models(Reward),
     *_models(Rater),
     *_models(MetricSetting),

@@ -11,10 +11,11 @@ from reporters import Listening
 from tiny_world import World
 
 
-@pytest.mark.parametrize("name", ["tokens.safetensors", "rows.jsonl", "index.json", "manifest.json"])
+@pytest.mark.parametrize("name", ["tokens.safetensors", "rows.jsonl", "manifest.json"])
 def test_an_altered_data_set_is_tokenised_again(name: str, tiny: World, tmp_path: Path) -> None:
     """A file cut in half, with one bit flipped, or gone is said, and what is opened is what was written at first."""
     first = tiny.open_pool(tmp_path / "run").data
+    lines, tokens = [first.line(id_) for id_ in first.ids], [first[n].token_ids for n in range(len(first))]
     (file,) = (tmp_path / "run" / "data").glob(f"*/{name}")
     whole = file.read_bytes()
     place = len(whole) * 2 // 3
@@ -28,8 +29,8 @@ def test_an_altered_data_set_is_tokenised_again(name: str, tiny: World, tmp_path
             "manifest.json",
         )
         assert again.fingerprint == first.fingerprint
-        assert [again.line(id_) for id_ in again.ids] == [first.line(id_) for id_ in first.ids]
-        assert all((again[n].token_ids == first[n].token_ids).all() for n in range(len(first)))
+        assert [again.line(id_) for id_ in again.ids] == lines
+        assert all((again[n].token_ids == own).all() for n, own in enumerate(tokens))
         assert name == "manifest.json" or file.read_bytes() == whole
 
 

@@ -17,8 +17,8 @@ from gradsift.base.errors import DataError
 from gradsift.base.progress import silent
 from gradsift.base.types import Example, Skipped, TokenizedExample
 from gradsift.data.chat import ChatFormat, Supervise
-from gradsift.data.dataset import prepare
 from gradsift.data.load import load_examples
+from gradsift.data.prepare import prepare
 from gradsift.model.loss import token_mean
 from gradsift.store.run import Run
 from templates import CHATML, bytes_tokenizer, runs

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradsift.base.types import Example, Message
-from gradsift.data.overlap import content_hash, find_duplicates, find_overlap, normalised_hash
+from gradsift.base.types import Example, Message, Skipped
+from gradsift.data.overlap import Duplicates, content_hash, find_overlap, normalised_hash
 
 TEXT = st.text(max_size=8)
 MESSAGES = st.lists(st.builds(Message, role=st.sampled_from(["user", "assistant"]), content=TEXT), max_size=3)
@@ -19,6 +19,12 @@ def chat(*contents: str) -> tuple[Message, ...]:
 
 def example(example_id: str, *contents: str) -> Example:
     return Example(example_id, chat(*contents), {})
+
+
+def find_duplicates(rows: list[Example]) -> list[Skipped]:
+    known = Duplicates()
+    found = [known.add(row, normalised_hash(row.messages)) for row in rows]
+    return [copy for copy in found if copy is not None]
 
 
 def test_the_default_id_of_a_conversation_never_changes() -> None:

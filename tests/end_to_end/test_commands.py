@@ -347,7 +347,7 @@ def test_plan_counts_and_leaves_nothing_behind(tiny: World, tmp_path: Path) -> N
     heading = f"{tiny.model}: 24 pool rows, {found['pool']['tokens']:,} tokens, longest {found['pool']['longest']}, "
     assert f"{heading}2 checkpoints" in " ".join(shown.split())
     with_adapter = tiny("plan", tmp_path / "run", "--json", *tiny.with_adapters()).succeeded().json
-    assert with_adapter["stages"]["warm-up"]["tokens"] == 0
+    assert "warm-up" not in with_adapter["stages"]
 
 
 @pytest.mark.parametrize(
@@ -369,11 +369,11 @@ def test_plan_counts_the_gradients_that_are_taken(
     out = tmp_path / "run"
     given = (*options, "--budget", "4")
     found = tiny("plan", out, *given, "--json").succeeded().json
-    stages = found["stages"]
+    passes = {name: stage["tokens"] for name, stage in found["stages"].items()}
     assert found["checkpoints"] == checkpoints
-    assert stages["pool gradients"]["tokens"] == pool * found["pool"]["tokens"]
-    assert stages["target gradients"]["tokens"] == target * found["target"]["tokens"]
-    assert (stages["warm-up"]["tokens"] > 0) == (checkpoints > 0)
+    assert passes.get("pool gradients", 0) == pool * found["pool"]["tokens"]
+    assert passes.get("target gradients", 0) == target * found["target"]["tokens"]
+    assert ("warm-up" in passes) == (checkpoints > 0)
     tiny("select", out, *given).succeeded()
     rows = sum(len(gs.GradientStore.open(path.parent)) for path in out.glob("gradients/*/manifest.json"))
     assert rows == pool * 24 + target * 4

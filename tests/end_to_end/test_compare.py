@@ -25,7 +25,7 @@ from gradsift.model.embeddings import at_hand
 from gradsift.recipe import Recipe, as_yaml, load_recipe
 from gradsift.report.blocks import Chart, Choice, Examples, Facts, Map, Page, Table, Text, walk
 from gradsift.rewards.form import Length
-from gradsift.selection.select import TopK
+from gradsift.selection.top_k import TopK
 from gradsift.warmup.train import TRAINING_PRESETS, Training, Warmup
 from reporters import Listening
 from tiny_world import Cli, World, pool_rows, target_rows, write_rows

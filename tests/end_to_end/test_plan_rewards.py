@@ -38,11 +38,11 @@ def test_responses_and_policy_gradients_are_counted(tiny: World, tmp_path: Path)
     assert stages["responses"]["seconds"] > 0
     assert stages["policy gradients"]["tokens"] == pytest.approx(2 * 2 * 5 * sum(n + 7 for n in lengths(tiny)))
     assert stages["policy gradients"]["disk_bytes"] == (1 + 5) * 4 * 2 * 256 * 2
-    assert stages["target gradients"] == {"tokens": 0, "seconds": 0, "disk_bytes": 0}
+    assert "target gradients" not in stages
     assert stages["pool gradients"]["tokens"] == 2 * found["pool"]["tokens"]
     assert "rewards" not in stages
     assert found["total"]["seconds"] == pytest.approx(sum(stage["seconds"] for stage in stages.values()))
-    assert found["sample"]["sampled_tokens_per_second"] > 0
+    assert found["sampling"][0]["tokens_per_second"] > 0
     assert found["endpoints"] == []
     last = tiny("plan", tmp_path / "run", *given, "--checkpoints", "last", target=prompts(tmp_path)).succeeded().json
     assert last["stages"]["responses"]["tokens"] == 4 * 5 * 7
@@ -95,7 +95,7 @@ def test_programs_of_unit_tests_are_counted(tiny: World, tmp_path: Path) -> None
     """Each response is a program to run."""
     target = prompts(tmp_path, test="assert answer() == 1", entry_point="")
     given = (*NICE, "--reward", "unit_tests", "--allow-code-execution")
-    assert "rewards: 40 programs are run" in tiny("plan", tmp_path / "run", *given, target=target).succeeded().out
+    assert "40 programs are run" in tiny("plan", tmp_path / "run", *given, target=target).succeeded().out
 
 
 def test_without_a_reward_it_is_refused(tiny: World, tmp_path: Path) -> None:

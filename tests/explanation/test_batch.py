@@ -12,16 +12,14 @@ from gradsift.base.errors import ConfigError, DataError, NonFiniteError, ShapeEr
 from gradsift.explanation.batch import batch_relevance, relevance_of_choices
 from gradsift.explanation.coefficients import MODELS, CoefficientModel
 from gradsift.explanation.relevance import Relevance, selection_relevance
-from gradsift.selection.strategies import (
-    Aide,
-    Candidates,
-    Divine,
-    FacilityLocation,
-    MostHelpful,
-    RandomExamples,
-    RelevancePursuit,
-    choose_all,
-)
+from gradsift.selection.aide import Aide
+from gradsift.selection.candidates import Candidates
+from gradsift.selection.divine import Divine
+from gradsift.selection.facility_location import FacilityLocation
+from gradsift.selection.pursuit import RelevancePursuit
+from gradsift.selection.random import RandomExamples
+from gradsift.selection.selector import choose_all
+from gradsift.selection.top_k import MostHelpful
 
 EXACT: tuple[CoefficientModel, ...] = ("MSE", "MSEProjUSimp", "MSEProjUSimpSparse", "simplex_exact")
 
@@ -153,9 +151,9 @@ def test_candidates_that_no_selection_uses_do_not_matter() -> None:
 def test_choices_of_strategies_come_back_by_budget_and_model() -> None:
     """Every choice has its relevance where its strategy, budget and draw are."""
     g, rows = problem(40, 30, 8)
-    pool = Candidates(rows @ g, lambda positions: rows[positions], g, count=15)
+    pool = Candidates(rows @ g, lambda positions: rows[positions], g, count=15, test_id="a")
     strategies = [MostHelpful(), FacilityLocation(), Divine(), Aide(), RandomExamples(draws=3), RelevancePursuit()]
-    choices = choose_all(strategies, pool, [1, 4], test_id="a")
+    choices = choose_all(strategies, pool, [1, 4])
     found = relevance_of_choices(pool, choices, models=["MSEProjUSimp", "KLT"])
     for choice, relevances in zip(choices, found, strict=True):
         assert list(relevances) == [1, 4]

@@ -23,10 +23,11 @@ from gradsift.base.errors import ConfigError, DataError, MismatchError, ModelErr
 from gradsift.data.dataset import Dataset
 from gradsift.gradients import collect as collect_module
 from gradsift.gradients.capture import find_modules
-from gradsift.gradients.collect import Adam, Gradients, ShardSpec, collect, collect_shard, known_error
+from gradsift.gradients.collect import Adam, Gradients, ShardSpec, collect, collect_shard, kept_manifest
 from gradsift.gradients.projection import Projection, Projector, plan_segments
 from gradsift.model.models import host
 from gradsift.store.gradient_store import GradientStore
+from gradsift.store.precision import MeasuredError
 from gradsift.store.run import Run
 from gradsift.warmup.checkpoint import Checkpoint, open_checkpoint
 from reporters import Listening
@@ -192,10 +193,12 @@ def test_the_adam_view_alone_measures_the_same(tmp_path: Path, files: dict[str, 
     assert alone.to_plain.rms == pytest.approx(both.to_plain.rms, rel=1e-4)
     given = {"model": files["model"], "settings": SETTINGS}
     known = [
-        known_error(runs[1], make_dataset(runs[1]), open_checkpoint(files["adapter"]), view=view, **given)  # type: ignore[arg-type]
+        kept_manifest(runs[1], make_dataset(runs[1]), open_checkpoint(files["adapter"]), view=view, **given)  # type: ignore[arg-type]
         for view in ("adam", "plain")
     ]
-    assert known == [alone, None]
+    assert known[0] is not None
+    assert MeasuredError.of_dict(known[0]["measured_error"]) == alone
+    assert known[1] is None
 
 
 def test_rows_are_measured_by_their_ids(tmp_path: Path, files: dict[str, str]) -> None:

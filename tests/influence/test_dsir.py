@@ -20,8 +20,9 @@ from gradsift.context import Pool, open_target
 from gradsift.influence.bm25 import spoken_text
 from gradsift.influence.dsir import DSIR, dsir_log_ratios, hashed_counts
 from gradsift.influence.scores import score
-from gradsift.selection.gumbel import gumbel_top_k
-from gradsift.selection.select import GumbelTopK, TopK, select
+from gradsift.selection.gumbel import GumbelTopK, gumbel_top_k
+from gradsift.selection.select import select
+from gradsift.selection.top_k import TopK
 from tiny_world import World
 
 TEXTS = st.lists(st.sampled_from(["a b", "b, c!", "", "a a a", "Ä ß 7", "x-y"]), min_size=1, max_size=6)

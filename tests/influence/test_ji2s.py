@@ -31,7 +31,10 @@ from gradsift.influence.less import LESS
 from gradsift.influence.products import unit_rows
 from gradsift.influence.scores import score
 from gradsift.options import estimator_of
-from gradsift.selection.select import TSDS, FacilityLocation, JointGreedy, select
+from gradsift.selection.facility_location import FacilityLocation
+from gradsift.selection.joint_greedy import JointGreedy
+from gradsift.selection.select import select
+from gradsift.selection.transport import TSDS
 from gradsift.store.gradient_store import GradientStore
 from tiny_world import World, pool_rows
 

@@ -22,7 +22,9 @@ from gradsift.influence.prompts import PromptTarget, open_prompts
 from gradsift.influence.random import Random
 from gradsift.influence.reliability import Looked, Reliability
 from gradsift.influence.scores import score, strata_of, target_parts
-from gradsift.selection.select import FacilityLocation, TopK, select
+from gradsift.selection.facility_location import FacilityLocation
+from gradsift.selection.select import select
+from gradsift.selection.top_k import TopK
 from gradsift.selection.trust import choice_among, looked_at, sample_reliability, target_reliability
 from tiny_world import World, target_rows
 

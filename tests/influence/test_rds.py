@@ -16,7 +16,8 @@ from gradsift.influence.bm25 import conversation_text
 from gradsift.influence.rds import RDS, kept_embeddings, rds_scores
 from gradsift.influence.scores import score
 from gradsift.model import embeddings
-from gradsift.selection.select import TopK, select
+from gradsift.selection.select import select
+from gradsift.selection.top_k import TopK
 from tiny_world import World
 
 needs_encoder = pytest.mark.skipif(

@@ -21,8 +21,9 @@ from gradsift.influence.less import LESS
 from gradsift.influence.ratings import LengthRating
 from gradsift.influence.scores import Scores, score
 from gradsift.model import embeddings
-from gradsift.selection.diverse import diverse
-from gradsift.selection.select import Diverse, TopK, select
+from gradsift.selection.diverse import Diverse, diverse
+from gradsift.selection.select import select
+from gradsift.selection.top_k import TopK
 from tiny_world import World
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradsift.base.errors import ConfigError, NonFiniteError, ShapeError
-from gradsift.selection.divine import GAMMAS, divine, nested_divine
+from gradsift.selection.divine import GAMMAS, divine
 from gradsift.selection.top_k import top_k
 
 
@@ -55,16 +55,6 @@ def test_the_grid_is_twenty_values_from_1e_minus_4_to_1e5() -> None:
     assert len(GAMMAS) == 20
     assert (GAMMAS[0], GAMMAS[-1]) == (pytest.approx(1e-4), pytest.approx(1e5))
     np.testing.assert_allclose(np.diff(np.log(GAMMAS)), np.log(1e9) / 19)
-
-
-@given(seed=st.integers(0, 9999), m=st.integers(2, 12))
-@settings(max_examples=25, deadline=None)
-def test_several_budgets_at_once_are_each_budget_alone(seed: int, m: int) -> None:
-    """γ is chosen for each budget: nesting the greedy picks changes nothing."""
-    importance, distance = instance(m, seed)
-    budgets = [1, (m + 1) // 2, m]
-    together = nested_divine(importance, distance, budgets=budgets)
-    assert together == {budget: divine(importance, distance, budget=budget) for budget in budgets}
 
 
 @given(seed=st.integers(0, 9999), k=st.integers(1, 8))

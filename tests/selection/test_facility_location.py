@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradsift.base.errors import ConfigError, NonFiniteError, ShapeError
+from gradsift.selection.candidates import Candidates, SimilarityKind
 from gradsift.selection.facility_location import (
     cost_from_scores,
     facility_location,
-    similarity_from_gradients,
+    similarity_from_cosines,
 )
 from gradsift.selection.top_k import top_k
 
@@ -94,10 +95,16 @@ def test_no_coverage_weight_is_the_naive_order(scores: list[int]) -> None:
     assert chosen == top_k(values, len(scores))
 
 
+def similarity_of(gradients: torch.Tensor, kind: SimilarityKind = "cosine_squared") -> torch.Tensor:
+    """Of candidates by their gradients, as they are chosen from."""
+    pool = Candidates(-torch.arange(float(len(gradients))), lambda positions: gradients[positions])
+    return similarity_from_cosines(pool.ranked("most_helpful", len(gradients)).cosine, kind)
+
+
 def test_a_duplicate_adds_no_coverage() -> None:
     """Of two equal gradients pure coverage takes the first, then the one that differs."""
     gradients = torch.tensor([[3.0, 1.0], [3.0, 1.0], [-1.0, 3.0]])
-    similarity = similarity_from_gradients(gradients)
+    similarity = similarity_of(gradients)
     assert facility_location(similarity, torch.ones(3), budget=3, trade_off=1.0) == [0, 2, 1]
 
 
@@ -114,14 +121,14 @@ def test_permuting_the_candidates_permutes_the_picks(seed: int, order: list[int]
 def test_similarities_are_functions_of_the_cosine() -> None:
     """cos² and (1 + cos)/2 of gradients at 0, 90, 180 and 60 degrees, whatever their length."""
     gradients = torch.tensor([[2.0, 0.0], [0.0, 5.0], [-0.1, 0.0], [1.0, math.sqrt(3.0)]], dtype=torch.float64)
-    np.testing.assert_allclose(similarity_from_gradients(gradients)[0], [1.0, 0.0, 1.0, 0.25], atol=1e-12)
-    shifted = similarity_from_gradients(gradients, "cosine_shifted")
+    np.testing.assert_allclose(similarity_of(gradients)[0], [1.0, 0.0, 1.0, 0.25], atol=1e-12)
+    shifted = similarity_of(gradients, "cosine_shifted")
     np.testing.assert_allclose(shifted[0], [1.0, 0.5, 0.0, 0.75], atol=1e-12)
 
 
 def test_a_zero_gradient_covers_nothing() -> None:
     """Its cosine is taken as 0 with everything, itself included, and never NaN."""
-    similarity = similarity_from_gradients(torch.tensor([[0.0, 0.0], [1.0, 1.0]]))
+    similarity = similarity_of(torch.tensor([[0.0, 0.0], [1.0, 1.0]]))
     np.testing.assert_allclose(similarity, [[0.0, 0.0], [0.0, 1.0]])
 
 
@@ -163,8 +170,8 @@ def test_bad_shapes_and_values_are_refused() -> None:
     with pytest.raises(ConfigError, match="budget is 4, but there are only 3 candidates"):
         facility_location(square, ones, budget=4, trade_off=0.5)
     with pytest.raises(ConfigError, match="similarity kind"):
-        similarity_from_gradients(square, "cosine")  # type: ignore[arg-type]
-    with pytest.raises(NonFiniteError, match="gradients"):
-        similarity_from_gradients(square * float("nan"))
+        similarity_from_cosines(square, "cosine")  # type: ignore[arg-type]
+    with pytest.raises(NonFiniteError, match="rows_of"):
+        similarity_of(square * float("nan"))
     with pytest.raises(NonFiniteError, match="scores"):
         cost_from_scores(ones / 0)

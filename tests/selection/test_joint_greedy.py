@@ -19,8 +19,9 @@ from gradsift.influence.ji2s import JI2S
 from gradsift.influence.less import LESS
 from gradsift.influence.products import unit_rows
 from gradsift.influence.scores import score
-from gradsift.selection.joint_greedy import joint_greedy
-from gradsift.selection.select import JointGreedy, TopK, select
+from gradsift.selection.joint_greedy import JointGreedy, joint_greedy
+from gradsift.selection.select import select
+from gradsift.selection.top_k import TopK
 from tiny_world import World
 
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -11,43 +11,29 @@ from pydantic import TypeAdapter, ValidationError
 
 from gradsift.base.errors import ConfigError, DataError, NonFiniteError, ShapeError
 from gradsift.explanation.relevance import selection_relevance
-from gradsift.selection.aide import aide, aide_by_mean_distance
-from gradsift.selection.divine import divine
+from gradsift.selection.aide import Aide, aide, aide_by_mean_distance
+from gradsift.selection.candidates import CANDIDATES, ORDERS, Candidates, Order, min_max, naive_key
+from gradsift.selection.divine import Divine, divine
 from gradsift.selection.facility_location import (
+    FacilityLocation,
     SimilarityKind,
     cost_from_scores,
     facility_location,
-    similarity_from_gradients,
+    similarity_from_cosines,
 )
-from gradsift.selection.pursuit import relevance_pursuit
-from gradsift.selection.strategies import (
-    ORDERS,
-    Aide,
-    Candidates,
-    Divine,
-    FacilityLocation,
-    LeastInfluential,
-    MostHarmful,
-    MostHelpful,
-    MostInfluential,
-    Order,
-    RandomExamples,
-    RelevancePursuit,
-    Strategy,
-    choose,
-    choose_all,
-    min_max,
-    naive_key,
-)
-from gradsift.selection.top_k import top_k
+from gradsift.selection.pursuit import RelevancePursuit, relevance_pursuit
+from gradsift.selection.random import RandomExamples
+from gradsift.selection.selector import Choices, Selector, choose_all
+from gradsift.selection.selectors import AnySelector
+from gradsift.selection.top_k import LeastInfluential, MostHarmful, MostHelpful, MostInfluential, top_k
 
-NAIVE: dict[Order, Strategy] = {
+NAIVE: dict[Order, Selector] = {
     "most_helpful": MostHelpful(),
     "most_harmful": MostHarmful(),
     "most_influential": MostInfluential(),
     "least_influential": LeastInfluential(),
 }
-OTHERS: list[Strategy] = [
+OTHERS: list[Selector] = [
     *NAIVE.values(),
     *(FacilityLocation(trade_off=trade_off, order=order) for order in ORDERS for trade_off in (0.25, 0.5, 1.0)),
     FacilityLocation(similarity="cosine_shifted"),
@@ -58,6 +44,20 @@ OTHERS: list[Strategy] = [
     RandomExamples(),
 ]
 EVERY = [*OTHERS, RelevancePursuit(), RelevancePursuit(order="most_helpful")]
+
+
+def choose(
+    strategy: Selector,
+    scores: torch.Tensor,
+    rows_of: Callable[[list[int]], torch.Tensor],
+    g: torch.Tensor,
+    budgets: Sequence[int],
+    *,
+    count: int = CANDIDATES,
+    test_id: str = "",
+) -> Choices:
+    """By one strategy alone."""
+    return choose_all([strategy], Candidates(scores, rows_of, g, count=count, test_id=test_id), budgets)[0]
 
 
 class World:
@@ -76,11 +76,15 @@ class World:
         self.read += positions
         return self.rows[positions]
 
-    def candidates(self, count: int = 20) -> Candidates:
-        return Candidates(self.scores, self.rows_of, self.g, count=count)
+    def candidates(self, count: int = 20, test_id: str = "t") -> Candidates:
+        return Candidates(self.scores, self.rows_of, self.g, count=count, test_id=test_id)
 
-    def choose(self, strategy: Strategy, budgets: Sequence[int], count: int = 20) -> dict[int, list[list[int]]]:
-        return choose(strategy, self.scores, self.rows_of, self.g, budgets, candidates=count, test_id="t")
+    def cosines(self, positions: list[int]) -> torch.Tensor:
+        rows = torch.nn.functional.normalize(self.rows[positions].double(), dim=1)
+        return (rows @ rows.T).clamp(-1.0, 1.0)
+
+    def choose(self, strategy: Selector, budgets: Sequence[int], count: int = 20) -> dict[int, list[list[int]]]:
+        return choose(strategy, self.scores, self.rows_of, self.g, budgets, count=count, test_id="t")
 
     def first(self, order: Order, count: int = 20) -> list[int]:
         return top_k(naive_key(self.scores, order), count)
@@ -90,7 +94,7 @@ def test_naive_orders_have_our_sign() -> None:
     """Helpful is the highest score, harmful the lowest; influential counts either sign; ties by position."""
     scores, g = torch.tensor([0.5, -2.0, 0.0, 1.0, -2.0]), torch.ones(2)
 
-    def chosen(strategy: Strategy) -> list[int]:
+    def chosen(strategy: Selector) -> list[int]:
         return choose(strategy, scores, lambda positions: torch.ones(len(positions), 2), g, [3])[3][0]
 
     assert chosen(MostHelpful()) == [3, 0, 2]
@@ -106,7 +110,7 @@ def test_facility_location_is_the_pure_function_over_the_candidates(order: Order
     world = World()
     first = world.first(order)
     picks = facility_location(
-        similarity_from_gradients(world.rows[first], similarity),
+        similarity_from_cosines(world.cosines(first), similarity),
         cost_from_scores(naive_key(world.scores, order)[first]),
         budget=7,
         trade_off=0.75,
@@ -207,7 +211,7 @@ def test_relevance_pursuit_is_never_below_the_best_of_the_others(scale: float, b
     gains = []
     for seed in range(6):
         world = World(seed=seed, scale=scale)
-        chosen = choose_all([*OTHERS, RelevancePursuit()], world.candidates(), [budget], test_id=str(seed))
+        chosen = choose_all([*OTHERS, RelevancePursuit()], world.candidates(test_id=str(seed)), [budget])
         best = min(share_left(world, choice[budget][0]) for choice in chosen[: len(OTHERS) - 1])
         found = share_left(world, chosen[-1][budget][0])
         assert found <= best * (1 + 1e-9)
@@ -223,7 +227,7 @@ def test_relevance_pursuit_alone_is_on_average_above_every_other(budget: int) ->
     alone = np.mean([share_left(world, world.choose(RelevancePursuit(), [budget])[budget][0]) for world in worlds])
     others = []
     for number, world in enumerate(worlds):
-        chosen = choose_all(OTHERS, world.candidates(), [budget], test_id=str(number))
+        chosen = choose_all(OTHERS, world.candidates(test_id=str(number)), [budget])
         others.append([np.mean([share_left(world, draw) for draw in choice[budget]]) for choice in chosen])
     assert alone < np.mean(others, axis=0).min()
 
@@ -231,7 +235,7 @@ def test_relevance_pursuit_alone_is_on_average_above_every_other(budget: int) ->
 @pytest.mark.parametrize("strategy", EVERY, ids=lambda strategy: strategy.label)
 @given(seed=st.integers(0, 99))
 @settings(max_examples=4, deadline=None)
-def test_every_strategy_is_deterministic_and_chooses_nothing_twice(strategy: Strategy, seed: int) -> None:
+def test_every_strategy_is_deterministic_and_chooses_nothing_twice(strategy: Selector, seed: int) -> None:
     """As many as the budget, all different, the same again, alone or (but for pursuit) beside others."""
     world = World(seed=seed)
     chosen = world.choose(strategy, [1, 5, 12])
@@ -240,14 +244,14 @@ def test_every_strategy_is_deterministic_and_chooses_nothing_twice(strategy: Str
         assert len(selections) == (5 if isinstance(strategy, RandomExamples) else 1)
         assert all(len(set(selection)) == len(selection) == budget for selection in selections)
     if not isinstance(strategy, RelevancePursuit):
-        beside = choose_all([MostHarmful(), strategy, Divine()], world.candidates(), [1, 5, 12], test_id="t")
+        beside = choose_all([MostHarmful(), strategy, Divine()], world.candidates(), [1, 5, 12])
         assert beside[1] == chosen
 
 
 @pytest.mark.parametrize(
     "strategy", [s for s in EVERY if not isinstance(s, RandomExamples)], ids=lambda strategy: strategy.label
 )
-def test_every_strategy_chooses_the_same_examples_from_a_shuffled_pool(strategy: Strategy) -> None:
+def test_every_strategy_chooses_the_same_examples_from_a_shuffled_pool(strategy: Selector) -> None:
     """Without ties, where an example stands in the pool does not matter."""
     world, shuffled = World(seed=5), World(seed=5)
     order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
@@ -258,7 +262,7 @@ def test_every_strategy_chooses_the_same_examples_from_a_shuffled_pool(strategy:
 
 
 @pytest.mark.parametrize("strategy", EVERY, ids=lambda strategy: strategy.label)
-def test_equal_examples_are_taken_by_rank(strategy: Strategy) -> None:
+def test_equal_examples_are_taken_by_rank(strategy: Selector) -> None:
     """Where all gradients and scores are equal, position decides (and draws are random)."""
     scores, rows = torch.ones(6), torch.ones(6, 4)
     chosen = choose(strategy, scores, lambda positions: rows[positions], torch.ones(4), [4])[4]
@@ -267,7 +271,7 @@ def test_equal_examples_are_taken_by_rank(strategy: Strategy) -> None:
 
 
 @pytest.mark.parametrize("strategy", EVERY, ids=lambda strategy: strategy.label)
-def test_scores_that_are_not_finite_are_never_chosen(strategy: Strategy) -> None:
+def test_scores_that_are_not_finite_are_never_chosen(strategy: Selector) -> None:
     """Neither NaN nor infinities, and their gradients are not read."""
     world = World(seed=6)
     world.scores[[3, 10, 11]] = torch.tensor([float("nan"), float("inf"), float("-inf")])
@@ -322,7 +326,7 @@ def test_scores_of_zero_gradients_and_a_zero_target_are_handled() -> None:
 
 def test_a_strategy_is_chosen_by_its_kind() -> None:
     """Every strategy comes back from its dump through the discriminated union; others are refused."""
-    adapter: TypeAdapter[Strategy] = TypeAdapter(Strategy)
+    adapter: TypeAdapter[Selector] = TypeAdapter(AnySelector)
     for strategy in EVERY:
         assert adapter.validate_python(strategy.model_dump()) == strategy
     with pytest.raises(ValidationError, match="most_useful"):
@@ -356,6 +360,6 @@ def test_bad_input_is_refused() -> None:
     with pytest.raises(ShapeError, match="'dim' has 24 entries in target_gradient and 23"):
         choose(Divine(), world.scores, lambda positions: world.rows[positions, :23], world.g, [2])
     with pytest.raises(ShapeError, match="'example' has 20 entries in positions and 19"):
-        choose(Divine(), world.scores, lambda positions: world.rows[positions[1:]], world.g, [2], candidates=20)
+        choose(Divine(), world.scores, lambda positions: world.rows[positions[1:]], world.g, [2], count=20)
     with pytest.raises(ConfigError, match="order is 'helpful'"):
         naive_key(world.scores, "helpful")  # type: ignore[arg-type]

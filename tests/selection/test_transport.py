@@ -31,8 +31,9 @@ from gradsift.influence.random import Random
 from gradsift.influence.rds import RDS
 from gradsift.influence.scores import score
 from gradsift.recipe import load_recipe
-from gradsift.selection.select import TSDS, GumbelTopK, select
-from gradsift.selection.transport import tsds, tsds_probabilities
+from gradsift.selection.gumbel import GumbelTopK
+from gradsift.selection.select import select
+from gradsift.selection.transport import TSDS, tsds, tsds_probabilities
 from tiny_world import World, pool_rows, target_rows
 
 Array = NDArray[np.float64]
@@ -342,7 +343,7 @@ def test_policy_gradients_can_be_transported(pool: Pool, method: NICE | NICEIF) 
 def test_scores_without_a_target_are_refused(pool: Pool, target: Target) -> None:
     """Scores that were not made by `score` carry no target to compare with."""
     scores = replace(score(pool, target, BM25()), target=None)
-    with pytest.raises(ConfigError, match="TSDS needs gradients"):
+    with pytest.raises(ConfigError, match="tsds needs gradients of the target"):
         select(scores, TSDS(), budget=2)
 
 

@@ -16,8 +16,9 @@ from gradsift.influence.ji2s import JI2S
 from gradsift.influence.less import LESS
 from gradsift.influence.scores import Scores, score, target_parts
 from gradsift.influence.trak import TRAK
-from gradsift.selection.gumbel import gumbel_noise, gumbel_top_k
-from gradsift.selection.select import GumbelTopK, TopK, select
+from gradsift.selection.gumbel import GumbelTopK, gumbel_noise, gumbel_top_k
+from gradsift.selection.select import select
+from gradsift.selection.top_k import TopK
 from gradsift.selection.trust import choice_among, looked_at, target_reliability
 from tiny_world import World, target_rows
 

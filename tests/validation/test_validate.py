@@ -22,7 +22,8 @@ from gradsift.gradients.collect import Gradients
 from gradsift.gradients.projection import Projection
 from gradsift.influence.bm25 import BM25
 from gradsift.model.models import host
-from gradsift.selection.strategies import MostHelpful, RandomExamples
+from gradsift.selection.random import RandomExamples
+from gradsift.selection.top_k import MostHelpful
 from gradsift.store.manifest import read_json
 from gradsift.validation.one_step import Effect, OneStep, jensen_shannon
 from gradsift.validation.validate import (

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import operator
 
-import torch
-from torch import Tensor
-
 from gradsift.base.errors import ConfigError, NonFiniteError, ShapeError
+from gradsift.base.lazy import Tensor, torch
 
 
 def float_array(name: str, array: object, axes: str, *, finite: bool = True) -> Tensor:

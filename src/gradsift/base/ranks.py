@@ -36,11 +36,15 @@ def rank_correlations(one: ArrayLike, others: ArrayLike) -> NDArray[np.float64]:
     """`spearman` of one ranking [row] with each of others [row ranking]; 0 with one that is constant."""
 
     def standardised(values: NDArray[np.generic]) -> NDArray[np.float64]:
-        from scipy.stats import rankdata  # half a second to import
-
-        ranks = rankdata(values, axis=0)
+        ranks = np.apply_along_axis(_mean_ranks, 0, values)
         centred = ranks - ranks.mean(axis=0)
         return np.asarray(centred / np.maximum(np.linalg.norm(centred, axis=0), 1e-300))
 
     # Rounding may leave a ranking's agreement with itself a little above 1.
     return np.clip(standardised(np.asarray(one)) @ standardised(np.asarray(others)), -1.0, 1.0)
+
+
+def _mean_ranks(values: NDArray[np.generic]) -> NDArray[np.float64]:
+    """Rank of each value, 1 = lowest, equal ones at their mean."""
+    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[places]

@@ -35,7 +35,7 @@ class Settings(BaseModel):
     numbers to Python; whole numbers beyond 2⁵³; texts that no file can hold.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False, defer_build=True)
 
     @model_validator(mode="before")
     @classmethod

@@ -6,8 +6,7 @@ spans both are 1e-7 off, in the time of float32. Projected rows are one span.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from gradsift.base.lazy import Tensor, torch
 
 SPAN = 32_768  # columns
 

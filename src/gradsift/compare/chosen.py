@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradsift.base.errors import DataError, GradsiftError
-from gradsift.compare.grid import Plan
+from gradsift.compare.grid import Grid, Key
 from gradsift.data.dataset import Dataset
 from gradsift.data.shown import excerpt, shares_table
 from gradsift.evaluation.arms import Contender
@@ -44,30 +44,30 @@ MOST_SOURCES = 12
 _MOST_BINS = 12
 _KEPT_SOURCES = 200  # values kept apart
 
-Choices = Mapping[tuple[str, int, int], Sequence[str]]
-"""(arm, budget, seed) -> the ids that it chose."""
+Rows = Mapping[Key, NDArray[np.int64]]
+"""Rows that an arm chose under a budget with a seed."""
 
 
-def chosen_blocks(plan: Plan, choices: Choices) -> tuple[dict[str, list[Block]], list[str]]:
+def chosen_blocks(grid: Grid, choices: Mapping[Key, Sequence[str]]) -> tuple[dict[str, list[Block]], list[str]]:
     """What was chosen, by heading of the page, and why there is no map if there is none.
 
     Args:
-        plan: of the comparison.
-        choices: those that were made, also where the training that followed failed.
+        grid: of the comparison.
+        choices: ids of those that were made, also where the training that followed failed.
     """
-    data = plan.pool.data
-    counted = Counted(data, plan.recipe.group_by)
+    data = grid.pool.data
+    counted = Counted(data, grid.recipe.group_by)
     sets = {key: np.array(data.positions(list(ids)), dtype=np.int64) for key, ids in choices.items()}
     ready = {
-        one.name: Counted(plan.datasets[one.name], (counted.column,) if counted.column else (), counted.edges)
-        for one in plan.contenders
+        one.name: Counted(grid.datasets[one.name], (counted.column,) if counted.column else (), counted.edges)
+        for one in grid.contenders
         if one.data is not None
     }
     sources: list[Block] = []
     lengths: list[Block] = []
-    for budget in plan.budgets:
+    for budget in grid.budgets:
         own: list[tuple[int, str, Counted, NDArray[np.int64]]] = []  # all seeds added up
-        for number, one in enumerate(plan.contenders):
+        for number, one in enumerate(grid.contenders):
             rows = [found for (arm, size, _), found in sets.items() if (arm, size) == (one.name, budget)]
             if rows:
                 own.append((number, one.name, counted, np.concatenate(rows)))
@@ -92,7 +92,7 @@ def chosen_blocks(plan: Plan, choices: Choices) -> tuple[dict[str, list[Block]],
         pool_line = ("outline", "share of the pool")
         of_bins = ("", "bins are drawn equally wide")
         lengths.insert(0, Legend((("chosen", "share of the chosen examples"), pool_line, of_bins)))
-    found, warnings = _map(plan, sets, counted)
+    found, warnings = _map(grid, sets, counted)
     by = f"By {counted.column or 'source'}"
     return {by: sources, "By length": lengths, "By embedding": found}, warnings
 
@@ -182,11 +182,9 @@ def _length_charts(
     return [Text(said, "aside"), Group(tuple(charts), style="small")]
 
 
-def _map(
-    plan: Plan, sets: Mapping[tuple[str, int, int], NDArray[np.int64]], counted: Counted
-) -> tuple[list[Block], list[str]]:
+def _map(grid: Grid, sets: Rows, counted: Counted) -> tuple[list[Block], list[str]]:
     """The map of embeddings (JI2S, Figure 5), or none and why: no model is fetched for it."""
-    model, pool = plan.job.embedding, plan.pool
+    model, pool = grid.job.embedding, grid.pool
     if model is None:
         return [], []
     if model == embeddings.DEFAULT and not embeddings.at_hand():
@@ -194,7 +192,7 @@ def _map(
         why = f"{model} is not on this machine" if embeddings.available() else lacking
         return [], [f"no map of embeddings: {why}. Get it, or say `compare: {{embedding: null}}`"]
     everything = np.unique(np.concatenate(list(sets.values()))) if sets else np.zeros(0, dtype=np.int64)
-    rows = sample(len(pool.data), everything.tolist(), MOST_POINTS, seed=plan.recipe.seed)
+    rows = sample(len(pool.data), everything.tolist(), MOST_POINTS, seed=grid.recipe.seed)
     conversations = [pool.data.messages(pool.data.ids[row]) for row in rows]
     try:
         found = kept_embeddings(pool.run, [conversation_text(own) for own in conversations], model, pool.device)
@@ -210,8 +208,8 @@ def _map(
         examples.append(Example(id_, facts=length, columns=columns, note=excerpt(own)))
     views = [
         choice_view(number, one, budget, sets, place)
-        for number, one in enumerate(plan.contenders)
-        for budget in plan.budgets
+        for number, one in enumerate(grid.contenders)
+        for budget in grid.budgets
     ]
     legend = (("dot", "chosen with each seed"), ("ring", "chosen with some seeds only"), ("faint", "not chosen"))
     note = (
@@ -236,7 +234,7 @@ def choice_view(
     number: int,
     contender: Contender,
     budget: int,
-    sets: Mapping[tuple[str, int, int], NDArray[np.int64]],
+    sets: Rows,
     place: Mapping[int, int],
 ) -> View:
     """What one arm chose under a budget, on the map.
@@ -245,7 +243,7 @@ def choice_view(
         number: of the arm.
         contender: the arm.
         budget: examples.
-        sets: rows by arm, budget and seed.
+        sets: what arms chose.
         place: row -> point of the map.
     """
     seeds = [rows for (arm, size, _), rows in sets.items() if (arm, size) == (contender.name, budget)]
@@ -264,24 +262,24 @@ def choice_view(
     )
 
 
-def score_ends_of(plan: Plan, scores: Scores, note: str = "") -> tuple[Block, ...]:
+def score_ends_of(grid: Grid, scores: Scores, note: str = "") -> tuple[Block, ...]:
     """The examples that an estimator scores highest and lowest; none for chance, whose order says nothing.
 
     Args:
-        plan: of the comparison.
+        grid: of the comparison.
         scores: of that estimator.
         note: on the scores, beside their own warnings.
     """
     if scores.method.by_chance:
         return ()
-    highest, lowest = score_ends(scores, plan.pool.data, known=known_columns(plan.recipe.columns), brief=True)
+    highest, lowest = score_ends(scores, grid.pool.data, known=known_columns(grid.recipe.columns), brief=True)
     notes = [Text(said, "aside") for said in (note, *scores.warnings) if said]
     return (*notes, Group((Group((highest,), "Highest"), Group((lowest,), "Lowest")), style="tables"))
 
 
-def run_facts(plan: Plan) -> dict[str, Any]:
+def run_facts(grid: Grid) -> dict[str, Any]:
     """`summary`, `facts`, `repeat`, `reward` and `created` of the page."""
-    recipe, job, pool, target = plan.recipe, plan.job, plan.pool, plan.target
+    recipe, job, pool, target = grid.recipe, grid.job, grid.pool, grid.target
     training = job.training
     facts = {
         "model": recipe.model,
@@ -296,7 +294,7 @@ def run_facts(plan: Plan) -> dict[str, Any]:
         f"epoch{'s' * (training.epochs != 1)}, learning rate {training.learning_rate:g}, batches of "
         f"{training.batch_size}; the {job.keep} epoch is kept"
     )
-    if own := [one.name for one in plan.contenders if one.training is not None]:
+    if own := [one.name for one in grid.contenders if one.training is not None]:
         facts["fine-tuning"] += f". {', '.join(own)}: settings of their own (see the recipe)"
     if recipe.adapter:
         facts["checkpoints"] = ", ".join(recipe.adapter)
@@ -308,12 +306,12 @@ def run_facts(plan: Plan) -> dict[str, Any]:
         f"{recipe.gradients.modules} modules, {recipe.gradients.projection.kind} projection to "
         f"{recipe.gradients.projection.dim} dimensions, {recipe.gradients.dtype}"
     )
-    facts["seeds"] = ", ".join(map(str, plan.seeds))
-    methods, budgets = len(plan.contenders), " and ".join(f"{budget:,}" for budget in plan.budgets)
-    reward = plan.curve[1].label.partition(" on ")[0] if len(plan.curve) > 1 else ""
+    facts["seeds"] = ", ".join(map(str, grid.seeds))
+    methods, budgets = len(grid.contenders), " and ".join(f"{budget:,}" for budget in grid.budgets)
+    reward = grid.curve[1].label.partition(" on ")[0] if len(grid.curve) > 1 else ""
     return {
         "summary": (
-            f"{methods} way{'s' * (methods != 1)} to get a training set from {len(plan.available):,} examples, at "
+            f"{methods} way{'s' * (methods != 1)} to get a training set from {len(grid.available):,} examples, at "
             f"budgets of {budgets}; the same model is fine-tuned on each and evaluated.",
         ),
         "facts": facts,
@@ -324,7 +322,7 @@ def run_facts(plan: Plan) -> dict[str, Any]:
             "fingerprints": {
                 "pool": pool.data.fingerprint,
                 **({} if target is None else {"target": target.data.fingerprint}),
-                **{name: data.fingerprint for name, data in plan.datasets.items()},
+                **{name: data.fingerprint for name, data in grid.datasets.items()},
             },
         },
         "reward": f"{reward} reward" if reward else "reward",

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from gradsift.base.errors import ConfigError, DataError, MismatchError, UnusableRowsError
 from gradsift.base.progress import Reporter
 from gradsift.context import Pool, Target
-from gradsift.data.dataset import Dataset, prepare
+from gradsift.data.dataset import Dataset
 from gradsift.data.load import load_examples
 from gradsift.data.overlap import hashed
-from gradsift.evaluation.arms import Compare, Contender, PairwiseMetric, asking, contenders
+from gradsift.data.prepare import prepare
+from gradsift.evaluation.arms import Compare, Contender, PairwiseMetric, contenders, with_metric_judge
 from gradsift.evaluation.metric import Metric
 from gradsift.evaluation.setup import subject_of
 from gradsift.influence.diagnostics import check_samples
@@ -24,13 +25,37 @@ from gradsift.jobs.results import Result, write_skipped
 from gradsift.jobs.select_explain import open_recipe, open_recipe_target, say_account
 from gradsift.model import embeddings
 from gradsift.recipe import Recipe
-from gradsift.selection.select import budget_count, check_selection
+from gradsift.selection.select import budget_count
 from gradsift.warmup.train import Training
 
 
+class Key(NamedTuple):
+    """What a cell is called by."""
+
+    arm: str
+    budget: int
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.arm}, {self.budget} examples, seed {self.seed}"
+
+
+class CellOf(NamedTuple):
+    """Where a cell stands in the grid."""
+
+    contender: Contender
+    budget: int
+    seed: int
+
+    @property
+    def key(self) -> Key:
+        """With the contender's name."""
+        return Key(self.contender.name, self.budget, self.seed)
+
+
 @dataclass(frozen=True)
-class Plan:
-    """A checked comparison.
+class Grid:
+    """A checked comparison: methods × budgets × seeds.
 
     budgets: as numbers of examples
     datasets: of the arms that are ready ones
@@ -74,28 +99,42 @@ class Plan:
         """An arm's own settings, or the comparison's."""
         return contender.training or self.job.training
 
-    def opponent(self, metric: PairwiseMetric, budget: int, seed: int) -> tuple[Contender, int, int]:
-        """The cell that a metric compares with: at its budget or else this one's or the nearest, and with this seed."""
+    def opponent(self, metric: Any, cell: CellOf) -> CellOf | None:
+        """The cell that a metric compares this one with: at its budget or else this one's or the nearest, and with this
+        seed; None where it compares with no arm."""
+        if not isinstance(metric, PairwiseMetric) or metric.opponent is None:
+            return None
         other = next(one for one in self.contenders if one.name == metric.opponent)
         at = self.size(other)
         if other.sized:
-            wanted = budget if metric.budget is None else metric.budget
+            wanted = cell.budget if metric.budget is None else metric.budget
             at = min(self.budgets, key=lambda one: abs(one - wanted))
         seeds = self.seeds_of(other)
-        return other, at, seed if seed in seeds else seeds[0]
+        return CellOf(other, at, cell.seed if cell.seed in seeds else seeds[0])
 
-    def cells(self) -> Iterator[tuple[Contender, int, int]]:
-        """Contender, budget and seed of every cell, in the order they are worked on: a whole table per seed."""
+    def choosing(self, seeds: Sequence[int]) -> list[Contender]:
+        """The arms that choose by scores with any of these seeds."""
+        return [one for one in self.contenders if one.sized and set(seeds) & set(self.seeds_of(one))]
+
+    @property
+    def warmups(self) -> list[tuple[int, tuple[int, ...]]]:
+        """The seed of each warm-up, and the seeds whose choices are made by it."""
+        if self.job.warmup == "per_seed":
+            return [(seed, (seed,)) for seed in self.seeds]
+        return [(self.recipe.seed, self.seeds)]
+
+    def cells(self) -> Iterator[CellOf]:
+        """Every cell, in the order they are worked on: a whole table per seed."""
         for seed in self.seeds:
             there = [one for one in self.contenders if seed in self.seeds_of(one)]
             for contender in (one for one in there if not one.sized):
-                yield contender, self.size(contender), seed
+                yield CellOf(contender, self.size(contender), seed)
             for budget in self.budgets:
                 for contender in (one for one in there if one.sized):
-                    yield contender, budget, seed
+                    yield CellOf(contender, budget, seed)
 
 
-def planned(recipe: Recipe, job: Compare, reporter: Reporter) -> Plan:
+def open_grid(recipe: Recipe, job: Compare, reporter: Reporter) -> Grid:
     """Open and check everything that can be checked before anything heavy.
 
     Raises:
@@ -116,7 +155,7 @@ def planned(recipe: Recipe, job: Compare, reporter: Reporter) -> Plan:
         )
     for one in found:
         if one.estimator is not None and one.selection is not None:
-            check_selection(one.selection, one.estimator)
+            one.selection.check(one.estimator)
     pool = open_recipe(recipe, reporter)
     methods = [one.estimator for one in found if one.estimator is not None]
     for method in methods:
@@ -149,8 +188,11 @@ def planned(recipe: Recipe, job: Compare, reporter: Reporter) -> Plan:
     warnings = []
     if overlap:
         warnings.append(f"{len(overlap)} pool rows are also in the target and are left out of every choice")
-    metrics = tuple(_meeting(asking(metric, recipe.judge), job, found, budgets, available) for metric in job.metrics)
-    best_by = None if job.best_by is None else asking(job.best_by, recipe.judge)
+    metrics = tuple(
+        _with_opponent(with_metric_judge(metric, recipe.judge), job, found, budgets, available)
+        for metric in job.metrics
+    )
+    best_by = None if job.best_by is None else with_metric_judge(job.best_by, recipe.judge)
     if isinstance(best_by, PairwiseMetric) and best_by.opponent is not None:
         raise ConfigError(
             "compare.best_by: epochs cannot be chosen by another arm's model: compare with base or answer"
@@ -160,7 +202,7 @@ def planned(recipe: Recipe, job: Compare, reporter: Reporter) -> Plan:
         met = isinstance(metric, PairwiseMetric) and metric.opponent is not None
         (metric.model_copy(update={"against": "base"}) if met else metric).bind(subject_of(pool, None).base)
         warnings += _leaks(pool, target, metric)
-    curve = () if job.curve is None else tuple(asking(metric, recipe.judge) for metric in job.curve.metrics)
+    curve = () if job.curve is None else tuple(with_metric_judge(metric, recipe.judge) for metric in job.curve.metrics)
     for metric in curve:
         metric.bind(subject_of(pool, None).base)
     if curve:  # what was chosen by may be what is watched, as in the paper, but what is trained on may not
@@ -169,7 +211,7 @@ def planned(recipe: Recipe, job: Compare, reporter: Reporter) -> Plan:
         embeddings.embed(["is it there?"], job.embedding)
     for warning in dict.fromkeys(warnings):
         reporter.warn(warning)
-    return Plan(
+    return Grid(
         recipe, job, pool, target, found, budgets, datasets, available, tuple(dict.fromkeys(warnings)), curve
     )  # fmt: skip
 
@@ -222,7 +264,7 @@ def _counts(budgets: Sequence[float], available: int) -> tuple[int, ...]:
     return tuple(sorted(counts))
 
 
-def _meeting(
+def _with_opponent(
     metric: Any, job: Compare, found: Sequence[Contender], budgets: Sequence[int], available: Sequence[str]
 ) -> Any:
     """The metric with the budget of the arm that it compares with as a number of examples.

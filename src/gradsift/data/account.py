@@ -6,16 +6,90 @@ There is one for each data set. It is listed in skipped.jsonl, counted in a line
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from difflib import SequenceMatcher
+from itertools import chain, islice
+from operator import eq
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from gradsift.base.types import Skipped
+from gradsift.data.strings import FirstSeen
+from gradsift.store.manifest import canonical
 
 # Two texts of this many tokens each are compared in about a second; what is larger is told as a whole.
 _LARGEST_COMPARISON = 4_000_000
 _TOKEN = re.compile(r"\w+|\s+|[^\w\s]")
+
+
+_SKIPPED = TypeAdapter(Skipped)
+
+
+class Entries(Sequence[Skipped]):
+    """What is left out, in order: equal to a tuple of it, and read from files line by line where it lies in any.
+
+    Example:
+        >>> first, second = Skipped("a", "duplicate", "as 'b'"), Skipped("b", "bad_json", "not valid")
+        >>> Entries((first,), Entries.of_lines([as_line(second)])) == (first, second)
+        True
+    """
+
+    def __init__(self, *pieces: Sequence[Skipped]) -> None:
+        nested = (piece._pieces if isinstance(piece, Entries) else [piece] for piece in pieces)
+        self._pieces: list[Sequence[Skipped]] = [piece for own in nested for piece in own if len(piece)]
+
+    @classmethod
+    def of_lines(cls, lines: Sequence[str]) -> Entries:
+        """Those that `as_line` wrote."""
+        return cls(_Lines(lines))
+
+    def __len__(self) -> int:
+        return sum(map(len, self._pieces))
+
+    def __iter__(self) -> Iterator[Skipped]:
+        return chain.from_iterable(self._pieces)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            start, stop, step = index.indices(len(self))
+            assert step == 1, index
+            return tuple(islice(self, start, stop))
+        index += len(self) * (index < 0)
+        for piece in self._pieces:
+            if 0 <= index < len(piece):
+                return piece[index]
+            index -= len(piece)
+        raise IndexError(index)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and len(self) == len(other) and all(map(eq, self, other))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"Entries{tuple(islice(self, 3))!r}{f' and {len(self) - 3:,} more' if len(self) > 3 else ''}"
+
+
+class _Lines(Sequence[Skipped]):
+    def __init__(self, lines: Sequence[str]) -> None:
+        self._lines = lines
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __iter__(self) -> Iterator[Skipped]:
+        return map(_SKIPPED.validate_json, self._lines)
+
+    def __getitem__(self, index: Any) -> Any:
+        return _SKIPPED.validate_json(self._lines[index])
+
+
+def as_line(entry: Skipped) -> str:
+    """One line of JSON."""
+    return canonical(asdict(entry))
 
 
 @dataclass(frozen=True)
@@ -28,25 +102,24 @@ class Account:
     notes: what else a person may want to know, a sentence each
     """
 
-    rows: tuple[Skipped, ...] = ()
-    parts: tuple[Skipped, ...] = ()
+    rows: Sequence[Skipped] = ()
+    parts: Sequence[Skipped] = ()
     files: tuple[Skipped, ...] = ()
     notes: tuple[str, ...] = ()
 
     def __add__(self, other: Account) -> Account:
-        return Account(
-            self.rows + other.rows, self.parts + other.parts, self.files + other.files, self.notes + other.notes
-        )
+        rows, parts = Entries(self.rows, other.rows), Entries(self.parts, other.parts)
+        return Account(rows, parts, self.files + other.files, self.notes + other.notes)
 
     @property
-    def entries(self) -> tuple[Skipped, ...]:
+    def entries(self) -> Entries:
         """All that skipped.jsonl lists."""
-        return self.files + self.rows + self.parts
+        return Entries(self.files, self.rows, self.parts)
 
     @property
     def rows_in_part(self) -> int:
         """How many rows are used in part."""
-        return len({entry.id for entry in self.parts})
+        return sum(_counted(("", entry.id) for entry in self.parts).values())
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON has it, counted."""
@@ -80,7 +153,7 @@ def _many(things: Sized, what: str) -> str:
 
 def count_reasons(rows: Iterable[Skipped]) -> dict[str, int]:
     """How many rows were left out for each reason, most first."""
-    return _counted((row.reason, index) for index, row in enumerate(rows))
+    return _most_first(Counter(row.reason for row in rows))
 
 
 def count_parts(parts: Iterable[Skipped]) -> dict[str, int]:
@@ -93,11 +166,14 @@ def counts_text(counts: dict[str, int]) -> str:
     return ", ".join(f"{count:,} {name}" for name, count in counts.items())
 
 
-def _counted(pairs: Iterable[tuple[str, object]]) -> dict[str, int]:
-    counts: dict[str, set[object]] = {}
-    for name, item in pairs:
-        counts.setdefault(name, set()).add(item)
-    return dict(sorted(((name, len(items)) for name, items in counts.items()), key=lambda pair: (-pair[1], pair[0])))
+def _counted(pairs: Iterable[tuple[str, str]]) -> dict[str, int]:
+    """How many different things there are under each name."""
+    seen = FirstSeen()
+    return _most_first(Counter(name for name, item in pairs if seen.add(f"{name}\0{item}", 0) is None))
+
+
+def _most_first(counts: Counter[str]) -> dict[str, int]:
+    return dict(sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])))
 
 
 # --- comparing a text with what became of it ----------------------------------------------------------------------

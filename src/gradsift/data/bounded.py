@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 _POLL_SECONDS = 0.25
 _IDLE_SECONDS = 5.0
@@ -112,7 +111,8 @@ def _limit_memory(more: int) -> tuple[int, int] | None:
     with suppress(ImportError, OSError, ValueError):
         import resource
 
-        pages = int(Path("/proc/self/statm").read_bytes().split()[0])
+        with open("/proc/self/statm", "rb", buffering=0) as file:  # noqa: PTH123  # for every row: Path takes twice as long
+            pages = int(file.read(64).split()[0])
         soft, hard = resource.getrlimit(resource.RLIMIT_AS)
         wanted = pages * resource.getpagesize() + more
         tops = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]

@@ -31,9 +31,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -51,7 +50,6 @@ if TYPE_CHECKING:
 
 Supervise = Literal["all_turns", "last_turn", "all_tokens"]
 
-_BATCH = 256
 _QUOTED = 60  # characters of a text that a detail shows
 
 
@@ -451,27 +449,6 @@ def _a(role: str) -> str:
 
 def _quoted(text: str) -> str:
     return repr(text if len(text) <= _QUOTED else f"{text[: _QUOTED - 1]}…")
-
-
-def tokenize_examples(
-    examples: Iterable[Example], chat: ChatFormat, *, on_advance: Callable[[int], None] | None = None
-) -> tuple[list[TokenizedExample], list[Skipped]]:
-    """Tokenise every example; return those that can be learned from and those that were skipped, each in order.
-
-    on_advance: called with the number of examples done since the last call.
-    """
-    tokenized: list[TokenizedExample] = []
-    skipped: list[Skipped] = []
-    rest = iter(examples)
-    while batch := list(islice(rest, _BATCH)):
-        for result in chat.tokenize_batch(batch):
-            if isinstance(result, Skipped):
-                skipped.append(result)
-            else:
-                tokenized.append(result)
-        if on_advance is not None:
-            on_advance(len(batch))
-    return tokenized, skipped
 
 
 def _ids_and_offsets(encoding: Encoding) -> tuple[list[int], NDArray[np.int64]]:

@@ -7,16 +7,18 @@ bad row never stops a run. A source without a single usable row is an error that
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from gradsift.base.errors import DataError, UnusableRowsError
 from gradsift.base.types import Example, Skipped
+from gradsift.data.files import Row
 from gradsift.data.formats import FORMATS, BadRowError, read_conversation
 from gradsift.data.formats import Columns as Columns
 from gradsift.data.overlap import content_hash
 from gradsift.data.sources import kind_of, read_rows
+from gradsift.data.strings import FirstSeen
 
 
 @dataclass(frozen=True)
@@ -63,53 +65,92 @@ def load_examples(
     >>> loaded.examples[0].id, loaded.examples[0].messages[1]["content"], loaded.description
     ('7', '2', '1 row in memory')
     """
-    columns = Columns.of(columns)
-    _check_columns(columns, what)
-    found = read_rows(source, what)
+    reading = ExampleReader(source, columns=columns, what=what, require_answer=require_answer)
+    found: tuple[list[Example], list[Skipped]] = [], []
+    for one in reading:
+        found[isinstance(one, Skipped)].append(one)  # type: ignore[arg-type]
+    return Loaded(*found, reading.description, reading.unread, reading.notes)
 
-    examples: list[Example] = []
-    skipped: list[Skipped] = []
-    ids = _Ids()
-    found_columns: dict[str, None] = {}
-    for row in found.rows:
-        if isinstance(row.value, Mapping) and len(found_columns) < 50:
-            found_columns.update(dict.fromkeys(map(str, row.value)))
+
+class ExampleReader:
+    """The rows of a source, one after the other: each as the example that it is, or as skipped. Takes `load_examples`'s
+    arguments, and raises its errors, the one about rows of which none can be used at the end.
+
+    Attributes, all of them known once every row is read: `description`, `unread`, `notes`.
+    """
+
+    def __init__(
+        self, source: Any, *, columns: Columns | Mapping[str, str] | None = None, what: str, require_answer: bool
+    ) -> None:
+        self._columns, self._what, self._require_answer = Columns.of(columns), what, require_answer
+        _check_columns(self._columns, what)
+        self._found = read_rows(source, what)
+        self.notes = self._found.notes
+        self._ids = _Ids()
+        self._usable = 0
+        self._skipped: Counter[str] = Counter()
+
+    @property
+    def description(self) -> str:
+        """One line that says what was read."""
+        skipped = self._skipped.total()
+        return _describe(self._found.name, self._usable + skipped, skipped, self._ids)
+
+    @property
+    def unread(self) -> tuple[Skipped, ...]:
+        """Files that are not read, with reasons."""
+        return tuple(self._found.unread)
+
+    def __iter__(self) -> Iterator[Example | Skipped]:
+        found_columns: dict[str, None] = {}
+        first: Skipped | None = None
+        for row in self._found.rows:
+            if isinstance(row.value, Mapping) and len(found_columns) < 50:
+                found_columns.update(dict.fromkeys(map(str, row.value)))
+            one = self._example(row)
+            if isinstance(one, Skipped):
+                first = first or one
+                self._skipped[one.reason] += 1
+            else:
+                self._usable += 1
+            yield one
+        if not self._usable:
+            raise UnusableRowsError(
+                _nothing_usable(
+                    self._what, self._found.name, self._skipped, first, list(found_columns), self._found.unread
+                )
+            )
+
+    def _example(self, row: Row) -> Example | Skipped:
+        columns = self._columns
         try:
             if row.problem is not None:
                 raise BadRowError(*row.problem)
             if not isinstance(row.value, Mapping):
                 raise BadRowError("not_an_object", f"the row is {kind_of(row.value)}, not an object with named columns")
-            read = read_conversation(row.value, columns, require_answer=require_answer)
+            read = read_conversation(row.value, columns, require_answer=self._require_answer)
             own_id = _own_id(row.value, columns)
             if own_id is None and columns.id is not None:
                 raise BadRowError("missing_id", f"the id column {columns.id!r} is missing or empty")
         except BadRowError as problem:
             where = f"{row.source}:{row.line}"
             skipped_id = _own_id(row.value, columns) if isinstance(row.value, Mapping) else None
-            skipped.append(Skipped(skipped_id or where, problem.reason, problem.detail, row.source, row.line))
-            continue
-        id_ = ids.content(content_hash(read.messages)) if own_id is None else ids.own(own_id)
+            return Skipped(skipped_id or where, problem.reason, problem.detail, row.source, row.line)
+        id_ = self._ids.content(content_hash(read.messages)) if own_id is None else self._ids.own(own_id)
         unused = tuple(
             Skipped(id_, one.reason, one.detail, row.source, row.line, "part", one.part) for one in read.unused
         )
-        examples.append(
-            Example(
-                id_,
-                read.messages,
-                row.value,
-                row.raw,
-                flags=read.flags,
-                options=read.options,
-                unused=unused,
-                source=row.source,
-                line=row.line,
-            )
+        return Example(
+            id_,
+            read.messages,
+            row.value,
+            row.raw,
+            flags=read.flags,
+            options=read.options,
+            unused=unused,
+            source=row.source,
+            line=row.line,
         )
-
-    if not examples:
-        raise UnusableRowsError(_nothing_usable(what, found.name, skipped, list(found_columns), found.unread))
-    description = _describe(found.name, len(examples) + len(skipped), len(skipped), ids)
-    return Loaded(examples, skipped, description, tuple(found.unread), found.notes)
 
 
 def _check_columns(columns: Columns, what: str) -> None:
@@ -134,7 +175,8 @@ class _Ids:
     """Hands out unique ids: a second "a" becomes "a-2", a third "a-3", in constant time each."""
 
     def __init__(self) -> None:
-        self._copies: dict[str, int] = {}
+        self._seen = FirstSeen()
+        self._copies: dict[str, int] = {}  # of those that came more than once
         self.renamed = 0
         self.first_renamed: tuple[str, str] | None = None
 
@@ -149,14 +191,12 @@ class _Ids:
         return unique
 
     def _unique(self, wanted: str) -> str:
-        if wanted not in self._copies:
-            self._copies[wanted] = 1
+        if self._seen.add(wanted, 0) is None:
             return wanted
         while True:
-            self._copies[wanted] += 1
+            self._copies[wanted] = self._copies.get(wanted, 1) + 1
             candidate = f"{wanted}-{self._copies[wanted]}"
-            if candidate not in self._copies:
-                self._copies[candidate] = 1
+            if self._seen.add(candidate, 0) is None:
                 return candidate
 
 
@@ -178,19 +218,21 @@ def _describe(name: str, rows: int, skipped: int, ids: _Ids) -> str:
 
 
 def _nothing_usable(
-    what: str, name: str, skipped: Sequence[Skipped], columns: Sequence[str], unread: Sequence[Skipped]
+    what: str,
+    name: str,
+    skipped: Counter[str],
+    first: Skipped | None,
+    columns: Sequence[str],
+    unread: Sequence[Skipped],
 ) -> str:
     name = name or "the rows in memory"
     beside = f" Not read: {unread[0].id}, {unread[0].detail}." if unread else ""
-    if not skipped:
+    if first is None:
         return f"{what}: {name} is empty: no rows found; wanted rows with {FORMATS}.{beside}"
-    counts = ", ".join(
-        f"{reason} {count:,}" for reason, count in Counter(skip.reason for skip in skipped).most_common()
-    )
-    first = skipped[0]
+    counts = ", ".join(f"{reason} {count:,}" for reason, count in skipped.most_common())
     found = ", ".join(columns) if columns else "none"
     return (
-        f"{what}: none of the {len(skipped):,} rows of {name} can be used ({counts}). Columns found: {found}. "
+        f"{what}: none of the {skipped.total():,} rows of {name} can be used ({counts}). Columns found: {found}. "
         f"First problem, {first.source}:{first.line}: {first.detail}. Wanted rows with {FORMATS}; "
         f"name other columns with the `columns` option.{beside}"
     )

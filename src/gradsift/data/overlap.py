@@ -10,9 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import unicodedata
+from array import array
 from collections.abc import Iterable, Iterator
 
 from gradsift.base.types import Example, Message, Skipped
+from gradsift.data.strings import FirstSeen
 
 
 def content_hash(messages: Iterable[Message]) -> str:
@@ -37,23 +39,28 @@ def normalised_hash(messages: Iterable[Message]) -> str:
     return _digest((message["role"], _normalise(message["content"])) for message in messages)[:32]
 
 
-def find_duplicates(examples: Iterable[Example]) -> list[Skipped]:
-    """List every example whose normalised messages came before; the first of each group is kept.
+class Duplicates:
+    """Which rows came before: rows with the same normalised messages, flags of messages and arguments for the template.
 
-    Flags of messages and arguments for the template count, too: with others the same words teach something else.
-
-    Returns one `Skipped` per later copy, in the order of `examples`, reason "duplicate"; its detail names the id that
-    is kept.
+    With other flags or arguments the same words teach something else.
     """
-    kept: dict[tuple[object, ...], str] = {}
-    duplicates = []
-    for example in examples:
-        key = (normalised_hash(example.messages), example.flags, example.options)
-        if key in kept:
-            duplicates.append(example.skipped("duplicate", f"same messages as {kept[key]!r}, which is kept"))
-        else:
-            kept[key] = example.id
-    return duplicates
+
+    def __init__(self) -> None:
+        self._seen = FirstSeen()
+        self._ids, self._ends = bytearray(), array("q", [0])  # of those that are kept
+
+    def add(self, example: Example, digest: str) -> Skipped | None:
+        """The row as a duplicate that names the one that is kept; None for one that is new.
+
+        digest: its `normalised_hash`
+        """
+        place = self._seen.add(f"{digest}{example.flags or ''}{example.options}", len(self._ends) - 1)
+        if place is None:
+            self._ids += example.id.encode()
+            self._ends.append(len(self._ids))
+            return None
+        kept = self._ids[self._ends[place] : self._ends[place + 1]].decode()
+        return example.skipped("duplicate", f"same messages as {kept!r}, which is kept")
 
 
 def find_overlap(pool: Iterable[Example], target: Iterable[Example]) -> list[Skipped]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gradsift.base.progress import Reporter, silent
 from gradsift.context import Pool
-from gradsift.data.dataset import prepare
+from gradsift.data.prepare import prepare
 from gradsift.demo.model import demo_model
 from gradsift.evaluation.loss import held_out_loss
 from gradsift.gradients.collect import Gradients

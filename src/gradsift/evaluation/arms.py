@@ -27,7 +27,9 @@ from gradsift.influence.estimators import AnyEstimator
 from gradsift.influence.random import Random
 from gradsift.model import embeddings
 from gradsift.rewards.reward import Reward
-from gradsift.selection.select import RandomChoice, SelectionMethod, Selector, TopK
+from gradsift.selection.selector import Selector
+from gradsift.selection.selectors import AnySelector
+from gradsift.selection.top_k import TopK
 from gradsift.warmup.train import TRAINING_PRESETS, Training
 
 FULL_POOL = "full pool"
@@ -114,7 +116,7 @@ class PairwiseMetric(Pairwise):
             raise ValueError(f"budget is of an arm, and against is {self.against!r}: name an arm, as arm:NAME")
         return self
 
-    def meeting(self, adapter: str, budget: int) -> PairwiseMetric:
+    def against_model(self, adapter: str, budget: int) -> PairwiseMetric:
         """The same with that arm's adapter in its place."""
         name = self.opponent if self.budget is None else f"{self.opponent}, {budget} examples"
         return self.model_copy(update={"against": adapter, "name": self.name or name})
@@ -130,7 +132,7 @@ _Metric = HeldOutLoss | RewardMetric | LMEval | PairwiseMetric | GradingMetric
 MetricSetting = Annotated[_Metric, Field(discriminator="kind")]
 
 
-def asking(metric: _Metric, judge: Endpoint | None) -> _Metric:
+def with_metric_judge(metric: _Metric, judge: Endpoint | None) -> _Metric:
     """The metric with the recipe's judge where it names none."""
     asked = {"reward": "judge", "pairwise": "ask", "grading": "ask"}.get(metric.kind)
     if asked is None or judge is None or getattr(metric, asked) is not None:
@@ -185,7 +187,7 @@ class Arm(Settings):
     name: str | None = Field(default=None, min_length=1)
     estimator: Annotated[tuple[AnyEstimator, ...], BeforeValidator(lambda given: _expanded(given, AnyEstimator))] = ()
     selection: Annotated[
-        tuple[Selector, ...], Field(min_length=1), BeforeValidator(lambda given: _expanded(given, SelectionMethod))
+        tuple[AnySelector, ...], Field(min_length=1), BeforeValidator(lambda given: _expanded(given, AnySelector))
     ] = (TopK(),)
     data: str | None = None
     columns: Columns = Columns()
@@ -295,7 +297,7 @@ class Contender:
 
     name: str
     estimator: Estimator | None = None
-    selection: SelectionMethod | None = None
+    selection: Selector | None = None
     data: str | None = None
     columns: Columns = field(default_factory=Columns)
     base: bool = False
@@ -312,16 +314,16 @@ class Contender:
     @property
     def chance(self) -> bool:
         """Whether it is a random choice: the control that others are compared with."""
-        return (self.estimator is not None and self.estimator.by_chance) or isinstance(self.selection, RandomChoice)
+        return any(one is not None and one.by_chance for one in (self.estimator, self.selection))
 
-    def drawn_by(self, seed: int) -> tuple[Estimator, SelectionMethod]:
+    def drawn_by(self, seed: int) -> tuple[Estimator, Selector]:
         """Estimator and selection with their draws, where they make any, by this seed."""
         assert self.estimator is not None
         assert self.selection is not None
         return _seeded(self.estimator, seed), _seeded(self.selection, seed)
 
 
-def contenders(arms: Sequence[Arm], estimator: Estimator, selection: SelectionMethod) -> list[Contender]:
+def contenders(arms: Sequence[Arm], estimator: Estimator, selection: Selector) -> list[Contender]:
     """What a comparison compares, in the order given.
 
     Args:

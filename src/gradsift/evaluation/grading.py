@@ -11,14 +11,25 @@ from pydantic import ConfigDict, Field
 from gradsift.base.errors import ConfigError, DataError
 from gradsift.base.settings import Settings
 from gradsift.base.types import Message
+from gradsift.context import Setup
 from gradsift.data.files import Row
 from gradsift.data.sources import read_rows
 from gradsift.evaluation.judging import as_text, judge_identity, verdicts
 from gradsift.evaluation.mean_reward import GREEDY, respond
-from gradsift.evaluation.metric import Figure, Measured, Notebook, in_words, mean_figure, source_name
-from gradsift.evaluation.setup import Setup, Subject
+from gradsift.evaluation.metric import (
+    ASKED,
+    Figure,
+    Judging,
+    Measured,
+    Needs,
+    Notebook,
+    in_words,
+    mean_figure,
+    source_name,
+)
+from gradsift.evaluation.setup import Subject
 from gradsift.generation.sampling import Prompt, Sampling
-from gradsift.rewards.judge import Judge
+from gradsift.rewards.judge import BoundJudge, Judge
 from gradsift.store.manifest import fingerprint
 from gradsift.store.run import revisions
 
@@ -99,6 +110,23 @@ class BoundGrading:
             "sampling": self.metric.sampling.model_dump(mode="json"),
             **revisions("samples"),
         }
+
+    def needs(self, setup: Setup) -> Needs:
+        """An answer to each turn, and a question about each answer; what was answered before is not counted again."""
+        turns = [(one, number) for one in self.questions for number in range(len(one.turns))]
+
+        def asked(one: Question, number: int) -> list[Message]:
+            return [{"role": "user", "content": turn} for turn in one.turns[: number + 1]]
+
+        def question(judge: BoundJudge) -> object:
+            some = turns[:: max(1, len(turns) // ASKED)]
+            return [judge.grade(asked(*turn), "", dict(enumerate(turn[0].references)).get(turn[1])) for turn in some]
+
+        return Needs(
+            prompts=[setup.chat.prompt_ids(asked(one, number)[-1:]) for one, number in turns],
+            sampling=self.metric.sampling,
+            judging=Judging(self.metric.judge, self.metric.ask, len(turns), question),
+        )
 
     def measure(self, subject: Subject, notebook: Notebook) -> Measured:
         """Answer turn by turn, then grade every answer."""

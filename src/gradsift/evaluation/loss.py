@@ -11,11 +11,12 @@ from pydantic import ConfigDict, Field
 
 from gradsift.base.errors import DataError, UnusableRowsError
 from gradsift.base.settings import Settings
-from gradsift.context import refuse_longer
-from gradsift.data.dataset import Dataset, prepare
+from gradsift.context import Setup, refuse_longer
+from gradsift.data.dataset import Dataset
 from gradsift.data.load import Columns
-from gradsift.evaluation.metric import Figure, Measured, Notebook, left_out, mean_figure, source_name
-from gradsift.evaluation.setup import Place, Setup, Subject
+from gradsift.data.prepare import prepare
+from gradsift.evaluation.metric import Figure, Measured, Needs, Notebook, left_out, mean_figure, source_name
+from gradsift.evaluation.setup import Subject
 from gradsift.gradients.losses import row_losses
 from gradsift.model.models import host
 from gradsift.warmup.checkpoint import Checkpoint
@@ -29,7 +30,7 @@ class HeldOut:
     per_example: dict[str, float]
 
 
-def held_out_loss(pool: Place, data: Dataset, checkpoint: Checkpoint, *, what: str = "held-out loss") -> HeldOut:
+def held_out_loss(pool: Setup, data: Dataset, checkpoint: Checkpoint, *, what: str = "held-out loss") -> HeldOut:
     """Mean token NLL of each example of `data` at a checkpoint, without dropout.
 
     Args:
@@ -112,6 +113,10 @@ class BoundLoss:
     def identity(self) -> dict[str, Any]:
         """The examples, as they are tokenised."""
         return {"data": self.data.fingerprint, "left_out": len(self.data.account.rows)}
+
+    def needs(self, setup: Setup) -> Needs:
+        """A pass over the examples."""
+        return Needs(read=self.data.lengths.tolist())
 
     def measure(self, subject: Subject, notebook: Notebook) -> Measured:
         """Loss and perplexity at the checkpoint."""

@@ -8,9 +8,10 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field
 
 from gradsift.base.settings import Settings
+from gradsift.context import Setup
 from gradsift.data.load import Columns
-from gradsift.evaluation.metric import Figure, Measured, Notebook, in_words, left_out, mean_figure, source_name
-from gradsift.evaluation.setup import Setup, Subject
+from gradsift.evaluation.metric import Figure, Measured, Needs, Notebook, in_words, left_out, mean_figure, source_name
+from gradsift.evaluation.setup import Subject
 from gradsift.generation.local import LocalSampler
 from gradsift.generation.samples import Samples, sample
 from gradsift.generation.sampling import Prompt, Sampling
@@ -97,6 +98,11 @@ class BoundReward:
             "pass_at": sorted(set(self.metric.pass_at)),
             **revisions("samples", "rewards"),
         }
+
+    def needs(self, setup: Setup) -> Needs:
+        """Responses, and what they earn."""
+        prompts = [ids.tolist() for ids in self.prompts.prompt_ids]
+        return Needs(prompts=prompts, sampling=self.metric.sampling, target=self.target)
 
     def measure(self, subject: Subject, notebook: Notebook) -> Measured:
         """Sample, reward, average."""

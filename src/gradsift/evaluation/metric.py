@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 from pydantic import TypeAdapter
 
 from gradsift.base.errors import CorruptError
+from gradsift.base.types import Chat
+from gradsift.context import Setup
 from gradsift.data.account import Account, count_reasons, counts_text
-from gradsift.evaluation.setup import Setup, Subject
+from gradsift.evaluation.setup import Subject
+from gradsift.generation.endpoint import Endpoint
+from gradsift.generation.sampling import Sampling
+from gradsift.influence.prompts import PromptTarget
+from gradsift.rewards.judge import BoundJudge, Judge
 from gradsift.store.manifest import Record, read_json, reading
 from gradsift.store.run import Run
+
+ASKED = 20  # questions to a judge of which the tokens are counted beforehand
 
 
 @dataclass(frozen=True)
@@ -71,27 +79,7 @@ class Measured:
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON has it."""
-        return {
-            "metric": self.metric,
-            "kind": self.kind,
-            "figures": [
-                {
-                    "name": figure.name,
-                    "value": figure.value,
-                    "standard_error": figure.standard_error,
-                    "n": figure.n,
-                    "higher_is_better": figure.higher_is_better,
-                    "unit": figure.unit,
-                    "per_item": figure.per_item,
-                }
-                for figure in self.figures
-            ],
-            "notes": list(self.notes),
-            "details": self.details,
-            "settings": self.settings,
-            "error": self.error,
-            "partial": self.partial,
-        }
+        return asdict(self)
 
 
 def measured_from(content: Mapping[str, Any]) -> Measured:
@@ -144,8 +132,41 @@ class Notebook:
             self._files += 1
 
 
+@dataclass(frozen=True)
+class Judging:
+    """What a judge is asked about one model.
+
+    calls:    questions
+    question: puts some of them to a judge, about empty responses, so that their tokens can be counted
+    """
+
+    judge: Judge
+    ask: Endpoint | Chat
+    calls: int
+    question: Callable[[BoundJudge], object]
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a metric takes of one model, for `gradsift plan`.
+
+    read:     tokens of each example whose loss is taken
+    prompts:  token ids of what is answered, by `sampling`
+    both:     whether what the model is compared with answers them as well, once for all models
+    target:   what the answers earn
+    judging:  what a judge is asked
+    """
+
+    read: Sequence[int] = ()
+    prompts: Sequence[Sequence[int]] = field(default=(), repr=False)
+    sampling: Sampling | None = None
+    both: bool = False
+    target: PromptTarget | None = None
+    judging: Judging | None = None
+
+
 class BoundMetric(Protocol):
-    """A metric with its data loaded for one model."""
+    """A metric with its data loaded for one model; `gradsift plan` asks for its `needs(setup) -> Needs`, if any."""
 
     def identity(self) -> dict[str, Any] | None:
         """What the figures depend on beside the model; None where nothing can name it, and they are not kept."""

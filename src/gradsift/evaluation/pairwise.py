@@ -11,16 +11,27 @@ from pydantic import ConfigDict, Field
 from gradsift.base.errors import ConfigError, DataError
 from gradsift.base.settings import Settings
 from gradsift.base.types import Message
+from gradsift.context import Setup
 from gradsift.data.load import Columns
 from gradsift.evaluation.judging import as_text, judge_identity, verdicts
-from gradsift.evaluation.length_controlled import length_controlled_win_rate
 from gradsift.evaluation.mean_reward import GREEDY, respond
-from gradsift.evaluation.metric import Figure, Measured, Notebook, in_words, left_out, mean_figure, source_name
-from gradsift.evaluation.setup import Setup, Subject
+from gradsift.evaluation.metric import (
+    ASKED,
+    Figure,
+    Judging,
+    Measured,
+    Needs,
+    Notebook,
+    in_words,
+    left_out,
+    mean_figure,
+    source_name,
+)
+from gradsift.evaluation.setup import Subject
 from gradsift.generation.sampling import Prompt, Sampling
 from gradsift.influence.prompts import Prompts, read_prompts
 from gradsift.model.models import find_adapter, generation_ends, model_identity
-from gradsift.rewards.judge import Judge
+from gradsift.rewards.judge import BoundJudge, Judge
 from gradsift.rewards.samples import text_of
 from gradsift.store.run import revisions
 from gradsift.warmup.checkpoint import Checkpoint, open_checkpoint
@@ -130,6 +141,21 @@ class BoundPairwise:
             **revisions("samples"),
         }
 
+    def needs(self, setup: Setup) -> Needs:
+        """Responses of both sides, and two questions for each pair."""
+        ids = [id_ for id_ in self.prompts.ids if self.other is not None or id_ in self.references]
+        some = [prompt for prompt in self.prompts.prompts if prompt.id in set(ids)][:: max(1, len(ids) // ASKED)]
+
+        def question(judge: BoundJudge) -> object:
+            return [judge.compare(as_text(one.messages), "", self.references.get(one.id, "")) for one in some]
+
+        return Needs(
+            prompts=[prompt.tolist() for prompt in self.prompts.prompt_ids],
+            sampling=self.metric.sampling,
+            both=self.other is not None,
+            judging=Judging(self.metric.judge, self.metric.ask, 2 * len(ids), question),
+        )
+
     def measure(self, subject: Subject, notebook: Notebook) -> Measured:
         """Respond, compare, count."""
         own = _texts(subject, self.prompts.prompts, self.metric.sampling)
@@ -178,6 +204,8 @@ class BoundPairwise:
     def _length_controlled(
         self, rewards: Mapping[str, float], own: Mapping[str, str], references: Mapping[str, str]
     ) -> Any:
+        from gradsift.evaluation.length_controlled import length_controlled_win_rate  # scipy
+
         difficulty = None
         if self.metric.difficulty is not None:
             column = dict(zip(self.prompts.ids, self.prompts.column(self.metric.difficulty), strict=True))

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from gradsift.base.checks import float_array, same_size
 from gradsift.base.errors import ConfigError
+from gradsift.base.lazy import Tensor, torch
 from gradsift.explanation.coefficients import MODELS, Array, CoefficientModel, fit_many, span_coordinates
 from gradsift.explanation.relevance import Relevance, reconstruction_relevance, squared_target_norm
-from gradsift.selection.strategies import Candidates, Choices
+from gradsift.selection.candidates import Candidates
+from gradsift.selection.selector import Choices
 
 Relevances = dict[CoefficientModel, list[Relevance]]
 """Coefficient model → one relevance per selection."""
@@ -92,6 +92,7 @@ def relevance_of_choices(
     selections = [selection for choice in choices for made in choice.values() for selection in made]
     used = sorted({position for selection in selections for position in selection})
     place = {position: row for row, position in enumerate(used)}
+    assert candidates.target_gradient is not None, "they are of an output"
     found = batch_relevance(
         candidates.target_gradient,
         candidates.rows(used),

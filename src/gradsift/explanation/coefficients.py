@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from typing import Literal, get_args
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from gradsift.base.checks import float_array, same_size, to_float64
 from gradsift.base.errors import ConfigError
+from gradsift.base.lazy import Tensor, torch
 from gradsift.selection.simplex import onto_simplex
 
 CoefficientModel = Literal[

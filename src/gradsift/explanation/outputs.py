@@ -18,6 +18,7 @@ from gradsift.generation.local import end_ids, greedy_output
 from gradsift.model.loss import token_mean
 from gradsift.model.models import generation_ends, host, model_identity
 from gradsift.store.manifest import Record, fingerprint, read_json
+from gradsift.warmup.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -152,16 +153,7 @@ def answers(
 
     What the model said is kept in the run folder under the model, adapter, prompt and limit, and is not asked again.
     """
-    checkpoint = pool.checkpoints()[-1]
-    config = {
-        "model": model_identity(pool.model),
-        "model_dtype": pool.dtype,
-        "adapter": checkpoint.identity(),
-        "end_ids": sorted(pool.chat.end_of_turn_ids),
-        **generation_ends(pool.model),
-        "max_new_tokens": max_new_tokens,
-    }
-    speaker = _Speaker(pool, pool.run.prefix("outputs", config), max_new_tokens)
+    speaker = _Speaker(pool, _outputs_prefix(pool, pool.checkpoints()[-1], max_new_tokens), max_new_tokens)
     whole = ChatFormat(pool.tokenizer, supervise="last_turn")  # a given answer is explained whole, however long
     answered: list[Output] = []
     failed: list[Skipped] = []
@@ -178,6 +170,31 @@ def answers(
                 failed.append(Skipped(question.id, "no_output", str(error)))
             advance(1)
     return answered, failed
+
+
+def _outputs_prefix(pool: Pool, checkpoint: Checkpoint, max_new_tokens: int) -> str:
+    config = {
+        "model": model_identity(pool.model),
+        "model_dtype": pool.dtype,
+        "adapter": checkpoint.identity(),
+        "end_ids": sorted(pool.chat.end_of_turn_ids),
+        **generation_ends(pool.model),
+        "max_new_tokens": max_new_tokens,
+    }
+    return pool.run.prefix("outputs", config)
+
+
+def missing_answers(
+    pool: Pool, questions: SequenceABC[Question], checkpoint: Checkpoint | None, *, max_new_tokens: int
+) -> list[list[int]]:
+    """The prompts, as token ids, that `answers` would put to the model at a checkpoint, None where it is not there."""
+    prefix = None if checkpoint is None else _outputs_prefix(pool, checkpoint, max_new_tokens)
+    asked = [pool.chat.prompt_ids(one.messages, one.options) for one in questions if one.output is None]
+    return [
+        prompt
+        for prompt in asked
+        if prefix is None or not pool.run.storage.exists(f"{prefix}{fingerprint(list(map(int, prompt)))}.json")
+    ]
 
 
 def _given(pool: Pool, chat: ChatFormat, question: Question, output: str) -> Output:

@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from gradsift.base.errors import ConfigError, DataError, NonFiniteError
+from gradsift.base.lazy import Tensor, torch
 from gradsift.explanation.coefficients import Array, CoefficientModel, fit_coordinates, span_coordinates
 
 Aggregation = Literal["ratio_of_means", "mean_of_ratios", "median_db"]

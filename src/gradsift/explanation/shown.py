@@ -9,15 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from gradsift.base.errors import GradsiftError
+from gradsift.base.lazy import Tensor, torch
 from gradsift.base.ranks import descending_ranks
 from gradsift.data.dataset import Dataset
 from gradsift.data.shown import row_example, turns_of
-from gradsift.explanation.explain import Explanation, Explanations, StrategyResult, candidates_of
+from gradsift.explanation.explain import Explanation, Explanations, StrategyResult
 from gradsift.explanation.relevance import AGGREGATIONS
 from gradsift.explanation.table import RelevanceTable
 from gradsift.model import embeddings
@@ -50,8 +49,9 @@ from gradsift.report.blocks import (
     View,
 )
 from gradsift.report.maps import layout
-from gradsift.selection.facility_location import SimilarityKind, cost_from_scores, similarity_from_cosines
-from gradsift.selection.strategies import FacilityLocation, Order, RandomExamples, Strategy, naive_key
+from gradsift.selection.candidates import Order, naive_key
+from gradsift.selection.facility_location import cost_from_scores, similarity_from_cosines
+from gradsift.selection.selector import Selector
 from gradsift.store.manifest import versions
 
 CAP_DB = 120.0
@@ -259,7 +259,7 @@ def explanation_page(
     names = list(dict.fromkeys(found.strategy for found in results))
     budgets = sorted({found.k for found in results})
     budget = 5 if 5 in budgets else budgets[0]
-    strategies = {strategy.label: strategy for strategy in explanations.strategies}
+    strategies = {strategy.strategy: strategy for strategy in explanations.strategies}
     views = []
     for found in results:
         when = {"strategy": str(names.index(found.strategy)), "k": str(found.k)}
@@ -448,13 +448,9 @@ class _Candidates:
     """
 
     def __init__(self, explanations: Explanations, entry: Explanation) -> None:
-        pool, store, estimator = explanations.pool, explanations.store, explanations.estimators[0]
-        assert pool is not None
-        assert store is not None
-        self.ids, scores = explanations.scores_of(entry.id, estimator)
-        self.competing = candidates_of(
-            store, self.ids, scores, explanations.gradient_of(entry.id), explanations.candidates
-        )
+        estimator, data = explanations.estimators[0], explanations.pool.data
+        self.competing = explanations.candidates_of(entry.id, estimator)
+        self.ids = self.competing.ids
         place_of = {id_: place for place, id_ in enumerate(self.ids)}
         chosen = [
             place_of[e.id] for found in entry.results if found.estimator == estimator.label for e in found.examples
@@ -469,10 +465,10 @@ class _Candidates:
         ranks = descending_ranks(self.competing.scores.numpy())
         values = text.figures([float(self.competing.scores[place]) for place in self.places])
         self.examples = [
-            row_example(pool.data, self.ids[place], ("score", value), ("rank", f"{ranks[place]:,}"), brief=True)
+            row_example(data, self.ids[place], ("score", value), ("rank", f"{ranks[place]:,}"), brief=True)
             for place, value in zip(self.places, values, strict=True)
         ]
-        self.texts = ["\n\n".join(turn.text for turn in turns_of(pool.data.messages(one.id))) for one in self.examples]
+        self.texts = ["\n\n".join(turn.text for turn in turns_of(data.messages(one.id))) for one in self.examples]
 
     def costs(self, order: Order) -> dict[int, float]:
         """Costs of a ranking's first, by number on the page: 1 for its first, m for its last."""
@@ -481,15 +477,15 @@ class _Candidates:
         known = {self.ids[place]: cost for place, cost in zip(own, costs, strict=True)}
         return {self.number[id_]: cost for id_, cost in known.items() if id_ in self.number}
 
-    def view(self, strategy: Strategy, found: StrategyResult, when: Mapping[str, str]) -> tuple[View, list[float]]:
+    def view(self, strategy: Selector, found: StrategyResult, when: Mapping[str, str]) -> tuple[View, list[float]]:
         """What a strategy chose under a budget, and how well it covers each candidate."""
         picks = [self.number[example.id] for example in found.examples]
-        own = self.order if isinstance(strategy, RandomExamples) or strategy.order == "any" else strategy.order
+        ranking = strategy.ranking
+        own = self.order if ranking is None or ranking == "any" else ranking
         costs = self.costs(own)
         if own == self.order:  # its candidates are the page's own
             costs = {n: costs.get(n, float(len(costs))) for n in range(len(self.places))}
-        kind: SimilarityKind = strategy.similarity if isinstance(strategy, FacilityLocation) else "cosine_squared"
-        cover = similarity_from_cosines(self.cosine, kind)[:, picks].amax(dim=1).clamp(0, 1).tolist()
+        cover = similarity_from_cosines(self.cosine, strategy.coverage)[:, picks].amax(dim=1).clamp(0, 1).tolist()
         low, high = min(costs.values()), max(costs.values())
         tones = {n: round(9 * (cost - low) / ((high - low) or 1)) for n, cost in costs.items()}
         view = View(
@@ -504,10 +500,10 @@ class _Candidates:
         return view, cover
 
 
-def _main_order(strategies: Sequence[Strategy]) -> Order:
+def _main_order(strategies: Sequence[Selector]) -> Order:
     """The ranking of the first strategy that has one."""
-    orders = [strategy.order for strategy in strategies if not isinstance(strategy, RandomExamples)]
-    return next((order for order in orders if order != "any"), "most_helpful")
+    orders = [strategy.ranking for strategy in strategies]
+    return next((order for order in orders if order is not None and order != "any"), "most_helpful")
 
 
 def _embedded(texts: Sequence[str], model: str | None, lacking: list[str]) -> NDArray[np.float32] | None:
@@ -525,11 +521,9 @@ def _embedded(texts: Sequence[str], model: str | None, lacking: list[str]) -> ND
 
 def run_facts(explanations: Explanations) -> dict[str, str]:
     """What every page of explanations says of where they come from."""
-    pool, store = explanations.pool, explanations.store
-    assert pool is not None
-    error = None if store is None else store.measured_error
+    error = explanations.store.measured_error
     measured = {} if error is None else {"measured on gradients": str(error)}
-    return {"model": pool.model, "pool": pool.data.description, **measured}
+    return {"model": explanations.pool.model, "pool": explanations.pool.data.description, **measured}
 
 
 def _digits(shares: Sequence[float], most: float) -> str:

@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from gradsift.base.checks import to_float64
 from gradsift.base.errors import DataError, ModelError, NonFiniteError
+from gradsift.base.lazy import Tensor, torch
 from gradsift.base.memory import free_bytes
 from gradsift.data.chat import ChatFormat
 from gradsift.generation.sampling import (
@@ -131,7 +130,6 @@ def draw_tokens(
     return [drawn for batch in draw_batches(model, prompts, rows, sampling, end_ids, batch_rows) for drawn in batch]
 
 
-@torch.inference_mode()
 def draw_batches(
     model: Any,
     prompts: Sequence[Sequence[int]],
@@ -141,6 +139,17 @@ def draw_batches(
     batch_rows: int | None = None,
 ) -> Iterator[list[TokenDraw]]:
     """`draw_tokens`, as batches are done."""
+    return torch.inference_mode()(_draw_batches)(model, prompts, rows, sampling, end_ids, batch_rows)
+
+
+def _draw_batches(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    rows: Sequence[Row],
+    sampling: Sampling,
+    end_ids: Iterable[int],
+    batch_rows: int | None,
+) -> Iterator[list[TokenDraw]]:
     training = model.training
     model.eval()
     try:

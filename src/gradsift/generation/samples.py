@@ -205,13 +205,8 @@ def sample(
     prefix = run.prefix("samples", identity)
     wanted = range(sampler.sampling.samples)
     usages: list[Usage] = []
-    requests = []
-    stored: dict[str, set[int]] = {}
-    for prompt in prompts:
-        stored[prompt.id] = _stored(run, f"{prefix}{prompt_key(prompt)}/", reporter, usages)
-        missing = tuple(number for number in wanted if number not in stored[prompt.id])
-        if missing:
-            requests.append(Request(prompt, missing))
+    stored = {prompt.id: _stored(run, f"{prefix}{prompt_key(prompt)}/", usages, mend=reporter) for prompt in prompts}
+    requests = _requests(prompts, stored, wanted)
     problems: list[Problem] = []
     outcomes: list[_Outcome] = []
     if requests:
@@ -257,6 +252,20 @@ def sample(
             usage=None if usage is None else asdict(usage),
         )
     return samples
+
+
+def missing_samples(run: Run, prompts: Sequence[Prompt], sampler: Sampler) -> tuple[Samples, list[Request]]:
+    """What a run folder has of the samples that `sample` would draw, and the others; nothing is drawn or changed."""
+    identity, wanted = sampler.identity(), range(sampler.sampling.samples)
+    prefix = run.prefix("samples", identity)
+    stored = {prompt.id: _stored(run, f"{prefix}{prompt_key(prompt)}/") for prompt in prompts}
+    return Samples(run, identity, prompts, stored, len(wanted)), _requests(prompts, stored, wanted)
+
+
+def _requests(prompts: Sequence[Prompt], stored: Mapping[str, Collection[int]], wanted: range) -> list[Request]:
+    """What is not stored."""
+    missing = ((prompt, tuple(n for n in wanted if n not in stored[prompt.id])) for prompt in prompts)
+    return [Request(prompt, numbers) for prompt, numbers in missing if numbers]
 
 
 @dataclass(frozen=True)
@@ -346,18 +355,22 @@ def _refuse_unfit(prompts: Sequence[Prompt]) -> None:
         seen.add(prompt.id)
 
 
-def _stored(run: Run, folder: str, reporter: Reporter, usages: list[Usage]) -> set[int]:
-    """Numbers of the responses in a folder. A file that cannot be read is removed, and its samples drawn anew."""
+def _stored(run: Run, folder: str, usages: list[Usage] | None = None, *, mend: Reporter | None = None) -> set[int]:
+    """Numbers of the responses in a folder, of which `usages` are told.
+
+    A file that cannot be read counts as none. With `mend` it is removed, as its samples are drawn anew.
+    """
     numbers: set[int] = set()
     for key in filter(_is_responses, run.storage.list(folder)):
         try:
             responses, usage = _read(run, key)
         except CorruptError as error:
-            reporter.warn(f"{error}; they are drawn anew")
-            run.storage.delete(key)
+            if mend is not None:
+                mend.warn(f"{error}; they are drawn anew")
+                run.storage.delete(key)
             continue
         numbers |= {response.number for response in responses}
-        if usage is not None:
+        if usages is not None and usage is not None:
             usages.append(usage)
     return numbers
 

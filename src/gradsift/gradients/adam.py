@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-import torch
-from torch import Tensor
-
 from gradsift.base.errors import ConfigError, NonFiniteError, ShapeError
+from gradsift.base.lazy import Tensor, torch
 
 EpsPlacement = Literal["outside", "inside"]
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import psutil
-import torch
 
+from gradsift.base.lazy import torch
 from gradsift.base.memory import free_bytes
 from gradsift.base.types import Sequence
 

@@ -15,11 +15,8 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
-
 from gradsift.base.errors import ConfigError, ModelError
+from gradsift.base.lazy import Tensor, nn, torch
 from gradsift.base.types import Sequence
 from gradsift.gradients.checkpointing import checkpointed_layers
 from gradsift.gradients.folding import Captured, Fold, find_folds, folded_in
@@ -61,6 +58,8 @@ def find_modules(model: nn.Module, pattern: str = LORA) -> Modules:
     Raises:
         ConfigError: the pattern is no regular expression or nothing matches; the message lists what is there.
     """
+    from transformers.pytorch_utils import Conv1D
+
     try:
         wanted = re.compile(r"\.lora_[AB]\." if pattern == LORA else pattern)
     except re.error as error:

@@ -9,11 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
-from torch.utils import _pytree
-from torch.utils.checkpoint import checkpoint
-
 from gradsift.base.errors import ConfigError
+from gradsift.base.lazy import Tensor, nn, torch
 
 
 @contextmanager
@@ -52,7 +49,7 @@ def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
     """The same function, run again for its gradients; those of every tensor among its arguments, however nested."""
 
     def run(*args: Any, **options: Any) -> Any:
-        leaves, form = _pytree.tree_flatten((args, options))
+        leaves, form = torch.utils._pytree.tree_flatten((args, options))
         places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         tensors = [leaves[place] for place in places]
         if not any(tensor.requires_grad for tensor in tensors):  # a layer that the loss does not reach
@@ -62,10 +59,10 @@ def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
             filled = list(leaves)
             for place, tensor in zip(places, given, strict=True):
                 filled[place] = tensor
-            own_args, own_options = _pytree.tree_unflatten(filled, form)
+            own_args, own_options = torch.utils._pytree.tree_unflatten(filled, form)
             return forward(*own_args, **own_options)
 
         # Nothing is random in eval mode, so the generators' states need not be kept.
-        return checkpoint(again, *tensors, use_reentrant=True, preserve_rng_state=False)
+        return torch.utils.checkpoint.checkpoint(again, *tensors, use_reentrant=True, preserve_rng_state=False)
 
     return run

@@ -12,28 +12,28 @@ from functools import cached_property, lru_cache, partial
 from typing import Any, Literal, NamedTuple, Protocol
 
 import psutil
-import torch
 
 from gradsift.base.errors import ConfigError, CorruptError, DataError, MismatchError
 from gradsift.base.interruption import keep_note, pressed
+from gradsift.base.lazy import Tensor, torch
 from gradsift.base.progress import Advance, Reporter, silent, untold
 from gradsift.base.settings import Settings
 from gradsift.base.sums import row_norms
 from gradsift.base.types import Sequence
 from gradsift.execution.engine import LOCAL, Engine
 from gradsift.gradients.adam import AdamDirection, EpsPlacement
+from gradsift.gradients.background import to_host, write, writing_in_background
 from gradsift.gradients.batching import automatic_lanes, automatic_token_budget, measured_token_budget, repeated
-from gradsift.gradients.behind import to_host, write, writing_behind
 from gradsift.gradients.capture import LORA, Modules, find_modules
 from gradsift.gradients.exact import ExactProducts, Side
 from gradsift.gradients.projection import Projection, Projector, plan_segments
-from gradsift.gradients.rows import ShardPart, ShardRows, View, gradient_rows
+from gradsift.gradients.rows import RowSettings, ShardPart, ShardRows, View, gradient_rows
 from gradsift.gradients.self_check import kept_check
 from gradsift.model.adapters import refuse_untrained
 from gradsift.model.models import DtypeName, host, input_device, model_identity
 from gradsift.store.gradient_store import GradientStore, GradientStoreWriter, RowDtype, ShardColumns
 from gradsift.store.manifest import fingerprint
-from gradsift.store.precision import ExactRows, MeasuredError
+from gradsift.store.precision import ExactRows
 from gradsift.store.run import Run, revised
 from gradsift.store.tensors import publish_tensors, read_tensors
 from gradsift.warmup.checkpoint import Checkpoint, Moments, load_moments, trained_parameters
@@ -106,7 +106,7 @@ class SequenceSource(Protocol):
     """What rows are made of: labelled examples, or the sampled responses of prompts. Must be picklable."""
 
     @property
-    def ids(self) -> list[str]:
+    def ids(self) -> SequenceABC[str]:
         """One per row."""
 
     @property
@@ -275,7 +275,7 @@ def collect(
     return {view: opened[kept_as(view, settings.projection)] for view in asked}
 
 
-def known_error(
+def kept_manifest(
     run: Run,
     source: SequenceSource,
     checkpoint: Checkpoint,
@@ -284,12 +284,12 @@ def known_error(
     view: View,
     settings: Gradients,
     dtype: DtypeName = "auto",
-) -> MeasuredError | None:
-    """The measured error of a store that the run holds; nothing is collected, and no row is read."""
+) -> dict[str, Any] | None:
+    """The manifest of a complete store of the run, be it with sums that were not asked for."""
     for held in (settings, settings.model_copy(update={"full_sum": True})):
         content = run.manifest(run.prefix("gradients", store_config(source, checkpoint, model, view, held, dtype)))
         if content is not None:
-            return MeasuredError.of_dict(content.get("measured_error"))
+            return content
     return None
 
 
@@ -474,7 +474,7 @@ def _exact_rows(exact: ExactProducts, view: View, keep: SequenceABC[int]) -> Exa
     )
 
 
-_Waiting = Callable[[], dict[str, torch.Tensor]]
+_Waiting = Callable[[], dict[str, Tensor]]
 
 
 def _write(
@@ -562,25 +562,22 @@ class _Engine:
         part: ShardPart | None = None,
     ) -> ShardRows:
         budget = min(budget, self.host.token_limit or budget)
-        result = gradient_rows(
-            self.network,
-            self.modules.captured,
-            self.projector,
-            sequences,
-            row_count=row_count,
+        settings = RowSettings(
             token_budget=budget,
             views=views,
             by_module=self.by_module if "segments" in views else None,
-            adam=self.adam() if "adam" in views else None,
+            adam=self.adam() if "adam" in views else {},
             full_sum=self.settings.full_sum,
             autocast=self.settings.autocast_type,
             module_groups=self.settings.module_groups,
             lanes=lanes,
             checkpointing=self.settings.gradient_checkpointing,
             measured=measured,
-            on_rows=on_rows,
-            part=part,
         )
+        result = gradient_rows(
+            self.network, self.modules.captured, self.projector, sequences, settings,
+            row_count=row_count, on_rows=on_rows, part=part,
+        )  # fmt: skip
         if result.token_budget < budget:  # memory ran out: later shards and checkpoints begin with what fits
             self.host.token_limit = result.token_budget
         return result
@@ -756,7 +753,7 @@ def _collect_missing(
     if rows_left < count:
         reporter.say(f"{count - rows_left} of {count} {what} rows are there already")
     try:
-        with reporter.stage(label, rows_left) as advance, writing_behind():
+        with reporter.stage(label, rows_left) as advance, writing_in_background():
             for _ in engine.map(tasks, advance, "shard"):
                 pass
     except KeyboardInterrupt:

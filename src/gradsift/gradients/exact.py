@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence as SequenceABC
 from typing import Literal
 
-import torch
-from torch import Tensor
-
+from gradsift.base.lazy import Tensor, torch
 from gradsift.gradients.projection import Projector
 
 Side = Literal["plain", "adam"]

@@ -17,9 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import psutil
-import torch
-from torch import Tensor, nn
 
+from gradsift.base.lazy import Tensor, nn, torch
 from gradsift.model.adapters import shared_weights
 
 _MEMORY_SHARE = 0.1  # of the free memory, for the copies that restore the weights bit for bit

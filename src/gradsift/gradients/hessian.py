@@ -13,11 +13,9 @@ from dataclasses import replace
 from typing import Literal
 
 import numpy as np
-import torch
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradsift.base.errors import ShapeError
+from gradsift.base.lazy import Tensor, nn, torch
 from gradsift.base.types import Sequence
 from gradsift.gradients.batching import form_batches
 from gradsift.gradients.capture import Capture
@@ -220,7 +218,7 @@ def _graph_to_weights(
         for weight in weights:
             weight.requires_grad_(True)
         # Fused attention kernels have no second derivative.
-        with head_at(model) as head, sdpa_kernel(SDPBackend.MATH):
+        with head_at(model) as head, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             yield head, weights
     finally:
         for parameter, flag in required:

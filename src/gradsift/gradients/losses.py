@@ -6,9 +6,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as SequenceABC
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from gradsift.base.lazy import Tensor, torch
 from gradsift.base.types import Sequence
 from gradsift.gradients.batching import automatic_token_budget, form_batches
 from gradsift.model.loss import head_at, pad, to_device

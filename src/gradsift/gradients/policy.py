@@ -18,13 +18,12 @@ from functools import cached_property
 from typing import Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from pydantic import Field
-from torch import Tensor
 
 from gradsift.base.checks import float_array, to_float64
 from gradsift.base.errors import ConfigError, ShapeError
+from gradsift.base.lazy import Tensor, torch
 from gradsift.base.settings import Settings
 from gradsift.base.types import Sequence as TokenSequence
 from gradsift.base.types import TokenizedExample

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from gradsift.base.errors import ConfigError, ShapeError
+from gradsift.base.lazy import Tensor, torch
 from gradsift.base.settings import Seed, Settings
 
 ProjectionKind = Literal["sparse", "rademacher", "kronecker", "none"]
@@ -206,12 +205,12 @@ class Projector:
         projection: Projection,
         *,
         device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.segments = segments
         self.projection = projection
         self.device = torch.device(device)
-        self.dtype = dtype
+        self.dtype = dtype or torch.float32
         self.dim = max(segment.stop for segment in segments)
         self._by_name = {segment.name: segment for segment in segments}
         self._drawing = threading.Lock()

@@ -16,10 +16,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from gradsift.base.errors import ModelError
+from gradsift.base.lazy import Tensor, nn, torch
 from gradsift.base.memory import is_out_of_memory
 from gradsift.base.types import Sequence
 from gradsift.gradients.capture import LORA, Capture, UncapturedError
@@ -31,7 +29,6 @@ from gradsift.store.manifest import Manifest, versions
 from gradsift.store.run import Run
 
 _TOKENS = 16  # of each row
-_EXACT = (torch.float64, torch.float32)
 _BOUND, _FOLDED, _COARSE = 1e-4, 1e-3, 0.03  # of the relative error: in these, with folded LoRA, and in other types
 _FLOOR = 1e-2  # of the modules' root-mean-square norm: a smaller gradient is all but cancelled, down to rounding
 _GROUP_BYTES = 1 << 29  # of the weights whose gradients autograd holds at once
@@ -268,7 +265,7 @@ def _nothing_trained(network: nn.Module) -> Iterator[None]:
 
 def _in_full_precision(network: nn.Module) -> bool:
     types = {p.dtype for p in network.parameters() if p.is_floating_point()}
-    return types <= set(_EXACT) and not getattr(network, "is_quantized", False)
+    return types <= {torch.float64, torch.float32} and not getattr(network, "is_quantized", False)
 
 
 def _refuse_company(network: nn.Module, pair: SequenceABC[Sequence]) -> None:

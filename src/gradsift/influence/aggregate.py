@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 
-import torch
-from torch import Tensor
-
 from gradsift.base.checks import float_array, same_size
 from gradsift.base.errors import ConfigError
+from gradsift.base.lazy import Tensor, torch
 
 
 def max_of_means(scores: Tensor, subtasks: Sequence[Hashable] | Tensor | None = None) -> Tensor:

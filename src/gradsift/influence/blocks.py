@@ -6,9 +6,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
-import torch
-from torch import Tensor
-
+from gradsift.base.lazy import Tensor, torch
 from gradsift.base.memory import free_bytes
 from gradsift.base.sums import spans
 from gradsift.model.models import resolve_device
@@ -20,7 +18,6 @@ _FEW_QUERY_ROWS, _MANY_QUERY_ROWS, _GPU_ROWS = 32, 256, 1024
 _SINGLY = 3  # up to so many queries, a matrix product takes longer than one vector product for each
 _GPU_READERS = 4  # threads: while one waits for the GPU, the others read
 _GPU_BUFFERS = 1 << 29  # bytes that blocks on their way, and the libraries, take on a GPU
-CPU = torch.device("cpu")
 
 BlockConsumer = Callable[[slice, Tensor, Tensor | None], None]
 
@@ -36,17 +33,22 @@ def place_for(device: str, queries: int, held: int) -> torch.device:
     name = resolve_device(device)
     place = torch.device(name)
     if place.type != "cuda" or queries <= _SINGLY:
-        return CPU
+        return torch.device("cpu")
     if name == "cuda":  # its number is said outright, as each thread has a current device of its own
         place = torch.device("cuda", torch.cuda.current_device())
-    return place if 2 * (held + _GPU_BUFFERS) < free_bytes(place) else CPU
+    return place if 2 * (held + _GPU_BUFFERS) < free_bytes(place) else torch.device("cpu")
 
 
-def block_rows(queries: int, place: torch.device = CPU) -> int:
+def block_rows(queries: int, place: torch.device | str = "cpu") -> int:
     """How many rows to convert at once for so many queries."""
-    if place != CPU:
+    if not on_cpu(place):
         return _GPU_ROWS
     return _FEW_QUERY_ROWS if queries < 8 else _MANY_QUERY_ROWS
+
+
+def on_cpu(place: torch.device | str) -> bool:
+    """Whether rows are multiplied where they are read."""
+    return torch.device(place) == torch.device("cpu")
 
 
 class Queries:
@@ -101,7 +103,7 @@ def over_blocks(
     begin: Callable[[], BlockConsumer],
     start: int = 0,
     stop: int | None = None,
-    place: torch.device = CPU,
+    place: torch.device | str = "cpu",
 ) -> None:
     """Read a store once, block by block, on all threads.
 
@@ -125,7 +127,7 @@ def over_blocks(
             position += count
 
     cores = torch.get_num_threads()
-    threads = cores if place == CPU else _GPU_READERS
+    threads = cores if on_cpu(place) else _GPU_READERS
     edges = [first + (last - first) * n // threads for n in range(threads + 1)]
     try:
         with ThreadPoolExecutor(threads) as executor:
@@ -145,10 +147,10 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def carried(stored: Tensor, place: torch.device) -> Tensor:
+def carried(stored: Tensor, place: torch.device | str) -> Tensor:
     """Stored rows at a place, not converted: 16 bits travel as 16 bits.
 
     They are copied into pinned memory while the GPU works, and go over when it is done with what it was given before:
     there is never more than one block of a thread on the way.
     """
-    return stored if place == CPU else stored.pin_memory().to(place)
+    return stored if on_cpu(place) else stored.pin_memory().to(place)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar, Literal
 
-import bm25s
 import numpy as np
 from numpy.typing import NDArray
 
@@ -127,6 +126,8 @@ def bm25_scores(
     The reading `compact` has tf + 1 + k1·(…) below the line, which is Okapi's with k1 + 1 for k1 and b·k1/(k1 + 1) for
     b, and the sum is over the different words of the query.
     """
+    import bm25s
+
     if reading == "compact":
         k1, b = k1 + 1, b * k1 / (k1 + 1)
         target = [list(dict.fromkeys(query)) for query in target]

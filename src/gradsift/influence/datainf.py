@@ -10,16 +10,15 @@ from itertools import groupby
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
-import torch
 from pydantic import BeforeValidator
 from pydantic_core import PydanticCustomError
-from torch import Tensor
 
 from gradsift.base.checks import float_array, same_size, to_float64
 from gradsift.base.errors import ConfigError, ShapeError
+from gradsift.base.lazy import Tensor, torch
 from gradsift.base.sums import row_products
 from gradsift.gradients.rows import View
-from gradsift.influence.blocks import CPU, carried, place_for
+from gradsift.influence.blocks import carried, on_cpu, place_for
 from gradsift.influence.estimator import ProductEstimator
 from gradsift.store.gradient_store import GradientStore
 
@@ -317,7 +316,7 @@ class _Block:
 
     def squares(self) -> Tensor:
         """‖g‖² of each row in each segment, float64 `[row segment]`."""
-        if self.stored.device != CPU:
+        if not on_cpu(self.stored.device):
             sums = torch.stack([rows.square().sum(dim=1) for _, rows in self.segments()], dim=1)
         else:  # one call for all segments: hundreds of small ones would cost more than the reading
             sums = torch.from_numpy(np.add.reduceat(self.stored.square().numpy(), self.starts[:-1], axis=1))
@@ -329,7 +328,7 @@ def _for_each_block(
     segments: Sequence[Columns],
     work: Callable[[_Block], None],
     factors: Tensor | None = None,
-    place: torch.device = CPU,
+    place: torch.device | str = "cpu",
 ) -> None:
     """Call `work` with every block of rows, in row order; `segments` are all the store's columns, cut in any way.
 
@@ -337,7 +336,7 @@ def _for_each_block(
     is one thread, which reads a block while the GPU works on the one before.
     """
     threads = torch.get_num_threads()
-    shares, length = (threads, _BLOCK_ROWS) if place == CPU else (1, _GPU_BLOCK_ROWS)
+    shares, length = (threads, _BLOCK_ROWS) if on_cpu(place) else (1, _GPU_BLOCK_ROWS)
     numbered = enumerate(segments)
     parts = [list(part) for _, part in groupby(numbered, lambda entry: sum(entry[1]) * shares // (2 * store.dim))]
 

@@ -7,17 +7,17 @@ the samples collected once, halves and resamples of the samples are arithmetic.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from collections.abc import Sequence as SequenceABC
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from gradsift.base.checks import float_array, same_size, to_float64
 from gradsift.base.errors import ConfigError
+from gradsift.base.lazy import Tensor, torch
 from gradsift.context import Pool
 from gradsift.gradients.policy import PolicySource, SampleRows
 from gradsift.influence.estimator import target_rows, target_view
@@ -155,8 +155,7 @@ def check_samples(method: PolicyEstimator) -> None:
     Raises:
         ConfigError: fewer than 2 samples per prompt.
     """
-    sampling = method.sampling if method.assistant is None else method.assistant.sampling
-    if sampling.samples < 2:
+    if method.drawing.samples < 2:
         raise ConfigError("samples is 1: halves of one sample cannot be compared; sample at least 2, better 20")
 
 
@@ -181,6 +180,24 @@ def cosines(first: Tensor, second: Tensor) -> Tensor:
     same_size("dim", "first", A.shape[1], "second", B.shape[1])
     zero = ~(A.any(dim=1) & B.any(dim=1))
     return (unit_rows(A) * unit_rows(B)).sum(dim=1).clamp(-1, 1).masked_fill(zero, torch.nan)
+
+
+def sample_rows(whole: PolicyTargets, checkpoint: Checkpoint) -> dict[str, SampleRows]:
+    """What stands for each prompt's samples at a checkpoint."""
+    responses, rewards, _ = whole.rollouts(checkpoint)
+    labels, policy = whole.labels or {}, whole.method.policy
+    return {
+        id_: SampleRows.of(own, [rewards.get(response.key) for response in own], policy, labels.get(id_))
+        for id_, own in responses.items()
+    }
+
+
+def sample_source(whole: PolicyTargets, samples: Mapping[str, SampleRows]) -> tuple[dict[str, list[str]], PolicySource]:
+    """The names of each prompt's sample rows, and those of them whose gradients are taken: the ones with a weight."""
+    rows = {id_: {f"{id_}#{name}": own for name, own in one.rows().items()} for id_, one in samples.items()}
+    named = {name: sequences for own in rows.values() for name, sequences in own.items() if sequences}
+    source = PolicySource(list(named), tuple(named.values()), whole.target.data.template)
+    return {id_: list(own) for id_, own in rows.items()}, source
 
 
 class _Resampling:
@@ -209,13 +226,8 @@ class _Resampling:
 
     def at(self, checkpoint: Checkpoint, weight: float) -> CheckpointDiagnostics:
         """Add the scores of a checkpoint, and say how the samples agree there."""
-        whole, pool, method = self.whole, self.whole.pool, self.whole.method
-        responses, rewards, _ = whole.rollouts(checkpoint)
-        labels = whole.labels or {}
-        samples = {
-            id_: SampleRows.of(own, [rewards.get(response.key) for response in own], method.policy, labels.get(id_))
-            for id_, own in responses.items()
-        }
+        whole, pool = self.whole, self.whole.pool
+        samples = sample_rows(whole, checkpoint)
         self.units = max(self.units, sum(len(numbers) for one in samples.values() for numbers in one.numbers))
         rows = self._rows(samples, checkpoint)
         parts: list[tuple[Tensor, Tensor]] = []  # of each prompt: rows [row dim], what resampling adds [draw row]
@@ -238,11 +250,9 @@ class _Resampling:
 
     def _rows(self, samples: dict[str, SampleRows], checkpoint: Checkpoint) -> dict[str, Tensor]:
         """Each prompt's sample rows [row dim]; zeros for those without weight, and those that are not finite."""
-        rows = {id_: {f"{id_}#{name}": own for name, own in one.rows().items()} for id_, one in samples.items()}
-        named = {name: sequences for own in rows.values() for name, sequences in own.items() if sequences}
-        source = PolicySource(list(named), tuple(named.values()), self.whole.target.data.template)
+        rows, source = sample_source(self.whole, samples)
         store: GradientStore = self.whole.pool.collect(source, checkpoint, [self._view], what="samples")[self._view]
-        return {id_: target_rows(store, list(own)) for id_, own in rows.items()}
+        return {id_: target_rows(store, own) for id_, own in rows.items()}
 
     def _draws(self, id_: str, one: SampleRows) -> Tensor:
         """Weights of a prompt's rows: of all, and what each resample adds, as much as new samples would [draw row]."""

@@ -12,11 +12,10 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import psutil
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from gradsift.base.errors import ConfigError, DataError, ShapeError
+from gradsift.base.lazy import Tensor, torch
 from gradsift.base.settings import Settings
 from gradsift.base.types import Message, Skipped
 from gradsift.context import Pool, Target
@@ -37,7 +36,7 @@ class TargetsByCheckpoint(Protocol):
     """Targets whose sequences depend on the checkpoint."""
 
     @property
-    def ids(self) -> list[str]:
+    def ids(self) -> SequenceABC[str]:
         """One per row."""
 
     def at(self, checkpoint: Checkpoint) -> SequenceSource:
@@ -81,6 +80,20 @@ class Influence:
     terms: Any = field(default=None, repr=False)
 
 
+@dataclass(frozen=True)
+class GreedyTerms:
+    """What rows are worth to a greedy choice that counts what they share with each other.
+
+    alone: of each row without the others, float64 `[row]`
+    shared_with: a row's number → what every row shares with it, float64 `[row]`
+    gains: of `alone`, what every row shares with all chosen ones together, and their number: `[row]`
+    """
+
+    alone: NDArray[np.float64]
+    shared_with: Callable[[int], NDArray[np.float64]]
+    gains: Callable[[NDArray[np.float64], NDArray[np.float64], int], NDArray[np.float64]]
+
+
 class Estimator(Settings):
     """The base of every estimator: a frozen value that says what it is, what it needs, and computes.
 
@@ -96,6 +109,7 @@ class Estimator(Settings):
     full_sum: whether the pool's stores have to hold the unprojected sums of their rows.
     by_chance: whether its ranking means nothing, as a control.
     raters: what grades rows, one by one, if anything does.
+    text_model: the sentence-transformers model that embeds the texts of pool and target, if one does.
     """
 
     needs_target: ClassVar[bool] = True
@@ -106,6 +120,7 @@ class Estimator(Settings):
     full_sum: ClassVar[bool] = False
     by_chance: ClassVar[bool] = False
     raters: ClassVar[tuple[Any, ...]] = ()
+    text_model: ClassVar[str | None] = None
 
     kind: str
 
@@ -137,17 +152,21 @@ class Estimator(Settings):
         """What each checkpoint counts for; they add up to 1."""
         return [1.0 / len(checkpoints)] * len(checkpoints)
 
+    def greedy_terms(self) -> Callable[[Pool, Target | PromptTarget, SequenceABC[str]], GreedyTerms] | None:
+        """What gives the terms of a greedy joint selection of rows by their ids; None where it knows of no pairs.
+
+        Raises:
+            ConfigError: it does, but not with its settings.
+        """
+        return None
+
     def inputs(self, pool: Pool) -> dict[str, Any]:
         """What decides its numbers beside its settings, the pool's texts and the targets; JSON-able.
 
         The pool's rows at each checkpoint, which need not be there yet; and of an estimator that is not gradsift's own,
         the source of its module and of what that imports of the same project.
         """
-        found: dict[str, Any] = {}
-        module = inspect.getmodule(type(self))
-        if module is not None and module.__name__.partition(".")[0] != "gradsift" and module.__file__ is not None:
-            sources = sources_of(Path(module.__file__), module.__name__)
-            found["source"] = fingerprint([source.digest for source in sources])
+        found = source_of(type(self))
         if self.view is not None:
             checkpoints = self.checkpoints_of(pool)
             found["rows"] = [
@@ -260,15 +279,11 @@ def summed(
     refuse_too_many(len(pool.data), len(targets.ids))
     view, checkpoints = method.view, method.checkpoints_of(pool)
     assert view is not None, method
-    asked = target_view(view)
     total: Tensor | None = None
     ids: list[str] = []
     used: list[str] = []
     for checkpoint, weight in zip(checkpoints, method.weights(checkpoints), strict=True):
-        source = targets.at(checkpoint) if isinstance(targets, TargetsByCheckpoint) else targets
-        store = pool.stores(checkpoint, [view])[view]
-        queries = pool.collect(source, checkpoint, [asked], what="target")[asked]
-        store.check_comparable(queries)
+        store, queries = both_stores(pool, targets, checkpoint, view)
         used += [store.fingerprint, queries.fingerprint]
         found = products(store, queries, weight)
         if total is None:
@@ -307,9 +322,29 @@ def influence_of(method: Estimator, pool: Pool, target: Target | PromptTarget | 
     return found
 
 
+def source_of(method: type[Settings]) -> dict[str, Any]:
+    """The source of the module of a method that is not gradsift's own, and of what that imports of the same project."""
+    module = inspect.getmodule(method)
+    if module is None or module.__name__.partition(".")[0] == "gradsift" or module.__file__ is None:
+        return {}
+    sources = sources_of(Path(module.__file__), module.__name__)
+    return {"source": fingerprint([source.digest for source in sources])}
+
+
 def target_view(view: View) -> View:
     """Which of the targets' rows go with a view of the pool's."""
     return "segments" if view == "segments" else "plain"
+
+
+def both_stores(
+    pool: Pool, targets: Targets, checkpoint: Checkpoint, view: View
+) -> tuple[GradientStore, GradientStore]:
+    """A checkpoint's rows of the pool, and those of the targets that go with them."""
+    source = targets.at(checkpoint) if isinstance(targets, TargetsByCheckpoint) else targets
+    store, asked = pool.stores(checkpoint, [view])[view], target_view(view)
+    queries = pool.collect(source, checkpoint, [asked], what="target")[asked]
+    store.check_comparable(queries)
+    return store, queries
 
 
 def target_rows(queries: GradientStore, ids: SequenceABC[str]) -> Tensor:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from functools import cache
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Annotated, Any, Union
 
 from pydantic import Field
 
-from gradsift.base.errors import ConfigError
+from gradsift.base.plugins import methods_of
 from gradsift.influence.alpagasus import AlpaGasus
 from gradsift.influence.bm25 import BM25
 from gradsift.influence.datainf import DataInf, ProjectedInverse
@@ -31,38 +30,8 @@ GROUP = "gradsift.estimators"
 
 @cache
 def estimators() -> dict[str, type[Estimator]]:
-    """Every estimator by its kind.
-
-    Raises:
-        ConfigError: one of another package cannot be loaded, is no `Estimator`, or has a kind that is taken.
-    """
-    found = {kind_of(one): one for one in OWN}
-    for entry in entry_points(group=GROUP):
-        of = f"the estimator {entry.name!r} of {entry.dist.name if entry.dist else entry.value}"
-        try:
-            one = entry.load()
-            kind = kind_of(one)
-        except Exception as error:
-            raise ConfigError(f"{of} cannot be used ({type(error).__name__}: {error}): mend or uninstall it") from error
-        if kind in found:
-            raise ConfigError(f"{of} has the kind {kind!r}, which {found[kind].__module__} has: rename or uninstall it")
-        found[kind] = one
-    return found
-
-
-def kind_of(one: type[Estimator]) -> str:
-    """The value of an estimator's field `kind`.
-
-    Raises:
-        TypeError: it is no subclass of `Estimator`.
-        ValueError: it has no field `kind` with one value.
-    """
-    if not (isinstance(one, type) and issubclass(one, Estimator)):
-        raise TypeError(f"{one!r} is no subclass of gradsift.Estimator")
-    kind = one.model_fields["kind"].default
-    if not isinstance(kind, str):
-        raise ValueError(f'{one.__name__} has no kind: give it a field like kind: Literal["mine"] = "mine"')
-    return kind
+    """Every estimator by its kind; see `methods_of`."""
+    return methods_of(Estimator, OWN, GROUP)  # type: ignore[type-abstract]
 
 
 if TYPE_CHECKING:

@@ -5,22 +5,21 @@ from __future__ import annotations
 import math
 import zlib
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceABC
 from collections.abc import Set as SetABC
 from dataclasses import dataclass
 from dataclasses import replace as replaced
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from pydantic import FiniteFloat
-from safetensors.torch import load, save
-from torch import Tensor
 
 from gradsift.base.checks import float_array, same_size, to_float64
 from gradsift.base.errors import ConfigError, DataError
+from gradsift.base.lazy import Tensor, torch
 from gradsift.base.ranks import spearman
 from gradsift.base.sums import row_products
 from gradsift.context import Pool, Target
@@ -30,7 +29,7 @@ from gradsift.gradients.collect import SequenceSource
 from gradsift.gradients.hessian import Curvature, curvature_product
 from gradsift.gradients.projection import Projector, plan_segments
 from gradsift.influence.blocks import BlockConsumer, block_rows, over_blocks, threads
-from gradsift.influence.estimator import Influence, TargetsByCheckpoint, TrainingEstimator
+from gradsift.influence.estimator import GreedyTerms, Influence, TargetsByCheckpoint, TrainingEstimator, both_stores
 from gradsift.influence.products import store_inner_products, unit_rows
 from gradsift.influence.prompts import PromptTarget
 from gradsift.model.models import host
@@ -39,6 +38,7 @@ from gradsift.store.manifest import fingerprint
 from gradsift.store.run import revised
 from gradsift.warmup.checkpoint import Checkpoint
 
+Array = NDArray[np.float64]
 Reduction = Literal["sum", "mean"]
 
 _JOINT_SHARE = 0.99  # of the variance, above which the pairs alone make the ranking
@@ -215,6 +215,19 @@ class JI2S(TrainingEstimator):
             parts=parts,
             terms=terms,
         )
+
+    def greedy_terms(self) -> Callable[[Pool, Target | PromptTarget, SequenceABC[str]], GreedyTerms]:
+        """Both terms, of the stored rows.
+
+        Raises:
+            ConfigError: an exact Hessian.
+        """
+        if self.hessian in ("hvp", "ggn"):
+            raise ConfigError(
+                f"selection joint_greedy cannot take hessian {self.hessian}, which needs a pass through the model for "
+                "each pick: use hessian fisher, fisher_projected or identity, or selection top_k"
+            )
+        return partial(_greedy_terms, self)
 
     @property
     def label(self) -> str:
@@ -589,6 +602,8 @@ def _full_direction(
 
     None and nothing where H is taken on the stored rows.
     """
+    from safetensors.torch import load, save
+
     kind = method.hessian
     if kind == "fisher_projected" or kind == "identity":
         return None, []
@@ -688,6 +703,51 @@ def _given(hessian: tuple[Tensor, Tensor | None], G: Tensor) -> tuple[Tensor, Te
 def _reduced(pairs: Tensor, reduction: Reduction, count: int) -> Tensor:
     """The sum over pairs, or over their number; an example alone has none."""
     return pairs if reduction == "sum" else pairs / max(1, count - 1)
+
+
+def _greedy_terms(method: JI2S, pool: Pool, target: Target | PromptTarget, ids: SequenceABC[str]) -> GreedyTerms:
+    """Σ_e w_e A [row], and what gives Σ_e w_e η_e^(p−1) Γ_iᵀHΓ_j [row] of an example j."""
+    targets, checkpoints = method.targets(pool, target), method.checkpoints_of(pool)
+    factors = joint_factors(checkpoints, method.weights(checkpoints), method.joint_lr_power)
+    marginal = torch.zeros(len(ids), dtype=torch.float64)
+    parts: list[Tensor] = []
+    stored: list[tuple[GradientStore, list[int], float]] = []
+    for checkpoint, (weight, joint) in zip(checkpoints, factors, strict=True):
+        store, queries = both_stores(pool, targets, checkpoint, method.view)
+        places, rows = store.positions(ids), queries.rows(0, len(queries))
+        rows = unit_rows(rows) if method.normalise else rows
+        if method.hessian == "identity":  # which needs the targets' mean alone
+            rows = rows.mean(dim=0, keepdim=True)
+        P = store_inner_products(store, rows, normalise=False, device=pool.device)[places].double()
+        if method.normalise:  # here, as a mean of unit rows has no unit length
+            norms = store.projected_norms[places]
+            P /= torch.where(norms > 0, norms, math.inf)[:, None]
+        marginal += weight * P.mean(dim=1)
+        if method.hessian == "identity":
+            stored.append((store, places, joint))
+        else:
+            parts.append((P * math.sqrt(joint / len(rows))).float())
+
+    def gains(alone: Array, shared: Array, chosen: int) -> Array:
+        if method.standardise_terms:
+            alone, shared = (standardised(torch.from_numpy(term)).numpy() for term in (alone, shared))
+        elif method.pair_reduction == "mean":
+            shared = shared / max(1, chosen)
+        return alone - method.joint_weight * shared
+
+    def similarities(pick: int) -> Array:
+        """Σ_e w_e η_e^(p−1) ⟨Γ_i, Γ_j⟩ [row]: reads the stores once."""
+        found = []
+        for store, places, factor in stored:
+            row = store.rows(places[pick], places[pick] + 1)
+            found.append(factor * store_inner_products(store, row, normalise=method.normalise)[places, 0].double())
+        total: Array = torch.stack(found).sum(dim=0).numpy()
+        return total
+
+    if method.hessian == "identity":
+        return GreedyTerms(marginal.numpy(), similarities, gains)
+    F = torch.cat(parts, dim=1).numpy()  # [row (checkpoint target)]
+    return GreedyTerms(marginal.numpy(), lambda pick: (F @ F[pick]).astype(np.float64), gains)
 
 
 def standardised(term: Tensor) -> Tensor:

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-import torch
-from torch import Tensor
-
 from gradsift.base.checks import float_array, same_size
 from gradsift.base.errors import ConfigError, ShapeError
+from gradsift.base.lazy import Tensor, torch
 from gradsift.base.sums import row_products
 from gradsift.influence.estimator import ProductEstimator, TrainingEstimator
 from gradsift.influence.products import unit_rows

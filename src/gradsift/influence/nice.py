@@ -8,9 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, Literal, TypeGuard
 
-from torch import Tensor
-
 from gradsift.base.errors import ConfigError, DataError
+from gradsift.base.lazy import Tensor
 from gradsift.base.types import Sequence as TokenSequence
 from gradsift.context import Pool, Target
 from gradsift.generation.assistant import Assistant
@@ -60,6 +59,31 @@ class PolicyEstimator(ProductEstimator):
     def model_post_init(self, _context: object) -> None:
         """Refuse what does not go together."""
         _refuse_unfit(self)
+
+    @property
+    def drawing(self) -> Sampling:
+        """How responses are drawn, by whoever writes them."""
+        return self.sampling if self.assistant is None else self.assistant.sampling
+
+    @property
+    def writer(self) -> str | None:
+        """The name of the model that writes the responses in place of the checkpoints."""
+        if self.assistant is None:
+            return None
+        model = self.assistant.model
+        return model.model if isinstance(model, Endpoint) else Path(model).name
+
+    def sampled_at(self, pool: Pool) -> list[Checkpoint]:
+        """Where responses are drawn; an assistant draws without any checkpoint, so that no warm-up is needed.
+
+        Raises:
+            ConfigError: one served model stands for several checkpoints.
+        """
+        if self.assistant is not None:
+            return [Checkpoint(None)]
+        checkpoints = pool.checkpoints()[-1:] if self.last_checkpoint else pool.checkpoints()
+        check_server(self, checkpoints)
+        return checkpoints
 
     def targets(self, pool: Pool, target: Target | PromptTarget) -> PolicyTargets:
         """The policy gradients of each checkpoint.
@@ -360,7 +384,6 @@ def check_server(method: PolicyEstimator, checkpoints: SequenceABC[Checkpoint]) 
 
 
 def _refuse_unfit(method: PolicyEstimator) -> None:
-    sampling = method.sampling if method.assistant is None else method.assistant.sampling
     if method.assistant is not None and method.server is not None:
         raise ConfigError("responses come either from an assistant or from a server of the checkpoints: leave one out")
     if method.policy.importance_weights and method.assistant is not None:
@@ -369,19 +392,15 @@ def _refuse_unfit(method: PolicyEstimator) -> None:
             "texts do not have: leave them out"
         )
     comparing = method.policy.baseline != "none" or method.policy.variant == "ppo"
-    if comparing and sampling.samples < 2:
+    if comparing and method.drawing.samples < 2:
         raise ConfigError(
             "a baseline compares the samples of a prompt, and samples is 1: all weights would be 0; sample at least 2"
         )
 
 
 def _label(name: str, method: PolicyEstimator, parts: list[str]) -> str:
-    if method.assistant is not None:
-        writer = method.assistant.model
-        name = f"{name}-AMC"
-        parts = [writer.model if isinstance(writer, Endpoint) else Path(writer).name, *parts]
-    samples = (method.sampling if method.assistant is None else method.assistant.sampling).samples
-    parts = (
-        parts + [f"M={samples}"] * (samples != Sampling().samples) + [method.policy.label] * bool(method.policy.label)
-    )
+    if method.writer is not None:
+        name, parts = f"{name}-AMC", [method.writer, *parts]
+    samples, policy = method.drawing.samples, method.policy.label
+    parts = parts + [f"M={samples}"] * (samples != Sampling().samples) + [policy] * bool(policy)
     return f"{name} ({', '.join(parts)})" if parts else name

@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 
-import torch
-from torch import Tensor
-
+from gradsift.base.lazy import Tensor, torch
 from gradsift.base.progress import Advance, untold
 from gradsift.base.sums import row_norms
 from gradsift.execution.engine import LOCAL, Engine

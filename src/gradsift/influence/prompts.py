@@ -21,9 +21,10 @@ from gradsift.base.types import Chat, Example, Message, Sequence, Skipped, befor
 from gradsift.context import Pool, subtask_labels
 from gradsift.data.account import Account
 from gradsift.data.chat import ChatFormat
-from gradsift.data.dataset import Dataset, prepare
+from gradsift.data.dataset import Dataset
 from gradsift.data.load import Columns, load_examples
 from gradsift.data.overlap import hashed, normalised_hash, overlap_of_hashes
+from gradsift.data.prepare import prepare
 from gradsift.data.sample import RowSample
 from gradsift.execution.chunks import Chunks
 from gradsift.execution.engine import LOCAL, Engine
@@ -448,15 +449,25 @@ def _kept_under(target: PromptTarget, identity: Mapping[str, Any], prompt_id: st
     return {**identity, "row": _digest(target.data.row(prompt_id))}
 
 
+def _unrewarded(target: PromptTarget, identity: Mapping[str, Any], samples: Samples) -> dict[str, int]:
+    """How many responses to each prompt have no reward that is kept."""
+    kept = {id_: len(samples.rewards(_kept_under(target, identity, id_), id_)) for id_ in samples}
+    return {id_: max(0, samples.count(id_) - count) for id_, count in kept.items()}
+
+
+def missing_rewards(target: PromptTarget, samples: Samples) -> int:
+    """How many responses `reward_responses` would reward; what no file or setting names is rewarded each time."""
+    identity = target.reward_identity()
+    if identity is None:
+        return sum(map(samples.count, samples))
+    return sum(_unrewarded(target, identity, samples).values())
+
+
 def _reward_elsewhere(
     target: PromptTarget, identity: Mapping[str, Any], samples: Samples, reporter: Reporter, engine: Engine
 ) -> dict[str, str]:
     """Have the engine's workers compute and keep the rewards that are not there yet; prompts that end them, and why."""
-    missing = {
-        id_: samples.count(id_)
-        for id_ in samples
-        if samples.count(id_) > len(samples.rewards(_kept_under(target, identity, id_), id_))
-    }
+    missing = {id_: samples.count(id_) for id_, count in _unrewarded(target, identity, samples).items() if count}
     ids, bare = list(missing), replace(target)  # without responses that it has seen
     tasks = [_Rewarding(bare, samples.part(ids[at : at + _SHARE])) for at in range(0, len(ids), _SHARE)]
     lost: dict[str, str] = {}

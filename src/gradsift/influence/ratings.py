@@ -234,16 +234,11 @@ def _kept_ratings(pool: Pool, rater: Rater) -> dict[str, Rating]:
     data, run = pool.data, pool.run
     identity = _identity(pool, rater)
     prefix = run.prefix("ratings", identity)
-    keys = {id_: hashlib.blake2b(data.line(id_).encode(), digest_size=8).hexdigest() for id_ in data.ids}
-    known: dict[str, float] = {}
-    for name in run.storage.list(prefix):
-        if name.endswith("manifest.json"):
-            continue
-        try:
-            known |= read_json(run.storage, name, _Kept)["ratings"]
-        except CorruptError:
-            pool.reporter.warn(f"{run.name(name)} is truncated or altered: rating its rows again")
-            run.storage.delete(name)
+    keys = _keys(pool)
+    known, damaged = _known(pool, prefix)
+    for name in damaged:
+        pool.reporter.warn(f"{run.name(name)} is truncated or altered: rating its rows again")
+        run.storage.delete(name)
     waiting = [id_ for id_ in data.ids if keys[id_] not in known]
     found: dict[str, Rating] = {id_: known[keys[id_]] for id_ in data.ids if keys[id_] in known}
     if not waiting:
@@ -265,6 +260,41 @@ def _kept_ratings(pool: Pool, rater: Rater) -> dict[str, Rating]:
     if not any(isinstance(value, str) for value in found.values()):
         run.complete(prefix, "ratings", identity)
     return found
+
+
+def _keys(pool: Pool) -> dict[str, str]:
+    """What a row's rating is kept under, by id."""
+    return {id_: hashlib.blake2b(pool.data.line(id_).encode(), digest_size=8).hexdigest() for id_ in pool.data.ids}
+
+
+def _known(pool: Pool, prefix: str) -> tuple[dict[str, float], list[str]]:
+    """Ratings that are kept, by their rows' keys, and the names of files that cannot be read."""
+    known: dict[str, float] = {}
+    damaged = []
+    for name in pool.run.storage.list(prefix):
+        if not name.endswith("manifest.json"):
+            try:
+                known |= read_json(pool.run.storage, name, _Kept)["ratings"]
+            except CorruptError:
+                damaged.append(name)
+    return known, damaged
+
+
+def missing_ratings(pool: Pool, rater: Rater) -> list[str]:
+    """Ids of the rows that `rate` would have rated; nothing is asked or changed."""
+    known, _ = _known(pool, pool.run.prefix("ratings", _identity(pool, rater)))
+    return [id_ for id_, key in _keys(pool).items() if key not in known]
+
+
+def judge_question(rater: JudgeRating, messages: Sequence[Message]) -> list[Message] | None:
+    """What a judge is asked about a row; None where there is no answer to judge."""
+    prompt, answer = before_answer(messages)
+    parts, task = {"conversation": transcript(prompt)}, _COMPLEXITY
+    if rater.aspect == "quality":
+        if answer is None:  # where every token is learned, rows need none
+            return None
+        parts["response"], task = answer, _QUALITY
+    return question_of(task, rater.criteria or _CRITERIA[rater.aspect], parts)
 
 
 def _identity(pool: Pool, rater: Rater) -> dict[str, Any]:
@@ -329,13 +359,9 @@ def _side_by_side(client: Client, rater: JudgeRating, rows: Sequence[Sequence[Me
 
 
 def _graded(client: Client, rater: JudgeRating, messages: Sequence[Message]) -> Rating:
-    prompt, answer = before_answer(messages)
-    parts, task = {"conversation": transcript(prompt)}, _COMPLEXITY
-    if rater.aspect == "quality":
-        if answer is None:  # where every token is learned, rows need none
-            return "there is no answer to judge"
-        parts["response"], task = answer, _QUALITY
-    asked = question_of(task, rater.criteria or _CRITERIA[rater.aspect], parts)
+    asked = judge_question(rater, messages)
+    if asked is None:
+        return "there is no answer to judge"
     try:
         said = client.complete(asked, max_tokens=rater.max_tokens, temperature=rater.temperature, seed=rater.seed)
     except GradsiftError:  # no other request would fare better

@@ -36,6 +36,11 @@ class RDS(Estimator):
         """What tables call it."""
         return "RDS" if self.model == DEFAULT else f"RDS ({self.model})"
 
+    @property
+    def text_model(self) -> str:  # type: ignore[override]
+        """What embeds the texts."""
+        return self.model
+
     def inputs(self, pool: Pool) -> dict[str, Any]:
         """The text model."""
         return {**super().inputs(pool), "embedding": embedding_identity(self.model)}
@@ -84,7 +89,7 @@ def kept_embeddings(run: Run, texts: Sequence[str], model: str, device: str = "a
         ModelError: the model cannot be loaded.
     """
     require()
-    config = {**embedding_identity(model), "texts": fingerprint(list(texts))}
+    config = _config(texts, model)
     prefix = run.prefix("embeddings", config)
     key = f"{prefix}rows.safetensors"
     if run.intact(prefix) is None:
@@ -94,6 +99,15 @@ def kept_embeddings(run: Run, texts: Sequence[str], model: str, device: str = "a
         return rows
     kept: NDArray[np.float32] = load(run.storage.read(key))["rows"]
     return kept
+
+
+def missing_embeddings(run: Run, texts: Sequence[str], model: str) -> int:
+    """How many texts `kept_embeddings` would embed: all or none."""
+    return 0 if run.manifest(run.prefix("embeddings", _config(texts, model))) is not None else len(texts)
+
+
+def _config(texts: Sequence[str], model: str) -> dict[str, Any]:
+    return {**embedding_identity(model), "texts": fingerprint(list(texts))}
 
 
 def _unit(rows: NDArray[np.float32]) -> NDArray[np.float64]:

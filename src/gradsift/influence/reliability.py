@@ -22,10 +22,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from gradsift.base.checks import float_array, same_size
+from gradsift.base.lazy import Tensor, torch
 from gradsift.base.ranks import rank_correlations
 
 Over = Literal["samples", "targets"]

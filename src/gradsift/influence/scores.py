@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import torch
 from numpy.typing import NDArray
 
 from gradsift.base.errors import DataError
+from gradsift.base.lazy import torch
 from gradsift.base.ranks import descending_ranks, spearman
 from gradsift.base.types import Skipped
 from gradsift.context import Pool, Target

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-import torch
-from torch import Tensor
-
 from gradsift.base.checks import float_array, same_size, to_float64
 from gradsift.base.errors import ConfigError, ShapeError
+from gradsift.base.lazy import Tensor, torch
 from gradsift.context import Pool, Target
 from gradsift.gradients.rows import View
 from gradsift.influence.datainf import Damping, inverse_directions, inverse_product, mean_damping

@@ -79,7 +79,6 @@ def write_pages(
         facts: more facts for the pages.
     """
     pool = explanations.pool
-    assert pool is not None, "explanations of a pool have one"
     several = len(explanations.entries) > 1
     written: list[str] = []
     if several:

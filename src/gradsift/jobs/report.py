@@ -16,10 +16,10 @@ from rich.text import Text as Words
 
 from gradsift.base.errors import CorruptError
 from gradsift.base.progress import visible
+from gradsift.base.settings import Settings
 from gradsift.data.shown import excerpt, left_out, row_example, shares_table
 from gradsift.explanation.explain import explained_views
 from gradsift.explanation.shown import RELEVANCE, explained_blocks, prompt_of, relevance_blocks
-from gradsift.generation.endpoint import Endpoint
 from gradsift.generation.sampling import prompts_of
 from gradsift.gradients.rows import View
 from gradsift.influence.estimators import estimators
@@ -63,6 +63,7 @@ from gradsift.report.blocks import (
 )
 from gradsift.report.terminal import console, draw
 from gradsift.selection.select import Selection
+from gradsift.selection.selectors import selectors
 from gradsift.store.manifest import versions
 from gradsift.warmup.checkpoint import Checkpoint
 
@@ -307,8 +308,7 @@ def _outcome(words: str, spread: float, layout: str, best: bool) -> Entry:
 
 def _examples(result: Result, chosen: Selection, most: int, *, own: bool) -> Examples:
     """What was chosen, in the order of choice; `own`: the choice that the result's reliability is about."""
-    scores = next(entry for entry in result.scores if entry.method.label == chosen.estimator)
-    tokens = dict(zip(scores.ids, scores.tokens.tolist(), strict=True))
+    tokens = _learned_tokens(result, chosen)
     values = text.figures(chosen.scores[:most])
     kept = result.kept if own else {}
     return Examples(
@@ -317,7 +317,7 @@ def _examples(result: Result, chosen: Selection, most: int, *, own: bool) -> Exa
                 result.pool.data,
                 id_,
                 ("score", value),
-                ("supervised tokens", f"{tokens[id_]:,}"),
+                ("supervised tokens", f"{tokens[n]:,}"),
                 *((f"again with new {over}", text.share(shares[n])) for over, shares in kept.items()),
                 known=known_columns(result.recipe.columns),
                 lead=f"{rank:,}",
@@ -330,14 +330,19 @@ def _examples(result: Result, chosen: Selection, most: int, *, own: bool) -> Exa
     )
 
 
+def _learned_tokens(result: Result, chosen: Selection) -> list[int]:
+    """Tokens that training on each chosen example takes the loss on."""
+    data = result.pool.data
+    tokens: list[int] = data.supervised_tokens[data.positions(chosen.ids)].tolist()
+    return tokens
+
+
 def _chosen(result: Result) -> tuple[Block, ...]:
     """The choice of the estimator with what is known of it, and those of its controls."""
     blocks: list[Block] = []
     each = max(20, MOST_OF_CONTROLS // max(1, len(result.selections) - 1))
     for number, chosen in enumerate(result.selections):
-        scores = next(entry for entry in result.scores if entry.method.label == chosen.estimator)
-        learned = dict(zip(scores.ids, scores.tokens.tolist(), strict=True))
-        tokens = f"{sum(learned[id_] for id_ in chosen.ids):,} supervised tokens"
+        tokens = f"{sum(_learned_tokens(result, chosen)):,} supervised tokens"
         method = f"{chosen.estimator}, {chosen.method.label}"
         listed = _examples(result, chosen, each if number else MOST_CHOSEN, own=number == 0)
         if number:
@@ -413,16 +418,14 @@ def _rewards(result: Result) -> tuple[Block, ...]:
 
 
 def _sampled_how(method: PolicyEstimator) -> str:
-    sampling = method.sampling if method.assistant is None else method.assistant.sampling
+    sampling = method.drawing
     parts = [f"{sampling.samples} for each prompt", f"temperature {sampling.temperature:g}"]
     parts += [f"top-k {sampling.top_k}"] * (sampling.top_k is not None)
     parts += [f"top-p {sampling.top_p}"] * (sampling.top_p is not None)
     parts.append(f"at most {sampling.max_new_tokens} tokens")
-    if method.assistant is None:
+    if method.writer is None:
         return f"Responses sampled from the model at each checkpoint: {', '.join(parts)}."
-    writer = method.assistant.model
-    name = writer.model if isinstance(writer, Endpoint) else Path(writer).name
-    return f"Responses written by {name} for all checkpoints: {', '.join(parts)}."
+    return f"Responses written by {method.writer} for all checkpoints: {', '.join(parts)}."
 
 
 def _responses(result: Result) -> tuple[Block, ...]:
@@ -556,12 +559,28 @@ def _explained_briefly(result: Result) -> list[Block]:
     return blocks
 
 
-def print_estimators() -> None:
-    """All estimators: kind, what they take of a target and read of the pool, and the first paragraph about them."""
+def print_methods() -> None:
+    """All estimators and selectors: kind, what they take or read, and the first paragraph about them."""
     out = console()
+    out.print("Estimators, which rank: --estimator\n", markup=False)
     for kind, one in estimators().items():
-        takes = one.takes if one.needs_target else "no target"
         view = one.model_construct().view
-        said = (inspect.getdoc(one) or "").partition("\n\n")[0].replace("\n", " ")
-        out.print(f"{kind:<20}{takes}{'' if view is None else f', {view} rows'}", markup=False)
-        out.print(Padding(Words(said), (0, 0, 1, 4)))
+        reads = f"{one.takes if one.needs_target else 'no target'}{'' if view is None else f', {view} rows'}"
+        _print_method(out, kind, reads, one)
+    out.print("Selectors, which choose by the ranking: --selection of select, --strategy of explain\n", markup=False)
+    for kind, chooser in selectors().items():
+        _print_method(out, kind, _TAKEN[chooser.model_construct().takes], chooser)
+
+
+_TAKEN = {
+    "scores": "scores",
+    "rows": "gradients of rows",
+    "target": "gradients of rows and target",
+    "checkpoints": "gradients of rows and targets at every checkpoint; not to explain",
+}
+
+
+def _print_method(out: Any, kind: str, reads: str, method: type[Settings]) -> None:
+    said = (inspect.getdoc(method) or "").partition("\n\n")[0].replace("\n", " ")
+    out.print(f"{kind:<20}{reads}", markup=False)
+    out.print(Padding(Words(said), (0, 0, 1, 4)))

@@ -23,7 +23,7 @@ from gradsift.influence.reliability import Over, Reliability
 from gradsift.influence.responses import SampledResponses
 from gradsift.influence.scores import Scores
 from gradsift.recipe import Recipe
-from gradsift.selection.select import Selection, by_scores_alone
+from gradsift.selection.select import Selection
 from gradsift.store.run import Run
 from gradsift.validation.validate import Validation
 
@@ -191,18 +191,32 @@ def summary(result: Result) -> dict[str, Any]:
 
 def files_of(result: Result) -> list[str]:
     """The run's files that hold this result."""
+    return result_files(
+        scored=bool(result.scores),
+        chosen=bool(result.selections),
+        trusted=bool(result.reliability),
+        outputs=None if result.explanations is None else len(result.explanations.entries),
+        validated=result.validation is not None,
+    )
+
+
+def result_files(*, scored: bool, chosen: bool, trusted: bool, outputs: int | None, validated: bool) -> list[str]:
+    """The files of a result in which so many outputs are explained, None where that is not done."""
+    explained = outputs is not None
     made = {
-        "selected.jsonl": bool(result.selections),
-        "scores.parquet": bool(result.scores),
-        "explanations.jsonl": result.explanations is not None,
-        "explanations.parquet": result.explanations is not None,
-        "relevance.json": result.relevance is not None,
-        "validation.json": result.validation is not None,
-        "diagnostics.json": bool(result.reliability),
+        "selected.jsonl": chosen,
+        "scores.parquet": scored,
+        "explanations.jsonl": explained,
+        "explanations.parquet": explained,
+        "relevance.json": explained,
+        "validation.json": validated,
+        "diagnostics.json": trusted,
         "skipped.jsonl": True,
-        "report.html": bool(result.selections) or result.explanations is not None,
+        "explanation.html": outputs == 1,
+        "relevance.html": explained and outputs != 1,
+        "report.html": chosen or explained,
     }
-    return [name for name in FILES if made.get(name, name in result.pages)]
+    return [name for name in FILES if made.get(name, False)]
 
 
 def remove_outdated(result: Result) -> None:
@@ -240,7 +254,7 @@ def diagnostics(result: Result) -> dict[str, Any]:
 def reliability_sentences(result: Result) -> list[str]:
     """What is known of how the ranking and the choice would come out again, for people."""
     sentences = [f"{one.words[0].upper()}{one.words[1:]}." for one in result.reliability]
-    if sentences and result.selections and not by_scores_alone(result.selections[0].method):
+    if sentences and result.selections and result.selections[0].method.redrawn(()) is None:
         how = result.selections[0].method.label
         sentences.append(f"How often a row would be chosen again is known for choices by scores alone, not for {how}.")
     return sentences

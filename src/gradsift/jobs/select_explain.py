@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Sequence as SequenceABC
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 
@@ -20,7 +21,9 @@ from gradsift.execution.ray import engine_of
 from gradsift.explanation.explain import check_budgets, explain, explained_views
 from gradsift.explanation.outputs import Question, question_of, questions_of
 from gradsift.explanation.table import relevance_table
+from gradsift.gradients.rows import View
 from gradsift.influence.diagnostics import check_samples
+from gradsift.influence.estimator import Estimator
 from gradsift.influence.ji2s import full_sums
 from gradsift.influence.nice import PolicyTargets, takes_reward
 from gradsift.influence.prompts import PromptTarget, open_prompts
@@ -32,7 +35,8 @@ from gradsift.jobs.report import write_results
 from gradsift.jobs.results import Result, diagnostics, remove_outdated, summary, write_skipped
 from gradsift.model import embeddings
 from gradsift.recipe import Recipe
-from gradsift.selection.select import TopK, budget_count, check_selection, select
+from gradsift.selection.select import budget_count, select
+from gradsift.selection.top_k import TopK
 from gradsift.selection.trust import sample_reliability, target_reliability
 from gradsift.store.run import Run
 from gradsift.validation.validate import validate_explanations
@@ -168,19 +172,29 @@ def run_recipe(recipe: Recipe, reporter: Reporter | None = None) -> Result:
     """
     if recipe.compare is not None and reporter is not None:
         reporter.say("this recipe also has `compare:`, which run leaves out: `gradsift compare` with it does that")
-    if recipe.target is not None or (recipe.explain is None and not recipe.estimator.needs_target):
+    if chooses(recipe):
         return run_select(recipe, reporter, command="run")
     return run_explain(recipe, reporter, command="run")
+
+
+def chooses(recipe: Recipe) -> bool:
+    """Whether `run_recipe` makes a choice: for a target, or by an estimator without one where nothing is explained."""
+    return recipe.target is not None or (recipe.explain is None and not recipe.estimator.needs_target)
+
+
+def methods_of(recipe: Recipe) -> list[Estimator]:
+    """The recipe's estimator, then its controls: each once, and only those that have the target that they need."""
+    methods = [recipe.estimator, *(control for control in recipe.controls if control != recipe.estimator)]
+    if recipe.target is None and not recipe.estimator.needs_target:
+        methods = [method for method in methods if not method.needs_target]
+    return [with_judge(method, recipe.judge) for method in methods]
 
 
 def score_all(recipe: Recipe, reporter: Reporter, *, command: str) -> Result:
     """The pool scored for the target by the estimator and every control; the caller holds the run's lock."""
     pool = open_recipe(recipe, reporter)
-    if recipe.target is None and not recipe.estimator.needs_target:
-        target = None
-        recipe = recipe.model_copy(update={"controls": tuple(c for c in recipe.controls if not c.needs_target)})
-    else:
-        target = open_recipe_target(recipe, pool)
+    needless = recipe.target is None and not recipe.estimator.needs_target
+    target = None if needless else open_recipe_target(recipe, pool)
     result = Result(recipe, pool, command, target)
     _check_sizes(result)
     if target is not None:
@@ -191,17 +205,20 @@ def score_all(recipe: Recipe, reporter: Reporter, *, command: str) -> Result:
             f"(--keep-overlap keeps them), first {target.overlap[0].id}"
         )
     write_skipped(pool.run, result.account)
-    methods = [recipe.estimator, *(control for control in recipe.controls if control != recipe.estimator)]
-    methods = [with_judge(method, recipe.judge) for method in methods]
-    views = {view for method in methods if (view := method.view) is not None}
-    if recipe.explain is not None:
-        views |= explained_views(recipe.explain.estimators)
+    methods = methods_of(recipe)
+    views = views_together(recipe, methods)
     if len(views) > 1:  # the same backward gives them all
         rows = full_sums(pool) if any(method.full_sum for method in methods) else pool
         rows.stores(pool.checkpoints()[-1], sorted(views))
     result.scores = [score(pool, target, method, aggregation=recipe.aggregation) for method in methods]
     save_tables(pool, result.scores)
     return result
+
+
+def views_together(recipe: Recipe, methods: SequenceABC[Estimator]) -> set[View]:
+    """What is read at the last checkpoint to choose and to explain, which the same backward gives."""
+    views: set[View] = {view for method in methods if (view := method.view) is not None}
+    return views if recipe.explain is None else views | explained_views(recipe.explain.estimators)
 
 
 def trust(result: Result) -> None:
@@ -226,7 +243,7 @@ def _check_methods(recipe: Recipe) -> None:
     """Refuse an estimator without the target that it needs, and a selection that does not go with it."""
     if recipe.target is None and recipe.estimator.needs_target:
         raise ConfigError(_NO_TARGET)
-    check_selection(recipe.selection, recipe.estimator)
+    recipe.selection.check(recipe.estimator, target=recipe.target is not None)
 
 
 def _check_sizes(result: Result) -> None:
@@ -308,6 +325,8 @@ def explain_questions(recipe: Recipe, pool: Pool | None = None) -> tuple[list[Qu
         raise ConfigError("explain either the answer given with --output or, with --use-answers, the row's own")
     if job.output is not None and not job.output.strip():
         raise DataError("the given output is empty: give the answer to explain, or leave it out to have one generated")
+    for strategy, ranker in product(job.strategies, job.estimators):
+        strategy.check(ranker, explaining=True)
     if pool is None and job.embedding not in (None, embeddings.DEFAULT):
         embeddings.embed(["is it there?"], job.embedding)
     if job.prompt is not None:

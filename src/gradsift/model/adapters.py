@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from gradsift.base.errors import MismatchError, ModelError
+from gradsift.base.lazy import Tensor, torch
 
 _EMBEDDINGS = re.compile(r"\b(?:embed_tokens|wte|word_embeddings|embed_in|lm_head|embed_out|output)\b")
 

@@ -14,15 +14,11 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
 from gradsift.base.errors import ModelError
+from gradsift.base.lazy import Tensor, nn, torch
 from gradsift.base.types import Sequence, TokenizedExample
-
-_CPU_ROWS = 64  # rows of logits handled at once: a block of 64 × 50k fp32 numbers still fits a server's cache
-_CUDA_ROWS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,41 +181,6 @@ def weighted_nll(logits: Tensor, labels: Tensor, weights: Tensor, *, summed: boo
     hence it can be differentiated once only, and a second time raises. With `summed` the caller promises to
     differentiate the plain sum, whose upstream gradient of ones need not be looked at: on a GPU a look is a wait.
     """
-    return cast(Tensor, _WeightedNLL.apply(logits, labels, weights, summed))
+    from gradsift.model.nll import WeightedNLL
 
-
-class _WeightedNLL(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, weights: Tensor, summed: bool) -> Tensor:
-        ctx.summed = summed
-        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        needs_gradient = logits.requires_grad
-        gradient = torch.empty_like(logits) if needs_gradient else None
-        nll = torch.empty(len(labels), dtype=dtype, device=logits.device)
-        weights = weights.to(dtype)
-        step = _CPU_ROWS if logits.device.type == "cpu" else _CUDA_ROWS
-        for start in range(0, len(labels), step):
-            part = slice(start, start + step)
-            label = labels[part, None]
-            log_p = torch.log_softmax(logits[part], dim=-1, dtype=dtype)
-            nll[part] = -log_p.gather(1, label)[:, 0]
-            if gradient is not None:
-                p = log_p.exp_()
-                p.scatter_add_(1, label, p.new_full((1, 1), -1.0).expand(len(label), 1))
-                if gradient.dtype == dtype:
-                    torch.mul(p, weights[part, None], out=gradient[part])
-                else:
-                    gradient[part] = p.mul_(weights[part, None])
-        if gradient is not None:
-            ctx.save_for_backward(gradient)
-        return nll.mul_(weights)
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None]:
-        # The saved gradient is a constant to autograd: a second derivative through it would lack the softmax's own.
-        assert not torch.is_grad_enabled(), "weighted_nll can be differentiated once: take second derivatives elsewhere"
-        (gradient,) = ctx.saved_tensors
-        scale = upstream[0]
-        if ctx.summed or (scale == 1).all():  # the sum of all rows, which is what everyone asks for
-            return gradient, None, None, None
-        return gradient * scale[:, None].to(gradient.dtype), None, None, None
+    return cast(Tensor, WeightedNLL.apply(logits, labels, weights, summed))

@@ -13,9 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from gradsift.base.errors import ConfigError, CorruptError, GradsiftError, ModelError
+from gradsift.base.lazy import torch
 from gradsift.base.memory import empty_device_cache, give_back_memory
 from gradsift.model.adapters import BareModel, attach_adapter, checksums, first_lines, refuse_other_kinds
 from gradsift.store.digests import file_digest
@@ -91,12 +90,7 @@ def generation_settings(name: str) -> dict[str, Any]:
 
     Empty for a hub id, whose commit decides it, and where nothing can be read, which transformers passes over.
     """
-    path = Path(at_hand(name)).expanduser() / "generation_config.json"
-    try:
-        settings = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return settings if isinstance(settings, dict) else {}
+    return _json_of(Path(at_hand(name)).expanduser() / "generation_config.json")
 
 
 def generation_ends(name: str) -> dict[str, Any]:
@@ -122,12 +116,19 @@ def load_tokenizer(name: str) -> Any:
     Raises:
         ModelError: it cannot be loaded.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedConfig
 
     name = at_hand(name)
     path = Path(name).expanduser()
-    source, options = (str(path.parent), {"gguf_file": path.name}) if path.is_file() else (str(path), {})
+    source, options = str(path), dict[str, Any]()
+    if path.is_file():
+        source, options = str(path.parent), {"gguf_file": path.name}
     with _loading("tokenizer", name):
+        settings = _plain_settings(path)
+        if settings and _json_of(path / "tokenizer_config.json").get("tokenizer_class") is not None:
+            names = ("model_type", "model_name", "tokenizer_class")
+            known: dict[str, Any] = {name: settings[name] for name in names if name in settings}
+            options["config"] = PreTrainedConfig(**known | {"name_or_path": source})
         tokenizer: Any = AutoTokenizer.from_pretrained(
             source if path.exists() else name, trust_remote_code=False, **options
         )
@@ -492,13 +493,40 @@ def positions(name: str) -> int | None:
     path = Path(name).expanduser()
     if path.is_file():
         return None
-    places = getattr(_config(str(path) if path.is_dir() else name), "max_position_embeddings", None)
+    places = _plain_settings(path).get("max_position_embeddings")
+    if places is None:
+        places = getattr(_config(str(path) if path.is_dir() else name), "max_position_embeddings", None)
     return places if isinstance(places, int) and places > 0 else None
 
 
 def _vocabulary(name: str) -> int | None:
-    size = getattr(_config(name).get_text_config(), "vocab_size", None)
+    size = _plain_settings(Path(name)).get("vocab_size")
+    if size is None:
+        size = getattr(_config(name).get_text_config(), "vocab_size", None)
     return size if isinstance(size, int) and size > 0 else None
+
+
+def _plain_settings(folder: Path) -> dict[str, Any]:
+    """What config.json says in a model's folder, of an architecture without parts; else nothing.
+
+    What stands there need not be asked of the architecture's own class, with which transformers imports accelerate and
+    torch._dynamo: as long as torch itself.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # type: ignore[attr-defined]
+
+    found = _json_of(folder / "config.json")
+    parts = [key for key in found if key.endswith("_config") and key != "quantization_config"]
+    plain = found.get("model_type") in CONFIG_MAPPING_NAMES and not parts and "auto_map" not in found
+    return found if plain else {}
+
+
+def _json_of(file: Path) -> dict[str, Any]:
+    """A file's JSON object; empty where it holds none."""
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _config(name: str, **options: Any) -> Any:

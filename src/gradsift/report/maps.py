@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gradsift.base.errors import NonFiniteError, ShapeError
-
-if TYPE_CHECKING:  # a page can be written again without torch
-    from torch import Tensor
+from gradsift.base.lazy import Tensor
 
 
 def layout(rows: Tensor | NDArray[np.floating]) -> list[tuple[float, float]]:

@@ -137,7 +137,7 @@ class Sentiment(Settings):
 @cache
 def _vader() -> Callable[[str], dict[str, float]]:
     try:
-        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer  # type: ignore[import-untyped]
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
     except ImportError as error:
         raise ConfigError("the reward sentiment needs the package vadersentiment: install it with pip") from error
     return SentimentIntensityAnalyzer().polarity_scores

@@ -3,19 +3,54 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from gradsift.base.checks import checked_budget, float_array, same_size, to_float64
 from gradsift.base.errors import ConfigError
+from gradsift.base.lazy import Tensor
+from gradsift.selection.candidates import Candidates, Order, min_max
 from gradsift.selection.facility_location import coverage_rows, square_matrix
+from gradsift.selection.selector import Selector
 
 Array = NDArray[np.float64]
 
 WEIGHTS = (0.2, 0.8, 0.5)
 """α, β, γ of influence, proximity and diversity, as AIDE's authors and Compact set them (Appendix B)."""
+
+
+class Aide(Selector):
+    """AIDE (Nematov et al. 2024): the most influential candidates that are close to the target and diverse.
+
+    influence: `raw` scores as the authors take them, whose scale decides how much they count, or `min_max` onto [0, 1].
+    diversity: `facility_location` as Compact's authors compute it, or the paper's own `mean_pairwise_distance`.
+    """
+
+    takes: ClassVar[Literal["target"]] = "target"
+    order: ClassVar[Order] = "most_influential"
+
+    kind: Literal["aide"] = "aide"
+    influence: Literal["raw", "min_max"] = "raw"
+    diversity: Literal["facility_location", "mean_pairwise_distance"] = "facility_location"
+
+    @property
+    def label(self) -> str:
+        """What tables call it."""
+        options = ["min-max"] if self.influence == "min_max" else []
+        options += ["mean distance"] if self.diversity == "mean_pairwise_distance" else []
+        return f"AIDE ({', '.join(options)})" if options else "AIDE"
+
+    def choose(self, candidates: Candidates, budget: int) -> list[int]:
+        """By the cosines of their rows with each other and with the target."""
+        pool = candidates.ranked(self.order, budget)
+        influence = pool.scores.abs() if self.influence == "raw" else min_max(pool.scores.abs())
+        if self.diversity == "mean_pairwise_distance":
+            picks = aide_by_mean_distance(influence, pool.proximity, 1.0 - pool.cosine, budget=budget)
+        else:  # max(D) − D of the cosine distance D
+            picks = aide(influence, pool.proximity, pool.cosine - pool.cosine.min(), budget=budget)
+        return pool.pool_positions(picks)
 
 
 def aide(

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable
-from typing import Literal
+from collections.abc import Callable, Iterable
+from typing import ClassVar, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from gradsift.base.checks import checked_budget, float_array
 from gradsift.base.errors import ConfigError
-from gradsift.base.settings import Settings
-from gradsift.gradients.rows import View
+from gradsift.base.lazy import Tensor, torch
 from gradsift.influence.bm25 import conversation_text
 from gradsift.influence.products import unit_rows
 from gradsift.influence.rds import kept_embeddings
-from gradsift.influence.scores import Scores
 from gradsift.model.embeddings import DEFAULT
-from gradsift.selection.top_k import top_k
+from gradsift.selection.candidates import Candidates, Order
+from gradsift.selection.selector import Selector
 
 _BLOCK = 256  # candidates whose rows are held at once, beside the chosen ones'
 
 
-class Diverse(Settings):
+class Diverse(Selector):
     """In the order of scores, what is farther from everything chosen than a cosine (DEITA, Liu et al. 2024).
 
     Where too few rows are far enough apart, the choice is smaller than the budget, and a warning says so.
@@ -32,6 +29,9 @@ class Diverse(Settings):
     by: what is compared: a sentence-transformers model's embeddings of the texts, or `gradients`, the stored rows at
         the last checkpoint in the estimator's view (plain where it has none).
     """
+
+    nested: ClassVar[bool] = True
+    order: ClassVar[Order] = "most_helpful"
 
     kind: Literal["diverse"] = "diverse"
     max_cosine: float = Field(default=0.9, ge=-1, le=1)
@@ -42,6 +42,43 @@ class Diverse(Settings):
         """What tables call it."""
         what = ", gradients" if self.by == "gradients" else "" if self.by == DEFAULT else f", {self.by}"
         return f"diverse (cosine below {self.max_cosine:g}{what})"
+
+    @property
+    def takes(self) -> Literal["scores", "rows"]:  # type: ignore[override]
+        """Gradients, where they are compared."""
+        return "rows" if self.by == "gradients" else "scores"
+
+    @property
+    def text_model(self) -> str | None:  # type: ignore[override]
+        """What embeds the texts, where they are compared."""
+        return None if self.by == "gradients" else self.by
+
+    def choose(self, candidates: Candidates, budget: int) -> list[int]:
+        """The best first.
+
+        Raises:
+            ConfigError: texts are to be compared of candidates without a pool, or there is no sentence-transformers.
+        """
+        order, rows = candidates.ranking(), self._rows(candidates)
+        blocks = (rows(order[start : start + _BLOCK]) for start in range(0, len(order), _BLOCK))
+        kept = _kept(blocks, budget, self.max_cosine)
+        if len(kept) < budget and candidates.pool is not None:
+            candidates.pool.reporter.warn(
+                f"{len(kept)} examples are chosen instead of {budget}: each other one has a cosine of at least "
+                f"{self.max_cosine:g} with one of them; raise --max-cosine for more"
+            )
+        return [order[place] for place in kept]
+
+    def _rows(self, candidates: Candidates) -> Callable[[list[int]], Tensor]:
+        """What is compared, by positions."""
+        if self.by == "gradients":
+            return candidates.rows
+        pool, ids = candidates.pool, candidates.ids
+        if pool is None:
+            raise ConfigError("selection diverse compares texts, but these scores carry no pool: score with `score`")
+        texts = [conversation_text(pool.data.messages(id_)) for id_ in pool.data.ids]
+        embedded = torch.from_numpy(kept_embeddings(pool.run, texts, self.by, pool.device))
+        return lambda positions: embedded[pool.data.positions([ids[position] for position in positions])]
 
 
 def diverse(rows: Tensor, *, budget: int, max_cosine: float) -> list[int]:
@@ -63,26 +100,6 @@ def diverse(rows: Tensor, *, budget: int, max_cosine: float) -> list[int]:
     """
     values = float_array("rows", rows, "row dim")
     return _kept(values.split(_BLOCK), checked_budget(budget, len(values), "rows"), max_cosine)
-
-
-def diverse_choice(scores: Scores, method: Diverse, budget: int) -> list[int]:
-    """Positions in `scores.ids`, best first.
-
-    Raises:
-        ConfigError: scores without a pool, or no sentence-transformers to embed with.
-    """
-    finite = int(torch.isfinite(torch.from_numpy(scores.aggregate)).sum())
-    order = top_k(torch.from_numpy(scores.aggregate), finite)
-    known, rows = _rows(scores, method)
-    order = [position for position in order if scores.ids[position] in known]
-    blocks = (rows([scores.ids[p] for p in order[start : start + _BLOCK]]) for start in range(0, len(order), _BLOCK))
-    kept = _kept(blocks, budget, method.max_cosine)
-    if len(kept) < budget and scores.pool is not None:
-        scores.pool.reporter.warn(
-            f"{len(kept)} examples are chosen instead of {budget}: each other one has a cosine of at least "
-            f"{method.max_cosine:g} with one of them; raise --max-cosine for more"
-        )
-    return [order[position] for position in kept]
 
 
 def _kept(blocks: Iterable[Tensor], budget: int, max_cosine: float) -> list[int]:
@@ -108,17 +125,3 @@ def _kept(blocks: Iterable[Tensor], budget: int, max_cosine: float) -> list[int]
             torch.maximum(nearest, unit @ row, out=nearest)
         start += len(unit)
     return kept
-
-
-def _rows(scores: Scores, method: Diverse) -> tuple[Container[str], Callable[[list[str]], Tensor]]:
-    """Which ids have rows, and what gives them; a row whose gradient is not finite has none."""
-    pool = scores.pool
-    if pool is None:
-        raise ConfigError("selection diverse compares texts, but these scores carry no pool: score with `score`")
-    if method.by == "gradients":
-        view: View = scores.method.view or "plain"
-        store = pool.stores(pool.checkpoints()[-1], [view])[view]
-        return store, store.rows_by_id
-    texts = [conversation_text(pool.data.messages(id_)) for id_ in pool.data.ids]
-    embedded = torch.from_numpy(kept_embeddings(pool.run, texts, method.by, pool.device))
-    return set(pool.data.ids), lambda ids: embedded[pool.data.positions(ids)]

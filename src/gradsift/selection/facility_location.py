@@ -2,21 +2,56 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from pydantic import Field
 
 from gradsift.base.checks import checked_budget, float_array, same_size, to_float64
 from gradsift.base.errors import ConfigError, ShapeError
-from gradsift.influence.products import unit_rows
-
-SimilarityKind = Literal["cosine_shifted", "cosine_squared"]
+from gradsift.base.lazy import Tensor, torch
+from gradsift.selection.candidates import Candidates, Order, SimilarityKind, naive_key
+from gradsift.selection.selector import Selector, label_of
 
 _FIRST_BLOCK = 32  # candidates re-evaluated at once; doubles while a pick is undecided
 _ROUNDING = 1e-6  # similarities this far below 0 count as rounding of 0
+
+
+class FacilityLocation(Selector):
+    """Facility location over the best candidates (Compact, equation 4): cover them while preferring high scores.
+
+    trade_off: λ, 0 = top-k, 1 = coverage alone.
+    similarity: of gradients; the default is what Compact's authors compute.
+    candidates: m, how many of the ranking compete; None takes max(100, 2·budget) to select and 100 to explain.
+    order: the ranking whose first m compete, and whose key is the cost.
+    """
+
+    takes: ClassVar[Literal["rows"]] = "rows"
+    nested: ClassVar[bool] = True
+
+    kind: Literal["facility_location"] = "facility_location"
+    trade_off: float = Field(default=0.5, ge=0, le=1)
+    similarity: SimilarityKind = "cosine_squared"
+    candidates: int | None = Field(default=None, ge=1)
+    order: Order = "most_helpful"
+
+    @property
+    def label(self) -> str:
+        """What tables call it."""
+        shifted = " shifted" if self.similarity == "cosine_shifted" else ""
+        return f"{label_of('FL', self.order)}{shifted} λ={self.trade_off:g}"
+
+    def choose(self, candidates: Candidates, budget: int) -> list[int]:
+        """By the cosines of their rows."""
+        pool = candidates.ranked(self.order, budget, self.candidates)
+        picks = facility_location(
+            similarity_from_cosines(pool.cosine, self.similarity),
+            cost_from_scores(naive_key(pool.scores, self.order)),
+            budget=budget,
+            trade_off=self.trade_off,
+        )
+        return pool.pool_positions(picks)
 
 
 def facility_location(similarity: Tensor, cost: Tensor, *, budget: int, trade_off: float) -> list[int]:
@@ -76,7 +111,7 @@ def coverage_rows(similarity: Tensor) -> NDArray[np.float64]:
     if sim.min() < -_ROUNDING:
         raise ConfigError(
             f"similarity goes down to {sim.min():.4g}, expected at least 0: "
-            f"shift or square cosines, as similarity_from_gradients does"
+            f"shift or square cosines, as similarity_from_cosines does"
         )
     return np.maximum(np.ascontiguousarray(sim.T), 0.0)
 
@@ -94,41 +129,26 @@ def square_matrix(name: str, matrix: Tensor, axes: str) -> NDArray[np.float64]:
     return values
 
 
-def similarity_from_gradients(gradients: Tensor, kind: SimilarityKind = "cosine_squared") -> Tensor:
+def similarity_from_cosines(cosine: Tensor, kind: SimilarityKind = "cosine_squared") -> Tensor:
     """Similarity between candidates from the cosine of their gradients, from 0 to 1.
 
     `cosine_squared` is `cos²`: gradients that point in opposite directions count as equal. The authors of Compact get
     it from apricot's `metric="cosine"`, hence the default. `cosine_shifted` is `(1 + cos)/2`: opposite gradients have
     similarity 0. The cosine with a zero gradient is taken as 0, also its own.
 
-    Computed in fp64 and rounded to 12 decimals, so that exact duplicates tie and picks do not depend on how many
-    threads multiply the matrices.
+    Rounded to 12 decimals, so that exact duplicates tie and picks do not depend on how many threads multiply the
+    matrices.
 
     Args:
-        gradients: [candidate dim].
+        cosine: [candidate candidate], fp64.
         kind: see above.
 
-    Returns:
-        [candidate candidate], fp64.
-
     Raises:
-        ShapeError: `gradients` is not [candidate dim], or empty.
-        NonFiniteError: NaN or infinity in `gradients`.
         ConfigError: an unknown kind.
 
     Example:
-        >>> similarity_from_gradients(torch.tensor([[1.0, 0.0], [-2.0, 0.0]]), "cosine_shifted").tolist()
+        >>> similarity_from_cosines(torch.tensor([[1.0, -1.0], [-1.0, 1.0]]), "cosine_shifted").tolist()
         [[1.0, 0.0], [0.0, 1.0]]
-    """
-    rows = unit_rows(to_float64(float_array("gradients", gradients, "candidate dim")))
-    return similarity_from_cosines((rows @ rows.T).clamp(-1.0, 1.0), kind)
-
-
-def similarity_from_cosines(cosine: Tensor, kind: SimilarityKind = "cosine_squared") -> Tensor:
-    """`similarity_from_gradients` where the cosines [candidate candidate] are known; rounded to 12 decimals.
-
-    Raises:
-        ConfigError: an unknown kind.
     """
     match kind:
         case "cosine_squared":

@@ -4,12 +4,41 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
 
 import numpy as np
-from torch import Tensor, from_numpy
 
 from gradsift.base.checks import float_array, same_size, to_float64
+from gradsift.base.lazy import Tensor, torch
+from gradsift.base.settings import Seed
+from gradsift.selection.candidates import Candidates
+from gradsift.selection.selector import Selector
 from gradsift.selection.top_k import top_k
+
+
+class GumbelTopK(Selector):
+    """A draw without replacement, by chances in proportion to exp(score), by seed and id: DSIR's own selection.
+
+    It is meant for `DSIR()`, whose scores are log weights. Cosines hardly differ beside its noise of about ±1.
+    """
+
+    nested: ClassVar[bool] = True
+
+    kind: Literal["gumbel"] = "gumbel"
+    seed: Seed = 0
+
+    @property
+    def label(self) -> str:
+        """What tables call it."""
+        return f"Gumbel top-k (seed {self.seed})"
+
+    def choose(self, candidates: Candidates, budget: int) -> list[int]:
+        """`gumbel_top_k`."""
+        return gumbel_top_k(candidates.scores, candidates.ids, budget=budget, seed=self.seed)
+
+    def redrawn(self, ids: Sequence[str]) -> dict[str, Any]:
+        """The highest with the same luck."""
+        return {"bonus": gumbel_noise(ids, self.seed)}
 
 
 def gumbel_top_k(scores: Tensor, ids: Sequence[str], *, budget: int, seed: int) -> list[int]:
@@ -30,7 +59,7 @@ def gumbel_top_k(scores: Tensor, ids: Sequence[str], *, budget: int, seed: int) 
         ConfigError: `budget` below 1 or above the number of finite scores.
 
     Example:
-        >>> gumbel_top_k(from_numpy(np.array([0.0, 1e9, 0.0])), ["a", "b", "c"], budget=1, seed=0)
+        >>> gumbel_top_k(torch.from_numpy(np.array([0.0, 1e9, 0.0])), ["a", "b", "c"], budget=1, seed=0)
         [1]
     """
     values = to_float64(float_array("scores", scores, "pool", finite=False)).cpu()
@@ -43,4 +72,4 @@ def gumbel_noise(ids: Sequence[str], seed: int) -> Tensor:
     digests = b"".join(hashlib.blake2b(f"gumbel|{seed}|{id_}".encode(), digest_size=8).digest() for id_ in ids)
     # 52 bits and a half: strictly between 0 and 1 in float64, so that the noise is finite.
     uniform = ((np.frombuffer(digests, dtype="<u8") >> np.uint64(12)) + 0.5) / 2.0**52
-    return from_numpy(-np.log(-np.log(uniform)))
+    return torch.from_numpy(-np.log(-np.log(uniform)))

@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from gradsift.base.checks import checked_budget, float_array, same_size, to_float64
 from gradsift.base.errors import ConfigError
-from gradsift.base.settings import Settings
-from gradsift.influence.estimator import Estimator, TargetsByCheckpoint
-from gradsift.influence.ji2s import JI2S, joint_factors, standardised
-from gradsift.influence.products import store_inner_products, unit_rows
-from gradsift.influence.scores import Scores
-from gradsift.store.gradient_store import GradientStore
+from gradsift.base.lazy import Tensor
+from gradsift.influence.estimator import Estimator
+from gradsift.selection.candidates import Candidates
+from gradsift.selection.selector import Selector
 
 Array = NDArray[np.float64]
 
 
-class JointGreedy(Settings):
+class JointGreedy(Selector):
     """Picks one after the other by JI2S's two terms, with pairs inside the choice only; for `JI2S()`'s scores.
 
     JI2S sums the pairs over the whole pool, most of which is never trained on. Here an example loses what it shares
@@ -33,6 +29,8 @@ class JointGreedy(Settings):
     model for each pick and are refused. Memory: 4 bytes × pool × targets × checkpoints.
     """
 
+    takes: ClassVar[Literal["checkpoints"]] = "checkpoints"
+
     kind: Literal["joint_greedy"] = "joint_greedy"
 
     @property
@@ -40,24 +38,22 @@ class JointGreedy(Settings):
         """What tables call it."""
         return "joint greedy"
 
+    def check(self, estimator: Estimator, *, target: bool = True, explaining: bool = False) -> None:
+        """Refuse an estimator without such terms, too."""
+        super().check(estimator, target=target, explaining=explaining)
+        if estimator.greedy_terms() is None:
+            raise ConfigError(
+                f"selection joint_greedy picks by the terms of JI2S, and the estimator is {estimator.label}: use "
+                "--estimator ji2s, or another selection"
+            )
 
-def check_joint_greedy(estimator: Estimator) -> JI2S:
-    """The method whose terms are picked by.
-
-    Raises:
-        ConfigError: another estimator than JI2S, or one with an exact Hessian.
-    """
-    if not isinstance(estimator, JI2S):
-        raise ConfigError(
-            f"selection joint_greedy picks by the terms of JI2S, and the estimator is {estimator.label}: use "
-            "--estimator ji2s, or another selection"
-        )
-    if estimator.hessian in ("hvp", "ggn"):
-        raise ConfigError(
-            f"selection joint_greedy cannot take hessian {estimator.hessian}, which needs a pass through the model for "
-            "each pick: use hessian fisher, fisher_projected or identity, or selection top_k"
-        )
-    return estimator
+    def choose(self, candidates: Candidates, budget: int) -> list[int]:
+        """From the stored rows that the scores were made from."""
+        scores, pool, target = candidates.whole()
+        made = scores.method.greedy_terms()
+        assert made is not None, "see `check`"
+        terms = made(pool, target, scores.ids)
+        return _picks(terms.alone, terms.shared_with, budget, terms.gains)
 
 
 def joint_greedy(pool: Tensor, target: Tensor, *, budget: int, joint_weight: float) -> list[int]:
@@ -99,25 +95,6 @@ def joint_greedy(pool: Tensor, target: Tensor, *, budget: int, joint_weight: flo
     return _picks(P.mean(axis=1), lambda pick: P @ P[pick] / P.shape[1], size, lambda a, b, _: a - joint_weight * b)
 
 
-def joint_greedy_choice(scores: Scores, budget: int) -> list[int]:
-    """Positions in `scores.ids`, in the order of picking, from the stored rows that the scores were made from.
-
-    Raises:
-        ConfigError: scores of another method than JI2S, or without a pool.
-    """
-    method = check_joint_greedy(scores.method)
-    marginal, pairs_with = _terms(scores, method)
-
-    def gains(alone: Array, shared: Array, chosen: int) -> Array:
-        if method.standardise_terms:
-            alone, shared = (standardised(torch.from_numpy(term)).numpy() for term in (alone, shared))
-        elif method.pair_reduction == "mean":
-            shared = shared / max(1, chosen)
-        return alone - method.joint_weight * shared
-
-    return _picks(marginal, pairs_with, budget, gains)
-
-
 def _picks(
     marginal: Array,
     pairs_with: Callable[[int], Array],
@@ -133,48 +110,3 @@ def _picks(
         left[pick] = False
         shared = shared + pairs_with(pick)
     return chosen
-
-
-def _terms(scores: Scores, method: JI2S) -> tuple[Array, Callable[[int], Array]]:
-    """Σ_e w_e A [pool], and what gives Σ_e w_e η_e^(p−1) Γ_iᵀHΓ_j [pool] of an example j."""
-    pool, target, ids = scores.pool, scores.target, scores.ids
-    if pool is None or target is None:
-        raise ConfigError("selection joint_greedy needs gradients, but these scores carry no pool: score with `score`")
-    source = method.targets(pool, target)
-    assert not isinstance(source, TargetsByCheckpoint), source
-    checkpoints = method.checkpoints_of(pool)
-    factors = joint_factors(checkpoints, method.weights(checkpoints), method.joint_lr_power)
-    marginal = torch.zeros(len(ids), dtype=torch.float64)
-    parts: list[Tensor] = []
-    stored: list[tuple[GradientStore, list[int], float]] = []
-    for checkpoint, (weight, joint) in zip(checkpoints, factors, strict=True):
-        store = pool.stores(checkpoint, [method.view])[method.view]
-        queries = pool.collect(source, checkpoint, ["plain"], what="target")["plain"]
-        store.check_comparable(queries)
-        places, rows = store.positions(ids), queries.rows(0, len(queries))
-        rows = unit_rows(rows) if method.normalise else rows
-        if method.hessian == "identity":  # which needs the targets' mean alone
-            rows = rows.mean(dim=0, keepdim=True)
-        P = store_inner_products(store, rows, normalise=False, device=pool.device)[places].double()
-        if method.normalise:  # here, as a mean of unit rows has no unit length
-            norms = store.projected_norms[places]
-            P /= torch.where(norms > 0, norms, math.inf)[:, None]
-        marginal += weight * P.mean(dim=1)
-        if method.hessian == "identity":
-            stored.append((store, places, joint))
-        else:
-            parts.append((P * math.sqrt(joint / len(rows))).float())
-    if method.hessian == "identity":
-        return marginal.numpy(), lambda pick: _similarities(stored, pick, method)
-    F = torch.cat(parts, dim=1).numpy()  # [pool (checkpoint target)]
-    return marginal.numpy(), lambda pick: (F @ F[pick]).astype(np.float64)
-
-
-def _similarities(stored: list[tuple[GradientStore, list[int], float]], pick: int, method: JI2S) -> Array:
-    """Σ_e w_e η_e^(p−1) ⟨Γ_i, Γ_j⟩ [pool]: reads the stores once."""
-    parts = []
-    for store, places, factor in stored:
-        row = store.rows(places[pick], places[pick] + 1)
-        parts.append(factor * store_inner_products(store, row, normalise=method.normalise)[places, 0].double())
-    found: Array = torch.stack(parts).sum(dim=0).numpy()
-    return found

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from gradsift.base.checks import checked_budget, float_array, same_size, to_float64
 from gradsift.base.errors import DataError
+from gradsift.base.lazy import Tensor
+from gradsift.gradients.rows import View
+from gradsift.selection.candidates import Candidates, Order
+from gradsift.selection.selector import Selector, label_of
 from gradsift.selection.simplex import onto_simplex
 
 Array = NDArray[np.float64]
@@ -20,6 +24,41 @@ _EQUAL = 1e-12  # errors this close, in units of ‖g‖², are equal: the cap o
 _CERTAIN = 1e-9  # share of a gradient's squared length outside the span of others from which products give t to 1e-7
 _DEPENDENT = 1e-12  # up to this share it counts as a combination of the others
 _SWEEPS = 20  # of exchanges; three to six settle 25 of 100 candidates
+
+
+class RelevancePursuit(Selector):
+    """What selection relevance itself would choose: the upper reference for the other strategies.
+
+    Searches by greedy steps and exchanges (`gradsift.selection.pursuit`). Where other strategies choose from the same
+    candidates in the same call, the search starts from the best of theirs and the greedy one, so by construction its
+    relevance (with the default coefficients) is at least theirs, and its picks may differ from those it makes alone.
+    Selections that hold copies of one gradient, or draw at random from outside the candidates, are no such starts.
+    The target's gradient is reconstructed from gradients, whatever rows the estimator ranks by.
+
+    order: the ranking whose first m compete; `any` joins the first m of all four.
+    """
+
+    takes: ClassVar[Literal["target"]] = "target"
+    view: ClassVar[View] = "plain"
+    last: ClassVar[bool] = True
+
+    kind: Literal["relevance_pursuit"] = "relevance_pursuit"
+    order: Order | Literal["any"] = "any"
+
+    @property
+    def label(self) -> str:
+        """What tables call it."""
+        return label_of("relevance pursuit", self.order, "any")
+
+    def choose(self, candidates: Candidates, budget: int) -> list[int]:
+        """From the greedy choice and from what others chose."""
+        pool = candidates.ranked(self.order, budget)
+        problem = Reconstruction.of(pool.gram, pool.cross, pool.squared_norm)
+        place = {position: number for number, position in enumerate(pool.positions)}
+        starts = [problem.greedy(budget)]
+        starts += [[place[p] for p in made] for made in candidates.others.get(budget, []) if place.keys() >= set(made)]
+        best = problem.exchange(min(starts, key=problem.error))
+        return pool.pool_positions(problem.in_order_of_weight(best))
 
 
 def relevance_pursuit(target_gradient: Tensor, candidates: Tensor, *, budget: int) -> list[int]:

@@ -1,108 +1,21 @@
-"""Choose examples by their scores: the verb `select`, its methods and what it returns."""
+"""Choose examples by their scores: the verb `select`, and what it returns."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Annotated, Literal, TypeGuard
+from typing import Any
 
-import torch
-from pydantic import Field, FiniteFloat
-
-from gradsift.base.errors import ConfigError, DataError
-from gradsift.base.settings import Seed, Settings
+from gradsift.base.errors import ConfigError
+from gradsift.base.lazy import torch
 from gradsift.context import Pool
 from gradsift.data.columns import add_columns
-from gradsift.gradients.rows import View
-from gradsift.influence.estimator import Estimator, TargetsByCheckpoint, rate_weights, target_rows, target_view
+from gradsift.influence.estimator import both_stores, target_rows
 from gradsift.influence.less import LESS
-from gradsift.influence.products import unit_rows
-from gradsift.influence.random import random_scores
-from gradsift.influence.scores import (
-    Scores,
-)
-from gradsift.selection.diverse import Diverse as Diverse
-from gradsift.selection.diverse import diverse_choice
-from gradsift.selection.facility_location import cost_from_scores, facility_location, similarity_from_gradients
-from gradsift.selection.gumbel import gumbel_top_k
-from gradsift.selection.joint_greedy import JointGreedy as JointGreedy
-from gradsift.selection.joint_greedy import check_joint_greedy, joint_greedy_choice
-from gradsift.selection.strategies import FacilityLocation as FacilityLocation
-from gradsift.selection.strategies import naive_key
-from gradsift.selection.top_k import top_k
-from gradsift.selection.transport import tsds
-
-
-class TopK(Settings):
-    """The highest scores.
-
-    threshold: choose nothing that scores below it: AlpaGasus's 4.5, with a budget of all. None has no such bound.
-    """
-
-    kind: Literal["top_k"] = "top_k"
-    threshold: FiniteFloat | None = None
-
-    @property
-    def label(self) -> str:
-        """What tables call it."""
-        return "top-k" if self.threshold is None else f"top-k from {self.threshold:g}"
-
-
-class RandomChoice(Settings):
-    """A uniform choice by seed and id: the control."""
-
-    kind: Literal["random"] = "random"
-    seed: Seed = 0
-
-    @property
-    def label(self) -> str:
-        """What tables call it."""
-        return f"random (seed {self.seed})"
-
-
-class GumbelTopK(Settings):
-    """A draw without replacement, by chances in proportion to exp(score), by seed and id: DSIR's own selection.
-
-    It is meant for `DSIR()`, whose scores are log weights. Cosines hardly differ beside its noise of about ±1.
-    """
-
-    kind: Literal["gumbel"] = "gumbel"
-    seed: Seed = 0
-
-    @property
-    def label(self) -> str:
-        """What tables call it."""
-        return f"Gumbel top-k (seed {self.seed})"
-
-
-class TSDS(Settings):
-    """A draw from the distribution that transports the target's gradients onto the pool's (Liu et al. 2024).
-
-    The pool's and the target's stored gradients, of length 1 at each checkpoint and times √w_e, are compared by their
-    distance: it belongs to an estimator that takes gradients, whose checkpoints and rows it uses, but not its scores.
-    Other estimators' selections use plain gradients at all checkpoints. All rows are held in memory: 4 bytes × pool ×
-    checkpoints × dimensions, 1.3 GB for 10,000 rows at four checkpoints.
-
-    alpha: α, distance (1) against spread (0).
-    c: C, the distance that weighs as much as full spread.
-    sigma: σ, below which distance examples count as near-duplicates that share their chance.
-    seed: of the draw, which is without replacement.
-    """
-
-    kind: Literal["tsds"] = "tsds"
-    alpha: float = Field(default=0.5, ge=0, le=1)
-    c: float = Field(default=5.0, gt=0)
-    sigma: float = Field(default=0.75, ge=0)
-    seed: Seed = 0
-
-    @property
-    def label(self) -> str:
-        """What tables call it."""
-        return f"TSDS (seed {self.seed})"
-
-
-SelectionMethod = TopK | FacilityLocation | RandomChoice | GumbelTopK | TSDS | JointGreedy | Diverse
-Selector = Annotated[SelectionMethod, Field(discriminator="kind")]
+from gradsift.influence.scores import Scores
+from gradsift.selection.candidates import CANDIDATES, Candidates
+from gradsift.selection.selector import Selector, chosen
+from gradsift.selection.top_k import TopK
 
 
 @dataclass(frozen=True)
@@ -115,7 +28,7 @@ class Selection:
     ids: list[str]
     scores: list[float]
     ranks: list[int]
-    method: SelectionMethod
+    method: Selector
     estimator: str
     budget: int
     pool: Pool | None = field(default=None, repr=False, compare=False)
@@ -145,11 +58,6 @@ class Selection:
         return lines
 
 
-def by_scores_alone(method: SelectionMethod) -> TypeGuard[TopK | GumbelTopK]:
-    """Whether rows are chosen for their scores and ids, so that the choice can be made again of other scores."""
-    return isinstance(method, TopK | GumbelTopK)
-
-
 def budget_count(budget: float, available: int) -> int:
     """A budget as a number of examples: a whole number counts examples, a number below 1 is a share.
 
@@ -168,17 +76,7 @@ def budget_count(budget: float, available: int) -> int:
     return int(budget)
 
 
-def check_selection(method: SelectionMethod, estimator: Estimator) -> None:
-    """Refuse a selection that cannot work with an estimator, before anything is computed.
-
-    Raises:
-        ConfigError: what does not go together.
-    """
-    if isinstance(method, JointGreedy):
-        check_joint_greedy(estimator)
-
-
-def select(scores: Scores, method: SelectionMethod | None = None, *, budget: float = 0.05) -> Selection:
+def select(scores: Scores, method: Selector | None = None, *, budget: float = 0.05) -> Selection:
     """Choose examples.
 
     Args:
@@ -193,29 +91,9 @@ def select(scores: Scores, method: SelectionMethod | None = None, *, budget: flo
         DataError: TSDS, and no target example has a gradient; or no example reaches the threshold.
     """
     method = method or TopK()
+    method.check(scores.method, target=scores.target is not None or scores.pool is None)
     count = budget_count(budget, len(scores.ids))
-    values = torch.from_numpy(scores.aggregate)
-    if isinstance(method, TopK):
-        positions = top_k(values, count if method.threshold is None else _reaching(values, method.threshold, count))
-    elif isinstance(method, Diverse):
-        positions = diverse_choice(scores, method, count)
-    elif isinstance(method, RandomChoice):
-        positions = top_k(torch.from_numpy(random_scores(scores.ids, method.seed)), count)
-    elif isinstance(method, GumbelTopK):
-        positions = gumbel_top_k(values, scores.ids, budget=count, seed=method.seed)
-    elif isinstance(method, TSDS):
-        positions = _transported(scores, method, count)
-    elif isinstance(method, JointGreedy):
-        positions = joint_greedy_choice(scores, count)
-    else:
-        width = min(len(scores.ids), max(method.candidates or max(100, 2 * count), count))
-        key = naive_key(values, method.order)
-        candidates = top_k(key, width)
-        similarity = similarity_from_gradients(_candidate_rows(scores, candidates), method.similarity)
-        picks = facility_location(
-            similarity, cost_from_scores(key[candidates]), budget=count, trade_off=method.trade_off
-        )
-        positions = [candidates[pick] for pick in picks]
+    positions = chosen(method, _candidates(scores, method, count), count)
     ranks = scores.ranks()
     return Selection(
         ids=[scores.ids[p] for p in positions],
@@ -228,72 +106,27 @@ def select(scores: Scores, method: SelectionMethod | None = None, *, budget: flo
     )
 
 
-def _reaching(values: torch.Tensor, threshold: float, budget: int) -> int:
-    """How many of the budget reach the threshold."""
-    reach = values[torch.isfinite(values)] >= threshold
-    if not bool(reach.any()):
-        raise DataError(f"no example scores {threshold:g} or more: the highest is {float(values.max()):.4g}")
-    return min(budget, int(reach.sum()))
+def _candidates(scores: Scores, method: Selector, budget: int) -> Candidates:
+    """What a selector chooses from: all rows that were scored, or those that also have a gradient if it reads any.
 
+    The target's gradient is that of its mean loss, at the last checkpoint.
 
-def _candidate_rows(scores: Scores, candidates: list[int]) -> torch.Tensor:
-    """Gradients of candidates at the last checkpoint, in the view that the scores were made from."""
-    pool = scores.pool
-    if pool is None:
-        raise ConfigError("facility location needs gradients, but these scores carry no pool: score with `score`")
-    view: View = scores.method.view or "plain"
-    store = pool.stores(pool.checkpoints()[-1], [view])[view]
-    return store.rows_by_id([scores.ids[p] for p in candidates])
-
-
-def _transported(scores: Scores, method: TSDS, budget: int) -> list[int]:
-    known, rows, queries = _transport_rows(scores)
-    drawn = tsds(
-        rows,
-        queries,
-        budget=budget,
-        alpha=method.alpha,
-        c=method.c,
-        sigma=method.sigma,
-        generator=torch.Generator().manual_seed(method.seed),
-    )
-    return [known[position] for position in drawn]
-
-
-def _transport_rows(scores: Scores) -> tuple[list[int], torch.Tensor, torch.Tensor]:
-    """What TSDS compares: positions that have a gradient at every checkpoint, their rows, the target's rows.
-
-    Rows are of length 1 at each checkpoint and times √w_e, `[position (checkpoint dim)]`, so that their inner products
-    are those that LESS sums. Rows of zeros are left out on both sides: 1 away from every direction, they would count as
-    nearer than most examples are to each other.
+    Raises:
+        ConfigError: it needs gradients, and the scores carry no pool.
     """
-    pool, target = scores.pool, scores.target
-    if pool is None or target is None:
-        raise ConfigError("TSDS needs gradients, but these scores carry no pool and target: score with `score`")
-    method = LESS(optimizer="sgd") if scores.method.view is None else scores.method
-    view = method.view or "plain"
-    checkpoints, sources = method.checkpoints_of(pool), method.targets(pool, target)
-    stores, of_target = [], []
-    for checkpoint in checkpoints:
-        source = sources.at(checkpoint) if isinstance(sources, TargetsByCheckpoint) else sources
-        stores.append(pool.stores(checkpoint, [view])[view])
-        asked = target_view(view)
-        of_target.append(pool.collect(source, checkpoint, [asked], what="target")[asked])
-        stores[-1].check_comparable(of_target[-1])
-    known = [position for position, id_ in enumerate(scores.ids) if all(id_ in store for store in stores)]
-    ids = [scores.ids[position] for position in known]
-    weights = rate_weights(checkpoints)
-    dim = stores[0].dim
-    rows = torch.empty(len(ids), len(checkpoints) * dim)
-    queries = torch.empty(len(scores.target_ids), len(checkpoints) * dim)
-    for number, (store, found, weight) in enumerate(zip(stores, of_target, weights, strict=True)):
-        part = slice(number * dim, (number + 1) * dim)
-        rows[:, part] = unit_rows(store.rows_by_id(ids).float()) * math.sqrt(weight)
-        queries[:, part] = unit_rows(target_rows(found, scores.target_ids)) * math.sqrt(weight)
-    queries = queries[queries.any(dim=1)]
-    if not len(queries):
-        raise DataError("no target example has a gradient: there is nothing to be near to")
-    told = rows.any(dim=1)
-    if not bool(told.all()):
-        known, rows = [position for position, has in zip(known, told.tolist(), strict=True) if has], rows[told]
-    return known, rows, queries
+    pool, target, estimator = scores.pool, scores.target, scores.method
+    more: dict[str, Any] = {"count": max(CANDIDATES, 2 * budget), "pool": pool, "source": scores}
+    if pool is None and method.takes != "scores":
+        named = method.kind.replace("_", " ")
+        raise ConfigError(f"{named} needs gradients, but these scores carry no pool: score with `score`")
+    if pool is None or method.takes in ("scores", "checkpoints"):
+        return Candidates(torch.from_numpy(scores.aggregate), ids=scores.ids, **more)
+    view, checkpoint, gradient = method.view_with(estimator), pool.checkpoints()[-1], None
+    if method.takes == "rows":
+        store = pool.stores(checkpoint, [view])[view]
+    else:
+        assert target is not None, "see `check`"
+        targets = (LESS(optimizer="sgd") if estimator.view is None else estimator).targets(pool, target)
+        store, queries = both_stores(pool, targets, checkpoint, view)
+        gradient = target_rows(queries, targets.ids).mean(dim=0)
+    return Candidates.stored(store, scores.ids, scores.aggregate, gradient, **more)

@@ -1,11 +1,100 @@
-"""The naive selection: the examples with the highest scores."""
+"""The naive selections: the examples that a ranking by their scores has first."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+from pydantic import FiniteFloat
 
 from gradsift.base.checks import checked_budget, float_array
+from gradsift.base.errors import DataError
+from gradsift.base.lazy import Tensor, torch
+from gradsift.selection.candidates import Candidates, Order
+from gradsift.selection.selector import CHOSEN_FROM, Selector
+
+
+class _Naive(Selector):
+    """The first of a ranking, equal ones by position."""
+
+    nested: ClassVar[bool] = True
+    order: ClassVar[Order]
+
+    @property
+    def label(self) -> str:
+        """What tables call it."""
+        return self.order.replace("_", " ")
+
+    def choose(self, candidates: Candidates, budget: int) -> list[int]:
+        """The first of its ranking, equal ones by position."""
+        return candidates.first(self.order, checked_budget(budget, len(candidates.available), CHOSEN_FROM))
+
+
+class MostHelpful(_Naive):
+    """The highest scores: training on them makes the output more likely."""
+
+    kind: Literal["most_helpful"] = "most_helpful"
+    order: ClassVar[Order] = "most_helpful"
+
+    def redrawn(self, ids: Sequence[str]) -> dict[str, Any]:
+        """The highest."""
+        return {}
+
+
+class MostHarmful(_Naive):
+    """The lowest scores: training on them makes the output less likely."""
+
+    kind: Literal["most_harmful"] = "most_harmful"
+    order: ClassVar[Order] = "most_harmful"
+
+
+class MostInfluential(_Naive):
+    """The scores farthest from 0, of either sign."""
+
+    kind: Literal["most_influential"] = "most_influential"
+    order: ClassVar[Order] = "most_influential"
+
+
+class LeastInfluential(_Naive):
+    """The scores closest to 0, of either sign."""
+
+    kind: Literal["least_influential"] = "least_influential"
+    order: ClassVar[Order] = "least_influential"
+
+
+class TopK(_Naive):
+    """The highest scores.
+
+    threshold: choose nothing that scores below it: AlpaGasus's 4.5, with a budget of all. None has no such bound.
+    """
+
+    order: ClassVar[Order] = "most_helpful"
+
+    kind: Literal["top_k"] = "top_k"
+    threshold: FiniteFloat | None = None
+
+    @property
+    def label(self) -> str:
+        """What tables call it."""
+        return "top-k" if self.threshold is None else f"top-k from {self.threshold:g}"
+
+    def choose(self, candidates: Candidates, budget: int) -> list[int]:
+        """The highest, of which at most so many as reach the threshold.
+
+        Raises:
+            DataError: none does.
+        """
+        if self.threshold is None:
+            return super().choose(candidates, budget)
+        values = candidates.scores[candidates.available]
+        reach = int((values >= self.threshold).sum())
+        if not reach:
+            raise DataError(f"no example scores {self.threshold:g} or more: the highest is {float(values.max()):.4g}")
+        return super().choose(candidates, min(budget, reach))
+
+    def redrawn(self, ids: Sequence[str]) -> dict[str, Any]:
+        """The highest that reach the threshold."""
+        return {"least": self.threshold}
 
 
 def top_k(scores: Tensor, budget: int) -> list[int]:

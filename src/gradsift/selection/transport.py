@@ -3,20 +3,67 @@
 from __future__ import annotations
 
 import heapq
+import math
+from typing import ClassVar, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from pydantic import Field
 
 from gradsift.base.checks import checked_budget, float_array, same_size
-from gradsift.base.errors import ConfigError
+from gradsift.base.errors import ConfigError, DataError
+from gradsift.base.lazy import Tensor, torch
+from gradsift.base.settings import Seed
+from gradsift.influence.estimator import both_stores, rate_weights, target_rows
+from gradsift.influence.less import LESS
+from gradsift.influence.products import unit_rows
+from gradsift.selection.candidates import Candidates
+from gradsift.selection.selector import Selector
 
 Array = NDArray[np.float64]
 
 _BLOCK_ENTRIES = 2**25  # of a matrix of distances held at once: 256 MiB in fp64
 _ROUNDING = 1e-12
 _MOST_NEIGHBOURS, _MOST_DENSITY_NEIGHBOURS = 5000, 1000
+
+
+class TSDS(Selector):
+    """A draw from the distribution that transports the target's gradients onto the pool's (Liu et al. 2024).
+
+    The pool's and the target's stored gradients, of length 1 at each checkpoint and times √w_e, are compared by their
+    distance: it belongs to an estimator that takes gradients, whose checkpoints and rows it uses, but not its scores.
+    Other estimators' selections use plain gradients at all checkpoints. All rows are held in memory: 4 bytes × pool ×
+    checkpoints × dimensions, 1.3 GB for 10,000 rows at four checkpoints.
+
+    alpha: α, distance (1) against spread (0).
+    c: C, the distance that weighs as much as full spread.
+    sigma: σ, below which distance examples count as near-duplicates that share their chance.
+    seed: of the draw, which is without replacement.
+    """
+
+    takes: ClassVar[Literal["checkpoints"]] = "checkpoints"
+
+    kind: Literal["tsds"] = "tsds"
+    alpha: float = Field(default=0.5, ge=0, le=1)
+    c: float = Field(default=5.0, gt=0)
+    sigma: float = Field(default=0.75, ge=0)
+    seed: Seed = 0
+
+    @property
+    def label(self) -> str:
+        """What tables call it."""
+        return f"TSDS (seed {self.seed})"
+
+    def choose(self, candidates: Candidates, budget: int) -> list[int]:
+        """`tsds` of what `_transport_rows` compares.
+
+        Raises:
+            DataError: no target example has a gradient.
+        """
+        known, rows, queries = _transport_rows(candidates)
+        generator = torch.Generator().manual_seed(self.seed)
+        drawn = tsds(rows, queries, budget=budget, alpha=self.alpha, c=self.c, sigma=self.sigma, generator=generator)
+        return [known[position] for position in drawn]
 
 
 def tsds(
@@ -221,3 +268,32 @@ def _width(name: str, given: int | None, most: int, pool: int) -> int:
     if given is not None and given < 1:
         raise ConfigError(f"{name} is {given}, expected at least 1")
     return min(pool, max(2, min(most, pool // 10)) if given is None else given)
+
+
+def _transport_rows(candidates: Candidates) -> tuple[list[int], Tensor, Tensor]:
+    """What TSDS compares: positions that have a gradient at every checkpoint, their rows, the target's rows.
+
+    Rows are of length 1 at each checkpoint and times √w_e, `[position (checkpoint dim)]`, so that their inner products
+    are those that LESS sums. Rows of zeros are left out on both sides: 1 away from every direction, they would count as
+    nearer than most examples are to each other.
+    """
+    scores, pool, target = candidates.whole()
+    method = LESS(optimizer="sgd") if scores.method.view is None else scores.method
+    view = method.view or "plain"
+    checkpoints, sources = method.checkpoints_of(pool), method.targets(pool, target)
+    both = [both_stores(pool, sources, checkpoint, view) for checkpoint in checkpoints]
+    known = [position for position, id_ in enumerate(scores.ids) if all(id_ in store for store, _ in both)]
+    ids, dim = [scores.ids[position] for position in known], both[0][0].dim
+    rows = torch.empty(len(ids), len(checkpoints) * dim)
+    queries = torch.empty(len(scores.target_ids), len(checkpoints) * dim)
+    for number, ((store, found), weight) in enumerate(zip(both, rate_weights(checkpoints), strict=True)):
+        part = slice(number * dim, (number + 1) * dim)
+        rows[:, part] = unit_rows(store.rows_by_id(ids).float()) * math.sqrt(weight)
+        queries[:, part] = unit_rows(target_rows(found, scores.target_ids)) * math.sqrt(weight)
+    queries = queries[queries.any(dim=1)]
+    if not len(queries):
+        raise DataError("no target example has a gradient: there is nothing to be near to")
+    told = rows.any(dim=1)
+    if not bool(told.all()):
+        known, rows = [position for position, has in zip(known, told.tolist(), strict=True) if has], rows[told]
+    return known, rows, queries

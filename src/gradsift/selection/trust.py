@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import torch
 
+from gradsift.base.lazy import torch
 from gradsift.influence.diagnostics import PolicyDiagnostics, diagnose
 from gradsift.influence.nice import PolicyTargets, takes_reward
 from gradsift.influence.prompts import PromptTarget
@@ -20,8 +20,7 @@ from gradsift.influence.reliability import (
     resampling_weights,
 )
 from gradsift.influence.scores import Scores, target_parts
-from gradsift.selection.gumbel import gumbel_noise
-from gradsift.selection.select import GumbelTopK, Selection, by_scores_alone
+from gradsift.selection.select import Selection
 
 
 def target_reliability(scores: Scores, selection: Selection | None = None) -> Reliability | None:
@@ -94,10 +93,8 @@ def looked_at(scores: Scores, selection: Selection | None) -> Looked:
 
 def choice_among(selection: Selection | None, looked: Looked) -> Choice | None:
     """A choice that depends on nothing but scores and ids, as it is made of new ones; None for other choices."""
-    if selection is None or not by_scores_alone(selection.method):
+    how = None if selection is None else selection.method.redrawn(looked.ids)
+    if selection is None or how is None:
         return None
     place = {id_: number for number, id_ in enumerate(looked.ids)}
-    rows = tuple(place[id_] for id_ in selection.ids)
-    if isinstance(selection.method, GumbelTopK):
-        return Choice(rows, selection.budget, bonus=gumbel_noise(looked.ids, selection.method.seed))
-    return Choice(rows, selection.budget, least=selection.method.threshold)
+    return Choice(tuple(place[id_] for id_ in selection.ids), selection.budget, **how)

@@ -16,8 +16,6 @@ A row is `stored · scale`, with `scale` a power of two chosen per row so that f
 from __future__ import annotations
 
 import io
-import json
-import math
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,24 +26,16 @@ from typing import Any, Literal, Self
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from pydantic import Field, model_validator
-from safetensors.torch import save
-from torch import Tensor
 
 from gradsift.base.errors import ConfigError, CorruptError, MismatchError, StorageError
+from gradsift.base.lazy import Tensor, torch
 from gradsift.store.manifest import Record, differences, manifest, publish_json, read_if_whole, read_json
 from gradsift.store.precision import ExactRows, MeasuredError, cosine_pairs, measured_error
 from gradsift.store.storage import LocalStorage, Storage, checksum, checksum_file
+from gradsift.store.tensors import map_arrays
 
 RowDtype = Literal["float16", "bfloat16", "float32", "float64"]
-_DTYPES = {
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float32": torch.float32,
-    "float64": torch.float64,
-}
-_NUMPY = {"F16": np.float16, "F32": np.float32, "F64": np.float64, "BF16": np.uint16}
 _FP16_TOP = 4096.0  # the largest stored magnitude: far from 65504, and 10⁷ above the smallest normal number
 
 
@@ -200,6 +190,8 @@ class GradientStoreWriter:
         `full_sum` maps module names to the unprojected sum of the shard's rows `[out in]`, stored beside them. `exact`
         is what the error of the stored rows is measured by.
         """
+        from safetensors.torch import save
+
         assert len(rows) == len(columns.ids), (len(rows), len(columns.ids))
         encoded = _encode(rows, self.config["dtype"])
         decoded = _decode(encoded["rows"], encoded.get("scale"))
@@ -324,7 +316,7 @@ class GradientStore:
             self._verify(content)
         content_of_rows = storage.read(self.prefix + "rows.parquet")
         try:
-            table = pq.read_table(io.BytesIO(content_of_rows))
+            table = pq.ParquetFile(io.BytesIO(content_of_rows)).read()
         except OSError as error:  # of the parquet format, not of the disk
             raise ValueError(f"rows.parquet: {error}") from error
         self.ids: list[str] = table["id"].to_pylist()
@@ -475,7 +467,7 @@ _SCHEMA = pa.schema(
 def _encode(rows: Tensor, dtype: RowDtype) -> dict[str, Tensor]:
     rows = rows.detach().cpu()
     if dtype != "float16":
-        return {"rows": rows.to(_DTYPES[dtype]).contiguous()}
+        return {"rows": rows.to(getattr(torch, dtype)).contiguous()}
     top = rows.abs().amax(dim=1) if len(rows) else torch.zeros(0)
     exponent = torch.where(top > 0, torch.ceil(torch.log2(top.double() / _FP16_TOP)), 0.0)
     # The scale is a normal float32 number: rows of 1e-42 lose digits, and none divides by zero.
@@ -491,31 +483,10 @@ def _decode(stored: Tensor, scale: Tensor | None) -> Tensor:
 def _map_safetensors(path: Path) -> dict[str, Tensor]:
     """Memory-mapped tensors of a safetensors file, without reading it."""
     try:
-        return _mapped(path, path.stat().st_size)
+        arrays = map_arrays(path)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, struct.error) as error:
         raise CorruptError(
             f"{path} is truncated or altered ({error}): run `gradsift collect` again with the same options"
         ) from error
-
-
-def _mapped(path: Path, size: int) -> dict[str, Tensor]:
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        if length > size - 8:
-            raise ValueError(f"a header of {length} bytes in a file of {size}")
-        header = json.loads(file.read(length))
-    tensors = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        dtype, (start, stop) = _NUMPY[entry["dtype"]], entry["data_offsets"]
-        if stop == start:
-            tensors[name] = torch.empty(entry["shape"])
-            continue
-        if stop - start != math.prod(entry["shape"]) * np.dtype(dtype).itemsize or not 0 <= start < stop:
-            raise ValueError(f"{name} has shape {entry['shape']} and {stop - start} bytes")
-        # Copy-on-write: torch warns of read-only arrays, and nothing here writes.
-        array = np.memmap(path, dtype=dtype, mode="c", offset=8 + length + start, shape=tuple(entry["shape"]))
-        tensor = torch.from_numpy(array)
-        tensors[name] = tensor.view(torch.bfloat16) if entry["dtype"] == "BF16" else tensor
-    return tensors
+    tensors = {name: (torch.from_numpy(array), dtype) for name, (array, dtype) in arrays.items()}
+    return {name: one.view(torch.bfloat16) if dtype == "BF16" else one for name, (one, dtype) in tensors.items()}

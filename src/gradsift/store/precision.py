@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
+from gradsift.base.lazy import Tensor, torch
 
 _LEAST_PAIRS = 3  # with fewer, hardly anything tells how uncertain the error is
 _DIGITS = 9  # that are kept of a cosine: a float32 row has 7

@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from pydantic import Field
-from torch import Tensor, nn
 
 from gradsift.base.checks import float_array, same_size, to_float64
 from gradsift.base.errors import ConfigError, DataError, MismatchError, ModelError, ShapeError
+from gradsift.base.lazy import Tensor, nn, torch
 from gradsift.base.settings import Seed, Settings
 from gradsift.base.types import Sequence, TokenizedExample
 from gradsift.gradients.adam import adam_direction

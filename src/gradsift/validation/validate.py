@@ -19,9 +19,9 @@ from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
-from torch import Tensor
 
 from gradsift.base.errors import ConfigError, CorruptError, DataError, GradsiftError
+from gradsift.base.lazy import Tensor
 from gradsift.base.types import Skipped, TokenizedExample
 from gradsift.context import Pool
 from gradsift.explanation.explain import Explanations

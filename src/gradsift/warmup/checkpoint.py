@@ -11,12 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 
 from gradsift.base.errors import ConfigError, CorruptError, MismatchError, ModelError
+from gradsift.base.lazy import Tensor, torch
 from gradsift.model.models import adapter_identity, parameter_name
 from gradsift.store.remote import at_hand, is_url
 
@@ -162,6 +160,8 @@ def load_moments(checkpoint: Checkpoint, parameters: Mapping[str, tuple[int, ...
 
 
 def _read_named(path: Path) -> Moments:
+    from safetensors.torch import load_file
+
     try:
         tensors = load_file(path)
         step = int(tensors.pop("step"))

@@ -6,9 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
-
 from gradsift.base.errors import ConfigError, ModelError
+from gradsift.base.lazy import Tensor, nn
 from gradsift.model.adapters import attach_adapter, shared_weights
 from gradsift.model.models import (
     QUANTISED,

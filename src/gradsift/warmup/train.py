@@ -147,13 +147,10 @@ def warm_up(
     """
     settings = settings or Warmup()
     _check_seed(seed)
-    ids = sorted(data.ids)
-    count = min(len(ids), max(_MIN_STEPS, round(settings.fraction * len(ids))))
-    chosen = np.random.default_rng((seed, len(ids))).choice(len(ids), count, replace=False)
     return train(
         run,
         data,
-        [ids[position] for position in chosen],
+        warm_up_ids(data, settings, seed),
         settings,
         model=model,
         dtype=dtype,
@@ -163,6 +160,25 @@ def warm_up(
         reporter=reporter,
         check=check,
     )
+
+
+def warm_up_ids(data: Dataset, settings: Warmup, seed: int) -> list[str]:
+    """The rows that a warm-up trains on."""
+    ids = sorted(data.ids)
+    count = min(len(ids), max(_MIN_STEPS, round(settings.fraction * len(ids))))
+    chosen = np.random.default_rng((seed, len(ids))).choice(len(ids), count, replace=False)
+    return [ids[position] for position in chosen]
+
+
+def kept_training(
+    run: Run, data: Dataset, ids: Sequence[str], settings: Training, *, model: str, dtype: DtypeName, seed: int
+) -> list[Checkpoint] | None:
+    """The checkpoints of a training of an adapter that the run folder has to its end; nothing is trained."""
+    prefix = run.prefix("checkpoints", training_config(data, ids, settings, model=model, dtype=dtype, seed=seed))
+    form = _Adapters(run, prefix, settings, seed, model, dtype, "cpu")
+    if run.manifest(prefix) is None or form.finished() < settings.epochs:
+        return None
+    return [_checkpoint(run, prefix, epoch) for epoch in range(1, settings.epochs + 1)]
 
 
 def train(

@@ -1,4 +1,4 @@
-"""Writing behind: a finished shard is copied from the GPU and written to disk while the next one is computed."""
+"""Writing in the background: a finished shard is copied from the GPU and written while the next one is computed."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 
-import torch
-from torch import Tensor
+from gradsift.base.lazy import Tensor, torch
 
 
-class _Behind:
+class _Background:
     """One thread that writes, and at most one thing that it is writing."""
 
     def __init__(self, executor: ThreadPoolExecutor) -> None:
@@ -29,33 +28,33 @@ class _Behind:
             pending.result()
 
 
-_behind: ContextVar[_Behind | None] = ContextVar("gradsift_behind", default=None)
+_background: ContextVar[_Background | None] = ContextVar("gradsift_background_writes", default=None)
 
 
 @contextmanager
-def writing_behind() -> Iterator[None]:
+def writing_in_background() -> Iterator[None]:
     """While open, what this thread gives to `write` is done in another thread, in order, one piece at a time.
 
     A failure is raised by the next `write`, or on leaving. Whatever ends the block early, the piece that was begun is
     finished first, so that an interrupted run loses no shard that was computed.
     """
     with ThreadPoolExecutor(1, thread_name_prefix="gradsift-write") as executor:
-        behind = _Behind(executor)
-        token = _behind.set(behind)
+        background = _Background(executor)
+        token = _background.set(background)
         try:
             yield
-            behind.wait()
+            background.wait()
         finally:
-            _behind.reset(token)
+            _background.reset(token)
 
 
 def write(task: Callable[[], None]) -> None:
-    """Do it now; inside `writing_behind` as soon as what was given before is done."""
-    behind = _behind.get()
-    if behind is None:
+    """Do it now; inside `writing_in_background` as soon as what was given before is done."""
+    background = _background.get()
+    if background is None:
         task()
     else:
-        behind.put(task)
+        background.put(task)
 
 
 def to_host(tensors: Mapping[str, Tensor]) -> Callable[[], dict[str, Tensor]]:

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from gradsift.gradients.behind import to_host, write, writing_behind
+from gradsift.gradients.background import to_host, write, writing_in_background
 
 
 def test_outside_it_is_written_at_once() -> None:
@@ -24,7 +24,7 @@ def test_the_next_piece_is_made_while_one_is_written() -> None:
         assert computed.wait(10)
         done.append(1)
 
-    with writing_behind():
+    with writing_in_background():
         write(first)
         computed.set()  # reached only because `write` did not wait
         for number in (2, 3, 4):
@@ -41,7 +41,7 @@ def test_at_most_one_piece_is_waiting() -> None:
         going.wait(10)
         order.append("slow")
 
-    with writing_behind():
+    with writing_in_background():
         write(slow)
         threading.Timer(0.05, going.set).start()
         write(lambda: order.append("next"))
@@ -57,14 +57,14 @@ def test_a_failure_is_told_by_the_next_piece_or_at_the_end() -> None:
     done: list[int] = []
 
     def two_pieces() -> None:
-        with writing_behind():
+        with writing_in_background():
             write(fail)
             write(lambda: done.append(1))
 
     with pytest.raises(OSError, match="no space"):
         two_pieces()
     assert done == []
-    with pytest.raises(OSError, match="no space"), writing_behind():
+    with pytest.raises(OSError, match="no space"), writing_in_background():
         write(fail)
     write(lambda: done.append(2))
     assert done == [2]
@@ -79,7 +79,7 @@ def test_an_interruption_finishes_the_piece_that_was_begun() -> None:
         done.append(1)
 
     def interrupted() -> None:
-        with writing_behind():
+        with writing_in_background():
             write(piece)
             begun.set()
             raise KeyboardInterrupt

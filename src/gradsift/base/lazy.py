@@ -1,0 +1,33 @@
+"""torch, imported when something of it is first used: settings share files with the mathematics that they are for.
+
+Modules that a recipe or an option needs say `from gradsift.base.lazy import Tensor, torch` in place of `import torch`.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch as torch
+    from torch import Tensor as Tensor
+    from torch import nn as nn
+else:
+
+    class _Lazy(ModuleType):
+        """Stands for a module, which is imported with the first of its names that is asked for."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(import_module(self.__name__), name)
+
+    class _OfTensors(type):
+        def __instancecheck__(cls, value: object) -> bool:
+            return "torch" in sys.modules and isinstance(value, torch.Tensor)
+
+    class Tensor(metaclass=_OfTensors):
+        """Stands for `torch.Tensor` in annotations and `isinstance`, which need no torch where nothing has made one."""
+
+    torch = _Lazy("torch")
+    nn = _Lazy("torch.nn")

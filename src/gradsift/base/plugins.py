@@ -1,0 +1,52 @@
+"""Methods by their kind: gradsift's own, in the order in which they are listed, and those of other packages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import entry_points
+from typing import TypeVar
+
+from gradsift.base.errors import ConfigError
+from gradsift.base.settings import Settings
+
+Method = TypeVar("Method", bound=Settings)
+
+
+def methods_of(base: type[Method], own: Sequence[type[Method]], group: str) -> dict[str, type[Method]]:
+    """Every method of a family by its kind.
+
+    Args:
+        base: which each is a subclass of.
+        own: gradsift's.
+        group: the entry point group by which other packages add theirs.
+
+    Raises:
+        ConfigError: one of another package cannot be loaded, is no such subclass, or has a kind that is taken.
+    """
+    found = {kind_of(one, base): one for one in own}
+    for entry in entry_points(group=group):
+        of = f"the {base.__name__.lower()} {entry.name!r} of {entry.dist.name if entry.dist else entry.value}"
+        try:
+            one = entry.load()
+            kind = kind_of(one, base)
+        except Exception as error:
+            raise ConfigError(f"{of} cannot be used ({type(error).__name__}: {error}): mend or uninstall it") from error
+        if kind in found:
+            raise ConfigError(f"{of} has the kind {kind!r}, which {found[kind].__module__} has: rename or uninstall it")
+        found[kind] = one
+    return found
+
+
+def kind_of(one: type[Settings], base: type[Settings]) -> str:
+    """The value of a method's field `kind`.
+
+    Raises:
+        TypeError: it is no subclass of its family's base.
+        ValueError: it has no field `kind` with one value.
+    """
+    if not (isinstance(one, type) and issubclass(one, base)):
+        raise TypeError(f"{one!r} is no subclass of gradsift.{base.__name__}")
+    kind = one.model_fields["kind"].default
+    if not isinstance(kind, str):
+        raise ValueError(f'{one.__name__} has no kind: give it a field like kind: Literal["mine"] = "mine"')
+    return kind

@@ -1,0 +1,637 @@
+"""One walk over what a recipe's run will do, in the order in which it does it; what the run folder has is told as done.
+
+The methods are asked what they read and need, as the run asks them; nothing is computed and nothing is written.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Sequence as SequenceABC
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from gradsift.base.progress import Reporter, silent
+from gradsift.base.types import Message
+from gradsift.compare.chosen import MOST_POINTS
+from gradsift.compare.grid import CellOf, Grid, open_grid
+from gradsift.context import Pool, Target
+from gradsift.evaluation.arms import Contender, PairwiseMetric
+from gradsift.evaluation.evaluate import evaluation_config
+from gradsift.evaluation.metric import ASKED, Judging, Needs
+from gradsift.evaluation.setup import Trained, subject_of
+from gradsift.explanation.explain import explained_views
+from gradsift.explanation.outputs import OutputSource, answers, missing_answers
+from gradsift.generation.endpoint import Endpoint, usage_of
+from gradsift.generation.samples import missing_samples
+from gradsift.gradients.collect import SequenceSource, kept_as
+from gradsift.gradients.policy import MOST_ROWS
+from gradsift.gradients.rows import View
+from gradsift.influence.bm25 import conversation_text
+from gradsift.influence.diagnostics import sample_rows, sample_source
+from gradsift.influence.estimator import Estimator, conversations, target_view
+from gradsift.influence.less import LESS
+from gradsift.influence.nice import PolicyEstimator, PolicyTargets, sampler_of, takes_reward
+from gradsift.influence.prompts import PromptTarget, missing_rewards
+from gradsift.influence.ratings import (
+    DifficultyRating,
+    JudgeRating,
+    PerplexityRating,
+    Rater,
+    judge_question,
+    missing_ratings,
+)
+from gradsift.influence.rds import missing_embeddings
+from gradsift.jobs.select_explain import (
+    chooses,
+    explain_questions,
+    methods_of,
+    open_recipe,
+    open_recipe_target,
+    views_together,
+)
+from gradsift.model import embeddings
+from gradsift.plan.work import Asked, Drawing, Work, shares_of
+from gradsift.recipe import Recipe
+from gradsift.rewards.judge import Judge
+from gradsift.rewards.reward import single_rewards
+from gradsift.rewards.reward_model import RewardModel
+from gradsift.rewards.samples import prompt_of
+from gradsift.rewards.unit_tests import UnitTests
+from gradsift.selection.selector import Selector
+from gradsift.store.run import Run
+from gradsift.warmup.checkpoint import Checkpoint, open_checkpoint
+from gradsift.warmup.train import kept_training, warm_up_ids
+
+_FILE_BYTES = 4_000  # of a prompt's responses and rewards, besides their tokens
+_TOKEN_BYTES = 14  # token id, two log-probabilities and the text of a token, compressed
+_CHOICE_SECONDS = 0.003  # one strategy at one budget for one output, relevance included (benchmarks/speed.py explain)
+_CHOICE_BYTES = 1_500  # what is kept of it
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of which gradients are taken.
+
+    source: their sequences, where they are there already
+    name:   tells them from other rows of the walk
+    """
+
+    stage: str
+    name: str
+    count: int
+    tokens: float
+    source: SequenceSource | None = None
+
+
+@dataclass
+class Walk:
+    """What is walked over, and what was met so far.
+
+    pool, target: opened in a folder that is thrown away
+    kept:         the pool in the recipe's own run folder, where there is one
+    works:        met so far, in order
+    checkpoints:  how many the pool's gradients are taken at
+    """
+
+    recipe: Recipe
+    pool: Pool
+    target: Target | PromptTarget | None
+    kept: Pool | None
+    works: list[Work] = field(default_factory=list)
+    checkpoints: int = 0
+    _there: dict[tuple[str, int, View], bool] = field(default_factory=dict)  # stores, and whether with their sums
+    _done: set[str] = field(default_factory=set)  # what the rest of the walk finds
+    _adapters: list[Checkpoint | None] | None = None  # of the warm-up under way; None for those not trained yet
+
+    def run(self) -> Walk:
+        """What `gradsift run` would do; where it would have nothing to do, one `gradsift collect` of the estimator."""
+        recipe = self.recipe
+        if chooses(recipe):
+            self._choose_and_report()
+        elif recipe.explain is None and recipe.estimator.view is not None:
+            self._gradients(recipe.estimator, targets=False)
+        if recipe.explain is not None:
+            self._explain()
+        return self
+
+    def compare(self, grid: Grid) -> Walk:
+        """What `gradsift compare` would do: choices at each warm-up, then every cell."""
+        for seed, seeds in grid.warmups:
+            self.pool = replace(self.pool, seed=seed)
+            self.kept = self.kept and replace(self.kept, seed=seed)
+            self._there, self._adapters = {}, None
+            self._choices(grid.choosing(seeds))
+        _Cells(self, grid).walk()
+        if grid.job.embedding is not None and embeddings.at_hand(grid.job.embedding):
+            self._map(min(MOST_POINTS, len(self.pool.data)))
+        return self
+
+    # --- choosing -----------------------------------------------------------------------------------------------------
+
+    def _choose_and_report(self) -> None:
+        recipe, methods = self.recipe, methods_of(self.recipe)
+        together = views_together(recipe, methods)
+        if len(together) > 1:
+            self._pool_rows(len(self._checkpoints()) - 1, sorted(together), any(m.full_sum for m in methods))
+        for method in methods:
+            self._score(method)
+        self._select(recipe.selection, recipe.estimator)
+        if takes_reward(recipe.estimator) and isinstance(self.target, PromptTarget):
+            self._diagnose(recipe.estimator, self.target)
+
+    def _choices(self, choosing: SequenceABC[Contender]) -> None:
+        methods = [one.estimator for one in choosing if one.estimator is not None]
+        sums = any(method.full_sum for method in methods)
+        if sums:
+            full = self.pool.gradients.model_copy(update={"full_sum": True})
+            self.pool = replace(self.pool, gradients=full)
+        last = len(self._checkpoints()) - 1 if any(method.view for method in methods) else -1
+        for number in range(last + 1):
+            views = {m.view for m in methods if m.view and (number == last or not m.last_checkpoint)}
+            self._pool_rows(number, sorted(views), sums)
+        for one in choosing:
+            assert one.estimator is not None
+            self._score(one.estimator)
+            if one.selection is not None:
+                self._select(one.selection, one.estimator)
+        if sums:
+            self.pool = replace(self.pool, gradients=self.recipe.gradients)
+
+    def _score(self, method: Estimator) -> None:
+        for rater in method.raters:
+            self._rate(rater)
+        if method.text_model is not None and self.target is not None:
+            for name, data in (("pool", self.pool.data), ("target", self.target.data)):
+                self._embedded(name, [conversation_text(own) for own in conversations(data)], method.text_model)
+        if method.view is not None:
+            self._gradients(method, targets=method.needs_target)
+
+    def _gradients(self, method: Estimator, *, targets: bool) -> None:
+        """The pool's rows that a method reads, and its targets'."""
+        assert method.view is not None, method
+        every = range(len(self._checkpoints()))
+        for number in every[-1:] if method.last_checkpoint else every:
+            self._pool_rows(number, [method.view], method.full_sum)
+            if targets and self.target is not None:
+                self._target_rows(method, self.target, number)
+
+    def _target_rows(
+        self, method: Estimator, target: Target | PromptTarget, number: int, view: View | None = None
+    ) -> None:
+        """Those of a method; `view` is of the pool's rows that they go with, where it is not the method's own."""
+        view = view or method.view
+        assert view is not None, method
+        if takes_reward(method) and isinstance(target, PromptTarget):
+            self._policy_rows(method, target, number)
+            return
+        source: Any = method.targets(self.pool, target)
+        rows = _Rows("target gradients", "target", len(source.ids), float(sum(source.token_counts())), source)
+        # JI2S takes the pool's sums and the targets' rows alone.
+        self._collect(rows, number, [target_view(view)], self.pool.gradients.full_sum and not method.full_sum)
+        if method.full_sum and self.is_new("curvature", rows.name, method.model_dump_json(), number):
+            if overlap := len(target.overlap):
+                tokens = overlap * float(self.pool.data.lengths.mean())
+                self._collect(_Rows("pool gradients", "overlap", overlap, tokens), number, [view], sums=True)
+            # H is applied to the pool's sum by another pass over the targets.
+            made = bool(self.kept and self.kept.run.artifacts("curvature")) and self._has(rows, number, view)
+            self.add(Work("curvature", rows.count, backward=rows.tokens, tasks=1, done=made))
+
+    def _select(self, selector: Selector, estimator: Estimator) -> None:
+        """What a selector reads beside scores."""
+        reading = estimator if estimator.view is not None else LESS(optimizer="sgd")
+        if selector.takes == "checkpoints":
+            self._gradients(reading, targets=True)
+        elif selector.takes != "scores":
+            last = len(self._checkpoints()) - 1
+            self._pool_rows(last, [selector.view_with(estimator)], sums=False)
+            if selector.takes == "target" and self.target is not None:
+                self._target_rows(reading, self.target, last, selector.view_with(estimator))
+        if selector.text_model is not None:
+            texts = [conversation_text(own) for own in conversations(self.pool.data)]
+            self._embedded("pool", texts, selector.text_model)
+
+    # --- gradients ----------------------------------------------------------------------------------------------------
+
+    def _checkpoints(self) -> list[Checkpoint | None]:
+        """Those that gradients are taken at: given, trained before, or trained by the run, which is told."""
+        if self._adapters is None:
+            recipe, seed = self.recipe, self.pool.seed
+            if recipe.adapter:
+                self._adapters = [open_checkpoint(adapter) for adapter in recipe.adapter]
+                return self._adapters
+            rows = self.pool.training
+            ids = warm_up_ids(rows, recipe.warmup, seed)
+            found = None
+            if self.kept is not None:
+                found = kept_training(
+                    self.kept.run, rows, ids, recipe.warmup, model=recipe.model, dtype=self.pool.dtype, seed=seed
+                )
+            epochs = recipe.warmup.epochs
+            tokens = float(rows.lengths[rows.positions(ids)].sum())
+            self.add(
+                Work("warm-up", epochs * len(ids), backward=epochs * tokens, stored={"adapters": epochs},
+                     done=found is not None)
+            )  # fmt: skip
+            self._adapters = [None] * epochs if found is None else [*found]
+        return self._adapters
+
+    def _pool_rows(self, number: int, views: SequenceABC[View], sums: bool) -> None:
+        data = self.pool.data
+        rows = _Rows("pool gradients", "pool", len(data), float(data.lengths.sum()), data)
+        self._collect(rows, number, views, sums or self.pool.gradients.full_sum)
+        self.checkpoints = len({place for name, place, _ in self._there if name == "pool"})
+
+    def _collect(self, rows: _Rows, number: int, views: Iterable[View], sums: bool) -> None:
+        """As `gradsift.gradients.collect.collect`: one pass for the views that are not there yet."""
+        wanted = dict.fromkeys(kept_as(view, self.recipe.gradients.projection) for view in views)
+        known = {view: self._there.get((rows.name, number, view)) for view in wanted}
+        missing = [view for view, held in known.items() if held is None or (sums and not held)]
+        if not missing:
+            return
+        checkpoint = self._checkpoints()[number]
+        self._there |= {(rows.name, number, view): sums for view in missing}
+        made = [view for view in missing if not self._holds(rows.source, checkpoint, view, sums)]
+        self.add(
+            Work(
+                rows.stage, rows.count, backward=rows.tokens, stored={"rows": rows.count * len(made)},
+                tasks=(rows.count, rows.tokens / max(1, rows.count)), done=not made,
+            )
+        )  # fmt: skip
+
+    def _holds(self, source: SequenceSource | None, checkpoint: Checkpoint | None, view: View, sums: bool) -> bool:
+        """Whether the run folder has a store."""
+        if self.kept is None or source is None or checkpoint is None:
+            return False
+        gradients = self.recipe.gradients.model_copy(update={"full_sum": sums})
+        return replace(self.kept, gradients=gradients).kept(source, checkpoint, view) is not None
+
+    def _has(self, rows: _Rows, number: int, view: View) -> bool:
+        return self._holds(rows.source, self._checkpoints()[number], target_view(view), sums=False)
+
+    # --- rewards ------------------------------------------------------------------------------------------------------
+
+    def _policy_rows(self, method: PolicyEstimator, target: PromptTarget, number: int) -> None:
+        """Responses, rewards, and a row for each prompt."""
+        known = self._responses(method, target, number)
+        source = None if known is None else known.at(self._known(number))
+        rows = self._rows_of(method, target, source, "policy")
+        self._collect(rows, number, [target_view(method.view or "plain")], sums=False)
+
+    def _rows_of(
+        self, method: PolicyEstimator, target: PromptTarget, source: SequenceSource | None, name: str
+    ) -> _Rows:
+        sampling = method.drawing
+        prompts, each = len(target.data), sampling.samples
+        tokens = each * (float(target.data.lengths.sum()) + prompts * sampling.max_new_tokens)
+        count = prompts * (min(MOST_ROWS, each) if name.startswith("samples") else 1)
+        if source is not None:
+            tokens, count = float(sum(source.token_counts())), len(source.ids)
+        return _Rows("policy gradients", f"{name} {method.model_dump_json()}", count, tokens, source)
+
+    def _responses(self, method: PolicyEstimator, target: PromptTarget, number: int) -> PolicyTargets | None:
+        """The responses at a checkpoint and what they earn; where the run folder has all of it, that."""
+        checkpoint, writer = self._checkpoints()[number], method.assistant
+        sampling, place = method.drawing, "" if writer is not None else str(number)
+        responses, limit = len(target.data) * sampling.samples, sampling.max_new_tokens
+        drawn = unpaid = responses
+        complete = None
+        if self.kept is not None and (checkpoint is not None or writer is not None):
+            sampler = sampler_of(self.kept, method, checkpoint or Checkpoint(None))
+            samples, requests = missing_samples(self.kept.run, target.data.prompts, sampler)
+            drawn = sum(len(request.numbers) for request in requests)
+            unpaid = drawn + missing_rewards(target, samples)
+            if not unpaid and self.kept.run.manifest(samples.prefix) is not None:
+                complete = PolicyTargets(self.kept, replace(target), method)
+        new = "responses", place, str(writer), str(method.server), sampling.model_dump_json()
+        if self.is_new(*new, self.pool.seed if writer is None else None):
+            prompts = [ids.tolist() for ids in target.data.prompt_ids]
+            self.add(self._drawing(method, prompts, drawn, limit))
+            self.earn("rewards", target, unpaid, limit)
+        return complete
+
+    def _drawing(self, method: PolicyEstimator, prompts: list[list[int]], drawn: int, limit: int) -> Work:
+        sampling, assistant = method.drawing, method.assistant
+        endpoint = method.server if assistant is None else assistant.model
+        stored = {"bytes": len(prompts) * _FILE_BYTES + drawn * limit * _TOKEN_BYTES}
+        if not isinstance(endpoint, Endpoint):
+            drawing = Drawing(prompts, drawn, sampling, endpoint)
+            return Work("responses", drawing=drawing, stored=stored, tasks=shares_of(drawn), done=not drawn)
+        around = "" if assistant is None else assistant.prompt_prefix + assistant.prompt_suffix
+        more = len(self.pool.tokenizer(around, add_special_tokens=False)["input_ids"]) if around else 0
+        each = math.ceil(sampling.samples / endpoint.samples_per_request)
+        calls = math.ceil(drawn / sampling.samples * each)
+        read = calls * (float(np.mean([len(prompt) for prompt in prompts])) + more)
+        asked = Asked("responses", endpoint.model, usage_of(endpoint, round(read), drawn * limit, requests=calls))
+        return Work("responses", asked=(asked,), seconds=None, stored=stored, done=not drawn)
+
+    def earn(self, stage: str, target: PromptTarget, responses: int, limit: int, *, role: str = "judge") -> None:
+        """What the rewards of so many responses take beside arithmetic."""
+        singles = single_rewards(target.reward)
+        programs = responses * sum(isinstance(single, UnitTests) for single in singles)
+        texts = responses * sum(isinstance(single, RewardModel) for single in singles)
+        asked = []
+        for single in singles:
+            if isinstance(single, Judge) and isinstance(target.judge, Endpoint):
+                calls = responses * (2 if single.mode == "pairwise" else 1)
+                question = partial(_judge_some, single, target)
+                judging = Judging(single, target.judge, calls, question)
+                asked += self.judged(judging, limit, role)
+        if programs or texts or asked:
+            work = Work(stage, asked=tuple(asked), programs=programs, texts=texts, seconds=None, done=not responses)
+            self.add(work)
+
+    def judged(self, judging: Judging, limit: int, role: str) -> list[Asked]:
+        """What a judge's answers cost: some questions are counted as they are asked, of empty responses."""
+        if not isinstance(judging.ask, Endpoint):
+            return []
+        counting = _Counting(self.pool)
+        judging.question(judging.judge.bind(counting))
+        question = counting.mean + limit
+        written = judging.calls * judging.judge.max_tokens
+        usage = usage_of(judging.ask, round(judging.calls * question), written, requests=judging.calls)
+        return [Asked(role, judging.ask.model, usage)]
+
+    def _diagnose(self, method: PolicyEstimator, target: PromptTarget) -> None:
+        """A row for each sample, and the labels' beside them."""
+        view = target_view(method.view or "plain")
+        every = range(len(self._checkpoints()))
+        for number in every[-1:] if method.last_checkpoint else every:
+            known, source = self._responses(method, target, number), None
+            if known is not None:
+                _, source = sample_source(known, sample_rows(known, self._known(number)))
+            rows = self._rows_of(method, target, source, "samples")
+            if rows.count:
+                self._collect(rows, number, [view], sums=False)
+            if target.labels is not None:
+                own = target.labels
+                labels = _Rows("target gradients", "labels", len(own), float(own.lengths.sum()), own)
+                self._collect(labels, number, [view], sums=False)
+
+    def _known(self, number: int) -> Checkpoint:
+        """A checkpoint that is there; an assistant's responses need none."""
+        return self._checkpoints()[number] or Checkpoint(None)
+
+    # --- ratings and embeddings ---------------------------------------------------------------------------------------
+
+    def _rate(self, rater: Rater) -> None:
+        if not self.is_new("ratings", rater.model_dump_json()):
+            return
+        data = self.pool.data
+        waiting = data.ids if self.kept is None else missing_ratings(self.kept, rater)
+        if isinstance(rater, JudgeRating) and rater.endpoint is not None:
+            asked = [question for id_ in waiting if (question := judge_question(rater, data.messages(id_))) is not None]
+            counting = _Counting(self.pool)
+            for question in asked[:: max(1, len(asked) // ASKED)]:
+                counting.complete(question)
+            usage = usage_of(
+                rater.endpoint, round(len(asked) * counting.mean), len(asked) * rater.max_tokens, requests=len(asked)
+            )
+            work = Work("ratings", asked=(Asked("ratings", rater.endpoint.model, usage),), seconds=None)
+        elif isinstance(rater, PerplexityRating | DifficultyRating):
+            twice = 2 if isinstance(rater, DifficultyRating) else 1
+            tokens = float(data.lengths[data.positions(waiting)].sum()) if waiting else 0.0
+            work = Work("ratings", twice * len(waiting), forward=twice * tokens)
+        else:
+            work = Work("ratings")
+        self.add(replace(work, done=not waiting))
+
+    def _map(self, count: int) -> None:
+        """A page's map of meanings, drawn anew each time."""
+        self.add(Work("maps of texts", texts=count, seconds=None))
+
+    def _embedded(self, name: str, texts: list[str], model: str) -> None:
+        if not self.is_new("embeddings", name, model):
+            return
+        count = len(texts)
+        if self.kept is not None and embeddings.at_hand(model):
+            count = missing_embeddings(self.kept.run, texts, model)
+        self.add(Work("embeddings", texts=count, seconds=None if count else 0.0, done=not count))
+
+    # --- explaining ---------------------------------------------------------------------------------------------------
+
+    def _explain(self) -> None:
+        """Answers, their gradients, choosing, and training on what was chosen."""
+        recipe, pool, job = self.recipe, self.pool, self.recipe.explain
+        assert job is not None
+        questions, _ = explain_questions(recipe, pool)
+        last = len(self._checkpoints()) - 1
+        place, checkpoint = self.kept or pool, self._checkpoints()[last]
+        known = checkpoint if self.kept is not None else None
+        silent_ones = missing_answers(place, questions, known, max_new_tokens=job.max_new_tokens)
+        before = float(sum(map(len, silent_ones)))
+        written = len(silent_ones) * job.max_new_tokens
+        if any(question.output is None for question in questions):
+            self.add(Work("answers", len(silent_ones), answers=(written, before), done=not silent_ones))
+        source = None
+        if self.kept is not None and checkpoint is not None and not silent_ones:
+            quiet = replace(self.kept, reporter=silent())
+            source = OutputSource.of(quiet, answers(quiet, questions, max_new_tokens=job.max_new_tokens)[0])
+        prompts = [len(pool.chat.prompt_ids(question.messages, question.options)) for question in questions]
+        tokens = float(sum(prompts) + len(questions) * job.max_new_tokens)
+        if source is not None:
+            tokens = float(sum(source.token_counts()))
+        outputs = _Rows("gradients of answers", "outputs", len(questions), tokens, source)
+        views = explained_views(job.estimators)
+        self._pool_rows(last, sorted(views), sums=False)
+        self._collect(outputs, last, {target_view(view) for view in views}, self.pool.gradients.full_sum)
+        for method in job.estimators:
+            if method.text_model is not None:
+                self._embedded("pool", [conversation_text(own) for own in conversations(pool.data)], method.text_model)
+                self._embedded("outputs", [""] * len(questions), method.text_model)
+            if method.view is not None:
+                for number in [last] if method.last_checkpoint else range(last + 1):
+                    self._pool_rows(number, [method.view], sums=False)
+                    self._collect(outputs, number, [target_view(method.view)], self.pool.gradients.full_sum)
+        choices = len(questions) * len(job.strategies) * len(job.estimators) * len(job.budgets)
+        self.add(Work("choosing", seconds=choices * _CHOICE_SECONDS, stored={"bytes": choices * _CHOICE_BYTES}))
+        if job.validation is not None:
+            self._train_on_choices(len(questions), tokens, last)
+        shown = len(questions) if len(questions) == 1 else min(job.pages, len(questions))
+        if job.embedding is not None and shown and embeddings.at_hand(job.embedding):
+            self._map(shown * min(job.candidates, len(pool.data)))
+
+    def _train_on_choices(self, outputs: int, tokens: float, last: int) -> None:
+        """Effects of steps on chosen and random sets: each a pass over its output, and where it is trained, over it."""
+        job, pool, projection = self.recipe.explain, self.pool, self.recipe.gradients.projection
+        assert job is not None
+        assert job.validation is not None
+        sets = len(job.budgets) * (len(job.strategies) * len(job.estimators) + job.validation.step.random_sets)
+        stored = job.validation.route == "stored" or projection.kind == "none"
+        trained = 0.0 if stored else outputs * sets * max(job.budgets) * float(pool.data.lengths.mean())
+        own = float(pool.data.lengths.sum()) if stored and projection.kind != "none" else 0.0
+        self.add(
+            Work(
+                "training on choices", outputs * sets, forward=sets * tokens, backward=trained + own,
+                stored={"unprojected": len(pool.data)} if own else {},
+            )
+        )  # fmt: skip
+
+    # --- what was met -------------------------------------------------------------------------------------------------
+
+    def add(self, work: Work) -> None:
+        """To what was met."""
+        self.works.append(work)
+
+    def has(self, kind: str, config: Mapping[str, Any]) -> bool:
+        """Whether the run folder has a complete artifact."""
+        return self.kept is not None and self.kept.run.manifest(self.kept.run.prefix(kind, config)) is not None
+
+    def is_new(self, *parts: object) -> bool:
+        """Whether something is met for the first time: the run finds it the next time."""
+        name = "\0".join(map(str, parts))
+        if name in self._done:
+            return False
+        self._done.add(name)
+        return True
+
+
+class _Cells:
+    """The cells of a comparison: each one's fine-tuning, its metrics and its curve."""
+
+    def __init__(self, walk: Walk, grid: Grid) -> None:
+        self._walk, self._grid, self._base = walk, grid, subject_of(walk.pool, None).base
+        self._asked: dict[int, tuple[Any, Needs | None]] = {}  # by metric: bound to its data, and what it needs
+
+    def walk(self) -> None:
+        """Cell by cell; equal work is counted each time, as nobody knows which choices agree."""
+        grid, job, cells = self._grid, self._grid.job, list(self._grid.cells())
+        trained = sum(not cell.contender.base for cell in cells)
+        for cell in cells:
+            epochs = () if cell.contender.base else range(1, grid.training_of(cell.contender).epochs + 1)
+            model = self._train(cell, trained) if epochs else None
+            for _ in epochs if job.best_by is not None else ():
+                self._measure("evaluation", job.best_by, len(cells), known=False)
+            known = not epochs or (model is not None and job.best_by is None)
+            for metric in job.metrics:
+                other = grid.opponent(metric, cell)
+                if other is None or (other.contender.name, other.budget) != (cell.contender.name, cell.budget):
+                    self._measure("evaluation", metric, len(cells), model, known=known)
+            for watched in grid.curve if epochs else ():
+                if self._walk.is_new("curve", watched.label):
+                    self._measure("curves", watched, known=True)
+                for epoch in epochs:
+                    state = None if model is None else replace(model, kept=epoch)
+                    self._measure("curves", watched, 1, state, known=state is not None)
+
+    def _train(self, cell: CellOf, trainings: int) -> Trained | None:
+        """The fine-tuning of a cell, and its model where the run folder has it."""
+        walk, grid, (contender, budget, seed) = self._walk, self._grid, cell
+        pool, training, data = walk.pool, grid.training_of(contender), grid.datasets.get(contender.name, walk.pool.data)
+        tokens, found, whole = budget * float(pool.data.lengths.mean()), None, grid.job.full_training
+        if not contender.sized:
+            ids = list(data.ids if contender.data is not None else grid.available)
+            tokens = float(data.lengths[data.positions(ids)].sum())
+            if walk.kept is not None and not whole:
+                found = kept_training(walk.kept.run, data, ids, training, model=pool.model, dtype=pool.dtype, seed=seed)
+        left = {"models": 1.0} if whole else {"adapters": training.rank / walk.recipe.warmup.rank}
+        walk.add(
+            Work(
+                f"fine-tuning, {trainings} times", training.epochs * budget, backward=training.epochs * tokens,
+                stored={kind: training.epochs * count for kind, count in left.items()},
+                tasks=trainings, done=found is not None,
+            )
+        )  # fmt: skip
+        return None if found is None else Trained(pool.model, tuple(found), len(found), seed, budget)
+
+    def _measure(self, stage: str, metric: Any, tasks: int = 1, model: Trained | None = None, *, known: bool) -> None:
+        """One metric of one model, None being the base; only what is `known` can have been measured before."""
+        walk, (bound, needs) = self._walk, self._needs(metric)
+        config = None
+        if walk.kept is not None and known:
+            config = evaluation_config(subject_of(walk.pool, model), metric, bound)
+        done = config is not None and walk.has("evaluations", config)
+        if needs is None or done:
+            walk.add(Work(stage, seconds=None, done=done))
+            return
+        if len(needs.read):
+            walk.add(Work(stage, len(needs.read), forward=float(sum(needs.read)), tasks=tasks))
+        limit = 0
+        if needs.sampling is not None:
+            limit, count = needs.sampling.max_new_tokens, len(needs.prompts) * needs.sampling.samples
+            drawing = Drawing(needs.prompts, count, needs.sampling)
+            walk.add(Work(stage, drawing=drawing, tasks=tasks))
+            if needs.both and walk.is_new("other side", metric.label):
+                walk.add(Work(stage, drawing=drawing))
+            if needs.target is not None:
+                walk.earn(stage, needs.target, count, limit, role=f"judge of {metric.label}")
+        if needs.judging is not None:
+            asked = walk.judged(needs.judging, limit, f"judge of {metric.label}")
+            walk.add(Work(stage, asked=tuple(asked), seconds=None))
+
+    def _needs(self, metric: Any) -> tuple[Any, Needs | None]:
+        if id(metric) not in self._asked:
+            # Another arm's responses are those of its own cell.
+            arm = isinstance(metric, PairwiseMetric) and metric.opponent is not None
+            bound = (metric.model_copy(update={"against": "base"}) if arm else metric).bind(self._base)
+            asked: Callable[[Any], Needs] | None = getattr(bound, "needs", None)
+            needs = None if asked is None else asked(self._base)
+            self._asked[id(metric)] = bound, replace(needs, both=False) if arm and needs is not None else needs
+        return self._asked[id(metric)]
+
+
+def walked(recipe: Recipe, scratch: str, reporter: Reporter) -> tuple[Walk, Grid | None]:
+    """The walk over a recipe, and the comparison that it asks for.
+
+    Args:
+        recipe: of the run.
+        scratch: a folder in which pool and target are opened.
+        reporter: where warnings go.
+
+    Raises:
+        ConfigError, DataError, ModelError, MismatchError: as the run.
+    """
+    inside = recipe.model_copy(update={"out": scratch})
+    if recipe.compare is not None:
+        grid = open_grid(inside, recipe.compare, reporter)
+        return Walk(recipe, grid.pool, grid.target, _kept_pool(recipe, grid.pool)).compare(grid), grid
+    pool = open_recipe(inside, reporter, announce=False)
+    wanted = takes_reward(recipe.estimator) or (recipe.target is not None and chooses(recipe))
+    target = open_recipe_target(inside, pool) if wanted else None
+    return Walk(recipe, pool, target, _kept_pool(recipe, pool)).run(), None
+
+
+def _kept_pool(recipe: Recipe, pool: Pool) -> Pool | None:
+    """The pool in the recipe's own run folder; None where there is none yet.
+
+    Raises:
+        MismatchError: the folder belongs to another model or pool.
+    """
+    run = Run(recipe.out)
+    if not run.storage.exists("run.json"):
+        return None
+    run.refuse_other(pool.run.identity())
+    return replace(pool, run=run, reporter=silent())
+
+
+def _judge_some(judge: Judge, target: PromptTarget, bound: Any) -> None:
+    """Put questions about some prompts with empty responses to a judge."""
+    examples = target.data.examples[:: max(1, len(target.data) // ASKED)]
+    rows = [example.row for example in examples]
+    reference: dict[str, Any] = {}
+    if judge.mode == "pairwise":
+        columns = {judge.reference: [row[judge.reference] for row in rows if judge.reference in row]}
+        reference = columns if len(columns[judge.reference]) == len(rows) else {}
+    bound(prompts=[prompt_of(example) for example in examples], completions=[""] * len(examples), **reference)
+
+
+class _Counting:
+    """A judge that counts the tokens of what it is asked, and says nothing."""
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
+        self.lengths: list[int] = []
+
+    @property
+    def mean(self) -> float:
+        """Tokens of a question."""
+        return float(np.mean(self.lengths)) if self.lengths else 0.0
+
+    def complete(self, messages: SequenceABC[Message], **_: object) -> str:
+        texts = [message["content"] for message in messages]
+        ids = self.pool.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        self.lengths.append(sum(map(len, ids)))
+        return ""

@@ -1,0 +1,233 @@
+"""The walk over what will run, against what the run then does: gradients, responses, calls of endpoints, files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import pytest
+
+import gradsift as gs
+from endpoint_runs import compare, grade
+from gradsift.base.progress import silent
+from gradsift.compare.run import run_compare
+from gradsift.influence.estimators import OWN
+from gradsift.jobs.results import files_of
+from gradsift.jobs.select_explain import run_recipe
+from gradsift.model import embeddings
+from gradsift.plan.walk import walked
+from gradsift.plan.work import Work, endpoints
+from gradsift.recipe import Recipe
+from gradsift.selection.selectors import OWN as SELECTORS
+from loopback import Answer, Server, completion
+from tiny_world import World, target_rows, write_rows
+
+
+@pytest.fixture
+def judge() -> Iterator[Server]:
+    """Grades, compares and rates whatever it is asked."""
+
+    def reply(_number: int, body: dict[str, Any]) -> Answer:
+        text = json.dumps(body)
+        if "Score:" in text:
+            return Answer(completion("Fair.\nScore: 3.5"))
+        return Answer(grade(body) if "Grade:" in text else compare(body))
+
+    with Server(reply) as server:
+        yield server
+
+
+@pytest.fixture
+def recipe(tiny: World, tmp_path: Path, judge: Server) -> Callable[..., Recipe]:
+    """A recipe of the tiny world with both adapters, 256 dimensions and no controls, but for what is given."""
+
+    def make(**fields: Any) -> Recipe:
+        given: dict[str, Any] = {
+            "model": tiny.model, "pool": tiny.pool, "target": tiny.target, "out": str(tmp_path / "run"), "budget": 4,
+            "adapter": tiny.adapters, "max_length": 64, "device": "cpu", "controls": [],
+            "gradients": {"projection": {"dim": 256}},
+            "judge": {"model": "j", "base_url": judge.url, "prompt_price": 1, "completion_price": 2},
+        }  # fmt: skip
+        return Recipe.model_validate({**given, **fields})
+
+    return make
+
+
+def walk(recipe: Recipe, folder: Path) -> list[Work]:
+    found, _ = walked(recipe, str(folder / "scratch"), silent())
+    return found.works
+
+
+def stored(works: list[Work]) -> int:
+    """Rows of gradients that are said to be made."""
+    return int(sum(work.stored.get("rows", 0) for work in works if not work.done))
+
+
+def on_disk(recipe: Recipe) -> int:
+    manifests = Path(recipe.out).glob("gradients/*/manifest.json")
+    return sum(len(gs.GradientStore.open(manifest.parent)) for manifest in manifests)
+
+
+def calls(works: list[Work]) -> int:
+    return sum(asked["requests"] for asked in endpoints(works))
+
+
+class Nearest(gs.Estimator):
+    """A plug-in that reads plain rows at the last checkpoint."""
+
+    view: ClassVar[Any] = "plain"
+    last_checkpoint: ClassVar[bool] = True
+
+    kind: Literal["nearest"] = "nearest"
+
+    @property
+    def label(self) -> str:
+        return "nearest"
+
+    def influence(self, pool: Any, target: Any) -> gs.Influence:
+        (checkpoint,) = self.checkpoints_of(pool)
+        rows = pool.stores(checkpoint, ["plain"])["plain"]
+        queries = pool.collect(self.targets(pool, target), checkpoint, ["plain"], what="target")["plain"]
+        matrix = rows.rows(0, len(rows)).float() @ queries.rows(0, len(queries)).float().T
+        return gs.Influence(list(rows.ids), matrix.numpy())
+
+
+class Counting(gs.Estimator):
+    """A plug-in without gradients and target."""
+
+    needs_target: ClassVar[bool] = False
+    pairs: ClassVar[bool] = False
+
+    kind: Literal["counting"] = "counting"
+
+    @property
+    def label(self) -> str:
+        return "counting"
+
+    def influence(self, pool: Any, target: Any) -> gs.Influence:
+        return gs.Influence(list(pool.data.ids), whole=np.arange(len(pool.data.ids), dtype=float))
+
+
+SAMPLING = {"samples": 2, "max_new_tokens": 3}
+FIELDS: dict[str, dict[str, Any]] = {"nice": {"sampling": SAMPLING}, "nice_if": {"sampling": SAMPLING}}
+
+
+@pytest.mark.parametrize("method", [*OWN, Nearest, Counting], ids=lambda method: method.__name__)
+def test_what_is_said_of_an_estimator_is_what_it_does(
+    recipe: Callable[..., Recipe], tmp_path: Path, judge: Server, method: Any
+) -> None:
+    """Gradients are announced exactly where the run makes them, row by row; so many questions reach the judge; the
+    files are those of the result; and once it has run, nothing is left to do."""
+    kind = method.model_fields["kind"].default
+    if kind == "rds" and not embeddings.at_hand():
+        pytest.skip("no embedding model on this machine")
+    asked = recipe(reward={"kind": "length", "minimum": 1, "maximum": 9} if kind.startswith("nice") else None)
+    asked = asked.model_copy(update={"estimator": method(**FIELDS.get(kind, {}))})
+    before = walk(asked, tmp_path)
+    assert not Path(asked.out).exists()
+    result = run_recipe(asked)
+    made = on_disk(asked)
+    assert any("gradients" in work.stage for work in before) == (made > 0)
+    if kind.startswith("nice"):
+        assert stored(before) >= made  # a sample without weight has no row
+    else:
+        assert stored(before) == made
+    assert calls(before) == len(judge.requests)
+    assert {name for name in files_of(result) if not (Path(asked.out) / name).exists()} == set()
+    again = walk(asked, tmp_path)
+    assert [work.stage for work in again if not work.done] == []
+    assert {work.stage for work in again} == {work.stage for work in before}
+
+
+@pytest.mark.parametrize("selector", SELECTORS, ids=lambda selector: selector.__name__)
+def test_what_is_said_of_a_selector_is_what_it_reads(
+    recipe: Callable[..., Recipe], tmp_path: Path, selector: Any
+) -> None:
+    """Beside scores without gradients, so many rows of pool and target are announced as the choice leaves."""
+    asked = recipe(estimator={"kind": "bm25"})
+    asked = asked.model_copy(update={"selection": selector(), "estimator": gs.BM25()})
+    if selector().text_model is not None and not embeddings.at_hand():
+        pytest.skip("no embedding model on this machine")
+    works = walk(asked, tmp_path)
+    try:
+        asked.selection.check(asked.estimator)
+    except gs.errors.ConfigError:
+        return  # the run refuses it
+    run_recipe(asked)
+    assert stored(works) == on_disk(asked)
+    assert any("gradients" in work.stage for work in works) == (asked.selection.takes != "scores")
+    assert all(work.done for work in walk(asked, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("fields", "stages"),
+    [
+        ({"estimator": {"kind": "random"}}, set()),
+        ({"estimator": {"kind": "random"}, "target": None, "controls": [{"kind": "less"}]}, set()),
+        ({"estimator": {"kind": "bm25"}, "controls": [{"kind": "trak"}]}, {"pool gradients", "target gradients"}),
+        ({"estimator": {"kind": "bm25"}, "selection": {"kind": "facility_location"}}, {"pool gradients"}),
+        (
+            {"estimator": {"kind": "less"}, "controls": [{"kind": "trak"}, {"kind": "ji2s"}], "selection": "tsds"},
+            {"pool gradients", "target gradients", "curvature"},
+        ),
+        (
+            {"controls": [{"kind": "alpagasus", "rater": {"kind": "ifd"}}]},
+            {"pool gradients", "target gradients", "ratings"},
+        ),
+    ],
+)
+def test_controls_and_selections_are_counted(
+    recipe: Callable[..., Recipe], tmp_path: Path, fields: dict[str, Any], stages: set[str]
+) -> None:
+    """What the estimator, the controls and the selection read between them, each store once, as the run leaves it."""
+    if isinstance(fields.get("selection"), str):
+        fields = {**fields, "selection": {"kind": fields["selection"]}}
+    asked = recipe(**fields)
+    works = walk(asked, tmp_path)
+    assert {work.stage for work in works} == stages
+    run_recipe(asked)
+    assert stored(works) == on_disk(asked)
+    assert all(work.done for work in walk(asked, tmp_path))
+
+
+def test_a_choice_and_an_explanation_share_their_gradients(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    """An explanation by Adam rows at both checkpoints takes them once, and its own output's at both."""
+    explain = {"prompt": "what says the cow", "k": 2, "max_new_tokens": 4, "estimators": [{"kind": "less"}]}
+    asked = recipe(explain={**explain, "validation": {"route": "trained"}, "embedding": None})
+    works = walk(asked, tmp_path)
+    result = run_recipe(asked)
+    assert stored(works) == on_disk(asked)
+    assert {"explanation.html", "validation.json"} <= set(files_of(result))
+    left = {work.stage for work in walk(asked, tmp_path) if not work.done}
+    assert left == {"choosing", "training on choices"}
+
+
+def test_a_comparison_is_counted_as_it_is_done(
+    recipe: Callable[..., Recipe], tmp_path: Path, judge: Server, tiny: World
+) -> None:
+    """Judges of metrics and raters of arms are asked as often as was said; gradients that arms share are taken once
+    for each warm-up; and what is there afterwards, of cells whose examples are known beforehand, is done."""
+    test = write_rows(tmp_path / "test.jsonl", target_rows(3))
+    short = {"max_new_tokens": 3, "samples": 1, "temperature": 0, "top_k": None, "top_p": None}
+    job = {
+        "arms": [{"estimator": {"kind": "less"}}, {"estimator": {"kind": "alpagasus"}}, {"full": True}, {"base": True}],
+        "seeds": [0], "budgets": [4], "training": {"preset": "small", "epochs": 1, "rank": 4}, "embedding": None,
+        "test": test,
+        "metrics": [{"kind": "loss"}, {"kind": "pairwise", "sampling": short, "against": "answer"},
+                    {"kind": "grading", "questions": test, "sampling": short}],
+    }  # fmt: skip
+    asked = recipe(compare=job)
+    works = walk(asked, tmp_path)
+    comparison = run_compare(asked)
+    assert not comparison.failures
+    assert calls(works) == len(judge.requests) == 24 + 4 * (2 * 3 + 3)
+    assert stored(works) == on_disk(asked)
+    assert sum(work.stage.startswith("fine-tuning") for work in works) == 3
+    again = walk(asked, tmp_path)
+    left = [work for work in again if not work.done]
+    assert not any(work.stage in ("pool gradients", "target gradients", "ratings") for work in left)
+    assert sum(work.stage.startswith("fine-tuning") for work in left) == 2  # LESS's and AlpaGasus's choices
+    assert calls(again) == 2 * (2 * 3 + 3)

@@ -1,0 +1,57 @@
+"""What is imported when: settings and options wait for no library that computes, and what is there is only read."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tiny_world import World
+
+ENGINES = ("torch", "transformers", "peft", "datasets", "accelerate", "sklearn", "scipy", "pandas", "bm25s")
+
+
+def loaded_by(program: str) -> set[str]:
+    """The modules that a program of Python has loaded at its end."""
+    program += "\nimport json, sys\nprint('\\n' + json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def command(*arguments: object) -> str:
+    return (
+        f"from gradsift.cli import app\ntry:\n    app({[str(a) for a in arguments]!r})\n"
+        "except SystemExit as end:\n    code = end.code"
+    )
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import gradsift.recipe",
+        command("select", "--model", "m", "--pool", "p", "--target", "t", "--out", "o", "--set", "estimator.kind=nope")
+        + "\nassert code == 2",
+    ],
+    ids=["recipe", "wrong option"],
+)
+def test_settings_import_no_engine(program: str) -> None:
+    """Recipes and a wrong option load none of torch, transformers, scipy and their like."""
+    assert not loaded_by(program).intersection(ENGINES)
+
+
+def test_what_is_there_is_read_without_trainers(tiny: World, tmp_path: Path) -> None:
+    """A choice that the run holds loads neither peft nor transformers' models and Trainer, nor statistics; its page not
+    even torch.
+    """
+    arguments = tiny.arguments("select", tmp_path / "run")
+    tiny("select", tmp_path / "run").succeeded()
+    again = loaded_by(command(*arguments) + "\nassert not code")
+    assert "torch" in again
+    heavy = {"peft", "accelerate", "transformers.trainer", "transformers.modeling_utils", "transformers.activations",
+             "torch._dynamo", "datasets", "sklearn", "scipy.stats"}  # fmt: skip
+    assert sorted(again & heavy) == []
+    page = loaded_by(command("report", tmp_path / "run") + "\nassert not code")
+    assert sorted(page & (heavy | {"torch", "transformers"})) == []

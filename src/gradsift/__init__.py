@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from gradsift.influence.estimator import Estimator, Influence
     from gradsift.influence.ji2s import JI2S
     from gradsift.influence.less import LESS
+    from gradsift.influence.magic import MAGIC
     from gradsift.influence.nice import NICE, NICEIF
     from gradsift.influence.prompts import PromptTarget, open_prompts
     from gradsift.influence.random import Random
@@ -126,6 +127,7 @@ _WHERE = {
     "gradsift.influence.ji2s": ("JI2S",),
     "gradsift.influence.estimator": ("Estimator", "Influence"),
     "gradsift.influence.less": ("LESS",),
+    "gradsift.influence.magic": ("MAGIC",),
     "gradsift.influence.dsir": ("DSIR",),
     "gradsift.influence.random": ("Random",),
     "gradsift.influence.ratings": (
@@ -170,7 +172,7 @@ __all__ = [  # noqa: RUF022  # kept in the order of the flow
     "Warmup", "Training", "warm_up", "train", "Checkpoint", "open_checkpoint",
     "Gradients", "Adam", "Projection", "collect", "GradientStore", "MeasuredError", "Run",
     "score", "Scores", "Estimator", "Influence",
-    "LESS", "DataInf", "ProjectedInverse", "TRAK", "JI2S", "BM25", "RDS", "DSIR", "Random",
+    "LESS", "DataInf", "ProjectedInverse", "TRAK", "JI2S", "MAGIC", "BM25", "RDS", "DSIR", "Random",
     "AlpaGasus", "DEITA", "JudgeRating", "FunctionRating", "LengthRating", "PerplexityRating", "DifficultyRating",
     "NICE", "NICEIF", "open_prompts", "PromptTarget", "Sampling", "Assistant", "Endpoint", "PolicyGradient", "diagnose",
     "PolicyDiagnostics", "select", "Selection", "Selector", "Candidates", "TopK", "FacilityLocation", "RandomChoice",

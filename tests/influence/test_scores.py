@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import bm25s
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -19,7 +20,7 @@ from gradsift.context import Pool, Target, open_target
 from gradsift.gradients.collect import Gradients
 from gradsift.gradients.projection import Projection
 from gradsift.influence import blocks
-from gradsift.influence.bm25 import BM25, bm25_scores, conversation_text, model_tokens, spoken_text
+from gradsift.influence.bm25 import BM25, bm25_scores, conversation_text, spoken_text
 from gradsift.influence.datainf import DataInf, ProjectedInverse, datainf_scores, projected_inverse_scores
 from gradsift.influence.dsir import DSIR
 from gradsift.influence.estimator import Estimator, influence_of, rate_weights, target_view
@@ -331,6 +332,21 @@ def test_bm25_is_the_formula(pool: list[list[str]], queries: list[list[str]]) ->
     assert np.allclose(found, wanted, rtol=1e-4, atol=1e-6)
 
 
+@given(
+    st.lists(st.lists(st.sampled_from("abcd"), max_size=9), min_size=1, max_size=9),
+    st.lists(st.lists(st.sampled_from("abz"), max_size=5), min_size=1, max_size=3),
+)
+def test_bm25_is_that_of_bm25s_to_the_last_bit(pool: list[list[str]], queries: list[list[str]]) -> None:
+    """Scores that were made with the package bm25s stay what they are, of documents and queries without words, too."""
+    index = bm25s.BM25(method="lucene", k1=1.3, b=0.6)
+    index.index([document or [""] for document in pool], show_progress=False)
+    found = bm25_scores(pool, queries, k1=1.3, b=0.6)
+    for column, query in enumerate(queries):
+        known = [word for word in query if word in index.vocab_dict]
+        wanted = index.get_scores(known) if known else np.zeros(len(pool), np.float32)
+        assert found[:, column].tobytes() == wanted.tobytes()
+
+
 @given(st.lists(DOCUMENT, min_size=2, max_size=6), st.lists(DOCUMENT, min_size=1, max_size=3))
 def test_the_reading_of_compacts_authors(pool: list[list[str]], queries: list[list[str]]) -> None:
     """Their formula, but for the constant factor k1 + 1: 1 more in the denominator, a word of the query counts once."""
@@ -356,7 +372,6 @@ def test_bm25_of_model_tokens_counts_token_ids(pool: Pool, target: Target) -> No
     assert found.ids == pool.data.ids
     assert found.identity["stores"] == []
     assert np.allclose(found.matrix, wanted, rtol=1e-4)
-    assert model_tokens([np.array([7, 7, 1], np.int32), np.array([], np.int32)]) == [["7", "7", "1"], []]
 
 
 def test_bm25_of_nothing_in_common_is_zero() -> None:

@@ -19,7 +19,7 @@ from gradsift.influence.bm25 import conversation_text
 from gradsift.influence.rds import kept_embeddings
 from gradsift.influence.scores import Scores
 from gradsift.influence.shown import score_ends
-from gradsift.jobs.results import group_columns, known_columns
+from gradsift.jobs.results import groups_of, known_columns
 from gradsift.model import embeddings
 from gradsift.recipe import as_yaml
 from gradsift.report import text
@@ -42,7 +42,6 @@ from gradsift.store.manifest import versions
 MOST_POINTS = 2000
 MOST_SOURCES = 12
 _MOST_BINS = 12
-_KEPT_SOURCES = 200  # values kept apart
 
 Rows = Mapping[Key, NDArray[np.int64]]
 """Rows that an arm chose under a budget with a seed."""
@@ -98,47 +97,34 @@ def chosen_blocks(grid: Grid, choices: Mapping[Key, Sequence[str]]) -> tuple[dic
 
 
 class Counted:
-    """Lengths and sources of a data set's rows, as arrays: a pool of 100,000 rows is counted many times over."""
+    """Lengths and sources of a data set's rows.
+
+    column: that says where rows come from: the first of `group_by`, else `source`, else the report's first; may be none
+    """
 
     def __init__(self, data: Dataset, wanted: Sequence[str], edges: tuple[float, ...] | None = None) -> None:
         self.lengths: NDArray[np.int64] = data.lengths
         self.edges = edges or length_edges(data.lengths)
-        self.column, values = _source_column(data, wanted)
-        texts = [str(value) for value in values]
-        common = [name for name, _ in Counter(texts).most_common(_KEPT_SOURCES)]
-        code = {name: number for number, name in enumerate(common)}
-        self.names = [*common, "other values"]
-        self.codes = np.array([code.get(text, len(common)) for text in texts], dtype=np.int64)
+        try:
+            found = groups_of(data, wanted[:1])
+        except DataError:  # a ready data set need not have the pool's column
+            found = {}
+        self.column = "source" if "source" in found else next(iter(found), "")
+        self.groups = found.get(self.column)
 
     def sources(self, rows: NDArray[np.int64]) -> dict[str, int]:
         """Rows by source, most first; none where no column tells it."""
-        if not self.column:
-            return {}
-        counts = np.bincount(self.codes[rows], minlength=len(self.names)).tolist()
-        found = {name: count for name, count in zip(self.names, counts, strict=True) if count}
-        return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
+        return {} if self.groups is None else self.groups.counts(rows)
+
+    def source(self, row: int) -> str:
+        """The source of one row; empty where no column tells it."""
+        return "" if self.groups is None else self.groups.names[self.groups.codes[row]]
 
     def shares(self, lengths: NDArray[np.int64]) -> tuple[float, ...]:
         """Shares of rows by length; those of another data set outside the pool's bins count in the outer ones."""
         inside = np.clip(lengths, self.edges[0], self.edges[-1])
         counts = np.histogram(inside, self.edges)[0]
         return tuple((counts / max(1, counts.sum())).tolist())
-
-    def source(self, row: int) -> str:
-        """The source of one row; empty where no column tells it."""
-        return self.names[self.codes[row]] if self.column else ""
-
-
-def _source_column(data: Dataset, wanted: Sequence[str]) -> tuple[str, list[Any]]:
-    """The column that says where rows come from: the first of `group_by`, else `source`, else the report's first."""
-    try:
-        columns = group_columns(data, wanted[:1])
-    except DataError:  # a ready data set need not have the pool's column
-        columns = []
-    if not columns:
-        return "", []
-    column = "source" if "source" in columns else columns[0]
-    return column, data.column(column)
 
 
 def length_edges(lengths: NDArray[np.int64]) -> tuple[float, ...]:

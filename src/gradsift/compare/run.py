@@ -52,7 +52,7 @@ def run_compare(recipe: Recipe, reporter: Reporter | None = None) -> Comparison:
         result = _Cells(grid, choices).compared()
         run = grid.pool.run
         run.publish_json("comparison.json", result.as_dict())
-        run.publish_parquet("comparison.parquet", result.table())
+        run.publish_parquet("comparison.parquet", [result.table()])
         publish_page(run, "comparison.html", _page(grid, choices, result))
     return result
 

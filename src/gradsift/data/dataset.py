@@ -14,16 +14,16 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from gradsift.base.errors import DataError
+from gradsift.base.strings import Strings, let_go
 from gradsift.base.types import Message, Sequence, Skipped, TokenizedExample
 from gradsift.data.account import Account, Entries
 from gradsift.data.sample import sample_count
-from gradsift.data.strings import Strings
 from gradsift.model.loss import token_mean
 from gradsift.store.manifest import Record, fingerprint, read_json, reading
 from gradsift.store.run import Run, run_at
 from gradsift.store.tensors import map_arrays
 
-_BLOCK = 1 << 24  # bytes of a file that are looked at at once
+_BLOCK, _ROWS = 1 << 22, 1 << 12  # bytes of a file, and rows, that are looked at at once
 
 
 class _Rendered(Record):
@@ -79,6 +79,7 @@ class Dataset:
             )
             self.lengths = np.diff(self._offsets)
             self.supervised_tokens = _sums(self._supervised, self._offsets)
+            let_go(self._supervised)
         self._weights = arrays.get("weights")
         self._line_ends = arrays.get("line_ends")
         if "ids" in arrays:
@@ -168,7 +169,10 @@ class Dataset:
 
     def sequences(self, start: int, stop: int) -> list[Sequence]:
         """Rows `[start, stop)` as the gradient engine takes them, one sequence each."""
-        return [token_mean(self[position], position - start) for position in range(start, stop)]
+        found = [token_mean(self[position], position - start) for position in range(start, stop)]
+        let_go(self._tokens)
+        let_go(self._supervised)
+        return found
 
     def by_id(self, id_: str) -> TokenizedExample:
         """The example with this id."""
@@ -268,8 +272,8 @@ def _opened(address: str, prefix: str, positions: bytes | None) -> Dataset:
 def _sums(values: NDArray[np.bool_], offsets: NDArray[np.int64]) -> NDArray[np.int64]:
     """How many values between two offsets are true, for each two that follow each other."""
     counts = np.empty(len(offsets) - 1, np.int64)
-    for first in range(0, len(counts), _BLOCK >> 8):
-        edges = offsets[first : first + (_BLOCK >> 8) + 1]
+    for first in range(0, len(counts), _ROWS):
+        edges = offsets[first : first + _ROWS + 1]
         cumulative = np.concatenate([[0], np.cumsum(values[edges[0] : edges[-1]], dtype=np.int64)])
         counts[first : first + len(edges) - 1] = np.diff(cumulative[edges - edges[0]])
     return counts

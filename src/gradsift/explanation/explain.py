@@ -38,7 +38,7 @@ from gradsift.store.gradient_store import GradientStore
 from gradsift.store.manifest import fingerprint, read_json
 from gradsift.store.run import revisions
 
-Ranking = tuple[list[str], NDArray[np.float32]]
+Ranking = tuple[SequenceABC[str], NDArray[np.float32]]
 """Pool ids, and their influence on outputs `[pool output]` or on one `[pool]`; higher = training on it helps."""
 
 DEFAULT_ESTIMATOR: Estimator = LESS(optimizer="sgd", checkpoints="last")
@@ -453,7 +453,7 @@ def explain(
     found = Explanations(**same, entries=tuple(explained), failed=tuple(failed))
     lines = (json.dumps(entry.as_dict(), ensure_ascii=False) + "\n" for entry in found.entries)
     pool.run.publish_text("explanations.jsonl", "".join(lines))
-    pool.run.publish_parquet("explanations.parquet", found.table())
+    pool.run.publish_parquet("explanations.parquet", [found.table()])
     return found
 
 

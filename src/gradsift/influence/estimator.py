@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 from gradsift.base.errors import ConfigError, DataError, ShapeError
 from gradsift.base.lazy import Tensor, torch
 from gradsift.base.settings import Settings
+from gradsift.base.strings import Strings
 from gradsift.base.types import Message, Skipped
 from gradsift.context import Pool, Target
+from gradsift.data.dataset import Dataset
 from gradsift.gradients.collect import SequenceSource, store_config
 from gradsift.gradients.rows import View
 from gradsift.influence.products import inner_products
@@ -65,7 +67,7 @@ class Influence:
     terms:    what else the estimator knows of its numbers
     """
 
-    ids: list[str]
+    ids: SequenceABC[str]
     matrix: NDArray[np.float32] | None = field(default=None, repr=False)
     whole: NDArray[Any] | None = field(default=None, repr=False)
     warnings: tuple[str, ...] = ()
@@ -246,7 +248,7 @@ class ProductEstimator(Estimator):
         ids, matrix, stores = self.matrix(pool, self.targets(pool, target))
         return Influence(ids, matrix.numpy(), identity={"stores": stores})
 
-    def matrix(self, pool: Pool, targets: Targets) -> tuple[list[str], Tensor, list[str]]:
+    def matrix(self, pool: Pool, targets: Targets) -> tuple[SequenceABC[str], Tensor, list[str]]:
         """Pool ids, `[row target]` and the stores' fingerprints."""
 
         def products(store: GradientStore, queries: GradientStore, weight: float) -> Tensor:
@@ -263,7 +265,7 @@ def summed(
     pool: Pool,
     targets: Targets,
     products: Callable[[GradientStore, GradientStore, float], Tensor],
-) -> tuple[list[str], Tensor, list[str]]:
+) -> tuple[SequenceABC[str], Tensor, list[str]]:
     """What an estimator sums over its checkpoints, for the rows that are finite at each.
 
     Args:
@@ -280,18 +282,19 @@ def summed(
     view, checkpoints = method.view, method.checkpoints_of(pool)
     assert view is not None, method
     total: Tensor | None = None
-    ids: list[str] = []
+    ids = Strings.of(())
     used: list[str] = []
     for checkpoint, weight in zip(checkpoints, method.weights(checkpoints), strict=True):
         store, queries = both_stores(pool, targets, checkpoint, view)
         used += [store.fingerprint, queries.fingerprint]
         found = products(store, queries, weight)
         if total is None:
-            total, ids = found, list(store.ids)
+            total, ids = found, store.ids
             continue
-        both = [number for number, id_ in enumerate(ids) if id_ in store]  # finite at every checkpoint
-        total, ids = total[both], [ids[number] for number in both]
-        total += found[store.positions(ids)]
+        places = store.ids.positions(ids)
+        both = np.flatnonzero(places >= 0)  # finite at every checkpoint
+        total, ids = total[both], ids.take(both)
+        total += found[places[both]]
     assert total is not None, "there is a checkpoint"
     return ids, total, used
 
@@ -314,9 +317,10 @@ def influence_of(method: Estimator, pool: Pool, target: Target | PromptTarget | 
     shape = (len(found.ids), *([] if target is None or found.whole is not None else [len(target.data.ids)]))
     if np.shape(values) != shape:
         raise ShapeError(f"{said} an array of shape {np.shape(values)} for {len(found.ids)} ids: wanted {shape}")
-    unknown = set(found.ids) - set(pool.data.ids)
-    if unknown or len(set(found.ids)) < len(found.ids):
-        raise ShapeError(f"{said} ids that are not the pool's, or one of them twice: {sorted(unknown)[:3]}")
+    places = pool.data.ids.positions(found.ids)
+    if (places < 0).any() or len(np.unique(places)) < len(places):
+        unknown = sorted(found.ids[place] for place in np.flatnonzero(places < 0).tolist())
+        raise ShapeError(f"{said} ids that are not the pool's, or one of them twice: {unknown[:3]}")
     if not np.isfinite(values).all():
         raise DataError(f"{said} numbers that are not finite: leave such rows out of ids")
     return found
@@ -357,7 +361,7 @@ def target_rows(queries: GradientStore, ids: SequenceABC[str]) -> Tensor:
 
 def conversations(data: Any) -> Iterable[Conversation]:
     """The messages of each row of a data set, of prompts, or of outputs."""
-    return (data.messages(id_) for id_ in data.ids)
+    return data.conversations() if isinstance(data, Dataset) else (data.messages(id_) for id_ in data.ids)
 
 
 def rate_weights(checkpoints: SequenceABC[Checkpoint]) -> list[float]:

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 _BLOCK = 4096  # texts that are made Python objects of at once
+
+
+def let_go(array: NDArray[Any]) -> None:
+    """Have what was read of a mapped file count as this process's memory no longer; it stays in the system's cache.
+
+    For those who go through a file: the rest of it comes, and what was read goes.
+    """
+    mapped = getattr(array, "_mmap", None)
+    if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)
+
+
 _RECENT = 4096  # keys that are not in arrays yet, at least
 
 
@@ -35,6 +48,8 @@ class Strings(Sequence[str]):
     @classmethod
     def of(cls, texts: Iterable[str]) -> Strings:
         """A column of these."""
+        if isinstance(texts, Strings):
+            return texts
         data = bytearray()
         ends = []
         for text in texts:
@@ -69,14 +84,20 @@ class Strings(Sequence[str]):
                 yield from (self._data[b:e].tobytes().decode() for b, e in zip(begins, ends, strict=True))
                 continue
             data = self._data[first:last].tobytes()
+            let_go(self._data)
             yield from (data[b - first : e - first].decode() for b, e in zip(begins, ends, strict=True))
 
     def __eq__(self, other: object) -> bool:
-        if self is other:
+        if isinstance(other, Strings) and self._is(other):
             return True
         if not isinstance(other, Sequence) or isinstance(other, str) or len(other) != len(self):
             return NotImplemented if not isinstance(other, Sequence) else False
         return all(mine == theirs for mine, theirs in zip(self, other, strict=True))
+
+    def _is(self, other: Strings) -> bool:
+        """Whether they are the same bytes, as most columns are that are compared."""
+        same = self._data is other._data and len(self) == len(other)
+        return same and bool((self._ends == other._ends).all() and (self._begins == other._begins).all())
 
     __hash__ = None  # type: ignore[assignment]  # as of a list
 
@@ -100,7 +121,7 @@ class Strings(Sequence[str]):
 
     def positions(self, texts: Sequence[str]) -> NDArray[np.int64]:
         """The first position of each text, int64 `[text]`; −1 where it is not."""
-        if texts is self or (len(texts) == len(self) and self == texts):
+        if len(texts) == len(self) and self == texts:
             return np.arange(len(self))
         hashes, order = self._index
         if not len(hashes):

@@ -131,26 +131,21 @@ def bm25_scores(
     if reading == "compact":
         k1, b = k1 + 1, b * k1 / (k1 + 1)
         target = [list(dict.fromkeys(query)) for query in target]
-    number = {word: n for n, word in enumerate(dict.fromkeys(word for query in target for word in query))}
-    sizes, rows, own, times = array("q"), array("i"), array("i"), array("i")
+    # Of each word of the queries: the documents that it stands in, and how often.
+    places = {word: (array("i"), array("i")) for query in target for word in query}
+    sizes = array("q")
     for row, document in enumerate(pool):
         sizes.append(max(1, len(document)))
-        for code, count in Counter(number[word] for word in document if word in number).items():
-            rows.append(row)
-            own.append(code)
-            times.append(count)
+        for word, times in Counter(word for word in document if word in places).items():
+            documents, counts = places[word]
+            documents.append(row)
+            counts.append(times)
     lengths = np.asarray(sizes)
     scores = np.zeros((len(lengths), len(target)), dtype=np.float32)
-    if not len(rows):
-        return scores
-    order = np.argsort(own, kind="stable")
-    documents, counts = np.asarray(rows)[order], np.asarray(times)[order].astype(np.float64)
-    edges = np.searchsorted(np.asarray(own)[order], np.arange(len(number) + 1))
-    below = counts + (k1 * ((1 - b) + b * lengths / lengths.mean()))[documents]
+    below = k1 * ((1 - b) + b * lengths / lengths.mean())
     for column, query in enumerate(target):
         for word in query:
-            part = slice(*edges[number[word] : number[word] + 2])
-            there = part.stop - part.start
-            idf = float(np.float32(math.log(1 + (len(lengths) - there + 0.5) / (there + 0.5))))
-            scores[documents[part], column] += (idf * (counts[part] / below[part])).astype(np.float32)
+            there, tf = (np.asarray(values) for values in places[word])
+            idf = float(np.float32(math.log(1 + (len(lengths) - len(there) + 0.5) / (len(there) + 0.5))))
+            scores[there, column] += (idf * (tf / (below[there] + tf))).astype(np.float32)
     return scores

@@ -64,6 +64,7 @@ class Influence:
         are a mean over targets
     of_draws: of `whole`: the numbers of some rows where each target stands as often as a draw says,
         (ids, `[target draw]`) → float64 `[row draw]`
+    grouped:  whether columns of one subtask are all the subtask's mean, of which no target's own part is known
     terms:    what else the estimator knows of its numbers
     """
 
@@ -79,6 +80,7 @@ class Influence:
     of_draws: Callable[[SequenceABC[str], NDArray[np.int64]], NDArray[np.float64]] | None = field(
         default=None, repr=False
     )
+    grouped: bool = False
     terms: Any = field(default=None, repr=False)
 
 

@@ -20,9 +20,10 @@ import pytest
 from pydantic import ValidationError
 
 from gradsift.base.errors import ConfigError, GradsiftError, ModelError
+from gradsift.base.types import Prompt
 from gradsift.generation.encoding import ReplyEncoder
 from gradsift.generation.endpoint import Client, Endpoint, EndpointSampler, ReplyError
-from gradsift.generation.sampling import ASSISTED, Drawn, Prompt, Request, Sampling, Usage, request_seed
+from gradsift.generation.sampling import ASSISTED, Drawn, Request, Sampling, Usage, request_seed
 from gradsift.model.models import load_tokenizer
 from loopback import Answer, Server, completion, serving
 from tiny_world import World
@@ -452,7 +453,8 @@ def test_an_interrupted_run_does_not_wait_for_replies(tmp_path: Path) -> None:
     with serving(Answer(completion("x"), headers={"Content-Length": "9999"}, stall=release)) as server:
         script.write_text(
             "from gradsift.generation.endpoint import Endpoint, EndpointSampler\n"
-            "from gradsift.generation.sampling import ASSISTED, Prompt, Request\n"
+            "from gradsift.base.types import Prompt\n"
+            "from gradsift.generation.sampling import ASSISTED, Request\n"
             f"sampler = EndpointSampler(Endpoint(model='m', base_url={server.url!r}), ASSISTED)\n"
             "prompt = Prompt('a', ({'role': 'user', 'content': 'x'},))\n"
             "print('begin', flush=True)\n"

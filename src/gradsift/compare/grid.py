@@ -66,7 +66,7 @@ class Grid:
     recipe: Recipe
     job: Compare
     pool: Pool
-    target: Target | PromptTarget | None
+    target: Target | None
     contenders: list[Contender]
     budgets: tuple[int, ...]
     datasets: dict[str, Dataset]
@@ -221,7 +221,7 @@ def _judged(contender: Contender, recipe: Recipe) -> Contender:
     return replace(contender, estimator=contender.estimator and with_judge(contender.estimator, recipe.judge))
 
 
-def _target(recipe: Recipe, pool: Pool, methods: Sequence[Estimator]) -> Target | PromptTarget | None:
+def _target(recipe: Recipe, pool: Pool, methods: Sequence[Estimator]) -> Target | None:
     if recipe.target is None and not any(method.needs_target for method in methods):
         return None
     unpaid = next((method for method in methods if takes_reward(method)), None)
@@ -242,7 +242,7 @@ def _target(recipe: Recipe, pool: Pool, methods: Sequence[Estimator]) -> Target 
         ) from error
 
 
-def _check_methods(pool: Pool, target: Target | PromptTarget, methods: Sequence[Estimator]) -> None:
+def _check_methods(pool: Pool, target: Target, methods: Sequence[Estimator]) -> None:
     """Refuse estimators that do not go with the target or the adapters."""
     for method in methods:
         if takes_reward(method) and isinstance(target, PromptTarget):
@@ -313,7 +313,7 @@ def _check_origin(name: str, data: Dataset, pool: Pool) -> None:
         )
 
 
-def _leaks(pool: Pool, target: Target | PromptTarget | None, metric: Any) -> list[str]:
+def _leaks(pool: Pool, target: Target | None, metric: Any) -> list[str]:
     """Warnings where what is measured on could be trained on or chosen by."""
     if metric.kind not in ("loss", "reward", "pairwise"):
         return []

@@ -31,19 +31,9 @@ from pydantic import Field, field_validator
 from gradsift.base.errors import ConfigError, DataError, ModelError, RefusedError
 from gradsift.base.secrets import Secret
 from gradsift.base.settings import Settings
-from gradsift.base.types import Chat, Message
+from gradsift.base.types import Chat, Message, Prompt
 from gradsift.generation.encoding import ReplyEncoder
-from gradsift.generation.sampling import (
-    Drawn,
-    FinishReason,
-    Problem,
-    Prompt,
-    Request,
-    Response,
-    Sampling,
-    Usage,
-    request_seed,
-)
+from gradsift.generation.sampling import Drawn, FinishReason, Problem, Request, Response, Sampling, Usage, request_seed
 
 _OPENAI = "https://api.openai.com/v1"
 _LARGEST_REPLY = 64 << 20  # bytes

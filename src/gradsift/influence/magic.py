@@ -20,7 +20,6 @@ from gradsift.gradients.losses import row_losses
 from gradsift.influence.estimator import Estimator, Influence, TargetsByCheckpoint
 from gradsift.influence.metagradient import Adam
 from gradsift.influence.metagradient import metagradient as metagradient
-from gradsift.influence.prompts import PromptTarget
 from gradsift.influence.replay import Network, Positions, Record, Replay, Returned
 from gradsift.model.models import host
 from gradsift.store.manifest import fingerprint
@@ -106,7 +105,7 @@ class MAGIC(Estimator):
         parts += [f"{name} {value:g}" for name, value in (("lr", self.learning_rate), ("epochs", self.epochs)) if value]
         return f"MAGIC ({', '.join(parts)})" if parts else "MAGIC"
 
-    def influence(self, pool: Pool, target: Target | PromptTarget | None) -> Influence:
+    def influence(self, pool: Pool, target: Target | None) -> Influence:
         """Of every pool row, by going back through each training once for each group of targets."""
         assert target is not None, self
         source = self.targets(pool, target)

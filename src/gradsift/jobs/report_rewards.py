@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from gradsift.generation.sampling import prompts_of
+from gradsift.base.types import Prompt
 from gradsift.influence.diagnostics import CheckpointDiagnostics
 from gradsift.influence.nice import PolicyEstimator, takes_reward
 from gradsift.influence.prompts import PromptTarget
@@ -75,7 +75,7 @@ def _prompt(result: Result, found: PromptResponses) -> ReportPrompt:
     def shown(responses: Iterable[RewardedResponse]) -> list[ReportResponse]:
         return [ReportResponse(r.text, r.reward, r.finish_reason, r.tokens, r.times) for r in responses]
 
-    (prompt,) = prompts_of([example])
+    prompt = Prompt.of(example)
     return ReportPrompt(
         id=found.id,
         messages=prompt.messages,

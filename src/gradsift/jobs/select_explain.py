@@ -74,7 +74,7 @@ def open_recipe(recipe: Recipe, reporter: Reporter | None = None, *, announce: b
     return pool
 
 
-def open_recipe_target(recipe: Recipe, pool: Pool, *, rewarded: bool = True) -> Target | PromptTarget:
+def open_recipe_target(recipe: Recipe, pool: Pool, *, rewarded: bool = True) -> Target:
     """The recipe's target: labelled examples, or prompts where it names a reward or, without `rewarded`, in any case.
 
     Raises:

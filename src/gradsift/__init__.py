@@ -172,7 +172,7 @@ __all__ = [  # noqa: RUF022  # kept in the order of the flow
     "Warmup", "Training", "warm_up", "train", "Checkpoint", "open_checkpoint",
     "Gradients", "Adam", "Projection", "collect", "GradientStore", "MeasuredError", "Run",
     "score", "Scores", "Estimator", "Influence",
-    "LESS", "DataInf", "ProjectedInverse", "TRAK", "JI2S", "BM25", "RDS", "DSIR", "Random",
+    "LESS", "DataInf", "ProjectedInverse", "TRAK", "JI2S", "MAGIC", "BM25", "RDS", "DSIR", "Random",
     "AlpaGasus", "DEITA", "JudgeRating", "FunctionRating", "LengthRating", "PerplexityRating", "DifficultyRating",
     "NICE", "NICEIF", "open_prompts", "PromptTarget", "Sampling", "Assistant", "Endpoint", "PolicyGradient", "diagnose",
     "PolicyDiagnostics", "select", "Selection", "Selector", "Candidates", "TopK", "FacilityLocation", "RandomChoice",

@@ -335,7 +335,7 @@ def _print_json(content: Any) -> None:
 
 
 def _print_result(result: Any, given: dict[str, Any]) -> None:
-    from gradsift.jobs.printing import print_result
+    from gradsift.jobs.report import print_result
     from gradsift.jobs.results import summary
 
     if given.get("as_json"):
@@ -739,7 +739,7 @@ def list_() -> None:
     Example: gradsift list
     """
     with _errors(debug=False):
-        from gradsift.jobs.printing import print_methods
+        from gradsift.jobs.report import print_methods
 
         _calm_libraries()
         print_methods()
@@ -808,7 +808,7 @@ def compare(
     """
     from gradsift.base.errors import IncompleteError
     from gradsift.compare.run import run_compare
-    from gradsift.compare.text import print_comparison
+    from gradsift.compare.shown import print_comparison
 
     results = [run_compare(one, _reporter(given)) for one in _read_recipes(recipe, given, out)]
     if given["as_json"]:
@@ -836,7 +836,7 @@ def report(
 
     Example: gradsift report runs/math --to math.html
     """
-    from gradsift.jobs.report_data import rewrite_report
+    from gradsift.jobs.pages import rewrite_report
     from gradsift.store.storage import LocalStorage
 
     path = rewrite_report(out)

@@ -9,16 +9,16 @@ from typing import Any, TypeVar
 
 from gradsift.base.errors import GradsiftError, LockedError, StorageError
 from gradsift.base.interruption import refuse_to_go_on
+from gradsift.compare.chosen import score_ends_of
 from gradsift.compare.costs import StageClock
 from gradsift.compare.grid import Grid, Key
-from gradsift.compare.page import extremes_of
 from gradsift.context import Pool
 from gradsift.evaluation.arms import Contender
 from gradsift.gradients.rows import View
 from gradsift.influence.estimator import Estimator
 from gradsift.influence.ji2s import full_sums
 from gradsift.influence.scores import Scores, score
-from gradsift.report.comparison_data import Extremes
+from gradsift.report.blocks import Block
 from gradsift.selection.select import select
 from gradsift.selection.selector import Selector
 from gradsift.store.manifest import fingerprint
@@ -57,14 +57,14 @@ def attempted(stage: str, step: Callable[[], _Result]) -> _Result | Stopped:
 class Choices:
     """What the arms of a comparison choose.
 
-    made:     by arm, budget and seed
-    extremes: the ends of each arm's ranking, by name
+    made: by arm, budget and seed
+    ends: the highest and lowest of each arm's ranking, by name
     """
 
     grid: Grid
     clock: StageClock
     made: dict[Key, Choice] = field(default_factory=dict)
-    extremes: dict[str, Extremes] = field(default_factory=dict)
+    ends: dict[str, tuple[Block, ...]] = field(default_factory=dict)
     _scores: tuple[str, Scores | Stopped] | None = None
 
     def make(self) -> Choices:
@@ -149,11 +149,10 @@ class Choices:
             self._scores = None  # a table of scores may be large: the last goes before the next comes
             self._scores = name, attempted("score", partial(self._score, pool, contender, estimator, identity))
         found = self._scores[1]
-        if contender.name not in self.extremes and not isinstance(found, Stopped):
+        if contender.name not in self.ends and not isinstance(found, Stopped):
             per_seed = self.grid.job.warmup == "per_seed"
             note = f"Scores of the warm-up with seed {pool.seed}." if per_seed else ""
-            if (ends := extremes_of(self.grid, contender, found, note)) is not None:
-                self.extremes[contender.name] = ends
+            self.ends[contender.name] = score_ends_of(self.grid, found, note)
         return found
 
     def _score(self, pool: Pool, contender: Contender, estimator: Estimator, identity: dict[str, Any]) -> Scores:

@@ -15,16 +15,15 @@ from gradsift.base.errors import ConfigError
 from gradsift.base.progress import Reporter, silent, untold
 from gradsift.compare.cells import CellResult, CellTask, chosen_of, stage_clock, training_identity
 from gradsift.compare.choices import Choices, Stopped
+from gradsift.compare.chosen import chosen_blocks, run_facts
 from gradsift.compare.grid import CellOf, Grid, Key, open_grid
-from gradsift.compare.page import choice_views, page_facts
-from gradsift.compare.report import comparison_page
+from gradsift.compare.shown import comparison_page
 from gradsift.compare.table import Comparison, interval_of, overlaps, tabulate, variance_of
 from gradsift.evaluation.setup import Trained
 from gradsift.execution.engine import LOCAL
-from gradsift.jobs.explanation_pages import publish_page
+from gradsift.jobs.pages import publish_page
 from gradsift.recipe import Recipe
-from gradsift.report.comparison_data import ComparisonPage
-from gradsift.report.comparison_page import render_comparison
+from gradsift.report.blocks import Page
 from gradsift.store.manifest import fingerprint
 from gradsift.store.run import Run
 
@@ -54,19 +53,19 @@ def run_compare(recipe: Recipe, reporter: Reporter | None = None) -> Comparison:
         run = grid.pool.run
         run.publish_json("comparison.json", result.as_dict())
         run.publish_parquet("comparison.parquet", [result.table()])
-        page = _page(grid, choices, result)
-        publish_page(run, "comparison.html", page, render_comparison(page))
+        publish_page(run, "comparison.html", _page(grid, choices, result))
     return result
 
 
-def _page(grid: Grid, choices: Choices, result: Comparison) -> ComparisonPage:
+def _page(grid: Grid, choices: Choices, result: Comparison) -> Page:
     """Everything that the page shows."""
-    views = choice_views(grid, {key: ids for key, ids in choices.made.items() if not isinstance(ids, Stopped)})
-    for warning in views["warnings"]:
+    made = {key: ids for key, ids in choices.made.items() if not isinstance(ids, Stopped)}
+    chosen, lacking = chosen_blocks(grid, made)
+    for warning in lacking:
         grid.pool.reporter.warn(warning)
-    views["warnings"] = (*result.warnings, *views["warnings"])
-    ordered = (choices.extremes[one.name] for one in grid.contenders if one.name in choices.extremes)
-    return replace(comparison_page(result), extremes=tuple(ordered), **views, **page_facts(grid))
+    ends = {one.name: found for one in grid.contenders if (found := choices.ends.get(one.name))}
+    warnings = (*result.warnings, *lacking)
+    return comparison_page(result, chosen=chosen, ends=ends, warnings=warnings, **run_facts(grid))
 
 
 @dataclass

@@ -65,6 +65,7 @@ class Influence:
         are a mean over targets
     of_draws: of `whole`: the numbers of some rows where each target stands as often as a draw says,
         (ids, `[target draw]`) → float64 `[row draw]`
+    grouped:  whether columns of one subtask are all the subtask's mean, of which no target's own part is known
     terms:    what else the estimator knows of its numbers
     """
 
@@ -80,6 +81,7 @@ class Influence:
     of_draws: Callable[[SequenceABC[str], NDArray[np.int64]], NDArray[np.float64]] | None = field(
         default=None, repr=False
     )
+    grouped: bool = False
     terms: Any = field(default=None, repr=False)
 
 
@@ -95,6 +97,20 @@ class GreedyTerms:
     alone: NDArray[np.float64]
     shared_with: Callable[[int], NDArray[np.float64]]
     gains: Callable[[NDArray[np.float64], NDArray[np.float64], int], NDArray[np.float64]]
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Rows that an estimator takes through the model, forth and back, beside those that are stored.
+
+    stage: what `gradsift plan` calls them
+    done:  whether the run folder has what comes of them
+    """
+
+    stage: str
+    rows: int
+    tokens: float
+    done: bool = False
 
 
 class Estimator(Settings):
@@ -138,6 +154,10 @@ class Estimator(Settings):
 
         Whatever is missing (a warm-up, responses, rewards, gradients) is made, and kept in the run folder.
         """
+
+    def passes(self, pool: Pool, target: Target | None) -> list[Passes]:
+        """What it takes of the model beside stored rows, for `gradsift plan`; nothing is computed or written."""
+        return []
 
     def checkpoints_of(self, pool: Pool) -> list[Checkpoint]:
         """Those of the pool that it reads.

@@ -13,7 +13,8 @@ from gradsift.base.lazy import Tensor
 from gradsift.base.types import Sequence as TokenSequence
 from gradsift.context import Pool, Target
 from gradsift.generation.assistant import Assistant
-from gradsift.generation.endpoint import Endpoint, EndpointSampler
+from gradsift.generation.endpoint import Endpoint
+from gradsift.generation.endpoint_sampler import EndpointSampler
 from gradsift.generation.local import LocalSampler
 from gradsift.generation.samples import Samples, sample
 from gradsift.generation.sampling import Response, Sampler, Sampling

@@ -169,7 +169,7 @@ def score(
             "tokens): look at whether it found the target's skill or a length"
         )
     strata = None
-    if target is not None and method.needs_target:
+    if target is not None and method.needs_target and not found.grouped:
         # One number per row is of all targets as one, and knows no subtasks.
         parted = (subtasks, aggregation, found.live) if matrix is not None else (None, "mean", None)
         strata = replace(strata_of(len(target.data), *parted), contents=tuple(target.data.hashes))

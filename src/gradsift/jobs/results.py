@@ -19,6 +19,7 @@ from gradsift.context import Pool, Target
 from gradsift.data.account import Account, Entries
 from gradsift.data.dataset import Dataset
 from gradsift.data.load import Columns
+from gradsift.data.shown import own_columns as columns_beside
 from gradsift.explanation.explain import Explanations
 from gradsift.explanation.table import RelevanceTable
 from gradsift.influence.diagnostics import PolicyDiagnostics
@@ -27,8 +28,6 @@ from gradsift.influence.reliability import Over, Reliability
 from gradsift.influence.responses import SampledResponses
 from gradsift.influence.scores import Scores
 from gradsift.recipe import Recipe
-from gradsift.report.data import Outcome
-from gradsift.report.text import column_texts
 from gradsift.selection.select import Selection
 from gradsift.store.run import Run
 from gradsift.validation.validate import Validation
@@ -50,6 +49,15 @@ FILES = {
     "relevance.html": "how well each strategy does over the target",
     "report.html": "all of it to look at, in one file",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What training on one choice led to: column -> value; `spread` is the standard deviation over seeds, if known."""
+
+    label: str
+    values: Mapping[str, float]
+    spread: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -278,12 +286,14 @@ def reliability_sentences(result: Result) -> list[str]:
     return sentences
 
 
+def known_columns(columns: Columns) -> set[str]:
+    """Columns of a row that its conversation is in, by the names that a recipe gives them."""
+    return {value for value in columns.model_dump().values() if value}
+
+
 def own_columns(row: Mapping[str, Any], columns: Columns) -> dict[str, str]:
     """What a row holds beside its conversation."""
-    known = {"id", "messages", "conversations", "prompt", "completion", "instruction", "input", "output", "history"}
-    known |= {"system", "chat_template_kwargs"}
-    known |= {value for value in columns.model_dump().values() if value}
-    return column_texts(row, known)
+    return columns_beside(row, known_columns(columns))
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from gradsift.influence.ratings import with_judge
 from gradsift.influence.responses import sampled_responses
 from gradsift.influence.scores import save_tables, score
 from gradsift.jobs.explanation_pages import write_pages
-from gradsift.jobs.report_data import write_results
+from gradsift.jobs.report import write_results
 from gradsift.jobs.results import Result, diagnostics, remove_outdated, summary, write_skipped
 from gradsift.model import embeddings
 from gradsift.recipe import Recipe

@@ -16,6 +16,7 @@ import numpy as np
 
 from gradsift.base.progress import Reporter, silent
 from gradsift.base.types import Message
+from gradsift.compare.chosen import MOST_POINTS
 from gradsift.compare.grid import CellOf, Grid, open_grid
 from gradsift.context import Pool, Target
 from gradsift.evaluation.arms import Contender, PairwiseMetric
@@ -55,7 +56,6 @@ from gradsift.jobs.select_explain import (
 from gradsift.model import embeddings
 from gradsift.plan.work import Asked, Drawing, Work, shares_of
 from gradsift.recipe import Recipe
-from gradsift.report.comparison_choices import MOST_POINTS
 from gradsift.rewards.judge import Judge
 from gradsift.rewards.reward import single_rewards
 from gradsift.rewards.reward_model import RewardModel
@@ -167,6 +167,9 @@ class Walk:
         if method.text_model is not None and self.target is not None:
             for name, data in (("pool", self.pool.data), ("target", self.target.data)):
                 self._embedded(name, [conversation_text(own) for own in conversations(data)], method.text_model)
+        for one in method.passes(self.kept or self.pool, self.target):
+            if self.is_new("passes", method.model_dump_json(), one):
+                self.add(Work(one.stage, one.rows, backward=one.tokens, done=one.done and self.kept is not None))
         if method.view is not None:
             self._gradients(method, targets=method.needs_target)
 

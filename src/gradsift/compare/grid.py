@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from gradsift.base.errors import ConfigError, DataError, MismatchError, UnusableRowsError
 from gradsift.base.progress import Reporter
 from gradsift.context import Pool, Target
@@ -300,11 +302,9 @@ def _check_origin(name: str, data: Dataset, pool: Pool) -> None:
     Raises:
         MismatchError: some rows are of another pool.
     """
-    chosen = [id_ for id_ in data.ids if "gradsift_id" in data.row(id_)]
-    if not chosen:
-        return
-    known, own = set(pool.training.hashes), dict(zip(data.ids, data.hashes, strict=True))
-    foreign = [id_ for id_ in chosen if own[id_] not in known]
+    chosen = np.array(["gradsift_id" in row for row in data.rows()])
+    places = np.flatnonzero(chosen & (pool.training.hashes.positions(data.hashes) < 0))
+    foreign = data.ids.take(places)
     if foreign:
         raise MismatchError(
             f"{name} is a selection (it has gradsift_id), and {len(foreign)} of its {len(data)} rows are not in "

@@ -180,7 +180,7 @@ class Candidates:
         **more: Any,
     ) -> Candidates:
         """The scored examples that have a gradient in a store."""
-        values = torch.from_numpy(np.where([id_ in store for id_ in ids], scores, np.float32(-np.inf)))
+        values = torch.from_numpy(np.where(store.holds(ids), scores, np.float32(-np.inf)))
         return cls(
             values, lambda positions: store.rows_by_id([ids[p] for p in positions]), target_gradient, ids=ids, **more
         )

@@ -17,6 +17,7 @@ from gradsift.data.dataset import Dataset
 from gradsift.data.load import Columns
 from gradsift.data.overlap import overlap_of_hashes
 from gradsift.data.prepare import prepare
+from gradsift.data.rows import Rows
 from gradsift.data.sample import RowSample
 from gradsift.execution.engine import LOCAL, Engine
 from gradsift.gradients.capture import find_modules
@@ -132,13 +133,18 @@ class Pool(Setup):
 class Target:
     """What the pool is to help with: labelled examples, in subtasks or not.
 
-    overlap: pool examples that are also in the target; they are left out of scores and selections
     subtasks: a label per target example, or None
+    overlap: pool examples that are also in the target; they are left out of scores and selections
     """
 
-    data: Dataset
-    subtasks: tuple[str, ...] | None
-    overlap: tuple[Skipped, ...]
+    data: Rows
+    subtasks: tuple[str, ...] | None = None
+    overlap: tuple[Skipped, ...] = ()
+
+    @property
+    def labels(self) -> Dataset | None:
+        """The rows that have an answer, tokenised; None where there is none."""
+        return self.data if isinstance(self.data, Dataset) else None
 
 
 def setup_of(

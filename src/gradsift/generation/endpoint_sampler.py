@@ -15,18 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradsift.base.errors import DataError, ModelError
+from gradsift.base.types import Prompt
 from gradsift.generation.encoding import ReplyEncoder
 from gradsift.generation.endpoint import Choice, Client, Endpoint, ReplyError
-from gradsift.generation.sampling import (
-    Drawn,
-    Problem,
-    Prompt,
-    Request,
-    Response,
-    Sampling,
-    Usage,
-    request_seed,
-)
+from gradsift.generation.sampling import Drawn, Problem, Request, Response, Sampling, Usage, request_seed
 
 _GRACE = 0.5  # seconds for open requests to end by themselves when others have failed, so that sockets are closed
 

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from gradsift.context import Pool, Target
 from gradsift.data.words import has_words, words
 from gradsift.influence.estimator import Estimator, Influence, TargetsByCheckpoint, conversations, refuse_too_many
-from gradsift.influence.prompts import PromptTarget
 
 Reading = Literal["okapi", "compact"]
 
@@ -43,7 +42,7 @@ class BM25(Estimator):
         parts = ["model tokens"] * (self.tokens == "model") + ["Compact's"] * (self.reading == "compact")
         return f"BM25 ({', '.join(parts)})" if parts else "BM25"
 
-    def influence(self, pool: Pool, target: Target | PromptTarget | None) -> Influence:
+    def influence(self, pool: Pool, target: Target | None) -> Influence:
         """`bm25_scores` of the texts or the tokens."""
         assert target is not None, self
         refuse_too_many(len(pool.data), len(target.data.ids))
@@ -87,7 +86,7 @@ def spoken_text(messages: Sequence[Mapping[str, object]]) -> str:
     return "\n".join(str(turn["content"]) for turn in _turns(messages))
 
 
-def wordless(label: str, pool: Pool, target: Target | PromptTarget) -> list[str]:
+def wordless(label: str, pool: Pool, target: Target) -> list[str]:
     """What a method that compares words knows nothing of: texts without any."""
     found = []
     for what, data in (("pool rows", pool.data), ("targets", target.data)):

@@ -20,11 +20,12 @@ from gradsift.base.settings import Settings
 from gradsift.base.strings import Strings
 from gradsift.base.types import Message, Skipped
 from gradsift.context import Pool, Target
-from gradsift.data.dataset import Dataset
+from gradsift.data.prompts import Prompts
+from gradsift.data.rows import Rows
 from gradsift.gradients.collect import SequenceSource
 from gradsift.gradients.rows import View
 from gradsift.influence.products import inner_products
-from gradsift.influence.prompts import PromptTarget, RewardSummary
+from gradsift.influence.prompts import RewardSummary
 from gradsift.rewards.sources import sources_of
 from gradsift.store.gradient_store import GradientStore
 from gradsift.store.manifest import fingerprint
@@ -148,13 +149,13 @@ class Estimator(Settings):
         """What tables call it: different settings have different labels where that can be."""
 
     @abstractmethod
-    def influence(self, pool: Pool, target: Target | PromptTarget | None) -> Influence:
+    def influence(self, pool: Pool, target: Target | None) -> Influence:
         """Influence of every pool example on the target; `target` is None only where none is needed.
 
         Whatever is missing (a warm-up, responses, rewards, gradients) is made, and kept in the run folder.
         """
 
-    def passes(self, pool: Pool, target: Target | PromptTarget | None) -> list[Passes]:
+    def passes(self, pool: Pool, target: Target | None) -> list[Passes]:
         """What it takes of the model beside stored rows, for `gradsift plan`; nothing is computed or written."""
         return []
 
@@ -174,7 +175,7 @@ class Estimator(Settings):
         """What each checkpoint counts for; they add up to 1."""
         return [1.0 / len(checkpoints)] * len(checkpoints)
 
-    def greedy_terms(self) -> Callable[[Pool, Target | PromptTarget, SequenceABC[str]], GreedyTerms] | None:
+    def greedy_terms(self) -> Callable[[Pool, Target, SequenceABC[str]], GreedyTerms] | None:
         """What gives the terms of a greedy joint selection of rows by their ids; None where it knows of no pairs.
 
         Raises:
@@ -199,17 +200,15 @@ class Estimator(Settings):
         """What of `inputs` is of the checkpoints beside their rows: the weights, where they are not always equal."""
         return {}
 
-    def targets(self, pool: Pool, target: Target | PromptTarget) -> Targets:
+    def targets(self, pool: Pool, target: Target) -> Targets:
         """The token sequences that stand for the target.
 
         Raises:
             ConfigError: it takes labels, and prompts have none.
         """
-        if isinstance(target, Target):
-            return target.data
         if target.labels is not None and target.labels.ids == target.data.ids:
             return target.labels
-        if self.takes == "texts":
+        if self.takes == "texts" or not isinstance(target.data, Prompts):
             return target.data
         answered = 0 if target.labels is None else len(target.labels)
         raise ConfigError(
@@ -259,7 +258,7 @@ class ProductEstimator(Estimator):
         """What the rows are multiplied by, `[target dim]`: the targets' gradients, or what is made of them."""
         return targets
 
-    def influence(self, pool: Pool, target: Target | PromptTarget | None) -> Influence:
+    def influence(self, pool: Pool, target: Target | None) -> Influence:
         """The sum over checkpoints, weighted."""
         assert target is not None, self
         ids, matrix, stores = self.matrix(pool, self.targets(pool, target))
@@ -316,7 +315,7 @@ def summed(
     return ids, total, used
 
 
-def influence_of(method: Estimator, pool: Pool, target: Target | PromptTarget | None) -> Influence:
+def influence_of(method: Estimator, pool: Pool, target: Target | None) -> Influence:
     """`method.influence`, of which the form is checked.
 
     Raises:
@@ -378,7 +377,7 @@ def target_rows(queries: GradientStore, ids: SequenceABC[str]) -> Tensor:
 
 def conversations(data: Any) -> Iterable[Conversation]:
     """The messages of each row of a data set, of prompts, or of outputs."""
-    return data.conversations() if isinstance(data, Dataset) else (data.messages(id_) for id_ in data.ids)
+    return data.conversations() if isinstance(data, Rows) else (data.messages(id_) for id_ in data.ids)
 
 
 def rate_weights(checkpoints: SequenceABC[Checkpoint]) -> list[float]:

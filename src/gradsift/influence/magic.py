@@ -20,7 +20,6 @@ from gradsift.gradients.losses import row_losses
 from gradsift.influence.estimator import Estimator, Influence, Passes, TargetsByCheckpoint
 from gradsift.influence.metagradient import Adam
 from gradsift.influence.metagradient import metagradient as metagradient
-from gradsift.influence.prompts import PromptTarget
 from gradsift.influence.replay import Network, Positions, Record, Replay, Returned
 from gradsift.model.models import host
 from gradsift.store.manifest import fingerprint
@@ -108,7 +107,7 @@ class MAGIC(Estimator):
         parts += [f"{name} {value:g}" for name, value in (("lr", self.learning_rate), ("epochs", self.epochs)) if value]
         return f"MAGIC ({', '.join(parts)})" if parts else "MAGIC"
 
-    def influence(self, pool: Pool, target: Target | PromptTarget | None) -> Influence:
+    def influence(self, pool: Pool, target: Target | None) -> Influence:
         """Of every pool row, by going back through each training once for each group of targets."""
         assert target is not None, self
         source = self.targets(pool, target)
@@ -144,7 +143,7 @@ class MAGIC(Estimator):
             terms=MagicTerms(errors, growth, check),
         )
 
-    def passes(self, pool: Pool, target: Target | PromptTarget | None) -> list[Passes]:
+    def passes(self, pool: Pool, target: Target | None) -> list[Passes]:
         """Its trainings, the ways back, which take so much more than a training, and its check."""
         assert target is not None, self
         source = self.targets(pool, target)

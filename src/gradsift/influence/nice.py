@@ -86,7 +86,7 @@ class PolicyEstimator(ProductEstimator):
         check_server(self, checkpoints)
         return checkpoints
 
-    def targets(self, pool: Pool, target: Target | PromptTarget) -> PolicyTargets:
+    def targets(self, pool: Pool, target: Target) -> PolicyTargets:
         """The policy gradients of each checkpoint.
 
         Raises:
@@ -99,7 +99,7 @@ class PolicyEstimator(ProductEstimator):
         target.check_reward()
         return PolicyTargets(pool, target, self)
 
-    def influence(self, pool: Pool, target: Target | PromptTarget | None) -> Influence:
+    def influence(self, pool: Pool, target: Target | None) -> Influence:
         """As `ProductEstimator`, after all is sampled and rewarded: what is wrong with a reward shows early."""
         assert target is not None, self
         targets, checkpoints = self.targets(pool, target), self.checkpoints_of(pool)

@@ -23,7 +23,6 @@ from gradsift.execution.chunks import Chunks
 from gradsift.generation.endpoint import Client, Endpoint
 from gradsift.gradients.losses import row_losses
 from gradsift.influence.estimator import Estimator, Influence
-from gradsift.influence.prompts import PromptTarget
 from gradsift.model.models import host, model_identity
 from gradsift.rewards.function import function_identity, in_words, load_function, stdout_to_stderr
 from gradsift.rewards.judge import JudgeSettings, Unreadable, question_of, side_by_side, transcript
@@ -136,7 +135,7 @@ class RatedEstimator(Estimator):
     needs_target: ClassVar[bool] = False
     pairs: ClassVar[bool] = False
 
-    def influence(self, pool: Pool, target: Target | PromptTarget | None) -> Influence:
+    def influence(self, pool: Pool, target: Target | None) -> Influence:
         """The ratings, asked for where the run does not hold them."""
         found = rate(pool, self)
         return Influence(

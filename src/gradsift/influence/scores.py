@@ -69,7 +69,7 @@ class Scores:
     strata: Strata | None = field(default=None, repr=False, compare=False)
     found: Influence | None = field(default=None, repr=False, compare=False)
     pool: Pool | None = field(default=None, repr=False, compare=False)
-    target: Target | PromptTarget | None = field(default=None, repr=False, compare=False)
+    target: Target | None = field(default=None, repr=False, compare=False)
 
     def ranks(self) -> NDArray[np.int64]:
         """Rank of each example by the aggregate, 1 = highest, ties by position."""
@@ -108,7 +108,7 @@ class Scores:
 
 def score(
     pool: Pool,
-    target: Target | PromptTarget | None,
+    target: Target | None,
     method: Estimator | None = None,
     *,
     aggregation: Aggregation = "max_of_means",

@@ -99,7 +99,7 @@ class Walk:
 
     recipe: Recipe
     pool: Pool
-    target: Target | PromptTarget | None
+    target: Target | None
     kept: Pool | None
     works: list[Work] = field(default_factory=list)
     checkpoints: int = 0
@@ -182,9 +182,7 @@ class Walk:
             if targets and self.target is not None:
                 self._target_rows(method, self.target, number)
 
-    def _target_rows(
-        self, method: Estimator, target: Target | PromptTarget, number: int, view: View | None = None
-    ) -> None:
+    def _target_rows(self, method: Estimator, target: Target, number: int, view: View | None = None) -> None:
         """Those of a method; `view` is of the pool's rows that they go with, where it is not the method's own."""
         view = view or method.view
         assert view is not None, method

@@ -20,7 +20,7 @@ from gradsift.generation.samples import Samples, sample
 from gradsift.generation.sampling import Response, Sampler, Sampling
 from gradsift.gradients.policy import PolicyGradient, PolicySource, label_sequence
 from gradsift.gradients.rows import View
-from gradsift.influence.datainf import Damping, datainf_directions
+from gradsift.influence.datainf import Damping, damping_label, datainf_directions
 from gradsift.influence.estimator import Estimator, Influence, ProductEstimator, TrainingEstimator, refuse_too_many
 from gradsift.influence.prompts import (
     Earned,
@@ -167,7 +167,7 @@ class NICEIF(PolicyEstimator):
     @property
     def label(self) -> str:
         """What tables call it."""
-        return _label("NICE-IF", self, [] if self.damping == "auto" else [f"λ={self.damping:g}"])
+        return _label("NICE-IF", self, damping_label(self.damping))
 
 
 class PolicyTargets:

@@ -10,7 +10,7 @@ from gradsift.base.errors import ConfigError, ShapeError
 from gradsift.base.lazy import Tensor, torch
 from gradsift.context import Pool, Target
 from gradsift.gradients.rows import View
-from gradsift.influence.datainf import Damping, inverse_directions, inverse_product, mean_damping
+from gradsift.influence.datainf import Damping, damping_label, inverse_directions, inverse_product, mean_damping
 from gradsift.influence.estimator import Estimator, Influence, summed, target_rows
 from gradsift.influence.products import store_inner_products
 from gradsift.store.gradient_store import GradientStore
@@ -40,7 +40,7 @@ class TRAK(Estimator):
     def label(self) -> str:
         """What tables call it."""
         parts = ["whole kernel"] * (self.kernel == "whole") + ["last checkpoint"] * (self.checkpoints == "last")
-        parts += [] if self.damping == "auto" else [f"λ={self.damping:g}"]
+        parts += damping_label(self.damping)
         return f"TRAK ({', '.join(parts)})" if parts else "TRAK"
 
     @property

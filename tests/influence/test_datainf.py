@@ -290,9 +290,7 @@ def test_the_whole_inverse_of_some_rows(tmp_path: Path, monkeypatch: pytest.Monk
     chosen = sorted(store.ids, key=datainf._drawn)[:15]
     some = write_store(tmp_path / "b", rows[store.positions(chosen)])
     torch.testing.assert_close(found, whole_inverse_directions(some, targets, "spectral"))
-    assert not torch.allclose(
-        found, whole_inverse_directions(write_store(tmp_path / "c", rows[:15]), targets, "spectral")
-    )
+    assert not torch.allclose(found, whole_inverse_directions(first, targets, "spectral"))
 
 
 def test_a_pool_of_zeros_has_no_inverse(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from gradsift.gradients.batching import form_batches
 from gradsift.gradients.capture import LORA, find_modules
 from gradsift.gradients.folding import Captured
 from gradsift.gradients.projection import Projection, Projector, plan_segments
-from gradsift.gradients.rows import gradient_rows
+from gradsift.gradients.rows import RowSettings, gradient_rows
 from gradsift.model.loss import head_at, pad, to_device, token_mean
 from gradsift.store.gradient_store import GradientStoreWriter, ShardColumns
 from gradsift.store.storage import LocalStorage
@@ -269,9 +269,19 @@ class Work:
                 part = self.sequences[start : start + half]
                 rows = [Sequence(row, s.token_ids, s.weights) for row, s in enumerate(part)]
                 result = gradient_rows(
-                    self.model, self.modules, self.projector, rows, row_count=len(rows), token_budget=self.budget,
-                    views=("adam",), adam=self.adam, autocast=self.autocast, checkpointing=checkpointing,
-                )  # fmt: skip
+                    self.model,
+                    self.modules,
+                    self.projector,
+                    rows,
+                    RowSettings(
+                        token_budget=self.budget,
+                        views=("adam",),
+                        adam=self.adam,
+                        autocast=self.autocast,
+                        checkpointing=checkpointing,
+                    ),
+                    row_count=len(rows),
+                )
                 self.fits = min(self.fits, result.token_budget)
                 side = {"loss": result.loss, "norm": result.norms["adam"]}
                 write(partial(self._write, folder, shard, to_host({"rows": result.rows["adam"], **side})))

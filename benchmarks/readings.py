@@ -64,7 +64,7 @@ from gradsift.demo.model import demo_model
 from gradsift.explanation.coefficients import coefficients
 from gradsift.gradients.collect import Adam
 from gradsift.gradients.policy import PolicyGradient
-from gradsift.influence.bm25 import bm25_scores, model_tokens, spoken_text
+from gradsift.influence.bm25 import bm25_scores, spoken_text
 from gradsift.influence.dsir import dsir_log_ratios, hashed_counts
 from gradsift.influence.estimator import Estimator, rate_weights
 from gradsift.influence.less import less_scores
@@ -590,8 +590,8 @@ def conversations(name: str) -> list[Any]:
     return [example.messages for example in load_examples(str(path), what=name).examples]
 
 
-def as_words(sequences: SequenceABC[SequenceABC[int]]) -> list[list[str]]:
-    return model_tokens(np.array(ids, dtype=np.int32) for ids in sequences)
+def as_words(sequences: SequenceABC[SequenceABC[int]]) -> list[list[int]]:
+    return [list(ids) for ids in sequences]
 
 
 def alike(one: Any, other: Any, *, first: int = 10) -> list[float]:

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from gradsift.report.explanation_page import explanation_file, render_explanation
 from numpy.typing import NDArray
 from scipy.stats import rankdata, spearmanr
 
@@ -28,17 +29,14 @@ from gradsift.data.chat import ChatFormat
 from gradsift.data.load import load_examples
 from gradsift.data.overlap import normalised_hash
 from gradsift.demo.model import demo_model
-from gradsift.explanation.batch import relevance_of_choices
 from gradsift.explanation.coefficients import MODELS
 from gradsift.explanation.explain import ALL_STRATEGIES, Explanations, explain
 from gradsift.explanation.outputs import OutputSource, Question, questions_of
-from gradsift.explanation.relevance import to_db
+from gradsift.explanation.relevance import relevance_of_choices, to_db
 from gradsift.explanation.table import gain_over_naive, relevance_table
 from gradsift.influence.scores import Ranker
 from gradsift.jobs.explanation_pages import explanation_page
 from gradsift.model.models import load_tokenizer
-from gradsift.report.explanation_page import explanation_file, render_explanation
-from gradsift.selection.candidates import Candidates
 from gradsift.selection.selector import choose_all
 from gradsift.validation.validate import Validated, cells_of, sanity_check, validate
 from gradsift.warmup.train import PRESETS
@@ -176,15 +174,11 @@ def duplicates(pool: Pool, found: Explanations) -> dict[str, int]:
 
 def coefficient_table(found: Explanations) -> list[dict[str, Any]]:
     """Compact's Table 4 at k = 10, and the relevance under each model, over every estimator and strategy."""
-    pool = found.pool
-    assert pool is not None
-    store = pool.stores(pool.checkpoints()[-1], ["plain"])["plain"]
     strategies = [s for s in ALL_STRATEGIES if not s.last]
     values: dict[str, list[list[float]]] = {model: [] for model in MODELS}
     for entry in found.entries:
-        gradient = found.gradient_of(entry.id)
         for estimator in found.estimators:
-            competing = Candidates.stored(store, *found.scores_of(entry.id, estimator), gradient, test_id=entry.id)
+            competing = found.candidates_of(entry.id, estimator)
             choices = choose_all(strategies, competing, [10])
             for by_budget in relevance_of_choices(competing, choices):
                 for model, relevances in by_budget[10].items():

@@ -44,7 +44,7 @@ from gradsift.gradients.adam import AdamDirection
 from gradsift.gradients.batching import Batch, automatic_lanes, automatic_token_budget, form_batches
 from gradsift.gradients.capture import LORA, find_modules
 from gradsift.gradients.projection import Projection, Projector, plan_segments
-from gradsift.gradients.rows import gradient_rows
+from gradsift.gradients.rows import RowSettings, gradient_rows
 from gradsift.model.loss import token_mean
 from gradsift.store.gradient_store import GradientStore, GradientStoreWriter, ShardColumns
 from gradsift.store.storage import LocalStorage
@@ -221,12 +221,14 @@ class Work:
             self.modules,
             self.projector,
             sequences,
+            RowSettings(
+                token_budget=self.budget,
+                lanes=self.lanes,
+                views=("adam",),
+                adam=self.adam,
+                autocast=torch.bfloat16 if self.args.autocast else None,
+            ),
             row_count=len(sequences),
-            token_budget=self.budget,
-            lanes=self.lanes,
-            views=("adam",),
-            adam=self.adam,
-            autocast=torch.bfloat16 if self.args.autocast else None,
         )
         prefix = f"store-{time.monotonic_ns()}"
         writer = GradientStoreWriter(
@@ -489,8 +491,8 @@ def section_explain(args: argparse.Namespace) -> dict[str, Any]:
     On one core: 8192-dimensional rows from memory in fp16, read as fp32. First the 100 candidates of one order, then
     those of all four, of which about 300 are different.
     """
-    from gradsift.explanation.batch import relevance_of_choices
     from gradsift.explanation.coefficients import MODELS
+    from gradsift.explanation.relevance import relevance_of_choices
     from gradsift.selection.candidates import Candidates
     from gradsift.selection.selector import Choices, choose_all
 

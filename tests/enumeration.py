@@ -19,7 +19,7 @@ from gradsift.generation.sampling import Response
 from gradsift.gradients.capture import LORA, find_modules
 from gradsift.gradients.folding import Captured
 from gradsift.gradients.projection import Projection, Projector, plan_segments
-from gradsift.gradients.rows import gradient_rows
+from gradsift.gradients.rows import RowSettings, gradient_rows
 
 sys.path.insert(0, str(Path(__file__).parent / "gradients"))
 from tiny_models import tiny_llama, with_lora
@@ -101,7 +101,12 @@ class Policy:
             plan_segments({c.name: c.shape for c in self.modules}, projection), projection, dtype=torch.float64
         )
         found = gradient_rows(
-            self.model, self.modules, projector, sequences, row_count=count, token_budget=budget, lanes=lanes
+            self.model,
+            self.modules,
+            projector,
+            sequences,
+            RowSettings(token_budget=budget, lanes=lanes),
+            row_count=count,
         )
         assert not found.bad
         return found.rows["plain"]

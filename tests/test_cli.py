@@ -414,7 +414,7 @@ def test_estimators_of_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None
     assert explained("-e", "less", "-e", "trak", "--kernel", "whole") == LESS(optimizer="sgd", checkpoints="last")
     assert recipes[-1].explain.estimators[1] == TRAK(kernel="whole", checkpoints="last")
     refused = Cli("explain", *base, "--prompt", "why?", "-e", "datainf", "--kernel", "whole")
-    assert refused.err == "error: --kernel goes with trak, not with --estimator datainf: leave it out\n"
+    assert refused.err == "error: --kernel goes with projected_inverse, trak, not with --estimator datainf: leave it out\n"
     for name, method in (("datainf", DataInf), ("projected_inverse", ProjectedInverse)):
         assert scored("--estimator", name, "--damping", "1e-4") == method(damping=1e-4)
         assert explained("--estimator", name, "--damping", "auto") == method()

@@ -22,7 +22,7 @@ from gradsift.explanation.relevance import Relevance, aggregate_relevance, to_db
 from gradsift.gradients.adam import AdamDirection
 from gradsift.gradients.capture import find_modules
 from gradsift.gradients.projection import Projection, Projector, plan_segments
-from gradsift.gradients.rows import gradient_rows
+from gradsift.gradients.rows import RowSettings, gradient_rows
 from gradsift.influence.products import unit_rows
 from gradsift.model.loss import token_mean
 from gradsift.warmup.train import Warmup
@@ -62,7 +62,12 @@ def rows_of(
     } if moments else None  # fmt: skip
     view = "adam" if moments else "plain"
     found = gradient_rows(
-        model, modules, projector, sequences, row_count=count, token_budget=64, views=[view], adam=directions
+        model,
+        modules,
+        projector,
+        sequences,
+        RowSettings(token_budget=64, views=[view], adam=directions),
+        row_count=count,
     )
     return found.rows[view].numpy()
 

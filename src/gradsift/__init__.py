@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from gradsift.base.progress import Reporter
     from gradsift.compare.run import run_compare
     from gradsift.compare.table import Comparison
-    from gradsift.context import Pool, Target, open_pool, open_target
+    from gradsift.context import Pool, Setup, Target, open_pool, open_target
     from gradsift.data.load import Columns
     from gradsift.evaluation.arms import Arm, Compare, Curve
     from gradsift.evaluation.evaluate import Evaluation, evaluate
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from gradsift.evaluation.mean_reward import MeanReward
     from gradsift.evaluation.metric import Figure, Measured
     from gradsift.evaluation.pairwise import Pairwise
-    from gradsift.evaluation.setup import Setup, Trained, open_model
+    from gradsift.evaluation.setup import Trained, open_model
     from gradsift.explanation.explain import ALL_STRATEGIES, Explanation, Explanations, explain
     from gradsift.explanation.outputs import Question
     from gradsift.explanation.relevance import selection_relevance
@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from gradsift.influence.estimator import Estimator, Influence
     from gradsift.influence.ji2s import JI2S
     from gradsift.influence.less import LESS
+    from gradsift.influence.magic import MAGIC
     from gradsift.influence.nice import NICE, NICEIF
     from gradsift.influence.prompts import PromptTarget, open_prompts
     from gradsift.influence.random import Random
@@ -91,7 +92,7 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "gradsift.compare.run": ("run_compare",),
-    "gradsift.context": ("Pool", "Target", "open_pool", "open_target"),
+    "gradsift.context": ("Pool", "Setup", "Target", "open_pool", "open_target"),
     "gradsift.data.load": ("Columns",),
     "gradsift.base.errors": ("GradsiftError",),
     "gradsift.evaluation.arms": ("Arm", "Compare", "Curve"),
@@ -105,7 +106,7 @@ _WHERE = {
     "gradsift.evaluation.mean_reward": ("MeanReward",),
     "gradsift.evaluation.metric": ("Figure", "Measured"),
     "gradsift.evaluation.pairwise": ("Pairwise",),
-    "gradsift.evaluation.setup": ("Setup", "Trained", "open_model"),
+    "gradsift.evaluation.setup": ("Trained", "open_model"),
     "gradsift.explanation.explain": ("ALL_STRATEGIES", "Explanation", "Explanations", "explain"),
     "gradsift.explanation.outputs": ("Question",),
     "gradsift.explanation.relevance": ("selection_relevance",),
@@ -126,6 +127,7 @@ _WHERE = {
     "gradsift.influence.ji2s": ("JI2S",),
     "gradsift.influence.estimator": ("Estimator", "Influence"),
     "gradsift.influence.less": ("LESS",),
+    "gradsift.influence.magic": ("MAGIC",),
     "gradsift.influence.dsir": ("DSIR",),
     "gradsift.influence.random": ("Random",),
     "gradsift.influence.ratings": (
@@ -170,7 +172,7 @@ __all__ = [  # noqa: RUF022  # kept in the order of the flow
     "Warmup", "Training", "warm_up", "train", "Checkpoint", "open_checkpoint",
     "Gradients", "Adam", "Projection", "collect", "GradientStore", "MeasuredError", "Run",
     "score", "Scores", "Estimator", "Influence",
-    "LESS", "DataInf", "ProjectedInverse", "TRAK", "JI2S", "BM25", "RDS", "DSIR", "Random",
+    "LESS", "DataInf", "ProjectedInverse", "TRAK", "JI2S", "MAGIC", "BM25", "RDS", "DSIR", "Random",
     "AlpaGasus", "DEITA", "JudgeRating", "FunctionRating", "LengthRating", "PerplexityRating", "DifficultyRating",
     "NICE", "NICEIF", "open_prompts", "PromptTarget", "Sampling", "Assistant", "Endpoint", "PolicyGradient", "diagnose",
     "PolicyDiagnostics", "select", "Selection", "Selector", "Candidates", "TopK", "FacilityLocation", "RandomChoice",

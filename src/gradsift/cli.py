@@ -280,7 +280,7 @@ def _print_json(content: Any) -> None:
 
 
 def _print_result(result: Any, given: Given) -> None:
-    from gradsift.jobs.printing import print_result
+    from gradsift.jobs.report import print_result
     from gradsift.jobs.results import summary
 
     if given["json"]:
@@ -578,7 +578,7 @@ def list_(given: Given) -> None:
 
     Example: gradsift list
     """
-    from gradsift.jobs.printing import print_methods
+    from gradsift.jobs.report import print_methods
 
     _calm_libraries()
     print_methods()
@@ -644,7 +644,7 @@ def compare(given: Given, recipe: Path) -> None:
     """
     from gradsift.base.errors import IncompleteError
     from gradsift.compare.run import run_compare
-    from gradsift.compare.text import print_comparison
+    from gradsift.compare.shown import print_comparison
 
     results = [run_compare(one, _reporter(given)) for one in _read_recipes(recipe, given)]
     if given["json"]:
@@ -670,7 +670,7 @@ def report(given: Given, out: str) -> None:
 
     Example: gradsift report runs/math --to math.html
     """
-    from gradsift.jobs.report_data import rewrite_report
+    from gradsift.jobs.pages import rewrite_report
     from gradsift.store.storage import LocalStorage
 
     path = rewrite_report(out)

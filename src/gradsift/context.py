@@ -17,10 +17,11 @@ from gradsift.data.dataset import Dataset
 from gradsift.data.load import Columns
 from gradsift.data.overlap import overlap_of_hashes
 from gradsift.data.prepare import prepare
+from gradsift.data.rows import Rows
 from gradsift.data.sample import RowSample
 from gradsift.execution.engine import LOCAL, Engine
 from gradsift.gradients.capture import find_modules
-from gradsift.gradients.collect import Gradients, collect, known_error
+from gradsift.gradients.collect import AtCheckpoint, Gradients, collect_at
 from gradsift.gradients.rows import View
 from gradsift.gradients.self_check import kept_check
 from gradsift.model.models import DtypeName, find_adapter, load_tokenizer, model_identity, positions, resolve_device
@@ -33,8 +34,27 @@ from gradsift.warmup.train import Warmup, warm_up
 _CHECKED = 64  # rows, of which the self-check takes a short one and a long one
 
 
-@dataclass(frozen=True)
-class Pool:
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """A model, and the run folder that keeps what is found out about it: as `open_model` makes it, or a `Pool`.
+
+    model:         hub id or folder of the base model
+    chat:          its chat template, with the length that examples are cut at
+    dtype, device: it is run in, and on
+    reporter:      where progress goes
+    """
+
+    run: Run
+    model: str
+    chat: ChatFormat = field(repr=False)
+    tokenizer: Any = field(repr=False)
+    dtype: DtypeName = "auto"
+    device: str = "auto"
+    reporter: Reporter = field(default_factory=silent, repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pool(Setup):
     """Training examples to choose from, the model they are for, and the folder that keeps every result.
 
     Made by `open_pool`. Nothing heavy has happened yet: checkpoints are trained and gradients collected when first
@@ -44,20 +64,13 @@ class Pool:
     training: what the warm-up trains on: all examples, of which `data` may be a sample
     """
 
-    run: Run
-    model: str
     data: Dataset
     training: Dataset
-    chat: ChatFormat = field(repr=False)
-    tokenizer: Any = field(repr=False)
     warmup: Warmup = field(default_factory=Warmup)
     adapters: tuple[str, ...] = ()
     gradients: Gradients = field(default_factory=Gradients)
-    dtype: DtypeName = "auto"
-    device: str = "auto"
     seed: int = 0
     engine: Engine = field(default=LOCAL, repr=False, compare=False)
-    reporter: Reporter = field(default_factory=silent, repr=False)
 
     def checkpoints(self) -> list[Checkpoint]:
         """The adapters that were given, or those of the warm-up, trained now if the run does not hold them."""
@@ -96,26 +109,23 @@ class Pool:
 
     def measured_error(self, checkpoint: Checkpoint, view: View) -> MeasuredError | None:
         """Of the pool's gradient store, where the run holds one and it could be measured."""
-        return known_error(
-            self.run, self.data, checkpoint, model=self.model, view=view, settings=self.gradients, dtype=self.dtype
-        )
+        content = self.kept(self.data, checkpoint, view)
+        return None if content is None else MeasuredError.of_dict(content.get("measured_error"))
+
+    def kept(self, source: Any, checkpoint: Checkpoint, view: View) -> dict[str, Any] | None:
+        """The manifest of a store that the run holds; nothing is collected, and no row is read."""
+        return self.at(checkpoint).kept(self.run, source, view)
+
+    def at(self, checkpoint: Checkpoint) -> AtCheckpoint:
+        """How this pool's gradients are taken at a checkpoint."""
+        return AtCheckpoint(checkpoint, self.model, self.gradients, self.dtype, self.device)
 
     def collect(
         self, source: Any, checkpoint: Checkpoint, views: SequenceABC[View], *, what: str
     ) -> dict[View, GradientStore]:
         """Gradient stores of any sequences with this pool's model and settings."""
-        return collect(
-            self.run,
-            source,
-            checkpoint,
-            model=self.model,
-            views=views,
-            settings=self.gradients,
-            dtype=self.dtype,
-            device=self.device,
-            what=what,
-            reporter=self.reporter,
-            engine=self.engine,
+        return collect_at(
+            self.run, source, self.at(checkpoint), views, what=what, reporter=self.reporter, engine=self.engine
         )
 
 
@@ -123,13 +133,52 @@ class Pool:
 class Target:
     """What the pool is to help with: labelled examples, in subtasks or not.
 
-    overlap: pool examples that are also in the target; they are left out of scores and selections
     subtasks: a label per target example, or None
+    overlap: pool examples that are also in the target; they are left out of scores and selections
     """
 
-    data: Dataset
-    subtasks: tuple[str, ...] | None
-    overlap: tuple[Skipped, ...]
+    data: Rows
+    subtasks: tuple[str, ...] | None = None
+    overlap: tuple[Skipped, ...] = ()
+
+    @property
+    def labels(self) -> Dataset | None:
+        """The rows that have an answer, tokenised; None where there is none."""
+        return self.data if isinstance(self.data, Dataset) else None
+
+
+def setup_of(
+    model: str,
+    out: str | Run,
+    *,
+    max_length: int,
+    supervise: Supervise,
+    dtype: DtypeName,
+    device: str,
+    reporter: Reporter | None,
+) -> Setup:
+    """A model in a run folder, as `open_pool` and `open_model` have it alike, so that both find the same results.
+
+    Raises:
+        ModelError: the model cannot be found.
+        ConfigError: a length below 2.
+    """
+    place = resolve_device(device)
+    if dtype == "auto" and place == "cpu":
+        dtype = "float32"  # said outright, so that a run that moves to a GPU does not mix rows of two precisions
+    if max_length < 2:
+        raise ConfigError(f"--max-length is {max_length}: a prompt and one answer token need at least 2")
+    model_identity(model)  # before its tokenizer is looked for
+    tokenizer = load_tokenizer(model)
+    return Setup(
+        run=out if isinstance(out, Run) else Run(out),
+        model=model,
+        chat=ChatFormat(tokenizer, supervise=supervise, max_length=max_length),
+        tokenizer=tokenizer,
+        dtype=dtype,
+        device=device,
+        reporter=reporter or silent(),
+    )
 
 
 def open_pool(
@@ -177,51 +226,39 @@ def open_pool(
         ConfigError: a row has more tokens than the model has positions.
         MismatchError: the run folder belongs to another model or pool.
     """
-    run = out if isinstance(out, Run) else Run(out)
-    place = resolve_device(device)
-    if dtype == "auto" and place == "cpu":
-        dtype = "float32"  # said outright, so that a run that moves to a GPU does not mix rows of two precisions
-    reporter = reporter or silent()
-    if max_length < 2:
-        raise ConfigError(f"--max-length is {max_length}: a prompt and one answer token need at least 2")
+    setup = setup_of(
+        model, out, max_length=max_length, supervise=supervise, dtype=dtype, device=device, reporter=reporter
+    )
+    if setup.chat.announcement:
+        setup.reporter.warn(setup.chat.announcement)
     belongs: dict[str, Any] = {"model": model_identity(model)}
-    tokenizer = load_tokenizer(model)
-    chat = ChatFormat(tokenizer, supervise=supervise, max_length=max_length)
-    if chat.announcement:
-        reporter.warn(chat.announcement)
 
     def check(pool: str) -> None:
         """The folder belongs to what was read, by whichever revision it is tokenised."""
         belongs["pool"] = pool
-        run.refuse_other(belongs)
+        setup.run.refuse_other(belongs)
 
     data = prepare(
-        run,
+        setup.run,
         source,
-        chat,
+        setup.chat,
         what="pool",
         columns=columns,
         keep_duplicates=keep_duplicates,
         check=check,
-        reporter=reporter,
+        reporter=setup.reporter,
     )
     refuse_longer(data, model, what="pool")
-    run.bind(belongs)
+    setup.run.bind(belongs)
     return Pool(
-        run=run,
-        model=model,
+        **vars(setup),
         data=data if sample is None else data.sample(sample, seed),
         training=data,
-        chat=chat,
-        tokenizer=tokenizer,
         warmup=warmup or Warmup(),
         adapters=tuple(adapters),
         gradients=gradients or Gradients(),
-        dtype=dtype,
-        device=device,
         seed=seed,
         engine=engine,
-        reporter=reporter,
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +12,18 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from pydantic import TypeAdapter
 
 import gradsift as gs
 from gradsift.compare.run import run_compare
+from gradsift.compare.shown import print_comparison
 from gradsift.compare.table import Cell, Comparison, tabulate
-from gradsift.compare.text import print_comparison
 from gradsift.evaluation.arms import Arm, Compare, Contender, contenders
 from gradsift.evaluation.metric import Figure, Measured
 from gradsift.influence.less import LESS
 from gradsift.influence.random import Random
 from gradsift.model.embeddings import at_hand
 from gradsift.recipe import Recipe, as_yaml, load_recipe
-from gradsift.report.comparison_data import ComparisonPage
+from gradsift.report.blocks import Chart, Choice, Examples, Facts, Map, Page, Table, Text, walk
 from gradsift.rewards.form import Length
 from gradsift.selection.top_k import TopK
 from gradsift.warmup.train import TRAINING_PRESETS, Training, Warmup
@@ -152,10 +150,11 @@ def test_the_tables_on_the_terminal(done: Comparison, capsys: pytest.CaptureFixt
     """The table has every arm and budget with ± and interval, says what ± covers, and the time of each stage."""
     print_comparison(done)
     shown = capsys.readouterr().out
-    assert "held-out loss on test.jsonl: loss in nats per token, lower is better" in shown
-    assert f"{done.row('LESS', 12, 'loss').mean.mean:.4f} ± " in shown
+    assert "loss" in shown
+    assert "nats per token, lower is better" in shown
+    assert f"{done.row('LESS', 12, 'loss').mean.mean:.3f} ± " in shown
     assert "± is the standard deviation over 2 seeds of the fine-tuning" in shown
-    assert "Wall time in seconds" in shown
+    assert "Wall time of each stage" in shown
     assert "comparison.parquet" in shown
 
 
@@ -181,15 +180,26 @@ def test_interrupted_twice_and_resumed_it_is_the_undisturbed_one(
     assert not (tmp_path / "run" / "comparison.json").exists()
     resumed = run_compare(recipe)
     assert figures(resumed) == figures(done)
-    pages = [replace(page_of(out), created="", costs=(), repeat={}) for out in (done.out, resumed.out)]
+    pages = [
+        [one for one in page_of(out).sections if one.id not in ("costs", "repeat")] for out in (done.out, resumed.out)
+    ]
     assert pages[0] == pages[1]
     again = run_compare(recipe)
     assert again.as_dict() == resumed.as_dict()  # times included: what is found again keeps its time
 
 
-def page_of(out: Path | str) -> ComparisonPage:
+def page_of(out: Path | str) -> Page:
     """What comparison.html was made from."""
-    return TypeAdapter(ComparisonPage).validate_json((Path(out) / "comparison.page.json").read_bytes())
+    return Page.of_json((Path(out) / "comparison.page.json").read_bytes())
+
+
+def blocks_of(page: Page, section: str, kind: type, when: dict[str, str] | None = None) -> list[Any]:
+    """The blocks of a kind in a section, or in its choice of such a state."""
+    found = page.section(section)
+    parts: list[Any] = [] if found is None else list(walk(found.blocks))
+    if when is not None:
+        parts = [one for part in parts if isinstance(part, Choice) and part.when == when for one in walk(part.blocks)]
+    return [part for part in parts if isinstance(part, kind)]
 
 
 @pytest.fixture(scope="module")
@@ -210,48 +220,57 @@ def test_the_page_shows_what_was_chosen(done: Comparison, same_pool: gs.Pool) ->
     """Pool and choices by source and length are counts of the rows themselves, all seeds added up; every point of the
     map knows in how many seeds it was chosen; a ready data set has its own counts, the whole pool none."""
     page, data = page_of(done.out), same_pool.data
-    assert page.pool is not None
-    assert (page.pool.size, page.pool.source_name) == (24, "source")
-    assert page.pool.sources == {"colour": 12, "sound": 12}
-    assert page.pool.median_tokens == np.median(data.lengths)
-    assert page.pool.lengths == tuple(np.histogram(data.lengths, page.pool.length_edges)[0])
-    names = [method.name for method in page.methods]
-    assert [(names[one.method], one.budget) for one in page.chosen] == [
-        ("LESS", 6), ("LESS", 12), ("random", 6), ("random", 12), ("ready.jsonl", 5),
-    ]  # fmt: skip
-    for one in page.chosen[:4]:
-        ids = [id_ for cell in done.cells if (cell.arm, cell.budget) == (names[one.method], one.budget)
-               for id_ in cell.ids]  # fmt: skip
-        assert (one.seeds, one.count) == (2, 2 * one.budget) == (2, len(ids))
-        assert one.sources == Counter(data.row(id_)["source"] for id_ in ids)
-        lengths = data.lengths[data.positions(ids)]
-        assert one.median_tokens == np.median(lengths)
-        assert one.lengths == tuple(np.histogram(lengths, page.pool.length_edges)[0])
-        if page.points:
-            assert {page.points[number].id: times for number, times in one.points.items()} == Counter(ids)
-    assert page.chosen[4].sources == {"colour": 6, "sound": 4}  # five rows with two seeds
-    if at_hand():
-        assert sorted(point.id for point in page.points) == sorted(data.ids)
-        assert {(point.source, point.tokens) for point in page.points} == {
-            (data.row(id_)["source"], int(length)) for id_, length in zip(data.ids, data.lengths, strict=True)
+    names = [contender.name for contender in done.contenders]
+    for budget in (6, 12):
+        when = {"k": str(budget)}
+        (table,) = blocks_of(page, "chosen", Table, when)
+        assert [column.name for column in table.columns] == ["source", "pool", "LESS", "random", "ready.jsonl"]
+        assert {row.cells[0]: row.cells[1].note for row in table.rows} == {"colour": "12", "sound": "12"}
+        charts = blocks_of(page, "chosen", Chart, when)
+        assert [(chart.caption, chart.series) for chart in charts] == [
+            (name, names.index(name)) for name in ("LESS", "random", "ready.jsonl")
+        ]
+        for number, name in enumerate(("LESS", "random")):
+            ids = [id_ for cell in done.cells if (cell.arm, cell.budget) == (name, budget) for id_ in cell.ids]
+            sources = Counter(data.row(id_)["source"] for id_ in ids)
+            assert {row.cells[0]: int(row.cells[2 + number].note.split()[0]) for row in table.rows} == {
+                "colour": sources["colour"], "sound": sources["sound"],
+            }  # fmt: skip
+            lengths, bars = data.lengths[data.positions(ids)], charts[number].bars
+            assert bars.chosen == pytest.approx(np.histogram(lengths, bars.edges)[0] / len(lengths))
+            assert bars.all == pytest.approx(np.histogram(data.lengths, bars.edges)[0] / 24)
+            assert charts[number].note == f"median {np.median(lengths):,.0f}"
+        assert [row.cells[4].note.split()[0] for row in table.rows] == ["3", "2"]
+    maps = blocks_of(page, "chosen", Map)
+    if not at_hand():
+        assert any("no map of embeddings" in text.text for text in blocks_of(page, "warnings", Text))
+        return
+    (drawn,) = maps
+    assert sorted(example.id for example in drawn.examples) == sorted(data.ids)
+    for view in drawn.views:
+        cells = [
+            c for c in done.cells if (names.index(c.arm), c.budget) == (int(view.when["method"]), int(view.when["k"]))
+        ]
+        times = Counter(id_ for cell in cells for id_ in cell.ids)
+        assert {drawn.examples[number].id for number in view.picks} == set(times)
+        assert {drawn.examples[number].id for number in view.some} == {
+            id_ for id_, count in times.items() if count == 1
         }
-    else:
-        assert any("no map of embeddings" in warning for warning in page.warnings)
 
 
 def test_the_page_shows_the_ends_of_each_ranking(tiny: World, done: Comparison, same_pool: gs.Pool) -> None:
     """The highest and lowest by the method's own scores, with rank and columns; chance has none."""
     page = page_of(done.out)
-    (ends,) = page.extremes
-    assert page.methods[ends.method].name == "LESS"
+    assert [choice.when for choice in blocks_of(page, "extremes", Choice)] == [{"method": "0"}]
+    highest, lowest = (found.examples for found in blocks_of(page, "extremes", Examples))
     scores = gs.score(same_pool, gs.open_target(tiny.target, same_pool), LESS())
     order = np.argsort(-scores.aggregate, kind="stable")
-    assert [one.id for one in ends.highest] == [scores.ids[place] for place in order[:10]]
-    assert [one.id for one in ends.lowest] == [scores.ids[place] for place in order[::-1][:10]]
-    assert [one.rank for one in ends.lowest] == list(range(24, 14, -1))
-    first = ends.highest[0]
-    assert first.score == pytest.approx(float(scores.aggregate.max()))
-    assert [first.prompt, first.answer] == [turn["content"] for turn in same_pool.data.messages(first.id)]
+    assert [one.id for one in highest] == [scores.ids[place] for place in order[:10]]
+    assert [one.id for one in lowest] == [scores.ids[place] for place in order[::-1][:10]]
+    assert [one.lead for one in lowest] == [str(rank) for rank in range(24, 14, -1)]
+    first = highest[0]
+    assert float(dict(first.facts)["score"].replace("\u2212", "-")) == pytest.approx(scores.aggregate.max(), abs=1e-3)
+    assert [turn.text for turn in first.turns] == [turn["content"] for turn in same_pool.data.messages(first.id)]
     assert first.columns["source"] == same_pool.data.row(first.id)["source"]
 
 
@@ -271,21 +290,25 @@ def test_curves_are_the_metrics_of_each_epoch(tiny: World, files: Path, done: Co
     assert curve.reward == tuple(one["reward"].value for one in found)
     assert curve.steps == (0, json.loads((Path(cell.path) / "checkpoint.json").read_text())["steps"])
     page = page_of(done.out)
-    assert page.reward_name == "length reward"
-    drawn = next(one for one in page.curves if page.methods[one.method].name == "full pool")
-    assert (drawn.steps, drawn.loss, drawn.reward) == (curve.steps, curve.loss, curve.reward)
+    charts = blocks_of(page, "curves", Chart, {"k": "6"})
+    assert [chart.caption for chart in charts] == ["validation loss", "length reward"]
+    for chart, values in zip(charts, (curve.loss, curve.reward), strict=True):
+        drawn = next(line for line in chart.lines if line.name.startswith("full pool"))
+        assert [(point.x, point.y) for point in drawn.points] == list(zip(curve.steps, values, strict=True))
 
 
 def test_the_page_tells_how_to_repeat_it(done: Comparison, tmp_path: Path) -> None:
     """Its recipe is the one that was run, with versions and the data's fingerprints beside it; facts name what was
     compared."""
     page = page_of(done.out)
-    (tmp_path / "again.yaml").write_text(page.repeat["recipe"])
+    (repeat,), (facts,) = (blocks_of(page, name, Facts) for name in ("repeat", "run"))
+    (tmp_path / "again.yaml").write_text(repeat.facts["recipe"])
     assert load_recipe(tmp_path / "again.yaml").compare is not None
-    assert {"gradsift", "torch", "python"} <= set(page.repeat["versions"])
-    assert set(page.repeat["fingerprints"]) == {"pool", "target", "ready.jsonl"}
-    assert page.facts["seeds"] == "0, 1"
-    assert [method.size for method in page.methods] == [None, None, 24, 0, 5]
+    assert {"gradsift", "torch", "python"} <= set(repeat.facts["versions"])
+    assert set(repeat.facts["fingerprints"]) == {"pool", "target", "ready.jsonl"}
+    assert facts.facts["seeds"] == "0, 1"
+    sizes = [row.cells[0].note for row in blocks_of(page, "results", Table)[0].rows]
+    assert sizes == ["", "", "24 examples", "not trained", "5 examples"]
     assert page.created
 
 

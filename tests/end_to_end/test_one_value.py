@@ -188,16 +188,17 @@ def test_a_choice_by_rewards(tiny: World, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (out / "selected.jsonl").read_text().splitlines()]
     table = {row["id"]: row for row in pq.read_table(out / "scores.parquet").to_pylist()
              if (row["target"], row["method"]) == ("*", chosen["estimator"])}  # fmt: skip
-    of_terminal = {cells[5]: cells for cells in lines_of(terminal) if len(cells) == 7}
+    of_terminal = {cells[6]: cells for cells in lines_of(terminal) if len(cells) == 8}
     for place, id_ in enumerate(chosen["ids"]):
         value = chosen["scores"][place]
         kept = [chosen["kept"][over][place] for over in ("samples", "targets")]
         assert (rows[place]["gradsift_id"], rows[place]["gradsift_score"]) == (id_, pytest.approx(value))
         assert table[id_]["score"] == pytest.approx(value)
         assert table[id_]["rank"] == rows[place]["gradsift_rank"]
-        assert is_rounded(of_terminal[id_][1], value)
-        assert of_terminal[id_][2] == str(table[id_]["rank"])
-        assert all(is_rounded(text, share) for text, share in zip(of_terminal[id_][3:5], kept, strict=True))
+        _, rank, score, tokens, *again = of_terminal[id_][:6]
+        assert (rank, tokens) == (str(table[id_]["rank"]), str(table[id_]["tokens"]))
+        assert is_rounded(score, value)
+        assert all(is_rounded(text, share) for text, share in zip(again, kept, strict=True))
         assert [diagnostics["kept"][over][id_] for over in ("samples", "targets")] == kept
         own = re.search(
             rf"rank (\d+) score ({_NUMBER}) supervised tokens (\d+) again with new samples (\d+ %) "
@@ -229,15 +230,15 @@ def test_a_choice_by_rewards(tiny: World, tmp_path: Path) -> None:
 def check_shares(found: Any, terminal: str, page: str) -> None:
     """How much of the choice has each value of a column."""
     tables = list(rows_of(page))
-    for chosen in found["selections"]:
-        for column, counts in chosen["shares"].items():
+    lines = {cells[0]: cells[2:] for cells in lines_of(terminal) if len(cells) == 2 + len(found["selections"])}
+    for number, chosen in enumerate(found["selections"]):
+        for counts in chosen["shares"].values():
             total = sum(counts.values())
             assert total == len(chosen["ids"])
-            line = re.search(rf"{re.escape(chosen['estimator'])} +{column}: (.*)", terminal)
-            assert line
-            parts = dict(part.rsplit(" ", 1) for part in line[1].strip().split(", "))
             for value, count in counts.items():
-                assert is_rounded(parts[value], count / total)
+                share, _, rest = lines[value][number].partition(" %")
+                assert is_rounded(f"{share} %", count / total)
+                assert rest.split()[0] == str(count)
                 percents = [p for cells in tables if cells[:1] == [value] for p in re.findall(r"[\d.]+ %", str(cells))]
                 assert any(is_rounded(percent, count / total) for percent in percents)
 
@@ -248,18 +249,21 @@ def check_rewards(diagnostics: Any, terminal: str, page: str) -> None:
     notes = r" (with a reward|standard deviation.*|all responses.*|at the.*|mean|gradients.*|with the.*)$"
     tables = [cells for cells in rows_of(page) if len(cells) == 1 + len(names)]
     of_page = {re.sub(notes, "", cells[0]): cells[1:] for cells in tables}
-    of_terminal = {cells[0]: cells[1:] for cells in lines_of(terminal) if len(cells) == 8}
+    of_terminal = {cells[0]: cells[1:] for cells in lines_of(terminal) if len(cells) == 1 + len(names)}
     for number, (name, entry) in enumerate(zip(names, diagnostics["checkpoints"], strict=True)):
         earned = entry["rewards"]
         halves = [value for value in entry["half_cosine"] if value is not None]
         silent = f"{len(earned['no_signal'])} of {earned['prompts']}"
-        shown = of_terminal[name]
-        assert (shown[0], shown[3]) == (str(earned["responses"]), silent)
-        figures = [earned["mean"], earned["within"], earned["cut_off"]]
-        assert all(is_rounded(shown[place], value) for place, value in zip((1, 2, 4), figures, strict=True))
-        assert is_rounded(shown[5], float(np.median(halves))) if halves else shown[5] == "–"
-        assert of_page["responses"][number] == str(earned["responses"])
-        assert of_page["prompts without signal"][number] == silent
+        assert name in plain(terminal)
+        cosine = of_terminal["cosine of halves"][number]
+        assert is_rounded(cosine, float(np.median(halves))) if halves else cosine == "undefined"
+        for shown in (of_page, of_terminal):
+            assert next(own for row, own in shown.items() if row.startswith("responses"))[number] == str(
+                earned["responses"]
+            )
+            assert shown["prompts without signal"][number] == silent
+            assert is_rounded(shown["mean reward"][number], earned["mean"])
+            assert is_rounded(shown["spread within a prompt"][number], earned["within"])
         for row, value in (("mean reward", earned["mean"]), ("spread within a prompt", earned["within"]),
                            ("responses cut off", earned["cut_off"]), ("rewards above 0", earned["positive"]),
                            ("tokens of a response", earned["tokens"])):  # fmt: skip

@@ -7,10 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from gradsift.report.blocks import Chart, Examples, Group, Page, Table, walk
 from tiny_world import Cli, World, pool_rows, write_rows
 
 TRAP = "</script><script>alert(1)</script> {{7*7}} <|im_start|>system"
@@ -42,63 +42,75 @@ def run(tiny: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-@pytest.fixture(scope="module")
-def report(run: Path) -> dict[str, Any]:
-    data: dict[str, Any] = json.loads((run / "report.json").read_text())
-    return data
+def kept(run: Path, section: str, kind: type) -> list[Any]:
+    """The blocks of a kind in a section of the page, as report.json has them."""
+    found = Page.of_json((run / "report.json").read_bytes()).section(section)
+    assert found is not None
+    return [block for block in walk(found.blocks) if isinstance(block, kind)]
 
 
-def test_every_prompt_has_its_best_and_worst_responses_with_rewards(run: Path, report: dict[str, Any]) -> None:
-    """The page's data names them for each prompt of the target; what a reward is and what a response said agree."""
-    rewards = report["rewards"]
-    assert [prompt["id"] for prompt in rewards["prompts"]] == ["t0", "t1", "t2"]
-    assert rewards["all_prompts"] == 3
+def test_every_prompt_has_its_best_and_worst_responses_with_rewards(run: Path) -> None:
+    """The page has them for each prompt of the target; what a reward is and what a response said agree."""
+    (listed,) = kept(run, "responses", Examples)
+    assert [prompt.id for prompt in listed.examples] == ["t0", "t1", "t2"]
+    assert listed.total == 3
     diagnostics = json.loads((run / "diagnostics.json").read_text())
-    for shown, kept in zip(rewards["checkpoints"], diagnostics["checkpoints"], strict=True):
-        assert len(shown["rewards"]) == kept["rewards"]["responses"] == 18
-        assert np.mean(shown["rewards"]) == pytest.approx(kept["rewards"]["mean"])
-    for prompt in rewards["prompts"]:
-        assert prompt["responses"] == 6
-        assert prompt["best"]
-        for response in (*prompt["best"], *prompt["worst"]):
-            assert response["reward"] == len(response["text"]) % 5
-        assert all(b["reward"] > w["reward"] for b in prompt["best"] for w in prompt["worst"])
+    (table,), charts = kept(run, "rewards", Table), kept(run, "rewards", Chart)
+    for number, (chart, found) in enumerate(zip(charts, diagnostics["checkpoints"], strict=True), start=1):
+        assert sum(chart.bars.all) == found["rewards"]["responses"] == 18
+        assert float(table.rows[2].cells[number]) == pytest.approx(found["rewards"]["mean"], abs=1e-3)
+    for prompt in listed.examples:
+        assert dict(prompt.facts)["responses"] == "6"
+        answers = [
+            (turn.role, float(turn.figure.removeprefix("reward ")), turn.text) for turn in prompt.turns if turn.figure
+        ]
+        assert {"best", "response"} & {role for role, _, _ in answers}
+        assert all(reward == len(text) % 5 for _, reward, text in answers)
+        assert all(b > w for one, b, _ in answers for two, w, _ in answers if (one, two) == ("best", "worst"))
 
 
-def test_highest_and_lowest_are_those_of_the_scores_of_the_whole_pool(run: Path, report: dict[str, Any]) -> None:
+def test_highest_and_lowest_are_those_of_the_scores_of_the_whole_pool(run: Path) -> None:
     """For NICE and its control, not for chance: the ends of scores.parquet, chosen or not."""
     table = pq.read_table(run / "scores.parquet").to_pylist()
-    assert [item["method"] for item in report["extremes"]] == ["NICE (M=6)", "BM25"]
-    for item in report["extremes"]:
-        rows = sorted(
-            (r for r in table if r["method"] == item["method"] and r["target"] == "*"), key=lambda r: r["rank"]
-        )
-        assert item["scored"] == len(rows) == 24
-        for found, wanted in ((item["highest"], rows[:10]), (item["lowest"], rows[:-11:-1])):
-            assert [(e["id"], e["rank"], e["tokens"]) for e in found] == [
-                (r["id"], r["rank"], r["tokens"]) for r in wanted
-            ]
-            assert [e["score"] for e in found] == pytest.approx([r["score"] for r in wanted])
+    groups = kept(run, "extremes", Group)
+    assert [group.title for group in groups] == ["NICE (M=6)", "BM25"]
+    for group in groups:
+        rows = sorted((r for r in table if r["method"] == group.title and r["target"] == "*"), key=lambda r: r["rank"])
+        assert len(rows) == 24
+        for fold, wanted in zip(group.blocks, (rows[:10], rows[:-11:-1]), strict=True):
+            assert "10 of 24" in fold.title
+            found = [(one.id, one.lead, dict(one.facts)["supervised tokens"]) for one in fold.blocks[0].examples]
+            assert found == [(r["id"], str(r["rank"]), str(r["tokens"])) for r in wanted]
 
 
-def test_each_prompt_names_the_examples_that_help_it_most(run: Path, report: dict[str, Any]) -> None:
+def test_each_prompt_names_the_examples_that_help_it_most(run: Path) -> None:
     """The three highest scores of scores.parquet for that prompt, where its responses say anything."""
     table = pq.read_table(run / "scores.parquet").to_pylist()
-    for prompt in report["rewards"]["prompts"]:
-        own = [r for r in table if r["method"] == "NICE (M=6)" and r["target"] == prompt["id"]]
-        wanted = [r["id"] for r in sorted(own, key=lambda r: r["rank"])[:3]] if prompt["signal"] else []
-        assert [helper["id"] for helper in prompt["helpers"]] == wanted
+    for prompt in kept(run, "responses", Examples)[0].examples:
+        own = [r for r in table if r["method"] == "NICE (M=6)" and r["target"] == prompt.id]
+        wanted = [r["id"] for r in sorted(own, key=lambda r: r["rank"])[:3]] if "no signal" not in prompt.note else []
+        assert [row.cells[0] for block in prompt.blocks if isinstance(block, Table) for row in block.rows] == wanted
 
 
 def test_the_page_shows_them_and_treats_prompts_as_text(run: Path) -> None:
     """Three prompts, a filter of their own, the trap readable and inert; `gradsift report` writes the same page."""
     source = (run / "report.html").read_text(encoding="utf-8")
-    assert source.count('<li class="example prompt">') == 3
+    assert source.count('<li class="example folded"') == 3
     assert source.count("<script>") == 1
     assert html.unescape(source).count(TRAP) >= 6
     assert "mean reward" in source
     Cli("report", run).succeeded()
     assert (run / "report.html").read_text(encoding="utf-8") == source
+
+
+def test_a_page_of_another_version_says_what_to_do(run: Path, tmp_path: Path) -> None:
+    """What an earlier version kept cannot be drawn: the message names the file, and the command that makes it anew."""
+
+    (tmp_path / "report.json").write_text(json.dumps({"title": "t", "choices": [], "facts": {}}))
+    result = Cli("report", tmp_path)
+    assert result.code != 0
+    assert "report.json is of another version of gradsift" in result.err
+    assert "`gradsift select`" in result.err
 
 
 def test_summary_stays_small(run: Path) -> None:
@@ -113,7 +125,5 @@ def test_an_explanation_afterwards_keeps_the_rewards_on_the_page(tiny: World, ru
     """Explaining an output in the same run adds its section and leaves rewards, responses and extremes."""
     pool = run.parent / "pool.jsonl"
     tiny("explain", run, "--prompt", "what colour is the cat", "--max-new-tokens", "4", pool=pool).succeeded()
-    data = json.loads((run / "report.json").read_text())
-    assert data["explained"]
-    assert data["rewards"]["prompts"]
-    assert data["extremes"]
+    for section in ("explanations", "responses", "rewards", "extremes", "chosen"):
+        assert kept(run, section, object)

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 
 from gradsift.base.errors import ConfigError, DataError
+from gradsift.context import Setup
 from gradsift.evaluation.evaluate import evaluate, measure
 from gradsift.evaluation.grading import Grading, read_questions
 from gradsift.evaluation.loss import HeldOutLoss
 from gradsift.evaluation.pairwise import Pairwise
-from gradsift.evaluation.setup import Setup, open_model
+from gradsift.evaluation.setup import open_model
 from gradsift.generation.endpoint import Endpoint
 from gradsift.generation.sampling import Sampling
 from gradsift.rewards.judge import Judge

@@ -201,7 +201,7 @@ def test_a_cell_that_ends_its_workers_fails_alone(
     mark.touch()
 
     def wrap(task: Any, what: str) -> Any:
-        deadly = what == "cell" and (task.contender.name, task.seed, task.stage) == ("random", 1, stage)
+        deadly = what == "cell" and (task.cell.contender.name, task.cell.seed, task.stage) == ("random", 1, stage)
         return KillingCell(task, str(mark)) if deadly else task
 
     monkeypatch.setattr("gradsift.jobs.select_explain.engine_of", lambda *_: Saboteur(engine, wrap))

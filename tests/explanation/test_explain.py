@@ -34,9 +34,13 @@ from gradsift.influence.bm25 import BM25
 from gradsift.influence.datainf import DataInf
 from gradsift.influence.less import LESS
 from gradsift.model.models import host
+from gradsift.selection.diverse import Diverse
 from gradsift.selection.facility_location import FacilityLocation
+from gradsift.selection.gumbel import GumbelTopK
+from gradsift.selection.joint_greedy import JointGreedy
 from gradsift.selection.random import RandomExamples
-from gradsift.selection.top_k import MostHelpful
+from gradsift.selection.top_k import MostHelpful, TopK
+from gradsift.selection.transport import TSDS
 from tiny_world import World, pool_rows, target_rows
 
 
@@ -104,6 +108,37 @@ def test_relevance_is_that_of_the_stored_gradients(pool: Pool) -> None:
         assert strategy.relevance_db == pytest.approx(wanted.db, abs=1e-6)
         assert [e.coefficient for e in strategy.examples] == pytest.approx(wanted.coefficients.tolist(), abs=1e-6)
     assert entry.gradient_norm == pytest.approx(float(gradient.norm()), rel=1e-4)
+
+
+def test_what_chooses_for_a_target_explains_an_output(pool: Pool) -> None:
+    """Top-k is most helpful, less what a threshold leaves out; gradients keep apart; draws go by seed and id."""
+    strategies = [MostHelpful(), TopK(), TopK(threshold=0.0), Diverse(by="gradients", max_cosine=0.3), GumbelTopK()]
+    entry = explain(pool, question_of("what says the cow", "it says cowcow"), k=(2, 20), strategies=strategies).entries[
+        0
+    ]
+    found = {(result.strategy, result.k): [e.id for e in result.examples] for result in entry.results}
+    scores = {e.id: e.score for result in entry.results for e in result.examples}
+    helpful = found["most helpful", 20]
+    assert found["top-k", 20] == helpful
+    assert found["top-k from 0", 20] == [id_ for id_ in helpful if scores[id_] >= 0] != helpful
+    apart = found["diverse (cosine below 0.3, gradients)", 20]
+    rows = torch.nn.functional.normalize(
+        pool.stores(pool.checkpoints()[-1], ["plain"])["plain"].rows_by_id(apart), dim=1
+    )
+    assert float(((rows @ rows.T) - torch.eye(len(apart))).max()) < 0.3
+    assert 1 < len(apart) < 20
+    assert found["Gumbel top-k (seed 0)", 20][:2] == found["Gumbel top-k (seed 0)", 2] != helpful[:2]
+
+
+def test_what_needs_every_checkpoint_explains_nothing(tiny: World, pool: Pool, tmp_path: Path) -> None:
+    """TSDS and joint greedy are refused with what to take instead; on the command line before anything is made."""
+    for strategy in (TSDS(), JointGreedy()):
+        with pytest.raises(ConfigError, match="an explanation is of one output: use another strategy"):
+            explain(pool, "why?", strategies=[strategy])
+        refused = tiny("explain", tmp_path / "run", "--prompt", "why?", "--selection", strategy.kind)
+        assert refused.code == 2
+        assert f"{strategy.kind} chooses by the targets' gradients at every checkpoint" in refused.err
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_models_own_answer_is_greedy(pool: Pool) -> None:

@@ -26,7 +26,7 @@ from gradsift.gradients.capture import find_modules
 from gradsift.gradients.hessian import Curvature, curvature_product
 from gradsift.gradients.losses import row_losses
 from gradsift.gradients.projection import Projection, Projector, plan_segments
-from gradsift.gradients.rows import ShardRows, gradient_rows
+from gradsift.gradients.rows import RowSettings, ShardRows, gradient_rows
 from gradsift.model.models import attach_adapter, load_model
 
 pytestmark = [
@@ -75,14 +75,16 @@ def rows_on(
         modules,
         projector,
         sequences,
+        RowSettings(
+            token_budget=token_budget,
+            views=("plain", "adam"),
+            adam=adam,
+            full_sum=True,
+            autocast=autocast,
+            checkpointing=checkpointing,
+            measured=sorted({sequence.row for sequence in sequences})[:3],
+        ),
         row_count=1 + max(sequence.row for sequence in sequences),
-        token_budget=token_budget,
-        views=("plain", "adam"),
-        adam=adam,
-        full_sum=True,
-        autocast=autocast,
-        checkpointing=checkpointing,
-        measured=sorted({sequence.row for sequence in sequences})[:3],
     )
 
 
@@ -241,9 +243,13 @@ def test_no_batch_is_waited_for(
 
     def shard(budget: int) -> None:
         gradient_rows(
-            model, modules, projector, random_sequences([9] * 10), row_count=10, token_budget=budget,
-            autocast=autocast, checkpointing=checkpointing,
-        )  # fmt: skip
+            model,
+            modules,
+            projector,
+            random_sequences([9] * 10),
+            RowSettings(token_budget=budget, autocast=autocast, checkpointing=checkpointing),
+            row_count=10,
+        )
 
     shard(1000)  # projections are drawn once
     assert synchronisations(lambda: torch.ones(1, device="cuda").item()) == 1, "the counter works"
@@ -319,7 +325,9 @@ def test_the_measured_budget_fits() -> None:
 
     def run(tokens: int) -> int:
         sequences = repeated(known, tokens)
-        result = gradient_rows(model, modules, projector, sequences, row_count=len(sequences), token_budget=tokens)
+        result = gradient_rows(
+            model, modules, projector, sequences, RowSettings(token_budget=tokens), row_count=len(sequences)
+        )
         assert result.token_budget == tokens, "memory ran out"
         return len(sequences) * max(len(sequence.token_ids) for sequence in sequences)
 
@@ -359,7 +367,9 @@ def test_an_adapter_on_a_quantised_base_has_gradients(tmp_path: Path, dtype: Any
         segments = plan_segments({c.name: c.shape for c in modules}, projection)
         projector = Projector(segments, projection, device="cuda")
         found += [
-            gradient_rows(model, modules, projector, sequences, row_count=3, token_budget=budget).rows["plain"].cpu()
+            gradient_rows(model, modules, projector, sequences, RowSettings(token_budget=budget), row_count=3)
+            .rows["plain"]
+            .cpu()
             for budget in (40, 1000)
         ]
     assert float(torch.cosine_similarity(found[2], found[0], dim=1).min()) > 0.7
@@ -381,8 +391,12 @@ def test_a_model_over_two_gpus_has_the_same_rows(checkpointing: bool) -> None:
     projection = Projection(dim=200)
     projector = Projector(plan_segments({c.name: c.shape for c in modules}, projection), projection, device="cuda:0")
     found = gradient_rows(
-        model, modules, projector, random_sequences(LENGTHS), row_count=len(LENGTHS), token_budget=40,
-        checkpointing=checkpointing,
-    )  # fmt: skip
+        model,
+        modules,
+        projector,
+        random_sequences(LENGTHS),
+        RowSettings(token_budget=40, checkpointing=checkpointing),
+        row_count=len(LENGTHS),
+    )
     assert oracles.relative_error(found.rows["plain"].cpu(), cpu.rows["plain"]) < 1e-4
     torch.testing.assert_close(found.norms["plain"].cpu(), cpu.norms["plain"], rtol=1e-4, atol=0)

@@ -35,7 +35,7 @@ from gradsift.gradients.batching import (
 )
 from gradsift.gradients.capture import find_modules
 from gradsift.gradients.projection import Projection, Projector, plan_segments
-from gradsift.gradients.rows import ShardRows, gradient_rows
+from gradsift.gradients.rows import RowSettings, ShardRows, gradient_rows
 from gradsift.model.models import load_model
 
 LENGTHS = [9, 4, 17, 9, 3, 12, 5, 5]
@@ -48,6 +48,7 @@ def take_rows(
     *,
     token_budget: int = 10_000,
     make: type[Projector] = Projector,
+    on_rows: Callable[[int], None] | None = None,
     **options: Any,
 ) -> ShardRows:
     """Both views and their sums."""
@@ -65,11 +66,14 @@ def take_rows(
         modules,
         make(plan_segments({c.name: c.shape for c in modules}, projection), projection),
         sequences,
+        RowSettings(
+            token_budget=token_budget,
+            views=("plain", "adam"),
+            adam=adam,
+            **{"full_sum": True, "measured": range(3), **options},
+        ),
         row_count=1 + max(sequence.row for sequence in sequences),
-        token_budget=token_budget,
-        views=("plain", "adam"),
-        adam=adam,
-        **{"full_sum": True, "measured": range(3), **options},
+        on_rows=on_rows,
     )
 
 

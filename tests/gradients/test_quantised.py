@@ -16,7 +16,7 @@ import oracles
 from gradsift.base.errors import ConfigError
 from gradsift.gradients.capture import find_modules
 from gradsift.gradients.projection import Projection, Projector, plan_segments
-from gradsift.gradients.rows import gradient_rows
+from gradsift.gradients.rows import RowSettings, gradient_rows
 from gradsift.model.models import DtypeName, attach_adapter, load_model
 from gradsift.warmup.full import train_fully
 from gradsift.warmup.merge import merge
@@ -45,7 +45,12 @@ def full_rows(model: Any, **options: Any) -> torch.Tensor:
     projection = Projection(kind="none")
     projector = Projector(plan_segments({c.name: c.shape for c in modules}, projection), projection)
     return gradient_rows(
-        model, modules, projector, random_sequences(LENGTHS), row_count=len(LENGTHS), token_budget=30, **options
+        model,
+        modules,
+        projector,
+        random_sequences(LENGTHS),
+        RowSettings(token_budget=30, **options),
+        row_count=len(LENGTHS),
     ).rows["plain"]
 
 

@@ -28,7 +28,7 @@ from gradsift.gradients.adam import AdamDirection
 from gradsift.gradients.capture import Capture, find_modules
 from gradsift.gradients.folding import Captured
 from gradsift.gradients.projection import Projection, Projector, plan_segments
-from gradsift.gradients.rows import ShardRows, gradient_rows
+from gradsift.gradients.rows import RowSettings, ShardRows, gradient_rows
 from gradsift.model.loss import weighted_nll
 
 LENGTHS = [9, 4, 17, 9, 2, 12]
@@ -81,12 +81,14 @@ def check_against_oracle(
         modules,
         projector,
         sequences,
+        RowSettings(
+            token_budget=budget,
+            views=("plain", "adam", "segments"),
+            by_module=projector_for(modules, dtype, dim=40, sizes="whole"),
+            adam=directions(moments, dtype),
+            measured=range(row_count),
+        ),
         row_count=row_count,
-        token_budget=budget,
-        views=("plain", "adam", "segments"),
-        by_module=projector_for(modules, dtype, dim=40, sizes="whole"),
-        adam=directions(moments, dtype),
-        measured=range(row_count),
     )
     plain, losses = oracles.per_example_gradients(
         reference, find_modules(reference, pattern).captured, sequences, row_count
@@ -256,13 +258,15 @@ def test_module_groups_change_nothing(groups: int) -> None:
             modules,
             projector_for(modules),
             random_sequences(LENGTHS),
+            RowSettings(
+                token_budget=30,
+                views=("plain", "adam"),
+                adam=directions(moments),
+                full_sum=True,
+                module_groups=module_groups,
+                measured=(1, 2, 5),
+            ),
             row_count=len(LENGTHS),
-            token_budget=30,
-            views=("plain", "adam"),
-            adam=directions(moments),
-            full_sum=True,
-            module_groups=module_groups,
-            measured=(1, 2, 5),
             on_rows=done[module_groups].append,
         )
 
@@ -294,14 +298,16 @@ def test_lanes_change_nothing(lanes: int, kind: Any) -> None:
             modules,
             projector_for(modules, kind=kind),
             sequences,
+            RowSettings(
+                token_budget=20,
+                views=("plain",) if kind == "kronecker" else ("plain", "adam"),
+                adam=directions(moments),
+                full_sum=kind != "kronecker",
+                module_groups=2,
+                lanes=lanes,
+                measured=(0, 1, 2, 5),
+            ),
             row_count=1 + len(LENGTHS),
-            token_budget=20,
-            views=("plain",) if kind == "kronecker" else ("plain", "adam"),
-            adam=directions(moments),
-            full_sum=kind != "kronecker",
-            module_groups=2,
-            lanes=lanes,
-            measured=(0, 1, 2, 5),
             on_rows=done.append,
         )
 
@@ -339,9 +345,8 @@ def test_a_failure_in_one_lane_ends_all() -> None:
             modules,
             projector_for(modules, torch.float32),
             random_sequences(LENGTHS),
+            RowSettings(token_budget=9, lanes=2),
             row_count=len(LENGTHS),
-            token_budget=9,
-            lanes=2,
             on_rows=fail,
         )
     assert torch.get_num_threads() == threads
@@ -363,11 +368,8 @@ def test_full_sum_is_the_sum_of_unprojected_rows(bad: bool) -> None:
         modules,
         projector_for(modules),
         sequences,
+        RowSettings(token_budget=30, views=("plain", "adam"), adam=directions(moments), full_sum=True),
         row_count=len(sequences),
-        token_budget=30,
-        views=("plain", "adam"),
-        adam=directions(moments),
-        full_sum=True,
     )
     kept = [s for s in sequences if not (bad and s.row == 2)]
     plain, _ = oracles.per_example_gradients(model, modules, kept, len(sequences))
@@ -404,10 +406,8 @@ def test_a_nan_row_is_excluded_and_touches_no_other(budget: int) -> None:
             modules,
             projector_for(modules, torch.float32),
             sequences,
+            RowSettings(token_budget=budget, views=("plain", "adam"), adam=directions(moments, torch.float32)),
             row_count=len(sequences),
-            token_budget=budget,
-            views=("plain", "adam"),
-            adam=directions(moments, torch.float32),
         )
 
     clean = rows()
@@ -427,7 +427,9 @@ def test_infinite_gradients_of_a_finite_loss_are_excluded() -> None:
     modules = find_modules(model).captured
     huge = random_sequences([5, 6])
     huge[1].weights[:] *= np.float32(3e38)
-    found = gradient_rows(model, modules, projector_for(modules, torch.float32), huge, row_count=2, token_budget=100)
+    found = gradient_rows(
+        model, modules, projector_for(modules, torch.float32), huge, RowSettings(token_budget=100), row_count=2
+    )
     assert found.bad.keys() == {1}
     assert not found.rows["plain"][1].any()
     assert found.rows["plain"][0].any()
@@ -442,7 +444,7 @@ def test_kronecker_factors_equal_the_projected_gradient(budget: int) -> None:
     modules = find_modules(model).captured
     projector = projector_for(modules, kind="kronecker", dim=200)
     found = gradient_rows(
-        model, modules, projector, sequences, row_count=len(LENGTHS), token_budget=budget
+        model, modules, projector, sequences, RowSettings(token_budget=budget), row_count=len(LENGTHS)
     )  # only plain: the path that never forms a gradient
     plain, losses = oracles.per_example_gradients(model, modules, sequences, len(LENGTHS))
     assert oracles.relative_error(found.rows["plain"], oracles.projected_rows(plain, projector)) < 1e-9
@@ -488,7 +490,7 @@ def test_a_module_used_twice_gets_the_sum(options: dict[str, Any]) -> None:
     check_against_oracle(model, "lora", sequences, **options)
     modules = find_modules(model).captured
     projector = projector_for(modules, **options)
-    found = gradient_rows(model, modules, projector, sequences, row_count=len(LENGTHS), token_budget=30)
+    found = gradient_rows(model, modules, projector, sequences, RowSettings(token_budget=30), row_count=len(LENGTHS))
     plain, _ = oracles.per_example_gradients(model, modules, sequences, len(LENGTHS))
     torch.testing.assert_close(found.norms["plain"], oracles.row_norms(plain), rtol=1e-9, atol=0)
 
@@ -515,7 +517,7 @@ def test_a_use_that_the_loss_does_not_see_hides_no_gradient(options: dict[str, A
     modules = find_modules(model, "v_proj").captured
     projector = projector_for(modules, **options)
     sequences = random_sequences(LENGTHS)
-    found = gradient_rows(model, modules, projector, sequences, row_count=len(LENGTHS), token_budget=30)
+    found = gradient_rows(model, modules, projector, sequences, RowSettings(token_budget=30), row_count=len(LENGTHS))
     plain, _ = oracles.per_example_gradients(model, modules, sequences, len(LENGTHS))
     assert oracles.relative_error(found.rows["plain"], oracles.projected_rows(plain, projector)) < 1e-9
 
@@ -562,8 +564,8 @@ def test_a_linear_on_an_unknown_choice_of_tokens_is_refused() -> None:
             modules,
             projector_for(modules, torch.float32),
             random_sequences(LENGTHS),
+            RowSettings(token_budget=30),
             row_count=len(LENGTHS),
-            token_budget=30,
         )
 
 
@@ -596,7 +598,12 @@ def test_modules_that_take_no_part_are_refused() -> None:
     modules = find_modules(other).captured
     with pytest.raises(ModelError, match="took part"):
         gradient_rows(
-            model, modules, projector_for(modules, torch.float32), random_sequences([5]), row_count=1, token_budget=9
+            model,
+            modules,
+            projector_for(modules, torch.float32),
+            random_sequences([5]),
+            RowSettings(token_budget=9),
+            row_count=1,
         )
 
 
@@ -632,8 +639,8 @@ def test_the_model_is_left_as_found(fails: bool) -> None:
             modules,
             projector_for(modules, torch.float32),
             random_sequences(LENGTHS),
+            RowSettings(token_budget=30),
             row_count=len(LENGTHS),
-            token_budget=30,
             on_rows=on_rows,
         )
 
@@ -655,7 +662,9 @@ def test_half_precision_models_give_float32_rows() -> None:
     exact, _ = oracles.per_example_gradients(model, find_modules(model).captured, random_sequences(LENGTHS), 6)
     modules = find_modules(model.bfloat16()).captured
     projector = projector_for(modules, torch.float32)
-    found = gradient_rows(model, modules, projector, random_sequences(LENGTHS), row_count=6, token_budget=30)
+    found = gradient_rows(
+        model, modules, projector, random_sequences(LENGTHS), RowSettings(token_budget=30), row_count=6
+    )
     assert found.rows["plain"].dtype == torch.float32
     wanted = oracles.projected_rows(exact, projector)
     assert float(torch.cosine_similarity(found.rows["plain"].double(), wanted, dim=1).min()) > 0.99
@@ -676,9 +685,8 @@ def test_autocast_gives_float32_rows_that_point_the_same_way(build: Callable[[],
             modules,
             projector_for(modules, torch.float32),
             sequences,
+            RowSettings(token_budget=30, autocast=dtype),
             row_count=6,
-            token_budget=30,
-            autocast=dtype,
         ).rows["plain"]
         for dtype in (None, torch.bfloat16)
     )
@@ -693,7 +701,9 @@ def test_dropout_plays_no_part() -> None:
     modules = find_modules(model).captured
     first = random_sequences([9])[0]
     twice = [first, Sequence(1, first.token_ids, first.weights)]
-    found = gradient_rows(model, modules, projector_for(modules, torch.float32), twice, row_count=2, token_budget=100)
+    found = gradient_rows(
+        model, modules, projector_for(modules, torch.float32), twice, RowSettings(token_budget=100), row_count=2
+    )
     torch.testing.assert_close(found.rows["plain"][0], found.rows["plain"][1], rtol=1e-6, atol=1e-8)
 
 
@@ -720,7 +730,12 @@ def test_rows_are_taken_under_no_grad_too() -> None:
 
     def rows() -> Tensor:
         return gradient_rows(
-            model, modules, projector_for(modules, torch.float32), random_sequences([5, 8]), row_count=2, token_budget=9
+            model,
+            modules,
+            projector_for(modules, torch.float32),
+            random_sequences([5, 8]),
+            RowSettings(token_budget=9),
+            row_count=2,
         ).rows["plain"]
 
     expected = rows()
@@ -736,7 +751,12 @@ def test_rows_without_labels_are_zero() -> None:
     sequences[0].weights[:] = 0
     for budget in (1, 100):
         found = gradient_rows(
-            model, modules, projector_for(modules, torch.float32), sequences, row_count=2, token_budget=budget
+            model,
+            modules,
+            projector_for(modules, torch.float32),
+            sequences,
+            RowSettings(token_budget=budget),
+            row_count=2,
         )
         assert found.bad == {}
         assert float(found.loss[0]) == 0.0

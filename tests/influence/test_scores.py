@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import bm25s
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -19,7 +20,7 @@ from gradsift.context import Pool, Target, open_target
 from gradsift.gradients.collect import Gradients
 from gradsift.gradients.projection import Projection
 from gradsift.influence import blocks
-from gradsift.influence.bm25 import BM25, bm25_scores, conversation_text, model_tokens, spoken_text
+from gradsift.influence.bm25 import BM25, bm25_scores, conversation_text, spoken_text
 from gradsift.influence.datainf import DataInf, ProjectedInverse, datainf_scores, projected_inverse_scores
 from gradsift.influence.dsir import DSIR
 from gradsift.influence.estimator import Estimator, influence_of, rate_weights, target_view
@@ -86,6 +87,24 @@ def test_inverses_are_those_of_the_stored_rows(pool: Pool, target: Target, metho
     assert np.allclose(found.per_target, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
     means = [found.per_target[:, part].mean(axis=1) for part in ([0, 2], [1, 3])]
     assert np.allclose(found.aggregate, np.maximum(*means), rtol=1e-5)
+
+
+def test_the_whole_inverse_adds_checkpoints_by_their_rates(pool: Pool, target: Target) -> None:
+    """Each checkpoint's λ·⟨g, (H + λI)⁻¹v⟩ counts by its learning rate, on the plain rows over all modules."""
+    method = ProjectedInverse(kernel="whole", damping="spectral", checkpoints="all")
+    checkpoints, wanted = pool.checkpoints(), 0.0
+    for checkpoint, weight in zip(checkpoints, rate_weights(checkpoints), strict=True):
+        store = pool.stores(checkpoint, ["plain"])["plain"]
+        V = pool.collect(target.data, checkpoint, ["plain"], what="target")["plain"].rows_by_id(target.data.ids)
+        G = store.rows_by_id(pool.data.ids).double().numpy()
+        moments = G.T @ G / len(G)
+        value = 0.1 * np.linalg.eigvalsh(moments)[-1]
+        solved = np.linalg.solve(moments + value * np.eye(len(moments)), V.double().T.numpy())
+        wanted = wanted + weight * value * (G @ solved)
+    found = score(pool, target, method)
+    assert found.per_target is not None
+    np.testing.assert_allclose(found.per_target, wanted, rtol=1e-3, atol=1e-4 * np.abs(wanted).max())
+    assert found.method.label == "projected inverse (whole, all checkpoints, spectral damping)"
 
 
 @pytest.mark.parametrize("method", [TRAK(), TRAK(damping=1e-2, checkpoints="last")])
@@ -331,6 +350,21 @@ def test_bm25_is_the_formula(pool: list[list[str]], queries: list[list[str]]) ->
     assert np.allclose(found, wanted, rtol=1e-4, atol=1e-6)
 
 
+@given(
+    st.lists(st.lists(st.sampled_from("abcd"), max_size=9), min_size=1, max_size=9),
+    st.lists(st.lists(st.sampled_from("abz"), max_size=5), min_size=1, max_size=3),
+)
+def test_bm25_is_that_of_bm25s_to_the_last_bit(pool: list[list[str]], queries: list[list[str]]) -> None:
+    """Scores that were made with the package bm25s stay what they are, of documents and queries without words, too."""
+    index = bm25s.BM25(method="lucene", k1=1.3, b=0.6)
+    index.index([document or [""] for document in pool], show_progress=False)
+    found = bm25_scores(pool, queries, k1=1.3, b=0.6)
+    for column, query in enumerate(queries):
+        known = [word for word in query if word in index.vocab_dict]
+        wanted = index.get_scores(known) if known else np.zeros(len(pool), np.float32)
+        assert found[:, column].tobytes() == wanted.tobytes()
+
+
 @given(st.lists(DOCUMENT, min_size=2, max_size=6), st.lists(DOCUMENT, min_size=1, max_size=3))
 def test_the_reading_of_compacts_authors(pool: list[list[str]], queries: list[list[str]]) -> None:
     """Their formula, but for the constant factor k1 + 1: 1 more in the denominator, a word of the query counts once."""
@@ -356,7 +390,6 @@ def test_bm25_of_model_tokens_counts_token_ids(pool: Pool, target: Target) -> No
     assert found.ids == pool.data.ids
     assert found.identity["stores"] == []
     assert np.allclose(found.matrix, wanted, rtol=1e-4)
-    assert model_tokens([np.array([7, 7, 1], np.int32), np.array([], np.int32)]) == [["7", "7", "1"], []]
 
 
 def test_bm25_of_nothing_in_common_is_zero() -> None:

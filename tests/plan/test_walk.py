@@ -21,6 +21,7 @@ from gradsift.model import embeddings
 from gradsift.plan.walk import walked
 from gradsift.plan.work import Work, endpoints
 from gradsift.recipe import Recipe
+from gradsift.selection.selectors import OWN as SELECTORS
 from loopback import Answer, Server, completion
 from tiny_world import World, target_rows, write_rows
 
@@ -139,6 +140,26 @@ def test_what_is_said_of_an_estimator_is_what_it_does(
     again = walk(asked, tmp_path)
     assert [work.stage for work in again if not work.done] == []
     assert {work.stage for work in again} == {work.stage for work in before}
+
+
+@pytest.mark.parametrize("selector", SELECTORS, ids=lambda selector: selector.__name__)
+def test_what_is_said_of_a_selector_is_what_it_reads(
+    recipe: Callable[..., Recipe], tmp_path: Path, selector: Any
+) -> None:
+    """Beside scores without gradients, so many rows of pool and target are announced as the choice leaves."""
+    asked = recipe(estimator={"kind": "bm25"})
+    asked = asked.model_copy(update={"selection": selector(), "estimator": gs.BM25()})
+    if selector().text_model is not None and not embeddings.at_hand():
+        pytest.skip("no embedding model on this machine")
+    works = walk(asked, tmp_path)
+    try:
+        asked.selection.check(asked.estimator)
+    except gs.errors.ConfigError:
+        return  # the run refuses it
+    run_recipe(asked)
+    assert stored(works) == on_disk(asked)
+    assert any("gradients" in work.stage for work in works) == (asked.selection.takes != "scores")
+    assert all(work.done for work in walk(asked, tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,10 @@
-"""What the tests of pages share: builders of pages, also used by `screenshot.py`, and a watched browser."""
+"""What the tests of pages share: a watched browser."""
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -37,35 +35,6 @@ WEAK_TEXT = r"""
   return [...found];
 }
 """
-
-
-def _beside(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="session")
-def example_page() -> ModuleType:
-    return _beside("example_page")
-
-
-@pytest.fixture(scope="session")
-def example_explanation() -> ModuleType:
-    return _beside("example_explanation")
-
-
-@pytest.fixture(scope="session")
-def example_relevance() -> ModuleType:
-    return _beside("example_relevance")
-
-
-@pytest.fixture(scope="session")
-def example_comparison() -> ModuleType:
-    return _beside("example_comparison")
 
 
 @pytest.fixture(scope="module")

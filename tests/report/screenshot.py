@@ -1,4 +1,4 @@
-"""Take a picture of a report page: `python tests/report/screenshot.py docs/report.png [--page report.html]`.
+"""Take a picture of a page: `PYTHONPATH=tests python tests/report/screenshot.py docs/report.png [--page report.html]`.
 
 Without `--page`, a page over the demo's pool is drawn, whose scores and outcomes are made up.
 Needs playwright and chromium.
@@ -11,10 +11,10 @@ import json
 import tempfile
 from pathlib import Path
 
-import example_page
 from playwright.sync_api import sync_playwright
 
-from gradsift.report.page import write_report
+import page_examples
+from gradsift.report.html import render
 
 DEMO_POOL = Path(__file__).parents[2] / "src" / "gradsift" / "demo" / "data" / "pool.jsonl"
 
@@ -34,7 +34,7 @@ def main() -> None:
         page_file = options.page or Path(folder) / "report.html"
         if options.page is None:
             pool = [json.loads(line) for line in DEMO_POOL.read_text(encoding="utf-8").splitlines()]
-            write_report(example_page.page(pool), page_file)
+            page_file.write_text(render(page_examples.report_page(pool)), encoding="utf-8")
         browser = playwright.chromium.launch(executable_path=options.chromium, args=["--no-sandbox"])
         page = browser.new_page(
             viewport={"width": options.width, "height": options.height},

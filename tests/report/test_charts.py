@@ -9,63 +9,114 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradsift.report import charts, text
+from gradsift.report.blocks import Bar, Bars, Chart, Line, Point
 
 HEIGHT = re.compile(r'<rect class="(\w+)" x="[\d.]+" y="[\d.]+" width="[\d.]+" height="([\d.]+)"')
+NUMBERS = re.compile(r' (?:x|y|x1|x2|y1|y2|cx|cy|width|height)="([^"]*)"')
+
+
+def drawn(**parts: object) -> str:
+    return str(charts.chart(Chart("t", **parts)))  # type: ignore[arg-type]
 
 
 def test_histogram_heights_are_proportional_to_counts() -> None:
     """Ten scores in one bin and five in another give bars of full and half height."""
-    drawn = str(charts.histogram([0.0] * 10 + [1.0] * 5, [], title="t", bins=2))
-    assert HEIGHT.findall(drawn) == [("pool", "140"), ("pool", "70")]
+    assert HEIGHT.findall(drawn(bars=charts.bins([0.0] * 10 + [1.0] * 5, [], count=2))) == [
+        ("pool", "140"),
+        ("pool", "70"),
+    ]
 
 
 def test_one_chosen_example_in_a_large_pool_stays_visible() -> None:
     """A chosen bin is at least one and a half units high, and each chosen score has a stroke below the axis."""
-    drawn = str(charts.histogram(np.linspace(0, 1, 100_000), [1.0], title="t"))
-    assert ("chosen", "3.5") not in HEIGHT.findall(drawn)
-    (height,) = [float(height) for kind, height in HEIGHT.findall(drawn) if kind == "chosen"]
-    assert height == 1.5
-    assert drawn.count('class="rug"') == 1
+    picture = drawn(bars=charts.bins(np.linspace(0, 1, 100_000), [1.0]))
+    assert [height for kind, height in HEIGHT.findall(picture) if kind == "chosen"] == ["1.5"]
+    assert picture.count('class="rug"') == 1
 
 
 @given(st.lists(st.floats(width=32), max_size=30), st.integers(0, 30))
 def test_histogram_draws_any_scores(scores: list[float], taken: int) -> None:
     """Any finite, equal, tiny, huge or missing scores give coordinates that are numbers inside the picture."""
-    drawn = str(charts.histogram(scores, scores[:taken], title="t"))
-    assert bool(drawn) == any(math.isfinite(score) for score in scores)
-    for number in re.findall(r' (?:x|y|x1|x2|y1|y2|width|height)="([^"]*)"', drawn):
-        assert -1 <= float(number) <= 400, number
+    bars = charts.bins(scores, scores[:taken])
+    assert (bars is not None) == any(math.isfinite(score) for score in scores)
+    if bars is not None:
+        assert sum(bars.all) == np.isfinite(scores).sum()
+        assert all(-1 <= float(number) <= 400 for number in NUMBERS.findall(drawn(bars=bars)))
 
 
-@given(st.lists(st.tuples(st.text(max_size=5), st.floats(width=32), st.floats(0, 1)), max_size=6))
-def test_dot_chart_draws_any_values(rows: list[tuple[str, float, float]]) -> None:
+def test_charts_to_be_compared_have_one_top() -> None:
+    """With the same top, a share of half of it is half as high; bins of any width are drawn equally wide."""
+    picture = drawn(bars=Bars((0, 1, 100), (0.5, 0.5), (0.2, 0.4), top=0.4, outline=True))
+    assert HEIGHT.findall(picture) == [("chosen", "44"), ("chosen", "88")]
+    assert picture.count('class="outline"') == 1
+
+
+@given(st.lists(st.tuples(st.text(max_size=5), st.floats(width=32), st.floats(0, 1), st.booleans()), max_size=6))
+def test_dot_chart_draws_any_values(rows: list[tuple[str, float, float, bool]]) -> None:
     """One dot for every finite value, inside the picture."""
-    drawn = str(charts.dot_chart(rows, best=[], title="t"))
-    centres = re.findall(r'cx="([^"]*)"', drawn)
-    assert len(centres) == sum(math.isfinite(value) for _, value, _ in rows)
+    centres = re.findall(r'cx="([^"]*)"', drawn(rows=tuple(rows)))
+    assert len(centres) == sum(math.isfinite(value) for _, value, _, _ in rows)
     assert all(0 <= float(centre) <= 360 for centre in centres)
+
+
+def test_lines_leave_out_what_is_not_finite_and_ticks_that_would_collide() -> None:
+    """A point without a number is no point; of two ticks close together the first is written; one point is drawn."""
+    nan = float("nan")
+    points = (Point(100, 1.0, 0.1), Point(101, nan, 0.1), Point(1000, 2.0, nan))
+    lines = (Line("a", points, 0), Line("b", (Point(100, nan),), 1))
+    picture = drawn(lines=lines, ticks=((100, "100"), (101, "101"), (1000, "1,000")), logarithmic=True)
+    assert "101" not in picture
+    assert picture.count("<g ") == 1
+    assert picture.count("h0") == 2
+    assert picture.count('class="whisker"') == 1
+    assert drawn(lines=(Line("a", (Point(5, 1.0),)),)).count("h0") == 1
+    assert drawn() == ""
+
+
+@given(st.lists(st.tuples(st.floats(-1e6, 1e6), st.floats(width=32), st.floats(0, 9)), min_size=1, max_size=8))
+def test_lines_stay_inside_the_picture(points: list[tuple[float, float, float]]) -> None:
+    """Whatever the values, coordinates are numbers inside."""
+    picture = drawn(lines=(Line("a", tuple(Point(*point, label="l") for point in points)),))
+    assert all(-1 <= float(number) <= 400 for number in NUMBERS.findall(picture))
+
+
+def test_points_lead_where_they_say() -> None:
+    """A point's label is read at the pointer, its link is one, and its picks are there for the script."""
+    points = (Point(1, 1, label="<b>", link="output-3"), Point(2, 2, label="x", picks={"k": "5", "strategy": "0"}))
+    picture = drawn(lines=(Line("", points, joined=False),))
+    assert '<a href="#output-3"><circle' in picture
+    assert "<title>&lt;b&gt;</title>" in picture
+    assert 'data-picks="k=5&amp;strategy=0"' in picture
 
 
 def test_chart_texts_are_escaped() -> None:
     """Labels and titles cannot close the picture they stand in."""
-    drawn = str(charts.dot_chart([("</svg><script>", 1.0, 0.0)], best=[], title='"><script>'))
-    assert "<script" not in drawn
-    assert drawn.count("</svg>") == 1
+    picture = str(charts.chart(Chart('"><script>', rows=(("</svg><script>", 1.0, 0.0, False),))))
+    assert "<script" not in picture
+    assert picture.count("</svg>") == 1
 
 
 @pytest.mark.parametrize(
     ("value", "start", "length", "kind"), [(1.0, "50", "50", "chosen"), (-0.5, "25", "25", "negative")]
 )
-def test_signed_bar_runs_from_zero_to_its_value(value: float, start: str, length: str, kind: str) -> None:
+def test_a_bar_runs_from_zero_to_its_value(value: float, start: str, length: str, kind: str) -> None:
     """On an axis from -1 to 1, +1 fills the right half, -0.5 the inner half of the left one."""
-    assert f'class="{kind}" x="{start}" y="1.5" width="{length}"' in str(charts.signed_bar(value, -1.0, 1.0))
+    assert f'class="{kind}" x="{start}" y="1.5" width="{length}"' in str(charts.bar(Bar(-1.0, 1.0, value)))
 
 
-def test_share_bar_fills_at_the_largest_share() -> None:
-    """A share of half the largest fills half the bar; the stroke stands at the reference share."""
-    drawn = str(charts.share_bar(0.2, 0.1, 0.4))
-    assert 'class="chosen" x="0" y="1.5" width="50"' in drawn
-    assert 'class="mark" x1="25"' in drawn
+def test_a_bar_has_its_marks_where_they_belong() -> None:
+    """Reference, strokes, middle half, interval, median and the zero line, which only an axis around zero has."""
+    picture = str(charts.bar(Bar(0, 0.4, 0.2, mark=0.1)))
+    assert 'class="chosen" x="0" y="1.5" width="50"' in picture
+    assert 'class="mark" x1="25"' in picture
+    assert 'class="zero"' not in picture
+    values = (-10.0, -5.0, 0.0, 5.0, 10.0)
+    picture = str(charts.bar(Bar(-20.0, 20.0, point=0.0, box=(-5.0, 5.0), span=(-10.0, 10.0), strokes=values)))
+    assert re.findall(r"M([\d.]+) 2v6", picture) == ["25", "37.5", "50", "62.5", "75"]
+    assert 'class="box" x="37.5" y="0.5" width="25"' in picture
+    assert 'class="span" x1="25" y1="5" x2="75"' in picture
+    assert 'class="point" x1="50"' in picture
+    assert 'class="zero" x1="50"' in picture
 
 
 @pytest.mark.parametrize(
@@ -101,13 +152,3 @@ def test_values_of_columns_are_one_short_line() -> None:
     assert text.value_text(None) == "–"
     assert text.value_text(0.123456) == "0.123"
     assert text.value_text("x" * 1000) == "x" * 119 + "…"
-
-
-def test_strip_marks_every_value_the_middle_half_and_the_median() -> None:
-    """Values from -10 to 10 on an axis of -20 to 20: strokes, box and median stand where they belong."""
-    drawn = str(charts.strip([-10.0, -5.0, 0.0, 5.0, 10.0], -20.0, 20.0))
-    assert re.findall(r"M([\d.]+) 2v6", drawn) == ["25", "37.5", "50", "62.5", "75"]
-    assert 'class="box" x="37.5" y="0.5" width="25"' in drawn
-    assert 'class="median" x1="50"' in drawn
-    assert 'class="zero" x1="50"' in drawn
-    assert 'class="zero"' not in str(charts.strip([1.0], 0.0, 2.0))

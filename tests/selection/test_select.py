@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,13 +16,24 @@ from gradsift.base.errors import ConfigError, GradsiftError
 from gradsift.context import open_pool, open_target
 from gradsift.gradients.collect import Gradients
 from gradsift.gradients.projection import Projection
+from gradsift.gradients.rows import View
+from gradsift.influence.alpagasus import AlpaGasus
 from gradsift.influence.bm25 import BM25
+from gradsift.influence.datainf import DataInf
+from gradsift.influence.estimator import Estimator, target_view
 from gradsift.influence.less import LESS
+from gradsift.influence.ratings import LengthRating
 from gradsift.influence.scores import Scores, score
+from gradsift.selection.aide import Aide, aide
+from gradsift.selection.candidates import min_max
+from gradsift.selection.divine import Divine, divine
 from gradsift.selection.facility_location import FacilityLocation
-from gradsift.selection.random import RandomChoice
+from gradsift.selection.pursuit import RelevancePursuit, relevance_pursuit
+from gradsift.selection.random import RandomChoice, RandomExamples
 from gradsift.selection.select import budget_count, select
-from gradsift.selection.top_k import TopK
+from gradsift.selection.selector import Selector
+from gradsift.selection.top_k import LeastInfluential, MostHarmful, MostHelpful, TopK, top_k
+from gradsift.selection.transport import TSDS
 from tiny_world import World, pool_rows
 
 
@@ -89,6 +102,65 @@ def test_facility_location_over_scores_without_gradients(scores: Scores) -> None
     assert len(set(select(lexical, FacilityLocation(), budget=4).ids)) == 4
     with pytest.raises(ConfigError, match="facility location needs gradients"):
         select(made_up([1, 2, 3]), FacilityLocation(), budget=2)
+
+
+@pytest.mark.parametrize("estimator", [LESS(), DataInf(), BM25()], ids=lambda one: one.label)
+def test_what_explains_an_output_chooses_for_a_target(scores: Scores, estimator: Estimator) -> None:
+    """By the estimator's rows, or plain ones for pursuit, and by the gradient of the target's mean loss."""
+    pool, target = scores.pool, scores.target
+    assert pool is not None
+    assert target is not None
+    found, last = score(pool, target, estimator), pool.checkpoints()[-1]
+
+    def rows_of(view: View) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = pool.stores(last, [view])[view].rows_by_id(found.ids).double()
+        asked = target_view(view)
+        queries = pool.collect(target.data, last, [asked], what="target")[asked].rows_by_id(target.data.ids)
+        return rows, queries.double().mean(dim=0)
+
+    rows, g = rows_of(estimator.view or "plain")
+    values = torch.from_numpy(found.aggregate)
+    unit = torch.nn.functional.normalize(rows, dim=1)
+    cosine, near = unit @ unit.T, unit @ torch.nn.functional.normalize(g, dim=0)
+    wanted: dict[Selector, list[int]] = {
+        MostHelpful(): top_k(values, 5),
+        MostHarmful(): top_k(-values, 5),
+        LeastInfluential(): top_k(-values.abs(), 5),
+        Divine(): divine(min_max(values), 1.0 - cosine.round(decimals=12), budget=5),
+        Aide(): aide(values, near, (cosine - cosine.min()).round(decimals=12), budget=5),
+        RelevancePursuit(): relevance_pursuit(rows_of("plain")[1], rows_of("plain")[0], budget=5),
+    }
+    for method, positions in wanted.items():
+        chosen = select(found, method, budget=5)
+        assert set(chosen.ids) == {found.ids[position] for position in positions}, method
+        assert chosen.method == method
+
+
+def test_a_method_that_needs_a_target_says_so_before_anything(tiny: World, tmp_path: Path) -> None:
+    """Scores without a target, and a command line without one, for methods that read its gradients."""
+    unaimed = score(tiny.open_pool(tmp_path / "pool"), None, AlpaGasus(rater=LengthRating()))
+    for method in (Aide(), RelevancePursuit(), TSDS()):
+        with pytest.raises(ConfigError, match="needs gradients of the target, and there is none"):
+            select(unaimed, method, budget=2)
+    refused = tiny(
+        "select", tmp_path / "run", "--estimator", "alpagasus", "--rater", "length", "--selection", "aide", target=None
+    )
+    assert refused.code == 2
+    assert "aide needs gradients of the target, and there is none" in refused.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_draws_of_explanations_do_not_name_a_choice() -> None:
+    """A choice is named as before there were draws, by seed; of another package's method the source counts, too."""
+
+    class Other(TopK):
+        kind: Literal["other"] = "other"  # type: ignore[assignment]
+
+    assert RandomChoice is RandomExamples
+    assert RandomChoice(draws=2).identity(explaining=False) == {"kind": "random", "seed": 0}
+    assert RandomChoice().identity(explaining=True) == {"kind": "random", "draws": 5, "seed": 0}
+    assert TopK().identity(explaining=False) == {"kind": "top_k", "threshold": None}
+    assert set(Other().identity(explaining=True)) == {"kind", "threshold", "source"}
 
 
 def test_random_choice_belongs_to_seed_and_ids() -> None:

@@ -21,7 +21,7 @@ from gradsift.base.errors import ConfigError, DataError, MismatchError, ModelErr
 from gradsift.base.types import TokenizedExample
 from gradsift.gradients.capture import find_modules
 from gradsift.gradients.projection import Projection, Projector, plan_segments
-from gradsift.gradients.rows import gradient_rows
+from gradsift.gradients.rows import RowSettings, gradient_rows
 from gradsift.model.loss import token_mean
 from gradsift.store.gradient_store import GradientStore, GradientStoreWriter, ShardColumns
 from gradsift.store.storage import LocalStorage
@@ -81,7 +81,12 @@ def stored(
     projector = Projector(segments, projection, dtype=torch.float64)
     sequences = [token_mean(row, number) for number, row in enumerate(rows)]
     result = gradient_rows(
-        model.network, model.modules, projector, sequences, row_count=len(rows), token_budget=40, views=("plain",)
+        model.network,
+        model.modules,
+        projector,
+        sequences,
+        RowSettings(token_budget=40, views=("plain",)),
+        row_count=len(rows),
     )
     config = {
         "projection": projection.model_dump(mode="json"),

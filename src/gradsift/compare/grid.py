@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from gradsift.base.errors import ConfigError, DataError, MismatchError, UnusableRowsError
 from gradsift.base.progress import Reporter
@@ -29,9 +31,33 @@ from gradsift.selection.select import budget_count
 from gradsift.warmup.train import Training
 
 
+class Key(NamedTuple):
+    """What a cell is called by."""
+
+    arm: str
+    budget: int
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.arm}, {self.budget} examples, seed {self.seed}"
+
+
+class CellOf(NamedTuple):
+    """Where a cell stands in the grid."""
+
+    contender: Contender
+    budget: int
+    seed: int
+
+    @property
+    def key(self) -> Key:
+        """With the contender's name."""
+        return Key(self.contender.name, self.budget, self.seed)
+
+
 @dataclass(frozen=True)
-class Plan:
-    """A checked comparison.
+class Grid:
+    """A checked comparison: methods × budgets × seeds.
 
     budgets: as numbers of examples
     datasets: of the arms that are ready ones
@@ -42,7 +68,7 @@ class Plan:
     recipe: Recipe
     job: Compare
     pool: Pool
-    target: Target | PromptTarget | None
+    target: Target | None
     contenders: list[Contender]
     budgets: tuple[int, ...]
     datasets: dict[str, Dataset]
@@ -75,28 +101,42 @@ class Plan:
         """An arm's own settings, or the comparison's."""
         return contender.training or self.job.training
 
-    def opponent(self, metric: PairwiseMetric, budget: int, seed: int) -> tuple[Contender, int, int]:
-        """The cell that a metric compares with: at its budget or else this one's or the nearest, and with this seed."""
+    def opponent(self, metric: Any, cell: CellOf) -> CellOf | None:
+        """The cell that a metric compares this one with: at its budget or else this one's or the nearest, and with this
+        seed; None where it compares with no arm."""
+        if not isinstance(metric, PairwiseMetric) or metric.opponent is None:
+            return None
         other = next(one for one in self.contenders if one.name == metric.opponent)
         at = self.size(other)
         if other.sized:
-            wanted = budget if metric.budget is None else metric.budget
+            wanted = cell.budget if metric.budget is None else metric.budget
             at = min(self.budgets, key=lambda one: abs(one - wanted))
         seeds = self.seeds_of(other)
-        return other, at, seed if seed in seeds else seeds[0]
+        return CellOf(other, at, cell.seed if cell.seed in seeds else seeds[0])
 
-    def cells(self) -> Iterator[tuple[Contender, int, int]]:
-        """Contender, budget and seed of every cell, in the order they are worked on: a whole table per seed."""
+    def choosing(self, seeds: Sequence[int]) -> list[Contender]:
+        """The arms that choose by scores with any of these seeds."""
+        return [one for one in self.contenders if one.sized and set(seeds) & set(self.seeds_of(one))]
+
+    @property
+    def warmups(self) -> list[tuple[int, tuple[int, ...]]]:
+        """The seed of each warm-up, and the seeds whose choices are made by it."""
+        if self.job.warmup == "per_seed":
+            return [(seed, (seed,)) for seed in self.seeds]
+        return [(self.recipe.seed, self.seeds)]
+
+    def cells(self) -> Iterator[CellOf]:
+        """Every cell, in the order they are worked on: a whole table per seed."""
         for seed in self.seeds:
             there = [one for one in self.contenders if seed in self.seeds_of(one)]
             for contender in (one for one in there if not one.sized):
-                yield contender, self.size(contender), seed
+                yield CellOf(contender, self.size(contender), seed)
             for budget in self.budgets:
                 for contender in (one for one in there if one.sized):
-                    yield contender, budget, seed
+                    yield CellOf(contender, budget, seed)
 
 
-def planned(recipe: Recipe, job: Compare, reporter: Reporter) -> Plan:
+def open_grid(recipe: Recipe, job: Compare, reporter: Reporter) -> Grid:
     """Open and check everything that can be checked before anything heavy.
 
     Raises:
@@ -173,7 +213,7 @@ def planned(recipe: Recipe, job: Compare, reporter: Reporter) -> Plan:
         embeddings.embed(["is it there?"], job.embedding)
     for warning in dict.fromkeys(warnings):
         reporter.warn(warning)
-    return Plan(
+    return Grid(
         recipe, job, pool, target, found, budgets, datasets, available, tuple(dict.fromkeys(warnings)), curve
     )  # fmt: skip
 
@@ -183,7 +223,7 @@ def _judged(contender: Contender, recipe: Recipe) -> Contender:
     return replace(contender, estimator=contender.estimator and with_judge(contender.estimator, recipe.judge))
 
 
-def _target(recipe: Recipe, pool: Pool, methods: Sequence[Estimator]) -> Target | PromptTarget | None:
+def _target(recipe: Recipe, pool: Pool, methods: Sequence[Estimator]) -> Target | None:
     if recipe.target is None and not any(method.needs_target for method in methods):
         return None
     unpaid = next((method for method in methods if takes_reward(method)), None)
@@ -204,7 +244,7 @@ def _target(recipe: Recipe, pool: Pool, methods: Sequence[Estimator]) -> Target 
         ) from error
 
 
-def _check_methods(pool: Pool, target: Target | PromptTarget, methods: Sequence[Estimator]) -> None:
+def _check_methods(pool: Pool, target: Target, methods: Sequence[Estimator]) -> None:
     """Refuse estimators that do not go with the target or the adapters."""
     for method in methods:
         if takes_reward(method) and isinstance(target, PromptTarget):
@@ -262,11 +302,9 @@ def _check_origin(name: str, data: Dataset, pool: Pool) -> None:
     Raises:
         MismatchError: some rows are of another pool.
     """
-    chosen = [id_ for id_ in data.ids if "gradsift_id" in data.row(id_)]
-    if not chosen:
-        return
-    known, own = set(pool.training.hashes), dict(zip(data.ids, data.hashes, strict=True))
-    foreign = [id_ for id_ in chosen if own[id_] not in known]
+    chosen = np.array(["gradsift_id" in row for row in data.rows()])
+    places = np.flatnonzero(chosen & (pool.training.hashes.positions(data.hashes) < 0))
+    foreign = data.ids.take(places)
     if foreign:
         raise MismatchError(
             f"{name} is a selection (it has gradsift_id), and {len(foreign)} of its {len(data)} rows are not in "
@@ -275,7 +313,7 @@ def _check_origin(name: str, data: Dataset, pool: Pool) -> None:
         )
 
 
-def _leaks(pool: Pool, target: Target | PromptTarget | None, metric: Any) -> list[str]:
+def _leaks(pool: Pool, target: Target | None, metric: Any) -> list[str]:
     """Warnings where what is measured on could be trained on or chosen by."""
     if metric.kind not in ("loss", "reward", "pairwise"):
         return []

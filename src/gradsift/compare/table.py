@@ -174,46 +174,26 @@ class Comparison:
     def table(self) -> pa.Table:
         """A line per arm, budget, seed and figure, with the row's mean and difference repeated."""
         lines = [
-            {
-                "arm": row.arm,
-                "budget": row.budget,
-                "seed": seed,
-                "metric": row.metric,
-                "figure": row.figure,
-                "unit": row.unit,
-                "higher_is_better": row.higher_is_better,
-                "value": value,
-                "mean": row.mean.mean,
-                "spread": row.mean.spread,
-                "seeds": row.mean.count,
-                "difference": row.difference and row.difference.mean,
-                "low": row.difference and row.difference.low,
-                "high": row.difference and row.difference.high,
-            }
+            {name: getattr(row, name, None) for name in _COLUMNS}
+            | {"seed": seed, "value": value, "seeds": row.mean.count}
+            | {"mean": row.mean.mean, "spread": row.mean.spread}
+            | {"difference": row.difference and row.difference.mean}
+            | {"low": row.difference and row.difference.low, "high": row.difference and row.difference.high}
             for row in self.rows
             for seed, value in row.by_seed.items()
         ]
-        return pa.Table.from_pylist(lines, schema=_SCHEMA)
+        return pa.Table.from_pylist(lines, schema=pa.schema(list(_COLUMNS.items())))
 
 
-_SCHEMA = pa.schema(
-    [
-        ("arm", pa.string()),
-        ("budget", pa.int64()),
-        ("seed", pa.int64()),
-        ("metric", pa.string()),
-        ("figure", pa.string()),
-        ("unit", pa.string()),
-        ("higher_is_better", pa.bool_()),
-        ("value", pa.float64()),
-        ("mean", pa.float64()),
-        ("spread", pa.float64()),
-        ("seeds", pa.int64()),
-        ("difference", pa.float64()),
-        ("low", pa.float64()),
-        ("high", pa.float64()),
-    ]
-)
+_COLUMNS = {
+    "arm": pa.string(),
+    **dict.fromkeys(("budget", "seed"), pa.int64()),
+    **dict.fromkeys(("metric", "figure", "unit"), pa.string()),
+    "higher_is_better": pa.bool_(),
+    **dict.fromkeys(("value", "mean", "spread"), pa.float64()),
+    "seeds": pa.int64(),
+    **dict.fromkeys(("difference", "low", "high"), pa.float64()),
+}
 
 
 def tabulate(cells: Sequence[Cell], contenders: Sequence[Contender], reference: str | None) -> list[Row]:

@@ -16,8 +16,8 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from gradsift.base.strings import FirstSeen
 from gradsift.base.types import Skipped
-from gradsift.data.strings import FirstSeen
 from gradsift.store.manifest import canonical
 
 # Two texts of this many tokens each are compared in about a second; what is larger is told as a whole.

@@ -14,16 +14,17 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from gradsift.base.errors import DataError
-from gradsift.base.types import Message, Sequence, Skipped, TokenizedExample
+from gradsift.base.strings import Strings, let_go
+from gradsift.base.types import Message, Sequence, TokenizedExample
 from gradsift.data.account import Account, Entries
+from gradsift.data.rows import Rows
 from gradsift.data.sample import sample_count
-from gradsift.data.strings import Strings
 from gradsift.model.loss import token_mean
 from gradsift.store.manifest import Record, fingerprint, read_json, reading
 from gradsift.store.run import Run, run_at
 from gradsift.store.tensors import map_arrays
 
-_BLOCK = 1 << 24  # bytes of a file that are looked at at once
+_BLOCK, _ROWS = 1 << 22, 1 << 12  # bytes of a file, and rows, that are looked at at once
 
 
 class _Rendered(Record):
@@ -46,21 +47,16 @@ class _Index(Record):
     hashes: list[str]
 
 
-class Dataset:
+class Dataset(Rows):
     """Examples with token ids and labels, in mapped files of a run folder: no row is a Python object before it is asked
     for.
 
     Attributes:
         fingerprint: names ids, token ids, labels and weights; data sets with equal ones give equal gradients.
-        ids: in row order; equal to a list.
         lengths: int64 `[example]`, tokens of each example.
         supervised_tokens: int64 `[example]`.
-        hashes: normalised content hash of each example.
         description: one line that says what was read.
     """
-
-    ids: Strings
-    hashes: Strings
 
     def __init__(self, run: Run, prefix: str, positions: NDArray[np.int64] | None = None) -> None:
         content = read_json(run.storage, f"{prefix}manifest.json", DataManifest)
@@ -79,24 +75,32 @@ class Dataset:
             )
             self.lengths = np.diff(self._offsets)
             self.supervised_tokens = _sums(self._supervised, self._offsets)
+            let_go(self._supervised)
         self._weights = arrays.get("weights")
         self._line_ends = arrays.get("line_ends")
         if "ids" in arrays:
-            self.ids = Strings(arrays["ids"], arrays["id_ends"])
-            self.hashes = Strings(arrays["hashes"], arrays["hash_ends"])
+            self._ids = Strings(arrays["ids"], arrays["id_ends"])
+            self._hashes = Strings(arrays["hashes"], arrays["hash_ends"])
         else:  # of a version that wrote them as JSON
             index = read_json(run.storage, f"{prefix}index.json", _Index)
-            self.ids, self.hashes = Strings.of(index["ids"]), Strings.of(index["hashes"])
+            self._ids, self._hashes = Strings.of(index["ids"]), Strings.of(index["hashes"])
         self._stored = positions  # of each row in the files; None: as they are there
         if positions is not None:
             self.fingerprint = fingerprint([self.fingerprint, positions.tolist()])
             self.description = f"{len(positions)} of {self.description}"
-            self.ids, self.hashes = self.ids.take(positions), self.hashes.take(positions)
+            self._ids, self._hashes = self._ids.take(positions), self._hashes.take(positions)
             self.lengths, self.supervised_tokens = self.lengths[positions], self.supervised_tokens[positions]
         self._beside = Account()
 
-    def __len__(self) -> int:
-        return len(self.ids)
+    @property
+    def ids(self) -> Strings:
+        """In row order; equal to a list of them."""
+        return self._ids
+
+    @property
+    def hashes(self) -> Strings:
+        """Normalised content hash of each example."""
+        return self._hashes
 
     def __repr__(self) -> str:
         return f"Dataset({self.description}: {len(self)} examples, {int(self.lengths.sum())} tokens)"
@@ -123,11 +127,6 @@ class Dataset:
                 parts = parts.take([n for n, part in enumerate(Entries.of_lines(parts)) if part.id in self.ids])
         rows = lines.take(range(first_part))
         return Account(Entries.of_lines(rows), Entries.of_lines(parts)) + self._beside
-
-    @property
-    def skipped(self) -> SequenceABC[Skipped]:
-        """Rows left out, with reasons."""
-        return self.account.rows
 
     @property
     def loss(self) -> str:
@@ -157,18 +156,12 @@ class Dataset:
         count = sample_count(size, len(self))
         return self.subset(np.sort(np.random.default_rng(seed).choice(len(self), count, replace=False)))
 
-    def token_counts(self) -> list[int]:
-        """Tokens of each row."""
-        counts: list[int] = self.lengths.tolist()
-        return counts
-
-    def longest(self) -> int:
-        """Tokens of the longest row, 0 where there is none."""
-        return int(self.lengths.max(initial=0))
-
     def sequences(self, start: int, stop: int) -> list[Sequence]:
         """Rows `[start, stop)` as the gradient engine takes them, one sequence each."""
-        return [token_mean(self[position], position - start) for position in range(start, stop)]
+        found = [token_mean(self[position], position - start) for position in range(start, stop)]
+        let_go(self._tokens)
+        let_go(self._supervised)
+        return found
 
     def by_id(self, id_: str) -> TokenizedExample:
         """The example with this id."""
@@ -240,23 +233,9 @@ class Dataset:
         """The messages of every example, in row order."""
         return (json.loads(line)["messages"] for line in self._lines)
 
-    def values(self, column: str) -> Iterator[Any]:
-        """What the original rows have in a column, in row order; None where a row has it not."""
-        return (json.loads(line)["row"].get(column) for line in self._lines)
-
-    def column(self, name: str) -> list[Any]:
-        """A column of the original rows, in row order.
-
-        Raises:
-            DataError: no row has it; the message lists the columns there are.
-        """
-        found = list(self.values(name))
-        if all(value is None for value in found):
-            there = {key for line in self._lines for key in json.loads(line)["row"]}
-            if name not in there:
-                listed = ", ".join(sorted(there))
-                raise DataError(f"{self.description} has no column {name!r}; its columns are {listed}")
-        return found
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """The original rows, in their order."""
+        return (json.loads(line)["row"] for line in self._lines)
 
 
 @lru_cache(maxsize=4)
@@ -268,8 +247,8 @@ def _opened(address: str, prefix: str, positions: bytes | None) -> Dataset:
 def _sums(values: NDArray[np.bool_], offsets: NDArray[np.int64]) -> NDArray[np.int64]:
     """How many values between two offsets are true, for each two that follow each other."""
     counts = np.empty(len(offsets) - 1, np.int64)
-    for first in range(0, len(counts), _BLOCK >> 8):
-        edges = offsets[first : first + (_BLOCK >> 8) + 1]
+    for first in range(0, len(counts), _ROWS):
+        edges = offsets[first : first + _ROWS + 1]
         cumulative = np.concatenate([[0], np.cumsum(values[edges[0] : edges[-1]], dtype=np.int64)])
         counts[first : first + len(edges) - 1] = np.diff(cumulative[edges - edges[0]])
     return counts

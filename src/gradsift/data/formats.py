@@ -507,7 +507,7 @@ def _unused_columns(row: Mapping[str, Any], columns: Columns, messages: list[Mes
     if not any(columns.families.values()):  # where the user named none, the first format that fits was taken
         rivals += [("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "output"), ("history",)]
     for rival in rivals:
-        if not all(_is_something(row.get(name)) for name in rival):
+        if rival[0] not in row or not all(_is_something(row.get(name)) for name in rival):
             continue
         texts = (text for name in rival for text in _texts(row[name]))
         missing = next((text for text in texts if not any(text.strip() in content for content in shown)), None)

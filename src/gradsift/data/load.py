@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from gradsift.base.errors import DataError, UnusableRowsError
+from gradsift.base.strings import FirstSeen
 from gradsift.base.types import Example, Skipped
 from gradsift.data.files import Row
 from gradsift.data.formats import FORMATS, BadRowError, read_conversation
 from gradsift.data.formats import Columns as Columns
 from gradsift.data.overlap import content_hash
 from gradsift.data.sources import kind_of, read_rows
-from gradsift.data.strings import FirstSeen
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import unicodedata
 from array import array
 from collections.abc import Iterable, Iterator
 
+from gradsift.base.strings import FirstSeen
 from gradsift.base.types import Example, Message, Skipped
-from gradsift.data.strings import FirstSeen
 
 
 def content_hash(messages: Iterable[Message]) -> str:

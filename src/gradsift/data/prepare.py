@@ -22,13 +22,13 @@ from numpy.typing import NDArray
 
 from gradsift.base.errors import DataError
 from gradsift.base.progress import Advance, Reporter
+from gradsift.base.strings import Strings
 from gradsift.base.types import Example, Flags, Skipped, TokenizedExample
 from gradsift.data.account import Account, Entries, as_line, count_reasons, counts_text
 from gradsift.data.chat import ChatFormat
 from gradsift.data.dataset import DataManifest, Dataset
 from gradsift.data.load import Columns, ExampleReader
 from gradsift.data.overlap import Duplicates, normalised_hash
-from gradsift.data.strings import Strings
 from gradsift.execution.forks import cores, in_order
 from gradsift.model.loss import label_weights
 from gradsift.store.manifest import fingerprint

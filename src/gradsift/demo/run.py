@@ -15,12 +15,10 @@ from gradsift.gradients.collect import Gradients
 from gradsift.influence.bm25 import BM25
 from gradsift.influence.less import LESS
 from gradsift.influence.random import Random
-from gradsift.jobs.printing import print_result
-from gradsift.jobs.report_data import write_results
-from gradsift.jobs.results import Result
+from gradsift.jobs.report import print_result, write_results
+from gradsift.jobs.results import Outcome, Result
 from gradsift.jobs.select_explain import choose, explain_into, score_all, trust
 from gradsift.recipe import Explain, Recipe
-from gradsift.report.data import Outcome
 from gradsift.report.terminal import console
 from gradsift.selection.select import Selection
 from gradsift.store.run import Run

@@ -10,8 +10,9 @@ from typing import Any
 from gradsift.base.errors import ConfigError, CorruptError, GradsiftError, LockedError, StorageError
 from gradsift.base.interruption import refuse_to_go_on
 from gradsift.base.settings import Settings
+from gradsift.context import Setup
 from gradsift.evaluation.metric import BoundMetric, Figure, Measured, Metric, Notebook, measured_from
-from gradsift.evaluation.setup import Evaluated, ModelInRun, Subject, subject_of
+from gradsift.evaluation.setup import Evaluated, Subject, subject_of
 from gradsift.model.models import host
 from gradsift.store.manifest import read_json
 
@@ -50,7 +51,7 @@ class Evaluation:
         return {"name": self.name, "subject": self.subject, "results": [result.as_dict() for result in self.results]}
 
 
-def evaluate(place: ModelInRun, evaluated: Evaluated, metrics: Sequence[Metric]) -> Evaluation:
+def evaluate(place: Setup, evaluated: Evaluated, metrics: Sequence[Metric]) -> Evaluation:
     """Measure a model by each metric, or find in the run what was measured before.
 
     A metric that fails is reported and the others go on; what it had paid for (responses, verdicts of a judge) is kept,
@@ -81,7 +82,7 @@ def evaluate(place: ModelInRun, evaluated: Evaluated, metrics: Sequence[Metric])
     return Evaluation(subject.name, subject.identity(), tuple(results))
 
 
-def measure(place: ModelInRun, evaluated: Evaluated, metric: Metric) -> Measured:
+def measure(place: Setup, evaluated: Evaluated, metric: Metric) -> Measured:
     """`evaluate` by one metric, whose failure is raised.
 
     Raises:
@@ -139,7 +140,7 @@ def _task(subject: Subject, metric: Metric) -> _Task:
     return _Task(subject, metric, bound, config, replace(found, metric=metric.label, settings=settings_of(metric)))
 
 
-def _attempt(place: ModelInRun, metric: Metric, step: Callable[[], Any]) -> Any:
+def _attempt(place: Setup, metric: Metric, step: Callable[[], Any]) -> Any:
     """What the step returns, or the metric with the error that stopped it."""
     try:
         return step()

@@ -10,7 +10,8 @@ from pydantic import ConfigDict, Field
 
 from gradsift.base.errors import ConfigError, DataError
 from gradsift.base.settings import Settings
-from gradsift.base.types import Message
+from gradsift.base.types import Message, Prompt
+from gradsift.context import Setup
 from gradsift.data.files import Row
 from gradsift.data.sources import read_rows
 from gradsift.evaluation.judging import as_text, judge_identity, verdicts
@@ -26,8 +27,8 @@ from gradsift.evaluation.metric import (
     mean_figure,
     source_name,
 )
-from gradsift.evaluation.setup import Setup, Subject
-from gradsift.generation.sampling import Prompt, Sampling
+from gradsift.evaluation.setup import Subject
+from gradsift.generation.sampling import Sampling
 from gradsift.rewards.judge import BoundJudge, Judge
 from gradsift.store.manifest import fingerprint
 from gradsift.store.run import revisions

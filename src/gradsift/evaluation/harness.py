@@ -16,8 +16,9 @@ from pydantic import Field
 
 from gradsift.base.errors import ConfigError, ModelError
 from gradsift.base.settings import Settings
+from gradsift.context import Setup
 from gradsift.evaluation.metric import Figure, Measured, Notebook
-from gradsift.evaluation.setup import Setup, Subject
+from gradsift.evaluation.setup import Subject
 from gradsift.model.adapters import own_randomness
 from gradsift.model.models import host, load_tokenizer
 from gradsift.store.storage import checksum_file

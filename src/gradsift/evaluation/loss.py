@@ -11,12 +11,12 @@ from pydantic import ConfigDict, Field
 
 from gradsift.base.errors import DataError, UnusableRowsError
 from gradsift.base.settings import Settings
-from gradsift.context import refuse_longer
+from gradsift.context import Setup, refuse_longer
 from gradsift.data.dataset import Dataset
 from gradsift.data.load import Columns
 from gradsift.data.prepare import prepare
 from gradsift.evaluation.metric import Figure, Measured, Needs, Notebook, left_out, mean_figure, source_name
-from gradsift.evaluation.setup import ModelInRun, Setup, Subject
+from gradsift.evaluation.setup import Subject
 from gradsift.gradients.losses import row_losses
 from gradsift.model.models import host
 from gradsift.warmup.checkpoint import Checkpoint
@@ -30,7 +30,7 @@ class HeldOut:
     per_example: dict[str, float]
 
 
-def held_out_loss(pool: ModelInRun, data: Dataset, checkpoint: Checkpoint, *, what: str = "held-out loss") -> HeldOut:
+def held_out_loss(pool: Setup, data: Dataset, checkpoint: Checkpoint, *, what: str = "held-out loss") -> HeldOut:
     """Mean token NLL of each example of `data` at a checkpoint, without dropout.
 
     Args:

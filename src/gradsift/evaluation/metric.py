@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,8 +13,9 @@ from pydantic import TypeAdapter
 
 from gradsift.base.errors import CorruptError
 from gradsift.base.types import Chat
+from gradsift.context import Setup
 from gradsift.data.account import Account, count_reasons, counts_text
-from gradsift.evaluation.setup import Setup, Subject
+from gradsift.evaluation.setup import Subject
 from gradsift.generation.endpoint import Endpoint
 from gradsift.generation.sampling import Sampling
 from gradsift.influence.prompts import PromptTarget
@@ -78,27 +79,7 @@ class Measured:
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON has it."""
-        return {
-            "metric": self.metric,
-            "kind": self.kind,
-            "figures": [
-                {
-                    "name": figure.name,
-                    "value": figure.value,
-                    "standard_error": figure.standard_error,
-                    "n": figure.n,
-                    "higher_is_better": figure.higher_is_better,
-                    "unit": figure.unit,
-                    "per_item": figure.per_item,
-                }
-                for figure in self.figures
-            ],
-            "notes": list(self.notes),
-            "details": self.details,
-            "settings": self.settings,
-            "error": self.error,
-            "partial": self.partial,
-        }
+        return asdict(self)
 
 
 def measured_from(content: Mapping[str, Any]) -> Measured:

@@ -2,47 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from gradsift.base.errors import ConfigError, MismatchError
-from gradsift.base.progress import Reporter, silent
-from gradsift.context import Pool
-from gradsift.data.chat import ChatFormat, Supervise
+from gradsift.base.errors import MismatchError
+from gradsift.base.progress import Reporter
+from gradsift.context import Setup, setup_of
+from gradsift.data.chat import Supervise
 from gradsift.model.models import (
     DtypeName,
     find_adapter,
     generation_settings,
-    load_tokenizer,
     model_identity,
-    resolve_device,
 )
 from gradsift.store.manifest import fingerprint
 from gradsift.store.run import Run
 from gradsift.warmup.checkpoint import Checkpoint, open_checkpoint
-
-
-@dataclass(frozen=True)
-class Setup:
-    """A model, and the run folder that keeps what is found out about it.
-
-    model:         hub id or folder of the base model
-    chat:          its chat template, with the length that examples are cut at
-    dtype, device: it is run in, and on
-    reporter:      where progress goes
-    """
-
-    run: Run
-    model: str
-    chat: ChatFormat = field(repr=False)
-    tokenizer: Any = field(repr=False)
-    dtype: DtypeName = "auto"
-    device: str = "auto"
-    reporter: Reporter = field(default_factory=silent, repr=False)
-
-
-ModelInRun = Setup | Pool
-"""What can be evaluated in: a pool has all that a model without one has."""
 
 
 def open_model(
@@ -73,20 +48,15 @@ def open_model(
     Example:
         >>> place = open_model("HuggingFaceTB/SmolLM2-135M-Instruct", out="runs/math")  # doctest: +SKIP
     """
-    run = out if isinstance(out, Run) else Run(out)
-    reporter = reporter or silent()
-    if max_length < 2:
-        raise ConfigError(f"--max-length is {max_length}: a prompt and one answer token need at least 2")
-    if dtype == "auto" and resolve_device(device) == "cpu":
-        dtype = "float32"  # as `open_pool` says it, so that both find the same results
-    identity = model_identity(model)
-    if run.storage.exists("run.json") and run.identity().get("model") != identity:
+    setup = setup_of(
+        model, out, max_length=max_length, supervise=supervise, dtype=dtype, device=device, reporter=reporter
+    )
+    run = setup.run
+    if run.storage.exists("run.json") and run.identity().get("model") != model_identity(model):
         raise MismatchError(
             f"{run.place} belongs to another model than {model}: use another --out, or the model of that run"
         )
-    tokenizer = load_tokenizer(model)
-    chat = ChatFormat(tokenizer, supervise=supervise, max_length=max_length)
-    return Setup(run, model, chat, tokenizer, dtype, device, reporter)
+    return setup
 
 
 @dataclass(frozen=True)
@@ -169,7 +139,7 @@ class Subject:
         }
 
 
-def subject_of(place: ModelInRun, evaluated: Evaluated) -> Subject:
+def subject_of(place: Setup, evaluated: Evaluated) -> Subject:
     """What `evaluate` means by a training, a checkpoint, an adapter's folder or hub id, or None (the base model).
 
     Raises:
@@ -184,5 +154,4 @@ def subject_of(place: ModelInRun, evaluated: Evaluated) -> Subject:
     elif evaluated is not None:
         find_adapter(evaluated)
         checkpoint, name = open_checkpoint(evaluated), evaluated
-    base = Setup(place.run, place.model, place.chat, place.tokenizer, place.dtype, place.device, place.reporter)
-    return Subject(replace(base, model=model), checkpoint, name, base)
+    return Subject(replace(place, model=model), checkpoint, name, place)

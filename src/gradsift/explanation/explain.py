@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from collections.abc import Sequence as SequenceABC
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
@@ -18,10 +19,16 @@ from gradsift.base.lazy import Tensor, torch
 from gradsift.base.ranks import descending_ranks
 from gradsift.base.types import Message, Skipped, TokenizedExample
 from gradsift.context import Pool, Target
-from gradsift.explanation.batch import relevance_of_choices
 from gradsift.explanation.coefficients import CoefficientModel
 from gradsift.explanation.outputs import Output, OutputSource, Question, answers, question_of
-from gradsift.explanation.relevance import AGGREGATIONS, Aggregation, Relevance, relevance_of_draws, to_db
+from gradsift.explanation.relevance import (
+    AGGREGATIONS,
+    Aggregation,
+    Relevance,
+    relevance_of_choices,
+    relevance_of_draws,
+    to_db,
+)
 from gradsift.gradients.rows import View
 from gradsift.influence.estimator import Estimator, influence_of, target_view
 from gradsift.influence.less import LESS
@@ -37,7 +44,7 @@ from gradsift.store.gradient_store import GradientStore
 from gradsift.store.manifest import fingerprint, read_json
 from gradsift.store.run import revisions
 
-Ranking = tuple[list[str], NDArray[np.float32]]
+Ranking = tuple[SequenceABC[str], NDArray[np.float32]]
 """Pool ids, and their influence on outputs `[pool output]` or on one `[pool]`; higher = training on it helps."""
 
 DEFAULT_ESTIMATOR: Estimator = LESS(optimizer="sgd", checkpoints="last")
@@ -170,71 +177,191 @@ _EXPLANATION = TypeAdapter(Explanation)
 
 
 @dataclass(frozen=True)
-class Explanations:
+class _Work:
+    """What is the same for every output of one call, and explains each."""
+
+    pool: Pool = field(repr=False, compare=False)
+    source: OutputSource = field(repr=False, compare=False)
+    store: GradientStore = field(repr=False, compare=False)
+    gradients: GradientStore = field(repr=False, compare=False)
+    estimators: tuple[Estimator, ...] = field(repr=False)
+    strategies: tuple[Selector, ...] = field(repr=False)
+    budgets: tuple[int, ...]
+    coefficients: CoefficientModel
+    candidates: int
+    aggregation: Aggregation
+    _rankings: dict[str, Ranking] = field(default_factory=dict, repr=False, compare=False)
+
+    def scores_of(self, output_id: str, estimator: Estimator) -> Ranking:
+        """Pool ids and their influence on one output `[pool]`."""
+        ids, matrix = self._ranking(estimator)
+        return ids, matrix[:, self.source.ids.index(output_id)]
+
+    def gradient_of(self, output_id: str) -> Tensor:
+        """The output's projected plain gradient `[dim]`."""
+        position = self.gradients.positions([output_id])[0]
+        return self.gradients.rows(position, position + 1)[0]
+
+    def candidates_of(self, output_id: str, estimator: Estimator) -> Candidates:
+        """What strategies choose from for one output: the scored examples that have a gradient."""
+        return Candidates.stored(
+            self.store, *self.scores_of(output_id, estimator), self.gradient_of(output_id), count=self.candidates,
+            test_id=output_id, pool=self.pool,
+        )  # fmt: skip
+
+    def explain_all(self, answered: SequenceABC[Output], failed: list[Skipped]) -> list[Explanation]:
+        """Explanations in the order of the outputs: kept ones, and new ones, which are kept; `failed` is added to."""
+        keys = {output.id: self._key(output) for output in answered}
+        done: dict[str, Explanation | None] = {output.id: self._kept(keys[output.id]) for output in answered}
+        usable = []
+        for output in answered:
+            if output.id not in self.gradients:
+                reason = self.gradients.excluded.get(output.id, "no gradient")
+                failed.append(Skipped(output.id, "gradient", reason))
+            elif not self.gradient_of(output.id).any():
+                failed.append(Skipped(output.id, "zero_gradient", "the output's gradient is zero: nothing to explain"))
+            else:
+                usable.append(output)
+        missing = [output for output in usable if done[output.id] is None]
+        if missing:
+            for estimator in self.estimators:
+                self._ranking(estimator)
+            with self.pool.reporter.stage("choosing examples", len(missing), "outputs") as advance:
+                for output in missing:
+                    try:
+                        entry = self._explain(output)
+                        self.pool.run.publish_json(keys[output.id], entry.as_dict(), sealed=True)
+                        done[output.id] = entry
+                    except GradsiftError as error:
+                        failed.append(Skipped(output.id, "not_explained", str(error)))
+                    advance(1)
+        return [found for output in usable if (found := done[output.id]) is not None]
+
+    def _explain(self, output: Output) -> Explanation:
+        gradient, position = self.gradient_of(output.id), self.gradients.positions([output.id])[0]
+        return Explanation(
+            id=output.id,
+            messages=output.question.messages,
+            output=output.text,
+            generated=output.generated,
+            finished=output.finished,
+            tokens=int(output.entry.supervised.sum()),
+            loss=float(self.gradients.losses[position]),
+            gradient_norm=float(self.gradients.norms[position]),
+            squared_norm=float(gradient.double() @ gradient.double()),
+            coefficients=self.coefficients,
+            aggregation=self.aggregation,
+            results=tuple(found for estimator in self.estimators for found in self._results(output.id, estimator)),
+        )
+
+    def _results(self, output_id: str, estimator: Estimator) -> Iterator[StrategyResult]:
+        competing = self.candidates_of(output_id, estimator)
+        ids, values = competing.ids, competing.scores
+        ranks = descending_ranks(values.numpy())
+        choices = choose_all(self.strategies, competing, self.budgets)
+        relevances = relevance_of_choices(competing, choices, models=(self.coefficients,))
+        for strategy, by_budget, by_model in zip(self.strategies, choices, relevances, strict=True):
+            for k, selections in by_budget.items():
+                found = by_model[k][self.coefficients]
+                together = relevance_of_draws(found, how=self.aggregation)
+                examples = zip(selections[0], found[0].coefficients.tolist(), strict=True)
+                yield StrategyResult(
+                    estimator=estimator.label,
+                    strategy=strategy.strategy,
+                    k=k,
+                    relevance_db=together.db,
+                    ratio=together.ratio,
+                    near_zero=together.near_zero,
+                    capped=together.capped,
+                    examples=tuple(
+                        ChosenExample(ids[place], float(values[place]), int(ranks[place]), float(coefficient))
+                        for place, coefficient in examples
+                    ),
+                    draws=tuple(_draw(relevance) for relevance in found),
+                )
+
+    def _ranking(self, estimator: Estimator) -> Ranking:
+        """Pool ids and their influence on all outputs `[pool output]`."""
+        if estimator.label not in self._rankings:
+            of_outputs = Target(self.source, None, ())  # type: ignore[arg-type]  # which is read as a data set is
+            found = influence_of(estimator, self.pool, of_outputs)
+            for warning in found.warnings:
+                self.pool.reporter.warn(warning)
+            assert found.matrix is not None, estimator
+            self._rankings[estimator.label] = found.ids, found.matrix
+        return self._rankings[estimator.label]
+
+    def _key(self, output: Output) -> str:
+        """Where the explanation is kept: under everything that it depends on and says."""
+        tokens = OutputSource((output.entry,), self.pool.chat.fingerprint).fingerprint
+        said = [list(output.question.messages), output.text, output.generated, output.finished]
+        return f"{self._prefix}{fingerprint([tokens, said])}.json"
+
+    @cached_property
+    def _prefix(self) -> str:
+        config = {
+            "pool": self.store.fingerprint,
+            "estimators": [
+                {**estimator.model_dump(mode="json"), "inputs": estimator.inputs(self.pool)}
+                for estimator in self.estimators
+            ],
+            "strategies": [strategy.identity(explaining=True) for strategy in self.strategies],
+            "budgets": list(self.budgets),
+            "coefficients": self.coefficients,
+            "candidates": self.candidates,
+            "aggregation": self.aggregation,
+            "warmup": [checkpoint.identity() for checkpoint in self.pool.checkpoints()],
+            **revisions("scores"),
+        }
+        return self.pool.run.prefix("explanations", config)
+
+    def _kept(self, key: str) -> Explanation | None:
+        storage = self.pool.run.storage
+        if not storage.exists(key):
+            return None
+        try:
+            return _EXPLANATION.validate_json(json.dumps(read_json(storage, key)))
+        except (CorruptError, ValidationError):
+            self.pool.reporter.warn(f"{self.pool.run.name(key)} is damaged: explaining this output again")
+            return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explanations(_Work):
     """Explanations of a list of prompts, and the prompts that could not be explained.
 
-    outputs: the explained outputs' tokens, in the order of `entries`
     budgets: the numbers of examples
     store, gradients: plain rows at the last checkpoint, of the pool and of the outputs
     """
 
     entries: tuple[Explanation, ...]
     failed: tuple[Skipped, ...]
-    budgets: tuple[int, ...] = ()
-    estimators: tuple[Estimator, ...] = field(default=(), repr=False)
-    strategies: tuple[Selector, ...] = field(default=(), repr=False)
-    candidates: int = CANDIDATES
-    source: OutputSource | None = field(default=None, repr=False, compare=False)
-    store: GradientStore | None = field(default=None, repr=False, compare=False)
-    gradients: GradientStore | None = field(default=None, repr=False, compare=False)
-    path: str = ""
-    pool: Pool | None = field(default=None, repr=False, compare=False)
-    _rankings: dict[str, Ranking] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def path(self) -> str:
+        """Where they are, line by line."""
+        return self.pool.run.name("explanations.jsonl")
 
     @property
     def unshown(self) -> list[Skipped]:
         """What the prompts and given answers have and the model was not shown."""
-        return [part for entry in (self.source.entries if self.source else ()) for part in entry.unshown]
+        return [part for entry in self.source.entries for part in entry.unshown]
 
     @property
     def outputs(self) -> list[TokenizedExample]:
-        """Tokens of the explained outputs, in the order of `entries`."""
-        assert self.source is not None
+        """The explained outputs' tokens, in the order of `entries`."""
         by_id = {entry.id: entry for entry in self.source.entries}
         return [by_id[entry.id] for entry in self.entries]
-
-    def scores_of(self, output_id: str, estimator: Estimator) -> Ranking:
-        """Pool ids and their influence on one output `[pool]`."""
-        assert self.pool is not None
-        assert self.source is not None
-        if estimator.label not in self._rankings:
-            self._rankings[estimator.label] = _ranking(self.pool, self.source, estimator)
-        ids, matrix = self._rankings[estimator.label]
-        return ids, matrix[:, self.source.ids.index(output_id)]
-
-    def gradient_of(self, output_id: str) -> Tensor:
-        """The output's projected plain gradient `[dim]`."""
-        assert self.gradients is not None
-        return _row(self.gradients, output_id)
 
     def table(self) -> pa.Table:
         """Long form: output, estimator, strategy, k, relevance (dB and ratio), of how many draws, flags, chosen ids."""
         rows = [
             {
                 "output": entry.id,
-                "estimator": result.estimator,
-                "strategy": result.strategy,
-                "k": result.k,
-                "relevance_db": result.relevance_db,
-                "ratio": result.ratio,
-                "near_zero": result.near_zero,
-                "capped": result.capped,
+                **{name: value for name, value in vars(result).items() if name not in ("examples", "draws")},
                 "draws": len(result.draws),
                 "aggregation": entry.aggregation,
-                "ids": [example.id for example in result.examples],
-                "scores": [example.score for example in result.examples],
-                "ranks": [example.rank for example in result.examples],
-                "coefficients": [example.coefficient for example in result.examples],
+                **{f"{one.name}s": [getattr(e, one.name) for e in result.examples] for one in fields(ChosenExample)},
             }
             for entry in self.entries
             for result in entry.results
@@ -313,28 +440,17 @@ def explain(
     of_outputs = sorted({target_view(view) for view in views})
     gradients = pool.collect(source, checkpoint, of_outputs, what="output")["plain"]
     work = _Work(
-        pool, source, store, gradients, estimators, tuple(strategies), budgets, coefficients, candidates, aggregation
-    )
+        pool=pool, source=source, store=store, gradients=gradients, estimators=estimators, strategies=tuple(strategies),
+        budgets=budgets, coefficients=coefficients, candidates=candidates, aggregation=aggregation,
+    )  # fmt: skip
     explained = work.explain_all(answered, failed)
     if not explained:
         raise DataError(f"no prompt can be explained; first: {failed[0].detail}")
-    found = Explanations(
-        entries=tuple(explained),
-        failed=tuple(failed),
-        budgets=budgets,
-        estimators=estimators,
-        strategies=tuple(strategies),
-        candidates=candidates,
-        source=source,
-        store=store,
-        gradients=gradients,
-        path=pool.run.name("explanations.jsonl"),
-        pool=pool,
-        _rankings=work.rankings,
-    )
+    same = {one.name: getattr(work, one.name) for one in fields(work)}
+    found = Explanations(**same, entries=tuple(explained), failed=tuple(failed))
     lines = (json.dumps(entry.as_dict(), ensure_ascii=False) + "\n" for entry in found.entries)
     pool.run.publish_text("explanations.jsonl", "".join(lines))
-    pool.run.publish_parquet("explanations.parquet", found.table())
+    pool.run.publish_parquet("explanations.parquet", [found.table()])
     return found
 
 
@@ -377,159 +493,6 @@ def _once_each(questions: SequenceABC[Question]) -> tuple[list[Question], list[S
         else:
             first[question.id] = question
     return list(first.values()), again
-
-
-@dataclass(frozen=True)
-class _Work:
-    """What is the same for every output of one call."""
-
-    pool: Pool
-    source: OutputSource
-    store: GradientStore
-    gradients: GradientStore
-    estimators: tuple[Estimator, ...]
-    strategies: tuple[Selector, ...]
-    budgets: tuple[int, ...]
-    coefficients: CoefficientModel
-    candidates: int
-    aggregation: Aggregation
-    rankings: dict[str, Ranking] = field(default_factory=dict)
-
-    def explain_all(self, answered: SequenceABC[Output], failed: list[Skipped]) -> list[Explanation]:
-        """Explanations in the order of the outputs: kept ones, and new ones, which are kept; `failed` is added to."""
-        keys = {output.id: self._key(output) for output in answered}
-        done: dict[str, Explanation | None] = {output.id: self._kept(keys[output.id]) for output in answered}
-        usable = []
-        for output in answered:
-            if output.id not in self.gradients:
-                reason = self.gradients.excluded.get(output.id, "no gradient")
-                failed.append(Skipped(output.id, "gradient", reason))
-            elif not self._gradient(output.id).any():
-                failed.append(Skipped(output.id, "zero_gradient", "the output's gradient is zero: nothing to explain"))
-            else:
-                usable.append(output)
-        missing = [output for output in usable if done[output.id] is None]
-        if missing:
-            for estimator in self.estimators:
-                self.rankings[estimator.label] = _ranking(self.pool, self.source, estimator)
-            columns = {output.id: column for column, output in enumerate(answered)}
-            with self.pool.reporter.stage("choosing examples", len(missing), "outputs") as advance:
-                for output in missing:
-                    try:
-                        entry = self._explain(output, columns[output.id])
-                        self.pool.run.publish_json(keys[output.id], entry.as_dict(), sealed=True)
-                        done[output.id] = entry
-                    except GradsiftError as error:
-                        failed.append(Skipped(output.id, "not_explained", str(error)))
-                    advance(1)
-        return [found for output in usable if (found := done[output.id]) is not None]
-
-    def _explain(self, output: Output, column: int) -> Explanation:
-        gradient = self._gradient(output.id)
-        results: list[StrategyResult] = []
-        for estimator in self.estimators:
-            ids, matrix = self.rankings[estimator.label]
-            results += self._of_estimator(output.id, estimator, ids, matrix[:, column], gradient)
-        position = self.gradients.positions([output.id])[0]
-        return Explanation(
-            id=output.id,
-            messages=output.question.messages,
-            output=output.text,
-            generated=output.generated,
-            finished=output.finished,
-            tokens=int(output.entry.supervised.sum()),
-            loss=float(self.gradients.losses[position]),
-            gradient_norm=float(self.gradients.norms[position]),
-            squared_norm=float(gradient.double() @ gradient.double()),
-            coefficients=self.coefficients,
-            aggregation=self.aggregation,
-            results=tuple(results),
-        )
-
-    def _of_estimator(
-        self, output_id: str, estimator: Estimator, ids: list[str], scores: NDArray[np.float32], gradient: Tensor
-    ) -> list[StrategyResult]:
-        competing = Candidates.stored(
-            self.store, ids, scores, gradient, count=self.candidates, test_id=output_id, pool=self.pool
-        )
-        values = competing.scores
-        ranks = descending_ranks(values.numpy())
-        choices = choose_all(self.strategies, competing, self.budgets)
-        relevances = relevance_of_choices(competing, choices, models=(self.coefficients,))
-        results = []
-        for strategy, by_budget, by_model in zip(self.strategies, choices, relevances, strict=True):
-            for k, selections in by_budget.items():
-                found = by_model[k][self.coefficients]
-                together = relevance_of_draws(found, how=self.aggregation)
-                examples = zip(selections[0], found[0].coefficients.tolist(), strict=True)
-                results.append(
-                    StrategyResult(
-                        estimator=estimator.label,
-                        strategy=strategy.strategy,
-                        k=k,
-                        relevance_db=together.db,
-                        ratio=together.ratio,
-                        near_zero=together.near_zero,
-                        capped=together.capped,
-                        examples=tuple(
-                            ChosenExample(ids[place], float(values[place]), int(ranks[place]), float(coefficient))
-                            for place, coefficient in examples
-                        ),
-                        draws=tuple(_draw(relevance) for relevance in found),
-                    )
-                )
-        return results
-
-    def _gradient(self, output_id: str) -> Tensor:
-        return _row(self.gradients, output_id)
-
-    def _key(self, output: Output) -> str:
-        """Where the explanation is kept: under everything that it depends on and says."""
-        tokens = OutputSource((output.entry,), self.pool.chat.fingerprint).fingerprint
-        said = [list(output.question.messages), output.text, output.generated, output.finished]
-        return f"{self._prefix}{fingerprint([tokens, said])}.json"
-
-    @cached_property
-    def _prefix(self) -> str:
-        config = {
-            "pool": self.store.fingerprint,
-            "estimators": [
-                {**estimator.model_dump(mode="json"), "inputs": estimator.inputs(self.pool)}
-                for estimator in self.estimators
-            ],
-            "strategies": [strategy.identity(explaining=True) for strategy in self.strategies],
-            "budgets": list(self.budgets),
-            "coefficients": self.coefficients,
-            "candidates": self.candidates,
-            "aggregation": self.aggregation,
-            "warmup": [checkpoint.identity() for checkpoint in self.pool.checkpoints()],
-            **revisions("scores"),
-        }
-        return self.pool.run.prefix("explanations", config)
-
-    def _kept(self, key: str) -> Explanation | None:
-        storage = self.pool.run.storage
-        if not storage.exists(key):
-            return None
-        try:
-            return _EXPLANATION.validate_json(json.dumps(read_json(storage, key)))
-        except (CorruptError, ValidationError):
-            self.pool.reporter.warn(f"{self.pool.run.name(key)} is damaged: explaining this output again")
-            return None
-
-
-def _ranking(pool: Pool, source: OutputSource, estimator: Estimator) -> Ranking:
-    of_outputs = Target(source, None, ())  # type: ignore[arg-type]  # which is read as a data set is
-    found = influence_of(estimator, pool, of_outputs)
-    for warning in found.warnings:
-        pool.reporter.warn(warning)
-    assert found.matrix is not None, estimator
-    return found.ids, found.matrix
-
-
-def _row(store: GradientStore, id_: str) -> Tensor:
-    position = store.positions([id_])[0]
-    return store.rows(position, position + 1)[0]
 
 
 def _draw(relevance: Relevance) -> Draw:

@@ -7,8 +7,6 @@ from collections.abc import Sequence as SequenceABC
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-
 from gradsift.explanation.explain import Explanation, Explanations
 from gradsift.explanation.relevance import (
     Aggregation,
@@ -134,11 +132,3 @@ def gain_over_naive(table: RelevanceTable, naive_of: Callable[[str], str | None]
                 }
             )  # fmt: skip
     return gains
-
-
-def coefficient_statistics(explanations: SequenceABC[Explanation]) -> dict[str, float]:
-    """Mean l1 and l2 norm of the coefficients and their shares of non-zero and negative ones (Compact, Table 4)."""
-    draws = [draw for entry in explanations for result in entry.results for draw in result.draws]
-    return {
-        name: float(np.mean([getattr(draw, name) for draw in draws])) for name in ("l1", "l2", "nonzero", "negative")
-    }

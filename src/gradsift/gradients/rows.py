@@ -81,23 +81,44 @@ class ShardPart:
         return int(tensors["done"].all(0).sum()) if "done" in tensors else 0
 
 
+@dataclass(frozen=True)
+class RowSettings:
+    """How a pass over a shard is made.
+
+    token_budget: padded tokens per batch.
+    views: which rows to make.
+    by_module: the projector of the `segments` view.
+    adam: per module name, needed for the `adam` view.
+    full_sum: also sum the unprojected rows of each view.
+    autocast: run the model in this dtype; gradients are accumulated in float32 all the same.
+    module_groups: go through the sequences this many times, each time for a part of the modules, to hold fewer
+        gradients, moments and sums in memory at once.
+    lanes: batches that run at once on a CPU, each on its share of the threads: small batches lose up to a fifth of
+        the time when all threads share one. Rows depend on the threads of a lane only by rounding.
+    checkpointing: run each layer again in the backward pass instead of keeping its activations.
+    measured: rows whose inner products are wanted before projection, too.
+    """
+
+    token_budget: int
+    views: SequenceABC[View] = ("plain",)
+    by_module: Projector | None = None
+    adam: Mapping[str, AdamDirection] = field(default_factory=dict)
+    full_sum: bool = False
+    autocast: torch.dtype | None = None
+    module_groups: int = 1
+    lanes: int = 1
+    checkpointing: bool = False
+    measured: SequenceABC[int] = ()
+
+
 def gradient_rows(
     model: nn.Module,
     modules: SequenceABC[Captured],
     projector: Projector,
     sequences: SequenceABC[Sequence],
+    settings: RowSettings,
     *,
     row_count: int,
-    token_budget: int,
-    views: SequenceABC[View] = ("plain",),
-    by_module: Projector | None = None,
-    adam: Mapping[str, AdamDirection] | None = None,
-    full_sum: bool = False,
-    autocast: torch.dtype | None = None,
-    module_groups: int = 1,
-    lanes: int = 1,
-    checkpointing: bool = False,
-    measured: SequenceABC[int] = (),
     on_rows: Callable[[int], None] | None = None,
     part: ShardPart | None = None,
 ) -> ShardRows:
@@ -115,43 +136,31 @@ def gradient_rows(
         modules: from `find_modules`; rows hold their columns in this order.
         projector: of the same modules.
         sequences: their `row` is a position below `row_count`.
+        settings: which rows are made, and how.
         row_count: number of rows of the shard.
-        token_budget: padded tokens per batch.
-        views: which rows to make.
-        by_module: the projector of the `segments` view.
-        adam: per module name, needed for the `adam` view.
-        full_sum: also sum the unprojected rows of each view.
-        autocast: run the model in this dtype; gradients are accumulated in float32 all the same.
-        module_groups: go through the sequences this many times, each time for a part of the modules, to hold fewer
-            gradients, moments and sums in memory at once.
-        lanes: batches that run at once on a CPU, each on its share of the threads: small batches lose up to a fifth of
-            the time when all threads share one. Rows depend on the threads of a lane only by rounding.
-        checkpointing: run each layer again in the backward pass instead of keeping its activations.
-        measured: rows whose inner products are wanted before projection, too.
         on_rows: told how many rows were done, beside those of `part`.
         part: what is known already, of a pass with the same arguments; tells what is finished from then on.
 
     Returns:
         Rows of non-finite loss or gradient, and those that do not fit in memory even alone, are zero and in `bad`.
     """
-    assert lanes == 1 or projector.device.type == "cpu", (lanes, projector.device)
-    projectors: dict[View, Projector] = {view: projector for view in views if view != "segments"}
-    if "segments" in views:
-        assert by_module is not None, views
-        projectors["segments"] = by_module
-    work = (model, modules, projectors, row_count, adam or {}, full_sum, autocast, module_groups, lanes)
-    exact = (
-        ExactProducts(measured, ("plain", "adam") if "adam" in views else ("plain",), projector) if measured else None
-    )
+    assert settings.lanes == 1 or projector.device.type == "cpu", (settings.lanes, projector.device)
+    projectors: dict[View, Projector] = {view: projector for view in settings.views if view != "segments"}
+    if "segments" in settings.views:
+        assert settings.by_module is not None, settings.views
+        projectors["segments"] = settings.by_module
+    exact = None
+    if settings.measured:
+        exact = ExactProducts(settings.measured, ("plain", "adam") if "adam" in projectors else ("plain",), projector)
     beside = 0
     if projector.device.type == "cuda":
         row_bytes = sum(one.dim * one.dtype.itemsize for one in projectors.values())
         beside = sequence_tokens(model, max(c.out_features * c.in_features for c in modules), row_bytes)
-    budget = _Budget(token_budget, beside, projector.device)
-    result = _pass(sequences, budget, *work, checkpointing, exact, on_rows, part)
-    if result.bad and full_sum:  # a non-finite row has spoilt the sums: take them again without it
-        kept = [sequence for sequence in sequences if sequence.row not in result.bad]
-        again = _pass(kept, budget, *work, checkpointing, None, None, None)
+    budget = _Budget(settings.token_budget, beside, projector.device)
+    once = partial(_pass, budget, model, modules, projectors, row_count, settings)
+    result = once(sequences, exact, on_rows, part)
+    if result.bad and settings.full_sum:  # a non-finite row has spoilt the sums: take them again without it
+        again = once([sequence for sequence in sequences if sequence.row not in result.bad])
         result.full_sums = again.full_sums
         result.bad.update(again.bad)
     for row in result.bad:
@@ -198,22 +207,18 @@ class _Budget:
 
 
 def _pass(
-    sequences: SequenceABC[Sequence],
     budget: _Budget,
     model: nn.Module,
     modules: SequenceABC[Captured],
     projectors: Mapping[View, Projector],
     row_count: int,
-    adam: Mapping[str, AdamDirection],
-    full_sum: bool,
-    autocast: torch.dtype | None,
-    module_groups: int,
-    lanes: int,
-    checkpointing: bool,
-    exact: ExactProducts | None,
-    on_rows: Callable[[int], None] | None,
-    part: ShardPart | None,
+    settings: RowSettings,
+    sequences: SequenceABC[Sequence],
+    exact: ExactProducts | None = None,
+    on_rows: Callable[[int], None] | None = None,
+    part: ShardPart | None = None,
 ) -> ShardRows:
+    full_sum, lanes = settings.full_sum, settings.lanes
     device = next(iter(projectors.values())).device
     result = ShardRows(
         rows={
@@ -225,7 +230,7 @@ def _pass(
         full_sums={view: {} for view in projectors} if full_sum else {},
         exact=exact,
     )
-    size = -(-len(modules) // module_groups)
+    size = -(-len(modules) // settings.module_groups)
     groups = [modules[start : start + size] for start in range(0, len(modules), size)]
     squares = {view: torch.zeros(len(groups), row_count, dtype=torch.float64, device=device) for view in projectors}
     columns: Columns = {
@@ -246,10 +251,10 @@ def _pass(
     kinds = {projector.projection.kind for projector in projectors.values()}
     by_factors = kinds == {"kronecker"} and "adam" not in projectors and not full_sum
     for number, group in enumerate(groups):
-        with Capture(model, group, autocast=autocast, checkpointing=checkpointing).open() as capture:
+        with Capture(model, group, autocast=settings.autocast, checkpointing=settings.checkpointing).open() as capture:
             own = {view: square[number] for view, square in squares.items()}
             into = replace(result, rows=blank[number])
-            sinks = [_Sink(projectors, adam, into, own, full_sum, number == 0) for _ in range(lanes)]
+            sinks = [_Sink(projectors, settings.adam, into, own, full_sum, number == 0) for _ in range(lanes)]
             # What is measured is held until all of it is there, and an interruption loses it: it comes last, by itself.
             units = [unit for part in (others, last) for unit in budget.units(part)]
             progress.begin(number, units, sinks)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import ClassVar, Literal
+import math
+from array import array
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +14,6 @@ from numpy.typing import NDArray
 from gradsift.context import Pool, Target
 from gradsift.data.words import has_words, words
 from gradsift.influence.estimator import Estimator, Influence, TargetsByCheckpoint, conversations, refuse_too_many
-from gradsift.influence.prompts import PromptTarget
 
 Reading = Literal["okapi", "compact"]
 
@@ -40,7 +42,7 @@ class BM25(Estimator):
         parts = ["model tokens"] * (self.tokens == "model") + ["Compact's"] * (self.reading == "compact")
         return f"BM25 ({', '.join(parts)})" if parts else "BM25"
 
-    def influence(self, pool: Pool, target: Target | PromptTarget | None) -> Influence:
+    def influence(self, pool: Pool, target: Target | None) -> Influence:
         """`bm25_scores` of the texts or the tokens."""
         assert target is not None, self
         refuse_too_many(len(pool.data), len(target.data.ids))
@@ -51,15 +53,17 @@ class BM25(Estimator):
             of_target: list[list[NDArray[np.int32]]] = [[] for _ in targets.ids]
             for sequence in targets.sequences(0, len(targets.ids)):
                 of_target[sequence.row].append(sequence.token_ids)
-            documents = model_tokens(pool.data[position].token_ids for position in range(len(pool.data)))
-            asked = model_tokens(np.concatenate(parts) for parts in of_target)
+            rows = (pool.data[position] for position in range(len(pool.data)))
+            documents: Iterable[list[Any]] = (row.token_ids.tolist() for row in rows)
+            asked: list[list[Any]] = [np.concatenate(parts).tolist() for parts in of_target]
         else:
-            documents, asked = (
-                [words(spoken_text(messages)) for messages in conversations(data)] for data in (pool.data, target.data)
+            documents, texts = (
+                (words(spoken_text(messages)) for messages in conversations(data)) for data in (pool.data, target.data)
             )
+            asked = list(texts)
             warnings = wordless(self.label, pool, target)
         matrix = bm25_scores(documents, asked, k1=self.k1, b=self.b, reading=self.reading)
-        return Influence(list(pool.data.ids), matrix, warnings=tuple(warnings), identity={"stores": []})
+        return Influence(pool.data.ids, matrix, warnings=tuple(warnings), identity={"stores": []})
 
 
 def conversation_text(messages: Sequence[Mapping[str, object]]) -> str:
@@ -82,7 +86,7 @@ def spoken_text(messages: Sequence[Mapping[str, object]]) -> str:
     return "\n".join(str(turn["content"]) for turn in _turns(messages))
 
 
-def wordless(label: str, pool: Pool, target: Target | PromptTarget) -> list[str]:
+def wordless(label: str, pool: Pool, target: Target) -> list[str]:
     """What a method that compares words knows nothing of: texts without any."""
     found = []
     for what, data in (("pool rows", pool.data), ("targets", target.data)):
@@ -104,38 +108,43 @@ def _turns(messages: Sequence[Mapping[str, object]]) -> list[Mapping[str, object
     return turns if exchange else list(messages)
 
 
-def model_tokens(token_ids: Iterable[NDArray[np.int32]]) -> list[list[str]]:
-    """Token ids as words for `bm25_scores`, one list per text; equal ids share one string."""
-    names: dict[int, str] = {}
-    return [[names.setdefault(id_, str(id_)) for id_ in ids.tolist()] for ids in token_ids]
-
-
 def bm25_scores(
-    pool: Sequence[Sequence[str]],
-    target: Sequence[Sequence[str]],
+    pool: Iterable[Sequence[Hashable]],
+    target: Sequence[Sequence[Hashable]],
     *,
     k1: float,
     b: float,
     reading: Reading = "okapi",
 ) -> NDArray[np.float32]:
-    """BM25 of tokenised documents `pool` for tokenised queries `target`, float32 `[pool target]`.
+    """BM25 of documents `pool` for queries `target`, both as words or token ids, float32 `[pool target]`.
 
     score(d, q) = Σ_{w in q} idf(w)·tf/(tf + k1·(1 − b + b·|d|/mean|d|)), idf(w) = log(1 + (N − n + ½)/(n + ½)); a word
-    that stands twice in the query counts twice. (The constant factor k1+1 of other presentations is left out.)
+    that stands twice in the query counts twice. (The constant factor k1+1 of other presentations is left out.) A
+    document without any counts as one word long. Kept of the documents are their lengths and how often the queries'
+    words stand in them.
 
     The reading `compact` has tf + 1 + k1·(…) below the line, which is Okapi's with k1 + 1 for k1 and b·k1/(k1 + 1) for
     b, and the sum is over the different words of the query.
     """
-    import bm25s
 
     if reading == "compact":
         k1, b = k1 + 1, b * k1 / (k1 + 1)
         target = [list(dict.fromkeys(query)) for query in target]
-    index = bm25s.BM25(method="lucene", k1=k1, b=b)
-    index.index([list(document) or [""] for document in pool], show_progress=False)
-    scores = np.zeros((len(pool), len(target)), dtype=np.float32)
+    # Of each word of the queries: the documents that it stands in, and how often.
+    places = {word: (array("i"), array("i")) for query in target for word in query}
+    sizes = array("q")
+    for row, document in enumerate(pool):
+        sizes.append(max(1, len(document)))
+        for word, times in Counter(word for word in document if word in places).items():
+            documents, counts = places[word]
+            documents.append(row)
+            counts.append(times)
+    lengths = np.asarray(sizes)
+    scores = np.zeros((len(lengths), len(target)), dtype=np.float32)
+    below = k1 * ((1 - b) + b * lengths / lengths.mean())
     for column, query in enumerate(target):
-        known = [word for word in query if word in index.vocab_dict]
-        if known:
-            scores[:, column] = index.get_scores(known)
+        for word in query:
+            there, tf = (np.asarray(values) for values in places[word])
+            idf = float(np.float32(math.log(1 + (len(lengths) - len(there) + 0.5) / (len(there) + 0.5))))
+            scores[there, column] += (idf * (tf / (below[there] + tf))).astype(np.float32)
     return scores

@@ -155,8 +155,7 @@ def check_samples(method: PolicyEstimator) -> None:
     Raises:
         ConfigError: fewer than 2 samples per prompt.
     """
-    sampling = method.sampling if method.assistant is None else method.assistant.sampling
-    if sampling.samples < 2:
+    if method.drawing.samples < 2:
         raise ConfigError("samples is 1: halves of one sample cannot be compared; sample at least 2, better 20")
 
 
@@ -304,7 +303,7 @@ def _looked(pool: Pool, method: PolicyEstimator, checkpoints: SequenceABC[Checkp
     view = method.view
     assert view is not None, method
     stores = [pool.stores(checkpoint, [view])[view] for checkpoint in checkpoints]
-    ids = [id_ for id_ in pool.data.ids if all(id_ in store for store in stores)]
+    ids = pool.data.ids.take(np.flatnonzero(np.all([store.holds(pool.data.ids) for store in stores], axis=0)))
     return Looked.at(ids, outputs=len(strata.outputs))
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -17,7 +19,6 @@ from gradsift.context import Pool, Target
 from gradsift.data.words import words
 from gradsift.influence.bm25 import spoken_text, wordless
 from gradsift.influence.estimator import Estimator, Influence, conversations
-from gradsift.influence.prompts import PromptTarget
 
 
 class DSIR(Estimator):
@@ -44,11 +45,11 @@ class DSIR(Estimator):
         """What tables call it."""
         return "DSIR"
 
-    def influence(self, pool: Pool, target: Target | PromptTarget | None) -> Influence:
+    def influence(self, pool: Pool, target: Target | None) -> Influence:
         """Log ratios of the pool's texts."""
         assert target is not None, self
         rows, queries = (
-            hashed_counts([spoken_text(messages) for messages in conversations(data)], self.buckets)
+            hashed_counts((spoken_text(messages) for messages in conversations(data)), self.buckets)
             for data in (pool.data, target.data)
         )
 
@@ -63,15 +64,15 @@ class DSIR(Estimator):
             return found
 
         return Influence(
-            list(pool.data.ids),
+            pool.data.ids,
             whole=dsir_log_ratios(rows, queries, smoothing=self.smoothing),
             warnings=tuple(wordless(self.label, pool, target)),
             of_draws=of_draws,
         )
 
 
-def hashed_counts(texts: Sequence[str], buckets: int) -> Any:
-    """How often each bucket's words and pairs of neighbouring words occur, scipy CSR int64 `[text bucket]`.
+def hashed_counts(texts: Iterable[str], buckets: int) -> Any:
+    """How often each bucket's words and pairs of neighbouring words occur, scipy CSR int32 `[text bucket]`.
 
     Lower-cased words and runs of punctuation count as words, a pair is joined by a blank, and the bucket is the SHA-256
     digest modulo `buckets`. On Latin text all of it is as in the package data-selection, which takes NLTK's WordPunct;
@@ -83,17 +84,16 @@ def hashed_counts(texts: Sequence[str], buckets: int) -> Any:
     """
     from scipy.sparse import csr_array
 
-    columns: list[int] = []
-    starts = [0]
+    columns, times, starts = array("i"), array("i"), array("q", [0])
     for text in texts:
         found = words(text, punctuation=True)
-        columns += [_bucket(word, buckets) for word in found]
-        columns += [_bucket(f"{first} {second}", buckets) for first, second in pairwise(found)]
+        grams = chain(found, (f"{first} {second}" for first, second in pairwise(found)))
+        own = Counter(_bucket(gram, buckets) for gram in grams)
+        columns.extend(sorted(own))
+        times.extend(own[bucket] for bucket in sorted(own))
         starts.append(len(columns))
-    ones = np.ones(len(columns), dtype=np.int64)
-    counts = csr_array((ones, np.array(columns, dtype=np.int64), np.array(starts)), shape=(len(texts), buckets))
-    counts.sum_duplicates()
-    return counts
+    shape = (len(starts) - 1, buckets)
+    return csr_array((np.asarray(times), np.asarray(columns), np.asarray(starts)), shape=shape)
 
 
 def dsir_log_ratios(pool: Any, target: Any, *, smoothing: float) -> NDArray[np.float64]:

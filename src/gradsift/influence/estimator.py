@@ -17,12 +17,15 @@ from numpy.typing import NDArray
 from gradsift.base.errors import ConfigError, DataError, ShapeError
 from gradsift.base.lazy import Tensor, torch
 from gradsift.base.settings import Settings
+from gradsift.base.strings import Strings
 from gradsift.base.types import Message, Skipped
 from gradsift.context import Pool, Target
-from gradsift.gradients.collect import SequenceSource, store_config
+from gradsift.data.prompts import Prompts
+from gradsift.data.rows import Rows
+from gradsift.gradients.collect import SequenceSource
 from gradsift.gradients.rows import View
 from gradsift.influence.products import inner_products
-from gradsift.influence.prompts import PromptTarget, RewardSummary
+from gradsift.influence.prompts import RewardSummary
 from gradsift.rewards.sources import sources_of
 from gradsift.store.gradient_store import GradientStore
 from gradsift.store.manifest import fingerprint
@@ -62,10 +65,11 @@ class Influence:
         are a mean over targets
     of_draws: of `whole`: the numbers of some rows where each target stands as often as a draw says,
         (ids, `[target draw]`) → float64 `[row draw]`
+    grouped:  whether columns of one subtask are all the subtask's mean, of which no target's own part is known
     terms:    what else the estimator knows of its numbers
     """
 
-    ids: list[str]
+    ids: SequenceABC[str]
     matrix: NDArray[np.float32] | None = field(default=None, repr=False)
     whole: NDArray[Any] | None = field(default=None, repr=False)
     warnings: tuple[str, ...] = ()
@@ -77,6 +81,7 @@ class Influence:
     of_draws: Callable[[SequenceABC[str], NDArray[np.int64]], NDArray[np.float64]] | None = field(
         default=None, repr=False
     )
+    grouped: bool = False
     terms: Any = field(default=None, repr=False)
 
 
@@ -92,6 +97,20 @@ class GreedyTerms:
     alone: NDArray[np.float64]
     shared_with: Callable[[int], NDArray[np.float64]]
     gains: Callable[[NDArray[np.float64], NDArray[np.float64], int], NDArray[np.float64]]
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Rows that an estimator takes through the model, forth and back, beside those that are stored.
+
+    stage: what `gradsift plan` calls them
+    done:  whether the run folder has what comes of them
+    """
+
+    stage: str
+    rows: int
+    tokens: float
+    done: bool = False
 
 
 class Estimator(Settings):
@@ -130,11 +149,15 @@ class Estimator(Settings):
         """What tables call it: different settings have different labels where that can be."""
 
     @abstractmethod
-    def influence(self, pool: Pool, target: Target | PromptTarget | None) -> Influence:
+    def influence(self, pool: Pool, target: Target | None) -> Influence:
         """Influence of every pool example on the target; `target` is None only where none is needed.
 
         Whatever is missing (a warm-up, responses, rewards, gradients) is made, and kept in the run folder.
         """
+
+    def passes(self, pool: Pool, target: Target | None) -> list[Passes]:
+        """What it takes of the model beside stored rows, for `gradsift plan`; nothing is computed or written."""
+        return []
 
     def checkpoints_of(self, pool: Pool) -> list[Checkpoint]:
         """Those of the pool that it reads.
@@ -152,7 +175,7 @@ class Estimator(Settings):
         """What each checkpoint counts for; they add up to 1."""
         return [1.0 / len(checkpoints)] * len(checkpoints)
 
-    def greedy_terms(self) -> Callable[[Pool, Target | PromptTarget, SequenceABC[str]], GreedyTerms] | None:
+    def greedy_terms(self) -> Callable[[Pool, Target, SequenceABC[str]], GreedyTerms] | None:
         """What gives the terms of a greedy joint selection of rows by their ids; None where it knows of no pairs.
 
         Raises:
@@ -169,10 +192,7 @@ class Estimator(Settings):
         found = source_of(type(self))
         if self.view is not None:
             checkpoints = self.checkpoints_of(pool)
-            found["rows"] = [
-                fingerprint(store_config(pool.data, one, pool.model, self.view, pool.gradients, pool.dtype))
-                for one in checkpoints
-            ]
+            found["rows"] = [fingerprint(pool.at(one).config(pool.data, self.view)) for one in checkpoints]
             found |= self.counted(checkpoints)
         return found
 
@@ -180,17 +200,15 @@ class Estimator(Settings):
         """What of `inputs` is of the checkpoints beside their rows: the weights, where they are not always equal."""
         return {}
 
-    def targets(self, pool: Pool, target: Target | PromptTarget) -> Targets:
+    def targets(self, pool: Pool, target: Target) -> Targets:
         """The token sequences that stand for the target.
 
         Raises:
             ConfigError: it takes labels, and prompts have none.
         """
-        if isinstance(target, Target):
-            return target.data
         if target.labels is not None and target.labels.ids == target.data.ids:
             return target.labels
-        if self.takes == "texts":
+        if self.takes == "texts" or not isinstance(target.data, Prompts):
             return target.data
         answered = 0 if target.labels is None else len(target.labels)
         raise ConfigError(
@@ -240,13 +258,13 @@ class ProductEstimator(Estimator):
         """What the rows are multiplied by, `[target dim]`: the targets' gradients, or what is made of them."""
         return targets
 
-    def influence(self, pool: Pool, target: Target | PromptTarget | None) -> Influence:
+    def influence(self, pool: Pool, target: Target | None) -> Influence:
         """The sum over checkpoints, weighted."""
         assert target is not None, self
         ids, matrix, stores = self.matrix(pool, self.targets(pool, target))
         return Influence(ids, matrix.numpy(), identity={"stores": stores})
 
-    def matrix(self, pool: Pool, targets: Targets) -> tuple[list[str], Tensor, list[str]]:
+    def matrix(self, pool: Pool, targets: Targets) -> tuple[SequenceABC[str], Tensor, list[str]]:
         """Pool ids, `[row target]` and the stores' fingerprints."""
 
         def products(store: GradientStore, queries: GradientStore, weight: float) -> Tensor:
@@ -263,7 +281,7 @@ def summed(
     pool: Pool,
     targets: Targets,
     products: Callable[[GradientStore, GradientStore, float], Tensor],
-) -> tuple[list[str], Tensor, list[str]]:
+) -> tuple[SequenceABC[str], Tensor, list[str]]:
     """What an estimator sums over its checkpoints, for the rows that are finite at each.
 
     Args:
@@ -279,28 +297,25 @@ def summed(
     refuse_too_many(len(pool.data), len(targets.ids))
     view, checkpoints = method.view, method.checkpoints_of(pool)
     assert view is not None, method
-    asked = target_view(view)
     total: Tensor | None = None
-    ids: list[str] = []
+    ids = Strings.of(())
     used: list[str] = []
     for checkpoint, weight in zip(checkpoints, method.weights(checkpoints), strict=True):
-        source = targets.at(checkpoint) if isinstance(targets, TargetsByCheckpoint) else targets
-        store = pool.stores(checkpoint, [view])[view]
-        queries = pool.collect(source, checkpoint, [asked], what="target")[asked]
-        store.check_comparable(queries)
+        store, queries = both_stores(pool, targets, checkpoint, view)
         used += [store.fingerprint, queries.fingerprint]
         found = products(store, queries, weight)
         if total is None:
-            total, ids = found, list(store.ids)
+            total, ids = found, store.ids
             continue
-        both = [number for number, id_ in enumerate(ids) if id_ in store]  # finite at every checkpoint
-        total, ids = total[both], [ids[number] for number in both]
-        total += found[store.positions(ids)]
+        places = store.ids.positions(ids)
+        both = np.flatnonzero(places >= 0)  # finite at every checkpoint
+        total, ids = total[both], ids.take(both)
+        total += found[places[both]]
     assert total is not None, "there is a checkpoint"
     return ids, total, used
 
 
-def influence_of(method: Estimator, pool: Pool, target: Target | PromptTarget | None) -> Influence:
+def influence_of(method: Estimator, pool: Pool, target: Target | None) -> Influence:
     """`method.influence`, of which the form is checked.
 
     Raises:
@@ -318,9 +333,10 @@ def influence_of(method: Estimator, pool: Pool, target: Target | PromptTarget | 
     shape = (len(found.ids), *([] if target is None or found.whole is not None else [len(target.data.ids)]))
     if np.shape(values) != shape:
         raise ShapeError(f"{said} an array of shape {np.shape(values)} for {len(found.ids)} ids: wanted {shape}")
-    unknown = set(found.ids) - set(pool.data.ids)
-    if unknown or len(set(found.ids)) < len(found.ids):
-        raise ShapeError(f"{said} ids that are not the pool's, or one of them twice: {sorted(unknown)[:3]}")
+    places = pool.data.ids.positions(found.ids)
+    if (places < 0).any() or len(np.unique(places)) < len(places):
+        unknown = sorted(found.ids[place] for place in np.flatnonzero(places < 0).tolist())
+        raise ShapeError(f"{said} ids that are not the pool's, or one of them twice: {unknown[:3]}")
     if not np.isfinite(values).all():
         raise DataError(f"{said} numbers that are not finite: leave such rows out of ids")
     return found
@@ -340,6 +356,17 @@ def target_view(view: View) -> View:
     return "segments" if view == "segments" else "plain"
 
 
+def both_stores(
+    pool: Pool, targets: Targets, checkpoint: Checkpoint, view: View
+) -> tuple[GradientStore, GradientStore]:
+    """A checkpoint's rows of the pool, and those of the targets that go with them."""
+    source = targets.at(checkpoint) if isinstance(targets, TargetsByCheckpoint) else targets
+    store, asked = pool.stores(checkpoint, [view])[view], target_view(view)
+    queries = pool.collect(source, checkpoint, [asked], what="target")[asked]
+    store.check_comparable(queries)
+    return store, queries
+
+
 def target_rows(queries: GradientStore, ids: SequenceABC[str]) -> Tensor:
     """Gradients of targets in their order; a target whose gradient was left out counts as zero `[target dim]`."""
     rows = torch.zeros(len(ids), queries.dim)
@@ -350,7 +377,7 @@ def target_rows(queries: GradientStore, ids: SequenceABC[str]) -> Tensor:
 
 def conversations(data: Any) -> Iterable[Conversation]:
     """The messages of each row of a data set, of prompts, or of outputs."""
-    return (data.messages(id_) for id_ in data.ids)
+    return data.conversations() if isinstance(data, Rows) else (data.messages(id_) for id_ in data.ids)
 
 
 def rate_weights(checkpoints: SequenceABC[Checkpoint]) -> list[float]:

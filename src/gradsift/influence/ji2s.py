@@ -29,9 +29,8 @@ from gradsift.gradients.collect import SequenceSource
 from gradsift.gradients.hessian import Curvature, curvature_product
 from gradsift.gradients.projection import Projector, plan_segments
 from gradsift.influence.blocks import BlockConsumer, block_rows, over_blocks, threads
-from gradsift.influence.estimator import GreedyTerms, Influence, TargetsByCheckpoint, TrainingEstimator
+from gradsift.influence.estimator import GreedyTerms, Influence, TargetsByCheckpoint, TrainingEstimator, both_stores
 from gradsift.influence.products import store_inner_products, unit_rows
-from gradsift.influence.prompts import PromptTarget
 from gradsift.model.models import host
 from gradsift.store.gradient_store import GradientStore
 from gradsift.store.manifest import fingerprint
@@ -186,7 +185,7 @@ class JI2S(TrainingEstimator):
         """What both terms are weighted by."""
         return {"weights": joint_factors(checkpoints, self.weights(checkpoints), self.joint_lr_power)}
 
-    def influence(self, pool: Pool, target: Target | PromptTarget | None) -> Influence:
+    def influence(self, pool: Pool, target: Target | None) -> Influence:
         """Both terms over the checkpoints, and their difference."""
         assert target is not None, self
         targets, checkpoints = self.targets(pool, target), self.checkpoints_of(pool)
@@ -216,7 +215,7 @@ class JI2S(TrainingEstimator):
             terms=terms,
         )
 
-    def greedy_terms(self) -> Callable[[Pool, Target | PromptTarget, SequenceABC[str]], GreedyTerms]:
+    def greedy_terms(self) -> Callable[[Pool, Target, SequenceABC[str]], GreedyTerms]:
         """Both terms, of the stored rows.
 
         Raises:
@@ -705,18 +704,15 @@ def _reduced(pairs: Tensor, reduction: Reduction, count: int) -> Tensor:
     return pairs if reduction == "sum" else pairs / max(1, count - 1)
 
 
-def _greedy_terms(method: JI2S, pool: Pool, target: Target | PromptTarget, ids: SequenceABC[str]) -> GreedyTerms:
+def _greedy_terms(method: JI2S, pool: Pool, target: Target, ids: SequenceABC[str]) -> GreedyTerms:
     """Σ_e w_e A [row], and what gives Σ_e w_e η_e^(p−1) Γ_iᵀHΓ_j [row] of an example j."""
-    source, checkpoints = method.targets(pool, target), method.checkpoints_of(pool)
-    assert not isinstance(source, TargetsByCheckpoint), source
+    targets, checkpoints = method.targets(pool, target), method.checkpoints_of(pool)
     factors = joint_factors(checkpoints, method.weights(checkpoints), method.joint_lr_power)
     marginal = torch.zeros(len(ids), dtype=torch.float64)
     parts: list[Tensor] = []
     stored: list[tuple[GradientStore, list[int], float]] = []
     for checkpoint, (weight, joint) in zip(checkpoints, factors, strict=True):
-        store = pool.stores(checkpoint, [method.view])[method.view]
-        queries = pool.collect(source, checkpoint, ["plain"], what="target")["plain"]
-        store.check_comparable(queries)
+        store, queries = both_stores(pool, targets, checkpoint, method.view)
         places, rows = store.positions(ids), queries.rows(0, len(queries))
         rows = unit_rows(rows) if method.normalise else rows
         if method.hessian == "identity":  # which needs the targets' mean alone

@@ -13,13 +13,14 @@ from gradsift.base.lazy import Tensor
 from gradsift.base.types import Sequence as TokenSequence
 from gradsift.context import Pool, Target
 from gradsift.generation.assistant import Assistant
-from gradsift.generation.endpoint import Endpoint, EndpointSampler
+from gradsift.generation.endpoint import Endpoint
+from gradsift.generation.endpoint_sampler import EndpointSampler
 from gradsift.generation.local import LocalSampler
 from gradsift.generation.samples import Samples, sample
 from gradsift.generation.sampling import Response, Sampler, Sampling
 from gradsift.gradients.policy import PolicyGradient, PolicySource, label_sequence
 from gradsift.gradients.rows import View
-from gradsift.influence.datainf import Damping, datainf_directions
+from gradsift.influence.datainf import Damping, damping_label, datainf_directions
 from gradsift.influence.estimator import Estimator, Influence, ProductEstimator, TrainingEstimator, refuse_too_many
 from gradsift.influence.prompts import (
     Earned,
@@ -60,7 +61,32 @@ class PolicyEstimator(ProductEstimator):
         """Refuse what does not go together."""
         _refuse_unfit(self)
 
-    def targets(self, pool: Pool, target: Target | PromptTarget) -> PolicyTargets:
+    @property
+    def drawing(self) -> Sampling:
+        """How responses are drawn, by whoever writes them."""
+        return self.sampling if self.assistant is None else self.assistant.sampling
+
+    @property
+    def writer(self) -> str | None:
+        """The name of the model that writes the responses in place of the checkpoints."""
+        if self.assistant is None:
+            return None
+        model = self.assistant.model
+        return model.model if isinstance(model, Endpoint) else Path(model).name
+
+    def sampled_at(self, pool: Pool) -> list[Checkpoint]:
+        """Where responses are drawn; an assistant draws without any checkpoint, so that no warm-up is needed.
+
+        Raises:
+            ConfigError: one served model stands for several checkpoints.
+        """
+        if self.assistant is not None:
+            return [Checkpoint(None)]
+        checkpoints = pool.checkpoints()[-1:] if self.last_checkpoint else pool.checkpoints()
+        check_server(self, checkpoints)
+        return checkpoints
+
+    def targets(self, pool: Pool, target: Target) -> PolicyTargets:
         """The policy gradients of each checkpoint.
 
         Raises:
@@ -73,7 +99,7 @@ class PolicyEstimator(ProductEstimator):
         target.check_reward()
         return PolicyTargets(pool, target, self)
 
-    def influence(self, pool: Pool, target: Target | PromptTarget | None) -> Influence:
+    def influence(self, pool: Pool, target: Target | None) -> Influence:
         """As `ProductEstimator`, after all is sampled and rewarded: what is wrong with a reward shows early."""
         assert target is not None, self
         targets, checkpoints = self.targets(pool, target), self.checkpoints_of(pool)
@@ -141,7 +167,7 @@ class NICEIF(PolicyEstimator):
     @property
     def label(self) -> str:
         """What tables call it."""
-        return _label("NICE-IF", self, [] if self.damping == "auto" else [f"λ={self.damping:g}"])
+        return _label("NICE-IF", self, damping_label(self.damping))
 
 
 class PolicyTargets:
@@ -359,7 +385,6 @@ def check_server(method: PolicyEstimator, checkpoints: SequenceABC[Checkpoint]) 
 
 
 def _refuse_unfit(method: PolicyEstimator) -> None:
-    sampling = method.sampling if method.assistant is None else method.assistant.sampling
     if method.assistant is not None and method.server is not None:
         raise ConfigError("responses come either from an assistant or from a server of the checkpoints: leave one out")
     if method.policy.importance_weights and method.assistant is not None:
@@ -368,19 +393,15 @@ def _refuse_unfit(method: PolicyEstimator) -> None:
             "texts do not have: leave them out"
         )
     comparing = method.policy.baseline != "none" or method.policy.variant == "ppo"
-    if comparing and sampling.samples < 2:
+    if comparing and method.drawing.samples < 2:
         raise ConfigError(
             "a baseline compares the samples of a prompt, and samples is 1: all weights would be 0; sample at least 2"
         )
 
 
 def _label(name: str, method: PolicyEstimator, parts: list[str]) -> str:
-    if method.assistant is not None:
-        writer = method.assistant.model
-        name = f"{name}-AMC"
-        parts = [writer.model if isinstance(writer, Endpoint) else Path(writer).name, *parts]
-    samples = (method.sampling if method.assistant is None else method.assistant.sampling).samples
-    parts = (
-        parts + [f"M={samples}"] * (samples != Sampling().samples) + [method.policy.label] * bool(method.policy.label)
-    )
+    if method.writer is not None:
+        name, parts = f"{name}-AMC", [method.writer, *parts]
+    samples, policy = method.drawing.samples, method.policy.label
+    parts = parts + [f"M={samples}"] * (samples != Sampling().samples) + [policy] * bool(policy)
     return f"{name} ({', '.join(parts)})" if parts else name

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from gradsift.base.settings import Seed
 from gradsift.context import Pool, Target
 from gradsift.influence.estimator import Estimator, Influence
-from gradsift.influence.prompts import PromptTarget
 
 
 class Random(Estimator):
@@ -33,12 +32,13 @@ class Random(Estimator):
         """What tables call it."""
         return f"random (seed {self.seed})"
 
-    def influence(self, pool: Pool, target: Target | PromptTarget | None) -> Influence:
+    def influence(self, pool: Pool, target: Target | None) -> Influence:
         """`random_scores`."""
-        return Influence(list(pool.data.ids), whole=random_scores(pool.data.ids, self.seed))
+        return Influence(pool.data.ids, whole=random_scores(pool.data.ids, self.seed))
 
 
 def random_scores(ids: Sequence[str], seed: int) -> NDArray[np.float32]:
     """Uniform scores `[pool]`, one per id."""
-    draws = [hashlib.blake2b(f"{seed}|{id_}".encode(), digest_size=4).digest() for id_ in ids]
-    return (np.frombuffer(b"".join(draws), dtype="<u4") / 2**32).astype(np.float32)
+    draws = (hashlib.blake2b(f"{seed}|{id_}".encode(), digest_size=4).digest() for id_ in ids)
+    numbers = np.fromiter((int.from_bytes(draw, "little") for draw in draws), np.uint32, len(ids))
+    return (numbers / 2**32).astype(np.float32)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
@@ -13,6 +15,7 @@ from numpy.typing import NDArray
 from gradsift.base.errors import DataError
 from gradsift.base.lazy import torch
 from gradsift.base.ranks import descending_ranks, spearman
+from gradsift.base.strings import Strings
 from gradsift.base.types import Skipped
 from gradsift.context import Pool, Target
 from gradsift.influence.aggregate import max_of_means, mean_over_targets
@@ -27,6 +30,7 @@ from gradsift.store.run import revised
 Aggregation = Literal["max_of_means", "mean"]
 
 _LENGTH_WARNING = 0.5  # |Spearman| with length above which a ranking may be one of length
+_TABLE_ROWS = 1 << 16  # that are put into one table of `Scores.tables`
 _MAX_PER_TARGET_ROWS = 20_000_000  # above this the parquet file holds the aggregate alone
 
 
@@ -50,7 +54,7 @@ class Scores:
     found:      what the estimator gave
     """
 
-    ids: list[str]
+    ids: SequenceABC[str]
     aggregate: NDArray[np.float32]
     per_target: NDArray[np.float32] | None = field(repr=False)
     target_ids: list[str] = field(repr=False)
@@ -65,7 +69,7 @@ class Scores:
     strata: Strata | None = field(default=None, repr=False, compare=False)
     found: Influence | None = field(default=None, repr=False, compare=False)
     pool: Pool | None = field(default=None, repr=False, compare=False)
-    target: Target | PromptTarget | None = field(default=None, repr=False, compare=False)
+    target: Target | None = field(default=None, repr=False, compare=False)
 
     def ranks(self) -> NDArray[np.int64]:
         """Rank of each example by the aggregate, 1 = highest, ties by position."""
@@ -77,28 +81,34 @@ class Scores:
 
     def table(self) -> pa.Table:
         """Long form: id, target (`*` for the aggregate), method, score, rank, tokens."""
+        return pa.concat_tables(self.tables()).unify_dictionaries()
+
+    def tables(self) -> Iterator[pa.Table]:
+        """What `table` puts one below the other: some rows for one target."""
         columns = [("*", self.aggregate)]
         if self.per_target is not None and self.per_target.size <= _MAX_PER_TARGET_ROWS:
             columns += [(id_, self.per_target[:, number]) for number, id_ in enumerate(self.target_ids)]
-        parts = [
-            pa.table(
-                {
-                    "id": pa.array(self.ids, pa.string()),
-                    "target": pa.array([target] * len(self.ids), pa.string()).dictionary_encode(),
-                    "method": pa.array([self.method.label] * len(self.ids), pa.string()).dictionary_encode(),
-                    "score": pa.array(scores, pa.float32()),
-                    "rank": pa.array(descending_ranks(scores), pa.int64()),
-                    "tokens": pa.array(self.tokens, pa.int64()),
-                }
-            )
-            for target, scores in columns
-        ]
-        return pa.concat_tables(parts).unify_dictionaries()
+        for target, scores in columns:
+            ranks = descending_ranks(scores)
+            for start in range(0, len(scores), _TABLE_ROWS):
+                part = slice(start, start + _TABLE_ROWS)
+                ids = pa.array(self.ids[part], pa.string())
+                every = np.zeros(len(ids), np.int32)
+                yield pa.table(
+                    {
+                        "id": ids,
+                        "target": pa.DictionaryArray.from_arrays(every, pa.array([target])),
+                        "method": pa.DictionaryArray.from_arrays(every, pa.array([self.method.label])),
+                        "score": pa.array(scores[part], pa.float32()),
+                        "rank": pa.array(ranks[part], pa.int64()),
+                        "tokens": pa.array(self.tokens[part], pa.int64()),
+                    }
+                )
 
 
 def score(
     pool: Pool,
-    target: Target | PromptTarget | None,
+    target: Target | None,
     method: Estimator | None = None,
     *,
     aggregation: Aggregation = "max_of_means",
@@ -137,9 +147,11 @@ def score(
         "inputs": method.inputs(pool),
         **found.identity,
     }
-    keep = np.array([id_ not in excluded for id_ in found.ids])
-    ids = [id_ for id_, kept in zip(found.ids, keep, strict=True) if kept]
-    if not ids:
+    places = pool.data.ids.positions(found.ids)
+    keep = ~np.isin(places, pool.data.ids.positions(sorted(excluded)))
+    places = places[keep]
+    ids = pool.data.ids.take(places)
+    if not len(ids):
         raise DataError("no pool example is left to score: all overlap the target or have non-finite gradients")
     matrix = None if found.matrix is None else found.matrix[keep]
     if matrix is not None:
@@ -147,7 +159,7 @@ def score(
     else:
         assert found.whole is not None
         aggregate = found.whole[keep]
-    tokens = pool.data.supervised_tokens[pool.data.positions(ids)]
+    tokens = pool.data.supervised_tokens[places]
     correlation = spearman(aggregate, tokens) or 0.0
     warnings = []
     if abs(correlation) > _LENGTH_WARNING and not method.by_chance:
@@ -157,7 +169,7 @@ def score(
             "tokens): look at whether it found the target's skill or a length"
         )
     strata = None
-    if target is not None and method.needs_target:
+    if target is not None and method.needs_target and not found.grouped:
         # One number per row is of all targets as one, and knows no subtasks.
         parted = (subtasks, aggregation, found.live) if matrix is not None else (None, "mean", None)
         strata = replace(strata_of(len(target.data), *parted), contents=tuple(target.data.hashes))
@@ -185,8 +197,7 @@ def score(
 
 def save_tables(pool: Pool, scores: SequenceABC[Scores]) -> Any:
     """Write `scores.parquet` of the run: all methods, one below the other. Returns its path."""
-    table = pa.concat_tables([entry.table() for entry in scores]).unify_dictionaries()
-    return pool.run.publish_parquet("scores.parquet", table)
+    return pool.run.publish_parquet("scores.parquet", chain.from_iterable(entry.tables() for entry in scores))
 
 
 def aggregated(
@@ -234,8 +245,7 @@ def target_parts(scores: Scores, ids: SequenceABC[str]) -> NDArray[np.float64] |
     None where a method's scores have no such parts.
     """
     if scores.per_target is not None:
-        place = {id_: position for position, id_ in enumerate(scores.ids)}
-        return scores.per_target[[place[id_] for id_ in ids]].astype(np.float64)
+        return scores.per_target[Strings.of(scores.ids).positions(ids)].astype(np.float64)
     assert scores.found is not None
     return None if scores.found.parts is None else scores.found.parts(ids)
 
@@ -243,5 +253,5 @@ def target_parts(scores: Scores, ids: SequenceABC[str]) -> NDArray[np.float64] |
 def _save(pool: Pool, scores: Scores, identity: dict[str, Any]) -> None:
     prefix = pool.run.prefix("scores", identity)
     if pool.run.intact(prefix) is None:
-        pool.run.publish_parquet(f"{prefix}scores.parquet", scores.table())
+        pool.run.publish_parquet(f"{prefix}scores.parquet", scores.tables())
         pool.run.complete(prefix, "scores", identity, files=["scores.parquet"])

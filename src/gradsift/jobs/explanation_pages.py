@@ -1,53 +1,58 @@
-"""The pages of explanations: what was chosen for one output and why, and how well strategies do over a target file."""
+"""The pages of explanations: one for each output, and how well strategies do over a target file."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceABC
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from pydantic import TypeAdapter, ValidationError
 
-from gradsift.base.errors import CorruptError, GradsiftError
-from gradsift.base.lazy import torch
-from gradsift.base.ranks import descending_ranks
-from gradsift.context import Pool
-from gradsift.explanation.explain import Explanation, Explanations, StrategyResult
+from gradsift.explanation.explain import Explanations
 from gradsift.explanation.relevance import AGGREGATIONS, to_db
-from gradsift.explanation.table import RelevanceTable
-from gradsift.model import embeddings
-from gradsift.report.comparison_page import ComparisonPage, render_comparison
-from gradsift.report.explanation_page import (
-    Candidate,
-    ExplanationPage,
-    Pick,
-    PickList,
-    StrategyView,
+from gradsift.explanation.shown import (
+    RELEVANCE,
+    drawn_db,
     explanation_file,
-    render_explanation,
+    explanation_page,
+    prompt_of,
+    relevance_blocks,
+    run_facts,
+    shown_db,
 )
-from gradsift.report.maps import layout
-from gradsift.report.relevance_page import (
-    EstimatorTable,
-    OutputRow,
-    RelevancePage,
-    StrategyRow,
-    render_relevance,
+from gradsift.explanation.table import RelevanceTable
+from gradsift.jobs.pages import publish_page
+from gradsift.model import embeddings
+from gradsift.report import text
+from gradsift.report.blocks import (
+    Bar,
+    Block,
+    Cell,
+    Chart,
+    Choice,
+    Column,
+    Example,
+    Examples,
+    Facts,
+    Group,
+    Legend,
+    Line,
+    Page,
+    Point,
+    Row,
+    Section,
+    Switch,
+    Table,
+    Text,
 )
-from gradsift.report.relevance_page import Validated as ValidatedPoint
-from gradsift.report.text import column_texts
-from gradsift.selection.candidates import Candidates, Order, naive_key
-from gradsift.selection.facility_location import cost_from_scores, similarity_from_cosines
-from gradsift.selection.selector import Selector
+from gradsift.report.charts import finite
 from gradsift.store.manifest import versions
-from gradsift.store.run import Run
+from gradsift.validation.statistics import ScoreBin
 from gradsift.validation.validate import Validation
 
-Page = ExplanationPage | RelevancePage | ComparisonPage
 PAGES = 10  # outputs of a target file that get a page of their own, unless told otherwise
+MOST_OUTPUTS = 1000
+MOST_VALIDATED = 3000
 
 
 def write_pages(
@@ -74,110 +79,24 @@ def write_pages(
         facts: more facts for the pages.
     """
     pool = explanations.pool
-    assert pool is not None, "explanations of a pool have one"
     several = len(explanations.entries) > 1
     written: list[str] = []
     if several:
         assert table is not None
         page = relevance_page(explanations, table, validation, pages=pages, facts=facts or {})
-        written.append(publish_page(pool.run, "relevance.html", page, render_relevance(page)))
+        written.append(publish_page(pool.run, "relevance.html", page))
     wanted = explanations.entries[:pages] if several else explanations.entries
     missing: set[str] = set()
     with pool.reporter.stage("drawing pages", len(wanted), "outputs") as advance:
         for entry in wanted:
             name = f"explanations/{explanation_file(entry.id)}" if several else "explanation.html"
-            one = explanation_page(explanations, entry, embedding=embedding, facts=facts or {})
-            written.append(publish_page(pool.run, name, one, render_explanation(one)))
-            missing.update(one.warnings)
+            page, lacking = explanation_page(explanations, entry, embedding=embedding, facts=facts or {})
+            written.append(publish_page(pool.run, name, page))
+            missing.update(lacking)
             advance(1)
     for warning in sorted(missing):
         pool.reporter.warn(warning)
     return written
-
-
-def rewrite_pages(run: Run) -> list[Path]:
-    """Write every page of a comparison or an explanation again from the JSON beside it, and return their paths.
-
-    Raises:
-        CorruptError: such a JSON file is damaged.
-    """
-    written = []
-    top = ("comparison.page.json", "relevance.page.json", "explanation.page.json")
-    keys = [key for key in top if run.storage.exists(key)]
-    keys += [key for key in run.storage.list("explanations/") if key.endswith(".page.json")]
-    for key in keys:
-        content = run.storage.read(key)
-        try:
-            if key == "comparison.page.json":
-                html = render_comparison(TypeAdapter(ComparisonPage).validate_json(content))
-            elif key == "relevance.page.json":
-                html = render_relevance(TypeAdapter(RelevancePage).validate_json(content))
-            else:
-                html = render_explanation(TypeAdapter(ExplanationPage).validate_json(content))
-        except ValidationError as error:
-            again = "compare" if key == "comparison.page.json" else "explain"
-            raise CorruptError(f"{run.name(key)} is damaged: delete it, or {again} again, it is quick") from error
-        written.append(run.publish_text(f"{key.removesuffix('.page.json')}.html", html))
-    return written
-
-
-def publish_page(run: Run, key: str, page: Page, html: str) -> str:
-    """Write a page, and beside it the JSON that it can be written again from. Returns the key."""
-    run.storage.publish(f"{key.removesuffix('.html')}.page.json", TypeAdapter(type(page)).dump_json(page))
-    run.publish_text(key, html)
-    return key
-
-
-def explanation_page(
-    explanations: Explanations,
-    entry: Explanation,
-    *,
-    embedding: str | None = embeddings.DEFAULT,
-    facts: Mapping[str, str] | None = None,
-) -> ExplanationPage:
-    """Everything that the page of one output shows, by the first estimator.
-
-    The candidates are those of every strategy's own ranking, on one map of their gradients and one of their meanings.
-    """
-    pool = explanations.pool
-    assert pool is not None
-    estimator = explanations.estimators[0]
-    ids, scores = explanations.scores_of(entry.id, estimator)
-    assert explanations.store is not None
-    competing = Candidates.stored(
-        explanations.store, ids, scores, explanations.gradient_of(entry.id), count=explanations.candidates
-    )
-    results = [result for result in entry.results if result.estimator == estimator.label]
-    shown = _Shown(pool, competing, ids, results, _main_order(explanations.strategies))
-    warnings: list[str] = []
-    map_rows = _embedded(shown.texts, embedding, warnings)
-    gradient_xy = layout(competing.rows(shown.places))
-    embedding_xy = layout(map_rows) if map_rows is not None else None
-    candidates = tuple(
-        shown.candidate(number, gradient_xy[number], embedding_xy[number] if embedding_xy else None)
-        for number in range(len(shown.places))
-    )
-    by_label = {strategy.strategy: strategy for strategy in explanations.strategies}
-    names = list(dict.fromkeys(result.strategy for result in results))
-    strategies = tuple(
-        _strategy_view(by_label[name], entry, [r for r in results if r.strategy == name], shown) for name in names
-    )
-    return ExplanationPage(
-        title="Why these examples explain this output",
-        prompt=_prompt(entry),
-        output=entry.output,
-        generated=entry.generated,
-        finished=entry.finished,
-        tokens=entry.tokens,
-        loss=entry.loss,
-        estimator=estimator.label,
-        coefficient_model=entry.coefficients,
-        candidates=candidates,
-        strategies=strategies,
-        budget=5 if 5 in explanations.budgets else explanations.budgets[0],
-        facts={"output": entry.id, **_facts(explanations), **(facts or {}), **versions()},
-        warnings=tuple(warnings),
-    )
 
 
 def relevance_page(
@@ -187,29 +106,13 @@ def relevance_page(
     *,
     pages: int = PAGES,
     facts: Mapping[str, str] | None = None,
-) -> RelevancePage:
-    """Everything that the page of a target file shows."""
-    pool = explanations.pool
-    assert pool is not None
-    entries = explanations.entries
+) -> Page:
+    """The page of a target file: tables of relevance as in Compact, Table 1, one for each estimator."""
     values: dict[tuple[str, str, int], list[float]] = {}
-    for entry in entries:
-        for result in entry.results:
-            own = values.setdefault((result.estimator, result.strategy, result.k), [])
-            own.append(entry.relevance_of(result, table.how).db)
-    place = {entry.id: number for number, entry in enumerate(entries)}
-    points: list[ValidatedPoint] = []
-    validation_facts: dict[str, str] = {}
-    if validation is not None:
-        points = [
-            ValidatedPoint(
-                cell.cell.key.estimator, cell.cell.key.strategy, place[cell.cell.output], cell.cell.key.k,
-                to_db(cell.cell.relevance), cell.support, cell.shift,
-            )
-            for cell in validation.cells
-            if cell.cell.output in place
-        ]  # fmt: skip
-        validation_facts = validation.facts()
+    for entry in explanations.entries:
+        for found in entry.results:
+            own = values.setdefault((found.estimator, found.strategy, found.k), [])
+            own.append(entry.relevance_of(found, table.how).db)
     warnings = [f"{len(explanations.failed)} outputs could not be explained"] if explanations.failed else []
     capped = sum(summary.capped for row in table.rows for summary in row.by_budget.values())
     if capped:
@@ -217,151 +120,195 @@ def relevance_page(
             f"{capped} selections reconstruct their output exactly: the output itself is in the pool, and one such "
             "value outweighs all others in a mean of ratios"
         )
-    return RelevancePage(
-        title="Selection relevance over a target",
-        aggregation=AGGREGATIONS[table.how],
-        estimators=tuple(
-            EstimatorTable(
-                estimator,
-                tuple(
-                    StrategyRow(
-                        row.strategy,
-                        {k: summary.db for k, summary in row.by_budget.items()},
-                        row.auc_db,
-                        {k: tuple(values[estimator, row.strategy, k]) for k in row.by_budget},
-                        dict(row.above),
-                    )
-                    for row in table.of(estimator)
-                ),
-            )
-            for estimator in table.estimators
+    said = (
+        f"Selection relevance in dB over {len(explanations.entries):,} outputs ({AGGREGATIONS[table.how]}, over the "
+        f"draws of a random strategy as well), sorted by k = {table.sorted_at}. 0 dB is predicting nothing: above the "
+        "heavy line a choice explains less than nothing at all. The best value of each column stands out."
+    )
+    checked = () if validation is None else validation_blocks(validation, [entry.id for entry in explanations.entries])
+    count = len(explanations.entries)
+    return Page(
+        "Selection relevance over a target",
+        (
+            Section("run", "What was run", (Facts({**run_facts(explanations), **(facts or {}), **versions()}),)),
+            Section("warnings", "Warnings", tuple(map(Text, warnings)), count=str(len(warnings))),
+            Section(
+                "relevance",
+                "Relevance of each strategy's choices",
+                (Text(said), Group(relevance_blocks(table, above=False), style="tables")),
+                "Relevance",
+            ),
+            Section("spread", "Distribution over outputs", spread_blocks(table, values), "Distribution"),
+            Section("validation", "Does relevance foretell training?", checked, "Validation"),
+            Section(
+                "outputs", "Outputs", (_outputs(explanations, values, table.sorted_at, pages),), count=f"{count:,}"
+            ),
+            Section("reading", "How to read this page", (Facts(_READING),)),
         ),
-        outputs=tuple(
-            OutputRow(entry.id, _prompt(entry), entry.output, entry.tokens, entry.loss, entry.finished, number < pages)
-            for number, entry in enumerate(entries)
-        ),
-        validated=tuple(points),
-        bins=validation.agreement.bins if validation is not None and validation.agreement is not None else (),
-        budget=table.sorted_at,
-        facts={**_facts(explanations), **(facts or {}), **versions()},
-        validation_facts=validation_facts,
-        warnings=tuple(warnings),
+        brand="relevance",
+        wide=True,
     )
 
 
-def _facts(explanations: Explanations) -> dict[str, str]:
-    """What every page of explanations says of where they come from."""
-    pool, store = explanations.pool, explanations.store
-    assert pool is not None
-    error = None if store is None else store.measured_error
-    measured = {} if error is None else {"measured on gradients": str(error)}
-    return {"model": pool.model, "pool": pool.data.description, **measured}
+_READING = {
+    "relevance (dB)": RELEVANCE,
+    "over outputs": "Ratio of means: the sum of squared norms over the sum of squared errors, so that outputs with "
+    "long gradients weigh more. Mean of ratios: of the outputs' linear values. Median in dB: the middle output's "
+    "value.",
+    "AUC": "Area under the relevance over the budgets, in linear units, then in dB. It is not divided by the width of "
+    "the range, as published: predicting nothing has 10 log₁₀ of that width, 13.80 dB for k = 1, 5, 10, 25.",
+    "near 0 dB": "Strategies that choose the least influential examples come out near 0 dB because such gradients are "
+    "almost zero, not because they explain anything.",
+    "validation": "Relevance and training are two notions of the same thing; neither is the truth about the other.",
+}
 
 
-def _main_order(strategies: SequenceABC[Selector]) -> Order:
-    """The ranking of the first strategy that has one."""
-    orders = (strategy.ranking for strategy in strategies)
-    return next((order for order in orders if order is not None and order != "any"), "most_helpful")
+def spread_blocks(
+    table: RelevanceTable, values: Mapping[tuple[str, str, int], SequenceABC[float]]
+) -> tuple[Block, ...]:
+    """Where outputs lie under each budget, a row for each strategy.
+
+    Args:
+        table: whose rows they are.
+        values: relevance of each output in dB by estimator, strategy and k.
+    """
+    blocks: list[Block] = [
+        Legend((("thin", "one output"), ("box", "middle half"), ("stroke", "median"), ("zero", "0 dB"))),
+        Switch("k", "examples", tuple((str(k), str(k)) for k in table.budgets), str(table.sorted_at)),
+    ]
+    heads = (
+        Column(""),
+        Column("median", numeric=True),
+        Column("middle half", numeric=True),
+        Column("above 0 dB", numeric=True),
+    )
+    for k in table.budgets:
+        known = {
+            (row.estimator, row.strategy): np.vectorize(drawn_db, otypes=[float])(found)
+            for row in table.rows
+            if len(found := finite(values[row.estimator, row.strategy, k]))
+        }
+        if not known:
+            continue
+        every = np.concatenate(list(known.values()))
+        low, high = min(0.0, float(every.min())), max(0.0, float(every.max()))
+        inside: list[Block] = []
+        for estimator in table.estimators:
+            rows = []
+            for row in table.of(estimator):
+                if (estimator, row.strategy) not in known:
+                    continue
+                own = finite(values[estimator, row.strategy, k])
+                median, middle = float(np.median(own)), np.quantile(own, [0.25, 0.75]).tolist()
+                box = tuple(np.quantile(known[estimator, row.strategy], [0.25, 0.75]).tolist())
+                strip = Bar(
+                    low, high, point=drawn_db(median), box=box, strokes=tuple(known[estimator, row.strategy].tolist())
+                )
+                cells = (
+                    row.strategy,
+                    Cell("", bar=strip),
+                    text.written(median, "+.2f"),
+                    " to ".join(text.written(value, "+.1f") for value in middle),
+                    text.share(row.above[k]),
+                )
+                rows.append((median, Row(cells)))
+            rows.sort(key=lambda pair: pair[0])
+            inside.append(Table((Column(estimator), *heads), tuple(row for _, row in rows), style="shares"))
+        note = f"from {text.decibels(low)} to {text.decibels(high)}"
+        blocks.append(Choice({"k": str(k)}, (Group(tuple(inside), f"k = {k}", note),)))
+    return tuple(blocks)
 
 
-class _Shown:
-    """The candidates of a page: the first of the main ranking, and whatever else was chosen."""
+def validation_blocks(validation: Validation, outputs: SequenceABC[str]) -> tuple[Block, ...]:
+    """Support against relevance, a point for each selection that was trained on (Compact, Figure 5), and summed up.
 
-    def __init__(
-        self,
-        pool: Pool,
-        competing: Candidates,
-        ids: SequenceABC[str],
-        results: SequenceABC[StrategyResult],
-        order: Order,
-    ) -> None:
-        self.pool, self.competing, self.ids = pool, competing, ids
-        place_of = {id_: place for place, id_ in enumerate(ids)}
-        chosen = [place_of[e.id] for result in results for e in result.examples]
-        self.order = order
-        self.places = list(dict.fromkeys([*competing.first(order, competing.count), *chosen]))
-        self.number = {ids[place]: number for number, place in enumerate(self.places)}
-        self.conversations = [pool.data.messages(ids[place]) for place in self.places]
-        self.texts = ["\n\n".join(m["content"] for m in messages) for messages in self.conversations]
-        rows = competing.rows(self.places)
-        lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-        unit = rows / torch.where(lengths > 0, lengths, torch.ones_like(lengths))
-        self.cosine = (unit @ unit.T).clamp(-1, 1)
-        self.costs = self._costs(order)
-        self.ranks = descending_ranks(competing.scores.numpy())
+    `outputs`: ids in the order of the page's list.
+    """
+    place = {id_: number for number, id_ in enumerate(outputs)}
+    points = []
+    for one in validation.cells:
+        db, key = to_db(one.cell.relevance), one.cell.key
+        if one.cell.output in place and math.isfinite(db) and math.isfinite(one.support):
+            words = f"{shown_db(db)}, support {text.written(one.support, '+.3g')}"
+            label = f"{words}, {key.strategy}, {key.estimator}, k = {key.k}"
+            points.append(Point(drawn_db(db), one.support, label=label, link=f"output-{place[one.cell.output]}"))
+    step = max(1, math.ceil(len(points) / MOST_VALIDATED))
+    drawn = tuple(points[::step])
+    note = f"{len(drawn):,} choices" + (f" of {len(points):,}" if len(drawn) < len(points) else "")
+    chart = Chart(
+        "Prediction support against selection relevance; the table beside it sums it up.",
+        "Support against relevance",
+        f"{note}; beyond 60 dB drawn at the edge",
+        axis="selection relevance (dB)",
+        up="prediction support (nats)",
+        lines=(Line("", drawn, joined=False, dotted=False),),
+        height=300,
+    )
+    agreement = validation.agreement
+    summed: list[Block] = [bins_table(agreement.bins)] if agreement is not None else []
+    summed.append(
+        Text("The rule: relevance above 0 dB foretells support above 0. The stroke in a bar is one half.", "aside")
+    )
+    facts = validation.facts()
+    said = (
+        "Each point is a choice that was trained on for one step (of a random strategy, the first draw). Support: how "
+        "much likelier the output became than after random examples (nats; above 0 = training supports it)."
+    )
+    return (
+        Text(said),
+        Group((chart, Group((*summed, *([Facts(facts)] if facts else [])))), style="tables"),
+    )
 
-    def _costs(self, order: Order) -> list[float]:
-        """Costs of the candidates shown on the scale of the ranking's own: 1 for its first, m for its last."""
-        own = self.competing.first(order, self.competing.count)
-        others = [place for place in self.places if place not in set(own)]
-        cost_of = dict(zip(own, cost_from_scores(naive_key(self.competing.scores[own], order)).tolist(), strict=True))
-        cost_of |= dict.fromkeys(others, float(len(own)))
-        return [cost_of[place] for place in self.places]
 
-    def view_of(self, order: Order) -> tuple[tuple[int, ...], tuple[float, ...]]:
-        """Which of the candidates shown are of another ranking's first, and their costs in it."""
-        if order == self.order:
-            return (), ()
-        own = set(self.competing.first(order, self.competing.count))
-        numbers = tuple(number for number, place in enumerate(self.places) if place in own)
-        costs = self._costs(order)
-        return numbers, tuple(costs[number] for number in numbers)
+def bins_table(bins: SequenceABC[ScoreBin]) -> Table:
+    """How often training on the selection supported the output, by relevance (Compact, Figure 6)."""
+    rows = []
+    for found in bins:
+        share, right = found.supported.share, found.correct.share
+        if share is not None and right is not None:
+            supported = Cell(text.share(share), bar=Bar(0, 1, value=share, mark=0.5))
+            rows.append(
+                Row((_between(found.low_db, found.high_db), f"{found.supported.count:,}", supported, text.share(right)))
+            )
+    heads = (Column("choices", numeric=True), Column("support above 0"), Column("rule right", numeric=True))
+    return Table((Column("relevance"), *heads), tuple(rows), style="shares")
 
-    def candidate(
-        self, number: int, gradient_xy: tuple[float, float], embedding_xy: tuple[float, float] | None
-    ) -> Candidate:
-        place, messages = self.places[number], self.conversations[number]
-        answer = messages[-1]["content"] if messages and messages[-1]["role"] == "assistant" else ""
-        prompt = "\n\n".join(m["content"] for m in (messages[:-1] if answer else messages))
-        row: dict[str, Any] = self.pool.data.row(self.ids[place])
-        known = {"messages", "conversations", "prompt", "completion", "instruction", "input", "output", "id"}
-        return Candidate(
-            id=self.ids[place],
-            prompt=prompt,
-            answer=answer,
-            score=float(self.competing.scores[place]),
-            rank=int(self.ranks[place]),
-            cost=self.costs[number],
-            gradient_xy=gradient_xy,
-            embedding_xy=embedding_xy,
-            columns=column_texts(row, known),
+
+def _between(low: float | None, high: float | None) -> str:
+    if low is None or high is None:
+        return f"up to {text.written(high, '+.0f')} dB" if low is None else f"above {text.written(low, '+.0f')} dB"
+    return f"{text.written(low, '+.0f')} to {text.written(high, '+.0f')} dB"
+
+
+def _outputs(
+    explanations: Explanations, values: Mapping[tuple[str, str, int], SequenceABC[float]], k: int, pages: int
+) -> Examples:
+    """The outputs with their best explained strategy under one budget, linked to pages of their own."""
+    listed = []
+    for number, entry in enumerate(explanations.entries[:MOST_OUTPUTS]):
+        known = [(own[number], f"{name}, {method}") for (method, name, budget), own in values.items() if budget == k]
+        db, by = max(((db, by) for db, by in known if math.isfinite(db)), default=(None, ""))
+        best = [("best", Cell(shown_db(db), f"by {by}"))] if db is not None else []
+        listed.append(
+            Example(
+                entry.id,
+                facts=(
+                    *best,
+                    ("tokens", f"{entry.tokens:,}" + ("" if entry.finished else ", cut")),
+                    ("loss", text.written(entry.loss, ".3f")),
+                ),
+                title=text.one_line(prompt_of(entry), 240) or text.ABSENT,
+                note=text.one_line(entry.output, 240),
+                link=f"explanations/{explanation_file(entry.id)}" if number < pages else "",
+                order=db,
+                anchor=f"output-{number}",
+            )
         )
-
-
-def _strategy_view(
-    strategy: Selector, entry: Explanation, results: SequenceABC[StrategyResult], shown: _Shown
-) -> StrategyView:
-    similarity = similarity_from_cosines(shown.cosine, strategy.coverage)
-    by_budget = {}
-    for result in results:
-        picks = [(shown.number[example.id], example) for example in result.examples]
-        numbers = [number for number, _ in picks]
-        by_budget[result.k] = PickList(
-            picks=tuple(Pick(number, example.coefficient) for number, example in picks),
-            db=result.relevance_db,
-            near_zero=result.near_zero,
-            capped=result.capped,
-            redundancy=tuple(tuple(row) for row in shown.cosine[numbers][:, numbers].tolist()),
-            coverage=tuple(similarity[:, numbers].amax(dim=1).clamp(0, 1).tolist()),
-        )
-    over = entry.over_draws(results[0]) if strategy.by_chance else ""
-    order = strategy.ranking
-    candidates, costs = shown.view_of(shown.order if order is None or order == "any" else order)
-    return StrategyView(strategy.strategy, by_budget, over, candidates, costs)
-
-
-def _embedded(texts: SequenceABC[str], model: str | None, warnings: list[str]) -> NDArray[np.float32] | None:
-    """Embeddings for the map, or None with the reason among the warnings where the default cannot be had."""
-    if model is None:
-        return None
-    try:
-        return embeddings.embed(texts, model)
-    except GradsiftError as error:
-        if model != embeddings.DEFAULT:
-            raise
-        warnings.append(f"no map of meanings: {error}")
-        return None
-
-
-def _prompt(entry: Explanation) -> str:
-    return "\n\n".join(message["content"] for message in entry.messages)
+    return Examples(
+        tuple(listed),
+        shown=MOST_OUTPUTS,
+        total=len(explanations.entries),
+        filter="prompt, output or id",
+        things="outputs",
+        orders=("as in the file", "best explained first", "worst explained first"),
+    )

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from array import array
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as SequenceABC
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from gradsift.base.types import Skipped
 from gradsift.context import Pool, Target
-from gradsift.data.account import Account
+from gradsift.data.account import Account, Entries
 from gradsift.data.dataset import Dataset
 from gradsift.data.load import Columns
+from gradsift.data.shown import own_columns as columns_beside
 from gradsift.explanation.explain import Explanations
 from gradsift.explanation.table import RelevanceTable
 from gradsift.influence.diagnostics import PolicyDiagnostics
@@ -22,8 +28,6 @@ from gradsift.influence.reliability import Over, Reliability
 from gradsift.influence.responses import SampledResponses
 from gradsift.influence.scores import Scores
 from gradsift.recipe import Recipe
-from gradsift.report.data import Outcome
-from gradsift.report.text import column_texts
 from gradsift.selection.select import Selection
 from gradsift.store.run import Run
 from gradsift.validation.validate import Validation
@@ -47,6 +51,15 @@ FILES = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What training on one choice led to: column -> value; `spread` is the standard deviation over seeds, if known."""
+
+    label: str
+    values: Mapping[str, float]
+    spread: Mapping[str, float] = field(default_factory=dict)
+
+
 @dataclass
 class Result:
     """What a job made, for printing, for `--json` and for the page.
@@ -57,7 +70,7 @@ class Result:
     recipe: Recipe
     pool: Pool
     command: str
-    target: Target | PromptTarget | None = None
+    target: Target | None = None
     scores: list[Scores] = field(default_factory=list)
     selections: list[Selection] = field(default_factory=list)
     explanations: Explanations | None = None
@@ -93,40 +106,61 @@ class Result:
         return found
 
     @property
-    def skipped(self) -> list[Skipped]:
+    def skipped(self) -> Entries:
         """Every row that was left out of the pool, the target, the choice, or the explanations."""
-        rows = list(self.pool.data.skipped)
+        ids = self.pool.data.ids
+        rows: list[SequenceABC[Skipped]] = [self.pool.data.skipped]
         overlap = self.target.overlap if self.target is not None else ()
         if self.target is not None:
-            rows += [*self.target.data.skipped, *overlap]
+            rows += [self.target.data.skipped, overlap]
         for entry in self.scores[:1]:
-            rows += entry.left_out
-            known = {*entry.ids, *(skip.id for skip in (*overlap, *entry.left_out))}
+            unknown = np.ones(len(ids), dtype=np.bool_)
+            for told in (entry.ids, [skip.id for skip in (*overlap, *entry.left_out)]):
+                places = ids.positions(told)
+                unknown[places[places >= 0]] = False
             what = f"its gradient is not finite, so {entry.method.label} does not score it"
-            rows += [Skipped(id_, "non_finite_gradient", what) for id_ in self.pool.data.ids if id_ not in known]
-        rows += self.unexplained.rows
+            rows += [
+                entry.left_out,
+                [Skipped(id_, "non_finite_gradient", what) for id_ in ids.take(np.flatnonzero(unknown))],
+            ]
+        rows.append(self.unexplained.rows)
         if self.explanations is not None:
-            rows += self.explanations.failed
-        return rows
+            rows.append(self.explanations.failed)
+        return Entries(*rows)
 
     @property
     def account(self) -> Account:
         """Everything that was given and is not used: whole rows, parts of rows, files."""
-        found = self.pool.training.account + self.unexplained
+        pool, found = self.pool.training.account, self.unexplained
         if self.target is not None:
             found += self.target.data.account
-        parts = [*found.parts]
+        others = [*found.parts]
         if isinstance(self.target, PromptTarget) and self.target.labels is not None:
-            parts += self.target.labels.account.parts  # which have those of the prompts among them
+            others += self.target.labels.account.parts  # which have those of the prompts among them
         if self.explanations is not None:
-            parts += self.explanations.unshown
-        return Account(tuple(self.skipped), tuple(dict.fromkeys(parts)), found.files, found.notes)
+            others += self.explanations.unshown
+        others = list(dict.fromkeys(others))
+        if others:  # one file may be pool and target at once
+            sources = {part.source for part in others}
+            told = {part for part in pool.parts if part.source in sources}
+            others = [part for part in others if part not in told]
+        return Account(self.skipped, Entries(pool.parts, others), pool.files + found.files, pool.notes + found.notes)
+
+    @cached_property
+    def groups(self) -> dict[str, Groups]:
+        """The pool by each column in which what is chosen is compared with it."""
+        return groups_of(self.pool.data, self.recipe.group_by)
 
 
 def write_skipped(run: Run, account: Account) -> Path:
     """skipped.jsonl: id, reason, detail, source and line of every row, part of a row and file that was left out."""
-    text = "".join(json.dumps(asdict(skip), ensure_ascii=False) + "\n" for skip in account.entries)
-    return run.publish_text("skipped.jsonl", text)
+
+    def write(path: Path) -> None:
+        with path.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(asdict(skip), ensure_ascii=False) + "\n" for skip in account.entries)
+
+    run.storage.publish_with("skipped.jsonl", write)
+    return run.path("skipped.jsonl")
 
 
 def summary(result: Result) -> dict[str, Any]:
@@ -252,35 +286,56 @@ def reliability_sentences(result: Result) -> list[str]:
     return sentences
 
 
+def known_columns(columns: Columns) -> set[str]:
+    """Columns of a row that its conversation is in, by the names that a recipe gives them."""
+    return {value for value in columns.model_dump().values() if value}
+
+
 def own_columns(row: Mapping[str, Any], columns: Columns) -> dict[str, str]:
     """What a row holds beside its conversation."""
-    known = {"id", "messages", "conversations", "prompt", "completion", "instruction", "input", "output", "history"}
-    known |= {"system", "chat_template_kwargs"}
-    known |= {value for value in columns.model_dump().values() if value}
-    return column_texts(row, known)
+    return columns_beside(row, known_columns(columns))
 
 
-def group_columns(data: Dataset, wanted: SequenceABC[str]) -> list[str]:
-    """Columns by which chosen and pool are compared: those asked for, else the usual ones that have few values."""
-    if wanted:
-        for column in wanted:
-            data.column(column)
-        return list(wanted)
+@dataclass(frozen=True)
+class Groups:
+    """The rows of a data set by what they have in one column.
+
+    names: what they have, as text
+    codes: int32 `[row]`, which of the names
+    """
+
+    names: list[str]
+    codes: NDArray[np.int32]
+
+    def counts(self, positions: SequenceABC[int] | NDArray[np.int64]) -> dict[str, int]:
+        """How many of the rows at these positions have each name, most first."""
+        counts = np.bincount(self.codes[positions], minlength=len(self.names)).tolist()
+        found = ((name, count) for name, count in zip(self.names, counts, strict=True) if count)
+        return dict(sorted(found, key=lambda item: (-item[1], item[0])))
+
+
+def groups_of(data: Dataset, wanted: SequenceABC[str]) -> dict[str, Groups]:
+    """The columns by which chosen and pool are compared: those asked for, else the usual ones that have few values.
+
+    Raises:
+        DataError: no row has a column that was asked for.
+    """
     first = [data.row(id_) for id_ in data.ids[:50]]
     usual = [column for column in _GROUP_COLUMNS if all(isinstance(row.get(column), str) for row in first)]
-    return [c for c in usual if 1 < len({str(v) for v in data.column(c)}) <= _MAX_GROUPS]
+    found = {column: _grouped(data.column(column) if wanted else data.values(column)) for column in wanted or usual}
+    return {name: own for name, own in found.items() if wanted or 1 < len(own.names) <= _MAX_GROUPS}
+
+
+def _grouped(values: Iterable[Any]) -> Groups:
+    number: dict[str, int] = {}
+    codes = array("i", (number.setdefault(str(value), len(number)) for value in values))
+    return Groups(list(number), np.asarray(codes))
 
 
 def shares(result: Result, ids: SequenceABC[str]) -> dict[str, dict[str, int]]:
     """How many of the ids have each value of each group column."""
-    counts: dict[str, dict[str, int]] = {}
-    for column in group_columns(result.pool.data, result.recipe.group_by):
-        counts[column] = {}
-        for id_ in ids:
-            value = str(result.pool.data.row(id_).get(column))
-            counts[column][value] = counts[column].get(value, 0) + 1
-        counts[column] = dict(sorted(counts[column].items(), key=lambda item: (-item[1], item[0])))
-    return counts
+    positions = result.pool.data.positions(ids)
+    return {column: groups.counts(positions) for column, groups in result.groups.items()}
 
 
 def shown_budget(explanations: Explanations) -> int:

@@ -9,7 +9,6 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,13 +16,11 @@ import numpy as np
 from gradsift.base.errors import ConfigError
 from gradsift.base.progress import Reporter, silent
 from gradsift.context import Pool
-from gradsift.generation.endpoint import Endpoint
 from gradsift.generation.samples import Samples
 from gradsift.generation.sampling import Response
 from gradsift.influence.nice import (
     PolicyEstimator,
     PolicyTargets,
-    check_server,
     checkpoint_name,
     cut_off_warnings,
     signal_warnings,
@@ -187,7 +184,7 @@ def _rollouts(recipe: Recipe, reporter: Reporter, *, rewarded: bool) -> Rollouts
         say_account(target.data.account, "target", len(target.data), reporter)
         write_skipped(pool.run, Result(recipe, pool, "", target).account)
         targets = PolicyTargets(pool, target, method)
-        checkpoints = _checkpoints(pool, method)
+        checkpoints = method.sampled_at(pool)
         names = _names(checkpoints, method)
         found = []
         for checkpoint, name in zip(checkpoints, names, strict=True):
@@ -203,19 +200,9 @@ def _rollouts(recipe: Recipe, reporter: Reporter, *, rewarded: bool) -> Rollouts
     return result
 
 
-def _checkpoints(pool: Pool, method: PolicyEstimator) -> list[Checkpoint]:
-    """Where samples are drawn; an assistant draws without any, so that no warm-up is needed."""
-    if method.assistant is not None:
-        return [Checkpoint(None)]
-    checkpoints = pool.checkpoints()[-1:] if method.last_checkpoint else pool.checkpoints()
-    check_server(method, checkpoints)
-    return checkpoints
-
-
 def _names(checkpoints: list[Checkpoint], method: PolicyEstimator) -> list[str]:
-    if method.assistant is not None:
-        writer = method.assistant.model
-        return [f"assistant {writer.model if isinstance(writer, Endpoint) else Path(writer).name}"]
+    if method.writer is not None:
+        return [f"assistant {method.writer}"]
     short = [checkpoint_name(checkpoint) for checkpoint in checkpoints]
     return short if len(set(short)) == len(short) else [checkpoint.name for checkpoint in checkpoints]
 

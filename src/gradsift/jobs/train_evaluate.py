@@ -12,13 +12,14 @@ from pydantic import TypeAdapter, ValidationError
 from gradsift.base.errors import ConfigError, DataError, GradsiftError, LockedError, StorageError
 from gradsift.base.inputs import read_input
 from gradsift.base.progress import Reporter
+from gradsift.context import Setup
 from gradsift.data.files import MAX_JSON_BYTES, Row, is_data_file
 from gradsift.data.sources import read_rows
 from gradsift.evaluation.any_metric import AnyMetric
 from gradsift.evaluation.evaluate import Evaluation, evaluate
 from gradsift.evaluation.fine_tune import Keep, check_seeds, train_on
 from gradsift.evaluation.metric import Metric
-from gradsift.evaluation.setup import Setup, open_model
+from gradsift.evaluation.setup import open_model
 from gradsift.generation.endpoint import Endpoint
 from gradsift.generation.sampling import Sampling
 from gradsift.jobs.select_explain import open_recipe

@@ -13,7 +13,6 @@ from gradsift.base.progress import Reporter, silent
 from gradsift.compare.table import FILES as COMPARED
 from gradsift.gradients.self_check import SelfCheck
 from gradsift.influence.blocks import threads
-from gradsift.influence.prompts import PromptTarget
 from gradsift.jobs.results import result_files
 from gradsift.jobs.select_explain import chooses, explain_questions
 from gradsift.plan.speeds import measure, peak_memory
@@ -52,7 +51,7 @@ def estimate(recipe: Recipe, reporter: Reporter | None = None) -> dict[str, Any]
     stages = priced(works, speeds, crew, recipe.gradients.shard_rows)
     total = {key: sum(stage[key] or 0 for stage in stages.values()) for key in ("tokens", "seconds", "disk_bytes")}
     free, peak = psutil.disk_usage(_existing(recipe.out)).free, peak_memory()
-    labels = target.labels if isinstance(target, PromptTarget) else target.data if target else None
+    labels = target.labels if target else None
     if comparison is None:
         files = result_files(
             scored=chooses(recipe),

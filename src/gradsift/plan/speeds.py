@@ -20,7 +20,7 @@ from gradsift.generation.sampling import Sampling
 from gradsift.gradients.batching import automatic_lanes, automatic_token_budget
 from gradsift.gradients.capture import LORA, find_modules
 from gradsift.gradients.projection import Projector, plan_segments
-from gradsift.gradients.rows import gradient_rows
+from gradsift.gradients.rows import RowSettings, gradient_rows
 from gradsift.gradients.self_check import self_check
 from gradsift.model.models import host
 from gradsift.plan.work import Decoding, Drawing, Speeds, Work
@@ -77,17 +77,14 @@ def _of_model(
             model, modules.captured, sequences, pattern=recipe.gradients.modules,
             autocast=recipe.gradients.autocast_type, checkpointing=recipe.gradients.gradient_checkpointing,
         )  # fmt: skip
+        settings = RowSettings(budget, lanes=lanes, checkpointing=recipe.gradients.gradient_checkpointing)
         with reporter.stage("measuring a sample", 1 + count) as advance:
             seconds = 0.0
             for repeat in range(2):  # the first pass also draws the projection and touches every weight
                 _wait_for(device)
                 start = time.perf_counter()
                 part = sequences if repeat else sequences[:1]
-                gradient_rows(
-                    model, modules.captured, projector, part,
-                    row_count=count, token_budget=budget, lanes=lanes, on_rows=advance,
-                    checkpointing=recipe.gradients.gradient_checkpointing,
-                )  # fmt: skip
+                gradient_rows(model, modules.captured, projector, part, settings, row_count=count, on_rows=advance)
                 _wait_for(device)
                 seconds = time.perf_counter() - start
         decoded = 0.0

@@ -6,7 +6,7 @@ The methods are asked what they read and need, as the run asks them; nothing is 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,17 +16,18 @@ import numpy as np
 
 from gradsift.base.progress import Reporter, silent
 from gradsift.base.types import Message
-from gradsift.compare.grid import Plan, planned
+from gradsift.compare.chosen import MOST_POINTS
+from gradsift.compare.grid import CellOf, Grid, open_grid
 from gradsift.context import Pool, Target
 from gradsift.evaluation.arms import Contender, PairwiseMetric
 from gradsift.evaluation.evaluate import evaluation_config
-from gradsift.evaluation.metric import ASKED, Judging, Metric, Needs
+from gradsift.evaluation.metric import ASKED, Judging, Needs
 from gradsift.evaluation.setup import Trained, subject_of
 from gradsift.explanation.explain import explained_views
 from gradsift.explanation.outputs import OutputSource, answers, missing_answers
 from gradsift.generation.endpoint import Endpoint, usage_of
 from gradsift.generation.samples import missing_samples
-from gradsift.gradients.collect import SequenceSource, kept_as, kept_manifest
+from gradsift.gradients.collect import SequenceSource, kept_as
 from gradsift.gradients.policy import MOST_ROWS
 from gradsift.gradients.rows import View
 from gradsift.influence.bm25 import conversation_text
@@ -55,7 +56,6 @@ from gradsift.jobs.select_explain import (
 from gradsift.model import embeddings
 from gradsift.plan.work import Asked, Drawing, Work, shares_of
 from gradsift.recipe import Recipe
-from gradsift.report.comparison_choices import MOST_POINTS
 from gradsift.rewards.judge import Judge
 from gradsift.rewards.reward import single_rewards
 from gradsift.rewards.reward_model import RewardModel
@@ -99,7 +99,7 @@ class Walk:
 
     recipe: Recipe
     pool: Pool
-    target: Target | PromptTarget | None
+    target: Target | None
     kept: Pool | None
     works: list[Work] = field(default_factory=list)
     checkpoints: int = 0
@@ -118,16 +118,15 @@ class Walk:
             self._explain()
         return self
 
-    def compare(self, plan: Plan) -> Walk:
+    def compare(self, grid: Grid) -> Walk:
         """What `gradsift compare` would do: choices at each warm-up, then every cell."""
-        per_seed = plan.job.warmup == "per_seed"
-        for seed in plan.seeds if per_seed else (self.recipe.seed,):
+        for seed, seeds in grid.warmups:
             self.pool = replace(self.pool, seed=seed)
             self.kept = self.kept and replace(self.kept, seed=seed)
             self._there, self._adapters = {}, None
-            self._choices(plan, (seed,) if per_seed else plan.seeds)
-        _Cells(self, plan).walk()
-        if plan.job.embedding is not None and embeddings.at_hand(plan.job.embedding):
+            self._choices(grid.choosing(seeds))
+        _Cells(self, grid).walk()
+        if grid.job.embedding is not None and embeddings.at_hand(grid.job.embedding):
             self._map(min(MOST_POINTS, len(self.pool.data)))
         return self
 
@@ -144,8 +143,7 @@ class Walk:
         if takes_reward(recipe.estimator) and isinstance(self.target, PromptTarget):
             self._diagnose(recipe.estimator, self.target)
 
-    def _choices(self, plan: Plan, seeds: SequenceABC[int]) -> None:
-        choosing = [one for one in plan.contenders if one.sized and set(seeds) & set(plan.seeds_of(one))]
+    def _choices(self, choosing: SequenceABC[Contender]) -> None:
         methods = [one.estimator for one in choosing if one.estimator is not None]
         sums = any(method.full_sum for method in methods)
         if sums:
@@ -169,6 +167,9 @@ class Walk:
         if method.text_model is not None and self.target is not None:
             for name, data in (("pool", self.pool.data), ("target", self.target.data)):
                 self._embedded(name, [conversation_text(own) for own in conversations(data)], method.text_model)
+        for one in method.passes(self.kept or self.pool, self.target):
+            if self.is_new("passes", method.model_dump_json(), one):
+                self.add(Work(one.stage, one.rows, backward=one.tokens, done=one.done and self.kept is not None))
         if method.view is not None:
             self._gradients(method, targets=method.needs_target)
 
@@ -181,35 +182,38 @@ class Walk:
             if targets and self.target is not None:
                 self._target_rows(method, self.target, number)
 
-    def _target_rows(self, method: Estimator, target: Target | PromptTarget, number: int) -> None:
-        assert method.view is not None, method
+    def _target_rows(self, method: Estimator, target: Target, number: int, view: View | None = None) -> None:
+        """Those of a method; `view` is of the pool's rows that they go with, where it is not the method's own."""
+        view = view or method.view
+        assert view is not None, method
         if takes_reward(method) and isinstance(target, PromptTarget):
             self._policy_rows(method, target, number)
             return
         source: Any = method.targets(self.pool, target)
         rows = _Rows("target gradients", "target", len(source.ids), float(sum(source.token_counts())), source)
         # JI2S takes the pool's sums and the targets' rows alone.
-        self._collect(rows, number, [target_view(method.view)], self.pool.gradients.full_sum and not method.full_sum)
-        if method.full_sum and self._is_new("curvature", rows.name, method.model_dump_json(), number):
+        self._collect(rows, number, [target_view(view)], self.pool.gradients.full_sum and not method.full_sum)
+        if method.full_sum and self.is_new("curvature", rows.name, method.model_dump_json(), number):
             if overlap := len(target.overlap):
                 tokens = overlap * float(self.pool.data.lengths.mean())
-                self._collect(_Rows("pool gradients", "overlap", overlap, tokens), number, [method.view], sums=True)
+                self._collect(_Rows("pool gradients", "overlap", overlap, tokens), number, [view], sums=True)
             # H is applied to the pool's sum by another pass over the targets.
-            made = bool(self.kept and self.kept.run.artifacts("curvature")) and self._has(rows, number, method.view)
-            self._add(Work("curvature", rows.count, backward=rows.tokens, tasks=1, done=made))
+            made = bool(self.kept and self.kept.run.artifacts("curvature")) and self._has(rows, number, view)
+            self.add(Work("curvature", rows.count, backward=rows.tokens, tasks=1, done=made))
 
-    def _select(self, selection: Selector, estimator: Estimator) -> None:
-        """What a selection reads beside its scores."""
-        if selection.takes == "checkpoints":
-            self._gradients(LESS(optimizer="sgd") if estimator.view is None else estimator, targets=True)
-        elif selection.takes != "scores":
-            last, view = len(self._checkpoints()) - 1, selection.view_with(estimator)
-            self._pool_rows(last, [view], sums=False)
-            if selection.takes == "target" and self.target is not None:
-                self._target_rows(LESS(optimizer="sgd") if estimator.view is None else estimator, self.target, last)
-        if selection.text_model is not None:
+    def _select(self, selector: Selector, estimator: Estimator) -> None:
+        """What a selector reads beside scores."""
+        reading = estimator if estimator.view is not None else LESS(optimizer="sgd")
+        if selector.takes == "checkpoints":
+            self._gradients(reading, targets=True)
+        elif selector.takes != "scores":
+            last = len(self._checkpoints()) - 1
+            self._pool_rows(last, [selector.view_with(estimator)], sums=False)
+            if selector.takes == "target" and self.target is not None:
+                self._target_rows(reading, self.target, last, selector.view_with(estimator))
+        if selector.text_model is not None:
             texts = [conversation_text(own) for own in conversations(self.pool.data)]
-            self._embedded("pool", texts, selection.text_model)
+            self._embedded("pool", texts, selector.text_model)
 
     # --- gradients ----------------------------------------------------------------------------------------------------
 
@@ -229,7 +233,7 @@ class Walk:
                 )
             epochs = recipe.warmup.epochs
             tokens = float(rows.lengths[rows.positions(ids)].sum())
-            self._add(
+            self.add(
                 Work("warm-up", epochs * len(ids), backward=epochs * tokens, stored={"adapters": epochs},
                      done=found is not None)
             )  # fmt: skip
@@ -252,7 +256,7 @@ class Walk:
         checkpoint = self._checkpoints()[number]
         self._there |= {(rows.name, number, view): sums for view in missing}
         made = [view for view in missing if not self._holds(rows.source, checkpoint, view, sums)]
-        self._add(
+        self.add(
             Work(
                 rows.stage, rows.count, backward=rows.tokens, stored={"rows": rows.count * len(made)},
                 tasks=(rows.count, rows.tokens / max(1, rows.count)), done=not made,
@@ -263,12 +267,8 @@ class Walk:
         """Whether the run folder has a store."""
         if self.kept is None or source is None or checkpoint is None:
             return False
-        settings = self.recipe.gradients.model_copy(update={"full_sum": sums})
-        pool = self.kept
-        found = kept_manifest(
-            pool.run, source, checkpoint, model=pool.model, view=view, settings=settings, dtype=pool.dtype
-        )
-        return found is not None
+        gradients = self.recipe.gradients.model_copy(update={"full_sum": sums})
+        return replace(self.kept, gradients=gradients).kept(source, checkpoint, view) is not None
 
     def _has(self, rows: _Rows, number: int, view: View) -> bool:
         return self._holds(rows.source, self._checkpoints()[number], target_view(view), sums=False)
@@ -285,7 +285,7 @@ class Walk:
     def _rows_of(
         self, method: PolicyEstimator, target: PromptTarget, source: SequenceSource | None, name: str
     ) -> _Rows:
-        sampling = _sampling(method)
+        sampling = method.drawing
         prompts, each = len(target.data), sampling.samples
         tokens = each * (float(target.data.lengths.sum()) + prompts * sampling.max_new_tokens)
         count = prompts * (min(MOST_ROWS, each) if name.startswith("samples") else 1)
@@ -296,7 +296,7 @@ class Walk:
     def _responses(self, method: PolicyEstimator, target: PromptTarget, number: int) -> PolicyTargets | None:
         """The responses at a checkpoint and what they earn; where the run folder has all of it, that."""
         checkpoint, writer = self._checkpoints()[number], method.assistant
-        sampling, place = _sampling(method), "" if writer is not None else str(number)
+        sampling, place = method.drawing, "" if writer is not None else str(number)
         responses, limit = len(target.data) * sampling.samples, sampling.max_new_tokens
         drawn = unpaid = responses
         complete = None
@@ -308,14 +308,14 @@ class Walk:
             if not unpaid and self.kept.run.manifest(samples.prefix) is not None:
                 complete = PolicyTargets(self.kept, replace(target), method)
         new = "responses", place, str(writer), str(method.server), sampling.model_dump_json()
-        if self._is_new(*new, self.pool.seed if writer is None else None):
+        if self.is_new(*new, self.pool.seed if writer is None else None):
             prompts = [ids.tolist() for ids in target.data.prompt_ids]
-            self._add(self._drawing(method, prompts, drawn, limit))
-            self._earn("rewards", target, unpaid, limit)
+            self.add(self._drawing(method, prompts, drawn, limit))
+            self.earn("rewards", target, unpaid, limit)
         return complete
 
     def _drawing(self, method: PolicyEstimator, prompts: list[list[int]], drawn: int, limit: int) -> Work:
-        sampling, assistant = _sampling(method), method.assistant
+        sampling, assistant = method.drawing, method.assistant
         endpoint = method.server if assistant is None else assistant.model
         stored = {"bytes": len(prompts) * _FILE_BYTES + drawn * limit * _TOKEN_BYTES}
         if not isinstance(endpoint, Endpoint):
@@ -329,7 +329,7 @@ class Walk:
         asked = Asked("responses", endpoint.model, usage_of(endpoint, round(read), drawn * limit, requests=calls))
         return Work("responses", asked=(asked,), seconds=None, stored=stored, done=not drawn)
 
-    def _earn(self, stage: str, target: PromptTarget, responses: int, limit: int, *, role: str = "judge") -> None:
+    def earn(self, stage: str, target: PromptTarget, responses: int, limit: int, *, role: str = "judge") -> None:
         """What the rewards of so many responses take beside arithmetic."""
         singles = single_rewards(target.reward)
         programs = responses * sum(isinstance(single, UnitTests) for single in singles)
@@ -340,12 +340,12 @@ class Walk:
                 calls = responses * (2 if single.mode == "pairwise" else 1)
                 question = partial(_judge_some, single, target)
                 judging = Judging(single, target.judge, calls, question)
-                asked += self._judged(judging, limit, role)
+                asked += self.judged(judging, limit, role)
         if programs or texts or asked:
             work = Work(stage, asked=tuple(asked), programs=programs, texts=texts, seconds=None, done=not responses)
-            self._add(work)
+            self.add(work)
 
-    def _judged(self, judging: Judging, limit: int, role: str) -> list[Asked]:
+    def judged(self, judging: Judging, limit: int, role: str) -> list[Asked]:
         """What a judge's answers cost: some questions are counted as they are asked, of empty responses."""
         if not isinstance(judging.ask, Endpoint):
             return []
@@ -379,7 +379,7 @@ class Walk:
     # --- ratings and embeddings ---------------------------------------------------------------------------------------
 
     def _rate(self, rater: Rater) -> None:
-        if not self._is_new("ratings", rater.model_dump_json()):
+        if not self.is_new("ratings", rater.model_dump_json()):
             return
         data = self.pool.data
         waiting = data.ids if self.kept is None else missing_ratings(self.kept, rater)
@@ -398,19 +398,19 @@ class Walk:
             work = Work("ratings", twice * len(waiting), forward=twice * tokens)
         else:
             work = Work("ratings")
-        self._add(replace(work, done=not waiting))
+        self.add(replace(work, done=not waiting))
 
     def _map(self, count: int) -> None:
         """A page's map of meanings, drawn anew each time."""
-        self._add(Work("maps of texts", texts=count, seconds=None))
+        self.add(Work("maps of texts", texts=count, seconds=None))
 
     def _embedded(self, name: str, texts: list[str], model: str) -> None:
-        if not self._is_new("embeddings", name, model):
+        if not self.is_new("embeddings", name, model):
             return
         count = len(texts)
         if self.kept is not None and embeddings.at_hand(model):
             count = missing_embeddings(self.kept.run, texts, model)
-        self._add(Work("embeddings", texts=count, seconds=None if count else 0.0, done=not count))
+        self.add(Work("embeddings", texts=count, seconds=None if count else 0.0, done=not count))
 
     # --- explaining ---------------------------------------------------------------------------------------------------
 
@@ -426,7 +426,7 @@ class Walk:
         before = float(sum(map(len, silent_ones)))
         written = len(silent_ones) * job.max_new_tokens
         if any(question.output is None for question in questions):
-            self._add(Work("answers", len(silent_ones), answers=(written, before), done=not silent_ones))
+            self.add(Work("answers", len(silent_ones), answers=(written, before), done=not silent_ones))
         source = None
         if self.kept is not None and checkpoint is not None and not silent_ones:
             quiet = replace(self.kept, reporter=silent())
@@ -448,7 +448,7 @@ class Walk:
                     self._pool_rows(number, [method.view], sums=False)
                     self._collect(outputs, number, [target_view(method.view)], self.pool.gradients.full_sum)
         choices = len(questions) * len(job.strategies) * len(job.estimators) * len(job.budgets)
-        self._add(Work("choosing", seconds=choices * _CHOICE_SECONDS, stored={"bytes": choices * _CHOICE_BYTES}))
+        self.add(Work("choosing", seconds=choices * _CHOICE_SECONDS, stored={"bytes": choices * _CHOICE_BYTES}))
         if job.validation is not None:
             self._train_on_choices(len(questions), tokens, last)
         shown = len(questions) if len(questions) == 1 else min(job.pages, len(questions))
@@ -464,7 +464,7 @@ class Walk:
         stored = job.validation.route == "stored" or projection.kind == "none"
         trained = 0.0 if stored else outputs * sets * max(job.budgets) * float(pool.data.lengths.mean())
         own = float(pool.data.lengths.sum()) if stored and projection.kind != "none" else 0.0
-        self._add(
+        self.add(
             Work(
                 "training on choices", outputs * sets, forward=sets * tokens, backward=trained + own,
                 stored={"unprojected": len(pool.data)} if own else {},
@@ -473,10 +473,15 @@ class Walk:
 
     # --- what was met -------------------------------------------------------------------------------------------------
 
-    def _add(self, work: Work) -> None:
+    def add(self, work: Work) -> None:
+        """To what was met."""
         self.works.append(work)
 
-    def _is_new(self, *parts: object) -> bool:
+    def has(self, kind: str, config: Mapping[str, Any]) -> bool:
+        """Whether the run folder has a complete artifact."""
+        return self.kept is not None and self.kept.run.manifest(self.kept.run.prefix(kind, config)) is not None
+
+    def is_new(self, *parts: object) -> bool:
         """Whether something is met for the first time: the run finds it the next time."""
         name = "\0".join(map(str, parts))
         if name in self._done:
@@ -485,108 +490,91 @@ class Walk:
         return True
 
 
-@dataclass
 class _Cells:
     """The cells of a comparison: each one's fine-tuning, its metrics and its curve."""
 
-    walk_: Walk
-    plan: Plan
+    def __init__(self, walk: Walk, grid: Grid) -> None:
+        self._walk, self._grid, self._base = walk, grid, subject_of(walk.pool, None).base
+        self._asked: dict[int, tuple[Any, Needs | None]] = {}  # by metric: bound to its data, and what it needs
 
     def walk(self) -> None:
         """Cell by cell; equal work is counted each time, as nobody knows which choices agree."""
-        walk, plan, job = self.walk_, self.plan, self.plan.job
-        base = subject_of(walk.pool, None).base
-        needs = {id(metric): self._needs(metric, base) for metric in (*job.metrics, *plan.curve)}
-        if job.best_by is not None:
-            needs[id(job.best_by)] = self._needs(job.best_by, base)
-        cells = list(plan.cells())
-        trained = sum(not contender.base for contender, _, _ in cells)
-        for contender, budget, seed in cells:
-            model = None
-            if not contender.base:
-                model = self._train(f"fine-tuning, {trained} times", contender, budget, seed)
-                if job.best_by is not None:
-                    for _ in range(plan.training_of(contender).epochs):
-                        self._measure("evaluation", job.best_by, needs[id(job.best_by)], known=None)
-            known = None if job.best_by is not None and not contender.base else (model, contender.base)
+        grid, job, cells = self._grid, self._grid.job, list(self._grid.cells())
+        trained = sum(not cell.contender.base for cell in cells)
+        for cell in cells:
+            epochs = () if cell.contender.base else range(1, grid.training_of(cell.contender).epochs + 1)
+            model = self._train(cell, trained) if epochs else None
+            for _ in epochs if job.best_by is not None else ():
+                self._measure("evaluation", job.best_by, len(cells), known=False)
+            known = not epochs or (model is not None and job.best_by is None)
             for metric in job.metrics:
-                if not self._is_itself(metric, contender, budget, seed):
-                    self._measure("evaluation", metric, needs[id(metric)], known=known)
-            if plan.curve and not contender.base:
-                for watched in plan.curve:
-                    if walk._is_new("curve", watched.label):
-                        self._measure("curves", watched, needs[id(watched)], known=(None, True))
-                    for epoch in range(1, plan.training_of(contender).epochs + 1):
-                        state = None if model is None else replace(model, kept=epoch)
-                        self._measure("curves", watched, needs[id(watched)], known=(state, False))
+                other = grid.opponent(metric, cell)
+                if other is None or (other.contender.name, other.budget) != (cell.contender.name, cell.budget):
+                    self._measure("evaluation", metric, len(cells), model, known=known)
+            for watched in grid.curve if epochs else ():
+                if self._walk.is_new("curve", watched.label):
+                    self._measure("curves", watched, known=True)
+                for epoch in epochs:
+                    state = None if model is None else replace(model, kept=epoch)
+                    self._measure("curves", watched, 1, state, known=state is not None)
 
-    def _needs(self, metric: Any, base: Any) -> tuple[Any, Needs | None]:
-        arm = isinstance(metric, PairwiseMetric) and metric.opponent is not None
-        bound = (metric.model_copy(update={"against": "base"}) if arm else metric).bind(base)
-        asked: Callable[[Any], Needs] | None = getattr(bound, "needs", None)
-        needs = None if asked is None else asked(base)
-        # Another arm's responses are those of its own cell.
-        return bound, replace(needs, both=False) if arm and needs is not None else needs
-
-    def _is_itself(self, metric: Metric, contender: Contender, budget: int, seed: int) -> bool:
-        if not isinstance(metric, PairwiseMetric) or metric.opponent is None:
-            return False
-        other, at, _ = self.plan.opponent(metric, budget, seed)
-        return (other.name, at) == (contender.name, budget)
-
-    def _train(self, stage: str, contender: Contender, budget: int, seed: int) -> Trained | None:
+    def _train(self, cell: CellOf, trainings: int) -> Trained | None:
         """The fine-tuning of a cell, and its model where the run folder has it."""
-        walk, plan, training = self.walk_, self.plan, self.plan.training_of(contender)
-        data = plan.datasets.get(contender.name, walk.pool.data)
-        ids = None if contender.sized else list(data.ids if contender.data is not None else plan.available)
-        tokens = budget * float(walk.pool.data.lengths.mean())
-        found = None
-        if ids is not None:
+        walk, grid, (contender, budget, seed) = self._walk, self._grid, cell
+        pool, training, data = walk.pool, grid.training_of(contender), grid.datasets.get(contender.name, walk.pool.data)
+        tokens, found, whole = budget * float(pool.data.lengths.mean()), None, grid.job.full_training
+        if not contender.sized:
+            ids = list(data.ids if contender.data is not None else grid.available)
             tokens = float(data.lengths[data.positions(ids)].sum())
-            if walk.kept is not None and not plan.job.full_training:
-                found = kept_training(
-                    walk.kept.run, data, ids, training, model=walk.pool.model, dtype=walk.pool.dtype, seed=seed
-                )
-        kind = "models" if plan.job.full_training else "adapters"
-        count = training.epochs * (1.0 if plan.job.full_training else training.rank / walk.recipe.warmup.rank)
-        trainings = sum(not one.base for one, _, _ in plan.cells())
-        walk._add(
-            Work(stage, training.epochs * budget, backward=training.epochs * tokens, stored={kind: count},
-                 tasks=trainings, done=found is not None)
+            if walk.kept is not None and not whole:
+                found = kept_training(walk.kept.run, data, ids, training, model=pool.model, dtype=pool.dtype, seed=seed)
+        left = {"models": 1.0} if whole else {"adapters": training.rank / walk.recipe.warmup.rank}
+        walk.add(
+            Work(
+                f"fine-tuning, {trainings} times", training.epochs * budget, backward=training.epochs * tokens,
+                stored={kind: training.epochs * count for kind, count in left.items()},
+                tasks=trainings, done=found is not None,
+            )
         )  # fmt: skip
-        return None if found is None else Trained(walk.pool.model, tuple(found), len(found), seed, budget)
+        return None if found is None else Trained(pool.model, tuple(found), len(found), seed, budget)
 
-    def _measure(
-        self, stage: str, metric: Metric, asked: tuple[Any, Needs | None], known: tuple[Trained | None, bool] | None
-    ) -> None:
-        """One metric of one model: of `known[0]`, or of the base where `known[1]`; of None nothing is known."""
-        walk, (bound, needs) = self.walk_, asked
-        tasks = sum(1 for _ in self.plan.cells()) if stage == "evaluation" else 1
-        done = False
-        if walk.kept is not None and known is not None and (known[0] is not None or known[1]):
-            config = evaluation_config(subject_of(walk.pool, known[0]), metric, bound)
-            prefix = "" if config is None else walk.kept.run.prefix("evaluations", config)
-            done = config is not None and walk.kept.run.manifest(prefix) is not None
-        if needs is None:
-            walk._add(Work(stage, seconds=None, done=done))
+    def _measure(self, stage: str, metric: Any, tasks: int = 1, model: Trained | None = None, *, known: bool) -> None:
+        """One metric of one model, None being the base; only what is `known` can have been measured before."""
+        walk, (bound, needs) = self._walk, self._needs(metric)
+        config = None
+        if walk.kept is not None and known:
+            config = evaluation_config(subject_of(walk.pool, model), metric, bound)
+        done = config is not None and walk.has("evaluations", config)
+        if needs is None or done:
+            walk.add(Work(stage, seconds=None, done=done))
             return
         if len(needs.read):
-            walk._add(Work(stage, len(needs.read), forward=float(sum(needs.read)), tasks=tasks, done=done))
+            walk.add(Work(stage, len(needs.read), forward=float(sum(needs.read)), tasks=tasks))
         limit = 0
         if needs.sampling is not None:
             limit, count = needs.sampling.max_new_tokens, len(needs.prompts) * needs.sampling.samples
             drawing = Drawing(needs.prompts, count, needs.sampling)
-            walk._add(Work(stage, drawing=drawing, tasks=tasks, done=done))
-            if needs.both and not done and walk._is_new("other side", metric.label):
-                walk._add(Work(stage, drawing=drawing))
-            if needs.target is not None and not done:
-                walk._earn(stage, needs.target, count, limit, role=f"judge of {metric.label}")
-        if needs.judging is not None and not done:
-            asks = walk._judged(needs.judging, limit, f"judge of {metric.label}")
-            walk._add(Work(stage, asked=tuple(asks), seconds=None))
+            walk.add(Work(stage, drawing=drawing, tasks=tasks))
+            if needs.both and walk.is_new("other side", metric.label):
+                walk.add(Work(stage, drawing=drawing))
+            if needs.target is not None:
+                walk.earn(stage, needs.target, count, limit, role=f"judge of {metric.label}")
+        if needs.judging is not None:
+            asked = walk.judged(needs.judging, limit, f"judge of {metric.label}")
+            walk.add(Work(stage, asked=tuple(asked), seconds=None))
+
+    def _needs(self, metric: Any) -> tuple[Any, Needs | None]:
+        if id(metric) not in self._asked:
+            # Another arm's responses are those of its own cell.
+            arm = isinstance(metric, PairwiseMetric) and metric.opponent is not None
+            bound = (metric.model_copy(update={"against": "base"}) if arm else metric).bind(self._base)
+            asked: Callable[[Any], Needs] | None = getattr(bound, "needs", None)
+            needs = None if asked is None else asked(self._base)
+            self._asked[id(metric)] = bound, replace(needs, both=False) if arm and needs is not None else needs
+        return self._asked[id(metric)]
 
 
-def walked(recipe: Recipe, scratch: str, reporter: Reporter) -> tuple[Walk, Plan | None]:
+def walked(recipe: Recipe, scratch: str, reporter: Reporter) -> tuple[Walk, Grid | None]:
     """The walk over a recipe, and the comparison that it asks for.
 
     Args:
@@ -599,8 +587,8 @@ def walked(recipe: Recipe, scratch: str, reporter: Reporter) -> tuple[Walk, Plan
     """
     inside = recipe.model_copy(update={"out": scratch})
     if recipe.compare is not None:
-        plan = planned(inside, recipe.compare, reporter)
-        return Walk(recipe, plan.pool, plan.target, _kept_pool(recipe, plan.pool)).compare(plan), plan
+        grid = open_grid(inside, recipe.compare, reporter)
+        return Walk(recipe, grid.pool, grid.target, _kept_pool(recipe, grid.pool)).compare(grid), grid
     pool = open_recipe(inside, reporter, announce=False)
     wanted = takes_reward(recipe.estimator) or (recipe.target is not None and chooses(recipe))
     target = open_recipe_target(inside, pool) if wanted else None
@@ -618,10 +606,6 @@ def _kept_pool(recipe: Recipe, pool: Pool) -> Pool | None:
         return None
     run.refuse_other(pool.run.identity())
     return replace(pool, run=run, reporter=silent())
-
-
-def _sampling(method: PolicyEstimator) -> Any:
-    return method.sampling if method.assistant is None else method.assistant.sampling
 
 
 def _judge_some(judge: Judge, target: PromptTarget, bound: Any) -> None:

@@ -1,138 +1,135 @@
-"""Charts as inline SVG, drawn by small functions. Colours come from the page's style sheet by class name.
+"""Bars, charts and maps as inline SVG, drawn by small functions. Colours come from the page's style sheet by class.
 
-Bars that stand in tables are stretched to their cell (no text inside them); histograms and dot charts carry their own
-text and are drawn at about the size they are shown at, so that it stays readable on a phone.
+Bars are stretched to the cell that they stand in (no text inside them); charts carry their own text and are drawn at
+about the size they are shown at, so that it stays readable on a phone.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from markupsafe import Markup
 from numpy.typing import ArrayLike, NDArray
 
-from gradsift.report.svg import coordinate, draw_line, draw_rect, draw_text, open_drawing, round_ticks
-from gradsift.report.text import figures, shorten
+from gradsift.report.blocks import Bar, Bars, Chart, Line, Point, Space, View
+from gradsift.report.text import clean, figures, shorten, written
 
-_MOST_TICKS_OF_CHOSEN = 300
+COLOURS = 8  # of the style sheet; series beyond them have the same ones with broken lines
+MOST_STROKES = 300
+MAP_WIDTH, MAP_EDGE = 1000, 50
+
+_LETTER = 6.6  # width of a digit of a tick's text
+_LEFT, _RIGHT = 52.0, 352.0
 
 
-def histogram(
-    scores: ArrayLike,
-    chosen: ArrayLike,
-    *,
-    title: str,
-    bins: int = 40,
-    axis: str = "score (higher = training on it helps)",
-    span: tuple[float, float] | None = None,
-) -> Markup:
-    """Counts of `scores` over equal bins, the part that was chosen drawn over them, each chosen score marked below.
+def bar(drawn: Bar) -> Markup:
+    """A bar of a table: a track, the zero line, and what the bar has."""
+    low, high = drawn.low, drawn.high
+    scale = 100 / (high - low) if high > low else 0.0
 
-    Values that are not finite are left out. Returns an empty string if nothing is left. The axis runs over `span`,
-    which must hold all values, or over the values.
-    """
-    pool, picked = finite(scores), finite(chosen)
-    if pool.size == 0:
+    def along(value: float) -> float:
+        return min(max(scale * (value - low), 0.0), 100.0)
+
+    def stroke(kind: str, value: float, top: float = 0, bottom: float = 10) -> Markup:
+        return draw_line(kind, along(value), top, along(value), bottom)
+
+    parts = [draw_rect("track", 0, 0, 100, 10)]
+    if drawn.box is not None:
+        left, right = map(along, drawn.box)
+        parts.append(draw_rect("box", left, 0.5, max(right - left, 0.2), 9))
+    if drawn.value is not None and math.isfinite(drawn.value):
+        zero, end = along(0), along(drawn.value)
+        parts.append(draw_rect("negative" if drawn.value < 0 else "chosen", min(zero, end), 1.5, abs(end - zero), 7))
+    if low < 0 < high:
+        parts.append(stroke("zero", 0))
+    if drawn.strokes:
+        path = "".join(f"M{coordinate(along(value))} 2v6" for value in thinned(np.sort(drawn.strokes)).tolist())
+        parts.append(Markup('<path class="rug" d="{}"/>').format(path))
+    if drawn.span is not None:
+        parts.append(draw_line("span", along(drawn.span[0]), 5, along(drawn.span[1]), 5))
+    if drawn.mark is not None:
+        mark = min(max(along(drawn.mark), 0.75), 99.25)
+        parts.append(draw_line("mark", mark, 0, mark, 10))
+    if drawn.point is not None:
+        parts.append(stroke("point", drawn.point, 0.5, 9.5))
+    return Markup(
+        '<svg class="bar {}" viewBox="0 0 100 10" preserveAspectRatio="none" aria-hidden="true">{}</svg>'
+    ).format(drawn.tone, Markup("").join(parts))
+
+
+def chart(drawn: Chart) -> Markup:
+    """A chart; nothing where it has nothing finite to draw."""
+    if drawn.bars is not None:
+        return _bars(drawn, drawn.bars)
+    return _dots(drawn) if drawn.rows else _lines(drawn)
+
+
+def _bars(drawn: Chart, bars: Bars) -> Markup:
+    """Amounts as bars, or those of all as an outline around those of the chosen."""
+    assert len(bars.edges) == len(bars.all) + 1, (len(bars.edges), len(bars.all))
+    if not any(bars.all) and not any(bars.chosen):
         return Markup("")
-    both = np.concatenate([pool, picked])
-    low, high = span or (float(both.min()), float(both.max()))
-    if not high > low:
-        low, high = low - max(abs(low), 1.0) / 2, high + max(abs(high), 1.0) / 2
-    edges = np.linspace(low, high, bins + 1)
-    counts, taken = np.histogram(pool, edges)[0], np.histogram(picked, edges)[0]
-    width, left, right, top, base = 360.0, 40.0, 352.0, 10.0, 150.0
-    tallest = max(int(counts.max()), int(taken.max()), 1)
-    step = (right - left) / bins
-    parts = [open_drawing(width, 200, title)]
-    for mark, _ in round_ticks(0, tallest, 4):
-        if mark == int(mark):
-            y = base - (base - top) * mark / tallest
-            parts.append(draw_line("grid", left, y, right, y))
-            parts.append(draw_text(left - 6, y + 4, f"{mark:,.0f}", "end"))
-    for position, (count, part) in enumerate(zip(counts.tolist(), taken.tolist(), strict=True)):
-        x = left + step * position
-        for kind, amount in (("pool", count), ("chosen", part)):
-            if amount:
-                # A handful of chosen examples in a large pool must stay visible: at least one and a half units high.
-                height = max((base - top) * amount / tallest, 1.5)
-                parts.append(draw_rect(kind, x + 0.5, base - height, step - 1, height))
+    width, base, top = (300.0, 96.0, 8.0) if bars.outline else (360.0, 150.0, 10.0)
+    left, right = (4.0, 296.0) if bars.outline else (40.0, 352.0)
+    tallest = bars.top or max(*bars.all, *bars.chosen, 0.0)
+    step, high = (right - left) / len(bars.all), (base - top) / tallest
+    parts = [open_drawing(width, base + (38 if bars.outline else 50), drawn.title)]
+    if not bars.outline:
+        for mark, _ in round_ticks(0, max(tallest, 1), 4):
+            if mark == int(mark):
+                parts.append(draw_line("grid", left, base - high * mark, right, base - high * mark))
+                parts.append(draw_text(left - 6, base - high * mark + 4, f"{mark:,.0f}", "end"))
+    for kind, amounts in (("pool", () if bars.outline else bars.all), ("chosen", bars.chosen)):
+        for position, amount in enumerate(amounts):
+            if amount:  # a handful of chosen examples in a large pool must stay visible
+                height = max(high * amount, 1.5)
+                parts.append(draw_rect(kind, left + step * position + 0.5, base - height, step - 1, height))
+    if bars.outline:
+        spots = [(left + step * n, base - high * amount) for n, amount in enumerate(bars.all)]
+        path = "L".join(f"{coordinate(x)} {coordinate(y)}h{coordinate(step)}" for x, y in spots)
+        parts.append(Markup('<path class="outline" d="M{}"/>').format(path))
     parts.append(draw_line("axis", left, base, right, base))
-    for score in _thinned(picked).tolist():
-        x = left + (right - left) * (score - low) / (high - low)
-        parts.append(draw_line("rug", x, 153, x, 162))
-    for mark, label in round_ticks(low, high, 4):
-        x = left + (right - left) * (mark - low) / (high - low)
-        parts.append(draw_text(x, 177, label, "middle"))
-    parts.append(draw_text((left + right) / 2, 195, axis, "middle"))
-    parts.append(Markup("</svg>"))
-    return Markup("").join(parts)
+    low, span = bars.edges[0], bars.edges[-1] - bars.edges[0]
+    for value in bars.rug:
+        x = left + (right - left) * (value - low) / span
+        parts.append(draw_line("rug", x, base + 3, x, base + 12))
+    if bars.outline:
+        ticks = [(left + step * n, f"{edge:,.0f}") for n, edge in enumerate(bars.edges)]
+        parts += _ticks(ticks, base + 15, width)
+    else:
+        marks = round_ticks(low, bars.edges[-1], 4)
+        parts += _ticks([(left + (right - left) * (m - low) / span, text) for m, text in marks], base + 27, width)
+    parts.append(draw_text((left + right) / 2, base + (34 if bars.outline else 45), drawn.axis, "middle"))
+    return _closed(parts)
 
 
-def share_bar(share: float, reference: float | None, largest: float) -> Markup:
-    """A bar as long as `share`, a stroke at `reference` if there is one; `largest` is what fills the whole width."""
-    scale = 100 / largest if largest > 0 else 0.0
-    mark = None if reference is None else min(max(scale * reference, 0.75), 99.25)
-    return Markup(
-        '<svg class="bar" viewBox="0 0 100 10" preserveAspectRatio="none" aria-hidden="true">{}{}{}</svg>'
-    ).format(
-        draw_rect("track", 0, 0, 100, 10),
-        draw_rect("chosen", 0, 1.5, scale * share, 7),
-        "" if mark is None else draw_line("mark", mark, 0, mark, 10),
-    )
+def _ticks(ticks: Sequence[tuple[float, str]], y: float, width: float) -> list[Markup]:
+    """Texts along x; those that would run into the one before are left out."""
+    parts, free = [], -math.inf
+    for place, text in ticks:
+        half = _LETTER * len(text) / 2
+        x = min(max(place, half), width - half)
+        if x - half >= free:
+            parts.append(draw_text(x, y, text, "middle"))
+            free = x + half + 6
+    return parts
 
 
-def strip(values: ArrayLike, lowest: float, highest: float) -> Markup:
-    """Every value as a stroke, the middle half of them as a box, the median as a thick stroke, and the zero line."""
-    kept = np.sort(finite(values))
-    assert kept.size, "there is nothing to draw"
-    scale = 100 / (highest - lowest) if highest > lowest else 0.0
-    quarter, median, three_quarters = (scale * (np.quantile(kept, [0.25, 0.5, 0.75]) - lowest)).tolist()
-    strokes = "".join(f"M{coordinate(scale * (value - lowest))} 2v6" for value in _thinned(kept).tolist())
-    return Markup(
-        '<svg class="bar strip" viewBox="0 0 100 10" preserveAspectRatio="none" aria-hidden="true">{}{}{}'
-        '<path class="rug" d="{}"/>{}</svg>'
-    ).format(
-        draw_rect("track", 0, 0, 100, 10),
-        draw_rect("box", quarter, 0.5, max(three_quarters - quarter, 0.2), 9),
-        draw_line("zero", -lowest * scale, 0, -lowest * scale, 10) if lowest < 0 < highest else "",
-        strokes,
-        draw_line("median", median, 0, median, 10),
-    )
+def _dots(drawn: Chart) -> Markup:
+    """A name with its value in each row, the value as a dot, the spread either side of it as a line.
 
-
-def signed_bar(value: float, lowest: float, highest: float) -> Markup:
-    """A bar from zero to `value` on an axis from `lowest` to `highest`, which must hold zero."""
-    assert lowest <= 0 <= highest, (lowest, highest)
-    if not (math.isfinite(value) and highest > lowest):
-        value, highest = 0.0, 1.0
-    scale = 100 / (highest - lowest)
-    zero, end = -lowest * scale, (min(max(value, lowest), highest) - lowest) * scale
-    return Markup(
-        '<svg class="bar" viewBox="0 0 100 10" preserveAspectRatio="none" aria-hidden="true">{}{}{}</svg>'
-    ).format(
-        draw_rect("track", 0, 0, 100, 10),
-        draw_rect("negative" if value < 0 else "chosen", min(zero, end), 1.5, abs(end - zero), 7),
-        draw_line("mark", zero, 0, zero, 10) if lowest < 0 else "",
-    )
-
-
-def dot_chart(rows: Sequence[tuple[str, float, float]], *, best: Collection[int], title: str) -> Markup:
-    """One row per `(label, value, spread)`: the value as a dot, the spread either side of it as a line.
-
-    The axis need not start at zero, which is why these are dots and not bars. `best` holds the positions of the rows
-    to mark. Rows whose value is not finite are left out.
+    The axis need not start at zero, which is why these are dots and not bars. Values that are not finite are left out.
     """
     kept = [
-        (position, label, value, abs(spread) if math.isfinite(spread) else 0.0)
-        for position, (label, value, spread) in enumerate(rows)
-        if math.isfinite(value)
+        (label, value, abs(spread) if math.isfinite(spread) else 0.0, best)
+        for label, value, spread, best in drawn.rows
+        if value is not None and math.isfinite(value)
     ]
     if not kept:
         return Markup("")
-    low = min(value - spread for _, _, value, spread in kept)
-    high = max(value + spread for _, _, value, spread in kept)
+    low, high = min(v - s for _, v, s, _ in kept), max(v + s for _, v, s, _ in kept)
     margin = 0.08 * (high - low) or max(abs(high), 1.0) / 2
     low, high = low - margin, high + margin
     left, right, pitch = 2.0, 358.0, 38
@@ -141,25 +138,157 @@ def dot_chart(rows: Sequence[tuple[str, float, float]], *, best: Collection[int]
     def along(value: float) -> float:
         return left + (right - left) * (value - low) / (high - low)
 
-    parts = [open_drawing(360, bottom + 24, title)]
+    parts = [open_drawing(360, bottom + 24, drawn.title)]
     for mark, text in round_ticks(low, high, 4):
         parts.append(draw_line("grid", along(mark), 4, along(mark), bottom))
         parts.append(draw_text(along(mark), bottom + 16, text, "middle"))
-    texts = figures([value for _, _, value, _ in kept])
-    for row, ((position, label, value, spread), text) in enumerate(zip(kept, texts, strict=True)):
-        y, wins = 18 + pitch * row, position in best
+    texts = figures([value for _, value, _, _ in kept])
+    for row, ((label, value, spread, best), text) in enumerate(zip(kept, texts, strict=True)):
+        y = 18 + pitch * row
         parts.append(draw_text(left, y, shorten(label, 34), "start", "label"))
-        parts.append(draw_text(right, y, f"{text}, best" if wins else text, "end", "label"))
+        parts.append(draw_text(right, y, f"{text}, best" if best else text, "end", "label"))
         parts.append(draw_line("grid", left, y + 10, right, y + 10))
         if spread:
             parts.append(draw_line("spread", along(value - spread), y + 10, along(value + spread), y + 10))
-        parts.append(
-            Markup('<circle class="{}" cx="{}" cy="{}" r="5"/>').format(
-                "dot best" if wins else "dot", coordinate(along(value)), y + 10
+        circle = Markup('<circle class="{}" cx="{}" cy="{}" r="5"/>')
+        parts.append(circle.format("dot best" if best else "dot", coordinate(along(value)), y + 10))
+    return _closed(parts)
+
+
+def _lines(drawn: Chart) -> Markup:
+    """Lines or points over common axes, neither of which need start at zero; what is not finite is left out."""
+    kept = [(line, [p for p in line.points if math.isfinite(p.x) and math.isfinite(p.y)]) for line in drawn.lines]
+    kept = [(line, points) for line, points in kept if points]
+    if not kept:
+        return Markup("")
+    place: Callable[[float], float] = math.log if drawn.logarithmic else float
+    every = [point for _, points in kept for point in points]
+    x_low, x_high = _apart(place(min(p.x for p in every)), place(max(p.x for p in every)))
+    y_low, y_high = _apart(min(p.y - _spread(p) for p in every), max(p.y + _spread(p) for p in every))
+    margin = 0.06 * (y_high - y_low)
+    y_low, y_high = y_low - margin, y_high + margin
+    base, top = drawn.height - 42, 26.0 if drawn.up else 12.0
+
+    def along(x: float) -> float:
+        return _LEFT + 12 + (_RIGHT - _LEFT - 24) * (place(x) - x_low) / (x_high - x_low)
+
+    def up(y: float) -> float:
+        return base - (base - top) * (y - y_low) / (y_high - y_low)
+
+    parts = [open_drawing(360, drawn.height, drawn.title)]
+    if drawn.up:
+        parts.append(draw_text(2, 12, drawn.up, "start"))
+    for mark, text in round_ticks(y_low, y_high, 4):
+        kind = "axis" if mark == 0 and y_low < 0 < y_high else "grid"
+        parts += [draw_line(kind, _LEFT, up(mark), _RIGHT, up(mark)), draw_text(_LEFT - 6, up(mark) + 4, text, "end")]
+    parts.append(draw_line("axis", _LEFT, base, _RIGHT, base))
+    ticks = [(along(x), text) for x, text in drawn.ticks or round_ticks(x_low, x_high, 5)]
+    parts += [draw_line("axis", x, base, x, base + 4) for x, _ in ticks]
+    parts += [*_ticks(ticks, base + 17, 360), draw_text((_LEFT + _RIGHT) / 2, drawn.height - 5, drawn.axis, "middle")]
+    for line, points in kept:
+        parts.append(_series(line, [(point, along(point.x), up(point.y)) for point in points], up))
+    return _closed(parts)
+
+
+def _series(line: Line, points: Sequence[tuple[Point, float, float]], up: Callable[[float], float]) -> Markup:
+    """One line's marks, which the page's script makes stand out where its series is picked."""
+    number = line.series or 0
+    parts = [Markup("<title>{}</title>").format(clean(line.name))] if line.name else []
+    if line.joined:
+        path = "M" + "L".join(f"{coordinate(x)} {coordinate(y)}" for _, x, y in points)
+        parts.append(Markup('<path class="line" d="{}"/>').format(path))
+    spreads = [(x, up(p.y - _spread(p)), up(p.y + _spread(p))) for p, x, _ in points if _spread(p)]
+    if spreads:
+        path = "".join(f"M{coordinate(x)} {coordinate(a)}V{coordinate(b)}" for x, a, b in spreads)
+        parts.append(Markup('<path class="whisker" d="{}"/>').format(path))
+    for kind, wanted in (("spots", line.dotted and not line.marked), ("spots marked", bool(line.marked))):
+        places = [(x, y) for p, x, y in points if not line.marked or p.x in line.marked]
+        if wanted and places:
+            parts.append(Markup('<path class="{}" d="{}"/>').format(kind, dots_path(places)))
+    for point, x, y in points:
+        if point.label:
+            shape = Markup('<circle class="spot"{} cx="{}" cy="{}" r="{}"><title>{}</title></circle>').format(
+                _picks(point.picks), coordinate(x), coordinate(y), 8 if line.joined else 4, clean(point.label)
             )
-        )
-    parts.append(Markup("</svg>"))
-    return Markup("").join(parts)
+            parts.append(Markup('<a href="#{}">{}</a>').format(point.link, shape) if point.link else shape)
+    return Markup('<g class="series {}" data-series="{}">{}</g>').format(
+        colour(number), number if line.series is not None else "", Markup("").join(parts)
+    )
+
+
+def _picks(picks: Mapping[str, str]) -> Markup:
+    return Markup(' data-picks="{}"').format("&".join(f"{k}={v}" for k, v in picks.items())) if picks else Markup("")
+
+
+def bins(
+    scores: ArrayLike, chosen: ArrayLike, *, count: int = 40, span: tuple[float, float] | None = None
+) -> Bars | None:
+    """Counts of `scores` over equal bins with those of the chosen ones, each of which has its place in the rug.
+
+    Values that are not finite are left out; nothing is left: None. The bins lie in `span`, which must hold all values,
+    or in the values' own.
+    """
+    pool, picked = finite(scores), finite(chosen)
+    if pool.size == 0:
+        return None
+    both = np.concatenate([pool, picked])
+    low, high = span or (float(both.min()), float(both.max()))
+    if not high > low:
+        low, high = low - max(abs(low), 1.0) / 2, high + max(abs(high), 1.0) / 2
+    edges = np.linspace(low, high, count + 1)
+    counts, taken = (tuple(np.histogram(values, edges)[0].tolist()) for values in (pool, picked))
+    return Bars(tuple(edges.tolist()), counts, taken, tuple(thinned(np.sort(picked)).tolist()))
+
+
+def map_places(space: Space) -> list[tuple[int, int] | None]:
+    """Whole numbers on a drawing `MAP_WIDTH` wide, x to the right and y downwards."""
+    known = [place for place in space.places if place is not None]
+    if not known:
+        return [None] * len(space.places)
+    left, top = min(x for x, _ in known), min(y for _, y in known)
+    wide, tall = max(x for x, _ in known) - left, max(y for _, y in known) - top
+    scale = MAP_WIDTH / (max(wide, tall / 0.8) or 1.0)
+    return [None if p is None else (round((p[0] - left) * scale), round((p[1] - top) * scale)) for p in space.places]
+
+
+def map_drawing(space: Space, view: View | None, series: int | None) -> Markup:
+    """A map with the marks of one view, which the page's script changes for the others."""
+    places = map_places(space)
+    tall = max((p[1] for p in places if p is not None), default=0)
+    wide = max((p[0] for p in places if p is not None), default=MAP_WIDTH)
+
+    def dots(numbers: Sequence[int]) -> str:
+        return dots_path([p for n in numbers if (p := places[n]) is not None])
+
+    picks = view.picks if view else ()
+    some = [n for n in picks if view and n in set(view.some)]
+    marks = {"all-points": dots(range(len(places))), "some-seeds": dots(some), "some-within": dots(some)}
+    marks["all-seeds"] = dots([n for n in picks if n not in set(some)])
+    # Drawn from below: what is covered, all points, those of each colour, the chosen ones, and where a reader is led.
+    kinds = [f"cover c{n}" for n in range(1, 10)] + ["all-points"] + [f"tone t{n}" for n in range(10)]
+    kinds += ["some-seeds", "some-within", "all-seeds", "rings", "here"]
+    paths = Markup("").join(Markup('<path class="{}" d="{}"/>').format(kind, marks.get(kind, "")) for kind in kinds)
+    return Markup(
+        '<svg class="map-drawing {}" viewBox="{} {} {} {}" role="img" aria-label="{}">{}<g class="numbers"/></svg>'
+    ).format(
+        "" if series is None else colour(series),
+        -MAP_EDGE - (MAP_WIDTH - wide) // 2,
+        -MAP_EDGE,
+        MAP_WIDTH + 2 * MAP_EDGE,
+        tall + 2 * MAP_EDGE,
+        clean(f"Map: {space.title}. The same examples stand in the lists."),
+        paths,
+    )
+
+
+def colour(series: int) -> str:
+    """The classes of a series' colour and line."""
+    return f"s{series % COLOURS}{' broken' if series // COLOURS % 2 else ''}"
+
+
+def dots_path(places: Sequence[tuple[float, float]]) -> str:
+    """Dots as one path: lines of no length, which the style sheet gives a width and round ends."""
+    return "".join(f"M{coordinate(x)} {coordinate(y)}h0" for x, y in places)
 
 
 def finite(values: ArrayLike) -> NDArray[np.float64]:
@@ -168,8 +297,71 @@ def finite(values: ArrayLike) -> NDArray[np.float64]:
     return array[np.isfinite(array)]
 
 
-def _thinned(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """At most a few hundred of `values`, evenly spaced in rank, both ends kept."""
-    if values.size <= _MOST_TICKS_OF_CHOSEN:
+def thinned(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """At most a few hundred of ascending values, evenly spaced in rank, both ends kept."""
+    if values.size <= MOST_STROKES:
         return values
-    return np.sort(values)[np.linspace(0, values.size - 1, _MOST_TICKS_OF_CHOSEN).astype(int)]
+    return values[np.linspace(0, values.size - 1, MOST_STROKES).astype(int)]
+
+
+# --- marks ---------------------------------------------------------------------------------------------------------
+
+
+def open_drawing(width: float, height: float, title: str) -> Markup:
+    """The beginning of a chart of this size; `title` is read out for it."""
+    # Charts with text of their own are images to a screen reader: the title stands for all of it.
+    return Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">').format(
+        int(width), int(height), clean(title)
+    )
+
+
+def draw_rect(kind: str, x: float, y: float, width: float, height: float) -> Markup:
+    """A rectangle with the class `kind`."""
+    return Markup('<rect class="{}" x="{}" y="{}" width="{}" height="{}"/>').format(
+        kind, coordinate(x), coordinate(y), coordinate(width), coordinate(height)
+    )
+
+
+def draw_line(kind: str, x1: float, y1: float, x2: float, y2: float) -> Markup:
+    """A line with the class `kind`."""
+    return Markup('<line class="{}" x1="{}" y1="{}" x2="{}" y2="{}"/>').format(
+        kind, coordinate(x1), coordinate(y1), coordinate(x2), coordinate(y2)
+    )
+
+
+def draw_text(x: float, y: float, text: str, anchor: str, kind: str = "tick") -> Markup:
+    """A text at its `start`, `middle` or `end`."""
+    return Markup('<text class="{}" x="{}" y="{}" text-anchor="{}">{}</text>').format(
+        kind, coordinate(x), coordinate(y), anchor, clean(text)
+    )
+
+
+def coordinate(number: float) -> str:
+    """Coordinates to a hundredth: enough to draw, short enough for hundreds of bars."""
+    return f"{number:.2f}".rstrip("0").rstrip(".")
+
+
+def round_ticks(low: float, high: float, wanted: int) -> list[tuple[float, str]]:
+    """About `wanted` round numbers (1, 2 or 5 times a power of ten apart) from `low` to `high`, and their texts."""
+    rough = (high - low) / wanted
+    power = math.floor(math.log10(rough))
+    step = next(factor * 10.0**power for factor in (1, 2, 5, 10) if factor * 10.0**power >= rough * (1 - 1e-9))
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    marks = [number * step for number in range(first, last + 1)]
+    largest = max((abs(mark) for mark in marks), default=0.0)
+    plain = largest < 1e6 and power > -5
+    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
+    return [(mark, written(mark, f",.{decimals}f" if plain else ".1e")) for mark in marks]
+
+
+def _closed(parts: Sequence[Markup]) -> Markup:
+    return Markup("").join([*parts, Markup("</svg>")])
+
+
+def _apart(low: float, high: float) -> tuple[float, float]:
+    apart = high - low > 1e-300  # below, an axis has no room for ticks
+    return (low, high) if apart else (low - (abs(low) or 1.0) / 10, high + (abs(high) or 1.0) / 10)
+
+
+def _spread(point: Point) -> float:
+    return abs(point.spread) if math.isfinite(point.spread) else 0.0

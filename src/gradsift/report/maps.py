@@ -11,20 +11,14 @@ from numpy.typing import NDArray
 from gradsift.base.errors import NonFiniteError, ShapeError
 from gradsift.base.lazy import Tensor
 
-_COMPONENTS = 50  # both as in Compact, Figure 2
-_PERPLEXITY = 10.0
 
+def layout(rows: Tensor | NDArray[np.floating]) -> list[tuple[float, float]]:
+    """Positions in the plane: rows of length 1 along the two axes in which they differ most (principal components).
 
-def layout(rows: Tensor | NDArray[np.floating], *, seed: int = 0) -> list[tuple[float, float]]:
-    """Positions in the plane: t-SNE with cosine distances on the first 50 principal components (Compact, Figure 2).
-
-    Near points are alike; distances between far groups, sizes of groups and the axes mean nothing. The same rows and
-    seed give the same map. Perplexity is 10, and (m - 1)/3 where there are fewer than 31 rows; fewer than four rows, or
-    rows that are all the same, are placed by their principal components.
+    Near points point alike. Axes and gaps between groups mean nothing by themselves.
 
     Args:
         rows: [m dim], any float dtype.
-        seed: of t-SNE.
 
     Returns:
         m pairs `(x, y)`, centred, the farthest coordinate at 1 or -1, rounded to 4 decimals.
@@ -37,20 +31,25 @@ def layout(rows: Tensor | NDArray[np.floating], *, seed: int = 0) -> list[tuple[
         >>> layout(np.array([[3.0, 0.0], [0.0, 0.0], [0.0, 0.0]]))
         [(1.0, 0.0), (-1.0, 0.0), (-1.0, 0.0)]
     """
-    points = (rows.detach().to("cpu").double().numpy() if isinstance(rows, Tensor) else np.asarray(rows)).astype(float)
+    points = (rows.detach().to("cpu").double().numpy() if hasattr(rows, "detach") else np.asarray(rows)).astype(float)
     if points.ndim != 2 or points.shape[1] == 0:
         raise ShapeError(f"rows have shape {list(points.shape)}, expected [m dim]")
     if not np.isfinite(points).all():
         raise NonFiniteError("rows to map hold NaN or infinity: leave such examples out")
-    components = _principal_components(points)
-    if len(points) < 4 or not components.any():
-        return _scaled(components[:, :2])
-    from sklearn.manifold import TSNE  # a second to import, which every command would pay
-
-    found = TSNE(
-        perplexity=min(_PERPLEXITY, (len(points) - 1) / 3), metric="cosine", init="pca", random_state=seed
-    ).fit_transform(components.astype(np.float32))
-    return _scaled(found.astype(float))
+    if len(points) == 0:
+        return []
+    points = points / (np.abs(points).max() or 1.0)  # squares of the largest would overflow
+    lengths = np.linalg.norm(points, axis=1, keepdims=True)
+    unit = points / np.where(lengths > 0, lengths, 1.0)
+    left, spread, _ = np.linalg.svd(unit - unit.mean(axis=0), full_matrices=False)
+    found = np.zeros((len(points), 2))
+    for axis in range(min(2, int((spread > 1e-9 * math.sqrt(points.size)).sum()))):
+        # Its sign is arbitrary: the largest entry is made positive, so that every machine draws the same.
+        column = left[:, axis] * spread[axis]
+        found[:, axis] = column * np.sign(column[np.abs(column).argmax()])
+    centred = found - (found.min(axis=0) + found.max(axis=0)) / 2
+    largest = float(np.abs(centred).max()) or 1.0
+    return [(round(float(x) / largest, 4) + 0.0, round(float(y) / largest, 4) + 0.0) for x, y in centred]
 
 
 def sample(count: int, chosen: Sequence[int], limit: int, *, seed: int = 0) -> list[int]:
@@ -86,28 +85,3 @@ def sample(count: int, chosen: Sequence[int], limit: int, *, seed: int = 0) -> l
     first = draw.choice(np.array(members, dtype=np.int64), kept, replace=False)
     rest = draw.choice(others, limit - kept, replace=False)
     return sorted([*first.tolist(), *rest.tolist()])
-
-
-def _principal_components(points: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Coordinates along the at most 50 directions of largest variance [m component], of which there are at least 2."""
-    if len(points) == 0:
-        return np.zeros((0, 2))
-    largest = float(np.abs(points).max()) or 1.0
-    centred = (points - points.mean(axis=0)) / largest
-    left, spread, _ = np.linalg.svd(centred, full_matrices=False)
-    kept = min(_COMPONENTS, int((spread > 1e-9 * math.sqrt(points.size)).sum()))
-    # A singular vector's sign is arbitrary: its largest entry is made positive, so that every machine draws the same.
-    left = left[:, :kept]
-    left = left * np.sign(left[np.abs(left).argmax(axis=0), np.arange(kept)])
-    found = np.zeros((len(points), max(2, kept)))
-    found[:, :kept] = left * spread[:kept]
-    return found
-
-
-def _scaled(positions: NDArray[np.float64]) -> list[tuple[float, float]]:
-    if len(positions) == 0:
-        return []
-    low, high = positions.min(axis=0), positions.max(axis=0)
-    centred = positions - (low + high) / 2
-    largest = float(np.abs(centred).max()) or 1.0
-    return [(round(float(x) / largest, 4) + 0.0, round(float(y) / largest, 4) + 0.0) for x, y in centred]

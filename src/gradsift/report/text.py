@@ -9,6 +9,10 @@ from typing import Any
 
 MINUS = "\u2212"
 ABSENT = "\u2013"
+HOW_TEXTS_ARE_SHOWN = (
+    "Exactly as in the data, long ones cut. Control characters and writing-direction overrides are made visible "
+    "(␀, ⟨U+202E⟩). A long text that stands on the page already is linked, not repeated."
+)
 
 # HTML has no way to write most control characters, and overrides of the writing direction would let one text rearrange
 # its neighbours; both become visible. Joiners and direction marks stay: emoji and right-to-left scripts need them.
@@ -29,6 +33,11 @@ def clean(text: str) -> str:
 def shorten(text: str, limit: int) -> str:
     """At most `limit` characters of `text`, ending in an ellipsis where something was cut."""
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def one_line(text: str, limit: int) -> str:
+    """The beginning of a text of any length on one line."""
+    return shorten(" ".join(text[: 5 * limit].split()), limit)
 
 
 def value_text(value: Any, limit: int = 120) -> str:
@@ -121,6 +130,20 @@ def written(value: float | None, layout: str) -> str:
         return "∞" if value > 0 else f"{MINUS}∞"
     text = format(value, layout).replace("-", MINUS)
     return text.removeprefix(MINUS) if not any(digit in text for digit in "123456789") else text
+
+
+def best_of(values: Sequence[float | None], texts: Sequence[str], *, higher: bool) -> set[int]:
+    """Positions of the best value and of those written alike; none where there is nothing to be better than.
+
+    >>> best_of([1.0, 2.0, None], ["1", "2", "–"], higher=True)
+    {1}
+    """
+    finite = [value for value in values if value is not None and math.isfinite(value)]
+    if len(finite) < 2:
+        return set()
+    winner = texts[list(values).index(max(finite) if higher else min(finite))]
+    alike = {position for position, written_ in enumerate(texts) if written_ == winner}
+    return alike if len(alike) < len(finite) else set()
 
 
 def fair_limit(sizes: Sequence[int], budget: int) -> int:

@@ -279,6 +279,23 @@ async def _awaited(value: Any) -> Any:
     return await value
 
 
+def exit_code_of(work: Callable[[], int], pipes: tuple[int, ...], *, otherwise: int) -> int:
+    """What work ends with in a process of its own that has none of the pipes; minus a signal's number if that ends it.
+
+    otherwise: where the work raises
+    """
+    child = os.fork()
+    if child == 0:
+        code = otherwise
+        try:
+            for fd in pipes:
+                os.close(fd)
+            code = work()
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
 def _run(script: types.CodeType | None, text: str, pipes: tuple[int, int]) -> dict[str, Any]:
     """What a program prints that reads `text`, and its exit code: in a process of its own, as a script."""
     files = []
@@ -287,24 +304,19 @@ def _run(script: types.CodeType | None, text: str, pipes: tuple[int, int]) -> di
         os.unlink(".standard")  # noqa: PTH108 - saves every program the import
     _write(files[0], text.encode("utf-8", "surrogatepass"))
     os.lseek(files[0], 0, os.SEEK_SET)
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            for fd in pipes:
-                os.close(fd)
-            for number, fd in enumerate(files):
-                os.dup2(fd, number)
-                os.close(fd)
-            sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
-            sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
-            module = types.ModuleType("__main__")
-            sys.modules["__main__"] = module
-            sys.argv = ["program.py"]
-            code = _exit_code(script, module.__dict__)
-        finally:
-            os._exit(code)
-    ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    def program() -> int:
+        for number, fd in enumerate(files):
+            os.dup2(fd, number)
+            os.close(fd)
+        sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
+        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+        module = types.ModuleType("__main__")
+        sys.modules["__main__"] = module
+        sys.argv = ["program.py"]
+        return _exit_code(script, module.__dict__)
+
+    ended = exit_code_of(program, pipes, otherwise=1)
     size = os.fstat(files[1]).st_size
     output = os.pread(files[1], min(size, _MESSAGE_BYTES // 2), 0)
     for fd in files:

@@ -21,7 +21,17 @@ from mmap import mmap
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gradsift.sandbox._harness import NotPlainError, Reference, closed, decode, encode, plain_name, receive, send
+from gradsift.sandbox._harness import (
+    NotPlainError,
+    Reference,
+    closed,
+    decode,
+    encode,
+    exit_code_of,
+    plain_name,
+    receive,
+    send,
+)
 from gradsift.sandbox._shapes import CannotJudgeError, Pair, Tests, prints, understand
 
 _TEXT = 500  # characters of a foreign message that are passed on
@@ -395,18 +405,13 @@ class _Mutant:
 
 def _fault(tests: Tests, pipes: tuple[int, ...]) -> str:
     """What is wrong with the tests, tried on both mutants in a process of its own; empty where they can judge."""
-    child = os.fork()
-    if child == 0:
-        code = 0
-        try:
-            for fd in pipes:
-                os.close(fd)
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            signal.alarm(_MUTANT_SECONDS)
-            code = _tried(tests)
-        finally:
-            os._exit(code)
-    return _FAULTS.get(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), "")
+
+    def mutants() -> int:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(_MUTANT_SECONDS)
+        return _tried(tests)
+
+    return _FAULTS.get(exit_code_of(mutants, pipes, otherwise=0), "")
 
 
 _FAULTS = {

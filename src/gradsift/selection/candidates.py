@@ -14,7 +14,6 @@ from gradsift.base.checks import float_array, same_size, to_float64
 from gradsift.base.errors import ConfigError
 from gradsift.base.lazy import Tensor, torch
 from gradsift.context import Pool, Target
-from gradsift.influence.prompts import PromptTarget
 from gradsift.influence.scores import Scores
 from gradsift.store.gradient_store import GradientStore
 
@@ -181,12 +180,12 @@ class Candidates:
         **more: Any,
     ) -> Candidates:
         """The scored examples that have a gradient in a store."""
-        values = torch.from_numpy(np.where([id_ in store for id_ in ids], scores, np.float32(-np.inf)))
+        values = torch.from_numpy(np.where(store.holds(ids), scores, np.float32(-np.inf)))
         return cls(
             values, lambda positions: store.rows_by_id([ids[p] for p in positions]), target_gradient, ids=ids, **more
         )
 
-    def whole(self) -> tuple[Scores, Pool, Target | PromptTarget]:
+    def whole(self) -> tuple[Scores, Pool, Target]:
         """What a choice for a whole target is made by: its scores, their pool and the target."""
         assert self.source is not None, "see `Selector.check`"
         assert self.source.pool is not None
@@ -220,19 +219,20 @@ class Candidates:
 
     def ranked(self, order: Order | Literal["any"], budget: int, own: int | None = None) -> Ranked:
         """What competes, with inner products of gradients."""
-        positions = self.competing(order, budget, own)
-        if (order, len(positions)) not in self._ranked:
+        key = order, max(own or self.count, self.least, budget)
+        if key not in self._ranked:
+            positions = self.competing(order, budget, own)
             self.read(positions)
             at = [self._read[position] for position in positions]
             alone = at == list(range(len(self._read)))  # a large matrix is not held twice
-            self._ranked[order, len(positions)] = Ranked(
+            self._ranked[key] = Ranked(
                 positions,
                 self.scores[positions],
                 self._gram if alone else self._gram[np.ix_(at, at)],
                 self._cross[at] if len(self._cross) else self._cross,
                 0.0 if self._target is None else float(self._target @ self._target),
             )
-        return self._ranked[order, len(positions)]
+        return self._ranked[key]
 
     def read(self, positions: Sequence[int]) -> None:
         """Read the gradients of those positions that have not been read, and form their inner products."""

@@ -10,7 +10,7 @@ from gradsift.base.errors import ConfigError
 from gradsift.base.lazy import torch
 from gradsift.context import Pool
 from gradsift.data.columns import add_columns
-from gradsift.influence.estimator import TargetsByCheckpoint, target_rows, target_view
+from gradsift.influence.estimator import both_stores, target_rows
 from gradsift.influence.less import LESS
 from gradsift.influence.scores import Scores
 from gradsift.selection.candidates import CANDIDATES, Candidates
@@ -122,12 +122,11 @@ def _candidates(scores: Scores, method: Selector, budget: int) -> Candidates:
     if pool is None or method.takes in ("scores", "checkpoints"):
         return Candidates(torch.from_numpy(scores.aggregate), ids=scores.ids, **more)
     view, checkpoint, gradient = method.view_with(estimator), pool.checkpoints()[-1], None
-    store = pool.stores(checkpoint, [view])[view]
-    if method.takes == "target":
+    if method.takes == "rows":
+        store = pool.stores(checkpoint, [view])[view]
+    else:
         assert target is not None, "see `check`"
-        source = (LESS(optimizer="sgd") if estimator.view is None else estimator).targets(pool, target)
-        source = source.at(checkpoint) if isinstance(source, TargetsByCheckpoint) else source
-        queries = pool.collect(source, checkpoint, [asked := target_view(view)], what="target")[asked]
-        store.check_comparable(queries)
-        gradient = target_rows(queries, source.ids).mean(dim=0)
+        targets = (LESS(optimizer="sgd") if estimator.view is None else estimator).targets(pool, target)
+        store, queries = both_stores(pool, targets, checkpoint, view)
+        gradient = target_rows(queries, targets.ids).mean(dim=0)
     return Candidates.stored(store, scores.ids, scores.aggregate, gradient, **more)

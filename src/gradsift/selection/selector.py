@@ -53,12 +53,7 @@ class Selector(Settings):
 
     @abstractmethod
     def choose(self, candidates: Candidates, budget: int) -> list[int]:
-        """Positions in `candidates.ids` in the order of picking, `budget` of them at most and none twice.
-
-        Args:
-            candidates: of which `available` has the positions with a finite score, at least one.
-            budget: at least 1.
-        """
+        """Positions in `candidates.ids` in the order of picking, at least 1, at most `budget`, and none twice."""
 
     @property
     def strategy(self) -> str:
@@ -83,13 +78,8 @@ class Selector(Settings):
     def check(self, estimator: Estimator, *, target: bool = True, explaining: bool = False) -> None:
         """Refuse what cannot work, before anything is computed.
 
-        Args:
-            estimator: whose scores it is to choose by.
-            target: whether there is one.
-            explaining: whether it is to choose for one output.
-
         Raises:
-            ConfigError: what does not go together.
+            ConfigError: with this estimator, without a target, or for one output (`explaining`).
         """
         if explaining and self.takes == "checkpoints":
             raise ConfigError(
@@ -146,13 +136,8 @@ def chosen(selector: Selector, candidates: Candidates, budget: int) -> list[int]
 def choose_all(selectors: Sequence[Selector], candidates: Candidates, budgets: Sequence[int]) -> list[Choices]:
     """Examples that explain one target, by several selectors that share what they compute.
 
-    m rises to the largest budget where that is larger. Where picks are nested, smaller budgets are prefixes of larger
-    ones; DIVINE's γ and AIDE's factor depend on the budget, so they choose anew.
-
-    Args:
-        selectors: any number, in any order.
-        candidates: scores and gradients of one target.
-        budgets: how many to choose, such as 1, 5, 10, 25.
+    Where picks are nested, smaller budgets are prefixes of larger ones; DIVINE's γ and AIDE's factor depend on the
+    budget, so they choose anew.
 
     Returns:
         For each selector, budget → selections: one, or as many as `RandomChoice.draws`.

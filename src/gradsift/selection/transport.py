@@ -14,7 +14,7 @@ from gradsift.base.checks import checked_budget, float_array, same_size
 from gradsift.base.errors import ConfigError, DataError
 from gradsift.base.lazy import Tensor, torch
 from gradsift.base.settings import Seed
-from gradsift.influence.estimator import TargetsByCheckpoint, rate_weights, target_rows, target_view
+from gradsift.influence.estimator import both_stores, rate_weights, target_rows
 from gradsift.influence.less import LESS
 from gradsift.influence.products import unit_rows
 from gradsift.selection.candidates import Candidates
@@ -281,20 +281,12 @@ def _transport_rows(candidates: Candidates) -> tuple[list[int], Tensor, Tensor]:
     method = LESS(optimizer="sgd") if scores.method.view is None else scores.method
     view = method.view or "plain"
     checkpoints, sources = method.checkpoints_of(pool), method.targets(pool, target)
-    stores, of_target = [], []
-    for checkpoint in checkpoints:
-        source = sources.at(checkpoint) if isinstance(sources, TargetsByCheckpoint) else sources
-        stores.append(pool.stores(checkpoint, [view])[view])
-        asked = target_view(view)
-        of_target.append(pool.collect(source, checkpoint, [asked], what="target")[asked])
-        stores[-1].check_comparable(of_target[-1])
-    known = [position for position, id_ in enumerate(scores.ids) if all(id_ in store for store in stores)]
-    ids = [scores.ids[position] for position in known]
-    weights = rate_weights(checkpoints)
-    dim = stores[0].dim
+    both = [both_stores(pool, sources, checkpoint, view) for checkpoint in checkpoints]
+    known = np.flatnonzero(np.all([store.holds(scores.ids) for store, _ in both], axis=0)).tolist()
+    ids, dim = [scores.ids[position] for position in known], both[0][0].dim
     rows = torch.empty(len(ids), len(checkpoints) * dim)
     queries = torch.empty(len(scores.target_ids), len(checkpoints) * dim)
-    for number, (store, found, weight) in enumerate(zip(stores, of_target, weights, strict=True)):
+    for number, ((store, found), weight) in enumerate(zip(both, rate_weights(checkpoints), strict=True)):
         part = slice(number * dim, (number + 1) * dim)
         rows[:, part] = unit_rows(store.rows_by_id(ids).float()) * math.sqrt(weight)
         queries[:, part] = unit_rows(target_rows(found, scores.target_ids)) * math.sqrt(weight)

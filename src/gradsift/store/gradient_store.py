@@ -26,13 +26,15 @@ from typing import Any, Literal, Self
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from gradsift.base.errors import ConfigError, CorruptError, MismatchError, StorageError
 from gradsift.base.lazy import Tensor, torch
+from gradsift.base.strings import Strings
 from gradsift.store.manifest import Record, differences, manifest, publish_json, read_if_whole, read_json
 from gradsift.store.precision import ExactRows, MeasuredError, cosine_pairs, measured_error
-from gradsift.store.storage import LocalStorage, Storage, checksum, checksum_file
+from gradsift.store.storage import LocalStorage, Storage, checksum, checksum_file, publish_parquet
 from gradsift.store.tensors import map_arrays
 
 RowDtype = Literal["float16", "bfloat16", "float32", "float64"]
@@ -214,26 +216,29 @@ class GradientStoreWriter:
 
     def finish(self, shards: int) -> None:
         """Join the side columns into rows.parquet and write the manifest."""
-        table: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
-        files, excluded, cosines = [], {}, []
-        for shard in range(shards):
-            side = read_json(self.storage, self._side_key(shard), _Side)
-            for name in _COLUMNS:
-                table[name] += [shard] * side["rows"] if name == "shard" else side["ids" if name == "id" else name]
-            files.append({key: side[key] for key in ("rows", "checksum", "sum_checksum") if key in side})
-            excluded.update(side["excluded"])
-            cosines += [side["cosines"]] if "cosines" in side else []
+        files: list[dict[str, Any]] = []
+        excluded: dict[str, str] = {}
+        cosines: list[Any] = []
+
+        def tables() -> Iterator[pa.Table]:
+            for shard in range(shards):
+                side = read_json(self.storage, self._side_key(shard), _Side)
+                files.append({key: side[key] for key in ("rows", "checksum", "sum_checksum") if key in side})
+                excluded.update(side["excluded"])
+                cosines.extend([side["cosines"]] if "cosines" in side else [])
+                columns = {**side, "id": side["ids"], "shard": [shard] * side["rows"]}
+                yield pa.table({name: columns[name] for name in _SCHEMA.names}, schema=_SCHEMA)
+
+        key = self.prefix + "rows.parquet"
+        publish_parquet(self.storage, key, tables())
         error = measured_error(cosines)
-        sink = io.BytesIO()
-        pq.write_table(pa.table(table, schema=_SCHEMA), sink, compression="zstd")
-        self.storage.publish(self.prefix + "rows.parquet", sink.getvalue())
         content = manifest(
             "gradients",
             self.config,
             shards=files,
             excluded=excluded,
             measured_error=None if error is None else error.as_dict(),
-            rows_parquet=checksum(sink.getvalue()),
+            rows_parquet=checksum_file(self.storage.local(key)),
         )
         publish_json(self.storage, self.prefix + "manifest.json", content, sealed=True)
         for key in self.storage.list(f"{self.prefix}part-"):  # of a worker that was overtaken
@@ -319,12 +324,11 @@ class GradientStore:
             table = pq.ParquetFile(io.BytesIO(content_of_rows)).read()
         except OSError as error:  # of the parquet format, not of the disk
             raise ValueError(f"rows.parquet: {error}") from error
-        self.ids: list[str] = table["id"].to_pylist()
+        self.ids = Strings.of(id_ for chunk in table["id"].chunks for id_ in chunk.to_pylist())
         self.norms = torch.from_numpy(table["norm"].to_numpy().copy())
         self.projected_norms = torch.from_numpy(table["projected_norm"].to_numpy().copy())
         self.losses = torch.from_numpy(table["loss"].to_numpy().copy())
         self.supervised_tokens = torch.from_numpy(table["supervised_tokens"].to_numpy().copy())
-        self._position = {id_: position for position, id_ in enumerate(self.ids)}
         self._starts = np.cumsum([0, *(shard["rows"] for shard in content["shards"])])
         self._maps: dict[int, dict[str, Tensor]] = {}
 
@@ -340,7 +344,11 @@ class GradientStore:
         return f"GradientStore({len(self)} rows × {self.dim}, {self.config['dtype']}, {self.config['view']})"
 
     def __contains__(self, id_: object) -> bool:
-        return id_ in self._position
+        return id_ in self.ids
+
+    def holds(self, ids: Sequence[str]) -> NDArray[np.bool_]:
+        """Which of the ids have a row, bool `[id]`."""
+        return self.ids.positions(ids) >= 0
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows `[start, stop)` as float32 (float64 if stored so) `[row dim]`, a copy."""
@@ -355,22 +363,23 @@ class GradientStore:
         Raises:
             MismatchError: an id is not in the store; the message says which and whether it was left out.
         """
-        missing = [id_ for id_ in ids if id_ not in self._position]
-        if missing:
-            why = self.excluded.get(missing[0])
+        places = self.ids.positions(ids)
+        missing = np.flatnonzero(places < 0)
+        if len(missing):
+            first = ids[missing[0]]
+            why = self.excluded.get(first)
             raise MismatchError(
-                f"{len(missing)} of {len(ids)} ids are not in {self.name}, first {missing[0]!r}"
+                f"{len(missing)} of {len(ids)} ids are not in {self.name}, first {first!r}"
                 + (f" (left out: {why})" if why else ": the store was collected from other data")
             )
-        return (
-            torch.cat([self.rows(p, p + 1) for p in map(self._position.__getitem__, ids)])
-            if ids
-            else torch.empty(0, self.dim)
-        )
+        return torch.cat([self.rows(p, p + 1) for p in places.tolist()]) if len(ids) else torch.empty(0, self.dim)
 
     def positions(self, ids: Sequence[str]) -> list[int]:
-        """Row positions of ids."""
-        return [self._position[id_] for id_ in ids]
+        """Row positions of ids, all of which are there."""
+        places = self.ids.positions(ids)
+        assert (places >= 0).all(), self.name
+        found: list[int] = places.tolist()
+        return found
 
     def stored_blocks(self, start: int, stop: int, block: int) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Memory-mapped `(stored [row dim], scale [row] | None)` of up to `block` rows in order; row = stored·scale."""
@@ -451,7 +460,6 @@ class GradientStore:
         return self._maps[shard]
 
 
-_COLUMNS = ("id", "shard", "loss", "supervised_tokens", "norm", "projected_norm")
 _SCHEMA = pa.schema(
     [
         ("id", pa.string()),

@@ -14,6 +14,7 @@
       ratings/<fingerprint>/    what a judge, a function or losses say of single rows
       embeddings/<fingerprint>/ sentence embeddings of texts
       curvature/<fingerprint>/  the Hessian of a target's loss, times the sum of a pool
+      replays/<fingerprint>/    a training step by step, to go back through, and what was found on the way
       outputs/<fingerprint>/    what the model answered to prompts that were to be explained
       explanations/<fingerprint>/   explanations, one file an output
       validation/<fingerprint>/ effects of training steps on selections
@@ -30,7 +31,6 @@ equal requests find them again and different requests never meet.
 
 from __future__ import annotations
 
-import io
 import socket
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -50,7 +50,7 @@ from gradsift.store.manifest import (
     read_json,
 )
 from gradsift.store.remote import RemoteStorage, is_url, storage_at
-from gradsift.store.storage import LocalStorage, checksum_file
+from gradsift.store.storage import LocalStorage, checksum_file, publish_parquet
 
 REVISIONS = {
     "labels": 2,  # a chat template's token ids and labels, in its fingerprint
@@ -64,6 +64,7 @@ REVISIONS = {
     "ratings": 1,
     "embeddings": 1,
     "curvature": 2,
+    "replays": 1,
     "outputs": 2,
     "explanations": 1,
     "validation": 2,
@@ -238,13 +239,9 @@ class Run:
         self.storage.publish(key, text.encode())
         return self.storage.local(key)
 
-    def publish_parquet(self, key: str, table: Any) -> Path:
-        """Publish a pyarrow table as a parquet file and return its path."""
-        import pyarrow.parquet as pq
-
-        sink = io.BytesIO()
-        pq.write_table(table, sink, compression="zstd")
-        self.storage.publish(key, sink.getvalue())
+    def publish_parquet(self, key: str, tables: Iterable[Any]) -> Path:
+        """Publish pyarrow tables, one below the other, as a parquet file and return its path."""
+        publish_parquet(self.storage, key, tables)
         return self.storage.local(key)
 
     def publish_json(self, key: str, value: Mapping[str, Any], *, sealed: bool = False) -> Path:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from itertools import chain
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import xxhash
 from filelock import FileLock, Timeout
@@ -21,6 +22,8 @@ from safetensors import SafetensorError
 from gradsift.base.errors import LockedError, StorageError
 from gradsift.base.inputs import open_input
 from gradsift.store.writers import is_temporary, remove_left_behind, temporary_name
+
+_GROUP_ROWS = 1 << 17  # of a parquet file that are written together
 
 
 class Storage(Protocol):
@@ -188,6 +191,24 @@ class LocalStorage:
             lock.release()
 
 
+def publish_parquet(storage: Storage, key: str, tables: Iterable[Any]) -> None:
+    """Publish pyarrow tables, one below the other, as a parquet file; no more than some of them are held at once."""
+    storage.publish_with(key, lambda path: _write_parquet(path, iter(tables)))
+
+
+def _write_parquet(path: Path, tables: Iterator[Any]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    waiting = [next(tables)]
+    with pq.ParquetWriter(path, waiting[0].schema, compression="zstd") as file:
+        for table in chain(tables, [None]):
+            if table is None or sum(part.num_rows for part in waiting) >= _GROUP_ROWS:
+                file.write_table(pa.concat_tables(waiting).unify_dictionaries())
+                waiting = []
+            waiting.append(table)
+
+
 def cache_folder() -> Path:
     """Where gradsift keeps what it fetches once: `$GRADSIFT_CACHE`, else `$XDG_CACHE_HOME/gradsift` or `~/.cache/…`."""
     explicit = os.environ.get("GRADSIFT_CACHE")
@@ -201,7 +222,7 @@ def checksum(data: bytes | memoryview) -> str:
     return xxhash.xxh3_128_hexdigest(data)
 
 
-def checksum_file(path: Path, *, block: int = 1 << 24) -> str:
+def checksum_file(path: Path, *, block: int = 1 << 20) -> str:
     """`checksum` of a file, in blocks."""
     state = xxhash.xxh3_128()
     with path.open("rb") as file:

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
 from safetensors import SafetensorError
 
@@ -359,6 +360,11 @@ def steps_per_epoch(count: int, wanted: int) -> int:
     return -(-count // effective_batch_size(count, wanted))
 
 
+def epoch_order(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """The order in which an epoch, counted from 0, goes through its examples."""
+    return np.random.default_rng((seed, epoch)).permutation(count)
+
+
 def _check_seed(seed: int) -> None:
     if not 0 <= seed <= MAX_SEED:
         raise ConfigError(f"seed is {seed}: it must be a whole number from 0 to {MAX_SEED}")
@@ -496,7 +502,7 @@ class _Job:
         """The examples of an optimizer step; each epoch has its own order, drawn from (seed, epoch)."""
         epoch, number = divmod(step, self.steps_per_epoch)
         if self._order[0] != epoch:
-            self._order = epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.positions))
+            self._order = epoch, epoch_order(len(self.positions), self.seed, epoch)
         part = self._order[1][number * self.batch_size : (number + 1) * self.batch_size]
         return [self.data[self.positions[place]] for place in part]
 

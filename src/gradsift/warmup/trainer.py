@@ -376,6 +376,19 @@ class _Steps(torch.utils.data.Dataset[Any]):
         return {"examples": self._batches(self._start + position)}
 
 
+def learning_rates(settings: Training, total_steps: int) -> list[float]:
+    """The rate of each step of a training, as the Trainer's schedule has it."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=settings.learning_rate)
+    schedule = transformers.get_scheduler(
+        _SCHEDULES[settings.schedule],
+        optimizer,
+        num_warmup_steps=math.ceil(total_steps * settings.warmup_ratio),
+        num_training_steps=total_steps,
+    )
+    (curve,) = schedule.lr_lambdas
+    return [settings.learning_rate * curve(step) for step in range(total_steps)]
+
+
 def micro_batches(sequences: SequenceABC[Sequence], token_budget: int) -> list[list[Sequence]]:
     """Sequences, longest first, cut so that count × longest ≤ `token_budget`; one that is longer goes alone."""
     ordered = sorted(sequences, key=lambda sequence: -len(sequence.token_ids))

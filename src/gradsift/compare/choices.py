@@ -1,0 +1,160 @@
+"""The choices of a comparison: warm-up, gradients and scores that arms share, and what each arm chooses by them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, TypeVar
+
+from gradsift.base.errors import GradsiftError, LockedError, StorageError
+from gradsift.base.interruption import refuse_to_go_on
+from gradsift.compare.chosen import score_ends_of
+from gradsift.compare.costs import StageClock
+from gradsift.compare.grid import Grid, Key
+from gradsift.context import Pool
+from gradsift.evaluation.arms import Contender
+from gradsift.gradients.rows import View
+from gradsift.influence.estimator import Estimator
+from gradsift.influence.ji2s import full_sums
+from gradsift.influence.scores import Scores, score
+from gradsift.report.blocks import Block
+from gradsift.selection.select import select
+from gradsift.selection.selector import Selector
+from gradsift.store.manifest import fingerprint
+from gradsift.warmup.checkpoint import Checkpoint
+
+# What a cell may fail with while the others go on; a full disk or a lost folder ends the comparison.
+_CELL_ERRORS = (GradsiftError, RuntimeError, MemoryError)
+_FATAL = (StorageError, LockedError)
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """What a stage came to instead of a result."""
+
+    stage: str
+    error: str
+
+
+Choice = tuple[str, ...] | Stopped
+"""Ids, or why there are none."""
+
+
+def attempted(stage: str, step: Callable[[], _Result]) -> _Result | Stopped:
+    """What a step comes to, or what stopped it while others may go on."""
+    try:
+        return step()
+    except _FATAL:
+        raise
+    except _CELL_ERRORS as error:
+        refuse_to_go_on(error)
+        return Stopped(stage, str(error) if isinstance(error, GradsiftError) else f"{type(error).__name__}: {error}")
+
+
+@dataclass
+class Choices:
+    """What the arms of a comparison choose.
+
+    made: by arm, budget and seed
+    ends: the highest and lowest of each arm's ranking, by name
+    """
+
+    grid: Grid
+    clock: StageClock
+    made: dict[Key, Choice] = field(default_factory=dict)
+    ends: dict[str, tuple[Block, ...]] = field(default_factory=dict)
+    _scores: tuple[str, Scores | Stopped] | None = None
+
+    def make(self) -> Choices:
+        """Every choice, or what stopped it, at one warm-up after the other."""
+        for warmup_seed, seeds in self.grid.warmups:
+            self._at_warmup(replace(self.grid.pool, seed=warmup_seed), seeds)
+        return self
+
+    def _at_warmup(self, pool: Pool, seeds: Sequence[int]) -> None:
+        choosing = self.grid.choosing(seeds)
+        if any(one.estimator is not None and one.estimator.full_sum for one in choosing):
+            # Collected with the sums that JI2S needs, one store serves the other methods as well.
+            pool = full_sums(pool)
+        stopped = self._prepare(pool, [one.estimator for one in choosing if one.estimator is not None])
+        known: dict[str, Choice] = {}
+        for contender in choosing:
+            assert contender.estimator is not None
+            in_vain = stopped if contender.estimator.view is not None else None
+            for seed in (seed for seed in seeds if seed in self.grid.seeds_of(contender)):
+                for budget in self.grid.budgets:
+                    choice = in_vain or self._choice(pool, contender, budget, seed, known)
+                    self.made[Key(contender.name, budget, seed)] = choice
+
+    def _prepare(self, pool: Pool, methods: Sequence[Estimator]) -> Stopped | None:
+        """Warm-up and gradients that the methods share, or what stopped them."""
+        viewed = [(method, view) for method in methods if (view := method.view) is not None]
+        if not viewed:
+            return None
+        checkpoints = attempted("warm-up", partial(self._warm_up, pool))
+        if isinstance(checkpoints, Stopped):
+            return checkpoints
+        return attempted("gradients", partial(self._collect, pool, checkpoints, viewed))
+
+    def _warm_up(self, pool: Pool) -> list[Checkpoint]:
+        settings = {"warmup": pool.warmup.model_dump(mode="json"), "adapters": list(pool.adapters)}
+        with self.clock.timed("warm-up", None, {**settings, "seed": pool.seed}):
+            return pool.checkpoints()
+
+    def _collect(self, pool: Pool, checkpoints: Sequence[Checkpoint], viewed: Sequence[tuple[Estimator, View]]) -> None:
+        for number, checkpoint in enumerate(checkpoints):
+            last = number == len(checkpoints) - 1
+            views: list[View] = sorted({view for method, view in viewed if last or not method.last_checkpoint})
+            identity = {
+                "gradients": pool.gradients.model_dump(mode="json"),
+                "checkpoint": checkpoint.identity(),
+                "views": list(views),
+            }
+            if views:
+                with self.clock.timed("gradients", None, identity):
+                    pool.stores(checkpoint, views)
+
+    def _choice(self, pool: Pool, contender: Contender, budget: int, seed: int, known: dict[str, Choice]) -> Choice:
+        """The ids that a contender chooses; equal choices are made once."""
+        estimator, method = contender.drawn_by(seed)
+        target = self.grid.target
+        scoring = {
+            "method": estimator.model_dump(mode="json"),
+            "target": None if target is None else target.data.fingerprint,
+            "warmup": pool.seed,
+            "gradients": pool.gradients.model_dump(mode="json"),
+        }
+        choosing = {**scoring, "selection": method.identity(explaining=False), "budget": budget}
+        name = fingerprint(choosing)
+        if name not in known:
+            scores = self._scored(pool, contender, estimator, scoring)
+            select_by = partial(self._select, contender, scores, method, budget, choosing)
+            known[name] = scores if isinstance(scores, Stopped) else attempted("select", select_by)
+        return known[name]
+
+    def _select(
+        self, contender: Contender, scores: Any, method: Selector, budget: int, identity: dict[str, Any]
+    ) -> tuple[str, ...]:
+        with self.clock.timed("select", contender.name, identity):
+            return tuple(select(scores, method, budget=budget).ids)
+
+    def _scored(
+        self, pool: Pool, contender: Contender, estimator: Estimator, identity: dict[str, Any]
+    ) -> Scores | Stopped:
+        """The scores, computed once for the arms, budgets and seeds in a row that share them; or what stopped them."""
+        name = fingerprint(identity)
+        if self._scores is None or self._scores[0] != name:
+            self._scores = None  # a table of scores may be large: the last goes before the next comes
+            self._scores = name, attempted("score", partial(self._score, pool, contender, estimator, identity))
+        found = self._scores[1]
+        if contender.name not in self.ends and not isinstance(found, Stopped):
+            per_seed = self.grid.job.warmup == "per_seed"
+            note = f"Scores of the warm-up with seed {pool.seed}." if per_seed else ""
+            self.ends[contender.name] = score_ends_of(self.grid, found, note)
+        return found
+
+    def _score(self, pool: Pool, contender: Contender, estimator: Estimator, identity: dict[str, Any]) -> Scores:
+        with self.clock.timed("score", contender.name, identity):
+            return score(pool, self.grid.target, estimator, aggregation=self.grid.recipe.aggregation)

@@ -1,0 +1,422 @@
+"""A LoRA training that is taken step by step, kept, and gone back through: what MAGIC is computed by."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as SequenceABC
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradsift.base.errors import CorruptError, ModelError
+from gradsift.base.lazy import Tensor, nn, torch
+from gradsift.base.progress import Reporter
+from gradsift.base.types import Sequence
+from gradsift.data.dataset import Dataset
+from gradsift.gradients.batching import automatic_token_budget, form_batches
+from gradsift.influence.metagradient import Adam, Adjoint, Reverse, State, flat, in_parts
+from gradsift.model.loss import PaddedBatch, SupervisedHead, head_at, pad, token_mean
+from gradsift.model.models import DtypeName, host
+from gradsift.store.manifest import fingerprint
+from gradsift.store.run import Run
+from gradsift.store.tensors import publish_tensors, read_tensors
+from gradsift.warmup.train import Training, training_config
+
+_SAVE_SECONDS = 20.0  # the work that a killed way back loses at most
+_TWICE = 3  # activations that a pass through a backward pass keeps, in those of a gradient
+_AGREE = 1e-3  # how far a row's loss may be from the recorded one, of 1 + its size: rounding in other batches
+
+_OF_STATE = ("theta", "exp_avg", "exp_avg_sq")  # and of an adjoint
+
+Positions = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Record:
+    """All that a training's numbers depend on beside its model and data: what it can be taken again from.
+
+    training: of the adapter, without dropout
+    seed:     of the adapter's A matrices
+    batches:  of each step the rows that it trains on, as positions in the data; their losses are averaged
+    rates:    of each step
+    riders:   of each step the rows that ride along, whose weight is 0
+    """
+
+    training: Training
+    seed: int
+    optimizer: Adam
+    batches: tuple[Positions, ...] = field(repr=False)
+    rates: tuple[float, ...] = field(repr=False)
+    riders: tuple[Positions, ...] = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """JSON-able, without the riders, who change nothing."""
+        return {
+            "optimizer": asdict(self.optimizer) | {"betas": list(self.optimizer.betas)},
+            "batches": fingerprint([batch.tolist() for batch in self.batches]),
+            "rates": list(self.rates),
+        }
+
+
+class Network:
+    """A model's trained parameters as one vector θ, and losses as functions of it; made by `network`."""
+
+    def __init__(self, model: Any, head: SupervisedHead) -> None:
+        named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        self.parameters = [parameter for _, parameter in named]
+        self.start = flat(self.parameters)
+        self._linears = [model.get_submodule(name.removesuffix(".weight")) for name, _ in named]
+        self._head, self._device = head, model.get_input_embeddings().weight.device
+        self._budget = automatic_token_budget(model)
+
+    def gradient(self, theta: Tensor, sequences: SequenceABC[Sequence], shares: Tensor) -> tuple[Tensor, Tensor]:
+        """∇ Σ_i share_i·ℓ_i(θ), `[parameter]`, and ℓ_i, float64 `[row]`, 0 where the share is.
+
+        Args:
+            theta: `[parameter]`.
+            sequences: of rows that count from 0; ℓ_i is the sum over those of row i.
+            shares: `[row]`.
+        """
+        self._load(theta)
+        total, losses = torch.zeros_like(theta), torch.zeros(len(shares), dtype=torch.float64)
+        for padded, rows in self._batches(sequences, self._budget):
+            weights = padded.weights * shares.to(padded.weights)[rows[padded.owner]]
+            with torch.enable_grad():
+                nll = self._head.nll(replace(padded, weights=weights), summed=True)
+                total += flat(torch.autograd.grad(nll.sum(), self.parameters, materialize_grads=True))
+            losses.index_add_(0, rows[padded.owner].cpu(), nll.detach().double().cpu())
+        return total, torch.where(shares > 0, losses / shares, 0.0)
+
+    def losses(self, theta: Tensor, sequences: SequenceABC[Sequence], count: int) -> Tensor:
+        """ℓ_i(θ), float64 `[row]`."""
+        self._load(theta)
+        losses = torch.zeros(count, dtype=torch.float64)
+        with torch.no_grad():
+            for padded, rows in self._batches(sequences, self._budget):
+                losses.index_add_(0, rows[padded.owner].cpu(), self._head.nll(padded).double().cpu())
+        return losses
+
+    def back(
+        self, theta: Tensor, sequences: SequenceABC[Sequence], shares: Tensor, directions: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """⟨q, ∇ℓ_i⟩ `[target row]`, ∇_θ⟨q, ∇ Σ_i share_i·ℓ_i⟩ `[target parameter]`, and ℓ_i, float64 `[row]`."""
+        self._load(theta)
+        terms = torch.zeros(len(directions), len(shares), dtype=torch.float64)
+        products, losses = torch.zeros_like(directions), torch.zeros(len(shares), dtype=torch.float64)
+        with _twice_differentiable():
+            for padded, rows in self._batches(sequences, max(1, self._budget // _TWICE)):
+                own = self._losses(padded, len(rows))
+                found, curved = Reverse(own, shares.to(own)[rows], self.parameters).along(directions)
+                terms.index_add_(1, rows.cpu(), found.double().cpu())
+                losses.index_add_(0, rows.cpu(), own.detach().double().cpu())
+                products += curved
+        return terms, products, losses
+
+    def ride(self, theta: Tensor, sequences: SequenceABC[Sequence], count: int, directions: Tensor) -> Tensor:
+        """⟨q, ∇ℓ_i⟩ `[target row]` alone, for one backward pass.
+
+        Each row's weights are moved by s·q, with an s of its own that is 0: the derivative of its loss by s.
+        """
+        self._load(theta)
+        along = [in_parts(direction, self.parameters) for direction in directions]
+        terms = torch.zeros(len(directions), count, dtype=torch.float64)
+        for padded, rows in self._batches(sequences, self._budget):
+            moves = torch.zeros(len(directions), len(rows), 1, 1, device=self._device, requires_grad=True)
+            handles = [
+                linear.register_forward_hook(partial(_moved, moves, [parts[number] for parts in along]))
+                for number, linear in enumerate(self._linears)
+            ]
+            try:
+                with torch.enable_grad():
+                    (found,) = torch.autograd.grad(self._losses(padded, len(rows)).sum(), moves)
+            finally:
+                for handle in handles:
+                    handle.remove()
+            terms.index_add_(1, rows.cpu(), found.flatten(1).double().cpu())
+        return terms
+
+    def _load(self, theta: Tensor) -> None:
+        with torch.no_grad():
+            for parameter, part in zip(self.parameters, in_parts(theta, self.parameters), strict=True):
+                parameter.copy_(part)
+
+    def _batches(self, sequences: SequenceABC[Sequence], budget: int) -> Iterator[tuple[PaddedBatch, Tensor]]:
+        """Batches, and the row of each of their sequences."""
+        for batch in form_batches(sequences, budget):
+            rows = torch.tensor([sequence.row for sequence in batch.sequences], device=self._device)
+            yield pad(batch.sequences, self._device), rows
+
+    def _losses(self, padded: PaddedBatch, count: int) -> Tensor:
+        """Of each sequence, by formulas that can be differentiated twice."""
+        with torch.enable_grad():
+            logits = self._head.logits(padded)
+            exact = logits if logits.dtype == torch.float64 else logits.float()
+            log_p = torch.log_softmax(exact, dim=-1).gather(1, padded.labels[:, None])[:, 0]
+            return exact.new_zeros(count).index_add(0, padded.owner, -log_p * padded.weights.to(log_p))
+
+
+def _moved(
+    moves: Tensor, along: list[Tensor], _module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
+) -> Tensor:
+    """Forward hook of a linear layer: y + s·(q x), for each direction."""
+    for move, direction in zip(moves, along, strict=True):
+        output = output + move * nn.functional.linear(inputs[0], direction.to(inputs[0]))
+    return output
+
+
+@contextmanager
+def _twice_differentiable() -> Iterator[None]:
+    """Fused attention kernels have no second derivative."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+@dataclass(frozen=True)
+class Returned:
+    """What a way back found.
+
+    change: ∂F/∂w_i of each target and row of the data, float64 `[target row]`
+    norms:  ‖μ_θ‖ before each step and after the last, of the target where it is largest: `[step + 1]`
+    """
+
+    change: NDArray[np.float64]
+    norms: NDArray[np.float64]
+
+
+class Replay:
+    """A recorded training in a run folder: taken once, and gone back through for any targets.
+
+    Of the states (θ, m, v) every √T-th is kept, and all gradients where they fit the budget: from them the states
+    between are computed to the same bits without the model. Where they do not fit, these steps are taken again. What is
+    interrupted goes on from the last step that was kept.
+
+    Args:
+        run, data, model, dtype, device: as of the pool.
+        record: the training.
+        budget: bytes that may be kept on disk for it.
+        reporter: where progress goes.
+        what: the word for this training in messages.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        data: Dataset,
+        record: Record,
+        *,
+        model: str,
+        dtype: DtypeName,
+        device: str,
+        budget: float,
+        reporter: Reporter,
+        what: str = "MAGIC's training",
+    ) -> None:
+        self.run, self.data, self.record, self.reporter, self.what = run, data, record, reporter, what
+        self._model, self._dtype, self._device, self._budget = model, dtype, device, budget
+        ids = [data.ids[int(row)] for row in np.unique(np.concatenate(record.batches))]
+        training = training_config(data, ids, record.training, model=model, dtype=dtype, seed=record.seed)
+        self.config = {**training, **record.identity}
+        self.prefix = run.prefix("replays", self.config)
+        self._stride = math.isqrt(len(record) - 1) + 1
+
+    def went_back(self, note: str) -> bool:
+        """Whether the run folder has all that `back` finds under a note."""
+        key = self._way_back(note)
+        return self.run.storage.exists(key) and len(self._tensors(key)["norms"]) == len(self.record) + 1
+
+    def _way_back(self, note: str) -> str:
+        return f"{self.prefix}way-back-{note}.safetensors"
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the training."""
+        return self.prefix.rstrip("/").rpartition("/")[2]
+
+    @contextmanager
+    def network(self) -> Iterator[Network]:
+        """The model with the adapter as the training begins."""
+        from gradsift.warmup.trainer import adapter_on
+
+        base = host(self._model, self._dtype, self._device).base()
+        with adapter_on(base, self.record.training, self.record.seed) as model, head_at(model) as head:
+            model.eval()
+            yield Network(model, head)
+
+    def end(self, network: Network) -> Tensor:
+        """θ_T, trained now if the run does not hold it."""
+        key = self._key("state", len(self.record))
+        if not self.run.storage.exists(key):
+            self._train(network)
+        return self._tensors(key)["theta"].to(network.start)
+
+    def back(
+        self, network: Network, note: str, gradients: Callable[[Tensor], Tensor], riders: SequenceABC[Positions]
+    ) -> Returned:
+        """Go back through the training.
+
+        Args:
+            network: of this training.
+            note: names the targets and the riders, among all that are asked of this training.
+            gradients: of θ_T: the gradients of the targets' losses there, `[target parameter]`.
+            riders: of each step, rows that ride along.
+
+        Raises:
+            ModelError: a step's losses are not those of the training.
+        """
+        key = self._way_back(note)
+        end = self.end(network)
+        if self.run.storage.exists(key):
+            kept = self._tensors(key)
+            adjoint = Adjoint(*(kept[name].to(end) for name in _OF_STATE))
+            change, norms = kept["change"], kept["norms"].tolist()
+        else:
+            adjoint = Adjoint.at(gradients(end))
+            change = torch.zeros(len(adjoint.theta), len(self.data), dtype=torch.float64)
+            norms = [float(adjoint.theta.norm(dim=1).max())]
+        saved = time.monotonic()
+        left = len(self.record) + 1 - len(norms)
+        with self.reporter.stage(f"{self.what}: going back", left, "steps") as advance:
+            for step, state, gradient in self._backwards(network, left):
+                adjoint = self._step_back(network, step, state, gradient, adjoint, change, riders[step])
+                norms.append(float(adjoint.theta.norm(dim=1).max()))
+                advance(1)
+                if time.monotonic() - saved > _SAVE_SECONDS or step == 0:
+                    kept = {name: getattr(adjoint, name) for name in _OF_STATE}
+                    self._publish(key, kept | {"change": change, "norms": torch.tensor(norms, dtype=torch.float64)})
+                    saved = time.monotonic()
+        return Returned(change.numpy(), np.array(norms[::-1]))
+
+    def end_with(self, network: Network, weights: Tensor) -> Tensor:
+        """θ_T of a training in which rows have other weights, `[row]` of the data; nothing of it is kept."""
+        state = State.at(network.start)
+        for step in range(len(self.record)):
+            gradient, _ = network.gradient(state.theta, *self._batch(step, weights))
+            state = self.record.optimizer.step(state, gradient, self.record.rates[step])
+        return state.theta
+
+    def _step_back(
+        self,
+        network: Network,
+        step: int,
+        state: State,
+        gradient: Tensor,
+        adjoint: Adjoint,
+        change: Tensor,
+        riders: Positions,
+    ) -> Adjoint:
+        directions, adjoint = self.record.optimizer.back(adjoint, state, gradient, self.record.rates[step])
+        batch = self.record.batches[step]
+        sequences, shares = self._batch(step)
+        terms, products, losses = network.back(state.theta, sequences, shares, directions)
+        recorded = self._tensors(self._key("step", step))["losses"]
+        if bool(((losses - recorded).abs() > _AGREE * (1 + recorded.abs())).any()):
+            worst = int((losses - recorded).abs().argmax())
+            raise ModelError(
+                f"{self.what}: step {step + 1} of {len(self.record)} is not the one that was recorded: row "
+                f"{self.data.ids[int(batch[worst])]!r} had a loss of {float(recorded[worst]):.6g} and has "
+                f"{float(losses[worst]):.6g}. Delete {self.run.name(self.prefix)} and run the same command again"
+            )
+        change.index_add_(1, torch.from_numpy(batch), terms / len(batch))
+        if len(riders):
+            beside = network.ride(state.theta, self._sequences(riders), len(riders), directions)
+            change.index_add_(1, torch.from_numpy(riders), beside / len(batch))
+        return Adjoint(adjoint.theta + products, adjoint.exp_avg, adjoint.exp_avg_sq)
+
+    # --- the way there ------------------------------------------------------------------------------------------------
+
+    def _train(self, network: Network) -> None:
+        steps = len(self.record)
+        keep = self._keeps_gradients(network)
+        begin = max((s for s in range(0, steps, self._stride) if self._has("state", s)), default=0)
+        state = self._state(network, begin) if begin else State.at(network.start)
+        with self.reporter.stage(f"{self.what}: training", steps - begin, "steps") as advance:
+            for step in range(begin, steps):
+                if step % self._stride == 0 and not self._has("state", step):
+                    self._keep_state(state)
+                gradient, losses = self._gradient(network, step, state)
+                if not bool(torch.isfinite(losses).all()):
+                    raise ModelError(
+                        f"{self.what}: the loss is not finite at step {step + 1} of {steps}: lower the learning rate"
+                    )
+                if not self._has("step", step):
+                    kept = {"losses": losses, "gradient": gradient} if keep else {"losses": losses}
+                    self._publish(self._key("step", step), kept)
+                state = self.record.optimizer.step(state, gradient, self.record.rates[step])
+                advance(1)
+        self._keep_state(state)
+        self.run.complete(self.prefix, "replays", self.config, steps=steps)
+
+    def _gradient(self, network: Network, step: int, state: State) -> tuple[Tensor, Tensor]:
+        """Of a step's loss, and the losses of its rows: kept, or taken (again)."""
+        if self._has("step", step):
+            kept = self._tensors(self._key("step", step))
+            if "gradient" in kept:
+                return kept["gradient"].to(network.start), kept["losses"]
+        return network.gradient(state.theta, *self._batch(step))
+
+    def _backwards(self, network: Network, count: int) -> Iterator[tuple[int, State, Tensor]]:
+        """The first `count` steps, last to first: the state before each, and the gradient of its loss."""
+        for begin in reversed(range(0, count, self._stride)):
+            state = self._state(network, begin)
+            stretch = []
+            for step in range(begin, min(count, begin + self._stride)):
+                gradient, _ = self._gradient(network, step, state)
+                stretch.append((step, state, gradient))
+                state = self.record.optimizer.step(state, gradient, self.record.rates[step])
+            while stretch:
+                yield stretch.pop()
+
+    def _keeps_gradients(self, network: Network) -> bool:
+        steps, size = len(self.record), network.start.numel() * network.start.element_size()
+        return (steps + 3 * math.ceil(steps / self._stride)) * size <= self._budget
+
+    # --- rows and files -----------------------------------------------------------------------------------------------
+
+    def _batch(self, step: int, weights: Tensor | None = None) -> tuple[list[Sequence], Tensor]:
+        """The sequences of a step, and what each row's loss counts for."""
+        batch = self.record.batches[step]
+        own = torch.ones(len(batch), dtype=torch.float64) if weights is None else weights[torch.from_numpy(batch)]
+        return self._sequences(batch), own / len(batch)
+
+    def _sequences(self, positions: Positions) -> list[Sequence]:
+        return [token_mean(self.data[int(position)], row) for row, position in enumerate(positions)]
+
+    def _key(self, kind: str, step: int) -> str:
+        return f"{self.prefix}{kind}-{step:06d}.safetensors"
+
+    def _has(self, kind: str, step: int) -> bool:
+        return self.run.storage.exists(self._key(kind, step))
+
+    def _keep_state(self, state: State) -> None:
+        kept = {name: getattr(state, name) for name in _OF_STATE}
+        self._publish(self._key("state", state.step), kept)
+
+    def _state(self, network: Network, step: int) -> State:
+        if step == 0:
+            return State.at(network.start)
+        kept = self._tensors(self._key("state", step))
+        theta, exp_avg, exp_avg_sq = (kept[name].to(network.start) for name in _OF_STATE)
+        return State(theta, exp_avg, exp_avg_sq, step)
+
+    def _publish(self, key: str, tensors: dict[str, Tensor]) -> None:
+        publish_tensors(self.run.storage, key, {name: tensor.cpu() for name, tensor in tensors.items()})
+
+    def _tensors(self, key: str) -> dict[str, Tensor]:
+        try:
+            return read_tensors(self.run.storage, key)[0]
+        except CorruptError as error:
+            raise CorruptError(
+                f"{error}: delete {self.run.name(self.prefix)} and run the same command again, which trains anew"
+            ) from error

@@ -1,0 +1,94 @@
+"""Scores as pages show them: how they spread, and the rows at their ends."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from gradsift.data.dataset import Dataset
+from gradsift.data.shown import row_example
+from gradsift.influence.scores import Scores
+from gradsift.report import text
+from gradsift.report.blocks import Chart, Examples
+from gradsift.report.charts import bins, finite
+
+MOST_EXTREME = 10  # highest, and as many lowest
+HIGHER = "Higher = training on it helps."
+
+
+def score_chart(
+    method: str, scores: ArrayLike, chosen: ArrayLike, *, correlation: float | None = None, note: str = ""
+) -> Chart:
+    """The distribution of a method's scores, and of what it chose in it.
+
+    Args:
+        method: what it is called.
+        scores, chosen: `[pool]` and of the chosen examples.
+        correlation: Spearman's, of scores with lengths.
+        note: what a reader should know.
+    """
+    known, picked = finite(scores), finite(chosen)
+    count, taken = np.size(scores), np.size(chosen)
+    stats = {"scored": f"{count:,}", "chosen": f"{taken:,}"}
+    marks: dict[str, float] = {}
+    if known.size:
+        marks |= {"lowest": float(known.min()), "median": float(np.median(known)), "highest": float(known.max())}
+    if picked.size:
+        marks["lowest chosen"] = float(picked.min())
+    stats |= dict(zip(marks, text.figures(list(marks.values())), strict=True))
+    if known.size < count:
+        stats["not finite, left out"] = f"{count - known.size:,}"
+    below = [note] if note else []
+    if correlation is not None:
+        stats["rank correlation with length"] = text.signed(correlation)
+        if abs(correlation) >= 0.5:
+            below.insert(
+                0, "These scores follow the examples' length closely: check that length is not what was chosen."
+            )
+    return Chart(
+        f"Distribution of {method} scores, {taken:,} chosen",
+        method,
+        axis="score (higher = training on it helps)",
+        bars=bins(known, picked),
+        stats=stats,
+        below=tuple(below),
+    )
+
+
+def score_ends(
+    scores: Scores, data: Dataset, *, known: Collection[str] = (), brief: bool = False
+) -> tuple[Examples, Examples]:
+    """The examples with the highest scores, best first, and with the lowest, worst first, chosen or not."""
+    ranks = scores.ranks()
+    order = np.argsort(ranks)
+    each = min(MOST_EXTREME, len(order) // 2)
+
+    def listed(places: NDArray[np.int64]) -> Examples:
+        values = text.figures([float(scores.aggregate[place]) for place in places])
+        return Examples(
+            tuple(
+                row_example(
+                    data, scores.ids[place], ("score", value), ("supervised tokens", f"{int(scores.tokens[place]):,}"),
+                    known=known, lead=f"{ranks[place]:,}", brief=brief,
+                )
+                for place, value in zip(places.tolist(), values, strict=True)
+            ),
+            shown=MOST_EXTREME,
+        )  # fmt: skip
+
+    return listed(order[:each]), listed(order[::-1][:each])
+
+
+def scores_blocks(scores: Scores, chosen: Sequence[float] = ()) -> tuple[Chart, ...]:
+    """The chart of one method's scores, with its warnings."""
+    return (
+        score_chart(
+            scores.method.label,
+            scores.aggregate,
+            chosen,
+            correlation=scores.length_correlation,
+            note=" ".join(scores.warnings),
+        ),
+    )

@@ -1,0 +1,82 @@
+"""Pages in the run folder: each beside the JSON of its blocks, from which it can be written again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from gradsift.base.errors import ConfigError, CorruptError
+from gradsift.report.blocks import Page
+from gradsift.report.html import render
+from gradsift.store.run import Run
+
+_KEPT = {"report.html": "report.json"}  # others: NAME.page.json
+_AGAIN = {
+    "report.html": "`gradsift select` or `gradsift explain`",
+    "comparison.html": "`gradsift compare`",
+}
+
+
+def kept_as(key: str) -> str:
+    """The key of what a page is written again from."""
+    return _KEPT.get(key, f"{key.removesuffix('.html')}.page.json")
+
+
+def publish_page(run: Run, key: str, page: Page) -> str:
+    """Write a page, and its blocks beside it. Returns the key."""
+    run.storage.publish(kept_as(key), page.to_json())
+    run.publish_text(key, render(page))
+    return key
+
+
+def kept_page(run: Run, key: str) -> Page:
+    """A page as it was left in the run folder.
+
+    Raises:
+        CorruptError: it is damaged, or of a version that kept pages otherwise.
+    """
+    content = run.storage.read(kept_as(key))
+    try:
+        return Page.of_json(content)
+    except ValidationError as error:
+        again = f"run {_AGAIN.get(key, '`gradsift explain`')} again, it is quick"
+        name = run.name(kept_as(key))
+        try:
+            earlier = isinstance(json.loads(content), Mapping)
+        except ValueError:
+            earlier = False
+        if earlier:
+            raise CorruptError(
+                f"{name} is of another version of gradsift, which kept pages otherwise: {again}"
+            ) from error
+        raise CorruptError(f"{name} is damaged: {again}") from error
+
+
+def rewrite_report(out: str | Path) -> Path:
+    """Write every page of a run folder again from its latest results.
+
+    Returns:
+        The path of report.html, or of comparison.html where the folder holds a comparison alone.
+
+    Raises:
+        ConfigError: the folder holds no results yet.
+        CorruptError: what a page was kept as is damaged, or of another version.
+    """
+    run = Run(out)
+    keys = ["report.html", "comparison.html", "relevance.html", "explanation.html"]
+    keys += [
+        f"{key.removesuffix('.page.json')}.html"
+        for key in run.storage.list("explanations/")
+        if key.endswith(".page.json")
+    ]
+    keys = [key for key in keys if run.storage.exists(kept_as(key))]
+    if not {"report.html", "comparison.html"} & set(keys):
+        raise ConfigError(
+            f"{out} holds no results yet: run `gradsift select`, `gradsift explain` or `gradsift compare` with this "
+            "--out"
+        )
+    first, *_ = [run.publish_text(key, render(kept_page(run, key))) for key in keys]
+    return first

@@ -1,0 +1,586 @@
+"""The page of a result, and the same on a terminal."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Mapping
+from collections.abc import Sequence as SequenceABC
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.padding import Padding
+from rich.text import Text as Words
+
+from gradsift.base.errors import CorruptError
+from gradsift.base.progress import visible
+from gradsift.base.settings import Settings
+from gradsift.base.types import Prompt
+from gradsift.data.shown import excerpt, left_out, row_example, shares_table
+from gradsift.explanation.explain import explained_views
+from gradsift.explanation.shown import RELEVANCE, explained_blocks, prompt_of, relevance_blocks
+from gradsift.gradients.rows import View
+from gradsift.influence.estimators import estimators
+from gradsift.influence.nice import PolicyEstimator, takes_reward
+from gradsift.influence.prompts import PromptTarget
+from gradsift.influence.rewards_shown import MOST_PROMPTS, prompt_example, rewards_blocks, rewards_table
+from gradsift.influence.shown import HIGHER, score_ends, scores_blocks
+from gradsift.jobs.pages import kept_page, publish_page
+from gradsift.jobs.results import (
+    FILES,
+    Outcome,
+    Result,
+    files_of,
+    known_columns,
+    own_columns,
+    reliability_sentences,
+    remove_outdated,
+    shares,
+    shown_budget,
+    summary,
+    write_skipped,
+)
+from gradsift.recipe import as_yaml
+from gradsift.report import text
+from gradsift.report.blocks import (
+    Block,
+    Cell,
+    Chart,
+    Column,
+    Entry,
+    Examples,
+    Facts,
+    Fold,
+    Group,
+    Legend,
+    Page,
+    Row,
+    Section,
+    Table,
+    Text,
+)
+from gradsift.report.terminal import console, draw
+from gradsift.selection.select import Selection
+from gradsift.selection.selectors import selectors
+from gradsift.store.manifest import versions
+from gradsift.warmup.checkpoint import Checkpoint
+
+MOST_CHOSEN = 500
+MOST_OF_CONTROLS = 300  # all controls together
+MOST_EXPLAINING = 500  # examples in all explanations together
+_HELPERS = 3  # training examples for each prompt
+
+
+def write_results(result: Result) -> None:
+    """skipped.jsonl, summary.json, report.html and report.json, from which the page can be written again."""
+    run = result.pool.run
+    write_skipped(run, result.account)
+    remove_outdated(result)
+    publish_page(run, "report.html", _with_earlier(result, result_page(result)))
+    run.publish_json("summary.json", summary(result))
+
+
+def _with_earlier(result: Result, page: Page) -> Page:
+    """The page with the choice that an earlier command of the run made, where this one only explains; and back."""
+    run = result.pool.run
+    if not run.storage.exists("report.json") or (page.section("chosen") and page.section("explanations")):
+        return page
+    try:
+        earlier = kept_page(run, "report.html")
+    except CorruptError:
+        return page
+    kept, new = ("explanations", page) if page.section("chosen") else ("chosen", earlier)
+    if earlier.section(kept) is None:
+        return page
+    # What comes from the earlier page: its explanations, or everything but the new ones.
+    taken = earlier if new is page else page
+    facts = [_facts(one) for one in (earlier, page)]
+    commands = " and ".join(own["command"] for own in facts if "command" in own)
+    run_facts = {**facts[1], **(facts[0] if new is earlier else {}), "command": commands, "time": facts[1]["time"]}
+    sections = []
+    for section in new.sections:
+        if section.id == "explanations":
+            section = taken.section("explanations") or section
+        if section.id == "run":
+            section = replace(section, blocks=(Facts(run_facts),))
+        if section.id == "reading":
+            both = {**_facts(earlier, "reading"), **_facts(page, "reading")}
+            section = replace(section, blocks=(Facts(both),))
+        sections.append(section)
+    if new is page:
+        return replace(page, sections=tuple(sections))
+    return replace(
+        earlier,
+        title="gradsift: training examples for a target, and outputs explained",
+        summary=(*earlier.summary[:1], *page.summary),
+        sections=tuple(sections),
+        created=page.created,
+    )
+
+
+def _facts(page: Page, section: str = "run") -> Mapping[str, str]:
+    found = page.section(section)
+    block = found.blocks[0] if found else None
+    return block.facts if isinstance(block, Facts) else {}
+
+
+def result_page(result: Result) -> Page:
+    """Everything that there is to see of a result; a section appears only where it has content."""
+    pool, account = result.pool, result.account
+    summary_lines = []
+    if result.selections:
+        chosen = result.selections[0]
+        summary_lines.append(
+            f"{len(chosen)} of {len(pool.data)} training examples chosen by {chosen.estimator}"
+            + (" for this target" if result.target is not None else "")
+        )
+    if result.explanations is not None:
+        count = len(result.explanations.entries)
+        summary_lines.append(f"{count} output{'s' * (count != 1)} explained by the training examples behind them")
+    responses = _responses(result)
+    asked = len(result.responses.prompts) if responses and result.responses is not None else 0
+    unused = len(account.rows) + account.rows_in_part + len(account.files)
+    explained = _explained(result)
+    sections = [
+        Section("run", "What was run", (Facts(_run_facts(result)),)),
+        Section("warnings", "Warnings", tuple(map(Text, result.warnings)), count=str(len(result.warnings))),
+        Section("outcomes", "Outcome", outcome_blocks(result.outcomes, result.outcome_notes)),
+        Section(
+            "chosen",
+            "Chosen examples",
+            _chosen(result),
+            count=f"{len(result.selections[0]):,}" if result.selections else "",
+        ),
+        Section("extremes", "Highest and lowest", _ends(result)),
+        Section("scores", "Scores", _scores(result)),
+        Section("groups", "Chosen against pool", _groups(result)),
+        Section("rewards", "Rewards", _rewards(result)),
+        Section("responses", "Responses", responses, count=f"{asked:,}"),
+        Section("explanations", "Explanations", explained, count=f"{len(explained) - 1:,}"),
+        Section("skipped", "Left out", left_out(account), count=f"{unused:,}"),
+        Section("repeat", "How to repeat it", (Facts(_repeat(result)),)),
+    ]
+    there = {section.id for section in sections if section.blocks}
+    reading = {name: words for name, (needs, words) in _READING.items() if not needs or needs & there}
+    return Page(
+        "gradsift: " + ("training examples for a target" if result.selections else "an output explained"),
+        (*sections, Section("reading", "How to read this page", (Facts(reading),))),
+        summary=tuple(summary_lines),
+        created=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+    )
+
+
+_READING: dict[str, tuple[set[str], str]] = {
+    "score": (
+        set(),
+        "An estimate, from gradients, of what training on the example does for the target. Higher = training on it "
+        "helps; below zero, training on it is estimated to hurt. Only the order and the sign carry over between "
+        "methods, not the size.",
+    ),
+    "rank": ({"chosen"}, "1 is chosen first."),
+    "supervised tokens": (
+        {"chosen", "extremes"},
+        "Those that training takes the loss on; the rest of a conversation is only read.",
+    ),
+    "reward": (
+        {"rewards"},
+        "What a response earned, in the reward's own unit. A prompt whose responses all have weight 0 says nothing "
+        "about any example.",
+    ),
+    "chosen again": (
+        {"chosen"},
+        "The share of rankings from new samples, or from other targets of the same kind, that would choose the example "
+        "again. A ranking that comes again is more than luck of the draw; that does not make it the right one.",
+    ),
+    "chosen against pool": (
+        {"groups"},
+        "A bar beyond its stroke means that the method takes more of that group than chance would.",
+    ),
+    "outcome": (
+        {"outcomes"},
+        "Measured after training on each choice, on examples that no method saw. A method helps if it beats a random "
+        "choice of the same budget by more than the spread between seeds.",
+    ),
+    "relevance": ({"explanations"}, RELEVANCE),
+    "coefficient": ({"explanations"}, "An example's weight in that weighted sum."),
+    "texts": (set(), text.HOW_TEXTS_ARE_SHOWN),
+}
+
+
+def _run_facts(result: Result) -> dict[str, str]:
+    pool, recipe = result.pool, result.recipe
+    facts = {
+        "command": result.command,
+        "model": recipe.model,
+        "pool": f"{pool.data.description}: {len(pool.data)} used, {int(pool.data.lengths.sum()):,} tokens",
+    }
+    if result.target is not None:
+        facts["target"] = f"{result.target.data.description}: {len(result.target.data)} used"
+        if result.target.subtasks:
+            facts["target"] += f", {len(set(result.target.subtasks))} subtasks"
+    if result.selections:
+        chosen = result.selections[0]
+        facts["method"] = f"{chosen.estimator}, {chosen.method.label}, {len(chosen)} chosen"
+    checkpoints = pool.checkpoints() if _views(result) else []  # never trains any
+    facts["checkpoints"] = ", ".join(_checkpoint_name(c) for c in checkpoints) or "none needed"
+    facts["gradients"] = (
+        f"{recipe.gradients.modules} modules, {recipe.gradients.projection.kind} projection to "
+        f"{recipe.gradients.projection.dim} dimensions, {recipe.gradients.dtype}"
+    )
+    for view in _views(result) if checkpoints else ():
+        error = pool.measured_error(checkpoints[-1], view)
+        facts[f"measured on {view} rows"] = "nothing: too few rows" if error is None else str(error)
+    facts["seed"] = str(recipe.seed)
+    facts["time"] = f"{result.seconds:.0f} s for this call (finished parts are reused)"
+    return facts
+
+
+def _views(result: Result) -> list[View]:
+    """Views of the pool's gradients that were read at the last checkpoint."""
+    views = {view for entry in result.scores if (view := entry.method.view) is not None}
+    if result.explanations is not None:
+        views |= explained_views(result.explanations.estimators)
+    return sorted(views)
+
+
+def _checkpoint_name(checkpoint: Checkpoint) -> str:
+    rate = "" if checkpoint.learning_rate is None else f" (η̄ {checkpoint.learning_rate:.2e})"
+    return Path(checkpoint.name).name + rate
+
+
+def _repeat(result: Result) -> dict[str, Any]:
+    return {
+        "recipe": as_yaml(result.recipe),
+        "versions": versions(),
+        "fingerprints": {
+            "pool": result.pool.data.fingerprint,
+            **({"target": result.target.data.fingerprint} if result.target else {}),
+            **{f"scores, {entry.method.label}": entry.fingerprint for entry in result.scores},
+        },
+    }
+
+
+def outcome_blocks(outcomes: SequenceABC[Outcome], notes: SequenceABC[str] = ()) -> tuple[Block, ...]:
+    """What training on each choice led to: a table, and a chart of each figure."""
+    if not outcomes:
+        return ()
+    names = list(dict.fromkeys(name for outcome in outcomes for name in outcome.values))
+    columns, cells, charts = [Column("trained on")], [], []
+    for name in names:
+        lower = any(word in name.lower() for word in ("loss", "perplexity", "mistakes"))
+        better = "lower is better" if lower else "higher is better"
+        values = [outcome.values.get(name) for outcome in outcomes]
+        spreads = [outcome.spread.get(name, 0.0) for outcome in outcomes]
+        layout = text.figures_layout([*values, *spreads])
+        written = [text.written(value, layout) for value in values]
+        best = text.best_of(values, written, higher=not lower)
+        columns.append(Column(name, better, numeric=True))
+        cells.append(
+            [
+                _outcome(words, spread, layout, n in best)
+                for n, (words, spread) in enumerate(zip(written, spreads, strict=True))
+            ]
+        )
+        rows = tuple(
+            (outcome.label, value, spread, n in best)
+            for n, (outcome, value, spread) in enumerate(zip(outcomes, values, spreads, strict=True))
+        )
+        title = f"{name}: " + ", ".join(f"{o.label} {w}" for o, w in zip(outcomes, written, strict=True))
+        charts.append(Chart(title, name, f"{better}; the axis need not start at 0", rows=rows))
+    said = "Best value of each column marked." + (
+        " ± is one standard deviation over seeds." if any(outcome.spread for outcome in outcomes) else ""
+    )
+    rows_ = [Row((outcome.label, *(column[n] for column in cells))) for n, outcome in enumerate(outcomes)]
+    return (
+        Table(tuple(columns), tuple(rows_)),
+        Text(said, "aside"),
+        *map(Text, notes),
+        Group(tuple(charts), style="charts"),
+    )
+
+
+def _outcome(words: str, spread: float, layout: str, best: bool) -> Entry:
+    note = f"±\u202f{text.written(spread, layout)}" if spread else ""
+    return Cell(words, note, "best" if best else "", tone="best" if best else "") if best or note else words
+
+
+def _examples(result: Result, chosen: Selection, most: int, *, own: bool) -> Examples:
+    """What was chosen, in the order of choice; `own`: the choice that the result's reliability is about."""
+    tokens = _learned_tokens(result, chosen)
+    values = text.figures(chosen.scores[:most])
+    kept = result.kept if own else {}
+    return Examples(
+        tuple(
+            row_example(
+                result.pool.data,
+                id_,
+                ("score", value),
+                ("supervised tokens", f"{tokens[n]:,}"),
+                *((f"again with new {over}", text.share(shares[n])) for over, shares in kept.items()),
+                known=known_columns(result.recipe.columns),
+                lead=f"{rank:,}",
+            )
+            for n, (id_, value, rank) in enumerate(zip(chosen.ids, values, chosen.ranks, strict=False))
+        ),
+        total=len(chosen),
+        filter="text, id or column value" if own else "",
+        things="chosen examples",
+    )
+
+
+def _learned_tokens(result: Result, chosen: Selection) -> list[int]:
+    """Tokens that training on each chosen example takes the loss on."""
+    data = result.pool.data
+    tokens: list[int] = data.supervised_tokens[data.positions(chosen.ids)].tolist()
+    return tokens
+
+
+def _chosen(result: Result) -> tuple[Block, ...]:
+    """The choice of the estimator with what is known of it, and those of its controls."""
+    blocks: list[Block] = []
+    each = max(20, MOST_OF_CONTROLS // max(1, len(result.selections) - 1))
+    for number, chosen in enumerate(result.selections):
+        tokens = f"{sum(_learned_tokens(result, chosen)):,} supervised tokens"
+        method = f"{chosen.estimator}, {chosen.method.label}"
+        listed = _examples(result, chosen, each if number else MOST_CHOSEN, own=number == 0)
+        if number:
+            blocks.append(Fold(f"{method}: {len(chosen):,} examples, {tokens}", (listed,)))
+            continue
+        said = (
+            f"chose {len(chosen):,} of {len(result.pool.data):,} examples ({tokens}; budget {len(chosen):,}). {HIGHER}"
+        )
+        blocks += [
+            Text(said, head=method),
+            *(Text(one, "reliability") for one in reliability_sentences(result)),
+            listed,
+        ]
+    if len(blocks) > 1 and len(result.selections) > 1:
+        first = next(n for n, block in enumerate(blocks) if isinstance(block, Fold))
+        blocks[first:] = [Group(tuple(blocks[first:]), "What the other methods chose")]
+    return tuple(blocks)
+
+
+def _ends(result: Result) -> tuple[Block, ...]:
+    blocks: list[Block] = []
+    for entry in result.scores:
+        if entry.method.by_chance:
+            continue
+        highest, lowest = score_ends(entry, result.pool.data, known=known_columns(result.recipe.columns))
+        of = f"of {len(entry.ids):,}"
+        folds = (
+            Fold(f"Highest {len(highest.examples)} {of}", (highest,)),
+            Fold(f"Lowest {len(lowest.examples)} {of}, lowest first", (lowest,), opened=not blocks),
+        )
+        blocks.append(Group(folds, entry.method.label))
+    said = (
+        f"The examples that each method scores highest and lowest of all, chosen or not. {HIGHER} What the lowest have "
+        "in common is what the method keeps away from."
+    )
+    return (Text(said), *blocks) if blocks else ()
+
+
+def _scores(result: Result) -> tuple[Block, ...]:
+    pairs = list(zip(result.scores, result.selections, strict=False))
+    if not pairs:
+        return ()
+    marks = (("pool", "whole pool"), ("chosen", "chosen (strokes below the axis: each chosen example)"))
+    charts = tuple(block for entry, chosen in pairs for block in scores_blocks(entry, chosen.scores))
+    return (
+        Text(f"{HIGHER} Scores of different methods are on different scales."),
+        Legend(marks),
+        Group(charts, style="charts"),
+    )
+
+
+def _groups(result: Result) -> tuple[Block, ...]:
+    """One table per column: the pool's share of each value beside every choice's share."""
+    pool = shares(result, result.pool.data.ids) if result.selections else {}
+    if not pool:
+        return ()
+    own = [(f"{s.estimator}, {s.method.label}", shares(result, s.ids), len(s)) for s in result.selections]
+    marks = (("chosen", "share of the chosen examples"), ("stroke", "share of the pool"))
+    tables = [
+        shares_table(column, counts, len(result.pool.data), [(name, found[column], size) for name, found, size in own])
+        for column, counts in pool.items()
+    ]
+    return (Legend((*marks, ("", "× chosen share divided by pool share"))), *tables)
+
+
+def _rewards(result: Result) -> tuple[Block, ...]:
+    """What the responses of a ranking by reward are like; nothing for other rankings."""
+    method, found, sampled = result.recipe.estimator, result.diagnostics, result.responses
+    if found is None or sampled is None or not takes_reward(method):
+        return ()
+    rewards = [own.tolist() for own in sampled.rewards]
+    return rewards_blocks(method.label, _sampled_how(method), found.checkpoints, rewards, found.warnings)
+
+
+def _sampled_how(method: PolicyEstimator) -> str:
+    sampling = method.drawing
+    parts = [f"{sampling.samples} for each prompt", f"temperature {sampling.temperature:g}"]
+    parts += [f"top-k {sampling.top_k}"] * (sampling.top_k is not None)
+    parts += [f"top-p {sampling.top_p}"] * (sampling.top_p is not None)
+    parts.append(f"at most {sampling.max_new_tokens} tokens")
+    if method.writer is None:
+        return f"Responses sampled from the model at each checkpoint: {', '.join(parts)}."
+    return f"Responses written by {method.writer} for all checkpoints: {', '.join(parts)}."
+
+
+def _responses(result: Result) -> tuple[Block, ...]:
+    """The best and worst responses to each prompt, and the examples that help it most."""
+    if not _rewards(result) or not isinstance(result.target, PromptTarget):
+        return ()
+    assert result.responses is not None
+    prompts = result.responses.prompts
+    first = next((n for n, found in enumerate(prompts) if found.signal), 0)
+    columns = result.recipe.target_columns or result.recipe.columns
+    listed = []
+    for number, found in enumerate(prompts[:MOST_PROMPTS]):
+        example = result.target.data.example(found.id)
+        prompt = Prompt.of(example)
+        helpers = _helpers(result, found.id) if found.signal else []
+        own = own_columns(example.row, columns)
+        listed.append(prompt_example(found, prompt.messages, own, helpers, opened=number == first))
+    said = (
+        "The best and the worst responses to each prompt at the last checkpoint, with their rewards. Read some: a "
+        "reward can be earned by a bad answer, and missed by a good one."
+    )
+    examples = Examples(tuple(listed), MOST_PROMPTS, len(prompts), "prompt, response or id", "prompts")
+    return Text(said), examples
+
+
+def _helpers(result: Result, prompt_id: str) -> list[tuple[str, float, str]]:
+    """The training examples that the estimator scores highest for one prompt."""
+    scores = result.scores[0]
+    assert scores.per_target is not None, scores.method
+    own = scores.per_target[:, scores.target_ids.index(prompt_id)]
+    best = np.argsort(-own, kind="stable")[:_HELPERS].tolist()
+    data = result.pool.data
+    return [(scores.ids[n], float(own[n]), excerpt(data.messages(scores.ids[n]))) for n in best]
+
+
+def _explained(result: Result) -> tuple[Block, ...]:
+    """Each output's strategies at the budget that is shown first, by every estimator."""
+    explanations = result.explanations
+    if explanations is None:
+        return ()
+    k, listed = shown_budget(explanations), 0
+    blocks: list[Block] = []
+    for entry in explanations.entries:
+        listed += sum(len(found.examples) for found in entry.results if found.k == k)
+        if blocks and listed > MOST_EXPLAINING:
+            break
+        name = text.one_line(prompt_of(entry), 90)
+        for estimator in explanations.estimators:
+            inside = explained_blocks(entry, result.pool.data, k=k, estimator=estimator.label)
+            blocks.append(Group(inside, name))
+    said = (
+        "Relevance says how well a weighted sum of the chosen examples' gradients reconstructs the output's gradient: "
+        "0 dB is no better than predicting nothing, every +3 dB halves the squared error, 120 dB is the cap. The "
+        f"coefficient is an example's weight in that sum. Score: {HIGHER[0].lower()}{HIGHER[1:-1]}, that is, makes the "
+        "output more likely."
+    )
+    rest = len(explanations.entries) - len(blocks) // max(1, len(explanations.estimators))
+    more = (
+        [Text(f"{rest:,} more explained outputs are in the run's files, not on this page.", "aside")]
+        if rest > 0
+        else []
+    )
+    return (Text(said), *blocks, *more)
+
+
+# --- terminal --------------------------------------------------------------------------------------------------------
+
+
+def print_result(result: Result) -> None:
+    """The result as short tables on standard output, and where the files are."""
+    out, pool = console(), result.pool
+    blocks: list[Block] = []
+    if result.selections:
+        chosen = result.selections[0]
+        how = f"{chosen.estimator}, {chosen.method.label}"
+        blocks.append(Text(f"{len(chosen)} of {len(pool.data)} chosen by {how} ({HIGHER[0].lower()}{HIGHER[1:-1]})"))
+        blocks += [_examples(result, chosen, MOST_CHOSEN, own=True), *_groups(result)]
+    elif result.scores:
+        blocks.append(_score_table(result))
+    blocks += map(Text, reliability_sentences(result))
+    if result.diagnostics is not None:
+        blocks.append(rewards_table(result.diagnostics.checkpoints))
+    blocks += outcome_blocks(result.outcomes, result.outcome_notes)
+    draw(blocks, out)
+    if result.explanations is not None:
+        draw(_explained_briefly(result), out)
+    account = result.account
+    if account.rows:
+        out.print(visible(account.rows_line()), markup=False)
+    for line in (account.parts_line(), account.files_line()):
+        if line and pool.reporter.quiet:  # said already otherwise
+            out.print(visible(line), markup=False)
+    out.print(f"results in {pool.run.place}:", markup=False)
+    for name in files_of(result):
+        out.print(f"  {name:<21} {FILES[name]}", markup=False)
+
+
+def _score_table(result: Result) -> Table:
+    rows = []
+    for entry in result.scores:
+        best = int(entry.aggregate.argmax())
+        value, length = text.written(float(entry.aggregate[best]), "+.4f"), text.signed(entry.length_correlation)
+        rows.append(Row((entry.method.label, f"{len(entry.ids):,}", entry.ids[best], value, length)))
+    heads = ("method", "scored", "highest", "score", "Spearman with length")
+    return Table(tuple(map(Column, heads)), tuple(rows), f"Scores ({HIGHER[0].lower()}{HIGHER[1:-1]})")
+
+
+def _explained_briefly(result: Result) -> list[Block]:
+    """The first five outputs with the first strategy's examples, or those of up to four; and what holds over all."""
+    explanations = result.explanations
+    assert explanations is not None
+    k, alone = shown_budget(explanations), len(explanations.entries) == 1
+    blocks: list[Block] = []
+    for entry in explanations.entries[:5]:
+        for estimator in explanations.estimators:
+            found = explained_blocks(entry, result.pool.data, k=k, estimator=estimator.label, table=False)
+            folds = [block for block in found if isinstance(block, Fold)]
+            listed = [Group(fold.blocks, fold.title) for fold in (folds if len(folds) <= 4 else folds[:1])]
+            said = "the model says" if entry.generated else "the given answer"
+            answer = text.one_line(entry.output, 500) or "(nothing: the turn ends at once)"
+            blocks.append(Text(f"{said}: {answer}", head=f"{entry.id}: {text.one_line(prompt_of(entry), 300)}\n"))
+            blocks += [found[1], *listed]
+    if len(explanations.entries) > 5:
+        blocks.append(Text(f"… and {len(explanations.entries) - 5} more in explanations.jsonl"))
+    if result.relevance is not None and (not alone or len(explanations.entries[0].results) > 4):
+        draws = max(len(found.draws) for entry in explanations.entries for found in entry.results)
+        blocks += relevance_blocks(result.relevance, draws=draws)
+    if result.validation is not None:
+        blocks += map(Text, result.validation.lines())
+    blocks += [Text(f"not explained: {failure.id}: {failure.detail}") for failure in explanations.failed]
+    return blocks
+
+
+def print_methods() -> None:
+    """All estimators and selectors: kind, what they take or read, and the first paragraph about them."""
+    out = console()
+    out.print("Estimators, which rank: --estimator\n", markup=False)
+    for kind, one in estimators().items():
+        view = one.model_construct().view
+        reads = f"{one.takes if one.needs_target else 'no target'}{'' if view is None else f', {view} rows'}"
+        _print_method(out, kind, reads, one)
+    out.print("Selectors, which choose by the ranking: --selection of select and explain\n", markup=False)
+    for kind, chooser in selectors().items():
+        _print_method(out, kind, _TAKEN[chooser.model_construct().takes], chooser)
+
+
+_TAKEN = {
+    "scores": "scores",
+    "rows": "gradients of rows",
+    "target": "gradients of rows and target",
+    "checkpoints": "gradients of rows and targets at every checkpoint; not to explain",
+}
+
+
+def _print_method(out: Any, kind: str, reads: str, method: type[Settings]) -> None:
+    said = (inspect.getdoc(method) or "").partition("\n\n")[0].replace("\n", " ")
+    out.print(f"{kind:<20}{reads}", markup=False)
+    out.print(Padding(Words(said), (0, 0, 1, 4)))

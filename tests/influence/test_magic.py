@@ -1,0 +1,193 @@
+"""MAGIC on a model: scores are what rows are worth to a training, however it was kept and whatever interrupted it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers.models.llama import modeling_llama
+
+import gradsift as gs
+from gradsift.base.errors import ConfigError, ModelError
+from gradsift.context import Pool
+from gradsift.influence import replay as replays
+from gradsift.influence.magic import MAGIC
+from gradsift.store.tensors import publish_tensors, read_tensors
+from gradsift.warmup.train import Warmup
+from tiny_world import World, pool_rows, target_rows
+
+SMALL = Warmup(
+    epochs=2, rank=2, alpha=8, learning_rate=5e-3, batch_size=3, dropout=0.1, weight_decay=0.1, max_grad_norm=8
+)
+
+
+def opened(tiny: World, out: Path, rows: int = 24, **options: Any) -> Pool:
+    """A pool of which MAGIC's training takes six steps an epoch and more."""
+    given = {"max_length": 64, "device": "cpu", "dtype": "float64", "warmup": SMALL} | options
+    return gs.open_pool(pool_rows(rows), model=tiny.model, out=str(out), **given)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def in_float64() -> Iterator[None]:
+    """Llama's norm, which computes in float32 whatever its input, in float64: finite differences need it."""
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(modeling_llama.LlamaRMSNorm, "forward", forward)
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(tiny: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pool, gs.Target, gs.Scores]:
+    """Scores for each target, two thirds of the rows being trained on."""
+    pool = opened(tiny, tmp_path_factory.mktemp("magic") / "run")
+    target = gs.open_target(target_rows(3), pool)
+    return pool, target, gs.score(pool, target, MAGIC(fraction=0.7, per="target"))
+
+
+def test_finite_differences(whole: tuple[Pool, gs.Target, gs.Scores]) -> None:
+    """A trained row's score is minus the derivative of each target's loss at the end by its weight, by retraining."""
+    pool, target, scores = whole
+    replay, ids = MAGIC(fraction=0.7)._replay(pool, set(), pool.seed)
+    sequences = target.data.sequences(0, len(target.data))
+    with replay.network() as network:
+        for id_ in ids[:3]:
+            ends = []
+            for side in (1, -1):
+                weights = torch.ones(len(pool.training), dtype=torch.float64)
+                weights[pool.training.position(id_)] += side * 1e-4
+                ends.append(network.losses(replay.end_with(network, weights), sequences, len(target.data)))
+            expected = -(ends[0] - ends[1]) / 2e-4
+            found = scores.per_target[scores.ids.index(id_)]
+            np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4, atol=1e-7)
+
+
+def test_riders(whole: tuple[Pool, gs.Target, gs.Scores]) -> None:
+    """A row that the training does not take has a score all the same, and one pass gives what the way back gives."""
+    pool, _, scores = whole
+    replay, ids = MAGIC(fraction=0.7)._replay(pool, set(), pool.seed)
+    others = sorted(set(pool.data.ids) - set(ids))
+    assert others
+    assert all(scores.per_target[scores.ids.index(id_)].any() for id_ in others)
+    rides = np.concatenate(replay.record.riders).tolist()
+    assert sorted(rides) == sorted(pool.training.positions(others) * SMALL.epochs)
+    with replay.network() as network:
+        theta, directions = replay.end(network), torch.randn(2, len(network.start), dtype=torch.float64)
+        sequences = pool.training.sequences(0, 5)
+        beside = network.ride(theta, sequences, 5, directions)
+        terms, products, _ = network.back(theta, sequences, torch.zeros(5, dtype=torch.float64), directions)
+    torch.testing.assert_close(beside, terms, rtol=1e-5, atol=1e-8)  # fused attention on a CPU is float32's
+    assert not products.any()
+
+
+@pytest.mark.parametrize("stop", [3, 8, 17])
+def test_interrupted(
+    tiny: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int, whole: tuple[Pool, gs.Target, gs.Scores]
+) -> None:
+    """Killed on its way there or back, it goes on from what was kept, and ends with the same bits."""
+    pool = opened(tiny, tmp_path / "run")
+    target = gs.open_target(target_rows(3), pool)
+    monkeypatch.setattr(replays, "_SAVE_SECONDS", 0.0)
+    done = 0
+    taken = replays.Replay._publish
+
+    def counted(self: Any, key: str, tensors: Any) -> None:
+        nonlocal done
+        done += 1
+        if done == stop:
+            raise KeyboardInterrupt
+        taken(self, key, tensors)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(replays.Replay, "_publish", counted)
+        with pytest.raises(KeyboardInterrupt):
+            gs.score(pool, target, MAGIC(fraction=0.7, per="target"))
+    again = gs.score(pool, target, MAGIC(fraction=0.7, per="target"))
+    np.testing.assert_array_equal(again.per_target, whole[2].per_target)
+    assert again.fingerprint == whole[2].fingerprint
+
+
+def test_little_room(tiny: World, tmp_path: Path, whole: tuple[Pool, gs.Target, gs.Scores]) -> None:
+    """Where gradients do not fit, the steps between kept states are taken again, to the same scores."""
+    pool = opened(tiny, tmp_path / "run")
+    scores = gs.score(pool, gs.open_target(target_rows(3), pool), MAGIC(fraction=0.7, per="target", memory=1e-6))
+    np.testing.assert_array_equal(scores.per_target, whole[2].per_target)
+    replay, _ = MAGIC(fraction=0.7)._replay(pool, set(), pool.seed)
+    kept, _ = read_tensors(pool.run.storage, replay._key("step", 1))
+    assert set(kept) == {"losses"}
+
+
+def test_groups(whole: tuple[Pool, gs.Target, gs.Scores]) -> None:
+    """One way back for all targets, or for each subtask, gives the means of those of each target."""
+    pool, target, scores = whole
+    mean = gs.score(pool, target, MAGIC(fraction=0.7))
+    np.testing.assert_allclose(mean.aggregate, scores.per_target.mean(axis=1), rtol=1e-4, atol=1e-7)
+    parted = replace(target, subtasks=("a", "b", "a"))
+    each = gs.score(pool, parted, MAGIC(fraction=0.7))
+    expected = np.maximum(scores.per_target[:, [0, 2]].mean(axis=1), scores.per_target[:, 1])
+    np.testing.assert_allclose(each.aggregate, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_another_step(whole: tuple[Pool, gs.Target, gs.Scores]) -> None:
+    """A step whose losses are not those that were recorded is refused."""
+    pool, target, _ = whole
+    replay, _ = MAGIC(fraction=0.7, epochs=1)._replay(pool, set(), pool.seed)
+    with replay.network() as network:
+        replay.end(network)
+    kept, _ = read_tensors(pool.run.storage, replay._key("step", 2))
+    publish_tensors(pool.run.storage, replay._key("step", 2), kept | {"losses": kept["losses"] + 0.1})
+    with pytest.raises(ModelError, match="step 3 of 9 is not the one that was recorded"):
+        gs.score(pool, target, MAGIC(fraction=0.7, epochs=1))
+
+
+def test_trainings_are_averaged(tiny: World, tmp_path: Path) -> None:
+    """With several seeds scores are means, and their standard errors are told."""
+    pool = opened(tiny, tmp_path / "run")
+    target = gs.open_target(target_rows(3), pool)
+    seeds = [gs.score(replace(pool, seed=seed), target, MAGIC(fraction=0.7, epochs=1)).aggregate for seed in (0, 1)]
+    both = gs.score(pool, target, MAGIC(fraction=0.7, epochs=1, seeds=2))
+    np.testing.assert_allclose(both.aggregate, np.mean(seeds, axis=0), rtol=1e-5, atol=1e-8)
+    np.testing.assert_allclose(
+        both.found.terms.errors, np.std(seeds, axis=0, ddof=1) / np.sqrt(2), rtol=1e-3, atol=1e-8
+    )
+
+
+def test_the_check(whole: tuple[Pool, gs.Target, gs.Scores]) -> None:
+    """What is foretold of a retraining is minus the sum of the scores of the rows that it leaves out."""
+    pool, target, _ = whole
+    scores = gs.score(pool, target, MAGIC(check=3, learning_rate=1e-3))
+    check = scores.found.terms.check
+    assert len(check.predicted) == len(check.smooth) == len(check.plain) == 3
+    value = dict(zip(scores.ids, scores.aggregate, strict=True))
+    for kept, predicted in zip(check.kept[1:], check.predicted, strict=True):
+        without = set(check.kept[0]) - set(kept)
+        assert len(without) == 2
+        assert predicted == pytest.approx(sum(value[id_] for id_ in without), rel=1e-4, abs=1e-7)
+    assert all(check.smooth), "leaving rows out changes the loss"
+    assert all(check.plain)
+    assert "over 3 retrainings without a tenth of the rows" in scores.warnings[-1]
+
+
+def test_a_rate_that_is_too_high(tiny: World, tmp_path: Path) -> None:
+    """Where the adjoint explodes, a warning says so and what to change."""
+    pool = opened(tiny, tmp_path / "run", warmup=SMALL.model_copy(update={"learning_rate": 0.1, "warmup_ratio": 0.0}))
+    scores = gs.score(pool, gs.open_target(target_rows(2), pool), MAGIC(warmup_ratio=0.0, eps_root=0.0))
+    assert any("not smooth" in warning and "lower learning_rate" in warning for warning in scores.warnings)
+
+
+def test_rows_of_the_target_do_not_train(tiny: World, tmp_path: Path) -> None:
+    """Pool rows that are in the target are left out of the training; where nothing is left, that is an error."""
+    pool = opened(tiny, tmp_path / "run")
+    target = gs.open_target(pool_rows(3), pool)
+    _, ids = MAGIC()._replay(pool, {skip.id for skip in target.overlap}, 0)
+    assert len(ids) == 21
+    assert not {skip.id for skip in target.overlap} & set(ids)
+    with pytest.raises(ConfigError, match="every row of the training is in the target"):
+        MAGIC()._replay(pool, set(pool.data.ids), 0)

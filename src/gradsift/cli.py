@@ -17,6 +17,10 @@ from gradsift import options as of
 from gradsift.base.settings import nearest
 from gradsift.options import Option
 
+_SETTINGS = {
+    "help_option_names": ["-h", "--help"],
+    "token_normalize_func": lambda name: name.replace("_", "-"),
+}
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -54,7 +58,7 @@ class _Command(click.Command):
     def __init__(self, name: str, options: tuple[Option, ...], required: tuple[str, ...], **more: Any) -> None:
         self.options, self.required = options, required
         self._made: list[click.Parameter] | None = None
-        super().__init__(name, context_settings={"token_normalize_func": lambda name: name.replace("_", "-")}, **more)
+        super().__init__(name, context_settings=_SETTINGS, **more)
 
     @property
     def params(self) -> list[click.Parameter]:
@@ -157,7 +161,7 @@ app = _Commands(
     no_args_is_help=True,
     invoke_without_command=True,
     params=[click.Option(["--version"], is_flag=True, help="Show the version and exit.")],
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=_SETTINGS,
 )
 
 
@@ -595,12 +599,11 @@ def init(given: Given, path: Path) -> None:
     Example: gradsift init math.yaml
     """
     from gradsift.base.errors import ConfigError
-    from gradsift.recipe import template
     from gradsift.store.storage import LocalStorage
 
     if path.exists() and not given["force"]:
         raise ConfigError(f"{path} is there already: choose another name, or --force to overwrite it")
-    LocalStorage(path.parent).publish(path.name, template(path).encode())
+    LocalStorage(path.parent).publish(path.name, of.template(str(path)).encode())
     print(f"wrote {path}: fill in model, pool, target and out, then `gradsift run {path}`")
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -275,7 +277,7 @@ def _kinds(models: Sequence[type[BaseModel]]) -> list[str]:
 
 
 @cache
-def help_for(option: Option) -> str:
+def help_for(option: Option, *, typed: bool = True) -> str:
     """The option's help: the first sentence that a docstring says of its field, of whom it is, and the choices."""
     name, models = option.field.rpartition(".")[2], holders(option.field) if option.field else []
     texts = [help_of(one, name) for one in models]
@@ -296,13 +298,13 @@ def help_for(option: Option) -> str:
     owners = _kinds(_owners(option.field)) if option.field else []
     if 0 < len(owners) < len(models) and name != "kind":
         text = f"of {', '.join(owners)}: {text}"
-    there = choices(option)
-    if there and not all(re.search(rf"\b{re.escape(str(one))}\b", text) for one in there):
+    there = choices(option, typed=typed)
+    if sum(bool(re.search(rf"\b{re.escape(one)}\b", text)) for one in there) < max(1, 0.7 * len(there)) and there:
         text = f"{text.rstrip('.')}: {', '.join(there)}"
     return f"{text[:1].upper() if plain else text[:1]}{text[1:].rstrip('.')}."
 
 
-def choices(option: Option) -> list[str]:
+def choices(option: Option, *, typed: bool = True) -> list[str]:
     """The words that the option takes, where there are only so many."""
     from gradsift.generation.sampling import PRESETS as SAMPLINGS
     from gradsift.warmup.train import PRESETS
@@ -314,7 +316,7 @@ def choices(option: Option) -> list[str]:
     if name == "kind":
         there = _kinds(owners) or list(_literals(owners[0].model_fields["kind"].annotation))
         there = there if len(owners) > 1 else list(_literals(owners[0].model_fields["kind"].annotation))
-        return [*there, *(short for short, long in _SHORT.items() if long["kind"] in there)]
+        return [*there, *(short for short, long in _SHORT.items() if typed and long["kind"] in there)]
     found = dict.fromkeys(word for one in owners for word in _literals(one.model_fields[name].annotation))
     return [str(word) for word in found if not isinstance(word, bool)]
 
@@ -486,6 +488,11 @@ def _estimated(values: dict[str, Any], known: Mapping[str, str], given: Mapping[
         model = _model("estimator.kind", estimator["kind"])
         if model is not None and "sampling" in model.model_fields:
             _sampled(estimator, seed)
+        for name in ("optimizer", "checkpoints", "normalise"):  # which scripts give whatever the method is
+            if name in estimator and model is not None and name not in model.model_fields:
+                estimator.pop(name)
+                option = known.get(f"estimator.{name}", f"--{name}")
+                print(f"note: {option} says nothing to {estimator['kind']} and is passed over", file=sys.stderr)
     if "selection.kind" in known:
         selection = values.setdefault("selection", {})
         values["selection"] = selection = {**strategy_of(selection.pop("kind", "top_k")), **selection}
@@ -749,3 +756,61 @@ def _trade_off(text: str, part: str, orders: Sequence[str]) -> float:
             f"--selection {text!r}: {part!r} is neither a trade-off between 0 and 1 nor one of {', '.join(orders)}"
         )
     return value
+
+
+# What stands in a new recipe for fields that have no default to show.
+_EXAMPLES: dict[str, Any] = {
+    "model": "HuggingFaceTB/SmolLM2-135M-Instruct", "pool": "pool.jsonl", "out": "runs/first", "target": "target.jsonl",
+    "subtask": "task", "columns": {"prompt": "question", "completion": "answer"},
+    "target_columns": {"prompt": "question", "completion": "answer"}, "target_sample": {"size": 100},
+    "pool_sample": 0.5, "adapter": ["path/to/checkpoint-100"], "target_modules": ["q_proj", "v_proj"],
+    "group_by": ["source"], "reward": {"kind": "numeric", "answer": "answer"},
+    "judge": {"kind": "endpoint", "model": "gpt-4.1-mini"}, "explain": {"prompt": "What is 17 + 25?", "k": 5},
+}  # fmt: skip
+
+
+def template(path: str) -> str:
+    """The annotated recipe that `gradsift init` writes: every field with its default, or an example behind a #."""
+    from gradsift.recipe import Recipe
+
+    lines = [
+        f"# A gradsift recipe: `gradsift run {path}`. What stands here is the default, but for the four names;",
+        "# what stands behind a # is an example, or a default that a preset may change.",
+    ]
+    for name, field in Recipe.model_fields.items():
+        if name == "compare":  # recipes/compare.yaml has one
+            continue
+        models = models_in(field.annotation)
+        union = len([one for one in models if "kind" in one.model_fields]) > 1
+        said = help_for(Option(name, f"{name}.kind" if union else name), typed=False)
+        lines += ["", *(f"# {line}" for line in textwrap.wrap(said, 110))]
+        if name in ("warmup", "gradients"):
+            lines += [f"{name}:", *_block(name, models[0])]
+        elif name in ("model", "pool", "out", "target"):
+            lines.append(f"{name}: {_EXAMPLES[name]}")
+        elif name in _EXAMPLES:
+            lines.append(f"# {name}: {_flow(_EXAMPLES[name])}")
+        else:
+            lines.append(f"{name}: {_flow(field.default)}")
+    return "\n".join(lines) + "\n"
+
+
+def _block(place: str, model: type[BaseModel]) -> list[str]:
+    """The fields of settings, each on a line with its help."""
+    lines = [f"  preset: less  # {help_for(Option('preset', 'warmup.preset'))}"] if place == "warmup" else []
+    for name, field in model.model_fields.items():
+        value = _flow(_EXAMPLES.get(name, field.default))
+        off = "# " if place == "warmup" or field.default is None else ""
+        lines.append(f"  {off}{name}: {value}  # {help_for(Option(name, f'{place}.{name}'))}")
+    return lines
+
+
+def _flow(value: Any) -> str:
+    """A value as YAML on one line."""
+    import yaml
+
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="json")
+    if isinstance(value, tuple):
+        value = [one.model_dump(mode="json") if isinstance(one, BaseModel) else one for one in value]
+    return yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**6).removesuffix("...\n").strip()

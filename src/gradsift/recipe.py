@@ -128,7 +128,7 @@ class Recipe(Settings):
     compare: methods to compare, for `gradsift compare`.
     seed: of the warm-up, of what is drawn, and of the random control.
     dtype: of the model.
-    device: auto, cpu, cuda, cuda:1, or map (spread over GPUs).
+    device: `auto`, cpu, cuda, cuda:1, or map (spread over GPUs).
     engine: where the work runs: in this process, or on Ray's workers.
     """
 
@@ -556,48 +556,3 @@ def _step(node: Any, part: Any) -> tuple[int, Any] | None:
     if isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
         return node.value[part].start_mark.line + 1, node.value[part]
     return None
-
-
-TEMPLATE = """\
-# A gradsift recipe: `gradsift run {name}`. Every key but model, pool and out has the default shown.
-
-model: HuggingFaceTB/SmolLM2-135M-Instruct   # hub id or folder
-pool: pool.jsonl             # file, folder, glob or data set name: the examples to choose from
-target: target.jsonl         # examples of what the model should get better at
-out: runs/first              # run folder: results, and everything needed to go on after an interruption
-
-# subtask: task              # a target column: the score is the best mean over its values
-# columns: {{prompt: question, completion: answer}}   # where the pool's columns have other names
-max_length: 1024             # tokens kept of each example
-supervise: all_turns         # or last_turn, all_tokens
-seed: 0
-
-warmup:                      # a short LoRA training, one checkpoint an epoch
-  preset: less               # less, nice, compact, or small for a pool of hundreds; any field below overrides it
-  # fraction: 0.05           # share of the pool
-  # epochs: 4
-  # rank: 128
-  # learning_rate: 2.0e-5
-  # batch_size: 128
-# adapter: [path/to/checkpoint-100]   # use existing PEFT adapters instead of a warm-up
-
-gradients:
-  modules: lora              # or a regular expression over linear modules
-  projection: {{kind: sparse, dim: 8192, seed: 0}}   # sizes: proportional keeps modules apart, for DataInf alone say
-  dtype: float16
-
-estimator: {{kind: less, optimizer: adam}}   # datainf, projected_inverse, trak, ji2s, nice (with a reward), bm25 …
-controls: [{{kind: bm25}}, {{kind: random, seed: 0}}]
-aggregation: max_of_means
-selection: {{kind: top_k}}     # or {{kind: facility_location, trade_off: 0.5}}, tsds, joint_greedy, gumbel, random
-budget: 0.05                 # a share below 1, or a number of examples
-
-# explain:                   # also explain an output
-#   prompt: "What is 17 + 25?"
-#   k: 5
-"""
-
-
-def template(path: str | Path) -> str:
-    """The annotated recipe that `gradsift init` writes."""
-    return TEMPLATE.format(name=path)

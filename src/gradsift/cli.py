@@ -43,13 +43,39 @@ class _Commands(click.Group):
 
 
 class _Option(click.Option):
-    """An option of a command, made from a field."""
+    """An option, whose help, default and choices are looked up when they are shown: the settings take a while to load.
 
-    panel: str = "Run"
+    What it holds is checked by the field's own settings.
+    """
+
+    def __init__(self, option: Option, *, required: bool) -> None:
+        self.option, flag = option, option.form in ("flag", "switch")
+        name = f"--{option.name}" + (f"/--no-{option.name}" if option.form == "switch" else "")
+        super().__init__(
+            [option.key, name, *option.short],
+            required=required,
+            multiple=option.form == "many",
+            is_flag=flag or None,
+            type=None if flag else option.type,
+            **({"default": option.default} if option.default is not None or option.form == "switch" else {}),
+        )
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        """As any option's, with the default behind the help."""
+        default = None if self.required or self.is_flag else of.default_of(self.option)
+        said = f"{default:g}" if isinstance(default, float) else str(default)
+        shown = "" if default in (None, "", ()) else f"  [default: {said}]"
+        self.help = of.help_for(self.option) + shown
+        return super().get_help_record(ctx)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """The field's choices."""
+        there = of.choices(self.option) if self.option.field else []
+        return [CompletionItem(word) for word in there if word.startswith(incomplete)]
 
 
 class _Command(click.Command):
-    """A command whose options are made from fields when they are first needed: the settings take a while to load.
+    """A command with options of the tables.
 
     It refuses what was hardly meant: an empty text, as a shell variable that is not set gives, a text that is not
     UTF-8, and an option of one value given twice, of which the last would count.
@@ -64,7 +90,7 @@ class _Command(click.Command):
     def params(self) -> list[click.Parameter]:
         """Arguments and options."""
         if self._made is None:
-            self._made = self._arguments + [_made(one, one.name in self.required) for one in self.options]
+            self._made = self._arguments + [_Option(one, required=one.name in self.required) for one in self.options]
         return self._made
 
     @params.setter
@@ -120,38 +146,12 @@ class _Command(click.Command):
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
             if record is not None:
-                panels.setdefault(getattr(parameter, "panel", "Run"), []).append(record)
+                panels.setdefault(parameter.option.panel if isinstance(parameter, _Option) else "Run", []).append(
+                    record
+                )
         for panel in sorted(panels, key=lambda name: name == "Run"):
             with formatter.section(panel):
                 formatter.write_dl(panels[panel])
-
-
-def _made(option: Option, required: bool) -> click.Option:
-    """An option for click; what it holds is checked by the field's own settings."""
-    default, there = of.default_of(option), of.choices(option) if option.field else []
-    flag = option.form in ("flag", "switch")
-    name = f"--{option.name}" + (f"/--no-{option.name}" if option.form == "switch" else "")
-
-    def complete(ctx: click.Context, parameter: click.Parameter, begun: str) -> list[CompletionItem]:
-        return [CompletionItem(word) for word in there if word.startswith(begun)]
-
-    shown = "" if default in (None, False, "") or required or flag else f"  [default: {_shown(default)}]"
-    made = _Option(
-        [option.key, name, *option.short],
-        help=of.help_for(option) + shown,
-        required=required,
-        multiple=option.form == "many",
-        is_flag=flag or None,
-        **({"default": option.default} if option.default is not None or option.form == "switch" else {}),
-        type=None if flag else option.type,
-        shell_complete=complete if there else None,
-    )
-    made.panel = option.panel
-    return made
-
-
-def _shown(default: Any) -> str:
-    return f"{default:g}" if isinstance(default, float) else str(default)
 
 
 app = _Commands(

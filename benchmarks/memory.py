@@ -86,10 +86,11 @@ def tokenise(folder: Path, rows: int) -> None:
         begun, before = time.monotonic(), os.times()
         opened = open_pool(str(pool), model=str(model), out=str(out), max_length=256, device="cpu")
         seconds, after = time.monotonic() - begun, os.times()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
         own, copies = (sum(after[n : n + 2]) - sum(before[n : n + 2]) for n in (0, 2))
         print(
             f"{len(opened.data):,} rows {what}: {seconds:.1f} s, {rows / seconds:,.0f} rows/s, processor "
-            f"{own:.1f} s and its copies' {copies:.1f} s, peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10:,} MiB",
+            f"{own:.1f} s and its copies' {copies:.1f} s, peak {peak:,} MiB",
             flush=True,
         )
     shutil.rmtree(out, ignore_errors=True)

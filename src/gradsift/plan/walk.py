@@ -167,11 +167,14 @@ class Walk:
         if method.text_model is not None and self.target is not None:
             for name, data in (("pool", self.pool.data), ("target", self.target.data)):
                 self._embedded(name, [conversation_text(own) for own in conversations(data)], method.text_model)
-        for one in method.passes(self.kept or self.pool, self.target):
-            if self.is_new("passes", method.model_dump_json(), one):
-                self.add(Work(one.stage, one.rows, backward=one.tokens, done=one.done and self.kept is not None))
+        self._other_passes(method, self.target)
         if method.view is not None:
             self._gradients(method, targets=method.needs_target)
+
+    def _other_passes(self, method: Estimator, target: Target | PromptTarget | None) -> None:
+        for one in method.passes(self.kept or self.pool, target):
+            if self.is_new("passes", method.model_dump_json(), one):
+                self.add(Work(one.stage, one.rows, backward=one.tokens, done=one.done and self.kept is not None))
 
     def _gradients(self, method: Estimator, *, targets: bool) -> None:
         """The pool's rows that a method reads, and its targets'."""
@@ -441,7 +444,9 @@ class Walk:
         views = explained_views(job.estimators)
         self._pool_rows(last, sorted(views), sums=False)
         self._collect(outputs, last, {target_view(view) for view in views}, self.pool.gradients.full_sum)
+        asked = Target(source or _Expected([question.id for question in questions]), None, ())  # type: ignore[arg-type]
         for method in job.estimators:
+            self._other_passes(method, asked)
             if method.text_model is not None:
                 self._embedded("pool", [conversation_text(own) for own in conversations(pool.data)], method.text_model)
                 self._embedded("outputs", [""] * len(questions), method.text_model)
@@ -490,6 +495,14 @@ class Walk:
             return False
         self._done.add(name)
         return True
+
+
+@dataclass(frozen=True)
+class _Expected:
+    """Answers that are not there yet, as the targets of an estimator."""
+
+    ids: list[str]
+    fingerprint: str = "expected"
 
 
 class _Cells:

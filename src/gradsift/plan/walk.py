@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from gradsift.base.errors import ConfigError
 from gradsift.base.progress import Reporter, silent
 from gradsift.base.types import Message
 from gradsift.compare.chosen import MOST_POINTS
@@ -45,6 +46,7 @@ from gradsift.influence.ratings import (
     missing_ratings,
 )
 from gradsift.influence.rds import missing_embeddings
+from gradsift.jobs.rollouts import check_rollouts
 from gradsift.jobs.select_explain import (
     chooses,
     explain_questions,
@@ -65,6 +67,8 @@ from gradsift.selection.selector import Selector
 from gradsift.store.run import Run
 from gradsift.warmup.checkpoint import Checkpoint, open_checkpoint
 from gradsift.warmup.train import kept_training, warm_up_ids
+
+COMMANDS = ("run", "sample", "reward")
 
 _FILE_BYTES = 4_000  # of a prompt's responses and rewards, besides their tokens
 _TOKEN_BYTES = 14  # token id, two log-probabilities and the text of a token, compressed
@@ -116,6 +120,16 @@ class Walk:
             self._gradients(recipe.estimator, targets=False)
         if recipe.explain is not None:
             self._explain()
+        return self
+
+    def roll_out(self, *, rewarded: bool) -> Walk:
+        """What `gradsift sample` or `gradsift reward` would do."""
+        method, target = self.recipe.estimator, self.target
+        assert takes_reward(method), method
+        assert isinstance(target, PromptTarget), target
+        alone = [None] if method.assistant is not None else self._checkpoints()
+        for number in range(len(alone))[-1:] if method.last_checkpoint else range(len(alone)):
+            self._responses(method, target, number, rewarded=rewarded)
         return self
 
     def compare(self, grid: Grid) -> Walk:
@@ -298,9 +312,12 @@ class Walk:
             tokens, count = float(sum(source.token_counts())), len(source.ids)
         return _Rows("policy gradients", f"{name} {method.model_dump_json()}", count, tokens, source)
 
-    def _responses(self, method: PolicyEstimator, target: PromptTarget, number: int) -> PolicyTargets | None:
+    def _responses(
+        self, method: PolicyEstimator, target: PromptTarget, number: int, *, rewarded: bool = True
+    ) -> PolicyTargets | None:
         """The responses at a checkpoint and what they earn; where the run folder has all of it, that."""
-        checkpoint, writer = self._checkpoints()[number], method.assistant
+        writer = method.assistant
+        checkpoint = None if writer is not None else self._checkpoints()[number]
         sampling, place = method.drawing, "" if writer is not None else str(number)
         responses, limit = len(target.data) * sampling.samples, sampling.max_new_tokens
         drawn = unpaid = responses
@@ -309,14 +326,15 @@ class Walk:
             sampler = sampler_of(self.kept, method, checkpoint or Checkpoint(None))
             samples, requests = missing_samples(self.kept.run, target.data.prompts, sampler)
             drawn = sum(len(request.numbers) for request in requests)
-            unpaid = drawn + missing_rewards(target, samples)
+            unpaid = drawn + missing_rewards(target, samples) if rewarded else 0
             if not unpaid and self.kept.run.manifest(samples.prefix) is not None:
                 complete = PolicyTargets(self.kept, replace(target), method)
         new = "responses", place, str(writer), str(method.server), sampling.model_dump_json()
         if self.is_new(*new, self.pool.seed if writer is None else None):
             prompts = [ids.tolist() for ids in target.data.prompt_ids]
             self.add(self._drawing(method, prompts, drawn, limit))
-            self.earn("rewards", target, unpaid, limit)
+            if rewarded:
+                self.earn("rewards", target, unpaid, limit)
         return complete
 
     def _drawing(self, method: PolicyEstimator, prompts: list[list[int]], drawn: int, limit: int) -> Work:
@@ -589,18 +607,27 @@ class _Cells:
         return self._asked[id(metric)]
 
 
-def walked(recipe: Recipe, scratch: str, reporter: Reporter) -> tuple[Walk, Grid | None]:
+def walked(recipe: Recipe, scratch: str, reporter: Reporter, command: str = "run") -> tuple[Walk, Grid | None]:
     """The walk over a recipe, and the comparison that it asks for.
 
     Args:
         recipe: of the run.
         scratch: a folder in which pool and target are opened.
         reporter: where warnings go.
+        command: one of `COMMANDS`.
 
     Raises:
         ConfigError, DataError, ModelError, MismatchError: as the run.
     """
     inside = recipe.model_copy(update={"out": scratch})
+    if command not in COMMANDS:
+        raise ConfigError(f"--for {command!r} is unknown: there are {', '.join(COMMANDS)}")
+    if command != "run":
+        check_rollouts(recipe)
+        pool = open_recipe(inside, reporter, announce=False)
+        rewarded = command == "reward"
+        prompts = open_recipe_target(inside.model_copy(update={"keep_overlap": True}), pool, rewarded=rewarded)
+        return Walk(recipe, pool, prompts, _kept_pool(recipe, pool)).roll_out(rewarded=rewarded), None
     if recipe.compare is not None:
         grid = open_grid(inside, recipe.compare, reporter)
         return Walk(recipe, grid.pool, grid.target, _kept_pool(recipe, grid.pool)).compare(grid), grid

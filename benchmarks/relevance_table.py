@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from gradsift.report.explanation_page import explanation_file, render_explanation
 from numpy.typing import NDArray
 from scipy.stats import rankdata, spearmanr
 
@@ -37,7 +38,6 @@ from gradsift.explanation.table import gain_over_naive, relevance_table
 from gradsift.influence.scores import Ranker
 from gradsift.jobs.explanation_pages import explanation_page
 from gradsift.model.models import load_tokenizer
-from gradsift.report.explanation_page import explanation_file, render_explanation
 from gradsift.selection.selector import choose_all
 from gradsift.validation.validate import Validated, cells_of, sanity_check, validate
 from gradsift.warmup.train import PRESETS

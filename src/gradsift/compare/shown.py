@@ -462,8 +462,8 @@ def comparison_page(
         )
     if chosen.get("By embedding"):
         reading["map"] = (
-            "Sentence embeddings by the two directions in which they differ most (principal components), of a large "
-            "pool of a part where choices are denser. A choice in one corner is narrow, one all over the map is broad."
+            "t-SNE of sentence embeddings, of a large pool of a part where choices are denser (50 principal "
+            "components, perplexity 10, fixed seed). A choice in one corner is narrow, one all over the map is broad."
         )
     if ends:
         reading["score"] = (

@@ -400,7 +400,7 @@ _READING = {
     "location trades cost for coverage.",
     "coverage": "How similar a candidate's gradient is to the nearest chosen one. The more of the map is shaded, the "
     "more of the candidates the choice stands for.",
-    "maps": "The candidates by the two directions in which they differ most (principal components).",
+    "maps": "t-SNE of the candidates at length 1 (50 principal components, perplexity 10, fixed seed).",
     "texts": text.HOW_TEXTS_ARE_SHOWN,
 }
 

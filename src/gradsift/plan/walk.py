@@ -169,7 +169,8 @@ class Walk:
                 self._embedded(name, [conversation_text(own) for own in conversations(data)], method.text_model)
         for one in method.passes(self.kept or self.pool, self.target):
             if self.is_new("passes", method.model_dump_json(), one):
-                self.add(Work(one.stage, one.rows, backward=one.tokens, done=one.done and self.kept is not None))
+                backward, forward = (0.0, one.tokens) if one.forward else (one.tokens, 0.0)
+                self.add(Work(one.stage, one.rows, backward, forward, done=one.done and self.kept is not None))
         if method.view is not None:
             self._gradients(method, targets=method.needs_target)
 

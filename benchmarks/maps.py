@@ -1,7 +1,8 @@
 """How many of a row's nearest neighbours are its neighbours on a map: `python benchmarks/maps.py`.
 
-The rows are sentence embeddings of the demo's pool, compared by cosine; the map is that of pages, beside
-two principal components alone. Needs the extra `embeddings` and its model.
+The rows are sentence embeddings of the demo's pool, compared by cosine; the map is `gradsift.report.maps.layout`,
+beside two principal components alone. Needs the extra `embeddings` and its model.
+
 """
 
 from __future__ import annotations

@@ -29,11 +29,10 @@ from gradsift.data.chat import ChatFormat
 from gradsift.data.load import load_examples
 from gradsift.data.overlap import normalised_hash
 from gradsift.demo.model import demo_model
-from gradsift.explanation.batch import relevance_of_choices
 from gradsift.explanation.coefficients import MODELS
 from gradsift.explanation.explain import ALL_STRATEGIES, Explanations, explain
 from gradsift.explanation.outputs import OutputSource, Question, questions_of
-from gradsift.explanation.relevance import to_db
+from gradsift.explanation.relevance import relevance_of_choices, to_db
 from gradsift.explanation.table import gain_over_naive, relevance_table
 from gradsift.influence.scores import Ranker
 from gradsift.jobs.explanation_pages import explanation_page

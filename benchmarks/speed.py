@@ -491,8 +491,8 @@ def section_explain(args: argparse.Namespace) -> dict[str, Any]:
     On one core: 8192-dimensional rows from memory in fp16, read as fp32. First the 100 candidates of one order, then
     those of all four, of which about 300 are different.
     """
-    from gradsift.explanation.batch import relevance_of_choices
     from gradsift.explanation.coefficients import MODELS
+    from gradsift.explanation.relevance import relevance_of_choices
     from gradsift.selection.candidates import Candidates
     from gradsift.selection.selector import Choices, choose_all
 

@@ -25,9 +25,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gradsift.base.errors import CorruptError, GradsiftError
+from gradsift.base.types import Prompt
 from gradsift.data.load import load_examples
 from gradsift.generation.samples import _SCHEMA, Samples
-from gradsift.generation.sampling import Prompt
 from gradsift.model.models import adapter_identity
 from gradsift.recipe import Recipe, as_yaml, load_recipes, template
 from gradsift.store.gradient_store import GradientStore, GradientStoreWriter, ShardColumns

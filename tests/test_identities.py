@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 import gradsift.influence.scores as scoring
 from gradsift.base.errors import ConfigError, CorruptError, GradsiftError
 from gradsift.base.settings import Settings
+from gradsift.base.types import Prompt
 from gradsift.compare.costs import StageClock
 from gradsift.context import Pool, open_pool, open_target
 from gradsift.evaluation.evaluate import evaluate
@@ -28,7 +29,7 @@ from gradsift.evaluation.setup import open_model
 from gradsift.explanation.explain import DEFAULT_STRATEGIES, _Work
 from gradsift.explanation.outputs import answers, question_of
 from gradsift.generation.samples import Samples
-from gradsift.generation.sampling import Prompt, Sampling
+from gradsift.generation.sampling import Sampling
 from gradsift.gradients.collect import Adam, Gradients
 from gradsift.gradients.projection import Projection
 from gradsift.gradients.self_check import kept_check
@@ -167,7 +168,7 @@ def test_a_model_used_as_its_folder_has_it_is_all_of_its_files(tmp_path: Path) -
     model = fake_model(tmp_path / "model")
     (model / "1_Pooling").mkdir()
     for file in ("tokenizer.json", "vocab.txt", "1_Pooling/config.json", "chat_template.jinja"):
-        before, reward = whole_identity(str(model)), PromptTarget(None, RewardModel(model=str(model)))  # type: ignore[arg-type]
+        before, reward = whole_identity(str(model)), PromptTarget(None, reward=RewardModel(model=str(model)))  # type: ignore[arg-type]
         rewarded = reward.reward_identity()
         (model / file).write_text("another")
         assert whole_identity(str(model)) != before, file
@@ -177,7 +178,7 @@ def test_a_model_used_as_its_folder_has_it_is_all_of_its_files(tmp_path: Path) -
         (model / unread).write_text("another")
     moved = model.rename(tmp_path / "moved")
     assert whole_identity(str(moved)) == before
-    assert PromptTarget(None, RewardModel(model=str(moved))).reward_identity() == rewarded  # type: ignore[arg-type]
+    assert PromptTarget(None, reward=RewardModel(model=str(moved))).reward_identity() == rewarded  # type: ignore[arg-type]
 
 
 # --- digests that are kept ----------------------------------------------------------------------------------------

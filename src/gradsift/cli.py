@@ -705,11 +705,14 @@ def collect(
 def plan(
     given: dict[str, Any],
     recipe: Annotated[Path | None, typer.Argument(help="A recipe to estimate, instead of options.")] = None,
+    command: Annotated[
+        str, option("--for", help="What is done with it: run (select, explain, compare), sample or reward.")
+    ] = "run",
 ) -> None:
     """Estimate tokens, time, memory and disk before anything heavy, from a short measured sample.
 
-    Takes the options of `gradsift select`, and estimates what it would do with them; without a target, one pass of
-    `gradsift collect`.
+    Takes the options of `gradsift select`, and estimates what it would do with them; without a target, what
+    `gradsift collect` would take for the estimator. Calls of endpoints and their cost are counted, too.
 
     Example: gradsift plan --model MODEL --pool pool.jsonl --target math.jsonl --out runs/math
 
@@ -724,7 +727,7 @@ def plan(
             if given[name] is None:
                 raise typer.BadParameter(f"give --{name}, or a recipe")
         recipes = [_recipe(given)]
-    found = [estimate(one, _reporter(given)) for one in recipes]
+    found = [estimate(one, _reporter(given), command=command) for one in recipes]
     if given["as_json"]:
         _print_json(found[0] if len(found) == 1 else found)
     else:

@@ -17,10 +17,11 @@ from gradsift.data.dataset import Dataset
 from gradsift.data.load import Columns
 from gradsift.data.overlap import overlap_of_hashes
 from gradsift.data.prepare import prepare
+from gradsift.data.rows import Rows
 from gradsift.data.sample import RowSample
 from gradsift.execution.engine import LOCAL, Engine
 from gradsift.gradients.capture import find_modules
-from gradsift.gradients.collect import Gradients, collect, kept_manifest
+from gradsift.gradients.collect import AtCheckpoint, Gradients, collect_at
 from gradsift.gradients.rows import View
 from gradsift.gradients.self_check import kept_check
 from gradsift.model.models import DtypeName, find_adapter, load_tokenizer, model_identity, positions, resolve_device
@@ -113,26 +114,18 @@ class Pool(Setup):
 
     def kept(self, source: Any, checkpoint: Checkpoint, view: View) -> dict[str, Any] | None:
         """The manifest of a store that the run holds; nothing is collected, and no row is read."""
-        return kept_manifest(
-            self.run, source, checkpoint, model=self.model, view=view, settings=self.gradients, dtype=self.dtype
-        )
+        return self.at(checkpoint).kept(self.run, source, view)
+
+    def at(self, checkpoint: Checkpoint) -> AtCheckpoint:
+        """How this pool's gradients are taken at a checkpoint."""
+        return AtCheckpoint(checkpoint, self.model, self.gradients, self.dtype, self.device)
 
     def collect(
         self, source: Any, checkpoint: Checkpoint, views: SequenceABC[View], *, what: str
     ) -> dict[View, GradientStore]:
         """Gradient stores of any sequences with this pool's model and settings."""
-        return collect(
-            self.run,
-            source,
-            checkpoint,
-            model=self.model,
-            views=views,
-            settings=self.gradients,
-            dtype=self.dtype,
-            device=self.device,
-            what=what,
-            reporter=self.reporter,
-            engine=self.engine,
+        return collect_at(
+            self.run, source, self.at(checkpoint), views, what=what, reporter=self.reporter, engine=self.engine
         )
 
 
@@ -140,13 +133,18 @@ class Pool(Setup):
 class Target:
     """What the pool is to help with: labelled examples, in subtasks or not.
 
-    overlap: pool examples that are also in the target; they are left out of scores and selections
     subtasks: a label per target example, or None
+    overlap: pool examples that are also in the target; they are left out of scores and selections
     """
 
-    data: Dataset
-    subtasks: tuple[str, ...] | None
-    overlap: tuple[Skipped, ...]
+    data: Rows
+    subtasks: tuple[str, ...] | None = None
+    overlap: tuple[Skipped, ...] = ()
+
+    @property
+    def labels(self) -> Dataset | None:
+        """The rows that have an answer, tokenised; None where there is none."""
+        return self.data if isinstance(self.data, Dataset) else None
 
 
 def setup_of(

@@ -250,11 +250,11 @@ def test_an_interrupted_explain_goes_on(tiny: World, tmp_path: Path, monkeypatch
     done: list[str] = []
     explain_one = explain_module._Work._explain
 
-    def stop_at_the_second(self: Any, output: Any, column: int) -> Any:
+    def stop_at_the_second(self: Any, output: Any) -> Any:
         if len(done) == 1:
             raise KeyboardInterrupt
         done.append(output.id)
-        return explain_one(self, output, column)
+        return explain_one(self, output)
 
     monkeypatch.setattr(explain_module._Work, "_explain", stop_at_the_second)
     stopped = command(tiny, "explain", tmp_path / "stopped", *options, target=tiny.target)
@@ -263,9 +263,9 @@ def test_an_interrupted_explain_goes_on(tiny: World, tmp_path: Path, monkeypatch
     assert not (tmp_path / "stopped" / "explanations.jsonl").exists()
     done.clear()
 
-    def note(self: Any, output: Any, column: int) -> Any:
+    def note(self: Any, output: Any) -> Any:
         done.append(output.id)
-        return explain_one(self, output, column)
+        return explain_one(self, output)
 
     monkeypatch.setattr(explain_module._Work, "_explain", note)
     assert explained(tiny, tmp_path / "stopped", *options, target=tiny.target)["explanations"] == whole

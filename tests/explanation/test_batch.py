@@ -9,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradsift.base.errors import ConfigError, DataError, NonFiniteError, ShapeError
-from gradsift.explanation.batch import batch_relevance, relevance_of_choices
 from gradsift.explanation.coefficients import MODELS, CoefficientModel
-from gradsift.explanation.relevance import Relevance, selection_relevance
+from gradsift.explanation.relevance import Relevance, batch_relevance, relevance_of_choices, selection_relevance
 from gradsift.selection.aide import Aide
 from gradsift.selection.candidates import Candidates
 from gradsift.selection.divine import Divine

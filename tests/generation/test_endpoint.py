@@ -20,9 +20,11 @@ import pytest
 from pydantic import ValidationError
 
 from gradsift.base.errors import ConfigError, GradsiftError, ModelError
+from gradsift.base.types import Prompt
 from gradsift.generation.encoding import ReplyEncoder
-from gradsift.generation.endpoint import Client, Endpoint, EndpointSampler, ReplyError
-from gradsift.generation.sampling import ASSISTED, Drawn, Prompt, Request, Sampling, Usage, request_seed
+from gradsift.generation.endpoint import Client, Endpoint, ReplyError
+from gradsift.generation.endpoint_sampler import EndpointSampler
+from gradsift.generation.sampling import ASSISTED, Drawn, Request, Sampling, Usage, request_seed
 from gradsift.model.models import load_tokenizer
 from loopback import Answer, Server, completion, serving
 from tiny_world import World
@@ -451,8 +453,10 @@ def test_an_interrupted_run_does_not_wait_for_replies(tmp_path: Path) -> None:
     script = tmp_path / "run.py"
     with serving(Answer(completion("x"), headers={"Content-Length": "9999"}, stall=release)) as server:
         script.write_text(
-            "from gradsift.generation.endpoint import Endpoint, EndpointSampler\n"
-            "from gradsift.generation.sampling import ASSISTED, Prompt, Request\n"
+            "from gradsift.generation.endpoint import Endpoint\n"
+            "from gradsift.generation.endpoint_sampler import EndpointSampler\n"
+            "from gradsift.base.types import Prompt\n"
+            "from gradsift.generation.sampling import ASSISTED, Request\n"
             f"sampler = EndpointSampler(Endpoint(model='m', base_url={server.url!r}), ASSISTED)\n"
             "prompt = Prompt('a', ({'role': 'user', 'content': 'x'},))\n"
             "print('begin', flush=True)\n"

@@ -19,8 +19,9 @@ from transformers import (
 )
 
 from gradsift.base.errors import DataError, ModelError, NonFiniteError
+from gradsift.base.types import Prompt
 from gradsift.generation.local import LocalSampler, Row, TokenDraw, draw_tokens, greedy_output, pick_tokens, warp
-from gradsift.generation.sampling import Prompt, Request, Sampling, uniforms
+from gradsift.generation.sampling import Request, Sampling, uniforms
 from tiny_world import World
 
 PLAIN = Sampling(temperature=1, top_k=None, top_p=None, max_new_tokens=8)

@@ -16,12 +16,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from gradsift.base.errors import CorruptError, DataError, NonFiniteError
+from gradsift.base.types import Prompt
 from gradsift.generation.assistant import Assistant
 from gradsift.generation.encoding import ReplyEncoder
-from gradsift.generation.endpoint import Endpoint, EndpointSampler
+from gradsift.generation.endpoint import Endpoint
+from gradsift.generation.endpoint_sampler import EndpointSampler
 from gradsift.generation.local import LocalSampler
 from gradsift.generation.samples import Samples, sample
-from gradsift.generation.sampling import ASSISTED, Drawn, Problem, Prompt, Request, Response, Sampling, Usage
+from gradsift.generation.sampling import ASSISTED, Drawn, Problem, Request, Response, Sampling, Usage
 from gradsift.model.models import load_tokenizer
 from gradsift.store.run import Run
 from loopback import Answer, completion, serving

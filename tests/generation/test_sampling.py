@@ -6,19 +6,8 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from gradsift.base.types import Example
-from gradsift.generation.sampling import (
-    ALPACA_EVAL,
-    ASSISTED,
-    CODE,
-    PRESETS,
-    Prompt,
-    Sampling,
-    Usage,
-    prompts_of,
-    request_seed,
-    uniforms,
-)
+from gradsift.base.types import Example, Prompt
+from gradsift.generation.sampling import ALPACA_EVAL, ASSISTED, CODE, PRESETS, Sampling, Usage, request_seed, uniforms
 
 
 def test_presets_are_the_papers() -> None:
@@ -104,7 +93,7 @@ def test_request_seeds_count_up_from_the_prompts_own() -> None:
 def test_prompts_end_before_the_last_answer() -> None:
     """Earlier answers stay in the prompt, and a conversation without an answer is taken whole."""
     turns = tuple({"role": r, "content": str(n)} for n, r in enumerate(("user", "assistant", "user", "assistant")))
-    assert prompts_of([Example("a", turns, {}), Example("b", turns[:1], {})]) == [
+    assert [Prompt.of(row) for row in (Example("a", turns, {}), Example("b", turns[:1], {}))] == [
         Prompt("a", turns[:3]),
         Prompt("b", turns[:1]),
     ]

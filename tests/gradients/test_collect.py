@@ -23,7 +23,7 @@ from gradsift.base.errors import ConfigError, DataError, MismatchError, ModelErr
 from gradsift.data.dataset import Dataset
 from gradsift.gradients import collect as collect_module
 from gradsift.gradients.capture import find_modules
-from gradsift.gradients.collect import Adam, Gradients, ShardSpec, collect, collect_shard, kept_manifest
+from gradsift.gradients.collect import Adam, AtCheckpoint, Gradients, ShardSpec, _Cut, collect, collect_shard
 from gradsift.gradients.projection import Projection, Projector, plan_segments
 from gradsift.model.models import host
 from gradsift.store.gradient_store import GradientStore
@@ -191,11 +191,8 @@ def test_the_adam_view_alone_measures_the_same(tmp_path: Path, files: dict[str, 
     assert alone.to_plain is not None
     assert both.to_plain is not None
     assert alone.to_plain.rms == pytest.approx(both.to_plain.rms, rel=1e-4)
-    given = {"model": files["model"], "settings": SETTINGS}
-    known = [
-        kept_manifest(runs[1], make_dataset(runs[1]), open_checkpoint(files["adapter"]), view=view, **given)  # type: ignore[arg-type]
-        for view in ("adam", "plain")
-    ]
+    at = AtCheckpoint(open_checkpoint(files["adapter"]), files["model"], SETTINGS)
+    known = [at.kept(runs[1], make_dataset(runs[1]), view) for view in ("adam", "plain")]
     assert known[0] is not None
     assert MeasuredError.of_dict(known[0]["measured_error"]) == alone
     assert known[1] is None
@@ -367,17 +364,12 @@ def test_shards_are_work_for_any_process(tmp_path: Path, files: dict[str, str]) 
     spec = ShardSpec(
         run,
         data,
-        files["model"],
-        "auto",
-        "cpu",
-        open_checkpoint(files["adapter"]),
-        SETTINGS,
+        AtCheckpoint(open_checkpoint(files["adapter"]), files["model"], SETTINGS, device="cpu"),
         {"plain": "gradients/p/", "adam": "gradients/a/"},
         shard=1,
         start=4,
         stop=8,
-        token_budget=40,
-        measured=16,
+        cut=_Cut(4, token_budget=40, measured=16),
     )
     shipped = pickle.loads(pickle.dumps(spec))  # noqa: S301 - the test's own bytes
     collect_shard(shipped)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,6 +16,7 @@ from stored_rows import SIZES, gradients, segmented, write_store
 from torch import Tensor
 
 from gradsift.base.errors import ConfigError, NonFiniteError, ShapeError
+from gradsift.influence import datainf
 from gradsift.influence.datainf import (
     DataInf,
     ProjectedInverse,
@@ -22,6 +24,7 @@ from gradsift.influence.datainf import (
     datainf_scores,
     inverse_directions,
     projected_inverse_scores,
+    whole_inverse_directions,
 )
 from gradsift.influence.products import store_inner_products
 
@@ -216,7 +219,7 @@ def test_methods_are_checked_values(method: Any) -> None:
     assert "λ=0.0001" in method(damping=1e-4).label
     assert "λ" not in method().label
     for damping in (0, -1, "much", None, True, float("nan")):
-        with pytest.raises(ValidationError, match=r"'auto' or a number above 0|neither true nor false"):
+        with pytest.raises(ValidationError, match=r"'auto', 'spectral' or a number above 0|neither true nor false"):
             method(damping=damping)
 
 
@@ -242,6 +245,59 @@ def test_streamed_scores_are_those_of_the_whole_rows(tmp_path: Path, dtype: str,
         found = store_inner_products(store, h, normalise=False)
         wanted = scores_of(stored, list(targets.split(SIZES, dim=1)), damping=damping)
         assert float((found - wanted).abs().max()) < 2e-6 * float(wanted.abs().max())
+
+
+def spectral(moments: np.ndarray) -> float:
+    """A tenth of the largest eigenvalue, by a full decomposition."""
+    return 0.1 * float(np.linalg.eigvalsh(moments)[-1])
+
+
+def test_spectral_damping_of_segments(tmp_path: Path) -> None:
+    """λ of each module is a tenth of its own largest eigenvalue; a module of zeros adds nothing."""
+    parts = segmented(50, 8)
+    parts[1].zero_()
+    store, targets = write_store(tmp_path, torch.cat(parts, dim=1)), torch.cat(segmented(3, 9), dim=1).float()
+    found = inverse_directions(store, targets, "spectral")
+    rows = store.rows(0, len(store)).double().split(SIZES, dim=1)
+    for G, V, h in zip(rows, targets.double().split(SIZES, dim=1), found.split(SIZES, dim=1), strict=True):
+        moments = (G.T @ G / len(G)).numpy()
+        value = spectral(moments)
+        wanted = np.linalg.solve(moments + value * np.eye(len(moments)), V.T.numpy()).T if value else 0 * V.numpy()
+        np.testing.assert_allclose(h.numpy(), wanted, rtol=1e-4, atol=1e-6 * np.abs(wanted).max())
+    assert np.isfinite(datainf_directions(store, targets, "spectral").numpy()).all()
+
+
+@pytest.mark.parametrize("rows", [7, 300])
+@pytest.mark.parametrize("damping", ["auto", "spectral", 0.05])
+def test_the_whole_inverse_is_a_dense_solve(tmp_path: Path, rows: int, damping: Any) -> None:
+    """λ·V(H + λI)⁻¹ over all modules at once, with fewer rows than dimensions and with more."""
+    store = write_store(tmp_path, torch.cat(segmented(rows, 10), dim=1))
+    targets = torch.cat(segmented(3, 11), dim=1).float()
+    G = store.rows(0, rows).double().numpy()
+    moments = G.T @ G / rows
+    value = {"auto": 0.1 * float(np.square(G).mean()), "spectral": spectral(moments)}.get(damping, damping)
+    wanted = value * np.linalg.solve(moments + value * np.eye(len(moments)), targets.double().T.numpy()).T
+    found = whole_inverse_directions(store, targets, damping).numpy()
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5 * np.abs(wanted).max())
+
+
+def test_the_whole_inverse_of_some_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a larger pool second moments are those of rows drawn by their ids, whatever the order in the store."""
+    rows, targets = torch.cat(segmented(40, 12), dim=1), torch.cat(segmented(2, 13), dim=1).float()
+    monkeypatch.setattr(datainf, "_MOST_MOMENT_ROWS", 15)
+    store, first = write_store(tmp_path / "a", rows), write_store(tmp_path / "c", rows[:15])
+    found = whole_inverse_directions(store, targets, "spectral")
+    chosen = sorted(store.ids, key=datainf._drawn)[:15]
+    some = write_store(tmp_path / "b", rows[store.positions(chosen)])
+    torch.testing.assert_close(found, whole_inverse_directions(some, targets, "spectral"))
+    assert not torch.allclose(found, whole_inverse_directions(first, targets, "spectral"))
+
+
+def test_a_pool_of_zeros_has_no_inverse(tmp_path: Path) -> None:
+    """Where all rows are 0, nothing is damped, and targets stay what they are."""
+    store = write_store(tmp_path, torch.zeros(4, sum(SIZES)))
+    targets = torch.ones(2, sum(SIZES))
+    assert torch.equal(whole_inverse_directions(store, targets, "spectral"), targets)
 
 
 def test_a_streamed_segment_of_zeros_adds_nothing(tmp_path: Path) -> None:

@@ -89,6 +89,24 @@ def test_inverses_are_those_of_the_stored_rows(pool: Pool, target: Target, metho
     assert np.allclose(found.aggregate, np.maximum(*means), rtol=1e-5)
 
 
+def test_the_whole_inverse_adds_checkpoints_by_their_rates(pool: Pool, target: Target) -> None:
+    """Each checkpoint's λ·⟨g, (H + λI)⁻¹v⟩ counts by its learning rate, on the plain rows over all modules."""
+    method = ProjectedInverse(kernel="whole", damping="spectral", checkpoints="all")
+    checkpoints, wanted = pool.checkpoints(), 0.0
+    for checkpoint, weight in zip(checkpoints, rate_weights(checkpoints), strict=True):
+        store = pool.stores(checkpoint, ["plain"])["plain"]
+        V = pool.collect(target.data, checkpoint, ["plain"], what="target")["plain"].rows_by_id(target.data.ids)
+        G = store.rows_by_id(pool.data.ids).double().numpy()
+        moments = G.T @ G / len(G)
+        value = 0.1 * np.linalg.eigvalsh(moments)[-1]
+        solved = np.linalg.solve(moments + value * np.eye(len(moments)), V.double().T.numpy())
+        wanted = wanted + weight * value * (G @ solved)
+    found = score(pool, target, method)
+    assert found.per_target is not None
+    np.testing.assert_allclose(found.per_target, wanted, rtol=1e-3, atol=1e-4 * np.abs(wanted).max())
+    assert found.method.label == "projected inverse (whole, all checkpoints, spectral damping)"
+
+
 @pytest.mark.parametrize("method", [TRAK(), TRAK(damping=1e-2, checkpoints="last")])
 def test_trak_is_that_of_the_stored_rows_and_losses(pool: Pool, target: Target, method: TRAK) -> None:
     """Plain rows and losses of the checkpoints, weighted equally whatever their learning rates."""

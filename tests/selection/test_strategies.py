@@ -282,6 +282,26 @@ def test_scores_that_are_not_finite_are_never_chosen(strategy: Selector) -> None
         world.choose(strategy, [58])
 
 
+class Rows(dict[str, torch.Tensor]):
+    """What a store gives."""
+
+    def rows_by_id(self, ids: list[str]) -> torch.Tensor:
+        return torch.stack([self[id_] for id_ in ids])
+
+
+@pytest.mark.parametrize("strategy", EVERY, ids=lambda strategy: strategy.label)
+def test_a_row_without_a_gradient_is_never_chosen(strategy: Selector) -> None:
+    """A store leaves out what is not finite; the best by score competes without it no more."""
+    world = World(seed=11)
+    ids = [f"row{number}" for number in range(60)]
+    missing = world.first("most_influential", 2)
+    store = Rows({id_: world.rows[number] for number, id_ in enumerate(ids) if number not in missing})
+    pool = Candidates.stored(store, ids, world.scores.numpy(), world.g, count=20)  # type: ignore[arg-type]
+    for selection in choose_all([strategy], pool, [5])[0][5]:
+        assert not set(missing) & set(selection)
+    assert len(pool.available) == 58
+
+
 def test_rows_are_read_once_for_all_strategies() -> None:
     """Each example that some strategy considers is read once, and only those."""
     world = World(seed=7)

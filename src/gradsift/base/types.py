@@ -102,6 +102,20 @@ class Example:
 
 
 @dataclass(frozen=True, slots=True)
+class Prompt:
+    """What is answered: a conversation up to the answer, and its row's own arguments for the template, as JSON."""
+
+    id: str
+    messages: tuple[Message, ...]
+    options: str = ""
+
+    @classmethod
+    def of(cls, example: Example) -> Prompt:
+        """The conversation before its last answer; one without any is taken whole."""
+        return cls(example.id, before_answer(example.messages)[0], example.options)
+
+
+@dataclass(frozen=True, slots=True)
 class TokenizedExample:
     """Token ids of a whole conversation and which of them the loss is taken on.
 

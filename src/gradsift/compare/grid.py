@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from gradsift.base.errors import ConfigError, DataError, MismatchError, UnusableRowsError
 from gradsift.base.progress import Reporter
 from gradsift.context import Pool, Target
@@ -66,7 +68,7 @@ class Grid:
     recipe: Recipe
     job: Compare
     pool: Pool
-    target: Target | PromptTarget | None
+    target: Target | None
     contenders: list[Contender]
     budgets: tuple[int, ...]
     datasets: dict[str, Dataset]
@@ -221,7 +223,7 @@ def _judged(contender: Contender, recipe: Recipe) -> Contender:
     return replace(contender, estimator=contender.estimator and with_judge(contender.estimator, recipe.judge))
 
 
-def _target(recipe: Recipe, pool: Pool, methods: Sequence[Estimator]) -> Target | PromptTarget | None:
+def _target(recipe: Recipe, pool: Pool, methods: Sequence[Estimator]) -> Target | None:
     if recipe.target is None and not any(method.needs_target for method in methods):
         return None
     unpaid = next((method for method in methods if takes_reward(method)), None)
@@ -242,7 +244,7 @@ def _target(recipe: Recipe, pool: Pool, methods: Sequence[Estimator]) -> Target 
         ) from error
 
 
-def _check_methods(pool: Pool, target: Target | PromptTarget, methods: Sequence[Estimator]) -> None:
+def _check_methods(pool: Pool, target: Target, methods: Sequence[Estimator]) -> None:
     """Refuse estimators that do not go with the target or the adapters."""
     for method in methods:
         if takes_reward(method) and isinstance(target, PromptTarget):
@@ -300,11 +302,9 @@ def _check_origin(name: str, data: Dataset, pool: Pool) -> None:
     Raises:
         MismatchError: some rows are of another pool.
     """
-    chosen = [id_ for id_ in data.ids if "gradsift_id" in data.row(id_)]
-    if not chosen:
-        return
-    known, own = set(pool.training.hashes), dict(zip(data.ids, data.hashes, strict=True))
-    foreign = [id_ for id_ in chosen if own[id_] not in known]
+    chosen = np.array(["gradsift_id" in row for row in data.rows()])
+    places = np.flatnonzero(chosen & (pool.training.hashes.positions(data.hashes) < 0))
+    foreign = data.ids.take(places)
     if foreign:
         raise MismatchError(
             f"{name} is a selection (it has gradsift_id), and {len(foreign)} of its {len(data)} rows are not in "
@@ -313,7 +313,7 @@ def _check_origin(name: str, data: Dataset, pool: Pool) -> None:
         )
 
 
-def _leaks(pool: Pool, target: Target | PromptTarget | None, metric: Any) -> list[str]:
+def _leaks(pool: Pool, target: Target | None, metric: Any) -> list[str]:
     """Warnings where what is measured on could be trained on or chosen by."""
     if metric.kind not in ("loss", "reward", "pairwise"):
         return []

@@ -15,8 +15,9 @@ from pydantic import Field
 
 from gradsift.base.errors import DataError
 from gradsift.base.strings import Strings, let_go
-from gradsift.base.types import Message, Sequence, Skipped, TokenizedExample
+from gradsift.base.types import Message, Sequence, TokenizedExample
 from gradsift.data.account import Account, Entries
+from gradsift.data.rows import Rows
 from gradsift.data.sample import sample_count
 from gradsift.model.loss import token_mean
 from gradsift.store.manifest import Record, fingerprint, read_json, reading
@@ -46,21 +47,16 @@ class _Index(Record):
     hashes: list[str]
 
 
-class Dataset:
+class Dataset(Rows):
     """Examples with token ids and labels, in mapped files of a run folder: no row is a Python object before it is asked
     for.
 
     Attributes:
         fingerprint: names ids, token ids, labels and weights; data sets with equal ones give equal gradients.
-        ids: in row order; equal to a list.
         lengths: int64 `[example]`, tokens of each example.
         supervised_tokens: int64 `[example]`.
-        hashes: normalised content hash of each example.
         description: one line that says what was read.
     """
-
-    ids: Strings
-    hashes: Strings
 
     def __init__(self, run: Run, prefix: str, positions: NDArray[np.int64] | None = None) -> None:
         content = read_json(run.storage, f"{prefix}manifest.json", DataManifest)
@@ -83,21 +79,28 @@ class Dataset:
         self._weights = arrays.get("weights")
         self._line_ends = arrays.get("line_ends")
         if "ids" in arrays:
-            self.ids = Strings(arrays["ids"], arrays["id_ends"])
-            self.hashes = Strings(arrays["hashes"], arrays["hash_ends"])
+            self._ids = Strings(arrays["ids"], arrays["id_ends"])
+            self._hashes = Strings(arrays["hashes"], arrays["hash_ends"])
         else:  # of a version that wrote them as JSON
             index = read_json(run.storage, f"{prefix}index.json", _Index)
-            self.ids, self.hashes = Strings.of(index["ids"]), Strings.of(index["hashes"])
+            self._ids, self._hashes = Strings.of(index["ids"]), Strings.of(index["hashes"])
         self._stored = positions  # of each row in the files; None: as they are there
         if positions is not None:
             self.fingerprint = fingerprint([self.fingerprint, positions.tolist()])
             self.description = f"{len(positions)} of {self.description}"
-            self.ids, self.hashes = self.ids.take(positions), self.hashes.take(positions)
+            self._ids, self._hashes = self._ids.take(positions), self._hashes.take(positions)
             self.lengths, self.supervised_tokens = self.lengths[positions], self.supervised_tokens[positions]
         self._beside = Account()
 
-    def __len__(self) -> int:
-        return len(self.ids)
+    @property
+    def ids(self) -> Strings:
+        """In row order; equal to a list of them."""
+        return self._ids
+
+    @property
+    def hashes(self) -> Strings:
+        """Normalised content hash of each example."""
+        return self._hashes
 
     def __repr__(self) -> str:
         return f"Dataset({self.description}: {len(self)} examples, {int(self.lengths.sum())} tokens)"
@@ -126,11 +129,6 @@ class Dataset:
         return Account(Entries.of_lines(rows), Entries.of_lines(parts)) + self._beside
 
     @property
-    def skipped(self) -> SequenceABC[Skipped]:
-        """Rows left out, with reasons."""
-        return self.account.rows
-
-    @property
     def loss(self) -> str:
         """What a row's loss is: the mean over its supervised tokens, `gradsift.model.loss.token_mean`."""
         return "token_mean"
@@ -157,15 +155,6 @@ class Dataset:
         """
         count = sample_count(size, len(self))
         return self.subset(np.sort(np.random.default_rng(seed).choice(len(self), count, replace=False)))
-
-    def token_counts(self) -> list[int]:
-        """Tokens of each row."""
-        counts: list[int] = self.lengths.tolist()
-        return counts
-
-    def longest(self) -> int:
-        """Tokens of the longest row, 0 where there is none."""
-        return int(self.lengths.max(initial=0))
 
     def sequences(self, start: int, stop: int) -> list[Sequence]:
         """Rows `[start, stop)` as the gradient engine takes them, one sequence each."""
@@ -244,23 +233,9 @@ class Dataset:
         """The messages of every example, in row order."""
         return (json.loads(line)["messages"] for line in self._lines)
 
-    def values(self, column: str) -> Iterator[Any]:
-        """What the original rows have in a column, in row order; None where a row has it not."""
-        return (json.loads(line)["row"].get(column) for line in self._lines)
-
-    def column(self, name: str) -> list[Any]:
-        """A column of the original rows, in row order.
-
-        Raises:
-            DataError: no row has it; the message lists the columns there are.
-        """
-        found = list(self.values(name))
-        if all(value is None for value in found):
-            there = {key for line in self._lines for key in json.loads(line)["row"]}
-            if name not in there:
-                listed = ", ".join(sorted(there))
-                raise DataError(f"{self.description} has no column {name!r}; its columns are {listed}")
-        return found
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """The original rows, in their order."""
+        return (json.loads(line)["row"] for line in self._lines)
 
 
 @lru_cache(maxsize=4)

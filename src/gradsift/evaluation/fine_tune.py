@@ -106,7 +106,7 @@ def _examples(pool: Pool, data: Selection | Dataset | Iterable[str] | None) -> t
     if isinstance(data, Dataset):
         return data, list(data.ids)
     ids = list(data.ids if isinstance(data, Selection) else data)
-    return (pool.data if set(ids) <= set(pool.data.ids) else pool.training), ids
+    return (pool.data if (pool.data.ids.positions(ids) >= 0).all() else pool.training), ids
 
 
 def _best(pool: Pool, trained: Trained, metric: Metric, what: str) -> Trained:

@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field
 
 from gradsift.base.errors import ConfigError, DataError
 from gradsift.base.settings import Settings
-from gradsift.base.types import Message
+from gradsift.base.types import Message, Prompt
 from gradsift.context import Setup
 from gradsift.data.files import Row
 from gradsift.data.sources import read_rows
@@ -28,7 +28,7 @@ from gradsift.evaluation.metric import (
     source_name,
 )
 from gradsift.evaluation.setup import Subject
-from gradsift.generation.sampling import Prompt, Sampling
+from gradsift.generation.sampling import Sampling
 from gradsift.rewards.judge import BoundJudge, Judge
 from gradsift.store.manifest import fingerprint
 from gradsift.store.run import revisions

@@ -8,14 +8,16 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field
 
 from gradsift.base.settings import Settings
+from gradsift.base.types import Prompt
 from gradsift.context import Setup
 from gradsift.data.load import Columns
+from gradsift.data.prompts import Prompts, read_prompts
 from gradsift.evaluation.metric import Figure, Measured, Needs, Notebook, in_words, left_out, mean_figure, source_name
 from gradsift.evaluation.setup import Subject
 from gradsift.generation.local import LocalSampler
 from gradsift.generation.samples import Samples, sample
-from gradsift.generation.sampling import Prompt, Sampling
-from gradsift.influence.prompts import Prompts, PromptTarget, read_prompts, reward_responses
+from gradsift.generation.sampling import Sampling
+from gradsift.influence.prompts import PromptTarget, reward_responses
 from gradsift.rewards.estimators import pass_at_k
 from gradsift.store.run import revisions
 
@@ -83,7 +85,7 @@ class BoundReward:
     def target(self) -> PromptTarget:
         """Prompts and reward together."""
         metric = self.metric
-        return PromptTarget(self.prompts, metric.reward, weights=metric.weights, judge=metric.judge)
+        return PromptTarget(self.prompts, reward=metric.reward, weights=metric.weights, judge=metric.judge)
 
     def identity(self) -> dict[str, Any] | None:
         """Prompts with their columns, reward and sampling; None for a reward that no file names."""

@@ -10,9 +10,10 @@ from pydantic import ConfigDict, Field
 
 from gradsift.base.errors import ConfigError, DataError
 from gradsift.base.settings import Settings
-from gradsift.base.types import Message
+from gradsift.base.types import Message, Prompt
 from gradsift.context import Setup
 from gradsift.data.load import Columns
+from gradsift.data.prompts import Prompts, read_prompts
 from gradsift.evaluation.judging import as_text, judge_identity, verdicts
 from gradsift.evaluation.mean_reward import GREEDY, respond
 from gradsift.evaluation.metric import (
@@ -28,8 +29,7 @@ from gradsift.evaluation.metric import (
     source_name,
 )
 from gradsift.evaluation.setup import Subject
-from gradsift.generation.sampling import Prompt, Sampling
-from gradsift.influence.prompts import Prompts, read_prompts
+from gradsift.generation.sampling import Sampling
 from gradsift.model.models import find_adapter, generation_ends, model_identity
 from gradsift.rewards.judge import BoundJudge, Judge
 from gradsift.rewards.samples import text_of

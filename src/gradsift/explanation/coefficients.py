@@ -73,7 +73,7 @@ def coefficients(target_gradient: Tensor, selected: Tensor, *, model: Coefficien
         [0.5, 0.5]
     """
     g, A = span_coordinates(target_gradient, selected)
-    t = fit_coordinates(g.cpu().numpy(), A.cpu().numpy().T, dim=selected.shape[1], model=model)
+    t = fit_many(g.cpu().numpy()[None], A.cpu().numpy().T[None], dim=selected.shape[1], models=[model])[model][0]
     return torch.from_numpy(t).to(A.device)
 
 
@@ -131,23 +131,12 @@ def span_coordinates(target_gradient: Tensor, selected: Tensor) -> tuple[Tensor,
     return R[:, -1], R[:, :-1].T
 
 
-def fit_coordinates(g: Array, A: Array, *, dim: int, model: CoefficientModel) -> Array:
-    """`coefficients` for vectors that `span_coordinates` made: g [coordinate], A [coordinate k] -> t [k].
-
-    `dim` is the dimension before the reduction: it sets which singular values count as zero.
-    """
-    t = np.zeros(A.shape[1])
-    fitted = np.flatnonzero(A.any(axis=0))
-    t[fitted] = fit_many(g[None], A[None][:, :, fitted], dim=dim, models=[model])[model][0]
-    return t
-
-
 def fit_many(g: Array, A: Array, *, dim: int, models: Sequence[CoefficientModel]) -> dict[CoefficientModel, Array]:
     """`coefficients` of many selections of equal size at once, by each of several models.
 
     Args:
         g: targets in the coordinates of `span_coordinates`, [selection coordinate].
-        A: selected gradients in the same, none of them zero, [selection coordinate k].
+        A: selected gradients in the same, [selection coordinate k]; equally many of each selection are not zero.
         dim: dimension before the reduction: it sets which singular values count as zero.
         models: see `coefficients`.
 
@@ -160,10 +149,14 @@ def fit_many(g: Array, A: Array, *, dim: int, models: Sequence[CoefficientModel]
     for model in models:
         if model not in MODELS:
             raise ConfigError(f"coefficient model is {model!r}, expected one of {', '.join(MODELS)}")
-    if A.shape[2] == 0:
-        return {model: np.zeros((len(A), 0)) for model in models}
-    inverse = _PseudoInverse(A, dim)
-    return {model: _fit(g, A, inverse, model) for model in models}
+    alive = A.any(axis=1)  # [selection k]; zero gradients take no part
+    found = {model: np.zeros(alive.shape) for model in models}
+    if alive.any():
+        fitted = A.transpose(0, 2, 1)[alive].reshape(len(A), -1, A.shape[1]).transpose(0, 2, 1)
+        inverse = _PseudoInverse(fitted, dim)
+        for model in models:
+            found[model][alive] = _fit(g, fitted, inverse, model).reshape(-1)
+    return found
 
 
 class _PseudoInverse:

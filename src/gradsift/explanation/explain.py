@@ -19,10 +19,16 @@ from gradsift.base.lazy import Tensor, torch
 from gradsift.base.ranks import descending_ranks
 from gradsift.base.types import Message, Skipped, TokenizedExample
 from gradsift.context import Pool, Target
-from gradsift.explanation.batch import relevance_of_choices
 from gradsift.explanation.coefficients import CoefficientModel
 from gradsift.explanation.outputs import Output, OutputSource, Question, answers, question_of
-from gradsift.explanation.relevance import AGGREGATIONS, Aggregation, Relevance, relevance_of_draws, to_db
+from gradsift.explanation.relevance import (
+    AGGREGATIONS,
+    Aggregation,
+    Relevance,
+    relevance_of_choices,
+    relevance_of_draws,
+    to_db,
+)
 from gradsift.gradients.rows import View
 from gradsift.influence.estimator import Estimator, influence_of, target_view
 from gradsift.influence.less import LESS
@@ -171,8 +177,8 @@ class Explanation:
 _EXPLANATION = TypeAdapter(Explanation)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Explaining:
+@dataclass(frozen=True)
+class _Work:
     """What is the same for every output of one call, and explains each."""
 
     pool: Pool = field(repr=False, compare=False)
@@ -322,7 +328,7 @@ class _Explaining:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Explanations(_Explaining, Shown):
+class Explanations(_Work, Shown):
     """Explanations of a list of prompts, and the prompts that could not be explained.
 
     budgets: the numbers of examples
@@ -359,19 +365,10 @@ class Explanations(_Explaining, Shown):
         rows = [
             {
                 "output": entry.id,
-                "estimator": result.estimator,
-                "strategy": result.strategy,
-                "k": result.k,
-                "relevance_db": result.relevance_db,
-                "ratio": result.ratio,
-                "near_zero": result.near_zero,
-                "capped": result.capped,
+                **{name: value for name, value in vars(result).items() if name not in ("examples", "draws")},
                 "draws": len(result.draws),
                 "aggregation": entry.aggregation,
-                "ids": [example.id for example in result.examples],
-                "scores": [example.score for example in result.examples],
-                "ranks": [example.rank for example in result.examples],
-                "coefficients": [example.coefficient for example in result.examples],
+                **{f"{one.name}s": [getattr(e, one.name) for e in result.examples] for one in fields(ChosenExample)},
             }
             for entry in self.entries
             for result in entry.results
@@ -449,7 +446,7 @@ def explain(
         )
     of_outputs = sorted({target_view(view) for view in views})
     gradients = pool.collect(source, checkpoint, of_outputs, what="output")["plain"]
-    work = _Explaining(
+    work = _Work(
         pool=pool, source=source, store=store, gradients=gradients, estimators=estimators, strategies=tuple(strategies),
         budgets=budgets, coefficients=coefficients, candidates=candidates, aggregation=aggregation,
     )  # fmt: skip

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 import numpy as np
 
+from gradsift.base.checks import float_array, same_size
 from gradsift.base.errors import ConfigError, DataError, NonFiniteError
 from gradsift.base.lazy import Tensor, torch
-from gradsift.explanation.coefficients import Array, CoefficientModel, fit_coordinates, span_coordinates
+from gradsift.explanation.coefficients import MODELS, Array, CoefficientModel, fit_many, span_coordinates
+from gradsift.selection.candidates import Candidates
+from gradsift.selection.selector import Choices
 
 Aggregation = Literal["ratio_of_means", "mean_of_ratios", "median_db"]
 
@@ -58,6 +61,10 @@ class Relevance:
     def capped(self) -> bool:
         """The reconstruction is exact up to rounding: usually a duplicate of the target in the selection."""
         return self.exact or self.ratio >= CAP_RATIO
+
+
+Relevances = dict[CoefficientModel, list[Relevance]]
+"""Coefficient model → one relevance per selection."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,47 +120,151 @@ def selection_relevance(
         >>> relevance.ratio, relevance.coefficients.tolist()
         (2.0, [1.0])
     """
-    g_coordinates, selected_coordinates = span_coordinates(target_gradient, selected)
-    g, A = g_coordinates.cpu().numpy(), selected_coordinates.cpu().numpy().T
-    squared_norm = squared_target_norm(g)
-    t = fit_coordinates(g, A, dim=selected.shape[1], model=coefficients)
-    residual = g - A @ t
-    return reconstruction_relevance(
-        torch.from_numpy(t).to(selected_coordinates.device),
-        squared_norm=squared_norm,
-        squared_error=float(residual @ residual),
-        longest=float(np.linalg.norm(A, axis=0).max()),
-    )
+    g, C = span_coordinates(target_gradient, selected)
+    every = [np.arange(len(C))]
+    found = _of_equal_size(g.cpu().numpy(), C.cpu().numpy(), every, selected.shape[1], [coefficients])
+    return replace(found[coefficients][0], coefficients=found[coefficients][0].coefficients.to(C.device))
 
 
-def squared_target_norm(target_gradient: Array) -> float:
-    """‖g‖².
+def batch_relevance(
+    target_gradient: Tensor,
+    candidates: Tensor,
+    selections: Sequence[Sequence[int]],
+    *,
+    models: Sequence[CoefficientModel] = MODELS,
+) -> Relevances:
+    """`selection_relevance` of many selections from the same candidates, by several coefficient models.
+
+    All gradients are reduced once to the coordinates of `span_coordinates` (at most one more than there are candidates)
+    instead of once per selection; there, selections of equal size are fitted together. These coordinates have the inner
+    products of the gradients, and small singular values and residuals to full precision besides, so duplicates and
+    reconstructions down to the cap come out as one by one.
+
+    Args:
+        target_gradient: g [dim].
+        candidates: gradients [candidate dim], not normalised.
+        selections: positions among the candidates, each selection at least one; equal ones are fitted once.
+        models: see `gradsift.explanation.coefficients.coefficients`.
+
+    Returns:
+        For each model the relevance of each selection, in the order given.
 
     Raises:
-        DataError: it is zero.
+        ShapeError: wrong axes or different dims.
+        NonFiniteError: NaN or infinity in a gradient that is used.
+        ConfigError: no selection, an empty one, a position that no candidate has, or an unknown model.
+        DataError: the target gradient is zero.
+
+    Example:
+        >>> candidates = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+        >>> found = batch_relevance(torch.tensor([1.0, 1.0]), candidates, [[0], [0, 1], [2]], models=["MSE"])
+        >>> [round(relevance.db) for relevance in found["MSE"]]
+        [3, 120, 120]
     """
-    squared_norm = float(target_gradient @ target_gradient)
+    rows = float_array("candidates", candidates, "candidate dim", finite=False)
+    distinct = list(dict.fromkeys(tuple(int(position) for position in selection) for selection in selections))
+    _check_selections(distinct, len(rows))
+    used = sorted({position for selection in distinct for position in selection})
+    same_size("dim", "target_gradient", len(target_gradient), "candidates", rows.shape[1])
+    for row in torch.nonzero(~torch.isfinite(rows[used]).all(dim=1)).flatten().tolist():
+        float_array(f"candidate {used[row]}", rows[used[row]], "dim")  # raises
+    g_coordinates, used_coordinates = span_coordinates(target_gradient, rows[used])
+    g, C = g_coordinates.cpu().numpy(), used_coordinates.cpu().numpy()
+    place = np.full(len(rows), -1)
+    place[used] = np.arange(len(used))
+    found: dict[CoefficientModel, dict[tuple[int, ...], Relevance]] = {model: {} for model in models}
+    for group in _groups(distinct, place, C):
+        fitted = _of_equal_size(g, C, [place[list(selection)] for selection in group], rows.shape[1], models)
+        for model in models:
+            found[model].update(zip(group, fitted[model], strict=True))
+    order = [tuple(int(position) for position in selection) for selection in selections]
+    return {model: [found[model][selection] for selection in order] for model in models}
+
+
+def relevance_of_choices(
+    candidates: Candidates, choices: Sequence[Choices], *, models: Sequence[CoefficientModel] = MODELS
+) -> list[dict[int, Relevances]]:
+    """Relevance of everything that strategies chose for one target.
+
+    Args:
+        candidates: of the target.
+        choices: from `choose_all`, one per strategy.
+        models: see `gradsift.explanation.coefficients.coefficients`.
+
+    Returns:
+        For each strategy, budget → model → relevances, one per selection (the random strategy makes several).
+
+    Raises:
+        As `batch_relevance`.
+    """
+    selections = [selection for choice in choices for made in choice.values() for selection in made]
+    used = sorted({position for selection in selections for position in selection})
+    place = {position: row for row, position in enumerate(used)}
+    assert candidates.target_gradient is not None, "they are of an output"
+    found = batch_relevance(
+        candidates.target_gradient,
+        candidates.rows(used),
+        [[place[position] for position in selection] for selection in selections],
+        models=models,
+    )
+    result: list[dict[int, Relevances]] = []
+    start = 0
+    for choice in choices:
+        result.append({})
+        for budget, made in choice.items():
+            part = slice(start, start + len(made))
+            result[-1][budget] = {model: found[model][part] for model in models}
+            start += len(made)
+    return result
+
+
+def _check_selections(selections: Sequence[tuple[int, ...]], candidates: int) -> None:
+    if not selections:
+        raise ConfigError("there are no selections: pass at least one")
+    for selection in selections:
+        if not selection:
+            raise ConfigError("a selection is empty: each needs at least one position")
+        if min(selection) < 0 or max(selection) >= candidates:
+            raise ConfigError(f"selection {list(selection)} names positions outside 0 to {candidates - 1}")
+
+
+def _groups(selections: Sequence[tuple[int, ...]], place: np.ndarray, C: Array) -> list[list[tuple[int, ...]]]:
+    """Selections by size and by number of gradients that are not zero, as those alone are fitted."""
+    alive = np.asarray(C.any(axis=1))
+    groups: dict[tuple[int, int], list[tuple[int, ...]]] = {}
+    for selection in selections:
+        groups.setdefault((len(selection), int(alive[place[list(selection)]].sum())), []).append(selection)
+    return list(groups.values())
+
+
+def _of_equal_size(
+    g: Array, C: Array, selections: Sequence[np.ndarray], dim: int, models: Sequence[CoefficientModel]
+) -> Relevances:
+    """Relevance of selections of equal size and equally many zero gradients; C [candidate coordinate].
+
+    Raises:
+        DataError: the target gradient is zero.
+    """
+    squared_norm = float(g @ g)
     if squared_norm == 0.0:
         raise DataError(
             "the target gradient is zero (or its square underflows): there is nothing to explain, leave this target out"
         )
-    return squared_norm
-
-
-def reconstruction_relevance(
-    coefficients: Tensor, *, squared_norm: float, squared_error: float, longest: float
-) -> Relevance:
-    """The relevance of a reconstruction whose error is known.
-
-    Args:
-        coefficients: t [k].
-        squared_norm: ‖g‖², above 0.
-        squared_error: ‖g − A t‖².
-        longest: the length of the longest selected gradient.
-    """
-    ratio = _capped_ratio(squared_norm, squared_error)
-    near_zero = longest <= NEAR_ZERO * math.sqrt(squared_norm)
-    return Relevance(ratio, to_db(ratio), coefficients, squared_norm, squared_error, near_zero)
+    chosen = np.array(selections)  # [selection k]
+    k = chosen.shape[1]
+    # R of [A, g] has the same products in at most k + 1 coordinates.
+    stacked = np.concatenate([C[chosen], np.broadcast_to(g, (len(chosen), 1, len(g)))], axis=1).transpose(0, 2, 1)
+    R: Array = np.asarray(np.linalg.qr(stacked, mode="r"))
+    A, target = np.ascontiguousarray(R[:, :, :k]), np.ascontiguousarray(R[:, :, k])
+    near_zero = np.linalg.norm(C[chosen], axis=2).max(axis=1) <= NEAR_ZERO * math.sqrt(squared_norm)
+    found: Relevances = {}
+    for model, t in fit_many(target, A, dim=dim, models=models).items():
+        errors = np.square(target - (A @ t[:, :, None])[:, :, 0]).sum(axis=1).tolist()
+        found[model] = [
+            Relevance(ratio := _capped_ratio(squared_norm, error), to_db(ratio), own, squared_norm, error, bool(near))
+            for own, error, near in zip(torch.from_numpy(t), errors, near_zero, strict=True)
+        ]
+    return found
 
 
 def aggregate_relevance(relevances: Sequence[Relevance], *, how: Aggregation = "ratio_of_means") -> float:

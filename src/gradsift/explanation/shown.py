@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from gradsift.base.errors import GradsiftError
 from gradsift.base.lazy import Tensor, torch
 from gradsift.base.ranks import descending_ranks
+from gradsift.base.strings import Strings
 from gradsift.data.dataset import Dataset
 from gradsift.data.shown import row_example, turns_of
 from gradsift.explanation.explain import Explanation, Explanations, StrategyResult
@@ -480,10 +481,8 @@ class _Candidates:
         estimator, data = explanations.estimators[0], explanations.pool.data
         self.competing = explanations.candidates_of(entry.id, estimator)
         self.ids = self.competing.ids
-        place_of = {id_: place for place, id_ in enumerate(self.ids)}
-        chosen = [
-            place_of[e.id] for found in entry.results if found.estimator == estimator.label for e in found.examples
-        ]
+        own = (found for found in entry.results if found.estimator == estimator.label)
+        chosen = Strings.of(self.ids).positions([example.id for found in own for example in found.examples]).tolist()
         self.order = _main_order(explanations.strategies)
         self.places = list(dict.fromkeys([*self.competing.first(self.order, self.competing.count), *chosen]))
         self.number = {self.ids[place]: number for number, place in enumerate(self.places)}

@@ -15,11 +15,12 @@ from pydantic import Discriminator, Tag
 
 from gradsift.base.errors import DataError
 from gradsift.base.settings import Settings
-from gradsift.base.types import Message
+from gradsift.base.types import Message, Prompt
 from gradsift.generation.encoding import ReplyEncoder
-from gradsift.generation.endpoint import Endpoint, EndpointSampler
+from gradsift.generation.endpoint import Endpoint
+from gradsift.generation.endpoint_sampler import EndpointSampler
 from gradsift.generation.local import LocalSampler
-from gradsift.generation.sampling import ASSISTED, Drawn, Problem, Prompt, Request, Response, Sampler, Sampling
+from gradsift.generation.sampling import ASSISTED, Drawn, Problem, Request, Response, Sampler, Sampling
 from gradsift.model.models import DtypeName
 
 

@@ -22,17 +22,9 @@ from gradsift.base.checks import to_float64
 from gradsift.base.errors import DataError, ModelError, NonFiniteError
 from gradsift.base.lazy import Tensor, torch
 from gradsift.base.memory import free_bytes
+from gradsift.base.types import Prompt
 from gradsift.data.chat import ChatFormat
-from gradsift.generation.sampling import (
-    Drawn,
-    FinishReason,
-    Problem,
-    Prompt,
-    Request,
-    Response,
-    Sampling,
-    uniforms,
-)
+from gradsift.generation.sampling import Drawn, FinishReason, Problem, Request, Response, Sampling, uniforms
 from gradsift.model.models import (
     DtypeName,
     adapter_identity,

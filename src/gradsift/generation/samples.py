@@ -25,8 +25,9 @@ import pyarrow.parquet as pq
 
 from gradsift.base.errors import CorruptError, DataError, NonFiniteError
 from gradsift.base.progress import Advance, Reporter, silent
+from gradsift.base.types import Prompt
 from gradsift.execution.engine import LOCAL, Engine
-from gradsift.generation.sampling import Drawn, Problem, Prompt, Request, Response, Sampler, Usage
+from gradsift.generation.sampling import Drawn, Problem, Request, Response, Sampler, Usage
 from gradsift.store.manifest import fingerprint, reading
 from gradsift.store.run import Run, revised
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from gradsift.base.settings import Seed, Settings
-from gradsift.base.types import Example, Message, before_answer
+from gradsift.base.types import Prompt
 from gradsift.store.manifest import canonical
 
 FinishReason = Literal["stop", "length"]
@@ -84,20 +84,6 @@ PRESETS: Mapping[str, Sampling] = {
     "code": CODE,
     "assisted": ASSISTED,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """What is answered: a conversation up to the answer, and its row's own arguments for the template, as JSON."""
-
-    id: str
-    messages: tuple[Message, ...]
-    options: str = ""
-
-
-def prompts_of(examples: Iterable[Example]) -> list[Prompt]:
-    """The conversations before their last answer; those without one are taken whole."""
-    return [Prompt(example.id, before_answer(example.messages)[0], example.options) for example in examples]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import time
 import zlib
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial
+from itertools import chain
 from typing import Any, Literal, NamedTuple, Protocol
 
 import psutil
@@ -132,27 +133,86 @@ class SequenceSource(Protocol):
 
 
 @dataclass(frozen=True)
+class AtCheckpoint:
+    """A model at one checkpoint, and how gradients are taken there; picklable.
+
+    model:  the base model's hub id or folder
+    dtype:  of the model
+    device: `auto`, `cpu`, `cuda`, `cuda:1`, or `map`
+    """
+
+    checkpoint: Checkpoint
+    model: str
+    settings: Gradients
+    dtype: DtypeName = "auto"
+    device: str = "auto"
+
+    def config(self, source: SequenceSource, view: View) -> dict[str, Any]:
+        """What the rows of a store are: two stores with equal configurations hold equal rows (to rounding)."""
+        settings = self.settings
+        view = kept_as(view, settings.projection)
+        projection = settings.projection.by_module if view == "segments" else settings.projection
+        config: dict[str, Any] = {
+            "view": view,
+            "model": model_identity(self.model),
+            "model_dtype": self.dtype,
+            "adapter": self.checkpoint.identity(),
+            "data": source.fingerprint,
+            "template": source.template,
+            "loss": source.loss,
+            "modules": settings.modules,
+            "projection": projection.model_dump(mode="json"),
+            "dtype": settings.dtype,
+            "autocast": settings.autocast,
+            "full_sum": settings.full_sum,
+        }
+        if view == "adam":
+            config["optimizer"] = self.checkpoint.optimizer_identity()
+            config["adam"] = settings.adam.model_dump(mode="json")
+        return revised("gradients", config)
+
+    def prefixes(self, run: Run, source: SequenceSource, view: View) -> Iterator[str]:
+        """Where a store of these rows may be: as it was asked for, then with sums, which has the same rows."""
+        yield run.prefix("gradients", self.config(source, view))
+        if not self.settings.full_sum:
+            fuller = replace(self, settings=self.settings.model_copy(update={"full_sum": True}))
+            yield run.prefix("gradients", fuller.config(source, view))
+
+    def kept(self, run: Run, source: SequenceSource, view: View) -> dict[str, Any] | None:
+        """The manifest of such a store where the run holds one; nothing is collected, and no row is read."""
+        found = (run.manifest(prefix) for prefix in self.prefixes(run, source, view))
+        return next((content for content in found if content is not None), None)
+
+
+class _Cut(NamedTuple):
+    """How a store's rows are cut into shards and batches, and how many of a shard's are measured."""
+
+    shard_rows: int
+    token_budget: int
+    lanes: int = 1
+    measured: int = 0
+
+
+@dataclass(frozen=True)
 class _Work:
     """What every task of a collection needs, picklable: who runs it, and where, changes nothing in the result."""
 
     run: Run
     source: SequenceSource
-    model: str
-    dtype: DtypeName
-    device: str
-    checkpoint: Checkpoint
-    settings: Gradients
+    at: AtCheckpoint
 
     def engine(self) -> _Engine:
-        """The process's own."""
-        return _engine(self.model, self.dtype, self.device, self.checkpoint, self.settings)
+        """The process's own, of the checkpoint as its files are now: a folder may have been trained anew."""
+        checkpoint = self.at.checkpoint
+        moments = None if checkpoint.optimizer is None else checkpoint.optimizer_identity()
+        return _engine(self.at, fingerprint([checkpoint.identity(), moments]))
 
 
 @dataclass(frozen=True)
 class ShardSpec(_Work):
     """One shard of work.
 
-    measured: rows whose cosines are measured before projection, too
+    cut: how many of its rows' cosines are measured before projection, too, and how its batches are formed
     left_out: rows of the shard that are not computed, with the reason
     dry: compute the rows and keep nothing
     """
@@ -161,9 +221,7 @@ class ShardSpec(_Work):
     shard: int
     start: int
     stop: int
-    token_budget: int
-    lanes: int = 1
-    measured: int = 0
+    cut: _Cut
     left_out: Mapping[int, str] = field(default_factory=dict, hash=False)
     dry: bool = False
 
@@ -234,24 +292,34 @@ def collect(
         ModelError: the hooks do not see the gradients of this model (`self_check`).
         DataError: there is no row, or every row was non-finite.
     """
+    at = AtCheckpoint(checkpoint, model, settings or Gradients(), dtype, device)
+    return collect_at(run, source, at, views, what=what, reporter=reporter, engine=engine)
+
+
+def collect_at(
+    run: Run,
+    source: SequenceSource,
+    at: AtCheckpoint,
+    views: SequenceABC[View],
+    *,
+    what: str,
+    reporter: Reporter | None = None,
+    engine: Engine = LOCAL,
+) -> dict[View, GradientStore]:
+    """As `collect`."""
     if not source.ids:
         raise DataError(f"the {what} has no rows to take gradients of")
-    settings = settings or Gradients()
-    reporter = reporter or silent()
+    reporter, settings = reporter or silent(), at.settings
     asked, views = views, list(dict.fromkeys(kept_as(view, settings.projection) for view in views))
-    prefixes = {
-        view: run.prefix("gradients", store_config(source, checkpoint, model, view, settings, dtype)) for view in views
-    }
-    stores = {view: _open_complete(run, prefix) for view, prefix in prefixes.items()}
-    if not settings.full_sum:  # a store that also holds sums has the same rows
-        fuller = settings.model_copy(update={"full_sum": True})
-        for view in [view for view, store in stores.items() if store is None]:
-            config = store_config(source, checkpoint, model, view, fuller, dtype)
-            stores[view] = _open_complete(run, run.prefix("gradients", config))
+    places = {view: at.prefixes(run, source, view) for view in views}
+    prefixes = {view: next(own) for view, own in places.items()}
+    stores: dict[View, GradientStore | None] = {}
+    for view, own in places.items():
+        found = (_open_complete(run, prefix) for prefix in chain([prefixes[view]], own))
+        stores[view] = next((store for store in found if store is not None), None)
     wanted: list[View] = [view for view, store in stores.items() if store is None]
     if wanted:
-        work = _Preparation(run, source, model, dtype, device, checkpoint, settings, tuple(wanted))
-        _collect_missing(work, prefixes, what, reporter, engine)
+        _collect_missing(_Preparation(run, source, at, tuple(wanted)), prefixes, what, reporter, engine)
         for view in wanted:
             stores[view] = GradientStore(run.storage, prefixes[view])
     opened = {view: store for view, store in stores.items() if store is not None}
@@ -275,24 +343,6 @@ def collect(
     return {view: opened[kept_as(view, settings.projection)] for view in asked}
 
 
-def kept_manifest(
-    run: Run,
-    source: SequenceSource,
-    checkpoint: Checkpoint,
-    *,
-    model: str,
-    view: View,
-    settings: Gradients,
-    dtype: DtypeName = "auto",
-) -> dict[str, Any] | None:
-    """The manifest of a complete store of the run, be it with sums that were not asked for."""
-    for held in (settings, settings.model_copy(update={"full_sum": True})):
-        content = run.manifest(run.prefix("gradients", store_config(source, checkpoint, model, view, held, dtype)))
-        if content is not None:
-            return content
-    return None
-
-
 def kept_as(view: View, projection: Projection) -> View:
     """The view whose store holds the rows: gradients whose modules lie apart anyway are not kept twice."""
     return "plain" if view == "segments" and projection.keeps_modules_apart else view
@@ -314,43 +364,12 @@ def _refuse_other_adam(checkpoint: Checkpoint, moments: Moments, asked: Adam) ->
         )
 
 
-def store_config(
-    source: SequenceSource,
-    checkpoint: Checkpoint,
-    model: str,
-    view: View,
-    settings: Gradients,
-    dtype: DtypeName = "auto",
-) -> dict[str, Any]:
-    """What the rows of a store are: two stores with equal configurations hold equal rows (to rounding)."""
-    view = kept_as(view, settings.projection)
-    projection = settings.projection.by_module if view == "segments" else settings.projection
-    config: dict[str, Any] = {
-        "view": view,
-        "model": model_identity(model),
-        "model_dtype": dtype,
-        "adapter": checkpoint.identity(),
-        "data": source.fingerprint,
-        "template": source.template,
-        "loss": source.loss,
-        "modules": settings.modules,
-        "projection": projection.model_dump(mode="json"),
-        "dtype": settings.dtype,
-        "autocast": settings.autocast,
-        "full_sum": settings.full_sum,
-    }
-    if view == "adam":
-        config["optimizer"] = checkpoint.optimizer_identity()
-        config["adam"] = settings.adam.model_dump(mode="json")
-    return revised("gradients", config)
-
-
 def collect_shard(spec: ShardSpec, on_rows: Any = None) -> None:
     """Compute and publish one shard of every view; the process keeps the model for the next one."""
     engine = spec.engine()
     sequences = [s for s in spec.source.sequences(spec.start, spec.stop) if s.row not in spec.left_out]
     ids = spec.source.ids[spec.start : spec.stop]
-    measured = [] if spec.dry else _sample(ids, spec.measured, spec.left_out)
+    measured = [] if spec.dry else _sample(ids, spec.cut.measured, spec.left_out)
     kept = spec.part
     progress = ShardPart({} if spec.dry else kept.tensors())
 
@@ -365,8 +384,7 @@ def collect_shard(spec: ShardSpec, on_rows: Any = None) -> None:
             sequences,
             len(ids),
             tuple(spec.stores),
-            spec.token_budget,
-            spec.lanes,
+            spec.cut,
             advance,
             measured=measured,
             part=progress,
@@ -384,7 +402,7 @@ def collect_shard(spec: ShardSpec, on_rows: Any = None) -> None:
         counts[sequence.row] += int((sequence.weights != 0).sum())
     for view, prefix in spec.stores.items():
         writer = GradientStoreWriter(spec.run.storage, prefix, engine.config(spec.source, view))
-        if result.token_budget < spec.token_budget:
+        if result.token_budget < spec.cut.token_budget:
             writer.remember_token_budget(result.token_budget)
         rows = result.rows[view][keep]
         columns = ShardColumns(
@@ -415,8 +433,8 @@ class _Part:
         # What rows and the company they are computed in depend on, beside what the store is.
         self._note = fingerprint(
             [
-                spec.source.ids[spec.start : spec.stop], sorted(spec.stores), spec.token_budget, spec.lanes,
-                spec.settings.module_groups, sorted(spec.left_out),
+                spec.source.ids[spec.start : spec.stop], sorted(spec.stores), spec.cut.token_budget, spec.cut.lanes,
+                spec.at.settings.module_groups, sorted(spec.left_out),
             ]
         )  # fmt: skip
         self._saved_at, self._cost, self.there = time.monotonic(), 0.0, False
@@ -492,15 +510,15 @@ def _write(
 class _Engine:
     """A model at one checkpoint with everything that its rows need, made once per process."""
 
-    def __init__(self, model: str, dtype: DtypeName, device: str, checkpoint: Checkpoint, settings: Gradients) -> None:
-        self.model_name, self.dtype, self.checkpoint, self.settings = model, dtype, checkpoint, settings
-        self.host = host(model, dtype, device)
+    def __init__(self, at: AtCheckpoint) -> None:
+        self.at, self.checkpoint, self.settings = at, at.checkpoint, at.settings
+        self.host = host(at.model, at.dtype, at.device)
         self.host.base()  # an adapter that is on the model may be what the folder held before
-        self._network = network = self.host.with_adapter(checkpoint.adapter)
-        if checkpoint.adapter is not None and settings.modules == LORA:
-            refuse_untrained(network, checkpoint.adapter)
-        self.modules: Modules = find_modules(network, settings.modules)
-        self.projector = self._projecting(settings.projection)
+        self._network = network = self.host.with_adapter(at.checkpoint.adapter)
+        if at.checkpoint.adapter is not None and at.settings.modules == LORA:
+            refuse_untrained(network, at.checkpoint.adapter)
+        self.modules: Modules = find_modules(network, at.settings.modules)
+        self.projector = self._projecting(at.settings.projection)
         self._adam: dict[str, AdamDirection] | None = None
 
     @property
@@ -554,14 +572,13 @@ class _Engine:
         sequences: SequenceABC[Sequence],
         row_count: int,
         views: SequenceABC[View],
-        budget: int,
-        lanes: int,
-        on_rows: Any,
+        cut: _Cut,
+        on_rows: Any = None,
         *,
         measured: SequenceABC[int] = (),
         part: ShardPart | None = None,
     ) -> ShardRows:
-        budget = min(budget, self.host.token_limit or budget)
+        budget = min(cut.token_budget, self.host.token_limit or cut.token_budget)
         settings = RowSettings(
             token_budget=budget,
             views=views,
@@ -570,7 +587,7 @@ class _Engine:
             full_sum=self.settings.full_sum,
             autocast=self.settings.autocast_type,
             module_groups=self.settings.module_groups,
-            lanes=lanes,
+            lanes=cut.lanes,
             checkpointing=self.settings.gradient_checkpointing,
             measured=measured,
         )
@@ -593,7 +610,7 @@ class _Engine:
             self.network,
             self.modules.captured,
             source.sequences(0, min(len(source.ids), _PROBE_ROWS)),
-            model=self.model_name,
+            model=self.at.model,
             pattern=self.settings.modules,
             autocast=self.settings.autocast_type,
             checkpointing=self.settings.gradient_checkpointing,
@@ -620,7 +637,7 @@ class _Engine:
 
         def run(tokens: int) -> int:
             sequences = repeated(known, tokens)
-            result = self.rows(sequences, len(sequences), views, tokens, lanes, None)
+            result = self.rows(sequences, len(sequences), views, _Cut(len(sequences), tokens, lanes))
             if result.token_budget < tokens:
                 return result.token_budget
             return len(sequences) * max(len(sequence.token_ids) for sequence in sequences)
@@ -630,22 +647,13 @@ class _Engine:
 
     def config(self, source: SequenceSource, view: View) -> dict[str, Any]:
         """The store's configuration with its segments."""
-        config = store_config(source, self.checkpoint, self.model_name, view, self.settings, self.dtype)
         projector = self.by_module if view == "segments" else self.projector
-        return {**config, "segments": [segment.entry for segment in projector.segments]}
-
-
-def _engine(model: str, dtype: DtypeName, device: str, checkpoint: Checkpoint, settings: Gradients) -> _Engine:
-    """The process's engine of this checkpoint, as its files are now: a folder may have been trained anew."""
-    moments = None if checkpoint.optimizer is None else checkpoint.optimizer_identity()
-    return _make_engine(model, dtype, device, checkpoint, settings, fingerprint([checkpoint.identity(), moments]))
+        return {**self.at.config(source, view), "segments": [segment.entry for segment in projector.segments]}
 
 
 @lru_cache(maxsize=1)
-def _make_engine(
-    model: str, dtype: DtypeName, device: str, checkpoint: Checkpoint, settings: Gradients, _files: str
-) -> _Engine:
-    return _Engine(model, dtype, device, checkpoint, settings)
+def _engine(at: AtCheckpoint, _files: str) -> _Engine:
+    return _Engine(at)
 
 
 def _open_complete(run: Run, prefix: str) -> GradientStore | None:
@@ -686,7 +694,7 @@ class _Preparation(_Work):
         engine = self.engine()
         if "adam" in self.views:
             engine.adam()
-        source, settings = self.source, self.settings
+        source, settings = self.source, self.at.settings
         engine.check(self.run, source)
         lanes = automatic_lanes(engine.network, source.longest(), settings.token_budget)
         mean = max(1.0, sum(source.token_counts()) / max(1, len(source.ids)))
@@ -698,15 +706,6 @@ class _Preparation(_Work):
         }
         configs = {view: engine.config(source, view) for view in self.views}
         return _Prepared(tuple(engine.modules.unreachable), configs, layout)
-
-
-class _Cut(NamedTuple):
-    """How a store's rows are cut into shards and batches, and how many of a shard's are measured."""
-
-    shard_rows: int
-    token_budget: int
-    lanes: int
-    measured: int
 
 
 def _collect_missing(
@@ -738,17 +737,13 @@ def _collect_missing(
                 )
             if state != "complete":
                 missing.setdefault((cut, shard), []).append(view)
-    label = f"gradients of the {what} at {work.checkpoint.name.rstrip('/').rsplit('/', 1)[-1]} ({' + '.join(views)})"
+    label = f"gradients of the {what} at {work.at.checkpoint.name.rstrip('/').rsplit('/', 1)[-1]} ({' + '.join(views)})"
     tasks: list[ShardSpec] = []
     for (cut, shard), shard_views in sorted(missing.items()):
         start, stop = shard * cut.shard_rows, min((shard + 1) * cut.shard_rows, count)
         tasks.append(
-            ShardSpec(
-                run, source, work.model, work.dtype, work.device, work.checkpoint, work.settings,
-                {view: prefixes[view] for view in shard_views}, shard, start, stop, cut.token_budget, cut.lanes,
-                cut.measured,
-            )
-        )  # fmt: skip
+            ShardSpec(run, source, work.at, {view: prefixes[view] for view in shard_views}, shard, start, stop, cut)
+        )
     rows_left = sum(task.rows - ShardPart.rows_of(task.part.tensors()) for task in tasks)
     if rows_left < count:
         reporter.say(f"{count - rows_left} of {count} {what} rows are there already")

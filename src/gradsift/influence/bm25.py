@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from gradsift.context import Pool, Target
 from gradsift.data.words import has_words, words
 from gradsift.influence.estimator import Estimator, Influence, TargetsByCheckpoint, conversations, refuse_too_many
-from gradsift.influence.prompts import PromptTarget
 
 Reading = Literal["okapi", "compact"]
 
@@ -43,7 +42,7 @@ class BM25(Estimator):
         parts = ["model tokens"] * (self.tokens == "model") + ["Compact's"] * (self.reading == "compact")
         return f"BM25 ({', '.join(parts)})" if parts else "BM25"
 
-    def influence(self, pool: Pool, target: Target | PromptTarget | None) -> Influence:
+    def influence(self, pool: Pool, target: Target | None) -> Influence:
         """`bm25_scores` of the texts or the tokens."""
         assert target is not None, self
         refuse_too_many(len(pool.data), len(target.data.ids))
@@ -87,7 +86,7 @@ def spoken_text(messages: Sequence[Mapping[str, object]]) -> str:
     return "\n".join(str(turn["content"]) for turn in _turns(messages))
 
 
-def wordless(label: str, pool: Pool, target: Target | PromptTarget) -> list[str]:
+def wordless(label: str, pool: Pool, target: Target) -> list[str]:
     """What a method that compares words knows nothing of: texts without any."""
     found = []
     for what, data in (("pool rows", pool.data), ("targets", target.data)):
@@ -131,26 +130,21 @@ def bm25_scores(
     if reading == "compact":
         k1, b = k1 + 1, b * k1 / (k1 + 1)
         target = [list(dict.fromkeys(query)) for query in target]
-    number = {word: n for n, word in enumerate(dict.fromkeys(word for query in target for word in query))}
-    sizes, rows, own, times = array("q"), array("i"), array("i"), array("i")
+    # Of each word of the queries: the documents that it stands in, and how often.
+    places = {word: (array("i"), array("i")) for query in target for word in query}
+    sizes = array("q")
     for row, document in enumerate(pool):
         sizes.append(max(1, len(document)))
-        for code, count in Counter(number[word] for word in document if word in number).items():
-            rows.append(row)
-            own.append(code)
-            times.append(count)
+        for word, times in Counter(word for word in document if word in places).items():
+            documents, counts = places[word]
+            documents.append(row)
+            counts.append(times)
     lengths = np.asarray(sizes)
     scores = np.zeros((len(lengths), len(target)), dtype=np.float32)
-    if not len(rows):
-        return scores
-    order = np.argsort(own, kind="stable")
-    documents, counts = np.asarray(rows)[order], np.asarray(times)[order].astype(np.float64)
-    edges = np.searchsorted(np.asarray(own)[order], np.arange(len(number) + 1))
-    below = counts + (k1 * ((1 - b) + b * lengths / lengths.mean()))[documents]
+    below = k1 * ((1 - b) + b * lengths / lengths.mean())
     for column, query in enumerate(target):
         for word in query:
-            part = slice(*edges[number[word] : number[word] + 2])
-            there = part.stop - part.start
-            idf = float(np.float32(math.log(1 + (len(lengths) - there + 0.5) / (there + 0.5))))
-            scores[documents[part], column] += (idf * (counts[part] / below[part])).astype(np.float32)
+            there, tf = (np.asarray(values) for values in places[word])
+            idf = float(np.float32(math.log(1 + (len(lengths) - len(there) + 0.5) / (len(there) + 0.5))))
+            scores[there, column] += (idf * (tf / (below[there] + tf))).astype(np.float32)
     return scores

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import BeforeValidator
@@ -19,22 +20,26 @@ from gradsift.base.lazy import Tensor, torch
 from gradsift.base.sums import row_products
 from gradsift.gradients.rows import View
 from gradsift.influence.blocks import carried, on_cpu, place_for
-from gradsift.influence.estimator import ProductEstimator
+from gradsift.influence.estimator import ProductEstimator, rate_weights
 from gradsift.store.gradient_store import GradientStore
+from gradsift.warmup.checkpoint import Checkpoint
 
 _AUTO_SHARE = 0.1  # λ as a share of the mean squared gradient coordinate, as in Kwon et al. 2024
 # Rows converted at once: long enough for matrix products, 16 MiB at 8192 dimensions; a GPU wants fewer, larger kernels.
 _BLOCK_ROWS, _GPU_BLOCK_ROWS = 512, 2048
 _PANEL = 1024  # columns of a second moment computed at once
+_SPECTRAL_SHARE = 0.1  # λ as a share of the largest eigenvalue
+_POWER_STEPS = 200
+_MOST_MOMENT_ROWS = 4096  # of which second moments over all dimensions are taken
 
 Columns = tuple[int, int]  # a segment: its first column and the one after its last
 
 
 def _checked_damping(value: object) -> object:
-    """`auto`, or a number above 0, which may be written as text."""
+    """`auto`, `spectral`, or a number above 0, which may be written as text."""
     number = _positive(value)
-    if value != "auto" and number is None:
-        raise PydanticCustomError("damping", "Input should be 'auto' or a number above 0")
+    if value not in ("auto", "spectral") and number is None:
+        raise PydanticCustomError("damping", "Input should be 'auto', 'spectral' or a number above 0")
     return value if number is None else number
 
 
@@ -46,7 +51,8 @@ def _positive(value: object) -> float | None:
     return number if 0 < number < math.inf else None
 
 
-Damping = Annotated[Literal["auto"] | float, BeforeValidator(_checked_damping)]
+Damping = Annotated[Literal["auto", "spectral"] | float, BeforeValidator(_checked_damping)]
+"""λ: a number, `auto` for a tenth of the mean squared coordinate, `spectral` for one of the largest eigenvalue."""
 
 
 class DataInf(ProductEstimator):
@@ -54,8 +60,9 @@ class DataInf(ProductEstimator):
 
     Plain gradients on both sides, not normalised, each segment (module) on its own.
 
-    damping: λ of every segment, in squared units of the gradients; `auto` takes a tenth of the segment's mean squared
-        gradient coordinate, so that scores do not depend on the gradients' scale.
+    damping: λ of every segment, in squared units of the gradients. `auto` takes a tenth of the segment's mean squared
+        coordinate, so that scores do not depend on the gradients' scale; `spectral` a tenth of the largest eigenvalue
+        of its second moments.
     """
 
     view: ClassVar[View | None] = "segments"
@@ -67,7 +74,7 @@ class DataInf(ProductEstimator):
     @property
     def label(self) -> str:
         """What tables call it."""
-        return _label("DataInf", self.damping)
+        return " ".join(["DataInf", *(f"({said})" for said in damping_label(self.damping))])
 
     def directions(self, store: GradientStore, targets: Tensor, device: str) -> Tensor:
         """h of `datainf_directions`."""
@@ -75,24 +82,52 @@ class DataInf(ProductEstimator):
 
 
 class ProjectedInverse(ProductEstimator):
-    """The damped inverse that DataInf approximates, exact for the projected gradients, at the last checkpoint.
+    """Influence through a damped inverse of the pool's second moments, exact for the projected gradients.
 
-    damping: as for DataInf.
+    Plain gradients on both sides, not normalised. Over checkpoints the terms η̄_e·λ_e·⟨g, (H_e + λ_e I)⁻¹ v⟩ are added
+    with `whole`, each on the scale of a plain product.
+
+    damping: λ, in squared units of the gradients. `auto` takes a tenth of the mean squared coordinate, as DataInf does;
+        `spectral` a tenth of the largest eigenvalue of the second moments.
+    kernel: `segments` inverts each module's block, as DataInf does; `whole` all modules at once, from 4,096 rows at
+        most, drawn by their ids.
+    checkpoints: the `last`, or `all`, each counting by its learning rate.
     """
-
-    view: ClassVar[View | None] = "segments"
-    last_checkpoint: ClassVar[bool] = True
 
     kind: Literal["projected_inverse"] = "projected_inverse"
     damping: Damping = "auto"
+    kernel: Literal["segments", "whole"] = "segments"
+    checkpoints: Literal["last", "all"] = "last"
 
     @property
     def label(self) -> str:
         """What tables call it."""
-        return _label("projected inverse", self.damping)
+        parts = ["whole"] * (self.kernel == "whole") + ["all checkpoints"] * (self.checkpoints == "all")
+        parts += damping_label(self.damping)
+        return f"projected inverse ({', '.join(parts)})" if parts else "projected inverse"
+
+    @property
+    def view(self) -> View:  # type: ignore[override]
+        """Which of the pool's rows it reads."""
+        return "segments" if self.kernel == "segments" else "plain"
+
+    @property
+    def last_checkpoint(self) -> bool:  # type: ignore[override]
+        """Whether it reads those at the last checkpoint alone."""
+        return self.checkpoints == "last"
+
+    def weights(self, checkpoints: Sequence[Checkpoint]) -> list[float]:
+        """η̄_e / Σ η̄."""
+        return rate_weights(checkpoints)
+
+    def counted(self, checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
+        """What their sum is weighted by."""
+        return {} if self.checkpoints == "last" else {"weights": self.weights(checkpoints)}
 
     def directions(self, store: GradientStore, targets: Tensor, device: str) -> Tensor:
         """The targets through the inverse."""
+        if self.kernel == "whole":
+            return whole_inverse_directions(store, targets, self.damping, device=device)
         return inverse_directions(store, targets, self.damping, device=device)
 
 
@@ -159,7 +194,7 @@ def projected_inverse_scores(
 
 
 def datainf_directions(
-    store: GradientStore, targets: Tensor, damping: Literal["auto"] | float, *, device: str = "cpu"
+    store: GradientStore, targets: Tensor, damping: Literal["auto", "spectral"] | float, *, device: str = "cpu"
 ) -> Tensor:
     """h of every target over all segments, `[target dim]` float32: the raw inner product with a row is DataInf's score.
 
@@ -198,7 +233,7 @@ def datainf_directions(
 def inverse_directions(
     store: GradientStore,
     targets: Tensor,
-    damping: Literal["auto"] | float,
+    damping: Literal["auto", "spectral"] | float,
     *,
     segments: Sequence[Columns] | None = None,
     factors: Tensor | None = None,
@@ -215,26 +250,102 @@ def inverse_directions(
         device: for second moments and inverses, where it has room for them.
     """
     segments = store.blocks() if segments is None else list(segments)
-    dampings = store_dampings(store, segments, damping, factors)
     place = place_for(device, store.dim, held=8 * sum((stop - start) ** 2 for start, stop in segments))
+    grams = second_moments(store, segments, factors, place)
+    if damping == "spectral":
+        dampings = [_SPECTRAL_SHARE * largest_eigenvalue(gram) for gram in grams]
+    else:
+        dampings = store_dampings(store, segments, damping, factors)
+    result = torch.zeros(len(targets), store.dim)
+    for number, ((start, stop), value) in enumerate(zip(segments, dampings, strict=True)):
+        if value > 0:
+            queries = targets[:, start:stop].double().to(place)
+            result[:, start:stop] = inverse_product(grams[number], queries, value)
+        grams[number] = torch.empty(0)
+    return result
+
+
+def second_moments(
+    store: GradientStore,
+    segments: Sequence[Columns],
+    factors: Tensor | None = None,
+    place: torch.device | str = "cpu",
+) -> list[Tensor]:
+    """`ΦᵀΦ/n` of every segment, float64 `[dim dim]`, the upper triangle alone."""
     # fp64: products in fp32 moved real scores by 1e-4 at `auto` damping, and by 1% at a hundredth of it.
     grams = [torch.zeros(stop - start, stop - start, dtype=torch.float64, device=place) for start, stop in segments]
 
     def work(block: _Block) -> None:
         for number, rows in block.segments():
             scaled = rows.double().mul_(block.scale[:, None])
-            for left in range(0, scaled.shape[1], _PANEL):  # Cholesky reads the upper triangle alone
+            for left in range(0, scaled.shape[1], _PANEL):
                 panel = scaled[:, left : left + _PANEL]
                 grams[number][left : left + _PANEL, left:].addmm_(panel.T, scaled[:, left:])
 
     _for_each_block(store, segments, work, factors, place)
-    result = torch.zeros(len(targets), store.dim)
-    for number, ((start, stop), value) in enumerate(zip(segments, dampings, strict=True)):
-        if value > 0:
-            gram = grams[number].div_(len(store))
-            result[:, start:stop] = inverse_product(gram, targets[:, start:stop].double().to(place), value)
-        grams[number] = torch.empty(0)
-    return result
+    return [gram.div_(len(store)) for gram in grams]
+
+
+def largest_eigenvalue(gram: Tensor) -> float:
+    """Of a symmetric positive semidefinite matrix `[dim dim]` whose upper triangle is given, by power iteration.
+
+    Started at the column of the largest diagonal entry, and ended where a step changes it by less than 1e-6 of itself:
+    a damping need not be known better.
+    """
+    upper = gram.triu()
+    matrix = upper + upper.triu(1).T
+    direction = matrix[:, int(matrix.diagonal().argmax())].clone()
+    value = 0.0
+    for _ in range(_POWER_STEPS):
+        length = float(direction.norm())
+        if length == 0.0:
+            return 0.0
+        direction = matrix @ (direction / length)
+        before, value = value, float(direction.norm())
+        if abs(value - before) <= 1e-6 * value:
+            break
+    return value
+
+
+def whole_inverse_directions(
+    store: GradientStore, targets: Tensor, damping: Literal["auto", "spectral"] | float, *, device: str = "cpu"
+) -> Tensor:
+    """`λ·V (GᵀG/m + λI)⁻¹` over all dimensions at once, `[target dim]` float32, from m rows G of the pool at most.
+
+    By the rows' own products (Woodbury), so that no matrix of dimensions is needed:
+
+        λ·V (GᵀG/m + λI)⁻¹ = V − (V Gᵀ/m) (G Gᵀ/m + λI)⁻¹ G
+
+    Args:
+        store: the pool's plain gradients, of which 4,096 rows at most are taken, by a hash of their ids.
+        targets: `[target dim]`, finite.
+        damping: λ; `auto` is a tenth of the mean squared coordinate, `spectral` of the largest eigenvalue of GᵀG/m.
+        device: for the products, where it has room for them.
+    """
+    ids = sorted(store.ids, key=_drawn)[:_MOST_MOMENT_ROWS] if len(store) > _MOST_MOMENT_ROWS else list(store.ids)
+    count = len(ids)
+    place = place_for(device, store.dim, held=8 * count * (count + 2 * store.dim))
+    rows = store.rows_by_id(ids).to(place)
+    gram = torch.zeros(count, count, dtype=torch.float64, device=place)
+    for start in range(0, store.dim, _PANEL):
+        panel = rows[:, start : start + _PANEL].double()
+        gram.addmm_(panel, panel.T, alpha=1 / count)
+    if damping == "spectral":
+        value = _SPECTRAL_SHARE * largest_eigenvalue(gram)
+    else:
+        value = mean_damping(float(gram.trace()) * count, count * store.dim, damping)
+    if value == 0:
+        return targets.float()
+    shared = torch.zeros(len(targets), count, dtype=torch.float64, device=place)
+    for start in range(0, store.dim, _PANEL):
+        part = slice(start, start + _PANEL)
+        shared.addmm_(targets[:, part].double().to(place), rows[:, part].double().T, alpha=1 / count)
+    taken = inverse_product(gram, shared, value).float()
+    return targets.float() - (taken @ rows).cpu()
+
+
+def _drawn(id_: str) -> bytes:
+    return hashlib.blake2b(id_.encode(), digest_size=8).digest()
 
 
 def inverse_product(gram: Tensor, queries: Tensor, damping: float) -> Tensor:
@@ -277,10 +388,12 @@ def mean_damping(squares: float, entries: int, damping: Literal["auto"] | float)
 def store_dampings(
     store: GradientStore,
     segments: Sequence[Columns],
-    damping: Literal["auto"] | float,
+    damping: Literal["auto", "spectral"] | float,
     factors: Tensor | None = None,
 ) -> list[float]:
-    """λ of every segment of the stored rows times their factors; 0 where all of them are zero (`auto` alone looks)."""
+    """λ of every segment of the stored rows times their factors; 0 where it is measured and all of them are zero."""
+    if damping == "spectral":
+        return [_SPECTRAL_SHARE * largest_eigenvalue(gram) for gram in second_moments(store, segments, factors)]
     if damping != "auto":
         return [mean_damping(1.0, 1, damping)] * len(segments)
     sums = [0.0] * len(segments)
@@ -396,5 +509,8 @@ def _segment_sum(
     return total.to(device=device, dtype=dtype)
 
 
-def _label(name: str, damping: Literal["auto"] | float) -> str:
-    return name if damping == "auto" else f"{name} (λ={damping:g})"
+def damping_label(damping: Literal["auto", "spectral"] | float) -> list[str]:
+    """What a label says of a damping; nothing of the usual one."""
+    if damping == "auto":
+        return []
+    return ["spectral damping" if isinstance(damping, str) else f"λ={damping:g}"]

@@ -303,7 +303,7 @@ def _looked(pool: Pool, method: PolicyEstimator, checkpoints: SequenceABC[Checkp
     view = method.view
     assert view is not None, method
     stores = [pool.stores(checkpoint, [view])[view] for checkpoint in checkpoints]
-    ids = [id_ for id_ in pool.data.ids if all(id_ in store for store in stores)]
+    ids = pool.data.ids.take(np.flatnonzero(np.all([store.holds(pool.data.ids) for store in stores], axis=0)))
     return Looked.at(ids, outputs=len(strata.outputs))
 
 

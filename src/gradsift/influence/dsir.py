@@ -19,7 +19,6 @@ from gradsift.context import Pool, Target
 from gradsift.data.words import words
 from gradsift.influence.bm25 import spoken_text, wordless
 from gradsift.influence.estimator import Estimator, Influence, conversations
-from gradsift.influence.prompts import PromptTarget
 
 
 class DSIR(Estimator):
@@ -46,7 +45,7 @@ class DSIR(Estimator):
         """What tables call it."""
         return "DSIR"
 
-    def influence(self, pool: Pool, target: Target | PromptTarget | None) -> Influence:
+    def influence(self, pool: Pool, target: Target | None) -> Influence:
         """Log ratios of the pool's texts."""
         assert target is not None, self
         rows, queries = (

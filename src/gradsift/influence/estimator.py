@@ -20,11 +20,12 @@ from gradsift.base.settings import Settings
 from gradsift.base.strings import Strings
 from gradsift.base.types import Message, Skipped
 from gradsift.context import Pool, Target
-from gradsift.data.dataset import Dataset
-from gradsift.gradients.collect import SequenceSource, store_config
+from gradsift.data.prompts import Prompts
+from gradsift.data.rows import Rows
+from gradsift.gradients.collect import SequenceSource
 from gradsift.gradients.rows import View
 from gradsift.influence.products import inner_products
-from gradsift.influence.prompts import PromptTarget, RewardSummary
+from gradsift.influence.prompts import RewardSummary
 from gradsift.rewards.sources import sources_of
 from gradsift.store.gradient_store import GradientStore
 from gradsift.store.manifest import fingerprint
@@ -64,6 +65,7 @@ class Influence:
         are a mean over targets
     of_draws: of `whole`: the numbers of some rows where each target stands as often as a draw says,
         (ids, `[target draw]`) → float64 `[row draw]`
+    grouped:  whether columns of one subtask are all the subtask's mean, of which no target's own part is known
     terms:    what else the estimator knows of its numbers
     """
 
@@ -79,6 +81,7 @@ class Influence:
     of_draws: Callable[[SequenceABC[str], NDArray[np.int64]], NDArray[np.float64]] | None = field(
         default=None, repr=False
     )
+    grouped: bool = False
     terms: Any = field(default=None, repr=False)
 
 
@@ -94,6 +97,22 @@ class GreedyTerms:
     alone: NDArray[np.float64]
     shared_with: Callable[[int], NDArray[np.float64]]
     gains: Callable[[NDArray[np.float64], NDArray[np.float64], int], NDArray[np.float64]]
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Rows that an estimator takes through the model, forth and back, beside those that are stored.
+
+    stage:   what `gradsift plan` calls them
+    done:    whether the run folder has what comes of them
+    forward: whether they go forth alone
+    """
+
+    stage: str
+    rows: int
+    tokens: float
+    done: bool = False
+    forward: bool = False
 
 
 class Estimator(Settings):
@@ -132,11 +151,15 @@ class Estimator(Settings):
         """What tables call it: different settings have different labels where that can be."""
 
     @abstractmethod
-    def influence(self, pool: Pool, target: Target | PromptTarget | None) -> Influence:
+    def influence(self, pool: Pool, target: Target | None) -> Influence:
         """Influence of every pool example on the target; `target` is None only where none is needed.
 
         Whatever is missing (a warm-up, responses, rewards, gradients) is made, and kept in the run folder.
         """
+
+    def passes(self, pool: Pool, target: Target | None) -> list[Passes]:
+        """What it takes of the model beside stored rows, for `gradsift plan`; nothing is computed or written."""
+        return []
 
     def checkpoints_of(self, pool: Pool) -> list[Checkpoint]:
         """Those of the pool that it reads.
@@ -154,7 +177,7 @@ class Estimator(Settings):
         """What each checkpoint counts for; they add up to 1."""
         return [1.0 / len(checkpoints)] * len(checkpoints)
 
-    def greedy_terms(self) -> Callable[[Pool, Target | PromptTarget, SequenceABC[str]], GreedyTerms] | None:
+    def greedy_terms(self) -> Callable[[Pool, Target, SequenceABC[str]], GreedyTerms] | None:
         """What gives the terms of a greedy joint selection of rows by their ids; None where it knows of no pairs.
 
         Raises:
@@ -171,10 +194,7 @@ class Estimator(Settings):
         found = source_of(type(self))
         if self.view is not None:
             checkpoints = self.checkpoints_of(pool)
-            found["rows"] = [
-                fingerprint(store_config(pool.data, one, pool.model, self.view, pool.gradients, pool.dtype))
-                for one in checkpoints
-            ]
+            found["rows"] = [fingerprint(pool.at(one).config(pool.data, self.view)) for one in checkpoints]
             found |= self.counted(checkpoints)
         return found
 
@@ -182,17 +202,15 @@ class Estimator(Settings):
         """What of `inputs` is of the checkpoints beside their rows: the weights, where they are not always equal."""
         return {}
 
-    def targets(self, pool: Pool, target: Target | PromptTarget) -> Targets:
+    def targets(self, pool: Pool, target: Target) -> Targets:
         """The token sequences that stand for the target.
 
         Raises:
             ConfigError: it takes labels, and prompts have none.
         """
-        if isinstance(target, Target):
-            return target.data
         if target.labels is not None and target.labels.ids == target.data.ids:
             return target.labels
-        if self.takes == "texts":
+        if self.takes == "texts" or not isinstance(target.data, Prompts):
             return target.data
         answered = 0 if target.labels is None else len(target.labels)
         raise ConfigError(
@@ -242,7 +260,7 @@ class ProductEstimator(Estimator):
         """What the rows are multiplied by, `[target dim]`: the targets' gradients, or what is made of them."""
         return targets
 
-    def influence(self, pool: Pool, target: Target | PromptTarget | None) -> Influence:
+    def influence(self, pool: Pool, target: Target | None) -> Influence:
         """The sum over checkpoints, weighted."""
         assert target is not None, self
         ids, matrix, stores = self.matrix(pool, self.targets(pool, target))
@@ -299,7 +317,7 @@ def summed(
     return ids, total, used
 
 
-def influence_of(method: Estimator, pool: Pool, target: Target | PromptTarget | None) -> Influence:
+def influence_of(method: Estimator, pool: Pool, target: Target | None) -> Influence:
     """`method.influence`, of which the form is checked.
 
     Raises:
@@ -361,7 +379,7 @@ def target_rows(queries: GradientStore, ids: SequenceABC[str]) -> Tensor:
 
 def conversations(data: Any) -> Iterable[Conversation]:
     """The messages of each row of a data set, of prompts, or of outputs."""
-    return data.conversations() if isinstance(data, Dataset) else (data.messages(id_) for id_ in data.ids)
+    return data.conversations() if isinstance(data, Rows) else (data.messages(id_) for id_ in data.ids)
 
 
 def rate_weights(checkpoints: SequenceABC[Checkpoint]) -> list[float]:

@@ -31,7 +31,6 @@ from gradsift.gradients.projection import Projector, plan_segments
 from gradsift.influence.blocks import BlockConsumer, block_rows, over_blocks, threads
 from gradsift.influence.estimator import GreedyTerms, Influence, TargetsByCheckpoint, TrainingEstimator, both_stores
 from gradsift.influence.products import store_inner_products, unit_rows
-from gradsift.influence.prompts import PromptTarget
 from gradsift.model.models import host
 from gradsift.store.gradient_store import GradientStore
 from gradsift.store.manifest import fingerprint
@@ -186,7 +185,7 @@ class JI2S(TrainingEstimator):
         """What both terms are weighted by."""
         return {"weights": joint_factors(checkpoints, self.weights(checkpoints), self.joint_lr_power)}
 
-    def influence(self, pool: Pool, target: Target | PromptTarget | None) -> Influence:
+    def influence(self, pool: Pool, target: Target | None) -> Influence:
         """Both terms over the checkpoints, and their difference."""
         assert target is not None, self
         targets, checkpoints = self.targets(pool, target), self.checkpoints_of(pool)
@@ -216,7 +215,7 @@ class JI2S(TrainingEstimator):
             terms=terms,
         )
 
-    def greedy_terms(self) -> Callable[[Pool, Target | PromptTarget, SequenceABC[str]], GreedyTerms]:
+    def greedy_terms(self) -> Callable[[Pool, Target, SequenceABC[str]], GreedyTerms]:
         """Both terms, of the stored rows.
 
         Raises:
@@ -705,7 +704,7 @@ def _reduced(pairs: Tensor, reduction: Reduction, count: int) -> Tensor:
     return pairs if reduction == "sum" else pairs / max(1, count - 1)
 
 
-def _greedy_terms(method: JI2S, pool: Pool, target: Target | PromptTarget, ids: SequenceABC[str]) -> GreedyTerms:
+def _greedy_terms(method: JI2S, pool: Pool, target: Target, ids: SequenceABC[str]) -> GreedyTerms:
     """Σ_e w_e A [row], and what gives Σ_e w_e η_e^(p−1) Γ_iᵀHΓ_j [row] of an example j."""
     targets, checkpoints = method.targets(pool, target), method.checkpoints_of(pool)
     factors = joint_factors(checkpoints, method.weights(checkpoints), method.joint_lr_power)

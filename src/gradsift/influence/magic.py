@@ -17,16 +17,17 @@ from gradsift.base.ranks import spearman
 from gradsift.context import Pool, Target
 from gradsift.gradients.collect import SequenceSource
 from gradsift.gradients.losses import row_losses
-from gradsift.influence.estimator import Estimator, Influence, TargetsByCheckpoint
+from gradsift.influence.estimator import Estimator, Influence, Passes, TargetsByCheckpoint
 from gradsift.influence.metagradient import Adam
 from gradsift.influence.metagradient import metagradient as metagradient
-from gradsift.influence.prompts import PromptTarget
 from gradsift.influence.replay import Network, Positions, Record, Replay, Returned
 from gradsift.model.models import host
 from gradsift.store.manifest import fingerprint
 from gradsift.warmup.train import Training, Warmup, effective_batch_size, epoch_order, train, warm_up_ids
 
 _GROWTH = 20.0  # how often the adjoint's norm may be that at the end; prototypes that foretold well had 5 at most
+# Of a training's time, measured: a way back for one group of targets, and for each further one with it.
+_FIRST_BACK, _FURTHER_BACK = 2.1, 1.2
 _DROPPED = 0.1  # share of the trained rows that a check leaves out
 
 
@@ -106,7 +107,7 @@ class MAGIC(Estimator):
         parts += [f"{name} {value:g}" for name, value in (("lr", self.learning_rate), ("epochs", self.epochs)) if value]
         return f"MAGIC ({', '.join(parts)})" if parts else "MAGIC"
 
-    def influence(self, pool: Pool, target: Target | PromptTarget | None) -> Influence:
+    def influence(self, pool: Pool, target: Target | None) -> Influence:
         """Of every pool row, by going back through each training once for each group of targets."""
         assert target is not None, self
         source = self.targets(pool, target)
@@ -138,8 +139,32 @@ class MAGIC(Estimator):
             matrix.astype(np.float32),
             warnings=(*_not_smooth(growth, returned), *([f"MAGIC: {check}"] if check else [])),
             identity={"replays": identity},
+            grouped=self.per == "subtask",
             terms=MagicTerms(errors, growth, check),
         )
+
+    def passes(self, pool: Pool, target: Target | None) -> list[Passes]:
+        """Its trainings, the ways back, which take so much more than a training, and its check."""
+        assert target is not None, self
+        source = self.targets(pool, target)
+        assert not isinstance(source, TargetsByCheckpoint), source
+        groups = _groups(len(source.ids), target.subtasks, self.per)
+        note = fingerprint([source.fingerprint, groups.tolist(), list(pool.data.ids)])
+        overlap, found = {skip.id for skip in target.overlap}, []
+        lengths, ways = pool.training.lengths, 1 + int(groups.max())
+        for seed in range(pool.seed, pool.seed + self.seeds):
+            replay, _ = self._replay(pool, overlap, seed)
+            own, beside = (np.concatenate(parts) for parts in (replay.record.batches, replay.record.riders))
+            tokens, riding = float(lengths[own].sum()), float(lengths[beside].sum())
+            trained = pool.run.manifest(replay.prefix) is not None
+            back = trained and replay.went_back(note)
+            found.append(Passes("MAGIC's training", len(own), tokens, trained))
+            taken = (_FIRST_BACK + _FURTHER_BACK * (ways - 1)) * tokens + riding
+            found.append(Passes("MAGIC's way back", len(own) + len(beside), taken, back))
+            if self.check and seed == pool.seed:
+                times = 2 * self.check + 1
+                found.append(Passes("MAGIC's check", times * len(own), times * tokens, back))
+        return found
 
     def training(self, pool: Pool) -> Training:
         """The run's preset, made smooth."""

@@ -13,13 +13,14 @@ from gradsift.base.lazy import Tensor
 from gradsift.base.types import Sequence as TokenSequence
 from gradsift.context import Pool, Target
 from gradsift.generation.assistant import Assistant
-from gradsift.generation.endpoint import Endpoint, EndpointSampler
+from gradsift.generation.endpoint import Endpoint
+from gradsift.generation.endpoint_sampler import EndpointSampler
 from gradsift.generation.local import LocalSampler
 from gradsift.generation.samples import Samples, sample
 from gradsift.generation.sampling import Response, Sampler, Sampling
 from gradsift.gradients.policy import PolicyGradient, PolicySource, label_sequence
 from gradsift.gradients.rows import View
-from gradsift.influence.datainf import Damping, datainf_directions
+from gradsift.influence.datainf import Damping, damping_label, datainf_directions
 from gradsift.influence.estimator import Estimator, Influence, ProductEstimator, TrainingEstimator, refuse_too_many
 from gradsift.influence.prompts import (
     Earned,
@@ -85,7 +86,7 @@ class PolicyEstimator(ProductEstimator):
         check_server(self, checkpoints)
         return checkpoints
 
-    def targets(self, pool: Pool, target: Target | PromptTarget) -> PolicyTargets:
+    def targets(self, pool: Pool, target: Target) -> PolicyTargets:
         """The policy gradients of each checkpoint.
 
         Raises:
@@ -98,7 +99,7 @@ class PolicyEstimator(ProductEstimator):
         target.check_reward()
         return PolicyTargets(pool, target, self)
 
-    def influence(self, pool: Pool, target: Target | PromptTarget | None) -> Influence:
+    def influence(self, pool: Pool, target: Target | None) -> Influence:
         """As `ProductEstimator`, after all is sampled and rewarded: what is wrong with a reward shows early."""
         assert target is not None, self
         targets, checkpoints = self.targets(pool, target), self.checkpoints_of(pool)
@@ -166,7 +167,7 @@ class NICEIF(PolicyEstimator):
     @property
     def label(self) -> str:
         """What tables call it."""
-        return _label("NICE-IF", self, [] if self.damping == "auto" else [f"λ={self.damping:g}"])
+        return _label("NICE-IF", self, damping_label(self.damping))
 
 
 class PolicyTargets:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceABC
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,20 +14,19 @@ from numpy.typing import NDArray
 from gradsift.base.errors import ConfigError, DataError, GradsiftError
 from gradsift.base.progress import Advance, Reporter, silent
 from gradsift.base.settings import Settings
-from gradsift.base.types import Chat, Example, Message, Sequence, Skipped, before_answer
-from gradsift.context import Pool, subtask_labels
-from gradsift.data.account import Account
-from gradsift.data.chat import ChatFormat
+from gradsift.base.types import Chat, Example, Message, Skipped, before_answer
+from gradsift.context import Pool, Target, subtask_labels
 from gradsift.data.dataset import Dataset
-from gradsift.data.load import Columns, load_examples
+from gradsift.data.load import Columns
 from gradsift.data.overlap import hashed, normalised_hash, overlap_of_hashes
 from gradsift.data.prepare import prepare
+from gradsift.data.prompts import Prompts, answered, read_prompts, row_digest
 from gradsift.data.sample import RowSample
 from gradsift.execution.chunks import Chunks
 from gradsift.execution.engine import LOCAL, Engine
 from gradsift.generation.endpoint import Client, Endpoint, ReplyError, connected
 from gradsift.generation.samples import Samples
-from gradsift.generation.sampling import Prompt, Response, Usage, prompts_of
+from gradsift.generation.sampling import Response, Usage
 from gradsift.model.models import whole_identity
 from gradsift.rewards.form import Sentiment
 from gradsift.rewards.function import Function, function_identity
@@ -46,105 +42,6 @@ if TYPE_CHECKING:
 _CHUNK = 256  # responses whose rewards are asked for, and kept, at once, at most
 _MODELLED = 32  # the same where a model gives them, always: in other batches they would be others by rounding
 _SHARE = 16  # prompts whose rewards one worker computes before it is given others
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """The rows of a target without labels, with the attributes of a `Dataset` that do not need any.
-
-    examples:   rows whose prompt the template renders, with an answer or without
-    prompt_ids: int32 [token] of each, with the generation prompt
-    template:   fingerprint of the chat template
-    account:    what of the source is not used or not shown
-    """
-
-    examples: tuple[Example, ...]
-    prompt_ids: tuple[NDArray[np.int32], ...] = field(repr=False)
-    template: str
-    account: Account
-    description: str
-    loss: str = "none"
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    @property
-    def skipped(self) -> list[Skipped]:
-        """Rows left out, with reasons."""
-        return list(self.account.rows)
-
-    @property
-    def ids(self) -> list[str]:
-        """In row order."""
-        return [example.id for example in self.examples]
-
-    @property
-    def prompts(self) -> list[Prompt]:
-        """The conversations up to the answer."""
-        return prompts_of(self.examples)
-
-    @property
-    def fingerprint(self) -> str:
-        """Of the rows with all their columns, which a reward may read."""
-        digest = hashlib.sha256()
-        for example in self.examples:
-            digest.update(f"{example.id}\n{_digest(list(example.messages))}{_digest(example.row)}".encode())
-        return digest.hexdigest()[:16]
-
-    @property
-    def hashes(self) -> list[str]:
-        """Normalised content hash of each row, its answer included where it has one."""
-        return [own for _, own in hashed(self.examples)]
-
-    @property
-    def lengths(self) -> NDArray[np.int64]:
-        """Tokens of each prompt, int64 `[prompt]`."""
-        return np.array([len(ids) for ids in self.prompt_ids], dtype=np.int64)
-
-    def messages(self, id_: str) -> tuple[Message, ...]:
-        """The conversation of a row, its answer included where it has one."""
-        return self.example(id_).messages
-
-    def row(self, id_: str) -> Mapping[str, Any]:
-        """The original row."""
-        return self.example(id_).row
-
-    def column(self, name: str) -> list[Any]:
-        """A column of the original rows.
-
-        Raises:
-            DataError: no row has it.
-        """
-        if not any(name in example.row for example in self.examples):
-            there = ", ".join(sorted({key for example in self.examples for key in example.row}))
-            raise DataError(f"{self.description} has no column {name!r}; its columns are {there}")
-        return [example.row.get(name) for example in self.examples]
-
-    def token_counts(self) -> list[int]:
-        """Tokens of each prompt."""
-        counts: list[int] = self.lengths.tolist()
-        return counts
-
-    def longest(self) -> int:
-        """Tokens of the longest row, 0 where there is none."""
-        return int(self.lengths.max(initial=0))
-
-    def sequences(self, start: int, stop: int) -> list[Sequence]:
-        """The prompts alone, for methods that compare tokens: nothing of them weighs anything."""
-        return [
-            Sequence(position, ids, np.zeros(len(ids), dtype=np.float32))
-            for position, ids in enumerate(self.prompt_ids[start:stop])
-        ]
-
-    def example(self, id_: str) -> Example:
-        """The row with this id."""
-        if id_ not in self._examples:
-            raise DataError(f"{self.description} has no row with id {id_!r}")
-        return self._examples[id_]
-
-    @cached_property
-    def _examples(self) -> dict[str, Example]:
-        return {example.id: example for example in self.examples}
 
 
 Rewards = dict[tuple[str, int], float]
@@ -165,21 +62,17 @@ class Earned:
 
 
 @dataclass(frozen=True)
-class PromptTarget:
+class PromptTarget(Target):
     """What the pool is to help with: responses to prompts that earn a high reward. Made by `open_prompts`.
 
     reward, weights, judge: as given to `open_prompts`; without a reward, responses can be sampled and no more
-    subtasks: a label per prompt, or None
-    overlap:  pool examples that are also in the target; they are left out of scores and selections
     labels:   the rows that have an answer, tokenised; None where there is none. NICE does not read them
     drawn, earned: responses and what they earn, by sampler and number of samples, once they were asked for: all that is
         computed for this value rests on the same ones, and those that could not be had are tried again for another only
     """
 
     data: Prompts
-    reward: Any
-    subtasks: tuple[str, ...] | None = None
-    overlap: tuple[Skipped, ...] = ()
+    reward: Any = None
     labels: Dataset | None = field(default=None, repr=False)
     weights: tuple[float, ...] | None = None
     judge: Endpoint | Chat | None = None
@@ -254,7 +147,7 @@ def open_prompts(
     data = read_prompts(source, pool.chat, columns=columns, sample=sample)
     examples = data.examples
     labels = None
-    if any(_answered(example) for example in examples):
+    if any(answered(example) for example in examples):
         try:
             found = prepare(
                 pool.run,
@@ -265,8 +158,7 @@ def open_prompts(
                 keep_duplicates=True,
                 reporter=pool.reporter,
             )
-            answered = set(found.ids)
-            ids = [id_ for id_ in data.ids if id_ in answered]
+            ids = [id_ for id_ in data.ids if id_ in found.ids]
             labels = found if found.ids == ids else found.subset(found.positions(ids))
         except DataError as error:  # nothing that NICE reads
             pool.reporter.warn(f"the target's answers cannot be used as labels: {error}")
@@ -275,46 +167,13 @@ def open_prompts(
         raise ConfigError("every pool row is also in the target: nothing is left to choose from")
     return PromptTarget(
         data,
-        reward,
         subtask_labels(data.ids, data.column(subtask), subtask) if subtask else None,
         overlap,
-        labels,
-        None if weights is None else tuple(weights),
-        judge,
+        reward=reward,
+        labels=labels,
+        weights=None if weights is None else tuple(weights),
+        judge=judge,
     )
-
-
-def read_prompts(
-    source: Any,
-    chat: ChatFormat,
-    *,
-    columns: Columns | Mapping[str, str] | None = None,
-    what: str = "target",
-    sample: RowSample | None = None,
-) -> Prompts:
-    """The prompts of rows with or without an answer; those that the template does not render are left out.
-
-    Raises:
-        DataError: the source cannot be read, or no row of it can be used.
-        ConfigError: the sample cannot be drawn.
-    """
-    loaded = load_examples(source, columns=columns, what=what, require_answer=False)
-    rows = loaded.examples if sample is None else [loaded.examples[n] for n in sample.positions(loaded.examples)]
-    examples, prompt_ids, skipped = [], [], list(loaded.skipped)
-    parts: list[Skipped] = []
-    for example, prompt in zip(rows, prompts_of(rows), strict=True):
-        try:
-            if not any(message["content"].strip() for message in prompt.messages):
-                raise DataError("there is nothing before the answer to respond to")
-            prompt_ids.append(np.array(chat.prompt_ids(prompt.messages, prompt.options), dtype=np.int32))
-            parts += chat.unshown_of_prompt(example, prompt.messages)
-            examples.append(example)
-        except DataError as error:
-            skipped.append(example.skipped("no_prompt", str(error)))
-    if not examples:
-        raise DataError(f"no row of the {what} ({loaded.description}) can be used; first: {skipped[0].detail}")
-    account = Account(tuple(skipped), tuple(parts), loaded.unread, loaded.notes)
-    return Prompts(tuple(examples), tuple(prompt_ids), chat.fingerprint, account, loaded.description)
 
 
 def reward_responses(target: PromptTarget, samples: Samples, reporter: Reporter, engine: Engine = LOCAL) -> Earned:
@@ -446,7 +305,7 @@ class _Rewarding:
 
 def _kept_under(target: PromptTarget, identity: Mapping[str, Any], prompt_id: str) -> dict[str, Any]:
     """What the rewards of a prompt's responses are kept under."""
-    return {**identity, "row": _digest(target.data.row(prompt_id))}
+    return {**identity, "row": row_digest(target.data.row(prompt_id))}
 
 
 def _unrewarded(target: PromptTarget, identity: Mapping[str, Any], samples: Samples) -> dict[str, int]:
@@ -563,26 +422,17 @@ def summarise_rewards(
     )
 
 
-def _answered(example: Example) -> bool:
-    return any(message["role"] == "assistant" for message in example.messages)
-
-
 def _overlap(pool: Pool, examples: SequenceABC[Example]) -> tuple[Skipped, ...]:
     """Pool rows with the messages of an answered row, or with the prompt of one that has no answer to compare."""
-    answered = hashed(example for example in examples if _answered(example))
-    found = overlap_of_hashes(zip(pool.data.ids, pool.data.hashes, strict=True), answered)
-    bare = [example for example in examples if not _answered(example)]
+    whole = hashed(example for example in examples if answered(example))
+    found = overlap_of_hashes(zip(pool.data.ids, pool.data.hashes, strict=True), whole)
+    bare = [example for example in examples if not answered(example)]
     if bare:
-        asked = ((id_, normalised_hash(before_answer(pool.data.messages(id_))[0])) for id_ in pool.data.ids)
+        prompts = (normalised_hash(before_answer(messages)[0]) for messages in pool.data.conversations())
+        asked = zip(pool.data.ids, prompts, strict=True)
         found += overlap_of_hashes(asked, hashed(bare))
     by_id = {skip.id: skip for skip in found}
     return tuple(by_id[id_] for id_ in pool.data.ids if id_ in by_id)
-
-
-def _digest(value: Any) -> str:
-    """A hash of any row: rows may hold what JSON does not know."""
-    plain = dict(value) if isinstance(value, Mapping) else value
-    return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _identity(reward: Any) -> dict[str, Any] | None:

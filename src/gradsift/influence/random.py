@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from gradsift.base.settings import Seed
 from gradsift.context import Pool, Target
 from gradsift.influence.estimator import Estimator, Influence
-from gradsift.influence.prompts import PromptTarget
 
 
 class Random(Estimator):
@@ -30,7 +29,7 @@ class Random(Estimator):
         """What tables call it."""
         return f"random (seed {self.seed})"
 
-    def influence(self, pool: Pool, target: Target | PromptTarget | None) -> Influence:
+    def influence(self, pool: Pool, target: Target | None) -> Influence:
         """`random_scores`."""
         return Influence(pool.data.ids, whole=random_scores(pool.data.ids, self.seed))
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, FiniteFloat
 
-from gradsift.base.errors import ConfigError, CorruptError, DataError, GradsiftError
+from gradsift.base.errors import ConfigError, CorruptError, DataError
 from gradsift.base.settings import Settings
 from gradsift.base.types import Message, Skipped, TokenizedExample, before_answer
 from gradsift.base.types import Sequence as TokenSequence
@@ -23,10 +23,9 @@ from gradsift.execution.chunks import Chunks
 from gradsift.generation.endpoint import Client, Endpoint
 from gradsift.gradients.losses import row_losses
 from gradsift.influence.estimator import Estimator, Influence
-from gradsift.influence.prompts import PromptTarget
 from gradsift.model.models import host, model_identity
 from gradsift.rewards.function import function_identity, in_words, load_function, stdout_to_stderr
-from gradsift.rewards.judge import last_line, question_of, side_by_side, transcript, unreadable
+from gradsift.rewards.judge import JudgeSettings, Unreadable, question_of, side_by_side, transcript
 from gradsift.store.manifest import Record, fingerprint, publish_json, read_json
 
 _CHUNK = 64  # rows that are rated and kept at once, at most
@@ -36,7 +35,7 @@ Rating = float | str
 """A row's rating, or in words why it has none."""
 
 
-class JudgeRating(Settings):
+class JudgeRating(JudgeSettings):
     """A grade from 0 to 5 by a language model: AlpaGasus's question (Chen et al. 2024), in words of our own.
 
     A grade counts only as a last line of the form `Score: 4.5`; rows with any other answer are left out and counted.
@@ -53,9 +52,6 @@ class JudgeRating(Settings):
     aspect: Literal["quality", "complexity"] = "quality"
     criteria: str | None = None
     endpoint: Endpoint | None = None
-    max_tokens: int = Field(default=512, ge=8)
-    temperature: float = Field(default=0.0, ge=0)
-    seed: int | None = 0
 
     @property
     def label(self) -> str:
@@ -139,7 +135,7 @@ class RatedEstimator(Estimator):
     needs_target: ClassVar[bool] = False
     pairs: ClassVar[bool] = False
 
-    def influence(self, pool: Pool, target: Target | PromptTarget | None) -> Influence:
+    def influence(self, pool: Pool, target: Target | None) -> Influence:
         """The ratings, asked for where the run does not hold them."""
         found = rate(pool, self)
         return Influence(
@@ -362,14 +358,8 @@ def _graded(client: Client, rater: JudgeRating, messages: Sequence[Message]) -> 
     asked = judge_question(rater, messages)
     if asked is None:
         return "there is no answer to judge"
-    try:
-        said = client.complete(asked, max_tokens=rater.max_tokens, temperature=rater.temperature, seed=rater.seed)
-    except GradsiftError:  # no other request would fare better
-        raise
-    except Exception as error:  # noqa: BLE001 - one failed request must not end the run
-        return f"the judge could not be asked: {in_words(error)}"
-    found = last_line(_FORM, said)
-    return float(found) if found else unreadable(said)
+    found = rater.verdict(client, _FORM, asked)
+    return found.reason if isinstance(found, Unreadable) else float(found)
 
 
 def _row(pool: Pool, id_: str) -> dict[str, Any]:

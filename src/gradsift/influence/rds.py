@@ -12,7 +12,6 @@ from safetensors.numpy import load, save
 from gradsift.context import Pool, Target
 from gradsift.influence.bm25 import conversation_text
 from gradsift.influence.estimator import Estimator, Influence, conversations, refuse_too_many
-from gradsift.influence.prompts import PromptTarget
 from gradsift.model.embeddings import DEFAULT, embed, place_of, require
 from gradsift.model.models import resolve_device, whole_identity
 from gradsift.store.manifest import fingerprint
@@ -45,7 +44,7 @@ class RDS(Estimator):
         """The text model."""
         return {**super().inputs(pool), "embedding": embedding_identity(self.model)}
 
-    def influence(self, pool: Pool, target: Target | PromptTarget | None) -> Influence:
+    def influence(self, pool: Pool, target: Target | None) -> Influence:
         """Cosines of kept embeddings."""
         assert target is not None, self
         refuse_too_many(len(pool.data), len(target.data.ids))

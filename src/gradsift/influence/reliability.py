@@ -19,6 +19,7 @@ import hashlib
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from heapq import nsmallest
 from typing import Any, Literal
 
 import numpy as np
@@ -247,8 +248,9 @@ class Looked:
         most = max(_FEWEST_ROWS, min(_MOST_ROWS, _ROWS_TIMES_OUTPUTS // max(1, outputs)))
         if len(ids) <= most:
             return cls(tuple(ids), tuple(range(len(ids))), len(ids))
-        drawn = sorted(ids, key=lambda id_: hashlib.blake2b(id_.encode(), digest_size=8).digest())[:most]
-        rest = [id_ for id_ in chosen if id_ not in set(drawn)]
+        drawn = nsmallest(most, ids, key=lambda id_: hashlib.blake2b(id_.encode(), digest_size=8).digest())
+        known = set(drawn)
+        rest = [id_ for id_ in chosen if id_ not in known]
         return cls((*drawn, *rest), tuple(range(most)), len(ids))
 
 

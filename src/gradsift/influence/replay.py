@@ -231,6 +231,14 @@ class Replay:
         self.prefix = run.prefix("replays", self.config)
         self._stride = math.isqrt(len(record) - 1) + 1
 
+    def went_back(self, note: str) -> bool:
+        """Whether the run folder has all that `back` finds under a note."""
+        key = self._way_back(note)
+        return self.run.storage.exists(key) and len(self._tensors(key)["norms"]) == len(self.record) + 1
+
+    def _way_back(self, note: str) -> str:
+        return f"{self.prefix}way-back-{note}.safetensors"
+
     @property
     def fingerprint(self) -> str:
         """Of the training."""
@@ -267,7 +275,7 @@ class Replay:
         Raises:
             ModelError: a step's losses are not those of the training.
         """
-        key = f"{self.prefix}way-back-{note}.safetensors"
+        key = self._way_back(note)
         end = self.end(network)
         if self.run.storage.exists(key):
             kept = self._tensors(key)

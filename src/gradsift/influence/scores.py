@@ -70,7 +70,7 @@ class Scores(Shown):
     strata: Strata | None = field(default=None, repr=False, compare=False)
     found: Influence | None = field(default=None, repr=False, compare=False)
     pool: Pool | None = field(default=None, repr=False, compare=False)
-    target: Target | PromptTarget | None = field(default=None, repr=False, compare=False)
+    target: Target | None = field(default=None, repr=False, compare=False)
 
     def blocks(self) -> tuple[Block, ...]:
         """What a notebook shows of them."""
@@ -115,7 +115,7 @@ class Scores(Shown):
 
 def score(
     pool: Pool,
-    target: Target | PromptTarget | None,
+    target: Target | None,
     method: Estimator | None = None,
     *,
     aggregation: Aggregation = "max_of_means",
@@ -176,7 +176,7 @@ def score(
             "tokens): look at whether it found the target's skill or a length"
         )
     strata = None
-    if target is not None and method.needs_target:
+    if target is not None and method.needs_target and not found.grouped:
         # One number per row is of all targets as one, and knows no subtasks.
         parted = (subtasks, aggregation, found.live) if matrix is not None else (None, "mean", None)
         strata = replace(strata_of(len(target.data), *parted), contents=tuple(target.data.hashes))

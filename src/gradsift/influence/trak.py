@@ -10,10 +10,9 @@ from gradsift.base.errors import ConfigError, ShapeError
 from gradsift.base.lazy import Tensor, torch
 from gradsift.context import Pool, Target
 from gradsift.gradients.rows import View
-from gradsift.influence.datainf import Damping, inverse_directions, inverse_product, mean_damping
+from gradsift.influence.datainf import Damping, damping_label, inverse_directions, inverse_product, mean_damping
 from gradsift.influence.estimator import Estimator, Influence, summed, target_rows
 from gradsift.influence.products import store_inner_products
-from gradsift.influence.prompts import PromptTarget
 from gradsift.store.gradient_store import GradientStore
 
 # Losses come from fp32 log-probabilities, good to about 1e-7: below this 1 − p says nothing, and would magnify
@@ -41,7 +40,7 @@ class TRAK(Estimator):
     def label(self) -> str:
         """What tables call it."""
         parts = ["whole kernel"] * (self.kernel == "whole") + ["last checkpoint"] * (self.checkpoints == "last")
-        parts += [] if self.damping == "auto" else [f"λ={self.damping:g}"]
+        parts += damping_label(self.damping)
         return f"TRAK ({', '.join(parts)})" if parts else "TRAK"
 
     @property
@@ -54,7 +53,7 @@ class TRAK(Estimator):
         """Whether it reads those at the last checkpoint alone."""
         return self.checkpoints == "last"
 
-    def influence(self, pool: Pool, target: Target | PromptTarget | None) -> Influence:
+    def influence(self, pool: Pool, target: Target | None) -> Influence:
         """Means over checkpoints of the kernel and of 1 − p, each on its own, and their product."""
         assert target is not None, self
         targets = self.targets(pool, target)

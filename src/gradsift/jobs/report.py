@@ -17,10 +17,10 @@ from rich.text import Text as Words
 from gradsift.base.errors import CorruptError
 from gradsift.base.progress import visible
 from gradsift.base.settings import Settings
+from gradsift.base.types import Prompt
 from gradsift.data.shown import excerpt, left_out, shares_table
 from gradsift.explanation.explain import explained_views
 from gradsift.explanation.shown import RELEVANCE, explained_blocks, prompt_of, relevance_blocks, shown_budget
-from gradsift.generation.sampling import prompts_of
 from gradsift.gradients.rows import View
 from gradsift.influence.estimators import estimators
 from gradsift.influence.nice import PolicyEstimator, takes_reward
@@ -415,7 +415,7 @@ def _responses(result: Result) -> tuple[Block, ...]:
     listed = []
     for number, found in enumerate(prompts[:MOST_PROMPTS]):
         example = result.target.data.example(found.id)
-        (prompt,) = prompts_of([example])
+        prompt = Prompt.of(example)
         helpers = _helpers(result, found.id) if found.signal else []
         own = own_columns(example.row, columns)
         listed.append(prompt_example(found, prompt.messages, own, helpers, opened=number == first))

@@ -70,7 +70,7 @@ class Result:
     recipe: Recipe
     pool: Pool
     command: str
-    target: Target | PromptTarget | None = None
+    target: Target | None = None
     scores: list[Scores] = field(default_factory=list)
     selections: list[Selection] = field(default_factory=list)
     explanations: Explanations | None = None

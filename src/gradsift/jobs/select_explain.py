@@ -74,7 +74,7 @@ def open_recipe(recipe: Recipe, reporter: Reporter | None = None, *, announce: b
     return pool
 
 
-def open_recipe_target(recipe: Recipe, pool: Pool, *, rewarded: bool = True) -> Target | PromptTarget:
+def open_recipe_target(recipe: Recipe, pool: Pool, *, rewarded: bool = True) -> Target:
     """The recipe's target: labelled examples, or prompts where it names a reward or, without `rewarded`, in any case.
 
     Raises:
@@ -340,10 +340,10 @@ def explain_questions(recipe: Recipe, pool: Pool | None = None) -> tuple[list[Qu
             raise ConfigError(f"{job.target} has no row with id {job.row!r}; its ids look like {known}")
         rows = tuple(loaded.skipped) if job.row is None else ()
         account = Account(rows, files=loaded.unread, notes=loaded.notes)
+        if job.sample is not None:
+            examples = [examples[place] for place in _drawn(len(examples), job.sample, recipe.seed)]
     else:
         examples = _left_out(recipe, pool)
-    if job.sample is not None and examples:
-        examples = _drawn(examples, job.sample, recipe.seed)
     if job.output is not None and len(examples) > 1:
         raise ConfigError("--output is the answer to one prompt: name the row with --row, or give --prompt")
     if job.output is not None:
@@ -352,7 +352,7 @@ def explain_questions(recipe: Recipe, pool: Pool | None = None) -> tuple[list[Qu
 
 
 def _left_out(recipe: Recipe, pool: Pool | None) -> list[Example]:
-    """The pool's rows that `pool_sample` left out: trained on, but not chosen from."""
+    """Some of the pool's rows that `pool_sample` left out: trained on, but not chosen from."""
     job = recipe.explain
     assert job is not None
     if job.sample is None or recipe.pool_sample is None:
@@ -362,20 +362,22 @@ def _left_out(recipe: Recipe, pool: Pool | None) -> list[Example]:
         )
     if pool is None:
         return []
-    known = set(pool.data.ids)
-    rest = [id_ for id_ in pool.training.ids if id_ not in known]
+    data, chosen_from = pool.training, pool.data.ids
+    rest = data.ids.take(np.flatnonzero(chosen_from.positions(data.ids) < 0))
     if not rest:
         raise ConfigError(
-            f"--pool-sample takes all {len(known)} rows of the pool: lower it, and --sample has prompts to draw from"
+            f"--pool-sample takes all {len(chosen_from)} rows of the pool: lower it, and --sample has prompts to draw "
+            "from"
         )
-    return [Example(id_, tuple(pool.training.messages(id_)), {}, options=pool.training.options(id_)) for id_ in rest]
+    drawn = (rest[place] for place in _drawn(len(rest), job.sample, recipe.seed))
+    return [Example(id_, tuple(data.messages(id_)), {}, options=data.options(id_)) for id_ in drawn]
 
 
-def _drawn(examples: SequenceABC[Example], count: int, seed: int) -> list[Example]:
-    if count > len(examples):
-        raise ConfigError(f"--sample is {count}, but there are only {len(examples)} rows to draw from")
-    generator = np.random.default_rng(seed)
-    return [examples[position] for position in sorted(generator.choice(len(examples), count, replace=False))]
+def _drawn(rows: int, count: int, seed: int) -> list[int]:
+    """Places of so many rows, ascending."""
+    if count > rows:
+        raise ConfigError(f"--sample is {count}, but there are only {rows} rows to draw from")
+    return sorted(np.random.default_rng(seed).choice(rows, count, replace=False).tolist())
 
 
 def _asked(prompt: str, output: str | None) -> Question:

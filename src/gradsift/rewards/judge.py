@@ -19,7 +19,34 @@ from gradsift.rewards.function import LogProblem, in_words
 from gradsift.rewards.samples import column, text_of
 
 
-class Judge(Settings):
+class JudgeSettings(Settings):
+    """How a judge is asked, and what of its answer counts: a last line of exactly the form asked for.
+
+    max_tokens, temperature, seed: of the judge's answer
+    """
+
+    max_tokens: int = Field(default=512, ge=8)
+    temperature: float = Field(default=0.0, ge=0)
+    seed: int | None = 0
+
+    def verdict(self, chat: Chat, form: str, messages: Sequence[Message]) -> str | Unreadable:
+        """What the judge's last line says, the group of `form`, or why it says nothing.
+
+        Raises:
+            GradsiftError: no other question would be answered either.
+        """
+        try:
+            answer = chat.complete(messages, max_tokens=self.max_tokens, temperature=self.temperature, seed=self.seed)
+        except GradsiftError:
+            raise
+        except Exception as error:  # noqa: BLE001 - one failed request must not end the run
+            return Unreadable(f"the judge could not be asked: {in_words(error)}")
+        if (found := last_line(form, answer)) is not None:
+            return found
+        return Unreadable(f"the judge's answer does not end in the form asked for: …{' '.join(answer.split())[-80:]!r}")
+
+
+class Judge(JudgeSettings):
     """What a language model thinks of the response.
 
     `pairwise` compares it with a reference response, twice, in both orders: 1 where it is better both times, 0 where it
@@ -41,9 +68,6 @@ class Judge(Settings):
     mode: Literal["pairwise", "grade"] = "pairwise"
     reference: str = "reference"
     criteria: str = "Prefer the response that is more helpful, correct and to the point. Length alone is no merit."
-    max_tokens: int = Field(default=512, ge=8)
-    temperature: float = Field(default=0.0, ge=0)
-    seed: int | None = 0
     workers: int = Field(default=8, ge=1)
 
     def bind(self, chat: Chat) -> BoundJudge:
@@ -96,7 +120,7 @@ class BoundJudge:
         for own, other in ("AB", "BA"):
             texts = {own: response, other: reference}
             asked = self._read(r"Better: (A|B|tie)", _COMPARE, prompt, {f"response {n}": texts[n] for n in "AB"})
-            if isinstance(asked, _Unreadable):
+            if isinstance(asked, Unreadable):
                 return asked.reason
             verdicts.append({own: 1, other: -1}.get(asked, 0))
         return verdicts[0], verdicts[1]
@@ -110,26 +134,16 @@ class BoundJudge:
         parts = {} if reference is None else {"reference answer": reference}
         task = _GRADE if reference is None else f"{_REFERENCE} {_GRADE}"
         asked = self._read(r"Grade: (10|[1-9])", task, prompt, {**parts, "response": response})
-        return asked.reason if isinstance(asked, _Unreadable) else float(asked)
+        return asked.reason if isinstance(asked, Unreadable) else float(asked)
 
-    def _read(self, form: str, task: str, prompt: Any, parts: dict[str, str]) -> str | _Unreadable:
+    def _read(self, form: str, task: str, prompt: Any, parts: dict[str, str]) -> str | Unreadable:
         """What the judge's last line says in the form asked for."""
-        try:
-            answer = self._ask(task, prompt, parts)
-        except GradsiftError:
-            raise
-        except Exception as error:  # noqa: BLE001 - one failed request must not end the run
-            return _Unreadable(f"the judge could not be asked: {in_words(error)}")
-        return last_line(form, answer) or _Unreadable(unreadable(answer))
-
-    def _ask(self, task: str, prompt: Any, responses: dict[str, str]) -> str:
-        judge = self.judge
-        messages = question_of(task, judge.criteria, {"conversation": transcript(prompt), **responses})
-        return self.chat.complete(messages, max_tokens=judge.max_tokens, temperature=judge.temperature, seed=judge.seed)
+        asked = question_of(task, self.judge.criteria, {"conversation": transcript(prompt), **parts})
+        return self.judge.verdict(self.chat, form, asked)
 
 
 @dataclass(frozen=True, slots=True)
-class _Unreadable:
+class Unreadable:
     """Why there is no verdict."""
 
     reason: str
@@ -218,9 +232,3 @@ def last_line(form: str, answer: str) -> str | None:
     lines = answer.strip().splitlines()
     found = re.fullmatch(form, lines[-1].strip().strip("*_`").strip()) if lines else None
     return found[1] if found else None
-
-
-def unreadable(answer: str) -> str:
-    """Why an answer gives no verdict."""
-    end = " ".join(answer.split())[-80:]
-    return f"the judge's answer does not end in the form asked for: …{end!r}"

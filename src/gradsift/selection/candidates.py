@@ -14,7 +14,6 @@ from gradsift.base.checks import float_array, same_size, to_float64
 from gradsift.base.errors import ConfigError
 from gradsift.base.lazy import Tensor, torch
 from gradsift.context import Pool, Target
-from gradsift.influence.prompts import PromptTarget
 from gradsift.influence.scores import Scores
 from gradsift.store.gradient_store import GradientStore
 
@@ -181,12 +180,12 @@ class Candidates:
         **more: Any,
     ) -> Candidates:
         """The scored examples that have a gradient in a store."""
-        values = torch.from_numpy(np.where([id_ in store for id_ in ids], scores, np.float32(-np.inf)))
+        values = torch.from_numpy(np.where(store.holds(ids), scores, np.float32(-np.inf)))
         return cls(
             values, lambda positions: store.rows_by_id([ids[p] for p in positions]), target_gradient, ids=ids, **more
         )
 
-    def whole(self) -> tuple[Scores, Pool, Target | PromptTarget]:
+    def whole(self) -> tuple[Scores, Pool, Target]:
         """What a choice for a whole target is made by: its scores, their pool and the target."""
         assert self.source is not None, "see `Selector.check`"
         assert self.source.pool is not None

@@ -62,15 +62,13 @@ class LeastInfluential(_Naive):
     order: ClassVar[Order] = "least_influential"
 
 
-class TopK(_Naive):
+class TopK(MostHelpful):
     """The highest scores.
 
     threshold: choose nothing that scores below it: AlpaGasus's 4.5, with a budget of all. None has no such bound.
     """
 
-    order: ClassVar[Order] = "most_helpful"
-
-    kind: Literal["top_k"] = "top_k"
+    kind: Literal["top_k"] = "top_k"  # type: ignore[assignment]
     threshold: FiniteFloat | None = None
 
     @property

@@ -282,7 +282,7 @@ def _transport_rows(candidates: Candidates) -> tuple[list[int], Tensor, Tensor]:
     view = method.view or "plain"
     checkpoints, sources = method.checkpoints_of(pool), method.targets(pool, target)
     both = [both_stores(pool, sources, checkpoint, view) for checkpoint in checkpoints]
-    known = [position for position, id_ in enumerate(scores.ids) if all(id_ in store for store, _ in both)]
+    known = np.flatnonzero(np.all([store.holds(scores.ids) for store, _ in both], axis=0)).tolist()
     ids, dim = [scores.ids[position] for position in known], both[0][0].dim
     rows = torch.empty(len(ids), len(checkpoints) * dim)
     queries = torch.empty(len(scores.target_ids), len(checkpoints) * dim)

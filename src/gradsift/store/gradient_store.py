@@ -26,6 +26,7 @@ from typing import Any, Literal, Self
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from gradsift.base.errors import ConfigError, CorruptError, MismatchError, StorageError
@@ -344,6 +345,10 @@ class GradientStore:
 
     def __contains__(self, id_: object) -> bool:
         return id_ in self.ids
+
+    def holds(self, ids: Sequence[str]) -> NDArray[np.bool_]:
+        """Which of the ids have a row, bool `[id]`."""
+        return self.ids.positions(ids) >= 0
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows `[start, stop)` as float32 (float64 if stored so) `[row dim]`, a copy."""

@@ -27,7 +27,6 @@ from gradsift.context import Pool
 from gradsift.explanation.explain import Explanations
 from gradsift.explanation.outputs import OutputSource
 from gradsift.gradients.capture import find_modules
-from gradsift.gradients.collect import store_config
 from gradsift.gradients.projection import Projection
 from gradsift.model.models import QUANTISED, DtypeName, host, model_identity
 from gradsift.store.gradient_store import GradientStore, StoreManifest
@@ -478,7 +477,7 @@ def _stored_rows(pool: Pool, checkpoint: Checkpoint, route: Route) -> GradientSt
     if pool.gradients.projection.kind == "none":
         return pool.stores(checkpoint, ["plain"])["plain"]
     settings = pool.gradients.model_copy(update={"projection": Projection(kind="none")})
-    wanted = store_config(pool.data, checkpoint, pool.model, "plain", settings, pool.dtype)
+    wanted = replace(pool, gradients=settings).at(checkpoint).config(pool.data, "plain")
     same = ("view", "model", "model_dtype", "adapter", "data", "template", "loss", "modules", "autocast", "revision")
     found: list[tuple[int, str]] = []
     for prefix in pool.run.artifacts("gradients"):

@@ -282,7 +282,7 @@ def test_options_of_a_choice_reach_the_recipe(command: str, monkeypatch: pytest.
     """What is chosen and how is said to `select` and to `plan` alike, and changes the field that it names."""
     recipes: list[Any] = []
 
-    def keep(recipe: Any, *_: Any) -> None:
+    def keep(recipe: Any, *_: Any, **__: Any) -> None:
         recipes.append(recipe)
         raise DataError("stop here")
 

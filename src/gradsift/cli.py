@@ -546,14 +546,16 @@ def collect(given: Given) -> None:
 
 
 @_command(
-    _LABELLED, _STAGES, of.SCORE, of.CHOICE, _RUN, required=(),
-    arguments=(click.Argument(["recipe"], required=False, type=click.Path(path_type=Path)),),
+    _LABELLED, _STAGES, of.SCORE, of.CHOICE, _RUN,
+    Option("for", default="run", help="What is done with it: run (select, explain, compare), sample or reward."),
+    required=(), arguments=(click.Argument(["recipe"], required=False, type=click.Path(path_type=Path)),),
 )  # fmt: skip
 def plan(given: Given, recipe: Path | None) -> None:
     """Estimate tokens, time, memory and disk before anything heavy, from a short measured sample.
 
-    Takes the options of `gradsift select`, and estimates what it would do with them; without a target, one pass of
-    `gradsift collect`. Or takes a RECIPE instead of options.
+    Takes the options of `gradsift select`, and estimates what it would do with them; without a target, what
+    `gradsift collect` would take for the estimator. Or takes a RECIPE instead of options. Calls of endpoints and their
+    cost are counted, too.
 
     Example: gradsift plan --model MODEL --pool pool.jsonl --target math.jsonl --out runs/math
 
@@ -568,7 +570,7 @@ def plan(given: Given, recipe: Path | None) -> None:
             if given[name] is None:
                 raise click.BadParameter(f"give --{name}, or a recipe")
         recipes = [_recipe(given)]
-    found = [estimate(one, _reporter(given)) for one in recipes]
+    found = [estimate(one, _reporter(given), command=given["for"]) for one in recipes]
     if given["json"]:
         _print_json(found[0] if len(found) == 1 else found)
     else:

@@ -16,8 +16,10 @@ from gradsift.base.progress import silent
 from gradsift.compare.run import run_compare
 from gradsift.influence.estimators import OWN
 from gradsift.jobs.results import files_of
+from gradsift.jobs.rollouts import run_reward, run_sample
 from gradsift.jobs.select_explain import run_recipe
 from gradsift.model import embeddings
+from gradsift.plan.measure import estimate
 from gradsift.plan.walk import walked
 from gradsift.plan.work import Work, endpoints
 from gradsift.recipe import Recipe
@@ -56,8 +58,8 @@ def recipe(tiny: World, tmp_path: Path, judge: Server) -> Callable[..., Recipe]:
     return make
 
 
-def walk(recipe: Recipe, folder: Path) -> list[Work]:
-    found, _ = walked(recipe, str(folder / "scratch"), silent())
+def walk(recipe: Recipe, folder: Path, command: str = "run") -> list[Work]:
+    found, _ = walked(recipe, str(folder / "scratch"), silent(), command)
     return found.works
 
 
@@ -191,6 +193,24 @@ def test_controls_and_selections_are_counted(
     run_recipe(asked)
     assert stored(works) == on_disk(asked)
     assert all(work.done for work in walk(asked, tmp_path))
+
+
+def test_responses_and_rewards_alone_are_counted(recipe: Callable[..., Recipe], tmp_path: Path, judge: Server) -> None:
+    """What `sample` draws, then what `reward` has judged of it, and the files of both; no gradients."""
+    sampling = {"samples": 2, "max_new_tokens": 3}
+    asked = recipe(estimator={"kind": "nice", "sampling": sampling}, reward={"kind": "judge", "mode": "grade"})
+    drawn = walk(asked, tmp_path, "sample")
+    assert [(work.stage, work.drawing.responses) for work in drawn if work.drawing] == [("responses", 4 * 2)] * 2
+    assert calls(drawn) == 0
+    files = run_sample(asked).as_dict()["files"]
+    assert [*files] == estimate(asked, command="sample")["files"]
+    judged = walk(asked, tmp_path, "reward")
+    assert all(work.done == (work.stage == "responses") for work in judged)
+    run_reward(asked)
+    assert calls(judged) == len(judge.requests) == 2 * 4 * 2
+    assert all(work.done for work in walk(asked, tmp_path, "reward"))
+    with pytest.raises(gs.errors.ConfigError, match="--for 'dance' is unknown"):
+        walk(asked, tmp_path, "dance")
 
 
 def test_a_choice_and_an_explanation_share_their_gradients(recipe: Callable[..., Recipe], tmp_path: Path) -> None:

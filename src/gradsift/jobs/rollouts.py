@@ -112,7 +112,7 @@ class Rollouts:
     def as_dict(self) -> dict[str, Any]:
         """What `--json` prints."""
         run = self.pool.run
-        names = ("responses.jsonl", *(["rewards.json"] if self.rewarded else []), "skipped.jsonl")
+        names = rollout_files(rewarded=self.rewarded)
         return {
             "out": run.place,
             "target": {"rows": len(self.target.data), "description": self.target.data.description},
@@ -127,6 +127,11 @@ class Rollouts:
     def rewarded(self) -> bool:
         """Whether the responses have rewards."""
         return self.checkpoints[0].rewards is not None
+
+
+def rollout_files(*, rewarded: bool) -> list[str]:
+    """What is left of responses, and of their rewards."""
+    return ["responses.jsonl", *(["rewards.json"] if rewarded else []), "skipped.jsonl"]
 
 
 def run_sample(recipe: Recipe, reporter: Reporter | None = None) -> Rollouts:
@@ -147,6 +152,17 @@ def run_reward(recipe: Recipe, reporter: Reporter | None = None) -> Rollouts:
         DataError: as `run_sample`, or no response could be judged.
     """
     return _rollouts(recipe, reporter or silent(), rewarded=True)
+
+
+def check_rollouts(recipe: Recipe) -> PolicyEstimator:
+    """The estimator that samples.
+
+    Raises:
+        ConfigError: it samples nothing.
+    """
+    if not takes_reward(recipe.estimator):
+        raise ConfigError(f"the estimator {recipe.estimator.kind} samples no responses: name nice or nice_if")
+    return recipe.estimator
 
 
 def pass_rates(rewards: Rewards) -> dict[int, float]:
@@ -171,9 +187,7 @@ def pass_rates(rewards: Rewards) -> dict[int, float]:
 
 def _rollouts(recipe: Recipe, reporter: Reporter, *, rewarded: bool) -> Rollouts:
     start = time.monotonic()
-    method = recipe.estimator
-    if not takes_reward(method):
-        raise ConfigError(f"the estimator {method.kind} samples no responses: name nice or nice_if")
+    method = check_rollouts(recipe)
     with Run(recipe.out).lock():
         pool = open_recipe(recipe, reporter)
         # Nothing is chosen here, so that pool rows in the target do no harm.

@@ -16,7 +16,7 @@ from gradsift.context import Setup
 from gradsift.data.files import MAX_JSON_BYTES, Row, is_data_file
 from gradsift.data.sources import read_rows
 from gradsift.evaluation.any_metric import AnyMetric
-from gradsift.evaluation.evaluate import Evaluation, evaluate
+from gradsift.evaluation.evaluate import Evaluation, evaluate, evaluations_blocks
 from gradsift.evaluation.fine_tune import Keep, check_seeds, train_on
 from gradsift.evaluation.metric import Metric
 from gradsift.evaluation.setup import open_model
@@ -25,7 +25,7 @@ from gradsift.generation.sampling import Sampling
 from gradsift.jobs.select_explain import open_recipe
 from gradsift.options import columns_of, endpoint_of, rewards_of, sampling_fields
 from gradsift.recipe import Recipe, set_fields
-from gradsift.report.terminal import console, table
+from gradsift.report.terminal import console, draw
 from gradsift.rewards.reward import Reward
 from gradsift.store.run import Run
 from gradsift.warmup.merge import check_merge, merge
@@ -140,31 +140,10 @@ def print_trained(found: Sequence[Mapping[str, Any]]) -> None:
 
 
 def print_evaluations(found: Sequence[Evaluation], out: str | Path) -> None:
-    """A table of figures for each metric, models side by side in rows."""
+    """A table of figures for each metric, models side by side in rows, on standard output."""
     shown = console()
-    metrics = list(dict.fromkeys(result.metric for evaluation in found for result in evaluation.results))
-    for metric in metrics:
-        rows: list[tuple[object, ...]] = []
-        notes: dict[str, None] = {}
-        for evaluation in found:
-            for result in evaluation.results:
-                if result.metric != metric:
-                    continue
-                for figure in result.figures:
-                    error = "" if figure.standard_error is None else f"{figure.standard_error:.4f}"
-                    arrow = "higher" if figure.higher_is_better else "lower"
-                    rows.append((_short(evaluation.name), figure.name, f"{figure.value:.4f}", error, figure.n, arrow))
-                notes |= dict.fromkeys(f"{_short(evaluation.name)}: {note}" for note in result.notes)
-        if rows:
-            shown.print(table(metric, ("model", "figure", "value", "s.e.", "n", "better"), rows, wide=("model",)))
-        for note in notes:
-            shown.print(note, markup=False)
+    draw(evaluations_blocks(found), shown)
     shown.print(f"every item's value in {Path(out) / 'evaluation.json'}", markup=False)
-
-
-def _short(name: str) -> str:
-    """The last three parts of a path: run folders hold long ones."""
-    return "/".join(name.rstrip("/").split("/")[-3:])
 
 
 def place_of(given: Mapping[str, Any], reporter: Reporter) -> Setup:

@@ -14,6 +14,7 @@ from gradsift.compare.table import FILES as COMPARED
 from gradsift.gradients.self_check import SelfCheck
 from gradsift.influence.blocks import threads
 from gradsift.jobs.results import result_files
+from gradsift.jobs.rollouts import rollout_files
 from gradsift.jobs.select_explain import chooses, explain_questions
 from gradsift.plan.speeds import measure, peak_memory
 from gradsift.plan.walk import walked
@@ -22,7 +23,7 @@ from gradsift.recipe import Recipe
 from gradsift.report.terminal import console, table
 
 
-def estimate(recipe: Recipe, reporter: Reporter | None = None) -> dict[str, Any]:
+def estimate(recipe: Recipe, reporter: Reporter | None = None, *, command: str = "run") -> dict[str, Any]:
     """Estimated tokens, seconds, endpoint calls, memory and disk of what a recipe's run will do, as JSON-able numbers.
 
     One walk over what will run (`gradsift.plan.walk`) counts all of it: the estimator, the controls, the selection, the
@@ -37,12 +38,17 @@ def estimate(recipe: Recipe, reporter: Reporter | None = None) -> dict[str, Any]
     With `engine: {kind: ray}` the speed is that of one worker, measured here with its number of threads; gradients,
     local responses and cells of comparisons are divided by whole tasks, the rest is not.
 
+    Args:
+        recipe: of the run.
+        reporter: where warnings and progress go.
+        command: `run`, which stands for select, explain, validate and compare; or `sample` or `reward`.
+
     Raises:
         ConfigError, DataError, ModelError, MismatchError: as the run.
     """
     reporter = reporter or silent()
     with tempfile.TemporaryDirectory(prefix="gradsift-plan-") as scratch:
-        walk, comparison = walked(recipe, scratch, reporter)
+        walk, comparison = walked(recipe, scratch, reporter, command)
         pool, target, works = walk.pool, walk.target, walk.works
         crew = crew_of(recipe.engine)
         with nullcontext() if crew is None else threads(crew.threads):  # as many as a worker has
@@ -52,16 +58,6 @@ def estimate(recipe: Recipe, reporter: Reporter | None = None) -> dict[str, Any]
     total = {key: sum(stage[key] or 0 for stage in stages.values()) for key in ("tokens", "seconds", "disk_bytes")}
     free, peak = psutil.disk_usage(_existing(recipe.out)).free, peak_memory()
     labels = target.labels if target else None
-    if comparison is None:
-        files = result_files(
-            scored=chooses(recipe),
-            chosen=chooses(recipe),
-            trusted=chooses(recipe) and target is not None and recipe.estimator.needs_target,
-            outputs=outputs,
-            validated=recipe.explain is not None and recipe.explain.validation is not None,
-        )
-    else:
-        files = [*COMPARED, "skipped.jsonl"]
     waiting = [work for work in works if not work.done]
     return {
         "pool": {
@@ -82,13 +78,28 @@ def estimate(recipe: Recipe, reporter: Reporter | None = None) -> dict[str, Any]
         "endpoints": endpoints(works),
         "programs": sum(work.programs for work in waiting),
         "texts": sum(work.texts for work in waiting),
-        "files": files,
+        "files": _files(recipe, command, outputs, with_target=target is not None),
         "peak_memory_bytes": peak,
         "model": recipe.model,
         "available_memory_bytes": psutil.virtual_memory().available,
         "free_disk_bytes": free,
         "enough_disk": total["disk_bytes"] < free,
     }  # fmt: skip
+
+
+def _files(recipe: Recipe, command: str, outputs: int | None, *, with_target: bool) -> list[str]:
+    """The files that hold the results; `outputs` are explained, None where that is not done."""
+    if command != "run":
+        return rollout_files(rewarded=command == "reward")
+    if recipe.compare is not None:
+        return [*COMPARED, "skipped.jsonl"]
+    return result_files(
+        scored=chooses(recipe),
+        chosen=chooses(recipe),
+        trusted=chooses(recipe) and with_target and recipe.estimator.needs_target,
+        outputs=outputs,
+        validated=recipe.explain is not None and recipe.explain.validation is not None,
+    )
 
 
 def print_estimate(found: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from gradsift.base.errors import ConfigError
 from gradsift.base.progress import Reporter, silent
 from gradsift.base.types import Message
 from gradsift.compare.chosen import MOST_POINTS
@@ -45,6 +46,7 @@ from gradsift.influence.ratings import (
     missing_ratings,
 )
 from gradsift.influence.rds import missing_embeddings
+from gradsift.jobs.rollouts import check_rollouts
 from gradsift.jobs.select_explain import (
     chooses,
     explain_questions,
@@ -65,6 +67,8 @@ from gradsift.selection.selector import Selector
 from gradsift.store.run import Run
 from gradsift.warmup.checkpoint import Checkpoint, open_checkpoint
 from gradsift.warmup.train import kept_training, warm_up_ids
+
+COMMANDS = ("run", "sample", "reward")
 
 _FILE_BYTES = 4_000  # of a prompt's responses and rewards, besides their tokens
 _TOKEN_BYTES = 14  # token id, two log-probabilities and the text of a token, compressed
@@ -118,6 +122,16 @@ class Walk:
             self._explain()
         return self
 
+    def roll_out(self, *, rewarded: bool) -> Walk:
+        """What `gradsift sample` or `gradsift reward` would do."""
+        method, target = self.recipe.estimator, self.target
+        assert takes_reward(method), method
+        assert isinstance(target, PromptTarget), target
+        alone = [None] if method.assistant is not None else self._checkpoints()
+        for number in range(len(alone))[-1:] if method.last_checkpoint else range(len(alone)):
+            self._responses(method, target, number, rewarded=rewarded)
+        return self
+
     def compare(self, grid: Grid) -> Walk:
         """What `gradsift compare` would do: choices at each warm-up, then every cell."""
         for seed, seeds in grid.warmups:
@@ -167,11 +181,15 @@ class Walk:
         if method.text_model is not None and self.target is not None:
             for name, data in (("pool", self.pool.data), ("target", self.target.data)):
                 self._embedded(name, [conversation_text(own) for own in conversations(data)], method.text_model)
-        for one in method.passes(self.kept or self.pool, self.target):
-            if self.is_new("passes", method.model_dump_json(), one):
-                self.add(Work(one.stage, one.rows, backward=one.tokens, done=one.done and self.kept is not None))
+        self._other_passes(method, self.target)
         if method.view is not None:
             self._gradients(method, targets=method.needs_target)
+
+    def _other_passes(self, method: Estimator, target: Target | PromptTarget | None) -> None:
+        for one in method.passes(self.kept or self.pool, target):
+            if self.is_new("passes", method.model_dump_json(), one):
+                backward, forward = (0.0, one.tokens) if one.forward else (one.tokens, 0.0)
+                self.add(Work(one.stage, one.rows, backward, forward, done=one.done and self.kept is not None))
 
     def _gradients(self, method: Estimator, *, targets: bool) -> None:
         """The pool's rows that a method reads, and its targets'."""
@@ -293,9 +311,12 @@ class Walk:
             tokens, count = float(sum(source.token_counts())), len(source.ids)
         return _Rows("policy gradients", f"{name} {method.model_dump_json()}", count, tokens, source)
 
-    def _responses(self, method: PolicyEstimator, target: PromptTarget, number: int) -> PolicyTargets | None:
+    def _responses(
+        self, method: PolicyEstimator, target: PromptTarget, number: int, *, rewarded: bool = True
+    ) -> PolicyTargets | None:
         """The responses at a checkpoint and what they earn; where the run folder has all of it, that."""
-        checkpoint, writer = self._checkpoints()[number], method.assistant
+        writer = method.assistant
+        checkpoint = None if writer is not None else self._checkpoints()[number]
         sampling, place = method.drawing, "" if writer is not None else str(number)
         responses, limit = len(target.data) * sampling.samples, sampling.max_new_tokens
         drawn = unpaid = responses
@@ -304,14 +325,15 @@ class Walk:
             sampler = sampler_of(self.kept, method, checkpoint or Checkpoint(None))
             samples, requests = missing_samples(self.kept.run, target.data.prompts, sampler)
             drawn = sum(len(request.numbers) for request in requests)
-            unpaid = drawn + missing_rewards(target, samples)
+            unpaid = drawn + missing_rewards(target, samples) if rewarded else 0
             if not unpaid and self.kept.run.manifest(samples.prefix) is not None:
                 complete = PolicyTargets(self.kept, replace(target), method)
         new = "responses", place, str(writer), str(method.server), sampling.model_dump_json()
         if self.is_new(*new, self.pool.seed if writer is None else None):
             prompts = [ids.tolist() for ids in target.data.prompt_ids]
             self.add(self._drawing(method, prompts, drawn, limit))
-            self.earn("rewards", target, unpaid, limit)
+            if rewarded:
+                self.earn("rewards", target, unpaid, limit)
         return complete
 
     def _drawing(self, method: PolicyEstimator, prompts: list[list[int]], drawn: int, limit: int) -> Work:
@@ -439,7 +461,9 @@ class Walk:
         views = explained_views(job.estimators)
         self._pool_rows(last, sorted(views), sums=False)
         self._collect(outputs, last, {target_view(view) for view in views}, self.pool.gradients.full_sum)
+        asked = Target(source or _Expected([question.id for question in questions]), None, ())  # type: ignore[arg-type]
         for method in job.estimators:
+            self._other_passes(method, asked)
             if method.text_model is not None:
                 self._embedded("pool", [conversation_text(own) for own in conversations(pool.data)], method.text_model)
                 self._embedded("outputs", [""] * len(questions), method.text_model)
@@ -488,6 +512,14 @@ class Walk:
             return False
         self._done.add(name)
         return True
+
+
+@dataclass(frozen=True)
+class _Expected:
+    """Answers that are not there yet, as the targets of an estimator."""
+
+    ids: list[str]
+    fingerprint: str = "expected"
 
 
 class _Cells:
@@ -574,18 +606,27 @@ class _Cells:
         return self._asked[id(metric)]
 
 
-def walked(recipe: Recipe, scratch: str, reporter: Reporter) -> tuple[Walk, Grid | None]:
+def walked(recipe: Recipe, scratch: str, reporter: Reporter, command: str = "run") -> tuple[Walk, Grid | None]:
     """The walk over a recipe, and the comparison that it asks for.
 
     Args:
         recipe: of the run.
         scratch: a folder in which pool and target are opened.
         reporter: where warnings go.
+        command: one of `COMMANDS`.
 
     Raises:
         ConfigError, DataError, ModelError, MismatchError: as the run.
     """
     inside = recipe.model_copy(update={"out": scratch})
+    if command not in COMMANDS:
+        raise ConfigError(f"--for {command!r} is unknown: there are {', '.join(COMMANDS)}")
+    if command != "run":
+        check_rollouts(recipe)
+        pool = open_recipe(inside, reporter, announce=False)
+        rewarded = command == "reward"
+        prompts = open_recipe_target(inside.model_copy(update={"keep_overlap": True}), pool, rewarded=rewarded)
+        return Walk(recipe, pool, prompts, _kept_pool(recipe, pool)).roll_out(rewarded=rewarded), None
     if recipe.compare is not None:
         grid = open_grid(inside, recipe.compare, reporter)
         return Walk(recipe, grid.pool, grid.target, _kept_pool(recipe, grid.pool)).compare(grid), grid

@@ -267,6 +267,7 @@ def explanation(pool: list[dict[str, Any]], *, output: str = "") -> Page:
         store=SimpleNamespace(measured_error=None),
         estimators=[SimpleNamespace(label="LESS")],
         strategies=STRATEGIES,
+        budgets=BUDGETS,
         candidates_of=lambda output_id, estimator: Candidates(
             gradients @ gradients[0], lambda places: gradients[places], gradients[0], ids=data.ids
         ),

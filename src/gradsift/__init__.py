@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     )
     from gradsift.influence.rds import RDS
     from gradsift.influence.scores import Scores, score
+    from gradsift.influence.states import RDSPlus, RepSim
     from gradsift.influence.trak import TRAK
     from gradsift.recipe import Recipe, load_recipe
     from gradsift.selection.aide import Aide
@@ -139,6 +140,7 @@ _WHERE = {
     ),
     "gradsift.influence.rds": ("RDS",),
     "gradsift.influence.scores": ("Scores", "score"),
+    "gradsift.influence.states": ("RDSPlus", "RepSim"),
     "gradsift.influence.trak": ("TRAK",),
     "gradsift.base.progress": ("Reporter",),
     "gradsift.recipe": ("Recipe", "load_recipe"),
@@ -172,8 +174,9 @@ __all__ = [  # noqa: RUF022  # kept in the order of the flow
     "Warmup", "Training", "warm_up", "train", "Checkpoint", "open_checkpoint",
     "Gradients", "Adam", "Projection", "collect", "GradientStore", "MeasuredError", "Run",
     "score", "Scores", "Estimator", "Influence",
-    "LESS", "DataInf", "ProjectedInverse", "TRAK", "JI2S", "MAGIC", "BM25", "RDS", "DSIR", "Random",
-    "AlpaGasus", "DEITA", "JudgeRating", "FunctionRating", "LengthRating", "PerplexityRating", "DifficultyRating",
+    "LESS", "DataInf", "ProjectedInverse", "TRAK", "JI2S", "MAGIC", "BM25", "RDS", "RDSPlus", "RepSim", "DSIR",
+    "Random", "AlpaGasus", "DEITA",
+    "JudgeRating", "FunctionRating", "LengthRating", "PerplexityRating", "DifficultyRating",
     "NICE", "NICEIF", "open_prompts", "PromptTarget", "Sampling", "Assistant", "Endpoint", "PolicyGradient", "diagnose",
     "PolicyDiagnostics", "select", "Selection", "Selector", "Candidates", "TopK", "FacilityLocation", "RandomChoice",
     "GumbelTopK", "TSDS", "JointGreedy", "Diverse",

@@ -29,6 +29,7 @@ from gradsift.report.blocks import (
     Switch,
     Table,
     Text,
+    columns,
 )
 from gradsift.report.blocks import Row as Cells
 from gradsift.report.charts import colour
@@ -173,7 +174,7 @@ class Shown:
             words = Cell(text.written(found.mean, layout), note, verdict, tone=verdict)  # type: ignore[arg-type]
             rows.append(Cells((arm, Cell("", bar=bar), words), self.series(arm)))
         return Table(
-            (Column("method"), Column(""), Column("difference", numeric=True)),
+            columns("method", "", "#difference"),
             tuple(rows),
             self.column(key),
             self.unit(key),
@@ -205,7 +206,7 @@ class Shown:
             )
             for f in failures[:MOST_FAILURES]
         ]
-        heads = (Column("method"), Column("examples", numeric=True), Column("seed", numeric=True), Column("stage"))
+        heads = columns("method", "#examples", "#seed", "stage")
         blocks: list[Block] = [Text(f"{said}tries them again."), Table((*heads, Column("detail")), tuple(rows))]
         if len(failures) > MOST_FAILURES:
             rest = len(failures) - MOST_FAILURES
@@ -405,7 +406,7 @@ def comparison_blocks(result: Comparison) -> tuple[Block, ...]:
 def print_comparison(result: Comparison) -> None:
     """The comparison as short tables on standard output."""
     out = console()
-    draw(comparison_blocks(result), out)
+    draw(result.blocks(), out)
     out.print(f"results in {result.out}:", markup=False)
     for name, what in FILES.items():
         out.print(f"  {name:<21} {what}", markup=False)
@@ -461,8 +462,8 @@ def comparison_page(
         )
     if chosen.get("By embedding"):
         reading["map"] = (
-            "Sentence embeddings by the two directions in which they differ most (principal components), of a large "
-            "pool of a part where choices are denser. A choice in one corner is narrow, one all over the map is broad."
+            "t-SNE of sentence embeddings, of a large pool of a part where choices are denser (50 principal "
+            "components, perplexity 10, fixed seed). A choice in one corner is narrow, one all over the map is broad."
         )
     if ends:
         reading["score"] = (

@@ -19,6 +19,7 @@ from gradsift.compare.statistics import (
 )
 from gradsift.evaluation.arms import Contender
 from gradsift.evaluation.metric import Figure, Measured
+from gradsift.report.blocks import Block, Shown
 
 FILES = {
     "comparison.json": "every row, cell, failure and cost",
@@ -117,7 +118,7 @@ class ChoiceOverlap:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Shown):
     """Methods × budgets × seeds, fine-tuned on and evaluated.
 
     variance: what ± covers
@@ -140,6 +141,12 @@ class Comparison:
     reference: str | None
     warnings: tuple[str, ...] = ()
     curves: tuple[LearningCurve, ...] = ()
+
+    def blocks(self) -> tuple[Block, ...]:
+        """What a notebook and a terminal show of it."""
+        from gradsift.compare.shown import comparison_blocks  # which knows what a comparison is
+
+        return comparison_blocks(self)
 
     def row(self, arm: str, budget: int, figure: str) -> Row:
         """The first row of this arm, budget and figure, such as `("LESS", 500, "loss")`."""

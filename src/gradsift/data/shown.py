@@ -10,7 +10,7 @@ from gradsift.base.types import Skipped
 from gradsift.data.account import Account, count_parts, count_reasons
 from gradsift.data.dataset import Dataset
 from gradsift.report import text
-from gradsift.report.blocks import Bar, Block, Cell, Column, Entry, Example, Fold, Row, Table, Text, Turn
+from gradsift.report.blocks import Bar, Block, Cell, Column, Entry, Example, Fold, Row, Table, Text, Turn, columns
 
 MOST_SKIPPED = 200
 MOST_GROUPS = 14
@@ -126,7 +126,7 @@ def left_out(account: Account) -> tuple[Block, ...]:
     return tuple(blocks)
 
 
-_COLUMNS = (Column("id"), Column("reason"), Column("detail"), Column("source:line"))
+_COLUMNS = columns("id", "reason", "detail", "source:line")
 
 
 def _left_out(entry: Skipped) -> Row:

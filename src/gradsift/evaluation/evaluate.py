@@ -14,13 +14,14 @@ from gradsift.context import Setup
 from gradsift.evaluation.metric import BoundMetric, Figure, Measured, Metric, Notebook, measured_from
 from gradsift.evaluation.setup import Evaluated, Subject, subject_of
 from gradsift.model.models import host
+from gradsift.report.blocks import Block, Row, Shown, Table, Text, columns
 from gradsift.store.manifest import read_json
 
 _FILE = "evaluation.json"
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Shown):
     """What every metric found of one model.
 
     name:    of the model: an adapter, a folder, or `base model`
@@ -46,9 +47,44 @@ class Evaluation:
         there = ", ".join(figure.name for result in self.results for figure in result.figures)
         raise KeyError(f"there is no figure {name!r}: there are {there or 'none'}")
 
+    def blocks(self) -> tuple[Block, ...]:
+        """What a notebook shows of it."""
+        return evaluations_blocks([self])
+
     def as_dict(self) -> dict[str, Any]:
         """As JSON has it."""
         return {"name": self.name, "subject": self.subject, "results": [result.as_dict() for result in self.results]}
+
+
+def evaluations_blocks(found: Sequence[Evaluation]) -> tuple[Block, ...]:
+    """A table of figures for each metric, models below each other, and what a reader should know of them."""
+    blocks: list[Block] = []
+    for metric in dict.fromkeys(result.metric for evaluation in found for result in evaluation.results):
+        results = [(one.name, result) for one in found for result in one.results if result.metric == metric]
+        rows = [
+            Row(
+                (
+                    _short(name),
+                    figure.name,
+                    f"{figure.value:.4f}",
+                    "" if figure.standard_error is None else f"{figure.standard_error:.4f}",
+                    f"{figure.n:,}",
+                    "higher" if figure.higher_is_better else "lower",
+                )
+            )
+            for name, result in results
+            for figure in result.figures
+        ]
+        if rows:
+            blocks.append(Table(columns("model", "figure", "#value", "#s.e.", "#n", "better"), tuple(rows), metric))
+        notes = dict.fromkeys(f"{_short(name)}: {note}" for name, result in results for note in result.notes)
+        blocks += [Text(note, "aside") for note in notes]
+    return tuple(blocks)
+
+
+def _short(name: str) -> str:
+    """The last three parts of a path: run folders hold long ones."""
+    return "/".join(name.rstrip("/").split("/")[-3:])
 
 
 def evaluate(place: Setup, evaluated: Evaluated, metrics: Sequence[Metric]) -> Evaluation:

@@ -32,6 +32,7 @@ from gradsift.explanation.relevance import (
 from gradsift.gradients.rows import View
 from gradsift.influence.estimator import Estimator, influence_of, target_view
 from gradsift.influence.less import LESS
+from gradsift.report.blocks import Block, Shown
 from gradsift.selection.aide import Aide
 from gradsift.selection.candidates import CANDIDATES, ORDERS, Candidates
 from gradsift.selection.divine import Divine
@@ -327,7 +328,7 @@ class _Work:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Explanations(_Work):
+class Explanations(_Work, Shown):
     """Explanations of a list of prompts, and the prompts that could not be explained.
 
     budgets: the numbers of examples
@@ -336,6 +337,12 @@ class Explanations(_Work):
 
     entries: tuple[Explanation, ...]
     failed: tuple[Skipped, ...]
+
+    def blocks(self) -> tuple[Block, ...]:
+        """What a notebook shows of them."""
+        from gradsift.explanation.shown import explanations_blocks  # which knows what explanations are
+
+        return explanations_blocks(self)
 
     @property
     def path(self) -> str:

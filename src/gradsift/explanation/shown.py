@@ -48,6 +48,7 @@ from gradsift.report.blocks import (
     Turn,
     Verdict,
     View,
+    columns,
 )
 from gradsift.report.maps import layout
 from gradsift.selection.candidates import Order, naive_key
@@ -56,6 +57,7 @@ from gradsift.selection.selector import Selector
 from gradsift.store.manifest import versions
 
 CAP_DB = 120.0
+MOST_EXPLAINING = 500  # examples of all outputs together
 _DRAWN_DB = 60.0  # beyond this a relevance is drawn at the edge: one exact duplicate must not flatten the rest
 _CAUTIONS = {
     "near_zero": "The chosen gradients are almost zero, so this value says nothing about their directions.",
@@ -168,12 +170,40 @@ def explained_blocks(
             )
             for found in results
         )
-        heads = (Column("strategy"), Column("relevance", numeric=True), Column(""), Column("examples", numeric=True))
+        heads = columns("strategy", "#relevance", "", "#examples")
         blocks.append(Table(heads, rows))
     for number, found in enumerate(results):
         notes = (Text(note, "aside"),) if (note := entry.note(found)) else ()
         title = f"{found.strategy}: {shown_db(found.relevance_db)}"
         blocks.append(Fold(title, (*notes, _chosen(found, data)), opened=number == 0))
+    return tuple(blocks)
+
+
+def shown_budget(explanations: Explanations) -> int:
+    """The budget that is shown first: 5 where it was asked for, else the smallest."""
+    return 5 if 5 in explanations.budgets else explanations.budgets[0]
+
+
+def explanations_blocks(explanations: Explanations) -> tuple[Block, ...]:
+    """Each output's strategies at the budget that is shown first, by every estimator; and how many outputs are not."""
+    k, listed = shown_budget(explanations), 0
+    blocks: list[Block] = [
+        Text(
+            "Relevance says how well a weighted sum of the chosen examples' gradients reconstructs the output's "
+            "gradient: 0 dB is no better than predicting nothing, every +3 dB halves the squared error, 120 dB is the "
+            "cap. The coefficient is an example's weight in that sum. Score: higher = training on it helps, that is, "
+            "makes the output more likely."
+        )
+    ]
+    for number, entry in enumerate(explanations.entries):
+        listed += sum(len(found.examples) for found in entry.results if found.k == k)
+        if number and listed > MOST_EXPLAINING:
+            rest = len(explanations.entries) - number
+            blocks.append(Text(f"{rest:,} more explained outputs are in the run's files, not on this page.", "aside"))
+            break
+        for estimator in explanations.estimators:
+            inside = explained_blocks(entry, explanations.pool.data, k=k, estimator=estimator.label)
+            blocks.append(Group(inside, text.one_line(prompt_of(entry), 90)))
     return tuple(blocks)
 
 
@@ -259,7 +289,6 @@ def explanation_page(
     results = [found for found in entry.results if found.estimator == estimator]
     names = list(dict.fromkeys(found.strategy for found in results))
     budgets = sorted({found.k for found in results})
-    budget = 5 if 5 in budgets else budgets[0]
     strategies = {strategy.strategy: strategy for strategy in explanations.strategies}
     views = []
     for found in results:
@@ -351,7 +380,7 @@ def explanation_page(
                 series=True,
             ),
             *(
-                [Switch("k", "examples", tuple((str(k), str(k)) for k in budgets), str(budget))]
+                [Switch("k", "examples", tuple((str(k), str(k)) for k in budgets), str(shown_budget(explanations)))]
                 if len(budgets) > 1
                 else []
             ),
@@ -372,7 +401,7 @@ _READING = {
     "location trades cost for coverage.",
     "coverage": "How similar a candidate's gradient is to the nearest chosen one. The more of the map is shaded, the "
     "more of the candidates the choice stands for.",
-    "maps": "The candidates by the two directions in which they differ most (principal components).",
+    "maps": "t-SNE of the candidates at length 1 (50 principal components, perplexity 10, fixed seed).",
     "texts": text.HOW_TEXTS_ARE_SHOWN,
 }
 

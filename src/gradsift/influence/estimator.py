@@ -103,14 +103,16 @@ class GreedyTerms:
 class Passes:
     """Rows that an estimator takes through the model, forth and back, beside those that are stored.
 
-    stage: what `gradsift plan` calls them
-    done:  whether the run folder has what comes of them
+    stage:   what `gradsift plan` calls them
+    done:    whether the run folder has what comes of them
+    forward: whether they go forth alone
     """
 
     stage: str
     rows: int
     tokens: float
     done: bool = False
+    forward: bool = False
 
 
 class Estimator(Settings):

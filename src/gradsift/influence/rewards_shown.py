@@ -11,7 +11,7 @@ from gradsift.data.shown import excerpt, turns_of
 from gradsift.influence.diagnostics import CheckpointDiagnostics
 from gradsift.influence.responses import PromptResponses, RewardedResponse
 from gradsift.report import text
-from gradsift.report.blocks import Block, Cell, Chart, Column, Entry, Example, Group, Row, Table, Text, Turn
+from gradsift.report.blocks import Block, Cell, Chart, Column, Entry, Example, Group, Row, Table, Text, Turn, columns
 from gradsift.report.charts import bins, finite
 
 MOST_PROMPTS = 100  # whose responses are shown
@@ -98,13 +98,13 @@ def rewards_blocks(
 def prompt_example(
     found: PromptResponses,
     messages: Sequence[Mapping[str, object]],
-    columns: Mapping[str, str],
+    own: Mapping[str, str],
     helpers: Sequence[tuple[str, float, str]] = (),
     *,
     opened: bool = False,
 ) -> Example:
-    """A prompt with its best and its worst responses; `helpers`: id, score and excerpt of its best training "
-    "examples."""
+    """A prompt with its best and its worst responses; `helpers`: id, score and excerpt of its best training
+    examples."""
     same = bool(found.best) and not found.worst
     layout = text.figures_layout([one.reward for one in (*found.best, *found.worst)])
     turns = [*turns_of(messages)]
@@ -118,14 +118,14 @@ def prompt_example(
     if helpers:
         scores = text.figures([score for _, score, _ in helpers])
         rows = tuple(Row((id_, score, words)) for (id_, _, words), score in zip(helpers, scores, strict=True))
-        columns_ = (Column("scored highest for this prompt"), Column("score", numeric=True), Column("detail"))
+        columns_ = columns("scored highest for this prompt", "#score", "detail")
         blocks.append(Table(columns_, rows))
     asked = next((str(m.get("content")) for m in reversed(messages) if m.get("content")), "")
     return Example(
         found.id,
         tuple(turns),
         (("responses", f"{found.count:,}"),),
-        columns,
+        own,
         title=excerpt([{"role": "user", "content": asked}]) or text.ABSENT,
         note=f"mean reward {text.figure(found.mean)}" + ("" if found.signal else ", no signal"),
         opened=opened,

@@ -24,6 +24,7 @@ from gradsift.influence.less import LESS
 from gradsift.influence.nice import NICE
 from gradsift.influence.prompts import PromptTarget, RewardSummary
 from gradsift.influence.reliability import Strata
+from gradsift.report.blocks import Block, Shown
 from gradsift.store.manifest import fingerprint
 from gradsift.store.run import revised
 
@@ -35,7 +36,7 @@ _MAX_PER_TARGET_ROWS = 20_000_000  # above this the parquet file holds the aggre
 
 
 @dataclass(frozen=True)
-class Scores:
+class Scores(Shown):
     """Influence of each pool example: **higher = training on it helps the target more**.
 
     ids:        pool ids that were scored (overlap with the target and non-finite rows are left out)
@@ -70,6 +71,12 @@ class Scores:
     found: Influence | None = field(default=None, repr=False, compare=False)
     pool: Pool | None = field(default=None, repr=False, compare=False)
     target: Target | None = field(default=None, repr=False, compare=False)
+
+    def blocks(self) -> tuple[Block, ...]:
+        """What a notebook shows of them."""
+        from gradsift.influence.shown import scores_blocks  # which knows what scores are
+
+        return scores_blocks(self)
 
     def ranks(self) -> NDArray[np.int64]:
         """Rank of each example by the aggregate, 1 = highest, ties by position."""

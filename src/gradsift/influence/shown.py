@@ -11,7 +11,7 @@ from gradsift.data.dataset import Dataset
 from gradsift.data.shown import row_example
 from gradsift.influence.scores import Scores
 from gradsift.report import text
-from gradsift.report.blocks import Chart, Examples
+from gradsift.report.blocks import Block, Chart, Examples, Fold, Text
 from gradsift.report.charts import bins, finite
 
 MOST_EXTREME = 10  # highest, and as many lowest
@@ -81,14 +81,14 @@ def score_ends(
     return listed(order[:each]), listed(order[::-1][:each])
 
 
-def scores_blocks(scores: Scores, chosen: Sequence[float] = ()) -> tuple[Chart, ...]:
+def chart_of(scores: Scores, chosen: Sequence[float] = ()) -> Chart:
     """The chart of one method's scores, with its warnings."""
-    return (
-        score_chart(
-            scores.method.label,
-            scores.aggregate,
-            chosen,
-            correlation=scores.length_correlation,
-            note=" ".join(scores.warnings),
-        ),
-    )
+    note, correlation = " ".join(scores.warnings), scores.length_correlation
+    return score_chart(scores.method.label, scores.aggregate, chosen, correlation=correlation, note=note)
+
+
+def scores_blocks(scores: Scores) -> tuple[Block, ...]:
+    """How scores spread, and where the pool is known the examples at their ends."""
+    ends = () if scores.pool is None else score_ends(scores, scores.pool.data)
+    folds = [Fold(name, (found,)) for name, found in zip(("Highest", "Lowest"), ends, strict=False)]
+    return (Text(HIGHER), chart_of(scores), *folds)

@@ -44,6 +44,7 @@ from gradsift.report.blocks import (
     Switch,
     Table,
     Text,
+    columns,
 )
 from gradsift.report.charts import finite
 from gradsift.store.manifest import versions
@@ -176,12 +177,7 @@ def spread_blocks(
         Legend((("thin", "one output"), ("box", "middle half"), ("stroke", "median"), ("zero", "0 dB"))),
         Switch("k", "examples", tuple((str(k), str(k)) for k in table.budgets), str(table.sorted_at)),
     ]
-    heads = (
-        Column(""),
-        Column("median", numeric=True),
-        Column("middle half", numeric=True),
-        Column("above 0 dB", numeric=True),
-    )
+    heads = columns("", "#median", "#middle half", "#above 0 dB")
     for k in table.budgets:
         known = {
             (row.estimator, row.strategy): np.vectorize(drawn_db, otypes=[float])(found)
@@ -270,7 +266,7 @@ def bins_table(bins: SequenceABC[ScoreBin]) -> Table:
             rows.append(
                 Row((_between(found.low_db, found.high_db), f"{found.supported.count:,}", supported, text.share(right)))
             )
-    heads = (Column("choices", numeric=True), Column("support above 0"), Column("rule right", numeric=True))
+    heads = columns("#choices", "support above 0", "#rule right")
     return Table((Column("relevance"), *heads), tuple(rows), style="shares")
 
 

@@ -18,15 +18,15 @@ from gradsift.base.errors import CorruptError
 from gradsift.base.progress import visible
 from gradsift.base.settings import Settings
 from gradsift.base.types import Prompt
-from gradsift.data.shown import excerpt, left_out, row_example, shares_table
+from gradsift.data.shown import excerpt, left_out, shares_table
 from gradsift.explanation.explain import explained_views
-from gradsift.explanation.shown import RELEVANCE, explained_blocks, prompt_of, relevance_blocks
+from gradsift.explanation.shown import RELEVANCE, explained_blocks, prompt_of, relevance_blocks, shown_budget
 from gradsift.gradients.rows import View
 from gradsift.influence.estimators import estimators
 from gradsift.influence.nice import PolicyEstimator, takes_reward
 from gradsift.influence.prompts import PromptTarget
 from gradsift.influence.rewards_shown import MOST_PROMPTS, prompt_example, rewards_blocks, rewards_table
-from gradsift.influence.shown import HIGHER, score_ends, scores_blocks
+from gradsift.influence.shown import HIGHER, chart_of, score_ends
 from gradsift.jobs.pages import kept_page, publish_page
 from gradsift.jobs.results import (
     FILES,
@@ -38,7 +38,6 @@ from gradsift.jobs.results import (
     reliability_sentences,
     remove_outdated,
     shares,
-    shown_budget,
     summary,
     write_skipped,
 )
@@ -64,12 +63,12 @@ from gradsift.report.blocks import (
 from gradsift.report.terminal import console, draw
 from gradsift.selection.select import Selection
 from gradsift.selection.selectors import selectors
+from gradsift.selection.shown import chosen_examples, learned_tokens
 from gradsift.store.manifest import versions
 from gradsift.warmup.checkpoint import Checkpoint
 
 MOST_CHOSEN = 500
 MOST_OF_CONTROLS = 300  # all controls together
-MOST_EXPLAINING = 500  # examples in all explanations together
 _HELPERS = 3  # training examples for each prompt
 
 
@@ -142,7 +141,8 @@ def result_page(result: Result) -> Page:
     responses = _responses(result)
     asked = len(result.responses.prompts) if responses and result.responses is not None else 0
     unused = len(account.rows) + account.rows_in_part + len(account.files)
-    explained = _explained(result)
+    explained = () if result.explanations is None else result.explanations.blocks()
+    outputs = 0 if result.explanations is None else len(result.explanations.entries)
     sections = [
         Section("run", "What was run", (Facts(_run_facts(result)),)),
         Section("warnings", "Warnings", tuple(map(Text, result.warnings)), count=str(len(result.warnings))),
@@ -158,7 +158,7 @@ def result_page(result: Result) -> Page:
         Section("groups", "Chosen against pool", _groups(result)),
         Section("rewards", "Rewards", _rewards(result)),
         Section("responses", "Responses", responses, count=f"{asked:,}"),
-        Section("explanations", "Explanations", explained, count=f"{len(explained) - 1:,}"),
+        Section("explanations", "Explanations", explained, count=f"{outputs:,}"),
         Section("skipped", "Left out", left_out(account), count=f"{unused:,}"),
         Section("repeat", "How to repeat it", (Facts(_repeat(result)),)),
     ]
@@ -307,34 +307,10 @@ def _outcome(words: str, spread: float, layout: str, best: bool) -> Entry:
 
 
 def _examples(result: Result, chosen: Selection, most: int, *, own: bool) -> Examples:
-    """What was chosen, in the order of choice; `own`: the choice that the result's reliability is about."""
-    tokens = _learned_tokens(result, chosen)
-    values = text.figures(chosen.scores[:most])
-    kept = result.kept if own else {}
-    return Examples(
-        tuple(
-            row_example(
-                result.pool.data,
-                id_,
-                ("score", value),
-                ("supervised tokens", f"{tokens[n]:,}"),
-                *((f"again with new {over}", text.share(shares[n])) for over, shares in kept.items()),
-                known=known_columns(result.recipe.columns),
-                lead=f"{rank:,}",
-            )
-            for n, (id_, value, rank) in enumerate(zip(chosen.ids, values, chosen.ranks, strict=False))
-        ),
-        total=len(chosen),
-        filter="text, id or column value" if own else "",
-        things="chosen examples",
-    )
-
-
-def _learned_tokens(result: Result, chosen: Selection) -> list[int]:
-    """Tokens that training on each chosen example takes the loss on."""
-    data = result.pool.data
-    tokens: list[int] = data.supervised_tokens[data.positions(chosen.ids)].tolist()
-    return tokens
+    """What was chosen; `own`: by the choice that the result's reliability is about."""
+    kept, known = result.kept if own else {}, known_columns(result.recipe.columns)
+    filter_ = "text, id or column value" if own else ""
+    return chosen_examples(chosen, kept=kept, known=known, most=most, filter=filter_)
 
 
 def _chosen(result: Result) -> tuple[Block, ...]:
@@ -342,7 +318,7 @@ def _chosen(result: Result) -> tuple[Block, ...]:
     blocks: list[Block] = []
     each = max(20, MOST_OF_CONTROLS // max(1, len(result.selections) - 1))
     for number, chosen in enumerate(result.selections):
-        tokens = f"{sum(_learned_tokens(result, chosen)):,} supervised tokens"
+        tokens = f"{sum(learned_tokens(chosen)):,} supervised tokens"
         method = f"{chosen.estimator}, {chosen.method.label}"
         listed = _examples(result, chosen, each if number else MOST_CHOSEN, own=number == 0)
         if number:
@@ -386,7 +362,7 @@ def _scores(result: Result) -> tuple[Block, ...]:
     if not pairs:
         return ()
     marks = (("pool", "whole pool"), ("chosen", "chosen (strokes below the axis: each chosen example)"))
-    charts = tuple(block for entry, chosen in pairs for block in scores_blocks(entry, chosen.scores))
+    charts = tuple(chart_of(entry, chosen.scores) for entry, chosen in pairs)
     return (
         Text(f"{HIGHER} Scores of different methods are on different scales."),
         Legend(marks),
@@ -459,36 +435,6 @@ def _helpers(result: Result, prompt_id: str) -> list[tuple[str, float, str]]:
     best = np.argsort(-own, kind="stable")[:_HELPERS].tolist()
     data = result.pool.data
     return [(scores.ids[n], float(own[n]), excerpt(data.messages(scores.ids[n]))) for n in best]
-
-
-def _explained(result: Result) -> tuple[Block, ...]:
-    """Each output's strategies at the budget that is shown first, by every estimator."""
-    explanations = result.explanations
-    if explanations is None:
-        return ()
-    k, listed = shown_budget(explanations), 0
-    blocks: list[Block] = []
-    for entry in explanations.entries:
-        listed += sum(len(found.examples) for found in entry.results if found.k == k)
-        if blocks and listed > MOST_EXPLAINING:
-            break
-        name = text.one_line(prompt_of(entry), 90)
-        for estimator in explanations.estimators:
-            inside = explained_blocks(entry, result.pool.data, k=k, estimator=estimator.label)
-            blocks.append(Group(inside, name))
-    said = (
-        "Relevance says how well a weighted sum of the chosen examples' gradients reconstructs the output's gradient: "
-        "0 dB is no better than predicting nothing, every +3 dB halves the squared error, 120 dB is the cap. The "
-        f"coefficient is an example's weight in that sum. Score: {HIGHER[0].lower()}{HIGHER[1:-1]}, that is, makes the "
-        "output more likely."
-    )
-    rest = len(explanations.entries) - len(blocks) // max(1, len(explanations.estimators))
-    more = (
-        [Text(f"{rest:,} more explained outputs are in the run's files, not on this page.", "aside")]
-        if rest > 0
-        else []
-    )
-    return (Text(said), *blocks, *more)
 
 
 # --- terminal --------------------------------------------------------------------------------------------------------
@@ -567,7 +513,7 @@ def print_methods() -> None:
         view = one.model_construct().view
         reads = f"{one.takes if one.needs_target else 'no target'}{'' if view is None else f', {view} rows'}"
         _print_method(out, kind, reads, one)
-    out.print("Selectors, which choose by the ranking: --selection of select, --strategy of explain\n", markup=False)
+    out.print("Selectors, which choose by the ranking: --selection of select and explain\n", markup=False)
     for kind, chooser in selectors().items():
         _print_method(out, kind, _TAKEN[chooser.model_construct().takes], chooser)
 

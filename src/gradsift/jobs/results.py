@@ -336,8 +336,3 @@ def shares(result: Result, ids: SequenceABC[str]) -> dict[str, dict[str, int]]:
     """How many of the ids have each value of each group column."""
     positions = result.pool.data.positions(ids)
     return {column: groups.counts(positions) for column, groups in result.groups.items()}
-
-
-def shown_budget(explanations: Explanations) -> int:
-    """The budget that is shown first: 5 where it was asked for, else the smallest."""
-    return 5 if 5 in explanations.budgets else explanations.budgets[0]

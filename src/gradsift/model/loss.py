@@ -167,6 +167,15 @@ class SupervisedHead:
         finally:
             self._running.positions = None
 
+    def states(self, batch: PaddedBatch, layer: int) -> Tensor:
+        """Hidden states of a layer, `[sequence token dim]`: 0 is the embeddings', −1 the last's after the norm."""
+        self._running.positions = batch.positions[:1]
+        try:
+            found = self.model(input_ids=batch.ids, use_cache=False, output_hidden_states=True)
+            return cast(Tensor, found.hidden_states[layer])
+        finally:
+            self._running.positions = None
+
     def nll(self, batch: PaddedBatch, *, summed: bool = False) -> Tensor:
         """w·NLL of every label `[label]`, differentiable; with `summed`, the sum is all that will be differentiated."""
         logits = self.logits(batch)

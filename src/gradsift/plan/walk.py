@@ -189,7 +189,8 @@ class Walk:
     def _other_passes(self, method: Estimator, target: Target | PromptTarget | None) -> None:
         for one in method.passes(self.kept or self.pool, target):
             if self.is_new("passes", method.model_dump_json(), one):
-                self.add(Work(one.stage, one.rows, backward=one.tokens, done=one.done and self.kept is not None))
+                backward, forward = (0.0, one.tokens) if one.forward else (one.tokens, 0.0)
+                self.add(Work(one.stage, one.rows, backward, forward, done=one.done and self.kept is not None))
 
     def _gradients(self, method: Estimator, *, targets: bool) -> None:
         """The pool's rows that a method reads, and its targets'."""

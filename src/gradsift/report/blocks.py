@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cache
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter
@@ -83,6 +84,15 @@ class Row:
     series: int | None = None
     ruled: bool = False
     total: bool = False
+
+
+def columns(*names: str) -> tuple[Column, ...]:
+    """Heads of columns, numeric ones with a # before their names.
+
+    >>> columns("method", "#seeds")[1].numeric
+    True
+    """
+    return tuple(Column(name.removeprefix("#"), numeric=name.startswith("#")) for name in names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -427,7 +437,7 @@ class Page:
 
     def to_json(self) -> bytes:
         """As the run folder keeps it."""
-        return _PAGE.dump_json(self)
+        return _page().dump_json(self)
 
     @staticmethod
     def of_json(content: bytes) -> Page:
@@ -436,7 +446,7 @@ class Page:
         Raises:
             pydantic.ValidationError: it is something else.
         """
-        return _PAGE.validate_json(content)
+        return _page().validate_json(content)
 
 
 class Shown:
@@ -463,4 +473,6 @@ def walk(value: Any) -> Iterator[Any]:
             yield from walk(getattr(value, part.name))
 
 
-_PAGE = TypeAdapter(Page)
+@cache
+def _page() -> TypeAdapter[Page]:
+    return TypeAdapter(Page)

@@ -359,8 +359,10 @@ def _closed(parts: Sequence[Markup]) -> Markup:
 
 
 def _apart(low: float, high: float) -> tuple[float, float]:
-    apart = high - low > 1e-300  # below, an axis has no room for ticks
-    return (low, high) if apart else (low - (abs(low) or 1.0) / 10, high + (abs(high) or 1.0) / 10)
+    size = max(abs(low), abs(high))
+    if high - low > max(1e-12 * size, 1e-300):  # below, an axis has no room for ticks
+        return low, high
+    return low - (size or 1.0) / 10 - 1e-290, high + (size or 1.0) / 10 + 1e-290
 
 
 def _spread(point: Point) -> float:

@@ -11,14 +11,20 @@ from numpy.typing import NDArray
 from gradsift.base.errors import NonFiniteError, ShapeError
 from gradsift.base.lazy import Tensor
 
+_COMPONENTS = 50  # both as in Compact, Figure 2
+_PERPLEXITY = 10.0
 
-def layout(rows: Tensor | NDArray[np.floating]) -> list[tuple[float, float]]:
-    """Positions in the plane: rows of length 1 along the two axes in which they differ most (principal components).
 
-    Near points point alike. Axes and gaps between groups mean nothing by themselves.
+def layout(rows: Tensor | NDArray[np.floating], *, seed: int = 0) -> list[tuple[float, float]]:
+    """Positions in the plane: t-SNE on the first 50 principal components of the rows at length 1 (Compact, Figure 2).
+
+    Near points are alike, that is, their rows have a high cosine; distances between far groups, sizes of groups and the
+    axes mean nothing. The same rows and seed give the same map. Perplexity is 10, and (m - 1)/3 where there are fewer
+    than 31 rows; fewer than four rows, or rows that are all the same, are placed by their principal components.
 
     Args:
         rows: [m dim], any float dtype.
+        seed: of t-SNE.
 
     Returns:
         m pairs `(x, y)`, centred, the farthest coordinate at 1 or -1, rounded to 4 decimals.
@@ -38,18 +44,28 @@ def layout(rows: Tensor | NDArray[np.floating]) -> list[tuple[float, float]]:
         raise NonFiniteError("rows to map hold NaN or infinity: leave such examples out")
     if len(points) == 0:
         return []
+    found = _principal_components(points)
+    if len(points) > 3 and found.any():
+        from sklearn.manifold import TSNE  # a second to import, which every command would pay
+
+        perplexity = min(_PERPLEXITY, (len(points) - 1) / 3)
+        found = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(found.astype(np.float32))
+    low, high = found[:, :2].min(axis=0), found[:, :2].max(axis=0)
+    centred = found[:, :2].astype(float) - (low + high) / 2
+    largest = float(np.abs(centred).max()) or 1.0
+    return [(round(float(x) / largest, 4) + 0.0, round(float(y) / largest, 4) + 0.0) for x, y in centred]
+
+
+def _principal_components(points: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Coordinates of the rows at length 1 along the directions of largest variance [m component], 2 to 50 of them."""
     points = points / (np.abs(points).max() or 1.0)  # squares of the largest would overflow
     lengths = np.linalg.norm(points, axis=1, keepdims=True)
     unit = points / np.where(lengths > 0, lengths, 1.0)
     left, spread, _ = np.linalg.svd(unit - unit.mean(axis=0), full_matrices=False)
-    found = np.zeros((len(points), 2))
-    for axis in range(min(2, int((spread > 1e-9 * math.sqrt(points.size)).sum()))):
-        # Its sign is arbitrary: the largest entry is made positive, so that every machine draws the same.
-        column = left[:, axis] * spread[axis]
-        found[:, axis] = column * np.sign(column[np.abs(column).argmax()])
-    centred = found - (found.min(axis=0) + found.max(axis=0)) / 2
-    largest = float(np.abs(centred).max()) or 1.0
-    return [(round(float(x) / largest, 4) + 0.0, round(float(y) / largest, 4) + 0.0) for x, y in centred]
+    kept = min(_COMPONENTS, int((spread > 1e-9 * math.sqrt(points.size)).sum()))
+    # A singular vector's sign is arbitrary: its largest entry is made positive, so that every machine draws the same.
+    left = left[:, :kept] * np.sign(left[np.abs(left[:, :kept]).argmax(axis=0), np.arange(kept)])
+    return np.pad(left * spread[:kept], ((0, 0), (0, max(0, 2 - kept))))
 
 
 def sample(count: int, chosen: Sequence[int], limit: int, *, seed: int = 0) -> list[int]:

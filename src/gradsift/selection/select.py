@@ -13,13 +13,14 @@ from gradsift.data.columns import add_columns
 from gradsift.influence.estimator import both_stores, target_rows
 from gradsift.influence.less import LESS
 from gradsift.influence.scores import Scores
+from gradsift.report.blocks import Block, Shown
 from gradsift.selection.candidates import CANDIDATES, Candidates
 from gradsift.selection.selector import Selector, chosen
 from gradsift.selection.top_k import TopK
 
 
 @dataclass(frozen=True)
-class Selection:
+class Selection(Shown):
     """Chosen examples in the order they were chosen, with score and rank in the whole pool.
 
     budget: how many were asked for
@@ -35,6 +36,12 @@ class Selection:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def blocks(self) -> tuple[Block, ...]:
+        """What a notebook shows of it."""
+        from gradsift.selection.shown import selection_blocks  # which knows what a selection is
+
+        return selection_blocks(self)
 
     def lines(self) -> list[str]:
         """The original rows as JSON lines with `gradsift_id`, `gradsift_score` and `gradsift_rank` added at the end.

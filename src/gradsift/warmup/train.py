@@ -51,9 +51,14 @@ class CheckpointInfo(Record):
 class Training(Settings):
     """How LoRA is trained with AdamW; the defaults are those of LESS.
 
-    target_modules: last parts of module names; None adapts q, k, v and o_proj where the model has them, else what PEFT
-        adapts by default in its architecture.
-    schedule: after a linear warm-up over `warmup_ratio` of all steps, which begins at rate 0.
+    epochs: passes over the examples, one checkpoint each.
+    rank, alpha, dropout: of LoRA.
+    target_modules: modules that get LoRA, by the last parts of their names; None adapts q, k, v and o_proj
+        where the model has them, else what PEFT adapts by default in its architecture.
+    learning_rate: its peak.
+    schedule: of the rate, after a linear warm-up over `warmup_ratio` of all steps, which begins at rate 0.
+    warmup_ratio: share of the steps in which the rate rises.
+    weight_decay, betas, eps: AdamW's.
     max_grad_norm: gradients of a larger 2-norm are scaled down to it; 0 never scales.
     batch_size: examples per optimizer step; fewer where an epoch would have less than 8 steps.
     """
@@ -92,6 +97,7 @@ class Training(Settings):
 class Warmup(Training):
     """Training on a uniform sample before gradients are taken.
 
+    preset: settings that the other fields change, `small` for a pool of hundreds.
     fraction: share of the pool, drawn by the seed; at least 8 examples, or all there are.
     """
 

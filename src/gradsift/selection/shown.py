@@ -1,0 +1,54 @@
+"""A choice as pages show it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+from gradsift.data.shown import row_example
+from gradsift.influence.reliability import Over
+from gradsift.influence.shown import HIGHER
+from gradsift.report import text
+from gradsift.report.blocks import Block, Examples, Text
+from gradsift.selection.select import Selection
+
+
+def learned_tokens(chosen: Selection) -> list[int]:
+    """Tokens that training on each chosen example takes the loss on."""
+    assert chosen.pool is not None
+    data = chosen.pool.data
+    tokens: list[int] = data.supervised_tokens[data.positions(chosen.ids)].tolist()
+    return tokens
+
+
+def chosen_examples(
+    chosen: Selection,
+    *,
+    kept: Mapping[Over, Sequence[float]] | None = None,
+    known: Collection[str] = (),
+    most: int = 500,
+    filter: str = "",
+) -> Examples:
+    """The first of the chosen examples, in the order of choice.
+
+    Args:
+        chosen: the choice.
+        kept: of each, the share of new rankings that choose it again, by what is new in them.
+        known: names of columns that its conversation is in.
+        most: how many.
+        filter: what a search field finds.
+    """
+    assert chosen.pool is not None
+    tokens, values = learned_tokens(chosen), text.figures(chosen.scores[:most])
+    listed = []
+    for n, (id_, value, rank) in enumerate(zip(chosen.ids, values, chosen.ranks, strict=False)):
+        again = [(f"again with new {over}", text.share(shares[n])) for over, shares in (kept or {}).items()]
+        facts = (("score", value), ("supervised tokens", f"{tokens[n]:,}"), *again)
+        listed.append(row_example(chosen.pool.data, id_, *facts, known=known, lead=f"{rank:,}"))
+    return Examples(tuple(listed), total=len(chosen), filter=filter, things="chosen examples")
+
+
+def selection_blocks(chosen: Selection) -> tuple[Block, ...]:
+    """What was chosen of how many, and each example."""
+    assert chosen.pool is not None
+    said = f"chose {len(chosen):,} of {len(chosen.pool.data):,} examples. {HIGHER}"
+    return Text(said, head=f"{chosen.estimator}, {chosen.method.label}"), chosen_examples(chosen)

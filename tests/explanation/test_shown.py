@@ -1,0 +1,159 @@
+"""What pages say of explanations: relevance in words, tables as in the paper, names of files."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import page_examples
+from gradsift.explanation.explain import StrategyResult
+from gradsift.explanation.shown import (
+    explained_blocks,
+    explanation_file,
+    redundancy,
+    relevance_blocks,
+    relevance_in_words,
+    shown_db,
+)  # fmt: skip
+from gradsift.explanation.table import relevance_table
+from gradsift.jobs.explanation_pages import spread_blocks
+from gradsift.report.blocks import Cell, Choice, Fold, Map, Section, Table, Text, Verdict, walk
+
+
+@pytest.mark.parametrize(
+    ("db", "said"),
+    [
+        (3.0103, "accounts for 50"), (35.0, "accounts for 99.9\u202f%"), (-0.01, "no better than predicting nothing"),
+        (-20.0, "100 times as large"), (-1.0, "1.26 times as large"), (120.0, "equals"), (float("nan"), "no value"),
+    ],
+)  # fmt: skip
+def test_relevance_is_told_in_words(db: float, said: str) -> None:
+    """The sentence says better, equal or worse than predicting nothing, with the share of squared error in figures."""
+    assert said in relevance_in_words(db)
+
+
+def test_relevance_carries_its_sign_and_the_cap() -> None:
+    """dB with a sign; 120 dB is the cap."""
+    assert [shown_db(db) for db in (120.0, -2.57, 3.0)] == ["+120.0 dB (cap)", "−2.6 dB", "+3.0 dB"]
+
+
+@given(st.text(max_size=200))
+@settings(max_examples=200)
+def test_file_names_are_plain_and_lead_nowhere(id_: str) -> None:
+    """Whatever the id, the page's file name is one plain path component, which a URL need not escape."""
+    assert re.fullmatch(r"[a-z0-9][a-z0-9_-]*\.html", explanation_file(id_))
+
+
+def test_file_names_differ_where_ids_do() -> None:
+    """Ids that look alike once reduced to letters keep names of their own, also on disks that ignore case."""
+    ids = ["a b", "a-b", "a/b", "A-b", "a_b", "é", "è", ""]
+    assert len({explanation_file(id_) for id_ in ids}) == len(ids)
+
+
+def test_tables_ascend_as_in_the_paper() -> None:
+    """Strategies ascend by the main budget; the heavy line stands at the first at or above 0 dB; the best stand out."""
+    entries = [page_examples.explained(page_examples.rows(30), seed=n)[0] for n in range(3)]
+    table = relevance_table(entries)
+    (shown,) = relevance_blocks(table, draws=5)
+    values = [float(str(getattr(row.cells[3], "text", row.cells[3])).replace("−", "-")) for row in shown.rows]
+    assert values == sorted(values)
+    assert [row.ruled for row in shown.rows].index(True) == next(n for n, value in enumerate(values) if value >= 0) > 0
+    assert sum(row.ruled for row in shown.rows) == 1
+    assert isinstance(shown.rows[-1].cells[1], Cell)
+    assert [column.name for column in shown.columns][-2:] == ["AUC", "above 0 dB"]
+    assert "3 outputs and 5 random draws" in shown.title
+    assert len(relevance_blocks(table, above=False)[0].columns) == 6
+    good = [replace(entry, results=tuple(r for r in entry.results if "FL" in r.strategy)) for entry in entries]
+    assert not any(row.ruled for row in relevance_blocks(relevance_table(good))[0].rows)
+
+
+def test_spreads_hold_every_output_under_each_budget() -> None:
+    """A strip has a stroke for each output; those beyond 60 dB are drawn at the edge, and told as they are."""
+    entries = [page_examples.explained(page_examples.rows(30), seed=n)[0] for n in range(5)]
+    table = relevance_table(entries)
+    values = {
+        (row.estimator, row.strategy, k): [1.0, 2.0, 3.0, 4.0, 120.0] for row in table.rows for k in table.budgets
+    }
+    choices = [block for block in spread_blocks(table, values) if isinstance(block, Choice)]
+    assert [choice.when for choice in choices] == [{"k": str(k)} for k in (1, 5, 10, 25)]
+    drawn = next(block for block in walk(choices[0].blocks) if isinstance(block, Table)).rows[0].cells
+    assert isinstance(drawn[1], Cell)
+    assert drawn[1].bar is not None
+    assert drawn[1].bar.strokes == (1.0, 2.0, 3.0, 4.0, 60.0)
+    assert drawn[2:4] == ("+3.00", "+2.0 to +4.0")
+
+
+def test_redundancy_names_the_most_alike() -> None:
+    """The mean of all pairs, the pair with the largest cosine, and only the half below the diagonal."""
+    fold = redundancy([[1.0, 0.2, -0.4], [0.2, 1.0, 0.5], [-0.4, 0.5, 1.0]])
+    words, table = fold.blocks
+    assert isinstance(words, Text)
+    assert "+0.10 on average; 2 and 3 are most alike (+0.50)" in words.text
+    assert isinstance(table, Table)
+    assert [[getattr(cell, "text", cell) for cell in row.cells] for row in table.rows] == [
+        ["1", "", "", ""], ["2", "0.20", "", ""], ["3", "−0.40", "0.50", ""],
+    ]  # fmt: skip
+
+
+def test_the_first_strategy_is_unfolded_and_each_note_is_said_once() -> None:
+    """A table of strategies, then each one's examples; a random one's says how many draws its value is of."""
+    entry, data = page_examples.explained(page_examples.rows(30))
+    blocks = explained_blocks(entry, data, k=5, estimator="LESS")
+    folds = [block for block in blocks if isinstance(block, Fold)]
+    assert [fold.opened for fold in folds] == [True, False, False, False, False]
+    assert folds[0].title == "FL λ=0.5: +7.6 dB"
+    notes = [text.text for fold in folds for text in fold.blocks if isinstance(text, Text)]
+    assert notes == ["ratio of means over 5 draws, of which the first is shown"]
+    assert not [
+        block for block in explained_blocks(entry, data, k=5, estimator="LESS", table=False) if isinstance(block, Table)
+    ]
+
+
+def test_a_page_has_a_view_and_a_verdict_for_every_strategy_and_budget() -> None:
+    """Every view's picks are those of its result; what is nearly zero or exact is said beside it and in the
+    warnings."""
+    pool = page_examples.rows(60)
+    page = page_examples.explanation(pool)
+    entry, _ = page_examples.explained(pool)
+    parts = list(walk(page.sections))
+    (drawn,) = [part for part in parts if isinstance(part, Map)]
+    verdicts = [part for part in parts if isinstance(part, Verdict)]
+    assert len(drawn.views) == len(verdicts) == len(entry.results) == 20
+    for view, verdict, found in zip(drawn.views, verdicts, entry.results, strict=True):
+        assert [drawn.examples[number].id for number in view.picks] == [example.id for example in found.examples]
+        assert view.weights == tuple(example.coefficient for example in found.examples)
+        assert len(view.tones) == len(view.covers) == len(drawn.examples)
+        assert all(view.covers[number] == "9" for number in view.picks)
+        assert len(view.notes) == len(view.among or drawn.examples)
+        assert (verdict.by, verdict.value) == (found.strategy, shown_db(found.relevance_db))
+    warnings = page.section("warnings")
+    assert isinstance(warnings, Section)
+    assert "cut after 128 tokens" in warnings.blocks[0].text  # type: ignore[union-attr]
+
+
+def test_what_makes_a_value_worthless_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exact reconstruction and gradients near zero are announced in the warnings, and beside the value."""
+    made = page_examples.explained
+
+    def flagged(pool: list[dict[str, object]], **options: object) -> tuple[object, object]:
+        entry, data = made(pool, **options)  # type: ignore[arg-type]
+        results: list[StrategyResult] = list(entry.results)
+        results[0], results[4] = replace(results[0], capped=True), replace(results[4], near_zero=True)
+        return replace(entry, finished=True, results=tuple(results)), data
+
+    monkeypatch.setattr(page_examples, "explained", flagged)
+    page = page_examples.explanation(page_examples.rows(40))
+    warnings = page.section("warnings")
+    assert warnings is not None
+    said = [text.text for text in warnings.blocks if isinstance(text, Text)]
+    assert said == [
+        "most helpful: the chosen gradients are almost zero, so this value says nothing about their directions.",
+        "FL λ=0.5: the output's gradient is reconstructed exactly: the output itself is probably in the pool.",
+    ]
+    cautions = [part.cautions for part in walk(page.sections) if isinstance(part, Verdict)]
+    assert cautions[0][0].startswith("The output's gradient is reconstructed exactly")
+    assert cautions[4][0].startswith("The chosen gradients are almost zero")

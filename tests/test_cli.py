@@ -161,7 +161,7 @@ def test_options_of_explain_reach_the_recipe(monkeypatch: pytest.MonkeyPatch) ->
     """Every option of `explain` and `validate` changes the explanation's settings."""
     recipes: list[Any] = []
 
-    def keep(recipe: Any, *_: Any) -> None:
+    def keep(recipe: Any, *_: Any, **__: Any) -> None:
         recipes.append(recipe)
         raise DataError("stop here")
 
@@ -198,7 +198,7 @@ def test_options_of_rewards_reach_the_recipe(monkeypatch: pytest.MonkeyPatch) ->
     """Every option of rewards and sampling changes what NICE does."""
     recipes: list[Any] = []
 
-    def keep(recipe: Any, *_: Any) -> None:
+    def keep(recipe: Any, *_: Any, **__: Any) -> None:
         recipes.append(recipe)
         raise DataError("stop here")
 
@@ -311,7 +311,7 @@ def test_options_reach_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every shared option changes the field that it names: none is accepted and forgotten."""
     recipes: list[Any] = []
 
-    def keep(recipe: Any, *_: Any) -> None:
+    def keep(recipe: Any, *_: Any, **__: Any) -> None:
         recipes.append(recipe)
         raise DataError("stop here")
 
@@ -377,7 +377,7 @@ def test_estimators_of_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None
 
     recipes: list[Any] = []
 
-    def keep(recipe: Any, *_: Any) -> None:
+    def keep(recipe: Any, *_: Any, **__: Any) -> None:
         recipes.append(recipe)
         raise DataError("stop here")
 
@@ -433,7 +433,7 @@ def test_a_preset_is_a_base_for_single_settings(monkeypatch: pytest.MonkeyPatch)
 
     recipes: list[Any] = []
 
-    def keep(recipe: Any, *_: Any) -> None:
+    def keep(recipe: Any, *_: Any, **__: Any) -> None:
         recipes.append(recipe)
         raise DataError("stop here")
 
@@ -446,7 +446,7 @@ def test_former_names_and_underscores(monkeypatch: pytest.MonkeyPatch) -> None:
     """An old name does what today's does and says so once; underscores are dashes."""
     recipes: list[Any] = []
 
-    def keep(recipe: Any, *_: Any) -> None:
+    def keep(recipe: Any, *_: Any, **__: Any) -> None:
         recipes.append(recipe)
         raise DataError("stop here")
 
@@ -487,7 +487,7 @@ def test_fields_without_an_option(monkeypatch: pytest.MonkeyPatch) -> None:
     """--set reaches every field in each command that has it, and names who has it where this one has not."""
     recipes: list[Any] = []
 
-    def keep(recipe: Any, *_: Any) -> None:
+    def keep(recipe: Any, *_: Any, **__: Any) -> None:
         recipes.append(recipe)
         raise DataError("stop here")
 

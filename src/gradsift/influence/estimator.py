@@ -157,8 +157,15 @@ class Estimator(Settings):
         Whatever is missing (a warm-up, responses, rewards, gradients) is made, and kept in the run folder.
         """
 
-    def passes(self, pool: Pool, target: Target | None) -> list[Passes]:
-        """What it takes of the model beside stored rows, for `gradsift plan`; nothing is computed or written."""
+    def passes(
+        self, pool: Pool, target: Target | None, checkpoints: Callable[[], SequenceABC[Checkpoint | None]]
+    ) -> list[Passes]:
+        """What it takes of the model beside stored rows, for `gradsift plan`; nothing is computed or written.
+
+        Args:
+            pool, target: as for `influence`.
+            checkpoints: to be called where it reads the pool's, which are then planned; None stands for one to train.
+        """
         return []
 
     def checkpoints_of(self, pool: Pool) -> list[Checkpoint]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,6 +24,7 @@ from gradsift.influence.metagradient import metagradient as metagradient
 from gradsift.influence.replay import Network, Positions, Record, Replay, Returned
 from gradsift.model.models import host
 from gradsift.store.manifest import fingerprint
+from gradsift.warmup.checkpoint import Checkpoint
 from gradsift.warmup.train import Training, Warmup, effective_batch_size, epoch_order, train, warm_up_ids
 
 _GROWTH = 20.0  # how often the adjoint's norm may be that at the end; prototypes that foretold well had 5 at most
@@ -143,7 +145,9 @@ class MAGIC(Estimator):
             terms=MagicTerms(errors, growth, check),
         )
 
-    def passes(self, pool: Pool, target: Target | None) -> list[Passes]:
+    def passes(
+        self, pool: Pool, target: Target | None, checkpoints: Callable[[], SequenceABC[Checkpoint | None]]
+    ) -> list[Passes]:
         """Its trainings, the ways back, which take so much more than a training, and its check."""
         assert target is not None, self
         source = self.targets(pool, target)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -66,12 +67,16 @@ class _OfStates(Estimator):
         """The model that is asked."""
         return {**super().inputs(pool), "states": _config(pool, self._at(pool), *self.pooled())}
 
-    def passes(self, pool: Pool, target: Target | None) -> list[Passes]:
+    def passes(
+        self, pool: Pool, target: Target | None, checkpoints: Callable[[], SequenceABC[Checkpoint | None]]
+    ) -> list[Passes]:
         """Every row of pool and target, forth alone."""
         assert target is not None, self
+        at = None if self.checkpoint == "base" else checkpoints()[-1]
+        known = self.checkpoint == "base" or at is not None
         found = []
         for data in (pool.data, target.data):
-            kept = self.checkpoint == "base" and pool.run.manifest(_prefix(pool, data, None, *self.pooled()))
+            kept = known and pool.run.manifest(_prefix(pool, data, at, *self.pooled()))
             tokens = float(sum(data.token_counts()))
             found.append(Passes("hidden states", len(data.ids), tokens, bool(kept), forward=True))
         return found

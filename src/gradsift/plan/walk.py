@@ -187,7 +187,7 @@ class Walk:
             self._gradients(method, targets=method.needs_target)
 
     def _other_passes(self, method: Estimator, target: Target | PromptTarget | None) -> None:
-        for one in method.passes(self.kept or self.pool, target):
+        for one in method.passes(self.kept or self.pool, target, self._checkpoints):
             if self.is_new("passes", method.model_dump_json(), one):
                 backward, forward = (0.0, one.tokens) if one.forward else (one.tokens, 0.0)
                 self.add(Work(one.stage, one.rows, backward, forward, done=one.done and self.kept is not None))

@@ -146,7 +146,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="runs/datamodel")
     parser.add_argument("--subsets", type=int, default=64)
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=16, help="the first so many of the 16")
     parser.add_argument("--kinds", type=int, default=4, help="kinds of tasks whose best rows are removed")
     parser.add_argument("--parts", nargs="*", default=["lds", "pairs", "removal"])

@@ -131,7 +131,7 @@ class Bench:
         os.environ["OMP_NUM_THREADS"] = "1"
         os.environ["HF_HUB_OFFLINE"] = "1"
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["tiny_world", "gradsift.jobs.select_explain", "peft", "datasets", "typer"])
+        self.context.set_forkserver_preload(["tiny_world", "gradsift.jobs.select_explain", "peft", "datasets", "click"])
         self.world = World.make(self.work)
         self.pool = write_rows(self.work / "pool.jsonl", pool_rows(ROWS))
         prompts = [{k: v for k, v in row.items() if k != "completion"} for row in target_rows(PROMPTS)]
@@ -145,7 +145,7 @@ class Bench:
     def select(self, out: Path, *more: str, pool: str | None = None) -> list[str]:
         options = [
             "--estimator", "nice", "--reward", f"{self.work / 'rewards.py'}:vowels", "--samples", str(SAMPLES),
-            "--response-tokens", "8", "--budget", "6", "--shard-rows", "8", "--token-budget", "256",
+            "--max-new-tokens", "8", "--budget", "6", "--shard-rows", "8", "--token-budget", "256",
         ]  # fmt: skip
         arguments = self.world.arguments("select", out, *options, *more, pool=pool or self.pool, target=self.prompts)
         return [argument for argument in arguments if argument != "--quiet"]

@@ -543,7 +543,7 @@ def main() -> None:
     parser.add_argument("--row-tokens", type=int, default=160)
     parser.add_argument("--tasks", nargs="*", choices=list(REWARDS), default=list(REWARDS))
     parser.add_argument("--arms", nargs="*", choices=ARMS, default=["main"])
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=3)
     parser.add_argument("--eval-samples", type=int, default=4, help="responses to each test prompt")
     parser.add_argument("--pass-samples", type=int, default=100, help="the same in the arm temperature")
     parser.add_argument(

@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--out", default="runs/projection")
     parser.add_argument("--parts", nargs="*", default=["cosines", "estimators"])
     parser.add_argument("--dim", type=int, default=8192)
-    parser.add_argument("--seeds", type=int, default=8, help="draws of the projection")
+    parser.add_argument("--seed", type=int, default=8, help="draws of the projection")
     args = parser.parse_args()
     torch.set_num_threads(1)
     out = Path(args.out)

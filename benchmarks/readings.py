@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("part", choices=list(PARTS))
     parser.add_argument("--out", default="runs/readings")
     parser.add_argument("--subsets", type=int, default=64)
-    parser.add_argument("--seeds", type=int, default=3, help="of the trainings on a choice; 0 trains on none")
+    parser.add_argument("--seed", type=int, default=3, help="of the trainings on a choice; 0 trains on none")
     parser.add_argument("--share", help="n/m: only the n-th of m shares of the trainings, and no tables")
     args = parser.parse_args()
     torch.set_num_threads(1)

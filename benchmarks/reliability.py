@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("part", choices=["targets", "samples"])
     parser.add_argument("--out", default="runs/reliability")
     parser.add_argument("--repeats", type=int, default=25, help="of each spectrum and strength")
-    parser.add_argument("--seeds", type=int, default=8, help="of sampling")
+    parser.add_argument("--seed", type=int, default=8, help="of sampling")
     args = parser.parse_args()
     torch.set_num_threads(1)
     print("| | told | coverage | coverage of those told | correlation | kept, said | kept, found |")

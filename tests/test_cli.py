@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from typing import Any
 
 import pytest
-import typer
 from pydantic import TypeAdapter
 
 import gradsift
-from gradsift import cli_options
+from gradsift import options
 from gradsift.base.errors import ConfigError, DataError
-from gradsift.cli import app, parse_budget
-from gradsift.jobs.train_evaluate import sampling_of
+from gradsift.base.settings import nearest, parse_budget
+from gradsift.cli import app
+from gradsift.influence.estimators import estimators
+from gradsift.jobs.train_evaluate import metrics_of, sampling_of
 from gradsift.options import reward_of, strategy_of
 from gradsift.rewards.form import Format, Length, Sentiment
 from gradsift.rewards.function import Function
@@ -48,31 +50,52 @@ COMMANDS = (
 
 
 def test_help_imports_nothing_heavy() -> None:
-    """Importing the command line and asking for help loads none of torch, transformers, datasets, numpy."""
-    heavy = ("torch", "transformers", "datasets", "peft", "numpy", "scipy", "pyarrow")
+    """Asking for help loads none of torch, transformers, datasets, scipy; the list of commands no settings either."""
+    heavy = ("torch", "transformers", "datasets", "peft", "scipy", "sklearn", "pandas")
     program = (
         "import sys\nfrom gradsift.cli import app\n"
         "try:\n    app(['select', '--help'])\nexcept SystemExit as end:\n    assert not end.code\n"
         f"loaded = [name for name in {heavy!r} if name in sys.modules]\nassert not loaded, loaded\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL)
+    program = program.replace("['select', '--help']", "['--help']").replace(
+        repr(heavy), repr(("numpy", "gradsift.recipe"))
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL)
 
 
 def test_help_names_every_command() -> None:
-    """The list of commands is complete, and each command has help with an example."""
-    assert {command.name or command.callback.__name__ for command in app.registered_commands} == set(COMMANDS)
+    """The list of commands is complete and cuts nothing off, and each command has help with an example."""
+    assert list(app.commands) == sorted(COMMANDS, key=list(app.commands).index)
     shown = Cli("--help").succeeded().out
+    assert "..." not in shown.partition("Commands:")[2]
     for command in COMMANDS:
         assert command in shown
         assert "Example: gradsift" in Cli(command, "-h").succeeded().out
 
 
 def test_every_option_has_help() -> None:
-    """No option of any command is left without a sentence."""
-    group = typer.main.get_command(app)
-    for name, command in group.commands.items():  # type: ignore[attr-defined]
-        for parameter in command.params:
-            assert getattr(parameter, "help", None), (name, parameter.name)
+    """Each option of each command says what it is, stands in a panel, and shows its default where it has one."""
+    for name, command in app.commands.items():
+        for option in command.options:  # type: ignore[attr-defined]
+            said = options.help_for(option)
+            assert len(said) > 5, (name, option)
+            assert said[0] not in ":.", (name, option, said)
+    shown = Cli("select", "--help").out
+    for panel in ("Input:", "Warm-up:", "Gradients:", "Estimator:", "Responses:", "Choice:", "Run:"):
+        assert panel in shown
+    assert "Tokens kept of each example.  [default: 1024]" in " ".join(shown.split()).replace(" [", "  [")
+
+
+def test_kinds_come_from_the_lists() -> None:
+    """The helps of --estimator and --selection name every kind there is."""
+    for option, kinds in (("estimator", estimators()), ("selection", selectors())):
+        for command in ("select", "explain"):
+            (one,) = [o for o in app.commands[command].options if o.name == option]  # type: ignore[attr-defined]
+            fitting = [k for k, v in kinds.items() if option == "selection" or command == "select" or v.pairs]
+            for kind in fitting:
+                if not (command == "explain" and kind in ("nice", "nice_if")):
+                    assert kind in options.help_for(one), (command, kind)
 
 
 def test_version() -> None:
@@ -94,8 +117,8 @@ def test_budgets_count_or_share(text: str, count: int) -> None:
 @pytest.mark.parametrize("text", ["", "many", "5%%", "5%%x", "0%", "101%", "-5%", "%", "nan%", "inf%"])
 def test_budgets_that_are_none(text: str) -> None:
     """What cannot be read is refused with the option's name."""
-    with pytest.raises(ConfigError, match=r"--budget "):
-        parse_budget(text)
+    result = Cli("select", "-m", "m", "-p", "p", "-t", "t", "-o", "o", "--budget", text)
+    assert (result.code, "--budget " in result.err) == (2, True), result.err
 
 
 @pytest.mark.parametrize(
@@ -145,17 +168,18 @@ def test_options_of_explain_reach_the_recipe(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("gradsift.jobs.select_explain.run_explain", keep)
     base = ["--model", "m", "--pool", "p", "--out", "o"]
     changed = {
-        "prompt": ("--prompt", "x"), "questions": ("--target", "t"), "row": ("--row", "r"), "output": ("--output", "o"),
+        "prompt": ("--prompt", "x"), "target": ("--target", "t"), "row": ("--row", "r"), "output": ("--output", "o"),
         "use_answers": ("--use-answers",), "sample": ("--sample", "3"),
         "target_columns": ("--target-columns", "prompt=q"),
-        "k": ("-k", "1,5"), "estimators": ("-e", "bm25", "-e", "trak"), "damping": ("-e", "datainf", "--damping", "2"),
+        "budget": ("-k", "1,5"), "estimator": ("-e", "bm25", "-e", "trak"),
+        "damping": ("-e", "datainf", "--damping", "2"),
         "kernel": ("-e", "trak", "--kernel", "whole"),
-        "strategies": ("-s", "aide"), "compare": ("--compare",), "trade_off": ("--trade-off", "0.3"),
+        "selection": ("-s", "aide"), "compare": ("--compare",), "trade_off": ("--trade-off", "0.3"),
         "candidates": ("--candidates", "50"), "coefficients": ("--coefficients", "MSE"),
         "over_outputs": ("--over-outputs", "median_db"), "max_new_tokens": ("--max-new-tokens", "3"),
         "embedding": ("--embedding", "none"), "pages": ("--pages", "3"),
     }  # fmt: skip
-    assert set(changed) == set(cli_options.OF_EXPLAIN)
+    assert set(changed) == {option.key for option in options.EXPLANATION}
     for command in ("explain", "validate"):
         assert Cli(command, *base).err == "error: stop here\n"
         first = len(recipes) - 1
@@ -184,7 +208,7 @@ def test_options_of_rewards_reach_the_recipe(monkeypatch: pytest.MonkeyPatch) ->
     url = "http://localhost:8000/v1"
     changed = {
         "reward": ("--reward", "length:5-9"), "samples": ("--samples", "3"), "sampling": ("--sampling", "code"),
-        "temperature": ("--temperature", "0.3"), "response_tokens": ("--response-tokens", "9"),
+        "temperature": ("--temperature", "0.3"), "max_new_tokens": ("--max-new-tokens", "9"),
         "sampling_seed": ("--sampling-seed", "7"),
         "assistant": ("--assistant", "g"), "allow_code_execution": ("--allow-code-execution",),
         "reward_weight": ("--reward-weight", "2"), "baseline": ("--baseline", "mean"),
@@ -196,7 +220,7 @@ def test_options_of_rewards_reach_the_recipe(monkeypatch: pytest.MonkeyPatch) ->
         "assistant_suffix": ("--assistant", "g", "--assistant-suffix", "x"),
         "server_url": ("--server-url", url), "server_model": ("--server-url", url, "--server-model", "m-{checkpoint}"),
     }  # fmt: skip
-    assert set(changed) == set(cli_options.OF_REWARD)
+    assert set(changed) == {option.key for option in (*options.REWARD, *options.RESPONSES, *options.POLICY)}
     assert Cli(*base).err == "error: stop here\n"
     for name, given in changed.items():
         result = Cli(*base, *given)
@@ -214,7 +238,7 @@ def test_options_of_rewards_reach_the_recipe(monkeypatch: pytest.MonkeyPatch) ->
     Cli(*base, "--assistant", "g", "--sampling-seed", "7")
     assert recipes[-1].estimator.assistant.sampling.seed == 7
     stray = Cli(*base[:-4], "--sampling-seed", "7")
-    assert "--sampling-seed goes with --estimator nice or nice_if" in stray.err
+    assert "--sampling-seed goes with nice, nice_if, not with --estimator" in stray.err
     assert [reward.kind for reward in recipes[1].reward.rewards] == ["unit_tests", "length"]
 
 
@@ -248,7 +272,7 @@ def test_strategies_by_name_are_those_of_the_package() -> None:
     made = [TypeAdapter(AnySelector).validate_python(strategy_of(kind)) for kind in selectors()]
     assert [type(one) for one in made] == list(selectors().values())
     assert {type(strategy) for strategy in gradsift.ALL_STRATEGIES} < set(selectors().values())
-    assert strategy_of("facility_location:most_harmful:0.75", 0.5) == {
+    assert strategy_of("facility_location:most_harmful:0.75") == {
         "kind": "facility_location", "trade_off": 0.75, "order": "most_harmful",
     }  # fmt: skip
 
@@ -300,7 +324,7 @@ def test_options_reach_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
         "--lora-modules": "q_proj", "--learning-rate": "0.3", "--schedule": "cosine", "--batch-size": "3",
         "--modules": "q_proj", "--projection": "none", "--projection-dim": "33", "--projection-seed": "3",
         "--row-dtype": "float32", "--token-budget": "333", "--shard-rows": "3", "--module-groups": "3",
-        "--autocast": "bfloat16", "--estimator": "bm25", "--optimizer": "sgd", "--raw": None, "--checkpoints": "last",
+        "--autocast": "bfloat16", "--estimator": "bm25", "--optimizer": "sgd", "--checkpoints": "last",
         "--aggregation": "mean", "--seed": "3", "--dtype": "float32", "--device": "cpu", "--pool-sample": "0.5",
         "--engine": "ray", "--gradient-checkpointing": None, "--eps-placement": "inside",
         "--set": "estimator.normalise=false",
@@ -320,18 +344,15 @@ def test_options_reach_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
         "--quality": ("deita", "--quality", "perplexity:high"),
     }
     of_ray = {"--workers": "3", "--worker-threads": "3", "--worker-gpus": "0.5", "--address": "auto"}
-    others = {*cli_options.OF_EXPLAIN, *cli_options.OF_REWARD, *cli_options.OF_CHOICE} - {
-        "damping",
-        "kernel",
-        "target_columns",
-    }
-    wanted = {f"--{name.replace('_', '-')}" for name in cli_options.SHARED if name not in others} - {
-        "--model", "--pool", "--target", "--out", "--as-json", "--quiet", "--debug",
-    }  # fmt: skip
+    others = {o.name for o in (*options.REWARD, *options.RESPONSES, *options.POLICY)}
+    others |= {"model", "pool", "target", "out", "json", "quiet", "debug"}
+    there = app.commands["score"].options  # type: ignore[attr-defined]
+    wanted = {f"--{option.name}" for option in there if option.name not in others}
     assert {*changed, *of_one_estimator, *of_ray} == wanted
     for option, value in of_ray.items():
-        refused = f"error: {option} is about Ray's workers: give --engine ray as well, or leave it out\n"
-        assert Cli(*base, option, value).err == refused
+        assert (
+            Cli(*base, option, value).err == f"error: {option} goes with ray, not with --engine local: leave it out\n"
+        )
         assert Cli(*base, "--engine", "ray").err == Cli(*base, "--engine", "ray", option, value).err
         assert recipes[-1].engine != recipes[-2].engine, option
     recipes.clear()
@@ -393,13 +414,13 @@ def test_estimators_of_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None
     assert explained("-e", "less", "-e", "trak", "--kernel", "whole") == LESS(optimizer="sgd", checkpoints="last")
     assert recipes[-1].explain.estimators[1] == TRAK(kernel="whole", checkpoints="last")
     refused = Cli("explain", *base, "--prompt", "why?", "-e", "datainf", "--kernel", "whole")
-    assert refused.err == "error: --kernel goes with trak, not with --estimator datainf: leave it out\n"
+    assert refused.err.startswith("error: --kernel goes with projected_inverse, trak, not with --estimator datainf")
     for name, method in (("datainf", DataInf), ("projected_inverse", ProjectedInverse)):
         assert scored("--estimator", name, "--damping", "1e-4") == method(damping=1e-4)
         assert explained("--estimator", name, "--damping", "auto") == method()
     for value in ("0", "-1", "nan", "inf", "much"):
         wrong = Cli("score", *base, "--target", "t", "--estimator", "datainf", "--damping", value)
-        assert wrong.err == f"error: --damping is {value!r}: it should be 'auto' or a number above 0\n"
+        assert wrong.err == f"error: --damping is {value!r}: it should be 'auto', 'spectral' or a number above 0\n"
     refused = Cli("score", *base, "--target", "t", "--damping", "0.1")
     assert refused.err.startswith(
         "error: --damping goes with datainf, projected_inverse, trak, nice_if, not with --estimator less"
@@ -419,3 +440,89 @@ def test_a_preset_is_a_base_for_single_settings(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("gradsift.jobs.select_explain.run_score", keep)
     Cli("score", "--model", "m", "--pool", "p", "--target", "t", "--out", "o", "--preset", "compact", "--rank", "3")
     assert recipes[0].warmup == PRESETS["compact"].model_copy(update={"rank": 3})
+
+
+def test_former_names_and_underscores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An old name does what today's does and says so once; underscores are dashes."""
+    recipes: list[Any] = []
+
+    def keep(recipe: Any, *_: Any) -> None:
+        recipes.append(recipe)
+        raise DataError("stop here")
+
+    monkeypatch.setattr("gradsift.jobs.select_explain.run_explain", keep)
+    monkeypatch.setattr("gradsift.jobs.select_explain.run_select", keep)
+    base = ("--model", "m", "--pool", "p", "--out", "o")
+    nice = ("select", *base, "--target", "t", "-e", "nice", "--reward", "numeric")
+    for command, former, today in (
+        (("explain", *base, "--prompt", "x"), ("--strategy", "aide"), ("--selection", "aide")),
+        (("explain", *base, "--prompt", "x"), ("--k=3",), ("-k", "3")),
+        (("explain", *base, "--prompt", "x"), ("--k", "3"), ("--budget", "3")),
+        (nice, ("--response_tokens", "7"), ("--max-new-tokens", "7")),
+        (("select", *base, "--target", "t"), ("--raw",), ("--no-normalise",)),
+        (("select", *base, "--target", "t"), ("--max_length", "77"), ("--max-length", "77")),
+    ):
+        old, new = Cli(*command, *former), Cli(*command, *today)
+        assert new.err == "error: stop here\n"
+        assert recipes[-1] == recipes[-2]
+        name = former[0].partition("=")[0].replace("_", "-")
+        assert old.err.startswith(f"note: {name} is called") == (name != "--max-length"), old.err
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("--lr", "--learning-rate"), ("--estimatr", "--estimator"), ("--batchsize", "--batch-size"),
+     ("--learning_rat", "--learning-rate"), ("--maxlength", "--max-length")],
+)  # fmt: skip
+def test_near_misses(typed: str, meant: str) -> None:
+    """The option that was meant is named, and no other; what resembles none gets no advice."""
+    result = Cli("select", typed, "1")
+    assert result.code == 2
+    assert f"Did you mean '{meant}'?" in result.err
+    assert nearest("--zzzzqqq", ["--learning-rate", "--rank"]) is None
+    assert "Did you mean explain?" in Cli("explian").err
+
+
+def test_fields_without_an_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    """--set reaches every field in each command that has it, and names who has it where this one has not."""
+    recipes: list[Any] = []
+
+    def keep(recipe: Any, *_: Any) -> None:
+        recipes.append(recipe)
+        raise DataError("stop here")
+
+    for job in ("run_select", "run_explain"):
+        monkeypatch.setattr(f"gradsift.jobs.select_explain.{job}", keep)
+    monkeypatch.setattr("gradsift.jobs.rollouts.run_sample", keep)
+    monkeypatch.setattr("gradsift.plan.measure.estimate", keep)
+    base = ("--model", "m", "--pool", "p", "--out", "o")
+
+    def made(*arguments: str) -> Any:
+        assert Cli(arguments[0], *base, *arguments[1:]).err == "error: stop here\n"
+        return recipes[-1]
+
+    for command in ("select", "plan"):
+        given = (command, "--target", "t", "-e", "dsir", "--set")
+        assert made(*given, "estimator.smoothing=1e-8").estimator.smoothing == 1e-8
+    tsds = made("select", "--target", "t", "--selection", "tsds", "--set", "selection.alpha=0.1")
+    assert tsds.selection.alpha == 0.1
+    sizes = made("explain", "--prompt", "x", "--set", "gradients.projection.sizes=per_module")
+    assert sizes.gradients.projection.sizes == "per_module"
+    words = made("explain", "--prompt", "x", "-e", "less", "-e", "bm25", "--set", "estimator.tokens=model")
+    assert words.explain.estimators[1].tokens == "model"
+    warm = made("sample", "--target", "t", "--set", "estimator.sampling.top_p=0.5")
+    assert warm.estimator.sampling.top_p == 0.5
+    loss = metrics_of({"data": "d", "reward": ["sentiment"], "set": ["reward.sampling.top_k=3"], "samples": 2})
+    assert loss[0].sampling.top_k == 3  # type: ignore[attr-defined]
+    stray = Cli("select", *base, "--target", "t", "--set", "estimator.smoothing=1e-8")
+    assert stray.err == "error: --set estimator.smoothing goes with dsir, not with --estimator less: leave it out\n"
+
+
+def test_completion() -> None:
+    """A shell is offered commands, options and kinds."""
+    words = {"COMP_WORDS": "gradsift select --estimator da", "COMP_CWORD": "3", "_GRADSIFT_COMPLETE": "bash_complete"}
+    program = "from gradsift.cli import app; app(prog_name='gradsift')"
+    shown = subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, **words}, check=True, capture_output=True, text=True
+    )
+    assert shown.stdout.split() == ["plain,datainf"]

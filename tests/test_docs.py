@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.util
 import re
 import shlex
 import shutil
@@ -11,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
-from typer.testing import CliRunner
+from click.testing import CliRunner
+
+from gradsift.options import FORMER
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -52,11 +54,11 @@ def commands(page: Path) -> list[list[str]]:
 def parser() -> Any:
     from gradsift.cli import app
 
-    return typer.main.get_command(app)
+    return app
 
 
 def parse(arguments: list[str]) -> None:
-    """Parse the arguments of `gradsift` without running anything; what is wrong raises typer's usage errors."""
+    """Parse the arguments of `gradsift` without running anything; what is wrong raises click's usage errors."""
     command = parser().commands[arguments[0]]
     command.make_context(arguments[0], list(arguments[1:]))
 
@@ -90,6 +92,7 @@ def test_commands_and_options_in_the_text_exist(page: Path) -> None:
     """`gradsift …` in running text names a command and its options; a bare `--option` is one of some command."""
     known = parser().commands
     everywhere = {"--help", "--version"}.union(*(options_of(command) for command in known.values()))
+    everywhere |= {f"--{former}" for former in FORMER}  # which are told to be former ones
     for code in inline_code(page):
         words = code.split()
         if words[0] == "gradsift" and len(words) > 1 and not words[1].startswith("-"):
@@ -97,7 +100,7 @@ def test_commands_and_options_in_the_text_exist(page: Path) -> None:
             for option in (word for word in words if word.startswith("--")):
                 assert option in options_of(known[words[1]]) | {"--help"}, f"{name(page)}: `{code}`"
         elif words[0].startswith("--"):
-            assert words[0].partition("=")[0] in everywhere, f"{name(page)}: `{code}`"
+            assert words[0].partition("=")[0].replace("_", "-") in everywhere, f"{name(page)}: `{code}`"
 
 
 def test_options_that_messages_name_exist() -> None:
@@ -254,3 +257,13 @@ def test_python_examples_run(
     assert len(names["mine"].checkpoints()) == 2
     assert names["rows"].shape == (min(2, len(names["store"])), names["store"].dim)
     assert "dB" in capsys.readouterr().out
+
+
+def test_the_tables_of_options_are_true() -> None:
+    """docs/command-line.md shows every option with its field, default, help and commands as they are."""
+    spec = importlib.util.spec_from_file_location("options_of_docs", ROOT / "docs" / "options.py")
+    assert spec is not None
+    assert spec.loader is not None
+    written = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(written)
+    assert written.page() == written.PAGE.read_text(encoding="utf-8"), "run `python docs/options.py`"

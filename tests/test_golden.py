@@ -60,7 +60,7 @@ def recorded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[st
     for kind in ("ji2s", "datainf", "trak", "dsir", "magic"):
         world("score", out, "--estimator", kind).succeeded()
     world("score", out, "--estimator", "alpagasus", "--rater", "length", target=None).succeeded()
-    rewarded = ("--reward", "length:1-20", "--samples", "4", "--response-tokens", "5")
+    rewarded = ("--reward", "length:1-20", "--samples", "4", "--max-new-tokens", "5")
     world("select", out, "--estimator", "nice", *rewarded).succeeded()
     asked = ("--prompt", "what colour is the cow", "-k", "2", "--max-new-tokens", "4", "--embedding", "none")
     Cli("validate", *world.arguments("explain", out, *asked)[1:]).succeeded()

@@ -73,7 +73,7 @@ def test_an_estimator_is_one_file_and_an_entry_point(tiny: World, tmp_path: Path
 
 
 def test_a_selector_is_one_file_and_an_entry_point(tiny: World, tmp_path: Path) -> None:
-    """Installed, `list` names it, and `select --selection` and `explain --strategy` know it with its fields."""
+    """Installed, `list` names it, and `select --selection` and `explain --selection` know it with its fields."""
     site, run = tmp_path / "site", tmp_path / "run"
     install_example(site, "every_nth", "gradsift.selectors")
     own = (*tiny.with_adapters(), "--estimator", "bm25", "--json")
@@ -84,7 +84,7 @@ def test_a_selector_is_one_file_and_an_entry_point(tiny: World, tmp_path: Path) 
         site,
         ["list"],
         tiny.arguments("select", run, *chosen),
-        tiny.arguments("explain", tmp_path / "named", *asked, "--strategy", "every_nth"),
+        tiny.arguments("explain", tmp_path / "named", *asked, "--selection", "every_nth"),
         tiny.arguments("explain", run, *asked, *both),
     )
     assert re.search(r"^every_nth +scores\n +Every n-th of the ranking", said, re.MULTILINE), said

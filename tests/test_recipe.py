@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from gradsift.explanation.coefficients import coefficients
 from gradsift.influence.bm25 import BM25
 from gradsift.influence.less import LESS
 from gradsift.influence.random import Random
-from gradsift.recipe import Explain, Recipe, as_yaml, load_recipe, load_recipes, template, validated
+from gradsift.options import template
+from gradsift.recipe import Explain, Recipe, as_yaml, load_recipe, load_recipes, validated
 from gradsift.selection.aide import Aide
 from gradsift.selection.divine import Divine
 from gradsift.selection.facility_location import FacilityLocation
@@ -31,7 +33,7 @@ def written(path: Path, content: dict[str, Any]) -> Path:
 def test_the_template_holds_the_defaults(tmp_path: Path) -> None:
     """The recipe that `init` writes is valid, and differs from the defaults in nothing but its four names."""
     path = tmp_path / "first.yaml"
-    path.write_text(template(path))
+    path.write_text(template(str(path)))
     recipe = load_recipe(path)
     assert recipe == Recipe(model=recipe.model, pool="pool.jsonl", target="target.jsonl", out="runs/first")
 
@@ -39,19 +41,14 @@ def test_the_template_holds_the_defaults(tmp_path: Path) -> None:
 def test_the_templates_comments_are_valid_too(tmp_path: Path) -> None:
     """Every commented-out setting can be switched on by taking the # away."""
     path = tmp_path / "full.yaml"
-    lines = []
-    for line in template(path).splitlines():
-        body = line.lstrip()
-        if (body.startswith("# ") and ": " in body) or body.startswith("# explain:") or body.startswith("#   "):
-            line = line.replace("# ", "", 1) if "gradsift recipe" not in line else line
-        lines.append(line)
+    lines = [re.sub(r"^( *)# ([a-z_]+: )", r"\1\2", line) for line in template(str(path)).splitlines()]
     path.write_text("\n".join(lines))
     recipe = load_recipe(path)
     assert recipe.subtask == "task"
     assert recipe.columns.prompt == "question"
     assert recipe.adapter == ("path/to/checkpoint-100",)
     assert recipe.explain == Explain(prompt="What is 17 + 25?", k=5)
-    assert recipe.warmup == Warmup()
+    assert recipe.warmup == Warmup(target_modules=("q_proj", "v_proj"))
 
 
 def test_yaml_and_back(tmp_path: Path) -> None:
@@ -177,5 +174,5 @@ def test_a_budget_of_all(tmp_path: Path, text: str, count: int) -> None:
     path.write_text(f"model: m\npool: p\nout: o\nbudget: {text}\n")
     assert budget_count(load_recipe(path).budget, 10) == count
     path.write_text("model: m\npool: p\nout: o\nbudget: 150%\n")
-    with pytest.raises(ConfigError, match=r"^budget 1.5"):
+    with pytest.raises(ConfigError, match="budget is '150%': a share lies between 0% and 100%"):
         budget_count(load_recipe(path).budget, 10)

@@ -153,7 +153,7 @@ class Cli:
 
     def __init__(self, *arguments: object) -> None:
         import transformers
-        from typer.testing import CliRunner
+        from click.testing import CliRunner
 
         from gradsift.cli import app
 

@@ -1,89 +1,570 @@
-"""What options of the command line mean: short texts turned into the fields of a recipe."""
+"""The options of the command line: which field of a recipe each one fills, and what its short texts stand for."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import re
+import sys
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
 
 from gradsift.base.errors import ConfigError
-
-# Options of `--estimator ji2s`, each named as the field that it fills; None where it is not given.
-JOINT = (
-    "hessian", "joint_weight", "joint_lr_power", "pair_reduction", "standardise_terms", "normalise", "subtract_bias",
-)  # fmt: skip
+from gradsift.base.settings import help_of, models_in
 
 
-def strategy_of(text: str, trade_off: float | None = None, seed: int | None = None) -> dict[str, Any]:
-    """The strategy that `facility_location`, `facility_location:0.25`, `divine:most_harmful` … name.
+@dataclass(frozen=True)
+class Option:
+    """An option, and the field that it fills, whose help, default and choices are shown.
 
-    After the name, in any order: a ranking (`most_helpful` …) for the strategies that have one, and λ for facility
-    location, where `trade_off` is the default. Those that draw do so by `seed`.
-
-    Raises:
-        ConfigError: an unknown name, or a part that does not go with it.
-
-    Example:
-        >>> strategy_of("facility_location:0.25")
-        {'kind': 'facility_location', 'trade_off': 0.25}
+    name: as it is typed, without dashes.
+    field: of a recipe, with dots; "" for what is a command's own, which says its help and default itself.
+    panel: of the help.
+    short: its letters.
+    form: a `value`; `many`, given once for each; a `flag`; a `switch`, which also has a --no- form.
     """
-    from gradsift.selection.candidates import ORDERS  # imports torch, for which `--help` should not wait
-    from gradsift.selection.selectors import selectors
 
-    kind, *parts = text.split(":")
-    if kind not in selectors():
-        raise ConfigError(f"--strategy {kind!r} is unknown: there are {', '.join(selectors())}")
-    known = selectors()[kind].model_fields
-    fields: dict[str, Any] = {"kind": kind}
-    if "trade_off" in known and trade_off is not None:
-        fields["trade_off"] = trade_off
-    if "seed" in known and seed is not None:
-        fields["seed"] = seed
-    for part in parts:
-        if part in ORDERS and "order" in known:
-            fields["order"] = part
-        elif "trade_off" in known:
-            fields["trade_off"] = _trade_off(text, part, ORDERS)
-        else:
-            raise ConfigError(
-                f"--strategy {text!r}: {part!r} does not go with {kind}; wanted a name such as divine:most_influential "
-                "or facility_location:0.25"
+    name: str
+    field: str = ""
+    panel: str = "Run"
+    short: tuple[str, ...] = ()
+    form: Literal["value", "many", "flag", "switch"] = "value"
+    help: str = ""
+    default: Any = None
+    type: type = str
+
+    @property
+    def key(self) -> str:
+        """Its name in Python."""
+        return self.name.replace("-", "_")
+
+
+def _of(panel: str, table: str) -> tuple[Option, ...]:
+    """Options from a table with one on a line: the field; then, where it differs from the field's last part, the name;
+    letters; `*` for many, `!` for a flag, `?` for a switch; and after a bar a help that is not the field's own.
+    """
+    found = []
+    for line in table.strip().splitlines():
+        said, _, text = line.partition("|")
+        field, *rest = said.split()
+        long = [part[2:] for part in rest if part.startswith("--")]
+        forms: dict[str, Any] = {"*": "many", "!": "flag", "?": "switch"}
+        found.append(
+            Option(
+                name=(long or [field.rpartition(".")[2].replace("_", "-")])[0],
+                field=field,
+                panel=panel,
+                short=tuple(part for part in rest if re.fullmatch("-[a-z]", part)),
+                form=next((forms[part] for part in rest if part in forms), "value"),
+                help=text.strip(),
             )
-    return fields
+        )
+    return tuple(found)
 
 
-# Options that belong to one selection, by the field that they fill.
-_OF_SELECTION = {
-    "trade_off": ("facility_location", "--trade-off"), "threshold": ("top_k", "--threshold"),
-    "max_cosine": ("diverse", "--max-cosine"), "by": ("diverse", "--diverse-by"),
+SOURCES = _of("Input", "model -m\npool -p")
+TARGET = _of("Input", "target -t")
+OUT = _of("Run", "out -o")
+COLUMNS = _of("Input", "columns\nmax_length\nsupervise")
+POOL = _of("Input", "keep_duplicates !\npool_sample")
+LABELS = _of("Input", "target_columns\nsubtask\nkeep_overlap !")
+ADAPTER = _of("Warm-up", "adapter *")
+TRAINING = _of(
+    "Training",
+    """warmup.epochs
+    warmup.rank
+    warmup.alpha
+    warmup.dropout
+    warmup.target_modules --lora-modules
+    warmup.learning_rate
+    warmup.schedule
+    warmup.batch_size""",
+)
+WARMUP = tuple(replace(option, panel="Warm-up") for option in (*_of("", "warmup.preset\nwarmup.fraction"), *TRAINING))
+ENGINE = _of(
+    "Workers",
+    """engine.kind --engine
+    engine.workers
+    engine.threads --worker-threads
+    engine.gpus --worker-gpus
+    engine.address""",
+)
+GRADIENTS = _of(
+    "Gradients",
+    """gradients.modules
+    gradients.projection.kind --projection
+    gradients.projection.dim --projection-dim
+    gradients.projection.seed --projection-seed
+    gradients.dtype --row-dtype
+    gradients.adam.eps_placement
+    gradients.token_budget
+    gradients.shard_rows
+    gradients.module_groups
+    gradients.autocast
+    gradients.gradient_checkpointing !""",
+)
+CHECKPOINTS = _of("Estimator", "estimator.checkpoints")
+RESPONSES = _of(
+    "Responses",
+    """estimator.sampling.samples
+    estimator.sampling.preset --sampling
+    estimator.sampling.temperature
+    estimator.sampling.seed --sampling-seed | Of the draws; --seed's where it is left out.
+    estimator.sampling.max_new_tokens
+    estimator.assistant.model --assistant | A stronger model that writes the responses (AMC).
+    estimator.assistant.base_url --assistant-url | Server that has the assistant; openai is OpenAI's own.
+    estimator.assistant.prompt_prefix --assistant-prefix | Text before the prompt, for the assistant alone.
+    estimator.assistant.prompt_suffix --assistant-suffix | Text after the prompt, for the assistant alone.
+    estimator.server.base_url --server-url | vLLM server that samples from the checkpoints, in place of this process.
+    estimator.server.model --server-model | Their names there; {checkpoint} (the default) is the adapter's folder.""",
+)
+REWARD = (
+    *_of("Reward", "reward *"),
+    Option(
+        "reward-weight", panel="Reward", form="many", type=float, help="Factors of rewards, one for each, in order."
+    ),
+    Option("allow-code-execution", panel="Reward", form="flag", help="Let unit_tests run what the model wrote."),
+    Option("judge-model", panel="Reward", help="Model that a judge asks."),
+    Option("judge-url", panel="Reward", help="Server that has the judge; OpenAI's own if left out."),
+)
+POLICY = _of(
+    "Reward",
+    """estimator.policy.baseline
+    estimator.policy.variant --policy-variant
+    estimator.policy.fallback""",
+)
+SCORE = (
+    *_of("Estimator", "estimator.kind --estimator -e\nestimator.damping\nestimator.kernel\nestimator.optimizer"),
+    *CHECKPOINTS,
+    *_of("Estimator", "aggregation"),
+    *_of(
+        "Joint influence",
+        """estimator.hessian
+        estimator.joint_weight
+        estimator.joint_lr_power
+        estimator.pair_reduction
+        estimator.standardise_terms ?
+        estimator.normalise ?
+        estimator.subtract_bias ?""",
+    ),
+    *_of(
+        "Ratings",
+        """estimator.rater | Of alpagasus: judge (default), length, perplexity, ifd, or a function as file.py:name.
+        estimator.complexity | Of deita: the same, of the prompt.
+        estimator.quality | Of deita: the same, of the answer.""",
+    ),
+    *REWARD,
+    *RESPONSES,
+    *POLICY,
+)
+CHOICE = _of(
+    "Choice",
+    """budget -b -k
+    selection.kind --selection -s
+    selection.trade_off
+    selection.threshold
+    selection.max_cosine
+    selection.by --diverse-by
+    group_by *""",
+)
+EXPLANATION = (
+    *_of(
+        "Explanation",
+        """explain.prompt
+        explain.target -t
+        explain.row
+        explain.output
+        explain.use_answers !
+        explain.sample
+        explain.k --budget -b -k
+        explain.estimators.kind --estimator -e *
+        explain.estimators.damping
+        explain.estimators.kernel
+        explain.strategies.kind --selection -s * | How they are chosen; also with a ranking or λ, such as \
+divine:most_harmful, facility_location:0.25. Repeat for several.""",
+    ),
+    Option("compare", panel="Explanation", form="flag", help="All of Compact's strategies side by side."),
+    *_of(
+        "Explanation",
+        """explain.strategies.trade_off
+        explain.candidates
+        explain.coefficients
+        explain.aggregation --over-outputs
+        explain.max_new_tokens
+        explain.embedding
+        explain.pages""",
+    ),
+    *_of("Input", "target_columns"),
+)
+VALIDATION = _of(
+    "Validation",
+    """explain.validation.step.random_sets
+    explain.validation.step.lr --step-rate
+    explain.validation.route""",
+)
+COLLECTED = _of("Gradients", "gradients.full_sum !")
+TRAINED = (
+    *_of("Training", "warmup.warmup_ratio\nwarmup.weight_decay"),
+    Option("selected", panel="Input", help="Train on these rows of the pool: selected.jsonl."),
+    Option("ids", panel="Input", help="Train on these: a file with an id a line."),
+    Option("preset", panel="Training", default="less", help="Training settings: less, compact, nice, ji2s, "
+           "ji2s_mistral, ji2s_13b, ji2s_whole_data or small."),
+    Option("seed", panel="Training", default="0", help="Of the training; several as 0,1,2 are one training each."),
+    Option("full", panel="Training", form="flag", help="Train all parameters, not an adapter."),
+    Option("keep", panel="Training", default="last", help="The last epoch, or the best one on --validation."),
+    Option("validation", panel="Training", help="Examples that --keep best judges epochs by."),
+    Option("merge", panel="Training", help="Also write the kept adapter merged into its base here."),
+)  # fmt: skip
+MEASURES = (
+    Option("adapter", panel="Input", form="many", help="Evaluate this adapter; repeat for several. Without one, the "
+           "model."),
+    Option("base", panel="Input", form="flag", help="Evaluate the model without adapter, too."),
+    Option("data", panel="Input", help="Held-out examples, or prompts for a reward."),
+    Option("metric", form="many", help="Loss, reward, pairwise, tasks or grading, beside those that other options "
+           "imply."),
+    Option("pass-at", panel="Reward", help="The k of pass@k; 1,10,100 if not given."),
+    Option("tasks", panel="lm-eval", form="many", help="Tasks of lm-eval: arc_easy,hellaswag."),
+    Option("num-fewshot", panel="lm-eval", type=int, help="Examples before each question."),
+    Option("limit", panel="lm-eval", type=float, help="Documents of each task."),
+    Option("include-path", panel="lm-eval", help="Folder with task files of your own."),
+    Option("apply-chat-template", panel="lm-eval", form="flag", help="Ask tasks through the chat template."),
+    Option("against", panel="Judge", help="Let a judge compare with base, answer, column:NAME or an adapter."),
+    Option("difficulty", panel="Judge", help="Column with difficulties, for the length-controlled win rate."),
+    Option("questions", panel="Judge", help="MT-Bench-style questions file, for grades."),
+    Option("criteria", panel="Judge", help="What the judge is to prefer."),
+)  # fmt: skip
+SEED = _of("Run", "seed")
+RUN = _of("Run", "dtype\ndevice")
+SET = (Option("set", form="many", help="Any field as in a recipe, such as estimator.smoothing=1e-8; may be repeated."),)
+JSON = Option("json", form="flag", help="Print the result as JSON on standard output.")
+QUIET = Option("quiet", short=("-q",), form="flag", help="No progress.")
+DEBUG = Option("debug", form="flag", help="Show the traceback of an error.")
+
+# Names of before, which are taken for one version more with a note.
+FORMER = {
+    "strategy": "selection", "response-tokens": "max-new-tokens", "k": "budget", "seeds": "seed",
+    "raw": "no-normalise",
 }  # fmt: skip
+# Kinds that are others with some fields.
+_SHORT: dict[str, dict[str, Any]] = {"tracin": {"kind": "less", "optimizer": "sgd", "normalise": False}}
+# Options whose fields several of them fill together.
+_TOGETHER = {"judge.model": "--judge-model", "judge.base_url": "--judge-url", "reward.weights": "--reward-weight"}
+_LONG = 120  # characters of a help
 
 
-def selection_of(kind: str, own: dict[str, Any], *, seed: int) -> dict[str, Any]:
-    """The selection that `--selection` and the options beside it name.
+def holders(field: str) -> list[type[BaseModel]]:
+    """The settings that a field of a recipe may lie in: of `estimator.damping` every estimator."""
+    from gradsift.recipe import Recipe
 
-    Args:
-        kind: its name.
-        own: fields of one selection alone, None where not given.
-        seed: of those that draw.
+    found: list[type[BaseModel]] = [Recipe]
+    for part in field.split(".")[:-1]:
+        found = [m for one in found if part in one.model_fields for m in models_in(one.model_fields[part].annotation)]
+    return found
+
+
+def _owners(field: str) -> list[type[BaseModel]]:
+    """Those of them that have it."""
+    return [one for one in holders(field) if field.rpartition(".")[2] in one.model_fields]
+
+
+def _kinds(models: Sequence[type[BaseModel]]) -> list[str]:
+    return [one.model_fields["kind"].default for one in models if "kind" in one.model_fields]
+
+
+@cache
+def help_for(option: Option, *, typed: bool = True) -> str:
+    """The option's help: the first sentence that a docstring says of its field, of whom it is, and the choices."""
+    name, models = option.field.rpartition(".")[2], holders(option.field) if option.field else []
+    texts = [help_of(one, name) for one in models]
+    if name == "kind":  # what the method is for says the field that holds it
+        held, _, within = option.field.rpartition(".")[0].rpartition(".")
+        texts = [help_of(one, within) for one in holders(f"{held}.{within}" if held else within)]
+    text, plain = (
+        option.help or next((text for text in texts if text and not text.lower().startswith("as in")), ""),
+        True,
+    )
+    if not option.help:
+        plain = not text.startswith("`")
+        text = re.split(r"(?<=[a-z0-9)])(?<!App)\.(?= |$)", text.replace("`", ""), maxsplit=1)[0]
+        parts = text.split("; ")
+        while len("; ".join(parts)) > _LONG and len(parts) > 1:
+            parts.pop()
+        text = re.sub(r"\bNone\b", "unset", "; ".join(parts))
+    owners = _kinds(_owners(option.field)) if option.field else []
+    if 0 < len(owners) < len(models) and name != "kind":
+        text = f"of {', '.join(owners)}: {text}"
+    there = choices(option, typed=typed)
+    if sum(bool(re.search(rf"\b{re.escape(one)}\b", text)) for one in there) < max(1, 0.7 * len(there)) and there:
+        text = f"{text.rstrip('.')}: {', '.join(there)}"
+    return f"{text[:1].upper() if plain else text[:1]}{text[1:].rstrip('.')}."
+
+
+def choices(option: Option, *, typed: bool = True) -> list[str]:
+    """The words that the option takes, where there are only so many."""
+    from gradsift.generation.sampling import PRESETS as SAMPLINGS
+    from gradsift.warmup.train import PRESETS
+
+    own = {"warmup.preset": PRESETS, "estimator.sampling.preset": SAMPLINGS}
+    if option.field in own:
+        return list(own[option.field])
+    name, owners = option.field.rpartition(".")[2], _owners(option.field) if option.field else []
+    if name == "kind":
+        there = _kinds(owners) or list(_literals(owners[0].model_fields["kind"].annotation))
+        there = there if len(owners) > 1 else list(_literals(owners[0].model_fields["kind"].annotation))
+        return [*there, *(short for short, long in _SHORT.items() if typed and long["kind"] in there)]
+    found = dict.fromkeys(word for one in owners for word in _literals(one.model_fields[name].annotation))
+    return [str(word) for word in found if not isinstance(word, bool)]
+
+
+def _literals(annotation: Any) -> tuple[Any, ...]:
+    if get_origin(annotation) is Literal:
+        return get_args(annotation)
+    return tuple(word for part in get_args(annotation) for word in _literals(part))
+
+
+def default_of(option: Option) -> Any:
+    """What stands where the option is left out; None where nothing does."""
+    if not option.field:
+        return option.default
+    if option.field == "warmup.preset":
+        return "less"
+    *places, name = option.field.split(".")
+    owners = _owners(option.field)
+    found: Any = owners[0].model_fields[name].default if owners else None
+    from gradsift.recipe import Recipe
+
+    value: Any = Recipe
+    for part in places:
+        held = value.model_fields.get(part) if isinstance(value, type) and issubclass(value, BaseModel) else None
+        value = held.default if held is not None else getattr(value, part, None)
+        if value is None and held is not None:
+            value = next(iter(models_in(held.annotation)), None)
+        value = value[0] if isinstance(value, tuple) and len(value) == 1 else value
+        if isinstance(value, tuple):
+            return ", ".join(str(getattr(one, name, "")) for one in value) if name == "kind" else found
+    if isinstance(value, BaseModel) and hasattr(value, name):
+        found = getattr(value, name)
+    if isinstance(found, BaseModel):
+        found = getattr(found, "kind", None)
+    return None if found is PydanticUndefined or found == () else found
+
+
+def recipe_of(
+    options: Sequence[Option],
+    given: Mapping[str, Any],
+    more: Mapping[str, Any] | None = None,
+    below: Mapping[str, Any] | None = None,
+) -> Any:
+    """A recipe from the options that were given, each in the field that it names, with further fields, over others.
 
     Raises:
-        ConfigError: an option of another selection.
+        ConfigError: by the name of the option that does not fit.
     """
-    from gradsift.selection.selectors import selectors  # imports torch, for which `--help` should not wait
+    from gradsift.recipe import put, set_fields, validated
 
-    fields: dict[str, Any] = {"kind": kind}
-    if kind in selectors() and "seed" in selectors()[kind].model_fields:
-        fields["seed"] = seed
-    for name, value in own.items():
-        owner, option = _OF_SELECTION[name]
-        if value is not None and kind != owner:
-            raise ConfigError(f"{option} goes with --selection {owner}, not with {kind}: leave it out")
-        if value is not None:
-            fields[name] = value
-    return fields
+    values: dict[str, Any] = {**(below or {})}
+    typed: dict[str, str] = {}
+    for option in options:
+        value = given.get(option.key)
+        if option.field and value not in (None, ()) and (value or option.form != "flag"):
+            read = _READ.get(option.field)
+            value = read(value, f"--{option.name}") if read else _number(option.field, value)
+            put(values, option.field.split("."), value)
+            typed[option.field] = f"--{option.name}"
+    known = {option.field: f"--{option.name}" for option in options if option.field} | _TOGETHER
+    for field, value in (more or {}).items():
+        put(values, field.split("."), value)
+    values.setdefault("target_columns", values.get("columns", {}))
+    wanted: list[str] = list(given.get("set") or ())
+    if "explain" in values or "explain.k" in known:  # its estimators and selectors are several, and take what they have
+        wanted = _set_several(values.setdefault("explain", {}), wanted, typed)
+        _explained(values["explain"], given.get("seed") or 0)
+    _estimated(values, known, given)
+    set_fields(values, wanted)
+    typed |= {field: f"--set {field}" for field in (text.partition("=")[0].strip() for text in wanted)}
+    return validated(values, lambda field: _name_of(field, typed, known))
 
 
-def counts_of(text: str) -> tuple[int, ...]:
+def _number(field: str, text: Any) -> Any:
+    """What was typed for a field that takes numbers and no other text, as one; what is none is left to the field."""
+    name = field.rpartition(".")[2]
+    kinds = " ".join(str(one.model_fields[name].annotation) for one in _owners(field))
+    if isinstance(text, str) and not re.search(r"\bstr\b|Literal", kinds):
+        for kind in (one for one in (int, float) if re.search(rf"\b{one.__name__}\b", kinds)):
+            with suppress(ValueError):
+                return kind(text)
+    return text
+
+
+def overrides_of(options: Sequence[Option], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a recipe that options put in place of what its file says."""
+    from gradsift.recipe import put
+
+    values: dict[str, Any] = {}
+    for option in options:
+        if given.get(option.key) is not None:
+            put(values, option.field.split("."), _number(option.field, given[option.key]))
+    return values
+
+
+def _name_of(field: str, typed: Mapping[str, str], known: Mapping[str, str]) -> str:
+    """What to call a field in messages: by the option that fills it, or part of it, or what it is part of."""
+    field = ".".join(part for part in field.split(".") if not part.isdigit())
+    field = field.replace("assistant.sampling", "sampling").replace("assistant.model.endpoint.base", "assistant.base")
+    both = {**known, **typed}
+    exact = [both[place] for place in (field, f"{field}.kind") if place in both]
+    inside = [name for place, name in typed.items() if place.startswith(f"{field}.")]
+    if exact or inside:
+        return (exact or inside)[0]
+    around = next((name for place, name in both.items() if field.startswith(f"{place}.")), None)
+    if around is not None:
+        return around if "columns" in field else f"{around} ({field.rpartition('.')[2]})"
+    if field.startswith("target_columns."):
+        return _name_of(field.removeprefix("target_"), typed, known)
+    return f"--{field.rpartition('.')[2].replace('_', '-')}"
+
+
+def _set_several(explain: dict[str, Any], texts: list[str], typed: dict[str, str]) -> list[str]:
+    """Put `--set estimator.field` and `--set selection.field` to what an explanation has of them; the other texts."""
+    from gradsift.recipe import set_fields
+
+    several = {"estimator": "estimators", "selection": "strategies"}
+    rest = []
+    for text in texts:
+        place, _, name = text.partition("=")[0].strip().partition(".")
+        if place not in several or not name:
+            rest.append(text)
+            continue
+        set_fields(held := {place: explain.get(several[place], {})}, [text])
+        explain[several[place]] = held[place]
+        typed[f"explain.{several[place]}.{name}"] = f"--set {place}.{name}"
+    return rest
+
+
+def _explained(explain: dict[str, Any], seed: int) -> None:
+    """Turn the fields of estimators and selectors, beside the list of their kinds, into one value for each."""
+    for place, kinds in (("estimators", ["less"]), ("strategies", ["most_helpful", "facility_location"])):
+        fields = explain.get(place, {})
+        if not isinstance(fields, dict):
+            continue
+        texts = fields.pop("kind", kinds)
+        several = [(text if isinstance(text, dict) else _method(text, place)) for text in texts]
+        models = [_model(f"explain.{place}.kind", one["kind"]) for one in several]
+        for one, model in zip(several, models, strict=True):
+            has = () if model is None else model.model_fields
+            own = {"checkpoints": "last", "optimizer": "sgd"} if place == "estimators" else {}
+            fitting = {"seed": seed, **own, **fields}
+            # A field goes to those that have it; where none has, the first says so.
+            stray = {n: v for n, v in fields.items() if not any(m and n in m.model_fields for m in models)}
+            for name, value in ({n: v for n, v in fitting.items() if n in has} | stray).items():
+                one.setdefault(name, value)
+        explain[place] = several
+
+
+def _method(text: str, place: str) -> dict[str, Any]:
+    return strategy_of(text) if place == "strategies" else dict(_SHORT.get(text, {"kind": text}))
+
+
+def _model(field: str, kind: str) -> type[BaseModel] | None:
+    return next((one for one in holders(field) if one.model_fields["kind"].default == kind), None)
+
+
+def _estimated(values: dict[str, Any], known: Mapping[str, str], given: Mapping[str, Any]) -> None:
+    """Fill in what goes without saying: kinds, seeds, controls, and what of rewards several options say together.
+
+    Raises:
+        ConfigError: options that do not go together.
+    """
+    seed = given.get("seed") or 0
+    if "estimator.checkpoints" in known:
+        estimator = values.setdefault("estimator", {})
+        values["estimator"] = estimator = {**_method(estimator.pop("kind", "less"), "estimators"), **estimator}
+        values["controls"] = [{"kind": "bm25"}, {"kind": "random", "seed": seed}]
+        model = _model("estimator.kind", estimator["kind"])
+        if model is not None and "sampling" in model.model_fields:
+            _sampled(estimator, seed)
+        for name in ("optimizer", "checkpoints", "normalise"):  # which scripts give whatever the method is
+            if name in estimator and model is not None and name not in model.model_fields:
+                estimator.pop(name)
+                option = known.get(f"estimator.{name}", f"--{name}")
+                print(f"note: {option} says nothing to {estimator['kind']} and is passed over", file=sys.stderr)
+    if "selection.kind" in known:
+        selection = values.setdefault("selection", {})
+        values["selection"] = selection = {**strategy_of(selection.pop("kind", "top_k")), **selection}
+    for place in ("estimator", "selection"):
+        model = _model(f"{place}.kind", values[place]["kind"]) if place in values else None
+        if model is not None and "seed" in model.model_fields:
+            values[place].setdefault("seed", seed)
+    validation = values.get("explain", {}).get("validation")
+    if validation is not None:
+        validation.setdefault("step", {}).setdefault("seed", seed)
+    if "engine" in values:
+        values["engine"].setdefault("kind", "local")
+    values |= rewards_of(given, values.pop("reward", ()), values.get("estimator", {}))
+    estimator = values.get("estimator", {})
+    for name in ("rater", "complexity", "quality"):
+        if isinstance(estimator.get(name), str):
+            estimator[name] = rater_of(estimator[name], "complexity" if name == "complexity" else "quality")
+
+
+def _sampled(estimator: dict[str, Any], seed: int) -> None:
+    """The sampling of a method that ranks by rewards: of the model itself, here or on a server, or of an assistant.
+
+    Raises:
+        ConfigError: an option of an assistant or a server that is not named.
+    """
+    sampling, assistant = estimator.setdefault("sampling", {}), estimator.get("assistant")
+    server = estimator.get("server")
+    sampling.setdefault("seed", seed)
+    if assistant and "model" not in assistant:
+        said = next(iter(assistant)).removeprefix("prompt_").removeprefix("base_")
+        raise ConfigError("--" + f"assistant-{said} is of an assistant, and none is named: give --assistant")
+    if server and "base_url" not in server:
+        raise ConfigError("--server-model is a name on a server, and none is named: give --server-url")
+    if assistant and server:
+        raise ConfigError("--assistant and --server-url: responses come from one of them, leave the other out")
+    if assistant:
+        url = assistant.pop("base_url", None)
+        model = assistant["model"] if url is None else endpoint_of(assistant["model"], url)
+        whole = {**assistant, "model": model, "sampling": {"preset": "assisted", **estimator.pop("sampling")}}
+        estimator["assistant"] = whole
+    if server:
+        served = endpoint_of(server.get("model", "{checkpoint}"), server["base_url"])
+        estimator["server"] = {**served, "server": "vllm"}
+
+
+def names_of(text: str, option: str) -> tuple[str, ...]:
+    """Names with commas between them.
+
+    Raises:
+        ConfigError: there is nothing between two commas, or before or after one.
+    """
+    parts = tuple(part.strip() for part in text.split(","))
+    if any(parts) and not all(parts):
+        raise ConfigError(f"{option} {text!r} has nothing beside a comma: wanted names, with commas between them")
+    return parts if any(parts) else ()
+
+
+def columns_of(text: str, option: str = "--columns") -> dict[str, str]:
+    """`prompt=question,completion=answer` as a mapping.
+
+    Raises:
+        ConfigError: a text of another form, or a column named twice.
+    """
+    pairs = [[half.strip() for half in part.split("=", 1)] for part in text.split(",")]
+    if not all(len(pair) == 2 and all(pair) for pair in pairs):
+        raise ConfigError(f"{option} {text!r}: wanted pairs such as prompt=question,completion=answer")
+    if len(dict(pairs)) < len(pairs):
+        raise ConfigError(f"{option} {text!r} names a column twice: keep one of them")
+    return dict(pairs)
+
+
+def counts_of(text: str, option: str = "--budget") -> tuple[int, ...]:
     """`5` or `1,5,10,25`.
 
     Raises:
@@ -98,79 +579,54 @@ def counts_of(text: str) -> tuple[int, ...]:
     except ValueError:
         counts = ()
     if not counts or min(counts) < 1:
-        raise ConfigError(f"-k {text!r}: wanted a number of examples of at least 1, or several such as 1,5,10,25")
+        raise ConfigError(f"{option} {text!r}: wanted a number of examples of at least 1, or several such as 1,5,10,25")
     return counts
 
 
-def estimator_of(kind: str, given: dict[str, Any]) -> dict[str, Any]:
-    """The estimator that `--estimator` and the options beside it name.
+_READ: dict[str, Callable[[Any, str], Any]] = {
+    "columns": columns_of,
+    "target_columns": columns_of,
+    "warmup.target_modules": names_of,
+    "explain.k": counts_of,
+    "budget": lambda text, _: text,
+    "estimator.joint_lr_power": lambda text, _: int(text) if text.isdecimal() else text,
+    "explain.embedding": lambda text, _: None if text == "none" else text,
+}
+
+
+def strategy_of(text: str) -> dict[str, Any]:
+    """The selection that `facility_location`, `facility_location:0.25`, `divine:most_harmful` … name.
+
+    After the name, in any order: a ranking (`most_helpful` …) for those that have one, and λ for facility location.
 
     Raises:
-        ConfigError: an option of other estimators, such as `--damping` for one that has none.
+        ConfigError: an unknown name, or a part that does not go with it.
+
+    Example:
+        >>> strategy_of("facility_location:0.25")
+        {'kind': 'facility_location', 'trade_off': 0.25}
     """
-    fields: dict[str, Any] = {"kind": kind}
-    if kind in ("less", "tracin"):
-        fields |= {"kind": "less", "checkpoints": given["checkpoints"]}
-        if kind == "tracin":
-            fields |= {"optimizer": "sgd", "normalise": False}
+    from gradsift.selection.candidates import ORDERS
+    from gradsift.selection.selectors import selectors
+
+    kind, *parts = text.split(":")
+    if kind not in selectors():
+        raise ConfigError(f"--selection {kind!r} is unknown: there are {', '.join(selectors())}")
+    known, fields = selectors()[kind].model_fields, dict[str, Any](kind=kind)
+    for part in parts:
+        if part in ORDERS and "order" in known:
+            fields["order"] = part
+        elif "trade_off" in known:
+            fields["trade_off"] = _trade_off(text, part, ORDERS)
         else:
-            fields |= {"optimizer": given["optimizer"], "normalise": not given["raw"]}
-    elif kind == "ji2s":
-        fields |= {"checkpoints": given["checkpoints"], "optimizer": given["optimizer"]}
-        fields |= {name: given[name] for name in JOINT if given.get(name) is not None}
-    elif kind == "trak":
-        fields["checkpoints"] = given["checkpoints"]
-    elif kind in ("nice", "nice_if"):
-        fields |= _sampled(given) | _policy(given)
-        if kind == "nice":
-            fields |= {
-                "checkpoints": given["checkpoints"],
-                "optimizer": given["optimizer"],
-                "normalise": not given["raw"],
-            }
-    elif kind == "random":
-        fields["seed"] = given["seed"]
-    if kind not in ("nice", "nice_if"):
-        stray = [name for name in OF_RESPONSES if given.get(name) is not None]
-        if stray:
             raise ConfigError(
-                f"--{stray[0].replace('_', '-')} goes with --estimator nice or nice_if, not with {kind}: leave it out"
+                f"--selection {text!r}: {part!r} does not go with {kind}; wanted a name such as "
+                "divine:most_influential or facility_location:0.25"
             )
-    for name in ("rater", "complexity", "quality"):
-        if given.get(name) is None:
-            continue
-        if name not in _OF_RATED.get(kind, ()):
-            owner = "alpagasus" if name == "rater" else "deita"
-            raise ConfigError(f"--{name} goes with --estimator {owner}, not with {kind}: leave it out")
-        fields[name] = rater_of(given[name], "complexity" if name == "complexity" else "quality")
-    joint = [name for name in JOINT if given.get(name) is not None]
-    if joint and kind != "ji2s":
-        cosines = ": less has cosines by default and inner products with --raw" if "normalise" in joint else ""
-        raise ConfigError(
-            f"--{joint[0].replace('_', '-')} goes with --estimator ji2s, not with {kind}: leave it out{cosines}"
-        )
-    for name, owners in OF_SOME.items():
-        if given.get(name) is None:
-            continue
-        if kind not in owners:
-            raise ConfigError(f"--{name} goes with {', '.join(owners)}, not with --estimator {kind}: leave it out")
-        fields[name] = given[name]
     return fields
 
 
-# Options of some estimators, each named as the field that it fills.
-OF_SOME = {"damping": ("datainf", "projected_inverse", "trak", "nice_if"), "kernel": ("trak",)}
-
-# Options of responses that are sampled, and of what becomes of them.
-OF_SAMPLING = (
-    "samples", "sampling", "temperature", "sampling_seed", "response_tokens", "assistant", "assistant_url",
-    "assistant_prefix", "assistant_suffix", "server_url", "server_model",
-)  # fmt: skip
-OF_RESPONSES = (*OF_SAMPLING, "baseline", "policy_variant", "fallback")
-
-
 # What a word after `--rater`, `--complexity` or `--quality` stands for; anything else is a function's name.
-_OF_RATED = {"alpagasus": ("rater",), "deita": ("complexity", "quality")}
 _RATERS = ("judge", "length", "perplexity", "ifd")
 
 
@@ -196,64 +652,11 @@ def rater_of(text: str, aspect: str = "quality") -> dict[str, Any]:
     return {"kind": kind} if kind in _RATERS and not word else {"kind": "function", "name": text}
 
 
-def _sampled(given: dict[str, Any]) -> dict[str, Any]:
-    """The sampling of a method that ranks by rewards: of the model itself, here or on a server, or of an assistant.
-
-    Raises:
-        ConfigError: an option of an assistant or a server that is not named.
-    """
-    for name in ("assistant_url", "assistant_prefix", "assistant_suffix"):
-        if given.get(name) is not None and not given.get("assistant"):
-            raise ConfigError(f"--{name.replace('_', '-')} is of an assistant, and none is named: give --assistant")
-    if given.get("server_model") is not None and not given.get("server_url"):
-        raise ConfigError("--server-model is a name on a server, and none is named: give --server-url")
-    if given.get("assistant") and given.get("server_url"):
-        raise ConfigError("--assistant and --server-url: responses come from one of them, leave the other out")
-    sampling = sampling_fields(given)
-    sampling["preset"] = given.get("sampling") or ("assisted" if given.get("assistant") else "general")
-    sampling.setdefault("seed", given["seed"])
-    if given.get("assistant"):
-        url = given.get("assistant_url")
-        writer = {
-            "model": given["assistant"] if url is None else endpoint_of(given["assistant"], url),
-            "sampling": sampling,
-            "prompt_prefix": given.get("assistant_prefix") or "",
-            "prompt_suffix": given.get("assistant_suffix") or "",
-        }
-        return {"assistant": writer}
-    if given.get("server_url"):
-        served = endpoint_of(given.get("server_model") or "{checkpoint}", given["server_url"])
-        return {"sampling": sampling, "server": {**served, "server": "vllm"}}
-    return {"sampling": sampling}
-
-
-def engine_fields(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Where the work runs, as a recipe's `engine`, by the options that say so; nothing where none does.
-
-    Raises:
-        ConfigError: an option of Ray's workers without `--engine ray`.
-    """
-    names = {"workers": "workers", "worker_threads": "threads", "worker_gpus": "gpus", "address": "address"}
-    fields = {field: given[name] for name, field in names.items() if given.get(name) is not None}
-    kind = given.get("engine")
-    if kind != "ray" and fields:
-        option = next(name for name in names if given.get(name) is not None).replace("_", "-")
-        raise ConfigError(f"--{option} is about Ray's workers: give --engine ray as well, or leave it out")
-    return {} if kind is None else {"engine": {"kind": kind, **fields}}
-
-
 def sampling_fields(given: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of sampling that options say one by one."""
     names = {"samples": "samples", "temperature": "temperature", "sampling_seed": "seed",
-             "response_tokens": "max_new_tokens"}  # fmt: skip
+             "max_new_tokens": "max_new_tokens"}  # fmt: skip
     return {field: given[name] for name, field in names.items() if given.get(name) is not None}
-
-
-def _policy(given: dict[str, Any]) -> dict[str, Any]:
-    """How samples and rewards become a gradient, where that is said."""
-    named = {"variant": given.get("policy_variant"), **{name: given.get(name) for name in ("baseline", "fallback")}}
-    chosen = {name: value for name, value in named.items() if value is not None}
-    return {"policy": chosen} if chosen else {}
 
 
 def endpoint_of(model: str, url: str | None) -> dict[str, Any]:
@@ -311,27 +714,26 @@ def _refuse_nothing_after(text: str, colon: str, word: str) -> None:
         raise ConfigError(f"{text!r} has nothing after the colon: give what belongs there, or leave the colon out")
 
 
-def _asks_judge(given: dict[str, Any]) -> bool:
-    """Whether the estimator rates rows by a judge."""
-    raters = _OF_RATED.get(given.get("estimator") or "", ())
-    return any((given.get(name) or "judge") == "judge" for name in raters)
-
-
-def rewards_of(given: dict[str, Any]) -> dict[str, Any]:
+def rewards_of(given: Mapping[str, Any], texts: Sequence[str], estimator: Mapping[str, Any]) -> dict[str, Any]:
     """The fields `reward` and `judge` that `--reward` and the options beside it fill.
+
+    Args:
+        given: by option; factors of the rewards, the judge, and whether code may run.
+        texts: of `--reward`.
+        estimator: whose raters may ask a judge, too.
 
     Raises:
         ConfigError: options that do not go with the rewards.
     """
-    texts, factors = given.get("reward") or [], given.get("reward_weight") or []
-    judge, url = given.get("judge_model"), given.get("judge_url")
+    factors, judge, url = given.get("reward_weight") or (), given.get("judge_model"), given.get("judge_url")
     if factors and len(factors) != len(texts):
         raise ConfigError(f"--reward-weight is given {len(factors)} times for {len(texts)} --reward: give one for each")
     if url is not None and judge is None:
         raise ConfigError("--judge-url is the address of a judge, and none is named: give --judge-model")
     rewards = [reward_of(text, allow_code_execution=bool(given.get("allow_code_execution"))) for text in texts]
-    kinds = [reward["kind"] for reward in rewards]
-    if judge is not None and "judge" not in kinds and not _asks_judge(given):
+    raters = {"alpagasus": ("rater",), "deita": ("complexity", "quality")}.get(estimator.get("kind", ""), ())
+    asked = "judge" in [one["kind"] for one in rewards] or "judge" in [estimator.get(name, "judge") for name in raters]
+    if judge is not None and not asked:
         raise ConfigError(
             "--judge-model is asked by the reward judge, and by raters of alpagasus and deita, and none of them is "
             "named: give --reward judge, or leave it out"
@@ -340,7 +742,7 @@ def rewards_of(given: dict[str, Any]) -> dict[str, Any]:
     if len(rewards) == 1 and not factors:
         fields["reward"] = rewards[0]
     elif rewards:
-        fields["reward"] = {"kind": "sum", "rewards": rewards, "weights": factors or None}
+        fields["reward"] = {"kind": "sum", "rewards": rewards, "weights": list(factors) or None}
     return fields
 
 
@@ -351,6 +753,64 @@ def _trade_off(text: str, part: str, orders: Sequence[str]) -> float:
         value = -1.0
     if not 0 <= value <= 1:
         raise ConfigError(
-            f"--strategy {text!r}: {part!r} is neither a trade-off between 0 and 1 nor one of {', '.join(orders)}"
+            f"--selection {text!r}: {part!r} is neither a trade-off between 0 and 1 nor one of {', '.join(orders)}"
         )
     return value
+
+
+# What stands in a new recipe for fields that have no default to show.
+_EXAMPLES: dict[str, Any] = {
+    "model": "HuggingFaceTB/SmolLM2-135M-Instruct", "pool": "pool.jsonl", "out": "runs/first", "target": "target.jsonl",
+    "subtask": "task", "columns": {"prompt": "question", "completion": "answer"},
+    "target_columns": {"prompt": "question", "completion": "answer"}, "target_sample": {"size": 100},
+    "pool_sample": 0.5, "adapter": ["path/to/checkpoint-100"], "target_modules": ["q_proj", "v_proj"],
+    "group_by": ["source"], "reward": {"kind": "numeric", "answer": "answer"},
+    "judge": {"kind": "endpoint", "model": "gpt-4.1-mini"}, "explain": {"prompt": "What is 17 + 25?", "k": 5},
+}  # fmt: skip
+
+
+def template(path: str) -> str:
+    """The annotated recipe that `gradsift init` writes: every field with its default, or an example behind a #."""
+    from gradsift.recipe import Recipe
+
+    lines = [
+        f"# A gradsift recipe: `gradsift run {path}`. What stands here is the default, but for the four names;",
+        "# what stands behind a # is an example, or a default that a preset may change.",
+    ]
+    for name, field in Recipe.model_fields.items():
+        if name == "compare":  # recipes/compare.yaml has one
+            continue
+        models = models_in(field.annotation)
+        union = len([one for one in models if "kind" in one.model_fields]) > 1
+        said = help_for(Option(name, f"{name}.kind" if union else name), typed=False)
+        lines += ["", *(f"# {line}" for line in textwrap.wrap(said, 110))]
+        if name in ("warmup", "gradients"):
+            lines += [f"{name}:", *_block(name, models[0])]
+        elif name in ("model", "pool", "out", "target"):
+            lines.append(f"{name}: {_EXAMPLES[name]}")
+        elif name in _EXAMPLES:
+            lines.append(f"# {name}: {_flow(_EXAMPLES[name])}")
+        else:
+            lines.append(f"{name}: {_flow(field.default)}")
+    return "\n".join(lines) + "\n"
+
+
+def _block(place: str, model: type[BaseModel]) -> list[str]:
+    """The fields of settings, each on a line with its help."""
+    lines = [f"  preset: less  # {help_for(Option('preset', 'warmup.preset'))}"] if place == "warmup" else []
+    for name, field in model.model_fields.items():
+        value = _flow(_EXAMPLES.get(name, field.default))
+        off = "# " if place == "warmup" or field.default is None else ""
+        lines.append(f"  {off}{name}: {value}  # {help_for(Option(name, f'{place}.{name}'))}")
+    return lines
+
+
+def _flow(value: Any) -> str:
+    """A value as YAML on one line."""
+    import yaml
+
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="json")
+    if isinstance(value, tuple):
+        value = [one.model_dump(mode="json") if isinstance(one, BaseModel) else one for one in value]
+    return yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**6).removesuffix("...\n").strip()

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from gradsift.base.errors import ConfigError
 from gradsift.base.inputs import read_input
-from gradsift.base.settings import Budget, Seed, Settings
+from gradsift.base.settings import Budget, Seed, Settings, models_in, nearest
 from gradsift.data.chat import Supervise
 from gradsift.data.load import Columns
 from gradsift.data.sample import RowSample
@@ -56,16 +55,20 @@ class Validate(Settings):
 class Explain(Settings):
     """What to explain, besides choosing.
 
-    prompt: a text, or messages as JSON; or `target`, rows of this file (`row`: only the one with this id).
-    output: the answer to explain; by default the model's own, or for a target's rows theirs with `use_answers`.
-    sample: so many rows of the target, drawn by the run's seed; without prompt and target, of the pool's rows that
-        `pool_sample` left out.
+    prompt: what to ask: a text, or messages as JSON.
+    target: or explain an output for every row of this file.
+    row: of the target, only the row with this id.
+    output: explain this answer instead of the model's own.
+    use_answers: of the target, explain the rows' own answers.
+    sample: so many rows, drawn by the run's seed: of the target, or else of the pool's rows outside `pool_sample`.
     k: examples per explanation, or several such numbers.
-    estimators: each ranks the pool for each output.
+    estimators: each ranks the pool for each output; repeat for several.
     strategies: how k of the highest-ranked are chosen.
     candidates: m, how many of the ranking strategies choose from.
+    coefficients: how the reconstruction of an output's gradient is weighted.
     aggregation: of relevance over outputs.
-    embedding: sentence-transformers model of the page's map of meanings; null leaves it out.
+    max_new_tokens: limit of the generated answer.
+    embedding: sentence-transformers model of the page's map of meanings; none leaves it out.
     pages: outputs of a target that get a page of their own.
     validation: also train one step on each selection.
     """
@@ -94,7 +97,40 @@ class Explain(Settings):
 
 
 class Recipe(Settings):
-    """Everything about a run. `gradsift init` writes one with every field explained."""
+    """Everything about a run. `gradsift init` writes one with every field explained.
+
+    model: hub id or folder of a causal language model.
+    pool: training examples to choose from: file, folder, glob or data set name.
+    out: run folder: results, and what is needed to go on after an interruption; also a bucket's URL.
+    target: examples of what the model should get better at, or prompts for a reward.
+    subtask: target column that names subtasks; the score is the best mean over them.
+    columns: where the pool's columns have other names: prompt=question,completion=answer.
+    target_columns: the same for the target; unless given, the command line takes those of the pool.
+    target_sample: only so many rows of the target.
+    max_length: tokens kept of each example.
+    supervise: which turns the loss is taken on.
+    keep_duplicates: keep exact duplicates in the pool.
+    pool_sample: choose from so many pool rows only (a share or a number); the warm-up still draws from all.
+    keep_overlap: score pool rows that are in the target, too.
+    warmup: a short LoRA training on a share of the pool, one checkpoint an epoch.
+    adapter: PEFT adapters to use in place of a warm-up, one for each checkpoint.
+    gradients: how gradients are taken and stored.
+    estimator: what ranks the pool.
+    controls: further rankings beside it, whose choices the report compares.
+    aggregation: of scores over targets.
+    selection: how the choice is made.
+    budget: how many to choose: 500, 0.05 or 5%.
+    group_by: columns by which the choice is compared with the pool.
+    reward: what responses to the target's prompts earn: numeric:COLUMN, exact:COLUMN, regex:PATTERN, format:json,
+        length:MIN-MAX, sentiment, unit_tests, reward_model:ID, judge, or a function as rewards.py:name; several add up.
+    judge: the endpoint of a model that judges.
+    explain: outputs to explain.
+    compare: methods to compare, for `gradsift compare`.
+    seed: of the warm-up, of what is drawn, and of the random control.
+    dtype: of the model.
+    device: `auto`, cpu, cuda, cuda:1, or map (spread over GPUs).
+    engine: where the work runs: in this process, or on Ray's workers.
+    """
 
     model: str
     pool: str
@@ -264,8 +300,7 @@ def _size(node: Any, known: dict[int, int] | None = None) -> int:
 
 
 def _checked(content: dict[str, Any], file: Path, node: Any) -> Recipe:
-    if isinstance(content.get("warmup"), dict):
-        content["warmup"] = _with_preset(content["warmup"], file)
+    _with_preset(content, f"{file}: warmup preset")
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
@@ -293,6 +328,7 @@ def validated(values: dict[str, Any], name_of: Callable[[str], str] = str) -> Re
     Raises:
         ConfigError: a wrong key or value.
     """
+    _with_preset(values, name_of("warmup.preset"))
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
@@ -325,24 +361,29 @@ def set_fields(values: dict[str, Any], given: Sequence[str] | None) -> None:
             said = float(said) if isinstance(said, str) and _NUMBER.fullmatch(said) else said  # YAML wants 1.0e-8
         except (ConfigError, ValueError) as error:
             raise ConfigError(f"--set {text!r}: {value!r} is no value as a recipe has them ({error})") from error
-        _put(values, names, said, text)
+        put(values, names, said, f"--set {text!r}: ")
 
 
 _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 
 
-def _put(place: Any, names: Sequence[str], value: Any, text: str) -> None:
+def put(place: Any, names: Sequence[str], value: Any, said: str = "") -> None:
+    """Put a value into the field of nested settings that names lead to.
+
+    Raises:
+        ConfigError: it lies in a list, or in something that has no fields.
+    """
     name: Any = names[0]
     if isinstance(place, tuple | list):
-        raise ConfigError(f"--set {text!r}: {name!r} lies in a list: give the whole list, as [{{kind: …}}, …]")
+        raise ConfigError(f"{said}{name!r} lies in a list: give the whole list, as [{{kind: …}}, …]")
     if not isinstance(place, dict):
-        raise ConfigError(f"--set {text!r}: {name!r} lies in {place!r}, which has no fields")
+        raise ConfigError(f"{said}{name!r} lies in {place!r}, which has no fields")
     if len(names) == 1:
         place[name] = value
         return
     if not isinstance(place.get(name), dict | list | tuple):
         place[name] = {} if place.get(name) is None else place[name]
-    _put(place[name], names[1:], value, text)
+    put(place[name], names[1:], value, said)
 
 
 def as_yaml(recipe: Recipe) -> str:
@@ -364,13 +405,19 @@ def _without_defaults(value: Any) -> Any:
     return {name: _without_defaults(given[name]) for name in changed}
 
 
-def _with_preset(warmup: dict[str, Any], file: Path) -> dict[str, Any]:
-    if "preset" not in warmup:
-        return warmup
+def _with_preset(values: dict[str, Any], what: str) -> None:
+    """Put a warm-up's preset below the fields that stand beside it.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    warmup = values.get("warmup")
+    if not isinstance(warmup, dict) or "preset" not in warmup:
+        return
     rest = {key: value for key, value in warmup.items() if key != "preset"}
     if warmup["preset"] not in PRESETS:
-        raise ConfigError(f"{file}: warmup preset {warmup['preset']!r} is unknown; there are {', '.join(PRESETS)}")
-    return {**PRESETS[warmup["preset"]].model_dump(), **rest}
+        raise ConfigError(f"{what} {warmup['preset']!r} is unknown: there are {', '.join(PRESETS)}")
+    values["warmup"] = {**PRESETS[warmup["preset"]].model_dump(), **rest}
 
 
 def _explain_errors(
@@ -388,12 +435,19 @@ def _explain_errors(
         shown = repr(value) if len(repr(value)) < 60 else type(value).__name__
         if entry["type"] == "extra_forbidden":
             known = _fields(model, entry["loc"][:-1])
-            near = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.5)
-            advice = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+            near = nearest(str(path[-1]), known)
+            advice = f"did you mean {near!r}?" if near else f"known keys: {', '.join(known)}"
+            owners = _having(model, entry["loc"])
+            if name.startswith("--") and owners:
+                kind, option = entry["loc"][-2], name_of(".".join(map(str, path[:-1])) + ".kind")
+                messages.append(f"{name} goes with {', '.join(owners)}, not with {option} {kind}: leave it out")
+                continue
             key = f"{name}: unknown key {str(path[-1])!r}" if name.startswith("--") else f"unknown key {name!r}"
             messages.append(f"{where}{key}; {advice}")
         elif entry["type"] == "missing":
             messages.append(f"{where}{name!r} is missing")
+        elif entry["type"] == "budget":
+            messages.append(f"{where}{name}{' ' if name.startswith('--') else ' is '}{shown}: {entry['msg']}")
         elif entry["type"] == "literal_error":
             messages.append(f"{where}{name} {shown} is unknown: there are {context['expected'].replace(chr(39), '')}")
         elif entry["type"] == "union_tag_invalid":
@@ -432,6 +486,14 @@ def _fields(model: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
     return sorted({name for candidate in _models_at(model, loc) for name in candidate.model_fields})
 
 
+def _having(model: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
+    """The kinds that have a field which stands in one that has not; none where all that may stand there lack it."""
+    if len(loc) - 2 not in _tags(loc):
+        return []
+    there = _models_at(model, loc[:-2])
+    return [one.model_fields["kind"].default for one in there if loc[-1] in one.model_fields]
+
+
 def _kinds(model: type[BaseModel], loc: tuple[Any, ...]) -> str:
     """The kinds that may stand in an error's place."""
     return ", ".join(candidate.model_fields["kind"].default for candidate in _models_at(model, loc))
@@ -449,23 +511,18 @@ def _models_at(model: type[BaseModel], loc: tuple[Any, ...]) -> list[type[BaseMo
         found: list[type[BaseModel]] = []
         for candidate in current:
             if part in candidate.model_fields:
-                found += _models(candidate.model_fields[part].annotation)
+                found += models_in(candidate.model_fields[part].annotation)
         current = found or current
     return current
 
 
-def _models(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [model for argument in get_args(annotation) for model in _models(argument)]
-
-
 _METHODS = (
-    *_models(AnyEstimator),
-    *_models(AnySelector),
-    *_models(Reward),
-    *_models(Rater),
-    *_models(MetricSetting),
+    *models_in(AnyEstimator),
+    *models_in(AnySelector),
+    *models_in(Reward),
+    *models_in(Rater),
+    *models_in(MetricSetting),
+    *models_in(Where),
 )
 _TAGS = {method.model_fields["kind"].default for method in _METHODS if "kind" in method.model_fields}
 
@@ -499,48 +556,3 @@ def _step(node: Any, part: Any) -> tuple[int, Any] | None:
     if isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
         return node.value[part].start_mark.line + 1, node.value[part]
     return None
-
-
-TEMPLATE = """\
-# A gradsift recipe: `gradsift run {name}`. Every key but model, pool and out has the default shown.
-
-model: HuggingFaceTB/SmolLM2-135M-Instruct   # hub id or folder
-pool: pool.jsonl             # file, folder, glob or data set name: the examples to choose from
-target: target.jsonl         # examples of what the model should get better at
-out: runs/first              # run folder: results, and everything needed to go on after an interruption
-
-# subtask: task              # a target column: the score is the best mean over its values
-# columns: {{prompt: question, completion: answer}}   # where the pool's columns have other names
-max_length: 1024             # tokens kept of each example
-supervise: all_turns         # or last_turn, all_tokens
-seed: 0
-
-warmup:                      # a short LoRA training, one checkpoint an epoch
-  preset: less               # less, nice, compact, or small for a pool of hundreds; any field below overrides it
-  # fraction: 0.05           # share of the pool
-  # epochs: 4
-  # rank: 128
-  # learning_rate: 2.0e-5
-  # batch_size: 128
-# adapter: [path/to/checkpoint-100]   # use existing PEFT adapters instead of a warm-up
-
-gradients:
-  modules: lora              # or a regular expression over linear modules
-  projection: {{kind: sparse, dim: 8192, seed: 0}}   # sizes: proportional keeps modules apart, for DataInf alone say
-  dtype: float16
-
-estimator: {{kind: less, optimizer: adam}}   # datainf, projected_inverse, trak, ji2s, nice (with a reward), bm25 …
-controls: [{{kind: bm25}}, {{kind: random, seed: 0}}]
-aggregation: max_of_means
-selection: {{kind: top_k}}     # or {{kind: facility_location, trade_off: 0.5}}, tsds, joint_greedy, gumbel, random
-budget: 0.05                 # a share below 1, or a number of examples
-
-# explain:                   # also explain an output
-#   prompt: "What is 17 + 25?"
-#   k: 5
-"""
-
-
-def template(path: str | Path) -> str:
-    """The annotated recipe that `gradsift init` writes."""
-    return TEMPLATE.format(name=path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import pickle
@@ -14,11 +13,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
+import click
 import pytest
 import torch
-import typer
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -47,35 +46,27 @@ from gradsift.store.writers import machine, temporary_name
 from gradsift.warmup.checkpoint import load_moments, open_checkpoint
 from tiny_world import Cli, World, pool_rows
 
-COMMANDS = {command.name or command.callback.__name__: command for command in cli.app.registered_commands}
-
 
 def options() -> list[tuple[str, str, bool, str]]:
     """(command, option, whether it may be repeated, what it takes) of every option that takes a value."""
-    found = []
-    for name, command in COMMANDS.items():
-        assert command.callback is not None
-        for parameter in inspect.signature(command.callback).parameters.values():
-            kind, *notes = get_args(parameter.annotation) or (None,)
-            option = next((note for note in notes if isinstance(note, typer.models.OptionInfo)), None)
-            declared = [option.default, *(option.param_decls or ())] if option else []
-            names = [n for n in declared if isinstance(n, str) and n.startswith("--")]
-            if names and "bool" not in str(kind) and "--" + "help" not in names:
-                found.append((name, names[0], "list" in str(kind), "text" if "str" in str(kind) else "number"))
-    return found
+    return [
+        (name, f"--{option.name}", option.form == "many", "text" if option.type is str else "number")
+        for name, command in cli.app.commands.items()
+        for option in command.options  # type: ignore[attr-defined]
+        if option.form in ("value", "many")
+    ]
 
 
 def test_every_option_of_every_command() -> None:
     """An empty or blank text, as a shell variable that is not set leaves it, a text that is not UTF-8, and an option of
     one value given twice are refused with 2 and the option's name; nothing else is looked at."""
-    commands: Any = typer.main.get_command(cli.app)
     assert len(options()) > 300
     for name, option, repeats, kind in options():
         wrong = [[option, ""], [option, "  "], [option, os.fsdecode(b"a\xff")]] if kind == "text" else [[option, ""]]
         wrong += [] if repeats else [[option, "1", option, "2"]]
         for arguments in wrong:
-            with pytest.raises(typer.BadParameter, match=f"^{option} ") as refused:
-                commands.commands[name].make_context(name, arguments)
+            with pytest.raises(click.BadParameter, match=f"^{option} ") as refused:
+                cli.app.commands[name].make_context(name, arguments)
             assert refused.value.exit_code == 2
     assert Cli("select", "-e", "less", "-e", "bm25").code == 2
     assert "--estimator is given 2 times" in Cli("select", "-e", "less", "--estimator", "bm25").err
@@ -127,7 +118,7 @@ BAD_RECIPES = {
     "out: ''": r"line 4: out: it is empty",
     'pool: " "': r"line 4: pool: it is empty",
     "budget: true": r"line 4: budget: it is true, and neither",
-    "budget: 5%%": r"line 4: budget is '5%%': it should be a valid number",
+    "budget: 5%%": r"line 4: budget is '5%%': wanted a number of examples, or a share",
     "budget: .nan": "budget is nan: it should be a finite number",
     "budget: .inf": "budget",
     "budget: [5]": "budget",
@@ -448,7 +439,7 @@ def used(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, Path, list[li
         "nice",
         "--samples",
         "2",
-        "--response-tokens",
+        "--max-new-tokens",
         "4",
         "--reward",
         "length:1-3",

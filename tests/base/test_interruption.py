@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import click
 import pytest
-import typer
 
 from gradsift.__main__ import main
 from gradsift.base.errors import ModelError
@@ -38,7 +38,7 @@ def swallowed() -> Iterator[None]:
 
 def test_an_interruption_that_comes_out_as_an_error_is_an_interruption(capsys: pytest.CaptureFixture[str]) -> None:
     """The command ends with 130 and the sentence of an interruption, and not with the library's complaint."""
-    with pytest.raises(typer.Exit) as ended, _errors(debug=False), swallowed():
+    with pytest.raises(click.exceptions.Exit) as ended, _errors(debug=False), swallowed():
         os.kill(os.getpid(), signal.SIGINT)
     assert ended.value.exit_code == 130
     assert capsys.readouterr().err.startswith("\ninterrupted: ")
@@ -70,7 +70,7 @@ def test_somebody_elses_handler_stays() -> None:
 
 def test_interrupted_before_it_is_read(tmp_path: Path) -> None:
     """Ctrl-C while the command line's own modules are imported is one sentence and 130, no traceback."""
-    (tmp_path / "typer.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    (tmp_path / "click.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
     paths = [str(tmp_path), str(Path(__file__).parents[2] / "src")]
     code = f"import sys; sys.path[:0] = {paths!r}; from gradsift.__main__ import main; main()"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

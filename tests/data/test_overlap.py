@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradsift.base.types import Example, Message, Skipped
-from gradsift.data.overlap import Duplicates, content_hash, find_overlap, normalised_hash
+from gradsift.data.overlap import Duplicates, content_hash, hashed, normalised_hash, overlap_of_hashes
 
 TEXT = st.text(max_size=8)
 MESSAGES = st.lists(st.builds(Message, role=st.sampled_from(["user", "assistant"]), content=TEXT), max_size=3)
@@ -97,6 +97,7 @@ def test_a_duplicate_with_the_same_id_is_listed_too() -> None:
 def test_pool_rows_that_are_in_the_target_are_listed() -> None:
     """Each overlapping pool row is named with the target row it equals; a shared prompt alone is no overlap."""
     pool = [example("p1", "Q", "A"), example("p2", "new", "A"), example("p3", "q", " A"), example("p4", "Q", "B")]
-    found = find_overlap(pool, [example("t0", "else", "A"), example("t1", "Q", "A"), example("t2", "Q", "A")])
+    target = [example("t0", "else", "A"), example("t1", "Q", "A"), example("t2", "Q", "A")]
+    found = overlap_of_hashes(hashed(pool), hashed(target))
     assert [(skip.id, skip.reason) for skip in found] == [("p1", "overlap"), ("p3", "overlap")]
     assert all("'t1'" in skip.detail for skip in found)

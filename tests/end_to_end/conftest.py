@@ -18,7 +18,7 @@ def start() -> Iterator[Callable[[list[str], Path], Any]]:
     """Starts a command in a process of its own, forked from a server that has the libraries imported."""
     before, os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS"), "1"
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tiny_world", "gradsift.jobs.select_explain", "peft", "datasets", "typer"])
+    context.set_forkserver_preload(["tiny_world", "gradsift.jobs.select_explain", "peft", "datasets", "click"])
     started = []
 
     def begin(arguments: list[str], errors: Path) -> Any:

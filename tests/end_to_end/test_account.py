@@ -111,9 +111,9 @@ def test_a_target_and_prompts_have_their_account_too(world: World, tmp_path: Pat
     told = {("t", "system message not shown by the template"), ("t", "column images not used")}
     jobs: list[tuple[str, list[object]]] = [
         ("select", ["--estimator", "bm25", "--budget", 2]),
-        ("sample", ["--samples", 2, "--response-tokens", 2]),
-        ("explain", ["--estimator", "bm25", "--k", 1, "--max-new-tokens", 2]),
-        ("explain", ["--estimator", "bm25", "--k", 1, "--use-answers"]),
+        ("sample", ["--samples", 2, "--max-new-tokens", 2]),
+        ("explain", ["--estimator", "bm25", "-k", 1, "--max-new-tokens", 2]),
+        ("explain", ["--estimator", "bm25", "-k", 1, "--use-answers"]),
     ]
     for number, (command, options) in enumerate(jobs):
         out = tmp_path / f"run{number}"

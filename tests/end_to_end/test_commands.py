@@ -456,7 +456,7 @@ def test_runs_with_other_gradients_share_a_folder(tiny: World, selected: Path, t
     out = tmp_path / "run"
     shutil.copytree(selected, out)
     for options in (("--projection", "kronecker"), ("--projection", "none"), ("--projection-seed", "1"),
-                    ("--optimizer", "sgd"), ("--optimizer", "sgd", "--raw"), ("--checkpoints", "last"),
+                    ("--optimizer", "sgd"), ("--optimizer", "sgd", "--no-normalise"), ("--checkpoints", "last"),
                     ("--estimator", "bm25"), ("--estimator", "random"), ("--aggregation", "mean"),
                     ("--row-dtype", "float32"), ("--supervise", "all_turns")):  # fmt: skip
         if options == ("--projection", "kronecker"):

@@ -125,7 +125,7 @@ def test_nothing_is_sampled_for_programs_that_may_not_run(tiny: World, tmp_path:
     target = write_rows(
         tmp_path / "target.jsonl", [{"id": "a", "prompt": "what", "test": TEST, "entry_point": "answer"}]
     )
-    options: list[Any] = ["-e", "nice", "--reward", "unit_tests", "--samples", 2, "--response-tokens", 4]
+    options: list[Any] = ["-e", "nice", "--reward", "unit_tests", "--samples", 2, "--max-new-tokens", 4]
     options += [*tiny.with_adapters()[-2:], *["--allow-code-execution"] * permitted]
     result = tiny("score", tmp_path / "run", *options, target=target)
     assert result.code == (1 if permitted else 2)

@@ -46,7 +46,9 @@ def ranking(taught: World, out: Path, *options: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "options", [(), ("--optimizer", "sgd"), ("--optimizer", "sgd", "--raw"), ("--checkpoints", "last")], ids=" ".join
+    "options",
+    [(), ("--optimizer", "sgd"), ("--optimizer", "sgd", "--no-normalise"), ("--checkpoints", "last")],
+    ids=" ".join,
 )
 def test_rows_with_the_targets_answer_rank_highest(taught: World, tmp_path: Path, options: tuple[str, ...]) -> None:
     """Every example with the target's own answer is ranked above every other one: the sign is right."""

@@ -175,7 +175,7 @@ def test_a_choice_by_rewards(tiny: World, tmp_path: Path) -> None:
         tmp_path / "pool.jsonl", [*map(json.loads, Path(tiny.pool).read_text().splitlines()), {"id": "bad"}]
     )
     options = (*tiny.with_adapters(), "--budget", 6, "--estimator", "nice", "--reward",
-               f"{file}:letters", "--samples", "8", "--response-tokens", "6")  # fmt: skip
+               f"{file}:letters", "--samples", "8", "--max-new-tokens", "6")  # fmt: skip
     out = tmp_path / "run"
     found = tiny("select", out, *options, "--json", pool=pool).succeeded().json
     terminal = tiny("select", out, *options, pool=pool).succeeded().out

@@ -11,7 +11,7 @@ import yaml
 from gradsift.model.models import load_tokenizer
 from tiny_world import Cli, World, save_model, target_rows, write_rows
 
-NICE = ("--estimator", "nice", "--samples", "5", "--response-tokens", "7")
+NICE = ("--estimator", "nice", "--samples", "5", "--max-new-tokens", "7")
 CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 
 

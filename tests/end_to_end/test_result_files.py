@@ -30,7 +30,7 @@ def reward(tiny: World) -> tuple[str, ...]:
     """Options of a ranking by rewards."""
     file = tiny.folder / "letters.py"
     file.write_text("def letters(completions, **columns):\n    return [float(len(set(c))) for c in completions]\n")
-    return "--reward", f"{file}:letters", "--samples", "4", "--response-tokens", "6"
+    return "--reward", f"{file}:letters", "--samples", "4", "--max-new-tokens", "6"
 
 
 def test_a_later_choice_replaces_what_was_said_of_the_earlier(

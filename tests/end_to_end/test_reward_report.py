@@ -37,7 +37,7 @@ def run(tiny: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "rewards.py").write_text(REWARD)
     tiny(
         "select", folder / "run", "--budget", "4", "--estimator", "nice", "--reward",
-        f"{folder / 'rewards.py'}:remainder", "--samples", "6", "--response-tokens", "8", target=target, pool=pool,
+        f"{folder / 'rewards.py'}:remainder", "--samples", "6", "--max-new-tokens", "8", target=target, pool=pool,
     ).succeeded()  # fmt: skip
     return folder / "run"
 

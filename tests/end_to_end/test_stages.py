@@ -16,7 +16,7 @@ from gradsift.recipe import validated
 from loopback import Answer, completion, serving
 from tiny_world import Cli, World, save_model, target_rows, write_rows
 
-FEW = ("--samples", "4", "--response-tokens", "6")
+FEW = ("--samples", "4", "--max-new-tokens", "6")
 REWARD = """
 from pathlib import Path
 
@@ -174,7 +174,7 @@ def test_responses_without_a_reward_say_why(tiny: World, tmp_path: Path) -> None
 def test_more_samples_are_added_to_those_there(tiny: World, tmp_path: Path) -> None:
     """From 4 to 6 samples the first 4 stay, and the terminal says how many there were."""
     target, out = prompts(tmp_path), tmp_path / "run"
-    common = ("--response-tokens", "6", "--checkpoints", "last", *tiny.with_adapters())
+    common = ("--max-new-tokens", "6", "--checkpoints", "last", *tiny.with_adapters())
     tiny("sample", out, "--samples", 4, *common, target=target).succeeded()
     before = rows_of(out / "responses.jsonl")
     arguments = tiny.arguments("sample", out, "--samples", 6, *common, target=target)

@@ -40,7 +40,7 @@ def chosen(tiny: World, tmp_path_factory: pytest.TempPathFactory) -> str:
 def trained(tiny: World, chosen: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     """A run folder with two seeds, the best epoch of each, the adapters merged."""
     out = tmp_path_factory.mktemp("trained") / "run"
-    options = ("--selected", chosen, "--seeds", "0,3", "--keep", "best", "--validation", tiny.target, "--json")
+    options = ("--selected", chosen, "--seed", "0,3", "--keep", "best", "--validation", tiny.target, "--json")
     found = train(tiny, out, *options, "--merge", out.parent / "merged").succeeded().json
     return out, found
 
@@ -62,7 +62,7 @@ def test_train_leaves_an_adapter_for_each_seed(
     ids = tmp_path / "ids.txt"
     ids.write_text("".join(f"p{n:02}\n" for n in range(9)))
     before = sorted(out.rglob("*.safetensors"))
-    again = train(tiny, out, "--ids", ids, "--seeds", "3").succeeded()
+    again = train(tiny, out, "--ids", ids, "--seed", "3").succeeded()
     assert again.out == f"{found[1]['epochs'][1]}\n"
     assert sorted(out.rglob("*.safetensors")) == before
 
@@ -74,7 +74,7 @@ def test_evaluate_prints_a_table_and_leaves_every_value(
     whose judge is not there and an adapter of another base are messages and exit code 1, and lose nothing."""
     out, found = trained
     adapters = [part for entry in found for part in ("--adapter", entry["path"])]
-    options = ("--data", tiny.target, "--metric", "loss", "--reward", "length:1-6", "--response-tokens", 6)
+    options = ("--data", tiny.target, "--metric", "loss", "--reward", "length:1-6", "--max-new-tokens", 6)
     shown = evaluate(tiny, out, *options, "--base", *adapters).succeeded()
     assert "held-out loss on target.jsonl" in shown.out
     assert "length on target.jsonl" in shown.out
@@ -111,7 +111,7 @@ def test_judged_metrics_from_the_command_line(
     with serving(reply) as server:
         shown = evaluate(
             tiny, out, "--adapter", found[0]["path"], "--data", tiny.target, "--against", "answer", "--questions",
-            questions, "--judge-model", "judge", "--judge-url", server.url, "--response-tokens", 4,
+            questions, "--judge-model", "judge", "--judge-url", server.url, "--max-new-tokens", 4,
         ).succeeded()  # fmt: skip
     for word in (
         "wins against answer on target.jsonl",
@@ -136,8 +136,8 @@ def test_full_training_from_the_command_line(tiny: World, chosen: str, tmp_path:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--seeds", "0,1,0"), "seed 0 is named 2 times"),
-        (("--seeds", "zero"), "--seeds 'zero': wanted whole numbers"),
+        (("--seed", "0,1,0"), "seed 0 is named 2 times"),
+        (("--seed", "zero"), "--seed 'zero': wanted whole numbers"),
         (("--preset", "mine"), "--preset 'mine' is unknown: there are less, compact, nice, ji2s"),
         (("--keep", "best"), "--keep best and --validation FILE go together"),
         (("--rank", "0"), "--rank is 0"),

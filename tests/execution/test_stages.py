@@ -116,7 +116,7 @@ def test_responses_and_rewards_are_the_same(tiny: World, tmp_path: Path, cluster
     program = {"test": "def check(candidate):\n    assert candidate", "entry_point": "answer"}
     rows = [{**row, **program} for row in target_rows(8)]
     target = write_rows(tmp_path / "prompts.jsonl", rows)
-    given = ["--samples", "4", "--response-tokens", "6", *tiny.with_adapters()]
+    given = ["--samples", "4", "--max-new-tokens", "6", *tiny.with_adapters()]
     if reward == "function":
         given += ["--reward", f"{tmp_path}/rewards.py:vowels"]
     else:
@@ -230,7 +230,7 @@ def test_a_prompt_that_ends_its_workers_costs_its_responses_alone(
         return KillingRow(task, deadly[what]) if what in deadly else task
 
     monkeypatch.setattr("gradsift.jobs.select_explain.engine_of", lambda *_: Saboteur(engine, wrap))
-    given = ("--samples", "2", "--response-tokens", "4", "--adapter", tiny.adapters[-1])
+    given = ("--samples", "2", "--max-new-tokens", "4", "--adapter", tiny.adapters[-1])
     given += ("--reward", f"{tmp_path}/rewards.py:vowels")
     tiny("reward", tmp_path / "run", *given, target=target).succeeded()
     (earned,) = json.loads((tmp_path / "run" / "rewards.json").read_text())["checkpoints"]

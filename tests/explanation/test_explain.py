@@ -135,7 +135,7 @@ def test_what_needs_every_checkpoint_explains_nothing(tiny: World, pool: Pool, t
     for strategy in (TSDS(), JointGreedy()):
         with pytest.raises(ConfigError, match="an explanation is of one output: use another strategy"):
             explain(pool, "why?", strategies=[strategy])
-        refused = tiny("explain", tmp_path / "run", "--prompt", "why?", "--strategy", strategy.kind)
+        refused = tiny("explain", tmp_path / "run", "--prompt", "why?", "--selection", strategy.kind)
         assert refused.code == 2
         assert f"{strategy.kind} chooses by the targets' gradients at every checkpoint" in refused.err
     assert not (tmp_path / "run").exists()

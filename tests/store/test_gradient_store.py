@@ -155,6 +155,18 @@ def test_any_range_of_rows_reads_across_shards(tmp_path: Path) -> None:
             store.rows(start, stop)
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="open files are counted on Linux alone")
+def test_a_store_of_many_shards_holds_few_files_open(tmp_path: Path) -> None:
+    """However many shards were read: a million short rows are in thousands of them."""
+    rows = write(tmp_path, [2] * 60)
+    store = GradientStore(LocalStorage(tmp_path), PREFIX)
+    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+    assert torch.equal(store.rows(0, 120), rows)
+    assert torch.equal(store.rows_by_id([f"id-{n}" for n in range(0, 120, 7)]), rows[::7])
+    assert store.total() is not None
+    assert len(os.listdir("/proc/self/fd")) < before + 40  # noqa: PTH208
+
+
 @pytest.mark.parametrize("block", [1, 2, 100])
 def test_stored_blocks_cover_the_rows_in_order(tmp_path: Path, block: int) -> None:
     """Blocks are at most as long as asked for, in order, and stored·scale is the row."""

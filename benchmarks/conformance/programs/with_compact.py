@@ -113,7 +113,7 @@ def relevance(folder: Path, stored: Stored, chosen: dict[int, list[int]]) -> lis
     sys.modules["load_experiment_data"] = experiment
     with cpu_for_cuda(), contextlib.redirect_stderr(io.StringIO()):
         for k in chosen:
-            run_script(folder / "score.py", "--explanation_type", "Chosen", "--k", k)
+            run_script(folder / "score.py", "--explanation_type", "Chosen", "-k", k)
     tables = [pd.read_parquet(file) for file in sorted(Path("cache/scoring").rglob("*.parquet"))]
     found = pd.concat(tables).to_dict("records")
     return [

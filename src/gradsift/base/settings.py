@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import math
 import re
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, model_validator
@@ -88,6 +91,8 @@ def parse_budget(text: str) -> float:
         return float(text)
     # 100% is a share, while 1 is one example: the largest number below 1 stands for the whole.
     share = float(text[:-1]) / 100
+    if not 0 < share <= 1:
+        raise ValueError("a share lies between 0% and 100%")
     return math.nextafter(1.0, 0.0) if share == 1 else share
 
 
@@ -95,8 +100,58 @@ def _budget(given: Any) -> Any:
     """Of a text; what is none is checked as it is."""
     try:
         return parse_budget(given) if isinstance(given, str) else given
-    except ValueError:
-        return given
+    except ValueError as error:
+        problem = str(error) if "share" in str(error) else "wanted a number of examples, or a share such as 0.05 or 5%"
+        raise PydanticCustomError("budget", "{problem}", {"problem": problem}) from error
 
 
 Budget = Annotated[float, BeforeValidator(_budget)]
+
+
+def models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The settings that an annotation names."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for argument in get_args(annotation) for model in models_in(argument)]
+
+
+def help_of(model: type[BaseModel], name: str) -> str:
+    """What the description of a field, or else a docstring of its class, says of it after `name: `; empty if nothing.
+
+    >>> class Given(Settings):
+    ...     '''An example.
+    ...
+    ...     least, most: bounds of it,
+    ...         both included.
+    ...     '''
+    ...
+    ...     least: int = 0
+    >>> help_of(Given, "least")
+    'bounds of it, both included.'
+    """
+    field = model.model_fields.get(name)
+    if field is not None and field.description:
+        return field.description
+    for base in model.__mro__:
+        text = inspect.cleandoc(base.__dict__.get("__doc__") or "")
+        found = re.search(rf"^(?:\w+, )*{name}(?:, \w+)*:(.*(?:\n[ ]+.*)*)", text, re.MULTILINE)
+        if found:
+            return " ".join(found.group(1).split())
+    return ""
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """Which of the known names a mistyped one means: `batchsize`, `lr` for learning_rate, `estimatr`, or none.
+
+    >>> nearest("lr", ["learning_rate", "lora"])
+    'learning_rate'
+    """
+    names = {re.sub("[-_]", "", name.lower()): name for name in known}
+    initials = {"".join(part[:1] for part in re.split("[-_]", name.strip("-").lower())): name for name in known}
+    said = re.sub("[-_]", "", word.lower())
+    if said in names:
+        return names[said]
+    if len(said) > 1 and said in initials:
+        return initials[said]
+    near = difflib.get_close_matches(said, names, n=1, cutoff=0.6)
+    return names[near[0]] if near else None

@@ -97,6 +97,12 @@ class Columns(Settings):
     `prompt` and `completion` may also be a text with columns in braces, which each row fills in; and what lies inside a
     column is named by its path, `instances.0.input`.
 
+    id: of the row.
+    messages: the conversation.
+    prompt, completion: what is asked, and the answer.
+    instruction, input, output, history: of the Alpaca format.
+    system: the system message.
+
     >>> Columns(prompt="question", completion="answer").prompt
     'question'
     >>> columns = Columns(prompt="Title: {title}\\n\\nTL;DR:", completion="summary")

@@ -63,16 +63,14 @@ class Duplicates:
         return example.skipped("duplicate", f"same messages as {kept!r}, which is kept")
 
 
-def find_overlap(pool: Iterable[Example], target: Iterable[Example]) -> list[Skipped]:
+def overlap_of_hashes(pool: Iterable[tuple[str, str]], target: Iterable[tuple[str, str]]) -> list[Skipped]:
     """List every pool example that is also in the target: training on it would be training on the test.
+
+    Args:
+        pool, target: (id, normalised hash) of each example.
 
     Returns one `Skipped` per such pool row, in pool order, reason "overlap"; its detail names the target id.
     """
-    return overlap_of_hashes(hashed(pool), hashed(target))
-
-
-def overlap_of_hashes(pool: Iterable[tuple[str, str]], target: Iterable[tuple[str, str]]) -> list[Skipped]:
-    """`find_overlap` of (id, normalised hash) pairs, which a `Dataset` keeps."""
     target_ids: dict[str, str] = {}
     for id_, own in target:
         target_ids.setdefault(own, id_)

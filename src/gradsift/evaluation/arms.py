@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from gradsift.base.errors import ConfigError
-from gradsift.base.settings import Budget, Settings
+from gradsift.base.settings import Budget, Settings, models_in
 from gradsift.data.load import Columns
 from gradsift.evaluation.fine_tune import Keep, check_seeds
 from gradsift.evaluation.grading import Grading
@@ -42,7 +42,7 @@ def _expanded(value: Any, union: Any) -> Any:
         return tuple(one for part in value for one in _expanded(part, union))
     if not isinstance(value, Mapping):
         return (value,)
-    model = next((m for m in _models(union) if m.model_fields["kind"].default == value.get("kind")), None)
+    model = next((m for m in models_in(union) if m.model_fields["kind"].default == value.get("kind")), None)
     listed = [key for key, given in value.items() if isinstance(given, list) and _is_single(model, key)]
     for key in listed:
         if not value[key]:
@@ -57,12 +57,6 @@ def _is_single(model: type[BaseModel] | None, key: str) -> bool:
     if model is None or key not in model.model_fields:
         return False
     return not any(part in str(model.model_fields[key].annotation) for part in ("tuple[", "list["))
-
-
-def _models(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [model for argument in get_args(annotation) for model in _models(argument)]
 
 
 def _training(value: Any) -> Any:

@@ -509,5 +509,5 @@ def _last_logits_only(model: Any) -> dict[str, int]:
 def _no_memory(prompt_tokens: int, sampling: Sampling) -> str:
     return (
         f"the GPU's memory does not suffice to sample one response of {sampling.max_new_tokens} tokens to a prompt of "
-        f"{prompt_tokens}: lower --response-tokens (max_new_tokens), leave out long prompts, or use an endpoint"
+        f"{prompt_tokens}: lower --max-new-tokens (max_new_tokens), leave out long prompts, or use an endpoint"
     )

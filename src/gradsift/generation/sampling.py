@@ -25,6 +25,7 @@ _SEEDS = (
 class Sampling(Settings):
     """How responses are drawn from a model (NICE, App. C.1): from q(y|x), which is f(y|x) only where it is `exact`.
 
+    preset: settings that the other fields change.
     samples: M, responses for each prompt. Raising it later keeps the ones there are.
     temperature: logits are divided by it; 0 is the most likely continuation, and then there is one sample.
     top_k: keep the k most likely tokens (all that tie with the last); None keeps all.

@@ -51,7 +51,9 @@ _MEASURED_ROWS, _MEASURED_SHARE = 16, 1 / 16
 class Adam(Settings):
     """How the Adam direction is formed; the decay rates and ε are those the optimizer ran with.
 
-    eps_placement: `outside` the root is how AdamW steps; `inside` is LESS's code, whose denominators are at least √ε.
+    betas, eps: as the optimizer had them.
+    eps_placement: of ε: `outside` the root is how AdamW steps; `inside` is LESS's code, whose denominators are at least
+        √ε.
         Rankings are nearly the same, and foretell retraining as well or slightly better with `outside`.
     bias_correction: as AdamW has it; off in LESS's code.
     """

@@ -94,8 +94,8 @@ class LESS(TrainingEstimator, ProductEstimator):
     """LESS (Xia et al. 2024): cosine of Adam update directions with target gradients, weighted over checkpoints.
 
     optimizer: `adam` takes the update direction Γ on the pool's side, `sgd` the plain gradient.
-    normalise: cosines; False gives TracIn's raw inner products (with `optimizer="sgd"`).
-    checkpoints: `all`, each weighted by its learning rate, or the `last` (Compact's form, with `optimizer="sgd"`).
+    normalise: cosines; without, raw inner products, which with `sgd` are TracIn's.
+    checkpoints: `all`, each weighted by its learning rate, or the `last` (Compact's form, with `sgd`).
     """
 
     kind: Literal["less"] = "less"

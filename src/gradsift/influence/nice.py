@@ -264,7 +264,7 @@ class PolicyTargets:
         if len(kept) < len(responses):
             self.pool.reporter.warn(
                 f"{len(responses) - len(kept)} responses to prompt {responses[0].prompt_id!r} are longer than the "
-                f"model's {places} tokens and are left out: lower --response-tokens"
+                f"model's {places} tokens and are left out: lower --max-new-tokens"
             )
         return kept
 
@@ -346,7 +346,7 @@ def cut_off_warnings(checkpoint: str, share: float, of: str = "responses") -> li
         return []
     return [
         f"{share:.0%} of the {of} at {checkpoint} were cut off, and their rewards are those of unfinished "
-        "answers: raise --response-tokens (max_new_tokens)"
+        "answers: raise --max-new-tokens (max_new_tokens)"
     ]
 
 

@@ -400,7 +400,7 @@ def summarise_rewards(
         lengths += [len(response.token_ids) for response in own]
         cut += sum(response.finish_reason == "length" for response in own)
     if not groups:
-        raise DataError("no response to any prompt has a reward and fits into the model: lower --response-tokens")
+        raise DataError("no response to any prompt has a reward and fits into the model: lower --max-new-tokens")
     values = np.concatenate(groups)
     several = [group for group in groups if len(group) > 1]
     variances = [float(group.var(ddof=1)) for group in several]

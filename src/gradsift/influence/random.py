@@ -15,7 +15,10 @@ from gradsift.influence.estimator import Estimator, Influence
 
 
 class Random(Estimator):
-    """Scores drawn uniformly from [0, 1) by seed and id, so that they do not depend on the pool's order."""
+    """Scores drawn uniformly from [0, 1) by seed and id, so that they do not depend on the pool's order.
+
+    seed: of the scores.
+    """
 
     needs_target: ClassVar[bool] = False
     pairs: ClassVar[bool] = False

@@ -113,6 +113,8 @@ class DifficultyRating(Settings):
     Near 1 the prompt hardly helps to predict the answer: the instruction is hard to follow, and rates high. Above
     `maximum` the prompt hinders, as where the two do not belong together: such rows are left out.
     Both losses are means over the last answer's tokens but the first, which nothing precedes in L(answer).
+
+    maximum: the highest rating that is kept; None keeps all.
     """
 
     kind: Literal["ifd"] = "ifd"

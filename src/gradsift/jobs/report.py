@@ -492,7 +492,7 @@ def print_methods() -> None:
         view = one.model_construct().view
         reads = f"{one.takes if one.needs_target else 'no target'}{'' if view is None else f', {view} rows'}"
         _print_method(out, kind, reads, one)
-    out.print("Selectors, which choose by the ranking: --selection of select, --strategy of explain\n", markup=False)
+    out.print("Selectors, which choose by the ranking: --selection of select and explain\n", markup=False)
     for kind, chooser in selectors().items():
         _print_method(out, kind, _TAKEN[chooser.model_construct().takes], chooser)
 

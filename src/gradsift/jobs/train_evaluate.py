@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,8 @@ from gradsift.evaluation.setup import open_model
 from gradsift.generation.endpoint import Endpoint
 from gradsift.generation.sampling import Sampling
 from gradsift.jobs.select_explain import open_recipe
-from gradsift.options import endpoint_of, rewards_of, sampling_fields
-from gradsift.recipe import Recipe
+from gradsift.options import columns_of, endpoint_of, rewards_of, sampling_fields
+from gradsift.recipe import Recipe, set_fields
 from gradsift.report.terminal import console, draw
 from gradsift.rewards.reward import Reward
 from gradsift.store.run import Run
@@ -188,25 +189,29 @@ def metrics_of(given: Mapping[str, Any]) -> list[Metric]:
             raise ConfigError(f"the metric {kind.replace('lm_eval', 'tasks')} needs --{needed[kind]}: give it")
     if "reward" in kinds and not asked["reward"]:
         raise ConfigError("the metric reward needs --reward, such as numeric:answer: give it")
-    return [_metric(kind, given) for kind in kinds]
+    fields = {kind: _fields(kind, given) for kind in kinds}
+    set_fields(fields, given.get("set"))
+    if unknown := [kind for kind in fields if kind not in kinds]:
+        raise ConfigError(f"--set {unknown[0]}: wanted a field of a metric that is measured: {', '.join(kinds)}")
+    return [_checked(_METRIC, fields[kind], f"--metric {kind}") for kind in kinds]
 
 
-def _metric(kind: str, given: Mapping[str, Any]) -> Metric:
+def _fields(kind: str, given: Mapping[str, Any]) -> dict[str, Any]:
     fields: dict[str, Any] = {"kind": kind}
     if kind in ("loss", "reward", "pairwise"):
-        fields |= {"data": given["data"], "columns": given.get("columns") or {}}
+        fields |= {"data": given["data"], "columns": columns_of(given["columns"]) if given.get("columns") else {}}
     if kind in ("pairwise", "grading"):
         fields["ask"] = judge_of(given)
         if given.get("criteria") is not None:
             mode = "grade" if kind == "grading" else "pairwise"
             fields["judge"] = {"mode": mode, "criteria": given["criteria"]}
-        if given.get("response_tokens") is not None:
-            fields["sampling"] = _greedy(given["response_tokens"])
+        if given.get("max_new_tokens") is not None:
+            fields["sampling"] = _greedy(given["max_new_tokens"]).model_dump()
     if kind == "reward":
-        named = ("reward", "reward_weight", "allow_code_execution")  # the judge may be asked by other metrics alone
-        reward = rewards_of({name: given.get(name) for name in named})["reward"]
+        named = ("reward_weight", "allow_code_execution")  # the judge may be asked by other metrics alone
+        reward = rewards_of({name: given.get(name) for name in named}, given["reward"], {})["reward"]
         fields |= {"reward": _checked(_REWARD, reward, "--reward"), "judge": judge_of(given)}
-        fields |= {"sampling": sampling_of(given)}
+        fields |= {"sampling": sampling_of(given).model_dump()}
         if given.get("pass_at"):
             fields["pass_at"] = _whole_numbers(given["pass_at"], "--pass-at")
     if kind == "pairwise":
@@ -217,8 +222,7 @@ def _metric(kind: str, given: Mapping[str, Any]) -> Metric:
         fields["apply_chat_template"] = bool(given.get("apply_chat_template"))
     if kind == "grading":
         fields["questions"] = given["questions"]
-    found: Metric = _checked(_METRIC, fields, f"--metric {kind}")
-    return found
+    return fields
 
 
 def judge_of(given: Mapping[str, Any]) -> Endpoint | None:
@@ -244,10 +248,10 @@ def sampling_of(given: Mapping[str, Any]) -> Sampling:
     """
     fields = sampling_fields(given)
     drawn = given.get("sampling") is not None or bool({"samples", "temperature"} & set(fields))
-    if not drawn or fields.get("temperature") == 0:
+    if not drawn or re.fullmatch(r"0*\.?0*", str(fields.get("temperature", 1))):
         if "seed" in fields:
             raise ConfigError("--sampling-seed: the likeliest response takes no luck: give --samples, or leave it out")
-        return _greedy(given.get("response_tokens"))
+        return _greedy(given.get("max_new_tokens"))
     fields = {"preset": given.get("sampling") or "general", "seed": given.get("seed") or 0, **fields}
     found: Sampling = _checked(TypeAdapter(Sampling), fields, "--sampling")
     return found
@@ -256,7 +260,7 @@ def sampling_of(given: Mapping[str, Any]) -> Sampling:
 def _greedy(tokens: int | None) -> Sampling:
     fields = {"samples": 1, "temperature": 0, "top_k": None, "top_p": None}
     found: Sampling = _checked(
-        TypeAdapter(Sampling), fields if tokens is None else fields | {"max_new_tokens": tokens}, "--response-tokens"
+        TypeAdapter(Sampling), fields if tokens is None else fields | {"max_new_tokens": tokens}, "--max-new-tokens"
     )
     return found
 
@@ -267,7 +271,7 @@ def seeds_of(text: str) -> tuple[int, ...]:
     Raises:
         ConfigError: not whole numbers, or one twice.
     """
-    return check_seeds(_whole_numbers(text, "--seeds"))
+    return check_seeds(_whole_numbers(text, "--seed"))
 
 
 def _whole_numbers(text: str, option: str) -> tuple[int, ...]:

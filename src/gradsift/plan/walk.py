@@ -5,6 +5,7 @@ The methods are asked what they read and need, as the run asks them; nothing is 
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as SequenceABC
@@ -18,7 +19,7 @@ from gradsift.base.errors import ConfigError
 from gradsift.base.progress import Reporter, silent
 from gradsift.base.types import Message
 from gradsift.compare.chosen import MOST_POINTS
-from gradsift.compare.grid import CellOf, Grid, open_grid
+from gradsift.compare.grid import CellOf, Grid, Key, open_grid
 from gradsift.context import Pool, Target
 from gradsift.evaluation.arms import Contender, PairwiseMetric
 from gradsift.evaluation.evaluate import evaluation_config
@@ -528,6 +529,7 @@ class _Cells:
     def __init__(self, walk: Walk, grid: Grid) -> None:
         self._walk, self._grid, self._base = walk, grid, subject_of(walk.pool, None).base
         self._asked: dict[int, tuple[Any, Needs | None]] = {}  # by metric: bound to its data, and what it needs
+        self._chosen = _last_choices(walk, grid)
 
     def walk(self) -> None:
         """Cell by cell; equal work is counted each time, as nobody knows which choices agree."""
@@ -555,8 +557,10 @@ class _Cells:
         walk, grid, (contender, budget, seed) = self._walk, self._grid, cell
         pool, training, data = walk.pool, grid.training_of(contender), grid.datasets.get(contender.name, walk.pool.data)
         tokens, found, whole = budget * float(pool.data.lengths.mean()), None, grid.job.full_training
+        ids = self._chosen.get(cell.key)
         if not contender.sized:
             ids = list(data.ids if contender.data is not None else grid.available)
+        if ids is not None:
             tokens = float(data.lengths[data.positions(ids)].sum())
             if walk.kept is not None and not whole:
                 found = kept_training(walk.kept.run, data, ids, training, model=pool.model, dtype=pool.dtype, seed=seed)
@@ -604,6 +608,26 @@ class _Cells:
             needs = None if asked is None else asked(self._base)
             self._asked[id(metric)] = bound, replace(needs, both=False) if arm and needs is not None else needs
         return self._asked[id(metric)]
+
+
+def _last_choices(walk: Walk, grid: Grid) -> dict[Key, list[str]]:
+    """What the run folder's last comparison chose: of arms that are as they were, if all that they rest on is there."""
+    if walk.kept is None or not walk.kept.run.storage.exists("comparison.json"):
+        return {}
+    if not all(work.done for work in walk.works):
+        return {}
+    try:
+        last = json.loads(walk.kept.run.storage.read("comparison.json"))
+        methods = {arm["name"]: (arm["estimator"], arm["selection"]) for arm in last["arms"]}
+        chosen = {Key(cell["arm"], cell["budget"], cell["seed"]): cell["ids"] for cell in last["cells"]}
+    except (ValueError, KeyError, TypeError):  # damaged: the next comparison writes it anew
+        return {}
+    now = {
+        one.name: tuple(part and part.model_dump(mode="json") for part in (one.estimator, one.selection))
+        for one in grid.contenders
+    }
+    known = set(walk.pool.training.ids)
+    return {key: ids for key, ids in chosen.items() if now.get(key.arm) == methods.get(key.arm) and known >= set(ids)}
 
 
 def walked(recipe: Recipe, scratch: str, reporter: Reporter, command: str = "run") -> tuple[Walk, Grid | None]:

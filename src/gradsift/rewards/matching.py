@@ -64,6 +64,7 @@ class Regex(Settings):
         ends aside; None asks only for a match
     whole: the expression must match the whole response, white space at the ends aside
     last: of several matches the last is compared with the reference, not the first
+    ignore_case: upper and lower case are alike
 
     Example:
         >>> Regex(pattern=r"Answer: (\\w+)", answer="gold")(prompts=[""], completions=["Answer: B"], gold=["B"])

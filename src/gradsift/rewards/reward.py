@@ -37,6 +37,7 @@ SingleReward = Annotated[_Single, Field(discriminator="kind")]
 class WeightedSum(Settings):
     """The weighted sum of several rewards; one that does not apply to a sample (None, as in TRL) counts nothing.
 
+    rewards: that are added up
     weights: one per reward, 1 each if left out
     """
 

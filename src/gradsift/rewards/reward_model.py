@@ -24,6 +24,7 @@ class RewardModel(Settings):
         tokenizer has a chat template and the prompt is a conversation, `pair` otherwise
     label: which output is the reward, as its probability; None for a model with one output, as it is
     batch_size: sequences at a time
+    device, dtype: of the model, as a recipe has them
     max_length: tokens; longer sequences lose their beginning (but for the token that opens a sequence), never the
         response's end
     """

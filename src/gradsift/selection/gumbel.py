@@ -20,6 +20,8 @@ class GumbelTopK(Selector):
     """A draw without replacement, by chances in proportion to exp(score), by seed and id: DSIR's own selection.
 
     It is meant for `DSIR()`, whose scores are log weights. Cosines hardly differ beside its noise of about ±1.
+
+    seed: of the draw.
     """
 
     nested: ClassVar[bool] = True

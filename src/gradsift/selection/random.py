@@ -20,6 +20,7 @@ class RandomChoice(Selector):
     """A uniform choice, the control: of a pool by seed and id, to explain an output by seed and the output's id.
 
     draws: how many selections an explanation makes, to be averaged; each extends that of a smaller budget.
+    seed: of the draw.
     """
 
     nested: ClassVar[bool] = True

@@ -38,6 +38,7 @@ from gradsift.store.storage import LocalStorage, Storage, checksum, checksum_fil
 from gradsift.store.tensors import map_arrays
 
 RowDtype = Literal["float16", "bfloat16", "float32", "float64"]
+_MAPPED = 8  # shards that are mapped at once, at most
 _FP16_TOP = 4096.0  # the largest stored magnitude: far from 65504, and 10⁷ above the smallest normal number
 
 
@@ -407,8 +408,8 @@ class GradientStore:
     def total(self) -> Tensor | None:
         """The sum of the stored rows, float64 `[dim]`, without reading them; None for stores that do not hold it."""
         shards = len(self._starts) - 1
-        sums = [self._tensors(shard).get("total") for shard in range(shards)]
-        known = [total for total in sums if total is not None]
+        sums = (self._tensors(shard).get("total") for shard in range(shards))
+        known = [total.clone() for total in sums if total is not None]
         return torch.stack(known).sum(dim=0) if known and len(known) == shards else None
 
     def blocks(self) -> list[tuple[int, int]]:
@@ -455,7 +456,10 @@ class GradientStore:
                 )
 
     def _tensors(self, shard: int) -> dict[str, Tensor]:
+        """A shard's tensors, mapped. Each holds files open, and its pages count as this process's memory once read."""
         if shard not in self._maps:
+            for first in list(self._maps)[: len(self._maps) - _MAPPED + 1]:
+                del self._maps[first]
             self._maps[shard] = _map_safetensors(self.storage.local(f"{self.prefix}shard-{shard:05d}.safetensors"))
         return self._maps[shard]
 

@@ -81,11 +81,11 @@ def train_fully(
     config = training_config(data, ids, settings, model=model, dtype=precision, seed=seed) | {"full": True}
     config["training"] = {name: value for name, value in config["training"].items() if name not in _NO_ADAPTER}
     prefix = run.prefix("checkpoints", config)
-    form = _Models(run, prefix, settings.epochs, model, precision, device)
-    if form.finished() < settings.epochs:
+    output = _Models(run, prefix, settings.epochs, model, precision, device)
+    if output.finished() < settings.epochs:
         release_models()
         refuse_too_large(model, precision, device)
-    train_as(form, run, prefix, config, data, ids, settings, seed=seed, what=what, reporter=reporter or silent())
+    train_as(output, run, prefix, config, data, ids, settings, seed=seed, what=what, reporter=reporter or silent())
     return [run.name(f"{prefix}epoch-{epoch}") for epoch in range(1, settings.epochs + 1)]
 
 

@@ -51,9 +51,14 @@ class CheckpointInfo(Record):
 class Training(Settings):
     """How LoRA is trained with AdamW; the defaults are those of LESS.
 
-    target_modules: last parts of module names; None adapts q, k, v and o_proj where the model has them, else what PEFT
-        adapts by default in its architecture.
-    schedule: after a linear warm-up over `warmup_ratio` of all steps, which begins at rate 0.
+    epochs: passes over the examples, one checkpoint each.
+    rank, alpha, dropout: of LoRA.
+    target_modules: modules that get LoRA, by the last parts of their names; None adapts q, k, v and o_proj
+        where the model has them, else what PEFT adapts by default in its architecture.
+    learning_rate: its peak.
+    schedule: of the rate, after a linear warm-up over `warmup_ratio` of all steps, which begins at rate 0.
+    warmup_ratio: share of the steps in which the rate rises.
+    weight_decay, betas, eps: AdamW's.
     max_grad_norm: gradients of a larger 2-norm are scaled down to it; 0 never scales.
     batch_size: examples per optimizer step; fewer where an epoch would have less than 8 steps.
     """
@@ -92,6 +97,7 @@ class Training(Settings):
 class Warmup(Training):
     """Training on a uniform sample before gradients are taken.
 
+    preset: settings that the other fields change, `small` for a pool of hundreds.
     fraction: share of the pool, drawn by the seed; at least 8 examples, or all there are.
     """
 
@@ -176,8 +182,8 @@ def kept_training(
 ) -> list[Checkpoint] | None:
     """The checkpoints of a training of an adapter that the run folder has to its end; nothing is trained."""
     prefix = run.prefix("checkpoints", training_config(data, ids, settings, model=model, dtype=dtype, seed=seed))
-    form = _Adapters(run, prefix, settings, seed, model, dtype, "cpu")
-    if run.manifest(prefix) is None or form.finished() < settings.epochs:
+    output = _Adapters(run, prefix, settings, seed, model, dtype, "cpu")
+    if run.manifest(prefix) is None or output.finished() < settings.epochs:
         return None
     return [_checkpoint(run, prefix, epoch) for epoch in range(1, settings.epochs + 1)]
 
@@ -228,15 +234,15 @@ def train(
     check_examples(data, ids, seed, what)
     config = training_config(data, ids, settings, model=model, dtype=dtype, seed=seed)
     prefix = run.prefix("checkpoints", config)
-    form = _Adapters(run, prefix, settings, seed, model, dtype, device)
+    output = _Adapters(run, prefix, settings, seed, model, dtype, device)
     train_as(
-        form, run, prefix, config, data, ids, settings,
+        output, run, prefix, config, data, ids, settings,
         seed=seed, what=what, reporter=reporter or silent(), check=check,
     )  # fmt: skip
     return [_checkpoint(run, prefix, epoch) for epoch in range(1, settings.epochs + 1)]
 
 
-class Form(Protocol):
+class TrainingOutput(Protocol):
     """What a training makes: adapters, or whole models. It knows their files in the run folder.
 
     learner, why_not: what messages call what learns, and why an epoch in which it did not is refused
@@ -269,7 +275,7 @@ class Form(Protocol):
 
 
 def train_as(
-    form: Form,
+    output: TrainingOutput,
     run: Run,
     prefix: str,
     config: Mapping[str, Any],
@@ -282,8 +288,8 @@ def train_as(
     reporter: Reporter,
     check: Callable[[Any], None] | None = None,
 ) -> None:
-    """Train what is missing of all epochs, in the form asked for; see `train`."""
-    finished = form.finished()
+    """Train what is missing of all epochs, as the output asked for; see `train`."""
+    finished = output.finished()
     if run.manifest(prefix) is not None and finished == settings.epochs:
         return
     for epoch in range(finished + 1, settings.epochs + 1):
@@ -300,9 +306,9 @@ def train_as(
     if finished < settings.epochs:
         _warn_of_little(settings, -(-len(ids) // batch_size), what, reporter)
         positions = data.positions(sorted(ids))
-        _Job(run, prefix, data, positions, settings, seed, batch_size, what, reporter, form, check).train(finished)
+        _Job(run, prefix, data, positions, settings, seed, batch_size, what, reporter, output, check).train(finished)
     run.storage.delete(f"{prefix}{_PARTIAL}")
-    form.complete()
+    output.complete()
     run.complete(prefix, "checkpoints", config, examples=len(ids), batch_size=batch_size, what=what)
 
 
@@ -452,10 +458,10 @@ class _Job:
         batch_size: int,
         what: str,
         reporter: Reporter,
-        form: Form,
+        output: TrainingOutput,
         check: Callable[[Any], None] | None,
     ) -> None:
-        self.run, self.prefix, self.data, self.positions, self.form = run, prefix, data, positions, form
+        self.run, self.prefix, self.data, self.positions, self.output = run, prefix, data, positions, output
         self.settings, self.seed, self.batch_size = settings, seed, batch_size
         self.what, self.reporter, self.check = what, reporter, check
         self.steps_per_epoch = -(-len(positions) // batch_size)
@@ -475,7 +481,7 @@ class _Job:
         seen = epoch * len(self.positions) + step * self.batch_size
         self.run.path(self.prefix).mkdir(parents=True, exist_ok=True)
         rows = self.settings.epochs * len(self.positions) - seen
-        with self.form.network(finished) as model:
+        with self.output.network(finished) as model:
             if self.check is not None:
                 self.check(model)
             with self.reporter.stage(f"{self.what}: training", rows) as advance:
@@ -524,17 +530,17 @@ class _Job:
     def _publish_epoch(self, trainer: StepTrainer, epoch: int) -> None:
         state = trainer.snapshot()
         rate = sum(state.rates) / len(state.rates)
-        if rate == 0 or not self.form.taught(state):
+        if rate == 0 or not self.output.taught(state):
             raise ModelError(
-                f"{self.what}: epoch {epoch} taught the {self.form.learner} nothing: {len(state.rates)} optimizer "
-                f"steps at a mean learning rate of {rate:g}{self.form.why_not}. Train on more than "
+                f"{self.what}: epoch {epoch} taught the {self.output.learner} nothing: {len(state.rates)} optimizer "
+                f"steps at a mean learning rate of {rate:g}{self.output.why_not}. Train on more than "
                 f"{len(self.positions)} examples, or with warmup_ratio 0 (--warmup-ratio of `train`), so that no epoch "
                 "runs at rate 0"
             )
         loss = state.loss_sum / len(self.positions)
         info: dict[str, Any] = {"epoch": epoch, "learning_rate": rate, "steps": state.step, "loss": loss}
         info |= {"betas": list(self.settings.betas), "eps": self.settings.eps}
-        self.form.publish(epoch, trainer.model, state, info)
+        self.output.publish(epoch, trainer.model, state, info)
         self.run.storage.delete(f"{self.prefix}{_PARTIAL}")
         trainer.loss_sum, trainer.rates = 0.0, []
         self.reporter.say(
@@ -566,7 +572,7 @@ class _Job:
         if not finished:
             return None
         try:
-            state = TrainingState(*self.form.state(finished))
+            state = TrainingState(*self.output.state(finished))
         except (SafetensorError, KeyError) as error:
             raise CorruptError(
                 f"what an interrupted training left in {self.run.name(self.prefix)} cannot be read ({error}): "

@@ -22,8 +22,8 @@ def test_shares_divide_by_the_pool_and_by_the_choice() -> None:
     """30 of 100 in the pool and 9 of 10 chosen give 30 %, 90 % and 3.0 times; counts stand beside the shares."""
     table = shares_table("skill", {"sums": 30, "facts": 70}, 100, [("LESS", {"sums": 9, "facts": 1}, 10)])
     text = text_of(table)
-    assert "sums 30.0 % 30 90.0 % 9 3.00×" in text
-    assert "facts 70.0 % 70 10.0 % 1 0.14×" in text
+    assert "sums 30.0 % 30 90.0 % 9 · 3.00×" in text
+    assert "facts 70.0 % 70 10.0 % 1 · 0.14×" in text
     bars = [row.cells[2].bar for row in table.rows]
     assert [(bar.value, bar.mark, bar.high) for bar in bars] == [(0.1, 0.7, 0.9), (0.9, 0.3, 0.9)]
 

@@ -31,9 +31,9 @@ def test_a_chart_of_scores_has_its_figures_and_says_when_length_was_chosen() -> 
         "scored": "4", "chosen": "2", "lowest": "1", "median": "2", "highest": "3", "lowest chosen": "2",
         "not finite, left out": "1", "rank correlation with length": "−0.50",
     }  # fmt: skip
-    assert chart.below[0].startswith("These scores follow the examples' length")
-    assert chart.below[1:] == ("No gradients.",)
-    assert score_chart("BM25", [1.0], [], correlation=0.49).below == ()
+    assert chart.caution.startswith("These scores follow the examples' length")
+    assert chart.below == ("No gradients.",)
+    assert score_chart("BM25", [1.0], [], correlation=0.49).caution == ""
     assert score_chart("BM25", [float("nan")], []).bars is None
 
 

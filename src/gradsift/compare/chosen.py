@@ -19,9 +19,8 @@ from gradsift.influence.bm25 import conversation_text
 from gradsift.influence.rds import kept_embeddings
 from gradsift.influence.scores import Scores
 from gradsift.influence.shown import score_ends
-from gradsift.jobs.results import groups_of, known_columns
+from gradsift.jobs.results import data_facts, gradient_facts, groups_of, how_to_repeat, known_columns
 from gradsift.model import embeddings
-from gradsift.recipe import as_yaml
 from gradsift.report import text
 from gradsift.report.blocks import (
     Bars,
@@ -37,7 +36,6 @@ from gradsift.report.blocks import (
     View,
 )
 from gradsift.report.maps import layout, sample
-from gradsift.store.manifest import versions
 
 MOST_POINTS = 2000
 MOST_SOURCES = 12
@@ -267,14 +265,7 @@ def run_facts(grid: Grid) -> dict[str, Any]:
     """`summary`, `facts`, `repeat`, `reward` and `created` of the page."""
     recipe, job, pool, target = grid.recipe, grid.job, grid.pool, grid.target
     training = job.training
-    facts = {
-        "model": recipe.model,
-        "pool": f"{pool.data.description}: {len(pool.data)} used, {int(pool.data.lengths.sum()):,} tokens",
-    }
-    if target is not None:
-        facts["target"] = f"{target.data.description}: {len(target.data)} used"
-        if target.subtasks:
-            facts["target"] += f", {len(set(target.subtasks))} subtasks"
+    facts = data_facts(recipe, pool, target)
     facts["fine-tuning"] = (
         f"{'all parameters' if job.full_training else f'LoRA of rank {training.rank}'}, {training.epochs} "
         f"epoch{'s' * (training.epochs != 1)}, learning rate {training.learning_rate:g}, batches of "
@@ -288,10 +279,7 @@ def run_facts(grid: Grid) -> dict[str, Any]:
         every = "again with each seed" if job.warmup == "per_seed" else f"once, with seed {recipe.seed}"
         epochs = f"{recipe.warmup.epochs} epoch{'s' * (recipe.warmup.epochs != 1)}"
         facts["warm-up"] = f"{epochs} on {100 * recipe.warmup.fraction:g} % of the pool, {every}"
-    facts["gradients"] = (
-        f"{recipe.gradients.modules} modules, {recipe.gradients.projection.kind} projection to "
-        f"{recipe.gradients.projection.dim} dimensions, {recipe.gradients.dtype}"
-    )
+    facts |= gradient_facts(recipe)
     facts["seeds"] = ", ".join(map(str, grid.seeds))
     methods, budgets = len(grid.contenders), " and ".join(f"{budget:,}" for budget in grid.budgets)
     reward = grid.curve[1].label.partition(" on ")[0] if len(grid.curve) > 1 else ""
@@ -303,13 +291,7 @@ def run_facts(grid: Grid) -> dict[str, Any]:
         "facts": facts,
         "repeat": {
             "command": f"gradsift compare recipe.yaml --out {recipe.out}",
-            "recipe": as_yaml(recipe),
-            "versions": versions(),
-            "fingerprints": {
-                "pool": pool.data.fingerprint,
-                **({} if target is None else {"target": target.data.fingerprint}),
-                **{name: data.fingerprint for name, data in grid.datasets.items()},
-            },
+            **how_to_repeat(recipe, pool, target, {name: data.fingerprint for name, data in grid.datasets.items()}),
         },
         "reward": f"{reward} reward" if reward else "reward",
         "created": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),

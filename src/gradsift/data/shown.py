@@ -95,7 +95,7 @@ def shares_table(
         for count, whole in zip(counts, sizes, strict=True):
             lift = f"{count / whole / share:.2f}×" if share else text.ABSENT
             bar = Bar(0, largest, value=count / whole, mark=share if pool else None)
-            cells.append(Cell(text.percent(count / whole), f"{count:,} {lift}", bar=bar))
+            cells.append(Cell(text.percent(count / whole), f"{count:,} · {lift}", bar=bar))
         rows.append(Row((name, *cells)))
     own = series or [None] * len(choices)
     heads = [Column(name, series=number) for (name, _, _), number in zip(choices, own, strict=True)]

@@ -40,20 +40,19 @@ def score_chart(
     stats |= dict(zip(marks, text.figures(list(marks.values())), strict=True))
     if known.size < count:
         stats["not finite, left out"] = f"{count - known.size:,}"
-    below = [note] if note else []
+    caution = ""
     if correlation is not None:
         stats["rank correlation with length"] = text.signed(correlation)
         if abs(correlation) >= 0.5:
-            below.insert(
-                0, "These scores follow the examples' length closely: check that length is not what was chosen."
-            )
+            caution = "These scores follow the examples' length closely: check that length is not what was chosen."
     return Chart(
         f"Distribution of {method} scores, {taken:,} chosen",
         method,
         axis="score (higher = training on it helps)",
         bars=bins(known, picked),
         stats=stats,
-        below=tuple(below),
+        caution=caution,
+        below=(note,) if note else (),
     )
 
 

@@ -32,7 +32,10 @@ from gradsift.jobs.results import (
     FILES,
     Outcome,
     Result,
+    data_facts,
     files_of,
+    gradient_facts,
+    how_to_repeat,
     known_columns,
     own_columns,
     reliability_sentences,
@@ -41,7 +44,6 @@ from gradsift.jobs.results import (
     summary,
     write_skipped,
 )
-from gradsift.recipe import as_yaml
 from gradsift.report import text
 from gradsift.report.blocks import (
     Block,
@@ -64,7 +66,6 @@ from gradsift.report.terminal import console, draw
 from gradsift.selection.select import Selection
 from gradsift.selection.selectors import selectors
 from gradsift.selection.shown import chosen_examples, learned_tokens
-from gradsift.store.manifest import versions
 from gradsift.warmup.checkpoint import Checkpoint
 
 MOST_CHOSEN = 500
@@ -138,6 +139,7 @@ def result_page(result: Result) -> Page:
     if result.explanations is not None:
         count = len(result.explanations.entries)
         summary_lines.append(f"{count} output{'s' * (count != 1)} explained by the training examples behind them")
+    scores = {f"scores, {entry.method.label}": entry.fingerprint for entry in result.scores}
     responses = _responses(result)
     asked = len(result.responses.prompts) if responses and result.responses is not None else 0
     unused = len(account.rows) + account.rows_in_part + len(account.files)
@@ -160,7 +162,7 @@ def result_page(result: Result) -> Page:
         Section("responses", "Responses", responses, count=f"{asked:,}"),
         Section("explanations", "Explanations", explained, count=f"{outputs:,}"),
         Section("skipped", "Left out", left_out(account), count=f"{unused:,}"),
-        Section("repeat", "How to repeat it", (Facts(_repeat(result)),)),
+        Section("repeat", "How to repeat it", (Facts(how_to_repeat(result.recipe, pool, result.target, scores)),)),
     ]
     there = {section.id for section in sections if section.blocks}
     reading = {name: words for name, (needs, words) in _READING.items() if not needs or needs & there}
@@ -211,24 +213,13 @@ _READING: dict[str, tuple[set[str], str]] = {
 
 def _run_facts(result: Result) -> dict[str, str]:
     pool, recipe = result.pool, result.recipe
-    facts = {
-        "command": result.command,
-        "model": recipe.model,
-        "pool": f"{pool.data.description}: {len(pool.data)} used, {int(pool.data.lengths.sum()):,} tokens",
-    }
-    if result.target is not None:
-        facts["target"] = f"{result.target.data.description}: {len(result.target.data)} used"
-        if result.target.subtasks:
-            facts["target"] += f", {len(set(result.target.subtasks))} subtasks"
+    facts = {"command": result.command, **data_facts(recipe, pool, result.target)}
     if result.selections:
         chosen = result.selections[0]
         facts["method"] = f"{chosen.estimator}, {chosen.method.label}, {len(chosen)} chosen"
     checkpoints = pool.checkpoints() if _views(result) else []  # never trains any
     facts["checkpoints"] = ", ".join(_checkpoint_name(c) for c in checkpoints) or "none needed"
-    facts["gradients"] = (
-        f"{recipe.gradients.modules} modules, {recipe.gradients.projection.kind} projection to "
-        f"{recipe.gradients.projection.dim} dimensions, {recipe.gradients.dtype}"
-    )
+    facts |= gradient_facts(recipe)
     for view in _views(result) if checkpoints else ():
         error = pool.measured_error(checkpoints[-1], view)
         facts[f"measured on {view} rows"] = "nothing: too few rows" if error is None else str(error)
@@ -248,18 +239,6 @@ def _views(result: Result) -> list[View]:
 def _checkpoint_name(checkpoint: Checkpoint) -> str:
     rate = "" if checkpoint.learning_rate is None else f" (η̄ {checkpoint.learning_rate:.2e})"
     return Path(checkpoint.name).name + rate
-
-
-def _repeat(result: Result) -> dict[str, Any]:
-    return {
-        "recipe": as_yaml(result.recipe),
-        "versions": versions(),
-        "fingerprints": {
-            "pool": result.pool.data.fingerprint,
-            **({"target": result.target.data.fingerprint} if result.target else {}),
-            **{f"scores, {entry.method.label}": entry.fingerprint for entry in result.scores},
-        },
-    }
 
 
 def outcome_blocks(outcomes: SequenceABC[Outcome], notes: SequenceABC[str] = ()) -> tuple[Block, ...]:

@@ -27,8 +27,9 @@ from gradsift.influence.prompts import PromptTarget
 from gradsift.influence.reliability import Over, Reliability
 from gradsift.influence.responses import SampledResponses
 from gradsift.influence.scores import Scores
-from gradsift.recipe import Recipe
+from gradsift.recipe import Recipe, as_yaml
 from gradsift.selection.select import Selection
+from gradsift.store.manifest import versions
 from gradsift.store.run import Run
 from gradsift.validation.validate import Validation
 
@@ -336,3 +337,30 @@ def shares(result: Result, ids: SequenceABC[str]) -> dict[str, dict[str, int]]:
     """How many of the ids have each value of each group column."""
     positions = result.pool.data.positions(ids)
     return {column: groups.counts(positions) for column, groups in result.groups.items()}
+
+
+def data_facts(recipe: Recipe, pool: Pool, target: Target | PromptTarget | None) -> dict[str, str]:
+    """What every page of a run says of its model, pool and target."""
+    facts = {
+        "model": recipe.model,
+        "pool": f"{pool.data.description}: {len(pool.data)} used, {int(pool.data.lengths.sum()):,} tokens",
+    }
+    if target is not None:
+        subtasks = f", {len(set(target.subtasks))} subtasks" if target.subtasks else ""
+        facts["target"] = f"{target.data.description}: {len(target.data)} used{subtasks}"
+    return facts
+
+
+def gradient_facts(recipe: Recipe) -> dict[str, str]:
+    """What every page of a run says of its gradients."""
+    settings, projection = recipe.gradients, recipe.gradients.projection
+    words = f"{settings.modules} modules, {projection.kind} projection to {projection.dim} dimensions, {settings.dtype}"
+    return {"gradients": words}
+
+
+def how_to_repeat(
+    recipe: Recipe, pool: Pool, target: Target | PromptTarget | None, more: Mapping[str, str]
+) -> dict[str, Any]:
+    """Recipe, versions, and fingerprints of the data and of what else there is by name."""
+    own = {"pool": pool.data.fingerprint} | ({} if target is None else {"target": target.data.fingerprint})
+    return {"recipe": as_yaml(recipe), "versions": versions(), "fingerprints": {**own, **more}}

@@ -194,7 +194,7 @@ class Chart:
     rows:        (name, value, spread, whether it is best)
     ticks:       places and texts along x; round numbers by default
     logarithmic: place x by its logarithm
-    stats:       figures below it
+    stats:       figures below it, then what is to be minded, and other sentences
     series:      of which it is the chart, where there is one for each
     """
 
@@ -210,6 +210,7 @@ class Chart:
     logarithmic: bool = False
     height: float = 220
     stats: Mapping[str, str] = field(default_factory=dict)
+    caution: str = ""
     below: tuple[str, ...] = ()
     series: int | None = None
     kind: Literal["chart"] = "chart"

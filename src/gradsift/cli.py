@@ -483,9 +483,9 @@ def evaluate(given: Given) -> None:
     from gradsift.jobs.train_evaluate import evaluations_as_dict, metrics_of, place_of, print_evaluations, run_evaluate
 
     metrics = metrics_of(given)
-    found, failures = run_evaluate(
-        place_of(given, _reporter(given)), given["adapter"], metrics, with_base=given["base"]
-    )
+    own = of.filled(_pick(given.options, "max-length", "supervise", "dtype", "device"), given)
+    place = place_of({**given, **own}, _reporter(given))
+    found, failures = run_evaluate(place, given["adapter"], metrics, with_base=given["base"])
     if given["json"]:
         _print_json(evaluations_as_dict(found, failures))
     elif found:

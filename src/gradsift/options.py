@@ -401,6 +401,15 @@ def _number(field: str, text: Any) -> Any:
     return text
 
 
+def filled(options: Sequence[Option], given: Mapping[str, Any]) -> dict[str, Any]:
+    """What was given for options, as their fields have it, or else their defaults."""
+    values = {option.key: given.get(option.key) for option in options}
+    return {
+        option.key: default_of(option) if values[option.key] is None else _number(option.field, values[option.key])
+        for option in options
+    }
+
+
 def overrides_of(options: Sequence[Option], given: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of a recipe that options put in place of what its file says."""
     from gradsift.recipe import put

@@ -487,7 +487,7 @@ def test_fields_without_an_option(monkeypatch: pytest.MonkeyPatch) -> None:
     """--set reaches every field in each command that has it, and names who has it where this one has not."""
     recipes: list[Any] = []
 
-    def keep(recipe: Any, *_: Any) -> None:
+    def keep(recipe: Any, *_: Any, **__: Any) -> None:
         recipes.append(recipe)
         raise DataError("stop here")
 

@@ -131,6 +131,7 @@ class Estimator(Settings):
     by_chance: whether its ranking means nothing, as a control.
     raters: what grades rows, one by one, if anything does.
     text_model: the sentence-transformers model that embeds the texts of pool and target, if one does.
+    trained: whether it takes the model as it is trained, whatever it reads, so that a warm-up comes first.
     """
 
     needs_target: ClassVar[bool] = True
@@ -142,6 +143,7 @@ class Estimator(Settings):
     by_chance: ClassVar[bool] = False
     raters: ClassVar[tuple[Any, ...]] = ()
     text_model: ClassVar[str | None] = None
+    trained: ClassVar[bool] = False
 
     kind: str
 

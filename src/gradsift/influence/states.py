@@ -39,6 +39,11 @@ class _OfStates(Estimator):
 
     checkpoint: Literal["base", "last"] = "base"
 
+    @property
+    def trained(self) -> bool:  # type: ignore[override]
+        """Whether it takes the last adapter's states."""
+        return self.checkpoint == "last"
+
     def pooled(self) -> tuple[Pooling, int]:
         """Which tokens' states are taken, and of which layer."""
         raise NotImplementedError
@@ -71,7 +76,8 @@ class _OfStates(Estimator):
         assert target is not None, self
         found = []
         for data in (pool.data, target.data):
-            kept = self.checkpoint == "base" and pool.run.manifest(_prefix(pool, data, None, *self.pooled()))
+            there = not self.trained or bool(pool.adapters)
+            kept = there and pool.run.manifest(_prefix(pool, data, self._at(pool), *self.pooled()))
             tokens = float(sum(data.token_counts()))
             found.append(Passes("hidden states", len(data.ids), tokens, bool(kept), forward=True))
         return found

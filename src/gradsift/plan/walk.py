@@ -187,8 +187,13 @@ class Walk:
             self._gradients(method, targets=method.needs_target)
 
     def _other_passes(self, method: Estimator, target: Target | PromptTarget | None) -> None:
-        for one in method.passes(self.kept or self.pool, target):
-            if self.is_new("passes", method.model_dump_json(), one):
+        """What else it takes of the model, at the checkpoints where those are there."""
+        place = self.kept or self.pool
+        if method.trained:
+            known = [one.adapter for one in self._checkpoints() if one is not None and one.adapter is not None]
+            place = replace(place, adapters=tuple(known))
+        for one in method.passes(place, target):
+            if self.is_new("passes", method.model_dump_json(), one, self.pool.seed):
                 backward, forward = (0.0, one.tokens) if one.forward else (one.tokens, 0.0)
                 self.add(Work(one.stage, one.rows, backward, forward, done=one.done and self.kept is not None))
 

@@ -188,7 +188,7 @@ class Walk:
 
     def _other_passes(self, method: Estimator, target: Target | PromptTarget | None) -> None:
         for one in method.passes(self.kept or self.pool, target, self._checkpoints):
-            if self.is_new("passes", method.model_dump_json(), one):
+            if self.is_new("passes", method.model_dump_json(), one, self.pool.seed):
                 backward, forward = (0.0, one.tokens) if one.forward else (one.tokens, 0.0)
                 self.add(Work(one.stage, one.rows, backward, forward, done=one.done and self.kept is not None))
 

@@ -41,12 +41,14 @@ from gradsift.influence.dsir import DSIR
 from gradsift.influence.estimator import Influence
 from gradsift.influence.ji2s import JI2S, _full_direction
 from gradsift.influence.less import LESS
+from gradsift.influence.magic import MAGIC
 from gradsift.influence.nice import NICE, NICEIF, PolicyTargets, sampler_of
 from gradsift.influence.prompts import PromptTarget, open_prompts
 from gradsift.influence.random import Random
 from gradsift.influence.ratings import FunctionRating, rate
 from gradsift.influence.rds import RDS, kept_embeddings
 from gradsift.influence.scores import score
+from gradsift.influence.states import RDSPlus, states
 from gradsift.influence.trak import TRAK
 from gradsift.model.models import adapter_identity, generation_ends, model_identity, whole_identity
 from gradsift.rewards.function import function_identity
@@ -667,6 +669,8 @@ def every_address(pool: Pool, address: Address, tmp_path: Path) -> dict[str, str
         "validation": lambda: _Bench(pool, OneStep(), "trained", checkpoint),
         "evaluations": lambda: evaluate(place, None, [HeldOutLoss(target_rows())]),
         "checks": lambda: kept_check(pool.run, torch.nn.Linear(2, 2), (), (), model=pool.model, pattern="lora"),
+        "states": lambda: states(pool, pool.data, None, "position_weighted", -1),
+        "replays": lambda: MAGIC()._replay(pool, set(), 0),
         "times": timed,
     }
     addresses = {kind: address(kind, call) for kind, call in found.items()}
@@ -676,6 +680,8 @@ def every_address(pool: Pool, address: Address, tmp_path: Path) -> dict[str, str
     addresses["labels"] = open_model(pool.model, out=pool.run, max_length=64, device="cpu").chat.fingerprint
     addresses["merge"] = str(runs.revised("merge", {}))
     addresses["scores of rows"] = str(LESS().inputs(pool))
+    addresses["scores of states"] = str(RDSPlus().inputs(pool))
+    addresses["scores of replays"] = str(MAGIC().inputs(pool))
     addresses["scores of embeddings"] = str(RDS(model=str(encoder)).inputs(pool))
     return addresses
 
@@ -690,13 +696,17 @@ class _Nothing:
 # What is made from each kind, besides itself and the times that it takes, among `every_address`.
 MADE_FROM = {
     "labels": {"data", "checkpoints", "gradients", "samples", "rewards", "scores", "scores of rows", "explanations",
-               "validation", "evaluations", "evaluated rewards"},
-    "data": {"checkpoints", "gradients", "scores", "scores of rows", "explanations", "validation", "evaluations"},
+               "validation", "evaluations", "evaluated rewards", "states", "scores of states", "replays",
+               "scores of replays"},
+    "data": {"checkpoints", "gradients", "scores", "scores of rows", "explanations", "validation", "evaluations",
+             "states", "replays", "scores of replays"},
     "gradients": {"scores of rows", "explanations"},
     "samples": {"rewards", "evaluated rewards"},
     "rewards": {"evaluated rewards"},
     "scores": {"explanations"},
     "embeddings": {"scores of embeddings"},
+    "states": {"scores of states"},
+    "replays": {"scores of replays"},
     "evaluations": {"evaluated rewards"},
 }  # fmt: skip
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -144,6 +144,11 @@ class MAGIC(Estimator):
             grouped=self.per == "subtask",
             terms=MagicTerms(errors, growth, check),
         )
+
+    def inputs(self, pool: Pool) -> dict[str, Any]:
+        """The trainings, as they are where no row is in the target."""
+        seeds = range(pool.seed, pool.seed + self.seeds)
+        return {**super().inputs(pool), "replays": [self._replay(pool, set(), seed)[0].fingerprint for seed in seeds]}
 
     def passes(
         self, pool: Pool, target: Target | None, checkpoints: Callable[[], SequenceABC[Checkpoint | None]]

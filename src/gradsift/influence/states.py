@@ -21,7 +21,7 @@ from gradsift.gradients.collect import SequenceSource
 from gradsift.influence.estimator import Estimator, Influence, Passes, refuse_too_many
 from gradsift.model.loss import head_at, pad
 from gradsift.model.models import DtypeName, host, model_identity
-from gradsift.store.run import Run
+from gradsift.store.run import Run, revisions
 from gradsift.store.tensors import publish_tensors, read_tensors
 from gradsift.warmup.checkpoint import Checkpoint
 
@@ -65,7 +65,7 @@ class _OfStates(Estimator):
 
     def inputs(self, pool: Pool) -> dict[str, Any]:
         """The model that is asked."""
-        return {**super().inputs(pool), "states": _config(pool, self._at(pool), *self.pooled())}
+        return {**super().inputs(pool), "states": _config(pool, self._at(pool), *self.pooled()), **revisions("states")}
 
     def passes(
         self, pool: Pool, target: Target | None, checkpoints: Callable[[], SequenceABC[Checkpoint | None]]

@@ -22,19 +22,7 @@ from gradsift.influence.shown import score_ends
 from gradsift.jobs.results import data_facts, gradient_facts, groups_of, how_to_repeat, known_columns
 from gradsift.model import embeddings
 from gradsift.report import text
-from gradsift.report.blocks import (
-    Bars,
-    Block,
-    Chart,
-    Choice,
-    Example,
-    Group,
-    Legend,
-    Map,
-    Space,
-    Text,
-    View,
-)
+from gradsift.report.blocks import Bars, Block, Chart, Choice, Example, Group, Legend, Map, Space, Text, View
 from gradsift.report.maps import layout, sample
 
 MOST_POINTS = 2000
@@ -214,13 +202,7 @@ def _map(grid: Grid, sets: Rows, counted: Counted) -> tuple[list[Block], list[st
     return [drawn], []
 
 
-def choice_view(
-    number: int,
-    contender: Contender,
-    budget: int,
-    sets: Rows,
-    place: Mapping[int, int],
-) -> View:
+def choice_view(number: int, contender: Contender, budget: int, sets: Rows, place: Mapping[int, int]) -> View:
     """What one arm chose under a budget, on the map.
 
     Args:

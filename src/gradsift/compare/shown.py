@@ -173,12 +173,7 @@ class Shown:
             bar = Bar(lowest - margin, highest + margin, point=found.mean, span=span, tone=verdict)  # type: ignore[arg-type]
             words = Cell(text.written(found.mean, layout), note, verdict, tone=verdict)  # type: ignore[arg-type]
             rows.append(Cells((arm, Cell("", bar=bar), words), self.series(arm)))
-        return Table(
-            columns("method", "", "#difference"),
-            tuple(rows),
-            self.column(key),
-            self.unit(key),
-        )
+        return Table(columns("method", "", "#difference"), tuple(rows), self.column(key), self.unit(key))
 
     def notes(self) -> list[Text]:
         """What metrics the figures are of."""

@@ -250,10 +250,7 @@ def validation_blocks(validation: Validation, outputs: SequenceABC[str]) -> tupl
         "Each point is a choice that was trained on for one step (of a random strategy, the first draw). Support: how "
         "much likelier the output became than after random examples (nats; above 0 = training supports it)."
     )
-    return (
-        Text(said),
-        Group((chart, Group((*summed, *([Facts(facts)] if facts else [])))), style="tables"),
-    )
+    return (Text(said), Group((chart, Group((*summed, *([Facts(facts)] if facts else [])))), style="tables"))
 
 
 def bins_table(bins: SequenceABC[ScoreBin]) -> Table:

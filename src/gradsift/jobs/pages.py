@@ -14,10 +14,7 @@ from gradsift.report.html import render
 from gradsift.store.run import Run
 
 _KEPT = {"report.html": "report.json"}  # others: NAME.page.json
-_AGAIN = {
-    "report.html": "`gradsift select` or `gradsift explain`",
-    "comparison.html": "`gradsift compare`",
-}
+_AGAIN = {"report.html": "`gradsift select` or `gradsift explain`", "comparison.html": "`gradsift compare`"}
 
 
 def kept_as(key: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -260,6 +261,7 @@ class _errors:  # noqa: N801  # reads as a phrase: with _errors(...)
 def _reporter(given: Given) -> Any:
     from gradsift.base.progress import Reporter
 
+    gc.enable()
     _calm_libraries()
     return Reporter(quiet=bool(given.get("quiet")))
 

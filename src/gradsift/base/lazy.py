@@ -5,6 +5,7 @@ Modules that a recipe or an option needs say `from gradsift.base.lazy import Ten
 
 from __future__ import annotations
 
+import gc
 import sys
 from importlib import import_module
 from types import ModuleType
@@ -20,7 +21,16 @@ else:
         """Stands for a module, which is imported with the first of its names that is asked for."""
 
         def __getattr__(self, name: str) -> Any:
-            return getattr(import_module(self.__name__), name)
+            module = sys.modules.get(self.__name__)
+            if module is None or module.__spec__._initializing:  # not there, or another thread is importing it
+                collecting = gc.isenabled()
+                gc.disable()  # a tenth of the time to import goes into looking for garbage where there is none
+                try:
+                    module = import_module(self.__name__)
+                finally:
+                    if collecting:
+                        gc.enable()
+            return getattr(module, name)
 
     class _OfTensors(type):
         def __instancecheck__(cls, value: object) -> bool:

@@ -107,7 +107,7 @@ def check_shape(shown: str, came: str) -> None:
             continue
         if not line.strip() or line.startswith("…"):
             continue
-        wanted = re.escape(masked(line)).replace("…", ".*")
+        wanted = re.escape(masked(line)).replace("…", ".*") + "( .*)?" * line.endswith(".")
         label, colon, _ = wanted.partition(":")
         label = re.sub(r"\\ \\\(.*", "", label)  # (cut at 128 tokens), (3 times)
         if not any(re.fullmatch(wanted, line) or (colon and re.match(label, line)) for line in lines):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import tempfile
 from collections import Counter
 from dataclasses import fields, is_dataclass, replace
 from itertools import combinations
@@ -58,6 +59,7 @@ from gradsift.selection.candidates import Candidates
 from gradsift.selection.facility_location import FacilityLocation
 from gradsift.selection.random import RandomChoice
 from gradsift.selection.top_k import MostHarmful, MostHelpful
+from gradsift.store.run import Run
 from gradsift.validation.one_step import OneStep
 from gradsift.validation.statistics import agreement
 from gradsift.validation.validate import Cell as Selected
@@ -263,7 +265,9 @@ def explanation(pool: list[dict[str, Any]], *, output: str = "") -> Page:
     if output:
         entry = replace(entry, output=output)
     found = SimpleNamespace(
-        pool=SimpleNamespace(data=data, model="SmolLM2-135M-Instruct"),
+        pool=SimpleNamespace(
+            data=data, model="SmolLM2-135M-Instruct", run=Run(tempfile.mkdtemp(prefix="gradsift-page-")), device="cpu"
+        ),
         store=SimpleNamespace(measured_error=None),
         estimators=[SimpleNamespace(label="LESS")],
         strategies=STRATEGIES,

@@ -29,7 +29,8 @@ from gradsift.base.types import Prompt
 from gradsift.data.load import load_examples
 from gradsift.generation.samples import _SCHEMA, Samples
 from gradsift.model.models import adapter_identity
-from gradsift.recipe import Recipe, as_yaml, load_recipes, template
+from gradsift.options import template
+from gradsift.recipe import Recipe, as_yaml, load_recipes
 from gradsift.store.gradient_store import GradientStore, GradientStoreWriter, ShardColumns
 from gradsift.store.manifest import read_json
 from gradsift.store.run import Run

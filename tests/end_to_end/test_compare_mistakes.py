@@ -97,7 +97,7 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
      "compare.arms.0.training: training preset 'ji2' is unknown; there are less"),
     ("training of the base", {"arms": [{"base": True, "training": "less"}]}, {}, "training does not go with it"),
     ("field of the training", {"training": {"epoch": 1}}, {}, "'compare.training.epoch'; did you mean 'epochs'?"),
-    ("budget in words", {"budgets": ["many"]}, {}, "compare.budgets.0 is 'many': it should be a valid number"),
+    ("budget in words", {"budgets": ["many"]}, {}, "compare.budgets.0 is 'many': wanted a number of examples"),
     ("seeds that are no list", {"seeds": "0"}, {}, "compare.seeds is '0': wanted a list"),
     ("no target", {"arms": [{"estimator": {"kind": "less"}}]}, {"target": None}, "no target: give --target"),
     ("rater of no judge", {"arms": [{"estimator": {"kind": "alpagasus"}}]}, {"judge": None},

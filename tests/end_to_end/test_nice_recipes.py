@@ -360,5 +360,6 @@ def test_the_recipes_can_be_planned(dry: Dry, name: str) -> None:
     found = Cli("plan", dry.written(name, None if name in USER else 0), "--json", "--quiet").succeeded().json
     assert found["checkpoints"] == 4
     assert found["target"]["rows"] == {"nice-paper-alpacaeval.yaml": 10, "nice-paper-tldr.yaml": 2}.get(name, 3)
-    assert found["stages"]["pool gradients"]["seconds"] > 0
+    stage = found["stages"]["pool gradients"]
+    assert stage["done"] or stage["seconds"] > 0  # another recipe's run may have made them
     assert len(dry.server.requests) == before

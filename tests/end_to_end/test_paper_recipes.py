@@ -83,9 +83,10 @@ def test_compacts_recipe_can_be_planned(compact: Path) -> None:
     for one in found:
         stages = one["stages"]
         assert {"warm-up", "pool gradients", "answers", "choosing", "training on choices"} <= set(stages)
-        assert stages["warm-up"]["tokens"] > stages["pool gradients"]["tokens"]  # all rows, against a sample of them
-        assert stages["answers"]["tokens"] == 2 * 4
-        assert all(stage["seconds"] > 0 for name, stage in stages.items() if name != "target gradients")
+        if not stages["warm-up"]["done"]:  # of all rows, against a sample of them
+            assert stages["warm-up"]["tokens"] > stages["pool gradients"]["tokens"]
+        assert stages["answers"]["done"] or stages["answers"]["tokens"] == 2 * 4
+        assert all(stage["done"] or stage["seconds"] > 0 for stage in stages.values())
     assert "training on choices" in Cli("plan", compact).succeeded().out
 
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import page_examples
+from gradsift.explanation import shown
 from gradsift.explanation.explain import StrategyResult
 from gradsift.explanation.shown import (
     explained_blocks,
@@ -22,6 +29,7 @@ from gradsift.explanation.shown import (
 from gradsift.explanation.table import relevance_table
 from gradsift.jobs.explanation_pages import spread_blocks
 from gradsift.report.blocks import Cell, Choice, Fold, Map, Section, Table, Text, Verdict, walk
+from gradsift.store.run import Run
 
 
 @pytest.mark.parametrize(
@@ -157,3 +165,21 @@ def test_what_makes_a_value_worthless_is_said(monkeypatch: pytest.MonkeyPatch) -
     cautions = [part.cautions for part in walk(page.sections) if isinstance(part, Verdict)]
     assert cautions[0][0].startswith("The output's gradient is reconstructed exactly")
     assert cautions[4][0].startswith("The chosen gradients are almost zero")
+
+
+def test_a_map_is_laid_out_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page that is written again finds where its rows lie; other rows, or a damaged file, are laid out anew."""
+    pool: Any = SimpleNamespace(run=Run(tmp_path / "run"))
+    rows, calls = np.random.default_rng(0).normal(size=(12, 5)).astype(np.float32), []
+    original = shown.layout
+    monkeypatch.setattr(shown, "layout", lambda rows: calls.append(len(rows)) or original(rows))
+    first = shown._mapped(pool, rows)
+    assert shown._mapped(pool, torch.from_numpy(rows)) == first == tuple(original(rows))
+    assert len(calls) == 1
+    shown._mapped(pool, rows[:6])
+    (kept,) = [
+        path for path in (tmp_path / "run" / "maps").iterdir() if len(json.loads(path.read_text())["points"]) == 12
+    ]
+    kept.write_text(kept.read_text().replace("0.", "1.", 1))
+    assert shown._mapped(pool, rows) == first
+    assert calls == [12, 6, 12]

@@ -30,7 +30,6 @@ from gradsift.influence.ji2s import JI2S, JointTerms, ji2s_scores, joint_warning
 from gradsift.influence.less import LESS
 from gradsift.influence.products import unit_rows
 from gradsift.influence.scores import score
-from gradsift.options import estimator_of
 from gradsift.selection.facility_location import FacilityLocation
 from gradsift.selection.joint_greedy import JointGreedy
 from gradsift.selection.select import select
@@ -329,21 +328,8 @@ def test_settings_refuse_what_does_not_go_together() -> None:
         JI2S(joint_weight=math.nan)
 
 
-def test_the_command_line_names_it() -> None:
-    """`--estimator ji2s` takes the optimizer and the checkpoints, and no damping."""
-    given: dict[str, Any] = {"checkpoints": "last", "optimizer": "sgd", "raw": False, "damping": None, "seed": 0}
-    assert JI2S(**estimator_of("ji2s", given)) == JI2S(checkpoints="last", optimizer="sgd")
-    with pytest.raises(ConfigError, match="damping"):
-        estimator_of("ji2s", {**given, "damping": 0.1})
-    own = {"hessian": "identity", "joint_weight": 0.5, "joint_lr_power": 2, "pair_reduction": "mean"}
-    flags = {"standardise_terms": False, "normalise": True, "subtract_bias": False}
-    assert JI2S(**estimator_of("ji2s", given | own | flags)) == JI2S(
-        hessian="identity", joint_weight=0.5, joint_lr_power=2, pair_reduction="mean", standardise_terms=False,
-        normalise=True, checkpoints="last", optimizer="sgd",
-    )  # fmt: skip
-    for name, value in (own | flags).items():
-        with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')} goes with --estimator ji2s, not with less"):
-            estimator_of("less", {**given, name: value})
+def test_the_rows_that_it_reads() -> None:
+    """Adam's or plain ones, at all checkpoints or the last."""
     methods: list[Estimator] = [JI2S(), JI2S(optimizer="sgd"), JI2S(checkpoints="last")]
     assert [method.view for method in methods] == ["adam", "plain", "adam"]
     assert [method.last_checkpoint for method in methods] == [False, False, True]

@@ -288,6 +288,9 @@ class Rows(dict[str, torch.Tensor]):
     def rows_by_id(self, ids: list[str]) -> torch.Tensor:
         return torch.stack([self[id_] for id_ in ids])
 
+    def holds(self, ids: list[str]) -> np.ndarray:
+        return np.array([id_ in self for id_ in ids])
+
 
 @pytest.mark.parametrize("strategy", EVERY, ids=lambda strategy: strategy.label)
 def test_a_row_without_a_gradient_is_never_chosen(strategy: Selector) -> None:

@@ -15,11 +15,13 @@ from gradsift.base.errors import GradsiftError
 from gradsift.base.lazy import Tensor, torch
 from gradsift.base.ranks import descending_ranks
 from gradsift.base.strings import Strings
+from gradsift.context import Pool
 from gradsift.data.dataset import Dataset
 from gradsift.data.shown import row_example, turns_of
 from gradsift.explanation.explain import Explanation, Explanations, StrategyResult
 from gradsift.explanation.relevance import AGGREGATIONS
 from gradsift.explanation.table import RelevanceTable
+from gradsift.influence.rds import kept_embeddings
 from gradsift.model import embeddings
 from gradsift.report import text
 from gradsift.report.blocks import (
@@ -54,7 +56,8 @@ from gradsift.report.maps import layout
 from gradsift.selection.candidates import Order, naive_key
 from gradsift.selection.facility_location import cost_from_scores, similarity_from_cosines
 from gradsift.selection.selector import Selector
-from gradsift.store.manifest import versions
+from gradsift.store.manifest import fingerprint, read_if_whole, versions
+from gradsift.store.storage import checksum
 
 CAP_DB = 120.0
 MOST_EXPLAINING = 500  # examples of all outputs together
@@ -281,11 +284,11 @@ def explanation_page(
     estimator = explanations.estimators[0].label
     shown = _Candidates(explanations, entry)
     lacking: list[str] = []
-    spaces = [Space("Gradients", "near = they would change the model alike", tuple(layout(shown.rows)))]
-    meanings = _embedded(shown.texts, embedding, lacking)
+    spaces = [Space("Gradients", "near = they would change the model alike", _mapped(explanations.pool, shown.rows))]
+    meanings = _embedded(explanations.pool, shown.texts, embedding, lacking)
     if meanings is not None:
         note = "near = they say alike (sentence embeddings)"
-        spaces.append(Space("Texts", note, tuple(layout(meanings))))
+        spaces.append(Space("Texts", note, _mapped(explanations.pool, meanings)))
     results = [found for found in entry.results if found.estimator == estimator]
     names = list(dict.fromkeys(found.strategy for found in results))
     budgets = sorted({found.k for found in results})
@@ -534,12 +537,23 @@ def _main_order(strategies: Sequence[Selector]) -> Order:
     return next((order for order in orders if order is not None and order != "any"), "most_helpful")
 
 
-def _embedded(texts: Sequence[str], model: str | None, lacking: list[str]) -> NDArray[np.float32] | None:
+def _mapped(pool: Pool, rows: Tensor | NDArray[np.float32]) -> tuple[tuple[float, float], ...]:
+    """`layout`, kept in the run folder under the rows: a page that is written again waits for no t-SNE."""
+    values = np.ascontiguousarray(rows if isinstance(rows, np.ndarray) else rows.detach().cpu().numpy())
+    key = f"maps/{fingerprint([checksum(values.data), list(values.shape), str(values.dtype)])}.json"
+    kept = read_if_whole(pool.run.storage, key, sealed=True)
+    if kept is None:
+        kept = {"points": layout(rows)}
+        pool.run.publish_json(key, kept, sealed=True)
+    return tuple((float(x), float(y)) for x, y in kept["points"])
+
+
+def _embedded(pool: Pool, texts: Sequence[str], model: str | None, lacking: list[str]) -> NDArray[np.float32] | None:
     """Embeddings for the map, or None with the reason where the default model cannot be had."""
     if model is None:
         return None
     try:
-        return embeddings.embed(texts, model)
+        return kept_embeddings(pool.run, texts, model, pool.device)
     except GradsiftError as error:
         if model != embeddings.DEFAULT:
             raise

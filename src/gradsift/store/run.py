@@ -13,6 +13,7 @@
       scores/<fingerprint>/     scores of one pool for one target and method
       ratings/<fingerprint>/    what a judge, a function or losses say of single rows
       embeddings/<fingerprint>/ sentence embeddings of texts
+      maps/<fingerprint>.json   where rows lie on a page's map
       states/<fingerprint>/     hidden states of rows, one vector each
       curvature/<fingerprint>/  the Hessian of a target's loss, times the sum of a pool
       replays/<fingerprint>/    a training step by step, to go back through, and what was found on the way

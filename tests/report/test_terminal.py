@@ -81,6 +81,17 @@ def test_a_table_of_shares_has_the_shares_alone_and_a_title_that_says_more_than_
     assert "Skills" in printed(Table((Column("skill"),), (Row(("math",)),), "Skills"))
 
 
+def test_notes_give_way_before_figures_are_cut() -> None:
+    """A field's note stands beside it where the whole table has room, and nowhere else; then columns move closer."""
+    rows = (Row(("LESS", Cell("88 s", "144 examples, 8,388 tokens"), Cell("16 s", "24 items, 512 tokens"))),)
+    costs = Table((Column("method"), Column("train", "wall time, all seeds"), Column("evaluate")), rows)
+    assert "8,388 tokens" in printed(costs, width=80)
+    said = printed(costs, width=60)
+    assert "LESS     88 s             16 s" in said
+    assert "…" not in said + printed(costs, width=34)
+    assert "LESS    88 s            16 s" in printed(costs, width=34)
+
+
 def test_sections_and_groups_have_titles_and_folds_and_drawings_are_left_to_the_page() -> None:
     """A verdict is a line; a chart and what is folded away are not shown."""
     verdict = Verdict("+3.0 dB", "FL", "Accounts for half.", ("Almost zero.",))

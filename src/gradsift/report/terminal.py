@@ -49,14 +49,21 @@ def draw(blocks: Iterable[Block | Section], out: Console | None = None) -> None:
 
 
 def _draw_table(block: Table, out: Console) -> None:
-    brief = block.style == "shares"  # whose notes, counts, have their place on the page
-    cells = [[_named(row.cells[0]), *(_written(cell, brief) for cell in row.cells[1:])] for row in block.rows]
-    kept = [n for n in range(len(block.columns)) if block.columns[n].name or any(row[n] for row in cells)]
-    named = ["\n".join(filter(None, (_head(block.columns[n].name), block.columns[n].note))) for n in kept]
+    """With the notes of its fields, but for those of shares, which are counts, and where there is no room for them;
+    closer where there is still too little."""
+    for brief in (False, True) if block.style != "shares" else (True,):
+        cells = [[_named(row.cells[0]), *(_written(cell, brief) for cell in row.cells[1:])] for row in block.rows]
+        kept = [n for n in range(len(block.columns)) if block.columns[n].name or any(row[n] for row in cells)]
+        named = ["\n".join(filter(None, map(_head, (block.columns[n].name, block.columns[n].note)))) for n in kept]
+        lines = [[row[n] for n in kept] for row in cells]
+        if fits := sum(_widths(named, lines)) - 1 <= out.width:
+            break
     title = f"{block.title} ({block.note})" if block.note else block.title
     wide, right = [name for name in named if name == "detail"], [block.columns[n].numeric for n in kept]
-    lines = [[row[n] for n in kept] for row in cells]
-    out.print(table("" if title in named[:1] else title, named, lines, wide=wide, right=right))
+    drawn = table("" if title in named[:1] else title, named, lines, wide=wide, right=right)
+    if not fits:
+        drawn.padding = (0, 1, 0, 0)
+    out.print(drawn)
 
 
 def _draw_examples(block: Examples, out: Console) -> None:
@@ -68,8 +75,7 @@ def _draw_examples(block: Examples, out: Console) -> None:
     rows = [[*([one.lead] if one.lead else []), *(_written(cell) for _, cell in one.facts), one.id] for one in shown]
     for longest in (_LONGEST, 1):  # one word a line where figures leave little room
         heads = [_head(name, longest) for name in names]
-        widths = [max(map(cell_len, (*head.splitlines(), *cells))) for head, *cells in zip(heads, *rows, strict=True)]
-        room = out.width - 2 - sum(width + 3 for width in widths)
+        room = out.width - 2 - sum(_widths(heads, rows))
         if room >= _LEAST:
             break
     said = ("prompt", "answer") if room >= 2 * _LEAST + 3 else ("prompt",)
@@ -78,6 +84,11 @@ def _draw_examples(block: Examples, out: Console) -> None:
     left = max(block.total, len(block.examples)) - len(shown)
     if left > 0:
         out.print(f"… and {left:,} more\n")
+
+
+def _widths(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[int]:
+    """Of each column with what stands between it and the next."""
+    return [3 + max(map(cell_len, (*head.splitlines(), *cells))) for head, *cells in zip(heads, *rows, strict=True)]
 
 
 def _head(name: str, longest: int = _SHORT) -> str:

@@ -94,7 +94,7 @@ def check_shape(shown: str, came: str) -> None:
     """Tables have these headers and at least so many rows, files are listed, other lines differ in figures only.
 
     A line that begins with `…` leaves lines out, and `…` within one words. What follows a label such as
-    `the model says:` may differ.
+    `the model says:` may differ, and a sentence may be followed by another.
     """
     there, listed = tables(came), tables(shown)
     for header, rows in listed.items():
@@ -107,7 +107,7 @@ def check_shape(shown: str, came: str) -> None:
             continue
         if not line.strip() or line.startswith("…"):
             continue
-        wanted = re.escape(masked(line)).replace("…", ".*")
+        wanted = re.escape(masked(line)).replace("…", ".*") + "( .*)?" * line.endswith(".")
         label, colon, _ = wanted.partition(":")
         label = re.sub(r"\\ \\\(.*", "", label)  # (cut at 128 tokens), (3 times)
         if not any(re.fullmatch(wanted, line) or (colon and re.match(label, line)) for line in lines):

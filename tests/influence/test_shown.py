@@ -45,7 +45,8 @@ def test_figures_of_every_checkpoint_stand_side_by_side() -> None:
     table = cells([FOUND, second])
     assert [column.name for column in rewards_table([FOUND, second]).columns] == ["at checkpoint", "epoch-1", "epoch-2"]
     assert table["mean reward"] == ("0.500", "0.750")
-    assert table["lowest, quartiles, highest"][0] == "0 · 0 · 0.500 · 1 · 1"
+    quartiles = ("lowest reward", "lower quartile", "median", "upper quartile", "highest reward")
+    assert [table[name][0] for name in quartiles] == ["0.000", "0.000", "0.500", "1.000", "1.000"]
     assert table["prompts without signal"] == ("1 of 4", "1 of 4")
     assert table["prompts where all earn the same"] == ("2 of 4", "2 of 4")
     assert table["responses cut off"] == ("25.0\u202f%", "25.0\u202f%")

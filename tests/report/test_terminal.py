@@ -27,9 +27,9 @@ from gradsift.report.blocks import (
 from gradsift.report.terminal import draw
 
 
-def printed(*blocks: object) -> str:
+def printed(*blocks: object, width: int = 110) -> str:
     out = io.StringIO()
-    draw(blocks, Console(file=out, width=110, highlight=False))  # type: ignore[arg-type]
+    draw(blocks, Console(file=out, width=width, highlight=False))  # type: ignore[arg-type]
     return out.getvalue()
 
 
@@ -55,6 +55,30 @@ def test_the_first_ten_examples_are_listed_and_the_rest_counted() -> None:
     assert "id-10" not in said
     assert "question 3" in said
     assert "… and 10 more" in said
+
+
+@pytest.mark.parametrize("figures", [1, 3, 4])
+@pytest.mark.parametrize("width", [80, 110, 120])
+def test_figures_are_whole_and_texts_have_the_room_that_is_left(width: int, figures: int) -> None:
+    """Heads are broken at spaces, never cut; a prompt is there at any width, its answer where both can be read."""
+    names = ("score", "supervised tokens", "again with new samples", "again with new targets")[:figures]
+    turns = (Turn("user", "q" * 200), Turn("assistant", "z" * 200))
+    one = Example("arithmetic-009", turns, tuple((name, "0.0885") for name in names), lead="1,234")
+    said = printed(Examples((one,)), width=width)
+    *heads, _, row = (line for line in said.splitlines() if line.strip())
+    assert all(word in " ".join(heads).split() for name in names for word in name.split())
+    assert row.split()[: figures + 2] == ["1,234", *["0.0885"] * figures, "arithmetic-009"]
+    assert row.count("q") >= 9
+    assert ("answer" in said) == (row.count("z") >= 19) == ((width, figures) not in {(80, 3), (80, 4), (110, 4)})
+
+
+def test_a_table_of_shares_has_the_shares_alone_and_a_title_that_says_more_than_its_first_column() -> None:
+    """Counts beside shares are left to the page, and what names a column does not stand above it again."""
+    shares = (Row(("math", Cell("15.0\u202f%", "36"), Cell("91.7\u202f%", "22 · 6.11×"))),)
+    said = printed(Table((Column("skill"), Column("pool"), Column("LESS")), shares, "skill", style="shares"))
+    assert "22" not in said
+    assert [line.split()[0] for line in said.splitlines() if line.strip()] == ["skill", "─" * 23, "math"]
+    assert "Skills" in printed(Table((Column("skill"),), (Row(("math",)),), "Skills"))
 
 
 def test_sections_and_groups_have_titles_and_folds_and_drawings_are_left_to_the_page() -> None:

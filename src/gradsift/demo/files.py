@@ -10,7 +10,7 @@ from gradsift.store.storage import LocalStorage
 
 # Name in a user's folder: (name in the package, what it is good for)
 _FILES = {
-    "pool.jsonl": ("pool.jsonl", "examples to choose from"),
+    "pool.jsonl": ("pool.jsonl", "to choose from"),
     "target.jsonl": ("target_validation.jsonl", "of what the model should get better at"),
     "test.jsonl": ("target_heldout.jsonl", "of the same kind, to measure with"),
 }

@@ -83,8 +83,8 @@ def evaluations_blocks(found: Sequence[Evaluation]) -> tuple[Block, ...]:
 
 
 def _short(name: str) -> str:
-    """The last three parts of a path: run folders hold long ones."""
-    return "/".join(name.rstrip("/").split("/")[-3:])
+    """The last two parts of a path: run folders hold long ones."""
+    return "/".join(name.rstrip("/").split("/")[-2:])
 
 
 def evaluate(place: Setup, evaluated: Evaluated, metrics: Sequence[Metric]) -> Evaluation:

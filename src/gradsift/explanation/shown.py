@@ -219,9 +219,9 @@ def _chosen(found: StrategyResult, data: Dataset) -> Examples:
             row_example(
                 data,
                 example.id,
-                ("coefficient", Cell(weight, bar=Bar(low, high, value=example.coefficient))),
                 ("score", score),
-                ("rank", f"{example.rank:,}"),
+                ("coefficient", Cell(weight, bar=Bar(low, high, value=example.coefficient))),
+                lead=f"{example.rank:,}",
             )
             for example, weight, score in zip(found.examples, weights, scores, strict=True)
         ),

@@ -9,48 +9,72 @@ import numpy as np
 
 from gradsift.data.shown import excerpt, turns_of
 from gradsift.influence.diagnostics import CheckpointDiagnostics
+from gradsift.influence.prompts import RewardSummary
 from gradsift.influence.responses import PromptResponses, RewardedResponse
 from gradsift.report import text
 from gradsift.report.blocks import Block, Cell, Chart, Column, Entry, Example, Group, Row, Table, Text, Turn, columns
 from gradsift.report.charts import bins, finite
 
 MOST_PROMPTS = 100  # whose responses are shown
+_QUANTILES = ("lowest reward", "lower quartile", "median", "upper quartile", "highest reward")
 _ENDS = {"stop": "ended by itself", "length": "cut off"}
 
 
 def rewards_table(found: Sequence[CheckpointDiagnostics]) -> Table:
     """A line per figure and a column per checkpoint; figures that no checkpoint has are left out."""
     earned = [entry.rewards for entry in found]
-    layout = text.figures_layout([value for one in earned for value in (one.mean, one.within)])
-    rows: list[tuple[Entry, list[str]]] = [
+    cosines: list[tuple[Entry, list[str]]] = [
+        (
+            Cell("cosine of halves", "gradients from halves of a prompt's samples, median"),
+            [_cosine(one.median_half_cosine) for one in found],
+        )
+    ]
+    labelled = [one.median_loss_cosine for one in found]
+    if any(value is not None for value in labelled):
+        name = Cell("cosine to the labels", "with the gradient of the loss, median")
+        cosines.append((name, [_cosine(value) for value in labelled]))
+    sampled: list[tuple[Entry, list[str]]] = [
         ("prompts", [f"{one.prompts:,}" for one in earned]),
         (Cell("responses", "with a reward"), [f"{one.responses:,}" for one in earned]),
+        (Cell("responses cut off", "at the longest length"), [text.percent(one.cut_off) for one in earned]),
+        ("mean tokens of a response", text.figures([one.tokens for one in earned])),
+    ]
+    lines = [*sampled[:2], *_earned_lines(earned), *sampled[2:], *cosines]
+    names = [one.checkpoint.rpartition("/")[2] for one in earned]
+    return _by_checkpoint(names, lines, "Rewards of sampled responses")
+
+
+def earned_table(earned: Sequence[RewardSummary], pass_at: Sequence[Mapping[int, float]]) -> Table:
+    """Those lines of it that are about rewards, and pass@k by k of each checkpoint where there is any."""
+    lines = _earned_lines(earned)
+    for k in sorted({k for rates in pass_at for k in rates}):
+        lines.append((f"pass@{k}", [text.written(rates.get(k), ".3f") for rates in pass_at]))
+    return _by_checkpoint([one.checkpoint for one in earned], lines, "Rewards")
+
+
+def _earned_lines(earned: Sequence[RewardSummary]) -> list[tuple[Entry, list[str]]]:
+    layout = text.figures_layout([value for one in earned for value in (one.mean, one.within)])
+    spread = text.figures_layout([value for one in earned for value in one.quantiles])
+    return [
         ("mean reward", [text.written(one.mean, layout) for one in earned]),
         (
             Cell("spread within a prompt", "standard deviation; the signal"),
             [text.written(one.within, layout) for one in earned],
         ),
-        ("lowest, quartiles, highest", [" · ".join(map(text.figure, one.quantiles)) for one in earned]),
+        *((name, [text.written(one.quantiles[n], spread) for one in earned]) for n, name in enumerate(_QUANTILES)),
         ("rewards above 0", [text.percent(one.positive) for one in earned]),
         ("prompts where all earn the same", [f"{round(o.constant * o.prompts):,} of {o.prompts:,}" for o in earned]),
         (
             Cell("prompts without signal", "all responses have weight 0"),
             [f"{len(one.no_signal):,} of {one.prompts:,}" for one in earned],
         ),
-        (Cell("responses cut off", "at the longest length"), [text.percent(one.cut_off) for one in earned]),
-        (Cell("tokens of a response", "mean"), text.figures([one.tokens for one in earned])),
-        (
-            Cell("cosine of halves", "gradients from halves of a prompt's samples, median"),
-            [_cosine(one.median_half_cosine) for one in found],
-        ),
     ]
-    labelled = [one.median_loss_cosine for one in found]
-    if any(value is not None for value in labelled):
-        name = Cell("cosine to the labels", "with the gradient of the loss, median")
-        rows.append((name, [_cosine(value) for value in labelled]))
-    heads = [Column(one.checkpoint.rpartition("/")[2], numeric=True) for one in earned]
-    lines = tuple(Row((name, *cells)) for name, cells in rows)
-    return Table((Column("at checkpoint"), *heads), lines, "Rewards of sampled responses", style="figures")
+
+
+def _by_checkpoint(names: Sequence[str], lines: Sequence[tuple[Entry, Sequence[str]]], title: str) -> Table:
+    heads = [Column(name, numeric=True) for name in names]
+    rows = tuple(Row((name, *cells)) for name, cells in lines)
+    return Table((Column("at checkpoint"), *heads), rows, title, style="figures")
 
 
 def _cosine(value: float | None) -> str:

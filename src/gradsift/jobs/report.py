@@ -181,7 +181,7 @@ _READING: dict[str, tuple[set[str], str]] = {
         "helps; below zero, training on it is estimated to hurt. Only the order and the sign carry over between "
         "methods, not the size.",
     ),
-    "rank": ({"chosen"}, "1 is chosen first."),
+    "rank": ({"chosen"}, "By score in the whole pool, 1 the highest; examples stand in the order of choice."),
     "supervised tokens": (
         {"chosen", "extremes"},
         "Those that training takes the loss on; the rest of a conversation is only read.",
@@ -427,7 +427,9 @@ def print_result(result: Result) -> None:
         chosen = result.selections[0]
         how = f"{chosen.estimator}, {chosen.method.label}"
         blocks.append(Text(f"{len(chosen)} of {len(pool.data)} chosen by {how} ({HIGHER[0].lower()}{HIGHER[1:-1]})"))
-        blocks += [_examples(result, chosen, MOST_CHOSEN, own=True), *_groups(result)]
+        blocks.append(_examples(result, chosen, MOST_CHOSEN, own=True))
+        if groups := _groups(result):
+            blocks.append(Group(groups, "Chosen against pool"))
     elif result.scores:
         blocks.append(_score_table(result))
     blocks += map(Text, reliability_sentences(result))
@@ -465,14 +467,14 @@ def _explained_briefly(result: Result) -> list[Block]:
     k, alone = shown_budget(explanations), len(explanations.entries) == 1
     blocks: list[Block] = []
     for entry in explanations.entries[:5]:
+        said = "the model says" if entry.generated else "the given answer"
+        answer = text.one_line(entry.output, 500) or "(nothing: the turn ends at once)"
+        blocks.append(Text(f"{entry.id}: {text.one_line(prompt_of(entry), 300)}\n{said}: {answer}"))
         for estimator in explanations.estimators:
             found = explained_blocks(entry, result.pool.data, k=k, estimator=estimator.label, table=False)
             folds = [block for block in found if isinstance(block, Fold)]
-            listed = [Group(fold.blocks, fold.title) for fold in (folds if len(folds) <= 4 else folds[:1])]
-            said = "the model says" if entry.generated else "the given answer"
-            answer = text.one_line(entry.output, 500) or "(nothing: the turn ends at once)"
-            blocks.append(Text(f"{said}: {answer}", head=f"{entry.id}: {text.one_line(prompt_of(entry), 300)}\n"))
-            blocks += [found[1], *listed]
+            blocks.append(found[1])
+            blocks += [Group(fold.blocks, fold.title) for fold in (folds if len(folds) <= 4 else folds[:1])]
     if len(explanations.entries) > 5:
         blocks.append(Text(f"… and {len(explanations.entries) - 5} more in explanations.jsonl"))
     if result.relevance is not None and (not alone or len(explanations.entries[0].results) > 4):

@@ -28,10 +28,11 @@ from gradsift.influence.nice import (
 )
 from gradsift.influence.prompts import Earned, PromptTarget, Rewards, RewardSummary
 from gradsift.influence.responses import PromptResponses, RewardedResponse, sampled_responses
+from gradsift.influence.rewards_shown import earned_table
 from gradsift.jobs.results import FILES, Result, write_skipped
 from gradsift.jobs.select_explain import open_recipe, open_recipe_target, say_account
 from gradsift.recipe import Recipe
-from gradsift.report.terminal import console, on_one_line, table
+from gradsift.report.terminal import console, draw, on_one_line, table
 from gradsift.rewards.estimators import pass_at_k
 from gradsift.store.run import Run
 from gradsift.warmup.checkpoint import Checkpoint
@@ -328,7 +329,8 @@ def print_rollouts(result: Rollouts, show: int = 3) -> None:
     ]  # fmt: skip
     out.print(table("Responses", columns, rows))
     if result.rewarded:
-        _print_rewards(result, out)
+        earned = [r.rewards for r in result.checkpoints if r.rewards is not None]
+        draw([earned_table(earned, [r.pass_at for r in result.checkpoints])], out)
     for rollout in result.checkpoints:
         if rollout.samples.usage is not None:
             out.print(f"{rollout.name}: {rollout.samples.usage}", markup=False)
@@ -338,25 +340,6 @@ def print_rollouts(result: Rollouts, show: int = 3) -> None:
     for name in result.as_dict()["files"]:
         if name != "skipped.jsonl" or (result.target.data.account + result.pool.training.account).entries:
             out.print(f"  {name:<21} {FILES[name]}", markup=False)
-
-
-def _print_rewards(result: Rollouts, out: Any) -> None:
-    columns = ("checkpoint", "mean", "spread in a prompt", "above 0", "without signal", "0 / 25 / 50 / 75 / 100 %")
-    rows, passed = [], []
-    for rollout in result.checkpoints:
-        found = rollout.rewards
-        assert found is not None, rollout.name
-        rows.append((rollout.name, f"{found.mean:.3f}", f"{found.within:.3f}", f"{found.positive:.0%}",
-                     f"{len(found.no_signal)} of {found.prompts}",
-                     " / ".join(f"{value:.3g}" for value in found.quantiles)))  # fmt: skip
-        if rollout.pass_at:
-            rates = ", ".join(f"pass@{k} {value:.3f}" for k, value in rollout.pass_at.items())
-            passed.append(f"{rollout.name}: {rates}")
-    out.print(table("Rewards", columns, rows))
-    for line in passed:
-        out.print(line, markup=False)
-    if passed:
-        out.print()
 
 
 def _print_responses(result: Rollouts, show: int, out: Any) -> None:

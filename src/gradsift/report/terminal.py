@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as Drawn
@@ -16,6 +18,8 @@ from gradsift.report.blocks import Block, Entry, Example, Examples, Group, Secti
 
 MOST_EXAMPLES = 10
 _SHORT = 16
+_LONGEST = 12  # line of the head of an example's figure
+_LEAST = 20  # columns of a text
 
 
 def console() -> Console:
@@ -45,34 +49,46 @@ def draw(blocks: Iterable[Block | Section], out: Console | None = None) -> None:
 
 
 def _draw_table(block: Table, out: Console) -> None:
-    cells = [[_named(row.cells[0]), *map(_written, row.cells[1:])] for row in block.rows]
+    brief = block.style == "shares"  # whose notes, counts, have their place on the page
+    cells = [[_named(row.cells[0]), *(_written(cell, brief) for cell in row.cells[1:])] for row in block.rows]
     kept = [n for n in range(len(block.columns)) if block.columns[n].name or any(row[n] for row in cells)]
-    named = ["\n".join(filter(None, (block.columns[n].name, block.columns[n].note))) for n in kept]
+    named = ["\n".join(filter(None, (_head(block.columns[n].name), block.columns[n].note))) for n in kept]
     title = f"{block.title} ({block.note})" if block.note else block.title
-    wide = [name for name in named if name == "detail"]
-    out.print(table(title, named, [[row[n] for n in kept] for row in cells], wide=wide))
+    wide, right = [name for name in named if name == "detail"], [block.columns[n].numeric for n in kept]
+    lines = [[row[n] for n in kept] for row in cells]
+    out.print(table("" if title in named[:1] else title, named, lines, wide=wide, right=right))
 
 
 def _draw_examples(block: Examples, out: Console) -> None:
+    """In the order given: figures, id, and of the beginnings of prompt and answer what there is room for."""
     shown = block.examples[:MOST_EXAMPLES]
     if not shown:
         return
-    facts = [name if len(name) < _SHORT else name.replace(" ", "\n") for name, _ in shown[0].facts]
-    heads = ["", *(["rank"] if shown[0].lead else []), *facts, "id", "prompt", *(["answer"] if len(facts) < 4 else [])]
-    rows = [
-        [n, *([one.lead] if one.lead else []), *(_written(cell) for _, cell in one.facts), one.id, *_said(one)]
-        for n, one in enumerate(shown, start=1)
-    ]
-    out.print(table("", heads, [row[: len(heads)] for row in rows], wide=("prompt", "answer")))
+    names = [*(["rank"] if shown[0].lead else []), *(name for name, _ in shown[0].facts), "id"]
+    rows = [[*([one.lead] if one.lead else []), *(_written(cell) for _, cell in one.facts), one.id] for one in shown]
+    for longest in (_LONGEST, 1):  # one word a line where figures leave little room
+        heads = [_head(name, longest) for name in names]
+        widths = [max(map(cell_len, (*head.splitlines(), *cells))) for head, *cells in zip(heads, *rows, strict=True)]
+        room = out.width - 2 - sum(width + 3 for width in widths)
+        if room >= _LEAST:
+            break
+    said = ("prompt", "answer") if room >= 2 * _LEAST + 3 else ("prompt",)
+    lines = [[*row, *_said(one)[: len(said)]] for row, one in zip(rows, shown, strict=True)]
+    out.print(table("", [*heads, *said], lines, wide=said))
     left = max(block.total, len(block.examples)) - len(shown)
     if left > 0:
         out.print(f"… and {left:,} more\n")
 
 
-def _written(cell: Entry) -> str:
+def _head(name: str, longest: int = _SHORT) -> str:
+    """The head of a column, on lines of this many columns."""
+    return textwrap.fill(name, longest, break_long_words=False, break_on_hyphens=False)
+
+
+def _written(cell: Entry, brief: bool = False) -> str:
     if isinstance(cell, str):
         return cell
-    return " ".join(filter(None, (cell.tag, cell.text, cell.note)))
+    return " ".join(filter(None, (cell.tag, cell.text, "" if brief else cell.note)))
 
 
 def _named(cell: Entry) -> str:
@@ -89,13 +105,26 @@ def _said(example: Example) -> tuple[str, str]:
     return on_one_line((asked or [example.turns[0].text])[0]), on_one_line(answered[-1] if answered else "")
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, wide: Sequence[str] = ()) -> Drawn:
-    """A table whose cells are text, never markup; columns in `wide` take the room that is left."""
+def table(
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    *,
+    wide: Sequence[str] = (),
+    right: Sequence[bool] = (),
+) -> Drawn:
+    """A table whose cells are text, never markup.
+
+    Args:
+        title, columns, rows: of the table.
+        wide: columns that take the room that is left.
+        right: whether each column stands to the right even if it has other fields than numbers.
+    """
     made = Drawn(title=escape(on_one_line(title)), box=box.SIMPLE_HEAD, title_justify="left", title_style="bold",
                  pad_edge=False)  # fmt: skip
     cells = [[str(cell) for cell in row] for row in rows]
     for number, name in enumerate(columns):
-        numeric = bool(cells) and all(_is_number(row[number]) for row in cells)
+        numeric = (right and right[number]) or (bool(cells) and all(_is_number(row[number]) for row in cells))
         made.add_column(
             escape("\n".join(map(on_one_line, name.splitlines()))),
             justify="right" if numeric else "left",

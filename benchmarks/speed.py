@@ -4,8 +4,8 @@
     python benchmarks/speed.py collection --rank 8   one section
     python benchmarks/speed.py --device cuda         models of 135M to 7B from configuration, as gpu.py says
 
-Sections: collection, memory, less, scoring, joint, explain, start; on a GPU matrix and scoring. Real rows come from
-../shared/data/pool.jsonl where present, else from the demo's pool. Times are wall-clock seconds; processor seconds
+Sections: collection, memory, less, scoring, joint, explain, magic, start; on a GPU matrix and scoring. Real rows come
+from ../shared/data/pool.jsonl where present, else from the demo's pool. Times are wall-clock seconds; processor seconds
 stand beside them, because a busy machine lengthens the former.
 """
 
@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceABC
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -562,6 +563,36 @@ def explaining_strategies() -> dict[str, list[Any]]:
 
 
 # --- start --------------------------------------------------------------------------------------------------------
+
+
+def section_magic(args: argparse.Namespace) -> dict[str, Any]:
+    """A step of MAGIC's way back, beside the same step of training: for one query, two, and rows that ride along."""
+    from gradsift.influence.replay import Network
+    from gradsift.model.loss import head_at
+    from gradsift.model.models import host
+    from gradsift.warmup.train import Training
+    from gradsift.warmup.trainer import adapter_on
+
+    sequences = [replace(one, row=number) for number, one in enumerate(rows(args)[:8])]
+    shares = torch.full((len(sequences),), 1 / len(sequences), dtype=torch.float64)
+    training = Training(rank=8, alpha=16, dropout=0.0, target_modules=("q_proj", "v_proj"))
+    base = host(args.model or demo_model(), "float32", args.device).base()
+    with adapter_on(base, training, 0) as model, head_at(model) as head:
+        model.eval()
+        network = Network(model, head)
+        theta = network.start + 0.01 * torch.randn_like(network.start)
+        one, two = torch.randn(1, len(theta)), torch.randn(2, len(theta))
+        arms: dict[str, Callable[[], Any]] = {
+            "training": lambda: network.gradient(theta, sequences, shares),
+            "back, one query": lambda: network.back(theta, sequences, shares, one),
+            "back, two queries": lambda: network.back(theta, sequences, shares, two),
+            "riders": lambda: network.ride(theta, sequences, len(sequences), one),
+        }
+        figures = interleaved(arms, args.repeats, args.device)
+    step = figures["training"]["cpu"]
+    for found in figures.values():
+        found["of a training step"] = found["cpu"] / step
+    return {"rows": len(sequences), "tokens": sum(len(one.token_ids) for one in sequences), **figures}
 
 
 def section_start(args: argparse.Namespace) -> dict[str, Any]:

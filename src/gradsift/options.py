@@ -120,7 +120,7 @@ RESPONSES = _of(
     estimator.assistant.base_url --assistant-url | Server that has the assistant; openai is OpenAI's own.
     estimator.assistant.prompt_prefix --assistant-prefix | Text before the prompt, for the assistant alone.
     estimator.assistant.prompt_suffix --assistant-suffix | Text after the prompt, for the assistant alone.
-    estimator.server.base_url --server-url | vLLM server that samples from the checkpoints, in place of this process.
+    estimator.server.base_url --server-url | A vLLM server that samples from the checkpoints, in place of this process.
     estimator.server.model --server-model | Their names there; {checkpoint} (the default) is the adapter's folder.""",
 )
 REWARD = (
@@ -154,9 +154,9 @@ SCORE = (
     ),
     *_of(
         "Ratings",
-        """estimator.rater | Of alpagasus: judge (default), length, perplexity, ifd, or a function as file.py:name.
-        estimator.complexity | Of deita: the same, of the prompt.
-        estimator.quality | Of deita: the same, of the answer.""",
+        """estimator.rater | Judge (default), length, perplexity, ifd, or a function as file.py:name.
+        estimator.complexity | The same, of the prompt.
+        estimator.quality | The same, of the answer.""",
     ),
     *REWARD,
     *RESPONSES,

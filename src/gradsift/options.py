@@ -154,9 +154,9 @@ SCORE = (
     ),
     *_of(
         "Ratings",
-        """estimator.rater | Judge (default), length, perplexity, ifd, or a function as file.py:name.
-        estimator.complexity | The same, of the prompt.
-        estimator.quality | The same, of the answer.""",
+        """estimator.rater | judge (default), length, perplexity, ifd, or a function as file.py:name.
+        estimator.complexity | the same, of the prompt.
+        estimator.quality | the same, of the answer.""",
     ),
     *REWARD,
     *RESPONSES,

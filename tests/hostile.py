@@ -318,7 +318,8 @@ def _run_here(level: str, names: list[str]) -> dict[str, Any]:
     mode = "require" if level == "full" else "off" if level.endswith("off") else "try"
     sandbox = Sandbox(**LIMITS, namespaces=mode)  # type: ignore[arg-type]
     programs = [Program(one.code, one.tests, "answer") for one in chosen.values()]
-    outcomes = run_programs(programs, sandbox, allow_code_execution=True)
+    # Where programs share a user, they share its number of processes, too: one after the other.
+    outcomes = run_programs(programs, sandbox, allow_code_execution=True, workers=1 if level == "user off" else None)
     ended = {
         name: {"status": outcome.status, "reason": outcome.reason, "output": outcome.output}
         for name, outcome in zip(chosen, outcomes, strict=True)

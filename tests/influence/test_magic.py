@@ -191,3 +191,18 @@ def test_rows_of_the_target_do_not_train(tiny: World, tmp_path: Path) -> None:
     assert not {skip.id for skip in target.overlap} & set(ids)
     with pytest.raises(ConfigError, match="every row of the training is in the target"):
         MAGIC()._replay(pool, set(pool.data.ids), 0)
+
+
+def test_what_is_there_needs_no_model(
+    whole: tuple[Pool, gs.Target, gs.Scores], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores that were computed before are read; the model is not loaded for them."""
+    pool, target, scores = whole
+
+    def refuse(_: Any) -> Any:
+        raise AssertionError("the model is loaded")
+
+    monkeypatch.setattr(replays.Replay, "network", refuse)
+    again = gs.score(pool, target, MAGIC(fraction=0.7, per="target"))
+    np.testing.assert_array_equal(again.per_target, scores.per_target)
+    assert again.found.terms.growth == scores.found.terms.growth

@@ -29,7 +29,7 @@ from gradsift.warmup.train import Training, Warmup, effective_batch_size, epoch_
 
 _GROWTH = 20.0  # how often the adjoint's norm may be that at the end; prototypes that foretold well had 5 at most
 # Of a training's time, measured: a way back for one group of targets, and for each further one with it.
-_FIRST_BACK, _FURTHER_BACK = 2.1, 1.2
+_FIRST_BACK, _FURTHER_BACK = 2.7, 1.6
 _DROPPED = 0.1  # share of the trained rows that a check leaves out
 
 
@@ -103,9 +103,8 @@ class MAGIC(Estimator):
     @property
     def label(self) -> str:
         """What tables call it."""
-        parts = [f"{self.fraction:g} of the pool"] * (self.fraction < 1) + [f"{self.seeds} trainings"] * (
-            self.seeds > 1
-        )
+        parts = [f"{self.fraction:g} of the pool"] * (self.fraction < 1)
+        parts += [f"{self.seeds} trainings"] * (self.seeds > 1)
         parts += [f"{name} {value:g}" for name, value in (("lr", self.learning_rate), ("epochs", self.epochs)) if value]
         return f"MAGIC ({', '.join(parts)})" if parts else "MAGIC"
 
@@ -118,14 +117,15 @@ class MAGIC(Estimator):
         ending = _Ending(source, _groups(len(source.ids), target.subtasks, self.per))
         overlap = {skip.id for skip in target.overlap}
         scores, returned, identity = [], [], []
-        check = None
+        note, check = _note(pool, source, ending.groups), None
         for seed in range(pool.seed, pool.seed + self.seeds):
             replay, ids = self._replay(pool, overlap, seed)
-            note = fingerprint([source.fingerprint, ending.groups.tolist(), list(pool.data.ids)])
-            with replay.network() as network:
-                found = replay.back(network, note, partial(ending.gradients, network), replay.record.riders)
-                if self.check and seed == pool.seed:
-                    check = self._smooth_check(pool, replay, network, ending, found, ids)
+            found, checking = replay.returned(note), self.check > 0 and seed == pool.seed
+            if found is None or checking:
+                with replay.network() as network:
+                    found = found or replay.back(network, note, partial(ending.gradients, network))
+                    if checking:
+                        check = self._smooth_check(pool, replay, network, ending, found, ids)
             scores.append(-found.change[:, pool.training.positions(pool.data.ids)].T)
             returned.append(found)
             identity.append(replay.fingerprint)
@@ -158,7 +158,7 @@ class MAGIC(Estimator):
         source = self.targets(pool, target)
         assert not isinstance(source, TargetsByCheckpoint), source
         groups = _groups(len(source.ids), target.subtasks, self.per)
-        note = fingerprint([source.fingerprint, groups.tolist(), list(pool.data.ids)])
+        note = _note(pool, source, groups)
         overlap, found = {skip.id for skip in target.overlap}, []
         lengths, ways = pool.training.lengths, 1 + int(groups.max())
         for seed in range(pool.seed, pool.seed + self.seeds):
@@ -166,7 +166,7 @@ class MAGIC(Estimator):
             own, beside = (np.concatenate(parts) for parts in (replay.record.batches, replay.record.riders))
             tokens, riding = float(lengths[own].sum()), float(lengths[beside].sum())
             trained = pool.run.manifest(replay.prefix) is not None
-            back = trained and replay.went_back(note)
+            back = trained and replay.returned(note) is not None
             found.append(Passes("MAGIC's training", len(own), tokens, trained))
             taken = (_FIRST_BACK + _FURTHER_BACK * (ways - 1)) * tokens + riding
             found.append(Passes("MAGIC's way back", len(own) + len(beside), taken, back))
@@ -177,11 +177,14 @@ class MAGIC(Estimator):
 
     def training(self, pool: Pool) -> Training:
         """The run's preset, made smooth."""
-        preset = pool.warmup
-        changed = {"dropout": 0.0, "warmup_ratio": max(preset.warmup_ratio, self.warmup_ratio)}
+        ratio = max(pool.warmup.warmup_ratio, self.warmup_ratio)
+        return self._plain(pool).model_copy(update={"dropout": 0.0, "warmup_ratio": ratio})
+
+    def _plain(self, pool: Pool) -> Training:
+        """The run's preset, with the epochs and the rate that were asked for."""
         given = {"epochs": self.epochs, "learning_rate": self.learning_rate}
-        changed |= {name: value for name, value in given.items() if value is not None}
-        return Training.model_validate(preset.model_dump(include=set(Training.model_fields)) | changed)
+        given = {name: value for name, value in given.items() if value is not None}
+        return Training.model_validate(pool.warmup.model_dump(include=set(Training.model_fields)) | given)
 
     def _replay(self, pool: Pool, overlap: set[str], seed: int) -> tuple[Replay, list[str]]:
         """A training by its seed, and the ids that it trains on."""
@@ -221,15 +224,10 @@ class MAGIC(Estimator):
 
     def _plain_check(self, pool: Pool, check: Check, ending: _Ending) -> Check:
         """Train as users do on all rows and without the same ones."""
-        given = {"epochs": self.epochs, "learning_rate": self.learning_rate}
-        plain = Training.model_validate(
-            pool.warmup.model_dump(include=set(Training.model_fields))
-            | {name: value for name, value in given.items() if value is not None}
-        )
         losses = []
         for ids in check.kept:
             checkpoint = train(
-                pool.run, pool.training, ids, plain, model=pool.model, dtype=pool.dtype, device=pool.device,
+                pool.run, pool.training, ids, self._plain(pool), model=pool.model, dtype=pool.dtype, device=pool.device,
                 seed=pool.seed + 1, what="MAGIC's check", reporter=pool.reporter,
             )[-1]  # fmt: skip
             model = host(pool.model, pool.dtype, pool.device).with_adapter(checkpoint.adapter)
@@ -290,6 +288,11 @@ class _Ending:
     def mean(self, losses: Tensor) -> float:
         """The same of the targets' losses `[target]`."""
         return float((np.bincount(self.groups, weights=losses.numpy()) / self._counts).mean())
+
+
+def _note(pool: Pool, source: SequenceSource, groups: NDArray[np.int64]) -> str:
+    """Names the targets, their groups and the rows that are scored, among all that is asked of a training."""
+    return fingerprint([source.fingerprint, groups.tolist(), list(pool.data.ids)])
 
 
 def _groups(count: int, subtasks: SequenceABC[str] | None, per: str) -> NDArray[np.int64]:

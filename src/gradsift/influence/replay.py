@@ -231,10 +231,14 @@ class Replay:
         self.prefix = run.prefix("replays", self.config)
         self._stride = math.isqrt(len(record) - 1) + 1
 
-    def went_back(self, note: str) -> bool:
-        """Whether the run folder has all that `back` finds under a note."""
+    def returned(self, note: str) -> Returned | None:
+        """What `back` found under a note, where the run folder has all of it; no model is needed."""
         key = self._way_back(note)
-        return self.run.storage.exists(key) and len(self._tensors(key)["norms"]) == len(self.record) + 1
+        if not self.run.storage.exists(key):
+            return None
+        kept = self._tensors(key)
+        whole = len(kept["norms"]) == len(self.record) + 1
+        return Returned(kept["change"].numpy(), kept["norms"].numpy()[::-1]) if whole else None
 
     def _way_back(self, note: str) -> str:
         return f"{self.prefix}way-back-{note}.safetensors"
@@ -261,16 +265,13 @@ class Replay:
             self._train(network)
         return self._tensors(key)["theta"].to(network.start)
 
-    def back(
-        self, network: Network, note: str, gradients: Callable[[Tensor], Tensor], riders: SequenceABC[Positions]
-    ) -> Returned:
+    def back(self, network: Network, note: str, gradients: Callable[[Tensor], Tensor]) -> Returned:
         """Go back through the training.
 
         Args:
             network: of this training.
             note: names the targets and the riders, among all that are asked of this training.
             gradients: of θ_T: the gradients of the targets' losses there, `[target parameter]`.
-            riders: of each step, rows that ride along.
 
         Raises:
             ModelError: a step's losses are not those of the training.
@@ -288,8 +289,8 @@ class Replay:
         saved = time.monotonic()
         left = len(self.record) + 1 - len(norms)
         with self.reporter.stage(f"{self.what}: going back", left, "steps") as advance:
-            for step, state, gradient in self._backwards(network, left):
-                adjoint = self._step_back(network, step, state, gradient, adjoint, change, riders[step])
+            for step, state, gradient, losses in self._backwards(network, left):
+                adjoint = self._step_back(network, step, state, gradient, losses, adjoint, change)
                 norms.append(float(adjoint.theta.norm(dim=1).max()))
                 advance(1)
                 if time.monotonic() - saved > _SAVE_SECONDS or step == 0:
@@ -312,15 +313,14 @@ class Replay:
         step: int,
         state: State,
         gradient: Tensor,
+        recorded: Tensor,
         adjoint: Adjoint,
         change: Tensor,
-        riders: Positions,
     ) -> Adjoint:
         directions, adjoint = self.record.optimizer.back(adjoint, state, gradient, self.record.rates[step])
-        batch = self.record.batches[step]
+        batch, riders = self.record.batches[step], self.record.riders[step]
         sequences, shares = self._batch(step)
         terms, products, losses = network.back(state.theta, sequences, shares, directions)
-        recorded = self._tensors(self._key("step", step))["losses"]
         if bool(((losses - recorded).abs() > _AGREE * (1 + recorded.abs())).any()):
             worst = int((losses - recorded).abs().argmax())
             raise ModelError(
@@ -359,21 +359,21 @@ class Replay:
         self.run.complete(self.prefix, "replays", self.config, steps=steps)
 
     def _gradient(self, network: Network, step: int, state: State) -> tuple[Tensor, Tensor]:
-        """Of a step's loss, and the losses of its rows: kept, or taken (again)."""
-        if self._has("step", step):
-            kept = self._tensors(self._key("step", step))
-            if "gradient" in kept:
-                return kept["gradient"].to(network.start), kept["losses"]
-        return network.gradient(state.theta, *self._batch(step))
+        """Of a step's loss, and the losses of its rows as they were recorded: kept, or taken (again)."""
+        kept = self._tensors(self._key("step", step)) if self._has("step", step) else {}
+        if "gradient" in kept:
+            return kept["gradient"].to(network.start), kept["losses"]
+        gradient, losses = network.gradient(state.theta, *self._batch(step))
+        return gradient, kept.get("losses", losses)
 
-    def _backwards(self, network: Network, count: int) -> Iterator[tuple[int, State, Tensor]]:
-        """The first `count` steps, last to first: the state before each, and the gradient of its loss."""
+    def _backwards(self, network: Network, count: int) -> Iterator[tuple[int, State, Tensor, Tensor]]:
+        """The first `count` steps, last to first: the state before each, its loss's gradient, its rows' losses."""
         for begin in reversed(range(0, count, self._stride)):
             state = self._state(network, begin)
             stretch = []
             for step in range(begin, min(count, begin + self._stride)):
-                gradient, _ = self._gradient(network, step, state)
-                stretch.append((step, state, gradient))
+                gradient, losses = self._gradient(network, step, state)
+                stretch.append((step, state, gradient, losses))
                 state = self.record.optimizer.step(state, gradient, self.record.rates[step])
             while stretch:
                 yield stretch.pop()

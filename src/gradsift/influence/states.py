@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass
@@ -40,9 +41,9 @@ class _OfStates(Estimator):
 
     checkpoint: Literal["base", "last"] = "base"
 
+    @abstractmethod
     def pooled(self) -> tuple[Pooling, int]:
         """Which tokens' states are taken, and of which layer."""
-        raise NotImplementedError
 
     def influence(self, pool: Pool, target: Target | None) -> Influence:
         """Cosines of kept states."""
@@ -60,7 +61,10 @@ class _OfStates(Estimator):
             Skipped(ids[place], "not_finite", "its hidden states are not finite") for place in np.flatnonzero(~finite)
         )
         return Influence(
-            [ids[place] for place in kept], np.clip(matrix, -1, 1), live=asked.any(axis=0).tolist(), left_out=left_out
+            [ids[place] for place in kept],
+            np.clip(matrix, -1, 1),
+            live=[bool(one) for one in asked.any(axis=0)],
+            left_out=left_out,
         )
 
     def inputs(self, pool: Pool) -> dict[str, Any]:
@@ -76,7 +80,8 @@ class _OfStates(Estimator):
         known = self.checkpoint == "base" or at is not None
         found = []
         for data in (pool.data, target.data):
-            kept = known and pool.run.manifest(_prefix(pool, data, at, *self.pooled()))
+            config = _kept_under(data, _config(pool, at, *self.pooled()))
+            kept = known and pool.run.manifest(pool.run.prefix("states", config))
             tokens = float(sum(data.token_counts()))
             found.append(Passes("hidden states", len(data.ids), tokens, bool(kept), forward=True))
         return found
@@ -151,13 +156,16 @@ def token_weights(sequence: Sequence, pooling: Pooling) -> NDArray[np.float64]:
     return weights
 
 
-def states(pool: Pool, source: SequenceSource, checkpoint: Checkpoint | None, pooling: Pooling, layer: int) -> Any:
+def states(
+    pool: Pool, source: SequenceSource, checkpoint: Checkpoint | None, pooling: Pooling, layer: int
+) -> NDArray[np.float16]:
     """Unit vectors of hidden states, float16 `[row dim]`, kept in the run folder; not finite where the model's are not.
 
     Raises:
         ConfigError: the model has no such layer.
     """
-    prefix = _prefix(pool, source, checkpoint, pooling, layer)
+    config = _kept_under(source, _config(pool, checkpoint, pooling, layer))
+    prefix = pool.run.prefix("states", config)
     count = len(source.ids)
     adapter = None if checkpoint is None else checkpoint.adapter
     starts = range(0, count, _SHARE_ROWS)
@@ -172,13 +180,8 @@ def states(pool: Pool, source: SequenceSource, checkpoint: Checkpoint | None, po
         with pool.reporter.stage("hidden states", count) as advance:
             for _ in pool.engine.map(tasks, advance, "share"):
                 pass
-        config = _config(pool, checkpoint, pooling, layer) | {"data": source.fingerprint}
         pool.run.complete(prefix, "states", config, rows=count)
-    parts = [
-        read_tensors(pool.run.storage, _part(prefix, start))[0]["rows"].numpy()
-        for start in range(0, count, _SHARE_ROWS)
-    ]
-    return np.concatenate(parts)
+    return np.concatenate([read_tensors(pool.run.storage, _part(prefix, start))[0]["rows"].numpy() for start in starts])
 
 
 @dataclass(frozen=True)
@@ -247,9 +250,9 @@ def hidden_states(
     return rows.clone()
 
 
-def _prefix(pool: Pool, source: SequenceSource, checkpoint: Checkpoint | None, pooling: Pooling, layer: int) -> str:
-    config = _config(pool, checkpoint, pooling, layer) | {"data": source.fingerprint}
-    return pool.run.prefix("states", config)
+def _kept_under(source: SequenceSource, config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of a source's states."""
+    return config | {"data": source.fingerprint}
 
 
 def _config(pool: Pool, checkpoint: Checkpoint | None, pooling: Pooling, layer: int) -> dict[str, Any]:

@@ -60,12 +60,8 @@ class _OfStates(Estimator):
         left_out = tuple(
             Skipped(ids[place], "not_finite", "its hidden states are not finite") for place in np.flatnonzero(~finite)
         )
-        return Influence(
-            [ids[place] for place in kept],
-            np.clip(matrix, -1, 1),
-            live=[bool(one) for one in asked.any(axis=0)],
-            left_out=left_out,
-        )
+        live = [bool(column.any()) for column in asked.T]
+        return Influence([ids[place] for place in kept], np.clip(matrix, -1, 1), live=live, left_out=left_out)
 
     def inputs(self, pool: Pool) -> dict[str, Any]:
         """The model that is asked."""

@@ -20,7 +20,7 @@ from gradsift.base.lazy import Tensor, torch
 from gradsift.base.sums import row_products
 from gradsift.gradients.rows import View
 from gradsift.influence.blocks import carried, on_cpu, place_for
-from gradsift.influence.estimator import ProductEstimator, rate_weights
+from gradsift.influence.estimator import Estimator, ProductEstimator, rate_weights
 from gradsift.store.gradient_store import GradientStore
 from gradsift.warmup.checkpoint import Checkpoint
 
@@ -81,7 +81,30 @@ class DataInf(ProductEstimator):
         return datainf_directions(store, targets, self.damping, device=device)
 
 
-class ProjectedInverse(ProductEstimator):
+class KernelEstimator(Estimator):
+    """Inverts second moments of plain rows, module by module or over all of them at once.
+
+    damping: λ of the inverse.
+    kernel: `segments` keeps modules apart, `whole` does not.
+    checkpoints: `all`, or the `last`.
+    """
+
+    damping: Damping = "auto"
+    kernel: Literal["segments", "whole"] = "segments"
+    checkpoints: Literal["all", "last"] = "all"
+
+    @property
+    def view(self) -> View:  # type: ignore[override]
+        """Which of the pool's rows it reads."""
+        return "segments" if self.kernel == "segments" else "plain"
+
+    @property
+    def last_checkpoint(self) -> bool:  # type: ignore[override]
+        """Whether it reads those at the last checkpoint alone."""
+        return self.checkpoints == "last"
+
+
+class ProjectedInverse(KernelEstimator, ProductEstimator):
     """Influence through a damped inverse of the pool's second moments, exact for the projected gradients.
 
     Plain gradients on both sides, not normalised. Over checkpoints the terms η̄_e·λ_e·⟨g, (H_e + λ_e I)⁻¹ v⟩ are added
@@ -95,9 +118,7 @@ class ProjectedInverse(ProductEstimator):
     """
 
     kind: Literal["projected_inverse"] = "projected_inverse"
-    damping: Damping = "auto"
-    kernel: Literal["segments", "whole"] = "segments"
-    checkpoints: Literal["last", "all"] = "last"
+    checkpoints: Literal["all", "last"] = "last"
 
     @property
     def label(self) -> str:
@@ -105,16 +126,6 @@ class ProjectedInverse(ProductEstimator):
         parts = ["whole"] * (self.kernel == "whole") + ["all checkpoints"] * (self.checkpoints == "all")
         parts += damping_label(self.damping)
         return f"projected inverse ({', '.join(parts)})" if parts else "projected inverse"
-
-    @property
-    def view(self) -> View:  # type: ignore[override]
-        """Which of the pool's rows it reads."""
-        return "segments" if self.kernel == "segments" else "plain"
-
-    @property
-    def last_checkpoint(self) -> bool:  # type: ignore[override]
-        """Whether it reads those at the last checkpoint alone."""
-        return self.checkpoints == "last"
 
     def weights(self, checkpoints: Sequence[Checkpoint]) -> list[float]:
         """η̄_e / Σ η̄."""

@@ -9,9 +9,8 @@ from gradsift.base.checks import float_array, same_size, to_float64
 from gradsift.base.errors import ConfigError, ShapeError
 from gradsift.base.lazy import Tensor, torch
 from gradsift.context import Pool, Target
-from gradsift.gradients.rows import View
-from gradsift.influence.datainf import Damping, damping_label, inverse_directions, inverse_product, mean_damping
-from gradsift.influence.estimator import Estimator, Influence, summed, target_rows
+from gradsift.influence.datainf import KernelEstimator, damping_label, inverse_directions, inverse_product, mean_damping
+from gradsift.influence.estimator import Influence, summed, target_rows
 from gradsift.influence.products import store_inner_products
 from gradsift.store.gradient_store import GradientStore
 
@@ -20,7 +19,7 @@ from gradsift.store.gradient_store import GradientStore
 _LEAST_DOUBT = 1e-6
 
 
-class TRAK(Estimator):
+class TRAK(KernelEstimator):
     """TRAK (Park et al. 2023): a kernel on margin gradients, from the plain rows and losses that are stored anyway.
 
     damping: λ of the kernel, in squared units of the margin's gradients; `auto` takes a tenth of their mean squared
@@ -32,9 +31,6 @@ class TRAK(Estimator):
     """
 
     kind: Literal["trak"] = "trak"
-    damping: Damping = "auto"
-    kernel: Literal["segments", "whole"] = "segments"
-    checkpoints: Literal["all", "last"] = "all"
 
     @property
     def label(self) -> str:
@@ -42,16 +38,6 @@ class TRAK(Estimator):
         parts = ["whole kernel"] * (self.kernel == "whole") + ["last checkpoint"] * (self.checkpoints == "last")
         parts += damping_label(self.damping)
         return f"TRAK ({', '.join(parts)})" if parts else "TRAK"
-
-    @property
-    def view(self) -> View:  # type: ignore[override]
-        """Which of the pool's rows it reads."""
-        return "segments" if self.kernel == "segments" else "plain"
-
-    @property
-    def last_checkpoint(self) -> bool:  # type: ignore[override]
-        """Whether it reads those at the last checkpoint alone."""
-        return self.checkpoints == "last"
 
     def influence(self, pool: Pool, target: Target | None) -> Influence:
         """Means over checkpoints of the kernel and of 1 − p, each on its own, and their product."""

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import copy
+import linecache
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, masking_utils
 
+from gradsift.base import interruption
 from gradsift.base.types import Sequence
 from gradsift.gradients.capture import Capture, find_modules
 from gradsift.gradients.folding import find_folds, folded_in
@@ -85,3 +94,71 @@ def test_layers_that_are_more_than_plain_lora_are_not_folded(options: dict[str, 
     """DoRA and LoRA with a bias compute something else than x (W + s B A)ᵀ."""
     model = lora_model(**options)
     assert find_folds(model, find_modules(model).captured) == []
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_signal_at_any_line_leaves_the_model_as_it_was(checkpointing: bool) -> None:
+    """SIGINT is raised at each line of our own that runs while gradients are captured, the first and the last time that
+    it runs: after each, no hook is left, weights, flags and `forward`s are those of before.
+
+    Left out is the line that begins to hold signals off: one that comes there comes a moment too early for it.
+    """
+    model = lora_model()
+    modules = find_modules(model).captured
+    before, weights = state_of(model), copy.deepcopy(model.state_dict())
+    ran: dict[tuple[str, int], list[int]] = {}
+
+    def captured() -> AbstractContextManager[Capture]:
+        return Capture(model, modules, checkpointing=checkpointing).open()
+
+    with captured():  # what is imported at its first use is there
+        pass
+    with lines_of(lambda p, n: ran.setdefault(p, []).append(n)), captured():
+        pass
+    numbers = sorted({number for found in ran.values() for number in (found[0], found[-1])})
+    assert len(numbers) > 100
+
+    def interrupt(_place: tuple[str, int], number: int) -> None:
+        if number == chosen:
+            sys.settrace(None)
+            signal.raise_signal(signal.SIGINT)
+
+    for chosen in numbers:
+        with interruption.watching(), pytest.raises(KeyboardInterrupt), lines_of(interrupt), captured():
+            pass
+        assert state_of(model) == before, next(place for place, found in ran.items() if chosen in found)
+    assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
+
+
+def state_of(model: torch.nn.Module) -> list[object]:
+    packed = masking_utils.find_packed_sequence_indices
+    return [
+        packed,
+        *((p.requires_grad, p.data_ptr()) for p in model.parameters()),
+        *(
+            (name, len(m._forward_hooks), len(m._forward_pre_hooks), m.training, "forward" in vars(m))
+            for name, m in model.named_modules()
+        ),
+    ]
+
+
+@contextmanager
+def lines_of(call: Callable[[tuple[str, int], int], None]) -> Iterator[None]:
+    """Call with each line's place and its number in the order of what runs, in the modules that change a model."""
+    count = 0
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal count
+        path = frame.f_code.co_filename
+        if Path(path).name not in ("capture.py", "folding.py", "checkpointing.py", "loss.py"):
+            return None
+        if event == "line" and "interruption.held()" not in linecache.getline(path, frame.f_lineno):
+            count += 1
+            call((path, frame.f_lineno), count)
+        return trace
+
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(None)

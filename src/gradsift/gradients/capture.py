@@ -15,6 +15,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+from gradsift.base import interruption
 from gradsift.base.errors import ConfigError, ModelError
 from gradsift.base.lazy import Tensor, nn, torch
 from gradsift.base.types import Sequence
@@ -208,25 +209,29 @@ class Capture:
         # Under autocast W + s·B·A would be rounded to the narrow type, and a small B·A be lost in it.
         folds = find_folds(self.model, self.modules) if self.autocast is None else []
         folded = {side for fold in folds for side in (fold.a, fold.b)}
-        handles = [c.module.register_forward_hook(self._forward_hook(c)) for c in self.modules if c not in folded]
-        handles += [fold.base.register_forward_hook(self._folded_hook(fold)) for fold in folds]
-        # The embeddings' output starts the graph, now that no parameter does.
-        handles.append(embeddings.register_forward_hook(_require_grad))
+        handles: list[Any] = []
         try:
-            self.model.eval()
-            for parameter, _ in required:
-                parameter.requires_grad_(False)
+            with interruption.held():
+                own = (c for c in self.modules if c not in folded)
+                handles.extend(c.module.register_forward_hook(self._forward_hook(c)) for c in own)
+                handles.extend(fold.base.register_forward_hook(self._folded_hook(fold)) for fold in folds)
+                # The embeddings' output starts the graph, now that no parameter does.
+                handles.append(embeddings.register_forward_hook(_require_grad))
+                self.model.eval()
+                for parameter, _ in required:
+                    parameter.requires_grad_(False)
             layers = checkpointed_layers(self.model) if self.checkpointing else nullcontext()
             with layers, folded_in(folds), head_at(self.model) as self._head:
                 yield self
         finally:
-            for handle in handles:
-                handle.remove()
-            for parameter, flag in required:
-                parameter.requires_grad_(flag)
-            for module, flag in training:
-                module.training = flag
-            self._latest = None
+            with interruption.held():
+                for handle in handles:
+                    handle.remove()
+                for parameter, flag in required:
+                    parameter.requires_grad_(flag)
+                for module, flag in training:
+                    module.training = flag
+                self._latest = None
 
     def run(
         self, sequences: SequenceABC[Sequence], consume: Consume, consume_factors: ConsumeFactors | None = None

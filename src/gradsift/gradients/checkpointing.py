@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from gradsift.base import interruption
 from gradsift.base.errors import ConfigError
 from gradsift.base.lazy import Tensor, nn, torch
 
@@ -34,15 +35,17 @@ def checkpointed_layers(model: nn.Module) -> Iterator[None]:
         )
     before = [layer.__dict__.get("forward") for layer in layers]  # accelerate puts one of its own there
     try:
-        for layer in layers:
-            layer.forward = _checkpointed(layer.forward)
+        with interruption.held():
+            for layer in layers:
+                layer.forward = _checkpointed(layer.forward)
         yield
     finally:
-        for layer, forward in zip(layers, before, strict=True):
-            if forward is None:
-                del layer.forward
-            else:
-                layer.forward = forward
+        with interruption.held():
+            for layer, forward in zip(layers, before, strict=True):
+                if forward is not None:
+                    layer.forward = forward
+                else:
+                    layer.__dict__.pop("forward", None)
 
 
 def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:

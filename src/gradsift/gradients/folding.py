@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 
+from gradsift.base import interruption
 from gradsift.base.lazy import Tensor, nn, torch
 from gradsift.model.adapters import shared_weights
 
@@ -100,16 +101,18 @@ def folded_in(folds: SequenceABC[Fold]) -> Iterator[None]:
     """While open, W + s B A stands in the place of W and the LoRA branch does not run; then W is back, bit for bit."""
     kept = [(fold, fold.base.weight.data) for fold in folds]
     try:
-        for fold, weight in kept:
-            a, b = fold.a.module.weight, fold.b.module.weight
-            delta: Tensor = b.detach() @ a.detach()  # type: ignore[operator]
-            fold.base.weight.data = torch.add(weight, delta.to(weight.dtype), alpha=fold.scale)
-            fold.layer.merged_adapters.extend(fold.layer.active_adapters)
+        with interruption.held():
+            for fold, weight in kept:
+                a, b = fold.a.module.weight, fold.b.module.weight
+                delta: Tensor = b.detach() @ a.detach()  # type: ignore[operator]
+                fold.base.weight.data = torch.add(weight, delta.to(weight.dtype), alpha=fold.scale)
+                fold.layer.merged_adapters.extend(fold.layer.active_adapters)
         yield
     finally:
-        for fold, weight in kept:
-            fold.base.weight.data = weight
-            fold.layer.merged_adapters.clear()
+        with interruption.held():
+            for fold, weight in kept:
+                fold.base.weight.data = weight
+                fold.layer.merged_adapters.clear()
 
 
 def _plain(layer: Any, adapter: str, base: nn.Linear) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gradsift.base import interruption
 from gradsift.base.errors import CorruptError, ModelError
 from gradsift.base.lazy import Tensor, nn, torch
 from gradsift.base.progress import Reporter
@@ -132,16 +133,18 @@ class Network:
         terms = torch.zeros(len(directions), count, dtype=torch.float64)
         for padded, rows in self._batches(sequences, self._budget):
             moves = torch.zeros(len(directions), len(rows), 1, 1, device=self._device, requires_grad=True)
-            handles = [
-                linear.register_forward_hook(partial(_moved, moves, [parts[number] for parts in along]))
-                for number, linear in enumerate(self._linears)
-            ]
+            handles: list[Any] = []
             try:
+                with interruption.held():
+                    for number, linear in enumerate(self._linears):
+                        hook = partial(_moved, moves, [parts[number] for parts in along])
+                        handles.append(linear.register_forward_hook(hook))
                 with torch.enable_grad():
                     (found,) = torch.autograd.grad(self._losses(padded, len(rows)).sum(), moves)
             finally:
-                for handle in handles:
-                    handle.remove()
+                with interruption.held():
+                    for handle in handles:
+                        handle.remove()
             terms.index_add_(1, rows.cpu(), found.flatten(1).double().cpu())
         return terms
 

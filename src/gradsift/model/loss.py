@@ -16,6 +16,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from gradsift.base import interruption
 from gradsift.base.errors import ModelError
 from gradsift.base.lazy import Tensor, nn, torch
 from gradsift.base.types import Sequence, TokenizedExample
@@ -95,12 +96,16 @@ def head_at(model: Any) -> Iterator[SupervisedHead]:
     if not isinstance(head, nn.Module):
         raise ModelError(f"{type(model).__name__} has no language-model head: a causal language model is needed")
     selector = SupervisedHead(model)
-    handle = head.register_forward_pre_hook(selector.select)
+    handle = None
     try:
-        with _NOTHING_PACKED:
+        with interruption.held():
+            handle = head.register_forward_pre_hook(selector.select)
+        with _NOTHING_PACKED.open():
             yield selector
     finally:
-        handle.remove()
+        with interruption.held():
+            if handle is not None:
+                handle.remove()
 
 
 class _NothingPacked:
@@ -114,22 +119,24 @@ class _NothingPacked:
         self._users = 0
         self._original: Any = None
 
-    def __enter__(self) -> None:
+    @contextmanager
+    def open(self) -> Iterator[None]:
         from transformers import masking_utils
 
-        with self._lock:
-            if self._users == 0:
-                self._original = getattr(masking_utils, "find_packed_sequence_indices", None)
-                masking_utils.find_packed_sequence_indices = _no_packed_sequence
-            self._users += 1
-
-    def __exit__(self, *_error: object) -> None:
-        from transformers import masking_utils
-
-        with self._lock:
-            self._users -= 1
-            if self._users == 0:
-                masking_utils.find_packed_sequence_indices = self._original
+        counted = False
+        try:
+            with interruption.held(), self._lock:
+                if self._users == 0:
+                    self._original = getattr(masking_utils, "find_packed_sequence_indices", None)
+                    masking_utils.find_packed_sequence_indices = _no_packed_sequence
+                self._users += 1
+                counted = True
+            yield
+        finally:
+            with interruption.held(), self._lock:
+                self._users -= counted
+                if self._users == 0 and counted:
+                    masking_utils.find_packed_sequence_indices = self._original
 
 
 def _no_packed_sequence(position_ids: Tensor) -> None:

@@ -165,6 +165,7 @@ SCORE = (
 CHOICE = _of(
     "Choice",
     """budget -b -k
+    drop
     selection.kind --selection -s
     selection.trade_off
     selection.threshold
@@ -598,6 +599,7 @@ _READ: dict[str, Callable[[Any, str], Any]] = {
     "warmup.target_modules": names_of,
     "explain.k": counts_of,
     "budget": lambda text, _: text,
+    "drop": lambda text, _: text,
     "estimator.joint_lr_power": lambda text, _: int(text) if text.isdecimal() else text,
     "explain.embedding": lambda text, _: None if text == "none" else text,
 }
@@ -773,7 +775,7 @@ _EXAMPLES: dict[str, Any] = {
     "subtask": "task", "columns": {"prompt": "question", "completion": "answer"},
     "target_columns": {"prompt": "question", "completion": "answer"}, "target_sample": {"size": 100},
     "pool_sample": 0.5, "adapter": ["path/to/checkpoint-100"], "target_modules": ["q_proj", "v_proj"],
-    "group_by": ["source"], "reward": {"kind": "numeric", "answer": "answer"},
+    "drop": "25%", "group_by": ["source"], "reward": {"kind": "numeric", "answer": "answer"},
     "judge": {"kind": "endpoint", "model": "gpt-4.1-mini"}, "explain": {"prompt": "What is 17 + 25?", "k": 5},
 }  # fmt: skip
 

@@ -129,6 +129,7 @@ class Estimator(Settings):
     last_checkpoint: whether it reads those at the last checkpoint alone.
     full_sum: whether the pool's stores have to hold the unprojected sums of their rows.
     by_chance: whether its ranking means nothing, as a control.
+    signed: whether a score below 0 says that training on the row does harm; else 0 is a point like any other.
     raters: what grades rows, one by one, if anything does.
     text_model: the sentence-transformers model that embeds the texts of pool and target, if one does.
     """
@@ -140,6 +141,7 @@ class Estimator(Settings):
     last_checkpoint: ClassVar[bool] = False
     full_sum: ClassVar[bool] = False
     by_chance: ClassVar[bool] = False
+    signed: ClassVar[bool] = False
     raters: ClassVar[tuple[Any, ...]] = ()
     text_model: ClassVar[str | None] = None
 
@@ -257,6 +259,8 @@ class TrainingEstimator(Estimator):
 
 class ProductEstimator(Estimator):
     """Ranks by inner products of the pool's stored rows with one direction for each target, summed over checkpoints."""
+
+    signed: ClassVar[bool] = True
 
     @property
     def by_cosine(self) -> bool:

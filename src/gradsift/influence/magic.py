@@ -6,7 +6,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,6 +88,8 @@ class MAGIC(Estimator):
     check: retrainings without a random tenth of the rows, against which the scores are held.
     memory: GiB of disk for the steps of a training; where they do not fit, they are taken again on the way back.
     """
+
+    signed: ClassVar[bool] = True
 
     kind: Literal["magic"] = "magic"
     fraction: float = Field(default=1.0, gt=0, le=1)

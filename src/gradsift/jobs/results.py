@@ -104,6 +104,9 @@ class Result:
         found += [warning for entry in self.scores for warning in entry.warnings]
         if self.diagnostics is not None:
             found += [warning for warning in self.diagnostics.warnings if warning not in found]
+        for chosen in self.selections[:1]:
+            if chosen.dropped is not None and chosen.dropped.warning is not None:
+                found.append(chosen.dropped.warning)
         return found
 
     @property
@@ -195,6 +198,7 @@ def summary(result: Result) -> dict[str, Any]:
             {
                 "estimator": chosen.estimator,
                 "method": chosen.method.label,
+                "dropped": None if chosen.dropped is None else asdict(chosen.dropped),
                 "ids": chosen.ids,
                 "scores": chosen.scores,
                 "kept": {over: list(kept) for over, kept in result.kept.items()} if chosen is first else {},

@@ -558,7 +558,7 @@ class _Cells:
         pool, training, data = walk.pool, grid.training_of(contender), grid.datasets.get(contender.name, walk.pool.data)
         tokens, found, whole = budget * float(pool.data.lengths.mean()), None, grid.job.full_training
         ids = self._chosen.get(cell.key)
-        if not contender.sized:
+        if not contender.chooses:
             ids = list(data.ids if contender.data is not None else grid.available)
         if ids is not None:
             tokens = float(data.lengths[data.positions(ids)].sum())

@@ -51,4 +51,14 @@ def selection_blocks(chosen: Selection) -> tuple[Block, ...]:
     """What was chosen of how many, and each example."""
     assert chosen.pool is not None
     said = f"chose {len(chosen):,} of {len(chosen.pool.data):,} examples. {HIGHER}"
-    return Text(said, head=f"{chosen.estimator}, {chosen.method.label}"), chosen_examples(chosen)
+    head = f"{chosen.estimator}, {chosen.method.label}"
+    return Text(said, head=head), *dropped_blocks(chosen), chosen_examples(chosen)
+
+
+def dropped_blocks(chosen: Selection) -> tuple[Block, ...]:
+    """What was left out, where that is how the choice was asked for."""
+    if chosen.dropped is None:
+        return ()
+    said = str(chosen.dropped)
+    caution = chosen.dropped.warning
+    return (Text(f"{said[0].upper()}{said[1:]}."), *([Text(f"{caution[0].upper()}{caution[1:]}.")] if caution else []))

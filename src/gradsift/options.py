@@ -775,7 +775,7 @@ _EXAMPLES: dict[str, Any] = {
     "subtask": "task", "columns": {"prompt": "question", "completion": "answer"},
     "target_columns": {"prompt": "question", "completion": "answer"}, "target_sample": {"size": 100},
     "pool_sample": 0.5, "adapter": ["path/to/checkpoint-100"], "target_modules": ["q_proj", "v_proj"],
-    "drop": "25%", "group_by": ["source"], "reward": {"kind": "numeric", "answer": "answer"},
+    "group_by": ["source"], "reward": {"kind": "numeric", "answer": "answer"},
     "judge": {"kind": "endpoint", "model": "gpt-4.1-mini"}, "explain": {"prompt": "What is 17 + 25?", "k": 5},
 }  # fmt: skip
 

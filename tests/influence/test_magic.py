@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import pytest
 import torch
 from transformers.models.llama import modeling_llama
@@ -17,6 +18,7 @@ from gradsift.base.errors import ConfigError, ModelError
 from gradsift.context import Pool
 from gradsift.influence import replay as replays
 from gradsift.influence.magic import MAGIC
+from gradsift.report.blocks import Examples
 from gradsift.store.tensors import publish_tensors, read_tensors
 from gradsift.warmup.train import Warmup
 from tiny_world import World, pool_rows, target_rows
@@ -154,9 +156,14 @@ def test_trainings_are_averaged(tiny: World, tmp_path: Path) -> None:
     seeds = [gs.score(replace(pool, seed=seed), target, MAGIC(fraction=0.7, epochs=1)).aggregate for seed in (0, 1)]
     both = gs.score(pool, target, MAGIC(fraction=0.7, epochs=1, seeds=2))
     np.testing.assert_allclose(both.aggregate, np.mean(seeds, axis=0), rtol=1e-5, atol=1e-8)
-    np.testing.assert_allclose(
-        both.found.terms.errors, np.std(seeds, axis=0, ddof=1) / np.sqrt(2), rtol=1e-3, atol=1e-8
-    )
+    errors = np.std(seeds, axis=0, ddof=1) / np.sqrt(2)
+    np.testing.assert_allclose(both.errors, errors, rtol=1e-3, atol=1e-8)
+    table = both.table().filter(pc.field("target") == "*")
+    np.testing.assert_array_equal(table["error"].to_numpy(), both.errors)
+    chosen = gs.select(both, budget=2)
+    assert chosen.errors == [both.errors[both.ids.index(id_)] for id_ in chosen.ids]
+    (examples,) = (block for block in chosen.blocks() if isinstance(block, Examples))
+    assert all("±" in dict(example.facts)["score"] for example in examples.examples)
 
 
 def test_the_check(whole: tuple[Pool, gs.Target, gs.Scores]) -> None:

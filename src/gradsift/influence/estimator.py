@@ -66,6 +66,8 @@ class Influence:
     of_draws: of `whole`: the numbers of some rows where each target stands as often as a draw says,
         (ids, `[target draw]`) → float64 `[row draw]`
     grouped:  whether columns of one subtask are all the subtask's mean, of which no target's own part is known
+    draws:    what the numbers are the mean of, where they were found several times by chance, one as good as another:
+        float32 `[draw row target]`, or `[draw row]` of `whole`; their spread gives the standard errors of scores
     terms:    what else the estimator knows of its numbers
     """
 
@@ -82,6 +84,7 @@ class Influence:
         default=None, repr=False
     )
     grouped: bool = False
+    draws: NDArray[np.float32] | None = field(default=None, repr=False)
     terms: Any = field(default=None, repr=False)
 
 
@@ -346,6 +349,8 @@ def influence_of(method: Estimator, pool: Pool, target: Target | None) -> Influe
     shape = (len(found.ids), *([] if target is None or found.whole is not None else [len(target.data.ids)]))
     if np.shape(values) != shape:
         raise ShapeError(f"{said} an array of shape {np.shape(values)} for {len(found.ids)} ids: wanted {shape}")
+    if found.draws is not None and (len(found.draws) < 2 or found.draws.shape[1:] != shape):
+        raise ShapeError(f"{said} draws of shape {found.draws.shape}: wanted at least 2 of shape {shape}")
     places = pool.data.ids.positions(found.ids)
     if (places < 0).any() or len(np.unique(places)) < len(places):
         unknown = sorted(found.ids[place] for place in np.flatnonzero(places < 0).tolist())

@@ -61,12 +61,10 @@ class Check:
 class MagicTerms:
     """What MAGIC knows of its numbers.
 
-    errors: standard error of each row's score over trainings, `[row]`; None of one training
     growth: the largest norm of the adjoint, in that at the end, of each training
     check:  predicted and true changes, where they were asked for
     """
 
-    errors: NDArray[np.float64] | None
     growth: tuple[float, ...]
     check: Check | None
 
@@ -134,7 +132,6 @@ class MAGIC(Estimator):
         if check is not None:
             check = self._plain_check(pool, check, ending)
         each = np.stack(scores)  # [training row group]
-        errors = None if self.seeds == 1 else each.mean(axis=2).std(axis=0, ddof=1) / np.sqrt(self.seeds)
         growth = tuple(float(one.norms.max() / one.norms[-1]) if one.norms[-1] else 0.0 for one in returned)
         # A group's derivative stands in for each of its targets': means over targets are the same.
         matrix = each.mean(axis=0)[:, ending.groups]
@@ -144,7 +141,8 @@ class MAGIC(Estimator):
             warnings=(*_not_smooth(growth, returned), *([f"MAGIC: {check}"] if check else [])),
             identity={"replays": identity},
             grouped=self.per == "subtask",
-            terms=MagicTerms(errors, growth, check),
+            draws=None if self.seeds == 1 else each[..., ending.groups].astype(np.float32),
+            terms=MagicTerms(growth, check),
         )
 
     def inputs(self, pool: Pool) -> dict[str, Any]:

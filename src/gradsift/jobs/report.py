@@ -459,6 +459,7 @@ def _score_table(result: Result) -> Table:
     for entry in result.scores:
         best = int(entry.aggregate.argmax())
         value, length = text.written(float(entry.aggregate[best]), "+.4f"), text.signed(entry.length_correlation)
+        value += "" if entry.errors is None else f" ± {text.written(float(entry.errors[best]), '.4f')}"
         rows.append(Row((entry.method.label, f"{len(entry.ids):,}", entry.ids[best], value, length)))
     heads = ("method", "scored", "highest", "score", "Spearman with length")
     return Table(tuple(map(Column, heads)), tuple(rows), f"Scores ({HIGHER[0].lower()}{HIGHER[1:-1]})")

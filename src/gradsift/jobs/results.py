@@ -37,7 +37,7 @@ _GROUP_COLUMNS = ("skill", "source", "dataset", "category", "task", "domain", "t
 _MAX_GROUPS = 40
 FILES = {
     "selected.jsonl": "the chosen rows, for load_dataset('json', …)",
-    "scores.parquet": "every score: id, target, method, score, rank, tokens",
+    "scores.parquet": "every score: id, target, method, score, error, rank, tokens",
     "explanations.jsonl": "the explanations, one output a line",
     "explanations.parquet": "the same as a table",
     "relevance.json": "selection relevance by estimator, strategy and k",
@@ -201,6 +201,7 @@ def summary(result: Result) -> dict[str, Any]:
                 "dropped": None if chosen.dropped is None else asdict(chosen.dropped),
                 "ids": chosen.ids,
                 "scores": chosen.scores,
+                "errors": chosen.errors,
                 "kept": {over: list(kept) for over, kept in result.kept.items()} if chosen is first else {},
                 "shares": shares(result, chosen.ids),
             }

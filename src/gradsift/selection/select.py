@@ -47,6 +47,7 @@ class Dropped:
 class Selection(Shown):
     """Chosen examples in the order they were chosen, with score and rank in the whole pool.
 
+    errors: standard errors of the scores, where they are known
     budget: how many were asked for
     dropped: where the lowest scores were to be left out, these
     """
@@ -57,6 +58,7 @@ class Selection(Shown):
     method: Selector
     estimator: str
     budget: int
+    errors: list[float] | None = None
     dropped: Dropped | None = None
     pool: Pool | None = field(default=None, repr=False, compare=False)
 
@@ -177,6 +179,7 @@ def select(
         method=method,
         estimator=scores.method.label,
         budget=count,
+        errors=None if scores.errors is None else [float(scores.errors[p]) for p in positions],
         dropped=None if drop is None else _dropped(scores, positions),
         pool=scores.pool,
     )

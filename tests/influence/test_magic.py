@@ -16,6 +16,7 @@ from transformers.models.llama import modeling_llama
 import gradsift as gs
 from gradsift.base.errors import ConfigError, ModelError
 from gradsift.context import Pool
+from gradsift.influence import magic
 from gradsift.influence import replay as replays
 from gradsift.influence.magic import MAGIC
 from gradsift.report.blocks import Examples
@@ -180,6 +181,41 @@ def test_the_check(whole: tuple[Pool, gs.Target, gs.Scores]) -> None:
     assert all(check.smooth), "leaving rows out changes the loss"
     assert all(check.plain)
     assert "over 3 retrainings without a tenth of the rows" in scores.warnings[-1]
+
+
+def test_the_check_is_kept(tiny: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after any retraining, it goes on with the next; asked for again, nothing is trained, and no model is
+    loaded. Another number of retrainings draws its own."""
+    pool = opened(tiny, tmp_path / "run", rows=12, warmup=SMALL.model_copy(update={"epochs": 1}))
+    target = gs.open_target(target_rows(2), pool)
+    method, trained = MAGIC(check=2), []
+    end_with, trains = replays.Replay.end_with, magic.train
+
+    def smooth(*arguments: Any) -> Any:
+        trained.append("smooth")
+        return end_with(*arguments)
+
+    def plain(*arguments: Any, **options: Any) -> Any:
+        trained.append("plain")
+        if len(trained) == 4:
+            raise KeyboardInterrupt
+        return trains(*arguments, **options)
+
+    monkeypatch.setattr(replays.Replay, "end_with", smooth)
+    monkeypatch.setattr(magic, "train", plain)
+    with pytest.raises(KeyboardInterrupt):
+        gs.score(pool, target, method)
+    assert trained == ["smooth"] * 2 + ["plain"] * 2
+    left = next(one for one in method.passes(pool, target, lambda: []) if one.stage == "MAGIC's check")
+    assert (left.rows, left.done) == (2 * 12, False)
+    check = gs.score(pool, target, method).found.terms.check
+    assert trained == ["smooth"] * 2 + ["plain"] * 4
+    monkeypatch.setattr(replays.Replay, "network", None)
+    monkeypatch.setattr(magic, "host", None)
+    assert gs.score(pool, target, method).found.terms.check == check
+    assert len(trained) == 6
+    assert method.passes(pool, target, lambda: [])[-1].done
+    assert not MAGIC(check=1).passes(pool, target, lambda: [])[-1].done
 
 
 def test_a_rate_that_is_too_high(tiny: World, tmp_path: Path) -> None:

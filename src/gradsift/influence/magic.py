@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceABC
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -21,7 +22,7 @@ from gradsift.gradients.losses import row_losses
 from gradsift.influence.estimator import Estimator, Influence, Passes, TargetsByCheckpoint
 from gradsift.influence.metagradient import Adam
 from gradsift.influence.metagradient import metagradient as metagradient
-from gradsift.influence.replay import Network, Positions, Record, Replay, Returned
+from gradsift.influence.replay import Losses, Network, Positions, Record, Replay, Returned
 from gradsift.model.models import host
 from gradsift.store.manifest import fingerprint
 from gradsift.warmup.checkpoint import Checkpoint
@@ -120,17 +121,15 @@ class MAGIC(Estimator):
         note, check = _note(pool, source, ending.groups), None
         for seed in range(pool.seed, pool.seed + self.seeds):
             replay, ids = self._replay(pool, overlap, seed)
-            found, checking = replay.returned(note), self.check > 0 and seed == pool.seed
-            if found is None or checking:
+            found = replay.returned(note)
+            if found is None:
                 with replay.network() as network:
-                    found = found or replay.back(network, note, partial(ending.gradients, network))
-                    if checking:
-                        check = self._smooth_check(pool, replay, network, ending, found, ids)
+                    found = replay.back(network, note, partial(ending.gradients, network))
+            if self.check and seed == pool.seed:
+                check = self._checked(pool, replay, note, ending, found, ids)
             scores.append(-found.change[:, pool.training.positions(pool.data.ids)].T)
             returned.append(found)
             identity.append(replay.fingerprint)
-        if check is not None:
-            check = self._plain_check(pool, check, ending)
         each = np.stack(scores)  # [training row group]
         growth = tuple(float(one.norms.max() / one.norms[-1]) if one.norms[-1] else 0.0 for one in returned)
         # A group's derivative stands in for each of its targets': means over targets are the same.
@@ -171,8 +170,10 @@ class MAGIC(Estimator):
             taken = (_FIRST_BACK + _FURTHER_BACK * (ways - 1)) * tokens + riding
             found.append(Passes("MAGIC's way back", len(own) + len(beside), taken, back))
             if self.check and seed == pool.seed:
-                times = 2 * self.check + 1
-                found.append(Passes("MAGIC's check", times * len(own), times * tokens, back))
+                losses = self._check_losses(pool, replay, note)
+                smooth, plain = self.check + 1 - losses.count("smooth"), self.check + 1 - losses.count("plain")
+                times = min(smooth, self.check) + plain
+                found.append(Passes("MAGIC's check", times * len(own), times * tokens, not times))
         return found
 
     def training(self, pool: Pool) -> Training:
@@ -203,36 +204,49 @@ class MAGIC(Estimator):
         )  # fmt: skip
         return replay, ids
 
-    def _smooth_check(
-        self, pool: Pool, replay: Replay, network: Network, ending: _Ending, found: Returned, ids: list[str]
+    def _check_losses(self, pool: Pool, replay: Replay, note: str) -> Losses:
+        asked = fingerprint([note, self.check, self._plain(pool).model_dump(mode="json")])
+        return replay.losses(asked, "MAGIC's check")
+
+    def _checked(
+        self, pool: Pool, replay: Replay, note: str, ending: _Ending, found: Returned, ids: list[str]
     ) -> Check:
-        """Retrain without random rows, the training being the same otherwise."""
+        """Retrain without random rows: in the same training otherwise, and as users do."""
         draw = np.random.default_rng((pool.seed, self.check))
         change = torch.from_numpy(found.change).mean(dim=0)
-        before = ending.loss(network, replay.end(network))
         drawn = [draw.choice(len(ids), max(1, round(_DROPPED * len(ids))), replace=False) for _ in range(self.check)]
-        kept, predicted, smooth = [ids], [], []
-        with pool.reporter.stage("MAGIC's check", self.check, "retrainings") as advance:
-            for without in ([ids[number] for number in numbers] for numbers in drawn):
-                weights = torch.ones(len(pool.training), dtype=torch.float64)
-                weights[pool.training.positions(without)] = 0.0
-                kept.append(sorted(set(ids) - set(without)))
-                predicted.append(float((weights - 1) @ change))
-                smooth.append(ending.loss(network, replay.end_with(network, weights)) - before)
-                advance(1)
-        return Check(tuple(map(tuple, kept)), tuple(predicted), tuple(smooth))
+        left_out = [[ids[number] for number in numbers] for numbers in drawn]
+        kept = [ids, *(sorted(set(ids) - set(without)) for without in left_out)]
+        weights = torch.ones(self.check + 1, len(pool.training), dtype=torch.float64)
+        for own, without in zip(weights[1:], left_out, strict=True):
+            own[pool.training.positions(without)] = 0.0
+        losses = self._check_losses(pool, replay, note)
+        with ExitStack() as stack:
+            opened = cache(lambda: stack.enter_context(replay.network()))
+            ways = [partial(_smooth_loss, replay, opened, ending, own) for own in (None, *weights[1:])]
+            smooth = losses.of("smooth", ways)
+        plain = losses.of("plain", [partial(self._plain_loss, pool, own, ending) for own in kept])
+        return Check(
+            tuple(map(tuple, kept)),
+            tuple(float((own - 1) @ change) for own in weights[1:]),
+            tuple(loss - smooth[0] for loss in smooth[1:]),
+            tuple(loss - plain[0] for loss in plain[1:]),
+        )
 
-    def _plain_check(self, pool: Pool, check: Check, ending: _Ending) -> Check:
-        """Train as users do on all rows and without the same ones."""
-        losses = []
-        for ids in check.kept:
-            checkpoint = train(
-                pool.run, pool.training, ids, self._plain(pool), model=pool.model, dtype=pool.dtype, device=pool.device,
-                seed=pool.seed + 1, what="MAGIC's check", reporter=pool.reporter,
-            )[-1]  # fmt: skip
-            model = host(pool.model, pool.dtype, pool.device).with_adapter(checkpoint.adapter)
-            losses.append(ending.mean(row_losses(model, ending.sequences, len(ending.groups))))
-        return replace(check, plain=tuple(loss - losses[0] for loss in losses[1:]))
+    def _plain_loss(self, pool: Pool, ids: SequenceABC[str], ending: _Ending) -> float:
+        """The targets' loss after the training that users do of some rows."""
+        checkpoint = train(
+            pool.run, pool.training, ids, self._plain(pool), model=pool.model, dtype=pool.dtype, device=pool.device,
+            seed=pool.seed + 1, what="MAGIC's check", reporter=pool.reporter,
+        )[-1]  # fmt: skip
+        model = host(pool.model, pool.dtype, pool.device).with_adapter(checkpoint.adapter)
+        return ending.mean(row_losses(model, ending.sequences, len(ending.groups)))
+
+
+def _smooth_loss(replay: Replay, opened: Callable[[], Network], ending: _Ending, weights: Tensor | None) -> float:
+    """The targets' loss after the training, or after one in which rows have other weights."""
+    network = opened()
+    return ending.loss(network, replay.end(network) if weights is None else replay.end_with(network, weights))
 
 
 def recorded(

@@ -24,7 +24,8 @@ from gradsift.gradients.batching import automatic_token_budget, form_batches
 from gradsift.influence.metagradient import Adam, Adjoint, Reverse, State, flat, in_parts
 from gradsift.model.loss import PaddedBatch, SupervisedHead, head_at, pad, token_mean
 from gradsift.model.models import DtypeName, host
-from gradsift.store.manifest import fingerprint
+from gradsift.store.manifest import Record as ManifestRecord
+from gradsift.store.manifest import fingerprint, read_if_whole
 from gradsift.store.run import Run
 from gradsift.store.tensors import publish_tensors, read_tensors
 from gradsift.warmup.train import Training, training_config
@@ -198,6 +199,34 @@ class Returned:
     norms: NDArray[np.float64]
 
 
+class Losses:
+    """Losses that are found one by one by training, kept in a file: what was interrupted goes on with the next."""
+
+    def __init__(self, run: Run, key: str, reporter: Reporter, what: str) -> None:
+        self._run, self._key, self._reporter, self._what = run, key, reporter, what
+        content = read_if_whole(run.storage, key, _KeptLosses, sealed=True)
+        self._kept: dict[str, list[float]] = {} if content is None else content["losses"]
+
+    def count(self, name: str) -> int:
+        """How many of this name are there."""
+        return len(self._kept.get(name, ()))
+
+    def of(self, name: str, find: SequenceABC[Callable[[], float]]) -> list[float]:
+        """One for each way to find it; those that are kept are not found again."""
+        found = self._kept.setdefault(name, [])
+        if len(found) < len(find):
+            with self._reporter.stage(f"{self._what}: {name}", len(find) - len(found), "trainings") as advance:
+                for one in find[len(found) :]:
+                    found.append(one())
+                    self._run.publish_json(self._key, {"losses": self._kept}, sealed=True)
+                    advance(1)
+        return found[: len(find)]
+
+
+class _KeptLosses(ManifestRecord):
+    losses: dict[str, list[float]]
+
+
 class Replay:
     """A recorded training in a run folder: taken once, and gone back through for any targets.
 
@@ -242,6 +271,10 @@ class Replay:
         kept = self._tensors(key)
         whole = len(kept["norms"]) == len(self.record) + 1
         return Returned(kept["change"].numpy(), kept["norms"].numpy()[::-1]) if whole else None
+
+    def losses(self, note: str, what: str) -> Losses:
+        """Losses of trainings that are like this one, but for what a note names."""
+        return Losses(self.run, f"{self.prefix}losses-{note}.json", self.reporter, what)
 
     def _way_back(self, note: str) -> str:
         return f"{self.prefix}way-back-{note}.safetensors"

@@ -76,6 +76,7 @@ if TYPE_CHECKING:
     from gradsift.selection.facility_location import FacilityLocation
     from gradsift.selection.gumbel import GumbelTopK
     from gradsift.selection.joint_greedy import JointGreedy
+    from gradsift.selection.metagradient import MetagradientDescent
     from gradsift.selection.pursuit import RelevancePursuit
     from gradsift.selection.random import RandomChoice, RandomExamples
     from gradsift.selection.select import Selection, select
@@ -152,6 +153,7 @@ _WHERE = {
     "gradsift.selection.facility_location": ("FacilityLocation",),
     "gradsift.selection.gumbel": ("GumbelTopK",),
     "gradsift.selection.joint_greedy": ("JointGreedy",),
+    "gradsift.selection.metagradient": ("MetagradientDescent",),
     "gradsift.selection.pursuit": ("RelevancePursuit",),
     "gradsift.selection.random": ("RandomChoice", "RandomExamples"),
     "gradsift.selection.select": ("Selection", "select"),
@@ -179,7 +181,7 @@ __all__ = [  # noqa: RUF022  # kept in the order of the flow
     "JudgeRating", "FunctionRating", "LengthRating", "PerplexityRating", "DifficultyRating",
     "NICE", "NICEIF", "open_prompts", "PromptTarget", "Sampling", "Assistant", "Endpoint", "PolicyGradient", "diagnose",
     "PolicyDiagnostics", "select", "Selection", "Selector", "Candidates", "TopK", "FacilityLocation", "RandomChoice",
-    "GumbelTopK", "TSDS", "JointGreedy", "Diverse",
+    "GumbelTopK", "TSDS", "JointGreedy", "MetagradientDescent", "Diverse",
     "explain", "Question", "Explanation", "Explanations", "ALL_STRATEGIES",
     "MostHelpful", "MostHarmful", "MostInfluential", "LeastInfluential", "Divine", "Aide", "RandomExamples",
     "RelevancePursuit", "selection_relevance", "relevance_table", "RelevanceTable",

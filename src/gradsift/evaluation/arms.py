@@ -319,7 +319,8 @@ class Contender:
     @property
     def chance(self) -> bool:
         """Whether it is a random choice: the control that others are compared with."""
-        return any(one is not None and one.by_chance for one in (self.estimator, self.selection))
+        trains = self.selection is not None and self.selection.takes == "training"  # and only starts from scores
+        return any(one is not None and one.by_chance for one in (None if trains else self.estimator, self.selection))
 
     def drawn_by(self, seed: int) -> tuple[Estimator, Selector]:
         """Estimator and selection with their draws, where they make any, by this seed."""

@@ -262,6 +262,7 @@ class Replay:
         self.config = {**training, **record.identity}
         self.prefix = run.prefix("replays", self.config)
         self._stride = math.isqrt(len(record) - 1) + 1
+        self._riders = fingerprint([beside.tolist() for beside in record.riders])
 
     def returned(self, note: str) -> Returned | None:
         """What `back` found under a note, where the run folder has all of it; no model is needed."""
@@ -277,7 +278,7 @@ class Replay:
         return Losses(self.run, f"{self.prefix}losses-{note}.json", self.reporter, what)
 
     def _way_back(self, note: str) -> str:
-        return f"{self.prefix}way-back-{note}.safetensors"
+        return f"{self.prefix}way-back-{fingerprint([note, self._riders])}.safetensors"
 
     @property
     def fingerprint(self) -> str:
@@ -306,7 +307,7 @@ class Replay:
 
         Args:
             network: of this training.
-            note: names the targets and the riders, among all that are asked of this training.
+            note: names the targets, among all that are asked of this training.
             gradients: of θ_T: the gradients of the targets' losses there, `[target parameter]`.
 
         Raises:

@@ -65,7 +65,7 @@ from gradsift.report.blocks import (
 from gradsift.report.terminal import console, draw
 from gradsift.selection.select import Selection
 from gradsift.selection.selectors import selectors
-from gradsift.selection.shown import chosen_examples, dropped_blocks, learned_tokens
+from gradsift.selection.shown import chosen_examples, how_chosen, learned_tokens
 from gradsift.warmup.checkpoint import Checkpoint
 
 MOST_CHOSEN = 500
@@ -308,7 +308,7 @@ def _chosen(result: Result) -> tuple[Block, ...]:
         )
         blocks += [
             Text(said, head=method),
-            *dropped_blocks(chosen),
+            *how_chosen(chosen),
             *(Text(one, "reliability") for one in reliability_sentences(result)),
             listed,
         ]
@@ -430,7 +430,7 @@ def print_result(result: Result) -> None:
         chosen = result.selections[0]
         how = f"{chosen.estimator}, {chosen.method.label}"
         blocks.append(Text(f"{len(chosen)} of {len(pool.data)} chosen by {how} ({HIGHER[0].lower()}{HIGHER[1:-1]})"))
-        blocks += [Text(str(chosen.dropped))] if chosen.dropped is not None else []
+        blocks += [Text(str(chosen.dropped))] if chosen.dropped is not None else [*chosen.told]
         blocks.append(_examples(result, chosen, MOST_CHOSEN, own=True))
         if groups := _groups(result):
             blocks.append(Group(groups, "Chosen against pool"))
@@ -509,6 +509,7 @@ _TAKEN = {
     "rows": "gradients of rows",
     "target": "gradients of rows and target",
     "checkpoints": "gradients of rows and targets at every checkpoint; not to explain",
+    "training": "pool and target, trains; not to explain",
 }
 
 

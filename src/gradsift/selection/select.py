@@ -49,6 +49,7 @@ class Selection(Shown):
 
     errors: standard errors of the scores, where they are known
     budget: how many were asked for
+    told: what pages show of how it was chosen
     dropped: where the lowest scores were to be left out, these
     """
 
@@ -60,6 +61,7 @@ class Selection(Shown):
     budget: int
     errors: list[float] | None = None
     dropped: Dropped | None = None
+    told: tuple[Block, ...] = field(default=(), repr=False, compare=False)
     pool: Pool | None = field(default=None, repr=False, compare=False)
 
     def __len__(self) -> int:
@@ -170,7 +172,8 @@ def select(
             raise ConfigError("budget and drop both say how many are chosen: give one of them")
         check_drop(scores.method, method)
         count = kept_count(drop, len(scores.ids))
-    positions = chosen(method, _candidates(scores, method, count), count)
+    candidates = _candidates(scores, method, count)
+    positions = chosen(method, candidates, count)
     ranks = scores.ranks()
     return Selection(
         ids=[scores.ids[p] for p in positions],
@@ -181,6 +184,7 @@ def select(
         budget=count,
         errors=None if scores.errors is None else [float(scores.errors[p]) for p in positions],
         dropped=None if drop is None else _dropped(scores, positions),
+        told=candidates.told,
         pool=scores.pool,
     )
 
@@ -202,8 +206,9 @@ def _candidates(scores: Scores, method: Selector, budget: int) -> Candidates:
     more: dict[str, Any] = {"count": max(CANDIDATES, 2 * budget), "pool": pool, "source": scores}
     if pool is None and method.takes != "scores":
         named = method.kind.replace("_", " ")
-        raise ConfigError(f"{named} needs gradients, but these scores carry no pool: score with `score`")
-    if pool is None or method.takes in ("scores", "checkpoints"):
+        needs = "trains" if method.takes == "training" else "needs gradients"
+        raise ConfigError(f"{named} {needs}, but these scores carry no pool: score with `score`")
+    if pool is None or method.takes in ("scores", "checkpoints", "training"):
         return Candidates(torch.from_numpy(scores.aggregate), ids=scores.ids, **more)
     view, checkpoint, gradient = method.view_with(estimator), pool.checkpoints()[-1], None
     if method.takes == "rows":

@@ -53,13 +53,13 @@ def selection_blocks(chosen: Selection) -> tuple[Block, ...]:
     assert chosen.pool is not None
     said = f"chose {len(chosen):,} of {len(chosen.pool.data):,} examples. {HIGHER}"
     head = f"{chosen.estimator}, {chosen.method.label}"
-    return Text(said, head=head), *dropped_blocks(chosen), chosen_examples(chosen)
+    return Text(said, head=head), *how_chosen(chosen), chosen_examples(chosen)
 
 
-def dropped_blocks(chosen: Selection) -> tuple[Block, ...]:
-    """What was left out, where that is how the choice was asked for."""
+def how_chosen(chosen: Selection) -> tuple[Block, ...]:
+    """What the selector tells of its choice, and what was left out where that is how the choice was asked for."""
     if chosen.dropped is None:
-        return ()
+        return chosen.told
     said = str(chosen.dropped)
     caution = chosen.dropped.warning
     return (Text(f"{said[0].upper()}{said[1:]}."), *([Text(f"{caution[0].upper()}{caution[1:]}.")] if caution else []))

@@ -1,19 +1,24 @@
-"""How well attributions foretell retraining: linear datamodelling score, leave-subset-out, and pairs of groups.
+"""How well attributions foretell retraining: linear datamodelling score, leave-top-out, and pairs of groups.
 
-    python benchmarks/datamodel.py --out runs/datamodel              all of it; goes on where it was stopped
-    python benchmarks/datamodel.py --out runs/datamodel --share 0/2  every second retraining, and no tables
+    python benchmarks/datamodel.py --out runs/datamodel                    all of it; goes on where it was stopped
+    python benchmarks/datamodel.py --out runs/datamodel --training smooth  in a training that is made smooth
+    python benchmarks/datamodel.py --out runs/datamodel --share 0/2        every second retraining, and no tables
 
 Eight kinds of short tasks of ../shared/data/pool.jsonl (20 rows to train on, 4 targets and 4 held-out rows of each) and
 a causal transformer of 2 layers and width 64, trained in full on other rows of that pool first. LoRA on all its linears
-is then trained by `train_on` on parts of the 160 rows, many times over.
+is then trained on the 160 rows, many times over: "as it is" at a rate of 1e-2 from the first step, or "smooth" at 3e-3
+with a warm-up over a fifth of the steps and ε_root 1e-8.
 
-- LDS (Park et al. 2023, eq. 6): Spearman's correlation, over random halves of the pool, of a target's loss (turned) in
-  the models trained on them with the half's summed score; mean over targets. The ceiling repeats all trainings with
-  another seed.
-- Leave-subset-out: the loss of a kind of task after training without the rows that an estimator ranks first for it.
+- LDS (Park et al. 2023, eq. 6) of every target, for 2, 10 and 50 % of the rows left out. What is left out keeps its
+  place in the batches with weight 0, in the training that the estimators saw (same order) or in two others (other
+  seeds: other adapters and orders; their mean loss). As it is, halves are trained on anew as well, by `train_on` with
+  two other seeds.
+- Leave-top-out (QLD): the loss of a kind of task without the rows that an estimator ranks first for it, less that
+  without random rows; same order.
 - Pairs: I = Δ(A∪B) − Δ(A) − Δ(B), Δ the loss's rise when a group is left out, against JI2S's Σ_{a∈A, b∈B} Γ_aᵀHΓ_b.
+- Sweep: the inverse of the stored rows' second moments, by kernel, damping and checkpoints, computed densely.
 
-Intervals are 95 % bootstrap percentiles, over subsets or pairs. Every retraining leaves one JSON file in OUT/retrained.
+Intervals are 95 % bootstrap percentiles, over subsets, targets or pairs. Every training leaves one JSON file in OUT.
 """
 
 from __future__ import annotations
@@ -26,21 +31,21 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as SequenceABC
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise, product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.stats import rankdata
 from torch import Tensor
 
 from gradsift import (
     BM25,
     JI2S,
     LESS,
+    MAGIC,
     NICE,
     NICEIF,
     TRAK,
@@ -50,7 +55,9 @@ from gradsift import (
     Pool,
     ProjectedInverse,
     Projection,
+    RDSPlus,
     Reporter,
+    RepSim,
     Run,
     Sampling,
     Target,
@@ -63,13 +70,19 @@ from gradsift import (
     score,
     train_on,
 )
+from gradsift.base.ranks import paired_rank_correlations
 from gradsift.gradients.capture import LORA, find_modules
 from gradsift.gradients.hessian import curvature_product
 from gradsift.influence.estimator import Estimator, rate_weights
+from gradsift.influence.magic import recorded
+from gradsift.influence.replay import Replay
+from gradsift.model.loss import token_mean
 from gradsift.model.models import host
 from gradsift.rewards.matching import Exact
+from gradsift.validation.datamodel import Estimate, agreement_of_trainings, lds, qld
 
 Array = NDArray[np.float64]
+T = TypeVar("T")
 Retrained = dict[str, Array]  # name of the training → [seed target]
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "pool.jsonl"
@@ -81,13 +94,17 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 TRAINING = Training(
     epochs=3, rank=4, alpha=16, dropout=0, target_modules=LINEARS, learning_rate=1e-2, batch_size=10, warmup_ratio=0
 )
+SMOOTH = TRAINING.model_copy(update={"learning_rate": 3e-3, "warmup_ratio": 0.2})
+TRAININGS = {"as it is": (TRAINING, 0.0), "smooth": (SMOOTH, 1e-8)}  # and ε_root
+SHARES = (0.02, 0.1, 0.5)  # of the pool, left out
+OTHER_SEEDS = (101, 102)
 PRETRAINING = Training(epochs=6, learning_rate=3e-3, batch_size=32, schedule="cosine")
 CHAT = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 RESAMPLES = 400
-REMOVED = 16  # rows that leave-subset-out takes away
+REMOVED = 8  # rows that leave-top-out takes away, 5 %
 GROUP = 10  # rows of each group of a pair
 
 PER_TARGET: tuple[Estimator, ...] = (
@@ -97,11 +114,19 @@ PER_TARGET: tuple[Estimator, ...] = (
     LESS(optimizer="sgd", normalise=False),
     LESS(normalise=False),
     LESS(optimizer="sgd", checkpoints="last", normalise=False),
-    DataInf(),
-    ProjectedInverse(),
-    TRAK(),
-    TRAK(kernel="whole"),
-    TRAK(kernel="whole", checkpoints="last"),
+    DataInf(damping="auto"),
+    DataInf(damping="spectral"),
+    *(
+        ProjectedInverse(kernel=kernel, damping=damping, checkpoints=checkpoints)  # type: ignore[arg-type]
+        for kernel, damping, checkpoints in product(("segments", "whole"), ("auto", "spectral"), ("last", "all"))
+    ),
+    *(
+        TRAK(kernel=kernel, damping=damping)  # type: ignore[arg-type]
+        for kernel, damping in product(("segments", "whole"), ("auto", "spectral"))
+    ),
+    TRAK(kernel="whole", damping="spectral", checkpoints="last"),
+    RDSPlus(),
+    RepSim(),
     BM25(),
     BM25(tokens="model"),
 )
@@ -114,22 +139,24 @@ JOINT: tuple[JI2S, ...] = (
     JI2S(joint_weight=1.0, optimizer="sgd"),
 )
 SAMPLING = Sampling(samples=20, temperature=1, top_k=None, top_p=None, max_new_tokens=8)
-REWARDED: tuple[NICE | NICEIF, ...] = (NICE(sampling=SAMPLING), NICEIF(sampling=SAMPLING))
-CHANCES = 3  # draws of random scores
-REMOVERS: tuple[Estimator, ...] = (
-    LESS(), LESS(optimizer="sgd", normalise=False), DataInf(), ProjectedInverse(), TRAK(kernel="whole"),
-    JI2S(joint_weight=0), JI2S(), JI2S(joint_weight=1.0), BM25(),
+REWARDED: tuple[NICE | NICEIF, ...] = (
+    NICE(sampling=SAMPLING), NICEIF(sampling=SAMPLING, damping="auto"), NICEIF(sampling=SAMPLING, damping="spectral"),
 )  # fmt: skip
+CHANCES = 3  # draws of random scores
+RANDOM_REMOVALS = 8
+REFERENCE = LESS().label  # what others' LDS is compared with, in pairs
 
 
 @dataclass(frozen=True)
 class World:
-    """The pool, its targets and held-out rows, and which rows are of which kind."""
+    """The pool, its targets and held-out rows, and which rows are of which kind; the training, and its ε_root."""
 
     pool: Pool
     target: Target
     held_out: Target
     out: Path
+    training: Training = TRAINING
+    eps_root: float = 0.0
 
     def of_kind(self, kind: str) -> list[str]:
         """Ids of the pool."""
@@ -145,41 +172,46 @@ class World:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="runs/datamodel")
-    parser.add_argument("--subsets", type=int, default=64)
-    parser.add_argument("--seed", type=int, default=2)
+    parser.add_argument("--training", choices=list(TRAININGS), default="as it is")
+    parser.add_argument("--subsets", type=int, default=32, help="of each share that is left out")
     parser.add_argument("--pairs", type=int, default=16, help="the first so many of the 16")
-    parser.add_argument("--kinds", type=int, default=4, help="kinds of tasks whose best rows are removed")
-    parser.add_argument("--parts", nargs="*", default=["lds", "pairs", "removal"])
+    parser.add_argument("--parts", nargs="*", default=["lds", "top", "pairs", "sweep"])
     parser.add_argument("--share", help="n/m: only retrain, and only the n-th of m shares")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    world = make_world(Path(args.out))
-    seeds = list(range(1, args.seeds + 1))
-    tables: dict[str, Any] = {"training": TRAINING.model_dump(mode="json"), "pool": len(world.pool.data)}
-    measures: dict[str, Callable[..., tuple[dict[str, Any], str]]] = {"lds": lds, "pairs": pairs, "removal": removal}
-    plans = {"lds": halves(world, args.subsets), "pairs": pair_removals(world, args.pairs), "removal": {}}
+    world = make_world(Path(args.out), args.training)
+    path = world.out / f"tables-{args.training.replace(' ', '-')}.json"
+    tables: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    tables |= {"training": world.training.model_dump(mode="json"), "pool": len(world.pool.data)}
     for part in args.parts:
-        if part == "removal":
-            plans[part] = top_removals(world, args.kinds)
-        outcomes = retrain_all(world, plans[part], seeds, args.share)
-        if args.share is None:
-            tables[part], text = measures[part](world, plans[part], outcomes)
+        if part == "pairs":
+            plan = pair_removals(world, args.pairs)
+            outcomes = retrain_all(world, plan, (1, 2), args.share)
+            found = None if args.share else pairs(world, plan, outcomes)
+        elif part == "top":
+            found = None if args.share else top(world)
+        else:
+            known = truths(world, args.subsets, args.share)
+            found = None if args.share else {"lds": lds_table, "sweep": sweep}[part](world, known)
+        if found is not None:
+            tables[part], text = found
             print(f"\n{text}", flush=True)
-            (world.out / "tables.json").write_text(json.dumps(tables, indent=1, ensure_ascii=False) + "\n")
+            path.write_text(json.dumps(tables, indent=1, ensure_ascii=False) + "\n")
 
 
 # --- the small world ----------------------------------------------------------------------------------------------
 
 
-def make_world(out: Path) -> World:
+def make_world(out: Path, training: str = "as it is") -> World:
     """Tokenizer and model from the shared rows, made once; the pool on the pre-trained model."""
     rows = [json.loads(line) for line in DATA.read_text(encoding="utf-8").splitlines()]
     others = [row for row in rows if not (row.get("task") or "").startswith(UNSEEN)]
     save_model(out / "start", rows)
     before = open_pool(others[:4000], model=str(out / "start"), out=str(out / "pretraining"), max_length=128)
-    return world_on(
-        train_on(before, None, PRETRAINING, full=True).path, out, Warmup(**TRAINING.model_dump(), fraction=1.0)
-    )
+    model = train_on(before, None, PRETRAINING, full=True).path
+    own, eps_root = TRAININGS[training]
+    world = world_on(model, out if own == TRAINING else out / training, Warmup(**own.model_dump(), fraction=1.0))
+    return replace(world, out=out, training=own, eps_root=eps_root)
 
 
 def world_on(model: str, out: Path, warmup: Warmup) -> World:
@@ -248,13 +280,47 @@ def save_model(folder: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 def retrain_all(world: World, plan: Mapping[str, list[str]], seeds: SequenceABC[int], share: str | None) -> Retrained:
     """Losses of every target and held-out row after each training of the plan, for each seed."""
-    number, shares = (int(part) for part in (share or "0/1").split("/"))
     wanted = [(name, seed) for name, seed in product(plan, seeds)]
-    for name, seed in wanted[number::shares]:
+    for name, seed in of_share(wanted, share):
         retrain(world, plan[name], seed)
     if share is not None:
         return {}
     return {name: np.array([retrain(world, plan[name], seed) for seed in seeds]) for name in plan}
+
+
+def of_share(wanted: SequenceABC[T], share: str | None) -> SequenceABC[T]:
+    number, shares = (int(part) for part in (share or "0/1").split("/"))
+    return wanted[number::shares]
+
+
+def replay_all(world: World, plan: SequenceABC[list[str]], seed: int, share: str | None) -> Array:
+    """Losses `[subset target]` after the training of this seed with weight 0 for the rows that are not in a subset."""
+    pool, ids = world.pool, sorted(world.pool.data.ids)
+    rows = pool.training.positions(ids)
+    record = recorded(world.training, rows, [], seed=seed, eps_root=world.eps_root)
+    replay = Replay(
+        pool.run, pool.training, record, model=pool.model, dtype=pool.dtype, device=pool.device, budget=2.0**34,
+        reporter=Reporter(quiet=True),
+    )  # fmt: skip
+    path = world.out / "replayed" / replay.fingerprint
+    path.mkdir(parents=True, exist_ok=True)
+    files = [path / f"{key_of(world, sorted(kept))}.json" for kept in plan]
+    missing = [number for number in of_share(range(len(plan)), share) if not files[number].exists()]
+    if missing:
+        sequences = [token_mean(example, row) for row, example in enumerate(world.target.data)]
+        with replay.network() as network:
+            for number in missing:
+                weights = torch.zeros(len(pool.training), dtype=torch.float64)
+                weights[pool.training.positions(plan[number])] = 1.0
+                end = replay.end_with(network, weights)
+                write_whole(files[number], network.losses(end, sequences, len(sequences)).tolist())
+    return np.array([json.loads(file.read_text()) for file in files if share is None])
+
+
+def write_whole(path: Path, value: Any) -> None:
+    partial = path.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps(value) + "\n")
+    partial.rename(path)
 
 
 def retrain(world: World, ids: SequenceABC[str], seed: int) -> list[float]:
@@ -263,16 +329,13 @@ def retrain(world: World, ids: SequenceABC[str], seed: int) -> list[float]:
     if not path.exists():
         with tempfile.TemporaryDirectory(prefix="gradsift-retrain-") as folder:
             pool = replace(world.pool, run=Run(folder))
-            trained = train_on(pool, ids, TRAINING, seed=seed)
+            trained = train_on(pool, ids, world.training, seed=seed)
             found = [
                 held_out_loss(pool, part.data, trained.checkpoint).per_example
                 for part in (world.target, world.held_out)
             ]
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"seed": seed, "rows": len(ids), "target": found[0], "held_out": found[1]}, indent=1)
-        partial = path.with_suffix(f".{os.getpid()}")
-        partial.write_text(text + "\n")
-        partial.rename(path)
+        write_whole(path, {"seed": seed, "rows": len(ids), "target": found[0], "held_out": found[1]})
     stored = json.loads(path.read_text())
     return [
         stored[part][id_]
@@ -286,7 +349,7 @@ def retrain(world: World, ids: SequenceABC[str], seed: int) -> list[float]:
 
 def key_of(world: World, *what: Any) -> str:
     """The name of a result's file: of what it is of, the training and the pool."""
-    text = json.dumps([*what, TRAINING.model_dump_json(), world.pool.data.fingerprint])
+    text = json.dumps([*what, world.training.model_dump_json(), world.pool.data.fingerprint])
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
@@ -296,51 +359,148 @@ def halves(world: World, count: int) -> dict[str, list[str]]:
     return {f"half {n}": ids[generator.choice(len(ids), len(ids) // 2, replace=False)].tolist() for n in range(count)}
 
 
-def lds(world: World, plan: Mapping[str, list[str]], outcomes: Retrained) -> tuple[dict[str, Any], str]:
-    """The score of every estimator, per target and for the mean loss of each kind, with the ceiling."""
-    ids, kinds = world.pool.data.ids, world.target_kinds
-    member = np.array([np.isin(ids, kept) for kept in plan.values()], dtype=np.float64)  # [subset pool]
-    truth = -np.array(list(outcomes.values()))[:, :, : len(kinds)]  # [subset seed target]; higher = better
-    of_kinds = np.stack([truth[:, :, np.array(kinds) == kind].mean(axis=2) for kind in KINDS], axis=2)
-    resampled = np.random.default_rng(1).integers(len(plan), size=(RESAMPLES, len(plan)))
-    table: dict[str, Any] = {"subsets": len(plan), "targets": len(kinds), "spread": float(truth.mean(1).std(0).mean())}
-    between = {"per target": truth, "per kind": of_kinds}
-    table["ceiling"] = {
-        name: with_interval(lambda s, v=values: spearmans(v[s, 0], v[s, 1]), resampled) if values.shape[1] > 1 else None
-        for name, values in between.items()
-    }
-    table["estimators"] = {}
-    for label, scores, by_kind in all_scores(world):
-        row = table["estimators"][label] = {}
-        for name, columns, wanted in (("per target", scores, truth), ("per kind", by_kind, of_kinds)):
-            if columns is None:
-                continue
-            predicted, measured = member @ columns, wanted.mean(axis=1)
-            row[name] = with_interval(lambda s, p=predicted, m=measured: spearmans(p[s], m[s]), resampled)
+def subsets(world: World, share: float, count: int) -> list[list[str]]:
+    """The pool without random rows, `count` times."""
+    ids, generator = np.array(sorted(world.pool.data.ids)), np.random.default_rng((1, round(1000 * share)))
+    kept = len(ids) - round(share * len(ids))
+    return [generator.choice(ids, kept, replace=False).tolist() for _ in range(count)]
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Trainings on subsets, `kept` `[subset pool]`, and the targets' losses after them, `[seed subset target]`."""
+
+    kept: NDArray[np.bool_]
+    losses: Array
+
+    @property
+    def mean(self) -> Array:
+        return np.asarray(self.losses.mean(axis=0))
+
+
+def truths(world: World, count: int, share: str | None) -> dict[str, Truth]:
+    """What is to be foretold, by the words for it."""
+    ids = world.pool.data.ids
+    found = {}
+    for left_out in SHARES:
+        plan = subsets(world, left_out, count)
+        kept = np.array([np.isin(ids, own) for own in plan])
+        for order, seeds in (("same order", (world.pool.seed,)), ("other seeds", OTHER_SEEDS)):
+            losses = np.array([replay_all(world, plan, seed, share) for seed in seeds])
+            found[f"{left_out:.0%}, {order}"] = Truth(kept, losses)
+    if world.training == TRAINING:
+        trained = halves(world, 64)
+        outcomes = retrain_all(world, trained, (1, 2), share)
+        losses = np.array(list(outcomes.values()) or [[[]]]).transpose(1, 0, 2)[:, :, : len(world.target_kinds)]
+        found["50%, trained anew"] = Truth(np.array([np.isin(ids, own) for own in trained.values()]), losses)
+    return found
+
+
+def lds_table(world: World, known: Mapping[str, Truth]) -> tuple[dict[str, Any], str]:
+    """The score of every estimator for every truth, and less LESS's; what another training foretells."""
+    table: dict[str, Any] = {}
+    ceiling = table["another seed of the training"] = {}
+    for name, truth in known.items():
+        one, other = truth.losses[0], truth.losses[-1]
+        if len(truth.losses) == 1:  # of the same order: the first of the others foretells it
+            other = known[name.replace("same order", "other seeds")].losses[0]
+        ceiling[name] = [asdict(agreement_of_trainings(one, other))]
+    scores = dict(all_scores(world))
+    for label, matrix in scores.items():
+        table[label] = {
+            name: [
+                asdict(lds(matrix, truth.kept, truth.mean, minus=minus))
+                for minus in ((None, scores[REFERENCE]) if label != REFERENCE else (None,))
+            ]
+            for name, truth in known.items()
+        }
     return table, lds_markdown(table)
 
 
-def all_scores(world: World) -> Iterable[tuple[str, Array | None, Array]]:
-    """Per estimator: label, scores `[pool target]` where there are such, and `[pool kind]`."""
+def lds_markdown(table: Mapping[str, Mapping[str, Any]]) -> str:
+    names = list(next(iter(table.values())))
+    lines = [f"| LDS, left out | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
+    lines += [
+        f"| {label} | {' | '.join(in_words(entry[name][0]) for name in names)} |" for label, entry in table.items()
+    ]
+    lines += ["", f"| minus {REFERENCE} | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
+    lines += [
+        f"| {label} | {' | '.join(in_words(entry[name][1]) for name in names)} |"
+        for label, entry in table.items()
+        if len(entry[names[0]]) == 2
+    ]
+    return "\n".join(lines)
+
+
+def in_words(value: Mapping[str, float]) -> str:
+    return str(Estimate(**value))
+
+
+def sweep(world: World, known: Mapping[str, Truth]) -> tuple[dict[str, Any], str]:
+    """LDS of V (GᵀG/n + λI)⁻¹ Gᵀ by kernel, λ and checkpoints, from dense float64 eigendecompositions."""
+    pool, table = world.pool, {}
+    checkpoints = pool.checkpoints()
+    sums: dict[tuple[str, str, str], Array] = {}
+    for checkpoint, rate in zip(checkpoints, rate_weights(checkpoints), strict=True):
+        store = pool.stores(checkpoint, ["segments"])["segments"]
+        targets = pool.collect(world.target.data, checkpoint, ["segments"], what="target")["segments"]
+        G = store.rows(0, len(store)).double()[store.positions(list(pool.data.ids))]
+        V = targets.rows(0, len(targets)).double()[targets.positions(list(world.target.data.ids))]
+        for kernel, blocks in (("whole", [(0, store.dim)]), ("segments", store.blocks())):
+            for name, matrix in inverses(G, V, blocks).items():
+                for which in ("last", "all"):
+                    weight = rate if which == "all" else float(checkpoint is checkpoints[-1])
+                    sums[kernel, name, which] = (
+                        sums.get((kernel, name, which), np.zeros(matrix.shape)) + weight * matrix.numpy()
+                    )
+    for key, summed in sums.items():
+        kernel, name, which = key
+        label = f"{kernel}, λ = {name}, {which}"
+        table[label] = {truth: [asdict(lds(summed, t.kept, t.mean))] for truth, t in known.items()}
+    return table, lds_markdown(table)
+
+
+def inverses(G: Tensor, V: Tensor, blocks: SequenceABC[tuple[int, int]]) -> dict[str, Tensor]:
+    """λ_b·⟨row, (H_b + λ_b I)⁻¹ v⟩ summed over blocks b, `[pool target]`, by the words for λ_b."""
+    found: dict[str, Tensor] = {}
+    for start, stop in blocks:
+        g, v = G[:, start:stop], V[:, start:stop]
+        U, singular, W = torch.linalg.svd(g, full_matrices=False)
+        values = singular.square() / len(g)
+        if not float(values[0]):
+            continue
+        largest, mean = float(values[0]), float(values.sum()) / (stop - start)
+        dampings = {f"{share:g} of the largest": share * largest for share in (0.01, 0.03, 0.1, 0.3, 1.0)}
+        dampings |= {f"{share:g} of the mean": share * mean for share in (0.1, 1.0, 10.0)}
+        for name, damping in dampings.items():
+            # By the rows' own singular vectors; what lies beside them does not meet a row.
+            product_ = (U * singular * (damping / (values + damping))) @ (v @ W.T).T
+            scale = 1.0 if len(blocks) == 1 else 1.0 / damping
+            found[name] = found.get(name, torch.zeros(())) + scale * product_
+    return found
+
+
+def all_scores(world: World) -> Iterable[tuple[str, Array]]:
+    """Per estimator: label, and scores `[pool target]`."""
     kinds = np.array(world.target_kinds)
-
-    def means(matrix: Array) -> Array:
-        return np.stack([matrix[:, kinds == kind].mean(axis=1) for kind in KINDS], axis=1)
-
-    for method in PER_TARGET:
-        matrix = matrix_of(world, method, world.target)
-        yield method.label, matrix, means(matrix)
+    for method in (*PER_TARGET, *magics(world)):
+        yield method.label, matrix_of(world, method, world.target)
     prompts = open_prompts([world.target.data.row(id_) for id_ in world.target.data.ids], world.pool, Exact())
     for rewarded in REWARDED:
-        matrix = matrix_of(world, rewarded, prompts)
-        yield rewarded.label, matrix, means(matrix)
+        yield rewarded.label, matrix_of(world, rewarded, prompts)
     for joint in JOINT:
-        yield joint.label, None, np.stack([kind_scores(world, joint, kind) for kind in KINDS], axis=1)
-    own = (np.array(world.pool.data.column("kind"))[:, None] == kinds).astype(np.float64)
-    yield "1 for rows of the target's kind, else 0", own, means(own)
+        of_kinds = {kind: kind_scores(world, joint, kind) for kind in KINDS}
+        yield joint.label, np.stack([of_kinds[kind] for kind in kinds], axis=1)
+    yield "1 for rows of the target's kind", (np.array(world.pool.data.column("kind"))[:, None] == kinds).astype(float)
     for seed in range(CHANCES):
-        matrix = random_matrix(world, seed)
-        yield f"random (seed {seed})", matrix, means(matrix)
+        yield f"random (seed {seed})", random_matrix(world, seed)
+
+
+def magics(world: World) -> list[MAGIC]:
+    """Of the training; where that is not smooth, of one that is made so by the defaults, and by a lower rate."""
+    if world.training == TRAINING:
+        return [MAGIC(per="target"), MAGIC(per="target", learning_rate=3e-3)]
+    return [MAGIC(per="target", eps_root=world.eps_root, seeds=seeds) for seeds in (1, 4)]
 
 
 def matrix_of(world: World, method: Estimator, target: Any) -> Array:
@@ -353,7 +513,8 @@ def matrix_of(world: World, method: Estimator, target: Any) -> Array:
 
 def kind_scores(world: World, method: Estimator, kind: str) -> Array:
     """Scores `[pool]` for all targets of a kind as one."""
-    data = world.target.data
+    data = world.target.labels
+    assert data is not None
     own = [position for position, other in enumerate(world.target_kinds) if other == kind]
     found = score(world.pool, Target(data.subset(own), None, ()), method, aggregation="mean")
     assert found.ids == world.pool.data.ids, (method, len(found.ids))
@@ -368,8 +529,7 @@ def random_matrix(world: World, seed: int) -> Array:
 
 def spearmans(first: Array, second: Array) -> float:
     """Spearman's correlation of each column with its like, mean over columns; a constant column counts as 0."""
-    a, b = (rankdata(values, axis=0) for values in (first, second))
-    return float(correlations(a, b).mean())
+    return float(paired_rank_correlations(first, second).mean())
 
 
 def correlations(a: Array, b: Array) -> Array:
@@ -380,25 +540,9 @@ def correlations(a: Array, b: Array) -> Array:
 
 
 def with_interval(statistic: Callable[[Any], float], resampled: NDArray[np.int64]) -> list[float]:
-    """The statistic of all, and its 95 % interval over resampled subsets."""
+    """The statistic of all, and its 95 % interval over resampled pairs."""
     drawn = [statistic(rows) for rows in resampled]
     return [statistic(slice(None)), *np.percentile(drawn, [2.5, 97.5]).tolist()]
-
-
-def lds_markdown(table: Mapping[str, Any]) -> str:
-    lines = [f"| LDS, {table['subsets']} halves | per target ({table['targets']}) | per kind of task ({len(KINDS)}) |"]
-    lines += ["|---|---|---|", row_of("another seed of the same training (ceiling)", table["ceiling"])]
-    lines += [row_of(label, entry) for label, entry in table["estimators"].items()]
-    return "\n".join(lines)
-
-
-def row_of(label: str, entry: Mapping[str, SequenceABC[float] | None]) -> str:
-    cells = [in_words(entry.get(name)) for name in ("per target", "per kind")]
-    return f"| {label} | {' | '.join(cells)} |"
-
-
-def in_words(value: SequenceABC[float] | None) -> str:
-    return "" if value is None else f"{value[0]:+.2f} ({value[1]:+.2f} to {value[2]:+.2f})"
 
 
 # --- pairs of groups ----------------------------------------------------------------------------------------------
@@ -568,68 +712,36 @@ def pairs_markdown(table: Mapping[str, Any]) -> str:
         "|---|---|---|---|---|",
     ]
     if "ceiling" in table:
-        lines.append(f"| I with another seed (ceiling) | {' | '.join(map(in_words, table['ceiling']))} | | |")
+        lines.append(f"| I with another seed (ceiling) | {' | '.join(map(interval_words, table['ceiling']))} | | |")
     for label, (linear, rank, alike, other) in table["correlations"].items():
-        lines.append(f"| {label} | {in_words(linear)} | {in_words(rank)} | {alike:+.2f} | {other:+.2f} |")
+        lines.append(f"| {label} | {interval_words(linear)} | {interval_words(rank)} | {alike:+.2f} | {other:+.2f} |")
     return "\n".join(lines)
 
 
-# --- leave-subset-out ---------------------------------------------------------------------------------------------
+def interval_words(value: SequenceABC[float]) -> str:
+    return str(Estimate(*value))
 
 
-def removal_choices(world: World, count: int) -> dict[str, dict[str, list[str]]]:
-    """Per kind of task and estimator the rows that rank first; and random ones."""
-    found: dict[str, dict[str, list[str]]] = {}
-    ids = np.array(world.pool.data.ids)
-    for kind in KINDS[:count]:
-        found[kind] = {
-            method.label: ids[np.argsort(-kind_scores(world, method, kind), kind="stable")[:REMOVED]].tolist()
-            for method in REMOVERS
-        }
+# --- leave-top-out ------------------------------------------------------------------------------------------------
+
+
+def top(world: World) -> tuple[dict[str, Any], str]:
+    """QLD of every estimator: the loss of a kind's targets without the rows that rank first for them, less random."""
+    ids, kinds = np.array(world.pool.data.ids), np.array(world.target_kinds)
     generator = np.random.default_rng(4)
-    found["random"] = {f"random {n}": generator.choice(ids, REMOVED, replace=False).tolist() for n in range(6)}
-    return found
-
-
-def top_removals(world: World, count: int) -> dict[str, list[str]]:
-    """What is left of the pool; equal choices are trained on once."""
-    plan = {"all": list(world.pool.data.ids)}
-    for kind, choices in removal_choices(world, count).items():
-        plan |= {f"{kind}: {label}": without(world, rows) for label, rows in choices.items()}
-    return plan
-
-
-def removal(world: World, plan: Mapping[str, list[str]], outcomes: Retrained) -> tuple[dict[str, Any], str]:
-    """Rise of the targets' and of other held-out rows' loss by removing rows, beside that of random rows."""
-    kinds = np.array(world.target_kinds + [str(kind) for kind in world.held_out.data.column("kind")])
-    target = np.arange(len(kinds)) < len(world.target_kinds)
-    named = {name.partition(":")[0] for name in plan} & set(KINDS)
-    choices = removal_choices(world, len(named))
-    table: dict[str, Any] = {}
-    for kind, chosen in choices.items():
-        if kind == "random":
-            continue
-        for label in [*chosen, "random"]:
-            names = [f"random: {name}" for name in choices["random"]] if label == "random" else [f"{kind}: {label}"]
-            for part, which in (("targets", target), ("held out", ~target)):
-                where = (kinds == kind) & which
-                rises = np.array(
-                    [outcomes[name][:, where].mean(axis=1) - outcomes["all"][:, where].mean(axis=1) for name in names]
-                )
-                table.setdefault(label, {}).setdefault(part, []).append(rises.flatten().tolist())
-    return table, removal_markdown(table)
-
-
-def removal_markdown(table: Mapping[str, Any]) -> str:
-    lines = [f"| {REMOVED} rows removed by | targets: rise of the loss, nats | other held-out rows of the kind |",
-             "|---|---|---|"]  # fmt: skip
-    for label, parts in table.items():
-        cells = []
-        for part in ("targets", "held out"):
-            means = [float(np.mean(rises)) for rises in parts[part]]
-            cells.append(f"{np.mean(means):+.3f} ({', '.join(f'{value:+.3f}' for value in means)})")
-        lines.append(f"| {label} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    drawn = [without(world, generator.choice(ids, REMOVED, replace=False)) for _ in range(RANDOM_REMOVALS)]
+    random = replay_all(world, drawn, world.pool.seed, None)
+    table = {}
+    for label, matrix in all_scores(world):
+        losses = np.empty(len(kinds))
+        for kind in KINDS:
+            first = np.argsort(-matrix[:, kinds == kind].mean(axis=1), kind="stable")[:REMOVED]
+            after = replay_all(world, [without(world, ids[first])], world.pool.seed, None)[0]
+            losses[kinds == kind] = after[kinds == kind]
+        table[label] = asdict(qld(losses, random))
+    lines = [f"| {REMOVED} rows left out, by | rise of the loss beside that without random rows, nats |", "|---|---|"]
+    lines += [f"| {label} | {v['value']:+.3f} ({v['low']:+.3f} to {v['high']:+.3f}) |" for label, v in table.items()]
+    return table, "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,156 @@
+"""How well scores foretell retraining: the linear datamodelling score, and what the best-scored rows were worth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from gradsift.base.errors import NonFiniteError, ShapeError
+from gradsift.base.ranks import paired_rank_correlations
+
+_LEAST_SUBSETS = 3  # an order of two says nothing
+_TAILS = (2.5, 97.5)
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A figure and its 95 % bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:+.2f} ({self.low:+.2f} to {self.high:+.2f})"
+
+
+def lds(
+    scores: ArrayLike,
+    kept: ArrayLike,
+    losses: ArrayLike,
+    *,
+    minus: ArrayLike | None = None,
+    draws: int = 400,
+    seed: int = 0,
+) -> Estimate:
+    """Linear datamodelling score (Park et al. 2023, equation 6), for losses instead of margins:
+
+        LDS = mean over targets of  ρ_S( Σ_{i∈S} score_i,  −loss after training on S )
+
+    ρ is Spearman's correlation over subsets S of the pool, ties at their mean rank; a target whose scores or losses are
+    the same for all subsets counts as 0. 1 is a perfect prediction of the order, 0 chance. What another seed of the
+    training reaches (`agreement_of_trainings`) bounds what any method can.
+
+    Args:
+        scores: `[row target]`, higher = training on the row helps more.
+        kept: `[subset row]`, True where the training of a subset has the row; its weight where it is a number.
+        losses: `[subset target]`, nats; means over trainings of several seeds are less noisy.
+        minus: scores of another method, whose LDS is taken off: the interval is then that of the paired difference.
+        draws: bootstrap resamples of the subsets.
+        seed: of them.
+
+    Raises:
+        ShapeError: sizes that do not fit, or fewer than three subsets.
+        NonFiniteError: NaN or infinity.
+
+    Example:
+        >>> kept = [[True, True, False], [True, False, True], [False, True, True]]
+        >>> lds([[3.0], [2.0], [1.0]], kept, [[0.1], [0.2], [0.3]]).value
+        1.0
+    """
+    member, truth = _matrix("kept", kept), -_matrix("losses", losses)
+    predictions = [member @ _fitting(name, values, member, truth)
+                   for name, values in (("scores", scores), ("minus", minus)) if values is not None]  # fmt: skip
+    if len(member) != len(truth) or len(member) < _LEAST_SUBSETS:
+        raise ShapeError(
+            f"kept has {len(member)} subsets and losses {len(truth)}: expected the same number, "
+            f"at least {_LEAST_SUBSETS}"
+        )
+
+    def statistic(rows: NDArray[np.int64]) -> float:
+        found = [_agreement(predicted[rows], truth[rows]) for predicted in predictions]
+        return found[0] - (found[1] if len(found) == 2 else 0.0)
+
+    return _bootstrapped(statistic, len(member), draws, seed)
+
+
+def agreement_of_trainings(one: ArrayLike, other: ArrayLike, *, draws: int = 400, seed: int = 0) -> Estimate:
+    """Spearman's correlation over subsets of the losses of two trainings of each, mean over targets.
+
+    The LDS that another training would have: with single trainings on both sides no method can be expected to be above.
+
+    Args:
+        one, other: `[subset target]`, nats.
+        draws, seed: as for `lds`.
+
+    Raises:
+        ShapeError, NonFiniteError: as for `lds`.
+    """
+    a, b = _matrix("one", one), _matrix("other", other)
+    if a.shape != b.shape or len(a) < _LEAST_SUBSETS:
+        raise ShapeError(
+            f"one is {a.shape} and other {b.shape}: expected the same, and {_LEAST_SUBSETS} subsets or more"
+        )
+    return _bootstrapped(lambda rows: _agreement(a[rows], b[rows]), len(a), draws, seed)
+
+
+def qld(without_best: ArrayLike, without_random: ArrayLike, *, draws: int = 400, seed: int = 0) -> Estimate:
+    """How much more the loss rises when the best-scored rows are left out than when as many random ones are:
+
+        QLD = mean over targets of  (loss without its best rows − mean over draws of loss without random rows)
+
+    Above 0, the rows that rank first were worth more than others; of scores drawn at random it is 0.
+
+    Args:
+        without_best: `[target]`, nats, of each target after the training without the rows that rank first for it.
+        without_random: `[draw target]`, after trainings without as many random rows.
+        draws: bootstrap resamples of the targets.
+        seed: of them.
+
+    Raises:
+        ShapeError: sizes that do not fit.
+        NonFiniteError: NaN or infinity.
+
+    Example:
+        >>> qld([2.0, 3.0], [[1.0, 2.0], [1.5, 2.5]]).value
+        0.75
+    """
+    best, random = _matrix("without_best", np.atleast_2d(without_best)), _matrix("without_random", without_random)
+    if best.shape[1] != random.shape[1]:
+        raise ShapeError(f"without_best has {best.shape[1]} targets and without_random {random.shape[1]}")
+    rises = best[0] - random.mean(axis=0)
+    return _bootstrapped(lambda rows: float(rises[rows].mean()), len(rises), draws, seed)
+
+
+def _matrix(name: str, values: ArrayLike) -> NDArray[np.float64]:
+    found = np.asarray(values, dtype=np.float64)
+    if found.ndim != 2 or 0 in found.shape:
+        raise ShapeError(f"{name} has the shape {found.shape}, expected two axes that are not empty")
+    if not np.isfinite(found).all():
+        raise NonFiniteError(f"{name} holds NaN or infinity")
+    return found
+
+
+def _fitting(
+    name: str, values: ArrayLike, member: NDArray[np.float64], truth: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    found = _matrix(name, values)
+    if found.shape != (member.shape[1], truth.shape[1]):
+        raise ShapeError(
+            f"{name} has the shape {found.shape}, expected {(member.shape[1], truth.shape[1])}: the rows of kept "
+            "and the targets of losses"
+        )
+    return found
+
+
+def _agreement(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
+    return float(paired_rank_correlations(first, second).mean())
+
+
+def _bootstrapped(statistic: Callable[[NDArray[np.int64]], float], count: int, draws: int, seed: int) -> Estimate:
+    resampled = np.random.default_rng(seed).integers(count, size=(draws, count))
+    low, high = np.percentile([statistic(rows) for rows in resampled], _TAILS)
+    return Estimate(statistic(np.arange(count)), float(low), float(high))

@@ -114,7 +114,7 @@ class Counting(gs.Estimator):
 
 
 SAMPLING = {"samples": 2, "max_new_tokens": 3}
-FIELDS: dict[str, dict[str, Any]] = {"nice": {"sampling": SAMPLING}, "nice_if": {"sampling": SAMPLING}}
+FIELDS: dict[str, dict[str, Any]] = {name: {"sampling": SAMPLING} for name in ("nice", "nice_if", "nice_magic")}
 
 
 @pytest.mark.parametrize("method", [*OWN, Nearest, Counting], ids=lambda method: method.__name__)

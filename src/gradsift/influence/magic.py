@@ -10,6 +10,7 @@ from functools import cache, partial
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
 
 from gradsift.base.errors import ConfigError
@@ -17,7 +18,7 @@ from gradsift.base.lazy import Tensor, torch
 from gradsift.base.ranks import spearman
 from gradsift.context import Pool, Target
 from gradsift.gradients.losses import row_losses
-from gradsift.influence.estimator import Estimator, Influence, Passes, TargetsByCheckpoint
+from gradsift.influence.estimator import Estimator, Influence, Passes, Targets, TargetsByCheckpoint
 from gradsift.influence.metagradient import metagradient as metagradient
 from gradsift.influence.replay import Losses, Network, Replay, Returned
 from gradsift.influence.smooth import FIRST_BACK, FURTHER_BACK, Ending, SmoothTraining, groups_of
@@ -99,37 +100,47 @@ class MAGIC(SmoothTraining, Estimator):
     def influence(self, pool: Pool, target: Target | None) -> Influence:
         """Of every pool row, by going back through each training once for each group of targets."""
         assert target is not None, self
-        source = self.targets(pool, target)
-        if isinstance(source, TargetsByCheckpoint):
-            raise ConfigError("MAGIC takes labelled targets: sampled responses depend on the checkpoint")
-        ending = Ending(source, groups_of(len(source.ids), target.subtasks, self.per))
+        return self.gone_back(pool, target, self.targets(pool, target))
+
+    def gone_back(self, pool: Pool, target: Target, source: Targets) -> Influence:
+        """The same, of what stands for the targets."""
+        groups = groups_of(len(source.ids), target.subtasks, self.per)
         overlap = {skip.id for skip in target.overlap}
-        scores, returned, identity = [], [], []
-        note, check = ending.note, None
+        scores, returned, identity, check = [], [], [], None
         for seed in range(pool.seed, pool.seed + self.seeds):
             replay, ids = self._replay(pool, overlap, seed)
-            found = replay.returned(note)
+            ending = self._ending(source, replay, groups)
+            found = replay.returned(ending.note)
             if found is None:
                 with replay.network() as network:
-                    found = replay.back(network, note, partial(ending.gradients, network))
+                    found = replay.back(network, ending.note, partial(ending.gradients, network))
             if self.check and seed == pool.seed:
-                check = self._checked(pool, replay, note, ending, found, ids)
+                check = self._checked(pool, replay, ending, found, ids)
             scores.append(-found.change[:, pool.training.positions(pool.data.ids)].T)
             returned.append(found)
             identity.append(replay.fingerprint)
         each = np.stack(scores)  # [training row group]
         growth = tuple(float(one.norms.max() / one.norms[-1]) if one.norms[-1] else 0.0 for one in returned)
         # A group's derivative stands in for each of its targets': means over targets are the same.
-        matrix = each.mean(axis=0)[:, ending.groups]
+        matrix = each.mean(axis=0)[:, groups]
         return Influence(
             list(pool.data.ids),
             matrix.astype(np.float32),
             warnings=(*_not_smooth(growth, returned), *([f"MAGIC: {check}"] if check else [])),
             identity={"replays": identity},
             grouped=self.per == "subtask",
-            draws=None if self.seeds == 1 else each[..., ending.groups].astype(np.float32),
+            draws=None if self.seeds == 1 else each[..., groups].astype(np.float32),
             terms=MagicTerms(growth, check),
         )
+
+    def _ending(self, source: Targets, replay: Replay, groups: NDArray[np.int64]) -> Ending:
+        """The targets at the end of a training."""
+        assert not isinstance(source, TargetsByCheckpoint), source
+        return Ending(source, groups)
+
+    def _known_ending(self, source: Targets, replay: Replay, groups: NDArray[np.int64]) -> Ending | None:
+        """The same, where nothing has to be made for it."""
+        return self._ending(source, replay, groups)
 
     def inputs(self, pool: Pool) -> dict[str, Any]:
         """The trainings, as they are where no row is in the target."""
@@ -142,9 +153,7 @@ class MAGIC(SmoothTraining, Estimator):
         """Its trainings, the ways back, which take so much more than a training, and its check."""
         assert target is not None, self
         source = self.targets(pool, target)
-        assert not isinstance(source, TargetsByCheckpoint), source
         groups = groups_of(len(source.ids), target.subtasks, self.per)
-        note = Ending(source, groups).note
         overlap, found = {skip.id for skip in target.overlap}, []
         lengths, ways = pool.training.lengths, 1 + int(groups.max())
         for seed in range(pool.seed, pool.seed + self.seeds):
@@ -152,14 +161,15 @@ class MAGIC(SmoothTraining, Estimator):
             own, beside = (np.concatenate(parts) for parts in (replay.record.batches, replay.record.riders))
             tokens, riding = float(lengths[own].sum()), float(lengths[beside].sum())
             trained = pool.run.manifest(replay.prefix) is not None
-            back = trained and replay.returned(note) is not None
+            ending = self._known_ending(source, replay, groups) if trained else None
+            back = ending is not None and replay.returned(ending.note) is not None
             found.append(Passes("MAGIC's training", len(own), tokens, trained))
             taken = (FIRST_BACK + FURTHER_BACK * (ways - 1)) * tokens + riding
             found.append(Passes("MAGIC's way back", len(own) + len(beside), taken, back))
             if self.check and seed == pool.seed:
-                losses = self._check_losses(pool, replay, note)
-                smooth, plain = self.check + 1 - losses.count("smooth"), self.check + 1 - losses.count("plain")
-                times = min(smooth, self.check) + plain
+                losses = None if ending is None else self._check_losses(pool, replay, ending)
+                smooth, plain = (0 if losses is None else losses.count(name) for name in ("smooth", "plain"))
+                times = min(self.check + 1 - smooth, self.check) + self.check + 1 - plain
                 found.append(Passes("MAGIC's check", times * len(own), times * tokens, not times))
         return found
 
@@ -174,11 +184,11 @@ class MAGIC(SmoothTraining, Estimator):
         what = "MAGIC's training" if self.seeds == 1 else f"MAGIC's training {seed - pool.seed + 1} of {self.seeds}"
         return self.replay(pool, ids, beside, seed=seed, what=what), ids
 
-    def _check_losses(self, pool: Pool, replay: Replay, note: str) -> Losses:
-        asked = fingerprint([note, self.check, self.plain(pool).model_dump(mode="json")])
+    def _check_losses(self, pool: Pool, replay: Replay, ending: Ending) -> Losses:
+        asked = fingerprint([ending.note, self.check, self.plain(pool).model_dump(mode="json")])
         return replay.losses(asked, "MAGIC's check")
 
-    def _checked(self, pool: Pool, replay: Replay, note: str, ending: Ending, found: Returned, ids: list[str]) -> Check:
+    def _checked(self, pool: Pool, replay: Replay, ending: Ending, found: Returned, ids: list[str]) -> Check:
         """Retrain without random rows: in the same training otherwise, and as users do."""
         draw = np.random.default_rng((pool.seed, self.check))
         change = torch.from_numpy(found.change).mean(dim=0)
@@ -188,7 +198,7 @@ class MAGIC(SmoothTraining, Estimator):
         weights = torch.ones(self.check + 1, len(pool.training), dtype=torch.float64)
         for own, without in zip(weights[1:], left_out, strict=True):
             own[pool.training.positions(without)] = 0.0
-        losses = self._check_losses(pool, replay, note)
+        losses = self._check_losses(pool, replay, ending)
         with ExitStack() as stack:
             opened = cache(lambda: stack.enter_context(replay.network()))
             ways = [partial(_smooth_loss, replay, opened, ending, own) for own in (None, *weights[1:])]

@@ -28,7 +28,8 @@ from gradsift.store.manifest import Record as ManifestRecord
 from gradsift.store.manifest import fingerprint, read_if_whole
 from gradsift.store.run import Run
 from gradsift.store.tensors import publish_tensors, read_tensors
-from gradsift.warmup.train import Training, training_config
+from gradsift.warmup.checkpoint import Checkpoint
+from gradsift.warmup.train import Training, publish_adapter, training_config
 
 _SAVE_SECONDS = 20.0  # the work that a killed way back loses at most
 _TWICE = 3  # activations that a pass through a backward pass keeps, in those of a gradient
@@ -77,6 +78,7 @@ class Network:
         named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         self.parameters = [parameter for _, parameter in named]
         self.start = flat(self.parameters)
+        self._model = model
         self._linears = [model.get_submodule(name.removesuffix(".weight")) for name, _ in named]
         self._head, self._device = head, model.get_input_embeddings().weight.device
         self._budget = automatic_token_budget(model)
@@ -148,6 +150,11 @@ class Network:
                         handle.remove()
             terms.index_add_(1, rows.cpu(), found.flatten(1).double().cpu())
         return terms
+
+    def publish(self, theta: Tensor, run: Run, folder: str) -> None:
+        """θ as an adapter."""
+        self._load(theta)
+        publish_adapter(run, folder, self._model)
 
     def _load(self, theta: Tensor) -> None:
         with torch.no_grad():
@@ -301,6 +308,20 @@ class Replay:
         if not self.run.storage.exists(key):
             self._train(network)
         return self._tensors(key)["theta"].to(network.start)
+
+    @property
+    def published(self) -> Checkpoint | None:
+        """The end of the training, where the run folder has it as an adapter."""
+        there = self.run.storage.exists(f"{self.prefix}end/adapter_model.safetensors")
+        return Checkpoint(self.run.name(f"{self.prefix}end")) if there else None
+
+    def checkpoint(self) -> Checkpoint:
+        """The end of the training as an adapter, made now if the run does not hold it."""
+        if self.published is None:
+            with self.network() as network:
+                network.publish(self.end(network), self.run, f"{self.prefix}end/")
+        assert self.published is not None
+        return self.published
 
     def back(self, network: Network, note: str, gradients: Callable[[Tensor], Tensor]) -> Returned:
         """Go back through the training.

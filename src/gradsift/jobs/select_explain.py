@@ -231,7 +231,7 @@ def trust(result: Result) -> None:
     if takes_reward(scores.method) and isinstance(target, PromptTarget):
         targets = PolicyTargets(pool, target, scores.method)
         result.diagnostics = sample_reliability(scores, chosen, targets=targets)
-        result.responses = sampled_responses(targets)
+        result.responses = sampled_responses(targets) if targets.checkpoints else None
     result.over_targets = target_reliability(scores, chosen)
     if result.reliability:
         pool.run.publish_json("diagnostics.json", diagnostics(result))

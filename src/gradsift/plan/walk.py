@@ -158,7 +158,7 @@ class Walk:
         available = len(self.pool.data) - (len(self.target.overlap) if self.target is not None else 0)
         size = budget_count(recipe.budget, available) if recipe.drop is None else kept_count(recipe.drop, available)
         self._select(recipe.selection, recipe.estimator, [size])
-        if takes_reward(recipe.estimator) and isinstance(self.target, PromptTarget):
+        if takes_reward(recipe.estimator) and recipe.estimator.view and isinstance(self.target, PromptTarget):
             self._diagnose(recipe.estimator, self.target)
 
     def _choices(self, grid: Grid, choosing: SequenceABC[Contender]) -> None:
@@ -186,6 +186,10 @@ class Walk:
             for name, data in (("pool", self.pool.data), ("target", self.target.data)):
                 self._embedded(name, [conversation_text(own) for own in conversations(data)], method.text_model)
         self._other_passes(method, self.target)
+        if takes_reward(method) and isinstance(self.target, PromptTarget):
+            ends = method.ends(self.kept or self.pool, self.target)
+            for number in range(len(ends)):
+                self._responses(method, self.target, number, ends=ends)
         if method.view is not None:
             self._gradients(method, targets=method.needs_target)
 
@@ -324,12 +328,19 @@ class Walk:
         return _Rows("policy gradients", f"{name} {method.model_dump_json()}", count, tokens, source)
 
     def _responses(
-        self, method: PolicyEstimator, target: PromptTarget, number: int, *, rewarded: bool = True
+        self,
+        method: PolicyEstimator,
+        target: PromptTarget,
+        number: int,
+        *,
+        rewarded: bool = True,
+        ends: SequenceABC[Checkpoint | None] = (),
     ) -> PolicyTargets | None:
-        """The responses at a checkpoint and what they earn; where the run folder has all of it, that."""
+        """The responses at one of the `ends` of a method's own, or at a checkpoint, and what they earn; where the run
+        folder has all of it, that."""
         writer = method.assistant
-        checkpoint = None if writer is not None else self._checkpoints()[number]
-        sampling, place = method.drawing, "" if writer is not None else str(number)
+        checkpoint = None if writer is not None else (ends or self._checkpoints())[number]
+        sampling, place = method.drawing, "" if writer is not None else f"{'end ' * bool(ends)}{number}"
         responses, limit = len(target.data) * sampling.samples, sampling.max_new_tokens
         drawn = unpaid = responses
         complete = None

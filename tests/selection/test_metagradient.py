@@ -25,7 +25,7 @@ from tiny_world import ANIMALS, COLOURS, World, pool_rows, target_rows
 
 SMALL = Warmup(epochs=2, rank=2, alpha=8, learning_rate=1e-2, batch_size=4, dropout=0.1, max_grad_norm=8)
 BUDGET = 16
-METHOD = MetagradientDescent(rounds=4, exchange=0.5, eps_root=1e-8)
+METHOD = MetagradientDescent(rounds=3, exchange=0.5, eps_root=1e-8)
 
 
 class Upside(gs.Estimator):
@@ -155,12 +155,26 @@ def test_interrupted(
     assert again.ids == done[0].ids
 
 
+def test_more_rounds_go_on(tiny: World, tmp_path: Path, done: tuple[gs.Selection, list[Any], Path]) -> None:
+    """Asked for more rounds, it has the first ones from what it kept; a training that was there before stays there."""
+    pool, target = opened(tiny, tmp_path / "run")
+    candidates = candidates_of(pool, target)
+    METHOD.model_copy(update={"rounds": 2}).descend(candidates, BUDGET)
+    assert METHOD.descend(candidates, BUDGET) == done[1]
+    assert not pool.run.artifacts("replays"), "of rounds that are done only what was found is left"
+    assert not [key for key in pool.run.storage.list("replays/") if "/step-" in key or "/state-" in key]
+    gs.score(pool, target, gs.MAGIC())
+    kept = pool.run.artifacts("replays")
+    METHOD.model_copy(update={"rounds": 1, "eps_root": 1e-10}).descend(candidates, 2 * BUDGET)
+    assert pool.run.artifacts("replays") == kept
+
+
 def test_where_there_is_nothing_to_exchange(tiny: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A choice of everything is trained on once; one that no exchange betters is not trained on again."""
     pool, target = opened(tiny, tmp_path / "run")
     everything = gs.select(gs.score(pool, target, Upside()), METHOD, budget=2 * BUDGET)
     assert sorted(everything.ids) == sorted(pool.data.ids)
-    assert len(pool.run.artifacts("replays")) == 1
+    assert len([key for key in pool.run.storage.list("replays/") if "losses-" in key]) == 1
     monkeypatch.setattr(metagradient, "exchanged", lambda chosen, *_: chosen)
     assert len(METHOD.descend(candidates_of(pool, target), BUDGET)) == 1
 

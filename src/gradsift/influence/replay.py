@@ -357,6 +357,14 @@ class Replay:
                     saved = time.monotonic()
         return Returned(change.numpy(), np.array(norms[::-1]))
 
+    def forget(self) -> None:
+        """Delete the training's steps, but not what was found by them: another question takes them again."""
+        storage = self.run.storage
+        storage.delete(f"{self.prefix}manifest.json")
+        for key in storage.list(self.prefix):
+            if key.removeprefix(self.prefix).startswith(("state-", "step-")):
+                storage.delete(key)
+
     def end_with(self, network: Network, weights: Tensor) -> Tensor:
         """θ_T of a training in which rows have other weights, `[row]` of the data; nothing of it is kept."""
         state = State.at(network.start)

@@ -50,7 +50,8 @@ class MetagradientDescent(SmoothTraining, Selector):
     training of MAGIC on the rows that are chosen, with all others riding along, and goes back through it once: how the
     mean over subtasks of the targets' loss changes with the weight of every row. A share of the chosen then gives way
     to as many others, as far as those are worth more. The round whose loss on held-out targets is lowest is kept.
-    Scores say where it begins, and nothing more. Beside the fields below it has those of `SmoothTraining`.
+    Scores say where it begins, and nothing more. Of a round's training its losses and worths are kept, and its steps
+    until these are found. Beside the fields below it has those of `SmoothTraining`.
 
     rounds: trainings, the first choice's among them.
     exchange: share of the budget that a round exchanges at most.
@@ -180,6 +181,7 @@ class MetagradientDescent(SmoothTraining, Selector):
         what = f"round {number} of {self.rounds}"
         replay = self.replay(pool, own, beside, seed=pool.seed, what=what)
         asked = fingerprint([steering.note, "mean over groups"])
+        others = pool.run.manifest(replay.prefix) is not None  # a training that is there already is not this descent's
         with ExitStack() as stack:
             opened = cache(lambda: stack.enter_context(replay.network()))
             ways = [partial(_loss_of, replay, opened, ending) for ending in (steering, measuring)]
@@ -187,6 +189,8 @@ class MetagradientDescent(SmoothTraining, Selector):
             found = replay.returned(asked) if further else None
             if further and found is None:
                 found = replay.back(opened(), asked, partial(_mean_gradient, steering, opened()))
+        if not others:
+            replay.forget()
         worth = None if found is None else -found.change[0, pool.training.positions(candidates.ids)]
         return (losses[0], losses[1]), worth
 

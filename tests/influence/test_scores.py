@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import bm25s
 import numpy as np
@@ -15,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
-from gradsift.base.errors import ConfigError, DataError
+from gradsift.base.errors import ConfigError, DataError, ShapeError
 from gradsift.context import Pool, Target, open_target
 from gradsift.gradients.collect import Gradients
 from gradsift.gradients.projection import Projection
@@ -23,7 +24,7 @@ from gradsift.influence import blocks
 from gradsift.influence.bm25 import BM25, bm25_scores, conversation_text, spoken_text
 from gradsift.influence.datainf import DataInf, ProjectedInverse, datainf_scores, projected_inverse_scores
 from gradsift.influence.dsir import DSIR
-from gradsift.influence.estimator import Estimator, influence_of, rate_weights, target_view
+from gradsift.influence.estimator import Estimator, Influence, influence_of, rate_weights, target_view
 from gradsift.influence.ji2s import JI2S
 from gradsift.influence.less import LESS, less_scores
 from gradsift.influence.nice import NICEIF
@@ -327,6 +328,39 @@ def test_the_table_holds_each_target_and_the_aggregate(pool: Pool, target: Targe
             assert [row["rank"] for row in by_rank] == list(range(1, len(part) + 1))
             scores = [row["score"] for row in by_rank]
             assert scores == sorted(scores, reverse=True)
+
+
+def test_standard_errors_are_those_of_means_over_draws(pool: Pool, target: Target) -> None:
+    """Of each target's score, and of the subtask that the mean over draws has highest; other methods have none."""
+    drawn = np.random.default_rng(0).normal(size=(5, len(pool.data), len(target.data))).astype(np.float32)
+
+    class Drawn(Estimator):
+        kind: Literal["drawn"] = "drawn"
+        label: ClassVar[str] = "drawn"  # type: ignore[misc]
+        draws: ClassVar[Any] = drawn
+
+        def influence(self, pool: Pool, target: Target | None) -> Influence:
+            return Influence(pool.data.ids, drawn.mean(axis=0), draws=self.draws)
+
+    scores = score(pool, target, Drawn())
+    root = np.sqrt(len(drawn))
+    np.testing.assert_allclose(scores.target_errors, drawn.std(axis=0, ddof=1) / root, rtol=1e-5)
+    tasks = np.array(target.subtasks)
+    means = np.stack([drawn[:, :, tasks == task].mean(axis=2) for task in sorted(set(tasks))])  # [task draw row]
+    best = means.mean(axis=1).argmax(axis=0)
+    expected = [means[task, :, row].std(ddof=1) / root for row, task in enumerate(best)]
+    np.testing.assert_allclose(scores.errors, expected, rtol=1e-5)
+    whole = score(pool, target, Drawn(), aggregation="mean")
+    np.testing.assert_allclose(whole.errors, drawn.mean(axis=2).std(axis=0, ddof=1) / root, rtol=1e-5)
+    save_tables(pool, [score(pool, target, BM25()), scores])
+    table = pq.read_table(pool.run.folder / "scores.parquet").to_pylist()
+    assert {row["error"] is None for row in table if row["method"] == "BM25"} == {True}
+    assert [
+        row["error"] for row in table if row["method"] == "drawn" and row["target"] == "*"
+    ] == scores.errors.tolist()
+    Drawn.draws = drawn[:1]
+    with pytest.raises(ShapeError, match="wanted at least 2 of shape"):
+        score(pool, target, Drawn())
 
 
 def test_random_scores_are_uniform_and_belong_to_ids() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 from gradsift.base.checks import float_array, same_size, to_float64
 from gradsift.base.errors import ConfigError, ShapeError
@@ -29,6 +29,8 @@ class TRAK(KernelEstimator):
         `auto`, more rows than dimensions to estimate it from.
     checkpoints: `all`, averaged with equal weights, or the `last`.
     """
+
+    signed: ClassVar[bool] = True
 
     kind: Literal["trak"] = "trak"
 

@@ -72,11 +72,13 @@ def sample_reliability(
 ) -> PolicyDiagnostics | None:
     """`diagnose` of the scores that NICE or NICE_IF gave, beside the choice made by them; None for other methods.
 
+    Those that read no stored rows are among these: new samples would take new gradients there.
+
     Raises:
         ConfigError: fewer than 2 samples per prompt.
     """
     pool, target, method = scores.pool, scores.target, scores.method
-    if pool is None or not isinstance(target, PromptTarget) or not takes_reward(method):
+    if pool is None or not isinstance(target, PromptTarget) or not takes_reward(method) or method.view is None:
         return None
     looked = looked_at(scores, selection)
     return diagnose(

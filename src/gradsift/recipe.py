@@ -24,12 +24,12 @@ from gradsift.explanation.explain import DEFAULT_ESTIMATOR, DEFAULT_STRATEGIES
 from gradsift.explanation.relevance import Aggregation as RelevanceAggregation
 from gradsift.generation.endpoint import Endpoint
 from gradsift.gradients.collect import Gradients
+from gradsift.influence.aggregate import Aggregation
 from gradsift.influence.bm25 import BM25
 from gradsift.influence.estimators import AnyEstimator, AnyRanker
 from gradsift.influence.less import LESS
 from gradsift.influence.random import Random
 from gradsift.influence.ratings import Rater
-from gradsift.influence.scores import Aggregation
 from gradsift.model import embeddings
 from gradsift.model.models import DtypeName
 from gradsift.rewards.reward import Reward
@@ -117,7 +117,7 @@ class Recipe(Settings):
     gradients: how gradients are taken and stored.
     estimator: what ranks the pool.
     controls: further rankings beside it, whose choices the report compares.
-    aggregation: of scores over targets.
+    aggregation: of scores over targets, or they take turns; None is round_robin for RDS+, else max_of_means.
     selection: how the choice is made.
     budget: how many to choose: 500, 0.05 or 5%.
     group_by: columns by which the choice is compared with the pool.
@@ -150,7 +150,7 @@ class Recipe(Settings):
     gradients: Gradients = Gradients()
     estimator: AnyEstimator = LESS()
     controls: tuple[AnyEstimator, ...] = (BM25(), Random(seed=0))
-    aggregation: Aggregation = "max_of_means"
+    aggregation: Aggregation | None = None
     selection: AnySelector = TopK()
     budget: Budget = Field(default=0.05, gt=0)
     group_by: tuple[str, ...] = ()

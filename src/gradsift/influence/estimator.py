@@ -24,6 +24,7 @@ from gradsift.data.prompts import Prompts
 from gradsift.data.rows import Rows
 from gradsift.gradients.collect import SequenceSource
 from gradsift.gradients.rows import View
+from gradsift.influence.aggregate import Aggregation
 from gradsift.influence.products import inner_products
 from gradsift.influence.prompts import RewardSummary
 from gradsift.rewards.sources import sources_of
@@ -127,6 +128,7 @@ class Estimator(Settings):
     pairs: whether each target has a score of its own, which explanations need.
     view: which of the pool's stored rows it reads: `adam`, `plain` or `segments`; None if it takes no gradient.
     last_checkpoint: whether it reads those at the last checkpoint alone.
+    aggregation: over targets, unless another is asked for.
     full_sum: whether the pool's stores have to hold the unprojected sums of their rows.
     by_chance: whether its ranking means nothing, as a control.
     raters: what grades rows, one by one, if anything does.
@@ -138,6 +140,7 @@ class Estimator(Settings):
     pairs: ClassVar[bool] = True
     view: ClassVar[View | None] = None
     last_checkpoint: ClassVar[bool] = False
+    aggregation: ClassVar[Aggregation] = "max_of_means"
     full_sum: ClassVar[bool] = False
     by_chance: ClassVar[bool] = False
     raters: ClassVar[tuple[Any, ...]] = ()

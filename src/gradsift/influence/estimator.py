@@ -68,6 +68,7 @@ class Influence:
         (ids, `[target draw]`) → float64 `[row draw]`
     grouped:  whether columns of one subtask are all the subtask's mean, of which no target's own part is known
     terms:    what else the estimator knows of its numbers
+    stages:   int8 `[row]`, where rows are scored in several stages: which one each one's number is of
     """
 
     ids: SequenceABC[str]
@@ -84,6 +85,7 @@ class Influence:
     )
     grouped: bool = False
     terms: Any = field(default=None, repr=False)
+    stages: NDArray[np.int8] | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,8 @@ class Passes:
     stage:   what `gradsift plan` calls them
     done:    whether the run folder has what comes of them
     forward: whether they go forth alone
+    unprojected: whether their gradients are stored, as they are
+    number:  of the checkpoint, where they go through the model at several
     """
 
     stage: str
@@ -114,6 +118,8 @@ class Passes:
     tokens: float
     done: bool = False
     forward: bool = False
+    unprojected: bool = False
+    number: int = 0
 
 
 class Estimator(Settings):
@@ -147,6 +153,16 @@ class Estimator(Settings):
     text_model: ClassVar[str | None] = None
 
     kind: str
+
+    @property
+    def before(self) -> tuple[Estimator, ...]:
+        """The estimators whose influence it asks for first."""
+        return ()
+
+    @property
+    def runs_model(self) -> bool:
+        """Whether the pool goes through the model for it."""
+        return self.view is not None
 
     @property
     @abstractmethod

@@ -101,6 +101,11 @@ class MAGIC(Estimator):
     memory: float = Field(default=16.0, gt=0)
 
     @property
+    def runs_model(self) -> bool:
+        """It is trained on the pool."""
+        return True
+
+    @property
     def label(self) -> str:
         """What tables call it."""
         parts = [f"{self.fraction:g} of the pool"] * (self.fraction < 1)

@@ -86,11 +86,14 @@ class Scores(Shown):
         return dict(zip(self.ids, self.aggregate.tolist(), strict=True))
 
     def table(self) -> pa.Table:
-        """Long form: id, target (`*` for the aggregate), method, score, rank, tokens."""
+        """Long form: id, target (`*` for the aggregate), method, score, rank, tokens, and the stage that scored it."""
         return pa.concat_tables(self.tables()).unify_dictionaries()
 
     def tables(self) -> Iterator[pa.Table]:
         """What `table` puts one below the other: some rows for one target."""
+        stages = np.ones(len(self.ids), np.int8)
+        if self.found is not None and self.found.stages is not None:
+            stages = self.found.stages[Strings.of(self.found.ids).positions(self.ids)]
         columns = [("*", self.aggregate)]
         if self.per_target is not None and self.per_target.size <= _MAX_PER_TARGET_ROWS:
             columns += [(id_, self.per_target[:, number]) for number, id_ in enumerate(self.target_ids)]
@@ -108,6 +111,7 @@ class Scores(Shown):
                         "score": pa.array(scores[part], pa.float32()),
                         "rank": pa.array(ranks[part], pa.int64()),
                         "tokens": pa.array(self.tokens[part], pa.int64()),
+                        "stage": pa.array(stages[part], pa.int8()),
                     }
                 )
 
@@ -178,8 +182,9 @@ def score(
             "tokens): look at whether it found the target's skill or a length"
         )
     strata = None
-    turns = matrix is not None and aggregation == "round_robin"  # no means, of which one could tell how they vary
-    if target is not None and method.needs_target and not found.grouped and not turns:
+    # Turns, and places behind candidates, are no means, of which one could tell how they vary.
+    means = found.stages is None and (matrix is None or aggregation != "round_robin")
+    if target is not None and method.needs_target and not found.grouped and means:
         # One number per row is of all targets as one, and knows no subtasks.
         parted = (subtasks, aggregation, found.live) if matrix is not None else (None, "mean", None)
         strata = replace(strata_of(len(target.data), *parted), contents=tuple(target.data.hashes))

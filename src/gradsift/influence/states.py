@@ -42,6 +42,11 @@ class _OfStates(Estimator):
 
     checkpoint: Literal["base", "last"] = "base"
 
+    @property
+    def runs_model(self) -> bool:
+        """Forth alone."""
+        return True
+
     @abstractmethod
     def pooled(self) -> tuple[Pooling, int]:
         """Which tokens' states are taken, and of which layer."""

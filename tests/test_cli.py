@@ -327,7 +327,7 @@ def test_options_reach_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
         "--autocast": "bfloat16", "--estimator": "bm25", "--optimizer": "sgd", "--checkpoints": "last",
         "--aggregation": "mean", "--seed": "3", "--dtype": "float32", "--device": "cpu", "--pool-sample": "0.5",
         "--engine": "ray", "--gradient-checkpointing": None, "--eps-placement": "inside",
-        "--set": "estimator.normalise=false",
+        "--set": "estimator.normalise=false", "--control": "rds_plus",
     }  # fmt: skip
     of_one_estimator = {
         "--damping": ("datainf", "--damping", "0.3"),
@@ -342,6 +342,9 @@ def test_options_reach_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
         "--rater": ("alpagasus", "--rater", "ifd"),
         "--complexity": ("deita", "--complexity", "mine.py:steps"),
         "--quality": ("deita", "--quality", "perplexity:high"),
+        "--first": ("rerank", "--first", "bm25"),
+        "--then": ("rerank", "--then", "tracin"),
+        "--candidates": ("rerank", "--candidates", "30"),
     }
     of_ray = {"--workers": "3", "--worker-threads": "3", "--worker-gpus": "0.5", "--address": "auto"}
     others = {o.name for o in (*options.REWARD, *options.RESPONSES, *options.POLICY)}

@@ -66,6 +66,7 @@ if TYPE_CHECKING:
         PerplexityRating,
     )
     from gradsift.influence.rds import RDS
+    from gradsift.influence.rerank import Rerank
     from gradsift.influence.scores import Scores, score
     from gradsift.influence.states import RDSPlus, RepSim
     from gradsift.influence.trak import TRAK
@@ -144,6 +145,7 @@ _WHERE = {
     ),
     "gradsift.influence.rds": ("RDS",),
     "gradsift.influence.scores": ("Scores", "score"),
+    "gradsift.influence.rerank": ("Rerank",),
     "gradsift.influence.states": ("RDSPlus", "RepSim"),
     "gradsift.influence.trak": ("TRAK",),
     "gradsift.base.progress": ("Reporter",),
@@ -181,7 +183,7 @@ __all__ = [  # noqa: RUF022  # kept in the order of the flow
     "Gradients", "Adam", "Projection", "collect", "GradientStore", "MeasuredError", "Run",
     "score", "Scores", "Estimator", "Influence",
     "LESS", "DataInf", "ProjectedInverse", "TRAK", "JI2S", "MAGIC", "BM25", "RDS", "RDSPlus", "RepSim", "DSIR",
-    "Random", "AlpaGasus", "DEITA",
+    "Rerank", "Random", "AlpaGasus", "DEITA",
     "JudgeRating", "FunctionRating", "LengthRating", "PerplexityRating", "DifficultyRating",
     "NICE", "NICEIF", "NICEMAGIC", "open_prompts", "PromptTarget", "Sampling", "Assistant", "Endpoint",
     "PolicyGradient", "diagnose", "PolicyDiagnostics", "select", "Selection", "Selector", "Candidates", "TopK",

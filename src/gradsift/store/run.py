@@ -16,6 +16,7 @@
       maps/<fingerprint>.json   where rows lie on a page's map
       states/<fingerprint>/     hidden states of rows, one vector each
       curvature/<fingerprint>/  the Hessian of a target's loss, times the sum of a pool
+      kronecker/<fingerprint>/  a model's curvature in Kronecker factors, and targets through its inverse
       replays/<fingerprint>/    a training step by step, to go back through, and what was found on the way
       outputs/<fingerprint>/    what the model answered to prompts that were to be explained
       explanations/<fingerprint>/   explanations, one file an output
@@ -67,6 +68,7 @@ REVISIONS = {
     "embeddings": 1,
     "states": 1,
     "curvature": 2,
+    "kronecker": 1,
     "replays": 1,
     "outputs": 2,
     "explanations": 1,

@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from gradsift.influence.less import LESS
     from gradsift.influence.magic import MAGIC
     from gradsift.influence.nice import NICE, NICEIF
+    from gradsift.influence.nice_magic import NICEMAGIC
     from gradsift.influence.prompts import PromptTarget, open_prompts
     from gradsift.influence.random import Random
     from gradsift.influence.ratings import (
@@ -66,6 +67,7 @@ if TYPE_CHECKING:
         PerplexityRating,
     )
     from gradsift.influence.rds import RDS
+    from gradsift.influence.rerank import Rerank
     from gradsift.influence.scores import Scores, score
     from gradsift.influence.states import RDSPlus, RepSim
     from gradsift.influence.trak import TRAK
@@ -77,6 +79,7 @@ if TYPE_CHECKING:
     from gradsift.selection.facility_location import FacilityLocation
     from gradsift.selection.gumbel import GumbelTopK
     from gradsift.selection.joint_greedy import JointGreedy
+    from gradsift.selection.metagradient import MetagradientDescent
     from gradsift.selection.pursuit import RelevancePursuit
     from gradsift.selection.random import RandomChoice, RandomExamples
     from gradsift.selection.select import Selection, select
@@ -125,6 +128,7 @@ _WHERE = {
     "gradsift.gradients.policy": ("PolicyGradient",),
     "gradsift.influence.diagnostics": ("PolicyDiagnostics", "diagnose"),
     "gradsift.influence.nice": ("NICE", "NICEIF"),
+    "gradsift.influence.nice_magic": ("NICEMAGIC",),
     "gradsift.influence.prompts": ("PromptTarget", "open_prompts"),
     "gradsift.influence.datainf": ("DataInf", "ProjectedInverse"),
     "gradsift.influence.ekfac": ("EKFAC",),
@@ -143,6 +147,7 @@ _WHERE = {
     ),
     "gradsift.influence.rds": ("RDS",),
     "gradsift.influence.scores": ("Scores", "score"),
+    "gradsift.influence.rerank": ("Rerank",),
     "gradsift.influence.states": ("RDSPlus", "RepSim"),
     "gradsift.influence.trak": ("TRAK",),
     "gradsift.base.progress": ("Reporter",),
@@ -155,6 +160,7 @@ _WHERE = {
     "gradsift.selection.facility_location": ("FacilityLocation",),
     "gradsift.selection.gumbel": ("GumbelTopK",),
     "gradsift.selection.joint_greedy": ("JointGreedy",),
+    "gradsift.selection.metagradient": ("MetagradientDescent",),
     "gradsift.selection.pursuit": ("RelevancePursuit",),
     "gradsift.selection.random": ("RandomChoice", "RandomExamples"),
     "gradsift.selection.select": ("Selection", "select"),
@@ -179,11 +185,11 @@ __all__ = [  # noqa: RUF022  # kept in the order of the flow
     "Gradients", "Adam", "Projection", "collect", "GradientStore", "MeasuredError", "Run",
     "score", "Scores", "Estimator", "Influence",
     "LESS", "DataInf", "ProjectedInverse", "TRAK", "EKFAC", "JI2S", "MAGIC", "BM25", "RDS", "RDSPlus", "RepSim",
-    "DSIR", "Random", "AlpaGasus", "DEITA",
+    "DSIR", "Rerank", "Random", "AlpaGasus", "DEITA",
     "JudgeRating", "FunctionRating", "LengthRating", "PerplexityRating", "DifficultyRating",
-    "NICE", "NICEIF", "open_prompts", "PromptTarget", "Sampling", "Assistant", "Endpoint", "PolicyGradient", "diagnose",
-    "PolicyDiagnostics", "select", "Selection", "Selector", "Candidates", "TopK", "FacilityLocation", "RandomChoice",
-    "GumbelTopK", "TSDS", "JointGreedy", "Diverse",
+    "NICE", "NICEIF", "NICEMAGIC", "open_prompts", "PromptTarget", "Sampling", "Assistant", "Endpoint",
+    "PolicyGradient", "diagnose", "PolicyDiagnostics", "select", "Selection", "Selector", "Candidates", "TopK",
+    "FacilityLocation", "RandomChoice", "GumbelTopK", "TSDS", "JointGreedy", "MetagradientDescent", "Diverse",
     "explain", "Question", "Explanation", "Explanations", "ALL_STRATEGIES",
     "MostHelpful", "MostHarmful", "MostInfluential", "LeastInfluential", "Divine", "Aide", "RandomExamples",
     "RelevancePursuit", "selection_relevance", "relevance_table", "RelevanceTable",

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from gradsift.base.errors import ConfigError
 from gradsift.base.inputs import read_input
@@ -24,12 +25,14 @@ from gradsift.explanation.explain import DEFAULT_ESTIMATOR, DEFAULT_STRATEGIES
 from gradsift.explanation.relevance import Aggregation as RelevanceAggregation
 from gradsift.generation.endpoint import Endpoint
 from gradsift.gradients.collect import Gradients
+from gradsift.influence.aggregate import Aggregation
 from gradsift.influence.bm25 import BM25
+from gradsift.influence.estimator import Estimator
 from gradsift.influence.estimators import AnyEstimator, AnyRanker
 from gradsift.influence.less import LESS
 from gradsift.influence.random import Random
 from gradsift.influence.ratings import Rater
-from gradsift.influence.scores import Aggregation
+from gradsift.influence.states import RDSPlus
 from gradsift.model import embeddings
 from gradsift.model.models import DtypeName
 from gradsift.rewards.reward import Reward
@@ -116,10 +119,12 @@ class Recipe(Settings):
     adapter: PEFT adapters to use in place of a warm-up, one for each checkpoint.
     gradients: how gradients are taken and stored.
     estimator: what ranks the pool.
-    controls: further rankings beside it, whose choices the report compares.
-    aggregation: of scores over targets.
+    controls: further rankings beside it, whose choices the report compares; None is BM25, random and, where the pool
+        goes through the model anyway, RDS+.
+    aggregation: of scores over targets, or they take turns; None is round_robin for RDS+, else max_of_means.
     selection: how the choice is made.
     budget: how many to choose: 500, 0.05 or 5%.
+    drop: or how many not to choose: all but so many of the lowest scores, by an estimator whose scores have a sign.
     group_by: columns by which the choice is compared with the pool.
     reward: what responses to the target's prompts earn: numeric:COLUMN, exact:COLUMN, regex:PATTERN, format:json,
         length:MIN-MAX, sentiment, unit_tests, reward_model:ID, judge, or a function as rewards.py:name; several add up.
@@ -149,10 +154,11 @@ class Recipe(Settings):
     adapter: tuple[str, ...] = ()
     gradients: Gradients = Gradients()
     estimator: AnyEstimator = LESS()
-    controls: tuple[AnyEstimator, ...] = (BM25(), Random(seed=0))
-    aggregation: Aggregation = "max_of_means"
+    controls: tuple[AnyEstimator, ...] | None = None
+    aggregation: Aggregation | None = None
     selection: AnySelector = TopK()
     budget: Budget = Field(default=0.05, gt=0)
+    drop: Budget | None = Field(default=None, gt=0)
     group_by: tuple[str, ...] = ()
     reward: Reward | None = None
     judge: Endpoint | None = None
@@ -162,6 +168,20 @@ class Recipe(Settings):
     dtype: DtypeName = "auto"
     device: str = "auto"
     engine: Where = ThisProcess()
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Recipe:
+        if self.drop is not None and "budget" in self.model_fields_set:
+            problem = "budget says how many are chosen already: give one of them"
+            raise PydanticCustomError("not_meant", "{field}: {problem}", {"field": "drop", "problem": problem})
+        return self
+
+    def rankings_beside(self) -> tuple[Estimator, ...]:
+        """Its controls, or else the usual ones."""
+        if self.controls is not None:
+            return self.controls
+        anyway = self.estimator.runs_model or self.selection.takes != "scores"
+        return (BM25(), *([RDSPlus()] if anyway else []), Random(seed=self.seed))
 
 
 _LONGEST = 1_000_000  # characters of a recipe, and values in it

@@ -106,7 +106,7 @@ class EKFAC(Estimator):
         """What tables call it."""
         parts = [f"{self.rows:,} rows"] * (self.rows != 2000) + ["data's labels"] * (self.labels == "data")
         if self.damping != "spectral":
-            parts += damping_label(self.damping) or ["mean damping"]
+            parts += damping_label(self.damping, "spectral")
         parts += [f"{self.conjugate_gradient} CG steps"] * (self.conjugate_gradient > 0)
         parts += ["all checkpoints"] * (self.checkpoints == "all")
         return f"EK-FAC ({', '.join(parts)})" if parts else "EK-FAC"

@@ -24,6 +24,7 @@ from gradsift.data.prompts import Prompts
 from gradsift.data.rows import Rows
 from gradsift.gradients.collect import SequenceSource
 from gradsift.gradients.rows import View
+from gradsift.influence.aggregate import Aggregation
 from gradsift.influence.products import inner_products
 from gradsift.influence.prompts import RewardSummary
 from gradsift.rewards.sources import sources_of
@@ -66,7 +67,10 @@ class Influence:
     of_draws: of `whole`: the numbers of some rows where each target stands as often as a draw says,
         (ids, `[target draw]`) → float64 `[row draw]`
     grouped:  whether columns of one subtask are all the subtask's mean, of which no target's own part is known
+    draws:    what the numbers are the mean of, where they were found several times by chance, one as good as another:
+        float32 `[draw row target]`, or `[draw row]` of `whole`; their spread gives the standard errors of scores
     terms:    what else the estimator knows of its numbers
+    stages:   int8 `[row]`, where rows are scored in several stages: which one each one's number is of
     """
 
     ids: SequenceABC[str]
@@ -82,7 +86,9 @@ class Influence:
         default=None, repr=False
     )
     grouped: bool = False
+    draws: NDArray[np.float32] | None = field(default=None, repr=False)
     terms: Any = field(default=None, repr=False)
+    stages: NDArray[np.int8] | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -106,6 +112,8 @@ class Passes:
     stage:   what `gradsift plan` calls them
     done:    whether the run folder has what comes of them
     forward: whether they go forth alone
+    unprojected: whether their gradients are stored, as they are
+    number:  of the checkpoint, where they go through the model at several
     """
 
     stage: str
@@ -113,6 +121,8 @@ class Passes:
     tokens: float
     done: bool = False
     forward: bool = False
+    unprojected: bool = False
+    number: int = 0
 
 
 class Estimator(Settings):
@@ -127,8 +137,10 @@ class Estimator(Settings):
     pairs: whether each target has a score of its own, which explanations need.
     view: which of the pool's stored rows it reads: `adam`, `plain` or `segments`; None if it takes no gradient.
     last_checkpoint: whether it reads those at the last checkpoint alone.
+    aggregation: over targets, unless another is asked for.
     full_sum: whether the pool's stores have to hold the unprojected sums of their rows.
     by_chance: whether its ranking means nothing, as a control.
+    signed: whether a score below 0 says that training on the row does harm; else 0 is a point like any other.
     raters: what grades rows, one by one, if anything does.
     text_model: the sentence-transformers model that embeds the texts of pool and target, if one does.
     """
@@ -138,12 +150,24 @@ class Estimator(Settings):
     pairs: ClassVar[bool] = True
     view: ClassVar[View | None] = None
     last_checkpoint: ClassVar[bool] = False
+    aggregation: ClassVar[Aggregation] = "max_of_means"
     full_sum: ClassVar[bool] = False
     by_chance: ClassVar[bool] = False
+    signed: ClassVar[bool] = False
     raters: ClassVar[tuple[Any, ...]] = ()
     text_model: ClassVar[str | None] = None
 
     kind: str
+
+    @property
+    def before(self) -> tuple[Estimator, ...]:
+        """The estimators whose influence it asks for first."""
+        return ()
+
+    @property
+    def runs_model(self) -> bool:
+        """Whether the pool goes through the model for it."""
+        return self.view is not None
 
     @property
     @abstractmethod
@@ -258,6 +282,8 @@ class TrainingEstimator(Estimator):
 class ProductEstimator(Estimator):
     """Ranks by inner products of the pool's stored rows with one direction for each target, summed over checkpoints."""
 
+    signed: ClassVar[bool] = True
+
     @property
     def by_cosine(self) -> bool:
         """Whether rows and directions are taken to unit length."""
@@ -342,6 +368,8 @@ def influence_of(method: Estimator, pool: Pool, target: Target | None) -> Influe
     shape = (len(found.ids), *([] if target is None or found.whole is not None else [len(target.data.ids)]))
     if np.shape(values) != shape:
         raise ShapeError(f"{said} an array of shape {np.shape(values)} for {len(found.ids)} ids: wanted {shape}")
+    if found.draws is not None and (len(found.draws) < 2 or found.draws.shape[1:] != shape):
+        raise ShapeError(f"{said} draws of shape {found.draws.shape}: wanted at least 2 of shape {shape}")
     places = pool.data.ids.positions(found.ids)
     if (places < 0).any() or len(np.unique(places)) < len(places):
         unknown = sorted(found.ids[place] for place in np.flatnonzero(places < 0).tolist())

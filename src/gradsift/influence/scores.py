@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +18,7 @@ from gradsift.base.ranks import descending_ranks, spearman
 from gradsift.base.strings import Strings
 from gradsift.base.types import Skipped
 from gradsift.context import Pool, Target
-from gradsift.influence.aggregate import max_of_means, mean_over_targets
+from gradsift.influence.aggregate import Aggregation, max_of_means, mean_over_targets, round_robin
 from gradsift.influence.estimator import Estimator, Influence, influence_of
 from gradsift.influence.less import LESS
 from gradsift.influence.nice import NICE
@@ -27,8 +27,6 @@ from gradsift.influence.reliability import Strata
 from gradsift.report.blocks import Block, Shown
 from gradsift.store.manifest import fingerprint
 from gradsift.store.run import revised
-
-Aggregation = Literal["max_of_means", "mean"]
 
 _LENGTH_WARNING = 0.5  # |Spearman| with length above which a ranking may be one of length
 _TABLE_ROWS = 1 << 16  # that are put into one table of `Scores.tables`
@@ -40,17 +38,20 @@ class Scores(Shown):
     """Influence of each pool example: **higher = training on it helps the target more**.
 
     ids:        pool ids that were scored (overlap with the target and non-finite rows are left out)
-    aggregate:  float32 `[pool]`, over targets: mean within each subtask, then the maximum over subtasks
+    aggregate:  float32 `[pool]`, over targets: by `max_of_means` within each subtask the mean, then the maximum over
+        subtasks; by `round_robin` the share of rows that no target has taken when it is its turn, 1 for the first
     per_target: float32 `[pool target]`, or None where the method has no such thing
     target_ids: ids of the targets; none for a method that needs no target
     tokens:     supervised tokens of each pool example
     method:     the estimator that made them
+    errors:     standard errors of `aggregate`, float32 `[pool]`, where the numbers are means over draws; else None
+    target_errors: likewise of `per_target`
     length_correlation: Spearman correlation of the aggregate with the number of supervised tokens; 0 where there is no
         order on one side
     warnings:   what a reader should know
     rewards:    for NICE, what sampled responses earned, per checkpoint
     left_out:   rows that a judge or a function could not rate, with reasons
-    aggregation: over targets, as it was asked for
+    aggregation: over targets, as it was asked for, or else as the method's own is
     strata:     which targets the aggregate is made of, and how; None where there is none
     found:      what the estimator gave
     """
@@ -63,6 +64,8 @@ class Scores(Shown):
     method: Estimator
     fingerprint: str
     length_correlation: float
+    errors: NDArray[np.float32] | None = field(default=None, repr=False)
+    target_errors: NDArray[np.float32] | None = field(default=None, repr=False)
     warnings: tuple[str, ...] = ()
     rewards: tuple[RewardSummary, ...] = ()
     left_out: tuple[Skipped, ...] = ()
@@ -87,15 +90,24 @@ class Scores(Shown):
         return dict(zip(self.ids, self.aggregate.tolist(), strict=True))
 
     def table(self) -> pa.Table:
-        """Long form: id, target (`*` for the aggregate), method, score, rank, tokens."""
+        """Long form: id, target (`*` for the aggregate), method, score, error (standard, or null), rank, tokens, and
+        the stage that scored it.
+        """
         return pa.concat_tables(self.tables()).unify_dictionaries()
 
     def tables(self) -> Iterator[pa.Table]:
         """What `table` puts one below the other: some rows for one target."""
-        columns = [("*", self.aggregate)]
+        stages = np.ones(len(self.ids), np.int8)
+        if self.found is not None and self.found.stages is not None:
+            stages = self.found.stages[Strings.of(self.found.ids).positions(self.ids)]
+        columns = [("*", self.aggregate, self.errors)]
         if self.per_target is not None and self.per_target.size <= _MAX_PER_TARGET_ROWS:
-            columns += [(id_, self.per_target[:, number]) for number, id_ in enumerate(self.target_ids)]
-        for target, scores in columns:
+            known = self.target_errors
+            columns += [
+                (id_, self.per_target[:, number], None if known is None else known[:, number])
+                for number, id_ in enumerate(self.target_ids)
+            ]
+        for target, scores, errors in columns:
             ranks = descending_ranks(scores)
             for start in range(0, len(scores), _TABLE_ROWS):
                 part = slice(start, start + _TABLE_ROWS)
@@ -107,8 +119,10 @@ class Scores(Shown):
                         "target": pa.DictionaryArray.from_arrays(every, pa.array([target])),
                         "method": pa.DictionaryArray.from_arrays(every, pa.array([self.method.label])),
                         "score": pa.array(scores[part], pa.float32()),
+                        "error": pa.nulls(len(ids), pa.float32()) if errors is None else pa.array(errors[part]),
                         "rank": pa.array(ranks[part], pa.int64()),
                         "tokens": pa.array(self.tokens[part], pa.int64()),
+                        "stage": pa.array(stages[part], pa.int8()),
                     }
                 )
 
@@ -118,7 +132,7 @@ def score(
     target: Target | None,
     method: Estimator | None = None,
     *,
-    aggregation: Aggregation = "max_of_means",
+    aggregation: Aggregation | None = None,
 ) -> Scores:
     """Influence of every pool example on the target.
 
@@ -131,8 +145,10 @@ def score(
         method: `LESS()` by default, `NICE()` for prompts; `DataInf()`, `ProjectedInverse()`, `TRAK()`, `JI2S()`,
             `NICEIF()`; or a control: `BM25()`, `RDS()`, `DSIR()`, and without a target `AlpaGasus()`, `DEITA()`,
             `Random(seed=0)`.
-        aggregation: over targets, `max_of_means` within subtasks or plain `mean`. Subtasks of NICE's in which no prompt
-            has a signal are left out of the maximum: their zeros say nothing. JI2S takes the mean in any case.
+        aggregation: over targets, `max_of_means` within subtasks, plain `mean`, or `round_robin`, in which targets (or
+            subtasks) take turns; by default the method's own, which is the first for all but RDS+. Subtasks of NICE's
+            in which no prompt has a signal are left out of the maximum, and get no turn: their zeros say nothing. JI2S
+            takes the mean in any case.
 
     Raises:
         ConfigError: LESS with Adam at an adapter that has no optimizer state, damping too small to invert with, or a
@@ -141,6 +157,7 @@ def score(
     """
     if method is None:
         method = NICE() if isinstance(target, PromptTarget) else LESS()
+    aggregation = aggregation or method.aggregation
     excluded = {skip.id for skip in target.overlap} if target is not None else set()
     subtasks = target.subtasks if target is not None else None
     found = influence_of(method, pool, target)
@@ -176,10 +193,17 @@ def score(
             "tokens): look at whether it found the target's skill or a length"
         )
     strata = None
-    if target is not None and method.needs_target and not found.grouped:
+    # Turns, and places behind candidates, are no means, of which one could tell how they vary.
+    means = found.stages is None and (matrix is None or aggregation != "round_robin")
+    if target is not None and method.needs_target and means:
         # One number per row is of all targets as one, and knows no subtasks.
         parted = (subtasks, aggregation, found.live) if matrix is not None else (None, "mean", None)
         strata = replace(strata_of(len(target.data), *parted), contents=tuple(target.data.hashes))
+    errors = target_errors = None
+    if found.draws is not None:
+        draws = found.draws[:, keep]
+        errors = _standard_errors(draws if strata is None or matrix is None else _winning(draws, strata))
+        target_errors = None if matrix is None else _standard_errors(draws)
     result = Scores(
         ids=ids,
         aggregate=aggregate.astype(np.float32),
@@ -189,11 +213,13 @@ def score(
         method=method,
         fingerprint=fingerprint(revised("scores", identity)),
         length_correlation=correlation,
+        errors=errors,
+        target_errors=target_errors,
         warnings=(*warnings, *found.warnings),
         rewards=found.rewards,
         left_out=found.left_out,
         aggregation=aggregation,
-        strata=strata,
+        strata=None if found.grouped else strata,
         found=found,
         pool=pool,
         target=target,
@@ -219,18 +245,39 @@ def aggregated(
         matrix: higher = helps.
         subtasks: a label per target, or None.
         aggregation: how.
-        live: which targets say anything; a subtask without any is left out of the maximum. None: all do.
+        live: which targets say anything; a subtask without any is left out of the maximum, and of the round. None: all
+            do.
     """
     tensor = torch.from_numpy(matrix)
-    if aggregation == "mean" or not subtasks:
+    if aggregation == "mean" or not (subtasks or aggregation == "round_robin"):
         return mean_over_targets(tensor).numpy()
-    speaking = _speaking(subtasks, live)
-    kept = [number for number, name in enumerate(subtasks) if name in speaking]
-    return max_of_means(tensor[:, kept], [subtasks[number] for number in kept]).numpy()
+    labels = subtasks or range(tensor.shape[1])
+    speaking = _speaking(labels, live) or set(labels)
+    kept = [number for number, name in enumerate(labels) if name in speaking]
+    parts = tensor[:, kept], [labels[number] for number in kept]
+    if aggregation == "round_robin":
+        return (1 - round_robin(*parts) / len(matrix)).astype(np.float32)
+    return max_of_means(*parts).numpy()
 
 
-def _speaking(subtasks: SequenceABC[str], live: SequenceABC[bool] | None) -> set[str]:
-    """The subtasks that the maximum is over."""
+def _standard_errors(draws: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
+    """Of the mean over draws, `[draw …]` → `[…]`."""
+    spread: NDArray[np.float64] = draws.std(axis=0, ddof=1, dtype=np.float64) / np.sqrt(len(draws))
+    return spread.astype(np.float32)
+
+
+def _winning(draws: NDArray[np.float32], strata: Strata) -> NDArray[np.float64]:
+    """What each draw says of the mean over targets that is the largest over all draws, `[draw row]`.
+
+    The largest of each draw would be another's here and there, and their mean no score.
+    """
+    means: NDArray[np.float64] = draws @ strata.outputs.numpy().T  # [draw row output]
+    best = means.mean(axis=0).argmax(axis=1)
+    return np.take_along_axis(means, best[None, :, None], axis=2)[..., 0]
+
+
+def _speaking(subtasks: SequenceABC[Hashable], live: SequenceABC[bool] | None) -> set[Hashable]:
+    """The subtasks that the maximum is over, and that take turns."""
     return set(subtasks) if live is None else {name for name, own in zip(subtasks, live, strict=True) if own}
 
 

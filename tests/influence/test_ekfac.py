@@ -58,7 +58,7 @@ def apart(rows: Tensor, modules: Any) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(
     "method",
-    [EKFAC(), EKFAC(labels="data", rows=9), EKFAC(damping="auto"), EKFAC(damping=0.3, checkpoints="all")],
+    [EKFAC(), EKFAC(labels="data", rows=9), EKFAC(damping="auto", checkpoints="last"), EKFAC(damping=0.3)],
     ids=lambda method: method.label,
 )
 def test_is_the_inverse_of_the_samples_factors(opened: Opened, method: EKFAC) -> None:
@@ -97,7 +97,7 @@ def test_a_row_helps_itself(opened: Opened) -> None:
     """The sign: as H is positive, each row's score for itself is above 0, and λ(H + λ)⁻¹ takes none above its norm."""
     pool, _ = opened
     target = gs.open_target([pool.data.row(id_) for id_ in pool.data.ids[:4]], pool, keep_overlap=True)
-    matrix = gs.score(pool, target, EKFAC()).per_target
+    matrix = gs.score(pool, target, EKFAC(checkpoints="last")).per_target
     plain = gs.score(pool, target, gs.LESS(optimizer="sgd", normalise=False, checkpoints="last")).per_target
     assert matrix is not None
     assert plain is not None
@@ -170,24 +170,27 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
     return calls
 
 
+ONE = EKFAC(checkpoints="last")
+
+
 def test_kept_and_taken_up(tiny: World, tmp_path: Path, counted: dict[str, list[int]], opened: Opened) -> None:
     """Parts of an interrupted pass are not done again; a second target takes the factors, a second scoring nothing."""
     pool = tiny.open_pool(tmp_path / "run")
     target = gs.open_target(target_rows(3), pool)
     with pytest.raises(KeyboardInterrupt):
-        gs.score(pool, target, EKFAC())
-    scores = gs.score(pool, target, EKFAC())
+        gs.score(pool, target, ONE)
+    scores = gs.score(pool, target, ONE)
     assert counted["kronecker_factors"] == [10, 10, 10, 4]
     assert counted["corrected_eigenvalues"] == [10, 10, 4]
     assert counted["each_gradient"] == [3, 24]
-    again = gs.score(pool, target, EKFAC())
-    gs.score(pool, gs.open_target(target_rows(4), pool), EKFAC())
-    gs.score(pool, target, EKFAC(damping=1.0))
+    again = gs.score(pool, target, ONE)
+    gs.score(pool, gs.open_target(target_rows(4), pool), ONE)
+    gs.score(pool, target, EKFAC(checkpoints="last", damping=1.0))
     assert len(counted["kronecker_factors"]) == 4
     assert counted["each_gradient"] == [3, 24, 4, 24, 3, 24]
     assert again.fingerprint == scores.fingerprint
     assert scores.per_target is not None
-    np.testing.assert_allclose(scores.per_target, gs.score(*opened, EKFAC()).per_target, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(scores.per_target, gs.score(*opened, ONE).per_target, rtol=1e-3, atol=1e-5)
     assert not [key for key in pool.run.storage.list("kronecker/") if "factors-" in key or "eigenvalues-" in key]
 
 

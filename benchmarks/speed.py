@@ -596,7 +596,7 @@ def section_magic(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def section_ekfac(args: argparse.Namespace) -> dict[str, Any]:
-    """EK-FAC's two passes over a sample, and its targets, beside a collection of the same rows; decompositions apart."""
+    """EK-FAC's two passes over a sample, and its targets, beside a collection of the same rows."""
     found = {}
     for rank in args.rank:
         work = Work(args, rank)

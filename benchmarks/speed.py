@@ -4,9 +4,9 @@
     python benchmarks/speed.py collection --rank 8   one section
     python benchmarks/speed.py --device cuda         models of 135M to 7B from configuration, as gpu.py says
 
-Sections: collection, memory, less, scoring, joint, explain, magic, start; on a GPU matrix and scoring. Real rows come
-from ../shared/data/pool.jsonl where present, else from the demo's pool. Times are wall-clock seconds; processor seconds
-stand beside them, because a busy machine lengthens the former.
+Sections: collection, memory, less, scoring, joint, explain, magic, ekfac, start; on a GPU matrix and scoring. Real rows
+come from ../shared/data/pool.jsonl where present, else from the demo's pool. Times are wall-clock seconds; processor
+seconds stand beside them, because a busy machine lengthens the former.
 """
 
 from __future__ import annotations
@@ -593,6 +593,63 @@ def section_magic(args: argparse.Namespace) -> dict[str, Any]:
     for found in figures.values():
         found["of a training step"] = found["cpu"] / step
     return {"rows": len(sequences), "tokens": sum(len(one.token_ids) for one in sequences), **figures}
+
+
+def section_ekfac(args: argparse.Namespace) -> dict[str, Any]:
+    """EK-FAC's two passes over a sample, and its targets, beside a collection of the same rows."""
+    found = {}
+    for rank in args.rank:
+        work = Work(args, rank)
+        times = interleaved(ekfac_arms(work), args.repeats, args.device)
+        passes = times["factors"]["cpu"] + times["eigenvalues"]["cpu"]
+        found[f"rank {rank}"] = {
+            "rows": len(work.sequences), "tokens": work.tokens, "modules": len(work.modules), "times": times,
+            "two passes of a collection": passes / times["collection"]["cpu"],
+            "targets of their collection": times["targets"]["cpu"] / times["collection of the targets"]["cpu"],
+        }  # fmt: skip
+        report(f"EK-FAC, LoRA rank {rank}", found[f"rank {rank}"])
+        work.close()
+    return found
+
+
+def ekfac_arms(work: Work) -> dict[str, Callable[[], Any]]:
+    """Each takes what the one before has made."""
+    from gradsift.gradients import kronecker as k
+
+    model, modules, projector = work.model, work.modules, work.projector
+    few = [replace(one, row=number) for number, one in enumerate(work.sequences[:4])]
+    sample = k.Pass(work.budget, [str(number) for number in range(len(work.sequences))])
+    made: dict[str, Any] = {}
+
+    def collect(sequences: SequenceABC[Sequence]) -> None:
+        settings = RowSettings(token_budget=work.budget, lanes=work.lanes)
+        gradient_rows(model, modules, projector, sequences, settings, row_count=len(sequences))
+
+    def factors() -> None:
+        made["factors"] = k.kronecker_factors(model, modules, work.sequences, sample)
+
+    def decompositions() -> None:
+        made["bases"] = {name: k.Eigenbasis(*map(k.eigenvectors, own)) for name, own in made["factors"].items()}
+
+    def eigenvalues() -> None:
+        made["values"] = k.corrected_eigenvalues(model, modules, work.sequences, made["bases"], sample)
+
+    def targets() -> None:
+        rows = torch.zeros(len(few), projector.dim)
+
+        def take(captured: Any, gradients: torch.Tensor, index: torch.Tensor) -> None:
+            inverse = k.DampedInverse(made["bases"][captured.name], made["values"][captured.name], 1.0)
+            out = torch.zeros(len(gradients), projector.dim)
+            projector.project(captured.name, inverse(gradients), out)
+            rows.index_add_(0, index, out)
+
+        k.each_gradient(model, modules, few, take, k.Pass(work.budget))
+
+    collect(work.sequences[:2])  # draws the projection, touches the weights
+    return {
+        "collection": lambda: collect(work.sequences), "collection of the targets": lambda: collect(few),
+        "factors": factors, "eigendecompositions": decompositions, "eigenvalues": eigenvalues, "targets": targets,
+    }  # fmt: skip
 
 
 def section_start(args: argparse.Namespace) -> dict[str, Any]:

@@ -81,7 +81,7 @@ class EKFAC(Estimator):
         `auto` a tenth of each module's mean eigenvalue, as in Grosse et al.
     conjugate_gradient: steps by which each target is solved for with the damped Gauss-Newton matrix of 256 of those
         rows, preconditioned by EK-FAC; each step costs a product with it. 0 leaves EK-FAC's own inverse.
-    checkpoints: the `last`, or `all`, each counting by its learning rate.
+    checkpoints: `all`, each counting by its learning rate, or the `last`; each has factors of its own.
     """
 
     view: ClassVar[View | None] = "plain"
@@ -91,7 +91,7 @@ class EKFAC(Estimator):
     labels: Literal["model", "data"] = "model"
     damping: Damping = "spectral"
     conjugate_gradient: int = Field(default=0, ge=0)
-    checkpoints: Literal["all", "last"] = "last"
+    checkpoints: Literal["all", "last"] = "all"
 
     def model_post_init(self, _context: object) -> None:
         """Refuse what does not go together."""
@@ -105,10 +105,9 @@ class EKFAC(Estimator):
     def label(self) -> str:
         """What tables call it."""
         parts = [f"{self.rows:,} rows"] * (self.rows != 2000) + ["data's labels"] * (self.labels == "data")
-        if self.damping != "spectral":
-            parts += damping_label(self.damping, "spectral")
+        parts += damping_label(self.damping, "spectral")
         parts += [f"{self.conjugate_gradient} CG steps"] * (self.conjugate_gradient > 0)
-        parts += ["all checkpoints"] * (self.checkpoints == "all")
+        parts += ["last checkpoint"] * self.last_checkpoint
         return f"EK-FAC ({', '.join(parts)})" if parts else "EK-FAC"
 
     @property

@@ -176,3 +176,30 @@ def test_a_budget_of_all(tmp_path: Path, text: str, count: int) -> None:
     path.write_text("model: m\npool: p\nout: o\nbudget: 150%\n")
     with pytest.raises(ConfigError, match="budget is '150%': a share lies between 0% and 100%"):
         budget_count(load_recipe(path).budget, 10)
+
+
+def test_the_usual_controls() -> None:
+    """BM25 and random always, RDS+ where the pool goes through the model anyway; what is given stands for itself."""
+
+    def beside(**fields: Any) -> list[str]:
+        return [one.label for one in Recipe(**NEEDED, **fields).rankings_beside()]
+
+    usual = ["BM25", "random (seed 3)"]
+    for fields in ({"estimator": "bm25"}, {"estimator": "dsir"}, {"estimator": "random"}):
+        assert beside(**{name: {"kind": kind} for name, kind in fields.items()}, seed=3) == usual
+    for kind in ("less", "magic", "nice", "rep_sim"):
+        assert beside(estimator={"kind": kind}, seed=3) == ["BM25", "RDS+", "random (seed 3)"], kind
+    assert beside(estimator=BM25(), selection=FacilityLocation())[1] == "RDS+"
+    assert beside(controls=(BM25(),)) == ["BM25"]
+    assert beside(controls=()) == []
+
+
+def test_one_more_control() -> None:
+    """`--control` names rankings beside the usual ones, whose seed is the run's."""
+    from gradsift.options import SCORE, SEED, SET, SOURCES, recipe_of
+
+    given = {"model": "m", "pool": "p", "estimator": "bm25", "control": ["rds_plus", "tracin"], "seed": 3}
+    recipe = recipe_of((*SOURCES, *SCORE, *SEED, *SET), given, {"out": "o"})
+    assert [one.label for one in recipe.controls] == ["BM25", "random (seed 3)", "RDS+", "TracIn"]
+    with pytest.raises(ConfigError, match="--control"):
+        recipe_of((*SOURCES, *SCORE, *SEED, *SET), {**given, "control": ["rds_pluss"]}, {"out": "o"})

@@ -141,7 +141,16 @@ POLICY = _of(
 SCORE = (
     *_of("Estimator", "estimator.kind --estimator -e\nestimator.damping\nestimator.kernel\nestimator.optimizer"),
     *CHECKPOINTS,
-    *_of("Estimator", "aggregation"),
+    *_of(
+        "Estimator",
+        """estimator.first.kind --first | Of rerank: ranks all rows.
+        estimator.then.kind --then | Of rerank: ranks the candidates by their gradients.
+        estimator.candidates""",
+    ),
+    *_of(
+        "Estimator",
+        "aggregation\ncontrols.kind --control * | Another ranking beside the usual ones, as rds_plus.",
+    ),
     *_of(
         "Joint influence",
         """estimator.hessian
@@ -340,7 +349,10 @@ def default_of(option: Option) -> Any:
     from gradsift.recipe import Recipe
 
     value: Any = Recipe
-    for part in places:
+    held: Any = None
+    for number, part in enumerate(places):
+        if isinstance(value, BaseModel) and part not in type(value).model_fields:  # it is of another method
+            value = next((one for one in holders(".".join((*places[:number], part))) if part in one.model_fields), None)
         held = value.model_fields.get(part) if isinstance(value, type) and issubclass(value, BaseModel) else None
         value = held.default if held is not None else getattr(value, part, None)
         if value is None and held is not None:
@@ -348,6 +360,8 @@ def default_of(option: Option) -> Any:
         value = value[0] if isinstance(value, tuple) and len(value) == 1 else value
         if isinstance(value, tuple):
             return ", ".join(str(getattr(one, name, "")) for one in value) if name == "kind" else found
+    if name == "kind" and held is not None and held.default is None:
+        return None
     if isinstance(value, BaseModel) and hasattr(value, name):
         found = getattr(value, name)
     if isinstance(found, BaseModel):
@@ -388,7 +402,12 @@ def recipe_of(
     _estimated(values, known, given)
     set_fields(values, wanted)
     typed |= {field: f"--set {field}" for field in (text.partition("=")[0].strip() for text in wanted)}
-    return validated(values, lambda field: _name_of(field, typed, known))
+    more = values.get("controls")
+    if isinstance(more, dict):  # of --control, beside the usual ones
+        values["controls"] = [_SHORT.get(kind, {"kind": kind}) for kind in more["kind"]]
+    recipe = validated(values, lambda field: _name_of(field, typed, known))
+    usual = recipe.model_copy(update={"controls": None}).rankings_beside() if isinstance(more, dict) else ()
+    return recipe.model_copy(update={"controls": (*usual, *recipe.controls)}) if usual else recipe
 
 
 def _number(field: str, text: Any) -> Any:
@@ -463,6 +482,7 @@ def _explained(explain: dict[str, Any], seed: int) -> None:
         if not isinstance(fields, dict):
             continue
         texts = fields.pop("kind", kinds)
+        _whole(fields)
         several = [(text if isinstance(text, dict) else _method(text, place)) for text in texts]
         models = [_model(f"explain.{place}.kind", one["kind"]) for one in several]
         for one, model in zip(several, models, strict=True):
@@ -474,6 +494,13 @@ def _explained(explain: dict[str, Any], seed: int) -> None:
             for name, value in ({n: v for n, v in fitting.items() if n in has} | stray).items():
                 one.setdefault(name, value)
         explain[place] = several
+
+
+def _whole(method: dict[str, Any]) -> None:
+    """Write out the short names of methods that are fields of a method."""
+    for name, own in method.items():
+        if isinstance(own, dict) and own.get("kind") in _SHORT:
+            method[name] = _SHORT[own["kind"]] | {field: value for field, value in own.items() if field != "kind"}
 
 
 def _method(text: str, place: str) -> dict[str, Any]:
@@ -494,10 +521,10 @@ def _estimated(values: dict[str, Any], known: Mapping[str, str], given: Mapping[
     if "estimator.checkpoints" in known:
         estimator = values.setdefault("estimator", {})
         values["estimator"] = estimator = {**_method(estimator.pop("kind", "less"), "estimators"), **estimator}
-        values["controls"] = [{"kind": "bm25"}, {"kind": "random", "seed": seed}]
         model = _model("estimator.kind", estimator["kind"])
         if model is not None and "sampling" in model.model_fields:
             _sampled(estimator, seed)
+        _whole(estimator)
         for name in ("optimizer", "checkpoints", "normalise"):  # which scripts give whatever the method is
             if name in estimator and model is not None and name not in model.model_fields:
                 estimator.pop(name)

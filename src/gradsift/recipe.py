@@ -25,12 +25,14 @@ from gradsift.explanation.explain import DEFAULT_ESTIMATOR, DEFAULT_STRATEGIES
 from gradsift.explanation.relevance import Aggregation as RelevanceAggregation
 from gradsift.generation.endpoint import Endpoint
 from gradsift.gradients.collect import Gradients
+from gradsift.influence.aggregate import Aggregation
 from gradsift.influence.bm25 import BM25
+from gradsift.influence.estimator import Estimator
 from gradsift.influence.estimators import AnyEstimator, AnyRanker
 from gradsift.influence.less import LESS
 from gradsift.influence.random import Random
 from gradsift.influence.ratings import Rater
-from gradsift.influence.scores import Aggregation
+from gradsift.influence.states import RDSPlus
 from gradsift.model import embeddings
 from gradsift.model.models import DtypeName
 from gradsift.rewards.reward import Reward
@@ -117,8 +119,9 @@ class Recipe(Settings):
     adapter: PEFT adapters to use in place of a warm-up, one for each checkpoint.
     gradients: how gradients are taken and stored.
     estimator: what ranks the pool.
-    controls: further rankings beside it, whose choices the report compares.
-    aggregation: of scores over targets.
+    controls: further rankings beside it, whose choices the report compares; None is BM25, random and, where the pool
+        goes through the model anyway, RDS+.
+    aggregation: of scores over targets, or they take turns; None is round_robin for RDS+, else max_of_means.
     selection: how the choice is made.
     budget: how many to choose: 500, 0.05 or 5%.
     drop: or how many not to choose: all but so many of the lowest scores, by an estimator whose scores have a sign.
@@ -151,8 +154,8 @@ class Recipe(Settings):
     adapter: tuple[str, ...] = ()
     gradients: Gradients = Gradients()
     estimator: AnyEstimator = LESS()
-    controls: tuple[AnyEstimator, ...] = (BM25(), Random(seed=0))
-    aggregation: Aggregation = "max_of_means"
+    controls: tuple[AnyEstimator, ...] | None = None
+    aggregation: Aggregation | None = None
     selection: AnySelector = TopK()
     budget: Budget = Field(default=0.05, gt=0)
     drop: Budget | None = Field(default=None, gt=0)
@@ -172,6 +175,13 @@ class Recipe(Settings):
             problem = "budget says how many are chosen already: give one of them"
             raise PydanticCustomError("not_meant", "{field}: {problem}", {"field": "drop", "problem": problem})
         return self
+
+    def rankings_beside(self) -> tuple[Estimator, ...]:
+        """Its controls, or else the usual ones."""
+        if self.controls is not None:
+            return self.controls
+        anyway = self.estimator.runs_model or self.selection.takes != "scores"
+        return (BM25(), *([RDSPlus()] if anyway else []), Random(seed=self.seed))
 
 
 _LONGEST = 1_000_000  # characters of a recipe, and values in it

@@ -319,7 +319,7 @@ CASES = [
          options=("--row-dtype", "x"), code=2),
     Case("unknown selection", "--selection 'x' is unknown: there are top_k, most_helpful, ",
          options=("--selection", "x"), code=2),
-    Case("unknown aggregation", "--aggregation 'x' is unknown: there are max_of_means or mean",
+    Case("unknown aggregation", "--aggregation 'x' is unknown: there are max_of_means, mean or round_robin",
          options=("--aggregation", "x"), code=2),
     Case("unknown schedule", "--schedule 'x' is unknown: there are linear, cosine or constant",
          options=("--schedule", "x"), code=2),

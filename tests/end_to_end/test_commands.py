@@ -52,9 +52,9 @@ def test_select_prints_json_and_leaves_files_that_agree_with_it(tiny: World, sel
     table = pq.read_table(selected / "scores.parquet").to_pylist()
     best = sorted((r for r in table if r["target"] == "*" and r["method"] == "LESS"), key=lambda r: -r["score"])
     assert [row["id"] for row in best[:4]] == chosen["ids"]
-    assert {row["method"] for row in table} == {"LESS", "BM25", "random (seed 0)"}
+    assert {row["method"] for row in table} == {"LESS", "BM25", "RDS+", "random (seed 0)"}
     assert all(Path(path).is_file() for path in summary["files"].values())
-    assert [s["estimator"] for s in summary["selections"]] == ["LESS", "BM25", "random (seed 0)"]
+    assert [s["estimator"] for s in summary["selections"]] == ["LESS", "BM25", "RDS+", "random (seed 0)"]
     assert json.loads((selected / "summary.json").read_text())["selections"] == summary["selections"]
 
 

@@ -73,7 +73,7 @@ def test_highest_and_lowest_are_those_of_the_scores_of_the_whole_pool(run: Path)
     """For NICE and its control, not for chance: the ends of scores.parquet, chosen or not."""
     table = pq.read_table(run / "scores.parquet").to_pylist()
     groups = kept(run, "extremes", Group)
-    assert [group.title for group in groups] == ["NICE (M=6)", "BM25"]
+    assert [group.title for group in groups] == ["NICE (M=6)", "BM25", "RDS+"]
     for group in groups:
         rows = sorted((r for r in table if r["method"] == group.title and r["target"] == "*"), key=lambda r: r["rank"])
         assert len(rows) == 24

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradsift.base.errors import ConfigError, NonFiniteError, ShapeError
-from gradsift.influence.aggregate import max_of_means, mean_over_targets
+from gradsift.influence.aggregate import max_of_means, mean_over_targets, round_robin
+from gradsift.influence.scores import aggregated
 
 
 def random_scores(pool: int, targets: int, seed: int) -> torch.Tensor:
@@ -84,3 +86,47 @@ def test_bad_scores_are_refused(aggregate: object) -> None:
         aggregate(torch.ones(2, 0))
     with pytest.raises(ShapeError, match="expected 2 axes"):
         aggregate(torch.ones(2))
+
+
+def taken_in_turn(scores: list[list[float]]) -> list[int]:
+    """Rows in the order in which columns, one after the other, take their best of what is left; ties by position."""
+    left, order = list(range(len(scores))), []
+    while left:
+        column = len(order) % len(scores[0])
+        best = max(left, key=lambda row: (scores[row][column], -row))
+        left.remove(best)
+        order.append(best)
+    return order
+
+
+@given(pool=st.integers(1, 200), targets=st.integers(1, 5), levels=st.integers(1, 50), seed=st.integers(0, 999))
+@settings(max_examples=60, deadline=None)
+def test_targets_take_turns(pool: int, targets: int, levels: int, seed: int) -> None:
+    """Each target in turn takes its best row of those that are left, equal ones by position."""
+    scores = (random_scores(pool, targets, seed) * levels).round()
+    assert np.argsort(round_robin(scores)).tolist() == taken_in_turn(scores.tolist())
+
+
+def test_turns_look_past_rows_that_are_taken() -> None:
+    """A target finds its next row behind any number that others have taken."""
+    first = torch.arange(500, 0, -1.0, dtype=torch.float64)
+    scores = torch.stack([first, first, first.where(first <= 2, -first)], dim=1)
+    assert np.argsort(round_robin(scores)).tolist() == taken_in_turn(scores.tolist())
+
+
+def test_subtasks_take_turns_by_their_best_target() -> None:
+    """With subtasks a row counts with its highest score in each, and scales do not matter."""
+    scores = random_scores(12, 4, 0)
+    labels = ["math", "code", "math", "law"]
+    best = torch.stack([scores[:, [0, 2]].amax(dim=1), 1000 * scores[:, 1], scores[:, 3]], dim=1)
+    assert round_robin(scores, labels).tolist() == round_robin(best).tolist()
+    with pytest.raises(ShapeError, match="4"):
+        round_robin(scores, labels[:3])
+
+
+def test_turns_as_scores() -> None:
+    """A score is the share of rows that were left, and targets that say nothing get no turn."""
+    scores = torch.tensor([[3.0, 0.0, 1.0], [2.0, 0.0, 3.0], [1.0, 0.0, 2.0]]).numpy()
+    assert aggregated(scores, None, "round_robin", [True, False, True]).tolist() == pytest.approx([1, 2 / 3, 1 / 3])
+    silent = aggregated(scores, ["a", "b", "b"], "round_robin", [True, False, False])
+    assert silent.tolist() == pytest.approx([1, 2 / 3, 1 / 3])

@@ -122,3 +122,25 @@ def test_explains(opened: tuple[Pool, gs.Target]) -> None:
     """Each output has a score of its own, so that explanations can rank by states."""
     found = gs.explain(opened[0], "what colour is the cow", estimator=RepSim(), k=2, max_new_tokens=4)
     assert len(found.entries[0].results[0].examples) == 2
+
+
+def test_targets_of_rds_plus_take_turns(opened: tuple[Pool, gs.Target]) -> None:
+    """Left out, the aggregation is the method's own; turns are no means of which it could be told how they vary."""
+    found = gs.score(*opened, RDSPlus())
+    assert found.aggregation == "round_robin"
+    assert found.per_target is not None
+    assert sorted(found.aggregate.tolist()) == pytest.approx([place / 24 for place in range(1, 25)])
+    assert [found.ids[place] for place in np.argsort(found.ranks())[:3]] == taken(found.per_target, found.ids)[:3]
+    assert found.strata is None
+    assert gs.score(*opened, RepSim()).aggregation == "max_of_means"
+    np.testing.assert_allclose(
+        gs.score(*opened, RDSPlus(), aggregation="mean").aggregate, found.per_target.mean(axis=1), rtol=1e-5
+    )
+
+
+def taken(matrix: np.ndarray, ids: Any) -> list[str]:
+    """Each column's best of what the ones before have left."""
+    order: list[int] = []
+    for column in matrix.T:
+        order.append(next(row for row in np.argsort(-column, kind="stable").tolist() if row not in order))
+    return [ids[row] for row in order]

@@ -12,9 +12,7 @@ from gradsift.data.prepare import prepare
 from gradsift.demo.model import demo_model
 from gradsift.evaluation.loss import held_out_loss
 from gradsift.gradients.collect import Gradients
-from gradsift.influence.bm25 import BM25
 from gradsift.influence.less import LESS
-from gradsift.influence.random import Random
 from gradsift.jobs.report import print_result, write_results
 from gradsift.jobs.results import Outcome, Result
 from gradsift.jobs.select_explain import choose, explain_into, score_all, trust
@@ -68,7 +66,6 @@ def demo_recipe(out: str, model: str, data: Path) -> Recipe:
         warmup=_WARMUP,
         gradients=Gradients(),
         estimator=LESS(),
-        controls=(BM25(), Random(seed=0)),
         budget=24,
         group_by=("skill", "quality"),
         explain=Explain(prompt=_QUESTION, k=5, max_new_tokens=48),

@@ -20,13 +20,13 @@ from gradsift.base.errors import ConfigError
 from gradsift.base.lazy import Tensor, torch
 from gradsift.context import Pool
 from gradsift.gradients.policy import PolicySource, SampleRows
+from gradsift.influence.aggregate import Aggregation
 from gradsift.influence.estimator import target_rows, target_view
 from gradsift.influence.nice import PolicyEstimator, PolicyTargets, signal_warnings
 from gradsift.influence.products import unit_rows
 from gradsift.influence.prompts import PromptTarget, RewardSummary
 from gradsift.influence.reliability import DRAWS, Choice, Looked, Reliability, Strata, reliability_of
 from gradsift.influence.scores import (
-    Aggregation,
     strata_of,
 )
 from gradsift.store.gradient_store import GradientStore
@@ -122,10 +122,14 @@ def diagnose(
     Warns where less than half of the ranking would come again, besides what `signal_warnings` finds.
 
     Raises:
-        ConfigError: fewer than 2 samples per prompt.
+        ConfigError: fewer than 2 samples per prompt, or an aggregation that is no mean.
         DataError: no prompt has a signal.
     """
     check_samples(method)
+    if aggregation == "round_robin":
+        raise ConfigError(
+            "what a ranking by turns owes to its samples is not known: aggregate by max_of_means or mean to learn it"
+        )
     whole = targets or PolicyTargets(pool, target, method)
     checkpoints = method.checkpoints_of(pool)
     for checkpoint in checkpoints:

@@ -24,6 +24,7 @@ from gradsift.data.prompts import Prompts
 from gradsift.data.rows import Rows
 from gradsift.gradients.collect import SequenceSource
 from gradsift.gradients.rows import View
+from gradsift.influence.aggregate import Aggregation
 from gradsift.influence.products import inner_products
 from gradsift.influence.prompts import RewardSummary
 from gradsift.rewards.sources import sources_of
@@ -69,6 +70,7 @@ class Influence:
     draws:    what the numbers are the mean of, where they were found several times by chance, one as good as another:
         float32 `[draw row target]`, or `[draw row]` of `whole`; their spread gives the standard errors of scores
     terms:    what else the estimator knows of its numbers
+    stages:   int8 `[row]`, where rows are scored in several stages: which one each one's number is of
     """
 
     ids: SequenceABC[str]
@@ -86,6 +88,7 @@ class Influence:
     grouped: bool = False
     draws: NDArray[np.float32] | None = field(default=None, repr=False)
     terms: Any = field(default=None, repr=False)
+    stages: NDArray[np.int8] | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,8 @@ class Passes:
     stage:   what `gradsift plan` calls them
     done:    whether the run folder has what comes of them
     forward: whether they go forth alone
+    unprojected: whether their gradients are stored, as they are
+    number:  of the checkpoint, where they go through the model at several
     """
 
     stage: str
@@ -116,6 +121,8 @@ class Passes:
     tokens: float
     done: bool = False
     forward: bool = False
+    unprojected: bool = False
+    number: int = 0
 
 
 class Estimator(Settings):
@@ -130,6 +137,7 @@ class Estimator(Settings):
     pairs: whether each target has a score of its own, which explanations need.
     view: which of the pool's stored rows it reads: `adam`, `plain` or `segments`; None if it takes no gradient.
     last_checkpoint: whether it reads those at the last checkpoint alone.
+    aggregation: over targets, unless another is asked for.
     full_sum: whether the pool's stores have to hold the unprojected sums of their rows.
     by_chance: whether its ranking means nothing, as a control.
     signed: whether a score below 0 says that training on the row does harm; else 0 is a point like any other.
@@ -142,6 +150,7 @@ class Estimator(Settings):
     pairs: ClassVar[bool] = True
     view: ClassVar[View | None] = None
     last_checkpoint: ClassVar[bool] = False
+    aggregation: ClassVar[Aggregation] = "max_of_means"
     full_sum: ClassVar[bool] = False
     by_chance: ClassVar[bool] = False
     signed: ClassVar[bool] = False
@@ -149,6 +158,16 @@ class Estimator(Settings):
     text_model: ClassVar[str | None] = None
 
     kind: str
+
+    @property
+    def before(self) -> tuple[Estimator, ...]:
+        """The estimators whose influence it asks for first."""
+        return ()
+
+    @property
+    def runs_model(self) -> bool:
+        """Whether the pool goes through the model for it."""
+        return self.view is not None
 
     @property
     @abstractmethod
@@ -283,7 +302,7 @@ class ProductEstimator(Estimator):
     def matrix(self, pool: Pool, targets: Targets) -> tuple[SequenceABC[str], Tensor, list[str]]:
         """Pool ids, `[row target]` and the stores' fingerprints."""
 
-        def products(store: GradientStore, queries: GradientStore, weight: float) -> Tensor:
+        def products(_at: Checkpoint, store: GradientStore, queries: GradientStore, weight: float) -> Tensor:
             along = self.directions(store, target_rows(queries, targets.ids), pool.device)
             return inner_products(
                 store, along, normalise=self.by_cosine, weight=weight, engine=pool.engine, device=pool.device
@@ -296,7 +315,7 @@ def summed(
     method: Estimator,
     pool: Pool,
     targets: Targets,
-    products: Callable[[GradientStore, GradientStore, float], Tensor],
+    products: Callable[[Checkpoint, GradientStore, GradientStore, float], Tensor],
 ) -> tuple[SequenceABC[str], Tensor, list[str]]:
     """What an estimator sums over its checkpoints, for the rows that are finite at each.
 
@@ -304,7 +323,7 @@ def summed(
         method: says which view, checkpoints and weights.
         pool: from `open_pool`; its rows and the targets' are collected where the run does not hold them.
         targets: their token sequences, or those of each checkpoint.
-        products: of the pool's store, the targets' store and the checkpoint's weight: `[row column]`.
+        products: of a checkpoint, the pool's store, the targets' store and the checkpoint's weight: `[row column]`.
 
     Returns:
         Pool ids, the sum `[row column]`, and the fingerprints of the stores: of each checkpoint the pool's, then the
@@ -319,7 +338,7 @@ def summed(
     for checkpoint, weight in zip(checkpoints, method.weights(checkpoints), strict=True):
         store, queries = both_stores(pool, targets, checkpoint, view)
         used += [store.fingerprint, queries.fingerprint]
-        found = products(store, queries, weight)
+        found = products(checkpoint, store, queries, weight)
         if total is None:
             total, ids = found, store.ids
             continue
@@ -374,11 +393,16 @@ def target_view(view: View) -> View:
     return "segments" if view == "segments" else "plain"
 
 
+def source_at(targets: Targets, checkpoint: Checkpoint) -> SequenceSource:
+    """The targets' sequences at a checkpoint."""
+    return targets.at(checkpoint) if isinstance(targets, TargetsByCheckpoint) else targets
+
+
 def both_stores(
     pool: Pool, targets: Targets, checkpoint: Checkpoint, view: View
 ) -> tuple[GradientStore, GradientStore]:
     """A checkpoint's rows of the pool, and those of the targets that go with them."""
-    source = targets.at(checkpoint) if isinstance(targets, TargetsByCheckpoint) else targets
+    source = source_at(targets, checkpoint)
     store, asked = pool.stores(checkpoint, [view])[view], target_view(view)
     queries = pool.collect(source, checkpoint, [asked], what="target")[asked]
     store.check_comparable(queries)

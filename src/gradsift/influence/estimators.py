@@ -13,6 +13,7 @@ from gradsift.influence.bm25 import BM25
 from gradsift.influence.datainf import DataInf, ProjectedInverse
 from gradsift.influence.deita import DEITA
 from gradsift.influence.dsir import DSIR
+from gradsift.influence.ekfac import EKFAC
 from gradsift.influence.estimator import Estimator
 from gradsift.influence.ji2s import JI2S
 from gradsift.influence.less import LESS
@@ -21,12 +22,13 @@ from gradsift.influence.nice import NICE, NICEIF
 from gradsift.influence.nice_magic import NICEMAGIC
 from gradsift.influence.random import Random
 from gradsift.influence.rds import RDS
+from gradsift.influence.rerank import Rerank
 from gradsift.influence.states import RDSPlus, RepSim
 from gradsift.influence.trak import TRAK
 
 OWN: tuple[type[Estimator], ...] = (
-    LESS, DataInf, ProjectedInverse, TRAK, JI2S, MAGIC, NICE, NICEIF, NICEMAGIC, BM25, RDS, RDSPlus, RepSim, DSIR,
-    AlpaGasus, DEITA, Random,
+    LESS, DataInf, ProjectedInverse, TRAK, EKFAC, JI2S, MAGIC, NICE, NICEIF, NICEMAGIC, Rerank, BM25, RDS, RDSPlus,
+    RepSim, DSIR, AlpaGasus, DEITA, Random,
 )  # fmt: skip
 GROUP = "gradsift.estimators"
 """The entry point group by which other packages add theirs."""
@@ -47,3 +49,12 @@ else:
     """Any of them, as a field of a recipe."""
     AnyRanker: Any = Annotated[Union[_pairs], Field(discriminator="kind")]  # noqa: UP007
     """Those that explanations can be made by: each target has a score of its own, and no reward is needed."""
+    _first = tuple(m for m in estimators().values() if m.needs_target and m.takes != "reward" and m is not Rerank)
+    _then = tuple(one for one in _pairs if one.view is not None)
+    _stages = {"AnyFirst": _first, "AnyThen": _then}
+    Rerank.model_rebuild(
+        _types_namespace={
+            name: Annotated[Union[some], Field(discriminator="kind")]  # noqa: UP007
+            for name, some in _stages.items()
+        }
+    )

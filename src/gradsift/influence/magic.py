@@ -90,6 +90,11 @@ class MAGIC(SmoothTraining, Estimator):
     check: int = Field(default=0, ge=0)
 
     @property
+    def runs_model(self) -> bool:
+        """It is trained on the pool."""
+        return True
+
+    @property
     def label(self) -> str:
         """What tables call it."""
         parts = [f"{self.fraction:g} of the pool"] * (self.fraction < 1)

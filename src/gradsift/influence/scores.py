@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +18,7 @@ from gradsift.base.ranks import descending_ranks, spearman
 from gradsift.base.strings import Strings
 from gradsift.base.types import Skipped
 from gradsift.context import Pool, Target
-from gradsift.influence.aggregate import max_of_means, mean_over_targets
+from gradsift.influence.aggregate import Aggregation, max_of_means, mean_over_targets, round_robin
 from gradsift.influence.estimator import Estimator, Influence, influence_of
 from gradsift.influence.less import LESS
 from gradsift.influence.nice import NICE
@@ -27,8 +27,6 @@ from gradsift.influence.reliability import Strata
 from gradsift.report.blocks import Block, Shown
 from gradsift.store.manifest import fingerprint
 from gradsift.store.run import revised
-
-Aggregation = Literal["max_of_means", "mean"]
 
 _LENGTH_WARNING = 0.5  # |Spearman| with length above which a ranking may be one of length
 _TABLE_ROWS = 1 << 16  # that are put into one table of `Scores.tables`
@@ -40,7 +38,8 @@ class Scores(Shown):
     """Influence of each pool example: **higher = training on it helps the target more**.
 
     ids:        pool ids that were scored (overlap with the target and non-finite rows are left out)
-    aggregate:  float32 `[pool]`, over targets: mean within each subtask, then the maximum over subtasks
+    aggregate:  float32 `[pool]`, over targets: by `max_of_means` within each subtask the mean, then the maximum over
+        subtasks; by `round_robin` the share of rows that no target has taken when it is its turn, 1 for the first
     per_target: float32 `[pool target]`, or None where the method has no such thing
     target_ids: ids of the targets; none for a method that needs no target
     tokens:     supervised tokens of each pool example
@@ -52,7 +51,7 @@ class Scores(Shown):
     warnings:   what a reader should know
     rewards:    for NICE, what sampled responses earned, per checkpoint
     left_out:   rows that a judge or a function could not rate, with reasons
-    aggregation: over targets, as it was asked for
+    aggregation: over targets, as it was asked for, or else as the method's own is
     strata:     which targets the aggregate is made of, and how; None where there is none
     found:      what the estimator gave
     """
@@ -91,11 +90,16 @@ class Scores(Shown):
         return dict(zip(self.ids, self.aggregate.tolist(), strict=True))
 
     def table(self) -> pa.Table:
-        """Long form: id, target (`*` for the aggregate), method, score, error (standard, or null), rank, tokens."""
+        """Long form: id, target (`*` for the aggregate), method, score, error (standard, or null), rank, tokens, and
+        the stage that scored it.
+        """
         return pa.concat_tables(self.tables()).unify_dictionaries()
 
     def tables(self) -> Iterator[pa.Table]:
         """What `table` puts one below the other: some rows for one target."""
+        stages = np.ones(len(self.ids), np.int8)
+        if self.found is not None and self.found.stages is not None:
+            stages = self.found.stages[Strings.of(self.found.ids).positions(self.ids)]
         columns = [("*", self.aggregate, self.errors)]
         if self.per_target is not None and self.per_target.size <= _MAX_PER_TARGET_ROWS:
             known = self.target_errors
@@ -118,6 +122,7 @@ class Scores(Shown):
                         "error": pa.nulls(len(ids), pa.float32()) if errors is None else pa.array(errors[part]),
                         "rank": pa.array(ranks[part], pa.int64()),
                         "tokens": pa.array(self.tokens[part], pa.int64()),
+                        "stage": pa.array(stages[part], pa.int8()),
                     }
                 )
 
@@ -127,7 +132,7 @@ def score(
     target: Target | None,
     method: Estimator | None = None,
     *,
-    aggregation: Aggregation = "max_of_means",
+    aggregation: Aggregation | None = None,
 ) -> Scores:
     """Influence of every pool example on the target.
 
@@ -140,8 +145,10 @@ def score(
         method: `LESS()` by default, `NICE()` for prompts; `DataInf()`, `ProjectedInverse()`, `TRAK()`, `JI2S()`,
             `NICEIF()`; or a control: `BM25()`, `RDS()`, `DSIR()`, and without a target `AlpaGasus()`, `DEITA()`,
             `Random(seed=0)`.
-        aggregation: over targets, `max_of_means` within subtasks or plain `mean`. Subtasks of NICE's in which no prompt
-            has a signal are left out of the maximum: their zeros say nothing. JI2S takes the mean in any case.
+        aggregation: over targets, `max_of_means` within subtasks, plain `mean`, or `round_robin`, in which targets (or
+            subtasks) take turns; by default the method's own, which is the first for all but RDS+. Subtasks of NICE's
+            in which no prompt has a signal are left out of the maximum, and get no turn: their zeros say nothing. JI2S
+            takes the mean in any case.
 
     Raises:
         ConfigError: LESS with Adam at an adapter that has no optimizer state, damping too small to invert with, or a
@@ -150,6 +157,7 @@ def score(
     """
     if method is None:
         method = NICE() if isinstance(target, PromptTarget) else LESS()
+    aggregation = aggregation or method.aggregation
     excluded = {skip.id for skip in target.overlap} if target is not None else set()
     subtasks = target.subtasks if target is not None else None
     found = influence_of(method, pool, target)
@@ -185,7 +193,9 @@ def score(
             "tokens): look at whether it found the target's skill or a length"
         )
     strata = None
-    if target is not None and method.needs_target:
+    # Turns, and places behind candidates, are no means, of which one could tell how they vary.
+    means = found.stages is None and (matrix is None or aggregation != "round_robin")
+    if target is not None and method.needs_target and means:
         # One number per row is of all targets as one, and knows no subtasks.
         parted = (subtasks, aggregation, found.live) if matrix is not None else (None, "mean", None)
         strata = replace(strata_of(len(target.data), *parted), contents=tuple(target.data.hashes))
@@ -235,14 +245,19 @@ def aggregated(
         matrix: higher = helps.
         subtasks: a label per target, or None.
         aggregation: how.
-        live: which targets say anything; a subtask without any is left out of the maximum. None: all do.
+        live: which targets say anything; a subtask without any is left out of the maximum, and of the round. None: all
+            do.
     """
     tensor = torch.from_numpy(matrix)
-    if aggregation == "mean" or not subtasks:
+    if aggregation == "mean" or not (subtasks or aggregation == "round_robin"):
         return mean_over_targets(tensor).numpy()
-    speaking = _speaking(subtasks, live)
-    kept = [number for number, name in enumerate(subtasks) if name in speaking]
-    return max_of_means(tensor[:, kept], [subtasks[number] for number in kept]).numpy()
+    labels = subtasks or range(tensor.shape[1])
+    speaking = _speaking(labels, live) or set(labels)
+    kept = [number for number, name in enumerate(labels) if name in speaking]
+    parts = tensor[:, kept], [labels[number] for number in kept]
+    if aggregation == "round_robin":
+        return (1 - round_robin(*parts) / len(matrix)).astype(np.float32)
+    return max_of_means(*parts).numpy()
 
 
 def _standard_errors(draws: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
@@ -261,8 +276,8 @@ def _winning(draws: NDArray[np.float32], strata: Strata) -> NDArray[np.float64]:
     return np.take_along_axis(means, best[None, :, None], axis=2)[..., 0]
 
 
-def _speaking(subtasks: SequenceABC[str], live: SequenceABC[bool] | None) -> set[str]:
-    """The subtasks that the maximum is over."""
+def _speaking(subtasks: SequenceABC[Hashable], live: SequenceABC[bool] | None) -> set[Hashable]:
+    """The subtasks that the maximum is over, and that take turns."""
     return set(subtasks) if live is None else {name for name, own in zip(subtasks, live, strict=True) if own}
 
 

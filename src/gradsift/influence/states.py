@@ -19,6 +19,7 @@ from gradsift.base.types import Sequence, Skipped
 from gradsift.context import Pool, Target
 from gradsift.gradients.batching import automatic_token_budget, form_batches
 from gradsift.gradients.collect import SequenceSource
+from gradsift.influence.aggregate import Aggregation
 from gradsift.influence.estimator import Estimator, Influence, Passes, refuse_too_many
 from gradsift.model.loss import head_at, pad
 from gradsift.model.models import DtypeName, host, model_identity
@@ -40,6 +41,11 @@ class _OfStates(Estimator):
     takes: ClassVar[Literal["labels", "texts", "reward"]] = "texts"
 
     checkpoint: Literal["base", "last"] = "base"
+
+    @property
+    def runs_model(self) -> bool:
+        """Forth alone."""
+        return True
 
     @abstractmethod
     def pooled(self) -> tuple[Pooling, int]:
@@ -89,8 +95,12 @@ class _OfStates(Estimator):
 class RDSPlus(_OfStates):
     """RDS+ (Ivison et al. 2025): the last hidden states over a whole conversation, token i weighted by i/Σi.
 
+    Its targets take turns (`round_robin`), unless another aggregation is asked for.
+
     checkpoint: of the model: the `base`, or the `last` adapter.
     """
+
+    aggregation: ClassVar[Aggregation] = "round_robin"
 
     kind: Literal["rds_plus"] = "rds_plus"
 

@@ -13,6 +13,7 @@ from gradsift.influence.datainf import KernelEstimator, damping_label, inverse_d
 from gradsift.influence.estimator import Influence, summed, target_rows
 from gradsift.influence.products import store_inner_products
 from gradsift.store.gradient_store import GradientStore
+from gradsift.warmup.checkpoint import Checkpoint
 
 # Losses come from fp32 log-probabilities, good to about 1e-7: below this 1 − p says nothing, and would magnify
 # gradients of pure rounding.
@@ -22,11 +23,11 @@ _LEAST_DOUBT = 1e-6
 class TRAK(KernelEstimator):
     """TRAK (Park et al. 2023): a kernel on margin gradients, from the plain rows and losses that are stored anyway.
 
-    damping: λ of the kernel, in squared units of the margin's gradients; `auto` takes a tenth of their mean squared
-        coordinate.
-    kernel: `segments` keeps modules apart, which costs next to nothing and foretells retraining better wherever it was
-        measured. `whole` inverts over all dimensions at once, as published: 8·dim² bytes twice over (1 GB at 8192),
-        about dim² operations per row and checkpoint, and more rows than dimensions to estimate it from.
+    damping: λ of the kernel, in squared units of the margin's gradients; `spectral` takes a tenth of the largest
+        eigenvalue of their second moments, `auto` a tenth of their mean squared coordinate.
+    kernel: `segments` keeps modules apart, which costs next to nothing. `whole` inverts over all dimensions at once, as
+        published: 8·dim² bytes twice over (1 GB at 8192), about dim² operations per row and checkpoint; with damping
+        `auto`, more rows than dimensions to estimate it from.
     checkpoints: `all`, averaged with equal weights, or the `last`.
     """
 
@@ -38,7 +39,7 @@ class TRAK(KernelEstimator):
     def label(self) -> str:
         """What tables call it."""
         parts = ["whole kernel"] * (self.kernel == "whole") + ["last checkpoint"] * (self.checkpoints == "last")
-        parts += damping_label(self.damping)
+        parts += damping_label(self.damping, "spectral")
         return f"TRAK ({', '.join(parts)})" if parts else "TRAK"
 
     def influence(self, pool: Pool, target: Target | None) -> Influence:
@@ -47,7 +48,7 @@ class TRAK(KernelEstimator):
         targets = self.targets(pool, target)
         sizes = [0, 0]
 
-        def products(store: GradientStore, queries: GradientStore, weight: float) -> Tensor:
+        def products(_at: Checkpoint, store: GradientStore, queries: GradientStore, weight: float) -> Tensor:
             """The kernel `[row target]` with 1 − p as one more column."""
             sizes[:] = len(store), store.dim
             asked, losses = target_rows(queries, targets.ids), _target_losses(queries, targets.ids)
@@ -163,7 +164,7 @@ def trak_kernel(
 
 def kernel_warnings(method: TRAK, rows: int, dim: int) -> list[str]:
     """What to know of a kernel that is estimated from fewer rows than it has dimensions."""
-    if method.kernel == "segments" or rows >= dim:
+    if method.kernel == "segments" or method.damping == "spectral" or rows >= dim:
         return []
     return [
         f"{method.label} inverts second moments of {dim:,} dimensions that are estimated from {rows:,} rows: most of "

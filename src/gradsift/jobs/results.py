@@ -37,7 +37,7 @@ _GROUP_COLUMNS = ("skill", "source", "dataset", "category", "task", "domain", "t
 _MAX_GROUPS = 40
 FILES = {
     "selected.jsonl": "the chosen rows, for load_dataset('json', …)",
-    "scores.parquet": "every score: id, target, method, score, error, rank, tokens",
+    "scores.parquet": "every score: id, target, method, score, error, rank, tokens, stage",
     "explanations.jsonl": "the explanations, one output a line",
     "explanations.parquet": "the same as a table",
     "relevance.json": "selection relevance by estimator, strategy and k",

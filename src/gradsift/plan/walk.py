@@ -180,6 +180,8 @@ class Walk:
             self.pool = replace(self.pool, gradients=self.recipe.gradients)
 
     def _score(self, method: Estimator) -> None:
+        for one in method.before:
+            self._score(one)
         for rater in method.raters:
             self._rate(rater)
         if method.text_model is not None and self.target is not None:
@@ -201,7 +203,9 @@ class Walk:
         """Rows that methods take through the model, counted once."""
         if self.is_new("passes", *(repr(part) for part in by), one, self.pool.seed):
             backward, forward = (0.0, one.tokens) if one.forward else (one.tokens, 0.0)
-            self.add(Work(one.stage, one.rows, backward, forward, done=one.done and self.kept is not None))
+            stored = {"unprojected": one.rows} if one.unprojected else {}
+            done = one.done and self.kept is not None
+            self.add(Work(one.stage, one.rows, backward, forward, stored=stored, done=done))
 
     def _gradients(self, method: Estimator, *, targets: bool) -> None:
         """The pool's rows that a method reads, and its targets'."""
@@ -485,7 +489,7 @@ class Walk:
         self._pool_rows(last, sorted(views), sums=False)
         self._collect(outputs, last, {target_view(view) for view in views}, self.pool.gradients.full_sum)
         asked = Target(source or _Expected([question.id for question in questions]), None, ())  # type: ignore[arg-type]
-        for method in job.estimators:
+        for method in (part for one in job.estimators for part in (*one.before, one)):
             self._other_passes(method, asked)
             if method.text_model is not None:
                 self._embedded("pool", [conversation_text(own) for own in conversations(pool.data)], method.text_model)

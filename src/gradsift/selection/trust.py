@@ -70,7 +70,9 @@ def target_reliability(scores: Scores, selection: Selection | None = None) -> Re
 def sample_reliability(
     scores: Scores, selection: Selection | None = None, *, targets: PolicyTargets | None = None
 ) -> PolicyDiagnostics | None:
-    """`diagnose` of the scores that NICE or NICE_IF gave, beside the choice made by them; None for other methods.
+    """`diagnose` of the scores that NICE or NICE_IF gave, beside the choice made by them.
+
+    None for other methods, and where the targets took turns.
 
     Those that read no stored rows are among these: new samples would take new gradients there.
 
@@ -79,6 +81,8 @@ def sample_reliability(
     """
     pool, target, method = scores.pool, scores.target, scores.method
     if pool is None or not isinstance(target, PromptTarget) or not takes_reward(method) or method.view is None:
+        return None
+    if scores.aggregation == "round_robin":
         return None
     looked = looked_at(scores, selection)
     return diagnose(

@@ -84,6 +84,7 @@ class EKFAC(Estimator):
     checkpoints: the `last`, or `all`, each counting by its learning rate.
     """
 
+    signed: ClassVar[bool] = True
     view: ClassVar[View | None] = "plain"
 
     kind: Literal["ekfac"] = "ekfac"

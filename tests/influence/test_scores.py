@@ -352,6 +352,9 @@ def test_standard_errors_are_those_of_means_over_draws(pool: Pool, target: Targe
     np.testing.assert_allclose(scores.errors, expected, rtol=1e-5)
     whole = score(pool, target, Drawn(), aggregation="mean")
     np.testing.assert_allclose(whole.errors, drawn.mean(axis=2).std(axis=0, ddof=1) / root, rtol=1e-5)
+    turns = score(pool, target, Drawn(), aggregation="round_robin")
+    assert turns.errors is None
+    np.testing.assert_array_equal(turns.target_errors, scores.target_errors)
     save_tables(pool, [score(pool, target, BM25()), scores])
     table = pq.read_table(pool.run.folder / "scores.parquet").to_pylist()
     assert {row["error"] is None for row in table if row["method"] == "BM25"} == {True}

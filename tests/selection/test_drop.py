@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +52,16 @@ def test_what_cannot_be_dropped() -> None:
 def test_which_scores_tell_harm() -> None:
     """Influence does, by whatever it is computed; likeness, grades and standardised differences do not."""
     signed = {kind for kind, one in estimators().items() if one().signed}
-    assert {"less", "datainf", "projected_inverse", "trak", "magic", "nice", "nice_if"} <= signed
+    assert {"less", "datainf", "projected_inverse", "trak", "magic", "nice_magic", "ekfac"} <= signed
+    assert not signed & {"bm25", "rds", "rds_plus", "rep_sim", "dsir", "alpagasus", "deita", "random", "rerank"}
     unsigned: list[gs.Estimator] = [gs.BM25(), gs.RDS(), gs.RDSPlus(), gs.DSIR(), gs.AlpaGasus(), gs.JI2S()]
     for method in unsigned:
         with pytest.raises(ConfigError, match=r"scores of .* tell none"):
             select(made_up([1.0, -1.0], method), drop=1)
     assert select(made_up([1.0, -1.0], gs.JI2S(standardise_terms=False)), drop=1).ids == ["row0"]
     assert select(made_up([1.0, -1.0], gs.Random()), drop=1).dropped is not None  # the control
+    with pytest.raises(ConfigError, match="scores are turns"):
+        select(replace(made_up([0.5, 1.0]), aggregation="round_robin"), drop=1)
 
 
 def test_a_recipe_says_one_of_both() -> None:

@@ -161,7 +161,7 @@ def open_grid(recipe: Recipe, job: Compare, reporter: Reporter) -> Grid:
         if one.estimator is not None and one.selection is not None:
             one.selection.check(one.estimator)
             if one.drop is not None:
-                check_drop(one.estimator, one.selection)
+                check_drop(one.estimator, one.selection, recipe.aggregation)
     pool = open_recipe(recipe, reporter)
     methods = [one.estimator for one in found if one.estimator is not None]
     for method in methods:

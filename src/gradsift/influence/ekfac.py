@@ -84,6 +84,7 @@ class EKFAC(Estimator):
     checkpoints: `all`, each counting by its learning rate, or the `last`; each has factors of its own.
     """
 
+    signed: ClassVar[bool] = True
     view: ClassVar[View | None] = "plain"
 
     kind: Literal["ekfac"] = "ekfac"

@@ -202,8 +202,9 @@ def score(
     errors = target_errors = None
     if found.draws is not None:
         draws = found.draws[:, keep]
-        errors = _standard_errors(draws if strata is None or matrix is None else _winning(draws, strata))
         target_errors = None if matrix is None else _standard_errors(draws)
+        if matrix is None or strata is not None:  # of turns none is known
+            errors = _standard_errors(draws if matrix is None or strata is None else _winning(draws, strata))
     result = Scores(
         ids=ids,
         aggregate=aggregate.astype(np.float32),

@@ -245,7 +245,7 @@ def _check_methods(recipe: Recipe) -> None:
         raise ConfigError(_NO_TARGET)
     recipe.selection.check(recipe.estimator, target=recipe.target is not None)
     if recipe.drop is not None:
-        check_drop(recipe.estimator, recipe.selection)
+        check_drop(recipe.estimator, recipe.selection, recipe.aggregation)
 
 
 def _check_sizes(result: Result) -> None:

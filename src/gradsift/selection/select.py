@@ -12,6 +12,7 @@ from gradsift.base.errors import ConfigError
 from gradsift.base.lazy import torch
 from gradsift.context import Pool
 from gradsift.data.columns import add_columns
+from gradsift.influence.aggregate import Aggregation
 from gradsift.influence.estimator import Estimator, both_stores, target_rows
 from gradsift.influence.less import LESS
 from gradsift.influence.scores import Scores
@@ -125,8 +126,12 @@ def kept_count(drop: float, available: int) -> int:
     return left
 
 
-def check_drop(estimator: Estimator, method: Selector) -> None:
+def check_drop(estimator: Estimator, method: Selector, aggregation: Aggregation | None = None) -> None:
     """Refuse to drop by scores that do not tell harm, or by another choice than the highest; chance is a control.
+
+    Args:
+        estimator, method: which scores, and which choice by them.
+        aggregation: of the scores; None is the estimator's own.
 
     Raises:
         ConfigError: saying by what rows can be dropped.
@@ -138,6 +143,11 @@ def check_drop(estimator: Estimator, method: Selector) -> None:
             f"drop leaves out the rows that do the most harm, and scores of {estimator.label} tell none: none of them "
             "is below 0 for that reason. Use an estimator whose scores have a sign, such as MAGIC or LESS, or say how "
             "many to choose (budget)"
+        )
+    if (aggregation or estimator.aggregation) == "round_robin":
+        raise ConfigError(
+            "drop leaves out the rows that do the most harm, and with aggregation round_robin scores are turns, which "
+            "tell none: use max_of_means or mean, or say how many to choose (budget)"
         )
     if not isinstance(method, MostHelpful):
         raise ConfigError(
@@ -170,7 +180,7 @@ def select(
     else:
         if budget is not None:
             raise ConfigError("budget and drop both say how many are chosen: give one of them")
-        check_drop(scores.method, method)
+        check_drop(scores.method, method, scores.aggregation)
         count = kept_count(drop, len(scores.ids))
     candidates = _candidates(scores, method, count)
     positions = chosen(method, candidates, count)

@@ -57,7 +57,7 @@ def recorded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[st
     world, out = World.make(folder), folder / "run"
     exact_weights(folder / "model")
     world("select", out).succeeded()
-    for kind in ("ji2s", "datainf", "trak", "dsir", "magic", "rds_plus"):
+    for kind in ("ji2s", "datainf", "trak", "dsir", "magic", "rds_plus", "rerank"):
         world("score", out, "--estimator", kind).succeeded()
     world("score", out, "--estimator", "alpagasus", "--rater", "length", target=None).succeeded()
     rewarded = ("--reward", "length:1-20", "--samples", "4", "--max-new-tokens", "5")

@@ -4,7 +4,7 @@
     python benchmarks/datamodel.py --out runs/datamodel --training smooth  in a training that is made smooth
     python benchmarks/datamodel.py --out runs/datamodel --share 0/2        every second retraining, and no tables
 
-Eight kinds of short tasks of ../shared/data/pool.jsonl (20 rows to train on, 4 targets and 4 held-out rows of each) and
+Eight kinds of short tasks of ../shared/data/pool.jsonl (20 rows to train on, 4 targets, 12 held-out rows of each) and
 a causal transformer of 2 layers and width 64, trained in full on other rows of that pool first. LoRA on all its linears
 is then trained on the 160 rows, many times over: "as it is" at a rate of 1e-2 from the first step, or "smooth" at 3e-3
 with a warm-up over a fifth of the steps and ε_root 1e-8.
@@ -16,6 +16,8 @@ with a warm-up over a fifth of the steps and ε_root 1e-8.
 - Leave-top-out (QLD): the loss of a kind of task without the rows that an estimator ranks first for it, less that
   without random rows; same order.
 - Pairs: I = Δ(A∪B) − Δ(A) − Δ(B), Δ the loss's rise when a group is left out, against JI2S's Σ_{a∈A, b∈B} Γ_aᵀHΓ_b.
+- Choice: the loss of a kind's held-out rows after training anew on the 16 rows that an estimator ranks first for the
+  kind's targets, three seeds, less that of LESS's choice, paired over items and seeds.
 - Sweep: the inverse of the stored rows' second moments, by kernel, damping and checkpoints, computed densely.
 
 Intervals are 95 % bootstrap percentiles, over subsets, targets or pairs. Every training leaves one JSON file in OUT.
@@ -88,7 +90,7 @@ Retrained = dict[str, Array]  # name of the training → [seed target]
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "pool.jsonl"
 KINDS = ("rotten_tomatoes", "common_gen", "social_i_qa", "gigaword", "paws", "quartz", "glue_qqp", "wiki_qa")
 UNSEEN = (*KINDS, "qasc", "glue_mrpc", "ag_news", "quarel")  # kept out of the pre-training
-POOL, TARGETS, HELD_OUT = 20, 4, 4  # rows of each kind
+POOL, TARGETS, HELD_OUT = 20, 4, 12  # rows of each kind
 LONGEST = 300  # characters of a row
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TRAINING = Training(
@@ -105,6 +107,7 @@ CHAT = (
 )
 RESAMPLES = 400
 REMOVED = 8  # rows that leave-top-out takes away, 5 %
+CHOSEN, CHOICE_SEEDS = 16, (11, 12, 13)
 GROUP = 10  # rows of each group of a pair
 
 PER_TARGET: tuple[Estimator, ...] = (
@@ -175,7 +178,7 @@ def main() -> None:
     parser.add_argument("--training", choices=list(TRAININGS), default="as it is")
     parser.add_argument("--subsets", type=int, default=32, help="of each share that is left out")
     parser.add_argument("--pairs", type=int, default=16, help="the first so many of the 16")
-    parser.add_argument("--parts", nargs="*", default=["lds", "top", "pairs", "sweep"])
+    parser.add_argument("--parts", nargs="*", default=["lds", "top", "choice", "pairs", "sweep"])
     parser.add_argument("--share", help="n/m: only retrain, and only the n-th of m shares")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -188,8 +191,8 @@ def main() -> None:
             plan = pair_removals(world, args.pairs)
             outcomes = retrain_all(world, plan, (1, 2), args.share)
             found = None if args.share else pairs(world, plan, outcomes)
-        elif part == "top":
-            found = None if args.share else top(world)
+        elif part in ("top", "choice"):
+            found = None if args.share else {"top": top, "choice": choice}[part](world)
         else:
             known = truths(world, args.subsets, args.share)
             found = None if args.share else {"lds": lds_table, "sweep": sweep}[part](world, known)
@@ -423,12 +426,11 @@ def lds_markdown(table: Mapping[str, Mapping[str, Any]]) -> str:
     lines += [
         f"| {label} | {' | '.join(in_words(entry[name][0]) for name in names)} |" for label, entry in table.items()
     ]
-    lines += ["", f"| minus {REFERENCE} | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
-    lines += [
-        f"| {label} | {' | '.join(in_words(entry[name][1]) for name in names)} |"
-        for label, entry in table.items()
-        if len(entry[names[0]]) == 2
-    ]
+    paired = {label: entry for label, entry in table.items() if len(entry[names[0]]) == 2}
+    if paired:
+        lines += ["", f"| minus {REFERENCE} | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
+    for label, entry in paired.items():
+        lines.append(f"| {label} | {' | '.join(in_words(entry[name][1]) for name in names)} |")
     return "\n".join(lines)
 
 
@@ -741,6 +743,45 @@ def top(world: World) -> tuple[dict[str, Any], str]:
         table[label] = asdict(qld(losses, random))
     lines = [f"| {REMOVED} rows left out, by | rise of the loss beside that without random rows, nats |", "|---|---|"]
     lines += [f"| {label} | {v['value']:+.3f} ({v['low']:+.3f} to {v['high']:+.3f}) |" for label, v in table.items()]
+    return table, "\n".join(lines)
+
+
+# --- training on a choice -----------------------------------------------------------------------------------------
+
+
+def choice(world: World) -> tuple[dict[str, Any], str]:
+    """Held-out losses of every kind after training on what each estimator ranks first for it."""
+    ids, kinds = np.array(world.pool.data.ids), np.array(world.target_kinds)
+    held_out = np.array(world.held_out.data.column("kind"))
+    losses: dict[str, Array] = {}  # [kind seed item]
+    for label, matrix in all_scores(world):
+        own = []
+        for kind in KINDS:
+            first = np.argsort(-matrix[:, kinds == kind].mean(axis=1), kind="stable")[:CHOSEN]
+            found = np.array([retrain(world, ids[first].tolist(), seed) for seed in CHOICE_SEEDS])
+            own.append(found[:, len(kinds) :][:, held_out == kind])
+        losses[label] = np.array(own)
+    table: dict[str, Any] = {}
+    for label, after in losses.items():
+        differences = (after - losses[REFERENCE]).mean(axis=1)  # over seeds; [kind item]
+        drawn = np.random.default_rng(5).integers(differences.shape[1], size=(1000, differences.shape[1]))
+        each = np.percentile(differences[:, drawn].mean(axis=2), [2.5, 97.5], axis=1)  # [end kind]
+        table[label] = {
+            "loss": float(after.mean()),
+            "minus": asdict(Estimate(*with_interval(lambda s, d=differences: float(d[:, s].mean()), drawn))),
+            "of kinds": {k: [float(d.mean()), *e] for k, d, e in zip(KINDS, differences, each.T.tolist(), strict=True)},
+        }
+    lines = [
+        f"| {CHOSEN} rows chosen by | held-out loss, nats | minus {REFERENCE} | kinds above and below it |",
+        "|---|---|---|---|",
+    ]
+    for label, own_ in table.items():
+        m, k = own_["minus"], own_["of kinds"].values()
+        above, below = sum(low > 0 for _, low, _ in k), sum(high < 0 for _, _, high in k)
+        lines.append(
+            f"| {label} | {own_['loss']:.3f} | {m['value']:+.3f} ({m['low']:+.3f} to {m['high']:+.3f}) "
+            f"| {above}, {below} |"
+        )
     return table, "\n".join(lines)
 
 

@@ -423,11 +423,11 @@ def as_authors(world: World, placement: str, *, half: bool = False) -> Any:
 
 SETS = ("grammars", "math_with_reason", "math_without_reason")
 CLASSIFIED: tuple[Estimator, ...] = (
-    TRAK(),
-    TRAK(kernel="whole"),
-    TRAK(checkpoints="last"),
-    TRAK(kernel="whole", checkpoints="last"),
-    ProjectedInverse(),
+    TRAK(damping="auto"),
+    TRAK(damping="auto", kernel="whole"),
+    TRAK(damping="auto", checkpoints="last"),
+    TRAK(damping="auto", kernel="whole", checkpoints="last"),
+    ProjectedInverse(kernel="segments", damping="auto", checkpoints="last"),
     DataInf(),
     LESS(optimizer="sgd", normalise=False, checkpoints="last"),
     BM25(),

@@ -48,8 +48,8 @@ ESTIMATORS: tuple[Ranker, ...] = (
     DataInf(),
     LESS(optimizer="sgd", checkpoints="last"),
     BM25(tokens="model"),
-    ProjectedInverse(),
-    TRAK(kernel="whole", checkpoints="last"),
+    ProjectedInverse(kernel="segments", damping="auto", checkpoints="last"),
+    TRAK(kernel="whole", damping="auto", checkpoints="last"),
     LESS(optimizer="sgd", checkpoints="last", normalise=False),
 )
 # Compact, Table 1 (k = 10, mean of three models): what to compare with, never what is printed as ours.

@@ -57,8 +57,11 @@ def recorded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[st
     world, out = World.make(folder), folder / "run"
     exact_weights(folder / "model")
     world("select", out).succeeded()
-    for kind in ("ji2s", "datainf", "trak", "dsir", "magic", "rds_plus", "rerank"):
-        world("score", out, "--estimator", kind).succeeded()
+    trak = ["trak", "--damping", "auto"]
+    for options in (["ji2s"], ["datainf"], trak, ["dsir"], ["magic"], ["rds_plus"], ["rerank"]):
+        world("score", out, "--estimator", *options).succeeded()
+    descent = ("--selection", "metagradient", "--set", "selection.rounds=2", "--budget", "4")
+    world("select", out, "--estimator", "random", *descent).succeeded()
     world("score", out, "--estimator", "alpagasus", "--rater", "length", target=None).succeeded()
     rewarded = ("--reward", "length:1-20", "--samples", "4", "--max-new-tokens", "5")
     world("select", out, "--estimator", "nice", *rewarded).succeeded()

@@ -54,6 +54,8 @@ from gradsift.model.models import adapter_identity, generation_ends, model_ident
 from gradsift.rewards.function import function_identity
 from gradsift.rewards.matching import Numeric
 from gradsift.rewards.reward_model import RewardModel
+from gradsift.selection.metagradient import MetagradientDescent
+from gradsift.selection.select import _candidates
 from gradsift.store import digests
 from gradsift.store import run as runs
 from gradsift.store.run import REVISIONS, Run
@@ -645,6 +647,8 @@ def every_address(pool: Pool, address: Address, tmp_path: Path) -> dict[str, str
     (encoder / "modules.json").write_text("{}")
     (tmp_path / "rate.py").write_text("def rate(rows):\n    return [1.0] * len(rows)\n")
     rater = AlpaGasus(rater=FunctionRating(name=str(tmp_path / "rate.py")))
+    descent = MetagradientDescent()
+    chosen_from = _candidates(score(pool, target, BM25()), descent, 4)
     settings = (DEFAULT_STRATEGIES, (5,), "MSEProjUSimp", 100, "ratio_of_means")
     work: Any = _Work(pool, None, source, None, (LESS(),), *settings)  # type: ignore[arg-type]
     place = open_model(pool.model, out=pool.run, max_length=64, device="cpu")
@@ -671,6 +675,7 @@ def every_address(pool: Pool, address: Address, tmp_path: Path) -> dict[str, str
         "checks": lambda: kept_check(pool.run, torch.nn.Linear(2, 2), (), (), model=pool.model, pattern="lora"),
         "states": lambda: states(pool, pool.data, None, "position_weighted", -1),
         "replays": lambda: MAGIC()._replay(pool, set(), 0),
+        "descents": lambda: pool.run.prefix("descents", descent._descent(chosen_from, 4)),
         "times": timed,
     }
     addresses = {kind: address(kind, call) for kind, call in found.items()}
@@ -697,16 +702,16 @@ class _Nothing:
 MADE_FROM = {
     "labels": {"data", "checkpoints", "gradients", "samples", "rewards", "scores", "scores of rows", "explanations",
                "validation", "evaluations", "evaluated rewards", "states", "scores of states", "replays",
-               "scores of replays"},
+               "scores of replays", "descents"},
     "data": {"checkpoints", "gradients", "scores", "scores of rows", "explanations", "validation", "evaluations",
-             "states", "replays", "scores of replays"},
+             "states", "replays", "scores of replays", "descents"},
     "gradients": {"scores of rows", "explanations"},
     "samples": {"rewards", "evaluated rewards"},
     "rewards": {"evaluated rewards"},
-    "scores": {"explanations"},
+    "scores": {"explanations", "descents"},
     "embeddings": {"scores of embeddings"},
     "states": {"scores of states"},
-    "replays": {"scores of replays"},
+    "replays": {"scores of replays", "descents"},
     "evaluations": {"evaluated rewards"},
 }  # fmt: skip
 

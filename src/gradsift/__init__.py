@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from gradsift.influence.less import LESS
     from gradsift.influence.magic import MAGIC
     from gradsift.influence.nice import NICE, NICEIF
+    from gradsift.influence.nice_magic import NICEMAGIC
     from gradsift.influence.prompts import PromptTarget, open_prompts
     from gradsift.influence.random import Random
     from gradsift.influence.ratings import (
@@ -77,6 +78,7 @@ if TYPE_CHECKING:
     from gradsift.selection.facility_location import FacilityLocation
     from gradsift.selection.gumbel import GumbelTopK
     from gradsift.selection.joint_greedy import JointGreedy
+    from gradsift.selection.metagradient import MetagradientDescent
     from gradsift.selection.pursuit import RelevancePursuit
     from gradsift.selection.random import RandomChoice, RandomExamples
     from gradsift.selection.select import Selection, select
@@ -125,6 +127,7 @@ _WHERE = {
     "gradsift.gradients.policy": ("PolicyGradient",),
     "gradsift.influence.diagnostics": ("PolicyDiagnostics", "diagnose"),
     "gradsift.influence.nice": ("NICE", "NICEIF"),
+    "gradsift.influence.nice_magic": ("NICEMAGIC",),
     "gradsift.influence.prompts": ("PromptTarget", "open_prompts"),
     "gradsift.influence.datainf": ("DataInf", "ProjectedInverse"),
     "gradsift.influence.ji2s": ("JI2S",),
@@ -155,6 +158,7 @@ _WHERE = {
     "gradsift.selection.facility_location": ("FacilityLocation",),
     "gradsift.selection.gumbel": ("GumbelTopK",),
     "gradsift.selection.joint_greedy": ("JointGreedy",),
+    "gradsift.selection.metagradient": ("MetagradientDescent",),
     "gradsift.selection.pursuit": ("RelevancePursuit",),
     "gradsift.selection.random": ("RandomChoice", "RandomExamples"),
     "gradsift.selection.select": ("Selection", "select"),
@@ -181,9 +185,9 @@ __all__ = [  # noqa: RUF022  # kept in the order of the flow
     "LESS", "DataInf", "ProjectedInverse", "TRAK", "JI2S", "MAGIC", "BM25", "RDS", "RDSPlus", "RepSim", "DSIR",
     "Rerank", "Random", "AlpaGasus", "DEITA",
     "JudgeRating", "FunctionRating", "LengthRating", "PerplexityRating", "DifficultyRating",
-    "NICE", "NICEIF", "open_prompts", "PromptTarget", "Sampling", "Assistant", "Endpoint", "PolicyGradient", "diagnose",
-    "PolicyDiagnostics", "select", "Selection", "Selector", "Candidates", "TopK", "FacilityLocation", "RandomChoice",
-    "GumbelTopK", "TSDS", "JointGreedy", "Diverse",
+    "NICE", "NICEIF", "NICEMAGIC", "open_prompts", "PromptTarget", "Sampling", "Assistant", "Endpoint",
+    "PolicyGradient", "diagnose", "PolicyDiagnostics", "select", "Selection", "Selector", "Candidates", "TopK",
+    "FacilityLocation", "RandomChoice", "GumbelTopK", "TSDS", "JointGreedy", "MetagradientDescent", "Diverse",
     "explain", "Question", "Explanation", "Explanations", "ALL_STRATEGIES",
     "MostHelpful", "MostHarmful", "MostInfluential", "LeastInfluential", "Divine", "Aide", "RandomExamples",
     "RelevancePursuit", "selection_relevance", "relevance_table", "RelevanceTable",

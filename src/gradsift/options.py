@@ -174,6 +174,7 @@ SCORE = (
 CHOICE = _of(
     "Choice",
     """budget -b -k
+    drop
     selection.kind --selection -s
     selection.trade_off
     selection.threshold
@@ -625,6 +626,7 @@ _READ: dict[str, Callable[[Any, str], Any]] = {
     "warmup.target_modules": names_of,
     "explain.k": counts_of,
     "budget": lambda text, _: text,
+    "drop": lambda text, _: text,
     "estimator.joint_lr_power": lambda text, _: int(text) if text.isdecimal() else text,
     "explain.embedding": lambda text, _: None if text == "none" else text,
 }

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from gradsift.base.errors import ConfigError
 from gradsift.base.inputs import read_input
@@ -123,6 +124,7 @@ class Recipe(Settings):
     aggregation: of scores over targets, or they take turns; None is round_robin for RDS+, else max_of_means.
     selection: how the choice is made.
     budget: how many to choose: 500, 0.05 or 5%.
+    drop: or how many not to choose: all but so many of the lowest scores, by an estimator whose scores have a sign.
     group_by: columns by which the choice is compared with the pool.
     reward: what responses to the target's prompts earn: numeric:COLUMN, exact:COLUMN, regex:PATTERN, format:json,
         length:MIN-MAX, sentiment, unit_tests, reward_model:ID, judge, or a function as rewards.py:name; several add up.
@@ -156,6 +158,7 @@ class Recipe(Settings):
     aggregation: Aggregation | None = None
     selection: AnySelector = TopK()
     budget: Budget = Field(default=0.05, gt=0)
+    drop: Budget | None = Field(default=None, gt=0)
     group_by: tuple[str, ...] = ()
     reward: Reward | None = None
     judge: Endpoint | None = None
@@ -165,6 +168,13 @@ class Recipe(Settings):
     dtype: DtypeName = "auto"
     device: str = "auto"
     engine: Where = ThisProcess()
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Recipe:
+        if self.drop is not None and "budget" in self.model_fields_set:
+            problem = "budget says how many are chosen already: give one of them"
+            raise PydanticCustomError("not_meant", "{field}: {problem}", {"field": "drop", "problem": problem})
+        return self
 
     def rankings_beside(self) -> tuple[Estimator, ...]:
         """Its controls, or else the usual ones."""

@@ -495,6 +495,34 @@ def test_what_does_not_go_together_is_told_before_any_work(tiny: World, files: P
         assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+def test_arms_that_drop(tiny: World, files: Path, tmp_path: Path) -> None:
+    """They keep all but a share of the lowest scores, whatever the budgets; by scores without a sign none can. One that
+    trains on what it chooses stands beside them."""
+    arms = [{"estimator": {"kind": kind}, "drop": "25%"} for kind in ("less", "random")] + METHODS[1:]
+    arms.append({"estimator": {"kind": "random"}, "selection": {"kind": "metagradient", "rounds": 2}})
+    content = settings(tiny, tmp_path / "run", {"arms": arms, "seeds": [0], "budgets": [6]})
+    planned = Cli("plan", recipe_file(tmp_path / "recipe.yaml", content), "--quiet", "--json").succeeded().json
+    done = run_compare(Recipe.model_validate(content))
+    cells = {(cell.arm, cell.budget): cell for cell in done.cells}
+    trains = ("random, metagradient descent (2 rounds)", 6)
+    assert set(cells) == {("LESS, 25 % dropped", 18), ("random, 25 % dropped", 18), ("random", 6), trains}
+    assert planned["stages"]["descent's trainings"]["rows"] == 2 * WARMUP["epochs"] * 6
+    assert all(len(cell.ids) == budget for (_, budget), cell in cells.items())
+    training = planned["stages"]["fine-tuning, 4 times"]
+    assert training["rows"] == TRAINING["epochs"] * (18 + 18 + 6 + 6)
+    warm_up = Warmup.model_validate(WARMUP)
+    pool = gs.open_pool(tiny.pool, model=tiny.model, out=str(tmp_path / "run"), max_length=64, device="cpu",
+                        warmup=warm_up, gradients=gs.Gradients(projection=gs.Projection(dim=256)))  # fmt: skip
+    scores = gs.score(pool, gs.open_target(tiny.target, pool), LESS())
+    assert set(cells["LESS, 25 % dropped", 18].ids) == set(gs.select(scores, drop=0.25).ids)
+    arms[0]["estimator"] = {"kind": "bm25"}
+    refused = Cli("compare", recipe_file(tmp_path / "recipe.yaml", {**content, "out": str(tmp_path / "other")}))
+    assert refused.code == 2
+    assert "scores of BM25 tell none" in refused.err
+    usual = contenders((), LESS(), TopK(), 0.25)
+    assert [one.name for one in usual] == ["LESS, 25 % dropped", "random, 25 % dropped", "full pool"]
+
+
 # --- what lists stand for, and what rows say
 
 

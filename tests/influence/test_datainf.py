@@ -210,10 +210,14 @@ def test_damping_below_rounding_is_refused() -> None:
         projected_inverse_scores([gradients(2, 40, 0) * 1e6], [gradients(1, 40, 1)], damping=1e-30)
 
 
-@pytest.mark.parametrize("method", [DataInf, ProjectedInverse])
-def test_methods_are_checked_values(method: Any) -> None:
-    """Damping is `auto` or above 0, may be text, and stands in the label when it is not `auto`."""
-    assert method().damping == "auto"
+@pytest.mark.parametrize(("method", "usual"), [(DataInf, "auto"), (ProjectedInverse, "spectral")])
+def test_methods_are_checked_values(method: Any, usual: str) -> None:
+    """Damping is a rule or above 0, may be text, and stands in the label when it is not the usual one."""
+    assert method().damping == usual
+    assert "damping" not in method().label
+    assert ("mean" if usual == "spectral" else "spectral") in method(
+        damping="auto" if usual == "spectral" else "spectral"
+    ).label
     assert method(damping="1e-4") == method(damping=1e-4)
     assert method.model_validate_json(method(damping=0.5).model_dump_json()) == method(damping=0.5)
     assert "λ=0.0001" in method(damping=1e-4).label

@@ -8,15 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import pytest
 import torch
 from transformers.models.llama import modeling_llama
 
 import gradsift as gs
-from gradsift.base.errors import ConfigError, ModelError
+from gradsift.base.errors import ConfigError, DataError, ModelError
+from gradsift.base.types import Sequence
 from gradsift.context import Pool
+from gradsift.gradients.losses import row_losses
+from gradsift.influence import magic
 from gradsift.influence import replay as replays
 from gradsift.influence.magic import MAGIC
+from gradsift.influence.nice import PolicyTargets
+from gradsift.influence.nice_magic import NICEMAGIC
+from gradsift.model.models import host
+from gradsift.report.blocks import Examples
 from gradsift.store.tensors import publish_tensors, read_tensors
 from gradsift.warmup.train import Warmup
 from tiny_world import World, pool_rows, target_rows
@@ -154,9 +162,14 @@ def test_trainings_are_averaged(tiny: World, tmp_path: Path) -> None:
     seeds = [gs.score(replace(pool, seed=seed), target, MAGIC(fraction=0.7, epochs=1)).aggregate for seed in (0, 1)]
     both = gs.score(pool, target, MAGIC(fraction=0.7, epochs=1, seeds=2))
     np.testing.assert_allclose(both.aggregate, np.mean(seeds, axis=0), rtol=1e-5, atol=1e-8)
-    np.testing.assert_allclose(
-        both.found.terms.errors, np.std(seeds, axis=0, ddof=1) / np.sqrt(2), rtol=1e-3, atol=1e-8
-    )
+    errors = np.std(seeds, axis=0, ddof=1) / np.sqrt(2)
+    np.testing.assert_allclose(both.errors, errors, rtol=1e-3, atol=1e-8)
+    table = both.table().filter(pc.field("target") == "*")
+    np.testing.assert_array_equal(table["error"].to_numpy(), both.errors)
+    chosen = gs.select(both, budget=2)
+    assert chosen.errors == [both.errors[both.ids.index(id_)] for id_ in chosen.ids]
+    (examples,) = (block for block in chosen.blocks() if isinstance(block, Examples))
+    assert all("±" in dict(example.facts)["score"] for example in examples.examples)
 
 
 def test_the_check(whole: tuple[Pool, gs.Target, gs.Scores]) -> None:
@@ -173,6 +186,41 @@ def test_the_check(whole: tuple[Pool, gs.Target, gs.Scores]) -> None:
     assert all(check.smooth), "leaving rows out changes the loss"
     assert all(check.plain)
     assert "over 3 retrainings without a tenth of the rows" in scores.warnings[-1]
+
+
+def test_the_check_is_kept(tiny: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after any retraining, it goes on with the next; asked for again, nothing is trained, and no model is
+    loaded. Another number of retrainings draws its own."""
+    pool = opened(tiny, tmp_path / "run", rows=12, warmup=SMALL.model_copy(update={"epochs": 1}))
+    target = gs.open_target(target_rows(2), pool)
+    method, trained = MAGIC(check=2), []
+    end_with, trains = replays.Replay.end_with, magic.train
+
+    def smooth(*arguments: Any) -> Any:
+        trained.append("smooth")
+        return end_with(*arguments)
+
+    def plain(*arguments: Any, **options: Any) -> Any:
+        trained.append("plain")
+        if len(trained) == 4:
+            raise KeyboardInterrupt
+        return trains(*arguments, **options)
+
+    monkeypatch.setattr(replays.Replay, "end_with", smooth)
+    monkeypatch.setattr(magic, "train", plain)
+    with pytest.raises(KeyboardInterrupt):
+        gs.score(pool, target, method)
+    assert trained == ["smooth"] * 2 + ["plain"] * 2
+    left = next(one for one in method.passes(pool, target, lambda: []) if one.stage == "MAGIC's check")
+    assert (left.rows, left.done) == (2 * 12, False)
+    check = gs.score(pool, target, method).found.terms.check
+    assert trained == ["smooth"] * 2 + ["plain"] * 4
+    monkeypatch.setattr(replays.Replay, "network", None)
+    monkeypatch.setattr(magic, "host", None)
+    assert gs.score(pool, target, method).found.terms.check == check
+    assert len(trained) == 6
+    assert method.passes(pool, target, lambda: [])[-1].done
+    assert not MAGIC(check=1).passes(pool, target, lambda: [])[-1].done
 
 
 def test_a_rate_that_is_too_high(tiny: World, tmp_path: Path) -> None:
@@ -206,3 +254,75 @@ def test_what_is_there_needs_no_model(
     again = gs.score(pool, target, MAGIC(fraction=0.7, per="target"))
     np.testing.assert_array_equal(again.per_target, scores.per_target)
     assert again.found.terms.growth == scores.found.terms.growth
+
+
+# --- rewards ------------------------------------------------------------------------------------------------------
+
+
+def vowels(completions: list[str], **columns: Any) -> list[float]:
+    """A reward that differs between random texts."""
+    return [sum(letter in "aeiou" for letter in text) / (1 + len(text)) for text in completions]
+
+
+REWARDED = NICEMAGIC(fraction=0.7, sampling=gs.Sampling(samples=4, max_new_tokens=6), learning_rate=3e-3)
+
+
+def test_rewards_by_finite_differences(tiny: World, tmp_path: Path) -> None:
+    """A row's score is the derivative, by its weight, of the mean over prompts of (1/M) Σ r log f at the end of the
+    training, responses and rewards being those of the undisturbed one: higher = it earns more."""
+    pool = opened(tiny, tmp_path / "run")
+    target = gs.open_prompts(target_rows(3), pool, vowels)
+    scores = gs.score(pool, target, REWARDED)
+    replay, ids = REWARDED._replay(pool, set(), pool.seed)
+    (end,) = REWARDED.ends(pool, target)
+    assert end == replay.published
+    responses, rewards, _ = PolicyTargets(pool, target, REWARDED).rollouts(end)
+    drawn = [response for own in responses.values() for response in own]
+    assert len(drawn) == 12
+    sequences = [
+        Sequence(
+            number,
+            np.concatenate([one.prompt_ids, one.token_ids]).astype(np.int32),
+            np.repeat([0, 1], [len(one.prompt_ids), len(one.token_ids)]).astype(np.float32),
+        )
+        for number, one in enumerate(drawn)
+    ]
+    earned = np.array([rewards[one.key] for one in drawn])
+    assert len(set(earned.tolist())) > 3
+    others = [id_ for id_ in pool.data.ids if id_ not in ids]
+    assert all(scores.aggregate[scores.ids.index(id_)] for id_ in others)
+    model = host(pool.model, pool.dtype, pool.device).with_adapter(end.adapter)
+    logs = row_losses(model, sequences, len(sequences))
+    with replay.network() as network:
+        torch.testing.assert_close(network.losses(replay.end(network), sequences, len(sequences)), logs)
+        for id_ in ids[:4]:
+            gained = []
+            for side in (1, -1):
+                weights = torch.ones(len(pool.training), dtype=torch.float64)
+                weights[pool.training.position(id_)] += side * 1e-4
+                losses = network.losses(replay.end_with(network, weights), sequences, len(sequences)).numpy()
+                gained.append(-(earned * losses).reshape(3, 4).mean(axis=1).mean())
+            found = scores.aggregate[scores.ids.index(id_)]
+            assert found == pytest.approx((gained[0] - gained[1]) / 2e-4, rel=1e-3, abs=1e-6)
+
+
+def test_rewards_are_found_again(tiny: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked for again nothing is trained or sampled; each training of several has responses of its own; what no server
+    has, and what `gradsift sample` cannot do, is refused; without any signal nothing is gone back through for."""
+    pool = opened(tiny, tmp_path / "run", dtype="float32")
+    target = gs.open_prompts(target_rows(3), pool, vowels)
+    method = REWARDED.model_copy(update={"seeds": 2, "epochs": 1})
+    assert method.ends(pool, target) == [None, None]
+    scores = gs.score(pool, target, method)
+    assert len(scores.rewards) == 2
+    assert scores.errors is not None
+    assert len({end.identity()["weights"] for end in method.ends(pool, target)}) == 2
+    monkeypatch.setattr(replays.Replay, "network", None)
+    fresh = gs.open_prompts(target_rows(3), pool, vowels)
+    again = gs.score(pool, fresh, method)
+    np.testing.assert_array_equal(again.aggregate, scores.aggregate)
+    assert again.fingerprint == scores.fingerprint
+    with pytest.raises(ConfigError, match="which no server has"):
+        NICEMAGIC(server=gs.Endpoint(model="m"))
+    with pytest.raises(DataError, match="no prompt has a signal"):
+        gs.score(pool, gs.open_prompts(target_rows(3), pool, lambda completions, **_: [0.0] * len(completions)), method)

@@ -133,7 +133,7 @@ def test_its_methods_are_values_in_recipes_and_options(tiny: World, tmp_path: Pa
     for then in (gs.BM25(), gs.JI2S(), gs.MAGIC(), gs.RDSPlus()):  # which rank no row for a target by its gradient
         with pytest.raises(ValidationError):
             Rerank(then=then)
-    for then in (gs.TRAK(), gs.TRAK(kernel="whole"), gs.ProjectedInverse()):
+    for then in (gs.TRAK(), gs.TRAK(kernel="whole"), gs.ProjectedInverse(kernel="segments")):
         with pytest.raises(ConfigError, match="too many"):
             Rerank(then=then)
     refused = tiny("score", tmp_path, "-e", "rerank", "--then", "bm25")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import bm25s
 import numpy as np
@@ -15,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
-from gradsift.base.errors import ConfigError, DataError
+from gradsift.base.errors import ConfigError, DataError, ShapeError
 from gradsift.context import Pool, Target, open_target
 from gradsift.gradients.collect import Gradients
 from gradsift.gradients.projection import Projection
@@ -23,7 +24,7 @@ from gradsift.influence import blocks
 from gradsift.influence.bm25 import BM25, bm25_scores, conversation_text, spoken_text
 from gradsift.influence.datainf import DataInf, ProjectedInverse, datainf_scores, projected_inverse_scores
 from gradsift.influence.dsir import DSIR
-from gradsift.influence.estimator import Estimator, influence_of, rate_weights, target_view
+from gradsift.influence.estimator import Estimator, Influence, influence_of, rate_weights, target_view
 from gradsift.influence.ji2s import JI2S
 from gradsift.influence.less import LESS, less_scores
 from gradsift.influence.nice import NICEIF
@@ -69,7 +70,13 @@ def test_scores_are_less_of_the_stored_rows(pool: Pool, target: Target, method: 
 
 
 @pytest.mark.parametrize(
-    "method", [DataInf(), DataInf(damping=1e-3), ProjectedInverse(), ProjectedInverse(damping=1e-3)]
+    "method",
+    [
+        DataInf(),
+        DataInf(damping=1e-3),
+        ProjectedInverse(kernel="segments", damping="auto", checkpoints="last"),
+        ProjectedInverse(kernel="segments", damping=1e-3, checkpoints="last"),
+    ],
 )
 def test_inverses_are_those_of_the_stored_rows(pool: Pool, target: Target, method: DataInf | ProjectedInverse) -> None:
     """Plain rows of the last checkpoint, module by module, for every target on its own; then the usual aggregate."""
@@ -91,7 +98,7 @@ def test_inverses_are_those_of_the_stored_rows(pool: Pool, target: Target, metho
 
 def test_the_whole_inverse_adds_checkpoints_by_their_rates(pool: Pool, target: Target) -> None:
     """Each checkpoint's λ·⟨g, (H + λI)⁻¹v⟩ counts by its learning rate, on the plain rows over all modules."""
-    method = ProjectedInverse(kernel="whole", damping="spectral", checkpoints="all")
+    method = ProjectedInverse()
     checkpoints, wanted = pool.checkpoints(), 0.0
     for checkpoint, weight in zip(checkpoints, rate_weights(checkpoints), strict=True):
         store = pool.stores(checkpoint, ["plain"])["plain"]
@@ -104,10 +111,10 @@ def test_the_whole_inverse_adds_checkpoints_by_their_rates(pool: Pool, target: T
     found = score(pool, target, method)
     assert found.per_target is not None
     np.testing.assert_allclose(found.per_target, wanted, rtol=1e-3, atol=1e-4 * np.abs(wanted).max())
-    assert found.method.label == "projected inverse (whole, all checkpoints, spectral damping)"
+    assert found.method.label == "projected inverse"
 
 
-@pytest.mark.parametrize("method", [TRAK(), TRAK(damping=1e-2, checkpoints="last")])
+@pytest.mark.parametrize("method", [TRAK(damping="auto"), TRAK(damping=1e-2, checkpoints="last")])
 def test_trak_is_that_of_the_stored_rows_and_losses(pool: Pool, target: Target, method: TRAK) -> None:
     """Plain rows and losses of the checkpoints, weighted equally whatever their learning rates."""
     stores, queries = [], []
@@ -135,20 +142,30 @@ def test_the_whole_kernel_of_trak_spans_modules(tiny: World, target: Target, tmp
     store = small.stores(small.checkpoints()[-1], ["plain"])["plain"]
     queries = small.collect(there.data, small.checkpoints()[-1], ["plain"], what="target")["plain"]
     wanted = trak_scores([store.rows(0, len(store))], [queries.rows(0, len(queries))], [store.losses], [queries.losses])
-    scores = score(small, there, TRAK(kernel="whole", checkpoints="last"))
+    scores = score(small, there, TRAK(kernel="whole", damping="auto", checkpoints="last"))
     found = scores.per_target
     assert found is not None
     (warned,) = (text for text in scores.warnings if "TRAK" in text and "dimensions" in text)
     assert "64 dimensions that are estimated from 24 rows" in warned
     assert not any("dimensions" in text for text in score(small, there, TRAK(checkpoints="last")).warnings)
-    assert kernel_warnings(TRAK(kernel="whole"), 64, 64) == []
+    assert kernel_warnings(TRAK(kernel="whole", damping="auto"), 64, 64) == []
+    assert kernel_warnings(TRAK(kernel="whole"), 24, 64) == []
     assert np.allclose(found, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
 
 
 def test_settings_tell_scores_apart(pool: Pool, target: Target) -> None:
     """The fingerprint, the kept file and the name in tables cover damping, kernel and tokens: no score is another's."""
     methods: list[Estimator] = [DataInf(), DataInf(damping=0.1), DataInf(damping=0.2), ProjectedInverse(damping=0.1)]
-    methods += [TRAK(), TRAK(kernel="whole"), TRAK(damping=0.1), BM25(), BM25(tokens="model"), BM25(reading="compact")]
+    methods += [ProjectedInverse(), ProjectedInverse(damping="auto"), ProjectedInverse(kernel="segments")]
+    methods += [
+        TRAK(),
+        TRAK(kernel="whole"),
+        TRAK(damping=0.1),
+        TRAK(damping="auto"),
+        BM25(),
+        BM25(tokens="model"),
+        BM25(reading="compact"),
+    ]
     found = [score(pool, target, method) for method in methods]
     assert len({entry.fingerprint for entry in found}) == len(methods)
     assert len({entry.method.label for entry in found}) == len(methods)
@@ -158,13 +175,13 @@ def test_settings_tell_scores_apart(pool: Pool, target: Target) -> None:
 def test_what_methods_read() -> None:
     """The view of the pool's rows and the checkpoints that a method takes them at."""
     assert [m.view for m in (LESS(), LESS(optimizer="sgd"), BM25(), Random())] == ["adam", "plain", None, None]
-    assert {m.view for m in (TRAK(kernel="whole"), JI2S(optimizer="sgd"))} == {"plain"}
-    by_module = (DataInf(), ProjectedInverse(), TRAK(), NICEIF())
+    assert {m.view for m in (TRAK(kernel="whole"), ProjectedInverse(), JI2S(optimizer="sgd"))} == {"plain"}
+    by_module = (DataInf(), ProjectedInverse(kernel="segments"), TRAK(), NICEIF())
     assert {m.view for m in by_module} == {"segments"}
     assert [target_view(view) for view in ("plain", "adam", "segments")] == ["plain", "plain", "segments"]
-    last = (LESS(checkpoints="last"), TRAK(checkpoints="last"), DataInf(), ProjectedInverse())
+    last = (LESS(checkpoints="last"), TRAK(checkpoints="last"), DataInf(), NICEIF())
     assert all(method.last_checkpoint for method in last)
-    assert not any(method.last_checkpoint for method in (LESS(), TRAK(), BM25(), Random()))
+    assert not any(method.last_checkpoint for method in (LESS(), TRAK(), ProjectedInverse(), BM25(), Random()))
 
 
 def test_names_of_less_and_tracin() -> None:
@@ -311,6 +328,39 @@ def test_the_table_holds_each_target_and_the_aggregate(pool: Pool, target: Targe
             assert [row["rank"] for row in by_rank] == list(range(1, len(part) + 1))
             scores = [row["score"] for row in by_rank]
             assert scores == sorted(scores, reverse=True)
+
+
+def test_standard_errors_are_those_of_means_over_draws(pool: Pool, target: Target) -> None:
+    """Of each target's score, and of the subtask that the mean over draws has highest; other methods have none."""
+    drawn = np.random.default_rng(0).normal(size=(5, len(pool.data), len(target.data))).astype(np.float32)
+
+    class Drawn(Estimator):
+        kind: Literal["drawn"] = "drawn"
+        label: ClassVar[str] = "drawn"  # type: ignore[misc]
+        draws: ClassVar[Any] = drawn
+
+        def influence(self, pool: Pool, target: Target | None) -> Influence:
+            return Influence(pool.data.ids, drawn.mean(axis=0), draws=self.draws)
+
+    scores = score(pool, target, Drawn())
+    root = np.sqrt(len(drawn))
+    np.testing.assert_allclose(scores.target_errors, drawn.std(axis=0, ddof=1) / root, rtol=1e-5)
+    tasks = np.array(target.subtasks)
+    means = np.stack([drawn[:, :, tasks == task].mean(axis=2) for task in sorted(set(tasks))])  # [task draw row]
+    best = means.mean(axis=1).argmax(axis=0)
+    expected = [means[task, :, row].std(ddof=1) / root for row, task in enumerate(best)]
+    np.testing.assert_allclose(scores.errors, expected, rtol=1e-5)
+    whole = score(pool, target, Drawn(), aggregation="mean")
+    np.testing.assert_allclose(whole.errors, drawn.mean(axis=2).std(axis=0, ddof=1) / root, rtol=1e-5)
+    save_tables(pool, [score(pool, target, BM25()), scores])
+    table = pq.read_table(pool.run.folder / "scores.parquet").to_pylist()
+    assert {row["error"] is None for row in table if row["method"] == "BM25"} == {True}
+    assert [
+        row["error"] for row in table if row["method"] == "drawn" and row["target"] == "*"
+    ] == scores.errors.tolist()
+    Drawn.draws = drawn[:1]
+    with pytest.raises(ShapeError, match="wanted at least 2 of shape"):
+        score(pool, target, Drawn())
 
 
 def test_random_scores_are_uniform_and_belong_to_ids() -> None:

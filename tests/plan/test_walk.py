@@ -114,7 +114,7 @@ class Counting(gs.Estimator):
 
 
 SAMPLING = {"samples": 2, "max_new_tokens": 3}
-FIELDS: dict[str, dict[str, Any]] = {"nice": {"sampling": SAMPLING}, "nice_if": {"sampling": SAMPLING}}
+FIELDS: dict[str, dict[str, Any]] = {name: {"sampling": SAMPLING} for name in ("nice", "nice_if", "nice_magic")}
 
 
 @pytest.mark.parametrize("method", [*OWN, Nearest, Counting], ids=lambda method: method.__name__)
@@ -160,7 +160,9 @@ def test_what_is_said_of_a_selector_is_what_it_reads(
         return  # the run refuses it
     run_recipe(asked)
     assert stored(works) == on_disk(asked)
-    assert any("gradients" in work.stage for work in works) == (asked.selection.takes != "scores")
+    assert any("gradients" in work.stage for work in works) == (
+        asked.selection.takes in ("rows", "target", "checkpoints")
+    )
     assert all(work.done for work in walk(asked, tmp_path))
 
 

@@ -201,7 +201,7 @@ def stage_clock(grid: Grid) -> StageClock:
 
 def chosen_of(grid: Grid, cell: CellOf, choices: Mapping[Key, Choice]) -> Choice:
     """The ids that a cell is trained on."""
-    if cell.contender.sized:
+    if cell.contender.chooses:
         return choices[cell.key]
     data = grid.datasets.get(cell.contender.name)
     return grid.available if data is None else tuple(data.ids)

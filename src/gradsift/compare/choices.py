@@ -84,7 +84,7 @@ class Choices:
             assert contender.estimator is not None
             in_vain = stopped if contender.estimator.view is not None else None
             for seed in (seed for seed in seeds if seed in self.grid.seeds_of(contender)):
-                for budget in self.grid.budgets:
+                for budget in self.grid.budgets if contender.sized else (self.grid.size(contender),):
                     choice = in_vain or self._choice(pool, contender, budget, seed, known)
                     self.made[Key(contender.name, budget, seed)] = choice
 
@@ -138,7 +138,12 @@ class Choices:
         self, contender: Contender, scores: Any, method: Selector, budget: int, identity: dict[str, Any]
     ) -> tuple[str, ...]:
         with self.clock.timed("select", contender.name, identity):
-            return tuple(select(scores, method, budget=budget).ids)
+            if contender.drop is None:
+                return tuple(select(scores, method, budget=budget).ids)
+            chosen = select(scores, method, drop=contender.drop)
+        if (caution := chosen.dropped and chosen.dropped.warning) is not None:
+            self.grid.pool.reporter.warn(f"{contender.name}: {caution}")
+        return tuple(chosen.ids)
 
     def _scored(
         self, pool: Pool, contender: Contender, estimator: Estimator, identity: dict[str, Any]

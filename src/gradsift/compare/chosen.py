@@ -53,7 +53,7 @@ def chosen_blocks(grid: Grid, choices: Mapping[Key, Sequence[str]]) -> tuple[dic
     for budget in grid.budgets:
         own: list[tuple[int, str, Counted, NDArray[np.int64]]] = []  # all seeds added up
         for number, one in enumerate(grid.contenders):
-            rows = [found for (arm, size, _), found in sets.items() if (arm, size) == (one.name, budget)]
+            rows = _of_arm(sets, one, budget)
             if rows:
                 own.append((number, one.name, counted, np.concatenate(rows)))
             if one.name in ready:
@@ -202,6 +202,11 @@ def _map(grid: Grid, sets: Rows, counted: Counted) -> tuple[list[Block], list[st
     return [drawn], []
 
 
+def _of_arm(sets: Rows, arm: Contender, budget: int) -> list[NDArray[np.int64]]:
+    """What an arm chose with each seed under a budget; what no budget decides belongs to every one's."""
+    return [rows for (name, size, _), rows in sets.items() if name == arm.name and (size == budget or not arm.sized)]
+
+
 def choice_view(number: int, contender: Contender, budget: int, sets: Rows, place: Mapping[int, int]) -> View:
     """What one arm chose under a budget, on the map.
 
@@ -212,11 +217,11 @@ def choice_view(number: int, contender: Contender, budget: int, sets: Rows, plac
         sets: what arms chose.
         place: row -> point of the map.
     """
-    seeds = [rows for (arm, size, _), rows in sets.items() if (arm, size) == (contender.name, budget)]
+    seeds = _of_arm(sets, contender, budget)
     times = Counter(row for rows in seeds for row in rows.tolist() if row in place)
     picks = sorted(place[row] for row in times)
     words = "Nothing is known of this choice."
-    if not contender.sized:
+    if not contender.chooses:
         words = f"{contender.name} chooses no part of the pool."
     elif seeds:
         words = f"{len(picks):,} of the {len(place):,} examples on the map chosen by {contender.name}, to read"

@@ -27,7 +27,7 @@ from gradsift.jobs.results import Result, write_skipped
 from gradsift.jobs.select_explain import open_recipe, open_recipe_target, say_account
 from gradsift.model import embeddings
 from gradsift.recipe import Recipe
-from gradsift.selection.select import budget_count
+from gradsift.selection.select import budget_count, check_drop, kept_count
 from gradsift.warmup.train import Training
 
 
@@ -80,6 +80,8 @@ class Grid:
         """Examples of a contender that takes no budget."""
         if contender.base:
             return 0
+        if contender.drop is not None:
+            return kept_count(contender.drop, len(self.available))
         return len(self.datasets[contender.name] if contender.data is not None else self.available)
 
     @property
@@ -116,7 +118,7 @@ class Grid:
 
     def choosing(self, seeds: Sequence[int]) -> list[Contender]:
         """The arms that choose by scores with any of these seeds."""
-        return [one for one in self.contenders if one.sized and set(seeds) & set(self.seeds_of(one))]
+        return [one for one in self.contenders if one.chooses and set(seeds) & set(self.seeds_of(one))]
 
     @property
     def warmups(self) -> list[tuple[int, tuple[int, ...]]]:
@@ -149,7 +151,7 @@ def open_grid(recipe: Recipe, job: Compare, reporter: Reporter) -> Grid:
             "compare.warmup is per_seed, but adapters are given, so that there is no warm-up to repeat: leave "
             "`adapter:` out, or use warmup: shared"
         )
-    found = [_judged(one, recipe) for one in contenders(job.arms, recipe.estimator, recipe.selection)]
+    found = [_judged(one, recipe) for one in contenders(job.arms, recipe.estimator, recipe.selection, recipe.drop)]
     names = [one.name for one in found]
     if job.reference is not None and job.reference not in names:
         raise ConfigError(
@@ -158,6 +160,8 @@ def open_grid(recipe: Recipe, job: Compare, reporter: Reporter) -> Grid:
     for one in found:
         if one.estimator is not None and one.selection is not None:
             one.selection.check(one.estimator)
+            if one.drop is not None:
+                check_drop(one.estimator, one.selection)
     pool = open_recipe(recipe, reporter)
     methods = [one.estimator for one in found if one.estimator is not None]
     for method in methods:
@@ -169,6 +173,8 @@ def open_grid(recipe: Recipe, job: Compare, reporter: Reporter) -> Grid:
     overlap = set() if target is None else {skip.id for skip in target.overlap}
     available = tuple(id_ for id_ in pool.data.ids if id_ not in overlap)
     budgets = _counts(job.budgets or (recipe.budget,), len(available))
+    for drop in {one.drop for one in found if one.drop is not None}:
+        kept_count(drop, len(available))
     datasets = {
         one.name: prepare(
             pool.run,

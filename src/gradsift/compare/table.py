@@ -160,7 +160,7 @@ class Comparison(Shown):
         """As comparison.json has it: everything but each item's value, which the run's `evaluations/` hold."""
         return {
             "arms": [
-                {"name": c.name, "data": c.data, "family": c.family or None, "setting": c.setting}
+                {"name": c.name, "data": c.data, "drop": c.drop, "family": c.family or None, "setting": c.setting}
                 | {part: value and value.model_dump(mode="json") for part, value in _methods(c).items()}
                 for c in self.contenders
             ],

@@ -165,6 +165,7 @@ class Arm(Settings):
     name: what tables call it; by default the method's own label, or the file's name.
     estimator: scores the pool. A field that holds a list stands for one arm per value, as does a list of estimators.
     selection: chooses by the scores; lists as in `estimator`.
+    drop: of an estimator, all but so many of the lowest scores (25%), whatever the comparison's budgets.
     data: instead, a file, folder or data set name whose rows are all trained on.
     columns: of `data`, where they are not the usual ones.
     full: instead, the whole pool.
@@ -183,6 +184,7 @@ class Arm(Settings):
     selection: Annotated[
         tuple[AnySelector, ...], Field(min_length=1), BeforeValidator(lambda given: _expanded(given, AnySelector))
     ] = (TopK(),)
+    drop: Annotated[Budget | None, Field(gt=0)] = None
     data: str | None = None
     columns: Columns = Columns()
     full: bool = False
@@ -207,6 +209,8 @@ class Arm(Settings):
             raise ValueError("base: true is the model before training: training does not go with it")
         if not self.estimator and self.selection != (TopK(),):
             raise ValueError(f"selection chooses by an estimator's scores: it does not go with {given[0]}")
+        if self.drop is not None and not self.estimator:
+            raise ValueError(f"drop leaves out the lowest of an estimator's scores: it does not go with {given[0]}")
         return self
 
 
@@ -285,6 +289,7 @@ class Contender:
     """One way to get a training set, its lists resolved.
 
     base: nothing is trained
+    drop: how much of the pool it leaves out, where that is what its size is told by
     seeds: its own, where they are not those of the comparison
     family, setting: contenders of one family differ in this number alone
     """
@@ -295,6 +300,7 @@ class Contender:
     data: str | None = None
     columns: Columns = field(default_factory=Columns)
     base: bool = False
+    drop: float | None = None
     seeds: tuple[int, ...] | None = None
     training: Training | None = None
     family: str = ""
@@ -302,13 +308,19 @@ class Contender:
 
     @property
     def sized(self) -> bool:
-        """Whether it chooses by a budget; the full pool, a ready data set and nothing have sizes of their own."""
+        """Whether it chooses by the comparison's budgets; all others have sizes of their own."""
+        return self.chooses and self.drop is None
+
+    @property
+    def chooses(self) -> bool:
+        """Whether it chooses from the pool; the full pool, a ready data set and nothing do not."""
         return self.estimator is not None
 
     @property
     def chance(self) -> bool:
         """Whether it is a random choice: the control that others are compared with."""
-        return any(one is not None and one.by_chance for one in (self.estimator, self.selection))
+        trains = self.selection is not None and self.selection.takes == "training"  # and only starts from scores
+        return any(one is not None and one.by_chance for one in (None if trains else self.estimator, self.selection))
 
     def drawn_by(self, seed: int) -> tuple[Estimator, Selector]:
         """Estimator and selection with their draws, where they make any, by this seed."""
@@ -317,21 +329,26 @@ class Contender:
         return _seeded(self.estimator, seed), _seeded(self.selection, seed)
 
 
-def contenders(arms: Sequence[Arm], estimator: Estimator, selection: Selector) -> list[Contender]:
+def contenders(
+    arms: Sequence[Arm], estimator: Estimator, selection: Selector, drop: float | None = None
+) -> list[Contender]:
     """What a comparison compares, in the order given.
 
     Args:
         arms: those of `Compare`; without any, the usual ones.
-        estimator, selection: the recipe's, for the usual ones.
+        estimator, selection, drop: the recipe's, for the usual ones.
 
     Raises:
         ConfigError: two have the same name.
     """
     if not arms:
-        usual = [Arm(estimator=(estimator,), selection=(selection,))]
-        usual += [Arm(estimator=(control,)) for control in (BM25(), Random()) if type(control) is not type(estimator)]
+        usual = [Arm(estimator=(estimator,), selection=(selection,), drop=drop)]
+        controls = [BM25(), Random()] if drop is None else [Random()]
+        usual += [Arm(estimator=(one,), drop=drop) for one in controls if type(one) is not type(estimator)]
         arms = [*usual, Arm(full=True)]
-    found = [replace(one, seeds=arm.seeds, training=arm.training) for arm in arms for one in _of_arm(arm)]
+    found = [
+        replace(one, seeds=arm.seeds, training=arm.training, drop=arm.drop) for arm in arms for one in _of_arm(arm)
+    ]
     names = [one.name for one in found]
     for name in names:
         if names.count(name) > 1:
@@ -356,6 +373,7 @@ def _of_arm(arm: Arm) -> list[Contender]:
         values = {**_fields("estimator", estimator), **_fields("selection", selection)}
         own = " ".join(f"{key.rpartition('.')[2]}={_short(values.get(key))}" for key in varied)
         label = _label(estimator) + (f", {_label(selection)}" if selection != TopK() else "")
+        label += f", {_said(arm.drop)} dropped" if arm.drop is not None else ""
         # Values that the method's own label leaves out would make two arms of one name.
         setting = values[varied[0]] if len(varied) == 1 and _is_number(values[varied[0]]) else None
         family = "" if setting is None else f"{arm.name or _bare(label)} by {varied[0].rpartition('.')[2]}"
@@ -383,6 +401,10 @@ def _fields(part: str, method: Settings) -> dict[str, Any]:
 
 def _short(value: Any) -> str:
     return f"{value:g}" if _is_number(value) else str(value)
+
+
+def _said(budget: float) -> str:
+    return f"{100 * budget:.3g} %" if 0 < budget < 1 else f"{budget:g}"
 
 
 def _is_number(value: Any) -> bool:

@@ -89,7 +89,7 @@ class KernelEstimator(Estimator):
     checkpoints: `all`, or the `last`.
     """
 
-    damping: Damping = "auto"
+    damping: Damping = "spectral"
     kernel: Literal["segments", "whole"] = "segments"
     checkpoints: Literal["all", "last"] = "all"
 
@@ -110,21 +110,21 @@ class ProjectedInverse(KernelEstimator, ProductEstimator):
     Plain gradients on both sides, not normalised. Over checkpoints the terms η̄_e·λ_e·⟨g, (H_e + λ_e I)⁻¹ v⟩ are added
     with `whole`, each on the scale of a plain product.
 
-    damping: λ, in squared units of the gradients. `auto` takes a tenth of the mean squared coordinate, as DataInf does;
-        `spectral` a tenth of the largest eigenvalue of the second moments.
-    kernel: `segments` inverts each module's block, as DataInf does; `whole` all modules at once, from 4,096 rows at
-        most, drawn by their ids.
-    checkpoints: the `last`, or `all`, each counting by its learning rate.
+    damping: λ, in squared units of the gradients. `spectral` takes a tenth of the largest eigenvalue of the second
+        moments; `auto` a tenth of the mean squared coordinate, as DataInf does, which foretells retraining worse.
+    kernel: `whole` inverts over all modules at once, from 4,096 rows at most, drawn by their ids; `segments` each
+        module's block, as DataInf does.
+    checkpoints: `all`, each counting by its learning rate, or the `last`.
     """
 
     kind: Literal["projected_inverse"] = "projected_inverse"
-    checkpoints: Literal["all", "last"] = "last"
+    kernel: Literal["segments", "whole"] = "whole"
 
     @property
     def label(self) -> str:
         """What tables call it."""
-        parts = ["whole"] * (self.kernel == "whole") + ["all checkpoints"] * (self.checkpoints == "all")
-        parts += damping_label(self.damping)
+        parts = ["by module"] * (self.kernel == "segments") + ["last checkpoint"] * (self.checkpoints == "last")
+        parts += damping_label(self.damping, "spectral")
         return f"projected inverse ({', '.join(parts)})" if parts else "projected inverse"
 
     def weights(self, checkpoints: Sequence[Checkpoint]) -> list[float]:
@@ -520,8 +520,12 @@ def _segment_sum(
     return total.to(device=device, dtype=dtype)
 
 
-def damping_label(damping: Literal["auto", "spectral"] | float) -> list[str]:
+def damping_label(
+    damping: Literal["auto", "spectral"] | float, usual: Literal["auto", "spectral"] = "auto"
+) -> list[str]:
     """What a label says of a damping; nothing of the usual one."""
-    if damping == "auto":
+    if damping == usual:
         return []
-    return ["spectral damping" if isinstance(damping, str) else f"λ={damping:g}"]
+    if isinstance(damping, str):
+        return ["mean damping" if damping == "auto" else "spectral damping"]
+    return [f"λ={damping:g}"]

@@ -67,6 +67,8 @@ class Influence:
     of_draws: of `whole`: the numbers of some rows where each target stands as often as a draw says,
         (ids, `[target draw]`) → float64 `[row draw]`
     grouped:  whether columns of one subtask are all the subtask's mean, of which no target's own part is known
+    draws:    what the numbers are the mean of, where they were found several times by chance, one as good as another:
+        float32 `[draw row target]`, or `[draw row]` of `whole`; their spread gives the standard errors of scores
     terms:    what else the estimator knows of its numbers
     stages:   int8 `[row]`, where rows are scored in several stages: which one each one's number is of
     """
@@ -84,6 +86,7 @@ class Influence:
         default=None, repr=False
     )
     grouped: bool = False
+    draws: NDArray[np.float32] | None = field(default=None, repr=False)
     terms: Any = field(default=None, repr=False)
     stages: NDArray[np.int8] | None = field(default=None, repr=False)
 
@@ -137,6 +140,7 @@ class Estimator(Settings):
     aggregation: over targets, unless another is asked for.
     full_sum: whether the pool's stores have to hold the unprojected sums of their rows.
     by_chance: whether its ranking means nothing, as a control.
+    signed: whether a score below 0 says that training on the row does harm; else 0 is a point like any other.
     raters: what grades rows, one by one, if anything does.
     text_model: the sentence-transformers model that embeds the texts of pool and target, if one does.
     """
@@ -149,6 +153,7 @@ class Estimator(Settings):
     aggregation: ClassVar[Aggregation] = "max_of_means"
     full_sum: ClassVar[bool] = False
     by_chance: ClassVar[bool] = False
+    signed: ClassVar[bool] = False
     raters: ClassVar[tuple[Any, ...]] = ()
     text_model: ClassVar[str | None] = None
 
@@ -277,6 +282,8 @@ class TrainingEstimator(Estimator):
 class ProductEstimator(Estimator):
     """Ranks by inner products of the pool's stored rows with one direction for each target, summed over checkpoints."""
 
+    signed: ClassVar[bool] = True
+
     @property
     def by_cosine(self) -> bool:
         """Whether rows and directions are taken to unit length."""
@@ -361,6 +368,8 @@ def influence_of(method: Estimator, pool: Pool, target: Target | None) -> Influe
     shape = (len(found.ids), *([] if target is None or found.whole is not None else [len(target.data.ids)]))
     if np.shape(values) != shape:
         raise ShapeError(f"{said} an array of shape {np.shape(values)} for {len(found.ids)} ids: wanted {shape}")
+    if found.draws is not None and (len(found.draws) < 2 or found.draws.shape[1:] != shape):
+        raise ShapeError(f"{said} draws of shape {found.draws.shape}: wanted at least 2 of shape {shape}")
     places = pool.data.ids.positions(found.ids)
     if (places < 0).any() or len(np.unique(places)) < len(places):
         unknown = sorted(found.ids[place] for place in np.flatnonzero(places < 0).tolist())

@@ -172,6 +172,11 @@ class JI2S(TrainingEstimator):
             )
 
     @property
+    def signed(self) -> bool:  # type: ignore[override]
+        """Standardised terms are 0 at the pool's mean."""
+        return not self.standardise_terms
+
+    @property
     def full_space(self) -> bool:
         """Whether H is applied before the projection."""
         return self.hessian in ("fisher", "hvp", "ggn")

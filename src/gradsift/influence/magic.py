@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceABC
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, Literal
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,20 +17,17 @@ from gradsift.base.errors import ConfigError
 from gradsift.base.lazy import Tensor, torch
 from gradsift.base.ranks import spearman
 from gradsift.context import Pool, Target
-from gradsift.gradients.collect import SequenceSource
 from gradsift.gradients.losses import row_losses
-from gradsift.influence.estimator import Estimator, Influence, Passes, TargetsByCheckpoint
-from gradsift.influence.metagradient import Adam
+from gradsift.influence.estimator import Estimator, Influence, Passes, Targets, TargetsByCheckpoint
 from gradsift.influence.metagradient import metagradient as metagradient
-from gradsift.influence.replay import Network, Positions, Record, Replay, Returned
+from gradsift.influence.replay import Losses, Network, Replay, Returned
+from gradsift.influence.smooth import FIRST_BACK, FURTHER_BACK, Ending, SmoothTraining, groups_of
 from gradsift.model.models import host
 from gradsift.store.manifest import fingerprint
 from gradsift.warmup.checkpoint import Checkpoint
-from gradsift.warmup.train import Training, Warmup, effective_batch_size, epoch_order, train, warm_up_ids
+from gradsift.warmup.train import Warmup, train, warm_up_ids
 
 _GROWTH = 20.0  # how often the adjoint's norm may be that at the end; prototypes that foretold well had 5 at most
-# Of a training's time, measured: a way back for one group of targets, and for each further one with it.
-_FIRST_BACK, _FURTHER_BACK = 2.7, 1.6
 _DROPPED = 0.1  # share of the trained rows that a check leaves out
 
 
@@ -61,44 +59,35 @@ class Check:
 class MagicTerms:
     """What MAGIC knows of its numbers.
 
-    errors: standard error of each row's score over trainings, `[row]`; None of one training
     growth: the largest norm of the adjoint, in that at the end, of each training
     check:  predicted and true changes, where they were asked for
     """
 
-    errors: NDArray[np.float64] | None
     growth: tuple[float, ...]
     check: Check | None
 
 
-class MAGIC(Estimator):
+class MAGIC(SmoothTraining, Estimator):
     """MAGIC (Ilyas & Engstrom 2025): how the target's loss after a whole fine-tuning changes with a row's weight.
 
     The training is that of `gradsift train` with the run's preset, made smooth: no dropout, a longer warm-up, ε_root.
     It is taken whatever adapters are given, and rows that are in the target do not take part. Rows that it does not
-    train on ride along with weight 0. Scores are −∂F/∂w, in nats of the target's mean loss.
+    train on ride along with weight 0. Scores are −∂F/∂w, in nats of the target's mean loss. Beside the fields below it
+    has those of `SmoothTraining`.
 
     fraction: share of the pool that the training takes, drawn by the seed.
-    epochs: of the training; None takes the preset's.
-    learning_rate: its peak; None takes the preset's. Lower where the training is not smooth.
-    warmup_ratio: share of the steps over which the rate rises from 0; the preset's where that is larger.
-    eps_root: under the root of Adam's second moment; far above it, Adam becomes momentum SGD.
     seeds: trainings, of which the scores are averaged.
     per: one way back for each `subtask` (all targets without subtasks), or for each `target`.
     check: retrainings without a random tenth of the rows, against which the scores are held.
-    memory: GiB of disk for the steps of a training; where they do not fit, they are taken again on the way back.
     """
+
+    signed: ClassVar[bool] = True
 
     kind: Literal["magic"] = "magic"
     fraction: float = Field(default=1.0, gt=0, le=1)
-    epochs: int | None = Field(default=None, ge=1)
-    learning_rate: float | None = Field(default=None, gt=0)
-    warmup_ratio: float = Field(default=0.2, ge=0, lt=1)
-    eps_root: float = Field(default=1e-10, ge=0)
     seeds: int = Field(default=1, ge=1)
     per: Literal["subtask", "target"] = "subtask"
     check: int = Field(default=0, ge=0)
-    memory: float = Field(default=16.0, gt=0)
 
     @property
     def runs_model(self) -> bool:
@@ -116,39 +105,47 @@ class MAGIC(Estimator):
     def influence(self, pool: Pool, target: Target | None) -> Influence:
         """Of every pool row, by going back through each training once for each group of targets."""
         assert target is not None, self
-        source = self.targets(pool, target)
-        if isinstance(source, TargetsByCheckpoint):
-            raise ConfigError("MAGIC takes labelled targets: sampled responses depend on the checkpoint")
-        ending = _Ending(source, _groups(len(source.ids), target.subtasks, self.per))
+        return self.gone_back(pool, target, self.targets(pool, target))
+
+    def gone_back(self, pool: Pool, target: Target, source: Targets) -> Influence:
+        """The same, of what stands for the targets."""
+        groups = groups_of(len(source.ids), target.subtasks, self.per)
         overlap = {skip.id for skip in target.overlap}
-        scores, returned, identity = [], [], []
-        note, check = _note(pool, source, ending.groups), None
+        scores, returned, identity, check = [], [], [], None
         for seed in range(pool.seed, pool.seed + self.seeds):
             replay, ids = self._replay(pool, overlap, seed)
-            found, checking = replay.returned(note), self.check > 0 and seed == pool.seed
-            if found is None or checking:
+            ending = self._ending(source, replay, groups)
+            found = replay.returned(ending.note)
+            if found is None:
                 with replay.network() as network:
-                    found = found or replay.back(network, note, partial(ending.gradients, network))
-                    if checking:
-                        check = self._smooth_check(pool, replay, network, ending, found, ids)
+                    found = replay.back(network, ending.note, partial(ending.gradients, network))
+            if self.check and seed == pool.seed:
+                check = self._checked(pool, replay, ending, found, ids)
             scores.append(-found.change[:, pool.training.positions(pool.data.ids)].T)
             returned.append(found)
             identity.append(replay.fingerprint)
-        if check is not None:
-            check = self._plain_check(pool, check, ending)
         each = np.stack(scores)  # [training row group]
-        errors = None if self.seeds == 1 else each.mean(axis=2).std(axis=0, ddof=1) / np.sqrt(self.seeds)
         growth = tuple(float(one.norms.max() / one.norms[-1]) if one.norms[-1] else 0.0 for one in returned)
         # A group's derivative stands in for each of its targets': means over targets are the same.
-        matrix = each.mean(axis=0)[:, ending.groups]
+        matrix = each.mean(axis=0)[:, groups]
         return Influence(
             list(pool.data.ids),
             matrix.astype(np.float32),
             warnings=(*_not_smooth(growth, returned), *([f"MAGIC: {check}"] if check else [])),
             identity={"replays": identity},
             grouped=self.per == "subtask",
-            terms=MagicTerms(errors, growth, check),
+            draws=None if self.seeds == 1 else each[..., groups].astype(np.float32),
+            terms=MagicTerms(growth, check),
         )
+
+    def _ending(self, source: Targets, replay: Replay, groups: NDArray[np.int64]) -> Ending:
+        """The targets at the end of a training."""
+        assert not isinstance(source, TargetsByCheckpoint), source
+        return Ending(source, groups)
+
+    def _known_ending(self, source: Targets, replay: Replay, groups: NDArray[np.int64]) -> Ending | None:
+        """The same, where nothing has to be made for it."""
+        return self._ending(source, replay, groups)
 
     def inputs(self, pool: Pool) -> dict[str, Any]:
         """The trainings, as they are where no row is in the target."""
@@ -161,9 +158,7 @@ class MAGIC(Estimator):
         """Its trainings, the ways back, which take so much more than a training, and its check."""
         assert target is not None, self
         source = self.targets(pool, target)
-        assert not isinstance(source, TargetsByCheckpoint), source
-        groups = _groups(len(source.ids), target.subtasks, self.per)
-        note = _note(pool, source, groups)
+        groups = groups_of(len(source.ids), target.subtasks, self.per)
         overlap, found = {skip.id for skip in target.overlap}, []
         lengths, ways = pool.training.lengths, 1 + int(groups.max())
         for seed in range(pool.seed, pool.seed + self.seeds):
@@ -171,142 +166,70 @@ class MAGIC(Estimator):
             own, beside = (np.concatenate(parts) for parts in (replay.record.batches, replay.record.riders))
             tokens, riding = float(lengths[own].sum()), float(lengths[beside].sum())
             trained = pool.run.manifest(replay.prefix) is not None
-            back = trained and replay.returned(note) is not None
+            ending = self._known_ending(source, replay, groups) if trained else None
+            back = ending is not None and replay.returned(ending.note) is not None
             found.append(Passes("MAGIC's training", len(own), tokens, trained))
-            taken = (_FIRST_BACK + _FURTHER_BACK * (ways - 1)) * tokens + riding
+            taken = (FIRST_BACK + FURTHER_BACK * (ways - 1)) * tokens + riding
             found.append(Passes("MAGIC's way back", len(own) + len(beside), taken, back))
             if self.check and seed == pool.seed:
-                times = 2 * self.check + 1
-                found.append(Passes("MAGIC's check", times * len(own), times * tokens, back))
+                losses = None if ending is None else self._check_losses(pool, replay, ending)
+                smooth, plain = (0 if losses is None else losses.count(name) for name in ("smooth", "plain"))
+                times = min(self.check + 1 - smooth, self.check) + self.check + 1 - plain
+                found.append(Passes("MAGIC's check", times * len(own), times * tokens, not times))
         return found
-
-    def training(self, pool: Pool) -> Training:
-        """The run's preset, made smooth."""
-        ratio = max(pool.warmup.warmup_ratio, self.warmup_ratio)
-        return self._plain(pool).model_copy(update={"dropout": 0.0, "warmup_ratio": ratio})
-
-    def _plain(self, pool: Pool) -> Training:
-        """The run's preset, with the epochs and the rate that were asked for."""
-        given = {"epochs": self.epochs, "learning_rate": self.learning_rate}
-        given = {name: value for name, value in given.items() if value is not None}
-        return Training.model_validate(pool.warmup.model_dump(include=set(Training.model_fields)) | given)
 
     def _replay(self, pool: Pool, overlap: set[str], seed: int) -> tuple[Replay, list[str]]:
         """A training by its seed, and the ids that it trains on."""
-        rows, training = pool.training, self.training(pool)
-        share = Warmup.model_validate(training.model_dump() | {"fraction": self.fraction})
-        ids = sorted(id_ for id_ in warm_up_ids(rows, share, seed) if id_ not in overlap)
+        share = Warmup.model_validate(self.training(pool).model_dump() | {"fraction": self.fraction})
+        ids = sorted(id_ for id_ in warm_up_ids(pool.training, share, seed) if id_ not in overlap)
         if not ids:
             raise ConfigError("MAGIC: every row of the training is in the target: raise fraction, or --keep-overlap")
         trained = set(ids)
         beside = [id_ for id_ in pool.data.ids if id_ not in trained and id_ not in overlap]
-        record = recorded(training, rows.positions(ids), rows.positions(beside), seed=seed, eps_root=self.eps_root)
         what = "MAGIC's training" if self.seeds == 1 else f"MAGIC's training {seed - pool.seed + 1} of {self.seeds}"
-        replay = Replay(
-            pool.run, rows, record, model=pool.model, dtype=pool.dtype, device=pool.device,
-            budget=self.memory * 2**30, reporter=pool.reporter, what=what,
-        )  # fmt: skip
-        return replay, ids
+        return self.replay(pool, ids, beside, seed=seed, what=what), ids
 
-    def _smooth_check(
-        self, pool: Pool, replay: Replay, network: Network, ending: _Ending, found: Returned, ids: list[str]
-    ) -> Check:
-        """Retrain without random rows, the training being the same otherwise."""
+    def _check_losses(self, pool: Pool, replay: Replay, ending: Ending) -> Losses:
+        asked = fingerprint([ending.note, self.check, self.plain(pool).model_dump(mode="json")])
+        return replay.losses(asked, "MAGIC's check")
+
+    def _checked(self, pool: Pool, replay: Replay, ending: Ending, found: Returned, ids: list[str]) -> Check:
+        """Retrain without random rows: in the same training otherwise, and as users do."""
         draw = np.random.default_rng((pool.seed, self.check))
         change = torch.from_numpy(found.change).mean(dim=0)
-        before = ending.loss(network, replay.end(network))
         drawn = [draw.choice(len(ids), max(1, round(_DROPPED * len(ids))), replace=False) for _ in range(self.check)]
-        kept, predicted, smooth = [ids], [], []
-        with pool.reporter.stage("MAGIC's check", self.check, "retrainings") as advance:
-            for without in ([ids[number] for number in numbers] for numbers in drawn):
-                weights = torch.ones(len(pool.training), dtype=torch.float64)
-                weights[pool.training.positions(without)] = 0.0
-                kept.append(sorted(set(ids) - set(without)))
-                predicted.append(float((weights - 1) @ change))
-                smooth.append(ending.loss(network, replay.end_with(network, weights)) - before)
-                advance(1)
-        return Check(tuple(map(tuple, kept)), tuple(predicted), tuple(smooth))
+        left_out = [[ids[number] for number in numbers] for numbers in drawn]
+        kept = [ids, *(sorted(set(ids) - set(without)) for without in left_out)]
+        weights = torch.ones(self.check + 1, len(pool.training), dtype=torch.float64)
+        for own, without in zip(weights[1:], left_out, strict=True):
+            own[pool.training.positions(without)] = 0.0
+        losses = self._check_losses(pool, replay, ending)
+        with ExitStack() as stack:
+            opened = cache(lambda: stack.enter_context(replay.network()))
+            ways = [partial(_smooth_loss, replay, opened, ending, own) for own in (None, *weights[1:])]
+            smooth = losses.of("smooth", ways)
+        plain = losses.of("plain", [partial(self._plain_loss, pool, own, ending) for own in kept])
+        return Check(
+            tuple(map(tuple, kept)),
+            tuple(float((own - 1) @ change) for own in weights[1:]),
+            tuple(loss - smooth[0] for loss in smooth[1:]),
+            tuple(loss - plain[0] for loss in plain[1:]),
+        )
 
-    def _plain_check(self, pool: Pool, check: Check, ending: _Ending) -> Check:
-        """Train as users do on all rows and without the same ones."""
-        losses = []
-        for ids in check.kept:
-            checkpoint = train(
-                pool.run, pool.training, ids, self._plain(pool), model=pool.model, dtype=pool.dtype, device=pool.device,
-                seed=pool.seed + 1, what="MAGIC's check", reporter=pool.reporter,
-            )[-1]  # fmt: skip
-            model = host(pool.model, pool.dtype, pool.device).with_adapter(checkpoint.adapter)
-            losses.append(ending.mean(row_losses(model, ending.sequences, len(ending.groups))))
-        return replace(check, plain=tuple(loss - losses[0] for loss in losses[1:]))
-
-
-def recorded(
-    training: Training, trained: SequenceABC[int], beside: SequenceABC[int], *, seed: int, eps_root: float
-) -> Record:
-    """The training that `gradsift train` would do, step by step.
-
-    Args:
-        training: without dropout.
-        trained: positions of the rows that it trains on, sorted by their ids.
-        beside: of those that ride along, each once an epoch.
-        seed: of the adapter and of every order.
-        eps_root: of Adam.
-    """
-    from gradsift.warmup.trainer import learning_rates
-
-    size = effective_batch_size(len(trained), training.batch_size)
-    rows, others = np.array(trained, dtype=np.int64), np.array(beside, dtype=np.int64)
-    batches: list[Positions] = []
-    riders: list[Positions] = []
-    for epoch in range(training.epochs):
-        order = rows[epoch_order(len(rows), seed, epoch)]
-        own = [order[start : start + size] for start in range(0, len(order), size)]
-        batches += own
-        riders += np.array_split(others[epoch_order(len(others), seed, epoch)], len(own))
-    optimizer = Adam(training.betas, training.eps, eps_root, training.weight_decay, training.max_grad_norm or None)
-    rates = tuple(learning_rates(training, len(batches)))
-    return Record(training, seed, optimizer, tuple(batches), rates, tuple(riders))
+    def _plain_loss(self, pool: Pool, ids: SequenceABC[str], ending: Ending) -> float:
+        """The targets' loss after the training that users do of some rows."""
+        checkpoint = train(
+            pool.run, pool.training, ids, self.plain(pool), model=pool.model, dtype=pool.dtype, device=pool.device,
+            seed=pool.seed + 1, what="MAGIC's check", reporter=pool.reporter,
+        )[-1]  # fmt: skip
+        model = host(pool.model, pool.dtype, pool.device).with_adapter(checkpoint.adapter)
+        return ending.mean(row_losses(model, ending.sequences, len(ending.groups)))
 
 
-class _Ending:
-    """The targets' losses at the end of a training: a mean for each group, `groups` `[target]`."""
-
-    def __init__(self, source: SequenceSource, groups: NDArray[np.int64]) -> None:
-        self.sequences = source.sequences(0, len(source.ids))
-        self.groups = groups
-        self._counts = np.bincount(groups)
-
-    def gradients(self, network: Network, theta: Tensor) -> Tensor:
-        """Of the groups' means, `[group parameter]`."""
-        found = []
-        for group, count in enumerate(self._counts):
-            rows = {int(row): number for number, row in enumerate(np.flatnonzero(self.groups == group))}
-            own = [replace(one, row=rows[one.row]) for one in self.sequences if one.row in rows]
-            shares = torch.full((int(count),), 1.0 / int(count), dtype=torch.float64)
-            found.append(network.gradient(theta, own, shares)[0])
-        return torch.stack(found)
-
-    def loss(self, network: Network, theta: Tensor) -> float:
-        """The mean over groups of their means, nats."""
-        return self.mean(network.losses(theta, self.sequences, len(self.groups)))
-
-    def mean(self, losses: Tensor) -> float:
-        """The same of the targets' losses `[target]`."""
-        return float((np.bincount(self.groups, weights=losses.numpy()) / self._counts).mean())
-
-
-def _note(pool: Pool, source: SequenceSource, groups: NDArray[np.int64]) -> str:
-    """Names the targets, their groups and the rows that are scored, among all that is asked of a training."""
-    return fingerprint([source.fingerprint, groups.tolist(), list(pool.data.ids)])
-
-
-def _groups(count: int, subtasks: SequenceABC[str] | None, per: str) -> NDArray[np.int64]:
-    """The group of each target, from 0."""
-    if per == "target":
-        return np.arange(count)
-    if subtasks is None:
-        return np.zeros(count, dtype=np.int64)
-    return np.unique(np.array(subtasks), return_inverse=True)[1].astype(np.int64)
+def _smooth_loss(replay: Replay, opened: Callable[[], Network], ending: Ending, weights: Tensor | None) -> float:
+    """The targets' loss after the training, or after one in which rows have other weights."""
+    network = opened()
+    return ending.loss(network, replay.end(network) if weights is None else replay.end_with(network, weights))
 
 
 def _not_smooth(growth: SequenceABC[float], returned: SequenceABC[Returned]) -> list[str]:

@@ -16,7 +16,7 @@ from gradsift.generation.assistant import Assistant
 from gradsift.generation.endpoint import Endpoint
 from gradsift.generation.endpoint_sampler import EndpointSampler
 from gradsift.generation.local import LocalSampler
-from gradsift.generation.samples import Samples, sample
+from gradsift.generation.samples import Samples, missing_samples, sample
 from gradsift.generation.sampling import Response, Sampler, Sampling
 from gradsift.gradients.policy import PolicyGradient, PolicySource, label_sequence
 from gradsift.gradients.rows import View
@@ -27,6 +27,7 @@ from gradsift.influence.prompts import (
     PromptTarget,
     Rewards,
     RewardSummary,
+    missing_rewards,
     reward_responses,
     summarise_rewards,
 )
@@ -85,6 +86,10 @@ class PolicyEstimator(ProductEstimator):
         checkpoints = pool.checkpoints()[-1:] if self.last_checkpoint else pool.checkpoints()
         check_server(self, checkpoints)
         return checkpoints
+
+    def ends(self, pool: Pool, target: Target) -> list[Checkpoint | None]:
+        """Where responses are drawn beside the pool's checkpoints: of each, None where it is not there yet."""
+        return []
 
     def targets(self, pool: Pool, target: Target) -> PolicyTargets:
         """The policy gradients of each checkpoint.
@@ -221,6 +226,13 @@ class PolicyTargets:
             self._summaries[checkpoint.name] = summary
             self.checkpoints.append(checkpoint)
         return self._sources[checkpoint.name]
+
+    def there(self, checkpoint: Checkpoint) -> bool:
+        """Whether the run folder has all responses at a checkpoint, and what they earned."""
+        sampler = sampler_of(self.pool, self.method, checkpoint)
+        samples, requests = missing_samples(self.pool.run, self.target.data.prompts, sampler)
+        complete = not requests and self.pool.run.manifest(samples.prefix) is not None
+        return complete and not missing_rewards(self.target, samples)
 
     def rollouts(self, checkpoint: Checkpoint) -> tuple[dict[str, tuple[Response, ...]], Rewards, Samples]:
         """Responses by prompt, for every prompt, their rewards, and the store that holds them."""

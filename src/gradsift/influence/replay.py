@@ -24,10 +24,12 @@ from gradsift.gradients.batching import automatic_token_budget, form_batches
 from gradsift.influence.metagradient import Adam, Adjoint, Reverse, State, flat, in_parts
 from gradsift.model.loss import PaddedBatch, SupervisedHead, head_at, pad, token_mean
 from gradsift.model.models import DtypeName, host
-from gradsift.store.manifest import fingerprint
+from gradsift.store.manifest import Record as ManifestRecord
+from gradsift.store.manifest import fingerprint, read_if_whole
 from gradsift.store.run import Run
 from gradsift.store.tensors import publish_tensors, read_tensors
-from gradsift.warmup.train import Training, training_config
+from gradsift.warmup.checkpoint import Checkpoint
+from gradsift.warmup.train import Training, publish_adapter, training_config
 
 _SAVE_SECONDS = 20.0  # the work that a killed way back loses at most
 _TWICE = 3  # activations that a pass through a backward pass keeps, in those of a gradient
@@ -76,6 +78,7 @@ class Network:
         named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         self.parameters = [parameter for _, parameter in named]
         self.start = flat(self.parameters)
+        self._model = model
         self._linears = [model.get_submodule(name.removesuffix(".weight")) for name, _ in named]
         self._head, self._device = head, model.get_input_embeddings().weight.device
         self._budget = automatic_token_budget(model)
@@ -148,6 +151,11 @@ class Network:
             terms.index_add_(1, rows.cpu(), found.flatten(1).double().cpu())
         return terms
 
+    def publish(self, theta: Tensor, run: Run, folder: str) -> None:
+        """θ as an adapter."""
+        self._load(theta)
+        publish_adapter(run, folder, self._model)
+
     def _load(self, theta: Tensor) -> None:
         with torch.no_grad():
             for parameter, part in zip(self.parameters, in_parts(theta, self.parameters), strict=True):
@@ -198,6 +206,34 @@ class Returned:
     norms: NDArray[np.float64]
 
 
+class Losses:
+    """Losses that are found one by one by training, kept in a file: what was interrupted goes on with the next."""
+
+    def __init__(self, run: Run, key: str, reporter: Reporter, what: str) -> None:
+        self._run, self._key, self._reporter, self._what = run, key, reporter, what
+        content = read_if_whole(run.storage, key, _KeptLosses, sealed=True)
+        self._kept: dict[str, list[float]] = {} if content is None else content["losses"]
+
+    def count(self, name: str) -> int:
+        """How many of this name are there."""
+        return len(self._kept.get(name, ()))
+
+    def of(self, name: str, find: SequenceABC[Callable[[], float]]) -> list[float]:
+        """One for each way to find it; those that are kept are not found again."""
+        found = self._kept.setdefault(name, [])
+        if len(found) < len(find):
+            with self._reporter.stage(f"{self._what}: {name}", len(find) - len(found), "trainings") as advance:
+                for one in find[len(found) :]:
+                    found.append(one())
+                    self._run.publish_json(self._key, {"losses": self._kept}, sealed=True)
+                    advance(1)
+        return found[: len(find)]
+
+
+class _KeptLosses(ManifestRecord):
+    losses: dict[str, list[float]]
+
+
 class Replay:
     """A recorded training in a run folder: taken once, and gone back through for any targets.
 
@@ -233,6 +269,7 @@ class Replay:
         self.config = {**training, **record.identity}
         self.prefix = run.prefix("replays", self.config)
         self._stride = math.isqrt(len(record) - 1) + 1
+        self._riders = fingerprint([beside.tolist() for beside in record.riders])
 
     def returned(self, note: str) -> Returned | None:
         """What `back` found under a note, where the run folder has all of it; no model is needed."""
@@ -243,8 +280,12 @@ class Replay:
         whole = len(kept["norms"]) == len(self.record) + 1
         return Returned(kept["change"].numpy(), kept["norms"].numpy()[::-1]) if whole else None
 
+    def losses(self, note: str, what: str) -> Losses:
+        """Losses of trainings that are like this one, but for what a note names."""
+        return Losses(self.run, f"{self.prefix}losses-{note}.json", self.reporter, what)
+
     def _way_back(self, note: str) -> str:
-        return f"{self.prefix}way-back-{note}.safetensors"
+        return f"{self.prefix}way-back-{fingerprint([note, self._riders])}.safetensors"
 
     @property
     def fingerprint(self) -> str:
@@ -268,12 +309,26 @@ class Replay:
             self._train(network)
         return self._tensors(key)["theta"].to(network.start)
 
+    @property
+    def published(self) -> Checkpoint | None:
+        """The end of the training, where the run folder has it as an adapter."""
+        there = self.run.storage.exists(f"{self.prefix}end/adapter_model.safetensors")
+        return Checkpoint(self.run.name(f"{self.prefix}end")) if there else None
+
+    def checkpoint(self) -> Checkpoint:
+        """The end of the training as an adapter, made now if the run does not hold it."""
+        if self.published is None:
+            with self.network() as network:
+                network.publish(self.end(network), self.run, f"{self.prefix}end/")
+        assert self.published is not None
+        return self.published
+
     def back(self, network: Network, note: str, gradients: Callable[[Tensor], Tensor]) -> Returned:
         """Go back through the training.
 
         Args:
             network: of this training.
-            note: names the targets and the riders, among all that are asked of this training.
+            note: names the targets, among all that are asked of this training.
             gradients: of θ_T: the gradients of the targets' losses there, `[target parameter]`.
 
         Raises:
@@ -301,6 +356,14 @@ class Replay:
                     self._publish(key, kept | {"change": change, "norms": torch.tensor(norms, dtype=torch.float64)})
                     saved = time.monotonic()
         return Returned(change.numpy(), np.array(norms[::-1]))
+
+    def forget(self) -> None:
+        """Delete the training's steps, but not what was found by them: another question takes them again."""
+        storage = self.run.storage
+        storage.delete(f"{self.prefix}manifest.json")
+        for key in storage.list(self.prefix):
+            if key.removeprefix(self.prefix).startswith(("state-", "step-")):
+                storage.delete(key)
 
     def end_with(self, network: Network, weights: Tensor) -> Tensor:
         """θ_T of a training in which rows have other weights, `[row]` of the data; nothing of it is kept."""

@@ -44,6 +44,8 @@ class Scores(Shown):
     target_ids: ids of the targets; none for a method that needs no target
     tokens:     supervised tokens of each pool example
     method:     the estimator that made them
+    errors:     standard errors of `aggregate`, float32 `[pool]`, where the numbers are means over draws; else None
+    target_errors: likewise of `per_target`
     length_correlation: Spearman correlation of the aggregate with the number of supervised tokens; 0 where there is no
         order on one side
     warnings:   what a reader should know
@@ -62,6 +64,8 @@ class Scores(Shown):
     method: Estimator
     fingerprint: str
     length_correlation: float
+    errors: NDArray[np.float32] | None = field(default=None, repr=False)
+    target_errors: NDArray[np.float32] | None = field(default=None, repr=False)
     warnings: tuple[str, ...] = ()
     rewards: tuple[RewardSummary, ...] = ()
     left_out: tuple[Skipped, ...] = ()
@@ -86,7 +90,9 @@ class Scores(Shown):
         return dict(zip(self.ids, self.aggregate.tolist(), strict=True))
 
     def table(self) -> pa.Table:
-        """Long form: id, target (`*` for the aggregate), method, score, rank, tokens, and the stage that scored it."""
+        """Long form: id, target (`*` for the aggregate), method, score, error (standard, or null), rank, tokens, and
+        the stage that scored it.
+        """
         return pa.concat_tables(self.tables()).unify_dictionaries()
 
     def tables(self) -> Iterator[pa.Table]:
@@ -94,10 +100,14 @@ class Scores(Shown):
         stages = np.ones(len(self.ids), np.int8)
         if self.found is not None and self.found.stages is not None:
             stages = self.found.stages[Strings.of(self.found.ids).positions(self.ids)]
-        columns = [("*", self.aggregate)]
+        columns = [("*", self.aggregate, self.errors)]
         if self.per_target is not None and self.per_target.size <= _MAX_PER_TARGET_ROWS:
-            columns += [(id_, self.per_target[:, number]) for number, id_ in enumerate(self.target_ids)]
-        for target, scores in columns:
+            known = self.target_errors
+            columns += [
+                (id_, self.per_target[:, number], None if known is None else known[:, number])
+                for number, id_ in enumerate(self.target_ids)
+            ]
+        for target, scores, errors in columns:
             ranks = descending_ranks(scores)
             for start in range(0, len(scores), _TABLE_ROWS):
                 part = slice(start, start + _TABLE_ROWS)
@@ -109,6 +119,7 @@ class Scores(Shown):
                         "target": pa.DictionaryArray.from_arrays(every, pa.array([target])),
                         "method": pa.DictionaryArray.from_arrays(every, pa.array([self.method.label])),
                         "score": pa.array(scores[part], pa.float32()),
+                        "error": pa.nulls(len(ids), pa.float32()) if errors is None else pa.array(errors[part]),
                         "rank": pa.array(ranks[part], pa.int64()),
                         "tokens": pa.array(self.tokens[part], pa.int64()),
                         "stage": pa.array(stages[part], pa.int8()),
@@ -184,10 +195,15 @@ def score(
     strata = None
     # Turns, and places behind candidates, are no means, of which one could tell how they vary.
     means = found.stages is None and (matrix is None or aggregation != "round_robin")
-    if target is not None and method.needs_target and not found.grouped and means:
+    if target is not None and method.needs_target and means:
         # One number per row is of all targets as one, and knows no subtasks.
         parted = (subtasks, aggregation, found.live) if matrix is not None else (None, "mean", None)
         strata = replace(strata_of(len(target.data), *parted), contents=tuple(target.data.hashes))
+    errors = target_errors = None
+    if found.draws is not None:
+        draws = found.draws[:, keep]
+        errors = _standard_errors(draws if strata is None or matrix is None else _winning(draws, strata))
+        target_errors = None if matrix is None else _standard_errors(draws)
     result = Scores(
         ids=ids,
         aggregate=aggregate.astype(np.float32),
@@ -197,11 +213,13 @@ def score(
         method=method,
         fingerprint=fingerprint(revised("scores", identity)),
         length_correlation=correlation,
+        errors=errors,
+        target_errors=target_errors,
         warnings=(*warnings, *found.warnings),
         rewards=found.rewards,
         left_out=found.left_out,
         aggregation=aggregation,
-        strata=strata,
+        strata=None if found.grouped else strata,
         found=found,
         pool=pool,
         target=target,
@@ -240,6 +258,22 @@ def aggregated(
     if aggregation == "round_robin":
         return (1 - round_robin(*parts) / len(matrix)).astype(np.float32)
     return max_of_means(*parts).numpy()
+
+
+def _standard_errors(draws: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
+    """Of the mean over draws, `[draw …]` → `[…]`."""
+    spread: NDArray[np.float64] = draws.std(axis=0, ddof=1, dtype=np.float64) / np.sqrt(len(draws))
+    return spread.astype(np.float32)
+
+
+def _winning(draws: NDArray[np.float32], strata: Strata) -> NDArray[np.float64]:
+    """What each draw says of the mean over targets that is the largest over all draws, `[draw row]`.
+
+    The largest of each draw would be another's here and there, and their mean no score.
+    """
+    means: NDArray[np.float64] = draws @ strata.outputs.numpy().T  # [draw row output]
+    best = means.mean(axis=0).argmax(axis=1)
+    return np.take_along_axis(means, best[None, :, None], axis=2)[..., 0]
 
 
 def _speaking(subtasks: SequenceABC[Hashable], live: SequenceABC[bool] | None) -> set[Hashable]:

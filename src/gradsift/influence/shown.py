@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -56,6 +57,21 @@ def score_chart(
     )
 
 
+def score_texts(scores: Sequence[float] | NDArray[np.float32], errors: Sequence[float] | Any = None) -> list[str]:
+    """Scores as one column writes them, with their standard errors where those are known.
+
+    >>> score_texts([0.25, 1.5], [0.125, 0.5])
+    ['0.250 ± 0.125', '1.500 ± 0.500']
+    """
+    values = [float(value) for value in scores]
+    spreads = None if errors is None else [float(error) for error in errors]
+    layout = text.figures_layout([*values, *(spreads or ())])
+    written = [text.written(value, layout) for value in values]
+    if spreads is None:
+        return written
+    return [f"{value} ± {text.written(error, layout)}" for value, error in zip(written, spreads, strict=True)]
+
+
 def score_ends(
     scores: Scores, data: Dataset, *, known: Collection[str] = (), brief: bool = False
 ) -> tuple[Examples, Examples]:
@@ -65,7 +81,7 @@ def score_ends(
     each = min(MOST_EXTREME, len(order) // 2)
 
     def listed(places: NDArray[np.int64]) -> Examples:
-        values = text.figures([float(scores.aggregate[place]) for place in places])
+        values = score_texts(scores.aggregate[places], None if scores.errors is None else scores.errors[places])
         return Examples(
             tuple(
                 row_example(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 from gradsift.base.checks import float_array, same_size, to_float64
 from gradsift.base.errors import ConfigError, ShapeError
@@ -22,13 +22,15 @@ _LEAST_DOUBT = 1e-6
 class TRAK(KernelEstimator):
     """TRAK (Park et al. 2023): a kernel on margin gradients, from the plain rows and losses that are stored anyway.
 
-    damping: λ of the kernel, in squared units of the margin's gradients; `auto` takes a tenth of their mean squared
-        coordinate.
-    kernel: `segments` keeps modules apart, which costs next to nothing and foretells retraining better wherever it was
-        measured. `whole` inverts over all dimensions at once, as published: 8·dim² bytes twice over (1 GB at 8192),
-        about dim² operations per row and checkpoint, and more rows than dimensions to estimate it from.
+    damping: λ of the kernel, in squared units of the margin's gradients; `spectral` takes a tenth of the largest
+        eigenvalue of their second moments, `auto` a tenth of their mean squared coordinate.
+    kernel: `segments` keeps modules apart, which costs next to nothing. `whole` inverts over all dimensions at once, as
+        published: 8·dim² bytes twice over (1 GB at 8192), about dim² operations per row and checkpoint; with damping
+        `auto`, more rows than dimensions to estimate it from.
     checkpoints: `all`, averaged with equal weights, or the `last`.
     """
+
+    signed: ClassVar[bool] = True
 
     kind: Literal["trak"] = "trak"
 
@@ -36,7 +38,7 @@ class TRAK(KernelEstimator):
     def label(self) -> str:
         """What tables call it."""
         parts = ["whole kernel"] * (self.kernel == "whole") + ["last checkpoint"] * (self.checkpoints == "last")
-        parts += damping_label(self.damping)
+        parts += damping_label(self.damping, "spectral")
         return f"TRAK ({', '.join(parts)})" if parts else "TRAK"
 
     def influence(self, pool: Pool, target: Target | None) -> Influence:
@@ -161,7 +163,7 @@ def trak_kernel(
 
 def kernel_warnings(method: TRAK, rows: int, dim: int) -> list[str]:
     """What to know of a kernel that is estimated from fewer rows than it has dimensions."""
-    if method.kernel == "segments" or rows >= dim:
+    if method.kernel == "segments" or method.damping == "spectral" or rows >= dim:
         return []
     return [
         f"{method.label} inverts second moments of {dim:,} dimensions that are estimated from {rows:,} rows: most of "

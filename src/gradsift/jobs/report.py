@@ -65,7 +65,7 @@ from gradsift.report.blocks import (
 from gradsift.report.terminal import console, draw
 from gradsift.selection.select import Selection
 from gradsift.selection.selectors import selectors
-from gradsift.selection.shown import chosen_examples, learned_tokens
+from gradsift.selection.shown import chosen_examples, how_chosen, learned_tokens
 from gradsift.warmup.checkpoint import Checkpoint
 
 MOST_CHOSEN = 500
@@ -308,6 +308,7 @@ def _chosen(result: Result) -> tuple[Block, ...]:
         )
         blocks += [
             Text(said, head=method),
+            *how_chosen(chosen),
             *(Text(one, "reliability") for one in reliability_sentences(result)),
             listed,
         ]
@@ -324,9 +325,11 @@ def _ends(result: Result) -> tuple[Block, ...]:
             continue
         highest, lowest = score_ends(entry, result.pool.data, known=known_columns(result.recipe.columns))
         of = f"of {len(entry.ids):,}"
+        out = result.selections[0].dropped if result.selections and not blocks else None
+        gone = ", left out" if out is not None and out.rows >= len(lowest.examples) else ""
         folds = (
             Fold(f"Highest {len(highest.examples)} {of}", (highest,)),
-            Fold(f"Lowest {len(lowest.examples)} {of}, lowest first", (lowest,), opened=not blocks),
+            Fold(f"Lowest {len(lowest.examples)} {of}, lowest first{gone}", (lowest,), opened=not blocks),
         )
         blocks.append(Group(folds, entry.method.label))
     said = (
@@ -427,6 +430,7 @@ def print_result(result: Result) -> None:
         chosen = result.selections[0]
         how = f"{chosen.estimator}, {chosen.method.label}"
         blocks.append(Text(f"{len(chosen)} of {len(pool.data)} chosen by {how} ({HIGHER[0].lower()}{HIGHER[1:-1]})"))
+        blocks += [Text(str(chosen.dropped))] if chosen.dropped is not None else [*chosen.told]
         blocks.append(_examples(result, chosen, MOST_CHOSEN, own=True))
         if groups := _groups(result):
             blocks.append(Group(groups, "Chosen against pool"))
@@ -455,6 +459,7 @@ def _score_table(result: Result) -> Table:
     for entry in result.scores:
         best = int(entry.aggregate.argmax())
         value, length = text.written(float(entry.aggregate[best]), "+.4f"), text.signed(entry.length_correlation)
+        value += "" if entry.errors is None else f" ± {text.written(float(entry.errors[best]), '.4f')}"
         rows.append(Row((entry.method.label, f"{len(entry.ids):,}", entry.ids[best], value, length)))
     heads = ("method", "scored", "highest", "score", "Spearman with length")
     return Table(tuple(map(Column, heads)), tuple(rows), f"Scores ({HIGHER[0].lower()}{HIGHER[1:-1]})")
@@ -504,6 +509,7 @@ _TAKEN = {
     "rows": "gradients of rows",
     "target": "gradients of rows and target",
     "checkpoints": "gradients of rows and targets at every checkpoint; not to explain",
+    "training": "pool and target, trains; not to explain",
 }
 
 

@@ -37,7 +37,7 @@ _GROUP_COLUMNS = ("skill", "source", "dataset", "category", "task", "domain", "t
 _MAX_GROUPS = 40
 FILES = {
     "selected.jsonl": "the chosen rows, for load_dataset('json', …)",
-    "scores.parquet": "every score: id, target, method, score, rank, tokens, stage",
+    "scores.parquet": "every score: id, target, method, score, error, rank, tokens, stage",
     "explanations.jsonl": "the explanations, one output a line",
     "explanations.parquet": "the same as a table",
     "relevance.json": "selection relevance by estimator, strategy and k",
@@ -104,6 +104,9 @@ class Result:
         found += [warning for entry in self.scores for warning in entry.warnings]
         if self.diagnostics is not None:
             found += [warning for warning in self.diagnostics.warnings if warning not in found]
+        for chosen in self.selections[:1]:
+            if chosen.dropped is not None and chosen.dropped.warning is not None:
+                found.append(chosen.dropped.warning)
         return found
 
     @property
@@ -195,8 +198,10 @@ def summary(result: Result) -> dict[str, Any]:
             {
                 "estimator": chosen.estimator,
                 "method": chosen.method.label,
+                "dropped": None if chosen.dropped is None else asdict(chosen.dropped),
                 "ids": chosen.ids,
                 "scores": chosen.scores,
+                "errors": chosen.errors,
                 "kept": {over: list(kept) for over, kept in result.kept.items()} if chosen is first else {},
                 "shares": shares(result, chosen.ids),
             }

@@ -163,6 +163,11 @@ def check_rollouts(recipe: Recipe) -> PolicyEstimator:
     """
     if not takes_reward(recipe.estimator):
         raise ConfigError(f"the estimator {recipe.estimator.kind} samples no responses: name nice or nice_if")
+    if recipe.estimator.view is None:
+        raise ConfigError(
+            f"the estimator {recipe.estimator.kind} samples at the end of a training of its own, as `gradsift score` "
+            "does with it: name nice or nice_if"
+        )
     return recipe.estimator
 
 

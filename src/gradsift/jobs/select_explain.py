@@ -35,7 +35,7 @@ from gradsift.jobs.report import write_results
 from gradsift.jobs.results import Result, diagnostics, remove_outdated, summary, write_skipped
 from gradsift.model import embeddings
 from gradsift.recipe import Recipe
-from gradsift.selection.select import budget_count, select
+from gradsift.selection.select import budget_count, check_drop, kept_count, select
 from gradsift.selection.top_k import TopK
 from gradsift.selection.trust import sample_reliability, target_reliability
 from gradsift.store.run import Run
@@ -231,7 +231,7 @@ def trust(result: Result) -> None:
     if takes_reward(scores.method) and isinstance(target, PromptTarget):
         targets = PolicyTargets(pool, target, scores.method)
         result.diagnostics = sample_reliability(scores, chosen, targets=targets)
-        result.responses = sampled_responses(targets)
+        result.responses = sampled_responses(targets) if targets.checkpoints else None
     result.over_targets = target_reliability(scores, chosen)
     if result.reliability:
         pool.run.publish_json("diagnostics.json", diagnostics(result))
@@ -244,6 +244,8 @@ def _check_methods(recipe: Recipe) -> None:
     if recipe.target is None and recipe.estimator.needs_target:
         raise ConfigError(_NO_TARGET)
     recipe.selection.check(recipe.estimator, target=recipe.target is not None)
+    if recipe.drop is not None:
+        check_drop(recipe.estimator, recipe.selection)
 
 
 def _check_sizes(result: Result) -> None:
@@ -252,7 +254,8 @@ def _check_sizes(result: Result) -> None:
     if isinstance(target, PromptTarget) and takes_reward(recipe.estimator):
         target.check_reward()
         check_samples(recipe.estimator)
-    budget_count(recipe.budget, len(result.pool.data) - (len(target.overlap) if target else 0))
+    available = len(result.pool.data) - (len(target.overlap) if target else 0)
+    budget_count(recipe.budget, available) if recipe.drop is None else kept_count(recipe.drop, available)
     if recipe.explain is not None:
         check_budgets(recipe.explain.budgets, len(result.pool.data), recipe.explain.candidates)
     for column in recipe.group_by:
@@ -263,7 +266,8 @@ def choose(result: Result) -> None:
     """Choose by the estimator with the recipe's method, and by each control's top-k; writes selected.jsonl."""
     recipe = result.recipe
     first, *controls = result.scores
-    result.selections = [select(first, recipe.selection, budget=recipe.budget)]
+    size = {"budget": recipe.budget} if recipe.drop is None else {"drop": recipe.drop}
+    result.selections = [select(first, recipe.selection, **size)]
     result.selections += [select(control, TopK(), budget=len(result.selections[0])) for control in controls]
     lines = result.selections[0].lines()
     result.pool.run.publish_text("selected.jsonl", "".join(f"{line}\n" for line in lines))

@@ -34,7 +34,7 @@ from gradsift.gradients.policy import MOST_ROWS
 from gradsift.gradients.rows import View
 from gradsift.influence.bm25 import conversation_text
 from gradsift.influence.diagnostics import sample_rows, sample_source
-from gradsift.influence.estimator import Estimator, conversations, target_view
+from gradsift.influence.estimator import Estimator, Passes, conversations, target_view
 from gradsift.influence.less import LESS
 from gradsift.influence.nice import PolicyEstimator, PolicyTargets, sampler_of, takes_reward
 from gradsift.influence.prompts import PromptTarget, missing_rewards
@@ -64,6 +64,7 @@ from gradsift.rewards.reward import single_rewards
 from gradsift.rewards.reward_model import RewardModel
 from gradsift.rewards.samples import prompt_of
 from gradsift.rewards.unit_tests import UnitTests
+from gradsift.selection.select import budget_count, kept_count
 from gradsift.selection.selector import Selector
 from gradsift.store.run import Run
 from gradsift.warmup.checkpoint import Checkpoint, open_checkpoint
@@ -139,7 +140,7 @@ class Walk:
             self.pool = replace(self.pool, seed=seed)
             self.kept = self.kept and replace(self.kept, seed=seed)
             self._there, self._adapters = {}, None
-            self._choices(grid.choosing(seeds))
+            self._choices(grid, grid.choosing(seeds))
         _Cells(self, grid).walk()
         if grid.job.embedding is not None and embeddings.at_hand(grid.job.embedding):
             self._map(min(MOST_POINTS, len(self.pool.data)))
@@ -154,11 +155,13 @@ class Walk:
             self._pool_rows(len(self._checkpoints()) - 1, sorted(together), any(m.full_sum for m in methods))
         for method in methods:
             self._score(method)
-        self._select(recipe.selection, recipe.estimator)
-        if takes_reward(recipe.estimator) and isinstance(self.target, PromptTarget):
+        available = len(self.pool.data) - (len(self.target.overlap) if self.target is not None else 0)
+        size = budget_count(recipe.budget, available) if recipe.drop is None else kept_count(recipe.drop, available)
+        self._select(recipe.selection, recipe.estimator, [size])
+        if takes_reward(recipe.estimator) and recipe.estimator.view and isinstance(self.target, PromptTarget):
             self._diagnose(recipe.estimator, self.target)
 
-    def _choices(self, choosing: SequenceABC[Contender]) -> None:
+    def _choices(self, grid: Grid, choosing: SequenceABC[Contender]) -> None:
         methods = [one.estimator for one in choosing if one.estimator is not None]
         sums = any(method.full_sum for method in methods)
         if sums:
@@ -172,7 +175,7 @@ class Walk:
             assert one.estimator is not None
             self._score(one.estimator)
             if one.selection is not None:
-                self._select(one.selection, one.estimator)
+                self._select(one.selection, one.estimator, grid.budgets if one.sized else [grid.size(one)])
         if sums:
             self.pool = replace(self.pool, gradients=self.recipe.gradients)
 
@@ -185,16 +188,24 @@ class Walk:
             for name, data in (("pool", self.pool.data), ("target", self.target.data)):
                 self._embedded(name, [conversation_text(own) for own in conversations(data)], method.text_model)
         self._other_passes(method, self.target)
+        if takes_reward(method) and isinstance(self.target, PromptTarget):
+            ends = method.ends(self.kept or self.pool, self.target)
+            for number in range(len(ends)):
+                self._responses(method, self.target, number, ends=ends)
         if method.view is not None:
             self._gradients(method, targets=method.needs_target)
 
     def _other_passes(self, method: Estimator, target: Target | PromptTarget | None) -> None:
         for one in method.passes(self.kept or self.pool, target, self._checkpoints):
-            if self.is_new("passes", method.model_dump_json(), one, self.pool.seed):
-                backward, forward = (0.0, one.tokens) if one.forward else (one.tokens, 0.0)
-                stored = {"unprojected": one.rows} if one.unprojected else {}
-                done = one.done and self.kept is not None
-                self.add(Work(one.stage, one.rows, backward, forward, stored=stored, done=done))
+            self._passed(one, method)
+
+    def _passed(self, one: Passes, *by: Any) -> None:
+        """Rows that methods take through the model, counted once."""
+        if self.is_new("passes", *(repr(part) for part in by), one, self.pool.seed):
+            backward, forward = (0.0, one.tokens) if one.forward else (one.tokens, 0.0)
+            stored = {"unprojected": one.rows} if one.unprojected else {}
+            done = one.done and self.kept is not None
+            self.add(Work(one.stage, one.rows, backward, forward, stored=stored, done=done))
 
     def _gradients(self, method: Estimator, *, targets: bool) -> None:
         """The pool's rows that a method reads, and its targets'."""
@@ -224,12 +235,16 @@ class Walk:
             made = bool(self.kept and self.kept.run.artifacts("curvature")) and self._has(rows, number, view)
             self.add(Work("curvature", rows.count, backward=rows.tokens, tasks=1, done=made))
 
-    def _select(self, selector: Selector, estimator: Estimator) -> None:
-        """What a selector reads beside scores."""
+    def _select(self, selector: Selector, estimator: Estimator, budgets: SequenceABC[int]) -> None:
+        """What a selector reads beside scores, and takes of the model."""
+        for budget in budgets if self.target is not None else ():
+            assert self.target is not None
+            for one in selector.passes(self.kept or self.pool, self.target, estimator, budget):
+                self._passed(one, selector, estimator, budget)
         reading = estimator if estimator.view is not None else LESS(optimizer="sgd")
         if selector.takes == "checkpoints":
             self._gradients(reading, targets=True)
-        elif selector.takes != "scores":
+        elif selector.takes in ("rows", "target"):
             last = len(self._checkpoints()) - 1
             self._pool_rows(last, [selector.view_with(estimator)], sums=False)
             if selector.takes == "target" and self.target is not None:
@@ -317,12 +332,19 @@ class Walk:
         return _Rows("policy gradients", f"{name} {method.model_dump_json()}", count, tokens, source)
 
     def _responses(
-        self, method: PolicyEstimator, target: PromptTarget, number: int, *, rewarded: bool = True
+        self,
+        method: PolicyEstimator,
+        target: PromptTarget,
+        number: int,
+        *,
+        rewarded: bool = True,
+        ends: SequenceABC[Checkpoint | None] = (),
     ) -> PolicyTargets | None:
-        """The responses at a checkpoint and what they earn; where the run folder has all of it, that."""
+        """The responses at one of the `ends` of a method's own, or at a checkpoint, and what they earn; where the run
+        folder has all of it, that."""
         writer = method.assistant
-        checkpoint = None if writer is not None else self._checkpoints()[number]
-        sampling, place = method.drawing, "" if writer is not None else str(number)
+        checkpoint = None if writer is not None else (ends or self._checkpoints())[number]
+        sampling, place = method.drawing, "" if writer is not None else f"{'end ' * bool(ends)}{number}"
         responses, limit = len(target.data) * sampling.samples, sampling.max_new_tokens
         drawn = unpaid = responses
         complete = None
@@ -562,7 +584,7 @@ class _Cells:
         pool, training, data = walk.pool, grid.training_of(contender), grid.datasets.get(contender.name, walk.pool.data)
         tokens, found, whole = budget * float(pool.data.lengths.mean()), None, grid.job.full_training
         ids = self._chosen.get(cell.key)
-        if not contender.sized:
+        if not contender.chooses:
             ids = list(data.ids if contender.data is not None else grid.available)
         if ids is not None:
             tokens = float(data.lengths[data.positions(ids)].sum())

@@ -15,6 +15,7 @@ from gradsift.base.errors import ConfigError
 from gradsift.base.lazy import Tensor, torch
 from gradsift.context import Pool, Target
 from gradsift.influence.scores import Scores
+from gradsift.report.blocks import Block
 from gradsift.store.gradient_store import GradientStore
 
 Array = NDArray[np.float64]
@@ -128,6 +129,7 @@ class Candidates:
     Attributes:
         available: positions with a finite score, ascending.
         least: the largest budget that is asked for in one call, so that the same compete for all.
+        told: what pages show of how a selector chose, where it leaves anything.
         others: what selectors chose of these candidates before those that start from it, by budget.
 
     Raises:
@@ -161,6 +163,7 @@ class Candidates:
             self.target_gradient = float_array("target_gradient", target_gradient, "dim")
             self._target = to_float64(self.target_gradient).cpu()
         self.least = 1
+        self.told: tuple[Block, ...] = ()
         self.others: dict[int, list[list[int]]] = {}
         self._rows_of = rows_of
         self._read: dict[int, int] = {}  # pool position → row

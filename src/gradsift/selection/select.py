@@ -6,24 +6,51 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from gradsift.base.errors import ConfigError
 from gradsift.base.lazy import torch
 from gradsift.context import Pool
 from gradsift.data.columns import add_columns
-from gradsift.influence.estimator import both_stores, target_rows
+from gradsift.influence.estimator import Estimator, both_stores, target_rows
 from gradsift.influence.less import LESS
 from gradsift.influence.scores import Scores
 from gradsift.report.blocks import Block, Shown
 from gradsift.selection.candidates import CANDIDATES, Candidates
 from gradsift.selection.selector import Selector, chosen
-from gradsift.selection.top_k import TopK
+from gradsift.selection.top_k import MostHelpful, TopK
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """What `drop` leaves out: how many rows, of which so many have a score below 0, and so many one above."""
+
+    rows: int
+    harmful: int
+    helpful: int
+
+    def __str__(self) -> str:
+        return f"the {self.rows:,} lowest are left out: {self.harmful:,} with a score below 0"
+
+    @property
+    def warning(self) -> str | None:
+        """What a reader should know."""
+        if not self.helpful:
+            return None
+        return (
+            f"drop leaves out {self.helpful:,} rows whose scores are above 0, so that training on them is said to "
+            f"help: {self.harmful:,} are below 0; drop fewer"
+        )
 
 
 @dataclass(frozen=True)
 class Selection(Shown):
     """Chosen examples in the order they were chosen, with score and rank in the whole pool.
 
+    errors: standard errors of the scores, where they are known
     budget: how many were asked for
+    told: what pages show of how it was chosen
+    dropped: where the lowest scores were to be left out, these
     """
 
     ids: list[str]
@@ -32,6 +59,9 @@ class Selection(Shown):
     method: Selector
     estimator: str
     budget: int
+    errors: list[float] | None = None
+    dropped: Dropped | None = None
+    told: tuple[Block, ...] = field(default=(), repr=False, compare=False)
     pool: Pool | None = field(default=None, repr=False, compare=False)
 
     def __len__(self) -> int:
@@ -65,7 +95,7 @@ class Selection(Shown):
         return lines
 
 
-def budget_count(budget: float, available: int) -> int:
+def budget_count(budget: float, available: int, *, what: str = "budget") -> int:
     """A budget as a number of examples: a whole number counts examples, a number below 1 is a share.
 
     Raises:
@@ -74,33 +104,76 @@ def budget_count(budget: float, available: int) -> int:
     if isinstance(budget, float) and not budget.is_integer() and 0 < budget < 1:
         return max(1, round(budget * available))
     if not math.isfinite(budget) or budget != int(budget) or budget < 1:
-        raise ConfigError(f"budget {budget:g} is neither a share between 0 and 1 nor a whole number of at least 1")
+        raise ConfigError(f"{what} {budget:g} is neither a share between 0 and 1 nor a whole number of at least 1")
     if budget > available:
         raise ConfigError(
-            f"budget {int(budget)} is larger than the pool: {available} examples can be chosen from; "
-            "lower the budget, or give a share such as 0.05"
+            f"{what} {int(budget)} is larger than the pool: {available} examples can be chosen from; "
+            f"lower the {what}, or give a share such as 0.05"
         )
     return int(budget)
 
 
-def select(scores: Scores, method: Selector | None = None, *, budget: float = 0.05) -> Selection:
+def kept_count(drop: float, available: int) -> int:
+    """How many are chosen where so many, or such a share, are left out.
+
+    Raises:
+        ConfigError: as `budget_count`, or nothing would be left.
+    """
+    left = available - budget_count(drop, available, what="drop")
+    if not left:
+        raise ConfigError(f"drop {drop:g} leaves nothing of {available} examples: drop fewer")
+    return left
+
+
+def check_drop(estimator: Estimator, method: Selector) -> None:
+    """Refuse to drop by scores that do not tell harm, or by another choice than the highest; chance is a control.
+
+    Raises:
+        ConfigError: saying by what rows can be dropped.
+    """
+    if estimator.by_chance or method.by_chance:
+        return
+    if not estimator.signed:
+        raise ConfigError(
+            f"drop leaves out the rows that do the most harm, and scores of {estimator.label} tell none: none of them "
+            "is below 0 for that reason. Use an estimator whose scores have a sign, such as MAGIC or LESS, or say how "
+            "many to choose (budget)"
+        )
+    if not isinstance(method, MostHelpful):
+        raise ConfigError(
+            f"drop keeps all but the lowest scores, and selection {method.kind} chooses otherwise: leave the selection "
+            "out, or say how many it is to choose (budget)"
+        )
+
+
+def select(
+    scores: Scores, method: Selector | None = None, *, budget: float | None = None, drop: float | None = None
+) -> Selection:
     """Choose examples.
 
     Args:
         scores: from `score`.
         method: `TopK()` by default, `FacilityLocation(trade_off=0.5)`, `TSDS()`, `GumbelTopK(seed=0)` for DSIR's
             scores, `JointGreedy()` for JI2S's, `Diverse()` for DEITA's, or `RandomChoice(seed=0)`.
-        budget: a number of examples, or a share of the scored pool below 1.
+        budget: a number of examples, or a share of the scored pool below 1; 0.05 by default.
+        drop: instead, how many not to choose: all but the lowest scores, by an estimator whose scores are `signed`.
 
     Raises:
-        ConfigError: a budget that cannot be met, a method that does not go with the scores', or one that needs
-            gradients for scores without a pool.
+        ConfigError: a budget that cannot be met, a method that does not go with the scores', one that needs gradients
+            for scores without a pool, or scores that rows cannot be dropped by.
         DataError: TSDS, and no target example has a gradient; or no example reaches the threshold.
     """
     method = method or TopK()
     method.check(scores.method, target=scores.target is not None or scores.pool is None)
-    count = budget_count(budget, len(scores.ids))
-    positions = chosen(method, _candidates(scores, method, count), count)
+    if drop is None:
+        count = budget_count(0.05 if budget is None else budget, len(scores.ids))
+    else:
+        if budget is not None:
+            raise ConfigError("budget and drop both say how many are chosen: give one of them")
+        check_drop(scores.method, method)
+        count = kept_count(drop, len(scores.ids))
+    candidates = _candidates(scores, method, count)
+    positions = chosen(method, candidates, count)
     ranks = scores.ranks()
     return Selection(
         ids=[scores.ids[p] for p in positions],
@@ -109,8 +182,16 @@ def select(scores: Scores, method: Selector | None = None, *, budget: float = 0.
         method=method,
         estimator=scores.method.label,
         budget=count,
+        errors=None if scores.errors is None else [float(scores.errors[p]) for p in positions],
+        dropped=None if drop is None else _dropped(scores, positions),
+        told=candidates.told,
         pool=scores.pool,
     )
+
+
+def _dropped(scores: Scores, positions: list[int]) -> Dropped:
+    left = np.delete(scores.aggregate, positions)
+    return Dropped(len(left), int((left < 0).sum()), int((left > 0).sum()))
 
 
 def _candidates(scores: Scores, method: Selector, budget: int) -> Candidates:
@@ -125,8 +206,9 @@ def _candidates(scores: Scores, method: Selector, budget: int) -> Candidates:
     more: dict[str, Any] = {"count": max(CANDIDATES, 2 * budget), "pool": pool, "source": scores}
     if pool is None and method.takes != "scores":
         named = method.kind.replace("_", " ")
-        raise ConfigError(f"{named} needs gradients, but these scores carry no pool: score with `score`")
-    if pool is None or method.takes in ("scores", "checkpoints"):
+        needs = "trains" if method.takes == "training" else "needs gradients"
+        raise ConfigError(f"{named} {needs}, but these scores carry no pool: score with `score`")
+    if pool is None or method.takes in ("scores", "checkpoints", "training"):
         return Candidates(torch.from_numpy(scores.aggregate), ids=scores.ids, **more)
     view, checkpoint, gradient = method.view_with(estimator), pool.checkpoints()[-1], None
     if method.takes == "rows":

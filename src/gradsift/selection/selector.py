@@ -9,8 +9,9 @@ from typing import Any, ClassVar, Literal
 from gradsift.base.checks import checked_budget
 from gradsift.base.errors import ConfigError, ShapeError
 from gradsift.base.settings import Settings
+from gradsift.context import Pool, Target
 from gradsift.gradients.rows import View
-from gradsift.influence.estimator import Estimator, source_of
+from gradsift.influence.estimator import Estimator, Passes, source_of
 from gradsift.selection.candidates import Candidates, Order, SimilarityKind
 
 Choices = dict[int, list[list[int]]]
@@ -29,7 +30,8 @@ class Selector(Settings):
 
     takes: what it reads beside ids and scores: nothing (`scores`); gradients of examples at the last checkpoint
         (`rows`), and that of the target, too (`target`); or those of the pool and of every target at each checkpoint
-        that the estimator reads (`checkpoints`), for which an output, with one gradient, is too little.
+        that the estimator reads (`checkpoints`), for which an output, with one gradient, is too little. One of
+        `training` is given pool and target, and trains on what it chooses.
     view: which of the pool's rows it reads; None: the estimator's, plain ones where that has none.
     nested: whether the choice of a smaller budget is the beginning of that of a larger one.
     last: whether it starts from what others choose of the same candidates, and so comes after them.
@@ -37,7 +39,7 @@ class Selector(Settings):
     text_model: the sentence-transformers model by which it compares the pool's texts, if it does.
     """
 
-    takes: ClassVar[Literal["scores", "rows", "target", "checkpoints"]] = "scores"
+    takes: ClassVar[Literal["scores", "rows", "target", "checkpoints", "training"]] = "scores"
     view: ClassVar[View | None] = None
     nested: ClassVar[bool] = False
     last: ClassVar[bool] = False
@@ -86,15 +88,24 @@ class Selector(Settings):
                 f"{self.kind} chooses by the targets' gradients at every checkpoint, and an explanation is of one "
                 "output: use another strategy, such as most_helpful or facility_location"
             )
-        if not target and self.takes in ("target", "checkpoints"):
+        if explaining and self.takes == "training":
             raise ConfigError(
-                f"{self.kind.replace('_', ' ')} needs gradients of the target, and there is none: give a target, or "
-                "choose otherwise"
+                f"{self.kind} trains on what it chooses, for a whole target: use another strategy to explain outputs, "
+                "such as most_helpful"
+            )
+        if not target and self.takes in ("target", "checkpoints", "training"):
+            needed = "a target" if self.takes == "training" else "gradients of the target"
+            raise ConfigError(
+                f"{self.kind.replace('_', ' ')} needs {needed}, and there is none: give a target, or choose otherwise"
             )
 
     def view_with(self, estimator: Estimator) -> View:
         """Which of the pool's rows it reads beside an estimator's scores."""
         return self.view or estimator.view or "plain"
+
+    def passes(self, pool: Pool, target: Target, estimator: Estimator, budget: int) -> list[Passes]:
+        """What it takes of the model beside stored rows, for `gradsift plan`; nothing is computed or written."""
+        return []
 
     def redrawn(self, ids: Sequence[str]) -> dict[str, Any] | None:
         """How the choice is made again of other scores of these rows: `least` and `bonus` of `reliability.Choice`.

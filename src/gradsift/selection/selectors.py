@@ -14,6 +14,7 @@ from gradsift.selection.divine import Divine
 from gradsift.selection.facility_location import FacilityLocation
 from gradsift.selection.gumbel import GumbelTopK
 from gradsift.selection.joint_greedy import JointGreedy
+from gradsift.selection.metagradient import MetagradientDescent
 from gradsift.selection.pursuit import RelevancePursuit
 from gradsift.selection.random import RandomChoice
 from gradsift.selection.selector import Selector
@@ -22,7 +23,7 @@ from gradsift.selection.transport import TSDS
 
 OWN: tuple[type[Selector], ...] = (
     TopK, MostHelpful, MostHarmful, MostInfluential, LeastInfluential, FacilityLocation, Divine, Aide, RelevancePursuit,
-    TSDS, JointGreedy, Diverse, GumbelTopK, RandomChoice,
+    TSDS, JointGreedy, MetagradientDescent, Diverse, GumbelTopK, RandomChoice,
 )  # fmt: skip
 GROUP = "gradsift.selectors"
 """The entry point group by which other packages add theirs."""

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from gradsift.data.shown import row_example
 from gradsift.influence.reliability import Over
-from gradsift.influence.shown import HIGHER
+from gradsift.influence.shown import HIGHER, score_texts
 from gradsift.report import text
 from gradsift.report.blocks import Block, Examples, Text
 from gradsift.selection.select import Selection
@@ -38,7 +38,8 @@ def chosen_examples(
         filter: what a search field finds.
     """
     assert chosen.pool is not None
-    tokens, values = learned_tokens(chosen), text.figures(chosen.scores[:most])
+    tokens = learned_tokens(chosen)
+    values = score_texts(chosen.scores[:most], None if chosen.errors is None else chosen.errors[:most])
     listed = []
     for n, (id_, value, rank) in enumerate(zip(chosen.ids, values, chosen.ranks, strict=False)):
         again = [(f"again with new {over}", text.share(shares[n])) for over, shares in (kept or {}).items()]
@@ -51,4 +52,14 @@ def selection_blocks(chosen: Selection) -> tuple[Block, ...]:
     """What was chosen of how many, and each example."""
     assert chosen.pool is not None
     said = f"chose {len(chosen):,} of {len(chosen.pool.data):,} examples. {HIGHER}"
-    return Text(said, head=f"{chosen.estimator}, {chosen.method.label}"), chosen_examples(chosen)
+    head = f"{chosen.estimator}, {chosen.method.label}"
+    return Text(said, head=head), *how_chosen(chosen), chosen_examples(chosen)
+
+
+def how_chosen(chosen: Selection) -> tuple[Block, ...]:
+    """What the selector tells of its choice, and what was left out where that is how the choice was asked for."""
+    if chosen.dropped is None:
+        return chosen.told
+    said = str(chosen.dropped)
+    caution = chosen.dropped.warning
+    return (Text(f"{said[0].upper()}{said[1:]}."), *([Text(f"{caution[0].upper()}{caution[1:]}.")] if caution else []))

@@ -74,11 +74,13 @@ def sample_reliability(
 
     None for other methods, and where the targets took turns.
 
+    Those that read no stored rows are among these: new samples would take new gradients there.
+
     Raises:
         ConfigError: fewer than 2 samples per prompt.
     """
     pool, target, method = scores.pool, scores.target, scores.method
-    if pool is None or not isinstance(target, PromptTarget) or not takes_reward(method):
+    if pool is None or not isinstance(target, PromptTarget) or not takes_reward(method) or method.view is None:
         return None
     if scores.aggregation == "round_robin":
         return None

@@ -70,6 +70,7 @@ REVISIONS = {
     "candidates": 1,
     "curvature": 2,
     "replays": 1,
+    "descents": 1,
     "outputs": 2,
     "explanations": 1,
     "validation": 2,

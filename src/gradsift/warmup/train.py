@@ -426,17 +426,12 @@ class _Adapters:
     def publish(self, epoch: int, network: Any, state: TrainingState, info: Mapping[str, Any]) -> None:
         """The adapter, the moments, and checkpoint.json."""
         import torch
-        from peft import get_peft_model_state_dict
         from safetensors.torch import save
 
         folder = f"{self._prefix}epoch-{epoch}/"
-        adapter = get_peft_model_state_dict(network, save_embedding_layers=False)
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.items()}
+        publish_adapter(self._run, folder, network)
         moments = moments_of(state) | {"step": torch.tensor(state.step)}
-        publish = self._run.storage.publish
-        publish(f"{folder}adapter_config.json", _adapter_config(network))
-        publish(f"{folder}adapter_model.safetensors", save(weights, metadata={"format": "pt"}))
-        publish(f"{folder}{ADAM_FILE}", save(moments))
+        self._run.storage.publish(f"{folder}{ADAM_FILE}", save(moments))
         files = self._run.checksums(folder, (*_ADAPTER_FILES, ADAM_FILE))
         publish_json(self._run.storage, f"{folder}{INFO_FILE}", {**info, "files": files}, sealed=True)
 
@@ -617,6 +612,17 @@ def split_state(tensors: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
         squares,
         step,
     )
+
+
+def publish_adapter(run: Run, folder: str, network: Any) -> None:
+    """A model's adapter as PEFT writes it, its weights last."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save
+
+    adapter = get_peft_model_state_dict(network, save_embedding_layers=False)
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.items()}
+    run.storage.publish(f"{folder}adapter_config.json", _adapter_config(network))
+    run.storage.publish(f"{folder}adapter_model.safetensors", save(weights, metadata={"format": "pt"}))
 
 
 def _adapter_config(model: Any) -> bytes:

@@ -1,0 +1,78 @@
+"""NICE through a whole training: MAGIC on the policy-gradient surrogate at its end."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradsift.base.errors import ConfigError
+from gradsift.context import Pool, Target
+from gradsift.influence.estimator import Influence, Targets
+from gradsift.influence.magic import MAGIC
+from gradsift.influence.nice import PolicyEstimator, PolicyTargets, signal_warnings
+from gradsift.influence.replay import Replay
+from gradsift.influence.smooth import Ending
+from gradsift.warmup.checkpoint import Checkpoint
+
+
+class NICEMAGIC(MAGIC, PolicyEstimator):
+    """How a reward after a whole fine-tuning changes with a row's weight: NICE's policy gradient, MAGIC's way back.
+
+    Responses are sampled at the end of MAGIC's training, θ_T, and rewarded. With both held, the training is gone back
+    through for the mean over prompts of F = −(1/M) Σ_m r_m log f(ŷ_m | x; θ_T), whose gradient is NICE's. Scores are
+    −∂F/∂w: higher = training on the row earns more. Prompts' gradients are not brought to one length, as NICE's are.
+    Beside the fields below it has those of MAGIC.
+
+    sampling, assistant, policy: as in `PolicyEstimator`; no server has the end of this training.
+    """
+
+    kind: Literal["nice_magic"] = "nice_magic"  # type: ignore[assignment]
+
+    def model_post_init(self, context: object) -> None:
+        """Refuse what does not go together."""
+        super().model_post_init(context)
+        if self.server is not None:
+            raise ConfigError(
+                "nice_magic samples at the end of a training of its own, which no server has: leave the server out, or "
+                "use nice"
+            )
+
+    @property
+    def label(self) -> str:
+        """What tables call it."""
+        parts = [part for part in (super().label.removeprefix("MAGIC").strip(" ()"), self.writer) if part]
+        samples, policy = self.drawing.samples, self.policy.label
+        parts += [f"M={samples}"] * (samples != type(self.drawing)().samples) + [policy] * bool(policy)
+        return f"NICE-MAGIC ({', '.join(parts)})" if parts else "NICE-MAGIC"
+
+    def influence(self, pool: Pool, target: Target | None) -> Influence:
+        """As MAGIC's, with what the responses earned."""
+        assert target is not None, self
+        targets = self.targets(pool, target)
+        found = self.gone_back(pool, target, targets)
+        return replace(
+            found,
+            warnings=(*signal_warnings(targets.summaries, self), *found.warnings),
+            live=targets.live,
+            rewards=tuple(targets.summaries),
+            identity=found.identity | {"targets": [targets.at(one).fingerprint for one in targets.checkpoints]},
+        )
+
+    def ends(self, pool: Pool, target: Target) -> list[Checkpoint | None]:
+        """Those of its trainings."""
+        overlap = {skip.id for skip in target.overlap}
+        return [self._replay(pool, overlap, pool.seed + number)[0].published for number in range(self.seeds)]
+
+    def _ending(self, source: Targets, replay: Replay, groups: NDArray[np.int64]) -> Ending:
+        assert isinstance(source, PolicyTargets), source
+        own = source.at(replay.checkpoint())
+        source.check()
+        return Ending(own, groups)
+
+    def _known_ending(self, source: Targets, replay: Replay, groups: NDArray[np.int64]) -> Ending | None:
+        assert isinstance(source, PolicyTargets), source
+        end = replay.published
+        return Ending(source.at(end), groups) if end is not None and source.there(end) else None

@@ -1,0 +1,136 @@
+"""A fine-tuning that is smooth enough to be gone back through, and the targets' losses at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceABC
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from gradsift.base.lazy import Tensor, torch
+from gradsift.base.settings import Settings
+from gradsift.context import Pool
+from gradsift.gradients.collect import SequenceSource
+from gradsift.influence.metagradient import Adam
+from gradsift.influence.replay import Network, Positions, Record, Replay
+from gradsift.store.manifest import fingerprint
+from gradsift.warmup.train import Training, effective_batch_size, epoch_order
+
+# Of a training's time, measured: a way back for one group of targets, and for each further one with it.
+FIRST_BACK, FURTHER_BACK = 2.7, 1.6
+
+
+class SmoothTraining(Settings):
+    """The training of `gradsift train` with the run's preset, made smooth: no dropout, a longer warm-up, ε_root.
+
+    epochs: of the training; None takes the preset's.
+    learning_rate: its peak; None takes the preset's. Lower where the training is not smooth.
+    warmup_ratio: share of the steps over which the rate rises from 0; the preset's where that is larger.
+    eps_root: under the root of Adam's second moment; far above it, Adam becomes momentum SGD.
+    memory: GiB of disk for the steps of a training; where they do not fit, they are taken again on the way back.
+    """
+
+    epochs: int | None = Field(default=None, ge=1)
+    learning_rate: float | None = Field(default=None, gt=0)
+    warmup_ratio: float = Field(default=0.2, ge=0, lt=1)
+    eps_root: float = Field(default=1e-10, ge=0)
+    memory: float = Field(default=16.0, gt=0)
+
+    def training(self, pool: Pool) -> Training:
+        """The run's preset, made smooth."""
+        ratio = max(pool.warmup.warmup_ratio, self.warmup_ratio)
+        return self.plain(pool).model_copy(update={"dropout": 0.0, "warmup_ratio": ratio})
+
+    def plain(self, pool: Pool) -> Training:
+        """The run's preset, with the epochs and the rate that were asked for."""
+        given = {"epochs": self.epochs, "learning_rate": self.learning_rate}
+        given = {name: value for name, value in given.items() if value is not None}
+        return Training.model_validate(pool.warmup.model_dump(include=set(Training.model_fields)) | given)
+
+    def replay(self, pool: Pool, ids: SequenceABC[str], beside: SequenceABC[str], *, seed: int, what: str) -> Replay:
+        """A training on some rows, sorted by their ids, while others ride along; nothing is trained yet."""
+        rows = pool.training
+        own, others = rows.positions(ids), rows.positions(beside)
+        record = recorded(self.training(pool), own, others, seed=seed, eps_root=self.eps_root)
+        return Replay(
+            pool.run, rows, record, model=pool.model, dtype=pool.dtype, device=pool.device,
+            budget=self.memory * 2**30, reporter=pool.reporter, what=what,
+        )  # fmt: skip
+
+
+def recorded(
+    training: Training, trained: SequenceABC[int], beside: SequenceABC[int], *, seed: int, eps_root: float
+) -> Record:
+    """The training that `gradsift train` would do, step by step.
+
+    Args:
+        training: without dropout.
+        trained: positions of the rows that it trains on, sorted by their ids.
+        beside: of those that ride along, each once an epoch.
+        seed: of the adapter and of every order.
+        eps_root: of Adam.
+    """
+    from gradsift.warmup.trainer import learning_rates
+
+    size = effective_batch_size(len(trained), training.batch_size)
+    rows, others = np.array(trained, dtype=np.int64), np.array(beside, dtype=np.int64)
+    batches: list[Positions] = []
+    riders: list[Positions] = []
+    for epoch in range(training.epochs):
+        order = rows[epoch_order(len(rows), seed, epoch)]
+        own = [order[start : start + size] for start in range(0, len(order), size)]
+        batches += own
+        riders += np.array_split(others[epoch_order(len(others), seed, epoch)], len(own))
+    optimizer = Adam(training.betas, training.eps, eps_root, training.weight_decay, training.max_grad_norm or None)
+    rates = tuple(learning_rates(training, len(batches)))
+    return Record(training, seed, optimizer, tuple(batches), rates, tuple(riders))
+
+
+class Ending:
+    """The targets' losses at the end of a training: a mean for each group.
+
+    Args:
+        source: of the targets' sequences.
+        groups: the number of each target's group, `[target]`, from 0.
+        rows: which of the targets alone count, ascending; all by default.
+    """
+
+    def __init__(
+        self, source: SequenceSource, groups: NDArray[np.int64], rows: NDArray[np.int64] | None = None
+    ) -> None:
+        rows = np.arange(len(source.ids)) if rows is None else rows
+        place = {int(row): number for number, row in enumerate(rows)}
+        every = source.sequences(0, len(source.ids))
+        self.sequences = [replace(one, row=place[one.row]) for one in every if one.row in place]
+        self.groups = groups[rows]
+        self.note = fingerprint([source.fingerprint, groups.tolist(), rows.tolist()])
+        self._counts = np.bincount(self.groups)
+
+    def gradients(self, network: Network, theta: Tensor) -> Tensor:
+        """Of the groups' means, `[group parameter]`."""
+        found = []
+        for group, count in enumerate(self._counts):
+            rows = {int(row): number for number, row in enumerate(np.flatnonzero(self.groups == group))}
+            own = [replace(one, row=rows[one.row]) for one in self.sequences if one.row in rows]
+            shares = torch.full((int(count),), 1.0 / int(count), dtype=torch.float64)
+            found.append(network.gradient(theta, own, shares)[0])
+        return torch.stack(found)
+
+    def loss(self, network: Network, theta: Tensor) -> float:
+        """The mean over groups of their means, nats."""
+        return self.mean(network.losses(theta, self.sequences, len(self.groups)))
+
+    def mean(self, losses: Tensor) -> float:
+        """The same of the targets' losses `[target]`."""
+        return float((np.bincount(self.groups, weights=losses.numpy()) / self._counts).mean())
+
+
+def groups_of(count: int, subtasks: SequenceABC[str] | None, per: str = "subtask") -> NDArray[np.int64]:
+    """The group of each target, from 0: its own, that of its subtask, or the same for all."""
+    if per == "target":
+        return np.arange(count)
+    if subtasks is None:
+        return np.zeros(count, dtype=np.int64)
+    return np.unique(np.array(subtasks), return_inverse=True)[1].astype(np.int64)

@@ -1,0 +1,259 @@
+"""Metagradient descent: a choice that is trained on, and made better by what its training tells of every row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import cache, partial
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from gradsift.base.lazy import Tensor
+from gradsift.context import Pool, Target
+from gradsift.influence.estimator import Estimator, Passes, TargetsByCheckpoint
+from gradsift.influence.magic import MAGIC
+from gradsift.influence.replay import Network, Replay
+from gradsift.influence.smooth import FIRST_BACK, Ending, SmoothTraining, groups_of
+from gradsift.report import text
+from gradsift.report.blocks import Block, Cell, Column, Row, Table
+from gradsift.selection.candidates import Candidates
+from gradsift.selection.selector import Selector
+from gradsift.store.manifest import fingerprint
+from gradsift.store.run import revisions
+from gradsift.warmup.train import effective_batch_size
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round of the descent.
+
+    chosen:    positions of the rows that it trained on
+    loss:      of the targets that were gone back from, at the end of the training, nats
+    held_out:  of those that were not
+    exchanged: rows that are not those of the round before
+    """
+
+    chosen: tuple[int, ...]
+    loss: float
+    held_out: float
+    exchanged: int
+
+
+class MetagradientDescent(SmoothTraining, Selector):
+    """Trains on a choice and exchanges its worst rows for the best others, again and again (Engstrom et al. 2025).
+
+    The first choice is the highest of the estimator's scores; `--estimator random` draws it. Each round takes the
+    training of MAGIC on the rows that are chosen, with all others riding along, and goes back through it once: how the
+    mean over subtasks of the targets' loss changes with the weight of every row. A share of the chosen then gives way
+    to as many others, as far as those are worth more. The round whose loss on held-out targets is lowest is kept.
+    Scores say where it begins, and nothing more. Of a round's training its losses and worths are kept, and its steps
+    until these are found. Beside the fields below it has those of `SmoothTraining`.
+
+    rounds: trainings, the first choice's among them.
+    exchange: share of the budget that a round exchanges at most.
+    held_out: share of each subtask's targets that only measure; a subtask of too few is measured by its own.
+    """
+
+    takes: ClassVar[Literal["scores", "rows", "target", "checkpoints", "training"]] = "training"
+
+    kind: Literal["metagradient"] = "metagradient"
+    rounds: int = Field(default=5, ge=1)
+    exchange: float = Field(default=0.2, gt=0, le=1)
+    held_out: float = Field(default=0.25, ge=0, lt=1)
+
+    @property
+    def label(self) -> str:
+        """What tables call it."""
+        own = [f"{name} {value:g}" for name, value in (("lr", self.learning_rate), ("epochs", self.epochs)) if value]
+        return f"metagradient descent ({', '.join([f'{self.rounds} rounds', *own])})"
+
+    def choose(self, candidates: Candidates, budget: int) -> list[int]:
+        """The best round's, in the order of the scores that it was made by."""
+        rounds = self.descend(candidates, budget)
+        candidates.told = _told(rounds)
+        return list(best_of(rounds).chosen)
+
+    def descend(self, candidates: Candidates, budget: int) -> list[Round]:
+        """Every round; what it trains and finds is kept in the run folder, step by step.
+
+        Raises:
+            ConfigError: the target has no labels.
+        """
+        _, pool, target = candidates.whole()
+        steering, measuring = self._endings(pool, target)
+        chosen, rounds, fresh = candidates.first("most_helpful", budget), list[Round](), 0
+        seen = {frozenset(chosen)}
+        if effective_batch_size(budget, self.training(pool).batch_size) == 1:
+            pool.reporter.warn(
+                f"metagradient descent: a choice of {budget} rows is trained on one by one, and a gradient that is "
+                "clipped, or Adam's, hardly changes with the weight of the only row in it: choose at least 15"
+            )
+        while True:
+            number = len(rounds) + 1
+            further = number < self.rounds and len(chosen) < len(candidates.available)
+            losses, worth = self._trained(candidates, chosen, number, steering, measuring, further=further)
+            rounds.append(Round(tuple(chosen), *losses, fresh))
+            pool.reporter.say(
+                f"metagradient descent, round {number} of {self.rounds}: held-out loss {losses[1]:.4f} nats after "
+                f"{fresh} rows were exchanged"
+            )
+            if worth is None:
+                break
+            before = frozenset(chosen)
+            chosen = exchanged(chosen, worth, max(1, round(self.exchange * budget)), candidates.available.tolist())
+            if frozenset(chosen) in seen:  # no other row is worth more, or it would go round
+                break
+            seen.add(frozenset(chosen))
+            fresh = len(set(chosen) - before)
+        config = self._descent(candidates, budget)
+        kept = [{**asdict(one), "chosen": [candidates.ids[place] for place in one.chosen]} for one in rounds]
+        pool.run.complete(pool.run.prefix("descents", config), "descents", config, rounds=kept)
+        return rounds
+
+    def passes(self, pool: Pool, target: Target, estimator: Estimator, budget: int) -> list[Passes]:
+        """Its trainings and the ways back between them, of rows of the pool's mean length."""
+        config = self._config(pool, target, estimator, budget)
+        manifests = map(pool.run.manifest, pool.run.artifacts("descents"))
+        done = any(one is not None and config.items() <= one["config"].items() for one in manifests)
+        epochs, each = self.training(pool).epochs, float(pool.data.lengths.mean())
+        own, beside = epochs * budget, epochs * (len(pool.data) - len(target.overlap) - budget)
+        measured = self.rounds * len(target.data)
+        taken = (self.rounds - 1) * (FIRST_BACK * own + beside) * each
+        return [
+            Passes("descent's trainings", self.rounds * own, self.rounds * own * each, done),
+            Passes("descent's ways back", (self.rounds - 1) * (own + beside), taken, done),
+            Passes("descent's losses", measured, measured * float(target.data.lengths.mean()), done, forward=True),
+        ]
+
+    def _config(self, pool: Pool, target: Target, estimator: Estimator, budget: int) -> dict[str, Any]:
+        """What decides a descent beside the scores that it starts from."""
+        return {
+            "selection": self.model_dump(mode="json"),
+            "training": self.training(pool).model_dump(mode="json"),
+            "estimator": estimator.model_dump(mode="json"),
+            "pool": pool.data.fingerprint,
+            "target": target.data.fingerprint,
+            "subtasks": list(target.subtasks or ()),
+            "budget": budget,
+            "dtype": pool.dtype,
+            "seed": pool.seed,
+            **revisions("replays"),
+        }
+
+    def _descent(self, candidates: Candidates, budget: int) -> dict[str, Any]:
+        """What decides one."""
+        scores, pool, target = candidates.whole()
+        return self._config(pool, target, scores.method, budget) | {"scores": scores.fingerprint}
+
+    def _endings(self, pool: Pool, target: Target) -> tuple[Ending, Ending]:
+        """The targets that are gone back from, and those that measure."""
+        source = MAGIC().targets(pool, target)
+        assert not isinstance(source, TargetsByCheckpoint), source
+        groups = groups_of(len(source.ids), target.subtasks)
+        draw = np.random.default_rng((pool.seed, len(groups)))
+        steering, measuring = list[int](), list[int]()
+        for group in range(int(groups.max()) + 1):
+            members = draw.permutation(np.flatnonzero(groups == group)).tolist()
+            apart = int(self.held_out * len(members))
+            steering += members[apart:]
+            measuring += members[:apart] or members
+        return Ending(source, groups, np.sort(steering)), Ending(source, groups, np.sort(measuring))
+
+    def _trained(
+        self,
+        candidates: Candidates,
+        chosen: list[int],
+        number: int,
+        steering: Ending,
+        measuring: Ending,
+        *,
+        further: bool,
+    ) -> tuple[tuple[float, float], NDArray[np.float64] | None]:
+        """Both losses at the end of a training on a choice, and what every row is worth to the first if it goes on."""
+        _, pool, _ = candidates.whole()
+        inside = set(chosen)
+        own = sorted(candidates.ids[place] for place in chosen)
+        beside = [candidates.ids[place] for place in candidates.available.tolist() if place not in inside]
+        what = f"round {number} of {self.rounds}"
+        replay = self.replay(pool, own, beside, seed=pool.seed, what=what)
+        asked = fingerprint([steering.note, "mean over groups"])
+        others = pool.run.manifest(replay.prefix) is not None  # a training that is there already is not this descent's
+        with ExitStack() as stack:
+            opened = cache(lambda: stack.enter_context(replay.network()))
+            ways = [partial(_loss_of, replay, opened, ending) for ending in (steering, measuring)]
+            losses = replay.losses(fingerprint([steering.note, measuring.note]), what).of("losses", ways)
+            found = replay.returned(asked) if further else None
+            if further and found is None:
+                found = replay.back(opened(), asked, partial(_mean_gradient, steering, opened()))
+        if not others:
+            replay.forget()
+        worth = None if found is None else -found.change[0, pool.training.positions(candidates.ids)]
+        return (losses[0], losses[1]), worth
+
+
+def exchanged(chosen: Sequence[int], worth: NDArray[np.float64], most: int, among: Iterable[int]) -> list[int]:
+    """A choice whose worst rows have given way to the best others, as far as those are worth more.
+
+    Args:
+        chosen: positions of rows.
+        worth: of every row, `[row]`, higher = training on it helps more.
+        most: how many are exchanged at most.
+        among: positions of all rows that can be chosen.
+
+    Returns:
+        As many positions, best first, equal ones by position.
+
+    Example:
+        >>> exchanged([0, 1, 2], np.array([0.3, -1.0, 0.1, 0.2, 0.0]), 2, range(5))
+        [0, 3, 2]
+    """
+    inside = set(chosen)
+    worst = sorted(chosen, key=lambda place: (worth[place], -place))[:most]
+    best = sorted((place for place in among if place not in inside), key=lambda place: (-worth[place], place))[:most]
+    for gone, new in zip(worst, best, strict=False):
+        if worth[new] > worth[gone]:
+            inside = inside - {gone} | {new}
+    return sorted(inside, key=lambda place: (-worth[place], place))
+
+
+def best_of(rounds: Sequence[Round]) -> Round:
+    """The first of those with the lowest loss on held-out targets."""
+    return min(rounds, key=lambda one: one.held_out)
+
+
+def _loss_of(replay: Replay, opened: Callable[[], Network], ending: Ending) -> float:
+    return ending.loss(opened(), replay.end(opened()))
+
+
+def _mean_gradient(ending: Ending, network: Network, theta: Tensor) -> Tensor:
+    return ending.gradients(network, theta).mean(dim=0, keepdim=True)
+
+
+def _told(rounds: Sequence[Round]) -> tuple[Block, ...]:
+    """What pages show of a descent."""
+    best = best_of(rounds)
+    written = zip(
+        text.figures([one.loss for one in rounds]), text.figures([one.held_out for one in rounds]), strict=True
+    )
+    rows = [
+        Row(
+            (
+                str(number),
+                str(one.exchanged),
+                loss,
+                Cell(held_out, "kept", "best", tone="best") if one is best else held_out,
+            )
+        )
+        for number, (one, (loss, held_out)) in enumerate(zip(rounds, written, strict=True), 1)
+    ]
+    heads = (
+        Column("round", numeric=True),
+        Column("exchanged", "rows", numeric=True),
+        Column("loss of targets", "nats, those it goes back from", numeric=True),
+        Column("held-out loss", "nats, lower is better", numeric=True),
+    )
+    return (Table(heads, tuple(rows), "Rounds of metagradient descent"),)

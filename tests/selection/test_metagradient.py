@@ -1,0 +1,202 @@
+"""Metagradient descent: what it exchanges, what it keeps, and that an interruption changes nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import gradsift as gs
+from gradsift.base.errors import ConfigError
+from gradsift.evaluation.arms import Contender
+from gradsift.influence import replay as replays
+from gradsift.report.blocks import Table
+from gradsift.selection import metagradient
+from gradsift.selection.candidates import Candidates
+from gradsift.selection.metagradient import MetagradientDescent, best_of, exchanged
+from gradsift.selection.select import _candidates
+from gradsift.warmup.train import Warmup
+from tiny_world import ANIMALS, COLOURS, World, pool_rows, target_rows
+
+SMALL = Warmup(epochs=2, rank=2, alpha=8, learning_rate=1e-2, batch_size=4, dropout=0.1, max_grad_norm=8)
+BUDGET = 16
+METHOD = MetagradientDescent(rounds=3, exchange=0.5, eps_root=1e-8)
+
+
+class Upside(gs.Estimator):
+    """Planted rows first, so that a descent begins with the worst."""
+
+    kind: Literal["upside"] = "upside"
+
+    @property
+    def label(self) -> str:
+        return "upside"
+
+    def influence(self, pool: gs.Pool, target: gs.Target | None) -> gs.Influence:
+        return gs.Influence(pool.data.ids, whole=np.array([float(id_.startswith("bad")) for id_ in pool.data.ids]))
+
+
+def planted_rows() -> list[dict[str, Any]]:
+    """Right answers about colours, and as many to the same questions that say something else."""
+    rows = []
+    for number in range(BUDGET):
+        question = f"what colour is the {ANIMALS[number % 8]} {number}"
+        for name, answer in (("good", f"the {ANIMALS[number % 8]} is {COLOURS[number % 8]}"), ("bad", "owl owl bee")):
+            rows.append({"id": f"{name}{number}", "prompt": question, "completion": answer})
+    return rows
+
+
+def opened(tiny: World, out: Path, **options: Any) -> tuple[gs.Pool, gs.Target]:
+    given = {"max_length": 64, "device": "cpu", "warmup": SMALL} | options
+    pool = gs.open_pool(planted_rows(), model=tiny.model, out=str(out), **given)
+    return pool, gs.open_target(target_rows(8), pool)
+
+
+def candidates_of(pool: gs.Pool, target: gs.Target) -> Candidates:
+    return _candidates(gs.score(pool, target, Upside()), METHOD, BUDGET)
+
+
+@given(st.lists(st.integers(-3, 3), min_size=2, max_size=9), st.data())
+def test_the_worst_give_way_to_the_best(worth: list[int], data: st.DataObject) -> None:
+    """So many rows stay chosen; no more are exchanged than may be; each that goes is worth less than each that comes,
+    and where more might be exchanged, no row outside is worth more than one inside."""
+    rows = list(range(len(worth)))
+    chosen = data.draw(st.lists(st.sampled_from(rows), unique=True, min_size=1, max_size=len(rows)))
+    most = data.draw(st.integers(1, len(rows)))
+    values = np.array(worth, dtype=float)
+    found = exchanged(chosen, values, most, rows)
+    came, gone = set(found) - set(chosen), set(chosen) - set(found)
+    assert len(found) == len(set(found)) == len(chosen)
+    assert len(came) == len(gone) <= most
+    assert not came or values[list(came)].min() > values[list(gone)].max()
+    assert sum(values[found]) >= sum(values[chosen])
+    assert [*values[found]] == sorted(values[found], reverse=True)
+    if len(came) < most and set(found) != set(rows):
+        assert values[found].min() >= values[sorted(set(rows) - set(found))].max()
+
+
+@pytest.fixture(scope="module")
+def done(tiny: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[gs.Selection, list[Any], Path]:
+    """An undisturbed descent from the planted rows, its rounds, and where it is kept."""
+    folder = tmp_path_factory.mktemp("descent") / "run"
+    pool, target = opened(tiny, folder)
+    chosen = gs.select(gs.score(pool, target, Upside()), METHOD, budget=BUDGET)
+    return chosen, METHOD.descend(candidates_of(pool, target), BUDGET), folder
+
+
+def test_planted_rows_are_exchanged_out(done: tuple[gs.Selection, list[Any], Path]) -> None:
+    """From a choice of nothing but harmful rows it comes to one that is better on held-out targets."""
+    chosen, rounds, _ = done
+    assert len(chosen) == BUDGET
+    assert best_of(rounds).held_out < rounds[0].held_out
+    assert sum(id_.startswith("bad") for id_ in chosen.ids) <= 2
+    assert [one.exchanged for one in rounds] == [0, 8, *(one.exchanged for one in rounds[2:])]
+    (table,) = (block for block in chosen.blocks() if isinstance(block, Table))
+    assert len(table.rows) == len(rounds)
+
+
+def test_what_rows_are_worth(tiny: World, tmp_path: Path) -> None:
+    """Of a chosen row minus the derivative, by its weight, of the mean over subtasks of the targets' loss that the
+    descent goes back from, by retraining; held-out targets are others."""
+    pool, target = opened(tiny, tmp_path / "run", dtype="float64")
+    target = gs.open_target(target_rows(8), pool, subtask="task")
+    candidates = candidates_of(pool, target)
+    steering, measuring = METHOD._endings(pool, target)
+    assert sorted([len(steering.groups), len(measuring.groups)]) == [2, 6]
+    chosen = candidates.first("most_helpful", BUDGET)
+    losses, worth = METHOD._trained(candidates, chosen, 1, steering, measuring, further=True)
+    ids = sorted(candidates.ids[place] for place in chosen)
+    others = [id_ for id_ in candidates.ids if id_ not in ids]
+    replay = METHOD.replay(pool, ids, others, seed=pool.seed, what="again")
+    with replay.network() as network:
+        assert losses[1] == measuring.loss(network, replay.end(network))
+        expected = []
+        for id_ in ids[:8]:
+            ends = []
+            for side in (1, -1):
+                weights = torch.ones(len(pool.training), dtype=torch.float64)
+                weights[pool.training.position(id_)] += side * 1e-2
+                ends.append(steering.loss(network, replay.end_with(network, weights)))
+            expected.append(-(ends[0] - ends[1]) / 2e-2)
+    found = worth[[candidates.ids.index(id_) for id_ in ids[:8]]]
+    assert np.abs(found).max() > 1e-2
+    np.testing.assert_allclose(found, expected, rtol=1e-2, atol=6e-4)
+    assert all(worth[candidates.ids.index(id_)] for id_ in others)
+
+
+@pytest.mark.parametrize("stop", [30, 60])
+def test_interrupted(
+    tiny: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int, done: tuple[gs.Selection, list[Any], Path]
+) -> None:
+    """Killed anywhere, it goes on from what was kept and comes to the same rounds; then no model is loaded again."""
+    pool, target = opened(tiny, tmp_path / "run")
+    monkeypatch.setattr(replays, "_SAVE_SECONDS", 0.0)
+    count, publish = 0, replays.Replay._publish
+
+    def counted(self: Any, key: str, tensors: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == stop:
+            raise KeyboardInterrupt
+        publish(self, key, tensors)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(replays.Replay, "_publish", counted)
+        with pytest.raises(KeyboardInterrupt):
+            gs.select(gs.score(pool, target, Upside()), METHOD, budget=BUDGET)
+    assert METHOD.descend(candidates_of(pool, target), BUDGET) == done[1]
+    monkeypatch.setattr(replays.Replay, "network", None)
+    again = gs.select(gs.score(pool, target, Upside()), METHOD, budget=BUDGET)
+    assert again.ids == done[0].ids
+
+
+def test_more_rounds_go_on(tiny: World, tmp_path: Path, done: tuple[gs.Selection, list[Any], Path]) -> None:
+    """Asked for more rounds, it has the first ones from what it kept; a training that was there before stays there."""
+    pool, target = opened(tiny, tmp_path / "run")
+    candidates = candidates_of(pool, target)
+    METHOD.model_copy(update={"rounds": 2}).descend(candidates, BUDGET)
+    assert METHOD.descend(candidates, BUDGET) == done[1]
+    assert not pool.run.artifacts("replays"), "of rounds that are done only what was found is left"
+    assert not [key for key in pool.run.storage.list("replays/") if "/step-" in key or "/state-" in key]
+    gs.score(pool, target, gs.MAGIC())
+    kept = pool.run.artifacts("replays")
+    METHOD.model_copy(update={"rounds": 1, "eps_root": 1e-10}).descend(candidates, 2 * BUDGET)
+    assert pool.run.artifacts("replays") == kept
+
+
+def test_where_there_is_nothing_to_exchange(tiny: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A choice of everything is trained on once; one that no exchange betters is not trained on again."""
+    pool, target = opened(tiny, tmp_path / "run")
+    everything = gs.select(gs.score(pool, target, Upside()), METHOD, budget=2 * BUDGET)
+    assert sorted(everything.ids) == sorted(pool.data.ids)
+    assert len([key for key in pool.run.storage.list("replays/") if "losses-" in key]) == 1
+    monkeypatch.setattr(metagradient, "exchanged", lambda chosen, *_: chosen)
+    assert len(METHOD.descend(candidates_of(pool, target), BUDGET)) == 1
+
+
+def test_what_does_not_go_together(tiny: World, tmp_path: Path) -> None:
+    """Without a target, to explain an output, or beside scores of chance, which make its choice no control."""
+    with pytest.raises(ConfigError, match="metagradient needs a target, and there is none"):
+        METHOD.check(gs.Random(), target=False)
+    with pytest.raises(ConfigError, match="metagradient trains on what it chooses"):
+        METHOD.check(gs.LESS(), explaining=True)
+    assert not Contender("descent", gs.Random(), METHOD).chance
+    assert Contender("random", gs.Random(), gs.TopK()).chance
+
+
+def test_on_the_command_line(tiny: World, tmp_path: Path) -> None:
+    """From a random choice; the page shows the rounds, the plan prices them before and has them done after."""
+    given = ("--estimator", "random", "--selection", "metagradient", "--set", "selection.rounds=2", "--budget", "4")
+    planned = tiny("plan", tmp_path / "run", *given, "--json").succeeded().json["stages"]
+    assert planned["descent's trainings"]["rows"] == 2 * 2 * 4
+    assert planned["descent's ways back"]["rows"] == 2 * len(pool_rows())
+    shown = tiny("select", tmp_path / "run", *given).succeeded().out
+    assert "Rounds of metagradient descent" in shown
+    assert "Rounds of metagradient descent" in (tmp_path / "run" / "report.html").read_text()
+    again = tiny("plan", tmp_path / "run", *given, "--json").succeeded().json["stages"]
+    assert all(stage["done"] for stage in again.values())

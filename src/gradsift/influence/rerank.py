@@ -26,7 +26,8 @@ from gradsift.store.run import revisions
 from gradsift.warmup.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
-    AnyFirst = AnyThen = Estimator
+    AnyFirst = Estimator
+    AnyThen = Estimator
 
 
 class Rerank(Estimator):
@@ -137,7 +138,7 @@ class Rerank(Estimator):
         prefix = pool.run.prefix("candidates", self._config(pool, target)) if known else None
         ids = None
         if prefix is not None and pool.run.manifest(prefix) is not None:
-            ids = json.loads(pool.run.storage.read(f"{prefix}ids.json"))
+            ids = json.loads(pool.run.storage.read(f"{prefix}ids.json"))["ids"]
         exact, count = self._exact(pool, ids), min(self.candidates, len(pool.data) - len(target.overlap))
         tokens = float(pool.data.lengths.mean()) * count if ids is None else float(exact.data.lengths.sum())
         source: Any = self.then.targets(pool, target)
@@ -180,7 +181,7 @@ class Rerank(Estimator):
         config = self._config(pool, target)
         prefix = pool.run.prefix("candidates", config)
         if pool.run.intact(prefix) is None:
-            pool.run.publish_json(f"{prefix}ids.json", list(ids))
+            pool.run.publish_json(f"{prefix}ids.json", {"ids": list(ids)})
             pool.run.complete(prefix, "candidates", config, files=["ids.json"])
 
 

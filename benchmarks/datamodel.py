@@ -45,6 +45,7 @@ from torch import Tensor
 
 from gradsift import (
     BM25,
+    EKFAC,
     JI2S,
     LESS,
     MAGIC,
@@ -76,8 +77,8 @@ from gradsift.base.ranks import paired_rank_correlations
 from gradsift.gradients.capture import LORA, find_modules
 from gradsift.gradients.hessian import curvature_product
 from gradsift.influence.estimator import Estimator, rate_weights
-from gradsift.influence.magic import recorded
 from gradsift.influence.replay import Replay
+from gradsift.influence.smooth import recorded
 from gradsift.model.loss import token_mean
 from gradsift.model.models import host
 from gradsift.rewards.matching import Exact
@@ -128,6 +129,9 @@ PER_TARGET: tuple[Estimator, ...] = (
         for kernel, damping in product(("segments", "whole"), ("auto", "spectral"))
     ),
     TRAK(kernel="whole", damping="spectral", checkpoints="last"),
+    EKFAC(checkpoints="last"),
+    EKFAC(checkpoints="all"),
+    EKFAC(checkpoints="all", damping="auto"),
     RDSPlus(),
     RepSim(),
     BM25(),

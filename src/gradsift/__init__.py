@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from gradsift.influence.deita import DEITA
     from gradsift.influence.diagnostics import PolicyDiagnostics, diagnose
     from gradsift.influence.dsir import DSIR
+    from gradsift.influence.ekfac import EKFAC
     from gradsift.influence.estimator import Estimator, Influence
     from gradsift.influence.ji2s import JI2S
     from gradsift.influence.less import LESS
@@ -130,6 +131,7 @@ _WHERE = {
     "gradsift.influence.nice_magic": ("NICEMAGIC",),
     "gradsift.influence.prompts": ("PromptTarget", "open_prompts"),
     "gradsift.influence.datainf": ("DataInf", "ProjectedInverse"),
+    "gradsift.influence.ekfac": ("EKFAC",),
     "gradsift.influence.ji2s": ("JI2S",),
     "gradsift.influence.estimator": ("Estimator", "Influence"),
     "gradsift.influence.less": ("LESS",),
@@ -182,8 +184,8 @@ __all__ = [  # noqa: RUF022  # kept in the order of the flow
     "Warmup", "Training", "warm_up", "train", "Checkpoint", "open_checkpoint",
     "Gradients", "Adam", "Projection", "collect", "GradientStore", "MeasuredError", "Run",
     "score", "Scores", "Estimator", "Influence",
-    "LESS", "DataInf", "ProjectedInverse", "TRAK", "JI2S", "MAGIC", "BM25", "RDS", "RDSPlus", "RepSim", "DSIR",
-    "Rerank", "Random", "AlpaGasus", "DEITA",
+    "LESS", "DataInf", "ProjectedInverse", "TRAK", "EKFAC", "JI2S", "MAGIC", "BM25", "RDS", "RDSPlus", "RepSim",
+    "DSIR", "Rerank", "Random", "AlpaGasus", "DEITA",
     "JudgeRating", "FunctionRating", "LengthRating", "PerplexityRating", "DifficultyRating",
     "NICE", "NICEIF", "NICEMAGIC", "open_prompts", "PromptTarget", "Sampling", "Assistant", "Endpoint",
     "PolicyGradient", "diagnose", "PolicyDiagnostics", "select", "Selection", "Selector", "Candidates", "TopK",

@@ -291,7 +291,7 @@ def test_the_whole_inverse_of_some_rows(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(datainf, "_MOST_MOMENT_ROWS", 15)
     store, first = write_store(tmp_path / "a", rows), write_store(tmp_path / "c", rows[:15])
     found = whole_inverse_directions(store, targets, "spectral")
-    chosen = sorted(store.ids, key=datainf._drawn)[:15]
+    chosen = datainf.drawn(store.ids, 15)
     some = write_store(tmp_path / "b", rows[store.positions(chosen)])
     torch.testing.assert_close(found, whole_inverse_directions(some, targets, "spectral"))
     assert not torch.allclose(found, whole_inverse_directions(first, targets, "spectral"))

@@ -1,7 +1,8 @@
-"""Influence of kronfluence without curvature on a tiny model; run where it is installed.
+"""Influence of kronfluence on a tiny model, without curvature and with EK-FAC; run where it is installed.
 
 Its strategy `identity` is the inner product of each training row's loss gradient with each query's, over the LoRA
-linears.
+linears. `ekfac` is fitted on the training rows with their own labels, and damped by a tenth of each module's mean
+eigenvalue.
 """
 
 from __future__ import annotations
@@ -59,14 +60,33 @@ def main() -> None:
         analyzer = Analyzer("tiny", model, task, cpu=True, output_dir=folder, disable_tqdm=True)
         pool, queries = Rows(POOL, seed=1), Rows(QUERIES, seed=41)
         analyzer.fit_all_factors("none", pool, per_device_batch_size=1, factor_args=FactorArguments("identity"))
-        arguments = ScoreArguments(per_sample_gradient_dtype=double, precondition_dtype=double, score_dtype=double)
+        arguments = ScoreArguments(
+            damping_factor=None, per_sample_gradient_dtype=double, precondition_dtype=double, score_dtype=double
+        )  # fmt: skip
         analyzer.compute_pairwise_scores(
             "products", "none", queries, pool, per_device_query_batch_size=1, per_device_train_batch_size=1,
             score_args=arguments,
         )  # fmt: skip
         scores = analyzer.load_pairwise_scores("products")["all_modules"]
+        fitted = FactorArguments(
+            "ekfac", use_empirical_fisher=True, activation_covariance_dtype=double, gradient_covariance_dtype=double,
+            per_sample_gradient_dtype=double, lambda_dtype=double,
+        )  # fmt: skip
+        analyzer.fit_all_factors("ekfac", pool, per_device_batch_size=1, factor_args=fitted)
+        analyzer.compute_pairwise_scores(
+            "inverse", "ekfac", queries, pool, per_device_query_batch_size=1, per_device_train_batch_size=1,
+            score_args=arguments,
+        )  # fmt: skip
+        inverse = analyzer.load_pairwise_scores("inverse")["all_modules"]
     record(
-        {"pool": POOL, "pool_seed": 1, "target": QUERIES, "target_seed": 41, "scores": rounded(scores)},
+        {
+            "pool": POOL,
+            "pool_seed": 1,
+            "target": QUERIES,
+            "target_seed": 41,
+            "scores": rounded(scores),
+            "ekfac": rounded(inverse),
+        },
         packages=("kronfluence", "torch", "transformers", "peft"),
     )
 

@@ -21,7 +21,7 @@ from gradsift.base.lazy import Tensor, nn, torch
 from gradsift.base.types import Sequence
 from gradsift.gradients.checkpointing import checkpointed_layers
 from gradsift.gradients.folding import Captured, Fold, find_folds, folded_in
-from gradsift.model.loss import PaddedBatch, head_at, pad
+from gradsift.model.loss import Labels, PaddedBatch, head_at, pad
 from gradsift.model.models import input_device, parameter_name
 
 LORA = "lora"
@@ -234,7 +234,11 @@ class Capture:
                 self._latest = None
 
     def run(
-        self, sequences: SequenceABC[Sequence], consume: Consume, consume_factors: ConsumeFactors | None = None
+        self,
+        sequences: SequenceABC[Sequence],
+        consume: Consume,
+        consume_factors: ConsumeFactors | None = None,
+        labels: Labels | None = None,
     ) -> Tensor:
         """Forward and backward of one batch.
 
@@ -243,6 +247,7 @@ class Capture:
             consume: called once per module, as soon as the backward pass allows, with its gradients
                 `[sequence out in]` in float32 (float64 for a float64 model), which it may overwrite.
             consume_factors: where given, gets activations and output gradients instead for a module that ran once.
+            labels: where given, chooses the labels of which the loss is taken.
 
         Returns:
             The weighted losses Σ_t w_t·NLL_t `[sequence]`, float64.
@@ -252,7 +257,7 @@ class Capture:
         try:
             with torch.enable_grad():
                 with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-                    nll = self._head.nll(batch, summed=True)
+                    nll = self._head.nll(batch, summed=True, labels=labels)
                 running.backward = True
                 nll.sum().backward()
             self._consume_rest(running)

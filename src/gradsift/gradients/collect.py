@@ -27,11 +27,11 @@ from gradsift.gradients.background import to_host, write, writing_in_background
 from gradsift.gradients.batching import automatic_lanes, automatic_token_budget, measured_token_budget, repeated
 from gradsift.gradients.capture import LORA, Modules, find_modules
 from gradsift.gradients.exact import ExactProducts, Side
-from gradsift.gradients.projection import Projection, Projector, plan_segments
+from gradsift.gradients.projection import Projection, Projector, projector_of
 from gradsift.gradients.rows import RowSettings, ShardPart, ShardRows, View, gradient_rows
 from gradsift.gradients.self_check import kept_check
 from gradsift.model.adapters import refuse_untrained
-from gradsift.model.models import DtypeName, host, input_device, model_identity
+from gradsift.model.models import DtypeName, host, model_identity
 from gradsift.store.gradient_store import GradientStore, GradientStoreWriter, RowDtype, ShardColumns
 from gradsift.store.manifest import fingerprint
 from gradsift.store.precision import ExactRows
@@ -532,13 +532,7 @@ class _Engine:
         return network
 
     def _projecting(self, projection: Projection) -> Projector:
-        parameter = next(self._network.parameters())
-        return Projector(
-            plan_segments({c.name: c.shape for c in self.modules.captured}, projection),
-            projection,
-            device=input_device(self._network),
-            dtype=torch.float64 if parameter.dtype == torch.float64 else torch.float32,
-        )
+        return projector_of(self._network, self.modules.captured, projection)
 
     @cached_property
     def by_module(self) -> Projector:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +18,8 @@ import numpy as np
 from gradsift.base.errors import ConfigError, ShapeError
 from gradsift.base.lazy import Tensor, torch
 from gradsift.base.settings import Seed, Settings
+from gradsift.gradients.folding import Captured
+from gradsift.model.models import input_device
 
 ProjectionKind = Literal["sparse", "rademacher", "kronecker", "none"]
 SegmentSizes = Literal["whole", "proportional", "per_module"]
@@ -190,6 +192,17 @@ def plan_segments(shapes: Mapping[str, tuple[int, int]], projection: Projection)
         segments.append(Segment(name, start, start + size, out, inp, factors, shared))
         start += 0 if shared else size
     return tuple(segments)
+
+
+def projector_of(model: Any, modules: Iterable[Captured], projection: Projection) -> Projector:
+    """That of a model's modules, where the model is, in its precision."""
+    parameter = next(model.parameters())
+    return Projector(
+        plan_segments({captured.name: captured.shape for captured in modules}, projection),
+        projection,
+        device=input_device(model),
+        dtype=torch.float64 if parameter.dtype == torch.float64 else torch.float32,
+    )
 
 
 class Projector:

@@ -28,7 +28,7 @@ _AUTO_SHARE = 0.1  # λ as a share of the mean squared gradient coordinate, as i
 # Rows converted at once: long enough for matrix products, 16 MiB at 8192 dimensions; a GPU wants fewer, larger kernels.
 _BLOCK_ROWS, _GPU_BLOCK_ROWS = 512, 2048
 _PANEL = 1024  # columns of a second moment computed at once
-_SPECTRAL_SHARE = 0.1  # λ as a share of the largest eigenvalue
+SPECTRAL_SHARE = 0.1  # λ as a share of the largest eigenvalue
 _POWER_STEPS = 200
 _MOST_MOMENT_ROWS = 4096  # of which second moments over all dimensions are taken
 
@@ -264,7 +264,7 @@ def inverse_directions(
     place = place_for(device, store.dim, held=8 * sum((stop - start) ** 2 for start, stop in segments))
     grams = second_moments(store, segments, factors, place)
     if damping == "spectral":
-        dampings = [_SPECTRAL_SHARE * largest_eigenvalue(gram) for gram in grams]
+        dampings = [SPECTRAL_SHARE * largest_eigenvalue(gram) for gram in grams]
     else:
         dampings = store_dampings(store, segments, damping, factors)
     result = torch.zeros(len(targets), store.dim)
@@ -333,7 +333,7 @@ def whole_inverse_directions(
         damping: λ; `auto` is a tenth of the mean squared coordinate, `spectral` of the largest eigenvalue of GᵀG/m.
         device: for the products, where it has room for them.
     """
-    ids = sorted(store.ids, key=_drawn)[:_MOST_MOMENT_ROWS] if len(store) > _MOST_MOMENT_ROWS else list(store.ids)
+    ids = drawn(store.ids, _MOST_MOMENT_ROWS)
     count = len(ids)
     place = place_for(device, store.dim, held=8 * count * (count + 2 * store.dim))
     rows = store.rows_by_id(ids).to(place)
@@ -342,7 +342,7 @@ def whole_inverse_directions(
         panel = rows[:, start : start + _PANEL].double()
         gram.addmm_(panel, panel.T, alpha=1 / count)
     if damping == "spectral":
-        value = _SPECTRAL_SHARE * largest_eigenvalue(gram)
+        value = SPECTRAL_SHARE * largest_eigenvalue(gram)
     else:
         value = mean_damping(float(gram.trace()) * count, count * store.dim, damping)
     if value == 0:
@@ -355,8 +355,11 @@ def whole_inverse_directions(
     return targets.float() - (taken @ rows).cpu()
 
 
-def _drawn(id_: str) -> bytes:
-    return hashlib.blake2b(id_.encode(), digest_size=8).digest()
+def drawn(ids: Sequence[str], count: int) -> list[str]:
+    """So many ids, by a hash of each; all of them, in their order, where there are no more."""
+    if len(ids) <= count:
+        return list(ids)
+    return sorted(ids, key=lambda id_: hashlib.blake2b(id_.encode(), digest_size=8).digest())[:count]
 
 
 def inverse_product(gram: Tensor, queries: Tensor, damping: float) -> Tensor:
@@ -404,7 +407,7 @@ def store_dampings(
 ) -> list[float]:
     """λ of every segment of the stored rows times their factors; 0 where it is measured and all of them are zero."""
     if damping == "spectral":
-        return [_SPECTRAL_SHARE * largest_eigenvalue(gram) for gram in second_moments(store, segments, factors)]
+        return [SPECTRAL_SHARE * largest_eigenvalue(gram) for gram in second_moments(store, segments, factors)]
     if damping != "auto":
         return [mean_damping(1.0, 1, damping)] * len(segments)
     sums = [0.0] * len(segments)

@@ -302,7 +302,7 @@ class ProductEstimator(Estimator):
     def matrix(self, pool: Pool, targets: Targets) -> tuple[SequenceABC[str], Tensor, list[str]]:
         """Pool ids, `[row target]` and the stores' fingerprints."""
 
-        def products(store: GradientStore, queries: GradientStore, weight: float) -> Tensor:
+        def products(_at: Checkpoint, store: GradientStore, queries: GradientStore, weight: float) -> Tensor:
             along = self.directions(store, target_rows(queries, targets.ids), pool.device)
             return inner_products(
                 store, along, normalise=self.by_cosine, weight=weight, engine=pool.engine, device=pool.device
@@ -315,7 +315,7 @@ def summed(
     method: Estimator,
     pool: Pool,
     targets: Targets,
-    products: Callable[[GradientStore, GradientStore, float], Tensor],
+    products: Callable[[Checkpoint, GradientStore, GradientStore, float], Tensor],
 ) -> tuple[SequenceABC[str], Tensor, list[str]]:
     """What an estimator sums over its checkpoints, for the rows that are finite at each.
 
@@ -323,7 +323,7 @@ def summed(
         method: says which view, checkpoints and weights.
         pool: from `open_pool`; its rows and the targets' are collected where the run does not hold them.
         targets: their token sequences, or those of each checkpoint.
-        products: of the pool's store, the targets' store and the checkpoint's weight: `[row column]`.
+        products: of a checkpoint, the pool's store, the targets' store and the checkpoint's weight: `[row column]`.
 
     Returns:
         Pool ids, the sum `[row column]`, and the fingerprints of the stores: of each checkpoint the pool's, then the
@@ -338,7 +338,7 @@ def summed(
     for checkpoint, weight in zip(checkpoints, method.weights(checkpoints), strict=True):
         store, queries = both_stores(pool, targets, checkpoint, view)
         used += [store.fingerprint, queries.fingerprint]
-        found = products(store, queries, weight)
+        found = products(checkpoint, store, queries, weight)
         if total is None:
             total, ids = found, store.ids
             continue
@@ -393,11 +393,16 @@ def target_view(view: View) -> View:
     return "segments" if view == "segments" else "plain"
 
 
+def source_at(targets: Targets, checkpoint: Checkpoint) -> SequenceSource:
+    """The targets' sequences at a checkpoint."""
+    return targets.at(checkpoint) if isinstance(targets, TargetsByCheckpoint) else targets
+
+
 def both_stores(
     pool: Pool, targets: Targets, checkpoint: Checkpoint, view: View
 ) -> tuple[GradientStore, GradientStore]:
     """A checkpoint's rows of the pool, and those of the targets that go with them."""
-    source = targets.at(checkpoint) if isinstance(targets, TargetsByCheckpoint) else targets
+    source = source_at(targets, checkpoint)
     store, asked = pool.stores(checkpoint, [view])[view], target_view(view)
     queries = pool.collect(source, checkpoint, [asked], what="target")[asked]
     store.check_comparable(queries)

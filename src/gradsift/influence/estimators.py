@@ -13,6 +13,7 @@ from gradsift.influence.bm25 import BM25
 from gradsift.influence.datainf import DataInf, ProjectedInverse
 from gradsift.influence.deita import DEITA
 from gradsift.influence.dsir import DSIR
+from gradsift.influence.ekfac import EKFAC
 from gradsift.influence.estimator import Estimator
 from gradsift.influence.ji2s import JI2S
 from gradsift.influence.less import LESS
@@ -26,8 +27,8 @@ from gradsift.influence.states import RDSPlus, RepSim
 from gradsift.influence.trak import TRAK
 
 OWN: tuple[type[Estimator], ...] = (
-    LESS, DataInf, ProjectedInverse, TRAK, JI2S, MAGIC, NICE, NICEIF, NICEMAGIC, Rerank, BM25, RDS, RDSPlus, RepSim,
-    DSIR, AlpaGasus, DEITA, Random,
+    LESS, DataInf, ProjectedInverse, TRAK, EKFAC, JI2S, MAGIC, NICE, NICEIF, NICEMAGIC, Rerank, BM25, RDS, RDSPlus,
+    RepSim, DSIR, AlpaGasus, DEITA, Random,
 )  # fmt: skip
 GROUP = "gradsift.estimators"
 """The entry point group by which other packages add theirs."""

@@ -27,7 +27,7 @@ from gradsift.gradients.batching import automatic_token_budget
 from gradsift.gradients.capture import find_modules
 from gradsift.gradients.collect import SequenceSource
 from gradsift.gradients.hessian import Curvature, curvature_product
-from gradsift.gradients.projection import Projector, plan_segments
+from gradsift.gradients.projection import projector_of
 from gradsift.influence.blocks import BlockConsumer, block_rows, over_blocks, threads
 from gradsift.influence.estimator import GreedyTerms, Influence, TargetsByCheckpoint, TrainingEstimator, both_stores
 from gradsift.influence.products import store_inner_products, unit_rows
@@ -658,13 +658,7 @@ def _project_product(
     network: Any = place.with_adapter(checkpoint.adapter)
     settings = pool.gradients
     captured = find_modules(network, settings.modules).captured
-    parameter = next(network.parameters())
-    projector = Projector(
-        plan_segments({c.name: c.shape for c in captured}, settings.projection),
-        settings.projection,
-        device=parameter.device,
-        dtype=torch.float64 if parameter.dtype == torch.float64 else torch.float32,
-    )
+    projector = projector_of(network, captured, settings.projection)
     finite = [id_ in queries for id_ in targets.ids]
     sequences = [sequence for sequence in targets.sequences(0, len(finite)) if finite[sequence.row]]
     budget = settings.token_budget or automatic_token_budget(network)

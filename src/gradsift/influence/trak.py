@@ -13,6 +13,7 @@ from gradsift.influence.datainf import KernelEstimator, damping_label, inverse_d
 from gradsift.influence.estimator import Influence, summed, target_rows
 from gradsift.influence.products import store_inner_products
 from gradsift.store.gradient_store import GradientStore
+from gradsift.warmup.checkpoint import Checkpoint
 
 # Losses come from fp32 log-probabilities, good to about 1e-7: below this 1 − p says nothing, and would magnify
 # gradients of pure rounding.
@@ -47,7 +48,7 @@ class TRAK(KernelEstimator):
         targets = self.targets(pool, target)
         sizes = [0, 0]
 
-        def products(store: GradientStore, queries: GradientStore, weight: float) -> Tensor:
+        def products(_at: Checkpoint, store: GradientStore, queries: GradientStore, weight: float) -> Tensor:
             """The kernel `[row target]` with 1 − p as one more column."""
             sizes[:] = len(store), store.dim
             asked, losses = target_rows(queries, targets.ids), _target_losses(queries, targets.ids)

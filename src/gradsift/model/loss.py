@@ -7,7 +7,7 @@ saves most of the vocabulary-sized work and memory.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceABC
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,6 +41,10 @@ class PaddedBatch:
 
     def __len__(self) -> int:
         return self.ids.shape[0]
+
+
+Labels = Callable[[Tensor], Tensor]
+"""Logits `[label vocab]` → int64 `[label]`."""
 
 
 def pad(batch: SequenceABC[Sequence], device: torch.device | str = "cpu") -> PaddedBatch:
@@ -183,11 +187,14 @@ class SupervisedHead:
         finally:
             self._running.positions = None
 
-    def nll(self, batch: PaddedBatch, *, summed: bool = False) -> Tensor:
-        """w·NLL of every label `[label]`, differentiable; with `summed`, the sum is all that will be differentiated."""
+    def nll(self, batch: PaddedBatch, *, summed: bool = False, labels: Labels | None = None) -> Tensor:
+        """w·NLL of every label `[label]`, differentiable; with `summed`, the sum is all that will be differentiated.
+
+        `labels` chooses others than the batch's.
+        """
         logits = self.logits(batch)
-        labels, weights = batch.labels.to(logits.device), batch.weights.to(logits.device)
-        return weighted_nll(logits, labels, weights, summed=summed)
+        chosen = batch.labels if labels is None else labels(logits.detach())
+        return weighted_nll(logits, chosen.to(logits.device), batch.weights.to(logits.device), summed=summed)
 
 
 def weighted_nll(logits: Tensor, labels: Tensor, weights: Tensor, *, summed: bool = False) -> Tensor:

@@ -17,6 +17,7 @@
       states/<fingerprint>/     hidden states of rows, one vector each
       candidates/<fingerprint>/  which rows a first method gives a second one to rank
       curvature/<fingerprint>/  the Hessian of a target's loss, times the sum of a pool
+      kronecker/<fingerprint>/  a model's curvature in Kronecker factors, and targets through its inverse
       replays/<fingerprint>/    a training step by step, to go back through, and what was found on the way
       outputs/<fingerprint>/    what the model answered to prompts that were to be explained
       explanations/<fingerprint>/   explanations, one file an output
@@ -69,6 +70,7 @@ REVISIONS = {
     "states": 1,
     "candidates": 1,
     "curvature": 2,
+    "kronecker": 1,
     "replays": 1,
     "descents": 1,
     "outputs": 2,

@@ -1,0 +1,276 @@
+"""A model's curvature in eigenvalue-corrected Kronecker factors (EK-FAC; George et al. 2018, Grosse et al. 2023).
+
+A linear module with inputs x `[in]` and output gradients g `[out]` at each token has the gradient G = Σ_t g_t x_tᵀ
+`[out in]`. Its block of the curvature is taken as diagonal in the basis of the eigenvectors Q_S, Q_A of
+
+    S = Σ g gᵀ `[out out]`,   A = Σ x xᵀ `[in in]`
+
+over all tokens of a sample, with the second moments of the gradients there as eigenvalues, Λ = mean (Q_Sᵀ G Q_A)².
+No files, no settings.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import deque
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as SequenceABC
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from gradsift.base.lazy import Tensor, nn, torch
+from gradsift.base.types import Sequence
+from gradsift.gradients.batching import form_batches
+from gradsift.gradients.capture import Capture
+from gradsift.gradients.folding import Captured
+from gradsift.model.loss import Labels
+
+_RECENT = 4  # of which the inputs are held: between those of q and k stand what LoRA's B of each gets
+_LABELS = 64  # drawn at once, as each takes the vocabulary in float64
+
+Rows = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """How a sample goes through the model.
+
+    token_budget: padded tokens of a batch.
+    names: of the rows, by which labels are drawn; None takes the rows' own labels.
+    autocast, checkpointing: as in `Capture`.
+    """
+
+    token_budget: int
+    names: SequenceABC[str] | None = None
+    autocast: torch.dtype | None = None
+    checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class Eigenbasis:
+    """Of one module: eigenvectors of S `[out out]` and of A `[in in]`, as columns."""
+
+    out_vectors: Tensor
+    in_vectors: Tensor
+
+    def into(self, gradients: Tensor) -> Tensor:
+        """Q_Sᵀ G Q_A of `[row out in]`."""
+        return self.out_vectors.T @ (gradients @ self.in_vectors)
+
+    def back(self, rotated: Tensor) -> Tensor:
+        """Q_S G Q_Aᵀ of `[row out in]`."""
+        return self.out_vectors @ (rotated @ self.in_vectors.T)
+
+
+@dataclass(frozen=True)
+class DampedInverse:
+    """A module's `(H + λI)⁻¹`.
+
+    basis: of the module
+    eigenvalues: Λ `[out in]`
+    damping: λ
+    """
+
+    basis: Eigenbasis
+    eigenvalues: Tensor
+    damping: float
+
+    def __call__(self, gradients: Tensor) -> Tensor:
+        """Of `[row out in]`; where curvature and damping are 0, there is no gradient, and 0 comes of it."""
+        damped = self.eigenvalues + self.damping
+        return self.basis.back(torch.where(damped > 0, self.basis.into(gradients) / damped, 0.0))
+
+
+def kronecker_factors(
+    model: nn.Module,
+    modules: SequenceABC[Captured],
+    sequences: SequenceABC[Sequence],
+    settings: Pass,
+    on_rows: Rows | None = None,
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Sums S `[out out]` and A `[in in]` of each module over the tokens of a sample; their scale does not matter.
+
+    A module that runs more than once in a pass has no single x and g: Σ GGᵀ and Σ GᵀG stand for them (Shampoo's).
+
+    Args:
+        model: in any mode; it is evaluated without dropout and left as found.
+        modules: from `find_modules`.
+        sequences: of the sample.
+        settings: of the pass.
+        on_rows: told how many rows were done.
+    """
+    sums: dict[str, tuple[Tensor, Tensor]] = {}
+    there: list[Tensor] = []  # 1 at tokens, 0 at padding `[sequence token]`, of the batch
+    recent: deque[tuple[Tensor, Tensor]] = deque(maxlen=_RECENT)  # inputs and their products: q, k and v have the same
+
+    def add(captured: Captured, of_out: Tensor, of_in: Tensor) -> None:
+        if captured.name not in sums:
+            sums[captured.name] = torch.zeros_like(of_out), torch.zeros_like(of_in)
+        for total, part in zip(sums[captured.name], (of_out, of_in), strict=True):
+            total.add_(part)
+
+    def from_factors(captured: Captured, x: Tensor, g: Tensor) -> None:
+        flat = g.flatten(0, 1)
+        known = next((product for held, product in recent if _same(held, x)), None)
+        if known is None:
+            real = there[0] if x.shape[1] == there[0].shape[1] else g.any(dim=2)  # places that are no tokens
+            own = (x if bool(real.all()) else x * real.to(x)[..., None]).flatten(0, 1)
+            known = own.T @ own
+            recent.append((x, known))
+        add(captured, flat.T @ flat, known)
+
+    def from_gradients(captured: Captured, gradients: Tensor) -> None:
+        by_in = gradients.flatten(0, 1)
+        by_out = gradients.transpose(1, 2).flatten(0, 1)
+        add(captured, by_out.T @ by_out, by_in.T @ by_in)
+
+    with Capture(model, modules, autocast=settings.autocast, checkpointing=settings.checkpointing).open() as capture:
+        for batch in form_batches(_weighed(sequences, settings), settings.token_budget):
+            lengths = torch.tensor([len(sequence.token_ids) for sequence in batch.sequences], device=capture.device)
+            there[:] = [torch.arange(int(lengths.max()), device=capture.device) < lengths[:, None]]
+            recent.clear()
+            labels = _drawn_labels(batch.sequences, settings.names, "factors")
+            capture.run(batch.sequences, from_gradients, from_factors, labels=labels)
+            _tell(on_rows, batch.sequences)
+    return sums
+
+
+def eigenvectors(factor: Tensor) -> Tensor:
+    """Of a symmetric matrix `[dim dim]`, as columns; computed in float64 and given in its own type."""
+    return torch.linalg.eigh(factor.double())[1].to(factor.dtype).contiguous()
+
+
+def corrected_eigenvalues(
+    model: nn.Module,
+    modules: SequenceABC[Captured],
+    sequences: SequenceABC[Sequence],
+    bases: Mapping[str, Eigenbasis],
+    settings: Pass,
+    on_rows: Rows | None = None,
+) -> dict[str, Tensor]:
+    """Sums over the sample's sequences of (Q_Sᵀ G Q_A)² `[out in]`, of each module.
+
+    Args:
+        model, modules, sequences, settings, on_rows: as for `kronecker_factors`; labels are drawn anew.
+        bases: of every module.
+    """
+    sums: dict[str, Tensor] = {}
+
+    def add(captured: Captured, gradients: Tensor) -> None:
+        part = bases[captured.name].into(gradients).square_().sum(dim=0)
+        sums[captured.name] = sums[captured.name] + part if captured.name in sums else part
+
+    with Capture(model, modules, autocast=settings.autocast, checkpointing=settings.checkpointing).open() as capture:
+        for batch in form_batches(_weighed(sequences, settings), settings.token_budget):
+            labels = _drawn_labels(batch.sequences, settings.names, "eigenvalues")
+            capture.run(batch.sequences, add, labels=labels)
+            _tell(on_rows, batch.sequences)
+    return sums
+
+
+def each_gradient(
+    model: nn.Module,
+    modules: SequenceABC[Captured],
+    sequences: SequenceABC[Sequence],
+    take: Callable[[Captured, Tensor, Tensor], None],
+    settings: Pass,
+) -> None:
+    """Call `take` with each module, gradients `[sequence out in]`, and the rows that they are parts of `[sequence]`.
+
+    Args:
+        model, modules: as for `kronecker_factors`.
+        sequences: whose gradients are taken, with the labels that they have.
+        take: told of every sequence once for each module.
+        settings: of the pass.
+    """
+    with Capture(model, modules, autocast=settings.autocast, checkpointing=settings.checkpointing).open() as capture:
+        for batch in form_batches(sequences, settings.token_budget):
+            rows = torch.tensor([sequence.row for sequence in batch.sequences])
+
+            def consume(captured: Captured, gradients: Tensor, rows: Tensor = rows) -> None:
+                take(captured, gradients, rows.to(gradients.device))
+
+            capture.run(batch.sequences, consume)
+
+
+def conjugate_gradient(
+    product: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]],
+    inverse: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]],
+    right: Mapping[str, Tensor],
+    steps: int,
+) -> dict[str, Tensor]:
+    """`H⁻¹ v` after some steps of the conjugate gradient method, preconditioned, from 0 on.
+
+    The first step gives the preconditioner's direction with the best length, and each further one costs a product. It
+    ends before where nothing is left to be solved.
+
+    Args:
+        product: v → H v, symmetric and positive definite; by module name.
+        inverse: v → M⁻¹ v, the preconditioner, likewise.
+        right: v.
+        steps: at most.
+    """
+    found = {name: torch.zeros_like(part) for name, part in right.items()}
+    residual = {name: part.clone() for name, part in right.items()}
+    along = dict(inverse(residual))
+    product_of = _dot(residual, along)
+    least = torch.finfo(next(iter(right.values())).dtype).eps ** 2 * abs(product_of)
+    for _ in range(steps):
+        if product_of <= least:
+            break
+        curved = product(along)
+        length = product_of / _dot(along, curved)
+        for name in found:
+            found[name] += length * along[name]
+            residual[name] -= length * curved[name]
+        preconditioned = inverse(residual)
+        before, product_of = product_of, _dot(residual, preconditioned)
+        along = {name: preconditioned[name] + (product_of / before) * part for name, part in along.items()}
+    return found
+
+
+def _dot(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float:
+    return sum(float((part.double() * second[name].double()).sum()) for name, part in first.items())
+
+
+def _same(first: Tensor, second: Tensor) -> bool:
+    """Whether both are one piece of memory; the first is held, so that nothing else can lie there."""
+    return first.data_ptr() == second.data_ptr() and first.shape == second.shape and first.dtype == second.dtype
+
+
+def _weighed(sequences: SequenceABC[Sequence], settings: Pass) -> list[Sequence]:
+    """With drawn labels a token of weight w in the loss has √w here.
+
+    So the second moments of the gradients are the Gauss-Newton matrix of the loss, Σ_t w_t F_t with the Fisher matrix F
+    of each token: those of different tokens are independent, and √w is squared.
+    """
+    if settings.names is None:
+        return list(sequences)
+    return [replace(sequence, weights=np.sqrt(sequence.weights)) for sequence in sequences]
+
+
+def _drawn_labels(sequences: SequenceABC[Sequence], names: SequenceABC[str] | None, purpose: str) -> Labels | None:
+    """What draws each label from the model's own distribution; a row's draws depend on its name and the purpose."""
+    if names is None:
+        return None
+    counts = [int((sequence.weights != 0).sum()) for sequence in sequences]
+    seeds = [zlib.crc32(f"{purpose}|{names[sequence.row]}".encode()) for sequence in sequences]
+    draws = [np.random.default_rng(seed).random(count) for seed, count in zip(seeds, counts, strict=True)]
+    uniform = torch.from_numpy(np.concatenate(draws))
+
+    def labels(logits: Tensor) -> Tensor:
+        found = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+        for start in range(0, len(logits), _LABELS):
+            part = slice(start, start + _LABELS)
+            below = torch.softmax(logits[part].double(), dim=-1).cumsum_(dim=-1)
+            at = uniform[part, None].to(below) * below[:, -1:]
+            found[part] = torch.searchsorted(below, at, right=True)[:, 0].clamp_max_(logits.shape[-1] - 1)
+        return found
+
+    return labels
+
+
+def _tell(on_rows: Rows | None, sequences: SequenceABC[Sequence]) -> None:
+    if on_rows is not None:
+        on_rows(len({sequence.row for sequence in sequences}))

@@ -4,9 +4,9 @@
     python benchmarks/speed.py collection --rank 8   one section
     python benchmarks/speed.py --device cuda         models of 135M to 7B from configuration, as gpu.py says
 
-Sections: collection, memory, less, scoring, joint, explain, magic, ekfac, start; on a GPU matrix and scoring. Real rows
-come from ../shared/data/pool.jsonl where present, else from the demo's pool. Times are wall-clock seconds; processor
-seconds stand beside them, because a busy machine lengthens the former.
+Sections: collection, memory, less, scoring, joint, explain, magic, ekfac, states, start; on a GPU matrix and scoring.
+Real rows come from ../shared/data/pool.jsonl where present, else from the demo's pool. Times are wall-clock seconds;
+processor seconds stand beside them, because a busy machine lengthens the former.
 """
 
 from __future__ import annotations
@@ -192,6 +192,11 @@ class Work:
     def batches_of(self, size: int) -> list[list[Sequence]]:
         """Batches in the rows' own order, as a training loop makes them."""
         return [self.sequences[i : i + size] for i in range(0, len(self.sequences), size)]
+
+    def without_adapter(self, task: Callable[[], Any]) -> None:
+        """Do something with the base model."""
+        with self.model.disable_adapter():
+            task()
 
     def autocast(self) -> Any:
         """The same for both sides."""
@@ -650,6 +655,41 @@ def ekfac_arms(work: Work) -> dict[str, Callable[[], Any]]:
         "collection": lambda: collect(work.sequences), "collection of the targets": lambda: collect(few),
         "factors": factors, "eigendecompositions": decompositions, "eigenvalues": eigenvalues, "targets": targets,
     }  # fmt: skip
+
+
+def section_states(args: argparse.Namespace) -> dict[str, Any]:
+    """Hidden states as RDS+ and Rep-Sim keep them, beside collecting the same rows' gradients at one checkpoint."""
+    from gradsift.base.progress import untold
+    from gradsift.influence.states import RDSPlus, RepSim, hidden_states
+
+    found = {}
+    for rank in args.rank:
+        work = Work(args, rank)
+        count, kept = len(work.sequences), []
+
+        def states(method: RDSPlus | RepSim, work: Work = work, kept: list[torch.Tensor] = kept) -> None:
+            pooling, layer = method.pooled()
+            kept[:] = [hidden_states(work.model, work.sequences, len(work.sequences), pooling, layer, untold)]
+
+        arms: dict[str, Callable[[], Any]] = {
+            "gradients": work.collect,
+            "RDS+ (base model)": lambda states=states, work=work: work.without_adapter(lambda: states(RDSPlus())),
+            "Rep-Sim (checkpoint)": lambda states=states: states(RepSim()),
+        }
+        work.collect(work.sequences[:2])
+        times = interleaved(arms, args.repeats, args.device)
+        base = times["gradients"]
+        found[f"rank {rank}"] = {
+            "rows": count,
+            "tokens": work.tokens,
+            "bytes_per_row": kept[0].nbytes / count,
+            "bytes_per_gradient_row": work.bytes_per_row,
+            "times": times,
+            **{f"{name}, times as fast": base["cpu"] / own["cpu"] for name, own in times.items() if own is not base},
+        }
+        report(f"hidden states, LoRA rank {rank}", found[f"rank {rank}"])
+        work.close()
+    return found
 
 
 def section_start(args: argparse.Namespace) -> dict[str, Any]:

@@ -57,7 +57,8 @@ def recorded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[st
     world, out = World.make(folder), folder / "run"
     exact_weights(folder / "model")
     world("select", out).succeeded()
-    for options in (["ji2s"], ["datainf"], ["trak", "--damping", "auto"], ["dsir"], ["magic"], ["rds_plus"]):
+    trak = ["trak", "--damping", "auto"]
+    for options in (["ji2s"], ["datainf"], trak, ["dsir"], ["magic"], ["rds_plus"], ["rerank"]):
         world("score", out, "--estimator", *options).succeeded()
     descent = ("--selection", "metagradient", "--set", "selection.rounds=2", "--budget", "4")
     world("select", out, "--estimator", "random", *descent).succeeded()

@@ -62,6 +62,7 @@ class Pool(Setup):
 
     data: the examples that are scored and chosen from
     training: what the warm-up trains on: all examples, of which `data` may be a sample
+    around: of candidates, the data that they were chosen from: curvature is that of all of it
     """
 
     data: Dataset
@@ -71,6 +72,12 @@ class Pool(Setup):
     gradients: Gradients = field(default_factory=Gradients)
     seed: int = 0
     engine: Engine = field(default=LOCAL, repr=False, compare=False)
+    around: Dataset | None = field(default=None, repr=False)
+
+    @property
+    def population(self) -> Dataset:
+        """The examples, or those that they are candidates of."""
+        return self.data if self.around is None else self.around
 
     def checkpoints(self) -> list[Checkpoint]:
         """The adapters that were given, or those of the warm-up, trained now if the run does not hold them."""

@@ -406,8 +406,10 @@ def recipe_of(
     if isinstance(more, dict):  # of --control, beside the usual ones
         values["controls"] = [_SHORT.get(kind, {"kind": kind}) for kind in more["kind"]]
     recipe = validated(values, lambda field: _name_of(field, typed, known))
-    usual = recipe.model_copy(update={"controls": None}).rankings_beside() if isinstance(more, dict) else ()
-    return recipe.model_copy(update={"controls": (*usual, *recipe.controls)}) if usual else recipe
+    if not isinstance(more, dict):
+        return recipe
+    usual = recipe.model_copy(update={"controls": None}).rankings_beside()
+    return recipe.model_copy(update={"controls": (*usual, *recipe.rankings_beside())})
 
 
 def _number(field: str, text: Any) -> Any:

@@ -38,7 +38,9 @@ def whole(tiny: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pool, 
     return pool, gs.open_target(target_rows(4), pool, subtask="task")
 
 
-@pytest.mark.parametrize("then", [gs.LESS(), TRACIN, gs.ProjectedInverse(kernel="whole")], ids=lambda m: m.label)
+@pytest.mark.parametrize(
+    "then", [gs.LESS(), TRACIN, gs.EKFAC(), gs.ProjectedInverse(kernel="whole")], ids=lambda m: m.label
+)
 def test_with_all_rows_it_is_the_second_method_unprojected(opened: Any, whole: Any, then: gs.Estimator) -> None:
     """Candidates are all rows: the scores are those of a pool that is not projected, to the bit."""
     for count in (24, 1000):
@@ -90,6 +92,18 @@ def test_the_rest_comes_behind_however_targets_are_aggregated(
         assert (np.diff(scores[rows:]) <= 0).all()
 
 
+def test_curvature_is_that_of_the_whole_pool(opened: Any, whole: Any) -> None:
+    """EK-FAC's factors are of all rows, so that candidates' scores are the same, however many there are."""
+    found = gs.score(*opened, Rerank(first=gs.BM25(), then=gs.EKFAC(), candidates=6))
+    two = gs.score(*whole, gs.EKFAC())
+    assert found.per_target is not None
+    assert two.per_target is not None
+    places = [list(two.ids).index(id_) for id_ in found.ids[:6]]
+    scale = float(np.abs(two.per_target).max())
+    np.testing.assert_allclose(found.per_target[:6], two.per_target[places], rtol=1e-3, atol=1e-4 * scale)
+    assert len(list(Path(opened[0].run.folder).glob("kronecker/*/basis.safetensors"))) <= 1
+
+
 def test_rows_of_the_target_are_no_candidates(tiny: World, tmp_path: Path) -> None:
     """A pool row that is also in the target, which every first stage would rank highest, takes no candidate's place."""
     pool = tiny.open_pool(tmp_path / "run")
@@ -133,7 +147,7 @@ def test_its_methods_are_values_in_recipes_and_options(tiny: World, tmp_path: Pa
     for then in (gs.BM25(), gs.JI2S(), gs.MAGIC(), gs.RDSPlus()):  # which rank no row for a target by its gradient
         with pytest.raises(ValidationError):
             Rerank(then=then)
-    for then in (gs.TRAK(), gs.TRAK(kernel="whole"), gs.ProjectedInverse()):
+    for then in (gs.TRAK(), gs.TRAK(kernel="whole"), gs.ProjectedInverse(kernel="segments")):
         with pytest.raises(ConfigError, match="too many"):
             Rerank(then=then)
     refused = tiny("score", tmp_path, "-e", "rerank", "--then", "bm25")

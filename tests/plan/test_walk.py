@@ -65,7 +65,7 @@ def walk(recipe: Recipe, folder: Path, command: str = "run") -> list[Work]:
 
 def stored(works: list[Work]) -> int:
     """Rows of gradients that are said to be made."""
-    return int(sum(work.stored.get("rows", 0) for work in works if not work.done))
+    return int(sum(work.stored.get("rows", 0) + work.stored.get("unprojected", 0) for work in works if not work.done))
 
 
 def on_disk(recipe: Recipe) -> int:

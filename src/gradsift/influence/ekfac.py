@@ -157,8 +157,9 @@ class EKFAC(Estimator):
     ) -> list[Passes]:
         """Two over the sample and one over the targets at each checkpoint, and those of the conjugate gradients."""
         assert target is not None, self
-        ids = drawn(pool.data.ids, self.rows)
-        tokens = float(pool.data.lengths[pool.data.positions(ids)].sum())
+        data = pool.population
+        ids = drawn(data.ids, self.rows)
+        tokens = float(data.lengths[data.positions(ids)].sum())
         mean = tokens / len(ids)
         source = self.targets(pool, target)
         counts = [] if isinstance(source, TargetsByCheckpoint) else list(source.token_counts())
@@ -176,10 +177,11 @@ class EKFAC(Estimator):
 
     def _factors(self, pool: Pool, checkpoint: Checkpoint) -> _Factors:
         """A checkpoint's factors, which need not be there yet; rows that are known to be not finite are not drawn."""
-        collected = pool.kept(pool.data, checkpoint, "plain")
+        data = pool.population
+        collected = pool.kept(data, checkpoint, "plain")
         left_out = () if collected is None else collected["excluded"]
-        ids = drawn([id_ for id_ in pool.data.ids if id_ not in left_out], self.rows)
-        return _Factors(pool.at(checkpoint), pool.data.subset(pool.data.positions(ids)), self.labels)
+        ids = drawn([id_ for id_ in data.ids if id_ not in left_out], self.rows)
+        return _Factors(pool.at(checkpoint), data.subset(data.positions(ids)), self.labels)
 
     def _found(self, pool: Pool, targets: Targets, checkpoint: Checkpoint | None) -> _Directions:
         """A checkpoint's directions, which need not be there yet."""
@@ -502,10 +504,11 @@ def _scale(inverses: Mapping[str, DampedInverse]) -> float:
 def _agreement(store: GradientStore, rows: Tensor, ids: SequenceABC[str], products: Tensor) -> float:
     """Mean rank correlation, over the first targets, of scores before and after projection on the checked rows.
 
-    NaN where there are too few rows, or none of the targets has a score.
+    NaN where there are too few rows, as among candidates, or none of the targets has a score.
     """
-    projected = (rows[: len(products)].double() @ store.rows_by_id(ids).double().T).numpy()
-    known = [spearman(one, other) for one, other in zip(products.numpy(), projected, strict=True)]
+    held = [number for number, id_ in enumerate(ids) if id_ in store]
+    projected = (rows[: len(products)].double() @ store.rows_by_id([ids[n] for n in held]).double().T).numpy()
+    known = [spearman(one, other) for one, other in zip(products[:, held].numpy(), projected, strict=True)]
     there = [value for value in known if value is not None]
     return float(np.mean(there)) if there else math.nan
 

@@ -26,15 +26,17 @@ from gradsift.store.run import revisions
 from gradsift.warmup.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
-    AnyFirst = AnyThen = Estimator
+    AnyFirst = Estimator
+    AnyThen = Estimator
 
 
 class Rerank(Estimator):
     """Ranks all rows by one method, and the first of them by another, as if they were the pool, with unprojected rows.
 
-    The second method's scores are exact for what it computes row by row (LESS, TracIn); second moments that it takes of
-    its pool are those of the candidates. All other rows come behind every candidate, in the first method's order: what
-    stands for their scores is no influence, and is `stage` 1 in scores.parquet, where a candidate's is 2.
+    The second method's scores are exact for what it computes row by row (LESS, TracIn, EK-FAC, whose factors are of all
+    rows); second moments that DataInf and the projected inverse take of their pool are those of the candidates. All
+    other rows come behind every candidate, in the first method's order: what stands for their scores is no influence,
+    and is `stage` 1 in scores.parquet, where a candidate's is 2.
 
     first: ranks all rows.
     then: ranks the candidates by their gradients.
@@ -137,7 +139,7 @@ class Rerank(Estimator):
         prefix = pool.run.prefix("candidates", self._config(pool, target)) if known else None
         ids = None
         if prefix is not None and pool.run.manifest(prefix) is not None:
-            ids = json.loads(pool.run.storage.read(f"{prefix}ids.json"))
+            ids = json.loads(pool.run.storage.read(f"{prefix}ids.json"))["ids"]
         exact, count = self._exact(pool, ids), min(self.candidates, len(pool.data) - len(target.overlap))
         tokens = float(pool.data.lengths.mean()) * count if ids is None else float(exact.data.lengths.sum())
         source: Any = self.then.targets(pool, target)
@@ -160,7 +162,7 @@ class Rerank(Estimator):
         """The pool, or some of its rows, with rows that are not projected."""
         gradients = pool.gradients.model_copy(update={"projection": Projection(kind="none")})
         data = pool.data if ids is None else pool.data.subset(pool.data.positions(ids))
-        return replace(pool, data=data, gradients=gradients)
+        return replace(pool, data=data, gradients=gradients, around=pool.population)
 
     def _config(self, pool: Pool, target: Target) -> dict[str, Any]:
         """What decides who the candidates are."""
@@ -180,7 +182,7 @@ class Rerank(Estimator):
         config = self._config(pool, target)
         prefix = pool.run.prefix("candidates", config)
         if pool.run.intact(prefix) is None:
-            pool.run.publish_json(f"{prefix}ids.json", list(ids))
+            pool.run.publish_json(f"{prefix}ids.json", {"ids": list(ids)})
             pool.run.complete(prefix, "candidates", config, files=["ids.json"])
 
 

@@ -147,6 +147,10 @@ class EKFAC(Estimator):
             along, exact = directions.find(pool)
             if agreements is not None:
                 agreements.append(_agreement(store, along, directions.checked(), exact))
+                pool.reporter.say(
+                    f"{self.label} at {checkpoint.name}: scores of projected rows and of whole gradients have a rank "
+                    f"correlation of {agreements[-1]:.3f} on a sample"
+                )
             along[[number for number, id_ in enumerate(targets.ids) if id_ not in queries]] = 0
             return inner_products(store, along, normalise=False, weight=weight, engine=pool.engine, device=pool.device)
 
@@ -491,7 +495,8 @@ def doubts(method: Estimator, agreements: SequenceABC[float]) -> list[str]:
         return []
     return [
         f"{method.label}: on a sample, scores of projected rows have a rank correlation of {worst:.2f} with those of "
-        "whole gradients: raise --projection-dim, or the damping"
+        "whole gradients: raise --projection-dim, or let it rank the first by whole ones (--estimator rerank --then "
+        "ekfac)"
     ]
 
 

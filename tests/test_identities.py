@@ -38,6 +38,7 @@ from gradsift.influence.bm25 import BM25
 from gradsift.influence.datainf import DataInf, ProjectedInverse
 from gradsift.influence.deita import DEITA
 from gradsift.influence.dsir import DSIR
+from gradsift.influence.ekfac import EKFAC
 from gradsift.influence.estimator import Influence
 from gradsift.influence.ji2s import JI2S, _full_direction
 from gradsift.influence.less import LESS
@@ -676,6 +677,7 @@ def every_address(pool: Pool, address: Address, tmp_path: Path) -> dict[str, str
         "states": lambda: states(pool, pool.data, None, "position_weighted", -1),
         "replays": lambda: MAGIC()._replay(pool, set(), 0),
         "descents": lambda: pool.run.prefix("descents", descent._descent(chosen_from, 4)),
+        "kronecker": lambda: EKFAC()._factors(pool, checkpoint).prefix(pool.run),
         "times": timed,
     }
     addresses = {kind: address(kind, call) for kind, call in found.items()}
@@ -686,6 +688,7 @@ def every_address(pool: Pool, address: Address, tmp_path: Path) -> dict[str, str
     addresses["merge"] = str(runs.revised("merge", {}))
     addresses["scores of rows"] = str(LESS().inputs(pool))
     addresses["scores of states"] = str(RDSPlus().inputs(pool))
+    addresses["scores of factors"] = str(EKFAC().inputs(pool))
     addresses["scores of replays"] = str(MAGIC().inputs(pool))
     addresses["scores of embeddings"] = str(RDS(model=str(encoder)).inputs(pool))
     return addresses
@@ -702,10 +705,11 @@ class _Nothing:
 MADE_FROM = {
     "labels": {"data", "checkpoints", "gradients", "samples", "rewards", "scores", "scores of rows", "explanations",
                "validation", "evaluations", "evaluated rewards", "states", "scores of states", "replays",
-               "scores of replays", "descents"},
+               "scores of replays", "descents", "kronecker", "scores of factors"},
     "data": {"checkpoints", "gradients", "scores", "scores of rows", "explanations", "validation", "evaluations",
-             "states", "replays", "scores of replays", "descents"},
-    "gradients": {"scores of rows", "explanations"},
+             "states", "replays", "scores of replays", "descents", "kronecker", "scores of factors"},
+    "gradients": {"scores of rows", "explanations", "scores of factors"},
+    "kronecker": {"scores of factors"},
     "samples": {"rewards", "evaluated rewards"},
     "rewards": {"evaluated rewards"},
     "scores": {"explanations", "descents"},

@@ -58,7 +58,7 @@ def recorded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[st
     exact_weights(folder / "model")
     world("select", out).succeeded()
     trak = ["trak", "--damping", "auto"]
-    for options in (["ji2s"], ["datainf"], trak, ["dsir"], ["magic"], ["rds_plus"], ["rerank"]):
+    for options in (["ji2s"], ["datainf"], trak, ["dsir"], ["magic"], ["rds_plus"], ["rerank"], ["ekfac"]):
         world("score", out, "--estimator", *options).succeeded()
     descent = ("--selection", "metagradient", "--set", "selection.rounds=2", "--budget", "4")
     world("select", out, "--estimator", "random", *descent).succeeded()

@@ -173,6 +173,23 @@ def test_labels_are_drawn_by_the_rows_name_alone() -> None:
     assert float((one - third).abs().max()) > 1e-3 * float(one.max())
 
 
+@pytest.mark.parametrize("names", [None, ["a", "b", "c"]])
+def test_rows_that_are_not_finite_count_for_nothing(names: Any) -> None:
+    """One row's NaN, in a batch with others, changes neither factors nor eigenvalues."""
+    network = llama()
+    modules = find_modules(network).captured
+    with torch.no_grad():
+        network.get_input_embeddings().weight[3] = torch.nan
+    good = [sequence(row, [4, 5, 6 + row, 7], [False, False, True, True]) for row in range(2)]
+    rows = [*good, sequence(2, [5, 3, 4, 6], [False, False, True, True])]
+    one, other = (kronecker_factors(network, modules, own, Pass(1000, names)) for own in (good, rows))
+    bases = bases_of(one)
+    values, same = (corrected_eigenvalues(network, modules, own, bases, Pass(1000, names)) for own in (good, rows))
+    for name, found in one.items():
+        torch.testing.assert_close(other[name], found, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(same[name], values[name], rtol=1e-9, atol=1e-12)
+
+
 def test_a_module_that_runs_twice_has_factors_of_its_gradients() -> None:
     """Σ GGᵀ and Σ GᵀG stand for tokens that there are not: positive, with the gradients' own directions."""
     network = tiny_llama().double()

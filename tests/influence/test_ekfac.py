@@ -145,6 +145,27 @@ def test_what_the_projection_does_is_told(tiny: World, tmp_path: Path) -> None:
     assert f"rank correlation of {found[4][0]:.2f}" in found[4][1][0]
 
 
+def test_each_checkpoint_is_planned(opened: Opened) -> None:
+    """Two passes over the sample at each, one over the targets and the rows that are checked, and the products."""
+    pool, target = opened
+    method = EKFAC(rows=11, conjugate_gradient=2)
+    before = method.passes(pool, target, pool.checkpoints)
+    assert [(one.stage.removeprefix("EK-FAC's "), one.rows, one.done) for one in before] == [
+        ("factors", 2 * 2 * 11, False),
+        ("targets", 2 * (3 + 11), False),
+        ("conjugate gradients", 2 * 2 * 3 * 11, False),
+    ]
+    ids = module.drawn(pool.data.ids, 11)
+    assert before[0].tokens == 2 * 2 * pool.data.lengths[pool.data.positions(ids)].sum()
+    gs.score(pool, target, EKFAC(rows=11, checkpoints="last"))
+    assert [(one.rows, one.done) for one in method.passes(pool, target, pool.checkpoints)[:2]] == [
+        (22, False),
+        (28, False),
+    ]
+    gs.score(pool, target, EKFAC(rows=11))
+    assert [one.done for one in method.passes(pool, target, pool.checkpoints)] == [True, False, False]
+
+
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
     """How many sequences each pass was given; one that is told to ends as an interrupt does."""

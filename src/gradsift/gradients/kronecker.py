@@ -111,7 +111,7 @@ def kronecker_factors(
             total.add_(part)
 
     def from_factors(captured: Captured, x: Tensor, g: Tensor) -> None:
-        flat = g.flatten(0, 1)
+        x, flat = _finite(x), _finite(g).flatten(0, 1)
         known = next((product for held, product in recent if _same(held, x)), None)
         if known is None:
             real = there[0] if x.shape[1] == there[0].shape[1] else g.any(dim=2)  # places that are no tokens
@@ -121,6 +121,7 @@ def kronecker_factors(
         add(captured, flat.T @ flat, known)
 
     def from_gradients(captured: Captured, gradients: Tensor) -> None:
+        gradients = _finite(gradients)
         by_in = gradients.flatten(0, 1)
         by_out = gradients.transpose(1, 2).flatten(0, 1)
         add(captured, by_out.T @ by_out, by_in.T @ by_in)
@@ -158,7 +159,7 @@ def corrected_eigenvalues(
     sums: dict[str, Tensor] = {}
 
     def add(captured: Captured, gradients: Tensor) -> None:
-        part = bases[captured.name].into(gradients).square_().sum(dim=0)
+        part = bases[captured.name].into(_finite(gradients)).square_().sum(dim=0)
         sums[captured.name] = sums[captured.name] + part if captured.name in sums else part
 
     with Capture(model, modules, autocast=settings.autocast, checkpointing=settings.checkpointing).open() as capture:
@@ -232,6 +233,12 @@ def conjugate_gradient(
 
 def _dot(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float:
     return sum(float((part.double() * second[name].double()).sum()) for name, part in first.items())
+
+
+def _finite(features: Tensor) -> Tensor:
+    """Without the sequences that have NaN or infinity anywhere, which count as zeros `[sequence …]`."""
+    good = features.isfinite().flatten(1).all(dim=1)
+    return features if bool(good.all()) else features.masked_fill(~good.view(-1, *[1] * (features.ndim - 1)), 0.0)
 
 
 def _same(first: Tensor, second: Tensor) -> bool:

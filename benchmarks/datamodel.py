@@ -152,6 +152,10 @@ REWARDED: tuple[NICE | NICEIF, ...] = (
 CHANCES = 3  # draws of random scores
 RANDOM_REMOVALS = 8
 REFERENCE = LESS().label  # what others' LDS is compared with, in pairs
+# Whose first rows are left out, or trained on alone, beside MAGIC's variants, rows of one kind and random ones.
+REMOVERS = (
+    "LESS", "TracIn", "DataInf", "projected inverse", "TRAK", "EK-FAC", "MAGIC", "JI2S (λ=0.1)", "NICE", "RDS+", "BM25"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -502,6 +506,14 @@ def all_scores(world: World) -> Iterable[tuple[str, Array]]:
         yield f"random (seed {seed})", random_matrix(world, seed)
 
 
+def removers(world: World) -> Iterable[tuple[str, Array]]:
+    """Of the estimators that `REMOVERS` names, as they are by default."""
+    for label, matrix in all_scores(world):
+        name = label.partition(" (")[0]
+        if label in REMOVERS or (label != name and name in ("MAGIC", "random")) or label.startswith("1 for"):
+            yield label, matrix
+
+
 def magics(world: World) -> list[MAGIC]:
     """Of the training; where that is not smooth, of one that is made so by the defaults, and by a lower rate."""
     if world.training == TRAINING:
@@ -738,7 +750,7 @@ def top(world: World) -> tuple[dict[str, Any], str]:
     drawn = [without(world, generator.choice(ids, REMOVED, replace=False)) for _ in range(RANDOM_REMOVALS)]
     random = replay_all(world, drawn, world.pool.seed, None)
     table = {}
-    for label, matrix in all_scores(world):
+    for label, matrix in removers(world):
         losses = np.empty(len(kinds))
         for kind in KINDS:
             first = np.argsort(-matrix[:, kinds == kind].mean(axis=1), kind="stable")[:REMOVED]
@@ -758,7 +770,7 @@ def choice(world: World) -> tuple[dict[str, Any], str]:
     ids, kinds = np.array(world.pool.data.ids), np.array(world.target_kinds)
     held_out = np.array(world.held_out.data.column("kind"))
     losses: dict[str, Array] = {}  # [kind seed item]
-    for label, matrix in all_scores(world):
+    for label, matrix in removers(world):
         own = []
         for kind in KINDS:
             first = np.argsort(-matrix[:, kinds == kind].mean(axis=1), kind="stable")[:CHOSEN]

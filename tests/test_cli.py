@@ -426,7 +426,7 @@ def test_estimators_of_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None
         assert wrong.err == f"error: --damping is {value!r}: it should be 'auto', 'spectral' or a number above 0\n"
     refused = Cli("score", *base, "--target", "t", "--damping", "0.1")
     assert refused.err.startswith(
-        "error: --damping goes with datainf, projected_inverse, trak, nice_if, not with --estimator less"
+        "error: --damping goes with datainf, projected_inverse, trak, ekfac, nice_if, not with --estimator less"
     )
 
 

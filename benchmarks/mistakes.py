@@ -5,8 +5,8 @@
 The pool has 36 worked sums, 10 of which end in a wrong number, among 204 rows of other skills; the target is worked
 sums. AUC of right over wrong: how often the right one of a right and a wrong sum has the higher score, ties counting
 half; 0.5 is chance. AUC of sums over others: the same for a sum and a row of another skill. Intervals are 95 %
-bootstrap percentiles over rows. "Its own loss" ranks rows by how low the model's loss on them is after the warm-up, and reads no
-target.
+bootstrap percentiles over rows. "Its own loss" ranks rows by how low the model's loss on them is after the warm-up, and
+reads no target.
 """
 
 from __future__ import annotations

@@ -678,6 +678,7 @@ def every_address(pool: Pool, address: Address, tmp_path: Path) -> dict[str, str
         "replays": lambda: MAGIC()._replay(pool, set(), 0),
         "descents": lambda: pool.run.prefix("descents", descent._descent(chosen_from, 4)),
         "kronecker": lambda: EKFAC()._factors(pool, checkpoint).prefix(pool.run),
+        "candidates": lambda: pool.run.prefix("candidates", Rerank(first=BM25(), then=LESS())._config(pool, target)),
         "times": timed,
     }
     addresses = {kind: address(kind, call) for kind, call in found.items()}
@@ -705,14 +706,14 @@ class _Nothing:
 MADE_FROM = {
     "labels": {"data", "checkpoints", "gradients", "samples", "rewards", "scores", "scores of rows", "explanations",
                "validation", "evaluations", "evaluated rewards", "states", "scores of states", "replays",
-               "scores of replays", "descents", "kronecker", "scores of factors"},
+               "scores of replays", "descents", "kronecker", "scores of factors", "candidates"},
     "data": {"checkpoints", "gradients", "scores", "scores of rows", "explanations", "validation", "evaluations",
-             "states", "replays", "scores of replays", "descents", "kronecker", "scores of factors"},
+             "states", "replays", "scores of replays", "descents", "kronecker", "scores of factors", "candidates"},
     "gradients": {"scores of rows", "explanations", "scores of factors"},
     "kronecker": {"scores of factors"},
     "samples": {"rewards", "evaluated rewards"},
     "rewards": {"evaluated rewards"},
-    "scores": {"explanations", "descents"},
+    "scores": {"explanations", "descents", "candidates"},
     "embeddings": {"scores of embeddings"},
     "states": {"scores of states"},
     "replays": {"scores of replays", "descents"},

@@ -48,6 +48,7 @@ from gradsift.influence.prompts import PromptTarget, open_prompts
 from gradsift.influence.random import Random
 from gradsift.influence.ratings import FunctionRating, rate
 from gradsift.influence.rds import RDS, kept_embeddings
+from gradsift.influence.rerank import Rerank
 from gradsift.influence.scores import score
 from gradsift.influence.states import RDSPlus, states
 from gradsift.influence.trak import TRAK

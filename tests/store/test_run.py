@@ -103,7 +103,7 @@ def test_a_damaged_manifest_is_none(content: str, tmp_path: Path) -> None:
 
 
 def test_altered_files_of_an_artifact_are_found_and_said(tmp_path: Path) -> None:
-    """A file that is missing, shorter, or other than when its manifest was written makes the artifact unfinished."""
+    """A file that is missing, shorter, or other than when its manifest was written makes the artifact unfinished, and goes."""
     run, said = Run(tmp_path), Listening()
     run.storage.publish("data/1/part", b"whole")
     run.complete("data/1/", "data", {}, files=["part"])
@@ -111,10 +111,11 @@ def test_altered_files_of_an_artifact_are_found_and_said(tmp_path: Path) -> None
     assert said.warned == []
     for change in (b"whol", b"whore", None):
         if change is None:
-            run.path("data/1/part").unlink()
+            run.path("data/1/part").unlink(missing_ok=True)
         else:
             run.path("data/1/part").write_bytes(change)
         assert run.intact("data/1/", said) is None
+        assert not run.storage.exists("data/1/part")  # who makes it again sees that it is not there
     assert len(said.warned) == 3
     assert said.warned[0] == f"{tmp_path}/data/1/part is missing, truncated or altered: making it again"
     run.path("data/1/manifest.json").write_text("{")

@@ -175,7 +175,7 @@ def states(
     count = len(source.ids)
     adapter = None if checkpoint is None else checkpoint.adapter
     starts = range(0, count, _SHARE_ROWS)
-    if pool.run.manifest(prefix) is None:
+    if pool.run.intact(prefix, pool.reporter) is None:
         tasks = [
             _Share(
                 pool.run, source, pool.model, pool.dtype, pool.device, adapter, pooling, layer, prefix,
@@ -186,7 +186,8 @@ def states(
         with pool.reporter.stage("hidden states", count) as advance:
             for _ in pool.engine.map(tasks, advance, "share"):
                 pass
-        pool.run.complete(prefix, "states", config, rows=count)
+        names = [_part("", start) for start in starts]
+        pool.run.complete(prefix, "states", config, files=names, rows=count)
     return np.concatenate([read_tensors(pool.run.storage, _part(prefix, start))[0]["rows"].numpy() for start in starts])
 
 

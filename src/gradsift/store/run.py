@@ -196,7 +196,8 @@ class Run:
     ) -> dict[str, Any] | None:
         """As `manifest`, and None where a file is missing or altered whose checksum it has; the reporter is told.
 
-        Manifests have the checksums of the files that `complete` was told of.
+        Manifests have the checksums of the files that `complete` was told of. What is altered is deleted, so that who
+        makes the artifact again need only look at which files are there.
         """
         content = self.manifest(prefix, shape)
         if content is None:
@@ -205,12 +206,12 @@ class Run:
                     f"{self.name(f'{prefix}manifest.json')} is truncated or altered: making what it describes again"
                 )
             return None
-        for name, digest in content.get("files", {}).items():
-            if not self.unaltered(f"{prefix}{name}", digest):
-                if reporter is not None:
-                    reporter.warn(f"{self.name(f'{prefix}{name}')} is missing, truncated or altered: making it again")
-                return None
-        return content
+        altered = [n for n, digest in content.get("files", {}).items() if not self.unaltered(f"{prefix}{n}", digest)]
+        for name in altered:
+            if reporter is not None:
+                reporter.warn(f"{self.name(f'{prefix}{name}')} is missing, truncated or altered: making it again")
+            self.storage.delete(f"{prefix}{name}")
+        return None if altered else content
 
     def complete(
         self, prefix: str, kind: str, config: Mapping[str, Any], *, files: Iterable[str] = (), **content: Any

@@ -70,7 +70,7 @@ def test_interrupted_anywhere_it_ends_at_the_same_bytes(
     assert all_bytes(run) == all_bytes(calm)
 
 
-# A signal that comes between the opening of a file and its `with` leaves the file to the garbage collector, which warns.
+# A signal between the opening of a file and its `with` leaves the file to the garbage collector, which warns.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_signals_at_any_moment(tmp_path: Path, files: dict[str, str], lanes: int) -> None:
     """SIGTERM a few milliseconds after the first batch, over and over: every attempt keeps what it finished, and the

@@ -103,7 +103,7 @@ def test_a_damaged_manifest_is_none(content: str, tmp_path: Path) -> None:
 
 
 def test_altered_files_of_an_artifact_are_found_and_said(tmp_path: Path) -> None:
-    """A file that is missing, shorter, or other than when its manifest was written makes its artifact unfinished, and goes."""
+    """A file that is missing, shorter or other than its manifest says makes the artifact unfinished, and goes."""
     run, said = Run(tmp_path), Listening()
     run.storage.publish("data/1/part", b"whole")
     run.complete("data/1/", "data", {}, files=["part"])

@@ -113,7 +113,7 @@ def print_estimate(found: dict[str, Any]) -> None:
     ]  # fmt: skip
     sample, pool, count = found["sample"], found["pool"], found["checkpoints"]
     title = f"{found['model']}: {pool['rows']:,} pool rows, {pool['tokens']:,} tokens, longest {pool['longest']}, " + (
-        f"{count} checkpoint{'' if count == 1 else 's'}" if count else "no gradients are taken"
+        f"{count} checkpoint{'' if count == 1 else 's'}" if count else "no gradients of the whole pool"
     )
     out.print(title, style="bold", markup=False)  # as a title of the table it would be broken at the table's width
     out.print(table("", ("stage", "tokens", "time", "disk"), rows))

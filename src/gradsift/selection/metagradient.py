@@ -69,7 +69,8 @@ class MetagradientDescent(SmoothTraining, Selector):
     def label(self) -> str:
         """What tables call it."""
         own = [f"{name} {value:g}" for name, value in (("lr", self.learning_rate), ("epochs", self.epochs)) if value]
-        return f"metagradient descent ({', '.join([f'{self.rounds} rounds', *own])})"
+        rounds = "1 round" if self.rounds == 1 else f"{self.rounds} rounds"
+        return f"metagradient descent ({', '.join([rounds, *own])})"
 
     def choose(self, candidates: Candidates, budget: int) -> list[int]:
         """The best round's, in the order of the scores that it was made by."""

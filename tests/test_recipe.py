@@ -194,6 +194,16 @@ def test_the_usual_controls() -> None:
     assert beside(controls=()) == []
 
 
+def test_a_control_that_is_there_anyway_counts_once() -> None:
+    """Asked for beside the usual ones, of which it is one, or given twice, or the estimator itself."""
+    from gradsift.jobs.select_explain import methods_of
+    from gradsift.options import SCORE, SEED, SET, SOURCES, recipe_of
+
+    given = {"model": "m", "pool": "p", "target": "t", "control": ["rds_plus", "rds_plus", "less"]}
+    found = methods_of(recipe_of((*SOURCES, *SCORE, *SEED, *SET), given, {"out": "o"}))
+    assert [one.label for one in found] == ["LESS", "BM25", "RDS+", "random (seed 0)"]
+
+
 def test_one_more_control() -> None:
     """`--control` names rankings beside the usual ones, whose seed is the run's."""
     from gradsift.options import SCORE, SEED, SET, SOURCES, recipe_of

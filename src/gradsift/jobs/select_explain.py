@@ -184,7 +184,7 @@ def chooses(recipe: Recipe) -> bool:
 
 def methods_of(recipe: Recipe) -> list[Estimator]:
     """The recipe's estimator, then its controls: each once, and only those that have the target that they need."""
-    methods = [recipe.estimator, *(control for control in recipe.rankings_beside() if control != recipe.estimator)]
+    methods = list(dict.fromkeys([recipe.estimator, *recipe.rankings_beside()]))
     if recipe.target is None and not recipe.estimator.needs_target:
         methods = [method for method in methods if not method.needs_target]
     return [with_judge(method, recipe.judge) for method in methods]

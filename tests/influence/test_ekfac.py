@@ -116,7 +116,7 @@ def test_conjugate_gradients_solve_with_the_gauss_newton_matrix(opened: Opened) 
         method = EKFAC(conjugate_gradient=steps)
         directions = method._found(pool, target.data, checkpoint)  # type: ignore[arg-type]
         rows, _ = directions.find(pool)
-        network, modules = module._network(directions.factors.at)
+        network, modules, _ = directions.factors.at.opened()
         inverses = directions.factors.inverses(pool.run, method.damping, torch.device("cpu"))
         damping = next(iter(inverses.values())).damping
         one = {name: part[0] for name, part in apart(rows, modules).items()}

@@ -27,6 +27,7 @@ from gradsift.gradients.background import to_host, write, writing_in_background
 from gradsift.gradients.batching import automatic_lanes, automatic_token_budget, measured_token_budget, repeated
 from gradsift.gradients.capture import LORA, Modules, find_modules
 from gradsift.gradients.exact import ExactProducts, Side
+from gradsift.gradients.folding import Captured
 from gradsift.gradients.projection import Projection, Projector, projector_of
 from gradsift.gradients.rows import RowSettings, ShardPart, ShardRows, View, gradient_rows
 from gradsift.gradients.self_check import kept_check
@@ -172,6 +173,14 @@ class AtCheckpoint:
             config["optimizer"] = self.checkpoint.optimizer_identity()
             config["adam"] = settings.adam.model_dump(mode="json")
         return revised("gradients", config)
+
+    def opened(self) -> tuple[Any, tuple[Captured, ...], int]:
+        """The model, the modules that rows are made of, and padded tokens of a batch, for passes of other kinds."""
+        place = host(self.model, self.dtype, self.device)
+        place.base()  # an adapter that is on the model may be what the folder held before
+        network = place.with_adapter(self.checkpoint.adapter)
+        modules = find_modules(network, self.settings.modules).captured
+        return network, modules, self.settings.token_budget or automatic_token_budget(network)
 
     def prefixes(self, run: Run, source: SequenceSource, view: View) -> Iterator[str]:
         """Where a store of these rows may be: as it was asked for, then with sums, which has the same rows."""

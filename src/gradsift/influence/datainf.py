@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from pydantic import BeforeValidator
@@ -20,9 +20,8 @@ from gradsift.base.lazy import Tensor, torch
 from gradsift.base.sums import row_products
 from gradsift.gradients.rows import View
 from gradsift.influence.blocks import carried, on_cpu, place_for
-from gradsift.influence.estimator import Estimator, ProductEstimator, rate_weights
+from gradsift.influence.estimator import Estimator, ProductEstimator, RateWeighted
 from gradsift.store.gradient_store import GradientStore
-from gradsift.warmup.checkpoint import Checkpoint
 
 _AUTO_SHARE = 0.1  # λ as a share of the mean squared gradient coordinate, as in Kwon et al. 2024
 # Rows converted at once: long enough for matrix products, 16 MiB at 8192 dimensions; a GPU wants fewer, larger kernels.
@@ -103,8 +102,13 @@ class KernelEstimator(Estimator):
         """Whether it reads those at the last checkpoint alone."""
         return self.checkpoints == "last"
 
+    @property
+    def needs_projection(self) -> bool:
+        """For the matrices that it inverts."""
+        return True
 
-class ProjectedInverse(KernelEstimator, ProductEstimator):
+
+class ProjectedInverse(KernelEstimator, RateWeighted, ProductEstimator):
     """Influence through a damped inverse of the pool's second moments, exact for the projected gradients.
 
     Plain gradients on both sides, not normalised. Over checkpoints the terms η̄_e·λ_e·⟨g, (H_e + λ_e I)⁻¹ v⟩ are added
@@ -121,19 +125,16 @@ class ProjectedInverse(KernelEstimator, ProductEstimator):
     kernel: Literal["segments", "whole"] = "whole"
 
     @property
+    def needs_projection(self) -> bool:
+        """By module; the whole inverse is that of the rows' own products."""
+        return self.kernel == "segments"
+
+    @property
     def label(self) -> str:
         """What tables call it."""
         parts = ["by module"] * (self.kernel == "segments") + ["last checkpoint"] * (self.checkpoints == "last")
         parts += damping_label(self.damping, "spectral")
         return f"projected inverse ({', '.join(parts)})" if parts else "projected inverse"
-
-    def weights(self, checkpoints: Sequence[Checkpoint]) -> list[float]:
-        """η̄_e / Σ η̄."""
-        return rate_weights(checkpoints)
-
-    def counted(self, checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
-        """What their sum is weighted by."""
-        return {} if self.checkpoints == "last" else {"weights": self.weights(checkpoints)}
 
     def directions(self, store: GradientStore, targets: Tensor, device: str) -> Tensor:
         """The targets through the inverse."""

@@ -20,8 +20,6 @@ from gradsift.base.progress import Advance
 from gradsift.base.ranks import spearman
 from gradsift.context import Pool, Target
 from gradsift.data.dataset import Dataset
-from gradsift.gradients.batching import automatic_token_budget
-from gradsift.gradients.capture import find_modules
 from gradsift.gradients.collect import AtCheckpoint, SequenceSource
 from gradsift.gradients.folding import Captured
 from gradsift.gradients.hessian import curvature_product
@@ -42,14 +40,14 @@ from gradsift.influence.estimator import (
     Estimator,
     Influence,
     Passes,
+    RateWeighted,
     Targets,
     TargetsByCheckpoint,
-    rate_weights,
     source_at,
     summed,
 )
 from gradsift.influence.products import inner_products
-from gradsift.model.models import host, input_device, model_identity
+from gradsift.model.models import input_device, model_identity
 from gradsift.store.gradient_store import GradientStore
 from gradsift.store.manifest import fingerprint
 from gradsift.store.run import Run, revised, revisions
@@ -67,7 +65,7 @@ _COPIES = 6  # of targets' gradients: themselves, what becomes of them, and what
 _BASIS, _EIGENVALUES = "basis.safetensors", "eigenvalues.safetensors"
 
 
-class EKFAC(Estimator):
+class EKFAC(RateWeighted):
     """EK-FAC (George et al. 2018, Grosse et al. 2023): influence through the model's curvature, a tenth of it damped.
 
     `S = Σ_e w_e λ_e ⟨g, (H_e + λ_e I)⁻¹ v⟩`, H the curvature of the loss in eigenvalue-corrected Kronecker factors of
@@ -115,14 +113,6 @@ class EKFAC(Estimator):
     def last_checkpoint(self) -> bool:  # type: ignore[override]
         """Whether it reads rows at the last checkpoint alone."""
         return self.checkpoints == "last"
-
-    def weights(self, checkpoints: SequenceABC[Checkpoint]) -> list[float]:
-        """η̄_e / Σ η̄."""
-        return rate_weights(checkpoints)
-
-    def counted(self, checkpoints: SequenceABC[Checkpoint]) -> dict[str, Any]:
-        """What their sum is weighted by."""
-        return {} if self.last_checkpoint else {"weights": self.weights(checkpoints)}
 
     def inputs(self, pool: Pool) -> dict[str, Any]:
         """As others, and how factors are made."""
@@ -314,9 +304,8 @@ class _Part:
         if self.run.storage.exists(self.key):
             advance(count)
             return
-        network, captured = _network(self.of.at)
         names = self.of.sample.ids[self.start : self.stop] if self.of.labels == "model" else None
-        settings = _pass(self.of.at, network, names)
+        network, captured, settings = _opened(self.of.at, names)
         sequences = self.of.sample.sequences(self.start, self.stop)
         if self.what == "factors":
             factors = kronecker_factors(network, captured, sequences, settings, advance)
@@ -400,9 +389,9 @@ class _Some:
         if self.run.storage.exists(self.key):
             advance(self.stop - self.start)
             return 0.0
-        of, at, began = self.of, self.of.factors.at, 0.0
-        network, captured = _network(at)
-        place, settings = input_device(network), _pass(at, network, None)
+        of, at = self.of, self.of.factors.at
+        network, captured, settings = _opened(at)
+        place = input_device(network)
         inverses = of.factors.inverses(self.run, of.damping, place)
         scale = _scale(inverses)
         projector = projector_of(network, captured, at.settings.projection)
@@ -421,7 +410,7 @@ class _Some:
             each_gradient(network, captured, own, add, settings)
             if of.steps:
                 began = time.monotonic()
-                found = self._solved(network, captured, gradients, inverses)
+                found = self._solved(network, captured, gradients, inverses, settings)
                 seconds += time.monotonic() - began
             else:
                 found = {name: inverses[name](rows_) for name, rows_ in gradients.items()}
@@ -458,17 +447,18 @@ class _Some:
         captured: SequenceABC[Captured],
         gradients: Mapping[str, Tensor],
         inverses: Mapping[str, DampedInverse],
+        settings: Pass,
     ) -> dict[str, Tensor]:
         """Each row by conjugate gradients."""
         factors = self.of.factors
         sample = factors.sample
         curved = sample.subset(sample.positions(drawn(sample.ids, _CURVED_ROWS)))
-        sequences, at = curved.sequences(0, len(curved)), factors.at
-        budget = max(1, _pass(at, network, None).token_budget // 3)  # twice differentiated graphs hold so much more
+        sequences = curved.sequences(0, len(curved))
+        budget = max(1, settings.token_budget // 3)  # twice differentiated graphs hold so much more
 
         def product(vector: Mapping[str, Tensor]) -> dict[str, Tensor]:
             curvature = curvature_product(
-                "ggn", network, captured, sequences, vector, token_budget=budget, autocast=at.settings.autocast_type
+                "ggn", network, captured, sequences, vector, token_budget=budget, autocast=settings.autocast
             )
             return {name: part + inverses[name].damping * vector[name] for name, part in curvature.items()}
 
@@ -526,17 +516,10 @@ def _agreement(store: GradientStore, rows: Tensor, ids: SequenceABC[str], produc
     return float(np.mean(there)) if there else math.nan
 
 
-def _network(at: AtCheckpoint) -> tuple[Any, tuple[Captured, ...]]:
-    place = host(at.model, at.dtype, at.device)
-    place.base()  # an adapter that is on the model may be what the folder held before
-    network = place.with_adapter(at.checkpoint.adapter)
-    return network, find_modules(network, at.settings.modules).captured
-
-
-def _pass(at: AtCheckpoint, network: Any, names: SequenceABC[str] | None) -> Pass:
-    settings = at.settings
-    budget = settings.token_budget or automatic_token_budget(network)
-    return Pass(budget, names, settings.autocast_type, settings.gradient_checkpointing)
+def _opened(at: AtCheckpoint, names: SequenceABC[str] | None = None) -> tuple[Any, tuple[Captured, ...], Pass]:
+    """The model, its modules, and how rows go through it; with labels that are drawn by the rows' names, if given."""
+    network, captured, budget = at.opened()
+    return network, captured, Pass(budget, names, at.settings.autocast_type, at.settings.gradient_checkpointing)
 
 
 def _basis_of(basis: Mapping[str, Tensor], name: str, place: torch.device) -> Eigenbasis:

@@ -160,6 +160,11 @@ class Estimator(Settings):
     kind: str
 
     @property
+    def needs_projection(self) -> bool:
+        """Whether it holds matrices of all dimensions of its rows, which unprojected ones have too many of."""
+        return False
+
+    @property
     def before(self) -> tuple[Estimator, ...]:
         """The estimators whose influence it asks for first."""
         return ()
@@ -250,7 +255,19 @@ class Estimator(Settings):
         )
 
 
-class TrainingEstimator(Estimator):
+class RateWeighted(Estimator):
+    """Sums over checkpoints, each of which counts by its learning rate."""
+
+    def weights(self, checkpoints: SequenceABC[Checkpoint]) -> list[float]:
+        """η̄_e / Σ η̄."""
+        return rate_weights(checkpoints)
+
+    def counted(self, checkpoints: SequenceABC[Checkpoint]) -> dict[str, Any]:
+        """What their sum is weighted by, where there are several."""
+        return {} if self.last_checkpoint else {"weights": self.weights(checkpoints)}
+
+
+class TrainingEstimator(RateWeighted):
     """Follows the checkpoints of a training, each of which counts by its learning rate.
 
     optimizer: `adam` takes Adam's update direction on the pool's side, `sgd` the plain gradient.
@@ -269,10 +286,6 @@ class TrainingEstimator(Estimator):
     def last_checkpoint(self) -> bool:  # type: ignore[override]
         """Whether it reads those at the last checkpoint alone."""
         return self.checkpoints == "last"
-
-    def weights(self, checkpoints: SequenceABC[Checkpoint]) -> list[float]:
-        """η̄_e / Σ η̄."""
-        return rate_weights(checkpoints)
 
     def counted(self, checkpoints: SequenceABC[Checkpoint]) -> dict[str, Any]:
         """What their sum is weighted by."""

@@ -23,15 +23,12 @@ from gradsift.base.lazy import Tensor, torch
 from gradsift.base.ranks import spearman
 from gradsift.base.sums import row_products
 from gradsift.context import Pool, Target
-from gradsift.gradients.batching import automatic_token_budget
-from gradsift.gradients.capture import find_modules
 from gradsift.gradients.collect import SequenceSource
 from gradsift.gradients.hessian import Curvature, curvature_product
 from gradsift.gradients.projection import projector_of
 from gradsift.influence.blocks import BlockConsumer, block_rows, over_blocks, threads
 from gradsift.influence.estimator import GreedyTerms, Influence, TargetsByCheckpoint, TrainingEstimator, both_stores
 from gradsift.influence.products import store_inner_products, unit_rows
-from gradsift.model.models import host
 from gradsift.store.gradient_store import GradientStore
 from gradsift.store.manifest import fingerprint
 from gradsift.store.run import revised
@@ -653,15 +650,10 @@ def _project_product(
     kind: Curvature,
     checkpoint: Checkpoint,
 ) -> Tensor:
-    place = host(pool.model, pool.dtype, pool.device)
-    place.base()  # an adapter that is on the model may be what the folder held before
-    network: Any = place.with_adapter(checkpoint.adapter)
-    settings = pool.gradients
-    captured = find_modules(network, settings.modules).captured
-    projector = projector_of(network, captured, settings.projection)
+    network, captured, budget = pool.at(checkpoint).opened()
+    projector = projector_of(network, captured, pool.gradients.projection)
     finite = [id_ in queries for id_ in targets.ids]
     sequences = [sequence for sequence in targets.sequences(0, len(finite)) if finite[sequence.row]]
-    budget = settings.token_budget or automatic_token_budget(network)
     with pool.reporter.stage(f"{kind} product over {sum(finite)} targets", 1) as advance:
         product = curvature_product(
             kind,
@@ -671,7 +663,7 @@ def _project_product(
             total,
             # Twice differentiated graphs hold about three times the activations of one.
             token_budget=budget if kind == "fisher" else max(1, budget // 3),
-            autocast=torch.bfloat16 if settings.autocast == "bfloat16" else None,
+            autocast=pool.gradients.autocast_type,
         )
         advance(1)
     return projector.apply(product)[0].float().cpu().contiguous()

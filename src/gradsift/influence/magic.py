@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceABC
-from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -14,14 +13,14 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from gradsift.base.errors import ConfigError
-from gradsift.base.lazy import Tensor, torch
+from gradsift.base.lazy import torch
 from gradsift.base.ranks import spearman
 from gradsift.context import Pool, Target
 from gradsift.gradients.losses import row_losses
 from gradsift.influence.estimator import Estimator, Influence, Passes, Targets, TargetsByCheckpoint
 from gradsift.influence.metagradient import metagradient as metagradient
-from gradsift.influence.replay import Losses, Network, Replay, Returned
-from gradsift.influence.smooth import FIRST_BACK, FURTHER_BACK, Ending, SmoothTraining, groups_of
+from gradsift.influence.replay import Losses, Replay, Returned
+from gradsift.influence.smooth import FIRST_BACK, FURTHER_BACK, Ending, SmoothTraining, groups_of, loss_after
 from gradsift.model.models import host
 from gradsift.store.manifest import fingerprint
 from gradsift.warmup.checkpoint import Checkpoint
@@ -99,7 +98,7 @@ class MAGIC(SmoothTraining, Estimator):
         """What tables call it."""
         parts = [f"{self.fraction:g} of the pool"] * (self.fraction < 1)
         parts += [f"{self.seeds} trainings"] * (self.seeds > 1)
-        parts += [f"{name} {value:g}" for name, value in (("lr", self.learning_rate), ("epochs", self.epochs)) if value]
+        parts += self.departures
         return f"MAGIC ({', '.join(parts)})" if parts else "MAGIC"
 
     def influence(self, pool: Pool, target: Target | None) -> Influence:
@@ -204,9 +203,8 @@ class MAGIC(SmoothTraining, Estimator):
         for own, without in zip(weights[1:], left_out, strict=True):
             own[pool.training.positions(without)] = 0.0
         losses = self._check_losses(pool, replay, ending)
-        with ExitStack() as stack:
-            opened = cache(lambda: stack.enter_context(replay.network()))
-            ways = [partial(_smooth_loss, replay, opened, ending, own) for own in (None, *weights[1:])]
+        with replay.network_if_asked() as opened:
+            ways = [partial(loss_after, replay, opened, ending, own) for own in (None, *weights[1:])]
             smooth = losses.of("smooth", ways)
         plain = losses.of("plain", [partial(self._plain_loss, pool, own, ending) for own in kept])
         return Check(
@@ -224,12 +222,6 @@ class MAGIC(SmoothTraining, Estimator):
         )[-1]  # fmt: skip
         model = host(pool.model, pool.dtype, pool.device).with_adapter(checkpoint.adapter)
         return ending.mean(row_losses(model, ending.sequences, len(ending.groups)))
-
-
-def _smooth_loss(replay: Replay, opened: Callable[[], Network], ending: Ending, weights: Tensor | None) -> float:
-    """The targets' loss after the training, or after one in which rows have other weights."""
-    network = opened()
-    return ending.loss(network, replay.end(network) if weights is None else replay.end_with(network, weights))
 
 
 def _not_smooth(growth: SequenceABC[float], returned: SequenceABC[Returned]) -> list[str]:

@@ -6,9 +6,9 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceABC
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -301,6 +301,12 @@ class Replay:
         with adapter_on(base, self.record.training, self.record.seed) as model, head_at(model) as head:
             model.eval()
             yield Network(model, head)
+
+    @contextmanager
+    def network_if_asked(self) -> Iterator[Callable[[], Network]]:
+        """What gives the network, loaded when it is first asked for."""
+        with ExitStack() as stack:
+            yield cache(lambda: stack.enter_context(self.network()))
 
     def end(self, network: Network) -> Tensor:
         """θ_T, trained now if the run does not hold it."""

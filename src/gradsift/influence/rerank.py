@@ -17,7 +17,6 @@ from gradsift.base.ranks import descending_ranks
 from gradsift.context import Pool, Target
 from gradsift.gradients.projection import Projection
 from gradsift.gradients.rows import View
-from gradsift.influence.datainf import KernelEstimator, ProjectedInverse
 from gradsift.influence.estimator import Estimator, Influence, Passes, influence_of, target_view
 from gradsift.influence.less import LESS
 from gradsift.influence.scores import aggregated
@@ -62,9 +61,7 @@ class Rerank(Estimator):
         Raises:
             ConfigError: it is one.
         """
-        if isinstance(self.then, KernelEstimator) and not (
-            isinstance(self.then, ProjectedInverse) and self.then.kernel == "whole"
-        ):
+        if self.then.needs_projection:
             raise ConfigError(
                 f"then is {self.then.kind}, which inverts a matrix of all dimensions of a module, and unprojected rows "
                 "have too many: take projected_inverse with kernel: whole"
@@ -74,11 +71,6 @@ class Rerank(Estimator):
     def label(self) -> str:
         """What tables call it."""
         return f"{self.first.label}, {self.candidates} by {self.then.label}"
-
-    @property
-    def takes(self) -> Literal["labels", "texts", "reward"]:  # type: ignore[override]
-        """What of a target."""
-        return "labels"
 
     @property
     def runs_model(self) -> bool:

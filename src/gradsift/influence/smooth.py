@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceABC
 from dataclasses import replace
 
@@ -48,6 +49,11 @@ class SmoothTraining(Settings):
         given = {"epochs": self.epochs, "learning_rate": self.learning_rate}
         given = {name: value for name, value in given.items() if value is not None}
         return Training.model_validate(pool.warmup.model_dump(include=set(Training.model_fields)) | given)
+
+    @property
+    def departures(self) -> list[str]:
+        """What a label says of it."""
+        return [f"{name} {value:g}" for name, value in (("lr", self.learning_rate), ("epochs", self.epochs)) if value]
 
     def replay(self, pool: Pool, ids: SequenceABC[str], beside: SequenceABC[str], *, seed: int, what: str) -> Replay:
         """A training on some rows, sorted by their ids, while others ride along; nothing is trained yet."""
@@ -125,6 +131,12 @@ class Ending:
     def mean(self, losses: Tensor) -> float:
         """The same of the targets' losses `[target]`."""
         return float((np.bincount(self.groups, weights=losses.numpy()) / self._counts).mean())
+
+
+def loss_after(replay: Replay, opened: Callable[[], Network], ending: Ending, weights: Tensor | None = None) -> float:
+    """The targets' loss after the training, or after one in which rows have other weights, `[row]`."""
+    network = opened()
+    return ending.loss(network, replay.end(network) if weights is None else replay.end_with(network, weights))
 
 
 def groups_of(count: int, subtasks: SequenceABC[str] | None, per: str = "subtask") -> NDArray[np.int64]:

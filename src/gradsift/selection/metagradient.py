@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -16,8 +15,8 @@ from gradsift.base.lazy import Tensor
 from gradsift.context import Pool, Target
 from gradsift.influence.estimator import Estimator, Passes, TargetsByCheckpoint
 from gradsift.influence.magic import MAGIC
-from gradsift.influence.replay import Network, Replay
-from gradsift.influence.smooth import FIRST_BACK, Ending, SmoothTraining, groups_of
+from gradsift.influence.replay import Network
+from gradsift.influence.smooth import FIRST_BACK, Ending, SmoothTraining, groups_of, loss_after
 from gradsift.report import text
 from gradsift.report.blocks import Block, Cell, Column, Row, Table
 from gradsift.selection.candidates import Candidates
@@ -68,9 +67,8 @@ class MetagradientDescent(SmoothTraining, Selector):
     @property
     def label(self) -> str:
         """What tables call it."""
-        own = [f"{name} {value:g}" for name, value in (("lr", self.learning_rate), ("epochs", self.epochs)) if value]
         rounds = "1 round" if self.rounds == 1 else f"{self.rounds} rounds"
-        return f"metagradient descent ({', '.join([rounds, *own])})"
+        return f"metagradient descent ({', '.join([rounds, *self.departures])})"
 
     def choose(self, candidates: Candidates, budget: int) -> list[int]:
         """The best round's, in the order of the scores that it was made by."""
@@ -183,9 +181,8 @@ class MetagradientDescent(SmoothTraining, Selector):
         replay = self.replay(pool, own, beside, seed=pool.seed, what=what)
         asked = fingerprint([steering.note, "mean over groups"])
         others = pool.run.manifest(replay.prefix) is not None  # a training that is there already is not this descent's
-        with ExitStack() as stack:
-            opened = cache(lambda: stack.enter_context(replay.network()))
-            ways = [partial(_loss_of, replay, opened, ending) for ending in (steering, measuring)]
+        with replay.network_if_asked() as opened:
+            ways = [partial(loss_after, replay, opened, ending) for ending in (steering, measuring)]
             losses = replay.losses(fingerprint([steering.note, measuring.note]), what).of("losses", ways)
             found = replay.returned(asked) if further else None
             if further and found is None:
@@ -224,10 +221,6 @@ def exchanged(chosen: Sequence[int], worth: NDArray[np.float64], most: int, amon
 def best_of(rounds: Sequence[Round]) -> Round:
     """The first of those with the lowest loss on held-out targets."""
     return min(rounds, key=lambda one: one.held_out)
-
-
-def _loss_of(replay: Replay, opened: Callable[[], Network], ending: Ending) -> float:
-    return ending.loss(opened(), replay.end(opened()))
 
 
 def _mean_gradient(ending: Ending, network: Network, theta: Tensor) -> Tensor:

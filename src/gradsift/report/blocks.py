@@ -6,6 +6,7 @@ JSON they are what a page is kept as, and written again from. Texts may come fro
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
@@ -450,12 +451,12 @@ class Page:
         return _page().validate_json(content)
 
 
-class Shown:
+class Shown(ABC):
     """A result that notebooks show by its blocks."""
 
+    @abstractmethod
     def blocks(self) -> tuple[Block, ...]:
         """What there is to see of it."""
-        raise NotImplementedError(type(self).__name__)
 
     def _repr_html_(self) -> str:
         from gradsift.report.html import fragment  # loads the template engine

@@ -7,7 +7,8 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -212,26 +213,20 @@ def _but(options: tuple[Option, ...], *names: str) -> tuple[Option, ...]:
     return tuple(option for option in options if option.name not in names)
 
 
-class _errors:  # noqa: N801  # reads as a phrase: with _errors(...)
+@contextmanager
+def _errors(*, debug: bool) -> Iterator[None]:
     """One message for gradsift's errors, with exit code 2 for what was typed wrong and else 1; 130 when interrupted."""
+    from gradsift.base.interruption import last_words, watching
 
-    def __init__(self, *, debug: bool) -> None:
-        from gradsift.base.interruption import watching
-
-        self.debug = debug
-        self.watch = watching()
-
-    def __enter__(self) -> None:
-        self.watch.__enter__()
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _trace: object) -> None:
-        from gradsift.base.interruption import last_words, pressed
-
-        interrupted = isinstance(error, KeyboardInterrupt) or pressed()
-        self.watch.__exit__(None, None, None)
-        if error is None or self.debug or isinstance(error, SystemExit | click.exceptions.Exit | click.Abort):
-            return
-        if interrupted:
+    try:
+        with watching():
+            yield
+    except (click.exceptions.Exit, click.Abort):
+        raise
+    except (Exception, KeyboardInterrupt) as error:
+        if debug:
+            raise
+        if isinstance(error, KeyboardInterrupt):
             print(f"\n{last_words()}", file=sys.stderr)
             raise click.exceptions.Exit(130) from None
         from gradsift.base.errors import GradsiftError
@@ -243,19 +238,15 @@ class _errors:  # noqa: N801  # reads as a phrase: with _errors(...)
         if isinstance(error, BrokenPipeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise click.exceptions.Exit(1) from None
+        what = visible(f"{type(error).__name__}: {error}")
         if isinstance(error, OSError | MemoryError):
+            print(f"error: {what}. Run with --debug for the traceback", file=sys.stderr)
+        else:
             print(
-                f"error: {type(error).__name__}: {visible(str(error))}. Run with --debug for the traceback",
+                f"error: this should not have happened ({what}). Run with --debug for the traceback and report it",
                 file=sys.stderr,
             )
-            raise click.exceptions.Exit(1) from None
-        if isinstance(error, Exception):
-            print(
-                f"error: this should not have happened ({visible(f'{type(error).__name__}: {error}')}). "
-                "Run with --debug for the traceback and report it",
-                file=sys.stderr,
-            )
-            raise click.exceptions.Exit(1) from None
+        raise click.exceptions.Exit(1) from None
 
 
 def _reporter(given: Given) -> Any:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,6 +57,16 @@ def test_work_that_notes_errors_and_goes_on_stops(capsys: pytest.CaptureFixture[
             refuse_to_go_on(ModelError("x"))
     with watching():
         assert not pressed()
+
+
+def test_what_a_library_makes_of_it_leaves_as_an_interruption() -> None:
+    """Ctrl-C while a condition lets go of its lock comes out of it as that of a lock which is not held."""
+    lock = threading.Condition()
+    with pytest.raises(KeyboardInterrupt), watching(), lock:
+        lock.release()
+        os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(RuntimeError), watching(), lock:  # no signal, no interruption
+        lock.release()
 
 
 def test_somebody_elses_handler_stays() -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from test_collect import collect_both, files, make_dataset
 
 from gradsift.base import interruption
 from gradsift.gradients import collect as collect_module
+from gradsift.gradients import rows as rows_module
 from gradsift.gradients.collect import Gradients
 from gradsift.gradients.projection import Projection
 from gradsift.gradients.rows import ShardPart, _Sink
@@ -88,6 +90,32 @@ def test_signals_at_any_moment(tmp_path: Path, files: dict[str, str], lanes: int
         except KeyboardInterrupt:
             interrupted += 1
     assert interrupted > 2
+    collect_both(run, data, files, settings=settings)
+    assert all_bytes(run) == all_bytes(calm)
+
+
+def test_a_lane_that_has_finished_nothing(
+    tmp_path: Path, files: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted when the second of two lanes has summed up a batch and the first one none: the sums are the same."""
+    settings = WHOLE.model_copy(update={"full_sum": True})
+    monkeypatch.setattr(collect_module, "automatic_lanes", lambda *_: 2)
+    calm, run = Run(tmp_path / "calm"), Run(tmp_path / "run")
+    collect_both(calm, make_dataset(calm, count=COUNT), files, settings=settings)
+    data = make_dataset(run, count=COUNT)
+
+    def in_lanes(units: Any, lanes: int, run: Any, *rest: Any, fixed: bool) -> None:
+        def with_a_slow_one(lane: int, unit: Any, stopped: Callable[[], bool]) -> bool:
+            while lane == 0 and not stopped():
+                time.sleep(0.001)
+            return bool(run(lane, unit, stopped))
+
+        whole(units, lanes, with_a_slow_one, *rest, fixed=fixed)
+
+    whole = rows_module._in_lanes
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(rows_module, "_in_lanes", in_lanes)
+        collect_both(run, data, files, settings=settings, reporter=Listening(stop_after=1))
     collect_both(run, data, files, settings=settings)
     assert all_bytes(run) == all_bytes(calm)
 

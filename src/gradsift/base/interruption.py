@@ -1,7 +1,8 @@
 """Signals that ask a command to stop: Ctrl-C, SIGTERM and a closed terminal all end it as KeyboardInterrupt does.
 
 What one raises inside a library may come out as an error of that library's own: safetensors, for one, reports an
-interruption while it loads a file as a file that cannot be read. And what it must not tear apart can be held together.
+interruption while it loads a file as a file that cannot be read, and a lock that was to be taken as one that is not
+held. And what it must not tear apart can be held together.
 """
 
 from __future__ import annotations
@@ -41,7 +42,11 @@ class _Holding:
 
 @contextmanager
 def watching() -> Iterator[None]:
-    """Raise KeyboardInterrupt on each of the signals, and remember it; where somebody else handles one, that stays."""
+    """Raise KeyboardInterrupt on each of the signals; where somebody else handles one, that stays.
+
+    Raises:
+        KeyboardInterrupt: a signal came, whatever a library made of it.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -55,6 +60,9 @@ def watching() -> Iterator[None]:
             before[number] = signal.signal(number, _remember)
     try:
         yield
+    except Exception as error:
+        refuse_to_go_on(error)
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -452,9 +452,10 @@ class _Progress:
                 of, _, name = rest.partition("/")
                 places.setdefault(place, {}).setdefault(cast(View, of), {})[name] = total.to(result.loss.device)
         views = tuple(result.full_sums)
+        of_lanes = [int(place.partition(" ")[2]) for place in places if place != "sum"]  # not of those without a unit
         lanes = tuple(
             {view: places.get(f"lane {n}", {}).get(view, {}) for view in views}
-            for n in range(sum(place.startswith("lane ") for place in places))
+            for n in range(max(of_lanes, default=-1) + 1)
         )
         self._reached = _Reached(done.numpy(), sums=places.get("sum", {}))
         self._resumed = int(tensors["group"]), lanes
@@ -533,13 +534,17 @@ def _in_lanes(
 
     def lane_of(lane: int) -> None:
         torch.set_num_threads(max(1, threads // lanes))
-        for unit in queues[lane]:
-            if skip(unit):
-                continue
-            if stop.is_set() or not run(lane, unit, stop.is_set):
-                return
-            with told:
-                done(lane, unit)
+        try:
+            for unit in queues[lane]:
+                if skip(unit):
+                    continue
+                if stop.is_set() or not run(lane, unit, stop.is_set):
+                    return
+                with told:
+                    done(lane, unit)
+        except BaseException:  # the others are waited for before it is known elsewhere
+            stop.set()
+            raise
 
     try:
         with ThreadPoolExecutor(lanes) as executor:

@@ -112,10 +112,11 @@ class GrowingArrays:
 
 
 def publish_tensors(storage: Storage, key: str, tensors: Mapping[str, Tensor], note: str = "") -> None:
-    """Publish tensors, with a note of what they belong to."""
+    """Publish tensors, with a note of what they belong to: the same ones are the same bytes."""
     from safetensors.torch import save_file
 
-    seal = {"digest": _digest(tensors), "note": note}
+    # One entry: safetensors writes several in an order that changes from call to call.
+    seal = {"digest": f"{_digest(tensors)} {note}" if note else _digest(tensors)}
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     storage.publish_with(key, lambda path: save_file(whole, path, metadata=seal))
 
@@ -130,10 +131,10 @@ def read_tensors(storage: Storage, key: str) -> tuple[dict[str, Tensor], str]:
 
     with reading(storage.name(key)), safe_open(storage.local(key), framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
-        seal = file.metadata() or {}
-    if seal.get("digest") != _digest(tensors):
+        digest, _, note = (file.metadata() or {}).get("digest", "").partition(" ")
+    if digest != _digest(tensors):
         raise CorruptError(f"{storage.name(key)} is damaged (its content does not match its digest)")
-    return tensors, seal.get("note", "")
+    return tensors, note
 
 
 def _digest(tensors: Mapping[str, Any]) -> str:

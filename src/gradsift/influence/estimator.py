@@ -113,6 +113,8 @@ class Passes:
     done:    whether the run folder has what comes of them
     forward: whether they go forth alone
     unprojected: whether their gradients are stored, as they are
+    factors: how many checkpoints' Kronecker factors are on the disk meanwhile, or stay there
+    held:    how many checkpoints' factors are in memory at once
     number:  of the checkpoint, where they go through the model at several
     """
 
@@ -122,6 +124,8 @@ class Passes:
     done: bool = False
     forward: bool = False
     unprojected: bool = False
+    factors: float = 0.0
+    held: float = 0.0
     number: int = 0
 
 

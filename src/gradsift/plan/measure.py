@@ -56,9 +56,10 @@ def estimate(recipe: Recipe, reporter: Reporter | None = None, *, command: str =
         outputs = None if recipe.explain is None else len(explain_questions(recipe, pool)[0])
     stages = priced(works, speeds, crew, recipe.gradients.shard_rows)
     total = {key: sum(stage[key] or 0 for stage in stages.values()) for key in ("tokens", "seconds", "disk_bytes")}
-    free, peak = psutil.disk_usage(_existing(recipe.out)).free, peak_memory()
     labels = target.labels if target else None
     waiting = [work for work in works if not work.done]
+    free, held = psutil.disk_usage(_existing(recipe.out)).free, max((work.held for work in waiting), default=0.0)
+    peak = peak_memory() + int(held and held * speeds.bytes_of["factors"])
     return {
         "pool": {
             "rows": len(pool.data), "tokens": int(pool.data.lengths.sum()), "longest": int(pool.data.lengths.max())

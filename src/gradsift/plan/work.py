@@ -71,7 +71,9 @@ class Work:
     programs: that unit tests run
     texts:    that another model reads: for a reward, or to embed them
     seconds:  that it takes beside; None where nobody knows beforehand
-    stored:   what is left on disk: `rows` of gradients, `unprojected` ones, `adapters`, `models` and `bytes`
+    stored:   what is left on disk: `rows` of gradients, `unprojected` ones, `adapters`, `models`, checkpoints' `factors`
+        and `bytes`
+    held:     checkpoints' factors that are in memory at once, beside the model
     tasks:    that workers share; or rows with their mean tokens, which are cut into shards
     done:     whether the run folder has it already
     """
@@ -87,6 +89,7 @@ class Work:
     texts: int = 0
     seconds: float | None = 0.0
     stored: Mapping[str, float] = field(default_factory=dict)
+    held: float = 0.0
     tasks: int | tuple[int, float] = 1
     done: bool = False
 

@@ -71,8 +71,8 @@ class Work:
     programs: that unit tests run
     texts:    that another model reads: for a reward, or to embed them
     seconds:  that it takes beside; None where nobody knows beforehand
-    stored:   what is left on disk: `rows` of gradients, `unprojected` ones, `adapters`, `models`, checkpoints' `factors`
-        and `bytes`
+    stored:   what is left on disk: `rows` of gradients, `unprojected` ones, `adapters`, `models`, `bytes`, and
+        checkpoints' Kronecker `factors`
     held:     checkpoints' factors that are in memory at once, beside the model
     tasks:    that workers share; or rows with their mean tokens, which are cut into shards
     done:     whether the run folder has it already

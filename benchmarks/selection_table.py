@@ -65,6 +65,16 @@ TARGETED: list[dict[str, Any]] = [
     {"estimator": {"kind": "datainf"}},
     {"name": "TSDS", "estimator": {"kind": "less"}, "selection": {"kind": "tsds"}},
     {"name": "DSIR", "estimator": {"kind": "dsir"}, "selection": {"kind": "gumbel"}},
+    {"name": "inverse", "estimator": {"kind": "projected_inverse"}},
+    {"name": "EK-FAC", "estimator": {"kind": "ekfac"}},
+    {"name": "RDS+", "estimator": {"kind": "rds_plus"}},
+    {"name": "RDS+, then LESS", "estimator": {"kind": "rerank", "first": "rds_plus", "then": "less", "candidates": 160}},
+    {"name": "MAGIC", "estimator": {"kind": "magic"}},
+    {
+        "name": "metagradient descent",
+        "estimator": {"kind": "less"},
+        "selection": {"kind": "metagradient", "rounds": 4},
+    },
 ]
 REWARDED: list[dict[str, Any]] = [
     {"name": "NICE", "estimator": {"kind": "nice", "sampling": DRAWS}},

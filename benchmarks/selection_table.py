@@ -68,7 +68,10 @@ TARGETED: list[dict[str, Any]] = [
     {"name": "inverse", "estimator": {"kind": "projected_inverse"}},
     {"name": "EK-FAC", "estimator": {"kind": "ekfac"}},
     {"name": "RDS+", "estimator": {"kind": "rds_plus"}},
-    {"name": "RDS+, then LESS", "estimator": {"kind": "rerank", "first": "rds_plus", "then": "less", "candidates": 160}},
+    {
+        "name": "RDS+, then LESS",
+        "estimator": {"kind": "rerank", "first": "rds_plus", "then": "less", "candidates": 160},
+    },
     {"name": "MAGIC", "estimator": {"kind": "magic"}},
     {
         "name": "metagradient descent",

@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--model", help="folder or hub id; the demo model if not given")
     parser.add_argument("--rows", type=int, default=800)
     parser.add_argument("--budget", type=float, default=0.1)
-    parser.add_argument("--seed", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=3, help="trainings on each choice")
     parser.add_argument("--targets", nargs="*", choices=list(TARGETS), default=list(TARGETS))
     parser.add_argument("--arms", nargs="*", metavar="NAME", help="those alone, such as LESS BM25")
     args = parser.parse_args()

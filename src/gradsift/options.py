@@ -217,6 +217,19 @@ VALIDATION = _of(
     explain.validation.step.lr --step-rate
     explain.validation.route""",
 )
+BENCH = _of(
+    "Benchmark",
+    """bench.methods.kind --estimator -e * | What is judged; repeat for several. A random ranking is always beside them.
+    bench.measures --measure *
+    bench.class_column
+    bench.marked
+    bench.among
+    bench.plant
+    bench.top
+    bench.subsets
+    bench.removals
+    bench.smooth !""",
+)
 COLLECTED = _of("Gradients", "gradients.full_sum !")
 TRAINED = (
     *_of("Training", "warmup.warmup_ratio\nwarmup.weight_decay"),
@@ -402,6 +415,9 @@ def recipe_of(
     _estimated(values, known, given)
     set_fields(values, wanted)
     typed |= {field: f"--set {field}" for field in (text.partition("=")[0].strip() for text in wanted)}
+    judged = values.get("bench", {}).get("methods")
+    if isinstance(judged, dict):
+        values["bench"]["methods"] = [_SHORT.get(kind, {"kind": kind}) for kind in judged["kind"]]
     more = values.get("controls")
     if isinstance(more, dict):  # of --control, beside the usual ones
         values["controls"] = [_SHORT.get(kind, {"kind": kind}) for kind in more["kind"]]
@@ -818,7 +834,7 @@ def template(path: str) -> str:
         "# what stands behind a # is an example, or a default that a preset may change.",
     ]
     for name, field in Recipe.model_fields.items():
-        if name == "compare":  # recipes/compare.yaml has one
+        if name in ("compare", "bench"):  # recipes/compare.yaml and bench.yaml have one
             continue
         models = models_in(field.annotation)
         union = len([one for one in models if "kind" in one.model_fields]) > 1

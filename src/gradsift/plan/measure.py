@@ -13,6 +13,7 @@ from gradsift.base.progress import Reporter, silent
 from gradsift.compare.table import FILES as COMPARED
 from gradsift.gradients.self_check import SelfCheck
 from gradsift.influence.blocks import threads
+from gradsift.jobs.bench import BENCHED
 from gradsift.jobs.results import result_files
 from gradsift.jobs.rollouts import rollout_files
 from gradsift.jobs.select_explain import chooses, explain_questions
@@ -91,6 +92,8 @@ def _files(recipe: Recipe, command: str, outputs: int | None, *, with_target: bo
     """The files that hold the results; `outputs` are explained, None where that is not done."""
     if command != "run":
         return rollout_files(rewarded=command == "reward")
+    if recipe.bench is not None:
+        return [*BENCHED, "skipped.jsonl"]
     if recipe.compare is not None:
         return [*COMPARED, "skipped.jsonl"]
     return result_files(

@@ -119,6 +119,7 @@ class Column:
 
     part:     of the table that it stands in
     values:   by the method's label
+    best:     the method of the highest value, chance apart
     behind:   that less the best method's, paired over what the interval is over
     chance:   what a ranking at random is expected to have; None where that is measured alone
     ceiling:  what no method can be expected to be above
@@ -129,19 +130,15 @@ class Column:
     part: str
     name: str
     values: Mapping[str, Estimate]
+    best: str
     behind: Mapping[str, Estimate]
     over: str
     chance: float | None = None
     ceiling: Estimate | None = None
 
-    @property
-    def best(self) -> str:
-        """The method of the highest value."""
-        return max(self.values, key=lambda label: self.values[label].value)
-
     def near(self, label: str) -> bool:
         """Whether a method is the best, or not told apart from it."""
-        return label in self.behind and self.behind[label].high >= 0
+        return self.behind[label].high >= 0
 
 
 @dataclass(frozen=True)
@@ -198,7 +195,7 @@ class Benchmark(Shown):
         return {
             "methods": list(self.methods),
             "sentence": self.sentence,
-            "columns": [{**asdict(column), "best": column.best} for column in self.columns],
+            "columns": [asdict(column) for column in self.columns],
             "costs": {label: asdict(cost) for label, cost in self.costs.items()},
             "failed": dict(self.failed),
             "warnings": list(self.warnings),
@@ -500,6 +497,7 @@ class _Judge:
             part,
             name,
             {label: estimate_of(values[n], drawn[:, n]) for n, label in enumerate(labels)},
+            labels[best],
             {
                 label: estimate_of(values[n] - values[best], drawn[:, n] - drawn[:, best])
                 for n, label in enumerate(labels)

@@ -80,8 +80,8 @@ def _table(found: Benchmark, own: list[Column]) -> Table:
         ),
         tuple(rows),
         title=own[0].part,
-        note=f"95 % intervals over {own[0].over}; ≈ not told apart from the best; time and bytes of the scores when they "
-        "were first made",
+        note=f"95 % intervals over {own[0].over}; ≈ not told apart from the best; time and bytes of the scores when "
+        "they were first made",
     )
 
 

@@ -18,6 +18,7 @@ with a warm-up over a fifth of the steps and ε_root 1e-8.
 - Pairs: I = Δ(A∪B) − Δ(A) − Δ(B), Δ the loss's rise when a group is left out, against JI2S's Σ_{a∈A, b∈B} Γ_aᵀHΓ_b.
 - Choice: the loss of a kind's held-out rows after training anew on the 16 rows that an estimator ranks first for the
   kind's targets, three seeds, less that of LESS's choice, paired over items and seeds.
+- Descent: the same of metagradient descents that know the kind's targets alone.
 - Sweep: the inverse of the stored rows' second moments, by kernel, damping and checkpoints, computed densely.
 
 Intervals are 95 % bootstrap percentiles, over subsets, targets or pairs. Every training leaves one JSON file in OUT.
@@ -55,9 +56,11 @@ from gradsift import (
     Checkpoint,
     DataInf,
     Gradients,
+    MetagradientDescent,
     Pool,
     ProjectedInverse,
     Projection,
+    Random,
     RDSPlus,
     Reporter,
     RepSim,
@@ -71,6 +74,7 @@ from gradsift import (
     open_prompts,
     open_target,
     score,
+    select,
     train_on,
 )
 from gradsift.base.ranks import paired_rank_correlations
@@ -109,6 +113,7 @@ CHAT = (
 RESAMPLES = 400
 REMOVED = 8  # rows that leave-top-out takes away, 5 %
 CHOSEN, CHOICE_SEEDS = 16, (11, 12, 13)
+BESIDE_DESCENT = ("LESS", "MAGIC", "RDS+", "NICE", "BM25", "1 for", "random")
 GROUP = 10  # rows of each group of a pair
 
 PER_TARGET: tuple[Estimator, ...] = (
@@ -186,7 +191,7 @@ def main() -> None:
     parser.add_argument("--training", choices=list(TRAININGS), default="as it is")
     parser.add_argument("--subsets", type=int, default=32, help="of each share that is left out")
     parser.add_argument("--pairs", type=int, default=16, help="the first so many of the 16")
-    parser.add_argument("--parts", nargs="*", default=["lds", "top", "choice", "pairs", "sweep"])
+    parser.add_argument("--parts", nargs="*", default=["lds", "top", "choice", "descent", "pairs", "sweep"])
     parser.add_argument("--share", help="n/m: only retrain, and only the n-th of m shares")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -199,8 +204,8 @@ def main() -> None:
             plan = pair_removals(world, args.pairs)
             outcomes = retrain_all(world, plan, (1, 2), args.share)
             found = None if args.share else pairs(world, plan, outcomes)
-        elif part in ("top", "choice"):
-            found = None if args.share else {"top": top, "choice": choice}[part](world)
+        elif part in ("top", "choice", "descent"):
+            found = None if args.share else {"top": top, "choice": choice, "descent": descent}[part](world)
         else:
             known = truths(world, args.subsets, args.share)
             found = None if args.share else {"lds": lds_table, "sweep": sweep}[part](world, known)
@@ -531,12 +536,16 @@ def matrix_of(world: World, method: Estimator, target: Any) -> Array:
 
 def kind_scores(world: World, method: Estimator, kind: str) -> Array:
     """Scores `[pool]` for all targets of a kind as one."""
-    data = world.target.labels
-    assert data is not None
-    own = [position for position, other in enumerate(world.target_kinds) if other == kind]
-    found = score(world.pool, Target(data.subset(own), None, ()), method, aggregation="mean")
+    found = score(world.pool, of_targets(world, kind), method, aggregation="mean")
     assert found.ids == world.pool.data.ids, (method, len(found.ids))
     return found.aggregate.astype(np.float64)
+
+
+def of_targets(world: World, kind: str) -> Target:
+    """The targets of a kind."""
+    data = world.target.labels
+    assert data is not None
+    return Target(data.subset([n for n, other in enumerate(world.target_kinds) if other == kind]), None, ())
 
 
 def random_matrix(world: World, seed: int) -> Array:
@@ -767,16 +776,39 @@ def top(world: World) -> tuple[dict[str, Any], str]:
 
 def choice(world: World) -> tuple[dict[str, Any], str]:
     """Held-out losses of every kind after training on what each estimator ranks first for it."""
-    ids, kinds = np.array(world.pool.data.ids), np.array(world.target_kinds)
-    held_out = np.array(world.held_out.data.column("kind"))
-    losses: dict[str, Array] = {}  # [kind seed item]
-    for label, matrix in removers(world):
-        own = []
+    return choices_table(world, {label: first_by(world, matrix) for label, matrix in removers(world)})
+
+
+def descent(world: World) -> tuple[dict[str, Any], str]:
+    """The same of metagradient descents, from LESS's choice, MAGIC's and a random one, beside what others choose."""
+    known = {label: matrix for label, matrix in removers(world) if label.startswith(BESIDE_DESCENT)}
+    chosen = {label: first_by(world, matrix) for label, matrix in known.items()}
+    method = MetagradientDescent(eps_root=world.eps_root)
+    magic = magics(world)[0].model_copy(update={"per": "subtask"})
+    for start in (LESS(), magic, *(Random(seed=seed) for seed in range(CHANCES))):
+        label = f"descent from {start.label}"
         for kind in KINDS:
-            first = np.argsort(-matrix[:, kinds == kind].mean(axis=1), kind="stable")[:CHOSEN]
-            found = np.array([retrain(world, ids[first].tolist(), seed) for seed in CHOICE_SEEDS])
-            own.append(found[:, len(kinds) :][:, held_out == kind])
-        losses[label] = np.array(own)
+            ranked = score(world.pool, of_targets(world, kind), start, aggregation="mean")
+            chosen.setdefault(label, {})[kind] = select(ranked, method, budget=CHOSEN).ids
+    return choices_table(world, chosen)
+
+
+def first_by(world: World, matrix: Array) -> dict[str, list[str]]:
+    """Of each kind's targets, the rows whose scores `[pool target]` are highest on average."""
+    ids, kinds = np.array(world.pool.data.ids), np.array(world.target_kinds)
+    means = {kind: matrix[:, kinds == kind].mean(axis=1) for kind in KINDS}
+    return {kind: ids[np.argsort(-mean, kind="stable")[:CHOSEN]].tolist() for kind, mean in means.items()}
+
+
+def choices_table(world: World, chosen: Mapping[str, Mapping[str, list[str]]]) -> tuple[dict[str, Any], str]:
+    """Held-out losses after training anew on what was chosen for each kind, by what chose it."""
+    after_targets, held_out = len(world.target_kinds), np.array(world.held_out.data.column("kind"))
+    losses: dict[str, Array] = {}  # [kind seed item]
+    for label, of_kinds in chosen.items():
+        found = np.array([[retrain(world, of_kinds[kind], seed) for seed in CHOICE_SEEDS] for kind in KINDS])
+        losses[label] = np.array(
+            [own[:, after_targets:][:, held_out == kind] for kind, own in zip(KINDS, found, strict=True)]
+        )
     table: dict[str, Any] = {}
     for label, after in losses.items():
         differences = (after - losses[REFERENCE]).mean(axis=1)  # over seeds; [kind item]

@@ -139,6 +139,7 @@ class Estimator(Settings):
     last_checkpoint: whether it reads those at the last checkpoint alone.
     aggregation: over targets, unless another is asked for.
     full_sum: whether the pool's stores have to hold the unprojected sums of their rows.
+    by_row: whether a row's scores are the same whatever other rows there are, so that it may be given some at a time.
     by_chance: whether its ranking means nothing, as a control.
     signed: whether a score below 0 says that training on the row does harm; else 0 is a point like any other.
     raters: what grades rows, one by one, if anything does.
@@ -152,6 +153,7 @@ class Estimator(Settings):
     last_checkpoint: ClassVar[bool] = False
     aggregation: ClassVar[Aggregation] = "max_of_means"
     full_sum: ClassVar[bool] = False
+    by_row: ClassVar[bool] = False
     by_chance: ClassVar[bool] = False
     signed: ClassVar[bool] = False
     raters: ClassVar[tuple[Any, ...]] = ()

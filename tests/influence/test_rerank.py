@@ -226,6 +226,32 @@ def test_fields_of_a_nested_method(tiny: World, tmp_path: Path, monkeypatch: pyt
         assert seen[-1] == wanted
 
 
+def test_explanations_take_its_options(tiny: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`explain -e rerank` has --first, --then and --candidates; its second method reads what it reads by itself."""
+    seen: list[Any] = []
+
+    def keep(recipe: Any, *_: Any, **__: Any) -> None:
+        seen.append(recipe.explain.estimators)
+        raise gs.errors.DataError("stop here")
+
+    monkeypatch.setattr("gradsift.jobs.select_explain.run_explain", keep)
+    base = tiny.arguments("explain", tmp_path, "--prompt", "what", "-e", "rerank", target=None)
+    less = gs.LESS(optimizer="sgd", checkpoints="last")
+    last = gs.EKFAC(checkpoints="last")
+    for more, wanted in (
+        ((), (Rerank(then=less),)),
+        (("--first", "bm25", "--then", "ekfac"), (Rerank(first=gs.BM25(), then=last),)),
+        (("-e", "ekfac", "--then", "tracin", "--candidates", 7),
+         (Rerank(then=TRACIN.model_copy(update={"checkpoints": "last"}), candidates=7), last)),
+        (("--set", "estimator.then.normalise=false", "--set", "estimator.candidates=30"),
+         (Rerank(then=less.model_copy(update={"normalise": False}), candidates=30),)),
+    ):  # fmt: skip
+        assert Cli(*base, *more).err.endswith("stop here\n")
+        assert seen[-1] == wanted
+    assert "--then 'bm25' is unknown" in Cli(*base, "--then", "bm25").err
+    assert "--first goes with rerank" in tiny("explain", tmp_path, "--prompt", "a", "--first", "bm25", target=None).err
+
+
 def test_explains(opened: Any) -> None:
     """Candidates are ranked for each output by exact gradients."""
     found = gs.explain(opened[0], "what colour is the cow", estimator=Rerank(then=TRACIN, candidates=4), k=2,

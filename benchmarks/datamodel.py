@@ -15,7 +15,8 @@ with a warm-up over a fifth of the steps and ε_root 1e-8.
   two other seeds.
 - Leave-top-out (QLD): the loss of a kind of task without the rows that an estimator ranks first for it, less that
   without random rows; same order.
-- Pairs: I = Δ(A∪B) − Δ(A) − Δ(B), Δ the loss's rise when a group is left out, against JI2S's Σ_{a∈A, b∈B} Γ_aᵀHΓ_b.
+- Pairs: I = Δ(A∪B) − Δ(A) − Δ(B), Δ the loss's rise when a group is left out, against JI2S's Σ_{a∈A, b∈B} Γ_aᵀHΓ_b;
+  in the smooth training, where groups are left out as for LDS, also against how MAGIC's scores of B change without A.
 - Choice: the loss of a kind's held-out rows after training anew on the 16 rows that an estimator ranks first for the
   kind's targets, three seeds, less that of LESS's choice, paired over items and seeds.
 - Descent: the same of metagradient descents that know the kind's targets alone.
@@ -81,8 +82,9 @@ from gradsift.base.ranks import paired_rank_correlations
 from gradsift.gradients.capture import LORA, find_modules
 from gradsift.gradients.hessian import curvature_product
 from gradsift.influence.estimator import Estimator, rate_weights
-from gradsift.influence.replay import Replay
-from gradsift.influence.smooth import recorded
+from gradsift.influence.metagradient import Adjoint, State
+from gradsift.influence.replay import Network, Replay
+from gradsift.influence.smooth import Ending, recorded
 from gradsift.model.loss import token_mean
 from gradsift.model.models import host
 from gradsift.rewards.matching import Exact
@@ -202,7 +204,7 @@ def main() -> None:
     for part in args.parts:
         if part == "pairs":
             plan = pair_removals(world, args.pairs)
-            outcomes = retrain_all(world, plan, (1, 2), args.share)
+            outcomes = pair_outcomes(world, plan, args.share)
             found = None if args.share else pairs(world, plan, outcomes)
         elif part in ("top", "choice", "descent"):
             found = None if args.share else {"top": top, "choice": choice, "descent": descent}[part](world)
@@ -311,13 +313,7 @@ def of_share(wanted: SequenceABC[T], share: str | None) -> SequenceABC[T]:
 
 def replay_all(world: World, plan: SequenceABC[list[str]], seed: int, share: str | None) -> Array:
     """Losses `[subset target]` after the training of this seed with weight 0 for the rows that are not in a subset."""
-    pool, ids = world.pool, sorted(world.pool.data.ids)
-    rows = pool.training.positions(ids)
-    record = recorded(world.training, rows, [], seed=seed, eps_root=world.eps_root)
-    replay = Replay(
-        pool.run, pool.training, record, model=pool.model, dtype=pool.dtype, device=pool.device, budget=2.0**34,
-        reporter=Reporter(quiet=True),
-    )  # fmt: skip
+    pool, replay = world.pool, replay_of(world, seed)
     path = world.out / "replayed" / replay.fingerprint
     path.mkdir(parents=True, exist_ok=True)
     files = [path / f"{key_of(world, sorted(kept))}.json" for kept in plan]
@@ -331,6 +327,17 @@ def replay_all(world: World, plan: SequenceABC[list[str]], seed: int, share: str
                 end = replay.end_with(network, weights)
                 write_whole(files[number], network.losses(end, sequences, len(sequences)).tolist())
     return np.array([json.loads(file.read_text()) for file in files if share is None])
+
+
+def replay_of(world: World, seed: int) -> Replay:
+    """The training on all rows."""
+    pool = world.pool
+    rows = pool.training.positions(sorted(pool.data.ids))
+    record = recorded(world.training, rows, [], seed=seed, eps_root=world.eps_root)
+    return Replay(
+        pool.run, pool.training, record, model=pool.model, dtype=pool.dtype, device=pool.device, budget=2.0**34,
+        reporter=Reporter(quiet=True),
+    )  # fmt: skip
 
 
 def write_whole(path: Path, value: Any) -> None:
@@ -608,11 +615,35 @@ def without(world: World, removed: Iterable[str]) -> list[str]:
     return [id_ for id_ in world.pool.data.ids if id_ not in gone]
 
 
-def pairs(world: World, plan: Mapping[str, list[str]], outcomes: Retrained) -> tuple[dict[str, Any], str]:
-    """Does Σ Γ_aᵀHΓ_b foretell I of the loss of each kind's targets? One point for each pair and kind."""
-    kinds, groups = np.array(world.target_kinds), pair_groups(world)
+def pair_outcomes(world: World, plan: Mapping[str, list[str]], share: str | None) -> dict[str, Retrained]:
+    """By the words for the trainings: anew where it is not smooth, else with weight 0 for what is left out."""
+    if world.training == TRAINING:
+        return {"trained anew": retrain_all(world, plan, (1, 2), share)}
+    found: dict[str, Retrained] = {}
+    for order, seeds in (("same order", (world.pool.seed,)), ("other seeds", OTHER_SEEDS)):
+        losses = [replay_all(world, list(plan.values()), seed, share) for seed in seeds]
+        found[order] = {} if share else dict(zip(plan, np.stack(losses, axis=1), strict=True))
+    return found
+
+
+def pairs(world: World, plan: Mapping[str, list[str]], outcomes: Mapping[str, Retrained]) -> tuple[dict[str, Any], str]:
+    """Does Σ Γ_aᵀHΓ_b, or MAGIC, foretell I of the loss of each kind's targets? One point for each pair and kind."""
+    groups = pair_groups(world)
     predictions = pair_sums(world, groups)
-    groups = groups[: len(plan) // 3]
+    if world.training != TRAINING:
+        predictions = {"MAGIC": magic_pairs(world, groups), **predictions}
+    found = {name: pairs_table(world, groups[: len(plan) // 3], predictions, own) for name, own in outcomes.items()}
+    return found, "\n\n".join(f"{name}: {pairs_markdown(table)}" for name, table in found.items())
+
+
+def pairs_table(
+    world: World,
+    groups: SequenceABC[tuple[str, list[str], list[str]]],
+    predictions: Mapping[str, Array],
+    outcomes: Retrained,
+) -> dict[str, Any]:
+    """Sizes of I, and its correlations with what is predicted."""
+    kinds = np.array(world.target_kinds)
 
     def losses(name: str) -> Array:
         found = outcomes[name][:, : len(kinds)]
@@ -647,7 +678,11 @@ def pairs(world: World, plan: Mapping[str, list[str]], outcomes: Retrained) -> t
             for f in (pearson, ranked)
         ]
         table["correlations"][label] += [pearson(predicted[own], joint[own]), pearson(predicted[~own], joint[~own])]
-    return table, pairs_markdown(table)
+        if label == "MAGIC":  # which alone is in nats
+            table["left over"] = with_interval(
+                lambda s, p=predicted: float(np.square(joint[s] - p[s]).sum() / np.square(joint[s]).sum()), resampled
+            )
+    return table
 
 
 def pearson(first: Array, second: Array) -> float:
@@ -690,6 +725,52 @@ def pair_sums(world: World, groups: SequenceABC[tuple[str, list[str], list[str]]
                     totals[label] = totals.get(label, np.zeros(found.shape)) + weight * found.numpy()
     path.write_text(json.dumps({label: values.tolist() for label, values in totals.items()}))
     return totals
+
+
+def magic_pairs(world: World, groups: SequenceABC[tuple[str, list[str], list[str]]]) -> Array:
+    """How much more it costs to leave out B, by MAGIC, where A is left out, `[pair kind]`: kept in files.
+
+    Σ_{b∈B} ∂F/∂w_b at w = 1 less that at w_A = 0: the mixed second derivative, linear in B alone.
+    """
+    pool, replay = world.pool, replay_of(world, world.pool.seed)
+    ending = Ending(world.target.data, np.array([KINDS.index(kind) for kind in world.target_kinds]))
+    path = world.out / "replayed" / replay.fingerprint
+    changes = []
+    with replay.network_if_asked() as opened:
+        for names in ([], *(A for _, A, _ in groups)):
+            file = path / f"back-{key_of(world, sorted(names))}.json"
+            if not file.exists():
+                weights = torch.ones(len(pool.training), dtype=torch.float64)
+                weights[pool.training.positions(names)] = 0.0
+                write_whole(file, gone_back(replay, opened(), ending, weights).tolist())
+            changes.append(np.array(json.loads(file.read_text())))
+    return np.array(
+        [
+            (changes[0] - changes[number])[:, pool.training.positions(B)].sum(axis=1)
+            for number, (_, _, B) in enumerate(groups, 1)
+        ]
+    )
+
+
+def gone_back(replay: Replay, network: Network, ending: Ending, weights: Tensor) -> Tensor:
+    """∂F/∂w of each kind's targets at other weights than 1, `[kind row]`."""
+    data, record = replay.data, replay.record
+    steps = []
+    state = State.at(network.start)
+    for batch, rate in zip(record.batches, record.rates, strict=True):
+        sequences = [token_mean(data[int(place)], row) for row, place in enumerate(batch)]
+        shares = weights[torch.from_numpy(batch)] / len(batch)
+        gradient, _ = network.gradient(state.theta, sequences, shares)
+        steps.append((state, gradient, batch, rate, sequences, shares))
+        state = record.optimizer.step(state, gradient, rate)
+    adjoint = Adjoint.at(ending.gradients(network, state.theta))
+    change = torch.zeros(len(adjoint.theta), len(data), dtype=torch.float64)
+    for before, gradient, batch, rate, sequences, shares in reversed(steps):
+        directions, adjoint = record.optimizer.back(adjoint, before, gradient, rate)
+        terms, products, _ = network.back(before.theta, sequences, shares, directions)
+        change.index_add_(1, torch.from_numpy(batch), terms / len(batch))
+        adjoint = Adjoint(adjoint.theta + products, adjoint.exp_avg, adjoint.exp_avg_sq)
+    return change
 
 
 def same_for_all(values: Tensor) -> Tensor:
@@ -740,6 +821,8 @@ def pairs_markdown(table: Mapping[str, Any]) -> str:
     ]
     if "ceiling" in table:
         lines.append(f"| I with another seed (ceiling) | {' | '.join(map(interval_words, table['ceiling']))} | | |")
+    if "left over" in table:
+        lines[0] += f" What MAGIC leaves over of Σ I²: {interval_words(table['left over'])}."
     for label, (linear, rank, alike, other) in table["correlations"].items():
         lines.append(f"| {label} | {interval_words(linear)} | {interval_words(rank)} | {alike:+.2f} | {other:+.2f} |")
     return "\n".join(lines)

@@ -119,7 +119,9 @@ def test_rows_of_the_target_are_no_candidates(tiny: World, tmp_path: Path) -> No
     assert found.found.ids[:5] == found.ids[:5]
 
 
-def test_gradients_are_taken_of_the_candidates_alone(opened: Any, tiny: World, tmp_path: Path) -> None:
+def test_gradients_are_taken_of_the_candidates_alone(
+    tiny: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of 5 at each checkpoint, of which scores are left in the run folder, and unprojected rows of the 4 targets."""
     out = tmp_path / "run"
     options = ("--first", "rds_plus", "--then", "tracin", "--candidates", 5, "--budget", 3, *tiny.with_adapters())
@@ -129,6 +131,11 @@ def test_gradients_are_taken_of_the_candidates_alone(opened: Any, tiny: World, t
     assert [len(store) for store in stores] == [4, 4]
     assert len({store.dim for store in stores}) == 1 < min(store.dim for store in stores)
     assert planned["candidates' gradients"]["rows"] == 10
+    assert planned["candidates' gradients"]["disk_bytes"] == 10 * 2 * stores[0].dim
+    with monkeypatch.context() as patched:
+        patched.setattr("gradsift.influence.rerank._ROWS_BYTES", 100)
+        fewer = tiny("plan", tmp_path / "other", "-e", "rerank", *options, "--json").succeeded().json
+        assert fewer["stages"]["candidates' gradients"]["disk_bytes"] == 100
     assert planned["target gradients"]["rows"] == 8
     assert planned["hidden states"]["rows"] == 28
     assert made["selections"][0]["estimator"] == "RDS+, 5 by TracIn"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceABC
@@ -113,6 +114,8 @@ class Passes:
     done:    whether the run folder has what comes of them
     forward: whether they go forth alone
     unprojected: whether their gradients are stored, as they are
+    at_most: bytes of them that lie on disk together
+    held:    of these rows, how many unprojected gradients lie in memory together
     number:  of the checkpoint, where they go through the model at several
     """
 
@@ -122,6 +125,8 @@ class Passes:
     done: bool = False
     forward: bool = False
     unprojected: bool = False
+    at_most: float = math.inf
+    held: int = 0
     number: int = 0
 
 

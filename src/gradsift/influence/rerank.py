@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, replace
@@ -153,9 +154,15 @@ class Rerank(Estimator):
                 there = [exact.kept(data, checkpoint, own) is not None for data, own in parts]
                 there[0] = there[0] if kept else scored
             found += [
-                Passes("candidates' gradients", count, tokens, there[0], unprojected=kept, number=number),
-                Passes("target gradients", len(source.ids), asked, there[1], unprojected=True, number=number),
-            ]
+                Passes(
+                    "candidates' gradients", count, tokens, there[0], unprojected=True, number=number,
+                    at_most=math.inf if kept else _ROWS_BYTES / len(read),
+                ),
+                Passes(
+                    "target gradients", len(source.ids), asked, there[1], unprojected=True, number=number,
+                    held=len(source.ids),
+                ),
+            ]  # fmt: skip
         return [*found, *self.then.passes(exact, target, checkpoints)]
 
     def _second(self, pool: Pool, target: Target, candidates: list[str], prefix: str) -> Influence:

@@ -171,6 +171,7 @@ SCORE = (
     *RESPONSES,
     *POLICY,
 )
+_THEN = next(option for option in SCORE if option.name == "then")
 CHOICE = _of(
     "Choice",
     """budget -b -k
@@ -195,6 +196,8 @@ EXPLANATION = (
         explain.estimators.kind --estimator -e *
         explain.estimators.damping
         explain.estimators.kernel
+        explain.estimators.first.kind --first | Of rerank: ranks all rows.
+        explain.estimators.then.kind --then | Of rerank: ranks the candidates by their gradients.
         explain.strategies.kind --selection -s * | How they are chosen; also with a ranking or λ, such as \
 divine:most_harmful, facility_location:0.25. Repeat for several.""",
     ),
@@ -202,7 +205,7 @@ divine:most_harmful, facility_location:0.25. Repeat for several.""",
     *_of(
         "Explanation",
         """explain.strategies.trade_off
-        explain.candidates
+        explain.candidates | How many of the ranking strategies choose from, and rerank's second method ranks (1000).
         explain.coefficients
         explain.aggregation --over-outputs
         explain.max_new_tokens
@@ -506,11 +509,18 @@ def _explained(explain: dict[str, Any], seed: int) -> None:
         for one, model in zip(several, models, strict=True):
             has = () if model is None else model.model_fields
             own = {"checkpoints": "last", "optimizer": "sgd"} if place == "estimators" else {}
-            fitting = {"seed": seed, **own, **fields}
+            counted = {"candidates": explain["candidates"]} if own and "candidates" in explain else {}
+            fitting = {"seed": seed, **own, **counted, **fields}
             # A field goes to those that have it; where none has, the first says so.
             stray = {n: v for n, v in fields.items() if not any(m and n in m.model_fields for m in models)}
             for name, value in ({n: v for n, v in fitting.items() if n in has} | stray).items():
                 one.setdefault(name, value)
+            if "then" in has:  # explains as it would by itself
+                then = one["then"] = {"kind": default_of(_THEN), **one.get("then", {})}
+                inner = _model(_THEN.field, then["kind"])
+                for name, value in own.items():
+                    if inner is not None and name in inner.model_fields:
+                        then.setdefault(name, value)
         explain[place] = several
 
 

@@ -194,6 +194,12 @@ class AtCheckpoint:
         found = (run.manifest(prefix) for prefix in self.prefixes(run, source, view))
         return next((content for content in found if content is not None), None)
 
+    def drop(self, run: Run, source: SequenceSource, view: View) -> None:
+        """Delete the store of these rows as it was asked for, whole or begun."""
+        prefix = next(self.prefixes(run, source, view))
+        for key in (f"{prefix}manifest.json", *run.storage.list(prefix)):
+            run.storage.delete(key)
+
 
 class _Cut(NamedTuple):
     """How a store's rows are cut into shards and batches, and how many of a shard's are measured."""

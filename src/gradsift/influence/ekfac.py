@@ -84,6 +84,7 @@ class EKFAC(RateWeighted):
 
     signed: ClassVar[bool] = True
     view: ClassVar[View | None] = "plain"
+    by_row: ClassVar[bool] = True
 
     kind: Literal["ekfac"] = "ekfac"
     rows: int = Field(default=2000, ge=1)
@@ -135,7 +136,7 @@ class EKFAC(RateWeighted):
         def products(checkpoint: Checkpoint, store: GradientStore, queries: GradientStore, weight: float) -> Tensor:
             directions = self._found(pool, targets, checkpoint)
             along, exact = directions.find(pool)
-            if agreements is not None:
+            if agreements is not None and pool.gradients.projection.kind != "none":
                 agreements.append(_agreement(store, along, directions.checked(), exact))
                 pool.reporter.say(
                     f"{self.label} at {checkpoint.name}: scores of projected rows and of whole gradients have a rank "

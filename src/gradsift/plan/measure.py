@@ -23,6 +23,8 @@ from gradsift.plan.work import crew_of, endpoints, priced
 from gradsift.recipe import Recipe
 from gradsift.report.terminal import console, table
 
+_HELD = 4  # of a gradient in memory and what is made of it, in bytes of one on disk
+
 
 def estimate(recipe: Recipe, reporter: Reporter | None = None, *, command: str = "run") -> dict[str, Any]:
     """Estimated tokens, seconds, endpoint calls, memory and disk of what a recipe's run will do, as JSON-able numbers.
@@ -60,6 +62,7 @@ def estimate(recipe: Recipe, reporter: Reporter | None = None, *, command: str =
     free, peak = psutil.disk_usage(_existing(recipe.out)).free, peak_memory()
     labels = target.labels if target else None
     waiting = [work for work in works if not work.done]
+    peak += int(_HELD * speeds.bytes_of.get("unprojected", 0) * max((work.held for work in waiting), default=0))
     return {
         "pool": {
             "rows": len(pool.data), "tokens": int(pool.data.lengths.sum()), "longest": int(pool.data.lengths.max())

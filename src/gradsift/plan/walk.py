@@ -216,7 +216,11 @@ class Walk:
             backward, forward = (0.0, one.tokens) if one.forward else (one.tokens, 0.0)
             stored = {"unprojected": one.rows} if one.unprojected else {}
             done = one.done and self.kept is not None
-            self.add(Work(one.stage, one.rows, backward, forward, stored=stored, done=done))
+            self.add(
+                Work(
+                    one.stage, one.rows, backward, forward, stored=stored, at_most=one.at_most, held=one.held, done=done
+                )
+            )  # fmt: skip
 
     def _gradients(self, method: Estimator, *, targets: bool) -> None:
         """The pool's rows that a method reads, and its targets'."""

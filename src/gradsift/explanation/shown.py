@@ -18,6 +18,7 @@ from gradsift.base.strings import Strings
 from gradsift.context import Pool
 from gradsift.data.dataset import Dataset
 from gradsift.data.shown import row_example, turns_of
+from gradsift.explanation import explain
 from gradsift.explanation.explain import Explanation, Explanations, StrategyResult
 from gradsift.explanation.relevance import AGGREGATIONS
 from gradsift.explanation.table import RelevanceTable
@@ -184,7 +185,7 @@ def explained_blocks(
 
 def shown_budget(explanations: Explanations) -> int:
     """The budget that is shown first: 5 where it was asked for, else the smallest."""
-    return 5 if 5 in explanations.budgets else explanations.budgets[0]
+    return explain.shown_budget(explanations.budgets)
 
 
 def explanations_blocks(explanations: Explanations) -> tuple[Block, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 from gradsift.base.checks import float_array, same_size
 from gradsift.base.errors import ConfigError, ShapeError
@@ -97,6 +97,8 @@ class LESS(TrainingEstimator, ProductEstimator):
     normalise: cosines; without, raw inner products, which with `sgd` are TracIn's.
     checkpoints: `all`, each weighted by its learning rate, or the `last` (Compact's form, with `sgd`).
     """
+
+    splits: ClassVar[bool] = True
 
     kind: Literal["less"] = "less"
     normalise: bool = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceABC
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -20,6 +20,7 @@ from gradsift.base.ranks import descending_ranks
 from gradsift.base.types import Message, Skipped, TokenizedExample
 from gradsift.context import Pool, Target
 from gradsift.explanation.coefficients import CoefficientModel
+from gradsift.explanation.matches import TokenMatch, token_matches
 from gradsift.explanation.outputs import Output, OutputSource, Question, answers, question_of
 from gradsift.explanation.relevance import (
     AGGREGATIONS,
@@ -52,6 +53,8 @@ DEFAULT_ESTIMATOR: Estimator = LESS(optimizer="sgd", checkpoints="last")
 """The cosine of plain gradients at the last checkpoint (Compact, App. A)."""
 
 DEFAULT_STRATEGIES: tuple[Selector, ...] = (MostHelpful(), FacilityLocation(trade_off=0.5))
+
+MATCHES = 10  # outputs of which tokens are matched, unless told otherwise
 
 ALL_STRATEGIES: tuple[Selector, ...] = (
     MostHelpful(),
@@ -130,6 +133,7 @@ class Explanation:
     gradient_norm: of the output's gradient, before projection
     squared_norm: ‖g‖² of the projected gradient, which relevance is about
     aggregation: how a random strategy's draws became one relevance
+    matches: which tokens match, of the examples of the first estimator's first strategy at `shown_budget`
     """
 
     id: str
@@ -144,6 +148,7 @@ class Explanation:
     coefficients: CoefficientModel
     aggregation: Aggregation
     results: tuple[StrategyResult, ...]
+    matches: tuple[TokenMatch, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -237,6 +242,18 @@ class _Work:
                         failed.append(Skipped(output.id, "not_explained", str(error)))
                     advance(1)
         return [found for output in usable if (found := done[output.id]) is not None]
+
+    def with_matches(self, entries: SequenceABC[Explanation]) -> list[Explanation]:
+        """The explanations with the tokens of the examples that are shown first."""
+        ranker, k = self.estimators[0], shown_budget(self.budgets)
+        shown = {
+            entry.id: [example.id for example in found.examples]
+            for entry in entries
+            for found in entry.results
+            if (found.estimator, found.strategy, found.k) == (ranker.label, self.strategies[0].strategy, k)
+        }
+        matches = token_matches(self.pool, self.source, ranker if ranker.splits else DEFAULT_ESTIMATOR, shown)
+        return [replace(entry, matches=matches.get(entry.id, ())) for entry in entries]
 
     def _explain(self, output: Output) -> Explanation:
         gradient, position = self.gradient_of(output.id), self.gradients.positions([output.id])[0]
@@ -387,6 +404,7 @@ def explain(
     candidates: int = CANDIDATES,
     max_new_tokens: int = 128,
     aggregation: Aggregation = "ratio_of_means",
+    matches: int = MATCHES,
 ) -> Explanations:
     """For each prompt, k training examples that account for the model's output, by each strategy.
 
@@ -406,6 +424,9 @@ def explain(
         max_new_tokens: limit of the generated output.
         aggregation: how the relevances of a random strategy's draws become one, and in `relevance_table` those of
             outputs (`gradsift.explanation.relevance.aggregate_relevance`).
+        matches: outputs, from the first on, of which the examples that are shown first are split into tokens: which
+            of them carry the score, and which of the output's they bear on; takes each of these once more through the
+            model.
 
     Raises:
         ConfigError: k below 1 or above the pool, or above the candidates; a strategy that cannot choose for one output.
@@ -453,12 +474,18 @@ def explain(
     explained = work.explain_all(answered, failed)
     if not explained:
         raise DataError(f"no prompt can be explained; first: {failed[0].detail}")
+    explained[:matches] = work.with_matches(explained[:matches])
     same = {one.name: getattr(work, one.name) for one in fields(work)}
     found = Explanations(**same, entries=tuple(explained), failed=tuple(failed))
     lines = (json.dumps(entry.as_dict(), ensure_ascii=False) + "\n" for entry in found.entries)
     pool.run.publish_text("explanations.jsonl", "".join(lines))
     pool.run.publish_parquet("explanations.parquet", [found.table()])
     return found
+
+
+def shown_budget(budgets: SequenceABC[int]) -> int:
+    """The budget that is shown first: 5 where it was asked for, else the smallest."""
+    return 5 if 5 in budgets else budgets[0]
 
 
 def explained_views(estimators: SequenceABC[Estimator]) -> set[View]:

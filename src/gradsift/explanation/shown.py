@@ -18,7 +18,9 @@ from gradsift.base.strings import Strings
 from gradsift.context import Pool
 from gradsift.data.dataset import Dataset
 from gradsift.data.shown import row_example, turns_of
+from gradsift.explanation import explain
 from gradsift.explanation.explain import Explanation, Explanations, StrategyResult
+from gradsift.explanation.matches_shown import matches_blocks
 from gradsift.explanation.relevance import AGGREGATIONS
 from gradsift.explanation.table import RelevanceTable
 from gradsift.influence.rds import kept_embeddings
@@ -184,7 +186,7 @@ def explained_blocks(
 
 def shown_budget(explanations: Explanations) -> int:
     """The budget that is shown first: 5 where it was asked for, else the smallest."""
-    return 5 if 5 in explanations.budgets else explanations.budgets[0]
+    return explain.shown_budget(explanations.budgets)
 
 
 def explanations_blocks(explanations: Explanations) -> tuple[Block, ...]:
@@ -370,6 +372,7 @@ def explanation_page(
             ),
             Section("warnings", "Warnings", tuple(map(Text, warnings)), count=str(len(warnings))),
             Section("chosen", "Chosen examples", tuple(chosen)),
+            Section("matches", "What matches", matches_blocks(entry, explanations.pool.data), "Tokens"),
             Section("relevance", "Strategies compared", tuple(_compared(names, budgets, results))),
             Section("reading", "How to read this page", (Facts(_READING),)),
         ),

@@ -149,6 +149,7 @@ class Estimator(Settings):
     signed: whether a score below 0 says that training on the row does harm; else 0 is a point like any other.
     raters: what grades rows, one by one, if anything does.
     text_model: the sentence-transformers model that embeds the texts of pool and target, if one does.
+    splits: whether its scores are inner products of gradients, or cosines, which add up over pairs of tokens.
     """
 
     needs_target: ClassVar[bool] = True
@@ -163,8 +164,14 @@ class Estimator(Settings):
     signed: ClassVar[bool] = False
     raters: ClassVar[tuple[Any, ...]] = ()
     text_model: ClassVar[str | None] = None
+    splits: ClassVar[bool] = False
 
     kind: str
+
+    @property
+    def by_cosine(self) -> bool:
+        """Whether rows and directions are taken to unit length."""
+        return False
 
     @property
     def needs_projection(self) -> bool:
@@ -303,11 +310,6 @@ class ProductEstimator(Estimator):
     """Ranks by inner products of the pool's stored rows with one direction for each target, summed over checkpoints."""
 
     signed: ClassVar[bool] = True
-
-    @property
-    def by_cosine(self) -> bool:
-        """Whether rows and directions are taken to unit length."""
-        return False
 
     def directions(self, store: GradientStore, targets: Tensor, device: str) -> Tensor:
         """What the rows are multiplied by, `[target dim]`: the targets' gradients, or what is made of them."""

@@ -99,6 +99,7 @@ class LESS(TrainingEstimator, ProductEstimator):
     """
 
     by_row: ClassVar[bool] = True
+    splits: ClassVar[bool] = True
 
     kind: Literal["less"] = "less"
     normalise: bool = True

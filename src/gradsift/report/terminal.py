@@ -36,8 +36,10 @@ def draw(blocks: Iterable[Block | Section], out: Console | None = None) -> None:
             said = f"{block.head} {block.text}" if block.head else block.text
             out.print(f"{visible(said)}\n", markup=False)
         elif isinstance(block, Verdict):
-            lines = [f"{block.by}: {block.value}. {block.words}", *block.cautions]
-            out.print("\n".join(map(visible, lines)), markup=False)
+            out.print(visible(block.words), style="bold", markup=False)
+            figures = [f"{name} {value}" for name, value in block.figures.items()] or [block.value]
+            lines = [f"{block.by}: {'; '.join(figures)}", *block.cautions]
+            out.print("\n".join(map(visible, lines)) + "\n", markup=False)
         elif isinstance(block, Table):
             _draw_table(block, out)
         elif isinstance(block, Examples):

@@ -74,7 +74,7 @@ REVISIONS = {
     "replays": 1,
     "descents": 1,
     "outputs": 2,
-    "explanations": 1,
+    "explanations": 2,
     "validation": 2,
     "evaluations": 2,
     "times": 1,

@@ -112,10 +112,10 @@ def test_figures_are_those_measured() -> None:
     beside, trained = Reference(5, (0.25, 0.5), 1 / 3, 2.0), Trained(0.125, (-0.25, 0.5), 3.0)
     assert Verdict("LESS", "naive", 5, 5, 0.25, beside, trained, 0.4).figures() == {
         "relevance": "−6.0 dB: worse than nothing, 4.0 times its error",
-        "random examples": "−4.8 dB (−6.0 dB to −3.0 dB in 2 draws)",
-        "best found": "+3.0 dB: 50\u202f% of the gradient accounted for",
-        "after training on them": "+0.12 nats beside random ones (−0.25 to +0.5 over 2 sets), likelier",
-        "shift": "3 times as far as after random ones",
+        "random ones": "−4.8 dB (−6.0 dB to −3.0 dB in 2 draws)",
+        "best found": "+3.0 dB: 50\u202f%",
+        "one step on them": "the output likelier than after random ones by +0.12 nats (−0.25 to +0.5 in 2 draws)",
+        "shift": "3 times as far as after them",
         "other estimators agree": "on 40\u202f% of the examples",
     }
     assert list(Verdict("LESS", "naive", 5, 5, 0.25).figures()) == ["relevance"]

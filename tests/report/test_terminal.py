@@ -98,7 +98,7 @@ def test_sections_and_groups_have_titles_and_folds_and_drawings_are_left_to_the_
     said = printed(Section("a", "Chosen", (Group((verdict, Fold("more", (Text("hidden"),)), Chart("c")), "first"),)))
     assert "Chosen" in said
     assert "first" in said
-    assert "Accounts for half.\nFL: best +4.0 dB; shift 2" in said
+    assert "Accounts for half.\n+3.0 dB by FL\nAlmost zero.\n  best   +4.0 dB\n  shift  2\n" in said
     assert "Almost zero." in said
     assert "hidden" not in said
 

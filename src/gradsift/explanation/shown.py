@@ -21,7 +21,7 @@ from gradsift.data.shown import row_example, turns_of
 from gradsift.explanation.explain import CAUTIONS, Explanation, Explanations, StrategyResult
 from gradsift.explanation.relevance import AGGREGATIONS, to_db
 from gradsift.explanation.table import RelevanceTable
-from gradsift.explanation.verdict import LEAST_SHARE, relevance_text, share_text
+from gradsift.explanation.verdict import LEAST_SHARE, relevance_text, share_brief, share_text
 from gradsift.influence.rds import kept_embeddings
 from gradsift.model import embeddings
 from gradsift.report import text
@@ -367,14 +367,16 @@ def explanation_page(
             Section(
                 "output",
                 "The output",
-                (Examples((output_example(entry),)), Fold("How it was explained", (Facts(how),))),
+                (Examples((output_example(entry),)),),
             ),
-            Section("warnings", "Warnings", tuple(map(Text, warnings)), count=str(len(warnings))),
             Section("chosen", "Chosen examples", tuple(chosen)),
             Section("relevance", "Strategies compared", tuple(_compared(entry, names, budgets, estimator))),
+            Section("warnings", "Warnings", tuple(map(Text, warnings)), count=str(len(warnings))),
+            Section("run", "How it was explained", (Facts(how),)),
             Section("reading", "How to read this page", (Facts(_READING),)),
         ),
         brand="explanation",
+        summary=(f"{entry.verdict(best[0]).sentence} ({best[0].strategy})",),
         switches=(
             Switch(
                 "strategy",
@@ -431,19 +433,19 @@ def _compared(entry: Explanation, names: Sequence[str], budgets: Sequence[int], 
             points = []
             for k in budgets:
                 found = by_cell[label, name, k]
-                agrees = "" if found.agreement is None else f", others agree on {text.share(found.agreement)}"
+                agrees = "" if found.agreement is None else f", {text.share(found.agreement)} as others"
                 bar = Bar(low, high, value=drawn_db(found.db), tone="worse" if found.db < 0 else "")
-                cells.append(Cell(shown_db(found.db), f"{share_text(found.ratio)}{agrees}", bar=bar))
+                cells.append(Cell(shown_db(found.db), f"{share_brief(found.ratio)}{agrees}", bar=bar))
                 said = f"{name}, k = {k}: {shown_db(found.db)}"
                 points.append(Point(k, drawn_db(found.db), label=said, picks={"strategy": str(number), "k": str(k)}))
             rows.append(Row(tuple(cells), number if label == estimator else None))
             if label == estimator:
                 lines.append(Line(name, tuple(points), number))
     for name, ratio_of in (("random examples", lambda one: one.together), ("best found", lambda one: one.best)):
-        if beside:
+        if beside and not (name.startswith("random") and "random" in names):
             ratios = {k: ratio_of(beside[k]) for k in budgets}
-            cells = [name, *(Cell(relevance_text(ratio), share_text(ratio)) for ratio in ratios.values())]
-            rows.append(Row(tuple(cells), ruled=name.startswith("random")))
+            cells = [name, *(Cell(relevance_text(ratio), share_brief(ratio)) for ratio in ratios.values())]
+            rows.append(Row(tuple(cells), ruled=len(rows) == len(names) * len(estimators)))
             points = [
                 Point(k, drawn_db(to_db(ratio)), label=f"{name}, k = {k}: {relevance_text(ratio)}")
                 for k, ratio in ratios.items()

@@ -156,16 +156,16 @@ class Verdict:
         if (beside := self.reference) is not None:
             drawn = [to_db(ratio) for ratio in beside.random]
             span = f" ({text.decibels(min(drawn))} to {text.decibels(max(drawn))} in {len(drawn)} draws)"
-            found["random examples"] = relevance_text(beside.together) + (span if len(drawn) > 1 else "")
-            found["best found"] = f"{relevance_text(beside.best)}: {share_text(beside.best)}"
+            found["random ones"] = relevance_text(beside.together) + (span if len(drawn) > 1 else "")
+            found["best found"] = f"{relevance_text(beside.best)}: {share_brief(beside.best)}"
         if (trained := self.trained) is not None:
             least, most = (text.written(value, "+.2g") for value in (min(trained.supports), max(trained.supports)))
-            found["after training on them"] = (
-                f"{text.written(trained.support, '+.2g')} nats beside random ones ({least} to {most} over "
-                f"{len(trained.supports)} sets), {'likelier' if trained.support > 0 else 'not likelier'}"
+            found["one step on them"] = (
+                f"the output {'likelier' if trained.support > 0 else 'less likely'} than after random ones by "
+                f"{text.written(trained.support, '+.2g')} nats ({least} to {most} in {len(trained.supports)} draws)"
             )
             if trained.shift is not None:
-                found["shift"] = f"{text.written(trained.shift, '.2g')} times as far as after random ones"
+                found["shift"] = f"{text.written(trained.shift, '.2g')} times as far as after them"
         if self.agreement is not None:
             found["other estimators agree"] = f"on {text.share(self.agreement)} of the examples"
         return found
@@ -277,13 +277,22 @@ def share_text(ratio: float) -> str:
     """
     if not math.isfinite(ratio):
         return "no value"
-    share = share_of(ratio)
-    if abs(share) < 0.005:
+    if abs(share_of(ratio)) < 0.005:
         return "no better than nothing"
-    if share < 0:
-        times = 1.0 / ratio
-        return f"worse than nothing, {text.written(times, ',.0f' if times >= 10 else '.1f')} times its error"
-    return f"{_percent(share)} of the gradient accounted for"
+    if ratio < 1:
+        return f"worse than nothing, {_times(ratio)} times its error"
+    return f"{_percent(share_of(ratio))} of the gradient accounted for"
+
+
+def share_brief(ratio: float) -> str:
+    """The same in two words, for a narrow column.
+
+    >>> share_brief(2.0), share_brief(0.25)
+    ('50\u202f%', 'error × 4.0')
+    """
+    if not math.isfinite(ratio):
+        return ""
+    return f"error × {_times(ratio)}" if share_of(ratio) <= -0.005 else _percent(max(0.0, share_of(ratio)))
 
 
 def agreement_of(chosen: Sequence[str], others: Sequence[Sequence[str]]) -> float | None:
@@ -296,6 +305,11 @@ def agreement_of(chosen: Sequence[str], others: Sequence[Sequence[str]]) -> floa
         return None
     own = set(chosen)
     return sum(len(own & set(other)) / len(own) for other in others) / len(others)
+
+
+def _times(ratio: float) -> str:
+    """How many times the error of predicting nothing is left."""
+    return text.written(1.0 / ratio, ",.0f" if ratio <= 0.1 else ".1f")
 
 
 def _percent(share: float) -> str:

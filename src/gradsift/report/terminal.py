@@ -37,8 +37,9 @@ def draw(blocks: Iterable[Block | Section], out: Console | None = None) -> None:
             out.print(f"{visible(said)}\n", markup=False)
         elif isinstance(block, Verdict):
             out.print(visible(block.words), style="bold", markup=False)
-            figures = [f"{name} {value}" for name, value in block.figures.items()] or [block.value]
-            lines = [f"{block.by}: {'; '.join(figures)}", *block.cautions]
+            wide = max(map(len, block.figures), default=0)
+            lines = [f"{block.value} by {block.by}", *block.cautions]
+            lines += [f"  {name:<{wide}}  {value}" for name, value in block.figures.items()]
             out.print("\n".join(map(visible, lines)) + "\n", markup=False)
         elif isinstance(block, Table):
             _draw_table(block, out)

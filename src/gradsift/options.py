@@ -498,7 +498,8 @@ def _set_several(explain: dict[str, Any], texts: list[str], typed: dict[str, str
 
 def _explained(explain: dict[str, Any], seed: int) -> None:
     """Turn the fields of estimators and selectors, beside the list of their kinds, into one value for each."""
-    for place, kinds in (("estimators", ["less"]), ("strategies", ["most_helpful", "facility_location"])):
+    usual = ["relevance_pursuit:most_helpful", "most_helpful"]  # DEFAULT_STRATEGIES
+    for place, kinds in (("estimators", ["less"]), ("strategies", usual)):
         fields = explain.get(place, {})
         if not isinstance(fields, dict):
             continue

@@ -241,7 +241,8 @@ class _Factors:
         run, prefix = pool.run, self.prefix(pool.run)
         content = run.intact(prefix, pool.reporter)
         if content is None:
-            names, left_out = [], {}
+            names: list[str] = []
+            left_out: dict[str, str] = {}
             for number in range(self.groups):
                 for what in ("factors", "eigenvalues"):
                     key, lost = self._found(pool, prefix, what, number)

@@ -300,6 +300,7 @@ def explain_into(result: Result) -> None:
     pool.run.publish_json("relevance.json", result.relevance.as_dict())
     if job.validation is not None:
         result.validation = validate_explanations(pool, found, settings=job.validation.step, route=job.validation.route)
+        result.explanations = found = found.trained(result.validation.effects())
     result.pages = write_pages(
         found,
         result.relevance,

@@ -15,6 +15,7 @@ from gradsift.base.errors import GradsiftError
 from gradsift.base.lazy import Tensor, torch
 from gradsift.base.ranks import descending_ranks
 from gradsift.base.strings import Strings
+from gradsift.base.types import said
 from gradsift.context import Pool
 from gradsift.data.dataset import Dataset
 from gradsift.data.shown import row_example, turns_of
@@ -110,7 +111,7 @@ def db_span(values: Sequence[float]) -> tuple[float, float]:
 
 def prompt_of(entry: Explanation) -> str:
     """All that the output answers."""
-    return "\n\n".join(message["content"] for message in entry.messages)
+    return "\n\n".join(said(message) for message in entry.messages)
 
 
 def output_example(entry: Explanation) -> Example:

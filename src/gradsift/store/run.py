@@ -75,6 +75,7 @@ REVISIONS = {
     "descents": 1,
     "outputs": 2,
     "explanations": 2,
+    "products": 1,
     "validation": 2,
     "evaluations": 2,
     "times": 1,

@@ -134,7 +134,8 @@ def exact_rows(
 def missed(projected: NDArray[np.float64], exact: NDArray[np.float64], others: NDArray[np.float64], k: int) -> float:
     """How many rows that were not taken again are expected to have a higher score than the k-th of those that were.
 
-    A projected score is taken to be off by a normal error of the mean square that the rows taken again show.
+    What a projected score says of the exact one is the line of least squares through the rows taken again, with normal
+    errors of the mean square that they leave; that the ranking chose them by their projected scores does not bias it.
 
     Args:
         projected: scores by which candidates were found, `[candidate]`.
@@ -143,14 +144,17 @@ def missed(projected: NDArray[np.float64], exact: NDArray[np.float64], others: N
         k: at most the number of candidates.
 
     Example:
-        >>> missed(np.array([1.0, 0.9]), np.array([0.9, 1.0]), np.array([0.9, -5.0]), 2)
-        0.5
+        >>> missed(np.array([0.0, 1.0, 2.0]), np.array([0.0, 2.0, 4.0]), np.array([1.5, 0.5]), 2)
+        1.0
     """
-    error = math.sqrt(float(np.mean((projected - exact) ** 2)))
-    bound = float(np.sort(exact)[-k])
+    spread = projected - projected.mean()
+    slope = float(spread @ exact / (spread @ spread)) if spread.any() else 1.0
+    level = float(exact.mean() - slope * projected.mean())
+    error = math.sqrt(float(np.mean((exact - level - slope * projected) ** 2)))
+    bound, foretold = float(np.sort(exact)[-k]), level + slope * others
     if error == 0.0:
-        return float((others > bound).sum())
-    return math.fsum(0.5 * math.erfc((bound - score) / (error * math.sqrt(2))) for score in others.tolist())
+        return float((foretold > bound).sum())
+    return math.fsum(0.5 * math.erfc((bound - score) / (error * math.sqrt(2))) for score in foretold.tolist())
 
 
 def _key(pool: Pool, at: Checkpoint, output: TokenizedExample, ids: Sequence[str], sides: Sequence[Side]) -> str:

@@ -180,6 +180,7 @@ CHOICE = _of(
     selection.threshold
     selection.max_cosine
     selection.by --diverse-by
+    views *
     group_by *""",
 )
 EXPLANATION = (
@@ -203,6 +204,7 @@ divine:most_harmful, facility_location:0.25. Repeat for several.""",
         "Explanation",
         """explain.strategies.trade_off
         explain.candidates
+        explain.exact ?
         explain.coefficients
         explain.aggregation --over-outputs
         explain.max_new_tokens

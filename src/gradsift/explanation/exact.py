@@ -18,13 +18,13 @@ from gradsift.explanation.outputs import OutputSource
 from gradsift.gradients.exact import Side
 from gradsift.gradients.gram import Products, gram
 from gradsift.gradients.projection import Projection
+from gradsift.store.manifest import fingerprint
 from gradsift.store.tensors import publish_tensors, read_tensors
 from gradsift.warmup.checkpoint import Checkpoint
 
 MOST_AT_ONCE = 512  # rows of several outputs whose products are taken together
 
 _NOISE = 1e-14  # of each row: what of an eigenvalue of cosines is rounding
-_FILE = "products.safetensors"
 
 
 class RowsLackingError(Exception):
@@ -104,8 +104,8 @@ def exact_rows(
         wanted: outputs, each with ids of the pool.
         adam: whether products with Adam's update directions are needed, too.
     """
-    sides: tuple[Side, ...] = ("plain", "adam") if adam else ("plain",)
-    keys = [_key(pool, checkpoint, output, ids, sides) for output, ids in wanted]
+    sides = _sides(adam=adam)
+    keys = [f"{_prefix(pool, checkpoint, output, sides)}{fingerprint(list(ids))}.safetensors" for output, ids in wanted]
     found = {n: _kept(pool, key, ids) for n, (key, (_, ids)) in enumerate(zip(keys, wanted, strict=True))}
     groups: list[list[int]] = []
     rows: set[str] = set()
@@ -157,19 +157,29 @@ def missed(projected: NDArray[np.float64], exact: NDArray[np.float64], others: N
     return math.fsum(0.5 * math.erfc((bound - score) / (error * math.sqrt(2))) for score in foretold.tolist())
 
 
-def _key(pool: Pool, at: Checkpoint, output: TokenizedExample, ids: Sequence[str], sides: Sequence[Side]) -> str:
-    """Where the products are kept: under the rows and how their gradients are taken, not how stored ones are."""
-    source = OutputSource((*(pool.data.by_id(id_) for id_ in ids), output), pool.chat.fingerprint)
+def is_known(pool: Pool, at: Checkpoint, output: TokenizedExample, *, adam: bool) -> bool:
+    """Whether the run folder has products of an output's gradient with those of some rows."""
+    return bool(pool.run.storage.list(_prefix(pool, at, output, _sides(adam=adam))))
+
+
+def _sides(*, adam: bool) -> tuple[Side, ...]:
+    return ("plain", "adam") if adam else ("plain",)
+
+
+def _prefix(pool: Pool, at: Checkpoint, output: TokenizedExample, sides: Sequence[Side]) -> str:
+    """Where an output's products are kept: under how gradients are taken, not how stored ones are projected."""
+    source = OutputSource((output,), pool.chat.fingerprint)
     settings = pool.gradients.model_copy(update={"projection": Projection(kind="none"), "dtype": "float32"})
     place = replace(pool, gradients=settings).at(at)
-    return pool.run.prefix("products", {"rows": [place.config(source, side) for side in sides]})
+    config = {"pool": pool.data.fingerprint, "rows": [place.config(source, side) for side in sides]}
+    return pool.run.prefix("products", config)
 
 
 def _kept(pool: Pool, key: str, ids: Sequence[str]) -> ExactRows | None:
-    if not pool.run.storage.exists(f"{key}{_FILE}"):
+    if not pool.run.storage.exists(key):
         return None
     try:
-        tensors, _ = read_tensors(pool.run.storage, f"{key}{_FILE}")
+        tensors, _ = read_tensors(pool.run.storage, key)
     except CorruptError:
         pool.reporter.warn(f"{pool.run.name(key)} is damaged: its gradients are taken again")
         return None
@@ -178,5 +188,4 @@ def _kept(pool: Pool, key: str, ids: Sequence[str]) -> ExactRows | None:
 
 
 def _keep(pool: Pool, key: str, found: ExactRows) -> None:
-    tensors = {"-".join(pair): products for pair, products in found.products.items()}
-    publish_tensors(pool.run.storage, f"{key}{_FILE}", tensors)
+    publish_tensors(pool.run.storage, key, {"-".join(pair): products for pair, products in found.products.items()})

@@ -181,6 +181,7 @@ CHOICE = _of(
     selection.threshold
     selection.max_cosine
     selection.by --diverse-by
+    views *
     group_by *""",
 )
 EXPLANATION = (
@@ -206,6 +207,7 @@ divine:most_harmful, facility_location:0.25. Repeat for several.""",
         "Explanation",
         """explain.strategies.trade_off
         explain.candidates | How many of the ranking strategies choose from, and rerank's second method ranks (1000).
+        explain.exact ?
         explain.coefficients
         explain.aggregation --over-outputs
         explain.max_new_tokens

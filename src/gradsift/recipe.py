@@ -25,6 +25,7 @@ from gradsift.explanation.explain import DEFAULT_ESTIMATOR, DEFAULT_STRATEGIES
 from gradsift.explanation.relevance import Aggregation as RelevanceAggregation
 from gradsift.generation.endpoint import Endpoint
 from gradsift.gradients.collect import Gradients
+from gradsift.gradients.rows import View
 from gradsift.influence.aggregate import Aggregation
 from gradsift.influence.bm25 import BM25
 from gradsift.influence.estimator import Estimator
@@ -69,6 +70,7 @@ class Explain(Settings):
     estimators: each ranks the pool for each output; repeat for several.
     strategies: how k of the highest-ranked are chosen.
     candidates: m, how many of the ranking strategies choose from.
+    exact: compare whole gradients of the candidates, which go through the model once more; else stored, projected ones.
     coefficients: how the reconstruction of an output's gradient is weighted.
     aggregation: of relevance over outputs.
     max_new_tokens: limit of the generated answer.
@@ -87,6 +89,7 @@ class Explain(Settings):
     estimators: tuple[AnyRanker, ...] = (DEFAULT_ESTIMATOR,)
     strategies: tuple[AnySelector, ...] = DEFAULT_STRATEGIES
     candidates: int = Field(default=CANDIDATES, ge=1)
+    exact: bool = True
     coefficients: CoefficientModel = "MSEProjUSimp"
     aggregation: RelevanceAggregation = "ratio_of_means"
     max_new_tokens: int = Field(default=128, ge=1)
@@ -119,6 +122,8 @@ class Recipe(Settings):
     warmup: a short LoRA training on a share of the pool, one checkpoint an epoch.
     adapter: PEFT adapters to use in place of a warm-up, one for each checkpoint.
     gradients: how gradients are taken and stored.
+    views: of the pool's rows at the last checkpoint, what is collected beside what the choice reads, in the same pass;
+        None is plain ones, so that `explain` needs no pass of its own.
     estimator: what ranks the pool.
     controls: further rankings beside it, whose choices the report compares; None is BM25, random and, where the pool
         goes through the model anyway, RDS+.
@@ -155,6 +160,7 @@ class Recipe(Settings):
     warmup: Warmup = Warmup()
     adapter: tuple[str, ...] = ()
     gradients: Gradients = Gradients()
+    views: tuple[View, ...] | None = None
     estimator: AnyEstimator = LESS()
     controls: tuple[AnyEstimator, ...] | None = None
     aggregation: Aggregation | None = None

@@ -39,6 +39,7 @@ from gradsift.rewards.reward import Reward
 from gradsift.selection.candidates import CANDIDATES
 from gradsift.selection.selectors import AnySelector
 from gradsift.selection.top_k import TopK
+from gradsift.validation.bench import Bench
 from gradsift.validation.one_step import OneStep
 from gradsift.validation.validate import Route
 from gradsift.warmup.train import PRESETS, Warmup
@@ -135,6 +136,7 @@ class Recipe(Settings):
     judge: the endpoint of a model that judges.
     explain: outputs to explain.
     compare: methods to compare, for `gradsift compare`.
+    bench: methods to judge, for `gradsift bench`.
     seed: of the warm-up, of what is drawn, and of the random control.
     dtype: of the model.
     device: `auto`, cpu, cuda, cuda:1, or map (spread over GPUs).
@@ -168,6 +170,7 @@ class Recipe(Settings):
     judge: Endpoint | None = None
     explain: Explain | None = None
     compare: Compare | None = None
+    bench: Bench | None = None
     seed: Seed = 0
     dtype: DtypeName = "auto"
     device: str = "auto"

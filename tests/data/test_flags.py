@@ -246,7 +246,7 @@ class TestTemplateArguments:
         assert ["a (deep)" in text for text in texts] == [True, False, True]
         assert tokenizer.decode(chat.prompt_ids([{"role": "user", "content": "a"}])).count("deep") == 0
 
-    @pytest.mark.parametrize("name", ["tools", "add_generation_prompt", "chat_template", "messages", "tokenize"])
+    @pytest.mark.parametrize("name", ["add_generation_prompt", "chat_template", "messages", "tokenize"])
     def test_arguments_that_are_not_the_templates_are_refused(self, name: str) -> None:
         """A row cannot change how gradsift renders."""
         row = {"prompt": "a", "completion": "b", "chat_template_kwargs": {name: True}}

@@ -48,8 +48,6 @@ def test_an_empty_history_is_none(history: Any) -> None:
 
 
 TRAINERS: list[tuple[str, Any]] = [
-    ("tools", [{"name": "f"}]),
-    ("tools", '[{"name": "f"}]'),
     ("functions", [{"name": "f"}]),
     ("images", ["a.png"]),
     ("image", {"bytes": "x"}),

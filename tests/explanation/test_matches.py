@@ -53,7 +53,7 @@ def explained(pool: Pool, **options: Any) -> Explanation:
 def test_tokens_add_up_to_the_score_that_is_shown(pool: Pool, estimator: LESS) -> None:
     """Over both texts, as cosines and products, plain and Adam, at one checkpoint and several; rows are unprojected."""
     entry = explained(pool, estimator=estimator)
-    examples = entry.results[0].examples
+    examples = entry.best_first(3)[0].examples
     assert [one.id for one in entry.matches] == [example.id for example in examples]
     assert [one.score for one in entry.matches] == pytest.approx([e.score for e in examples], rel=1e-5)
     for one in entry.matches:
@@ -71,9 +71,8 @@ def test_texts_are_what_the_model_reads(pool: Pool) -> None:
     start = f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
     assert "".join(token.text for token in one.row) == f"{start}{answer}<|im_end|>\n"
     assert "".join(token.text for token in one.row if token.learned) == f"{answer}<|im_end|>"
-    assert [token.text for token in one.row if not token.said] == [
-        "<|im_start|>", "user", "\n", "<|im_end|>", "\n", "<|im_start|>", "assistant", "\n", "<|im_end|>", "\n",
-    ]  # fmt: skip
+    written = "<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n<|im_end|>\n"
+    assert "".join(token.text for token in one.row if not token.said) == written
     assert "".join(token.text for token in one.row if token.said) == prompt + answer
     assert "".join(token.text for token in one.output if token.said) == "what says the cowit says cowcow"
     assert "".join(token.text for token in one.output if token.learned) == "it says cowcow<|im_end|>"

@@ -40,9 +40,9 @@ from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
 from gradsift.base.errors import ConfigError, DataError, ModelError
-from gradsift.base.types import Example, Message, Skipped, TokenizedExample
+from gradsift.base.types import REASONING, Example, Message, Skipped, TokenizedExample
 from gradsift.data.account import common_length, differences
-from gradsift.data.template import ChatTemplate, Rendering, TemplateProblemError, Turn
+from gradsift.data.template import ChatTemplate, Rendering, TemplateProblemError, Turn, is_whole, role_of
 from gradsift.store.run import REVISIONS
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ class ChatFormat:
         Raises DataError when the template refuses the conversation.
         """
         shown = self._prompt(messages, options)
-        answer = self._template.turn((*shown.roles, "assistant"), len(messages), options)
+        answer = self._template.turn((*shown.kinds, "assistant"), len(messages), shown.outline)
         ids = self._ids(shown.text if answer is None else shown.text + answer.header)
         foreign = self._foreign(ids)
         if foreign:
@@ -190,7 +190,11 @@ class ChatFormat:
 
         Raises DataError when the template refuses them.
         """
-        return (*example.unused, *_unshown(example, messages, self._prompt(messages, example.options)))
+        shown = self._prompt(messages, example.options)
+        try:
+            return (*example.unused, *_unshown(example, messages, shown))
+        except TemplateProblemError as problem:
+            raise DataError(f"a prompt cannot be rendered: {problem}. Change it or leave it out.") from problem
 
     def _prompt(self, messages: Sequence[Message], options: str) -> Rendering:
         try:
@@ -226,10 +230,12 @@ class ChatFormat:
         return _Located(shown.text, tuple(spans), tuple(left_out), last)
 
     def _span(self, shown: Rendering, position: int, weight: float) -> _Span:
-        turn = self._template.turn(shown.roles, position, shown.options)
+        turn = self._template.turn(shown.kinds, position, shown.outline)
         if turn is None:
             how = "exactly once" if shown.frame is not None else "when its text is a single word"
             raise TemplateProblemError(f"the chat template does not show message {position + 1} {how}")
+        if is_whole(shown.kinds[position]):
+            return _Span(*self._isolate_whole(shown, position, turn), turn.end, weight)
         if shown.contents is not None:
             begin, end = shown.contents[position]
             begin -= len(turn.lead)
@@ -245,7 +251,7 @@ class ChatFormat:
             before = pieces[0]
             if text.startswith(before) and before.endswith(turn.lead) and len(before) < end:
                 return len(before) - len(turn.lead), end
-            if not turn.header and shown.roles[position] == "assistant":
+            if not turn.header and shown.kinds[position] == "assistant":
                 # What precedes the content depends on it (thinking moved to a place of its own): begin at the prompt.
                 prompt = self._template.render(shown.messages[:position], shown.options, generation_prompt=True)
                 if text.startswith(prompt) and len(prompt) < end:
@@ -253,6 +259,21 @@ class ChatFormat:
         raise TemplateProblemError(
             f"what the chat template writes around or for message {position + 1} depends on its content, so that the "
             "turn cannot be told apart exactly"
+        )
+
+    def _isolate_whole(self, shown: Rendering, position: int, turn: Turn) -> tuple[int, int]:
+        """Find one turn, from its lead to its end, as what changes when marks stand in place of all that it says."""
+        text, pieces = shown.text, shown.whole(position)
+        before, after = pieces[0].removesuffix(turn.lead), pieces[-1].removeprefix(turn.end)
+        end = len(text) - len(after)
+        closing = next((token for token in self._marker_ids if turn.end.endswith(token)), "")
+        exact = pieces[0].endswith(turn.lead) and pieces[-1].startswith(turn.end) and len(pieces) > 1
+        around = text.startswith(before) and text.endswith(after) and len(before) < end
+        if exact and around and text[:end].endswith(closing):
+            return len(before), end
+        raise TemplateProblemError(
+            f"what the chat template writes around message {position + 1} depends on its calls or its reasoning, so "
+            "that the turn cannot be told apart exactly"
         )
 
     # --- the model's vocabulary -----------------------------------------------------------------------------------
@@ -428,11 +449,24 @@ class _Located:
 
 def _unshown(example: Example, messages: Sequence[Message], shown: Rendering) -> Iterator[Skipped]:
     """What of the messages' contents and roles is not in a rendering of them."""
-    if shown.contents is not None and len(shown.contents) == len(messages) and shown.roles == _roles(messages):
+    if not shown.takes_tools and shown.outline != shown.options:
+        yield example.in_part("not_shown", "the chat template does not show tools", "tools not shown by the template")
+    whole = any(map(is_whole, shown.kinds))
+    taken_as = tuple(map(role_of, shown.kinds))
+    contents = shown.contents is not None and len(shown.contents) == len(messages)
+    if contents and not whole and taken_as == tuple(message["role"] for message in messages):
         return
     for position, message in enumerate(messages):
-        role, content, taken = message["role"], message["content"], shown.roles[position]
+        role, content, taken = message["role"], message["content"], taken_as[position]
         which = f"message {position + 1} ({role})"
+        if is_whole(shown.kinds[position]) and shown.frame is not None:
+            parts = shown.frame.shown(position)
+            if "tool_calls" in message and "c" not in parts:
+                raise TemplateProblemError(f"the chat template does not show the tool calls of message {position + 1}")
+            thought = next((message[name] for name in REASONING if name in message), "")  # type: ignore[literal-required]
+            if thought and "r" not in parts:
+                detail = f"the reasoning of {which} is not shown by the chat template: {_quoted(thought)}"
+                yield example.in_part("not_shown", detail, "reasoning not shown by the template")
         place = shown.places.get(position)
         if place is None:
             if content.strip():
@@ -457,10 +491,6 @@ def _unshown(example: Example, messages: Sequence[Message], shown: Rendering) ->
                     f"{count:,} of the {len(content):,} characters of {which} are {what}: {_quoted(first)}{instead}"
                 )
                 yield example.in_part(reason, detail, f"part of {_a(role)} message {what}")
-
-
-def _roles(messages: Sequence[Message]) -> tuple[str, ...]:
-    return tuple(message["role"] for message in messages)
 
 
 def _a(role: str) -> str:

@@ -14,7 +14,7 @@ from array import array
 from collections.abc import Iterable, Iterator
 
 from gradsift.base.strings import FirstSeen
-from gradsift.base.types import Example, Message, Skipped
+from gradsift.base.types import Example, Message, Skipped, said
 
 
 def content_hash(messages: Iterable[Message]) -> str:
@@ -26,7 +26,7 @@ def content_hash(messages: Iterable[Message]) -> str:
     >>> content_hash([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}])
     'de615ee0a74cae9c'
     """
-    return _digest((message["role"], message["content"]) for message in messages)[:16]
+    return _digest((message["role"], said(message)) for message in messages)[:16]
 
 
 def normalised_hash(messages: Iterable[Message]) -> str:
@@ -36,7 +36,7 @@ def normalised_hash(messages: Iterable[Message]) -> str:
     >>> normalised_hash(shout) == normalised_hash([{"role": "user", "content": "hello there"}])
     True
     """
-    return _digest((message["role"], _normalise(message["content"])) for message in messages)[:32]
+    return _digest((message["role"], _normalise(said(message))) for message in messages)[:32]
 
 
 class Duplicates:

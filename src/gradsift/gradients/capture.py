@@ -131,6 +131,12 @@ def find_modules(model: nn.Module, pattern: str = LORA) -> Modules:
     return Modules(tuple(captured), tuple(unreachable))
 
 
+def grouped(modules: SequenceABC[Captured], count: int) -> list[SequenceABC[Captured]]:
+    """Modules in at most so many groups of one size, the last one smaller."""
+    size = -(-len(modules) // count)
+    return [modules[start : start + size] for start in range(0, len(modules), size)]
+
+
 def _active_adapters(model: nn.Module) -> set[str]:
     """Names of the adapters in use: PEFT's models have a property of this name, transformers' own a method."""
     if not hasattr(model, "peft_config"):

@@ -180,7 +180,13 @@ class AtCheckpoint:
         place.base()  # an adapter that is on the model may be what the folder held before
         network = place.with_adapter(self.checkpoint.adapter)
         modules = find_modules(network, self.settings.modules).captured
-        return network, modules, self.settings.token_budget or automatic_token_budget(network)
+        budget = self.settings.token_budget or automatic_token_budget(network)
+        return network, modules, min(budget, place.token_limit or budget)
+
+    def remember(self, begun: int, fits: int) -> None:
+        """Where batches were cut from so many padded tokens to fewer, later passes over the model begin with those."""
+        if fits < begun:
+            host(self.model, self.dtype, self.device).token_limit = fits
 
     def adam(
         self, network: Any, modules: SequenceABC[Captured], device: torch.device, dtype: torch.dtype
@@ -222,6 +228,12 @@ class AtCheckpoint:
         """The manifest of such a store where the run holds one; nothing is collected, and no row is read."""
         found = (run.manifest(prefix) for prefix in self.prefixes(run, source, view))
         return next((content for content in found if content is not None), None)
+
+    def drop(self, run: Run, source: SequenceSource, view: View) -> None:
+        """Delete the store of these rows as it was asked for, whole or begun."""
+        prefix = next(self.prefixes(run, source, view))
+        for key in (f"{prefix}manifest.json", *run.storage.list(prefix)):
+            run.storage.delete(key)
 
 
 class _Cut(NamedTuple):
@@ -611,8 +623,7 @@ class _Engine:
             self.network, self.modules.captured, self.projector, sequences, settings,
             row_count=row_count, on_rows=on_rows, part=part,
         )  # fmt: skip
-        if result.token_budget < budget:  # memory ran out: later shards and checkpoints begin with what fits
-            self.host.token_limit = result.token_budget
+        self.at.remember(budget, result.token_budget)
         return result
 
     def check(self, run: Run, source: SequenceSource) -> None:

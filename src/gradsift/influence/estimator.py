@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceABC
@@ -113,6 +114,8 @@ class Passes:
     done:    whether the run folder has what comes of them
     forward: whether they go forth alone
     unprojected: whether their gradients are stored, as they are
+    at_most: bytes of them that lie on disk together
+    held:    of these rows, how many unprojected gradients lie in memory together
     number:  of the checkpoint, where they go through the model at several
     """
 
@@ -122,6 +125,8 @@ class Passes:
     done: bool = False
     forward: bool = False
     unprojected: bool = False
+    at_most: float = math.inf
+    held: int = 0
     number: int = 0
 
 
@@ -139,6 +144,7 @@ class Estimator(Settings):
     last_checkpoint: whether it reads those at the last checkpoint alone.
     aggregation: over targets, unless another is asked for.
     full_sum: whether the pool's stores have to hold the unprojected sums of their rows.
+    by_row: whether a row's scores are the same whatever other rows there are, so that it may be given some at a time.
     by_chance: whether its ranking means nothing, as a control.
     signed: whether a score below 0 says that training on the row does harm; else 0 is a point like any other.
     raters: what grades rows, one by one, if anything does.
@@ -153,6 +159,7 @@ class Estimator(Settings):
     last_checkpoint: ClassVar[bool] = False
     aggregation: ClassVar[Aggregation] = "max_of_means"
     full_sum: ClassVar[bool] = False
+    by_row: ClassVar[bool] = False
     by_chance: ClassVar[bool] = False
     signed: ClassVar[bool] = False
     raters: ClassVar[tuple[Any, ...]] = ()

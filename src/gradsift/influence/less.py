@@ -98,6 +98,7 @@ class LESS(TrainingEstimator, ProductEstimator):
     checkpoints: `all`, each weighted by its learning rate, or the `last` (Compact's form, with `sgd`).
     """
 
+    by_row: ClassVar[bool] = True
     splits: ClassVar[bool] = True
 
     kind: Literal["less"] = "less"

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence as SequenceABC
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import numpy as np
 
@@ -47,11 +48,13 @@ _NO_TARGET = (
 )
 
 
-def open_recipe(recipe: Recipe, reporter: Reporter | None = None, *, announce: bool = True) -> Pool:
-    """The recipe's pool; with `announce` the rows left out of it are told and listed in skipped.jsonl."""
+def open_recipe(recipe: Recipe, reporter: Reporter | None = None, *, announce: bool = True, source: Any = None) -> Pool:
+    """The recipe's pool, or other rows in its place; with `announce` the rows left out of it are told and listed in
+    skipped.jsonl.
+    """
     reporter = reporter or silent()
     pool = open_pool(
-        recipe.pool,
+        recipe.pool if source is None else source,
         model=recipe.model,
         out=recipe.out,
         adapters=recipe.adapter,
@@ -298,6 +301,7 @@ def explain_into(result: Result) -> None:
     pool.run.publish_json("relevance.json", result.relevance.as_dict())
     if job.validation is not None:
         result.validation = validate_explanations(pool, found, settings=job.validation.step, route=job.validation.route)
+        result.explanations = found = found.trained(result.validation.effects())
     result.pages = write_pages(
         found,
         result.relevance,

@@ -68,6 +68,7 @@ from gradsift.rewards.unit_tests import UnitTests
 from gradsift.selection.select import budget_count, kept_count
 from gradsift.selection.selector import Selector
 from gradsift.store.run import Run
+from gradsift.validation.bench import Bench
 from gradsift.warmup.checkpoint import Checkpoint, open_checkpoint
 from gradsift.warmup.train import kept_training, warm_up_ids
 
@@ -133,6 +134,16 @@ class Walk:
         alone = [None] if method.assistant is not None else self._checkpoints()
         for number in range(len(alone))[-1:] if method.last_checkpoint else range(len(alone)):
             self._responses(method, target, number, rewarded=rewarded)
+        return self
+
+    def judge(self, settings: Bench) -> Walk:
+        """What `gradsift bench` would do: every method's scores, and the trainings that they are held against."""
+        for method in settings.judged:
+            self._score(method)
+        times, epochs, data = settings.retrainings, self.recipe.warmup.epochs, self.pool.data
+        if times:
+            each = float(data.lengths.sum()) * epochs
+            self.add(Work("retrainings", times * epochs * len(data), backward=times * each))
         return self
 
     def compare(self, grid: Grid) -> Walk:
@@ -206,7 +217,11 @@ class Walk:
             backward, forward = (0.0, one.tokens) if one.forward else (one.tokens, 0.0)
             stored = {"unprojected": one.rows} if one.unprojected else {}
             done = one.done and self.kept is not None
-            self.add(Work(one.stage, one.rows, backward, forward, stored=stored, done=done))
+            self.add(
+                Work(
+                    one.stage, one.rows, backward, forward, stored=stored, at_most=one.at_most, held=one.held, done=done
+                )
+            )  # fmt: skip
 
     def _gradients(self, method: Estimator, *, targets: bool) -> None:
         """The pool's rows that a method reads, and its targets'."""
@@ -695,6 +710,9 @@ def walked(recipe: Recipe, scratch: str, reporter: Reporter, command: str = "run
         grid = open_grid(inside, recipe.compare, reporter)
         return Walk(recipe, grid.pool, grid.target, _kept_pool(recipe, grid.pool)).compare(grid), grid
     pool = open_recipe(inside, reporter, announce=False)
+    if recipe.bench is not None:
+        judged = Walk(recipe, pool, open_recipe_target(inside, pool), _kept_pool(recipe, pool))
+        return judged.judge(recipe.bench), None
     wanted = takes_reward(recipe.estimator) or (recipe.target is not None and chooses(recipe))
     target = open_recipe_target(inside, pool) if wanted else None
     return Walk(recipe, pool, target, _kept_pool(recipe, pool)).run(), None

@@ -347,12 +347,18 @@ class Map:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """A value, whose it is, what it says in words, and what to mind."""
+    """A value, whose it is, what it says in words, and what to mind.
+
+    figures: what it follows from, name → value
+    tone:    its colour
+    """
 
     value: str
     by: str
     words: str
     cautions: tuple[str, ...] = ()
+    figures: Mapping[str, str] = field(default_factory=dict)
+    tone: Tone = ""
     kind: Literal["verdict"] = "verdict"
 
 

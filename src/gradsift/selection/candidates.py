@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from gradsift.base.checks import float_array, same_size, to_float64
 from gradsift.base.errors import ConfigError
 from gradsift.base.lazy import Tensor, torch
+from gradsift.base.strings import Strings
 from gradsift.context import Pool, Target
 from gradsift.influence.scores import Scores
 from gradsift.report.blocks import Block
@@ -187,6 +188,15 @@ class Candidates:
         return cls(
             values, lambda positions: store.rows_by_id([ids[p] for p in positions]), target_gradient, ids=ids, **more
         )
+
+    def also_of(self, other: Candidates) -> Candidates:
+        """The same without what another estimator of these examples cannot choose."""
+        places = np.arange(len(self.ids)) if other.ids == self.ids else Strings.of(other.ids).positions(self.ids)
+        usable = torch.from_numpy(places >= 0) & torch.isfinite(other.scores[places.clip(0)])
+        return Candidates(
+            self.scores.where(usable, -torch.inf), self._rows_of, self.target_gradient,
+            count=self.count, ids=self.ids, test_id=self.test_id, pool=self.pool, source=self.source,
+        )  # fmt: skip
 
     def whole(self) -> tuple[Scores, Pool, Target]:
         """What a choice for a whole target is made by: its scores, their pool and the target."""

@@ -75,7 +75,7 @@ class Explain(Settings):
     aggregation: of relevance over outputs.
     max_new_tokens: limit of the generated answer.
     embedding: sentence-transformers model of the page's map of meanings; none leaves it out.
-    pages: outputs of a target that get a page of their own.
+    pages: outputs of a target that get a page of their own, with the tokens that match.
     validation: also train one step on each selection.
     """
 
@@ -101,6 +101,10 @@ class Explain(Settings):
     def budgets(self) -> tuple[int, ...]:
         """The numbers of examples, ascending."""
         return tuple(sorted({self.k} if isinstance(self.k, int) else set(self.k)))
+
+    def paged(self, outputs: int) -> int:
+        """How many of the outputs get a page of their own, with the tokens that match: a single one always does."""
+        return outputs if outputs == 1 else min(self.pages, outputs)
 
 
 class Recipe(Settings):

@@ -13,10 +13,13 @@ from gradsift.context import Pool
 from gradsift.explanation.explain import Explanation, explain
 from gradsift.explanation.matches import token_texts
 from gradsift.explanation.outputs import question_of
+from gradsift.explanation.shown import explanation_page
 from gradsift.gradients.capture import UncapturedError
 from gradsift.influence.bm25 import BM25
 from gradsift.influence.less import LESS
 from gradsift.model.models import ModelHost, load_tokenizer
+from gradsift.report.blocks import Examples
+from gradsift.report.html import render
 from tiny_world import World, pool_rows
 
 ASKED = question_of("what says the cow", "it says cowcow")
@@ -50,7 +53,7 @@ def explained(pool: Pool, **options: Any) -> Explanation:
 def test_tokens_add_up_to_the_score_that_is_shown(pool: Pool, estimator: LESS) -> None:
     """Over both texts, as cosines and products, plain and Adam, at one checkpoint and several; rows are unprojected."""
     entry = explained(pool, estimator=estimator)
-    examples = entry.results[0].examples
+    examples = entry.best_first(3)[0].examples
     assert [one.id for one in entry.matches] == [example.id for example in examples]
     assert [one.score for one in entry.matches] == pytest.approx([e.score for e in examples], rel=1e-5)
     for one in entry.matches:
@@ -68,7 +71,25 @@ def test_texts_are_what_the_model_reads(pool: Pool) -> None:
     start = f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
     assert "".join(token.text for token in one.row) == f"{start}{answer}<|im_end|>\n"
     assert "".join(token.text for token in one.row if token.learned) == f"{answer}<|im_end|>"
+    written = "<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n<|im_end|>\n"
+    assert "".join(token.text for token in one.row if not token.said) == written
+    assert "".join(token.text for token in one.row if token.said) == prompt + answer
+    assert "".join(token.text for token in one.output if token.said) == "what says the cowit says cowcow"
     assert "".join(token.text for token in one.output if token.learned) == "it says cowcow<|im_end|>"
+
+
+def test_pages_show_what_matches(pool: Pool, folder: Path) -> None:
+    """Each matched example stands beside the output with its strongest tokens; how Adam's are split is said."""
+    for estimator, said in ((LESS(optimizer="sgd", normalise=False), False), (LESS(optimizer="adam"), True)):
+        found = explain(pool, ASKED, k=3, estimator=estimator)
+        page, _ = explanation_page(found, found.entries[0], embedding=None)
+        section = page.section("matches")
+        assert section is not None
+        (examples,) = (block for block in section.blocks if isinstance(block, Examples))
+        assert [one.id for one in examples.examples] == [one.id for one in found.entries[0].matches]
+        assert [turn.role for turn in examples.examples[0].turns] == ["prompt", "answer", "asked", "output, as given"]
+        assert examples.examples[0].turns[3].text == "it says cowcow"
+        assert ("Γ(G) = D∘G + c" in render(page)) == said
 
 
 def test_an_estimator_of_other_scores_is_matched_by_gradients(pool: Pool) -> None:

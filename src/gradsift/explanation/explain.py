@@ -148,7 +148,7 @@ class Explanation:
     gradient_norm: of the output's gradient, before projection
     squared_norm: ‖g‖² of the gradient that relevance is about
     aggregation: how a random strategy's draws became one relevance
-    matches: which tokens match, of the examples of the first estimator's first strategy at `shown_budget`
+    matches: which tokens match, of the first estimator's examples that are shown first, at `shown_budget`
     references: what choices are compared with, one for each budget
     exact: whether relevance and choices are of whole gradients, or of stored, projected ones
     missed: what the projected ranking may have kept from the candidates, by estimator and budget
@@ -380,10 +380,7 @@ class _Work:
         """The explanations with the tokens of the examples that are shown first."""
         ranker, k = self.estimators[0], shown_budget(self.budgets)
         shown = {
-            entry.id: [example.id for example in found.examples]
-            for entry in entries
-            for found in entry.results
-            if (found.estimator, found.strategy, found.k) == (ranker.label, self.strategies[0].strategy, k)
+            entry.id: [example.id for example in entry.best_first(k, ranker.label)[0].examples] for entry in entries
         }
         matches = token_matches(self.pool, self.source, ranker if ranker.splits else DEFAULT_ESTIMATOR, shown)
         return [replace(entry, matches=matches.get(entry.id, ())) for entry in entries]

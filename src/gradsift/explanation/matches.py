@@ -13,7 +13,7 @@ import numpy as np
 from gradsift.base.errors import CorruptError
 from gradsift.base.lazy import Tensor, torch
 from gradsift.base.memory import is_out_of_memory
-from gradsift.base.types import Sequence
+from gradsift.base.types import Message, Sequence, TokenizedExample
 from gradsift.context import Pool
 from gradsift.explanation.outputs import OutputSource
 from gradsift.explanation.tokens import TokenInfluence, token_influences
@@ -33,11 +33,13 @@ class MatchedToken:
     text:    its characters
     value:   above zero, it makes the output more likely
     learned: whether the loss is taken on it
+    said:    whether it is of a message; else the chat template writes it
     """
 
     text: str
     value: float
     learned: bool
+    said: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,22 +101,23 @@ def token_matches(
             for row, influence in zip(missing[output], found, strict=True):
                 _keep(pool, keys[output, row], influence)
                 kept[output, row] = influence
-    texts: dict[str, list[tuple[str, int]]] = {}
-
-    def pieces(name: str, one: Sequence) -> list[tuple[str, int]]:
-        if name not in texts:
-            texts[name] = token_texts(pool.tokenizer, one.token_ids.tolist())
-        return texts[name]
-
+    across = {
+        id_: _Side.of(pool, entry, source.messages(id_)[:-1])
+        for id_, entry in zip(source.ids, source.entries, strict=True)
+        if id_ in chosen
+    }
+    own = {
+        id_: _Side.of(pool, pool.data[place], pool.data.messages(id_), pool.data.options(id_))
+        for id_, place in places.items()
+    }
     return {
         output: tuple(
-            _match(row, estimator.label, influence, (rows[row], pieces(f"row {row}", rows[row])),
-                   (outputs[output], pieces(f"output {output}", outputs[output])))
+            _match(row, estimator.label, influence, own[row], across[output])
             for row in ids
             if (influence := kept[output, row]) is not None
         )
         for output, ids in chosen.items()
-    }  # fmt: skip
+    }
 
 
 def token_texts(tokenizer: Any, ids: SequenceABC[int]) -> list[tuple[str, int]]:
@@ -182,7 +185,7 @@ class _Work:
         }
         failed: dict[str, str] = {}
         total = sum(map(len, rows.values())) * len(self.checkpoints)
-        with pool.reporter.stage("tokens of chosen examples", total, "examples") as advance:
+        with pool.reporter.stage("tokens of examples", total, "examples") as advance:
             for checkpoint, weight in zip(self.checkpoints, self.estimator.weights(self.checkpoints), strict=True):
                 at = pool.at(checkpoint)
                 network, modules, _ = at.opened()
@@ -242,25 +245,40 @@ def _kept(pool: Pool, key: str) -> TokenInfluence | None:
     return TokenInfluence(tensors["row"], tensors["output"], tensors.get("pairs"), float(tensors["constant"]))
 
 
-_Side = tuple[Sequence, SequenceABC[tuple[str, int]]]  # tokens, and their texts
+@dataclass(frozen=True, slots=True)
+class _Side:
+    """A text: its tokens' texts, as `token_texts`, and of each one whether it is learned, and said."""
+
+    texts: SequenceABC[tuple[str, int]]
+    flags: SequenceABC[tuple[bool, bool]]
+
+    @classmethod
+    def of(cls, pool: Pool, entry: TokenizedExample, messages: SequenceABC[Message], options: str = "") -> _Side:
+        """Of a row, or of an output with the messages of its prompt."""
+        texts, start, flags = token_texts(pool.tokenizer, entry.token_ids.tolist()), 0, []
+        said = pool.chat.said(messages, options, entry)
+        for _, count in texts:
+            part = slice(start, start + count)
+            flags.append((bool(entry.supervised[part].any()), bool(said[part].any())))
+            start += count
+        return cls(texts, flags)
+
+    def matched(self, values: Tensor) -> tuple[MatchedToken, ...]:
+        """The tokens with their values `[token]`."""
+        values = self.joined(values).tolist()
+        return tuple(
+            MatchedToken(text, value, *flags)
+            for (text, _), value, flags in zip(self.texts, values, self.flags, strict=True)
+        )
+
+    def joined(self, values: Tensor) -> Tensor:
+        """`[text …]` from `[token …]`."""
+        return torch.stack([part.sum(0) for part in values.split([count for _, count in self.texts])])
 
 
 def _match(id_: str, by: str, found: TokenInfluence, row: _Side, output: _Side) -> TokenMatch:
     pairs = None
     if found.pairs is not None:
-        pairs = tuple(map(tuple, _joined(_joined(found.pairs, row[1]).T, output[1]).T.tolist()))
-    own, across = _matched(*row, found.row), _matched(*output, found.output)
+        pairs = tuple(map(tuple, output.joined(row.joined(found.pairs).T).T.tolist()))
+    own, across = row.matched(found.row), output.matched(found.output)
     return TokenMatch(id_, by, found.total, found.constant, own, across, pairs)
-
-
-def _matched(one: Sequence, texts: SequenceABC[tuple[str, int]], values: Tensor) -> tuple[MatchedToken, ...]:
-    found, start = [], 0
-    for (text, count), value in zip(texts, _joined(values, texts).tolist(), strict=True):
-        found.append(MatchedToken(text, value, bool((one.weights[start : start + count] > 0).any())))
-        start += count
-    return tuple(found)
-
-
-def _joined(values: Tensor, texts: SequenceABC[tuple[str, int]]) -> Tensor:
-    """`[text …]` from `[token …]`."""
-    return torch.stack([part.sum(0) for part in values.split([count for _, count in texts])])

@@ -20,7 +20,7 @@ from gradsift.base.settings import Settings
 from gradsift.base.types import Prompt
 from gradsift.data.shown import excerpt, left_out, shares_table
 from gradsift.explanation.explain import explained_views
-from gradsift.explanation.matches_shown import matches_table
+from gradsift.explanation.matches_shown import matches_lines
 from gradsift.explanation.shown import (
     RELEVANCE,
     VERDICT,
@@ -491,7 +491,7 @@ def _explained_briefly(result: Result) -> list[Block]:
             folds = [block for block in found if isinstance(block, Fold)]
             blocks += [block for block in found if not isinstance(block, Fold)]
             blocks += [Group(fold.blocks, fold.title) for fold in folds[:1]]
-        blocks += matches_table(entry)
+        blocks += matches_lines(entry)
     if len(explanations.entries) > 5:
         blocks.append(Text(f"… and {len(explanations.entries) - 5} more in explanations.jsonl"))
     if result.relevance is not None and (not alone or len(explanations.budgets) > 1):

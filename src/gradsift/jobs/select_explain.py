@@ -298,6 +298,7 @@ def explain_into(result: Result) -> None:
         max_new_tokens=job.max_new_tokens,
         aggregation=job.aggregation,
         exact=job.exact,
+        matches=job.paged(len(questions)),
     )
     result.explanations = found
     say_account(Account(parts=tuple(found.unshown)), "what is to be explained", len(found.entries), pool.reporter)

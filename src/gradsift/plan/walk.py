@@ -26,8 +26,9 @@ from gradsift.evaluation.evaluate import evaluation_config
 from gradsift.evaluation.metric import ASKED, Judging, Needs
 from gradsift.evaluation.setup import Trained, subject_of
 from gradsift.explanation.exact import MOST_AT_ONCE, is_known
-from gradsift.explanation.explain import RANDOM, explained_views
+from gradsift.explanation.explain import RANDOM, explained_views, shown_budget
 from gradsift.explanation.outputs import OutputSource, answers, missing_answers
+from gradsift.explanation.tokens import MOST_PAIRS
 from gradsift.generation.endpoint import Endpoint, usage_of
 from gradsift.generation.samples import missing_samples
 from gradsift.gradients.collect import SequenceSource, kept_as
@@ -522,7 +523,8 @@ class Walk:
         self.add(Work("choosing", seconds=choices * _CHOICE_SECONDS, stored={"bytes": choices * _CHOICE_BYTES}))
         if job.validation is not None:
             self._train_on_choices(len(questions), tokens, last)
-        shown = len(questions) if len(questions) == 1 else min(job.pages, len(questions))
+        shown = job.paged(len(questions))
+        self._match_tokens(shown, tokens / max(1, len(questions)), last)
         if job.embedding is not None and shown and embeddings.at_hand(job.embedding):
             self._map(shown * min(job.candidates, len(pool.data)))
 
@@ -548,6 +550,18 @@ class Walk:
         read = rows * float(pool.data.lengths.mean()) + tokens
         stored = {"bytes": outputs * 8.0 * (each + 1) ** 2 * (3 if adam else 1)}
         self.add(Work("candidates' gradients", rows + outputs, backward=read, stored=stored, done=done))
+
+    def _match_tokens(self, outputs: int, tokens: float, last: int) -> None:
+        """The examples that are shown first, and their outputs, once more through the model."""
+        job, lengths = self.recipe.explain, self.pool.data.lengths
+        assert job is not None
+        ranker, k = job.estimators[0], shown_budget(job.budgets)
+        times = last + 1 if ranker.splits and not ranker.last_checkpoint else 1
+        rows, length = outputs * k * times, float(lengths.mean()) if outputs else 0.0
+        kept = 8 * outputs * k * (length + tokens + min(MOST_PAIRS, length * tokens))
+        self.add(
+            Work("tokens of examples", rows, backward=rows * length + outputs * times * tokens, stored={"bytes": kept})
+        )
 
     def _train_on_choices(self, outputs: int, tokens: float, last: int) -> None:
         """Effects of steps on chosen and random sets: each a pass over its output, and where it is trained, over it."""

@@ -219,13 +219,13 @@ class Chart:
 
 @dataclass(frozen=True, slots=True)
 class Shade:
-    """How strongly a stretch of a text is filled, up to the character `stop`: -1 to 1, and 0 for not at all.
+    """How strongly a stretch of a text is filled, up to the character `stop`: -1 to 1; None dims its letters.
 
     strong: it is underlined, too, with dashes below zero
     """
 
     stop: int
-    share: float
+    share: float | None
     strong: bool = False
 
 

@@ -106,11 +106,10 @@ class Pen:
     def shaded(self, turn: Turn, content: str) -> list[tuple[str, Shade | None]]:
         """The text in its stretches, the rest of it last."""
         stops = [0, *(shade.stop for shade in turn.shades)]
-        parts = [(content[start : shade.stop], shade) for start, shade in zip(stops, turn.shades, strict=False)]
-        return [
-            *((part, shade if shade.share else None) for part, shade in parts if part),
-            (content[stops[-1] :], None),
-        ]
+        found: list[tuple[str, Shade | None]] = []
+        for start, shade in zip(stops, turn.shades, strict=False):
+            found.append((content[start : shade.stop], None if shade.share == 0 else shade))
+        return [part for part in (*found, (content[stops[-1] :], None)) if part[0]]
 
     def anchor(self, example: Example) -> tuple[str, str | None]:
         """An id for the example, and that of an earlier one whose texts need not be repeated.

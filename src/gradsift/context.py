@@ -159,6 +159,7 @@ def setup_of(
     out: str | Run,
     *,
     max_length: int,
+    chunk: int | None,
     supervise: Supervise,
     dtype: DtypeName,
     device: str,
@@ -180,7 +181,7 @@ def setup_of(
     return Setup(
         run=out if isinstance(out, Run) else Run(out),
         model=model,
-        chat=ChatFormat(tokenizer, supervise=supervise, max_length=max_length),
+        chat=ChatFormat(tokenizer, supervise=supervise, max_length=max_length, chunk=chunk),
         tokenizer=tokenizer,
         dtype=dtype,
         device=device,
@@ -198,6 +199,7 @@ def open_pool(
     gradients: Gradients | None = None,
     columns: Columns | Mapping[str, str] | None = None,
     max_length: int = 1024,
+    chunk: int | None = None,
     supervise: Supervise = "all_turns",
     keep_duplicates: bool = False,
     sample: float | None = None,
@@ -218,6 +220,7 @@ def open_pool(
         gradients: how gradients are taken, projected and stored.
         columns: names of the columns, where they are not the usual ones: a `Columns`, or a mapping of its fields.
         max_length: tokens kept of each example.
+        chunk: make rows of so many tokens of plain texts, with ids `doc#0`, `doc#1` …; left out, they stay whole.
         supervise: take the loss on all assistant turns, on the last one, or on all tokens.
         keep_duplicates: keep exact duplicates in the pool.
         sample: score only so many examples (a share below 1, or a number), drawn by `seed`; the warm-up still draws
@@ -234,7 +237,14 @@ def open_pool(
         MismatchError: the run folder belongs to another model or pool.
     """
     setup = setup_of(
-        model, out, max_length=max_length, supervise=supervise, dtype=dtype, device=device, reporter=reporter
+        model,
+        out,
+        max_length=max_length,
+        chunk=chunk,
+        supervise=supervise,
+        dtype=dtype,
+        device=device,
+        reporter=reporter,
     )
     if setup.chat.announcement:
         setup.reporter.warn(setup.chat.announcement)

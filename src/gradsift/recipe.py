@@ -111,6 +111,7 @@ class Recipe(Settings):
     target_columns: the same for the target; unless given, the command line takes those of the pool.
     target_sample: only so many rows of the target.
     max_length: tokens kept of each example.
+    chunk: make rows of so many tokens of plain texts; None leaves them whole.
     supervise: which turns the loss is taken on.
     keep_duplicates: keep exact duplicates in the pool.
     pool_sample: choose from so many pool rows only (a share or a number); the warm-up still draws from all.
@@ -146,6 +147,7 @@ class Recipe(Settings):
     target_columns: Columns = Columns()
     target_sample: RowSample | None = None
     max_length: int = Field(default=1024, ge=2)
+    chunk: int | None = Field(default=None, ge=2)
     supervise: Supervise = "all_turns"
     keep_duplicates: bool = False
     pool_sample: float | None = Field(default=None, gt=0)

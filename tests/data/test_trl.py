@@ -167,3 +167,11 @@ class TestLabels:
             assert learned[found.supervised].all()
             assert not tokenizer.decode(ids[learned & ~found.supervised]).strip()
             assert np.flatnonzero(found.supervised)[0] == np.flatnonzero(learned)[0]
+
+    @pytest.mark.parametrize("name", ["qwen2_5", "llama3"])
+    def test_plain_texts(self, name: str, model: Any, tmp_path: Path) -> None:
+        """Every token of a text and its end of sequence, without a template."""
+        tokenizer, rows = tokenizer_of(name), [{"text": "One. Two.\n"}, {"text": "Three</s>"}]
+        for (ids, labels), found in zip(trained(model, tokenizer, rows, tmp_path), ours(tokenizer, rows), strict=True):
+            assert found.token_ids.tolist() == ids.tolist()
+            assert found.supervised[1:].tolist() == (labels != -100)[1:].tolist()

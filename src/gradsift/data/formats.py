@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from gradsift.base.errors import ConfigError
 from gradsift.base.settings import Settings
-from gradsift.base.types import REASONING, Flags, Message, said
+from gradsift.base.types import REASONING, TEXT, Flags, Message, is_text, said
 from gradsift.data.sources import kind_of
 from gradsift.store.manifest import canonical
 
@@ -85,7 +85,7 @@ _LEARN_FLAGS = ("train", "training", "loss", "masked")
 _FLAGS = {*_LEARN_FLAGS, "weight"}
 FORMATS = (
     "`messages` (role, content), `conversations` (from, value), `prompt` with `completion`, "
-    "or `instruction` (with `input`) and `output`"
+    "`instruction` (with `input`) and `output`, or a plain `text`"
 )
 _PLACE = re.compile(r"\{([^{}]+)\}")
 
@@ -93,8 +93,8 @@ _PLACE = re.compile(r"\{([^{}]+)\}")
 class Columns(Settings):
     """Which columns of the user's rows hold what; a name left `None` means the usual one.
 
-    Naming `messages`, or `prompt`/`completion`, or `instruction`/`input`/`output`/`history` decides the row format;
-    naming only `id` or `system` leaves it to be recognised row by row.
+    Naming `messages`, or `prompt`/`completion`, or `instruction`/`input`/`output`/`history`, or `text` decides the row
+    format; naming only `id` or `system` leaves it to be recognised row by row.
 
     `prompt` and `completion` may also be a text with columns in braces, which each row fills in; and what lies inside a
     column is named by its path, `instances.0.input`.
@@ -102,6 +102,7 @@ class Columns(Settings):
     id: of the row.
     messages: the conversation.
     tools: schemas of the tools that may be called.
+    text: a plain text, of which every token is learned.
     prompt, completion: what is asked, and the answer.
     instruction, input, output, history: of the Alpaca format.
     system: the system message.
@@ -123,6 +124,7 @@ class Columns(Settings):
     history: str | None = None
     system: str | None = None
     tools: str | None = None
+    text: str | None = None
 
     @classmethod
     def of(cls, given: Columns | Mapping[str, str] | None) -> Columns:
@@ -154,6 +156,7 @@ class Columns(Settings):
             "messages": self.messages,
             "prompt/completion": self.prompt or self.completion,
             "instruction/input/output/history": self.instruction or self.input or self.output or self.history,
+            "text": self.text,
         }
 
     @cached_property
@@ -197,6 +200,9 @@ def read_conversation(row: Mapping[str, Any], columns: Columns, *, require_answe
         BadRowError: it holds none, or one with nothing to learn from where an answer is required.
     """
     turns = _turns(row, columns, require_answer)
+    if is_text(turns):
+        unused = _unused_columns(row, columns, turns)
+        return Conversation(tuple(turns), (), "", (*unused, *_unused_options(row, columns)))
     if columns.system is not None and columns.system not in row:
         raise _missing(row, [columns.system])
     system = row.get(columns.system or "system")
@@ -227,13 +233,15 @@ def read_conversation(row: Mapping[str, Any], columns: Columns, *, require_answe
 
 def _turns(row: Mapping[str, Any], columns: Columns, require_answer: bool) -> list[Any]:
     """Return the row's turns as they are written, whatever its format."""
-    messages, prompt_completion, alpaca = columns.families.values()
+    messages, prompt_completion, alpaca, text = columns.families.values()
     if messages is not None:
         return _in_turn(_turn_list(_need(row, messages), messages))
     if prompt_completion is not None:
         return _prompt_completion(row, columns.prompt or "prompt", columns.completion or "completion", require_answer)
     if alpaca is not None:
         return _alpaca(row, columns, require_answer)
+    if text is not None:
+        return _plain_text(_need(row, text), text)
     for name in ("messages", "conversations"):
         if row.get(name) is not None:
             return _in_turn(_turn_list(row[name], name))
@@ -241,7 +249,18 @@ def _turns(row: Mapping[str, Any], columns: Columns, require_answer: bool) -> li
         return _prompt_completion(row, "prompt", "completion", require_answer)
     if row.get("instruction") is not None and (not require_answer or row.get("output") is not None):
         return _alpaca(row, columns, require_answer)
+    if row.get(TEXT) is not None:
+        return _plain_text(row[TEXT], TEXT)
     raise _missing(row, None)
+
+
+def _plain_text(value: Any, column: str) -> list[Any]:
+    if not isinstance(value, str):
+        raise BadRowError("bad_content", f"column {column!r} is {kind_of(value)}, not text")
+    if not value.strip():
+        raise BadRowError("empty_text", f"column {column!r} holds no text")
+    _check_unicode(value, f"column {column!r}")
+    return [{"role": TEXT, "content": value}]
 
 
 def _prompt_completion(row: Mapping[str, Any], prompt: str, completion: str, require_answer: bool) -> list[Any]:
@@ -601,6 +620,7 @@ def _unused_columns(row: Mapping[str, Any], columns: Columns, messages: list[Mes
         own = next((name for name in ("messages", "conversations") if row.get(name) is not None), None)
         rivals += [(name,) for name in ("messages", "conversations") if name != own]
         rivals += [("prompt", "completion"), ("instruction", "output"), ("history",)]
+        rivals += [(TEXT,)] * (own is None and row.get("prompt") is None)  # a trainer would take it
     for rival in rivals:
         if rival[0] not in row or not all(_is_something(row.get(name)) for name in rival):
             continue
@@ -610,6 +630,13 @@ def _unused_columns(row: Mapping[str, Any], columns: Columns, messages: list[Mes
             name = " and ".join(rival)
             detail = f"column {name} is not used, and says what the conversation does not: {_short(missing)}"
             yield Unused("column_not_used", detail, _not_used(name))
+
+
+def _unused_options(row: Mapping[str, Any], columns: Columns) -> Iterator[Unused]:
+    """What is meant for a chat template, which does not write plain texts."""
+    for name in (_OPTIONS_COLUMN, columns.tools or _TOOLS_COLUMN):
+        if _is_something(row.get(name)):
+            yield Unused("column_not_used", f"column {name} is not used: a plain text has no template", _not_used(name))
 
 
 def _not_used(column: str) -> str:

@@ -25,6 +25,7 @@ def open_model(
     *,
     out: str | Run,
     max_length: int = 1024,
+    chunk: int | None = None,
     supervise: Supervise = "all_turns",
     dtype: DtypeName = "auto",
     device: str = "auto",
@@ -36,6 +37,7 @@ def open_model(
         model: hub id or folder of a causal language model.
         out: the run folder, which may be that of a pool with the same model.
         max_length: tokens kept of each labelled example.
+        chunk: make rows of so many tokens of plain texts.
         supervise: take losses on all assistant turns, on the last one, or on all tokens.
         dtype, device: of the model.
         reporter: where progress goes; nothing is printed by default.
@@ -49,7 +51,14 @@ def open_model(
         >>> place = open_model("HuggingFaceTB/SmolLM2-135M-Instruct", out="runs/math")  # doctest: +SKIP
     """
     setup = setup_of(
-        model, out, max_length=max_length, supervise=supervise, dtype=dtype, device=device, reporter=reporter
+        model,
+        out,
+        max_length=max_length,
+        chunk=chunk,
+        supervise=supervise,
+        dtype=dtype,
+        device=device,
+        reporter=reporter,
     )
     run = setup.run
     if run.storage.exists("run.json") and run.identity().get("model") != model_identity(model):

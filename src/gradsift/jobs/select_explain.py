@@ -59,6 +59,7 @@ def open_recipe(recipe: Recipe, reporter: Reporter | None = None, *, announce: b
         gradients=recipe.gradients,
         columns=recipe.columns,
         max_length=recipe.max_length,
+        chunk=recipe.chunk,
         supervise=recipe.supervise,
         keep_duplicates=recipe.keep_duplicates,
         sample=recipe.pool_sample,

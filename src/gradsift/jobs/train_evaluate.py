@@ -152,6 +152,7 @@ def place_of(given: Mapping[str, Any], reporter: Reporter) -> Setup:
         given["model"],
         out=given["out"],
         max_length=given["max_length"],
+        chunk=given["chunk"],
         supervise=given["supervise"],
         dtype=given["dtype"],
         device=given["device"],

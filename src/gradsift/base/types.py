@@ -119,6 +119,7 @@ class Example:
     unused:   what of the row is in none of these
     source, line: where it was found
     token_ids: of a part of a plain text, as the whole text has them; empty elsewhere
+    weight: factor of the row's loss
     """
 
     id: str
@@ -131,6 +132,7 @@ class Example:
     source: str = ""
     line: int | None = None
     token_ids: tuple[int, ...] = field(default=(), repr=False)
+    weight: float = 1.0
 
     def skipped(self, reason: str, detail: str) -> Skipped:
         """This row as one that is left out."""

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Supervise = Literal["all_turns", "last_turn", "all_tokens"]
+Reasoning = Literal["as_template", "keep", "skip"]
 
 _QUOTED = 60  # characters of a text that a detail shows
 
@@ -71,6 +72,8 @@ class ChatFormat:
         but the first, as TRL's trainer does with `messages` unless told otherwise. What a message says of itself goes
         before that: `Example.flags`.
     max_length: tokens kept from the beginning of each conversation; `None` keeps all.
+    reasoning: "as_template" takes what the template makes of a conversation and tells what it cuts; the others skip a
+        row whose reasoning it cuts (for "keep" the tokenizer has been given a template that cuts less).
     chunk: tokens of the rows that `chunks` makes of a plain text; `None` leaves texts whole.
     generation_eos: `generation_config.eos_token_id` of the model, where it is known.
 
@@ -102,6 +105,7 @@ class ChatFormat:
         supervise: Supervise = "all_turns",
         max_length: int | None = None,
         chunk: int | None = None,
+        reasoning: Reasoning = "as_template",
         generation_eos: int | Sequence[int] | None = None,
     ) -> None:
         if supervise not in get_args(Supervise):
@@ -115,6 +119,7 @@ class ChatFormat:
         self.supervise = supervise
         self._max_length = max_length
         self.chunk = chunk
+        self.reasoning = reasoning
         self._marker_ids = _marker_ids(tokenizer)
         self._vocabulary: int | None = getattr(tokenizer, "model_vocabulary", None)
         self._template = ChatTemplate(tokenizer, self._marker_ids)
@@ -124,7 +129,9 @@ class ChatFormat:
         named = {name: token for name, token in tokenizer.special_tokens_map.items() if name in self._template.text}
         self.fingerprint = _digest(
             *(str(REVISIONS["labels"]), self._template.text, named, identity, supervise, max_length),
-            *({"chunk": chunk},) * (chunk is not None),  # a pool that is cut otherwise is another one
+            # A pool that is cut otherwise, or of which other rows are left out, is another one.
+            *({"chunk": chunk},) * (chunk is not None),
+            *(["reasoning"],) * (reasoning != "as_template"),
         )
         self._refuse_foreign_markers()
         self.end_of_turn_ids = self._find_end_of_turn_ids(generation_eos)
@@ -144,17 +151,16 @@ class ChatFormat:
         return [self._text(example) if is_text(example.messages) else next(chats) for example in examples]
 
     def _chats(self, examples: Sequence[Example]) -> list[TokenizedExample | Skipped]:
-        located: list[_Located | str] = []
+        located: list[_Located | Skipped] = []
         for example in examples:
             try:
                 located.append(self._locate(example))
             except TemplateProblemError as problem:
-                located.append(str(problem))
-        encoded = self._encode([found.text for found in located if not isinstance(found, str)])
+                reason = "reasoning_cut" if isinstance(problem, CutReasoningError) else "template"
+                located.append(example.skipped(reason, str(problem)))
+        encoded = self._encode([found.text for found in located if not isinstance(found, Skipped)])
         return [
-            example.skipped("template", found)
-            if isinstance(found, str)
-            else self._label(example, found, *next(encoded))
+            found if isinstance(found, Skipped) else self._label(example, found, *next(encoded))
             for example, found in zip(examples, located, strict=True)
         ]
 
@@ -203,7 +209,8 @@ class ChatFormat:
             left_out.append(example.in_part("cut", detail, f"cut at {self._max_length:,} tokens"))
         token_ids = np.array(ids[: self._max_length], dtype=np.int32)
         supervised = np.arange(len(token_ids)) > 0
-        return TokenizedExample(example.id, token_ids, supervised, None, tuple(left_out))
+        weights = None if example.weight == 1 else supervised * np.float32(example.weight)
+        return TokenizedExample(example.id, token_ids, supervised, weights, tuple(left_out))
 
     def _text_ids(self, text: str) -> tuple[list[int], NDArray[np.int64] | None]:
         """The ids of a document as trainers make them: what the tokenizer adds to any text, and the end of sequence."""
@@ -259,6 +266,9 @@ class ChatFormat:
         """Render the conversation; return its text, the spans that it is learned from, and what it does not show."""
         shown = Rendering(self._template, self._template.as_taken(example.messages, example.options), example.options)
         left_out = [*example.unused, *_unshown(example, example.messages, shown)]
+        cut = _cut_reasoning(example.messages, shown) if self.reasoning != "as_template" else None
+        if cut is not None:
+            raise CutReasoningError(f"the chat template does not show the reasoning of message {cut + 1}")
         weights: dict[int, float] = {}
         for position, message in enumerate(example.messages):
             flags = example.flags[position] if example.flags else None
@@ -389,6 +399,7 @@ class ChatFormat:
             return example.skipped("nothing_to_learn", detail)
         total = int((weights > 0).sum())
         weights[:1] = 0
+        weights *= example.weight
         kept = slice(self._max_length)
         supervised = weights[kept] > 0
         if not supervised.any():
@@ -480,6 +491,49 @@ class ChatFormat:
             for token, index in self._marker_ids.items()
             if token in special or token in written or index in self.end_of_turn_ids
         )
+
+
+class CutReasoningError(TemplateProblemError):
+    """A conversation whose reasoning the template does not show."""
+
+
+def keep_reasoning(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give a tokenizer TRL's variant of its template for training, which shows the reasoning of every turn.
+
+    Raises:
+        ConfigError: TRL is not there, or knows no such variant.
+    """
+    try:
+        from trl.chat_template_utils import get_training_chat_template
+    except ImportError as error:
+        raise ConfigError(
+            "reasoning is kept by TRL's variants of chat templates for training: pip install 'gradsift[trl]', or put "
+            "a chat_template.jinja that keeps it into the model's folder"
+        ) from error
+    try:
+        variant = get_training_chat_template(tokenizer)
+    except ValueError as error:
+        raise ConfigError(
+            "TRL has no variant of this tokenizer's chat template for training: take --reasoning skip, or put a "
+            "chat_template.jinja that keeps reasoning into the model's folder"
+        ) from error
+    tokenizer.chat_template = variant or tokenizer.chat_template
+
+
+def _cut_reasoning(messages: Sequence[Message], shown: Rendering) -> int | None:
+    """The first message that has reasoning, in a field or in tags, which is not in its rendering; None for no such."""
+    for position, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        place = shown.places.get(position)
+        written = "" if place is None else shown.text[place.begin : place.end]
+        inside, tag, _ = message["content"].rpartition("</think>")
+        if tag and inside.rpartition("<think>")[2].strip() not in written:
+            return position
+        fields = any(name in message for name in REASONING)
+        if fields and (shown.frame is None or "r" not in shown.frame.shown(position)):
+            return position
+    return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,11 +66,8 @@ _TRAINER_COLUMNS = {
     "rejected": "the answer that is not preferred",
     "label": "whether the answer is wanted",
     "kto_tag": "whether the answer is wanted",
-    "weight": "a weight of the row",
-    "sample_weight": "a weight of the row",
     "input_ids": "token ids",
     "labels": "labels of tokens",
-    "loss_weight": "a weight of the row",
     "loss_mask": "labels of turns or tokens",
     "completion_mask": "labels of tokens",
     "assistant_masks": "labels of tokens",
@@ -81,6 +78,7 @@ _SPOKEN = ("system_prompt", "system_message", "reasoning", "reasoning_content", 
 _FIELDS_OF = {"assistant": REASONING, "tool": ("name", "tool_call_id")}
 _OPTIONS_COLUMN = "chat_template_kwargs"
 _TOOLS_COLUMN = "tools"
+_WEIGHTS = ("weight", "sample_weight", "loss_weight")
 _LEARN_FLAGS = ("train", "training", "loss", "masked")
 _FLAGS = {*_LEARN_FLAGS, "weight"}
 FORMATS = (
@@ -103,6 +101,7 @@ class Columns(Settings):
     messages: the conversation.
     tools: schemas of the tools that may be called.
     text: a plain text, of which every token is learned.
+    weight: a factor of the row's loss.
     prompt, completion: what is asked, and the answer.
     instruction, input, output, history: of the Alpaca format.
     system: the system message.
@@ -125,6 +124,7 @@ class Columns(Settings):
     system: str | None = None
     tools: str | None = None
     text: str | None = None
+    weight: str | None = None
 
     @classmethod
     def of(cls, given: Columns | Mapping[str, str] | None) -> Columns:
@@ -182,6 +182,7 @@ class Conversation:
     flags: tuple[Flags | None, ...]
     options: str
     unused: tuple[Unused, ...]
+    weight: float = 1.0
 
 
 class BadRowError(Exception):
@@ -202,7 +203,7 @@ def read_conversation(row: Mapping[str, Any], columns: Columns, *, require_answe
     turns = _turns(row, columns, require_answer)
     if is_text(turns):
         unused = _unused_columns(row, columns, turns)
-        return Conversation(tuple(turns), (), "", (*unused, *_unused_options(row, columns)))
+        return Conversation(tuple(turns), (), "", (*unused, *_unused_options(row, columns)), _weight(row, columns))
     if columns.system is not None and columns.system not in row:
         raise _missing(row, [columns.system])
     system = row.get(columns.system or "system")
@@ -225,6 +226,7 @@ def read_conversation(row: Mapping[str, Any], columns: Columns, *, require_answe
         tuple(flags) if any(flag is not None for flag in flags) else (),
         _options(row, columns),
         (*_unused_fields(turns, messages), *_unused_columns(row, columns, messages)),
+        _weight(row, columns),
     )
 
 
@@ -508,6 +510,36 @@ def _flags(turn: Mapping[str, Any], position: int) -> Flags | None:
     return Flags(learn, weight if weight else None)
 
 
+def _weight(row: Mapping[str, Any], columns: Columns) -> float:
+    """What a row says of its own loss: a factor, or that it is not learned from.
+
+    Raises:
+        BadRowError: it is left out, or says what cannot be read.
+    """
+    for name in ("train", "training"):
+        value = row.get(name) if name not in columns.named else None
+        if isinstance(value, bool | int) and _truth(value) is False:
+            raise BadRowError("not_trained", f"the row says {name} {json.dumps(value)}")
+    names = (
+        (columns.weight,)
+        if columns.weight is not None
+        else tuple(name for name in _WEIGHTS if name not in columns.named)
+    )
+    given = {name: row[name] for name in names if _is_something(row.get(name))}
+    weights = {name: _number(value) for name, value in given.items()}
+    if len(set(weights.values())) > 1 or None in weights.values():
+        wrong = ", ".join(f"{name} {_short(value)}" for name, value in given.items())
+        raise BadRowError(
+            "bad_weight",
+            f"the row has {wrong}: wanted one number of at least 0; --columns weight=NAME names another column",
+        )
+    weight = next(iter(weights.values()), 1.0)
+    assert weight is not None, weights
+    if weight == 0:
+        raise BadRowError("not_trained", f"the row has the {next(iter(given))} 0")
+    return weight
+
+
 def _truth(value: Any) -> bool | None:
     """True and false, as JSON, numbers and csv files write them; None for anything else."""
     if isinstance(value, str):
@@ -646,8 +678,6 @@ def _not_used(column: str) -> str:
 def _matters(name: str, row: Mapping[str, Any]) -> bool:
     """Whether a trainer that reads this column would do something else for it."""
     value = row[name]
-    if name in ("weight", "sample_weight"):
-        return _is_something(value) and _number(value) != 1
     if name == "label":  # of prompt and completion, as in KTO; elsewhere it is a class, the user's own
         return value is False and "completion" in row
     return value is False if name == "kto_tag" else _is_something(value)

@@ -150,6 +150,7 @@ class ExampleReader:
             unused=unused,
             source=row.source,
             line=row.line,
+            weight=read.weight,
         )
 
 

@@ -114,7 +114,7 @@ class _Rows(ExitStack):
             _add(self._lines, f'{{"id":{id_},"messages":{messages},{options}"row":{row}}}')
             flags = [flag and [flag.learn, flag.weight] for flag in one.flags]
             unused = [[skip.reason, skip.detail, skip.part] for skip in one.unused]
-            rest = json.dumps([digest, one.options, flags, unused, one.source, one.line, one.token_ids])
+            rest = json.dumps([digest, one.options, flags, unused, one.source, one.line, one.token_ids, one.weight])
             _add(self._facts, f"[{id_}, {messages}, {rest[1:]}")
             self.count += 1
         self.content = content.hexdigest()[:16]
@@ -258,6 +258,7 @@ def _example(
     source: str,
     line: int | None,
     token_ids: Any,
+    weight: float,
 ) -> Example:
     return Example(
         id_,
@@ -269,4 +270,5 @@ def _example(
         source=source,
         line=line,
         token_ids=tuple(token_ids),
+        weight=weight,
     )

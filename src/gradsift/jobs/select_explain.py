@@ -61,6 +61,7 @@ def open_recipe(recipe: Recipe, reporter: Reporter | None = None, *, announce: b
         max_length=recipe.max_length,
         chunk=recipe.chunk,
         supervise=recipe.supervise,
+        reasoning=recipe.reasoning,
         keep_duplicates=recipe.keep_duplicates,
         sample=recipe.pool_sample,
         dtype=recipe.dtype,

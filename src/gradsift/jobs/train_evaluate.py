@@ -154,6 +154,7 @@ def place_of(given: Mapping[str, Any], reporter: Reporter) -> Setup:
         max_length=given["max_length"],
         chunk=given["chunk"],
         supervise=given["supervise"],
+        reasoning=given["reasoning"],
         dtype=given["dtype"],
         device=given["device"],
         reporter=reporter,

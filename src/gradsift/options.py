@@ -70,7 +70,7 @@ def _of(panel: str, table: str) -> tuple[Option, ...]:
 SOURCES = _of("Input", "model -m\npool -p")
 TARGET = _of("Input", "target -t")
 OUT = _of("Run", "out -o")
-COLUMNS = _of("Input", "columns\nmax_length\nsupervise")
+COLUMNS = _of("Input", "columns\nmax_length\nchunk\nsupervise\nreasoning")
 POOL = _of("Input", "keep_duplicates !\npool_sample")
 LABELS = _of("Input", "target_columns\nsubtask\nkeep_overlap !")
 ADAPTER = _of("Warm-up", "adapter *")

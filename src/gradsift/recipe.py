@@ -14,7 +14,7 @@ from pydantic_core import PydanticCustomError
 from gradsift.base.errors import ConfigError
 from gradsift.base.inputs import read_input
 from gradsift.base.settings import Budget, Seed, Settings, models_in, nearest
-from gradsift.data.chat import Supervise
+from gradsift.data.chat import Reasoning, Supervise
 from gradsift.data.load import Columns
 from gradsift.data.sample import RowSample
 from gradsift.evaluation.arms import Compare, MetricSetting
@@ -119,7 +119,10 @@ class Recipe(Settings):
     target_columns: the same for the target; unless given, the command line takes those of the pool.
     target_sample: only so many rows of the target.
     max_length: tokens kept of each example.
+    chunk: make rows of so many tokens of plain texts; None leaves them whole.
     supervise: which turns the loss is taken on.
+    reasoning: where the chat template cuts reasoning: as_template (and tell it), keep (by TRL's variant of the template
+        for training, and skip rows that are cut all the same), or skip.
     keep_duplicates: keep exact duplicates in the pool.
     pool_sample: choose from so many pool rows only (a share or a number); the warm-up still draws from all.
     keep_overlap: score pool rows that are in the target, too.
@@ -157,7 +160,9 @@ class Recipe(Settings):
     target_columns: Columns = Columns()
     target_sample: RowSample | None = None
     max_length: int = Field(default=1024, ge=2)
+    chunk: int | None = Field(default=None, ge=2)
     supervise: Supervise = "all_turns"
+    reasoning: Reasoning = "as_template"
     keep_duplicates: bool = False
     pool_sample: float | None = Field(default=None, gt=0)
     keep_overlap: bool = False

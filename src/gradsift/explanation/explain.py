@@ -21,8 +21,8 @@ from gradsift.base.strings import Strings
 from gradsift.base.types import Message, Skipped, TokenizedExample
 from gradsift.context import Pool, Target
 from gradsift.explanation.coefficients import CoefficientModel
-from gradsift.explanation.matches import TokenMatch, token_matches
 from gradsift.explanation.exact import ExactRows, RowsLackingError, exact_rows, missed
+from gradsift.explanation.matches import TokenMatch, token_matches
 from gradsift.explanation.outputs import Output, OutputSource, Question, answers, question_of
 from gradsift.explanation.relevance import (
     AGGREGATIONS,

@@ -48,16 +48,12 @@ def test_an_empty_history_is_none(history: Any) -> None:
 
 
 TRAINERS: list[tuple[str, Any]] = [
-    ("tools", [{"name": "f"}]),
-    ("tools", '[{"name": "f"}]'),
     ("functions", [{"name": "f"}]),
     ("images", ["a.png"]),
     ("image", {"bytes": "x"}),
     ("videos", ["a.mp4"]),
     ("rejected", "no"),
     ("chosen", [{"role": "assistant", "content": "yes"}]),
-    ("weight", 0.5),
-    ("weight", 0),
     ("kto_tag", False),
     ("input_ids", [1, 2]),
     ("labels", [-100, 2]),

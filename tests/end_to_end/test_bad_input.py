@@ -423,7 +423,7 @@ CASES = [
     Case("empty prompt", "--prompt is empty", "explain", options=("--prompt", " "), code=2),
     Case("prompt with an unknown role", "message 1 has the role 'wizard'; known are system, developer, user", "explain",
          replaced={"target": None}, options=("--prompt", '[{"role": "wizard", "content": "x"}]')),
-    Case("prompt with a call of a tool", "message 1 carries 'tool_calls', which would be left out of the loss",
+    Case("prompt with a call of a tool", "message 1 of the role 'user' calls tools",
          "explain", replaced={"target": None},
          options=("--prompt", '[{"role": "user", "content": "x", "tool_calls": [{"name": "f"}]}]')),
     Case("prompt that ends with an answer", "the prompt ends with an assistant turn", "explain",

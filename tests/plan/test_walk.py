@@ -228,7 +228,7 @@ def test_a_choice_and_an_explanation_share_their_gradients(recipe: Callable[...,
     assert stored(works) == on_disk(asked)
     assert {"explanation.html", "validation.json"} <= set(files_of(result))
     left = {work.stage for work in walk(asked, tmp_path) if not work.done}
-    assert left == {"choosing", "training on choices"}
+    assert left == {"choosing", "tokens of examples", "training on choices"}
 
 
 def test_a_comparison_is_counted_as_it_is_done(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from gradsift.base.errors import CorruptError, DataError, NonFiniteError
-from gradsift.base.types import Example, Message, Sequence, Skipped, TokenizedExample, before_answer
+from gradsift.base.types import Example, Message, Sequence, Skipped, TokenizedExample, before_answer, said
 from gradsift.context import Pool
 from gradsift.data.chat import ChatFormat
 from gradsift.generation.local import end_ids, greedy_output
@@ -25,14 +25,17 @@ from gradsift.warmup.checkpoint import Checkpoint
 class Question:
     """A prompt to explain: the conversation up to the answer, and the answer if it is given.
 
+    output: what the answer says, as text
     options: its row's own arguments for the template, as JSON
     unused: what its row has beside that
+    answer: the answer as its row has it, where that is more than a text
     """
 
     id: str
     messages: tuple[Message, ...]
     output: str | None = None
     options: str = ""
+    answer: Message | None = None
     unused: tuple[Skipped, ...] = field(default=(), repr=False, compare=False)
 
     def example(self, *turns: Message) -> Example:
@@ -128,7 +131,7 @@ def question_of(prompt: str | SequenceABC[Message], output: str | None = None) -
         DataError: the prompt is empty, or ends with an answer.
     """
     messages: tuple[Message, ...] = ({"role": "user", "content": prompt},) if isinstance(prompt, str) else tuple(prompt)
-    if not messages or not any(m["content"].strip() for m in messages):
+    if not messages or not any(said(m).strip() for m in messages):
         raise DataError("the prompt is empty: give the text, or messages, that the model is to answer")
     if messages[-1]["role"] == "assistant":
         raise DataError("the prompt ends with an assistant turn: leave the answer out of it, and give it as the output")
@@ -142,7 +145,8 @@ def questions_of(examples: SequenceABC[Example], *, use_answers: bool = False) -
     for example in examples:
         prompt, answer = before_answer(example.messages)
         output = answer if use_answers else None
-        questions.append(Question(example.id, prompt, output, example.options, example.unused))
+        turn = example.messages[len(prompt)] if output is not None else None
+        questions.append(Question(example.id, prompt, output, example.options, turn, example.unused))
     return questions
 
 
@@ -160,7 +164,7 @@ def answers(
     with pool.reporter.stage("the model's answers", len(questions), "prompts") as advance:
         for question in questions:
             try:
-                if not any(message["content"].strip() for message in question.messages):
+                if not any(said(message).strip() for message in question.messages):
                     raise DataError("the prompt is empty")
                 if question.output is not None:
                     answered.append(_given(pool, whole, question, question.output))
@@ -202,7 +206,7 @@ def _given(pool: Pool, chat: ChatFormat, question: Question, output: str) -> Out
         raise DataError("the given output is empty")
     if not pool.tokenizer.encode(output, add_special_tokens=False):
         raise DataError(f"the model's tokenizer makes no token of the given output {output[:80]!r}")
-    entry = chat.tokenize(question.example({"role": "assistant", "content": output}))
+    entry = chat.tokenize(question.example(question.answer or {"role": "assistant", "content": output}))
     if isinstance(entry, Skipped):
         raise DataError(entry.detail)
     return Output(question, entry, output, generated=False, finished=True)

@@ -188,6 +188,35 @@ class AtCheckpoint:
         if fits < begun:
             host(self.model, self.dtype, self.device).token_limit = fits
 
+    def adam(
+        self, network: Any, modules: SequenceABC[Captured], device: torch.device, dtype: torch.dtype
+    ) -> dict[str, AdamDirection]:
+        """The Adam direction of each module of a model that is opened here, by name.
+
+        Raises:
+            ConfigError: a module has no moments.
+            MismatchError: the optimizer ran with other options.
+        """
+        moments, options, found = load_moments(self.checkpoint, trained_parameters(network)), self.settings.adam, {}
+        _refuse_other_adam(self.checkpoint, moments, options)
+        for captured in modules:
+            if captured.name not in moments.exp_avg:
+                raise ConfigError(
+                    f"the optimizer state of {self.checkpoint.name} has no moments of {captured.name}: "
+                    "the Adam direction exists for trained parameters only; use --optimizer sgd for other modules"
+                )
+            m, v = moments.exp_avg[captured.name], moments.exp_avg_sq[captured.name]
+            found[captured.name] = AdamDirection(
+                m.to(device, dtype),
+                v.to(device, dtype),
+                betas=options.betas,
+                eps=options.eps,
+                eps_placement=options.eps_placement,
+                bias_correction=options.bias_correction,
+                step=moments.step,
+            )
+        return found
+
     def prefixes(self, run: Run, source: SequenceSource, view: View) -> Iterator[str]:
         """Where a store of these rows may be: as it was asked for, then with sums, which has the same rows."""
         yield run.prefix("gradients", self.config(source, view))
@@ -199,6 +228,12 @@ class AtCheckpoint:
         """The manifest of such a store where the run holds one; nothing is collected, and no row is read."""
         found = (run.manifest(prefix) for prefix in self.prefixes(run, source, view))
         return next((content for content in found if content is not None), None)
+
+    def drop(self, run: Run, source: SequenceSource, view: View) -> None:
+        """Delete the store of these rows as it was asked for, whole or begun."""
+        prefix = next(self.prefixes(run, source, view))
+        for key in (f"{prefix}manifest.json", *run.storage.list(prefix)):
+            run.storage.delete(key)
 
 
 class _Cut(NamedTuple):
@@ -556,26 +591,8 @@ class _Engine:
 
     def adam(self) -> dict[str, AdamDirection]:
         if self._adam is None:
-            moments = load_moments(self.checkpoint, trained_parameters(self.network))
-            _refuse_other_adam(self.checkpoint, moments, self.settings.adam)
-            self._adam = {}
-            for captured in self.modules.captured:
-                if captured.name not in moments.exp_avg:
-                    raise ConfigError(
-                        f"the optimizer state of {self.checkpoint.name} has no moments of {captured.name}: "
-                        "the Adam direction exists for trained parameters only; use --optimizer sgd for other modules"
-                    )
-                options = self.settings.adam
-                m, v = moments.exp_avg[captured.name], moments.exp_avg_sq[captured.name]
-                self._adam[captured.name] = AdamDirection(
-                    m.to(self.projector.device, self.projector.dtype),
-                    v.to(self.projector.device, self.projector.dtype),
-                    betas=options.betas,
-                    eps=options.eps,
-                    eps_placement=options.eps_placement,
-                    bias_correction=options.bias_correction,
-                    step=moments.step,
-                )
+            projector = self.projector
+            self._adam = self.at.adam(self.network, self.modules.captured, projector.device, projector.dtype)
         return self._adam
 
     def rows(

@@ -86,6 +86,7 @@ class EKFAC(RateWeighted):
 
     signed: ClassVar[bool] = True
     view: ClassVar[View | None] = "plain"
+    by_row: ClassVar[bool] = True
 
     kind: Literal["ekfac"] = "ekfac"
     rows: int = Field(default=2000, ge=1)
@@ -142,7 +143,7 @@ class EKFAC(RateWeighted):
         def products(checkpoint: Checkpoint, store: GradientStore, queries: GradientStore, weight: float) -> Tensor:
             directions = self.found(pool, targets, checkpoint)
             along, exact = directions.find(pool)
-            if agreements is not None:
+            if agreements is not None and pool.gradients.projection.kind != "none":
                 agreements.append(_agreement(store, along, directions.checked(), exact))
                 pool.reporter.say(
                     f"{self.label} at {checkpoint.name}: scores of projected rows and of whole gradients have a rank "
@@ -178,9 +179,9 @@ class EKFAC(RateWeighted):
             products = self.conjugate_gradient * count * curved
             found += [
                 Passes("EK-FAC's factors", 2 * groups * len(ids), 2 * groups * tokens, made, factors=1 + parts / groups,
-                       held=2 / groups, number=number),
+                       factors_held=2 / groups, number=number),
                 Passes("EK-FAC's targets", again * (count + beside), again * (asked + beside * mean), done,
-                       held=1 / again, number=number),
+                       factors_held=1 / again, number=number),
             ]  # fmt: skip
             if products:
                 taken = products * mean * _CURVED_PASSES
@@ -247,7 +248,8 @@ class _Factors:
         run, prefix = pool.run, self.prefix(pool.run)
         content = run.intact(prefix, pool.reporter)
         if content is None:
-            names, left_out = [], {}
+            names: list[str] = []
+            left_out: dict[str, str] = {}
             for number in range(self.groups):
                 for what in ("factors", "eigenvalues"):
                     key, lost = self._found(pool, prefix, what, number)

@@ -20,7 +20,16 @@ from gradsift.base.settings import Settings
 from gradsift.base.types import Prompt
 from gradsift.data.shown import excerpt, left_out, shares_table
 from gradsift.explanation.explain import explained_views
-from gradsift.explanation.shown import RELEVANCE, explained_blocks, prompt_of, relevance_blocks, shown_budget
+from gradsift.explanation.matches_shown import matches_lines
+from gradsift.explanation.shown import (
+    RELEVANCE,
+    VERDICT,
+    explained_blocks,
+    prompt_of,
+    relevance_blocks,
+    shown_budget,
+    verdicts_line,
+)
 from gradsift.gradients.rows import View
 from gradsift.influence.estimators import estimators
 from gradsift.influence.nice import PolicyEstimator, takes_reward
@@ -138,7 +147,8 @@ def result_page(result: Result) -> Page:
         )
     if result.explanations is not None:
         count = len(result.explanations.entries)
-        summary_lines.append(f"{count} output{'s' * (count != 1)} explained by the training examples behind them")
+        said = verdicts_line(result.explanations.entries, shown_budget(result.explanations))
+        summary_lines.append(f"{count} output{'s' * (count != 1)} asked about: {said}")
     scores = {f"scores, {entry.method.label}": entry.fingerprint for entry in result.scores}
     responses = _responses(result)
     asked = len(result.responses.prompts) if responses and result.responses is not None else 0
@@ -167,7 +177,7 @@ def result_page(result: Result) -> Page:
     there = {section.id for section in sections if section.blocks}
     reading = {name: words for name, (needs, words) in _READING.items() if not needs or needs & there}
     return Page(
-        "gradsift: " + ("training examples for a target" if result.selections else "an output explained"),
+        "gradsift: " + ("training examples for a target" if result.selections else "what accounts for an output"),
         (*sections, Section("reading", "How to read this page", (Facts(reading),))),
         summary=tuple(summary_lines),
         created=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
@@ -205,6 +215,7 @@ _READING: dict[str, tuple[set[str], str]] = {
         "Measured after training on each choice, on examples that no method saw. A method helps if it beats a random "
         "choice of the same budget by more than the spread between seeds.",
     ),
+    "verdict": ({"explanations"}, VERDICT),
     "relevance": ({"explanations"}, RELEVANCE),
     "coefficient": ({"explanations"}, "An example's weight in that weighted sum."),
     "texts": (set(), text.HOW_TEXTS_ARE_SHOWN),
@@ -458,15 +469,15 @@ def _score_table(result: Result) -> Table:
     rows = []
     for entry in result.scores:
         best = int(entry.aggregate.argmax())
-        value, length = text.written(float(entry.aggregate[best]), "+.4f"), text.signed(entry.length_correlation)
-        value += "" if entry.errors is None else f" ± {text.written(float(entry.errors[best]), '.4f')}"
+        known = [float(entry.aggregate[best]), *([] if entry.errors is None else [float(entry.errors[best])])]
+        value, length = " ± ".join(text.figures(known)), text.signed(entry.length_correlation)
         rows.append(Row((entry.method.label, f"{len(entry.ids):,}", entry.ids[best], value, length)))
     heads = ("method", "scored", "highest", "score", "Spearman with length")
     return Table(tuple(map(Column, heads)), tuple(rows), f"Scores ({HIGHER[0].lower()}{HIGHER[1:-1]})")
 
 
 def _explained_briefly(result: Result) -> list[Block]:
-    """The first five outputs with the first strategy's examples, or those of up to four; and what holds over all."""
+    """The first five outputs: the verdict, every strategy's, the examples of the best; and what holds over all."""
     explanations = result.explanations
     assert explanations is not None
     k, alone = shown_budget(explanations), len(explanations.entries) == 1
@@ -476,13 +487,14 @@ def _explained_briefly(result: Result) -> list[Block]:
         answer = text.one_line(entry.output, 500) or "(nothing: the turn ends at once)"
         blocks.append(Text(f"{entry.id}: {text.one_line(prompt_of(entry), 300)}\n{said}: {answer}"))
         for estimator in explanations.estimators:
-            found = explained_blocks(entry, result.pool.data, k=k, estimator=estimator.label, table=False)
+            found = explained_blocks(entry, result.pool.data, k=k, estimator=estimator.label, output=False)
             folds = [block for block in found if isinstance(block, Fold)]
-            blocks.append(found[1])
-            blocks += [Group(fold.blocks, fold.title) for fold in (folds if len(folds) <= 4 else folds[:1])]
+            blocks += [block for block in found if not isinstance(block, Fold)]
+            blocks += [Group(fold.blocks, fold.title) for fold in folds[:1]]
+        blocks += matches_lines(entry)
     if len(explanations.entries) > 5:
         blocks.append(Text(f"… and {len(explanations.entries) - 5} more in explanations.jsonl"))
-    if result.relevance is not None and (not alone or len(explanations.entries[0].results) > 4):
+    if result.relevance is not None and (not alone or len(explanations.budgets) > 1):
         draws = max(len(found.draws) for entry in explanations.entries for found in entry.results)
         blocks += relevance_blocks(result.relevance, draws=draws)
     if result.validation is not None:

@@ -62,7 +62,7 @@ def estimate(recipe: Recipe, reporter: Reporter | None = None, *, command: str =
     labels = target.labels if target else None
     waiting = [work for work in works if not work.done]
     held = [sum(_HELD[kind] * speeds.bytes_of[kind] * n for kind, n in work.held.items()) for work in waiting]
-    peak += int(max(held, default=0.0))
+    free, peak = psutil.disk_usage(_existing(recipe.out)).free, peak_memory() + int(max(held, default=0.0))
     return {
         "pool": {
             "rows": len(pool.data), "tokens": int(pool.data.lengths.sum()), "longest": int(pool.data.lengths.max())

@@ -190,6 +190,7 @@ EXPLANATION = (
         explain.target -t
         explain.row
         explain.output
+        explain.instead
         explain.use_answers !
         explain.sample
         explain.k --budget -b -k

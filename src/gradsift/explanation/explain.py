@@ -22,7 +22,7 @@ from gradsift.base.types import Message, Skipped, TokenizedExample
 from gradsift.context import Pool, Target
 from gradsift.explanation.coefficients import CoefficientModel
 from gradsift.explanation.matches import TokenMatch, token_matches
-from gradsift.explanation.outputs import Output, OutputSource, Question, answers, question_of
+from gradsift.explanation.outputs import Output, OutputSource, Question, answers, contrasted, question_of
 from gradsift.explanation.relevance import (
     AGGREGATIONS,
     Aggregation,
@@ -142,11 +142,12 @@ class StrategyResult:
 class Explanation:
     """One output and the training examples that account for it, by every estimator, strategy and budget asked for.
 
-    loss: nats per token of the output under the model (mean)
+    loss: nats per token of the output under the model (mean); in contrast, log p(instead) − log p(output)
     finished: False where generation was cut at the token limit
     gradient_norm: of the output's gradient, before projection
     squared_norm: ‖g‖² of the projected gradient, which relevance is about
     aggregation: how a random strategy's draws became one relevance
+    instead: the other answer, where the output is explained in contrast to one
     matches: which tokens match, of the first estimator's examples that are shown first, at `shown_budget`
     references: what choices are compared with, one for each budget
     """
@@ -165,6 +166,7 @@ class Explanation:
     results: tuple[StrategyResult, ...]
     references: tuple[Reference, ...] = ()
     matches: tuple[TokenMatch, ...] = ()
+    instead: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able, each result with its verdict."""
@@ -335,6 +337,7 @@ class _Work:
             aggregation=self.aggregation,
             results=results,
             references=self._references(competing, random, results),
+            instead=output.question.instead,
         )
 
     def _random(self, competing: Mapping[str, Candidates]) -> _Random:
@@ -414,7 +417,7 @@ class _Work:
 
     def _key(self, output: Output) -> str:
         """Where the explanation is kept: under everything that it depends on and says."""
-        tokens = OutputSource((output.entry,), self.pool.chat.fingerprint).fingerprint
+        tokens = OutputSource((output.entry,), "", **contrasted([output.other])).fingerprint
         said = [list(output.question.messages), output.text, output.generated, output.finished]
         return f"{self._prefix}{fingerprint([tokens, said])}.json"
 
@@ -581,6 +584,8 @@ def explain(
                 f"{ranker.label} has no score for each output: explain with LESS, DataInf, ProjectedInverse, TRAK, "
                 "BM25 or RDS"
             )
+        if any(question.instead is not None for question in questions):
+            refuse_contrast(ranker)
         for strategy in strategies:
             strategy.check(ranker, explaining=True)
     checkpoint = pool.checkpoints()[-1]
@@ -610,6 +615,19 @@ def explain(
     found = Explanations(**same, entries=tuple(explained), failed=tuple(failed))
     found.publish()
     return found
+
+
+def refuse_contrast(ranker: Estimator) -> None:
+    """Refuse an estimator to which a contrast of two answers is that of one.
+
+    Raises:
+        ConfigError: it takes no gradient.
+    """
+    if ranker.view is None:
+        raise ConfigError(
+            f"{ranker.label} takes no gradient, and a contrast of two answers is one of gradients: explain it with "
+            "LESS, DataInf, ProjectedInverse or TRAK"
+        )
 
 
 def shown_budget(budgets: SequenceABC[int]) -> int:

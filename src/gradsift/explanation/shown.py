@@ -117,7 +117,8 @@ def prompt_of(entry: Explanation) -> str:
 def output_example(entry: Explanation) -> Example:
     """The output with its prompt."""
     said = "output, by the model" if entry.generated else "output, as given"
-    return Example("", (Turn("prompt", prompt_of(entry)), Turn(said, entry.output)))
+    others = [] if entry.instead is None else [Turn("and not", entry.instead)]
+    return Example("", (Turn("prompt", prompt_of(entry)), Turn(said, entry.output), *others))
 
 
 def verdict_block(entry: Explanation, found: StrategyResult) -> Verdict:
@@ -131,6 +132,13 @@ def verdict_block(entry: Explanation, found: StrategyResult) -> Verdict:
         verdict.figures(),
         verdict.tone,
     )
+
+
+def loss_of(entry: Explanation) -> str:
+    """How likely the model finds the output; in contrast, how much likelier than the other answer."""
+    if entry.instead is None:
+        return f"loss of this output {text.written(entry.loss, '.3f')} nats per token"
+    return f"this output's log-probability is the other's {text.written(-entry.loss, '+.3f')} nats"
 
 
 def explained_blocks(
@@ -147,10 +155,9 @@ def explained_blocks(
     """
     results = entry.best_first(k, estimator)
     cut = "" if entry.finished else f" It was cut after {entry.tokens:,} tokens."
-    loss = text.written(entry.loss, ".3f")
     blocks: list[Block] = [Examples((output_example(entry),))] if output else []
     blocks += [verdict_block(entry, found) for found in results[:1]]
-    blocks.append(Text(f"Scores by {estimator}; loss of this output {loss} per token.{cut}", "aside"))
+    blocks.append(Text(f"Scores by {estimator}; {loss_of(entry)}.{cut}", "aside"))
     if len(results) > 1:
         blocks.append(verdicts_table(entry, results))
     for number, found in enumerate(results):
@@ -356,7 +363,7 @@ def explanation_page(
     length = f"{entry.tokens:,} tokens" + ("" if entry.finished else ", cut at the limit")
     how = {
         "output": entry.id,
-        "length": f"{length}; loss {text.written(entry.loss, '.3f')} nats per token",
+        "length": f"{length}; {loss_of(entry)}",
         "influence": estimator,
         "coefficients": entry.coefficients,
         "candidates": f"{len(shown.examples):,}",

@@ -19,7 +19,7 @@ with a warm-up over a fifth of the steps and ε_root 1e-8.
   in the smooth training, where groups are left out as for LDS, also against how MAGIC's scores of B change without A.
 - Choice: the loss of a kind's held-out rows after training anew on the 16 rows that an estimator ranks first for the
   kind's targets, three seeds, less that of LESS's choice, paired over items and seeds.
-- Descent: the same of metagradient descents that know the kind's targets alone.
+- Descent: the same of metagradient descents, which know the kind's 4 targets alone, and of 16.
 - Sweep: the inverse of the stored rows' second moments, by kernel, damping and checkpoints, computed densely.
 
 Intervals are 95 % bootstrap percentiles, over subsets, targets or pairs. Every training leaves one JSON file in OUT.
@@ -115,7 +115,6 @@ CHAT = (
 RESAMPLES = 400
 REMOVED = 8  # rows that leave-top-out takes away, 5 %
 CHOSEN, CHOICE_SEEDS = 16, (11, 12, 13)
-BESIDE_DESCENT = ("LESS", "MAGIC", "RDS+", "NICE", "BM25", "1 for", "random")
 GROUP = 10  # rows of each group of a pair
 
 PER_TARGET: tuple[Estimator, ...] = (
@@ -167,11 +166,15 @@ REMOVERS = (
 
 @dataclass(frozen=True)
 class World:
-    """The pool, its targets and held-out rows, and which rows are of which kind; the training, and its ε_root."""
+    """The pool, its targets and held-out rows, and which rows are of which kind; the training, and its ε_root.
+
+    more: the targets, and as many other rows of each kind as are held out
+    """
 
     pool: Pool
     target: Target
     held_out: Target
+    more: list[dict[str, Any]]
     out: Path
     training: Training = TRAINING
     eps_root: float = 0.0
@@ -235,12 +238,14 @@ def make_world(out: Path, training: str = "as it is") -> World:
 def world_on(model: str, out: Path, warmup: Warmup) -> World:
     """Pool, targets and held-out rows of every kind, on a model."""
     chosen: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for line in DATA.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    rows = [json.loads(line) for line in DATA.read_text(encoding="utf-8").splitlines()]
+    sizes = [sum(len(message["content"]) for message in row["messages"]) for row in rows]
+    for place in sorted(range(len(rows)), key=lambda place: sizes[place] >= LONGEST):  # some kinds have few short ones
+        row, size = rows[place], sizes[place]
         kind = next((kind for kind in KINDS if (row.get("task") or "").startswith(kind)), None)
-        if kind is not None and sum(len(message["content"]) for message in row["messages"]) < LONGEST:
+        if kind is not None and size < 1.5 * LONGEST:
             chosen[kind].append({**row, "kind": kind, "answer": row["messages"][-1]["content"]})
-    edges = (0, POOL, POOL + TARGETS, POOL + TARGETS + HELD_OUT)
+    edges = (0, POOL, POOL + TARGETS, POOL + TARGETS + HELD_OUT, POOL + TARGETS + 2 * HELD_OUT)
     parts = [[row for kind in KINDS for row in chosen[kind][a:b]] for a, b in pairwise(edges)]
     pool = open_pool(
         parts[0],
@@ -252,7 +257,7 @@ def world_on(model: str, out: Path, warmup: Warmup) -> World:
         keep_duplicates=True,
         reporter=Reporter(quiet=True),
     )
-    return World(pool, open_target(parts[1], pool), open_target(parts[2], pool), out)
+    return World(pool, open_target(parts[1], pool), open_target(parts[2], pool), [*parts[1], *parts[3]], out)
 
 
 def save_model(folder: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -863,17 +868,24 @@ def choice(world: World) -> tuple[dict[str, Any], str]:
 
 
 def descent(world: World) -> tuple[dict[str, Any], str]:
-    """The same of metagradient descents, from LESS's choice, MAGIC's and a random one, beside what others choose."""
-    known = {label: matrix for label, matrix in removers(world) if label.startswith(BESIDE_DESCENT)}
-    chosen = {label: first_by(world, matrix) for label, matrix in known.items()}
-    method = MetagradientDescent(eps_root=world.eps_root)
-    magic = magics(world)[0].model_copy(update={"per": "subtask"})
-    for start in (LESS(), magic, *(Random(seed=seed) for seed in range(CHANCES))):
-        label = f"descent from {start.label}"
-        for kind in KINDS:
-            ranked = score(world.pool, of_targets(world, kind), start, aggregation="mean")
-            chosen.setdefault(label, {})[kind] = select(ranked, method, budget=CHOSEN).ids
-    return choices_table(world, chosen)
+    """The same of metagradient descents, beside the choices that they begin with and others, for more targets, too."""
+    tables = {}
+    for own in (world, replace(world, target=open_target(world.more, world.pool))):
+        magic = magics(world)[0].model_copy(update={"per": "subtask"})
+        chosen = {}
+        for method in (LESS(), RDSPlus(), BM25()):
+            chosen[method.label] = first_by(own, matrix_of(own, method, own.target))
+        prompts = open_prompts([own.target.data.row(id_) for id_ in own.target.data.ids], own.pool, Exact())
+        chosen["NICE"] = first_by(own, matrix_of(own, REWARDED[0], prompts))
+        for start in (LESS(), magic, Random(seed=0)):
+            for kind in KINDS:
+                ranked = score(own.pool, of_targets(own, kind), start, aggregation="mean")
+                chosen.setdefault(start.label, {})[kind] = select(ranked, budget=CHOSEN).ids
+                better = select(ranked, MetagradientDescent(eps_root=own.eps_root), budget=CHOSEN).ids
+                chosen.setdefault(f"descent from {start.label}", {})[kind] = better
+        tables[f"{own.target_kinds.count(KINDS[0])} targets of a kind"] = choices_table(world, chosen)
+    text = "\n\n".join(f"{name}\n{lines}" for name, (_, lines) in tables.items())
+    return {name: table for name, (table, _) in tables.items()}, text
 
 
 def first_by(world: World, matrix: Array) -> dict[str, list[str]]:

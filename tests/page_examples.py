@@ -273,7 +273,7 @@ def explanation(pool: list[dict[str, Any]], *, output: str = "") -> Page:
         estimators=[SimpleNamespace(label="LESS")],
         strategies=STRATEGIES,
         budgets=BUDGETS,
-        candidates_of=lambda output_id, estimator: Candidates(
+        candidates_of=lambda output_id, estimator, chosen: Candidates(
             gradients @ gradients[0], lambda places: gradients[places], gradients[0], ids=data.ids
         ),
     )

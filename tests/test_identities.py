@@ -652,7 +652,7 @@ def every_address(pool: Pool, address: Address, tmp_path: Path) -> dict[str, str
     rater = AlpaGasus(rater=FunctionRating(name=str(tmp_path / "rate.py")))
     descent = MetagradientDescent()
     chosen_from = _candidates(score(pool, target, BM25()), descent, 4)
-    settings = (DEFAULT_STRATEGIES, (5,), "MSEProjUSimp", 100, "ratio_of_means")
+    settings = (DEFAULT_STRATEGIES, (5,), "MSEProjUSimp", 100, "ratio_of_means", True)
     work: Any = _Work(pool, None, source, None, (LESS(),), *settings)  # type: ignore[arg-type]
     place = open_model(pool.model, out=pool.run, max_length=64, device="cpu")
     identity = sampler_of(pool, NICE(), checkpoint).identity()

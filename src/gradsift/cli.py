@@ -476,7 +476,7 @@ def evaluate(given: Given) -> None:
     from gradsift.jobs.train_evaluate import evaluations_as_dict, metrics_of, place_of, print_evaluations, run_evaluate
 
     metrics = metrics_of(given)
-    own = of.filled(_pick(given.options, "max-length", "supervise", "dtype", "device"), given)
+    own = of.filled(_pick(given.options, "max-length", "chunk", "supervise", "reasoning", "dtype", "device"), given)
     place = place_of({**given, **own}, _reporter(given))
     found, failures = run_evaluate(place, given["adapter"], metrics, with_base=given["base"])
     if given["json"]:

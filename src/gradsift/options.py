@@ -70,7 +70,7 @@ def _of(panel: str, table: str) -> tuple[Option, ...]:
 SOURCES = _of("Input", "model -m\npool -p")
 TARGET = _of("Input", "target -t")
 OUT = _of("Run", "out -o")
-COLUMNS = _of("Input", "columns\nmax_length\nsupervise")
+COLUMNS = _of("Input", "columns\nmax_length\nchunk\nsupervise\nreasoning")
 POOL = _of("Input", "keep_duplicates !\npool_sample")
 LABELS = _of("Input", "target_columns\nsubtask\nkeep_overlap !")
 ADAPTER = _of("Warm-up", "adapter *")
@@ -181,6 +181,7 @@ CHOICE = _of(
     selection.threshold
     selection.max_cosine
     selection.by --diverse-by
+    views *
     group_by *""",
 )
 EXPLANATION = (
@@ -207,6 +208,7 @@ divine:most_harmful, facility_location:0.25. Repeat for several.""",
         "Explanation",
         """explain.strategies.trade_off
         explain.candidates | How many of the ranking strategies choose from, and rerank's second method ranks (1000).
+        explain.exact ?
         explain.coefficients
         explain.aggregation --over-outputs
         explain.max_new_tokens

@@ -14,7 +14,7 @@ from pydantic_core import PydanticCustomError
 from gradsift.base.errors import ConfigError
 from gradsift.base.inputs import read_input
 from gradsift.base.settings import Budget, Seed, Settings, models_in, nearest
-from gradsift.data.chat import Supervise
+from gradsift.data.chat import Reasoning, Supervise
 from gradsift.data.load import Columns
 from gradsift.data.sample import RowSample
 from gradsift.evaluation.arms import Compare, MetricSetting
@@ -25,6 +25,7 @@ from gradsift.explanation.explain import DEFAULT_ESTIMATOR, DEFAULT_STRATEGIES
 from gradsift.explanation.relevance import Aggregation as RelevanceAggregation
 from gradsift.generation.endpoint import Endpoint
 from gradsift.gradients.collect import Gradients
+from gradsift.gradients.rows import View
 from gradsift.influence.aggregate import Aggregation
 from gradsift.influence.bm25 import BM25
 from gradsift.influence.estimator import Estimator
@@ -70,6 +71,7 @@ class Explain(Settings):
     estimators: each ranks the pool for each output; repeat for several.
     strategies: how k of the highest-ranked are chosen.
     candidates: m, how many of the ranking strategies choose from.
+    exact: compare whole gradients of the candidates, which go through the model once more; else stored, projected ones.
     coefficients: how the reconstruction of an output's gradient is weighted.
     aggregation: of relevance over outputs.
     max_new_tokens: limit of the generated answer.
@@ -89,6 +91,7 @@ class Explain(Settings):
     estimators: tuple[AnyRanker, ...] = (DEFAULT_ESTIMATOR,)
     strategies: tuple[AnySelector, ...] = DEFAULT_STRATEGIES
     candidates: int = Field(default=CANDIDATES, ge=1)
+    exact: bool = True
     coefficients: CoefficientModel = "MSEProjUSimp"
     aggregation: RelevanceAggregation = "ratio_of_means"
     max_new_tokens: int = Field(default=128, ge=1)
@@ -118,13 +121,18 @@ class Recipe(Settings):
     target_columns: the same for the target; unless given, the command line takes those of the pool.
     target_sample: only so many rows of the target.
     max_length: tokens kept of each example.
+    chunk: make rows of so many tokens of plain texts; None leaves them whole.
     supervise: which turns the loss is taken on.
+    reasoning: where the chat template cuts reasoning: as_template (and tell it), keep (by TRL's variant of the template
+        for training, and skip rows that are cut all the same), or skip.
     keep_duplicates: keep exact duplicates in the pool.
     pool_sample: choose from so many pool rows only (a share or a number); the warm-up still draws from all.
     keep_overlap: score pool rows that are in the target, too.
     warmup: a short LoRA training on a share of the pool, one checkpoint an epoch.
     adapter: PEFT adapters to use in place of a warm-up, one for each checkpoint.
     gradients: how gradients are taken and stored.
+    views: of the pool's rows at the last checkpoint, what is collected beside what the choice reads, in the same pass;
+        None is plain ones, so that `explain` needs no pass of its own.
     estimator: what ranks the pool.
     controls: further rankings beside it, whose choices the report compares; None is BM25, random and, where the pool
         goes through the model anyway, RDS+.
@@ -154,13 +162,16 @@ class Recipe(Settings):
     target_columns: Columns = Columns()
     target_sample: RowSample | None = None
     max_length: int = Field(default=1024, ge=2)
+    chunk: int | None = Field(default=None, ge=2)
     supervise: Supervise = "all_turns"
+    reasoning: Reasoning = "as_template"
     keep_duplicates: bool = False
     pool_sample: float | None = Field(default=None, gt=0)
     keep_overlap: bool = False
     warmup: Warmup = Warmup()
     adapter: tuple[str, ...] = ()
     gradients: Gradients = Gradients()
+    views: tuple[View, ...] | None = None
     estimator: AnyEstimator = LESS()
     controls: tuple[AnyEstimator, ...] | None = None
     aggregation: Aggregation | None = None

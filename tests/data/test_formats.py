@@ -54,8 +54,6 @@ TRAINERS: list[tuple[str, Any]] = [
     ("videos", ["a.mp4"]),
     ("rejected", "no"),
     ("chosen", [{"role": "assistant", "content": "yes"}]),
-    ("weight", 0.5),
-    ("weight", 0),
     ("kto_tag", False),
     ("input_ids", [1, 2]),
     ("labels", [-100, 2]),

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gradsift.base.types import TokenizedExample
-from gradsift.data.chat import ChatFormat
+from gradsift.base.errors import ConfigError
+from gradsift.base.types import Skipped, TokenizedExample
+from gradsift.data.chat import ChatFormat, keep_reasoning
 from gradsift.data.load import load_examples
 from templates import bytes_tokenizer
 
@@ -128,7 +129,13 @@ def ours(tokenizer: Any, rows: Sequence[dict[str, Any]], **options: Any) -> list
 WITH_TOOLS = ("qwen2_5", "qwen3_instruct_2507", "qwen3_vl", "lfm2_v2", "glm4moe")
 PLAINLY = ("llama3", "gemma", "phi3", "cohere", "qwen2_5_vl")
 # What TRL learns beside a turn and its end: the line break before or after it, and what ends a whole conversation.
-BESIDE = {"phi3": ("</s>",)}
+BESIDE = {"phi3": ("</s>",), "glm4moe": ("<|user|>", "<|observation|>"), "qwen3_5_think": ("<think>",)}
+
+
+def nothing_but_beside(name: str, text: str) -> bool:
+    for known in BESIDE.get(name, ()):
+        text = text.replace(known, "")
+    return not text.strip()
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -152,9 +159,7 @@ class TestLabels:
             assert found.token_ids.tolist() == ids.tolist()
             learned = labels != -100
             assert learned[found.supervised].all(), "TRL learns all that is learned here"
-            for token in ids[learned & ~found.supervised]:
-                beside = tokenizer.decode([int(token)])
-                assert not beside.strip() or beside in BESIDE.get(name, ()), beside
+            assert nothing_but_beside(name, tokenizer.decode(ids[learned & ~found.supervised]))
 
     @pytest.mark.parametrize("name", ["qwen2_5", "llama3", "gemma"])
     def test_prompt_and_completion(self, name: str, model: Any, tmp_path: Path) -> None:
@@ -167,3 +172,38 @@ class TestLabels:
             assert learned[found.supervised].all()
             assert not tokenizer.decode(ids[learned & ~found.supervised]).strip()
             assert np.flatnonzero(found.supervised)[0] == np.flatnonzero(learned)[0]
+
+    @pytest.mark.parametrize("name", ["qwen2_5", "llama3"])
+    def test_plain_texts(self, name: str, model: Any, tmp_path: Path) -> None:
+        """Every token of a text and its end of sequence, without a template."""
+        tokenizer, rows = tokenizer_of(name), [{"text": "One. Two.\n"}, {"text": "Three</s>"}]
+        for (ids, labels), found in zip(trained(model, tokenizer, rows, tmp_path), ours(tokenizer, rows), strict=True):
+            assert found.token_ids.tolist() == ids.tolist()
+            assert found.supervised[1:].tolist() == (labels != -100)[1:].tolist()
+
+    @pytest.mark.parametrize("name", ["qwen3", "qwen3_5_think", "glm4moe"])
+    def test_reasoning_that_is_kept(self, name: str, model: Any, tmp_path: Path) -> None:
+        """By TRL's variant of the template: the tokens that its trainer takes with `assistant_only_loss`."""
+        turns = [said("user", "1?"), said("assistant", "one", reasoning_content="hm")]
+        rows = [
+            *PLAIN,
+            *TOOLS,
+            {"messages": [*turns, said("user", "2?"), said("assistant", "<think>\nha\n</think>\n\n2")]},
+        ]
+        theirs = trained(model, tokenizer_of(name), rows, tmp_path, assistant_only_loss=True)
+        tokenizer = tokenizer_of(name)
+        keep_reasoning(tokenizer)
+        chat = ChatFormat(tokenizer, reasoning="keep")
+        for (ids, labels), found in zip(theirs, chat.tokenize_batch(load_examples(rows).examples), strict=True):
+            if isinstance(found, Skipped):  # GLM's variant cuts reasoning of earlier turns all the same
+                assert (name, found.reason) == ("glm4moe", "reasoning_cut")
+                continue
+            assert found.token_ids.tolist() == ids.tolist()
+            learned = labels != -100
+            assert learned[found.supervised].all()
+            assert nothing_but_beside(name, tokenizer.decode(ids[learned & ~found.supervised]))
+
+    def test_templates_without_a_variant(self) -> None:
+        """Are refused by name."""
+        with pytest.raises(ConfigError, match="no variant of this tokenizer's chat template"):
+            keep_reasoning(bytes_tokenizer("{{ messages[0].content }}"))

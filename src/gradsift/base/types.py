@@ -31,6 +31,14 @@ class Message(TypedDict):
     tool_call_id: NotRequired[str]
 
 
+TEXT = "text"  # the role of a plain text, which is no turn of a conversation
+
+
+def is_text(messages: SequenceABC[Message]) -> bool:
+    """Whether a row is a plain text, of which every token is learned."""
+    return len(messages) == 1 and messages[0]["role"] == TEXT
+
+
 REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
@@ -110,6 +118,8 @@ class Example:
     options:  the row's own arguments for the chat template (`chat_template_kwargs`, `tools`) as JSON; "" for none
     unused:   what of the row is in none of these
     source, line: where it was found
+    token_ids: of a part of a plain text, as the whole text has them; empty elsewhere
+    weight: factor of the row's loss
     """
 
     id: str
@@ -121,6 +131,8 @@ class Example:
     unused: tuple[Skipped, ...] = field(default=(), repr=False)
     source: str = ""
     line: int | None = None
+    token_ids: tuple[int, ...] = field(default=(), repr=False)
+    weight: float = 1.0
 
     def skipped(self, reason: str, detail: str) -> Skipped:
         """This row as one that is left out."""

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from gradsift.base.errors import ConfigError
 from gradsift.base.settings import Settings
-from gradsift.base.types import REASONING, Flags, Message, said
+from gradsift.base.types import REASONING, TEXT, Flags, Message, is_text, said
 from gradsift.data.sources import kind_of
 from gradsift.store.manifest import canonical
 
@@ -66,11 +66,8 @@ _TRAINER_COLUMNS = {
     "rejected": "the answer that is not preferred",
     "label": "whether the answer is wanted",
     "kto_tag": "whether the answer is wanted",
-    "weight": "a weight of the row",
-    "sample_weight": "a weight of the row",
     "input_ids": "token ids",
     "labels": "labels of tokens",
-    "loss_weight": "a weight of the row",
     "loss_mask": "labels of turns or tokens",
     "completion_mask": "labels of tokens",
     "assistant_masks": "labels of tokens",
@@ -81,11 +78,12 @@ _SPOKEN = ("system_prompt", "system_message", "reasoning", "reasoning_content", 
 _FIELDS_OF = {"assistant": REASONING, "tool": ("name", "tool_call_id")}
 _OPTIONS_COLUMN = "chat_template_kwargs"
 _TOOLS_COLUMN = "tools"
+_WEIGHTS = ("weight", "sample_weight", "loss_weight")
 _LEARN_FLAGS = ("train", "training", "loss", "masked")
 _FLAGS = {*_LEARN_FLAGS, "weight"}
 FORMATS = (
     "`messages` (role, content), `conversations` (from, value), `prompt` with `completion`, "
-    "or `instruction` (with `input`) and `output`"
+    "`instruction` (with `input`) and `output`, or a plain `text`"
 )
 _PLACE = re.compile(r"\{([^{}]+)\}")
 
@@ -93,8 +91,8 @@ _PLACE = re.compile(r"\{([^{}]+)\}")
 class Columns(Settings):
     """Which columns of the user's rows hold what; a name left `None` means the usual one.
 
-    Naming `messages`, or `prompt`/`completion`, or `instruction`/`input`/`output`/`history` decides the row format;
-    naming only `id` or `system` leaves it to be recognised row by row.
+    Naming `messages`, or `prompt`/`completion`, or `instruction`/`input`/`output`/`history`, or `text` decides the row
+    format; naming only `id` or `system` leaves it to be recognised row by row.
 
     `prompt` and `completion` may also be a text with columns in braces, which each row fills in; and what lies inside a
     column is named by its path, `instances.0.input`.
@@ -102,6 +100,8 @@ class Columns(Settings):
     id: of the row.
     messages: the conversation.
     tools: schemas of the tools that may be called.
+    text: a plain text, of which every token is learned.
+    weight: a factor of the row's loss.
     prompt, completion: what is asked, and the answer.
     instruction, input, output, history: of the Alpaca format.
     system: the system message.
@@ -123,6 +123,8 @@ class Columns(Settings):
     history: str | None = None
     system: str | None = None
     tools: str | None = None
+    text: str | None = None
+    weight: str | None = None
 
     @classmethod
     def of(cls, given: Columns | Mapping[str, str] | None) -> Columns:
@@ -154,6 +156,7 @@ class Columns(Settings):
             "messages": self.messages,
             "prompt/completion": self.prompt or self.completion,
             "instruction/input/output/history": self.instruction or self.input or self.output or self.history,
+            "text": self.text,
         }
 
     @cached_property
@@ -179,6 +182,7 @@ class Conversation:
     flags: tuple[Flags | None, ...]
     options: str
     unused: tuple[Unused, ...]
+    weight: float = 1.0
 
 
 class BadRowError(Exception):
@@ -197,6 +201,9 @@ def read_conversation(row: Mapping[str, Any], columns: Columns, *, require_answe
         BadRowError: it holds none, or one with nothing to learn from where an answer is required.
     """
     turns = _turns(row, columns, require_answer)
+    if is_text(turns):
+        unused = _unused_columns(row, columns, turns)
+        return Conversation(tuple(turns), (), "", (*unused, *_unused_options(row, columns)), _weight(row, columns))
     if columns.system is not None and columns.system not in row:
         raise _missing(row, [columns.system])
     system = row.get(columns.system or "system")
@@ -219,6 +226,7 @@ def read_conversation(row: Mapping[str, Any], columns: Columns, *, require_answe
         tuple(flags) if any(flag is not None for flag in flags) else (),
         _options(row, columns),
         (*_unused_fields(turns, messages), *_unused_columns(row, columns, messages)),
+        _weight(row, columns),
     )
 
 
@@ -227,13 +235,15 @@ def read_conversation(row: Mapping[str, Any], columns: Columns, *, require_answe
 
 def _turns(row: Mapping[str, Any], columns: Columns, require_answer: bool) -> list[Any]:
     """Return the row's turns as they are written, whatever its format."""
-    messages, prompt_completion, alpaca = columns.families.values()
+    messages, prompt_completion, alpaca, text = columns.families.values()
     if messages is not None:
         return _in_turn(_turn_list(_need(row, messages), messages))
     if prompt_completion is not None:
         return _prompt_completion(row, columns.prompt or "prompt", columns.completion or "completion", require_answer)
     if alpaca is not None:
         return _alpaca(row, columns, require_answer)
+    if text is not None:
+        return _plain_text(_need(row, text), text)
     for name in ("messages", "conversations"):
         if row.get(name) is not None:
             return _in_turn(_turn_list(row[name], name))
@@ -241,7 +251,18 @@ def _turns(row: Mapping[str, Any], columns: Columns, require_answer: bool) -> li
         return _prompt_completion(row, "prompt", "completion", require_answer)
     if row.get("instruction") is not None and (not require_answer or row.get("output") is not None):
         return _alpaca(row, columns, require_answer)
+    if row.get(TEXT) is not None:
+        return _plain_text(row[TEXT], TEXT)
     raise _missing(row, None)
+
+
+def _plain_text(value: Any, column: str) -> list[Any]:
+    if not isinstance(value, str):
+        raise BadRowError("bad_content", f"column {column!r} is {kind_of(value)}, not text")
+    if not value.strip():
+        raise BadRowError("empty_text", f"column {column!r} holds no text")
+    _check_unicode(value, f"column {column!r}")
+    return [{"role": TEXT, "content": value}]
 
 
 def _prompt_completion(row: Mapping[str, Any], prompt: str, completion: str, require_answer: bool) -> list[Any]:
@@ -489,6 +510,36 @@ def _flags(turn: Mapping[str, Any], position: int) -> Flags | None:
     return Flags(learn, weight if weight else None)
 
 
+def _weight(row: Mapping[str, Any], columns: Columns) -> float:
+    """What a row says of its own loss: a factor, or that it is not learned from.
+
+    Raises:
+        BadRowError: it is left out, or says what cannot be read.
+    """
+    for name in ("train", "training"):
+        value = row.get(name) if name not in columns.named else None
+        if isinstance(value, bool | int) and _truth(value) is False:
+            raise BadRowError("not_trained", f"the row says {name} {json.dumps(value)}")
+    names = (
+        (columns.weight,)
+        if columns.weight is not None
+        else tuple(name for name in _WEIGHTS if name not in columns.named)
+    )
+    given = {name: row[name] for name in names if _is_something(row.get(name))}
+    weights = {name: _number(value) for name, value in given.items()}
+    if len(set(weights.values())) > 1 or None in weights.values():
+        wrong = ", ".join(f"{name} {_short(value)}" for name, value in given.items())
+        raise BadRowError(
+            "bad_weight",
+            f"the row has {wrong}: wanted one number of at least 0; --columns weight=NAME names another column",
+        )
+    weight = next(iter(weights.values()), 1.0)
+    assert weight is not None, weights
+    if weight == 0:
+        raise BadRowError("not_trained", f"the row has the {next(iter(given))} 0")
+    return weight
+
+
 def _truth(value: Any) -> bool | None:
     """True and false, as JSON, numbers and csv files write them; None for anything else."""
     if isinstance(value, str):
@@ -601,6 +652,7 @@ def _unused_columns(row: Mapping[str, Any], columns: Columns, messages: list[Mes
         own = next((name for name in ("messages", "conversations") if row.get(name) is not None), None)
         rivals += [(name,) for name in ("messages", "conversations") if name != own]
         rivals += [("prompt", "completion"), ("instruction", "output"), ("history",)]
+        rivals += [(TEXT,)] * (own is None and row.get("prompt") is None)  # a trainer would take it
     for rival in rivals:
         if rival[0] not in row or not all(_is_something(row.get(name)) for name in rival):
             continue
@@ -612,6 +664,13 @@ def _unused_columns(row: Mapping[str, Any], columns: Columns, messages: list[Mes
             yield Unused("column_not_used", detail, _not_used(name))
 
 
+def _unused_options(row: Mapping[str, Any], columns: Columns) -> Iterator[Unused]:
+    """What is meant for a chat template, which does not write plain texts."""
+    for name in (_OPTIONS_COLUMN, columns.tools or _TOOLS_COLUMN):
+        if _is_something(row.get(name)):
+            yield Unused("column_not_used", f"column {name} is not used: a plain text has no template", _not_used(name))
+
+
 def _not_used(column: str) -> str:
     return f"column {column} not used"
 
@@ -619,8 +678,6 @@ def _not_used(column: str) -> str:
 def _matters(name: str, row: Mapping[str, Any]) -> bool:
     """Whether a trainer that reads this column would do something else for it."""
     value = row[name]
-    if name in ("weight", "sample_weight"):
-        return _is_something(value) and _number(value) != 1
     if name == "label":  # of prompt and completion, as in KTO; elsewhere it is a class, the user's own
         return value is False and "completion" in row
     return value is False if name == "kto_tag" else _is_something(value)

@@ -40,9 +40,9 @@ def normalised_hash(messages: Iterable[Message]) -> str:
 
 
 class Duplicates:
-    """Which rows came before: rows with the same normalised messages, flags of messages and arguments for the template.
+    """Which rows came before: rows with the same normalised messages, flags, weight and arguments for the template.
 
-    With other flags or arguments the same words teach something else.
+    With others the same words teach something else.
     """
 
     def __init__(self) -> None:
@@ -54,7 +54,10 @@ class Duplicates:
 
         digest: its `normalised_hash`
         """
-        place = self._seen.add(f"{digest}{example.flags or ''}{example.options}", len(self._ends) - 1)
+        place = self._seen.add(
+            f"{digest}{example.flags or ''}{example.options}{example.weight if example.weight != 1 else ''}",
+            len(self._ends) - 1,
+        )
         if place is None:
             self._ids += example.id.encode()
             self._ends.append(len(self._ids))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as SequenceABC
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
@@ -21,6 +21,7 @@ from gradsift.base.strings import Strings
 from gradsift.base.types import Message, Skipped, TokenizedExample
 from gradsift.context import Pool, Target
 from gradsift.explanation.coefficients import CoefficientModel
+from gradsift.explanation.exact import ExactRows, RowsLackingError, exact_rows, missed
 from gradsift.explanation.matches import TokenMatch, token_matches
 from gradsift.explanation.outputs import Output, OutputSource, Question, answers, contrasted, question_of
 from gradsift.explanation.relevance import (
@@ -31,7 +32,7 @@ from gradsift.explanation.relevance import (
     relevance_of_draws,
     to_db,
 )
-from gradsift.explanation.verdict import Reference, Trained, Verdict, agreement_of
+from gradsift.explanation.verdict import Missed, Reference, Trained, Verdict, agreement_of
 from gradsift.gradients.rows import View
 from gradsift.influence.estimator import Estimator, influence_of, target_view
 from gradsift.influence.less import LESS
@@ -145,11 +146,13 @@ class Explanation:
     loss: nats per token of the output under the model (mean); in contrast, log p(instead) − log p(output)
     finished: False where generation was cut at the token limit
     gradient_norm: of the output's gradient, before projection
-    squared_norm: ‖g‖² of the projected gradient, which relevance is about
+    squared_norm: ‖g‖² of the gradient that relevance is about
     aggregation: how a random strategy's draws became one relevance
     instead: the other answer, where the output is explained in contrast to one
     matches: which tokens match, of the first estimator's examples that are shown first, at `shown_budget`
     references: what choices are compared with, one for each budget
+    exact: whether relevance and choices are of whole gradients, or of stored, projected ones
+    missed: what the projected ranking may have kept from the candidates, by estimator and budget
     """
 
     id: str
@@ -165,6 +168,8 @@ class Explanation:
     aggregation: Aggregation
     results: tuple[StrategyResult, ...]
     references: tuple[Reference, ...] = ()
+    exact: bool = False
+    missed: tuple[Missed, ...] = ()
     matches: tuple[TokenMatch, ...] = ()
     instead: str | None = None
 
@@ -194,6 +199,10 @@ class Explanation:
             agreement=agreement_of(chosen, others if len(result.draws) == 1 else []),
             near_zero=result.near_zero,
             capped=result.capped,
+            exact=self.exact,
+            missed=next(
+                (one.rows for one in self.missed if (one.estimator, one.k) == (result.estimator, result.k)), None
+            ),
         )
 
     def best_first(self, k: int, estimator: str | None = None) -> list[StrategyResult]:
@@ -235,10 +244,14 @@ _BEST = RelevancePursuit(order="most_helpful")  # what the best choice is sought
 
 @dataclass(frozen=True)
 class _Random:
-    """The random choices of one output: ids in the order they were drawn, and their relevance, by budget and draw."""
+    """The random choices of one output: ids in the order they were drawn, and their relevance, by budget and draw.
+
+    squared_norm: of the output's gradient, which relevance is about
+    """
 
     ids: dict[int, list[list[str]]]
     relevances: dict[int, list[Relevance]]
+    squared_norm: float
 
     def among(self, candidates: Candidates) -> tuple[Choices, dict[int, list[Relevance]]]:
         """The same as positions of an estimator's pool."""
@@ -260,6 +273,8 @@ class _Work:
     coefficients: CoefficientModel
     candidates: int
     aggregation: Aggregation
+    exact: bool
+    _exact: dict[str, ExactRows] = field(default_factory=dict, repr=False, compare=False)
     _rankings: dict[str, Ranking] = field(default_factory=dict, repr=False, compare=False)
 
     def scores_of(self, output_id: str, estimator: Estimator) -> Ranking:
@@ -272,12 +287,65 @@ class _Work:
         position = self.gradients.positions([output_id])[0]
         return self.gradients.rows(position, position + 1)[0]
 
-    def candidates_of(self, output_id: str, estimator: Estimator) -> Candidates:
-        """What strategies choose from for one output: the scored examples that have a gradient."""
+    def candidates_of(self, output_id: str, estimator: Estimator, chosen: Iterable[str] = ()) -> Candidates:
+        """What strategies choose from for one output: the scored examples that have a gradient.
+
+        With whole gradients, those of the candidates and of what else is compared (`_compared`), whose rows are given
+        by coordinates with the same inner products, and whose scores are exact where the estimator can tell.
+
+        Args:
+            output_id: of the output.
+            estimator: ranks the pool.
+            chosen: further ids that will be read.
+        """
+        if not self.exact:
+            return self._stored(output_id, estimator)
+        if output_id not in self._exact:
+            self._measure({output_id: self._compared(output_id, chosen)})
+        rows, (ids, values) = self._exact[output_id], self.scores_of(output_id, estimator)
+        column = Strings.of(ids)
+        places = column.positions(rows.ids)
+        scores = np.where(self.store.holds(ids), values, np.float32(-np.inf))
+        exact = estimator.exactly(rows, self._checkpoints)
+        if exact is not None:
+            scores[places[places >= 0]] = exact[places >= 0]
+        return Candidates(
+            torch.from_numpy(scores), lambda wanted: rows.rows([column[place] for place in wanted]), rows.target,
+            count=self.candidates, ids=ids, test_id=output_id, pool=self.pool, among=places[places >= 0],
+        )  # fmt: skip
+
+    def _stored(self, output_id: str, estimator: Estimator) -> Candidates:
+        """The same by stored gradients."""
         return Candidates.stored(
             self.store, *self.scores_of(output_id, estimator), self.gradient_of(output_id), count=self.candidates,
             test_id=output_id, pool=self.pool,
         )  # fmt: skip
+
+    @cached_property
+    def _checkpoints(self) -> int:
+        return len(self.pool.checkpoints())
+
+    def _compared(self, output_id: str, more: Iterable[str] = ()) -> list[str]:
+        """Ids of all rows whose gradients are compared with an output's: of each ranking the first, and random ones."""
+        wanted = dict.fromkeys(more)
+        stored = {estimator.label: self._stored(output_id, estimator) for estimator in self.estimators}
+        for candidates in stored.values():
+            candidates.least = self.budgets[-1]
+            for strategy in (_BEST, *self.strategies):
+                if strategy.ranking is not None:
+                    own = getattr(strategy, "candidates", None)
+                    first = candidates.competing(strategy.ranking, self.budgets[-1], own)
+                    wanted |= dict.fromkeys(candidates.ids[place] for place in first)
+        _, drawn = self._drawn(stored)
+        wanted |= dict.fromkeys(id_ for draws in drawn.values() for own in draws for id_ in own)
+        return sorted(wanted, key=self.pool.data.position)
+
+    def _measure(self, wanted: Mapping[str, SequenceABC[str]]) -> None:
+        """Take the gradients of outputs and of the rows that they are compared with."""
+        adam = any(estimator.view == "adam" for estimator in self.estimators)
+        asked = [(self.source.alone(output_id), ids) for output_id, ids in wanted.items()]
+        found = exact_rows(self.pool, self.pool.checkpoints()[-1], asked, adam=adam)
+        self._exact.update(zip(wanted, found, strict=True))
 
     def explain_all(self, answered: SequenceABC[Output], failed: list[Skipped]) -> list[Explanation]:
         """Explanations in the order of the outputs: kept ones, and new ones, which are kept; `failed` is added to."""
@@ -296,6 +364,8 @@ class _Work:
         if missing:
             for estimator in self.estimators:
                 self._ranking(estimator)
+            if self.exact:
+                self._measure({output.id: self._compared(output.id) for output in missing})
             with self.pool.reporter.stage("choosing examples", len(missing), "outputs") as advance:
                 for output in missing:
                     try:
@@ -317,7 +387,14 @@ class _Work:
         return [replace(entry, matches=matches.get(entry.id, ())) for entry in entries]
 
     def _explain(self, output: Output) -> Explanation:
-        gradient, position = self.gradient_of(output.id), self.gradients.positions([output.id])[0]
+        while True:
+            try:
+                return self._explained(output)
+            except RowsLackingError as error:  # a strategy that chooses beyond the first of a ranking
+                self._measure({output.id: self._compared(output.id, {*self._exact[output.id].ids, *error.ids})})
+
+    def _explained(self, output: Output) -> Explanation:
+        position = self.gradients.positions([output.id])[0]
         competing = {estimator.label: self.candidates_of(output.id, estimator) for estimator in self.estimators}
         random = self._random(competing)
         results = tuple(
@@ -332,24 +409,45 @@ class _Work:
             tokens=int(output.entry.supervised.sum()),
             loss=float(self.gradients.losses[position]),
             gradient_norm=float(self.gradients.norms[position]),
-            squared_norm=float(gradient.double() @ gradient.double()),
+            squared_norm=random.squared_norm,
             coefficients=self.coefficients,
             aggregation=self.aggregation,
             results=results,
             references=self._references(competing, random, results),
             instead=output.question.instead,
+            exact=self.exact,
+            missed=tuple(own for estimator in self.estimators for own in self._missed(output.id, estimator)),
         )
 
-    def _random(self, competing: Mapping[str, Candidates]) -> _Random:
-        """The random choices of one output, the same whichever estimator ranks."""
+    def _missed(self, output_id: str, estimator: Estimator) -> Iterator[Missed]:
+        """What the projected ranking may have kept from the candidates."""
+        exact = estimator.exactly(self._exact[output_id], self._checkpoints) if self.exact else None
+        if exact is None:
+            return
+        ids, values = self.scores_of(output_id, estimator)
+        places = Strings.of(ids).positions(self._exact[output_id].ids)
+        scores = np.where(self.store.holds(ids), values, -np.inf).astype(np.float64)
+        there = places >= 0
+        others = np.delete(scores, places[there])
+        for k in self.budgets:
+            yield Missed(estimator.label, k, missed(scores[places[there]], exact[there], others, k))
+
+    def _drawn(self, competing: Mapping[str, Candidates]) -> tuple[Candidates, dict[int, list[list[str]]]]:
+        """The random choices of one output, the same whichever estimator ranks: of what each of them can choose."""
         strategy = next((own for own in self.strategies if isinstance(own, RandomChoice)), RANDOM)
         first, *others = competing.values()
         for other in others:
             first = first.also_of(other)
         (choices,) = choose_all([strategy], first, self.budgets)
+        return first, {k: [[first.ids[place] for place in made] for made in draws] for k, draws in choices.items()}
+
+    def _random(self, competing: Mapping[str, Candidates]) -> _Random:
+        """Random choices with their relevance."""
+        first, ids = self._drawn(competing)
+        choices = _Random(ids, {}, 0.0).among(first)[0]
         (relevances,) = relevance_of_choices(first, [choices], models=(self.coefficients,))
-        ids = {k: [[first.ids[place] for place in made] for made in selections] for k, selections in choices.items()}
-        return _Random(ids, {k: found[self.coefficients] for k, found in relevances.items()})
+        by_budget = {k: found[self.coefficients] for k, found in relevances.items()}
+        return _Random(ids, by_budget, by_budget[self.budgets[0]][0].squared_norm)
 
     def _references(
         self, competing: Mapping[str, Candidates], random: _Random, results: SequenceABC[StrategyResult]
@@ -434,6 +532,7 @@ class _Work:
             "coefficients": self.coefficients,
             "candidates": self.candidates,
             "aggregation": self.aggregation,
+            "exact": self.exact,
             "warmup": [checkpoint.identity() for checkpoint in self.pool.checkpoints()],
             **revisions("scores"),
         }
@@ -539,6 +638,7 @@ def explain(
     max_new_tokens: int = 128,
     aggregation: Aggregation = "ratio_of_means",
     matches: int = MATCHES,
+    exact: bool = True,
 ) -> Explanations:
     """For each prompt, k training examples that account for the model's output, by each strategy.
 
@@ -561,6 +661,8 @@ def explain(
         matches: outputs, from the first on, of which the examples that are shown first are split into tokens: which
             of them carry the score, and which of the output's they bear on; takes each of these once more through the
             model.
+        exact: take the candidates through the model once more and compare whole gradients; False compares stored rows,
+            whose projection makes choices and relevance uncertain.
 
     Raises:
         ConfigError: k below 1 or above the pool, or above the candidates; a strategy that cannot choose for one output.
@@ -606,6 +708,7 @@ def explain(
     work = _Work(
         pool=pool, source=source, store=store, gradients=gradients, estimators=estimators, strategies=tuple(strategies),
         budgets=budgets, coefficients=coefficients, candidates=candidates, aggregation=aggregation,
+        exact=exact,
     )  # fmt: skip
     explained = work.explain_all(answered, failed)
     if not explained:

@@ -122,10 +122,19 @@ class OutputSource:
                 digest.update(np.ascontiguousarray(part.supervised, dtype=np.bool_).tobytes())
         return digest.hexdigest()[:16]
 
+    @cached_property
+    def pairs(self) -> list[tuple[TokenizedExample, TokenizedExample | None]]:
+        """Each output with the other answer, where there is one."""
+        return list(zip(self.entries, self.others or [None] * len(self.entries), strict=True))
+
+    def alone(self, id_: str) -> OutputSource:
+        """The source of one output."""
+        entry, other = self.pairs[self.ids.index(id_)]
+        return OutputSource((entry,), self.template, **contrasted([other]))
+
     def both(self, number: int) -> SequenceABC[TokenizedExample]:
         """An output, and the other answer where there is one."""
-        other = self.others[number] if self.others else None
-        return (self.entries[number],) if other is None else (self.entries[number], other)
+        return tuple(one for one in self.pairs[number] if one is not None)
 
     def token_counts(self) -> list[int]:
         """Tokens of each row."""

@@ -517,7 +517,8 @@ class _Candidates:
 
     def __init__(self, explanations: Explanations, entry: Explanation) -> None:
         estimator, data = explanations.estimators[0], explanations.pool.data
-        self.competing = explanations.candidates_of(entry.id, estimator)
+        every = dict.fromkeys(example.id for found in entry.results for example in found.examples)
+        self.competing = explanations.candidates_of(entry.id, estimator, every)
         self.ids = self.competing.ids
         own = (found for found in entry.results if found.estimator == estimator.label)
         chosen = Strings.of(self.ids).positions([example.id for found in own for example in found.examples]).tolist()

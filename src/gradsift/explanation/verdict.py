@@ -65,6 +65,18 @@ class Reference:
 
 
 @dataclass(frozen=True)
+class Missed:
+    """How many rows outside of the candidates are expected to rank among an estimator's k most helpful.
+
+    Their projected scores say no, but may be wrong (`gradsift.explanation.exact.missed`).
+    """
+
+    estimator: str
+    k: int
+    rows: float
+
+
+@dataclass(frozen=True)
 class Trained:
     """What training one step on a choice did (Compact, section 3.3).
 
@@ -89,6 +101,9 @@ class Verdict:
     agreement: the share of the chosen that the same strategy chooses by another estimator, too, the mean over the other
         estimators; None for a single one
     near_zero, capped: as `StrategyResult` has them
+    exact: whether whole gradients were compared
+    missed: how many rows the projected ranking is expected to have kept from the k most helpful; None where that is not
+        known
     """
 
     estimator: str
@@ -101,6 +116,8 @@ class Verdict:
     agreement: float | None = None
     near_zero: bool = False
     capped: bool = False
+    exact: bool = False
+    missed: float | None = None
 
     @property
     def db(self) -> float:
@@ -168,6 +185,9 @@ class Verdict:
                 found["shift"] = f"{text.written(trained.shift, '.2g')} times as far as after them"
         if self.agreement is not None:
             found["other estimators agree"] = f"on {text.share(self.agreement)} of the examples"
+        if self.missed is not None:
+            rows = text.written(self.missed, ".1f" if self.missed >= 0.05 else ".0f")
+            found["missed by projection"] = f"{rows} of the {self.k} most helpful, as expected"
         return found
 
     def as_dict(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from gradsift.base.types import said
+from gradsift.base.types import TEXT, said
 from gradsift.context import Pool, Target
 from gradsift.data.words import has_words, words
 from gradsift.influence.estimator import Estimator, Influence, TargetsByCheckpoint, conversations, refuse_too_many
@@ -73,6 +73,8 @@ def conversation_text(messages: Sequence[Mapping[str, object]]) -> str:
     For embeddings, which take a text as a whole.
     """
     turns = _turns(messages)
+    if [turn["role"] for turn in turns] == [TEXT]:
+        return said(turns[0])
     if [turn["role"] for turn in turns] == ["user", "assistant"]:
         return f"Question:{said(turns[0])}\n\nAnswer:{said(turns[1])}"
     return "\n".join(f"<|{turn['role']}|>\n{said(turn)}" for turn in turns)

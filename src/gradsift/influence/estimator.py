@@ -130,6 +130,13 @@ class Passes:
     number: int = 0
 
 
+class Toward(Protocol):
+    """Inner products, not projected, of some rows with one target."""
+
+    def toward(self, *, adam: bool, cosine: bool) -> NDArray[np.float64]:
+        """Of the rows' gradients, or of their Adam directions, `[row]`; as they are or as cosines."""
+
+
 class Estimator(Settings):
     """The base of every estimator: a frozen value that says what it is, what it needs, and computes.
 
@@ -232,6 +239,17 @@ class Estimator(Settings):
 
         Raises:
             ConfigError: it does, but not with its settings.
+        """
+        return None
+
+    def exactly(self, products: Toward, checkpoints: int) -> NDArray[np.float64] | None:
+        """Scores of rows for one target from their whole gradients at the last checkpoint, `[row]`.
+
+        None where they are made of more than that.
+
+        Args:
+            products: gives products or cosines of the rows' plain gradients or Adam directions with the target's.
+            checkpoints: how many the pool has.
         """
         return None
 

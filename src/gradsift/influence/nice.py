@@ -371,7 +371,14 @@ def sampler_of(pool: Pool, method: PolicyEstimator, checkpoint: Checkpoint) -> S
         served = method.server.model_copy(update={"model": method.server.model.replace("{checkpoint}", name)})
         weights: Mapping[str, object] = {"adapter": checkpoint.identity()}
         return EndpointSampler(served, method.sampling, pool.tokenizer, name, weights)
-    return LocalSampler(pool.model, method.sampling, adapter=checkpoint.adapter, dtype=pool.dtype, device=pool.device)
+    return LocalSampler(
+        pool.model,
+        method.sampling,
+        adapter=checkpoint.adapter,
+        dtype=pool.dtype,
+        device=pool.device,
+        reasoning=pool.chat.reasoning,
+    )
 
 
 def checkpoint_name(checkpoint: Checkpoint) -> str:

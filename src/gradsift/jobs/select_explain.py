@@ -62,7 +62,9 @@ def open_recipe(recipe: Recipe, reporter: Reporter | None = None, *, announce: b
         gradients=recipe.gradients,
         columns=recipe.columns,
         max_length=recipe.max_length,
+        chunk=recipe.chunk,
         supervise=recipe.supervise,
+        reasoning=recipe.reasoning,
         keep_duplicates=recipe.keep_duplicates,
         sample=recipe.pool_sample,
         dtype=recipe.dtype,
@@ -219,9 +221,13 @@ def score_all(recipe: Recipe, reporter: Reporter, *, command: str) -> Result:
 
 
 def views_together(recipe: Recipe, methods: SequenceABC[Estimator]) -> set[View]:
-    """What is read at the last checkpoint to choose and to explain, which the same backward gives."""
+    """What is read at the last checkpoint to choose and to explain, now or later, which the same backward gives."""
     views: set[View] = {view for method in methods if (view := method.view) is not None}
-    return views if recipe.explain is None else views | explained_views(recipe.explain.estimators)
+    if recipe.explain is not None:
+        return views | explained_views(recipe.explain.estimators)
+    if not views:  # no gradient is taken to choose
+        return views
+    return views | (explained_views(()) if recipe.views is None else set(recipe.views))
 
 
 def trust(result: Result) -> None:
@@ -293,6 +299,7 @@ def explain_into(result: Result) -> None:
         candidates=job.candidates,
         max_new_tokens=job.max_new_tokens,
         aggregation=job.aggregation,
+        exact=job.exact,
         matches=job.paged(len(questions)),
     )
     result.explanations = found

@@ -25,7 +25,8 @@ from gradsift.evaluation.arms import Contender, PairwiseMetric
 from gradsift.evaluation.evaluate import evaluation_config
 from gradsift.evaluation.metric import ASKED, Judging, Needs
 from gradsift.evaluation.setup import Trained, subject_of
-from gradsift.explanation.explain import explained_views, shown_budget
+from gradsift.explanation.exact import MOST_AT_ONCE, is_known
+from gradsift.explanation.explain import RANDOM, explained_views, shown_budget
 from gradsift.explanation.outputs import OutputSource, answers, missing_answers
 from gradsift.explanation.tokens import MOST_PAIRS
 from gradsift.generation.endpoint import Endpoint, usage_of
@@ -65,6 +66,8 @@ from gradsift.rewards.reward import single_rewards
 from gradsift.rewards.reward_model import RewardModel
 from gradsift.rewards.samples import prompt_of
 from gradsift.rewards.unit_tests import UnitTests
+from gradsift.selection.candidates import ORDERS
+from gradsift.selection.random import RandomChoice
 from gradsift.selection.select import budget_count, kept_count
 from gradsift.selection.selector import Selector
 from gradsift.store.run import Run
@@ -514,6 +517,8 @@ class Walk:
                 for number in [last] if method.last_checkpoint else range(last + 1):
                     self._pool_rows(number, [method.view], sums=False)
                     self._collect(outputs, number, [target_view(method.view)], self.pool.gradients.full_sum)
+        if job.exact:
+            self._candidates(len(questions), tokens, source, checkpoint)
         choices = len(questions) * len(job.strategies) * len(job.estimators) * len(job.budgets)
         self.add(Work("choosing", seconds=choices * _CHOICE_SECONDS, stored={"bytes": choices * _CHOICE_BYTES}))
         if job.validation is not None:
@@ -522,6 +527,29 @@ class Walk:
         self._match_tokens(shown, tokens / max(1, len(questions)), last)
         if job.embedding is not None and shown and embeddings.at_hand(job.embedding):
             self._map(shown * min(job.candidates, len(pool.data)))
+
+    def _candidates(
+        self, outputs: int, tokens: float, source: OutputSource | None, checkpoint: Checkpoint | None
+    ) -> None:
+        """Whole gradients of the candidates, of random rows and of the outputs; at most so many rows."""
+        job, pool = self.recipe.explain, self.pool
+        assert job is not None
+        orders = {one.ranking for one in job.strategies} - {None} | {"most_helpful"}
+        lists = (len(ORDERS) if "any" in orders else len(orders)) * len(job.estimators)
+        draws = max([RANDOM.draws, *(one.draws for one in job.strategies if isinstance(one, RandomChoice))])
+        each = min(len(pool.data), lists * max(job.candidates, *job.budgets) + draws * max(job.budgets))
+        at_once = min(outputs, max(1, MOST_AT_ONCE // each)) if each < len(pool.data) else outputs
+        rows = -(-outputs // at_once) * min(len(pool.data), at_once * each)
+        adam = any(one.view == "adam" for one in job.estimators)
+        done = (
+            self.kept is not None
+            and source is not None
+            and checkpoint is not None
+            and all(is_known(self.kept, checkpoint, source.alone(id_), adam=adam) for id_ in source.ids)
+        )
+        read = rows * float(pool.data.lengths.mean()) + tokens
+        stored = {"bytes": outputs * 8.0 * (each + 1) ** 2 * (3 if adam else 1)}
+        self.add(Work("candidates' gradients", rows + outputs, backward=read, stored=stored, done=done))
 
     def _match_tokens(self, outputs: int, tokens: float, last: int) -> None:
         """The examples that are shown first, and their outputs, once more through the model."""

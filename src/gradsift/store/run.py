@@ -77,6 +77,7 @@ REVISIONS = {
     "outputs": 2,
     "matches": 1,
     "explanations": 2,
+    "products": 1,
     "validation": 2,
     "evaluations": 2,
     "times": 1,

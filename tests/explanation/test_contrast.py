@@ -17,7 +17,7 @@ from gradsift.influence.bm25 import BM25
 from gradsift.influence.less import LESS
 from gradsift.report.html import render
 from gradsift.validation.validate import validate_explanations
-from tiny_world import World
+from tiny_world import Cli, World
 
 PROMPT, ANSWER, OTHER = "what says the cow", "it says cowcow", "red"
 PRODUCTS = LESS(optimizer="sgd", normalise=False, checkpoints="last")
@@ -92,9 +92,7 @@ def test_the_command_line_explains_a_contrast(tiny: World, pool: Pool) -> None:
     """`--instead` is kept apart from the output alone, found again, and refused where it means nothing."""
     options = ("--prompt", PROMPT, "--output", ANSWER, "-k", 2, "--embedding", "none", *tiny.with_adapters())
     out = Path(pool.run.place)
-    arguments = tiny.arguments("explain", out, *options, "--projection", "none", "--store-dtype", "float32")
-    from tiny_world import Cli
-
+    arguments = tiny.arguments("explain", out, *options)
     alone = Cli(*arguments, "--json").succeeded().json["explanations"][0]
     other = Cli(*arguments, "--instead", OTHER, "--json").succeeded().json["explanations"][0]
     assert (alone["instead"], other["instead"]) == (None, OTHER)

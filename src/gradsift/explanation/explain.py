@@ -64,6 +64,14 @@ CAUTIONS = {
 }
 """What a reader should mind of a result with such a flag."""
 
+OPPOSING = 25
+"""How many of the lowest scores compete for what is against an output."""
+
+_AGAINST: dict[str, Selector] = {
+    "most harmful": MostHelpful(),
+    "pursuit of the opposite": RelevancePursuit(order="most_helpful"),
+}  # of opposed candidates
+
 RANDOM = RandomChoice()
 """What every choice is compared with, unless the strategies hold a random one of their own."""
 
@@ -149,6 +157,8 @@ class Explanation:
     squared_norm: ‖g‖² of the gradient that relevance is about
     aggregation: how a random strategy's draws became one relevance
     instead: the other answer, where the output is explained in contrast to one
+    against: what makes the output less likely, by every estimator whose scores have a sign: the lowest scores, and
+        those of the lowest whose gradients best rebuild −g, which their relevance and coefficients are about
     matches: which tokens match, of the first estimator's examples that are shown first, at `shown_budget`
     references: what choices are compared with, one for each budget
     exact: whether relevance and choices are of whole gradients, or of stored, projected ones
@@ -172,6 +182,7 @@ class Explanation:
     missed: tuple[Missed, ...] = ()
     matches: tuple[TokenMatch, ...] = ()
     instead: str | None = None
+    against: tuple[StrategyResult, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able, each result with its verdict."""
@@ -331,6 +342,9 @@ class _Work:
         stored = {estimator.label: self._stored(output_id, estimator) for estimator in self.estimators}
         for candidates in stored.values():
             candidates.least = self.budgets[-1]
+            wanted |= dict.fromkeys(
+                candidates.ids[place] for place in candidates.competing("most_harmful", self.budgets[-1], OPPOSING)
+            )
             for strategy in (_BEST, *self.strategies):
                 if strategy.ranking is not None:
                     own = getattr(strategy, "candidates", None)
@@ -415,6 +429,12 @@ class _Work:
             results=results,
             references=self._references(competing, random, results),
             instead=output.question.instead,
+            against=tuple(
+                found
+                for estimator in self.estimators
+                if estimator.signed
+                for found in self._against(estimator.label, competing[estimator.label])
+            ),
             exact=self.exact,
             missed=tuple(own for estimator in self.estimators for own in self._missed(output.id, estimator)),
         )
@@ -472,8 +492,7 @@ class _Work:
         )
 
     def _results(self, estimator: str, competing: Candidates, random: _Random) -> Iterator[StrategyResult]:
-        ids, values = competing.ids, competing.scores
-        ranks = descending_ranks(values.numpy())
+        ranks = descending_ranks(competing.scores.numpy())
         ranking = [strategy for strategy in self.strategies if not isinstance(strategy, RandomChoice)]
         choices = choose_all(ranking, competing, self.budgets) if ranking else []
         relevances = relevance_of_choices(competing, choices, models=(self.coefficients,)) if ranking else []
@@ -484,23 +503,44 @@ class _Work:
         for strategy in self.strategies:
             own, by_budget = made.get(strategy.strategy) or random.among(competing)
             for k, selections in own.items():
-                found = by_budget[k]
-                together = relevance_of_draws(found, how=self.aggregation)
-                examples = zip(selections[0], found[0].coefficients.tolist(), strict=True)
-                yield StrategyResult(
-                    estimator=estimator,
-                    strategy=strategy.strategy,
-                    k=k,
-                    relevance_db=together.db,
-                    ratio=together.ratio,
-                    near_zero=together.near_zero,
-                    capped=together.capped,
-                    examples=tuple(
-                        ChosenExample(ids[place], float(values[place]), int(ranks[place]), float(coefficient))
-                        for place, coefficient in examples
-                    ),
-                    draws=tuple(_draw(relevance) for relevance in found),
-                )
+                yield self._result(estimator, strategy.strategy, k, selections[0], by_budget[k], competing, ranks)
+
+    def _against(self, estimator: str, competing: Candidates) -> Iterator[StrategyResult]:
+        """What is against the output: the same, for −g and scores of the other sign, of the lowest scores."""
+        ranks = descending_ranks(competing.scores.numpy())
+        opposite = competing.opposed(max(OPPOSING, self.budgets[-1]))
+        choices = choose_all([*_AGAINST.values()], opposite, self.budgets)
+        relevances = relevance_of_choices(opposite, choices, models=(self.coefficients,))
+        for name, own, by_budget in zip(_AGAINST, choices, relevances, strict=True):
+            for k, (picks,) in own.items():
+                yield self._result(estimator, name, k, picks, by_budget[k][self.coefficients], competing, ranks)
+
+    def _result(
+        self,
+        estimator: str,
+        strategy: str,
+        k: int,
+        picks: SequenceABC[int],
+        found: SequenceABC[Relevance],
+        competing: Candidates,
+        ranks: NDArray[np.int64],
+    ) -> StrategyResult:
+        """A choice of one or several draws, of which the first is `picks`."""
+        together = relevance_of_draws(found, how=self.aggregation)
+        return StrategyResult(
+            estimator=estimator,
+            strategy=strategy,
+            k=k,
+            relevance_db=together.db,
+            ratio=together.ratio,
+            near_zero=together.near_zero,
+            capped=together.capped,
+            examples=tuple(
+                ChosenExample(competing.ids[place], float(competing.scores[place]), int(ranks[place]), weight)
+                for place, weight in zip(picks, found[0].coefficients.tolist(), strict=True)
+            ),
+            draws=tuple(_draw(relevance) for relevance in found),
+        )
 
     def _ranking(self, estimator: Estimator) -> Ranking:
         """Pool ids and their influence on all outputs `[pool output]`."""

@@ -268,11 +268,8 @@ class _Side:
 
     def matched(self, values: Tensor) -> tuple[MatchedToken, ...]:
         """The tokens with their values `[token]`."""
-        values = self.joined(values).tolist()
-        return tuple(
-            MatchedToken(text, value, *flags)
-            for (text, _), value, flags in zip(self.texts, values, self.flags, strict=True)
-        )
+        own = zip(self.texts, self.joined(values).tolist(), self.flags, strict=True)
+        return tuple(MatchedToken(text, value, *flags) for (text, _), value, flags in own)
 
     def joined(self, values: Tensor) -> Tensor:
         """`[text …]` from `[token …]`."""

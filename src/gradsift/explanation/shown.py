@@ -20,7 +20,7 @@ from gradsift.context import Pool
 from gradsift.data.dataset import Dataset
 from gradsift.data.shown import row_example, turns_of
 from gradsift.explanation import explain
-from gradsift.explanation.explain import CAUTIONS, Explanation, Explanations, StrategyResult
+from gradsift.explanation.explain import CAUTIONS, OPPOSING, Explanation, Explanations, StrategyResult
 from gradsift.explanation.matches_shown import matches_blocks
 from gradsift.explanation.relevance import AGGREGATIONS, to_db
 from gradsift.explanation.table import RelevanceTable
@@ -247,6 +247,25 @@ def _chosen(found: StrategyResult, data: Dataset) -> Examples:
     )
 
 
+def opposing_blocks(entry: Explanation, data: Dataset, *, k: int, estimator: str) -> tuple[Block, ...]:
+    """What makes the output less likely, under one budget: the lowest scores, and those that best rebuild −g."""
+    results = [found for found in entry.against if (found.k, found.estimator) == (k, estimator)]
+    if not results:
+        return ()
+    if all(example.score >= 0 for found in results for example in found.examples):
+        return (Text("No example of the pool makes this output less likely: the lowest scores are not below 0."),)
+    said = (
+        "Training on these makes the output less likely: the lowest scores, and those of the "
+        f"{OPPOSING} lowest whose weighted sum best rebuilds the opposite of the output's gradient, −g. Relevance is "
+        "that of this sum, as above for g; coefficients are its weights."
+    )
+    folds = (
+        Fold(f"{found.strategy}: {shown_db(found.relevance_db)} of −g", (_chosen(found, data),), opened=number == 0)
+        for number, found in enumerate(results)
+    )
+    return (Text(said, "aside"), *folds)
+
+
 def relevance_blocks(table: RelevanceTable, *, draws: int = 1, above: bool = True) -> tuple[Table, ...]:
     """The aggregate as the paper lays it out: a table for each estimator, strategies from the least relevant on.
 
@@ -381,6 +400,12 @@ def explanation_page(
             ),
             Section("chosen", "Chosen examples", tuple(chosen)),
             Section("matches", "What matches", matches_blocks(entry, explanations.pool.data), "Tokens"),
+            Section(
+                "against",
+                "Against this output",
+                opposing_blocks(entry, explanations.pool.data, k=shown_budget(explanations), estimator=estimator),
+                "Against",
+            ),
             Section("relevance", "Strategies compared", tuple(_compared(entry, names, budgets, estimator))),
             Section("warnings", "Warnings", tuple(map(Text, warnings)), count=str(len(warnings))),
             Section("run", "How it was explained", (Facts(how),)),

@@ -368,7 +368,7 @@ class Walk:
         drawn = unpaid = responses
         complete = None
         if self.kept is not None and (checkpoint is not None or writer is not None):
-            sampler = sampler_of(self.kept, method, checkpoint or Checkpoint(None))
+            sampler = sampler_of(self.kept, target, method, checkpoint or Checkpoint(None))
             samples, requests = missing_samples(self.kept.run, target.data.prompts, sampler)
             drawn = sum(len(request.numbers) for request in requests)
             unpaid = drawn + missing_rewards(target, samples) if rewarded else 0

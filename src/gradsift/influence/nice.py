@@ -19,6 +19,7 @@ from gradsift.generation.endpoint_sampler import EndpointSampler
 from gradsift.generation.local import LocalSampler
 from gradsift.generation.samples import Samples, missing_samples, sample
 from gradsift.generation.sampling import Response, Sampler, Sampling
+from gradsift.generation.stored import StoredSampler
 from gradsift.gradients.collect import SequenceSource
 from gradsift.gradients.policy import PolicyGradient, PolicySource, label_sequence
 from gradsift.gradients.rows import View
@@ -41,6 +42,8 @@ from gradsift.influence.prompts import (
     summarise_rewards,
 )
 from gradsift.model.models import positions
+from gradsift.rewards.reward import single_rewards
+from gradsift.rewards.stored import Stored
 from gradsift.store.gradient_store import GradientStore
 from gradsift.warmup.checkpoint import Checkpoint
 
@@ -267,7 +270,7 @@ class PolicyTargets:
 
     def there(self, checkpoint: Checkpoint) -> bool:
         """Whether the run folder has all responses at a checkpoint, and what they earned."""
-        sampler = sampler_of(self.pool, self.method, checkpoint)
+        sampler = sampler_of(self.pool, self.target, self.method, checkpoint)
         samples, requests = missing_samples(self.pool.run, self.target.data.prompts, sampler)
         complete = not requests and self.pool.run.manifest(samples.prefix) is not None
         return complete and not missing_rewards(self.target, samples)
@@ -286,7 +289,7 @@ class PolicyTargets:
         Raises:
             DataError, ConfigError, ModelError: as `sample`.
         """
-        pool, sampler = self.pool, sampler_of(self.pool, self.method, checkpoint)
+        pool, sampler = self.pool, sampler_of(self.pool, self.target, self.method, checkpoint)
         key = (f"{pool.run.place}/{pool.run.prefix('samples', sampler.identity())}", sampler.sampling.samples)
         if key not in self.target.drawn:  # an assistant's responses serve all checkpoints
             self.target.drawn[key] = sample(
@@ -409,8 +412,21 @@ def cut_off_warnings(checkpoint: str, share: float, of: str = "responses") -> li
     ]
 
 
-def sampler_of(pool: Pool, method: PolicyEstimator, checkpoint: Checkpoint) -> Sampler:
-    """Where a method's responses at a checkpoint come from."""
+def sampler_of(pool: Pool, target: PromptTarget, method: PolicyEstimator, checkpoint: Checkpoint) -> Sampler:
+    """Where a method's responses at a checkpoint come from.
+
+    Raises:
+        ConfigError: the target's rows hold responses, and others are asked for, or weights that those do not have.
+    """
+    stored = next((one for one in single_rewards(target.reward) if isinstance(one, Stored)), None)
+    if stored is not None:
+        if method.assistant is not None or method.server is not None or method.policy.importance_weights:
+            raise ConfigError(
+                "the reward stored is that of responses which the rows hold: leave out assistant, server and "
+                "importance_weights"
+            )
+        texts = {example.id: stored.texts(example.row) for example in target.data.examples}
+        return StoredSampler(texts, pool.tokenizer)
     if method.assistant is not None:
         return method.assistant.sampler(pool.tokenizer, dtype=pool.dtype, device=pool.device)
     if method.server is not None:

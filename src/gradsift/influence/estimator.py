@@ -117,6 +117,8 @@ class Passes:
     unprojected: whether their gradients are stored, as they are
     at_most: bytes of them that lie on disk together
     held:    of these rows, how many unprojected gradients lie in memory together
+    factors: how many checkpoints' Kronecker factors lie on disk together
+    factors_held: how many checkpoints' factors lie in memory together
     number:  of the checkpoint, where they go through the model at several
     """
 
@@ -128,6 +130,8 @@ class Passes:
     unprojected: bool = False
     at_most: float = math.inf
     held: int = 0
+    factors: float = 0.0
+    factors_held: float = 0.0
     number: int = 0
 
 

@@ -28,6 +28,7 @@ from gradsift.evaluation.metric import Figure, Measured
 from gradsift.explanation.explain import ChosenExample, Draw, Explanation, StrategyResult
 from gradsift.explanation.shown import explained_blocks, explanation_page
 from gradsift.explanation.table import relevance_table
+from gradsift.explanation.verdict import Reference
 from gradsift.influence.bm25 import BM25
 from gradsift.influence.diagnostics import CheckpointDiagnostics
 from gradsift.influence.prompts import RewardSummary
@@ -250,7 +251,7 @@ def explained(pool: list[dict[str, Any]], k: tuple[int, ...] = BUDGETS, seed: in
     asked = ({"role": "user", "content": "A vase holds 5 roses and 8 tulips. How many flowers?"},)
     entry = Explanation(
         f"math-{seed:03d}", asked, "5 + 8 = 13 flowers, so 13", True, seed % 9 != 0, 128, 0.412, 1.0, 1.0,
-        "MSEProjUSimp", "ratio_of_means", tuple(results),
+        "MSEProjUSimp", "ratio_of_means", tuple(results), tuple(Reference(b, (0.1, 0.2), 0.15, 9.0 + b) for b in k),
     )  # fmt: skip
     return entry, dataset(pool)
 
@@ -272,7 +273,7 @@ def explanation(pool: list[dict[str, Any]], *, output: str = "") -> Page:
         estimators=[SimpleNamespace(label="LESS")],
         strategies=STRATEGIES,
         budgets=BUDGETS,
-        candidates_of=lambda output_id, estimator: Candidates(
+        candidates_of=lambda output_id, estimator, chosen: Candidates(
             gradients @ gradients[0], lambda places: gradients[places], gradients[0], ids=data.ids
         ),
     )

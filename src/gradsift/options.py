@@ -171,6 +171,7 @@ SCORE = (
     *RESPONSES,
     *POLICY,
 )
+_THEN = next(option for option in SCORE if option.name == "then")
 CHOICE = _of(
     "Choice",
     """budget -b -k
@@ -180,6 +181,7 @@ CHOICE = _of(
     selection.threshold
     selection.max_cosine
     selection.by --diverse-by
+    views *
     group_by *""",
 )
 EXPLANATION = (
@@ -195,6 +197,8 @@ EXPLANATION = (
         explain.estimators.kind --estimator -e *
         explain.estimators.damping
         explain.estimators.kernel
+        explain.estimators.first.kind --first | Of rerank: ranks all rows.
+        explain.estimators.then.kind --then | Of rerank: ranks the candidates by their gradients.
         explain.strategies.kind --selection -s * | How they are chosen; also with a ranking or λ, such as \
 divine:most_harmful, facility_location:0.25. Repeat for several.""",
     ),
@@ -202,7 +206,8 @@ divine:most_harmful, facility_location:0.25. Repeat for several.""",
     *_of(
         "Explanation",
         """explain.strategies.trade_off
-        explain.candidates
+        explain.candidates | How many of the ranking strategies choose from, and rerank's second method ranks (1000).
+        explain.exact ?
         explain.coefficients
         explain.aggregation --over-outputs
         explain.max_new_tokens
@@ -216,6 +221,19 @@ VALIDATION = _of(
     """explain.validation.step.random_sets
     explain.validation.step.lr --step-rate
     explain.validation.route""",
+)
+BENCH = _of(
+    "Benchmark",
+    """bench.methods.kind --estimator -e * | What is judged; repeat for several. A random ranking is always beside them.
+    bench.measures --measure *
+    bench.class_column
+    bench.marked
+    bench.among
+    bench.plant
+    bench.top
+    bench.subsets
+    bench.removals
+    bench.smooth !""",
 )
 COLLECTED = _of("Gradients", "gradients.full_sum !")
 TRAINED = (
@@ -402,6 +420,9 @@ def recipe_of(
     _estimated(values, known, given)
     set_fields(values, wanted)
     typed |= {field: f"--set {field}" for field in (text.partition("=")[0].strip() for text in wanted)}
+    judged = values.get("bench", {}).get("methods")
+    if isinstance(judged, dict):
+        values["bench"]["methods"] = [_SHORT.get(kind, {"kind": kind}) for kind in judged["kind"]]
     more = values.get("controls")
     if isinstance(more, dict):  # of --control, beside the usual ones
         values["controls"] = [_SHORT.get(kind, {"kind": kind}) for kind in more["kind"]]
@@ -479,7 +500,8 @@ def _set_several(explain: dict[str, Any], texts: list[str], typed: dict[str, str
 
 def _explained(explain: dict[str, Any], seed: int) -> None:
     """Turn the fields of estimators and selectors, beside the list of their kinds, into one value for each."""
-    for place, kinds in (("estimators", ["less"]), ("strategies", ["most_helpful", "facility_location"])):
+    usual = ["relevance_pursuit:most_helpful", "most_helpful"]  # DEFAULT_STRATEGIES
+    for place, kinds in (("estimators", ["less"]), ("strategies", usual)):
         fields = explain.get(place, {})
         if not isinstance(fields, dict):
             continue
@@ -490,11 +512,18 @@ def _explained(explain: dict[str, Any], seed: int) -> None:
         for one, model in zip(several, models, strict=True):
             has = () if model is None else model.model_fields
             own = {"checkpoints": "last", "optimizer": "sgd"} if place == "estimators" else {}
-            fitting = {"seed": seed, **own, **fields}
+            counted = {"candidates": explain["candidates"]} if own and "candidates" in explain else {}
+            fitting = {"seed": seed, **own, **counted, **fields}
             # A field goes to those that have it; where none has, the first says so.
             stray = {n: v for n, v in fields.items() if not any(m and n in m.model_fields for m in models)}
             for name, value in ({n: v for n, v in fitting.items() if n in has} | stray).items():
                 one.setdefault(name, value)
+            if "then" in has:  # explains as it would by itself
+                then = one["then"] = {"kind": default_of(_THEN), **one.get("then", {})}
+                inner = _model(_THEN.field, then["kind"])
+                for name, value in own.items():
+                    if inner is not None and name in inner.model_fields:
+                        then.setdefault(name, value)
         explain[place] = several
 
 
@@ -819,7 +848,7 @@ def template(path: str) -> str:
         "# what stands behind a # is an example, or a default that a preset may change.",
     ]
     for name, field in Recipe.model_fields.items():
-        if name == "compare":  # recipes/compare.yaml has one
+        if name in ("compare", "bench"):  # recipes/compare.yaml and bench.yaml have one
             continue
         models = models_in(field.annotation)
         union = len([one for one in models if "kind" in one.model_fields]) > 1

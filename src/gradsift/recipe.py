@@ -25,6 +25,7 @@ from gradsift.explanation.explain import DEFAULT_ESTIMATOR, DEFAULT_STRATEGIES
 from gradsift.explanation.relevance import Aggregation as RelevanceAggregation
 from gradsift.generation.endpoint import Endpoint
 from gradsift.gradients.collect import Gradients
+from gradsift.gradients.rows import View
 from gradsift.influence.aggregate import Aggregation
 from gradsift.influence.bm25 import BM25
 from gradsift.influence.estimator import Estimator
@@ -39,6 +40,7 @@ from gradsift.rewards.reward import Reward
 from gradsift.selection.candidates import CANDIDATES
 from gradsift.selection.selectors import AnySelector
 from gradsift.selection.top_k import TopK
+from gradsift.validation.bench import Bench
 from gradsift.validation.one_step import OneStep
 from gradsift.validation.validate import Route
 from gradsift.warmup.train import PRESETS, Warmup
@@ -68,11 +70,12 @@ class Explain(Settings):
     estimators: each ranks the pool for each output; repeat for several.
     strategies: how k of the highest-ranked are chosen.
     candidates: m, how many of the ranking strategies choose from.
+    exact: compare whole gradients of the candidates, which go through the model once more; else stored, projected ones.
     coefficients: how the reconstruction of an output's gradient is weighted.
     aggregation: of relevance over outputs.
     max_new_tokens: limit of the generated answer.
     embedding: sentence-transformers model of the page's map of meanings; none leaves it out.
-    pages: outputs of a target that get a page of their own.
+    pages: outputs of a target that get a page of their own, with the tokens that match.
     validation: also train one step on each selection.
     """
 
@@ -86,6 +89,7 @@ class Explain(Settings):
     estimators: tuple[AnyRanker, ...] = (DEFAULT_ESTIMATOR,)
     strategies: tuple[AnySelector, ...] = DEFAULT_STRATEGIES
     candidates: int = Field(default=CANDIDATES, ge=1)
+    exact: bool = True
     coefficients: CoefficientModel = "MSEProjUSimp"
     aggregation: RelevanceAggregation = "ratio_of_means"
     max_new_tokens: int = Field(default=128, ge=1)
@@ -97,6 +101,10 @@ class Explain(Settings):
     def budgets(self) -> tuple[int, ...]:
         """The numbers of examples, ascending."""
         return tuple(sorted({self.k} if isinstance(self.k, int) else set(self.k)))
+
+    def paged(self, outputs: int) -> int:
+        """How many of the outputs get a page of their own, with the tokens that match: a single one always does."""
+        return outputs if outputs == 1 else min(self.pages, outputs)
 
 
 class Recipe(Settings):
@@ -121,6 +129,8 @@ class Recipe(Settings):
     warmup: a short LoRA training on a share of the pool, one checkpoint an epoch.
     adapter: PEFT adapters to use in place of a warm-up, one for each checkpoint.
     gradients: how gradients are taken and stored.
+    views: of the pool's rows at the last checkpoint, what is collected beside what the choice reads, in the same pass;
+        None is plain ones, so that `explain` needs no pass of its own.
     estimator: what ranks the pool.
     controls: further rankings beside it, whose choices the report compares; None is BM25, random and, where the pool
         goes through the model anyway, RDS+.
@@ -130,11 +140,12 @@ class Recipe(Settings):
     drop: or how many not to choose: all but so many of the lowest scores, by an estimator whose scores have a sign.
     group_by: columns by which the choice is compared with the pool.
     reward: what responses to the target's prompts earn: numeric:COLUMN, exact:COLUMN, regex:PATTERN, format:json,
-        length:MIN-MAX, sentiment, unit_tests, reward_model:ID, judge, stored (`rewards` of the rows' own `completions`),
-        or a function as rewards.py:name; several add up.
+        length:MIN-MAX, sentiment, unit_tests, reward_model:ID, judge, stored (the rows' own completions), or a
+        function as rewards.py:name; several add up.
     judge: the endpoint of a model that judges.
     explain: outputs to explain.
     compare: methods to compare, for `gradsift compare`.
+    bench: methods to judge, for `gradsift bench`.
     seed: of the warm-up, of what is drawn, and of the random control.
     dtype: of the model.
     device: `auto`, cpu, cuda, cuda:1, or map (spread over GPUs).
@@ -159,6 +170,7 @@ class Recipe(Settings):
     warmup: Warmup = Warmup()
     adapter: tuple[str, ...] = ()
     gradients: Gradients = Gradients()
+    views: tuple[View, ...] | None = None
     estimator: AnyEstimator = LESS()
     controls: tuple[AnyEstimator, ...] | None = None
     aggregation: Aggregation | None = None
@@ -170,6 +182,7 @@ class Recipe(Settings):
     judge: Endpoint | None = None
     explain: Explain | None = None
     compare: Compare | None = None
+    bench: Bench | None = None
     seed: Seed = 0
     dtype: DtypeName = "auto"
     device: str = "auto"

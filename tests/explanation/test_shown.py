@@ -17,31 +17,18 @@ from hypothesis import strategies as st
 
 import page_examples
 from gradsift.explanation import shown
-from gradsift.explanation.explain import StrategyResult
+from gradsift.explanation.explain import ChosenExample, StrategyResult
 from gradsift.explanation.shown import (
     explained_blocks,
     explanation_file,
     redundancy,
     relevance_blocks,
-    relevance_in_words,
     shown_db,
 )  # fmt: skip
 from gradsift.explanation.table import relevance_table
 from gradsift.jobs.explanation_pages import spread_blocks
-from gradsift.report.blocks import Cell, Choice, Fold, Map, Section, Table, Text, Verdict, walk
+from gradsift.report.blocks import Cell, Choice, Examples, Fold, Map, Section, Table, Text, Verdict, walk
 from gradsift.store.run import Run
-
-
-@pytest.mark.parametrize(
-    ("db", "said"),
-    [
-        (3.0103, "accounts for 50"), (35.0, "accounts for 99.9\u202f%"), (-0.01, "no better than predicting nothing"),
-        (-20.0, "100 times as large"), (-1.0, "1.26 times as large"), (120.0, "equals"), (float("nan"), "no value"),
-    ],
-)  # fmt: skip
-def test_relevance_is_told_in_words(db: float, said: str) -> None:
-    """The sentence says better, equal or worse than predicting nothing, with the share of squared error in figures."""
-    assert said in relevance_in_words(db)
 
 
 def test_relevance_carries_its_sign_and_the_cap() -> None:
@@ -107,18 +94,59 @@ def test_redundancy_names_the_most_alike() -> None:
     ]  # fmt: skip
 
 
-def test_the_first_strategy_is_unfolded_and_each_note_is_said_once() -> None:
-    """A table of strategies, then each one's examples; a random one's says how many draws its value is of."""
+def test_the_best_strategy_is_unfolded_and_each_note_is_said_once() -> None:
+    """The verdict of the best, a table of all with random and best, then examples; a random one's value is of draws."""
     entry, data = page_examples.explained(page_examples.rows(30))
+    entry = replace(entry, results=tuple(replace(one, examples=_helpful(one)) for one in entry.results[::-1]))
     blocks = explained_blocks(entry, data, k=5, estimator="LESS")
     folds = [block for block in blocks if isinstance(block, Fold)]
     assert [fold.opened for fold in folds] == [True, False, False, False, False]
     assert folds[0].title == "FL λ=0.5: +7.6 dB"
     notes = [text.text for fold in folds for text in fold.blocks if isinstance(text, Text)]
     assert notes == ["ratio of means over 5 draws, of which the first is shown"]
-    assert not [
-        block for block in explained_blocks(entry, data, k=5, estimator="LESS", table=False) if isinstance(block, Table)
+    (verdict,) = [block for block in blocks if isinstance(block, Verdict)]
+    assert (verdict.by, verdict.tone) == ("FL λ=0.5, LESS", "best")
+    assert verdict.words == (
+        "These five account for 83\u202f% of its gradient, where the best five found account for 93\u202f%."
+    )
+    (table,) = [block for block in blocks if isinstance(block, Table)]
+    assert [row.cells[0] for row in table.rows] == [
+        "FL λ=0.5", "most helpful", "FL λ=1", "most harmful", "random", "as many random examples", "the best found",
+    ]  # fmt: skip
+
+
+def _helpful(result: StrategyResult) -> tuple[ChosenExample, ...]:
+    return tuple(replace(example, score=abs(example.score)) for example in result.examples)
+
+
+def test_scores_below_zero_are_marked_and_large_ones_scaled() -> None:
+    """A negative score says so where it stands and beside the verdict; a power of ten stands in the column's name."""
+    entry, data = page_examples.explained(page_examples.rows(30), k=(5,))
+    first = entry.results[0]
+    large = tuple(replace(one, score=1593637.25 * (-1) ** n) for n, one in enumerate(first.examples))
+    entry = replace(entry, results=(replace(first, examples=large),))
+    (listed,) = [
+        part for part in walk(explained_blocks(entry, data, k=5, estimator="LESS")[-1]) if isinstance(part, Examples)
     ]
+    assert listed.examples[0].facts[0] == ("score (×10⁶)", "1.594")
+    assert listed.examples[1].facts[0] == ("score (×10⁶)", Cell("−1.594", "below 0", tone="worse"))
+    assert entry.notes(entry.results[0]) == [
+        "2 of the 5 have scores below 0: by LESS, training on them makes the output less likely"
+    ]
+
+
+@pytest.mark.parametrize(("db", "heading"), [(-20.0, "do not account"), (1.0, "a part of"), (5.0, "account for this")])
+def test_the_heading_of_a_page_follows_the_verdict(db: float, heading: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No page says that examples explain what they do not: its title is that of the best verdict."""
+    made = page_examples.explained
+
+    def of(pool: list[dict[str, object]], **options: object) -> tuple[object, object]:
+        entry, data = made(pool, **options)  # type: ignore[arg-type]
+        results = [replace(one, relevance_db=db, ratio=10 ** (db / 10)) for one in entry.results]
+        return replace(entry, results=tuple(results)), data
+
+    monkeypatch.setattr(page_examples, "explained", of)
+    assert heading in page_examples.explanation(page_examples.rows(40)).title
 
 
 def test_a_page_has_a_view_and_a_verdict_for_every_strategy_and_budget() -> None:
@@ -137,7 +165,7 @@ def test_a_page_has_a_view_and_a_verdict_for_every_strategy_and_budget() -> None
         assert len(view.tones) == len(view.covers) == len(drawn.examples)
         assert all(view.covers[number] == "9" for number in view.picks)
         assert len(view.notes) == len(view.among or drawn.examples)
-        assert (verdict.by, verdict.value) == (found.strategy, shown_db(found.relevance_db))
+        assert (verdict.by, verdict.value) == (f"{found.strategy}, LESS", shown_db(found.relevance_db))
     warnings = page.section("warnings")
     assert isinstance(warnings, Section)
     assert "cut after 128 tokens" in warnings.blocks[0].text  # type: ignore[union-attr]

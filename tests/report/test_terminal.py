@@ -93,12 +93,12 @@ def test_notes_give_way_before_figures_are_cut() -> None:
 
 
 def test_sections_and_groups_have_titles_and_folds_and_drawings_are_left_to_the_page() -> None:
-    """A verdict is a line; a chart and what is folded away are not shown."""
-    verdict = Verdict("+3.0 dB", "FL", "Accounts for half.", ("Almost zero.",))
+    """A verdict is its sentence and its figures; a chart and what is folded away are not shown."""
+    verdict = Verdict("+3.0 dB", "FL", "Accounts for half.", ("Almost zero.",), {"best": "+4.0 dB", "shift": "2"})
     said = printed(Section("a", "Chosen", (Group((verdict, Fold("more", (Text("hidden"),)), Chart("c")), "first"),)))
     assert "Chosen" in said
     assert "first" in said
-    assert "FL: +3.0 dB. Accounts for half." in said
+    assert "Accounts for half.\n+3.0 dB by FL\nAlmost zero.\n  best   +4.0 dB\n  shift  2\n" in said
     assert "Almost zero." in said
     assert "hidden" not in said
 

@@ -241,6 +241,26 @@ class ChatFormat:
             raise DataError(f"a prompt cannot be read: {foreign}")
         return ids
 
+    def said(self, messages: Sequence[Message], options: str, entry: TokenizedExample) -> NDArray[np.bool_]:
+        """Which tokens of a conversation hold what its messages say, bool `[token]`; the template writes the others.
+
+        Where the conversation goes on after `messages`, with an answer that was generated, labels are said.
+        """
+        known = entry.supervised & ~np.isin(entry.token_ids, list(self._marker_ids.values()))
+        try:
+            shown = Rendering(self._template, self._template.as_taken(messages, options), options)
+        except TemplateProblemError:
+            return known
+        ((ids, offsets),) = self._encode([shown.text])
+        if offsets is None:
+            return known
+        count = common_length(ids, entry.token_ids.tolist())
+        begin, end = offsets[:count].T
+        inside = np.zeros(count, dtype=np.bool_)
+        for place in shown.places.values():
+            inside |= (begin < place.end) & (end > place.begin)
+        return np.concatenate([inside, known[count:]])
+
     def unshown_of_prompt(self, example: Example, messages: Sequence[Message]) -> tuple[Skipped, ...]:
         """What of a prompt's messages the model is not shown before it answers.
 

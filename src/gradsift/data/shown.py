@@ -14,13 +14,13 @@ from gradsift.report.blocks import Bar, Block, Cell, Column, Entry, Example, Fol
 
 MOST_SKIPPED = 200
 MOST_GROUPS = 14
-_CONVERSATION = ("id", "messages", "conversations", "prompt", "completion", "instruction", "input", "output", "history")
+CONVERSATION = ("id", "messages", "conversations", "prompt", "completion", "instruction", "input", "output", "history")
 _MOST_COLUMNS = 6
 
 
 def own_columns(row: Mapping[str, Any], known: Collection[str] = ()) -> dict[str, str]:
     """What a row holds beside its conversation, the first of it as short texts; `known`: other names of that."""
-    found = text.column_texts(row, {*_CONVERSATION, "system", "chat_template_kwargs", *known})
+    found = text.column_texts(row, {*CONVERSATION, "system", "chat_template_kwargs", *known})
     kept = dict(list(found.items())[:_MOST_COLUMNS])
     return kept | ({"more columns": str(len(found) - len(kept))} if len(found) > len(kept) else {})
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as SequenceABC
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -17,9 +17,12 @@ from pydantic import TypeAdapter, ValidationError
 from gradsift.base.errors import ConfigError, CorruptError, DataError, GradsiftError
 from gradsift.base.lazy import Tensor, torch
 from gradsift.base.ranks import descending_ranks
+from gradsift.base.strings import Strings
 from gradsift.base.types import Message, Skipped, TokenizedExample
 from gradsift.context import Pool, Target
 from gradsift.explanation.coefficients import CoefficientModel
+from gradsift.explanation.exact import ExactRows, RowsLackingError, exact_rows, missed
+from gradsift.explanation.matches import TokenMatch, token_matches
 from gradsift.explanation.outputs import Output, OutputSource, Question, answers, question_of
 from gradsift.explanation.relevance import (
     AGGREGATIONS,
@@ -29,6 +32,7 @@ from gradsift.explanation.relevance import (
     relevance_of_draws,
     to_db,
 )
+from gradsift.explanation.verdict import Missed, Reference, Trained, Verdict, agreement_of
 from gradsift.gradients.rows import View
 from gradsift.influence.estimator import Estimator, influence_of, target_view
 from gradsift.influence.less import LESS
@@ -39,7 +43,7 @@ from gradsift.selection.divine import Divine
 from gradsift.selection.facility_location import FacilityLocation
 from gradsift.selection.pursuit import RelevancePursuit
 from gradsift.selection.random import RandomChoice
-from gradsift.selection.selector import Selector, choose_all
+from gradsift.selection.selector import Choices, Selector, choose_all
 from gradsift.selection.top_k import LeastInfluential, MostHarmful, MostHelpful, MostInfluential
 from gradsift.store.gradient_store import GradientStore
 from gradsift.store.manifest import fingerprint, read_json
@@ -51,7 +55,19 @@ Ranking = tuple[SequenceABC[str], NDArray[np.float32]]
 DEFAULT_ESTIMATOR: Estimator = LESS(optimizer="sgd", checkpoints="last")
 """The cosine of plain gradients at the last checkpoint (Compact, App. A)."""
 
-DEFAULT_STRATEGIES: tuple[Selector, ...] = (MostHelpful(), FacilityLocation(trade_off=0.5))
+DEFAULT_STRATEGIES: tuple[Selector, ...] = (RelevancePursuit(order="most_helpful"), MostHelpful())
+"""What relevance itself would choose of the most helpful, and the naive ranking to compare it with."""
+
+CAUTIONS = {
+    "near_zero": "The chosen gradients are almost zero, so this value says nothing about their directions.",
+    "capped": "The output's gradient is reconstructed exactly: the output itself is probably in the pool.",
+}
+"""What a reader should mind of a result with such a flag."""
+
+RANDOM = RandomChoice()
+"""What every choice is compared with, unless the strategies hold a random one of their own."""
+
+MATCHES = 10  # outputs of which tokens are matched, unless told otherwise
 
 ALL_STRATEGIES: tuple[Selector, ...] = (
     MostHelpful(),
@@ -108,6 +124,7 @@ class StrategyResult:
     capped: reconstructed exactly, usually because the output itself is in the pool; by one draw at least
     examples: in the order they were chosen; of the first draw
     draws: every selection's relevance: one, or as many as a random strategy makes
+    trained: what training on it did; None where that was not tried
     """
 
     estimator: str
@@ -119,6 +136,7 @@ class StrategyResult:
     capped: bool
     examples: tuple[ChosenExample, ...]
     draws: tuple[Draw, ...]
+    trained: Trained | None = None
 
 
 @dataclass(frozen=True)
@@ -128,8 +146,12 @@ class Explanation:
     loss: nats per token of the output under the model (mean)
     finished: False where generation was cut at the token limit
     gradient_norm: of the output's gradient, before projection
-    squared_norm: ‖g‖² of the projected gradient, which relevance is about
+    squared_norm: ‖g‖² of the gradient that relevance is about
     aggregation: how a random strategy's draws became one relevance
+    matches: which tokens match, of the first estimator's examples that are shown first, at `shown_budget`
+    references: what choices are compared with, one for each budget
+    exact: whether relevance and choices are of whole gradients, or of stored, projected ones
+    missed: what the projected ranking may have kept from the candidates, by estimator and budget
     """
 
     id: str
@@ -144,23 +166,61 @@ class Explanation:
     coefficients: CoefficientModel
     aggregation: Aggregation
     results: tuple[StrategyResult, ...]
+    references: tuple[Reference, ...] = ()
+    exact: bool = False
+    missed: tuple[Missed, ...] = ()
+    matches: tuple[TokenMatch, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able."""
-        return asdict(self)
+        """JSON-able, each result with its verdict."""
+        content = asdict(self)
+        for result, own in zip(self.results, content["results"], strict=True):
+            own["verdict"] = self.verdict(result).as_dict()
+        return content
 
-    def note(self, result: StrategyResult) -> str:
-        """What a reader should know of a result's relevance; empty where there is nothing."""
-        notes = [self.over_draws(result)] if len(result.draws) > 1 else []
-        if result.capped:
-            notes.append("the output's gradient is reconstructed exactly: the output itself is probably in the pool")
-        elif result.near_zero:
-            notes.append("the chosen gradients are almost zero, so that 0 dB says nothing about their directions")
-        return "; ".join(notes)
+    def verdict(self, result: StrategyResult) -> Verdict:
+        """What a result amounts to."""
+        chosen = [example.id for example in result.examples]
+        others = [
+            [example.id for example in other.examples]
+            for other in self.results
+            if (other.strategy, other.k) == (result.strategy, result.k) and other.estimator != result.estimator
+        ]
+        return Verdict(
+            estimator=result.estimator,
+            strategy=result.strategy,
+            k=result.k,
+            count=len(chosen),
+            ratio=result.ratio,
+            reference=next((one for one in self.references if one.k == result.k), None),
+            trained=result.trained,
+            agreement=agreement_of(chosen, others if len(result.draws) == 1 else []),
+            near_zero=result.near_zero,
+            capped=result.capped,
+            exact=self.exact,
+            missed=next(
+                (one.rows for one in self.missed if (one.estimator, one.k) == (result.estimator, result.k)), None
+            ),
+        )
 
-    def over_draws(self, result: StrategyResult) -> str:
-        """How the relevance of a result of several draws was made of theirs."""
-        return f"{AGGREGATIONS[self.aggregation]} over {len(result.draws)} draws, of which the first is shown"
+    def best_first(self, k: int, estimator: str | None = None) -> list[StrategyResult]:
+        """Results under a budget, by one estimator or all: the best verdict first, equal ones as they were given."""
+        own = [found for found in self.results if found.k == k and estimator in (None, found.estimator)]
+        return sorted(own, key=lambda found: self.verdict(found).rank, reverse=True)
+
+    def notes(self, result: StrategyResult) -> list[str]:
+        """What a reader should know of a result's relevance and examples."""
+        notes = [words for flag, words in CAUTIONS.items() if getattr(result, flag)]
+        if len(result.draws) > 1:
+            many = len(result.draws)
+            notes.append(f"{AGGREGATIONS[self.aggregation]} over {many} draws, of which the first is shown")
+        below = sum(example.score < 0 for example in result.examples)
+        if below:
+            notes.append(
+                f"{below} of the {len(result.examples)} have scores below 0: by {result.estimator}, training on them "
+                "makes the output less likely"
+            )
+        return notes
 
     def relevance_of(self, result: StrategyResult, how: Aggregation | None = None) -> Relevance:
         """A result's relevance, its draws taken together as they were, or otherwise; coefficients of the first draw."""
@@ -177,6 +237,26 @@ class Explanation:
 _EXPLANATION = TypeAdapter(Explanation)
 
 
+_BEST = RelevancePursuit(order="most_helpful")  # what the best choice is sought by
+
+
+@dataclass(frozen=True)
+class _Random:
+    """The random choices of one output: ids in the order they were drawn, and their relevance, by budget and draw.
+
+    squared_norm: of the output's gradient, which relevance is about
+    """
+
+    ids: dict[int, list[list[str]]]
+    relevances: dict[int, list[Relevance]]
+    squared_norm: float
+
+    def among(self, candidates: Candidates) -> tuple[Choices, dict[int, list[Relevance]]]:
+        """The same as positions of an estimator's pool."""
+        known = Strings.of(candidates.ids)
+        return {k: [known.positions(own).tolist() for own in draws] for k, draws in self.ids.items()}, self.relevances
+
+
 @dataclass(frozen=True)
 class _Work:
     """What is the same for every output of one call, and explains each."""
@@ -191,6 +271,8 @@ class _Work:
     coefficients: CoefficientModel
     candidates: int
     aggregation: Aggregation
+    exact: bool
+    _exact: dict[str, ExactRows] = field(default_factory=dict, repr=False, compare=False)
     _rankings: dict[str, Ranking] = field(default_factory=dict, repr=False, compare=False)
 
     def scores_of(self, output_id: str, estimator: Estimator) -> Ranking:
@@ -203,12 +285,66 @@ class _Work:
         position = self.gradients.positions([output_id])[0]
         return self.gradients.rows(position, position + 1)[0]
 
-    def candidates_of(self, output_id: str, estimator: Estimator) -> Candidates:
-        """What strategies choose from for one output: the scored examples that have a gradient."""
+    def candidates_of(self, output_id: str, estimator: Estimator, chosen: Iterable[str] = ()) -> Candidates:
+        """What strategies choose from for one output: the scored examples that have a gradient.
+
+        With whole gradients, those of the candidates and of what else is compared (`_compared`), whose rows are given
+        by coordinates with the same inner products, and whose scores are exact where the estimator can tell.
+
+        Args:
+            output_id: of the output.
+            estimator: ranks the pool.
+            chosen: further ids that will be read.
+        """
+        if not self.exact:
+            return self._stored(output_id, estimator)
+        if output_id not in self._exact:
+            self._measure({output_id: self._compared(output_id, chosen)})
+        rows, (ids, values) = self._exact[output_id], self.scores_of(output_id, estimator)
+        column = Strings.of(ids)
+        places = column.positions(rows.ids)
+        scores = np.where(self.store.holds(ids), values, np.float32(-np.inf))
+        exact = estimator.exactly(rows, self._checkpoints)
+        if exact is not None:
+            scores[places[places >= 0]] = exact[places >= 0]
+        return Candidates(
+            torch.from_numpy(scores), lambda wanted: rows.rows([column[place] for place in wanted]), rows.target,
+            count=self.candidates, ids=ids, test_id=output_id, pool=self.pool, among=places[places >= 0],
+        )  # fmt: skip
+
+    def _stored(self, output_id: str, estimator: Estimator) -> Candidates:
+        """The same by stored gradients."""
         return Candidates.stored(
             self.store, *self.scores_of(output_id, estimator), self.gradient_of(output_id), count=self.candidates,
             test_id=output_id, pool=self.pool,
         )  # fmt: skip
+
+    @cached_property
+    def _checkpoints(self) -> int:
+        return len(self.pool.checkpoints())
+
+    def _compared(self, output_id: str, more: Iterable[str] = ()) -> list[str]:
+        """Ids of all rows whose gradients are compared with an output's: of each ranking the first, and random ones."""
+        wanted = dict.fromkeys(more)
+        stored = {estimator.label: self._stored(output_id, estimator) for estimator in self.estimators}
+        for candidates in stored.values():
+            candidates.least = self.budgets[-1]
+            for strategy in (_BEST, *self.strategies):
+                if strategy.ranking is not None:
+                    own = getattr(strategy, "candidates", None)
+                    first = candidates.competing(strategy.ranking, self.budgets[-1], own)
+                    wanted |= dict.fromkeys(candidates.ids[place] for place in first)
+        _, drawn = self._drawn(stored)
+        wanted |= dict.fromkeys(id_ for draws in drawn.values() for own in draws for id_ in own)
+        return sorted(wanted, key=self.pool.data.position)
+
+    def _measure(self, wanted: Mapping[str, SequenceABC[str]]) -> None:
+        """Take the gradients of outputs and of the rows that they are compared with."""
+        by_id = {entry.id: entry for entry in self.source.entries}
+        adam = any(estimator.view == "adam" for estimator in self.estimators)
+        asked = [(by_id[output_id], ids) for output_id, ids in wanted.items()]
+        found = exact_rows(self.pool, self.pool.checkpoints()[-1], asked, adam=adam)
+        self._exact.update(zip(wanted, found, strict=True))
 
     def explain_all(self, answered: SequenceABC[Output], failed: list[Skipped]) -> list[Explanation]:
         """Explanations in the order of the outputs: kept ones, and new ones, which are kept; `failed` is added to."""
@@ -227,6 +363,8 @@ class _Work:
         if missing:
             for estimator in self.estimators:
                 self._ranking(estimator)
+            if self.exact:
+                self._measure({output.id: self._compared(output.id) for output in missing})
             with self.pool.reporter.stage("choosing examples", len(missing), "outputs") as advance:
                 for output in missing:
                     try:
@@ -238,8 +376,29 @@ class _Work:
                     advance(1)
         return [found for output in usable if (found := done[output.id]) is not None]
 
+    def with_matches(self, entries: SequenceABC[Explanation]) -> list[Explanation]:
+        """The explanations with the tokens of the examples that are shown first."""
+        ranker, k = self.estimators[0], shown_budget(self.budgets)
+        shown = {
+            entry.id: [example.id for example in entry.best_first(k, ranker.label)[0].examples] for entry in entries
+        }
+        matches = token_matches(self.pool, self.source, ranker if ranker.splits else DEFAULT_ESTIMATOR, shown)
+        return [replace(entry, matches=matches.get(entry.id, ())) for entry in entries]
+
     def _explain(self, output: Output) -> Explanation:
-        gradient, position = self.gradient_of(output.id), self.gradients.positions([output.id])[0]
+        while True:
+            try:
+                return self._explained(output)
+            except RowsLackingError as error:  # a strategy that chooses beyond the first of a ranking
+                self._measure({output.id: self._compared(output.id, {*self._exact[output.id].ids, *error.ids})})
+
+    def _explained(self, output: Output) -> Explanation:
+        position = self.gradients.positions([output.id])[0]
+        competing = {estimator.label: self.candidates_of(output.id, estimator) for estimator in self.estimators}
+        random = self._random(competing)
+        results = tuple(
+            found for label, candidates in competing.items() for found in self._results(label, candidates, random)
+        )
         return Explanation(
             id=output.id,
             messages=output.question.messages,
@@ -249,25 +408,85 @@ class _Work:
             tokens=int(output.entry.supervised.sum()),
             loss=float(self.gradients.losses[position]),
             gradient_norm=float(self.gradients.norms[position]),
-            squared_norm=float(gradient.double() @ gradient.double()),
+            squared_norm=random.squared_norm,
             coefficients=self.coefficients,
             aggregation=self.aggregation,
-            results=tuple(found for estimator in self.estimators for found in self._results(output.id, estimator)),
+            results=results,
+            references=self._references(competing, random, results),
+            exact=self.exact,
+            missed=tuple(own for estimator in self.estimators for own in self._missed(output.id, estimator)),
         )
 
-    def _results(self, output_id: str, estimator: Estimator) -> Iterator[StrategyResult]:
-        competing = self.candidates_of(output_id, estimator)
+    def _missed(self, output_id: str, estimator: Estimator) -> Iterator[Missed]:
+        """What the projected ranking may have kept from the candidates."""
+        exact = estimator.exactly(self._exact[output_id], self._checkpoints) if self.exact else None
+        if exact is None:
+            return
+        ids, values = self.scores_of(output_id, estimator)
+        places = Strings.of(ids).positions(self._exact[output_id].ids)
+        scores = np.where(self.store.holds(ids), values, -np.inf).astype(np.float64)
+        there = places >= 0
+        others = np.delete(scores, places[there])
+        for k in self.budgets:
+            yield Missed(estimator.label, k, missed(scores[places[there]], exact[there], others, k))
+
+    def _drawn(self, competing: Mapping[str, Candidates]) -> tuple[Candidates, dict[int, list[list[str]]]]:
+        """The random choices of one output, the same whichever estimator ranks: of what each of them can choose."""
+        strategy = next((own for own in self.strategies if isinstance(own, RandomChoice)), RANDOM)
+        first, *others = competing.values()
+        for other in others:
+            first = first.also_of(other)
+        (choices,) = choose_all([strategy], first, self.budgets)
+        return first, {k: [[first.ids[place] for place in made] for made in draws] for k, draws in choices.items()}
+
+    def _random(self, competing: Mapping[str, Candidates]) -> _Random:
+        """Random choices with their relevance."""
+        first, ids = self._drawn(competing)
+        choices = _Random(ids, {}, 0.0).among(first)[0]
+        (relevances,) = relevance_of_choices(first, [choices], models=(self.coefficients,))
+        by_budget = {k: found[self.coefficients] for k, found in relevances.items()}
+        return _Random(ids, by_budget, by_budget[self.budgets[0]][0].squared_norm)
+
+    def _references(
+        self, competing: Mapping[str, Candidates], random: _Random, results: SequenceABC[StrategyResult]
+    ) -> tuple[Reference, ...]:
+        """Random draws, and the best that was found: by any strategy, by a draw, or by pursuit of the most helpful."""
+        best = {k: max(relevance.ratio for relevance in found) for k, found in random.relevances.items()}
+        for found in results:
+            best[found.k] = max(best[found.k], *(draw.ratio for draw in found.draws))
+        for candidates in competing.values() if _BEST not in self.strategies else ():
+            (choices,) = choose_all([_BEST], candidates, self.budgets)
+            (relevances,) = relevance_of_choices(candidates, [choices], models=(self.coefficients,))
+            for k, by_model in relevances.items():
+                best[k] = max(best[k], by_model[self.coefficients][0].ratio)
+        return tuple(
+            Reference(
+                k,
+                tuple(relevance.ratio for relevance in random.relevances[k]),
+                relevance_of_draws(random.relevances[k], how=self.aggregation).ratio,
+                best[k],
+            )
+            for k in self.budgets
+        )
+
+    def _results(self, estimator: str, competing: Candidates, random: _Random) -> Iterator[StrategyResult]:
         ids, values = competing.ids, competing.scores
         ranks = descending_ranks(values.numpy())
-        choices = choose_all(self.strategies, competing, self.budgets)
-        relevances = relevance_of_choices(competing, choices, models=(self.coefficients,))
-        for strategy, by_budget, by_model in zip(self.strategies, choices, relevances, strict=True):
-            for k, selections in by_budget.items():
-                found = by_model[k][self.coefficients]
+        ranking = [strategy for strategy in self.strategies if not isinstance(strategy, RandomChoice)]
+        choices = choose_all(ranking, competing, self.budgets) if ranking else []
+        relevances = relevance_of_choices(competing, choices, models=(self.coefficients,)) if ranking else []
+        made = {
+            strategy.strategy: (own, {k: by_model[k][self.coefficients] for k in own})
+            for strategy, own, by_model in zip(ranking, choices, relevances, strict=True)
+        }
+        for strategy in self.strategies:
+            own, by_budget = made.get(strategy.strategy) or random.among(competing)
+            for k, selections in own.items():
+                found = by_budget[k]
                 together = relevance_of_draws(found, how=self.aggregation)
                 examples = zip(selections[0], found[0].coefficients.tolist(), strict=True)
                 yield StrategyResult(
-                    estimator=estimator.label,
+                    estimator=estimator,
                     strategy=strategy.strategy,
                     k=k,
                     relevance_db=together.db,
@@ -311,6 +530,7 @@ class _Work:
             "coefficients": self.coefficients,
             "candidates": self.candidates,
             "aggregation": self.aggregation,
+            "exact": self.exact,
             "warmup": [checkpoint.identity() for checkpoint in self.pool.checkpoints()],
             **revisions("scores"),
         }
@@ -360,12 +580,40 @@ class Explanations(_Work, Shown):
         by_id = {entry.id: entry for entry in self.source.entries}
         return [by_id[entry.id] for entry in self.entries]
 
+    def trained(self, effects: Mapping[tuple[str, str, str, int], Trained]) -> Explanations:
+        """The same, written again, with what training on choices did, by output, estimator, strategy and k."""
+        entries = [
+            replace(
+                entry,
+                results=tuple(
+                    replace(found, trained=effects.get((entry.id, found.estimator, found.strategy, found.k)))
+                    for found in entry.results
+                ),
+            )
+            for entry in self.entries
+        ]
+        found = replace(self, entries=tuple(entries))
+        found.publish()
+        return found
+
+    def publish(self) -> None:
+        """Write explanations.jsonl and .parquet."""
+        lines = (json.dumps(entry.as_dict(), ensure_ascii=False) + "\n" for entry in self.entries)
+        self.pool.run.publish_text("explanations.jsonl", "".join(lines))
+        self.pool.run.publish_parquet("explanations.parquet", [self.table()])
+
     def table(self) -> pa.Table:
-        """Long form: output, estimator, strategy, k, relevance (dB and ratio), of how many draws, flags, chosen ids."""
+        """Long form: output, estimator, strategy, k, relevance (dB, ratio, share), its verdict, chosen ids."""
         rows = [
             {
                 "output": entry.id,
-                **{name: value for name, value in vars(result).items() if name not in ("examples", "draws")},
+                **{name: value for name, value in vars(result).items() if name not in ("examples", "draws", "trained")},
+                "share": (verdict := entry.verdict(result)).share,
+                "random_ratio": None if verdict.reference is None else verdict.reference.together,
+                "best_ratio": None if verdict.reference is None else verdict.reference.best,
+                "support": None if result.trained is None else result.trained.support,
+                "shift": None if result.trained is None else result.trained.shift,
+                "verdict": verdict.sentence,
                 "draws": len(result.draws),
                 "aggregation": entry.aggregation,
                 **{f"{one.name}s": [getattr(e, one.name) for e in result.examples] for one in fields(ChosenExample)},
@@ -387,6 +635,8 @@ def explain(
     candidates: int = CANDIDATES,
     max_new_tokens: int = 128,
     aggregation: Aggregation = "ratio_of_means",
+    matches: int = MATCHES,
+    exact: bool = True,
 ) -> Explanations:
     """For each prompt, k training examples that account for the model's output, by each strategy.
 
@@ -406,6 +656,11 @@ def explain(
         max_new_tokens: limit of the generated output.
         aggregation: how the relevances of a random strategy's draws become one, and in `relevance_table` those of
             outputs (`gradsift.explanation.relevance.aggregate_relevance`).
+        matches: outputs, from the first on, of which the examples that are shown first are split into tokens: which
+            of them carry the score, and which of the output's they bear on; takes each of these once more through the
+            model.
+        exact: take the candidates through the model once more and compare whole gradients; False compares stored rows,
+            whose projection makes choices and relevance uncertain.
 
     Raises:
         ConfigError: k below 1 or above the pool, or above the candidates; a strategy that cannot choose for one output.
@@ -449,16 +704,21 @@ def explain(
     work = _Work(
         pool=pool, source=source, store=store, gradients=gradients, estimators=estimators, strategies=tuple(strategies),
         budgets=budgets, coefficients=coefficients, candidates=candidates, aggregation=aggregation,
+        exact=exact,
     )  # fmt: skip
     explained = work.explain_all(answered, failed)
     if not explained:
         raise DataError(f"no prompt can be explained; first: {failed[0].detail}")
+    explained[:matches] = work.with_matches(explained[:matches])
     same = {one.name: getattr(work, one.name) for one in fields(work)}
     found = Explanations(**same, entries=tuple(explained), failed=tuple(failed))
-    lines = (json.dumps(entry.as_dict(), ensure_ascii=False) + "\n" for entry in found.entries)
-    pool.run.publish_text("explanations.jsonl", "".join(lines))
-    pool.run.publish_parquet("explanations.parquet", [found.table()])
+    found.publish()
     return found
+
+
+def shown_budget(budgets: SequenceABC[int]) -> int:
+    """The budget that is shown first: 5 where it was asked for, else the smallest."""
+    return 5 if 5 in budgets else budgets[0]
 
 
 def explained_views(estimators: SequenceABC[Estimator]) -> set[View]:

@@ -19,9 +19,12 @@ from gradsift.base.types import said
 from gradsift.context import Pool
 from gradsift.data.dataset import Dataset
 from gradsift.data.shown import row_example, turns_of
-from gradsift.explanation.explain import Explanation, Explanations, StrategyResult
-from gradsift.explanation.relevance import AGGREGATIONS
+from gradsift.explanation import explain
+from gradsift.explanation.explain import CAUTIONS, Explanation, Explanations, StrategyResult
+from gradsift.explanation.matches_shown import matches_blocks
+from gradsift.explanation.relevance import AGGREGATIONS, to_db
 from gradsift.explanation.table import RelevanceTable
+from gradsift.explanation.verdict import LEAST_SHARE, relevance_text, share_brief, share_text
 from gradsift.influence.rds import kept_embeddings
 from gradsift.model import embeddings
 from gradsift.report import text
@@ -63,15 +66,17 @@ from gradsift.store.storage import checksum
 CAP_DB = 120.0
 MOST_EXPLAINING = 500  # examples of all outputs together
 _DRAWN_DB = 60.0  # beyond this a relevance is drawn at the edge: one exact duplicate must not flatten the rest
-_CAUTIONS = {
-    "near_zero": "The chosen gradients are almost zero, so this value says nothing about their directions.",
-    "capped": "The output's gradient is reconstructed exactly: the output itself is probably in the pool.",
-}
 RELEVANCE = (
     "10 log₁₀ of the output gradient's squared norm over the squared error of its reconstruction from the chosen "
     "examples. 0 dB = predicting nothing, +10 dB = a tenth of the error is left, below 0 dB = further away than "
-    "nothing at all, 120 dB = exact (usually a duplicate in the pool). It measures gradients: it does not prove that "
-    "the examples caused the output."
+    "nothing at all, 120 dB = exact (usually a duplicate in the pool). As a share: 1 − 1/ξ of the squared gradient is "
+    "accounted for. It measures gradients: it does not prove that the examples caused the output."
+)
+VERDICT = (
+    f"The sentence follows from three figures: the share that these examples account for, that of as many random ones, "
+    f"and that of the best choice that was found. Below {text.share(LEAST_SHARE)} examples do not account for an "
+    "output, whichever they are; if not even the best do, nothing in the pool does. The best is sought among the "
+    "candidates, not in the whole pool."
 )
 
 
@@ -86,33 +91,6 @@ def explanation_file(id_: str) -> str:
     plain = re.sub(r"[^a-z0-9]+", "-", id_.lower()[:60]).strip("-")
     digest = hashlib.sha256(id_.encode("utf-8", "surrogatepass")).hexdigest()[:10]
     return f"{plain}-{digest}.html" if plain else f"{digest}.html"
-
-
-def relevance_in_words(db: float) -> str:
-    """What a selection relevance says, for a reader who has never met one.
-
-    >>> relevance_in_words(0.0)
-    'The weighted sum of these gradients is no better than predicting nothing.'
-    """
-    if not math.isfinite(db):
-        return "There is no value."
-    if db >= CAP_DB:
-        return "The weighted sum of these gradients equals the output's gradient up to rounding."
-    if abs(db) < 0.05:
-        return "The weighted sum of these gradients is no better than predicting nothing."
-    if db > 0:
-        share = 100 * (1 - 10 ** (-db / 10))
-        shown = text.written(math.floor(10 * share) / 10 if share >= 99 else share, ".1f" if share >= 99 else ".0f")
-        return (
-            f"The weighted sum of these gradients accounts for {shown}\u202f% of the output gradient "
-            "(squared error, against predicting nothing)."
-        )
-    times = 10 ** (-db / 10)
-    shown = text.written(times, ",.0f" if times >= 10 else ".2f" if times < 2 else ".1f")
-    return (
-        f"Worse than predicting nothing: the squared error of the weighted sum is {shown} times as large. "
-        "The chosen gradients point elsewhere, or are too long."
-    )
 
 
 def shown_db(db: float) -> str:
@@ -142,50 +120,68 @@ def output_example(entry: Explanation) -> Example:
     return Example("", (Turn("prompt", prompt_of(entry)), Turn(said, entry.output)))
 
 
+def verdict_block(entry: Explanation, found: StrategyResult) -> Verdict:
+    """What a result amounts to, with what it follows from and what to mind."""
+    verdict = entry.verdict(found)
+    return Verdict(
+        shown_db(found.relevance_db),
+        f"{found.strategy}, {found.estimator}",
+        verdict.sentence,
+        tuple(entry.notes(found)),
+        verdict.figures(),
+        verdict.tone,
+    )
+
+
 def explained_blocks(
-    entry: Explanation, data: Dataset, *, k: int, estimator: str, table: bool = True
+    entry: Explanation, data: Dataset, *, k: int, estimator: str, output: bool = True
 ) -> tuple[Block, ...]:
-    """One output under one budget: each strategy's relevance and examples, the first one's unfolded.
+    """One output under one budget: the best verdict, every strategy's, and their examples, the best one's unfolded.
 
     Args:
         entry: the output.
         data: of the pool.
         k: the budget.
         estimator: whose ranking the strategies chose from.
-        table: whether the strategies stand in a table, too.
+        output: whether the output stands above it.
     """
-    results = [found for found in entry.results if (found.k, found.estimator) == (k, estimator)]
-    low, high = db_span([found.relevance_db for found in results])
+    results = entry.best_first(k, estimator)
     cut = "" if entry.finished else f" It was cut after {entry.tokens:,} tokens."
     loss = text.written(entry.loss, ".3f")
-    blocks: list[Block] = [
-        Examples((output_example(entry),)),
-        Text(f"Scores by {estimator}; loss of this output {loss} per token.{cut}", "aside"),
-    ]
-    if table and results:
-        rows = tuple(
-            Row(
-                (
-                    found.strategy,
-                    shown_db(found.relevance_db),
-                    Cell("", bar=Bar(low, high, value=drawn_db(found.relevance_db))),
-                    f"{len(found.examples):,}",
-                )
-            )
-            for found in results
-        )
-        heads = columns("strategy", "#relevance", "", "#examples")
-        blocks.append(Table(heads, rows))
+    blocks: list[Block] = [Examples((output_example(entry),))] if output else []
+    blocks += [verdict_block(entry, found) for found in results[:1]]
+    blocks.append(Text(f"Scores by {estimator}; loss of this output {loss} per token.{cut}", "aside"))
+    if len(results) > 1:
+        blocks.append(verdicts_table(entry, results))
     for number, found in enumerate(results):
-        notes = (Text(note, "aside"),) if (note := entry.note(found)) else ()
+        notes = tuple(Text(note, "aside") for note in entry.notes(found)) if number else ()
         title = f"{found.strategy}: {shown_db(found.relevance_db)}"
         blocks.append(Fold(title, (*notes, _chosen(found, data)), opened=number == 0))
     return tuple(blocks)
 
 
+def verdicts_table(entry: Explanation, results: Sequence[StrategyResult]) -> Table:
+    """Strategies, the best first, with random examples and the best choice found, of one budget and estimator."""
+    verdicts = [entry.verdict(found) for found in results]
+    low, high = db_span([found.db for found in verdicts])
+    rows = []
+    for found in verdicts:
+        bar = Bar(low, high, value=drawn_db(found.db), tone="worse" if found.db < 0 else "")
+        cells = (shown_db(found.db), Cell("", bar=bar), share_text(found.ratio), f"{found.count:,}")
+        rows.append(Row((found.strategy, *cells)))
+    for reference in (found.reference for found in verdicts[:1]):
+        if reference is not None:
+            beside = {"as many random examples": reference.together, "the best found": reference.best}
+            rows += [
+                Row((name, relevance_text(ratio), "", share_text(ratio), f"{reference.k:,}"), ruled=not number)
+                for number, (name, ratio) in enumerate(beside.items())
+            ]
+    return Table(columns("strategy", "#relevance", "", "of the output's gradient", "#examples"), tuple(rows))
+
+
 def shown_budget(explanations: Explanations) -> int:
     """The budget that is shown first: 5 where it was asked for, else the smallest."""
-    return 5 if 5 in explanations.budgets else explanations.budgets[0]
+    return explain.shown_budget(explanations.budgets)
 
 
 def explanations_blocks(explanations: Explanations) -> tuple[Block, ...]:
@@ -205,22 +201,36 @@ def explanations_blocks(explanations: Explanations) -> tuple[Block, ...]:
             rest = len(explanations.entries) - number
             blocks.append(Text(f"{rest:,} more explained outputs are in the run's files, not on this page.", "aside"))
             break
-        for estimator in explanations.estimators:
-            inside = explained_blocks(entry, explanations.pool.data, k=k, estimator=estimator.label)
-            blocks.append(Group(inside, text.one_line(prompt_of(entry), 90)))
+        inside = [
+            block
+            for place, estimator in enumerate(explanations.estimators)
+            for block in explained_blocks(
+                entry, explanations.pool.data, k=k, estimator=estimator.label, output=place == 0
+            )
+        ]
+        blocks.append(Group(tuple(inside), text.one_line(prompt_of(entry), 90)))
     return tuple(blocks)
+
+
+def verdicts_line(entries: Sequence[Explanation], k: int) -> str:
+    """How many outputs the best of their choices under a budget accounts for; for a single one, its sentence."""
+    verdicts = [entry.verdict(entry.best_first(k)[0]) for entry in entries]
+    if len(verdicts) == 1:
+        return verdicts[0].sentence
+    held = sum(found.holds for found in verdicts)
+    return f"The pool accounts for {held:,} of {len(verdicts):,} outputs, be it in part (k = {k}, the best strategy)."
 
 
 def _chosen(found: StrategyResult, data: Dataset) -> Examples:
     weights = text.figures([example.coefficient for example in found.examples])
-    scores = text.figures([example.score for example in found.examples])
+    named, scores = text.scaled("score", [example.score for example in found.examples])
     low, high = _span([example.coefficient for example in found.examples])
     return Examples(
         tuple(
             row_example(
                 data,
                 example.id,
-                ("score", score),
+                (named, Cell(score, "below 0", tone="worse") if example.score < 0 else score),
                 ("coefficient", Cell(weight, bar=Bar(low, high, value=example.coefficient))),
                 lead=f"{example.rank:,}",
             )
@@ -290,8 +300,11 @@ def explanation_page(
     if meanings is not None:
         note = "near = they say alike (sentence embeddings)"
         spaces.append(Space("Texts", note, _mapped(explanations.pool, meanings)))
-    results = [found for found in entry.results if found.estimator == estimator]
-    names = list(dict.fromkeys(found.strategy for found in results))
+    best = entry.best_first(shown_budget(explanations), estimator)
+    names = [found.strategy for found in best]
+    results = [
+        found for name in names for found in entry.results if (found.strategy, found.estimator) == (name, estimator)
+    ]
     budgets = sorted({found.k for found in results})
     strategies = {strategy.strategy: strategy for strategy in explanations.strategies}
     views = []
@@ -310,24 +323,14 @@ def explanation_page(
             f"The output was cut after {entry.tokens:,} tokens: what is explained is its beginning. "
             "Allow more tokens to explain all of it."
         )
-    for flag, caution in _CAUTIONS.items():
+    for flag, caution in CAUTIONS.items():
         affected = list(dict.fromkeys(found.strategy for found in results if getattr(found, flag)))
         if affected:
             warnings.append(f"{', '.join(affected)}: {caution[0].lower()}{caution[1:]}")
     chosen: list[Block] = [
         Choice(
             {"strategy": str(names.index(found.strategy)), "k": str(found.k)},
-            (
-                Verdict(
-                    shown_db(found.relevance_db),
-                    found.strategy,
-                    relevance_in_words(found.relevance_db),
-                    (
-                        *(caution for flag, caution in _CAUTIONS.items() if getattr(found, flag)),
-                        *([entry.over_draws(found)] if len(found.draws) > 1 else []),
-                    ),
-                ),
-            ),
+            (verdict_block(entry, found),),
             alone=True,
         )
         for found in results
@@ -362,19 +365,22 @@ def explanation_page(
         **versions(),
     }
     page = Page(
-        "Why these examples explain this output",
+        entry.verdict(best[0]).heading,
         (
             Section(
                 "output",
                 "The output",
-                (Examples((output_example(entry),)), Fold("How it was explained", (Facts(how),))),
+                (Examples((output_example(entry),)),),
             ),
-            Section("warnings", "Warnings", tuple(map(Text, warnings)), count=str(len(warnings))),
             Section("chosen", "Chosen examples", tuple(chosen)),
-            Section("relevance", "Strategies compared", tuple(_compared(names, budgets, results))),
+            Section("matches", "What matches", matches_blocks(entry, explanations.pool.data), "Tokens"),
+            Section("relevance", "Strategies compared", tuple(_compared(entry, names, budgets, estimator))),
+            Section("warnings", "Warnings", tuple(map(Text, warnings)), count=str(len(warnings))),
+            Section("run", "How it was explained", (Facts(how),)),
             Section("reading", "How to read this page", (Facts(_READING),)),
         ),
         brand="explanation",
+        summary=(f"{entry.verdict(best[0]).sentence} ({best[0].strategy})",),
         switches=(
             Switch(
                 "strategy",
@@ -396,6 +402,7 @@ def explanation_page(
 
 
 _READING = {
+    "verdict": VERDICT,
     "score": "Influence: an estimate, from gradients, of what training on the example does for this output. Higher = "
     "it makes the output more likely; below zero, less likely. Rank 1 is the highest score in the whole pool.",
     "relevance (dB)": RELEVANCE,
@@ -410,24 +417,44 @@ _READING = {
 }
 
 
-def _compared(names: Sequence[str], budgets: Sequence[int], results: Sequence[StrategyResult]) -> list[Block]:
-    """Every strategy's relevance at every budget, as a table and as lines."""
-    by_cell = {(found.strategy, found.k): found.relevance_db for found in results}
-    low, high = db_span(list(by_cell.values()))
+def _compared(entry: Explanation, names: Sequence[str], budgets: Sequence[int], estimator: str) -> list[Block]:
+    """Every verdict by every estimator at every budget, as a table; and lines of the page's own, with random and best.
+
+    Args:
+        entry: the output.
+        names: strategies, in the order of the page's switch.
+        budgets: ascending.
+        estimator: whose choices the page shows.
+    """
+    by_cell = {(found.estimator, found.strategy, found.k): entry.verdict(found) for found in entry.results}
+    beside = {one.k: one for one in entry.references}
+    low, high = db_span([found.db for found in by_cell.values()])
+    estimators = list(dict.fromkeys(label for label, _, _ in by_cell))
     rows, lines = [], []
-    for number, name in enumerate(names):
-        cells: list[Entry] = [name]
-        points = []
-        for k in budgets:
-            db = by_cell.get((name, k))
-            if db is None:
-                cells.append(text.ABSENT)
-                continue
-            cells.append(Cell(shown_db(db), bar=Bar(low, high, value=drawn_db(db))))
-            label = f"{name}, k = {k}: {shown_db(db)}"
-            points.append(Point(k, drawn_db(db), label=label, picks={"strategy": str(number), "k": str(k)}))
-        rows.append(Row(tuple(cells), number))
-        lines.append(Line(name, tuple(points), number))
+    for label in sorted(estimators, key=lambda label: label != estimator):
+        for number, name in enumerate(names):
+            cells: list[Entry] = [Cell(name, label if len(estimators) > 1 else "")]
+            points = []
+            for k in budgets:
+                found = by_cell[label, name, k]
+                agrees = "" if found.agreement is None else f", {text.share(found.agreement)} as others"
+                bar = Bar(low, high, value=drawn_db(found.db), tone="worse" if found.db < 0 else "")
+                cells.append(Cell(shown_db(found.db), f"{share_brief(found.ratio)}{agrees}", bar=bar))
+                said = f"{name}, k = {k}: {shown_db(found.db)}"
+                points.append(Point(k, drawn_db(found.db), label=said, picks={"strategy": str(number), "k": str(k)}))
+            rows.append(Row(tuple(cells), number if label == estimator else None))
+            if label == estimator:
+                lines.append(Line(name, tuple(points), number))
+    for name, ratio_of in (("random examples", lambda one: one.together), ("best found", lambda one: one.best)):
+        if beside and not (name.startswith("random") and "random" in names):
+            ratios = {k: ratio_of(beside[k]) for k in budgets}
+            cells = [name, *(Cell(relevance_text(ratio), share_brief(ratio)) for ratio in ratios.values())]
+            rows.append(Row(tuple(cells), ruled=len(rows) == len(names) * len(estimators)))
+            points = [
+                Point(k, drawn_db(to_db(ratio)), label=f"{name}, k = {k}: {relevance_text(ratio)}")
+                for k, ratio in ratios.items()
+            ]
+            lines.append(Line(name, tuple(points)))
     said = (
         "Relevance of each strategy's choice: how well a weighted sum of the chosen examples' gradients reconstructs "
         "the gradient of the output. 0 dB is predicting nothing; every +3 dB halves the squared error."
@@ -483,7 +510,8 @@ class _Candidates:
 
     def __init__(self, explanations: Explanations, entry: Explanation) -> None:
         estimator, data = explanations.estimators[0], explanations.pool.data
-        self.competing = explanations.candidates_of(entry.id, estimator)
+        every = dict.fromkeys(example.id for found in entry.results for example in found.examples)
+        self.competing = explanations.candidates_of(entry.id, estimator, every)
         self.ids = self.competing.ids
         own = (found for found in entry.results if found.estimator == estimator.label)
         chosen = Strings.of(self.ids).positions([example.id for found in own for example in found.examples]).tolist()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceABC
@@ -113,6 +114,10 @@ class Passes:
     done:    whether the run folder has what comes of them
     forward: whether they go forth alone
     unprojected: whether their gradients are stored, as they are
+    at_most: bytes of them that lie on disk together
+    held:    of these rows, how many unprojected gradients lie in memory together
+    factors: how many checkpoints' Kronecker factors lie on disk together
+    factors_held: how many checkpoints' factors lie in memory together
     number:  of the checkpoint, where they go through the model at several
     """
 
@@ -122,7 +127,18 @@ class Passes:
     done: bool = False
     forward: bool = False
     unprojected: bool = False
+    at_most: float = math.inf
+    held: int = 0
+    factors: float = 0.0
+    factors_held: float = 0.0
     number: int = 0
+
+
+class Toward(Protocol):
+    """Inner products, not projected, of some rows with one target."""
+
+    def toward(self, *, adam: bool, cosine: bool) -> NDArray[np.float64]:
+        """Of the rows' gradients, or of their Adam directions, `[row]`; as they are or as cosines."""
 
 
 class Estimator(Settings):
@@ -139,10 +155,12 @@ class Estimator(Settings):
     last_checkpoint: whether it reads those at the last checkpoint alone.
     aggregation: over targets, unless another is asked for.
     full_sum: whether the pool's stores have to hold the unprojected sums of their rows.
+    by_row: whether a row's scores are the same whatever other rows there are, so that it may be given some at a time.
     by_chance: whether its ranking means nothing, as a control.
     signed: whether a score below 0 says that training on the row does harm; else 0 is a point like any other.
     raters: what grades rows, one by one, if anything does.
     text_model: the sentence-transformers model that embeds the texts of pool and target, if one does.
+    splits: whether its scores are inner products of gradients, or cosines, which add up over pairs of tokens.
     """
 
     needs_target: ClassVar[bool] = True
@@ -152,12 +170,19 @@ class Estimator(Settings):
     last_checkpoint: ClassVar[bool] = False
     aggregation: ClassVar[Aggregation] = "max_of_means"
     full_sum: ClassVar[bool] = False
+    by_row: ClassVar[bool] = False
     by_chance: ClassVar[bool] = False
     signed: ClassVar[bool] = False
     raters: ClassVar[tuple[Any, ...]] = ()
     text_model: ClassVar[str | None] = None
+    splits: ClassVar[bool] = False
 
     kind: str
+
+    @property
+    def by_cosine(self) -> bool:
+        """Whether rows and directions are taken to unit length."""
+        return False
 
     @property
     def needs_projection(self) -> bool:
@@ -218,6 +243,17 @@ class Estimator(Settings):
 
         Raises:
             ConfigError: it does, but not with its settings.
+        """
+        return None
+
+    def exactly(self, products: Toward, checkpoints: int) -> NDArray[np.float64] | None:
+        """Scores of rows for one target from their whole gradients at the last checkpoint, `[row]`.
+
+        None where they are made of more than that.
+
+        Args:
+            products: gives products or cosines of the rows' plain gradients or Adam directions with the target's.
+            checkpoints: how many the pool has.
         """
         return None
 
@@ -296,11 +332,6 @@ class ProductEstimator(Estimator):
     """Ranks by inner products of the pool's stored rows with one direction for each target, summed over checkpoints."""
 
     signed: ClassVar[bool] = True
-
-    @property
-    def by_cosine(self) -> bool:
-        """Whether rows and directions are taken to unit length."""
-        return False
 
     def directions(self, store: GradientStore, targets: Tensor, device: str) -> Tensor:
         """What the rows are multiplied by, `[target dim]`: the targets' gradients, or what is made of them."""

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from gradsift.base.checks import float_array, same_size
 from gradsift.base.errors import ConfigError, ShapeError
 from gradsift.base.lazy import Tensor, torch
 from gradsift.base.sums import row_products
-from gradsift.influence.estimator import ProductEstimator, TrainingEstimator
+from gradsift.influence.estimator import ProductEstimator, Toward, TrainingEstimator
 from gradsift.influence.products import unit_rows
 
 
@@ -98,6 +101,9 @@ class LESS(TrainingEstimator, ProductEstimator):
     checkpoints: `all`, each weighted by its learning rate, or the `last` (Compact's form, with `sgd`).
     """
 
+    by_row: ClassVar[bool] = True
+    splits: ClassVar[bool] = True
+
     kind: Literal["less"] = "less"
     normalise: bool = True
 
@@ -114,3 +120,9 @@ class LESS(TrainingEstimator, ProductEstimator):
         parts = [] if self.optimizer == own else [{"sgd": "SGD", "adam": "Adam"}[self.optimizer]]
         parts += ["last checkpoint"] * (self.checkpoints == "last")
         return f"{name} ({', '.join(parts)})" if parts else name
+
+    def exactly(self, products: Toward, checkpoints: int) -> NDArray[np.float64] | None:
+        """Where the last checkpoint is all it reads."""
+        if checkpoints > 1 and not self.last_checkpoint:
+            return None
+        return products.toward(adam=self.optimizer == "adam", cosine=self.normalise)

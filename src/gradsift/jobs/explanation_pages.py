@@ -19,6 +19,7 @@ from gradsift.explanation.shown import (
     relevance_blocks,
     run_facts,
     shown_db,
+    verdicts_line,
 )
 from gradsift.explanation.table import RelevanceTable
 from gradsift.jobs.pages import publish_page
@@ -141,12 +142,11 @@ def relevance_page(
             ),
             Section("spread", "Distribution over outputs", spread_blocks(table, values), "Distribution"),
             Section("validation", "Does relevance foretell training?", checked, "Validation"),
-            Section(
-                "outputs", "Outputs", (_outputs(explanations, values, table.sorted_at, pages),), count=f"{count:,}"
-            ),
+            Section("outputs", "Outputs", (_outputs(explanations, table.sorted_at, pages),), count=f"{count:,}"),
             Section("reading", "How to read this page", (Facts(_READING),)),
         ),
         brand="relevance",
+        summary=(verdicts_line(explanations.entries, table.sorted_at),),
         wide=True,
     )
 
@@ -273,27 +273,25 @@ def _between(low: float | None, high: float | None) -> str:
     return f"{text.written(low, '+.0f')} to {text.written(high, '+.0f')} dB"
 
 
-def _outputs(
-    explanations: Explanations, values: Mapping[tuple[str, str, int], SequenceABC[float]], k: int, pages: int
-) -> Examples:
-    """The outputs with their best explained strategy under one budget, linked to pages of their own."""
+def _outputs(explanations: Explanations, k: int, pages: int) -> Examples:
+    """The outputs with their best verdict under one budget, linked to pages of their own."""
     listed = []
     for number, entry in enumerate(explanations.entries[:MOST_OUTPUTS]):
-        known = [(own[number], f"{name}, {method}") for (method, name, budget), own in values.items() if budget == k]
-        db, by = max(((db, by) for db, by in known if math.isfinite(db)), default=(None, ""))
-        best = [("best", Cell(shown_db(db), f"by {by}"))] if db is not None else []
+        verdict = entry.verdict(found := entry.best_first(k)[0])
+        best = ("best", Cell(shown_db(found.relevance_db), f"by {found.strategy}, {found.estimator}"))
         listed.append(
             Example(
                 entry.id,
                 facts=(
-                    *best,
+                    ("verdict", Cell(verdict.heading, tone=verdict.tone)),
+                    best,
                     ("tokens", f"{entry.tokens:,}" + ("" if entry.finished else ", cut")),
                     ("loss", text.written(entry.loss, ".3f")),
                 ),
                 title=text.one_line(prompt_of(entry), 240) or text.ABSENT,
                 note=text.one_line(entry.output, 240),
                 link=f"explanations/{explanation_file(entry.id)}" if number < pages else "",
-                order=db,
+                order=found.relevance_db,
                 anchor=f"output-{number}",
             )
         )

@@ -14,14 +14,25 @@ import numpy as np
 from rich.padding import Padding
 from rich.text import Text as Words
 
-from gradsift.base.errors import CorruptError
+from gradsift.base.errors import ConfigError, CorruptError
 from gradsift.base.progress import visible
-from gradsift.base.settings import Settings
+from gradsift.base.settings import Settings, models_in
 from gradsift.base.types import Prompt
 from gradsift.data.shown import excerpt, left_out, shares_table
+from gradsift.evaluation.arms import Compare
 from gradsift.explanation.explain import explained_views
-from gradsift.explanation.shown import RELEVANCE, explained_blocks, prompt_of, relevance_blocks, shown_budget
+from gradsift.explanation.matches_shown import matches_lines
+from gradsift.explanation.shown import (
+    RELEVANCE,
+    VERDICT,
+    explained_blocks,
+    prompt_of,
+    relevance_blocks,
+    shown_budget,
+    verdicts_line,
+)
 from gradsift.gradients.rows import View
+from gradsift.influence.estimator import Estimator
 from gradsift.influence.estimators import estimators
 from gradsift.influence.nice import PolicyEstimator, takes_reward
 from gradsift.influence.prompts import PromptTarget
@@ -44,6 +55,7 @@ from gradsift.jobs.results import (
     summary,
     write_skipped,
 )
+from gradsift.recipe import Recipe
 from gradsift.report import text
 from gradsift.report.blocks import (
     Block,
@@ -138,7 +150,8 @@ def result_page(result: Result) -> Page:
         )
     if result.explanations is not None:
         count = len(result.explanations.entries)
-        summary_lines.append(f"{count} output{'s' * (count != 1)} explained by the training examples behind them")
+        said = verdicts_line(result.explanations.entries, shown_budget(result.explanations))
+        summary_lines.append(f"{count} output{'s' * (count != 1)} asked about: {said}")
     scores = {f"scores, {entry.method.label}": entry.fingerprint for entry in result.scores}
     responses = _responses(result)
     asked = len(result.responses.prompts) if responses and result.responses is not None else 0
@@ -167,7 +180,7 @@ def result_page(result: Result) -> Page:
     there = {section.id for section in sections if section.blocks}
     reading = {name: words for name, (needs, words) in _READING.items() if not needs or needs & there}
     return Page(
-        "gradsift: " + ("training examples for a target" if result.selections else "an output explained"),
+        "gradsift: " + ("training examples for a target" if result.selections else "what accounts for an output"),
         (*sections, Section("reading", "How to read this page", (Facts(reading),))),
         summary=tuple(summary_lines),
         created=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
@@ -205,6 +218,7 @@ _READING: dict[str, tuple[set[str], str]] = {
         "Measured after training on each choice, on examples that no method saw. A method helps if it beats a random "
         "choice of the same budget by more than the spread between seeds.",
     ),
+    "verdict": ({"explanations"}, VERDICT),
     "relevance": ({"explanations"}, RELEVANCE),
     "coefficient": ({"explanations"}, "An example's weight in that weighted sum."),
     "texts": (set(), text.HOW_TEXTS_ARE_SHOWN),
@@ -458,15 +472,15 @@ def _score_table(result: Result) -> Table:
     rows = []
     for entry in result.scores:
         best = int(entry.aggregate.argmax())
-        value, length = text.written(float(entry.aggregate[best]), "+.4f"), text.signed(entry.length_correlation)
-        value += "" if entry.errors is None else f" ± {text.written(float(entry.errors[best]), '.4f')}"
+        known = [float(entry.aggregate[best]), *([] if entry.errors is None else [float(entry.errors[best])])]
+        value, length = " ± ".join(text.figures(known)), text.signed(entry.length_correlation)
         rows.append(Row((entry.method.label, f"{len(entry.ids):,}", entry.ids[best], value, length)))
     heads = ("method", "scored", "highest", "score", "Spearman with length")
     return Table(tuple(map(Column, heads)), tuple(rows), f"Scores ({HIGHER[0].lower()}{HIGHER[1:-1]})")
 
 
 def _explained_briefly(result: Result) -> list[Block]:
-    """The first five outputs with the first strategy's examples, or those of up to four; and what holds over all."""
+    """The first five outputs: the verdict, every strategy's, the examples of the best; and what holds over all."""
     explanations = result.explanations
     assert explanations is not None
     k, alone = shown_budget(explanations), len(explanations.entries) == 1
@@ -476,13 +490,14 @@ def _explained_briefly(result: Result) -> list[Block]:
         answer = text.one_line(entry.output, 500) or "(nothing: the turn ends at once)"
         blocks.append(Text(f"{entry.id}: {text.one_line(prompt_of(entry), 300)}\n{said}: {answer}"))
         for estimator in explanations.estimators:
-            found = explained_blocks(entry, result.pool.data, k=k, estimator=estimator.label, table=False)
+            found = explained_blocks(entry, result.pool.data, k=k, estimator=estimator.label, output=False)
             folds = [block for block in found if isinstance(block, Fold)]
-            blocks.append(found[1])
-            blocks += [Group(fold.blocks, fold.title) for fold in (folds if len(folds) <= 4 else folds[:1])]
+            blocks += [block for block in found if not isinstance(block, Fold)]
+            blocks += [Group(fold.blocks, fold.title) for fold in folds[:1]]
+        blocks += matches_lines(entry)
     if len(explanations.entries) > 5:
         blocks.append(Text(f"… and {len(explanations.entries) - 5} more in explanations.jsonl"))
-    if result.relevance is not None and (not alone or len(explanations.entries[0].results) > 4):
+    if result.relevance is not None and (not alone or len(explanations.budgets) > 1):
         draws = max(len(found.draws) for entry in explanations.entries for found in entry.results)
         blocks += relevance_blocks(result.relevance, draws=draws)
     if result.validation is not None:
@@ -491,17 +506,64 @@ def _explained_briefly(result: Result) -> list[Block]:
     return blocks
 
 
-def print_methods() -> None:
-    """All estimators and selectors: kind, what they take or read, and the first paragraph about them."""
+def print_methods(section: str | None = None) -> None:
+    """Everything that has a name: its kind, what it takes or reads, and the first paragraph about it.
+
+    Args:
+        section: one of them alone, by its first word.
+
+    Raises:
+        ConfigError: there is no such section.
+    """
+    from gradsift.generation.sampling import PRESETS as SAMPLINGS
+    from gradsift.warmup.train import PRESETS, TRAINING_PRESETS
+
     out = console()
-    out.print("Estimators, which rank: --estimator\n", markup=False)
-    for kind, one in estimators().items():
-        view = one.model_construct().view
-        reads = f"{one.takes if one.needs_target else 'no target'}{'' if view is None else f', {view} rows'}"
-        _print_method(out, kind, reads, one)
-    out.print("Selectors, which choose by the ranking: --selection of select and explain\n", markup=False)
-    for kind, chooser in selectors().items():
-        _print_method(out, kind, _TAKEN[chooser.model_construct().takes], chooser)
+    entries = {
+        "Estimators, which rank: --estimator": [_estimator_entry(kind, one) for kind, one in estimators().items()],
+        "Selectors, which choose by the ranking: --selection of select and explain": [
+            (kind, _TAKEN[one.model_construct().takes], _first_paragraph(one)) for kind, one in selectors().items()
+        ],
+        "Rewards of what a model says: --reward, or `reward:` in a recipe": _union_entries(Recipe, "reward"),
+        "Metrics of what was trained: --metric of evaluate, `metrics:` of compare": _union_entries(Compare, "metrics"),
+        "Presets of the warm-up: --preset of select, explain and others": _preset_entries(PRESETS),
+        "Training presets: --preset of train, `training:` of compare": _preset_entries(TRAINING_PRESETS),
+        "Sampling presets: --sampling": _preset_entries(SAMPLINGS),
+    }
+    first = [title.partition(" ")[0].rstrip(",").lower() for title in entries]
+    if section is not None and section not in first:
+        raise ConfigError(f"there is nothing named {section!r} to list: there are {', '.join(first)}")
+    for name, (title, own) in zip(first, entries.items(), strict=True):
+        if section in (None, name):
+            out.print(f"{title}\n", markup=False)
+            for kind, reads, said in own:
+                out.print(f"{kind:<20}{reads}", markup=False)
+                out.print(Padding(Words(said), (0, 0, 1, 4)))
+
+
+def _estimator_entry(kind: str, one: type[Estimator]) -> tuple[str, str, str]:
+    view = one.model_construct().view
+    reads = f"{one.takes if one.needs_target else 'no target'}{'' if view is None else f', {view} rows'}"
+    return kind, reads, _first_paragraph(one)
+
+
+def _union_entries(model: type[Settings], name: str) -> list[tuple[str, str, str]]:
+    """Of settings that a field may hold."""
+    kinds = models_in(model.model_fields[name].annotation)
+    return [(one.model_fields["kind"].default, "", _first_paragraph(one)) for one in kinds]
+
+
+def _preset_entries(presets: Mapping[str, Settings]) -> list[tuple[str, str, str]]:
+    """Of values with names: all that is in them."""
+    return [(name, "", ", ".join(f"{k} {_value(v)}" for k, v in one if v is not None)) for name, one in presets.items()]
+
+
+def _value(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _first_paragraph(method: type[Any]) -> str:
+    return (inspect.getdoc(method) or "").partition("\n\n")[0].replace("\n", " ")
 
 
 _TAKEN = {
@@ -511,9 +573,3 @@ _TAKEN = {
     "checkpoints": "gradients of rows and targets at every checkpoint; not to explain",
     "training": "pool and target, trains; not to explain",
 }
-
-
-def _print_method(out: Any, kind: str, reads: str, method: type[Settings]) -> None:
-    said = (inspect.getdoc(method) or "").partition("\n\n")[0].replace("\n", " ")
-    out.print(f"{kind:<20}{reads}", markup=False)
-    out.print(Padding(Words(said), (0, 0, 1, 4)))

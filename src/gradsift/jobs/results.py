@@ -46,7 +46,7 @@ FILES = {
     "responses.jsonl": "every sampled response, with its reward where it has one",
     "rewards.json": "what the responses of each checkpoint earn",
     "skipped.jsonl": "rows and parts of rows left out, with reasons",
-    "explanation.html": "why these examples: a page with a map",
+    "explanation.html": "what accounts for the output: a page with a map",
     "relevance.html": "how well each strategy does over the target",
     "report.html": "all of it to look at, in one file",
 }

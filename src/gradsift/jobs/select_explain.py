@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence as SequenceABC
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import numpy as np
 
@@ -47,11 +48,13 @@ _NO_TARGET = (
 )
 
 
-def open_recipe(recipe: Recipe, reporter: Reporter | None = None, *, announce: bool = True) -> Pool:
-    """The recipe's pool; with `announce` the rows left out of it are told and listed in skipped.jsonl."""
+def open_recipe(recipe: Recipe, reporter: Reporter | None = None, *, announce: bool = True, source: Any = None) -> Pool:
+    """The recipe's pool, or other rows in its place; with `announce` the rows left out of it are told and listed in
+    skipped.jsonl.
+    """
     reporter = reporter or silent()
     pool = open_pool(
-        recipe.pool,
+        recipe.pool if source is None else source,
         model=recipe.model,
         out=recipe.out,
         adapters=recipe.adapter,
@@ -218,9 +221,13 @@ def score_all(recipe: Recipe, reporter: Reporter, *, command: str) -> Result:
 
 
 def views_together(recipe: Recipe, methods: SequenceABC[Estimator]) -> set[View]:
-    """What is read at the last checkpoint to choose and to explain, which the same backward gives."""
+    """What is read at the last checkpoint to choose and to explain, now or later, which the same backward gives."""
     views: set[View] = {view for method in methods if (view := method.view) is not None}
-    return views if recipe.explain is None else views | explained_views(recipe.explain.estimators)
+    if recipe.explain is not None:
+        return views | explained_views(recipe.explain.estimators)
+    if not views:  # no gradient is taken to choose
+        return views
+    return views | (explained_views(()) if recipe.views is None else set(recipe.views))
 
 
 def trust(result: Result) -> None:
@@ -292,6 +299,8 @@ def explain_into(result: Result) -> None:
         candidates=job.candidates,
         max_new_tokens=job.max_new_tokens,
         aggregation=job.aggregation,
+        exact=job.exact,
+        matches=job.paged(len(questions)),
     )
     result.explanations = found
     say_account(Account(parts=tuple(found.unshown)), "what is to be explained", len(found.entries), pool.reporter)
@@ -299,6 +308,7 @@ def explain_into(result: Result) -> None:
     pool.run.publish_json("relevance.json", result.relevance.as_dict())
     if job.validation is not None:
         result.validation = validate_explanations(pool, found, settings=job.validation.step, route=job.validation.route)
+        result.explanations = found = found.trained(result.validation.effects())
     result.pages = write_pages(
         found,
         result.relevance,

@@ -36,8 +36,11 @@ def draw(blocks: Iterable[Block | Section], out: Console | None = None) -> None:
             said = f"{block.head} {block.text}" if block.head else block.text
             out.print(f"{visible(said)}\n", markup=False)
         elif isinstance(block, Verdict):
-            lines = [f"{block.by}: {block.value}. {block.words}", *block.cautions]
-            out.print("\n".join(map(visible, lines)), markup=False)
+            out.print(visible(block.words), style="bold", markup=False)
+            wide = max(map(len, block.figures), default=0)
+            lines = [f"{block.value} by {block.by}", *block.cautions]
+            lines += [f"  {name:<{wide}}  {value}" for name, value in block.figures.items()]
+            out.print("\n".join(map(visible, lines)) + "\n", markup=False)
         elif isinstance(block, Table):
             _draw_table(block, out)
         elif isinstance(block, Examples):

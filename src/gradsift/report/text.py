@@ -91,6 +91,23 @@ def figures_layout(values: Sequence[float | None]) -> str:
     return f",.{max(0, (3 if power >= 0 else 2) - power)}f"
 
 
+def scaled(name: str, values: Sequence[float | None]) -> tuple[str, list[str]]:
+    """The name of a column, with the power of ten that its numbers are in where they are large or small; and those.
+
+    >>> scaled("score", [1593637.25, -2000.0])
+    ('score (×10⁶)', ['1.594', '−0.002'])
+    """
+    largest = max((abs(value) for value in values if value is not None and math.isfinite(value)), default=0.0)
+    if largest == 0.0 or 1e-3 <= largest < 1e5:
+        return name, figures(values)
+    power = 3 * math.floor(math.log10(largest) / 3)
+    raised = str(power).translate(_RAISED)
+    return f"{name} (×10{raised})", figures([None if value is None else value / 10.0**power for value in values])
+
+
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
 def figure(value: float | None) -> str:
     """One number at four figures."""
     return figures([value])[0]
@@ -129,6 +146,9 @@ def written(value: float | None, layout: str) -> str:
     if math.isinf(value):
         return "∞" if value > 0 else f"{MINUS}∞"
     text = format(value, layout).replace("-", MINUS)
+    if layout.endswith("e"):  # as a person writes it
+        figures_, _, power = text.partition("e")
+        return f"{figures_}×10{str(int(power.replace(MINUS, '-'))).translate(_RAISED)}" if value else "0"
     return text.removeprefix(MINUS) if not any(digit in text for digit in "123456789") else text
 
 

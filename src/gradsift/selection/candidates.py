@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from gradsift.base.checks import float_array, same_size, to_float64
 from gradsift.base.errors import ConfigError
 from gradsift.base.lazy import Tensor, torch
+from gradsift.base.strings import Strings
 from gradsift.context import Pool, Target
 from gradsift.influence.scores import Scores
 from gradsift.report.blocks import Block
@@ -125,6 +126,7 @@ class Candidates:
         test_id: of the output that is explained; None where examples are chosen for a whole target.
         pool: whose scores they are.
         source: the scores for a whole target, with their estimator; None for one output.
+        among: positions that rankings are of; None for all with a finite score.
 
     Attributes:
         available: positions with a finite score, ascending.
@@ -148,6 +150,7 @@ class Candidates:
         test_id: str | None = None,
         pool: Pool | None = None,
         source: Scores | None = None,
+        among: NDArray[np.int64] | None = None,
     ) -> None:
         if count < 1:
             raise ConfigError(f"candidates is {count}: let at least 1 compete")
@@ -155,6 +158,7 @@ class Candidates:
         self.available = torch.nonzero(torch.isfinite(self.scores)).flatten().numpy()
         if len(self.available) == 0:
             raise ConfigError(f"none of the {len(self.scores)} scores is finite: there is nothing to choose from")
+        self._among = self.available if among is None else np.intersect1d(among, self.available)
         self.ids = [str(position) for position in range(len(self.scores))] if ids is None else list(ids)
         self.count, self.test_id, self.pool, self.source = count, test_id, pool, source
         self.target_gradient: Tensor | None = None
@@ -188,6 +192,15 @@ class Candidates:
             values, lambda positions: store.rows_by_id([ids[p] for p in positions]), target_gradient, ids=ids, **more
         )
 
+    def also_of(self, other: Candidates) -> Candidates:
+        """The same without what another estimator of these examples cannot choose."""
+        places = np.arange(len(self.ids)) if other.ids == self.ids else Strings.of(other.ids).positions(self.ids)
+        usable = torch.from_numpy(places >= 0) & torch.isfinite(other.scores[places.clip(0)])
+        return Candidates(
+            self.scores.where(usable, -torch.inf), self._rows_of, self.target_gradient,
+            count=self.count, ids=self.ids, test_id=self.test_id, pool=self.pool, source=self.source,
+        )  # fmt: skip
+
     def whole(self) -> tuple[Scores, Pool, Target]:
         """What a choice for a whole target is made by: its scores, their pool and the target."""
         assert self.source is not None, "see `Selector.check`"
@@ -201,14 +214,14 @@ class Candidates:
 
     def first(self, order: Order, count: int) -> list[int]:
         """The first `count` pool positions of a ranking, equal ones by position."""
-        count = min(count, len(self.available))
+        count = min(count, len(self._among))
         if (order, count) not in self._first:
-            key = naive_key(self.scores[self.available], order)
+            key = naive_key(self.scores[self._among], order)
             # Sorting a million scores for a hundred would take longer than all selectors together.
             least = key.kthvalue(len(key) - count + 1).values
             leading = torch.nonzero(key >= least).flatten()
             best = leading[torch.sort(key[leading], descending=True, stable=True).indices[:count]]
-            self._first[order, count] = self.available[best.numpy()].tolist()
+            self._first[order, count] = self._among[best.numpy()].tolist()
         return self._first[order, count]
 
     def competing(self, order: Order | Literal["any"], budget: int = 1, own: int | None = None) -> list[int]:

@@ -21,6 +21,7 @@
       replays/<fingerprint>/    a training step by step, to go back through, and what was found on the way
       outputs/<fingerprint>/    what the model answered to prompts that were to be explained
       explanations/<fingerprint>/   explanations, one file an output
+      matches/<fingerprint>/    which tokens of chosen examples match an output's, one file an example
       validation/<fingerprint>/ effects of training steps on selections
       evaluations/<fingerprint>/    figures of one metric for one model, and verdicts that were paid for
       times/<fingerprint>.json  what the stages of comparisons took
@@ -74,7 +75,9 @@ REVISIONS = {
     "replays": 1,
     "descents": 1,
     "outputs": 2,
-    "explanations": 1,
+    "matches": 1,
+    "explanations": 2,
+    "products": 1,
     "validation": 2,
     "evaluations": 2,
     "times": 1,

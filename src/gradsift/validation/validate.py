@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceABC
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -26,6 +26,7 @@ from gradsift.base.types import Skipped, TokenizedExample
 from gradsift.context import Pool
 from gradsift.explanation.explain import Explanations
 from gradsift.explanation.outputs import OutputSource
+from gradsift.explanation.verdict import Trained
 from gradsift.gradients.capture import find_modules
 from gradsift.gradients.projection import Projection
 from gradsift.model.models import QUANTISED, DtypeName, host, model_identity
@@ -129,6 +130,13 @@ class Validation:
             "by_estimator": {name: asdict(found) for name, found in self.by_estimator.items()},
             "route": self.route,
             "settings": self.settings.model_dump(mode="json"),
+        }
+
+    def effects(self) -> dict[tuple[str, str, str, int], Trained]:
+        """What each cell's verdict says of it, by output, estimator, strategy and k."""
+        return {
+            (one.cell.output, *astuple(one.cell.key)): Trained(one.support, one.supports, one.shift)
+            for one in self.cells
         }
 
     def facts(self) -> dict[str, str]:

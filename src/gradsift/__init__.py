@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from gradsift.influence.less import LESS
     from gradsift.influence.magic import MAGIC
     from gradsift.influence.nice import NICE, NICEIF
+    from gradsift.influence.nice_ekfac import NICEEKFAC
     from gradsift.influence.nice_magic import NICEMAGIC
     from gradsift.influence.prompts import PromptTarget, open_prompts
     from gradsift.influence.random import Random
@@ -132,6 +133,7 @@ _WHERE = {
     "gradsift.gradients.policy": ("PolicyGradient",),
     "gradsift.influence.diagnostics": ("PolicyDiagnostics", "diagnose"),
     "gradsift.influence.nice": ("NICE", "NICEIF"),
+    "gradsift.influence.nice_ekfac": ("NICEEKFAC",),
     "gradsift.influence.nice_magic": ("NICEMAGIC",),
     "gradsift.influence.prompts": ("PromptTarget", "open_prompts"),
     "gradsift.influence.datainf": ("DataInf", "ProjectedInverse"),
@@ -191,7 +193,7 @@ __all__ = [  # noqa: RUF022  # kept in the order of the flow
     "LESS", "DataInf", "ProjectedInverse", "TRAK", "EKFAC", "JI2S", "MAGIC", "BM25", "RDS", "RDSPlus", "RepSim",
     "DSIR", "Rerank", "Random", "AlpaGasus", "DEITA",
     "JudgeRating", "FunctionRating", "LengthRating", "PerplexityRating", "DifficultyRating",
-    "NICE", "NICEIF", "NICEMAGIC", "open_prompts", "PromptTarget", "Sampling", "Assistant", "Endpoint",
+    "NICE", "NICEIF", "NICEEKFAC", "NICEMAGIC", "open_prompts", "PromptTarget", "Sampling", "Assistant", "Endpoint",
     "PolicyGradient", "diagnose", "PolicyDiagnostics", "select", "Selection", "Selector", "Candidates", "TopK",
     "FacilityLocation", "RandomChoice", "GumbelTopK", "TSDS", "JointGreedy", "MetagradientDescent", "Diverse",
     "explain", "Question", "Explanation", "Explanations", "ALL_STRATEGIES",

@@ -571,16 +571,18 @@ def plan(given: Given, recipe: Path | None) -> None:
             print_estimate(one)
 
 
-@_command(required=(), name="list")
-def list_(given: Given) -> None:
-    """Name every estimator and selector, gradsift's and those of installed packages, with what each reads and is.
+@_command(required=(), name="list", arguments=(click.Argument(["section"], required=False),))
+def list_(given: Given, section: str | None) -> None:
+    """Name every estimator, selector, reward, metric and preset with what it is, those of installed packages, too.
 
     Example: gradsift list
+
+    One part of it: gradsift list presets
     """
     from gradsift.jobs.report import print_methods
 
     _calm_libraries()
-    print_methods()
+    print_methods(section)
 
 
 @_command(

@@ -191,6 +191,7 @@ EXPLANATION = (
         explain.target -t
         explain.row
         explain.output
+        explain.instead
         explain.use_answers !
         explain.sample
         explain.k --budget -b -k
@@ -742,6 +743,7 @@ def endpoint_of(model: str, url: str | None) -> dict[str, Any]:
 _REWARD_WORD = {
     "numeric": "answer", "exact": "answer", "regex": "pattern", "format": "form", "reward_model": "model",
     "unit_tests": "tests", "judge": "mode", "sentiment": None,
+    "stored": "rewards",
 }  # fmt: skip
 
 

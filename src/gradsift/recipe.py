@@ -64,6 +64,7 @@ class Explain(Settings):
     target: or explain an output for every row of this file.
     row: of the target, only the row with this id.
     output: explain this answer instead of the model's own.
+    instead: explain why that answer and not this one, by the gradient of the difference of their log-probabilities.
     use_answers: of the target, explain the rows' own answers.
     sample: so many rows, drawn by the run's seed: of the target, or else of the pool's rows outside `pool_sample`.
     k: examples per explanation, or several such numbers.
@@ -83,6 +84,7 @@ class Explain(Settings):
     target: str | None = None
     row: str | None = None
     output: str | None = None
+    instead: str | None = None
     use_answers: bool = False
     sample: int | None = Field(default=None, ge=1)
     k: int | tuple[int, ...] = 5
@@ -140,7 +142,8 @@ class Recipe(Settings):
     drop: or how many not to choose: all but so many of the lowest scores, by an estimator whose scores have a sign.
     group_by: columns by which the choice is compared with the pool.
     reward: what responses to the target's prompts earn: numeric:COLUMN, exact:COLUMN, regex:PATTERN, format:json,
-        length:MIN-MAX, sentiment, unit_tests, reward_model:ID, judge, or a function as rewards.py:name; several add up.
+        length:MIN-MAX, sentiment, unit_tests, reward_model:ID, judge, stored (the rows' own completions), or a
+        function as rewards.py:name; several add up.
     judge: the endpoint of a model that judges.
     explain: outputs to explain.
     compare: methods to compare, for `gradsift compare`.

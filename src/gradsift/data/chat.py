@@ -155,9 +155,10 @@ class ChatFormat:
         for example in examples:
             try:
                 located.append(self._locate(example))
+            except CutReasoningError as problem:
+                located.append(example.skipped("reasoning_cut", str(problem)))
             except TemplateProblemError as problem:
-                reason = "reasoning_cut" if isinstance(problem, CutReasoningError) else "template"
-                located.append(example.skipped(reason, str(problem)))
+                located.append(example.skipped("template", str(problem)))
         encoded = self._encode([found.text for found in located if not isinstance(found, Skipped)])
         return [
             found if isinstance(found, Skipped) else self._label(example, found, *next(encoded))

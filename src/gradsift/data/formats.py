@@ -253,6 +253,12 @@ def _turns(row: Mapping[str, Any], columns: Columns, require_answer: bool) -> li
         return _alpaca(row, columns, require_answer)
     if row.get(TEXT) is not None:
         return _plain_text(row[TEXT], TEXT)
+    if row.get("chosen") is not None and row.get("rejected") is not None:
+        name = "messages" if row.get("prompt") is None and not isinstance(row["chosen"], str) else "completion"
+        raise BadRowError(
+            "preference_pair",
+            f"a pair of a chosen and a rejected answer: --columns {name}=chosen learns the chosen ones alone",
+        )
     raise _missing(row, None)
 
 
@@ -270,7 +276,15 @@ def _prompt_completion(row: Mapping[str, Any], prompt: str, completion: str, req
     places = [] if completion in row else _PLACE.findall(completion)
     there = any(_value(row, name) is not None for name in places or [completion])
     answer = _need(row, completion) if require_answer or there else None
-    return turns if answer is None else turns + _text_or_turns(answer, "assistant")
+    answers = [] if answer is None else _text_or_turns(answer, "assistant")
+    repeated = len(answers) > len(turns) and all(map(_same, turns, answers))  # chosen conversations hold their prompt
+    return answers if repeated else turns + answers
+
+
+def _same(turn: Any, other: Any) -> bool:
+    """Whether two turns are of one speaker and say the same."""
+    both = isinstance(turn, Mapping) and isinstance(other, Mapping)
+    return both and all(of(turn) == of(other) for of in (_speaker, _content))
 
 
 def _alpaca(row: Mapping[str, Any], columns: Columns, require_answer: bool) -> list[Any]:

@@ -157,7 +157,10 @@ class EKFAC(RateWeighted):
     def passes(
         self, pool: Pool, target: Target | None, checkpoints: Callable[[], SequenceABC[Checkpoint | None]]
     ) -> list[Passes]:
-        """Two over the sample and one over the targets at each checkpoint, and those of the conjugate gradients."""
+        """Two over the sample and one over the targets at each checkpoint, for each group of modules, and those of the
+        conjugate gradients. The sums of a group's factors are on the disk once for each part of the sample, until they
+        are added up, and in memory twice meanwhile.
+        """
         assert target is not None, self
         data = pool.population
         ids = drawn(data.ids, self.rows)
@@ -165,6 +168,8 @@ class EKFAC(RateWeighted):
         mean = tokens / len(ids)
         source = self.targets(pool, target)
         beside, curved = min(_CHECKED_ROWS, len(ids)), min(_CURVED_ROWS, len(ids))
+        groups, parts = pool.gradients.module_groups, math.ceil(len(ids) / _PART_ROWS)
+        again = 1 if self.conjugate_gradient else groups
         every = checkpoints()[-1:] if self.last_checkpoint else checkpoints()
         found = []
         for number, one in enumerate(every):
@@ -173,9 +178,11 @@ class EKFAC(RateWeighted):
             done = made and known and one is not None and self.found(pool, source, one).made(pool)
             products = self.conjugate_gradient * count * curved
             found += [
-                Passes("EK-FAC's factors", 2 * len(ids), 2 * tokens, made, number=number),
-                Passes("EK-FAC's targets", count + beside, asked + beside * mean, done, number=number),
-            ]
+                Passes("EK-FAC's factors", 2 * groups * len(ids), 2 * groups * tokens, made, factors=1 + parts / groups,
+                       factors_held=2 / groups, number=number),
+                Passes("EK-FAC's targets", again * (count + beside), again * (asked + beside * mean), done,
+                       factors_held=1 / again, number=number),
+            ]  # fmt: skip
             if products:
                 taken = products * mean * _CURVED_PASSES
                 found.append(Passes("EK-FAC's conjugate gradients", products, taken, done, number=number))

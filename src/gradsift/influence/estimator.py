@@ -21,6 +21,7 @@ from gradsift.base.settings import Settings
 from gradsift.base.strings import Strings
 from gradsift.base.types import Message, Skipped
 from gradsift.context import Pool, Target
+from gradsift.data.pairs import Pairs
 from gradsift.data.prompts import Prompts
 from gradsift.data.rows import Rows
 from gradsift.gradients.collect import SequenceSource
@@ -116,6 +117,8 @@ class Passes:
     unprojected: whether their gradients are stored, as they are
     at_most: bytes of them that lie on disk together
     held:    of these rows, how many unprojected gradients lie in memory together
+    factors: how many checkpoints' Kronecker factors lie on disk together
+    factors_held: how many checkpoints' factors lie in memory together
     number:  of the checkpoint, where they go through the model at several
     """
 
@@ -127,6 +130,8 @@ class Passes:
     unprojected: bool = False
     at_most: float = math.inf
     held: int = 0
+    factors: float = 0.0
+    factors_held: float = 0.0
     number: int = 0
 
 
@@ -399,6 +404,13 @@ def influence_of(method: Estimator, pool: Pool, target: Target | None) -> Influe
     """
     if target is None and method.needs_target:
         raise ConfigError(f"{method.label} ranks for a target, and there is none: give one, or use AlpaGasus or DEITA")
+    of_losses = method.needs_target and method.takes == "labels" and method.view is None
+    if of_losses and target is not None and isinstance(target.data, Pairs):
+        raise ConfigError(
+            f"{method.label} measures losses of single answers, and the target's rows are a chosen and a rejected one: "
+            "rank with LESS, DataInf, EK-FAC, ProjectedInverse or TRAK, or learn the chosen ones alone "
+            "(--target-columns completion=chosen)"
+        )
     found = method.influence(pool, target)
     said = f"{type(method).__name__}.influence gave"
     if (found.matrix is None) == (found.whole is None):

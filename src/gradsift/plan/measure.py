@@ -23,7 +23,7 @@ from gradsift.plan.work import crew_of, endpoints, priced
 from gradsift.recipe import Recipe
 from gradsift.report.terminal import console, table
 
-_HELD = 4  # of a gradient in memory and what is made of it, in bytes of one on disk
+_HELD = {"unprojected": 4, "factors": 1}  # bytes in memory, with what is made of them, for each on disk
 
 
 def estimate(recipe: Recipe, reporter: Reporter | None = None, *, command: str = "run") -> dict[str, Any]:
@@ -59,10 +59,10 @@ def estimate(recipe: Recipe, reporter: Reporter | None = None, *, command: str =
         outputs = None if recipe.explain is None else len(explain_questions(recipe, pool)[0])
     stages = priced(works, speeds, crew, recipe.gradients.shard_rows)
     total = {key: sum(stage[key] or 0 for stage in stages.values()) for key in ("tokens", "seconds", "disk_bytes")}
-    free, peak = psutil.disk_usage(_existing(recipe.out)).free, peak_memory()
     labels = target.labels if target else None
     waiting = [work for work in works if not work.done]
-    peak += int(_HELD * speeds.bytes_of.get("unprojected", 0) * max((work.held for work in waiting), default=0))
+    held = [sum(_HELD[kind] * speeds.bytes_of[kind] * n for kind, n in work.held.items()) for work in waiting]
+    free, peak = psutil.disk_usage(_existing(recipe.out)).free, peak_memory() + int(max(held, default=0.0))
     return {
         "pool": {
             "rows": len(pool.data), "tokens": int(pool.data.lengths.sum()), "longest": int(pool.data.lengths.max())

@@ -26,7 +26,7 @@ from gradsift.evaluation.evaluate import evaluation_config
 from gradsift.evaluation.metric import ASKED, Judging, Needs
 from gradsift.evaluation.setup import Trained, subject_of
 from gradsift.explanation.exact import MOST_AT_ONCE, is_known
-from gradsift.explanation.explain import RANDOM, explained_views, shown_budget
+from gradsift.explanation.explain import OPPOSING, RANDOM, explained_views, shown_budget
 from gradsift.explanation.outputs import OutputSource, answers, missing_answers
 from gradsift.explanation.tokens import MOST_PAIRS
 from gradsift.generation.endpoint import Endpoint, usage_of
@@ -218,13 +218,15 @@ class Walk:
         """Rows that methods take through the model, counted once."""
         if self.is_new("passes", *(repr(part) for part in by), one, self.pool.seed):
             backward, forward = (0.0, one.tokens) if one.forward else (one.tokens, 0.0)
-            stored = {"unprojected": one.rows} if one.unprojected else {}
+            stored: dict[str, float] = {"unprojected": one.rows} if one.unprojected else {}
+            stored |= {"factors": one.factors} if one.factors else {}
             done = one.done and self.kept is not None
-            self.add(
-                Work(
-                    one.stage, one.rows, backward, forward, stored=stored, at_most=one.at_most, held=one.held, done=done
-                )
-            )  # fmt: skip
+            held = {"unprojected": one.held, "factors": one.factors_held}
+            held = {kind: number for kind, number in held.items() if number}
+            work = Work(
+                one.stage, one.rows, backward, forward, stored=stored, at_most=one.at_most, held=held, done=done
+            )
+            self.add(work)
 
     def _gradients(self, method: Estimator, *, targets: bool) -> None:
         """The pool's rows that a method reads, and its targets'."""
@@ -342,10 +344,8 @@ class Walk:
     def _rows_of(
         self, method: PolicyEstimator, target: PromptTarget, source: SequenceSource | None, name: str
     ) -> _Rows:
-        sampling = method.drawing
-        prompts, each = len(target.data), sampling.samples
-        tokens = each * (float(target.data.lengths.sum()) + prompts * sampling.max_new_tokens)
-        count = prompts * (min(MOST_ROWS, each) if name.startswith("samples") else 1)
+        tokens = method.tokens_of(target)
+        count = len(target.data) * (min(MOST_ROWS, method.drawing.samples) if name == "samples" else 1)
         if source is not None:
             tokens, count = float(sum(source.token_counts())), len(source.ids)
         return _Rows("policy gradients", f"{name} {method.model_dump_json()}", count, tokens, source)
@@ -368,7 +368,7 @@ class Walk:
         drawn = unpaid = responses
         complete = None
         if self.kept is not None and (checkpoint is not None or writer is not None):
-            sampler = sampler_of(self.kept, method, checkpoint or Checkpoint(None))
+            sampler = sampler_of(self.kept, target, method, checkpoint or Checkpoint(None))
             samples, requests = missing_samples(self.kept.run, target.data.prompts, sampler)
             drawn = sum(len(request.numbers) for request in requests)
             unpaid = drawn + missing_rewards(target, samples) if rewarded else 0
@@ -435,6 +435,9 @@ class Walk:
             rows = self._rows_of(method, target, source, "samples")
             if rows.count:
                 self._collect(rows, number, [view], sums=False)
+                pool, at = self.kept or self.pool, self._checkpoints()[number]
+                for one in method.sample_passes(pool, source, at, rows.count, rows.tokens):
+                    self._passed(one, method, number)
             if target.labels is not None:
                 own = target.labels
                 labels = _Rows("target gradients", "labels", len(own), float(own.lengths.sum()), own)
@@ -537,7 +540,8 @@ class Walk:
         orders = {one.ranking for one in job.strategies} - {None} | {"most_helpful"}
         lists = (len(ORDERS) if "any" in orders else len(orders)) * len(job.estimators)
         draws = max([RANDOM.draws, *(one.draws for one in job.strategies if isinstance(one, RandomChoice))])
-        each = min(len(pool.data), lists * max(job.candidates, *job.budgets) + draws * max(job.budgets))
+        lowest = len(job.estimators) * max(OPPOSING, *job.budgets)
+        each = min(len(pool.data), lists * max(job.candidates, *job.budgets) + lowest + draws * max(job.budgets))
         at_once = min(outputs, max(1, MOST_AT_ONCE // each)) if each < len(pool.data) else outputs
         rows = -(-outputs // at_once) * min(len(pool.data), at_once * each)
         adam = any(one.view == "adam" for one in job.estimators)
@@ -545,7 +549,7 @@ class Walk:
             self.kept is not None
             and source is not None
             and checkpoint is not None
-            and all(is_known(self.kept, checkpoint, entry, adam=adam) for entry in source.entries)
+            and all(is_known(self.kept, checkpoint, source.alone(id_), adam=adam) for id_ in source.ids)
         )
         read = rows * float(pool.data.lengths.mean()) + tokens
         stored = {"bytes": outputs * 8.0 * (each + 1) ** 2 * (3 if adam else 1)}

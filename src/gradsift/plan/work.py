@@ -71,9 +71,10 @@ class Work:
     programs: that unit tests run
     texts:    that another model reads: for a reward, or to embed them
     seconds:  that it takes beside; None where nobody knows beforehand
-    stored:   what lies on disk: `rows` of gradients, `unprojected` ones, `adapters`, `models` and `bytes`
+    stored:   what lies on disk: `rows` of gradients, `unprojected` ones, `adapters`, `models`, checkpoints' Kronecker
+        `factors` and `bytes`
     at_most:  bytes of it that lie there together, where the rest is gone by then
-    held:     unprojected gradients that lie in memory together
+    held:     what lies in memory together, of the same kinds
     tasks:    that workers share; or rows with their mean tokens, which are cut into shards
     done:     whether the run folder has it already
     """
@@ -90,7 +91,7 @@ class Work:
     seconds: float | None = 0.0
     stored: Mapping[str, float] = field(default_factory=dict)
     at_most: float = math.inf
-    held: int = 0
+    held: Mapping[str, float] = field(default_factory=dict)
     tasks: int | tuple[int, float] = 1
     done: bool = False
 

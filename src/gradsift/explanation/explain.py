@@ -518,7 +518,7 @@ class _Work:
             "aggregation": self.aggregation,
             "exact": self.exact,
             "warmup": [checkpoint.identity() for checkpoint in self.pool.checkpoints()],
-            **revisions("scores"),
+            **revisions("scores", "products"),
         }
         return self.pool.run.prefix("explanations", config)
 

@@ -75,7 +75,7 @@ REVISIONS = {
     "replays": 1,
     "descents": 1,
     "outputs": 2,
-    "explanations": 2,
+    "explanations": 1,
     "products": 1,
     "validation": 2,
     "evaluations": 2,

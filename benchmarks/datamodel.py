@@ -15,9 +15,11 @@ with a warm-up over a fifth of the steps and ε_root 1e-8.
   two other seeds.
 - Leave-top-out (QLD): the loss of a kind of task without the rows that an estimator ranks first for it, less that
   without random rows; same order.
-- Pairs: I = Δ(A∪B) − Δ(A) − Δ(B), Δ the loss's rise when a group is left out, against JI2S's Σ_{a∈A, b∈B} Γ_aᵀHΓ_b.
+- Pairs: I = Δ(A∪B) − Δ(A) − Δ(B), Δ the loss's rise when a group is left out, against JI2S's Σ_{a∈A, b∈B} Γ_aᵀHΓ_b;
+  in the smooth training, where groups are left out as for LDS, also against how MAGIC's scores of B change without A.
 - Choice: the loss of a kind's held-out rows after training anew on the 16 rows that an estimator ranks first for the
   kind's targets, three seeds, less that of LESS's choice, paired over items and seeds.
+- Descent: the same of metagradient descents, which know the kind's 4 targets alone, and of 16.
 - Sweep: the inverse of the stored rows' second moments, by kernel, damping and checkpoints, computed densely.
 
 Intervals are 95 % bootstrap percentiles, over subsets, targets or pairs. Every training leaves one JSON file in OUT.
@@ -55,9 +57,11 @@ from gradsift import (
     Checkpoint,
     DataInf,
     Gradients,
+    MetagradientDescent,
     Pool,
     ProjectedInverse,
     Projection,
+    Random,
     RDSPlus,
     Reporter,
     RepSim,
@@ -71,6 +75,7 @@ from gradsift import (
     open_prompts,
     open_target,
     score,
+    select,
     train_on,
 )
 from gradsift.base.ranks import paired_rank_correlations
@@ -110,6 +115,7 @@ RESAMPLES = 400
 REMOVED = 8  # rows that leave-top-out takes away, 5 %
 CHOSEN, CHOICE_SEEDS = 16, (11, 12, 13)
 GROUP = 10  # rows of each group of a pair
+LIGHTER = 0.02  # by which a weight is lower
 
 PER_TARGET: tuple[Estimator, ...] = (
     LESS(),
@@ -160,11 +166,15 @@ REMOVERS = (
 
 @dataclass(frozen=True)
 class World:
-    """The pool, its targets and held-out rows, and which rows are of which kind; the training, and its ε_root."""
+    """The pool, its targets and held-out rows, and which rows are of which kind; the training, and its ε_root.
+
+    more: the targets, and as many other rows of each kind as are held out
+    """
 
     pool: Pool
     target: Target
     held_out: Target
+    more: list[dict[str, Any]]
     out: Path
     training: Training = TRAINING
     eps_root: float = 0.0
@@ -186,7 +196,7 @@ def main() -> None:
     parser.add_argument("--training", choices=list(TRAININGS), default="as it is")
     parser.add_argument("--subsets", type=int, default=32, help="of each share that is left out")
     parser.add_argument("--pairs", type=int, default=16, help="the first so many of the 16")
-    parser.add_argument("--parts", nargs="*", default=["lds", "top", "choice", "pairs", "sweep"])
+    parser.add_argument("--parts", nargs="*", default=["lds", "top", "choice", "descent", "pairs", "sweep"])
     parser.add_argument("--share", help="n/m: only retrain, and only the n-th of m shares")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -197,10 +207,10 @@ def main() -> None:
     for part in args.parts:
         if part == "pairs":
             plan = pair_removals(world, args.pairs)
-            outcomes = retrain_all(world, plan, (1, 2), args.share)
+            outcomes = pair_outcomes(world, plan, args.share)
             found = None if args.share else pairs(world, plan, outcomes)
-        elif part in ("top", "choice"):
-            found = None if args.share else {"top": top, "choice": choice}[part](world)
+        elif part in ("top", "choice", "descent"):
+            found = None if args.share else {"top": top, "choice": choice, "descent": descent}[part](world)
         else:
             known = truths(world, args.subsets, args.share)
             found = None if args.share else {"lds": lds_table, "sweep": sweep}[part](world, known)
@@ -228,12 +238,14 @@ def make_world(out: Path, training: str = "as it is") -> World:
 def world_on(model: str, out: Path, warmup: Warmup) -> World:
     """Pool, targets and held-out rows of every kind, on a model."""
     chosen: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for line in DATA.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    rows = [json.loads(line) for line in DATA.read_text(encoding="utf-8").splitlines()]
+    sizes = [sum(len(message["content"]) for message in row["messages"]) for row in rows]
+    for place in sorted(range(len(rows)), key=lambda place: sizes[place] >= LONGEST):  # some kinds have few short ones
+        row, size = rows[place], sizes[place]
         kind = next((kind for kind in KINDS if (row.get("task") or "").startswith(kind)), None)
-        if kind is not None and sum(len(message["content"]) for message in row["messages"]) < LONGEST:
+        if kind is not None and size < 1.5 * LONGEST:
             chosen[kind].append({**row, "kind": kind, "answer": row["messages"][-1]["content"]})
-    edges = (0, POOL, POOL + TARGETS, POOL + TARGETS + HELD_OUT)
+    edges = (0, POOL, POOL + TARGETS, POOL + TARGETS + HELD_OUT, POOL + TARGETS + 2 * HELD_OUT)
     parts = [[row for kind in KINDS for row in chosen[kind][a:b]] for a, b in pairwise(edges)]
     pool = open_pool(
         parts[0],
@@ -245,7 +257,7 @@ def world_on(model: str, out: Path, warmup: Warmup) -> World:
         keep_duplicates=True,
         reporter=Reporter(quiet=True),
     )
-    return World(pool, open_target(parts[1], pool), open_target(parts[2], pool), out)
+    return World(pool, open_target(parts[1], pool), open_target(parts[2], pool), [*parts[1], *parts[3]], out)
 
 
 def save_model(folder: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -304,28 +316,44 @@ def of_share(wanted: SequenceABC[T], share: str | None) -> SequenceABC[T]:
     return wanted[number::shares]
 
 
-def replay_all(world: World, plan: SequenceABC[list[str]], seed: int, share: str | None) -> Array:
-    """Losses `[subset target]` after the training of this seed with weight 0 for the rows that are not in a subset."""
-    pool, ids = world.pool, sorted(world.pool.data.ids)
-    rows = pool.training.positions(ids)
-    record = recorded(world.training, rows, [], seed=seed, eps_root=world.eps_root)
-    replay = Replay(
-        pool.run, pool.training, record, model=pool.model, dtype=pool.dtype, device=pool.device, budget=2.0**34,
-        reporter=Reporter(quiet=True),
-    )  # fmt: skip
+def replay_all(
+    world: World,
+    plan: SequenceABC[list[str]],
+    seed: int,
+    share: str | None,
+    lighter: SequenceABC[list[str]] | None = None,
+) -> Array:
+    """Losses `[subset target]` after the training of this seed with weight 0 for the rows that are not in a subset.
+
+    lighter: of each subset, rows whose weight is a little below 1
+    """
+    pool, replay = world.pool, replay_of(world, seed)
     path = world.out / "replayed" / replay.fingerprint
     path.mkdir(parents=True, exist_ok=True)
-    files = [path / f"{key_of(world, sorted(kept))}.json" for kept in plan]
+    parts = list(zip(plan, lighter, strict=True)) if lighter else [(kept,) for kept in plan]
+    files = [path / f"{key_of(world, *map(sorted, own))}.json" for own in parts]
     missing = [number for number in of_share(range(len(plan)), share) if not files[number].exists()]
     if missing:
         sequences = [token_mean(example, row) for row, example in enumerate(world.target.data)]
         with replay.network() as network:
             for number in missing:
                 weights = torch.zeros(len(pool.training), dtype=torch.float64)
-                weights[pool.training.positions(plan[number])] = 1.0
+                for ids, weight in zip(parts[number], (1.0, 1.0 - LIGHTER), strict=False):
+                    weights[pool.training.positions(ids)] = weight
                 end = replay.end_with(network, weights)
                 write_whole(files[number], network.losses(end, sequences, len(sequences)).tolist())
     return np.array([json.loads(file.read_text()) for file in files if share is None])
+
+
+def replay_of(world: World, seed: int) -> Replay:
+    """The training on all rows."""
+    pool = world.pool
+    rows = pool.training.positions(sorted(pool.data.ids))
+    record = recorded(world.training, rows, [], seed=seed, eps_root=world.eps_root)
+    return Replay(
+        pool.run, pool.training, record, model=pool.model, dtype=pool.dtype, device=pool.device, budget=2.0**34,
+        reporter=Reporter(quiet=True),
+    )  # fmt: skip
 
 
 def write_whole(path: Path, value: Any) -> None:
@@ -531,12 +559,16 @@ def matrix_of(world: World, method: Estimator, target: Any) -> Array:
 
 def kind_scores(world: World, method: Estimator, kind: str) -> Array:
     """Scores `[pool]` for all targets of a kind as one."""
-    data = world.target.labels
-    assert data is not None
-    own = [position for position, other in enumerate(world.target_kinds) if other == kind]
-    found = score(world.pool, Target(data.subset(own), None, ()), method, aggregation="mean")
+    found = score(world.pool, of_targets(world, kind), method, aggregation="mean")
     assert found.ids == world.pool.data.ids, (method, len(found.ids))
     return found.aggregate.astype(np.float64)
+
+
+def of_targets(world: World, kind: str) -> Target:
+    """The targets of a kind."""
+    data = world.target.labels
+    assert data is not None
+    return Target(data.subset([n for n, other in enumerate(world.target_kinds) if other == kind]), None, ())
 
 
 def random_matrix(world: World, seed: int) -> Array:
@@ -599,11 +631,35 @@ def without(world: World, removed: Iterable[str]) -> list[str]:
     return [id_ for id_ in world.pool.data.ids if id_ not in gone]
 
 
-def pairs(world: World, plan: Mapping[str, list[str]], outcomes: Retrained) -> tuple[dict[str, Any], str]:
-    """Does Σ Γ_aᵀHΓ_b foretell I of the loss of each kind's targets? One point for each pair and kind."""
-    kinds, groups = np.array(world.target_kinds), pair_groups(world)
-    predictions = pair_sums(world, groups)
-    groups = groups[: len(plan) // 3]
+def pair_outcomes(world: World, plan: Mapping[str, list[str]], share: str | None) -> dict[str, Retrained]:
+    """By the words for the trainings: anew where it is not smooth, else with weight 0 for what is left out."""
+    if world.training == TRAINING:
+        return {"trained anew": retrain_all(world, plan, (1, 2), share)}
+    found: dict[str, Retrained] = {}
+    for order, seeds in (("same order", (world.pool.seed,)), ("other seeds", OTHER_SEEDS)):
+        losses = [replay_all(world, list(plan.values()), seed, share) for seed in seeds]
+        found[order] = {} if share else dict(zip(plan, np.stack(losses, axis=1), strict=True))
+    return found
+
+
+def pairs(world: World, plan: Mapping[str, list[str]], outcomes: Mapping[str, Retrained]) -> tuple[dict[str, Any], str]:
+    """Does Σ Γ_aᵀHΓ_b, or MAGIC, foretell I of the loss of each kind's targets? One point for each pair and kind."""
+    every = pair_groups(world)
+    groups, predictions = every[: len(plan) // 3], pair_sums(world, every)
+    if world.training != TRAINING:
+        predictions = {"MAGIC": magic_pairs(world, groups), **predictions}
+    found = {name: pairs_table(world, groups, predictions, own) for name, own in outcomes.items()}
+    return found, "\n\n".join(f"{name}: {pairs_markdown(table)}" for name, table in found.items())
+
+
+def pairs_table(
+    world: World,
+    groups: SequenceABC[tuple[str, list[str], list[str]]],
+    predictions: Mapping[str, Array],
+    outcomes: Retrained,
+) -> dict[str, Any]:
+    """Sizes of I, and its correlations with what is predicted."""
+    kinds = np.array(world.target_kinds)
 
     def losses(name: str) -> Array:
         found = outcomes[name][:, : len(kinds)]
@@ -638,7 +694,11 @@ def pairs(world: World, plan: Mapping[str, list[str]], outcomes: Retrained) -> t
             for f in (pearson, ranked)
         ]
         table["correlations"][label] += [pearson(predicted[own], joint[own]), pearson(predicted[~own], joint[~own])]
-    return table, pairs_markdown(table)
+        if label == "MAGIC":  # which alone is in nats
+            table["left over"] = with_interval(
+                lambda s, p=predicted: float(np.square(joint[s] - p[s]).sum() / np.square(joint[s]).sum()), resampled
+            )
+    return table
 
 
 def pearson(first: Array, second: Array) -> float:
@@ -681,6 +741,20 @@ def pair_sums(world: World, groups: SequenceABC[tuple[str, list[str], list[str]]
                     totals[label] = totals.get(label, np.zeros(found.shape)) + weight * found.numpy()
     path.write_text(json.dumps({label: values.tolist() for label, values in totals.items()}))
     return totals
+
+
+def magic_pairs(world: World, groups: SequenceABC[tuple[str, list[str], list[str]]]) -> Array:
+    """How much more B is worth to MAGIC where A is left out, `[pair kind]`.
+
+    Where A is left out it is the derivative of the loss by the weight of all of B together, of a training in which that
+    is a little lower: what going back through that training would add up to, without going back.
+    """
+    ids, seed = list(world.pool.data.ids), world.pool.seed
+    scores = matrix_of(world, magics(world)[0], world.target)
+    kept, second = [without(world, A) for _, A, _ in groups], [B for _, _, B in groups]
+    fall = replay_all(world, kept, seed, None, lighter=second) - replay_all(world, kept, seed, None)
+    worth = np.array([scores[[ids.index(id_) for id_ in B]].sum(axis=0) for B in second])
+    return kind_means(world, torch.from_numpy(fall / LIGHTER - worth)).numpy()
 
 
 def same_for_all(values: Tensor) -> Tensor:
@@ -731,6 +805,8 @@ def pairs_markdown(table: Mapping[str, Any]) -> str:
     ]
     if "ceiling" in table:
         lines.append(f"| I with another seed (ceiling) | {' | '.join(map(interval_words, table['ceiling']))} | | |")
+    if "left over" in table:
+        lines[0] += f" What MAGIC leaves over of Σ I²: {interval_words(table['left over'])}."
     for label, (linear, rank, alike, other) in table["correlations"].items():
         lines.append(f"| {label} | {interval_words(linear)} | {interval_words(rank)} | {alike:+.2f} | {other:+.2f} |")
     return "\n".join(lines)
@@ -767,16 +843,46 @@ def top(world: World) -> tuple[dict[str, Any], str]:
 
 def choice(world: World) -> tuple[dict[str, Any], str]:
     """Held-out losses of every kind after training on what each estimator ranks first for it."""
+    return choices_table(world, {label: first_by(world, matrix) for label, matrix in removers(world)})
+
+
+def descent(world: World) -> tuple[dict[str, Any], str]:
+    """The same of metagradient descents, beside the choices that they begin with and others, for more targets, too."""
+    tables = {}
+    for own in (world, replace(world, target=open_target(world.more, world.pool))):
+        magic = magics(world)[0].model_copy(update={"per": "subtask"})
+        chosen = {}
+        for method in (LESS(), RDSPlus(), BM25()):
+            chosen[method.label] = first_by(own, matrix_of(own, method, own.target))
+        prompts = open_prompts([own.target.data.row(id_) for id_ in own.target.data.ids], own.pool, Exact())
+        chosen["NICE"] = first_by(own, matrix_of(own, REWARDED[0], prompts))
+        for start in (LESS(), magic, Random(seed=0)):
+            for kind in KINDS:
+                ranked = score(own.pool, of_targets(own, kind), start, aggregation="mean")
+                chosen.setdefault(start.label, {})[kind] = select(ranked, budget=CHOSEN).ids
+                better = select(ranked, MetagradientDescent(eps_root=own.eps_root), budget=CHOSEN).ids
+                chosen.setdefault(f"descent from {start.label}", {})[kind] = better
+        tables[f"{own.target_kinds.count(KINDS[0])} targets of a kind"] = choices_table(world, chosen)
+    text = "\n\n".join(f"{name}\n{lines}" for name, (_, lines) in tables.items())
+    return {name: table for name, (table, _) in tables.items()}, text
+
+
+def first_by(world: World, matrix: Array) -> dict[str, list[str]]:
+    """Of each kind's targets, the rows whose scores `[pool target]` are highest on average."""
     ids, kinds = np.array(world.pool.data.ids), np.array(world.target_kinds)
-    held_out = np.array(world.held_out.data.column("kind"))
+    means = {kind: matrix[:, kinds == kind].mean(axis=1) for kind in KINDS}
+    return {kind: ids[np.argsort(-mean, kind="stable")[:CHOSEN]].tolist() for kind, mean in means.items()}
+
+
+def choices_table(world: World, chosen: Mapping[str, Mapping[str, list[str]]]) -> tuple[dict[str, Any], str]:
+    """Held-out losses after training anew on what was chosen for each kind, by what chose it."""
+    after_targets, held_out = len(world.target_kinds), np.array(world.held_out.data.column("kind"))
     losses: dict[str, Array] = {}  # [kind seed item]
-    for label, matrix in removers(world):
-        own = []
-        for kind in KINDS:
-            first = np.argsort(-matrix[:, kinds == kind].mean(axis=1), kind="stable")[:CHOSEN]
-            found = np.array([retrain(world, ids[first].tolist(), seed) for seed in CHOICE_SEEDS])
-            own.append(found[:, len(kinds) :][:, held_out == kind])
-        losses[label] = np.array(own)
+    for label, of_kinds in chosen.items():
+        found = np.array([[retrain(world, of_kinds[kind], seed) for seed in CHOICE_SEEDS] for kind in KINDS])
+        losses[label] = np.array(
+            [own[:, after_targets:][:, held_out == kind] for kind, own in zip(KINDS, found, strict=True)]
+        )
     table: dict[str, Any] = {}
     for label, after in losses.items():
         differences = (after - losses[REFERENCE]).mean(axis=1)  # over seeds; [kind item]

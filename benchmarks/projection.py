@@ -35,6 +35,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gradsift import Gradients, Pool, Projection, Reporter, Training, open_pool, open_target, train_on
+from gradsift.base.ranks import spearman
 from gradsift.demo.model import demo_model
 from gradsift.explanation.explain import ALL_STRATEGIES
 from gradsift.explanation.relevance import selection_relevance
@@ -42,7 +43,6 @@ from gradsift.gradients.collect import SequenceSource
 from gradsift.gradients.projection import Projector, Segment, plan_segments
 from gradsift.influence.datainf import datainf_scores, projected_inverse_scores
 from gradsift.influence.less import less_scores
-from gradsift.influence.scores import spearman
 from gradsift.influence.trak import trak_scores
 from gradsift.selection.candidates import Candidates
 from gradsift.selection.selector import choose_all

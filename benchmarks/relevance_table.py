@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from gradsift.report.explanation_page import explanation_file, render_explanation
 from numpy.typing import NDArray
 from scipy.stats import rankdata, spearmanr
 
@@ -33,9 +32,10 @@ from gradsift.explanation.coefficients import MODELS
 from gradsift.explanation.explain import ALL_STRATEGIES, Explanations, explain
 from gradsift.explanation.outputs import OutputSource, Question, questions_of
 from gradsift.explanation.relevance import relevance_of_choices, to_db
+from gradsift.explanation.shown import explanation_file, explanation_page
 from gradsift.explanation.table import gain_over_naive, relevance_table
-from gradsift.influence.scores import Ranker
-from gradsift.jobs.explanation_pages import explanation_page
+from gradsift.influence.estimator import Estimator
+from gradsift.jobs.pages import publish_page
 from gradsift.model.models import load_tokenizer
 from gradsift.selection.selector import choose_all
 from gradsift.validation.validate import Validated, cells_of, sanity_check, validate
@@ -44,7 +44,7 @@ from gradsift.warmup.train import PRESETS
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 TARGETS = ("math", "code", "instruction", "sentiment")
 BUDGETS = (1, 5, 10, 25)
-ESTIMATORS: tuple[Ranker, ...] = (
+ESTIMATORS: tuple[Estimator, ...] = (
     DataInf(),
     LESS(optimizer="sgd", checkpoints="last"),
     BM25(tokens="model"),
@@ -274,7 +274,7 @@ def extremes(pool: Pool, found: Explanations) -> list[dict[str, Any]]:
             shown = replace(found, estimators=(estimator,), strategies=(strategy,))
             own = replace(entry, results=tuple(r for r in entry.results if r.strategy == result.strategy))
             key = f"pages/{explanation_file(f'{word} {estimator.label} {entry.id}')}"
-            pool.run.publish_text(key, render_explanation(explanation_page(shown, own)))
+            publish_page(pool.run, key, explanation_page(shown, own)[0])
             made.append({
                 "estimator": estimator.label, "which": word, "strategy": result.strategy, "output": entry.id,
                 "db": to_db(ratio), "page": key,

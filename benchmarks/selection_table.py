@@ -65,6 +65,19 @@ TARGETED: list[dict[str, Any]] = [
     {"estimator": {"kind": "datainf"}},
     {"name": "TSDS", "estimator": {"kind": "less"}, "selection": {"kind": "tsds"}},
     {"name": "DSIR", "estimator": {"kind": "dsir"}, "selection": {"kind": "gumbel"}},
+    {"name": "inverse", "estimator": {"kind": "projected_inverse"}},
+    {"name": "EK-FAC", "estimator": {"kind": "ekfac"}},
+    {"name": "RDS+", "estimator": {"kind": "rds_plus"}},
+    {
+        "name": "RDS+, then LESS",
+        "estimator": {"kind": "rerank", "first": "rds_plus", "then": "less", "candidates": 160},
+    },
+    {"name": "MAGIC", "estimator": {"kind": "magic"}},
+    {
+        "name": "metagradient descent",
+        "estimator": {"kind": "less"},
+        "selection": {"kind": "metagradient", "rounds": 4},
+    },
 ]
 REWARDED: list[dict[str, Any]] = [
     {"name": "NICE", "estimator": {"kind": "nice", "sampling": DRAWS}},
@@ -79,7 +92,7 @@ def main() -> None:
     parser.add_argument("--model", help="folder or hub id; the demo model if not given")
     parser.add_argument("--rows", type=int, default=800)
     parser.add_argument("--budget", type=float, default=0.1)
-    parser.add_argument("--seed", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=3, help="trainings on each choice")
     parser.add_argument("--targets", nargs="*", choices=list(TARGETS), default=list(TARGETS))
     parser.add_argument("--arms", nargs="*", metavar="NAME", help="those alone, such as LESS BM25")
     args = parser.parse_args()

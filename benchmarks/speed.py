@@ -4,7 +4,8 @@
     python benchmarks/speed.py collection --rank 8   one section
     python benchmarks/speed.py --device cuda         models of 135M to 7B from configuration, as gpu.py says
 
-Sections: collection, memory, less, scoring, joint, explain, magic, ekfac, states, start; on a GPU matrix and scoring.
+Sections: collection, memory, less, scoring, joint, explain, tokens, magic, ekfac, states, start; on a GPU matrix and
+scoring.
 Real rows come from ../shared/data/pool.jsonl where present, else from the demo's pool. Times are wall-clock seconds;
 processor seconds stand beside them, because a busy machine lengthens the former.
 """
@@ -568,6 +569,42 @@ def explaining_strategies() -> dict[str, list[Any]]:
 
 
 # --- start --------------------------------------------------------------------------------------------------------
+
+
+def section_tokens(args: argparse.Namespace) -> dict[str, Any]:
+    """Which tokens match, of a few rows with a short and a long output, beside the rows' gradients alone."""
+    from gradsift.explanation.tokens import token_influences
+
+    found = {}
+    for rank in args.rank:
+        work = Work(args, rank)
+        by_length = sorted(work.sequences, key=lambda one: len(one.token_ids))
+        outputs = {"a short output": by_length[1], "a long output": by_length[-1]}
+
+        def gradients(work: Work = work) -> None:
+            for one in work.sequences:
+                settings = RowSettings(token_budget=work.budget)
+                alone = [replace(one, row=0)]
+                gradient_rows(work.model, work.modules, work.projector, alone, settings, row_count=1)
+
+        def split(output: Sequence, work: Work = work, *, adam: bool = False) -> None:
+            directions = work.adam if adam else None
+            token_influences(work.model, work.modules, work.sequences, [output], adam=directions)
+
+        arms: dict[str, Callable[[], Any]] = {"gradients of the rows": gradients}
+        arms |= {f"tokens with {name}": lambda one=one: split(one) for name, one in outputs.items()}
+        arms["Adam's tokens with a long output"] = lambda one=by_length[-1]: split(one, adam=True)
+        split(by_length[0])
+        times = interleaved(arms, args.repeats, args.device)
+        alone = times["gradients of the rows"]["cpu"]
+        found[f"rank {rank}"] = {
+            "rows": len(work.sequences), "tokens": work.tokens, "times": times,
+            "tokens of outputs": [len(one.token_ids) for one in outputs.values()],
+            "of the rows' gradients": {name: own["cpu"] / alone for name, own in times.items()},
+        }  # fmt: skip
+        report(f"tokens, LoRA rank {rank}", found[f"rank {rank}"])
+        work.close()
+    return found
 
 
 def section_magic(args: argparse.Namespace) -> dict[str, Any]:

@@ -94,6 +94,39 @@ OPEN_OR_EMPTY_THOUGHT = CHATML.replace("assistant\n' }}", "assistant\n<think>\n'
     "'\n' + m['content']",
     "'\n' + ('<think></think>' if m['role'] == 'assistant' and '</think>' not in m['content'] else '') + m['content']",
 )
+# As Qwen's: tools in the system turn, calls as JSON, results within a user turn.
+TOOL_CHATML = (
+    "{% if tools %}{{ '<|im_start|>system\n' + (messages[0].content + '\n' if messages[0].role == 'system' else '') }}"
+    "{% for t in tools %}{{ t | tojson + '\n' }}{% endfor %}{{ '<|im_end|>\n' }}{% endif %}"
+    "{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|im_start|>assistant\n' + (m.content or '') }}"
+    "{% for c in m.tool_calls or [] %}{% set f = c.function or c %}"
+    "{% if m.content or not loop.first %}{{ '\n' }}{% endif %}"
+    '{{ \'<tool_call>\n{"name": "\' + f.name + \'", "arguments": \' }}'
+    "{{ f.arguments if f.arguments is string else f.arguments | tojson }}{{ '}\n</tool_call>' }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% elif m.role == 'tool' %}"
+    "{% if loop.first or loop.previtem.role != 'tool' %}{{ '<|im_start|>user' }}{% endif %}"
+    "{{ '\n<tool_response>\n' + m.content + '\n</tool_response>' }}"
+    "{% if loop.last or loop.nextitem.role != 'tool' %}{{ '<|im_end|>\n' }}{% endif %}"
+    "{% elif not (tools and loop.first and m.role == 'system') %}"
+    "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# As Mistral's: tools before the last user turn, calls with ids of nine letters, objects only, no generation prompt.
+TOOL_MISTRAL = (
+    "{{ bos_token }}{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}"
+    "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}{% for m in messages %}{% if m.role == 'user' %}"
+    "{% if tools and loop.index0 == ns.last %}{{ '[AVAILABLE_TOOLS]' + tools | tojson + '[/AVAILABLE_TOOLS]' }}"
+    "{% endif %}"
+    "{{ '[INST]' + m.content + '[/INST]' }}{% elif m.role == 'assistant' and m.tool_calls %}{{ '[TOOL_CALLS][' }}"
+    "{% for c in m.tool_calls %}{% if c.id is not defined or c.id | length != 9 %}"
+    "{{ raise_exception('ids have nine letters') }}{% endif %}{% if c.function.arguments is string %}"
+    "{{ raise_exception('arguments are objects') }}{% endif %}"
+    "{{ (c.function | tojson)[:-1] + ', \"id\": \"' + c.id + '\"}' + (']' if loop.last else ', ') }}"
+    "{% endfor %}{{ eos_token }}"
+    "{% elif m.role == 'assistant' %}{{ ' ' + m.content + eos_token }}"
+    "{% elif m.role == 'tool' %}{{ '[TOOL_RESULTS]' + m.content + m.tool_call_id + '[/TOOL_RESULTS]' }}"
+    "{% endif %}{% endfor %}"
+)
 SPECIAL = (
     "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
     "<start_of_turn>", "<end_of_turn>", "<|User|>", "<|Assistant|>", "<|end|>",

@@ -40,6 +40,7 @@ COMMANDS = (
     "evaluate",
     "collect",
     "compare",
+    "bench",
     "plan",
     "init",
     "list",
@@ -62,6 +63,19 @@ def test_help_imports_nothing_heavy() -> None:
         repr(heavy), repr(("numpy", "gradsift.recipe"))
     )
     subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_list_names_all_that_has_a_name() -> None:
+    """Every reward, metric and preset with its values stands beside estimators and selectors, or alone by its name."""
+    whole = Cli("list").succeeded().out
+    for name in ("less", "facility_location", "unit_tests", "pairwise", "compact", "ji2s_whole_data", "assisted"):
+        assert f"\n{name:<20}" in whole, name
+    presets = Cli("list", "presets").succeeded().out
+    assert " ".join(presets.split()).count("learning_rate 2e-05") == 2
+    assert "facility_location" not in presets
+    refused = Cli("list", "recipes")
+    assert refused.code == 2
+    assert "there are estimators, selectors, rewards, metrics, presets, training, sampling" in refused.err
 
 
 def test_help_names_every_command() -> None:
@@ -94,7 +108,7 @@ def test_kinds_come_from_the_lists() -> None:
             (one,) = [o for o in app.commands[command].options if o.name == option]  # type: ignore[attr-defined]
             fitting = [k for k, v in kinds.items() if option == "selection" or command == "select" or v.pairs]
             for kind in fitting:
-                if not (command == "explain" and kind in ("nice", "nice_if", "nice_magic")):
+                if not (command == "explain" and kind in ("nice", "nice_if", "nice_ekfac", "nice_magic")):
                     assert kind in options.help_for(one), (command, kind)
 
 
@@ -238,7 +252,7 @@ def test_options_of_rewards_reach_the_recipe(monkeypatch: pytest.MonkeyPatch) ->
     Cli(*base, "--assistant", "g", "--sampling-seed", "7")
     assert recipes[-1].estimator.assistant.sampling.seed == 7
     stray = Cli(*base[:-4], "--sampling-seed", "7")
-    assert "--sampling-seed goes with nice, nice_if, nice_magic, not with --estimator" in stray.err
+    assert "--sampling-seed goes with nice, nice_if, nice_ekfac, nice_magic, not with --estimator" in stray.err
     assert [reward.kind for reward in recipes[1].reward.rewards] == ["unit_tests", "length"]
 
 
@@ -426,7 +440,7 @@ def test_estimators_of_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None
         assert wrong.err == f"error: --damping is {value!r}: it should be 'auto', 'spectral' or a number above 0\n"
     refused = Cli("score", *base, "--target", "t", "--damping", "0.1")
     assert refused.err.startswith(
-        "error: --damping goes with datainf, projected_inverse, trak, ekfac, nice_if, not with --estimator less"
+        "error: --damping goes with datainf, projected_inverse, trak, ekfac, nice_if, nice_ekfac, not with --estimator "
     )
 
 

@@ -28,6 +28,7 @@ from gradsift.evaluation.loss import HeldOutLoss
 from gradsift.evaluation.mean_reward import MeanReward
 from gradsift.evaluation.setup import open_model
 from gradsift.explanation.explain import DEFAULT_STRATEGIES, _Work
+from gradsift.explanation.matches import _Work as MatchWork
 from gradsift.explanation.outputs import answers, question_of
 from gradsift.generation.samples import Samples
 from gradsift.generation.sampling import Sampling
@@ -673,6 +674,7 @@ def every_address(pool: Pool, address: Address, tmp_path: Path) -> dict[str, str
         "curvature": lambda: _full_direction(pool, _Nothing(), source, target.data, JI2S(), checkpoint, set()),  # type: ignore[arg-type]
         "outputs": lambda: answers(pool, [question_of("what?")]),
         "explanations": lambda: work._prefix,
+        "matches": lambda: MatchWork(pool, LESS(), [checkpoint]).prefix(pool.data.sequences(0, 1)),
         "validation": lambda: _Bench(pool, OneStep(), "trained", checkpoint),
         "evaluations": lambda: evaluate(place, None, [HeldOutLoss(target_rows())]),
         "checks": lambda: kept_check(pool.run, torch.nn.Linear(2, 2), (), (), model=pool.model, pattern="lora"),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -55,3 +58,25 @@ def test_what_is_there_is_read_without_trainers(tiny: World, tmp_path: Path) -> 
     assert sorted(again & heavy) == []
     page = loaded_by(command("report", tmp_path / "run") + "\nassert not code")
     assert sorted(page & (heavy | {"torch", "transformers"})) == []
+
+
+def test_what_scripts_take_is_there() -> None:
+    """Every name that a benchmark or a script of the docs imports of gradsift exists, though no test runs it."""
+    root, lacking, found = Path(__file__).parents[1], [], 0
+    for path in (*(root / "benchmarks").rglob("*.py"), *(root / "docs").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "gradsift":
+                found += len(node.names)
+                lacking += [
+                    f"{path.name}: {node.module}.{a.name}" for a in node.names if not is_there(node.module, a.name)
+                ]
+    assert found > 100
+    assert lacking == []
+
+
+def is_there(module: str | None, name: str) -> bool:
+    """Whether a module has such a name, or is a package with such a module."""
+    try:
+        return hasattr(importlib.import_module(str(module)), name) or bool(find_spec(f"{module}.{name}"))
+    except ModuleNotFoundError:
+        return False

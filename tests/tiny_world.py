@@ -130,6 +130,7 @@ _OPTIONS = {
     "score": (*WARMUP, *GRADIENTS),
     "collect": (*WARMUP, *GRADIENTS),
     "explain": (*WARMUP, *GRADIENTS),
+    "bench": (*WARMUP, *GRADIENTS),
     "plan": (*WARMUP, *GRADIENTS),
     "sample": WARMUP,
     "reward": WARMUP,
@@ -199,7 +200,7 @@ class World:
     def arguments(self, command: str, out: Path | str, *more: object, **replaced: object) -> list[str]:
         """A command line on this world; `target=None` and the like leave an option out."""
         given: dict[str, object] = {"model": self.model, "pool": self.pool, "out": out}
-        if command in ("select", "score", "plan", "sample", "reward"):
+        if command in ("select", "score", "plan", "sample", "reward", "bench"):
             given["target"] = self.target
         given |= replaced
         named = [str(part) for name, value in given.items() if value is not None for part in (f"--{name}", value)]

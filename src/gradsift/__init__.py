@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from gradsift.influence.less import LESS
     from gradsift.influence.magic import MAGIC
     from gradsift.influence.nice import NICE, NICEIF
+    from gradsift.influence.nice_ekfac import NICEEKFAC
     from gradsift.influence.nice_magic import NICEMAGIC
     from gradsift.influence.prompts import PromptTarget, open_prompts
     from gradsift.influence.random import Random
@@ -71,6 +72,7 @@ if TYPE_CHECKING:
     from gradsift.influence.scores import Scores, score
     from gradsift.influence.states import RDSPlus, RepSim
     from gradsift.influence.trak import TRAK
+    from gradsift.jobs.bench import run_bench
     from gradsift.recipe import Recipe, load_recipe
     from gradsift.selection.aide import Aide
     from gradsift.selection.candidates import Candidates
@@ -89,6 +91,7 @@ if TYPE_CHECKING:
     from gradsift.store.gradient_store import GradientStore
     from gradsift.store.precision import MeasuredError
     from gradsift.store.run import Run
+    from gradsift.validation.bench import Bench, Benchmark, bench
     from gradsift.validation.datamodel import lds, qld
     from gradsift.validation.one_step import OneStep
     from gradsift.validation.validate import Validation, validate, validate_explanations
@@ -98,6 +101,8 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "gradsift.compare.run": ("run_compare",),
+    "gradsift.jobs.bench": ("run_bench",),
+    "gradsift.validation.bench": ("Bench", "Benchmark", "bench"),
     "gradsift.context": ("Pool", "Setup", "Target", "open_pool", "open_target"),
     "gradsift.data.load": ("Columns",),
     "gradsift.base.errors": ("GradsiftError",),
@@ -128,6 +133,7 @@ _WHERE = {
     "gradsift.gradients.policy": ("PolicyGradient",),
     "gradsift.influence.diagnostics": ("PolicyDiagnostics", "diagnose"),
     "gradsift.influence.nice": ("NICE", "NICEIF"),
+    "gradsift.influence.nice_ekfac": ("NICEEKFAC",),
     "gradsift.influence.nice_magic": ("NICEMAGIC",),
     "gradsift.influence.prompts": ("PromptTarget", "open_prompts"),
     "gradsift.influence.datainf": ("DataInf", "ProjectedInverse"),
@@ -187,13 +193,14 @@ __all__ = [  # noqa: RUF022  # kept in the order of the flow
     "LESS", "DataInf", "ProjectedInverse", "TRAK", "EKFAC", "JI2S", "MAGIC", "BM25", "RDS", "RDSPlus", "RepSim",
     "DSIR", "Rerank", "Random", "AlpaGasus", "DEITA",
     "JudgeRating", "FunctionRating", "LengthRating", "PerplexityRating", "DifficultyRating",
-    "NICE", "NICEIF", "NICEMAGIC", "open_prompts", "PromptTarget", "Sampling", "Assistant", "Endpoint",
+    "NICE", "NICEIF", "NICEEKFAC", "NICEMAGIC", "open_prompts", "PromptTarget", "Sampling", "Assistant", "Endpoint",
     "PolicyGradient", "diagnose", "PolicyDiagnostics", "select", "Selection", "Selector", "Candidates", "TopK",
     "FacilityLocation", "RandomChoice", "GumbelTopK", "TSDS", "JointGreedy", "MetagradientDescent", "Diverse",
     "explain", "Question", "Explanation", "Explanations", "ALL_STRATEGIES",
     "MostHelpful", "MostHarmful", "MostInfluential", "LeastInfluential", "Divine", "Aide", "RandomExamples",
     "RelevancePursuit", "selection_relevance", "relevance_table", "RelevanceTable",
-    "validate", "validate_explanations", "Validation", "OneStep", "lds", "qld",
+    "validate", "validate_explanations", "Validation", "OneStep", "lds", "qld", "bench", "Bench",
+    "Benchmark", "run_bench",
     "train_on", "Trained", "merge", "open_model", "Setup", "evaluate", "Evaluation", "Measured", "Figure",
     "HeldOutLoss", "MeanReward", "Pairwise", "Grading", "LMEval", "length_controlled_win_rate",
     "instruction_difficulty", "held_out_loss", "HeldOut",

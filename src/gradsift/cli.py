@@ -476,7 +476,7 @@ def evaluate(given: Given) -> None:
     from gradsift.jobs.train_evaluate import evaluations_as_dict, metrics_of, place_of, print_evaluations, run_evaluate
 
     metrics = metrics_of(given)
-    own = of.filled(_pick(given.options, "max-length", "supervise", "dtype", "device"), given)
+    own = of.filled(_pick(given.options, "max-length", "chunk", "supervise", "reasoning", "dtype", "device"), given)
     place = place_of({**given, **own}, _reporter(given))
     found, failures = run_evaluate(place, given["adapter"], metrics, with_base=given["base"])
     if given["json"]:
@@ -571,16 +571,18 @@ def plan(given: Given, recipe: Path | None) -> None:
             print_estimate(one)
 
 
-@_command(required=(), name="list")
-def list_(given: Given) -> None:
-    """Name every estimator and selector, gradsift's and those of installed packages, with what each reads and is.
+@_command(required=(), name="list", arguments=(click.Argument(["section"], required=False),))
+def list_(given: Given, section: str | None) -> None:
+    """Name every estimator, selector, reward, metric and preset with what it is, those of installed packages, too.
 
     Example: gradsift list
+
+    One part of it: gradsift list presets
     """
     from gradsift.jobs.report import print_methods
 
     _calm_libraries()
-    print_methods()
+    print_methods(section)
 
 
 @_command(
@@ -625,6 +627,13 @@ def run(given: Given, recipe: Path) -> None:
     from gradsift.jobs.select_explain import run_recipe
 
     recipes = _read_recipes(recipe, given)
+    judging = [one for one in recipes if one.bench is not None]
+    if judging:
+        from gradsift.jobs.bench import run_bench
+
+        for one in judging:
+            _print_bench(run_bench(one, _reporter(given)), given)
+        return
     if len(recipes) == 1 or not given["json"]:
         for one in recipes:
             _print_result(run_recipe(one, _reporter(given)), given)
@@ -658,6 +667,32 @@ def compare(given: Given, recipe: Path) -> None:
             f"{len(failed)} of the comparison failed and the rest is done, first {first.arm}, {first.budget} examples, "
             f"seed {first.seed}, {first.stage}: {first.error}. The same command tries again what failed"
         )
+
+
+@_command(_LABELLED, _STAGES, of.BENCH, _RUN)
+def bench(given: Given) -> None:
+    """Judge attribution methods on this pool and target: which finds what is known, or foretells what retraining does?
+
+    With --class-column rows of a target's own value are to be found; with --marked, or with --plant, which makes some
+    mistakes, those rows; else the model is trained again and again without some rows (LDS, QLD), which takes long.
+
+    Example: gradsift bench --model MODEL --pool pool.jsonl --target math.jsonl --class-column skill -e less -e bm25 \
+--out runs/bench
+
+    Does it find mistakes? gradsift bench … --plant mislabel:5% -e less -e projected_inverse
+    """
+    from gradsift.jobs.bench import run_bench
+
+    _print_bench(run_bench(_recipe(given), _reporter(given)), given)
+
+
+def _print_bench(found: Any, given: Given) -> None:
+    from gradsift.jobs.bench import print_benchmark
+
+    if given["json"]:
+        _print_json(found.as_dict())
+    else:
+        print_benchmark(found)
 
 
 @_command(

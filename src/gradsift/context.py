@@ -12,10 +12,11 @@ import numpy as np
 from gradsift.base.errors import ConfigError, DataError
 from gradsift.base.progress import Reporter, silent
 from gradsift.base.types import Example, Skipped
-from gradsift.data.chat import ChatFormat, Supervise
+from gradsift.data.chat import ChatFormat, Reasoning, Supervise, keep_reasoning
 from gradsift.data.dataset import Dataset
 from gradsift.data.load import Columns
 from gradsift.data.overlap import overlap_of_hashes
+from gradsift.data.pairs import are_pairs, prepare_pairs
 from gradsift.data.prepare import prepare
 from gradsift.data.rows import Rows
 from gradsift.data.sample import RowSample
@@ -159,7 +160,9 @@ def setup_of(
     out: str | Run,
     *,
     max_length: int,
+    chunk: int | None,
     supervise: Supervise,
+    reasoning: Reasoning,
     dtype: DtypeName,
     device: str,
     reporter: Reporter | None,
@@ -177,10 +180,12 @@ def setup_of(
         raise ConfigError(f"--max-length is {max_length}: a prompt and one answer token need at least 2")
     model_identity(model)  # before its tokenizer is looked for
     tokenizer = load_tokenizer(model)
+    if reasoning == "keep":
+        keep_reasoning(tokenizer)
     return Setup(
         run=out if isinstance(out, Run) else Run(out),
         model=model,
-        chat=ChatFormat(tokenizer, supervise=supervise, max_length=max_length),
+        chat=ChatFormat(tokenizer, supervise=supervise, max_length=max_length, chunk=chunk, reasoning=reasoning),
         tokenizer=tokenizer,
         dtype=dtype,
         device=device,
@@ -198,7 +203,9 @@ def open_pool(
     gradients: Gradients | None = None,
     columns: Columns | Mapping[str, str] | None = None,
     max_length: int = 1024,
+    chunk: int | None = None,
     supervise: Supervise = "all_turns",
+    reasoning: Reasoning = "as_template",
     keep_duplicates: bool = False,
     sample: float | None = None,
     dtype: DtypeName = "auto",
@@ -218,7 +225,10 @@ def open_pool(
         gradients: how gradients are taken, projected and stored.
         columns: names of the columns, where they are not the usual ones: a `Columns`, or a mapping of its fields.
         max_length: tokens kept of each example.
+        chunk: make rows of so many tokens of plain texts, with ids `doc#0`, `doc#1` …; left out, they stay whole.
         supervise: take the loss on all assistant turns, on the last one, or on all tokens.
+        reasoning: where the chat template cuts reasoning: take what it makes of the row and tell what is cut, `keep` it
+            by TRL's variant of the template for training and skip rows that are cut all the same, or `skip` the row.
         keep_duplicates: keep exact duplicates in the pool.
         sample: score only so many examples (a share below 1, or a number), drawn by `seed`; the warm-up still draws
             from all of them.
@@ -234,7 +244,15 @@ def open_pool(
         MismatchError: the run folder belongs to another model or pool.
     """
     setup = setup_of(
-        model, out, max_length=max_length, supervise=supervise, dtype=dtype, device=device, reporter=reporter
+        model,
+        out,
+        max_length=max_length,
+        chunk=chunk,
+        supervise=supervise,
+        reasoning=reasoning,
+        dtype=dtype,
+        device=device,
+        reporter=reporter,
     )
     if setup.chat.announcement:
         setup.reporter.warn(setup.chat.announcement)
@@ -281,7 +299,8 @@ def open_target(
     """Load and tokenise a target for a pool, and find pool rows that it contains.
 
     Args:
-        source: as for `open_pool`.
+        source: as for `open_pool`; rows of a `chosen` and a `rejected` answer are targets whose loss is how much
+            likelier the rejected one is (`gradsift.data.pairs`).
         pool: the pool that is to help.
         subtask: a column of the target that names each example's subtask.
         columns: names of the target's columns.
@@ -292,9 +311,13 @@ def open_target(
         DataError: the source cannot be read, no row of it can be used, or a row names no subtask.
         ConfigError: every pool row is in the target, or the sample cannot be drawn.
     """
-    data = prepare(
-        pool.run, source, pool.chat, what="target", columns=columns, keep_duplicates=True, reporter=pool.reporter
-    )
+    given: dict[str, Any] = {"columns": columns, "reporter": pool.reporter}
+    data: Dataset
+    if are_pairs(source, columns):
+        data = pairs = prepare_pairs(pool.run, source, pool.chat, **given)
+        refuse_longer(pairs.rejected, pool.model, what="target")
+    else:
+        data = prepare(pool.run, source, pool.chat, what="target", keep_duplicates=True, **given)
     refuse_longer(data, pool.model, what="target")
     if sample is not None:
         data = data.subset(sample.positions([Example(id_, (), data.row(id_)) for id_ in data.ids]))

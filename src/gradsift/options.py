@@ -70,7 +70,7 @@ def _of(panel: str, table: str) -> tuple[Option, ...]:
 SOURCES = _of("Input", "model -m\npool -p")
 TARGET = _of("Input", "target -t")
 OUT = _of("Run", "out -o")
-COLUMNS = _of("Input", "columns\nmax_length\nsupervise")
+COLUMNS = _of("Input", "columns\nmax_length\nchunk\nsupervise\nreasoning")
 POOL = _of("Input", "keep_duplicates !\npool_sample")
 LABELS = _of("Input", "target_columns\nsubtask\nkeep_overlap !")
 ADAPTER = _of("Warm-up", "adapter *")
@@ -171,6 +171,7 @@ SCORE = (
     *RESPONSES,
     *POLICY,
 )
+_THEN = next(option for option in SCORE if option.name == "then")
 CHOICE = _of(
     "Choice",
     """budget -b -k
@@ -190,12 +191,15 @@ EXPLANATION = (
         explain.target -t
         explain.row
         explain.output
+        explain.instead
         explain.use_answers !
         explain.sample
         explain.k --budget -b -k
         explain.estimators.kind --estimator -e *
         explain.estimators.damping
         explain.estimators.kernel
+        explain.estimators.first.kind --first | Of rerank: ranks all rows.
+        explain.estimators.then.kind --then | Of rerank: ranks the candidates by their gradients.
         explain.strategies.kind --selection -s * | How they are chosen; also with a ranking or λ, such as \
 divine:most_harmful, facility_location:0.25. Repeat for several.""",
     ),
@@ -203,7 +207,7 @@ divine:most_harmful, facility_location:0.25. Repeat for several.""",
     *_of(
         "Explanation",
         """explain.strategies.trade_off
-        explain.candidates
+        explain.candidates | How many of the ranking strategies choose from, and rerank's second method ranks (1000).
         explain.exact ?
         explain.coefficients
         explain.aggregation --over-outputs
@@ -218,6 +222,19 @@ VALIDATION = _of(
     """explain.validation.step.random_sets
     explain.validation.step.lr --step-rate
     explain.validation.route""",
+)
+BENCH = _of(
+    "Benchmark",
+    """bench.methods.kind --estimator -e * | What is judged; repeat for several. A random ranking is always beside them.
+    bench.measures --measure *
+    bench.class_column
+    bench.marked
+    bench.among
+    bench.plant
+    bench.top
+    bench.subsets
+    bench.removals
+    bench.smooth !""",
 )
 COLLECTED = _of("Gradients", "gradients.full_sum !")
 TRAINED = (
@@ -404,6 +421,9 @@ def recipe_of(
     _estimated(values, known, given)
     set_fields(values, wanted)
     typed |= {field: f"--set {field}" for field in (text.partition("=")[0].strip() for text in wanted)}
+    judged = values.get("bench", {}).get("methods")
+    if isinstance(judged, dict):
+        values["bench"]["methods"] = [_SHORT.get(kind, {"kind": kind}) for kind in judged["kind"]]
     more = values.get("controls")
     if isinstance(more, dict):  # of --control, beside the usual ones
         values["controls"] = [_SHORT.get(kind, {"kind": kind}) for kind in more["kind"]]
@@ -493,11 +513,18 @@ def _explained(explain: dict[str, Any], seed: int) -> None:
         for one, model in zip(several, models, strict=True):
             has = () if model is None else model.model_fields
             own = {"checkpoints": "last", "optimizer": "sgd"} if place == "estimators" else {}
-            fitting = {"seed": seed, **own, **fields}
+            counted = {"candidates": explain["candidates"]} if own and "candidates" in explain else {}
+            fitting = {"seed": seed, **own, **counted, **fields}
             # A field goes to those that have it; where none has, the first says so.
             stray = {n: v for n, v in fields.items() if not any(m and n in m.model_fields for m in models)}
             for name, value in ({n: v for n, v in fitting.items() if n in has} | stray).items():
                 one.setdefault(name, value)
+            if "then" in has:  # explains as it would by itself
+                then = one["then"] = {"kind": default_of(_THEN), **one.get("then", {})}
+                inner = _model(_THEN.field, then["kind"])
+                for name, value in own.items():
+                    if inner is not None and name in inner.model_fields:
+                        then.setdefault(name, value)
         explain[place] = several
 
 
@@ -716,6 +743,7 @@ def endpoint_of(model: str, url: str | None) -> dict[str, Any]:
 _REWARD_WORD = {
     "numeric": "answer", "exact": "answer", "regex": "pattern", "format": "form", "reward_model": "model",
     "unit_tests": "tests", "judge": "mode", "sentiment": None,
+    "stored": "rewards",
 }  # fmt: skip
 
 
@@ -821,7 +849,7 @@ def template(path: str) -> str:
         "# what stands behind a # is an example, or a default that a preset may change.",
     ]
     for name, field in Recipe.model_fields.items():
-        if name == "compare":  # recipes/compare.yaml has one
+        if name in ("compare", "bench"):  # recipes/compare.yaml and bench.yaml have one
             continue
         models = models_in(field.annotation)
         union = len([one for one in models if "kind" in one.model_fields]) > 1

@@ -14,7 +14,7 @@ from pydantic_core import PydanticCustomError
 from gradsift.base.errors import ConfigError
 from gradsift.base.inputs import read_input
 from gradsift.base.settings import Budget, Seed, Settings, models_in, nearest
-from gradsift.data.chat import Supervise
+from gradsift.data.chat import Reasoning, Supervise
 from gradsift.data.load import Columns
 from gradsift.data.sample import RowSample
 from gradsift.evaluation.arms import Compare, MetricSetting
@@ -40,6 +40,7 @@ from gradsift.rewards.reward import Reward
 from gradsift.selection.candidates import CANDIDATES
 from gradsift.selection.selectors import AnySelector
 from gradsift.selection.top_k import TopK
+from gradsift.validation.bench import Bench
 from gradsift.validation.one_step import OneStep
 from gradsift.validation.validate import Route
 from gradsift.warmup.train import PRESETS, Warmup
@@ -63,6 +64,7 @@ class Explain(Settings):
     target: or explain an output for every row of this file.
     row: of the target, only the row with this id.
     output: explain this answer instead of the model's own.
+    instead: explain why that answer and not this one, by the gradient of the difference of their log-probabilities.
     use_answers: of the target, explain the rows' own answers.
     sample: so many rows, drawn by the run's seed: of the target, or else of the pool's rows outside `pool_sample`.
     k: examples per explanation, or several such numbers.
@@ -74,7 +76,7 @@ class Explain(Settings):
     aggregation: of relevance over outputs.
     max_new_tokens: limit of the generated answer.
     embedding: sentence-transformers model of the page's map of meanings; none leaves it out.
-    pages: outputs of a target that get a page of their own.
+    pages: outputs of a target that get a page of their own, with the tokens that match.
     validation: also train one step on each selection.
     """
 
@@ -82,6 +84,7 @@ class Explain(Settings):
     target: str | None = None
     row: str | None = None
     output: str | None = None
+    instead: str | None = None
     use_answers: bool = False
     sample: int | None = Field(default=None, ge=1)
     k: int | tuple[int, ...] = 5
@@ -101,6 +104,10 @@ class Explain(Settings):
         """The numbers of examples, ascending."""
         return tuple(sorted({self.k} if isinstance(self.k, int) else set(self.k)))
 
+    def paged(self, outputs: int) -> int:
+        """How many of the outputs get a page of their own, with the tokens that match: a single one always does."""
+        return outputs if outputs == 1 else min(self.pages, outputs)
+
 
 class Recipe(Settings):
     """Everything about a run. `gradsift init` writes one with every field explained.
@@ -114,7 +121,10 @@ class Recipe(Settings):
     target_columns: the same for the target; unless given, the command line takes those of the pool.
     target_sample: only so many rows of the target.
     max_length: tokens kept of each example.
+    chunk: make rows of so many tokens of plain texts; None leaves them whole.
     supervise: which turns the loss is taken on.
+    reasoning: where the chat template cuts reasoning: as_template (and tell it), keep (by TRL's variant of the template
+        for training, and skip rows that are cut all the same), or skip.
     keep_duplicates: keep exact duplicates in the pool.
     pool_sample: choose from so many pool rows only (a share or a number); the warm-up still draws from all.
     keep_overlap: score pool rows that are in the target, too.
@@ -132,10 +142,12 @@ class Recipe(Settings):
     drop: or how many not to choose: all but so many of the lowest scores, by an estimator whose scores have a sign.
     group_by: columns by which the choice is compared with the pool.
     reward: what responses to the target's prompts earn: numeric:COLUMN, exact:COLUMN, regex:PATTERN, format:json,
-        length:MIN-MAX, sentiment, unit_tests, reward_model:ID, judge, or a function as rewards.py:name; several add up.
+        length:MIN-MAX, sentiment, unit_tests, reward_model:ID, judge, stored (the rows' own completions), or a
+        function as rewards.py:name; several add up.
     judge: the endpoint of a model that judges.
     explain: outputs to explain.
     compare: methods to compare, for `gradsift compare`.
+    bench: methods to judge, for `gradsift bench`.
     seed: of the warm-up, of what is drawn, and of the random control.
     dtype: of the model.
     device: `auto`, cpu, cuda, cuda:1, or map (spread over GPUs).
@@ -151,7 +163,9 @@ class Recipe(Settings):
     target_columns: Columns = Columns()
     target_sample: RowSample | None = None
     max_length: int = Field(default=1024, ge=2)
+    chunk: int | None = Field(default=None, ge=2)
     supervise: Supervise = "all_turns"
+    reasoning: Reasoning = "as_template"
     keep_duplicates: bool = False
     pool_sample: float | None = Field(default=None, gt=0)
     keep_overlap: bool = False
@@ -170,6 +184,7 @@ class Recipe(Settings):
     judge: Endpoint | None = None
     explain: Explain | None = None
     compare: Compare | None = None
+    bench: Bench | None = None
     seed: Seed = 0
     dtype: DtypeName = "auto"
     device: str = "auto"

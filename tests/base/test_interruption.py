@@ -61,12 +61,18 @@ def test_work_that_notes_errors_and_goes_on_stops(capsys: pytest.CaptureFixture[
 
 def test_what_a_library_makes_of_it_leaves_as_an_interruption() -> None:
     """Ctrl-C while a condition lets go of its lock comes out of it as that of a lock which is not held."""
-    lock = threading.Condition()
-    with pytest.raises(KeyboardInterrupt), watching(), lock:
-        lock.release()
-        os.kill(os.getpid(), signal.SIGINT)
-    with pytest.raises(RuntimeError), watching(), lock:  # no signal, no interruption
-        lock.release()
+
+    def waited(*, signalled: bool) -> None:
+        lock = threading.Condition()
+        with watching(), lock:
+            lock.release()
+            if signalled:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        waited(signalled=True)
+    with pytest.raises(RuntimeError):
+        waited(signalled=False)
 
 
 def test_somebody_elses_handler_stays() -> None:

@@ -19,7 +19,7 @@ from gradsift.base.types import Example, Skipped, TokenizedExample
 from gradsift.data.chat import ChatFormat, Supervise
 from gradsift.data.load import load_examples
 from gradsift.data.prepare import prepare
-from gradsift.model.loss import token_mean
+from gradsift.model.loss import label_weights, token_mean
 from gradsift.store.run import Run
 from templates import CHATML, bytes_tokenizer, runs
 from tiny_world import World
@@ -246,7 +246,7 @@ class TestTemplateArguments:
         assert ["a (deep)" in text for text in texts] == [True, False, True]
         assert tokenizer.decode(chat.prompt_ids([{"role": "user", "content": "a"}])).count("deep") == 0
 
-    @pytest.mark.parametrize("name", ["tools", "add_generation_prompt", "chat_template", "messages", "tokenize"])
+    @pytest.mark.parametrize("name", ["add_generation_prompt", "chat_template", "messages", "tokenize"])
     def test_arguments_that_are_not_the_templates_are_refused(self, name: str) -> None:
         """A row cannot change how gradsift renders."""
         row = {"prompt": "a", "completion": "b", "chat_template_kwargs": {name: True}}
@@ -281,3 +281,59 @@ def test_gradients_scale_with_the_weight(tiny: World, tmp_path: Path) -> None:
     assert not pool.data.account.parts
     for found, wanted in ((thrice, 3 * plain), (both, (0.5 * first + 2 * second) / 2)):
         assert float((found - wanted).norm()) < 1e-5 * float(wanted.norm())
+
+
+class TestWeightsOfRows:
+    @pytest.mark.parametrize("name", ["weight", "sample_weight", "loss_weight", "importance"])
+    @pytest.mark.parametrize("turn", [{}, {"weight": 0.5}])
+    def test_the_loss_is_scaled(self, name: str, turn: dict[str, Any]) -> None:
+        """Every label weighs the row's factor times that of its turn; other rows weigh 1."""
+        chat = ChatFormat(bytes_tokenizer(CHATML))
+        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "bc", **turn}]
+        columns = {"weight": name} if name == "importance" else None
+        plain, scaled = (
+            chat.tokenize(load_examples([row], columns=columns).examples[0])
+            for row in ({"messages": messages}, {"messages": messages, name: 3})
+        )
+        assert isinstance(plain, TokenizedExample)
+        assert isinstance(scaled, TokenizedExample)
+        assert scaled.weights is not None
+        np.testing.assert_array_equal(scaled.weights, 3 * label_weights(plain))
+        assert scaled.unshown == ()
+
+    def test_plain_texts_too(self) -> None:
+        """And the tokens of a text."""
+        found = ChatFormat(bytes_tokenizer(CHATML)).tokenize(only({"text": "abc", "weight": "0.25"}))
+        assert isinstance(found, TokenizedExample)
+        assert found.weights is not None
+        assert found.weights.tolist() == [0] + [0.25] * 3
+
+    @pytest.mark.parametrize(
+        ("column", "reason"),
+        [
+            ({"weight": 0}, "not_trained"),
+            ({"train": False}, "not_trained"),
+            ({"train": 0}, "not_trained"),
+            ({"weight": -1}, "bad_weight"),
+            ({"weight": "heavy"}, "bad_weight"),
+            ({"weight": 2, "sample_weight": 3}, "bad_weight"),
+        ],
+    )
+    def test_rows_that_are_left_out(self, column: dict[str, Any], reason: str) -> None:
+        """A row that is not to be learned, and one whose weight cannot be read, by name."""
+        row = {"prompt": "a", "completion": "b"}
+        loaded = load_examples([row, {**row, **column}])
+        assert [one.reason for one in loaded.skipped] == [reason]
+
+    def test_other_words_are_the_users_own(self) -> None:
+        """A split's name, and a weight that was named to be something else."""
+        row = {"prompt": "a", "completion": "b"}
+        assert not load_examples([{**row, "train": "train"}, {**row, "training": True}]).skipped
+        assert load_examples([{**row, "weight": "w"}], columns={"id": "weight"}).examples[0].weight == 1
+
+    def test_equal_words_of_another_weight_are_no_duplicate(self, tmp_path: Path) -> None:
+        """They teach something else."""
+        rows = [{"prompt": "a", "completion": "b", "weight": weight} for weight in (1, 2, 2)]
+        data = prepare(Run(tmp_path), rows, ChatFormat(bytes_tokenizer(CHATML)), reporter=silent())
+        assert len(data) == 2
+        assert [float(one.weights.max()) for one in (data[0], data[1])] == [1, 2]  # type: ignore[union-attr]

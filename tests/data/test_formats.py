@@ -48,16 +48,12 @@ def test_an_empty_history_is_none(history: Any) -> None:
 
 
 TRAINERS: list[tuple[str, Any]] = [
-    ("tools", [{"name": "f"}]),
-    ("tools", '[{"name": "f"}]'),
     ("functions", [{"name": "f"}]),
     ("images", ["a.png"]),
     ("image", {"bytes": "x"}),
     ("videos", ["a.mp4"]),
     ("rejected", "no"),
     ("chosen", [{"role": "assistant", "content": "yes"}]),
-    ("weight", 0.5),
-    ("weight", 0),
     ("kto_tag", False),
     ("input_ids", [1, 2]),
     ("labels", [-100, 2]),
@@ -182,3 +178,25 @@ def test_no_flag_or_column_ends_the_run(flags: dict[str, Any], row: dict[str, An
     """Whatever they hold, a row is used or skipped with a reason."""
     loaded = load_examples([{"messages": CHAT}, {"messages": [CHAT[0], {**CHAT[1], **flags}], **row}])
     assert len(loaded.examples) + len(loaded.skipped) == 2
+
+
+EXPLICIT = {"prompt": "a", "chosen": "b", "rejected": "c"}
+IMPLICIT = {name: [*CHAT[:1], {"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
+
+
+class TestPreferences:
+    @pytest.mark.parametrize(("row", "name"), [(EXPLICIT, "completion"), (IMPLICIT, "messages")])
+    def test_pairs_are_refused_by_name(self, row: dict[str, Any], name: str) -> None:
+        """The sentence says by which choice the chosen answers are learned alone; then the rejected ones are told."""
+        skipped = load_examples([{"prompt": "a", "completion": "b"}, row]).skipped[0]
+        assert skipped.reason == "preference_pair"
+        assert f"--columns {name}=chosen" in skipped.detail
+        example = load_examples([row], columns={name: "chosen"}).examples[0]
+        assert [message["role"] for message in example.messages] == ["user", "assistant"]
+        assert [one.part for one in example.unused] == ["column rejected not used"]
+
+    @pytest.mark.parametrize("prompt", ["Hi", CHAT[:1]])
+    def test_a_chosen_conversation_holds_its_prompt(self, prompt: Any) -> None:
+        """Which is not asked twice."""
+        row = {"prompt": prompt, "chosen": CHAT, "rejected": CHAT}
+        assert said(load_examples([row], columns={"completion": "chosen"})) == [("user", "Hi"), ("assistant", "Hello")]

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_models import random_sequences, sequence, tiny_gpt2, tiny_llama, tiny_qwen2, with_lora
+from tiny_models import memory_for, random_sequences, sequence, tiny_gpt2, tiny_llama, tiny_qwen2, with_lora
 from torch import Tensor, nn
 
 from gradsift.base.types import Sequence
+from gradsift.gradients import kronecker
 from gradsift.gradients.capture import LORA, find_modules
 from gradsift.gradients.folding import Captured
 from gradsift.gradients.hessian import curvature_product
@@ -23,6 +24,7 @@ from gradsift.gradients.kronecker import (
     Pass,
     conjugate_gradient,
     corrected_eigenvalues,
+    each_gradient,
     eigenvectors,
     kronecker_factors,
 )
@@ -238,3 +240,72 @@ def test_conjugate_gradients_end_at_the_dense_solve() -> None:
     torch.testing.assert_close(solved(total), wanted, rtol=1e-6, atol=1e-8)
     zero = parts(torch.zeros(total, dtype=torch.float64))
     assert not any(part.any() for part in conjugate_gradient(product, lambda v: dict(v), zero, 3).values())
+
+
+class Crowded:
+    """What is told of each module, and has no memory for more than two rows of the fifth one."""
+
+    def __init__(self, modules: tuple[Captured, ...]) -> None:
+        self.name, self.failed = modules[4].name, 0
+
+    def check(self, captured: Captured, features: Tensor) -> None:
+        if captured.name == self.name and len(features) > 2:
+            self.failed += 1
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_batches_are_halved_where_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the middle of a backward pass, when some modules are counted already: the same sums, every row told once, and
+    a smaller budget for what follows; a row that does not fit even alone is left out and named.
+    """
+    network, rows = llama(), random_sequences(LENGTHS)
+    modules = find_modules(network).captured
+    crowded, own_run = Crowded(modules), kronecker.Capture.run
+
+    def run(capture: Any, batch: Any, consume: Any, consume_factors: Any = None, labels: Any = None) -> Tensor:
+        def watched(consumer: Any) -> Any:
+            def call(captured: Captured, *features: Tensor) -> None:
+                crowded.check(captured, features[0])
+                consumer(captured, *features)
+
+            return consumer and call
+
+        return own_run(capture, batch, watched(consume), watched(consume_factors), labels)
+
+    names = ["a", "b", "c", "d", "e"]
+    wanted = kronecker_factors(network, modules, rows, Pass(1000, names))
+    bases = bases_of(wanted)
+    values = corrected_eigenvalues(network, modules, rows, bases, Pass(1000, names))
+    gradients, _ = per_example_gradients(network, modules, rows, len(rows))
+    monkeypatch.setattr(kronecker.Capture, "run", run)
+    one, two, three = Pass(1000, names), Pass(1000, names), Pass(1000)
+    told: list[int] = []
+    found = kronecker_factors(network, modules, rows, one, told.append)
+    same = corrected_eigenvalues(network, modules, rows, bases, two)
+    seen = {m.name: torch.zeros(5, *m.shape, dtype=torch.float64) for m in modules}
+
+    def take(captured: Captured, part: Tensor, index: Tensor) -> None:
+        seen[captured.name].index_add_(0, index, part)
+
+    each_gradient(network, modules, rows, take, three)
+    assert crowded.failed >= 3
+    assert sum(told) == 5
+    for module in modules:
+        torch.testing.assert_close(found[module.name], wanted[module.name], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(same[module.name], values[module.name], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(seen[module.name], gradients[module.name], rtol=1e-6, atol=1e-9)
+    for settings in (one, two, three):
+        assert settings.token_budget < 45
+        assert not settings.left_out
+        assert settings.counts == {module.name: 5 for module in modules}
+    monkeypatch.undo()
+    with memory_for(network, 8):
+        short = Pass(1000, names)
+        left = corrected_eigenvalues(network, modules, rows, bases, short)
+    assert list(short.left_out) == [2]
+    assert "9 tokens does not fit in the memory of cpu even alone" in short.left_out[2]
+    others = [row for row in rows if row.row != 2]
+    without = corrected_eigenvalues(network, modules, others, bases, Pass(1000, names))
+    for module in modules:
+        torch.testing.assert_close(left[module.name], without[module.name], rtol=1e-9, atol=1e-12)
+        assert short.counts[module.name] == 4

@@ -7,15 +7,14 @@ gradients are projected, when some modules of the batch have been counted alread
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tiny_models import random_sequences, tiny_gpt2, tiny_llama, tiny_mistral, tiny_qwen2, with_lora
+from tiny_models import memory_for, random_sequences, tiny_gpt2, tiny_llama, tiny_mistral, tiny_qwen2, with_lora
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM
@@ -75,23 +74,6 @@ def take_rows(
         row_count=1 + max(sequence.row for sequence in sequences),
         on_rows=on_rows,
     )
-
-
-@contextmanager
-def memory_for(model: Any, tokens: int) -> Iterator[list[int]]:
-    """A model that fits no more than so many tokens, which notes the sizes of the batches that it ran."""
-    ran: list[int] = []
-
-    def refuse(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if inputs[0].numel() > tokens:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        ran.append(inputs[0].numel())
-
-    handle = model.get_input_embeddings().register_forward_pre_hook(refuse)
-    try:
-        yield ran
-    finally:
-        handle.remove()
 
 
 class Crowded(Projector):

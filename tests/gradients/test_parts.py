@@ -113,9 +113,10 @@ def test_a_lane_that_has_finished_nothing(
         whole(units, lanes, with_a_slow_one, *rest, fixed=fixed)
 
     whole = rows_module._in_lanes
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(rows_module, "_in_lanes", in_lanes)
-        collect_both(run, data, files, settings=settings, reporter=Listening(stop_after=1))
+        with pytest.raises(KeyboardInterrupt):
+            collect_both(run, data, files, settings=settings, reporter=Listening(stop_after=1))
     collect_both(run, data, files, settings=settings)
     assert all_bytes(run) == all_bytes(calm)
 

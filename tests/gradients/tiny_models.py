@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from gradsift.base.types import Sequence
@@ -146,3 +148,20 @@ def random_sequences(lengths: list[int], *, seed: int = 0) -> list[Sequence]:
         answer = np.arange(length) >= length - max(1, length // 3)
         rows.append(sequence(row, tokens, answer))
     return rows
+
+
+@contextmanager
+def memory_for(model: Any, tokens: int) -> Iterator[list[int]]:
+    """A model that fits no more than so many tokens, which notes the sizes of the batches that it ran."""
+    ran: list[int] = []
+
+    def refuse(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if inputs[0].numel() > tokens:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        ran.append(inputs[0].numel())
+
+    handle = model.get_input_embeddings().register_forward_pre_hook(refuse)
+    try:
+        yield ran
+    finally:
+        handle.remove()

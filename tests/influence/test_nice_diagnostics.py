@@ -18,6 +18,7 @@ from gradsift.influence.diagnostics import _Resampling, cosines, diagnose
 from gradsift.influence.estimator import rate_weights
 from gradsift.influence.less import less_scores
 from gradsift.influence.nice import NICE, NICEIF, PolicyTargets
+from gradsift.influence.nice_ekfac import NICEEKFAC
 from gradsift.influence.prompts import PromptTarget, open_prompts
 from gradsift.influence.random import Random
 from gradsift.influence.reliability import Looked, Reliability
@@ -120,13 +121,15 @@ def test_resamples_are_rankings_of_their_own(
     assert sorted(work.freedom().tolist()) == [5, 10]
 
 
-@pytest.mark.parametrize("method", [NICE(sampling=SIX), NICEIF(sampling=SIX)], ids=["NICE", "NICE_IF"])
+@pytest.mark.parametrize(
+    "method", [NICE(sampling=SIX), NICEIF(sampling=SIX), NICEEKFAC(sampling=SIX)], ids=["NICE", "NICE_IF", "NICE_EKFAC"]
+)
 def test_the_ranking_is_that_of_the_scores(pool: Pool, target: PromptTarget, method: Any) -> None:
-    """All samples weighed once give the scores that `score` gives, for both methods."""
+    """All samples weighed once give the scores that `score` gives, for each method."""
     scores = score(pool, target, method)
     whole = PolicyTargets(pool, target, method)
     checkpoints = pool.checkpoints()[-1:] if isinstance(method, NICEIF) else pool.checkpoints()
-    weights = rate_weights(checkpoints) if isinstance(method, NICE) else [1.0]
+    weights = [1.0] if isinstance(method, NICEIF) else rate_weights(checkpoints)
     assert scores.strata is not None
     work = _Resampling(whole, scores.strata, Looked.at(scores.ids))
     for checkpoint, weight in zip(checkpoints, weights, strict=True):

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 import gradsift as gs
 from gradsift.base.errors import ConfigError
 from gradsift.context import Pool
+from gradsift.gradients import collect as collecting
 from gradsift.influence.rerank import Rerank, with_rest
 from gradsift.influence.scores import Aggregation, aggregated
 from tiny_world import Cli, World, pool_rows, target_rows
@@ -118,16 +119,23 @@ def test_rows_of_the_target_are_no_candidates(tiny: World, tmp_path: Path) -> No
     assert found.found.ids[:5] == found.ids[:5]
 
 
-def test_gradients_are_taken_of_the_candidates_alone(opened: Any, tiny: World, tmp_path: Path) -> None:
-    """What lies in the run folder afterwards are unprojected rows of 5 candidates and 4 targets at each checkpoint."""
+def test_gradients_are_taken_of_the_candidates_alone(
+    tiny: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 5 at each checkpoint, of which scores are left in the run folder, and unprojected rows of the 4 targets."""
     out = tmp_path / "run"
     options = ("--first", "rds_plus", "--then", "tracin", "--candidates", 5, "--budget", 3, *tiny.with_adapters())
     planned = tiny("plan", out, "-e", "rerank", *options, "--json").succeeded().json["stages"]
     made = tiny("select", out, "-e", "rerank", *options, "--json").succeeded().json
     stores = [gs.GradientStore.open(path.parent) for path in out.glob("gradients/*/manifest.json")]
-    assert sorted(len(store) for store in stores) == [4, 4, 5, 5]
+    assert [len(store) for store in stores] == [4, 4]
     assert len({store.dim for store in stores}) == 1 < min(store.dim for store in stores)
     assert planned["candidates' gradients"]["rows"] == 10
+    assert planned["candidates' gradients"]["disk_bytes"] == 10 * 2 * stores[0].dim
+    with monkeypatch.context() as patched:
+        patched.setattr("gradsift.influence.rerank._ROWS_BYTES", 100)
+        fewer = tiny("plan", tmp_path / "other", "-e", "rerank", *options, "--json").succeeded().json
+        assert fewer["stages"]["candidates' gradients"]["disk_bytes"] == 100
     assert planned["target gradients"]["rows"] == 8
     assert planned["hidden states"]["rows"] == 28
     assert made["selections"][0]["estimator"] == "RDS+, 5 by TracIn"
@@ -136,6 +144,47 @@ def test_gradients_are_taken_of_the_candidates_alone(opened: Any, tiny: World, t
     assert all(stage["done"] for stage in done.values()), done
     scores = pq.read_table(out / "scores.parquet").to_pylist()
     assert sum(row["stage"] == 2 for row in scores if row["target"] == "*") == 5
+
+
+@pytest.mark.parametrize("then", [gs.LESS(), gs.EKFAC()], ids=lambda m: m.label)
+def test_candidates_rows_lie_on_disk_a_few_at_a_time(
+    tiny: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, then: gs.Estimator
+) -> None:
+    """Scores of parts are those of all candidates at once; what is interrupted goes on with the part that it was at."""
+    pool = tiny.open_pool(tmp_path / "run")
+    target = gs.open_target(target_rows(4), pool, subtask="task")
+    method = Rerank(first=gs.BM25(), then=then, candidates=11)
+    whole = gs.score(pool, target, method)
+    for kept in tmp_path.glob("run/candidates/*/scores-*"):
+        kept.unlink()
+    monkeypatch.setattr(Rerank, "_at_once", lambda *_: 4)
+    collect_, seen = collecting.collect_at, list[tuple[int, int]]()
+
+    def collect(run: Any, source: Any, *args: Any, what: str, **named: Any) -> Any:
+        if what == "pool" and len(seen) == 2 * len(pool.checkpoints()):
+            seen.append((0, 0))
+            raise KeyboardInterrupt
+        found = collect_(run, source, *args, what=what, **named)
+        if what == "pool":
+            there = [gs.GradientStore(run.storage, prefix) for prefix in run.artifacts("gradients")]
+            seen.append((len(source.ids), max(len(store) for store in there)))
+        return found
+
+    monkeypatch.setattr("gradsift.context.collect_at", collect)
+    with pytest.raises(KeyboardInterrupt):
+        gs.score(pool, target, method)
+    found = gs.score(pool, target, method)
+    assert found.ids == whole.ids
+    np.testing.assert_allclose(found.per_target, whole.per_target, rtol=2e-3, atol=1e-5)
+    checkpoints = len(pool.checkpoints())
+    assert [count for count, _ in seen if count] == [4] * 2 * checkpoints + [3] * checkpoints
+    assert max(most for _, most in seen) == 4  # targets have as many
+    count = len(seen)
+    assert gs.score(pool, target, method).fingerprint == found.fingerprint
+    assert len(seen) == count
+    assert [len(gs.GradientStore(pool.run.storage, prefix)) for prefix in pool.run.artifacts("gradients")] == (
+        [4] * checkpoints
+    )
 
 
 def test_its_methods_are_values_in_recipes_and_options(tiny: World, tmp_path: Path) -> None:
@@ -182,6 +231,32 @@ def test_fields_of_a_nested_method(tiny: World, tmp_path: Path, monkeypatch: pyt
     ):
         assert Cli(*base, *more).err.endswith("stop here\n")
         assert seen[-1] == wanted
+
+
+def test_explanations_take_its_options(tiny: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`explain -e rerank` has --first, --then and --candidates; its second method reads what it reads by itself."""
+    seen: list[Any] = []
+
+    def keep(recipe: Any, *_: Any, **__: Any) -> None:
+        seen.append(recipe.explain.estimators)
+        raise gs.errors.DataError("stop here")
+
+    monkeypatch.setattr("gradsift.jobs.select_explain.run_explain", keep)
+    base = tiny.arguments("explain", tmp_path, "--prompt", "what", "-e", "rerank", target=None)
+    less = gs.LESS(optimizer="sgd", checkpoints="last")
+    last = gs.EKFAC(checkpoints="last")
+    for more, wanted in (
+        ((), (Rerank(then=less),)),
+        (("--first", "bm25", "--then", "ekfac"), (Rerank(first=gs.BM25(), then=last),)),
+        (("-e", "ekfac", "--then", "tracin", "--candidates", 7),
+         (Rerank(then=TRACIN.model_copy(update={"checkpoints": "last"}), candidates=7), last)),
+        (("--set", "estimator.then.normalise=false", "--set", "estimator.candidates=30"),
+         (Rerank(then=less.model_copy(update={"normalise": False}), candidates=30),)),
+    ):  # fmt: skip
+        assert Cli(*base, *more).err.endswith("stop here\n")
+        assert seen[-1] == wanted
+    assert "--then 'bm25' is unknown" in Cli(*base, "--then", "bm25").err
+    assert "--first goes with rerank" in tiny("explain", tmp_path, "--prompt", "a", "--first", "bm25", target=None).err
 
 
 def test_explains(opened: Any) -> None:

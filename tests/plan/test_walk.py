@@ -24,6 +24,8 @@ from gradsift.plan.walk import walked
 from gradsift.plan.work import Work, endpoints
 from gradsift.recipe import Recipe
 from gradsift.selection.selectors import OWN as SELECTORS
+from gradsift.store.run import Run
+from gradsift.store.tensors import read_tensors
 from loopback import Answer, Server, completion
 from tiny_world import World, target_rows, write_rows
 
@@ -114,7 +116,9 @@ class Counting(gs.Estimator):
 
 
 SAMPLING = {"samples": 2, "max_new_tokens": 3}
-FIELDS: dict[str, dict[str, Any]] = {name: {"sampling": SAMPLING} for name in ("nice", "nice_if", "nice_magic")}
+FIELDS: dict[str, dict[str, Any]] = {
+    name: {"sampling": SAMPLING} for name in ("nice", "nice_if", "nice_ekfac", "nice_magic")
+}
 
 
 @pytest.mark.parametrize("method", [*OWN, Nearest, Counting], ids=lambda method: method.__name__)
@@ -224,7 +228,7 @@ def test_a_choice_and_an_explanation_share_their_gradients(recipe: Callable[...,
     assert stored(works) == on_disk(asked)
     assert {"explanation.html", "validation.json"} <= set(files_of(result))
     left = {work.stage for work in walk(asked, tmp_path) if not work.done}
-    assert left == {"choosing", "training on choices"}
+    assert left == {"choosing", "tokens of examples", "training on choices"}
 
 
 def test_a_comparison_is_counted_as_it_is_done(
@@ -256,3 +260,24 @@ def test_a_comparison_is_counted_as_it_is_done(
     (Path(asked.out) / "comparison.json").write_text("{}")
     left = [work.stage for work in walk(asked, tmp_path) if not work.done]
     assert left.count("fine-tuning, 3 times") == 2  # what LESS and AlpaGasus choose is not known beforehand
+
+
+def test_factors_take_what_is_said_of_disk_and_memory(
+    recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """EK-FAC's: once where they stay, and once for the only part of the sample; twice in memory while they are added
+    up, of a group of modules at a time. Once they are there, nothing.
+    """
+    monkeypatch.setattr("gradsift.plan.measure.peak_memory", lambda: 0)
+    whole = recipe(estimator={"kind": "ekfac", "checkpoints": "last"}, warmup={"rank": 4})  # as the adapters are
+    halves = whole.model_copy(update={"gradients": whole.gradients.model_copy(update={"module_groups": 2})})
+    found = [estimate(asked) for asked in (whole, halves)]
+    run_recipe(whole)
+    storage = Run(whole.out).storage
+    kept = [key for key in storage.list("kronecker/") if "basis" in key or "eigenvalues" in key]
+    size = sum(tensor.nbytes for key in kept for tensor in read_tensors(storage, key)[0].values())
+    assert [one["stages"]["EK-FAC's factors"]["disk_bytes"] for one in found] == [2 * size, 1.5 * size]
+    assert [one["peak_memory_bytes"] for one in found] == [2 * size, size]
+    again = estimate(halves)
+    assert again["stages"]["EK-FAC's factors"]["done"]
+    assert again["peak_memory_bytes"] == 0

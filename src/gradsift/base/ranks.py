@@ -46,12 +46,12 @@ def paired_rank_correlations(first: ArrayLike, second: ArrayLike) -> NDArray[np.
 
 def _standardised(values: NDArray[np.generic]) -> NDArray[np.float64]:
     """Ranks along the first axis, centred and of length 1; 0 where they are all the same."""
-    ranks = np.apply_along_axis(_mean_ranks, 0, values)
+    ranks = np.apply_along_axis(mean_ranks, 0, values)
     centred = ranks - ranks.mean(axis=0)
     return np.asarray(centred / np.maximum(np.linalg.norm(centred, axis=0), 1e-300))
 
 
-def _mean_ranks(values: NDArray[np.generic]) -> NDArray[np.float64]:
+def mean_ranks(values: NDArray[np.generic]) -> NDArray[np.float64]:
     """Rank of each value, 1 = lowest, equal ones at their mean."""
     _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts - 1) / 2)[places]

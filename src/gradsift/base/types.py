@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NotRequired, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,10 +14,47 @@ from typing_extensions import TypedDict  # pydantic reads it back from JSON; typ
 
 
 class Message(TypedDict):
-    """One turn of a conversation."""
+    """One turn of a conversation, with what a chat template may show beside its content.
+
+    tool_calls: `[{"type": "function", "function": {"name": …, "arguments": an object, or JSON text}}]`, also with an id
+    reasoning_content, reasoning, thinking: what was thought before the answer, by the name that its row gives it
+    name, tool_call_id: of the call that a `tool` message answers
+    """
 
     role: str
     content: str
+    tool_calls: NotRequired[list[dict[str, Any]]]
+    reasoning_content: NotRequired[str]
+    reasoning: NotRequired[str]
+    thinking: NotRequired[str]
+    name: NotRequired[str]
+    tool_call_id: NotRequired[str]
+
+
+TEXT = "text"  # the role of a plain text, which is no turn of a conversation
+
+
+def is_text(messages: SequenceABC[Message]) -> bool:
+    """Whether a row is a plain text, of which every token is learned."""
+    return len(messages) == 1 and messages[0]["role"] == TEXT
+
+
+REASONING = ("reasoning_content", "reasoning", "thinking")
+
+
+def said(message: Mapping[str, Any]) -> str:
+    """All that a message says, as one text: its reasoning, its content, and each call of a tool as JSON.
+
+    >>> said({"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"a": 1}}}]})
+    '{"name": "f", "arguments": {"a": 1}}'
+    """
+    calls = message.get("tool_calls") or ()
+    if not calls and not any(name in message for name in REASONING):
+        return str(message["content"])
+    called = [{name: call["function"][name] for name in ("name", "arguments")} for call in calls]
+    parts = [message.get(name) for name in REASONING] + [message["content"]]
+    parts += [json.dumps(call, ensure_ascii=False) for call in called]
+    return "\n".join(str(part) for part in parts if part)
 
 
 class Chat(Protocol):
@@ -33,7 +71,7 @@ def before_answer(messages: SequenceABC[Message]) -> tuple[tuple[Message, ...], 
     (({'role': 'user', 'content': '2 + 2'},), '4')
     """
     last = max((n for n, message in enumerate(messages) if message["role"] == "assistant"), default=None)
-    return tuple(messages[:last]), None if last is None else messages[last]["content"]
+    return tuple(messages[:last]), None if last is None else said(messages[last])
 
 
 LeftOut = Literal["row", "part", "file"]
@@ -77,9 +115,11 @@ class Example:
     row:      the original row, every column of it, as the user wrote it; outputs carry it through untouched
     raw:      the row's original JSON text where the source was json(l), so that types survive byte for byte
     flags:    of each message; empty where no message has any
-    options:  the row's own arguments for the chat template (`chat_template_kwargs`) as canonical JSON; "" for none
+    options:  the row's own arguments for the chat template (`chat_template_kwargs`, `tools`) as JSON; "" for none
     unused:   what of the row is in none of these
     source, line: where it was found
+    token_ids: of a part of a plain text, as the whole text has them; empty elsewhere
+    weight: factor of the row's loss
     """
 
     id: str
@@ -91,6 +131,8 @@ class Example:
     unused: tuple[Skipped, ...] = field(default=(), repr=False)
     source: str = ""
     line: int | None = None
+    token_ids: tuple[int, ...] = field(default=(), repr=False)
+    weight: float = 1.0
 
     def skipped(self, reason: str, detail: str) -> Skipped:
         """This row as one that is left out."""

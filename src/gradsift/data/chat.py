@@ -32,7 +32,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -40,15 +40,16 @@ from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
 from gradsift.base.errors import ConfigError, DataError, ModelError
-from gradsift.base.types import Example, Message, Skipped, TokenizedExample
+from gradsift.base.types import REASONING, TEXT, Example, Message, Skipped, TokenizedExample, is_text
 from gradsift.data.account import common_length, differences
-from gradsift.data.template import ChatTemplate, Rendering, TemplateProblemError, Turn
+from gradsift.data.template import ChatTemplate, Rendering, TemplateProblemError, Turn, is_whole, role_of
 from gradsift.store.run import REVISIONS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Supervise = Literal["all_turns", "last_turn", "all_tokens"]
+Reasoning = Literal["as_template", "keep", "skip"]
 
 _QUOTED = 60  # characters of a text that a detail shows
 
@@ -71,6 +72,9 @@ class ChatFormat:
         but the first, as TRL's trainer does with `messages` unless told otherwise. What a message says of itself goes
         before that: `Example.flags`.
     max_length: tokens kept from the beginning of each conversation; `None` keeps all.
+    reasoning: "as_template" takes what the template makes of a conversation and tells what it cuts; the others skip a
+        row whose reasoning it cuts (for "keep" the tokenizer has been given a template that cuts less).
+    chunk: tokens of the rows that `chunks` makes of a plain text; `None` leaves texts whole.
     generation_eos: `generation_config.eos_token_id` of the model, where it is known.
 
     Special tokens come from the template alone, as in `apply_chat_template(tokenize=True)`: a template that writes no
@@ -100,15 +104,22 @@ class ChatFormat:
         *,
         supervise: Supervise = "all_turns",
         max_length: int | None = None,
+        chunk: int | None = None,
+        reasoning: Reasoning = "as_template",
         generation_eos: int | Sequence[int] | None = None,
     ) -> None:
         if supervise not in get_args(Supervise):
             raise ConfigError(f"supervise is {supervise!r}; wanted one of {', '.join(get_args(Supervise))}.")
         if max_length is not None and max_length < 2:
             raise ConfigError(f"max_length is {max_length}; wanted at least 2, a token to read and one to learn.")
+        if chunk is not None and not 2 <= chunk <= (max_length or chunk):
+            most = "" if max_length is None else f" and at most max_length, {max_length:,}"
+            raise ConfigError(f"chunk is {chunk}; wanted at least 2{most}.")
         self._tokenizer = tokenizer
         self.supervise = supervise
         self._max_length = max_length
+        self.chunk = chunk
+        self.reasoning = reasoning
         self._marker_ids = _marker_ids(tokenizer)
         self._vocabulary: int | None = getattr(tokenizer, "model_vocabulary", None)
         self._template = ChatTemplate(tokenizer, self._marker_ids)
@@ -117,7 +128,10 @@ class ChatFormat:
         # A pad token set by a training script changes no id; one that the template writes does.
         named = {name: token for name, token in tokenizer.special_tokens_map.items() if name in self._template.text}
         self.fingerprint = _digest(
-            str(REVISIONS["labels"]), self._template.text, named, identity, supervise, max_length
+            *(str(REVISIONS["labels"]), self._template.text, named, identity, supervise, max_length),
+            # A pool that is cut otherwise, or of which other rows are left out, is another one.
+            *({"chunk": chunk},) * (chunk is not None),
+            *(["reasoning"],) * (reasoning != "as_template"),
         )
         self._refuse_foreign_markers()
         self.end_of_turn_ids = self._find_end_of_turn_ids(generation_eos)
@@ -133,19 +147,81 @@ class ChatFormat:
 
     def tokenize_batch(self, examples: Sequence[Example]) -> list[TokenizedExample | Skipped]:
         """Do what `tokenize` does, for many examples at once and in their order; fast tokenizers use every core."""
-        located: list[_Located | str] = []
+        chats = iter(self._chats([example for example in examples if not is_text(example.messages)]))
+        return [self._text(example) if is_text(example.messages) else next(chats) for example in examples]
+
+    def _chats(self, examples: Sequence[Example]) -> list[TokenizedExample | Skipped]:
+        located: list[_Located | Skipped] = []
         for example in examples:
             try:
                 located.append(self._locate(example))
+            except CutReasoningError as problem:
+                located.append(example.skipped("reasoning_cut", str(problem)))
             except TemplateProblemError as problem:
-                located.append(str(problem))
-        encoded = self._encode([found.text for found in located if not isinstance(found, str)])
+                located.append(example.skipped("template", str(problem)))
+        encoded = self._encode([found.text for found in located if not isinstance(found, Skipped)])
         return [
-            example.skipped("template", found)
-            if isinstance(found, str)
-            else self._label(example, found, *next(encoded))
+            found if isinstance(found, Skipped) else self._label(example, found, *next(encoded))
             for example, found in zip(examples, located, strict=True)
         ]
+
+    # --- plain texts ----------------------------------------------------------------------------------------------
+
+    def chunks(self, example: Example) -> list[Example]:
+        """A plain text as parts of `chunk` tokens each, with ids `doc#0`, `doc#1` …; any other row as it is.
+
+        The tokens are those of the whole text, its beginning and its end of sequence included: parts put together are
+        the text, and their tokens its tokens.
+        """
+        if self.chunk is None or not is_text(example.messages):
+            return [example]
+        text = example.messages[0]["content"]
+        ids, offsets = self._text_ids(text)
+        parts = []
+        for number, start in enumerate(range(0, len(ids), self.chunk)):
+            own = ids[start : start + self.chunk]
+            if offsets is None:
+                part = str(self._tokenizer.decode(own, skip_special_tokens=True))
+            else:
+                begin = 0 if start == 0 else int(offsets[start, 0])
+                end = int(offsets[start + len(own), 0]) if start + len(own) < len(ids) else len(text)
+                part = text[begin : min(end, len(text))]
+            row = {name: part if value is text or value == text else value for name, value in example.row.items()}
+            messages: tuple[Message, ...] = ({"role": TEXT, "content": part},)
+            id_ = f"{example.id}#{number}"
+            parts.append(replace(example, id=id_, messages=messages, row=row, raw=None, token_ids=tuple(own)))
+        return parts
+
+    def _text(self, example: Example) -> TokenizedExample | Skipped:
+        """Every token of a plain text but the first is learned, the end of sequence included."""
+        ids, offsets = list(example.token_ids), None
+        closed = example.messages[0]["content"]
+        if not ids:
+            ids, offsets = self._text_ids(closed)
+        foreign = self._foreign(ids)
+        if foreign:
+            return example.skipped("unknown_token", foreign)
+        if len(ids) < 2:
+            return example.skipped("nothing_to_learn", "the text has a single token, which nothing predicts")
+        left_out = [*example.unused, *self._unknown(example, closed, ids, offsets)]
+        if self._max_length is not None and len(ids) > self._max_length:
+            cut = len(ids) - self._max_length
+            detail = f"the last {cut:,} of {len(ids):,} tokens are cut off; --chunk makes rows of them all"
+            left_out.append(example.in_part("cut", detail, f"cut at {self._max_length:,} tokens"))
+        token_ids = np.array(ids[: self._max_length], dtype=np.int32)
+        supervised = np.arange(len(token_ids)) > 0
+        weights = None if example.weight == 1 else supervised * np.float32(example.weight)
+        return TokenizedExample(example.id, token_ids, supervised, weights, tuple(left_out))
+
+    def _text_ids(self, text: str) -> tuple[list[int], NDArray[np.int64] | None]:
+        """The ids of a document as trainers make them: what the tokenizer adds to any text, and the end of sequence."""
+        end = self._tokenizer.eos_token
+        closed = text if not end or text.endswith(end) else text + end
+        if self._backend is None:
+            return list(self._tokenizer.encode(closed)), None
+        return _ids_and_offsets(self._backend.encode(closed))
+
+    # --- prompts --------------------------------------------------------------------------------------------------
 
     def prompt_ids(self, messages: Sequence[Message], options: str = "") -> list[int]:
         """Return the token ids of a conversation and the generation prompt, ready to generate from.
@@ -158,21 +234,47 @@ class ChatFormat:
         Raises DataError when the template refuses the conversation.
         """
         shown = self._prompt(messages, options)
-        answer = self._template.turn((*shown.roles, "assistant"), len(messages), options)
+        answer = self._template.turn((*shown.kinds, "assistant"), len(messages), shown.outline)
         ids = self._ids(shown.text if answer is None else shown.text + answer.header)
         foreign = self._foreign(ids)
         if foreign:
             raise DataError(f"a prompt cannot be read: {foreign}")
         return ids
 
+    def said(self, messages: Sequence[Message], options: str, entry: TokenizedExample) -> NDArray[np.bool_]:
+        """Which tokens of a conversation hold what its messages say, bool `[token]`; the template writes the others.
+
+        Where the conversation goes on after `messages`, with an answer that was generated, labels are said.
+        """
+        known = entry.supervised & ~np.isin(entry.token_ids, list(self._marker_ids.values()))
+        try:
+            shown = Rendering(self._template, self._template.as_taken(messages, options), options)
+        except TemplateProblemError:
+            return known
+        ((ids, offsets),) = self._encode([shown.text])
+        if offsets is None:
+            return known
+        count = common_length(ids, entry.token_ids.tolist())
+        begin, end = offsets[:count].T
+        inside = np.zeros(count, dtype=np.bool_)
+        for place in shown.places.values():
+            inside |= (begin < place.end) & (end > place.begin)
+        return np.concatenate([inside, known[count:]])
+
     def unshown_of_prompt(self, example: Example, messages: Sequence[Message]) -> tuple[Skipped, ...]:
         """What of a prompt's messages the model is not shown before it answers.
 
         Raises DataError when the template refuses them.
         """
-        return (*example.unused, *_unshown(example, messages, self._prompt(messages, example.options)))
+        shown = self._prompt(messages, example.options)
+        try:
+            return (*example.unused, *_unshown(example, messages, shown))
+        except TemplateProblemError as problem:
+            raise DataError(f"a prompt cannot be rendered: {problem}. Change it or leave it out.") from problem
 
     def _prompt(self, messages: Sequence[Message], options: str) -> Rendering:
+        if is_text(messages):
+            raise DataError("a plain text is no prompt: nothing in it asks for an answer")
         try:
             taken = self._template.as_taken(messages, options)
             return Rendering(self._template, taken, options, generation_prompt=True)
@@ -185,6 +287,9 @@ class ChatFormat:
         """Render the conversation; return its text, the spans that it is learned from, and what it does not show."""
         shown = Rendering(self._template, self._template.as_taken(example.messages, example.options), example.options)
         left_out = [*example.unused, *_unshown(example, example.messages, shown)]
+        cut = _cut_reasoning(example.messages, shown) if self.reasoning != "as_template" else None
+        if cut is not None:
+            raise CutReasoningError(f"the chat template does not show the reasoning of message {cut + 1}")
         weights: dict[int, float] = {}
         for position, message in enumerate(example.messages):
             flags = example.flags[position] if example.flags else None
@@ -206,10 +311,12 @@ class ChatFormat:
         return _Located(shown.text, tuple(spans), tuple(left_out), last)
 
     def _span(self, shown: Rendering, position: int, weight: float) -> _Span:
-        turn = self._template.turn(shown.roles, position, shown.options)
+        turn = self._template.turn(shown.kinds, position, shown.outline)
         if turn is None:
             how = "exactly once" if shown.frame is not None else "when its text is a single word"
             raise TemplateProblemError(f"the chat template does not show message {position + 1} {how}")
+        if is_whole(shown.kinds[position]):
+            return _Span(*self._isolate_whole(shown, position, turn), turn.end, weight)
         if shown.contents is not None:
             begin, end = shown.contents[position]
             begin -= len(turn.lead)
@@ -225,7 +332,7 @@ class ChatFormat:
             before = pieces[0]
             if text.startswith(before) and before.endswith(turn.lead) and len(before) < end:
                 return len(before) - len(turn.lead), end
-            if not turn.header and shown.roles[position] == "assistant":
+            if not turn.header and shown.kinds[position] == "assistant":
                 # What precedes the content depends on it (thinking moved to a place of its own): begin at the prompt.
                 prompt = self._template.render(shown.messages[:position], shown.options, generation_prompt=True)
                 if text.startswith(prompt) and len(prompt) < end:
@@ -233,6 +340,21 @@ class ChatFormat:
         raise TemplateProblemError(
             f"what the chat template writes around or for message {position + 1} depends on its content, so that the "
             "turn cannot be told apart exactly"
+        )
+
+    def _isolate_whole(self, shown: Rendering, position: int, turn: Turn) -> tuple[int, int]:
+        """Find one turn, from its lead to its end, as what changes when marks stand in place of all that it says."""
+        text, pieces = shown.text, shown.whole(position)
+        before, after = pieces[0].removesuffix(turn.lead), pieces[-1].removeprefix(turn.end)
+        end = len(text) - len(after)
+        closing = next((token for token in self._marker_ids if turn.end.endswith(token)), "")
+        exact = pieces[0].endswith(turn.lead) and pieces[-1].startswith(turn.end) and len(pieces) > 1
+        around = text.startswith(before) and text.endswith(after) and len(before) < end
+        if exact and around and text[:end].endswith(closing):
+            return len(before), end
+        raise TemplateProblemError(
+            f"what the chat template writes around message {position + 1} depends on its calls or its reasoning, so "
+            "that the turn cannot be told apart exactly"
         )
 
     # --- the model's vocabulary -----------------------------------------------------------------------------------
@@ -298,6 +420,7 @@ class ChatFormat:
             return example.skipped("nothing_to_learn", detail)
         total = int((weights > 0).sum())
         weights[:1] = 0
+        weights *= example.weight
         kept = slice(self._max_length)
         supervised = weights[kept] > 0
         if not supervised.any():
@@ -391,6 +514,49 @@ class ChatFormat:
         )
 
 
+class CutReasoningError(TemplateProblemError):
+    """A conversation whose reasoning the template does not show."""
+
+
+def keep_reasoning(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give a tokenizer TRL's variant of its template for training, which shows the reasoning of every turn.
+
+    Raises:
+        ConfigError: TRL is not there, or knows no such variant.
+    """
+    try:
+        from trl.chat_template_utils import get_training_chat_template
+    except ImportError as error:
+        raise ConfigError(
+            "reasoning is kept by TRL's variants of chat templates for training: pip install 'gradsift[trl]', or put "
+            "a chat_template.jinja that keeps it into the model's folder"
+        ) from error
+    try:
+        variant = get_training_chat_template(tokenizer)
+    except ValueError as error:
+        raise ConfigError(
+            "TRL has no variant of this tokenizer's chat template for training: take --reasoning skip, or put a "
+            "chat_template.jinja that keeps reasoning into the model's folder"
+        ) from error
+    tokenizer.chat_template = variant or tokenizer.chat_template
+
+
+def _cut_reasoning(messages: Sequence[Message], shown: Rendering) -> int | None:
+    """The first message that has reasoning, in a field or in tags, which is not in its rendering; None for no such."""
+    for position, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        place = shown.places.get(position)
+        written = "" if place is None else shown.text[place.begin : place.end]
+        inside, tag, _ = message["content"].rpartition("</think>")
+        if tag and inside.rpartition("<think>")[2].strip() not in written:
+            return position
+        fields = any(name in message for name in REASONING)
+        if fields and (shown.frame is None or "r" not in shown.frame.shown(position)):
+            return position
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class _Located:
     """A rendered conversation.
@@ -408,11 +574,24 @@ class _Located:
 
 def _unshown(example: Example, messages: Sequence[Message], shown: Rendering) -> Iterator[Skipped]:
     """What of the messages' contents and roles is not in a rendering of them."""
-    if shown.contents is not None and len(shown.contents) == len(messages) and shown.roles == _roles(messages):
+    if not shown.takes_tools and shown.outline != shown.options:
+        yield example.in_part("not_shown", "the chat template does not show tools", "tools not shown by the template")
+    whole = any(map(is_whole, shown.kinds))
+    taken_as = tuple(map(role_of, shown.kinds))
+    contents = shown.contents is not None and len(shown.contents) == len(messages)
+    if contents and not whole and taken_as == tuple(message["role"] for message in messages):
         return
     for position, message in enumerate(messages):
-        role, content, taken = message["role"], message["content"], shown.roles[position]
+        role, content, taken = message["role"], message["content"], taken_as[position]
         which = f"message {position + 1} ({role})"
+        if is_whole(shown.kinds[position]) and shown.frame is not None:
+            parts = shown.frame.shown(position)
+            if "tool_calls" in message and "c" not in parts:
+                raise TemplateProblemError(f"the chat template does not show the tool calls of message {position + 1}")
+            thought = next((message[name] for name in REASONING if name in message), "")  # type: ignore[literal-required]
+            if thought and "r" not in parts:
+                detail = f"the reasoning of {which} is not shown by the chat template: {_quoted(thought)}"
+                yield example.in_part("not_shown", detail, "reasoning not shown by the template")
         place = shown.places.get(position)
         if place is None:
             if content.strip():
@@ -437,10 +616,6 @@ def _unshown(example: Example, messages: Sequence[Message], shown: Rendering) ->
                     f"{count:,} of the {len(content):,} characters of {which} are {what}: {_quoted(first)}{instead}"
                 )
                 yield example.in_part(reason, detail, f"part of {_a(role)} message {what}")
-
-
-def _roles(messages: Sequence[Message]) -> tuple[str, ...]:
-    return tuple(message["role"] for message in messages)
 
 
 def _a(role: str) -> str:

@@ -19,11 +19,12 @@ from pydantic import ValidationError
 
 from gradsift.base.errors import ConfigError
 from gradsift.base.settings import Settings
-from gradsift.base.types import Flags, Message
+from gradsift.base.types import REASONING, TEXT, Flags, Message, is_text, said
 from gradsift.data.sources import kind_of
 from gradsift.store.manifest import canonical
 
-# The names the formats in the wild give to their speakers (ShareGPT: human, gpt; OpenAI: the roles themselves).
+# The names the formats in the wild give to their speakers (ShareGPT: human, gpt; OpenAI: the roles themselves). A
+# `function_call` turn is an assistant's call of a tool.
 _ROLES = {
     "system": "system",
     "developer": "developer",
@@ -31,17 +32,16 @@ _ROLES = {
     "human": "user",
     "assistant": "assistant",
     "gpt": "assistant",
+    "function_call": "assistant",
     "tool": "tool",
+    "function": "tool",
     "observation": "tool",
 }
-# What a message may carry beside its text that the loss would silently leave out, or take otherwise.
-_UNSUPPORTED_FIELDS = (
-    *("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking"),
-    *("train_detail", "training_detail"),
-)
+# What a message may carry beside its text that the loss would take otherwise.
+_UNSUPPORTED_FIELDS = ("train_detail", "training_detail")
 # What it may carry that a template may show, and that it is not handed here.
 _UNUSED_FIELDS = {
-    *("name", "tool_call_id", "tool_responses", "refusal", "recipient", "channel", "prefix", "citations", "documents"),
+    *("tool_responses", "refusal", "recipient", "channel", "prefix", "citations", "documents"),
     *("tool_plan", "thought", "thoughts", "trainable", "learn", "learnable", "supervise", "supervised"),
     *("image", "images", "audio", "audios", "video", "videos", "file", "files"),
 }
@@ -50,7 +50,6 @@ _OF_THE_LOSS = re.compile(r"(?:^|_)(?:train|loss|mask|weight)(?:_|$)")
 _OF_A_PART = {"type", "text", "cache_control", "annotations", "index"}  # what changes nothing for the text
 # Columns that trainers read, and what they would do with them.
 _TRAINER_COLUMNS = {
-    "tools": "tools that the template would show",
     "functions": "functions that the template would show",
     "xml_tools": "tools that the template would show",
     "python_tools": "tools that the template would show",
@@ -67,23 +66,24 @@ _TRAINER_COLUMNS = {
     "rejected": "the answer that is not preferred",
     "label": "whether the answer is wanted",
     "kto_tag": "whether the answer is wanted",
-    "weight": "a weight of the row",
-    "sample_weight": "a weight of the row",
     "input_ids": "token ids",
     "labels": "labels of tokens",
-    "loss_weight": "a weight of the row",
     "loss_mask": "labels of turns or tokens",
     "completion_mask": "labels of tokens",
     "assistant_masks": "labels of tokens",
 }
 # Columns that say what others have in their messages: told where the conversation does not have it.
 _SPOKEN = ("system_prompt", "system_message", "reasoning", "reasoning_content", "thinking")
+# What a message of a role has for the template beside content and calls.
+_FIELDS_OF = {"assistant": REASONING, "tool": ("name", "tool_call_id")}
 _OPTIONS_COLUMN = "chat_template_kwargs"
+_TOOLS_COLUMN = "tools"
+_WEIGHTS = ("weight", "sample_weight", "loss_weight")
 _LEARN_FLAGS = ("train", "training", "loss", "masked")
 _FLAGS = {*_LEARN_FLAGS, "weight"}
 FORMATS = (
     "`messages` (role, content), `conversations` (from, value), `prompt` with `completion`, "
-    "or `instruction` (with `input`) and `output`"
+    "`instruction` (with `input`) and `output`, or a plain `text`"
 )
 _PLACE = re.compile(r"\{([^{}]+)\}")
 
@@ -91,14 +91,17 @@ _PLACE = re.compile(r"\{([^{}]+)\}")
 class Columns(Settings):
     """Which columns of the user's rows hold what; a name left `None` means the usual one.
 
-    Naming `messages`, or `prompt`/`completion`, or `instruction`/`input`/`output`/`history` decides the row format;
-    naming only `id` or `system` leaves it to be recognised row by row.
+    Naming `messages`, or `prompt`/`completion`, or `instruction`/`input`/`output`/`history`, or `text` decides the row
+    format; naming only `id` or `system` leaves it to be recognised row by row.
 
     `prompt` and `completion` may also be a text with columns in braces, which each row fills in; and what lies inside a
     column is named by its path, `instances.0.input`.
 
     id: of the row.
     messages: the conversation.
+    tools: schemas of the tools that may be called.
+    text: a plain text, of which every token is learned.
+    weight: a factor of the row's loss.
     prompt, completion: what is asked, and the answer.
     instruction, input, output, history: of the Alpaca format.
     system: the system message.
@@ -119,6 +122,9 @@ class Columns(Settings):
     output: str | None = None
     history: str | None = None
     system: str | None = None
+    tools: str | None = None
+    text: str | None = None
+    weight: str | None = None
 
     @classmethod
     def of(cls, given: Columns | Mapping[str, str] | None) -> Columns:
@@ -150,6 +156,7 @@ class Columns(Settings):
             "messages": self.messages,
             "prompt/completion": self.prompt or self.completion,
             "instruction/input/output/history": self.instruction or self.input or self.output or self.history,
+            "text": self.text,
         }
 
     @cached_property
@@ -175,6 +182,7 @@ class Conversation:
     flags: tuple[Flags | None, ...]
     options: str
     unused: tuple[Unused, ...]
+    weight: float = 1.0
 
 
 class BadRowError(Exception):
@@ -193,6 +201,9 @@ def read_conversation(row: Mapping[str, Any], columns: Columns, *, require_answe
         BadRowError: it holds none, or one with nothing to learn from where an answer is required.
     """
     turns = _turns(row, columns, require_answer)
+    if is_text(turns):
+        unused = _unused_columns(row, columns, turns)
+        return Conversation(tuple(turns), (), "", (*unused, *_unused_options(row, columns)), _weight(row, columns))
     if columns.system is not None and columns.system not in row:
         raise _missing(row, [columns.system])
     system = row.get(columns.system or "system")
@@ -213,8 +224,9 @@ def read_conversation(row: Mapping[str, Any], columns: Columns, *, require_answe
     return Conversation(
         tuple(messages),
         tuple(flags) if any(flag is not None for flag in flags) else (),
-        _options(row),
-        (*_unused_fields(turns), *_unused_columns(row, columns, messages)),
+        _options(row, columns),
+        (*_unused_fields(turns, messages), *_unused_columns(row, columns, messages)),
+        _weight(row, columns),
     )
 
 
@@ -223,13 +235,15 @@ def read_conversation(row: Mapping[str, Any], columns: Columns, *, require_answe
 
 def _turns(row: Mapping[str, Any], columns: Columns, require_answer: bool) -> list[Any]:
     """Return the row's turns as they are written, whatever its format."""
-    messages, prompt_completion, alpaca = columns.families.values()
+    messages, prompt_completion, alpaca, text = columns.families.values()
     if messages is not None:
         return _in_turn(_turn_list(_need(row, messages), messages))
     if prompt_completion is not None:
         return _prompt_completion(row, columns.prompt or "prompt", columns.completion or "completion", require_answer)
     if alpaca is not None:
         return _alpaca(row, columns, require_answer)
+    if text is not None:
+        return _plain_text(_need(row, text), text)
     for name in ("messages", "conversations"):
         if row.get(name) is not None:
             return _in_turn(_turn_list(row[name], name))
@@ -237,7 +251,24 @@ def _turns(row: Mapping[str, Any], columns: Columns, require_answer: bool) -> li
         return _prompt_completion(row, "prompt", "completion", require_answer)
     if row.get("instruction") is not None and (not require_answer or row.get("output") is not None):
         return _alpaca(row, columns, require_answer)
+    if row.get(TEXT) is not None:
+        return _plain_text(row[TEXT], TEXT)
+    if row.get("chosen") is not None and row.get("rejected") is not None:
+        name = "messages" if row.get("prompt") is None and not isinstance(row["chosen"], str) else "completion"
+        raise BadRowError(
+            "preference_pair",
+            f"a pair of a chosen and a rejected answer: --columns {name}=chosen learns the chosen ones alone",
+        )
     raise _missing(row, None)
+
+
+def _plain_text(value: Any, column: str) -> list[Any]:
+    if not isinstance(value, str):
+        raise BadRowError("bad_content", f"column {column!r} is {kind_of(value)}, not text")
+    if not value.strip():
+        raise BadRowError("empty_text", f"column {column!r} holds no text")
+    _check_unicode(value, f"column {column!r}")
+    return [{"role": TEXT, "content": value}]
 
 
 def _prompt_completion(row: Mapping[str, Any], prompt: str, completion: str, require_answer: bool) -> list[Any]:
@@ -245,7 +276,15 @@ def _prompt_completion(row: Mapping[str, Any], prompt: str, completion: str, req
     places = [] if completion in row else _PLACE.findall(completion)
     there = any(_value(row, name) is not None for name in places or [completion])
     answer = _need(row, completion) if require_answer or there else None
-    return turns if answer is None else turns + _text_or_turns(answer, "assistant")
+    answers = [] if answer is None else _text_or_turns(answer, "assistant")
+    repeated = len(answers) > len(turns) and all(map(_same, turns, answers))  # chosen conversations hold their prompt
+    return answers if repeated else turns + answers
+
+
+def _same(turn: Any, other: Any) -> bool:
+    """Whether two turns are of one speaker and say the same."""
+    both = isinstance(turn, Mapping) and isinstance(other, Mapping)
+    return both and all(of(turn) == of(other) for of in (_speaker, _content))
 
 
 def _alpaca(row: Mapping[str, Any], columns: Columns, require_answer: bool) -> list[Any]:
@@ -358,17 +397,77 @@ def _message(turn: Any, position: int) -> tuple[Message, Flags | None]:
             raise BadRowError(
                 "unsupported_field", f"message {position} carries {name!r}, which would be left out of the loss"
             )
-    content = _text(_content(turn), position)
-    if role == "assistant" and not content.strip():
+    content, calls = _content(turn), _calls(turn, position)
+    if speaker == "function_call":
+        content, calls = _spoken_calls(_text(content, position), position)
+    if calls and role != "assistant":
+        raise BadRowError("bad_tool_calls", f"message {position} of the role {speaker!r} calls tools")
+    beside = {name: turn[name] for name in _FIELDS_OF.get(role, ()) if _is_something(turn.get(name))}
+    for name, value in beside.items():
+        beside[name] = _text(value, position, name)
+    empty = content is None and (calls or beside) and role == "assistant"
+    message = cast(Message, {"role": role, "content": "" if empty else _text(content, position), **beside})
+    if calls:
+        message["tool_calls"] = calls
+    if role == "assistant" and not said(message).strip():
         raise BadRowError("empty_answer", f"message {position} is an assistant turn without text")
-    return {"role": role, "content": content}, _flags(turn, position)
+    return message, _flags(turn, position)
 
 
-def _text(content: Any, position: int) -> str:
+def _calls(turn: Mapping[str, Any], position: int) -> list[dict[str, Any]]:
+    """The calls of tools in one form: of `tool_calls`, or of `function_call`, OpenAI's first form."""
+    given = [name for name in ("tool_calls", "function_call") if _is_something(turn.get(name))]
+    if len(given) == 2:
+        raise BadRowError("bad_tool_calls", f"message {position} has both {' and '.join(given)}: keep one of them")
+    value = _from_json(turn[given[0]], f"{given[0]} of message {position}", "bad_tool_calls") if given else []
+    entries = [value] if isinstance(value, Mapping) else value
+    if not isinstance(entries, list | tuple):
+        raise BadRowError("bad_tool_calls", f"{given[0]} of message {position} is {kind_of(value)}, not a list")
+    return [_call(entry, position) for entry in entries]
+
+
+def _spoken_calls(text: str, position: int) -> tuple[str, list[dict[str, Any]]]:
+    """What a `function_call` turn of ShareGPT says before its calls (a thought), and those, which are JSON."""
+    thought, tag, spoken = text.rpartition("</think>")
+    value = _from_json(spoken, f"the function_call of message {position}", "bad_tool_calls")
+    calls = [_call(entry, position) for entry in (value if isinstance(value, list) else [value])]
+    return thought + tag, calls
+
+
+def _call(entry: Any, position: int) -> dict[str, Any]:
+    """`{"type": "function", "function": {"name", "arguments"}}`, with an id where there is one.
+
+    Arguments are kept as they are written, as an object or as JSON text of one.
+    """
+    entry = _from_json(entry, f"a call in message {position}", "bad_tool_calls")
+    inner = entry.get("function") if isinstance(entry, Mapping) else None
+    function = inner if isinstance(inner, Mapping) else entry
+    name = function.get("name") if isinstance(function, Mapping) else None
+    if not isinstance(name, str) or not name:
+        raise BadRowError("bad_tool_calls", f"a call in message {position} names no function: {_short(entry)}")
+    arguments = function.get("arguments", function.get("parameters"))
+    arguments = arguments if _is_something(arguments) else {}
+    what = f"the arguments of {name!r} in message {position}"
+    if not isinstance(_from_json(arguments, what, "bad_tool_calls"), Mapping):
+        raise BadRowError("bad_tool_calls", f"{what} are {kind_of(arguments)}, not an object")
+    _check_unicode(json.dumps(arguments, ensure_ascii=False, default=str) + name, f"a call in message {position}")
+    identity = {"id": entry["id"]} if isinstance(entry.get("id"), str) and entry["id"] else {}
+    return {"type": "function", **identity, "function": {"name": name, "arguments": arguments}}
+
+
+def _from_json(value: Any, what: str, reason: str) -> Any:
+    """What a text holds as JSON; any other value as it is."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError) as error:
+        raise BadRowError(reason, f"{what}: text that is not JSON: {error}") from None
+
+
+def _text(content: Any, position: int, what: str = "content") -> str:
     if isinstance(content, list | tuple):
         content = "".join(_part_text(part, position) for part in content)
     if not isinstance(content, str):
-        raise BadRowError("bad_content", f"the content of message {position} is {kind_of(content)}, not text")
+        raise BadRowError("bad_content", f"the {what} of message {position} is {kind_of(content)}, not text")
     if not content.isascii():
         _check_unicode(content, f"message {position}")
     return content
@@ -425,6 +524,36 @@ def _flags(turn: Mapping[str, Any], position: int) -> Flags | None:
     return Flags(learn, weight if weight else None)
 
 
+def _weight(row: Mapping[str, Any], columns: Columns) -> float:
+    """What a row says of its own loss: a factor, or that it is not learned from.
+
+    Raises:
+        BadRowError: it is left out, or says what cannot be read.
+    """
+    for name in ("train", "training"):
+        value = row.get(name) if name not in columns.named else None
+        if isinstance(value, bool | int) and _truth(value) is False:
+            raise BadRowError("not_trained", f"the row says {name} {json.dumps(value)}")
+    names = (
+        (columns.weight,)
+        if columns.weight is not None
+        else tuple(name for name in _WEIGHTS if name not in columns.named)
+    )
+    given = {name: row[name] for name in names if _is_something(row.get(name))}
+    weights = {name: _number(value) for name, value in given.items()}
+    if len(set(weights.values())) > 1 or None in weights.values():
+        wrong = ", ".join(f"{name} {_short(value)}" for name, value in given.items())
+        raise BadRowError(
+            "bad_weight",
+            f"the row has {wrong}: wanted one number of at least 0; --columns weight=NAME names another column",
+        )
+    weight = next(iter(weights.values()), 1.0)
+    assert weight is not None, weights
+    if weight == 0:
+        raise BadRowError("not_trained", f"the row has the {next(iter(given))} 0")
+    return weight
+
+
 def _truth(value: Any) -> bool | None:
     """True and false, as JSON, numbers and csv files write them; None for anything else."""
     if isinstance(value, str):
@@ -459,23 +588,52 @@ def _is_something(value: Any) -> bool:
 # --- what is not used ---------------------------------------------------------------------------------------------
 
 
-def _options(row: Mapping[str, Any]) -> str:
-    """The row's own arguments for the template, as canonical JSON; "" for none."""
+def _options(row: Mapping[str, Any], columns: Columns) -> str:
+    """The row's own arguments for the template, its tools among them, as canonical JSON; "" for none."""
     value: Any = row.get(_OPTIONS_COLUMN)
-    if not _is_something(value):
+    column = columns.tools or _TOOLS_COLUMN
+    meant = columns.tools is not None or column not in columns.named
+    tools = _tools(_value(row, column), f"column {column!r}") if meant else []
+    if not _is_something(value) and not tools:
         return ""
     try:
-        value = json.loads(value) if isinstance(value, str) else value
+        value = (json.loads(value) if isinstance(value, str) else value) if _is_something(value) else {}
         kept = {name: entry for name, entry in value.items() if entry is not None}  # null: what only other rows have
-        return canonical(kept) if kept else ""
+        others = _tools(kept.pop("tools", None), f"tools in {_OPTIONS_COLUMN}")
+        if tools and others:
+            raise BadRowError("bad_options", f"there are tools in {_OPTIONS_COLUMN} and in a column: keep one of them")
+        tools = tools or others
+        # In their own order: a template writes tools as they come.
+        listed = f'"tools":{json.dumps(tools)}' if tools else ""
+        parts = [part for part in (canonical(kept)[1:-1], listed) if part]
+        return f"{{{','.join(parts)}}}" if parts else ""
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise BadRowError("bad_options", f"{_OPTIONS_COLUMN} is no object that JSON can hold: {error}") from None
 
 
-def _unused_fields(turns: list[Any]) -> Iterator[Unused]:
-    for position, turn in enumerate(turns, start=1):
+def _tools(value: Any, what: str) -> list[Mapping[str, Any]]:
+    """The schemas of the tools that may be called."""
+    if not _is_something(value):
+        return []
+    tools = _from_json(value, what, "bad_tools")
+    tools = [tools] if isinstance(tools, Mapping) else tools
+    if not isinstance(tools, list | tuple):
+        raise BadRowError("bad_tools", f"{what} is {kind_of(value)}, not a list of tools")
+    return [_tool(tool, f"tool {number} of {what}") for number, tool in enumerate(tools, start=1)]
+
+
+def _tool(tool: Any, what: str) -> Mapping[str, Any]:
+    tool = _from_json(tool, what, "bad_tools")
+    if not isinstance(tool, Mapping):
+        raise BadRowError("bad_tools", f"{what} is {kind_of(tool)}, not an object")
+    return tool
+
+
+def _unused_fields(turns: list[Any], messages: list[Message]) -> Iterator[Unused]:
+    for position, (turn, message) in enumerate(zip(turns, messages, strict=True), start=1):
         for name in turn:
-            known = name in _UNUSED_FIELDS or (name not in _FLAGS and _OF_THE_LOSS.search(str(name)))
+            of_others = name not in message and any(name in own for own in _FIELDS_OF.values())
+            known = of_others or name in _UNUSED_FIELDS or (name not in _FLAGS and _OF_THE_LOSS.search(str(name)))
             if known and _is_something(turn[name]):
                 detail = f"message {position} has {name} {_short(turn[name])}, which is not handed to the chat template"
                 yield Unused("field_not_used", detail, f"field {name} of a message not used")
@@ -496,7 +654,7 @@ def _unused_columns(row: Mapping[str, Any], columns: Columns, messages: list[Mes
         if name in _TRAINER_COLUMNS and name not in columns.named and _matters(name, row):
             detail = f"column {name} ({_TRAINER_COLUMNS[name]}) is not used: {_short(row[name])}"
             yield Unused("column_not_used", detail, _not_used(name))
-    shown = [message["content"] for message in messages]
+    shown = [said(message) for message in messages]
     others = list(_SPOKEN)
     if isinstance(row.get("instruction"), str) and any(row["instruction"].strip() in content for content in shown):
         others.append("input")  # of an Alpaca row of which other columns were named
@@ -505,7 +663,10 @@ def _unused_columns(row: Mapping[str, Any], columns: Columns, messages: list[Mes
     rivals: list[tuple[str, ...]] = [(columns.system or "system",)]
     rivals += [(name,) for name in others if name not in columns.named]
     if not any(columns.families.values()):  # where the user named none, the first format that fits was taken
-        rivals += [("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "output"), ("history",)]
+        own = next((name for name in ("messages", "conversations") if row.get(name) is not None), None)
+        rivals += [(name,) for name in ("messages", "conversations") if name != own]
+        rivals += [("prompt", "completion"), ("instruction", "output"), ("history",)]
+        rivals += [(TEXT,)] * (own is None and row.get("prompt") is None)  # a trainer would take it
     for rival in rivals:
         if rival[0] not in row or not all(_is_something(row.get(name)) for name in rival):
             continue
@@ -517,6 +678,13 @@ def _unused_columns(row: Mapping[str, Any], columns: Columns, messages: list[Mes
             yield Unused("column_not_used", detail, _not_used(name))
 
 
+def _unused_options(row: Mapping[str, Any], columns: Columns) -> Iterator[Unused]:
+    """What is meant for a chat template, which does not write plain texts."""
+    for name in (_OPTIONS_COLUMN, columns.tools or _TOOLS_COLUMN):
+        if _is_something(row.get(name)):
+            yield Unused("column_not_used", f"column {name} is not used: a plain text has no template", _not_used(name))
+
+
 def _not_used(column: str) -> str:
     return f"column {column} not used"
 
@@ -524,8 +692,6 @@ def _not_used(column: str) -> str:
 def _matters(name: str, row: Mapping[str, Any]) -> bool:
     """Whether a trainer that reads this column would do something else for it."""
     value = row[name]
-    if name in ("weight", "sample_weight"):
-        return _is_something(value) and _number(value) != 1
     if name == "label":  # of prompt and completion, as in KTO; elsewhere it is a class, the user's own
         return value is False and "completion" in row
     return value is False if name == "kto_tag" else _is_something(value)

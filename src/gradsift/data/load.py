@@ -55,9 +55,9 @@ def load_examples(
     Row formats recognised by themselves: `messages` (role, content; content may be a list of text parts),
     `conversations` (from, value), either also as a list of texts that user and assistant say in turn;
     `prompt`/`completion` (text or lists of messages), `instruction`/`input`/`output` (the input follows the instruction
-    after an empty line; `history` comes before it; a `system` column goes first). What a row has beside that and a
-    trainer would use is in `Example.unused`. A row's id is its id column as text, or else the content hash; a second
-    row with the same id gets the suffix -2, a third -3, and so on.
+    after an empty line; `history` comes before it; a `system` column goes first), or a plain `text`. What a row has
+    beside that and a trainer would use is in `Example.unused`. A row's id is its id column as text, or else the content
+    hash; a second row with the same id gets the suffix -2, a third -3, and so on.
 
     Raises DataError when the source is missing, unsupported or empty, or when none of its rows can be used.
 
@@ -150,6 +150,7 @@ class ExampleReader:
             unused=unused,
             source=row.source,
             line=row.line,
+            weight=read.weight,
         )
 
 

@@ -14,7 +14,7 @@ from array import array
 from collections.abc import Iterable, Iterator
 
 from gradsift.base.strings import FirstSeen
-from gradsift.base.types import Example, Message, Skipped
+from gradsift.base.types import Example, Message, Skipped, said
 
 
 def content_hash(messages: Iterable[Message]) -> str:
@@ -26,7 +26,7 @@ def content_hash(messages: Iterable[Message]) -> str:
     >>> content_hash([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}])
     'de615ee0a74cae9c'
     """
-    return _digest((message["role"], message["content"]) for message in messages)[:16]
+    return _digest((message["role"], said(message)) for message in messages)[:16]
 
 
 def normalised_hash(messages: Iterable[Message]) -> str:
@@ -36,13 +36,13 @@ def normalised_hash(messages: Iterable[Message]) -> str:
     >>> normalised_hash(shout) == normalised_hash([{"role": "user", "content": "hello there"}])
     True
     """
-    return _digest((message["role"], _normalise(message["content"])) for message in messages)[:32]
+    return _digest((message["role"], _normalise(said(message))) for message in messages)[:32]
 
 
 class Duplicates:
-    """Which rows came before: rows with the same normalised messages, flags of messages and arguments for the template.
+    """Which rows came before: rows with the same normalised messages, flags, weight and arguments for the template.
 
-    With other flags or arguments the same words teach something else.
+    With others the same words teach something else.
     """
 
     def __init__(self) -> None:
@@ -54,7 +54,10 @@ class Duplicates:
 
         digest: its `normalised_hash`
         """
-        place = self._seen.add(f"{digest}{example.flags or ''}{example.options}", len(self._ends) - 1)
+        place = self._seen.add(
+            f"{digest}{example.flags or ''}{example.options}{example.weight if example.weight != 1 else ''}",
+            len(self._ends) - 1,
+        )
         if place is None:
             self._ids += example.id.encode()
             self._ends.append(len(self._ids))

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
-from itertools import compress, islice
+from itertools import chain, compress, islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -67,7 +67,7 @@ def prepare(
     """
     reading = ExampleReader(source, columns=columns, what=what, require_answer=chat.supervise != "all_tokens")
     with _Rows(str(run.folder) if run.folder.is_dir() else None) as rows:
-        rows.read(reading, keep_duplicates=keep_duplicates)
+        rows.read(reading, chat, keep_duplicates=keep_duplicates)
         config = {"content": rows.content, "skipped": rows.left_out, "template": chat.fingerprint}
         if check is not None:
             check(fingerprint(config))
@@ -96,10 +96,10 @@ class _Rows(ExitStack):
         self._skipped, self._duplicates, self._unusable, self._parts = (self._file() for _ in range(4))
         self.content, self.left_out, self.count = "", "", 0
 
-    def read(self, reading: Iterable[Example | Skipped], *, keep_duplicates: bool) -> None:
+    def read(self, reading: Iterable[Example | Skipped], chat: ChatFormat, *, keep_duplicates: bool) -> None:
         """Read them all."""
         content, known = hashlib.sha256(), Duplicates()
-        for one in reading:
+        for one in chain.from_iterable([one] if isinstance(one, Skipped) else chat.chunks(one) for one in reading):
             if isinstance(one, Skipped):
                 _add(self._skipped, as_line(one))
                 continue
@@ -114,7 +114,7 @@ class _Rows(ExitStack):
             _add(self._lines, f'{{"id":{id_},"messages":{messages},{options}"row":{row}}}')
             flags = [flag and [flag.learn, flag.weight] for flag in one.flags]
             unused = [[skip.reason, skip.detail, skip.part] for skip in one.unused]
-            rest = json.dumps([digest, one.options, flags, unused, one.source, one.line])
+            rest = json.dumps([digest, one.options, flags, unused, one.source, one.line, one.token_ids, one.weight])
             _add(self._facts, f"[{id_}, {messages}, {rest[1:]}")
             self.count += 1
         self.content = content.hexdigest()[:16]
@@ -249,7 +249,16 @@ def _tokenised(chat: ChatFormat, lines: Sequence[bytes]) -> _Tokenised:
 
 
 def _example(
-    id_: str, messages: Any, _digest: str, options: str, flags: Any, unused: Any, source: str, line: int | None
+    id_: str,
+    messages: Any,
+    _digest: str,
+    options: str,
+    flags: Any,
+    unused: Any,
+    source: str,
+    line: int | None,
+    token_ids: Any,
+    weight: float,
 ) -> Example:
     return Example(
         id_,
@@ -260,4 +269,6 @@ def _example(
         unused=tuple(Skipped(id_, reason, detail, source, line, "part", part) for reason, detail, part in unused),
         source=source,
         line=line,
+        token_ids=tuple(token_ids),
+        weight=weight,
     )

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradsift.base.errors import DataError
-from gradsift.base.types import Example, Message, Prompt, Sequence, Skipped
+from gradsift.base.types import Example, Message, Prompt, Sequence, Skipped, said
 from gradsift.data.account import Account
 from gradsift.data.chat import ChatFormat
 from gradsift.data.load import Columns, load_examples
@@ -127,7 +127,7 @@ def read_prompts(
     parts: list[Skipped] = []
     for example, prompt in ((row, Prompt.of(row)) for row in rows):
         try:
-            if not any(message["content"].strip() for message in prompt.messages):
+            if not any(said(message).strip() for message in prompt.messages):
                 raise DataError("there is nothing before the answer to respond to")
             prompt_ids.append(np.array(chat.prompt_ids(prompt.messages, prompt.options), dtype=np.int32))
             parts += chat.unshown_of_prompt(example, prompt.messages)

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from gradsift.base.types import Skipped
+from gradsift.base.types import Skipped, said
 from gradsift.data.account import Account, count_parts, count_reasons
 from gradsift.data.dataset import Dataset
 from gradsift.report import text
@@ -14,20 +14,20 @@ from gradsift.report.blocks import Bar, Block, Cell, Column, Entry, Example, Fol
 
 MOST_SKIPPED = 200
 MOST_GROUPS = 14
-_CONVERSATION = ("id", "messages", "conversations", "prompt", "completion", "instruction", "input", "output", "history")
+CONVERSATION = ("id", "messages", "conversations", "prompt", "completion", "instruction", "input", "output", "history")
 _MOST_COLUMNS = 6
 
 
 def own_columns(row: Mapping[str, Any], known: Collection[str] = ()) -> dict[str, str]:
     """What a row holds beside its conversation, the first of it as short texts; `known`: other names of that."""
-    found = text.column_texts(row, {*_CONVERSATION, "system", "chat_template_kwargs", *known})
+    found = text.column_texts(row, {*CONVERSATION, "system", "chat_template_kwargs", *known})
     kept = dict(list(found.items())[:_MOST_COLUMNS])
     return kept | ({"more columns": str(len(found) - len(kept))} if len(found) > len(kept) else {})
 
 
 def turns_of(messages: Sequence[Mapping[str, object]]) -> tuple[Turn, ...]:
     """A conversation."""
-    return tuple(Turn(str(m.get("role") or "?"), str(m.get("content") or "")) for m in messages)
+    return tuple(Turn(str(m.get("role") or "?"), said(m)) for m in messages)
 
 
 def prompt_and_answer(messages: Sequence[Mapping[str, object]]) -> tuple[Turn, ...]:
@@ -35,8 +35,8 @@ def prompt_and_answer(messages: Sequence[Mapping[str, object]]) -> tuple[Turn, .
     before, last = (messages[:-1], messages[-1]) if messages else ((), {})
     if last.get("role") != "assistant":
         before, last = messages, {}
-    prompt = "\n\n".join(str(m.get("content") or "") for m in before)
-    return Turn("prompt", prompt), Turn("answer", str(last.get("content") or ""))
+    prompt = "\n\n".join(said(m) for m in before)
+    return Turn("prompt", prompt), Turn("answer", said(last) if last else "")
 
 
 def row_example(
@@ -50,8 +50,8 @@ def row_example(
 
 def excerpt(messages: Sequence[Mapping[str, object]]) -> str:
     """The beginning of the last request and its answer, on one line each."""
-    said = [(m.get("role"), text.one_line(str(m.get("content") or ""), 120)) for m in messages]
-    parts = [next((words for role, words in reversed(said) if role == wanted), "") for wanted in ("user", "assistant")]
+    turns = [(m.get("role"), text.one_line(said(m), 120)) for m in messages]
+    parts = [next((words for role, words in reversed(turns) if role == wanted), "") for wanted in ("user", "assistant")]
     return " → ".join(filter(None, parts))
 
 

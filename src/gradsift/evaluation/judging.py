@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from gradsift.base.errors import DataError, GradsiftError
 from gradsift.base.progress import Reporter
-from gradsift.base.types import Chat, Message
+from gradsift.base.types import Chat, Message, said
 from gradsift.evaluation.metric import Notebook
 from gradsift.generation.endpoint import Endpoint, connected
 from gradsift.rewards.judge import BoundJudge, Judge, side_by_side
@@ -105,4 +105,4 @@ def _is_of(wanted: Any, value: Any) -> bool:
 
 def as_text(messages: Sequence[Message]) -> list[dict[str, str]]:
     """Messages as JSON has them."""
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
+    return [{"role": message["role"], "content": said(message)} for message in messages]

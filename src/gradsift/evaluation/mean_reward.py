@@ -156,6 +156,7 @@ def respond(subject: Subject, prompts: list[Prompt], sampling: Sampling) -> Samp
         checkpoint="evaluation",
         dtype=setup.dtype,
         device=setup.device,
+        reasoning=setup.chat.reasoning,
     )
     return sample(setup.run, prompts, sampler, reporter=setup.reporter)
 

@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field
 
 from gradsift.base.errors import ConfigError, DataError
 from gradsift.base.settings import Settings
-from gradsift.base.types import Message, Prompt
+from gradsift.base.types import Message, Prompt, said
 from gradsift.context import Setup
 from gradsift.data.load import Columns
 from gradsift.data.prompts import Prompts, read_prompts
@@ -109,7 +109,7 @@ class Pairwise(Settings):
 
 
 def _answer(messages: tuple[Message, ...]) -> str:
-    answers = [message["content"] for message in messages if message["role"] == "assistant"]
+    answers = [said(message) for message in messages if message["role"] == "assistant"]
     return answers[-1] if answers else ""
 
 

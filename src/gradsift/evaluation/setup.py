@@ -8,7 +8,7 @@ from typing import Any
 from gradsift.base.errors import MismatchError
 from gradsift.base.progress import Reporter
 from gradsift.context import Setup, setup_of
-from gradsift.data.chat import Supervise
+from gradsift.data.chat import Reasoning, Supervise
 from gradsift.model.models import (
     DtypeName,
     find_adapter,
@@ -25,7 +25,9 @@ def open_model(
     *,
     out: str | Run,
     max_length: int = 1024,
+    chunk: int | None = None,
     supervise: Supervise = "all_turns",
+    reasoning: Reasoning = "as_template",
     dtype: DtypeName = "auto",
     device: str = "auto",
     reporter: Reporter | None = None,
@@ -36,7 +38,9 @@ def open_model(
         model: hub id or folder of a causal language model.
         out: the run folder, which may be that of a pool with the same model.
         max_length: tokens kept of each labelled example.
+        chunk: make rows of so many tokens of plain texts.
         supervise: take losses on all assistant turns, on the last one, or on all tokens.
+        reasoning: where the chat template cuts reasoning: `as_template`, `keep` or `skip`, as in `open_pool`.
         dtype, device: of the model.
         reporter: where progress goes; nothing is printed by default.
 
@@ -49,7 +53,15 @@ def open_model(
         >>> place = open_model("HuggingFaceTB/SmolLM2-135M-Instruct", out="runs/math")  # doctest: +SKIP
     """
     setup = setup_of(
-        model, out, max_length=max_length, supervise=supervise, dtype=dtype, device=device, reporter=reporter
+        model,
+        out,
+        max_length=max_length,
+        chunk=chunk,
+        supervise=supervise,
+        reasoning=reasoning,
+        dtype=dtype,
+        device=device,
+        reporter=reporter,
     )
     run = setup.run
     if run.storage.exists("run.json") and run.identity().get("model") != model_identity(model):

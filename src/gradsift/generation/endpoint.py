@@ -29,7 +29,7 @@ from pydantic import Field, field_validator
 from gradsift.base.errors import ConfigError, ModelError, RefusedError
 from gradsift.base.secrets import Secret
 from gradsift.base.settings import Settings
-from gradsift.base.types import Chat, Message
+from gradsift.base.types import Chat, Message, said
 from gradsift.generation.sampling import (
     FinishReason,
     Sampling,
@@ -199,16 +199,20 @@ class Client:
             choices: how many choices to ask for; there may come fewer.
             seed: sent where given.
             token_ids: ask for token ids (vLLM).
-            options: arguments for the server's chat template, as JSON; sent as `chat_template_kwargs` (vLLM, SGLang).
+            options: arguments for the server's chat template, as JSON; sent as `chat_template_kwargs` (vLLM, SGLang),
+                `tools` by that name.
 
         Raises:
             ReplyError, ConfigError, ModelError: as for `complete`.
         """
-        if not all(_is_unicode(message["content"]) for message in messages):
+        if not all(_is_unicode(said(message)) for message in messages):
             raise ReplyError("the prompt holds half a surrogate pair, which is no Unicode text: leave it out")
         body = self._body(messages, sampling, choices=choices, seed=seed, token_ids=token_ids)
         if options:
-            body.setdefault("extra_body", {})["chat_template_kwargs"] = json.loads(options)
+            kwargs = json.loads(options)
+            body |= {"tools": kwargs.pop("tools")} if "tools" in kwargs else {}
+            if kwargs:
+                body.setdefault("extra_body", {})["chat_template_kwargs"] = kwargs
         try:
             with self._open:
                 reply = self._with_retries(body)
@@ -260,7 +264,7 @@ class Client:
         limit = "max_completion_tokens" if endpoint.base_url is None else "max_tokens"
         body: dict[str, Any] = {
             "model": endpoint.model,
-            "messages": [{"role": m["role"], "content": m["content"]} for m in messages],
+            "messages": [_as_sent(message) for message in messages],
             "temperature": sampling.temperature,
             limit: sampling.max_new_tokens,
         }
@@ -469,6 +473,17 @@ def _logprobs(value: Any, tokens: int) -> NDArray[np.float32] | str:
 
 def _is_tokens(value: Any) -> bool:
     return isinstance(value, list) and all(type(token) is int and 0 <= token < 2**31 for token in value)
+
+
+def _as_sent(message: Message) -> dict[str, Any]:
+    """A message as the interface has it: arguments of calls are JSON text."""
+    sent: dict[str, Any] = dict(message)
+    if calls := message.get("tool_calls"):
+        sent["tool_calls"] = [{**call, "function": {**call["function"]}} for call in calls]
+        for call in sent["tool_calls"]:
+            if not isinstance(call["function"]["arguments"], str):
+                call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+    return sent
 
 
 def _is_unicode(text: str) -> bool:

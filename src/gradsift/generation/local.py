@@ -23,7 +23,7 @@ from gradsift.base.errors import DataError, ModelError, NonFiniteError
 from gradsift.base.lazy import Tensor, torch
 from gradsift.base.memory import free_bytes
 from gradsift.base.types import Prompt
-from gradsift.data.chat import ChatFormat
+from gradsift.data.chat import ChatFormat, Reasoning, keep_reasoning
 from gradsift.generation.sampling import Drawn, FinishReason, Problem, Request, Response, Sampling, uniforms
 from gradsift.model.models import (
     DtypeName,
@@ -364,6 +364,7 @@ class LocalSampler:
     adapter:    the checkpoint's PEFT adapter; None samples from the base model
     checkpoint: the name under which draws are made; by default the last part of the adapter's name, or `base`
     batch_rows: samples drawn at a time; None takes a number for the device. It changes the speed only.
+    reasoning: with "keep", by the template that `keep_reasoning` gives
 
     The model is loaded, or taken from the process's host, when the first sample is drawn.
     """
@@ -375,11 +376,15 @@ class LocalSampler:
     dtype: DtypeName = "auto"
     device: str = "auto"
     batch_rows: int | None = None
+    reasoning: Reasoning = "as_template"
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The model's own."""
-        return load_tokenizer(self.model)
+        """The model's own, with the template that its reasoning is trained by."""
+        tokenizer = load_tokenizer(self.model)
+        if self.reasoning == "keep":
+            keep_reasoning(tokenizer)
+        return tokenizer
 
     @cached_property
     def chat(self) -> ChatFormat:

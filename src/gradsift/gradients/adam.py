@@ -124,6 +124,18 @@ class AdamDirection:
 
     def __call__(self, gradient: Tensor) -> Tensor:
         """Γ of `gradient` `[... *parameter]`, a new tensor."""
+        denominator = self._denominator(gradient)
+        return torch.add(self._decayed_avg, gradient, alpha=self._gradient_weight).div_(denominator)
+
+    def parts(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """(D, c) with Γ(g) = D∘g + c: D = (1−β1)/(√v' + ε), and c = β1·m/(√v' + ε), the momentum's part.
+
+        Both depend on `gradient` by v' alone: D is Adam's diagonal preconditioner with this gradient already in it.
+        """
+        denominator = self._denominator(gradient)
+        return self._gradient_weight / denominator, self._decayed_avg / denominator
+
+    def _denominator(self, gradient: Tensor) -> Tensor:
         if self._decayed_avg.device != gradient.device:  # a model spread over devices: its moments follow, once
             self._decayed_avg = self._decayed_avg.to(gradient.device)
             self._decayed_avg_sq = self._decayed_avg_sq.to(gradient.device)
@@ -132,4 +144,4 @@ class AdamDirection:
             denominator.add_(self.eps).sqrt_()
         else:
             denominator.sqrt_().add_(self.eps)
-        return torch.add(self._decayed_avg, gradient, alpha=self._gradient_weight).div_(denominator)
+        return denominator

@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 
 from gradsift.base.lazy import torch
-from gradsift.base.memory import free_bytes
+from gradsift.base.memory import empty_device_cache, free_bytes
 from gradsift.base.types import Sequence
 
 _GRADIENT_COPIES = 5  # of a module's gradients: itself, Adam's numerator and denominator, folded and gathered
@@ -73,6 +73,75 @@ def form_batches(sequences: SequenceABC[Sequence], token_budget: int, sequence_t
     if pending:
         batches.append(_batch(pending))
     return batches
+
+
+Unit = list[Batch]  # batches that make up whole rows: a single one, or all those of a row that needs several
+
+
+class Budget:
+    """The size of batches, which shrinks where memory runs out.
+
+    tokens: padded tokens of a batch, now
+    """
+
+    def __init__(self, tokens: int, sequence_tokens: int, device: torch.device) -> None:
+        self.tokens, self._sequence_tokens, self._device = tokens, sequence_tokens, device
+
+    def units(self, sequences: SequenceABC[Sequence]) -> list[Unit]:
+        """Sequences as batches of today's size."""
+        units: list[Unit] = [[]]
+        for batch in form_batches(sequences, self.tokens, self._sequence_tokens):
+            units[-1].append(batch)
+            if batch.last:
+                units.append([])
+        return units[:-1]
+
+    def through(
+        self,
+        unit: Unit,
+        take: Callable[[Unit], Batch | None],
+        leave_out: Callable[[Batch, str], None],
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> bool:
+        """Have a unit taken, in smaller batches where memory does not suffice, and all that follow in those.
+
+        Args:
+            unit: formed at any earlier size.
+            take: takes a unit, or changes nothing and returns the batch for which memory did not suffice.
+            leave_out: told of a single sequence that does not fit even alone, and why its row is left out.
+            stopped: whether the rest is to be left, asked after each.
+
+        Returns:
+            Whether all of it was taken or left out.
+        """
+        waiting = self._fitting(unit)
+        while waiting:
+            failed = take(waiting[0])
+            if stopped():
+                return False
+            if failed is None:
+                waiting.pop(0)
+                continue
+            # Out here the failed batch's tensors are gone: those of its error, too.
+            empty_device_cache()
+            whole = waiting.pop(0)
+            if len(failed.sequences) == 1:
+                where = f"does not fit in the memory of {self._device} even alone"
+                leave_out(failed, f"a sequence of {failed.tokens} tokens {where}")
+            else:
+                self.tokens = max(1, min(self.tokens, failed.tokens) // 2)
+                waiting[:0] = self._anew(whole)
+            waiting = [small for unit in waiting for small in self._fitting(unit)]
+        return True
+
+    def _fitting(self, unit: Unit) -> list[Unit]:
+        """A unit that was formed earlier, cut anew if batches have become smaller since."""
+        if all(batch.tokens <= self.tokens or len(batch.sequences) == 1 for batch in unit):
+            return [unit]
+        return self._anew(unit)
+
+    def _anew(self, unit: Unit) -> list[Unit]:
+        return self.units([sequence for batch in unit for sequence in batch.sequences])
 
 
 def _batch(units: SequenceABC[tuple[int, list[Sequence]]]) -> Batch:

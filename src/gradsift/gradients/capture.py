@@ -131,6 +131,12 @@ def find_modules(model: nn.Module, pattern: str = LORA) -> Modules:
     return Modules(tuple(captured), tuple(unreachable))
 
 
+def grouped(modules: SequenceABC[Captured], count: int) -> list[SequenceABC[Captured]]:
+    """Modules in at most so many groups of one size, the last one smaller."""
+    size = -(-len(modules) // count)
+    return [modules[start : start + size] for start in range(0, len(modules), size)]
+
+
 def _active_adapters(model: nn.Module) -> set[str]:
     """Names of the adapters in use: PEFT's models have a property of this name, transformers' own a method."""
     if not hasattr(model, "peft_config"):
@@ -157,6 +163,7 @@ class _Pass:
 
     pending: uses of a module whose gradient is still to come
     partial: gradients of a module's earlier uses
+    factors: inputs and output gradients of a module's earlier uses, by token, where those are wanted
     consumed: modules whose gradients were handed over
     backward: whether the backward pass has begun; layers that run then run again, for checkpointing
     """
@@ -164,8 +171,10 @@ class _Pass:
     batch: PaddedBatch
     consume: Consume
     consume_factors: ConsumeFactors | None
+    consume_tokens: ConsumeFactors | None = None
     pending: dict[str, int] = field(default_factory=dict)
     partial: dict[str, Tensor] = field(default_factory=dict)
+    factors: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
     consumed: set[str] = field(default_factory=set)
     backward: bool = False
 
@@ -173,6 +182,13 @@ class _Pass:
         """Count a use of a module; its recomputation is none."""
         if not self.backward:
             self.pending[captured.name] = self.pending.get(captured.name, 0) + 1
+
+    def hand_over(self, captured: Captured) -> None:
+        """All uses of a module by token, side by side."""
+        assert self.consume_tokens is not None, captured
+        self.consumed.add(captured.name)
+        a, g = (torch.cat(uses, 2) for uses in zip(*self.factors.pop(captured.name), strict=True))
+        self.consume_tokens(captured, a, g)
 
 
 class Capture:
@@ -239,6 +255,7 @@ class Capture:
         consume: Consume,
         consume_factors: ConsumeFactors | None = None,
         labels: Labels | None = None,
+        consume_tokens: ConsumeFactors | None = None,
     ) -> Tensor:
         """Forward and backward of one batch.
 
@@ -248,12 +265,14 @@ class Capture:
                 `[sequence out in]` in float32 (float64 for a float64 model), which it may overwrite.
             consume_factors: where given, gets activations and output gradients instead for a module that ran once.
             labels: where given, chooses the labels of which the loss is taken.
+            consume_tokens: where given, gets of every module that ran `[sequence token place in]` and `[… out]`
+                instead; a token has a place for each use of the module, and for each head that it runs on.
 
         Returns:
             The weighted losses Σ_t w_t·NLL_t `[sequence]`, float64.
         """
         batch = pad(sequences, self.device)
-        self._latest = self._threads.running = running = _Pass(batch, consume, consume_factors)
+        self._latest = self._threads.running = running = _Pass(batch, consume, consume_factors, consume_tokens)
         try:
             with torch.enable_grad():
                 with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
@@ -281,13 +300,15 @@ class Capture:
 
         The latter have a zero gradient, which is not nothing: its Adam direction is the momentum.
         """
-        if not running.consumed and not running.partial:
+        if not running.consumed and not running.partial and not running.factors:
             raise ModelError(
                 f"none of the {len(self.modules)} modules took part in the loss, first {self.modules[0].name}: "
                 "find the modules of the model that is run"
             )
         for captured in self.modules:
-            if captured.name in running.partial:
+            if captured.name in running.factors:
+                running.hand_over(captured)
+            elif captured.name in running.partial:
                 running.consume(captured, running.partial.pop(captured.name))
             elif captured.name not in running.consumed:
                 shape = (len(running.batch), *captured.shape)
@@ -329,6 +350,14 @@ class Capture:
 
     def _backward(self, running: _Pass, captured: Captured, activations: Tensor, output_gradients: Tensor) -> None:
         name = captured.name
+        if running.consume_tokens is not None:
+            both = (_by_token(running.batch, captured, one) for one in (activations, output_gradients))
+            a, g = (one.to(self.accumulate) for one in both)
+            running.factors.setdefault(name, []).append((a, g))
+            running.pending[name] -= 1
+            if running.pending[name] == 0:
+                running.hand_over(captured)
+            return
         a = _by_sequence(running.batch, captured, activations).to(self.accumulate)  # [sequence token in]
         g = _by_sequence(running.batch, captured, output_gradients).to(self.accumulate)  # [sequence token out]
         running.pending[name] -= 1
@@ -365,6 +394,27 @@ def _by_sequence(batch: PaddedBatch, captured: Captured, features: Tensor) -> Te
     raise UncapturedError(
         captured.name,
         f"ran on tokens of shape {list(shape)} in a batch of {list(batch.ids.shape)} (sequence, token)",
+    )
+
+
+def _by_token(batch: PaddedBatch, captured: Captured, features: Tensor) -> Tensor:
+    """`[sequence token place feature]`, from the shapes that `_by_sequence` takes.
+
+    Raises:
+        UncapturedError: which of them are the tokens cannot be told.
+    """
+    shape, (count, tokens) = tuple(features.shape[:-1]), batch.ids.shape
+    if shape == (1, len(batch.positions)) and shape != (count, tokens):  # the head, which sees the last token never
+        full = features.new_zeros(batch.ids.numel(), features.shape[-1])
+        full[batch.positions.to(features.device)] = features[0]
+        features, shape = full, (count * tokens,)
+    if shape[:2] == (count, tokens) or (shape and shape[0] == count * tokens):
+        return features.reshape(count, tokens, -1, features.shape[-1])
+    if len(shape) == 3 and (shape[0], shape[2]) == (count, tokens):
+        return features.transpose(1, 2)
+    raise UncapturedError(
+        captured.name,
+        f"ran on {list(shape)} in a batch of {count} sequences of {tokens} tokens, which are no axis of it",
     )
 
 

@@ -180,7 +180,42 @@ class AtCheckpoint:
         place.base()  # an adapter that is on the model may be what the folder held before
         network = place.with_adapter(self.checkpoint.adapter)
         modules = find_modules(network, self.settings.modules).captured
-        return network, modules, self.settings.token_budget or automatic_token_budget(network)
+        budget = self.settings.token_budget or automatic_token_budget(network)
+        return network, modules, min(budget, place.token_limit or budget)
+
+    def remember(self, begun: int, fits: int) -> None:
+        """Where batches were cut from so many padded tokens to fewer, later passes over the model begin with those."""
+        if fits < begun:
+            host(self.model, self.dtype, self.device).token_limit = fits
+
+    def adam(
+        self, network: Any, modules: SequenceABC[Captured], device: torch.device, dtype: torch.dtype
+    ) -> dict[str, AdamDirection]:
+        """The Adam direction of each module of a model that is opened here, by name.
+
+        Raises:
+            ConfigError: a module has no moments.
+            MismatchError: the optimizer ran with other options.
+        """
+        moments, options, found = load_moments(self.checkpoint, trained_parameters(network)), self.settings.adam, {}
+        _refuse_other_adam(self.checkpoint, moments, options)
+        for captured in modules:
+            if captured.name not in moments.exp_avg:
+                raise ConfigError(
+                    f"the optimizer state of {self.checkpoint.name} has no moments of {captured.name}: "
+                    "the Adam direction exists for trained parameters only; use --optimizer sgd for other modules"
+                )
+            m, v = moments.exp_avg[captured.name], moments.exp_avg_sq[captured.name]
+            found[captured.name] = AdamDirection(
+                m.to(device, dtype),
+                v.to(device, dtype),
+                betas=options.betas,
+                eps=options.eps,
+                eps_placement=options.eps_placement,
+                bias_correction=options.bias_correction,
+                step=moments.step,
+            )
+        return found
 
     def prefixes(self, run: Run, source: SequenceSource, view: View) -> Iterator[str]:
         """Where a store of these rows may be: as it was asked for, then with sums, which has the same rows."""
@@ -193,6 +228,12 @@ class AtCheckpoint:
         """The manifest of such a store where the run holds one; nothing is collected, and no row is read."""
         found = (run.manifest(prefix) for prefix in self.prefixes(run, source, view))
         return next((content for content in found if content is not None), None)
+
+    def drop(self, run: Run, source: SequenceSource, view: View) -> None:
+        """Delete the store of these rows as it was asked for, whole or begun."""
+        prefix = next(self.prefixes(run, source, view))
+        for key in (f"{prefix}manifest.json", *run.storage.list(prefix)):
+            run.storage.delete(key)
 
 
 class _Cut(NamedTuple):
@@ -550,26 +591,8 @@ class _Engine:
 
     def adam(self) -> dict[str, AdamDirection]:
         if self._adam is None:
-            moments = load_moments(self.checkpoint, trained_parameters(self.network))
-            _refuse_other_adam(self.checkpoint, moments, self.settings.adam)
-            self._adam = {}
-            for captured in self.modules.captured:
-                if captured.name not in moments.exp_avg:
-                    raise ConfigError(
-                        f"the optimizer state of {self.checkpoint.name} has no moments of {captured.name}: "
-                        "the Adam direction exists for trained parameters only; use --optimizer sgd for other modules"
-                    )
-                options = self.settings.adam
-                m, v = moments.exp_avg[captured.name], moments.exp_avg_sq[captured.name]
-                self._adam[captured.name] = AdamDirection(
-                    m.to(self.projector.device, self.projector.dtype),
-                    v.to(self.projector.device, self.projector.dtype),
-                    betas=options.betas,
-                    eps=options.eps,
-                    eps_placement=options.eps_placement,
-                    bias_correction=options.bias_correction,
-                    step=moments.step,
-                )
+            projector = self.projector
+            self._adam = self.at.adam(self.network, self.modules.captured, projector.device, projector.dtype)
         return self._adam
 
     def rows(
@@ -600,8 +623,7 @@ class _Engine:
             self.network, self.modules.captured, self.projector, sequences, settings,
             row_count=row_count, on_rows=on_rows, part=part,
         )  # fmt: skip
-        if result.token_budget < budget:  # memory ran out: later shards and checkpoints begin with what fits
-            self.host.token_limit = result.token_budget
+        self.at.remember(budget, result.token_budget)
         return result
 
     def check(self, run: Run, source: SequenceSource) -> None:

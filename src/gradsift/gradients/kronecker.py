@@ -15,14 +15,16 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceABC
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 
 from gradsift.base.lazy import Tensor, nn, torch
+from gradsift.base.memory import is_out_of_memory
 from gradsift.base.types import Sequence
-from gradsift.gradients.batching import form_batches
-from gradsift.gradients.capture import Capture
+from gradsift.gradients.batching import Batch, Budget, Unit
+from gradsift.gradients.capture import Capture, Consume, ConsumeFactors
 from gradsift.gradients.folding import Captured
 from gradsift.model.loss import Labels
 
@@ -32,19 +34,24 @@ _LABELS = 64  # drawn at once, as each takes the vocabulary in float64
 Rows = Callable[[int], None]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Pass:
-    """How a sample goes through the model.
+    """How a sample goes through the model, and what came of it.
 
-    token_budget: padded tokens of a batch.
+    token_budget: padded tokens of a batch, halved where memory runs out.
     names: of the rows, by which labels are drawn; None takes the rows' own labels.
     autocast, checkpointing: as in `Capture`.
+    left_out: rows of which a sequence did not fit in memory even alone, and why. Of the modules that were reached
+        before that, it may count.
+    counts: how many sequences count, of each module.
     """
 
     token_budget: int
     names: SequenceABC[str] | None = None
     autocast: torch.dtype | None = None
     checkpointing: bool = False
+    left_out: dict[int, str] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -101,7 +108,7 @@ def kronecker_factors(
         on_rows: told how many rows were done.
     """
     sums: dict[str, tuple[Tensor, Tensor]] = {}
-    there: list[Tensor] = []  # 1 at tokens, 0 at padding `[sequence token]`, of the batch
+    there: list[Tensor] = []  # whether a place is a token `[sequence token]`, of the batch
     recent: deque[tuple[Tensor, Tensor]] = deque(maxlen=_RECENT)  # inputs and their products: q, k and v have the same
 
     def add(captured: Captured, of_out: Tensor, of_in: Tensor) -> None:
@@ -126,14 +133,13 @@ def kronecker_factors(
         by_out = gradients.transpose(1, 2).flatten(0, 1)
         add(captured, by_out.T @ by_out, by_in.T @ by_in)
 
-    with Capture(model, modules, autocast=settings.autocast, checkpointing=settings.checkpointing).open() as capture:
-        for batch in form_batches(_weighed(sequences, settings), settings.token_budget):
-            lengths = torch.tensor([len(sequence.token_ids) for sequence in batch.sequences], device=capture.device)
-            there[:] = [torch.arange(int(lengths.max()), device=capture.device) < lengths[:, None]]
-            recent.clear()
-            labels = _drawn_labels(batch.sequences, settings.names, "factors")
-            capture.run(batch.sequences, from_gradients, from_factors, labels=labels)
-            _tell(on_rows, batch.sequences)
+    def begin(batch: Batch, place: torch.device) -> None:
+        lengths = torch.tensor([len(sequence.token_ids) for sequence in batch.sequences], device=place)
+        there[:] = [torch.arange(int(lengths.max()), device=place) < lengths[:, None]]
+        recent.clear()
+
+    sequences = _weighed(sequences, settings)
+    _through(model, modules, sequences, settings, begin, from_gradients, from_factors, draw="factors", on_rows=on_rows)
     return sums
 
 
@@ -160,13 +166,11 @@ def corrected_eigenvalues(
 
     def add(captured: Captured, gradients: Tensor) -> None:
         part = bases[captured.name].into(_finite(gradients)).square_().sum(dim=0)
-        sums[captured.name] = sums[captured.name] + part if captured.name in sums else part
+        sums[captured.name] = sums[captured.name].add_(part) if captured.name in sums else part
 
-    with Capture(model, modules, autocast=settings.autocast, checkpointing=settings.checkpointing).open() as capture:
-        for batch in form_batches(_weighed(sequences, settings), settings.token_budget):
-            labels = _drawn_labels(batch.sequences, settings.names, "eigenvalues")
-            capture.run(batch.sequences, add, labels=labels)
-            _tell(on_rows, batch.sequences)
+    _through(
+        model, modules, _weighed(sequences, settings), settings, _nothing, add, draw="eigenvalues", on_rows=on_rows
+    )
     return sums
 
 
@@ -182,17 +186,19 @@ def each_gradient(
     Args:
         model, modules: as for `kronecker_factors`.
         sequences: whose gradients are taken, with the labels that they have.
-        take: told of every sequence once for each module.
+        take: told of every sequence once for each module, unless it is left out.
         settings: of the pass.
     """
-    with Capture(model, modules, autocast=settings.autocast, checkpointing=settings.checkpointing).open() as capture:
-        for batch in form_batches(sequences, settings.token_budget):
-            rows = torch.tensor([sequence.row for sequence in batch.sequences])
+    rows = torch.zeros(0, dtype=torch.int64)
 
-            def consume(captured: Captured, gradients: Tensor, rows: Tensor = rows) -> None:
-                take(captured, gradients, rows.to(gradients.device))
+    def begin(batch: Batch, place: torch.device) -> None:
+        nonlocal rows
+        rows = torch.tensor([sequences[number].row for number in batch.rows], device=place)
 
-            capture.run(batch.sequences, consume)
+    def consume(captured: Captured, gradients: Tensor) -> None:
+        take(captured, gradients, rows.to(gradients.device))
+
+    _through(model, modules, sequences, settings, begin, consume)
 
 
 def conjugate_gradient(
@@ -257,10 +263,83 @@ def _weighed(sequences: SequenceABC[Sequence], settings: Pass) -> list[Sequence]
     return [replace(sequence, weights=np.sqrt(sequence.weights)) for sequence in sequences]
 
 
-def _drawn_labels(sequences: SequenceABC[Sequence], names: SequenceABC[str] | None, purpose: str) -> Labels | None:
-    """What draws each label from the model's own distribution; a row's draws depend on its name and the purpose."""
-    if names is None:
+def _through(
+    model: nn.Module,
+    modules: SequenceABC[Captured],
+    sequences: SequenceABC[Sequence],
+    settings: Pass,
+    begin: Callable[[Batch, torch.device], None],
+    consume: Consume,
+    consume_factors: ConsumeFactors | None = None,
+    *,
+    draw: str | None = None,
+    on_rows: Rows | None = None,
+) -> None:
+    """Run sequences in batches, halved where memory runs out; what a module has been told of is not told again.
+
+    So sums need no copy to go back to: consumers add to them last, which needs no memory.
+
+    Args:
+        model, modules, sequences, settings, on_rows: as for `kronecker_factors`.
+        begin: told of each batch, whose rows are numbers of sequences, before it runs.
+        consume, consume_factors: as for `Capture.run`.
+        draw: what labels are drawn for, where the settings want them drawn.
+    """
+    told: dict[int, set[str]] = {}  # of each sequence of a batch that failed, modules
+    single = [replace(sequence, row=number) for number, sequence in enumerate(sequences)]
+    names = settings.names if draw is not None else None
+    done: set[int] = set()
+
+    def run(capture: Capture, unit: Unit) -> Batch | None:
+        (batch,) = unit
+        known = told.pop(batch.rows[0], set())  # alike for all of a batch, which was part of one
+
+        def once(consumer: Callable[..., None]) -> Callable[..., None]:
+            def call(captured: Captured, *features: Tensor) -> None:
+                if captured.name not in known:
+                    consumer(captured, *features)
+                    known.add(captured.name)
+                    settings.counts[captured.name] = settings.counts.get(captured.name, 0) + len(batch.sequences)
+
+            return call
+
+        try:
+            begin(batch, capture.device)
+            own = [sequences[number] for number in batch.rows]
+            labels = None if names is None else _drawn_labels(own, names, str(draw))
+            factors = None if consume_factors is None else once(consume_factors)
+            capture.run(batch.sequences, once(consume), factors, labels=labels)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            told.update((number, set(known)) for number in batch.rows)
+            return batch
+        tell(batch)
         return None
+
+    def leave_out(batch: Batch, why: str) -> None:
+        settings.left_out.update((sequences[number].row, why) for number in batch.rows)
+        tell(batch)
+
+    def tell(batch: Batch) -> None:
+        rows = {sequences[number].row for number in batch.rows} - done
+        done.update(rows)
+        if on_rows is not None:
+            on_rows(len(rows))
+
+    with Capture(model, modules, autocast=settings.autocast, checkpointing=settings.checkpointing).open() as capture:
+        budget = Budget(settings.token_budget, 0, capture.device)
+        for unit in budget.units(single):
+            budget.through(unit, partial(run, capture), leave_out)
+        settings.token_budget = budget.tokens
+
+
+def _nothing(_batch: Batch, _place: torch.device) -> None:
+    """Before a batch."""
+
+
+def _drawn_labels(sequences: SequenceABC[Sequence], names: SequenceABC[str], purpose: str) -> Labels:
+    """What draws each label from the model's own distribution; a row's draws depend on its name and the purpose."""
     counts = [int((sequence.weights != 0).sum()) for sequence in sequences]
     seeds = [zlib.crc32(f"{purpose}|{names[sequence.row]}".encode()) for sequence in sequences]
     draws = [np.random.default_rng(seed).random(count) for seed, count in zip(seeds, counts, strict=True)]
@@ -276,8 +355,3 @@ def _drawn_labels(sequences: SequenceABC[Sequence], names: SequenceABC[str] | No
         return found
 
     return labels
-
-
-def _tell(on_rows: Rows | None, sequences: SequenceABC[Sequence]) -> None:
-    if on_rows is not None:
-        on_rows(len({sequence.row for sequence in sequences}))

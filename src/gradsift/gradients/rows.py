@@ -15,12 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradsift.base.lazy import Tensor, nn, torch
-from gradsift.base.memory import empty_device_cache, give_back_memory, is_out_of_memory
+from gradsift.base.memory import give_back_memory, is_out_of_memory
 from gradsift.base.sums import row_norms
 from gradsift.base.types import Sequence
 from gradsift.gradients.adam import AdamDirection
-from gradsift.gradients.batching import Batch, form_batches, sequence_tokens
-from gradsift.gradients.capture import Capture
+from gradsift.gradients.batching import Batch, Budget, Unit, sequence_tokens
+from gradsift.gradients.capture import Capture, grouped
 from gradsift.gradients.exact import ExactProducts
 from gradsift.gradients.folding import Captured
 from gradsift.gradients.projection import Projector
@@ -156,7 +156,7 @@ def gradient_rows(
     if projector.device.type == "cuda":
         row_bytes = sum(one.dim * one.dtype.itemsize for one in projectors.values())
         beside = sequence_tokens(model, max(c.out_features * c.in_features for c in modules), row_bytes)
-    budget = _Budget(settings.token_budget, beside, projector.device)
+    budget = Budget(settings.token_budget, beside, projector.device)
     once = partial(_pass, budget, model, modules, projectors, row_count, settings)
     result = once(sequences, exact, on_rows, part)
     if result.bad and settings.full_sum:  # a non-finite row has spoilt the sums: take them again without it
@@ -170,44 +170,8 @@ def gradient_rows(
     return result
 
 
-Unit = list[Batch]  # batches that make up whole rows: a single one, or all those of a row that needs several
-
-
-class _Budget:
-    """The size of batches, which shrinks where memory runs out."""
-
-    def __init__(self, tokens: int, sequence_tokens: int, device: torch.device) -> None:
-        self.tokens, self.sequence_tokens, self.device = tokens, sequence_tokens, device
-
-    def units(self, sequences: SequenceABC[Sequence]) -> list[Unit]:
-        """Sequences as batches of today's size."""
-        units: list[Unit] = [[]]
-        for batch in form_batches(sequences, self.tokens, self.sequence_tokens):
-            units[-1].append(batch)
-            if batch.last:
-                units.append([])
-        return units[:-1]
-
-    def fitting(self, unit: Unit) -> list[Unit]:
-        """A unit that was formed earlier, cut anew if batches have become smaller since."""
-        if all(batch.tokens <= self.tokens or len(batch.sequences) == 1 for batch in unit):
-            return [unit]
-        return self.units([sequence for batch in unit for sequence in batch.sequences])
-
-    def smaller(self, unit: Unit, failed: Batch) -> list[Unit]:
-        """A unit in batches of half the size of the one that did not fit; nothing if that was a single sequence."""
-        if len(failed.sequences) == 1:
-            return []
-        self.tokens = max(1, min(self.tokens, failed.tokens) // 2)
-        return self.units([sequence for batch in unit for sequence in batch.sequences])
-
-    def why_left_out(self, failed: Batch) -> str:
-        """For a row of which a single sequence does not fit."""
-        return f"a sequence of {failed.tokens} tokens does not fit in the memory of {self.device} even alone"
-
-
 def _pass(
-    budget: _Budget,
+    budget: Budget,
     model: nn.Module,
     modules: SequenceABC[Captured],
     projectors: Mapping[View, Projector],
@@ -230,8 +194,7 @@ def _pass(
         full_sums={view: {} for view in projectors} if full_sum else {},
         exact=exact,
     )
-    size = -(-len(modules) // settings.module_groups)
-    groups = [modules[start : start + size] for start in range(0, len(modules), size)]
+    groups = grouped(modules, settings.module_groups)
     squares = {view: torch.zeros(len(groups), row_count, dtype=torch.float64, device=device) for view in projectors}
     columns: Columns = {
         view: [[(s.start, s.stop) for s in (projector.segment(c.name) for c in group)] for group in groups]
@@ -261,23 +224,14 @@ def _pass(
 
             def run(lane: int, unit: Unit, stopped: Callable[[], bool], capture: Capture = capture) -> bool:
                 sink, known = sinks[lane], progress.is_done(unit)  # noqa: B023 - used before the next group's
-                waiting = budget.fitting(unit)
-                while waiting:
-                    failed = _take(waiting[0], capture, sink, by_factors, stopped, known=known)
-                    if stopped():
-                        return False
-                    if failed is None:
-                        waiting.pop(0)
-                        continue
-                    # Out here the failed batch's tensors are gone: those of its error, too.
-                    empty_device_cache()
-                    whole = waiting.pop(0)
-                    cut = budget.smaller(whole, failed)
-                    if not cut:
-                        result.bad.update(dict.fromkeys(failed.rows, budget.why_left_out(failed)))
-                    waiting[:0] = cut
-                    waiting = [small for unit in waiting for small in budget.fitting(unit)]
-                return True
+
+                def take(unit: Unit) -> Batch | None:
+                    return _take(unit, capture, sink, by_factors, stopped, known=known)
+
+                def leave_out(failed: Batch, why: str) -> None:
+                    result.bad.update(dict.fromkeys(failed.rows, why))
+
+                return budget.through(unit, take, leave_out, stopped)
 
             def done(lane: int, unit: Unit, number: int = number) -> None:
                 known = progress.is_done(unit)

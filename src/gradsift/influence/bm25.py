@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from gradsift.base.types import TEXT, said
 from gradsift.context import Pool, Target
 from gradsift.data.words import has_words, words
 from gradsift.influence.estimator import Estimator, Influence, TargetsByCheckpoint, conversations, refuse_too_many
@@ -72,9 +73,11 @@ def conversation_text(messages: Sequence[Mapping[str, object]]) -> str:
     For embeddings, which take a text as a whole.
     """
     turns = _turns(messages)
+    if [turn["role"] for turn in turns] == [TEXT]:
+        return said(turns[0])
     if [turn["role"] for turn in turns] == ["user", "assistant"]:
-        return f"Question:{turns[0]['content']}\n\nAnswer:{turns[1]['content']}"
-    return "\n".join(f"<|{turn['role']}|>\n{turn['content']}" for turn in turns)
+        return f"Question:{said(turns[0])}\n\nAnswer:{said(turns[1])}"
+    return "\n".join(f"<|{turn['role']}|>\n{said(turn)}" for turn in turns)
 
 
 def spoken_text(messages: Sequence[Mapping[str, object]]) -> str:
@@ -83,7 +86,7 @@ def spoken_text(messages: Sequence[Mapping[str, object]]) -> str:
     Those would be words that a row and a target have in common because both are one exchange, or both are not: where no
     other word is shared they would decide the ranking, and `question` in a text would count for nothing.
     """
-    return "\n".join(str(turn["content"]) for turn in _turns(messages))
+    return "\n".join(said(turn) for turn in _turns(messages))
 
 
 def wordless(label: str, pool: Pool, target: Target) -> list[str]:

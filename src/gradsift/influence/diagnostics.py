@@ -233,14 +233,13 @@ class _Resampling:
         whole, pool = self.whole, self.whole.pool
         samples = sample_rows(whole, checkpoint)
         self.units = max(self.units, sum(len(numbers) for one in samples.values() for numbers in one.numbers))
-        rows = self._rows(samples, checkpoint)
+        rows, along = self._rows(samples, checkpoint)
         parts: list[tuple[Tensor, Tensor]] = []  # of each prompt: rows [row dim], what resampling adds [draw row]
         halves = torch.full((len(samples),), math.nan, dtype=torch.float64)
         for number, (id_, one) in enumerate(samples.items()):
-            own = rows[id_]
-            drawn = own[: len(one.numbers)]
+            drawn = rows[id_][: len(one.numbers)]
             halves[number] = _halves(one, drawn, self._generator)
-            parts.append((own, self._draws(id_, one)))
+            parts.append((along[id_], self._draws(id_, one)))
             if bool(drawn.any()):
                 self._freedom[number] = max(float(self._freedom[number]), len(drawn) - 1.0)
         self._add(parts, checkpoint, weight)
@@ -252,11 +251,24 @@ class _Resampling:
             loss = cosines(policy, labelled).numpy()  # a prompt without a label is a row of zeros, hence NaN
         return CheckpointDiagnostics(whole.summary_at(checkpoint), halves.numpy(), loss)
 
-    def _rows(self, samples: dict[str, SampleRows], checkpoint: Checkpoint) -> dict[str, Tensor]:
-        """Each prompt's sample rows [row dim]; zeros for those without weight, and those that are not finite."""
+    def _rows(
+        self, samples: dict[str, SampleRows], checkpoint: Checkpoint
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Each prompt's sample rows [row dim], and what the method makes of them; zeros for those without weight, and
+        those that are not finite.
+        """
         rows, source = sample_source(self.whole, samples)
-        store: GradientStore = self.whole.pool.collect(source, checkpoint, [self._view], what="samples")[self._view]
-        return {id_: target_rows(store, own) for id_, own in rows.items()}
+        pool = self.whole.pool
+        store: GradientStore = pool.collect(source, checkpoint, [self._view], what="samples")[self._view]
+        stored = target_rows(store, source.ids)
+        made = self.whole.method.sample_directions(pool, source, checkpoint, stored)
+        place = {name: number for number, name in enumerate(source.ids)}
+
+        def of_prompts(values: Tensor) -> dict[str, Tensor]:
+            values = torch.cat([values, values.new_zeros(1, values.shape[1])])
+            return {id_: values[[place.get(name, -1) for name in own]] for id_, own in rows.items()}
+
+        return of_prompts(stored), of_prompts(made)
 
     def _draws(self, id_: str, one: SampleRows) -> Tensor:
         """Weights of a prompt's rows: of all, and what each resample adds, as much as new samples would [draw row]."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
@@ -13,13 +14,14 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from gradsift.base.errors import ConfigError
+from gradsift.base.errors import ConfigError, DataError
 from gradsift.base.lazy import Tensor, torch
-from gradsift.base.memory import free_bytes
-from gradsift.base.progress import Advance
+from gradsift.base.memory import empty_device_cache, free_bytes, is_out_of_memory
+from gradsift.base.progress import Advance, Reporter
 from gradsift.base.ranks import spearman
 from gradsift.context import Pool, Target
 from gradsift.data.dataset import Dataset
+from gradsift.gradients.capture import grouped
 from gradsift.gradients.collect import AtCheckpoint, SequenceSource
 from gradsift.gradients.folding import Captured
 from gradsift.gradients.hessian import curvature_product
@@ -62,7 +64,7 @@ _AGREEMENT = 0.95  # below which projected scores are not to be relied on
 _CURVED_PASSES = 3.0  # a Gauss-Newton product over rows, in passes forth and back over them
 _RECENT = 8  # factors that are looked at for one that is the same: inputs of q, k and v are
 _COPIES = 6  # of targets' gradients: themselves, what becomes of them, and what they become on the way
-_BASIS, _EIGENVALUES = "basis.safetensors", "eigenvalues.safetensors"
+_ADVICE = "try --module-groups 4, --gradient-checkpointing, or a smaller --max-length"
 
 
 class EKFAC(RateWeighted):
@@ -84,6 +86,7 @@ class EKFAC(RateWeighted):
 
     signed: ClassVar[bool] = True
     view: ClassVar[View | None] = "plain"
+    by_row: ClassVar[bool] = True
 
     kind: Literal["ekfac"] = "ekfac"
     rows: int = Field(default=2000, ge=1)
@@ -94,6 +97,7 @@ class EKFAC(RateWeighted):
 
     def model_post_init(self, _context: object) -> None:
         """Refuse what does not go together."""
+        super().model_post_init(_context)
         if self.conjugate_gradient and self.labels == "data":
             raise ConfigError(
                 "conjugate_gradient solves with the Gauss-Newton matrix, whose scale the data's labels do not tell: "
@@ -121,8 +125,12 @@ class EKFAC(RateWeighted):
     def influence(self, pool: Pool, target: Target | None) -> Influence:
         """The sum over checkpoints, with what the projection did to it."""
         assert target is not None, self
+        return self.of(pool, self.targets(pool, target))
+
+    def of(self, pool: Pool, targets: Targets) -> Influence:
+        """The same, of what stands for the targets."""
         agreements: list[float] = []
-        ids, matrix, stores = self.matrix(pool, self.targets(pool, target), agreements)
+        ids, matrix, stores = self.matrix(pool, targets, agreements)
         return Influence(
             ids, matrix.numpy(), warnings=tuple(doubts(self, agreements)), identity={"stores": stores}, terms=agreements
         )
@@ -133,9 +141,9 @@ class EKFAC(RateWeighted):
         """Pool ids, `[row target]` and the stores' fingerprints; each checkpoint's agreement is added to a list."""
 
         def products(checkpoint: Checkpoint, store: GradientStore, queries: GradientStore, weight: float) -> Tensor:
-            directions = self._found(pool, targets, checkpoint)
+            directions = self.found(pool, targets, checkpoint)
             along, exact = directions.find(pool)
-            if agreements is not None:
+            if agreements is not None and pool.gradients.projection.kind != "none":
                 agreements.append(_agreement(store, along, directions.checked(), exact))
                 pool.reporter.say(
                     f"{self.label} at {checkpoint.name}: scores of projected rows and of whole gradients have a rank "
@@ -149,33 +157,41 @@ class EKFAC(RateWeighted):
     def passes(
         self, pool: Pool, target: Target | None, checkpoints: Callable[[], SequenceABC[Checkpoint | None]]
     ) -> list[Passes]:
-        """Two over the sample and one over the targets at each checkpoint, and those of the conjugate gradients."""
+        """Two over the sample and one over the targets at each checkpoint, for each group of modules, and those of the
+        conjugate gradients. The sums of a group's factors are on the disk once for each part of the sample, until they
+        are added up, and in memory twice meanwhile.
+        """
         assert target is not None, self
         data = pool.population
         ids = drawn(data.ids, self.rows)
         tokens = float(data.lengths[data.positions(ids)].sum())
         mean = tokens / len(ids)
         source = self.targets(pool, target)
-        counts = [] if isinstance(source, TargetsByCheckpoint) else list(source.token_counts())
+        beside, curved = min(_CHECKED_ROWS, len(ids)), min(_CURVED_ROWS, len(ids))
+        groups, parts = pool.gradients.module_groups, math.ceil(len(ids) / _PART_ROWS)
+        again = 1 if self.conjugate_gradient else groups
         every = checkpoints()[-1:] if self.last_checkpoint else checkpoints()
-        made = [one is not None and self._factors(pool, one).made(pool.run) for one in every]
-        done = [
-            known and not isinstance(source, TargetsByCheckpoint) and self._found(pool, source, one).made(pool)
-            for known, one in zip(made, every, strict=True)
-        ]
-        beside = min(_CHECKED_ROWS, len(ids))
-        products = self.conjugate_gradient * len(counts) * min(_CURVED_ROWS, len(ids))
-        each = [
-            ("factors", 2 * len(ids), 2 * tokens, made),
-            ("targets", len(counts) + beside, sum(counts) + beside * mean, done),
-            ("conjugate gradients", products, products * mean * _CURVED_PASSES, done),
-        ]
         found = []
-        for stage, rows, taken, there in each:
-            if rows:  # of the checkpoints that are left, or of all where none is
-                times = there.count(False) or len(there)
-                found.append(Passes(f"EK-FAC's {stage}", times * rows, times * taken, all(there)))
+        for number, one in enumerate(every):
+            made = one is not None and self._factors(pool, one).made(pool.run)
+            known, count, asked = self._asked(source, target, one)
+            done = made and known and one is not None and self.found(pool, source, one).made(pool)
+            products = self.conjugate_gradient * count * curved
+            found += [
+                Passes("EK-FAC's factors", 2 * groups * len(ids), 2 * groups * tokens, made, factors=1 + parts / groups,
+                       factors_held=2 / groups, number=number),
+                Passes("EK-FAC's targets", again * (count + beside), again * (asked + beside * mean), done,
+                       factors_held=1 / again, number=number),
+            ]  # fmt: skip
+            if products:
+                taken = products * mean * _CURVED_PASSES
+                found.append(Passes("EK-FAC's conjugate gradients", products, taken, done, number=number))
         return found
+
+    def _asked(self, source: Targets, target: Target, checkpoint: Checkpoint | None) -> tuple[bool, int, float]:
+        """Whether the targets of a checkpoint are known, how many, and their tokens."""
+        assert not isinstance(source, TargetsByCheckpoint), source
+        return True, len(source.ids), float(sum(source.token_counts()))
 
     def _factors(self, pool: Pool, checkpoint: Checkpoint) -> _Factors:
         """A checkpoint's factors, which need not be there yet; rows that are known to be not finite are not drawn."""
@@ -185,11 +201,10 @@ class EKFAC(RateWeighted):
         ids = drawn([id_ for id_ in data.ids if id_ not in left_out], self.rows)
         return _Factors(pool.at(checkpoint), data.subset(data.positions(ids)), self.labels)
 
-    def _found(self, pool: Pool, targets: Targets, checkpoint: Checkpoint | None) -> _Directions:
+    def found(self, pool: Pool, targets: Targets, checkpoint: Checkpoint) -> Directions:
         """A checkpoint's directions, which need not be there yet."""
-        assert checkpoint is not None, targets
         factors, source = self._factors(pool, checkpoint), source_at(targets, checkpoint)
-        return _Directions(factors, source, self.damping, self.conjugate_gradient)
+        return Directions(factors, source, self.damping, self.conjugate_gradient)
 
 
 @dataclass(frozen=True)
@@ -224,102 +239,191 @@ class _Factors:
         return run.manifest(self.prefix(run)) is not None
 
     def make(self, pool: Pool) -> None:
-        """In two passes over the sample, unless they are there; what an earlier process did of them is taken up."""
+        """In two passes over the sample for each group of modules, unless they are there; what an earlier process did
+        of them is taken up. Rows that did not fit in memory are told of.
+
+        Raises:
+            DataError: none of the rows fitted.
+        """
         run, prefix = pool.run, self.prefix(pool.run)
-        if run.intact(prefix, pool.reporter) is not None:
-            return
-        began = time.monotonic()
-        key = f"{prefix}{_BASIS}"
-        parts: list[str] = []
-        if not run.storage.exists(key):
-            parts = self._take(pool, "factors")
+        content = run.intact(prefix, pool.reporter)
+        if content is None:
+            names: list[str] = []
+            left_out: dict[str, str] = {}
+            for number in range(self.groups):
+                for what in ("factors", "eigenvalues"):
+                    key, lost = self._found(pool, prefix, what, number)
+                    names.append(key.removeprefix(prefix))
+                    left_out |= lost
+            run.complete(
+                prefix,
+                "kronecker",
+                self.config,
+                files=names,
+                rows=len(self.sample),
+                excluded=dict(sorted(left_out.items())),
+            )
+            for key in run.storage.list(prefix):  # of passes that were cut otherwise
+                if key.removeprefix(prefix) not in (*names, "manifest.json"):
+                    run.storage.delete(key)
+        else:
+            left_out = content.get("excluded", {})
+        if left_out:
+            rows = f"{len(left_out)} of {len(self.sample):,} rows of EK-FAC's sample do not count"
+            pool.reporter.warn(f"{rows}, first {next(iter(left_out.items()))}: {_ADVICE}")
+
+    def dampings(self, run: Run, damping: Damping) -> tuple[dict[str, float], float]:
+        """λ of each module, and what directions are multiplied by, so that checkpoints count alike: its mean over
+        entries.
+        """
+        values: dict[str, float] = {}
+        entries: dict[str, int] = {}
+        for own in filter(None, self._files(run, "eigenvalues")):
+            values |= dampings(own, damping)
+            entries |= {name: one.numel() for name, one in own.items()}
+        if damping == "spectral":
+            values = dict.fromkeys(values, max(values.values()))
+        return values, float(np.average([values[name] for name in entries], weights=list(entries.values())))
+
+    def inverses(self, run: Run, values: Mapping[str, float], place: torch.device) -> dict[str, DampedInverse]:
+        """(H + λI)⁻¹ of some modules, by their λ."""
+        sides = [f"{side}/{name}" for name in values for side in ("out", "in")]
+        basis, eigenvalues = self._some(run, "basis", sides), self._some(run, "eigenvalues", list(values))
+        return {
+            name: DampedInverse(_basis_of(basis, name, place), eigenvalues[name].to(place), value)
+            for name, value in values.items()
+        }
+
+    def key(self, prefix: str, what: str, group: int, start: int | None = None) -> str:
+        """The file of a group of modules, or of some rows' part in it."""
+        of = f"-{group + 1}of{self.groups}" if self.groups > 1 else ""
+        return f"{prefix}{what}{of}{'' if start is None else f'-{start:09d}'}.safetensors"
+
+    @property
+    def groups(self) -> int:
+        """Of modules, whose factors are made one after the other."""
+        return self.at.settings.module_groups
+
+    def _some(self, run: Run, what: Literal["basis", "eigenvalues"], names: SequenceABC[str]) -> dict[str, Tensor]:
+        """Tensors by their names, wherever they are, with one file in memory at a time."""
+        wanted, found = set(names), dict[str, Tensor]()
+        for own in self._files(run, what):
+            found |= {name: own[name] for name in wanted & own.keys()}
+            if len(found) == len(wanted):
+                break
+        return found
+
+    def _files(self, run: Run, what: Literal["basis", "eigenvalues"]) -> Iterator[dict[str, Tensor]]:
+        """The tensors of each file, one at a time."""
+        prefix = self.prefix(run)
+        content = run.manifest(prefix)
+        assert content is not None, "they are made"
+        for name in content["files"]:
+            if name.startswith(what):
+                yield read_tensors(run.storage, f"{prefix}{name}")[0]
+
+    def _found(
+        self, pool: Pool, prefix: str, what: Literal["factors", "eigenvalues"], number: int
+    ) -> tuple[str, dict[str, str]]:
+        """The file of a group's eigenvectors, or of its eigenvalues, and the rows that do not count there."""
+        storage, key = pool.run.storage, self.key(prefix, "basis" if what == "factors" else what, number)
+        if storage.exists(key):
+            return key, json.loads(read_tensors(storage, key)[1] or "{}")
+        began, count = time.monotonic(), len(self.sample)
+        tasks = [
+            _Part(pool.run, self, prefix, self.key(prefix, what, number, start), what, number, start,
+                  min(count, start + _PART_ROWS))
+            for start in range(0, count, _PART_ROWS)
+        ]  # fmt: skip
+        named = f"EK-FAC's {what}" + (f" ({number + 1} of {self.groups} groups of modules)" if self.groups > 1 else "")
+        with pool.reporter.stage(named, count) as advance:
+            for _ in pool.engine.map(tasks, advance, "part"):
+                pass
+        total: dict[str, Tensor] = {}
+        left_out: dict[str, str] = {}
+        for task in tasks:
+            tensors, note = read_tensors(storage, task.key)
+            left_out |= json.loads(note)
+            for name, part in tensors.items():
+                total[name] = total[name].add_(part) if name in total else part
+        counts = {name.partition("/")[2]: total.pop(name) for name in list(total) if name.startswith("count/")}
+        if not all(counts.values()):
+            for task in tasks:
+                storage.delete(task.key)
+            first = next(iter(left_out.items()))
+            raise DataError(f"none of the {count:,} rows of EK-FAC's sample fits in memory, first {first}: {_ADVICE}")
+        if what == "factors":
             took, began = time.monotonic() - began, time.monotonic()
-            sums = _added(run, parts)
-            basis: dict[str, Tensor] = {}
-            recent: deque[tuple[Tensor, Tensor]] = deque(maxlen=_RECENT)
-            with pool.reporter.stage("EK-FAC's eigendecompositions", len(sums), "factors") as advance:
-                for name, factor in sorted(sums.items(), key=lambda entry: entry[0].partition("/")[2]):
-                    same = [own for one, own in recent if one.shape == factor.shape and torch.equal(one, factor)]
-                    basis[name] = same[0].clone() if same else eigenvectors(factor)
-                    if not same:
-                        recent.append((factor, basis[name]))
-                    advance(1)
-            publish_tensors(run.storage, key, basis)
+            tensors = _decomposed(total, pool.reporter)
             pool.reporter.say(
                 f"EK-FAC's factors took {took:.0f} s, their eigendecompositions {time.monotonic() - began:.0f} s"
             )
+            storage.delete(self.key(prefix, "eigenvalues", number))  # of another basis
         else:
-            parts = self._keys(prefix, "factors")
-        taken = self._take(pool, "eigenvalues")
-        count = len(self.sample)
-        means = {name: total / count for name, total in _added(run, taken).items()}
-        publish_tensors(run.storage, f"{prefix}{_EIGENVALUES}", means)
-        run.complete(prefix, "kronecker", self.config, files=[_BASIS, _EIGENVALUES], rows=count)
-        for part in (*parts, *taken):
-            run.storage.delete(part)
+            tensors = {name: part / counts[name] for name, part in total.items()}
+        publish_tensors(storage, key, tensors, json.dumps(left_out))
+        for task in tasks:
+            storage.delete(task.key)
+        return key, left_out
 
-    def inverses(self, run: Run, damping: Damping, place: torch.device) -> dict[str, DampedInverse]:
-        """(H + λI)⁻¹ of each module."""
-        prefix = self.prefix(run)
-        basis, _ = read_tensors(run.storage, f"{prefix}{_BASIS}")
-        eigenvalues, _ = read_tensors(run.storage, f"{prefix}{_EIGENVALUES}")
-        values = dampings(eigenvalues, damping)
-        return {
-            name: DampedInverse(_basis_of(basis, name, place), own.to(place), values[name])
-            for name, own in eigenvalues.items()
-        }
 
-    def _take(self, pool: Pool, what: Literal["factors", "eigenvalues"]) -> list[str]:
-        """One pass over the sample; the keys of its parts."""
-        keys, count, prefix = self._keys(self.prefix(pool.run), what), len(self.sample), self.prefix(pool.run)
-        starts = range(0, count, _PART_ROWS)
-        tasks = [
-            _Part(pool.run, self, prefix, key, what, start, min(count, start + _PART_ROWS))
-            for key, start in zip(keys, starts, strict=True)
-        ]
-        with pool.reporter.stage(f"EK-FAC's {what}", count) as advance:
-            for _ in pool.engine.map(tasks, advance, "part"):
-                pass
-        return keys
-
-    def _keys(self, prefix: str, what: str) -> list[str]:
-        return [f"{prefix}{what}-{start:09d}.safetensors" for start in range(0, len(self.sample), _PART_ROWS)]
+def _decomposed(sums: Mapping[str, Tensor], reporter: Reporter) -> dict[str, Tensor]:
+    """Eigenvectors of each factor; those of equal ones, as of q, k and v, are found once."""
+    basis: dict[str, Tensor] = {}
+    recent: deque[tuple[Tensor, Tensor]] = deque(maxlen=_RECENT)
+    with reporter.stage("EK-FAC's eigendecompositions", len(sums), "factors") as advance:
+        for name, factor in sorted(sums.items(), key=lambda entry: entry[0].partition("/")[2]):
+            same = [own for one, own in recent if one.shape == factor.shape and torch.equal(one, factor)]
+            basis[name] = same[0].clone() if same else eigenvectors(factor)
+            if not same:
+                recent.append((factor, basis[name]))
+            advance(1)
+    return basis
 
 
 @dataclass(frozen=True)
 class _Part:
-    """The task of some rows' factors, or of their eigenvalues in the basis that is there."""
+    """The task of some rows' factors for a group of modules, or of their eigenvalues in the basis that is there."""
 
     run: Run
     of: _Factors
     prefix: str
     key: str
     what: Literal["factors", "eigenvalues"]
+    group: int
     start: int
     stop: int
 
     def work(self, advance: Advance) -> None:
-        """Publish their sums, unless they are there."""
-        count = self.stop - self.start
+        """Publish their sums, and of how many sequences they are, unless they are there."""
         if self.run.storage.exists(self.key):
-            advance(count)
+            advance(self.stop - self.start)
             return
-        names = self.of.sample.ids[self.start : self.stop] if self.of.labels == "model" else None
-        network, captured, settings = _opened(self.of.at, names)
+        ids = self.of.sample.ids[self.start : self.stop]
+        network, modules, settings = _opened(self.of.at, ids if self.of.labels == "model" else None)
+        begun = settings.token_budget
         sequences = self.of.sample.sequences(self.start, self.stop)
-        if self.what == "factors":
+        groups = grouped(modules, self.of.groups)
+        captured = groups[self.group] if self.group < len(groups) else ()  # there may be fewer modules than groups
+        sums: dict[str, Tensor] = {}
+        if not captured:
+            advance(len(ids))
+        elif self.what == "factors":
             factors = kronecker_factors(network, captured, sequences, settings, advance)
-            sums = {f"out/{name}": of_out for name, (of_out, _) in factors.items()}
+            sums |= {f"out/{name}": of_out for name, (of_out, _) in factors.items()}
             sums |= {f"in/{name}": of_in for name, (_, of_in) in factors.items()}
         else:
-            basis, _ = read_tensors(self.run.storage, f"{self.prefix}{_BASIS}")
+            basis, _ = read_tensors(self.run.storage, self.of.key(self.prefix, "basis", self.group))
             bases = {one.name: _basis_of(basis, one.name, input_device(network)) for one in captured}
             sums = corrected_eigenvalues(network, captured, sequences, bases, settings, advance)
-        publish_tensors(self.run.storage, self.key, sums)
+        counts = {f"count/{one.name}": torch.tensor(settings.counts.get(one.name, 0)) for one in captured}
+        left_out = {ids[row]: why for row, why in sorted(settings.left_out.items())}
+        publish_tensors(self.run.storage, self.key, {**sums, **counts}, json.dumps(left_out))
+        self.of.at.remember(begun, settings.token_budget)
 
 
 @dataclass(frozen=True)
-class _Directions:
+class Directions:
     """Targets through the inverse of their checkpoint, and projected.
 
     factors: of the checkpoint
@@ -366,8 +470,12 @@ class _Directions:
             if self.steps:
                 pool.reporter.say(f"conjugate gradients for {count} targets took {seconds:.0f} s")
             run.complete(prefix, "kronecker", self.config, files=names, rows=count)
-        parts = [read_tensors(run.storage, f"{prefix}{name}")[0] for name in names]
-        return torch.cat([part["rows"] for part in parts]), parts[0]["products"]
+        parts = [read_tensors(run.storage, f"{prefix}{name}") for name in names]
+        left_out = {id_: why for _, note in parts for id_, why in json.loads(note or "{}").items()}
+        if left_out:
+            rows = f"{len(left_out)} of {count} targets count as zero for EK-FAC"
+            pool.reporter.warn(f"{rows}, first {next(iter(left_out.items()))}: {_ADVICE}")
+        return torch.cat([part["rows"] for part, _ in parts]), parts[0][0]["products"]
 
     def checked(self) -> list[str]:
         """Rows of the sample whose products with the first targets are taken before projection, too."""
@@ -379,7 +487,7 @@ class _Some:
     """The task of some targets' directions."""
 
     run: Run
-    of: _Directions
+    of: Directions
     key: str
     start: int
     stop: int
@@ -391,54 +499,72 @@ class _Some:
             return 0.0
         of, at = self.of, self.of.factors.at
         network, captured, settings = _opened(at)
-        place = input_device(network)
-        inverses = of.factors.inverses(self.run, of.damping, place)
-        scale = _scale(inverses)
+        begun = settings.token_budget
+        place, count = input_device(network), self.stop - self.start
+        values, scale = of.factors.dampings(self.run, of.damping)
         projector = projector_of(network, captured, at.settings.projection)
-        dtype = projector.dtype
-        entries = sum(one.out_features * one.in_features for one in captured)
-        together = int(max(1, min(_PART_TARGETS, free_bytes(place) / 4 / (_COPIES * 4 * entries))))
-        sequences, rows, products, seconds = of.source.sequences(self.start, self.stop), [], [], 0.0
-        for first in range(0, self.stop - self.start, together):
-            count = min(together, self.stop - self.start - first)
-            own = [replace(one, row=one.row - first) for one in sequences if 0 <= one.row - first < count]
-            gradients = {one.name: torch.zeros(count, *one.shape, dtype=dtype, device=place) for one in captured}
+        sequences, seconds = of.source.sequences(self.start, self.stop), 0.0
+        rows = torch.zeros(count, projector.dim, dtype=projector.dtype, device=projector.device)
+        checked = min(_CHECKED_TARGETS, count) if self.start == 0 else 0
+        products = torch.zeros(checked, len(of.checked()), dtype=torch.float64)
+        groups = [captured] if of.steps else grouped(captured, of.factors.groups)  # their products need all modules
+        for number, group in enumerate(groups):
+            inverses = of.factors.inverses(self.run, {one.name: values[one.name] for one in group}, place)
+            entries = sum(one.out_features * one.in_features for one in group)
+            together = int(max(1, min(count, free_bytes(place) / 4 / (_COPIES * 4 * entries))))
+            for first in range(0, count, together):
+                last = min(count, first + together)
+                shapes = {one.name: (last - first, *one.shape) for one in group}
+                gradients = {name: torch.zeros(*s, dtype=projector.dtype, device=place) for name, s in shapes.items()}
 
-            def add(one: Captured, part: Tensor, rows: Tensor, sums: Mapping[str, Tensor] = gradients) -> None:
-                sums[one.name].index_add_(0, rows, part)
+                def add(
+                    one: Captured,
+                    part: Tensor,
+                    index: Tensor,
+                    sums: Mapping[str, Tensor] = gradients,
+                    first: int = first,
+                ) -> None:
+                    sums[one.name].index_add_(0, index - first, part)
 
-            each_gradient(network, captured, own, add, settings)
-            if of.steps:
-                began = time.monotonic()
-                found = self._solved(network, captured, gradients, inverses, settings)
-                seconds += time.monotonic() - began
-            else:
-                found = {name: inverses[name](rows_) for name, rows_ in gradients.items()}
-            found = {name: part.mul_(scale) for name, part in found.items()}
-            wanted = _CHECKED_TARGETS - first if self.start == 0 else 0
-            if wanted > 0:
-                products.append(self._products(network, captured, {n: p[:wanted] for n, p in found.items()}, settings))
-            rows.append(projector.apply(found).float().cpu())
-            advance(count)
-        tensors = {"rows": torch.cat(rows)}
-        if products:
-            tensors["products"] = torch.cat(products)
-        publish_tensors(self.run.storage, self.key, tensors)
+                each_gradient(network, group, [one for one in sequences if first <= one.row < last], add, settings)
+                if of.steps:
+                    began = time.monotonic()
+                    found = self._solved(network, captured, gradients, inverses, settings)
+                    seconds += time.monotonic() - began
+                else:
+                    found = {name: inverses[name](own) for name, own in gradients.items()}
+                for name, own in found.items():
+                    projector.project(name, own.mul_(scale).to(rows), rows[first:last])
+                if first < checked:
+                    products[first:last] += self._products(network, group, found, checked - first, settings)
+                if number == len(groups) - 1:
+                    advance(last - first)
+        rows[list(settings.left_out)] = 0
+        ids = of.source.ids[self.start : self.stop]
+        left_out = {ids[row]: why for row, why in sorted(settings.left_out.items())}
+        tensors = {"rows": rows.float().cpu(), **({"products": products} if checked else {})}
+        publish_tensors(self.run.storage, self.key, tensors, json.dumps(left_out))
+        at.remember(begun, settings.token_budget)
         return seconds
 
     def _products(
-        self, network: Any, captured: SequenceABC[Captured], found: Mapping[str, Tensor], settings: Pass
+        self, network: Any, captured: SequenceABC[Captured], found: Mapping[str, Tensor], count: int, settings: Pass
     ) -> Tensor:
-        """⟨direction, gradient of a checked row⟩ in float64 `[target row]`."""
+        """⟨direction, gradient of a checked row⟩ of the first directions, in float64 `[target row]`; NaN where a row
+        does not fit.
+        """
         sample = self.of.factors.sample
         rows = sample.subset(sample.positions(self.of.checked()))
+        found = {name: own[:count] for name, own in found.items()}
         total = torch.zeros(len(next(iter(found.values()))), len(rows), dtype=torch.float64)
 
         def take(one: Captured, gradients: Tensor, index: Tensor) -> None:
             own = found[one.name].flatten(1).double() @ gradients.flatten(1).double().T
             total.index_add_(1, index.cpu(), own.cpu())
 
+        settings = replace(settings, left_out={}, counts={})
         each_gradient(network, captured, rows.sequences(0, len(rows)), take, settings)
+        total[:, list(settings.left_out)] = math.nan
         return total
 
     def _solved(
@@ -456,10 +582,22 @@ class _Some:
         sequences = curved.sequences(0, len(curved))
         budget = max(1, settings.token_budget // 3)  # twice differentiated graphs hold so much more
 
+        def curved_by(vector: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+            """None where memory does not suffice for batches of today's size."""
+            try:
+                return curvature_product(
+                    "ggn", network, captured, sequences, vector, token_budget=budget, autocast=settings.autocast
+                )
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or budget <= factors.sample.longest():
+                    raise
+                return None
+
         def product(vector: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            curvature = curvature_product(
-                "ggn", network, captured, sequences, vector, token_budget=budget, autocast=settings.autocast
-            )
+            nonlocal budget
+            while (curvature := curved_by(vector)) is None:
+                empty_device_cache()
+                budget //= 2
             return {name: part + inverses[name].damping * vector[name] for name, part in curvature.items()}
 
         def precondition(vector: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -498,12 +636,6 @@ def doubts(method: Estimator, agreements: SequenceABC[float]) -> list[str]:
     ]
 
 
-def _scale(inverses: Mapping[str, DampedInverse]) -> float:
-    """The λ that directions are multiplied by, so that checkpoints count alike: the mean over entries."""
-    sizes = [one.eigenvalues.numel() for one in inverses.values()]
-    return float(np.average([one.damping for one in inverses.values()], weights=sizes))
-
-
 def _agreement(store: GradientStore, rows: Tensor, ids: SequenceABC[str], products: Tensor) -> float:
     """Mean rank correlation, over the first targets, of scores before and after projection on the checked rows.
 
@@ -511,9 +643,11 @@ def _agreement(store: GradientStore, rows: Tensor, ids: SequenceABC[str], produc
     """
     held = [number for number, id_ in enumerate(ids) if id_ in store]
     projected = (rows[: len(products)].double() @ store.rows_by_id([ids[n] for n in held]).double().T).numpy()
-    known = [spearman(one, other) for one, other in zip(products[:, held].numpy(), projected, strict=True)]
-    there = [value for value in known if value is not None]
-    return float(np.mean(there)) if there else math.nan
+    whole = products[:, held].numpy()
+    there = np.isfinite(whole).all(axis=0)  # a row may not have fitted
+    known = [spearman(one, other) for one, other in zip(whole[:, there], projected[:, there], strict=True)]
+    values = [value for value in known if value is not None]
+    return float(np.mean(values)) if values else math.nan
 
 
 def _opened(at: AtCheckpoint, names: SequenceABC[str] | None = None) -> tuple[Any, tuple[Captured, ...], Pass]:
@@ -524,12 +658,3 @@ def _opened(at: AtCheckpoint, names: SequenceABC[str] | None = None) -> tuple[An
 
 def _basis_of(basis: Mapping[str, Tensor], name: str, place: torch.device) -> Eigenbasis:
     return Eigenbasis(basis[f"out/{name}"].to(place), basis[f"in/{name}"].to(place))
-
-
-def _added(run: Run, keys: SequenceABC[str]) -> dict[str, Tensor]:
-    """The sums of the parts, in their order."""
-    total: dict[str, Tensor] = {}
-    for key in keys:
-        for name, part in read_tensors(run.storage, key)[0].items():
-            total[name] = total[name].add_(part) if name in total else part
-    return total

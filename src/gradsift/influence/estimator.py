@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceABC
@@ -20,6 +21,7 @@ from gradsift.base.settings import Settings
 from gradsift.base.strings import Strings
 from gradsift.base.types import Message, Skipped
 from gradsift.context import Pool, Target
+from gradsift.data.pairs import Pairs
 from gradsift.data.prompts import Prompts
 from gradsift.data.rows import Rows
 from gradsift.gradients.collect import SequenceSource
@@ -113,6 +115,10 @@ class Passes:
     done:    whether the run folder has what comes of them
     forward: whether they go forth alone
     unprojected: whether their gradients are stored, as they are
+    at_most: bytes of them that lie on disk together
+    held:    of these rows, how many unprojected gradients lie in memory together
+    factors: how many checkpoints' Kronecker factors lie on disk together
+    factors_held: how many checkpoints' factors lie in memory together
     number:  of the checkpoint, where they go through the model at several
     """
 
@@ -122,6 +128,10 @@ class Passes:
     done: bool = False
     forward: bool = False
     unprojected: bool = False
+    at_most: float = math.inf
+    held: int = 0
+    factors: float = 0.0
+    factors_held: float = 0.0
     number: int = 0
 
 
@@ -146,10 +156,12 @@ class Estimator(Settings):
     last_checkpoint: whether it reads those at the last checkpoint alone.
     aggregation: over targets, unless another is asked for.
     full_sum: whether the pool's stores have to hold the unprojected sums of their rows.
+    by_row: whether a row's scores are the same whatever other rows there are, so that it may be given some at a time.
     by_chance: whether its ranking means nothing, as a control.
     signed: whether a score below 0 says that training on the row does harm; else 0 is a point like any other.
     raters: what grades rows, one by one, if anything does.
     text_model: the sentence-transformers model that embeds the texts of pool and target, if one does.
+    splits: whether its scores are inner products of gradients, or cosines, which add up over pairs of tokens.
     """
 
     needs_target: ClassVar[bool] = True
@@ -159,12 +171,19 @@ class Estimator(Settings):
     last_checkpoint: ClassVar[bool] = False
     aggregation: ClassVar[Aggregation] = "max_of_means"
     full_sum: ClassVar[bool] = False
+    by_row: ClassVar[bool] = False
     by_chance: ClassVar[bool] = False
     signed: ClassVar[bool] = False
     raters: ClassVar[tuple[Any, ...]] = ()
     text_model: ClassVar[str | None] = None
+    splits: ClassVar[bool] = False
 
     kind: str
+
+    @property
+    def by_cosine(self) -> bool:
+        """Whether rows and directions are taken to unit length."""
+        return False
 
     @property
     def needs_projection(self) -> bool:
@@ -315,11 +334,6 @@ class ProductEstimator(Estimator):
 
     signed: ClassVar[bool] = True
 
-    @property
-    def by_cosine(self) -> bool:
-        """Whether rows and directions are taken to unit length."""
-        return False
-
     def directions(self, store: GradientStore, targets: Tensor, device: str) -> Tensor:
         """What the rows are multiplied by, `[target dim]`: the targets' gradients, or what is made of them."""
         return targets
@@ -390,6 +404,13 @@ def influence_of(method: Estimator, pool: Pool, target: Target | None) -> Influe
     """
     if target is None and method.needs_target:
         raise ConfigError(f"{method.label} ranks for a target, and there is none: give one, or use AlpaGasus or DEITA")
+    of_losses = method.needs_target and method.takes == "labels" and method.view is None
+    if of_losses and target is not None and isinstance(target.data, Pairs):
+        raise ConfigError(
+            f"{method.label} measures losses of single answers, and the target's rows are a chosen and a rejected one: "
+            "rank with LESS, DataInf, EK-FAC, ProjectedInverse or TRAK, or learn the chosen ones alone "
+            "(--target-columns completion=chosen)"
+        )
     found = method.influence(pool, target)
     said = f"{type(method).__name__}.influence gave"
     if (found.matrix is None) == (found.whole is None):

@@ -19,6 +19,7 @@ from gradsift.influence.ji2s import JI2S
 from gradsift.influence.less import LESS
 from gradsift.influence.magic import MAGIC
 from gradsift.influence.nice import NICE, NICEIF
+from gradsift.influence.nice_ekfac import NICEEKFAC
 from gradsift.influence.nice_magic import NICEMAGIC
 from gradsift.influence.random import Random
 from gradsift.influence.rds import RDS
@@ -27,8 +28,8 @@ from gradsift.influence.states import RDSPlus, RepSim
 from gradsift.influence.trak import TRAK
 
 OWN: tuple[type[Estimator], ...] = (
-    LESS, DataInf, ProjectedInverse, TRAK, EKFAC, JI2S, MAGIC, NICE, NICEIF, NICEMAGIC, Rerank, BM25, RDS, RDSPlus,
-    RepSim, DSIR, AlpaGasus, DEITA, Random,
+    LESS, DataInf, ProjectedInverse, TRAK, EKFAC, JI2S, MAGIC, NICE, NICEIF, NICEEKFAC, NICEMAGIC, Rerank, BM25, RDS,
+    RDSPlus, RepSim, DSIR, AlpaGasus, DEITA, Random,
 )  # fmt: skip
 GROUP = "gradsift.estimators"
 """The entry point group by which other packages add theirs."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -100,6 +100,9 @@ class LESS(TrainingEstimator, ProductEstimator):
     normalise: cosines; without, raw inner products, which with `sgd` are TracIn's.
     checkpoints: `all`, each weighted by its learning rate, or the `last` (Compact's form, with `sgd`).
     """
+
+    by_row: ClassVar[bool] = True
+    splits: ClassVar[bool] = True
 
     kind: Literal["less"] = "less"
     normalise: bool = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceABC
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, Literal, TypeGuard
@@ -18,10 +19,19 @@ from gradsift.generation.endpoint_sampler import EndpointSampler
 from gradsift.generation.local import LocalSampler
 from gradsift.generation.samples import Samples, missing_samples, sample
 from gradsift.generation.sampling import Response, Sampler, Sampling
+from gradsift.generation.stored import StoredSampler
+from gradsift.gradients.collect import SequenceSource
 from gradsift.gradients.policy import PolicyGradient, PolicySource, label_sequence
 from gradsift.gradients.rows import View
 from gradsift.influence.datainf import Damping, damping_label, datainf_directions
-from gradsift.influence.estimator import Estimator, Influence, ProductEstimator, TrainingEstimator, refuse_too_many
+from gradsift.influence.estimator import (
+    Estimator,
+    Influence,
+    Passes,
+    ProductEstimator,
+    TrainingEstimator,
+    refuse_too_many,
+)
 from gradsift.influence.prompts import (
     Earned,
     PromptTarget,
@@ -32,6 +42,8 @@ from gradsift.influence.prompts import (
     summarise_rewards,
 )
 from gradsift.model.models import positions
+from gradsift.rewards.reward import single_rewards
+from gradsift.rewards.stored import Stored
 from gradsift.store.gradient_store import GradientStore
 from gradsift.warmup.checkpoint import Checkpoint
 
@@ -91,6 +103,33 @@ class PolicyEstimator(ProductEstimator):
         """Where responses are drawn beside the pool's checkpoints: of each, None where it is not there yet."""
         return []
 
+    def tokens_of(self, target: PromptTarget) -> float:
+        """Of all responses, each as long as it may be, with their prompts."""
+        prompts = float(target.data.lengths.sum()) + len(target.data) * self.drawing.max_new_tokens
+        return self.drawing.samples * prompts
+
+    def sample_directions(self, pool: Pool, source: SequenceSource, checkpoint: Checkpoint, rows: Tensor) -> Tensor:
+        """What stands for a checkpoint's rows of samples where a new ranking is made of them, before `directions`.
+
+        Args:
+            pool, checkpoint: where they were taken.
+            source: their sequences.
+            rows: their stored gradients `[sample dim]`, in its order.
+        """
+        return rows
+
+    def sample_passes(
+        self, pool: Pool, source: SequenceSource | None, checkpoint: Checkpoint | None, rows: int, tokens: float
+    ) -> list[Passes]:
+        """What `sample_directions` takes through the model.
+
+        Args:
+            pool: as for it.
+            source, checkpoint: as for it; None where they are not there yet.
+            rows, tokens: of the samples.
+        """
+        return []
+
     def targets(self, pool: Pool, target: Target) -> PolicyTargets:
         """The policy gradients of each checkpoint.
 
@@ -107,21 +146,23 @@ class PolicyEstimator(ProductEstimator):
     def influence(self, pool: Pool, target: Target | None) -> Influence:
         """As `ProductEstimator`, after all is sampled and rewarded: what is wrong with a reward shows early."""
         assert target is not None, self
+        targets = self.sampled(pool, target)
+        ids, matrix, stores = self.matrix(pool, targets)
+        return targets.told(Influence(ids, matrix.numpy(), identity={"stores": stores}))
+
+    def sampled(self, pool: Pool, target: Target) -> PolicyTargets:
+        """The targets once all of every checkpoint is sampled and rewarded.
+
+        Raises:
+            DataError: no prompt has a signal; or as `PolicyTargets.at`.
+        """
         targets, checkpoints = self.targets(pool, target), self.checkpoints_of(pool)
         refuse_too_many(len(pool.data), len(targets.ids))
         check_server(self, checkpoints)
         for checkpoint in checkpoints:
             targets.at(checkpoint)
         targets.check()
-        ids, matrix, stores = self.matrix(pool, targets)
-        return Influence(
-            ids,
-            matrix.numpy(),
-            warnings=tuple(signal_warnings(targets.summaries, self)),
-            identity={"stores": stores},
-            live=targets.live,
-            rewards=tuple(targets.summaries),
-        )
+        return targets
 
 
 class NICE(TrainingEstimator, PolicyEstimator):
@@ -147,7 +188,7 @@ class NICE(TrainingEstimator, PolicyEstimator):
         """What tables call it."""
         parts = [] if self.optimizer == "adam" else ["SGD"]
         parts += ["raw"] * (not self.normalise) + ["last checkpoint"] * (self.checkpoints == "last")
-        return _label("NICE", self, parts)
+        return policy_label("NICE", self, parts)
 
 
 class NICEIF(PolicyEstimator):
@@ -172,7 +213,7 @@ class NICEIF(PolicyEstimator):
     @property
     def label(self) -> str:
         """What tables call it."""
-        return _label("NICE-IF", self, damping_label(self.damping))
+        return policy_label("NICE-IF", self, damping_label(self.damping))
 
 
 class PolicyTargets:
@@ -229,7 +270,7 @@ class PolicyTargets:
 
     def there(self, checkpoint: Checkpoint) -> bool:
         """Whether the run folder has all responses at a checkpoint, and what they earned."""
-        sampler = sampler_of(self.pool, self.method, checkpoint)
+        sampler = sampler_of(self.pool, self.target, self.method, checkpoint)
         samples, requests = missing_samples(self.pool.run, self.target.data.prompts, sampler)
         complete = not requests and self.pool.run.manifest(samples.prefix) is not None
         return complete and not missing_rewards(self.target, samples)
@@ -248,7 +289,7 @@ class PolicyTargets:
         Raises:
             DataError, ConfigError, ModelError: as `sample`.
         """
-        pool, sampler = self.pool, sampler_of(self.pool, self.method, checkpoint)
+        pool, sampler = self.pool, sampler_of(self.pool, self.target, self.method, checkpoint)
         key = (f"{pool.run.place}/{pool.run.prefix('samples', sampler.identity())}", sampler.sampling.samples)
         if key not in self.target.drawn:  # an assistant's responses serve all checkpoints
             self.target.drawn[key] = sample(
@@ -297,6 +338,15 @@ class PolicyTargets:
     @cached_property
     def _positions(self) -> int | None:
         return positions(self.pool.model)
+
+    def told(self, found: Influence) -> Influence:
+        """What was found, with what the responses earned and what is wrong with it as a signal."""
+        return replace(
+            found,
+            warnings=(*signal_warnings(self.summaries, self.method), *found.warnings),
+            live=self.live,
+            rewards=tuple(self.summaries),
+        )
 
     def check(self) -> None:
         """Refuse targets that say nothing at all.
@@ -362,8 +412,21 @@ def cut_off_warnings(checkpoint: str, share: float, of: str = "responses") -> li
     ]
 
 
-def sampler_of(pool: Pool, method: PolicyEstimator, checkpoint: Checkpoint) -> Sampler:
-    """Where a method's responses at a checkpoint come from."""
+def sampler_of(pool: Pool, target: PromptTarget, method: PolicyEstimator, checkpoint: Checkpoint) -> Sampler:
+    """Where a method's responses at a checkpoint come from.
+
+    Raises:
+        ConfigError: the target's rows hold responses, and others are asked for, or weights that those do not have.
+    """
+    stored = next((one for one in single_rewards(target.reward) if isinstance(one, Stored)), None)
+    if stored is not None:
+        if method.assistant is not None or method.server is not None or method.policy.importance_weights:
+            raise ConfigError(
+                "the reward stored is that of responses which the rows hold: leave out assistant, server and "
+                "importance_weights"
+            )
+        texts = {example.id: stored.texts(example.row) for example in target.data.examples}
+        return StoredSampler(texts, pool.tokenizer)
     if method.assistant is not None:
         return method.assistant.sampler(pool.tokenizer, dtype=pool.dtype, device=pool.device)
     if method.server is not None:
@@ -371,7 +434,14 @@ def sampler_of(pool: Pool, method: PolicyEstimator, checkpoint: Checkpoint) -> S
         served = method.server.model_copy(update={"model": method.server.model.replace("{checkpoint}", name)})
         weights: Mapping[str, object] = {"adapter": checkpoint.identity()}
         return EndpointSampler(served, method.sampling, pool.tokenizer, name, weights)
-    return LocalSampler(pool.model, method.sampling, adapter=checkpoint.adapter, dtype=pool.dtype, device=pool.device)
+    return LocalSampler(
+        pool.model,
+        method.sampling,
+        adapter=checkpoint.adapter,
+        dtype=pool.dtype,
+        device=pool.device,
+        reasoning=pool.chat.reasoning,
+    )
 
 
 def checkpoint_name(checkpoint: Checkpoint) -> str:
@@ -411,7 +481,10 @@ def _refuse_unfit(method: PolicyEstimator) -> None:
         )
 
 
-def _label(name: str, method: PolicyEstimator, parts: list[str]) -> str:
+def policy_label(name: str, method: PolicyEstimator, parts: list[str]) -> str:
+    """What tables call a method: its name with -AMC where an assistant writes, which is named, its own parts, and how
+    samples become a gradient.
+    """
     if method.writer is not None:
         name, parts = f"{name}-AMC", [method.writer, *parts]
     samples, policy = method.drawing.samples, method.policy.label

@@ -12,7 +12,7 @@ from gradsift.base.errors import ConfigError
 from gradsift.context import Pool, Target
 from gradsift.influence.estimator import Influence, Targets
 from gradsift.influence.magic import MAGIC
-from gradsift.influence.nice import PolicyEstimator, PolicyTargets, signal_warnings
+from gradsift.influence.nice import PolicyEstimator, PolicyTargets, policy_label
 from gradsift.influence.replay import Replay
 from gradsift.influence.smooth import Ending
 from gradsift.warmup.checkpoint import Checkpoint
@@ -43,23 +43,16 @@ class NICEMAGIC(MAGIC, PolicyEstimator):
     @property
     def label(self) -> str:
         """What tables call it."""
-        parts = [part for part in (super().label.removeprefix("MAGIC").strip(" ()"), self.writer) if part]
-        samples, policy = self.drawing.samples, self.policy.label
-        parts += [f"M={samples}"] * (samples != type(self.drawing)().samples) + [policy] * bool(policy)
-        return f"NICE-MAGIC ({', '.join(parts)})" if parts else "NICE-MAGIC"
+        own = super().label.removeprefix("MAGIC").strip(" ()")
+        return policy_label("NICE-MAGIC", self, [own] * bool(own))
 
     def influence(self, pool: Pool, target: Target | None) -> Influence:
         """As MAGIC's, with what the responses earned."""
         assert target is not None, self
         targets = self.targets(pool, target)
-        found = self.gone_back(pool, target, targets)
-        return replace(
-            found,
-            warnings=(*signal_warnings(targets.summaries, self), *found.warnings),
-            live=targets.live,
-            rewards=tuple(targets.summaries),
-            identity=found.identity | {"targets": [targets.at(one).fingerprint for one in targets.checkpoints]},
-        )
+        found = targets.told(self.gone_back(pool, target, targets))
+        identity = {"targets": [targets.at(one).fingerprint for one in targets.checkpoints]}
+        return replace(found, identity=found.identity | identity)
 
     def ends(self, pool: Pool, target: Target) -> list[Checkpoint | None]:
         """Those of its trainings."""

@@ -218,6 +218,15 @@ class Losses:
         """How many of this name are there."""
         return len(self._kept.get(name, ()))
 
+    def all(self, name: str) -> list[float]:
+        """Those of this name."""
+        return self._kept[name]
+
+    def put(self, name: str, losses: list[float]) -> None:
+        """Keep those of a name."""
+        self._kept[name] = losses
+        self._run.publish_json(self._key, {"losses": self._kept}, sealed=True)
+
     def of(self, name: str, find: SequenceABC[Callable[[], float]]) -> list[float]:
         """One for each way to find it; those that are kept are not found again."""
         found = self._kept.setdefault(name, [])

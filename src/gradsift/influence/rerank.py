@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceABC
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
-from gradsift.base.errors import ConfigError, DataError
+from gradsift.base import interruption
+from gradsift.base.errors import ConfigError, CorruptError, DataError
+from gradsift.base.lazy import Tensor, torch
 from gradsift.base.ranks import descending_ranks
 from gradsift.context import Pool, Target
 from gradsift.gradients.projection import Projection
 from gradsift.gradients.rows import View
-from gradsift.influence.estimator import Estimator, Influence, Passes, influence_of, target_view
+from gradsift.influence.estimator import Estimator, Influence, Passes, influence_of, source_at, target_view
 from gradsift.influence.less import LESS
 from gradsift.influence.scores import aggregated
 from gradsift.influence.states import RDSPlus
-from gradsift.store.run import revisions
+from gradsift.store.manifest import fingerprint
+from gradsift.store.run import Run, revised, revisions
+from gradsift.store.tensors import publish_tensors, read_tensors
 from gradsift.warmup.checkpoint import Checkpoint
+
+_ROWS_BYTES = 1 << 33  # of candidates' gradients that lie on disk together
 
 if TYPE_CHECKING:
     AnyFirst = Estimator
@@ -100,8 +107,8 @@ class Rerank(Estimator):
             raise DataError(f"{self.first.label} could rate no row that is not also in the target")
         ranked, count = [found.ids[place] for place in order], min(self.candidates, len(order))
         candidates = sorted(ranked[:count], key=pool.data.position)
-        self._keep(pool, target, candidates)
-        second = influence_of(self.then, self._exact(pool, candidates), target)
+        prefix = self._keep(pool, target, candidates)
+        second = self._second(pool, target, candidates, prefix)
         assert second.matrix is not None, "it has pairs"
         kept, among = list(second.ids), set(ranked)
         rest = [*ranked[count:], *(id_ for id_ in found.ids if id_ not in among)]
@@ -128,27 +135,81 @@ class Rerank(Estimator):
         assert target is not None, self
         every = checkpoints()
         read, known = every[-1:] if self.then.last_checkpoint else every, None not in every
-        prefix = pool.run.prefix("candidates", self._config(pool, target)) if known else None
-        ids = None
-        if prefix is not None and pool.run.manifest(prefix) is not None:
+        prefix, ids = pool.run.prefix("candidates", self._config(pool, target)) if known else "", None
+        if known and pool.run.manifest(prefix) is not None:
             ids = json.loads(pool.run.storage.read(f"{prefix}ids.json"))["ids"]
         exact, count = self._exact(pool, ids), min(self.candidates, len(pool.data) - len(target.overlap))
         tokens = float(pool.data.lengths.mean()) * count if ids is None else float(exact.data.lengths.sum())
         source: Any = self.then.targets(pool, target)
         asked = float(sum(source.token_counts()))
-        view = self.then.view
+        view, kept, scored = self.then.view, not self.then.by_row, False
         assert view is not None, "it reads gradients"
+        if ids is not None and not kept:
+            scored = _Scored.of(pool.run, self._key(prefix, exact, target)).count == len(ids)
         found = []
         for number, checkpoint in enumerate(read):
-            there = [False, False]
+            there = [scored, False]
             if checkpoint is not None and ids is not None:
                 parts: list[tuple[Any, View]] = [(exact.data, view), (source, target_view(view))]
                 there = [exact.kept(data, checkpoint, own) is not None for data, own in parts]
+                there[0] = there[0] if kept else scored
             found += [
-                Passes("candidates' gradients", count, tokens, there[0], unprojected=True, number=number),
-                Passes("target gradients", len(source.ids), asked, there[1], unprojected=True, number=number),
-            ]
+                Passes(
+                    "candidates' gradients", count, tokens, there[0], unprojected=True, number=number,
+                    at_most=math.inf if kept else _ROWS_BYTES / len(read),
+                ),
+                Passes(
+                    "target gradients", len(source.ids), asked, there[1], unprojected=True, number=number,
+                    held=len(source.ids),
+                ),
+            ]  # fmt: skip
         return [*found, *self.then.passes(exact, target, checkpoints)]
+
+    def _second(self, pool: Pool, target: Target, candidates: list[str], prefix: str) -> Influence:
+        """The second method's, of the candidates.
+
+        Where it goes row by row, it is given some of them at a time, of which scores are kept in place of gradients.
+        """
+        exact = self._exact(pool, candidates)
+        if not self.then.by_row:
+            return influence_of(self.then, exact, target)
+        view, checkpoints, run = self.then.view, self.then.checkpoints_of(pool), pool.run
+        assert view is not None, "it reads gradients"
+        key, rows = self._key(prefix, exact, target), 0
+        scored = _Scored.of(run, key)
+        while scored.count < len(candidates):
+            rows = rows or self._at_once(exact, target, checkpoints)
+            names = candidates[scored.count : scored.count + rows]
+            if len(names) < len(candidates):
+                pool.reporter.say(f"candidates {scored.count + 1} to {scored.count + len(names)} of {len(candidates)}")
+            part = self._exact(pool, names)
+            stores = [(part.at(one), part.data, view) for one in checkpoints]
+            # What another command keeps of the whole pool stays.
+            own = [one for one in stores if len(names) < len(pool.data) or one[0].kept(run, *one[1:]) is None]
+            scored = scored.with_part(influence_of(self.then, part, target), names)
+            with interruption.held():
+                for at, data, _ in own:  # first: a part that is lost is collected again, one that is left is not seen
+                    at.drop(run, data, view)
+                scored.publish(run, key)
+        identity = scored.identities[0] if len(scored.identities) == 1 else {"parts": list(scored.identities)}
+        return Influence([candidates[place] for place in scored.places], scored.matrix.numpy(), identity=identity)
+
+    def _at_once(self, exact: Pool, target: Target, checkpoints: SequenceABC[Checkpoint]) -> int:
+        """How many candidates' rows lie on disk together, those of all checkpoints."""
+        view, first = target_view(self.then.view or "plain"), checkpoints[0]
+        source = source_at(self.then.targets(exact, target), first)
+        dim = exact.collect(source, first, [view], what="target")[view].dim
+        size = dim * getattr(torch, exact.gradients.dtype).itemsize * len(checkpoints)
+        return max(1, _ROWS_BYTES // size)
+
+    def _key(self, prefix: str, exact: Pool, target: Target) -> str:
+        """The file of the second method's scores, in the folder of the candidates."""
+        asked = {
+            "then": self.then.model_dump(mode="json"),
+            "inputs": self.then.inputs(exact),
+            "around": exact.population.fingerprint,
+        }
+        return f"{prefix}scores-{fingerprint(revised('scores', asked))}.safetensors"
 
     def _exact(self, pool: Pool, ids: SequenceABC[str] | None = None) -> Pool:
         """The pool, or some of its rows, with rows that are not projected."""
@@ -169,13 +230,59 @@ class Rerank(Estimator):
             **revisions("scores"),
         }
 
-    def _keep(self, pool: Pool, target: Target, ids: SequenceABC[str]) -> None:
-        """Who they are, so that a plan knows which rows are there."""
+    def _keep(self, pool: Pool, target: Target, ids: SequenceABC[str]) -> str:
+        """Who they are, so that a plan knows what is there; returns the prefix."""
         config = self._config(pool, target)
         prefix = pool.run.prefix("candidates", config)
         if pool.run.intact(prefix) is None:
             pool.run.publish_json(f"{prefix}ids.json", {"ids": list(ids)})
             pool.run.complete(prefix, "candidates", config, files=["ids.json"])
+        return prefix
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """The second method's scores of the first candidates, which lie in one file that grows by parts.
+
+    count:      of the candidates, how many were given to it
+    places:     of those that it could rate, among the candidates
+    matrix:     float32 `[place target]`
+    identities: of the parts, as in `Influence`
+    """
+
+    count: int
+    places: tuple[int, ...]
+    matrix: Tensor
+    identities: tuple[dict[str, Any], ...]
+
+    @classmethod
+    def of(cls, run: Run, key: str) -> _Scored:
+        """What is there: nothing where the file is damaged."""
+        try:
+            if run.storage.exists(key):
+                tensors, note = read_tensors(run.storage, key)
+                count, identities = json.loads(note)
+                return cls(count, tuple(tensors["places"].tolist()), tensors["matrix"], tuple(identities))
+        except CorruptError:
+            pass
+        return cls(0, (), torch.empty(0, 0), ())
+
+    def with_part(self, found: Influence, names: SequenceABC[str]) -> _Scored:
+        """And of the next candidates."""
+        assert found.matrix is not None, "it has pairs"
+        place = {name: number for number, name in enumerate(names, self.count)}
+        matrix = torch.from_numpy(found.matrix)
+        return _Scored(
+            self.count + len(names),
+            (*self.places, *(place[id_] for id_ in found.ids)),
+            torch.cat([self.matrix, matrix]) if self.count else matrix,
+            (*self.identities, found.identity),
+        )
+
+    def publish(self, run: Run, key: str) -> None:
+        """In place of what was there."""
+        tensors = {"places": torch.tensor(self.places, dtype=torch.int64), "matrix": self.matrix}
+        publish_tensors(run.storage, key, tensors, json.dumps([self.count, self.identities]))
 
 
 def _in_order(scores: NDArray[Any], ids: SequenceABC[str], without: set[str]) -> list[int]:

@@ -14,7 +14,11 @@ from gradsift.report.html import render
 from gradsift.store.run import Run
 
 _KEPT = {"report.html": "report.json"}  # others: NAME.page.json
-_AGAIN = {"report.html": "`gradsift select` or `gradsift explain`", "comparison.html": "`gradsift compare`"}
+_AGAIN = {
+    "report.html": "`gradsift select` or `gradsift explain`",
+    "comparison.html": "`gradsift compare`",
+    "bench.html": "`gradsift bench`",
+}
 
 
 def kept_as(key: str) -> str:
@@ -56,24 +60,24 @@ def rewrite_report(out: str | Path) -> Path:
     """Write every page of a run folder again from its latest results.
 
     Returns:
-        The path of report.html, or of comparison.html where the folder holds a comparison alone.
+        The path of report.html, or of comparison.html or bench.html where the folder holds such alone.
 
     Raises:
         ConfigError: the folder holds no results yet.
         CorruptError: what a page was kept as is damaged, or of another version.
     """
     run = Run(out)
-    keys = ["report.html", "comparison.html", "relevance.html", "explanation.html"]
+    keys = ["report.html", "comparison.html", "bench.html", "relevance.html", "explanation.html"]
     keys += [
         f"{key.removesuffix('.page.json')}.html"
         for key in run.storage.list("explanations/")
         if key.endswith(".page.json")
     ]
     keys = [key for key in keys if run.storage.exists(kept_as(key))]
-    if not {"report.html", "comparison.html"} & set(keys):
+    if not {"report.html", "comparison.html", "bench.html"} & set(keys):
         raise ConfigError(
-            f"{out} holds no results yet: run `gradsift select`, `gradsift explain` or `gradsift compare` with this "
-            "--out"
+            f"{out} holds no results yet: run `gradsift select`, `gradsift explain`, `gradsift compare` or "
+            "`gradsift bench` with this --out"
         )
     first, *_ = [run.publish_text(key, render(kept_page(run, key))) for key in keys]
     return first

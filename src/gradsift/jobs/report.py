@@ -14,22 +14,26 @@ import numpy as np
 from rich.padding import Padding
 from rich.text import Text as Words
 
-from gradsift.base.errors import CorruptError
+from gradsift.base.errors import ConfigError, CorruptError
 from gradsift.base.progress import visible
-from gradsift.base.settings import Settings
+from gradsift.base.settings import Settings, models_in
 from gradsift.base.types import Prompt
 from gradsift.data.shown import excerpt, left_out, shares_table
+from gradsift.evaluation.arms import Compare
 from gradsift.explanation.explain import explained_views
+from gradsift.explanation.matches_shown import matches_lines
 from gradsift.explanation.shown import (
     RELEVANCE,
     VERDICT,
     explained_blocks,
+    opposing_blocks,
     prompt_of,
     relevance_blocks,
     shown_budget,
     verdicts_line,
 )
 from gradsift.gradients.rows import View
+from gradsift.influence.estimator import Estimator
 from gradsift.influence.estimators import estimators
 from gradsift.influence.nice import PolicyEstimator, takes_reward
 from gradsift.influence.prompts import PromptTarget
@@ -52,6 +56,7 @@ from gradsift.jobs.results import (
     summary,
     write_skipped,
 )
+from gradsift.recipe import Recipe
 from gradsift.report import text
 from gradsift.report.blocks import (
     Block,
@@ -146,9 +151,8 @@ def result_page(result: Result) -> Page:
         )
     if result.explanations is not None:
         count = len(result.explanations.entries)
-        asked = f"{count} output{'s' * (count != 1)} asked about"
         said = verdicts_line(result.explanations.entries, shown_budget(result.explanations))
-        summary_lines.append(f"{asked}: {said}")
+        summary_lines.append(f"{count} output{'s' * (count != 1)} asked about: {said}")
     scores = {f"scores, {entry.method.label}": entry.fingerprint for entry in result.scores}
     responses = _responses(result)
     asked = len(result.responses.prompts) if responses and result.responses is not None else 0
@@ -491,6 +495,11 @@ def _explained_briefly(result: Result) -> list[Block]:
             folds = [block for block in found if isinstance(block, Fold)]
             blocks += [block for block in found if not isinstance(block, Fold)]
             blocks += [Group(fold.blocks, fold.title) for fold in folds[:1]]
+        blocks += matches_lines(entry)
+        against = opposing_blocks(entry, result.pool.data, k=k, estimator=explanations.estimators[0].label)
+        blocks += [
+            Group(block.blocks, f"Against it, {block.title}") for block in against[:2] if isinstance(block, Fold)
+        ]
     if len(explanations.entries) > 5:
         blocks.append(Text(f"… and {len(explanations.entries) - 5} more in explanations.jsonl"))
     if result.relevance is not None and (not alone or len(explanations.budgets) > 1):
@@ -502,17 +511,64 @@ def _explained_briefly(result: Result) -> list[Block]:
     return blocks
 
 
-def print_methods() -> None:
-    """All estimators and selectors: kind, what they take or read, and the first paragraph about them."""
+def print_methods(section: str | None = None) -> None:
+    """Everything that has a name: its kind, what it takes or reads, and the first paragraph about it.
+
+    Args:
+        section: one of them alone, by its first word.
+
+    Raises:
+        ConfigError: there is no such section.
+    """
+    from gradsift.generation.sampling import PRESETS as SAMPLINGS
+    from gradsift.warmup.train import PRESETS, TRAINING_PRESETS
+
     out = console()
-    out.print("Estimators, which rank: --estimator\n", markup=False)
-    for kind, one in estimators().items():
-        view = one.model_construct().view
-        reads = f"{one.takes if one.needs_target else 'no target'}{'' if view is None else f', {view} rows'}"
-        _print_method(out, kind, reads, one)
-    out.print("Selectors, which choose by the ranking: --selection of select and explain\n", markup=False)
-    for kind, chooser in selectors().items():
-        _print_method(out, kind, _TAKEN[chooser.model_construct().takes], chooser)
+    entries = {
+        "Estimators, which rank: --estimator": [_estimator_entry(kind, one) for kind, one in estimators().items()],
+        "Selectors, which choose by the ranking: --selection of select and explain": [
+            (kind, _TAKEN[one.model_construct().takes], _first_paragraph(one)) for kind, one in selectors().items()
+        ],
+        "Rewards of what a model says: --reward, or `reward:` in a recipe": _union_entries(Recipe, "reward"),
+        "Metrics of what was trained: --metric of evaluate, `metrics:` of compare": _union_entries(Compare, "metrics"),
+        "Presets of the warm-up: --preset of select, explain and others": _preset_entries(PRESETS),
+        "Training presets: --preset of train, `training:` of compare": _preset_entries(TRAINING_PRESETS),
+        "Sampling presets: --sampling": _preset_entries(SAMPLINGS),
+    }
+    first = [title.partition(" ")[0].rstrip(",").lower() for title in entries]
+    if section is not None and section not in first:
+        raise ConfigError(f"there is nothing named {section!r} to list: there are {', '.join(first)}")
+    for name, (title, own) in zip(first, entries.items(), strict=True):
+        if section in (None, name):
+            out.print(f"{title}\n", markup=False)
+            for kind, reads, said in own:
+                out.print(f"{kind:<20}{reads}", markup=False)
+                out.print(Padding(Words(said), (0, 0, 1, 4)))
+
+
+def _estimator_entry(kind: str, one: type[Estimator]) -> tuple[str, str, str]:
+    view = one.model_construct().view
+    reads = f"{one.takes if one.needs_target else 'no target'}{'' if view is None else f', {view} rows'}"
+    return kind, reads, _first_paragraph(one)
+
+
+def _union_entries(model: type[Settings], name: str) -> list[tuple[str, str, str]]:
+    """Of settings that a field may hold."""
+    kinds = models_in(model.model_fields[name].annotation)
+    return [(one.model_fields["kind"].default, "", _first_paragraph(one)) for one in kinds]
+
+
+def _preset_entries(presets: Mapping[str, Settings]) -> list[tuple[str, str, str]]:
+    """Of values with names: all that is in them."""
+    return [(name, "", ", ".join(f"{k} {_value(v)}" for k, v in one if v is not None)) for name, one in presets.items()]
+
+
+def _value(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _first_paragraph(method: type[Any]) -> str:
+    return (inspect.getdoc(method) or "").partition("\n\n")[0].replace("\n", " ")
 
 
 _TAKEN = {
@@ -522,9 +578,3 @@ _TAKEN = {
     "checkpoints": "gradients of rows and targets at every checkpoint; not to explain",
     "training": "pool and target, trains; not to explain",
 }
-
-
-def _print_method(out: Any, kind: str, reads: str, method: type[Settings]) -> None:
-    said = (inspect.getdoc(method) or "").partition("\n\n")[0].replace("\n", " ")
-    out.print(f"{kind:<20}{reads}", markup=False)
-    out.print(Padding(Words(said), (0, 0, 1, 4)))

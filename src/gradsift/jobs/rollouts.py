@@ -15,6 +15,7 @@ import numpy as np
 
 from gradsift.base.errors import ConfigError
 from gradsift.base.progress import Reporter, silent
+from gradsift.base.types import said
 from gradsift.context import Pool
 from gradsift.generation.samples import Samples
 from gradsift.generation.sampling import Response
@@ -352,8 +353,8 @@ def _print_responses(result: Rollouts, show: int, out: Any) -> None:
     last = result.checkpoints[-1]
     earned = {prompt.id: (*prompt.best, *prompt.worst) for prompt in result.prompts}
     for prompt_id in last.samples.ids[:show]:
-        asked = last.samples.prompt(prompt_id).messages[-1]["content"]
-        out.print(f"{on_one_line(prompt_id, 100)}: {on_one_line(asked, 300)}", style="bold", markup=False)
+        asked = last.samples.prompt(prompt_id).messages[-1]
+        out.print(f"{on_one_line(prompt_id, 100)}: {on_one_line(said(asked), 300)}", style="bold", markup=False)
         for found in earned.get(prompt_id, ()):
             times = f" ({found.times} times)" if found.times > 1 else ""
             out.print(f"  earns {found.reward:g}{times}: {_text(found)}", markup=False)

@@ -13,6 +13,7 @@ from gradsift.base.progress import Reporter, silent
 from gradsift.compare.table import FILES as COMPARED
 from gradsift.gradients.self_check import SelfCheck
 from gradsift.influence.blocks import threads
+from gradsift.jobs.bench import BENCHED
 from gradsift.jobs.results import result_files
 from gradsift.jobs.rollouts import rollout_files
 from gradsift.jobs.select_explain import chooses, explain_questions
@@ -21,6 +22,8 @@ from gradsift.plan.walk import walked
 from gradsift.plan.work import crew_of, endpoints, priced
 from gradsift.recipe import Recipe
 from gradsift.report.terminal import console, table
+
+_HELD = {"unprojected": 4, "factors": 1}  # bytes in memory, with what is made of them, for each on disk
 
 
 def estimate(recipe: Recipe, reporter: Reporter | None = None, *, command: str = "run") -> dict[str, Any]:
@@ -56,9 +59,10 @@ def estimate(recipe: Recipe, reporter: Reporter | None = None, *, command: str =
         outputs = None if recipe.explain is None else len(explain_questions(recipe, pool)[0])
     stages = priced(works, speeds, crew, recipe.gradients.shard_rows)
     total = {key: sum(stage[key] or 0 for stage in stages.values()) for key in ("tokens", "seconds", "disk_bytes")}
-    free, peak = psutil.disk_usage(_existing(recipe.out)).free, peak_memory()
     labels = target.labels if target else None
     waiting = [work for work in works if not work.done]
+    held = [sum(_HELD[kind] * speeds.bytes_of[kind] * n for kind, n in work.held.items()) for work in waiting]
+    free, peak = psutil.disk_usage(_existing(recipe.out)).free, peak_memory() + int(max(held, default=0.0))
     return {
         "pool": {
             "rows": len(pool.data), "tokens": int(pool.data.lengths.sum()), "longest": int(pool.data.lengths.max())
@@ -91,6 +95,8 @@ def _files(recipe: Recipe, command: str, outputs: int | None, *, with_target: bo
     """The files that hold the results; `outputs` are explained, None where that is not done."""
     if command != "run":
         return rollout_files(rewarded=command == "reward")
+    if recipe.bench is not None:
+        return [*BENCHED, "skipped.jsonl"]
     if recipe.compare is not None:
         return [*COMPARED, "skipped.jsonl"]
     return result_files(

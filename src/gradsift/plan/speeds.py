@@ -112,6 +112,7 @@ def _of_model(
         "bytes": 1.0,
         "rows": float(projector.dim * _ROW_BYTES[recipe.gradients.dtype]),
         "unprojected": trained * 2.0,
+        "factors": 4.0 * sum(c.out_features**2 + c.in_features**2 for c in modules.captured) + 4.0 * trained,
         "adapters": trained * 12.0,  # weights and both moments
         "models": parameters * 4.0,
     }

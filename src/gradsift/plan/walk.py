@@ -26,8 +26,9 @@ from gradsift.evaluation.evaluate import evaluation_config
 from gradsift.evaluation.metric import ASKED, Judging, Needs
 from gradsift.evaluation.setup import Trained, subject_of
 from gradsift.explanation.exact import MOST_AT_ONCE, is_known
-from gradsift.explanation.explain import RANDOM, explained_views
+from gradsift.explanation.explain import OPPOSING, RANDOM, explained_views, shown_budget
 from gradsift.explanation.outputs import OutputSource, answers, missing_answers
+from gradsift.explanation.tokens import MOST_PAIRS
 from gradsift.generation.endpoint import Endpoint, usage_of
 from gradsift.generation.samples import missing_samples
 from gradsift.gradients.collect import SequenceSource, kept_as
@@ -70,6 +71,7 @@ from gradsift.selection.random import RandomChoice
 from gradsift.selection.select import budget_count, kept_count
 from gradsift.selection.selector import Selector
 from gradsift.store.run import Run
+from gradsift.validation.bench import Bench
 from gradsift.warmup.checkpoint import Checkpoint, open_checkpoint
 from gradsift.warmup.train import kept_training, warm_up_ids
 
@@ -135,6 +137,16 @@ class Walk:
         alone = [None] if method.assistant is not None else self._checkpoints()
         for number in range(len(alone))[-1:] if method.last_checkpoint else range(len(alone)):
             self._responses(method, target, number, rewarded=rewarded)
+        return self
+
+    def judge(self, settings: Bench) -> Walk:
+        """What `gradsift bench` would do: every method's scores, and the trainings that they are held against."""
+        for method in settings.judged:
+            self._score(method)
+        times, epochs, data = settings.retrainings, self.recipe.warmup.epochs, self.pool.data
+        if times:
+            each = float(data.lengths.sum()) * epochs
+            self.add(Work("retrainings", times * epochs * len(data), backward=times * each))
         return self
 
     def compare(self, grid: Grid) -> Walk:
@@ -206,9 +218,15 @@ class Walk:
         """Rows that methods take through the model, counted once."""
         if self.is_new("passes", *(repr(part) for part in by), one, self.pool.seed):
             backward, forward = (0.0, one.tokens) if one.forward else (one.tokens, 0.0)
-            stored = {"unprojected": one.rows} if one.unprojected else {}
+            stored: dict[str, float] = {"unprojected": one.rows} if one.unprojected else {}
+            stored |= {"factors": one.factors} if one.factors else {}
             done = one.done and self.kept is not None
-            self.add(Work(one.stage, one.rows, backward, forward, stored=stored, done=done))
+            held = {"unprojected": one.held, "factors": one.factors_held}
+            held = {kind: number for kind, number in held.items() if number}
+            work = Work(
+                one.stage, one.rows, backward, forward, stored=stored, at_most=one.at_most, held=held, done=done
+            )
+            self.add(work)
 
     def _gradients(self, method: Estimator, *, targets: bool) -> None:
         """The pool's rows that a method reads, and its targets'."""
@@ -326,10 +344,8 @@ class Walk:
     def _rows_of(
         self, method: PolicyEstimator, target: PromptTarget, source: SequenceSource | None, name: str
     ) -> _Rows:
-        sampling = method.drawing
-        prompts, each = len(target.data), sampling.samples
-        tokens = each * (float(target.data.lengths.sum()) + prompts * sampling.max_new_tokens)
-        count = prompts * (min(MOST_ROWS, each) if name.startswith("samples") else 1)
+        tokens = method.tokens_of(target)
+        count = len(target.data) * (min(MOST_ROWS, method.drawing.samples) if name == "samples" else 1)
         if source is not None:
             tokens, count = float(sum(source.token_counts())), len(source.ids)
         return _Rows("policy gradients", f"{name} {method.model_dump_json()}", count, tokens, source)
@@ -352,7 +368,7 @@ class Walk:
         drawn = unpaid = responses
         complete = None
         if self.kept is not None and (checkpoint is not None or writer is not None):
-            sampler = sampler_of(self.kept, method, checkpoint or Checkpoint(None))
+            sampler = sampler_of(self.kept, target, method, checkpoint or Checkpoint(None))
             samples, requests = missing_samples(self.kept.run, target.data.prompts, sampler)
             drawn = sum(len(request.numbers) for request in requests)
             unpaid = drawn + missing_rewards(target, samples) if rewarded else 0
@@ -419,6 +435,9 @@ class Walk:
             rows = self._rows_of(method, target, source, "samples")
             if rows.count:
                 self._collect(rows, number, [view], sums=False)
+                pool, at = self.kept or self.pool, self._checkpoints()[number]
+                for one in method.sample_passes(pool, source, at, rows.count, rows.tokens):
+                    self._passed(one, method, number)
             if target.labels is not None:
                 own = target.labels
                 labels = _Rows("target gradients", "labels", len(own), float(own.lengths.sum()), own)
@@ -507,7 +526,8 @@ class Walk:
         self.add(Work("choosing", seconds=choices * _CHOICE_SECONDS, stored={"bytes": choices * _CHOICE_BYTES}))
         if job.validation is not None:
             self._train_on_choices(len(questions), tokens, last)
-        shown = len(questions) if len(questions) == 1 else min(job.pages, len(questions))
+        shown = job.paged(len(questions))
+        self._match_tokens(shown, tokens / max(1, len(questions)), last)
         if job.embedding is not None and shown and embeddings.at_hand(job.embedding):
             self._map(shown * min(job.candidates, len(pool.data)))
 
@@ -520,7 +540,8 @@ class Walk:
         orders = {one.ranking for one in job.strategies} - {None} | {"most_helpful"}
         lists = (len(ORDERS) if "any" in orders else len(orders)) * len(job.estimators)
         draws = max([RANDOM.draws, *(one.draws for one in job.strategies if isinstance(one, RandomChoice))])
-        each = min(len(pool.data), lists * max(job.candidates, *job.budgets) + draws * max(job.budgets))
+        lowest = len(job.estimators) * max(OPPOSING, *job.budgets)
+        each = min(len(pool.data), lists * max(job.candidates, *job.budgets) + lowest + draws * max(job.budgets))
         at_once = min(outputs, max(1, MOST_AT_ONCE // each)) if each < len(pool.data) else outputs
         rows = -(-outputs // at_once) * min(len(pool.data), at_once * each)
         adam = any(one.view == "adam" for one in job.estimators)
@@ -528,11 +549,23 @@ class Walk:
             self.kept is not None
             and source is not None
             and checkpoint is not None
-            and all(is_known(self.kept, checkpoint, entry, adam=adam) for entry in source.entries)
+            and all(is_known(self.kept, checkpoint, source.alone(id_), adam=adam) for id_ in source.ids)
         )
         read = rows * float(pool.data.lengths.mean()) + tokens
         stored = {"bytes": outputs * 8.0 * (each + 1) ** 2 * (3 if adam else 1)}
         self.add(Work("candidates' gradients", rows + outputs, backward=read, stored=stored, done=done))
+
+    def _match_tokens(self, outputs: int, tokens: float, last: int) -> None:
+        """The examples that are shown first, and their outputs, once more through the model."""
+        job, lengths = self.recipe.explain, self.pool.data.lengths
+        assert job is not None
+        ranker, k = job.estimators[0], shown_budget(job.budgets)
+        times = last + 1 if ranker.splits and not ranker.last_checkpoint else 1
+        rows, length = outputs * k * times, float(lengths.mean()) if outputs else 0.0
+        kept = 8 * outputs * k * (length + tokens + min(MOST_PAIRS, length * tokens))
+        self.add(
+            Work("tokens of examples", rows, backward=rows * length + outputs * times * tokens, stored={"bytes": kept})
+        )
 
     def _train_on_choices(self, outputs: int, tokens: float, last: int) -> None:
         """Effects of steps on chosen and random sets: each a pass over its output, and where it is trained, over it."""
@@ -709,6 +742,9 @@ def walked(recipe: Recipe, scratch: str, reporter: Reporter, command: str = "run
         grid = open_grid(inside, recipe.compare, reporter)
         return Walk(recipe, grid.pool, grid.target, _kept_pool(recipe, grid.pool)).compare(grid), grid
     pool = open_recipe(inside, reporter, announce=False)
+    if recipe.bench is not None:
+        judged = Walk(recipe, pool, open_recipe_target(inside, pool), _kept_pool(recipe, pool))
+        return judged.judge(recipe.bench), None
     wanted = takes_reward(recipe.estimator) or (recipe.target is not None and chooses(recipe))
     target = open_recipe_target(inside, pool) if wanted else None
     return Walk(recipe, pool, target, _kept_pool(recipe, pool)).run(), None

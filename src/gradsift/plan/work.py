@@ -71,7 +71,10 @@ class Work:
     programs: that unit tests run
     texts:    that another model reads: for a reward, or to embed them
     seconds:  that it takes beside; None where nobody knows beforehand
-    stored:   what is left on disk: `rows` of gradients, `unprojected` ones, `adapters`, `models` and `bytes`
+    stored:   what lies on disk: `rows` of gradients, `unprojected` ones, `adapters`, `models`, checkpoints' Kronecker
+        `factors` and `bytes`
+    at_most:  bytes of it that lie there together, where the rest is gone by then
+    held:     what lies in memory together, of the same kinds
     tasks:    that workers share; or rows with their mean tokens, which are cut into shards
     done:     whether the run folder has it already
     """
@@ -87,6 +90,8 @@ class Work:
     texts: int = 0
     seconds: float | None = 0.0
     stored: Mapping[str, float] = field(default_factory=dict)
+    at_most: float = math.inf
+    held: Mapping[str, float] = field(default_factory=dict)
     tasks: int | tuple[int, float] = 1
     done: bool = False
 
@@ -186,7 +191,8 @@ def priced(
         stage["rows"] += work.rows
         stage["tokens"] += work.tokens
         stage["seconds"] = None if seconds is None or stage["seconds"] is None else stage["seconds"] + seconds
-        stage["disk_bytes"] += sum(speeds.bytes_of[kind] * count for kind, count in work.stored.items())
+        stored = sum(speeds.bytes_of[kind] * count for kind, count in work.stored.items())
+        stage["disk_bytes"] += min(stored, work.at_most)
         stage["done"] = False
     return stages
 

@@ -218,13 +218,26 @@ class Chart:
 
 
 @dataclass(frozen=True, slots=True)
+class Shade:
+    """How strongly a stretch of a text is filled, up to the character `stop`: -1 to 1; None dims its letters.
+
+    strong: it is underlined, too, with dashes below zero
+    """
+
+    stop: int
+    share: float | None
+    strong: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Turn:
-    """A part of an example: who says it, how it fared, and a line below it."""
+    """A part of an example: who says it, how it fared, and a line below it; `shades` follow each other in its text."""
 
     role: str
     text: str
     figure: str = ""
     note: str = ""
+    shades: tuple[Shade, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

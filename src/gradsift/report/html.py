@@ -21,7 +21,7 @@ import jinja2
 from markupsafe import Markup, escape
 
 from gradsift.report import charts, text
-from gradsift.report.blocks import Block, Chart, Choice, Example, Map, Page, Switch, Turn, View, walk
+from gradsift.report.blocks import Block, Chart, Choice, Example, Map, Page, Shade, Switch, Turn, View, walk
 
 # The texts of a page together take about this much, whatever the run's size: only the longest are cut, and say so.
 TEXT_BYTES = 600_000
@@ -102,6 +102,14 @@ class Pen:
         kept = turn.text if size <= self.limit else turn.text[: len(turn.text) * self.limit // size]
         characters, lines = (700, 10) if brief else (LONG_CHARACTERS, LONG_LINES)
         return Message(kept, len(turn.text), len(kept) > characters or kept.count("\n") >= lines)
+
+    def shaded(self, turn: Turn, content: str) -> list[tuple[str, Shade | None]]:
+        """The text in its stretches, the rest of it last."""
+        stops = [0, *(shade.stop for shade in turn.shades)]
+        found: list[tuple[str, Shade | None]] = []
+        for start, shade in zip(stops, turn.shades, strict=False):
+            found.append((content[start : shade.stop], None if shade.share == 0 else shade))
+        return [part for part in (*found, (content[stops[-1] :], None)) if part[0]]
 
     def anchor(self, example: Example) -> tuple[str, str | None]:
         """An id for the example, and that of an earlier one whose texts need not be repeated.

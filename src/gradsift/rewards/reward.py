@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, Self
 
@@ -28,9 +28,10 @@ from gradsift.rewards.judge import Judge
 from gradsift.rewards.matching import Exact, Numeric, Regex
 from gradsift.rewards.reward_model import RewardModel
 from gradsift.rewards.samples import Problem, Rewarded, Sample, column
+from gradsift.rewards.stored import Stored
 from gradsift.rewards.unit_tests import UnitTests
 
-_Single = Function | Exact | Regex | Numeric | Length | Format | Sentiment | UnitTests | RewardModel | Judge
+_Single = Function | Exact | Regex | Numeric | Length | Format | Sentiment | UnitTests | RewardModel | Judge | Stored
 SingleReward = Annotated[_Single, Field(discriminator="kind")]
 
 
@@ -145,6 +146,8 @@ def _columns_read(reward: Any) -> list[str]:
     """The columns that a built-in reward looks at."""
     if isinstance(reward, Exact | Regex | Numeric):
         return [reward.answer] if reward.answer else []
+    if isinstance(reward, Stored):
+        return [reward.completions, reward.rewards]
     return [reward.reference] if isinstance(reward, Judge) and reward.mode == "pairwise" else []
 
 
@@ -223,8 +226,11 @@ class _Call:
     def __init__(self, function: RewardFunction, samples: Sequence[Sample], state: Any) -> None:
         self.function, self.samples, self.state = function, samples, state
         self.reported: dict[int, str] = {}
-        arguments = trl_arguments(samples, state) | {"log_problem": self._log_problem}
-        self.arguments = accepted(function, arguments)
+        if isinstance(function, Stored):  # which needs to know which of its row's completions each is
+            self.arguments: Mapping[str, Any] = {"samples": samples, "log_problem": self._log_problem}
+        else:
+            arguments = trl_arguments(samples, state) | {"log_problem": self._log_problem}
+            self.arguments = accepted(function, arguments)
         self.result: Callable[[], Any] = self._begin()
 
     def _log_problem(self, position: int, reason: str) -> None:

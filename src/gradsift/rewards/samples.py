@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from gradsift.base.errors import ConfigError
-from gradsift.base.types import Example, Message
+from gradsift.base.types import Example, Message, said
 
 Prompt = str | tuple[Message, ...]
 
@@ -65,7 +65,7 @@ def text_of(content: Any) -> str:
     """The text of a prompt or completion in TRL's form: itself, or its messages' contents with a blank line between."""
     if isinstance(content, str):
         return content
-    return "\n\n".join(_content(message.get("content")) for message in content)
+    return "\n\n".join(said({**message, "content": _content(message.get("content"))}) for message in content)
 
 
 def _content(content: Any) -> str:

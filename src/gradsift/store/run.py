@@ -22,6 +22,7 @@
       outputs/<fingerprint>/    what the model answered to prompts that were to be explained
       products/<fingerprint>/   inner products of an output's whole gradient and its candidates'
       explanations/<fingerprint>/   explanations, one file an output
+      matches/<fingerprint>/    which tokens of chosen examples match an output's, one file an example
       validation/<fingerprint>/ effects of training steps on selections
       evaluations/<fingerprint>/    figures of one metric for one model, and verdicts that were paid for
       times/<fingerprint>.json  what the stages of comparisons took
@@ -75,6 +76,7 @@ REVISIONS = {
     "replays": 1,
     "descents": 1,
     "outputs": 2,
+    "matches": 1,
     "explanations": 1,
     "products": 1,
     "validation": 2,

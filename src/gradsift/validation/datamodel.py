@@ -58,7 +58,7 @@ def lds(
 
     Example:
         >>> kept = [[True, True, False], [True, False, True], [False, True, True]]
-        >>> lds([[3.0], [2.0], [1.0]], kept, [[0.1], [0.2], [0.3]]).value
+        >>> round(lds([[3.0], [2.0], [1.0]], kept, [[0.1], [0.2], [0.3]]).value, 6)
         1.0
     """
     member, truth = _matrix("kept", kept), -_matrix("losses", losses)
@@ -71,7 +71,7 @@ def lds(
         )
 
     def statistic(rows: NDArray[np.int64]) -> float:
-        found = [_agreement(predicted[rows], truth[rows]) for predicted in predictions]
+        found = [agreement(predicted[rows], truth[rows]) for predicted in predictions]
         return found[0] - (found[1] if len(found) == 2 else 0.0)
 
     return _bootstrapped(statistic, len(member), draws, seed)
@@ -94,7 +94,7 @@ def agreement_of_trainings(one: ArrayLike, other: ArrayLike, *, draws: int = 400
         raise ShapeError(
             f"one is {a.shape} and other {b.shape}: expected the same, and {_LEAST_SUBSETS} subsets or more"
         )
-    return _bootstrapped(lambda rows: _agreement(a[rows], b[rows]), len(a), draws, seed)
+    return _bootstrapped(lambda rows: agreement(a[rows], b[rows]), len(a), draws, seed)
 
 
 def qld(without_best: ArrayLike, without_random: ArrayLike, *, draws: int = 400, seed: int = 0) -> Estimate:
@@ -146,11 +146,35 @@ def _fitting(
     return found
 
 
-def _agreement(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
+def agreement(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
+    """Spearman's correlation over the first axis, mean over the second."""
     return float(paired_rank_correlations(first, second).mean())
 
 
-def _bootstrapped(statistic: Callable[[NDArray[np.int64]], float], count: int, draws: int, seed: int) -> Estimate:
+def bootstrap(
+    statistic: Callable[[NDArray[np.int64]], NDArray[np.float64]], count: int, draws: int = 400, seed: int = 0
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Statistics of units, and of those that are drawn from them with replacement.
+
+    Args:
+        statistic: of units by their numbers, `[unit]` → `[statistic]`.
+        count: of units.
+        draws, seed: of the resamples.
+
+    Returns:
+        `[statistic]` of all units, and `[draw statistic]`.
+    """
     resampled = np.random.default_rng(seed).integers(count, size=(draws, count))
-    low, high = np.percentile([statistic(rows) for rows in resampled], _TAILS)
-    return Estimate(statistic(np.arange(count)), float(low), float(high))
+    return statistic(np.arange(count)), np.stack([statistic(rows) for rows in resampled])
+
+
+def estimate_of(value: float, drawn: NDArray[np.float64]) -> Estimate:
+    """A statistic with the percentiles of its draws; those that are NaN say nothing."""
+    there = drawn[np.isfinite(drawn)]
+    low, high = np.percentile(there, _TAILS) if len(there) else (np.nan, np.nan)
+    return Estimate(float(value), float(low), float(high))
+
+
+def _bootstrapped(statistic: Callable[[NDArray[np.int64]], float], count: int, draws: int, seed: int) -> Estimate:
+    value, drawn = bootstrap(lambda rows: np.array([statistic(rows)]), count, draws, seed)
+    return estimate_of(value[0], drawn[:, 0])

@@ -1,0 +1,52 @@
+"""Rewards that rows hold beside their completions, as logs of GRPO do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+from gradsift.base.settings import Settings
+from gradsift.rewards.samples import Sample, text_of
+
+
+class Stored(Settings):
+    """The rewards of the rows' own completions: nothing is sampled, and nothing is judged.
+
+    A row without as many rewards as completions has none.
+
+    completions: column with a list of texts, or of conversations that hold the answer's turns.
+    rewards: column with a number for each.
+    """
+
+    kind: Literal["stored"] = "stored"
+    completions: str = "completions"
+    rewards: str = "rewards"
+
+    def texts(self, row: Mapping[str, Any]) -> list[str]:
+        """The completions of a row that are texts; none where there are not as many rewards."""
+        written, earned = _listed(row.get(self.completions)), _listed(row.get(self.rewards))
+        readable = all(isinstance(one, str | list | tuple) for one in written)
+        return [text_of(one) for one in written] if readable and len(written) == len(earned) else []
+
+    def __call__(self, samples: Sequence[Sample], log_problem: Callable[[int, str], None]) -> list[float | None]:
+        """The reward of each sample by its number, where its text is the row's own."""
+        found: list[float | None] = []
+        for position, sample in enumerate(samples):
+            texts, earned = self.texts(sample.row), _listed(sample.row.get(self.rewards))
+            own = sample.number < len(texts) and texts[sample.number] == sample.completion
+            if not own:
+                log_problem(position, f"the column {self.completions!r} of its row does not hold the response")
+            found.append(earned[sample.number] if own else None)
+        return found
+
+
+def _listed(value: Any) -> list[Any]:
+    """A list as JSON, arrays and csv files have it; an empty one for anything else."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return []
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return list(value) if isinstance(value, list | tuple) else []

@@ -1,0 +1,106 @@
+"""A benchmark as its page, a notebook and a terminal show it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from gradsift.report.blocks import Block, Cell, Chart, Facts, Line, Page, Point, Row, Section, Table, Text, columns
+from gradsift.validation.bench import Benchmark, Column
+
+READING = {
+    "recall": "A target's own class is to be found. AUC: how often a row of the class has a higher score than another. "
+    "Recall: the share of the class's rows among the highest scores, as many as the class has, or k. MRR: the mean of "
+    "1 ÷ the rank of the first row of the class.",
+    "filter": "Marked rows are to be found from the lowest scores up. AUPRC: area under the precision-recall curve.",
+    "lds": "Linear datamodelling score: Spearman's correlation over subsets of the pool between what scores foretell "
+    "and a target's loss after training on the subset, mean over targets. Same order: as the run's seed orders rows, "
+    "without those left out; other seeds: the mean loss of two further trainings.",
+    "qld": "How many nats more a target's loss rises without the highest-scored rows than without as many random ones.",
+}
+
+
+def benchmark_blocks(found: Benchmark) -> tuple[Block, ...]:
+    """The sentence, a table of every measure, quality against cost, and what failed."""
+    blocks: list[Block] = [Text(found.sentence, "reliability")]
+    parts = dict.fromkeys((column.measure, column.part) for column in found.columns)
+    for measure, part in parts:
+        own = [column for column in found.columns if (column.measure, column.part) == (measure, part)]
+        blocks.append(_table(found, own))
+        if (measure, part) == [one for one in parts if one[0] == measure][-1]:
+            blocks.append(Text(READING[measure], "aside"))
+    chart = _against_cost(found)
+    if chart is not None:
+        blocks.append(chart)
+    blocks += [Text(f"{label} failed: {said}", "caution") for label, said in found.failed.items()]
+    return (*blocks, *(Text(warning, "caution") for warning in found.warnings))
+
+
+def benchmark_page(found: Benchmark, facts: Mapping[str, str], repeat: Mapping[str, object], created: str) -> Page:
+    """The page of a benchmark."""
+    return Page(
+        "Which attribution method to use here",
+        (
+            Section("results", "Methods and measures", benchmark_blocks(found)[1:]),
+            Section("run", "The run", (Facts(facts),)),
+            Section("repeat", "How to do it again", (Facts(repeat),)),
+        ),
+        brand="benchmark",
+        summary=(found.sentence,),
+        created=created,
+    )
+
+
+def _table(found: Benchmark, own: list[Column]) -> Table:
+    """A row for each method; what is the best or not told apart from it is marked."""
+    rows = []
+    for label in found.methods:
+        cells = [Cell(label, "by chance" if label == found.methods[-1] else "")]
+        for column in own:
+            value, near = column.values[label], label != found.methods[-1] and column.near(label)
+            tag = "best" if label == column.best else "≈" if near else ""
+            cells.append(
+                Cell(_number(value.value), f"{_number(value.low)} to {_number(value.high)}", tag=tag,
+                     tone="best" if near else "")
+            )  # fmt: skip
+        cost = found.costs[label]
+        rows.append(Row((*cells, f"{cost.seconds:,.1f} s", f"{cost.bytes / 1e6:,.1f} MB")))
+    for name, values in (
+        ("another training", [None if c.ceiling is None else c.ceiling.value for c in own]),
+        ("expected by chance", [column.chance for column in own]),
+    ):
+        if any(value is not None for value in values):
+            rows.append(Row((name, *("" if value is None else _number(value) for value in values), "", ""), total=True))
+    return Table(
+        columns(
+            "method",
+            *(f"#{column.name}" for column in own),
+            "#time",
+            "#kept",
+        ),
+        tuple(rows),
+        title=own[0].part,
+        note=f"95 % intervals over {own[0].over}; ≈ not told apart from the best; time and bytes of the scores when "
+        "they were first made",
+    )
+
+
+def _against_cost(found: Benchmark) -> Chart | None:
+    """The first column's values over seconds."""
+    if not found.columns:
+        return None
+    first = found.columns[0]
+    lines = tuple(
+        Line(label, (Point(max(found.costs[label].seconds, 0.01), first.values[label].value, label=label),), series=n)
+        for n, label in enumerate(found.methods)
+    )
+    spent = [line.points[0].x for line in lines]
+    powers = range(math.floor(math.log10(min(spent))), math.ceil(math.log10(max(spent))) + 1)
+    return Chart(
+        f"{first.name} against cost", f"{first.name} against cost", axis="seconds of the scores", up=first.name,
+        lines=lines, logarithmic=True, ticks=tuple((10.0**n, f"{10.0**n:g}") for n in powers),
+    )  # fmt: skip
+
+
+def _number(value: float) -> str:
+    return "–" if value != value else f"{value:.3f}"

@@ -1,0 +1,122 @@
+"""How well scores find rows that are known to belong: area under the curve, recall, reciprocal rank, precision."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from gradsift.base.errors import NonFiniteError, ShapeError
+from gradsift.base.ranks import mean_ranks
+
+
+def auc(scores: ArrayLike, wanted: ArrayLike) -> NDArray[np.float64]:
+    """How often a wanted row has a higher score than another, ties counting half: of each target, `[target]`.
+
+        AUC = (Σ_{i wanted} rank_i − n(n+1)/2) / (n·(N−n)),   ranks from 1 = lowest, equal ones at their mean
+
+    Args:
+        scores: `[row target]`, higher = earlier; −∞ for rows without one.
+        wanted: `[row target]`, bool.
+
+    Returns:
+        NaN for a target of which all rows are wanted, or none is.
+
+    Raises:
+        ShapeError: sizes that do not fit.
+        NonFiniteError: a score is NaN or +∞.
+
+    Example:
+        >>> auc([[0.9], [0.1], [0.5]], [[True], [False], [True]]).tolist()
+        [1.0]
+    """
+    values, member = _checked(scores, wanted)
+    count = member.sum(axis=0)
+    ranks = np.apply_along_axis(mean_ranks, 0, values)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        own = (ranks * member).sum(axis=0) - count * (count + 1) / 2
+        return np.asarray(own / (count * (len(values) - count)))
+
+
+def recall(scores: ArrayLike, wanted: ArrayLike, k: int | None = None, *, seed: int = 0) -> NDArray[np.float64]:
+    """The share of the wanted rows that are among the k highest scores, `[target]`; NaN where none is wanted.
+
+    Args:
+        scores, wanted: as for `auc`.
+        k: None = as many as are wanted, where recall and precision are the same.
+        seed: of the order of equal scores.
+
+    Raises:
+        ShapeError, NonFiniteError: as `auc`.
+
+    Example:
+        >>> recall([[0.9], [0.1], [0.5]], [[True], [True], [False]]).tolist()
+        [0.5]
+    """
+    values, member = _checked(scores, wanted)
+    count = member.sum(axis=0)
+    places = _places(values, seed)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray(((places < (count if k is None else k)) & member).sum(axis=0) / count)
+
+
+def reciprocal_rank(scores: ArrayLike, wanted: ArrayLike, *, seed: int = 0) -> NDArray[np.float64]:
+    """1 ÷ the rank of the highest wanted row, `[target]`, whose mean is the MRR; NaN where none is wanted.
+
+    Args:
+        scores, wanted, seed: as for `recall`.
+
+    Raises:
+        ShapeError, NonFiniteError: as `auc`.
+
+    Example:
+        >>> reciprocal_rank([[0.9], [0.1], [0.5]], [[False], [False], [True]]).tolist()
+        [0.5]
+    """
+    values, member = _checked(scores, wanted)
+    places = np.where(member, _places(values, seed), len(values))
+    return np.where(member.any(axis=0), 1.0 / (1 + places.min(axis=0)), np.nan)
+
+
+def average_precision(scores: ArrayLike, wanted: ArrayLike) -> NDArray[np.float64]:
+    """The area under the precision-recall curve, `[target]`: Σ_k (recall_k − recall_{k−1})·precision_k over distinct
+    scores from high to low; the share of wanted rows is what chance gives. NaN where none is wanted.
+
+    Args:
+        scores, wanted: as for `auc`.
+
+    Raises:
+        ShapeError, NonFiniteError: as `auc`.
+
+    Example:
+        >>> average_precision([[0.9], [0.1], [0.5]], [[True], [True], [False]]).round(3).tolist()
+        [0.833]
+    """
+    values, member = _checked(scores, wanted)
+    found = np.full(values.shape[1], np.nan)
+    for target in np.flatnonzero(member.any(axis=0)):
+        order = np.argsort(-values[:, target], kind="stable")
+        ranked, hits = values[order, target], np.cumsum(member[order, target])
+        last = np.flatnonzero(np.append(ranked[1:] != ranked[:-1], True))  # of each run of equal scores
+        gained = np.diff(hits[last], prepend=0)
+        found[target] = (gained * hits[last] / (last + 1)).sum() / hits[-1]
+    return found
+
+
+def _checked(scores: ArrayLike, wanted: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    values, member = np.asarray(scores, dtype=np.float64), np.asarray(wanted, dtype=bool)
+    if values.ndim != 2 or values.shape != member.shape or 0 in values.shape:
+        raise ShapeError(
+            f"scores has the shape {values.shape} and wanted {member.shape}: expected [row target] of both, not empty"
+        )
+    if np.isnan(values).any() or np.isposinf(values).any():
+        raise NonFiniteError("scores holds NaN or +infinity")
+    return values, member
+
+
+def _places(values: NDArray[np.float64], seed: int) -> NDArray[np.int64]:
+    """The place of each row from the top, from 0; equal scores in an order by chance, the same for all targets."""
+    mixed = np.random.default_rng(seed).permutation(len(values))
+    order = mixed[np.argsort(-values[mixed], axis=0, kind="stable")]
+    places = np.empty(values.shape, dtype=np.int64)
+    np.put_along_axis(places, order, np.arange(len(values))[:, None], axis=0)
+    return places

@@ -1,0 +1,204 @@
+"""`gradsift bench`: what it measures, what it says, and that nothing is measured twice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+
+import gradsift as gs
+from gradsift.base.errors import ConfigError
+from gradsift.influence.replay import Replay
+from gradsift.jobs.bench import planted
+from gradsift.recipe import Recipe
+from gradsift.validation.bench import Bench, Benchmark, bench
+from gradsift.validation.datamodel import lds
+from tiny_world import World, target_rows, write_rows
+
+
+class Knowing(gs.Estimator):
+    """Scores rows by a column that says the answer."""
+
+    kind: Literal["knowing"] = "knowing"
+    sign: int = 1
+
+    @property
+    def label(self) -> str:
+        return f"knowing {self.sign:+d}"
+
+    def influence(self, pool: gs.Pool, target: gs.Target | None) -> gs.Influence:
+        assert target is not None
+        rows, asked = (np.array(data.column("source")) for data in (pool.data, target.data))
+        same = (rows[:, None] == asked).astype(np.float32) + np.arange(len(rows))[:, None] / 1000
+        return gs.Influence(ids=list(pool.data.ids), matrix=(self.sign * same).astype(np.float32))
+
+
+@pytest.fixture(scope="module")
+def labelled(tiny: World) -> str:
+    """The target with the class of each row."""
+    rows = [row | {"source": "colour"} for row in target_rows(6)]
+    return write_rows(tiny.folder / "labelled.jsonl", rows)
+
+
+@pytest.fixture(scope="module")
+def opened(tiny: World, labelled: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[gs.Pool, gs.Target]:
+    pool = tiny.open_pool(
+        tmp_path_factory.mktemp("bench"),
+        warmup=gs.Warmup(epochs=1, rank=2, alpha=4, dropout=0, batch_size=8, learning_rate=1e-2, fraction=1),
+    )
+    return pool, gs.open_target(labelled, pool, subtask="task")
+
+
+def test_who_knows_the_class_finds_all_of_it(opened: tuple[gs.Pool, gs.Target]) -> None:
+    """AUC, recall and MRR of scores that know the class are 1, of their opposite 0, and the sentence names the first;
+    the same rows marked are found from the lowest scores up, by the opposite."""
+    pool, target = opened
+    methods = (Knowing(), Knowing(sign=-1))
+    found = bench(pool, target, methods, settings=Bench(class_column="source", marked="source=colour"))
+    by_name = {column.name: column.values for column in found.columns}
+    for name in ("AUC", "recall at class size", "MRR"):
+        assert by_name[name]["knowing +1"].value == 1
+    assert by_name["AUC"]["knowing -1"].value == 0
+    assert by_name["AUC of marked"]["knowing -1"].value == by_name["AUPRC of marked"]["knowing -1"].value == 1
+    assert by_name["AUC of marked"]["knowing +1"].value == 0
+    only = bench(pool, target, methods, settings=Bench(class_column="source"))
+    assert only.sentence == ("Use knowing +1 here: it is the best, or not told apart from the best, in every column.")
+    assert only.near == {"knowing +1": 4, "knowing -1": 1}  # Recall@50 of 24 rows is 1 for both
+    html = found._repr_html_()
+    assert "knowing -1" in html
+    assert "Marked rows" in html
+
+
+def test_what_says_nothing_is_said(opened: tuple[gs.Pool, gs.Target]) -> None:
+    """Where no method is above the random ranking, none is recommended; one that fails is listed."""
+    pool, target = opened
+    found = bench(pool, target, [Knowing(sign=-1), gs.NICE()], settings=Bench(class_column="source", top=3))
+    assert found.sentence.startswith("No method is told apart from a random ranking here")
+    assert list(found.failed) == ["NICE"]
+
+
+def test_retrainings_are_kept_and_shared(opened: tuple[gs.Pool, gs.Target], monkeypatch: pytest.MonkeyPatch) -> None:
+    """LDS and QLD of a recorded set of retrainings; interrupted after three, the next call takes the others alone, and
+    a further method none for its LDS, which is `gradsift.lds` of the same losses."""
+    pool, target = opened
+    settings = Bench(measures=("lds", "qld"), subsets=3, shares=(0.25,), removed=(0.25,), removals=2)
+    taken: list[np.ndarray[Any, Any]] = []
+
+    def end_with(self: Replay, network: Any, weights: Any) -> Any:
+        if len(taken) == 3:
+            raise KeyboardInterrupt
+        taken.append(weights.numpy().copy())
+        return whole(self, network, weights)
+
+    whole = Replay.end_with
+    with monkeypatch.context() as patch:
+        patch.setattr(Replay, "end_with", end_with)
+        with pytest.raises(KeyboardInterrupt):
+            bench(pool, target, [Knowing()], settings=settings)
+    first, count = list(taken), 0
+
+    def counted(self: Replay, network: Any, weights: Any) -> Any:
+        nonlocal count
+        count += 1
+        taken.append(weights.numpy().copy())
+        return whole(self, network, weights)
+
+    monkeypatch.setattr(Replay, "end_with", counted)
+    found = bench(pool, target, [Knowing()], settings=settings)
+    assert count == 3 * 3 - 3 + 1  # of the LDS, two of which are the random removals, and that of the method
+    again = bench(pool, target, [Knowing(), gs.BM25()], settings=settings)
+    assert count == 7 + 1  # without the rows that BM25 ranks first
+    same = next(column for column in again.columns if column.part == "LDS, same order")
+    assert same.values["knowing +1"] == next(c for c in found.columns if c.part == same.part).values["knowing +1"]
+    assert {tuple(weights) for weights in first} <= {tuple(weights) for weights in taken}
+    kept = np.array(first)
+    scores = gs.score(pool, target, Knowing()).per_target
+    assert scores is not None
+    losses = np.stack([_losses_after(pool, target, weights) for weights in kept])
+    assert same.values["knowing +1"].value == pytest.approx(lds(scores, kept, losses).value)
+
+
+def _losses_after(pool: gs.Pool, target: gs.Target, weights: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The targets' losses after the training with these weights, without what was kept."""
+    import torch
+
+    from gradsift.influence.smooth import SmoothTraining
+
+    smooth = SmoothTraining(warmup_ratio=0, eps_root=0)
+    replay = smooth.replay(pool, sorted(pool.data.ids), [], seed=pool.seed, what="bench")
+    assert target.labels is not None
+    with replay.network() as network:
+        end = replay.end_with(network, torch.from_numpy(weights))
+        return network.losses(end, target.labels.sequences(0, len(target.labels)), len(target.labels)).numpy()
+
+
+def test_from_the_command_line(tiny: World, labelled: str, tmp_path: Path) -> None:
+    """`gradsift bench` with planted mistakes and a class writes JSON and page and says what to use; a second time
+    all of it is found again."""
+    more = ("--class-column", "source", "--plant", "mislabel:25%", "-e", "bm25")
+    ended = tiny("bench", tmp_path / "run", *more, target=labelled).succeeded()
+    assert "by chance" in ended.out
+    assert "Use " in ended.out or "No method" in ended.out
+    content = json.loads((tmp_path / "run" / "bench.json").read_text())
+    assert content["methods"] == ["BM25", "random (seed 0)"]
+    assert [column["name"] for column in content["columns"]][-3:] == [
+        "AUC of marked", "AUPRC of marked", "precision at their number",
+    ]  # fmt: skip
+    assert content["columns"][-1]["chance"] == pytest.approx(0.25)
+    assert "BM25" in (tmp_path / "run" / "bench.html").read_text()
+    again = tiny("bench", tmp_path / "run", *more, "--json", target=labelled).succeeded().json
+    assert again == content
+    refused = tiny("bench", tmp_path / "other", "--measure", "recall", target=labelled)
+    assert refused.code == 2
+    assert "class_column" in refused.err
+
+
+def test_planted_answers_are_others(tiny: World, tmp_path: Path) -> None:
+    """Each planted row has the answer of another planted row, which differs from its own; everything else stays."""
+    recipe = Recipe(model=tiny.model, pool=tiny.pool, out=str(tmp_path))
+    before = {row["id"]: row for row in map(json.loads, Path(tiny.pool).read_text().splitlines())}
+    rows = planted(recipe, "mislabel:50%", gs.Reporter(quiet=True))
+    changed = [row for row in rows if row["planted"] == "yes"]
+    assert len(rows) == 24
+    assert 8 <= len(changed) <= 12
+    answers = {row["messages"][-1]["content"] for row in before.values()}
+    for row in rows:
+        own = before[row["id"]]
+        assert row["messages"][:-1] == own["messages"][:-1]
+        assert row["source"] == own["source"]
+        assert (row["messages"][-1] == own["messages"][-1]) == (row["planted"] == "no")
+        assert row["messages"][-1]["content"] in answers
+    with pytest.raises(ConfigError, match="mislabel:SHARE"):
+        planted(recipe, "typos:5%", gs.Reporter(quiet=True))
+    with pytest.raises(ConfigError, match="at least two"):
+        planted(recipe, "mislabel:1%", gs.Reporter(quiet=True))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"measures": ("recall",)}, "class_column"),
+        ({"measures": ("filter",)}, "marked"),
+        ({"marked": "source"}, "column=value"),
+        ({"marked": "source=nothing"}, "both those and others"),
+        ({"plant": "mislabel:5%", "marked": "a=b"}, "give one of them"),
+    ],
+)
+def test_what_tells_nothing_apart_is_refused(
+    opened: tuple[gs.Pool, gs.Target], settings: dict[str, Any], said: str
+) -> None:
+    """Before anything is scored."""
+    with pytest.raises(ConfigError, match=said):
+        bench(*opened, [Knowing()], settings=Bench(**settings))
+
+
+def test_a_benchmark_is_a_value(opened: tuple[gs.Pool, gs.Target]) -> None:
+    """What JSON says of it holds every figure with its interval."""
+    found = bench(*opened, [Knowing()], settings=Bench(class_column="source"))
+    assert isinstance(found, Benchmark)
+    column = found.as_dict()["columns"][0]
+    assert column["best"] == "knowing +1"
+    assert set(column["values"]["knowing +1"]) == {"value", "low", "high"}

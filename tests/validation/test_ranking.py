@@ -1,0 +1,54 @@
+"""Measures of how well scores find rows, against counting."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from gradsift.base.errors import NonFiniteError, ShapeError
+from gradsift.validation.ranking import auc, average_precision, recall, reciprocal_rank
+
+
+@pytest.mark.parametrize("distinct", [3, 10**9])
+def test_every_measure_is_what_counting_gives(distinct: int) -> None:
+    """AUC over pairs, precision at each distinct score, recall and rank from the top: with ties and without."""
+    draw = np.random.default_rng(distinct)
+    scores = draw.integers(distinct, size=(40, 6)).astype(float)
+    wanted = draw.random((40, 6)) < 0.3
+    for target in range(6):
+        own, member = scores[:, target], wanted[:, target]
+        pairs = own[member][:, None] - own[~member]
+        assert auc(scores, wanted)[target] == pytest.approx(((pairs > 0) + 0.5 * (pairs == 0)).mean())
+        area, before = 0.0, 0.0
+        for cut in sorted(set(own), reverse=True):
+            found = member[own >= cut]
+            area += (found.sum() / member.sum() - before) * found.mean()
+            before = found.sum() / member.sum()
+        assert average_precision(scores, wanted)[target] == pytest.approx(area)
+    if distinct > 3:
+        order = np.argsort(-scores, axis=0)
+        for target in range(6):
+            ranked = wanted[order[:, target], target]
+            assert recall(scores, wanted, 7)[target] == pytest.approx(ranked[:7].sum() / ranked.sum())
+            assert recall(scores, wanted)[target] == pytest.approx(ranked[: ranked.sum()].mean())
+            assert reciprocal_rank(scores, wanted)[target] == pytest.approx(1 / (1 + ranked.argmax()))
+
+
+def test_equal_scores_are_in_an_order_by_chance() -> None:
+    """Rows that stand first in the pool are not found by scores that say nothing."""
+    scores, wanted = np.zeros((400, 1)), np.arange(400)[:, None] < 200
+    found = [recall(scores, wanted, 100, seed=seed)[0] for seed in range(20)]
+    assert 0.2 < np.mean(found) < 0.3
+    assert auc(scores, wanted)[0] == 0.5
+
+
+def test_what_cannot_be_measured() -> None:
+    """A target without wanted rows is NaN; wrong shapes and NaN are refused; −∞ stands behind every score."""
+    assert np.isnan(auc([[1.0], [2.0]], [[False], [False]])[0])
+    assert np.isnan(recall([[1.0], [2.0]], [[False], [False]], 1)[0])
+    assert np.isnan(reciprocal_rank([[1.0], [2.0]], [[False], [False]])[0])
+    assert recall([[-np.inf], [-5.0]], [[True], [False]], 1)[0] == 0
+    with pytest.raises(ShapeError, match="row target"):
+        auc([[1.0]], [[True], [False]])
+    with pytest.raises(NonFiniteError):
+        auc([[np.nan], [1.0]], [[True], [False]])

@@ -29,7 +29,7 @@ from gradsift.evaluation.mean_reward import MeanReward
 from gradsift.evaluation.setup import open_model
 from gradsift.explanation.explain import DEFAULT_STRATEGIES, _Work
 from gradsift.explanation.matches import _Work as MatchWork
-from gradsift.explanation.outputs import answers, question_of
+from gradsift.explanation.outputs import OutputSource, answers, question_of
 from gradsift.generation.samples import Samples
 from gradsift.generation.sampling import Sampling
 from gradsift.gradients.collect import Adam, Gradients
@@ -683,7 +683,9 @@ def every_address(pool: Pool, address: Address, tmp_path: Path) -> dict[str, str
         "descents": lambda: pool.run.prefix("descents", descent._descent(chosen_from, 4)),
         "kronecker": lambda: EKFAC()._factors(pool, checkpoint).prefix(pool.run),
         "candidates": lambda: pool.run.prefix("candidates", Rerank(first=BM25(), then=LESS())._config(pool, target)),
-        "products": lambda: exact_module._prefix(pool, checkpoint, pool.data.by_id("p00"), ("plain",)),
+        "products": lambda: exact_module._prefix(
+            pool, checkpoint, OutputSource((pool.data.by_id("p00"),), pool.chat.fingerprint), ("plain",)
+        ),
         "times": timed,
     }
     addresses = {kind: address(kind, call) for kind, call in found.items()}

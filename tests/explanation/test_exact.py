@@ -61,7 +61,7 @@ def test_choices_and_relevance_are_those_of_whole_rows(coarse: Pool, optimizer: 
 
 
 def test_only_the_candidates_are_taken_again(coarse: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first and last of the projected ranking and random ones; a strategy that chooses others has them, too; and what
+    """The first and last of the projected ranking and random ones; a strategy that chooses others has them, too. What
     was taken is found again, be it for other strategies."""
     taken: list[int] = []
     original = exact_module.gram

@@ -142,8 +142,8 @@ class Recipe(Settings):
     drop: or how many not to choose: all but so many of the lowest scores, by an estimator whose scores have a sign.
     group_by: columns by which the choice is compared with the pool.
     reward: what responses to the target's prompts earn: numeric:COLUMN, exact:COLUMN, regex:PATTERN, format:json,
-        length:MIN-MAX, sentiment, unit_tests, reward_model:ID, judge, stored (`rewards` of the rows' own `completions`),
-        or a function as rewards.py:name; several add up.
+        length:MIN-MAX, sentiment, unit_tests, reward_model:ID, judge, stored (the rows' own completions), or a
+        function as rewards.py:name; several add up.
     judge: the endpoint of a model that judges.
     explain: outputs to explain.
     compare: methods to compare, for `gradsift compare`.

@@ -16,6 +16,7 @@ from gradsift.generation.stored import StoredSampler
 from gradsift.gradients.policy import PolicyGradient
 from gradsift.influence.nice import NICE, PolicyTargets
 from gradsift.influence.prompts import open_prompts
+from gradsift.model.models import load_tokenizer
 from gradsift.rewards.reward import reward_samples
 from gradsift.rewards.samples import Sample
 from gradsift.rewards.stored import Stored
@@ -38,7 +39,7 @@ def test_the_gradient_is_of_the_rows_own_completions(tiny: World, tmp_path: Path
     target = open_prompts(ROWS, pool, Stored())
     targets = PolicyTargets(pool, target, NICE(policy=PolicyGradient(baseline="mean")))
     responses, rewards, samples = targets.rollouts(Checkpoint(None))
-    assert {key: value for key, value in rewards.items()} == {("a", 0): 1, ("a", 1): 0, ("b", 0): 0.25, ("b", 1): 0.75}
+    assert dict(rewards.items()) == {("a", 0): 1, ("a", 1): 0, ("b", 0): 0.25, ("b", 1): 0.75}
     assert [own.text for id_ in "ab" for own in responses[id_]] == ["red", "blue", "moo", "moo moo"]
     assert not responses["c"]
     assert any(problem.prompt_id == "c" and "0 completions" in problem.detail for problem in samples.problems)
@@ -59,9 +60,8 @@ def test_the_gradient_is_of_the_rows_own_completions(tiny: World, tmp_path: Path
 
 def test_a_reward_is_bound_to_its_completion() -> None:
     """What is not the row's own, by number and text, has none."""
-    samples = [
-        Sample("a", number, "?", text, (), ROWS[0]) for number, text in ((0, "red"), (1, "blue"), (1, "red"), (7, "x"))
-    ]
+    answers = ((0, "red"), (1, "blue"), (1, "red"), (7, "x"))
+    samples = [Sample("a", number, "?", text, (), ROWS[0]) for number, text in answers]
     found = reward_samples(samples, Stored())
     assert found.values == (1.0, 0.0, None, None)
     assert len(found.problems) == 2
@@ -77,7 +77,8 @@ def test_lists_as_files_have_them(written: Any) -> None:
 
 def test_other_texts_are_other_draws(tiny: World) -> None:
     """A log that was written anew is not taken for the one of before."""
-    one, other = (StoredSampler({"a": texts}, tiny.tokenizer) for texts in (["x"], ["y"]))
+    tokenizer = load_tokenizer(tiny.model)
+    one, other = (StoredSampler({"a": texts}, tokenizer) for texts in (["x"], ["y"]))
     assert one.identity() != other.identity()
     drawn = next(iter(one.draw([Request(Prompt("a", ({"role": "user", "content": "?"},)), (0, 1))])))
     assert [response.text for response in drawn.responses] == ["x"]

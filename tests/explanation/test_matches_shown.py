@@ -88,6 +88,8 @@ def test_what_a_template_writes_between_messages_is_left_out() -> None:
     assert turn.text == "one\n⋯\ntwo"
     assert [(shade.stop, shade.share) for shade in turn.shades] == [(3, 1.0), (6, None), (9, 0.5)]
     assert strongest(several) == [1, 4]
+    (beside,) = shaded(several[4:5], "prompt", "answer", tokens(("louder", -2.0)))
+    assert [shade.share for shade in beside.shades] == [0.25]
 
 
 def test_the_strongest_are_few_and_never_markers() -> None:

@@ -127,8 +127,9 @@ def exact_rows(
         place = {id_: number for number, id_ in enumerate(ids)}
         for number, n in enumerate(group):
             own = torch.tensor([*(place[id_] for id_ in wanted[n][1]), len(ids) + number])
-            found[n] = ExactRows(tuple(wanted[n][1]), {pair: of[own][:, own] for pair, of in products.items()})
-            _keep(pool, keys[n], found[n])
+            taken = ExactRows(tuple(wanted[n][1]), {pair: of[own][:, own] for pair, of in products.items()})
+            _keep(pool, keys[n], taken)
+            found[n] = taken
     return [known for known in found.values() if known is not None]
 
 

@@ -65,7 +65,7 @@ CAUTIONS = {
 """What a reader should mind of a result with such a flag."""
 
 OPPOSING = 25
-"""How many of the lowest scores compete for what is against an output."""
+"""How many of the lowest scores compete for what is against an output, at most as many as the candidates."""
 
 _AGAINST: dict[str, Selector] = {
     "most harmful": MostHelpful(),
@@ -335,6 +335,10 @@ class _Work:
     def _checkpoints(self) -> int:
         return len(self.pool.checkpoints())
 
+    @property
+    def _opposing(self) -> int:
+        return min(OPPOSING, self.candidates)
+
     def _compared(self, output_id: str, more: Iterable[str] = ()) -> list[str]:
         """Ids of all rows whose gradients are compared with an output's: of each ranking the first, and random ones."""
         wanted = dict.fromkeys(more)
@@ -342,7 +346,8 @@ class _Work:
         for candidates in stored.values():
             candidates.least = self.budgets[-1]
             wanted |= dict.fromkeys(
-                candidates.ids[place] for place in candidates.competing("most_harmful", self.budgets[-1], OPPOSING)
+                candidates.ids[place]
+                for place in candidates.competing("most_harmful", self.budgets[-1], self._opposing)
             )
             for strategy in (_BEST, *self.strategies):
                 if strategy.ranking is not None:
@@ -507,7 +512,7 @@ class _Work:
     def _against(self, estimator: str, competing: Candidates) -> Iterator[StrategyResult]:
         """What is against the output: the same, for −g and scores of the other sign, of the lowest scores."""
         ranks = descending_ranks(competing.scores.numpy())
-        opposite = competing.opposed(max(OPPOSING, self.budgets[-1]))
+        opposite = competing.opposed(max(self._opposing, self.budgets[-1]))
         choices = choose_all([*_AGAINST.values()], opposite, self.budgets)
         relevances = relevance_of_choices(opposite, choices, models=(self.coefficients,))
         for name, own, by_budget in zip(_AGAINST, choices, relevances, strict=True):

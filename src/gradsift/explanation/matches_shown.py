@@ -79,8 +79,8 @@ def _example(entry: Explanation, one: TokenMatch, data: Dataset) -> Example:
         one.id,
         (
             *shaded(one.row, "prompt", "answer"),
-            *shaded(one.output, "asked", said),
-            *shaded([token for token in one.instead if token.learned], "", "and not"),
+            *shaded(one.output, "asked", said, one.instead),
+            *shaded([token for token in one.instead if token.learned], "", "and not", one.output),
         ),
         tuple(facts),
         row_example(data, one.id).columns,
@@ -88,10 +88,12 @@ def _example(entry: Explanation, one: TokenMatch, data: Dataset) -> Example:
     )
 
 
-def shaded(tokens: Sequence[MatchedToken], read: str, learned: str) -> tuple[Turn, ...]:
+def shaded(
+    tokens: Sequence[MatchedToken], read: str, learned: str, beside: Sequence[MatchedToken] = ()
+) -> tuple[Turn, ...]:
     """What is said of a text, in parts that are read alone and parts that are learned, its tokens shaded by their
-    values; an ellipsis stands for what a template writes between two messages."""
-    most = max((abs(token.value) for token in tokens if token.said), default=0.0) or 1.0
+    values, on one scale with those `beside`; an ellipsis stands for what a template writes between two messages."""
+    most = max((abs(token.value) for token in (*tokens, *beside) if token.said), default=0.0) or 1.0
     strong = set(strongest(tokens, _STRONGEST))
     turns = []
     for is_learned, places in groupby(range(len(tokens)), key=lambda place: tokens[place].learned):

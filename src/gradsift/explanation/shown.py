@@ -138,7 +138,8 @@ def loss_of(entry: Explanation) -> str:
     """How likely the model finds the output; in contrast, how much likelier than the other answer."""
     if entry.instead is None:
         return f"loss of this output {text.written(entry.loss, '.3f')} nats per token"
-    return f"this output's log-probability is the other's {text.written(-entry.loss, '+.3f')} nats"
+    side = "above" if entry.loss <= 0 else "below"
+    return f"this output's log-probability is {text.written(abs(entry.loss), '.3f')} nats {side} the other answer's"
 
 
 def explained_blocks(
@@ -255,9 +256,9 @@ def opposing_blocks(entry: Explanation, data: Dataset, *, k: int, estimator: str
     if all(example.score >= 0 for found in results for example in found.examples):
         return (Text("No example of the pool makes this output less likely: the lowest scores are not below 0."),)
     said = (
-        "Training on these makes the output less likely: the lowest scores, and those of the "
-        f"{OPPOSING} lowest whose weighted sum best rebuilds the opposite of the output's gradient, −g. Relevance is "
-        "that of this sum, as above for g; coefficients are its weights."
+        "Training on these makes the output less likely: the lowest scores, and those of the lowest "
+        f"(at most {OPPOSING}) whose weighted sum best rebuilds the opposite of the output's gradient, −g. Relevance "
+        "is that of this sum, as above for g; coefficients are its weights."
     )
     folds = (
         Fold(f"{found.strategy}: {shown_db(found.relevance_db)} of −g", (_chosen(found, data),), opened=number == 0)

@@ -489,7 +489,8 @@ def _explained_briefly(result: Result) -> list[Block]:
     for entry in explanations.entries[:5]:
         said = "the model says" if entry.generated else "the given answer"
         answer = text.one_line(entry.output, 500) or "(nothing: the turn ends at once)"
-        blocks.append(Text(f"{entry.id}: {text.one_line(prompt_of(entry), 300)}\n{said}: {answer}"))
+        other = "" if entry.instead is None else f"\nand not: {text.one_line(entry.instead, 500)}"
+        blocks.append(Text(f"{entry.id}: {text.one_line(prompt_of(entry), 300)}\n{said}: {answer}{other}"))
         for estimator in explanations.estimators:
             found = explained_blocks(entry, result.pool.data, k=k, estimator=estimator.label, output=False)
             folds = [block for block in found if isinstance(block, Fold)]

@@ -540,7 +540,7 @@ class Walk:
         orders = {one.ranking for one in job.strategies} - {None} | {"most_helpful"}
         lists = (len(ORDERS) if "any" in orders else len(orders)) * len(job.estimators)
         draws = max([RANDOM.draws, *(one.draws for one in job.strategies if isinstance(one, RandomChoice))])
-        lowest = len(job.estimators) * max(OPPOSING, *job.budgets)
+        lowest = len(job.estimators) * max(min(OPPOSING, job.candidates), *job.budgets)
         each = min(len(pool.data), lists * max(job.candidates, *job.budgets) + lowest + draws * max(job.budgets))
         at_once = min(outputs, max(1, MOST_AT_ONCE // each)) if each < len(pool.data) else outputs
         rows = -(-outputs // at_once) * min(len(pool.data), at_once * each)

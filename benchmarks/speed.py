@@ -589,7 +589,7 @@ def section_tokens(args: argparse.Namespace) -> dict[str, Any]:
 
         def split(output: Sequence, work: Work = work, *, adam: bool = False) -> None:
             directions = work.adam if adam else None
-            token_influences(work.model, work.modules, work.sequences, output, adam=directions)
+            token_influences(work.model, work.modules, work.sequences, [output], adam=directions)
 
         arms: dict[str, Callable[[], Any]] = {"gradients of the rows": gradients}
         arms |= {f"tokens with {name}": lambda one=one: split(one) for name, one in outputs.items()}

@@ -673,7 +673,7 @@ def every_address(pool: Pool, address: Address, tmp_path: Path) -> dict[str, str
         "curvature": lambda: _full_direction(pool, _Nothing(), source, target.data, JI2S(), checkpoint, set()),  # type: ignore[arg-type]
         "outputs": lambda: answers(pool, [question_of("what?")]),
         "explanations": lambda: work._prefix,
-        "matches": lambda: MatchWork(pool, LESS(), [checkpoint]).prefix(pool.data.sequences(0, 1)[0]),
+        "matches": lambda: MatchWork(pool, LESS(), [checkpoint]).prefix(pool.data.sequences(0, 1)),
         "validation": lambda: _Bench(pool, OneStep(), "trained", checkpoint),
         "evaluations": lambda: evaluate(place, None, [HeldOutLoss(target_rows())]),
         "checks": lambda: kept_check(pool.run, torch.nn.Linear(2, 2), (), (), model=pool.model, pattern="lora"),

@@ -191,6 +191,7 @@ EXPLANATION = (
         explain.target -t
         explain.row
         explain.output
+        explain.instead
         explain.use_answers !
         explain.sample
         explain.k --budget -b -k

@@ -64,6 +64,7 @@ class Explain(Settings):
     target: or explain an output for every row of this file.
     row: of the target, only the row with this id.
     output: explain this answer instead of the model's own.
+    instead: explain why that answer and not this one, by the gradient of the difference of their log-probabilities.
     use_answers: of the target, explain the rows' own answers.
     sample: so many rows, drawn by the run's seed: of the target, or else of the pool's rows outside `pool_sample`.
     k: examples per explanation, or several such numbers.
@@ -83,6 +84,7 @@ class Explain(Settings):
     target: str | None = None
     row: str | None = None
     output: str | None = None
+    instead: str | None = None
     use_answers: bool = False
     sample: int | None = Field(default=None, ge=1)
     k: int | tuple[int, ...] = 5

@@ -134,7 +134,7 @@ def test_pairs_of_tokens_equal_products_of_their_gradients(kind: str) -> None:
     """T[t, s] is the product of what tokens t and s add to the gradients, and all of it the rows' plain score."""
     model, modules = made(kind)
     rows, output = [random_sequences([9])[0], multi_turn(1, 14)], multi_turn(0, 12)
-    found = token_influences(model, modules, rows, output)
+    found = token_influences(model, modules, rows, [output])
     plain, _ = oracles.per_example_gradients(model, modules, [*rows, Sequence(2, output.token_ids, output.weights)], 3)
     across = by_token(model, modules, output)
     for number, (row, own) in enumerate(zip(rows, found, strict=True)):
@@ -156,9 +156,9 @@ def test_sums_over_tokens_do_not_depend_on_keeping_the_pairs(kind: str, monkeypa
     """Where T is not kept, its sums come from whichever products are cheaper, in any number of module groups."""
     model, modules = made(kind)
     rows, output = random_sequences([9, 31]), multi_turn(0, 30)
-    with_pairs = token_influences(model, modules, rows, output)
+    with_pairs = token_influences(model, modules, rows, [output])
     monkeypatch.setattr(tokens_module, "MOST_PAIRS", 0)
-    alone = token_influences(model, modules, rows, output, module_groups=3, checkpointing=True)
+    alone = token_influences(model, modules, rows, [output], module_groups=3, checkpointing=True)
     for one, other in zip(with_pairs, alone, strict=True):
         assert one.pairs is not None
         assert other.pairs is None
@@ -195,7 +195,7 @@ def test_adam_directions_add_up_with_the_momentum(kind: str) -> None:
 
     moments = {c.name: (drawn(c), drawn(c).square()) for c in modules}
     found = token_influences(
-        model, modules, rows, output, adam={name: AdamDirection(*both) for name, both in moments.items()}
+        model, modules, rows, [output], adam={name: AdamDirection(*both) for name, both in moments.items()}
     )
     plain, _ = oracles.per_example_gradients(model, modules, [*rows, Sequence(2, output.token_ids, output.weights)], 3)
     directions = oracles.adam_directions(plain, moments)
@@ -222,11 +222,36 @@ def test_adam_directions_add_up_with_the_momentum(kind: str) -> None:
         torch.testing.assert_close(own.output, wanted)
 
 
+@pytest.mark.parametrize("kind", ["LoRA, folded", "skipped by the second"])
+def test_sequences_of_one_output_add_up(kind: str) -> None:
+    """A contrast is the difference of two gradients: its tokens' parts are those of each, one behind the other."""
+    if kind == "LoRA, folded":
+        model, modules = made(kind)
+    else:
+        model = tiny_llama().double()
+        model.model.layers[0].self_attn.q_proj = Sometimes(model.model.layers[0].self_attn.q_proj)
+        modules = find_modules(model, "q_proj|v_proj").captured
+    rows = random_sequences([9, 14])
+    chosen, rejected = multi_turn(0, 12), random_sequences([8])[0]
+    rejected = Sequence(0, rejected.token_ids, -rejected.weights)
+    both = token_influences(model, modules, rows, [chosen, rejected])
+    plain, _ = oracles.per_example_gradients(
+        model, modules, [*rows, *(Sequence(2, one.token_ids, one.weights) for one in (chosen, rejected))], 3
+    )
+    alone = [token_influences(model, modules, rows, [one]) for one in (chosen, rejected)]
+    for number, own in enumerate(both):
+        score = sum(float((plain[c.name][number] * plain[c.name][2]).sum()) for c in modules)
+        assert own.total == pytest.approx(score, rel=1e-9)
+        torch.testing.assert_close(own.output, torch.cat([one[number].output for one in alone]))
+        torch.testing.assert_close(own.row, sum(one[number].row for one in alone))
+        assert own.output_square == pytest.approx(sum(float(plain[c.name][2].square().sum()) for c in modules))
+
+
 def test_checkpoints_add_up_as_cosines() -> None:
     """Sums weigh each checkpoint and divide by both norms, for pairs as for tokens; a zero gradient adds nothing."""
     model, modules = made("LoRA, folded")
     (row,), output = random_sequences([9]), multi_turn(0, 12)
-    (one,) = token_influences(model, modules, [row], output)
+    (one,) = token_influences(model, modules, [row], [output])
     total = TokenInfluence.zeros(9, 12)
     total.add(one, weight=0.25, cosine=True)
     total.add(one, weight=0.5, cosine=True)
@@ -244,7 +269,7 @@ def test_the_model_is_left_as_found() -> None:
     model.train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     flags = [parameter.requires_grad for parameter in model.parameters()]
-    token_influences(model, modules, random_sequences([6]), multi_turn(0, 12))
+    token_influences(model, modules, random_sequences([6]), [multi_turn(0, 12)])
     assert model.training
     assert [parameter.requires_grad for parameter in model.parameters()] == flags
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

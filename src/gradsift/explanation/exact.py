@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 
 from gradsift.base.errors import CorruptError
 from gradsift.base.lazy import Tensor, torch
-from gradsift.base.types import TokenizedExample
 from gradsift.context import Pool
-from gradsift.explanation.outputs import OutputSource
+from gradsift.explanation.outputs import OutputSource, contrasted
 from gradsift.gradients.exact import Side
 from gradsift.gradients.gram import Products, gram
 from gradsift.gradients.projection import Projection
@@ -93,7 +92,7 @@ class ExactRows:
 
 
 def exact_rows(
-    pool: Pool, checkpoint: Checkpoint, wanted: Sequence[tuple[TokenizedExample, Sequence[str]]], *, adam: bool
+    pool: Pool, checkpoint: Checkpoint, wanted: Sequence[tuple[OutputSource, Sequence[str]]], *, adam: bool
 ) -> list[ExactRows]:
     """Whole gradients of outputs and of the rows wanted for each: found in the run folder, or taken now and kept there.
 
@@ -101,7 +100,7 @@ def exact_rows(
 
     Args:
         pool, checkpoint: where gradients are taken.
-        wanted: outputs, each with ids of the pool.
+        wanted: outputs, each alone in its source, with ids of the pool.
         adam: whether products with Adam's update directions are needed, too.
     """
     sides = _sides(adam=adam)
@@ -118,9 +117,11 @@ def exact_rows(
         rows = more
     for group in groups:
         ids = sorted({id_ for n in group for id_ in wanted[n][1]}, key=pool.data.position)
-        entries = (*(pool.data.by_id(id_) for id_ in ids), *(wanted[n][0] for n in group))
+        outputs = [pair for n in group for pair in wanted[n][0].pairs]
+        entries = (*(pool.data.by_id(id_) for id_ in ids), *(entry for entry, _ in outputs))
+        others = contrasted([*(None for _ in ids), *(other for _, other in outputs)])
         (products,) = gram(
-            pool.run, [OutputSource(entries, pool.chat.fingerprint)], pool.at(checkpoint), sides,
+            pool.run, [OutputSource(entries, pool.chat.fingerprint, **others)], pool.at(checkpoint), sides,
             what="candidates and outputs", reporter=pool.reporter, engine=pool.engine,
         )  # fmt: skip
         place = {id_: number for number, id_ in enumerate(ids)}
@@ -157,7 +158,7 @@ def missed(projected: NDArray[np.float64], exact: NDArray[np.float64], others: N
     return math.fsum(0.5 * math.erfc((bound - score) / (error * math.sqrt(2))) for score in foretold.tolist())
 
 
-def is_known(pool: Pool, at: Checkpoint, output: TokenizedExample, *, adam: bool) -> bool:
+def is_known(pool: Pool, at: Checkpoint, output: OutputSource, *, adam: bool) -> bool:
     """Whether the run folder has products of an output's gradient with those of some rows."""
     return bool(pool.run.storage.list(_prefix(pool, at, output, _sides(adam=adam))))
 
@@ -166,12 +167,11 @@ def _sides(*, adam: bool) -> tuple[Side, ...]:
     return ("plain", "adam") if adam else ("plain",)
 
 
-def _prefix(pool: Pool, at: Checkpoint, output: TokenizedExample, sides: Sequence[Side]) -> str:
+def _prefix(pool: Pool, at: Checkpoint, output: OutputSource, sides: Sequence[Side]) -> str:
     """Where an output's products are kept: under how gradients are taken, not how stored ones are projected."""
-    source = OutputSource((output,), pool.chat.fingerprint)
     settings = pool.gradients.model_copy(update={"projection": Projection(kind="none"), "dtype": "float32"})
     place = replace(pool, gradients=settings).at(at)
-    config = {"pool": pool.data.fingerprint, "rows": [place.config(source, side) for side in sides]}
+    config = {"pool": pool.data.fingerprint, "rows": [place.config(output, side) for side in sides]}
     return pool.run.prefix("products", config)
 
 

@@ -23,7 +23,7 @@ from gradsift.context import Pool, Target
 from gradsift.explanation.coefficients import CoefficientModel
 from gradsift.explanation.exact import ExactRows, RowsLackingError, exact_rows, missed
 from gradsift.explanation.matches import TokenMatch, token_matches
-from gradsift.explanation.outputs import Output, OutputSource, Question, answers, question_of
+from gradsift.explanation.outputs import Output, OutputSource, Question, answers, contrasted, question_of
 from gradsift.explanation.relevance import (
     AGGREGATIONS,
     Aggregation,
@@ -63,6 +63,14 @@ CAUTIONS = {
     "capped": "The output's gradient is reconstructed exactly: the output itself is probably in the pool.",
 }
 """What a reader should mind of a result with such a flag."""
+
+OPPOSING = 25
+"""How many of the lowest scores compete for what is against an output."""
+
+_AGAINST: dict[str, Selector] = {
+    "most harmful": MostHelpful(),
+    "pursuit of the opposite": RelevancePursuit(order="most_helpful"),
+}  # of opposed candidates
 
 RANDOM = RandomChoice()
 """What every choice is compared with, unless the strategies hold a random one of their own."""
@@ -143,11 +151,14 @@ class StrategyResult:
 class Explanation:
     """One output and the training examples that account for it, by every estimator, strategy and budget asked for.
 
-    loss: nats per token of the output under the model (mean)
+    loss: nats per token of the output under the model (mean); in contrast, log p(instead) − log p(output)
     finished: False where generation was cut at the token limit
     gradient_norm: of the output's gradient, before projection
     squared_norm: ‖g‖² of the gradient that relevance is about
     aggregation: how a random strategy's draws became one relevance
+    instead: the other answer, where the output is explained in contrast to one
+    against: what makes the output less likely, by every estimator whose scores have a sign: the lowest scores, and
+        those of the lowest whose gradients best rebuild −g, which their relevance and coefficients are about
     matches: which tokens match, of the first estimator's examples that are shown first, at `shown_budget`
     references: what choices are compared with, one for each budget
     exact: whether relevance and choices are of whole gradients, or of stored, projected ones
@@ -170,6 +181,8 @@ class Explanation:
     exact: bool = False
     missed: tuple[Missed, ...] = ()
     matches: tuple[TokenMatch, ...] = ()
+    instead: str | None = None
+    against: tuple[StrategyResult, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able, each result with its verdict."""
@@ -329,6 +342,9 @@ class _Work:
         stored = {estimator.label: self._stored(output_id, estimator) for estimator in self.estimators}
         for candidates in stored.values():
             candidates.least = self.budgets[-1]
+            wanted |= dict.fromkeys(
+                candidates.ids[place] for place in candidates.competing("most_harmful", self.budgets[-1], OPPOSING)
+            )
             for strategy in (_BEST, *self.strategies):
                 if strategy.ranking is not None:
                     own = getattr(strategy, "candidates", None)
@@ -340,9 +356,8 @@ class _Work:
 
     def _measure(self, wanted: Mapping[str, SequenceABC[str]]) -> None:
         """Take the gradients of outputs and of the rows that they are compared with."""
-        by_id = {entry.id: entry for entry in self.source.entries}
         adam = any(estimator.view == "adam" for estimator in self.estimators)
-        asked = [(by_id[output_id], ids) for output_id, ids in wanted.items()]
+        asked = [(self.source.alone(output_id), ids) for output_id, ids in wanted.items()]
         found = exact_rows(self.pool, self.pool.checkpoints()[-1], asked, adam=adam)
         self._exact.update(zip(wanted, found, strict=True))
 
@@ -413,6 +428,13 @@ class _Work:
             aggregation=self.aggregation,
             results=results,
             references=self._references(competing, random, results),
+            instead=output.question.instead,
+            against=tuple(
+                found
+                for estimator in self.estimators
+                if estimator.signed
+                for found in self._against(estimator.label, competing[estimator.label])
+            ),
             exact=self.exact,
             missed=tuple(own for estimator in self.estimators for own in self._missed(output.id, estimator)),
         )
@@ -470,8 +492,7 @@ class _Work:
         )
 
     def _results(self, estimator: str, competing: Candidates, random: _Random) -> Iterator[StrategyResult]:
-        ids, values = competing.ids, competing.scores
-        ranks = descending_ranks(values.numpy())
+        ranks = descending_ranks(competing.scores.numpy())
         ranking = [strategy for strategy in self.strategies if not isinstance(strategy, RandomChoice)]
         choices = choose_all(ranking, competing, self.budgets) if ranking else []
         relevances = relevance_of_choices(competing, choices, models=(self.coefficients,)) if ranking else []
@@ -482,23 +503,44 @@ class _Work:
         for strategy in self.strategies:
             own, by_budget = made.get(strategy.strategy) or random.among(competing)
             for k, selections in own.items():
-                found = by_budget[k]
-                together = relevance_of_draws(found, how=self.aggregation)
-                examples = zip(selections[0], found[0].coefficients.tolist(), strict=True)
-                yield StrategyResult(
-                    estimator=estimator,
-                    strategy=strategy.strategy,
-                    k=k,
-                    relevance_db=together.db,
-                    ratio=together.ratio,
-                    near_zero=together.near_zero,
-                    capped=together.capped,
-                    examples=tuple(
-                        ChosenExample(ids[place], float(values[place]), int(ranks[place]), float(coefficient))
-                        for place, coefficient in examples
-                    ),
-                    draws=tuple(_draw(relevance) for relevance in found),
-                )
+                yield self._result(estimator, strategy.strategy, k, selections[0], by_budget[k], competing, ranks)
+
+    def _against(self, estimator: str, competing: Candidates) -> Iterator[StrategyResult]:
+        """What is against the output: the same, for −g and scores of the other sign, of the lowest scores."""
+        ranks = descending_ranks(competing.scores.numpy())
+        opposite = competing.opposed(max(OPPOSING, self.budgets[-1]))
+        choices = choose_all([*_AGAINST.values()], opposite, self.budgets)
+        relevances = relevance_of_choices(opposite, choices, models=(self.coefficients,))
+        for name, own, by_budget in zip(_AGAINST, choices, relevances, strict=True):
+            for k, (picks,) in own.items():
+                yield self._result(estimator, name, k, picks, by_budget[k][self.coefficients], competing, ranks)
+
+    def _result(
+        self,
+        estimator: str,
+        strategy: str,
+        k: int,
+        picks: SequenceABC[int],
+        found: SequenceABC[Relevance],
+        competing: Candidates,
+        ranks: NDArray[np.int64],
+    ) -> StrategyResult:
+        """A choice of one or several draws, of which the first is `picks`."""
+        together = relevance_of_draws(found, how=self.aggregation)
+        return StrategyResult(
+            estimator=estimator,
+            strategy=strategy,
+            k=k,
+            relevance_db=together.db,
+            ratio=together.ratio,
+            near_zero=together.near_zero,
+            capped=together.capped,
+            examples=tuple(
+                ChosenExample(competing.ids[place], float(competing.scores[place]), int(ranks[place]), weight)
+                for place, weight in zip(picks, found[0].coefficients.tolist(), strict=True)
+            ),
+            draws=tuple(_draw(relevance) for relevance in found),
+        )
 
     def _ranking(self, estimator: Estimator) -> Ranking:
         """Pool ids and their influence on all outputs `[pool output]`."""
@@ -513,7 +555,7 @@ class _Work:
 
     def _key(self, output: Output) -> str:
         """Where the explanation is kept: under everything that it depends on and says."""
-        tokens = OutputSource((output.entry,), self.pool.chat.fingerprint).fingerprint
+        tokens = OutputSource((output.entry,), "", **contrasted([output.other])).fingerprint
         said = [list(output.question.messages), output.text, output.generated, output.finished]
         return f"{self._prefix}{fingerprint([tokens, said])}.json"
 
@@ -684,6 +726,8 @@ def explain(
                 f"{ranker.label} has no score for each output: explain with LESS, DataInf, ProjectedInverse, TRAK, "
                 "BM25 or RDS"
             )
+        if any(question.instead is not None for question in questions):
+            refuse_contrast(ranker)
         for strategy in strategies:
             strategy.check(ranker, explaining=True)
     checkpoint = pool.checkpoints()[-1]
@@ -714,6 +758,19 @@ def explain(
     found = Explanations(**same, entries=tuple(explained), failed=tuple(failed))
     found.publish()
     return found
+
+
+def refuse_contrast(ranker: Estimator) -> None:
+    """Refuse an estimator to which a contrast of two answers is that of one.
+
+    Raises:
+        ConfigError: it takes no gradient.
+    """
+    if ranker.view is None:
+        raise ConfigError(
+            f"{ranker.label} takes no gradient, and a contrast of two answers is one of gradients: explain it with "
+            "LESS, DataInf, ProjectedInverse or TRAK"
+        )
 
 
 def shown_budget(budgets: SequenceABC[int]) -> int:

@@ -51,9 +51,11 @@ class TokenMatch:
     id:       of the example
     by:       the estimator whose score, of unprojected gradients, is split: the ranking's own where that is a product
         or cosine of gradients, else the cosine of plain gradients at the last checkpoint
-    score:    what the values of `row` add up to with `constant`, and those of `output` without
+    score:    what the values of `row` add up to with `constant`, and those of `output` and `instead` without
     constant: the momentum's part of an Adam direction, which no token of the row carries; else 0
-    pairs:    `[row token][output token]`, which add up to both; None where there are many, or of an Adam direction
+    pairs:    `[row token][output token]`, those of `instead` behind, which add up to both; None where there are many,
+        or of an Adam direction
+    instead:  of the other answer, where the output is explained in contrast to one
     """
 
     id: str
@@ -63,6 +65,7 @@ class TokenMatch:
     row: tuple[MatchedToken, ...]
     output: tuple[MatchedToken, ...]
     pairs: tuple[tuple[float, ...], ...] | None = None
+    instead: tuple[MatchedToken, ...] = ()
 
 
 def token_matches(
@@ -81,7 +84,7 @@ def token_matches(
         reporter is told why.
     """
     assert estimator.splits, estimator
-    outputs = {id_: source.sequences(place, place + 1)[0] for place, id_ in enumerate(source.ids) if id_ in chosen}
+    outputs = {id_: source.sequences(place, place + 1) for place, id_ in enumerate(source.ids) if id_ in chosen}
     places = {id_: pool.data.position(id_) for ids in chosen.values() for id_ in ids}
     rows = {id_: pool.data.sequences(place, place + 1)[0] for id_, place in places.items()}
     work = _Work(pool, estimator, estimator.checkpoints_of(pool))
@@ -102,8 +105,8 @@ def token_matches(
                 _keep(pool, keys[output, row], influence)
                 kept[output, row] = influence
     across = {
-        id_: _Side.of(pool, entry, source.messages(id_)[:-1])
-        for id_, entry in zip(source.ids, source.entries, strict=True)
+        id_: [_Side.of(pool, entry, source.messages(id_)[:-1]) for entry in source.both(number)]
+        for number, id_ in enumerate(source.ids)
         if id_ in chosen
     }
     own = {
@@ -157,7 +160,7 @@ class _Work:
     def _adam(self) -> bool:
         return self.estimator.view == "adam"
 
-    def prefix(self, output: Sequence) -> str:
+    def prefix(self, output: SequenceABC[Sequence]) -> str:
         """Where the run folder keeps an output's matches: under everything that they depend on but the row."""
         settings, checkpoints = self.pool.gradients, self.checkpoints
         config: dict[str, Any] = {
@@ -168,7 +171,7 @@ class _Work:
             "cosine": self.estimator.by_cosine,
             "modules": settings.modules,
             "autocast": settings.autocast,
-            "output": _digest(output),
+            "output": [_digest(part) for part in output],
         }
         if self._adam:
             config["adam"] = settings.adam.model_dump(mode="json")
@@ -176,7 +179,7 @@ class _Work:
         return self.pool.run.prefix("matches", config)
 
     def computed(
-        self, rows: Mapping[str, SequenceABC[Sequence]], outputs: Mapping[str, Sequence]
+        self, rows: Mapping[str, SequenceABC[Sequence]], outputs: Mapping[str, SequenceABC[Sequence]]
     ) -> dict[str, list[TokenInfluence]]:
         """Output id → its rows' influence, summed over the checkpoints; without outputs that do not go."""
         pool, settings = self.pool, self.pool.gradients
@@ -212,8 +215,8 @@ class _Work:
             pool.reporter.warn(f"which tokens match is not shown: {reason}")
         return {output: own for output, own in sums.items() if output not in failed}
 
-    def _zeros(self, row: Sequence, output: Sequence) -> TokenInfluence:
-        return TokenInfluence.zeros(len(row.token_ids), len(output.token_ids), adam=self._adam)
+    def _zeros(self, row: Sequence, output: SequenceABC[Sequence]) -> TokenInfluence:
+        return TokenInfluence.zeros(len(row.token_ids), sum(len(one.token_ids) for one in output), adam=self._adam)
 
 
 def _place(network: Any) -> tuple[torch.device, torch.dtype]:
@@ -265,20 +268,20 @@ class _Side:
 
     def matched(self, values: Tensor) -> tuple[MatchedToken, ...]:
         """The tokens with their values `[token]`."""
-        values = self.joined(values).tolist()
-        return tuple(
-            MatchedToken(text, value, *flags)
-            for (text, _), value, flags in zip(self.texts, values, self.flags, strict=True)
-        )
+        own = zip(self.texts, self.joined(values).tolist(), self.flags, strict=True)
+        return tuple(MatchedToken(text, value, *flags) for (text, _), value, flags in own)
 
     def joined(self, values: Tensor) -> Tensor:
         """`[text …]` from `[token …]`."""
         return torch.stack([part.sum(0) for part in values.split([count for _, count in self.texts])])
 
 
-def _match(id_: str, by: str, found: TokenInfluence, row: _Side, output: _Side) -> TokenMatch:
-    pairs = None
+def _match(id_: str, by: str, found: TokenInfluence, row: _Side, outputs: SequenceABC[_Side]) -> TokenMatch:
+    pairs, lengths = None, [sum(count for _, count in one.texts) for one in outputs]
     if found.pairs is not None:
-        pairs = tuple(map(tuple, output.joined(row.joined(found.pairs).T).T.tolist()))
-    own, across = row.matched(found.row), output.matched(found.output)
-    return TokenMatch(id_, by, found.total, found.constant, own, across, pairs)
+        joined = row.joined(found.pairs)
+        parts = [one.joined(part.T).T for one, part in zip(outputs, joined.split(lengths, dim=1), strict=True)]
+        pairs = tuple(map(tuple, torch.cat(parts, 1).tolist()))
+    across = [one.matched(part) for one, part in zip(outputs, found.output.split(lengths), strict=True)]
+    own = row.matched(found.row)
+    return TokenMatch(id_, by, found.total, found.constant, own, across[0], pairs, *across[1:])

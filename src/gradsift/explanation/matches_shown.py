@@ -72,11 +72,16 @@ def _example(entry: Explanation, one: TokenMatch, data: Dataset) -> Example:
     lines = {
         "Carried most by": _named(one.row, _STRONGEST),
         "Bears most on": _named(one.output, _STRONGEST),
+        "In contrast most on": _named([token for token in one.instead if token.learned], _STRONGEST),
         "Strongest pairs": _pairs(one),
     }
     return Example(
         one.id,
-        (*shaded(one.row, "prompt", "answer"), *shaded(one.output, "asked", said)),
+        (
+            *shaded(one.row, "prompt", "answer"),
+            *shaded(one.output, "asked", said),
+            *shaded([token for token in one.instead if token.learned], "", "and not"),
+        ),
         tuple(facts),
         row_example(data, one.id).columns,
         blocks=tuple(Text(words, "aside", head=head) for head, words in lines.items() if words),
@@ -118,15 +123,16 @@ def _named(tokens: Sequence[MatchedToken], most: int = _NAMED) -> str:
 def _pairs(one: TokenMatch) -> str:
     if one.pairs is None:
         return ""
+    across = (*one.output, *one.instead)
     every = [
         (value, t, s)
         for t, line in enumerate(one.pairs)
         for s, value in enumerate(line)
-        if value and one.row[t].said and one.output[s].said
+        if value and one.row[t].said and across[s].said
     ]
     top = sorted(every, key=lambda pair: -abs(pair[0]))[:_PAIRS]
     values = text.figures([value for value, _, _ in top])
-    named = ((_quoted(one.row[t]), _quoted(one.output[s])) for _, t, s in top)
+    named = ((_quoted(one.row[t]), _quoted(across[s])) for _, t, s in top)
     return ", ".join(f"{own} with {other} {value}" for (own, other), value in zip(named, values, strict=True))
 
 

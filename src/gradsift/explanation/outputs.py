@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence as SequenceABC
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -15,7 +15,7 @@ from gradsift.base.types import Example, Message, Sequence, Skipped, TokenizedEx
 from gradsift.context import Pool
 from gradsift.data.chat import ChatFormat
 from gradsift.generation.local import end_ids, greedy_output
-from gradsift.model.loss import token_mean
+from gradsift.model.loss import label_weights, token_mean
 from gradsift.model.models import generation_ends, host, model_identity
 from gradsift.store.manifest import Record, fingerprint, read_json
 from gradsift.warmup.checkpoint import Checkpoint
@@ -29,6 +29,7 @@ class Question:
     options: its row's own arguments for the template, as JSON
     unused: what its row has beside that
     answer: the answer as its row has it, where that is more than a text
+    instead: another answer, in contrast to which the first is explained: why that one, and not this one
     """
 
     id: str
@@ -37,6 +38,7 @@ class Question:
     options: str = ""
     answer: Message | None = None
     unused: tuple[Skipped, ...] = field(default=(), repr=False, compare=False)
+    instead: str | None = None
 
     def example(self, *turns: Message) -> Example:
         """The conversation as a row, with more turns."""
@@ -51,6 +53,7 @@ class Output:
     text: the answer without its end-of-turn token
     generated: by the model, greedily; False where it was given
     finished: False where generation was cut at the token limit
+    other: the prompt's tokens and the other answer's, where it is explained in contrast to one
     """
 
     question: Question
@@ -58,6 +61,7 @@ class Output:
     text: str
     generated: bool
     finished: bool
+    other: TokenizedExample | None = None
 
     @property
     def id(self) -> str:
@@ -69,13 +73,18 @@ class Output:
 class OutputSource:
     """Prompts with their outputs as the gradient engine takes them: token-mean loss on the output's tokens.
 
+    An output y that is explained in contrast to another answer y' has the loss −(log p(y) − log p(y')), in nats over
+    all of their tokens: a row whose score is above 0 makes y likelier beside y'.
+
     conversations: prompts and outputs as messages, which estimators of texts need
+    others: the other answers; None for an output that has none, and empty where all have none
     """
 
     entries: tuple[TokenizedExample, ...]
     template: str
     loss: str = "token_mean"
     conversations: tuple[tuple[Message, ...], ...] = ()
+    others: tuple[TokenizedExample | None, ...] = ()
 
     @classmethod
     def of(cls, pool: Pool, outputs: SequenceABC[Output]) -> OutputSource:
@@ -86,6 +95,7 @@ class OutputSource:
             conversations=tuple(
                 (*output.question.messages, {"role": "assistant", "content": output.text}) for output in outputs
             ),
+            **contrasted([output.other for output in outputs]),
         )
 
     @property
@@ -105,27 +115,61 @@ class OutputSource:
     def fingerprint(self) -> str:
         """Of ids, token ids and labels."""
         digest = hashlib.sha256()
-        for entry in self.entries:
-            digest.update(entry.id.encode() + b"\0")
-            digest.update(np.ascontiguousarray(entry.token_ids, dtype=np.int32).tobytes())
-            digest.update(np.ascontiguousarray(entry.supervised, dtype=np.bool_).tobytes())
+        for number, entry in enumerate(self.entries):
+            for part in self.both(number):
+                digest.update((entry.id if part is entry else "instead").encode() + b"\0")
+                digest.update(np.ascontiguousarray(part.token_ids, dtype=np.int32).tobytes())
+                digest.update(np.ascontiguousarray(part.supervised, dtype=np.bool_).tobytes())
         return digest.hexdigest()[:16]
+
+    @cached_property
+    def pairs(self) -> list[tuple[TokenizedExample, TokenizedExample | None]]:
+        """Each output with the other answer, where there is one."""
+        return list(zip(self.entries, self.others or [None] * len(self.entries), strict=True))
+
+    def alone(self, id_: str) -> OutputSource:
+        """The source of one output."""
+        entry, other = self.pairs[self.ids.index(id_)]
+        return OutputSource((entry,), self.template, **contrasted([other]))
+
+    def both(self, number: int) -> SequenceABC[TokenizedExample]:
+        """An output, and the other answer where there is one."""
+        return tuple(one for one in self.pairs[number] if one is not None)
 
     def token_counts(self) -> list[int]:
         """Tokens of each row."""
-        return [len(entry.token_ids) for entry in self.entries]
+        return [sum(len(one.token_ids) for one in self.both(number)) for number in range(len(self.entries))]
 
     def longest(self) -> int:
-        """Tokens of the longest row, 0 where there is none."""
-        return max(self.token_counts(), default=0)
+        """Tokens of the longest sequence, 0 where there is none."""
+        return max((len(one.token_ids) for number in range(len(self.entries)) for one in self.both(number)), default=0)
 
     def sequences(self, start: int, stop: int) -> list[Sequence]:
-        """Rows `[start, stop)`."""
-        return [token_mean(entry, position) for position, entry in enumerate(self.entries[start:stop])]
+        """Rows `[start, stop)`: one sequence each, or two in contrast, the other answer's with weights below 0."""
+        found = []
+        for row, number in enumerate(range(start, min(stop, len(self.entries)))):
+            entry, *others = self.both(number)
+            if not others:
+                found.append(token_mean(entry, row))
+            for sign, one in zip((1, -1), (entry, *others) if others else (), strict=False):
+                found.append(Sequence(row, one.token_ids, sign * label_weights(one)))
+        return found
 
 
-def question_of(prompt: str | SequenceABC[Message], output: str | None = None) -> Question:
+def contrasted(others: SequenceABC[TokenizedExample | None]) -> dict[str, Any]:
+    """The fields of an `OutputSource` whose outputs stand in contrast to these answers, if any does."""
+    return {"others": tuple(others), "loss": "contrast"} if any(one is not None for one in others) else {}
+
+
+def question_of(
+    prompt: str | SequenceABC[Message], output: str | None = None, *, instead: str | None = None
+) -> Question:
     """A question from a text or a conversation that ends before the answer.
+
+    Args:
+        prompt: the text, or messages.
+        output: the answer to explain; the model's own where there is none.
+        instead: another answer: why that one, and not this one?
 
     Raises:
         DataError: the prompt is empty, or ends with an answer.
@@ -135,8 +179,8 @@ def question_of(prompt: str | SequenceABC[Message], output: str | None = None) -
         raise DataError("the prompt is empty: give the text, or messages, that the model is to answer")
     if messages[-1]["role"] == "assistant":
         raise DataError("the prompt ends with an assistant turn: leave the answer out of it, and give it as the output")
-    name = "prompt-" + fingerprint([list(messages), output])[:10]
-    return Question(name, messages, output)
+    asked = [list(messages), output] if instead is None else [list(messages), output, instead]
+    return Question(f"prompt-{fingerprint(asked)[:10]}", messages, output, instead=instead)
 
 
 def questions_of(examples: SequenceABC[Example], *, use_answers: bool = False) -> list[Question]:
@@ -167,9 +211,13 @@ def answers(
                 if not any(said(message).strip() for message in question.messages):
                     raise DataError("the prompt is empty")
                 if question.output is not None:
-                    answered.append(_given(pool, whole, question, question.output))
+                    found = _given(pool, whole, question, question.output)
                 else:
-                    answered.append(speaker.answer(question))
+                    found = speaker.answer(question)
+                if question.instead is not None:
+                    other = _given(pool, whole, replace(question, answer=None), question.instead)
+                    found = replace(found, other=other.entry)
+                answered.append(found)
             except (DataError, NonFiniteError) as error:
                 failed.append(Skipped(question.id, "no_output", str(error)))
             advance(1)

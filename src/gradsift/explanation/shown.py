@@ -20,7 +20,7 @@ from gradsift.context import Pool
 from gradsift.data.dataset import Dataset
 from gradsift.data.shown import row_example, turns_of
 from gradsift.explanation import explain
-from gradsift.explanation.explain import CAUTIONS, Explanation, Explanations, StrategyResult
+from gradsift.explanation.explain import CAUTIONS, OPPOSING, Explanation, Explanations, StrategyResult
 from gradsift.explanation.matches_shown import matches_blocks
 from gradsift.explanation.relevance import AGGREGATIONS, to_db
 from gradsift.explanation.table import RelevanceTable
@@ -117,7 +117,8 @@ def prompt_of(entry: Explanation) -> str:
 def output_example(entry: Explanation) -> Example:
     """The output with its prompt."""
     said = "output, by the model" if entry.generated else "output, as given"
-    return Example("", (Turn("prompt", prompt_of(entry)), Turn(said, entry.output)))
+    others = [] if entry.instead is None else [Turn("and not", entry.instead)]
+    return Example("", (Turn("prompt", prompt_of(entry)), Turn(said, entry.output), *others))
 
 
 def verdict_block(entry: Explanation, found: StrategyResult) -> Verdict:
@@ -131,6 +132,13 @@ def verdict_block(entry: Explanation, found: StrategyResult) -> Verdict:
         verdict.figures(),
         verdict.tone,
     )
+
+
+def loss_of(entry: Explanation) -> str:
+    """How likely the model finds the output; in contrast, how much likelier than the other answer."""
+    if entry.instead is None:
+        return f"loss of this output {text.written(entry.loss, '.3f')} nats per token"
+    return f"this output's log-probability is the other's {text.written(-entry.loss, '+.3f')} nats"
 
 
 def explained_blocks(
@@ -147,10 +155,9 @@ def explained_blocks(
     """
     results = entry.best_first(k, estimator)
     cut = "" if entry.finished else f" It was cut after {entry.tokens:,} tokens."
-    loss = text.written(entry.loss, ".3f")
     blocks: list[Block] = [Examples((output_example(entry),))] if output else []
     blocks += [verdict_block(entry, found) for found in results[:1]]
-    blocks.append(Text(f"Scores by {estimator}; loss of this output {loss} per token.{cut}", "aside"))
+    blocks.append(Text(f"Scores by {estimator}; {loss_of(entry)}.{cut}", "aside"))
     if len(results) > 1:
         blocks.append(verdicts_table(entry, results))
     for number, found in enumerate(results):
@@ -238,6 +245,25 @@ def _chosen(found: StrategyResult, data: Dataset) -> Examples:
         ),
         shown=len(found.examples),
     )
+
+
+def opposing_blocks(entry: Explanation, data: Dataset, *, k: int, estimator: str) -> tuple[Block, ...]:
+    """What makes the output less likely, under one budget: the lowest scores, and those that best rebuild −g."""
+    results = [found for found in entry.against if (found.k, found.estimator) == (k, estimator)]
+    if not results:
+        return ()
+    if all(example.score >= 0 for found in results for example in found.examples):
+        return (Text("No example of the pool makes this output less likely: the lowest scores are not below 0."),)
+    said = (
+        "Training on these makes the output less likely: the lowest scores, and those of the "
+        f"{OPPOSING} lowest whose weighted sum best rebuilds the opposite of the output's gradient, −g. Relevance is "
+        "that of this sum, as above for g; coefficients are its weights."
+    )
+    folds = (
+        Fold(f"{found.strategy}: {shown_db(found.relevance_db)} of −g", (_chosen(found, data),), opened=number == 0)
+        for number, found in enumerate(results)
+    )
+    return (Text(said, "aside"), *folds)
 
 
 def relevance_blocks(table: RelevanceTable, *, draws: int = 1, above: bool = True) -> tuple[Table, ...]:
@@ -356,7 +382,7 @@ def explanation_page(
     length = f"{entry.tokens:,} tokens" + ("" if entry.finished else ", cut at the limit")
     how = {
         "output": entry.id,
-        "length": f"{length}; loss {text.written(entry.loss, '.3f')} nats per token",
+        "length": f"{length}; {loss_of(entry)}",
         "influence": estimator,
         "coefficients": entry.coefficients,
         "candidates": f"{len(shown.examples):,}",
@@ -374,6 +400,12 @@ def explanation_page(
             ),
             Section("chosen", "Chosen examples", tuple(chosen)),
             Section("matches", "What matches", matches_blocks(entry, explanations.pool.data), "Tokens"),
+            Section(
+                "against",
+                "Against this output",
+                opposing_blocks(entry, explanations.pool.data, k=shown_budget(explanations), estimator=estimator),
+                "Against",
+            ),
             Section("relevance", "Strategies compared", tuple(_compared(entry, names, budgets, estimator))),
             Section("warnings", "Warnings", tuple(map(Text, warnings)), count=str(len(warnings))),
             Section("run", "How it was explained", (Facts(how),)),

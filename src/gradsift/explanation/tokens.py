@@ -31,7 +31,8 @@ class TokenInfluence:
     **Above zero: the token makes the output more likely** when the row is trained on.
 
     row:         float64 `[row token]`, Σ_s T[t, s]
-    output:      float64 `[output token]`, Σ_t T[t, s], of an Adam direction with the momentum's part
+    output:      float64 `[output token]`, Σ_t T[t, s], of an Adam direction with the momentum's part; the tokens of
+        several sequences stand one behind the other
     constant:    what no token of the row carries: the momentum's part of an Adam direction, else 0
     pairs:       float64 `[row token, output token]`, T; None where it is large, or of an Adam direction
     row_square:  ‖G‖² or ‖Γ(G)‖²
@@ -87,6 +88,14 @@ class Factors:
         """Σ g xᵀ `[out in]`."""
         return self.g.flatten(0, 1).T @ self.x.flatten(0, 1)
 
+    def zeros(self, tokens: int) -> Factors:
+        """Of as many tokens that had no part."""
+        return Factors(*(one.new_zeros(tokens, *one.shape[1:]) for one in (self.x, self.g)))
+
+    def before(self, other: Factors) -> Factors:
+        """With the tokens of another sequence behind."""
+        return Factors(torch.cat([self.x, other.x]), torch.cat([self.g, other.g]))
+
     def along(self, matrix: Tensor) -> Tensor:
         """gᵀ M x of each token, float64 `[token]`, for M `[out in]`."""
         return ((self.g @ matrix) * self.x).sum((1, 2), dtype=torch.float64).cpu()
@@ -96,7 +105,7 @@ def token_influences(
     model: nn.Module,
     modules: SequenceABC[Captured],
     rows: SequenceABC[Sequence],
-    output: Sequence,
+    output: SequenceABC[Sequence],
     *,
     adam: Mapping[str, AdamDirection] | None = None,
     autocast: torch.dtype | None = None,
@@ -122,7 +131,8 @@ def token_influences(
     Args:
         model: in any mode; it is evaluated without dropout and left as found.
         modules: from `find_modules`.
-        rows, output: sequences; padding has no part.
+        rows: each a sequence.
+        output: its sequences, whose gradients add up: one, or two of opposite weights for a contrast.
         adam: by module name, to split Adam directions of the rows.
         autocast, checkpointing: as for `Capture`.
         module_groups: go through the sequences this many times, each time for a part of the modules.
@@ -134,17 +144,13 @@ def token_influences(
     Raises:
         UncapturedError: a module does not tell its tokens apart, such as one of experts.
     """
-    found = [TokenInfluence.zeros(len(r.token_ids), len(output.token_ids), adam=adam is not None) for r in rows]
+    length = sum(len(part.token_ids) for part in output)
+    found = [TokenInfluence.zeros(len(row.token_ids), length, adam=adam is not None) for row in rows]
     size = -(-len(modules) // module_groups)
     for start in range(0, len(modules), size):
         group = modules[start : start + size]
         with Capture(model, group, autocast=autocast, checkpointing=checkpointing).open() as capture:
-            held: dict[str, Factors] = {}
-
-            def hold(module: Captured, x: Tensor, g: Tensor, held: dict[str, Factors] = held) -> None:
-                held[module.name] = Factors(x[0], g[0])
-
-            capture.run([output], _nothing, consume_tokens=hold)
+            held = _held(capture, output)
             square = sum(_square(factors.gradient) for factors in held.values())
             for row, sums in zip(rows, found, strict=True):
                 sums.output_square += square
@@ -205,6 +211,29 @@ class _Sums:
             self.into.row += row.along(scale * across)
         self.into.output += output.along(direction)
         self.into.constant += float((momentum * across).sum(dtype=torch.float64))
+
+
+def _held(capture: Capture, output: SequenceABC[Sequence]) -> dict[str, Factors]:
+    """Each module's factors of all sequences of an output, one behind the other; zeros where one did not use it."""
+    parts: list[dict[str, Factors]] = []
+    for one in output:
+        own: dict[str, Factors] = {}
+
+        def hold(module: Captured, x: Tensor, g: Tensor, own: dict[str, Factors] = own) -> None:
+            own[module.name] = Factors(x[0], g[0])
+
+        capture.run([one], _nothing, consume_tokens=hold)
+        parts.append(own)
+    held = dict(parts[0])
+    for before, own in enumerate(parts[1:], start=1):
+        for name in held.keys() | own.keys():
+            known = sum(len(one.token_ids) for one in output[:before])
+            first, second = held.get(name), own.get(name)
+            if first is None:
+                assert second is not None, name
+                first = second.zeros(known)
+            held[name] = first.before(second or first.zeros(len(output[before].token_ids)))
+    return held
 
 
 def _square(gradient: Tensor) -> float:

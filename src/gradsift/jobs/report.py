@@ -26,6 +26,7 @@ from gradsift.explanation.shown import (
     RELEVANCE,
     VERDICT,
     explained_blocks,
+    opposing_blocks,
     prompt_of,
     relevance_blocks,
     shown_budget,
@@ -495,6 +496,10 @@ def _explained_briefly(result: Result) -> list[Block]:
             blocks += [block for block in found if not isinstance(block, Fold)]
             blocks += [Group(fold.blocks, fold.title) for fold in folds[:1]]
         blocks += matches_lines(entry)
+        against = opposing_blocks(entry, result.pool.data, k=k, estimator=explanations.estimators[0].label)
+        blocks += [
+            Group(block.blocks, f"Against it, {block.title}") for block in against[:2] if isinstance(block, Fold)
+        ]
     if len(explanations.entries) > 5:
         blocks.append(Text(f"… and {len(explanations.entries) - 5} more in explanations.jsonl"))
     if result.relevance is not None and (not alone or len(explanations.budgets) > 1):

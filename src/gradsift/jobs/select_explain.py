@@ -19,7 +19,7 @@ from gradsift.data.account import Account, count_reasons, counts_text
 from gradsift.data.formats import BadRowError, read_conversation
 from gradsift.data.load import Columns, load_examples
 from gradsift.execution.ray import engine_of
-from gradsift.explanation.explain import check_budgets, explain, explained_views
+from gradsift.explanation.explain import check_budgets, explain, explained_views, refuse_contrast
 from gradsift.explanation.outputs import Question, question_of, questions_of
 from gradsift.explanation.table import relevance_table
 from gradsift.gradients.rows import View
@@ -341,12 +341,20 @@ def explain_questions(recipe: Recipe, pool: Pool | None = None) -> tuple[list[Qu
         raise ConfigError("explain either the answer given with --output or, with --use-answers, the row's own")
     if job.output is not None and not job.output.strip():
         raise DataError("the given output is empty: give the answer to explain, or leave it out to have one generated")
+    if job.instead is not None and job.validation is not None:
+        raise ConfigError(
+            "validate measures how likely an output becomes, and with --instead the difference of two is explained: "
+            "leave --instead out"
+        )
+    if job.instead is not None:
+        for ranker in job.estimators:
+            refuse_contrast(ranker)
     for strategy, ranker in product(job.strategies, job.estimators):
         strategy.check(ranker, explaining=True)
     if pool is None and job.embedding not in (None, embeddings.DEFAULT):
         embeddings.embed(["is it there?"], job.embedding)
     if job.prompt is not None:
-        return [_asked(job.prompt, job.output)], Account()
+        return [_asked(job.prompt, job.output, job.instead)], Account()
     account = Account()
     if job.target is not None:
         loaded = load_examples(job.target, columns=recipe.target_columns, what="target", require_answer=job.use_answers)
@@ -360,11 +368,13 @@ def explain_questions(recipe: Recipe, pool: Pool | None = None) -> tuple[list[Qu
             examples = [examples[place] for place in _drawn(len(examples), job.sample, recipe.seed)]
     else:
         examples = _left_out(recipe, pool)
-    if job.output is not None and len(examples) > 1:
-        raise ConfigError("--output is the answer to one prompt: name the row with --row, or give --prompt")
+    for name, given in (("--output", job.output), ("--instead", job.instead)):
+        if given is not None and len(examples) > 1:
+            raise ConfigError(f"{name} is the answer to one prompt: name the row with --row, or give --prompt")
+    questions = questions_of(examples, use_answers=job.use_answers)
     if job.output is not None:
-        return [replace(questions_of(examples)[0], output=job.output)], account
-    return questions_of(examples, use_answers=job.use_answers), account
+        questions = [replace(question, output=job.output) for question in questions]
+    return [replace(question, instead=job.instead) for question in questions], account
 
 
 def _left_out(recipe: Recipe, pool: Pool | None) -> list[Example]:
@@ -396,19 +406,19 @@ def _drawn(rows: int, count: int, seed: int) -> list[int]:
     return sorted(np.random.default_rng(seed).choice(rows, count, replace=False).tolist())
 
 
-def _asked(prompt: str, output: str | None) -> Question:
+def _asked(prompt: str, output: str | None, instead: str | None) -> Question:
     """The question of `--prompt`: a JSON list of messages is a conversation, read as a row's; all else is a text."""
     try:
         value = json.loads(prompt) if prompt.lstrip().startswith("[") else None
     except json.JSONDecodeError:
         value = None
     if not (isinstance(value, list) and value and all(isinstance(m, dict) and "role" in m for m in value)):
-        return question_of(prompt, output)
+        return question_of(prompt, output, instead=instead)
     try:
         read = read_conversation({"messages": value}, Columns(), require_answer=False)
     except BadRowError as error:
         raise DataError(f"--prompt holds messages that make no conversation: {error}") from error
-    question = question_of(read.messages, output)
+    question = question_of(read.messages, output, instead=instead)
     unused = [Skipped(question.id, one.reason, one.detail, "--prompt", None, "part", one.part) for one in read.unused]
     return replace(question, options=read.options, unused=tuple(unused))
 

@@ -26,7 +26,7 @@ from gradsift.evaluation.evaluate import evaluation_config
 from gradsift.evaluation.metric import ASKED, Judging, Needs
 from gradsift.evaluation.setup import Trained, subject_of
 from gradsift.explanation.exact import MOST_AT_ONCE, is_known
-from gradsift.explanation.explain import RANDOM, explained_views, shown_budget
+from gradsift.explanation.explain import OPPOSING, RANDOM, explained_views, shown_budget
 from gradsift.explanation.outputs import OutputSource, answers, missing_answers
 from gradsift.explanation.tokens import MOST_PAIRS
 from gradsift.generation.endpoint import Endpoint, usage_of
@@ -540,7 +540,8 @@ class Walk:
         orders = {one.ranking for one in job.strategies} - {None} | {"most_helpful"}
         lists = (len(ORDERS) if "any" in orders else len(orders)) * len(job.estimators)
         draws = max([RANDOM.draws, *(one.draws for one in job.strategies if isinstance(one, RandomChoice))])
-        each = min(len(pool.data), lists * max(job.candidates, *job.budgets) + draws * max(job.budgets))
+        lowest = len(job.estimators) * max(OPPOSING, *job.budgets)
+        each = min(len(pool.data), lists * max(job.candidates, *job.budgets) + lowest + draws * max(job.budgets))
         at_once = min(outputs, max(1, MOST_AT_ONCE // each)) if each < len(pool.data) else outputs
         rows = -(-outputs // at_once) * min(len(pool.data), at_once * each)
         adam = any(one.view == "adam" for one in job.estimators)
@@ -548,7 +549,7 @@ class Walk:
             self.kept is not None
             and source is not None
             and checkpoint is not None
-            and all(is_known(self.kept, checkpoint, entry, adam=adam) for entry in source.entries)
+            and all(is_known(self.kept, checkpoint, source.alone(id_), adam=adam) for id_ in source.ids)
         )
         read = rows * float(pool.data.lengths.mean()) + tokens
         stored = {"bytes": outputs * 8.0 * (each + 1) ** 2 * (3 if adam else 1)}

@@ -201,6 +201,14 @@ class Candidates:
             count=self.count, ids=self.ids, test_id=self.test_id, pool=self.pool, source=self.source,
         )  # fmt: skip
 
+    def opposed(self, count: int) -> Candidates:
+        """The same for the opposite of the target: what makes it less likely is most helpful; `count` compete."""
+        return Candidates(
+            (-self.scores).where(torch.isfinite(self.scores), -torch.inf), self._rows_of,
+            None if self.target_gradient is None else -self.target_gradient,
+            count=count, ids=self.ids, test_id=self.test_id, pool=self.pool, source=self.source, among=self._among,
+        )  # fmt: skip
+
     def whole(self) -> tuple[Scores, Pool, Target]:
         """What a choice for a whole target is made by: its scores, their pool and the target."""
         assert self.source is not None, "see `Selector.check`"

@@ -20,6 +20,7 @@
       kronecker/<fingerprint>/  a model's curvature in Kronecker factors, and targets through its inverse
       replays/<fingerprint>/    a training step by step, to go back through, and what was found on the way
       outputs/<fingerprint>/    what the model answered to prompts that were to be explained
+      products/<fingerprint>/   inner products of an output's whole gradient and its candidates'
       explanations/<fingerprint>/   explanations, one file an output
       matches/<fingerprint>/    which tokens of chosen examples match an output's, one file an example
       validation/<fingerprint>/ effects of training steps on selections

@@ -259,6 +259,11 @@ def validate_explanations(
         found = validate_explanations(pool, explain(pool, "What is 17 + 25?", k=5))
         found.cells[0].support      # above 0: training on the selection makes the answer more likely
     """
+    if explanations.source.others:
+        raise ConfigError(
+            "validate measures how likely an output becomes, and here the difference of two answers is explained: "
+            "explain outputs without another one instead"
+        )
     cells = cells_of(explanations)
     return validate(pool, explanations.outputs, cells, settings=settings, route=route, edges_db=edges_db)
 

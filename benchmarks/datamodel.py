@@ -82,9 +82,8 @@ from gradsift.base.ranks import paired_rank_correlations
 from gradsift.gradients.capture import LORA, find_modules
 from gradsift.gradients.hessian import curvature_product
 from gradsift.influence.estimator import Estimator, rate_weights
-from gradsift.influence.metagradient import Adjoint, State
-from gradsift.influence.replay import Network, Replay
-from gradsift.influence.smooth import Ending, recorded
+from gradsift.influence.replay import Replay
+from gradsift.influence.smooth import recorded
 from gradsift.model.loss import token_mean
 from gradsift.model.models import host
 from gradsift.rewards.matching import Exact
@@ -116,6 +115,7 @@ RESAMPLES = 400
 REMOVED = 8  # rows that leave-top-out takes away, 5 %
 CHOSEN, CHOICE_SEEDS = 16, (11, 12, 13)
 GROUP = 10  # rows of each group of a pair
+LIGHTER = 0.02  # by which a weight is lower
 
 PER_TARGET: tuple[Estimator, ...] = (
     LESS(),
@@ -316,19 +316,30 @@ def of_share(wanted: SequenceABC[T], share: str | None) -> SequenceABC[T]:
     return wanted[number::shares]
 
 
-def replay_all(world: World, plan: SequenceABC[list[str]], seed: int, share: str | None) -> Array:
-    """Losses `[subset target]` after the training of this seed with weight 0 for the rows that are not in a subset."""
+def replay_all(
+    world: World,
+    plan: SequenceABC[list[str]],
+    seed: int,
+    share: str | None,
+    lighter: SequenceABC[list[str]] | None = None,
+) -> Array:
+    """Losses `[subset target]` after the training of this seed with weight 0 for the rows that are not in a subset.
+
+    lighter: of each subset, rows whose weight is a little below 1
+    """
     pool, replay = world.pool, replay_of(world, seed)
     path = world.out / "replayed" / replay.fingerprint
     path.mkdir(parents=True, exist_ok=True)
-    files = [path / f"{key_of(world, sorted(kept))}.json" for kept in plan]
+    parts = list(zip(plan, lighter, strict=True)) if lighter else [(kept,) for kept in plan]
+    files = [path / f"{key_of(world, *map(sorted, own))}.json" for own in parts]
     missing = [number for number in of_share(range(len(plan)), share) if not files[number].exists()]
     if missing:
         sequences = [token_mean(example, row) for row, example in enumerate(world.target.data)]
         with replay.network() as network:
             for number in missing:
                 weights = torch.zeros(len(pool.training), dtype=torch.float64)
-                weights[pool.training.positions(plan[number])] = 1.0
+                for ids, weight in zip(parts[number], (1.0, 1.0 - LIGHTER), strict=False):
+                    weights[pool.training.positions(ids)] = weight
                 end = replay.end_with(network, weights)
                 write_whole(files[number], network.losses(end, sequences, len(sequences)).tolist())
     return np.array([json.loads(file.read_text()) for file in files if share is None])
@@ -633,11 +644,11 @@ def pair_outcomes(world: World, plan: Mapping[str, list[str]], share: str | None
 
 def pairs(world: World, plan: Mapping[str, list[str]], outcomes: Mapping[str, Retrained]) -> tuple[dict[str, Any], str]:
     """Does Σ Γ_aᵀHΓ_b, or MAGIC, foretell I of the loss of each kind's targets? One point for each pair and kind."""
-    groups = pair_groups(world)
-    predictions = pair_sums(world, groups)
+    every = pair_groups(world)
+    groups, predictions = every[: len(plan) // 3], pair_sums(world, every)
     if world.training != TRAINING:
         predictions = {"MAGIC": magic_pairs(world, groups), **predictions}
-    found = {name: pairs_table(world, groups[: len(plan) // 3], predictions, own) for name, own in outcomes.items()}
+    found = {name: pairs_table(world, groups, predictions, own) for name, own in outcomes.items()}
     return found, "\n\n".join(f"{name}: {pairs_markdown(table)}" for name, table in found.items())
 
 
@@ -733,49 +744,17 @@ def pair_sums(world: World, groups: SequenceABC[tuple[str, list[str], list[str]]
 
 
 def magic_pairs(world: World, groups: SequenceABC[tuple[str, list[str], list[str]]]) -> Array:
-    """How much more it costs to leave out B, by MAGIC, where A is left out, `[pair kind]`: kept in files.
+    """How much more B is worth to MAGIC where A is left out, `[pair kind]`.
 
-    Σ_{b∈B} ∂F/∂w_b at w = 1 less that at w_A = 0: the mixed second derivative, linear in B alone.
+    Where A is left out it is the derivative of the loss by the weight of all of B together, of a training in which that
+    is a little lower: what going back through that training would add up to, without going back.
     """
-    pool, replay = world.pool, replay_of(world, world.pool.seed)
-    ending = Ending(world.target.data, np.array([KINDS.index(kind) for kind in world.target_kinds]))
-    path = world.out / "replayed" / replay.fingerprint
-    changes = []
-    with replay.network_if_asked() as opened:
-        for names in ([], *(A for _, A, _ in groups)):
-            file = path / f"back-{key_of(world, sorted(names))}.json"
-            if not file.exists():
-                weights = torch.ones(len(pool.training), dtype=torch.float64)
-                weights[pool.training.positions(names)] = 0.0
-                write_whole(file, gone_back(replay, opened(), ending, weights).tolist())
-            changes.append(np.array(json.loads(file.read_text())))
-    return np.array(
-        [
-            (changes[0] - changes[number])[:, pool.training.positions(B)].sum(axis=1)
-            for number, (_, _, B) in enumerate(groups, 1)
-        ]
-    )
-
-
-def gone_back(replay: Replay, network: Network, ending: Ending, weights: Tensor) -> Tensor:
-    """∂F/∂w of each kind's targets at other weights than 1, `[kind row]`."""
-    data, record = replay.data, replay.record
-    steps = []
-    state = State.at(network.start)
-    for batch, rate in zip(record.batches, record.rates, strict=True):
-        sequences = [token_mean(data[int(place)], row) for row, place in enumerate(batch)]
-        shares = weights[torch.from_numpy(batch)] / len(batch)
-        gradient, _ = network.gradient(state.theta, sequences, shares)
-        steps.append((state, gradient, batch, rate, sequences, shares))
-        state = record.optimizer.step(state, gradient, rate)
-    adjoint = Adjoint.at(ending.gradients(network, state.theta))
-    change = torch.zeros(len(adjoint.theta), len(data), dtype=torch.float64)
-    for before, gradient, batch, rate, sequences, shares in reversed(steps):
-        directions, adjoint = record.optimizer.back(adjoint, before, gradient, rate)
-        terms, products, _ = network.back(before.theta, sequences, shares, directions)
-        change.index_add_(1, torch.from_numpy(batch), terms / len(batch))
-        adjoint = Adjoint(adjoint.theta + products, adjoint.exp_avg, adjoint.exp_avg_sq)
-    return change
+    ids, seed = list(world.pool.data.ids), world.pool.seed
+    scores = matrix_of(world, magics(world)[0], world.target)
+    kept, second = [without(world, A) for _, A, _ in groups], [B for _, _, B in groups]
+    fall = replay_all(world, kept, seed, None, lighter=second) - replay_all(world, kept, seed, None)
+    worth = np.array([scores[[ids.index(id_) for id_ in B]].sum(axis=0) for B in second])
+    return kind_means(world, torch.from_numpy(fall / LIGHTER - worth)).numpy()
 
 
 def same_for_all(values: Tensor) -> Tensor:

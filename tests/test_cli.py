@@ -252,7 +252,7 @@ def test_options_of_rewards_reach_the_recipe(monkeypatch: pytest.MonkeyPatch) ->
     Cli(*base, "--assistant", "g", "--sampling-seed", "7")
     assert recipes[-1].estimator.assistant.sampling.seed == 7
     stray = Cli(*base[:-4], "--sampling-seed", "7")
-    assert "--sampling-seed goes with nice, nice_if, nice_magic, not with --estimator" in stray.err
+    assert "--sampling-seed goes with nice, nice_if, nice_ekfac, nice_magic, not with --estimator" in stray.err
     assert [reward.kind for reward in recipes[1].reward.rewards] == ["unit_tests", "length"]
 
 
@@ -440,7 +440,7 @@ def test_estimators_of_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None
         assert wrong.err == f"error: --damping is {value!r}: it should be 'auto', 'spectral' or a number above 0\n"
     refused = Cli("score", *base, "--target", "t", "--damping", "0.1")
     assert refused.err.startswith(
-        "error: --damping goes with datainf, projected_inverse, trak, ekfac, nice_if, not with --estimator less"
+        "error: --damping goes with datainf, projected_inverse, trak, ekfac, nice_if, nice_ekfac, not with --estimator "
     )
 
 

@@ -16,6 +16,7 @@ from gradsift.data.chat import ChatFormat, Reasoning, Supervise, keep_reasoning
 from gradsift.data.dataset import Dataset
 from gradsift.data.load import Columns
 from gradsift.data.overlap import overlap_of_hashes
+from gradsift.data.pairs import are_pairs, prepare_pairs
 from gradsift.data.prepare import prepare
 from gradsift.data.rows import Rows
 from gradsift.data.sample import RowSample
@@ -298,7 +299,8 @@ def open_target(
     """Load and tokenise a target for a pool, and find pool rows that it contains.
 
     Args:
-        source: as for `open_pool`.
+        source: as for `open_pool`; rows of a `chosen` and a `rejected` answer are targets whose loss is how much
+            likelier the rejected one is (`gradsift.data.pairs`).
         pool: the pool that is to help.
         subtask: a column of the target that names each example's subtask.
         columns: names of the target's columns.
@@ -309,9 +311,13 @@ def open_target(
         DataError: the source cannot be read, no row of it can be used, or a row names no subtask.
         ConfigError: every pool row is in the target, or the sample cannot be drawn.
     """
-    data = prepare(
-        pool.run, source, pool.chat, what="target", columns=columns, keep_duplicates=True, reporter=pool.reporter
-    )
+    given: dict[str, Any] = {"columns": columns, "reporter": pool.reporter}
+    data: Dataset
+    if are_pairs(source, columns):
+        data = pairs = prepare_pairs(pool.run, source, pool.chat, **given)
+        refuse_longer(pairs.rejected, pool.model, what="target")
+    else:
+        data = prepare(pool.run, source, pool.chat, what="target", keep_duplicates=True, **given)
     refuse_longer(data, pool.model, what="target")
     if sample is not None:
         data = data.subset(sample.positions([Example(id_, (), data.row(id_)) for id_ in data.ids]))

@@ -412,7 +412,7 @@ CASES = [
          options=("--reward", "sentiment", "--baseline", "x"), code=2),
     Case("a baseline that does not go", "baseline mean does not go with the variant ppo", "reward",
          options=("--reward", "sentiment", "--baseline", "mean", "--policy-variant", "ppo"), code=2),
-    Case("samples of a method that draws none", "--samples goes with nice, nice_if, nice_magic, not with",
+    Case("samples of a method that draws none", "--samples goes with nice, nice_if, nice_ekfac, nice_magic, not with",
          options=("--samples", "5"), code=2),
     Case("one sample to rank by", "samples is 1: halves of one sample cannot be compared",
          options=("--estimator", "nice", "--reward", "sentiment", "--samples", "1"), code=2),

@@ -269,7 +269,7 @@ def test_factors_take_what_is_said_of_disk_and_memory(
     up, of a group of modules at a time. Once they are there, nothing.
     """
     monkeypatch.setattr("gradsift.plan.measure.peak_memory", lambda: 0)
-    whole = recipe(estimator={"kind": "ekfac", "checkpoints": "last"})
+    whole = recipe(estimator={"kind": "ekfac", "checkpoints": "last"}, warmup={"rank": 4})  # as the adapters are
     halves = whole.model_copy(update={"gradients": whole.gradients.model_copy(update={"module_groups": 2})})
     found = [estimate(asked) for asked in (whole, halves)]
     run_recipe(whole)

@@ -218,7 +218,7 @@ class Walk:
         """Rows that methods take through the model, counted once."""
         if self.is_new("passes", *(repr(part) for part in by), one, self.pool.seed):
             backward, forward = (0.0, one.tokens) if one.forward else (one.tokens, 0.0)
-            stored = {"unprojected": one.rows} if one.unprojected else {}
+            stored: dict[str, float] = {"unprojected": one.rows} if one.unprojected else {}
             stored |= {"factors": one.factors} if one.factors else {}
             done = one.done and self.kept is not None
             held = {"unprojected": one.held, "factors": one.factors_held}

@@ -91,7 +91,7 @@ def prepare_pairs(
 
     def read(answer: str) -> Dataset:
         def by(field: str) -> Dataset:
-            own = named.model_copy(update={field: answer})
+            own = Columns.of({**named.model_dump(exclude_none=True), field: answer})
             what = f"target's {answer} answers"
             return prepare(run, source, chat, what=what, columns=own, keep_duplicates=True, reporter=reporter)
 

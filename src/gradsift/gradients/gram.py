@@ -72,7 +72,7 @@ def gram(
         reporter, engine: as for `collect`.
     """
     wanted = tuple(dict.fromkeys(["plain", *sides]))
-    tasks = [_Gram(run, source, at, wanted) for source in sources]  # type: ignore[arg-type]
+    tasks = [_Gram(run, source, at, wanted) for source in sources]
     with reporter.stage(f"whole gradients of {what}", sum(len(source.ids) for source in sources)) as advance:
         found = dict(engine.map(tasks, advance, "products"))
     return [found[number] for number in range(len(tasks))]

@@ -132,7 +132,7 @@ BAD_ROWS = [
     ("not_an_object", [1, 2]),
     ("not_an_object", '"text"'),
     ("not_an_object", None),
-    ("missing_columns", {"id": "b", "text": "x"}),
+    ("missing_columns", {"id": "b", "words": "x"}),
     ("missing_columns", {"prompt": "Hi"}),
     ("missing_columns", {"prompt": "Hi", "completion": None}),
     ("missing_columns", {}),
@@ -144,6 +144,8 @@ BAD_ROWS = [
     ("no_messages", {"messages": []}),
     ("unknown_role", {"messages": [{"role": "narrator", "content": "x"}, *CHAT]}),
     ("unknown_role", {"messages": [{"content": "x"}, *CHAT]}),
+    ("unknown_role", {"messages": [{"role": "text", "content": None}]}),
+    ("bad_messages", {"messages": [None]}),
     ("unknown_role", {"messages": [{"role": ["user"], "content": "x"}, *CHAT]}),
     ("bad_content", {"messages": [{"role": "user", "content": None}, CHAT[1]]}),
     ("bad_content", {"messages": [{"role": "user", "content": 5}, CHAT[1]]}),
@@ -465,13 +467,13 @@ class TestUnusableSources:
 
     def test_no_usable_row(self, tmp_path: Path) -> None:
         """Counts per reason, the columns found and the first problem are told."""
-        path = write_lines(tmp_path / "x.jsonl", {"text": "a"}, {"text": "b"}, "broken")
+        path = write_lines(tmp_path / "x.jsonl", {"words": "a"}, {"words": "b"}, "broken")
         with pytest.raises(DataError) as error:
             load_examples(path)
         message = str(error.value)
         assert "none of the 3 rows" in message
         assert "missing_columns 2, bad_json 1" in message
-        assert "Columns found: text" in message
+        assert "Columns found: words" in message
         assert "x.jsonl:1" in message
 
     def test_damaged_files(self, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from pydantic import SerializerFunctionWrapHandler, ValidationError, model_seria
 
 from gradsift.base.errors import ConfigError
 from gradsift.base.settings import Settings
-from gradsift.base.types import REASONING, TEXT, Flags, Message, is_text, said
+from gradsift.base.types import REASONING, TEXT, Flags, Message, said
 from gradsift.data.sources import kind_of
 from gradsift.store.manifest import canonical
 
@@ -212,7 +212,7 @@ def read_conversation(row: Mapping[str, Any], columns: Columns, *, require_answe
         BadRowError: it holds none, or one with nothing to learn from where an answer is required.
     """
     turns = _turns(row, columns, require_answer)
-    if is_text(turns):
+    if isinstance(turns, _PlainText):
         unused = _unused_columns(row, columns, turns)
         return Conversation(tuple(turns), (), "", (*unused, *_unused_options(row, columns)), _weight(row, columns))
     if columns.system is not None and columns.system not in row:
@@ -273,13 +273,17 @@ def _turns(row: Mapping[str, Any], columns: Columns, require_answer: bool) -> li
     raise _missing(row, None)
 
 
+class _PlainText(list[Any]):
+    """The one turn of a plain text, which a row's own turns are never taken for."""
+
+
 def _plain_text(value: Any, column: str) -> list[Any]:
     if not isinstance(value, str):
         raise BadRowError("bad_content", f"column {column!r} is {kind_of(value)}, not text")
     if not value.strip():
         raise BadRowError("empty_text", f"column {column!r} holds no text")
     _check_unicode(value, f"column {column!r}")
-    return [{"role": TEXT, "content": value}]
+    return _PlainText([{"role": TEXT, "content": value}])
 
 
 def _prompt_completion(row: Mapping[str, Any], prompt: str, completion: str, require_answer: bool) -> list[Any]:

@@ -471,7 +471,7 @@ CASES = [
     Case("trade-off of a strategy not a number", "--selection 'facility_location:nan': 'nan' is neither a trade-off",
          "explain", options=("--prompt", "x", "-s", "facility_location:nan"), code=2),
     Case("trade-off of all strategies above one", "--trade-off is 2.0: it should be less than or equal to 1", "explain",
-         options=("--prompt", "x", "--trade-off", "2"), code=2),
+         options=("--prompt", "x", "-s", "facility_location", "--trade-off", "2"), code=2),
     Case("one strategy twice", "the strategy 'most helpful' is given twice: give each once", "explain",
          options=("--prompt", "x", "-s", "most_helpful", "-s", "most_helpful"), code=2),
     Case("unknown estimator to explain",

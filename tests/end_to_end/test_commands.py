@@ -338,7 +338,7 @@ def test_plan_counts_and_leaves_nothing_behind(tiny: World, tmp_path: Path) -> N
     assert found["target"]["rows"] == 4
     assert found["checkpoints"] == 2
     assert found["stages"]["pool gradients"]["tokens"] == 2 * found["pool"]["tokens"]
-    assert found["stages"]["pool gradients"]["disk_bytes"] == 2 * 24 * 256 * 2
+    assert found["stages"]["pool gradients"]["disk_bytes"] == (2 + 1) * 24 * 256 * 2  # and plain ones, to explain by
     assert found["stages"]["warm-up"]["disk_bytes"] > 0
     assert not (tmp_path / "run").exists()
     shown = tiny("plan", tmp_path / "run").succeeded().out
@@ -351,21 +351,22 @@ def test_plan_counts_and_leaves_nothing_behind(tiny: World, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("options", "pool", "target", "checkpoints"),
+    ("options", "pool", "target", "checkpoints", "beside"),
     [
-        (("--estimator", "bm25"), 0, 0, 0),
-        (("--estimator", "random"), 0, 0, 0),
-        (("--estimator", "bm25", "--selection", "facility_location"), 1, 0, 1),
-        (("--estimator", "bm25", "--selection", "tsds"), 2, 2, 2),
-        (("--estimator", "datainf"), 1, 1, 1),
-        (("--estimator", "tracin"), 2, 2, 2),
+        (("--estimator", "bm25"), 0, 0, 0, 0),
+        (("--estimator", "random"), 0, 0, 0, 0),
+        (("--estimator", "bm25", "--selection", "facility_location"), 1, 0, 1, 0),
+        (("--estimator", "bm25", "--selection", "tsds"), 2, 2, 2, 0),
+        (("--estimator", "datainf"), 1, 1, 1, 1),
+        (("--estimator", "datainf", "--views", "segments"), 1, 1, 1, 0),
+        (("--estimator", "tracin"), 2, 2, 2, 0),
     ],
 )
 def test_plan_counts_the_gradients_that_are_taken(
-    tiny: World, tmp_path: Path, options: tuple[str, ...], pool: int, target: int, checkpoints: int
+    tiny: World, tmp_path: Path, options: tuple[str, ...], pool: int, target: int, checkpoints: int, beside: int
 ) -> None:
     """A method without gradients needs no warm-up, unless its selection compares gradients; DataInf is taken at the
-    last checkpoint, where what select leaves in the run folder is as large as was said."""
+    last checkpoint, where the same passes leave plain rows beside its own, unless others are asked for."""
     out = tmp_path / "run"
     given = (*options, "--budget", "4")
     found = tiny("plan", out, *given, "--json").succeeded().json
@@ -376,7 +377,7 @@ def test_plan_counts_the_gradients_that_are_taken(
     assert ("warm-up" in passes) == (checkpoints > 0)
     tiny("select", out, *given).succeeded()
     rows = sum(len(gs.GradientStore.open(path.parent)) for path in out.glob("gradients/*/manifest.json"))
-    assert rows == pool * 24 + target * 4
+    assert rows == (pool + beside) * 24 + target * 4
     assert (out / "checkpoints").exists() == (checkpoints > 0)
 
 

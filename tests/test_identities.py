@@ -16,6 +16,7 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
+import gradsift.explanation.exact as exact_module
 import gradsift.influence.scores as scoring
 from gradsift.base.errors import ConfigError, CorruptError, GradsiftError
 from gradsift.base.settings import Settings
@@ -28,7 +29,7 @@ from gradsift.evaluation.mean_reward import MeanReward
 from gradsift.evaluation.setup import open_model
 from gradsift.explanation.explain import DEFAULT_STRATEGIES, _Work
 from gradsift.explanation.matches import _Work as MatchWork
-from gradsift.explanation.outputs import answers, question_of
+from gradsift.explanation.outputs import OutputSource, answers, question_of
 from gradsift.generation.samples import Samples
 from gradsift.generation.sampling import Sampling
 from gradsift.gradients.collect import Adam, Gradients
@@ -682,6 +683,9 @@ def every_address(pool: Pool, address: Address, tmp_path: Path) -> dict[str, str
         "descents": lambda: pool.run.prefix("descents", descent._descent(chosen_from, 4)),
         "kronecker": lambda: EKFAC()._factors(pool, checkpoint).prefix(pool.run),
         "candidates": lambda: pool.run.prefix("candidates", Rerank(first=BM25(), then=LESS())._config(pool, target)),
+        "products": lambda: exact_module._prefix(
+            pool, checkpoint, OutputSource((pool.data.by_id("p00"),), pool.chat.fingerprint), ("plain",)
+        ),
         "times": timed,
     }
     addresses = {kind: address(kind, call) for kind, call in found.items()}
@@ -709,10 +713,12 @@ class _Nothing:
 MADE_FROM = {
     "labels": {"data", "checkpoints", "gradients", "samples", "rewards", "scores", "scores of rows", "explanations",
                "validation", "evaluations", "evaluated rewards", "states", "scores of states", "replays",
-               "scores of replays", "descents", "kronecker", "scores of factors", "candidates"},
+               "scores of replays", "descents", "kronecker", "scores of factors", "candidates", "products"},
+    "products": {"explanations"},
     "data": {"checkpoints", "gradients", "scores", "scores of rows", "explanations", "validation", "evaluations",
-             "states", "replays", "scores of replays", "descents", "kronecker", "scores of factors", "candidates"},
-    "gradients": {"scores of rows", "explanations", "scores of factors"},
+             "states", "replays", "scores of replays", "descents", "kronecker", "scores of factors", "candidates",
+             "products"},
+    "gradients": {"scores of rows", "explanations", "scores of factors", "products"},
     "kronecker": {"scores of factors"},
     "samples": {"rewards", "evaluated rewards"},
     "rewards": {"evaluated rewards"},

@@ -341,3 +341,15 @@ def test_rows_fit_the_token_limit(demo_model_path: Path) -> None:
     for row in ALL:
         tokens = tokenizer.apply_chat_template(row["messages"], tokenize=True, return_dict=False)
         assert len(tokens) <= MAX_TOKENS, (row["id"], len(tokens))
+
+
+def test_the_questions_are_not_in_the_pool() -> None:
+    """Two answers to explain, of which one has the form of pool rows; neither row is one of them."""
+    first, second = (
+        json.loads(line) for line in (files("gradsift") / "demo/data/questions.jsonl").read_text().splitlines()
+    )
+    assert answer(first) not in {answer(row) for row in ALL}
+    assert CONVERSION.match(answer(first))
+    assert not any(mark in answer(second) for mark in "=+*/0123456789")
+    asked = {row["messages"][0]["content"] for row in ALL}
+    assert not asked & {row["messages"][0]["content"] for row in (first, second)}

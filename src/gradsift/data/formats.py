@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
 
-from pydantic import ValidationError
+from pydantic import SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from gradsift.base.errors import ConfigError
 from gradsift.base.settings import Settings
@@ -88,6 +88,9 @@ FORMATS = (
 _PLACE = re.compile(r"\{([^{}]+)\}")
 
 
+_LATER = ("tools", "text", "weight")
+
+
 class Columns(Settings):
     """Which columns of the user's rows hold what; a name left `None` means the usual one.
 
@@ -125,6 +128,14 @@ class Columns(Settings):
     tools: str | None = None
     text: str | None = None
     weight: str | None = None
+
+    @model_serializer(mode="wrap")
+    def _named_later(self, written: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the columns that came later, where they are not named: results that columns are part of keep their
+        names.
+        """
+        values: dict[str, Any] = written(self)
+        return {name: value for name, value in values.items() if value is not None or name not in _LATER}
 
     @classmethod
     def of(cls, given: Columns | Mapping[str, str] | None) -> Columns:

@@ -91,7 +91,7 @@ def prepare_pairs(
 
     def read(answer: str) -> Dataset:
         def by(field: str) -> Dataset:
-            own = Columns(**{**named.model_dump(), field: answer})  # a copy would keep the families of the original
+            own = Columns.of({**named.model_dump(exclude_none=True), field: answer})
             what = f"target's {answer} answers"
             return prepare(run, source, chat, what=what, columns=own, keep_duplicates=True, reporter=reporter)
 

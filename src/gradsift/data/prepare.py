@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, compress, islice
+from itertools import compress, islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -99,7 +99,7 @@ class _Rows(ExitStack):
     def read(self, reading: Iterable[Example | Skipped], chat: ChatFormat, *, keep_duplicates: bool) -> None:
         """Read them all."""
         content, known = hashlib.sha256(), Duplicates()
-        for one in chain.from_iterable([one] if isinstance(one, Skipped) else chat.chunks(one) for one in reading):
+        for one in _in_chunks(reading, chat):
             if isinstance(one, Skipped):
                 _add(self._skipped, as_line(one))
                 continue
@@ -172,6 +172,12 @@ class _Rows(ExitStack):
     def _file(self) -> IO[bytes]:
         """A file without a name."""
         return self.enter_context(tempfile.SpooledTemporaryFile(_IN_MEMORY, dir=self._folder))
+
+
+def _in_chunks(reading: Iterable[Example | Skipped], chat: ChatFormat) -> Iterator[Example | Skipped]:
+    """What is read, with the rows that are made of plain texts in their place."""
+    for one in reading:
+        yield from (one,) if isinstance(one, Skipped) else chat.chunks(one)
 
 
 def _add(file: IO[bytes], line: str) -> None:

@@ -295,7 +295,8 @@ class ChatTemplate:
         """What it writes for a call with these arguments as they are; "" where it refuses them."""
         function = {"name": _ANY_TOOL["function"]["name"], "arguments": arguments}
         call = {"type": "function", "id": _CALL_ID, "function": function}
-        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        turns: list[dict[str, Any]] = [{"role": "user", "content": "?"}]
+        turns.append({"role": "assistant", "content": "", "tool_calls": [call]})
         try:
             return render(self._tokenizer, turns, chat_template=self.text)
         except RENDER_ERRORS:

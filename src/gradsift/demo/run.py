@@ -24,13 +24,14 @@ from gradsift.warmup.checkpoint import Checkpoint
 from gradsift.warmup.train import Training, Warmup, train
 
 _SKILL = "arithmetic"
-_QUESTION = "A baker has 48 rolls and sells 19 of them. How many rolls are left?"
 _WARMUP = Warmup.preset("small")
 _FINE_TUNE = Training.preset("small")
 
 
 def run_demo(out: str = "runs/demo", *, model: str | None = None, reporter: Reporter | None = None) -> Result:
-    """Choose 24 of 240 examples for a target of worked arithmetic, fine-tune on them, and explain one answer.
+    """Choose 24 of 240 examples for a target of worked arithmetic, fine-tune on them, and explain two answers.
+
+    The pool has the likes of the first answer, a conversion of units, and none of the second, a line of verse.
 
     The pool has seven skills and 24 planted mistakes; the columns that say so are never seen by a method. Everything
     is kept in `out`, so that a second call is quick and an interrupted one goes on.
@@ -68,7 +69,7 @@ def demo_recipe(out: str, model: str, data: Path) -> Recipe:
         estimator=LESS(),
         budget=24,
         group_by=("skill", "quality"),
-        explain=Explain(prompt=_QUESTION, k=5, max_new_tokens=48),
+        explain=Explain(target=str(data / "questions.jsonl"), use_answers=True, k=5, candidates=30),
     )
 
 

@@ -142,7 +142,7 @@ def missed(projected: NDArray[np.float64], exact: NDArray[np.float64], others: N
     Args:
         projected: scores by which candidates were found, `[candidate]`.
         exact: theirs without projection, `[candidate]`.
-        others: projected scores of all other rows, `[other]`.
+        others: projected scores of all other rows, `[other]`; those that are not finite are left out.
         k: at most the number of candidates.
 
     Example:
@@ -153,10 +153,10 @@ def missed(projected: NDArray[np.float64], exact: NDArray[np.float64], others: N
     slope = float(spread @ exact / (spread @ spread)) if spread.any() else 1.0
     level = float(exact.mean() - slope * projected.mean())
     error = math.sqrt(float(np.mean((exact - level - slope * projected) ** 2)))
-    bound, foretold = float(np.sort(exact)[-k]), level + slope * others
+    bound, foretold = float(np.sort(exact)[-k]), level + slope * others[np.isfinite(others)]
     if error == 0.0:
         return float((foretold > bound).sum())
-    return math.fsum(0.5 * math.erfc((bound - score) / (error * math.sqrt(2))) for score in foretold.tolist())
+    return float(torch.erfc(torch.from_numpy((bound - foretold) / (error * math.sqrt(2)))).sum()) / 2
 
 
 def is_known(pool: Pool, at: Checkpoint, output: OutputSource, *, adam: bool) -> bool:

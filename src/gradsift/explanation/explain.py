@@ -314,14 +314,13 @@ class _Work:
         if output_id not in self._exact:
             self._measure({output_id: self._compared(output_id, chosen)})
         rows, (ids, values) = self._exact[output_id], self.scores_of(output_id, estimator)
-        column = Strings.of(ids)
-        places = column.positions(rows.ids)
+        places = Strings.of(ids).positions(rows.ids)
         scores = np.where(self.store.holds(ids), values, np.float32(-np.inf))
         exact = estimator.exactly(rows, self._checkpoints)
         if exact is not None:
             scores[places[places >= 0]] = exact[places >= 0]
         return Candidates(
-            torch.from_numpy(scores), lambda wanted: rows.rows([column[place] for place in wanted]), rows.target,
+            torch.from_numpy(scores), lambda wanted: rows.rows([ids[place] for place in wanted]), rows.target,
             count=self.candidates, ids=ids, test_id=output_id, pool=self.pool, among=places[places >= 0],
         )  # fmt: skip
 
@@ -555,7 +554,7 @@ class _Work:
             for warning in found.warnings:
                 self.pool.reporter.warn(warning)
             assert found.matrix is not None, estimator
-            self._rankings[estimator.label] = found.ids, found.matrix
+            self._rankings[estimator.label] = Strings.of(found.ids), found.matrix
         return self._rankings[estimator.label]
 
     def _key(self, output: Output) -> str:
@@ -579,7 +578,7 @@ class _Work:
             "aggregation": self.aggregation,
             "exact": self.exact,
             "warmup": [checkpoint.identity() for checkpoint in self.pool.checkpoints()],
-            **revisions("scores"),
+            **revisions("scores", "products"),
         }
         return self.pool.run.prefix("explanations", config)
 

@@ -77,7 +77,7 @@ REVISIONS = {
     "descents": 1,
     "outputs": 2,
     "matches": 1,
-    "explanations": 2,
+    "explanations": 1,
     "products": 1,
     "validation": 2,
     "evaluations": 2,

@@ -656,7 +656,7 @@ def every_address(pool: Pool, address: Address, tmp_path: Path) -> dict[str, str
     settings = (DEFAULT_STRATEGIES, (5,), "MSEProjUSimp", 100, "ratio_of_means", True)
     work: Any = _Work(pool, None, source, None, (LESS(),), *settings)  # type: ignore[arg-type]
     place = open_model(pool.model, out=pool.run, max_length=64, device="cpu")
-    identity = sampler_of(pool, NICE(), checkpoint).identity()
+    identity = sampler_of(pool, prompts, NICE(), checkpoint).identity()
     samples = Samples(pool.run, identity, [Prompt("p", ())], {"p": {0}}, 1)
 
     def timed() -> None:

@@ -188,7 +188,10 @@ def test_options_of_explain_reach_the_recipe(monkeypatch: pytest.MonkeyPatch) ->
         "budget": ("-k", "1,5"), "estimator": ("-e", "bm25", "-e", "trak"),
         "damping": ("-e", "datainf", "--damping", "2"),
         "kernel": ("-e", "trak", "--kernel", "whole"),
-        "selection": ("-s", "aide"), "compare": ("--compare",), "trade_off": ("--trade-off", "0.3"),
+        "first": ("-e", "rerank", "--first", "bm25"), "then": ("-e", "rerank", "--then", "tracin"),
+        "exact": ("--no-exact",), "instead": ("--instead", "42"),
+        "selection": ("-s", "aide"), "compare": ("--compare",),
+        "trade_off": ("-s", "facility_location", "--trade-off", "0.3"),
         "candidates": ("--candidates", "50"), "coefficients": ("--coefficients", "MSE"),
         "over_outputs": ("--over-outputs", "median_db"), "max_new_tokens": ("--max-new-tokens", "3"),
         "embedding": ("--embedding", "none"), "pages": ("--pages", "3"),
@@ -341,7 +344,7 @@ def test_options_reach_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
         "--autocast": "bfloat16", "--estimator": "bm25", "--optimizer": "sgd", "--checkpoints": "last",
         "--aggregation": "mean", "--seed": "3", "--dtype": "float32", "--device": "cpu", "--pool-sample": "0.5",
         "--engine": "ray", "--gradient-checkpointing": None, "--eps-placement": "inside",
-        "--set": "estimator.normalise=false", "--control": "rds_plus",
+        "--set": "estimator.normalise=false", "--control": "rds_plus", "--chunk": "64", "--reasoning": "skip",
     }  # fmt: skip
     of_one_estimator = {
         "--damping": ("datainf", "--damping", "0.3"),

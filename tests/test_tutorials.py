@@ -73,7 +73,10 @@ class Reader:
 
 
 def masked(line: str) -> str:
-    """A line without what differs from run to run: fingerprints, ids, numbers, and how wide the columns are."""
+    """A line without what differs from run to run: fingerprints, ids, numbers, a verdict, and how wide columns are."""
+    line = re.sub(r"^(Nothing in this pool|These \w+|This one|This output) .*\.$", "VERDICT.", line)
+    line = re.sub(r"(worse than nothing, [\d.]+ times its error|[\d.]+\s%)( |$)", r"SHARE\2", line)
+    line = re.sub(r"error × [\d.,]+", "SHARE", line)
     line = _ID.sub("ID", re.sub(r"\b[0-9a-f]{16}\b", "HASH", line))
     return " ".join(re.sub(r"[+−-]?\d[\d.,]*", "#", line).split())
 

@@ -290,7 +290,7 @@ def test_a_choice_and_an_explanation_share_a_report(tiny: World, tmp_path: Path)
     first, second = tmp_path / "first", tmp_path / "second"
     tiny("select", first, *adapter).succeeded()
     command(tiny, "explain", first, *prompt).succeeded()
-    assert "1 output explained" in both(first)
+    assert "1 output asked about" in both(first)
     assert "measured on gradients" in Page(first / "explanation.html").text
     assert "measured on plain rows" in Page(first / "report.html").text
     command(tiny, "explain", second, *prompt).succeeded()
@@ -300,7 +300,7 @@ def test_a_choice_and_an_explanation_share_a_report(tiny: World, tmp_path: Path)
         "selected.jsonl", "scores.parquet", "diagnostics.json", "skipped.jsonl", "report.html",
     }  # fmt: skip
     command(tiny, "explain", second, "--use-answers", "--pages", 0, target=tiny.target).succeeded()
-    assert "4 outputs explained" in Page(second / "report.html").text
+    assert "4 outputs asked about" in Page(second / "report.html").text
     assert "3 of 24 training examples chosen" in Page(second / "report.html").text
 
 

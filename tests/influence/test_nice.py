@@ -350,9 +350,9 @@ def test_a_server_has_a_name_for_each_checkpoint(pool: Pool, target: PromptTarge
     """`{checkpoint}` in the served name is the folder's; one name for several checkpoints is refused first."""
     checkpoints = pool.checkpoints()
     served = NICE(server=Endpoint(model="tiny-{checkpoint}", base_url="http://127.0.0.1:9/v1"))
-    names = [sampler_of(pool, served, checkpoint).identity()["model"] for checkpoint in checkpoints]
+    names = [sampler_of(pool, target, served, checkpoint).identity()["model"] for checkpoint in checkpoints]
     assert names == [f"tiny-{checkpoint_name(checkpoint)}" for checkpoint in checkpoints]
-    identities = [sampler_of(pool, served, checkpoint).identity()["weights"] for checkpoint in checkpoints]
+    identities = [sampler_of(pool, target, served, checkpoint).identity()["weights"] for checkpoint in checkpoints]
     assert identities[0] != identities[1]
     same = NICE(server=Endpoint(model="tiny", base_url="http://127.0.0.1:9/v1"))
     with pytest.raises(ConfigError, match="for several of the checkpoints epoch-1, epoch-2: serve each adapter"):

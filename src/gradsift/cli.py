@@ -627,18 +627,18 @@ def run(given: Given, recipe: Path) -> None:
     from gradsift.jobs.select_explain import run_recipe
 
     recipes = _read_recipes(recipe, given)
-    judging = [one for one in recipes if one.bench is not None]
-    if judging:
-        from gradsift.jobs.bench import run_bench
+    as_list, contents = len(recipes) > 1 and given["json"], []
+    for one in recipes:
+        if one.bench is not None:
+            from gradsift.jobs.bench import run_bench
 
-        for one in judging:
-            _print_bench(run_bench(one, _reporter(given)), given)
-        return
-    if len(recipes) == 1 or not given["json"]:
-        for one in recipes:
-            _print_result(run_recipe(one, _reporter(given)), given)
-    else:
-        _print_json([summary(run_recipe(one, _reporter(given))) for one in recipes])
+            judged = run_bench(one, _reporter(given))
+            contents.append(judged.as_dict()) if as_list else _print_bench(judged, given)
+        else:
+            result = run_recipe(one, _reporter(given))
+            contents.append(summary(result)) if as_list else _print_result(result, given)
+    if as_list:
+        _print_json(contents)
 
 
 @_command(_ELSEWHERE, required=(), arguments=_RECIPE)

@@ -33,7 +33,7 @@ from gradsift.report.blocks import (
 )
 from gradsift.report.blocks import Row as Cells
 from gradsift.report.charts import colour
-from gradsift.report.terminal import console, draw
+from gradsift.report.terminal import console, draw, list_files
 
 MOST_FAILURES = 100
 MOST_STEPS = 80  # points of one drawn curve
@@ -402,9 +402,7 @@ def print_comparison(result: Comparison) -> None:
     """The comparison as short tables on standard output."""
     out = console()
     draw(result.blocks(), out)
-    out.print(f"results in {result.out}:", markup=False)
-    for name, what in FILES.items():
-        out.print(f"  {name:<21} {what}", markup=False)
+    list_files(result.out, FILES, out)
 
 
 def comparison_page(

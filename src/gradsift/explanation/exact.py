@@ -10,7 +10,6 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from gradsift.base.errors import CorruptError
 from gradsift.base.lazy import Tensor, torch
 from gradsift.context import Pool
 from gradsift.explanation.outputs import OutputSource, contrasted
@@ -18,7 +17,7 @@ from gradsift.gradients.exact import Side
 from gradsift.gradients.gram import Products, gram
 from gradsift.gradients.projection import Projection
 from gradsift.store.manifest import fingerprint
-from gradsift.store.tensors import publish_tensors, read_tensors
+from gradsift.store.tensors import publish_tensors, tensors_if_whole
 from gradsift.warmup.checkpoint import Checkpoint
 
 MOST_AT_ONCE = 512  # rows of several outputs whose products are taken together
@@ -177,13 +176,12 @@ def _prefix(pool: Pool, at: Checkpoint, output: OutputSource, sides: Sequence[Si
 
 
 def _kept(pool: Pool, key: str, ids: Sequence[str]) -> ExactRows | None:
-    if not pool.run.storage.exists(key):
+    known = tensors_if_whole(pool.run.storage, key)
+    if known is None:
+        if pool.run.storage.exists(key):
+            pool.reporter.warn(f"{pool.run.name(key)} is damaged: its gradients are taken again")
         return None
-    try:
-        tensors, _ = read_tensors(pool.run.storage, key)
-    except CorruptError:
-        pool.reporter.warn(f"{pool.run.name(key)} is damaged: its gradients are taken again")
-        return None
+    tensors, _ = known
     pairs: list[tuple[Side, Side]] = [("plain", "plain"), ("adam", "adam"), ("adam", "plain")]
     return ExactRows(tuple(ids), {pair: tensors["-".join(pair)] for pair in pairs if "-".join(pair) in tensors})
 

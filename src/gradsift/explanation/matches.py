@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from gradsift.base.errors import CorruptError
 from gradsift.base.lazy import Tensor, torch
 from gradsift.base.memory import is_out_of_memory
 from gradsift.base.types import Message, Sequence, TokenizedExample
@@ -20,7 +19,7 @@ from gradsift.explanation.tokens import TokenInfluence, token_influences
 from gradsift.gradients.capture import UncapturedError
 from gradsift.influence.estimator import Estimator
 from gradsift.model.models import model_identity
-from gradsift.store.tensors import publish_tensors, read_tensors
+from gradsift.store.tensors import publish_tensors, tensors_if_whole
 from gradsift.warmup.checkpoint import Checkpoint
 
 _JOINED = 8  # tokens that one character may be cut into, at most
@@ -239,12 +238,10 @@ def _keep(pool: Pool, key: str, found: TokenInfluence) -> None:
 
 def _kept(pool: Pool, key: str) -> TokenInfluence | None:
     """What the run folder has; None where it has nothing, or that is damaged."""
-    if not pool.run.storage.exists(key):
+    known = tensors_if_whole(pool.run.storage, key)
+    if known is None:
         return None
-    try:
-        tensors, _ = read_tensors(pool.run.storage, key)
-    except CorruptError:
-        return None
+    tensors, _ = known
     return TokenInfluence(tensors["row"], tensors["output"], tensors.get("pairs"), float(tensors["constant"]))
 
 

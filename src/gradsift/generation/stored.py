@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,6 +10,7 @@ from typing import Any
 from gradsift.base.errors import DataError
 from gradsift.generation.encoding import ReplyEncoder
 from gradsift.generation.sampling import Drawn, Problem, Request, Response, Sampling
+from gradsift.store.manifest import fingerprint
 
 
 @dataclass(frozen=True)
@@ -39,8 +38,7 @@ class StoredSampler:
 
     def identity(self) -> dict[str, Any]:
         """The texts themselves, and the template that writes them."""
-        texts = json.dumps({id_: list(own) for id_, own in self.completions.items()}, sort_keys=True)
-        digest = hashlib.sha256(texts.encode()).hexdigest()[:16]
+        digest = fingerprint({id_: list(own) for id_, own in self.completions.items()})
         return {"sampler": "stored", "completions": digest, "template": self._encoder.chat.fingerprint}
 
     def draw(self, requests: Sequence[Request]) -> Iterator[Drawn]:

@@ -37,7 +37,7 @@ from gradsift.store.gradient_store import GradientStore, GradientStoreWriter, Ro
 from gradsift.store.manifest import fingerprint
 from gradsift.store.precision import ExactRows
 from gradsift.store.run import Run, revised
-from gradsift.store.tensors import publish_tensors, read_tensors
+from gradsift.store.tensors import publish_tensors, tensors_if_whole
 from gradsift.warmup.checkpoint import Checkpoint, Moments, load_moments, trained_parameters
 
 _SHARD_TOKENS = {"cpu": 16_384, "cuda": 1_048_576}  # about two minutes of work
@@ -493,13 +493,8 @@ class _Part:
 
     def tensors(self) -> Mapping[str, torch.Tensor]:
         """What an earlier process has left; nothing where that is damaged or of other batches."""
-        if not self._storage.exists(self._key):
-            return {}
-        self.there = True
-        try:
-            tensors, note = read_tensors(self._storage, self._key)
-        except CorruptError:
-            return {}
+        self.there = self._storage.exists(self._key)
+        tensors, note = tensors_if_whole(self._storage, self._key) or ({}, self._note)
         return tensors if note == self._note else {}
 
     def save_now_and_then(self, progress: ShardPart) -> None:

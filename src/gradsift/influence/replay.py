@@ -234,7 +234,7 @@ class Losses:
             with self._reporter.stage(f"{self._what}: {name}", len(find) - len(found), "trainings") as advance:
                 for one in find[len(found) :]:
                     found.append(one())
-                    self._run.publish_json(self._key, {"losses": self._kept}, sealed=True)
+                    self.put(name, found)
                     advance(1)
         return found[: len(find)]
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
 from gradsift.base import interruption
-from gradsift.base.errors import ConfigError, CorruptError, DataError
+from gradsift.base.errors import ConfigError, DataError
 from gradsift.base.lazy import Tensor, torch
 from gradsift.base.ranks import descending_ranks
 from gradsift.context import Pool, Target
@@ -26,7 +26,7 @@ from gradsift.influence.scores import aggregated
 from gradsift.influence.states import RDSPlus
 from gradsift.store.manifest import fingerprint
 from gradsift.store.run import Run, revised, revisions
-from gradsift.store.tensors import publish_tensors, read_tensors
+from gradsift.store.tensors import publish_tensors, tensors_if_whole
 from gradsift.warmup.checkpoint import Checkpoint
 
 _ROWS_BYTES = 1 << 33  # of candidates' gradients that lie on disk together
@@ -258,14 +258,12 @@ class _Scored:
     @classmethod
     def of(cls, run: Run, key: str) -> _Scored:
         """What is there: nothing where the file is damaged."""
-        try:
-            if run.storage.exists(key):
-                tensors, note = read_tensors(run.storage, key)
-                count, identities = json.loads(note)
-                return cls(count, tuple(tensors["places"].tolist()), tensors["matrix"], tuple(identities))
-        except CorruptError:
-            pass
-        return cls(0, (), torch.empty(0, 0), ())
+        known = tensors_if_whole(run.storage, key)
+        if known is None:
+            return cls(0, (), torch.empty(0, 0), ())
+        tensors, note = known
+        count, identities = json.loads(note)
+        return cls(count, tuple(tensors["places"].tolist()), tensors["matrix"], tuple(identities))
 
     def with_part(self, found: Influence, names: SequenceABC[str]) -> _Scored:
         """And of the next candidates."""

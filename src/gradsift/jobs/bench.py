@@ -108,10 +108,8 @@ def _names(recipe: Recipe) -> set[str]:
 
 def print_benchmark(found: Benchmark) -> None:
     """The benchmark as short tables on standard output."""
-    from gradsift.report.terminal import console, draw
+    from gradsift.report.terminal import console, draw, list_files
 
     out = console()
     draw(found.blocks(), out)
-    out.print(f"results in {found.out}:", markup=False)
-    for name, what in BENCHED.items():
-        out.print(f"  {name:<21} {what}", markup=False)
+    list_files(found.out, BENCHED, out)

@@ -75,7 +75,7 @@ from gradsift.report.blocks import (
     Table,
     Text,
 )
-from gradsift.report.terminal import console, draw
+from gradsift.report.terminal import console, draw, list_files
 from gradsift.selection.select import Selection
 from gradsift.selection.selectors import selectors
 from gradsift.selection.shown import chosen_examples, how_chosen, learned_tokens
@@ -464,9 +464,7 @@ def print_result(result: Result) -> None:
     for line in (account.parts_line(), account.files_line()):
         if line and pool.reporter.quiet:  # said already otherwise
             out.print(visible(line), markup=False)
-    out.print(f"results in {pool.run.place}:", markup=False)
-    for name in files_of(result):
-        out.print(f"  {name:<21} {FILES[name]}", markup=False)
+    list_files(pool.run.place, {name: FILES[name] for name in files_of(result)}, out)
 
 
 def _score_table(result: Result) -> Table:

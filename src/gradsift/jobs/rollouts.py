@@ -33,7 +33,7 @@ from gradsift.influence.rewards_shown import earned_table
 from gradsift.jobs.results import FILES, Result, write_skipped
 from gradsift.jobs.select_explain import open_recipe, open_recipe_target, say_account
 from gradsift.recipe import Recipe
-from gradsift.report.terminal import console, draw, on_one_line, table
+from gradsift.report.terminal import console, draw, list_files, on_one_line, table
 from gradsift.rewards.estimators import pass_at_k
 from gradsift.store.run import Run
 from gradsift.warmup.checkpoint import Checkpoint
@@ -341,11 +341,9 @@ def print_rollouts(result: Rollouts, show: int = 3) -> None:
         if rollout.samples.usage is not None:
             out.print(f"{rollout.name}: {rollout.samples.usage}", markup=False)
     _print_responses(result, show, out)
-    run = result.pool.run
-    out.print(f"results in {run.place}:", markup=False)
-    for name in result.as_dict()["files"]:
-        if name != "skipped.jsonl" or (result.target.data.account + result.pool.training.account).entries:
-            out.print(f"  {name:<21} {FILES[name]}", markup=False)
+    skipped = (result.target.data.account + result.pool.training.account).entries
+    names = [name for name in result.as_dict()["files"] if name != "skipped.jsonl" or skipped]
+    list_files(result.pool.run.place, {name: FILES[name] for name in names}, out)
 
 
 def _print_responses(result: Rollouts, show: int, out: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -49,6 +49,13 @@ def draw(blocks: Iterable[Block | Section], out: Console | None = None) -> None:
             if block.title:
                 out.print(visible(block.title), style="bold", markup=False)
             draw(block.blocks, out)
+
+
+def list_files(place: str, files: Mapping[str, str], out: Console) -> None:
+    """Where results lie, and what each file is."""
+    out.print(f"results in {place}:", markup=False)
+    for name, what in files.items():
+        out.print(f"  {name:<21} {what}", markup=False)
 
 
 def _draw_table(block: Table, out: Console) -> None:

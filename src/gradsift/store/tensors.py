@@ -137,6 +137,14 @@ def read_tensors(storage: Storage, key: str) -> tuple[dict[str, Tensor], str]:
     return tensors, note
 
 
+def tensors_if_whole(storage: Storage, key: str) -> tuple[dict[str, Tensor], str] | None:
+    """As `read_tensors`; None where there is no such file, or it is damaged."""
+    try:
+        return read_tensors(storage, key) if storage.exists(key) else None
+    except CorruptError:
+        return None
+
+
 def _digest(tensors: Mapping[str, Any]) -> str:
     """Of names and values."""
     return fingerprint({name: checksum(_bytes(tensor)) for name, tensor in tensors.items()})

@@ -258,7 +258,7 @@ class _Judge:
         self.failed: dict[str, str] = {}
         excluded = {skip.id for skip in target.overlap}
         self.available = np.array([id_ not in excluded for id_ in pool.data.ids])
-        self.seed = pool.seed
+        self.seed, self.stored = pool.seed, 0  # bytes of the run folder
         self.warnings: list[str] = []
 
     def benchmark(self) -> Benchmark:
@@ -266,8 +266,9 @@ class _Judge:
             "recall": self._recall, "filter": self._filter, "lds": self._lds, "qld": self._qld
         }  # fmt: skip
         asked = self.settings.asked
-        for measure in asked:  # refused before anything heavy
-            _ = {"recall": lambda: self.of_class, "filter": lambda: self.marked}.get(measure, lambda: None)()
+        # Refused before anything heavy.
+        _ = self.of_class if "recall" in asked else None, self.marked if "filter" in asked else None
+        self.stored = _bytes_in(self.pool)
         for method in self.settings.judged:
             self._score(method)
         if len(self.scores) < 2:
@@ -279,7 +280,6 @@ class _Judge:
 
     def _score(self, method: Estimator) -> None:
         pool, began = self.pool, time.monotonic()
-        before = _bytes_in(pool)
         try:
             found = score(pool, self.target, method)
         except GradsiftError as error:
@@ -287,14 +287,14 @@ class _Judge:
             self.failed[method.label] = str(error)
             pool.reporter.warn(f"bench: {method.label} failed, the others go on: {error}")
             return
-        cost = Cost(time.monotonic() - began, max(0, _bytes_in(pool) - before))
+        seconds, before = time.monotonic() - began, self.stored
+        self.stored = _bytes_in(pool)
         key = f"bench/cost-{found.fingerprint}.json"
         kept = read_if_whole(pool.run.storage, key, _KeptCost, sealed=True)
         if kept is None:
-            pool.run.publish_json(key, asdict(cost), sealed=True)
-        else:
-            cost = Cost(kept["seconds"], kept["bytes"])
-        self.costs[method.label] = cost
+            kept = asdict(Cost(seconds, max(0, self.stored - before)))
+            pool.run.publish_json(key, kept, sealed=True)
+        self.costs[method.label] = Cost(kept["seconds"], kept["bytes"])
         self.scores[method.label], self.whole[method.label] = self._placed(found)
 
     def _placed(self, found: Scores) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -399,7 +399,7 @@ class _Judge:
         """Linear datamodelling scores, over subsets: in the same order of training, and on other seeds' mean."""
         settings, found = self.settings, []
         for share in settings.shares:
-            kept = self._subsets(share)
+            kept = self._subsets(share, settings.subsets)
             same = self._losses(0, kept)
             others = [self._losses(seed, kept) for seed in _OTHER_SEEDS]
             ceiling = agreement_of_trainings(*others)
@@ -414,12 +414,9 @@ class _Judge:
 
     def _qld(self) -> list[Column]:
         """How much more the loss rises without the highest-scored rows than without random ones, over targets."""
-        found, count = [], int(self.available.sum())
+        found = []
         for share in self.settings.removed:
-            size = max(1, round(share * count))
-            random = self._losses(
-                0, self._without([self._drawn(size, share, n) for n in range(self.settings.removals)])
-            )
+            random, size = self._losses(0, self._subsets(share, self.settings.removals)), self._size(share)
             labels = list(self.scores)[:-1]
             best = [
                 np.argsort(-np.where(self.available, self.whole[label], -np.inf), kind="stable")[:size]
@@ -432,14 +429,15 @@ class _Judge:
             found.append(self._column("qld", "QLD", f"best {share:.0%}", of, rises.shape[1], "targets", chance=0.0))
         return found
 
-    def _subsets(self, share: float) -> NDArray[np.float64]:
-        """Weights of the rows in each, `[subset row]`: 0 for those left out."""
-        size = max(1, round(share * int(self.available.sum())))
-        return self._without([self._drawn(size, share, number) for number in range(self.settings.subsets)])
+    def _size(self, share: float) -> int:
+        """How many rows a share of them is."""
+        return max(1, round(share * int(self.available.sum())))
 
-    def _drawn(self, size: int, *key: float) -> Units:
-        draw = np.random.default_rng([self.seed, size, *(int(1e6 * part) for part in key)])
-        return draw.choice(np.flatnonzero(self.available), size, replace=False)
+    def _subsets(self, share: float, count: int) -> NDArray[np.float64]:
+        """Weights of the rows without as many random ones, `[subset row]`: the first subsets are always the same."""
+        rows, size = np.flatnonzero(self.available), self._size(share)
+        keys = [[self.seed, size, int(1e6 * share), int(1e6 * number)] for number in range(count)]
+        return self._without([np.random.default_rng(key).choice(rows, size, replace=False) for key in keys])
 
     def _without(self, left_out: SequenceABC[Units]) -> NDArray[np.float64]:
         kept = np.tile(self.available.astype(np.float64), (len(left_out), 1))

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from gradsift.compare.table import Comparison
     from gradsift.context import Pool, Setup, Target, open_pool, open_target
     from gradsift.data.load import Columns
+    from gradsift.data.sample import RowSample
     from gradsift.evaluation.arms import Arm, Compare, Curve
     from gradsift.evaluation.evaluate import Evaluation, evaluate
     from gradsift.evaluation.fine_tune import train_on
@@ -105,6 +106,7 @@ _WHERE = {
     "gradsift.validation.bench": ("Bench", "Benchmark", "bench"),
     "gradsift.context": ("Pool", "Setup", "Target", "open_pool", "open_target"),
     "gradsift.data.load": ("Columns",),
+    "gradsift.data.sample": ("RowSample",),
     "gradsift.base.errors": ("GradsiftError",),
     "gradsift.evaluation.arms": ("Arm", "Compare", "Curve"),
     "gradsift.compare.table": ("Comparison",),
@@ -186,7 +188,7 @@ _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names
 
 __version__ = "0.1.0"
 __all__ = [  # noqa: RUF022  # kept in the order of the flow
-    "open_pool", "open_target", "Pool", "Target", "Columns",
+    "open_pool", "open_target", "Pool", "Target", "Columns", "RowSample",
     "Warmup", "Training", "warm_up", "train", "Checkpoint", "open_checkpoint",
     "Gradients", "Adam", "Projection", "collect", "GradientStore", "MeasuredError", "Run",
     "score", "Scores", "Estimator", "Influence",

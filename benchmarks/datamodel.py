@@ -87,7 +87,8 @@ from gradsift.influence.smooth import recorded
 from gradsift.model.loss import token_mean
 from gradsift.model.models import host
 from gradsift.rewards.matching import Exact
-from gradsift.validation.datamodel import Estimate, agreement_of_trainings, lds, qld
+from gradsift.base.resampling import Estimate
+from gradsift.validation.datamodel import agreement_of_trainings, lds, qld
 
 Array = NDArray[np.float64]
 T = TypeVar("T")

@@ -301,7 +301,7 @@ def relevance(outputs: int = 40, *, validated: bool = True, prompt: str = "") ->
         )
         for entry in entries for found in entry.results if found.k == 10
     ]  # fmt: skip
-    pairs = [(one.cell.relevance, one.support, 1.0) for one in cells]
+    pairs = [(one.cell.relevance, one.support, 1.0, one.cell.output) for one in cells]
     known = Validation(tuple(cells), (), agreement(*zip(*pairs, strict=True)), {}, "stored", OneStep())  # type: ignore[arg-type]
     found = SimpleNamespace(
         entries=tuple(entries),

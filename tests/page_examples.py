@@ -25,7 +25,7 @@ from gradsift.data.account import Account
 from gradsift.data.shown import left_out, own_columns, shares_table, turns_of
 from gradsift.evaluation.arms import Contender
 from gradsift.evaluation.metric import Figure, Measured
-from gradsift.explanation.explain import ChosenExample, Draw, Explanation, StrategyResult
+from gradsift.explanation.result import ChosenExample, Draw, Explanation, StrategyResult
 from gradsift.explanation.shown import explained_blocks, explanation_page
 from gradsift.explanation.table import relevance_table
 from gradsift.explanation.verdict import Reference

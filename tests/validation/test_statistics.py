@@ -97,7 +97,7 @@ def test_interval_where_nothing_varies() -> None:
 
 def test_change_of_correlation_is_over_outputs_of_both_kinds() -> None:
     """Perfect order against its reverse differs by 2, whichever outputs are drawn; an output of one kind is left out."""
-    cells = [(2.0 ** n, sign * n, f"o{o}", sign < 0) for o in range(5) for sign in (1, -1) for n in range(4)]
+    cells = [(2.0**n, sign * n, f"o{o}", sign < 0) for o in range(5) for sign in (1, -1) for n in range(4)]
     cells += [(1.0, 99.0, "alone", False)]
     before, after, change, outputs = change_of_correlation(*map(list, zip(*cells, strict=True)))
     assert (before, after, outputs) == (pytest.approx(1.0), pytest.approx(-1.0), 5)
@@ -148,6 +148,6 @@ def test_agreement_refuses_what_does_not_fit() -> None:
     with pytest.raises(ConfigError, match="2 relevances, 1 supports, 2 shifts and 2 outputs"):
         agreement([1, 2], [1], [1, 2], ["a", "b"])
     with pytest.raises(ConfigError, match="must ascend"):
-        agreement([1.0], [1.0], [1.0], ['a'], edges_db=(0, -10))
+        agreement([1.0], [1.0], [1.0], ["a"], edges_db=(0, -10))
     with pytest.raises(ConfigError, match="expected a linear ratio"):
-        agreement([-3.0], [1.0], [1.0], ['a'])
+        agreement([-3.0], [1.0], [1.0], ["a"])

@@ -48,8 +48,8 @@ def bootstrap_groups(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """`bootstrap` of cells that come in groups, of which each is drawn whole: cells of one group are not independent.
 
-    What a group's cells have in common is then not taken for evidence, and a cell that is there twice adds nothing. With
-    fewer than some ten groups the intervals are too narrow.
+    What a group's cells have in common is then not taken for evidence. With fewer than some ten groups the intervals
+    are too narrow.
 
     Args:
         statistic: of cells by their numbers, `[cell]` → `[statistic]`.

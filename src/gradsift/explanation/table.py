@@ -11,7 +11,7 @@ import numpy as np
 
 from gradsift.base.resampling import bootstrap, estimate_of
 from gradsift.explanation.coefficients import MODELS, CoefficientModel
-from gradsift.explanation.explain import Explanation, Explanations, StrategyResult
+from gradsift.explanation.explain import Explanations
 from gradsift.explanation.relevance import (
     Aggregation,
     Relevance,
@@ -22,6 +22,7 @@ from gradsift.explanation.relevance import (
     summarise_relevance,
     to_db,
 )
+from gradsift.explanation.result import Explanation, StrategyResult
 from gradsift.selection.selector import Selector
 from gradsift.selection.top_k import Naive
 
@@ -180,12 +181,12 @@ def _between(
     """95 % intervals of the aggregates over outputs, dB: the same resamples for every row."""
     if len(next(iter(grouped.values()))) < 2:
         return dict.fromkeys(grouped)
-    columns = [
+    norms, errors, ratios = (
         np.array([[getattr(one, name) for one in own] for own in grouped.values()]).T  # [output row]
         for name in ("squared_norm", "squared_error", "ratio")
-    ]
+    )
     value, drawn = bootstrap(
-        lambda outputs: 10 * np.log10(aggregated(*(column[outputs] for column in columns), how)), len(columns[0])
+        lambda outputs: 10 * np.log10(aggregated(norms[outputs], errors[outputs], ratios[outputs], how)), len(norms)
     )
     ends = [estimate_of(value[n], drawn[:, n]) for n in range(len(grouped))]
     return {key: (own.low, own.high) for key, own in zip(grouped, ends, strict=True)}
@@ -237,14 +238,14 @@ def _coinciding(explanations: Explanations, k: int) -> Iterator[str]:
     orders = {own.ranking for own in explanations.strategies if own.takes == "rows"} - {None, "any"}
     if rows <= count and len(orders) > 1:
         yield (
-            f"The pool has {rows:,} rows with a gradient and {count:,} compete: strategies of different rankings choose "
-            "from the same examples, and those that coverage alone decides (λ = 1) coincide."
+            f"The pool has {rows:,} rows with a gradient, and {count:,} may compete: strategies of every ranking choose "
+            "from the same rows, and those that coverage alone decides (λ = 1) coincide."
         )
     for estimator in explanations.estimators:
         if not estimator.signed and len(orders | {own.ranking for own in explanations.strategies}) > 1:
             yield (
-                f"Scores by {estimator.label} have no sign: most helpful is most influential, and most harmful is least "
-                "influential."
+                f"Scores by {estimator.label} have no sign: most helpful is most influential there, and most harmful "
+                "is least influential."
             )
     if rows <= k:
         yield f"k = {k} takes all {rows:,} rows of the pool: every strategy's choice is the same."

@@ -310,7 +310,9 @@ def _reranking(cells: SequenceABC[Validated], explanations: Explanations) -> Ite
     located = [own for own in explanations.strategies if isinstance(own, FacilityLocation)]
     for estimator, trade_off in product(explanations.estimators, sorted({own.trade_off for own in located})):
         again = {own.strategy: own.ranking for own in located if own.trade_off == trade_off}
-        naive = {own.strategy for own in explanations.strategies if isinstance(own, Naive) and own.ranking in again.values()}
+        naive = {
+            own.strategy for own in explanations.strategies if isinstance(own, Naive) and own.ranking in again.values()
+        }
         compared = [
             one
             for part in (naive, again)

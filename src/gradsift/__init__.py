@@ -35,9 +35,10 @@ if TYPE_CHECKING:
     from gradsift.evaluation.metric import Figure, Measured
     from gradsift.evaluation.pairwise import Pairwise
     from gradsift.evaluation.setup import Trained, open_model
-    from gradsift.explanation.explain import ALL_STRATEGIES, Explanation, Explanations, explain
+    from gradsift.explanation.explain import ALL_STRATEGIES, Explanations, explain
     from gradsift.explanation.outputs import Question
     from gradsift.explanation.relevance import selection_relevance
+    from gradsift.explanation.result import Explanation
     from gradsift.explanation.table import RelevanceTable, relevance_table
     from gradsift.generation.assistant import Assistant
     from gradsift.generation.endpoint import Endpoint
@@ -120,9 +121,10 @@ _WHERE = {
     "gradsift.evaluation.metric": ("Figure", "Measured"),
     "gradsift.evaluation.pairwise": ("Pairwise",),
     "gradsift.evaluation.setup": ("Trained", "open_model"),
-    "gradsift.explanation.explain": ("ALL_STRATEGIES", "Explanation", "Explanations", "explain"),
+    "gradsift.explanation.explain": ("ALL_STRATEGIES", "Explanations", "explain"),
     "gradsift.explanation.outputs": ("Question",),
     "gradsift.explanation.relevance": ("selection_relevance",),
+    "gradsift.explanation.result": ("Explanation",),
     "gradsift.explanation.table": ("RelevanceTable", "relevance_table"),
     "gradsift.gradients.collect": ("Adam", "Gradients", "collect"),
     "gradsift.gradients.projection": ("Projection",),

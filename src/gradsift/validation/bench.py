@@ -16,6 +16,7 @@ from pydantic import Field, field_validator
 from gradsift.base.errors import ConfigError, DataError, GradsiftError
 from gradsift.base.interruption import refuse_to_go_on
 from gradsift.base.lazy import torch
+from gradsift.base.resampling import Estimate, bootstrap, estimate_of
 from gradsift.base.settings import Settings
 from gradsift.context import Pool, Target
 from gradsift.influence.bm25 import BM25
@@ -29,7 +30,7 @@ from gradsift.influence.smooth import SmoothTraining
 from gradsift.influence.states import RDSPlus
 from gradsift.report.blocks import Block, Shown
 from gradsift.store.manifest import Record, fingerprint, read_if_whole
-from gradsift.validation.datamodel import Estimate, agreement, agreement_of_trainings, bootstrap, estimate_of
+from gradsift.validation.datamodel import agreement, agreement_of_trainings
 from gradsift.validation.ranking import auc, average_precision, recall, reciprocal_rank
 
 Measure = Literal["recall", "filter", "lds", "qld"]

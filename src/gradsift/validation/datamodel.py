@@ -3,28 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from gradsift.base.errors import NonFiniteError, ShapeError
 from gradsift.base.ranks import paired_rank_correlations
+from gradsift.base.resampling import Estimate, bootstrap, estimate_of
 
 _LEAST_SUBSETS = 3  # an order of two says nothing
-_TAILS = (2.5, 97.5)
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """A figure and its 95 % bootstrap interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:+.2f} ({self.low:+.2f} to {self.high:+.2f})"
 
 
 def lds(
@@ -149,30 +136,6 @@ def _fitting(
 def agreement(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
     """Spearman's correlation over the first axis, mean over the second."""
     return float(paired_rank_correlations(first, second).mean())
-
-
-def bootstrap(
-    statistic: Callable[[NDArray[np.int64]], NDArray[np.float64]], count: int, draws: int = 400, seed: int = 0
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Statistics of units, and of those that are drawn from them with replacement.
-
-    Args:
-        statistic: of units by their numbers, `[unit]` → `[statistic]`.
-        count: of units.
-        draws, seed: of the resamples.
-
-    Returns:
-        `[statistic]` of all units, and `[draw statistic]`.
-    """
-    resampled = np.random.default_rng(seed).integers(count, size=(draws, count))
-    return statistic(np.arange(count)), np.stack([statistic(rows) for rows in resampled])
-
-
-def estimate_of(value: float, drawn: NDArray[np.float64]) -> Estimate:
-    """A statistic with the percentiles of its draws; those that are NaN say nothing."""
-    there = drawn[np.isfinite(drawn)]
-    low, high = np.percentile(there, _TAILS) if len(there) else (np.nan, np.nan)
-    return Estimate(float(value), float(low), float(high))
 
 
 def _bootstrapped(statistic: Callable[[NDArray[np.int64]], float], count: int, draws: int, seed: int) -> Estimate:

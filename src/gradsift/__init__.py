@@ -94,7 +94,7 @@ if TYPE_CHECKING:
     from gradsift.store.precision import MeasuredError
     from gradsift.store.run import Run
     from gradsift.validation.bench import Bench, Benchmark, bench
-    from gradsift.validation.datamodel import lds, qld
+    from gradsift.validation.datamodel import joint_influence, lds, qld
     from gradsift.validation.one_step import OneStep
     from gradsift.validation.validate import Validation, validate, validate_explanations
     from gradsift.warmup.checkpoint import Checkpoint, open_checkpoint
@@ -179,7 +179,7 @@ _WHERE = {
     "gradsift.selection.transport": ("TSDS",),
     "gradsift.store.gradient_store": ("GradientStore",),
     "gradsift.store.precision": ("MeasuredError",),
-    "gradsift.validation.datamodel": ("lds", "qld"),
+    "gradsift.validation.datamodel": ("joint_influence", "lds", "qld"),
     "gradsift.validation.one_step": ("OneStep",),
     "gradsift.validation.validate": ("Validation", "validate", "validate_explanations"),
     "gradsift.warmup.checkpoint": ("Checkpoint", "open_checkpoint"),
@@ -203,7 +203,7 @@ __all__ = [  # noqa: RUF022  # kept in the order of the flow
     "explain", "Question", "Explanation", "Explanations", "ALL_STRATEGIES",
     "MostHelpful", "MostHarmful", "MostInfluential", "LeastInfluential", "Divine", "Aide", "RandomExamples",
     "RelevancePursuit", "selection_relevance", "relevance_table", "RelevanceTable",
-    "validate", "validate_explanations", "Validation", "OneStep", "lds", "qld", "bench", "Bench",
+    "validate", "validate_explanations", "Validation", "OneStep", "lds", "qld", "joint_influence", "bench", "Bench",
     "Benchmark", "run_bench",
     "train_on", "Trained", "merge", "open_model", "Setup", "evaluate", "Evaluation", "Measured", "Figure",
     "HeldOutLoss", "MeanReward", "Pairwise", "Grading", "LMEval", "length_controlled_win_rate",

@@ -99,6 +99,7 @@ if TYPE_CHECKING:
     from gradsift.validation.validate import Validation, validate, validate_explanations
     from gradsift.warmup.checkpoint import Checkpoint, open_checkpoint
     from gradsift.warmup.merge import merge
+    from gradsift.warmup.recorder import Recorder
     from gradsift.warmup.train import Training, Warmup, train, warm_up
 
 _WHERE = {
@@ -184,6 +185,7 @@ _WHERE = {
     "gradsift.validation.validate": ("Validation", "validate", "validate_explanations"),
     "gradsift.warmup.checkpoint": ("Checkpoint", "open_checkpoint"),
     "gradsift.warmup.merge": ("merge",),
+    "gradsift.warmup.recorder": ("Recorder",),
     "gradsift.warmup.train": ("Training", "Warmup", "train", "warm_up"),
 }
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
@@ -191,7 +193,7 @@ _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names
 __version__ = "0.1.0"
 __all__ = [  # noqa: RUF022  # kept in the order of the flow
     "open_pool", "open_target", "Pool", "Target", "Columns", "RowSample",
-    "Warmup", "Training", "warm_up", "train", "Checkpoint", "open_checkpoint",
+    "Warmup", "Training", "warm_up", "train", "Checkpoint", "open_checkpoint", "Recorder",
     "Gradients", "Adam", "Projection", "collect", "GradientStore", "MeasuredError", "Run",
     "score", "Scores", "Estimator", "Influence",
     "LESS", "DataInf", "ProjectedInverse", "TRAK", "EKFAC", "JI2S", "MAGIC", "BM25", "RDS", "RDSPlus", "RepSim",

@@ -280,8 +280,8 @@ class Walk:
         """Those that gradients are taken at: given, trained before, or trained by the run, which is told."""
         if self._adapters is None:
             recipe, seed = self.recipe, self.pool.seed
-            if recipe.adapter:
-                self._adapters = [open_checkpoint(adapter) for adapter in recipe.adapter]
+            if self.pool.adapters:
+                self._adapters = [open_checkpoint(adapter) for adapter in self.pool.adapters]
                 return self._adapters
             rows = self.pool.training
             ids = warm_up_ids(rows, recipe.warmup, seed)

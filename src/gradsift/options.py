@@ -235,6 +235,7 @@ BENCH = _of(
     bench.top
     bench.subsets
     bench.removals
+    bench.test
     bench.smooth !""",
 )
 COLLECTED = _of("Gradients", "gradients.full_sum !")

@@ -25,7 +25,7 @@ from gradsift.data.account import Account
 from gradsift.data.shown import left_out, own_columns, shares_table, turns_of
 from gradsift.evaluation.arms import Contender
 from gradsift.evaluation.metric import Figure, Measured
-from gradsift.explanation.explain import ChosenExample, Draw, Explanation, StrategyResult
+from gradsift.explanation.result import ChosenExample, Draw, Explanation, StrategyResult
 from gradsift.explanation.shown import explained_blocks, explanation_page
 from gradsift.explanation.table import relevance_table
 from gradsift.explanation.verdict import Reference
@@ -301,7 +301,7 @@ def relevance(outputs: int = 40, *, validated: bool = True, prompt: str = "") ->
         )
         for entry in entries for found in entry.results if found.k == 10
     ]  # fmt: skip
-    pairs = [(one.cell.relevance, one.support, 1.0) for one in cells]
+    pairs = [(one.cell.relevance, one.support, 1.0, one.cell.output) for one in cells]
     known = Validation(tuple(cells), (), agreement(*zip(*pairs, strict=True)), {}, "stored", OneStep())  # type: ignore[arg-type]
     found = SimpleNamespace(
         entries=tuple(entries),

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import page_examples
 from gradsift.explanation import shown
-from gradsift.explanation.explain import ChosenExample, StrategyResult
+from gradsift.explanation.result import ChosenExample, StrategyResult
 from gradsift.explanation.shown import (
     explained_blocks,
     explanation_file,

@@ -440,6 +440,11 @@ def source_of(method: type[Settings]) -> dict[str, Any]:
     return {"source": fingerprint([source.digest for source in sources])}
 
 
+def views_read(methods: Iterable[Estimator], *, last: bool = True) -> list[View]:
+    """Which of the pool's rows methods read at a checkpoint, the `last` or another: one backward gives them all."""
+    return sorted({m.view for m in methods if m.view is not None and (last or not m.last_checkpoint)})
+
+
 def target_view(view: View) -> View:
     """Which of the targets' rows go with a view of the pool's."""
     return "segments" if view == "segments" else "plain"

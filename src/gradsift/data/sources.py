@@ -26,6 +26,7 @@ from gradsift.data.files import (
     readable_types,
     refuse_repeated,
     suffix_of,
+    unpadded,
     why_unread,
 )
 
@@ -81,9 +82,9 @@ def read_rows(source: Any, what: str) -> Source:
         batches = source.to_batches() if hasattr(source, "to_batches") else source
         return Source(batch_rows([batches] if hasattr(batches, "to_pylist") else batches, "table"), "table")
     if _is_of("pandas", source) and hasattr(source, "columns"):
-        return _in_memory(_plain(row) for row in source.to_dict("records"))
+        return _in_memory(unpadded(_plain(row)) for row in source.to_dict("records"))
     if _is_of("polars", source) and hasattr(source, "iter_rows"):
-        return _in_memory(source.iter_rows(named=True))
+        return _in_memory(map(unpadded, source.iter_rows(named=True)))
     if not isinstance(source, Iterable):
         raise DataError(f"{what}: got {kind_of(source)}; wanted a path, a dataset name, a table or rows.")
     rows = list(source)
@@ -334,12 +335,13 @@ def _hub_file(dataset: str, revision: str | None, name: str, what: str) -> Sourc
 def _dataset_rows(dataset: Dataset, name: str) -> Iterator[Row]:
     # A torch or numpy format would turn the user's values into tensors.
     plain, number = dataset.with_format(None), 0
+    exact = {column for column, kind in (plain.features or {}).items() if "Json(" in repr(kind)}  # has nulls of its own
     rest = plain
     while True:
         try:
             for row in rest:
                 number += 1
-                yield Row(row, name, number)
+                yield Row(unpadded(row) | {column: row[column] for column in exact}, name, number)
             return
         except UnicodeDecodeError as error:
             number += 1

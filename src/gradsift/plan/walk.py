@@ -289,8 +289,8 @@ class Walk:
         """Those that gradients are taken at: given, trained before, or trained by the run, which is told."""
         if self._adapters is None:
             recipe, seed = self.recipe, self.pool.seed
-            if recipe.adapter:
-                self._adapters = [open_checkpoint(adapter) for adapter in recipe.adapter]
+            if self.pool.adapters:
+                self._adapters = [open_checkpoint(adapter) for adapter in self.pool.adapters]
                 return self._adapters
             rows = self.pool.training
             ids = warm_up_ids(rows, recipe.warmup, seed)
@@ -584,6 +584,11 @@ class Walk:
         sets = len(job.budgets) * (len(job.strategies) * len(job.estimators) + job.validation.step.random_sets)
         stored = job.validation.route == "stored" or projection.kind == "none"
         trained = 0.0 if stored else outputs * sets * max(job.budgets) * float(pool.data.lengths.mean())
+        if job.validation.sanity:  # on the output itself, for real, and on single rows
+            sets += 1 + job.validation.step.random_sets
+            trained += tokens + (
+                0.0 if stored else outputs * job.validation.step.random_sets * float(pool.data.lengths.mean())
+            )
         own = float(pool.data.lengths.sum()) if stored and projection.kind != "none" else 0.0
         self.add(
             Work(

@@ -19,6 +19,7 @@ from gradsift.base.interruption import refuse_to_go_on
 from gradsift.base.lazy import torch
 from gradsift.base.progress import Advance, silent, untold
 from gradsift.base.ranks import paired_rank_correlations
+from gradsift.base.resampling import Estimate, bootstrap, estimate_of
 from gradsift.base.settings import Budget, Settings
 from gradsift.context import Pool, Target
 from gradsift.data.pairs import Pairs
@@ -42,7 +43,7 @@ from gradsift.influence.states import RDSPlus
 from gradsift.report.blocks import Block, Shown
 from gradsift.selection.select import budget_count
 from gradsift.store.manifest import Record, fingerprint, read_if_whole
-from gradsift.validation.datamodel import Estimate, agreement, agreement_of_trainings, bootstrap, estimate_of
+from gradsift.validation.datamodel import agreement, agreement_of_trainings
 from gradsift.validation.ranking import auc, average_precision, recall, reciprocal_rank
 from gradsift.warmup.train import Training
 

@@ -51,9 +51,7 @@ def collected(pool: gs.Pool, target: gs.Target, threads: int) -> Path:
     path = out / "bergson.npy"
     if path.exists():
         return path
-    rows = [
-        {"id": id_, "messages": list(data.messages(id_))} for data in (pool.data, target.data) for id_ in data.ids
-    ]
+    rows = [{"id": id_, "messages": list(data.messages(id_))} for data in (pool.data, target.data) for id_ in data.ids]
     with tempfile.TemporaryDirectory(prefix="peer-bergson-") as folder:
         scratch = Path(folder)
         peer.write_rows(scratch / "rows.jsonl", rows)

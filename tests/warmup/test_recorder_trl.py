@@ -15,16 +15,16 @@ from gradsift.base.errors import ConfigError
 from gradsift.warmup.recording import open_recording
 from tiny_world import World, pool_rows, target_rows, write_rows
 
-trl = pytest.importorskip(
-    "trl", reason="TRL, whose trainers are recorded, is not installed: pip install trl"
-)
+trl = pytest.importorskip("trl", reason="TRL, whose trainers are recorded, is not installed: pip install trl")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 PAGE = Path(__file__).parents[2] / "docs" / "your-own-training.md"
 
 
 def rows(count: int = 16) -> list[dict[str, Any]]:
     """Of a prompt and a completion, of which TRL learns the completion."""
-    return [{"id": one["id"], "prompt": one["messages"][:1], "completion": one["messages"][1:]} for one in pool_rows(count)]
+    return [
+        {"id": one["id"], "prompt": one["messages"][:1], "completion": one["messages"][1:]} for one in pool_rows(count)
+    ]
 
 
 def test_the_page(tiny: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -159,7 +159,8 @@ def _run_again(model: nn.Module) -> dict[nn.Module, nn.Module]:
     return again
 
 
-def _again(name: str, module: nn.Module, parameter: nn.Parameter) -> Captured:
+def _again(name: str, module: nn.Module, parameter: Tensor) -> Captured:
+    assert isinstance(parameter, nn.Parameter), name
     rows, columns = parameter.numel() // max(1, parameter.shape[-1]), parameter.shape[-1]
     return Captured(name, module, rows, columns, again=parameter)
 

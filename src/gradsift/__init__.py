@@ -96,6 +96,7 @@ if TYPE_CHECKING:
     from gradsift.validation.bench import Bench, Benchmark, bench
     from gradsift.validation.datamodel import joint_influence, lds, qld
     from gradsift.validation.one_step import OneStep
+    from gradsift.validation.trainer_check import check_trainer
     from gradsift.validation.validate import Validation, validate, validate_explanations
     from gradsift.warmup.checkpoint import Checkpoint, open_checkpoint
     from gradsift.warmup.merge import merge
@@ -182,6 +183,7 @@ _WHERE = {
     "gradsift.store.precision": ("MeasuredError",),
     "gradsift.validation.datamodel": ("joint_influence", "lds", "qld"),
     "gradsift.validation.one_step": ("OneStep",),
+    "gradsift.validation.trainer_check": ("check_trainer",),
     "gradsift.validation.validate": ("Validation", "validate", "validate_explanations"),
     "gradsift.warmup.checkpoint": ("Checkpoint", "open_checkpoint"),
     "gradsift.warmup.merge": ("merge",),
@@ -193,7 +195,7 @@ _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names
 __version__ = "0.1.0"
 __all__ = [  # noqa: RUF022  # kept in the order of the flow
     "open_pool", "open_target", "Pool", "Target", "Columns", "RowSample",
-    "Warmup", "Training", "warm_up", "train", "Checkpoint", "open_checkpoint", "Recorder",
+    "Warmup", "Training", "warm_up", "train", "Checkpoint", "open_checkpoint", "Recorder", "check_trainer",
     "Gradients", "Adam", "Projection", "collect", "GradientStore", "MeasuredError", "Run",
     "score", "Scores", "Estimator", "Influence",
     "LESS", "DataInf", "ProjectedInverse", "TRAK", "EKFAC", "JI2S", "MAGIC", "BM25", "RDS", "RDSPlus", "RepSim",

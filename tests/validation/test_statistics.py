@@ -96,7 +96,7 @@ def test_interval_where_nothing_varies() -> None:
 
 
 def test_change_of_correlation_is_over_outputs_of_both_kinds() -> None:
-    """Perfect order against its reverse differs by 2, whichever outputs are drawn; an output of one kind is left out."""
+    """Order against its reverse differs by 2, whichever outputs are drawn; an output of one kind is left out."""
     cells = [(2.0**n, sign * n, f"o{o}", sign < 0) for o in range(5) for sign in (1, -1) for n in range(4)]
     cells += [(1.0, 99.0, "alone", False)]
     before, after, change, outputs = change_of_correlation(*map(list, zip(*cells, strict=True)))

@@ -238,7 +238,7 @@ def _coinciding(explanations: Explanations, k: int) -> Iterator[str]:
     orders = {own.ranking for own in explanations.strategies if own.takes == "rows"} - {None, "any"}
     if rows <= count and len(orders) > 1:
         yield (
-            f"The pool has {rows:,} rows with a gradient, and {count:,} may compete: strategies of every ranking choose "
+            f"The pool has {rows:,} rows with a gradient, and {count:,} may compete: strategies of all rankings choose "
             "from the same rows, and those that coverage alone decides (λ = 1) coincide."
         )
     for estimator in explanations.estimators:

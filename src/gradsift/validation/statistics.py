@@ -152,11 +152,24 @@ def agreement(
         _proportion(int((of & among).sum()), int(among.sum()), drawn[:, len(pairs) + n], len(set(names[among])))
         for n, (of, among) in enumerate(shares)
     ]
-    bins = [
-        ScoreBin(*(None if math.isinf(edge) else edge for edge in edges), *proportions[3 + 2 * n : 5 + 2 * n])
-        for n, edges in enumerate(limits)
-    ]
-    return Agreement(len(decibels), len(set(outputs)), *correlations, *proportions[:3], bins=tuple(bins))
+    support, shift, support_above, shift_above = correlations
+    accuracy, precision, over_all, *binned = proportions
+    bins = tuple(
+        ScoreBin(None if math.isinf(low) else low, None if math.isinf(high) else high, of, right)
+        for (low, high), of, right in zip(limits, binned[::2], binned[1::2], strict=True)
+    )
+    return Agreement(
+        cells=len(decibels),
+        outputs=len(set(outputs)),
+        support=support,
+        shift=shift,
+        support_above=support_above,
+        shift_above=shift_above,
+        accuracy=accuracy,
+        precision=precision,
+        supported=over_all,
+        bins=bins,
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,7 +75,7 @@ class Recorder(TrainerCallback):
         self._numbers: dict[bytes, int] = {}  # of rows, by what they hold
         self._step, self._saved = int(state.global_step), 0
         self._rates: list[float] = []  # since the last checkpoint
-        if is_recording(self._run.folder) or self._step:
+        if self._step or (is_recording(self._run.folder) and open_recording(self._run.folder).taken):
             self._go_on()
         else:
             publish_adapter(self._run, "start/", model)
@@ -92,7 +92,8 @@ class Recorder(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """What the optimizer is about to see."""
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self._trained.values()]
-        self._norms.append(torch.stack(torch._foreach_norm(gradients)).float())
+        norms = torch._foreach_norm(gradients)
+        self._norms.append(torch.stack([norm.to(norms[0]) for norm in norms]).float())  # a model may lie on several
         groups = given["optimizer"].param_groups
         self._rates.append(float(next(group["lr"] for group in groups if group["params"])))
 

@@ -539,6 +539,32 @@ def collect(given: Given) -> None:
 
 
 @_command(
+    _POOL, of.TRAINER, of.RUN, of.JSON, of.QUIET, of.DEBUG, required=("model", "pool", "out", "config"),
+    name="check-trainer",
+)  # fmt: skip
+def check_trainer(given: Given) -> None:
+    """Compare token ids, labels and losses with those that TRL's SFTTrainer makes of the same rows.
+
+    Where a row or a token differs, it is named, and the exit status is 1.
+
+    Example: gradsift check-trainer --model MODEL --pool pool.jsonl --config sft.yaml --out runs/math
+    """
+    from gradsift.jobs.select_explain import open_recipe
+    from gradsift.store.run import Run
+    from gradsift.validation.trainer_check import check_sft_config
+
+    recipe = _recipe(given)
+    with Run(recipe.out).lock():
+        found = check_sft_config(given["config"], open_recipe(recipe, _reporter(given)), given["rows"])
+    if given["json"]:
+        _print_json(found.as_dict())
+    else:
+        print(found)
+    if not found.equal:
+        raise click.exceptions.Exit(1)
+
+
+@_command(
     _LABELLED, _STAGES, of.SCORE, of.CHOICE, _RUN,
     Option("for", default="run", help="What is done with it: run (select, explain, compare), sample or reward."),
     required=(), arguments=(click.Argument(["recipe"], required=False, type=click.Path(path_type=Path)),),

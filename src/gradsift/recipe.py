@@ -131,7 +131,7 @@ class Recipe(Settings):
     pool_sample: choose from so many pool rows only (a share or a number); the warm-up still draws from all.
     keep_overlap: score pool rows that are in the target, too.
     warmup: a short LoRA training on a share of the pool, one checkpoint an epoch.
-    adapter: PEFT adapters to use in place of a warm-up, one for each checkpoint.
+    adapter: PEFT adapters to use in place of a warm-up, one for each checkpoint, or the folder of a Recorder.
     gradients: how gradients are taken and stored.
     views: of the pool's rows at the last checkpoint, what is collected beside what the choice reads, in the same pass;
         None is plain ones, so that `explain` needs no pass of its own.

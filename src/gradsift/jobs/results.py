@@ -115,6 +115,11 @@ class Result:
         return found
 
     @property
+    def notes(self) -> list[str]:
+        """What else there is to say of the scores, where nothing is wrong."""
+        return [note for entry in self.scores if entry.found is not None for note in entry.found.notes]
+
+    @property
     def skipped(self) -> Entries:
         """Every row that was left out of the pool, the target, the choice, or the explanations."""
         ids = self.pool.data.ids
@@ -181,6 +186,7 @@ def summary(result: Result) -> dict[str, Any]:
         "pool": {"rows": len(result.pool.data), "description": result.pool.data.description},
         **account.as_dict(),
         "warnings": result.warnings,
+        "notes": result.notes,
         "seconds": round(result.seconds, 2),
         "files": {name: run.name(name) for name in files_of(result)},
     }

@@ -244,6 +244,8 @@ def trust(result: Result) -> None:
     result.over_targets = target_reliability(scores, chosen)
     if result.reliability:
         pool.run.publish_json("diagnostics.json", diagnostics(result))
+    for note in result.notes:
+        pool.reporter.say(note)
     for warning in result.warnings:
         pool.reporter.warn(warning)
 

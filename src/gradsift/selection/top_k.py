@@ -33,6 +33,8 @@ class Naive(Selector):
 class MostHelpful(Naive):
     """The highest scores: training on them makes the output more likely."""
 
+    highest: ClassVar[bool] = True
+
     kind: Literal["most_helpful"] = "most_helpful"
     order: ClassVar[Order] = "most_helpful"
 

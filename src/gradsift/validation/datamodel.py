@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
+from itertools import combinations
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from gradsift.base.errors import NonFiniteError, ShapeError
+from gradsift.base.errors import ConfigError, NonFiniteError, ShapeError
 from gradsift.base.ranks import paired_rank_correlations
 from gradsift.base.resampling import Estimate, bootstrap, estimate_of
 
 _LEAST_SUBSETS = 3  # an order of two says nothing
+_MOST_MEMBERS = 16
+_Member = TypeVar("_Member", bound=Hashable)
 
 
 def lds(
@@ -110,6 +114,46 @@ def qld(without_best: ArrayLike, without_random: ArrayLike, *, draws: int = 400,
         raise ShapeError(f"without_best has {best.shape[1]} targets and without_random {random.shape[1]}")
     rises = best[0] - random.mean(axis=0)
     return _bootstrapped(lambda rows: float(rises[rows].mean()), len(rises), draws, seed)
+
+
+def joint_influence(
+    loss_after: Callable[[tuple[_Member, ...]], ArrayLike], members: Sequence[_Member]
+) -> NDArray[np.float64]:
+    """The discrete derivative of order |K| by retraining (JI2S, section 4.1):
+
+        Δ L(K, z′) = Σ_{W ⊆ K} (−1)^{|K|−|W|} L(z′, θ_{S ∪ W})
+
+    Of order 1 it is what a member changes; of order 2 what a pair changes beyond what each of the two does, which
+    `ji2s_pair` approximates; and so on. It takes 2^|K| trainings, the smallest sets first.
+
+    Args:
+        loss_after: nats of the targets, a number or `[target]`, after training on the background S and these members.
+        members: K, of rows or groups of rows, each named once.
+
+    Returns:
+        `[target]`, or a number's array; below 0, the members together lower the loss by more than their parts do.
+
+    Raises:
+        ConfigError: no member, one named twice, or more than 16, which are 65,536 trainings.
+        NonFiniteError: a loss is NaN or infinite.
+
+    Example:
+        >>> float(joint_influence(lambda kept: 2.0 - len(kept) - (len(kept) == 2), ["a", "b"]))
+        -1.0
+    """
+    count = len(members)
+    if not 1 <= count <= _MOST_MEMBERS or len(set(members)) < count:
+        raise ConfigError(
+            f"members are {count}, {len(set(members))} of them different: give 1 to {_MOST_MEMBERS}, each once"
+        )
+    total = np.zeros(())
+    for size in range(count + 1):
+        for kept in combinations(members, size):
+            loss = np.asarray(loss_after(kept), dtype=np.float64)
+            if not np.isfinite(loss).all():
+                raise NonFiniteError(f"the loss after training with {list(kept)} is {loss.tolist()}")
+            total = total + (-1) ** (count - size) * loss
+    return total
 
 
 def _matrix(name: str, values: ArrayLike) -> NDArray[np.float64]:

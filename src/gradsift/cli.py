@@ -649,11 +649,13 @@ def run(given: Given, recipe: Path) -> None:
 
     Example: gradsift run math.yaml
     """
+    from gradsift.jobs.models import write_models
     from gradsift.jobs.results import summary
     from gradsift.jobs.select_explain import run_recipe
+    from gradsift.report.terminal import console, draw
 
     recipes = _read_recipes(recipe, given)
-    as_list, contents = len(recipes) > 1 and given["json"], []
+    as_list, contents, results = len(recipes) > 1 and given["json"], [], []
     for one in recipes:
         if one.bench is not None:
             from gradsift.jobs.bench import run_bench
@@ -661,10 +663,13 @@ def run(given: Given, recipe: Path) -> None:
             judged = run_bench(one, _reporter(given))
             contents.append(judged.as_dict()) if as_list else _print_bench(judged, given)
         else:
-            result = run_recipe(one, _reporter(given))
+            results.append(result := run_recipe(one, _reporter(given)))
             contents.append(summary(result)) if as_list else _print_result(result, given)
+    by_model = write_models(results)
     if as_list:
         _print_json(contents)
+    elif by_model:
+        draw(by_model, console())
 
 
 @_command(_ELSEWHERE, required=(), arguments=_RECIPE)

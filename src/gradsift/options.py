@@ -221,7 +221,8 @@ VALIDATION = _of(
     "Validation",
     """explain.validation.step.random_sets
     explain.validation.step.lr --step-rate
-    explain.validation.route""",
+    explain.validation.route
+    explain.validation.sanity !""",
 )
 BENCH = _of(
     "Benchmark",
@@ -234,6 +235,7 @@ BENCH = _of(
     bench.top
     bench.subsets
     bench.removals
+    bench.test
     bench.smooth !""",
 )
 TRAINER = (

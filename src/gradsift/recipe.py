@@ -51,10 +51,12 @@ class Validate(Settings):
 
     step: the step and the random sets it is compared with.
     route: `stored` forms steps from unprojected gradients, `trained` takes them for real, `auto` decides.
+    sanity: also train on each output itself, and see how often that does more to it than a random row.
     """
 
     step: OneStep = OneStep()
     route: Route = "auto"
+    sanity: bool = False
 
 
 class Explain(Settings):

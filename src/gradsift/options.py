@@ -238,6 +238,10 @@ BENCH = _of(
     bench.test
     bench.smooth !""",
 )
+MIXTURE = (
+    Option("by", panel="Input", help="The pool's column that names each row's source."),
+    Option("train", panel="Input", help="Train on this mixture, evenly and by size: the loss on this file of each."),
+)
 TRAINER = (
     Option(
         "config",

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -170,7 +170,9 @@ app = _Commands(
 class Given(dict[str, Any]):
     """What was given, by option, and the options there are."""
 
-    options: tuple[Option, ...] = ()
+    def __init__(self, values: Mapping[str, Any], options: tuple[Option, ...] = ()) -> None:
+        super().__init__(values)
+        self.options = options
 
 
 def _command(
@@ -185,8 +187,7 @@ def _command(
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(**values: Any) -> None:
             own = {str(one.name): values.pop(str(one.name)) for one in arguments}
-            given = Given(values)
-            given.options = flat
+            given = Given(values, flat)
             with _errors(debug=bool(values.get("debug"))):
                 function(given, **own)
 
@@ -312,9 +313,14 @@ def explain(given: Given) -> None:
     Example: gradsift explain --model MODEL --pool pool.jsonl --out runs/math --prompt "What is 17 + 25?" -k 5
 
     All strategies side by side: gradsift explain … --target questions.jsonl -k 1,5,10,25 --compare
+
+    Many questions, one a line, as they are typed, with the model kept in memory: gradsift explain … --prompt -
     """
     from gradsift.jobs.select_explain import run_explain
 
+    if given["prompt"] == "-":
+        _explain_lines(given)
+        return
     _print_result(run_explain(_explain_recipe(given), _reporter(given)), given)
 
 
@@ -327,6 +333,41 @@ def validate(given: Given) -> None:
     from gradsift.jobs.select_explain import run_explain
 
     _print_result(run_explain(_explain_recipe(given, validates=True), _reporter(given)), given)
+
+
+def _explain_lines(given: Given) -> None:
+    """Explain each line of standard input, by stored rows where whole gradients are not asked for."""
+    from gradsift.base.progress import visible
+    from gradsift.jobs.select_explain import explain_prompts
+
+    recipe = _explain_recipe(Given({**given, "exact": bool(given["exact"]), "prompt": None}, given.options))
+    asked = (line.strip() for line in _lines_of(sys.stdin))
+    failed = 0
+    for prompt, found in explain_prompts(recipe, filter(None, asked), _reporter(given)):
+        if isinstance(found, Exception):
+            failed += 1
+            said = {"prompt": prompt, "error": str(found)}
+            print(
+                json.dumps(said, ensure_ascii=False) if given["json"] else f"error: {visible(str(found))}", flush=True
+            )
+        elif given["json"]:
+            for entry in found.explanations.entries:
+                print(json.dumps(entry.as_dict(), ensure_ascii=False), flush=True)
+        else:
+            _print_result(found, given)
+    if failed:
+        raise click.exceptions.Exit(1)
+
+
+def _lines_of(stream: Any) -> Iterator[str]:
+    """Its lines as they come; who types them is asked for each."""
+    while True:
+        if stream.isatty():
+            print("\nprompt (Ctrl-D ends): ", end="", file=sys.stderr, flush=True)
+        line = stream.readline()
+        if not line:
+            return
+        yield line
 
 
 def _explain_recipe(given: Given, *, validates: bool = False) -> Any:

@@ -133,6 +133,8 @@ class ChatFormat:
             *({"chunk": chunk},) * (chunk is not None),
             *(["reasoning"],) * (reasoning != "as_template"),
         )
+        # What of it a user sets, by the names that recipes have.
+        self.settings = {"max_length": max_length, "supervise": supervise, "reasoning": reasoning, "chunk": chunk}
         self._refuse_foreign_markers()
         self.end_of_turn_ids = self._find_end_of_turn_ids(generation_eos)
         self.control_tokens = self._find_control_tokens()

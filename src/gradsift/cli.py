@@ -454,6 +454,7 @@ def warmup(given: Given) -> None:
         print(f"{checkpoint.adapter}  mean learning rate {checkpoint.learning_rate:.3g}")
 
 
+_DRAWN = Option("seed", default=0, type=int, help="Of the responses, where --sampling-seed is left out.")
 _MEASURED = (
     *of.REWARD,
     *_pick(of.RESPONSES, "samples", "sampling", "temperature", "sampling-seed", "max-new-tokens"),
@@ -507,7 +508,8 @@ def train(given: Given) -> None:
 
 
 @_command(
-    _pick(of.SOURCES, "model"), of.OUT, of.COLUMNS, _MEASURED, of.MEASURES, _RUN, required=("model", "out"),
+    _pick(of.SOURCES, "model"), of.OUT, of.COLUMNS, _MEASURED, of.MEASURES, _but(_RUN, "seed"), _DRAWN,
+    required=("model", "out"),
 )  # fmt: skip
 def evaluate(given: Given) -> None:
     """Measure a model and its adapters: held-out loss, rewards, lm-eval tasks, a judge's comparisons and grades.
@@ -638,7 +640,7 @@ def plan(given: Given, recipe: Path | None) -> None:
             print_estimate(one)
 
 
-@_command(required=(), name="list", arguments=(click.Argument(["section"], required=False),))
+@_command(of.JSON, required=(), name="list", arguments=(click.Argument(["section"], required=False),))
 def list_(given: Given, section: str | None) -> None:
     """Name every estimator, selector, reward, metric and preset with what it is, those of installed packages, too.
 
@@ -646,14 +648,22 @@ def list_(given: Given, section: str | None) -> None:
 
     One part of it: gradsift list presets
     """
-    from gradsift.jobs.report import print_methods
+    from gradsift.jobs.report import methods_listed, print_methods
 
     _calm_libraries()
-    print_methods(section)
+    listed = methods_listed(section)
+    if given["json"]:
+        found = ((title.partition(" ")[0].rstrip(",").lower(), own) for title, own in listed.items())
+        _print_json(
+            {name: [dict(zip(("name", "reads", "is"), one, strict=True)) for one in own] for name, own in found}
+        )
+    else:
+        print_methods(listed)
 
 
 @_command(
     Option("force", form="flag", help="Overwrite an existing file."),
+    of.JSON,
     required=(),
     arguments=(click.Argument(["path"], default="recipe.yaml", type=click.Path(path_type=Path)),),
 )
@@ -668,7 +678,10 @@ def init(given: Given, path: Path) -> None:
     if path.exists() and not given["force"]:
         raise ConfigError(f"{path} is there already: choose another name, or --force to overwrite it")
     LocalStorage(path.parent).publish(path.name, of.template(str(path)).encode())
-    print(f"wrote {path}: fill in model, pool, target and out, then `gradsift run {path}`")
+    if given["json"]:
+        _print_json({"recipe": str(path)})
+    else:
+        print(f"wrote {path}: fill in model, pool, target and out, then `gradsift run {path}`")
 
 
 def _read_recipes(path: Path, given: Given) -> list[Any]:
@@ -768,7 +781,7 @@ def _print_bench(found: Any, given: Given) -> None:
 
 
 @_command(
-    Option("to", help="Also copy the page here."), of.DEBUG, required=(), arguments=(click.Argument(["out"]),)
+    Option("to", help="Also copy the page here."), of.JSON, of.DEBUG, required=(), arguments=(click.Argument(["out"]),)
 )  # fmt: skip
 def report(given: Given, out: str) -> None:
     """Write the page of a run's latest results again: one self-contained HTML file that opens offline.
@@ -782,7 +795,10 @@ def report(given: Given, out: str) -> None:
     to = None if given["to"] is None else Path(given["to"])
     if to is not None:
         LocalStorage(to.parent).publish(to.name, path.read_bytes())
-    print(to or path)
+    if given["json"]:
+        _print_json({"page": str(path), "copy": to and str(to)})
+    else:
+        print(to or path)
 
 
 @_command(

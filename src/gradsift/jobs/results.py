@@ -71,6 +71,7 @@ class Result:
     """What a job made, for printing, for `--json` and for the page.
 
     command: whose result it is
+    paged:   pages are written, with the tokens that match
     """
 
     recipe: Recipe
@@ -90,6 +91,7 @@ class Result:
     outcomes: list[Outcome] = field(default_factory=list)
     outcome_notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    paged: bool = True
 
     @property
     def reliability(self) -> list[Reliability]:
@@ -234,13 +236,14 @@ def summary(result: Result) -> dict[str, Any]:
 
 def files_of(result: Result) -> list[str]:
     """The run's files that hold this result."""
-    return result_files(
+    files = result_files(
         scored=bool(result.scores),
         chosen=bool(result.selections),
         trusted=bool(result.reliability),
         outputs=None if result.explanations is None else len(result.explanations.entries),
         validated=result.validation is not None,
     )
+    return [name for name in files if result.paged or not name.endswith(".html")]
 
 
 def result_files(*, scored: bool, chosen: bool, trusted: bool, outputs: int | None, validated: bool) -> list[str]:

@@ -16,7 +16,7 @@ VERSION := import sys; print(sys.version.split()[0])
 PREPARE := from gradsift.demo.model import demo_model; from gradsift.base.progress import Reporter; demo_model(Reporter())
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo test test-slow test-gpu check bench bench-small faults audit sbom wheel browser clean
+.PHONY: help setup model demo test test-slow test-gpu check bench bench-small faults audit sbom wheel release docs browser clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*  ## ' Makefile | sed 's/:.*  ## /\t/' | while IFS='	' read -r target what; do \
@@ -82,6 +82,9 @@ sbom: $(READY)  ## write a bill of materials, build/sbom.json (CycloneDX)
 
 wheel: $(READY)  ## build the wheel and use it in an environment of its own
 	.ci/wheel "$(BIN)/python"
+
+release: $(READY)  ## build sdist and wheel into dist/, check them, and write the notes of the changelog
+	.ci/release "$(BIN)/python"
 
 browser:  ## install Debian's chromium, for the tests of the report page (needs root)
 	@command -v chromium >/dev/null || { apt-get update -qq && \

@@ -200,6 +200,7 @@ class Conversation:
     options: str
     unused: tuple[Unused, ...]
     weight: float = 1.0
+    prompt: int = 0
 
 
 class BadRowError(Exception):
@@ -224,9 +225,10 @@ def read_conversation(row: Mapping[str, Any], columns: Columns, *, require_answe
     if columns.system is not None and columns.system not in row:
         raise _missing(row, [columns.system])
     system = row.get(columns.system or "system")
+    prompt = turns.prompt if isinstance(turns, _Completed) else 0
     own_system = bool(turns) and isinstance(turns[0], Mapping) and _speaker(turns[0]) == "system"
     if system not in (None, "") and not own_system:
-        turns = [{"role": "system", "content": system}, *turns]
+        turns, prompt = [{"role": "system", "content": system}, *turns], prompt + (prompt > 0)
     messages, flags = [], []
     for position, turn in enumerate(turns, start=1):
         message, flag = _message(turn, position)
@@ -244,6 +246,7 @@ def read_conversation(row: Mapping[str, Any], columns: Columns, *, require_answe
         _options(row, columns),
         (*_unused_fields(turns, messages), *_unused_columns(row, columns, messages)),
         _weight(row, columns),
+        prompt,
     )
 
 
@@ -279,6 +282,12 @@ def _turns(row: Mapping[str, Any], columns: Columns, require_answer: bool) -> li
     raise _missing(row, None)
 
 
+class _Completed(list[Any]):
+    """The turns of a prompt, so many, and of its completion."""
+
+    prompt = 0
+
+
 class _PlainText(list[Any]):
     """The one turn of a plain text, which a row's own turns are never taken for."""
 
@@ -299,7 +308,9 @@ def _prompt_completion(row: Mapping[str, Any], prompt: str, completion: str, req
     answer = _need(row, completion) if require_answer or there else None
     answers = [] if answer is None else _text_or_turns(answer, "assistant")
     repeated = len(answers) > len(turns) and all(map(_same, turns, answers))  # chosen conversations hold their prompt
-    return answers if repeated else turns + answers
+    completed = _Completed(answers if repeated else turns + answers)
+    completed.prompt = len(turns)
+    return completed
 
 
 def _same(turn: Any, other: Any) -> bool:

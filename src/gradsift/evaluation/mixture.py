@@ -118,7 +118,14 @@ def mix(scores: Scores, by: str, budget: float = 0.05, seed: int = 0) -> Mixture
     whole = shares(scores.aggregate, np.arange(len(codes)))
     size = np.bincount(codes, minlength=len(sources)) / len(codes)
     return Mixture(
-        by, count, tuple(sources), *(tuple(map(float, found)) for found in (whole, low, high, size)), parts is not None
+        by=by,
+        budget=count,
+        sources=tuple(sources),
+        shares=tuple(whole.tolist()),
+        low=tuple(low.tolist()),
+        high=tuple(high.tolist()),
+        size=tuple(size.tolist()),
+        targets=parts is not None,
     )
 
 

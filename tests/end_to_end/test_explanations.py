@@ -310,8 +310,10 @@ def test_explanations_of_several_calls_share_a_folder(tiny: World, tmp_path: Pat
     page makes way for the next one's. Of another checkpoint, all of that goes.
     """
     target = ("--use-answers", "-k", 1, "--pages", 1, "-s", "most_helpful", "--random-sets", 1)
-    first = strictly(command(tiny, "validate", tmp_path, *target, "--json", target=tiny.target))
+    first = strictly(command(tiny, "validate", tmp_path, *target, "--sanity", "--json", target=tiny.target))
     assert first["command"] == "validate"
+    assert first["validation"]["sanity"]["support"]["count"] == 4  # outputs, a random row each
+    assert "the output itself beats a random row" in Page(tmp_path / "relevance.html").text
     assert {"relevance.html", "validation.json"} <= set(first["files"])
     pages = {"relevance.html", "relevance.page.json", "explanations/t0.html", "explanations/t0.page.json"}
     assert all((tmp_path / name).exists() for name in (*pages, "validation.json"))

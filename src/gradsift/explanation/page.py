@@ -156,7 +156,7 @@ def explanation_page(
                 (Group((Examples((output_example(entry),)), Group(_figure(entry, best))), style="tables"),),
             ),
             Section("chosen", "Chosen examples", tuple(chosen)),
-            Section("choices", "Every choice", tuple(_compared(entry, choices)), "All choices"),
+            Section("relevance", "Every choice", tuple(_compared(entry, choices)), "All choices"),
             Section("agreement", "Do the choices agree?", _agreement(choices, k), "Agreement"),
             Section("beside", "Texts side by side", side_by_side(choices.results, best, explanations.pool.data)),
             Section("matches", "What matches", matches_blocks(entry, explanations.pool.data), "Tokens"),

@@ -28,8 +28,8 @@ def table_of(first: int) -> RelevanceTable:
 
 
 def test_each_model_has_a_column_and_the_mean_is_of_ratios(tmp_path: Path) -> None:
-    """relevance.html in the models' common folder: strategies by the mean of the models' linear values, lowest first, at
-    one k and for the area under all; of one model, or folders apart, nothing is written.
+    """relevance.html in the models' common folder: strategies by the mean of linear values, lowest first, at one
+    k and for the area under all; of one model, or folders apart, nothing is written.
     """
     models = {"one": table_of(0), "two": table_of(3)}
     blocks = write_models([result(tmp_path / name, table) for name, table in models.items()])
@@ -49,8 +49,6 @@ def test_each_model_has_a_column_and_the_mean_is_of_ratios(tmp_path: Path) -> No
     assert "2 models: one, two." in page
     (tmp_path / "relevance.html").unlink()
     assert write_models([result(tmp_path / "one", models["one"])]) == ()
-    assert (
-        write_models([result(tmp_path / "a" / "one", models["one"]), result(tmp_path / "b" / "two", models["two"])])
-        == ()
-    )
+    apart = [result(tmp_path / folder / name, models[name]) for folder, name in (("a", "one"), ("b", "two"))]
+    assert write_models(apart) == ()
     assert not (tmp_path / "relevance.html").exists()

@@ -108,7 +108,7 @@ class MAGIC(SmoothTraining, Estimator):
 
     def gone_back(self, pool: Pool, target: Target, source: Targets) -> Influence:
         """The same, of what stands for the targets."""
-        groups = groups_of(len(source.ids), target.subtasks, self.per)
+        source, groups = pool.referred(source), groups_of(len(source.ids), target.subtasks, self.per)
         overlap = {skip.id for skip in target.overlap}
         scores, returned, identity, check = [], [], [], None
         for seed in range(pool.seed, pool.seed + self.seeds):
@@ -221,7 +221,8 @@ class MAGIC(SmoothTraining, Estimator):
             seed=pool.seed + 1, what="MAGIC's check", reporter=pool.reporter,
         )[-1]  # fmt: skip
         model = host(pool.model, pool.dtype, pool.device).with_adapter(checkpoint.adapter)
-        return ending.mean(row_losses(model, ending.sequences, len(ending.groups)))
+        losses = row_losses(model, ending.sequences, len(ending.groups))
+        return ending.mean(losses if ending.dpo is None else ending.dpo.losses(losses))
 
 
 def _not_smooth(growth: SequenceABC[float], returned: SequenceABC[Returned]) -> list[str]:

@@ -74,6 +74,7 @@ REVISIONS = {
     "curvature": 2,
     "kronecker": 1,
     "replays": 1,
+    "contrasts": 1,
     "descents": 1,
     "outputs": 2,
     "matches": 1,

@@ -25,7 +25,7 @@ from gradsift.influence.less import LESS
 from gradsift.influence.random import Random
 from gradsift.influence.replay import Losses, Replay
 from gradsift.influence.scores import Scores, score
-from gradsift.influence.smooth import SmoothTraining
+from gradsift.influence.smooth import SmoothTraining, training_sequences
 from gradsift.influence.states import RDSPlus
 from gradsift.report.blocks import Block, Shown
 from gradsift.store.manifest import Record, fingerprint, read_if_whole
@@ -456,14 +456,15 @@ class _Judge:
         missing = {name: line for name, line in zip(names, kept, strict=True) if not losses.count(name)}
         if missing:
             places = self.pool.training.positions(ids)
-            sequences = source.sequences(0, len(source))
+            source = self.pool.referred(source)
+            sequences, dpo = training_sequences(source), source.dpo(range(len(source)))
             what = f"bench: retraining{f' on another seed ({seed})' if seed else ''}"
             with self.pool.reporter.stage(what, len(missing), "trainings") as advance, replay.network() as network:
                 for name, line in missing.items():
                     weights = torch.zeros(len(self.pool.training), dtype=torch.float64)
                     weights[places] = torch.from_numpy(line)
                     end = replay.end_with(network, weights)
-                    losses.put(name, network.losses(end, sequences, len(source)).tolist())
+                    losses.put(name, network.losses(end, sequences, len(source), dpo).tolist())
                     advance(1)
         return np.array([losses.all(name) for name in names])
 

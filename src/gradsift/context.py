@@ -139,11 +139,14 @@ class Pool(Setup):
         )
 
     def weighed(self, source: Any, checkpoint: Checkpoint) -> Any:
-        """The source; pairs that are learned by DPO with the weights that their answers have at a checkpoint."""
-        known = self.referred(source)
-        if not isinstance(known, Pairs) or not known.by_dpo:
-            return known
-        return known.knowing(contrasts=contrasts(self.run, known, checkpoint, **self._place))
+        """The source; pairs that are learned by DPO with their margins at a checkpoint, by which gradients weigh."""
+        return self.measured(source, checkpoint) if isinstance(source, Pairs) and source.by_dpo else source
+
+    def measured(self, pairs: Pairs, checkpoint: Checkpoint) -> Pairs:
+        """Pairs with their margins at a checkpoint."""
+        here = contrasts(self.run, pairs, checkpoint, **self._place)
+        known: Pairs = self.referred(pairs).knowing(contrasts=here)
+        return known
 
     def referred(self, source: Any) -> Any:
         """The source; pairs that are learned by DPO with what the base model, their reference, says of them."""

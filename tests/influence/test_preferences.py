@@ -33,6 +33,15 @@ def preferred(count: int = 9, start: int = 0) -> list[dict[str, Any]]:
     return rows
 
 
+def some_turned(*turned: str) -> list[dict[str, Any]]:
+    """The same, of which some have their answers exchanged."""
+    rows = preferred()
+    for row in rows:
+        if row["id"] in turned:
+            row |= {"chosen": row["rejected"], "rejected": row["chosen"]}
+    return rows
+
+
 @pytest.fixture(scope="module", autouse=True)
 def in_float64() -> Iterator[None]:
     """Llama's norm, which computes in float32 whatever its input, in float64."""
@@ -54,7 +63,7 @@ def opened(tiny: World, out: Path, rows: list[dict[str, Any]], **options: Any) -
 
 @pytest.fixture(scope="module")
 def pool(tiny: World, tmp_path_factory: pytest.TempPathFactory) -> Pool:
-    return opened(tiny, tmp_path_factory.mktemp("preferences") / "run", preferred())
+    return opened(tiny, tmp_path_factory.mktemp("preferences") / "run", some_turned("d2", "d5"))
 
 
 def log_p(network: Any, example: Any) -> torch.Tensor:
@@ -149,3 +158,65 @@ def test_training_takes_the_steps_of_the_loss(pool: Pool) -> None:
     found = load_file(Path(pool.checkpoints()[-1].adapter) / "adapter_model.safetensors")
     for name, weight in found.items():
         torch.testing.assert_close(weight, wanted[name], rtol=1e-4, atol=1e-7)
+
+
+def test_magic_goes_back_through_a_training_by_dpo(pool: Pool, tiny: World, tmp_path: Path) -> None:
+    """Scores are minus the derivatives of held-out DPO losses by a pair's weight, by retraining; riders go along."""
+    small = opened(tiny, tmp_path / "run", preferred(11), warmup=TRAINED.model_copy(update={"epochs": 1}))
+    target = gs.open_target(preferred(2, start=12), small)
+    method = gs.MAGIC(fraction=0.7, per="target")
+    scores = gs.score(small, target, method)
+    replay, ids = method._replay(small, set(), small.seed)
+    held_out = small.referred(target.data)
+    sequences, dpo = held_out.sequences_at(range(2)), held_out.dpo(range(2))
+    riders = replay.record.riders[0]
+    assert len(riders)
+    with replay.network() as network:
+        for id_ in (ids[0], ids[-1]):
+            ends = []
+            for side in (1, -1):
+                weights = torch.ones(len(small.training), dtype=torch.float64)
+                weights[small.training.position(id_)] += side * 1e-4
+                ends.append(network.losses(replay.end_with(network, weights), sequences, 2, dpo))
+            wanted = -(ends[0] - ends[1]) / 2e-4
+            np.testing.assert_allclose(scores.per_target[scores.ids.index(id_)], wanted.numpy(), rtol=1e-4, atol=1e-8)
+        data, theta = replay.data, replay.end(network)
+        along = torch.randn(1, len(theta), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        found = network.ride(theta, data.sequences_at(riders), len(riders), along, data.dpo(riders))
+        for number, place in enumerate(riders):
+            gradient, _ = network.gradient(theta, data.sequences_at([place]), torch.ones(1), data.dpo([place]))
+            assert float(found[0, number]) == pytest.approx(float(gradient @ along[0]), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        gs.LESS(optimizer="sgd"),
+        gs.LESS(optimizer="adam"),
+        gs.LESS(optimizer="sgd", normalise=False),
+        gs.LESS(optimizer="sgd", normalise=False, checkpoints="last"),
+        gs.DataInf(),
+    ],
+    ids=lambda method: method.label,
+)
+def test_what_a_pair_would_do_turned_round_is_foretold(pool: Pool, tiny: World, tmp_path: Path, method: Any) -> None:
+    """A pair's score turned round is its score in a pool that has it so, whatever the method; the median decides."""
+    from gradsift.influence.suggestions import suggestions
+
+    adapters = [str(one.adapter) for one in pool.checkpoints()]
+    target = gs.open_target(preferred(2, start=12), pool)
+    scores = gs.score(pool, target, method)
+    found = suggestions(scores)
+    assert [one.score for one in found] == sorted(float(s) for s in scores.aggregate if s < 0)
+    assert 0 < len(found) < len(pool.data)
+    median = np.median(scores.aggregate[scores.aggregate > 0])
+    if isinstance(method, gs.DataInf):  # whose curvature is that of the pool as it is
+        law = [-one.score * np.exp(one.margin) for one in found]
+        np.testing.assert_allclose([one.turned for one in found], law, rtol=1e-6)
+        return
+    exchanged = {"d2", "d5"} ^ {one.id for one in found}
+    turned = opened(tiny, tmp_path / "turned", some_turned(*exchanged), adapters=adapters)
+    brute = gs.score(turned, gs.open_target(preferred(2, start=12), turned), method)
+    for one in found:
+        assert one.turned == pytest.approx(brute.aggregate[brute.ids.index(one.id)], rel=1e-3, abs=1e-6)
+        assert one.suggestion == ("flip" if one.turned > median else "drop")

@@ -156,6 +156,16 @@ class Pairs(Dataset):
         dpo, own = self._at(start, stop)
         return None if dpo is None else dpo.losses(own).numpy()
 
+    @property
+    def margins(self) -> NDArray[np.float64]:
+        """By how much the chosen answers are preferred where gradients are taken: −x, or DPO's m, float64 `[row]`."""
+        _, reference, contrasts = self._known
+        assert contrasts is not None, "contrasts come first"
+        if not self.by_dpo:
+            return -contrasts
+        assert reference is not None, "the contrasts at the base model come first"
+        return self.preference.beta * (reference - contrasts)
+
     def token_counts(self) -> list[int]:
         """Tokens of each row, of both answers."""
         counts: list[int] = (self.lengths + self.rejected.lengths).tolist()

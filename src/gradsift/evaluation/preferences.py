@@ -8,7 +8,6 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import ConfigDict, Field
 
-from gradsift.base.lazy import torch
 from gradsift.context import Setup, refuse_longer
 from gradsift.data.load import Columns
 from gradsift.data.pairs import ObjectiveName, Pairs, Preference, prepare_pairs
@@ -85,17 +84,20 @@ class BoundPreferences:
 
         run = subject.setup.run
         known = referred(run, self.pairs, **place(subject.base))
-        own = torch.from_numpy(contrasts(run, known, subject.checkpoint, **place(subject.setup)))
-        dpo = known.dpo(range(len(known)))
-        losses, margins = (own, -own) if dpo is None else (dpo.losses(own), dpo.margins(own))
-        values = {"loss": losses.numpy(), "accuracy": (margins > 0).double().numpy(), "margin": margins.numpy()}
+        known = known.knowing(contrasts=contrasts(run, known, subject.checkpoint, **place(subject.setup)))
+        losses, margins = known.losses(0, len(known)), known.margins
+        values = {
+            "loss": -margins if losses is None else losses,
+            "accuracy": (margins > 0).astype(np.float64),
+            "margin": margins,
+        }
         return Measured(
             self.metric.label,
             self.metric.kind,
             tuple(
                 mean_figure(
                     name,
-                    dict(zip(known.ids, np.asarray(found).tolist(), strict=True)),
+                    dict(zip(known.ids, found.tolist(), strict=True)),
                     higher_is_better=name != "loss",
                     unit="" if name == "accuracy" else "nats",
                 )

@@ -1,0 +1,116 @@
+"""Preference pairs that harm the target: which of them to drop, and which to turn round."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradsift.context import Pool
+from gradsift.data.columns import add_columns
+from gradsift.data.pairs import Pairs
+from gradsift.influence.estimator import ProductEstimator
+from gradsift.influence.scores import Scores, score
+from gradsift.warmup.checkpoint import Checkpoint
+
+MOST_TURNED = 1000  # pairs that go through the model turned round, the most harmful ones
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """What to do with a pair that harms the target.
+
+    score:   below 0, its own: what training on it does
+    turned:  its score with the rejected answer preferred; None where that is not known
+    margin:  of its answers at the last checkpoint, as `Preferences` has it; None where no checkpoint is read
+    """
+
+    id: str
+    suggestion: Literal["drop", "flip"]
+    score: float
+    turned: float | None
+    margin: float | None
+
+    def columns(self) -> dict[str, Any]:
+        """What its row gets."""
+        return {
+            "gradsift_id": self.id,
+            "gradsift_suggestion": self.suggestion,
+            "gradsift_score": self.score,
+            "gradsift_flipped_score": self.turned,
+            "gradsift_margin": self.margin,
+        }
+
+
+def suggestions(scores: Scores) -> tuple[Suggestion, ...]:
+    """What to do with each pair whose score is below 0, lowest first; nothing for pools of other rows.
+
+    A pair is to be turned round where it would then help more than the median of the pairs that help as they are, and
+    to be dropped otherwise, also where its score turned round is not known.
+    """
+    pool, method = scores.pool, scores.method
+    if pool is None or not isinstance(pool.data, Pairs) or not method.signed or method.by_chance:
+        return ()
+    order = np.argsort(scores.aggregate, kind="stable")
+    harmful = order[scores.aggregate[order] < 0]
+    if not len(harmful):
+        return ()
+    own = scores.aggregate[harmful].astype(np.float64)
+    places = pool.data.ids.positions([scores.ids[place] for place in harmful])
+    read = method.checkpoints_of(pool) if method.view is not None else []
+    margins = pool.measured(pool.data, read[-1]).margins[places] if read else None
+    turned = _turned(scores, own, places, margins, read)
+    helpful = scores.aggregate[scores.aggregate > 0]
+    bar = float(np.median(helpful)) if len(helpful) else np.inf
+    return tuple(
+        Suggestion(
+            scores.ids[place],
+            "flip" if turned[number] > bar else "drop",
+            float(own[number]),
+            None if np.isnan(turned[number]) else float(turned[number]),
+            None if margins is None else float(margins[number]),
+        )
+        for number, place in enumerate(harmful.tolist())
+    )
+
+
+def suggestion_lines(found: tuple[Suggestion, ...], pool: Pool) -> Iterator[str]:
+    """The pairs' own rows as JSON lines, with what is suggested in columns at their end."""
+    lines, _ = add_columns([pool.data.raw(one.id) for one in found], [one.columns() for one in found])
+    return (f"{line}\n" for line in lines)
+
+
+def _turned(
+    scores: Scores,
+    own: NDArray[np.float64],
+    places: NDArray[np.int64],
+    margins: NDArray[np.float64] | None,
+    read: list[Checkpoint],
+) -> NDArray[np.float64]:
+    """The scores of pairs turned round, `[pair]`; NaN where they are not known.
+
+    At the margin m a gradient g by DPO becomes −e^m·g, since the loss's derivative βσ(−m) becomes −βσ(m); by the
+    difference −g. Cosines change their sign alone, and products of gradients are multiplied so, where they are of one
+    checkpoint. Adam's directions are no such function of g: those pairs go through the model turned round.
+    """
+    pool, method = scores.pool, scores.method
+    assert pool is not None, scores
+    assert isinstance(pool.data, Pairs), pool.data
+    if isinstance(method, ProductEstimator) and method.view != "adam":
+        if method.by_cosine or not pool.data.by_dpo:
+            return -own
+        if len(read) == 1 and margins is not None:
+            return -own * np.exp(margins)
+    found = np.full(len(own), np.nan)
+    if not method.by_row or not read:
+        return found
+    some = pool.data.turned(places[:MOST_TURNED])
+    again = score(
+        replace(pool, data=some, around=pool.population), scores.target, method, aggregation=scores.aggregation
+    )
+    there = some.ids.positions(again.ids)
+    found[there] = again.aggregate
+    return found

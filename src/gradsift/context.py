@@ -337,8 +337,8 @@ def open_target(
     given: dict[str, Any] = {"columns": columns, "reporter": pool.reporter}
     data: Dataset
     if are_pairs(source, columns):
-        own = pool.training.preference if isinstance(pool.training, Pairs) else DIFFERENCE
-        data = prepare_pairs(pool.run, source, pool.chat, preference=own, **given)
+        preference = pool.training.preference if isinstance(pool.training, Pairs) else DIFFERENCE
+        data = prepare_pairs(pool.run, source, pool.chat, preference=preference, **given)
     else:
         data = prepare(pool.run, source, pool.chat, what="target", keep_duplicates=True, **given)
     refuse_longer(data, pool.model, what="target")
@@ -358,11 +358,13 @@ def refuse_longer(data: Dataset, model: str, what: str) -> None:
     Raises:
         ConfigError: naming the first such row.
     """
+    if isinstance(data, Pairs):
+        for answers in (data.answered, data.rejected):
+            refuse_longer(answers, model, what)
+        return
     places = positions(model)
     if places is None or data.longest() <= places:
         return
-    if isinstance(data, Pairs) and data.rejected.longest() > places:
-        data = data.rejected
     first = int(np.argmax(data.lengths > places))
     raise ConfigError(
         f"{int((data.lengths > places).sum())} rows of the {what} have more tokens than {model} has positions "

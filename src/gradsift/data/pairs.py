@@ -81,6 +81,7 @@ class Pairs(Dataset):
     hashes and labels are those of the chosen.
 
     rejected: the same rows in the same order.
+    lengths: tokens of both answers.
     preference: what their loss is.
     """
 
@@ -98,7 +99,7 @@ class Pairs(Dataset):
         self.rejected, self.preference, self._known, self.origin = rejected, preference, known, origin
         loss = [preference.loss] if self.by_dpo else []
         self.fingerprint = fingerprint(["pairs", chosen.fingerprint, rejected.fingerprint, *loss])
-        self._chosen = chosen
+        self._chosen, self.lengths = chosen, chosen.lengths + rejected.lengths
         if origin is not None:
             self._ids = origin.pairs._ids.take(origin.places)
 
@@ -166,14 +167,9 @@ class Pairs(Dataset):
         assert reference is not None, "the contrasts at the base model come first"
         return self.preference.beta * (reference - contrasts)
 
-    def token_counts(self) -> list[int]:
-        """Tokens of each row, of both answers."""
-        counts: list[int] = (self.lengths + self.rejected.lengths).tolist()
-        return counts
-
     def longest(self) -> int:
         """Tokens of the longest sequence."""
-        return max(super().longest(), self.rejected.longest())
+        return max(self._chosen.longest(), self.rejected.longest())
 
     def sequences_at(self, positions: Iterable[int]) -> list[Sequence]:
         """Of each row's contrast, two sequences; the rejected answer's has weights below 0."""

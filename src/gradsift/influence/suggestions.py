@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -11,12 +11,18 @@ from numpy.typing import NDArray
 
 from gradsift.context import Pool
 from gradsift.data.columns import add_columns
+from gradsift.data.dataset import Dataset
 from gradsift.data.pairs import Pairs
+from gradsift.data.shown import row_example
 from gradsift.influence.estimator import ProductEstimator
 from gradsift.influence.scores import Scores, score
+from gradsift.influence.shown import score_texts
+from gradsift.report import text
+from gradsift.report.blocks import Block, Examples, Text
 from gradsift.warmup.checkpoint import Checkpoint
 
 MOST_TURNED = 1000  # pairs that go through the model turned round, the most harmful ones
+_SHOWN = 50
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,36 @@ def suggestions(scores: Scores) -> tuple[Suggestion, ...]:
     )
 
 
-def suggestion_lines(found: tuple[Suggestion, ...], pool: Pool) -> Iterator[str]:
+def counted(found: Sequence[Suggestion]) -> str:
+    """How many of each, in words.
+
+    >>> counted([Suggestion("a", "flip", -1.0, 2.0, 0.1), Suggestion("b", "drop", -0.5, 0.4, 0.2)])
+    '2 pairs are said to harm the target: flip 1, drop 1'
+    """
+    flips = sum(one.suggestion == "flip" for one in found)
+    are = "pair is" if len(found) == 1 else "pairs are"
+    return f"{len(found):,} {are} said to harm the target: flip {flips:,}, drop {len(found) - flips:,}"
+
+
+def suggestions_blocks(found: Sequence[Suggestion], data: Dataset, *, known: Collection[str] = ()) -> tuple[Block, ...]:
+    """The most harmful pairs as pages show them."""
+    if not found:
+        return ()
+    some = found[:_SHOWN]
+    columns = [score_texts([one.score for one in some])]
+    columns.append([("not known" if one.turned is None else text.figures([one.turned])[0]) for one in some])
+    examples = tuple(
+        row_example(data, one.id, ("score", own), ("turned round", turned), known=known, lead=one.suggestion)
+        for one, own, turned in zip(some, *columns, strict=True)
+    )
+    said = (
+        f"{counted(found)}. A pair is to be flipped, its answers exchanged, where it would then help more than the "
+        "median of the pairs that help as they are. These are estimates: look at a pair before you change it."
+    )
+    return Text(said), Examples(examples, total=len(found), things="pairs")
+
+
+def suggestion_lines(found: Sequence[Suggestion], pool: Pool) -> Iterator[str]:
     """The pairs' own rows as JSON lines, with what is suggested in columns at their end."""
     lines, _ = add_columns([pool.data.raw(one.id) for one in found], [one.columns() for one in found])
     return (f"{line}\n" for line in lines)

@@ -31,6 +31,7 @@ from gradsift.influence.prompts import PromptTarget, open_prompts
 from gradsift.influence.ratings import with_judge
 from gradsift.influence.responses import sampled_responses
 from gradsift.influence.scores import save_tables, score
+from gradsift.influence.suggestions import suggestion_lines, suggestions
 from gradsift.jobs.explanation_pages import write_pages
 from gradsift.jobs.report import write_results
 from gradsift.jobs.results import Result, diagnostics, remove_outdated, summary, write_skipped
@@ -274,7 +275,10 @@ def _check_sizes(result: Result) -> None:
 
 
 def choose(result: Result) -> None:
-    """Choose by the estimator with the recipe's method, and by each control's top-k; writes selected.jsonl."""
+    """Choose by the estimator with the recipe's method, and by each control's top-k; writes selected.jsonl.
+
+    Of preference pairs, what to do with those that harm the target is in suggestions.jsonl.
+    """
     recipe = result.recipe
     first, *controls = result.scores
     size = {"budget": recipe.budget} if recipe.drop is None else {"drop": recipe.drop}
@@ -282,6 +286,9 @@ def choose(result: Result) -> None:
     result.selections += [select(control, TopK(), budget=len(result.selections[0])) for control in controls]
     lines = result.selections[0].lines()
     result.pool.run.publish_text("selected.jsonl", "".join(f"{line}\n" for line in lines))
+    result.suggestions = suggestions(first)
+    if result.suggestions:
+        result.pool.run.publish_text("suggestions.jsonl", "".join(suggestion_lines(result.suggestions, result.pool)))
 
 
 def explain_into(result: Result) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field
 from typing import Any
@@ -335,6 +335,7 @@ def open_target(
         ConfigError: every pool row is in the target, or the sample cannot be drawn.
     """
     given: dict[str, Any] = {"columns": columns, "reporter": pool.reporter}
+    source = list(source) if isinstance(source, Iterator) else source  # of which the first row is looked at
     data: Dataset
     if are_pairs(source, columns):
         preference = pool.training.preference if isinstance(pool.training, Pairs) else DIFFERENCE

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
@@ -212,8 +212,9 @@ def are_pairs(source: Any, columns: Columns | Mapping[str, str] | None) -> bool:
     named = Columns.of(columns)
     if named.chosen is not None or named.rejected is not None:
         return True
+    others = named.model_dump(exclude_none=True, exclude={"prompt"})
     try:
-        first = next(iter(ExampleReader(source, columns=columns, what="target", require_answer=True)))
+        first = next(iter(ExampleReader(source, columns=others, what="target", require_answer=True)))
     except UnusableRowsError:
         return False
     return isinstance(first, Skipped) and first.reason == "preference_pair"
@@ -239,6 +240,7 @@ def prepare_pairs(
         DataError: no row can be used.
         ConfigError: columns name the one answer that is learned.
     """
+    source = list(source) if isinstance(source, Iterator) else source  # it is read twice
     named = Columns.of(columns)
     if named.completion is not None or named.text is not None:
         raise ConfigError(

@@ -79,6 +79,7 @@ from gradsift import (
     train_on,
 )
 from gradsift.base.ranks import paired_rank_correlations
+from gradsift.base.resampling import Estimate
 from gradsift.gradients.capture import LORA, find_modules
 from gradsift.gradients.hessian import curvature_product
 from gradsift.influence.estimator import Estimator, rate_weights
@@ -87,7 +88,7 @@ from gradsift.influence.smooth import recorded
 from gradsift.model.loss import token_mean
 from gradsift.model.models import host
 from gradsift.rewards.matching import Exact
-from gradsift.validation.datamodel import Estimate, agreement_of_trainings, lds, qld
+from gradsift.validation.datamodel import agreement_of_trainings, lds, qld
 
 Array = NDArray[np.float64]
 T = TypeVar("T")

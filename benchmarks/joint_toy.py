@@ -26,6 +26,8 @@ from torch import Tensor
 from torch.func import grad, jvp, vmap
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from gradsift import joint_influence
+
 SEEDS, CLUSTERS, WIDTH, HIDDEN, GROUP, EPOCHS, BATCH, RATE = 10, 8, 16, 24, 50, 10, 8, 0.05
 KINDS = ("random", "alike", "apart")
 REMOVED = ("nothing", "A", "B", "A∪B")
@@ -162,7 +164,8 @@ def measure() -> list[dict[str, dict[str, float]]]:
             for what, values in (("acc", accuracy), ("loss", loss)):
                 full, a, b, ab = values[seed, 4 * number : 4 * number + 4].tolist()
                 row |= {f"{what} A": a - full, f"{what} B": b - full, f"{what} AB": ab - full}
-                row[f"{what} I"] = (ab - full) - (a - full) - (b - full)
+                after = {(): ab, ("A",): b, ("B",): a, ("A", "B"): full}
+                row[f"{what} I"] = float(joint_influence(after.__getitem__, ("A", "B")))
             row |= pair_sums(at, sides[0], sides[1], A, B)
             tables[seed][kind] = row
     return tables

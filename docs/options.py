@@ -1,4 +1,4 @@
-"""Writes the tables of options into docs/command-line.md: `python docs/options.py`; a test says if they are true."""
+"""Writes the tables of options into docs/options.md: `python docs/options.py`; a test says if they are true."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from gradsift import options
 from gradsift.cli import app
 
-PAGE = Path(__file__).parent / "command-line.md"
+PAGE = Path(__file__).parent / "options.md"
 BEGIN = "<!-- made by docs/options.py -->"
 
 
@@ -24,10 +24,29 @@ def tables() -> str:
             rows.setdefault(option.panel, {}).setdefault((flags, field, shown, said), []).append(name)
     lines = []
     for panel, entries in rows.items():
-        lines += [f"### {panel}", "", "| option | field | default | | commands |", "|---|---|---|---|---|"]
-        lines += [f"| {' | '.join(entry)} | {', '.join(names)} |" for entry, names in entries.items()]
+        usual = max(entries.values(), key=list(entries.values()).count)
+        lines += [
+            f"### {panel}",
+            "",
+            f"Of {', '.join(f'`{name}`' for name in usual)}, where a row does not say others.",
+            "",
+        ]
+        lines += ["| option | field | default | |", "|---|---|---|---|"]
+        for (flags, field, default, said), names in entries.items():
+            lines.append(f"| {flags} | {field} | {default} | {_taken(names, usual)}{said} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def _taken(names: list[str], usual: list[str]) -> str:
+    """Who takes an option, where they are not the usual ones of its panel."""
+    more, less = [n for n in names if n not in usual], [n for n in usual if n not in names]
+    if not more and not less:
+        return ""
+    if len(more) + len(less) < len(names):
+        said = [f"also {', '.join(more)}"] * bool(more) + [f"not {', '.join(less)}"] * bool(less)
+        return f"*{'; '.join(said)}.* "
+    return f"*{', '.join(names)}.* "
 
 
 def page() -> str:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
 
 from tiny_world import World
+
+if TYPE_CHECKING:
+    import torch
 
 # Set before anything imports torch or transformers, and inherited by the commands that tests start.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -39,6 +44,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> World:
     """A tiny model with a pool and a target."""
     return World.make(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def in_float64() -> Iterator[None]:
+    """Llama's norm, which computes in float32 whatever its input, in float64: finite differences need it."""
+    from transformers.models.llama import modeling_llama
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * x * (x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon).rsqrt()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(modeling_llama.LlamaRMSNorm, "forward", forward)
+        yield
 
 
 @pytest.fixture(scope="session")

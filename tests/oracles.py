@@ -9,7 +9,7 @@ from collections.abc import Sequence as SequenceABC
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad
+from torch.func import functional_call
 
 from gradsift.base.types import Sequence
 from gradsift.gradients.folding import Captured
@@ -36,24 +36,19 @@ def sequence_loss(model: nn.Module, parameters: Mapping[str, Tensor], sequence: 
 def per_example_gradients(
     model: nn.Module, modules: SequenceABC[Captured], sequences: SequenceABC[Sequence], row_count: int
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Module name → float64 `[row out in]`, and the losses `[row]`: `torch.func.grad`, one sequence after the other."""
+    """Module name → float64 `[row out in]`, and the losses `[row]`: autograd, one sequence after the other."""
     own_name = {id(parameter): name for name, parameter in model.named_parameters()}
-    weights = {captured.name: own_name[id(captured.module.weight)] for captured in modules}
     double = copy.deepcopy(model).double().eval().requires_grad_(False)
-    at = {name: parameter.detach() for name, parameter in double.named_parameters()}
-    wanted = {key: at[key] for key in weights.values()}
+    at = dict(double.named_parameters())
+    weights = [at[own_name[id(captured.weight)]].requires_grad_(True) for captured in modules]
     gradients = {c.name: torch.zeros(row_count, *c.shape, dtype=torch.float64) for c in modules}
     losses = torch.zeros(row_count, dtype=torch.float64)
     for sequence in sequences:
-
-        def loss(parameters: dict[str, Tensor], sequence: Sequence = sequence) -> Tensor:
-            return sequence_loss(double, parameters, sequence)
-
-        found = grad(loss)(wanted)
-        losses[sequence.row] += loss(wanted)
-        for captured in modules:
-            gradient = found[weights[captured.name]]
-            gradients[captured.name][sequence.row] += gradient.T if captured.transposed else gradient
+        loss = sequence_loss(double, {}, sequence)
+        losses[sequence.row] += loss.detach()
+        for captured, found in zip(modules, torch.autograd.grad(loss, weights, allow_unused=True), strict=True):
+            if found is not None:
+                gradients[captured.name][sequence.row] += captured.matrix(found)
     return gradients, losses
 
 

@@ -25,8 +25,9 @@ from gradsift.data.account import Account
 from gradsift.data.shown import left_out, own_columns, shares_table, turns_of
 from gradsift.evaluation.arms import Contender
 from gradsift.evaluation.metric import Figure, Measured
-from gradsift.explanation.explain import ChosenExample, Draw, Explanation, StrategyResult
-from gradsift.explanation.shown import explained_blocks, explanation_page
+from gradsift.explanation.page import explanation_page
+from gradsift.explanation.result import ChosenExample, Draw, Explanation, StrategyResult
+from gradsift.explanation.shown import explained_blocks
 from gradsift.explanation.table import relevance_table
 from gradsift.explanation.verdict import Reference
 from gradsift.influence.bm25 import BM25
@@ -276,6 +277,7 @@ def explanation(pool: list[dict[str, Any]], *, output: str = "") -> Page:
         candidates_of=lambda output_id, estimator, chosen: Candidates(
             gradients @ gradients[0], lambda places: gradients[places], gradients[0], ids=data.ids
         ),
+        rows_of=lambda output_id, ids: gradients[[data.ids.index(id_) for id_ in ids]],
     )
     page, _ = explanation_page(found, entry, embedding=None)
     return replace(page, sections=tuple(replace(s, blocks=tuple(map(_two_spaces, s.blocks))) for s in page.sections))
@@ -301,11 +303,13 @@ def relevance(outputs: int = 40, *, validated: bool = True, prompt: str = "") ->
         )
         for entry in entries for found in entry.results if found.k == 10
     ]  # fmt: skip
-    pairs = [(one.cell.relevance, one.support, 1.0) for one in cells]
+    pairs = [(one.cell.relevance, one.support, 1.0, one.cell.output) for one in cells]
     known = Validation(tuple(cells), (), agreement(*zip(*pairs, strict=True)), {}, "stored", OneStep())  # type: ignore[arg-type]
     found = SimpleNamespace(
         entries=tuple(entries),
         failed=(),
+        budgets=BUDGETS,
+        estimators=[SimpleNamespace(label="LESS")],
         pool=SimpleNamespace(model="SmolLM2", data=dataset(pool)),
         store=SimpleNamespace(measured_error=None),
     )

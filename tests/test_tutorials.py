@@ -1,4 +1,4 @@
-"""The tutorials do what they say: their commands and their Python run in order, and print and leave what is shown."""
+"""README and tutorials do what they say: commands and Python run in order, and print and leave what is shown."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tiny_world import Cli, World, write_rows
+from tiny_world import Cli, World, pool_rows, target_rows, write_rows
 
 ROOT = Path(__file__).parents[1]
 TUTORIALS = sorted((ROOT / "docs/tutorials").glob("*.md"))
@@ -46,8 +46,9 @@ class Reader:
             elif language == "console":
                 came = "".join(self.type(line) for line in content.replace("\\\n", " ").splitlines())
             elif language == "python":
+                code = re.sub(r'^model = ".*?"', 'model = "MODEL"', content, flags=re.MULTILINE)
                 with redirect_stdout(io.StringIO()) as printed:
-                    exec(compile(content, page.name, "exec"), self.names)
+                    exec(compile(code, page.name, "exec"), self.names)
                 came = printed.getvalue()
             else:
                 assert language == "text", f"{page.name}: a block of {language}"
@@ -63,6 +64,8 @@ class Reader:
                 return "".join(Path(file).read_text(encoding="utf-8").splitlines(keepends=True)[: int(count)])
             case ["gradsift", *arguments]:
                 out = Cli(*arguments).succeeded().out
+            case ["pip", "install", "./gradsift"]:  # .ci/wheel does it, in an environment of its own
+                return ""
             case _:
                 raise AssertionError(f"not a command of a tutorial: {line}")
         if arguments[:2] == ["demo", "--data"]:
@@ -164,6 +167,26 @@ def test_a_tutorial_runs_as_it_is_written(page: Path, tiny: World, place: Path) 
     for shown, came in reader.shown:
         check_shape(shown, came)
     check_files(page)
+
+
+@pytest.mark.slow
+def test_the_readmes_commands_run_as_they_are_printed(
+    tiny: World, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Away from the clone, in a folder with a model, a pool, a target, prompts and a reward, each command of the README
+    succeeds, and the choice is where it says; the demo's model is a tiny one."""
+    import gradsift.demo.run
+
+    monkeypatch.setattr(gradsift.demo.run, "demo_model", lambda reporter: tiny.model)
+    (place / "MODEL").symlink_to(tiny.model)
+    write_rows(place / "pool.jsonl", pool_rows())
+    write_rows(place / "math.jsonl", target_rows())
+    write_rows(place / "prompts.jsonl", target_rows())
+    (place / "rewards.py").write_text(
+        "def correct(completions, **columns):\n    return [float('red' in text) for text in completions]\n"
+    )
+    Reader().read(ROOT / "README.md")
+    assert len((place / "runs/math/selected.jsonl").read_text().splitlines()) == round(len(pool_rows()) * 0.05)
 
 
 @pytest.mark.slow

@@ -94,23 +94,23 @@ class Nice(Published):
             1e-6,  # theirs in float32
         )
 
-        recipes = {kind: recipe(f"nice-paper-{name}") for kind, name in self.recipes.items()}
+        recipes = {kind: recipe(f"nice-compare-{name}") for kind, name in self.recipes.items()}
         sampling = self.record["sampling"]
         lengths = [each["estimator"]["sampling"]["max_new_tokens"] for each in recipes.values()]
         yield Compared(
             "length of a response (AlpacaEval, TLDR, RLHF, HumanEval), top-k, top-p, seconds of a unit test",
-            "collect_grads, obtain_policy_gradients", "recipes/nice-paper-*.yaml, Sampling",
+            "collect_grads, obtain_policy_gradients", "recipes/nice-compare-*.yaml, Sampling",
             [*lengths, Sampling().top_k, Sampling().top_p, recipes["codex"]["reward"]["sandbox"]["timeout"]],
             [*(sampling["max_new_tokens"][f"policy_{kind}"] for kind in recipes), sampling["top_k"], sampling["top_p"],
              sampling["timeout"]],
         )  # fmt: skip
         yield Compared(
-            "reward models of RLHF and TLDR", "collect_grads", "recipes/nice-paper-*.yaml",
+            "reward models of RLHF and TLDR", "collect_grads", "recipes/nice-compare-*.yaml",
             [letter for kind in ("reward", "tldr") for letter in map(ord, recipes[kind]["reward"]["model"])],
             [letter for name in sampling["reward_models"] for letter in map(ord, name)],
         )  # fmt: skip
         ours, theirs = zip(*(trained(each, self.record["training"]) for each in recipes.values()), strict=True)
-        yield Compared(WARMUP, "base_training_args.sh", "recipes/nice-paper-*.yaml", ours, theirs)
+        yield Compared(WARMUP, "base_training_args.sh", "recipes/nice-compare-*.yaml", ours, theirs)
         for kind, task in (("tldr", "tldr"), ("codex", "humaneval")):
             given = self.record["prompts_of"][task]
             columns = Columns(**recipes[kind]["target_columns"])
@@ -120,7 +120,7 @@ class Nice(Published):
             theirs = given["prompt"].removeprefix("<|user|>\n").partition("\n<|assistant|>\n")[0]
             yield Compared(
                 f"the prompt of a row of {task.replace('tldr', 'TLDR').replace('humaneval', 'HumanEval')}",
-                "get_validation_dataset.py", f"recipes/nice-paper-{task}.yaml", [*map(ord, prompt)],
+                "get_validation_dataset.py", f"recipes/nice-compare-{task}.yaml", [*map(ord, prompt)],
                 [*map(ord, theirs)],
             )  # fmt: skip
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from gradsift.compare.table import Comparison
     from gradsift.context import Pool, Setup, Target, open_pool, open_target
     from gradsift.data.load import Columns
+    from gradsift.data.sample import RowSample
     from gradsift.evaluation.arms import Arm, Compare, Curve
     from gradsift.evaluation.evaluate import Evaluation, evaluate
     from gradsift.evaluation.fine_tune import train_on
@@ -35,9 +36,10 @@ if TYPE_CHECKING:
     from gradsift.evaluation.pairwise import Pairwise
     from gradsift.evaluation.preferences import Preferences
     from gradsift.evaluation.setup import Trained, open_model
-    from gradsift.explanation.explain import ALL_STRATEGIES, Explanation, Explanations, explain
+    from gradsift.explanation.explain import ALL_STRATEGIES, Explanations, explain
     from gradsift.explanation.outputs import Question
     from gradsift.explanation.relevance import selection_relevance
+    from gradsift.explanation.result import Explanation
     from gradsift.explanation.table import RelevanceTable, relevance_table
     from gradsift.generation.assistant import Assistant
     from gradsift.generation.endpoint import Endpoint
@@ -93,11 +95,13 @@ if TYPE_CHECKING:
     from gradsift.store.precision import MeasuredError
     from gradsift.store.run import Run
     from gradsift.validation.bench import Bench, Benchmark, bench
-    from gradsift.validation.datamodel import lds, qld
+    from gradsift.validation.datamodel import joint_influence, lds, qld
     from gradsift.validation.one_step import OneStep
+    from gradsift.validation.trainer_check import check_trainer
     from gradsift.validation.validate import Validation, validate, validate_explanations
     from gradsift.warmup.checkpoint import Checkpoint, open_checkpoint
     from gradsift.warmup.merge import merge
+    from gradsift.warmup.recorder import Recorder
     from gradsift.warmup.train import Training, Warmup, train, warm_up
 
 _WHERE = {
@@ -106,6 +110,7 @@ _WHERE = {
     "gradsift.validation.bench": ("Bench", "Benchmark", "bench"),
     "gradsift.context": ("Pool", "Setup", "Target", "open_pool", "open_target"),
     "gradsift.data.load": ("Columns",),
+    "gradsift.data.sample": ("RowSample",),
     "gradsift.base.errors": ("GradsiftError",),
     "gradsift.evaluation.arms": ("Arm", "Compare", "Curve"),
     "gradsift.compare.table": ("Comparison",),
@@ -120,9 +125,10 @@ _WHERE = {
     "gradsift.evaluation.metric": ("Figure", "Measured"),
     "gradsift.evaluation.pairwise": ("Pairwise",),
     "gradsift.evaluation.setup": ("Trained", "open_model"),
-    "gradsift.explanation.explain": ("ALL_STRATEGIES", "Explanation", "Explanations", "explain"),
+    "gradsift.explanation.explain": ("ALL_STRATEGIES", "Explanations", "explain"),
     "gradsift.explanation.outputs": ("Question",),
     "gradsift.explanation.relevance": ("selection_relevance",),
+    "gradsift.explanation.result": ("Explanation",),
     "gradsift.explanation.table": ("RelevanceTable", "relevance_table"),
     "gradsift.gradients.collect": ("Adam", "Gradients", "collect"),
     "gradsift.gradients.projection": ("Projection",),
@@ -177,19 +183,21 @@ _WHERE = {
     "gradsift.selection.transport": ("TSDS",),
     "gradsift.store.gradient_store": ("GradientStore",),
     "gradsift.store.precision": ("MeasuredError",),
-    "gradsift.validation.datamodel": ("lds", "qld"),
+    "gradsift.validation.datamodel": ("joint_influence", "lds", "qld"),
     "gradsift.validation.one_step": ("OneStep",),
+    "gradsift.validation.trainer_check": ("check_trainer",),
     "gradsift.validation.validate": ("Validation", "validate", "validate_explanations"),
     "gradsift.warmup.checkpoint": ("Checkpoint", "open_checkpoint"),
     "gradsift.warmup.merge": ("merge",),
+    "gradsift.warmup.recorder": ("Recorder",),
     "gradsift.warmup.train": ("Training", "Warmup", "train", "warm_up"),
 }
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
 
 __version__ = "0.1.0"
 __all__ = [  # noqa: RUF022  # kept in the order of the flow
-    "open_pool", "open_target", "Pool", "Target", "Columns",
-    "Warmup", "Training", "warm_up", "train", "Checkpoint", "open_checkpoint",
+    "open_pool", "open_target", "Pool", "Target", "Columns", "RowSample",
+    "Warmup", "Training", "warm_up", "train", "Checkpoint", "open_checkpoint", "Recorder", "check_trainer",
     "Gradients", "Adam", "Projection", "collect", "GradientStore", "MeasuredError", "Run",
     "score", "Scores", "Estimator", "Influence",
     "LESS", "DataInf", "ProjectedInverse", "TRAK", "EKFAC", "JI2S", "MAGIC", "BM25", "RDS", "RDSPlus", "RepSim",
@@ -201,7 +209,7 @@ __all__ = [  # noqa: RUF022  # kept in the order of the flow
     "explain", "Question", "Explanation", "Explanations", "ALL_STRATEGIES",
     "MostHelpful", "MostHarmful", "MostInfluential", "LeastInfluential", "Divine", "Aide", "RandomExamples",
     "RelevancePursuit", "selection_relevance", "relevance_table", "RelevanceTable",
-    "validate", "validate_explanations", "Validation", "OneStep", "lds", "qld", "bench", "Bench",
+    "validate", "validate_explanations", "Validation", "OneStep", "lds", "qld", "joint_influence", "bench", "Bench",
     "Benchmark", "run_bench",
     "train_on", "Trained", "merge", "open_model", "Setup", "evaluate", "Evaluation", "Measured", "Figure",
     "HeldOutLoss", "Preferences", "MeanReward", "Pairwise", "Grading", "LMEval", "length_controlled_win_rate",

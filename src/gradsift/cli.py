@@ -539,6 +539,32 @@ def collect(given: Given) -> None:
 
 
 @_command(
+    _POOL, of.TRAINER, of.RUN, of.JSON, of.QUIET, of.DEBUG, required=("model", "pool", "out", "config"),
+    name="check-trainer",
+)  # fmt: skip
+def check_trainer(given: Given) -> None:
+    """Compare token ids, labels and losses with those that TRL's SFTTrainer makes of the same rows.
+
+    Where a row or a token differs, it is named, and the exit status is 1.
+
+    Example: gradsift check-trainer --model MODEL --pool pool.jsonl --config sft.yaml --out runs/math
+    """
+    from gradsift.jobs.select_explain import open_recipe
+    from gradsift.store.run import Run
+    from gradsift.validation.trainer_check import check_sft_config
+
+    recipe = _recipe(given)
+    with Run(recipe.out).lock():
+        found = check_sft_config(given["config"], open_recipe(recipe, _reporter(given)), given["rows"])
+    if given["json"]:
+        _print_json(found.as_dict())
+    else:
+        print(found)
+    if not found.equal:
+        raise click.exceptions.Exit(1)
+
+
+@_command(
     _LABELLED, _STAGES, of.SCORE, of.CHOICE, _RUN,
     Option("for", default="run", help="What is done with it: run (select, explain, compare), sample or reward."),
     required=(), arguments=(click.Argument(["recipe"], required=False, type=click.Path(path_type=Path)),),
@@ -623,11 +649,13 @@ def run(given: Given, recipe: Path) -> None:
 
     Example: gradsift run math.yaml
     """
+    from gradsift.jobs.models import write_models
     from gradsift.jobs.results import summary
     from gradsift.jobs.select_explain import run_recipe
+    from gradsift.report.terminal import console, draw
 
     recipes = _read_recipes(recipe, given)
-    as_list, contents = len(recipes) > 1 and given["json"], []
+    as_list, contents, results = len(recipes) > 1 and given["json"], [], []
     for one in recipes:
         if one.bench is not None:
             from gradsift.jobs.bench import run_bench
@@ -635,10 +663,13 @@ def run(given: Given, recipe: Path) -> None:
             judged = run_bench(one, _reporter(given))
             contents.append(judged.as_dict()) if as_list else _print_bench(judged, given)
         else:
-            result = run_recipe(one, _reporter(given))
+            results.append(result := run_recipe(one, _reporter(given)))
             contents.append(summary(result)) if as_list else _print_result(result, given)
+    by_model = write_models(results)
     if as_list:
         _print_json(contents)
+    elif by_model:
+        draw(by_model, console())
 
 
 @_command(_ELSEWHERE, required=(), arguments=_RECIPE)

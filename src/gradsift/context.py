@@ -31,6 +31,7 @@ from gradsift.store.precision import MeasuredError
 from gradsift.store.run import Run
 from gradsift.warmup.checkpoint import Checkpoint, open_checkpoint
 from gradsift.warmup.preferences import contrasts, referred
+from gradsift.warmup.recording import recorded_checkpoints
 from gradsift.warmup.train import Warmup, warm_up
 
 _CHECKED = 64  # rows, of which the self-check takes a short one and a long one
@@ -243,7 +244,8 @@ def open_pool(
         source: a file, folder, glob, data set name, `datasets.Dataset` or list of rows.
         model: hub id or folder of a causal language model.
         out: the run folder; made if absent.
-        adapters: PEFT adapters to use as checkpoints, in training order, instead of a warm-up.
+        adapters: PEFT adapters to use as checkpoints, in training order, instead of a warm-up; of the folder of a
+            `Recorder` all its checkpoints.
         warmup: how to warm up when no adapters are given.
         gradients: how gradients are taken, projected and stored.
         columns: names of the columns, where they are not the usual ones: a `Columns`, or a mapping of its fields.
@@ -303,7 +305,7 @@ def open_pool(
         data=data if sample is None else data.sample(sample, seed),
         training=data,
         warmup=warmup or Warmup(),
-        adapters=tuple(adapters),
+        adapters=tuple(one for adapter in adapters for one in recorded_checkpoints(adapter)),
         gradients=gradients or Gradients(),
         seed=seed,
         engine=engine,

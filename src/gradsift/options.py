@@ -221,7 +221,8 @@ VALIDATION = _of(
     "Validation",
     """explain.validation.step.random_sets
     explain.validation.step.lr --step-rate
-    explain.validation.route""",
+    explain.validation.route
+    explain.validation.sanity !""",
 )
 BENCH = _of(
     "Benchmark",
@@ -234,7 +235,16 @@ BENCH = _of(
     bench.top
     bench.subsets
     bench.removals
+    bench.test
     bench.smooth !""",
+)
+TRAINER = (
+    Option(
+        "config",
+        panel="Input",
+        help="The trainer's settings: YAML or JSON of SFTConfig's arguments, as `trl sft --config` takes them.",
+    ),
+    Option("rows", panel="Input", help="How many rows of the pool are compared.", default=8, type=int),
 )
 COLLECTED = _of("Gradients", "gradients.full_sum !")
 TRAINED = (

@@ -52,10 +52,12 @@ class Validate(Settings):
 
     step: the step and the random sets it is compared with.
     route: `stored` forms steps from unprojected gradients, `trained` takes them for real, `auto` decides.
+    sanity: also train on each output itself, and see how often that does more to it than a random row.
     """
 
     step: OneStep = OneStep()
     route: Route = "auto"
+    sanity: bool = False
 
 
 class Explain(Settings):
@@ -133,7 +135,7 @@ class Recipe(Settings):
     pool_sample: choose from so many pool rows only (a share or a number); the warm-up still draws from all.
     keep_overlap: score pool rows that are in the target, too.
     warmup: a short LoRA training on a share of the pool, one checkpoint an epoch.
-    adapter: PEFT adapters to use in place of a warm-up, one for each checkpoint.
+    adapter: PEFT adapters to use in place of a warm-up, one for each checkpoint, or the folder of a Recorder.
     gradients: how gradients are taken and stored.
     views: of the pool's rows at the last checkpoint, what is collected beside what the choice reads, in the same pass;
         None is plain ones, so that `explain` needs no pass of its own.

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from gradsift.base.errors import ConfigError
+from gradsift.base.ranks import jaccard
 from gradsift.compare.statistics import (
     Mean,
     chance_jaccard,
-    jaccard,
     mean_and_spread,
     mean_jaccard,
     paired_difference,

@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import lzma
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from gradsift.base.errors import DataError
+from gradsift.base.errors import ConfigError, DataError
 from gradsift.data.load import Loaded, load_examples
 from gradsift.data.sources import read_rows
 
@@ -301,3 +302,13 @@ class TestPython:
         loaded = load_examples(tmp_path / name for name in ("a", "b"))
         assert ids(loaded) == ["a", "a-2"]
         assert [file.id for file in loaded.unread] == ["a.zip", "b.zip"]
+
+
+def test_data_sets_of_the_library_say_which_extra_reads_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without datasets, which is an extra, a hub's name and a saved data set name it; files need it not."""
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "state.json").write_text("{}")
+    for source in ("someone/something", str(tmp_path / "saved")):
+        with pytest.raises(ConfigError, match=r"pip install 'gradsift\[datasets\]'"):
+            read_rows(source, "pool")

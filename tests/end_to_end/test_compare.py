@@ -527,13 +527,15 @@ def test_arms_that_drop(tiny: World, files: Path, tmp_path: Path) -> None:
 
 
 def test_lists_stand_for_arms(tmp_path: Path) -> None:
-    """Lists of λ make an arm each, of one family with the number; names, presets and shares are resolved; the recipe
-    survives being written."""
+    """Lists of λ, or of a field of a field, make an arm each, of one family with the number; names, presets and shares
+    are resolved, and a method's name alone is enough; the recipe survives being written."""
     arms = [
         {"estimator": {"kind": "ji2s", "joint_weight": [0, 0.1]}},
         {"name": "mine", "estimator": {"kind": "less"}, "selection": {"kind": "facility_location",
                                                                      "trade_off": [0.25, 0.5]}},
-        {"estimator": [{"kind": "bm25"}, {"kind": "less", "optimizer": ["adam", "sgd"]}]},
+        {"estimator": ["bm25", {"kind": "less", "optimizer": ["adam", "sgd"]}]},
+        {"estimator": {"kind": "nice", "sampling": {"preset": "assisted", "samples": [5, 20]}}},
+        {"estimator": {"kind": "nice", "policy": {"variant": "discrete"}, "sampling": {"temperature": [0.8, 1.0]}}},
         {"estimator": {"kind": "dsir"}, "selection": {"kind": "gumbel"}},
         {"data": "data/lima.jsonl"},
     ]  # fmt: skip
@@ -544,7 +546,7 @@ def test_lists_stand_for_arms(tmp_path: Path) -> None:
     found = contenders(recipe.compare.arms, LESS(), TopK())
     assert [one.name for one in found] == [
         "JI2S (λ=0)", "JI2S (λ=0.1)", "mine (trade_off=0.25)", "mine (trade_off=0.5)", "BM25", "LESS", "LESS (SGD)",
-        "DSIR, Gumbel top-k", "lima.jsonl",
+        "NICE (M=5)", "NICE", "NICE (temperature=0.8)", "NICE (temperature=1)", "DSIR, Gumbel top-k", "lima.jsonl",
     ]  # fmt: skip
     assert [(one.family, one.setting) for one in found[:3]] == [
         ("JI2S by joint_weight", 0), ("JI2S by joint_weight", 0.1), ("mine by trade_off", 0.25),
@@ -553,6 +555,22 @@ def test_lists_stand_for_arms(tmp_path: Path) -> None:
     assert recipe.compare.budgets == (0.05, 100)
     (tmp_path / "again.yaml").write_text(as_yaml(recipe))
     assert load_recipe(tmp_path / "again.yaml") == recipe
+
+
+def test_what_a_sample_of_the_target_leaves_is_measured_on(tiny: World, files: Path, tmp_path: Path) -> None:
+    """Of eight target rows three are chosen by, and the loss is that of the other five; with no sample that is told."""
+    target = write_rows(tmp_path / "all.jsonl", target_rows(8))
+    base = {"arms": [{"base": True}], "test": "rest_of_target", "budgets": [6]}
+    content = settings(tiny, tmp_path / "run", base, target=target, target_sample={"size": 3})
+    done = run_compare(Recipe.model_validate(content))
+    pool = gs.open_pool(tiny.pool, model=tiny.model, out=str(tmp_path / "run"), max_length=64, device="cpu")
+    drawn = set(gs.open_target(target, pool, sample=gs.RowSample(size=3)).data.ids)
+    rest = [row for row in target_rows(8) if row["id"] not in drawn]
+    there = gs.evaluate(pool, None, [gs.HeldOutLoss(rest)])["loss"]
+    assert (done.row("base model", 0, "loss").by_seed[0], there.n) == (there.value, 5)
+    del content["target_sample"]
+    refused = Cli("compare", recipe_file(tmp_path / "recipe.yaml", content), "--quiet")
+    assert (refused.code, "`target_sample:`" in refused.err) == (2, True)
 
 
 def test_without_arms_the_usual_ones_are_compared() -> None:

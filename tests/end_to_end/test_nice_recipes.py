@@ -19,6 +19,7 @@ import pytest
 import torch
 import yaml
 
+from gradsift.evaluation.arms import contenders
 from gradsift.influence.nice import NICE
 from gradsift.recipe import Recipe, load_recipes
 from loopback import Server, completion, serving
@@ -31,7 +32,7 @@ LLAMA, MISTRAL = "meta-llama/Llama-2-7b-hf", "mistralai/Mistral-7B-v0.1"
 
 
 def paper(task: str) -> list[Recipe]:
-    return load_recipes(RECIPES / f"nice-paper-{task}.yaml")
+    return load_recipes(RECIPES / f"nice-compare-{task}.yaml")
 
 
 # --- what the recipes say -----------------------------------------------------------------------------------------
@@ -170,9 +171,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_rows(root / "prompts.jsonl", [{"prompt": f"what says the {animal}"} for animal in ANIMALS[:3]])
     (root / "alpaca_eval.json").write_text(json.dumps(alpaca_rows()))
     write_rows(root / "tldr.jsonl", tldr_rows())
+    write_rows(root / "tldr_test.jsonl", [{**row, "id": f"test-{row['id']}"} for row in tldr_rows()[:2]])
     write_rows(root / "helpful.jsonl", dialogue_rows(3))
     write_rows(root / "helpful_rest.jsonl", dialogue_rows(40, start=3))
     write_rows(root / "problems.jsonl", problem_rows())
+    write_rows(root / "human_eval.jsonl", problem_rows(4))
     write_rows(root / "code_alpaca.jsonl", code_rows())
     reward = "def length(completions, **columns):\n    return [len(c) / 9 for c in completions]\n"
     (root / "rewards.py").write_text(reward)
@@ -217,7 +220,9 @@ LOCAL = {
     "vwxyzjn/summarize_from_feedback_tldr_3_filtered:validation": "tldr.jsonl",
     "trl-lib/hh-rlhf-helpful-base:train[:5%]": "helpful.jsonl",
     "trl-lib/hh-rlhf-helpful-base:train[5%:]": "helpful_rest.jsonl",
-    "openai/openai_humaneval:test": "problems.jsonl",
+    "openai/openai_humaneval:test": "human_eval.jsonl",
+    "vwxyzjn/summarize_from_feedback_tldr_3_filtered:test": "tldr_test.jsonl",
+    "trl-lib/hh-rlhf-helpful-base:test": "helpful.jsonl",
     "sahil2801/CodeAlpaca-20k": "code_alpaca.jsonl",
 }
 
@@ -254,6 +259,7 @@ class Dry:
         if "name" in reward:
             reward["name"] = str(self.folder / reward["name"])
         methods = [settings.get("estimator", {}), *settings.get("controls", [])]
+        methods = [method for method in methods if isinstance(method, dict)]
         samplings = [method["sampling"] for method in methods if "sampling" in method]
         for assistant in (method["assistant"] for method in methods if "assistant" in method):
             self.to_server(assistant["model"])
@@ -262,9 +268,29 @@ class Dry:
             sampling |= {"samples": 2, "max_new_tokens": 5}
         if "judge" in settings:
             self.to_server(settings["judge"])
+        if "compare" in settings:
+            self.replace_compared(settings["compare"])
         if "controls" in settings:  # an encoder is no tiny thing
-            settings["controls"] = [control for control in settings["controls"] if control["kind"] != "rds"]
+            settings["controls"] = [control for control in settings["controls"] if control != "rds"]
         settings |= {key: value for key, value in (("max_length", 96), ("dtype", "float32")) if key in settings}
+
+    def replace_compared(self, compare: dict[str, Any]) -> None:
+        """One seed, no encoder, and short answers; methods are those of `estimator` and `controls`, or ways of them."""
+        compare |= {"seeds": [0], "embedding": None}
+        for place in [*compare.get("metrics", []), compare.get("curve", {})]:
+            place |= {key: str(self.folder / LOCAL[place[key]]) for key in ("data",) if place.get(key) in LOCAL}
+            if "sampling" in place:
+                place["sampling"] = {"samples": 1, "temperature": 0, "max_new_tokens": 5}
+        for arm in compare.get("arms", []):
+            methods = arm.get("estimator", [])
+            for method in (
+                one for one in (methods if isinstance(methods, list) else [methods]) if isinstance(one, dict)
+            ):
+                method.get("sampling", method.get("assistant", {}).get("sampling", {})).update(max_new_tokens=5)
+                if isinstance(method.get("assistant", {}).get("model"), list):
+                    method["assistant"]["model"] = [self.tiny.model]
+            if isinstance(methods, list):
+                arm["estimator"] = [method for method in methods if method != "rds"]
 
     def to_server(self, endpoint: dict[str, Any]) -> None:
         endpoint |= {"base_url": self.server.url, "longest_wait": 1}
@@ -316,7 +342,7 @@ def test_nice_code_runs(dry: Dry) -> None:
 def test_alpacaeval_runs(dry: Dry) -> None:
     """Two prompts of each of five sources; the judge sees each pair in both orders, the assistant's responses too."""
     before = len(dry.server.requests)
-    ran(dry.written("nice-paper-alpacaeval.yaml", 0), prompts=10)
+    ran(dry.written("nice-compare-alpacaeval.yaml", 0), prompts=10)
     judged = [request for request in dry.server.requests[before:] if "Better: tie" in str(request["messages"])]
     assert len(judged) % 2 == 0
     assert {request["model"] for request in judged} == {"gpt-4-1106-preview"}
@@ -325,7 +351,7 @@ def test_alpacaeval_runs(dry: Dry) -> None:
 def test_tldr_runs(dry: Dry) -> None:
     """5% of the posts, with the authors' prompt; the assistant alone is asked for a brief summary."""
     before = len(dry.server.requests)
-    diagnostics, _ = ran(dry.written("nice-paper-tldr.yaml", 0), prompts=2)
+    diagnostics, _ = ran(dry.written("nice-compare-tldr.yaml", 0), prompts=2)
     assert all(id_.startswith("t") for id_ in diagnostics["prompts"])
     asked = {request["messages"][-1]["content"] for request in dry.server.requests[before:]}
     assert len(asked) == 2
@@ -339,7 +365,7 @@ def test_tldr_runs(dry: Dry) -> None:
 )
 def test_rlhf_runs(dry: Dry, entry: int, count: int) -> None:
     """5% of a mixed pool, or 20% of the task's own, by a reward model that reads conversations as Anthropic's are."""
-    _, out = ran(dry.written("nice-paper-rlhf.yaml", entry), prompts=3)
+    _, out = ran(dry.written("nice-compare-rlhf.yaml", entry), prompts=3)
     assert len((out / "selected.jsonl").read_text().splitlines()) == count
 
 
@@ -348,18 +374,66 @@ def test_rlhf_runs(dry: Dry, entry: int, count: int) -> None:
 )
 def test_humaneval_runs(dry: Dry, entry: int, count: int) -> None:
     """A sample of the problems, whole programs or bodies, of the model's own and of the assistant's."""
-    diagnostics, out = ran(dry.written("nice-paper-humaneval.yaml", entry), prompts=3)
+    diagnostics, out = ran(dry.written("nice-compare-humaneval.yaml", entry), prompts=3)
     assert len((out / "selected.jsonl").read_text().splitlines()) == count
-    assert set(diagnostics["prompts"]) <= {row["task_id"] for row in problem_rows()}
+    assert set(diagnostics["prompts"]) <= {row["task_id"] for row in problem_rows(4)}
 
 
-@pytest.mark.parametrize("name", [*USER, *(f"nice-paper-{task}.yaml" for task in PAPER)])
+@pytest.mark.parametrize("name", [*USER, *(f"nice-compare-{task}.yaml" for task in PAPER)])
 def test_the_recipes_can_be_planned(dry: Dry, name: str) -> None:
     """`plan` reads the pool and the prompts, and estimates the stages without sampling anything."""
     before = len(dry.server.requests)
     found = Cli("plan", dry.written(name, None if name in USER else 0), "--json", "--quiet").succeeded().json
     assert found["checkpoints"] == 4
-    assert found["target"]["rows"] == {"nice-paper-alpacaeval.yaml": 10, "nice-paper-tldr.yaml": 2}.get(name, 3)
+    assert found["target"]["rows"] == {"nice-compare-alpacaeval.yaml": 10, "nice-compare-tldr.yaml": 2}.get(name, 3)
     stage = found["stages"]["pool gradients"]
     assert stage["done"] or stage["seconds"] > 0  # another recipe's run may have made them
     assert len(dry.server.requests) == before
+
+
+def test_the_papers_arms() -> None:
+    """Tables 3, 9, 10, 12, 13 and 14, App. I.3, Figures 3 and 7: which models train on whose choices."""
+    arms = {
+        recipe.out.removeprefix("runs/nice-paper/"): {
+            one.name.partition(" (gpt")[0]
+            for one in contenders(recipe.compare.arms, recipe.estimator, recipe.selection)
+        }
+        for task in PAPER
+        for recipe in paper(task)
+        if recipe.compare is not None
+    }
+    others = {"full pool", "random", "NICE-AMC", "LESS", "RDS", "BM25", "DSIR", "LESS, TSDS"}
+    table3, written = {*others, "NICE"}, {"LESS+GPT"}
+    more = {"NICE (M=5)", "NICE (M=10)", "NICE (discrete)"}
+    more |= {"NICE-AMC (Qwen2.5-7B-Instruct)", "NICE-AMC (Qwen2.5-3B-Instruct)"}
+    code = {*others, "NICE (M=500)"}
+    assert (
+        arms["tldr/Llama-2-7b-hf"] == arms["alpacaeval/Mistral-7B-v0.1"] == arms["rlhf/mistral-7b"] == table3 | written
+    )
+    assert arms["rlhf/llama-2-7b"] == table3 | written | more
+    assert arms["rlhf/llama-3-8b"] == arms["rlhf/llama-2-13b-aware"] == {"random", "RDS", "BM25", "LESS", "NICE"}
+    assert arms["rlhf/llama-2-7b-aware"] == arms["rlhf/mistral-7b-aware"] == table3 | {"NICE (ppo)"}
+    assert arms["humaneval/llama-2-7b"] == code | written
+    assert arms["humaneval/mistral-7b-aware"] == code | {"NICE (M=500, ppo)", "NICE at temperature 1"}
+    assert len(arms) == 2 + 2 + 8 + 4
+
+
+@pytest.mark.slow
+def test_tldr_is_compared(dry: Dry) -> None:
+    """Every arm of Table 3 but RDS is chosen, trained on and measured, LESS+GPT and TSDS among them, with a curve on
+    the posts that the sample leaves."""
+    path = dry.written("nice-compare-tldr.yaml", 0)
+    found = Cli("compare", path, "--quiet", "--json").succeeded().json
+    measured = {row["arm"].partition(" (gpt")[0] for row in found["rows"] if row["figure"] == "reward"}
+    assert measured == {
+        "full pool",
+        "random",
+        "NICE (M=2)",
+        "NICE-AMC",
+        "LESS",
+        "BM25",
+        "DSIR",
+        "LESS, TSDS",
+        "LESS+GPT",
+    }
+    assert found["failures"] == []

@@ -11,8 +11,8 @@ import torch
 from gradsift.context import Pool
 from gradsift.explanation.explain import explain
 from gradsift.explanation.outputs import question_of
+from gradsift.explanation.page import explanation_page
 from gradsift.explanation.relevance import selection_relevance
-from gradsift.explanation.shown import explanation_page
 from gradsift.influence.bm25 import BM25
 from gradsift.influence.less import LESS
 from gradsift.report.html import render

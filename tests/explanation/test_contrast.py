@@ -10,9 +10,10 @@ import torch
 
 from gradsift.base.errors import ConfigError, DataError
 from gradsift.context import Pool
-from gradsift.explanation.explain import Explanation, explain
+from gradsift.explanation.explain import explain
 from gradsift.explanation.outputs import Question, question_of
-from gradsift.explanation.shown import explanation_page
+from gradsift.explanation.page import explanation_page
+from gradsift.explanation.result import Explanation
 from gradsift.influence.bm25 import BM25
 from gradsift.influence.less import LESS
 from gradsift.report.html import render

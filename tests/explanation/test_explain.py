@@ -26,7 +26,7 @@ from gradsift.explanation.relevance import (
     selection_relevance,
     summarise_relevance,
 )
-from gradsift.explanation.table import gain_over_naive, relevance_table
+from gradsift.explanation.table import coefficient_statistics, relevance_table
 from gradsift.generation.local import greedy_output
 from gradsift.gradients.collect import Gradients
 from gradsift.gradients.projection import Projection
@@ -292,11 +292,12 @@ def test_explanations_are_written(pool: Pool) -> None:
     """explanations.jsonl holds what was returned, one output a line; the parquet file the same in long form."""
     questions = questions_of(load_examples(target_rows()).examples, use_answers=True)
     found = explain(pool, questions, k=(1, 2), strategies=(MostHelpful(), RandomExamples(draws=2)))
-    lines = [json.loads(line) for line in Path(found.path).read_text().splitlines()]
+    lines = [json.loads(line) for line in Path(found.path).read_text().splitlines()][-4:]
+    assert len({tuple(line.pop("made").values()) for line in lines}) == 1
     assert lines == json.loads(json.dumps([entry.as_dict() for entry in found.entries]))
     assert [line["id"] for line in lines] == ["t0", "t1", "t2", "t3"]
-    table = pq.read_table(pool.run.path("explanations.parquet")).to_pylist()
-    assert len(table) == 4 * 2 * 2
+    table = pq.read_table(pool.run.path("explanations.parquet")).to_pylist()[-4 * 2 * 2 :]
+    assert [row["output"] for row in table] == [line["id"] for line in lines for _ in range(4)]
     assert [len(row["ids"]) for row in table] == [row["k"] for row in table]
 
 
@@ -383,9 +384,21 @@ def test_the_table_aggregates_over_outputs(pool: Pool) -> None:
     assert row.by_budget[2].ratio == pytest.approx(norm / error, rel=1e-9)
     ratios = [row.by_budget[k].ratio for k in (1, 2, 3)]
     assert row.auc_db == pytest.approx(10 * math.log10((ratios[0] + 2 * ratios[1] + ratios[2]) / 2))
-    gains = gain_over_naive(table, lambda strategy: "most helpful" if strategy.startswith("FL") else None)
-    assert {gain["strategy"] for gain in gains} == {"FL λ=1"}
-    assert {gain["k"]: gain["gain_db"] for gain in gains}[1] == pytest.approx(
-        next(r for r in table.rows if r.strategy == "FL λ=1").by_budget[1].db
-        - next(r for r in table.rows if r.strategy == "most helpful").by_budget[1].db
-    )
+    of = {row.strategy: row for row in table.rows}
+    assert {(gain.strategy, gain.naive) for gain in table.gains} == {("FL λ=1", "most helpful")}
+    for gain in table.gains:
+        after, before = (of[name].by_budget[gain.k] for name in ("FL λ=1", "most helpful"))
+        assert gain.db == pytest.approx(after.db - before.db)
+        assert gain.percent == pytest.approx(100 * (after.ratio / before.ratio - 1))
+    for row in table.rows:
+        low, high = row.between[3] or (math.nan, math.nan)
+        assert low < row.by_budget[3].db < high
+    single = [found.ratio for found in found.entries[0].results if found.k == 1 and len(found.draws) == 1]
+    assert [one.highest for one in table.extremes] == [True, False]
+    assert table.extremes[0].db >= 10 * math.log10(max(single)) >= table.extremes[1].db
+    statistics = {one.model: one for one in coefficient_statistics(found, 3)}
+    choices = {(e.id, frozenset(x.id for x in r.examples)) for e in found.entries for r in e.results if r.k == 3}
+    own = statistics["MSEProjUSimp"]
+    assert own.selections == len(choices)
+    assert (own.l1, own.negative) == (pytest.approx(1.0), 0.0)
+    assert statistics["MSE"].negative > 0

@@ -10,10 +10,11 @@ import pytest
 
 import gradsift.explanation.matches as matches_module
 from gradsift.context import Pool
-from gradsift.explanation.explain import Explanation, explain
+from gradsift.explanation.explain import explain
 from gradsift.explanation.matches import token_texts
 from gradsift.explanation.outputs import question_of
-from gradsift.explanation.shown import explanation_page
+from gradsift.explanation.page import explanation_page
+from gradsift.explanation.result import Explanation
 from gradsift.gradients.capture import UncapturedError
 from gradsift.influence.bm25 import BM25
 from gradsift.influence.less import LESS

@@ -10,9 +10,9 @@ import pytest
 from rich.console import Console
 
 import page_examples
-from gradsift.explanation.explain import Explanation
 from gradsift.explanation.matches import MatchedToken, TokenMatch
 from gradsift.explanation.matches_shown import matches_lines, shaded, strongest
+from gradsift.explanation.result import Explanation
 from gradsift.report.blocks import Example, Examples
 from gradsift.report.html import fragment
 from gradsift.report.terminal import draw

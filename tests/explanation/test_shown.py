@@ -16,16 +16,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import page_examples
-from gradsift.explanation import shown
-from gradsift.explanation.explain import ChosenExample, StrategyResult
+from gradsift.explanation import page
+from gradsift.explanation.page import redundancy
+from gradsift.explanation.result import ChosenExample, StrategyResult
 from gradsift.explanation.shown import (
     explained_blocks,
     explanation_file,
-    redundancy,
-    relevance_blocks,
     shown_db,
 )  # fmt: skip
 from gradsift.explanation.table import relevance_table
+from gradsift.explanation.table_shown import relevance_blocks
 from gradsift.jobs.explanation_pages import spread_blocks
 from gradsift.report.blocks import Cell, Choice, Examples, Fold, Map, Section, Table, Text, Verdict, walk
 from gradsift.store.run import Run
@@ -53,17 +53,23 @@ def test_tables_ascend_as_in_the_paper() -> None:
     """Strategies ascend by the main budget; the heavy line stands at the first at or above 0 dB; the best stand out."""
     entries = [page_examples.explained(page_examples.rows(30), seed=n)[0] for n in range(3)]
     table = relevance_table(entries)
-    (shown,) = relevance_blocks(table, draws=5)
+    shown, *notes = relevance_blocks(table, draws=5)
+    assert isinstance(shown, Table)
+    assert [str(getattr(note, "text", ""))[-24:] for note in notes] == ["13.80 dB at k = 1, 5, 10, 25."[-24:]]
     values = [float(str(getattr(row.cells[3], "text", row.cells[3])).replace("−", "-")) for row in shown.rows]
     assert values == sorted(values)
     assert [row.ruled for row in shown.rows].index(True) == next(n for n, value in enumerate(values) if value >= 0) > 0
     assert sum(row.ruled for row in shown.rows) == 1
     assert isinstance(shown.rows[-1].cells[1], Cell)
-    assert [column.name for column in shown.columns][-2:] == ["AUC", "above 0 dB"]
+    assert [column.name for column in shown.columns][-3:] == ["AUC", "95 % at k=10", "above 0 dB"]
     assert "3 outputs and 5 random draws" in shown.title
-    assert len(relevance_blocks(table, above=False)[0].columns) == 6
+    (narrow, _) = relevance_blocks(table, above=False)
+    assert isinstance(narrow, Table)
+    assert len(narrow.columns) == 7
     good = [replace(entry, results=tuple(r for r in entry.results if "FL" in r.strategy)) for entry in entries]
-    assert not any(row.ruled for row in relevance_blocks(relevance_table(good))[0].rows)
+    first = relevance_blocks(relevance_table(good))[0]
+    assert isinstance(first, Table)
+    assert not any(row.ruled for row in first.rows)
 
 
 def test_spreads_hold_every_output_under_each_budget() -> None:
@@ -199,15 +205,15 @@ def test_a_map_is_laid_out_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     """A page that is written again finds where its rows lie; other rows, or a damaged file, are laid out anew."""
     pool: Any = SimpleNamespace(run=Run(tmp_path / "run"))
     rows, calls = np.random.default_rng(0).normal(size=(12, 5)).astype(np.float32), []
-    original = shown.layout
-    monkeypatch.setattr(shown, "layout", lambda rows: calls.append(len(rows)) or original(rows))
-    first = shown._mapped(pool, rows)
-    assert shown._mapped(pool, torch.from_numpy(rows)) == first == tuple(original(rows))
+    original = page.layout
+    monkeypatch.setattr(page, "layout", lambda rows: calls.append(len(rows)) or original(rows))
+    first = page._mapped(pool, rows)
+    assert page._mapped(pool, torch.from_numpy(rows)) == first == tuple(original(rows))
     assert len(calls) == 1
-    shown._mapped(pool, rows[:6])
+    page._mapped(pool, rows[:6])
     (kept,) = [
         path for path in (tmp_path / "run" / "maps").iterdir() if len(json.loads(path.read_text())["points"]) == 12
     ]
     kept.write_text(kept.read_text().replace("0.", "1.", 1))
-    assert shown._mapped(pool, rows) == first
+    assert page._mapped(pool, rows) == first
     assert calls == [12, 6, 12]

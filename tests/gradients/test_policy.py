@@ -30,6 +30,7 @@ from gradsift.gradients.policy import (
     policy_coefficients,
     weighted_sequences,
 )
+from gradsift.model.loss import token_mean
 from gradsift.rewards.reward import reward_samples
 from gradsift.rewards.samples import Sample
 
@@ -247,7 +248,7 @@ def test_clipped_ratios_are_autograd_of_the_surrogate(log_ratios: list[float], a
 
 
 def test_coefficients_by_hand() -> None:
-    """The five variants and three baselines on three rewards, one of them negative."""
+    """The six variants and three baselines on three rewards, one of them negative."""
     r = torch.tensor([3.0, 0.0, -1.5])
 
     def found(**options: Any) -> list[float]:
@@ -259,6 +260,7 @@ def test_coefficients_by_hand() -> None:
     assert found(variant="discrete") == pytest.approx([1 / 3, 0, 0])
     assert found(variant="discrete", baseline="leave_one_out") == pytest.approx([1 / 3, -1 / 6, -1 / 6])
     assert found(variant="rejection") == [1, 0, 0]
+    assert policy_coefficients(torch.tensor([2.0, 0.0, -1.0, 0.0]), variant="imitation").tolist() == [0.25] * 4
     assert policy_coefficients(torch.tensor([2.0, 0.1, -1.0, 0.0]), variant="rejection").tolist() == [0.5, 0.5, 0, 0]
     assert found(variant="weighted_rejection") == [3, 0, 0]
     accepted = policy_coefficients(torch.tensor([2.0, 0.1, -1.0, 0.0]), variant="weighted_rejection")
@@ -303,12 +305,12 @@ def test_what_coefficients_refuse() -> None:
         policy_coefficients(torch.zeros(0))
     with pytest.raises(ShapeError, match="no sample to weigh"):
         importance_shares([])
-    for variant in ("rejection", "weighted_rejection", "ppo"):
+    for variant in ("rejection", "weighted_rejection", "imitation", "ppo"):
         with pytest.raises(ConfigError, match=f"baseline mean does not go with the variant {variant}"):
             PolicyGradient(variant=variant, baseline="mean")
         with pytest.raises(ConfigError, match="leave it out"):
             policy_coefficients(torch.ones(2), variant=variant, baseline="leave_one_out")
-    for variant in ("rejection", "weighted_rejection"):
+    for variant in ("rejection", "weighted_rejection", "imitation"):
         with pytest.raises(ConfigError, match=f"importance_weights do not go with the variant {variant}"):
             PolicyGradient(variant=variant, importance_weights=True)
 
@@ -506,6 +508,7 @@ GRADIENTS = (
     PolicyGradient(variant="ppo"), PolicyGradient(baseline="mean"), PolicyGradient(baseline="leave_one_out"),
     PolicyGradient(importance_weights=True), PolicyGradient(importance_weights=True, baseline="leave_one_out"),
     PolicyGradient(logprob_reduction="mean"), PolicyGradient(variant="weighted_rejection"),
+    PolicyGradient(variant="imitation"),
 )  # fmt: skip
 
 
@@ -576,9 +579,21 @@ def test_many_samples_are_taken_in_groups(gradient: PolicyGradient) -> None:
     assert all(torch.allclose(found[key], wanted[key], atol=1e-6) for key in wanted)
     assert rows.weights(torch.tensor([[2] * 16 + [0] * 16]))[0].tolist() == [2.0] * 16 + [0.0] * 16
     label = TokenSequence(0, np.arange(5, dtype=np.int32), np.ones(5, dtype=np.float32))
-    for own, weighs in ((rewards, 0.0), ([0.0] * 100, 1.0)):
+    for own, weighs in ((rewards, 0.0), ([0.0] * 100, float(gradient.variant != "imitation"))):
         with_label = SampleRows.of(responses, own, gradient, label)
         assert with_label.weights(torch.ones(1, 32, dtype=torch.int64))[0, 32] == weighs
+
+
+def test_imitation_is_the_loss_of_what_was_written() -> None:
+    """Whatever it earned: with token means, the sequence is that of a row with the response as its label (LESS+GPT)."""
+    (response,), _ = drawn_responses(1, 3)
+    gradient = PolicyGradient(variant="imitation", logprob_reduction="mean")
+    (found,) = weighted_sequences([response], [-0.5], gradient)
+    tokens = np.concatenate([response.prompt_ids, response.token_ids])
+    supervised = np.arange(len(tokens)) >= len(response.prompt_ids)
+    label = token_mean(TokenizedExample("p", tokens, supervised), 0)
+    assert np.array_equal(found.token_ids, label.token_ids)
+    assert np.allclose(found.weights, label.weights)
 
 
 def test_samples_that_no_choice_could_weigh_have_no_sequences() -> None:

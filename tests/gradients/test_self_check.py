@@ -114,6 +114,28 @@ def test_a_module_that_hooks_cannot_see_is_named_with_the_way_around_it(make: An
     checked(make(), pattern[1])
 
 
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (tiny_mixtral, {"target_parameters": ["mlp.experts.down_proj"]}),
+        (tiny_llama, {"modules_to_save": ["embed_tokens", "norm"]}),
+    ],
+)
+def test_what_runs_again_under_checkpointing_and_autocast(make: Any, options: dict[str, Any]) -> None:
+    """A module whose parameters have no product of their own runs again in the layers that run again, and as narrow."""
+    adapted = with_lora(make(), ["q_proj"], dropout=0.0, **options)
+    assert any(c.again is not None for c in find_modules(adapted).captured)
+    assert checked(adapted, "lora", checkpointing=True).error < 1e-5
+    assert checked(adapted, "lora", autocast=torch.bfloat16).error < 0.03
+
+
+def test_tokens_that_the_head_uses_too_are_refused() -> None:
+    """Trained tokens of tied embeddings: half of their gradient is the head's."""
+    adapted = with_lora(tiny_qwen2(), ["q_proj"], dropout=0.0, trainable_token_indices=list(range(3, 60)))
+    with pytest.raises(ModelError, match="Adapt other modules than embed_tokens"):
+        checked(adapted, "lora")
+
+
 class Mixing(nn.Module):
     """A layer in which a sequence sees the one beside it."""
 

@@ -104,6 +104,22 @@ def tiny_qwen2_moe(*, seed: int = 0) -> nn.Module:
     return Qwen2MoeForCausalLM(config).eval()
 
 
+def tiny_gpt_oss(*, seed: int = 0) -> nn.Module:
+    """Fused experts `[expert in out]` with biases, attention sinks."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    torch.manual_seed(seed)
+    config = GptOssConfig(
+        **SHAPE,
+        head_dim=8,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        experts_implementation="eager",
+    )
+    return GptOssForCausalLM(config).eval()
+
+
 def with_lora(
     model: nn.Module,
     targets: str | list[str] = "all-linear",

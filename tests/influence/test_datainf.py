@@ -251,6 +251,28 @@ def test_streamed_scores_are_those_of_the_whole_rows(tmp_path: Path, dtype: str,
         assert float((found - wanted).abs().max()) < 2e-6 * float(wanted.abs().max())
 
 
+def test_normalised_rows_are_datainf_of_unit_rows(tmp_path: Path) -> None:
+    """Rows at length 1 on both sides, and cosines with what they are multiplied by: the length of a row or of a target
+    changes nothing, and scores rank as those of `datainf_scores` of unit rows do.
+    """
+    method, rows = DataInf(normalise=True), torch.cat(segmented(40, 4), dim=1)
+    targets = torch.cat(segmented(3, 5), dim=1).float()
+    lengths = torch.linspace(0.1, 9.0, len(rows))[:, None].to(rows.dtype)
+    found = []
+    for name, own, asked in (("once", rows, targets), ("longer", rows * lengths, targets * 7)):
+        store = write_store(tmp_path / name, own, "float32")
+        found.append(store_inner_products(store, method.directions(store, asked, "cpu"), normalise=method.by_cosine))
+    assert torch.allclose(found[0], found[1], atol=1e-5)
+    unit = [torch.nn.functional.normalize(part) for part in (rows, targets)]
+    wanted = datainf_scores(*(list(part.split(SIZES, dim=1)) for part in unit))
+    ratio = found[0].double() / wanted.double()
+    assert torch.allclose(ratio, ratio.mean(dim=0), rtol=1e-3)
+    assert bool((ratio > 0).all())
+    assert "normalise" not in DataInf().model_dump()
+    assert DataInf.model_validate(method.model_dump()) == method
+    assert method.label == "DataInf (normalised)"
+
+
 def spectral(moments: np.ndarray) -> float:
     """A tenth of the largest eigenvalue, by a full decomposition."""
     return 0.1 * float(np.linalg.eigvalsh(moments)[-1])

@@ -394,7 +394,9 @@ def test_scores_are_those_of_the_rows_at_every_checkpoint(pool: Pool, target: Ta
     found = score(pool, target, method)
     assert found.ids == pool.data.ids
     assert found.per_target is None
-    assert any("rank correlation" in warning for warning in found.warnings)
+    assert found.found is not None
+    assert any("rank correlation" in note for note in found.found.notes)
+    assert not any("rank correlation" in warning for warning in found.warnings)
     assert np.allclose(found.aggregate, wanted, rtol=1e-3, atol=1e-5 * float(wanted.abs().max()))
     again = score(pool, target, method)  # from what the run folder holds
     assert np.array_equal(again.aggregate, found.aggregate)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import numpy as np
 import pyarrow.compute as pc
 import pytest
 import torch
-from transformers.models.llama import modeling_llama
 
 import gradsift as gs
 from gradsift.base.errors import ConfigError, DataError, ModelError
@@ -40,16 +38,7 @@ def opened(tiny: World, out: Path, rows: int = 24, **options: Any) -> Pool:
     return gs.open_pool(pool_rows(rows), model=tiny.model, out=str(out), **given)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def in_float64() -> Iterator[None]:
-    """Llama's norm, which computes in float32 whatever its input, in float64: finite differences need it."""
-
-    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(modeling_llama.LlamaRMSNorm, "forward", forward)
-        yield
+pytestmark = pytest.mark.usefixtures("in_float64")
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,12 +12,13 @@ import pytest
 
 import gradsift as gs
 from gradsift.base.errors import ConfigError
+from gradsift.gradients import collect
 from gradsift.influence.replay import Replay
 from gradsift.jobs.bench import planted
 from gradsift.recipe import Recipe
 from gradsift.validation.bench import Bench, Benchmark, bench
 from gradsift.validation.datamodel import lds
-from tiny_world import World, target_rows, write_rows
+from tiny_world import World, pool_rows, target_rows, write_rows
 
 
 class Knowing(gs.Estimator):
@@ -135,6 +137,77 @@ def _losses_after(pool: gs.Pool, target: gs.Target, weights: np.ndarray[Any, Any
         return network.losses(end, target.labels.sequences(0, len(target.labels)), len(target.labels)).numpy()
 
 
+def test_training_on_the_best_scored(
+    opened: tuple[gs.Pool, gs.Target], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`train` is how much lower the held-out loss is after `train_on` the best-scored rows than on random ones of the
+    seeds, found again by `gradsift compare`'s own files: nothing is trained a second time."""
+    pool, target = opened
+    held_out = write_rows(tmp_path / "test.jsonl", pool_rows(40)[24:])
+    settings = Bench(test=held_out, budgets=(8.0,), seeds=(0, 1))
+    found = bench(pool, target, [Knowing()], settings=settings)
+    monkeypatch.setattr("gradsift.warmup.trainer.StepTrainer.__init__", None)
+    (column,) = bench(pool, target, [Knowing()], settings=settings).columns
+    assert column.values == found.columns[0].values
+    training = gs.Training.model_validate(pool.warmup.model_dump(include=set(gs.Training.model_fields)))
+    scores = gs.score(pool, target, Knowing())
+    best = [scores.ids[place] for place in np.argsort(-scores.aggregate, kind="stable")[:8]]
+    available = sorted(range(len(pool.data)))
+    losses = []
+    for seed in (0, 1):
+        drawn = np.random.default_rng([pool.seed, 8, seed]).choice(available, 8, replace=False)
+        for ids in (best, list(pool.data.ids.take(drawn))):
+            metric = gs.HeldOutLoss(data=held_out)
+            per_item = gs.evaluate(pool, gs.train_on(pool, ids, training, seed=seed), [metric]).results[0].figures[0]
+            losses.append(np.mean(list(per_item.per_item.values())))
+    expected = np.mean(losses[1::2]) - np.mean(losses[::2])
+    assert column.values["knowing +1"].value == pytest.approx(expected, abs=1e-9)
+    assert expected != 0
+
+
+def test_scores_agree_with_themselves(opened: tuple[gs.Pool, gs.Target]) -> None:
+    """A copy of a target ranks first for it by cosines of plain gradients and by words, not by a column that all rows
+    of a class share; halves of a projection agree, and the stored rows' error is what their manifest has."""
+    pool, target = opened
+    pool = replace(pool, gradients=gs.Gradients(projection=gs.Projection(dim=256)))
+    cosines = gs.LESS(optimizer="sgd", checkpoints="last")
+    found = bench(pool, target, [cosines, gs.BM25()], settings=Bench(measures=("self",)))
+    first, halves, error = found.columns
+    assert first.values[cosines.label].value == first.values["BM25"].value == 1
+    assert first.chance == pytest.approx(1 / 30)
+    assert first.values["random (seed 0)"].value < 1
+    assert 0.5 < halves.values[cosines.label].low <= halves.values[cosines.label].high < 1
+    assert np.isnan(halves.values["BM25"].value)
+    own = pool.measured_error(pool.checkpoints()[-1], "plain")
+    assert own is not None
+    assert error.values[cosines.label].value == own.rms
+    assert found.sentence == "No method could be judged by how well it ranks."
+    assert "error of cosines" in found._repr_html_()
+
+
+def test_rows_are_taken_in_one_pass(opened: tuple[gs.Pool, gs.Target], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Methods that read different views of the rows share a backward pass, whose time is counted to each of them."""
+    pool, target = opened
+    pool = replace(pool, gradients=gs.Gradients(projection=gs.Projection(dim=64)))
+    passes: list[tuple[str, ...]] = []
+    whole = collect._collect_missing
+
+    def counted(work: Any, *more: Any) -> Any:
+        passes.append(work.views)
+        return whole(work, *more)
+
+    monkeypatch.setattr(collect, "_collect_missing", counted)
+    methods = [gs.LESS(), gs.ProjectedInverse(), gs.DataInf()]
+    found = bench(pool, target, methods, settings=Bench(class_column="source"))
+    # Of the pool at both checkpoints, and of the targets at the last; DataInf reads no other.
+    assert passes[:3] == [("adam", "plain"), ("adam", "plain", "segments"), ("plain", "segments")]
+    assert passes[3:] == [("plain",)]
+    seconds = {label: cost.seconds for label, cost in found.costs.items()}
+    assert min(seconds[method.label] for method in methods) > seconds["random (seed 0)"]
+    again = bench(pool, target, methods, settings=Bench(class_column="source"))
+    assert again.costs == found.costs
+
+
 def test_from_the_command_line(tiny: World, labelled: str, tmp_path: Path) -> None:
     """`gradsift bench` with planted mistakes and a class writes JSON and page and says what to use; a second time
     all of it is found again."""
@@ -182,6 +255,7 @@ def test_planted_answers_are_others(tiny: World, tmp_path: Path) -> None:
     [
         ({"measures": ("recall",)}, "class_column"),
         ({"measures": ("filter",)}, "marked"),
+        ({"measures": ("train",)}, "test, a file"),
         ({"marked": "source"}, "column=value"),
         ({"marked": "source=nothing"}, "both those and others"),
         ({"plant": "mislabel:5%", "marked": "a=b"}, "give one of them"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,8 @@ import pytest
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
-from gradsift.base.errors import GradsiftError, NonFiniteError, ShapeError
-from gradsift.validation.datamodel import agreement_of_trainings, lds, qld
+from gradsift.base.errors import ConfigError, GradsiftError, NonFiniteError, ShapeError
+from gradsift.validation.datamodel import agreement_of_trainings, joint_influence, lds, qld
 
 RNG = np.random.default_rng(0)
 SCORES = RNG.normal(size=(30, 4))
@@ -92,3 +93,26 @@ def test_what_does_not_fit_is_refused(
     """The message says what was found and what was expected."""
     with pytest.raises(error, match=said):
         lds(scores, kept, losses)
+
+
+def test_joint_influence_is_what_the_members_do_together_alone() -> None:
+    """Of a loss that is a sum of terms, one for each subset, it is the term of all members (Möbius inversion), for each
+    target; of one member, what it changes; each subset is trained once."""
+    members = ("a", "b", "c")
+    subsets = [kept for size in range(4) for kept in combinations(members, size)]
+    terms = dict(zip(subsets, RNG.normal(size=(len(subsets), 2)), strict=True))
+    trained = []
+
+    def loss_after(kept: tuple[str, ...]) -> NDArray[np.float64]:
+        trained.append(kept)
+        return np.sum([term for subset, term in terms.items() if set(subset) <= set(kept)], axis=0)
+
+    for size in (1, 2, 3):
+        trained.clear()
+        assert joint_influence(loss_after, members[:size]) == pytest.approx(terms[members[:size]])
+        assert len(trained) == len(set(trained)) == 2**size
+    for wrong in ((), ("a", "a"), tuple(range(17))):
+        with pytest.raises(ConfigError, match="give 1 to 16, each once"):
+            joint_influence(lambda kept: 0.0, wrong)
+    with pytest.raises(NonFiniteError, match="with \\['a'\\] is nan"):
+        joint_influence(lambda kept: np.nan if kept else 1.0, ["a"])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import entry_points
-from typing import TypeVar
+from typing import Annotated, Any, TypeVar, Union
+
+from pydantic import BeforeValidator, Field
 
 from gradsift.base.errors import ConfigError
 from gradsift.base.settings import Settings
@@ -50,3 +52,9 @@ def kind_of(one: type[Settings], base: type[Settings]) -> str:
     if not isinstance(kind, str):
         raise ValueError(f'{one.__name__} has no kind: give it a field like kind: Literal["mine"] = "mine"')
     return kind
+
+
+def one_of(methods: Iterable[type[Settings]]) -> Any:
+    """The annotation of a field that holds any of these methods: by its fields, or by its kind alone (`less`)."""
+    by_kind = BeforeValidator(lambda given: {"kind": given} if isinstance(given, str) else given)
+    return Annotated[Union[tuple(methods)], Field(discriminator="kind"), by_kind]  # noqa: UP007

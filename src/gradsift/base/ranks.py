@@ -1,6 +1,8 @@
-"""Ranks, and how far rankings agree: what tables, pages, warnings and intervals say of an order comes from here."""
+"""Ranks, and how far rankings and choices agree: what tables, pages and warnings say of an order is from here."""
 
 from __future__ import annotations
+
+from collections.abc import Collection, Hashable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -55,3 +57,14 @@ def mean_ranks(values: NDArray[np.generic]) -> NDArray[np.float64]:
     """Rank of each value, 1 = lowest, equal ones at their mean."""
     _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts - 1) / 2)[places]
+
+
+def jaccard(first: Collection[Hashable], second: Collection[Hashable]) -> float:
+    """|A ∩ B| / |A ∪ B|: 1 = the same choice, 0 = nothing in common. Two empty choices are the same.
+
+    Example:
+        >>> jaccard({"a", "b"}, {"b", "c"})
+        0.3333333333333333
+    """
+    a, b = set(first), set(second)
+    return len(a & b) / len(a | b) if a or b else 1.0

@@ -14,8 +14,7 @@ from gradsift.compare.costs import StageClock
 from gradsift.compare.grid import Grid, Key
 from gradsift.context import Pool
 from gradsift.evaluation.arms import Contender
-from gradsift.gradients.rows import View
-from gradsift.influence.estimator import Estimator
+from gradsift.influence.estimator import Estimator, views_read
 from gradsift.influence.ji2s import full_sums
 from gradsift.influence.scores import Scores, score
 from gradsift.report.blocks import Block
@@ -90,7 +89,7 @@ class Choices:
 
     def _prepare(self, pool: Pool, methods: Sequence[Estimator]) -> Stopped | None:
         """Warm-up and gradients that the methods share, or what stopped them."""
-        viewed = [(method, view) for method in methods if (view := method.view) is not None]
+        viewed = [method for method in methods if method.view is not None]
         if not viewed:
             return None
         checkpoints = attempted("warm-up", partial(self._warm_up, pool))
@@ -103,10 +102,9 @@ class Choices:
         with self.clock.timed("warm-up", None, {**settings, "seed": pool.seed}):
             return pool.checkpoints()
 
-    def _collect(self, pool: Pool, checkpoints: Sequence[Checkpoint], viewed: Sequence[tuple[Estimator, View]]) -> None:
+    def _collect(self, pool: Pool, checkpoints: Sequence[Checkpoint], viewed: Sequence[Estimator]) -> None:
         for number, checkpoint in enumerate(checkpoints):
-            last = number == len(checkpoints) - 1
-            views: list[View] = sorted({view for method, view in viewed if last or not method.last_checkpoint})
+            views = views_read(viewed, last=number == len(checkpoints) - 1)
             identity = {
                 "gradients": pool.gradients.model_dump(mode="json"),
                 "checkpoint": checkpoint.identity(),

@@ -12,10 +12,10 @@ from gradsift.base.errors import ConfigError, DataError, MismatchError, Unusable
 from gradsift.base.progress import Reporter
 from gradsift.context import Pool, Target
 from gradsift.data.dataset import Dataset
-from gradsift.data.load import load_examples
+from gradsift.data.load import Columns, load_examples
 from gradsift.data.overlap import hashed
 from gradsift.data.prepare import prepare
-from gradsift.evaluation.arms import Compare, Contender, PairwiseMetric, contenders, with_metric_judge
+from gradsift.evaluation.arms import REST_OF_TARGET, Compare, Contender, PairwiseMetric, contenders, with_metric_judge
 from gradsift.evaluation.metric import Metric
 from gradsift.evaluation.setup import subject_of
 from gradsift.influence.diagnostics import check_samples
@@ -196,6 +196,7 @@ def open_grid(recipe: Recipe, job: Compare, reporter: Reporter) -> Grid:
     warnings = []
     if overlap:
         warnings.append(f"{len(overlap)} pool rows are also in the target and are left out of every choice")
+    job = _on_the_rest(job, recipe, target)
     metrics = tuple(
         _with_opponent(with_metric_judge(metric, recipe.judge), job, found, budgets, available)
         for metric in job.metrics
@@ -222,6 +223,46 @@ def open_grid(recipe: Recipe, job: Compare, reporter: Reporter) -> Grid:
     return Grid(
         recipe, job, pool, target, found, budgets, datasets, available, tuple(dict.fromkeys(warnings)), curve
     )  # fmt: skip
+
+
+class RestOfTarget(list[dict[str, Any]]):
+    """Rows of the target that are not in its sample, as they are in its file."""
+
+    label = REST_OF_TARGET
+
+
+def _on_the_rest(job: Compare, recipe: Recipe, target: Target | None) -> Compare:
+    """With the rows themselves where what is measured on is the rest of the target.
+
+    Raises:
+        ConfigError: there is no target, or no sample of it, which leaves nothing.
+    """
+
+    def is_meant(one: Any) -> bool:
+        return isinstance(data := getattr(one, "data", None), str) and data == REST_OF_TARGET
+
+    if not any(map(is_meant, (*job.metrics, job.best_by, job.curve))):
+        return job
+    if target is None or recipe.target_sample is None:
+        raise ConfigError(
+            "compare is to measure on the rest of the target, and there is none: give `target:` and "
+            "`target_sample:`, of how many of its rows the choice is made; or name a file of test examples"
+        )
+    whole = load_examples(recipe.target, columns=recipe.target_columns, what="target", require_answer=False)
+    drawn = set(target.data.hashes)
+    hashes = (own for _, own in hashed(whole.examples))
+    rest = RestOfTarget(dict(one.row) for one, own in zip(whole.examples, hashes, strict=True) if own not in drawn)
+    if not rest:
+        raise ConfigError("compare is to measure on the rest of the target, and its sample leaves nothing: draw fewer")
+
+    def resolved(one: Any) -> Any:
+        if not is_meant(one):
+            return one
+        columns = recipe.target_columns if one.columns == Columns() else one.columns
+        return one.model_copy(update={"data": rest, "columns": columns})
+
+    parts = {"metrics": tuple(map(resolved, job.metrics)), "best_by": resolved(job.best_by)}
+    return job.model_copy(update={**parts, "curve": resolved(job.curve)})
 
 
 def _judged(contender: Contender, recipe: Recipe) -> Contender:

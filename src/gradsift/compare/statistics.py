@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradsift.base.errors import ConfigError
+from gradsift.base.ranks import jaccard
 
 _Key = TypeVar("_Key", bound=Hashable)
 Interval = Literal["t", "bootstrap"]
@@ -108,17 +109,6 @@ def paired_difference(
     tail = (1 - confidence) / 2
     low, high = np.quantile(_resampled_means(differences, seed), [tail, 1 - tail]).tolist()
     return Difference(mean, low, high, count)
-
-
-def jaccard(first: Collection[Hashable], second: Collection[Hashable]) -> float:
-    """|A ∩ B| / |A ∪ B|: 1 = the same choice, 0 = nothing in common. Two empty choices are the same.
-
-    Example:
-        >>> jaccard({"a", "b"}, {"b", "c"})
-        0.3333333333333333
-    """
-    a, b = set(first), set(second)
-    return len(a & b) / len(a | b) if a or b else 1.0
 
 
 def mean_jaccard(choices: Sequence[Mapping[int, Collection[Hashable]]]) -> list[list[float | None]]:

@@ -86,7 +86,7 @@ def file_rows(path: Path, name: str) -> Iterator[Row]:
             yield from _parquet_rows(path, name)
         elif suffix in (".csv", ".tsv"):
             yield from _csv_rows(path, name)
-        elif suffix == ".json":
+        elif suffix == ".json" or _is_array(path):
             yield from _json_rows(path, name)
         else:
             with _opened(path) as file:
@@ -156,6 +156,21 @@ def _line_rows(file: BinaryIO, name: str) -> Iterator[Row]:
             yield Row(None, name, number, problem=not_utf8(error))
         except (ValueError, RecursionError) as error:
             yield Row(None, name, number, problem=("bad_json", f"not valid JSON: {error}"))
+
+
+def _is_array(path: Path) -> bool:
+    """Whether a file of lines is an array of rows under another name: by its first line, which then is no row."""
+    with _opened(path) as file:
+        line = file.readline(MAX_ROW_BYTES).removeprefix(b"\xef\xbb\xbf")
+    if not re.match(rb"\s*\[\s*(\{|$)", line):
+        return False
+    try:
+        rows = json.loads(line)
+    except RecursionError:
+        return False
+    except ValueError:
+        return True
+    return all(isinstance(row, dict) and not {"role", "from"} & row.keys() for row in rows)
 
 
 def _json_rows(path: Path, name: str) -> Iterator[Row]:
@@ -333,6 +348,23 @@ def _parquet_rows(path: Path, name: str) -> Iterator[Row]:
         raise FileError(f"is not a parquet file that can be read: {str(error).rstrip('.')}") from error
 
 
+def unpadded(row: Any) -> Any:
+    """A row of a table without what its objects lack.
+
+    All objects of a column of a table have the same keys, those of a tool's schema or of a call's arguments, too: where
+    one lacks a key that another row has, it is null.
+    """
+    if isinstance(row, dict):
+        return {key: _without_nulls(value) for key, value in row.items()}
+    return row
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
 def batch_rows(batches: Iterable[RecordBatch], name: str) -> Iterator[Row]:
     """The rows of a table."""
     number = 0
@@ -345,7 +377,7 @@ def batch_rows(batches: Iterable[RecordBatch], name: str) -> Iterator[Row]:
 def _decoded(batch: RecordBatch, name: str, before: int) -> list[Row]:
     """The rows of a batch of which `before` came before; a text that is not UTF-8 costs its own row only."""
     try:
-        return [Row(row, name, number) for number, row in enumerate(batch.to_pylist(), start=before + 1)]
+        return [Row(unpadded(row), name, number) for number, row in enumerate(batch.to_pylist(), start=before + 1)]
     except UnicodeDecodeError as error:
         if batch.num_rows == 1:
             return [Row(None, name, before + 1, problem=not_utf8(error))]

@@ -24,8 +24,8 @@ from gradsift.data.account import common_length
 from gradsift.data.sources import kind_of
 from gradsift.store.manifest import canonical
 
-# The names the formats in the wild give to their speakers (ShareGPT: human, gpt; OpenAI: the roles themselves). A
-# `function_call` turn is an assistant's call of a tool.
+# The names the formats in the wild give to their speakers (ShareGPT: human, gpt; OpenAI: the roles themselves; Llama:
+# ipython; Gemma: model; ms-swift: tool_call, tool_response), in lower case.
 _ROLES = {
     "system": "system",
     "developer": "developer",
@@ -33,21 +33,27 @@ _ROLES = {
     "human": "user",
     "assistant": "assistant",
     "gpt": "assistant",
+    "model": "assistant",
     "function_call": "assistant",
+    "tool_call": "assistant",
     "tool": "tool",
     "function": "tool",
     "observation": "tool",
+    "ipython": "tool",
+    "tool_response": "tool",
 }
+_CALLERS = ("function_call", "tool_call")  # an assistant's turns that are a call of a tool and nothing else
 # What a message may carry beside its text that the loss would take otherwise.
 _UNSUPPORTED_FIELDS = ("train_detail", "training_detail")
 # What it may carry that a template may show, and that it is not handed here.
 _UNUSED_FIELDS = {
-    *("tool_responses", "refusal", "recipient", "channel", "prefix", "citations", "documents"),
+    *("reasoning_details", "tool_responses", "refusal", "recipient", "channel", "prefix", "citations", "documents"),
     *("tool_plan", "thought", "thoughts", "trainable", "learn", "learnable", "supervise", "supervised"),
     *("image", "images", "audio", "audios", "video", "videos", "file", "files"),
 }
 # By what stands in its name, a field of a message has to do with the loss, whatever a trainer makes of it.
 _OF_THE_LOSS = re.compile(r"(?:^|_)(?:train|loss|mask|weight)(?:_|$)")
+_TEXTS = ("text", "input_text", "output_text")  # types of a part of text, in OpenAI's two interfaces
 _OF_A_PART = {"type", "text", "cache_control", "annotations", "index"}  # what changes nothing for the text
 # Columns that trainers read, and what they would do with them.
 _TRAINER_COLUMNS = {
@@ -438,6 +444,8 @@ def _missing(row: Mapping[str, Any], wanted: list[str] | None) -> BadRowError:
 
 
 def _text_or_turns(value: Any, role: str) -> list[Any]:
+    if isinstance(value, Mapping) and _speaker(value) is not None:
+        return [value]
     return _turn_list(value, role) if isinstance(value, list | tuple) else [{"role": role, "content": value}]
 
 
@@ -448,8 +456,15 @@ def _turn_list(value: Any, column: str) -> list[Any]:
             value = json.loads(value)
         except ValueError as error:
             raise BadRowError("bad_messages", f"column {column!r} holds text that is not JSON: {error}") from None
+    if isinstance(value, Mapping) and all(isinstance(one, list) for one in (_speaker(value), *value.values())):
+        with suppress(ValueError):  # `Sequence` of `datasets` makes of a list of objects an object of lists
+            value = [dict(zip(value, turn, strict=True)) for turn in zip(*value.values(), strict=True)]
     if not isinstance(value, list | tuple):
         raise BadRowError("bad_messages", f"column {column!r} is {kind_of(value)}, not a list of messages")
+    if value and all(isinstance(turn, str) and turn.lstrip().startswith("{") for turn in value):
+        with suppress(ValueError, RecursionError):  # `Json` of `datasets`, as parquet files hold it
+            turns = [json.loads(turn) for turn in value]
+            value = turns if all(_speaker(turn) is not None for turn in turns) else value
     return list(value)
 
 
@@ -464,7 +479,8 @@ def _in_turn(turns: list[Any]) -> list[Any]:
 
 
 def _speaker(turn: Mapping[str, Any]) -> Any:
-    return turn.get("role", turn.get("from"))
+    name = turn.get("from") if turn.get("role") is None else turn["role"]
+    return name.strip().lower() if isinstance(name, str) else name
 
 
 def _content(turn: Mapping[str, Any]) -> Any:
@@ -485,7 +501,7 @@ def _message(turn: Any, position: int) -> tuple[Message, Flags | None]:
                 "unsupported_field", f"message {position} carries {name!r}, which would be left out of the loss"
             )
     content, calls = _content(turn), _calls(turn, position)
-    if speaker == "function_call":
+    if speaker in _CALLERS:
         content, calls = _spoken_calls(_text(content, position), position)
     if calls and role != "assistant":
         raise BadRowError("bad_tool_calls", f"message {position} of the role {speaker!r} calls tools")
@@ -514,9 +530,9 @@ def _calls(turn: Mapping[str, Any], position: int) -> list[dict[str, Any]]:
 
 
 def _spoken_calls(text: str, position: int) -> tuple[str, list[dict[str, Any]]]:
-    """What a `function_call` turn of ShareGPT says before its calls (a thought), and those, which are JSON."""
+    """What a turn that is a call in ShareGPT's form says before its calls (a thought), and those, which are JSON."""
     thought, tag, spoken = text.rpartition("</think>")
-    value = _from_json(spoken, f"the function_call of message {position}", "bad_tool_calls")
+    value = _from_json(spoken, f"the call in message {position}", "bad_tool_calls")
     calls = [_call(entry, position) for entry in (value if isinstance(value, list) else [value])]
     return thought + tag, calls
 
@@ -551,6 +567,8 @@ def _from_json(value: Any, what: str, reason: str) -> Any:
 
 
 def _text(content: Any, position: int, what: str = "content") -> str:
+    if isinstance(content, Mapping) and "type" in content:
+        content = [content]
     if isinstance(content, list | tuple):
         content = "".join(_part_text(part, position) for part in content)
     if not isinstance(content, str):
@@ -563,7 +581,7 @@ def _text(content: Any, position: int, what: str = "content") -> str:
 def _part_text(part: Any, position: int) -> str:
     if isinstance(part, str):
         return part
-    if isinstance(part, Mapping) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
+    if isinstance(part, Mapping) and part.get("type", "text") in _TEXTS and isinstance(part.get("text"), str):
         return cast(str, part["text"])
     kind = repr(part.get("type")) if isinstance(part, Mapping) else kind_of(part)
     raise BadRowError(
@@ -690,6 +708,7 @@ def _options(row: Mapping[str, Any], columns: Columns) -> str:
         if tools and others:
             raise BadRowError("bad_options", f"there are tools in {_OPTIONS_COLUMN} and in a column: keep one of them")
         tools = tools or others
+        _check_unicode(json.dumps([kept, tools], ensure_ascii=False), "what is meant for the chat template")
         # In their own order: a template writes tools as they come.
         listed = f'"tools":{json.dumps(tools)}' if tools else ""
         parts = [part for part in (canonical(kept)[1:-1], listed) if part]

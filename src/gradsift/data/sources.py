@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradsift.base.errors import DataError
+from gradsift.base import hub
+from gradsift.base.errors import ConfigError, DataError
 from gradsift.base.types import Skipped
 from gradsift.data.files import (
     FileError,
@@ -25,6 +26,7 @@ from gradsift.data.files import (
     readable_types,
     refuse_repeated,
     suffix_of,
+    unpadded,
     why_unread,
 )
 
@@ -80,9 +82,9 @@ def read_rows(source: Any, what: str) -> Source:
         batches = source.to_batches() if hasattr(source, "to_batches") else source
         return Source(batch_rows([batches] if hasattr(batches, "to_pylist") else batches, "table"), "table")
     if _is_of("pandas", source) and hasattr(source, "columns"):
-        return _in_memory(_plain(row) for row in source.to_dict("records"))
+        return _in_memory(unpadded(_plain(row)) for row in source.to_dict("records"))
     if _is_of("polars", source) and hasattr(source, "iter_rows"):
-        return _in_memory(source.iter_rows(named=True))
+        return _in_memory(map(unpadded, source.iter_rows(named=True)))
     if not isinstance(source, Iterable):
         raise DataError(f"{what}: got {kind_of(source)}; wanted a path, a dataset name, a table or rows.")
     rows = list(source)
@@ -255,16 +257,25 @@ def _is_saved_dataset(folder: Path) -> bool:
     return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
 
 
-def _saved_dataset(folder: Path, split: str | None, what: str) -> Source:
-    from datasets import DatasetDict, load_from_disk
-
+def _datasets(needed: str) -> Any:
     try:
-        dataset = load_from_disk(str(folder))
+        import datasets
+    except ImportError as error:
+        raise ConfigError(
+            f"{needed} needs the package datasets, which is not installed: pip install 'gradsift[datasets]'"
+        ) from error
+    return datasets
+
+
+def _saved_dataset(folder: Path, split: str | None, what: str) -> Source:
+    datasets = _datasets(f"{what}: {folder}, a saved dataset,")
+    try:
+        dataset = datasets.load_from_disk(str(folder))
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{what}: {folder} looks like a saved dataset but cannot be read: {error}.") from error
     name = f"{folder.name or folder}/" + (f":{split}" if split else "")
     notes = _other_splits(dataset, split)
-    if isinstance(dataset, DatasetDict):
+    if isinstance(dataset, datasets.DatasetDict):
         dataset = _pick_split(dataset, split, str(folder), what)
     elif split is not None:
         raise DataError(f"{what}: {folder} is a dataset without splits; leave ':{split}' away.")
@@ -291,11 +302,11 @@ def _other_splits(dataset: Any, split: str | None) -> tuple[str, ...]:
 
 
 def _hub_dataset(text: str, what: str) -> Source:
-    from datasets import load_dataset
-
     name, _, split = text.partition(":")
+    datasets = _datasets(f"{what}: there is no file or folder {text!r} here, and a Hugging Face dataset of that name")
+    hub.look()
     try:
-        dataset = load_dataset(name, split=split or "train")
+        dataset = datasets.load_dataset(name, split=split or "train")
     except Exception as error:  # hub, network and builder errors have no common base; all are told
         raise DataError(
             f"{what}: there is no file or folder {text!r} here, and no Hugging Face dataset of that name could be "
@@ -310,6 +321,7 @@ def _hub_file(dataset: str, revision: str | None, name: str, what: str) -> Sourc
 
     if not is_data_file(Path(name)):
         raise DataError(f"{what}: {name} in {dataset} is of a type that cannot be read; wanted {readable_types()}.")
+    hub.look()
     try:
         path = Path(hf_hub_download(dataset, name, repo_type="dataset", revision=revision))
     except Exception as error:  # the hub, the network and the file system have no common base; all are told
@@ -323,12 +335,13 @@ def _hub_file(dataset: str, revision: str | None, name: str, what: str) -> Sourc
 def _dataset_rows(dataset: Dataset, name: str) -> Iterator[Row]:
     # A torch or numpy format would turn the user's values into tensors.
     plain, number = dataset.with_format(None), 0
+    exact = {column for column, kind in (plain.features or {}).items() if "Json(" in repr(kind)}  # has nulls of its own
     rest = plain
     while True:
         try:
             for row in rest:
                 number += 1
-                yield Row(row, name, number)
+                yield Row(unpadded(row) | {column: row[column] for column in exact}, name, number)
             return
         except UnicodeDecodeError as error:
             number += 1

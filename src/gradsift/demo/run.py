@@ -12,7 +12,9 @@ from gradsift.data.prepare import prepare
 from gradsift.demo.model import demo_model
 from gradsift.evaluation.loss import held_out_loss
 from gradsift.gradients.collect import Gradients
+from gradsift.influence.bm25 import BM25
 from gradsift.influence.less import LESS
+from gradsift.influence.random import Random
 from gradsift.jobs.report import print_result, write_results
 from gradsift.jobs.results import Outcome, Result
 from gradsift.jobs.select_explain import choose, explain_into, score_all, trust
@@ -67,9 +69,10 @@ def demo_recipe(out: str, model: str, data: Path) -> Recipe:
         warmup=_WARMUP,
         gradients=Gradients(),
         estimator=LESS(),
+        controls=(BM25(), Random()),
         budget=24,
         group_by=("skill", "quality"),
-        explain=Explain(target=str(data / "questions.jsonl"), use_answers=True, k=5, candidates=30),
+        explain=Explain(target=str(data / "questions.jsonl"), use_answers=True, k=5, candidates=20),
     )
 
 
@@ -87,12 +90,12 @@ def print_demo(result: Result) -> None:
 
 
 def _fine_tune(result: Result, held_out: Path, reporter: Reporter) -> None:
-    """Held-out loss of the target's skill before and after training on each choice, and what each chose."""
+    """Held-out loss of the target's skill before and after training on the choice and on random examples."""
     pool = result.pool
     data = prepare(pool.run, str(held_out), pool.chat, what="held-out examples", reporter=reporter)
     before = held_out_loss(pool, data, Checkpoint(None), what="held-out loss before")
     result.outcomes = [Outcome("before fine-tuning", {"held-out loss": before.mean})]
-    for chosen in result.selections:
+    for chosen in (result.selections[0], result.selections[-1]):
         name = chosen.estimator
         checkpoint = train(
             pool.run,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from gradsift.base.errors import ConfigError
 from gradsift.base.settings import Budget, Settings, models_in
@@ -34,30 +34,43 @@ from gradsift.selection.top_k import TopK
 from gradsift.warmup.train import TRAINING_PRESETS, Training
 
 FULL_POOL = "full pool"
+REST_OF_TARGET = "rest_of_target"
 BASE_MODEL = "base model"
 
 
 def _expanded(value: Any, union: Any) -> Any:
-    """Several settings from one whose fields hold lists of values, in the order of the lists; a tuple in any case."""
+    """Several settings from one whose fields, or their fields, hold lists of values, in the order of the lists; a tuple
+    in any case."""
     if isinstance(value, list | tuple):
         return tuple(one for part in value for one in _expanded(part, union))
+    return tuple(_each(value, union))
+
+
+def _each(value: Any, annotation: Any) -> list[Any]:
+    """One value of a field, or as many as the lists in it stand for."""
     if not isinstance(value, Mapping):
-        return (value,)
-    model = next((m for m in models_in(union) if m.model_fields["kind"].default == value.get("kind")), None)
-    listed = [key for key, given in value.items() if isinstance(given, list) and _is_single(model, key)]
-    for key in listed:
-        if not value[key]:
-            raise ValueError(f"{key} lists no value: give at least one, or leave it out")
-    return tuple(
-        {**value, **dict(zip(listed, given, strict=True))} for given in product(*(value[key] for key in listed))
-    )
-
-
-def _is_single(model: type[BaseModel] | None, key: str) -> bool:
-    """Whether a field holds one value, so that a list of them stands for several settings."""
-    if model is None or key not in model.model_fields:
-        return False
-    return not any(part in str(model.model_fields[key].annotation) for part in ("tuple[", "list["))
+        return [value]
+    there = models_in(annotation)
+    named = [
+        model
+        for model in there
+        if "kind" in model.model_fields and model.model_fields["kind"].default == value.get("kind")
+    ]
+    model = next(iter(named or (there if len(there) == 1 else [])), None)
+    if model is None:
+        return [value]
+    choices = {}
+    for key, given in value.items():
+        field_of = model.model_fields.get(key)
+        if field_of is None:
+            choices[key] = [given]
+        elif isinstance(given, list) and not any(part in str(field_of.annotation) for part in ("tuple[", "list[")):
+            if not given:
+                raise ValueError(f"{key} lists no value: give at least one, or leave it out")
+            choices[key] = [one for part in given for one in _each(part, field_of.annotation)]
+        else:
+            choices[key] = _each(given, field_of.annotation)
+    return [dict(zip(choices, given, strict=True)) for given in product(*choices.values())]
 
 
 def _training(value: Any) -> Any:
@@ -223,7 +236,8 @@ class Compare(Settings):
     budgets: numbers of examples, or shares of the pool; by default the recipe's.
     training: of each model, by fields, a preset's name (`less`, `compact`, `nice`, `ji2s` …), or `preset` and fields.
     full_training: train all parameters instead of an adapter.
-    test: examples that are used neither to choose nor to train: the data of metrics that name none.
+    test: examples that are used neither to choose nor to train: the data of metrics that name none. `rest_of_target`,
+        here and as the data of any metric, is what `target_sample` leaves of the target.
     test_columns: of `test`, where they are not the usual ones.
     metrics: by default the held-out loss on `test`.
     warmup: `shared`, one warm-up and one choice for all seeds; `per_seed` repeats both with each (NICE, section 4.1).
@@ -368,23 +382,21 @@ def _of_arm(arm: Arm) -> list[Contender]:
     if arm.data is not None:
         return [Contender(arm.name or source_name(arm.data), data=arm.data, columns=arm.columns)]
     pairs = list(product(arm.estimator, arm.selection))
-    varied = _varied([{**_fields("estimator", e), **_fields("selection", s)} for e, s in pairs])
+    settings = [
+        {**_fields("estimator", estimator), **_fields("selection", selection)} for estimator, selection in pairs
+    ]
+    varied = _varied(settings)
+    owns = [" ".join(f"{key.rpartition('.')[2]}={_short(values.get(key))}" for key in varied) for values in settings]
+    dropped = "" if arm.drop is None else f", {_said(arm.drop)} dropped"
+    firsts = [arm.name or _label(estimator) for estimator, _ in pairs]
+    rests = ["" if arm.name else (f", {_label(own)}" if own != TopK() else "") + dropped for _, own in pairs]
+    told = not arm.name and len(set(zip(firsts, rests, strict=True))) == len(pairs)  # by the methods' own labels
     found = []
-    for estimator, selection in pairs:
-        values = {**_fields("estimator", estimator), **_fields("selection", selection)}
-        own = " ".join(f"{key.rpartition('.')[2]}={_short(values.get(key))}" for key in varied)
-        label = _label(estimator) + (f", {_label(selection)}" if selection != TopK() else "")
-        label += f", {_said(arm.drop)} dropped" if arm.drop is not None else ""
-        # Values that the method's own label leaves out would make two arms of one name.
+    for (estimator, selection), values, first, rest, own in zip(pairs, settings, firsts, rests, owns, strict=True):
+        name = f"{first}{rest}" if told or not varied else f"{arm.name or _bare(first)} ({own}){rest}"
         setting = values[varied[0]] if len(varied) == 1 and _is_number(values[varied[0]]) else None
-        family = "" if setting is None else f"{arm.name or _bare(label)} by {varied[0].rpartition('.')[2]}"
-        name = f"{arm.name} ({own})" if arm.name and varied else arm.name or label
+        family = "" if setting is None else f"{arm.name or _bare(first)} by {varied[0].rpartition('.')[2]}"
         found.append(Contender(name, estimator, selection, family=family, setting=setting))
-    if len({one.name for one in found}) < len(found) and not arm.name:
-        return [
-            Contender(f"{one.name} {number + 1}", one.estimator, one.selection, family=one.family, setting=one.setting)
-            for number, one in enumerate(found)
-        ]
     return found
 
 
@@ -397,7 +409,14 @@ def _varied(settings: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _fields(part: str, method: Settings) -> dict[str, Any]:
-    return {f"{part}.{name}": value for name, value in method.model_dump(mode="json").items()}
+    return _flat(part, method.model_dump(mode="json"))
+
+
+def _flat(name: str, value: Any) -> dict[str, Any]:
+    """A value by its name, or the fields of one by theirs."""
+    if not isinstance(value, dict):
+        return {name: value}
+    return {inner: found for key, own in value.items() for inner, found in _flat(f"{name}.{key}", own).items()}
 
 
 def _short(value: Any) -> str:

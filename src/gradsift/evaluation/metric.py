@@ -207,7 +207,7 @@ def mean_figure(name: str, per_item: Mapping[str, float], *, higher_is_better: b
 
 def source_name(data: Any) -> str:
     """What to call a data source in a label."""
-    return data.rstrip("/").rpartition("/")[2] if isinstance(data, str) else "rows in memory"
+    return data.rstrip("/").rpartition("/")[2] if isinstance(data, str) else getattr(data, "label", "rows in memory")
 
 
 def left_out(account: Account) -> tuple[str, ...]:

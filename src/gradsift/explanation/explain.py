@@ -5,38 +5,33 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as SequenceABC
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from gradsift.base.errors import ConfigError, CorruptError, DataError, GradsiftError
 from gradsift.base.lazy import Tensor, torch
 from gradsift.base.ranks import descending_ranks
 from gradsift.base.strings import Strings
-from gradsift.base.types import Message, Skipped, TokenizedExample
+from gradsift.base.types import Skipped, TokenizedExample
 from gradsift.context import Pool, Target
 from gradsift.data.pairs import Pairs
+from gradsift.explanation import lines
 from gradsift.explanation.coefficients import CoefficientModel
 from gradsift.explanation.exact import ExactRows, RowsLackingError, exact_rows, missed
-from gradsift.explanation.matches import TokenMatch, token_matches
+from gradsift.explanation.matches import token_matches
 from gradsift.explanation.outputs import Output, OutputSource, Question, answers, contrasted, question_of
-from gradsift.explanation.relevance import (
-    AGGREGATIONS,
-    Aggregation,
-    Relevance,
-    relevance_of_choices,
-    relevance_of_draws,
-    to_db,
-)
-from gradsift.explanation.verdict import Missed, Reference, Trained, Verdict, agreement_of
+from gradsift.explanation.relevance import Aggregation, Relevance, relevance_of_choices, relevance_of_draws
+from gradsift.explanation.result import ChosenExample, Draw, Explanation, StrategyResult
+from gradsift.explanation.verdict import Missed, Reference, Trained
 from gradsift.gradients.rows import View
 from gradsift.influence.estimator import Estimator, influence_of, target_view
 from gradsift.influence.less import LESS
+from gradsift.model.models import model_identity
 from gradsift.report.blocks import Block, Shown
 from gradsift.selection.aide import Aide
 from gradsift.selection.candidates import CANDIDATES, ORDERS, Candidates
@@ -58,12 +53,6 @@ DEFAULT_ESTIMATOR: Estimator = LESS(optimizer="sgd", checkpoints="last")
 
 DEFAULT_STRATEGIES: tuple[Selector, ...] = (RelevancePursuit(order="most_helpful"), MostHelpful())
 """What relevance itself would choose of the most helpful, and the naive ranking to compare it with."""
-
-CAUTIONS = {
-    "near_zero": "The chosen gradients are almost zero, so this value says nothing about their directions.",
-    "capped": "The output's gradient is reconstructed exactly: the output itself is probably in the pool.",
-}
-"""What a reader should mind of a result with such a flag."""
 
 OPPOSING = 25
 """How many of the lowest scores compete for what is against an output, at most as many as the candidates."""
@@ -90,165 +79,6 @@ ALL_STRATEGIES: tuple[Selector, ...] = (
     RelevancePursuit(),
 )
 """The strategies of Compact's Table 1, and relevance pursuit."""
-
-
-@dataclass(frozen=True)
-class ChosenExample:
-    """A chosen training example.
-
-    score: influence on this output, higher = training on it makes the output more likely
-    rank: by score in the whole pool, 1 = highest
-    coefficient: its weight in the reconstruction of the output's gradient
-    """
-
-    id: str
-    score: float
-    rank: int
-    coefficient: float
-
-
-@dataclass(frozen=True)
-class Draw:
-    """The relevance of one selection: ξ, ‖g − A t‖², and whether its gradients are near zero.
-
-    l1, l2, nonzero, negative: norms of the coefficients, and the shares that are not zero and below zero
-    """
-
-    ratio: float
-    squared_error: float
-    near_zero: bool
-    l1: float
-    l2: float
-    nonzero: float
-    negative: float
-
-
-@dataclass(frozen=True)
-class StrategyResult:
-    """What one selection strategy chose, and how well it reconstructs the output's gradient.
-
-    relevance_db: 10·log10 ξ with ξ = ‖g‖² / ‖g − A t‖²; 0 dB = no better than nothing at all, 3 dB halves the error
-    ratio: ξ; of a random strategy's draws together, by the explanation's aggregation
-    near_zero: the chosen gradients are so small that the value says nothing about their directions
-    capped: reconstructed exactly, usually because the output itself is in the pool; by one draw at least
-    examples: in the order they were chosen; of the first draw
-    draws: every selection's relevance: one, or as many as a random strategy makes
-    trained: what training on it did; None where that was not tried
-    """
-
-    estimator: str
-    strategy: str
-    k: int
-    relevance_db: float
-    ratio: float
-    near_zero: bool
-    capped: bool
-    examples: tuple[ChosenExample, ...]
-    draws: tuple[Draw, ...]
-    trained: Trained | None = None
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """One output and the training examples that account for it, by every estimator, strategy and budget asked for.
-
-    loss: nats per token of the output under the model (mean); in contrast, log p(instead) − log p(output)
-    finished: False where generation was cut at the token limit
-    gradient_norm: of the output's gradient, before projection
-    squared_norm: ‖g‖² of the gradient that relevance is about
-    aggregation: how a random strategy's draws became one relevance
-    instead: the other answer, where the output is explained in contrast to one
-    against: what makes the output less likely, by every estimator whose scores have a sign: the lowest scores, and
-        those of the lowest whose gradients best rebuild −g, which their relevance and coefficients are about
-    matches: which tokens match, of the first estimator's examples that are shown first, at `shown_budget`
-    references: what choices are compared with, one for each budget
-    exact: whether relevance and choices are of whole gradients, or of stored, projected ones
-    missed: what the projected ranking may have kept from the candidates, by estimator and budget
-    """
-
-    id: str
-    messages: tuple[Message, ...]
-    output: str
-    generated: bool
-    finished: bool
-    tokens: int
-    loss: float
-    gradient_norm: float
-    squared_norm: float
-    coefficients: CoefficientModel
-    aggregation: Aggregation
-    results: tuple[StrategyResult, ...]
-    references: tuple[Reference, ...] = ()
-    exact: bool = False
-    missed: tuple[Missed, ...] = ()
-    matches: tuple[TokenMatch, ...] = ()
-    instead: str | None = None
-    against: tuple[StrategyResult, ...] = ()
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-able, each result with its verdict."""
-        content = asdict(self)
-        for result, own in zip(self.results, content["results"], strict=True):
-            own["verdict"] = self.verdict(result).as_dict()
-        return content
-
-    def verdict(self, result: StrategyResult) -> Verdict:
-        """What a result amounts to."""
-        chosen = [example.id for example in result.examples]
-        others = [
-            [example.id for example in other.examples]
-            for other in self.results
-            if (other.strategy, other.k) == (result.strategy, result.k) and other.estimator != result.estimator
-        ]
-        return Verdict(
-            estimator=result.estimator,
-            strategy=result.strategy,
-            k=result.k,
-            count=len(chosen),
-            ratio=result.ratio,
-            reference=next((one for one in self.references if one.k == result.k), None),
-            trained=result.trained,
-            agreement=agreement_of(chosen, others if len(result.draws) == 1 else []),
-            near_zero=result.near_zero,
-            capped=result.capped,
-            exact=self.exact,
-            missed=next(
-                (one.rows for one in self.missed if (one.estimator, one.k) == (result.estimator, result.k)), None
-            ),
-        )
-
-    def best_first(self, k: int, estimator: str | None = None) -> list[StrategyResult]:
-        """Results under a budget, by one estimator or all: the best verdict first, equal ones as they were given."""
-        own = [found for found in self.results if found.k == k and estimator in (None, found.estimator)]
-        return sorted(own, key=lambda found: self.verdict(found).rank, reverse=True)
-
-    def notes(self, result: StrategyResult) -> list[str]:
-        """What a reader should know of a result's relevance and examples."""
-        notes = [words for flag, words in CAUTIONS.items() if getattr(result, flag)]
-        if len(result.draws) > 1:
-            many = len(result.draws)
-            notes.append(f"{AGGREGATIONS[self.aggregation]} over {many} draws, of which the first is shown")
-        below = sum(example.score < 0 for example in result.examples)
-        if below:
-            notes.append(
-                f"{below} of the {len(result.examples)} have scores below 0: by {result.estimator}, training on them "
-                "makes the output less likely"
-            )
-        return notes
-
-    def relevance_of(self, result: StrategyResult, how: Aggregation | None = None) -> Relevance:
-        """A result's relevance, its draws taken together as they were, or otherwise; coefficients of the first draw."""
-        coefficients = torch.tensor([example.coefficient for example in result.examples], dtype=torch.float64)
-        draws = [
-            Relevance(
-                draw.ratio, to_db(draw.ratio), coefficients, self.squared_norm, draw.squared_error, draw.near_zero
-            )
-            for draw in result.draws
-        ]
-        return relevance_of_draws(draws, how=how or self.aggregation)
-
-
-_EXPLANATION = TypeAdapter(Explanation)
 
 
 _BEST = RelevancePursuit(order="most_helpful")  # what the best choice is sought by
@@ -298,6 +128,14 @@ class _Work:
         """The output's projected plain gradient `[dim]`."""
         position = self.gradients.positions([output_id])[0]
         return self.gradients.rows(position, position + 1)[0]
+
+    def rows_of(self, output_id: str, ids: SequenceABC[str]) -> Tensor:
+        """Gradients of pool rows `[row dim]`, in coordinates that keep their products and those with the output's."""
+        if not self.exact:
+            return self.store.rows_by_id(ids)
+        if output_id not in self._exact or not set(ids) <= set(self._exact[output_id].ids):
+            self._measure({output_id: self._compared(output_id, ids)})
+        return self._exact[output_id].rows(list(ids))
 
     def candidates_of(self, output_id: str, estimator: Estimator, chosen: Iterable[str] = ()) -> Candidates:
         """What strategies choose from for one output: the scored examples that have a gradient.
@@ -588,7 +426,7 @@ class _Work:
         if not storage.exists(key):
             return None
         try:
-            return _EXPLANATION.validate_json(json.dumps(read_json(storage, key)))
+            return lines.read_explanation.validate_json(json.dumps(read_json(storage, key)))
         except (CorruptError, ValidationError):
             self.pool.reporter.warn(f"{self.pool.run.name(key)} is damaged: explaining this output again")
             return None
@@ -614,7 +452,7 @@ class Explanations(_Work, Shown):
     @property
     def path(self) -> str:
         """Where they are, line by line."""
-        return self.pool.run.name("explanations.jsonl")
+        return self.pool.run.name(lines.FILE)
 
     @property
     def unshown(self) -> list[Skipped]:
@@ -644,31 +482,14 @@ class Explanations(_Work, Shown):
         return found
 
     def publish(self) -> None:
-        """Write explanations.jsonl and .parquet."""
-        lines = (json.dumps(entry.as_dict(), ensure_ascii=False) + "\n" for entry in self.entries)
-        self.pool.run.publish_text("explanations.jsonl", "".join(lines))
-        self.pool.run.publish_parquet("explanations.parquet", [self.table()])
+        """Add them to explanations.jsonl and .parquet."""
+        checkpoints = [checkpoint.identity() for checkpoint in self.pool.checkpoints()]
+        of = [self.pool.data.fingerprint, model_identity(self.pool.model), checkpoints]
+        lines.publish(self.pool.run, self.entries, lines.Made(fingerprint(of), self._prefix.split("/")[-2]))
 
     def table(self) -> pa.Table:
         """Long form: output, estimator, strategy, k, relevance (dB, ratio, share), its verdict, chosen ids."""
-        rows = [
-            {
-                "output": entry.id,
-                **{name: value for name, value in vars(result).items() if name not in ("examples", "draws", "trained")},
-                "share": (verdict := entry.verdict(result)).share,
-                "random_ratio": None if verdict.reference is None else verdict.reference.together,
-                "best_ratio": None if verdict.reference is None else verdict.reference.best,
-                "support": None if result.trained is None else result.trained.support,
-                "shift": None if result.trained is None else result.trained.shift,
-                "verdict": verdict.sentence,
-                "draws": len(result.draws),
-                "aggregation": entry.aggregation,
-                **{f"{one.name}s": [getattr(e, one.name) for e in result.examples] for one in fields(ChosenExample)},
-            }
-            for entry in self.entries
-            for result in entry.results
-        ]
-        return pa.Table.from_pylist(rows)
+        return lines.table(self.entries)
 
 
 def explain(

@@ -7,8 +7,8 @@ from itertools import groupby
 
 from gradsift.data.dataset import Dataset
 from gradsift.data.shown import row_example
-from gradsift.explanation.explain import Explanation
 from gradsift.explanation.matches import MatchedToken, TokenMatch
+from gradsift.explanation.result import Explanation
 from gradsift.report import text
 from gradsift.report.blocks import Block, Example, Examples, Legend, Shade, Text, Turn
 

@@ -296,14 +296,23 @@ def aggregate_relevance(relevances: Sequence[Relevance], *, how: Aggregation = "
         raise ConfigError(f"aggregation is {how!r}, expected one of {', '.join(get_args(Aggregation))}")
     if not relevances:
         raise ConfigError("there are no relevances to aggregate: pass at least one")
+    norms, errors, ratios = (
+        np.array([[getattr(relevance, name)] for relevance in relevances])
+        for name in ("squared_norm", "squared_error", "ratio")
+    )
+    return float(aggregated(norms, errors, ratios, how)[0])
+
+
+def aggregated(norms: Array, errors: Array, ratios: Array, how: Aggregation) -> Array:
+    """`aggregate_relevance` over the first axis of ‖g‖², ‖g − A t‖² and ξ."""
     match how:
         case "ratio_of_means":
-            norms = math.fsum(relevance.squared_norm for relevance in relevances)
-            return _capped_ratio(norms, math.fsum(relevance.squared_error for relevance in relevances))
+            norm, error = norms.sum(axis=0), errors.sum(axis=0)
+            return np.asarray(np.where(error <= norm / CAP_RATIO, CAP_RATIO, norm / np.maximum(error, 1e-300)))
         case "mean_of_ratios":
-            return math.fsum(relevance.ratio for relevance in relevances) / len(relevances)
+            return np.asarray(ratios.mean(axis=0))
         case "median_db":
-            return float(10.0 ** (np.median([relevance.db for relevance in relevances]) / 10.0))
+            return np.asarray(10.0 ** np.median(np.log10(ratios), axis=0))
 
 
 def relevance_of_draws(draws: Sequence[Relevance], *, how: Aggregation = "ratio_of_means") -> Relevance:

@@ -1,20 +1,36 @@
-"""Relevance over many outputs: per estimator and strategy, dB at each budget and the area under the curve."""
+"""Relevance over many outputs: per estimator and strategy, dB at each budget, its interval, and what follows of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as SequenceABC
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from gradsift.explanation.explain import Explanation, Explanations
+import numpy as np
+
+from gradsift.base.resampling import bootstrap, estimate_of
+from gradsift.explanation.coefficients import MODELS, CoefficientModel
+from gradsift.explanation.explain import Explanations
 from gradsift.explanation.relevance import (
     Aggregation,
     Relevance,
     RelevanceSummary,
+    aggregated,
     relevance_auc,
+    relevance_of_choices,
     summarise_relevance,
+    to_db,
 )
+from gradsift.explanation.result import Explanation, StrategyResult
+from gradsift.selection.selector import Selector
+from gradsift.selection.top_k import Naive
+
+EXTREMES_AT = 5
+"""The budget of the best and the worst choices, where it was asked for (Compact, App. E)."""
+
+COEFFICIENT_OUTPUTS = 25
+"""Outputs whose choices are weighted by every coefficient model: so many settle a mean."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +38,7 @@ class TableRow:
     """One strategy of one estimator over all outputs.
 
     by_budget: k → the aggregate over outputs, with the number of capped ones and the value without them
+    between: k → its 95 % interval over outputs, dB; None of a single output
     auc_db: 10·log10 of the area under ξ(k), as published; predicting nothing at k = 1, 5, 10, 25 gives 13.80 dB
     auc_per_unit_db: divided by the width of the budgets, so that predicting nothing gives 0 dB; None for one budget
     above: k → share of outputs above 0 dB
@@ -30,9 +47,53 @@ class TableRow:
     estimator: str
     strategy: str
     by_budget: Mapping[int, RelevanceSummary]
+    between: Mapping[int, tuple[float, float] | None]
     auc_db: float | None
     auc_per_unit_db: float | None
     above: Mapping[int, float]
+
+
+@dataclass(frozen=True)
+class Gain:
+    """How much a strategy gains over the naive choice from its ranking (Compact, Figure 4): per cent of ξ, and dB."""
+
+    estimator: str
+    strategy: str
+    naive: str
+    k: int
+    percent: float
+    db: float
+
+
+@dataclass(frozen=True)
+class CoefficientStatistics:
+    """The coefficients of one model over choices of k (Compact, Table 4), means over different choices.
+
+    nonzero, negative: shares of the coefficients
+    db: relevance under this model, ratio of means
+    """
+
+    model: CoefficientModel
+    k: int
+    selections: int
+    l1: float
+    l2: float
+    l2_median: float
+    nonzero: float
+    negative: float
+    db: float
+
+
+@dataclass(frozen=True)
+class Extreme:
+    """The most or the least relevant choice of k by an estimator, over all outputs (Compact, App. E)."""
+
+    estimator: str
+    highest: bool
+    output: str
+    strategy: str
+    k: int
+    db: float
 
 
 @dataclass(frozen=True)
@@ -41,6 +102,8 @@ class RelevanceTable:
 
     how: the aggregation over outputs, and over a random strategy's draws for each
     sorted_at: the budget that the rows are sorted by, lowest relevance first
+    notes: what a reader of the rows should know
+    gains, coefficients, extremes: of several outputs
     """
 
     how: Aggregation
@@ -48,6 +111,10 @@ class RelevanceTable:
     sorted_at: int
     outputs: int
     rows: tuple[TableRow, ...]
+    notes: tuple[str, ...] = ()
+    gains: tuple[Gain, ...] = ()
+    coefficients: tuple[CoefficientStatistics, ...] = field(default=(), compare=False)
+    extremes: tuple[Extreme, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -72,63 +139,171 @@ def relevance_table(
     """Aggregate the relevance of every estimator, strategy and budget: over the draws for an output, then over outputs.
 
     Args:
-        explanations: of the same estimators, strategies and budgets.
+        explanations: of the same estimators, strategies and budgets. Of `Explanations` over several outputs, gains over
+            naive choices and the most and least relevant ones, too.
         how: the aggregation (`gradsift.explanation.relevance.aggregate_relevance`); by default that of the
             explanations, with which one output's row is the output's own result.
         sort_by: the budget to sort by; 10 where it is among them, else the largest.
     """
+    whole = explanations if isinstance(explanations, Explanations) else None
     entries = explanations.entries if isinstance(explanations, Explanations) else tuple(explanations)
     how = how or entries[0].aggregation
-    grouped: dict[tuple[str, str], dict[int, list[Relevance]]] = {}
+    grouped: dict[tuple[str, str, int], list[Relevance]] = {}
     for entry in entries:
         for result in entry.results:
-            by_budget = grouped.setdefault((result.estimator, result.strategy), {})
-            by_budget.setdefault(result.k, []).append(entry.relevance_of(result, how))
-    budgets = tuple(sorted({k for by_budget in grouped.values() for k in by_budget}))
+            key = (result.estimator, result.strategy, result.k)
+            grouped.setdefault(key, []).append(entry.relevance_of(result, how))
+    budgets = tuple(sorted({k for _, _, k in grouped}))
     sorted_at = sort_by or (10 if 10 in budgets else budgets[-1])
-    rows = [_row(*key, by_budget, how) for key, by_budget in grouped.items()]
+    between = _between(grouped, how)
+    rows = [
+        _row(*key, {k: grouped[*key, k] for k in budgets}, {k: between[*key, k] for k in budgets}, how)
+        for key in dict.fromkeys((estimator, strategy) for estimator, strategy, _ in grouped)
+    ]
     order = {estimator: n for n, estimator in enumerate(dict.fromkeys(row.estimator for row in rows))}
     rows.sort(key=lambda row: (order[row.estimator], row.by_budget[sorted_at].db))
-    return RelevanceTable(how, budgets, sorted_at, len(entries), tuple(rows))
+    several = whole is not None and len(entries) > 1
+    return RelevanceTable(
+        how,
+        budgets,
+        sorted_at,
+        len(entries),
+        tuple(rows),
+        notes=() if whole is None else tuple(_coinciding(whole, budgets[-1])),
+        gains=tuple(_gains(rows, whole.strategies)) if several and whole is not None else (),
+        extremes=tuple(_extremes(entries)) if several else (),
+    )
 
 
-def _row(estimator: str, strategy: str, by_budget: Mapping[int, list[Relevance]], how: Aggregation) -> TableRow:
-    summaries = {k: summarise_relevance(found, how=how) for k, found in sorted(by_budget.items())}
+def _between(
+    grouped: Mapping[tuple[str, str, int], SequenceABC[Relevance]], how: Aggregation
+) -> dict[tuple[str, str, int], tuple[float, float] | None]:
+    """95 % intervals of the aggregates over outputs, dB: the same resamples for every row."""
+    if len(next(iter(grouped.values()))) < 2:
+        return dict.fromkeys(grouped)
+    norms, errors, ratios = (
+        np.array([[getattr(one, name) for one in own] for own in grouped.values()]).T  # [output row]
+        for name in ("squared_norm", "squared_error", "ratio")
+    )
+    value, drawn = bootstrap(
+        lambda outputs: 10 * np.log10(aggregated(norms[outputs], errors[outputs], ratios[outputs], how)), len(norms)
+    )
+    ends = [estimate_of(value[n], drawn[:, n]) for n in range(len(grouped))]
+    return {key: (own.low, own.high) for key, own in zip(grouped, ends, strict=True)}
+
+
+def _row(
+    estimator: str,
+    strategy: str,
+    by_budget: Mapping[int, list[Relevance]],
+    between: Mapping[int, tuple[float, float] | None],
+    how: Aggregation,
+) -> TableRow:
+    summaries = {k: summarise_relevance(found, how=how) for k, found in by_budget.items()}
     ratios = {k: summary.ratio for k, summary in summaries.items()}
     several = len(ratios) > 1
     return TableRow(
         estimator=estimator,
         strategy=strategy,
         by_budget=summaries,
+        between=between,
         auc_db=relevance_auc(ratios) if several else None,
         auc_per_unit_db=relevance_auc(ratios, per_unit=True) if several else None,
         above={k: sum(relevance.ratio > 1 for relevance in found) / len(found) for k, found in by_budget.items()},
     )
 
 
-def gain_over_naive(table: RelevanceTable, naive_of: Callable[[str], str | None]) -> list[dict[str, Any]]:
-    """How much each strategy gains over the naive choice of its order at each budget, in per cent and dB (Figure 4).
+def naive_beside(strategies: SequenceABC[Selector]) -> dict[str, str]:
+    """Of each strategy that chooses otherwise from a ranking, the naive one among them that takes its first."""
+    naive = {own.ranking: own.strategy for own in strategies if isinstance(own, Naive)}
+    others = (own for own in strategies if not isinstance(own, Naive))
+    return {own.strategy: naive[own.ranking] for own in others if own.ranking in naive}
+
+
+def _gains(rows: SequenceABC[TableRow], strategies: SequenceABC[Selector]) -> Iterator[Gain]:
+    naive = naive_beside(strategies)
+    by_name = {(row.estimator, row.strategy): row for row in rows}
+    for row in rows:
+        if row.strategy in naive:
+            base = by_name[row.estimator, naive[row.strategy]]
+            for k, summary in row.by_budget.items():
+                percent = 100 * (summary.ratio / base.by_budget[k].ratio - 1)
+                gained = summary.db - base.by_budget[k].db
+                yield Gain(row.estimator, row.strategy, base.strategy, k, percent, gained)
+
+
+def _coinciding(explanations: Explanations, k: int) -> Iterator[str]:
+    """Why some rows may be the same: rankings whose first are all that there is."""
+    rows, count = len(explanations.store), explanations.candidates
+    orders = {own.ranking for own in explanations.strategies if own.takes == "rows"} - {None, "any"}
+    if rows <= count and len(orders) > 1:
+        yield (
+            f"The pool has {rows:,} rows with a gradient, and {count:,} may compete: strategies of all rankings choose "
+            "from the same rows, and those that coverage alone decides (λ = 1) coincide."
+        )
+    for estimator in explanations.estimators:
+        if not estimator.signed and len(orders | {own.ranking for own in explanations.strategies}) > 1:
+            yield (
+                f"Scores by {estimator.label} have no sign: most helpful is most influential there, and most harmful "
+                "is least influential."
+            )
+    if rows <= k:
+        yield f"k = {k} takes all {rows:,} rows of the pool: every strategy's choice is the same."
+
+
+def _extremes(entries: SequenceABC[Explanation]) -> Iterator[Extreme]:
+    """The highest and the lowest relevance of a single choice by each estimator; random draws and pursuit apart."""
+    budgets = sorted({found.k for found in entries[0].results})
+    k = EXTREMES_AT if EXTREMES_AT in budgets else budgets[0]
+    for estimator in dict.fromkeys(found.estimator for found in entries[0].results):
+        cells: list[tuple[float, Explanation, StrategyResult]] = [
+            (found.ratio, entry, found)
+            for entry in entries
+            for found in entry.results
+            if (found.estimator, found.k) == (estimator, k)
+            and len(found.draws) == 1
+            and not found.strategy.startswith("relevance pursuit")
+        ]
+        if cells:
+            for highest, pick in ((True, max), (False, min)):
+                ratio, entry, found = pick(cells, key=lambda cell: cell[0])
+                yield Extreme(estimator, highest, entry.id, found.strategy, k, to_db(ratio))
+
+
+def coefficient_statistics(explanations: Explanations, k: int) -> tuple[CoefficientStatistics, ...]:
+    """What every coefficient model makes of the choices of k for the first outputs, the same choice counting once.
 
     Args:
-        table: from `relevance_table`.
-        naive_of: the label of the naive strategy that a strategy's label is compared with, None for none.
-
-    Returns:
-        Per row with a naive strategy in the table: estimator, strategy, naive, k, gain_percent of ξ, gain_db.
+        explanations: of which the first `COEFFICIENT_OUTPUTS` outputs are taken.
+        k: one of the budgets.
     """
-    rows = {(row.estimator, row.strategy): row for row in table.rows}
-    gains = []
-    for row in table.rows:
-        naive = naive_of(row.strategy)
-        base = rows.get((row.estimator, naive)) if naive is not None else None
-        if base is None or base is row:
+    found: dict[CoefficientModel, list[Relevance]] = {model: [] for model in MODELS}
+    for entry in explanations.entries[:COEFFICIENT_OUTPUTS]:
+        chosen = {frozenset(one.id for one in own.examples) for own in entry.results if own.k == k}
+        wanted = {id_ for own in chosen for id_ in own}
+        candidates = explanations.candidates_of(entry.id, explanations.estimators[0], wanted)
+        place = {id_: n for n, id_ in enumerate(candidates.ids) if id_ in wanted}
+        choices = [{k: [sorted(place[id_] for id_ in own)]} for own in chosen if own <= place.keys()]
+        for by_budget in relevance_of_choices(candidates, choices) if choices else []:
+            for model, (relevance,) in by_budget[k].items():
+                found[model].append(relevance)
+    statistics = []
+    for model, own in found.items():
+        if not own:
             continue
-        for k, summary in row.by_budget.items():
-            before = base.by_budget[k].ratio
-            gains.append(
-                {
-                    "estimator": row.estimator, "strategy": row.strategy, "naive": naive, "k": k,
-                    "gain_percent": 100 * (summary.ratio / before - 1), "gain_db": summary.db - base.by_budget[k].db,
-                }
-            )  # fmt: skip
-    return gains
+        t = [one.coefficients.double().numpy() for one in own]
+        l2 = [float(np.linalg.norm(one)) for one in t]
+        statistics.append(
+            CoefficientStatistics(
+                model=model,
+                k=k,
+                selections=len(own),
+                l1=float(np.mean([np.abs(one).sum() for one in t])),
+                l2=float(np.mean(l2)),
+                l2_median=float(np.median(l2)),
+                nonzero=float(np.mean([(one != 0).mean() for one in t])),
+                negative=float(np.mean([(one < 0).mean() for one in t])),
+                db=summarise_relevance(own).db,
+            )
+        )
+    return tuple(statistics)

@@ -12,6 +12,7 @@ import psutil
 from gradsift.base.lazy import torch
 from gradsift.base.memory import empty_device_cache, free_bytes
 from gradsift.base.types import Sequence
+from gradsift.gradients.folding import Captured
 
 _GRADIENT_COPIES = 5  # of a module's gradients: itself, Adam's numerator and denominator, folded and gathered
 
@@ -256,15 +257,19 @@ def sequence_tokens(model: Any, largest_module: int, row_bytes: int) -> int:
     return (_GRADIENT_COPIES * 4 * largest_module + row_bytes) // _activation_bytes(model)
 
 
-def automatic_lanes(model: Any, longest: int, token_budget: int | None = None) -> int:
-    """Batches to run at once: on a CPU one per thread, as far as a third of the free memory holds; on a GPU one.
+def automatic_lanes(
+    model: Any, longest: int, token_budget: int | None = None, modules: SequenceABC[Captured] = ()
+) -> int:
+    """Batches to run at once: on a CPU one per thread, as far as a third of the free memory holds; on a GPU one, and
+    where modules run again, whose parameters then require gradients.
 
     Args:
         model: on the device it will run on.
         longest: tokens of the longest sequence, which runs alone where it exceeds the budget.
         token_budget: of each batch, where it is given and not the automatic one.
+        modules: that are captured.
     """
-    if next(model.parameters()).device.type != "cpu":
+    if next(model.parameters()).device.type != "cpu" or any(captured.again is not None for captured in modules):
         return 1
     batch_bytes = _activation_bytes(model) * max(token_budget or 128, longest)
     return int(max(1, min(torch.get_num_threads(), psutil.virtual_memory().available * 0.3 / batch_bytes)))

@@ -1,15 +1,19 @@
-"""Per-example gradients of linear modules from one backward pass through activations only.
+"""Per-example gradients of modules from one backward pass through activations only.
 
 For a linear layer with input activations a and output gradients g, the gradient of one sequence's loss is the sum over
 its tokens of g aᵀ. Hooks see a in the forward and g in the backward pass; no parameter requires grad, so autograd
 computes none, keeps no weight gradients, and the batch's examples never mix.
+
+A parameter that is no linear module's weight (fused experts, LoRA on them, embeddings, norms, biases) has no such
+product. The module that uses it runs again, when the gradient of its output is known, on each sequence's part of its
+input, and autograd gives the parameter's gradient: that of the sequence, as modules read each token by itself.
 """
 
 from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceABC
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -35,6 +39,10 @@ class UncapturedError(ModelError):
         self.module, self.does = module, does
 
 
+# What an adapter trains, with its name: LoRA's matrices, vectors and biases, deltas of tokens, whole modules.
+_ADAPTERS_OWN = re.compile(r"\.(?:lora_[A-Za-z_]+|trainable_tokens_delta|modules_to_save)\.([^.]+)\.")
+
+
 @dataclass(frozen=True, slots=True)
 class Modules:
     """The modules to capture, in the model's order, and parameters that the pattern meant but hooks cannot reach."""
@@ -44,17 +52,18 @@ class Modules:
 
 
 def find_modules(model: nn.Module, pattern: str = LORA) -> Modules:
-    """The linear modules whose weights get gradients.
+    """The modules whose weights get gradients.
 
     Args:
         model: a transformers model, with or without a PEFT adapter.
-        pattern: `lora` for the A and B of every LoRA layer of the active adapter, or a regular expression that is
-            searched in the names of all linear modules (`q_proj|v_proj`, `mlp`, `.` for all).
+        pattern: `lora` for all that the active LoRA adapter trains: A and B of every layer, fused experts among them,
+            and what it trains whole (`modules_to_save`, DoRA's magnitudes, tokens); or a regular expression that is
+            searched in the names of all linear modules and fused experts (`q_proj|v_proj`, `mlp`, `.` for all).
 
     Returns:
-        The captured modules, and by name the parameters that match the pattern (or belong to the adapter) but are not
-        a linear module's own weight: biases and norms are not counted; fused mixture-of-experts tensors, routers,
-        embeddings, tied or quantised weights and an adapter's other parameters are. Callers must show them.
+        The captured modules, and by name the parameters that match the pattern (or belong to the adapter) but have no
+        gradients here: norms and biases are not counted unless the adapter has them; routers, embeddings, tied or
+        quantised weights are. Callers must show them.
 
     Raises:
         ConfigError: the pattern is no regular expression or nothing matches; the message lists what is there.
@@ -62,14 +71,13 @@ def find_modules(model: nn.Module, pattern: str = LORA) -> Modules:
     from transformers.pytorch_utils import Conv1D
 
     try:
-        wanted = re.compile(r"\.lora_[AB]\." if pattern == LORA else pattern)
+        wanted = re.compile(r"\.lora_[AB]\.|\.modules_to_save\." if pattern == LORA else pattern)
     except re.error as error:
         raise ConfigError(f"modules pattern {pattern!r} is not a regular expression: {error}") from error
     active = _active_adapters(model)
     embeddings = _input_embeddings(model)
     embedded = None if embeddings is None else embeddings.weight
-    # LoRA on a fused expert tensor keeps A and B in linear modules that never run: PEFT multiplies their weights.
-    never_run = {part for m in model.modules() if type(m).__name__ == "ParamWrapper" for part in _lora_parts(m)}
+    again = _run_again(model)
     captured: list[Captured] = []
     unreachable: list[str] = []
     told: set[int] = set()
@@ -78,8 +86,13 @@ def find_modules(model: nn.Module, pattern: str = LORA) -> Modules:
             # GPTQ, AWQ and their like pack their weights into integer buffers of classes of their own.
             if isinstance(getattr(module, "qweight", None), Tensor) and pattern != LORA and wanted.search(name):
                 unreachable.append(f"{name}.qweight (quantised, {type(module).__name__})")
+            if pattern != LORA and "lora_" not in name and not isinstance(module, nn.modules.conv._ConvNd):
+                for own, tensor in module.named_parameters(recurse=False):
+                    if tensor.ndim == 3 and tensor.is_floating_point() and wanted.search(f"{name}.{own}"):
+                        told.add(id(tensor))
+                        captured.append(_again(f"{name}.{own}", again.get(module, module), tensor))
             continue
-        lora = re.search(r"\.lora_[AB]\.([^.]+)$", name)
+        lora = _ADAPTERS_OWN.search(f"{name}.") if pattern == LORA else re.search(r"\.lora_[AB]\.([^.]+)$", name)
         if lora and (pattern != LORA or (active and lora.group(1) not in active)):
             continue
         if not wanted.search(f"{name}." if pattern == LORA else name):
@@ -91,8 +104,8 @@ def find_modules(model: nn.Module, pattern: str = LORA) -> Modules:
             unreachable.append(f"{public} (tied to the input embeddings)")
         elif not weight.is_floating_point() or type(module).__module__.startswith("bitsandbytes"):
             unreachable.append(f"{public} (quantised, {weight.dtype})")
-        elif module in never_run:
-            unreachable.append(f"{public} (LoRA on a fused tensor)")
+        elif module in again:
+            captured.append(_again(public, again[module], weight))
         else:
             transposed = isinstance(module, Conv1D)
             rows, columns = weight.shape
@@ -103,9 +116,10 @@ def find_modules(model: nn.Module, pattern: str = LORA) -> Modules:
         if id(parameter) in told:
             continue
         if pattern == LORA:
-            part = re.search(r"(?:\.lora_[A-Za-z_]+|\.modules_to_save)\.([^.]+)(?:\.|$)", name)
+            part = _ADAPTERS_OWN.search(f"{name}.")
             if part and (not active or part.group(1) in active):
-                unreachable.append(f"{parameter_name(name, part.group(1))} (of the adapter, but no LoRA linear)")
+                above = name[: part.start()] if "modules_to_save" not in part.group() else name.rpartition(".")[0]
+                captured.append(_again(parameter_name(name, part.group(1)), model.get_submodule(above), parameter))
         elif parameter.ndim >= 2 and wanted.search(name) and "lora_" not in name:
             what = "the embeddings" if parameter is embedded else f"no linear module's weight, {tuple(parameter.shape)}"
             unreachable.append(f"{name} ({what})")
@@ -129,6 +143,25 @@ def find_modules(model: nn.Module, pattern: str = LORA) -> Modules:
             f"such as {examples}"
         )
     return Modules(tuple(captured), tuple(unreachable))
+
+
+def _run_again(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    """The module that is called instead of one whose weights are used without its being called.
+
+    LoRA on a fused expert tensor keeps A and B in linear modules that never run: PEFT multiplies their weights. Of
+    several tensors of one module, each has a wrapper around that of the one before.
+    """
+    again: dict[nn.Module, nn.Module] = {}
+    for module in model.modules():  # outer ones first
+        if type(module).__name__ == "ParamWrapper":
+            outermost = again.get(module, module)
+            again.update(dict.fromkeys((module.base_layer, *_lora_parts(module)), outermost))  # type: ignore[arg-type]
+    return again
+
+
+def _again(name: str, module: nn.Module, parameter: nn.Parameter) -> Captured:
+    rows, columns = parameter.numel() // max(1, parameter.shape[-1]), parameter.shape[-1]
+    return Captured(name, module, rows, columns, again=parameter)
 
 
 def grouped(modules: SequenceABC[Captured], count: int) -> list[SequenceABC[Captured]]:
@@ -164,6 +197,7 @@ class _Pass:
     pending: uses of a module whose gradient is still to come
     partial: gradients of a module's earlier uses
     factors: inputs and output gradients of a module's earlier uses, by token, where those are wanted
+    again: whether a module runs once more on a part of the batch, of which hooks must not know
     consumed: modules whose gradients were handed over
     backward: whether the backward pass has begun; layers that run then run again, for checkpointing
     """
@@ -177,6 +211,7 @@ class _Pass:
     factors: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
     consumed: set[str] = field(default_factory=set)
     backward: bool = False
+    again: bool = False
 
     def uses(self, captured: Captured) -> None:
         """Count a use of a module; its recomputation is none."""
@@ -228,11 +263,14 @@ class Capture:
         handles: list[Any] = []
         try:
             with interruption.held():
-                own = (c for c in self.modules if c not in folded)
+                own = (c for c in self.modules if c not in folded and c.again is None)
                 handles.extend(c.module.register_forward_hook(self._forward_hook(c)) for c in own)
                 handles.extend(fold.base.register_forward_hook(self._folded_hook(fold)) for fold in folds)
                 # The embeddings' output starts the graph, now that no parameter does.
                 handles.append(embeddings.register_forward_hook(_require_grad))
+                for module in dict.fromkeys(c.module for c in self.modules if c.again is not None):
+                    used = [c for c in self.modules if c.again is not None and c.module is module]
+                    handles.append(module.register_forward_hook(self._again_hook(used), with_kwargs=True))
                 self.model.eval()
                 for parameter, _ in required:
                     parameter.requires_grad_(False)
@@ -317,6 +355,8 @@ class Capture:
     def _forward_hook(self, captured: Captured) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
         def hook(_module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             running = self._running()
+            if running.again:
+                return
             running.uses(captured)
             if not isinstance(output, Tensor) or not inputs:
                 raise UncapturedError(captured.name, "returns more than the product of its weight with one input")
@@ -332,6 +372,8 @@ class Capture:
 
         def hook(_module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
             running = self._running()
+            if running.again:
+                return
             for side in wanted:
                 running.uses(side)
             if not output.requires_grad:
@@ -347,6 +389,80 @@ class Capture:
             output.register_hook(backward)
 
         return hook
+
+    def _again_hook(self, used: SequenceABC[Captured]) -> Callable[..., Any]:
+        def hook(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> Any:
+            running = self._running()
+            if running.again:
+                return None
+            for captured in used:
+                running.uses(captured)
+            if running.consume_tokens is not None:
+                raise UncapturedError(used[0].name, "is used by a module that is told apart by sequence, not by token")
+            if not torch.is_grad_enabled():  # the first pass of gradient checkpointing
+                return None
+            if isinstance(output, Tensor):
+                output = _require_grad(module, inputs, output)
+            else:  # of which one may come from another, as a router's choice from its logits: each by itself
+                output = torch.utils._pytree.tree_map(
+                    lambda one: one.clone() if isinstance(one, Tensor) else one, output
+                )
+            leaves = torch.utils._pytree.tree_leaves(output)
+            places = [n for n, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
+            if not places:
+                raise UncapturedError(used[0].name, "is used by a module that returns no tensor")
+
+            def backward(gradients: SequenceABC[Tensor | None]) -> None:
+                known = {n: gradient for n, gradient in zip(places, gradients, strict=True) if gradient is not None}
+                self._run_again(running, used, module, (inputs, named), known)
+
+            torch.autograd.graph.register_multi_grad_hook([leaves[n] for n in places], backward)
+            return output
+
+        return hook
+
+    def _run_again(
+        self,
+        running: _Pass,
+        used: SequenceABC[Captured],
+        module: nn.Module,
+        taken: tuple[tuple[Any, ...], dict[str, Any]],
+        gradients: Mapping[int, Tensor],
+    ) -> None:
+        """Run a module on each sequence's part of what it took, for the gradients of its parameters.
+
+        gradients: of the tensors that it returned, by their place.
+        """
+        found = [torch.zeros(len(running.batch), *c.shape, dtype=self.accumulate, device=c.weight.device) for c in used]
+        parameters = [captured.weight.requires_grad_(True) for captured in used]
+        running.again = True
+        try:
+            with (
+                torch.enable_grad(),
+                torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None),
+            ):
+                for row in range(len(running.batch)):
+                    inputs, named = torch.utils._pytree.tree_map(
+                        lambda value, row=row: _of_one(running.batch, value, row), taken
+                    )
+                    returned = torch.utils._pytree.tree_leaves(module(*inputs, **named))
+                    outputs = {n: returned[n] for n in gradients if returned[n].requires_grad}
+                    given = [_of_one(running.batch, gradients[n], row) for n in outputs]
+                    if any(one.shape != own.shape for one, own in zip(given, outputs.values(), strict=True)):
+                        raise UncapturedError(used[0].name, "is used by a module that does not take sequences apart")
+                    if not outputs:  # no token was sent to an expert that is trained
+                        continue
+                    parts = torch.autograd.grad([*outputs.values()], parameters, given, allow_unused=True)
+                    for captured, total, part in zip(used, found, parts, strict=True):
+                        if part is not None:
+                            total[row] = captured.matrix(part)
+        finally:
+            running.again = False
+            for parameter in parameters:
+                parameter.requires_grad_(False)
+        for captured, total in zip(used, found, strict=True):
+            running.pending[captured.name] -= 1
+            self._add_up(running, captured, total)
 
     def _backward(self, running: _Pass, captured: Captured, activations: Tensor, output_gradients: Tensor) -> None:
         name = captured.name
@@ -365,7 +481,11 @@ class Capture:
             running.consumed.add(name)
             running.consume_factors(captured, a, g)
             return
-        gradients = torch.bmm(g.transpose(1, 2), a)
+        self._add_up(running, captured, torch.bmm(g.transpose(1, 2), a))
+
+    def _add_up(self, running: _Pass, captured: Captured, gradients: Tensor) -> None:
+        """Hand over a module's gradients once those of all its uses are there."""
+        name = captured.name
         if name in running.partial:  # a module used more than once in a pass: its gradients add up
             gradients += running.partial.pop(name)
         if running.pending[name] > 0:
@@ -373,6 +493,19 @@ class Capture:
             return
         running.consumed.add(name)
         running.consume(captured, gradients)
+
+
+def _of_one(batch: PaddedBatch, value: Any, row: int) -> Any:
+    """A sequence's part of what a module takes or returns; values that are not of the batch whole.
+
+    Of `[sequence …]`, of `[sequence·token …]`, and of `[expert·sequence·token …]`, where all experts take all tokens.
+    """
+    if not isinstance(value, Tensor) or value.ndim == 0:
+        return value
+    value = value.detach()
+    if value.shape[0] % batch.ids.numel() == 0:
+        return value.reshape(-1, *batch.ids.shape, *value.shape[1:])[:, row].flatten(0, 1)
+    return value[row : row + 1] if value.shape[0] == len(batch) else value
 
 
 def _by_sequence(batch: PaddedBatch, captured: Captured, features: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ from gradsift.gradients.projection import Projection, Projector, projector_of
 from gradsift.gradients.rows import RowSettings, ShardPart, ShardRows, View, gradient_rows
 from gradsift.gradients.self_check import kept_check
 from gradsift.model.adapters import refuse_untrained
-from gradsift.model.models import DtypeName, host, model_identity
+from gradsift.model.models import DtypeName, host, model_identity, trains_more
 from gradsift.store.gradient_store import GradientStore, GradientStoreWriter, RowDtype, ShardColumns
 from gradsift.store.manifest import fingerprint
 from gradsift.store.precision import ExactRows
@@ -170,6 +170,8 @@ class AtCheckpoint:
             "autocast": settings.autocast,
             "full_sum": settings.full_sum,
         }
+        if settings.modules == LORA and trains_more(self.checkpoint.adapter):
+            config["parameters"] = "all"
         if view == "adam":
             config["optimizer"] = self.checkpoint.optimizer_identity()
             config["adam"] = settings.adam.model_dump(mode="json")
@@ -206,7 +208,7 @@ class AtCheckpoint:
                     f"the optimizer state of {self.checkpoint.name} has no moments of {captured.name}: "
                     "the Adam direction exists for trained parameters only; use --optimizer sgd for other modules"
                 )
-            m, v = moments.exp_avg[captured.name], moments.exp_avg_sq[captured.name]
+            m, v = (captured.matrix(of[captured.name]) for of in (moments.exp_avg, moments.exp_avg_sq))
             found[captured.name] = AdamDirection(
                 m.to(device, dtype),
                 v.to(device, dtype),
@@ -721,7 +723,7 @@ class _Preparation(_Work):
             engine.adam()
         source, settings = self.source, self.at.settings
         engine.check(self.run, source)
-        lanes = automatic_lanes(engine.network, source.longest(), settings.token_budget)
+        lanes = automatic_lanes(engine.network, source.longest(), settings.token_budget, engine.modules.captured)
         mean = max(1.0, sum(source.token_counts()) / max(1, len(source.ids)))
         layout = {
             "shard_rows": settings.shard_rows or engine.shard_rows(mean, len(self.views)),

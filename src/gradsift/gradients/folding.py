@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceABC
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
@@ -27,22 +27,40 @@ _MEMORY_SHARE = 0.1  # of the free memory, for the copies that restore the weigh
 
 @dataclass(frozen=True, slots=True)
 class Captured:
-    """A linear module whose weight gradient is captured.
+    """A parameter whose gradient is captured: a linear module's weight, or one that has a module run again.
 
-    `name` is the weight's parameter name as PEFT writes it to a file (without the adapter's name). Gradients are
-    `[out_features in_features]` whatever the module's own layout (GPT-2's Conv1D keeps its weight transposed).
+    `name` is the parameter's as PEFT writes it to a file (without the adapter's name). Gradients are matrices
+    `[out_features in_features]` whatever the parameter's own layout: GPT-2's Conv1D keeps its weight transposed, fused
+    experts `[expert … in]` lie one below the other, and a vector is a single row.
+
+    again: of a parameter that is no linear module's weight, such as fused experts, LoRA on them, embeddings or norms:
+        `module` uses it, and runs once more for each sequence.
     """
 
     name: str
     module: nn.Module
     out_features: int
     in_features: int
-    transposed: bool
+    transposed: bool = False
+    again: nn.Parameter | None = field(default=None, compare=False)
 
     @property
     def shape(self) -> tuple[int, int]:
         """(out_features, in_features)."""
         return self.out_features, self.in_features
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The parameter itself."""
+        return self.module.weight if self.again is None else self.again  # type: ignore[return-value]
+
+    def matrix(self, like_weight: Tensor) -> Tensor:
+        """`[out in]` of what has the parameter's layout."""
+        return like_weight.T if self.transposed else like_weight.reshape(self.shape)
+
+    def unfolded(self, matrix: Tensor) -> Tensor:
+        """The parameter's layout of what is `[out in]`."""
+        return matrix.T if self.transposed else matrix.reshape(self.weight.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,4 +150,4 @@ def _captured(modules: SequenceABC[Captured], side: nn.Linear, name: str) -> Cap
     for captured in modules:
         if captured.module is side:
             return captured
-    return Captured(name, side, side.out_features, side.in_features, transposed=False)
+    return Captured(name, side, side.out_features, side.in_features)

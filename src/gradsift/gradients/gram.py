@@ -39,7 +39,7 @@ class _Gram(_Work):
         if groups > settings.module_groups:
             fewer = settings.model_copy(update={"module_groups": groups})
             engine = replace(self, at=replace(self.at, settings=fewer)).engine()
-        lanes = automatic_lanes(engine.network, source.longest(), settings.token_budget)
+        lanes = automatic_lanes(engine.network, source.longest(), settings.token_budget, engine.modules.captured)
         budget = settings.token_budget or engine.token_budget(source, self.sides, lanes)
         sequences = source.sequences(0, count)
         rows = engine.rows(sequences, count, self.sides, _Cut(count, budget, lanes), advance, measured=range(count))

@@ -150,7 +150,7 @@ def _twice_differentiated(
     total = {name: torch.zeros_like(tensor) for name, tensor in along.items()}
     with _graph_to_weights(model, modules) as (head, weights):
         device = weights[0].device
-        turned = [along[c.name].T if c.transposed else along[c.name] for c in modules]
+        turned = [c.unfolded(along[c.name]) for c in modules]
         vectors = [vector.to(weight) for vector, weight in zip(turned, weights, strict=True)]
         for batch in form_batches(sequences, token_budget):
             padded = pad(batch.sequences, device)
@@ -162,7 +162,7 @@ def _twice_differentiated(
             for captured, part in zip(modules, parts, strict=True):
                 if part is not None:
                     own = total[captured.name]
-                    own += (part.detach().T if captured.transposed else part.detach()).to(own)
+                    own += captured.matrix(part.detach()).to(own)
     return total
 
 
@@ -210,7 +210,7 @@ def _graph_to_weights(
     """While open, the model is in eval mode, and the captured weights alone require gradients."""
     required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     training = [(module, module.training) for module in model.modules()]
-    weights: list[Tensor] = [captured.module.weight for captured in modules]  # type: ignore[misc]
+    weights: list[Tensor] = [captured.weight for captured in modules]
     try:
         model.eval()
         for parameter, _ in required:

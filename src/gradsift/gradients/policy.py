@@ -29,11 +29,11 @@ from gradsift.base.types import Sequence as TokenSequence
 from gradsift.base.types import TokenizedExample
 from gradsift.generation.sampling import Response
 
-Variant = Literal["plain", "discrete", "rejection", "weighted_rejection", "ppo"]
+Variant = Literal["plain", "discrete", "rejection", "weighted_rejection", "imitation", "ppo"]
 Baseline = Literal["none", "mean", "leave_one_out"]
 
 MOST_ROWS = 32  # that stand for a prompt's samples in `SampleRows`, for which more are taken together
-_REJECTIONS = ("rejection", "weighted_rejection")
+_MEANS = ("rejection", "weighted_rejection", "imitation")
 
 # Rewards that differ by less than this share of the largest are equal: what rounding leaves of a constant reward would
 # otherwise be a direction of its own once rows are normalised.
@@ -45,7 +45,8 @@ class PolicyGradient(Settings):
 
     variant: `plain` weighs each sample by its reward; `discrete` by 1 where the reward is positive (NICE, App. I.3);
         `rejection` is the mean loss gradient of the samples with positive reward; `weighted_rejection`, which the
-        authors' code calls rejection, the mean of reward times loss gradient over these; `ppo` weighs by advantages,
+        authors' code calls rejection, the mean of reward times loss gradient over these; `imitation` the mean loss
+        gradient of all samples, whatever they earn (an assistant's: LESS+GPT, App. I.2); `ppo` weighs by advantages,
         the rewards of a prompt's samples with their mean taken off and divided by their standard deviation (our reading
         of App. I.1: on-policy, the clipped surrogate's gradient is that).
     baseline: taken off the rewards of `plain` and `discrete`. `leave_one_out`, the mean of the prompt's other samples,
@@ -68,7 +69,7 @@ class PolicyGradient(Settings):
     def model_post_init(self, _context: object) -> None:
         """Refuse what does not go together."""
         _refuse_unfit(self.variant, self.baseline)
-        if self.variant in _REJECTIONS and self.importance_weights:
+        if self.variant in _MEANS and self.importance_weights:
             raise ConfigError(
                 f"importance_weights do not go with the variant {self.variant}: its mean is over what it accepts"
             )
@@ -89,7 +90,7 @@ def policy_coefficients(rewards: Tensor, *, variant: Variant = "plain", baseline
     With r the rewards (1[r > 0] for `discrete`) of M samples:
 
         plain, discrete:  c = (r − b) / M     b: 0, mean(r), or for each sample the mean of the others
-        rejection:        c = 1[r > 0] / #(r > 0); weighted_rejection: r·1[r > 0] / #(r > 0)
+        rejection:        c = 1[r > 0] / #(r > 0); weighted_rejection: r·1[r > 0] / #(r > 0); imitation: 1 / M
         ppo:              c = (r − mean(r)) / std(r) / M     std with M − 1
 
     (NICE, section 3.1, App. I.1 and I.3.) Where nothing distinguishes the samples (a constant reward with a baseline,
@@ -116,9 +117,9 @@ def policy_coefficients(rewards: Tensor, *, variant: Variant = "plain", baseline
     _refuse_unfit(variant, baseline)
     r = to_float64(float_array("rewards", rewards, "sample"))
     samples = len(r)
-    if variant in _REJECTIONS:
-        accepted = (r > 0).double()
-        weights = accepted if variant == "rejection" else r.clamp_min(0)
+    if variant in _MEANS:
+        accepted = torch.ones_like(r) if variant == "imitation" else (r > 0).double()
+        weights = r.clamp_min(0) if variant == "weighted_rejection" else accepted
         return weights / accepted.sum().clamp_min(1)
     if variant == "discrete":
         r = (r > 0).double()
@@ -423,7 +424,7 @@ class PolicySource:
 
 
 def _refuse_unfit(variant: Variant, baseline: Baseline) -> None:
-    if variant in (*_REJECTIONS, "ppo") and baseline != "none":
+    if variant in (*_MEANS, "ppo") and baseline != "none":
         why = "its advantages have one already" if variant == "ppo" else "it accepts by the rewards as they are"
         raise ConfigError(f"baseline {baseline} does not go with the variant {variant}: {why}; leave it out")
 

@@ -95,7 +95,7 @@ def self_check(
             row depends on its company. The message names the modules and a pattern that leaves them out.
     """
     pair = _short(rows)
-    modules = [c for c in modules if not _weight(c).is_meta]  # what is offloaded comes and goes with each use
+    modules = [c for c in modules if not c.weight.is_meta]  # what is offloaded comes and goes with each use
     exactly = autocast is None and _in_full_precision(network)
     bound = (_FOLDED if find_folds(network, modules) else _BOUND) if exactly else _COARSE
     try:
@@ -205,7 +205,7 @@ def _first_tokens(row: Sequence, count: int) -> Sequence:
 @contextmanager
 def _nothing_zero(modules: SequenceABC[Captured]) -> Iterator[None]:
     """While open, a LoRA B that is all zero holds small random numbers: the gradient of A vanishes otherwise."""
-    b = [_weight(c) for c in modules if ".lora_B." in c.name]
+    b = [c.weight for c in modules if ".lora_B." in c.name]
     zeros = [weight for weight in b if not bool(weight.any())]
     kept = [weight.detach().clone() for weight in zeros]
     try:
@@ -294,7 +294,7 @@ def _exact(
     place = input_device(network)
     batch = pad(pair, place)
     for group in _groups(modules):
-        weights = [_weight(c).requires_grad_(True) for c in group]
+        weights = [c.weight.requires_grad_(True) for c in group]
         with torch.enable_grad(), head_at(network) as head:
             with torch.autocast(place.type, autocast, enabled=autocast is not None):
                 nll = head.nll(batch)
@@ -303,7 +303,7 @@ def _exact(
                 gradients = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
                 for c, weight, gradient in zip(group, weights, gradients, strict=True):
                     whole = torch.zeros_like(weight) if gradient is None else gradient
-                    exact[c.name].append((whole.T if c.transposed else whole).detach().float())
+                    exact[c.name].append(c.matrix(whole).detach().float())
         for weight in weights:
             weight.requires_grad_(False)
     return exact
@@ -313,19 +313,13 @@ def _groups(modules: SequenceABC[Captured]) -> Iterator[list[Captured]]:
     group: list[Captured] = []
     size = 0
     for c in modules:
-        if group and size + _weight(c).nbytes > _GROUP_BYTES:
+        if group and size + c.weight.nbytes > _GROUP_BYTES:
             yield group
             group, size = [], 0
         group.append(c)
-        size += _weight(c).nbytes
+        size += c.weight.nbytes
     if group:
         yield group
-
-
-def _weight(captured: Captured) -> Tensor:
-    weight = captured.module.weight
-    assert isinstance(weight, Tensor), captured.name
-    return weight
 
 
 def _kind(name: str) -> str:
@@ -335,7 +329,8 @@ def _kind(name: str) -> str:
 
 def _refusal(network: nn.Module, refused: dict[str, str], pattern: str) -> str:
     first = next(iter(refused.values()))
-    names = sorted({name.partition(".lora_")[0].removesuffix(".weight").rpartition(".")[2] for name in refused})
+    layers = (re.split(r"\.(?:lora_|modules_to_save|token_adapter)|\.weight$", name)[0] for name in refused)
+    names = sorted({layer.rpartition(".")[2] for layer in layers})
     what = f"{type(network).__name__}: gradients of {len(refused)} modules cannot be relied on, first {first}"
     if pattern == LORA:
         return f"{what}. Adapt other modules than {', '.join(names)}: --lora-modules, or train your adapter without"

@@ -11,7 +11,7 @@ from itertools import groupby
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, SerializerFunctionWrapHandler, model_serializer
 from pydantic_core import PydanticCustomError
 
 from gradsift.base.checks import float_array, same_size, to_float64
@@ -57,11 +57,12 @@ Damping = Annotated[Literal["auto", "spectral"] | float, BeforeValidator(_checke
 class DataInf(ProductEstimator):
     """DataInf (Kwon et al. 2024): influence through an average of single-example inverses, at the last checkpoint.
 
-    Plain gradients on both sides, not normalised, each segment (module) on its own.
+    Plain gradients on both sides, each segment (module) on its own.
 
     damping: λ of every segment, in squared units of the gradients. `auto` takes a tenth of the segment's mean squared
         coordinate, so that scores do not depend on the gradients' scale; `spectral` a tenth of the largest eigenvalue
         of its second moments.
+    normalise: take every gradient to length 1 first, and its direction, too (Compact, App. A): scores are cosines.
     """
 
     view: ClassVar[View | None] = "segments"
@@ -69,15 +70,32 @@ class DataInf(ProductEstimator):
 
     kind: Literal["datainf"] = "datainf"
     damping: Damping = "auto"
+    normalise: bool = False
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, written: SerializerFunctionWrapHandler) -> dict[str, object]:
+        """Without `normalise` where it says nothing: what was scored before there was such a field is found again."""
+        content: dict[str, object] = written(self)
+        return content if self.normalise else {name: value for name, value in content.items() if name != "normalise"}
+
+    @property
+    def by_cosine(self) -> bool:
+        """Whether rows and directions are taken to unit length."""
+        return self.normalise
 
     @property
     def label(self) -> str:
         """What tables call it."""
-        return " ".join(["DataInf", *(f"({said})" for said in damping_label(self.damping))])
+        parts = ["normalised"] * self.normalise + damping_label(self.damping)
+        return f"DataInf ({', '.join(parts)})" if parts else "DataInf"
 
     def directions(self, store: GradientStore, targets: Tensor, device: str) -> Tensor:
         """h of `datainf_directions`."""
-        return datainf_directions(store, targets, self.damping, device=device)
+        factors = None
+        if self.normalise:
+            norms = store.projected_norms
+            factors = torch.where(norms > 0, 1 / norms, torch.zeros_like(norms))
+        return datainf_directions(store, targets, self.damping, factors=factors, device=device)
 
 
 class KernelEstimator(Estimator):
@@ -206,7 +224,12 @@ def projected_inverse_scores(
 
 
 def datainf_directions(
-    store: GradientStore, targets: Tensor, damping: Literal["auto", "spectral"] | float, *, device: str = "cpu"
+    store: GradientStore,
+    targets: Tensor,
+    damping: Literal["auto", "spectral"] | float,
+    *,
+    factors: Tensor | None = None,
+    device: str = "cpu",
 ) -> Tensor:
     """h of every target over all segments, `[target dim]` float32: the raw inner product with a row is DataInf's score.
 
@@ -216,10 +239,11 @@ def datainf_directions(
         store: the pool's plain gradients.
         targets: plain gradients of the targets `[target dim]`, finite.
         damping: λ or `auto`.
+        factors: float64 `[row]`, that the rows are taken times; 1 if None.
         device: for the products with the targets.
     """
     segments = store.blocks()
-    dampings = store_dampings(store, segments, damping)
+    dampings = store_dampings(store, segments, damping, factors)
     place = place_for(device, len(targets), held=12 * targets.numel())
     values = torch.tensor(dampings, dtype=torch.float64, device=place)
     queries = [targets[:, start:stop].float().T.contiguous().to(place) for start, stop in segments]
@@ -234,7 +258,7 @@ def datainf_directions(
             weighted = row_products(rows, queries[number]).mul_(weights[:, column, None])
             sums[number] += weighted.T @ rows
 
-    _for_each_block(store, segments, work, place=place)
+    _for_each_block(store, segments, work, factors, place)
     result = torch.zeros(len(targets), store.dim)
     for (start, stop), total, value in zip(segments, sums, dampings, strict=True):
         if value > 0:

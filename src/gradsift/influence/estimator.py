@@ -59,6 +59,7 @@ class Influence:
     matrix:   float32 `[row target]`, the influence of each row on each target
     whole:    `[row]`, in place of a matrix where there is one number per row
     warnings: what a reader should know
+    notes:    what else there is to say of the numbers, where nothing is wrong
     identity: what decides the numbers beside settings, texts and targets, for the fingerprint of the scores
     live:     which targets say anything, `[target]`; None: all do
     rewards:  what sampled responses earned, per checkpoint
@@ -78,6 +79,7 @@ class Influence:
     matrix: NDArray[np.float32] | None = field(default=None, repr=False)
     whole: NDArray[Any] | None = field(default=None, repr=False)
     warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     identity: dict[str, Any] = field(default_factory=dict, repr=False)
     live: SequenceABC[bool] | None = field(default=None, repr=False)
     rewards: tuple[RewardSummary, ...] = ()
@@ -430,6 +432,11 @@ def source_of(method: type[Settings]) -> dict[str, Any]:
         return {}
     sources = sources_of(Path(module.__file__), module.__name__)
     return {"source": fingerprint([source.digest for source in sources])}
+
+
+def views_read(methods: Iterable[Estimator], *, last: bool = True) -> list[View]:
+    """Which of the pool's rows methods read at a checkpoint, the `last` or another: one backward gives them all."""
+    return sorted({m.view for m in methods if m.view is not None and (last or not m.last_checkpoint)})
 
 
 def target_view(view: View) -> View:

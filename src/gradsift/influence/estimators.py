@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, Union
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
-
-from gradsift.base.plugins import methods_of
+from gradsift.base.plugins import methods_of, one_of
 from gradsift.influence.alpagasus import AlpaGasus
 from gradsift.influence.bm25 import BM25
 from gradsift.influence.datainf import DataInf, ProjectedInverse
@@ -46,16 +44,10 @@ if TYPE_CHECKING:
     AnyRanker = Estimator
 else:
     _pairs = tuple(one for one in estimators().values() if one.pairs and one.takes != "reward")
-    AnyEstimator: Any = Annotated[Union[tuple(estimators().values())], Field(discriminator="kind")]  # noqa: UP007
+    AnyEstimator: Any = one_of(estimators().values())
     """Any of them, as a field of a recipe."""
-    AnyRanker: Any = Annotated[Union[_pairs], Field(discriminator="kind")]  # noqa: UP007
+    AnyRanker: Any = one_of(_pairs)
     """Those that explanations can be made by: each target has a score of its own, and no reward is needed."""
-    _first = tuple(m for m in estimators().values() if m.needs_target and m.takes != "reward" and m is not Rerank)
-    _then = tuple(one for one in _pairs if one.view is not None)
-    _stages = {"AnyFirst": _first, "AnyThen": _then}
-    Rerank.model_rebuild(
-        _types_namespace={
-            name: Annotated[Union[some], Field(discriminator="kind")]  # noqa: UP007
-            for name, some in _stages.items()
-        }
-    )
+    _first = (m for m in estimators().values() if m.needs_target and m.takes != "reward" and m is not Rerank)
+    _then = (one for one in _pairs if one.view is not None)
+    Rerank.model_rebuild(_types_namespace={"AnyFirst": one_of(_first), "AnyThen": one_of(_then)})

@@ -195,7 +195,7 @@ class JI2S(TrainingEstimator):
         weights, excluded = self.weights(checkpoints), {skip.id for skip in target.overlap}
         terms = joint_terms(pool, targets, self, checkpoints, weights, excluded)
         whole = terms.scores(self).numpy()
-        warnings = joint_warnings(terms, self, spearman(terms.marginal.numpy(), terms.joint.numpy()) or 0.0)
+        said, *warnings = joint_warnings(terms, self, spearman(terms.marginal.numpy(), terms.joint.numpy()) or 0.0)
         if len(set(target.subtasks or ())) > 1:
             warnings.append(f"{self.label} takes the mean over all targets: their subtasks play no part in it")
         place = {id_: position for position, id_ in enumerate(terms.ids)}
@@ -212,6 +212,7 @@ class JI2S(TrainingEstimator):
             terms.ids,
             whole=whole,
             warnings=tuple(warnings),
+            notes=(said,),
             identity={"stores": terms.stores},
             parts=parts,
             terms=terms,
@@ -360,7 +361,7 @@ def full_sums(pool: Pool) -> Pool:
 
 
 def joint_warnings(terms: JointTerms, method: JI2S, rank_correlation: float) -> list[str]:
-    """How the two terms relate, always; and what is wrong with them, if anything.
+    """First how the two terms relate, always; then what is wrong with them, if anything.
 
     Args:
         terms: from `joint_terms`.

@@ -21,6 +21,7 @@ from gradsift.influence.estimator import Estimator, Influence, Passes, Targets, 
 from gradsift.influence.metagradient import metagradient as metagradient
 from gradsift.influence.replay import Losses, Replay, Returned
 from gradsift.influence.smooth import FIRST_BACK, FURTHER_BACK, Ending, SmoothTraining, groups_of, loss_after
+from gradsift.influence.taken import taken
 from gradsift.model.models import host
 from gradsift.store.manifest import fingerprint
 from gradsift.warmup.checkpoint import Checkpoint
@@ -37,7 +38,8 @@ class Check:
     kept:      ids of the training: all, then those of each retraining
     predicted: by the scores
     smooth:    of the same training without the rows
-    plain:     of `gradsift train` without them, less that with them: of another seed, with dropout, Adam as it is
+    plain:     of `gradsift train` without them, less that with them: of another seed, with dropout, Adam as it is; none
+        of a recorded training
     """
 
     kept: tuple[tuple[str, ...], ...]
@@ -46,11 +48,12 @@ class Check:
     plain: tuple[float, ...] = ()
 
     def __str__(self) -> str:
-        known = [spearman(np.array(self.predicted), np.array(true)) for true in (self.smooth, self.plain)]
-        said = ["none" if value is None else f"{value:+.2f}" for value in known]
+        trues = {"the same training": self.smooth, "plain ones of another seed": self.plain}
+        known = {name: spearman(np.array(self.predicted), np.array(true)) for name, true in trues.items() if true}
+        said = [f"{'none' if value is None else f'{value:+.2f}'} in {name}" for name, value in known.items()]
         return (
             f"over {len(self.predicted)} retrainings without a tenth of the rows, predicted and true change of the "
-            f"loss have a rank correlation of {said[0]} in the same training, {said[1]} in plain ones of another seed"
+            f"loss have a rank correlation of {', '.join(said)}"
         )
 
 
@@ -78,6 +81,8 @@ class MAGIC(SmoothTraining, Estimator):
     seeds: trainings, of which the scores are averaged.
     per: one way back for each `subtask` (all targets without subtasks), or for each `target`.
     check: retrainings without a random tenth of the rows, against which the scores are held.
+    record: folder of a `gradsift.Recorder`: go back through exactly the steps that its trainer took, in place of a
+        training of gradsift's own.
     """
 
     signed: ClassVar[bool] = True
@@ -87,6 +92,17 @@ class MAGIC(SmoothTraining, Estimator):
     seeds: int = Field(default=1, ge=1)
     per: Literal["subtask", "target"] = "subtask"
     check: int = Field(default=0, ge=0)
+    record: str | None = Field(default=None, exclude_if=lambda given: given is None)  # so that fingerprints stay
+
+    def model_post_init(self, context: object) -> None:
+        """Refuse what does not go together."""
+        super().model_post_init(context)
+        ours = ("epochs", "learning_rate", "warmup_ratio", "eps_root", "fraction", "seeds")
+        changed = [name for name in ours if getattr(self, name) != type(self).model_fields[name].default]
+        if self.record is not None and changed:
+            raise ConfigError(
+                f"{changed[0]} is of a training of gradsift's own, and record names one that was taken: leave one out"
+            )
 
     @property
     def runs_model(self) -> bool:
@@ -98,6 +114,7 @@ class MAGIC(SmoothTraining, Estimator):
         """What tables call it."""
         parts = [f"{self.fraction:g} of the pool"] * (self.fraction < 1)
         parts += [f"{self.seeds} trainings"] * (self.seeds > 1)
+        parts += ["recorded training"] * (self.record is not None)
         parts += self.departures
         return f"MAGIC ({', '.join(parts)})" if parts else "MAGIC"
 
@@ -124,13 +141,16 @@ class MAGIC(SmoothTraining, Estimator):
             returned.append(found)
             identity.append(replay.fingerprint)
         each = np.stack(scores)  # [training row group]
-        growth = tuple(float(one.norms.max() / one.norms[-1]) if one.norms[-1] else 0.0 for one in returned)
+        growth = tuple(one.felt.max() / one.norms[-1] if one.norms[-1] else 0.0 for one in returned)
         # A group's derivative stands in for each of its targets': means over targets are the same.
         matrix = each.mean(axis=0)[:, groups]
         return Influence(
             list(pool.data.ids),
             matrix.astype(np.float32),
-            warnings=(*_not_smooth(growth, returned), *([f"MAGIC: {check}"] if check else [])),
+            warnings=(
+                *_not_smooth(growth, returned, self.record),
+                *([f"MAGIC: {check}"] if check else []),
+            ),
             identity={"replays": identity},
             grouped=self.per == "subtask",
             draws=None if self.seeds == 1 else each[..., groups].astype(np.float32),
@@ -162,23 +182,27 @@ class MAGIC(SmoothTraining, Estimator):
         lengths, ways = pool.training.lengths, 1 + int(groups.max())
         for seed in range(pool.seed, pool.seed + self.seeds):
             replay, _ = self._replay(pool, overlap, seed)
-            own, beside = (np.concatenate(parts) for parts in (replay.record.batches, replay.record.riders))
-            tokens, riding = float(lengths[own].sum()), float(lengths[beside].sum())
+            record, beside = replay.record, np.concatenate(replay.record.riders)
+            own = [one for step in range(len(record)) for one in record.sequences(step, replay.data)]
+            tokens, riding = float(sum(len(one.token_ids) for one in own)), float(lengths[beside].sum())
+            rows = sum(map(len, record.batches))
             trained = pool.run.manifest(replay.prefix) is not None
             ending = self._known_ending(source, replay, groups) if trained else None
             back = ending is not None and replay.returned(ending.note) is not None
-            found.append(Passes("MAGIC's training", len(own), tokens, trained))
+            found.append(Passes("MAGIC's training", rows, tokens, trained))
             taken = (FIRST_BACK + FURTHER_BACK * (ways - 1)) * tokens + riding
-            found.append(Passes("MAGIC's way back", len(own) + len(beside), taken, back))
+            found.append(Passes("MAGIC's way back", rows + len(beside), taken, back))
             if self.check and seed == pool.seed:
                 losses = None if ending is None else self._check_losses(pool, replay, ending)
                 smooth, plain = (0 if losses is None else losses.count(name) for name in ("smooth", "plain"))
-                times = min(self.check + 1 - smooth, self.check) + self.check + 1 - plain
-                found.append(Passes("MAGIC's check", times * len(own), times * tokens, not times))
+                times = min(self.check + 1 - smooth, self.check) + (self.check + 1 - plain) * (self.record is None)
+                found.append(Passes("MAGIC's check", times * rows, times * tokens, not times))
         return found
 
     def _replay(self, pool: Pool, overlap: set[str], seed: int) -> tuple[Replay, list[str]]:
-        """A training by its seed, and the ids that it trains on."""
+        """A training by its seed, or the recorded one, and the ids that it trains on."""
+        if self.record is not None:
+            return taken(pool, self.record, overlap, memory=self.memory, what="MAGIC's training")
         share = Warmup.model_validate(self.training(pool).model_dump() | {"fraction": self.fraction})
         ids = sorted(id_ for id_ in warm_up_ids(pool.training, share, seed) if id_ not in overlap)
         if not ids:
@@ -206,12 +230,13 @@ class MAGIC(SmoothTraining, Estimator):
         with replay.network_if_asked() as opened:
             ways = [partial(loss_after, replay, opened, ending, own) for own in (None, *weights[1:])]
             smooth = losses.of("smooth", ways)
-        plain = losses.of("plain", [partial(self._plain_loss, pool, own, ending) for own in kept])
+        again = [partial(self._plain_loss, pool, own, ending) for own in kept if self.record is None]
+        plain = losses.of("plain", again)
         return Check(
             tuple(map(tuple, kept)),
             tuple(float((own - 1) @ change) for own in weights[1:]),
             tuple(loss - smooth[0] for loss in smooth[1:]),
-            tuple(loss - plain[0] for loss in plain[1:]),
+            tuple(loss - plain[0] for loss in plain[1:]),  # none of none
         )
 
     def _plain_loss(self, pool: Pool, ids: SequenceABC[str], ending: Ending) -> float:
@@ -225,14 +250,16 @@ class MAGIC(SmoothTraining, Estimator):
         return ending.mean(losses if ending.dpo is None else ending.dpo.losses(losses))
 
 
-def _not_smooth(growth: SequenceABC[float], returned: SequenceABC[Returned]) -> list[str]:
+def _not_smooth(growth: SequenceABC[float], returned: SequenceABC[Returned], record: str | None) -> list[str]:
     """Whether small changes of the training have effects that a derivative does not see."""
     worst = int(np.argmax(growth))
     if growth[worst] <= _GROWTH:
         return []
-    step = int(np.argmax(returned[worst].norms))
+    step = int(np.argmax(returned[worst].felt))
+    remedy = "train with a lower rate, which rises over a fifth of the steps, or with larger batches"
+    if record is None:
+        remedy = "lower learning_rate, raise warmup_ratio, or raise eps_root a little"
     return [
-        f"MAGIC: this training is not smooth: the adjoint grows {growth[worst]:.0f}-fold, most before step {step + 1} "
-        f"of {len(returned[worst].norms) - 1}, so that scores foretell little; lower learning_rate, raise "
-        "warmup_ratio, or raise eps_root a little"
+        f"MAGIC: this training is not smooth: the adjoint grows {growth[worst]:.0f}-fold, most after step {step + 1} "
+        f"of {len(returned[worst].felt)}, so that scores foretell little; {remedy}"
     ]

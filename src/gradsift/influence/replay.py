@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceABC
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any
 
@@ -24,14 +25,14 @@ from gradsift.data.pairs import Pairs
 from gradsift.gradients.batching import automatic_token_budget, form_batches
 from gradsift.influence.metagradient import Adam, Adjoint, Reverse, State, flat, in_parts
 from gradsift.model.loss import DPO, PaddedBatch, SupervisedHead, head_at, pad
-from gradsift.model.models import DtypeName, host
+from gradsift.model.models import DtypeName
 from gradsift.store.manifest import Record as ManifestRecord
 from gradsift.store.manifest import fingerprint, read_if_whole
 from gradsift.store.run import Run
 from gradsift.store.tensors import publish_tensors, read_tensors
 from gradsift.warmup.checkpoint import Checkpoint
 from gradsift.warmup.preferences import referred
-from gradsift.warmup.train import Training, publish_adapter, training_config
+from gradsift.warmup.train import publish_adapter
 
 _SAVE_SECONDS = 20.0  # the work that a killed way back loses at most
 _TWICE = 3  # activations that a pass through a backward pass keeps, in those of a gradient
@@ -42,19 +43,15 @@ _OF_STATE = ("theta", "exp_avg", "exp_avg_sq")  # and of an adjoint
 Positions = NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class Record:
+@dataclass(frozen=True, kw_only=True)
+class Record(ABC):
     """All that a training's numbers depend on beside its model and data: what it can be taken again from.
 
-    training: of the adapter, without dropout
-    seed:     of the adapter's A matrices
-    batches:  of each step the rows that it trains on, as positions in the data; their losses are averaged
+    batches:  of each step the rows that it trains on, as positions in the data; what is not there has the next one
     rates:    of each step
     riders:   of each step the rows that ride along, whose weight is 0
     """
 
-    training: Training
-    seed: int
     optimizer: Adam
     batches: tuple[Positions, ...] = field(repr=False)
     rates: tuple[float, ...] = field(repr=False)
@@ -63,14 +60,33 @@ class Record:
     def __len__(self) -> int:
         return len(self.batches)
 
-    @property
-    def identity(self) -> dict[str, Any]:
-        """JSON-able, without the riders, who change nothing."""
-        return {
-            "optimizer": asdict(self.optimizer) | {"betas": list(self.optimizer.betas)},
-            "batches": fingerprint([batch.tolist() for batch in self.batches]),
-            "rates": list(self.rates),
-        }
+    @abstractmethod
+    def config(self, data: Dataset, model: str, dtype: DtypeName) -> dict[str, Any]:
+        """What the training depends on; JSON-able, without the riders, who change nothing."""
+
+    @abstractmethod
+    def adapted(self, model: str, dtype: DtypeName, device: str) -> AbstractContextManager[Any]:
+        """The model with the adapter as the training begins, whose parameters alone require gradients."""
+
+    def sequences(self, step: int, data: Dataset) -> list[Sequence]:
+        """What a step trains on, by the place of a row in the step."""
+        return data.sequences_at(self.batches[step].tolist())
+
+    def shares(self, step: int) -> Tensor:
+        """What the loss of each row of a step counts for, float64 `[row]`: they are averaged."""
+        count = len(self.batches[step])
+        return torch.full((count,), 1.0 / count, dtype=torch.float64)
+
+    def rider_shares(self, step: int, data: Dataset) -> Tensor:
+        """What the loss of each row that rides along would count for."""
+        return self.shares(step)[:1].expand(len(self.riders[step]))
+
+    def verify(self, state: State, gradient: Tensor | None, parameters: SequenceABC[Tensor]) -> None:  # noqa: B027
+        """Refuse a state, or the gradient of the step from it, that is not the recorded one; None at the end.
+
+        Raises:
+            MismatchError: it is another one.
+        """
 
 
 class Network:
@@ -229,10 +245,20 @@ class Returned:
 
     change: ∂F/∂w_i of each target and row of the data, float64 `[target row]`
     norms:  ‖μ_θ‖ before each step and after the last, of the target where it is largest: `[step + 1]`
+    rates:  of each step
     """
 
     change: NDArray[np.float64]
     norms: NDArray[np.float64]
+    rates: tuple[float, ...]
+
+    @property
+    def felt(self) -> NDArray[np.float64]:
+        """‖μ_θ‖ after each step, 0 where the step moves nothing: what a row's weight can reach the targets by.
+
+        Where B is 0, as at the start, no row moves A, and Adam's derivative by A's gradient, 1/ε, meets none.
+        """
+        return self.norms[1:] * (np.array(self.rates) > 0)
 
 
 class Losses:
@@ -302,10 +328,10 @@ class Replay:
     ) -> None:
         self.run, self.data, self.record, self.reporter, self.what = run, data, record, reporter, what
         self._model, self._dtype, self._device, self._budget = model, dtype, device, budget
-        ids = [data.ids[int(row)] for row in np.unique(np.concatenate(record.batches))]
-        training = training_config(data, ids, record.training, model=model, dtype=dtype, seed=record.seed)
-        self.config = {**training, **record.identity}
+        self.config = record.config(data, model, dtype)
         self.prefix = run.prefix("replays", self.config)
+        # Of the data, and one for all that is trained on beside them.
+        self._rows = max(len(data), 1 + max(int(batch.max()) for batch in record.batches))
         self._stride = math.isqrt(len(record) - 1) + 1
         self._riders = fingerprint([beside.tolist() for beside in record.riders])
 
@@ -316,7 +342,8 @@ class Replay:
             return None
         kept = self._tensors(key)
         whole = len(kept["norms"]) == len(self.record) + 1
-        return Returned(kept["change"].numpy(), kept["norms"].numpy()[::-1]) if whole else None
+        change = kept["change"][:, : len(self.data)]
+        return Returned(change.numpy(), kept["norms"].numpy()[::-1], self.record.rates) if whole else None
 
     def losses(self, note: str, what: str) -> Losses:
         """Losses of trainings that are like this one, but for what a note names."""
@@ -333,13 +360,10 @@ class Replay:
     @contextmanager
     def network(self) -> Iterator[Network]:
         """The model with the adapter as the training begins."""
-        from gradsift.warmup.trainer import adapter_on
-
         if isinstance(self.data, Pairs):
             place: dict[str, Any] = {"model": self._model, "dtype": self._dtype, "device": self._device}
             self.data = referred(self.run, self.data, **place, reporter=self.reporter)
-        base = host(self._model, self._dtype, self._device).base()
-        with adapter_on(base, self.record.training, self.record.seed) as model, head_at(model) as head:
+        with self.record.adapted(self._model, self._dtype, self._device) as model, head_at(model) as head:
             model.eval()
             yield Network(model, head)
 
@@ -389,7 +413,7 @@ class Replay:
             change, norms = kept["change"], kept["norms"].tolist()
         else:
             adjoint = Adjoint.at(gradients(end))
-            change = torch.zeros(len(adjoint.theta), len(self.data), dtype=torch.float64)
+            change = torch.zeros(len(adjoint.theta), self._rows, dtype=torch.float64)
             norms = [float(adjoint.theta.norm(dim=1).max())]
         saved = time.monotonic()
         left = len(self.record) + 1 - len(norms)
@@ -402,7 +426,7 @@ class Replay:
                     kept = {name: getattr(adjoint, name) for name in _OF_STATE}
                     self._publish(key, kept | {"change": change, "norms": torch.tensor(norms, dtype=torch.float64)})
                     saved = time.monotonic()
-        return Returned(change.numpy(), np.array(norms[::-1]))
+        return Returned(change[:, : len(self.data)].numpy(), np.array(norms[::-1]), self.record.rates)
 
     def forget(self) -> None:
         """Delete the training's steps, but not what was found by them: another question takes them again."""
@@ -436,16 +460,18 @@ class Replay:
         terms, products, losses = network.back(state.theta, sequences, shares, directions, dpo)
         if bool(((losses - recorded).abs() > _AGREE * (1 + recorded.abs())).any()):
             worst = int((losses - recorded).abs().argmax())
+            place = int(batch[worst])
+            id_ = self.data.ids[place] if place < len(self.data) else "that is not in the pool"
             raise ModelError(
                 f"{self.what}: step {step + 1} of {len(self.record)} is not the one that was recorded: row "
-                f"{self.data.ids[int(batch[worst])]!r} had a loss of {float(recorded[worst]):.6g} and has "
+                f"{id_!r} had a loss of {float(recorded[worst]):.6g} and has "
                 f"{float(losses[worst]):.6g}. Delete {self.run.name(self.prefix)} and run the same command again"
             )
-        change.index_add_(1, torch.from_numpy(batch), terms / len(batch))
+        change.index_add_(1, torch.from_numpy(batch), terms * self.record.shares(step))
         if len(riders):
             own, aside = self.data.sequences_at(riders.tolist()), self.data.dpo(riders)
-            beside = network.ride(state.theta, own, len(riders), directions, aside)
-            change.index_add_(1, torch.from_numpy(riders), beside / len(batch))
+            terms = network.ride(state.theta, own, len(riders), directions, aside)
+            change.index_add_(1, torch.from_numpy(riders), terms * self.record.rider_shares(step, self.data))
         return Adjoint(adjoint.theta + products, adjoint.exp_avg, adjoint.exp_avg_sq)
 
     # --- the way there ------------------------------------------------------------------------------------------------
@@ -460,6 +486,7 @@ class Replay:
                 if step % self._stride == 0 and not self._has("state", step):
                     self._keep_state(state)
                 gradient, losses = self._gradient(network, step, state)
+                self.record.verify(state, gradient, network.parameters)
                 if not bool(torch.isfinite(losses).all()):
                     raise ModelError(
                         f"{self.what}: the loss is not finite at step {step + 1} of {steps}: lower the learning rate"
@@ -469,6 +496,7 @@ class Replay:
                     self._publish(self._key("step", step), kept)
                 state = self.record.optimizer.step(state, gradient, self.record.rates[step])
                 advance(1)
+        self.record.verify(state, None, network.parameters)
         self._keep_state(state)
         self.run.complete(self.prefix, "replays", self.config, steps=steps)
 
@@ -500,9 +528,11 @@ class Replay:
 
     def _batch(self, step: int, weights: Tensor | None = None) -> tuple[list[Sequence], Tensor, DPO | None]:
         """The sequences of a step, what each row's loss counts for, and what makes the losses of pairs."""
-        batch = self.record.batches[step]
-        own = torch.ones(len(batch), dtype=torch.float64) if weights is None else weights[torch.from_numpy(batch)]
-        return self.data.sequences_at(batch.tolist()), own / len(batch), self.data.dpo(batch)
+        batch, shares = self.record.batches[step], self.record.shares(step)
+        if weights is not None:
+            weights = torch.cat([weights, weights.new_ones(self._rows - len(self.data))])
+            shares = shares * weights[torch.from_numpy(batch)]
+        return self.record.sequences(step, self.data), shares, self.data.dpo(batch)
 
     def _key(self, kind: str, step: int) -> str:
         return f"{self.prefix}{kind}-{step:06d}.safetensors"

@@ -57,9 +57,7 @@ class Rerank(Estimator):
     @field_validator("first", "then", mode="before")
     @classmethod
     def _named(cls, value: Any, info: Any) -> Any:
-        """A name alone, or fields of the method that it is unless another is named."""
-        if isinstance(value, str):
-            return {"kind": value}
+        """Fields alone are those of the method that it is unless another is named."""
         return {"kind": cls.model_fields[info.field_name].default.kind, **value} if isinstance(value, dict) else value
 
     def model_post_init(self, _context: object) -> None:

@@ -97,8 +97,9 @@ def score_ends(
 
 
 def chart_of(scores: Scores, chosen: Sequence[float] = ()) -> Chart:
-    """The chart of one method's scores, with its warnings."""
-    note, correlation = " ".join(scores.warnings), scores.length_correlation
+    """The chart of one method's scores, with its notes and warnings."""
+    notes = () if scores.found is None else scores.found.notes
+    note, correlation = " ".join((*notes, *scores.warnings)), scores.length_correlation
     return score_chart(scores.method.label, scores.aggregate, chosen, correlation=correlation, note=note)
 
 

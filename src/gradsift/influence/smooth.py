@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceABC
-from dataclasses import replace
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,13 +17,15 @@ from gradsift.base.lazy import Tensor, torch
 from gradsift.base.settings import Settings
 from gradsift.base.types import Sequence
 from gradsift.context import Pool
+from gradsift.data.dataset import Dataset
 from gradsift.data.pairs import Pairs
 from gradsift.gradients.collect import SequenceSource
 from gradsift.influence.metagradient import Adam
 from gradsift.influence.replay import Network, Positions, Record, Replay
 from gradsift.model.loss import DPO
+from gradsift.model.models import DtypeName, host
 from gradsift.store.manifest import fingerprint
-from gradsift.warmup.train import Training, effective_batch_size, epoch_order
+from gradsift.warmup.train import Training, effective_batch_size, epoch_order, training_config
 
 # Of a training's time, measured: a way back for one group of targets, and for each further one with it.
 FIRST_BACK, FURTHER_BACK = 2.7, 1.6
@@ -70,6 +74,34 @@ class SmoothTraining(Settings):
         )  # fmt: skip
 
 
+@dataclass(frozen=True, kw_only=True)
+class SmoothRecord(Record):
+    """A training of `gradsift train`.
+
+    training: of the adapter, without dropout
+    seed:     of the adapter's A matrices
+    """
+
+    training: Training
+    seed: int
+
+    def config(self, data: Dataset, model: str, dtype: DtypeName) -> dict[str, Any]:
+        """That of the training, and its steps."""
+        ids = [data.ids[int(row)] for row in np.unique(np.concatenate(self.batches))]
+        return {
+            **training_config(data, ids, self.training, model=model, dtype=dtype, seed=self.seed),
+            "optimizer": asdict(self.optimizer) | {"betas": list(self.optimizer.betas)},
+            "batches": fingerprint([batch.tolist() for batch in self.batches]),
+            "rates": list(self.rates),
+        }
+
+    def adapted(self, model: str, dtype: DtypeName, device: str) -> AbstractContextManager[Any]:
+        """A fresh adapter."""
+        from gradsift.warmup.trainer import adapter_on
+
+        return adapter_on(host(model, dtype, device).base(), self.training, self.seed)
+
+
 def recorded(
     training: Training, trained: SequenceABC[int], beside: SequenceABC[int], *, seed: int, eps_root: float
 ) -> Record:
@@ -95,7 +127,9 @@ def recorded(
         riders += np.array_split(others[epoch_order(len(others), seed, epoch)], len(own))
     optimizer = Adam(training.betas, training.eps, eps_root, training.weight_decay, training.max_grad_norm or None)
     rates = tuple(learning_rates(training, len(batches)))
-    return Record(training, seed, optimizer, tuple(batches), rates, tuple(riders))
+    return SmoothRecord(
+        training=training, seed=seed, optimizer=optimizer, batches=tuple(batches), rates=rates, riders=tuple(riders)
+    )
 
 
 class Ending:

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as SequenceABC
+from contextlib import suppress
 
 import numpy as np
 
+from gradsift.base.errors import CorruptError
 from gradsift.explanation.explain import Explanations
+from gradsift.explanation.page import explanation_page, side_by_side
 from gradsift.explanation.relevance import AGGREGATIONS, to_db
+from gradsift.explanation.result import Explanation
 from gradsift.explanation.shown import (
     RELEVANCE,
     drawn_db,
     explanation_file,
-    explanation_page,
     prompt_of,
-    relevance_blocks,
     run_facts,
     shown_db,
     verdicts_line,
+    verdicts_table,
 )
 from gradsift.explanation.table import RelevanceTable
-from gradsift.jobs.pages import publish_page
+from gradsift.explanation.table_shown import coefficient_blocks, extreme_blocks, gain_blocks, relevance_blocks
+from gradsift.jobs.pages import kept_as, kept_page, publish_page
 from gradsift.model import embeddings
 from gradsift.report import text
 from gradsift.report.blocks import (
@@ -35,6 +39,7 @@ from gradsift.report.blocks import (
     Example,
     Examples,
     Facts,
+    Fold,
     Group,
     Legend,
     Line,
@@ -49,12 +54,14 @@ from gradsift.report.blocks import (
 )
 from gradsift.report.charts import finite
 from gradsift.store.manifest import versions
+from gradsift.store.run import Run
 from gradsift.validation.statistics import ScoreBin
-from gradsift.validation.validate import Validation
+from gradsift.validation.validate import Validation, rho_text
 
 PAGES = 10  # outputs of a target file that get a page of their own, unless told otherwise
 MOST_OUTPUTS = 1000
 MOST_VALIDATED = 3000
+MOST_FOLDED = 50  # outputs without a page of their own whose choices stand in the list
 
 
 def write_pages(
@@ -68,8 +75,9 @@ def write_pages(
 ) -> list[str]:
     """Write the pages into the run folder and return their keys, the first to be opened first.
 
-    One output: `explanation.html`. Several: `relevance.html` with the aggregate table, and `explanations/<id>.html`
-    for the first `pages` outputs. Beside each lies the JSON that it was made from.
+    One output: `explanation.html`; what was there of another output goes to `explanations/<id>.html`. Several:
+    `relevance.html` with the aggregate table, and `explanations/<id>.html` for the first `pages` outputs. Beside each
+    lies the JSON that it was made from.
 
     Args:
         explanations: from `explain`.
@@ -83,6 +91,7 @@ def write_pages(
     pool = explanations.pool
     several = len(explanations.entries) > 1
     written: list[str] = []
+    _move_aside(pool.run, "" if several else explanations.entries[0].id)
     if several:
         assert table is not None
         page = relevance_page(explanations, table, validation, pages=pages, facts=facts or {})
@@ -99,6 +108,26 @@ def write_pages(
     for warning in sorted(missing):
         pool.reporter.warn(warning)
     return written
+
+
+def _move_aside(run: Run, id_: str) -> None:
+    """Put the page of the last single output, unless it is of this one, where those of others are."""
+    key = "explanation.html"
+    if not run.storage.exists(kept_as(key)):
+        return
+    with suppress(CorruptError):
+        known = output_of(page := kept_page(run, key))
+        if known is not None and known != id_:
+            publish_page(run, f"explanations/{explanation_file(known)}", page)
+    for name in (key, kept_as(key)):
+        run.storage.delete(name)
+
+
+def output_of(page: Page) -> str | None:
+    """The id of the output that a page explains."""
+    own = page.section("run")
+    facts = next((block.facts for block in own.blocks if isinstance(block, Facts)), {}) if own is not None else {}
+    return facts.get("output")
 
 
 def relevance_page(
@@ -128,6 +157,7 @@ def relevance_page(
         "heavy line a choice explains less than nothing at all. The best value of each column stands out."
     )
     checked = () if validation is None else validation_blocks(validation, [entry.id for entry in explanations.entries])
+    paged = {entry.id: f"explanations/{explanation_file(entry.id)}" for entry in explanations.entries[:pages]}
     count = len(explanations.entries)
     return Page(
         "Selection relevance over a target",
@@ -140,7 +170,10 @@ def relevance_page(
                 (Text(said), Group(relevance_blocks(table, above=False), style="tables")),
                 "Relevance",
             ),
+            Section("gains", "What re-ranking gains", gain_blocks(table), "Gains"),
             Section("spread", "Distribution over outputs", spread_blocks(table, values), "Distribution"),
+            Section("extremes", "Best and worst choices", _extremes(explanations, table, paged), "Extremes"),
+            Section("coefficients", "Coefficients", coefficient_blocks(table)),
             Section("validation", "Does relevance foretell training?", checked, "Validation"),
             Section("outputs", "Outputs", (_outputs(explanations, table.sorted_at, pages),), count=f"{count:,}"),
             Section("reading", "How to read this page", (Facts(_READING),)),
@@ -156,12 +189,28 @@ _READING = {
     "over outputs": "Ratio of means: the sum of squared norms over the sum of squared errors, so that outputs with "
     "long gradients weigh more. Mean of ratios: of the outputs' linear values. Median in dB: the middle output's "
     "value.",
-    "AUC": "Area under the relevance over the budgets, in linear units, then in dB. It is not divided by the width of "
-    "the range, as published: predicting nothing has 10 log₁₀ of that width, 13.80 dB for k = 1, 5, 10, 25.",
+    "intervals": "95 %, by drawing the outputs again: choices for one output are not independent of each other, and "
+    "choices of the same examples count once. With fewer than some ten outputs they are too narrow.",
     "near 0 dB": "Strategies that choose the least influential examples come out near 0 dB because such gradients are "
     "almost zero, not because they explain anything.",
     "validation": "Relevance and training are two notions of the same thing; neither is the truth about the other.",
 }
+
+
+def _extremes(explanations: Explanations, table: RelevanceTable, links: dict[str, str]) -> tuple[Block, ...]:
+    """The best and the worst choice of each estimator, with the first examples of the other strategies beside them."""
+    entries = {entry.id: entry for entry in explanations.entries}
+    sides: list[Block] = []
+    for one in table.extremes:
+        entry = entries[one.output]
+        found = next(
+            own for own in entry.results if (own.estimator, own.strategy, own.k) == (one.estimator, one.strategy, one.k)
+        )
+        title = f"{'Highest' if one.highest else 'Lowest'} by {one.estimator}: {shown_db(one.db)}, {one.strategy}"
+        said = f"{one.output}: {text.one_line(prompt_of(entry), 200)} → {text.one_line(entry.output, 200)}"
+        inside = side_by_side(entry.results, found, explanations.pool.data)
+        sides += [Fold(title, (Text(said, "aside"), *inside))] if inside else []
+    return (*extreme_blocks(table, links), *sides)
 
 
 def spread_blocks(
@@ -245,6 +294,7 @@ def validation_blocks(validation: Validation, outputs: SequenceABC[str]) -> tupl
     summed.append(
         Text("The rule: relevance above 0 dB foretells support above 0. The stroke in a bar is one half.", "aside")
     )
+    summed += [table for table in (estimators_table(validation), reranking_table(validation)) if table is not None]
     facts = validation.facts()
     said = (
         "Each point is a choice that was trained on for one step (of a random strategy, the first draw). Support: how "
@@ -253,13 +303,38 @@ def validation_blocks(validation: Validation, outputs: SequenceABC[str]) -> tupl
     return (Text(said), Group((chart, Group((*summed, *([Facts(facts)] if facts else [])))), style="tables"))
 
 
+def estimators_table(validation: Validation) -> Table | None:
+    """How relevance goes with support and shift, by estimator (Compact, Tables 2 and 3)."""
+    rows = [
+        Row((name, f"{own.cells:,}", *(rho_text(one) for one in (own.support, own.support_above,
+                                                                 own.shift, own.shift_above))))
+        for name, own in validation.by_estimator.items()
+    ]  # fmt: skip
+    heads = columns("estimator", "#choices", "#ρ(ξ, ξ⁺)", "#above 0 dB", "#ρ(ξ, shift)", "#above 0 dB")
+    return Table(heads, tuple(rows), "Rank correlations, with 95 % intervals over outputs") if rows else None
+
+
+def reranking_table(validation: Validation) -> Table | None:
+    """Whether facility location changes how relevance goes with support (Compact, section 4.3)."""
+    rows = [
+        Row((one.estimator, f"{one.trade_off:g}", *(text.written(rho, "+.2f") for rho in (one.naive, one.reranked)),
+             f"{text.written(one.change.value, '+.2f')} ({text.written(one.change.low, '+.2f')} to "
+             f"{text.written(one.change.high, '+.2f')})"))
+        for one in validation.reranking
+    ]  # fmt: skip
+    heads = columns("estimator", "#λ", "#ρ naive", "#ρ re-ranked", "#change, 95 % over outputs")
+    return Table(heads, tuple(rows), "Does re-ranking change what relevance foretells?") if rows else None
+
+
 def bins_table(bins: SequenceABC[ScoreBin]) -> Table:
     """How often training on the selection supported the output, by relevance (Compact, Figure 6)."""
     rows = []
     for found in bins:
         share, right = found.supported.share, found.correct.share
         if share is not None and right is not None:
-            supported = Cell(text.share(share), bar=Bar(0, 1, value=share, mark=0.5))
+            ends = found.supported.low, found.supported.high
+            between = "" if None in ends else " to ".join(text.share(end) for end in ends if end is not None)
+            supported = Cell(text.share(share), between, bar=Bar(0, 1, value=share, mark=0.5))
             rows.append(
                 Row((_between(found.low_db, found.high_db), f"{found.supported.count:,}", supported, text.share(right)))
             )
@@ -271,6 +346,14 @@ def _between(low: float | None, high: float | None) -> str:
     if low is None or high is None:
         return f"up to {text.written(high, '+.0f')} dB" if low is None else f"above {text.written(low, '+.0f')} dB"
     return f"{text.written(low, '+.0f')} to {text.written(high, '+.0f')} dB"
+
+
+def _folded(explanations: Explanations, entry: Explanation) -> Iterator[Block]:
+    """Every choice for an output that has no page of its own."""
+    for k in explanations.budgets:
+        for estimator in explanations.estimators:
+            title = f"k = {k}, {estimator.label}"
+            yield Fold(title, (verdicts_table(entry, entry.best_first(k, estimator.label)),))
 
 
 def _outputs(explanations: Explanations, k: int, pages: int) -> Examples:
@@ -292,6 +375,7 @@ def _outputs(explanations: Explanations, k: int, pages: int) -> Examples:
                 note=text.one_line(entry.output, 240),
                 link=f"explanations/{explanation_file(entry.id)}" if number < pages else "",
                 order=found.relevance_db,
+                blocks=() if number < pages or number >= pages + MOST_FOLDED else tuple(_folded(explanations, entry)),
                 anchor=f"output-{number}",
             )
         )

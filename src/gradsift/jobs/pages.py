@@ -26,6 +26,11 @@ def kept_as(key: str) -> str:
     return _KEPT.get(key, f"{key.removesuffix('.html')}.page.json")
 
 
+def page_of(key: str) -> str:
+    """The key of the page that is written again from what has this one; other keys as they are."""
+    return f"{key.removesuffix('.page.json')}.html" if key.endswith(".page.json") else key
+
+
 def publish_page(run: Run, key: str, page: Page) -> str:
     """Write a page, and its blocks beside it. Returns the key."""
     run.storage.publish(kept_as(key), page.to_json())
@@ -68,11 +73,7 @@ def rewrite_report(out: str | Path) -> Path:
     """
     run = Run(out)
     keys = ["report.html", "comparison.html", "bench.html", "relevance.html", "explanation.html"]
-    keys += [
-        f"{key.removesuffix('.page.json')}.html"
-        for key in run.storage.list("explanations/")
-        if key.endswith(".page.json")
-    ]
+    keys += [page_of(key) for key in run.storage.list("explanations/") if key.endswith(".page.json")]
     keys = [key for key in keys if run.storage.exists(kept_as(key))]
     if not {"report.html", "comparison.html", "bench.html"} & set(keys):
         raise ConfigError(

@@ -28,10 +28,10 @@ from gradsift.explanation.shown import (
     explained_blocks,
     opposing_blocks,
     prompt_of,
-    relevance_blocks,
     shown_budget,
     verdicts_line,
 )
+from gradsift.explanation.table_shown import coefficient_blocks, extreme_blocks, gain_blocks, relevance_blocks
 from gradsift.gradients.rows import View
 from gradsift.influence.estimator import Estimator
 from gradsift.influence.estimators import estimators
@@ -40,6 +40,7 @@ from gradsift.influence.prompts import PromptTarget
 from gradsift.influence.rewards_shown import MOST_PROMPTS, prompt_example, rewards_blocks, rewards_table
 from gradsift.influence.shown import HIGHER, chart_of, score_ends
 from gradsift.influence.suggestions import counted, suggestions_blocks
+from gradsift.jobs.explanation_pages import estimators_table, reranking_table
 from gradsift.jobs.pages import kept_page, publish_page
 from gradsift.jobs.results import (
     FILES,
@@ -513,8 +514,14 @@ def _explained_briefly(result: Result) -> list[Block]:
     if result.relevance is not None and (not alone or len(explanations.budgets) > 1):
         draws = max(len(found.draws) for entry in explanations.entries for found in entry.results)
         blocks += relevance_blocks(result.relevance, draws=draws)
+        for made in (gain_blocks, extreme_blocks, coefficient_blocks):
+            blocks += made(result.relevance)
     if result.validation is not None:
         blocks += map(Text, result.validation.lines())
+        if not alone:
+            blocks += [
+                made for made in (estimators_table(result.validation), reranking_table(result.validation)) if made
+            ]
     blocks += [Text(f"not explained: {failure.id}: {failure.detail}") for failure in explanations.failed]
     return blocks
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gradsift.base.errors import CorruptError
 from gradsift.base.types import Skipped
 from gradsift.context import Pool, Target
 from gradsift.data.account import Account, Entries
@@ -21,6 +22,8 @@ from gradsift.data.dataset import Dataset
 from gradsift.data.load import Columns
 from gradsift.data.shown import own_columns as columns_beside
 from gradsift.explanation.explain import Explanations
+from gradsift.explanation.lines import explained_ids
+from gradsift.explanation.shown import explanation_file
 from gradsift.explanation.table import RelevanceTable
 from gradsift.influence.diagnostics import PolicyDiagnostics
 from gradsift.influence.prompts import PromptTarget
@@ -28,7 +31,9 @@ from gradsift.influence.reliability import Over, Reliability
 from gradsift.influence.responses import SampledResponses
 from gradsift.influence.scores import Scores
 from gradsift.influence.suggestions import Suggestion
+from gradsift.jobs.pages import kept_as, kept_page, page_of
 from gradsift.recipe import Recipe, as_yaml
+from gradsift.report.blocks import Examples
 from gradsift.selection.select import Selection
 from gradsift.store.manifest import versions
 from gradsift.store.run import Run
@@ -113,6 +118,11 @@ class Result:
         return found
 
     @property
+    def notes(self) -> list[str]:
+        """What else there is to say of the scores, where nothing is wrong."""
+        return [note for entry in self.scores if entry.found is not None for note in entry.found.notes]
+
+    @property
     def skipped(self) -> Entries:
         """Every row that was left out of the pool, the target, the choice, or the explanations."""
         ids = self.pool.data.ids
@@ -179,6 +189,7 @@ def summary(result: Result) -> dict[str, Any]:
         "pool": {"rows": len(result.pool.data), "description": result.pool.data.description},
         **account.as_dict(),
         "warnings": result.warnings,
+        "notes": result.notes,
         "seconds": round(result.seconds, 2),
         "files": {name: run.name(name) for name in files_of(result)},
     }
@@ -263,20 +274,34 @@ def result_files(
 def remove_outdated(result: Result) -> None:
     """Remove files of earlier results that this one has put others in place of.
 
-    Scores go with what says how far they can be trusted, explanations with their relevance, their validation and their
-    pages. A choice stays: its rows hold their scores.
+    Scores go with what says how far they can be trusted, a validation with its explanations. Pages go of which
+    explanations.jsonl has nothing any more. A choice stays: its rows hold their scores.
     """
-    storage, made = result.pool.run.storage, {*files_of(result), *result.pages}
+    run, made = result.pool.run, {*files_of(result), *result.pages}
     gone: list[str] = []
     if result.scores:
         gone += ["diagnostics.json", "suggestions.jsonl"]
     if result.explanations is not None:
-        gone += ["relevance.json", "validation.json"]
-        gone += [name for page in ("explanation", "relevance") for name in (f"{page}.html", f"{page}.page.json")]
-        gone += [key for key in storage.list("explanations/") if key.count("/") == 1]
+        known = explained_ids(run)
+        pages = {f"explanations/{explanation_file(id_)}" for id_ in known}
+        gone += ["validation.json"]
+        gone += [key for key in run.storage.list("explanations/") if key.count("/") == 1 and page_of(key) not in pages]
+        if run.storage.exists(kept_as("relevance.html")) and not _listed(run) <= known:
+            gone += ["relevance.html", kept_as("relevance.html")]
     for key in gone:
-        if key not in made and f"{key.removesuffix('.page.json')}.html" not in made:
-            storage.delete(key)
+        if key not in made and page_of(key) not in made:
+            run.storage.delete(key)
+
+
+def _listed(run: Run) -> set[str]:
+    """Outputs that the page over several of them lists; nothing that an explanation has where it cannot be read."""
+    try:
+        listed = kept_page(run, "relevance.html").section("outputs")
+    except CorruptError:
+        return {""}
+    return {
+        one.id for block in (listed.blocks if listed else ()) if isinstance(block, Examples) for one in block.examples
+    }
 
 
 def diagnostics(result: Result) -> dict[str, Any]:

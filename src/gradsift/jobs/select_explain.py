@@ -21,7 +21,7 @@ from gradsift.data.load import Columns, load_examples
 from gradsift.execution.ray import engine_of
 from gradsift.explanation.explain import check_budgets, explain, explained_views, refuse_contrast
 from gradsift.explanation.outputs import Question, question_of, questions_of
-from gradsift.explanation.table import relevance_table
+from gradsift.explanation.table import coefficient_statistics, relevance_table
 from gradsift.gradients.rows import View
 from gradsift.influence.diagnostics import check_samples
 from gradsift.influence.estimator import Estimator
@@ -247,6 +247,8 @@ def trust(result: Result) -> None:
     result.over_targets = target_reliability(scores, chosen)
     if result.reliability:
         pool.run.publish_json("diagnostics.json", diagnostics(result))
+    for note in result.notes:
+        pool.reporter.say(note)
     for warning in result.warnings:
         pool.reporter.warn(warning)
 
@@ -313,10 +315,14 @@ def explain_into(result: Result) -> None:
     )
     result.explanations = found
     say_account(Account(parts=tuple(found.unshown)), "what is to be explained", len(found.entries), pool.reporter)
-    result.relevance = relevance_table(found)
+    table = relevance_table(found)
+    if table.outputs > 1:
+        table = replace(table, coefficients=coefficient_statistics(found, table.sorted_at))
+    result.relevance = table
     pool.run.publish_json("relevance.json", result.relevance.as_dict())
     if job.validation is not None:
-        result.validation = validate_explanations(pool, found, settings=job.validation.step, route=job.validation.route)
+        how = job.validation
+        result.validation = validate_explanations(pool, found, settings=how.step, route=how.route, sanity=how.sanity)
         result.explanations = found = found.trained(result.validation.effects())
     result.pages = write_pages(
         found,

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gradsift.base import hub
 from gradsift.base.errors import ConfigError, ModelError
 
 DEFAULT = "sentence-transformers/all-MiniLM-L6-v2"
@@ -84,6 +85,8 @@ def _load(model: str, device: str) -> Any:
     from gradsift.model.models import pretrained
 
     place = place_of(model)
+    if not Path(place).exists():
+        hub.look()
     try:
         found = SentenceTransformer(place, device=device, trust_remote_code=False)
     except Exception as error:  # what a folder can have wrong has no common base

@@ -461,6 +461,24 @@ def adapter_identity(adapter: str | Path) -> dict[str, str]:
     return {"weights": file_digest(files[0], json.dumps(config, sort_keys=True).encode())[:16]}
 
 
+def trains_more(adapter: str | Path | None) -> bool:
+    """Whether a folder's adapter has more than LoRA of linear modules.
+
+    Of those others there were no gradients once: stores from then have other names than those that hold them.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if adapter is None:
+        return False
+    folder = Path(at_hand(str(adapter)))
+    try:
+        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+            beside = any(re.search(r"\.lora_[AB]\.weight$", name) is None for name in file.keys())  # noqa: SIM118
+        return beside or bool(json.loads((folder / "adapter_config.json").read_text()).get("target_parameters"))
+    except (OSError, ValueError, SafetensorError):  # on the hub, or what loading it will tell
+        return False
+
+
 @cache
 def _adapter_commit(name: str) -> str:
     """Of an adapter on the hub, at which this process takes it.

@@ -71,7 +71,7 @@ def _of_model(
         picked = [pool.data.sequences_at([p])[0] for p in middle[:count]]
         sequences = [type(s)(row, s.token_ids, s.weights) for row, s in enumerate(picked)]
         budget = recipe.gradients.token_budget
-        lanes = automatic_lanes(model, max(len(s.token_ids) for s in sequences), budget)
+        lanes = automatic_lanes(model, max(len(s.token_ids) for s in sequences), budget, modules.captured)
         budget = budget or automatic_token_budget(model, lanes)
         check = self_check(
             model, modules.captured, sequences, pattern=recipe.gradients.modules,

@@ -37,7 +37,7 @@ from gradsift.gradients.policy import MOST_ROWS
 from gradsift.gradients.rows import View
 from gradsift.influence.bm25 import conversation_text
 from gradsift.influence.diagnostics import sample_rows, sample_source
-from gradsift.influence.estimator import Estimator, Passes, conversations, target_view
+from gradsift.influence.estimator import Estimator, Passes, conversations, target_view, views_read
 from gradsift.influence.less import LESS
 from gradsift.influence.nice import PolicyEstimator, PolicyTargets, sampler_of, takes_reward
 from gradsift.influence.prompts import PromptTarget, missing_rewards
@@ -142,12 +142,18 @@ class Walk:
 
     def judge(self, settings: Bench) -> Walk:
         """What `gradsift bench` would do: every method's scores, and the trainings that they are held against."""
+        methods = [method for method in settings.judged if method.view is not None]
+        self._rows_together(methods, sums=any(method.full_sum for method in methods))
         for method in settings.judged:
             self._score(method)
-        times, epochs, data = settings.retrainings, self.recipe.warmup.epochs, self.pool.data
-        if times:
-            each = float(data.lengths.sum()) * epochs
-            self.add(Work("retrainings", times * epochs * len(data), backward=times * each))
+        trainings = settings.trainings(len(self.pool.data) - (len(self.target.overlap) if self.target else 0))
+        rows = sum(times * count for times, count in trainings) * self.recipe.warmup.epochs
+        if rows:
+            self.add(Work("retrainings", rows, backward=rows * float(self.pool.data.lengths.mean())))
+        if "self" in settings.asked and methods and self.target is not None:
+            count = settings.rows_with_copies(len(self.pool.data), len(self.target.data.ids))
+            count *= 3 * len(self._checkpoints())  # by the run's projection, and by two of half its width
+            self.add(Work("self-consistency", count, backward=count * float(self.pool.data.lengths.mean())))
         return self
 
     def compare(self, grid: Grid) -> Walk:
@@ -183,10 +189,7 @@ class Walk:
         if sums:
             full = self.pool.gradients.model_copy(update={"full_sum": True})
             self.pool = replace(self.pool, gradients=full)
-        last = len(self._checkpoints()) - 1 if any(method.view for method in methods) else -1
-        for number in range(last + 1):
-            views = {m.view for m in methods if m.view and (number == last or not m.last_checkpoint)}
-            self._pool_rows(number, sorted(views), sums)
+        self._rows_together(methods, sums=sums)
         for one in choosing:
             assert one.estimator is not None
             self._score(one.estimator)
@@ -194,6 +197,12 @@ class Walk:
                 self._select(one.selection, one.estimator, grid.budgets if one.sized else [grid.size(one)])
         if sums:
             self.pool = replace(self.pool, gradients=self.recipe.gradients)
+
+    def _rows_together(self, methods: SequenceABC[Estimator], *, sums: bool) -> None:
+        """The pool's rows that methods read, in one pass at each checkpoint."""
+        last = len(self._checkpoints()) - 1 if any(method.view for method in methods) else -1
+        for number in range(last + 1):
+            self._pool_rows(number, views_read(methods, last=number == last), sums)
 
     def _score(self, method: Estimator) -> None:
         for one in method.before:
@@ -281,8 +290,8 @@ class Walk:
         """Those that gradients are taken at: given, trained before, or trained by the run, which is told."""
         if self._adapters is None:
             recipe, seed = self.recipe, self.pool.seed
-            if recipe.adapter:
-                self._adapters = [open_checkpoint(adapter) for adapter in recipe.adapter]
+            if self.pool.adapters:
+                self._adapters = [open_checkpoint(adapter) for adapter in self.pool.adapters]
                 return self._adapters
             rows = self.pool.training
             ids = warm_up_ids(rows, recipe.warmup, seed)
@@ -585,6 +594,11 @@ class Walk:
         sets = len(job.budgets) * (len(job.strategies) * len(job.estimators) + job.validation.step.random_sets)
         stored = job.validation.route == "stored" or projection.kind == "none"
         trained = 0.0 if stored else outputs * sets * max(job.budgets) * float(pool.data.lengths.mean())
+        if job.validation.sanity:  # on the output itself, for real, and on single rows
+            sets += 1 + job.validation.step.random_sets
+            trained += tokens + (
+                0.0 if stored else outputs * job.validation.step.random_sets * float(pool.data.lengths.mean())
+            )
         own = float(pool.data.lengths.sum()) if stored and projection.kind != "none" else 0.0
         self.add(
             Work(

@@ -48,6 +48,8 @@ class Cell:
     tag:   a word before the text, such as "best"
     shade: how strongly the field is filled, 0 to 1; below zero in the colour of negative values
     link:  the id of a section, or a file beside the page
+    picks: what a click picks out, switch → option
+    when:  where the page's switches stand for it to be seen, as a fact of an example
     """
 
     text: str
@@ -57,6 +59,8 @@ class Cell:
     tone: Tone = ""
     shade: float | None = None
     link: str = ""
+    picks: Mapping[str, str] = field(default_factory=dict)
+    when: Mapping[str, str] = field(default_factory=dict)
 
 
 Entry = str | Cell
@@ -175,6 +179,7 @@ class Table:
     """Rows under columns.
 
     style: `shares` has bars in its fields, `figures` is as narrow as it may, `matrix` has shaded fields
+    filter: what a search field finds, with columns to sort by; none by default
     """
 
     columns: tuple[Column, ...]
@@ -182,6 +187,7 @@ class Table:
     title: str = ""
     note: str = ""
     style: Literal["", "shares", "figures", "matrix"] = ""
+    filter: str = ""
     kind: Literal["table"] = "table"
 
 
@@ -369,6 +375,7 @@ class Switch:
     name:   what blocks and views are `when`
     first:  the option that is picked at first
     series: options are series in this order, and the picked one is marked wherever it stands
+    listed: the options are shown; else fields of tables and points of charts pick them
     """
 
     name: str
@@ -376,6 +383,7 @@ class Switch:
     options: tuple[tuple[str, str], ...]
     first: str
     series: bool = False
+    listed: bool = True
     kind: Literal["switch"] = "switch"
 
 

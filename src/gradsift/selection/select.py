@@ -19,7 +19,7 @@ from gradsift.influence.scores import Scores
 from gradsift.report.blocks import Block, Shown
 from gradsift.selection.candidates import CANDIDATES, Candidates
 from gradsift.selection.selector import Selector, chosen
-from gradsift.selection.top_k import MostHelpful, TopK
+from gradsift.selection.top_k import TopK
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def check_drop(estimator: Estimator, method: Selector, aggregation: Aggregation 
             "drop leaves out the rows that do the most harm, and with aggregation round_robin scores are turns, which "
             "tell none: use max_of_means or mean, or say how many to choose (budget)"
         )
-    if not isinstance(method, MostHelpful):
+    if not method.highest:
         raise ConfigError(
             f"drop keeps all but the lowest scores, and selection {method.kind} chooses otherwise: leave the selection "
             "out, or say how many it is to choose (budget)"

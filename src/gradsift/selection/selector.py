@@ -35,6 +35,7 @@ class Selector(Settings):
     view: which of the pool's rows it reads; None: the estimator's, plain ones where that has none.
     nested: whether the choice of a smaller budget is the beginning of that of a larger one.
     last: whether it starts from what others choose of the same candidates, and so comes after them.
+    highest: whether it chooses the highest scores and by nothing else, so that the lowest can be dropped by it.
     by_chance: whether its choice means nothing, as a control.
     text_model: the sentence-transformers model by which it compares the pool's texts, if it does.
     """
@@ -43,6 +44,7 @@ class Selector(Settings):
     view: ClassVar[View | None] = None
     nested: ClassVar[bool] = False
     last: ClassVar[bool] = False
+    highest: ClassVar[bool] = False
     by_chance: ClassVar[bool] = False
     text_model: ClassVar[str | None] = None
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, Union
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
-
-from gradsift.base.plugins import methods_of
+from gradsift.base.plugins import methods_of, one_of
 from gradsift.selection.aide import Aide
 from gradsift.selection.diverse import Diverse
 from gradsift.selection.divine import Divine
@@ -38,5 +36,5 @@ def selectors() -> dict[str, type[Selector]]:
 if TYPE_CHECKING:
     AnySelector = Selector
 else:
-    AnySelector: Any = Annotated[Union[tuple(selectors().values())], Field(discriminator="kind")]  # noqa: UP007
+    AnySelector: Any = one_of(selectors().values())
     """Any of them, as a field of a recipe."""

@@ -14,7 +14,7 @@ from gradsift.selection.candidates import Candidates, Order
 from gradsift.selection.selector import CHOSEN_FROM, Selector
 
 
-class _Naive(Selector):
+class Naive(Selector):
     """The first of a ranking, equal ones by position."""
 
     nested: ClassVar[bool] = True
@@ -30,8 +30,10 @@ class _Naive(Selector):
         return candidates.first(self.order, checked_budget(budget, len(candidates.available), CHOSEN_FROM))
 
 
-class MostHelpful(_Naive):
+class MostHelpful(Naive):
     """The highest scores: training on them makes the output more likely."""
+
+    highest: ClassVar[bool] = True
 
     kind: Literal["most_helpful"] = "most_helpful"
     order: ClassVar[Order] = "most_helpful"
@@ -41,21 +43,21 @@ class MostHelpful(_Naive):
         return {}
 
 
-class MostHarmful(_Naive):
+class MostHarmful(Naive):
     """The lowest scores: training on them makes the output less likely."""
 
     kind: Literal["most_harmful"] = "most_harmful"
     order: ClassVar[Order] = "most_harmful"
 
 
-class MostInfluential(_Naive):
+class MostInfluential(Naive):
     """The scores farthest from 0, of either sign."""
 
     kind: Literal["most_influential"] = "most_influential"
     order: ClassVar[Order] = "most_influential"
 
 
-class LeastInfluential(_Naive):
+class LeastInfluential(Naive):
     """The scores closest to 0, of either sign."""
 
     kind: Literal["least_influential"] = "least_influential"

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from gradsift.base import hub
 from gradsift.base.errors import ConfigError, CorruptError, LockedError, StorageError
 from gradsift.base.secrets import Secret
 from gradsift.store.manifest import Record, read_json
@@ -47,6 +48,8 @@ def is_url(place: str | Path) -> bool:
 def at_hand(place: str) -> str:
     """A file or folder that is named by a URL, as a copy on this machine; anything else as it is.
 
+    What is no file here is a hub's, of which a name that is mistyped without a network is to fail at once.
+
     Raises:
         StorageError: it is not there, or cannot be reached.
 
@@ -54,6 +57,8 @@ def at_hand(place: str) -> str:
     'runs/math/adapter'
     """
     if not is_url(place):
+        if not Path(place).expanduser().exists():
+            hub.look()
         return place
     parent, _, name = place.rstrip("/").rpartition("/")
     storage = storage_at(parent)

@@ -153,4 +153,6 @@ def _digest(tensors: Mapping[str, Any]) -> str:
 def _bytes(tensor: Any) -> memoryview:
     import torch
 
+    if not tensor.numel():  # which torch gives no other type
+        return memoryview(b"")
     return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceABC
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
-from typing import Any, Literal
+from itertools import product
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,11 +17,23 @@ from pydantic import Field, field_validator
 from gradsift.base.errors import ConfigError, DataError, GradsiftError
 from gradsift.base.interruption import refuse_to_go_on
 from gradsift.base.lazy import torch
-from gradsift.base.settings import Settings
+from gradsift.base.progress import Advance, silent, untold
+from gradsift.base.ranks import paired_rank_correlations
+from gradsift.base.resampling import Estimate, bootstrap, estimate_of
+from gradsift.base.settings import Budget, Settings
 from gradsift.context import Pool, Target
+from gradsift.data.pairs import Pairs
+from gradsift.data.prepare import prepare
+from gradsift.evaluation.evaluate import measure
+from gradsift.evaluation.fine_tune import train_on
+from gradsift.evaluation.loss import HeldOutLoss
+from gradsift.evaluation.setup import subject_of
+from gradsift.execution.engine import LOCAL
+from gradsift.gradients.collect import SequenceSource
 from gradsift.influence.bm25 import BM25
-from gradsift.influence.estimator import Estimator
+from gradsift.influence.estimator import Estimator, source_at, target_view, views_read
 from gradsift.influence.estimators import AnyEstimator
+from gradsift.influence.ji2s import full_sums
 from gradsift.influence.less import LESS
 from gradsift.influence.random import Random
 from gradsift.influence.replay import Losses, Replay
@@ -28,21 +41,27 @@ from gradsift.influence.scores import Scores, score
 from gradsift.influence.smooth import SmoothTraining, training_sequences
 from gradsift.influence.states import RDSPlus
 from gradsift.report.blocks import Block, Shown
+from gradsift.selection.select import budget_count
 from gradsift.store.manifest import Record, fingerprint, read_if_whole
-from gradsift.validation.datamodel import Estimate, agreement, agreement_of_trainings, bootstrap, estimate_of
+from gradsift.validation.datamodel import agreement, agreement_of_trainings
 from gradsift.validation.ranking import auc, average_precision, recall, reciprocal_rank
+from gradsift.warmup.train import Training
 
-Measure = Literal["recall", "filter", "lds", "qld"]
+Measure = Literal["recall", "filter", "lds", "qld", "train", "self"]
 Units = NDArray[np.int64]
+_Found = TypeVar("_Found")
 _OTHER_SEEDS = (101, 102)  # added to the run's
+_AMONG = 200  # rows among which copies of targets are looked for
+_COPY = "copy of "  # before a target's id
 
 
 class Bench(Settings):
     """Methods to judge, and by what.
 
     methods: what is judged; repeat for several. A random ranking is always beside them.
-    measures: `recall` of the target's class, `filter` for marked rows, `lds` and `qld` by retraining; by default the
-        first two where their columns are named or rows are planted, else the last two.
+    measures: `recall` of the target's class, `filter` for marked rows, `lds` and `qld` by retraining, `train` on the
+        best-scored rows alone, `self` for whether scores agree with themselves; by default those whose columns or data
+        are named, else `lds` and `qld`.
     class_column: column of pool and target: rows of a target's own value are to be found.
     marked: column=value of the pool's rows that are to be found, such as quality=bad.
     among: column=value of the rows among which they are to be found.
@@ -52,6 +71,10 @@ class Bench(Settings):
     shares: of the pool, left out by them.
     removed: shares of the highest-scored rows that are left out.
     removals: as often as many random rows are left out instead.
+    test: examples that are neither in the pool nor in the target: their loss is what `train` measures.
+    budgets: rows that `train` trains on, numbers or shares of the pool.
+    seeds: of those trainings and of the random choices.
+    copies: targets that `self` looks for among the pool's rows.
     smooth: retrain as MAGIC does, without dropout, with a longer warm-up and ε_root, in place of the preset alone.
     """
 
@@ -66,6 +89,10 @@ class Bench(Settings):
     shares: tuple[float, ...] = (0.02, 0.1, 0.5)
     removed: tuple[float, ...] = (0.01, 0.05, 0.1)
     removals: int = Field(default=4, ge=1)
+    test: str | None = None
+    budgets: tuple[Budget, ...] = Field(default=(0.1,), min_length=1)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    copies: int = Field(default=20, ge=1)
     smooth: bool = False
 
     @field_validator("shares", "removed")
@@ -84,17 +111,19 @@ class Bench(Settings):
         """
         named: list[Measure] = ["recall"] * (self.class_column is not None)
         named += ["filter"] * (self.marked is not None or self.plant is not None)
+        named += ["train"] * (self.test is not None)
         asked = self.measures or tuple(named) or ("lds", "qld")
-        for measure, lacks, wanted in (
+        for name, lacks, wanted in (
             ("recall", self.class_column is None, "class_column, a column of pool and target"),
             (
                 "filter",
                 self.marked is None and self.plant is None,
                 "marked, such as quality=bad, or plant, mislabel:5%",
             ),
+            ("train", self.test is None, "test, a file of examples that are neither in the pool nor in the target"),
         ):
-            if measure in asked and lacks:
-                raise ConfigError(f"measures names {measure}, which needs {wanted}")
+            if name in asked and lacks:
+                raise ConfigError(f"measures names {name}, which needs {wanted}")
         if self.plant is not None and self.marked is not None:
             raise ConfigError("plant makes the rows that are to be found, and marked names others: give one of them")
         return tuple(dict.fromkeys(asked))
@@ -105,12 +134,21 @@ class Bench(Settings):
         others = [one for one in dict.fromkeys(self.methods) if not one.by_chance]
         return (*others, next((one for one in self.methods if one.by_chance), Random()))
 
-    @property
-    def retrainings(self) -> int:
-        """How many at most."""
-        asked, seeds = self.asked, len(_OTHER_SEEDS)
-        found = len(self.shares) * self.subsets * (1 + seeds) if "lds" in asked else 0
-        return found + (len(self.removed) * (len(self.judged) - 1 + self.removals) if "qld" in asked else 0)
+    def rows_with_copies(self, rows: int, targets: int) -> int:
+        """How many rows and copies of targets `self` takes, of so many rows and targets."""
+        return min(rows, _AMONG) + min(targets, self.copies)
+
+    def trainings(self, available: int) -> list[tuple[int, int]]:
+        """At most: how many, and the rows of each that are not left out, of so many that there are."""
+        asked, count, found = self.asked, len(self.judged), []
+        if "lds" in asked:
+            found.append((len(self.shares) * self.subsets * (1 + len(_OTHER_SEEDS)), available))
+        if "qld" in asked:
+            found.append((len(self.removed) * (count - 1 + self.removals), available))
+        if "train" in asked:
+            sizes = [budget_count(budget, available) for budget in self.budgets]
+            found += [(count * len(self.seeds), size) for size in sizes]
+        return found
 
 
 @dataclass(frozen=True)
@@ -124,6 +162,7 @@ class Column:
     chance:   what a ranking at random is expected to have; None where that is measured alone
     ceiling:  what no method can be expected to be above
     over:     what intervals are over
+    counts:   whether the sentence counts it
     """
 
     measure: Measure
@@ -135,6 +174,7 @@ class Column:
     over: str
     chance: float | None = None
     ceiling: Estimate | None = None
+    counts: bool = True
 
     def near(self, label: str) -> bool:
         """Whether a method is the best, or not told apart from it."""
@@ -143,7 +183,8 @@ class Column:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a method's scores took when they were first made, beside what was there: wall seconds and bytes kept."""
+    """What a method's scores took when they were first made: wall seconds and bytes kept. A warm-up and stored rows are
+    counted to each method that reads them."""
 
     seconds: float
     bytes: int
@@ -168,23 +209,24 @@ class Benchmark(Shown):
     @property
     def near(self) -> dict[str, int]:
         """In how many columns each method is the best or not told apart from it, most first, then the cheapest."""
-        found = {one: sum(column.near(one) for column in self.columns) for one in self.methods[:-1]}
+        counted = [column for column in self.columns if column.counts]
+        found = {one: sum(column.near(one) for column in counted) for one in self.methods[:-1]}
         return dict(sorted(found.items(), key=lambda item: (-item[1], self.costs[item[0]].seconds)))
 
     @property
     def sentence(self) -> str:
         """Which method to use here, and which are not told apart from it."""
-        near = self.near
-        if not near or not self.columns:
-            return "No method could be judged."
+        near, counted = self.near, [column for column in self.columns if column.counts]
+        if not near or not counted:
+            return "No method could be judged by how well it ranks."
         best = next(iter(near))
         random = self.methods[-1]
-        if not any(column.values[best].low > column.values[random].high for column in self.columns):
+        if not any(column.values[best].low > column.values[random].high for column in counted):
             return (
                 "No method is told apart from a random ranking here: more targets, subsets or a longer training would "
                 "be needed."
             )
-        count, all_ = near[best], len(self.columns)
+        count, all_ = near[best], len(counted)
         where = "every column" if count == all_ else f"{count} of {all_} columns"
         others = [one for one, own in near.items() if one != best and own == count]
         more = f" {_listed(others)} {'is' if len(others) == 1 else 'are'} as good, at a higher cost." if others else ""
@@ -238,11 +280,11 @@ def bench(
     if methods is not None:
         own = own.model_copy(update={"methods": tuple(methods)})
     judge = _Judge(pool, target, own)
-    if own.retrainings:
-        tokens = int(pool.data.lengths.sum()) * pool.warmup.epochs
+    if trainings := own.trainings(int(judge.available.sum())):
+        rows = sum(times * count for times, count in trainings) * pool.warmup.epochs
         pool.reporter.say(
-            f"bench: up to {own.retrainings} retrainings of {len(pool.data)} rows ({tokens:,} tokens each); those that "
-            "are kept are not taken again"
+            f"bench: up to {sum(times for times, _ in trainings)} retrainings, {rows:,} rows together; those that are "
+            "kept are not taken again"
         )
     return judge.benchmark()
 
@@ -258,19 +300,20 @@ class _Judge:
         self.failed: dict[str, str] = {}
         excluded = {skip.id for skip in target.overlap}
         self.available = np.array([id_ not in excluded for id_ in pool.data.ids])
-        self.seed, self.stored = pool.seed, 0  # bytes of the run folder
+        self.seed = pool.seed
         self.warnings: list[str] = []
 
     def benchmark(self) -> Benchmark:
         makers: dict[Measure, Callable[[], list[Column]]] = {
-            "recall": self._recall, "filter": self._filter, "lds": self._lds, "qld": self._qld
+            "recall": self._recall, "filter": self._filter, "lds": self._lds, "qld": self._qld, "train": self._train,
+            "self": self._self,
         }  # fmt: skip
         asked = self.settings.asked
         # Refused before anything heavy.
         _ = self.of_class if "recall" in asked else None, self.marked if "filter" in asked else None
-        self.stored = _bytes_in(self.pool)
+        shared = self._collect(self.pool)
         for method in self.settings.judged:
-            self._score(method)
+            self._score(method, shared)
         if len(self.scores) < 2:
             raise DataError(f"every method failed, first {next(iter(self.failed.items()))}")
         columns = [column for measure in asked for column in makers[measure]()]
@@ -278,29 +321,69 @@ class _Judge:
             tuple(self.scores), tuple(columns), self.costs, self.failed, tuple(self.warnings), self.pool.run.place
         )
 
-    def _score(self, method: Estimator) -> None:
-        pool, began = self.pool, time.monotonic()
+    def _collect(self, pool: Pool) -> dict[str, Cost]:
+        """The rows that methods read, all views of a checkpoint in one pass; what they cost, by the method's label."""
+        readers = [method for method in self.settings.judged if method.view is not None]
+        if not readers:
+            return {}
+        rows = full_sums(pool) if any(method.full_sum for method in readers) else pool
+        found: dict[str, Cost] = {}
         try:
-            found = score(pool, self.target, method)
+            targets = {method.label: method.targets(pool, self.target) for method in readers}
+            checkpoints, trained = self._timed(["warm-up", pool.warmup.model_dump(mode="json")], pool.checkpoints)
+            for number, checkpoint in enumerate(checkpoints):
+                last = number == len(checkpoints) - 1
+                reading = [method for method in readers if last or not method.last_checkpoint]
+                views = views_read(reading)
+                config = [fingerprint(pool.at(checkpoint).config(pool.data, view)) for view in views]
+                _, pass_ = self._timed(["rows", config], partial(rows.stores, checkpoint, views))
+                for method in reading:
+                    before = found.get(method.label, Cost(trained.seconds, trained.bytes))
+                    found[method.label] = Cost(
+                        before.seconds + pass_.seconds, before.bytes + pass_.bytes // max(1, len(views))
+                    )
+                asked = {
+                    (source_at(targets[method.label], checkpoint), target_view(method.view))
+                    for method in reading
+                    if method.view is not None
+                }
+                for source in {own for own, _ in asked}:
+                    wanted = sorted(view for own, view in asked if own is source)
+                    if len(wanted) > 1:
+                        rows.collect(source, checkpoint, wanted, what="target")
+        except GradsiftError as error:  # each method meets its own, and is listed with it
+            refuse_to_go_on(error)
+        return found
+
+    def _timed(self, what: Any, work: Callable[[], _Found]) -> tuple[_Found, Cost]:
+        """What it makes, with what that took when it was first made."""
+        key, before, began = f"bench/cost-{fingerprint(what)}.json", _bytes_in(self.pool), time.monotonic()
+        made = work()
+        kept = read_if_whole(self.pool.run.storage, key, _KeptCost, sealed=True)
+        if kept is None:
+            kept = asdict(Cost(time.monotonic() - began, max(0, _bytes_in(self.pool) - before)))
+            self.pool.run.publish_json(key, kept, sealed=True)
+        return made, Cost(kept["seconds"], kept["bytes"])
+
+    def _score(self, method: Estimator, shared: Mapping[str, Cost]) -> None:
+        pool = self.pool
+        work = [method.model_dump(mode="json"), pool.data.fingerprint, self.target.data.fingerprint, pool.seed]
+        try:
+            found, own = self._timed(["scores", work], partial(score, pool, self.target, method))
         except GradsiftError as error:
             refuse_to_go_on(error)
             self.failed[method.label] = str(error)
             pool.reporter.warn(f"bench: {method.label} failed, the others go on: {error}")
             return
-        seconds, before = time.monotonic() - began, self.stored
-        self.stored = _bytes_in(pool)
-        key = f"bench/cost-{found.fingerprint}.json"
-        kept = read_if_whole(pool.run.storage, key, _KeptCost, sealed=True)
-        if kept is None:
-            kept = asdict(Cost(seconds, max(0, self.stored - before)))
-            pool.run.publish_json(key, kept, sealed=True)
-        self.costs[method.label] = Cost(kept["seconds"], kept["bytes"])
+        before = shared.get(method.label, Cost(0.0, 0))
+        self.costs[method.label] = Cost(own.seconds + before.seconds, own.bytes + before.bytes)
         self.scores[method.label], self.whole[method.label] = self._placed(found)
 
-    def _placed(self, found: Scores) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def _placed(self, found: Scores, pool: Pool | None = None) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Scores at the pool's places: of every target, and over targets."""
-        places = self.pool.data.ids.positions(found.ids)
-        whole = np.full(len(self.pool.data), -np.inf)
+        data = (pool or self.pool).data
+        places = data.ids.positions(found.ids)
+        whole = np.full(len(data), -np.inf)
         whole[places] = found.aggregate
         each = np.full((len(whole), len(self.target.data)), -np.inf)
         each[places] = found.aggregate[:, None] if found.per_target is None else found.per_target
@@ -418,16 +501,17 @@ class _Judge:
         for share in self.settings.removed:
             random, size = self._losses(0, self._subsets(share, self.settings.removals)), self._size(share)
             labels = list(self.scores)[:-1]
-            best = [
-                np.argsort(-np.where(self.available, self.whole[label], -np.inf), kind="stable")[:size]
-                for label in labels
-            ]
+            best = [self._best(label, size) for label in labels]
             rises = self._losses(0, self._without(best)) - random.mean(axis=0)
             each = dict(zip(labels, rises, strict=True))
             each[list(self.scores)[-1]] = random[0] - random.mean(axis=0)
             of = {label: partial(_mean_of, own) for label, own in each.items()}
             found.append(self._column("qld", "QLD", f"best {share:.0%}", of, rises.shape[1], "targets", chance=0.0))
         return found
+
+    def _best(self, label: str, size: int) -> Units:
+        """The rows that a method ranks first."""
+        return np.argsort(-np.where(self.available, self.whole[label], -np.inf), kind="stable")[:size]
 
     def _size(self, share: float) -> int:
         """How many rows a share of them is."""
@@ -456,15 +540,15 @@ class _Judge:
         missing = {name: line for name, line in zip(names, kept, strict=True) if not losses.count(name)}
         if missing:
             places = self.pool.training.positions(ids)
-            source = self.pool.referred(source)
-            sequences, dpo = training_sequences(source), source.dpo(range(len(source)))
+            tasks = []
+            for line in missing.values():
+                weights = np.zeros(len(self.pool.training))
+                weights[places] = line
+                tasks.append(_Retraining(replay, self.pool.referred(source), weights))
             what = f"bench: retraining{f' on another seed ({seed})' if seed else ''}"
-            with self.pool.reporter.stage(what, len(missing), "trainings") as advance, replay.network() as network:
-                for name, line in missing.items():
-                    weights = torch.zeros(len(self.pool.training), dtype=torch.float64)
-                    weights[places] = torch.from_numpy(line)
-                    end = replay.end_with(network, weights)
-                    losses.put(name, network.losses(end, sequences, len(source), dpo).tolist())
+            with self.pool.reporter.stage(what, len(tasks), "trainings") as advance:
+                for position, found in self.pool.engine.map(tasks, untold, "retraining"):
+                    losses.put(list(missing)[position], found)
                     advance(1)
         return np.array([losses.all(name) for name in names])
 
@@ -472,7 +556,120 @@ class _Judge:
         smooth = SmoothTraining() if self.settings.smooth else SmoothTraining(warmup_ratio=0, eps_root=0)
         ids = list(self.pool.data.ids)
         own = sorted(id_ for id_, there in zip(ids, self.available, strict=True) if there)
-        return smooth.replay(self.pool, own, [], seed=self.seed + seed, what="bench"), ids
+        return smooth.replay(self._pool_of_tasks, own, [], seed=self.seed + seed, what="bench"), ids
+
+    @cached_property
+    def _pool_of_tasks(self) -> Pool:
+        """As other processes are given it."""
+        return replace(self.pool, reporter=silent(), engine=LOCAL)
+
+    def _train(self) -> list[Column]:
+        """How much lower the held-out loss is after training on the best-scored rows than on random ones."""
+        settings, pool, found = self.settings, self._pool_of_tasks, []
+        metric = HeldOutLoss(data=settings.test)
+        metric.bind(subject_of(pool, None).base)
+        training = SmoothTraining().plain(pool)
+        rows, labels = np.flatnonzero(self.available), list(self.scores)
+        for budget in settings.budgets:
+            size = budget_count(budget, len(rows))
+            chosen = {label: self._best(label, size) for label in labels[:-1]}
+            tasks = []
+            for label, seed in product(labels, settings.seeds):
+                drawn = np.random.default_rng([self.seed, size, seed]).choice(rows, size, replace=False)
+                ids = pool.data.ids.take(chosen.get(label, drawn))
+                what = f"bench: training on {size} rows ({label}, seed {seed})"
+                tasks.append(_Fitted(pool, tuple(ids), training, seed, what, metric))
+            losses: dict[int, dict[str, float]] = {}
+            with self.pool.reporter.stage(f"bench: training on {size} rows", len(tasks), "trainings") as advance:
+                for position, own in self.pool.engine.map(tasks, untold, "training"):
+                    losses[position] = own
+                    advance(1)
+            items = sorted(losses[0])
+            each = np.array([[losses[n][item] for item in items] for n in range(len(tasks))])
+            each = each.reshape(len(labels), len(settings.seeds), len(items))  # [method seed item]
+            gained = each[-1].mean(axis=0) - each[:-1].mean(axis=1)
+            own_gain = each[-1].mean(axis=0) - each[-1, 0]  # how far one random choice is from several
+            of = {label: partial(_mean_of, one) for label, one in zip(labels, [*gained, own_gain], strict=True)}
+            title = f"best {budget:.0%}" if budget < 1 else f"best {size}"
+            found.append(
+                self._column("train", "Trained on the best-scored", title, of, len(items), "items", chance=0.0)
+            )
+        return found
+
+    def _self(self) -> list[Column]:
+        """Whether a copy of a target ranks first for it, whether two projections agree, and the stored rows' error."""
+        pool, copied = self._with_copies()
+        self._collect(pool)
+        half = pool.gradients.projection.dim // 2
+        halves = [
+            replace(pool, gradients=pool.gradients.model_copy(update={"projection": projection}))
+            for projection in (
+                pool.gradients.projection.model_copy(update={"dim": half, "seed": pool.gradients.projection.seed + own})
+                for own in (1, 2)
+            )
+        ] if pool.gradients.projection.kind != "none" else []  # fmt: skip
+        for one in halves:
+            self._collect(one)
+        nothing = np.full(len(copied), np.nan)
+        first: dict[str, NDArray[np.float64]] = {}
+        agree: dict[str, NDArray[np.float64]] = {}
+        error: dict[str, Estimate] = {}
+        for method in self.settings.judged:
+            if (label := method.label) not in self.scores:
+                continue
+            first[label], agree[label] = nothing, nothing
+            error[label] = self._error_of(method)
+            if isinstance(method, SmoothTraining):
+                continue  # copies would be another training
+            each, _ = self._placed(score(pool, self.target, method), pool)
+            copies = np.zeros(each.shape, dtype=bool)
+            copies[np.arange(len(each) - len(copied), len(each)), copied] = True
+            first[label] = recall(each[:, copied], copies[:, copied], k=1, seed=self.seed)
+            if halves and method.view is not None:
+                found = [self._placed(score(half_, self.target, method), half_)[0][:, copied] for half_ in halves]
+                there = np.isfinite(found).all(axis=(0, 2))
+                agree[label] = paired_rank_correlations(*(own[there] for own in found))
+        part, over = "Self-consistency", "targets"
+        columns = [
+            self._column(
+                "self", part, name, {label: partial(_mean_of, own) for label, own in each.items()}, len(copied), over,
+                chance=chance, counts=False,
+            )
+            for name, each, chance in (
+                ("copy ranks first", first, 1 / len(pool.data)), ("half projections agree", agree, 0.0)
+            )
+        ]  # fmt: skip
+        if any(one.value == one.value for one in error.values()):
+            unmarked = dict.fromkeys(error, estimate_of(np.nan, np.array([])))
+            columns.append(Column("self", part, "error of cosines", error, "", unmarked, over, counts=False))
+        return columns
+
+    def _with_copies(self) -> tuple[Pool, Units]:
+        """Some of the pool's rows and copies of some targets as its last ones, and which targets those are."""
+        pool, asked = self.pool, self.target.labels
+        if asked is None or isinstance(asked, Pairs):
+            raise ConfigError("self looks for copies of targets among the rows, and rows have one answer: give such")
+        generator = np.random.default_rng([self.seed, self.settings.copies])
+        there = np.flatnonzero(self.available)
+        rows = np.sort(generator.choice(there, min(len(there), _AMONG), replace=False))
+        copied = np.sort(generator.choice(len(asked), min(len(asked), self.settings.copies), replace=False))
+        own = [{"id": pool.data.ids[row], "messages": pool.data.messages(pool.data.ids[row])} for row in rows.tolist()]
+        own += [
+            {"id": f"{_COPY}{asked.ids[row]}", "messages": asked.messages(asked.ids[row])} for row in copied.tolist()
+        ]
+        data = prepare(pool.run, own, pool.chat, what="copies", keep_duplicates=True, reporter=pool.reporter)
+        return replace(pool, data=data, around=pool.population), copied
+
+    def _error_of(self, method: Estimator) -> Estimate:
+        """Root mean square of what is off in the cosines of stored rows with targets'."""
+        found = None
+        if method.view is not None:
+            found = self.pool.measured_error(method.checkpoints_of(self.pool)[-1], method.view)
+        if found is None:
+            return estimate_of(np.nan, np.array([]))
+        found = found.to_plain or found
+        half = 1.96 * found.standard_error
+        return Estimate(found.rms, found.rms - half, found.rms + half)
 
     # --- columns ------------------------------------------------------------------------------------------------------
 
@@ -504,6 +701,42 @@ class _Judge:
             over,
             **more,
         )
+
+
+@dataclass(frozen=True)
+class _Retraining:
+    """The task of a training in which rows have weights `[row]`, and the targets' losses after it."""
+
+    replay: Replay
+    source: SequenceSource
+    weights: NDArray[np.float64]
+
+    def work(self, advance: Advance) -> list[float]:
+        """`[target]`, nats."""
+        count = len(self.source.ids)
+        with self.replay.network() as network:
+            end = self.replay.end_with(network, torch.from_numpy(self.weights))
+            sequences = training_sequences(self.source)
+            dpo = self.source.dpo(range(count)) if isinstance(self.source, Pairs) else None
+            return [float(one) for one in network.losses(end, sequences, count, dpo)]
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """The task of a fine-tuning on some rows, and the metric's figure of each item after it."""
+
+    pool: Pool
+    ids: tuple[str, ...]
+    training: Training
+    seed: int
+    what: str
+    metric: HeldOutLoss
+
+    def work(self, advance: Advance) -> dict[str, float]:
+        """By item, as `gradsift compare` trains and measures."""
+        trained = train_on(self.pool, self.ids, self.training, seed=self.seed, what=self.what)
+        found = measure(self.pool, trained, self.metric).figures[0].per_item
+        return {str(item): float(own) for item, own in found.items()}
 
 
 class _KeptCost(Record):

@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from itertools import combinations
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from gradsift.base.errors import NonFiniteError, ShapeError
+from gradsift.base.errors import ConfigError, NonFiniteError, ShapeError
 from gradsift.base.ranks import paired_rank_correlations
+from gradsift.base.resampling import Estimate, bootstrap, estimate_of
 
 _LEAST_SUBSETS = 3  # an order of two says nothing
-_TAILS = (2.5, 97.5)
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """A figure and its 95 % bootstrap interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:+.2f} ({self.low:+.2f} to {self.high:+.2f})"
+_MOST_MEMBERS = 16
+_Member = TypeVar("_Member", bound=Hashable)
 
 
 def lds(
@@ -125,6 +116,46 @@ def qld(without_best: ArrayLike, without_random: ArrayLike, *, draws: int = 400,
     return _bootstrapped(lambda rows: float(rises[rows].mean()), len(rises), draws, seed)
 
 
+def joint_influence(
+    loss_after: Callable[[tuple[_Member, ...]], ArrayLike], members: Sequence[_Member]
+) -> NDArray[np.float64]:
+    """The discrete derivative of order |K| by retraining (JI2S, section 4.1):
+
+        Δ L(K, z′) = Σ_{W ⊆ K} (−1)^{|K|−|W|} L(z′, θ_{S ∪ W})
+
+    Of order 1 it is what a member changes; of order 2 what a pair changes beyond what each of the two does, which
+    `ji2s_pair` approximates; and so on. It takes 2^|K| trainings, the smallest sets first.
+
+    Args:
+        loss_after: nats of the targets, a number or `[target]`, after training on the background S and these members.
+        members: K, of rows or groups of rows, each named once.
+
+    Returns:
+        `[target]`, or a number's array; below 0, the members together lower the loss by more than their parts do.
+
+    Raises:
+        ConfigError: no member, one named twice, or more than 16, which are 65,536 trainings.
+        NonFiniteError: a loss is NaN or infinite.
+
+    Example:
+        >>> float(joint_influence(lambda kept: 2.0 - len(kept) - (len(kept) == 2), ["a", "b"]))
+        -1.0
+    """
+    count = len(members)
+    if not 1 <= count <= _MOST_MEMBERS or len(set(members)) < count:
+        raise ConfigError(
+            f"members are {count}, {len(set(members))} of them different: give 1 to {_MOST_MEMBERS}, each once"
+        )
+    total = np.zeros(())
+    for size in range(count + 1):
+        for kept in combinations(members, size):
+            loss = np.asarray(loss_after(kept), dtype=np.float64)
+            if not np.isfinite(loss).all():
+                raise NonFiniteError(f"the loss after training with {list(kept)} is {loss.tolist()}")
+            total = total + (-1) ** (count - size) * loss
+    return total
+
+
 def _matrix(name: str, values: ArrayLike) -> NDArray[np.float64]:
     found = np.asarray(values, dtype=np.float64)
     if found.ndim != 2 or 0 in found.shape:
@@ -149,30 +180,6 @@ def _fitting(
 def agreement(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
     """Spearman's correlation over the first axis, mean over the second."""
     return float(paired_rank_correlations(first, second).mean())
-
-
-def bootstrap(
-    statistic: Callable[[NDArray[np.int64]], NDArray[np.float64]], count: int, draws: int = 400, seed: int = 0
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Statistics of units, and of those that are drawn from them with replacement.
-
-    Args:
-        statistic: of units by their numbers, `[unit]` → `[statistic]`.
-        count: of units.
-        draws, seed: of the resamples.
-
-    Returns:
-        `[statistic]` of all units, and `[draw statistic]`.
-    """
-    resampled = np.random.default_rng(seed).integers(count, size=(draws, count))
-    return statistic(np.arange(count)), np.stack([statistic(rows) for rows in resampled])
-
-
-def estimate_of(value: float, drawn: NDArray[np.float64]) -> Estimate:
-    """A statistic with the percentiles of its draws; those that are NaN say nothing."""
-    there = drawn[np.isfinite(drawn)]
-    low, high = np.percentile(there, _TAILS) if len(there) else (np.nan, np.nan)
-    return Estimate(float(value), float(low), float(high))
 
 
 def _bootstrapped(statistic: Callable[[NDArray[np.int64]], float], count: int, draws: int, seed: int) -> Estimate:

@@ -185,7 +185,7 @@ class StepModel:
         self.settings = settings or OneStep()
         self.token_budget = token_budget or automatic_token_budget(network)
         self.device = next(network.parameters()).device
-        self.weights: list[nn.Parameter] = [captured.module.weight for captured in self.modules]  # type: ignore[misc]
+        self.weights = [captured.weight for captured in self.modules]
         narrow = [c.name for c, w in zip(self.modules, self.weights, strict=True) if w.element_size() < 4]
         if narrow:
             raise ModelError(
@@ -246,10 +246,8 @@ class StepModel:
         with _put_back(self.network, self.weights):
             parts = gradient.split(sizes)
             for captured, weight, part in zip(self.modules, self.weights, parts, strict=True):
-                matrix = part.view(captured.shape)
-                own = matrix.T if captured.transposed else matrix
                 step = adamw_first_step(
-                    own.to(weight.device, weight.dtype),
+                    captured.unfolded(part.view(captured.shape)).to(weight.device, weight.dtype),
                     lr=options.lr,
                     betas=options.betas,
                     eps=options.eps,

@@ -11,11 +11,12 @@ cells of one output and size share their five random steps. Every effect of a st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as SequenceABC
 from contextlib import AbstractContextManager
 from dataclasses import asdict, astuple, dataclass, field, replace
 from functools import cached_property
+from itertools import product
 from typing import Any, Literal
 
 import numpy as np
@@ -31,6 +32,8 @@ from gradsift.explanation.verdict import Trained
 from gradsift.gradients.capture import find_modules
 from gradsift.gradients.projection import Projection
 from gradsift.model.models import QUANTISED, DtypeName, host, model_identity
+from gradsift.selection.facility_location import FacilityLocation
+from gradsift.selection.top_k import Naive
 from gradsift.store.gradient_store import GradientStore, StoreManifest
 from gradsift.store.manifest import Record, fingerprint, read_json
 from gradsift.store.run import revised
@@ -46,7 +49,16 @@ from gradsift.validation.one_step import (
     log_likelihood,
     seed_of,
 )
-from gradsift.validation.statistics import EDGES_DB, Agreement, Correlation, Proportion, agreement, wilson
+from gradsift.validation.statistics import (
+    EDGES_DB,
+    Agreement,
+    Correlation,
+    Proportion,
+    Reranking,
+    agreement,
+    change_of_correlation,
+    share_over,
+)
 from gradsift.warmup.checkpoint import Checkpoint
 
 Route = Literal["auto", "stored", "trained"]
@@ -105,12 +117,29 @@ class Validated:
 
 
 @dataclass(frozen=True)
+class Sanity:
+    """Is the step large enough to be seen? Training on the output itself against training on a random example.
+
+    support: pairs (output, random example) in which the output itself raises its likelihood more
+    shift: pairs in which it moves the distribution more
+    """
+
+    outputs: int
+    support: Proportion
+    shift: Proportion
+    failed: tuple[Skipped, ...]
+
+
+@dataclass(frozen=True)
 class Validation:
     """All cells, those that could not be validated, and how relevance agrees with what training does.
 
-    agreement: over all cells; None where none could be validated
+    agreement: over all different selections, those that hold the same examples for the same output counting once; None
+        where none could be validated
     by_estimator: the same for each estimator's cells
     route: how the steps were taken, `stored` or `trained`
+    reranking: whether facility location changes how relevance goes with support, by estimator and λ
+    sanity: whether the step is large enough to be seen; None where that was not asked for
     """
 
     cells: tuple[Validated, ...]
@@ -119,6 +148,8 @@ class Validation:
     by_estimator: dict[str, Agreement]
     route: str
     settings: OneStep
+    reranking: tuple[Reranking, ...] = ()
+    sanity: Sanity | None = None
     path: str = ""
     pool: Pool | None = field(default=None, repr=False, compare=False)
 
@@ -131,6 +162,8 @@ class Validation:
             "by_estimator": {name: asdict(found) for name, found in self.by_estimator.items()},
             "route": self.route,
             "settings": self.settings.model_dump(mode="json"),
+            "reranking": [asdict(one) for one in self.reranking],
+            "sanity": None if self.sanity is None else asdict(self.sanity),
         }
 
     def effects(self) -> dict[tuple[str, str, str, int], Trained]:
@@ -145,32 +178,26 @@ class Validation:
         found = self.agreement
         if found is None:
             return {}
-        cells = f"{found.cells} selections, steps {self.route}"
-        return {
-            "trained on": cells if not self.failed else f"{cells}; {len(self.failed)} failed",
+        same = len(self.cells) - found.cells
+        cells = f"{found.cells:,} different selections for {found.outputs:,} outputs, steps {self.route}"
+        cells += f"; {same:,} more that are the same" * (same > 0) + f"; {len(self.failed)} failed" * bool(self.failed)
+        facts = {
+            "trained on": cells,
             "ρ(relevance, support)": _both(found.support, found.support_above),
             "ρ(relevance, shift)": _both(found.shift, found.shift_above),
-            "support > 0": f"{_share(found.supported)} of all, {_share(found.precision)} of those above 0 dB",
-            "0 dB rule is right": _share(found.accuracy),
+            "support > 0": f"{share_text(found.supported)} of all, {share_text(found.precision)} of those above 0 dB",
+            "0 dB rule is right": share_text(found.accuracy),
         }
+        if (sanity := self.sanity) is not None:
+            facts["the output itself beats a random row"] = (
+                f"in support {share_text(sanity.support)}, in shift {share_text(sanity.shift)} of "
+                f"{sanity.support.count:,} pairs"
+            )
+        return facts
 
     def lines(self) -> list[str]:
         """`facts` as lines."""
         return [f"{name}: {value}" for name, value in self.facts().items()]
-
-
-@dataclass(frozen=True)
-class Sanity:
-    """Is the step large enough to be seen? Training on the output itself against training on a random example.
-
-    support: pairs (output, random example) in which the output itself raises its likelihood more
-    shift: pairs in which it moves the distribution more
-    """
-
-    outputs: int
-    support: Proportion
-    shift: Proportion
-    failed: tuple[Skipped, ...]
 
 
 def validate(
@@ -263,8 +290,11 @@ def validate_explanations(
     settings: OneStep | None = None,
     route: Route = "auto",
     edges_db: SequenceABC[float] = EDGES_DB,
+    sanity: bool = False,
 ) -> Validation:
     """`validate` every selection of some explanations of this pool; of a random strategy the first draw.
+
+    `sanity` adds `sanity_check` of the outputs.
 
     Raises:
         As `validate`.
@@ -280,7 +310,49 @@ def validate_explanations(
             "explain outputs without another one instead"
         )
     cells = cells_of(explanations)
-    return validate(pool, explanations.outputs, cells, settings=settings, route=route, edges_db=edges_db)
+    found = validate(pool, explanations.outputs, cells, settings=settings, route=route, edges_db=edges_db)
+    found = replace(
+        found,
+        reranking=tuple(_reranking(found.cells, explanations)),
+        sanity=sanity_check(pool, explanations.outputs, settings=settings, route=route) if sanity else None,
+    )
+    pool.run.publish_json("validation.json", found.as_dict())
+    return found
+
+
+def _reranking(cells: SequenceABC[Validated], explanations: Explanations) -> Iterator[Reranking]:
+    """Whether facility location changes ρ(ξ, ξ⁺) of the naive choices from the same rankings."""
+    located = [own for own in explanations.strategies if isinstance(own, FacilityLocation)]
+    for estimator, trade_off in product(explanations.estimators, sorted({own.trade_off for own in located})):
+        again = {own.strategy: own.ranking for own in located if own.trade_off == trade_off}
+        naive = {
+            own.strategy for own in explanations.strategies if isinstance(own, Naive) and own.ranking in again.values()
+        }
+        compared = [
+            one
+            for part in (naive, again)
+            for one in distinct(
+                one for one in cells if one.cell.key.estimator == estimator.label and one.cell.key.strategy in part
+            )
+        ]
+        if not naive or not compared:
+            continue
+        before, after, change, outputs = change_of_correlation(
+            [one.cell.relevance for one in compared],
+            [one.support for one in compared],
+            [one.cell.output for one in compared],
+            [one.cell.key.strategy in again for one in compared],
+        )
+        if before is not None and after is not None:
+            yield Reranking(estimator.label, trade_off, before, after, change, outputs)
+
+
+def distinct(cells: Iterable[Validated]) -> list[Validated]:
+    """Cells that hold other examples, or are for other outputs, than those before them: copies say nothing new."""
+    first: dict[tuple[str, frozenset[str]], Validated] = {}
+    for one in cells:
+        first.setdefault((one.cell.output, frozenset(one.cell.selected)), one)
+    return list(first.values())
 
 
 def cells_of(explanations: Explanations) -> list[Cell]:
@@ -315,7 +387,7 @@ def sanity_check(
     """
     settings = settings or OneStep()
     bench = _Bench(pool, settings, route, checkpoint or pool.checkpoints()[-1])
-    pairs: list[tuple[Effect, Effect]] = []
+    pairs: list[tuple[str, Effect, Effect]] = []
     failed: list[Skipped] = []
     entries = list(_by_id(outputs).values())
     with pool.reporter.stage("training on outputs themselves", len(entries), "outputs") as advance:
@@ -323,17 +395,18 @@ def sanity_check(
             try:
                 bench.turn_to(output)
                 itself = bench.effect_of_itself()
-                pairs += [(itself, bench.effect(ids)) for ids in bench.random_sets(1)]
+                pairs += [(output.id, itself, bench.effect(ids)) for ids in bench.random_sets(1)]
             except _CELL_ERRORS as error:
                 failed.append(Skipped(output.id, "not_validated", str(error)))
             bench.save()
             advance(1)
     if not pairs:
         raise DataError(f"no output can be checked; first: {failed[0].detail if failed else 'none was given'}")
+    of = [output for output, *_ in pairs]
     return Sanity(
         outputs=len(entries) - len(failed),
-        support=wilson(sum(own.log_likelihood > other.log_likelihood for own, other in pairs), len(pairs)),
-        shift=wilson(sum(own.jsd > other.jsd for own, other in pairs), len(pairs)),
+        support=share_over([own.log_likelihood > other.log_likelihood for _, own, other in pairs], of),
+        shift=share_over([own.jsd > other.jsd for _, own, other in pairs], of),
         failed=tuple(failed),
     )
 
@@ -523,10 +596,12 @@ def _stored_rows(pool: Pool, checkpoint: Checkpoint, route: Route) -> GradientSt
 
 
 def _agreement(cells: SequenceABC[Validated], edges_db: SequenceABC[float]) -> Agreement:
+    cells = distinct(cells)
     return agreement(
         [entry.cell.relevance for entry in cells],
         [entry.support for entry in cells],
         [entry.shift for entry in cells],
+        [entry.cell.output for entry in cells],
         edges_db=edges_db,
     )
 
@@ -547,12 +622,24 @@ def _named(by_id: dict[str, TokenizedExample], cell: Cell) -> TokenizedExample:
     return by_id[cell.output]
 
 
-def _both(overall: Correlation, above: Correlation) -> str:
-    numbers = ["none" if found.rho is None else f"{found.rho:+.2f}" for found in (overall, above)]
-    return f"{numbers[0]} over all, {numbers[1]} above 0 dB ({above.count})"
+def rho_text(found: Correlation) -> str:
+    """A correlation with its interval.
+
+    >>> rho_text(Correlation(0.5, 9, 0.25, 0.75))
+    '+0.50 (+0.25 to +0.75)'
+    """
+    if found.rho is None:
+        return "none"
+    ends = "" if found.low is None or found.high is None else f" ({found.low:+.2f} to {found.high:+.2f})"
+    return f"{found.rho:+.2f}{ends}"
 
 
-def _share(found: Proportion) -> str:
+def share_text(found: Proportion) -> str:
+    """A share with its interval over outputs."""
     if found.share is None or found.low is None or found.high is None:
         return "none"
     return f"{found.share:.0%} ({found.low:.0%} to {found.high:.0%})"
+
+
+def _both(overall: Correlation, above: Correlation) -> str:
+    return f"{rho_text(overall)} over all, {rho_text(above)} above 0 dB ({above.count})"

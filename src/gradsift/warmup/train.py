@@ -440,15 +440,7 @@ class _Adapters:
 
     def publish(self, epoch: int, network: Any, state: TrainingState, info: Mapping[str, Any]) -> None:
         """The adapter, the moments, and checkpoint.json."""
-        import torch
-        from safetensors.torch import save
-
-        folder = f"{self._prefix}epoch-{epoch}/"
-        publish_adapter(self._run, folder, network)
-        moments = moments_of(state) | {"step": torch.tensor(state.step)}
-        self._run.storage.publish(f"{folder}{ADAM_FILE}", save(moments))
-        files = self._run.checksums(folder, (*_ADAPTER_FILES, ADAM_FILE))
-        publish_json(self._run.storage, f"{folder}{INFO_FILE}", {**info, "files": files}, sealed=True)
+        publish_checkpoint(self._run, f"{self._prefix}epoch-{epoch}/", network, state, info)
 
     def complete(self) -> None:
         """Everything stays: gradients need the moments of every epoch."""
@@ -631,12 +623,28 @@ def split_state(tensors: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
     )
 
 
+def publish_checkpoint(
+    run: Run, folder: str, network: Any, state: TrainingState | None, info: Mapping[str, Any]
+) -> None:
+    """A model's adapter, Adam's moments where the optimizer has any, and checkpoint.json, which comes last."""
+    import torch
+    from safetensors.torch import save
+
+    publish_adapter(run, folder, network)
+    files = list(_ADAPTER_FILES)
+    if state is not None:
+        moments = moments_of(state) | {"step": torch.tensor(state.step)}
+        run.storage.publish(f"{folder}{ADAM_FILE}", save(moments))
+        files.append(ADAM_FILE)
+    publish_json(run.storage, f"{folder}{INFO_FILE}", {**info, "files": run.checksums(folder, files)}, sealed=True)
+
+
 def publish_adapter(run: Run, folder: str, network: Any) -> None:
     """A model's adapter as PEFT writes it, its weights last."""
     from peft import get_peft_model_state_dict
     from safetensors.torch import save
 
-    adapter = get_peft_model_state_dict(network, save_embedding_layers=False)
+    adapter = get_peft_model_state_dict(network, adapter_name=network.active_adapter, save_embedding_layers=False)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.items()}
     run.storage.publish(f"{folder}adapter_config.json", _adapter_config(network))
     run.storage.publish(f"{folder}adapter_model.safetensors", save(weights, metadata={"format": "pt"}))
@@ -644,6 +652,6 @@ def publish_adapter(run: Run, folder: str, network: Any) -> None:
 
 def _adapter_config(model: Any) -> bytes:
     """adapter_config.json as PEFT writes it, but with sets sorted: equal trainings give equal files in any process."""
-    config = model.peft_config["default"].to_dict() | {"inference_mode": True}
+    config = model.peft_config[model.active_adapter].to_dict() | {"inference_mode": True}
     config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()

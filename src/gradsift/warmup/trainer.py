@@ -358,22 +358,14 @@ class StepTrainer(Trainer):
             ModelError: a weight is not finite.
         """
         assert self.optimizer is not None
-        moments = {name: self.optimizer.state[parameter] for name, parameter in self.trainable.items()}
-        weights = {name: _on_cpu(parameter) for name, parameter in self.trainable.items()}
-        bad = [name for name, weight in weights.items() if not bool(torch.isfinite(weight).all())]
+        state = state_of(self.trainable, self.optimizer, self.step)
+        bad = [name for name, weight in state.weights.items() if not bool(torch.isfinite(weight).all())]
         if bad:
             raise ModelError(
                 f"after step {self.step} of {self.total_steps} the weights of {bad[0]} are not finite: training "
                 "stopped. Lower the learning rate, or use dtype float32 or bfloat16 if the model is in float16"
             )
-        return TrainingState(
-            weights,
-            {name: _moment(moments[name], "exp_avg", weight) for name, weight in weights.items()},
-            {name: _moment(moments[name], "exp_avg_sq", weight) for name, weight in weights.items()},
-            self.step,
-            self.loss_sum,
-            list(self.rates),
-        )
+        return replace(state, loss_sum=self.loss_sum, rates=list(self.rates))
 
 
 class _Hooks(TrainerCallback):
@@ -445,6 +437,16 @@ def _first(batch: list[Any]) -> Any:
 
 def _step_seed(seed: int, step: int) -> int:
     return int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0] >> 1)
+
+
+def state_of(trainable: Mapping[str, nn.Parameter], optimizer: Any, step: int) -> TrainingState:
+    """Weights and Adam's moments by name, on the CPU: to be written before the next step, which changes them."""
+    weights = {name: _on_cpu(parameter) for name, parameter in trainable.items()}
+    first, second = (
+        {name: _moment(optimizer.state[parameter], kind, weights[name]) for name, parameter in trainable.items()}
+        for kind in ("exp_avg", "exp_avg_sq")
+    )
+    return TrainingState(weights, first, second, step)
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:

@@ -78,6 +78,39 @@ for (const tools of all(".tools")) {
   tools.hidden = false;
 }
 
+// --- tables that are filtered and sorted ---
+
+const amount = (cell) => Number.parseFloat(cell.textContent.trim().replace("−", "-").replaceAll(",", ""));
+for (const tools of all(".sifting")) {
+  const [field, matches, body] = [one("input", tools), one(".matches", tools), one("tbody", tools.parentElement)];
+  const picking = all("tr", body).filter((row) => one("[data-picks]", row));
+  const rows = picking.length ? picking : all("tr", body);  // what is only there to compare with stays below
+  field.addEventListener("input", () => {
+    const words = field.value.toLowerCase().split(/\s+/).filter(Boolean);
+    for (const row of rows) row.hidden = !words.every((word) => row.textContent.toLowerCase().includes(word));
+    matches.textContent = words.length ? `${rows.filter((row) => !row.hidden).length} of ${rows.length}` : "";
+  });
+  const heads = all("thead th", tools.parentElement);
+  heads.forEach((head, column) => {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.className = "sorter";
+    button.append(...head.childNodes);
+    head.append(button);
+    button.addEventListener("click", () => {
+      const down = head.getAttribute("aria-sort") !== "descending";
+      for (const other of heads) other.removeAttribute("aria-sort");
+      head.setAttribute("aria-sort", down ? "descending" : "ascending");
+      const known = (row) => { const value = amount(row.cells[column]); return Number.isNaN(value) ? -Infinity : value; };
+      const order = rows.some((row) => !Number.isNaN(amount(row.cells[column])))
+        ? (a, b) => known(b) - known(a)
+        : (a, b) => a.cells[column].textContent.localeCompare(b.cells[column].textContent);
+      body.prepend(...[...rows].sort((a, b) => (down ? order(a, b) : order(b, a))));
+    });
+  });
+  tools.hidden = false;
+}
+
 // --- switches: what is seen where they stand, and the series that one of them picks out ---
 
 const switches = all(".switch");
@@ -107,7 +140,11 @@ function pick(wanted) {
     part.classList.toggle("active", active);
     if (active && part.matches(".series")) part.parentElement.append(part);
   }
-  for (const spot of all("[data-picks]")) spot.classList.toggle("now", stands(Object.fromEntries(new URLSearchParams(spot.dataset.picks))));
+  for (const spot of all("[data-picks]")) {
+    const now = stands(Object.fromEntries(new URLSearchParams(spot.dataset.picks)));
+    spot.classList.toggle("now", now);
+    if (spot.matches("button")) spot.setAttribute("aria-pressed", String(now));
+  }
   const label = marking && one("input:checked", marking)?.parentElement;
   if (label) {
     const left = label.offsetLeft - marking.offsetLeft;

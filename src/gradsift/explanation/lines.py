@@ -1,0 +1,97 @@
+"""explanations.jsonl and .parquet: what a run folder's calls have explained, an output a line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, fields
+from typing import Any
+
+import pyarrow as pa
+from pydantic import TypeAdapter, ValidationError
+
+from gradsift.explanation.result import ChosenExample, Explanation
+from gradsift.store.manifest import fingerprint
+from gradsift.store.run import Run
+
+FILE = "explanations.jsonl"
+read_explanation = TypeAdapter(Explanation)
+"""Reads an explanation as `as_dict` wrote it."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """What explanations are of, and how they were made.
+
+    of: fingerprint of the pool's rows and the checkpoints
+    by: fingerprint of estimators, strategies and everything else that decides about them
+    """
+
+    of: str
+    by: str
+
+
+def publish(run: Run, entries: Sequence[Explanation], made: Made) -> None:
+    """Add explanations to the run's files.
+
+    What was explained before stays, but for the same output by the same settings, an output that has got another prompt
+    or answer under its id, and everything that is of another pool or other checkpoints.
+    """
+    said = {entry.id: fingerprint([list(entry.messages), entry.output, entry.instead]) for entry in entries}
+    kept: list[tuple[Explanation, str]] = []
+    for line in _lines(run):
+        known = line.get("made") or {}
+        same = said.get(line.get("id", ""))
+        told = fingerprint([line.get("messages"), line.get("output"), line.get("instead")])
+        if known.get("of") != made.of or (same is not None and (known.get("by") == made.by or same != told)):
+            continue
+        with suppress(ValidationError):  # of another version
+            kept.append((read_explanation.validate_json(json.dumps(line)), str(known["by"])))
+    every = [*kept, *((entry, made.by) for entry in entries)]
+    lines = (
+        json.dumps({**entry.as_dict(), "made": {"of": made.of, "by": by}}, ensure_ascii=False) + "\n"
+        for entry, by in every
+    )
+    run.publish_text(FILE, "".join(lines))
+    rows = [{**row, "settings": by} for entry, by in every for row in table([entry]).to_pylist()]
+    run.publish_parquet("explanations.parquet", [pa.Table.from_pylist(rows)])
+
+
+def explained_ids(run: Run) -> set[str]:
+    """Outputs of which the run has explanations."""
+    return {str(line.get("id")) for line in _lines(run)}
+
+
+def table(entries: Sequence[Explanation]) -> pa.Table:
+    """Long form: output, estimator, strategy, k, relevance (dB, ratio, share), its verdict, chosen ids."""
+    rows = [
+        {
+            "output": entry.id,
+            **{name: value for name, value in vars(result).items() if name not in ("examples", "draws", "trained")},
+            "share": (verdict := entry.verdict(result)).share,
+            "random_ratio": None if verdict.reference is None else verdict.reference.together,
+            "best_ratio": None if verdict.reference is None else verdict.reference.best,
+            "support": None if result.trained is None else result.trained.support,
+            "shift": None if result.trained is None else result.trained.shift,
+            "verdict": verdict.sentence,
+            "draws": len(result.draws),
+            "aggregation": entry.aggregation,
+            **{f"{one.name}s": [getattr(e, one.name) for e in result.examples] for one in fields(ChosenExample)},
+        }
+        for entry in entries
+        for result in entry.results
+    ]
+    return pa.Table.from_pylist(rows)
+
+
+def _lines(run: Run) -> list[dict[str, Any]]:
+    """What the file holds now; a line that cannot be read is left out."""
+    if not run.storage.exists(FILE):
+        return []
+    found = []
+    for line in run.storage.read(FILE).decode("utf-8", "replace").splitlines():
+        with suppress(ValueError):
+            if isinstance(content := json.loads(line), dict):
+                found.append(content)
+    return found

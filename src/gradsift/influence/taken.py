@@ -1,0 +1,192 @@
+"""A training that another trainer took and `Recorder` recorded, to be taken again step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from collections.abc import Sequence as SequenceABC
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradsift.base.errors import ConfigError, DataError, MismatchError
+from gradsift.base.lazy import Tensor, torch
+from gradsift.base.types import Sequence, TokenizedExample
+from gradsift.context import Pool
+from gradsift.data.dataset import Dataset
+from gradsift.data.pairs import Pairs
+from gradsift.influence.metagradient import Adam, State, flat, in_parts
+from gradsift.influence.replay import Positions, Record, Replay
+from gradsift.model.loss import supervised_count, token_mean
+from gradsift.model.models import DtypeName, host, model_identity, parameter_name
+from gradsift.store.manifest import reading
+from gradsift.warmup.recording import Recording, open_recording
+
+# How far a step may be from the recorded one, of its size: rounding in other batches (benchmarks/RESULTS.md).
+_AGREE = {None: 1e-3, "bfloat16": 0.05}
+_WHOLE = 5e-3  # how far from 1 the weights of a step's labels may add up to, where its loss is a mean of theirs
+
+
+@dataclass(frozen=True, kw_only=True)
+class TakenRecord(Record):
+    """Of a recording. The rows are those that the trainer saw, its labels included.
+
+    recording: of the training
+    """
+
+    recording: Recording
+
+    def config(self, data: Dataset, model: str, dtype: DtypeName) -> dict[str, Any]:
+        """The recording, which has its own data."""
+        return {
+            "model": model_identity(model),
+            "model_dtype": dtype,
+            "data": data.fingerprint,
+            "recording": self.recording.fingerprint,
+        }
+
+    @contextmanager
+    def adapted(self, model: str, dtype: DtypeName, device: str) -> Iterator[Any]:
+        """The adapter that the trainer began with."""
+        one = host(model, dtype, device)
+        network = one.with_adapter(self.recording.start)
+        try:
+            wanted = set(self.recording.info["parameters"])
+            for name, parameter in network.named_parameters():
+                parameter.requires_grad_(parameter_name(name) in wanted)
+            own = [parameter_name(name) for name, parameter in network.named_parameters() if parameter.requires_grad]
+            if own != self.recording.info["parameters"]:
+                raise MismatchError(
+                    f"the recording {self.recording.folder} is of a training of {len(wanted)} tensors, of which this "
+                    f"model has {len(own)}: give as --model the one that was trained"
+                )
+            yield network
+        finally:
+            one.base()
+
+    def sequences(self, step: int, data: Dataset) -> list[Sequence]:
+        """As the trainer saw them."""
+        return [token_mean(example, row) for row, example in enumerate(self._examples(step))]
+
+    def shares(self, step: int) -> Tensor:
+        """As many labels as a row has, by what one of them counts for."""
+        return torch.from_numpy(self.recording.shares[step] * self._labels(step))
+
+    def rider_shares(self, step: int, data: Dataset) -> Tensor:
+        """The same, of a label that counts for what the mean one of the step does."""
+        return torch.from_numpy(data.supervised_tokens[self.riders[step]] / self._labels(step).sum())
+
+    def verify(self, state: State, gradient: Tensor | None, parameters: SequenceABC[Tensor]) -> None:
+        """By the norms of the clipped gradient's tensors in each step, and by the weights at each checkpoint."""
+        if (folder := self.recording.checkpoint(state.step)) is not None:
+            start = self._weights(Path(self.recording.start)).to(state.theta)
+            moved = self._weights(folder).to(state.theta)
+            off = float((state.theta - moved).norm() / (moved - start).norm())
+            self._agree(state.step, off, "the weights after it differ")
+        if gradient is not None:
+            clipped, _ = self.optimizer.clip(gradient)
+            norms = torch.stack([part.norm() for part in in_parts(clipped, parameters)]).float().cpu()
+            recorded = torch.from_numpy(self.recording.norms[state.step])
+            self._agree(state.step + 1, float((norms - recorded).norm() / recorded.norm()), "its gradient differs")
+
+    def _agree(self, step: int, off: float, what: str) -> None:
+        if not off <= _AGREE[self.recording.info["autocast"]]:
+            raise MismatchError(
+                f"step {step} of {len(self)} of the recording {self.recording.folder} is not reproduced: {what} by "
+                f"{off:.2g} of the recorded size. Give the model and --dtype of that training; what it drew at random, "
+                "and a loss that is no mean over labels, cannot be taken again"
+            )
+
+    def _weights(self, folder: Path) -> Tensor:
+        from safetensors.torch import load_file
+
+        with reading(str(folder)):
+            tensors = load_file(folder / "adapter_model.safetensors")
+            return flat([tensors[name] for name in self.recording.info["parameters"]])
+
+    def _examples(self, step: int) -> list[TokenizedExample]:
+        return [self.recording.rows[int(number)] for number in self.recording.taken[step]]
+
+    def _labels(self, step: int) -> NDArray[np.float64]:
+        return np.array([supervised_count(example) for example in self._examples(step)], dtype=np.float64)
+
+
+def taken(pool: Pool, folder: str, overlap: Collection[str], *, memory: float, what: str) -> tuple[Replay, list[str]]:
+    """The replay of a recording in a run folder, nothing being trained yet, and the pool's ids that it trains on.
+
+    Pool rows that it does not train on ride along, each once an epoch, but for those in `overlap`.
+
+    Raises:
+        ConfigError: the recording cannot be taken again, and why.
+        DataError: none of its rows is in the pool.
+    """
+    if isinstance(pool.training, Pairs):
+        raise ConfigError(
+            f"the recording {folder} is of rows of one answer, and the pool's are pairs: leave the record out, and "
+            "MAGIC trains by DPO itself"
+        )
+    recording = open_recording(folder)
+    obstacles = list(recording.info["obstacles"])
+    for step, own in enumerate(recording.taken):
+        labels = [supervised_count(recording.rows[int(number)]) for number in own]
+        whole = float(np.dot(recording.shares[step], labels))
+        if not abs(whole - 1) <= _WHOLE:
+            obstacles.append(f"the loss of step {step + 1} is no mean of its labels' negative log-probabilities")
+            break
+    if not len(recording):
+        obstacles.append("it has no step")
+    if obstacles:
+        raise ConfigError(f"the recording {folder} cannot be taken again: {'; '.join(obstacles)}")
+    rows = pool.training
+    places = _places(recording, rows)
+    batches = tuple(places[own] for own in recording.taken)
+    known = np.unique(places[places < len(rows)])
+    if not len(known):
+        raise DataError(
+            f"none of the {len(recording.rows)} rows of the recording {folder} is in the pool, by their token ids: "
+            "give the pool that was trained on, and the --max-length and --reasoning that were"
+        )
+    outside = int((places == len(rows)).sum())
+    if outside:
+        pool.reporter.warn(
+            f"{what}: {outside} of {len(recording.rows)} rows of the recording are not in the pool, by their token "
+            "ids: they are trained on, and get no score"
+        )
+    trained = {rows.ids[int(position)] for position in known}
+    beside = np.array(rows.positions([i for i in pool.data.ids if i not in trained and i not in overlap]), np.int64)
+    riders: list[Positions] = []
+    for epoch in np.unique(recording.epochs):
+        riders += np.array_split(beside, int((recording.epochs == epoch).sum()))
+    given = recording.info["optimizer"]
+    optimizer = Adam(tuple(given["betas"]), given["eps"], 0.0, given["weight_decay"], given["max_grad_norm"])
+    record = TakenRecord(
+        recording=recording, optimizer=optimizer, batches=batches, rates=tuple(recording.rates.tolist()),
+        riders=tuple(riders),
+    )  # fmt: skip
+    replay = Replay(
+        pool.run, rows, record, model=pool.model, dtype=pool.dtype, device=pool.device, budget=memory * 2**30,
+        reporter=pool.reporter, what=what,
+    )  # fmt: skip
+    return replay, sorted(trained)
+
+
+def _places(recording: Recording, rows: Dataset) -> NDArray[np.int64]:
+    """Of each recorded row the position of a pool row with its token ids, with its labels if there is one; else the
+    number of rows."""
+    lengths = {len(row.token_ids) for row in recording.rows}
+    found: dict[bytes, int] = {}
+    for position in np.flatnonzero(np.isin(rows.lengths, list(lengths))).tolist():
+        row = rows[position]
+        tokens = row.token_ids.astype(np.int32).tobytes()
+        for key in (tokens + row.supervised.tobytes(), tokens):
+            found.setdefault(key, position)
+    return np.array(
+        [
+            found.get(tokens + row.supervised.tobytes(), found.get(tokens, len(rows)))
+            for row in recording.rows
+            for tokens in [row.token_ids.tobytes()]
+        ]
+    )

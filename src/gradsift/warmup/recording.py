@@ -1,0 +1,152 @@
+"""A training that another trainer took, as `Recorder` keeps it: its rows in their order, its rates, its checkpoints.
+
+::
+
+    recording/
+      recording.json             how it was trained, and what of that cannot be taken again
+      start/                     the adapter before the first step
+      step-000120/               a checkpoint, as `open_checkpoint` reads it
+      steps-000000.safetensors   rows and order of the steps from that one on
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradsift.base.errors import ConfigError, CorruptError
+from gradsift.base.types import TokenizedExample
+from gradsift.model.models import adapter_identity
+from gradsift.store.manifest import Record, fingerprint, read_json, reading
+from gradsift.store.run import Run
+from gradsift.store.storage import checksum
+from gradsift.store.tensors import read_tensors
+
+RECORDING_FILE = "recording.json"
+
+
+class RecordingInfo(Record):
+    """How a training was done.
+
+    files:      with how many steps of each, in order
+    parameters: names of what is trained, as PEFT writes them, in the model's order
+    optimizer:  betas, eps, weight_decay, and max_grad_norm (None clips nothing)
+    autocast:   the type that the trainer ran layers in, beside the weights' own
+    dropout:    the largest probability of any layer, and the seed of the generator that draws
+    obstacles:  why the steps cannot be taken again, in words
+    """
+
+    files: dict[str, int]
+    parameters: list[str]
+    optimizer: dict[str, Any]
+    autocast: str | None
+    dropout: dict[str, Any]
+    obstacles: list[str]
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What a recording holds. Rows count from 0 in the order in which they were first trained on.
+
+    rows:   token ids and labels of each
+    taken:  of each step the rows that it trains on, one that is trained on twice named twice
+    shares: of each of those, what the NLL of one of its labels counts for in the step's loss; NaN where that is unknown
+    rates:  of each step
+    epochs: of each step, from 0
+    norms:  float32 `[step parameter]`, of the gradient of each parameter tensor as the optimizer got it
+    """
+
+    folder: Path
+    info: dict[str, Any]
+    rows: list[TokenizedExample] = field(repr=False)
+    taken: list[NDArray[np.int64]] = field(repr=False)
+    shares: list[NDArray[np.float64]] = field(repr=False)
+    rates: NDArray[np.float64] = field(repr=False)
+    epochs: NDArray[np.int64] = field(repr=False)
+    norms: NDArray[np.float32] = field(repr=False)
+    files: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.rates)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of all that a replay depends on."""
+        start = adapter_identity(self.folder / "start")
+        return fingerprint(
+            [start, self.info, [checksum((self.folder / name).read_bytes()) for name in self.info["files"]]]
+        )
+
+    @property
+    def start(self) -> str:
+        """The adapter before the first step."""
+        return str(self.folder / "start")
+
+    def checkpoint(self, step: int) -> Path | None:
+        """The checkpoint after so many steps, where there is one."""
+        found = self.folder / f"step-{step:06d}"
+        return found if (found / "checkpoint.json").is_file() else None
+
+
+def is_recording(folder: str | Path) -> bool:
+    """Whether `Recorder` has written there."""
+    return (Path(folder) / RECORDING_FILE).is_file()
+
+
+def recorded_checkpoints(folder: str | Path) -> list[str]:
+    """The checkpoints of a recording, in the order of training; of any other adapter itself.
+
+    Raises:
+        ConfigError: it has none yet.
+    """
+    if not is_recording(folder):
+        return [str(folder)]
+    found = sorted(str(path.parent) for path in Path(folder).glob("step-*/checkpoint.json"))
+    if not found:
+        raise ConfigError(f"the recording {folder} has no checkpoint yet: let the training end, or record more often")
+    return found
+
+
+def open_recording(folder: str | Path) -> Recording:
+    """A recording with all its steps.
+
+    Raises:
+        ConfigError: there is none.
+        CorruptError: a file of it is damaged, or missing.
+    """
+    if not is_recording(folder):
+        raise ConfigError(f"{folder} holds no recording ({RECORDING_FILE}): give the folder of a gradsift.Recorder")
+    run = Run(folder)
+    info = read_json(run.storage, RECORDING_FILE, RecordingInfo, sealed=True)
+    rows: list[TokenizedExample] = []
+    taken: list[NDArray[np.int64]] = []
+    shares: list[NDArray[np.float64]] = []
+    columns: dict[str, list[NDArray[Any]]] = {"rates": [], "epochs": [], "norms": []}
+    for name, count in info["files"].items():
+        with reading(run.name(name)):
+            arrays = {key: tensor.numpy() for key, tensor in read_tensors(run.storage, name)[0].items()}
+            for part in _parts(arrays["ends"]):
+                tokens, labelled = arrays["tokens"][part], arrays["labelled"][part]
+                rows.append(TokenizedExample(f"row {len(rows)}", tokens, labelled))
+            for part in _parts(arrays["steps"][:count]):
+                taken.append(arrays["rows"][part])
+                shares.append(arrays["shares"][part])
+            for key, found in columns.items():
+                found.append(arrays[key][:count])
+    if len(taken) != sum(info["files"].values()) or any(len(own) and int(own.max()) >= len(rows) for own in taken):
+        raise CorruptError(f"the recording {folder} is damaged (it holds other steps than it says): copy it again")
+    rates, epochs, norms = (np.concatenate(found) if found else np.empty(0) for found in columns.values())
+    return Recording(Path(folder), info, rows, taken, shares, rates, epochs, norms)
+
+
+def _parts(ends: NDArray[np.int64]) -> Iterator[slice]:
+    start = 0
+    for end in ends.tolist():
+        yield slice(start, end)
+        start = end

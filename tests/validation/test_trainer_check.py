@@ -1,0 +1,129 @@
+"""Whether a trainer learns what gradients are taken of: rows and tokens that differ are named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
+
+import gradsift as gs
+from gradsift.base.errors import ConfigError
+from gradsift.context import Pool
+from tiny_world import Cli, World, pool_rows, write_rows
+
+
+def trainer_of(tiny: World, pool: Pool, folder: Path, rows: list[dict[str, Any]], kind: type[Trainer] = Trainer) -> Any:
+    return kind(
+        model=AutoModelForCausalLM.from_pretrained(tiny.model, dtype=torch.float32),
+        args=TrainingArguments(
+            output_dir=str(folder), use_cpu=True, report_to="none", remove_unused_columns=False,
+            per_device_train_batch_size=3,
+        ),
+        train_dataset=rows,
+        data_collator=DataCollatorForSeq2Seq(AutoTokenizer.from_pretrained(tiny.model), padding=True),
+    )  # fmt: skip
+
+
+def rows_of(pool: Pool, *, ends: bool = True) -> list[dict[str, Any]]:
+    """The pool's rows; without `ends`, the last label of each is not learned."""
+    found = []
+    for row in (pool.data[position] for position in range(len(pool.data))):
+        labels = [token if own else -100 for token, own in zip(row.token_ids.tolist(), row.supervised, strict=True)]
+        if not ends:
+            labels[max(n for n, label in enumerate(labels) if label != -100)] = -100
+        found.append({"input_ids": row.token_ids.tolist(), "labels": labels})
+    return found
+
+
+@pytest.fixture(scope="module")
+def pool(tiny: World, tmp_path_factory: pytest.TempPathFactory) -> Pool:
+    out = tmp_path_factory.mktemp("trainer_check") / "run"
+    return gs.open_pool(pool_rows(6), model=tiny.model, out=str(out), max_length=64, device="cpu")
+
+
+class Penal(Trainer):
+    """A loss of its own, of rows that are the same."""
+
+    def compute_loss(self, *given: Any, **options: Any) -> Any:
+        return 1.5 * super().compute_loss(*given, **options)
+
+
+def test_the_same(pool: Pool, tiny: World, tmp_path: Path) -> None:
+    """Equal rows have equal losses; the batch's loss is found to be a mean over labels; no random number is drawn."""
+    trainer = trainer_of(tiny, pool, tmp_path, rows_of(pool))
+    before = torch.get_rng_state()
+    found = gs.check_trainer(trainer, pool, rows=6)
+    assert found.equal
+    assert sorted(row.id for row in found.rows) == list(pool.data.ids)
+    assert found.batches == "labels"
+    assert torch.equal(before, torch.get_rng_state())
+    assert str(found).startswith("6 of 6 rows: the trainer learns what gradients are of\nIn a batch every label")
+
+
+def test_labels(pool: Pool, tiny: World, tmp_path: Path) -> None:
+    """A token that one of both learns is named, with who does."""
+    found = gs.check_trainer(trainer_of(tiny, pool, tmp_path, rows_of(pool, ends=False)), pool, rows=2)
+    assert not found.equal
+    for row in found.rows:
+        (token,) = row.tokens
+        assert (token.token, token.what, token.by) == ("<|im_end|>", "learned", "gradsift")
+        assert row.loss != row.trainer_loss
+    assert "'<|im_end|>': learned by gradsift alone" in str(found)
+
+
+def test_tokens(pool: Pool, tiny: World, tmp_path: Path) -> None:
+    """Of a row that the pool has not, the most similar one is named, with the tokens that are in one of both."""
+    rows = rows_of(pool)[:1]
+    rows[0] = {name: [*values[:5], 77, *values[6:]] for name, values in rows[0].items()}
+    (row,) = gs.check_trainer(trainer_of(tiny, pool, tmp_path, rows), pool, rows=1).rows
+    assert row.id == pool.data.ids[0]
+    assert [(token.position, token.what, token.by) for token in row.tokens] == [
+        (5, "shown", "trainer"),
+        (5, "shown", "gradsift"),
+    ]
+
+
+def test_losses(pool: Pool, tiny: World, tmp_path: Path) -> None:
+    """Another loss of the same labels is a difference, too."""
+    found = gs.check_trainer(trainer_of(tiny, pool, tmp_path, rows_of(pool), Penal), pool, rows=2)
+    assert not found.equal
+    for row in found.rows:
+        assert not row.tokens
+        assert row.trainer_loss == pytest.approx(1.5 * row.loss, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_command(tiny: World, tmp_path: Path) -> None:
+    """Of SFTConfig's arguments in YAML: equal for completions, and status 1 with the tokens for everything learned."""
+    pytest.importorskip("trl", reason="TRL, whose trainer is compared with, is not installed: pip install trl")
+    rows = [{"prompt": one["messages"][:1], "completion": one["messages"][1:]} for one in pool_rows(6)]
+    given = ("--model", tiny.model, "--pool", write_rows(tmp_path / "pool.jsonl", rows), "--out", tmp_path / "run",
+             "--device", "cpu", "--supervise", "last_turn", "--quiet", "--json")  # fmt: skip
+    config = tmp_path / "sft.yaml"
+    config.write_text("model_name_or_path: me\nlearning_rate: 1e-4\npacking: true\n")
+    found = Cli("check-trainer", *given, "--config", config)
+    assert {(t["token"], t["what"], t["by"]) for row in found.json["rows"] for t in row["tokens"]} <= {
+        ("\n", "learned", "trainer")
+    }
+    config.write_text(json.dumps({"completion_only_loss": False}))
+    found = Cli("check-trainer", *given, "--config", config)
+    assert found.code == 1
+    assert all({t["by"] for t in row["tokens"]} == {"trainer"} for row in found.json["rows"])
+    every = [*map(str, given), "--out", str(tmp_path / "every"), "--supervise", "all_tokens"]
+    every = [word for n, word in enumerate(every) if n not in (4, 5, 8, 9)]
+    assert Cli("check-trainer", *every, "--config", config).json["equal"]
+    config.write_text("completion_only: true\n")
+    assert "did you mean completion_only_loss" in Cli("check-trainer", *given, "--config", config).err
+
+
+def test_packed(pool: Pool, tiny: World, tmp_path: Path) -> None:
+    """Batches without a mask are refused."""
+    trainer = trainer_of(tiny, pool, tmp_path, rows_of(pool))
+    trainer.data_collator = lambda rows: {"input_ids": torch.tensor([rows[0]["input_ids"]])}
+    with pytest.raises(ConfigError, match="turn packing and padding_free off"):
+        gs.check_trainer(trainer, pool)

@@ -24,7 +24,7 @@ from gradsift.data.load import ExampleReader
 from gradsift.data.prepare import prepare
 from gradsift.model.loss import DPO, label_weights
 from gradsift.store.manifest import fingerprint
-from gradsift.store.run import Run
+from gradsift.store.run import Run, revisions
 
 ObjectiveName = Literal["dpo", "difference"]
 
@@ -97,7 +97,7 @@ class Pairs(Dataset):
         super().__init__(chosen.run, chosen.prefix, chosen._stored)
         self._with(chosen._beside)
         self.rejected, self.preference, self._known, self.origin = rejected, preference, known, origin
-        loss = [preference.loss] if self.by_dpo else []
+        loss = [preference.loss, *revisions("contrasts").values()] if self.by_dpo else []
         self.fingerprint = fingerprint(["pairs", chosen.fingerprint, rejected.fingerprint, *loss])
         self._chosen, self.lengths = chosen, chosen.lengths + rejected.lengths
         if origin is not None:

@@ -65,7 +65,8 @@ class Bench(Settings):
     class_column: column of pool and target: rows of a target's own value are to be found.
     marked: column=value of the pool's rows that are to be found, such as quality=bad.
     among: column=value of the rows among which they are to be found.
-    plant: mislabel:5% gives so many rows the answer of another row, which are then to be found.
+    plant: mislabel:5% gives so many rows the answer of another row, or exchanges the answers of so many pairs; those
+        are then to be found.
     top: k of Recall@k.
     subsets: trainings without random rows, for each share that is left out.
     shares: of the pool, left out by them.

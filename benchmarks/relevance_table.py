@@ -74,6 +74,7 @@ def main() -> None:
     parser.add_argument("--validated-outputs", type=int, default=12, help="0 leaves the validation out")
     parser.add_argument("--validated-estimators", type=int, default=3, help="the first so many")
     parser.add_argument("--validated-k", type=int, nargs="*", default=[10])
+    parser.add_argument("--warmup-share", type=float, default=1.0, help="of the rows, that the model is fine-tuned on")
     parser.add_argument("--exactness", action="store_true", help="compare with candidates that are the whole pool")
     args = parser.parse_args()
     reporter = Reporter()
@@ -82,7 +83,9 @@ def main() -> None:
         rows_of(model, args.rows, args.row_tokens),
         model=model,
         out=args.out,
-        warmup=PRESETS["compact"].model_copy(update={"target_modules": ("q_proj", "k_proj", "v_proj", "o_proj")}),
+        warmup=PRESETS["compact"].model_copy(
+            update={"target_modules": ("q_proj", "k_proj", "v_proj", "o_proj"), "fraction": args.warmup_share}
+        ),
         max_length=args.row_tokens,
         seed=42,
         reporter=reporter,

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from gradsift.evaluation.loss import HeldOut, HeldOutLoss, held_out_loss
     from gradsift.evaluation.mean_reward import MeanReward
     from gradsift.evaluation.metric import Figure, Measured
+    from gradsift.evaluation.mixture import Mixture, mix
     from gradsift.evaluation.pairwise import Pairwise
     from gradsift.evaluation.preferences import Preferences
     from gradsift.evaluation.setup import Trained, open_model
@@ -122,6 +123,7 @@ _WHERE = {
     "gradsift.evaluation.loss": ("HeldOut", "HeldOutLoss", "held_out_loss"),
     "gradsift.evaluation.preferences": ("Preferences",),
     "gradsift.evaluation.mean_reward": ("MeanReward",),
+    "gradsift.evaluation.mixture": ("Mixture", "mix"),
     "gradsift.evaluation.metric": ("Figure", "Measured"),
     "gradsift.evaluation.pairwise": ("Pairwise",),
     "gradsift.evaluation.setup": ("Trained", "open_model"),
@@ -214,7 +216,8 @@ __all__ = [  # noqa: RUF022  # kept in the order of the flow
     "train_on", "Trained", "merge", "open_model", "Setup", "evaluate", "Evaluation", "Measured", "Figure",
     "HeldOutLoss", "Preferences", "MeanReward", "Pairwise", "Grading", "LMEval", "length_controlled_win_rate",
     "instruction_difficulty", "held_out_loss", "HeldOut",
-    "run_compare", "Comparison", "Compare", "Arm", "Curve", "Recipe", "load_recipe", "Reporter", "GradsiftError",
+    "mix", "Mixture", "run_compare", "Comparison", "Compare", "Arm", "Curve", "Recipe", "load_recipe", "Reporter",
+    "GradsiftError",
 ]  # fmt: skip
 
 

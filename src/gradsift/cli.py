@@ -353,6 +353,24 @@ def score(given: Given) -> None:
     _print_result(run_score(_recipe(given), _reporter(given)), given)
 
 
+@_command(
+    _LABELLED, _STAGES, of.SCORE, _pick(of.CHOICE, "budget"), of.MIXTURE, _RUN,
+    required=("model", "pool", "out", "by"),
+)  # fmt: skip
+def mix(given: Given) -> None:
+    """Say how much of each source to train on: its share among the highest scores, as probabilities for interleaving.
+
+    Example: gradsift mix --model MODEL --pool pool.jsonl --target math.jsonl --by source --out runs/math
+    """
+    from gradsift.jobs.select_explain import run_mix
+
+    found = run_mix(_recipe(given), given["by"], given["train"], _reporter(given))
+    if given["json"]:
+        _print_json(found.as_dict())
+    else:
+        print(found)
+
+
 _OF_PROMPTS = (
     *_but(_LABELLED, "subtask", "keep-overlap"), *of.ADAPTER, *of.WARMUP, *of.CHECKPOINTS, *of.ENGINE, *of.RESPONSES
 )  # fmt: skip

@@ -251,7 +251,7 @@ def open_pool(
         columns: names of the columns, where they are not the usual ones: a `Columns`, or a mapping of its fields.
         max_length: tokens kept of each example.
         chunk: make rows of so many tokens of plain texts, with ids `doc#0`, `doc#1` …; left out, they stay whole.
-        supervise: take the loss on all assistant turns, on the last one, or on all tokens.
+        supervise: take the loss on all assistant turns, on the last one, on all tokens, or as TRL's trainer does.
         reasoning: where the chat template cuts reasoning: take what it makes of the row and tell what is cut, `keep` it
             by TRL's variant of the template for training and skip rows that are cut all the same, or `skip` the row.
         keep_duplicates: keep exact duplicates in the pool.

@@ -238,11 +238,16 @@ BENCH = _of(
     bench.test
     bench.smooth !""",
 )
+MIXTURE = (
+    Option("by", panel="Input", help="The pool's column that names each row's source."),
+    Option("train", panel="Input", help="Train on this mixture, evenly and by size: the loss on this file of each."),
+)
 TRAINER = (
     Option(
         "config",
         panel="Input",
-        help="The trainer's settings: YAML or JSON of SFTConfig's arguments, as `trl sft --config` takes them.",
+        help="The trainer: YAML or JSON of SFTConfig's arguments, as `trl sft --config` takes them, or "
+        "train.py:function, which returns an SFTConfig or a trainer.",
     ),
     Option("rows", panel="Input", help="How many rows of the pool are compared.", default=8, type=int),
 )

@@ -325,7 +325,7 @@ CASES = [
          options=("--schedule", "x"), code=2),
     Case("unknown dtype", "--dtype 'x' is unknown: there are auto, float32", options=("--dtype", "x"), code=2),
     Case("unknown device", "--device 'gpu' is unknown: there are auto, cpu, cuda", options=("--device", "gpu"), code=2),
-    Case("unknown supervision", "--supervise 'x' is unknown: there are all_turns, last_turn or all_tokens",
+    Case("unknown supervision", "--supervise 'x' is unknown: there are all_turns, last_turn, all_tokens or trl",
          options=("--supervise", "x"), code=2),
     Case("dim below the modules", "projection dim 3 is smaller than the number of modules 16",
          options=("--projection-dim", "3", "--estimator", "datainf"), code=2),

@@ -152,6 +152,9 @@ def test_scores_of_it(whole: tuple[Pool, Path, Trainer], tiny: World, tmp_path: 
     scores = gs.score(pool, gs.open_target(target_rows(3), pool), MAGIC(record=str(folder)))
     assert np.all(scores.aggregate)
     assert not scores.warnings
+    training, back = MAGIC(record=str(folder)).passes(pool, gs.open_target(target_rows(3), pool), lambda: [])
+    assert (training.rows, training.tokens, training.done) == (28, 2 * pool.data.lengths.sum(), True)
+    assert back.done
 
 
 class Stop(TrainerCallback):

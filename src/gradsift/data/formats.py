@@ -205,6 +205,7 @@ class Conversation:
     options: str
     unused: tuple[Unused, ...]
     weight: float = 1.0
+    prompt: int = 0
 
 
 class BadRowError(Exception):
@@ -231,9 +232,10 @@ def read_conversation(
     if columns.system is not None and columns.system not in row:
         raise _missing(row, [columns.system])
     system = row.get(columns.system or "system")
+    prompt = turns.prompt if isinstance(turns, _Completed) else 0
     own_system = bool(turns) and isinstance(turns[0], Mapping) and _speaker(turns[0]) == "system"
     if system not in (None, "") and not own_system:
-        turns = [{"role": "system", "content": system}, *turns]
+        turns, prompt = [{"role": "system", "content": system}, *turns], prompt + (prompt > 0)
     messages, flags = [], []
     for position, turn in enumerate(turns, start=1):
         message, flag = _message(turn, position)
@@ -251,6 +253,7 @@ def read_conversation(
         _options(row, columns),
         (*_unused_fields(turns, messages), *_unused_columns(row, columns, messages)),
         _weight(row, columns),
+        prompt,
     )
 
 
@@ -348,6 +351,12 @@ def _spoken(value: Any) -> Any:
     return value
 
 
+class _Completed(list[Any]):
+    """The turns of a prompt, so many, and of its completion."""
+
+    prompt = 0
+
+
 class _PlainText(list[Any]):
     """The one turn of a plain text, which a row's own turns are never taken for."""
 
@@ -371,7 +380,9 @@ def _prompt_completion(row: Mapping[str, Any], prompt: str, completion: str, req
 
 def _put_together(turns: list[Any], answers: list[Any]) -> list[Any]:
     repeated = len(answers) > len(turns) and all(map(_same, turns, answers))  # chosen conversations hold their prompt
-    return answers if repeated else turns + answers
+    completed = _Completed(answers if repeated else turns + answers)
+    completed.prompt = len(turns)
+    return completed
 
 
 def _same(turn: Any, other: Any) -> bool:

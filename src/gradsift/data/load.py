@@ -162,6 +162,7 @@ class ExampleReader:
             source=row.source,
             line=row.line,
             weight=read.weight,
+            prompt=read.prompt,
         )
 
 

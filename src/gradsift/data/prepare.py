@@ -117,7 +117,8 @@ class _Rows(ExitStack):
             _add(self._lines, f'{{"id":{id_},"messages":{messages},{options}"row":{row}}}')
             flags = [flag and [flag.learn, flag.weight] for flag in one.flags]
             unused = [[skip.reason, skip.detail, skip.part] for skip in one.unused]
-            rest = json.dumps([digest, one.options, flags, unused, one.source, one.line, one.token_ids, one.weight])
+            beside = [one.source, one.line, one.token_ids, one.weight, one.prompt]
+            rest = json.dumps([digest, one.options, flags, unused, *beside])
             _add(self._facts, f"[{id_}, {messages}, {rest[1:]}")
             self.count += 1
         self.content = content.hexdigest()[:16]
@@ -268,6 +269,7 @@ def _example(
     line: int | None,
     token_ids: Any,
     weight: float,
+    prompt: int,
 ) -> Example:
     return Example(
         id_,
@@ -280,4 +282,5 @@ def _example(
         line=line,
         token_ids=tuple(token_ids),
         weight=weight,
+        prompt=prompt,
     )

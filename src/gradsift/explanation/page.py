@@ -52,6 +52,7 @@ from gradsift.report.blocks import (
     Facts,
     Fold,
     Group,
+    Legend,
     Line,
     Map,
     Page,
@@ -152,7 +153,7 @@ def explanation_page(
             Section(
                 "output",
                 "The output",
-                (Group((Examples((output_example(entry),)), *_figure(entry, best)), style="tables"),),
+                (Group((Examples((output_example(entry),)), Group(_figure(entry, best))), style="tables"),),
             ),
             Section("chosen", "Chosen examples", tuple(chosen)),
             Section("choices", "Every choice", tuple(_compared(entry, choices)), "All choices"),
@@ -245,10 +246,16 @@ def _figure(entry: Explanation, best: StrategyResult) -> tuple[Block, ...]:
         ]
         return (Table(columns("", "", "#"), tuple(rows), said, style="shares"),)
     lines = [
-        Line(name, tuple(Point(k, 100 * share, label=f"{name}, k = {k}: {share_text(drawn[name][k])}")
-                         for k, share in own.items()), number)
+        Line(
+            name,
+            tuple(
+                Point(k, 100 * share, label=f"{name}, k = {k}: {share_text(drawn[name][k])}")
+                for k, share in own.items()
+            ),
+            colour=number,
+        )
         for number, (name, own) in enumerate(shares.items())
-    ]  # fmt: skip
+    ]
     return (
         Chart(
             f"{said}, in per cent, against the number of examples.",
@@ -261,6 +268,7 @@ def _figure(entry: Explanation, best: StrategyResult) -> tuple[Block, ...]:
             logarithmic=True,
             height=190,
         ),
+        Legend(tuple((f"key-line s{line.colour}", line.name) for line in lines)),
     )
 
 

@@ -168,7 +168,7 @@ def trained_cells(found: verdict.Verdict) -> list[tuple[str, str]]:
         return []
     shift = found.trained.shift
     return [
-        ("support ξ⁺", f"{text.written(found.trained.support, '+.2g')} nats"),
+        ("support", f"{text.written(found.trained.support, '+.2g')} nats"),
         ("shift", text.ABSENT if shift is None else text.written(shift, ".2g")),
     ]
 

@@ -69,7 +69,7 @@ class Adam(Settings):
 class Gradients(Settings):
     """How gradients are taken and stored.
 
-    modules: `lora`, or a regular expression over the names of linear modules.
+    modules: `lora`, or a regular expression over the names of linear modules and fused experts.
     projection: the compression of each row.
     dtype: of stored rows; float16 has a power-of-two scale per row and costs 2e-4 of the scores' spread.
     adam: the Adam direction's options.

@@ -162,12 +162,11 @@ def relevance_page(
     return Page(
         "Selection relevance over a target",
         (
-            Section("run", "What was run", (Facts({**run_facts(explanations), **(facts or {}), **versions()}),)),
             Section("warnings", "Warnings", tuple(map(Text, warnings)), count=str(len(warnings))),
             Section(
                 "relevance",
                 "Relevance of each strategy's choices",
-                (Text(said), Group(relevance_blocks(table, above=False), style="tables")),
+                (Text(said), *relevance_blocks(table, above=False)),
                 "Relevance",
             ),
             Section("gains", "What re-ranking gains", gain_blocks(table), "Gains"),
@@ -176,6 +175,7 @@ def relevance_page(
             Section("coefficients", "Coefficients", coefficient_blocks(table)),
             Section("validation", "Does relevance foretell training?", checked, "Validation"),
             Section("outputs", "Outputs", (_outputs(explanations, table.sorted_at, pages),), count=f"{count:,}"),
+            Section("run", "What was run", (Facts({**run_facts(explanations), **(facts or {}), **versions()}),)),
             Section("reading", "How to read this page", (Facts(_READING),)),
         ),
         brand="relevance",

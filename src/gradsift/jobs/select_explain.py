@@ -18,6 +18,8 @@ from gradsift.context import Pool, Target, open_pool, open_target
 from gradsift.data.account import Account, count_reasons, counts_text
 from gradsift.data.formats import BadRowError, read_conversation
 from gradsift.data.load import Columns, load_examples
+from gradsift.evaluation.loss import HeldOutLoss
+from gradsift.evaluation.mixture import Mixture, mix, sources_of, train_mixtures
 from gradsift.execution.ray import engine_of
 from gradsift.explanation.explain import check_budgets, explain, explained_views, refuse_contrast
 from gradsift.explanation.outputs import Question, question_of, questions_of
@@ -42,6 +44,7 @@ from gradsift.selection.top_k import TopK
 from gradsift.selection.trust import sample_reliability, target_reliability
 from gradsift.store.run import Run
 from gradsift.validation.validate import validate_explanations
+from gradsift.warmup.train import Training
 
 _NO_TARGET = (
     "no target: give --target, a file of examples of what the model should get better at (alpagasus, deita and random "
@@ -128,6 +131,26 @@ def run_score(recipe: Recipe, reporter: Reporter | None = None) -> Result:
         result.seconds = time.monotonic() - start
         result.pool.run.publish_json("summary.json", summary(result))
     return result
+
+
+def run_mix(recipe: Recipe, by: str, train: str | None = None, reporter: Reporter | None = None) -> Mixture:
+    """Shares of the pool's sources by the recipe's scores, in mixture.json.
+
+    With `train`, a file of examples, their loss after training on this mixture, evenly, and by size, as the warm-up
+    trains.
+    """
+    reporter = reporter or silent()
+    with Run(recipe.out).lock():
+        pool = open_recipe(recipe, reporter, announce=False)
+        sources_of(pool.data, by)  # refused before anything heavy
+        test = None if train is None else HeldOutLoss(data=train).bind(pool).data
+        scores = score_all(recipe.model_copy(update={"controls": ()}), reporter, command="score").scores[0]
+        found = mix(scores, by, recipe.budget, recipe.seed)
+        if test is not None:
+            settings = Training.model_validate(recipe.warmup.model_dump(include=set(Training.model_fields)))
+            found = replace(found, losses=train_mixtures(found, pool, test, settings))
+        pool.run.publish_json("mixture.json", found.as_dict())
+    return found
 
 
 def run_select(recipe: Recipe, reporter: Reporter | None = None, *, command: str = "select") -> Result:

@@ -121,6 +121,7 @@ class Line:
 
     marked: the x that get a larger dot, the others then none
     dotted: whether points get dots
+    colour: of a line that is no series, the series that it looks like
     """
 
     name: str
@@ -129,6 +130,7 @@ class Line:
     joined: bool = True
     marked: tuple[float, ...] = ()
     dotted: bool = True
+    colour: int = 0
 
 
 @dataclass(frozen=True, slots=True)

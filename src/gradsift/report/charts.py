@@ -192,7 +192,7 @@ def _lines(drawn: Chart) -> Markup:
 
 def _series(line: Line, points: Sequence[tuple[Point, float, float]], up: Callable[[float], float]) -> Markup:
     """One line's marks, which the page's script makes stand out where its series is picked."""
-    number = line.series or 0
+    number = line.colour if line.series is None else line.series
     parts = [Markup("<title>{}</title>").format(clean(line.name))] if line.name else []
     if line.joined:
         path = "M" + "L".join(f"{coordinate(x)} {coordinate(y)}" for _, x, y in points)

@@ -179,7 +179,9 @@ class Validation:
         if found is None:
             return {}
         same = len(self.cells) - found.cells
-        cells = f"{found.cells:,} different selections for {found.outputs:,} outputs, steps {self.route}"
+        counts = ((found.cells, "different selection"), (found.outputs, "output"))
+        cells = " for ".join(f"{count:,} {what}{'s' * (count != 1)}" for count, what in counts)
+        cells += f", steps {self.route}"
         cells += f"; {same:,} more that are the same" * (same > 0) + f"; {len(self.failed)} failed" * bool(self.failed)
         facts = {
             "trained on": cells,

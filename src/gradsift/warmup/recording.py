@@ -37,7 +37,8 @@ class RecordingInfo(Record):
     files:      with how many steps of each, in order
     parameters: names of what is trained, as PEFT writes them, in the model's order
     optimizer:  betas, eps, weight_decay, and max_grad_norm (None clips nothing)
-    autocast:   the type that the trainer ran layers in, beside the weights' own
+    weights:    type of the base's
+    autocast:   the type that the trainer ran layers in; None is the weights'
     dropout:    the largest probability of any layer, and the seed of the generator that draws
     obstacles:  why the steps cannot be taken again, in words
     """
@@ -45,6 +46,7 @@ class RecordingInfo(Record):
     files: dict[str, int]
     parameters: list[str]
     optimizer: dict[str, Any]
+    weights: str
     autocast: str | None
     dropout: dict[str, Any]
     obstacles: list[str]

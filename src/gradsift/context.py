@@ -355,6 +355,19 @@ def open_target(
     return Target(data, subtasks, overlap)
 
 
+def prepared_like(pool: Pool, source: Any, **given: Any) -> Dataset:
+    """Other rows of the kind that the pool's are: pairs of its objective, or rows of one answer.
+
+    Args:
+        pool: whose run folder keeps them.
+        source: as for `open_pool`.
+        given: as for `prepare`.
+    """
+    if isinstance(pool.training, Pairs):
+        return prepare_pairs(pool.run, source, pool.chat, preference=pool.training.preference, **given)
+    return prepare(pool.run, source, pool.chat, **given)
+
+
 def refuse_longer(data: Dataset, model: str, what: str) -> None:
     """Refuse rows that have more tokens than the model has positions.
 

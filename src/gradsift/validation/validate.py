@@ -25,7 +25,7 @@ from gradsift.base.errors import ConfigError, CorruptError, DataError, GradsiftE
 from gradsift.base.lazy import Tensor
 from gradsift.base.types import Skipped, TokenizedExample
 from gradsift.context import Pool
-from gradsift.data.pairs import Pairs
+from gradsift.data.pairs import refuse_pairs
 from gradsift.explanation.explain import Explanations
 from gradsift.explanation.outputs import OutputSource
 from gradsift.explanation.verdict import Trained
@@ -233,7 +233,7 @@ def validate(
         DataError: two different outputs of one id, or no cell can be validated.
     """
     settings = settings or OneStep()
-    refuse_pairs(pool)
+    refuse_pairs(pool.data, "validate trains a step on single answers")
     by_id = _by_id(outputs)
     wanted = list(cells)
     bench = _Bench(pool, settings, route, checkpoint or pool.checkpoints()[-1])
@@ -270,19 +270,6 @@ def validate(
     )
     pool.run.publish_json("validation.json", found.as_dict())
     return found
-
-
-def refuse_pairs(pool: Pool) -> None:
-    """Refuse pools whose rows are no single answers.
-
-    Raises:
-        ConfigError: they are preference pairs.
-    """
-    if isinstance(pool.data, Pairs):
-        raise ConfigError(
-            "validate trains a step on single answers, and the pool's rows are pairs: learn the chosen ones alone "
-            "(--columns completion=chosen, without --objective), or train on a choice with `gradsift train`"
-        )
 
 
 def validate_explanations(

@@ -73,7 +73,7 @@ def main() -> None:
         found = suggestions(scores)
         flips = [one.id for one in found if one.suggestion == "flip"]
         print(
-            f"{method.label}: AUC {lower:.2f}; {len(found)} of {len(pairs)} said to harm, of the {len(planted)} "
+            f"{method.label}: AUC {lower:.2f}; suggestions {len(found)} of {len(pairs)}, of the {len(planted)} "
             f"exchanged {sum(one.id in planted for one in found)}; flip {len(flips)}, of them exchanged "
             f"{sum(id_ in planted for id_ in flips)} (by chance {len(flips) * len(planted) / len(pairs):.1f})"
         )

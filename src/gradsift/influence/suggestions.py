@@ -1,4 +1,4 @@
-"""Preference pairs that harm the target: which of them to drop, and which to turn round."""
+"""Which preference pairs to drop, as they harm the target, and which to turn round."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ from gradsift.report import text
 from gradsift.report.blocks import Block, Examples, Text
 from gradsift.warmup.checkpoint import Checkpoint
 
-MOST_TURNED = 1000  # pairs that go through the model turned round, the most harmful ones
+MOST_TURNED = 1000  # pairs that go through the model turned round, those of the lowest scores
+_LOWEST = 5  # one in so many has its score turned round looked at, be it below 0 or not
 _SHOWN = 50
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """What to do with a pair that harms the target.
+    """What to do with a pair: below 0 its score says that it harms the target.
 
-    score:   below 0, its own: what training on it does
+    score:   its own: what training on it does
     turned:  its score with the rejected answer preferred; None where that is not known
     margin:  of its answers at the last checkpoint, as `Preferences` has it; None where no checkpoint is read
     """
@@ -52,34 +53,35 @@ class Suggestion:
 
 
 def suggestions(scores: Scores) -> tuple[Suggestion, ...]:
-    """What to do with each pair whose score is below 0, lowest first; nothing for pools of other rows.
+    """What to do with which pairs, the lowest scores first; nothing for pools of other rows.
 
-    A pair is to be turned round where it would then help more than the median of the pairs that help as they are, and
-    to be dropped otherwise, also where its score turned round is not known.
+    A pair is to be turned round where it would then help more than the median of the pairs that help as they are; one
+    whose score is below 0 is to be dropped otherwise, also where its score turned round is not known. Where Adam's
+    momentum is in all scores, hardly any is below 0: looked at are those, and the lowest fifth.
     """
     pool, method = scores.pool, scores.method
     if pool is None or not isinstance(pool.data, Pairs) or not method.signed or method.by_chance:
         return ()
     order = np.argsort(scores.aggregate, kind="stable")
-    harmful = order[scores.aggregate[order] < 0]
-    if not len(harmful):
-        return ()
-    own = scores.aggregate[harmful].astype(np.float64)
-    places = pool.data.ids.positions([scores.ids[place] for place in harmful])
+    lowest = order[: max(int((scores.aggregate < 0).sum()), -(-len(order) // _LOWEST))]
+    own = scores.aggregate[lowest].astype(np.float64)
+    places = pool.data.ids.positions([scores.ids[place] for place in lowest])
     read = method.checkpoints_of(pool) if method.view is not None else []
     margins = pool.measured(pool.data, read[-1]).margins[places] if read else None
     turned = _turned(scores, own, places, margins, read)
     helpful = scores.aggregate[scores.aggregate > 0]
     bar = float(np.median(helpful)) if len(helpful) else np.inf
+    flips = turned > np.maximum(bar, own)
     return tuple(
         Suggestion(
             scores.ids[place],
-            "flip" if turned[number] > bar else "drop",
+            "flip" if flips[number] else "drop",
             float(own[number]),
             None if np.isnan(turned[number]) else float(turned[number]),
             None if margins is None else float(margins[number]),
         )
-        for number, place in enumerate(harmful.tolist())
+        for number, place in enumerate(lowest.tolist())
+        if flips[number] or own[number] < 0
     )
 
 
@@ -87,11 +89,11 @@ def counted(found: Sequence[Suggestion]) -> str:
     """How many of each, in words.
 
     >>> counted([Suggestion("a", "flip", -1.0, 2.0, 0.1), Suggestion("b", "drop", -0.5, 0.4, 0.2)])
-    '2 pairs are said to harm the target: flip 1, drop 1'
+    '2 pairs had better be changed for this target: flip 1, drop 1'
     """
     flips = sum(one.suggestion == "flip" for one in found)
-    are = "pair is" if len(found) == 1 else "pairs are"
-    return f"{len(found):,} {are} said to harm the target: flip {flips:,}, drop {len(found) - flips:,}"
+    pairs = "pair" if len(found) == 1 else "pairs"
+    return f"{len(found):,} {pairs} had better be changed for this target: flip {flips:,}, drop {len(found) - flips:,}"
 
 
 def suggestions_blocks(found: Sequence[Suggestion], data: Dataset, *, known: Collection[str] = ()) -> tuple[Block, ...]:

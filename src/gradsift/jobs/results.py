@@ -51,7 +51,7 @@ FILES = {
     "diagnostics.json": "how far the ranking and the choice can be trusted",
     "responses.jsonl": "every sampled response, with its reward where it has one",
     "rewards.json": "what the responses of each checkpoint earn",
-    "suggestions.jsonl": "pairs that harm the target: to drop, or to flip",
+    "suggestions.jsonl": "pairs to drop, or to flip, with their rows",
     "skipped.jsonl": "rows and parts of rows left out, with reasons",
     "explanation.html": "what accounts for the output: a page with a map",
     "relevance.html": "how well each strategy does over the target",

@@ -302,7 +302,7 @@ def _check_sizes(result: Result) -> None:
 def choose(result: Result) -> None:
     """Choose by the estimator with the recipe's method, and by each control's top-k; writes selected.jsonl.
 
-    Of preference pairs, what to do with those that harm the target is in suggestions.jsonl.
+    Of preference pairs, which of them to drop and which to flip is in suggestions.jsonl.
     """
     recipe = result.recipe
     first, *controls = result.scores

@@ -39,6 +39,7 @@ from gradsift.influence.nice import PolicyEstimator, takes_reward
 from gradsift.influence.prompts import PromptTarget
 from gradsift.influence.rewards_shown import MOST_PROMPTS, prompt_example, rewards_blocks, rewards_table
 from gradsift.influence.shown import HIGHER, chart_of, score_ends
+from gradsift.influence.suggestions import counted, suggestions_blocks
 from gradsift.jobs.explanation_pages import estimators_table, reranking_table
 from gradsift.jobs.pages import kept_page, publish_page
 from gradsift.jobs.results import (
@@ -169,6 +170,12 @@ def result_page(result: Result) -> Page:
             "Chosen examples",
             _chosen(result),
             count=f"{len(result.selections[0]):,}" if result.selections else "",
+        ),
+        Section(
+            "suggestions",
+            "Pairs to drop or to flip",
+            suggestions_blocks(result.suggestions, pool.data, known=known_columns(result.recipe.columns)),
+            count=f"{len(result.suggestions):,}",
         ),
         Section("extremes", "Highest and lowest", _ends(result)),
         Section("scores", "Scores", _scores(result)),
@@ -452,6 +459,8 @@ def print_result(result: Result) -> None:
             blocks.append(Group(groups, "Chosen against pool"))
     elif result.scores:
         blocks.append(_score_table(result))
+    if result.suggestions:
+        blocks.append(Text(f"{counted(result.suggestions)} (suggestions.jsonl)"))
     blocks += map(Text, reliability_sentences(result))
     if result.diagnostics is not None:
         blocks.append(rewards_table(result.diagnostics.checkpoints))

@@ -34,6 +34,7 @@ from gradsift.influence.prompts import PromptTarget, open_prompts
 from gradsift.influence.ratings import with_judge
 from gradsift.influence.responses import sampled_responses
 from gradsift.influence.scores import save_tables, score
+from gradsift.influence.suggestions import suggestion_lines, suggestions
 from gradsift.jobs.explanation_pages import write_pages
 from gradsift.jobs.report import write_results
 from gradsift.jobs.results import Result, diagnostics, remove_outdated, summary, write_skipped
@@ -57,6 +58,8 @@ def open_recipe(recipe: Recipe, reporter: Reporter | None = None, *, announce: b
     skipped.jsonl.
     """
     reporter = reporter or silent()
+    if "beta" in recipe.model_fields_set and recipe.objective != "dpo":
+        raise ConfigError("beta is DPO's, and the objective is another: add --objective dpo, or leave beta out")
     pool = open_pool(
         recipe.pool if source is None else source,
         model=recipe.model,
@@ -70,6 +73,8 @@ def open_recipe(recipe: Recipe, reporter: Reporter | None = None, *, announce: b
         supervise=recipe.supervise,
         reasoning=recipe.reasoning,
         keep_duplicates=recipe.keep_duplicates,
+        objective=recipe.objective,
+        beta=recipe.beta,
         sample=recipe.pool_sample,
         dtype=recipe.dtype,
         device=recipe.device,
@@ -322,7 +327,10 @@ def _check_sizes(result: Result) -> None:
 
 
 def choose(result: Result) -> None:
-    """Choose by the estimator with the recipe's method, and by each control's top-k; writes selected.jsonl."""
+    """Choose by the estimator with the recipe's method, and by each control's top-k; writes selected.jsonl.
+
+    Of preference pairs, which of them to drop and which to flip is in suggestions.jsonl.
+    """
     recipe = result.recipe
     first, *controls = result.scores
     size = {"budget": recipe.budget} if recipe.drop is None else {"drop": recipe.drop}
@@ -330,6 +338,9 @@ def choose(result: Result) -> None:
     result.selections += [select(control, TopK(), budget=len(result.selections[0])) for control in controls]
     lines = result.selections[0].lines()
     result.pool.run.publish_text("selected.jsonl", "".join(f"{line}\n" for line in lines))
+    result.suggestions = suggestions(first)
+    if result.suggestions:
+        result.pool.run.publish_text("suggestions.jsonl", "".join(suggestion_lines(result.suggestions, result.pool)))
 
 
 def explain_into(result: Result) -> None:

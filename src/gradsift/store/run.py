@@ -19,6 +19,7 @@
       curvature/<fingerprint>/  the Hessian of a target's loss, times the sum of a pool
       kronecker/<fingerprint>/  a model's curvature in Kronecker factors, and targets through its inverse
       replays/<fingerprint>/    a training step by step, to go back through, and what was found on the way
+      contrasts/<fingerprint>/  how much likelier a model finds the rejected answers of preference pairs
       outputs/<fingerprint>/    what the model answered to prompts that were to be explained
       products/<fingerprint>/   inner products of an output's whole gradient and its candidates'
       explanations/<fingerprint>/   explanations, one file an output
@@ -27,7 +28,7 @@
       evaluations/<fingerprint>/    figures of one metric for one model, and verdicts that were paid for
       times/<fingerprint>.json  what the stages of comparisons took
       scores.parquet selected.jsonl skipped.jsonl explanations.jsonl explanations.parquet relevance.json validation.json
-      responses.jsonl rewards.json diagnostics.json training.json evaluation.json mixture.json
+      suggestions.jsonl responses.jsonl rewards.json diagnostics.json training.json evaluation.json mixture.json
       comparison.json comparison.parquet comparison.html   (comparison.page.json: what the page is made from)
       report.html explanation.html summary.json   the latest results
 
@@ -74,6 +75,7 @@ REVISIONS = {
     "curvature": 2,
     "kronecker": 1,
     "replays": 1,
+    "contrasts": 1,
     "descents": 1,
     "outputs": 2,
     "matches": 1,

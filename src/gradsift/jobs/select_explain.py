@@ -146,7 +146,9 @@ def run_mix(recipe: Recipe, by: str, train: str | None = None, reporter: Reporte
     with Run(recipe.out).lock():
         pool = open_recipe(recipe, reporter, announce=False)
         sources_of(pool.data, by)  # refused before anything heavy
-        test = None if train is None else HeldOutLoss(data=train).bind(pool).data
+        test = None if train is None else HeldOutLoss(data=train)
+        if test is not None:
+            test.bind(pool)
         scores = score_all(recipe.model_copy(update={"controls": ()}), reporter, command="score").scores[0]
         found = mix(scores, by, recipe.budget, recipe.seed)
         if test is not None:

@@ -148,9 +148,8 @@ def open_recording(folder: str | Path) -> Recording:
                 found.append(arrays[key][:count])
     if len(taken) != sum(info["files"].values()) or any(len(own) and int(own.max()) >= len(rows) for own in taken):
         raise CorruptError(f"the recording {folder} is damaged (it holds other steps than it says): copy it again")
-    return Recording(
-        Path(folder), info, rows, taken, shares, **{name: np.concatenate(found) for name, found in columns.items()}
-    )
+    whole: dict[str, Any] = {name: np.concatenate(found) for name, found in columns.items()}
+    return Recording(Path(folder), info, rows, taken, shares, **whole)
 
 
 def _parts(ends: NDArray[np.int64]) -> Iterator[slice]:

@@ -6,7 +6,7 @@ EXTRAS := dev,browser,embeddings,openai,sentiment,ray,s3
 # pip's progress is for people; a log gets the errors only.
 PIP_FLAGS := $(shell test -t 2 || echo -qq)
 # Processes that tests run in; each needs up to 3 GB.
-WORKERS ?= 2
+WORKERS ?= 3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -16,11 +16,11 @@ VERSION := import sys; print(sys.version.split()[0])
 PREPARE := from gradsift.demo.model import demo_model; from gradsift.base.progress import Reporter; demo_model(Reporter())
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo test test-slow test-gpu check bench faults audit sbom wheel browser clean
+.PHONY: help setup model demo test test-slow test-gpu check bench bench-small faults audit sbom wheel release docs browser clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*  ## ' Makefile | sed 's/:.*  ## /\t/' | while IFS='	' read -r target what; do \
-	  printf '  make %-10s %s\n' "$$target" "$$what"; done
+	  printf '  make %-11s %s\n' "$$target" "$$what"; done
 	@echo 'Variables: PYTHON=python3.12 TORCH="torch==2.13.0 --index-url ..." EXTRAS=dev WORKERS=1 ARGS="..."'
 
 setup: $(READY)  ## make the virtual environment .venv with the tested versions (once)
@@ -51,7 +51,7 @@ demo: $(READY)  ## run the demo on a small model, on the CPU
 	"$(BIN)/gradsift" demo $(ARGS)
 
 test: model  ## run the tests that take seconds
-	"$(BIN)/python" -m pytest -m 'not slow and not gpu' -n $(WORKERS) --dist loadfile $(ARGS)
+	"$(BIN)/python" -m pytest -m 'not slow and not gpu' -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: model  ## run the tests that take minutes
 	"$(BIN)/python" -m pytest -m 'slow and not gpu' $(ARGS)
@@ -68,6 +68,9 @@ check: $(READY)  ## lint, format, types and import order
 bench: model  ## measure the speed of the stages
 	"$(BIN)/python" benchmarks/speed.py $(ARGS)
 
+bench-small: $(READY)  ## hold estimators against retraining a tiny model, and fail where one is spoilt (5 minutes)
+	"$(BIN)/python" -m pytest -q -s -m slow tests/validation/test_bench_small.py $(ARGS)
+
 faults: $(READY)  ## kill, starve and damage runs, and see whether they end as undisturbed ones (20 minutes)
 	"$(BIN)/python" benchmarks/faults.py --out runs/faults $(ARGS)
 
@@ -79,6 +82,9 @@ sbom: $(READY)  ## write a bill of materials, build/sbom.json (CycloneDX)
 
 wheel: $(READY)  ## build the wheel and use it in an environment of its own
 	.ci/wheel "$(BIN)/python"
+
+release: $(READY)  ## build sdist and wheel into dist/, check them, and write the notes of the changelog
+	.ci/release "$(BIN)/python"
 
 browser:  ## install Debian's chromium, for the tests of the report page (needs root)
 	@command -v chromium >/dev/null || { apt-get update -qq && \

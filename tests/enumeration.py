@@ -56,7 +56,7 @@ class Policy:
 
     @cached_property
     def weights(self) -> list[nn.Parameter]:
-        weights = [captured.module.weight for captured in self.modules]
+        weights = [captured.weight for captured in self.modules]
         for weight in weights:
             weight.requires_grad_(True)
         return weights

@@ -33,7 +33,9 @@ if TYPE_CHECKING:
     from gradsift.evaluation.loss import HeldOut, HeldOutLoss, held_out_loss
     from gradsift.evaluation.mean_reward import MeanReward
     from gradsift.evaluation.metric import Figure, Measured
+    from gradsift.evaluation.mixture import Mixture, mix
     from gradsift.evaluation.pairwise import Pairwise
+    from gradsift.evaluation.preferences import Preferences
     from gradsift.evaluation.setup import Trained, open_model
     from gradsift.explanation.explain import ALL_STRATEGIES, Explanations, explain
     from gradsift.explanation.outputs import Question
@@ -119,7 +121,9 @@ _WHERE = {
     "gradsift.evaluation.harness": ("LMEval",),
     "gradsift.evaluation.length_controlled": ("instruction_difficulty", "length_controlled_win_rate"),
     "gradsift.evaluation.loss": ("HeldOut", "HeldOutLoss", "held_out_loss"),
+    "gradsift.evaluation.preferences": ("Preferences",),
     "gradsift.evaluation.mean_reward": ("MeanReward",),
+    "gradsift.evaluation.mixture": ("Mixture", "mix"),
     "gradsift.evaluation.metric": ("Figure", "Measured"),
     "gradsift.evaluation.pairwise": ("Pairwise",),
     "gradsift.evaluation.setup": ("Trained", "open_model"),
@@ -210,9 +214,10 @@ __all__ = [  # noqa: RUF022  # kept in the order of the flow
     "validate", "validate_explanations", "Validation", "OneStep", "lds", "qld", "joint_influence", "bench", "Bench",
     "Benchmark", "run_bench",
     "train_on", "Trained", "merge", "open_model", "Setup", "evaluate", "Evaluation", "Measured", "Figure",
-    "HeldOutLoss", "MeanReward", "Pairwise", "Grading", "LMEval", "length_controlled_win_rate",
+    "HeldOutLoss", "Preferences", "MeanReward", "Pairwise", "Grading", "LMEval", "length_controlled_win_rate",
     "instruction_difficulty", "held_out_loss", "HeldOut",
-    "run_compare", "Comparison", "Compare", "Arm", "Curve", "Recipe", "load_recipe", "Reporter", "GradsiftError",
+    "mix", "Mixture", "run_compare", "Comparison", "Compare", "Arm", "Curve", "Recipe", "load_recipe", "Reporter",
+    "GradsiftError",
 ]  # fmt: skip
 
 

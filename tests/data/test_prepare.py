@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from gradsift.base import strings
 from gradsift.base.progress import silent
+from gradsift.data import chat as chatting
 from gradsift.data import prepare as preparing
 from gradsift.data.account import as_line
 from gradsift.data.chat import ChatFormat
@@ -21,6 +22,7 @@ from gradsift.data.dataset import Dataset
 from gradsift.data.prepare import prepare
 from gradsift.store import tensors
 from gradsift.store.run import Run
+from templates import CHATML, bytes_tokenizer
 from tiny_world import World, write_rows
 
 
@@ -39,6 +41,34 @@ def rows(count: int) -> Iterator[dict[str, Any]]:
             turns = [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n}", "weight": 0.5}]
             row = {"id": row["id"], "messages": turns}
         yield row
+
+
+def test_labels_of_another_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--supervise trl`: what its template marks is learned, and of prompt and completion what follows the prompt."""
+
+    def variant(tokenizer: Any) -> None:
+        answer = (
+            "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + '!' }}{% endgeneration %}{% else %}"
+        )
+        loop, _, prompt = CHATML.partition("{{ '<|im_start|>'")
+        written, end, asked = prompt.partition("{% endfor %}")
+        tokenizer.chat_template = f"{loop}{answer}{{{{ '<|im_start|>'{written}{{% endif %}}{end}{asked}"
+
+    monkeypatch.setattr(chatting, "keep_reasoning", variant)
+    tokenizer = bytes_tokenizer(CHATML)
+    turns = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, "abcd", strict=True)]
+    source = [
+        {"id": "marked", "messages": [turns[0], {**turns[1], "train": False}, *turns[2:]]},
+        {"id": "completed", "system": "s", "prompt": turns[:3], "completion": turns[3:]},
+        {"id": "text", "text": "abc"},
+    ]
+    chat = ChatFormat(tokenizer, supervise="trl")
+    assert chat.fingerprint != ChatFormat(tokenizer).fingerprint
+    found = prepare(Run(tmp_path), source, chat, what="pool", reporter=silent())
+    learned = {one: tokenizer.decode(found.by_id(one).token_ids[found.by_id(one).supervised]) for one in found.ids}
+    assert learned == {"marked": "b!d!", "completed": "d<|im_end|>\n", "text": learned["text"]}
+    assert learned["text"].startswith("bc")
+    assert [part.part for part in found.account.parts] == ["flags of messages not used"]
 
 
 @pytest.fixture(scope="module")

@@ -95,3 +95,5 @@ def test_keep_needs_trl(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "trl.chat_template_utils", None)
     with pytest.raises(ConfigError, match=r"gradsift\[trl\].*chat_template.jinja"):
         keep_reasoning(bytes_tokenizer(QWEN))
+    with pytest.raises(ConfigError, match=r"--supervise trl.*gradsift\[trl\]"):
+        ChatFormat(bytes_tokenizer(QWEN), supervise="trl")

@@ -173,6 +173,16 @@ class TestLabels:
             assert not tokenizer.decode(ids[learned & ~found.supervised]).strip()
             assert np.flatnonzero(found.supervised)[0] == np.flatnonzero(learned)[0]
 
+    @pytest.mark.parametrize("name", [*WITH_TOOLS, *PLAINLY, "qwen3", "qwen3_5_think", "qwen3_6"])
+    def test_as_trl_does(self, name: str, model: Any, tmp_path: Path) -> None:
+        """`--supervise trl`: all labels are equal, of conversations by its variant, of completions as they are."""
+        tokenizer, rows = tokenizer_of(name), [*PLAIN, *(TOOLS if name in WITH_TOOLS else ())]
+        for data, options in ((rows, {"assistant_only_loss": True}), (PROMPTS, {})):
+            theirs = trained(model, tokenizer_of(name), data, tmp_path, **options)
+            for (ids, labels), found in zip(theirs, ours(tokenizer, data, supervise="trl"), strict=True):
+                assert found.token_ids.tolist() == ids.tolist()
+                assert found.supervised[1:].tolist() == (labels != -100)[1:].tolist()
+
     @pytest.mark.parametrize("name", ["qwen2_5", "llama3"])
     def test_plain_texts(self, name: str, model: Any, tmp_path: Path) -> None:
         """Every token of a text and its end of sequence, without a template."""

@@ -63,13 +63,13 @@ def parameters_at(model: nn.Module, modules: tuple[Captured, ...]) -> Callable[[
 
     def at(vector: Tensor) -> dict[str, Tensor]:
         parts = as_parts(vector, modules)
-        return {own[id(c.module.weight)]: parts[c.name].T if c.transposed else parts[c.name] for c in modules}
+        return {own[id(c.weight)]: c.unfolded(parts[c.name]) for c in modules}
 
     return at
 
 
 def current(modules: tuple[Captured, ...]) -> Tensor:
-    weights = [c.module.weight.detach().T if c.transposed else c.module.weight.detach() for c in modules]
+    weights = [c.matrix(c.weight.detach()) for c in modules]
     return torch.cat([weight.flatten() for weight in weights])
 
 
@@ -175,7 +175,7 @@ def trained(model: nn.Module, modules: tuple[Captured, ...], sequences: list[Seq
         optimizer.step()
     values = as_parts(theta.detach(), modules)
     for captured in modules:
-        captured.module.weight.data = values[captured.name].clone()
+        captured.weight.data = values[captured.name].clone()
 
 
 def test_predicts_the_discrete_derivative_of_steps_really_taken() -> None:

@@ -56,7 +56,7 @@ def full_rows(model: Any, **options: Any) -> torch.Tensor:
 
 def one_by_one(model: Any) -> torch.Tensor:
     """The same rows by autograd's own parameter gradients, one sequence at a time, of this very model."""
-    weights = [captured.module.weight for captured in find_modules(model).captured]
+    weights = [captured.weight for captured in find_modules(model).captured]
     for weight in weights:
         weight.requires_grad_(True)
     rows = []

@@ -798,6 +798,13 @@ def test_rows_without_labels_are_zero() -> None:
         assert found.rows["plain"][1].any()
 
 
+def test_trained_tokens_that_the_head_uses_too_are_named() -> None:
+    """Half of their gradient would be the head's."""
+    found = find_modules(with_lora(tiny_qwen2(), ["q_proj"], trainable_token_indices=[5, 6, 7]))
+    assert [name.endswith("trainable_tokens_delta.default (tied to the head)") for name in found.unreachable] == [True]
+    assert all("q_proj" in captured.name for captured in found.captured)
+
+
 def test_routers_and_embeddings_are_named() -> None:
     """A mixture of experts routes by a bare matrix, which no pattern reaches, and nor are embeddings."""
     named = find_modules(tiny_mixtral(), ".").unreachable

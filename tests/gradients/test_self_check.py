@@ -129,13 +129,6 @@ def test_what_runs_again_under_checkpointing_and_autocast(make: Any, options: di
     assert checked(adapted, "lora", autocast=torch.bfloat16).error < 0.03
 
 
-def test_tokens_that_the_head_uses_too_are_refused() -> None:
-    """Trained tokens of tied embeddings: half of their gradient is the head's."""
-    adapted = with_lora(tiny_qwen2(), ["q_proj"], dropout=0.0, trainable_token_indices=list(range(3, 60)))
-    with pytest.raises(ModelError, match="Adapt other modules than embed_tokens"):
-        checked(adapted, "lora")
-
-
 class Mixing(nn.Module):
     """A layer in which a sequence sees the one beside it."""
 

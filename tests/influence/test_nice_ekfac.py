@@ -68,7 +68,7 @@ def ascents(opened: Opened, checkpoint: Checkpoint) -> list[dict[str, Tensor]]:
     pool, _ = opened
     network = host(pool.model, pool.dtype, pool.device).with_adapter(checkpoint.adapter)
     modules = find_modules(network).captured
-    weights = [one.module.weight for one in modules]
+    weights = [one.weight for one in modules]
     sequences, rewards = drawn(opened, checkpoint)
     found = []
     for weight in weights:
@@ -136,7 +136,7 @@ def test_a_step_on_a_row_earns_what_its_score_says(opened: Opened) -> None:
     def move(row: Tensor, by: float) -> None:
         with torch.no_grad():
             for one, part in zip(modules, row.split(sizes), strict=True):
-                one.module.weight += by * part.view(one.shape)  # type: ignore[operator]
+                one.weight.add_(by * part.view(one.shape))
 
     for number in (0, 1, 5):
         earned = []

@@ -283,3 +283,21 @@ def test_factors_take_what_is_said_of_disk_and_memory(
     again = estimate(halves)
     assert again["stages"]["EK-FAC's factors"]["done"]
     assert again["peak_memory_bytes"] == 0
+
+
+def test_a_benchmark_is_announced(recipe: Callable[..., Recipe], tiny: World) -> None:
+    """One pass of the pool at each checkpoint whatever the views, as many retrained rows as the measures take, and the
+    rows with copies of targets three times at each checkpoint."""
+    methods = [{"kind": "less"}, {"kind": "projected_inverse"}, {"kind": "datainf"}]
+    warmup = {"epochs": 1, "rank": 2, "dropout": 0, "batch_size": 8}
+    measures = {
+        "measures": ["qld", "train", "self"], "removed": [0.25], "removals": 2, "test": tiny.target, "seeds": [0],
+        "budgets": [8],
+    }  # fmt: skip
+    asked = recipe(bench={"methods": methods, **measures}, warmup=warmup)
+    works = {work.stage: work for work in walked(asked, asked.out + "-plan", silent(), "run")[0].works}
+    assert works["retrainings"].rows == (3 + 2) * 24 + 4 * 8
+    assert works["self-consistency"].rows == 3 * 2 * (24 + 4)
+    passes = [w for w in walked(asked, asked.out + "-plan", silent(), "run")[0].works if w.stage == "pool gradients"]
+    assert [work.rows for work in passes] == [24, 24]
+    assert [work.stored["rows"] for work in passes] == [2 * 24, 3 * 24]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import cloudpickle
 import numpy as np
 import pytest
 
@@ -135,6 +137,35 @@ def _losses_after(pool: gs.Pool, target: gs.Target, weights: np.ndarray[Any, Any
     with replay.network() as network:
         end = replay.end_with(network, torch.from_numpy(weights))
         return network.losses(end, target.labels.sequences(0, len(target.labels)), len(target.labels)).numpy()
+
+
+class Elsewhere:
+    """An engine whose tasks come out of a pickle, last first, as another process would take them."""
+
+    workers = 1
+
+    def __init__(self) -> None:
+        self.taken: list[str] = []
+
+    def map(self, tasks: Sequence[Any], advance: Any, what: str) -> Iterator[tuple[int, Any]]:
+        """Each task's copy."""
+        for position in reversed(range(len(tasks))):
+            self.taken.append(what)
+            yield position, cloudpickle.loads(cloudpickle.dumps(tasks[position])).work(advance)
+
+
+def test_trainings_are_tasks(opened: tuple[gs.Pool, gs.Target], tmp_path: Path) -> None:
+    """Retrainings and trainings on choices are the engine's tasks, which other processes can take in any order, to the
+    same figures."""
+    pool, target = opened
+    engine = Elsewhere()
+    other = replace(pool, run=gs.Run(str(tmp_path / "run")), engine=engine)
+    held_out = write_rows(tmp_path / "test.jsonl", pool_rows(40)[24:])
+    settings = Bench(measures=("qld", "train"), removed=(0.25,), removals=2, test=held_out, budgets=(8.0,), seeds=(0,))
+    found = bench(other, target, [Knowing()], settings=settings)
+    assert [engine.taken.count(what) for what in ("retraining", "training")] == [3, 2]
+    here = bench(pool, target, [Knowing()], settings=settings)
+    assert found.as_dict()["columns"] == here.as_dict()["columns"]
 
 
 def test_training_on_the_best_scored(

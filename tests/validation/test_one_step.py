@@ -232,7 +232,7 @@ def test_real_step_is_a_training_loops(name: str, budget: int) -> None:
     model = step_model(network, pattern, token_budget=budget)
     batch = examples([9, 4, 14])
     other, _ = build(name, torch.float64)
-    weights = [captured.module.weight for captured in find_modules(other, pattern).captured]
+    weights = [captured.weight for captured in find_modules(other, pattern).captured]
     other.requires_grad_(False)
     for weight in weights:
         weight.requires_grad_(True)
@@ -248,7 +248,7 @@ def test_real_step_is_a_training_loops(name: str, budget: int) -> None:
     optimizer.step()
     with model.trained_on(batch):
         for captured, wanted in zip(model.modules, weights, strict=True):
-            torch.testing.assert_close(captured.module.weight.detach(), wanted.detach(), rtol=0, atol=1e-7)
+            torch.testing.assert_close(captured.weight.detach(), wanted.detach(), rtol=0, atol=1e-7)
 
 
 def test_weights_of_labels_scale_their_part_of_the_step() -> None:
@@ -381,7 +381,7 @@ def test_dropout_is_off_unless_asked_for() -> None:
 
     def after(options: OneStep) -> list[Tensor]:
         with step_model(network, pattern, options).trained_on(rows):
-            return [captured.module.weight.detach().clone() for captured in find_modules(network, pattern).captured]
+            return [captured.weight.detach().clone() for captured in find_modules(network, pattern).captured]
 
     def equal(first: list[Tensor], second: list[Tensor]) -> bool:
         return all(map(torch.equal, first, second))

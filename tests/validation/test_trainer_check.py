@@ -106,8 +106,8 @@ def test_the_command(tiny: World, tmp_path: Path) -> None:
              "--device", "cpu", "--supervise", "last_turn", "--quiet", "--json")  # fmt: skip
     config = tmp_path / "sft.yaml"
     config.write_text("model_name_or_path: me\nlearning_rate: 1e-4\npacking: true\n")
-    found = Cli("check-trainer", *given, "--config", config)
-    assert {(t["token"], t["what"], t["by"]) for row in found.json["rows"] for t in row["tokens"]} <= {
+    completions = Cli("check-trainer", *given, "--config", config)
+    assert {(t["token"], t["what"], t["by"]) for row in completions.json["rows"] for t in row["tokens"]} <= {
         ("\n", "learned", "trainer")
     }
     config.write_text(json.dumps({"completion_only_loss": False}))
@@ -117,6 +117,12 @@ def test_the_command(tiny: World, tmp_path: Path) -> None:
     every = [*map(str, given), "--out", str(tmp_path / "every"), "--supervise", "all_tokens"]
     every = [word for n, word in enumerate(every) if n not in (4, 5, 8, 9)]
     assert Cli("check-trainer", *every, "--config", config).json["equal"]
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import trl\n\n\ndef make():\n"
+        f"    return trl.SFTConfig({str(tmp_path)!r}, use_cpu=True, bf16=False, report_to=[], packing=True)\n"
+    )
+    assert Cli("check-trainer", *given, "--config", f"{script}:make").json == completions.json
     config.write_text("completion_only: true\n")
     assert "did you mean completion_only_loss" in Cli("check-trainer", *given, "--config", config).err
 

@@ -152,6 +152,9 @@ def test_scores_of_it(whole: tuple[Pool, Path, Trainer], tiny: World, tmp_path: 
     scores = gs.score(pool, gs.open_target(target_rows(3), pool), MAGIC(record=str(folder)))
     assert np.all(scores.aggregate)
     assert not scores.warnings
+    training, back = MAGIC(record=str(folder)).passes(pool, gs.open_target(target_rows(3), pool), lambda: [])
+    assert (training.rows, training.tokens, training.done) == (28, 2 * pool.data.lengths.sum(), True)
+    assert back.done
 
 
 class Stop(TrainerCallback):
@@ -207,6 +210,7 @@ class Doubled(Trainer):
     ("changes", "error", "says"),
     [
         ({"lora": {"lora_dropout": 0.1}}, ConfigError, "cannot be taken again: it drops at random: train with lora_dr"),
+        ({"bf16": True}, ConfigError, "its layers ran in half precision"),
         ({"optim": "adafactor"}, ConfigError, "its optimizer is Adafactor"),
         ({"neftune_noise_alpha": 5.0}, ConfigError, "it adds noise to embeddings"),
         ({"label_smoothing_factor": 0.1}, ConfigError, "its loss is not the model's own"),

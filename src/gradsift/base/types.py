@@ -120,6 +120,7 @@ class Example:
     source, line: where it was found
     token_ids: of a part of a plain text, as the whole text has them; empty elsewhere
     weight: factor of the row's loss
+    prompt: how many of the messages are the prompt, of a row that tells it from the completion; else 0
     """
 
     id: str
@@ -133,6 +134,7 @@ class Example:
     line: int | None = None
     token_ids: tuple[int, ...] = field(default=(), repr=False)
     weight: float = 1.0
+    prompt: int = 0
 
     def skipped(self, reason: str, detail: str) -> Skipped:
         """This row as one that is left out."""

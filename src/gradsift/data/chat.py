@@ -29,6 +29,7 @@ rewrites, characters that the tokenizer does not know, tokens beyond the longest
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -48,7 +49,7 @@ from gradsift.store.run import REVISIONS
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Supervise = Literal["all_turns", "last_turn", "all_tokens"]
+Supervise = Literal["all_turns", "last_turn", "all_tokens", "trl"]
 Reasoning = Literal["as_template", "keep", "skip"]
 
 _QUOTED = 60  # characters of a text that a detail shows
@@ -70,7 +71,8 @@ class ChatFormat:
     tokenizer: a Hugging Face tokenizer, fast or slow.
     supervise: "all_turns" takes the loss on every answer, "last_turn" on the last one only, "all_tokens" on every token
         but the first, as TRL's trainer does with `messages` unless told otherwise. What a message says of itself goes
-        before that: `Example.flags`.
+        before that: `Example.flags`. "trl" takes the labels of its trainer with `assistant_only_loss`, and for rows of
+        prompt and completion those of `completion_only_loss`, its default for them.
     max_length: tokens kept from the beginning of each conversation; `None` keeps all.
     reasoning: "as_template" takes what the template makes of a conversation and tells what it cuts; the others skip a
         row whose reasoning it cuts (for "keep" the tokenizer has been given a template that cuts less).
@@ -124,6 +126,11 @@ class ChatFormat:
         self._vocabulary: int | None = getattr(tokenizer, "model_vocabulary", None)
         self._template = ChatTemplate(tokenizer, self._marker_ids)
         self.announcement = self._template.announcement
+        self._of_trl = self._template
+        if supervise == "trl":
+            trained = copy.copy(tokenizer)
+            keep_reasoning(trained)
+            self._of_trl = ChatTemplate(trained, self._marker_ids)
         self._backend, identity = _backend_of(tokenizer)
         # A pad token set by a training script changes no id; one that the template writes does.
         named = {name: token for name, token in tokenizer.special_tokens_map.items() if name in self._template.text}
@@ -132,7 +139,10 @@ class ChatFormat:
             # A pool that is cut otherwise, or of which other rows are left out, is another one.
             *({"chunk": chunk},) * (chunk is not None),
             *(["reasoning"],) * (reasoning != "as_template"),
+            *(self._of_trl.text,) * (supervise == "trl"),
         )
+        # What of it a user sets, by the names that recipes have.
+        self.settings = {"max_length": max_length, "supervise": supervise, "reasoning": reasoning, "chunk": chunk}
         self._refuse_foreign_markers()
         self.end_of_turn_ids = self._find_end_of_turn_ids(generation_eos)
         self.control_tokens = self._find_control_tokens()
@@ -285,11 +295,18 @@ class ChatFormat:
 
     def _locate(self, example: Example) -> _Located:
         """Render the conversation; return its text, the spans that it is learned from, and what it does not show."""
-        shown = Rendering(self._template, self._template.as_taken(example.messages, example.options), example.options)
+        template = self._template_for(example)
+        shown = Rendering(template, template.as_taken(example.messages, example.options), example.options)
         left_out = [*example.unused, *_unshown(example, example.messages, shown)]
         cut = _cut_reasoning(example.messages, shown) if self.reasoning != "as_template" else None
         if cut is not None:
             raise CutReasoningError(f"the chat template does not show the reasoning of message {cut + 1}")
+        last = max((place.end for place in shown.places.values()), default=0)
+        if self.supervise == "trl":
+            if example.flags:
+                detail = "TRL's trainer does not read what messages say of the loss, and --supervise trl is as it is"
+                left_out.append(example.in_part("field_not_used", detail, "flags of messages not used"))
+            return _Located(shown.text, (), tuple(left_out), last)
         weights: dict[int, float] = {}
         for position, message in enumerate(example.messages):
             flags = example.flags[position] if example.flags else None
@@ -307,8 +324,25 @@ class ChatFormat:
         elif self.supervise == "all_tokens":  # every token weighs 1 but for the turns that say otherwise
             weights = {position: weight for position, weight in weights.items() if weight != 1}
         spans = [self._span(shown, position, weight) for position, weight in weights.items()]
-        last = max((place.end for place in shown.places.values()), default=0)
         return _Located(shown.text, tuple(spans), tuple(left_out), last)
+
+    def _template_for(self, example: Example) -> ChatTemplate:
+        """TRL's trainer takes its variant of a template where the template has to say what is learned."""
+        return self._template if example.prompt else self._of_trl
+
+    def _by_trl(self, example: Example, ids: list[int]) -> NDArray[np.bool_]:
+        """Which tokens TRL's trainer learns: a completion's, all that follow its prompt's; of other conversations those
+        that its variant of the template says.
+        """
+        template = self._template_for(example)
+        taken = template.as_taken(example.messages, example.options)
+        if example.prompt:
+            prompt = template.render(taken[: example.prompt], example.options, generation_prompt=True)
+            return np.arange(len(ids)) >= common_length(self._ids(prompt), ids)
+        learned = template.generated(taken, example.options)
+        if len(learned) != len(ids):
+            raise TemplateProblemError("the tokenizer makes other tokens of the conversation where it says its turns")
+        return np.array(learned, dtype=np.bool_)
 
     def _span(self, shown: Rendering, position: int, weight: float) -> _Span:
         turn = self._template.turn(shown.kinds, position, shown.outline)
@@ -405,6 +439,11 @@ class ChatFormat:
             return example.skipped("unknown_token", foreign)
         every = self.supervise == "all_tokens"
         weights = np.full(len(ids), float(every), dtype=np.float32)
+        if self.supervise == "trl":
+            try:
+                weights[self._by_trl(example, ids)] = 1
+            except TemplateProblemError as problem:
+                return example.skipped("template", str(problem))
         for span in located.spans:
             if offsets is not None:
                 mask = self._labels_by_offsets(span, ids, offsets)
@@ -415,7 +454,7 @@ class ChatFormat:
                 detail = f"the tokenizer does not keep the end of turn {span.end_of_turn!r} apart from the text"
                 return example.skipped("template", detail)
             weights[mask] = span.weight
-        if not every and not located.spans:
+        if not every and not located.spans and self.supervise != "trl":
             detail = "no turn is left to learn from: the flags of the messages leave every answer out"
             return example.skipped("nothing_to_learn", detail)
         total = int((weights > 0).sum())
@@ -528,15 +567,15 @@ def keep_reasoning(tokenizer: PreTrainedTokenizerBase) -> None:
         from trl.chat_template_utils import get_training_chat_template
     except ImportError as error:
         raise ConfigError(
-            "reasoning is kept by TRL's variants of chat templates for training: pip install 'gradsift[trl]', or put "
-            "a chat_template.jinja that keeps it into the model's folder"
+            "--reasoning keep and --supervise trl take TRL's variants of chat templates for training: pip install "
+            "'gradsift[trl]', or put a chat_template.jinja that keeps reasoning into the model's folder"
         ) from error
     try:
         variant = get_training_chat_template(tokenizer)
     except ValueError as error:
         raise ConfigError(
-            "TRL has no variant of this tokenizer's chat template for training: take --reasoning skip, or put a "
-            "chat_template.jinja that keeps reasoning into the model's folder"
+            "TRL has no variant of this tokenizer's chat template for training: take --reasoning skip and another "
+            "--supervise, or put a chat_template.jinja that keeps reasoning into the model's folder"
         ) from error
     tokenizer.chat_template = variant or tokenizer.chat_template
 

@@ -248,10 +248,7 @@ class ChatTemplate:
         Raises:
             TemplateProblemError: the template refuses it.
         """
-        given = json.loads(options) if options else {}
-        foreign = sorted(self._own_options & set(given))
-        if foreign:
-            raise TemplateProblemError(f"chat_template_kwargs has {foreign[0]!r}, which is not handed to the template")
+        given = self._given(options)
         turns = [self._handed(message) for message in messages]
         try:
             return render(
@@ -259,6 +256,21 @@ class ChatTemplate:
             )
         except RENDER_ERRORS as error:
             raise TemplateProblemError(f"the chat template refuses the conversation: {error}") from error
+
+    def generated(self, messages: Sequence[Message], options: str) -> list[int]:
+        """1 for each token of a conversation, which it has rendered before, that is between its `generation` marks."""
+        turns = [self._handed(message) for message in messages]
+        marked = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+        given = {"chat_template": self.text, **marked, **self._given(options)}
+        rendered: Any = self._tokenizer.apply_chat_template(turns, **given)
+        return list(rendered["assistant_masks"])
+
+    def _given(self, options: str) -> dict[str, Any]:
+        given: dict[str, Any] = json.loads(options) if options else {}
+        foreign = sorted(self._own_options & set(given))
+        if foreign:
+            raise TemplateProblemError(f"chat_template_kwargs has {foreign[0]!r}, which is not handed to the template")
+        return given
 
     def _handed(self, message: Message) -> dict[str, Any]:
         """A message in the form in which the template takes it."""

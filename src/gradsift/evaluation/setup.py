@@ -39,7 +39,7 @@ def open_model(
         out: the run folder, which may be that of a pool with the same model.
         max_length: tokens kept of each labelled example.
         chunk: make rows of so many tokens of plain texts.
-        supervise: take losses on all assistant turns, on the last one, or on all tokens.
+        supervise: take losses on all assistant turns, on the last one, on all tokens, or as TRL's trainer does.
         reasoning: where the chat template cuts reasoning: `as_template`, `keep` or `skip`, as in `open_pool`.
         dtype, device: of the model.
         reporter: where progress goes; nothing is printed by default.

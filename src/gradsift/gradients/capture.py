@@ -119,7 +119,11 @@ def find_modules(model: nn.Module, pattern: str = LORA) -> Modules:
             part = _ADAPTERS_OWN.search(f"{name}.")
             if part and (not active or part.group(1) in active):
                 above = name[: part.start()] if "modules_to_save" not in part.group() else name.rpartition(".")[0]
-                captured.append(_again(parameter_name(name, part.group(1)), model.get_submodule(above), parameter))
+                user, public = model.get_submodule(above), parameter_name(name, part.group(1))
+                if any(getattr(module, "tied_adapter", None) is user for module in model.modules()):
+                    unreachable.append(f"{public} (tied to the head)")
+                else:
+                    captured.append(_again(public, user, parameter))
         elif parameter.ndim >= 2 and wanted.search(name) and "lora_" not in name:
             what = "the embeddings" if parameter is embedded else f"no linear module's weight, {tuple(parameter.shape)}"
             unreachable.append(f"{name} ({what})")
@@ -159,7 +163,8 @@ def _run_again(model: nn.Module) -> dict[nn.Module, nn.Module]:
     return again
 
 
-def _again(name: str, module: nn.Module, parameter: nn.Parameter) -> Captured:
+def _again(name: str, module: nn.Module, parameter: Tensor) -> Captured:
+    assert isinstance(parameter, nn.Parameter), name
     rows, columns = parameter.numel() // max(1, parameter.shape[-1]), parameter.shape[-1]
     return Captured(name, module, rows, columns, again=parameter)
 

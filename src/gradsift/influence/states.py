@@ -55,7 +55,8 @@ class _OfStates(Estimator):
         """Cosines of kept states."""
         assert target is not None, self
         refuse_too_many(len(pool.data), len(target.data.ids))
-        rows, queries = (states(pool, data, self._at(pool), *self.pooled()) for data in (pool.data, target.data))
+        both = pool.data.answered, target.data.answered
+        rows, queries = (states(pool, data, self._at(pool), *self.pooled()) for data in both)
         finite = np.isfinite(rows).all(axis=1)
         ids = list(pool.data.ids)
         asked = np.nan_to_num(queries.astype(np.float32)).T
@@ -81,7 +82,7 @@ class _OfStates(Estimator):
         at = None if self.checkpoint == "base" else checkpoints()[-1]
         known = self.checkpoint == "base" or at is not None
         found = []
-        for data in (pool.data, target.data):
+        for data in (pool.data.answered, target.data.answered):
             config = _kept_under(data, _config(pool, at, *self.pooled()))
             kept = known and pool.run.manifest(pool.run.prefix("states", config))
             tokens = float(sum(data.token_counts()))

@@ -21,9 +21,11 @@ from gradsift.base.settings import nearest
 from gradsift.base.types import TokenizedExample
 from gradsift.context import Pool
 from gradsift.data.dataset import Dataset
+from gradsift.data.pairs import refuse_pairs
 from gradsift.model.adapters import own_randomness
 from gradsift.model.loss import head_at, pad, supervised_count, token_mean
 from gradsift.model.models import load_model
+from gradsift.rewards.function import load_function
 
 _CLOSE = 1e-3  # how far two losses of the same labels are apart by rounding, of their size; in half precision 20 times
 _SEARCHED = 20_000  # pool rows among which the like of one that is not there is looked for
@@ -126,6 +128,7 @@ def check_trainer(trainer: Any, pool: Pool, rows: int = 8) -> TrainerCheck:
     Example:
         >>> print(check_trainer(trainer, pool))  # doctest: +SKIP
     """
+    refuse_pairs(pool.data, "a trainer is compared on rows of one answer")
     found: list[RowCheck] = []
     batches: str | None = None
     index = _Index(pool.data)
@@ -265,7 +268,8 @@ def check_sft_config(path: str, pool: Pool, rows: int = 8) -> TrainerCheck:
 
     Args:
         path: YAML or JSON of `SFTConfig`'s arguments, as `trl sft --config` takes them; those of the model, the data
-            set and the adapter are passed over, and packing is.
+            set and the adapter are passed over, and packing is. Or `train.py:function`, which returns an `SFTConfig`,
+            or a trainer, which is taken as it is.
         pool: of the rows.
         rows: how many.
 
@@ -278,8 +282,16 @@ def check_sft_config(path: str, pool: Pool, rows: int = 8) -> TrainerCheck:
         import trl
     except ImportError as error:
         raise ConfigError("the trainer is TRL's, which is not installed: pip install 'gradsift[trl]'") from error
+    refuse_pairs(pool.data, "a trainer is compared on rows of one answer")
     with tempfile.TemporaryDirectory() as folder:
-        config = _sft_config(trl, path, folder, on_cpu=pool.device == "cpu" or not torch.cuda.is_available())
+        config: Any
+        if path.partition(":")[0].endswith(".py"):
+            config = load_function(path)()
+            if hasattr(config, "compute_loss"):
+                return check_trainer(config, pool, rows)
+            config.packing = config.padding_free = False
+        else:
+            config = _sft_config(trl, path, folder, on_cpu=pool.device == "cpu" or not torch.cuda.is_available())
         given = [pool.data.row(id_) for id_ in pool.data.ids[:rows]]
         model = load_model(pool.model, dtype=pool.dtype, device=pool.device)
         try:

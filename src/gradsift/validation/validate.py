@@ -26,6 +26,7 @@ from gradsift.base.errors import ConfigError, CorruptError, DataError, GradsiftE
 from gradsift.base.lazy import Tensor
 from gradsift.base.types import Skipped, TokenizedExample
 from gradsift.context import Pool
+from gradsift.data.pairs import refuse_pairs
 from gradsift.explanation.explain import Explanations
 from gradsift.explanation.outputs import OutputSource
 from gradsift.explanation.verdict import Trained
@@ -233,6 +234,7 @@ def validate(
         DataError: two different outputs of one id, or no cell can be validated.
     """
     settings = settings or OneStep()
+    refuse_pairs(pool.data, "validate trains a step on single answers")
     by_id = _by_id(outputs)
     wanted = list(cells)
     bench = _Bench(pool, settings, route, checkpoint or pool.checkpoints()[-1])

@@ -68,6 +68,7 @@ class Recorder(TrainerCallback):
             "files": {},
             "parameters": list(self._trained),
             "optimizer": _optimizer(optimizer, args),
+            "weights": str(model.get_base_model().dtype).removeprefix("torch."),
             "autocast": "bfloat16" if args.bf16 else "float16" if args.fp16 else None,
             "dropout": {"largest": _dropout(model), "seed": torch.initial_seed()},
             "obstacles": _obstacles(args, model, optimizer, self._trained),
@@ -112,8 +113,8 @@ class Recorder(TrainerCallback):
             self._save(given["model"], given["optimizer"])
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """A checkpoint, unless other ones are asked for."""
-        if self._every is None:
+        """A checkpoint, unless other ones are asked for; of the last step in any case, before the best is loaded."""
+        if self._every is None or self._step >= state.max_steps or control.should_training_stop:
             self._save(given["model"], given["optimizer"])
 
     def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
@@ -121,8 +122,7 @@ class Recorder(TrainerCallback):
         self._flush()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """The end is always kept."""
-        self._save(given["model"], given["optimizer"])
+        """Listen no longer."""
         self._hook.remove()
         self._hook = None
 
@@ -239,7 +239,7 @@ class Recorder(TrainerCallback):
             )
         for why in before.info["obstacles"]:
             self._obstacle(why)
-        for what in ("optimizer", "autocast"):
+        for what in ("optimizer", "weights", "autocast"):
             if before.info[what] != self._info[what]:
                 self._obstacle(f"the trainer's {what} is another one since it was resumed")
         left = step
@@ -304,8 +304,9 @@ def _obstacles(args: Any, model: nn.Module, optimizer: Any, trained: dict[str, n
         found.append("its groups of parameters have rates or settings of their own")
     if _dropout(model):
         found.append("it drops at random: train with lora_dropout=0, and a model whose configuration has no dropout")
-    if args.fp16:
-        found.append("it scales float16 losses: train with fp16=False")
+    if args.bf16 or args.fp16:
+        half = "bf16" if args.bf16 else "fp16"
+        found.append(f"its layers ran in half precision, whose rounding does not come again: train with {half}=False")
     if getattr(args, "neftune_noise_alpha", None):
         found.append("it adds noise to embeddings: leave neftune_noise_alpha out")
     other = [name for name in trained if not re.search(r"\.lora_[AB]\.weight$", name)]

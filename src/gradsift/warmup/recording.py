@@ -37,7 +37,8 @@ class RecordingInfo(Record):
     files:      with how many steps of each, in order
     parameters: names of what is trained, as PEFT writes them, in the model's order
     optimizer:  betas, eps, weight_decay, and max_grad_norm (None clips nothing)
-    autocast:   the type that the trainer ran layers in, beside the weights' own
+    weights:    type of the base's
+    autocast:   the type that the trainer ran layers in; None is the weights'
     dropout:    the largest probability of any layer, and the seed of the generator that draws
     obstacles:  why the steps cannot be taken again, in words
     """
@@ -45,6 +46,7 @@ class RecordingInfo(Record):
     files: dict[str, int]
     parameters: list[str]
     optimizer: dict[str, Any]
+    weights: str
     autocast: str | None
     dropout: dict[str, Any]
     obstacles: list[str]
@@ -127,7 +129,11 @@ def open_recording(folder: str | Path) -> Recording:
     rows: list[TokenizedExample] = []
     taken: list[NDArray[np.int64]] = []
     shares: list[NDArray[np.float64]] = []
-    columns: dict[str, list[NDArray[Any]]] = {"rates": [], "epochs": [], "norms": []}
+    columns: dict[str, list[NDArray[Any]]] = {
+        "rates": [np.empty(0, np.float64)],
+        "epochs": [np.empty(0, np.int64)],
+        "norms": [np.empty((0, len(info["parameters"])), np.float32)],
+    }
     for name, count in info["files"].items():
         with reading(run.name(name)):
             arrays = {key: tensor.numpy() for key, tensor in read_tensors(run.storage, name)[0].items()}
@@ -141,8 +147,8 @@ def open_recording(folder: str | Path) -> Recording:
                 found.append(arrays[key][:count])
     if len(taken) != sum(info["files"].values()) or any(len(own) and int(own.max()) >= len(rows) for own in taken):
         raise CorruptError(f"the recording {folder} is damaged (it holds other steps than it says): copy it again")
-    rates, epochs, norms = (np.concatenate(found) if found else np.empty(0) for found in columns.values())
-    return Recording(Path(folder), info, rows, taken, shares, rates, epochs, norms)
+    whole: dict[str, Any] = {name: np.concatenate(found) for name, found in columns.items()}
+    return Recording(Path(folder), info, rows, taken, shares, **whole)
 
 
 def _parts(ends: NDArray[np.int64]) -> Iterator[slice]:

@@ -285,10 +285,10 @@ def open_pool(
         setup.reporter.warn(setup.chat.announcement)
     belongs: dict[str, Any] = {"model": model_identity(model)}
 
-    def check(pool: str) -> None:
+    def check(pool: str, made: Mapping[str, Any]) -> None:
         """The folder belongs to what was read, by whichever revision it is tokenised."""
         belongs["pool"] = pool
-        setup.run.refuse_other(belongs)
+        setup.run.refuse_other(belongs, made)
 
     given: dict[str, Any] = {"columns": columns, "keep_duplicates": keep_duplicates, "check": check}
     given |= {"what": "pool", "reporter": setup.reporter}

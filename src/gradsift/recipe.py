@@ -63,7 +63,7 @@ class Validate(Settings):
 class Explain(Settings):
     """What to explain, besides choosing.
 
-    prompt: what to ask: a text, or messages as JSON.
+    prompt: what to ask: a text, or messages as JSON; on the command line - reads one a line.
     target: or explain an output for every row of this file.
     row: of the target, only the row with this id.
     output: explain this answer instead of the model's own.

@@ -1,7 +1,7 @@
 """Do estimators still foretell retraining? `make bench-small`: three trainings of a tiny model, each judged by LDS.
 
 A Llama of two layers from configuration, random weights, learns by LoRA what eight animals say and what colour they
-are, from 48 questions of which some have a wrong answer. `gradsift bench` trains it again without random tenths.
+are, from 64 questions of which some have a wrong answer. `gradsift bench` trains it again without random tenths.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 import gradsift as gs
-from gradsift.validation.datamodel import Estimate
 from tiny_world import ANIMALS, COLOURS, save_model
 
 PLACES = ("sea", "hill", "wood", "town")
@@ -45,8 +44,8 @@ def test_estimators_foretell_retraining(tmp_path: Path) -> None:
     """By LDS, mean over three trainings and over the same order and other seeds: the whole inverse is above LESS, LESS
     above random; in the same order MAGIC is above the inverse; each of it in every training for the wide margins."""
     model = save_model(tmp_path / "model")
-    rows, asked = questions(48, 1, wrong=0.15), questions(12, 2)
-    settings = gs.Bench(measures=("lds",), subsets=10, shares=(0.1,), smooth=True)
+    rows, asked = questions(64, 1, wrong=0.15), questions(16, 2)
+    settings = gs.Bench(measures=("lds",), subsets=12, shares=(0.1,), smooth=True)
     found: list[gs.Benchmark] = []
     for seed in SEEDS:
         pool = gs.open_pool(
@@ -65,7 +64,6 @@ def test_estimators_foretell_retraining(tmp_path: Path) -> None:
         return np.array([one.columns[part].values[label].value for one in found])
 
     both = {label: (means(label, 0) + means(label, 1)) / 2 for label in found[0].methods}
-    assert all(isinstance(value, Estimate) for value in found[0].columns[0].values.values())
     assert (both[less] - both[random] > 0.2).all(), both
     assert (means(magic, 0) - means(less, 0) > 0.1).all(), both
     assert (both[inverse] - both[less]).mean() > 0.02, both

@@ -210,6 +210,7 @@ class Doubled(Trainer):
     ("changes", "error", "says"),
     [
         ({"lora": {"lora_dropout": 0.1}}, ConfigError, "cannot be taken again: it drops at random: train with lora_dr"),
+        ({"bf16": True}, ConfigError, "its layers ran in half precision"),
         ({"optim": "adafactor"}, ConfigError, "its optimizer is Adafactor"),
         ({"neftune_noise_alpha": 5.0}, ConfigError, "it adds noise to embeddings"),
         ({"label_smoothing_factor": 0.1}, ConfigError, "its loss is not the model's own"),

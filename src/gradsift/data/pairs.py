@@ -242,7 +242,7 @@ def prepare_pairs(
     columns: Columns | Mapping[str, str] | None,
     preference: Preference = DIFFERENCE,
     keep_duplicates: bool = True,
-    check: Callable[[str], None] | None = None,
+    check: Callable[[str, Mapping[str, Any]], None] | None = None,
     reporter: Reporter,
 ) -> Pairs:
     """Load and tokenise both answers of each row; one of which an answer cannot be used is left out, and told.

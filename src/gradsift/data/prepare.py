@@ -54,7 +54,7 @@ def prepare(
     what: str = "pool",
     columns: Columns | Mapping[str, str] | None = None,
     keep_duplicates: bool = False,
-    check: Callable[[str], None] | None = None,
+    check: Callable[[str, Mapping[str, Any]], None] | None = None,
     answer: Answer | None = None,
     reporter: Reporter,
 ) -> Dataset:
@@ -62,7 +62,8 @@ def prepare(
 
     Exact duplicates (normalised content) are left out unless `keep_duplicates`. Rows with nothing to learn are left
     out. Both are in its `account`, as is what of the other rows is not shown. `check` is given the fingerprint of what
-    was read before anything is tokenised or written. With `answer`, rows are preference pairs, each read with that one.
+    was read, and what its manifest will say, before anything is tokenised or written. With `answer`, rows are
+    preference pairs, each read with that one.
 
     Raises:
         DataError: the source cannot be read or no row of it is usable.
@@ -72,13 +73,13 @@ def prepare(
     with _Rows(str(run.folder) if run.folder.is_dir() else None) as rows:
         rows.read(reading, chat, keep_duplicates=keep_duplicates)
         config = {"content": rows.content, "skipped": rows.left_out, "template": chat.fingerprint}
+        told = {"description": reading.description, "announcement": chat.announcement, "settings": chat.settings}
         if check is not None:
-            check(fingerprint(config))
+            check(fingerprint(config), {"config": config, **told})
         prefix = run.prefix("data", config)
         if run.intact(prefix, reporter, DataManifest) is None:
             with reporter.stage(f"tokenising the {what}", rows.count) as advance:
                 rows.write(run, prefix, chat, advance, f"the {what} ({reading.description})")
-            told = {"description": reading.description, "announcement": chat.announcement}
             run.complete(prefix, "data", config, files=_FILES, **told)
     return Dataset(run, prefix)._with(Account(files=reading.unread, notes=reading.notes))
 

@@ -26,7 +26,7 @@ from gradsift.store.manifest import reading
 from gradsift.warmup.recording import Recording, open_recording
 
 # How far a step may be from the recorded one, of its size: rounding in other batches (benchmarks/RESULTS.md).
-_AGREE, _AGREE_HALF = 1e-3, 0.05
+_AGREE = 1e-3
 _WHOLE = 5e-3  # how far from 1 the weights of a step's labels may add up to, where its loss is a mean of theirs
 
 
@@ -93,12 +93,12 @@ class TakenRecord(Record):
             self._agree(state.step + 1, float((norms - recorded).norm() / recorded.norm()), "its gradient differs")
 
     def _agree(self, step: int, off: float, what: str) -> None:
-        weights, autocast = self.recording.info["weights"], self.recording.info["autocast"]
-        if not off <= (_AGREE if autocast is None and weights in ("float32", "float64") else _AGREE_HALF):
+        if not off <= _AGREE:
             raise MismatchError(
                 f"step {step} of {len(self)} of the recording {self.recording.folder} is not reproduced: {what} by "
-                f"{off:.2g} of the recorded size. Give the model that was trained, and --dtype {weights}; what was "
-                "drawn at random, and a loss that is no mean over labels, cannot be taken again"
+                f"{off:.2g} of the recorded size. Give the model that was trained, with --dtype "
+                f"{self.recording.info['weights']}; what was drawn at random, and a loss that is no mean over labels, "
+                "cannot be taken again"
             )
 
     def _weights(self, folder: Path) -> Tensor:

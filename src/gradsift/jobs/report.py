@@ -526,8 +526,8 @@ def _explained_briefly(result: Result) -> list[Block]:
     return blocks
 
 
-def print_methods(section: str | None = None) -> None:
-    """Everything that has a name: its kind, what it takes or reads, and the first paragraph about it.
+def methods_listed(section: str | None = None) -> dict[str, list[tuple[str, str, str]]]:
+    """Everything that has a name, by title: its kind, what it takes or reads, and the first paragraph about it.
 
     Args:
         section: one of them alone, by its first word.
@@ -538,7 +538,6 @@ def print_methods(section: str | None = None) -> None:
     from gradsift.generation.sampling import PRESETS as SAMPLINGS
     from gradsift.warmup.train import PRESETS, TRAINING_PRESETS
 
-    out = console()
     entries = {
         "Estimators, which rank: --estimator": [_estimator_entry(kind, one) for kind, one in estimators().items()],
         "Selectors, which choose by the ranking: --selection of select and explain": [
@@ -553,12 +552,17 @@ def print_methods(section: str | None = None) -> None:
     first = [title.partition(" ")[0].rstrip(",").lower() for title in entries]
     if section is not None and section not in first:
         raise ConfigError(f"there is nothing named {section!r} to list: there are {', '.join(first)}")
-    for name, (title, own) in zip(first, entries.items(), strict=True):
-        if section in (None, name):
-            out.print(f"{title}\n", markup=False)
-            for kind, reads, said in own:
-                out.print(f"{kind:<20}{reads}", markup=False)
-                out.print(Padding(Words(said), (0, 0, 1, 4)))
+    return {title: own for name, (title, own) in zip(first, entries.items(), strict=True) if section in (None, name)}
+
+
+def print_methods(listed: Mapping[str, list[tuple[str, str, str]]]) -> None:
+    """What `methods_listed` gives, on standard output."""
+    out = console()
+    for title, own in listed.items():
+        out.print(f"{title}\n", markup=False)
+        for kind, reads, said in own:
+            out.print(f"{kind:<20}{reads}", markup=False)
+            out.print(Padding(Words(said), (0, 0, 1, 4)))
 
 
 def _estimator_entry(kind: str, one: type[Estimator]) -> tuple[str, str, str]:

@@ -73,6 +73,7 @@ class Result:
     """What a job made, for printing, for `--json` and for the page.
 
     command: whose result it is
+    paged:   pages are written, with the tokens that match
     """
 
     recipe: Recipe
@@ -93,6 +94,7 @@ class Result:
     outcomes: list[Outcome] = field(default_factory=list)
     outcome_notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    paged: bool = True
 
     @property
     def reliability(self) -> list[Reliability]:
@@ -239,7 +241,7 @@ def summary(result: Result) -> dict[str, Any]:
 
 def files_of(result: Result) -> list[str]:
     """The run's files that hold this result."""
-    return result_files(
+    files = result_files(
         scored=bool(result.scores),
         chosen=bool(result.selections),
         suggested=bool(result.suggestions),
@@ -247,6 +249,7 @@ def files_of(result: Result) -> list[str]:
         outputs=None if result.explanations is None else len(result.explanations.entries),
         validated=result.validation is not None,
     )
+    return [name for name in files if result.paged or not name.endswith(".html")]
 
 
 def result_files(

@@ -29,6 +29,7 @@ from gradsift.report.terminal import console, draw
 from gradsift.rewards.reward import Reward
 from gradsift.store.run import Run
 from gradsift.warmup.merge import check_merge, merge
+from gradsift.warmup.recording import recorded_checkpoints
 
 _METRIC: TypeAdapter[Metric] = TypeAdapter(AnyMetric)
 _REWARD: TypeAdapter[Any] = TypeAdapter(Reward)
@@ -102,7 +103,7 @@ def run_evaluate(
         What was found, and what failed, in words.
     """
     subjects: list[str | None] = [None] if with_base or not adapters else []
-    subjects += adapters
+    subjects += [one for adapter in adapters for one in recorded_checkpoints(adapter)]
     found: list[Evaluation] = []
     failures: list[str] = []
     with place.run.lock():

@@ -783,7 +783,8 @@ def _kept_pool(recipe: Recipe, pool: Pool) -> Pool | None:
     run = Run(recipe.out)
     if not run.storage.exists("run.json"):
         return None
-    run.refuse_other(pool.run.identity())
+    wanted = pool.run.identity()
+    run.refuse_other(wanted, pool.run.data_of(wanted["pool"]))
     return replace(pool, run=run, reporter=silent())
 
 

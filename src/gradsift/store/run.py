@@ -103,6 +103,19 @@ def revisions(*kinds: str) -> dict[str, Any]:
     return {"revisions": raised} if raised else {}
 
 
+def _pool_differences(kept: Mapping[str, Any] | None, made: Mapping[str, Any] | None) -> list[str]:
+    """What two pools' manifests say that they differ in: how they were read, and what was read."""
+    if kept is None or made is None:
+        return ["its pool is another one"]
+    settings, before, now = made["settings"], kept["config"], made["config"]
+    found = differences(kept.get("settings", settings), settings)
+    if not found and before.get("template") != now["template"]:
+        found = ["its pool was written by another chat template, or read with another max_length or supervise"]
+    if before.get("content") != now["content"] or before.get("skipped") != now["skipped"]:
+        found.append(f"its pool is {kept.get('description')}, wanted {made['description']}, whose rows are others")
+    return found or ["its pool was read by another version of gradsift"]
+
+
 class Run:
     """The folder of one model and one pool; any number of targets and methods.
 
@@ -157,20 +170,32 @@ class Run:
         if not self.storage.exists("run.json"):
             publish_json(self.storage, "run.json", manifest("run", identity), sealed=True)
 
-    def refuse_other(self, identity: Mapping[str, Any]) -> None:
+    def refuse_other(self, identity: Mapping[str, Any], made: Mapping[str, Any] | None = None) -> None:
         """Refuse a folder that is tied to another model and pool, before anything is written to it.
+
+        Args:
+            identity: what it is wanted for.
+            made: what the manifest of that pool says, so that settings and rows are told apart.
 
         Raises:
             MismatchError: the message names what differs.
         """
         if not self.storage.exists("run.json"):
             return
-        changed = differences(self.identity(), identity)
+        own = self.identity()
+        changed = differences({**own, "pool": None}, {**identity, "pool": None})
+        if own.get("pool") != identity.get("pool"):
+            changed += _pool_differences(self.data_of(own.get("pool")), made)
         if changed:
             raise MismatchError(
-                f"{self.place} belongs to another run: {'; '.join(changed)}. "
-                "Use another --out, or the same model, pool, template and length"
+                f"{self.place} belongs to another run: {'; '.join(changed)}. Give the same, or another --out"
             )
+
+    def data_of(self, made: Any) -> dict[str, Any] | None:
+        """The manifest of a data set of this run, by its fingerprint."""
+        keys = [key for key in self.storage.list("data/") if key.endswith("/manifest.json")]
+        found = (read_if_whole(self.storage, key, Manifest) for key in keys)
+        return next((one for one in found if one is not None and one.get("fingerprint") == made), None)
 
     def identity(self) -> dict[str, Any]:
         """What `bind` recorded."""

@@ -286,7 +286,7 @@ def check_sft_config(path: str, pool: Pool, rows: int = 8) -> TrainerCheck:
     with tempfile.TemporaryDirectory() as folder:
         config: Any
         if path.partition(":")[0].endswith(".py"):
-            config = load_function(path)()  # type: ignore[call-arg]
+            config = load_function(path)()
             if hasattr(config, "compute_loss"):
                 return check_trainer(config, pool, rows)
             config.packing = config.padding_free = False

@@ -11,6 +11,7 @@ cells of one output and size share their five random steps. Every effect of a st
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as SequenceABC
 from contextlib import AbstractContextManager
@@ -332,7 +333,7 @@ def _reranking(cells: SequenceABC[Validated], explanations: Explanations) -> Ite
             [one.cell.output for one in compared],
             [one.cell.key.strategy in again for one in compared],
         )
-        if before is not None and after is not None:
+        if before is not None and after is not None and math.isfinite(change.low):  # there are several outputs
             yield Reranking(estimator.label, trade_off, before, after, change, outputs)
 
 

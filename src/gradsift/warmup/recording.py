@@ -129,7 +129,11 @@ def open_recording(folder: str | Path) -> Recording:
     rows: list[TokenizedExample] = []
     taken: list[NDArray[np.int64]] = []
     shares: list[NDArray[np.float64]] = []
-    columns: dict[str, list[NDArray[Any]]] = {"rates": [], "epochs": [], "norms": []}
+    columns: dict[str, list[NDArray[Any]]] = {
+        "rates": [np.empty(0, np.float64)],
+        "epochs": [np.empty(0, np.int64)],
+        "norms": [np.empty((0, len(info["parameters"])), np.float32)],
+    }
     for name, count in info["files"].items():
         with reading(run.name(name)):
             arrays = {key: tensor.numpy() for key, tensor in read_tensors(run.storage, name)[0].items()}
@@ -143,8 +147,8 @@ def open_recording(folder: str | Path) -> Recording:
                 found.append(arrays[key][:count])
     if len(taken) != sum(info["files"].values()) or any(len(own) and int(own.max()) >= len(rows) for own in taken):
         raise CorruptError(f"the recording {folder} is damaged (it holds other steps than it says): copy it again")
-    rates, epochs, norms = (np.concatenate(found) if found else np.empty(0) for found in columns.values())
-    return Recording(Path(folder), info, rows, taken, shares, rates, epochs, norms)
+    whole: dict[str, Any] = {name: np.concatenate(found) for name, found in columns.items()}
+    return Recording(Path(folder), info, rows, taken, shares, **whole)
 
 
 def _parts(ends: NDArray[np.int64]) -> Iterator[slice]:

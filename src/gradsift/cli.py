@@ -504,7 +504,11 @@ def train(given: Given) -> None:
         raise ConfigError("--reward judges epochs here: give --keep best and --validation, a file of prompts")
     best_by = None
     if validation is not None:
-        (best_by,) = metrics_of({**given, "data": validation, "seed": 0, "set": ()})
+        objective = None if given["reward"] else given["objective"]
+        beta = None if objective is None else given["beta"]
+        (best_by,) = metrics_of(
+            {**given, "data": validation, "seed": 0, "set": (), "objective": objective, "beta": beta}
+        )
     settings = {**TRAINING_PRESETS[preset].model_dump()}
     own = tuple(one for one in given.options if one not in _MEASURED)
     values = {one.key: given[one.key] for one in own} | {"seed": None}

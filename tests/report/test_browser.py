@@ -83,13 +83,8 @@ def _spot(page: Any, kind: str, number: int, space: int = 0) -> tuple[float, flo
 @pytest.mark.parametrize("text", [None, "unbroken" * 40], ids=["plain", "unbroken"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_page_scrolls_sideways(show: Callable[..., Any], kind: str, text: str | None) -> None:
-<<<<<<< HEAD
-    """With everything opened, no page is wider than the window, whatever its texts: wide tables scroll inside, and on
-    a telephone their cells stand below each other."""
-=======
     """With everything opened, no page is wider than the window, whatever its texts: wide tables scroll inside, and
     stand below each other on a telephone, where none is cut off."""
->>>>>>> main
     page = show(page_of(kind) if text is None else page_examples.filled(page_of(kind), text))
     page.evaluate(OPEN_ALL)
     for width in (320, 390, 768, 1280):

@@ -351,7 +351,8 @@ def _explain_lines(given: Given) -> None:
                 json.dumps(said, ensure_ascii=False) if given["json"] else f"error: {visible(str(found))}", flush=True
             )
         elif given["json"]:
-            for entry in found.explanations.entries if found.explanations is not None else ():
+            assert found.explanations is not None
+            for entry in found.explanations.entries:
                 print(json.dumps(entry.as_dict(), ensure_ascii=False), flush=True)
         else:
             _print_result(found, given)

@@ -83,6 +83,11 @@ sbom: $(READY)  ## write a bill of materials, build/sbom.json (CycloneDX)
 wheel: $(READY)  ## build the wheel and use it in an environment of its own
 	.ci/wheel "$(BIN)/python"
 
+docs:  ## build the documentation as a site, build/site/index.html
+	@test -x build/docs-venv/bin/mkdocs || { "$(PYTHON)" -m venv build/docs-venv && \
+	  build/docs-venv/bin/python -m pip install $(PIP_FLAGS) 'mkdocs-material>=9.6,<10' 'mkdocstrings[python]>=0.29,<2' -c constraints.txt; }
+	build/docs-venv/bin/python docs/website.py
+
 release: $(READY)  ## build sdist and wheel into dist/, check them, and write the notes of the changelog
 	.ci/release "$(BIN)/python"
 

@@ -351,7 +351,8 @@ def _explain_lines(given: Given) -> None:
                 json.dumps(said, ensure_ascii=False) if given["json"] else f"error: {visible(str(found))}", flush=True
             )
         elif given["json"]:
-            for entry in found.explanations.entries if found.explanations is not None else ():
+            assert found.explanations is not None
+            for entry in found.explanations.entries:
                 print(json.dumps(entry.as_dict(), ensure_ascii=False), flush=True)
         else:
             _print_result(found, given)
@@ -504,7 +505,11 @@ def train(given: Given) -> None:
         raise ConfigError("--reward judges epochs here: give --keep best and --validation, a file of prompts")
     best_by = None
     if validation is not None:
-        (best_by,) = metrics_of({**given, "data": validation, "seed": 0, "set": ()})
+        objective = None if given["reward"] else given["objective"]
+        beta = None if objective is None else given["beta"]
+        (best_by,) = metrics_of(
+            {**given, "data": validation, "seed": 0, "set": (), "objective": objective, "beta": beta}
+        )
     settings = {**TRAINING_PRESETS[preset].model_dump()}
     own = tuple(one for one in given.options if one not in _MEASURED)
     values = {one.key: given[one.key] for one in own} | {"seed": None}

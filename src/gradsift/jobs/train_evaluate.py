@@ -179,8 +179,12 @@ def metrics_of(given: Mapping[str, Any]) -> list[Metric]:
     if unknown:
         there = ", ".join(_KINDS).replace("lm_eval", "tasks")
         raise ConfigError(f"--metric {unknown[0]!r} is unknown: there are {there}")
-    if not any(asked.values()) and given.get("data") is not None and not named:
-        named = ["loss" if given.get("objective") is None else "preferences"]
+    if given.get("objective") is not None:
+        named += ["preferences"]
+    elif not any(asked.values()) and given.get("data") is not None and not named:
+        named = ["loss"]
+    if given.get("beta") is not None and given.get("objective") != "dpo":
+        raise ConfigError("--beta is DPO's: add --objective dpo, or leave it out")
     kinds = [kind for kind in _KINDS if kind in named or asked.get(kind)]
     if not kinds:
         raise ConfigError(

@@ -31,7 +31,7 @@ from gradsift.evaluation.setup import subject_of
 from gradsift.execution.engine import LOCAL
 from gradsift.gradients.collect import SequenceSource
 from gradsift.influence.bm25 import BM25
-from gradsift.influence.estimator import Estimator, source_at, target_view, views_read
+from gradsift.influence.estimator import Estimator, Targets, source_at, target_view, views_read
 from gradsift.influence.estimators import AnyEstimator
 from gradsift.influence.ji2s import full_sums
 from gradsift.influence.less import LESS
@@ -327,14 +327,18 @@ class _Judge:
         readers = [method for method in self.settings.judged if method.view is not None]
         if not readers:
             return {}
-        rows = full_sums(pool) if any(method.full_sum for method in readers) else pool
         found: dict[str, Cost] = {}
         try:
-            targets = {method.label: method.targets(pool, self.target) for method in readers}
-            checkpoints, trained = self._timed(["warm-up", pool.warmup.model_dump(mode="json")], pool.checkpoints)
+            warmup = ["warm-up", pool.warmup.model_dump(mode="json"), pool.seed]
+            checkpoints, trained = self._timed(warmup, pool.checkpoints)
+            targets = {method.label: own for method in readers if (own := self._targets(pool, method)) is not None}
+            readers = [method for method in readers if method.label in targets]
+            rows = full_sums(pool) if any(method.full_sum for method in readers) else pool
             for number, checkpoint in enumerate(checkpoints):
                 last = number == len(checkpoints) - 1
                 reading = [method for method in readers if last or not method.last_checkpoint]
+                if not reading:
+                    continue
                 views = views_read(reading)
                 config = [fingerprint(pool.at(checkpoint).config(pool.data, view)) for view in views]
                 _, pass_ = self._timed(["rows", config], partial(rows.stores, checkpoint, views))
@@ -355,6 +359,15 @@ class _Judge:
         except GradsiftError as error:  # each method meets its own, and is listed with it
             refuse_to_go_on(error)
         return found
+
+    def _targets(self, pool: Pool, method: Estimator) -> Targets | None:
+        """The sequences of a method's targets; None where it will fail for lack of them, or of an optimizer's state."""
+        try:
+            method.checkpoints_of(pool)
+            return method.targets(pool, self.target)
+        except GradsiftError as error:
+            refuse_to_go_on(error)
+            return None
 
     def _timed(self, what: Any, work: Callable[[], _Found]) -> tuple[_Found, Cost]:
         """What it makes, with what that took when it was first made."""

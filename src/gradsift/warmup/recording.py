@@ -72,7 +72,6 @@ class Recording:
     rates: NDArray[np.float64] = field(repr=False)
     epochs: NDArray[np.int64] = field(repr=False)
     norms: NDArray[np.float32] = field(repr=False)
-    files: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.rates)
@@ -135,6 +134,8 @@ def open_recording(folder: str | Path) -> Recording:
         "norms": [np.empty((0, len(info["parameters"])), np.float32)],
     }
     for name, count in info["files"].items():
+        if not run.storage.exists(name):
+            raise CorruptError(f"{run.name(name)} is missing from the recording: copy it again")
         with reading(run.name(name)):
             arrays = {key: tensor.numpy() for key, tensor in read_tensors(run.storage, name)[0].items()}
             for part in _parts(arrays["ends"]):

@@ -32,6 +32,7 @@ from gradsift.explanation.exact import ExactRows
 from gradsift.explanation.explain import ALL_STRATEGIES, DEFAULT_ESTIMATOR, DEFAULT_STRATEGIES, Explanations, explain
 from gradsift.explanation.outputs import OutputSource, Question, questions_of
 from gradsift.explanation.relevance import to_db
+from gradsift.explanation.result import StrategyResult
 from gradsift.explanation.table import RelevanceTable, coefficient_statistics, relevance_table
 from gradsift.explanation.table_shown import coefficient_blocks, extreme_blocks, gain_blocks, relevance_blocks
 from gradsift.influence.estimator import Estimator
@@ -201,26 +202,24 @@ def exactness(pool: Pool, args: argparse.Namespace) -> list[Block]:
         ]
         ids = [id_ for id_, _, _ in pairs]
         choice = share_over([{e.id for e in a.examples} == {e.id for e in b.examples} for _, a, b in pairs], ids)
+        weighed = share_over([weighty(a) == weighty(b) for _, a, b in pairs], ids)
         sign = share_over([(a.ratio > 1) == (b.ratio > 1) for _, a, b in pairs], ids)
         gaps = [abs(a.relevance_db - b.relevance_db) for _, a, b in pairs]
         lost = sum(len({e.id for e in b.examples} - {e.id for e in a.examples}) for _, a, b in pairs)
         expected = sum(one.rows for entry in few.entries for one in entry.missed if one.k == k)
-        cells: tuple[Entry, ...] = (
-            strategy, str(k), share_text(choice), share_text(sign), f"{np.median(gaps):.2f} ({max(gaps):.2f})",
-            f"{lost} of {k * len(pairs)}", f"{expected:.1f}" if strategy == "most helpful" else "",
-        )  # fmt: skip
-        rows.append(Row(cells))
-    heads = (
-        "strategy",
-        "k",
-        "same choice",
-        "same sign",
-        "median (largest) difference, dB",
-        "other rows",
-        "as expected",
-    )
+        shares = map(share_text, (choice, weighed, sign))
+        apart = f"{np.median(gaps):.2f} ({max(gaps):.2f})"
+        expects = f"{expected:.1f}" if strategy == "most helpful" else ""
+        rows.append(Row((strategy, str(k), *shares, apart, f"{lost} of {k * len(pairs)}", expects)))
+    heads = ("strategy", "k", "same choice", "same rows of weight", "same sign", "median (largest) dB apart",
+             "other rows", "as expected")  # fmt: skip
     title = f"{args.candidates} candidates of {len(pool.data)} rows, {len(few.entries)} outputs"
     return [Table(tuple(map(Column, heads)), tuple(rows), title)]
+
+
+def weighty(found: StrategyResult) -> set[str]:
+    """Rows that the reconstruction uses: once it fits, others are chosen that get no weight."""
+    return {example.id for example in found.examples if example.coefficient > 0.01}
 
 
 def of_rows(known: ExactRows, ids: SequenceABC[str]) -> ExactRows:

@@ -337,6 +337,7 @@ def test_explanations_of_several_calls_share_a_folder(tiny: World, tmp_path: Pat
     assert "what says the dog" in Page(tmp_path / "explanation.html").text
     assert "what says the cow" in Page(tmp_path / "explanations" / f"{one}.html").text
     assert not (tmp_path / "explanations" / f"{other}.html").exists()
+    assert set(Page(tmp_path / "report.html").links) == {"explanations/t0.html", f"explanations/{one}.html"}
     first = tiny.adapters[0]
     arguments = tiny.arguments("explain", tmp_path, "--adapter", first, "--prompt", "what says the owl", "-k", 1)
     Cli(*arguments, "--max-new-tokens", "4", "--embedding", "none").succeeded()

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 import page_examples
-from gradsift.explanation.lines import Made, explained_ids, publish
+from gradsift.explanation.lines import Made, explained_prompts, publish
 from gradsift.explanation.result import Explanation
 from gradsift.store.run import Run
 
@@ -42,7 +42,8 @@ def test_another_output_is_added_and_the_same_replaced(tmp_path: Path) -> None:
     table = pq.read_table(run.path("explanations.parquet")).to_pylist()
     assert {(row["output"], row["settings"]) for row in table} == {(line["id"], line["made"]["by"]) for line in found}
     assert len(table) == sum(len(line["results"]) for line in found)
-    assert explained_ids(run) == {"math-000", "math-001"}
+    asked = entry(0).messages[-1]["content"]
+    assert explained_prompts(run) == {"math-000": asked, "math-001": asked}
 
 
 def test_what_no_longer_holds_goes(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 from pydantic import TypeAdapter, ValidationError
 
+from gradsift.base.types import said
 from gradsift.explanation.result import ChosenExample, Explanation
 from gradsift.store.manifest import fingerprint
 from gradsift.store.run import Run
@@ -38,13 +39,12 @@ def publish(run: Run, entries: Sequence[Explanation], made: Made) -> None:
     What was explained before stays, but for the same output by the same settings, an output that has got another prompt
     or answer under its id, and everything that is of another pool or other checkpoints.
     """
-    said = {entry.id: fingerprint([list(entry.messages), entry.output, entry.instead]) for entry in entries}
+    texts = {entry.id: fingerprint([list(entry.messages), entry.output, entry.instead]) for entry in entries}
     kept: list[tuple[Explanation, str]] = []
     for line in _lines(run):
-        known = line.get("made") or {}
-        same = said.get(line.get("id", ""))
-        told = fingerprint([line.get("messages"), line.get("output"), line.get("instead")])
-        if known.get("of") != made.of or (same is not None and (known.get("by") == made.by or same != told)):
+        known, same = line["made"], texts.get(line["id"])
+        text = fingerprint([line["messages"], line.get("output"), line.get("instead")])
+        if known.get("of") != made.of or (same is not None and (known.get("by") == made.by or same != text)):
             continue
         with suppress(ValidationError):  # of another version
             kept.append((read_explanation.validate_json(json.dumps(line)), str(known["by"])))
@@ -58,9 +58,9 @@ def publish(run: Run, entries: Sequence[Explanation], made: Made) -> None:
     run.publish_parquet("explanations.parquet", [pa.Table.from_pylist(rows)])
 
 
-def explained_ids(run: Run) -> set[str]:
-    """Outputs of which the run has explanations."""
-    return {str(line.get("id")) for line in _lines(run)}
+def explained_prompts(run: Run) -> dict[str, str]:
+    """Outputs of which the run has explanations, and the last thing that each was asked."""
+    return {line["id"]: said(line["messages"][-1]) for line in _lines(run)}
 
 
 def table(entries: Sequence[Explanation]) -> pa.Table:
@@ -86,12 +86,13 @@ def table(entries: Sequence[Explanation]) -> pa.Table:
 
 
 def _lines(run: Run) -> list[dict[str, Any]]:
-    """What the file holds now; a line that cannot be read is left out."""
+    """What the file holds now; a line that cannot be read, or says not what it is of, is left out."""
     if not run.storage.exists(FILE):
         return []
     found = []
     for line in run.storage.read(FILE).decode("utf-8", "replace").splitlines():
         with suppress(ValueError):
-            if isinstance(content := json.loads(line), dict):
+            content = json.loads(line)
+            if isinstance(content, dict) and all(content.get(name) for name in ("id", "messages", "made")):
                 found.append(content)
     return found

@@ -83,12 +83,13 @@ def explanation_page(
     *,
     embedding: str | None = embeddings.DEFAULT,
     facts: Mapping[str, str] | None = None,
+    trained: Mapping[str, str] | None = None,
 ) -> tuple[Page, list[str]]:
     """The page of one output, and why there is no map of meanings if there is none.
 
     Every estimator's, strategy's and budget's choice is a field of one table, and what a click on it shows. The
     candidates are those of every estimator's and strategy's own ranking, on one map of their gradients and one of their
-    meanings.
+    meanings. `trained` is what training on all of them says, beside what each choice's verdict does.
     """
     shown = _Candidates(explanations, entry)
     lacking: list[str] = []
@@ -156,6 +157,7 @@ def explanation_page(
             ),
             Section("chosen", "Chosen examples", tuple(chosen)),
             Section("relevance", "Every choice", tuple(_compared(entry, choices)), "All choices"),
+            Section("trained", "What training on them does", (Facts(trained),) if trained else (), "Training"),
             Section("agreement", "Do the choices agree?", _agreement(choices, k), "Agreement"),
             Section("beside", "Texts side by side", side_by_side(choices.results, best, explanations.pool.data)),
             Section("matches", "What matches", matches_blocks(entry, explanations.pool.data), "Tokens"),

@@ -98,10 +98,13 @@ def write_pages(
         written.append(publish_page(pool.run, "relevance.html", page))
     wanted = explanations.entries[:pages] if several else explanations.entries
     missing: set[str] = set()
+    trained = None if several or validation is None else validation.facts()
     with pool.reporter.stage("drawing pages", len(wanted), "outputs") as advance:
         for entry in wanted:
             name = f"explanations/{explanation_file(entry.id)}" if several else "explanation.html"
-            page, lacking = explanation_page(explanations, entry, embedding=embedding, facts=facts or {})
+            page, lacking = explanation_page(
+                explanations, entry, embedding=embedding, facts=facts or {}, trained=trained
+            )
             written.append(publish_page(pool.run, name, page))
             missing.update(lacking)
             advance(1)

@@ -21,11 +21,13 @@ from gradsift.base.types import Prompt
 from gradsift.data.shown import excerpt, left_out, shares_table
 from gradsift.evaluation.arms import Compare
 from gradsift.explanation.explain import explained_views
+from gradsift.explanation.lines import explained_prompts
 from gradsift.explanation.matches_shown import matches_lines
 from gradsift.explanation.shown import (
     RELEVANCE,
     VERDICT,
     explained_blocks,
+    explanation_file,
     opposing_blocks,
     prompt_of,
     shown_budget,
@@ -66,6 +68,7 @@ from gradsift.report.blocks import (
     Chart,
     Column,
     Entry,
+    Example,
     Examples,
     Facts,
     Fold,
@@ -159,7 +162,7 @@ def result_page(result: Result) -> Page:
     responses = _responses(result)
     asked = len(result.responses.prompts) if responses and result.responses is not None else 0
     unused = len(account.rows) + account.rows_in_part + len(account.files)
-    explained = () if result.explanations is None else result.explanations.blocks()
+    explained = () if result.explanations is None else (*result.explanations.blocks(), *_explained_before(result))
     outputs = 0 if result.explanations is None else len(result.explanations.entries)
     sections = [
         Section("run", "What was run", (Facts(_run_facts(result)),)),
@@ -553,6 +556,18 @@ def methods_listed(section: str | None = None) -> dict[str, list[tuple[str, str,
     if section is not None and section not in first:
         raise ConfigError(f"there is nothing named {section!r} to list: there are {', '.join(first)}")
     return {title: own for name, (title, own) in zip(first, entries.items(), strict=True) if section in (None, name)}
+
+
+def _explained_before(result: Result) -> tuple[Block, ...]:
+    """Links to the pages of outputs that earlier calls explained."""
+    assert result.explanations is not None
+    run, own = result.pool.run, {entry.id for entry in result.explanations.entries}
+    pages = [
+        Example(id_, title=text.one_line(prompt, 200) or text.ABSENT, link=key)
+        for id_, prompt in explained_prompts(run).items()
+        if id_ not in own and run.storage.exists(key := f"explanations/{explanation_file(id_)}")
+    ]
+    return (Group((Examples(tuple(pages), shown=20),), "Explained before in this folder"),) if pages else ()
 
 
 def print_methods(listed: Mapping[str, list[tuple[str, str, str]]]) -> None:

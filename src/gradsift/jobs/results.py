@@ -22,7 +22,7 @@ from gradsift.data.dataset import Dataset
 from gradsift.data.load import Columns
 from gradsift.data.shown import own_columns as columns_beside
 from gradsift.explanation.explain import Explanations
-from gradsift.explanation.lines import explained_ids
+from gradsift.explanation.lines import explained_prompts
 from gradsift.explanation.shown import explanation_file
 from gradsift.explanation.table import RelevanceTable
 from gradsift.influence.diagnostics import PolicyDiagnostics
@@ -285,7 +285,7 @@ def remove_outdated(result: Result) -> None:
     if result.scores:
         gone += ["diagnostics.json", "suggestions.jsonl"]
     if result.explanations is not None:
-        known = explained_ids(run)
+        known = explained_prompts(run).keys()
         pages = {f"explanations/{explanation_file(id_)}" for id_ in known}
         gone += ["validation.json"]
         gone += [key for key in run.storage.list("explanations/") if key.count("/") == 1 and page_of(key) not in pages]

@@ -184,10 +184,13 @@ class Validation:
         cells = " for ".join(f"{count:,} {what}{'s' * (count != 1)}" for count, what in counts)
         cells += f", steps {self.route}"
         cells += f"; {same:,} more that are the same" * (same > 0) + f"; {len(self.failed)} failed" * bool(self.failed)
+        both = {
+            "ρ(relevance, support)": (found.support, found.support_above),
+            "ρ(relevance, shift)": (found.shift, found.shift_above),
+        }
         facts = {
             "trained on": cells,
-            "ρ(relevance, support)": _both(found.support, found.support_above),
-            "ρ(relevance, shift)": _both(found.shift, found.shift_above),
+            **{name: _both(*pair) for name, pair in both.items() if pair[0].rho is not None},
             "support > 0": f"{share_text(found.supported)} of all, {share_text(found.precision)} of those above 0 dB",
             "0 dB rule is right": share_text(found.accuracy),
         }

@@ -6,7 +6,7 @@ EXTRAS := dev,browser,embeddings,openai,sentiment,ray,s3
 # pip's progress is for people; a log gets the errors only.
 PIP_FLAGS := $(shell test -t 2 || echo -qq)
 # Processes that tests run in; each needs up to 3 GB.
-WORKERS ?= 2
+WORKERS ?= 3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -51,7 +51,7 @@ demo: $(READY)  ## run the demo on a small model, on the CPU
 	"$(BIN)/gradsift" demo $(ARGS)
 
 test: model  ## run the tests that take seconds
-	"$(BIN)/python" -m pytest -m 'not slow and not gpu' -n $(WORKERS) --dist loadfile $(ARGS)
+	"$(BIN)/python" -m pytest -m 'not slow and not gpu' -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: model  ## run the tests that take minutes
 	"$(BIN)/python" -m pytest -m 'slow and not gpu' $(ARGS)
@@ -82,6 +82,11 @@ sbom: $(READY)  ## write a bill of materials, build/sbom.json (CycloneDX)
 
 wheel: $(READY)  ## build the wheel and use it in an environment of its own
 	.ci/wheel "$(BIN)/python"
+
+docs:  ## build the documentation as a site, build/site/index.html
+	@test -x build/docs-venv/bin/mkdocs || { "$(PYTHON)" -m venv build/docs-venv && \
+	  build/docs-venv/bin/python -m pip install $(PIP_FLAGS) 'mkdocs-material>=9.6,<10' 'mkdocstrings[python]>=0.29,<2' -c constraints.txt; }
+	build/docs-venv/bin/python docs/website.py
 
 release: $(READY)  ## build sdist and wheel into dist/, check them, and write the notes of the changelog
 	.ci/release "$(BIN)/python"

@@ -16,6 +16,7 @@ from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -26,6 +27,8 @@ from gradsift.data.chat import ChatFormat
 from gradsift.data.load import load_examples
 from gradsift.data.overlap import normalised_hash
 from gradsift.demo.model import demo_model
+from gradsift.explanation import explain as explain_module
+from gradsift.explanation.exact import ExactRows
 from gradsift.explanation.explain import ALL_STRATEGIES, DEFAULT_ESTIMATOR, DEFAULT_STRATEGIES, Explanations, explain
 from gradsift.explanation.outputs import OutputSource, Question, questions_of
 from gradsift.explanation.relevance import to_db
@@ -171,14 +174,22 @@ def validated(pool: Pool, found: Explanations, args: argparse.Namespace) -> Vali
 
 def exactness(pool: Pool, args: argparse.Namespace) -> list[Block]:
     """Choices and signs of relevance from candidates, beside those from unprojected rows of the whole pool."""
+    how: dict[str, Any] = {
+        "k": (5, 10), "estimator": DEFAULT_ESTIMATOR, "strategies": DEFAULT_STRATEGIES, "matches": 0,
+        "max_new_tokens": args.max_new_tokens,
+    }  # fmt: skip
     asked = questions(pool, args.outputs)
-    few, whole = (
-        explain(
-            pool, asked, k=(5, 10), estimator=DEFAULT_ESTIMATOR, strategies=DEFAULT_STRATEGIES, candidates=candidates,
-            max_new_tokens=args.max_new_tokens, matches=0,
-        )
-        for candidates in (args.candidates, len(pool.data))
-    )  # fmt: skip
+    whole = explain(pool, asked, candidates=len(pool.data), **how)
+    for entry in whole.entries:
+        whole.candidates_of(entry.id, DEFAULT_ESTIMATOR)  # reads what an earlier call has kept
+    every = {entry.id: whole._exact[entry.id] for entry in whole.entries}
+
+    def known(_pool: Pool, _at: Any, wanted: Any, *, adam: bool) -> list[ExactRows]:
+        """Products of the whole pool hold those of any of its rows: the model need not be asked again."""
+        return [of_rows(every[source.ids[0]], ids) for source, ids in wanted]
+
+    with patch.object(explain_module, "exact_rows", known):
+        few = explain(pool, asked, candidates=args.candidates, **how)
     truth = {(e.id, r.strategy, r.k): r for e in whole.entries for r in e.results}
     rows = []
     for strategy, k in dict.fromkeys((r.strategy, r.k) for r in few.entries[0].results):
@@ -210,6 +221,12 @@ def exactness(pool: Pool, args: argparse.Namespace) -> list[Block]:
     )
     title = f"{args.candidates} candidates of {len(pool.data)} rows, {len(few.entries)} outputs"
     return [Table(tuple(map(Column, heads)), tuple(rows), title)]
+
+
+def of_rows(known: ExactRows, ids: SequenceABC[str]) -> ExactRows:
+    """The products of some rows, and the output."""
+    places = torch.tensor([*(known.places[id_] for id_ in ids), len(known.ids)])
+    return ExactRows(tuple(ids), {sides: one[places][:, places] for sides, one in known.products.items()})
 
 
 def published(table: RelevanceTable, means: RelevanceTable) -> Table:

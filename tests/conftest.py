@@ -34,7 +34,10 @@ if "GRADSIFT_FUZZ" not in os.environ:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what uses the demo's model, so that `-m "not model"` runs without it."""
+    """Mark what uses the demo's model, so that `-m "not model"` runs without it; the files of long tests come first, so
+    that no process is left with one of them at the end."""
+    here = Path(__file__).parent
+    items.sort(key=lambda item: item.path.parent not in (here, here / "end_to_end", here / "execution"))
     for item in items:
         if "demo_model_path" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.model)

@@ -257,8 +257,11 @@ def explained(pool: list[dict[str, Any]], k: tuple[int, ...] = BUDGETS, seed: in
     return entry, dataset(pool)
 
 
-def explanation(pool: list[dict[str, Any]], *, output: str = "") -> Page:
-    """The page of one output over gradients in six clusters; its map of texts is another view of them."""
+def explanation(pool: list[dict[str, Any]], *, output: str = "", others: tuple[str, ...] = ()) -> Page:
+    """The page of one output over gradients in six clusters; its map of texts is another view of them.
+
+    Other estimators choose the same examples in another order.
+    """
     draw = torch.Generator().manual_seed(0)
     gradients = torch.randn(6, 64, generator=draw)[torch.arange(len(pool)) % 6] + 0.4 * torch.randn(
         len(pool), 64, generator=draw
@@ -266,12 +269,20 @@ def explanation(pool: list[dict[str, Any]], *, output: str = "") -> Page:
     entry, data = explained(pool)
     if output:
         entry = replace(entry, output=output)
+    entry = replace(
+        entry,
+        results=tuple(
+            replace(one, estimator=label, examples=one.examples[:: -1 if label in others else 1])
+            for label in ("LESS", *others)
+            for one in entry.results
+        ),
+    )
     found = SimpleNamespace(
         pool=SimpleNamespace(
             data=data, model="SmolLM2-135M-Instruct", run=Run(tempfile.mkdtemp(prefix="gradsift-page-")), device="cpu"
         ),
         store=SimpleNamespace(measured_error=None),
-        estimators=[SimpleNamespace(label="LESS")],
+        estimators=[SimpleNamespace(label=label) for label in ("LESS", *others)],
         strategies=STRATEGIES,
         budgets=BUDGETS,
         candidates_of=lambda output_id, estimator, chosen: Candidates(

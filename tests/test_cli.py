@@ -33,12 +33,14 @@ COMMANDS = (
     "reward",
     "select",
     "score",
+    "mix",
     "explain",
     "validate",
     "warmup",
     "train",
     "evaluate",
     "collect",
+    "check-trainer",
     "compare",
     "bench",
     "plan",
@@ -345,6 +347,7 @@ def test_options_reach_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
         "--aggregation": "mean", "--seed": "3", "--dtype": "float32", "--device": "cpu", "--pool-sample": "0.5",
         "--engine": "ray", "--gradient-checkpointing": None, "--eps-placement": "inside",
         "--set": "estimator.normalise=false", "--control": "rds_plus", "--chunk": "64", "--reasoning": "skip",
+        "--objective": "dpo", "--beta": "0.3",
     }  # fmt: skip
     of_one_estimator = {
         "--damping": ("datainf", "--damping", "0.3"),

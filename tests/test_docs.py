@@ -251,6 +251,7 @@ def test_python_examples_run(
             assert replaced == (page == "README.md"), page
             exec(compile(code, page, "exec"), names)
     elsewhere = set((ROOT / "docs/tutorials").glob("*.md"))  # tests/test_tutorials.py
+    elsewhere |= {ROOT / "docs/your-own-training.md", ROOT / "docs/hand-over.md"}  # their own tests, with TRL
     assert {page for page in PAGES if blocks(page, "python")} - elsewhere == {ROOT / page for page in PYTHON}
     assert len(names["chosen"]) == 8
     assert len(names["answer"].results) == 2

@@ -74,6 +74,12 @@ def recorded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[st
     world("select", out, "--estimator", "nice", *rewarded).succeeded()
     asked = ("--prompt", "what colour is the cow", "-k", "2", "--max-new-tokens", "4", "--embedding", "none")
     Cli("validate", *world.arguments("explain", out, *asked)[1:]).succeeded()
+    preferred = [
+        {"id": row["id"], "prompt": row["prompt"], "chosen": row["completion"], "rejected": f"no {number}"}
+        for number, row in enumerate(target_rows(8))
+    ]
+    pairs = write_rows(folder / "pairs.jsonl", preferred)
+    world("score", folder / "preferred", "--objective", "dpo", "--keep-overlap", pool=pairs, target=pairs).succeeded()
     write_rows(folder / "test.jsonl", target_rows(8)[4:])
     compare = {
         "arms": [{"estimator": {"kind": "less"}}, {"estimator": {"kind": "random"}}],

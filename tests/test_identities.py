@@ -19,10 +19,12 @@ from safetensors.torch import load_file, save_file
 import gradsift.explanation.exact as exact_module
 import gradsift.influence.scores as scoring
 from gradsift.base.errors import ConfigError, CorruptError, GradsiftError
+from gradsift.base.progress import silent
 from gradsift.base.settings import Settings
 from gradsift.base.types import Prompt
 from gradsift.compare.costs import StageClock
 from gradsift.context import Pool, open_pool, open_target
+from gradsift.data.pairs import Preference, prepare_pairs
 from gradsift.evaluation.evaluate import evaluate
 from gradsift.evaluation.loss import HeldOutLoss
 from gradsift.evaluation.mean_reward import MeanReward
@@ -659,6 +661,11 @@ def every_address(pool: Pool, address: Address, tmp_path: Path) -> dict[str, str
     identity = sampler_of(pool, prompts, NICE(), checkpoint).identity()
     samples = Samples(pool.run, identity, [Prompt("p", ())], {"p": {0}}, 1)
 
+    both = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": "no"} for row in target_rows()]
+    preferred = prepare_pairs(
+        pool.run, both, pool.chat, columns=None, preference=Preference(objective="dpo"), reporter=silent()
+    )
+
     def timed() -> None:
         with StageClock(pool.run, {}).timed("train", None, {}):
             pass
@@ -686,6 +693,7 @@ def every_address(pool: Pool, address: Address, tmp_path: Path) -> dict[str, str
         "products": lambda: exact_module._prefix(
             pool, checkpoint, OutputSource((pool.data.by_id("p00"),), pool.chat.fingerprint), ("plain",)
         ),
+        "contrasts": lambda: pool.weighed(preferred, checkpoint),
         "times": timed,
     }
     addresses = {kind: address(kind, call) for kind, call in found.items()}
@@ -713,11 +721,12 @@ class _Nothing:
 MADE_FROM = {
     "labels": {"data", "checkpoints", "gradients", "samples", "rewards", "scores", "scores of rows", "explanations",
                "validation", "evaluations", "evaluated rewards", "states", "scores of states", "replays",
-               "scores of replays", "descents", "kronecker", "scores of factors", "candidates", "products"},
+               "scores of replays", "descents", "kronecker", "scores of factors", "candidates", "products",
+               "contrasts"},
     "products": {"explanations"},
     "data": {"checkpoints", "gradients", "scores", "scores of rows", "explanations", "validation", "evaluations",
              "states", "replays", "scores of replays", "descents", "kronecker", "scores of factors", "candidates",
-             "products"},
+             "products", "contrasts"},
     "gradients": {"scores of rows", "explanations", "scores of factors", "products"},
     "kronecker": {"scores of factors"},
     "samples": {"rewards", "evaluated rewards"},

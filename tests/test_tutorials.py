@@ -149,7 +149,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_there_are_tutorials() -> None:
     """The pages are found, and each has commands, Python and output."""
-    assert len(TUTORIALS) == 4
+    assert len(TUTORIALS) == 5
     for page in TUTORIALS:
         found = {language for language, _, _ in _BLOCK.findall(page.read_text(encoding="utf-8"))}
         assert {"console", "python", "text"} <= found, page.name

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from gradsift.evaluation.metric import Figure, Measured
     from gradsift.evaluation.mixture import Mixture, mix
     from gradsift.evaluation.pairwise import Pairwise
+    from gradsift.evaluation.preferences import Preferences
     from gradsift.evaluation.setup import Trained, open_model
     from gradsift.explanation.explain import ALL_STRATEGIES, Explanations, explain
     from gradsift.explanation.outputs import Question
@@ -120,6 +121,7 @@ _WHERE = {
     "gradsift.evaluation.harness": ("LMEval",),
     "gradsift.evaluation.length_controlled": ("instruction_difficulty", "length_controlled_win_rate"),
     "gradsift.evaluation.loss": ("HeldOut", "HeldOutLoss", "held_out_loss"),
+    "gradsift.evaluation.preferences": ("Preferences",),
     "gradsift.evaluation.mean_reward": ("MeanReward",),
     "gradsift.evaluation.mixture": ("Mixture", "mix"),
     "gradsift.evaluation.metric": ("Figure", "Measured"),
@@ -212,7 +214,7 @@ __all__ = [  # noqa: RUF022  # kept in the order of the flow
     "validate", "validate_explanations", "Validation", "OneStep", "lds", "qld", "joint_influence", "bench", "Bench",
     "Benchmark", "run_bench",
     "train_on", "Trained", "merge", "open_model", "Setup", "evaluate", "Evaluation", "Measured", "Figure",
-    "HeldOutLoss", "MeanReward", "Pairwise", "Grading", "LMEval", "length_controlled_win_rate",
+    "HeldOutLoss", "Preferences", "MeanReward", "Pairwise", "Grading", "LMEval", "length_controlled_win_rate",
     "instruction_difficulty", "held_out_loss", "HeldOut",
     "mix", "Mixture", "run_compare", "Comparison", "Compare", "Arm", "Curve", "Recipe", "load_recipe", "Reporter",
     "GradsiftError",

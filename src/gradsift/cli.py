@@ -7,7 +7,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -170,7 +170,9 @@ app = _Commands(
 class Given(dict[str, Any]):
     """What was given, by option, and the options there are."""
 
-    options: tuple[Option, ...] = ()
+    def __init__(self, values: Mapping[str, Any], options: tuple[Option, ...] = ()) -> None:
+        super().__init__(values)
+        self.options = options
 
 
 def _command(
@@ -185,8 +187,7 @@ def _command(
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(**values: Any) -> None:
             own = {str(one.name): values.pop(str(one.name)) for one in arguments}
-            given = Given(values)
-            given.options = flat
+            given = Given(values, flat)
             with _errors(debug=bool(values.get("debug"))):
                 function(given, **own)
 
@@ -312,9 +313,14 @@ def explain(given: Given) -> None:
     Example: gradsift explain --model MODEL --pool pool.jsonl --out runs/math --prompt "What is 17 + 25?" -k 5
 
     All strategies side by side: gradsift explain … --target questions.jsonl -k 1,5,10,25 --compare
+
+    Many questions, one a line, as they are typed, with the model kept in memory: gradsift explain … --prompt -
     """
     from gradsift.jobs.select_explain import run_explain
 
+    if given["prompt"] == "-":
+        _explain_lines(given)
+        return
     _print_result(run_explain(_explain_recipe(given), _reporter(given)), given)
 
 
@@ -327,6 +333,42 @@ def validate(given: Given) -> None:
     from gradsift.jobs.select_explain import run_explain
 
     _print_result(run_explain(_explain_recipe(given, validates=True), _reporter(given)), given)
+
+
+def _explain_lines(given: Given) -> None:
+    """Explain each line of standard input, by stored rows where whole gradients are not asked for."""
+    from gradsift.base.progress import visible
+    from gradsift.jobs.select_explain import explain_prompts
+
+    recipe = _explain_recipe(Given({**given, "exact": bool(given["exact"]), "prompt": None}, given.options))
+    asked = (line.strip() for line in _lines_of(sys.stdin))
+    failed = 0
+    for prompt, found in explain_prompts(recipe, filter(None, asked), _reporter(given)):
+        if isinstance(found, Exception):
+            failed += 1
+            said = {"prompt": prompt, "error": str(found)}
+            print(
+                json.dumps(said, ensure_ascii=False) if given["json"] else f"error: {visible(str(found))}", flush=True
+            )
+        elif given["json"]:
+            assert found.explanations is not None
+            for entry in found.explanations.entries:
+                print(json.dumps(entry.as_dict(), ensure_ascii=False), flush=True)
+        else:
+            _print_result(found, given)
+    if failed:
+        raise click.exceptions.Exit(1)
+
+
+def _lines_of(stream: Any) -> Iterator[str]:
+    """Its lines as they come; who types them is asked for each."""
+    while True:
+        if stream.isatty():
+            print("\nprompt (Ctrl-D ends): ", end="", file=sys.stderr, flush=True)
+        line = stream.readline()
+        if not line:
+            return
+        yield line
 
 
 def _explain_recipe(given: Given, *, validates: bool = False) -> Any:
@@ -431,6 +473,7 @@ def warmup(given: Given) -> None:
         print(f"{checkpoint.adapter}  mean learning rate {checkpoint.learning_rate:.3g}")
 
 
+_DRAWN = Option("seed", default=0, type=int, help="Of the responses, where --sampling-seed is left out.")
 _MEASURED = (
     *of.REWARD,
     *_pick(of.RESPONSES, "samples", "sampling", "temperature", "sampling-seed", "max-new-tokens"),
@@ -462,7 +505,11 @@ def train(given: Given) -> None:
         raise ConfigError("--reward judges epochs here: give --keep best and --validation, a file of prompts")
     best_by = None
     if validation is not None:
-        (best_by,) = metrics_of({**given, "data": validation, "seed": 0, "set": ()})
+        objective = None if given["reward"] else given["objective"]
+        beta = None if objective is None else given["beta"]
+        (best_by,) = metrics_of(
+            {**given, "data": validation, "seed": 0, "set": (), "objective": objective, "beta": beta}
+        )
     settings = {**TRAINING_PRESETS[preset].model_dump()}
     own = tuple(one for one in given.options if one not in _MEASURED)
     values = {one.key: given[one.key] for one in own} | {"seed": None}
@@ -484,7 +531,8 @@ def train(given: Given) -> None:
 
 
 @_command(
-    _pick(of.SOURCES, "model"), of.OUT, of.COLUMNS, _MEASURED, of.MEASURES, _RUN, required=("model", "out"),
+    _pick(of.SOURCES, "model"), of.OUT, of.COLUMNS, _MEASURED, of.MEASURES, _but(_RUN, "seed"), _DRAWN,
+    required=("model", "out"),
 )  # fmt: skip
 def evaluate(given: Given) -> None:
     """Measure a model and its adapters: held-out loss, rewards, lm-eval tasks, a judge's comparisons and grades.
@@ -615,7 +663,7 @@ def plan(given: Given, recipe: Path | None) -> None:
             print_estimate(one)
 
 
-@_command(required=(), name="list", arguments=(click.Argument(["section"], required=False),))
+@_command(of.JSON, required=(), name="list", arguments=(click.Argument(["section"], required=False),))
 def list_(given: Given, section: str | None) -> None:
     """Name every estimator, selector, reward, metric and preset with what it is, those of installed packages, too.
 
@@ -623,14 +671,22 @@ def list_(given: Given, section: str | None) -> None:
 
     One part of it: gradsift list presets
     """
-    from gradsift.jobs.report import print_methods
+    from gradsift.jobs.report import methods_listed, print_methods
 
     _calm_libraries()
-    print_methods(section)
+    listed = methods_listed(section)
+    if given["json"]:
+        found = ((title.partition(" ")[0].rstrip(",").lower(), own) for title, own in listed.items())
+        _print_json(
+            {name: [dict(zip(("name", "reads", "is"), one, strict=True)) for one in own] for name, own in found}
+        )
+    else:
+        print_methods(listed)
 
 
 @_command(
     Option("force", form="flag", help="Overwrite an existing file."),
+    of.JSON,
     required=(),
     arguments=(click.Argument(["path"], default="recipe.yaml", type=click.Path(path_type=Path)),),
 )
@@ -645,7 +701,10 @@ def init(given: Given, path: Path) -> None:
     if path.exists() and not given["force"]:
         raise ConfigError(f"{path} is there already: choose another name, or --force to overwrite it")
     LocalStorage(path.parent).publish(path.name, of.template(str(path)).encode())
-    print(f"wrote {path}: fill in model, pool, target and out, then `gradsift run {path}`")
+    if given["json"]:
+        _print_json({"recipe": str(path)})
+    else:
+        print(f"wrote {path}: fill in model, pool, target and out, then `gradsift run {path}`")
 
 
 def _read_recipes(path: Path, given: Given) -> list[Any]:
@@ -745,7 +804,7 @@ def _print_bench(found: Any, given: Given) -> None:
 
 
 @_command(
-    Option("to", help="Also copy the page here."), of.DEBUG, required=(), arguments=(click.Argument(["out"]),)
+    Option("to", help="Also copy the page here."), of.JSON, of.DEBUG, required=(), arguments=(click.Argument(["out"]),)
 )  # fmt: skip
 def report(given: Given, out: str) -> None:
     """Write the page of a run's latest results again: one self-contained HTML file that opens offline.
@@ -759,7 +818,10 @@ def report(given: Given, out: str) -> None:
     to = None if given["to"] is None else Path(given["to"])
     if to is not None:
         LocalStorage(to.parent).publish(to.name, path.read_bytes())
-    print(to or path)
+    if given["json"]:
+        _print_json({"page": str(path), "copy": to and str(to)})
+    else:
+        print(to or path)
 
 
 @_command(

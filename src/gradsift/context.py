@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +16,7 @@ from gradsift.data.chat import ChatFormat, Reasoning, Supervise, keep_reasoning
 from gradsift.data.dataset import Dataset
 from gradsift.data.load import Columns
 from gradsift.data.overlap import overlap_of_hashes
-from gradsift.data.pairs import are_pairs, prepare_pairs
+from gradsift.data.pairs import DIFFERENCE, ObjectiveName, Pairs, Preference, are_pairs, prepare_pairs
 from gradsift.data.prepare import prepare
 from gradsift.data.rows import Rows
 from gradsift.data.sample import RowSample
@@ -30,6 +30,7 @@ from gradsift.store.gradient_store import GradientStore
 from gradsift.store.precision import MeasuredError
 from gradsift.store.run import Run
 from gradsift.warmup.checkpoint import Checkpoint, open_checkpoint
+from gradsift.warmup.preferences import contrasts, referred
 from gradsift.warmup.recording import recorded_checkpoints
 from gradsift.warmup.train import Warmup, warm_up
 
@@ -105,7 +106,7 @@ class Pool(Setup):
             self.run,
             network,
             find_modules(network, self.gradients.modules).captured,
-            self.data.sequences(0, min(len(self.data), _CHECKED)),
+            self.data.sequences_at(range(min(len(self.data), _CHECKED))),
             model=self.model,
             pattern=self.gradients.modules,
             autocast=self.gradients.autocast_type,
@@ -133,9 +134,29 @@ class Pool(Setup):
         self, source: Any, checkpoint: Checkpoint, views: SequenceABC[View], *, what: str
     ) -> dict[View, GradientStore]:
         """Gradient stores of any sequences with this pool's model and settings."""
+        own = self.weighed(source, checkpoint)
         return collect_at(
-            self.run, source, self.at(checkpoint), views, what=what, reporter=self.reporter, engine=self.engine
+            self.run, own, self.at(checkpoint), views, what=what, reporter=self.reporter, engine=self.engine
         )
+
+    def weighed(self, source: Any, checkpoint: Checkpoint) -> Any:
+        """The source; pairs that are learned by DPO with their margins at a checkpoint, by which gradients weigh."""
+        return self.measured(source, checkpoint) if isinstance(source, Pairs) and source.by_dpo else source
+
+    def measured(self, pairs: Pairs, checkpoint: Checkpoint) -> Pairs:
+        """Pairs with their margins at a checkpoint."""
+        here = contrasts(self.run, pairs, checkpoint, **self._place)
+        known: Pairs = self.referred(pairs).knowing(contrasts=here)
+        return known
+
+    def referred(self, source: Any) -> Any:
+        """The source; pairs that are learned by DPO with what the base model, their reference, says of them."""
+        return referred(self.run, source, **self._place) if isinstance(source, Pairs) else source
+
+    @property
+    def _place(self) -> dict[str, Any]:
+        place: dict[str, Any] = {"model": self.model, "dtype": self.dtype, "device": self.device}
+        return place | {"reporter": self.reporter, "engine": self.engine}
 
 
 @dataclass(frozen=True)
@@ -208,6 +229,8 @@ def open_pool(
     supervise: Supervise = "all_turns",
     reasoning: Reasoning = "as_template",
     keep_duplicates: bool = False,
+    objective: ObjectiveName | None = None,
+    beta: float = 0.1,
     sample: float | None = None,
     dtype: DtypeName = "auto",
     device: str = "auto",
@@ -232,6 +255,8 @@ def open_pool(
         reasoning: where the chat template cuts reasoning: take what it makes of the row and tell what is cut, `keep` it
             by TRL's variant of the template for training and skip rows that are cut all the same, or `skip` the row.
         keep_duplicates: keep exact duplicates in the pool.
+        objective, beta: of a pool of preference pairs, what their loss is (`gradsift.data.pairs.Preference`); None is
+            for rows of one answer.
         sample: score only so many examples (a share below 1, or a number), drawn by `seed`; the warm-up still draws
             from all of them.
         dtype, device: of the model.
@@ -260,21 +285,19 @@ def open_pool(
         setup.reporter.warn(setup.chat.announcement)
     belongs: dict[str, Any] = {"model": model_identity(model)}
 
-    def check(pool: str) -> None:
+    def check(pool: str, made: Mapping[str, Any]) -> None:
         """The folder belongs to what was read, by whichever revision it is tokenised."""
         belongs["pool"] = pool
-        setup.run.refuse_other(belongs)
+        setup.run.refuse_other(belongs, made)
 
-    data = prepare(
-        setup.run,
-        source,
-        setup.chat,
-        what="pool",
-        columns=columns,
-        keep_duplicates=keep_duplicates,
-        check=check,
-        reporter=setup.reporter,
-    )
+    given: dict[str, Any] = {"columns": columns, "keep_duplicates": keep_duplicates, "check": check}
+    given |= {"what": "pool", "reporter": setup.reporter}
+    data: Dataset
+    if objective is None:
+        data = prepare(setup.run, source, setup.chat, **given)
+    else:
+        preference = Preference(objective=objective, beta=beta)
+        data = prepare_pairs(setup.run, source, setup.chat, preference=preference, **given)
     refuse_longer(data, model, what="pool")
     setup.run.bind(belongs)
     return Pool(
@@ -301,8 +324,8 @@ def open_target(
     """Load and tokenise a target for a pool, and find pool rows that it contains.
 
     Args:
-        source: as for `open_pool`; rows of a `chosen` and a `rejected` answer are targets whose loss is how much
-            likelier the rejected one is (`gradsift.data.pairs`).
+        source: as for `open_pool`; rows of a `chosen` and a `rejected` answer are targets whose loss is that of the
+            pool's pairs, or how much likelier the rejected answer is where the pool has none (`gradsift.data.pairs`).
         pool: the pool that is to help.
         subtask: a column of the target that names each example's subtask.
         columns: names of the target's columns.
@@ -314,10 +337,11 @@ def open_target(
         ConfigError: every pool row is in the target, or the sample cannot be drawn.
     """
     given: dict[str, Any] = {"columns": columns, "reporter": pool.reporter}
+    source = list(source) if isinstance(source, Iterator) else source  # of which the first row is looked at
     data: Dataset
     if are_pairs(source, columns):
-        data = pairs = prepare_pairs(pool.run, source, pool.chat, **given)
-        refuse_longer(pairs.rejected, pool.model, what="target")
+        preference = pool.training.preference if isinstance(pool.training, Pairs) else DIFFERENCE
+        data = prepare_pairs(pool.run, source, pool.chat, preference=preference, **given)
     else:
         data = prepare(pool.run, source, pool.chat, what="target", keep_duplicates=True, **given)
     refuse_longer(data, pool.model, what="target")
@@ -331,12 +355,29 @@ def open_target(
     return Target(data, subtasks, overlap)
 
 
+def prepared_like(pool: Pool, source: Any, **given: Any) -> Dataset:
+    """Other rows of the kind that the pool's are: pairs of its objective, or rows of one answer.
+
+    Args:
+        pool: whose run folder keeps them.
+        source: as for `open_pool`.
+        given: as for `prepare`.
+    """
+    if isinstance(pool.training, Pairs):
+        return prepare_pairs(pool.run, source, pool.chat, preference=pool.training.preference, **given)
+    return prepare(pool.run, source, pool.chat, **given)
+
+
 def refuse_longer(data: Dataset, model: str, what: str) -> None:
     """Refuse rows that have more tokens than the model has positions.
 
     Raises:
         ConfigError: naming the first such row.
     """
+    if isinstance(data, Pairs):
+        for answers in (data.answered, data.rejected):
+            refuse_longer(answers, model, what)
+        return
     places = positions(model)
     if places is None or data.longest() <= places:
         return

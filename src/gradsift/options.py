@@ -70,7 +70,7 @@ def _of(panel: str, table: str) -> tuple[Option, ...]:
 SOURCES = _of("Input", "model -m\npool -p")
 TARGET = _of("Input", "target -t")
 OUT = _of("Run", "out -o")
-COLUMNS = _of("Input", "columns\nmax_length\nchunk\nsupervise\nreasoning")
+COLUMNS = _of("Input", "columns\nmax_length\nchunk\nsupervise\nreasoning\nobjective\nbeta")
 POOL = _of("Input", "keep_duplicates !\npool_sample")
 LABELS = _of("Input", "target_columns\nsubtask\nkeep_overlap !")
 ADAPTER = _of("Warm-up", "adapter *")
@@ -269,8 +269,8 @@ MEASURES = (
            "model."),
     Option("base", panel="Input", form="flag", help="Evaluate the model without adapter, too."),
     Option("data", panel="Input", help="Held-out examples, or prompts for a reward."),
-    Option("metric", form="many", help="Loss, reward, pairwise, tasks or grading, beside those that other options "
-           "imply."),
+    Option("metric", form="many", help="Loss, preferences, reward, pairwise, tasks or grading, beside those that other "
+           "options imply."),
     Option("pass-at", panel="Reward", help="The k of pass@k; 1,10,100 if not given."),
     Option("tasks", panel="lm-eval", form="many", help="Tasks of lm-eval: arc_easy,hellaswag."),
     Option("num-fewshot", panel="lm-eval", type=int, help="Examples before each question."),

@@ -16,6 +16,7 @@ from gradsift.base.inputs import read_input
 from gradsift.base.settings import Budget, Seed, Settings, models_in, nearest
 from gradsift.data.chat import Reasoning, Supervise
 from gradsift.data.load import Columns
+from gradsift.data.pairs import ObjectiveName
 from gradsift.data.sample import RowSample
 from gradsift.evaluation.arms import Compare, MetricSetting
 from gradsift.execution.engine import ThisProcess
@@ -62,7 +63,7 @@ class Validate(Settings):
 class Explain(Settings):
     """What to explain, besides choosing.
 
-    prompt: what to ask: a text, or messages as JSON.
+    prompt: what to ask: a text, or messages as JSON; on the command line - reads one a line.
     target: or explain an output for every row of this file.
     row: of the target, only the row with this id.
     output: explain this answer instead of the model's own.
@@ -128,6 +129,9 @@ class Recipe(Settings):
     reasoning: where the chat template cuts reasoning: as_template (and tell it), keep (by TRL's variant of the template
         for training, and skip rows that are cut all the same), or skip.
     keep_duplicates: keep exact duplicates in the pool.
+    objective: of a pool of preference pairs, what they are trained and scored by: dpo, beside the base model as the
+        reference, or difference, of the answers' log-probabilities.
+    beta: of DPO.
     pool_sample: choose from so many pool rows only (a share or a number); the warm-up still draws from all.
     keep_overlap: score pool rows that are in the target, too.
     warmup: a short LoRA training on a share of the pool, one checkpoint an epoch.
@@ -169,6 +173,8 @@ class Recipe(Settings):
     supervise: Supervise = "all_turns"
     reasoning: Reasoning = "as_template"
     keep_duplicates: bool = False
+    objective: ObjectiveName | None = None
+    beta: float = Field(default=0.1, gt=0)
     pool_sample: float | None = Field(default=None, gt=0)
     keep_overlap: bool = False
     warmup: Warmup = Warmup()

@@ -12,13 +12,16 @@ import pytest
 import torch
 
 import gradsift as gs
+from gradsift.base.progress import silent
+from gradsift.base.types import Example, Skipped
 from gradsift.context import Pool, open_target
 from gradsift.data.dataset import Dataset
+from gradsift.data.load import ExampleReader
 from gradsift.data.pairs import Pairs
 from gradsift.influence.bm25 import BM25
 from gradsift.influence.less import LESS
-from gradsift.influence.magic import MAGIC
 from gradsift.influence.scores import score
+from gradsift.jobs.bench import planted
 from tiny_world import World, target_rows, write_rows
 
 PRODUCTS = LESS(optimizer="sgd", normalise=False)
@@ -94,15 +97,13 @@ def test_pairs_are_sampled_and_sent_whole(pool: Pool) -> None:
 
 
 def test_what_cannot_be_a_pair_is_said(pool: Pool) -> None:
-    """A row whose rejected answer is empty is left out; what measures single losses is refused, texts are not."""
+    """A row whose rejected answer is empty is left out; methods of texts take the others."""
     rows = pairs()
     rows[1]["rejected"] = " "
     target = open_target(rows, pool)
     assert list(target.data.ids) == ["t0", "t2"]
     assert [(one.id, one.reason) for one in target.data.account.rows] == [("t1", "rejected")]
     assert len(score(pool, target, BM25()).ids) == 24
-    with pytest.raises(gs.errors.ConfigError, match=r"losses of single answers.*completion=chosen"):
-        score(pool, target, MAGIC())
 
 
 def test_the_command_line_selects_for_pairs(tiny: World, pool: Pool, tmp_path: Path) -> None:
@@ -116,3 +117,97 @@ def test_the_command_line_selects_for_pairs(tiny: World, pool: Pool, tmp_path: P
     ).succeeded()
     assert found["target"]["rows"] == 3
     assert json.dumps(found["selections"][0]["scores"]) != json.dumps(alone.json["selections"][0]["scores"])
+
+
+def said(role: str, content: str) -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
+ASKED, GOOD, BAD = said("user", "2 + 2?"), said("assistant", "4"), said("assistant", "5")
+EXPLICIT = {"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}
+FORMS: list[tuple[str, dict[str, Any], dict[str, str]]] = [
+    ("texts", EXPLICIT, {}),
+    ("messages", {"prompt": [ASKED], "chosen": [GOOD], "rejected": [BAD]}, {}),
+    ("one message each", {"prompt": [ASKED], "chosen": GOOD, "rejected": BAD}, {}),
+    ("implicit", {"chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]}, {}),
+    ("both hold the prompt", {"prompt": "2 + 2?", "chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]}, {}),
+    ("beside a copy", {"messages": [ASKED, GOOD], "chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]}, {}),
+    ("before a conversation", {"messages": [ASKED], "chosen": [GOOD], "rejected": [BAD]}, {}),
+    ("ShareGPT", {"conversations": [{"from": "human", "value": "2 + 2?"}], "chosen": {"from": "gpt", "value": "4"},
+                  "rejected": {"from": "gpt", "value": "5"}}, {}),
+    ("Alpaca", {"instruction": "2 + 2?", "input": "", "output": "-", "chosen": "4", "rejected": "5"}, {}),
+    ("JSON text", {name: json.dumps([ASKED, turn]) for name, turn in (("chosen", GOOD), ("rejected", BAD))}, {}),
+    ("other names", {"q": "2 + 2?", "win": "4", "lose": "5"}, {"prompt": "q", "chosen": "win", "rejected": "lose"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "columns"), [form[1:] for form in FORMS], ids=[form[0] for form in FORMS])
+def test_every_form_of_a_pair_is_the_same_two_conversations(row: dict[str, Any], columns: dict[str, str]) -> None:
+    """What is asked and either answer, whatever holds them; a column that is used is not told as unused."""
+    for answer, turn in (("chosen", GOOD), ("rejected", BAD)):
+        reader = ExampleReader([row], columns=columns, what="pool", require_answer=True, answer=answer)  # type: ignore[arg-type]
+        (example,) = reader
+        assert isinstance(example, Example), example
+        assert list(example.messages) == [ASKED, turn]
+        assert not {"column chosen not used", "column rejected not used"} & {one.part for one in example.unused}
+
+
+def test_texts_that_begin_alike_part_before_a_word() -> None:
+    """TRL's implicit form of texts: what both begin with is asked; without any there is no prompt."""
+    start = "\n\nHuman: 2 + 2?\n\nAssistant: It is"
+    rows = [{"chosen": f"{start} four", "rejected": f"{start} five"}, {"chosen": "four", "rejected": "six"}]
+    reader = ExampleReader(rows, columns=None, what="pool", require_answer=True, answer="rejected")
+    example, skipped = reader
+    assert isinstance(example, Example)
+    assert list(example.messages) == [said("user", start), said("assistant", " five")]
+    assert isinstance(skipped, Skipped)
+    assert "wanted column 'prompt'" in skipped.detail
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (EXPLICIT | {"rejected": "4"}, "same_answers"),
+        ({"prompt": "2 + 2?", "chosen": "4"}, "missing_columns"),
+        ({"prompt": "2 + 2?", "completion": "4"}, "missing_columns"),
+        (EXPLICIT | {"chosen": 4}, "bad_content"),
+        ({"chosen": [ASKED, GOOD], "rejected": [said("user", "3?"), BAD]}, "missing_columns"),
+    ],
+)
+def test_a_row_that_is_no_pair_says_why(row: dict[str, Any], reason: str) -> None:
+    """It is left out by its reason, and stops nothing."""
+    (found, _) = ExampleReader([row, EXPLICIT], columns=None, what="pool", require_answer=True, answer="chosen")
+    assert isinstance(found, Skipped)
+    assert found.reason == reason
+
+
+def test_a_pool_of_pairs_accounts_for_its_rows(tiny: World, tmp_path: Path) -> None:
+    """Copies of both answers, and turns of several weights, are left out by name; a row's weight is a factor."""
+    rows = [
+        *(row | {"id": f"{row['id']}-{copy}"} for row in pairs() for copy in range(2)),
+        pairs()[0] | {"id": "other", "rejected": "other"},
+        pairs()[1] | {"id": "half", "rejected": "other", "weight": 0.5},
+        {"id": "turns", "prompt": [said("user", "a")], "rejected": [BAD],
+         "chosen": [GOOD | {"weight": 0.5}, said("user", "b"), said("assistant", "c")]},
+    ]  # fmt: skip
+    data = tiny.open_pool(tmp_path / "run", rows, objective="dpo").data
+    assert isinstance(data, Pairs)
+    assert list(data.ids) == ["t0-0", "t1-0", "t2-0", "other", "half"]
+    assert {one.id: one.reason for one in data.account.rows} == {
+        **{f"t{number}-1": "duplicate" for number in range(3)}, "turns": "weight",
+    }  # fmt: skip
+    dpo = data.knowing(reference=np.zeros(5)).dpo(range(5))
+    assert dpo is not None
+    assert dpo.losses(torch.zeros(5)).tolist() == pytest.approx([np.log(2)] * 4 + [np.log(2) / 2])
+    with pytest.raises(gs.errors.ConfigError, match="two answers"):
+        tiny.open_pool(tmp_path / "run", rows, objective="dpo", columns={"completion": "chosen"})
+
+
+def test_planted_pairs_have_their_answers_exchanged(tmp_path: Path) -> None:
+    """`bench --plant mislabel:2` exchanges the answers of two pairs, and says of which."""
+    recipe = gs.Recipe(model="m", pool=write_rows(tmp_path / "p.jsonl", pairs()), out="o", objective="dpo")
+    found = planted(recipe, "mislabel:2", silent())
+    changed = [row["planted"] == "yes" for row in found]
+    assert sum(changed) == 2
+    for was, row, exchanged in zip(pairs(), found, changed, strict=True):
+        assert (row["chosen"], row["rejected"]) == (was["chosen"], was["rejected"])[:: -1 if exchanged else 1]

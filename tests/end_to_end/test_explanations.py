@@ -203,7 +203,14 @@ def test_all_strategies_of_several_estimators(tiny: World, tmp_path: Path) -> No
         assert values == sorted(values)
     shown = command(tiny, "explain", tmp_path / "run", *options, target=tiny.target).succeeded().out
     assert " ".join(shown.split()).count("Selection relevance in dB (ratio of means over 4 outputs") == 2
-    assert len(Page(tmp_path / "run" / "relevance.html").links) == 1
+    page = Page(tmp_path / "run" / "relevance.html")
+    assert set(page.links) == {"explanations/t0.html"}
+    assert "Gain over the naive choice" in page.text
+    assert "most harmful is least influential" in page.text  # of BM25
+    assert {(gain["strategy"], gain["naive"]) for gain in table["gains"]} >= {("FL most harmful λ=1", "most harmful")}
+    assert [one["highest"] for one in table["extremes"]] == [True, False] * 2
+    assert {one["model"] for one in table["coefficients"]} >= {"MSE", "KLT"}
+    assert "Coefficients at k = 3" in shown
 
 
 def test_validate_by_both_routes_and_from_what_is_kept(
@@ -223,7 +230,7 @@ def test_validate_by_both_routes_and_from_what_is_kept(
         assert found["relevance"]["budgets"] == [1, 3]
         assert {"validation.json", "relevance.html"} <= set(found["files"])
         page = Page(out / "relevance.html")
-        assert f"32 selections, steps {route}" in page.text
+        assert f"selections for 4 outputs, steps {route}" in page.text
         with monkeypatch.context() as kept:
             models._HOSTS.clear()
             kept.setattr(models, "load_model", out_of_reach)
@@ -310,8 +317,10 @@ def test_explanations_of_several_calls_share_a_folder(tiny: World, tmp_path: Pat
     page makes way for the next one's. Of another checkpoint, all of that goes.
     """
     target = ("--use-answers", "-k", 1, "--pages", 1, "-s", "most_helpful", "--random-sets", 1)
-    first = strictly(command(tiny, "validate", tmp_path, *target, "--json", target=tiny.target))
+    first = strictly(command(tiny, "validate", tmp_path, *target, "--sanity", "--json", target=tiny.target))
     assert first["command"] == "validate"
+    assert first["validation"]["sanity"]["support"]["count"] == 4  # outputs, a random row each
+    assert "the output itself beats a random row" in Page(tmp_path / "relevance.html").text
     assert {"relevance.html", "validation.json"} <= set(first["files"])
     pages = {"relevance.html", "relevance.page.json", "explanations/t0.html", "explanations/t0.page.json"}
     assert all((tmp_path / name).exists() for name in (*pages, "validation.json"))

@@ -23,11 +23,11 @@ from gradsift.evaluation.arms import contenders
 from gradsift.influence.nice import NICE
 from gradsift.recipe import Recipe, load_recipes
 from loopback import Server, completion, serving
-from tiny_world import ANIMALS, COLOURS, Cli, World, pool_rows, save_model, write_rows
+from tiny_world import ANIMALS, COLOURS, Cli, World, pool_rows, save_model, target_rows, write_rows
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 PAPER = ("alpacaeval", "tldr", "rlhf", "humaneval")
-USER = ("nice.yaml", "nice-amc.yaml", "nice-code.yaml")
+USER = ("nice.yaml", "nice-amc.yaml", "nice-code.yaml", "nice-compare-small.yaml")
 LLAMA, MISTRAL = "meta-llama/Llama-2-7b-hf", "mistralai/Mistral-7B-v0.1"
 
 
@@ -177,7 +177,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_rows(root / "problems.jsonl", problem_rows())
     write_rows(root / "human_eval.jsonl", problem_rows(4))
     write_rows(root / "code_alpaca.jsonl", code_rows())
-    reward = "def length(completions, **columns):\n    return [len(c) / 9 for c in completions]\n"
+    for name, rows in (("target", target_rows(3)), ("test", target_rows(5)[3:])):
+        write_rows(root / f"{name}.jsonl", rows)
+    reward = "def length(completions, **columns):\n    return [len(c) / 9 for c in completions]\nright_sum = length\n"
     (root / "rewards.py").write_text(reward)
     return root
 
@@ -215,6 +217,8 @@ LOCAL = {
     "data/train/processed": "tulu",
     "pool.jsonl": "tulu",
     "prompts.jsonl": "prompts.jsonl",
+    "target.jsonl": "target.jsonl",
+    "test.jsonl": "test.jsonl",
     "problems.jsonl": "problems.jsonl",
     "hf://datasets/tatsu-lab/alpaca_eval/alpaca_eval.json": "alpaca_eval.json",
     "vwxyzjn/summarize_from_feedback_tldr_3_filtered:validation": "tldr.jsonl",
@@ -384,7 +388,7 @@ def test_the_recipes_can_be_planned(dry: Dry, name: str) -> None:
     """`plan` reads the pool and the prompts, and estimates the stages without sampling anything."""
     before = len(dry.server.requests)
     found = Cli("plan", dry.written(name, None if name in USER else 0), "--json", "--quiet").succeeded().json
-    assert found["checkpoints"] == 4
+    assert found["checkpoints"] == (1 if "small" in name else 4)
     assert found["target"]["rows"] == {"nice-compare-alpacaeval.yaml": 10, "nice-compare-tldr.yaml": 2}.get(name, 3)
     stage = found["stages"]["pool gradients"]
     assert stage["done"] or stage["seconds"] > 0  # another recipe's run may have made them

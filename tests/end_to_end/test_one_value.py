@@ -110,13 +110,13 @@ def test_relevance_over_outputs(tiny: World, how: Aggregation, tmp_path: Path) -
     assert found["relevance"] == read(tmp_path, "relevance.json")
     assert found["relevance"]["how"] == how
     page = (tmp_path / "relevance.html").read_text()
-    tables = [cells for cells in rows_of(page) if len(cells) in (4, 5)]
-    aggregates = {cells[0]: cells[1:] for cells in tables if len(cells) == 4}
+    tables = [cells for cells in rows_of(page) if len(cells) == 5]
+    aggregates = {cells[0]: cells[1:] for cells in tables if cells[1]}
     spreads: dict[str, list[list[str]]] = {}
     for cells in tables:
-        if len(cells) == 5:
+        if not cells[1]:  # a bar
             spreads.setdefault(cells[0], []).append(cells[2:])  # k = 1, k = 3
-    of_terminal = {cells[0]: cells[1:] for cells in lines_of(out) if len(cells) == 5}
+    of_terminal = {cells[0]: cells[1:] for cells in lines_of(out) if len(cells) == 6}
     assert len(found["relevance"]["rows"]) == 27
     for row in found["relevance"]["rows"]:
         name = row["strategy"]
@@ -125,7 +125,8 @@ def test_relevance_over_outputs(tiny: World, how: Aggregation, tmp_path: Path) -
                    if (r["strategy"], r["k"]) == (name, k)] for k in (1, 3)}  # fmt: skip
         for shown in (of_terminal[name], aggregates[name]):
             assert all(is_rounded(text, value) for text, value in zip(shown, [*values, row["auc_db"]], strict=False))
-        assert is_rounded(of_terminal[name][3], row["above"]["3"])
+            assert all(is_rounded(*end) for end in zip(shown[3].split(" to "), row["between"]["3"], strict=True))
+        assert is_rounded(of_terminal[name][4], row["above"]["3"])
         for number, k in enumerate((1, 3)):
             median, _, above = spreads[name][number]
             assert row["by_budget"][str(k)]["count"] == 4
@@ -145,10 +146,11 @@ def check_validation(found: Any, said: str, page: str) -> None:
     assert set(whole) == set(Agreement.__dataclass_fields__)
     for text in (said, text_of(page)):
         for name, first, second in (("support", "support", "support_above"), ("shift", "shift", "shift_above")):
-            shown = re.search(rf"ρ\(relevance, {name}\):? ({_NUMBER}) over all, ({_NUMBER}) above 0 dB", text)
+            one = rf"({_NUMBER}) \(({_NUMBER}) to ({_NUMBER})\)"
+            shown = re.search(rf"ρ\(relevance, {name}\):? {one} over all, {one} above 0 dB", text)
             assert shown
-            assert is_rounded(shown[1], whole[first]["rho"])
-            assert is_rounded(shown[2], whole[second]["rho"])
+            wanted = [whole[part][figure] for part in (first, second) for figure in ("rho", "low", "high")]
+            assert all(is_rounded(*figure) for figure in zip(shown.groups(), wanted, strict=True))
         shown = re.search(r"0 dB rule is right:? (\d+%) \((\d+%) to (\d+%)\)", text)
         assert shown
         for number, name in enumerate(("share", "low", "high"), 1):
@@ -162,7 +164,9 @@ def check_validation(found: Any, said: str, page: str) -> None:
         edges = [float(edge) for edge in re.findall(_NUMBER, cells[0])]
         assert edges == [edge for edge in (own["low_db"], own["high_db"]) if edge is not None]
         assert cells[1] == str(own["supported"]["count"])
-        assert is_rounded(cells[2], own["supported"]["share"])
+        shares = re.findall(r"\d+ ?%", cells[2])
+        assert all(map(is_rounded, shares, (own["supported"][name] for name in ("share", "low", "high"))))
+        assert len(shares) == 3
         assert is_rounded(cells[3], own["correct"]["share"])
 
 

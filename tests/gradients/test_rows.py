@@ -548,7 +548,7 @@ FUSED = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
         (tiny_llama, "lora", ["q_proj"], {"use_dora": True}, ["lora_magnitude_vector"]),
         (tiny_qwen2, "lora", ["q_proj"], {"lora_bias": True}, ["lora_B.bias"]),
     ],
-    ids=str,
+    ids=lambda given: given.__name__ if callable(given) else str(given),
 )  # fmt: skip
 def test_what_runs_again_equals_the_oracle(
     make: Any, pattern: str, targets: list[str] | None, options: dict[str, Any], new: list[str]

@@ -136,7 +136,7 @@ def test_a_step_on_a_row_earns_what_its_score_says(opened: Opened) -> None:
     def move(row: Tensor, by: float) -> None:
         with torch.no_grad():
             for one, part in zip(modules, row.split(sizes), strict=True):
-                one.weight += by * part.view(one.shape)  # type: ignore[operator]
+                one.weight.add_(by * part.view(one.shape))
 
     for number in (0, 1, 5):
         earned = []

@@ -83,8 +83,8 @@ def _spot(page: Any, kind: str, number: int, space: int = 0) -> tuple[float, flo
 @pytest.mark.parametrize("text", [None, "unbroken" * 40], ids=["plain", "unbroken"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_page_scrolls_sideways(show: Callable[..., Any], kind: str, text: str | None) -> None:
-    """With everything opened, no page is wider than the window, whatever its texts: wide tables scroll inside, and stand
-    below each other on a telephone, where none is cut off."""
+    """With everything opened, no page is wider than the window, whatever its texts: wide tables scroll inside, and
+    stand below each other on a telephone, where none is cut off."""
     page = show(page_of(kind) if text is None else page_examples.filled(page_of(kind), text))
     page.evaluate(OPEN_ALL)
     for width in (320, 390, 768, 1280):
@@ -246,10 +246,39 @@ def test_switches_change_the_choice_by_click_and_by_arrow_keys(show: Callable[..
     assert page.locator(".foreign:visible").count() == sum(n not in views["3", "10"].among for n in _picks(page))
 
 
+def test_a_choice_is_filtered_sorted_and_picked_by_keyboard(show: Callable[..., Any]) -> None:
+    """The table of all choices finds an estimator's strategy by words, sorts by a column either way with what is only
+    there to compare with below, and a field that Enter is pressed on shows that choice.
+    """
+    page = show(page_examples.explanation(page_examples.rows(40), others=("BM25",)))
+    rows = page.locator("#relevance tbody tr:has([data-picks])")
+    page.locator("#relevance input[type=search]").fill("bm25 harmful")
+    assert rows.filter(visible=True).count() == 1
+    button = rows.filter(visible=True).locator("button").nth(1)
+    button.focus()
+    page.keyboard.press("Enter")
+    assert button.get_attribute("aria-pressed") == "true"
+    shown = page.locator("#chosen .choice .verdict").filter(visible=True)
+    assert "most harmful, BM25" in shown.inner_text()
+    page.locator("#relevance input[type=search]").fill("")
+    head = page.locator("#relevance thead button").nth(2)
+
+    def values() -> list[float]:
+        texts = page.locator("#relevance tbody tr td:nth-child(3) .value").all_inner_texts()
+        return [float(words.replace("−", "-").split(" ")[0]) for words in texts]
+
+    fixed = values()[-1:]
+    for down in (True, False):
+        head.press("Enter")
+        found = values()[: rows.count()]
+        assert found == sorted(found, reverse=down)
+        assert values()[-1:] == fixed
+
+
 def test_a_point_of_the_curve_is_a_choice(show: Callable[..., Any]) -> None:
     """Clicking it picks out its strategy and budget."""
     page = show("explanation")
-    page.locator('[data-picks="strategy=3&k=25"]').click()
+    page.locator('svg [data-picks="strategy=3&k=25"]').click()
     assert page.locator('input[name="strategy"]:checked').get_attribute("value") == "3"
     assert page.locator('input[name="k"]:checked').get_attribute("value") == "25"
     assert page.locator("#relevance tr.active th").inner_text() == "most harmful"

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from gradsift.base.errors import ConfigError, DataError
+from gradsift.base.ranks import spearman
 from gradsift.base.types import TokenizedExample
 from gradsift.context import Pool
 from gradsift.data.load import load_examples
@@ -22,6 +23,7 @@ from gradsift.gradients.collect import Gradients
 from gradsift.gradients.projection import Projection
 from gradsift.influence.bm25 import BM25
 from gradsift.model.models import host
+from gradsift.selection.facility_location import FacilityLocation
 from gradsift.selection.random import RandomExamples
 from gradsift.selection.top_k import MostHelpful
 from gradsift.store.manifest import read_json
@@ -337,3 +339,24 @@ def test_training_on_the_output_itself_wins(pool: Pool, outputs: list[TokenizedE
     assert files(pool) == kept
     with pytest.raises(DataError, match="no output can be checked; first: none was given"):
         sanity_check(pool, [], settings=options)
+
+
+def test_reranking_is_tested_by_estimator_and_trade_off(pool: Pool) -> None:
+    """Of each λ the correlation over naive choices and over those of facility location from the same rankings, with the
+    interval of their difference; without naive choices, or of one output, there is nothing to tell.
+    """
+    strategies = [MostHelpful(), *(FacilityLocation(trade_off=λ) for λ in (0.5, 1.0))]
+    several = explain(pool, questions(), k=(1, 2, 3), strategies=strategies, max_new_tokens=6, matches=0)
+    found = validate_explanations(pool, several, settings=STEP)
+    assert [(one.estimator, one.trade_off, one.outputs) for one in found.reranking] == [
+        (DEFAULT_ESTIMATOR.label, trade_off, 4) for trade_off in (0.5, 1.0)
+    ]
+    for one in found.reranking:
+        rhos = []
+        for strategy in ("most helpful", f"FL λ={one.trade_off:g}"):
+            own = distinct(cell for cell in found.cells if cell.cell.key.strategy == strategy)
+            rhos.append(spearman([cell.cell.relevance for cell in own], [cell.support for cell in own]))
+        assert (one.naive, one.reranked) == (pytest.approx(rhos[0]), pytest.approx(rhos[1]))
+        assert one.change.low <= one.change.value <= one.change.high
+    alone = replace(several, entries=several.entries[:1])
+    assert not validate_explanations(pool, alone, settings=STEP).reranking

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +23,7 @@ from transformers import (
 )
 
 import gradsift as gs
-from gradsift.base.errors import ConfigError, DataError, MismatchError
+from gradsift.base.errors import ConfigError, CorruptError, DataError, MismatchError
 from gradsift.context import Pool
 from gradsift.gradients.losses import row_losses
 from gradsift.influence.magic import MAGIC
@@ -210,6 +211,7 @@ class Doubled(Trainer):
     ("changes", "error", "says"),
     [
         ({"lora": {"lora_dropout": 0.1}}, ConfigError, "cannot be taken again: it drops at random: train with lora_dr"),
+        ({"bf16": True}, ConfigError, "its layers ran in half precision"),
         ({"optim": "adafactor"}, ConfigError, "its optimizer is Adafactor"),
         ({"neftune_noise_alpha": 5.0}, ConfigError, "it adds noise to embeddings"),
         ({"label_smoothing_factor": 0.1}, ConfigError, "its loss is not the model's own"),
@@ -248,6 +250,23 @@ def test_another_model(whole: tuple[Pool, Path, Trainer], tiny: World, tmp_path:
         gs.score(other, gs.open_target(target_rows(2), other, keep_overlap=True), MAGIC(record=str(folder)))
     with pytest.raises(ConfigError, match="learning_rate is of a training of gradsift's own"):
         MAGIC(record=str(folder), learning_rate=1e-3)
+
+
+def test_damage(whole: tuple[Pool, Path, Trainer], tmp_path: Path) -> None:
+    """A file that is missing, or altered in one bit, is named."""
+    copied = tmp_path / "recording"
+    shutil.copytree(whole[1], copied)
+    file = copied / "steps-000004.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CorruptError, match=r"steps-000004.safetensors is damaged"):
+        open_recording(copied)
+    file.unlink()
+    with pytest.raises(CorruptError, match=r"steps-000004.safetensors is missing from the recording"):
+        open_recording(copied)
+    with pytest.raises(ConfigError, match=r"holds no recording"):
+        open_recording(tmp_path)
 
 
 def test_refused(tiny: World, tmp_path: Path, whole: tuple[Pool, Path, Trainer]) -> None:

@@ -10,11 +10,10 @@ import numpy as np
 
 from gradsift.base.errors import ConfigError, DataError, MismatchError, UnusableRowsError
 from gradsift.base.progress import Reporter
-from gradsift.context import Pool, Target
+from gradsift.context import Pool, Target, prepared_like
 from gradsift.data.dataset import Dataset
 from gradsift.data.load import Columns, load_examples
 from gradsift.data.overlap import hashed
-from gradsift.data.prepare import prepare
 from gradsift.evaluation.arms import REST_OF_TARGET, Compare, Contender, PairwiseMetric, contenders, with_metric_judge
 from gradsift.evaluation.metric import Metric
 from gradsift.evaluation.setup import subject_of
@@ -176,10 +175,9 @@ def open_grid(recipe: Recipe, job: Compare, reporter: Reporter) -> Grid:
     for drop in {one.drop for one in found if one.drop is not None}:
         kept_count(drop, len(available))
     datasets = {
-        one.name: prepare(
-            pool.run,
+        one.name: prepared_like(
+            pool,
             one.data,
-            pool.chat,
             what=one.name,
             columns=one.columns,
             keep_duplicates=recipe.keep_duplicates,

@@ -141,6 +141,8 @@ class ChatFormat:
             *(["reasoning"],) * (reasoning != "as_template"),
             *(self._of_trl.text,) * (supervise == "trl"),
         )
+        # What of it a user sets, by the names that recipes have.
+        self.settings = {"max_length": max_length, "supervise": supervise, "reasoning": reasoning, "chunk": chunk}
         self._refuse_foreign_markers()
         self.end_of_turn_ids = self._find_end_of_turn_ids(generation_eos)
         self.control_tokens = self._find_control_tokens()

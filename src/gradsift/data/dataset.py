@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as SequenceABC
 from functools import cached_property, lru_cache
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from gradsift.base.types import Message, Sequence, TokenizedExample
 from gradsift.data.account import Account, Entries
 from gradsift.data.rows import Rows
 from gradsift.data.sample import sample_count
-from gradsift.model.loss import token_mean
+from gradsift.model.loss import DPO, token_mean
 from gradsift.store.manifest import Record, fingerprint, read_json, reading
 from gradsift.store.run import Run, run_at
 from gradsift.store.tensors import map_arrays
@@ -158,10 +158,28 @@ class Dataset(Rows):
 
     def sequences(self, start: int, stop: int) -> list[Sequence]:
         """Rows `[start, stop)` as the gradient engine takes them, one sequence each."""
-        found = [token_mean(self[position], position - start) for position in range(start, stop)]
+        found = self.sequences_at(range(start, stop))
         let_go(self._tokens)
         let_go(self._supervised)
         return found
+
+    def sequences_at(self, positions: Iterable[int]) -> list[Sequence]:
+        """Some rows as training takes them: of each the sum over its sequences, of which `dpo` may make the loss."""
+        return [token_mean(self[position], row) for row, position in enumerate(positions)]
+
+    def dpo(self, positions: SequenceABC[int] | NDArray[np.int64]) -> DPO | None:
+        """What makes the losses of some rows of these sums; None where those are the losses."""
+        return None
+
+    @property
+    def answered(self) -> Dataset:
+        """One sequence a row: of preference pairs the chosen answers."""
+        return self
+
+    @property
+    def weighted(self) -> bool:
+        """Whether any label weighs other than 1."""
+        return self._weights is not None
 
     def by_id(self, id_: str) -> TokenizedExample:
         """The example with this id."""

@@ -13,13 +13,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args
 
 from pydantic import SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from gradsift.base.errors import ConfigError
 from gradsift.base.settings import Settings
 from gradsift.base.types import REASONING, TEXT, Flags, Message, said
+from gradsift.data.account import common_length
 from gradsift.data.sources import kind_of
 from gradsift.store.manifest import canonical
 
@@ -94,7 +95,8 @@ FORMATS = (
 _PLACE = re.compile(r"\{([^{}]+)\}")
 
 
-_LATER = ("tools", "text", "weight")
+_LATER = ("tools", "text", "weight", "chosen", "rejected")
+Answer = Literal["chosen", "rejected"]
 
 
 class Columns(Settings):
@@ -114,6 +116,7 @@ class Columns(Settings):
     prompt, completion: what is asked, and the answer.
     instruction, input, output, history: of the Alpaca format.
     system: the system message.
+    chosen, rejected: the answers of a preference pair.
 
     >>> Columns(prompt="question", completion="answer").prompt
     'question'
@@ -134,6 +137,8 @@ class Columns(Settings):
     tools: str | None = None
     text: str | None = None
     weight: str | None = None
+    chosen: str | None = None
+    rejected: str | None = None
 
     @model_serializer(mode="wrap")
     def _named_later(self, written: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -212,13 +217,15 @@ class BadRowError(Exception):
         self.detail = detail
 
 
-def read_conversation(row: Mapping[str, Any], columns: Columns, *, require_answer: bool = True) -> Conversation:
-    """The conversation that a row holds.
+def read_conversation(
+    row: Mapping[str, Any], columns: Columns, *, require_answer: bool = True, answer: Answer | None = None
+) -> Conversation:
+    """The conversation that a row holds; of a preference pair that with the `answer` that is asked for.
 
     Raises:
         BadRowError: it holds none, or one with nothing to learn from where an answer is required.
     """
-    turns = _turns(row, columns, require_answer)
+    turns = _turns(row, columns, require_answer) if answer is None else _answered(row, columns, answer)
     if isinstance(turns, _PlainText):
         unused = _unused_columns(row, columns, turns)
         return Conversation(tuple(turns), (), "", (*unused, *_unused_options(row, columns)), _weight(row, columns))
@@ -277,9 +284,71 @@ def _turns(row: Mapping[str, Any], columns: Columns, require_answer: bool) -> li
         name = "messages" if row.get("prompt") is None and not isinstance(row["chosen"], str) else "completion"
         raise BadRowError(
             "preference_pair",
-            f"a pair of a chosen and a rejected answer: --columns {name}=chosen learns the chosen ones alone",
+            "a pair of a chosen and a rejected answer: --objective dpo learns which is preferred, "
+            f"--columns {name}=chosen the chosen ones alone",
         )
     raise _missing(row, None)
+
+
+def _answered(row: Mapping[str, Any], columns: Columns, answer: Answer) -> list[Any]:
+    """The turns of a preference pair with one of its answers: what is asked stands in a column of its own, or is what
+    both answers begin with (TRL's explicit and implicit form).
+    """
+    both: dict[Answer, Any] = {one: _spoken(_need(row, getattr(columns, one) or one)) for one in get_args(Answer)}
+    asked = _asked(row, columns)
+    if asked is None:
+        asked, both = _shared(both)
+    answers = {one: [value] if isinstance(value, Mapping) else _text_or_turns(value, "assistant")
+               for one, value in both.items()}  # fmt: skip
+    if answers["chosen"] == answers["rejected"]:
+        raise BadRowError("same_answers", "the chosen and the rejected answer are the same: neither is preferred")
+    return _put_together(asked, answers[answer])
+
+
+def _asked(row: Mapping[str, Any], columns: Columns) -> list[Any] | None:
+    """What a preference pair asks, where a column of its own says it."""
+    messages, _, alpaca, _ = columns.families.values()
+    if alpaca is None and messages is None and (columns.prompt is not None or row.get("prompt") is not None):
+        return _text_or_turns(_spoken(_need(row, columns.prompt or "prompt")), "user")
+    for name in ("messages", "conversations") if messages is None else (messages,):
+        if alpaca is None and row.get(name) is not None:
+            turns = _in_turn(_turn_list(row[name], name))
+            if turns and isinstance(turns[-1], Mapping) and _ROLES.get(_speaker(turns[-1])) != "assistant":
+                return turns
+    if alpaca is not None or row.get("instruction") is not None:
+        without = {name: value for name, value in row.items() if name != (columns.output or "output")}
+        return _alpaca(without, columns, False)
+    return None
+
+
+def _shared(both: dict[Answer, Any]) -> tuple[list[Any], dict[Answer, Any]]:
+    """What both answers begin with, and their rest: whole turns, or of texts what comes before the word in which they
+    part.
+    """
+    chosen, rejected = both["chosen"], both["rejected"]
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        shared = chosen[: common_length(chosen, rejected)]
+        end = max(shared.rfind(" "), shared.rfind("\n") + 1)
+        if not shared[: max(end, 0)].strip():
+            raise BadRowError("missing_columns", "wanted column 'prompt', or answers that begin with what is asked")
+        return [{"role": "user", "content": shared[:end]}], {"chosen": chosen[end:], "rejected": rejected[end:]}
+    if not isinstance(chosen, list | tuple) or not isinstance(rejected, list | tuple):
+        raise BadRowError("missing_columns", "wanted column 'prompt', or two answers that begin with what is asked")
+    pairs = enumerate(zip(chosen[:-1], rejected[:-1], strict=False))
+    count = next((n for n, (one, other) in pairs if one != other), min(len(chosen), len(rejected)) - 1)
+    if count < 1:
+        raise BadRowError("missing_columns", "wanted column 'prompt', or answers that begin with the same turns")
+    return list(chosen[:count]), {"chosen": list(chosen[count:]), "rejected": list(rejected[count:])}
+
+
+def _spoken(value: Any) -> Any:
+    """An answer, or what is asked: messages that a csv file holds as JSON text, or the value as it is."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with suppress(ValueError, RecursionError):
+            turns = json.loads(value)
+            if turns and all(isinstance(turn, Mapping) and _speaker(turn) is not None for turn in turns):
+                return turns
+    return value
 
 
 class _Completed(list[Any]):
@@ -306,7 +375,10 @@ def _prompt_completion(row: Mapping[str, Any], prompt: str, completion: str, req
     places = [] if completion in row else _PLACE.findall(completion)
     there = any(_value(row, name) is not None for name in places or [completion])
     answer = _need(row, completion) if require_answer or there else None
-    answers = [] if answer is None else _text_or_turns(answer, "assistant")
+    return _put_together(turns, [] if answer is None else _text_or_turns(answer, "assistant"))
+
+
+def _put_together(turns: list[Any], answers: list[Any]) -> list[Any]:
     repeated = len(answers) > len(turns) and all(map(_same, turns, answers))  # chosen conversations hold their prompt
     completed = _Completed(answers if repeated else turns + answers)
     completed.prompt = len(turns)

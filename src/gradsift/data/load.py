@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from gradsift.base.errors import DataError, UnusableRowsError
 from gradsift.base.strings import FirstSeen
 from gradsift.base.types import Example, Skipped
 from gradsift.data.files import Row
-from gradsift.data.formats import FORMATS, BadRowError, read_conversation
+from gradsift.data.formats import FORMATS, Answer, BadRowError, read_conversation
 from gradsift.data.formats import Columns as Columns
 from gradsift.data.overlap import content_hash
 from gradsift.data.sources import kind_of, read_rows
@@ -74,15 +74,26 @@ def load_examples(
 
 class ExampleReader:
     """The rows of a source, one after the other: each as the example that it is, or as skipped. Takes `load_examples`'s
-    arguments, and raises its errors, the one about rows of which none can be used at the end.
+    arguments, and raises its errors, the one about rows of which none can be used at the end. With `answer`, rows are
+    preference pairs, of which each is read with that answer.
 
     Attributes, all of them known once every row is read: `description`, `unread`, `notes`.
     """
 
     def __init__(
-        self, source: Any, *, columns: Columns | Mapping[str, str] | None = None, what: str, require_answer: bool
+        self,
+        source: Any,
+        *,
+        columns: Columns | Mapping[str, str] | None = None,
+        what: str,
+        require_answer: bool,
+        answer: Answer | None = None,
     ) -> None:
         self._columns, self._what, self._require_answer = Columns.of(columns), what, require_answer
+        self._answer = answer
+        if answer is not None:  # both are read
+            both = {one: getattr(self._columns, one) or one for one in get_args(Answer)}
+            self._columns = Columns.of(self._columns.model_dump(exclude_none=True) | both)
         _check_columns(self._columns, what)
         self._found = read_rows(source, what)
         self.notes = self._found.notes
@@ -128,7 +139,7 @@ class ExampleReader:
                 raise BadRowError(*row.problem)
             if not isinstance(row.value, Mapping):
                 raise BadRowError("not_an_object", f"the row is {kind_of(row.value)}, not an object with named columns")
-            read = read_conversation(row.value, columns, require_answer=self._require_answer)
+            read = read_conversation(row.value, columns, require_answer=self._require_answer, answer=self._answer)
             own_id = _own_id(row.value, columns)
             if own_id is None and columns.id is not None:
                 raise BadRowError("missing_id", f"the id column {columns.id!r} is missing or empty")

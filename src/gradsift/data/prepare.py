@@ -27,6 +27,7 @@ from gradsift.base.types import Example, Flags, Skipped, TokenizedExample
 from gradsift.data.account import Account, Entries, as_line, count_reasons, counts_text
 from gradsift.data.chat import ChatFormat
 from gradsift.data.dataset import DataManifest, Dataset
+from gradsift.data.formats import Answer
 from gradsift.data.load import Columns, ExampleReader
 from gradsift.data.overlap import Duplicates, normalised_hash
 from gradsift.execution.forks import cores, in_order
@@ -53,29 +54,32 @@ def prepare(
     what: str = "pool",
     columns: Columns | Mapping[str, str] | None = None,
     keep_duplicates: bool = False,
-    check: Callable[[str], None] | None = None,
+    check: Callable[[str, Mapping[str, Any]], None] | None = None,
+    answer: Answer | None = None,
     reporter: Reporter,
 ) -> Dataset:
     """Load, tokenise and store a data set, or open it if the run holds it already.
 
     Exact duplicates (normalised content) are left out unless `keep_duplicates`. Rows with nothing to learn are left
     out. Both are in its `account`, as is what of the other rows is not shown. `check` is given the fingerprint of what
-    was read before anything is tokenised or written.
+    was read, and what its manifest will say, before anything is tokenised or written. With `answer`, rows are
+    preference pairs, each read with that one.
 
     Raises:
         DataError: the source cannot be read or no row of it is usable.
     """
-    reading = ExampleReader(source, columns=columns, what=what, require_answer=chat.supervise != "all_tokens")
+    require_answer = answer is not None or chat.supervise != "all_tokens"
+    reading = ExampleReader(source, columns=columns, what=what, require_answer=require_answer, answer=answer)
     with _Rows(str(run.folder) if run.folder.is_dir() else None) as rows:
         rows.read(reading, chat, keep_duplicates=keep_duplicates)
         config = {"content": rows.content, "skipped": rows.left_out, "template": chat.fingerprint}
+        told = {"description": reading.description, "announcement": chat.announcement, "settings": chat.settings}
         if check is not None:
-            check(fingerprint(config))
+            check(fingerprint(config), {"config": config, **told})
         prefix = run.prefix("data", config)
         if run.intact(prefix, reporter, DataManifest) is None:
             with reporter.stage(f"tokenising the {what}", rows.count) as advance:
                 rows.write(run, prefix, chat, advance, f"the {what} ({reading.description})")
-            told = {"description": reading.description, "announcement": chat.announcement}
             run.complete(prefix, "data", config, files=_FILES, **told)
     return Dataset(run, prefix)._with(Account(files=reading.unread, notes=reading.notes))
 

@@ -67,6 +67,11 @@ class Rows(ABC):
     def rows(self) -> Iterator[Mapping[str, Any]]:
         """The original rows, in their order."""
 
+    @property
+    def answered(self) -> Rows:
+        """One sequence a row: of preference pairs the chosen answers."""
+        return self
+
     def __len__(self) -> int:
         return len(self.ids)
 

@@ -262,7 +262,8 @@ class ChatTemplate:
         turns = [self._handed(message) for message in messages]
         marked = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
         given = {"chat_template": self.text, **marked, **self._given(options)}
-        return list(self._tokenizer.apply_chat_template(turns, **given)["assistant_masks"])
+        rendered: Any = self._tokenizer.apply_chat_template(turns, **given)
+        return list(rendered["assistant_masks"])
 
     def _given(self, options: str) -> dict[str, Any]:
         given: dict[str, Any] = json.loads(options) if options else {}

@@ -11,5 +11,7 @@ from gradsift.evaluation.harness import LMEval
 from gradsift.evaluation.loss import HeldOutLoss
 from gradsift.evaluation.mean_reward import MeanReward
 from gradsift.evaluation.pairwise import Pairwise
+from gradsift.evaluation.preferences import Preferences
 
-AnyMetric = Annotated[HeldOutLoss | MeanReward | LMEval | Pairwise | Grading, Field(discriminator="kind")]
+_Any = HeldOutLoss | Preferences | MeanReward | LMEval | Pairwise | Grading
+AnyMetric = Annotated[_Any, Field(discriminator="kind")]

@@ -19,6 +19,7 @@ from gradsift.evaluation.loss import HeldOutLoss
 from gradsift.evaluation.mean_reward import GREEDY, MeanReward
 from gradsift.evaluation.metric import source_name
 from gradsift.evaluation.pairwise import Pairwise
+from gradsift.evaluation.preferences import Preferences
 from gradsift.generation.endpoint import Endpoint
 from gradsift.generation.sampling import Sampling
 from gradsift.influence.bm25 import BM25
@@ -87,7 +88,7 @@ def _training(value: Any) -> Any:
 
 def _wants_data(metric: Mapping[str, Any]) -> bool:
     """Whether a metric's settings lack the data that this kind is taken on."""
-    return metric.get("kind") in ("loss", "reward", "pairwise") and "data" not in metric
+    return metric.get("kind") in ("loss", "preferences", "reward", "pairwise") and "data" not in metric
 
 
 RewardSetting = Annotated[
@@ -135,7 +136,7 @@ class GradingMetric(Grading):
     ask: Endpoint | None = Field(default=None, repr=False)
 
 
-_Metric = HeldOutLoss | RewardMetric | LMEval | PairwiseMetric | GradingMetric
+_Metric = HeldOutLoss | Preferences | RewardMetric | LMEval | PairwiseMetric | GradingMetric
 MetricSetting = Annotated[_Metric, Field(discriminator="kind")]
 
 

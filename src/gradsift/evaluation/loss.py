@@ -11,11 +11,13 @@ from pydantic import ConfigDict, Field
 
 from gradsift.base.errors import DataError, UnusableRowsError
 from gradsift.base.settings import Settings
-from gradsift.context import Setup, refuse_longer
+from gradsift.context import Pool, Setup, refuse_longer
 from gradsift.data.dataset import Dataset
 from gradsift.data.load import Columns
+from gradsift.data.pairs import Pairs, are_pairs
 from gradsift.data.prepare import prepare
 from gradsift.evaluation.metric import Figure, Measured, Needs, Notebook, left_out, mean_figure, source_name
+from gradsift.evaluation.preferences import BoundPreferences, Preferences
 from gradsift.evaluation.setup import Subject
 from gradsift.gradients.losses import row_losses
 from gradsift.model.models import host
@@ -77,12 +79,16 @@ class HeldOutLoss(Settings):
         """What tables call it."""
         return f"held-out loss on {source_name(self.data)}"
 
-    def bind(self, setup: Setup) -> BoundLoss:
-        """Tokenise the data.
+    def bind(self, setup: Setup) -> BoundLoss | BoundPreferences:
+        """Tokenise the data; pairs, where the pool's rows are pairs, have the loss of those.
 
         Raises:
             DataError: it cannot be read, or no row of it has an answer.
         """
+        pool = setup.training if isinstance(setup, Pool) else None
+        if isinstance(pool, Pairs) and are_pairs(self.data, self.columns):
+            own = pool.preference.model_dump()
+            return Preferences(data=self.data, columns=self.columns, **own).bind(setup)
         if isinstance(self.data, Dataset):
             return BoundLoss(self, self.data)
         try:

@@ -13,8 +13,9 @@ from gradsift.base.errors import ConfigError, DataError
 from gradsift.base.lazy import torch
 from gradsift.context import Pool
 from gradsift.data.dataset import Dataset
+from gradsift.evaluation.evaluate import evaluate
 from gradsift.evaluation.fine_tune import train_on
-from gradsift.evaluation.loss import held_out_loss
+from gradsift.evaluation.loss import HeldOutLoss
 from gradsift.influence.reliability import resampling_counts
 from gradsift.influence.scores import Scores, target_parts
 from gradsift.selection.select import budget_count
@@ -118,12 +119,19 @@ def mix(scores: Scores, by: str, budget: float = 0.05, seed: int = 0) -> Mixture
     whole = shares(scores.aggregate, np.arange(len(codes)))
     size = np.bincount(codes, minlength=len(sources)) / len(codes)
     return Mixture(
-        by, count, tuple(sources), *(tuple(map(float, found)) for found in (whole, low, high, size)), parts is not None
+        by=by,
+        budget=count,
+        sources=tuple(sources),
+        shares=tuple(whole.tolist()),
+        low=tuple(low.tolist()),
+        high=tuple(high.tolist()),
+        size=tuple(size.tolist()),
+        targets=parts is not None,
     )
 
 
 def train_mixtures(
-    mixture: Mixture, pool: Pool, test: Dataset, settings: Training, seeds: SequenceABC[int] = (0, 1)
+    mixture: Mixture, pool: Pool, test: HeldOutLoss, settings: Training, seeds: SequenceABC[int] = (0, 1)
 ) -> dict[str, list[float]]:
     """Held-out losses after training on as many rows, drawn at random from sources by the mixture, evenly, and by size.
 
@@ -139,7 +147,7 @@ def train_mixtures(
                 own = [id_ for id_, name in names.items() if name == source]
                 ids += generator.permutation(own)[: round(share * mixture.budget)].tolist()
             trained = train_on(pool, ids, settings, seed=seed, what=f"mixed {what}")
-            found.setdefault(what, []).append(held_out_loss(pool, test, trained.checkpoints[-1]).mean)
+            found.setdefault(what, []).append(evaluate(pool, trained, [test])["loss"].value)
     return found
 
 

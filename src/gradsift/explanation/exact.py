@@ -11,8 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradsift.base.lazy import Tensor, torch
+from gradsift.base.types import Sequence as TokenSequence
 from gradsift.context import Pool
 from gradsift.explanation.outputs import OutputSource, contrasted
+from gradsift.gradients.collect import SequenceSource
 from gradsift.gradients.exact import Side
 from gradsift.gradients.gram import Products, gram
 from gradsift.gradients.projection import Projection
@@ -90,6 +92,43 @@ class ExactRows:
         return self.coordinates[[self.places[id_] for id_ in ids]]
 
 
+@dataclass(frozen=True)
+class _Joined:
+    """The rows of several sources, one after the other."""
+
+    parts: tuple[SequenceSource, ...]
+    loss: str = "joined"
+
+    @property
+    def ids(self) -> list[str]:
+        return [id_ for part in self.parts for id_ in part.ids]
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint([part.fingerprint for part in self.parts])
+
+    @property
+    def template(self) -> str:
+        return self.parts[0].template
+
+    def token_counts(self) -> list[int]:
+        return [count for part in self.parts for count in part.token_counts()]
+
+    def longest(self) -> int:
+        return max(part.longest() for part in self.parts)
+
+    def sequences(self, start: int, stop: int) -> list[TokenSequence]:
+        found: list[TokenSequence] = []
+        begins = 0
+        for part in self.parts:
+            first, last = max(start, begins), min(stop, begins + len(part.ids))
+            if first < last:
+                own = part.sequences(first - begins, last - begins)
+                found += [replace(one, row=one.row + first - start) for one in own]
+            begins += len(part.ids)
+        return found
+
+
 def exact_rows(
     pool: Pool, checkpoint: Checkpoint, wanted: Sequence[tuple[OutputSource, Sequence[str]]], *, adam: bool
 ) -> list[ExactRows]:
@@ -117,10 +156,12 @@ def exact_rows(
     for group in groups:
         ids = sorted({id_ for n in group for id_ in wanted[n][1]}, key=pool.data.position)
         outputs = [pair for n in group for pair in wanted[n][0].pairs]
-        entries = (*(pool.data.by_id(id_) for id_ in ids), *(entry for entry, _ in outputs))
-        others = contrasted([*(None for _ in ids), *(other for _, other in outputs)])
+        asked = OutputSource(
+            tuple(entry for entry, _ in outputs), pool.chat.fingerprint, **contrasted([other for _, other in outputs])
+        )
+        own = pool.weighed(pool.data, checkpoint).subset(pool.data.positions(ids))
         (products,) = gram(
-            pool.run, [OutputSource(entries, pool.chat.fingerprint, **others)], pool.at(checkpoint), sides,
+            pool.run, [_Joined((own, asked))], pool.at(checkpoint), sides,
             what="candidates and outputs", reporter=pool.reporter, engine=pool.engine,
         )  # fmt: skip
         place = {id_: number for number, id_ in enumerate(ids)}

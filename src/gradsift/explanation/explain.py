@@ -19,6 +19,7 @@ from gradsift.base.ranks import descending_ranks
 from gradsift.base.strings import Strings
 from gradsift.base.types import Skipped, TokenizedExample
 from gradsift.context import Pool, Target
+from gradsift.data.pairs import Pairs
 from gradsift.explanation import lines
 from gradsift.explanation.coefficients import CoefficientModel
 from gradsift.explanation.exact import ExactRows, RowsLackingError, exact_rows, missed
@@ -541,6 +542,9 @@ def explain(
     check_budgets(budgets, len(pool.data), candidates)
     given = estimator or DEFAULT_ESTIMATOR
     estimators: tuple[Estimator, ...] = tuple(given) if isinstance(given, SequenceABC) else (given,)
+    if matches and isinstance(pool.data, Pairs):
+        pool.reporter.say("the pool's rows are pairs of answers, whose scores are not split into tokens")
+        matches = 0
     if not strategies:
         raise ConfigError("there are no strategies: give at least one, such as most_helpful")
     _check_once("strategy", [strategy.strategy for strategy in strategies])

@@ -88,6 +88,11 @@ def _example(entry: Explanation, one: TokenMatch, data: Dataset) -> Example:
     )
 
 
+def matched_turns(entry: Explanation) -> dict[str, tuple[Turn, ...]]:
+    """The texts of the examples that are matched, shaded, by their ids."""
+    return {one.id: shaded(one.row, "prompt", "answer") for one in entry.matches}
+
+
 def shaded(
     tokens: Sequence[MatchedToken], read: str, learned: str, beside: Sequence[MatchedToken] = ()
 ) -> tuple[Turn, ...]:

@@ -17,7 +17,7 @@ from gradsift.context import Pool
 from gradsift.data.dataset import Dataset
 from gradsift.data.shown import row_example, turns_of
 from gradsift.explanation.explain import Explanations
-from gradsift.explanation.matches_shown import matches_blocks, shaded
+from gradsift.explanation.matches_shown import matched_turns, matches_blocks
 from gradsift.explanation.relevance import to_db
 from gradsift.explanation.result import CAUTIONS, Explanation, StrategyResult
 from gradsift.explanation.shown import (
@@ -25,6 +25,7 @@ from gradsift.explanation.shown import (
     VERDICT,
     db_span,
     drawn_db,
+    figure_blocks,
     loss_of,
     opposing_blocks,
     output_example,
@@ -34,7 +35,7 @@ from gradsift.explanation.shown import (
     trained_cells,
     verdict_block,
 )
-from gradsift.explanation.verdict import relevance_text, share_brief, share_text
+from gradsift.explanation.verdict import relevance_text, share_brief
 from gradsift.influence.estimator import Estimator
 from gradsift.influence.rds import kept_embeddings
 from gradsift.model import embeddings
@@ -52,7 +53,6 @@ from gradsift.report.blocks import (
     Facts,
     Fold,
     Group,
-    Legend,
     Line,
     Map,
     Page,
@@ -64,7 +64,6 @@ from gradsift.report.blocks import (
     Table,
     Text,
     View,
-    columns,
 )
 from gradsift.report.maps import layout
 from gradsift.selection.candidates import Candidates, Order, naive_key
@@ -153,10 +152,10 @@ def explanation_page(
             Section(
                 "output",
                 "The output",
-                (Group((Examples((output_example(entry),)), Group(_figure(entry, best))), style="tables"),),
+                (Group((Examples((output_example(entry),)), Group(figure_blocks(entry, best))), style="tables"),),
             ),
             Section("chosen", "Chosen examples", tuple(chosen)),
-            Section("choices", "Every choice", tuple(_compared(entry, choices)), "All choices"),
+            Section("relevance", "Every choice", tuple(_compared(entry, choices)), "All choices"),
             Section("agreement", "Do the choices agree?", _agreement(choices, k), "Agreement"),
             Section("beside", "Texts side by side", side_by_side(choices.results, best, explanations.pool.data)),
             Section("matches", "What matches", matches_blocks(entry, explanations.pool.data), "Tokens"),
@@ -220,56 +219,6 @@ def _warnings(entry: Explanation) -> list[str]:
         if affected:
             found.append(f"{', '.join(affected)}: {caution[0].lower()}{caution[1:]}")
     return found
-
-
-def _figure(entry: Explanation, best: StrategyResult) -> tuple[Block, ...]:
-    """How much of the output's gradient the best choice rebuilds, beside random examples and the best found: by the
-    number of examples where there are several, else in bars.
-    """
-    verdicts = {
-        found.k: entry.verdict(found)
-        for found in entry.results
-        if (found.estimator, found.strategy) == (best.estimator, best.strategy)
-    }
-    beside = {one.k: one for one in entry.references}
-    drawn = {"these examples": {k: found.ratio for k, found in verdicts.items()}}
-    if beside:
-        drawn["random examples"] = {k: beside[k].together for k in verdicts}
-        drawn["best found"] = {k: beside[k].best for k in verdicts}
-    shares = {name: {k: max(-1.0, 1 - 1 / ratio) for k, ratio in own.items()} for name, own in drawn.items()}
-    said = "Share of the output's gradient that they rebuild"
-    if len(verdicts) == 1:
-        low = min(0.0, *(own[best.k] for own in shares.values()))
-        rows = [
-            Row((name, Cell("", bar=Bar(low, 1.0, value=shares[name][best.k])), share_text(own[best.k])))
-            for name, own in drawn.items()
-        ]
-        return (Table(columns("", "", "#"), tuple(rows), said, style="shares"),)
-    lines = [
-        Line(
-            name,
-            tuple(
-                Point(k, 100 * share, label=f"{name}, k = {k}: {share_text(drawn[name][k])}")
-                for k, share in own.items()
-            ),
-            colour=number,
-        )
-        for number, (name, own) in enumerate(shares.items())
-    ]
-    return (
-        Chart(
-            f"{said}, in per cent, against the number of examples.",
-            said,
-            "below 0: further off than nothing",
-            axis="examples (k)",
-            up="%",
-            lines=tuple(lines),
-            ticks=tuple((float(k), str(k)) for k in verdicts),
-            logarithmic=True,
-            height=190,
-        ),
-        Legend(tuple((f"key-line s{line.colour}", line.name) for line in lines)),
-    )
 
 
 _READING = {
@@ -460,7 +409,7 @@ class _Candidates:
         lengths = torch.linalg.vector_norm(self.rows, dim=1, keepdim=True)
         unit = self.rows / torch.where(lengths > 0, lengths, torch.ones_like(lengths))
         self.cosine: Tensor = (unit @ unit.T).clamp(-1, 1)
-        matched = {one.id: (*shaded(one.row, "prompt", "answer"),) for one in entry.matches}
+        matched = matched_turns(entry)
         facts = [
             self._facts(own, {"estimator": str(number)} if len(self.competing) > 1 else {})
             for number, own in enumerate(self.competing.values())

@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from gradsift.base.types import said
 from gradsift.data.dataset import Dataset
 from gradsift.data.shown import row_example
 from gradsift.explanation import explain, verdict
 from gradsift.explanation.explain import OPPOSING, Explanations
+from gradsift.explanation.matches_shown import matched_turns
 from gradsift.explanation.result import Explanation, StrategyResult
 from gradsift.explanation.verdict import LEAST_SHARE, relevance_text, share_text
 from gradsift.report import text
@@ -19,11 +21,15 @@ from gradsift.report.blocks import (
     Bar,
     Block,
     Cell,
+    Chart,
     Entry,
     Example,
     Examples,
     Fold,
     Group,
+    Legend,
+    Line,
+    Point,
     Row,
     Table,
     Text,
@@ -121,20 +127,72 @@ def explained_blocks(
         data: of the pool.
         k: the budget.
         estimator: whose ranking the strategies chose from.
-        output: whether the output stands above it.
+        output: whether the output stands above it, and the figure and shaded tokens, which a terminal cannot show.
     """
     results = entry.best_first(k, estimator)
     cut = "" if entry.finished else f" It was cut after {entry.tokens:,} tokens."
     blocks: list[Block] = [Examples((output_example(entry),))] if output else []
     blocks += [verdict_block(entry, found) for found in results[:1]]
+    matched = matched_turns(entry) if output else {}
+    blocks += figure_blocks(entry, results[0]) if output else ()
     blocks.append(Text(f"Scores by {estimator}; {loss_of(entry)}.{cut}", "aside"))
     if len(results) > 1:
         blocks.append(verdicts_table(entry, results))
     for number, found in enumerate(results):
         notes = tuple(Text(note, "aside") for note in entry.notes(found)) if number else ()
         title = f"{found.strategy}: {shown_db(found.relevance_db)}"
-        blocks.append(Fold(title, (*notes, _chosen(found, data)), opened=number == 0))
+        blocks.append(Fold(title, (*notes, _chosen(found, data, matched)), opened=number == 0))
     return tuple(blocks)
+
+
+def figure_blocks(entry: Explanation, best: StrategyResult) -> tuple[Block, ...]:
+    """How much of the output's gradient the best choice rebuilds, beside random examples and the best found: by the
+    number of examples where there are several, else in bars.
+    """
+    verdicts = {
+        found.k: entry.verdict(found)
+        for found in entry.results
+        if (found.estimator, found.strategy) == (best.estimator, best.strategy)
+    }
+    beside = {one.k: one for one in entry.references}
+    drawn = {"these examples": {k: found.ratio for k, found in verdicts.items()}}
+    if beside:
+        drawn["random examples"] = {k: beside[k].together for k in verdicts}
+        drawn["best found"] = {k: beside[k].best for k in verdicts}
+    shares = {name: {k: max(-1.0, 1 - 1 / ratio) for k, ratio in own.items()} for name, own in drawn.items()}
+    said = "Share of the output's gradient that they rebuild"
+    if len(verdicts) == 1:
+        low = min(0.0, *(own[best.k] for own in shares.values()))
+        rows = [
+            Row((name, Cell("", bar=Bar(low, 1.0, value=shares[name][best.k])), share_text(own[best.k])))
+            for name, own in drawn.items()
+        ]
+        return (Table(columns("", "", "#"), tuple(rows), said, style="shares"),)
+    lines = [
+        Line(
+            name,
+            tuple(
+                Point(k, 100 * share, label=f"{name}, k = {k}: {share_text(drawn[name][k])}")
+                for k, share in own.items()
+            ),
+            colour=number,
+        )
+        for number, (name, own) in enumerate(shares.items())
+    ]
+    return (
+        Chart(
+            f"{said}, in per cent, against the number of examples.",
+            said,
+            "below 0: further off than nothing",
+            axis="examples (k)",
+            up="%",
+            lines=tuple(lines),
+            ticks=tuple((float(k), str(k)) for k in verdicts),
+            logarithmic=True,
+            height=190,
+        ),
+        Legend(tuple((f"key-line s{line.colour}", line.name) for line in lines)),
+    )
 
 
 def verdicts_table(entry: Explanation, results: Sequence[StrategyResult]) -> Table:
@@ -215,23 +273,22 @@ def verdicts_line(entries: Sequence[Explanation], k: int) -> str:
     return f"The pool accounts for {held:,} of {len(verdicts):,} outputs, be it in part (k = {k}, the best strategy)."
 
 
-def _chosen(found: StrategyResult, data: Dataset) -> Examples:
+def _chosen(found: StrategyResult, data: Dataset, matched: Mapping[str, tuple[Turn, ...]] | None = None) -> Examples:
+    """The examples of a choice; `matched` has texts to show in place of a row's own."""
     weights = text.figures([example.coefficient for example in found.examples])
     named, scores = text.scaled("score", [example.score for example in found.examples])
     low, high = _span([example.coefficient for example in found.examples])
-    return Examples(
-        tuple(
-            row_example(
-                data,
-                example.id,
-                (named, Cell(score, "below 0", tone="worse") if example.score < 0 else score),
-                ("coefficient", Cell(weight, bar=Bar(low, high, value=example.coefficient))),
-                lead=f"{example.rank:,}",
-            )
-            for example, weight, score in zip(found.examples, weights, scores, strict=True)
-        ),
-        shown=len(found.examples),
-    )
+    examples = []
+    for example, weight, score in zip(found.examples, weights, scores, strict=True):
+        shown = row_example(
+            data,
+            example.id,
+            (named, Cell(score, "below 0", tone="worse") if example.score < 0 else score),
+            ("coefficient", Cell(weight, bar=Bar(low, high, value=example.coefficient))),
+            lead=f"{example.rank:,}",
+        )
+        examples.append(replace(shown, turns=(matched or {}).get(example.id, shown.turns)))
+    return Examples(tuple(examples), shown=len(examples))
 
 
 def opposing_blocks(entry: Explanation, data: Dataset, *, k: int, estimator: str) -> tuple[Block, ...]:

@@ -21,6 +21,7 @@ from gradsift.base.progress import Advance, Reporter, silent, untold
 from gradsift.base.settings import Settings
 from gradsift.base.sums import row_norms
 from gradsift.base.types import Sequence
+from gradsift.data.pairs import Pairs
 from gradsift.execution.engine import LOCAL, Engine
 from gradsift.gradients.adam import AdamDirection, EpsPlacement
 from gradsift.gradients.background import to_host, write, writing_in_background
@@ -454,6 +455,8 @@ def collect_shard(spec: ShardSpec, on_rows: Any = None) -> None:
     counts = [0] * len(ids)
     for sequence in sequences:
         counts[sequence.row] += int((sequence.weights != 0).sum())
+    own = spec.source.losses(spec.start, spec.stop) if isinstance(spec.source, Pairs) else None
+    losses = result.loss.tolist() if own is None else own.tolist()
     for view, prefix in spec.stores.items():
         writer = GradientStoreWriter(spec.run.storage, prefix, engine.config(spec.source, view))
         if result.token_budget < spec.cut.token_budget:
@@ -461,7 +464,7 @@ def collect_shard(spec: ShardSpec, on_rows: Any = None) -> None:
         rows = result.rows[view][keep]
         columns = ShardColumns(
             ids=[ids[row] for row in keep],
-            loss=result.loss[keep].tolist(),
+            loss=[losses[row] for row in keep],
             supervised_tokens=[counts[row] for row in keep],
             norm=result.norms[view][keep].tolist(),
             projected_norm=row_norms(rows).tolist(),

@@ -21,6 +21,7 @@ from gradsift.base.progress import Advance, Reporter
 from gradsift.base.ranks import spearman
 from gradsift.context import Pool, Target
 from gradsift.data.dataset import Dataset
+from gradsift.data.pairs import Pairs
 from gradsift.gradients.capture import grouped
 from gradsift.gradients.collect import AtCheckpoint, SequenceSource
 from gradsift.gradients.folding import Captured
@@ -196,6 +197,11 @@ class EKFAC(RateWeighted):
     def _factors(self, pool: Pool, checkpoint: Checkpoint) -> _Factors:
         """A checkpoint's factors, which need not be there yet; rows that are known to be not finite are not drawn."""
         data = pool.population
+        if isinstance(data, Pairs):
+            raise ConfigError(
+                f"{self.label}: its curvature is that of rows of one answer, and the pool's are pairs: rank with LESS, "
+                "DataInf, ProjectedInverse or MAGIC"
+            )
         collected = pool.kept(data, checkpoint, "plain")
         left_out = () if collected is None else collected["excluded"]
         ids = drawn([id_ for id_ in data.ids if id_ not in left_out], self.rows)

@@ -21,7 +21,6 @@ from gradsift.base.settings import Settings
 from gradsift.base.strings import Strings
 from gradsift.base.types import Message, Skipped
 from gradsift.context import Pool, Target
-from gradsift.data.pairs import Pairs
 from gradsift.data.prompts import Prompts
 from gradsift.data.rows import Rows
 from gradsift.gradients.collect import SequenceSource
@@ -406,13 +405,6 @@ def influence_of(method: Estimator, pool: Pool, target: Target | None) -> Influe
     """
     if target is None and method.needs_target:
         raise ConfigError(f"{method.label} ranks for a target, and there is none: give one, or use AlpaGasus or DEITA")
-    of_losses = method.needs_target and method.takes == "labels" and method.view is None
-    if of_losses and target is not None and isinstance(target.data, Pairs):
-        raise ConfigError(
-            f"{method.label} measures losses of single answers, and the target's rows are a chosen and a rejected one: "
-            "rank with LESS, DataInf, EK-FAC, ProjectedInverse or TRAK, or learn the chosen ones alone "
-            "(--target-columns completion=chosen)"
-        )
     found = method.influence(pool, target)
     said = f"{type(method).__name__}.influence gave"
     if (found.matrix is None) == (found.whole is None):

@@ -125,7 +125,7 @@ class MAGIC(SmoothTraining, Estimator):
 
     def gone_back(self, pool: Pool, target: Target, source: Targets) -> Influence:
         """The same, of what stands for the targets."""
-        groups = groups_of(len(source.ids), target.subtasks, self.per)
+        source, groups = pool.referred(source), groups_of(len(source.ids), target.subtasks, self.per)
         overlap = {skip.id for skip in target.overlap}
         scores, returned, identity, check = [], [], [], None
         for seed in range(pool.seed, pool.seed + self.seeds):
@@ -182,20 +182,21 @@ class MAGIC(SmoothTraining, Estimator):
         lengths, ways = pool.training.lengths, 1 + int(groups.max())
         for seed in range(pool.seed, pool.seed + self.seeds):
             replay, _ = self._replay(pool, overlap, seed)
-            own = [len(one.token_ids) for step in range(len(replay.record)) for one in replay.examples(step)]
-            beside = np.concatenate(replay.record.riders)
-            tokens, riding = float(sum(own)), float(lengths[beside].sum())
+            record, beside = replay.record, np.concatenate(replay.record.riders)
+            own = [one for step in range(len(record)) for one in record.sequences(step, replay.data)]
+            tokens, riding = float(sum(len(one.token_ids) for one in own)), float(lengths[beside].sum())
+            rows = sum(map(len, record.batches))
             trained = pool.run.manifest(replay.prefix) is not None
             ending = self._known_ending(source, replay, groups) if trained else None
             back = ending is not None and replay.returned(ending.note) is not None
-            found.append(Passes("MAGIC's training", len(own), tokens, trained))
+            found.append(Passes("MAGIC's training", rows, tokens, trained))
             taken = (FIRST_BACK + FURTHER_BACK * (ways - 1)) * tokens + riding
-            found.append(Passes("MAGIC's way back", len(own) + len(beside), taken, back))
+            found.append(Passes("MAGIC's way back", rows + len(beside), taken, back))
             if self.check and seed == pool.seed:
                 losses = None if ending is None else self._check_losses(pool, replay, ending)
                 smooth, plain = (0 if losses is None else losses.count(name) for name in ("smooth", "plain"))
                 times = min(self.check + 1 - smooth, self.check) + (self.check + 1 - plain) * (self.record is None)
-                found.append(Passes("MAGIC's check", times * len(own), times * tokens, not times))
+                found.append(Passes("MAGIC's check", times * rows, times * tokens, not times))
         return found
 
     def _replay(self, pool: Pool, overlap: set[str], seed: int) -> tuple[Replay, list[str]]:
@@ -245,7 +246,8 @@ class MAGIC(SmoothTraining, Estimator):
             seed=pool.seed + 1, what="MAGIC's check", reporter=pool.reporter,
         )[-1]  # fmt: skip
         model = host(pool.model, pool.dtype, pool.device).with_adapter(checkpoint.adapter)
-        return ending.mean(row_losses(model, ending.sequences, len(ending.groups)))
+        losses = row_losses(model, ending.sequences, len(ending.groups))
+        return ending.mean(losses if ending.dpo is None else ending.dpo.losses(losses))
 
 
 def _not_smooth(growth: SequenceABC[float], returned: SequenceABC[Returned], record: str | None) -> list[str]:

@@ -19,17 +19,19 @@ from gradsift.base import interruption
 from gradsift.base.errors import CorruptError, ModelError
 from gradsift.base.lazy import Tensor, nn, torch
 from gradsift.base.progress import Reporter
-from gradsift.base.types import Sequence, TokenizedExample
+from gradsift.base.types import Sequence
 from gradsift.data.dataset import Dataset
+from gradsift.data.pairs import Pairs
 from gradsift.gradients.batching import automatic_token_budget, form_batches
 from gradsift.influence.metagradient import Adam, Adjoint, Reverse, State, flat, in_parts
-from gradsift.model.loss import PaddedBatch, SupervisedHead, head_at, pad, token_mean
+from gradsift.model.loss import DPO, PaddedBatch, SupervisedHead, head_at, pad
 from gradsift.model.models import DtypeName
 from gradsift.store.manifest import Record as ManifestRecord
 from gradsift.store.manifest import fingerprint, read_if_whole
 from gradsift.store.run import Run
 from gradsift.store.tensors import publish_tensors, read_tensors
 from gradsift.warmup.checkpoint import Checkpoint
+from gradsift.warmup.preferences import referred
 from gradsift.warmup.train import publish_adapter
 
 _SAVE_SECONDS = 20.0  # the work that a killed way back loses at most
@@ -66,9 +68,9 @@ class Record(ABC):
     def adapted(self, model: str, dtype: DtypeName, device: str) -> AbstractContextManager[Any]:
         """The model with the adapter as the training begins, whose parameters alone require gradients."""
 
-    def examples(self, step: int, data: Dataset) -> list[TokenizedExample]:
-        """What a step trains on."""
-        return [data[int(position)] for position in self.batches[step]]
+    def sequences(self, step: int, data: Dataset) -> list[Sequence]:
+        """What a step trains on, by the place of a row in the step."""
+        return data.sequences_at(self.batches[step].tolist())
 
     def shares(self, step: int) -> Tensor:
         """What the loss of each row of a step counts for, float64 `[row]`: they are averaged."""
@@ -99,58 +101,77 @@ class Network:
         self._head, self._device = head, model.get_input_embeddings().weight.device
         self._budget = automatic_token_budget(model)
 
-    def gradient(self, theta: Tensor, sequences: SequenceABC[Sequence], shares: Tensor) -> tuple[Tensor, Tensor]:
+    def gradient(
+        self, theta: Tensor, sequences: SequenceABC[Sequence], shares: Tensor, dpo: DPO | None = None
+    ) -> tuple[Tensor, Tensor]:
         """∇ Σ_i share_i·ℓ_i(θ), `[parameter]`, and ℓ_i, float64 `[row]`, 0 where the share is.
 
         Args:
             theta: `[parameter]`.
-            sequences: of rows that count from 0; ℓ_i is the sum over those of row i.
+            sequences: of rows that count from 0; ℓ_i is the sum over those of row i, or what `dpo` makes of it.
             shares: `[row]`.
+            dpo: of the rows.
         """
         self._load(theta)
         total, losses = torch.zeros_like(theta), torch.zeros(len(shares), dtype=torch.float64)
-        for padded, rows in self._batches(sequences, self._budget):
-            weights = padded.weights * shares.to(padded.weights)[rows[padded.owner]]
+        for padded, rows in self._batches(sequences, self._budget, dpo):
             with torch.enable_grad():
-                nll = self._head.nll(replace(padded, weights=weights), summed=True)
-                total += flat(torch.autograd.grad(nll.sum(), self.parameters, materialize_grads=True))
-            losses.index_add_(0, rows[padded.owner].cpu(), nll.detach().double().cpu())
+                if dpo is None:
+                    weights = padded.weights * shares.to(padded.weights)[rows[padded.owner]]
+                    own, found = rows[padded.owner], self._head.nll(replace(padded, weights=weights), summed=True)
+                else:
+                    unweighted, own = self._losses(padded, rows, dpo)
+                    found = unweighted * shares.to(unweighted)[own]
+                total += flat(torch.autograd.grad(found.sum(), self.parameters, materialize_grads=True))
+            losses.index_add_(0, own.cpu(), found.detach().double().cpu())
         return total, torch.where(shares > 0, losses / shares, 0.0)
 
-    def losses(self, theta: Tensor, sequences: SequenceABC[Sequence], count: int) -> Tensor:
+    def losses(self, theta: Tensor, sequences: SequenceABC[Sequence], count: int, dpo: DPO | None = None) -> Tensor:
         """ℓ_i(θ), float64 `[row]`."""
         self._load(theta)
         losses = torch.zeros(count, dtype=torch.float64)
         with torch.no_grad():
             for padded, rows in self._batches(sequences, self._budget):
                 losses.index_add_(0, rows[padded.owner].cpu(), self._head.nll(padded).double().cpu())
-        return losses
+        return losses if dpo is None else dpo.losses(losses)
 
     def back(
-        self, theta: Tensor, sequences: SequenceABC[Sequence], shares: Tensor, directions: Tensor
+        self,
+        theta: Tensor,
+        sequences: SequenceABC[Sequence],
+        shares: Tensor,
+        directions: Tensor,
+        dpo: DPO | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """⟨q, ∇ℓ_i⟩ `[target row]`, ∇_θ⟨q, ∇ Σ_i share_i·ℓ_i⟩ `[target parameter]`, and ℓ_i, float64 `[row]`."""
         self._load(theta)
         terms = torch.zeros(len(directions), len(shares), dtype=torch.float64)
         products, losses = torch.zeros_like(directions), torch.zeros(len(shares), dtype=torch.float64)
         with _twice_differentiable():
-            for padded, rows in self._batches(sequences, max(1, self._budget // _TWICE)):
-                own = self._losses(padded, len(rows))
-                found, curved = Reverse(own, shares.to(own)[rows], self.parameters).along(directions)
-                terms.index_add_(1, rows.cpu(), found.double().cpu())
-                losses.index_add_(0, rows.cpu(), own.detach().double().cpu())
+            for padded, rows in self._batches(sequences, max(1, self._budget // _TWICE), dpo):
+                own, places = self._losses(padded, rows, dpo)
+                found, curved = Reverse(own, shares.to(own)[places], self.parameters).along(directions)
+                terms.index_add_(1, places.cpu(), found.double().cpu())
+                losses.index_add_(0, places.cpu(), own.detach().double().cpu())
                 products += curved
         return terms, products, losses
 
-    def ride(self, theta: Tensor, sequences: SequenceABC[Sequence], count: int, directions: Tensor) -> Tensor:
+    def ride(
+        self,
+        theta: Tensor,
+        sequences: SequenceABC[Sequence],
+        count: int,
+        directions: Tensor,
+        dpo: DPO | None = None,
+    ) -> Tensor:
         """⟨q, ∇ℓ_i⟩ `[target row]` alone, for one backward pass.
 
-        Each row's weights are moved by s·q, with an s of its own that is 0: the derivative of its loss by s.
+        Each sequence's weights are moved by s·q, with an s of its own that is 0: the derivative of the losses by s.
         """
         self._load(theta)
         along = [in_parts(direction, self.parameters) for direction in directions]
         terms = torch.zeros(len(directions), count, dtype=torch.float64)
-        for padded, rows in self._batches(sequences, self._budget):
+        for padded, rows in self._batches(sequences, self._budget, dpo):
             moves = torch.zeros(len(directions), len(rows), 1, 1, device=self._device, requires_grad=True)
             handles: list[Any] = []
             try:
@@ -159,7 +180,7 @@ class Network:
                         hook = partial(_moved, moves, [parts[number] for parts in along])
                         handles.append(linear.register_forward_hook(hook))
                 with torch.enable_grad():
-                    (found,) = torch.autograd.grad(self._losses(padded, len(rows)).sum(), moves)
+                    (found,) = torch.autograd.grad(self._losses(padded, rows, dpo)[0].sum(), moves)
             finally:
                 with interruption.held():
                     for handle in handles:
@@ -177,19 +198,27 @@ class Network:
             for parameter, part in zip(self.parameters, in_parts(theta, self.parameters), strict=True):
                 parameter.copy_(part)
 
-    def _batches(self, sequences: SequenceABC[Sequence], budget: int) -> Iterator[tuple[PaddedBatch, Tensor]]:
-        """Batches, and the row of each of their sequences."""
+    def _batches(
+        self, sequences: SequenceABC[Sequence], budget: int, dpo: DPO | None = None
+    ) -> Iterator[tuple[PaddedBatch, Tensor]]:
+        """Batches, and the row of each of their sequences; with `dpo` a pair is never divided."""
+        if dpo is not None:
+            budget = max(budget, 2 * max((len(sequence.token_ids) for sequence in sequences), default=0))
         for batch in form_batches(sequences, budget):
             rows = torch.tensor([sequence.row for sequence in batch.sequences], device=self._device)
             yield pad(batch.sequences, self._device), rows
 
-    def _losses(self, padded: PaddedBatch, count: int) -> Tensor:
-        """Of each sequence, by formulas that can be differentiated twice."""
+    def _losses(self, padded: PaddedBatch, rows: Tensor, dpo: DPO | None = None) -> tuple[Tensor, Tensor]:
+        """Of each sequence, or of each row by `dpo`, by formulas that can be differentiated twice; and their rows."""
         with torch.enable_grad():
             logits = self._head.logits(padded)
             exact = logits if logits.dtype == torch.float64 else logits.float()
             log_p = torch.log_softmax(exact, dim=-1).gather(1, padded.labels[:, None])[:, 0]
-            return exact.new_zeros(count).index_add(0, padded.owner, -log_p * padded.weights.to(log_p))
+            found = exact.new_zeros(len(rows)).index_add(0, padded.owner, -log_p * padded.weights.to(log_p))
+            if dpo is None:
+                return found, rows
+            own, place = rows.unique(return_inverse=True)
+            return dpo.of(own.tolist()).losses(found.new_zeros(len(own)).index_add(0, place, found)), own
 
 
 def _moved(
@@ -331,6 +360,9 @@ class Replay:
     @contextmanager
     def network(self) -> Iterator[Network]:
         """The model with the adapter as the training begins."""
+        if isinstance(self.data, Pairs):
+            place: dict[str, Any] = {"model": self._model, "dtype": self._dtype, "device": self._device}
+            self.data = referred(self.run, self.data, **place, reporter=self.reporter)
         with self.record.adapted(self._model, self._dtype, self._device) as model, head_at(model) as head:
             model.eval()
             yield Network(model, head)
@@ -424,11 +456,12 @@ class Replay:
     ) -> Adjoint:
         directions, adjoint = self.record.optimizer.back(adjoint, state, gradient, self.record.rates[step])
         batch, riders = self.record.batches[step], self.record.riders[step]
-        sequences, shares = self._batch(step)
-        terms, products, losses = network.back(state.theta, sequences, shares, directions)
+        sequences, shares, dpo = self._batch(step)
+        terms, products, losses = network.back(state.theta, sequences, shares, directions, dpo)
         if bool(((losses - recorded).abs() > _AGREE * (1 + recorded.abs())).any()):
             worst = int((losses - recorded).abs().argmax())
-            id_ = self.examples(step)[worst].id
+            place = int(batch[worst])
+            id_ = self.data.ids[place] if place < len(self.data) else "that is not in the pool"
             raise ModelError(
                 f"{self.what}: step {step + 1} of {len(self.record)} is not the one that was recorded: row "
                 f"{id_!r} had a loss of {float(recorded[worst]):.6g} and has "
@@ -436,8 +469,8 @@ class Replay:
             )
         change.index_add_(1, torch.from_numpy(batch), terms * self.record.shares(step))
         if len(riders):
-            beside = [token_mean(self.data[int(position)], row) for row, position in enumerate(riders)]
-            terms = network.ride(state.theta, beside, len(riders), directions)
+            own, aside = self.data.sequences_at(riders.tolist()), self.data.dpo(riders)
+            terms = network.ride(state.theta, own, len(riders), directions, aside)
             change.index_add_(1, torch.from_numpy(riders), terms * self.record.rider_shares(step, self.data))
         return Adjoint(adjoint.theta + products, adjoint.exp_avg, adjoint.exp_avg_sq)
 
@@ -493,18 +526,13 @@ class Replay:
 
     # --- rows and files -----------------------------------------------------------------------------------------------
 
-    def examples(self, step: int) -> list[TokenizedExample]:
-        """What a step trains on."""
-        return self.record.examples(step, self.data)
-
-    def _batch(self, step: int, weights: Tensor | None = None) -> tuple[list[Sequence], Tensor]:
-        """The sequences of a step, and what each row's loss counts for."""
-        shares = self.record.shares(step)
+    def _batch(self, step: int, weights: Tensor | None = None) -> tuple[list[Sequence], Tensor, DPO | None]:
+        """The sequences of a step, what each row's loss counts for, and what makes the losses of pairs."""
+        batch, shares = self.record.batches[step], self.record.shares(step)
         if weights is not None:
             weights = torch.cat([weights, weights.new_ones(self._rows - len(self.data))])
-            shares = shares * weights[torch.from_numpy(self.record.batches[step])]
-        rows = self.examples(step)
-        return [token_mean(example, row) for row, example in enumerate(rows)], shares
+            shares = shares * weights[torch.from_numpy(batch)]
+        return self.record.sequences(step, self.data), shares, self.data.dpo(batch)
 
     def _key(self, kind: str, step: int) -> str:
         return f"{self.prefix}{kind}-{step:06d}.safetensors"

@@ -97,14 +97,15 @@ def score_ends(
 
 
 def chart_of(scores: Scores, chosen: Sequence[float] = ()) -> Chart:
-    """The chart of one method's scores, with its notes and warnings."""
+    """The chart of one method's scores, with its notes; what to be warned of stands once, above it or above all."""
     notes = () if scores.found is None else scores.found.notes
-    note, correlation = " ".join((*notes, *scores.warnings)), scores.length_correlation
-    return score_chart(scores.method.label, scores.aggregate, chosen, correlation=correlation, note=note)
+    correlation = scores.length_correlation
+    return score_chart(scores.method.label, scores.aggregate, chosen, correlation=correlation, note=" ".join(notes))
 
 
 def scores_blocks(scores: Scores) -> tuple[Block, ...]:
     """How scores spread, and where the pool is known the examples at their ends."""
     ends = () if scores.pool is None else score_ends(scores, scores.pool.data)
     folds = [Fold(name, (found,)) for name, found in zip(("Highest", "Lowest"), ends, strict=False)]
-    return (Text(HIGHER), chart_of(scores), *folds)
+    warnings = (Text(warning, "caution") for warning in scores.warnings)
+    return (Text(HIGHER), *warnings, chart_of(scores), *folds)

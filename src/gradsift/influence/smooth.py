@@ -6,6 +6,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as SequenceABC
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,14 @@ from pydantic import Field
 
 from gradsift.base.lazy import Tensor, torch
 from gradsift.base.settings import Settings
+from gradsift.base.types import Sequence
 from gradsift.context import Pool
 from gradsift.data.dataset import Dataset
+from gradsift.data.pairs import Pairs
 from gradsift.gradients.collect import SequenceSource
 from gradsift.influence.metagradient import Adam
 from gradsift.influence.replay import Network, Positions, Record, Replay
+from gradsift.model.loss import DPO
 from gradsift.model.models import DtypeName, host
 from gradsift.store.manifest import fingerprint
 from gradsift.warmup.train import Training, effective_batch_size, epoch_order, training_config
@@ -141,30 +145,48 @@ class Ending:
         self, source: SequenceSource, groups: NDArray[np.int64], rows: NDArray[np.int64] | None = None
     ) -> None:
         rows = np.arange(len(source.ids)) if rows is None else rows
-        place = {int(row): number for number, row in enumerate(rows)}
-        every = source.sequences(0, len(source.ids))
-        self.sequences = [replace(one, row=place[one.row]) for one in every if one.row in place]
+        self._source, self._rows = source, rows
         self.groups = groups[rows]
         self.note = fingerprint([source.fingerprint, groups.tolist(), rows.tolist()])
         self._counts = np.bincount(self.groups)
+
+    @cached_property
+    def sequences(self) -> list[Sequence]:
+        """Of the targets that count, whose `row` is a place among them."""
+        place = {int(row): number for number, row in enumerate(self._rows)}
+        every = training_sequences(self._source)
+        return [replace(one, row=place[one.row]) for one in every if one.row in place]
+
+    @cached_property
+    def dpo(self) -> DPO | None:
+        """What makes losses of pairs of these sequences' sums, where they are by DPO."""
+        return self._source.dpo(self._rows) if isinstance(self._source, Pairs) else None
 
     def gradients(self, network: Network, theta: Tensor) -> Tensor:
         """Of the groups' means, `[group parameter]`."""
         found = []
         for group, count in enumerate(self._counts):
-            rows = {int(row): number for number, row in enumerate(np.flatnonzero(self.groups == group))}
+            members = np.flatnonzero(self.groups == group)
+            rows = {int(row): number for number, row in enumerate(members)}
             own = [replace(one, row=rows[one.row]) for one in self.sequences if one.row in rows]
             shares = torch.full((int(count),), 1.0 / int(count), dtype=torch.float64)
-            found.append(network.gradient(theta, own, shares)[0])
+            dpo = None if self.dpo is None else self.dpo.of(members)
+            found.append(network.gradient(theta, own, shares, dpo)[0])
         return torch.stack(found)
 
     def loss(self, network: Network, theta: Tensor) -> float:
         """The mean over groups of their means, nats."""
-        return self.mean(network.losses(theta, self.sequences, len(self.groups)))
+        return self.mean(network.losses(theta, self.sequences, len(self.groups), self.dpo))
 
     def mean(self, losses: Tensor) -> float:
         """The same of the targets' losses `[target]`."""
         return float((np.bincount(self.groups, weights=losses.numpy()) / self._counts).mean())
+
+
+def training_sequences(source: SequenceSource) -> list[Sequence]:
+    """All sequences of a source; of pairs those whose sums are contrasts, whatever their loss."""
+    count = len(source.ids)
+    return source.sequences_at(range(count)) if isinstance(source, Pairs) else source.sequences(0, count)
 
 
 def loss_after(replay: Replay, opened: Callable[[], Network], ending: Ending, weights: Tensor | None = None) -> float:

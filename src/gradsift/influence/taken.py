@@ -14,18 +14,19 @@ from numpy.typing import NDArray
 
 from gradsift.base.errors import ConfigError, DataError, MismatchError
 from gradsift.base.lazy import Tensor, torch
-from gradsift.base.types import TokenizedExample
+from gradsift.base.types import Sequence, TokenizedExample
 from gradsift.context import Pool
 from gradsift.data.dataset import Dataset
+from gradsift.data.pairs import Pairs
 from gradsift.influence.metagradient import Adam, State, flat, in_parts
 from gradsift.influence.replay import Positions, Record, Replay
-from gradsift.model.loss import supervised_count
+from gradsift.model.loss import supervised_count, token_mean
 from gradsift.model.models import DtypeName, host, model_identity, parameter_name
 from gradsift.store.manifest import reading
 from gradsift.warmup.recording import Recording, open_recording
 
 # How far a step may be from the recorded one, of its size: rounding in other batches (benchmarks/RESULTS.md).
-_AGREE, _AGREE_HALF = 1e-3, 0.05
+_AGREE = 1e-3
 _WHOLE = 5e-3  # how far from 1 the weights of a step's labels may add up to, where its loss is a mean of theirs
 
 
@@ -66,9 +67,9 @@ class TakenRecord(Record):
         finally:
             one.base()
 
-    def examples(self, step: int, data: Dataset) -> list[TokenizedExample]:
+    def sequences(self, step: int, data: Dataset) -> list[Sequence]:
         """As the trainer saw them."""
-        return self._examples(step)
+        return [token_mean(example, row) for row, example in enumerate(self._examples(step))]
 
     def shares(self, step: int) -> Tensor:
         """As many labels as a row has, by what one of them counts for."""
@@ -92,12 +93,12 @@ class TakenRecord(Record):
             self._agree(state.step + 1, float((norms - recorded).norm() / recorded.norm()), "its gradient differs")
 
     def _agree(self, step: int, off: float, what: str) -> None:
-        weights, autocast = self.recording.info["weights"], self.recording.info["autocast"]
-        if not off <= (_AGREE if autocast is None and weights in ("float32", "float64") else _AGREE_HALF):
+        if not off <= _AGREE:
             raise MismatchError(
                 f"step {step} of {len(self)} of the recording {self.recording.folder} is not reproduced: {what} by "
-                f"{off:.2g} of the recorded size. Give the model that was trained, and --dtype {weights}; what was "
-                "drawn at random, and a loss that is no mean over labels, cannot be taken again"
+                f"{off:.2g} of the recorded size. Give the model that was trained, with --dtype "
+                f"{self.recording.info['weights']}; what was drawn at random, and a loss that is no mean over labels, "
+                "cannot be taken again"
             )
 
     def _weights(self, folder: Path) -> Tensor:
@@ -123,6 +124,11 @@ def taken(pool: Pool, folder: str, overlap: Collection[str], *, memory: float, w
         ConfigError: the recording cannot be taken again, and why.
         DataError: none of its rows is in the pool.
     """
+    if isinstance(pool.training, Pairs):
+        raise ConfigError(
+            f"the recording {folder} is of rows of one answer, and the pool's are pairs: leave the record out, and "
+            "MAGIC trains by DPO itself"
+        )
     recording = open_recording(folder)
     obstacles = list(recording.info["obstacles"])
     for step, own in enumerate(recording.taken):

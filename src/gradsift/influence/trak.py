@@ -9,6 +9,7 @@ from gradsift.base.checks import float_array, same_size, to_float64
 from gradsift.base.errors import ConfigError, ShapeError
 from gradsift.base.lazy import Tensor, torch
 from gradsift.context import Pool, Target
+from gradsift.data.pairs import Pairs
 from gradsift.influence.datainf import KernelEstimator, damping_label, inverse_directions, inverse_product, mean_damping
 from gradsift.influence.estimator import Influence, summed, target_rows
 from gradsift.influence.products import store_inner_products
@@ -46,6 +47,11 @@ class TRAK(KernelEstimator):
         """Means over checkpoints of the kernel and of 1 − p, each on its own, and their product."""
         assert target is not None, self
         targets = self.targets(pool, target)
+        if isinstance(pool.data, Pairs) and not pool.data.by_dpo:
+            raise ConfigError(
+                f"{self.label} is of rows that have a probability, and a difference of two is none: take the objective "
+                "dpo, or rank with LESS, DataInf or MAGIC"
+            )
         sizes = [0, 0]
 
         def products(_at: Checkpoint, store: GradientStore, queries: GradientStore, weight: float) -> Tensor:

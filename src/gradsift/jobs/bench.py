@@ -11,8 +11,9 @@ import numpy as np
 from gradsift.base.errors import ConfigError
 from gradsift.base.progress import Reporter, silent
 from gradsift.base.settings import parse_budget
+from gradsift.base.types import Example, Skipped
 from gradsift.context import open_target
-from gradsift.data.load import load_examples
+from gradsift.data.load import Columns, ExampleReader
 from gradsift.data.overlap import normalised_hash
 from gradsift.data.shown import CONVERSATION
 from gradsift.influence.ratings import with_judge
@@ -63,7 +64,8 @@ def run_bench(recipe: Recipe, reporter: Reporter | None = None) -> Benchmark:
 
 
 def planted(recipe: Recipe, plant: str, reporter: Reporter) -> list[dict[str, Any]]:
-    """The pool's rows, some of which have the answer of another one; the column `planted` says yes of those.
+    """The pool's rows, some of which have the answer of another one, or of pairs their answers exchanged; the column
+    `planted` says yes of those.
 
     Raises:
         ConfigError: it is not mislabel:SHARE.
@@ -76,14 +78,18 @@ def planted(recipe: Recipe, plant: str, reporter: Reporter) -> list[dict[str, An
         share = 0.0
     if kind != "mislabel" or not share > 0:
         raise ConfigError(f"plant is {plant!r}: wanted mislabel:SHARE, such as mislabel:5% or mislabel:20")
-    loaded = load_examples(recipe.pool, columns=recipe.columns)
-    examples = loaded.examples
+    pairs: dict[str, Any] = {} if recipe.objective is None else {"answer": "chosen"}
+    reading = ExampleReader(recipe.pool, columns=recipe.columns, what="pool", require_answer=True, **pairs)
+    examples = [one for one in reading if not isinstance(one, Skipped)]
     count = round(share * len(examples)) if share < 1 else int(share)
     if not 2 <= count <= len(examples):
         raise ConfigError(
             f"plant {plant}: {count} of {len(examples)} rows cannot exchange answers: at least two are needed"
         )
     drawn = np.random.default_rng([recipe.seed, count]).choice(len(examples), count, replace=False)
+    if recipe.objective is not None:
+        reporter.say(f"planted: {count} of {len(examples)} pairs have their answers exchanged")
+        return [_pair(example, recipe.columns, number in drawn) for number, example in enumerate(examples)]
     # In the order of their answers each takes the one so far on that equal answers are passed over.
     answer = {int(row): normalised_hash(examples[row].messages[-1:]) for row in drawn}
     ordered = sorted(answer, key=lambda row: answer[row])
@@ -99,6 +105,13 @@ def planted(recipe: Recipe, plant: str, reporter: Reporter) -> list[dict[str, An
             messages[-1] = {**messages[-1], "content": examples[changed[number]].messages[-1]["content"]}
         rows.append(own | {"id": example.id, "messages": messages, "planted": "yes" if number in changed else "no"})
     return rows
+
+
+def _pair(example: Example, columns: Columns, exchanged: bool) -> dict[str, Any]:
+    """A preference pair's row, as it is or with its answers exchanged."""
+    row = {**example.row, columns.id or "id": example.id, "planted": "yes" if exchanged else "no"}
+    both = columns.chosen or "chosen", columns.rejected or "rejected"
+    return row | dict(zip(both, (row[name] for name in reversed(both)), strict=True)) if exchanged else row
 
 
 def _names(recipe: Recipe) -> set[str]:

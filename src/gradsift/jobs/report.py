@@ -39,6 +39,7 @@ from gradsift.influence.nice import PolicyEstimator, takes_reward
 from gradsift.influence.prompts import PromptTarget
 from gradsift.influence.rewards_shown import MOST_PROMPTS, prompt_example, rewards_blocks, rewards_table
 from gradsift.influence.shown import HIGHER, chart_of, score_ends
+from gradsift.influence.suggestions import counted, suggestions_blocks
 from gradsift.jobs.explanation_pages import estimators_table, reranking_table
 from gradsift.jobs.pages import kept_page, publish_page
 from gradsift.jobs.results import (
@@ -169,6 +170,12 @@ def result_page(result: Result) -> Page:
             "Chosen examples",
             _chosen(result),
             count=f"{len(result.selections[0]):,}" if result.selections else "",
+        ),
+        Section(
+            "suggestions",
+            "Pairs to drop or to flip",
+            suggestions_blocks(result.suggestions, pool.data, known=known_columns(result.recipe.columns)),
+            count=f"{len(result.suggestions):,}",
         ),
         Section("extremes", "Highest and lowest", _ends(result)),
         Section("scores", "Scores", _scores(result)),
@@ -452,6 +459,8 @@ def print_result(result: Result) -> None:
             blocks.append(Group(groups, "Chosen against pool"))
     elif result.scores:
         blocks.append(_score_table(result))
+    if result.suggestions:
+        blocks.append(Text(f"{counted(result.suggestions)} (suggestions.jsonl)"))
     blocks += map(Text, reliability_sentences(result))
     if result.diagnostics is not None:
         blocks.append(rewards_table(result.diagnostics.checkpoints))
@@ -517,8 +526,8 @@ def _explained_briefly(result: Result) -> list[Block]:
     return blocks
 
 
-def print_methods(section: str | None = None) -> None:
-    """Everything that has a name: its kind, what it takes or reads, and the first paragraph about it.
+def methods_listed(section: str | None = None) -> dict[str, list[tuple[str, str, str]]]:
+    """Everything that has a name, by title: its kind, what it takes or reads, and the first paragraph about it.
 
     Args:
         section: one of them alone, by its first word.
@@ -529,7 +538,6 @@ def print_methods(section: str | None = None) -> None:
     from gradsift.generation.sampling import PRESETS as SAMPLINGS
     from gradsift.warmup.train import PRESETS, TRAINING_PRESETS
 
-    out = console()
     entries = {
         "Estimators, which rank: --estimator": [_estimator_entry(kind, one) for kind, one in estimators().items()],
         "Selectors, which choose by the ranking: --selection of select and explain": [
@@ -544,12 +552,17 @@ def print_methods(section: str | None = None) -> None:
     first = [title.partition(" ")[0].rstrip(",").lower() for title in entries]
     if section is not None and section not in first:
         raise ConfigError(f"there is nothing named {section!r} to list: there are {', '.join(first)}")
-    for name, (title, own) in zip(first, entries.items(), strict=True):
-        if section in (None, name):
-            out.print(f"{title}\n", markup=False)
-            for kind, reads, said in own:
-                out.print(f"{kind:<20}{reads}", markup=False)
-                out.print(Padding(Words(said), (0, 0, 1, 4)))
+    return {title: own for name, (title, own) in zip(first, entries.items(), strict=True) if section in (None, name)}
+
+
+def print_methods(listed: Mapping[str, list[tuple[str, str, str]]]) -> None:
+    """What `methods_listed` gives, on standard output."""
+    out = console()
+    for title, own in listed.items():
+        out.print(f"{title}\n", markup=False)
+        for kind, reads, said in own:
+            out.print(f"{kind:<20}{reads}", markup=False)
+            out.print(Padding(Words(said), (0, 0, 1, 4)))
 
 
 def _estimator_entry(kind: str, one: type[Estimator]) -> tuple[str, str, str]:

@@ -30,6 +30,7 @@ from gradsift.influence.prompts import PromptTarget
 from gradsift.influence.reliability import Over, Reliability
 from gradsift.influence.responses import SampledResponses
 from gradsift.influence.scores import Scores
+from gradsift.influence.suggestions import Suggestion
 from gradsift.jobs.pages import kept_as, kept_page, page_of
 from gradsift.recipe import Recipe, as_yaml
 from gradsift.report.blocks import Examples
@@ -50,6 +51,7 @@ FILES = {
     "diagnostics.json": "how far the ranking and the choice can be trusted",
     "responses.jsonl": "every sampled response, with its reward where it has one",
     "rewards.json": "what the responses of each checkpoint earn",
+    "suggestions.jsonl": "pairs to drop, or to flip, with their rows",
     "skipped.jsonl": "rows and parts of rows left out, with reasons",
     "explanation.html": "what accounts for the output: a page with a map",
     "relevance.html": "how well each strategy does over the target",
@@ -71,6 +73,7 @@ class Result:
     """What a job made, for printing, for `--json` and for the page.
 
     command: whose result it is
+    paged:   pages are written, with the tokens that match
     """
 
     recipe: Recipe
@@ -85,11 +88,13 @@ class Result:
     responses: SampledResponses | None = None
     relevance: RelevanceTable | None = None
     validation: Validation | None = None
+    suggestions: tuple[Suggestion, ...] = ()
     pages: list[str] = field(default_factory=list)
     unexplained: Account = field(default_factory=Account)
     outcomes: list[Outcome] = field(default_factory=list)
     outcome_notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    paged: bool = True
 
     @property
     def reliability(self) -> list[Reliability]:
@@ -218,6 +223,8 @@ def summary(result: Result) -> dict[str, Any]:
             }
             for chosen in result.selections
         ]
+    if result.suggestions:
+        content["suggestions"] = [asdict(one) for one in result.suggestions]
     if result.explanations is not None:
         content["explanations"] = [entry.as_dict() for entry in result.explanations.entries]
         content["failed"] = [asdict(failure) for failure in result.explanations.failed]
@@ -234,16 +241,20 @@ def summary(result: Result) -> dict[str, Any]:
 
 def files_of(result: Result) -> list[str]:
     """The run's files that hold this result."""
-    return result_files(
+    files = result_files(
         scored=bool(result.scores),
         chosen=bool(result.selections),
+        suggested=bool(result.suggestions),
         trusted=bool(result.reliability),
         outputs=None if result.explanations is None else len(result.explanations.entries),
         validated=result.validation is not None,
     )
+    return [name for name in files if result.paged or not name.endswith(".html")]
 
 
-def result_files(*, scored: bool, chosen: bool, trusted: bool, outputs: int | None, validated: bool) -> list[str]:
+def result_files(
+    *, scored: bool, chosen: bool, trusted: bool, outputs: int | None, validated: bool, suggested: bool = False
+) -> list[str]:
     """The files of a result in which so many outputs are explained, None where that is not done."""
     explained = outputs is not None
     made = {
@@ -254,6 +265,7 @@ def result_files(*, scored: bool, chosen: bool, trusted: bool, outputs: int | No
         "relevance.json": explained,
         "validation.json": validated,
         "diagnostics.json": trusted,
+        "suggestions.jsonl": suggested,
         "skipped.jsonl": True,
         "explanation.html": outputs == 1,
         "relevance.html": explained and outputs != 1,
@@ -271,7 +283,7 @@ def remove_outdated(result: Result) -> None:
     run, made = result.pool.run, {*files_of(result), *result.pages}
     gone: list[str] = []
     if result.scores:
-        gone += ["diagnostics.json"]
+        gone += ["diagnostics.json", "suggestions.jsonl"]
     if result.explanations is not None:
         known = explained_ids(run)
         pages = {f"explanations/{explanation_file(id_)}" for id_ in known}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as SequenceABC
 from dataclasses import replace
 from itertools import product
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from gradsift.base.errors import ConfigError, DataError
+from gradsift.base.errors import ConfigError, DataError, GradsiftError
 from gradsift.base.progress import Reporter, silent
 from gradsift.base.types import Example, Skipped
 from gradsift.context import Pool, Target, open_pool, open_target
@@ -33,11 +34,12 @@ from gradsift.influence.prompts import PromptTarget, open_prompts
 from gradsift.influence.ratings import with_judge
 from gradsift.influence.responses import sampled_responses
 from gradsift.influence.scores import save_tables, score
+from gradsift.influence.suggestions import suggestion_lines, suggestions
 from gradsift.jobs.explanation_pages import write_pages
 from gradsift.jobs.report import write_results
 from gradsift.jobs.results import Result, diagnostics, remove_outdated, summary, write_skipped
 from gradsift.model import embeddings
-from gradsift.recipe import Recipe
+from gradsift.recipe import Explain, Recipe
 from gradsift.selection.select import budget_count, check_drop, kept_count, select
 from gradsift.selection.top_k import TopK
 from gradsift.selection.trust import sample_reliability, target_reliability
@@ -56,6 +58,8 @@ def open_recipe(recipe: Recipe, reporter: Reporter | None = None, *, announce: b
     skipped.jsonl.
     """
     reporter = reporter or silent()
+    if "beta" in recipe.model_fields_set and recipe.objective != "dpo":
+        raise ConfigError("beta is DPO's, and the objective is another: add --objective dpo, or leave beta out")
     pool = open_pool(
         recipe.pool if source is None else source,
         model=recipe.model,
@@ -69,6 +73,8 @@ def open_recipe(recipe: Recipe, reporter: Reporter | None = None, *, announce: b
         supervise=recipe.supervise,
         reasoning=recipe.reasoning,
         keep_duplicates=recipe.keep_duplicates,
+        objective=recipe.objective,
+        beta=recipe.beta,
         sample=recipe.pool_sample,
         dtype=recipe.dtype,
         device=recipe.device,
@@ -140,7 +146,9 @@ def run_mix(recipe: Recipe, by: str, train: str | None = None, reporter: Reporte
     with Run(recipe.out).lock():
         pool = open_recipe(recipe, reporter, announce=False)
         sources_of(pool.data, by)  # refused before anything heavy
-        test = None if train is None else HeldOutLoss(data=train).bind(pool).data
+        test = None if train is None else HeldOutLoss(data=train)
+        if test is not None:
+            test.bind(pool)
         scores = score_all(recipe.model_copy(update={"controls": ()}), reporter, command="score").scores[0]
         found = mix(scores, by, recipe.budget, recipe.seed)
         if test is not None:
@@ -191,6 +199,30 @@ def run_explain(recipe: Recipe, reporter: Reporter | None = None, *, command: st
         result.seconds = time.monotonic() - start
         write_results(result)
     return result
+
+
+def explain_prompts(
+    recipe: Recipe, prompts: Iterable[str], reporter: Reporter | None = None
+) -> Iterator[tuple[str, Result | GradsiftError]]:
+    """Explain prompts one after the other, as they come, with the model and the stores held in memory.
+
+    A prompt that cannot be explained gives its error, and the next one is asked for. Explanations are added to
+    explanations.jsonl; no page is written, and tokens that match are left out, as they take most of the time.
+
+    Raises:
+        GradsiftError: the pool cannot be opened.
+    """
+    with Run(recipe.out).lock():
+        pool = open_recipe(recipe, reporter)
+        for prompt in prompts:
+            job = recipe.explain.model_copy(update={"prompt": prompt}) if recipe.explain else Explain(prompt=prompt)
+            result = Result(recipe.model_copy(update={"explain": job}), pool, "explain", paged=False)
+            try:
+                explain_into(result)
+            except GradsiftError as error:
+                yield prompt, error
+            else:
+                yield prompt, result
 
 
 def run_recipe(recipe: Recipe, reporter: Reporter | None = None) -> Result:
@@ -297,7 +329,10 @@ def _check_sizes(result: Result) -> None:
 
 
 def choose(result: Result) -> None:
-    """Choose by the estimator with the recipe's method, and by each control's top-k; writes selected.jsonl."""
+    """Choose by the estimator with the recipe's method, and by each control's top-k; writes selected.jsonl.
+
+    Of preference pairs, which of them to drop and which to flip is in suggestions.jsonl.
+    """
     recipe = result.recipe
     first, *controls = result.scores
     size = {"budget": recipe.budget} if recipe.drop is None else {"drop": recipe.drop}
@@ -305,6 +340,9 @@ def choose(result: Result) -> None:
     result.selections += [select(control, TopK(), budget=len(result.selections[0])) for control in controls]
     lines = result.selections[0].lines()
     result.pool.run.publish_text("selected.jsonl", "".join(f"{line}\n" for line in lines))
+    result.suggestions = suggestions(first)
+    if result.suggestions:
+        result.pool.run.publish_text("suggestions.jsonl", "".join(suggestion_lines(result.suggestions, result.pool)))
 
 
 def explain_into(result: Result) -> None:
@@ -325,7 +363,7 @@ def explain_into(result: Result) -> None:
         max_new_tokens=job.max_new_tokens,
         aggregation=job.aggregation,
         exact=job.exact,
-        matches=job.paged(len(questions)),
+        matches=job.paged(len(questions)) if result.paged else 0,
     )
     result.explanations = found
     say_account(Account(parts=tuple(found.unshown)), "what is to be explained", len(found.entries), pool.reporter)
@@ -338,6 +376,8 @@ def explain_into(result: Result) -> None:
         how = job.validation
         result.validation = validate_explanations(pool, found, settings=how.step, route=how.route, sanity=how.sanity)
         result.explanations = found = found.trained(result.validation.effects())
+    if not result.paged:
+        return
     result.pages = write_pages(
         found,
         result.relevance,

@@ -29,10 +29,11 @@ from gradsift.report.terminal import console, draw
 from gradsift.rewards.reward import Reward
 from gradsift.store.run import Run
 from gradsift.warmup.merge import check_merge, merge
+from gradsift.warmup.recording import recorded_checkpoints
 
 _METRIC: TypeAdapter[Metric] = TypeAdapter(AnyMetric)
 _REWARD: TypeAdapter[Any] = TypeAdapter(Reward)
-_KINDS = ("loss", "reward", "lm_eval", "pairwise", "grading")
+_KINDS = ("loss", "preferences", "reward", "lm_eval", "pairwise", "grading")
 _BASE = "base"
 
 
@@ -102,7 +103,7 @@ def run_evaluate(
         What was found, and what failed, in words.
     """
     subjects: list[str | None] = [None] if with_base or not adapters else []
-    subjects += adapters
+    subjects += [one for adapter in adapters for one in recorded_checkpoints(adapter)]
     found: list[Evaluation] = []
     failures: list[str] = []
     with place.run.lock():
@@ -178,14 +179,25 @@ def metrics_of(given: Mapping[str, Any]) -> list[Metric]:
     if unknown:
         there = ", ".join(_KINDS).replace("lm_eval", "tasks")
         raise ConfigError(f"--metric {unknown[0]!r} is unknown: there are {there}")
-    if not any(asked.values()) and given.get("data") is not None and not named:
+    if given.get("objective") is not None:
+        named += ["preferences"]
+    elif not any(asked.values()) and given.get("data") is not None and not named:
         named = ["loss"]
+    if given.get("beta") is not None and given.get("objective") != "dpo":
+        raise ConfigError("--beta is DPO's: add --objective dpo, or leave it out")
     kinds = [kind for kind in _KINDS if kind in named or asked.get(kind)]
     if not kinds:
         raise ConfigError(
             "nothing to measure: give --data for a loss, and --reward, --against, --tasks or --questions for more"
         )
-    needed = {"loss": "data", "reward": "data", "pairwise": "data", "lm_eval": "tasks", "grading": "questions"}
+    needed = {
+        "loss": "data",
+        "preferences": "data",
+        "reward": "data",
+        "pairwise": "data",
+        "lm_eval": "tasks",
+        "grading": "questions",
+    }
     for kind in kinds:
         if not given.get(needed[kind]):
             raise ConfigError(f"the metric {kind.replace('lm_eval', 'tasks')} needs --{needed[kind]}: give it")
@@ -200,7 +212,9 @@ def metrics_of(given: Mapping[str, Any]) -> list[Metric]:
 
 def _fields(kind: str, given: Mapping[str, Any]) -> dict[str, Any]:
     fields: dict[str, Any] = {"kind": kind}
-    if kind in ("loss", "reward", "pairwise"):
+    if kind == "preferences":
+        fields |= {name: given[name] for name in ("objective", "beta") if given.get(name) is not None}
+    if kind in ("loss", "preferences", "reward", "pairwise"):
         fields |= {"data": given["data"], "columns": columns_of(given["columns"]) if given.get("columns") else {}}
     if kind in ("pairwise", "grading"):
         fields["ask"] = judge_of(given)

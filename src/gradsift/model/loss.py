@@ -88,6 +88,43 @@ def label_weights(example: TokenizedExample) -> NDArray[np.float32]:
     return example.supervised.astype(np.float32) if example.weights is None else example.weights
 
 
+@dataclass(frozen=True)
+class DPO:
+    """The DPO loss (Rafailov et al. 2023) of pairs, as a function of their contrasts x = −(log π(c) − log π(r)), nats.
+
+    With c the chosen and r the rejected answer and x₀ the contrast at the reference, which is constant, the margin is
+    m = β(x₀ − x), the loss −log σ(m), and its derivative by x is βσ(−m).
+
+    beta:      β
+    reference: x₀, float64 `[pair]`
+    factors:   of the losses, float64 `[pair]`; None is 1
+    """
+
+    beta: float
+    reference: NDArray[np.float64]
+    factors: NDArray[np.float64] | None = None
+
+    def margins(self, contrasts: Tensor) -> Tensor:
+        """m, of the contrasts' type and place, as all that is computed here."""
+        return self.beta * (torch.from_numpy(self.reference).to(contrasts) - contrasts)
+
+    def losses(self, contrasts: Tensor) -> Tensor:
+        """−log σ(m), times the factors; differentiable twice."""
+        return self._scaled(torch.nn.functional.softplus(-self.margins(contrasts)))
+
+    def slopes(self, contrasts: Tensor) -> Tensor:
+        """βσ(−m), times the factors: by it the gradient of a contrast becomes that of the loss."""
+        return self._scaled(self.beta * torch.sigmoid(-self.margins(contrasts)))
+
+    def of(self, places: SequenceABC[int] | NDArray[np.int64]) -> DPO:
+        """Of some of the pairs."""
+        own = np.asarray(places, dtype=np.int64)
+        return DPO(self.beta, self.reference[own], None if self.factors is None else self.factors[own])
+
+    def _scaled(self, values: Tensor) -> Tensor:
+        return values if self.factors is None else values * torch.from_numpy(self.factors).to(values)
+
+
 def supervised_count(example: TokenizedExample) -> int:
     """S, the number of supervised tokens."""
     return int(example.supervised.sum())

@@ -68,7 +68,7 @@ def _of_model(
         order = np.argsort(pool.data.lengths, kind="stable").tolist()
         middle = order[len(order) // 2 :]
         count = max(1, min(len(middle), _SAMPLE_TOKENS // max(1, int(pool.data.lengths[middle[0]]))))
-        picked = [pool.data.sequences(p, p + 1)[0] for p in middle[:count]]
+        picked = [pool.data.sequences_at([p])[0] for p in middle[:count]]
         sequences = [type(s)(row, s.token_ids, s.weights) for row, s in enumerate(picked)]
         budget = recipe.gradients.token_budget
         lanes = automatic_lanes(model, max(len(s.token_ids) for s in sequences), budget, modules.captured)

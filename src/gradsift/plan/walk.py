@@ -21,6 +21,7 @@ from gradsift.base.types import Message
 from gradsift.compare.chosen import MOST_POINTS
 from gradsift.compare.grid import CellOf, Grid, Key, open_grid
 from gradsift.context import Pool, Target
+from gradsift.data.pairs import Pairs
 from gradsift.evaluation.arms import Contender, PairwiseMetric
 from gradsift.evaluation.evaluate import evaluation_config
 from gradsift.evaluation.metric import ASKED, Judging, Needs
@@ -305,8 +306,14 @@ class Walk:
                 Work("warm-up", epochs * len(ids), backward=epochs * tokens, stored={"adapters": epochs},
                      done=found is not None)
             )  # fmt: skip
+            self._answers(rows, len(ids), tokens, found is not None)
             self._adapters = [None] * epochs if found is None else [*found]
         return self._adapters
+
+    def _answers(self, source: Any, count: int, tokens: float, done: bool) -> None:
+        """What DPO asks of the base model, or of a checkpoint: the probabilities of both answers of each pair."""
+        if isinstance(source, Pairs) and source.by_dpo:
+            self.add(Work("answers' probabilities", count, forward=tokens, done=done))
 
     def _pool_rows(self, number: int, views: SequenceABC[View], sums: bool) -> None:
         data = self.pool.data
@@ -324,6 +331,9 @@ class Walk:
         checkpoint = self._checkpoints()[number]
         self._there |= {(rows.name, number, view): sums for view in missing}
         made = [view for view in missing if not self._holds(rows.source, checkpoint, view, sums)]
+        if not any(name == rows.name and place != number for name, place, _ in self._there):
+            self._answers(rows.source, rows.count, rows.tokens, not made)
+        self._answers(rows.source, rows.count, rows.tokens, not made)
         self.add(
             Work(
                 rows.stage, rows.count, backward=rows.tokens, stored={"rows": rows.count * len(made)},
@@ -773,7 +783,8 @@ def _kept_pool(recipe: Recipe, pool: Pool) -> Pool | None:
     run = Run(recipe.out)
     if not run.storage.exists("run.json"):
         return None
-    run.refuse_other(pool.run.identity())
+    wanted = pool.run.identity()
+    run.refuse_other(wanted, pool.run.data_of(wanted["pool"]))
     return replace(pool, run=run, reporter=silent())
 
 

@@ -150,7 +150,7 @@ class MetagradientDescent(SmoothTraining, Selector):
 
     def _endings(self, pool: Pool, target: Target) -> tuple[Ending, Ending]:
         """The targets that are gone back from, and those that measure."""
-        source = MAGIC().targets(pool, target)
+        source = pool.referred(MAGIC().targets(pool, target))
         assert not isinstance(source, TargetsByCheckpoint), source
         groups = groups_of(len(source.ids), target.subtasks)
         draw = np.random.default_rng((pool.seed, len(groups)))

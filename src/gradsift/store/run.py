@@ -19,6 +19,7 @@
       curvature/<fingerprint>/  the Hessian of a target's loss, times the sum of a pool
       kronecker/<fingerprint>/  a model's curvature in Kronecker factors, and targets through its inverse
       replays/<fingerprint>/    a training step by step, to go back through, and what was found on the way
+      contrasts/<fingerprint>/  how much likelier a model finds the rejected answers of preference pairs
       outputs/<fingerprint>/    what the model answered to prompts that were to be explained
       products/<fingerprint>/   inner products of an output's whole gradient and its candidates'
       explanations/<fingerprint>/   explanations, one file an output
@@ -27,7 +28,7 @@
       evaluations/<fingerprint>/    figures of one metric for one model, and verdicts that were paid for
       times/<fingerprint>.json  what the stages of comparisons took
       scores.parquet selected.jsonl skipped.jsonl explanations.jsonl explanations.parquet relevance.json validation.json
-      responses.jsonl rewards.json diagnostics.json training.json evaluation.json mixture.json
+      suggestions.jsonl responses.jsonl rewards.json diagnostics.json training.json evaluation.json mixture.json
       comparison.json comparison.parquet comparison.html   (comparison.page.json: what the page is made from)
       report.html explanation.html summary.json   the latest results
 
@@ -74,6 +75,7 @@ REVISIONS = {
     "curvature": 2,
     "kronecker": 1,
     "replays": 1,
+    "contrasts": 1,
     "descents": 1,
     "outputs": 2,
     "matches": 1,
@@ -99,6 +101,19 @@ def revisions(*kinds: str) -> dict[str, Any]:
     """The revisions of kinds that something is made from, for a configuration that names them in no other way."""
     raised = {kind: REVISIONS[kind] for kind in kinds if REVISIONS[kind] > 1}
     return {"revisions": raised} if raised else {}
+
+
+def _pool_differences(kept: Mapping[str, Any] | None, made: Mapping[str, Any] | None) -> list[str]:
+    """What two pools' manifests say that they differ in: how they were read, and what was read."""
+    if kept is None or made is None:
+        return ["its pool is another one"]
+    settings, before, now = made["settings"], kept["config"], made["config"]
+    found = differences(kept.get("settings", settings), settings)
+    if not found and before.get("template") != now["template"]:
+        found = ["its pool was written by another chat template, or read with another max_length or supervise"]
+    if before.get("content") != now["content"] or before.get("skipped") != now["skipped"]:
+        found.append(f"its pool is {kept.get('description')}, wanted {made['description']}, whose rows are others")
+    return found or ["its pool was read by another version of gradsift"]
 
 
 class Run:
@@ -155,20 +170,32 @@ class Run:
         if not self.storage.exists("run.json"):
             publish_json(self.storage, "run.json", manifest("run", identity), sealed=True)
 
-    def refuse_other(self, identity: Mapping[str, Any]) -> None:
+    def refuse_other(self, identity: Mapping[str, Any], made: Mapping[str, Any] | None = None) -> None:
         """Refuse a folder that is tied to another model and pool, before anything is written to it.
+
+        Args:
+            identity: what it is wanted for.
+            made: what the manifest of that pool says, so that settings and rows are told apart.
 
         Raises:
             MismatchError: the message names what differs.
         """
         if not self.storage.exists("run.json"):
             return
-        changed = differences(self.identity(), identity)
+        own = self.identity()
+        changed = differences({**own, "pool": None}, {**identity, "pool": None})
+        if own.get("pool") != identity.get("pool"):
+            changed += _pool_differences(self.data_of(own.get("pool")), made)
         if changed:
             raise MismatchError(
-                f"{self.place} belongs to another run: {'; '.join(changed)}. "
-                "Use another --out, or the same model, pool, template and length"
+                f"{self.place} belongs to another run: {'; '.join(changed)}. Give the same, or another --out"
             )
+
+    def data_of(self, made: Any) -> dict[str, Any] | None:
+        """The manifest of a data set of this run, by its fingerprint."""
+        keys = [key for key in self.storage.list("data/") if key.endswith("/manifest.json")]
+        found = (read_if_whole(self.storage, key, Manifest) for key in keys)
+        return next((one for one in found if one is not None and one.get("fingerprint") == made), None)
 
     def identity(self) -> dict[str, Any]:
         """What `bind` recorded."""

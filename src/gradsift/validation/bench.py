@@ -38,7 +38,7 @@ from gradsift.influence.less import LESS
 from gradsift.influence.random import Random
 from gradsift.influence.replay import Losses, Replay
 from gradsift.influence.scores import Scores, score
-from gradsift.influence.smooth import SmoothTraining
+from gradsift.influence.smooth import SmoothTraining, training_sequences
 from gradsift.influence.states import RDSPlus
 from gradsift.report.blocks import Block, Shown
 from gradsift.selection.select import budget_count
@@ -65,7 +65,8 @@ class Bench(Settings):
     class_column: column of pool and target: rows of a target's own value are to be found.
     marked: column=value of the pool's rows that are to be found, such as quality=bad.
     among: column=value of the rows among which they are to be found.
-    plant: mislabel:5% gives so many rows the answer of another row, which are then to be found.
+    plant: mislabel:5% gives so many rows the answer of another row, or exchanges the answers of so many pairs; those
+        are then to be found.
     top: k of Recall@k.
     subsets: trainings without random rows, for each share that is left out.
     shares: of the pool, left out by them.
@@ -557,7 +558,7 @@ class _Judge:
             for line in missing.values():
                 weights = np.zeros(len(self.pool.training))
                 weights[places] = line
-                tasks.append(_Retraining(replay, source, weights))
+                tasks.append(_Retraining(replay, self.pool.referred(source), weights))
             what = f"bench: retraining{f' on another seed ({seed})' if seed else ''}"
             with self.pool.reporter.stage(what, len(tasks), "trainings") as advance:
                 for position, found in self.pool.engine.map(tasks, untold, "retraining"):
@@ -729,7 +730,9 @@ class _Retraining:
         count = len(self.source.ids)
         with self.replay.network() as network:
             end = self.replay.end_with(network, torch.from_numpy(self.weights))
-            return [float(one) for one in network.losses(end, self.source.sequences(0, count), count)]
+            sequences = training_sequences(self.source)
+            dpo = self.source.dpo(range(count)) if isinstance(self.source, Pairs) else None
+            return [float(one) for one in network.losses(end, sequences, count, dpo)]
 
 
 @dataclass(frozen=True)

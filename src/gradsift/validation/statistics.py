@@ -182,8 +182,8 @@ class Reranking:
 
     estimator: str
     trade_off: float
-    naive: float | None
-    reranked: float | None
+    naive: float
+    reranked: float
     change: Estimate
     outputs: int
 

@@ -21,6 +21,7 @@ from gradsift.base.settings import nearest
 from gradsift.base.types import TokenizedExample
 from gradsift.context import Pool
 from gradsift.data.dataset import Dataset
+from gradsift.data.pairs import refuse_pairs
 from gradsift.model.adapters import own_randomness
 from gradsift.model.loss import head_at, pad, supervised_count, token_mean
 from gradsift.model.models import load_model
@@ -127,6 +128,7 @@ def check_trainer(trainer: Any, pool: Pool, rows: int = 8) -> TrainerCheck:
     Example:
         >>> print(check_trainer(trainer, pool))  # doctest: +SKIP
     """
+    refuse_pairs(pool.data, "a trainer is compared on rows of one answer")
     found: list[RowCheck] = []
     batches: str | None = None
     index = _Index(pool.data)
@@ -280,10 +282,11 @@ def check_sft_config(path: str, pool: Pool, rows: int = 8) -> TrainerCheck:
         import trl
     except ImportError as error:
         raise ConfigError("the trainer is TRL's, which is not installed: pip install 'gradsift[trl]'") from error
+    refuse_pairs(pool.data, "a trainer is compared on rows of one answer")
     with tempfile.TemporaryDirectory() as folder:
         config: Any
         if path.partition(":")[0].endswith(".py"):
-            config = load_function(path)()  # type: ignore[call-arg]
+            config = load_function(path)()
             if hasattr(config, "compute_loss"):
                 return check_trainer(config, pool, rows)
             config.packing = config.padding_free = False

@@ -11,6 +11,7 @@ cells of one output and size share their five random steps. Every effect of a st
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as SequenceABC
 from contextlib import AbstractContextManager
@@ -25,6 +26,7 @@ from gradsift.base.errors import ConfigError, CorruptError, DataError, GradsiftE
 from gradsift.base.lazy import Tensor
 from gradsift.base.types import Skipped, TokenizedExample
 from gradsift.context import Pool
+from gradsift.data.pairs import refuse_pairs
 from gradsift.explanation.explain import Explanations
 from gradsift.explanation.outputs import OutputSource
 from gradsift.explanation.verdict import Trained
@@ -232,6 +234,7 @@ def validate(
         DataError: two different outputs of one id, or no cell can be validated.
     """
     settings = settings or OneStep()
+    refuse_pairs(pool.data, "validate trains a step on single answers")
     by_id = _by_id(outputs)
     wanted = list(cells)
     bench = _Bench(pool, settings, route, checkpoint or pool.checkpoints()[-1])
@@ -330,7 +333,7 @@ def _reranking(cells: SequenceABC[Validated], explanations: Explanations) -> Ite
             [one.cell.output for one in compared],
             [one.cell.key.strategy in again for one in compared],
         )
-        if before is not None and after is not None:
+        if before is not None and after is not None and math.isfinite(change.low):  # there are several outputs
             yield Reranking(estimator.label, trade_off, before, after, change, outputs)
 
 

@@ -34,6 +34,7 @@ from gradsift.warmup.train import (
     check_examples,
     moments_of,
     split_state,
+    to_train_on,
     train_as,
     training_config,
 )
@@ -83,6 +84,7 @@ def train_fully(
     prefix = run.prefix("checkpoints", config)
     output = _Models(run, prefix, settings.epochs, model, precision, device)
     if output.finished() < settings.epochs:
+        data = to_train_on(run, data, ids, model=model, dtype=precision, device=device, reporter=reporter or silent())
         release_models()
         refuse_too_large(model, precision, device)
     train_as(output, run, prefix, config, data, ids, settings, seed=seed, what=what, reporter=reporter or silent())

@@ -72,7 +72,6 @@ class Recording:
     rates: NDArray[np.float64] = field(repr=False)
     epochs: NDArray[np.int64] = field(repr=False)
     norms: NDArray[np.float32] = field(repr=False)
-    files: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.rates)
@@ -129,8 +128,14 @@ def open_recording(folder: str | Path) -> Recording:
     rows: list[TokenizedExample] = []
     taken: list[NDArray[np.int64]] = []
     shares: list[NDArray[np.float64]] = []
-    columns: dict[str, list[NDArray[Any]]] = {"rates": [], "epochs": [], "norms": []}
+    columns: dict[str, list[NDArray[Any]]] = {
+        "rates": [np.empty(0, np.float64)],
+        "epochs": [np.empty(0, np.int64)],
+        "norms": [np.empty((0, len(info["parameters"])), np.float32)],
+    }
     for name, count in info["files"].items():
+        if not run.storage.exists(name):
+            raise CorruptError(f"{run.name(name)} is missing from the recording: copy it again")
         with reading(run.name(name)):
             arrays = {key: tensor.numpy() for key, tensor in read_tensors(run.storage, name)[0].items()}
             for part in _parts(arrays["ends"]):
@@ -143,8 +148,8 @@ def open_recording(folder: str | Path) -> Recording:
                 found.append(arrays[key][:count])
     if len(taken) != sum(info["files"].values()) or any(len(own) and int(own.max()) >= len(rows) for own in taken):
         raise CorruptError(f"the recording {folder} is damaged (it holds other steps than it says): copy it again")
-    rates, epochs, norms = (np.concatenate(found) if found else np.empty(0) for found in columns.values())
-    return Recording(Path(folder), info, rows, taken, shares, rates, epochs, norms)
+    whole: dict[str, Any] = {name: np.concatenate(found) for name, found in columns.items()}
+    return Recording(Path(folder), info, rows, taken, shares, **whole)
 
 
 def _parts(ends: NDArray[np.int64]) -> Iterator[slice]:

@@ -21,16 +21,17 @@ from gradsift.base.errors import ConfigError, CorruptError, DataError, ModelErro
 from gradsift.base.interruption import keep_note
 from gradsift.base.progress import Reporter, silent
 from gradsift.base.settings import MAX_SEED, Settings
-from gradsift.base.types import TokenizedExample
 from gradsift.data.dataset import Dataset
+from gradsift.data.pairs import Pairs
 from gradsift.model.models import DtypeName, host, model_identity
 from gradsift.store.manifest import Record, fingerprint, publish_json, read_json
 from gradsift.store.run import Run
 from gradsift.store.tensors import publish_tensors, read_tensors
 from gradsift.warmup.checkpoint import ADAM_FILE, INFO_FILE, Checkpoint
+from gradsift.warmup.preferences import referred
 
 if TYPE_CHECKING:
-    from gradsift.warmup.trainer import StepTrainer, TrainingState
+    from gradsift.warmup.trainer import StepRows, StepTrainer, TrainingState
 
 _MIN_STEPS = 8  # optimizer steps per epoch; with one, the first runs at rate 0 and leaves B = 0
 _LITTLE = 1e-3  # sum of the learning rates of all steps, below which Adam has hardly moved any weight
@@ -205,8 +206,9 @@ def train(
     """Train a fresh LoRA adapter on the examples; one checkpoint per epoch, in order.
 
     The loss of a batch is the mean over its examples of the mean next-token NLL (nats) over each one's supervised
-    tokens, with dropout. What the run holds already is returned without loading a model; an interrupted training goes
-    on and ends at the weights that an undisturbed one reaches. The base model is left as it was.
+    tokens, or of pairs by DPO of their losses, with dropout. What the run holds already is returned without loading a
+    model; an interrupted training goes on and ends at the weights that an undisturbed one reaches. The base model is
+    left as it was.
 
     Args:
         run: the run folder, locked by the caller if other processes may work there.
@@ -235,11 +237,24 @@ def train(
     config = training_config(data, ids, settings, model=model, dtype=dtype, seed=seed)
     prefix = run.prefix("checkpoints", config)
     output = _Adapters(run, prefix, settings, seed, model, dtype, device)
+    if output.finished() < settings.epochs:
+        data = to_train_on(run, data, ids, model=model, dtype=dtype, device=device, reporter=reporter or silent())
     train_as(
         output, run, prefix, config, data, ids, settings,
         seed=seed, what=what, reporter=reporter or silent(), check=check,
     )  # fmt: skip
     return [_checkpoint(run, prefix, epoch) for epoch in range(1, settings.epochs + 1)]
+
+
+def to_train_on(
+    run: Run, data: Dataset, ids: Sequence[str], *, model: str, dtype: DtypeName, device: str, reporter: Reporter
+) -> Dataset:
+    """The data; of pairs by DPO the rows that are trained on, with what the base model says of them."""
+    if not isinstance(data, Pairs) or not data.by_dpo:
+        return data
+    own = data.positions(sorted(set(ids)))
+    some = data if len(own) == len(data) else data.subset(own)
+    return referred(run, some, model=model, dtype=dtype, device=device, reporter=reporter)
 
 
 class TrainingOutput(Protocol):
@@ -485,13 +500,15 @@ class _Job:
                     on_interruption=self.on_interruption,
                 )
 
-    def batch(self, step: int) -> list[TokenizedExample]:
-        """The examples of an optimizer step; each epoch has its own order, drawn from (seed, epoch)."""
+    def batch(self, step: int) -> StepRows:
+        """The rows of an optimizer step; each epoch has its own order, drawn from (seed, epoch)."""
+        from gradsift.warmup.trainer import StepRows
+
         epoch, number = divmod(step, self.steps_per_epoch)
         if self._order[0] != epoch:
             self._order = epoch, epoch_order(len(self.positions), self.seed, epoch)
         part = self._order[1][number * self.batch_size : (number + 1) * self.batch_size]
-        return [self.data[self.positions[place]] for place in part]
+        return StepRows.of(self.data, [self.positions[place] for place in part])
 
     def after_step(self, trainer: StepTrainer) -> None:
         """Publish a finished epoch, or now and then the state within one."""

@@ -24,9 +24,10 @@ from transformers.pytorch_utils import Conv1D
 from gradsift.base import interruption
 from gradsift.base.errors import ModelError
 from gradsift.base.memory import give_back_memory
-from gradsift.base.types import Sequence, TokenizedExample
+from gradsift.base.types import Sequence
+from gradsift.data.dataset import Dataset
 from gradsift.model.adapters import BareModel, own_randomness
-from gradsift.model.loss import SupervisedHead, head_at, pad, token_mean
+from gradsift.model.loss import DPO, SupervisedHead, head_at, pad
 from gradsift.model.models import parameter_name
 
 if TYPE_CHECKING:
@@ -55,6 +56,24 @@ class TrainingState:
     step: int
     loss_sum: float = 0.0
     rates: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """The rows of an optimizer step.
+
+    sequences: their `row` is a position in `ids`
+    dpo: what makes a row's loss of the sum over its sequences, where that is not the loss
+    """
+
+    ids: SequenceABC[str]
+    sequences: SequenceABC[Sequence]
+    dpo: DPO | None = None
+
+    @classmethod
+    def of(cls, data: Dataset, positions: SequenceABC[int]) -> StepRows:
+        """Some rows of a data set."""
+        return cls([data.ids[place] for place in positions], data.sequences_at(positions), data.dpo(positions))
 
 
 @contextmanager
@@ -129,7 +148,7 @@ def _wrap(base: Any, settings: Training) -> Any:
 
 def run_steps(
     model: Any,
-    batches: Callable[[int], list[TokenizedExample]],
+    batches: Callable[[int], StepRows],
     on_interruption: Callable[[StepTrainer], None],
     **options: Any,
 ) -> None:
@@ -158,13 +177,13 @@ def run_steps(
 class StepTrainer(Trainer):
     """A Trainer whose every batch is one whole optimizer step, cut here into micro-batches under a token budget.
 
-    The loss of a step is `(1/n) Σ_i (1/S_i) Σ_t NLL_i,t` over its n examples and their S_i supervised tokens: exact
-    for any micro-batches and for a last batch of fewer examples. Dropout is drawn anew for each step from
-    (seed, step), so that a step does not depend on what the process did before it.
+    The loss of a step is `(1/n) Σ_i (1/S_i) Σ_t NLL_i,t` over its n examples and their S_i supervised tokens, or the
+    mean of the DPO losses of its pairs: exact for any micro-batches and for a last batch of fewer examples. Dropout is
+    drawn anew for each step from (seed, step), so that a step does not depend on what the process did before it.
 
     Args:
         model: from `adapter_on`, or one whose parameters require gradients.
-        batches: step → its examples; one call per step.
+        batches: step → its rows; one call per step.
         total_steps: of the whole training, over all epochs.
         settings: of the training.
         seed: of dropout.
@@ -178,7 +197,7 @@ class StepTrainer(Trainer):
     def __init__(
         self,
         model: Any,
-        batches: Callable[[int], list[TokenizedExample]],
+        batches: Callable[[int], StepRows],
         *,
         total_steps: int,
         settings: Training,
@@ -198,7 +217,7 @@ class StepTrainer(Trainer):
         self.trainable = {parameter_name(n): p for n, p in model.named_parameters() if p.requires_grad}
         self._resumed, self._on_rows, self._on_step = state, on_rows, on_step
         self._place = model.get_input_embeddings().weight.device
-        self._token_budget = _CPU_TOKENS if self._place.type == "cpu" else _CUDA_TOKENS
+        self._token_budget = first_token_budget(self._place)
         arguments = TrainingArguments(
             output_dir=folder,
             num_train_epochs=1,  # ours are counted in steps: one pass over the list of steps that are left
@@ -275,20 +294,20 @@ class StepTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of a whole batch; returns its loss."""
         model.train()
-        examples: list[TokenizedExample] = inputs["examples"]
-        sequences = [token_mean(example, row) for row, example in enumerate(examples)]
+        rows: StepRows = inputs["rows"]
         while True:
             reported = 0
-            losses = torch.zeros(len(examples), dtype=torch.float64, device=self._place)
+            losses = torch.zeros(len(rows.ids), dtype=torch.float64, device=self._place)
             torch.manual_seed(_step_seed(self.seed, self.step))
             try:
-                for part in micro_batches(sequences, self._token_budget):
-                    self._backward(part, len(examples), losses)
-                    self._on_rows(len(part))
-                    reported += len(part)
+                for part in micro_batches(rows.sequences, self._token_budget):
+                    self._backward(part, rows, losses)
+                    done = len({sequence.row for sequence in part})
+                    self._on_rows(done)
+                    reported += done
                 break
             except torch.cuda.OutOfMemoryError as error:
-                longest = max(len(sequence.token_ids) for sequence in sequences)
+                longest = max(len(sequence.token_ids) for sequence in rows.sequences)
                 if self._token_budget <= longest:
                     raise ModelError(
                         f"one example of {longest} tokens does not fit in the memory of {self._place} for training: "
@@ -298,24 +317,32 @@ class StepTrainer(Trainer):
             torch.cuda.empty_cache()
             self._token_budget //= 2
             self._on_rows(-reported)
-        self._refuse_non_finite(losses, examples)
+        self._refuse_non_finite(losses, rows.ids)
         self.loss_sum += float(losses.sum())
         return losses.mean().float().to(self.args.device)
 
-    def _backward(self, part: SequenceABC[Sequence], count: int, losses: Tensor) -> None:
-        batch = pad(part, self._place)
-        # 1/n goes into the weights: the loss's gradient is then formed at its final scale, in one buffer.
-        nll = self.head.nll(replace(batch, weights=batch.weights / count))
-        self.accelerator.backward(nll.sum())
-        rows = torch.tensor([sequence.row for sequence in part], device=self._place)
-        losses.index_add_(0, rows[batch.owner], nll.detach().double() * count)
+    def _backward(self, part: SequenceABC[Sequence], rows: StepRows, losses: Tensor) -> None:
+        batch, count = pad(part, self._place), len(rows.ids)
+        owner = torch.tensor([sequence.row for sequence in part], device=self._place)
+        if rows.dpo is None:
+            # 1/n goes into the weights: the loss's gradient is then formed at its final scale, in one buffer.
+            nll = self.head.nll(replace(batch, weights=batch.weights / count))
+            self.accelerator.backward(nll.sum())
+            losses.index_add_(0, owner[batch.owner], nll.detach().double() * count)
+            return
+        own, place = owner.unique(return_inverse=True)
+        nll = self.head.nll(batch)
+        contrasts = nll.new_zeros(len(own), dtype=torch.float64).index_add(0, place[batch.owner], nll.double())
+        found = rows.dpo.of(own.tolist()).losses(contrasts)
+        self.accelerator.backward(found.sum() / count)
+        losses[own] = found.detach()
 
-    def _refuse_non_finite(self, losses: Tensor, examples: SequenceABC[TokenizedExample]) -> None:
+    def _refuse_non_finite(self, losses: Tensor, ids: SequenceABC[str]) -> None:
         bad = (~torch.isfinite(losses)).nonzero()[:, 0].tolist()
         if bad:
             raise ModelError(
                 f"the training loss is {float(losses[bad[0]])} at step {self.step + 1} of {self.total_steps} "
-                f"({len(bad)} of {len(examples)} examples, first {examples[bad[0]].id}): training stopped. "
+                f"({len(bad)} of {len(ids)} examples, first {ids[bad[0]]}): training stopped. "
                 "Lower the learning rate, or use dtype float32 or bfloat16 if the model is in float16"
             )
 
@@ -358,14 +385,14 @@ class _Hooks(TrainerCallback):
 
 
 class _Steps(torch.utils.data.Dataset[Any]):
-    def __init__(self, batches: Callable[[int], list[TokenizedExample]], start: int, stop: int) -> None:
+    def __init__(self, batches: Callable[[int], StepRows], start: int, stop: int) -> None:
         self._batches, self._start, self._stop = batches, start, stop
 
     def __len__(self) -> int:
         return self._stop - self._start
 
-    def __getitem__(self, position: int) -> dict[str, list[TokenizedExample]]:
-        return {"examples": self._batches(self._start + position)}
+    def __getitem__(self, position: int) -> dict[str, StepRows]:
+        return {"rows": self._batches(self._start + position)}
 
 
 def learning_rates(settings: Training, total_steps: int) -> list[float]:
@@ -382,14 +409,25 @@ def learning_rates(settings: Training, total_steps: int) -> list[float]:
 
 
 def micro_batches(sequences: SequenceABC[Sequence], token_budget: int) -> list[list[Sequence]]:
-    """Sequences, longest first, cut so that count × longest ≤ `token_budget`; one that is longer goes alone."""
-    ordered = sorted(sequences, key=lambda sequence: -len(sequence.token_ids))
+    """Sequences, longest first, cut so that count × longest ≤ `token_budget`, those of a row together; a row that is
+    longer goes alone.
+    """
+    rows: dict[int, list[Sequence]] = {}
+    for sequence in sequences:
+        rows.setdefault(sequence.row, []).append(sequence)
     parts: list[list[Sequence]] = []
-    while ordered:
-        size = max(1, token_budget // len(ordered[0].token_ids))
-        parts.append(ordered[:size])
-        ordered = ordered[size:]
+    longest = 0
+    for own in sorted(rows.values(), key=lambda own: -max(len(sequence.token_ids) for sequence in own)):
+        if not parts or (len(parts[-1]) + len(own)) * longest > token_budget:
+            parts.append([])
+            longest = max(len(sequence.token_ids) for sequence in own)
+        parts[-1] += own
     return parts
+
+
+def first_token_budget(place: torch.device) -> int:
+    """Padded tokens that run together, to begin with."""
+    return _CPU_TOKENS if place.type == "cpu" else _CUDA_TOKENS
 
 
 def _first(batch: list[Any]) -> Any:

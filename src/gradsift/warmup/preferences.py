@@ -1,0 +1,136 @@
+"""How much likelier a model finds the rejected answers of preference pairs than the chosen: forward passes, kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradsift.base.errors import ModelError
+from gradsift.base.lazy import Tensor, torch
+from gradsift.base.progress import Advance, Reporter
+from gradsift.data.pairs import Pairs
+from gradsift.execution.engine import LOCAL, Engine
+from gradsift.model.loss import head_at, pad
+from gradsift.model.models import DtypeName, host, input_device, model_identity
+from gradsift.store.run import Run
+from gradsift.store.tensors import publish_tensors, read_tensors
+from gradsift.warmup.checkpoint import Checkpoint
+
+_SHARE_ROWS = 512  # pairs of a task, and of a file
+BASE = Checkpoint(None)
+
+
+def contrasts(
+    run: Run,
+    pairs: Pairs,
+    checkpoint: Checkpoint,
+    *,
+    model: str,
+    dtype: DtypeName,
+    device: str,
+    reporter: Reporter,
+    engine: Engine = LOCAL,
+) -> NDArray[np.float64]:
+    """x = −(log p(chosen) − log p(rejected)) of each pair at a checkpoint, nats `[row]`: kept, or found now.
+
+    Raises:
+        ModelError: one is not finite.
+    """
+    if pairs.origin is not None:
+        whole = contrasts(
+            run, pairs.origin.pairs, checkpoint, model=model, dtype=dtype, device=device, reporter=reporter,
+            engine=engine,
+        )  # fmt: skip
+        return -whole[pairs.origin.places]
+    config = contrasts_config(pairs, checkpoint, model, dtype)
+    prefix = run.prefix("contrasts", config)
+    starts = range(0, len(pairs), _SHARE_ROWS)
+    if run.intact(prefix, reporter) is None:
+        tasks = [
+            _Share(run, pairs, model, dtype, device, checkpoint.adapter, prefix, s, min(len(pairs), s + _SHARE_ROWS))
+            for s in starts
+        ]
+        where = "the base model" if checkpoint.adapter is None else checkpoint.name.rstrip("/").rpartition("/")[2]
+        with reporter.stage(f"answers' probabilities at {where}", len(pairs)) as advance:
+            for _ in engine.map(tasks, advance, "share"):
+                pass
+        run.complete(prefix, "contrasts", config, files=[_part("", start) for start in starts], rows=len(pairs))
+    parts = [read_tensors(run.storage, _part(prefix, start))[0]["contrasts"].numpy() for start in starts]
+    found: NDArray[np.float64] = np.concatenate(parts)
+    bad = np.flatnonzero(~np.isfinite(found))
+    if len(bad):
+        raise ModelError(
+            f"the log-probabilities of {len(bad)} of {len(pairs)} pairs are not finite, first "
+            f"{pairs.ids[int(bad[0])]!r}: use dtype float32, or bfloat16 if the model is in float16"
+        )
+    return found
+
+
+def referred(
+    run: Run, pairs: Pairs, *, model: str, dtype: DtypeName, device: str, reporter: Reporter, engine: Engine = LOCAL
+) -> Pairs:
+    """The pairs with their contrasts at the reference, the base model, where their loss is DPO's."""
+    if not pairs.by_dpo:
+        return pairs
+    given: dict[str, Any] = {"model": model, "dtype": dtype, "device": device, "reporter": reporter, "engine": engine}
+    return pairs.knowing(reference=contrasts(run, pairs, BASE, **given))
+
+
+def contrasts_config(pairs: Pairs, checkpoint: Checkpoint, model: str, dtype: DtypeName) -> dict[str, Any]:
+    """What contrasts depend on; the loss that is made of them is no part of it."""
+    return {
+        "model": model_identity(model),
+        "model_dtype": dtype,
+        "adapter": checkpoint.identity(),
+        "chosen": pairs.answered.fingerprint,
+        "rejected": pairs.rejected.fingerprint,
+        "weights": pairs.by_dpo,
+    }
+
+
+@dataclass(frozen=True)
+class _Share:
+    """The task of some pairs' contrasts."""
+
+    run: Run
+    pairs: Pairs
+    model: str
+    dtype: DtypeName
+    device: str
+    adapter: str | None
+    prefix: str
+    start: int
+    stop: int
+
+    def work(self, advance: Advance) -> None:
+        """Publish them, unless they are there."""
+        key = _part(self.prefix, self.start)
+        if self.run.storage.exists(key):
+            advance(self.stop - self.start)
+            return
+        network = host(self.model, self.dtype, self.device).with_adapter(self.adapter)
+        publish_tensors(
+            self.run.storage, key, {"contrasts": _found(network, self.pairs, self.start, self.stop, advance)}
+        )
+
+
+def _found(network: Any, pairs: Pairs, start: int, stop: int, advance: Advance) -> Tensor:
+    """Contrasts of some rows, float64 `[row]`."""
+    from gradsift.warmup.trainer import first_token_budget, micro_batches
+
+    place, found = input_device(network), torch.zeros(stop - start, dtype=torch.float64)
+    sequences = pairs.sequences_at(range(start, stop))
+    with torch.inference_mode(), head_at(network) as head:
+        for part in micro_batches(sequences, first_token_budget(place)):
+            batch = pad(part, place)
+            rows = torch.tensor([sequence.row for sequence in part])
+            found.index_add_(0, rows[batch.owner.cpu()], head.nll(batch).double().cpu())
+            advance(len(part) // 2)
+    return found.clone()
+
+
+def _part(prefix: str, start: int) -> str:
+    return f"{prefix}rows-{start:09d}.safetensors"

@@ -42,8 +42,8 @@ def questions(count: int, seed: int, wrong: float = 0.0) -> list[dict[str, Any]]
 @pytest.mark.slow
 @pytest.mark.timeout(3600)  # five minutes of one core that nobody else wants
 def test_estimators_foretell_retraining(tmp_path: Path) -> None:
-    """By LDS, in each of three trainings LESS is above random and, in the same order, MAGIC above LESS; in their mean the
-    whole inverse is not below LESS, as it is by far where it is damped too little."""
+    """By LDS, in each of three trainings LESS is above random and, in the same order, MAGIC above LESS; in their mean
+    the whole inverse is not below LESS, as it is by far where it is damped too little."""
     model = save_model(tmp_path / "model")
     rows, asked = questions(64, 1, wrong=0.15), questions(16, 2)
     settings = gs.Bench(measures=("lds",), subsets=12, shares=(0.1,), smooth=True)

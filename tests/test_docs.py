@@ -168,11 +168,12 @@ def test_every_command_is_in_the_documentation() -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=name)
 def test_recipes_are_valid(recipe: Path) -> None:
-    """Every recipe is one that `gradsift run` accepts, and says how to run it."""
+    """Every recipe is one that `gradsift run` and `gradsift compare` accept, and says how to run it."""
     from gradsift.recipe import load_recipes
 
     assert all(one.out.startswith("runs/") for one in load_recipes(recipe))
-    assert f"gradsift run {name(recipe)}" in recipe.read_text(encoding="utf-8")
+    text = recipe.read_text(encoding="utf-8")
+    assert any(f"gradsift {command} {name(recipe)}" in text for command in ("run", "compare"))
 
 
 def test_the_demo_recipe_is_what_the_demo_runs() -> None:

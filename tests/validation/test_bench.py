@@ -217,7 +217,8 @@ def test_scores_agree_with_themselves(opened: tuple[gs.Pool, gs.Target]) -> None
 
 
 def test_rows_are_taken_in_one_pass(opened: tuple[gs.Pool, gs.Target], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Methods that read different views of the rows share a backward pass, whose time is counted to each of them."""
+    """Methods that read different views of the rows share a backward pass, whose time is counted to each of them, also
+    beside one that fails."""
     pool, target = opened
     pool = replace(pool, gradients=gs.Gradients(projection=gs.Projection(dim=64)))
     passes: list[tuple[str, ...]] = []
@@ -229,7 +230,8 @@ def test_rows_are_taken_in_one_pass(opened: tuple[gs.Pool, gs.Target], monkeypat
 
     monkeypatch.setattr(collect, "_collect_missing", counted)
     methods = [gs.LESS(), gs.ProjectedInverse(), gs.DataInf()]
-    found = bench(pool, target, methods, settings=Bench(class_column="source"))
+    found = bench(pool, target, [gs.NICE(), *methods], settings=Bench(class_column="source"))
+    assert list(found.failed) == ["NICE"]
     # Of the pool at both checkpoints, and of the targets at the last; DataInf reads no other.
     assert passes[:3] == [("adam", "plain"), ("adam", "plain", "segments"), ("plain", "segments")]
     assert passes[3:] == [("plain",)]

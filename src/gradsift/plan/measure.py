@@ -22,7 +22,9 @@ from gradsift.plan.walk import walked
 from gradsift.plan.work import crew_of, endpoints, priced
 from gradsift.recipe import Recipe
 from gradsift.report.terminal import console, table
+from gradsift.warmup.train import Warmup, warmup_rows
 
+_FEW, _MANY = 100, 10_000  # rows of a warm-up, below and above which its preset was made for another size of pool
 _HELD = {"unprojected": 4, "factors": 1}  # bytes in memory, with what is made of them, for each on disk
 
 
@@ -82,6 +84,7 @@ def estimate(recipe: Recipe, reporter: Reporter | None = None, *, command: str =
         "endpoints": endpoints(works),
         "programs": sum(work.programs for work in waiting),
         "texts": sum(work.texts for work in waiting),
+        "advice": preset_advice(recipe.warmup, len(pool.training)) if "warm-up" in stages else None,
         "files": _files(recipe, command, outputs, with_target=target is not None),
         "peak_memory_bytes": peak,
         "model": recipe.model,
@@ -89,6 +92,27 @@ def estimate(recipe: Recipe, reporter: Reporter | None = None, *, command: str =
         "free_disk_bytes": free,
         "enough_disk": total["disk_bytes"] < free,
     }  # fmt: skip
+
+
+def preset_advice(warmup: Warmup, rows: int) -> str | None:
+    """What to take where a warm-up's settings were made for a pool of another size; None where they fit.
+
+    >>> preset_advice(Warmup.preset("small"), 240) is None
+    True
+    """
+    small = Warmup.preset("small")
+    trained = warmup_rows(warmup, rows)
+    if trained < _FEW and trained < warmup_rows(small, rows):
+        return (
+            f"the warm-up trains on {trained:,} of {rows:,} rows: --preset small is for pools of hundreds, and takes "
+            f"{warmup_rows(small, rows):,}, in one checkpoint in place of {warmup.epochs}, with a larger rate"
+        )
+    if trained > _MANY and warmup.fraction >= small.fraction:
+        return (
+            f"the warm-up trains on {trained:,} of {rows:,} rows, as small does of hundreds: --preset less "
+            f"takes {warmup_rows(Warmup(), rows):,}"
+        )
+    return None
 
 
 def _files(recipe: Recipe, command: str, outputs: int | None, *, with_target: bool) -> list[str]:
@@ -153,6 +177,8 @@ def print_estimate(found: dict[str, Any]) -> None:
         f"disk: {_bytes(found['total']['disk_bytes'])} of {_bytes(found['free_disk_bytes'])} free"
         + ("" if found["enough_disk"] else ": NOT ENOUGH, lower --projection-dim or choose another --out")
     )
+    if found["advice"]:
+        out.print(f"advice: {found['advice']}", markup=False)
     out.print("results:", ", ".join(found["files"]), markup=False)
 
 

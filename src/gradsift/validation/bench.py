@@ -22,6 +22,7 @@ from gradsift.base.ranks import paired_rank_correlations
 from gradsift.base.resampling import Estimate, bootstrap, estimate_of
 from gradsift.base.settings import Budget, Settings
 from gradsift.context import Pool, Target
+from gradsift.data.load import Columns
 from gradsift.data.pairs import Pairs
 from gradsift.data.prepare import prepare
 from gradsift.evaluation.evaluate import measure
@@ -73,6 +74,7 @@ class Bench(Settings):
     removed: shares of the highest-scored rows that are left out.
     removals: as often as many random rows are left out instead.
     test: examples that are neither in the pool nor in the target: their loss is what `train` measures.
+    test_columns: of `test`, where they are not the usual ones.
     budgets: rows that `train` trains on, numbers or shares of the pool.
     seeds: of those trainings and of the random choices.
     copies: targets that `self` looks for among the pool's rows.
@@ -91,6 +93,7 @@ class Bench(Settings):
     removed: tuple[float, ...] = (0.01, 0.05, 0.1)
     removals: int = Field(default=4, ge=1)
     test: str | None = None
+    test_columns: Columns = Columns()
     budgets: tuple[Budget, ...] = Field(default=(0.1,), min_length=1)
     seeds: tuple[int, ...] = (0, 1, 2)
     copies: int = Field(default=20, ge=1)
@@ -580,7 +583,7 @@ class _Judge:
     def _train(self) -> list[Column]:
         """How much lower the held-out loss is after training on the best-scored rows than on random ones."""
         settings, pool, found = self.settings, self._pool_of_tasks, []
-        metric = HeldOutLoss(data=settings.test)
+        metric = HeldOutLoss(data=settings.test, columns=settings.test_columns)
         metric.bind(subject_of(pool, None).base)
         training = SmoothTraining().plain(pool)
         rows, labels = np.flatnonzero(self.available), list(self.scores)

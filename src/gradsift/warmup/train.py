@@ -136,6 +136,11 @@ TRAINING_PRESETS: dict[str, Training] = {
 }
 
 
+def warmup_rows(settings: Warmup, rows: int) -> int:
+    """How many of a pool's rows a warm-up trains on."""
+    return min(rows, max(_MIN_STEPS, round(settings.fraction * rows)))
+
+
 def warm_up(
     run: Run,
     data: Dataset,
@@ -173,7 +178,7 @@ def warm_up(
 def warm_up_ids(data: Dataset, settings: Warmup, seed: int) -> list[str]:
     """The rows that a warm-up trains on."""
     ids = sorted(data.ids)
-    count = min(len(ids), max(_MIN_STEPS, round(settings.fraction * len(ids))))
+    count = warmup_rows(settings, len(ids))
     chosen = np.random.default_rng((seed, len(ids))).choice(len(ids), count, replace=False)
     return [ids[position] for position in chosen]
 

@@ -61,7 +61,8 @@ def test_a_run_belongs_to_one_identity(tmp_path: Path) -> None:
     run.bind({"model": {"weights": "1", "size": 2}, "pool": "p"})
     run.bind({"pool": "p", "model": {"size": 2, "weights": "1"}})
     with pytest.raises(
-        MismatchError, match=r'model\.weights is "1", wanted "9"; pool is "p", wanted "q"\. Use another --out'
+        MismatchError,
+        match=r'model\.weights is "1", wanted "9"; its pool is another one\. Give the same, or another --out',
     ):
         run.bind({"model": {"weights": "9", "size": 2}, "pool": "q"})
     assert run.identity() == {"model": {"weights": "1", "size": 2}, "pool": "p"}

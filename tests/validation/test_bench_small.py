@@ -65,5 +65,5 @@ def test_estimators_foretell_retraining(tmp_path: Path) -> None:
 
     both = {label: (means(label, 0) + means(label, 1)) / 2 for label in found[0].methods}
     assert (both[less] - both[random] > 0.2).all(), both
-    assert (means(magic, 0) - means(less, 0) > 0.1).all(), both
+    assert (means(magic, 0) - means(less, 0) > 0.05).all(), [means(label, 0) for label in both]
     assert (both[inverse] - both[less]).mean() > -0.02, both

@@ -179,7 +179,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_rows(root / "code_alpaca.jsonl", code_rows())
     for name, rows in (("target", target_rows(3)), ("test", target_rows(5)[3:])):
         write_rows(root / f"{name}.jsonl", rows)
-    reward = "def length(completions, **columns):\n    return [len(c) / 9 for c in completions]\nright_sum = length\n"
+    reward = "def length(completions, **columns):\n    return [len(c) / 9 for c in completions]\n"
     (root / "rewards.py").write_text(reward)
     return root
 
@@ -261,7 +261,7 @@ class Dry:
         if "model" in reward:
             reward["model"] = self.reward_model
         if "name" in reward:
-            reward["name"] = str(self.folder / reward["name"])
+            reward["name"] = str(self.folder / reward["name"].partition(":")[0])
         methods = [settings.get("estimator", {}), *settings.get("controls", [])]
         methods = [method for method in methods if isinstance(method, dict)]
         samplings = [method["sampling"] for method in methods if "sampling" in method]

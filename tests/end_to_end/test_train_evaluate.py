@@ -161,7 +161,7 @@ def test_wrong_training_options_are_refused_at_once(
     [
         ((), "nothing to measure"),
         (("--metric", "loss"), "the metric loss needs --data"),
-        (("--metric", "blue"), "--metric 'blue' is unknown: there are loss, reward, tasks"),
+        (("--metric", "blue"), "--metric 'blue' is unknown: there are loss, preferences, reward, tasks"),
         (("--reward", "length:1-2"), "the metric reward needs --data"),
         (("--judge-url", "http://x/v1", "--questions", "q.jsonl"), "name its model with --judge-model"),
         (("--data", "x", "--reward", "length:1-2", "--samples", "0"), "--sampling: samples"),

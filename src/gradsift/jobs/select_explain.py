@@ -58,7 +58,7 @@ def open_recipe(recipe: Recipe, reporter: Reporter | None = None, *, announce: b
     skipped.jsonl.
     """
     reporter = reporter or silent()
-    if "beta" in recipe.model_fields_set and recipe.objective != "dpo":
+    if recipe.beta != Recipe.model_fields["beta"].default and recipe.objective != "dpo":
         raise ConfigError("beta is DPO's, and the objective is another: add --objective dpo, or leave beta out")
     pool = open_pool(
         recipe.pool if source is None else source,

@@ -38,7 +38,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what uses the demo's model, so that `-m "not model"` runs without it; the files of long tests come first, so
     that no process is left with one of them at the end."""
     here = Path(__file__).parent
-    items.sort(key=lambda item: item.path.parent not in (here, here / "end_to_end", here / "execution"))
+    long = [here, *(here / name for name in ("end_to_end", "execution", "influence", "model", "plan", "warmup"))]
+    items.sort(key=lambda item: item.path.parent not in long)
     for item in items:
         if "demo_model_path" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.model)

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import gc
+import signal
 import warnings
 from collections.abc import Iterator
 
 import pytest
 import torch
 
+from gradsift.base import interruption
 from gradsift.execution.actors import RayCluster
 from gradsift.execution.ray import RayEngine
 from reporters import Listening
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def cluster() -> Iterator[None]:
-    """Eight cores, as far as Ray knows."""
+    """Eight cores, as far as Ray knows. What SIGTERM does is what it did before Ray, which would exit at once."""
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'gradsift[ray]'")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
+        before = signal.signal(signal.SIGTERM, interruption.stop)
         first = RayEngine(RayCluster(workers=8))
         assert first.workers == 8
+        assert signal.signal(signal.SIGTERM, before) is interruption.stop
         yield
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ResourceWarning)  # Ray does not wait for the processes that it ends
@@ -29,7 +33,7 @@ def cluster() -> Iterator[None]:
             gc.collect()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def pair(cluster: None) -> Iterator[RayEngine]:
     engine = RayEngine(RayCluster(workers=2))
     yield engine

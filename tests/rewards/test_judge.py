@@ -167,11 +167,11 @@ def test_an_interrupted_run_does_not_wait_for_answers(tmp_path: Path) -> None:
     """Ctrl-C ends a process within seconds while the judge is silent."""
     script = tmp_path / "run.py"
     script.write_text(
-        "import threading\n"
+        "import os, threading\n"
         "from gradsift.rewards.judge import Judge\n"
         "class Silent:\n"
         "    def complete(self, messages, **settings):\n"
-        "        print('asked', flush=True)\n"
+        "        os.write(1, b'asked\\n')\n"
         "        threading.Event().wait()\n"
         "Judge(mode='grade', workers=2).bind(Silent())(['q'] * 9, ['a'] * 9)\n"
     )

@@ -5,6 +5,7 @@ ray.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -143,6 +144,7 @@ def _connect(cluster: RayCluster) -> tuple[bool, str]:
         options |= {"include_dashboard": False, "object_store_memory": _OBJECT_STORE}
         if cluster.workers is not None:
             options["num_cpus"] = max(cluster.workers * cluster.threads, os.cpu_count() or 1)
+    stop = signal.getsignal(signal.SIGTERM)
     try:
         context: Any = ray.init(**options)
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -150,6 +152,9 @@ def _connect(cluster: RayCluster) -> tuple[bool, str]:
             f"no Ray cluster at {address or 'this machine'}: {str(error).splitlines()[0]}. Start one with "
             "`ray start --head`, or leave --address out"
         ) from error
+    # Ray has SIGTERM exit at once; who has it end the command in order, as gradsift's commands do, keeps that.
+    if stop not in (signal.SIG_DFL, None) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, stop)
     # Ray writes of each dead worker to standard output, which is for results; we tell of them ourselves.
     ray._private.worker.print_to_stdstream = _untold
     return True, str(context.address_info.get("session_dir", _SESSION))

@@ -50,8 +50,9 @@ model: $(READY)  ## fetch and convert the demo model into the cache (once, 93 MB
 demo: $(READY)  ## run the demo on a small model, on the CPU
 	"$(BIN)/gradsift" demo $(ARGS)
 
+# The tests start hundreds of processes, each of which would compile all that it imports.
 test: model  ## run the tests that take seconds
-	"$(BIN)/python" -m pytest -m 'not slow and not gpu' -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	env -u PYTHONDONTWRITEBYTECODE "$(BIN)/python" -m pytest -m 'not slow and not gpu' -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: model  ## run the tests that take minutes
 	"$(BIN)/python" -m pytest -m 'slow and not gpu' $(ARGS)

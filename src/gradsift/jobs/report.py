@@ -20,7 +20,7 @@ from gradsift.base.settings import Settings, models_in
 from gradsift.base.types import Prompt
 from gradsift.data.shown import excerpt, left_out, shares_table
 from gradsift.evaluation.arms import Compare
-from gradsift.explanation.explain import explained_views
+from gradsift.explanation.explain import DEFAULT_STRATEGIES, explained_views
 from gradsift.explanation.lines import explained_prompts
 from gradsift.explanation.matches_shown import matches_lines
 from gradsift.explanation.shown import (
@@ -517,8 +517,9 @@ def _explained_briefly(result: Result) -> list[Block]:
     if result.relevance is not None and (not alone or len(explanations.budgets) > 1):
         draws = max(len(found.draws) for entry in explanations.entries for found in entry.results)
         blocks += relevance_blocks(result.relevance, draws=draws)
-        for made in (gain_blocks, extreme_blocks, coefficient_blocks):
-            blocks += made(result.relevance)
+        if result.recipe.explain is not None and len(result.recipe.explain.strategies) > len(DEFAULT_STRATEGIES):
+            for made in (gain_blocks, extreme_blocks, coefficient_blocks):  # of who compares strategies
+                blocks += made(result.relevance)
     if result.validation is not None:
         blocks += map(Text, result.validation.lines())
         if not alone:

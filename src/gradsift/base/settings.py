@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
@@ -106,6 +106,11 @@ def _budget(given: Any) -> Any:
 
 
 Budget = Annotated[float, BeforeValidator(_budget)]
+
+
+def later(default: Any) -> Any:
+    """A field that others came before: not written where it is as by default, so that fingerprints from before stay."""
+    return Field(default=default, exclude_if=lambda given: given == default)
 
 
 def models_in(annotation: Any) -> list[type[BaseModel]]:

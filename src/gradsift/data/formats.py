@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, cast, get_args
 
-from pydantic import SerializerFunctionWrapHandler, ValidationError, model_serializer
+from pydantic import ValidationError
 
 from gradsift.base.errors import ConfigError
-from gradsift.base.settings import Settings
+from gradsift.base.settings import Settings, later
 from gradsift.base.types import REASONING, TEXT, Flags, Message, said
 from gradsift.data.account import common_length
 from gradsift.data.sources import kind_of
@@ -95,7 +95,6 @@ FORMATS = (
 _PLACE = re.compile(r"\{([^{}]+)\}")
 
 
-_LATER = ("tools", "text", "weight", "chosen", "rejected")
 Answer = Literal["chosen", "rejected"]
 
 
@@ -134,19 +133,11 @@ class Columns(Settings):
     output: str | None = None
     history: str | None = None
     system: str | None = None
-    tools: str | None = None
-    text: str | None = None
-    weight: str | None = None
-    chosen: str | None = None
-    rejected: str | None = None
-
-    @model_serializer(mode="wrap")
-    def _named_later(self, written: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without the columns that came later, where they are not named: results that columns are part of keep their
-        names.
-        """
-        values: dict[str, Any] = written(self)
-        return {name: value for name, value in values.items() if value is not None or name not in _LATER}
+    tools: str | None = later(None)
+    text: str | None = later(None)
+    weight: str | None = later(None)
+    chosen: str | None = later(None)
+    rejected: str | None = later(None)
 
     @classmethod
     def of(cls, given: Columns | Mapping[str, str] | None) -> Columns:

@@ -11,12 +11,13 @@ from itertools import groupby
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
-from pydantic import BeforeValidator, SerializerFunctionWrapHandler, model_serializer
+from pydantic import BeforeValidator
 from pydantic_core import PydanticCustomError
 
 from gradsift.base.checks import float_array, same_size, to_float64
 from gradsift.base.errors import ConfigError, ShapeError
 from gradsift.base.lazy import Tensor, torch
+from gradsift.base.settings import later
 from gradsift.base.sums import row_products
 from gradsift.gradients.rows import View
 from gradsift.influence.blocks import carried, on_cpu, place_for
@@ -70,13 +71,7 @@ class DataInf(ProductEstimator):
 
     kind: Literal["datainf"] = "datainf"
     damping: Damping = "auto"
-    normalise: bool = False
-
-    @model_serializer(mode="wrap")
-    def _as_before(self, written: SerializerFunctionWrapHandler) -> dict[str, object]:
-        """Without `normalise` where it says nothing: what was scored before there was such a field is found again."""
-        content: dict[str, object] = written(self)
-        return content if self.normalise else {name: value for name, value in content.items() if name != "normalise"}
+    normalise: bool = later(False)
 
     @property
     def by_cosine(self) -> bool:

@@ -15,6 +15,7 @@ from pydantic import Field
 from gradsift.base.errors import ConfigError
 from gradsift.base.lazy import torch
 from gradsift.base.ranks import spearman
+from gradsift.base.settings import later
 from gradsift.context import Pool, Target
 from gradsift.gradients.losses import row_losses
 from gradsift.influence.estimator import Estimator, Influence, Passes, Targets, TargetsByCheckpoint
@@ -92,7 +93,7 @@ class MAGIC(SmoothTraining, Estimator):
     seeds: int = Field(default=1, ge=1)
     per: Literal["subtask", "target"] = "subtask"
     check: int = Field(default=0, ge=0)
-    record: str | None = Field(default=None, exclude_if=lambda given: given is None)  # so that fingerprints stay
+    record: str | None = later(None)
 
     def model_post_init(self, context: object) -> None:
         """Refuse what does not go together."""

@@ -110,3 +110,8 @@ class Rows(ABC):
                 listed = ", ".join(sorted(there))
                 raise DataError(f"{self.description} has no column {name!r}; its columns are {listed}")
         return found
+
+
+def single_answers(source: Any) -> Any:
+    """One sequence a row: of preference pairs the chosen answers; other sources as they are."""
+    return source.answered if isinstance(source, Rows) else source

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from gradsift.base.types import TEXT, said
 from gradsift.context import Pool, Target
-from gradsift.data.rows import Rows
+from gradsift.data.rows import single_answers
 from gradsift.data.words import has_words, words
 from gradsift.influence.estimator import Estimator, Influence, TargetsByCheckpoint, conversations, refuse_too_many
 
@@ -50,8 +50,7 @@ class BM25(Estimator):
         refuse_too_many(len(pool.data), len(target.data.ids))
         warnings: list[str] = []
         if self.tokens == "model":
-            targets = self.targets(pool, target)
-            targets = targets.answered if isinstance(targets, Rows) else targets
+            targets = single_answers(self.targets(pool, target))
             assert not isinstance(targets, TargetsByCheckpoint), targets
             of_target: list[list[NDArray[np.int32]]] = [[] for _ in targets.ids]
             for sequence in targets.sequences(0, len(targets.ids)):

@@ -17,7 +17,7 @@ from gradsift.base.lazy import Tensor, torch
 from gradsift.base.progress import Advance
 from gradsift.base.types import Sequence, Skipped
 from gradsift.context import Pool, Target
-from gradsift.data.rows import Rows
+from gradsift.data.rows import single_answers
 from gradsift.gradients.batching import automatic_token_budget, form_batches
 from gradsift.gradients.collect import SequenceSource
 from gradsift.influence.aggregate import Aggregation
@@ -56,7 +56,7 @@ class _OfStates(Estimator):
         """Cosines of kept states."""
         assert target is not None, self
         refuse_too_many(len(pool.data), len(target.data.ids))
-        both = map(_answered, (pool.data, target.data))
+        both = map(single_answers, (pool.data, target.data))
         rows, queries = (states(pool, data, self._at(pool), *self.pooled()) for data in both)
         finite = np.isfinite(rows).all(axis=1)
         ids = list(pool.data.ids)
@@ -83,7 +83,7 @@ class _OfStates(Estimator):
         at = None if self.checkpoint == "base" else checkpoints()[-1]
         known = self.checkpoint == "base" or at is not None
         found = []
-        for data in map(_answered, (pool.data, target.data)):
+        for data in map(single_answers, (pool.data, target.data)):
             config = _kept_under(data, _config(pool, at, *self.pooled()))
             kept = known and pool.run.manifest(pool.run.prefix("states", config))
             tokens = float(sum(data.token_counts()))
@@ -140,11 +140,6 @@ class RepSim(_OfStates):
     def pooled(self) -> tuple[Pooling, int]:
         """As `tokens` and `layer` say."""
         return ("last_prompt_token" if self.tokens == "last_prompt" else "answer_mean"), self.layer
-
-
-def _answered(data: Any) -> Any:
-    """One sequence a row: of preference pairs the chosen answers."""
-    return data.answered if isinstance(data, Rows) else data
 
 
 def token_weights(sequence: Sequence, pooling: Pooling) -> NDArray[np.float64]:

@@ -461,6 +461,11 @@ def adapter_identity(adapter: str | Path) -> dict[str, str]:
     return {"weights": file_digest(files[0], json.dumps(config, sort_keys=True).encode())[:16]}
 
 
+def is_lora_weight(name: str) -> bool:
+    """Whether a parameter, named as PEFT writes it to a file, is A or B of a linear module."""
+    return re.search(r"\.lora_[AB]\.weight$", name) is not None
+
+
 def trains_more(adapter: str | Path | None) -> bool:
     """Whether a folder's adapter has more than LoRA of linear modules.
 
@@ -473,7 +478,7 @@ def trains_more(adapter: str | Path | None) -> bool:
     folder = Path(at_hand(str(adapter)))
     try:
         with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-            beside = any(re.search(r"\.lora_[AB]\.weight$", name) is None for name in file.keys())  # noqa: SIM118
+            beside = not all(map(is_lora_weight, file.keys()))
         return beside or bool(json.loads((folder / "adapter_config.json").read_text()).get("target_parameters"))
     except (OSError, ValueError, SafetensorError):  # on the hub, or what loading it will tell
         return False

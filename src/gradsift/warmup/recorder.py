@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from functools import partial
 from typing import Any, cast
 
@@ -16,7 +15,7 @@ from transformers import TrainerCallback
 from gradsift.base import interruption
 from gradsift.base.errors import ConfigError
 from gradsift.model.adapters import refuse_other_kinds
-from gradsift.model.models import parameter_name
+from gradsift.model.models import is_lora_weight, parameter_name
 from gradsift.store.manifest import publish_json
 from gradsift.store.run import Run
 from gradsift.store.tensors import publish_tensors
@@ -309,7 +308,7 @@ def _obstacles(args: Any, model: nn.Module, optimizer: Any, trained: dict[str, n
         found.append(f"its layers ran in half precision, whose rounding does not come again: train with {half}=False")
     if getattr(args, "neftune_noise_alpha", None):
         found.append("it adds noise to embeddings: leave neftune_noise_alpha out")
-    other = [name for name in trained if not re.search(r"\.lora_[AB]\.weight$", name)]
+    other = [name for name in trained if not is_lora_weight(name)]
     if other:
         found.append(f"it trains more than LoRA's A and B, first {other[0]}")
     return found

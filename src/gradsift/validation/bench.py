@@ -374,13 +374,15 @@ class _Judge:
 
     def _timed(self, what: Any, work: Callable[[], _Found]) -> tuple[_Found, Cost]:
         """What it makes, with what that took when it was first made."""
-        key, before, began = f"bench/cost-{fingerprint(what)}.json", _bytes_in(self.pool), time.monotonic()
-        made = work()
+        key = f"bench/cost-{fingerprint(what)}.json"
         kept = read_if_whole(self.pool.run.storage, key, _KeptCost, sealed=True)
-        if kept is None:
-            kept = asdict(Cost(time.monotonic() - began, max(0, _bytes_in(self.pool) - before)))
-            self.pool.run.publish_json(key, kept, sealed=True)
-        return made, Cost(kept["seconds"], kept["bytes"])
+        if kept is not None:
+            return work(), Cost(kept["seconds"], kept["bytes"])
+        before, began = _bytes_in(self.pool), time.monotonic()
+        made = work()
+        cost = Cost(time.monotonic() - began, max(0, _bytes_in(self.pool) - before))
+        self.pool.run.publish_json(key, asdict(cost), sealed=True)
+        return made, cost
 
     def _score(self, method: Estimator, shared: Mapping[str, Cost]) -> None:
         pool = self.pool

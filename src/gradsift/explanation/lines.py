@@ -54,7 +54,7 @@ def publish(run: Run, entries: Sequence[Explanation], made: Made) -> None:
         for entry, by in every
     )
     run.publish_text(FILE, "".join(lines))
-    rows = [{**row, "settings": by} for entry, by in every for row in table([entry]).to_pylist()]
+    rows = [{**row, "settings": by} for entry, by in every for row in _rows(entry)]
     run.publish_parquet("explanations.parquet", [pa.Table.from_pylist(rows)])
 
 
@@ -65,7 +65,11 @@ def explained_prompts(run: Run) -> dict[str, str]:
 
 def table(entries: Sequence[Explanation]) -> pa.Table:
     """Long form: output, estimator, strategy, k, relevance (dB, ratio, share), its verdict, chosen ids."""
-    rows = [
+    return pa.Table.from_pylist([row for entry in entries for row in _rows(entry)])
+
+
+def _rows(entry: Explanation) -> list[dict[str, Any]]:
+    return [
         {
             "output": entry.id,
             **{name: value for name, value in vars(result).items() if name not in ("examples", "draws", "trained")},
@@ -79,10 +83,8 @@ def table(entries: Sequence[Explanation]) -> pa.Table:
             "aggregation": entry.aggregation,
             **{f"{one.name}s": [getattr(e, one.name) for e in result.examples] for one in fields(ChosenExample)},
         }
-        for entry in entries
         for result in entry.results
     ]
-    return pa.Table.from_pylist(rows)
 
 
 def _lines(run: Run) -> list[dict[str, Any]]:

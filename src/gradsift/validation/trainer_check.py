@@ -131,7 +131,6 @@ def check_trainer(trainer: Any, pool: Pool, rows: int = 8) -> TrainerCheck:
     refuse_pairs(pool.data, "a trainer is compared on rows of one answer")
     found: list[RowCheck] = []
     batches: str | None = None
-    index = _Index(pool.data)
     half = bool(trainer.args.bf16 or trainer.args.fp16) or trainer.model.dtype != torch.float32
     close = _CLOSE * (20 if half else 1)
     with own_randomness(), _evaluated(trainer), torch.no_grad():
@@ -140,7 +139,7 @@ def check_trainer(trainer: Any, pool: Pool, rows: int = 8) -> TrainerCheck:
             losses = [_loss(trainer, single) for single in singles]
             for single, theirs in zip(singles, losses, strict=True):
                 if len(found) < rows:
-                    found.append(_row(trainer, pool, index, single, theirs, close))
+                    found.append(_row(trainer, pool, single, theirs, close))
             batches = batches or _batches(_loss(trainer, batch), singles, losses)
             if len(found) >= rows:
                 break
@@ -149,13 +148,11 @@ def check_trainer(trainer: Any, pool: Pool, rows: int = 8) -> TrainerCheck:
     return TrainerCheck(tuple(found), batches)
 
 
-def _row(
-    trainer: Any, pool: Pool, index: _Index, single: Mapping[str, Any], theirs: float | None, close: float
-) -> RowCheck:
+def _row(trainer: Any, pool: Pool, single: Mapping[str, Any], theirs: float | None, close: float) -> RowCheck:
     ids = single["input_ids"][0].cpu().numpy().astype(np.int32)
     learned = single["labels"][0].cpu().numpy() != -100
     learned[:1] = False
-    row = index.like(ids)
+    row = _like(pool.data, ids)
     with head_at(trainer.model) as head:
         padded = pad([token_mean(row, 0)], trainer.model.get_input_embeddings().weight.device)
         ours = float(head.nll(padded).sum()) if supervised_count(row) else None
@@ -179,27 +176,18 @@ def _differences(
             yield from (one(place, row.token_ids[place], "shown", "gradsift") for place in range(start, stop))
 
 
-class _Index:
-    """Pool rows by their token ids."""
+def _like(rows: Dataset, ids: NDArray[np.int32]) -> TokenizedExample:
+    """The first row with these token ids, or the one that shares most of them."""
+    for position in np.flatnonzero(rows.lengths == len(ids)).tolist():
+        if np.array_equal((row := rows[position]).token_ids, ids):
+            return row
+    counts = np.bincount(ids)
 
-    def __init__(self, rows: Dataset) -> None:
-        self._rows = rows
-        self._places: dict[bytes, int] = {}
-        for position in range(len(rows)):
-            self._places.setdefault(rows[position].token_ids.astype(np.int32).tobytes(), position)
-
-    def like(self, ids: NDArray[np.int32]) -> TokenizedExample:
-        """The row with these token ids, or the one that shares most of them."""
-        position = self._places.get(ids.tobytes())
-        if position is None:
-            counts = np.bincount(ids)
-            shared = [self._shared(counts, number) for number in range(min(_SEARCHED, len(self._rows)))]
-            position = int(np.argmax(shared))
-        return self._rows[position]
-
-    def _shared(self, counts: NDArray[np.int64], position: int) -> float:
-        own = np.bincount(self._rows[position].token_ids, minlength=len(counts))
+    def shared(position: int) -> float:
+        own = np.bincount(rows[position].token_ids, minlength=len(counts))
         return float(np.minimum(own[: len(counts)], counts).sum() / max(own.sum(), counts.sum()))
+
+    return rows[int(np.argmax([shared(position) for position in range(min(_SEARCHED, len(rows)))]))]
 
 
 def _singles(batch: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

@@ -290,14 +290,11 @@ def open_pool(
         belongs["pool"] = pool
         setup.run.refuse_other(belongs, made)
 
-    given: dict[str, Any] = {"columns": columns, "keep_duplicates": keep_duplicates, "check": check}
-    given |= {"what": "pool", "reporter": setup.reporter}
-    data: Dataset
-    if objective is None:
-        data = prepare(setup.run, source, setup.chat, **given)
-    else:
-        preference = Preference(objective=objective, beta=beta)
-        data = prepare_pairs(setup.run, source, setup.chat, preference=preference, **given)
+    preference = None if objective is None else Preference(objective=objective, beta=beta)
+    data = _prepared(
+        setup, source, preference,
+        what="pool", columns=columns, keep_duplicates=keep_duplicates, check=check, reporter=setup.reporter,
+    )  # fmt: skip
     refuse_longer(data, model, what="pool")
     setup.run.bind(belongs)
     return Pool(
@@ -336,14 +333,13 @@ def open_target(
         DataError: the source cannot be read, no row of it can be used, or a row names no subtask.
         ConfigError: every pool row is in the target, or the sample cannot be drawn.
     """
-    given: dict[str, Any] = {"columns": columns, "reporter": pool.reporter}
     source = list(source) if isinstance(source, Iterator) else source  # of which the first row is looked at
-    data: Dataset
+    preference = None
     if are_pairs(source, columns):
         preference = pool.training.preference if isinstance(pool.training, Pairs) else DIFFERENCE
-        data = prepare_pairs(pool.run, source, pool.chat, preference=preference, **given)
-    else:
-        data = prepare(pool.run, source, pool.chat, what="target", keep_duplicates=True, **given)
+    data = _prepared(
+        pool, source, preference, what="target", columns=columns, keep_duplicates=True, reporter=pool.reporter
+    )
     refuse_longer(data, pool.model, what="target")
     if sample is not None:
         data = data.subset(sample.positions([Example(id_, (), data.row(id_)) for id_ in data.ids]))
@@ -363,9 +359,14 @@ def prepared_like(pool: Pool, source: Any, **given: Any) -> Dataset:
         source: as for `open_pool`.
         given: as for `prepare`.
     """
-    if isinstance(pool.training, Pairs):
-        return prepare_pairs(pool.run, source, pool.chat, preference=pool.training.preference, **given)
-    return prepare(pool.run, source, pool.chat, **given)
+    return _prepared(pool, source, pool.training.preference if isinstance(pool.training, Pairs) else None, **given)
+
+
+def _prepared(setup: Setup, source: Any, preference: Preference | None, **given: Any) -> Dataset:
+    """Rows of one answer, or pairs with this loss."""
+    if preference is None:
+        return prepare(setup.run, source, setup.chat, **given)
+    return prepare_pairs(setup.run, source, setup.chat, preference=preference, **given)
 
 
 def refuse_longer(data: Dataset, model: str, what: str) -> None:

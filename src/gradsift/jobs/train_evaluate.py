@@ -23,7 +23,7 @@ from gradsift.evaluation.setup import open_model
 from gradsift.generation.endpoint import Endpoint
 from gradsift.generation.sampling import Sampling
 from gradsift.jobs.select_explain import open_recipe
-from gradsift.options import columns_of, endpoint_of, rewards_of, sampling_fields
+from gradsift.options import columns_of, endpoint_of, rewards_of
 from gradsift.recipe import Recipe, set_fields
 from gradsift.report.terminal import console, draw
 from gradsift.rewards.reward import Reward
@@ -262,7 +262,8 @@ def sampling_of(given: Mapping[str, Any]) -> Sampling:
     Raises:
         ConfigError: settings that do not go together.
     """
-    fields = sampling_fields(given)
+    names = {"sampling_seed": "seed"} | {name: name for name in ("samples", "temperature", "max_new_tokens")}
+    fields = {field: given[name] for name, field in names.items() if given.get(name) is not None}
     drawn = given.get("sampling") is not None or bool({"samples", "temperature"} & set(fields))
     if not drawn or re.fullmatch(r"0*\.?0*", str(fields.get("temperature", 1))):
         if "seed" in fields:

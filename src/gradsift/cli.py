@@ -512,11 +512,12 @@ def evaluate(given: Given) -> None:
 
     Example: gradsift evaluate --model MODEL --out runs/math --adapter ADAPTER --data test.jsonl --reward numeric:answer
     """
-    from gradsift.jobs.train_evaluate import evaluations_as_dict, metrics_of, place_of, print_evaluations, run_evaluate
+    from gradsift.evaluation.setup import open_model
+    from gradsift.jobs.train_evaluate import evaluations_as_dict, metrics_of, print_evaluations, run_evaluate
 
     metrics = metrics_of(given)
     own = of.filled(_pick(given.options, "max-length", "chunk", "supervise", "reasoning", "dtype", "device"), given)
-    place = place_of({**given, **own}, _reporter(given))
+    place = open_model(given["model"], out=given["out"], reporter=_reporter(given), **own)
     found, failures = run_evaluate(place, given["adapter"], metrics, with_base=given["base"])
     if found or given["json"]:
         _tell(given, lambda: evaluations_as_dict(found, failures), lambda: print_evaluations(found, given["out"]))
@@ -614,7 +615,7 @@ def plan(given: Given, recipe: Path | None) -> None:
                 raise click.BadParameter(f"give --{name}, or a recipe")
         recipes = [_recipe(given)]
     found = [estimate(one, _reporter(given), command=given["for"]) for one in recipes]
-    _tell(given, lambda: found[0] if len(found) == 1 else found, lambda: [print_estimate(one) for one in found])
+    _tell(given, lambda: found[0] if len(found) == 1 else found, lambda: [*map(print_estimate, found)])
 
 
 @_command(of.JSON, required=(), name="list", arguments=(click.Argument(["section"], required=False),))
@@ -713,11 +714,7 @@ def compare(given: Given, recipe: Path) -> None:
 
     results = [run_compare(one, _reporter(given)) for one in _read_recipes(recipe, given)]
     contents = [result.as_dict() for result in results]
-    _tell(
-        given,
-        lambda: contents[0] if len(contents) == 1 else contents,
-        lambda: [print_comparison(result) for result in results],
-    )
+    _tell(given, lambda: contents[0] if len(contents) == 1 else contents, lambda: [*map(print_comparison, results)])
     failed = [failure for result in results for failure in result.failures]
     if failed:
         first = failed[0]

@@ -129,8 +129,8 @@ class Pool(Setup):
         self, source: Any, checkpoint: Checkpoint, views: SequenceABC[View], *, what: str
     ) -> dict[View, GradientStore]:
         """Gradient stores of any sequences with this pool's model and settings."""
-        own, how = self.weighed(source, checkpoint), {"what": what, "reporter": self.reporter, "engine": self.engine}
-        return collect_at(self.run, own, self.at(checkpoint), views, **how)
+        own, at = self.weighed(source, checkpoint), self.at(checkpoint)
+        return collect_at(self.run, own, at, views, what=what, reporter=self.reporter, engine=self.engine)
 
     def weighed(self, source: Any, checkpoint: Checkpoint) -> Any:
         """The source; pairs that are learned by DPO with their margins at a checkpoint, by which gradients weigh."""

@@ -99,7 +99,7 @@ class Trained:
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON has it."""
-        epochs = list(self.models) or [checkpoint.adapter for checkpoint in self.checkpoints]
+        epochs: list[Any] = list(self.models) or [checkpoint.adapter for checkpoint in self.checkpoints]
         return {
             "path": self.path, "full": self.full, "kept_epoch": self.kept, "epochs": epochs, "seed": self.seed,
             "examples": self.examples, "validation": list(self.validation), "judged_by": self.judged_by,

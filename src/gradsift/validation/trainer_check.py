@@ -258,8 +258,6 @@ def check_sft_config(path: str, pool: Pool, rows: int = 8) -> TrainerCheck:
         path: YAML or JSON of `SFTConfig`'s arguments, as `trl sft --config` takes them; those of the model, the data
             set and the adapter are passed over, and packing is. Or `train.py:function`, which returns an `SFTConfig`,
             or a trainer, which is taken as it is.
-        pool: of the rows.
-        rows: how many.
 
     Raises:
         ConfigError: TRL is not installed, the file cannot be read, or SFTConfig does not take it.

@@ -156,16 +156,9 @@ class Validation:
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able."""
-        return {
-            "cells": [asdict(cell) for cell in self.cells],
-            "failed": [asdict(skip) for skip in self.failed],
-            "agreement": None if self.agreement is None else asdict(self.agreement),
-            "by_estimator": {name: asdict(found) for name, found in self.by_estimator.items()},
-            "route": self.route,
-            "settings": self.settings.model_dump(mode="json"),
-            "reranking": [asdict(one) for one in self.reranking],
-            "sanity": None if self.sanity is None else asdict(self.sanity),
-        }
+        content = asdict(replace(self, pool=None))
+        del content["pool"], content["path"]
+        return content | {"settings": self.settings.model_dump(mode="json")}
 
     def effects(self) -> dict[tuple[str, str, str, int], Trained]:
         """What each cell's verdict says of it, by output, estimator, strategy and k."""
@@ -249,7 +242,9 @@ def validate(
         for number in order:
             cell = wanted[number]
             try:
-                bench.turn_to(_named(by_id, cell))
+                if cell.output not in by_id:
+                    raise DataError(f"there is no output {cell.output!r}")
+                bench.turn_to(by_id[cell.output])
                 results[number] = bench.validated(cell)
             except _CELL_ERRORS as error:
                 failed.append(Skipped(cell.output, "not_validated", f"{cell.label}: {error}"))
@@ -259,19 +254,13 @@ def validate(
         raise DataError(f"no cell can be validated; first: {failed[0].detail if failed else 'none was given'}")
     done = tuple(results[number] for number in sorted(results))
     estimators = dict.fromkeys(entry.cell.key.estimator for entry in done)
+    by_estimator = {
+        name: _agreement([entry for entry in done if entry.cell.key.estimator == name], edges_db) for name in estimators
+    }
     found = Validation(
-        cells=done,
-        failed=tuple(failed),
-        agreement=_agreement(done, edges_db),
-        by_estimator={
-            name: _agreement([entry for entry in done if entry.cell.key.estimator == name], edges_db)
-            for name in estimators
-        },
-        route=bench.route,
-        settings=settings,
-        path=pool.run.name("validation.json"),
-        pool=pool,
-    )
+        done, tuple(failed), _agreement(done, edges_db), by_estimator, bench.route, settings,
+        path=pool.run.name("validation.json"), pool=pool,
+    )  # fmt: skip
     pool.run.publish_json("validation.json", found.as_dict())
     return found
 
@@ -304,11 +293,8 @@ def validate_explanations(
         )
     cells = cells_of(explanations)
     found = validate(pool, explanations.outputs, cells, settings=settings, route=route, edges_db=edges_db)
-    found = replace(
-        found,
-        reranking=tuple(_reranking(found.cells, explanations)),
-        sanity=sanity_check(pool, explanations.outputs, settings=settings, route=route) if sanity else None,
-    )
+    checked = sanity_check(pool, explanations.outputs, settings=settings, route=route) if sanity else None
+    found = replace(found, reranking=tuple(_reranking(found.cells, explanations)), sanity=checked)
     pool.run.publish_json("validation.json", found.as_dict())
     return found
 
@@ -590,13 +576,8 @@ def _stored_rows(pool: Pool, checkpoint: Checkpoint, route: Route) -> GradientSt
 
 def _agreement(cells: SequenceABC[Validated], edges_db: SequenceABC[float]) -> Agreement:
     cells = distinct(cells)
-    return agreement(
-        [entry.cell.relevance for entry in cells],
-        [entry.support for entry in cells],
-        [entry.shift for entry in cells],
-        [entry.cell.output for entry in cells],
-        edges_db=edges_db,
-    )
+    columns = zip(*((one.cell.relevance, one.support, one.shift, one.cell.output) for one in cells), strict=True)
+    return agreement(*columns, edges_db=edges_db)
 
 
 def _by_id(outputs: Iterable[TokenizedExample]) -> dict[str, TokenizedExample]:
@@ -607,12 +588,6 @@ def _by_id(outputs: Iterable[TokenizedExample]) -> dict[str, TokenizedExample]:
         if not same:
             raise DataError(f"two different outputs have the id {output.id!r}: give each its own")
     return by_id
-
-
-def _named(by_id: dict[str, TokenizedExample], cell: Cell) -> TokenizedExample:
-    if cell.output not in by_id:
-        raise DataError(f"there is no output {cell.output!r}")
-    return by_id[cell.output]
 
 
 def rho_text(found: Correlation) -> str:

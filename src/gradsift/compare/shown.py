@@ -30,6 +30,7 @@ from gradsift.report.blocks import (
     Table,
     Text,
     columns,
+    measured,
 )
 from gradsift.report.blocks import Row as Cells
 from gradsift.report.charts import colour
@@ -515,9 +516,7 @@ def comparison_page(
 
 
 def _mean(row: Row | None, written: str, layout: str, best: bool) -> Entry:
-    spread = None if row is None else row.mean.spread
-    note = "" if spread is None else f"±\u202f{text.written(spread, layout)}"
-    return Cell(written, note, "best" if best else "", tone="best" if best else "") if best or note else written
+    return measured(written, None if row is None else row.mean.spread, layout, best)
 
 
 def _by_seed(row: Row | None, layout: str) -> str:

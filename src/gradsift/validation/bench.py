@@ -406,7 +406,7 @@ class _Judge:
         assert name is not None
         rows, targets = (np.array(list(map(str, data.column(name)))) for data in (self.pool.data, self.target.data))
         wanted: NDArray[np.bool_] = rows[:, None] == targets
-        lacking = [self.target.data.ids[n] for n in np.flatnonzero(~wanted[self.available].any(axis=0))]
+        lacking = [self.target.data.ids[n] for n in np.flatnonzero(~wanted[self.available].any(axis=0)).tolist()]
         if len(lacking) == len(targets) or wanted[self.available].all():
             having = "no row of the pool has" if lacking else "every row of the pool has"
             raise ConfigError(f"class_column {name!r} tells no rows apart: {having} the value of a target")

@@ -141,12 +141,8 @@ class _Work:
         """What strategies choose from for one output: the scored examples that have a gradient.
 
         With whole gradients, those of the candidates and of what else is compared (`_compared`), whose rows are given
-        by coordinates with the same inner products, and whose scores are exact where the estimator can tell.
-
-        Args:
-            output_id: of the output.
-            estimator: ranks the pool.
-            chosen: further ids that will be read.
+        by coordinates with the same inner products, and whose scores are exact where the estimator can tell. `chosen`
+        are further ids that will be read.
         """
         if not self.exact:
             return self._stored(output_id, estimator)

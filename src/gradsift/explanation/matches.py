@@ -72,15 +72,8 @@ def token_matches(
 ) -> dict[str, tuple[TokenMatch, ...]]:
     """The matches of outputs with their chosen examples; what the run folder has is neither computed nor needs a model.
 
-    Args:
-        pool: whose rows the examples are.
-        source: of the outputs.
-        estimator: whose score is split, one that `splits`.
-        chosen: output id → ids of examples.
-
-    Returns:
-        Output id → matches in the order of its examples. Those that cannot be had are left out, and the pool's
-        reporter is told why.
+    `chosen` are ids of examples by output. Matches stand in their order; those that cannot be had are left out, and the
+    pool's reporter is told why.
     """
     assert estimator.splits, estimator
     outputs = {id_: source.sequences(place, place + 1) for place, id_ in enumerate(source.ids) if id_ in chosen}

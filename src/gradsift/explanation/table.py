@@ -164,15 +164,11 @@ def relevance_table(
     rows.sort(key=lambda row: (order[row.estimator], row.by_budget[sorted_at].db))
     several = whole is not None and len(entries) > 1
     return RelevanceTable(
-        how,
-        budgets,
-        sorted_at,
-        len(entries),
-        tuple(rows),
+        how, budgets, sorted_at, len(entries), tuple(rows),
         notes=() if whole is None else tuple(_coinciding(whole, budgets[-1])),
         gains=tuple(_gains(rows, whole.strategies)) if several and whole is not None else (),
         extremes=tuple(_extremes(entries)) if several else (),
-    )
+    )  # fmt: skip
 
 
 def _between(
@@ -271,12 +267,7 @@ def _extremes(entries: SequenceABC[Explanation]) -> Iterator[Extreme]:
 
 
 def coefficient_statistics(explanations: Explanations, k: int) -> tuple[CoefficientStatistics, ...]:
-    """What every coefficient model makes of the choices of k for the first outputs, the same choice counting once.
-
-    Args:
-        explanations: of which the first `COEFFICIENT_OUTPUTS` outputs are taken.
-        k: one of the budgets.
-    """
+    """What every coefficient model makes of the choices of k for the first outputs, the same choice counting once."""
     found: dict[CoefficientModel, list[Relevance]] = {model: [] for model in MODELS}
     for entry in explanations.entries[:COEFFICIENT_OUTPUTS]:
         chosen = {frozenset(one.id for one in own.examples) for own in entry.results if own.k == k}
@@ -293,17 +284,9 @@ def coefficient_statistics(explanations: Explanations, k: int) -> tuple[Coeffici
             continue
         t = [one.coefficients.double().numpy() for one in own]
         l2 = [float(np.linalg.norm(one)) for one in t]
-        statistics.append(
-            CoefficientStatistics(
-                model=model,
-                k=k,
-                selections=len(own),
-                l1=float(np.mean([np.abs(one).sum() for one in t])),
-                l2=float(np.mean(l2)),
-                l2_median=float(np.median(l2)),
-                nonzero=float(np.mean([(one != 0).mean() for one in t])),
-                negative=float(np.mean([(one < 0).mean() for one in t])),
-                db=summarise_relevance(own).db,
-            )
-        )
+        l1 = float(np.mean([np.abs(one).sum() for one in t]))
+        nonzero = float(np.mean([(one != 0).mean() for one in t]))
+        negative = float(np.mean([(one < 0).mean() for one in t]))
+        norms, db = (l1, float(np.mean(l2)), float(np.median(l2))), summarise_relevance(own).db
+        statistics.append(CoefficientStatistics(model, k, len(own), *norms, nonzero, negative, db))
     return tuple(statistics)

@@ -43,10 +43,7 @@ def estimate(recipe: Recipe, reporter: Reporter | None = None, *, command: str =
     With `engine: {kind: ray}` the speed is that of one worker, measured here with its number of threads; gradients,
     local responses and cells of comparisons are divided by whole tasks, the rest is not.
 
-    Args:
-        recipe: of the run.
-        reporter: where warnings and progress go.
-        command: `run`, which stands for select, explain, validate and compare; or `sample` or `reward`.
+    `command` is `run`, which stands for select, explain, validate and compare; or `sample` or `reward`.
 
     Raises:
         ConfigError, DataError, ModelError, MismatchError: as the run.

@@ -97,17 +97,10 @@ def _of_model(
         parameters = sum(parameter.numel() for parameter in model.parameters())
         tokens = sum(len(s.token_ids) for s in sequences)
         sample = {
-            "rows": count,
-            "tokens": tokens,
-            "tokens_per_second": tokens / seconds,
-            "decoded_tokens_per_second": decoded,
-            "device": str(device),
-            "parameters": parameters,
-            "trained_parameters": trained,
-            "dim": projector.dim,
-            "token_budget": budget,
-            "self_check": check.as_dict(),
-        }
+            "rows": count, "tokens": tokens, "tokens_per_second": tokens / seconds,
+            "decoded_tokens_per_second": decoded, "device": str(device), "parameters": parameters,
+            "trained_parameters": trained, "dim": projector.dim, "token_budget": budget, "self_check": check.as_dict(),
+        }  # fmt: skip
     sizes = {
         "bytes": 1.0,
         "rows": float(projector.dim * _ROW_BYTES[recipe.gradients.dtype]),
@@ -132,13 +125,7 @@ def _decoding(model: Any, drawing: Drawing, reporter: Reporter) -> Decoding:
 
 
 def measure_sampling(model: Any, prompts: SequenceABC[SequenceABC[int]], sampling: Sampling) -> Decoding:
-    """Draw a few tokens of a batch of responses to prompts of median length, as the sampler does.
-
-    Args:
-        model: with or without an adapter.
-        prompts: token ids of all prompts.
-        sampling: how many of each, and how.
-    """
+    """Draw a few tokens of a batch of responses to prompts, as token ids, of median length, as the sampler does."""
     rows = min(default_rows(model), len(prompts) * sampling.samples)
     together = math.ceil(rows / sampling.samples)
     ordered = sorted((list(map(int, prompt)) for prompt in prompts), key=len)

@@ -21,6 +21,7 @@ from gradsift.base.types import Message
 from gradsift.compare.chosen import MOST_POINTS
 from gradsift.compare.grid import CellOf, Grid, Key, open_grid
 from gradsift.context import Pool, Target
+from gradsift.data.dataset import Dataset
 from gradsift.data.pairs import Pairs
 from gradsift.evaluation.arms import Contender, PairwiseMetric
 from gradsift.evaluation.evaluate import evaluation_config
@@ -74,7 +75,7 @@ from gradsift.selection.selector import Selector
 from gradsift.store.run import Run
 from gradsift.validation.bench import Bench
 from gradsift.warmup.checkpoint import Checkpoint, open_checkpoint
-from gradsift.warmup.train import kept_training, warm_up_ids
+from gradsift.warmup.train import Training, kept_training, warm_up_ids
 
 COMMANDS = ("run", "sample", "reward")
 
@@ -228,15 +229,13 @@ class Walk:
         """Rows that methods take through the model, counted once."""
         if self.is_new("passes", *(repr(part) for part in by), one, self.pool.seed):
             backward, forward = (0.0, one.tokens) if one.forward else (one.tokens, 0.0)
-            stored: dict[str, float] = {"unprojected": one.rows} if one.unprojected else {}
-            stored |= {"factors": one.factors} if one.factors else {}
-            done = one.done and self.kept is not None
+            stored = {"unprojected": float(one.rows if one.unprojected else 0), "factors": one.factors}
             held = {"unprojected": one.held, "factors": one.factors_held}
-            held = {kind: number for kind, number in held.items() if number}
-            work = Work(
-                one.stage, one.rows, backward, forward, stored=stored, at_most=one.at_most, held=held, done=done
-            )
-            self.add(work)
+            kept, there = ({kind: n for kind, n in own.items() if n} for own in (stored, held))
+            done = one.done and self.kept is not None
+            self.add(Work(
+                one.stage, one.rows, backward, forward, stored=kept, at_most=one.at_most, held=there, done=done
+            ))  # fmt: skip
 
     def _gradients(self, method: Estimator, *, targets: bool) -> None:
         """The pool's rows that a method reads, and its targets'."""
@@ -295,20 +294,21 @@ class Walk:
                 return self._adapters
             rows = self.pool.training
             ids = warm_up_ids(rows, recipe.warmup, seed)
-            found = None
-            if self.kept is not None:
-                found = kept_training(
-                    self.kept.run, rows, ids, recipe.warmup, model=recipe.model, dtype=self.pool.dtype, seed=seed
-                )
-            epochs = recipe.warmup.epochs
-            tokens = float(rows.lengths[rows.positions(ids)].sum())
+            found, epochs = self.trained(rows, ids, recipe.warmup, seed), recipe.warmup.epochs
+            tokens, done = float(rows.lengths[rows.positions(ids)].sum()), found is not None
             self.add(
-                Work("warm-up", epochs * len(ids), backward=epochs * tokens, stored={"adapters": epochs},
-                     done=found is not None)
-            )  # fmt: skip
-            self._answers(rows, len(ids), tokens, found is not None)
+                Work("warm-up", epochs * len(ids), backward=epochs * tokens, stored={"adapters": epochs}, done=done)
+            )
+            self._answers(rows, len(ids), tokens, done)
             self._adapters = [None] * epochs if found is None else [*found]
         return self._adapters
+
+    def trained(self, rows: Dataset, ids: SequenceABC[str], settings: Training, seed: int) -> list[Checkpoint] | None:
+        """The checkpoints of a training that the run folder has."""
+        if self.kept is None:
+            return None
+        how: dict[str, Any] = {"model": self.recipe.model, "dtype": self.pool.dtype, "seed": seed}
+        return kept_training(self.kept.run, rows, ids, settings, **how)
 
     def _answers(self, source: Any, count: int, tokens: float, done: bool) -> None:
         """What DPO asks of the base model, or of a checkpoint: the probabilities of both answers of each pair."""
@@ -363,21 +363,16 @@ class Walk:
     def _rows_of(
         self, method: PolicyEstimator, target: PromptTarget, source: SequenceSource | None, name: str
     ) -> _Rows:
-        tokens = method.tokens_of(target)
-        count = len(target.data) * (min(MOST_ROWS, method.drawing.samples) if name == "samples" else 1)
+        called = "policy gradients", f"{name} {method.model_dump_json()}"
         if source is not None:
-            tokens, count = float(sum(source.token_counts())), len(source.ids)
-        return _Rows("policy gradients", f"{name} {method.model_dump_json()}", count, tokens, source)
+            return _Rows(*called, len(source.ids), float(sum(source.token_counts())), source)
+        count = len(target.data) * (min(MOST_ROWS, method.drawing.samples) if name == "samples" else 1)
+        return _Rows(*called, count, method.tokens_of(target))
 
     def _responses(
-        self,
-        method: PolicyEstimator,
-        target: PromptTarget,
-        number: int,
-        *,
-        rewarded: bool = True,
+        self, method: PolicyEstimator, target: PromptTarget, number: int, *, rewarded: bool = True,
         ends: SequenceABC[Checkpoint | None] = (),
-    ) -> PolicyTargets | None:
+    ) -> PolicyTargets | None:  # fmt: skip
         """The responses at one of the `ends` of a method's own, or at a checkpoint, and what they earn; where the run
         folder has all of it, that."""
         writer = method.assistant
@@ -564,12 +559,9 @@ class Walk:
         at_once = min(outputs, max(1, MOST_AT_ONCE // each)) if each < len(pool.data) else outputs
         rows = -(-outputs // at_once) * min(len(pool.data), at_once * each)
         adam = any(one.view == "adam" for one in job.estimators)
-        done = (
-            self.kept is not None
-            and source is not None
-            and checkpoint is not None
-            and all(is_known(self.kept, checkpoint, source.alone(id_), adam=adam) for id_ in source.ids)
-        )
+        done = False
+        if self.kept is not None and source is not None and checkpoint is not None:
+            done = all(is_known(self.kept, checkpoint, source.alone(id_), adam=adam) for id_ in source.ids)
         read = rows * float(pool.data.lengths.mean()) + tokens
         stored = {"bytes": outputs * 8.0 * (each + 1) ** 2 * (3 if adam else 1)}
         self.add(Work("candidates' gradients", rows + outputs, backward=read, stored=stored, done=done))
@@ -595,17 +587,14 @@ class Walk:
         stored = job.validation.route == "stored" or projection.kind == "none"
         trained = 0.0 if stored else outputs * sets * max(job.budgets) * float(pool.data.lengths.mean())
         if job.validation.sanity:  # on the output itself, for real, and on single rows
-            sets += 1 + job.validation.step.random_sets
-            trained += tokens + (
-                0.0 if stored else outputs * job.validation.step.random_sets * float(pool.data.lengths.mean())
-            )
+            random = job.validation.step.random_sets
+            sets, trained = sets + 1 + random, trained + tokens
+            trained += 0.0 if stored else outputs * random * float(pool.data.lengths.mean())
         own = float(pool.data.lengths.sum()) if stored and projection.kind != "none" else 0.0
-        self.add(
-            Work(
-                "training on choices", outputs * sets, forward=sets * tokens, backward=trained + own,
-                stored={"unprojected": len(pool.data)} if own else {},
-            )
-        )  # fmt: skip
+        self.add(Work(
+            "training on choices", outputs * sets, forward=sets * tokens, backward=trained + own,
+            stored={"unprojected": len(pool.data)} if own else {},
+        ))  # fmt: skip
 
     # --- what was met -------------------------------------------------------------------------------------------------
 
@@ -673,8 +662,7 @@ class _Cells:
             ids = list(data.ids if contender.data is not None else grid.available)
         if ids is not None:
             tokens = float(data.lengths[data.positions(ids)].sum())
-            if walk.kept is not None and not whole:
-                found = kept_training(walk.kept.run, data, ids, training, model=pool.model, dtype=pool.dtype, seed=seed)
+            found = None if whole else walk.trained(data, ids, training, seed)
         left = {"models": 1.0} if whole else {"adapters": training.rank / walk.recipe.warmup.rank}
         walk.add(
             Work(
@@ -742,13 +730,7 @@ def _last_choices(walk: Walk, grid: Grid) -> dict[Key, list[str]]:
 
 
 def walked(recipe: Recipe, scratch: str, reporter: Reporter, command: str = "run") -> tuple[Walk, Grid | None]:
-    """The walk over a recipe, and the comparison that it asks for.
-
-    Args:
-        recipe: of the run.
-        scratch: a folder in which pool and target are opened.
-        reporter: where warnings go.
-        command: one of `COMMANDS`.
+    """The walk over a recipe, whose pool and target are opened in `scratch`, and the comparison that it asks for.
 
     Raises:
         ConfigError, DataError, ModelError, MismatchError: as the run.
@@ -775,11 +757,7 @@ def walked(recipe: Recipe, scratch: str, reporter: Reporter, command: str = "run
 
 
 def _kept_pool(recipe: Recipe, pool: Pool) -> Pool | None:
-    """The pool in the recipe's own run folder; None where there is none yet.
-
-    Raises:
-        MismatchError: the folder belongs to another model or pool.
-    """
+    """The pool in the recipe's own run folder, which belongs to no other one; None where there is none yet."""
     run = Run(recipe.out)
     if not run.storage.exists("run.json"):
         return None

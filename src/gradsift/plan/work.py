@@ -172,14 +172,7 @@ def crew_of(where: ThisProcess | RayCluster) -> Crew | None:
 def priced(
     works: Iterable[Work], speeds: Speeds, crew: Crew | None, shard_rows: int | None
 ) -> dict[str, dict[str, Any]]:
-    """Rows, tokens, seconds (None where nobody knows) and disk_bytes of each stage; what is done costs nothing.
-
-    Args:
-        works: in the order of the run.
-        speeds: of the model, and of the drawings among the works.
-        crew: who shares the work.
-        shard_rows: as the recipe has it.
-    """
+    """Rows, tokens, seconds (None where nobody knows) and disk_bytes of each stage; what is done costs nothing."""
     stages: dict[str, dict[str, Any]] = {}
     for work in works:
         stage = stages.setdefault(work.stage, {"rows": 0, "tokens": 0, "seconds": 0.0, "disk_bytes": 0, "done": True})

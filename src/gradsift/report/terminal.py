@@ -134,12 +134,8 @@ def table(
     wide: Sequence[str] = (),
     right: Sequence[bool] = (),
 ) -> Drawn:
-    """A table whose cells are text, never markup.
-
-    Args:
-        title, columns, rows: of the table.
-        wide: columns that take the room that is left.
-        right: whether each column stands to the right even if it has other fields than numbers.
+    """A table whose cells are text, never markup; `wide` columns take the room that is left, and those that are `right`
+    stand to the right even if they have other fields than numbers.
     """
     made = Drawn(title=escape(on_one_line(title)), box=box.SIMPLE_HEAD, title_justify="left", title_style="bold",
                  pad_edge=False)  # fmt: skip

@@ -42,18 +42,12 @@ def one_line(text: str, limit: int) -> str:
 
 def value_text(value: Any, limit: int = 120) -> str:
     """A dataset column's value on one line: strings as they are, numbers at four figures, the rest as JSON."""
-    if isinstance(value, str):
-        text = value
-    elif value is None:
-        text = ABSENT
-    elif isinstance(value, float):
+    if value is None or isinstance(value, float):
         text = figure(value)
+    elif isinstance(value, (Mapping, list, tuple)):
+        text = json.dumps(value, ensure_ascii=False, default=str)
     else:
-        text = (
-            json.dumps(value, ensure_ascii=False, default=str)
-            if isinstance(value, (Mapping, list, tuple))
-            else str(value)
-        )
+        text = str(value)
     return shorten(" ".join(text[: 4 * limit].split()), limit)
 
 

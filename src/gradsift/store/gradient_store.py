@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
+from gradsift.base.columns import values
 from gradsift.base.errors import ConfigError, CorruptError, MismatchError, StorageError
 from gradsift.base.lazy import Tensor, torch
 from gradsift.base.strings import Strings
@@ -326,10 +327,10 @@ class GradientStore:
         except OSError as error:  # of the parquet format, not of the disk
             raise ValueError(f"rows.parquet: {error}") from error
         self.ids = Strings.of(id_ for chunk in table["id"].chunks for id_ in chunk.to_pylist())
-        self.norms = torch.from_numpy(table["norm"].to_numpy().copy())
-        self.projected_norms = torch.from_numpy(table["projected_norm"].to_numpy().copy())
-        self.losses = torch.from_numpy(table["loss"].to_numpy().copy())
-        self.supervised_tokens = torch.from_numpy(table["supervised_tokens"].to_numpy().copy())
+        self.norms = torch.from_numpy(values(table["norm"]))
+        self.projected_norms = torch.from_numpy(values(table["projected_norm"]))
+        self.losses = torch.from_numpy(values(table["loss"]))
+        self.supervised_tokens = torch.from_numpy(values(table["supervised_tokens"]))
         self._starts = np.cumsum([0, *(shard["rows"] for shard in content["shards"])])
         self._maps: dict[int, dict[str, Tensor]] = {}
 

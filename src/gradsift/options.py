@@ -209,6 +209,7 @@ divine:most_harmful, facility_location:0.25. Repeat for several.""",
         """explain.strategies.trade_off
         explain.candidates | How many of the ranking strategies choose from, and rerank's second method ranks (1000).
         explain.exact ?
+        explain.all_checkpoints !
         explain.coefficients
         explain.aggregation --over-outputs
         explain.max_new_tokens

@@ -363,6 +363,7 @@ def explain_into(result: Result) -> None:
         max_new_tokens=job.max_new_tokens,
         aggregation=job.aggregation,
         exact=job.exact,
+        all_checkpoints=job.all_checkpoints,
         matches=job.paged(len(questions)) if result.paged else 0,
     )
     result.explanations = found

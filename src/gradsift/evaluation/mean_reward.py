@@ -150,14 +150,9 @@ def respond(subject: Subject, prompts: list[Prompt], sampling: Sampling) -> Samp
     """The subject's responses, drawn now or found in the run; two models draw with the same random numbers."""
     setup = subject.setup
     sampler = LocalSampler(
-        setup.model,
-        sampling,
-        adapter=subject.checkpoint.adapter,
-        checkpoint="evaluation",
-        dtype=setup.dtype,
-        device=setup.device,
-        reasoning=setup.chat.reasoning,
-    )
+        setup.model, sampling, adapter=subject.checkpoint.adapter, checkpoint="evaluation", dtype=setup.dtype,
+        device=setup.device, reasoning=setup.chat.reasoning,
+    )  # fmt: skip
     return sample(setup.run, prompts, sampler, reporter=setup.reporter)
 
 

@@ -864,8 +864,8 @@ def template(path: str) -> str:
 
     lines = [
         f"# A gradsift recipe: `gradsift run {path}`. What stands here is the default, but for the four names;",
-        f"# what stands behind a # is an example, or a default that a preset may change. `gradsift compare {path}` does",
-        "# what its `compare:` says.",
+        "# what stands behind a # is an example, or a default that a preset may change.",
+        f"# `gradsift compare {path}` does what its `compare:` says.",
     ]
     for name, field in Recipe.model_fields.items():
         models = models_in(field.annotation)

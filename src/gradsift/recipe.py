@@ -155,7 +155,7 @@ class Recipe(Settings):
     judge: the endpoint of a model that judges.
     explain: outputs to explain.
     compare: methods to compare, for `gradsift compare`.
-    bench: methods to judge, for `gradsift bench`.
+    bench: methods to judge, by `gradsift run`, in place of a choice.
     seed: of the warm-up, of what is drawn, and of the random control.
     dtype: of the model.
     device: `auto`, cpu, cuda, cuda:1, or map (spread over GPUs).

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -92,6 +92,10 @@ FORMATS = (
     "`messages` (role, content), `conversations` (from, value), `prompt` with `completion`, "
     "`instruction` (with `input`) and `output`, or a plain `text`"
 )
+# Usual names of what is asked and of what is answered, for advice on columns that are not recognised. Beside a plain
+# text the latter are what a trainer of answers would learn.
+_ASKED = ("prompt", "question", "query", "instruction", "input", "problem", "sentence", TEXT, "review", "document")
+_ANSWERED = ("completion", "answer", "answers", "response", "output", "solution", "label", "target", "summary")
 _PLACE = re.compile(r"\{([^{}]+)\}")
 
 
@@ -383,10 +387,15 @@ def _same(turn: Any, other: Any) -> bool:
 
 
 def _alpaca(row: Mapping[str, Any], columns: Columns, require_answer: bool) -> list[Any]:
-    instruction = _need(row, columns.instruction or "instruction")
-    extra = _value(row, columns.input or "input")
     output = columns.output or "output"
-    answer = _need(row, output) if require_answer else _value(row, output)
+    instruction, extra, answer = map(
+        _as_in_csv,
+        (
+            _need(row, columns.instruction or "instruction"),
+            _value(row, columns.input or "input"),
+            _need(row, output) if require_answer else _value(row, output),
+        ),
+    )
     if not isinstance(instruction, str) or not isinstance(extra, str | None):
         raise BadRowError(
             "bad_content", f"instruction and input must be text, found {kind_of(instruction)}, {kind_of(extra)}"
@@ -439,13 +448,30 @@ def _value(row: Mapping[str, Any], column: str) -> Any:
     return value
 
 
+def advised(columns: Iterable[str]) -> str:
+    """How `--columns` would name a prompt and an answer among these; "" where no names look like them.
+
+    >>> advised(["id", "question", "answer"])
+    '--columns prompt=question,completion=answer'
+    """
+    there = [str(name) for name in columns]
+    asked, answered = (next((name for name in usual if name in there), None) for usual in (_ASKED, _ANSWERED))
+    return f"--columns prompt={asked},completion={answered}" if asked and answered else ""
+
+
 def _missing(row: Mapping[str, Any], wanted: list[str] | None) -> BadRowError:
     found = ", ".join(f"{name} (empty)" if value is None else str(name) for name, value in list(row.items())[:20])
     wish = FORMATS if wanted is None else " and ".join(f"column {name!r}" for name in wanted)
     return BadRowError("missing_columns", f"wanted {wish}; found {found or 'no columns'}")
 
 
+def _as_in_csv(value: Any) -> Any:
+    """A whole number as text, which every cell of a csv file is; any other value as it is."""
+    return str(value) if type(value) is int else value
+
+
 def _text_or_turns(value: Any, role: str) -> list[Any]:
+    value = _as_in_csv(value)
     if isinstance(value, Mapping) and _speaker(value) is not None:
         return [value]
     return _turn_list(value, role) if isinstance(value, list | tuple) else [{"role": role, "content": value}]
@@ -758,7 +784,12 @@ def _unused_fields(turns: list[Any], messages: list[Message]) -> Iterator[Unused
 
 
 def _unused_columns(row: Mapping[str, Any], columns: Columns, messages: list[Message]) -> Iterator[Unused]:
+    answers = _ANSWERED if columns.text is None and messages[0]["role"] == TEXT else ()
     for name in row:
+        if name in answers and name not in columns.named and _is_something(row[name]):
+            detail = f"column {name} is not used: a plain text is learned alone; {advised((TEXT, name))} learns both"
+            yield Unused("column_not_used", detail, _not_used(name))
+            continue
         if name in _TRAINER_COLUMNS and name not in columns.named and _matters(name, row):
             detail = f"column {name} ({_TRAINER_COLUMNS[name]}) is not used: {_short(row[name])}"
             yield Unused("column_not_used", detail, _not_used(name))

@@ -15,7 +15,7 @@ from gradsift.base.errors import DataError, UnusableRowsError
 from gradsift.base.strings import FirstSeen
 from gradsift.base.types import Example, Skipped
 from gradsift.data.files import Row
-from gradsift.data.formats import FORMATS, Answer, BadRowError, read_conversation
+from gradsift.data.formats import FORMATS, Answer, BadRowError, advised, read_conversation
 from gradsift.data.formats import Columns as Columns
 from gradsift.data.overlap import content_hash
 from gradsift.data.sources import kind_of, read_rows
@@ -244,8 +244,11 @@ def _nothing_usable(
         return f"{what}: {name} is empty: no rows found; wanted rows with {FORMATS}.{beside}"
     counts = ", ".join(f"{reason} {count:,}" for reason, count in skipped.most_common())
     found = ", ".join(columns) if columns else "none"
+    wanted = "" if FORMATS in first.detail else f" Wanted rows with {FORMATS}."
+    names = "Name other columns with --columns prompt=NAME,completion=NAME."
+    if first.reason == "missing_columns" and advised(columns):
+        names = f"Did you mean {advised(columns)}?"
     return (
         f"{what}: none of the {skipped.total():,} rows of {name} can be used ({counts}). Columns found: {found}. "
-        f"First problem, {first.source}:{first.line}: {first.detail}. Wanted rows with {FORMATS}; "
-        f"name other columns with the `columns` option.{beside}"
+        f"First problem, {first.source}:{first.line}: {first.detail}.{wanted} {names}{beside}"
     )

@@ -443,9 +443,11 @@ def _asked(prompt: str, output: str | None, instead: str | None) -> Question:
 
 
 def say_account(account: Account, what: str, used: int, reporter: Reporter) -> None:
-    """A line on the rows that were left out, one on those used in part, one on files that were not read."""
+    """A line on the rows that were left out, with what the first of them says, one on those used in part, one on files
+    that were not read.
+    """
     if account.rows:
-        why = counts_text(count_reasons(account.rows))
+        why = f"{counts_text(count_reasons(account.rows))}; first, {account.rows[0].id}: {account.rows[0].detail:.200}"
         reporter.say(f"{what}: {used} rows used, {len(account.rows)} left out ({why}); listed in skipped.jsonl")
     if account.parts:
         reporter.say(f"{what}: {account.parts_line()}; listed in skipped.jsonl")

@@ -146,7 +146,7 @@ def print_estimate(found: dict[str, Any]) -> None:
         f"{count} checkpoint{'' if count == 1 else 's'}" if count else "no gradients of the whole pool"
     )
     out.print(title, style="bold", markup=False)  # as a title of the table it would be broken at the table's width
-    out.print(table("", ("stage", "tokens", "time", "disk"), rows))
+    out.print(table(("stage", "tokens", "time", "disk"), rows))
     if sample is not None:
         out.print(
             f"measured: {sample['tokens_per_second']:.0f} tokens/s through {sample['rows']} rows on {sample['device']} "

@@ -390,7 +390,7 @@ def _plain_text(value: Any, column: str) -> list[Any]:
 def _prompt_completion(row: Mapping[str, Any], prompt: str, completion: str, require_answer: bool) -> list[Any]:
     turns = _text_or_turns(_need(row, prompt), "user")
     places = [] if completion in row else _PLACE.findall(completion)
-    there = any(_value(row, name) is not None for name in places or [completion])
+    there = any(column_value(row, name) is not None for name in places or [completion])
     answer = _need(row, completion) if require_answer or there else None
     return _put_together(turns, [] if answer is None else _text_or_turns(answer, "assistant"))
 
@@ -437,8 +437,8 @@ def _alpaca(row: Mapping[str, Any], columns: Columns, require_answer: bool) -> l
         _as_in_csv,
         (
             _need(row, columns.instruction or "instruction"),
-            _value(row, columns.input or "input"),
-            _need(row, output) if require_answer else _value(row, output),
+            column_value(row, columns.input or "input"),
+            _need(row, output) if require_answer else column_value(row, output),
         ),
     )
     if not isinstance(instruction, str) or not isinstance(extra, str | None):
@@ -452,7 +452,7 @@ def _alpaca(row: Mapping[str, Any], columns: Columns, require_answer: bool) -> l
 
 def _history(row: Mapping[str, Any], column: str) -> list[Any]:
     """Earlier turns: pairs of what the user and the assistant said, or messages."""
-    value = _value(row, column)
+    value = column_value(row, column)
     if not _is_something(value):
         return []
     turns: list[Any] = []
@@ -472,13 +472,13 @@ def _need(row: Mapping[str, Any], column: str) -> Any:
     """A column's value, or the text whose places in braces the row's columns fill."""
     if column not in row and _PLACE.search(column):
         return _PLACE.sub(lambda place: str(_need(row, place[1])), column)
-    value = _value(row, column)
+    value = column_value(row, column)
     if value is None:
         raise _missing(row, [column])
     return value
 
 
-def _value(row: Mapping[str, Any], column: str) -> Any:
+def column_value(row: Mapping[str, Any], column: str) -> Any:
     """A column's value, or what lies at a path such as `instances.0.input` inside one; None where there is nothing."""
     if column in row or "." not in column:
         return row.get(column)
@@ -769,7 +769,7 @@ def _options(row: Mapping[str, Any], columns: Columns) -> str:
     value: Any = row.get(_OPTIONS_COLUMN)
     column = columns.tools or _TOOLS_COLUMN
     meant = columns.tools is not None or column not in columns.named
-    tools = _tools(_value(row, column), f"column {column!r}") if meant else []
+    tools = _tools(column_value(row, column), f"column {column!r}") if meant else []
     if not _is_something(value) and not tools:
         return ""
     try:

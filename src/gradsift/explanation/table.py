@@ -199,7 +199,7 @@ def _between(
     value, drawn = bootstrap(
         lambda outputs: 10 * np.log10(aggregated(norms[outputs], errors[outputs], ratios[outputs], how)), len(norms)
     )
-    ends = [estimate_of(value[n], drawn[:, n]) for n in range(len(grouped))]
+    ends = [estimate_of(value[n], drawn[:, n], len(norms)) for n in range(len(grouped))]
     return {key: (own.low, own.high) for key, own in zip(grouped, ends, strict=True)}
 
 

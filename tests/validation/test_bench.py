@@ -16,7 +16,7 @@ import gradsift as gs
 from gradsift.base.errors import ConfigError
 from gradsift.gradients import collect
 from gradsift.influence.replay import Replay
-from gradsift.jobs.bench import planted
+from gradsift.jobs.bench import planted, run_bench
 from gradsift.recipe import Recipe
 from gradsift.validation.bench import Bench, Benchmark, bench
 from gradsift.validation.datamodel import lds
@@ -269,7 +269,7 @@ def test_planted_answers_are_others(tiny: World, tmp_path: Path) -> None:
     rows = planted(recipe, "mislabel:50%", gs.Reporter(quiet=True))
     changed = [row for row in rows if row["planted"] == "yes"]
     assert len(rows) == 24
-    assert 8 <= len(changed) <= 12
+    assert len(changed) == 12
     answers = {row["messages"][-1]["content"] for row in before.values()}
     for row in rows:
         own = before[row["id"]]
@@ -281,6 +281,33 @@ def test_planted_answers_are_others(tiny: World, tmp_path: Path) -> None:
         planted(recipe, "typos:5%", gs.Reporter(quiet=True))
     with pytest.raises(ConfigError, match="at least two"):
         planted(recipe, "mislabel:1%", gs.Reporter(quiet=True))
+
+
+def test_labels_are_planted_in_columns_of_other_names(tiny: World, tmp_path: Path) -> None:
+    """As many rows as were asked for have another label, although two labels are shared by all; the pool that is opened
+    has their weights. Texts without an answer are refused.
+    """
+    labels = ("good", "good", "good", "bad")
+    rows = [{"text": f"row {n}", "label": labels[n % 4], "w": 1 + n % 2} for n in range(24)]
+    pool = write_rows(tmp_path / "labels.jsonl", rows)
+    columns = {"prompt": "text", "completion": "label", "weight": "w"}
+    recipe = Recipe(model=tiny.model, pool=pool, out=str(tmp_path / "run"), columns=columns)
+    found = planted(recipe, "mislabel:8", gs.Reporter(quiet=True))
+    assert [row["messages"][-1]["content"] != own["label"] for row, own in zip(found, rows, strict=True)].count(
+        True
+    ) == 8
+    assert [row["w"] for row in found] == [row["w"] for row in rows]
+    judged = run_bench(
+        recipe.model_copy(
+            update={
+                "target": write_rows(tmp_path / "target.jsonl", pool_rows(4)),
+                "bench": Bench(plant="mislabel:8", methods=(gs.BM25(),)),
+            }
+        )
+    )
+    assert judged.columns
+    with pytest.raises(ConfigError, match="--columns prompt=text,completion=label"):
+        planted(recipe.model_copy(update={"columns": gs.Columns()}), "mislabel:8", gs.Reporter(quiet=True))
 
 
 @pytest.mark.parametrize(

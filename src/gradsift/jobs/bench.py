@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,8 +12,9 @@ import numpy as np
 from gradsift.base.errors import ConfigError
 from gradsift.base.progress import Reporter, silent
 from gradsift.base.settings import parse_budget
-from gradsift.base.types import Example, Skipped
+from gradsift.base.types import TEXT, Example, Skipped
 from gradsift.context import open_target
+from gradsift.data.formats import FORMATS, advised
 from gradsift.data.load import Columns, ExampleReader
 from gradsift.data.overlap import normalised_hash
 from gradsift.data.shown import CONVERSATION
@@ -47,7 +49,8 @@ def run_bench(recipe: Recipe, reporter: Reporter | None = None) -> Benchmark:
         recipe = recipe.model_copy(update={"subtask": settings.class_column})
     with Run(recipe.out).lock():
         source = recipe.pool if settings.plant is None else planted(recipe, settings.plant, reporter)
-        pool = open_recipe(recipe, reporter, source=source)
+        own = recipe.columns if settings.plant is None or recipe.objective is not None else _kept(recipe.columns)
+        pool = open_recipe(recipe.model_copy(update={"columns": own}), reporter, source=source)
         target = open_target(
             recipe.target, pool, subtask=recipe.subtask, columns=recipe.target_columns,
             keep_overlap=recipe.keep_overlap, sample=recipe.target_sample,
@@ -86,20 +89,34 @@ def planted(recipe: Recipe, plant: str, reporter: Reporter) -> list[dict[str, An
         raise ConfigError(
             f"plant {plant}: {count} of {len(examples)} rows cannot exchange answers: at least two are needed"
         )
-    drawn = np.random.default_rng([recipe.seed, count]).choice(len(examples), count, replace=False)
+    draws = np.random.default_rng([recipe.seed, count])
+    drawn = draws.choice(len(examples), count, replace=False)
     if recipe.objective is not None:
         reporter.say(f"planted: {count} of {len(examples)} pairs have their answers exchanged")
         return [_pair(example, recipe.columns, number in drawn) for number, example in enumerate(examples)]
+    if any(example.messages[-1]["role"] == TEXT for example in examples):
+        raise ConfigError(
+            f"plant {plant}: plain texts have no answers to exchange: {advised(examples[0].row) or FORMATS}"
+        )
+    # No answer is that of more than half of the rows, so that each can be given one that is not its own.
+    answers = [normalised_hash(example.messages[-1:]) for example in examples]
+    taken: Counter[str] = Counter()
+    answer: dict[int, str] = {}
+    for row in (*drawn.tolist(), *draws.permutation(len(examples)).tolist()):
+        if row not in answer and len(answer) < count and taken[answers[row]] < max(count // 2, 1):
+            answer[row] = answers[row]
+            taken[answers[row]] += 1
     # In the order of their answers each takes the one so far on that equal answers are passed over.
-    answer = {int(row): normalised_hash(examples[row].messages[-1:]) for row in drawn}
     ordered = sorted(answer, key=lambda row: answer[row])
-    step = max(list(answer.values()).count(own) for own in set(answer.values()))
-    given = {row: ordered[(place + step) % count] for place, row in enumerate(ordered)}
+    step = max(taken.values())
+    given = {row: ordered[(place + step) % len(ordered)] for place, row in enumerate(ordered)}
     changed = {row: other for row, other in given.items() if answer[row] != answer[other]}
+    if not changed:
+        raise ConfigError(f"plant {plant}: all rows have the same answer, and none can be given another one")
     reporter.say(f"planted: {len(changed)} of {len(examples)} rows have the answer of another one")
-    rows = []
+    rows, named = [], recipe.columns.named - _kept(recipe.columns).named
     for number, example in enumerate(examples):
-        own = {k: v for k, v in example.row.items() if k not in CONVERSATION and k not in _names(recipe)}
+        own = {k: v for k, v in example.row.items() if k not in CONVERSATION and k not in named}
         messages: list[Mapping[str, Any]] = [dict(message) for message in example.messages]
         if number in changed:
             messages[-1] = {**messages[-1], "content": examples[changed[number]].messages[-1]["content"]}
@@ -114,9 +131,9 @@ def _pair(example: Example, columns: Columns, exchanged: bool) -> dict[str, Any]
     return row | dict(zip(both, (row[name] for name in reversed(both)), strict=True)) if exchanged else row
 
 
-def _names(recipe: Recipe) -> set[str]:
-    """Columns that the recipe says hold the conversation or the id."""
-    return {str(name) for name in recipe.columns.model_dump().values() if name}
+def _kept(columns: Columns) -> Columns:
+    """The names that still hold where the conversation is in `messages` and the id in `id`."""
+    return Columns(weight=columns.weight, tools=columns.tools, system=columns.system)
 
 
 def print_benchmark(found: Benchmark) -> None:

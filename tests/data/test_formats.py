@@ -212,14 +212,19 @@ IMPLICIT = {name: [*CHAT[:1], {"role": "assistant", "content": name}] for name i
 
 
 class TestPreferences:
-    @pytest.mark.parametrize(("row", "name"), [(EXPLICIT, "completion"), (IMPLICIT, "messages")])
+    @pytest.mark.parametrize(
+        ("row", "name"),
+        [(EXPLICIT, "completion"), (IMPLICIT, "messages"), ({"chosen": "a b", "rejected": "a c"}, "text")],
+    )
     def test_pairs_are_refused_by_name(self, row: dict[str, Any], name: str) -> None:
         """The sentence says by which choice the chosen answers are learned alone; then the rejected ones are told."""
         skipped = load_examples([{"prompt": "a", "completion": "b"}, row]).skipped[0]
         assert skipped.reason == "preference_pair"
         assert f"--columns {name}=chosen" in skipped.detail
         example = load_examples([row], columns={name: "chosen"}).examples[0]
-        assert [message["role"] for message in example.messages] == ["user", "assistant"]
+        assert [message["role"] for message in example.messages] == (
+            ["text"] if name == "text" else ["user", "assistant"]
+        )
         assert [one.part for one in example.unused] == ["column rejected not used"]
 
     @pytest.mark.parametrize("prompt", ["Hi", CHAT[:1]])

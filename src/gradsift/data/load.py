@@ -75,7 +75,8 @@ def load_examples(
 class ExampleReader:
     """The rows of a source, one after the other: each as the example that it is, or as skipped. Takes `load_examples`'s
     arguments, and raises its errors, the one about rows of which none can be used at the end. With `answer`, rows are
-    preference pairs, of which each is read with that answer.
+    preference pairs, of which each is read with that answer. What was read before, and is given as examples and skipped
+    rows, stays as it is.
 
     Attributes, all of them known once every row is read: `description`, `unread`, `notes`.
     """
@@ -134,6 +135,8 @@ class ExampleReader:
 
     def _example(self, row: Row) -> Example | Skipped:
         columns = self._columns
+        if isinstance(row.value, Example | Skipped):
+            return row.value
         try:
             if row.problem is not None:
                 raise BadRowError(*row.problem)

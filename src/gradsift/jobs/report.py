@@ -533,13 +533,8 @@ def _explained_briefly(result: Result) -> list[Block]:
 
 
 def methods_listed(section: str | None = None) -> dict[str, list[tuple[str, str, str]]]:
-    """Everything that has a name, by title: its kind, what it takes or reads, and the first paragraph about it.
-
-    Args:
-        section: one of them alone, by its first word.
-
-    Raises:
-        ConfigError: there is no such section.
+    """Everything that has a name, by title: its kind, what it takes or reads, and the first paragraph about it; or one
+    `section` alone, by its first word.
     """
     from gradsift.generation.sampling import PRESETS as SAMPLINGS
     from gradsift.warmup.train import PRESETS, TRAINING_PRESETS

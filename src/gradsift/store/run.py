@@ -58,7 +58,7 @@ from gradsift.store.manifest import (
     read_json,
 )
 from gradsift.store.remote import RemoteStorage, is_url, storage_at
-from gradsift.store.storage import LocalStorage, checksum_file, publish_parquet
+from gradsift.store.storage import LocalStorage, Storage, checksum_file, publish_parquet
 
 REVISIONS = {
     "labels": 2,  # a chat template's token ids and labels, in its fingerprint
@@ -129,7 +129,7 @@ class Run:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.storage: LocalStorage | RemoteStorage
+        self.storage: Storage
         if is_url(folder):
             self.storage = storage_at(str(folder))
             self.place, self.folder = self.storage.url, self.storage.copies

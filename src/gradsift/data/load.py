@@ -248,10 +248,12 @@ def _nothing_usable(
     counts = ", ".join(f"{reason} {count:,}" for reason, count in skipped.most_common())
     found = ", ".join(columns) if columns else "none"
     wanted = "" if FORMATS in first.detail else f" Wanted rows with {FORMATS}."
-    names = "Name other columns with --columns prompt=NAME,completion=NAME."
+    advice = f"{wanted} Name other columns with --columns prompt=NAME,completion=NAME."
     if first.reason == "missing_columns" and advised(columns):
-        names = f"Did you mean {advised(columns)}?"
+        advice = f"{wanted} Did you mean {advised(columns)}?"
+    elif "--columns" in first.detail:
+        advice = ""
     return (
         f"{what}: none of the {skipped.total():,} rows of {name} can be used ({counts}). Columns found: {found}. "
-        f"First problem, {first.source}:{first.line}: {first.detail}.{wanted} {names}{beside}"
+        f"First problem, {first.source}:{first.line}: {first.detail}.{advice}{beside}"
     )

@@ -294,7 +294,8 @@ def _check_sizes(result: Result) -> None:
 
 
 def choose(result: Result) -> None:
-    """Choose by the estimator with the recipe's method, and by each control's top-k; writes selected.jsonl.
+    """Choose by the estimator with the recipe's method, and by each control's top-k; writes selected.jsonl, and what
+    was dropped to dropped.jsonl.
 
     Of preference pairs, which of them to drop and which to flip is in suggestions.jsonl.
     """
@@ -303,8 +304,9 @@ def choose(result: Result) -> None:
     size = {"budget": recipe.budget} if recipe.drop is None else {"drop": recipe.drop}
     result.selections = [select(first, recipe.selection, **size)]
     result.selections += [select(control, TopK(), budget=len(result.selections[0])) for control in controls]
-    lines = result.selections[0].lines()
-    result.pool.run.publish_text("selected.jsonl", "".join(f"{line}\n" for line in lines))
+    for name, chosen in {"selected.jsonl": result.selections[0], "dropped.jsonl": result.selections[0].dropped}.items():
+        if chosen is not None:
+            result.pool.run.publish_text(name, "".join(f"{line}\n" for line in chosen.lines()))
     result.suggestions = suggestions(first)
     if result.suggestions:
         result.pool.run.publish_text("suggestions.jsonl", "".join(suggestion_lines(result.suggestions, result.pool)))

@@ -126,6 +126,7 @@ def _files(recipe: Recipe, command: str, outputs: int | None, *, with_target: bo
     return result_files(
         scored=chooses(recipe),
         chosen=chooses(recipe),
+        dropped=recipe.drop is not None,
         trusted=chooses(recipe) and with_target and recipe.estimator.needs_target,
         outputs=outputs,
         validated=recipe.explain is not None and recipe.explain.validation is not None,

@@ -185,6 +185,7 @@ def _command(
         def call(**values: Any) -> None:
             own = {str(one.name): values.pop(str(one.name)) for one in arguments}
             given = Given(values, flat)
+            _calm_libraries()
             with _errors(debug=bool(values.get("debug"))):
                 function(given, **own)
 
@@ -240,13 +241,22 @@ def _reporter(given: Given) -> Any:
     from gradsift.base.progress import Reporter
 
     gc.enable()
-    _calm_libraries()
     return Reporter(quiet=bool(given.get("quiet")))
 
 
 def _calm_libraries() -> None:
-    """Our progress says what happens; bars and notices of the libraries underneath would only interleave with it."""
+    """Our progress says what happens; bars and notices of the libraries underneath would only interleave with it.
+
+    Before they are imported, which is when some of them look. What they warn of is a line of ours.
+    """
     import warnings
+
+    def shown(message: Warning | str, *_: Any, **__: Any) -> None:
+        from gradsift.base.progress import visible
+
+        print(f"warning: {visible(' '.join(str(message).split()))}", file=sys.stderr)
+
+    warnings.showwarning = shown
 
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
@@ -628,7 +638,6 @@ def list_(given: Given, section: str | None) -> None:
     """
     from gradsift.jobs.report import methods_listed, print_methods
 
-    _calm_libraries()
     listed = methods_listed(section)
     found = ((title.partition(" ")[0].rstrip(",").lower(), own) for title, own in listed.items())
     fields = ("name", "reads", "is")

@@ -209,6 +209,7 @@ divine:most_harmful, facility_location:0.25. Repeat for several.""",
         """explain.strategies.trade_off
         explain.candidates | How many of the ranking strategies choose from, and rerank's second method ranks (1000).
         explain.exact ?
+        explain.all_checkpoints !
         explain.coefficients
         explain.aggregation --over-outputs
         explain.max_new_tokens
@@ -807,6 +808,9 @@ _EXAMPLES: dict[str, Any] = {
     "pool_sample": 0.5, "adapter": ["path/to/checkpoint-100"], "target_modules": ["q_proj", "v_proj"],
     "group_by": ["source"], "reward": {"kind": "numeric", "answer": "answer"},
     "judge": {"kind": "endpoint", "model": "gpt-4.1-mini"}, "explain": {"prompt": "What is 17 + 25?", "k": 5},
+    "compare": {"test": "test.jsonl", "training": "small", "arms": [
+        {"estimator": {"kind": kind}} for kind in ("less", "rds_plus", "bm25", "random")]},
+    "bench": {"class_column": "skill"},
 }  # fmt: skip
 
 
@@ -817,10 +821,9 @@ def template(path: str) -> str:
     lines = [
         f"# A gradsift recipe: `gradsift run {path}`. What stands here is the default, but for the four names;",
         "# what stands behind a # is an example, or a default that a preset may change.",
+        f"# `gradsift compare {path}` does what its `compare:` says.",
     ]
     for name, field in Recipe.model_fields.items():
-        if name in ("compare", "bench"):  # recipes/compare.yaml and bench.yaml have one
-            continue
         models = models_in(field.annotation)
         union = len([one for one in models if "kind" in one.model_fields]) > 1
         said = help_for(Option(name, f"{name}.kind" if union else name), typed=False)

@@ -75,6 +75,7 @@ class Explain(Settings):
     strategies: how k of the highest-ranked are chosen.
     candidates: m, how many of the ranking strategies choose from.
     exact: compare whole gradients of the candidates, which go through the model once more; else stored, projected ones.
+    all_checkpoints: beside relevance at the last checkpoint, that over all of them.
     coefficients: how the reconstruction of an output's gradient is weighted.
     aggregation: of relevance over outputs.
     max_new_tokens: limit of the generated answer.
@@ -95,6 +96,7 @@ class Explain(Settings):
     strategies: tuple[AnySelector, ...] = DEFAULT_STRATEGIES
     candidates: int = Field(default=CANDIDATES, ge=1)
     exact: bool = True
+    all_checkpoints: bool = False
     coefficients: CoefficientModel = "MSEProjUSimp"
     aggregation: RelevanceAggregation = "ratio_of_means"
     max_new_tokens: int = Field(default=128, ge=1)
@@ -153,7 +155,7 @@ class Recipe(Settings):
     judge: the endpoint of a model that judges.
     explain: outputs to explain.
     compare: methods to compare, for `gradsift compare`.
-    bench: methods to judge, for `gradsift bench`.
+    bench: methods to judge, by `gradsift run`, in place of a choice.
     seed: of the warm-up, of what is drawn, and of the random control.
     dtype: of the model.
     device: `auto`, cpu, cuda, cuda:1, or map (spread over GPUs).

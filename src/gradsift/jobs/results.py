@@ -43,6 +43,7 @@ _GROUP_COLUMNS = ("skill", "source", "dataset", "category", "task", "domain", "t
 _MAX_GROUPS = 40
 FILES = {
     "selected.jsonl": "the chosen rows, for load_dataset('json', …)",
+    "dropped.jsonl": "the rows that are left out, lowest score first",
     "scores.parquet": "every score: id, target, method, score, error, rank, tokens, stage",
     "explanations.jsonl": "the explanations, one output a line",
     "explanations.parquet": "the same as a table",
@@ -209,7 +210,9 @@ def summary(result: Result) -> dict[str, Any]:
         content["selections"] = [
             {
                 "estimator": chosen.estimator, "method": chosen.method.label,
-                "dropped": None if chosen.dropped is None else asdict(chosen.dropped),
+                "dropped": None
+                if (gone := chosen.dropped) is None
+                else {"rows": len(gone), "harmful": gone.harmful, "ids": gone.ids, "scores": gone.scores},
                 "ids": chosen.ids, "scores": chosen.scores, "errors": chosen.errors,
                 "kept": {over: list(kept) for over, kept in result.kept.items()} if chosen is first else {},
                 "shares": shares(result, chosen.ids),
@@ -233,6 +236,7 @@ def files_of(result: Result) -> list[str]:
     files = result_files(
         scored=bool(result.scores),
         chosen=bool(result.selections),
+        dropped=any(chosen.dropped for chosen in result.selections),
         suggested=bool(result.suggestions),
         trusted=bool(result.reliability),
         outputs=None if result.explanations is None else len(result.explanations.entries),
@@ -242,13 +246,21 @@ def files_of(result: Result) -> list[str]:
 
 
 def result_files(
-    *, scored: bool, chosen: bool, trusted: bool, outputs: int | None, validated: bool, suggested: bool = False
+    *,
+    scored: bool,
+    chosen: bool,
+    dropped: bool,
+    trusted: bool,
+    outputs: int | None,
+    validated: bool,
+    suggested: bool = False,
 ) -> list[str]:
     """The files of a result in which so many outputs are explained, None where that is not done."""
     explained = outputs is not None
     made = {
-        "selected.jsonl": chosen, "scores.parquet": scored, "explanations.jsonl": explained,
-        "explanations.parquet": explained, "relevance.json": explained, "validation.json": validated,
+        "selected.jsonl": chosen, "dropped.jsonl": chosen and dropped, "scores.parquet": scored,
+        "explanations.jsonl": explained, "explanations.parquet": explained,
+        "relevance.json": explained, "validation.json": validated,
         "diagnostics.json": trusted, "suggestions.jsonl": suggested, "skipped.jsonl": True,
         "explanation.html": outputs == 1, "relevance.html": explained and outputs != 1,
         "report.html": chosen or explained,
@@ -266,6 +278,8 @@ def remove_outdated(result: Result) -> None:
     gone: list[str] = []
     if result.scores:
         gone += ["diagnostics.json", "suggestions.jsonl"]
+    if result.selections:
+        gone += ["dropped.jsonl"]
     if result.explanations is not None:
         known = explained_prompts(run).keys()
         pages = {f"explanations/{explanation_file(id_)}" for id_ in known}

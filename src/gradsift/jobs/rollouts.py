@@ -310,7 +310,8 @@ def print_rollouts(result: Rollouts, show: int = 3) -> None:
          f"{r.responses.cut_off:.0%}", f"{r.responses.distinct:.1f} of {r.responses.samples}")
         for r in result.checkpoints
     ]  # fmt: skip
-    out.print(table("Responses", columns, rows))
+    out.print("Responses", style="bold")
+    out.print(table(columns, rows))
     if result.rewarded:
         earned = [r.rewards for r in result.checkpoints if r.rewards is not None]
         draw([earned_table(earned, [r.pass_at for r in result.checkpoints])], out)

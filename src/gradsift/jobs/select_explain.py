@@ -294,7 +294,8 @@ def _check_sizes(result: Result) -> None:
 
 
 def choose(result: Result) -> None:
-    """Choose by the estimator with the recipe's method, and by each control's top-k; writes selected.jsonl.
+    """Choose by the estimator with the recipe's method, and by each control's top-k; writes selected.jsonl, and what
+    was dropped to dropped.jsonl.
 
     Of preference pairs, which of them to drop and which to flip is in suggestions.jsonl.
     """
@@ -303,8 +304,9 @@ def choose(result: Result) -> None:
     size = {"budget": recipe.budget} if recipe.drop is None else {"drop": recipe.drop}
     result.selections = [select(first, recipe.selection, **size)]
     result.selections += [select(control, TopK(), budget=len(result.selections[0])) for control in controls]
-    lines = result.selections[0].lines()
-    result.pool.run.publish_text("selected.jsonl", "".join(f"{line}\n" for line in lines))
+    for name, chosen in {"selected.jsonl": result.selections[0], "dropped.jsonl": result.selections[0].dropped}.items():
+        if chosen is not None:
+            result.pool.run.publish_text(name, "".join(f"{line}\n" for line in chosen.lines()))
     result.suggestions = suggestions(first)
     if result.suggestions:
         result.pool.run.publish_text("suggestions.jsonl", "".join(suggestion_lines(result.suggestions, result.pool)))
@@ -320,7 +322,7 @@ def explain_into(result: Result) -> None:
     found = explain(
         pool, questions, k=job.k, estimator=job.estimators, strategies=job.strategies, coefficients=job.coefficients,
         candidates=job.candidates, max_new_tokens=job.max_new_tokens, aggregation=job.aggregation, exact=job.exact,
-        matches=job.paged(len(questions)) if result.paged else 0,
+        all_checkpoints=job.all_checkpoints, matches=job.paged(len(questions)) if result.paged else 0,
     )  # fmt: skip
     result.explanations = found
     say_account(Account(parts=tuple(found.unshown)), "what is to be explained", len(found.entries), pool.reporter)
@@ -443,9 +445,11 @@ def _asked(prompt: str, output: str | None, instead: str | None) -> Question:
 
 
 def say_account(account: Account, what: str, used: int, reporter: Reporter) -> None:
-    """A line on the rows that were left out, one on those used in part, one on files that were not read."""
+    """A line on the rows that were left out, with what the first of them says, one on those used in part, one on files
+    that were not read.
+    """
     if account.rows:
-        why = counts_text(count_reasons(account.rows))
+        why = f"{counts_text(count_reasons(account.rows))}; first, {account.rows[0].id}: {account.rows[0].detail:.200}"
         reporter.say(f"{what}: {used} rows used, {len(account.rows)} left out ({why}); listed in skipped.jsonl")
     if account.parts:
         reporter.say(f"{what}: {account.parts_line()}; listed in skipped.jsonl")

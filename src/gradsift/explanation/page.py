@@ -371,7 +371,8 @@ class _Candidates:
             estimator.label: explanations.candidates_of(entry.id, estimator, every)
             for estimator in explanations.estimators
         }
-        self.order = _main_order(explanations.strategies)
+        orders = [strategy.ranking for strategy in explanations.strategies]  # the page's is the first that there is
+        self.order: Order = next((one for one in orders if one is not None and one != "any"), "most_helpful")
         self.ids: list[str] = list(
             dict.fromkeys([*(id_ for own in self.competing.values() for id_ in _first(own, self.order)), *every])
         )
@@ -435,12 +436,6 @@ class _Candidates:
 
 def _first(candidates: Candidates, order: Order) -> list[str]:
     return [candidates.ids[place] for place in candidates.first(order, candidates.count)]
-
-
-def _main_order(strategies: Sequence[Selector]) -> Order:
-    """The ranking of the first strategy that has one."""
-    orders = [strategy.ranking for strategy in strategies]
-    return next((order for order in orders if order is not None and order != "any"), "most_helpful")
 
 
 def _mapped(pool: Pool, rows: Tensor | NDArray[np.float32]) -> tuple[tuple[float, float], ...]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from collections.abc import Sequence as SequenceABC
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -134,7 +133,7 @@ class RelevanceTable:
 
 
 def relevance_table(
-    explanations: Explanations | SequenceABC[Explanation],
+    explanations: Explanations | Sequence[Explanation],
     *,
     how: Aggregation | None = None,
     sort_by: int | None = None,
@@ -183,7 +182,7 @@ def relevance_table(
 
 
 def _between(
-    grouped: Mapping[tuple[str, str, int], SequenceABC[Relevance]], how: Aggregation
+    grouped: Mapping[tuple[str, str, int], Sequence[Relevance]], how: Aggregation
 ) -> dict[tuple[str, str, int], tuple[float, float] | None]:
     """95 % intervals of the aggregates over outputs, dB: the same resamples for every row."""
     if len(next(iter(grouped.values()))) < 2:
@@ -220,14 +219,14 @@ def _row(
     )
 
 
-def naive_beside(strategies: SequenceABC[Selector]) -> dict[str, str]:
+def naive_beside(strategies: Sequence[Selector]) -> dict[str, str]:
     """Of each strategy that chooses otherwise from a ranking, the naive one among them that takes its first."""
     naive = {own.ranking: own.strategy for own in strategies if isinstance(own, Naive)}
     others = (own for own in strategies if not isinstance(own, Naive))
     return {own.strategy: naive[own.ranking] for own in others if own.ranking in naive}
 
 
-def _gains(rows: SequenceABC[TableRow], strategies: SequenceABC[Selector]) -> Iterator[Gain]:
+def _gains(rows: Sequence[TableRow], strategies: Sequence[Selector]) -> Iterator[Gain]:
     naive = naive_beside(strategies)
     by_name = {(row.estimator, row.strategy): row for row in rows}
     for row in rows:
@@ -258,7 +257,7 @@ def _coinciding(explanations: Explanations, k: int) -> Iterator[str]:
         yield f"k = {k} takes all {rows:,} rows of the pool: every strategy's choice is the same."
 
 
-def _extremes(entries: SequenceABC[Explanation]) -> Iterator[Extreme]:
+def _extremes(entries: Sequence[Explanation]) -> Iterator[Extreme]:
     """The highest and the lowest relevance of a single choice by each estimator; random draws and pursuit apart."""
     budgets = sorted({found.k for found in entries[0].results})
     k = EXTREMES_AT if EXTREMES_AT in budgets else budgets[0]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from collections.abc import Sequence as SequenceABC
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 
 import numpy as np
@@ -212,9 +211,7 @@ def _extremes(explanations: Explanations, table: RelevanceTable, links: dict[str
     return (*extreme_blocks(table, links), *sides)
 
 
-def spread_blocks(
-    table: RelevanceTable, values: Mapping[tuple[str, str, int], SequenceABC[float]]
-) -> tuple[Block, ...]:
+def spread_blocks(table: RelevanceTable, values: Mapping[tuple[str, str, int], Sequence[float]]) -> tuple[Block, ...]:
     """Where outputs lie under each budget, a row for each strategy; `values` are dB by estimator, strategy and k."""
     blocks: list[Block] = [
         Legend((("thin", "one output"), ("box", "middle half"), ("stroke", "median"), ("zero", "0 dB"))),
@@ -251,7 +248,7 @@ def spread_blocks(
     return tuple(blocks)
 
 
-def validation_blocks(validation: Validation, outputs: SequenceABC[str]) -> tuple[Block, ...]:
+def validation_blocks(validation: Validation, outputs: Sequence[str]) -> tuple[Block, ...]:
     """Support against relevance, a point for each selection that was trained on (Compact, Figure 5), and summed up.
 
     `outputs`: ids in the order of the page's list.
@@ -309,7 +306,7 @@ def reranking_table(validation: Validation) -> Table | None:
     return Table(heads, tuple(rows), "Does re-ranking change what relevance foretells?") if rows else None
 
 
-def bins_table(bins: SequenceABC[ScoreBin]) -> Table:
+def bins_table(bins: Sequence[ScoreBin]) -> Table:
     """How often training on the selection supported the output, by relevance (Compact, Figure 6)."""
     rows = []
     for found in bins:

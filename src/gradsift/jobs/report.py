@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Mapping
-from collections.abc import Sequence as SequenceABC
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -82,7 +81,6 @@ from gradsift.report.terminal import console, draw, list_files
 from gradsift.selection.select import Selection
 from gradsift.selection.selectors import selectors
 from gradsift.selection.shown import chosen_examples, how_chosen, learned_tokens
-from gradsift.warmup.checkpoint import Checkpoint
 
 MOST_CHOSEN = 500
 MOST_OF_CONTROLS = 300  # all controls together
@@ -231,7 +229,9 @@ def _run_facts(result: Result) -> dict[str, str]:
         chosen = result.selections[0]
         facts["method"] = f"{chosen.estimator}, {chosen.method.label}, {len(chosen)} chosen"
     checkpoints = pool.checkpoints() if _views(result) else []  # never trains any
-    facts["checkpoints"] = ", ".join(_checkpoint_name(c) for c in checkpoints) or "none needed"
+    rates = ["" if c.learning_rate is None else f" (η̄ {c.learning_rate:.2e})" for c in checkpoints]
+    named = (Path(one.name).name + rate for one, rate in zip(checkpoints, rates, strict=True))
+    facts["checkpoints"] = ", ".join(named) or "none needed"
     facts |= gradient_facts(recipe)
     for view in _views(result) if checkpoints else ():
         error = pool.measured_error(checkpoints[-1], view)
@@ -249,12 +249,7 @@ def _views(result: Result) -> list[View]:
     return sorted(views)
 
 
-def _checkpoint_name(checkpoint: Checkpoint) -> str:
-    rate = "" if checkpoint.learning_rate is None else f" (η̄ {checkpoint.learning_rate:.2e})"
-    return Path(checkpoint.name).name + rate
-
-
-def outcome_blocks(outcomes: SequenceABC[Outcome], notes: SequenceABC[str] = ()) -> tuple[Block, ...]:
+def outcome_blocks(outcomes: Sequence[Outcome], notes: Sequence[str] = ()) -> tuple[Block, ...]:
     """What training on each choice led to: a table, and a chart of each figure."""
     if not outcomes:
         return ()
@@ -519,10 +514,15 @@ def methods_listed(section: str | None = None) -> dict[str, list[tuple[str, str,
         "Training presets: --preset of train, `training:` of compare": _preset_entries(TRAINING_PRESETS),
         "Sampling presets: --sampling": _preset_entries(SAMPLINGS),
     }
-    first = [title.partition(" ")[0].rstrip(",").lower() for title in entries]
-    if section is not None and section not in first:
-        raise ConfigError(f"there is nothing named {section!r} to list: there are {', '.join(first)}")
-    return {title: own for name, (title, own) in zip(first, entries.items(), strict=True) if section in (None, name)}
+    named = {section_name(title): title for title in entries}
+    if section is not None and section not in named:
+        raise ConfigError(f"there is nothing named {section!r} to list: there are {', '.join(named)}")
+    return entries if section is None else {named[section]: entries[named[section]]}
+
+
+def section_name(title: str) -> str:
+    """The first word of a list's title."""
+    return title.partition(" ")[0].rstrip(",").lower()
 
 
 def _explained_before(result: Result) -> tuple[Block, ...]:
@@ -561,11 +561,11 @@ def _union_entries(model: type[Settings], name: str) -> list[tuple[str, str, str
 
 def _preset_entries(presets: Mapping[str, Settings]) -> list[tuple[str, str, str]]:
     """Of values with names: all that is in them."""
-    return [(name, "", ", ".join(f"{k} {_value(v)}" for k, v in one if v is not None)) for name, one in presets.items()]
 
+    def said(own: Any) -> str:
+        return " ".join(map(str, own)) if isinstance(own, tuple) else str(own)
 
-def _value(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return [(name, "", ", ".join(f"{k} {said(v)}" for k, v in one if v is not None)) for name, one in presets.items()]
 
 
 def _first_paragraph(method: type[Any]) -> str:

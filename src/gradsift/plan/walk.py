@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
-from collections.abc import Sequence as SequenceABC
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -32,6 +31,7 @@ from gradsift.explanation.explain import OPPOSING, RANDOM, explained_views, show
 from gradsift.explanation.outputs import OutputSource, answers, missing_answers
 from gradsift.explanation.tokens import MOST_PAIRS
 from gradsift.generation.endpoint import Endpoint, usage_of
+from gradsift.generation.local import SHARE
 from gradsift.generation.samples import missing_samples
 from gradsift.gradients.collect import SequenceSource, kept_as
 from gradsift.gradients.policy import MOST_ROWS
@@ -61,7 +61,7 @@ from gradsift.jobs.select_explain import (
     views_together,
 )
 from gradsift.model import embeddings
-from gradsift.plan.work import Asked, Drawing, Work, shares_of
+from gradsift.plan.work import Asked, Drawing, Work
 from gradsift.recipe import Recipe
 from gradsift.rewards.judge import Judge
 from gradsift.rewards.reward import single_rewards
@@ -184,7 +184,7 @@ class Walk:
         if takes_reward(recipe.estimator) and recipe.estimator.view and isinstance(self.target, PromptTarget):
             self._diagnose(recipe.estimator, self.target)
 
-    def _choices(self, grid: Grid, choosing: SequenceABC[Contender]) -> None:
+    def _choices(self, grid: Grid, choosing: Sequence[Contender]) -> None:
         methods = [one.estimator for one in choosing if one.estimator is not None]
         sums = any(method.full_sum for method in methods)
         if sums:
@@ -199,7 +199,7 @@ class Walk:
         if sums:
             self.pool = replace(self.pool, gradients=self.recipe.gradients)
 
-    def _rows_together(self, methods: SequenceABC[Estimator], *, sums: bool) -> None:
+    def _rows_together(self, methods: Sequence[Estimator], *, sums: bool) -> None:
         """The pool's rows that methods read, in one pass at each checkpoint."""
         last = len(self._checkpoints()) - 1 if any(method.view for method in methods) else -1
         for number in range(last + 1):
@@ -265,7 +265,7 @@ class Walk:
             made = bool(self.kept and self.kept.run.artifacts("curvature")) and self._has(rows, number, view)
             self.add(Work("curvature", rows.count, backward=rows.tokens, tasks=1, done=made))
 
-    def _select(self, selector: Selector, estimator: Estimator, budgets: SequenceABC[int]) -> None:
+    def _select(self, selector: Selector, estimator: Estimator, budgets: Sequence[int]) -> None:
         """What a selector reads beside scores, and takes of the model."""
         for budget in budgets if self.target is not None else ():
             assert self.target is not None
@@ -303,7 +303,7 @@ class Walk:
             self._adapters = [None] * epochs if found is None else [*found]
         return self._adapters
 
-    def trained(self, rows: Dataset, ids: SequenceABC[str], settings: Training, seed: int) -> list[Checkpoint] | None:
+    def trained(self, rows: Dataset, ids: Sequence[str], settings: Training, seed: int) -> list[Checkpoint] | None:
         """The checkpoints of a training that the run folder has."""
         if self.kept is None:
             return None
@@ -315,7 +315,7 @@ class Walk:
         if isinstance(source, Pairs) and source.by_dpo:
             self.add(Work("answers' probabilities", count, forward=tokens, done=done))
 
-    def _pool_rows(self, number: int, views: SequenceABC[View], sums: bool) -> None:
+    def _pool_rows(self, number: int, views: Sequence[View], sums: bool) -> None:
         data = self.pool.data
         rows = _Rows("pool gradients", "pool", len(data), float(data.lengths.sum()), data)
         self._collect(rows, number, views, sums or self.pool.gradients.full_sum)
@@ -371,7 +371,7 @@ class Walk:
 
     def _responses(
         self, method: PolicyEstimator, target: PromptTarget, number: int, *, rewarded: bool = True,
-        ends: SequenceABC[Checkpoint | None] = (),
+        ends: Sequence[Checkpoint | None] = (),
     ) -> PolicyTargets | None:  # fmt: skip
         """The responses at one of the `ends` of a method's own, or at a checkpoint, and what they earn; where the run
         folder has all of it, that."""
@@ -402,7 +402,7 @@ class Walk:
         stored = {"bytes": len(prompts) * _FILE_BYTES + drawn * limit * _TOKEN_BYTES}
         if not isinstance(endpoint, Endpoint):
             drawing = Drawing(prompts, drawn, sampling, endpoint)
-            return Work("responses", drawing=drawing, stored=stored, tasks=shares_of(drawn), done=not drawn)
+            return Work("responses", drawing=drawing, stored=stored, tasks=math.ceil(drawn / SHARE), done=not drawn)
         around = "" if assistant is None else assistant.prompt_prefix + assistant.prompt_suffix
         more = len(self.pool.tokenizer(around, add_special_tokens=False)["input_ids"]) if around else 0
         each = math.ceil(sampling.samples / endpoint.samples_per_request)
@@ -607,10 +607,6 @@ class Walk:
         """To what was met."""
         self.works.append(work)
 
-    def has(self, kind: str, config: Mapping[str, Any]) -> bool:
-        """Whether the run folder has a complete artifact."""
-        return self.kept is not None and self.kept.run.manifest(self.kept.run.prefix(kind, config)) is not None
-
     def is_new(self, *parts: object) -> bool:
         """Whether something is met for the first time: the run finds it the next time."""
         name = "\0".join(map(str, parts))
@@ -681,10 +677,10 @@ class _Cells:
     def _measure(self, stage: str, metric: Any, tasks: int = 1, model: Trained | None = None, *, known: bool) -> None:
         """One metric of one model, None being the base; only what is `known` can have been measured before."""
         walk, (bound, needs) = self._walk, self._needs(metric)
-        config = None
+        done = False
         if walk.kept is not None and known:
-            config = evaluation_config(subject_of(walk.pool, model), metric, bound)
-        done = config is not None and walk.has("evaluations", config)
+            config, run = evaluation_config(subject_of(walk.pool, model), metric, bound), walk.kept.run
+            done = config is not None and run.manifest(run.prefix("evaluations", config)) is not None
         if needs is None or done:
             walk.add(Work(stage, seconds=None, done=done))
             return
@@ -794,7 +790,7 @@ class _Counting:
         """Tokens of a question."""
         return float(np.mean(self.lengths)) if self.lengths else 0.0
 
-    def complete(self, messages: SequenceABC[Message], **_: object) -> str:
+    def complete(self, messages: Sequence[Message], **_: object) -> str:
         texts = [message["content"] for message in messages]
         ids = self.pool.tokenizer(texts, add_special_tokens=False)["input_ids"]
         self.lengths.append(sum(map(len, ids)))

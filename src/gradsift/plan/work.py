@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from collections.abc import Sequence as SequenceABC
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,7 +12,6 @@ import torch
 from gradsift.execution.actors import RayCluster
 from gradsift.execution.engine import ThisProcess
 from gradsift.execution.ray import RayEngine
-from gradsift.generation.local import SHARE
 from gradsift.generation.sampling import Sampling, Usage
 from gradsift.gradients.collect import automatic_shard_rows
 
@@ -29,7 +27,7 @@ class Drawing:
     model:     hub id or folder; None is the recipe's own
     """
 
-    prompts: SequenceABC[SequenceABC[int]] = field(repr=False)
+    prompts: Sequence[Sequence[int]] = field(repr=False)
     responses: int
     sampling: Sampling
     model: str | None = None
@@ -212,11 +210,6 @@ def _tasks(tasks: int | tuple[int, float], speeds: Speeds, shard_rows: int | Non
     assert speeds.sample is not None, tasks
     kind = torch.device(speeds.sample["device"]).type
     return max(1, math.ceil(rows / (shard_rows or automatic_shard_rows(tokens, kind, 4 * speeds.sample["dim"]))))
-
-
-def shares_of(responses: int) -> int:
-    """How many tasks the drawing of responses is."""
-    return math.ceil(responses / SHARE)
 
 
 def endpoints(works: Iterable[Work]) -> list[dict[str, Any]]:

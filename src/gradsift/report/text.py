@@ -40,7 +40,7 @@ def one_line(text: str, limit: int) -> str:
     return shorten(" ".join(text[: 5 * limit].split()), limit)
 
 
-def value_text(value: Any, limit: int = 120) -> str:
+def value_text(value: Any) -> str:
     """A dataset column's value on one line: strings as they are, numbers at four figures, the rest as JSON."""
     if value is None or isinstance(value, float):
         text = figure(value)
@@ -48,7 +48,7 @@ def value_text(value: Any, limit: int = 120) -> str:
         text = json.dumps(value, ensure_ascii=False, default=str)
     else:
         text = str(value)
-    return shorten(" ".join(text[: 4 * limit].split()), limit)
+    return shorten(" ".join(text[:480].split()), 120)
 
 
 def column_texts(row: Mapping[str, Any], known: Collection[str]) -> dict[str, str]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from collections.abc import Sequence as SequenceABC
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from itertools import product
@@ -268,7 +267,7 @@ class Benchmark(Shown):
 def bench(
     pool: Pool,
     target: Target,
-    methods: SequenceABC[Estimator] | None = None,
+    methods: Sequence[Estimator] | None = None,
     *,
     settings: Bench | None = None,
 ) -> Benchmark:
@@ -549,7 +548,7 @@ class _Judge:
         keys = [[self.seed, size, int(1e6 * share), int(1e6 * number)] for number in range(count)]
         return self._without([np.random.default_rng(key).choice(rows, size, replace=False) for key in keys])
 
-    def _without(self, left_out: SequenceABC[Units]) -> NDArray[np.float64]:
+    def _without(self, left_out: Sequence[Units]) -> NDArray[np.float64]:
         kept = np.tile(self.available.astype(np.float64), (len(left_out), 1))
         for own, rows in zip(kept, left_out, strict=True):
             own[rows] = 0.0
@@ -576,14 +575,14 @@ class _Judge:
                 losses.put(list(missing)[position], found)
         return np.array([losses.all(name) for name in names])
 
-    def _worked(self, tasks: SequenceABC[Any], what: str, each: str) -> Iterator[tuple[int, Any]]:
+    def _worked(self, tasks: Sequence[Any], what: str, each: str) -> Iterator[tuple[int, Any]]:
         """What trainings come to, by their places, as they end."""
         with self.pool.reporter.stage(what, len(tasks), "trainings") as advance:
             for position, found in self.pool.engine.map(tasks, untold, each):
                 yield position, found
                 advance(1)
 
-    def _replay(self, seed: int) -> tuple[Replay, SequenceABC[str]]:
+    def _replay(self, seed: int) -> tuple[Replay, Sequence[str]]:
         smooth = SmoothTraining() if self.settings.smooth else SmoothTraining(warmup_ratio=0, eps_root=0)
         ids = list(self.pool.data.ids)
         own = sorted(id_ for id_, there in zip(ids, self.available, strict=True) if there)
@@ -794,5 +793,5 @@ def _bytes_in(pool: Pool) -> int:
     return sum(storage.size(key) for key in storage.list(""))
 
 
-def _listed(names: SequenceABC[str]) -> str:
+def _listed(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceABC
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from pydantic import Field
@@ -68,13 +68,6 @@ class Effect:
 
     log_likelihood: float
     jsd: float
-
-
-class Steps(Protocol):
-    """Where steps on examples of a pool come from."""
-
-    def on(self, ids: SequenceABC[str]) -> AbstractContextManager[None]:
-        """The model is at θ+S while the context is open."""
 
 
 def jensen_shannon(logits_p: Tensor, logits_q: Tensor) -> Tensor:

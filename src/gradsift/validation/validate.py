@@ -12,8 +12,7 @@ cells of one output and size share their five random steps. Every effect of a st
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from collections.abc import Sequence as SequenceABC
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, astuple, dataclass, field, replace
 from functools import cached_property
@@ -42,7 +41,6 @@ from gradsift.validation.one_step import (
     Effect,
     OneStep,
     StepModel,
-    Steps,
     StoredSteps,
     TrainedSteps,
     effect_of,
@@ -207,7 +205,7 @@ def validate(
     settings: OneStep | None = None,
     route: Route = "auto",
     checkpoint: Checkpoint | None = None,
-    edges_db: SequenceABC[float] = EDGES_DB,
+    edges_db: Sequence[float] = EDGES_DB,
 ) -> Validation:
     """Support and shift of selections, and how well their relevance predicted both.
 
@@ -271,7 +269,7 @@ def validate_explanations(
     *,
     settings: OneStep | None = None,
     route: Route = "auto",
-    edges_db: SequenceABC[float] = EDGES_DB,
+    edges_db: Sequence[float] = EDGES_DB,
     sanity: bool = False,
 ) -> Validation:
     """`validate` every selection of some explanations of this pool; of a random strategy the first draw.
@@ -299,7 +297,7 @@ def validate_explanations(
     return found
 
 
-def _reranking(cells: SequenceABC[Validated], explanations: Explanations) -> Iterator[Reranking]:
+def _reranking(cells: Sequence[Validated], explanations: Explanations) -> Iterator[Reranking]:
     """Whether facility location changes ρ(ξ, ξ⁺) of the naive choices from the same rankings."""
     located = [own for own in explanations.strategies if isinstance(own, FacilityLocation)]
     for estimator, trade_off in product(explanations.estimators, sorted({own.trade_off for own in located})):
@@ -354,7 +352,6 @@ def sanity_check(
     *,
     settings: OneStep | None = None,
     route: Route = "auto",
-    checkpoint: Checkpoint | None = None,
 ) -> Sanity:
     """How often training on the output itself does more to it than training on a random example (Compact, section 4.3).
 
@@ -365,7 +362,7 @@ def sanity_check(
         DataError: no output can be checked.
     """
     settings = settings or OneStep()
-    bench = _Bench(pool, settings, route, checkpoint or pool.checkpoints()[-1])
+    bench = _Bench(pool, settings, route, pool.checkpoints()[-1])
     pairs: list[tuple[str, Effect, Effect]] = []
     failed: list[Skipped] = []
     entries = list(_by_id(outputs).values())
@@ -390,7 +387,7 @@ def sanity_check(
     )
 
 
-def random_sets(ids: SequenceABC[str], k: int, *, output: str, count: int = 5, seed: int = 0) -> list[tuple[str, ...]]:
+def random_sets(ids: Sequence[str], k: int, *, output: str, count: int = 5, seed: int = 0) -> list[tuple[str, ...]]:
     """`count` sets of k different ids, drawn uniformly by (seed, output, k), whatever the order of the ids.
 
     Raises:
@@ -406,7 +403,7 @@ def random_sets(ids: SequenceABC[str], k: int, *, output: str, count: int = 5, s
     return sets
 
 
-def measured(cell: Cell, before: float, effect: Effect, controls: SequenceABC[Effect]) -> Validated:
+def measured(cell: Cell, before: float, effect: Effect, controls: Sequence[Effect]) -> Validated:
     """ξ⁺ and ξ^JSD of a cell from the effects of its own step and of its random sets' steps.
 
     `before` is log p(ŷ|x; θ).
@@ -473,7 +470,7 @@ class _Bench:
         return StepModel(network, modules.captured, self.settings, token_budget=self.pool.gradients.token_budget)
 
     @cached_property
-    def steps(self) -> Steps:
+    def steps(self) -> TrainedSteps | StoredSteps:
         """Where the steps on selections come from."""
         if self.store is None:
             return TrainedSteps(self.model, self.pool.data.by_id)
@@ -528,7 +525,7 @@ class _Bench:
         options = self.settings
         return random_sets(self.ids, k, output=self._output.id, count=options.random_sets, seed=options.seed)
 
-    def effect(self, ids: SequenceABC[str]) -> Effect:
+    def effect(self, ids: Sequence[str]) -> Effect:
         """Of the step on these pool examples, in any order."""
         ordered = sorted(ids)
         return self._effect(fingerprint(ordered), lambda: self.steps.on(ordered))
@@ -574,7 +571,7 @@ def _stored_rows(pool: Pool, checkpoint: Checkpoint, route: Route) -> GradientSt
     return replace(pool, gradients=settings).stores(checkpoint, ["plain"])["plain"]
 
 
-def _agreement(cells: SequenceABC[Validated], edges_db: SequenceABC[float]) -> Agreement:
+def _agreement(cells: Sequence[Validated], edges_db: Sequence[float]) -> Agreement:
     cells = distinct(cells)
     columns = zip(*((one.cell.relevance, one.support, one.shift, one.cell.output) for one in cells), strict=True)
     return agreement(*columns, edges_db=edges_db)

@@ -417,9 +417,7 @@ def comparison_page(
         results = (*results, Legend(marks), Text(f"{result.interval} {_BY_CHANCE}", "aside"))
     rewarded = any(value is not None for curve in result.curves for value in curve.reward)
     watched = f"Loss and {reward}" if rewarded else "Loss"
-    of_curves = (
-        f"{_CURVES} Where the lowest loss and the highest {reward} are steps apart, loss is not what to stop by."
-    )
+    apart = f" Where the lowest loss and the highest {reward} are steps apart, loss is not what to stop by." * rewarded
     by_arm = [Choice({"method": str(shown.series(arm))}, (Group(tuple(blocks), arm),)) for arm, blocks in ends.items()]
     of_choices = tuple(Group(tuple(blocks), title) for title, blocks in chosen.items() if blocks)
     said = f"Measured after fine-tuning on what each method chose. {result.variance}"

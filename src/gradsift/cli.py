@@ -636,16 +636,14 @@ def list_(given: Given, section: str | None) -> None:
 
     One part of it: gradsift list presets
     """
-    from gradsift.jobs.report import methods_listed, print_methods
+    from gradsift.jobs.report import methods_listed, print_methods, section_name
 
     listed = methods_listed(section)
-    found = ((title.partition(" ")[0].rstrip(",").lower(), own) for title, own in listed.items())
-    fields = ("name", "reads", "is")
-    _tell(
-        given,
-        lambda: {name: [dict(zip(fields, one, strict=True)) for one in own] for name, own in found},
-        lambda: print_methods(listed),
-    )
+    named = {
+        section_name(title): [{"name": name, "reads": reads, "is": said} for name, reads, said in own]
+        for title, own in listed.items()
+    }
+    _tell(given, lambda: named, lambda: print_methods(listed))
 
 
 @_command(

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 # In the order in which a reader meets them: each page goes on with the names of those before.
-PYTHON = ("README.md", "docs/how-to-choose.md", "docs/bring-your-own-data.md", "docs/bring-your-own-adapter.md",
+PYTHON = ("README.md", "docs/how-to-choose.md", "docs/bring-your-own-data.md", "docs/your-own-training.md",
           "docs/run-folder.md")  # fmt: skip
 
 
@@ -244,7 +244,7 @@ def test_python_examples_run(
     world.write_rows(tmp_path / "heldout.jsonl", targets[4:])
     names: dict[str, Any] = {}
     for page in PYTHON:
-        if page == "docs/bring-your-own-adapter.md":  # what its reader has trained
+        if page == "docs/your-own-training.md":  # what its reader has trained
             for number, checkpoint in enumerate(names["pool"].checkpoints()[:2], start=1):
                 shutil.copytree(checkpoint.adapter, tmp_path / f"out/checkpoint-{number}00")
         for block in blocks(ROOT / page, "python"):
@@ -252,7 +252,6 @@ def test_python_examples_run(
             assert replaced == (page == "README.md"), page
             exec(compile(code, page, "exec"), names)
     elsewhere = set((ROOT / "docs/tutorials").glob("*.md"))  # tests/test_tutorials.py
-    elsewhere |= {ROOT / "docs/your-own-training.md", ROOT / "docs/hand-over.md"}  # their own tests, with TRL
     assert {page for page in PAGES if blocks(page, "python")} - elsewhere == {ROOT / page for page in PYTHON}
     assert len(names["chosen"]) == 8
     assert len(names["answer"].results) == 2

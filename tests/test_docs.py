@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import json
 import re
 import shlex
 import shutil
@@ -214,6 +215,23 @@ def test_reasons_for_skipping_are_those_of_the_code() -> None:
     assert explained("meaning") == rows
     assert explained("what is left out") == parts
     assert set(re.findall(r"`(\w+_file)`", page)) == {"unread_file", "broken_file"}
+
+
+def test_formats_are_those_of_the_code() -> None:
+    """docs/bring-your-own-data.md shows every format that `gradsift list formats` names, with a row that is read."""
+    from gradsift.data.formats import FORMATS, Columns, read_conversation
+
+    page = (ROOT / "docs/bring-your-own-data.md").read_text(encoding="utf-8")
+    rows = page.partition("| format | columns | example |")[2].partition("\n\n")[0].splitlines()[2:]
+    for columns, _ in FORMATS.values():
+        named = set(re.findall(r"`(\w+)`", columns))
+        assert any(named <= set(re.findall(r"`(\w+)`", row.split("|")[2])) for row in rows), columns
+    for row in rows:
+        for example in re.findall(r"`(\{.*\})`", row.split("|")[3]):
+            given = json.loads(example)
+            answer = "chosen" if "chosen" in given else None
+            read = read_conversation(given, Columns(), require_answer="completions" not in given, answer=answer)
+            assert read.messages, example
 
 
 def test_exported_names_in_the_documentation_exist() -> None:

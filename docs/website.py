@@ -25,8 +25,8 @@ TAKEN = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "docs", "rec
 
 
 def names() -> dict[str, str]:
-    """Exported names, with the module of each, from the imports in gradsift/__init__.py."""
-    tree = ast.parse((ROOT / "src/gradsift/__init__.py").read_text(encoding="utf-8"))
+    """Exported names, with the module of each, from the imports in gradsift/__init__.pyi."""
+    tree = ast.parse((ROOT / "src/gradsift/__init__.pyi").read_text(encoding="utf-8"))
     found = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module != "typing"]
     return {one.name: node.module for node in found for one in node.names if "gradsift" in (node.module or "")}
 

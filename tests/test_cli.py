@@ -191,7 +191,7 @@ def test_options_of_explain_reach_the_recipe(monkeypatch: pytest.MonkeyPatch) ->
         "damping": ("-e", "datainf", "--damping", "2"),
         "kernel": ("-e", "trak", "--kernel", "whole"),
         "first": ("-e", "rerank", "--first", "bm25"), "then": ("-e", "rerank", "--then", "tracin"),
-        "exact": ("--no-exact",), "instead": ("--instead", "42"),
+        "exact": ("--no-exact",), "all_checkpoints": ("--all-checkpoints",), "instead": ("--instead", "42"),
         "selection": ("-s", "aide"), "compare": ("--compare",),
         "trade_off": ("-s", "facility_location", "--trade-off", "0.3"),
         "candidates": ("--candidates", "50"), "coefficients": ("--coefficients", "MSE"),

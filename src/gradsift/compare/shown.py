@@ -190,17 +190,10 @@ class Shown:
         what = "cell or figure" if len(failures) == 1 else "cells or figures"
         said = f"{len(failures):,} {what} came to nothing; means are over the seeds that ended well. The same command "
         rows = [
-            Cells(
-                (
-                    f.arm,
-                    f"{f.budget:,}",
-                    str(f.seed),
-                    f"{f.stage} ({f.metric})" if f.metric else f.stage,
-                    text.shorten(f.error, 600),
-                )
-            )
+            Cells((f.arm, f"{f.budget:,}", str(f.seed), f"{f.stage} ({f.metric})" if f.metric else f.stage,
+                   text.shorten(f.error, 600)))
             for f in failures[:MOST_FAILURES]
-        ]
+        ]  # fmt: skip
         heads = columns("method", "#examples", "#seed", "stage")
         blocks: list[Block] = [Text(f"{said}tries them again."), Table((*heads, Column("detail")), tuple(rows))]
         if len(failures) > MOST_FAILURES:
@@ -292,7 +285,8 @@ class Shown:
         if not found:
             return []
         losses, rewards = (
-            [_numbers(values) for values in each] for each in ([c.loss for c in found], [c.reward for c in found])
+            [[math.nan if value is None else value for value in getattr(curve, name)] for curve in found]
+            for name in ("loss", "reward")
         )
         charts = []
         for name, note, values, pick in (
@@ -314,11 +308,10 @@ class Shown:
             ]
             if mine:
                 given_up.append(sum(lost) / len(lost) if lost else None)
-                steps = [
+                rows.append((arm, [
                     ", ".join(_step(found[n], at) for n, at in zip(mine, places, strict=True))
                     for places in (lows, highs)
-                ]
-                rows.append((arm, steps))
+                ]))  # fmt: skip
         heads = [Column("method"), Column("lowest loss", "step, by seed", numeric=True)]
         if rewarded:
             heads.append(Column(f"highest {self.reward}", "step, by seed", numeric=True))
@@ -347,19 +340,13 @@ class Shown:
         for found in self.result.overlaps:
             if found.budget != budget or not found.arms:
                 continue
-            rows = [
-                Cells(
-                    (
-                        f"{self.series(arm) + 1}. {arm}",
-                        *(
-                            Cell(text.written(value, ".2f"), shade=value, tag="own" if other == arm else "")
-                            for other, value in zip(found.arms, row, strict=True)
-                        ),
-                    ),
-                    self.series(arm),
+            rows = []
+            for arm, row in zip(found.arms, found.jaccard, strict=True):
+                cells = (
+                    Cell(text.written(value, ".2f"), shade=value, tag="own" if other == arm else "")
+                    for other, value in zip(found.arms, row, strict=True)
                 )
-                for arm, row in zip(found.arms, found.jaccard, strict=True)
-            ]
+                rows.append(Cells((f"{self.series(arm) + 1}. {arm}", *cells), self.series(arm)))
             heads = (Column(""), *(Column(f"{self.series(arm) + 1}", series=self.series(arm)) for arm in found.arms))
             blocks.append(Table(heads, tuple(rows), _examples(budget), style="matrix"))
             chance = text.written(found.chance, ".2f" if found.chance >= 0.01 else ".3f")
@@ -417,18 +404,7 @@ def comparison_page(
     reward: str = "reward",
     created: str = "",
 ) -> Page:
-    """The page of a comparison.
-
-    Args:
-        result: what it came to.
-        chosen: what was chosen, from `gradsift.compare.chosen`: blocks by heading.
-        ends: the highest and lowest scores of each arm that has any.
-        facts, repeat: what was run, and how to do it again.
-        summary: sentences at the top.
-        warnings: what a reader should know.
-        reward: what the curves' reward is.
-        created: when, as a text.
-    """
+    """The page of a comparison, with what was chosen by heading, and the ends of each arm's ranking."""
     shown = Shown(result, reward)
     measured = shown.by_budget(shown.results)
     reading: dict[str, str] = {}
@@ -554,10 +530,6 @@ def _spot(x: float, row: Row) -> Point:
 
 def _examples(count: int) -> str:
     return f"{count:,} example{'s' * (count != 1)}"
-
-
-def _numbers(values: Sequence[float | None]) -> list[float]:
-    return [math.nan if value is None else value for value in values]
 
 
 def _place(values: Sequence[float], pick: Callable[..., int]) -> int | None:

@@ -169,13 +169,12 @@ class Comparison(Shown):
             "variance": self.variance,
             "interval": self.interval,
             "reference": self.reference,
-            "rows": [asdict(row) for row in self.rows],
-            "cells": [_cell(cell) for cell in self.cells],
-            "failures": [asdict(failure) for failure in self.failures],
-            "overlaps": [asdict(overlap) for overlap in self.overlaps],
-            "costs": [asdict(cost) for cost in self.costs],
             "warnings": list(self.warnings),
-            "curves": [asdict(curve) for curve in self.curves],
+            "cells": [_cell(cell) for cell in self.cells],
+            **{
+                name: [asdict(one) for one in getattr(self, name)]
+                for name in ("rows", "failures", "overlaps", "costs", "curves")
+            },
         }
 
     def table(self) -> pa.Table:
@@ -232,12 +231,8 @@ def tabulate(cells: Sequence[Cell], contenders: Sequence[Contender], reference: 
 
 
 def overlaps(cells: Sequence[Cell], contenders: Sequence[Contender], pool: int) -> list[ChoiceOverlap]:
-    """How much the arms' choices have in common, per budget; arms that choose nothing are left out.
-
-    Args:
-        cells: those there are.
-        contenders: in the order wanted.
-        pool: examples that could be chosen.
+    """How much the arms' choices have in common, per budget, of so many that could be chosen; arms that choose nothing
+    are left out.
     """
     names = [contender.name for contender in contenders if contender.sized]
     found = []

@@ -100,15 +100,10 @@ class BoundLMEval:
         try:
             with own_randomness():
                 found: Any = simple_evaluate(
-                    model=model,
-                    tasks=list(metric.tasks),
-                    num_fewshot=metric.num_fewshot,
-                    limit=limit,
-                    task_manager=manager,
-                    apply_chat_template=metric.apply_chat_template,
-                    bootstrap_iters=_BOOTSTRAP,
+                    model=model, tasks=list(metric.tasks), num_fewshot=metric.num_fewshot, limit=limit,
+                    task_manager=manager, apply_chat_template=metric.apply_chat_template, bootstrap_iters=_BOOTSTRAP,
                     log_samples=True,
-                )
+                )  # fmt: skip
         except Exception as error:  # data sets, metrics and post-processing of any kind run in there
             raise ModelError(
                 f"lm-eval cannot run {', '.join(metric.tasks)}: {type(error).__name__}: {_first_line(error)}. "

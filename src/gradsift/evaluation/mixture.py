@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from gradsift.base.errors import ConfigError, DataError
 from gradsift.base.lazy import torch
+from gradsift.base.resampling import estimate_of
 from gradsift.context import Pool
 from gradsift.data.dataset import Dataset
 from gradsift.evaluation.evaluate import evaluate
@@ -22,7 +23,6 @@ from gradsift.selection.select import budget_count
 from gradsift.warmup.train import Training
 
 _DRAWS = 400
-_TAILS = (2.5, 97.5)
 
 
 @dataclass(frozen=True)
@@ -115,19 +115,12 @@ def mix(scores: Scores, by: str, budget: float = 0.05, seed: int = 0) -> Mixture
             weights = scores.strata.outputs * resampling_counts(scores.strata, 1, generator)[:, 0]
             values = (torch.from_numpy(parts) @ weights.T).amax(dim=1).numpy()
         drawn.append(shares(values, generator.integers(len(codes), size=len(codes))))
-    low, high = np.percentile(np.stack(drawn), _TAILS, axis=0)
     whole = shares(scores.aggregate, np.arange(len(codes)))
+    units = len(codes) if scores.strata is None else len(scores.strata.labels)
+    found = [estimate_of(value, own, units) for value, own in zip(whole, np.stack(drawn).T, strict=True)]
+    value, low, high = (tuple(getattr(one, end) for one in found) for end in ("value", "low", "high"))
     size = np.bincount(codes, minlength=len(sources)) / len(codes)
-    return Mixture(
-        by=by,
-        budget=count,
-        sources=tuple(sources),
-        shares=tuple(whole.tolist()),
-        low=tuple(low.tolist()),
-        high=tuple(high.tolist()),
-        size=tuple(size.tolist()),
-        targets=parts is not None,
-    )
+    return Mixture(by, count, tuple(sources), value, low, high, tuple(size.tolist()), parts is not None)
 
 
 def train_mixtures(

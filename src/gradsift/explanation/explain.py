@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,11 +26,17 @@ from gradsift.explanation.coefficients import CoefficientModel
 from gradsift.explanation.exact import ExactRows, RowsLackingError, exact_rows, missed
 from gradsift.explanation.matches import token_matches
 from gradsift.explanation.outputs import Output, OutputSource, Question, answers, contrasted, question_of
-from gradsift.explanation.relevance import Aggregation, Relevance, relevance_of_choices, relevance_of_draws
+from gradsift.explanation.relevance import (
+    Aggregation,
+    Relevance,
+    relevance_of_choices,
+    relevance_of_draws,
+    selection_relevance,
+)
 from gradsift.explanation.result import ChosenExample, Draw, Explanation, StrategyResult
 from gradsift.explanation.verdict import Missed, Reference, Trained
 from gradsift.gradients.rows import View
-from gradsift.influence.estimator import Estimator, influence_of, target_view
+from gradsift.influence.estimator import Estimator, influence_of, rate_weights, target_view
 from gradsift.influence.less import LESS
 from gradsift.model.models import model_identity
 from gradsift.report.blocks import Block, Shown
@@ -242,6 +249,33 @@ class _Work:
         }
         matches = token_matches(self.pool, self.source, ranker if ranker.splits else DEFAULT_ESTIMATOR, shown)
         return [replace(entry, matches=matches.get(entry.id, ())) for entry in entries]
+
+    def throughout(self, entries: SequenceABC[Explanation]) -> list[Explanation]:
+        """The explanations with the relevance of what they chose at all checkpoints together.
+
+        `ξ = Σ_e w_e ‖g_e‖² / Σ_e w_e ‖g_e − A_e t‖²`, w_e the rates' shares (`rate_weights`) and one t for all of them:
+        that of every checkpoint's gradients times √w_e, one after the other. Of random draws, the first.
+        """
+        wanted = []
+        for entry in entries:
+            chosen = {example.id for found in entry.results for example in found.examples}
+            wanted.append((self.source.alone(entry.id), sorted(chosen, key=self.pool.data.position)))
+        checkpoints = self.pool.checkpoints()
+        sums: list[Any] = [0.0] * len(entries)
+        for checkpoint, weight in zip(checkpoints, rate_weights(checkpoints), strict=True):
+            for number, own in enumerate(exact_rows(self.pool, checkpoint, wanted, adam=False)):
+                sums[number] = sums[number] + weight * own.products["plain", "plain"]
+        measured = []
+        for entry, (_, ids), products in zip(entries, wanted, sums, strict=True):
+            rows = ExactRows(tuple(ids), {("plain", "plain"): products})
+            results = []
+            for found in entry.results:
+                chosen_rows = rows.rows([example.id for example in found.examples])
+                relevance = selection_relevance(rows.target, chosen_rows, coefficients=self.coefficients)
+                results.append(replace(found, throughout=_draw(relevance)))
+            norm = float(products[-1, -1])
+            measured.append(replace(entry, results=tuple(results), squared_norm_throughout=norm))
+        return measured
 
     def _explain(self, output: Output) -> Explanation:
         while True:
@@ -505,6 +539,7 @@ def explain(
     aggregation: Aggregation = "ratio_of_means",
     matches: int = MATCHES,
     exact: bool = True,
+    all_checkpoints: bool = False,
 ) -> Explanations:
     """For each prompt, k training examples that account for the model's output, by each strategy.
 
@@ -529,6 +564,8 @@ def explain(
             model.
         exact: take the candidates through the model once more and compare whole gradients; False compares stored rows,
             whose projection makes choices and relevance uncertain.
+        all_checkpoints: also measure the relevance of what is chosen at all checkpoints together (`throughout`): the
+            chosen examples go through the model at each of them.
 
     Raises:
         ConfigError: k below 1 or above the pool, or above the candidates; a strategy that cannot choose for one output.
@@ -582,6 +619,8 @@ def explain(
     explained = work.explain_all(answered, failed)
     if not explained:
         raise DataError(f"no prompt can be explained; first: {failed[0].detail}")
+    if all_checkpoints:
+        explained = work.throughout(explained)
     explained[:matches] = work.with_matches(explained[:matches])
     same = {one.name: getattr(work, one.name) for one in fields(work)}
     found = Explanations(**same, entries=tuple(explained), failed=tuple(failed))

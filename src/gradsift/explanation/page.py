@@ -27,12 +27,12 @@ from gradsift.explanation.shown import (
     drawn_db,
     figure_blocks,
     loss_of,
+    measured_cells,
     opposing_blocks,
     output_example,
     run_facts,
     shown_budget,
     shown_db,
-    trained_cells,
     verdict_block,
 )
 from gradsift.explanation.verdict import relevance_text, share_brief
@@ -252,7 +252,7 @@ def _compared(entry: Explanation, choices: _Choices) -> list[Block]:
             points = []
             for k in choices.budgets:
                 found = verdicts[label, name, k]
-                notes = [share_brief(found.ratio), *(f"{name} {value}" for name, value in trained_cells(found))]
+                notes = [share_brief(found.ratio), *(f"{name} {value}" for name, value in measured_cells(found))]
                 bar = Bar(low, high, value=drawn_db(found.db), tone="worse" if found.db < 0 else "")
                 picks = choices.when(choices.by_cell[label, name, k])
                 cells.append(Cell(shown_db(found.db), ", ".join(filter(None, notes)), bar=bar, picks=picks))

@@ -199,7 +199,7 @@ def verdicts_table(entry: Explanation, results: Sequence[StrategyResult]) -> Tab
     """Strategies, the best first, with random examples and the best choice found, of one budget and estimator."""
     verdicts = [entry.verdict(found) for found in results]
     low, high = db_span([found.db for found in verdicts])
-    trained = [dict(trained_cells(found)) for found in verdicts]
+    trained = [dict(measured_cells(found)) for found in verdicts]
     measured = list(dict.fromkeys(name for own in trained for name in own))
     rows = []
     for found, effects in zip(verdicts, trained, strict=True):
@@ -220,12 +220,16 @@ def verdicts_table(entry: Explanation, results: Sequence[StrategyResult]) -> Tab
     return Table(columns(*names), tuple(rows))
 
 
-def trained_cells(found: verdict.Verdict) -> list[tuple[str, str]]:
-    """What a step of training on a choice did, by name: support ξ⁺ in nats, and shift ξ^JSD."""
+def measured_cells(found: verdict.Verdict) -> list[tuple[str, str]]:
+    """What was measured besides, by name: relevance at all checkpoints, and of a step of training on the choice support
+    ξ⁺ in nats, and shift ξ^JSD.
+    """
+    throughout = [] if found.throughout is None else [("at all checkpoints", relevance_text(found.throughout))]
     if found.trained is None:
-        return []
+        return throughout
     shift = found.trained.shift
     return [
+        *throughout,
         ("support", f"{text.written(found.trained.support, '+.2g')} nats"),
         ("shift", text.ABSENT if shift is None else text.written(shift, ".2g")),
     ]

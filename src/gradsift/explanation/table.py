@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as SequenceABC
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from gradsift.explanation.relevance import (
     Aggregation,
     Relevance,
     RelevanceSummary,
+    aggregate_relevance,
     aggregated,
     relevance_auc,
     relevance_of_choices,
@@ -42,6 +43,7 @@ class TableRow:
     auc_db: 10·log10 of the area under ξ(k), as published; predicting nothing at k = 1, 5, 10, 25 gives 13.80 dB
     auc_per_unit_db: divided by the width of the budgets, so that predicting nothing gives 0 dB; None for one budget
     above: k → share of outputs above 0 dB
+    throughout: k → dB at all checkpoints together, of first draws; None where that was not measured
     """
 
     estimator: str
@@ -51,6 +53,7 @@ class TableRow:
     auc_db: float | None
     auc_per_unit_db: float | None
     above: Mapping[int, float]
+    throughout: Mapping[int, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -149,15 +152,23 @@ def relevance_table(
     entries = explanations.entries if isinstance(explanations, Explanations) else tuple(explanations)
     how = how or entries[0].aggregation
     grouped: dict[tuple[str, str, int], list[Relevance]] = {}
+    throughout: dict[tuple[str, str, int], list[Relevance]] = {}
     for entry in entries:
         for result in entry.results:
             key = (result.estimator, result.strategy, result.k)
             grouped.setdefault(key, []).append(entry.relevance_of(result, how))
+            if (over := entry.throughout_of(result)) is not None:
+                throughout.setdefault(key, []).append(over)
     budgets = tuple(sorted({k for _, _, k in grouped}))
     sorted_at = sort_by or (10 if 10 in budgets else budgets[-1])
     between = _between(grouped, how)
     rows = [
-        _row(*key, {k: grouped[*key, k] for k in budgets}, {k: between[*key, k] for k in budgets}, how)
+        replace(
+            _row(*key, {k: grouped[*key, k] for k in budgets}, {k: between[*key, k] for k in budgets}, how),
+            throughout={k: to_db(aggregate_relevance(throughout[*key, k], how=how)) for k in budgets}
+            if throughout
+            else None,
+        )
         for key in dict.fromkeys((estimator, strategy) for estimator, strategy, _ in grouped)
     ]
     order = {estimator: n for n, estimator in enumerate(dict.fromkeys(row.estimator for row in rows))}
@@ -188,7 +199,7 @@ def _between(
     value, drawn = bootstrap(
         lambda outputs: 10 * np.log10(aggregated(norms[outputs], errors[outputs], ratios[outputs], how)), len(norms)
     )
-    ends = [estimate_of(value[n], drawn[:, n]) for n in range(len(grouped))]
+    ends = [estimate_of(value[n], drawn[:, n], len(norms)) for n in range(len(grouped))]
     return {key: (own.low, own.high) for key, own in zip(grouped, ends, strict=True)}
 
 

@@ -25,6 +25,8 @@ def relevance_blocks(table: RelevanceTable, *, draws: int = 1, above: bool = Tru
     heads += [Column("AUC", numeric=True)] * several
     heads += [Column(f"95 % at k={sort}", "over outputs", numeric=True)] * (not alone)
     heads += [Column("above 0 dB", f"k={sort}", numeric=True)] * (above and not alone)
+    throughout = any(row.throughout for row in table.rows)
+    heads += [Column("all checkpoints", f"dB, k={sort}", numeric=True)] * throughout
     over = [f"{table.outputs} outputs"] * (not alone) + [f"{draws} random draws"] * (draws > 1)
     how = f" ({AGGREGATIONS[table.how]} over {' and '.join(over)})" if over else ""
     blocks: list[Block] = []
@@ -45,6 +47,8 @@ def relevance_blocks(table: RelevanceTable, *, draws: int = 1, above: bool = Tru
                 cells.append(" to ".join(text.written(end, "+.1f") for end in ends))
             if above and not alone:
                 cells.append(text.share(row.above[sort]))
+            if row.throughout is not None:
+                cells.append(text.written(row.throughout[sort], "+.2f"))
             lines.append(Row(tuple(cells), ruled=number == first > 0))
         title = f"Selection relevance in dB{how}, {estimator}"
         blocks.append(Table(tuple(heads), tuple(lines), title, style="figures"))

@@ -50,7 +50,7 @@ class StoredSampler:
                 try:
                     if number >= len(texts):
                         raise DataError(f"the row has {len(texts)} completions")
-                    ids = self._encoder.encode(prompt.messages, texts[number], finished=True, options=prompt.options)
+                    ids = self._encoder.encode(prompt, texts[number], finished=True)
                     responses.append(Response(prompt.id, number, *ids, "stop", texts[number]))
                 except DataError as error:
                     problems.append(Problem(prompt.id, number, str(error)))

@@ -80,13 +80,9 @@ def write_pages(
     lies the JSON that it was made from.
 
     Args:
-        explanations: from `explain`.
         table: from `relevance_table`; needed for several outputs.
-        validation: effects of training on the selections, for the scatter.
-        pages: outputs that get a page of their own.
         embedding: the sentence-transformers model of the map of meanings; None leaves that map out, and so does the
             default where the extra or the model is not there.
-        facts: more facts for the pages.
     """
     pool = explanations.pool
     several = len(explanations.entries) > 1
@@ -219,12 +215,7 @@ def _extremes(explanations: Explanations, table: RelevanceTable, links: dict[str
 def spread_blocks(
     table: RelevanceTable, values: Mapping[tuple[str, str, int], SequenceABC[float]]
 ) -> tuple[Block, ...]:
-    """Where outputs lie under each budget, a row for each strategy.
-
-    Args:
-        table: whose rows they are.
-        values: relevance of each output in dB by estimator, strategy and k.
-    """
+    """Where outputs lie under each budget, a row for each strategy; `values` are dB by estimator, strategy and k."""
     blocks: list[Block] = [
         Legend((("thin", "one output"), ("box", "middle half"), ("stroke", "median"), ("zero", "0 dB"))),
         Switch("k", "examples", tuple((str(k), str(k)) for k in table.budgets), str(table.sorted_at)),

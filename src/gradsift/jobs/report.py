@@ -352,7 +352,7 @@ def _ends(result: Result) -> tuple[Block, ...]:
         highest, lowest = score_ends(entry, result.pool.data, known=known_columns(result.recipe.columns))
         of = f"of {len(entry.ids):,}"
         out = result.selections[0].dropped if result.selections and not blocks else None
-        gone = ", left out" if out is not None and out.rows >= len(lowest.examples) else ""
+        gone = ", left out" if out is not None and len(out) >= len(lowest.examples) else ""
         folds = (
             Fold(f"Highest {len(highest.examples)} {of}", (highest,)),
             Fold(f"Lowest {len(lowest.examples)} {of}, lowest first{gone}", (lowest,), opened=not blocks),
@@ -456,8 +456,10 @@ def print_result(result: Result) -> None:
         chosen = result.selections[0]
         how = f"{chosen.estimator}, {chosen.method.label}"
         blocks.append(Text(f"{len(chosen)} of {len(pool.data)} chosen by {how} ({HIGHER[0].lower()}{HIGHER[1:-1]})"))
-        blocks += [Text(str(chosen.dropped))] if chosen.dropped is not None else [*chosen.told]
-        blocks.append(_examples(result, chosen, MOST_CHOSEN, own=True))
+        if chosen.dropped is not None:
+            blocks += [Text(str(chosen.dropped)), _examples(result, chosen.dropped, MOST_CHOSEN, own=False)]
+        else:
+            blocks += [*chosen.told, _examples(result, chosen, MOST_CHOSEN, own=True)]
         if groups := _groups(result):
             blocks.append(Group(groups, "Chosen against pool"))
     elif result.scores:
@@ -531,13 +533,8 @@ def _explained_briefly(result: Result) -> list[Block]:
 
 
 def methods_listed(section: str | None = None) -> dict[str, list[tuple[str, str, str]]]:
-    """Everything that has a name, by title: its kind, what it takes or reads, and the first paragraph about it.
-
-    Args:
-        section: one of them alone, by its first word.
-
-    Raises:
-        ConfigError: there is no such section.
+    """Everything that has a name, by title: its kind, what it takes or reads, and the first paragraph about it; or one
+    `section` alone, by its first word.
     """
     from gradsift.data.formats import FORMATS
     from gradsift.generation.sampling import PRESETS as SAMPLINGS

@@ -126,6 +126,7 @@ def _files(recipe: Recipe, command: str, outputs: int | None, *, with_target: bo
     return result_files(
         scored=chooses(recipe),
         chosen=chooses(recipe),
+        dropped=recipe.drop is not None,
         trusted=chooses(recipe) and with_target and recipe.estimator.needs_target,
         outputs=outputs,
         validated=recipe.explain is not None and recipe.explain.validation is not None,
@@ -146,7 +147,7 @@ def print_estimate(found: dict[str, Any]) -> None:
         f"{count} checkpoint{'' if count == 1 else 's'}" if count else "no gradients of the whole pool"
     )
     out.print(title, style="bold", markup=False)  # as a title of the table it would be broken at the table's width
-    out.print(table("", ("stage", "tokens", "time", "disk"), rows))
+    out.print(table(("stage", "tokens", "time", "disk"), rows))
     if sample is not None:
         out.print(
             f"measured: {sample['tokens_per_second']:.0f} tokens/s through {sample['rows']} rows on {sample['device']} "

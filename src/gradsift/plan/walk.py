@@ -541,6 +541,11 @@ class Walk:
                     self._collect(outputs, number, [target_view(method.view)], self.pool.gradients.full_sum)
         if job.exact:
             self._candidates(len(questions), tokens, source, checkpoint)
+        if job.all_checkpoints:
+            chosen = len(job.strategies) * len(job.estimators) * max(job.budgets)
+            rows = (last + 1) * len(questions) * min(len(pool.data), chosen)
+            read = rows * float(pool.data.lengths.mean()) + (last + 1) * tokens
+            self.add(Work("chosen rows' gradients", rows, backward=read))
         choices = len(questions) * len(job.strategies) * len(job.estimators) * len(job.budgets)
         self.add(Work("choosing", seconds=choices * _CHOICE_SECONDS, stored={"bytes": choices * _CHOICE_BYTES}))
         if job.validation is not None:

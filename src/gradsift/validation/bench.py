@@ -21,7 +21,9 @@ from gradsift.base.progress import Advance, silent, untold
 from gradsift.base.ranks import paired_rank_correlations
 from gradsift.base.resampling import Estimate, bootstrap, estimate_of
 from gradsift.base.settings import Budget, Settings
+from gradsift.base.types import Example
 from gradsift.context import Pool, Target
+from gradsift.data.dataset import Dataset
 from gradsift.data.load import Columns
 from gradsift.data.pairs import Pairs
 from gradsift.data.prepare import prepare
@@ -45,7 +47,7 @@ from gradsift.report.blocks import Block, Shown
 from gradsift.selection.select import budget_count
 from gradsift.store.manifest import Record, fingerprint, read_if_whole
 from gradsift.validation.datamodel import agreement, agreement_of_trainings
-from gradsift.validation.ranking import auc, average_precision, recall, reciprocal_rank
+from gradsift.validation.ranking import auc, average_precision, recall, reciprocal_rank, reciprocal_rank_by_chance
 from gradsift.warmup.train import Training
 
 Measure = Literal["recall", "filter", "lds", "qld", "train", "self"]
@@ -53,6 +55,7 @@ Units = NDArray[np.int64]
 _Found = TypeVar("_Found")
 _OTHER_SEEDS = (101, 102)  # added to the run's
 _AMONG = 200  # rows among which copies of targets are looked for
+_UNKNOWN = Estimate(np.nan, np.nan, np.nan)
 _COPY = "copy of "  # before a target's id
 
 
@@ -134,8 +137,18 @@ class Bench(Settings):
 
     @property
     def judged(self) -> tuple[Estimator, ...]:
-        """The methods, each once, and the random ranking last."""
+        """The methods, each once, and the random ranking last.
+
+        Raises:
+            ConfigError: two have the same label.
+        """
         others = [one for one in dict.fromkeys(self.methods) if not one.by_chance]
+        labels = [one.label for one in others]
+        if twice := {label for label in labels if labels.count(label) > 1}:
+            raise ConfigError(
+                f"two methods are both called {min(twice)}: judge one of them now and the other with the same --out "
+                "afterwards, which shares the retrainings"
+            )
         return (*others, next((one for one in self.methods if one.by_chance), Random()))
 
     def rows_with_copies(self, rows: int, targets: int) -> int:
@@ -182,7 +195,13 @@ class Column:
 
     def near(self, label: str) -> bool:
         """Whether a method is the best, or not told apart from it."""
-        return self.behind[label].high >= 0
+        known = self.values[label].value == self.values[label].value
+        return known and not self.behind[label].high < 0
+
+    @property
+    def random(self) -> float:
+        """What a method has to be above: what chance is expected to have, or the upper end of what it had."""
+        return list(self.values.values())[-1].high if self.chance is None else self.chance
 
 
 @dataclass(frozen=True)
@@ -224,8 +243,7 @@ class Benchmark(Shown):
         if not near or not counted:
             return "No method could be judged by how well it ranks."
         best = next(iter(near))
-        random = self.methods[-1]
-        if not any(column.values[best].low > column.values[random].high for column in counted):
+        if not any(column.values[best].low > column.random for column in counted):
             return (
                 "No method is told apart from a random ranking here: more targets, subsets or a longer training would "
                 "be needed."
@@ -416,9 +434,9 @@ class _Judge:
         name = self.settings.class_column
         assert name is not None
         rows, targets = (
-            np.array([str(one) for one in data.column(name)]) for data in (self.pool.data, self.target.data)
+            np.array([_class_of(one) for one in data.column(name)]) for data in (self.pool.data, self.target.data)
         )
-        wanted: NDArray[np.bool_] = rows[:, None] == targets
+        wanted: NDArray[np.bool_] = (rows[:, None] == targets) & (targets != "")
         lacking = [
             id_ for id_, own in zip(self.target.data.ids, wanted[self.available].any(axis=0), strict=True) if not own
         ]
@@ -447,19 +465,28 @@ class _Judge:
         column, equal, value = said.partition("=")
         if not equal:
             raise ConfigError(f"{field_} is {said!r}: wanted column=value, such as quality=bad")
-        return np.array([str(one) == value for one in self.pool.data.column(column.strip())])
+        return np.array([_class_of(one) == _class_of(value) for one in self.pool.data.column(column.strip())])
 
     def _recall(self) -> list[Column]:
         """AUC, recall at the class's size, Recall@k and MRR, over targets."""
         wanted = self.of_class[self.available]
+        count, top = len(wanted), self.settings.top
         kinds: dict[str, Callable[..., NDArray[np.float64]]] = {
             "AUC": auc,
             "recall at class size": partial(recall, seed=self.seed),
-            f"Recall@{self.settings.top}": partial(recall, k=self.settings.top, seed=self.seed),
+            f"Recall@{top}": partial(recall, k=top, seed=self.seed),
             "MRR": partial(reciprocal_rank, seed=self.seed),
         }
-        share = float(wanted.mean())
-        chance = {"AUC": 0.5, "recall at class size": share}
+        if top >= count:
+            self.warnings.append(f"Recall@{top} tells nothing of {count} rows, and is left out: lower top")
+            del kinds[f"Recall@{top}"]
+        there = wanted[:, wanted.any(axis=0)].sum(axis=0)
+        chance = {
+            "AUC": 0.5,
+            "recall at class size": float(there.mean() / count),
+            f"Recall@{top}": top / count,
+            "MRR": float(np.mean([reciprocal_rank_by_chance(own, count) for own in there])),
+        }
         found = []
         for name, kind in kinds.items():
             each = {label: kind(own[self.available], wanted) for label, own in self.scores.items()}
@@ -472,7 +499,8 @@ class _Judge:
                     of,
                     wanted.shape[1],
                     "targets",
-                    chance=chance.get(name),
+                    units=len(there),
+                    chance=chance[name],
                 )
             )
         return found
@@ -530,7 +558,8 @@ class _Judge:
 
     def _best(self, label: str, size: int) -> Units:
         """The rows that a method ranks first."""
-        return np.argsort(-np.where(self.available, self.whole[label], -np.inf), kind="stable")[:size]
+        rows = np.flatnonzero(self.available)
+        return rows[np.argsort(-self.whole[label][rows], kind="stable")[:size]]
 
     def _size(self, share: float) -> int:
         """How many rows a share of them is."""
@@ -659,7 +688,7 @@ class _Judge:
             )
         ]  # fmt: skip
         if any(one.value == one.value for one in error.values()):
-            unmarked = dict.fromkeys(error, estimate_of(np.nan, np.array([])))
+            unmarked = dict.fromkeys(error, _UNKNOWN)
             columns.append(Column("self", part, "error of cosines", error, "", unmarked, over, counts=False))
         return columns
 
@@ -672,10 +701,8 @@ class _Judge:
         there = np.flatnonzero(self.available)
         rows = np.sort(generator.choice(there, min(len(there), _AMONG), replace=False))
         copied = np.sort(generator.choice(len(asked), min(len(asked), self.settings.copies), replace=False))
-        own = [{"id": pool.data.ids[row], "messages": pool.data.messages(pool.data.ids[row])} for row in rows.tolist()]
-        own += [
-            {"id": f"{_COPY}{asked.ids[row]}", "messages": asked.messages(asked.ids[row])} for row in copied.tolist()
-        ]
+        own = [_again(pool.data, pool.data.ids[row]) for row in rows.tolist()]
+        own += [_again(asked, asked.ids[row], _COPY) for row in copied.tolist()]
         data = prepare(pool.run, own, pool.chat, what="copies", keep_duplicates=True, reporter=pool.reporter)
         return replace(pool, data=data, around=pool.population), copied
 
@@ -685,7 +712,7 @@ class _Judge:
         if method.view is not None:
             found = self.pool.measured_error(method.checkpoints_of(self.pool)[-1], method.view)
         if found is None:
-            return estimate_of(np.nan, np.array([]))
+            return _UNKNOWN
         found = found.to_plain or found
         half = 1.96 * found.standard_error
         return Estimate(found.rms, found.rms - half, found.rms + half)
@@ -700,9 +727,14 @@ class _Judge:
         of: Mapping[str, Callable[[Units], float]],
         count: int,
         over: str,
+        *,
+        units: int | None = None,
         **more: Any,
     ) -> Column:
-        """Every method's value and its difference to the best, by the same resamples."""
+        """Every method's value and its difference to the best, by the same resamples; `units`: those of them that say
+        something, where some do not.
+        """
+        units = count if units is None else units
         labels = list(of)
         values, drawn = bootstrap(lambda rows: np.array([of[label](rows) for label in labels]), count, seed=self.seed)
         judged = [number for number in range(len(labels) - 1) if np.isfinite(values[number])]
@@ -711,10 +743,10 @@ class _Judge:
             measure,
             part,
             name,
-            {label: estimate_of(values[n], drawn[:, n]) for n, label in enumerate(labels)},
+            {label: estimate_of(values[n], drawn[:, n], units) for n, label in enumerate(labels)},
             labels[best],
             {
-                label: estimate_of(values[n] - values[best], drawn[:, n] - drawn[:, best])
+                label: estimate_of(values[n] - values[best], drawn[:, n] - drawn[:, best], units)
                 for n, label in enumerate(labels)
             },
             over,
@@ -761,6 +793,22 @@ class _Fitted:
 class _KeptCost(Record):
     seconds: float
     bytes: int
+
+
+def _class_of(value: Any) -> str:
+    """What a cell of a column says, however a file has written it: yes and no, whole numbers; "" for nothing."""
+    if value is None or value != value:
+        return ""
+    whole = isinstance(value, float) and value.is_integer()  # of a column of integers in which some are missing
+    said = str(int(value) if whole else value).strip()
+    return said.lower() if said.lower() in ("true", "false") else said
+
+
+def _again(data: Dataset, id_: str, before: str = "") -> Example:
+    """A row as it is read once more, under another id."""
+    messages = data.messages(id_)
+    name = f"{before}{id_}"
+    return Example(name, tuple(messages), {"id": name, "messages": messages}, options=data.options(id_))
 
 
 def _mean_of(values: NDArray[np.float64], rows: Units) -> float:

@@ -184,4 +184,4 @@ def agreement(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
 
 def _bootstrapped(statistic: Callable[[NDArray[np.int64]], float], count: int, draws: int, seed: int) -> Estimate:
     value, drawn = bootstrap(lambda rows: np.array([statistic(rows)]), count, draws, seed)
-    return estimate_of(value[0], drawn[:, 0])
+    return estimate_of(value[0], drawn[:, 0], count)

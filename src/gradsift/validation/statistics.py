@@ -214,9 +214,7 @@ def change_of_correlation(
         return None, None, Estimate(math.nan, math.nan, math.nan), 0
     found, drawn = bootstrap_groups(figures, [outputs[number] for number in kept])
     before, after = (None if math.isnan(value) else float(value) for value in found[:2])
-    change = estimate_of(found[2], drawn[:, 2])
-    if len(shared) == 1:
-        change = replace(change, low=math.nan, high=math.nan)
+    change = estimate_of(found[2], drawn[:, 2], len(shared))
     return before, after, change, len(shared)
 
 
@@ -274,7 +272,7 @@ def wilson(share: float, count: int) -> tuple[float, float]:
 def _correlation(found: Correlation, drawn: NDArray[np.float64], outputs: int) -> Correlation:
     if found.rho is None or outputs < 2:
         return found
-    ends = estimate_of(found.rho, drawn)
+    ends = estimate_of(found.rho, drawn, outputs)
     return replace(found, low=ends.low, high=ends.high)
 
 
@@ -285,5 +283,5 @@ def _proportion(successes: int, count: int, drawn: NDArray[np.float64], outputs:
     there = drawn[np.isfinite(drawn)]
     if not len(there) or np.ptp(there) == 0:
         return Proportion(successes, count, share, *wilson(share, outputs), outputs)
-    ends = estimate_of(share, there)
+    ends = estimate_of(share, there, outputs)
     return Proportion(successes, count, share, ends.low, ends.high, outputs)

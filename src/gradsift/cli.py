@@ -251,7 +251,7 @@ def _calm_libraries() -> None:
     """
     import warnings
 
-    def shown(message: Warning | str, *_: Any) -> None:
+    def shown(message: Warning | str, *_: Any, **__: Any) -> None:
         from gradsift.base.progress import visible
 
         print(f"warning: {visible(' '.join(str(message).split()))}", file=sys.stderr)

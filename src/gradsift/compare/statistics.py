@@ -103,7 +103,7 @@ def paired_difference(
         half = _t_quantile(0.975, count - 1) * float(differences.std(ddof=1)) / math.sqrt(count)
         return Difference(mean, mean - half, mean + half, count)
     _, drawn = bootstrap(lambda rows: differences[rows].mean(), count, _DRAWS, seed)
-    found = estimate_of(mean, drawn)
+    found = estimate_of(mean, drawn, count)
     return Difference(mean, found.low, found.high, count)
 
 

@@ -116,10 +116,11 @@ def mix(scores: Scores, by: str, budget: float = 0.05, seed: int = 0) -> Mixture
             values = (torch.from_numpy(parts) @ weights.T).amax(dim=1).numpy()
         drawn.append(shares(values, generator.integers(len(codes), size=len(codes))))
     whole = shares(scores.aggregate, np.arange(len(codes)))
-    found = [estimate_of(value, own) for value, own in zip(whole, np.stack(drawn).T, strict=True)]
-    each = (tuple(getattr(one, end) for one in found) for end in ("value", "low", "high"))
+    units = len(codes) if parts is None else len(scores.target_ids)
+    found = [estimate_of(value, own, units) for value, own in zip(whole, np.stack(drawn).T, strict=True)]
+    value, low, high = (tuple(getattr(one, end) for one in found) for end in ("value", "low", "high"))
     size = np.bincount(codes, minlength=len(sources)) / len(codes)
-    return Mixture(by, count, tuple(sources), *each, tuple(size.tolist()), parts is not None)
+    return Mixture(by, count, tuple(sources), value, low, high, tuple(size.tolist()), parts is not None)
 
 
 def train_mixtures(

@@ -98,7 +98,7 @@ def planted(recipe: Recipe, plant: str, reporter: Reporter) -> list[Any]:
     said: dict[int, str] = {}
     often: Counter[str] = Counter()
     for row in (*drawn.tolist(), *draws.permutation(sorted(places)).tolist()):
-        message = read[row].messages[places[row]]  # type: ignore[union-attr]
+        message = read[row].messages[places[row]]
         own = normalised_hash([message])
         if row not in said and len(said) < count and often[own] < max(count // 2, 1):
             answer[row], said[row] = message, own

@@ -807,8 +807,8 @@ def _class_of(value: Any) -> str:
 def _again(data: Dataset, id_: str, before: str = "") -> Example:
     """A row as it is read once more, under another id."""
     messages = data.messages(id_)
-    row = {"id": f"{before}{id_}", "messages": messages}
-    return Example(row["id"], tuple(messages), row, options=data.options(id_))
+    name = f"{before}{id_}"
+    return Example(name, tuple(messages), {"id": name, "messages": messages}, options=data.options(id_))
 
 
 def _mean_of(values: NDArray[np.float64], rows: Units) -> float:

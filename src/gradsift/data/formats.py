@@ -502,14 +502,17 @@ def column_value(row: Mapping[str, Any], column: str) -> Any:
 
 
 def advised(columns: Iterable[str]) -> str:
-    """How `--columns` would name a prompt and an answer among these; "" where no names look like them.
+    """What `--columns` would say of these where their names look like a conversation, or a prompt and an answer.
 
     >>> advised(["id", "question", "answer"])
-    '--columns prompt=question,completion=answer'
+    'prompt=question,completion=answer'
     """
     there = [str(name) for name in columns]
+    for name in ("messages", "conversations"):
+        if name in there:
+            return f"messages={name}"
     asked, answered = (next((name for name in usual if name in there), None) for usual in (_ASKED, _ANSWERED))
-    return f"--columns prompt={asked},completion={answered}" if asked and answered else ""
+    return f"prompt={asked},completion={answered}" if asked and answered else ""
 
 
 def _missing(row: Mapping[str, Any], wanted: list[str] | None) -> BadRowError:
@@ -838,7 +841,8 @@ def _unused_columns(row: Mapping[str, Any], columns: Columns, messages: list[Mes
     answers = _ANSWERED if columns.text is None and messages[0]["role"] == TEXT else ()
     for name in row:
         if name in answers and name not in columns.named and _is_something(row[name]):
-            detail = f"column {name} is not used: a plain text is learned alone; {advised((TEXT, name))} learns both"
+            both = f"--columns prompt={TEXT},completion={name} learns both"
+            detail = f"column {name} is not used, a plain text is learned alone: {both}"
             yield Unused("column_not_used", detail, _not_used(name))
             continue
         if name in _TRAINER_COLUMNS and name not in columns.named and _matters(name, row):

@@ -247,11 +247,13 @@ def _nothing_usable(
         return f"{what}: {name} is empty: no rows found; wanted rows with {WANTED}.{beside}"
     counts = ", ".join(f"{reason} {count:,}" for reason, count in skipped.most_common())
     found = ", ".join(columns) if columns else "none"
-    wanted = "" if WANTED in first.detail else f" Wanted rows with {WANTED}."
-    advice = f"{wanted} Name other columns with --columns prompt=NAME,completion=NAME."
+    option = "--target-columns" if what == "target" else "--columns"
+    advice = "" if WANTED in first.detail else f" Wanted rows with {WANTED}."
     if first.reason == "missing_columns" and advised(columns):
-        advice = f"{wanted} Did you mean {advised(columns)}?"
-    elif "--columns" in first.detail:
+        advice += f" Did you mean {option} {advised(columns)}?"
+    elif option not in first.detail:
+        advice += f" Name other columns with {option} prompt=NAME,completion=NAME."
+    else:
         advice = ""
     return (
         f"{what}: none of the {skipped.total():,} rows of {name} can be used ({counts}). Columns found: {found}. "

@@ -630,7 +630,7 @@ def plan(given: Given, recipe: Path | None) -> None:
 
 @_command(of.JSON, required=(), name="list", arguments=(click.Argument(["section"], required=False),))
 def list_(given: Given, section: str | None) -> None:
-    """Name every estimator, selector, reward, metric and preset with what it is, those of installed packages, too.
+    """Name every estimator, selector, reward, metric, format and preset, those of installed packages, too.
 
     Example: gradsift list
 

@@ -94,10 +94,18 @@ _WEIGHTS = ("weight", "sample_weight", "loss_weight")
 _LEARN_FLAGS = ("train", "training", "loss", "masked")
 _FLAGS = {*_LEARN_FLAGS, "weight"}
 _NUMBERS = (Real, Decimal, np.bool_)  # in tables and in memory, too
-FORMATS = (
-    "`messages` (role, content), `conversations` (from, value), `prompt` with `completion`, "
-    "`instruction` (with `input`) and `output`, or a plain `text`"
-)
+# By name: the columns that a row of a format has, and what is learned of it.
+FORMATS = {
+    "chat": ("`messages` (role, content)", "Assistant turns, each with its end; calls of tools and reasoning, too."),
+    "ShareGPT": ("`conversations` (from, value)", "The same."),
+    "dialogue": ("`conversations` of texts", "Every other text, from the second."),
+    "completion": ("`prompt` with `completion`", "The completion."),
+    "Alpaca": ("`instruction` (with `input`) and `output`", "The output, and the answers of `history`."),
+    "preferences": ("`chosen` and `rejected`", "What --objective says of the pair."),
+    "rewards": ("`prompt` with `completions` and `rewards`", "What NICE makes of them, with --reward stored."),
+    "text": ("a plain `text`", "Every token but the first, and the end of sequence."),
+}
+WANTED = "{}, or {}".format(", ".join(columns for columns, _ in [*FORMATS.values()][:-1]), FORMATS["text"][0])
 # Usual names of what is asked and of what is answered, for advice on columns that are not recognised. Beside a plain
 # text the latter are what a trainer of answers would learn.
 _ASKED = ("prompt", "question", "query", "instruction", "input", "problem", "sentence", TEXT, "review", "document")
@@ -494,19 +502,22 @@ def column_value(row: Mapping[str, Any], column: str) -> Any:
 
 
 def advised(columns: Iterable[str]) -> str:
-    """How `--columns` would name a prompt and an answer among these; "" where no names look like them.
+    """What `--columns` would say of these where their names look like a conversation, or a prompt and an answer.
 
     >>> advised(["id", "question", "answer"])
-    '--columns prompt=question,completion=answer'
+    'prompt=question,completion=answer'
     """
     there = [str(name) for name in columns]
+    for name in ("messages", "conversations"):
+        if name in there:
+            return f"messages={name}"
     asked, answered = (next((name for name in usual if name in there), None) for usual in (_ASKED, _ANSWERED))
-    return f"--columns prompt={asked},completion={answered}" if asked and answered else ""
+    return f"prompt={asked},completion={answered}" if asked and answered else ""
 
 
 def _missing(row: Mapping[str, Any], wanted: list[str] | None) -> BadRowError:
     found = ", ".join(f"{name} (empty)" if value is None else str(name) for name, value in list(row.items())[:20])
-    wish = FORMATS if wanted is None else " and ".join(f"column {name!r}" for name in wanted)
+    wish = WANTED if wanted is None else " and ".join(f"column {name!r}" for name in wanted)
     return BadRowError("missing_columns", f"wanted {wish}; found {found or 'no columns'}")
 
 
@@ -830,7 +841,8 @@ def _unused_columns(row: Mapping[str, Any], columns: Columns, messages: list[Mes
     answers = _ANSWERED if columns.text is None and messages[0]["role"] == TEXT else ()
     for name in row:
         if name in answers and name not in columns.named and _is_something(row[name]):
-            detail = f"column {name} is not used: a plain text is learned alone; {advised((TEXT, name))} learns both"
+            both = f"--columns prompt={TEXT},completion={name} learns both"
+            detail = f"column {name} is not used, a plain text is learned alone: {both}"
             yield Unused("column_not_used", detail, _not_used(name))
             continue
         if name in _TRAINER_COLUMNS and name not in columns.named and _matters(name, row):

@@ -166,6 +166,11 @@ class Explanation:
                 f"{below} of the {len(result.examples)} have scores below 0: by {result.estimator}, training on them "
                 "makes the output less likely"
             )
+        idle = sum(abs(example.coefficient) < 0.0005 for example in result.examples)
+        if 0 < idle < len(result.examples):
+            notes.append(
+                f"{idle} of the {len(result.examples)} have the coefficient 0: the others rebuild as much alone"
+            )
         return notes
 
     def relevance_of(self, result: StrategyResult, how: Aggregation | None = None) -> Relevance:

@@ -16,7 +16,7 @@ from gradsift.explanation.explain import OPPOSING, Explanations, shown_budget
 from gradsift.explanation.matches_shown import matched_turns
 from gradsift.explanation.relevance import CAP_DB
 from gradsift.explanation.result import Explanation, StrategyResult
-from gradsift.explanation.verdict import LEAST_SHARE, relevance_text, share_text
+from gradsift.explanation.verdict import LEAST_SHARE, relevance_text, share_brief, share_text
 from gradsift.report import text
 from gradsift.report.blocks import (
     Bar,
@@ -153,7 +153,7 @@ def figure_blocks(entry: Explanation, best: StrategyResult) -> tuple[Block, ...]
     if len(verdicts) == 1:
         low = min(0.0, *(own[best.k] for own in shares.values()))
         rows = [
-            Row((name, Cell("", bar=Bar(low, 1.0, value=shares[name][best.k])), share_text(own[best.k])))
+            Row((name, Cell("", bar=Bar(low, 1.0, value=shares[name][best.k])), share_brief(own[best.k])))
             for name, own in drawn.items()
         ]
         return (Table(columns("", "", "#"), tuple(rows), said, style="shares"),)

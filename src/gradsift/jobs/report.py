@@ -501,6 +501,7 @@ def methods_listed(section: str | None = None) -> dict[str, list[tuple[str, str,
     """Everything that has a name, by title: its kind, what it takes or reads, and the first paragraph about it; or one
     `section` alone, by its first word.
     """
+    from gradsift.data.formats import FORMATS
     from gradsift.generation.sampling import PRESETS as SAMPLINGS
     from gradsift.warmup.train import PRESETS, TRAINING_PRESETS
 
@@ -511,6 +512,7 @@ def methods_listed(section: str | None = None) -> dict[str, list[tuple[str, str,
         ],
         "Rewards of what a model says: --reward, or `reward:` in a recipe": _union_entries(Recipe, "reward"),
         "Metrics of what was trained: --metric of evaluate, `metrics:` of compare": _union_entries(Compare, "metrics"),
+        "Formats of rows, told apart one by one: --pool, --target": [(kind, *own) for kind, own in FORMATS.items()],
         "Presets of the warm-up: --preset of select, explain and others": _preset_entries(PRESETS),
         "Training presets: --preset of train, `training:` of compare": _preset_entries(TRAINING_PRESETS),
         "Sampling presets: --sampling": _preset_entries(SAMPLINGS),

@@ -496,20 +496,11 @@ def train(given: Given) -> None:
         (best_by,) = metrics_of(
             {**given, "data": validation, "seed": 0, "set": (), "objective": objective, "beta": beta}
         )
-    settings = {**TRAINING_PRESETS[preset].model_dump()}
     own = tuple(one for one in given.options if one not in _MEASURED)
     values = {one.key: given[one.key] for one in own} | {"seed": None}
-    found = run_train(
-        of.recipe_of(own, values, below={"warmup": settings}),
-        seeds=seeds_of(given["seed"]),
-        selected=given["selected"],
-        ids=given["ids"],
-        keep=keep,
-        best_by=best_by,
-        full=given["full"],
-        merge_into=given["merge"],
-        reporter=_reporter(given),
-    )
+    recipe = of.recipe_of(own, values, below={"warmup": TRAINING_PRESETS[preset].model_dump()})
+    which = {name: given[name] for name in ("selected", "ids", "keep", "full")} | {"merge_into": given["merge"]}
+    found = run_train(recipe, seeds=seeds_of(given["seed"]), best_by=best_by, reporter=_reporter(given), **which)
     _tell(given, lambda: found, lambda: print_trained(found))
 
 

@@ -398,21 +398,13 @@ class _Work:
         ranks: NDArray[np.int64],
     ) -> StrategyResult:
         """A choice of one or several draws, of which the first is `picks`."""
-        together = relevance_of_draws(found, how=self.aggregation)
-        return StrategyResult(
-            estimator=estimator,
-            strategy=strategy,
-            k=k,
-            relevance_db=together.db,
-            ratio=together.ratio,
-            near_zero=together.near_zero,
-            capped=together.capped,
-            examples=tuple(
-                ChosenExample(competing.ids[place], float(competing.scores[place]), int(ranks[place]), weight)
-                for place, weight in zip(picks, found[0].coefficients.tolist(), strict=True)
-            ),
-            draws=tuple(_draw(relevance) for relevance in found),
+        one = relevance_of_draws(found, how=self.aggregation)
+        examples = tuple(
+            ChosenExample(competing.ids[place], float(competing.scores[place]), int(ranks[place]), weight)
+            for place, weight in zip(picks, found[0].coefficients.tolist(), strict=True)
         )
+        draws, flags = tuple(_draw(relevance) for relevance in found), (one.near_zero, one.capped)
+        return StrategyResult(estimator, strategy, k, one.db, one.ratio, *flags, examples, draws)
 
     def _ranking(self, estimator: Estimator) -> Ranking:
         """Pool ids and their influence on all outputs `[pool output]`."""

@@ -129,7 +129,6 @@ class MetagradientDescent(SmoothTraining, Selector):
         ]
 
     def _config(self, pool: Pool, target: Target, estimator: Estimator, budget: int) -> dict[str, Any]:
-        """What decides a descent beside the scores that it starts from."""
         return {
             "selection": self.model_dump(mode="json"),
             "training": self.training(pool).model_dump(mode="json"),
@@ -144,7 +143,6 @@ class MetagradientDescent(SmoothTraining, Selector):
         }
 
     def _descent(self, candidates: Candidates, budget: int) -> dict[str, Any]:
-        """What decides one."""
         scores, pool, target = candidates.whole()
         return self._config(pool, target, scores.method, budget) | {"scores": scores.fingerprint}
 

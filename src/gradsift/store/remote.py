@@ -284,7 +284,6 @@ class RemoteStorage:
         return True
 
     def _etag(self, key: str) -> str | None:
-        """The version of an object; None where there is none."""
         try:
             return self._version(key) if not self.conditional else str(self._fs.info(self._at(key))["ETag"])
         except FileNotFoundError:

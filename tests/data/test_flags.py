@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -316,6 +318,8 @@ class TestWeightsOfRows:
             ({"train": 0}, "not_trained"),
             ({"weight": -1}, "bad_weight"),
             ({"weight": "heavy"}, "bad_weight"),
+            ({"weight": 10**400}, "bad_weight"),
+            ({"weight": Decimal("0.00")}, "not_trained"),
             ({"weight": 2, "sample_weight": 3}, "bad_weight"),
         ],
     )
@@ -330,6 +334,12 @@ class TestWeightsOfRows:
         row = {"prompt": "a", "completion": "b"}
         assert not load_examples([{**row, "train": "train"}, {**row, "training": True}]).skipped
         assert load_examples([{**row, "weight": "w"}], columns={"id": "weight"}).examples[0].weight == 1
+
+    @pytest.mark.parametrize("half", [Decimal("0.50"), np.float32(0.5), Fraction(1, 2)])
+    def test_numbers_of_tables(self, half: Any) -> None:
+        """A column of decimals, or of numpy's numbers, weighs as one of floats does; its NaN is nothing."""
+        rows = [{"text": "a", "weight": weight} for weight in (half, Decimal("nan"))]
+        assert [one.weight for one in load_examples(rows).examples] == [0.5, 1]
 
     def test_equal_words_of_another_weight_are_no_duplicate(self, tmp_path: Path) -> None:
         """They teach something else."""

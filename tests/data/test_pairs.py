@@ -131,6 +131,11 @@ FORMS: list[tuple[str, dict[str, Any], dict[str, str]]] = [
     ("one message each", {"prompt": [ASKED], "chosen": GOOD, "rejected": BAD}, {}),
     ("implicit", {"chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]}, {}),
     ("both hold the prompt", {"prompt": "2 + 2?", "chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]}, {}),
+    ("a prompt with white space", {"prompt": "2 + 2? ", "chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]}, {}),
+    ("another prompt beside whole conversations", {"prompt": "Add.", "chosen": [ASKED, GOOD],
+                                                   "rejected": [ASKED, BAD]}, {}),
+    ("parts of text", {"prompt": "2 + 2?", **{name: [said("user", [{"type": "text", "text": "2 + 2?"}]), turn]  # type: ignore[arg-type]
+                                              for name, turn in (("chosen", GOOD), ("rejected", BAD))}}, {}),
     ("beside a copy", {"messages": [ASKED, GOOD], "chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]}, {}),
     ("before a conversation", {"messages": [ASKED], "chosen": [GOOD], "rejected": [BAD]}, {}),
     ("ShareGPT", {"conversations": [{"from": "human", "value": "2 + 2?"}], "chosen": {"from": "gpt", "value": "4"},
@@ -150,6 +155,15 @@ def test_every_form_of_a_pair_is_the_same_two_conversations(row: dict[str, Any],
         assert isinstance(example, Example), example
         assert list(example.messages) == [ASKED, turn]
         assert not {"column chosen not used", "column rejected not used"} & {one.part for one in example.unused}
+
+
+@pytest.mark.parametrize("before", [[said("system", "s")], [said("user", "1?"), said("assistant", "1")]])
+def test_a_prompt_stands_anywhere_in_a_whole_conversation(before: list[dict[str, Any]]) -> None:
+    """Behind a system message or earlier turns, it is not asked twice."""
+    row = {"prompt": "2 + 2?", "chosen": [*before, ASKED, GOOD], "rejected": [*before, ASKED, BAD]}
+    (example,) = ExampleReader([row], columns=None, what="pool", require_answer=True, answer="rejected")
+    assert isinstance(example, Example)
+    assert (list(example.messages), example.prompt) == ([*before, ASKED, BAD], len(before) + 1)
 
 
 def test_texts_that_begin_alike_part_before_a_word() -> None:
@@ -172,6 +186,7 @@ def test_texts_that_begin_alike_part_before_a_word() -> None:
         ({"prompt": "2 + 2?", "completion": "4"}, "missing_columns"),
         (EXPLICIT | {"chosen": 4}, "bad_content"),
         ({"chosen": [ASKED, GOOD], "rejected": [said("user", "3?"), BAD]}, "missing_columns"),
+        ({"question": "2 + 2?", "chosen": "It is 4", "rejected": "It is 5"}, "missing_columns"),  # "It is" is no prompt
     ],
 )
 def test_a_row_that_is_no_pair_says_why(row: dict[str, Any], reason: str) -> None:

@@ -547,6 +547,8 @@ FUSED = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
         (tiny_llama, "lora", ["q_proj"], {"trainable_token_indices": [5, 6, 7]}, ["trainable_tokens_delta"]),
         (tiny_llama, "lora", ["q_proj"], {"use_dora": True}, ["lora_magnitude_vector"]),
         (tiny_qwen2, "lora", ["q_proj"], {"lora_bias": True}, ["lora_B.bias"]),
+        (tiny_qwen2, "lora", ["q_proj"], {"bias": "lora_only"}, ["q_proj.base_layer.bias"]),
+        (tiny_gpt2, "lora", ["c_attn"], {"bias": "all"}, ["c_attn.base_layer.bias", "c_fc.bias", "ln_f.bias"]),
     ],
     ids=lambda given: given.__name__ if callable(given) else str(given),
 )  # fmt: skip

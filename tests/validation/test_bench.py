@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,8 @@ import pytest
 
 import gradsift as gs
 from gradsift.base.errors import ConfigError
+from gradsift.base.types import Example
+from gradsift.data.load import ExampleReader
 from gradsift.gradients import collect
 from gradsift.influence.replay import Replay
 from gradsift.jobs.bench import planted
@@ -70,7 +73,8 @@ def test_who_knows_the_class_finds_all_of_it(opened: tuple[gs.Pool, gs.Target]) 
     assert by_name["AUC of marked"]["knowing +1"].value == 0
     only = bench(pool, target, methods, settings=Bench(class_column="source"))
     assert only.sentence == ("Use knowing +1 here: it is the best, or not told apart from the best, in every column.")
-    assert only.near == {"knowing +1": 4, "knowing -1": 1}  # Recall@50 of 24 rows is 1 for both
+    assert only.near == {"knowing +1": 3, "knowing -1": 0}
+    assert any("Recall@50 tells nothing of 24 rows" in said for said in only.warnings)
     html = found._repr_html_()
     assert "knowing -1" in html
     assert "Marked rows" in html
@@ -267,20 +271,144 @@ def test_planted_answers_are_others(tiny: World, tmp_path: Path) -> None:
     recipe = Recipe(model=tiny.model, pool=tiny.pool, out=str(tmp_path))
     before = {row["id"]: row for row in map(json.loads, Path(tiny.pool).read_text().splitlines())}
     rows = planted(recipe, "mislabel:50%", gs.Reporter(quiet=True))
-    changed = [row for row in rows if row["planted"] == "yes"]
+    changed = [one for one in rows if one.row["planted"] == "yes"]
     assert len(rows) == 24
-    assert 8 <= len(changed) <= 12
+    assert len(changed) == 12
     answers = {row["messages"][-1]["content"] for row in before.values()}
-    for row in rows:
-        own = before[row["id"]]
-        assert row["messages"][:-1] == own["messages"][:-1]
-        assert row["source"] == own["source"]
-        assert (row["messages"][-1] == own["messages"][-1]) == (row["planted"] == "no")
-        assert row["messages"][-1]["content"] in answers
+    for one in rows:
+        own = before[one.id]
+        assert list(one.messages[:-1]) == own["messages"][:-1]
+        assert one.row["source"] == own["source"]
+        assert (one.messages[-1] == own["messages"][-1]) == (one.row["planted"] == "no")
+        assert one.messages[-1]["content"] in answers
     with pytest.raises(ConfigError, match="mislabel:SHARE"):
         planted(recipe, "typos:5%", gs.Reporter(quiet=True))
     with pytest.raises(ConfigError, match="at least two"):
         planted(recipe, "mislabel:1%", gs.Reporter(quiet=True))
+
+
+def test_as_many_labels_are_planted_as_asked_for(tmp_path: Path) -> None:
+    """Although two labels are shared by all rows, three quarters of which have the same."""
+    rows = [{"text": f"row {n}", "label": ("good", "good", "good", "bad")[n % 4]} for n in range(24)]
+    columns = {"prompt": "text", "completion": "label"}
+    recipe = Recipe(model="m", pool=write_rows(tmp_path / "p.jsonl", rows), out="o", columns=columns)
+    found = planted(recipe, "mislabel:8", gs.Reporter(quiet=True))
+    changed = [one.messages[-1]["content"] != row["label"] for one, row in zip(found, rows, strict=True)]
+    assert sum(changed) == 8
+
+
+def said(role: str, content: str | None, **more: Any) -> dict[str, Any]:
+    return {"role": role, "content": content, **more}
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        (lambda n: {"prompt": f"q{n}", "completion": f"a{n}", "system": "s", "weight": n + 1}, {}),
+        (lambda n: {"u": f"u{n}", "q": f"q{n}", "a": f"a{n}", "w": 0.5}, {"id": "u", "prompt": "{q}?",
+                                                                         "completion": "a", "weight": "w"}),
+        (lambda n: {"messages": [said("user", "q"), said("assistant", f"b{n}", train=False), said("user", "r"),
+                                 said("assistant", f"a{n}", weight=0.5), said("user", "thanks")]}, {}),
+        (lambda n: {"messages": [said("user", f"q{n}"), said("assistant", None, tool_calls=[
+            {"function": {"name": "f", "arguments": {"n": n}}}])], "tools": [{"name": "f"}]}, {}),
+    ],
+    ids=["prompt", "named", "flags", "calls"],
+)  # fmt: skip
+def test_planting_changes_answers_alone(
+    row: Callable[[int], dict[str, Any]], columns: dict[str, str], tmp_path: Path
+) -> None:
+    """Whatever a row holds and however its columns are called: ids, questions, masks, weights, tools and rows that are
+    left out are those of the pool without anything planted.
+    """
+    source = write_rows(tmp_path / "p.jsonl", [*map(row, range(5)), {"nothing": 1}])
+    recipe = Recipe(model="m", pool=source, out="o", columns=columns)
+    options: dict[str, Any] = {"columns": columns, "what": "pool", "require_answer": True}
+    before = list(ExampleReader(source, **options))
+    after = list(ExampleReader(planted(recipe, "mislabel:3", gs.Reporter(quiet=True)), **options))
+    assert after[-1] == before[-1]
+    for one, other in zip(before[:-1], after[:-1], strict=True):
+        assert isinstance(one, Example)
+        assert isinstance(other, Example)
+        place = max(n for n, message in enumerate(one.messages) if message["role"] == "assistant")
+        differing = [n for n, pair in enumerate(zip(one.messages, other.messages, strict=True)) if pair[0] != pair[1]]
+        assert differing == [place] * (other.row["planted"] == "yes")
+        for same in ("id", "flags", "options", "weight", "prompt", "unused"):
+            assert getattr(one, same) == getattr(other, same)
+    assert sum(one.row["planted"] == "yes" for one in after[:-1]) == 3  # type: ignore[union-attr]
+
+
+def test_nothing_to_plant_is_said(tmp_path: Path) -> None:
+    """Plain texts have no answers, and equal answers are no mistakes."""
+    texts: list[dict[str, Any]] = [{"text": f"t{n}"} for n in range(4)]
+    alike: list[dict[str, Any]] = [{"prompt": f"q{n}", "completion": "a"} for n in range(4)]
+    for rows, why in ((texts, "of 0 rows with answers"), (alike, "have the same answer")):
+        recipe = Recipe(model="m", pool=write_rows(tmp_path / "p.jsonl", rows), out="o")
+        with pytest.raises(ConfigError, match=why):
+            planted(recipe, "mislabel:3", gs.Reporter(quiet=True))
+
+
+class Broken(Knowing):
+    """Gives what no estimator may."""
+
+    kind: Literal["broken"] = "broken"  # type: ignore[assignment]
+    how: str = ""
+
+    @property
+    def label(self) -> str:
+        return f"broken {self.how}"
+
+    def influence(self, pool: gs.Pool, target: gs.Target | None) -> gs.Influence:
+        found = super().influence(pool, target)
+        assert found.matrix is not None
+        if self.how == "nothing":
+            return None  # type: ignore[return-value]
+        if self.how == "twice":
+            return gs.Influence([*found.ids[:1], *found.ids[:-1]], found.matrix)
+        if self.how == "huge":
+            return gs.Influence(found.ids, found.matrix.astype(np.float64) * 1e300)
+        raise KeyError("lost")
+
+
+def test_a_broken_method_ends_nothing(opened: tuple[gs.Pool, gs.Target]) -> None:
+    """Whatever code of another package does: it is listed with what went wrong, and the others are judged."""
+    wrong = {"nothing": "NoneType", "twice": "'p00'", "huge": "float32", "raises": r"test_bench.py:\d+: KeyError"}
+    found = bench(
+        *opened, [Knowing(), *(Broken(how=how) for how in wrong)], settings=Bench(class_column="source", top=5)
+    )
+    assert found.sentence.startswith("Use knowing +1")
+    for how, why in wrong.items():
+        assert re.search(why, found.failed[f"broken {how}"])
+
+
+def test_one_target_tells_nothing_apart(opened: tuple[gs.Pool, gs.Target]) -> None:
+    """An interval over targets needs two of them that say something: nothing is recommended by one alone, though it be
+    found perfectly. A class that is not there is no class, and one is the same however a file writes it.
+    """
+    pool, _ = opened
+    rows = [row | {"source": 1.0 if n % 2 else None} for n, row in enumerate(pool_rows())]
+    named = [row | {"source": (1, None, 7)[n % 3]} for n, row in enumerate(target_rows(6))]
+    own = replace(pool, data=gs.open_pool(rows, model=pool.model, out=f"{pool.run.place}-classes", max_length=64).data)
+    for count, said in ((1, "No method is told apart"), (6, "Use knows")):
+        asked = gs.open_target(named[:count], own)
+        found = bench(own, asked, [Parted()], settings=Bench(class_column="source", top=5))
+        assert found.columns[0].values["knows"].value == 1
+        assert found.sentence.startswith(said)
+        assert np.isnan(found.columns[0].values["knows"].low) == (count == 1)
+
+
+class Parted(gs.Estimator):
+    """Knows the rows of the class 1."""
+
+    kind: Literal["parted"] = "parted"
+
+    @property
+    def label(self) -> str:
+        return "knows"
+
+    def influence(self, pool: gs.Pool, target: gs.Target | None) -> gs.Influence:
+        assert target is not None
+        of_class = np.array([value == 1 for value in pool.data.column("source")], dtype=np.float32)
+        return gs.Influence(list(pool.data.ids), np.repeat(of_class[:, None], len(target.data), axis=1))
 
 
 @pytest.mark.parametrize(
@@ -300,6 +428,12 @@ def test_what_tells_nothing_apart_is_refused(
     """Before anything is scored."""
     with pytest.raises(ConfigError, match=said):
         bench(*opened, [Knowing()], settings=Bench(**settings))
+
+
+def test_methods_go_by_their_labels() -> None:
+    """Two that have the same one are refused: either would stand for both."""
+    with pytest.raises(ConfigError, match="both called BM25"):
+        _ = Bench(methods=(gs.BM25(), gs.BM25(k1=2.0))).judged
 
 
 def test_a_benchmark_is_a_value(opened: tuple[gs.Pool, gs.Target]) -> None:

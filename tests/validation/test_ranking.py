@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 
 from gradsift.base.errors import NonFiniteError, ShapeError
-from gradsift.validation.ranking import auc, average_precision, recall, reciprocal_rank
+from gradsift.validation.ranking import auc, average_precision, recall, reciprocal_rank, reciprocal_rank_by_chance
 
 
 @pytest.mark.parametrize("distinct", [3, 10**9])
@@ -52,3 +54,10 @@ def test_what_cannot_be_measured() -> None:
         auc([[1.0]], [[True], [False]])
     with pytest.raises(NonFiniteError):
         auc([[np.nan], [1.0]], [[True], [False]])
+
+
+@pytest.mark.parametrize(("wanted", "rows"), [(1, 1), (1, 5), (3, 6), (6, 6)])
+def test_reciprocal_rank_by_chance(wanted: int, rows: int) -> None:
+    """The mean over every way in which the wanted rows can lie."""
+    firsts = [min(places) for places in combinations(range(rows), wanted)]
+    assert reciprocal_rank_by_chance(wanted, rows) == pytest.approx(np.mean([1 / (1 + first) for first in firsts]))

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-_TAILS = (2.5, 97.5)
-
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
@@ -36,8 +34,9 @@ def bootstrap(
     Returns:
         `[statistic]` of all units, and `[draw statistic]`.
     """
-    resampled = np.random.default_rng(seed).integers(count, size=(draws, count))
-    return statistic(np.arange(count)), np.stack([statistic(rows) for rows in resampled])
+    generator = np.random.default_rng(seed)
+    drawn = [statistic(generator.integers(count, size=count)) for _ in range(draws)]
+    return statistic(np.arange(count)), np.stack(drawn)
 
 
 def bootstrap_groups(
@@ -45,8 +44,7 @@ def bootstrap_groups(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """`bootstrap` of cells that come in groups, of which each is drawn whole: cells of one group are not independent.
 
-    What a group's cells have in common is then not taken for evidence. With fewer than some ten groups the intervals
-    are too narrow.
+    What a group's cells have in common is then not taken for evidence.
 
     Args:
         statistic: of cells by their numbers, `[cell]` → `[statistic]`.
@@ -59,8 +57,19 @@ def bootstrap_groups(
     return bootstrap(lambda drawn: statistic(np.concatenate([members[n] for n in drawn])), len(members))
 
 
-def estimate_of(value: float, drawn: NDArray[np.float64]) -> Estimate:
-    """A statistic with the percentiles of its draws; those that are NaN say nothing."""
+def estimate_of(value: float, drawn: NDArray[np.float64], units: int) -> Estimate:
+    """A statistic with the percentiles of its draws, expanded by the number of units, n (Hesterberg 2014, section 5.3):
+
+        α = Φ(−√(n/(n−1))·t_{n−1}),   t of Student's 97.5 %
+
+    Those at 2.5 % hold a mean of 6 units in 86 % of cases, these in 92 %; of less than 5 they still are too narrow, and
+    of one unit, which says nothing of others, they are NaN. Draws that are NaN say nothing.
+    """
     there = drawn[np.isfinite(drawn)]
-    low, high = np.percentile(there, _TAILS) if len(there) else (np.nan, np.nan)
+    if not len(there) or units < 2:
+        return Estimate(float(value), np.nan, np.nan)
+    from scipy.special import ndtr, stdtrit
+
+    tail = 100 * float(ndtr(-np.sqrt(units / (units - 1)) * stdtrit(units - 1, 0.975)))
+    low, high = np.percentile(there, (tail, 100 - tail))
     return Estimate(float(value), float(low), float(high))

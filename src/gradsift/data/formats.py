@@ -9,12 +9,15 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import cached_property
+from numbers import Real
 from typing import Any, Literal, cast, get_args
 
+import numpy as np
 from pydantic import ValidationError
 
 from gradsift.base.errors import ConfigError
@@ -61,15 +64,30 @@ _TRAINER_COLUMNS = {
 _SPOKEN = ("system_prompt", "system_message", "reasoning", "reasoning_content", "thinking")
 # What a message of a role has for the template beside content and calls.
 _FIELDS_OF = {"assistant": REASONING, "tool": ("name", "tool_call_id")}
+# Columns that hold what is asked in pairs whose prompt has another name.
+_ASKING = ("question", "query", "problem", "input", "inputs", "context", "post", "user", "human")
 _OPTIONS_COLUMN = "chat_template_kwargs"
 _TOOLS_COLUMN = "tools"
 _WEIGHTS = ("weight", "sample_weight", "loss_weight")
 _LEARN_FLAGS = ("train", "training", "loss", "masked")
 _FLAGS = {*_LEARN_FLAGS, "weight"}
-FORMATS = (
-    "`messages` (role, content), `conversations` (from, value), `prompt` with `completion`, "
-    "`instruction` (with `input`) and `output`, or a plain `text`"
-)
+_NUMBERS = (Real, Decimal, np.bool_)  # in tables and in memory, too
+# By name: the columns that a row of a format has, and what is learned of it.
+FORMATS = {
+    "chat": ("`messages` (role, content)", "Assistant turns, each with its end; calls of tools and reasoning, too."),
+    "ShareGPT": ("`conversations` (from, value)", "The same."),
+    "dialogue": ("`conversations` of texts", "Every other text, from the second."),
+    "completion": ("`prompt` with `completion`", "The completion."),
+    "Alpaca": ("`instruction` (with `input`) and `output`", "The output, and the answers of `history`."),
+    "preferences": ("`chosen` and `rejected`", "What --objective says of the pair."),
+    "rewards": ("`prompt` with `completions` and `rewards`", "What NICE makes of them, with --reward stored."),
+    "text": ("a plain `text`", "Every token but the first, and the end of sequence."),
+}
+WANTED = "{}, or {}".format(", ".join(columns for columns, _ in [*FORMATS.values()][:-1]), FORMATS["text"][0])
+# Usual names of what is asked and of what is answered, for advice on columns that are not recognised. Beside a plain
+# text the latter are what a trainer of answers would learn.
+_ASKED = ("prompt", "question", "query", "instruction", "input", "problem", "sentence", TEXT, "review", "document")
+_ANSWERED = ("completion", "answer", "answers", "response", "output", "solution", "label", "target", "summary")
 _PLACE = re.compile(r"\{([^{}]+)\}")
 
 
@@ -250,7 +268,8 @@ def _turns(row: Mapping[str, Any], columns: Columns, require_answer: bool) -> li
     if row.get(TEXT) is not None:
         return _plain_text(row[TEXT], TEXT)
     if row.get("chosen") is not None and row.get("rejected") is not None:
-        name = "messages" if row.get("prompt") is None and not isinstance(row["chosen"], str) else "completion"
+        alone = "text" if isinstance(row["chosen"], str) else "messages"
+        name = alone if row.get("prompt") is None else "completion"
         raise BadRowError(
             "preference_pair",
             "a pair of a chosen and a rejected answer: --objective dpo learns which is preferred, "
@@ -265,6 +284,11 @@ def _answered(row: Mapping[str, Any], columns: Columns, answer: Answer) -> list[
     """
     both: dict[Answer, Any] = {one: _spoken(_need(row, getattr(columns, one) or one)) for one in get_args(Answer)}
     asked = _asked(row, columns)
+    if asked is not None and [_speaker(turn) for turn in asked] == ["user"] and all(map(_is_whole, both.values())):
+        # A text beside whole conversations that do not hold it: what is asked is in them, as TRL reads such rows.
+        asked = asked if all(_end_of_prompt(asked, whole) for whole in both.values()) else None
+    elif asked is None:
+        _check_implicit(row, columns, both)
     if asked is None:
         asked, both = _shared(both)
     answers = {one: [value] if isinstance(value, Mapping) else _text_or_turns(value, "assistant")
@@ -288,6 +312,16 @@ def _asked(row: Mapping[str, Any], columns: Columns) -> list[Any] | None:
         without = {name: value for name, value in row.items() if name != (columns.output or "output")}
         return _alpaca(without, columns, False)
     return None
+
+
+def _check_implicit(row: Mapping[str, Any], columns: Columns, both: Mapping[Answer, Any]) -> None:
+    """Refuse answers as texts, which may well begin alike, beside a column that seems to hold what is asked."""
+    asking = [name for name in _ASKING if name not in columns.named and _is_something(row.get(name))]
+    if asking and all(isinstance(value, str) for value in both.values()):
+        raise BadRowError(
+            "missing_columns",
+            f"wanted column 'prompt'; if {asking[0]!r} holds what is asked, say so: --columns prompt={asking[0]}",
+        )
 
 
 def _shared(both: dict[Answer, Any]) -> tuple[list[Any], dict[Answer, Any]]:
@@ -342,28 +376,57 @@ def _plain_text(value: Any, column: str) -> list[Any]:
 def _prompt_completion(row: Mapping[str, Any], prompt: str, completion: str, require_answer: bool) -> list[Any]:
     turns = _text_or_turns(_need(row, prompt), "user")
     places = [] if completion in row else _PLACE.findall(completion)
-    there = any(_value(row, name) is not None for name in places or [completion])
+    there = any(column_value(row, name) is not None for name in places or [completion])
     answer = _need(row, completion) if require_answer or there else None
     return _put_together(turns, [] if answer is None else _text_or_turns(answer, "assistant"))
 
 
 def _put_together(turns: list[Any], answers: list[Any]) -> list[Any]:
-    repeated = len(answers) > len(turns) and all(map(_same, turns, answers))  # chosen conversations hold their prompt
-    completed = _Completed(answers if repeated else turns + answers)
-    completed.prompt = len(turns)
+    end = _end_of_prompt(turns, answers)
+    completed = _Completed(turns + answers if end is None else answers)
+    completed.prompt = end or len(turns)
     return completed
 
 
+def _end_of_prompt(asked: list[Any], answers: list[Any]) -> int | None:
+    """After how many turns a whole conversation, as chosen ones are, has asked what a prompt asks, be it behind a
+    system message or earlier turns; None where it does not.
+    """
+    if not _is_whole(answers):
+        return None
+    ends = range(len(answers) - 1, len(asked) - 1, -1)
+    return next((end for end in ends if all(map(_same, asked, answers[end - len(asked) : end]))), None)
+
+
+def _is_whole(answers: Any) -> bool:
+    """Whether turns are a conversation from its start, and no answer."""
+    first = answers[0] if isinstance(answers, list | tuple) and answers else None
+    return isinstance(first, Mapping) and _ROLES.get(_speaker(first)) in ("system", "developer", "user")
+
+
 def _same(turn: Any, other: Any) -> bool:
-    both = isinstance(turn, Mapping) and isinstance(other, Mapping)
-    return both and all(of(turn) == of(other) for of in (_speaker, _content))
+    """Whether two turns are of one speaker and say the same, but for the white space around it."""
+    if not (isinstance(turn, Mapping) and isinstance(other, Mapping)):
+        return False
+    one, two = ("".join(_texts(_content(each))).strip() for each in (turn, other))
+    alike = one == two if one else _content(turn) == _content(other)
+    return alike and all(of(turn) == of(other) for of in (lambda each: _ROLES.get(_speaker(each)), _given_calls))
+
+
+def _given_calls(turn: Mapping[str, Any]) -> Any:
+    return turn.get("tool_calls") or turn.get("function_call")
 
 
 def _alpaca(row: Mapping[str, Any], columns: Columns, require_answer: bool) -> list[Any]:
-    instruction = _need(row, columns.instruction or "instruction")
-    extra = _value(row, columns.input or "input")
     output = columns.output or "output"
-    answer = _need(row, output) if require_answer else _value(row, output)
+    instruction, extra, answer = map(
+        _as_in_csv,
+        (
+            _need(row, columns.instruction or "instruction"),
+            column_value(row, columns.input or "input"),
+            _need(row, output) if require_answer else column_value(row, output),
+        ),
+    )
     if not isinstance(instruction, str) or not isinstance(extra, str | None):
         raise BadRowError(
             "bad_content", f"instruction and input must be text, found {kind_of(instruction)}, {kind_of(extra)}"
@@ -375,7 +438,7 @@ def _alpaca(row: Mapping[str, Any], columns: Columns, require_answer: bool) -> l
 
 def _history(row: Mapping[str, Any], column: str) -> list[Any]:
     """Earlier turns: pairs of what the user and the assistant said, or messages."""
-    value = _value(row, column)
+    value = column_value(row, column)
     if not _is_something(value):
         return []
     turns: list[Any] = []
@@ -395,13 +458,13 @@ def _need(row: Mapping[str, Any], column: str) -> Any:
     """A column's value, or the text whose places in braces the row's columns fill."""
     if column not in row and _PLACE.search(column):
         return _PLACE.sub(lambda place: str(_need(row, place[1])), column)
-    value = _value(row, column)
+    value = column_value(row, column)
     if value is None:
         raise _missing(row, [column])
     return value
 
 
-def _value(row: Mapping[str, Any], column: str) -> Any:
+def column_value(row: Mapping[str, Any], column: str) -> Any:
     """A column's value, or what lies at a path such as `instances.0.input` inside one; None where there is nothing."""
     if column in row or "." not in column:
         return row.get(column)
@@ -416,13 +479,33 @@ def _value(row: Mapping[str, Any], column: str) -> Any:
     return value
 
 
+def advised(columns: Iterable[str]) -> str:
+    """What `--columns` would say of these where their names look like a conversation, or a prompt and an answer.
+
+    >>> advised(["id", "question", "answer"])
+    'prompt=question,completion=answer'
+    """
+    there = [str(name) for name in columns]
+    for name in ("messages", "conversations"):
+        if name in there:
+            return f"messages={name}"
+    asked, answered = (next((name for name in usual if name in there), None) for usual in (_ASKED, _ANSWERED))
+    return f"prompt={asked},completion={answered}" if asked and answered else ""
+
+
 def _missing(row: Mapping[str, Any], wanted: list[str] | None) -> BadRowError:
     found = ", ".join(f"{name} (empty)" if value is None else str(name) for name, value in list(row.items())[:20])
-    wish = FORMATS if wanted is None else " and ".join(f"column {name!r}" for name in wanted)
+    wish = WANTED if wanted is None else " and ".join(f"column {name!r}" for name in wanted)
     return BadRowError("missing_columns", f"wanted {wish}; found {found or 'no columns'}")
 
 
+def _as_in_csv(value: Any) -> Any:
+    """A whole number as text, which every cell of a csv file is; any other value as it is."""
+    return str(value) if type(value) is int else value
+
+
 def _text_or_turns(value: Any, role: str) -> list[Any]:
+    value = _as_in_csv(value)
     if isinstance(value, Mapping) and _speaker(value) is not None:
         return [value]
     return _turn_list(value, role) if isinstance(value, list | tuple) else [{"role": role, "content": value}]
@@ -616,7 +699,7 @@ def _weight(row: Mapping[str, Any], columns: Columns) -> float:
     """
     for name in ("train", "training"):
         value = row.get(name) if name not in columns.named else None
-        if isinstance(value, bool | int) and _truth(value) is False:
+        if isinstance(value, bool | int | np.bool_) and _truth(value) is False:
             raise BadRowError("not_trained", f"the row says {name} {json.dumps(value)}")
     names = [name for name in _WEIGHTS if name not in columns.named] if columns.weight is None else [columns.weight]
     given = {name: row[name] for name in names if _is_something(row.get(name))}
@@ -638,19 +721,17 @@ def _truth(value: Any) -> bool | None:
     """True and false, as JSON, numbers and csv files write them; None for anything else."""
     if isinstance(value, str):
         value = {"true": True, "false": False, "1": True, "0": False}.get(value.strip().lower())
-    return bool(value) if isinstance(value, bool | int | float) and value in (0, 1) else None
+    return bool(value) if isinstance(value, _NUMBERS) and value in (0, 1) else None
 
 
 def _number(value: Any) -> float | None:
     """A finite number of at least 0, also as text; None for anything else."""
-    if isinstance(value, str):
-        truth = _truth(value)
-        try:
-            value = float(value) if truth is None else truth
-        except ValueError:
-            return None
-    usable = isinstance(value, bool | int | float) and math.isfinite(value) and value >= 0
-    return float(value) if usable else None
+    truth = _truth(value)
+    try:
+        number = float(value if truth is None else truth) if isinstance(value, (str, *_NUMBERS)) else math.nan
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) and number >= 0 else None
 
 
 def _short(value: Any) -> str:
@@ -662,7 +743,7 @@ def _is_something(value: Any) -> bool:
     if isinstance(value, str):
         return value.strip() not in ("", "[]", "{}", "null")
     empty = isinstance(value, list | tuple | Mapping) and not value
-    return not (value is None or empty or (isinstance(value, float) and math.isnan(value)))
+    return not (value is None or empty or (isinstance(value, _NUMBERS) and value != value))
 
 
 # --- what is not used ---------------------------------------------------------------------------------------------
@@ -673,7 +754,7 @@ def _options(row: Mapping[str, Any], columns: Columns) -> str:
     value: Any = row.get(_OPTIONS_COLUMN)
     column = columns.tools or _TOOLS_COLUMN
     meant = columns.tools is not None or column not in columns.named
-    tools = _tools(_value(row, column), f"column {column!r}") if meant else []
+    tools = _tools(column_value(row, column), f"column {column!r}") if meant else []
     if not _is_something(value) and not tools:
         return ""
     try:
@@ -731,7 +812,13 @@ def _unused_fields(turns: list[Any], messages: list[Message]) -> Iterator[Unused
 
 
 def _unused_columns(row: Mapping[str, Any], columns: Columns, messages: list[Message]) -> Iterator[Unused]:
+    answers = _ANSWERED if columns.text is None and messages[0]["role"] == TEXT else ()
     for name in row:
+        if name in answers and name not in columns.named and _is_something(row[name]):
+            both = f"--columns prompt={TEXT},completion={name} learns both"
+            detail = f"column {name} is not used, a plain text is learned alone: {both}"
+            yield Unused("column_not_used", detail, _not_used(name))
+            continue
         if name in _TRAINER_COLUMNS and name not in columns.named and _matters(name, row):
             detail = f"column {name} ({_TRAINER_COLUMNS[name]}) is not used: {_short(row[name])}"
             yield Unused("column_not_used", detail, _not_used(name))

@@ -27,6 +27,7 @@ from gradsift.gradients.checkpointing import checkpointed_layers
 from gradsift.gradients.folding import Captured, Fold, find_folds, folded_in
 from gradsift.model.loss import Labels, PaddedBatch, head_at, pad
 from gradsift.model.models import input_device, parameter_name
+from gradsift.warmup.checkpoint import trained_parameters
 
 LORA = "lora"
 
@@ -57,8 +58,8 @@ def find_modules(model: nn.Module, pattern: str = LORA) -> Modules:
     Args:
         model: a transformers model, with or without a PEFT adapter.
         pattern: `lora` for all that the active LoRA adapter trains: A and B of every layer, fused experts among them,
-            and what it trains whole (`modules_to_save`, DoRA's magnitudes, tokens); or a regular expression that is
-            searched in the names of all linear modules and fused experts (`q_proj|v_proj`, `mlp`, `.` for all).
+            and what it trains whole (`modules_to_save`, DoRA's magnitudes, tokens, biases); or a regular expression
+            that is searched in the names of all linear modules and fused experts (`q_proj|v_proj`, `mlp`, `.` for all).
 
     Returns:
         The captured modules, and by name the parameters that match the pattern (or belong to the adapter) but have no
@@ -112,6 +113,7 @@ def find_modules(model: nn.Module, pattern: str = LORA) -> Modules:
             captured.append(
                 Captured(public, module, columns if transposed else rows, rows if transposed else columns, transposed)
             )
+    trained = {name for adapter in active for name in trained_parameters(model, adapter)} if pattern == LORA else set()
     for name, parameter in model.named_parameters():
         if id(parameter) in told:
             continue
@@ -124,6 +126,8 @@ def find_modules(model: nn.Module, pattern: str = LORA) -> Modules:
                     unreachable.append(f"{public} (tied to the head)")
                 else:
                     captured.append(_again(public, user, parameter))
+            elif part is None and parameter_name(name) in trained:  # a bias of the base
+                captured.append(_again(parameter_name(name), model.get_submodule(name.rpartition(".")[0]), parameter))
         elif parameter.ndim >= 2 and wanted.search(name) and "lora_" not in name:
             what = "the embeddings" if parameter is embedded else f"no linear module's weight, {tuple(parameter.shape)}"
             unreachable.append(f"{name} ({what})")

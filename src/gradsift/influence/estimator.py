@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import traceback
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceABC
@@ -15,7 +16,7 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
-from gradsift.base.errors import ConfigError, DataError, ShapeError
+from gradsift.base.errors import ConfigError, DataError, GradsiftError, ShapeError
 from gradsift.base.lazy import Tensor, torch
 from gradsift.base.settings import Settings
 from gradsift.base.strings import Strings
@@ -408,8 +409,10 @@ def influence_of(method: Estimator, pool: Pool, target: Target | None) -> Influe
     """
     if target is None and method.needs_target:
         raise ConfigError(f"{method.label} ranks for a target, and there is none: give one, or use AlpaGasus or DEITA")
-    found = method.influence(pool, target)
+    found = _given_by(method, pool, target)
     said = f"{type(method).__name__}.influence gave"
+    if not isinstance(found, Influence):
+        raise ShapeError(f"{said} {type(found).__name__}: wanted an Influence")
     if (found.matrix is None) == (found.whole is None):
         raise ShapeError(f"{said} {'neither' if found.whole is None else 'both'} matrix and whole: wanted one of them")
     values = found.matrix if found.whole is None else found.whole
@@ -421,17 +424,41 @@ def influence_of(method: Estimator, pool: Pool, target: Target | None) -> Influe
         raise ShapeError(f"{said} draws of shape {found.draws.shape}: wanted at least 2 of shape {shape}")
     places = pool.data.ids.positions(found.ids)
     if (places < 0).any() or len(np.unique(places)) < len(places):
-        unknown = sorted(found.ids[place] for place in np.flatnonzero(places < 0).tolist())
-        raise ShapeError(f"{said} ids that are not the pool's, or one of them twice: {unknown[:3]}")
-    if not np.isfinite(values).all():
-        raise DataError(f"{said} numbers that are not finite: leave such rows out of ids")
+        counts = np.bincount(places[places >= 0], minlength=len(pool.data))
+        wrong = sorted({found.ids[n] for n, place in enumerate(places.tolist()) if place < 0 or counts[place] > 1})
+        raise ShapeError(f"{said} ids that are not the pool's, or one of them twice: {wrong[:3]}")
+    with np.errstate(over="ignore"):
+        finite = np.isfinite(np.asarray(values, dtype=np.float32)).all()
+    if not finite:
+        raise DataError(f"{said} numbers that are not finite in float32: leave such rows out of ids, or scale the rest")
     return found
+
+
+def _given_by(method: Estimator, pool: Pool, target: Target | None) -> Any:
+    """`method.influence`; an error of another package's code is told by its place, and ends no more than one of ours.
+
+    Raises:
+        GradsiftError: the method's own, or what stands for another.
+    """
+    try:
+        return method.influence(pool, target)
+    except Exception as error:
+        if isinstance(error, GradsiftError) or _is_own(type(method)):
+            raise
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(frame.filename).name}:{frame.lineno}"
+        raise GradsiftError(f"{type(method).__name__}.influence failed at {where}: {error!r}") from error
+
+
+def _is_own(method: type[Settings]) -> bool:
+    """Whether a method is gradsift's."""
+    return method.__module__.partition(".")[0] == "gradsift"
 
 
 def source_of(method: type[Settings]) -> dict[str, Any]:
     """The source of the module of a method that is not gradsift's own, and of what that imports of the same project."""
     module = inspect.getmodule(method)
-    if module is None or module.__name__.partition(".")[0] == "gradsift" or module.__file__ is None:
+    if module is None or module.__file__ is None or _is_own(method):
         return {}
     sources = sources_of(Path(module.__file__), module.__name__)
     return {"source": fingerprint([source.digest for source in sources])}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping
+from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,11 +13,11 @@ import numpy as np
 from gradsift.base.errors import ConfigError
 from gradsift.base.progress import Reporter, silent
 from gradsift.base.settings import parse_budget
-from gradsift.base.types import Example, Skipped
+from gradsift.base.types import Example, Message, Skipped
 from gradsift.context import open_target
+from gradsift.data.formats import column_value
 from gradsift.data.load import Columns, ExampleReader
 from gradsift.data.overlap import normalised_hash
-from gradsift.data.shown import CONVERSATION
 from gradsift.influence.ratings import with_judge
 from gradsift.jobs.pages import publish_page
 from gradsift.jobs.results import data_facts, gradient_facts, how_to_repeat
@@ -40,7 +42,7 @@ def run_bench(recipe: Recipe, reporter: Reporter | None = None) -> Benchmark:
     """
     reporter = reporter or silent()
     settings = recipe.bench or Bench()
-    _ = settings.asked  # refused before anything is read
+    _ = settings.asked, settings.judged  # refused before anything is read
     if recipe.target is None:
         raise ConfigError("no target: give --target, a file of examples that the methods are to score rows for")
     if settings.class_column is not None and recipe.subtask is None:
@@ -63,12 +65,12 @@ def run_bench(recipe: Recipe, reporter: Reporter | None = None) -> Benchmark:
     return found
 
 
-def planted(recipe: Recipe, plant: str, reporter: Reporter) -> list[dict[str, Any]]:
+def planted(recipe: Recipe, plant: str, reporter: Reporter) -> list[Any]:
     """The pool's rows, some of which have the answer of another one, or of pairs their answers exchanged; the column
-    `planted` says yes of those.
+    `planted` says yes of those. Flags, weight and arguments for the template stay a row's own.
 
     Raises:
-        ConfigError: it is not mislabel:SHARE.
+        ConfigError: it is not mislabel:SHARE, or too few rows have answers, or answers that differ.
         DataError: the pool cannot be read.
     """
     kind, _, size = plant.partition(":")
@@ -76,47 +78,69 @@ def planted(recipe: Recipe, plant: str, reporter: Reporter) -> list[dict[str, An
         share = parse_budget(size)
     except ValueError:
         share = 0.0
-    if kind != "mislabel" or not share > 0:
+    if kind != "mislabel" or not 0 < share < math.inf:
         raise ConfigError(f"plant is {plant!r}: wanted mislabel:SHARE, such as mislabel:5% or mislabel:20")
     pairs: dict[str, Any] = {} if recipe.objective is None else {"answer": "chosen"}
-    reading = ExampleReader(recipe.pool, columns=recipe.columns, what="pool", require_answer=True, **pairs)
-    examples = [one for one in reading if not isinstance(one, Skipped)]
-    count = round(share * len(examples)) if share < 1 else int(share)
-    if not 2 <= count <= len(examples):
+    read = list(ExampleReader(recipe.pool, columns=recipe.columns, what="pool", require_answer=True, **pairs))
+    places = {number: place for number, one in enumerate(read) if (place := _answer_of(one)) is not None}
+    count = round(share * len(places)) if share < 1 else int(share)
+    if not 2 <= count <= len(places):
         raise ConfigError(
-            f"plant {plant}: {count} of {len(examples)} rows cannot exchange answers: at least two are needed"
+            f"plant {plant}: {count} of {len(places)} rows with answers cannot exchange them: at least two are needed"
         )
-    drawn = np.random.default_rng([recipe.seed, count]).choice(len(examples), count, replace=False)
+    draws = np.random.default_rng([recipe.seed, count])
+    drawn = draws.choice(sorted(places), count, replace=False)
     if recipe.objective is not None:
-        reporter.say(f"planted: {count} of {len(examples)} pairs have their answers exchanged")
-        return [_pair(example, recipe.columns, number in drawn) for number, example in enumerate(examples)]
+        reporter.say(f"planted: {count} of {len(places)} pairs have their answers exchanged")
+        return [_pair(one, recipe.columns, number in drawn) for number, one in enumerate(read)]
+    # No answer is that of more than half of the rows, so that each can be given one that is not its own.
+    answer: dict[int, Message] = {}
+    said: dict[int, str] = {}
+    often: Counter[str] = Counter()
+    for row in (*drawn.tolist(), *draws.permutation(sorted(places)).tolist()):
+        message = read[row].messages[places[row]]
+        own = normalised_hash([message])
+        if row not in said and len(said) < count and often[own] < max(count // 2, 1):
+            answer[row], said[row] = message, own
+            often[own] += 1
     # In the order of their answers each takes the one so far on that equal answers are passed over.
-    answer = {int(row): normalised_hash(examples[row].messages[-1:]) for row in drawn}
-    ordered = sorted(answer, key=lambda row: answer[row])
-    step = max(list(answer.values()).count(own) for own in set(answer.values()))
-    given = {row: ordered[(place + step) % count] for place, row in enumerate(ordered)}
-    changed = {row: other for row, other in given.items() if answer[row] != answer[other]}
-    reporter.say(f"planted: {len(changed)} of {len(examples)} rows have the answer of another one")
-    rows = []
-    for number, example in enumerate(examples):
-        own = {k: v for k, v in example.row.items() if k not in CONVERSATION and k not in _names(recipe)}
-        messages: list[Mapping[str, Any]] = [dict(message) for message in example.messages]
-        if number in changed:
-            messages[-1] = {**messages[-1], "content": examples[changed[number]].messages[-1]["content"]}
-        rows.append(own | {"id": example.id, "messages": messages, "planted": "yes" if number in changed else "no"})
-    return rows
+    ordered = sorted(said, key=lambda row: said[row])
+    step = max(often.values())
+    given = {row: ordered[(place + step) % len(ordered)] for place, row in enumerate(ordered)}
+    changed = {row: answer[other] for row, other in given.items() if said[row] != said[other]}
+    if not changed:
+        raise ConfigError(f"plant {plant}: all rows have the same answer: none can be a mistake")
+    reporter.say(f"planted: {len(changed)} of {len(places)} rows have the answer of another one")
+    return [
+        one if isinstance(one, Skipped) else _planted(one, places.get(number, 0), changed.get(number))
+        for number, one in enumerate(read)
+    ]
 
 
-def _pair(example: Example, columns: Columns, exchanged: bool) -> dict[str, Any]:
+def _answer_of(one: Example | Skipped) -> int | None:
+    """The place of a row's last answer; None where it has none, as plain texts have."""
+    messages = () if isinstance(one, Skipped) else one.messages
+    return max((n for n, message in enumerate(messages) if message["role"] == "assistant"), default=None)
+
+
+def _planted(example: Example, place: int, answer: Message | None) -> Example:
+    """A row as it is, or with another answer."""
+    row = {**example.row, "planted": "no" if answer is None else "yes"}
+    messages = example.messages
+    if answer is not None:
+        messages = (*messages[:place], answer, *messages[place + 1 :])
+    return replace(example, messages=messages, row=row, raw=None)
+
+
+def _pair(one: Example | Skipped, columns: Columns, exchanged: bool) -> Any:
     """A preference pair's row, as it is or with its answers exchanged."""
-    row = {**example.row, columns.id or "id": example.id, "planted": "yes" if exchanged else "no"}
-    both = columns.chosen or "chosen", columns.rejected or "rejected"
-    return row | dict(zip(both, (row[name] for name in reversed(both)), strict=True)) if exchanged else row
-
-
-def _names(recipe: Recipe) -> set[str]:
-    """Columns that the recipe says hold the conversation or the id."""
-    return {str(name) for name in recipe.columns.model_dump().values() if name}
+    if isinstance(one, Skipped):
+        return one
+    row = {**one.row, columns.id or "id": one.id, "planted": "yes" if exchanged else "no"}
+    if not exchanged:
+        return row
+    chosen, rejected = columns.chosen or "chosen", columns.rejected or "rejected"
+    return row | {chosen: column_value(row, rejected), rejected: column_value(row, chosen)}
 
 
 def print_benchmark(found: Benchmark) -> None:

@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
+from gradsift.base.columns import values
 from gradsift.base.errors import ConfigError, CorruptError, MismatchError, StorageError
 from gradsift.base.lazy import Tensor, torch
 from gradsift.base.strings import Strings
@@ -322,8 +323,7 @@ class GradientStore:
             raise ValueError(f"rows.parquet: {error}") from error
         self.ids = Strings.of(id_ for chunk in table["id"].chunks for id_ in chunk.to_pylist())
         self.norms, self.projected_norms, self.losses, self.supervised_tokens = (
-            torch.from_numpy(table[name].to_numpy().copy())
-            for name in ("norm", "projected_norm", "loss", "supervised_tokens")
+            torch.from_numpy(values(table[name])) for name in ("norm", "projected_norm", "loss", "supervised_tokens")
         )
         self._starts = np.cumsum([0, *(shard["rows"] for shard in content["shards"])])
         self._maps: dict[int, dict[str, Tensor]] = {}

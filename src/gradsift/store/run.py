@@ -28,7 +28,8 @@
       evaluations/<fingerprint>/    figures of one metric for one model, and verdicts that were paid for
       times/<fingerprint>.json  what the stages of comparisons took
       scores.parquet selected.jsonl skipped.jsonl explanations.jsonl explanations.parquet relevance.json validation.json
-      suggestions.jsonl responses.jsonl rewards.json diagnostics.json training.json evaluation.json mixture.json
+      dropped.jsonl suggestions.jsonl responses.jsonl rewards.json diagnostics.json training.json evaluation.json
+      mixture.json
       comparison.json comparison.parquet comparison.html   (comparison.page.json: what the page is made from)
       report.html explanation.html summary.json   the latest results
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from collections.abc import Sequence as SequenceABC
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from itertools import product
@@ -21,7 +20,9 @@ from gradsift.base.progress import Advance, silent, untold
 from gradsift.base.ranks import paired_rank_correlations
 from gradsift.base.resampling import Estimate, bootstrap, estimate_of
 from gradsift.base.settings import Budget, Settings
+from gradsift.base.types import Example
 from gradsift.context import Pool, Target
+from gradsift.data.dataset import Dataset
 from gradsift.data.load import Columns
 from gradsift.data.pairs import Pairs
 from gradsift.data.prepare import prepare
@@ -45,7 +46,7 @@ from gradsift.report.blocks import Block, Shown
 from gradsift.selection.select import budget_count
 from gradsift.store.manifest import Record, fingerprint, read_if_whole
 from gradsift.validation.datamodel import agreement, agreement_of_trainings
-from gradsift.validation.ranking import auc, average_precision, recall, reciprocal_rank
+from gradsift.validation.ranking import auc, average_precision, recall, reciprocal_rank, reciprocal_rank_by_chance
 from gradsift.warmup.train import Training
 
 Measure = Literal["recall", "filter", "lds", "qld", "train", "self"]
@@ -53,6 +54,7 @@ Units = NDArray[np.int64]
 _Found = TypeVar("_Found")
 _OTHER_SEEDS = (101, 102)  # added to the run's
 _AMONG = 200  # rows among which copies of targets are looked for
+_UNKNOWN = Estimate(np.nan, np.nan, np.nan)
 _COPY = "copy of "  # before a target's id
 
 
@@ -113,20 +115,15 @@ class Bench(Settings):
         Raises:
             ConfigError: one needs a column that is not named.
         """
-        named: list[Measure] = ["recall"] * (self.class_column is not None)
-        named += ["filter"] * (self.marked is not None or self.plant is not None)
-        named += ["train"] * (self.test is not None)
-        asked = self.measures or tuple(named) or ("lds", "qld")
-        for name, lacks, wanted in (
-            ("recall", self.class_column is None, "class_column, a column of pool and target"),
-            (
-                "filter",
-                self.marked is None and self.plant is None,
-                "marked, such as quality=bad, or plant, mislabel:5%",
-            ),
-            ("train", self.test is None, "test, a file of examples that are neither in the pool nor in the target"),
-        ):
-            if name in asked and lacks:
+        needs: dict[Measure, tuple[str | None, str]] = {
+            "recall": (self.class_column, "class_column, a column of pool and target"),
+            "filter": (self.marked or self.plant, "marked, such as quality=bad, or plant, mislabel:5%"),
+            "train": (self.test, "test, a file of examples that are neither in the pool nor in the target"),
+        }
+        asked = self.measures or tuple(name for name, (given, _) in needs.items() if given is not None)
+        asked = asked or ("lds", "qld")
+        for name, (given, wanted) in needs.items():
+            if name in asked and given is None:
                 raise ConfigError(f"measures names {name}, which needs {wanted}")
         if self.plant is not None and self.marked is not None:
             raise ConfigError("plant makes the rows that are to be found, and marked names others: give one of them")
@@ -134,8 +131,18 @@ class Bench(Settings):
 
     @property
     def judged(self) -> tuple[Estimator, ...]:
-        """The methods, each once, and the random ranking last."""
+        """The methods, each once, and the random ranking last.
+
+        Raises:
+            ConfigError: two have the same label.
+        """
         others = [one for one in dict.fromkeys(self.methods) if not one.by_chance]
+        labels = [one.label for one in others]
+        if twice := {label for label in labels if labels.count(label) > 1}:
+            raise ConfigError(
+                f"two methods are both called {min(twice)}: judge one of them now and the other with the same --out "
+                "afterwards, which shares the retrainings"
+            )
         return (*others, next((one for one in self.methods if one.by_chance), Random()))
 
     def rows_with_copies(self, rows: int, targets: int) -> int:
@@ -182,7 +189,13 @@ class Column:
 
     def near(self, label: str) -> bool:
         """Whether a method is the best, or not told apart from it."""
-        return self.behind[label].high >= 0
+        known = self.values[label].value == self.values[label].value
+        return known and not self.behind[label].high < 0
+
+    @property
+    def random(self) -> float:
+        """What a method has to be above: what chance is expected to have, or the upper end of what it had."""
+        return list(self.values.values())[-1].high if self.chance is None else self.chance
 
 
 @dataclass(frozen=True)
@@ -192,6 +205,9 @@ class Cost:
 
     seconds: float
     bytes: int
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.seconds + other.seconds, self.bytes + other.bytes)
 
 
 @dataclass(frozen=True)
@@ -224,8 +240,7 @@ class Benchmark(Shown):
         if not near or not counted:
             return "No method could be judged by how well it ranks."
         best = next(iter(near))
-        random = self.methods[-1]
-        if not any(column.values[best].low > column.values[random].high for column in counted):
+        if not any(column.values[best].low > column.random for column in counted):
             return (
                 "No method is told apart from a random ranking here: more targets, subsets or a longer training would "
                 "be needed."
@@ -238,14 +253,9 @@ class Benchmark(Shown):
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able."""
-        return {
-            "methods": list(self.methods),
-            "sentence": self.sentence,
-            "columns": [asdict(column) for column in self.columns],
-            "costs": {label: asdict(cost) for label, cost in self.costs.items()},
-            "failed": dict(self.failed),
-            "warnings": list(self.warnings),
-        }
+        content = asdict(self)
+        del content["out"]
+        return content | {"sentence": self.sentence}
 
     def blocks(self) -> tuple[Block, ...]:
         """Table, chart and sentence."""
@@ -257,7 +267,7 @@ class Benchmark(Shown):
 def bench(
     pool: Pool,
     target: Target,
-    methods: SequenceABC[Estimator] | None = None,
+    methods: Sequence[Estimator] | None = None,
     *,
     settings: Bench | None = None,
 ) -> Benchmark:
@@ -345,11 +355,8 @@ class _Judge:
                 views = views_read(reading)
                 config = [fingerprint(pool.at(checkpoint).config(pool.data, view)) for view in views]
                 _, pass_ = self._timed(["rows", config], partial(rows.stores, checkpoint, views))
-                for method in reading:
-                    before = found.get(method.label, Cost(trained.seconds, trained.bytes))
-                    found[method.label] = Cost(
-                        before.seconds + pass_.seconds, before.bytes + pass_.bytes // max(1, len(views))
-                    )
+                cost = Cost(pass_.seconds, pass_.bytes // max(1, len(views)))
+                found |= {method.label: found.get(method.label, trained) + cost for method in reading}
                 asked = {
                     (source_at(targets[method.label], checkpoint), target_view(method.view))
                     for method in reading
@@ -394,8 +401,7 @@ class _Judge:
             self.failed[method.label] = str(error)
             pool.reporter.warn(f"bench: {method.label} failed, the others go on: {error}")
             return
-        before = shared.get(method.label, Cost(0.0, 0))
-        self.costs[method.label] = Cost(own.seconds + before.seconds, own.bytes + before.bytes)
+        self.costs[method.label] = shared.get(method.label, Cost(0.0, 0)) + own
         self.scores[method.label], self.whole[method.label] = self._placed(found)
 
     def _placed(self, found: Scores, pool: Pool | None = None) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -415,13 +421,10 @@ class _Judge:
         """Which rows have a target's class, `[row target]`."""
         name = self.settings.class_column
         assert name is not None
-        rows, targets = (
-            np.array([str(one) for one in data.column(name)]) for data in (self.pool.data, self.target.data)
-        )
-        wanted: NDArray[np.bool_] = rows[:, None] == targets
-        lacking = [
-            id_ for id_, own in zip(self.target.data.ids, wanted[self.available].any(axis=0), strict=True) if not own
-        ]
+        both = (data.column(name) for data in (self.pool.data, self.target.data))
+        rows, targets = (np.array(list(map(_class_of, values))) for values in both)
+        wanted: NDArray[np.bool_] = (rows[:, None] == targets) & (targets != "")
+        lacking = [self.target.data.ids[n] for n in np.flatnonzero(~wanted[self.available].any(axis=0)).tolist()]
         if len(lacking) == len(targets) or wanted[self.available].all():
             having = "no row of the pool has" if lacking else "every row of the pool has"
             raise ConfigError(f"class_column {name!r} tells no rows apart: {having} the value of a target")
@@ -447,34 +450,34 @@ class _Judge:
         column, equal, value = said.partition("=")
         if not equal:
             raise ConfigError(f"{field_} is {said!r}: wanted column=value, such as quality=bad")
-        return np.array([str(one) == value for one in self.pool.data.column(column.strip())])
+        return np.array([_class_of(one) == _class_of(value) for one in self.pool.data.column(column.strip())])
 
     def _recall(self) -> list[Column]:
         """AUC, recall at the class's size, Recall@k and MRR, over targets."""
         wanted = self.of_class[self.available]
+        count, top = len(wanted), self.settings.top
         kinds: dict[str, Callable[..., NDArray[np.float64]]] = {
             "AUC": auc,
             "recall at class size": partial(recall, seed=self.seed),
-            f"Recall@{self.settings.top}": partial(recall, k=self.settings.top, seed=self.seed),
+            f"Recall@{top}": partial(recall, k=top, seed=self.seed),
             "MRR": partial(reciprocal_rank, seed=self.seed),
         }
-        share = float(wanted.mean())
-        chance = {"AUC": 0.5, "recall at class size": share}
+        if top >= count:
+            self.warnings.append(f"Recall@{top} tells nothing of {count} rows, and is left out: lower top")
+            del kinds[f"Recall@{top}"]
+        there = wanted[:, wanted.any(axis=0)].sum(axis=0)
+        chance = {
+            "AUC": 0.5,
+            "recall at class size": float(there.mean() / count),
+            f"Recall@{top}": top / count,
+            "MRR": float(np.mean([reciprocal_rank_by_chance(own, count) for own in there])),
+        }
         found = []
         for name, kind in kinds.items():
             each = {label: kind(own[self.available], wanted) for label, own in self.scores.items()}
             of = {label: partial(_mean_of, values) for label, values in each.items()}
-            found.append(
-                self._column(
-                    "recall",
-                    "Rows of the target's class",
-                    name,
-                    of,
-                    wanted.shape[1],
-                    "targets",
-                    chance=chance.get(name),
-                )
-            )
+            title, how = "Rows of the target's class", dict[str, Any](units=len(there), chance=chance[name])
+            found.append(self._column("recall", title, name, of, wanted.shape[1], "targets", **how))
         return found
 
     def _filter(self) -> list[Column]:
@@ -485,7 +488,9 @@ class _Judge:
             "AUC of marked": auc, "AUPRC of marked": average_precision, "precision at their number": recall
         }  # fmt: skip
         chance = {"AUC of marked": 0.5, "AUPRC of marked": float(member.mean())}
-        lowest = {label: _negated(own[among]) for label, own in self.whole.items()}
+        scored = {label: own[among] for label, own in self.whole.items()}
+        # Lowest first; rows without a score are last either way.
+        lowest = {label: np.where(np.isfinite(own), -own, -np.inf) for label, own in scored.items()}
         return [
             self._column(
                 "filter", "Marked rows, lowest scores first", name,
@@ -530,7 +535,8 @@ class _Judge:
 
     def _best(self, label: str, size: int) -> Units:
         """The rows that a method ranks first."""
-        return np.argsort(-np.where(self.available, self.whole[label], -np.inf), kind="stable")[:size]
+        rows = np.flatnonzero(self.available)
+        return rows[np.argsort(-self.whole[label][rows], kind="stable")[:size]]
 
     def _size(self, share: float) -> int:
         """How many rows a share of them is."""
@@ -542,7 +548,7 @@ class _Judge:
         keys = [[self.seed, size, int(1e6 * share), int(1e6 * number)] for number in range(count)]
         return self._without([np.random.default_rng(key).choice(rows, size, replace=False) for key in keys])
 
-    def _without(self, left_out: SequenceABC[Units]) -> NDArray[np.float64]:
+    def _without(self, left_out: Sequence[Units]) -> NDArray[np.float64]:
         kept = np.tile(self.available.astype(np.float64), (len(left_out), 1))
         for own, rows in zip(kept, left_out, strict=True):
             own[rows] = 0.0
@@ -565,13 +571,18 @@ class _Judge:
                 weights[places] = line
                 tasks.append(_Retraining(replay, self.pool.referred(source), weights))
             what = f"bench: retraining{f' on another seed ({seed})' if seed else ''}"
-            with self.pool.reporter.stage(what, len(tasks), "trainings") as advance:
-                for position, found in self.pool.engine.map(tasks, untold, "retraining"):
-                    losses.put(list(missing)[position], found)
-                    advance(1)
+            for position, found in self._worked(tasks, what, "retraining"):
+                losses.put(list(missing)[position], found)
         return np.array([losses.all(name) for name in names])
 
-    def _replay(self, seed: int) -> tuple[Replay, SequenceABC[str]]:
+    def _worked(self, tasks: Sequence[Any], what: str, each: str) -> Iterator[tuple[int, Any]]:
+        """What trainings come to, by their places, as they end."""
+        with self.pool.reporter.stage(what, len(tasks), "trainings") as advance:
+            for position, found in self.pool.engine.map(tasks, untold, each):
+                yield position, found
+                advance(1)
+
+    def _replay(self, seed: int) -> tuple[Replay, Sequence[str]]:
         smooth = SmoothTraining() if self.settings.smooth else SmoothTraining(warmup_ratio=0, eps_root=0)
         ids = list(self.pool.data.ids)
         own = sorted(id_ for id_, there in zip(ids, self.available, strict=True) if there)
@@ -598,11 +609,8 @@ class _Judge:
                 ids = pool.data.ids.take(chosen.get(label, drawn))
                 what = f"bench: training on {size} rows ({label}, seed {seed})"
                 tasks.append(_Fitted(pool, tuple(ids), training, seed, what, metric))
-            losses: dict[int, dict[str, float]] = {}
-            with self.pool.reporter.stage(f"bench: training on {size} rows", len(tasks), "trainings") as advance:
-                for position, own in self.pool.engine.map(tasks, untold, "training"):
-                    losses[position] = own
-                    advance(1)
+            told = f"bench: training on {size} rows"
+            losses: dict[int, dict[str, float]] = dict(self._worked(tasks, told, "training"))
             items = sorted(losses[0])
             each = np.array([[losses[n][item] for item in items] for n in range(len(tasks))])
             each = each.reshape(len(labels), len(settings.seeds), len(items))  # [method seed item]
@@ -620,15 +628,11 @@ class _Judge:
         pool, copied = self._with_copies()
         self._collect(pool)
         half = pool.gradients.projection.dim // 2
-        halves = [
-            replace(pool, gradients=pool.gradients.model_copy(update={"projection": projection}))
-            for projection in (
-                pool.gradients.projection.model_copy(update={"dim": half, "seed": pool.gradients.projection.seed + own})
-                for own in (1, 2)
-            )
-        ] if pool.gradients.projection.kind != "none" else []  # fmt: skip
-        for one in halves:
-            self._collect(one)
+        halves = []
+        for own in (1, 2) if (whole := pool.gradients.projection).kind != "none" else ():
+            projection = whole.model_copy(update={"dim": half, "seed": whole.seed + own})
+            halves.append(replace(pool, gradients=pool.gradients.model_copy(update={"projection": projection})))
+            self._collect(halves[-1])
         nothing = np.full(len(copied), np.nan)
         first: dict[str, NDArray[np.float64]] = {}
         agree: dict[str, NDArray[np.float64]] = {}
@@ -659,7 +663,7 @@ class _Judge:
             )
         ]  # fmt: skip
         if any(one.value == one.value for one in error.values()):
-            unmarked = dict.fromkeys(error, estimate_of(np.nan, np.array([])))
+            unmarked = dict.fromkeys(error, _UNKNOWN)
             columns.append(Column("self", part, "error of cosines", error, "", unmarked, over, counts=False))
         return columns
 
@@ -672,10 +676,8 @@ class _Judge:
         there = np.flatnonzero(self.available)
         rows = np.sort(generator.choice(there, min(len(there), _AMONG), replace=False))
         copied = np.sort(generator.choice(len(asked), min(len(asked), self.settings.copies), replace=False))
-        own = [{"id": pool.data.ids[row], "messages": pool.data.messages(pool.data.ids[row])} for row in rows.tolist()]
-        own += [
-            {"id": f"{_COPY}{asked.ids[row]}", "messages": asked.messages(asked.ids[row])} for row in copied.tolist()
-        ]
+        own = [_again(pool.data, pool.data.ids[row]) for row in rows.tolist()]
+        own += [_again(asked, asked.ids[row], _COPY) for row in copied.tolist()]
         data = prepare(pool.run, own, pool.chat, what="copies", keep_duplicates=True, reporter=pool.reporter)
         return replace(pool, data=data, around=pool.population), copied
 
@@ -685,7 +687,7 @@ class _Judge:
         if method.view is not None:
             found = self.pool.measured_error(method.checkpoints_of(self.pool)[-1], method.view)
         if found is None:
-            return estimate_of(np.nan, np.array([]))
+            return _UNKNOWN
         found = found.to_plain or found
         half = 1.96 * found.standard_error
         return Estimate(found.rms, found.rms - half, found.rms + half)
@@ -693,33 +695,23 @@ class _Judge:
     # --- columns ------------------------------------------------------------------------------------------------------
 
     def _column(
-        self,
-        measure: Measure,
-        part: str,
-        name: str,
-        of: Mapping[str, Callable[[Units], float]],
-        count: int,
-        over: str,
-        **more: Any,
-    ) -> Column:
-        """Every method's value and its difference to the best, by the same resamples."""
+        self, measure: Measure, part: str, name: str, of: Mapping[str, Callable[[Units], float]], count: int, over: str,
+        *, units: int | None = None, **more: Any,
+    ) -> Column:  # fmt: skip
+        """Every method's value and its difference to the best, by the same resamples; `units`: those of them that say
+        something, where some do not.
+        """
+        units = count if units is None else units
         labels = list(of)
         values, drawn = bootstrap(lambda rows: np.array([of[label](rows) for label in labels]), count, seed=self.seed)
         judged = [number for number in range(len(labels) - 1) if np.isfinite(values[number])]
         best = max(judged, key=lambda number: values[number], default=0)
-        return Column(
-            measure,
-            part,
-            name,
-            {label: estimate_of(values[n], drawn[:, n]) for n, label in enumerate(labels)},
-            labels[best],
-            {
-                label: estimate_of(values[n] - values[best], drawn[:, n] - drawn[:, best])
-                for n, label in enumerate(labels)
-            },
-            over,
-            **more,
-        )
+        found = {label: estimate_of(values[n], drawn[:, n], units) for n, label in enumerate(labels)}
+        behind = {
+            label: estimate_of(values[n] - values[best], drawn[:, n] - drawn[:, best], units)
+            for n, label in enumerate(labels)
+        }
+        return Column(measure, part, name, found, labels[best], behind, over, **more)
 
 
 @dataclass(frozen=True)
@@ -763,6 +755,22 @@ class _KeptCost(Record):
     bytes: int
 
 
+def _class_of(value: Any) -> str:
+    """What a cell of a column says, however a file has written it: yes and no, whole numbers; "" for nothing."""
+    if value is None or value != value:
+        return ""
+    whole = isinstance(value, float) and value.is_integer()  # of a column of integers in which some are missing
+    said = str(int(value) if whole else value).strip()
+    return said.lower() if said.lower() in ("true", "false") else said
+
+
+def _again(data: Dataset, id_: str, before: str = "") -> Example:
+    """A row as it is read once more, under another id."""
+    messages = data.messages(id_)
+    name = f"{before}{id_}"
+    return Example(name, tuple(messages), {"id": name, "messages": messages}, options=data.options(id_))
+
+
 def _mean_of(values: NDArray[np.float64], rows: Units) -> float:
     """Of those that say something."""
     there = values[rows]
@@ -780,15 +788,10 @@ def _agreement_of(predicted: NDArray[np.float64], outcome: NDArray[np.float64], 
     return agreement(predicted[rows], outcome[rows])
 
 
-def _negated(scores: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Lowest first; rows without a score are last either way."""
-    return np.where(np.isfinite(scores), -scores, -np.inf)
-
-
 def _bytes_in(pool: Pool) -> int:
     storage = pool.run.storage
     return sum(storage.size(key) for key in storage.list(""))
 
 
-def _listed(names: SequenceABC[str]) -> str:
+def _listed(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -77,6 +77,18 @@ def reciprocal_rank(scores: ArrayLike, wanted: ArrayLike, *, seed: int = 0) -> N
     return np.where(member.any(axis=0), 1.0 / (1 + places.min(axis=0)), np.nan)
 
 
+def reciprocal_rank_by_chance(wanted: int, rows: int) -> float:
+    """What `reciprocal_rank` is expected to be where the order is by chance: Σ_r (1/r)·P(the first wanted row is at r).
+
+    Example:
+        >>> reciprocal_rank_by_chance(1, 2)
+        0.75
+    """
+    ranks = np.arange(1, rows - wanted + 2)
+    others_before = np.cumprod(np.append(1.0, (rows - wanted - ranks[:-1] + 1) / (rows - ranks[:-1] + 1)))
+    return float((others_before * wanted / (rows - ranks + 1) / ranks).sum())
+
+
 def average_precision(scores: ArrayLike, wanted: ArrayLike) -> NDArray[np.float64]:
     """The area under the precision-recall curve, `[target]`: Σ_k (recall_k − recall_{k−1})·precision_k over distinct
     scores from high to low; the share of wanted rows is what chance gives. NaN where none is wanted.

@@ -153,23 +153,13 @@ def agreement(
         for n, (of, among) in enumerate(shares)
     ]
     support, shift, support_above, shift_above = correlations
-    accuracy, precision, over_all, *binned = proportions
+    accuracy, precision, supported_, *binned = proportions
     bins = tuple(
         ScoreBin(None if math.isinf(low) else low, None if math.isinf(high) else high, of, right)
         for (low, high), of, right in zip(limits, binned[::2], binned[1::2], strict=True)
     )
-    return Agreement(
-        cells=len(decibels),
-        outputs=len(set(outputs)),
-        support=support,
-        shift=shift,
-        support_above=support_above,
-        shift_above=shift_above,
-        accuracy=accuracy,
-        precision=precision,
-        supported=over_all,
-        bins=bins,
-    )
+    rhos, count = (support, shift, support_above, shift_above), len(set(outputs))
+    return Agreement(len(decibels), count, *rhos, accuracy, precision, supported_, bins)
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,10 +184,6 @@ def change_of_correlation(
     """ρ(ξ, ξ⁺) of the cells that are not re-ranked, of those that are, the difference, and of how many outputs.
 
     Outputs that have cells of one kind alone are left out.
-
-    Args:
-        relevances, supports, outputs: as for `agreement`.
-        reranked: of which kind each cell is.
     """
     kind = np.array(reranked, dtype=bool)
     shared = {output for output, one in zip(outputs, kind, strict=True) if one}
@@ -214,9 +200,7 @@ def change_of_correlation(
         return None, None, Estimate(math.nan, math.nan, math.nan), 0
     found, drawn = bootstrap_groups(figures, [outputs[number] for number in kept])
     before, after = (None if math.isnan(value) else float(value) for value in found[:2])
-    change = estimate_of(found[2], drawn[:, 2])
-    if len(shared) == 1:
-        change = replace(change, low=math.nan, high=math.nan)
+    change = estimate_of(found[2], drawn[:, 2], len(shared))
     return before, after, change, len(shared)
 
 
@@ -274,7 +258,7 @@ def wilson(share: float, count: int) -> tuple[float, float]:
 def _correlation(found: Correlation, drawn: NDArray[np.float64], outputs: int) -> Correlation:
     if found.rho is None or outputs < 2:
         return found
-    ends = estimate_of(found.rho, drawn)
+    ends = estimate_of(found.rho, drawn, outputs)
     return replace(found, low=ends.low, high=ends.high)
 
 
@@ -285,5 +269,5 @@ def _proportion(successes: int, count: int, drawn: NDArray[np.float64], outputs:
     there = drawn[np.isfinite(drawn)]
     if not len(there) or np.ptp(there) == 0:
         return Proportion(successes, count, share, *wilson(share, outputs), outputs)
-    ends = estimate_of(share, there)
+    ends = estimate_of(share, there, outputs)
     return Proportion(successes, count, share, ends.low, ends.high, outputs)

@@ -92,15 +92,16 @@ def open_checkpoint(adapter: str) -> Checkpoint:
     return Checkpoint(place, _learning_rate(folder), f"{place}/{found[0].name}" if found else None)
 
 
-def trained_parameters(network: Any) -> dict[str, tuple[int, ...]]:
-    """Name → shape of what training an attached PEFT adapter updates, in the model's order, though all may be frozen.
+def trained_parameters(network: Any, adapter: str | None = None) -> dict[str, tuple[int, ...]]:
+    """Name → shape of what training an attached PEFT adapter updates, the active one unless another is named, in the
+    model's order, though all may be frozen.
 
     These are the adapter's own parameters, the copies of `modules_to_save`, and the base's biases where the adapter's
     configuration says that they are trained: what `load_moments` needs to read an optimizer state without names.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    adapter = network.active_adapter
+    adapter = network.active_adapter if adapter is None else adapter
     bias = getattr(network.peft_config[adapter], "bias", "none")
     adapted = {
         id(module.get_base_layer().bias)

@@ -1,0 +1,31 @@
+"""Intervals hold what they say, also over few units."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from gradsift.base.resampling import bootstrap, estimate_of
+
+
+@pytest.mark.parametrize(("units", "least"), [(6, 0.89), (12, 0.92), (40, 0.92)])
+def test_coverage(units: int, least: float) -> None:
+    """Of means of skewed figures between 0 and 1 (2/3 is expected), 95 % intervals over 6 units and more hold nearly as
+    many, and none leaves the figures' range; plain percentiles held 86 % over 6.
+    """
+    generator, held = np.random.default_rng(0), []
+    for number in range(400):
+        figures = generator.beta(4, 2, units)
+        value, drawn = bootstrap(lambda rows, own=figures: np.array([own[rows].mean()]), units, seed=number)  # type: ignore[misc]
+        found = estimate_of(value[0], drawn[:, 0], units)
+        assert 0 <= found.low <= found.value <= found.high <= 1
+        held.append(found.low <= 2 / 3 <= found.high)
+    assert least <= np.mean(held) < 0.98
+
+
+def test_one_unit_has_no_interval() -> None:
+    """It says nothing of how others would be."""
+    value, drawn = bootstrap(lambda rows: np.array([float(len(rows))]), 1)
+    assert math.isnan(estimate_of(value[0], drawn[:, 0], 1).low)

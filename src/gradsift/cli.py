@@ -630,22 +630,20 @@ def plan(given: Given, recipe: Path | None) -> None:
 
 @_command(of.JSON, required=(), name="list", arguments=(click.Argument(["section"], required=False),))
 def list_(given: Given, section: str | None) -> None:
-    """Name every estimator, selector, reward, metric and preset with what it is, those of installed packages, too.
+    """Name every estimator, selector, reward, metric, format and preset, those of installed packages, too.
 
     Example: gradsift list
 
     One part of it: gradsift list presets
     """
-    from gradsift.jobs.report import methods_listed, print_methods
+    from gradsift.jobs.report import methods_listed, print_methods, section_name
 
     listed = methods_listed(section)
-    found = ((title.partition(" ")[0].rstrip(",").lower(), own) for title, own in listed.items())
-    fields = ("name", "reads", "is")
-    _tell(
-        given,
-        lambda: {name: [dict(zip(fields, one, strict=True)) for one in own] for name, own in found},
-        lambda: print_methods(listed),
-    )
+    named = {
+        section_name(title): [{"name": name, "reads": reads, "is": said} for name, reads, said in own]
+        for title, own in listed.items()
+    }
+    _tell(given, lambda: named, lambda: print_methods(listed))
 
 
 @_command(

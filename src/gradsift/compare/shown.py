@@ -30,6 +30,7 @@ from gradsift.report.blocks import (
     Table,
     Text,
     columns,
+    measured,
 )
 from gradsift.report.blocks import Row as Cells
 from gradsift.report.charts import colour
@@ -126,8 +127,10 @@ class Shown:
             means = [rows[arm].mean.mean if arm in rows else None for arm in arms]
             written = [text.written(mean, layout) for mean in means]
             best = text.best_of(means, written, higher=self.figures[key].higher_is_better)
-            columns.append([_mean(rows.get(arm), written[n], layout, n in best) for n, arm in enumerate(arms)])
-            seeds.append([_by_seed(rows.get(arm), layout) for arm in arms])
+            spreads = [rows[arm].mean.spread if arm in rows else None for arm in arms]
+            columns.append([measured(written[n], spreads[n], layout, n in best) for n in range(len(arms))])
+            each = ([one for _, one in sorted(rows[arm].by_seed.items())] if arm in rows else [] for arm in arms)
+            seeds.append([", ".join(text.written(value, layout) for value in own) for own in each])
         lines = []
         for n, arm in enumerate(arms):
             size = self.size.get(arm)
@@ -512,16 +515,6 @@ def comparison_page(
         created=created,
         wide=True,
     )
-
-
-def _mean(row: Row | None, written: str, layout: str, best: bool) -> Entry:
-    spread = None if row is None else row.mean.spread
-    note = "" if spread is None else f"±\u202f{text.written(spread, layout)}"
-    return Cell(written, note, "best" if best else "", tone="best" if best else "") if best or note else written
-
-
-def _by_seed(row: Row | None, layout: str) -> str:
-    return ", ".join(text.written(value, layout) for _, value in sorted(row.by_seed.items())) if row else ""
 
 
 def _spot(x: float, row: Row) -> Point:

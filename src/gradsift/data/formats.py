@@ -94,10 +94,18 @@ _WEIGHTS = ("weight", "sample_weight", "loss_weight")
 _LEARN_FLAGS = ("train", "training", "loss", "masked")
 _FLAGS = {*_LEARN_FLAGS, "weight"}
 _NUMBERS = (Real, Decimal, np.bool_)  # in tables and in memory, too
-FORMATS = (
-    "`messages` (role, content), `conversations` (from, value), `prompt` with `completion`, "
-    "`instruction` (with `input`) and `output`, or a plain `text`"
-)
+# By name: the columns that a row of a format has, and what is learned of it.
+FORMATS = {
+    "chat": ("`messages` (role, content)", "Assistant turns, each with its end; calls of tools and reasoning, too."),
+    "ShareGPT": ("`conversations` (from, value)", "The same."),
+    "dialogue": ("`conversations` of texts", "Every other text, from the second."),
+    "completion": ("`prompt` with `completion`", "The completion."),
+    "Alpaca": ("`instruction` (with `input`) and `output`", "The output, and the answers of `history`."),
+    "preferences": ("`chosen` and `rejected`", "What --objective says of the pair."),
+    "rewards": ("`prompt` with `completions` and `rewards`", "What NICE makes of them, with --reward stored."),
+    "text": ("a plain `text`", "Every token but the first, and the end of sequence."),
+}
+WANTED = "{}, or {}".format(", ".join(columns for columns, _ in [*FORMATS.values()][:-1]), FORMATS["text"][0])
 # Usual names of what is asked and of what is answered, for advice on columns that are not recognised. Beside a plain
 # text the latter are what a trainer of answers would learn.
 _ASKED = ("prompt", "question", "query", "instruction", "input", "problem", "sentence", TEXT, "review", "document")
@@ -509,7 +517,7 @@ def advised(columns: Iterable[str]) -> str:
 
 def _missing(row: Mapping[str, Any], wanted: list[str] | None) -> BadRowError:
     found = ", ".join(f"{name} (empty)" if value is None else str(name) for name, value in list(row.items())[:20])
-    wish = FORMATS if wanted is None else " and ".join(f"column {name!r}" for name in wanted)
+    wish = WANTED if wanted is None else " and ".join(f"column {name!r}" for name in wanted)
     return BadRowError("missing_columns", f"wanted {wish}; found {found or 'no columns'}")
 
 

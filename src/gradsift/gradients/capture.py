@@ -58,8 +58,8 @@ def find_modules(model: nn.Module, pattern: str = LORA) -> Modules:
     Args:
         model: a transformers model, with or without a PEFT adapter.
         pattern: `lora` for all that the active LoRA adapter trains: A and B of every layer, fused experts among them,
-            and what it trains whole (`modules_to_save`, DoRA's magnitudes, tokens, biases); or a regular expression that
-            is searched in the names of all linear modules and fused experts (`q_proj|v_proj`, `mlp`, `.` for all).
+            and what it trains whole (`modules_to_save`, DoRA's magnitudes, tokens, biases); or a regular expression
+            that is searched in the names of all linear modules and fused experts (`q_proj|v_proj`, `mlp`, `.` for all).
 
     Returns:
         The captured modules, and by name the parameters that match the pattern (or belong to the adapter) but have no

@@ -62,8 +62,7 @@ JI2S has none; of DIVINE and AIDE, Compact's readings are compared above. TRAK i
 threshold at the end of its paper's algorithm is in neither. What is gradsift's own (relevance pursuit, greedy joint
 selection, the exact optimum on the simplex) is tested against brute force.
 
-What the differences do on real rows and models: [LESS](less-paper.md), [NICE](nice-paper.md),
-[Compact](explanations.md#what-differs-from-the-authors-code), [DSIR and TSDS](how-to-choose.md).
+What the differences do on real rows and models: [the papers](papers.md).
 """
 
 

@@ -34,6 +34,8 @@ def main() -> None:
         run = str(Path(folder) / "run")
         data = ("--model", world.model, "--pool", world.pool, "--out", run)
         held = ["select", *data, "--target", world.target, *WARMUP, *GRADIENTS, *COMMON]
+        explain = ["explain", *data, "--prompt", "what colour is the owl", "--output", "the owl is brown"]
+        explain += [*WARMUP, *GRADIENTS, *COMMON]
         commands = {
             "import torch": [sys.executable, "-c", "import torch"],
             "--help": ["--help"],
@@ -42,13 +44,15 @@ def main() -> None:
             "select without --model": ["select", "--pool", "p"],
             "select … --set estimator.kind=nope": ["select", *data, "--set", "estimator.kind=nope"],
             "select …, everything there": held,
+            "explain …, everything there": explain,
             "report RUN": ["report", run],
         }
         command = {
             name: words if words[0] == sys.executable else [sys.executable, "-m", "gradsift", *words]
             for name, words in commands.items()
         }
-        subprocess.run([sys.executable, "-m", "gradsift", *held], capture_output=True, check=True)
+        for words in (held, explain):
+            subprocess.run([sys.executable, "-m", "gradsift", *words], capture_output=True, check=True)
         taken = {name: [] for name in command}
         for _ in range(TURNS):
             for name, words in command.items():

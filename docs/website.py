@@ -25,8 +25,8 @@ TAKEN = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "docs", "rec
 
 
 def names() -> dict[str, str]:
-    """Exported names, with the module of each, from the imports in gradsift/__init__.py."""
-    tree = ast.parse((ROOT / "src/gradsift/__init__.py").read_text(encoding="utf-8"))
+    """Exported names, with the module of each, from the imports in gradsift/__init__.pyi."""
+    tree = ast.parse((ROOT / "src/gradsift/__init__.pyi").read_text(encoding="utf-8"))
     found = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module != "typing"]
     return {one.name: node.module for node in found for one in node.names if "gradsift" in (node.module or "")}
 
@@ -38,22 +38,14 @@ def reference() -> str:
 
 
 def navigation() -> list[dict[str, object]]:
-    """The pages of docs/index.md in its order, with tutorials and decisions apart."""
-    index = (ROOT / "docs/index.md").read_text(encoding="utf-8")
-    listed = list(dict.fromkeys(re.findall(r"\]\(([\w/-]+\.md)\)", index)))
-    pages = [f"docs/{page}" for page in listed]
-
-    def of(folder: str) -> list[str]:
-        return [page for page in pages if page.startswith(f"docs/{folder}")]
-
-    rest = [page for page in pages if page not in (*of("tutorials/"), *of("decisions/"))]
-    return [
-        {"gradsift": "README.md"},
-        {"Tutorials": of("tutorials/")},
-        {"Guides": ["docs/index.md", *rest]},
-        {"Reference": ["docs/python.md", "benchmarks/RESULTS.md", "CHANGELOG.md", "CONTRIBUTING.md"]},
-        {"Decisions": of("decisions/")},
-    ]
+    """The sections of docs/index.md with their pages, in its order."""
+    found: list[dict[str, object]] = [{"gradsift": ["README.md", "docs/index.md"]}]
+    for section in re.split(r"^## ", (ROOT / "docs/index.md").read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]:
+        pages = [os.path.normpath(f"docs/{page}") for page in re.findall(r"\]\(([\w./-]+\.md)\)", section)]
+        title = section.partition("\n")[0]
+        if pages:
+            found.append({title: [*pages, *["docs/python.md"] * (title == "Reference")]})
+    return found
 
 
 def build() -> None:

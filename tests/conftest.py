@@ -45,9 +45,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.model)
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_collection_finish() -> None:
-    """Leave what was imported out of garbage collections, which every training asks for: they take half of its time."""
+@pytest.fixture(scope="module", autouse=True)
+def _what_was_there_stays() -> None:
+    """Leave what was imported, for this file or one before, out of garbage collections, which every training and every
+    model that is let go asks for: they take half of the time."""
     gc.collect()
     gc.freeze()
 

@@ -68,16 +68,16 @@ def test_help_imports_nothing_heavy() -> None:
 
 
 def test_list_names_all_that_has_a_name() -> None:
-    """Every reward, metric and preset with its values stands beside estimators and selectors, or alone by its name."""
+    """Rewards, metrics, formats and presets with values stand beside estimators and selectors, or alone by name."""
     whole = Cli("list").succeeded().out
-    for name in ("less", "facility_location", "unit_tests", "pairwise", "compact", "ji2s_whole_data", "assisted"):
+    for name in ("less", "facility_location", "unit_tests", "pairwise", "ShareGPT", "compact", "ji2s_13b", "assisted"):
         assert f"\n{name:<20}" in whole, name
     presets = Cli("list", "presets").succeeded().out
     assert " ".join(presets.split()).count("learning_rate 2e-05") == 2
     assert "facility_location" not in presets
     refused = Cli("list", "recipes")
     assert refused.code == 2
-    assert "there are estimators, selectors, rewards, metrics, presets, training, sampling" in refused.err
+    assert "there are estimators, selectors, rewards, metrics, formats, presets, training, sampling" in refused.err
 
 
 def test_help_names_every_command() -> None:
@@ -191,7 +191,7 @@ def test_options_of_explain_reach_the_recipe(monkeypatch: pytest.MonkeyPatch) ->
         "damping": ("-e", "datainf", "--damping", "2"),
         "kernel": ("-e", "trak", "--kernel", "whole"),
         "first": ("-e", "rerank", "--first", "bm25"), "then": ("-e", "rerank", "--then", "tracin"),
-        "exact": ("--no-exact",), "instead": ("--instead", "42"),
+        "exact": ("--no-exact",), "all_checkpoints": ("--all-checkpoints",), "instead": ("--instead", "42"),
         "selection": ("-s", "aide"), "compare": ("--compare",),
         "trade_off": ("-s", "facility_location", "--trade-off", "0.3"),
         "candidates": ("--candidates", "50"), "coefficients": ("--coefficients", "MSE"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import json
 import re
 import shlex
 import shutil
@@ -20,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 # In the order in which a reader meets them: each page goes on with the names of those before.
-PYTHON = ("README.md", "docs/how-to-choose.md", "docs/bring-your-own-data.md", "docs/bring-your-own-adapter.md",
+PYTHON = ("README.md", "docs/how-to-choose.md", "docs/bring-your-own-data.md", "docs/your-own-training.md",
           "docs/run-folder.md")  # fmt: skip
 
 
@@ -216,6 +217,23 @@ def test_reasons_for_skipping_are_those_of_the_code() -> None:
     assert set(re.findall(r"`(\w+_file)`", page)) == {"unread_file", "broken_file"}
 
 
+def test_formats_are_those_of_the_code() -> None:
+    """docs/bring-your-own-data.md shows every format that `gradsift list formats` names, with a row that is read."""
+    from gradsift.data.formats import FORMATS, Columns, read_conversation
+
+    page = (ROOT / "docs/bring-your-own-data.md").read_text(encoding="utf-8")
+    rows = page.partition("| format | columns | example |")[2].partition("\n\n")[0].splitlines()[2:]
+    for columns, _ in FORMATS.values():
+        named = set(re.findall(r"`(\w+)`", columns))
+        assert any(named <= set(re.findall(r"`(\w+)`", row.split("|")[2])) for row in rows), columns
+    for row in rows:
+        for example in re.findall(r"`(\{.*\})`", row.split("|")[3]):
+            given = json.loads(example)
+            answer = "chosen" if "chosen" in given else None
+            read = read_conversation(given, Columns(), require_answer="completions" not in given, answer=answer)
+            assert read.messages, example
+
+
 def test_exported_names_in_the_documentation_exist() -> None:
     """Every `gs.Name` of a Python block and every name of the table of commands is exported."""
     import gradsift
@@ -244,7 +262,7 @@ def test_python_examples_run(
     world.write_rows(tmp_path / "heldout.jsonl", targets[4:])
     names: dict[str, Any] = {}
     for page in PYTHON:
-        if page == "docs/bring-your-own-adapter.md":  # what its reader has trained
+        if page == "docs/your-own-training.md":  # what its reader has trained
             for number, checkpoint in enumerate(names["pool"].checkpoints()[:2], start=1):
                 shutil.copytree(checkpoint.adapter, tmp_path / f"out/checkpoint-{number}00")
         for block in blocks(ROOT / page, "python"):
@@ -252,7 +270,6 @@ def test_python_examples_run(
             assert replaced == (page == "README.md"), page
             exec(compile(code, page, "exec"), names)
     elsewhere = set((ROOT / "docs/tutorials").glob("*.md"))  # tests/test_tutorials.py
-    elsewhere |= {ROOT / "docs/your-own-training.md", ROOT / "docs/hand-over.md"}  # their own tests, with TRL
     assert {page for page in PAGES if blocks(page, "python")} - elsewhere == {ROOT / page for page in PYTHON}
     assert len(names["chosen"]) == 8
     assert len(names["answer"].results) == 2

@@ -46,15 +46,15 @@ def test_settings_import_no_engine(program: str) -> None:
 
 
 def test_what_is_there_is_read_without_trainers(tiny: World, tmp_path: Path) -> None:
-    """A choice that the run holds loads neither peft nor transformers' models and Trainer, nor statistics; its page not
-    even torch.
+    """A choice that the run holds loads neither peft nor transformers' models and Trainer, neither statistics nor
+    pandas; its page not even torch.
     """
     arguments = tiny.arguments("select", tmp_path / "run")
     tiny("select", tmp_path / "run").succeeded()
     again = loaded_by(command(*arguments) + "\nassert not code")
     assert "torch" in again
     heavy = {"peft", "accelerate", "transformers.trainer", "transformers.modeling_utils", "transformers.activations",
-             "torch._dynamo", "datasets", "sklearn", "scipy.stats"}  # fmt: skip
+             "torch._dynamo", "datasets", "sklearn", "scipy.stats", "pandas"}  # fmt: skip
     assert sorted(again & heavy) == []
     page = loaded_by(command("report", tmp_path / "run") + "\nassert not code")
     assert sorted(page & (heavy | {"torch", "transformers"})) == []

@@ -49,6 +49,8 @@ def test_the_templates_comments_are_valid_too(tmp_path: Path) -> None:
     assert recipe.adapter == ("path/to/checkpoint-100",)
     assert recipe.explain == Explain(prompt="What is 17 + 25?", k=5)
     assert recipe.warmup == Warmup(target_modules=("q_proj", "v_proj"))
+    assert recipe.compare is not None
+    assert len(recipe.compare.arms) == 4
 
 
 def test_yaml_and_back(tmp_path: Path) -> None:

@@ -32,9 +32,8 @@ class _Commands(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """As any group, without cutting off."""
         with formatter.section("Commands"):
-            formatter.write_dl(
-                [(name, (command.help or "").split("\n\n")[0]) for name, command in self.commands.items()]
-            )
+            said = [(name, (command.help or "").split("\n\n")[0]) for name, command in self.commands.items()]
+            formatter.write_dl(said)
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[Any, Any, list[str]]:
         """As any group, with the nearest command where there is none of that name."""
@@ -146,11 +145,9 @@ class _Command(click.Command):
         """Options in their panels."""
         panels: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
-            record = parameter.get_help_record(ctx)
-            if record is not None:
-                panels.setdefault(parameter.option.panel if isinstance(parameter, _Option) else "Run", []).append(
-                    record
-                )
+            if (record := parameter.get_help_record(ctx)) is not None:
+                panel = parameter.option.panel if isinstance(parameter, _Option) else "Run"
+                panels.setdefault(panel, []).append(record)
         for panel in sorted(panels, key=lambda name: name == "Run"):
             with formatter.section(panel):
                 formatter.write_dl(panels[panel])
@@ -188,19 +185,13 @@ def _command(
         def call(**values: Any) -> None:
             own = {str(one.name): values.pop(str(one.name)) for one in arguments}
             given = Given(values, flat)
+            _calm_libraries()
             with _errors(debug=bool(values.get("debug"))):
                 function(given, **own)
 
-        app.add_command(
-            _Command(
-                name or function.__name__,
-                flat,
-                required,
-                callback=call,
-                params=list(arguments),
-                help=(function.__doc__ or "").strip(),
-            )
-        )
+        said = (function.__doc__ or "").strip()
+        made = _Command(name or function.__name__, flat, required, callback=call, params=list(arguments), help=said)
+        app.add_command(made)
         return function
 
     return register
@@ -240,13 +231,9 @@ def _errors(*, debug: bool) -> Iterator[None]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise click.exceptions.Exit(1) from None
         what = visible(f"{type(error).__name__}: {error}")
-        if isinstance(error, OSError | MemoryError):
-            print(f"error: {what}. Run with --debug for the traceback", file=sys.stderr)
-        else:
-            print(
-                f"error: this should not have happened ({what}). Run with --debug for the traceback and report it",
-                file=sys.stderr,
-            )
+        known, then = isinstance(error, OSError | MemoryError), "Run with --debug for the traceback"
+        said = f"{what}. {then}" if known else f"this should not have happened ({what}). {then} and report it"
+        print(f"error: {said}", file=sys.stderr)
         raise click.exceptions.Exit(1) from None
 
 
@@ -254,13 +241,22 @@ def _reporter(given: Given) -> Any:
     from gradsift.base.progress import Reporter
 
     gc.enable()
-    _calm_libraries()
     return Reporter(quiet=bool(given.get("quiet")))
 
 
 def _calm_libraries() -> None:
-    """Our progress says what happens; bars and notices of the libraries underneath would only interleave with it."""
+    """Our progress says what happens; bars and notices of the libraries underneath would only interleave with it.
+
+    Before they are imported, which is when some of them look. What they warn of is a line of ours.
+    """
     import warnings
+
+    def shown(message: Warning | str, *_: Any, **__: Any) -> None:
+        from gradsift.base.progress import visible
+
+        print(f"warning: {visible(' '.join(str(message).split()))}", file=sys.stderr)
+
+    warnings.showwarning = shown
 
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
@@ -273,18 +269,19 @@ def _recipe(given: Given, **more: Any) -> Any:
     return of.recipe_of(given.options, given, more)
 
 
-def _print_json(content: Any) -> None:
-    print(json.dumps(content, indent=1, ensure_ascii=False))
+def _tell(given: Given, as_json: Callable[[], Any], shown: Callable[[], object]) -> None:
+    """What came of a command: as JSON for programs, or for people."""
+    if given["json"]:
+        print(json.dumps(as_json(), indent=1, ensure_ascii=False))
+    else:
+        shown()
 
 
 def _print_result(result: Any, given: Given) -> None:
     from gradsift.jobs.report import print_result
     from gradsift.jobs.results import summary
 
-    if given["json"]:
-        _print_json(summary(result))
-    else:
-        print_result(result)
+    _tell(given, lambda: summary(result), lambda: print_result(result))
 
 
 _POOL = (*of.SOURCES, *of.OUT, *of.COLUMNS, *of.POOL)
@@ -346,10 +343,8 @@ def _explain_lines(given: Given) -> None:
     for prompt, found in explain_prompts(recipe, filter(None, asked), _reporter(given)):
         if isinstance(found, Exception):
             failed += 1
-            said = {"prompt": prompt, "error": str(found)}
-            print(
-                json.dumps(said, ensure_ascii=False) if given["json"] else f"error: {visible(str(found))}", flush=True
-            )
+            said = json.dumps({"prompt": prompt, "error": str(found)}, ensure_ascii=False)
+            print(said if given["json"] else f"error: {visible(str(found))}", flush=True)
         elif given["json"]:
             assert found.explanations is not None
             for entry in found.explanations.entries:
@@ -376,12 +371,11 @@ def _explain_recipe(given: Given, *, validates: bool = False) -> Any:
     if given["compare"]:
         from gradsift.explanation.explain import ALL_STRATEGIES
 
-        more["explain.strategies.kind"] = [
-            one.model_dump(exclude_unset=True) | {"kind": one.kind} for one in ALL_STRATEGIES
-        ]
+        every = [one.model_dump(exclude_unset=True) | {"kind": one.kind} for one in ALL_STRATEGIES]
+        more["explain.strategies.kind"] = every
     if validates and not any(given.get(option.key) for option in of.VALIDATION):
         more["explain.validation"] = {}
-    return of.recipe_of(given.options, given, more)
+    return _recipe(given, **more)
 
 
 @_command(_LABELLED, _STAGES, of.SCORE, _RUN)
@@ -407,10 +401,7 @@ def mix(given: Given) -> None:
     from gradsift.jobs.select_explain import run_mix
 
     found = run_mix(_recipe(given), given["by"], given["train"], _reporter(given))
-    if given["json"]:
-        _print_json(found.as_dict())
-    else:
-        print(found)
+    _tell(given, found.as_dict, lambda: print(found))
 
 
 _OF_PROMPTS = (
@@ -448,10 +439,7 @@ def reward(given: Given) -> None:
 def _print_rollouts(result: Any, given: Given) -> None:
     from gradsift.jobs.rollouts import print_rollouts
 
-    if given["json"]:
-        _print_json(result.as_dict())
-    else:
-        print_rollouts(result, given["show"])
+    _tell(given, result.as_dict, lambda: print_rollouts(result, given["show"]))
 
 
 @_command(_POOL, of.WARMUP, _RUN)
@@ -466,11 +454,9 @@ def warmup(given: Given) -> None:
     recipe = _recipe(given)
     with Run(recipe.out).lock():
         checkpoints = open_recipe(recipe, _reporter(given)).checkpoints()
-    if given["json"]:
-        _print_json([{"adapter": c.adapter, "learning_rate": c.learning_rate} for c in checkpoints])
-        return
-    for checkpoint in checkpoints:
-        print(f"{checkpoint.adapter}  mean learning rate {checkpoint.learning_rate:.3g}")
+    found = [{"adapter": one.adapter, "learning_rate": one.learning_rate} for one in checkpoints]
+    lines = (f"{one.adapter}  mean learning rate {one.learning_rate:.3g}" for one in checkpoints)
+    _tell(given, lambda: found, lambda: print("\n".join(lines)))
 
 
 _DRAWN = Option("seed", default=0, type=int, help="Of the responses, where --sampling-seed is left out.")
@@ -524,10 +510,7 @@ def train(given: Given) -> None:
         merge_into=given["merge"],
         reporter=_reporter(given),
     )
-    if given["json"]:
-        _print_json(found)
-    else:
-        print_trained(found)
+    _tell(given, lambda: found, lambda: print_trained(found))
 
 
 @_command(
@@ -539,19 +522,18 @@ def evaluate(given: Given) -> None:
 
     Example: gradsift evaluate --model MODEL --out runs/math --adapter ADAPTER --data test.jsonl --reward numeric:answer
     """
-    from gradsift.jobs.train_evaluate import evaluations_as_dict, metrics_of, place_of, print_evaluations, run_evaluate
+    from gradsift.evaluation.setup import open_model
+    from gradsift.jobs.train_evaluate import evaluations_as_dict, metrics_of, print_evaluations, run_evaluate
 
     metrics = metrics_of(given)
     own = of.filled(_pick(given.options, "max-length", "chunk", "supervise", "reasoning", "dtype", "device"), given)
-    place = place_of({**given, **own}, _reporter(given))
+    place = open_model(given["model"], out=given["out"], reporter=_reporter(given), **own)
     found, failures = run_evaluate(place, given["adapter"], metrics, with_base=given["base"])
-    if given["json"]:
-        _print_json(evaluations_as_dict(found, failures))
-    elif found:
-        print_evaluations(found, given["out"])
+    if found or given["json"]:
+        _tell(given, lambda: evaluations_as_dict(found, failures), lambda: print_evaluations(found, given["out"]))
+    for failure in failures:
+        print(f"error: {failure}", file=sys.stderr)
     if failures:
-        for failure in failures:
-            print(f"error: {failure}", file=sys.stderr)
         raise click.exceptions.Exit(1)
 
 
@@ -586,22 +568,12 @@ def collect(given: Given) -> None:
                 error = store.measured_error
                 measured = "error not measured: too few rows" if error is None else str(error)
                 lines.append(f"{store.name}  {len(store)} × {store.dim} {view} rows at {checkpoint.name}: {measured}")
-                found.append(
-                    {
-                        "checkpoint": checkpoint.name,
-                        "view": view,
-                        "path": store.name,
-                        "rows": len(store),
-                        "dim": store.dim,
-                        "excluded": store.excluded,
-                        "measured_error": None if error is None else error.as_dict(),
-                    }
-                )
-    if given["json"]:
-        _print_json(found)
-        return
-    for line in lines:
-        print(line)
+                found.append({
+                    "checkpoint": checkpoint.name, "view": view, "path": store.name, "rows": len(store),
+                    "dim": store.dim, "excluded": store.excluded,
+                    "measured_error": None if error is None else error.as_dict(),
+                })  # fmt: skip
+    _tell(given, lambda: found, lambda: print("\n".join(lines)))
 
 
 @_command(
@@ -622,10 +594,7 @@ def check_trainer(given: Given) -> None:
     recipe = _recipe(given)
     with Run(recipe.out).lock():
         found = check_sft_config(given["config"], open_recipe(recipe, _reporter(given)), given["rows"])
-    if given["json"]:
-        _print_json(found.as_dict())
-    else:
-        print(found)
+    _tell(given, found.as_dict, lambda: print(found))
     if not found.equal:
         raise click.exceptions.Exit(1)
 
@@ -656,32 +625,25 @@ def plan(given: Given, recipe: Path | None) -> None:
                 raise click.BadParameter(f"give --{name}, or a recipe")
         recipes = [_recipe(given)]
     found = [estimate(one, _reporter(given), command=given["for"]) for one in recipes]
-    if given["json"]:
-        _print_json(found[0] if len(found) == 1 else found)
-    else:
-        for one in found:
-            print_estimate(one)
+    _tell(given, lambda: found[0] if len(found) == 1 else found, lambda: [*map(print_estimate, found)])
 
 
 @_command(of.JSON, required=(), name="list", arguments=(click.Argument(["section"], required=False),))
 def list_(given: Given, section: str | None) -> None:
-    """Name every estimator, selector, reward, metric and preset with what it is, those of installed packages, too.
+    """Name every estimator, selector, reward, metric, format and preset, those of installed packages, too.
 
     Example: gradsift list
 
     One part of it: gradsift list presets
     """
-    from gradsift.jobs.report import methods_listed, print_methods
+    from gradsift.jobs.report import methods_listed, print_methods, section_name
 
-    _calm_libraries()
     listed = methods_listed(section)
-    if given["json"]:
-        found = ((title.partition(" ")[0].rstrip(",").lower(), own) for title, own in listed.items())
-        _print_json(
-            {name: [dict(zip(("name", "reads", "is"), one, strict=True)) for one in own] for name, own in found}
-        )
-    else:
-        print_methods(listed)
+    named = {
+        section_name(title): [{"name": name, "reads": reads, "is": said} for name, reads, said in own]
+        for title, own in listed.items()
+    }
+    _tell(given, lambda: named, lambda: print_methods(listed))
 
 
 @_command(
@@ -701,10 +663,8 @@ def init(given: Given, path: Path) -> None:
     if path.exists() and not given["force"]:
         raise ConfigError(f"{path} is there already: choose another name, or --force to overwrite it")
     LocalStorage(path.parent).publish(path.name, of.template(str(path)).encode())
-    if given["json"]:
-        _print_json({"recipe": str(path)})
-    else:
-        print(f"wrote {path}: fill in model, pool, target and out, then `gradsift run {path}`")
+    said = f"wrote {path}: fill in model, pool, target and out, then `gradsift run {path}`"
+    _tell(given, lambda: {"recipe": str(path)}, lambda: print(said))
 
 
 def _read_recipes(path: Path, given: Given) -> list[Any]:
@@ -743,10 +703,8 @@ def run(given: Given, recipe: Path) -> None:
             results.append(result := run_recipe(one, _reporter(given)))
             contents.append(summary(result)) if as_list else _print_result(result, given)
     by_model = write_models(results)
-    if as_list:
-        _print_json(contents)
-    elif by_model:
-        draw(by_model, console())
+    if as_list or by_model:
+        _tell(given, lambda: contents, lambda: draw(by_model, console()))
 
 
 @_command(_ELSEWHERE, required=(), arguments=_RECIPE)
@@ -762,12 +720,8 @@ def compare(given: Given, recipe: Path) -> None:
     from gradsift.compare.shown import print_comparison
 
     results = [run_compare(one, _reporter(given)) for one in _read_recipes(recipe, given)]
-    if given["json"]:
-        contents = [result.as_dict() for result in results]
-        _print_json(contents[0] if len(contents) == 1 else contents)
-    else:
-        for result in results:
-            print_comparison(result)
+    contents = [result.as_dict() for result in results]
+    _tell(given, lambda: contents[0] if len(contents) == 1 else contents, lambda: [*map(print_comparison, results)])
     failed = [failure for result in results for failure in result.failures]
     if failed:
         first = failed[0]
@@ -797,10 +751,7 @@ def bench(given: Given) -> None:
 def _print_bench(found: Any, given: Given) -> None:
     from gradsift.jobs.bench import print_benchmark
 
-    if given["json"]:
-        _print_json(found.as_dict())
-    else:
-        print_benchmark(found)
+    _tell(given, found.as_dict, lambda: print_benchmark(found))
 
 
 @_command(
@@ -818,10 +769,7 @@ def report(given: Given, out: str) -> None:
     to = None if given["to"] is None else Path(given["to"])
     if to is not None:
         LocalStorage(to.parent).publish(to.name, path.read_bytes())
-    if given["json"]:
-        _print_json({"page": str(path), "copy": to and str(to)})
-    else:
-        print(to or path)
+    _tell(given, lambda: {"page": str(path), "copy": to and str(to)}, lambda: print(to or path))
 
 
 @_command(
@@ -838,31 +786,25 @@ def demo(given: Given) -> None:
     Example: gradsift demo
     """
     if given["data"] is not None:
-        _write_demo_files(given["data"], as_json=given["json"])
+        _write_demo_files(given)
         return
     from gradsift.demo.run import print_demo, run_demo
+    from gradsift.jobs.results import summary
 
     result = run_demo(given["out"], model=given["model"], reporter=_reporter(given))
-    if given["json"]:
-        from gradsift.jobs.results import summary
-
-        _print_json(summary(result))
-    else:
-        print_demo(result)
+    _tell(given, lambda: summary(result), lambda: print_demo(result))
 
 
-def _write_demo_files(folder: str, *, as_json: bool) -> None:
+def _write_demo_files(given: Given) -> None:
     from gradsift.demo.files import write_files
     from gradsift.demo.model import demo_model_ready
 
-    written, model = write_files(folder), demo_model_ready()
-    if as_json:
-        _print_json({"files": {str(path): rows for path, rows, _ in written}, "model": model and str(model)})
-        return
-    for path, rows, what in written:
-        print(f"{path}: {rows} examples {what}")
+    written, model = write_files(given["data"]), demo_model_ready()
+    lines = [f"{path}: {rows} examples {what}" for path, rows, what in written]
     known = f"in {model}" if model else "not here yet: `gradsift demo` fetches it"
-    print(f"The demo's model is {known}; any other model does, too")
+    content = {"files": {str(path): rows for path, rows, _ in written}, "model": model and str(model)}
+    lines.append(f"The demo's model is {known}; any other model does, too")
+    _tell(given, lambda: content, lambda: print("\n".join(lines)))
 
 
 def _root(version: bool) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from collections.abc import Sequence as SequenceABC
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,6 +54,11 @@ class Setup:
     device: str = "auto"
     reporter: Reporter = field(default_factory=silent, repr=False)
 
+    @property
+    def place(self) -> dict[str, Any]:
+        """Model, dtype, device and reporter, as what runs the model takes them."""
+        return {"model": self.model, "dtype": self.dtype, "device": self.device, "reporter": self.reporter}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Pool(Setup):
@@ -88,17 +92,7 @@ class Pool(Setup):
             for adapter in self.adapters:
                 find_adapter(adapter)
             return [open_checkpoint(adapter) for adapter in self.adapters]
-        return warm_up(
-            self.run,
-            self.training,
-            self.warmup,
-            model=self.model,
-            dtype=self.dtype,
-            device=self.device,
-            seed=self.seed,
-            reporter=self.reporter,
-            check=self._check,
-        )
+        return warm_up(self.run, self.training, self.warmup, seed=self.seed, check=self._check, **self.place)
 
     def _check(self, network: Any) -> None:
         """Refuse a model whose gradients the hooks will not see, before it is trained."""
@@ -113,7 +107,7 @@ class Pool(Setup):
             checkpointing=self.gradients.gradient_checkpointing,
         )
 
-    def stores(self, checkpoint: Checkpoint, views: SequenceABC[View]) -> dict[View, GradientStore]:
+    def stores(self, checkpoint: Checkpoint, views: Sequence[View]) -> dict[View, GradientStore]:
         """The pool's gradient stores at a checkpoint, collected now if the run does not hold them."""
         return self.collect(self.data, checkpoint, views, what="pool")
 
@@ -131,13 +125,11 @@ class Pool(Setup):
         return AtCheckpoint(checkpoint, self.model, self.gradients, self.dtype, self.device)
 
     def collect(
-        self, source: Any, checkpoint: Checkpoint, views: SequenceABC[View], *, what: str
+        self, source: Any, checkpoint: Checkpoint, views: Sequence[View], *, what: str
     ) -> dict[View, GradientStore]:
         """Gradient stores of any sequences with this pool's model and settings."""
-        own = self.weighed(source, checkpoint)
-        return collect_at(
-            self.run, own, self.at(checkpoint), views, what=what, reporter=self.reporter, engine=self.engine
-        )
+        own, at = self.weighed(source, checkpoint), self.at(checkpoint)
+        return collect_at(self.run, own, at, views, what=what, reporter=self.reporter, engine=self.engine)
 
     def weighed(self, source: Any, checkpoint: Checkpoint) -> Any:
         """The source; pairs that are learned by DPO with their margins at a checkpoint, by which gradients weigh."""
@@ -145,18 +137,13 @@ class Pool(Setup):
 
     def measured(self, pairs: Pairs, checkpoint: Checkpoint) -> Pairs:
         """Pairs with their margins at a checkpoint."""
-        here = contrasts(self.run, pairs, checkpoint, **self._place)
+        here = contrasts(self.run, pairs, checkpoint, engine=self.engine, **self.place)
         known: Pairs = self.referred(pairs).knowing(contrasts=here)
         return known
 
     def referred(self, source: Any) -> Any:
         """The source; pairs that are learned by DPO with what the base model, their reference, says of them."""
-        return referred(self.run, source, **self._place) if isinstance(source, Pairs) else source
-
-    @property
-    def _place(self) -> dict[str, Any]:
-        place: dict[str, Any] = {"model": self.model, "dtype": self.dtype, "device": self.device}
-        return place | {"reporter": self.reporter, "engine": self.engine}
+        return referred(self.run, source, engine=self.engine, **self.place) if isinstance(source, Pairs) else source
 
 
 @dataclass(frozen=True)
@@ -178,41 +165,28 @@ class Target:
 
 
 def setup_of(
-    model: str,
-    out: str | Run,
-    *,
-    max_length: int,
-    chunk: int | None,
-    supervise: Supervise,
-    reasoning: Reasoning,
-    dtype: DtypeName,
-    device: str,
-    reporter: Reporter | None,
+    model: str, out: str | Run, dtype: DtypeName, device: str, reporter: Reporter | None, **chat: Any
 ) -> Setup:
     """A model in a run folder, as `open_pool` and `open_model` have it alike, so that both find the same results.
+
+    `chat` is of its `ChatFormat`.
 
     Raises:
         ModelError: the model cannot be found.
         ConfigError: a length below 2.
     """
-    place = resolve_device(device)
-    if dtype == "auto" and place == "cpu":
+    if dtype == "auto" and resolve_device(device) == "cpu":
         dtype = "float32"  # said outright, so that a run that moves to a GPU does not mix rows of two precisions
-    if max_length < 2:
-        raise ConfigError(f"--max-length is {max_length}: a prompt and one answer token need at least 2")
+    if chat["max_length"] < 2:
+        raise ConfigError(f"--max-length is {chat['max_length']}: a prompt and one answer token need at least 2")
     model_identity(model)  # before its tokenizer is looked for
     tokenizer = load_tokenizer(model)
-    if reasoning == "keep":
+    if chat["reasoning"] == "keep":
         keep_reasoning(tokenizer)
     return Setup(
-        run=out if isinstance(out, Run) else Run(out),
-        model=model,
-        chat=ChatFormat(tokenizer, supervise=supervise, max_length=max_length, chunk=chunk, reasoning=reasoning),
-        tokenizer=tokenizer,
-        dtype=dtype,
-        device=device,
-        reporter=reporter or silent(),
-    )
+        run=out if isinstance(out, Run) else Run(out), model=model, chat=ChatFormat(tokenizer, **chat),
+        tokenizer=tokenizer, dtype=dtype, device=device, reporter=reporter or silent(),
+    )  # fmt: skip
 
 
 def open_pool(
@@ -220,7 +194,7 @@ def open_pool(
     *,
     model: str,
     out: str | Run,
-    adapters: SequenceABC[str] = (),
+    adapters: Sequence[str] = (),
     warmup: Warmup | None = None,
     gradients: Gradients | None = None,
     columns: Columns | Mapping[str, str] | None = None,
@@ -271,16 +245,9 @@ def open_pool(
         MismatchError: the run folder belongs to another model or pool.
     """
     setup = setup_of(
-        model,
-        out,
-        max_length=max_length,
-        chunk=chunk,
-        supervise=supervise,
-        reasoning=reasoning,
-        dtype=dtype,
-        device=device,
-        reporter=reporter,
-    )
+        model, out, dtype, device, reporter,
+        max_length=max_length, chunk=chunk, supervise=supervise, reasoning=reasoning,
+    )  # fmt: skip
     if setup.chat.announcement:
         setup.reporter.warn(setup.chat.announcement)
     belongs: dict[str, Any] = {"model": model_identity(model)}
@@ -352,13 +319,7 @@ def open_target(
 
 
 def prepared_like(pool: Pool, source: Any, **given: Any) -> Dataset:
-    """Other rows of the kind that the pool's are: pairs of its objective, or rows of one answer.
-
-    Args:
-        pool: whose run folder keeps them.
-        source: as for `open_pool`.
-        given: as for `prepare`.
-    """
+    """Other rows of the kind that the pool's are: pairs of its objective, or rows of one answer."""
     return _prepared(pool, source, pool.training.preference if isinstance(pool.training, Pairs) else None, **given)
 
 
@@ -389,14 +350,13 @@ def refuse_longer(data: Dataset, model: str, what: str) -> None:
     )
 
 
-def subtask_labels(ids: SequenceABC[str], labels: SequenceABC[Any], column: str) -> tuple[str, ...]:
+def subtask_labels(ids: Sequence[str], labels: Sequence[Any], column: str) -> tuple[str, ...]:
     """The subtask of each target row, from the column that names it.
 
     Raises:
         DataError: a row names none.
     """
-    without = [id_ for id_, label in zip(ids, labels, strict=True) if label in (None, "")]
-    if without:
+    if without := [id_ for id_, label in zip(ids, labels, strict=True) if label in (None, "")]:
         raise DataError(
             f"{len(without)} of {len(labels)} target rows have nothing in column {column!r}, first {without[0]!r}: "
             "name the subtask of each row, or leave --subtask out"

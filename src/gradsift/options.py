@@ -209,6 +209,7 @@ divine:most_harmful, facility_location:0.25. Repeat for several.""",
         """explain.strategies.trade_off
         explain.candidates | How many of the ranking strategies choose from, and rerank's second method ranks (1000).
         explain.exact ?
+        explain.all_checkpoints !
         explain.coefficients
         explain.aggregation --over-outputs
         explain.max_new_tokens
@@ -328,12 +329,9 @@ def help_for(option: Option, *, typed: bool = True) -> str:
     if name == "kind":  # what the method is for says the field that holds it
         held, _, within = option.field.rpartition(".")[0].rpartition(".")
         texts = [help_of(one, within) for one in holders(f"{held}.{within}" if held else within)]
-    text, plain = (
-        option.help or next((text for text in texts if text and not text.lower().startswith("as in")), ""),
-        True,
-    )
+    text = option.help or next((text for text in texts if text and not text.lower().startswith("as in")), "")
+    plain = bool(option.help) or not text.startswith("`")
     if not option.help:
-        plain = not text.startswith("`")
         text = re.split(r"(?<=[a-z0-9)])(?<!App)\.(?= |$)", text.replace("`", ""), maxsplit=1)[0]
         parts = text.split("; ")
         while len("; ".join(parts)) > _LONG and len(parts) > 1:
@@ -358,8 +356,8 @@ def choices(option: Option, *, typed: bool = True) -> list[str]:
         return list(own[option.field])
     name, owners = option.field.rpartition(".")[2], _owners(option.field) if option.field else []
     if name == "kind":
-        there = _kinds(owners) or list(_literals(owners[0].model_fields["kind"].annotation))
-        there = there if len(owners) > 1 else list(_literals(owners[0].model_fields["kind"].annotation))
+        there = _kinds(owners) if len(owners) > 1 else []
+        there = there or list(_literals(owners[0].model_fields["kind"].annotation))
         return [*there, *(short for short, long in _SHORT.items() if typed and long["kind"] in there)]
     found = dict.fromkeys(word for one in owners for word in _literals(one.model_fields[name].annotation))
     return [str(word) for word in found if not isinstance(word, bool)]
@@ -436,15 +434,14 @@ def recipe_of(
     _estimated(values, known, given)
     set_fields(values, wanted)
     typed |= {field: f"--set {field}" for field in (text.partition("=")[0].strip() for text in wanted)}
-    judged = values.get("bench", {}).get("methods")
-    if isinstance(judged, dict):
-        values["bench"]["methods"] = [_SHORT.get(kind, {"kind": kind}) for kind in judged["kind"]]
     more = values.get("controls")
-    if isinstance(more, dict):  # of --control, beside the usual ones
-        values["controls"] = [_SHORT.get(kind, {"kind": kind}) for kind in more["kind"]]
+    for place, name in ((values.get("bench", {}), "methods"), (values, "controls")):
+        if isinstance(named := place.get(name), dict):
+            place[name] = [_method(kind) for kind in named["kind"]]
     recipe = validated(values, lambda field: _name_of(field, typed, known))
     if not isinstance(more, dict):
         return recipe
+    # Of --control, beside the usual ones.
     usual = recipe.model_copy(update={"controls": None}).rankings_beside()
     return recipe.model_copy(update={"controls": (*usual, *recipe.rankings_beside())})
 
@@ -462,11 +459,8 @@ def _number(field: str, text: Any) -> Any:
 
 def filled(options: Sequence[Option], given: Mapping[str, Any]) -> dict[str, Any]:
     """What was given for options, as their fields have it, or else their defaults."""
-    values = {option.key: given.get(option.key) for option in options}
-    return {
-        option.key: default_of(option) if values[option.key] is None else _number(option.field, values[option.key])
-        for option in options
-    }
+    values = {one: given.get(one.key) for one in options}
+    return {one.key: default_of(one) if own is None else _number(one.field, own) for one, own in values.items()}
 
 
 def overrides_of(options: Sequence[Option], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -517,13 +511,13 @@ def _set_several(explain: dict[str, Any], texts: list[str], typed: dict[str, str
 def _explained(explain: dict[str, Any], seed: int) -> None:
     """Turn the fields of estimators and selectors, beside the list of their kinds, into one value for each."""
     usual = ["relevance_pursuit:most_helpful", "most_helpful"]  # DEFAULT_STRATEGIES
-    for place, kinds in (("estimators", ["less"]), ("strategies", usual)):
+    for place, kinds, of in (("estimators", ["less"], _method), ("strategies", usual, strategy_of)):
         fields = explain.get(place, {})
         if not isinstance(fields, dict):
             continue
         texts = fields.pop("kind", kinds)
         _whole(fields)
-        several = [(text if isinstance(text, dict) else _method(text, place)) for text in texts]
+        several = [text if isinstance(text, dict) else of(text) for text in texts]
         models = [_model(f"explain.{place}.kind", one["kind"]) for one in several]
         for one, model in zip(several, models, strict=True):
             has = () if model is None else model.model_fields
@@ -550,8 +544,8 @@ def _whole(method: dict[str, Any]) -> None:
             method[name] = _SHORT[own["kind"]] | {field: value for field, value in own.items() if field != "kind"}
 
 
-def _method(text: str, place: str) -> dict[str, Any]:
-    return strategy_of(text) if place == "strategies" else dict(_SHORT.get(text, {"kind": text}))
+def _method(kind: str) -> dict[str, Any]:
+    return dict(_SHORT.get(kind, {"kind": kind}))
 
 
 def _model(field: str, kind: str) -> type[BaseModel] | None:
@@ -559,15 +553,11 @@ def _model(field: str, kind: str) -> type[BaseModel] | None:
 
 
 def _estimated(values: dict[str, Any], known: Mapping[str, str], given: Mapping[str, Any]) -> None:
-    """Fill in what goes without saying: kinds, seeds, controls, and what of rewards several options say together.
-
-    Raises:
-        ConfigError: options that do not go together.
-    """
+    """Fill in what goes without saying: kinds, seeds, controls, and what of rewards several options say together."""
     seed = given.get("seed") or 0
     if "estimator.checkpoints" in known:
         estimator = values.setdefault("estimator", {})
-        values["estimator"] = estimator = {**_method(estimator.pop("kind", "less"), "estimators"), **estimator}
+        values["estimator"] = estimator = {**_method(estimator.pop("kind", "less")), **estimator}
         model = _model("estimator.kind", estimator["kind"])
         if model is not None and "sampling" in model.model_fields:
             _sampled(estimator, seed)
@@ -584,27 +574,21 @@ def _estimated(values: dict[str, Any], known: Mapping[str, str], given: Mapping[
         model = _model(f"{place}.kind", values[place]["kind"]) if place in values else None
         if model is not None and "seed" in model.model_fields:
             values[place].setdefault("seed", seed)
-    validation = values.get("explain", {}).get("validation")
-    if validation is not None:
+    if (validation := values.get("explain", {}).get("validation")) is not None:
         validation.setdefault("step", {}).setdefault("seed", seed)
     if "engine" in values:
         values["engine"].setdefault("kind", "local")
-    values |= rewards_of(given, values.pop("reward", ()), values.get("estimator", {}))
     estimator = values.get("estimator", {})
+    values |= rewards_of(given, values.pop("reward", ()), estimator)
     for name in ("rater", "complexity", "quality"):
         if isinstance(estimator.get(name), str):
             estimator[name] = rater_of(estimator[name], "complexity" if name == "complexity" else "quality")
 
 
 def _sampled(estimator: dict[str, Any], seed: int) -> None:
-    """The sampling of a method that ranks by rewards: of the model itself, here or on a server, or of an assistant.
-
-    Raises:
-        ConfigError: an option of an assistant or a server that is not named.
-    """
-    sampling, assistant = estimator.setdefault("sampling", {}), estimator.get("assistant")
-    server = estimator.get("server")
-    sampling.setdefault("seed", seed)
+    """The sampling of a method that ranks by rewards: of the model itself, here or on a server, or of an assistant."""
+    estimator.setdefault("sampling", {}).setdefault("seed", seed)
+    assistant, server = estimator.get("assistant"), estimator.get("server")
     if assistant and "model" not in assistant:
         said = next(iter(assistant)).removeprefix("prompt_").removeprefix("base_")
         raise ConfigError("--" + f"assistant-{said} is of an assistant, and none is named: give --assistant")
@@ -615,8 +599,8 @@ def _sampled(estimator: dict[str, Any], seed: int) -> None:
     if assistant:
         url = assistant.pop("base_url", None)
         model = assistant["model"] if url is None else endpoint_of(assistant["model"], url)
-        whole = {**assistant, "model": model, "sampling": {"preset": "assisted", **estimator.pop("sampling")}}
-        estimator["assistant"] = whole
+        sampling = {"preset": "assisted", **estimator.pop("sampling")}
+        estimator["assistant"] = {**assistant, "model": model, "sampling": sampling}
     if server:
         served = endpoint_of(server.get("model", "{checkpoint}"), server["base_url"])
         estimator["server"] = {**served, "server": "vllm"}
@@ -702,7 +686,11 @@ def strategy_of(text: str) -> dict[str, Any]:
         if part in ORDERS and "order" in known:
             fields["order"] = part
         elif "trade_off" in known:
-            fields["trade_off"] = _trade_off(text, part, ORDERS)
+            with suppress(ValueError):
+                fields["trade_off"] = float(part)
+            if not 0 <= fields.get("trade_off", -1) <= 1:
+                wanted = f"a trade-off between 0 and 1 nor one of {', '.join(ORDERS)}"
+                raise ConfigError(f"--selection {text!r}: {part!r} is neither {wanted}")
         else:
             raise ConfigError(
                 f"--selection {text!r}: {part!r} does not go with {kind}; wanted a name such as "
@@ -716,11 +704,8 @@ _RATERS = ("judge", "length", "perplexity", "ifd")
 
 
 def rater_of(text: str, aspect: str = "quality") -> dict[str, Any]:
-    """The rater that `judge`, `length`, `perplexity`, `perplexity:high`, `ifd` or `file.py:function` names.
-
-    Args:
-        text: of the option.
-        aspect: what a judge is asked about.
+    """The rater that `judge`, `length`, `perplexity`, `perplexity:high`, `ifd` or `file.py:function` names; `aspect` is
+    what a judge is asked about.
 
     Example:
         >>> rater_of("perplexity:high")
@@ -728,20 +713,12 @@ def rater_of(text: str, aspect: str = "quality") -> dict[str, Any]:
         >>> rater_of("mine.py:words")
         {'kind': 'function', 'name': 'mine.py:words'}
     """
-    kind, colon, word = text.partition(":")
-    _refuse_nothing_after(text, colon, word)
+    kind, word = _kind_and_word(text)
     if kind == "judge" and not word:
         return {"kind": kind, "aspect": aspect}
     if kind == "perplexity" and word:
         return {"kind": kind, "prefer": word}
     return {"kind": kind} if kind in _RATERS and not word else {"kind": "function", "name": text}
-
-
-def sampling_fields(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of sampling that options say one by one."""
-    names = {"samples": "samples", "temperature": "temperature", "sampling_seed": "seed",
-             "max_new_tokens": "max_new_tokens"}  # fmt: skip
-    return {field: given[name] for name, field in names.items() if given.get(name) is not None}
 
 
 def endpoint_of(model: str, url: str | None) -> dict[str, Any]:
@@ -757,8 +734,7 @@ def endpoint_of(model: str, url: str | None) -> dict[str, Any]:
 # Built-in rewards that a name alone, or a name and one word after a colon, sets up: the field that the word fills.
 _REWARD_WORD = {
     "numeric": "answer", "exact": "answer", "regex": "pattern", "format": "form", "reward_model": "model",
-    "unit_tests": "tests", "judge": "mode", "sentiment": None,
-    "stored": "rewards",
+    "unit_tests": "tests", "judge": "mode", "sentiment": None, "stored": "rewards",
 }  # fmt: skip
 
 
@@ -774,39 +750,31 @@ def reward_of(text: str, *, allow_code_execution: bool = False) -> dict[str, Any
         >>> reward_of("rewards.py:short")
         {'kind': 'function', 'name': 'rewards.py:short'}
     """
-    kind, colon, word = text.partition(":")
-    _refuse_nothing_after(text, colon, word)
+    kind, word = _kind_and_word(text)
     if kind == "length":
         low, _, high = word.partition("-")
         return {"kind": kind, "minimum": low or None, "maximum": high or None}
     if kind not in _REWARD_WORD:
         return {"kind": "function", "name": text}
-    fields: dict[str, Any] = {"kind": kind}
-    if kind == "unit_tests":
-        fields["allow_code_execution"] = allow_code_execution
-    name = _REWARD_WORD[kind]
-    if word and name is None:
+    fields = {"kind": kind} | ({"allow_code_execution": allow_code_execution} if kind == "unit_tests" else {})
+    if not word:
+        return fields
+    if (name := _REWARD_WORD[kind]) is None:
         raise ConfigError(f"--reward {text!r}: {kind} takes nothing after the colon")
-    return fields | ({name: word} if word and name is not None else {})
+    return fields | {name: word}
 
 
-def _refuse_nothing_after(text: str, colon: str, word: str) -> None:
-    """A colon with nothing after it, as a shell variable that is not set leaves it, means no default.
-
-    Raises:
-        ConfigError: that is what it is.
-    """
+def _kind_and_word(text: str) -> tuple[str, str]:
+    """What stands before and after a colon; nothing after one, as of a shell variable that is not set, is refused."""
+    kind, colon, word = text.partition(":")
     if colon and not word.strip():
         raise ConfigError(f"{text!r} has nothing after the colon: give what belongs there, or leave the colon out")
+    return kind, word
 
 
 def rewards_of(given: Mapping[str, Any], texts: Sequence[str], estimator: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields `reward` and `judge` that `--reward` and the options beside it fill.
-
-    Args:
-        given: by option; factors of the rewards, the judge, and whether code may run.
-        texts: of `--reward`.
-        estimator: whose raters may ask a judge, too.
+    """The fields `reward` and `judge` that `--reward` and the options beside it fill; an estimator's raters may ask a
+    judge, too.
 
     Raises:
         ConfigError: options that do not go with the rewards.
@@ -832,18 +800,6 @@ def rewards_of(given: Mapping[str, Any], texts: Sequence[str], estimator: Mappin
     return fields
 
 
-def _trade_off(text: str, part: str, orders: Sequence[str]) -> float:
-    try:
-        value = float(part)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise ConfigError(
-            f"--selection {text!r}: {part!r} is neither a trade-off between 0 and 1 nor one of {', '.join(orders)}"
-        )
-    return value
-
-
 # What stands in a new recipe for fields that have no default to show.
 _EXAMPLES: dict[str, Any] = {
     "model": "HuggingFaceTB/SmolLM2-135M-Instruct", "pool": "pool.jsonl", "out": "runs/first", "target": "target.jsonl",
@@ -852,6 +808,9 @@ _EXAMPLES: dict[str, Any] = {
     "pool_sample": 0.5, "adapter": ["path/to/checkpoint-100"], "target_modules": ["q_proj", "v_proj"],
     "group_by": ["source"], "reward": {"kind": "numeric", "answer": "answer"},
     "judge": {"kind": "endpoint", "model": "gpt-4.1-mini"}, "explain": {"prompt": "What is 17 + 25?", "k": 5},
+    "compare": {"test": "test.jsonl", "training": "small", "arms": [
+        {"estimator": {"kind": kind}} for kind in ("less", "rds_plus", "bm25", "random")]},
+    "bench": {"class_column": "skill"},
 }  # fmt: skip
 
 
@@ -862,10 +821,9 @@ def template(path: str) -> str:
     lines = [
         f"# A gradsift recipe: `gradsift run {path}`. What stands here is the default, but for the four names;",
         "# what stands behind a # is an example, or a default that a preset may change.",
+        f"# `gradsift compare {path}` does what its `compare:` says.",
     ]
     for name, field in Recipe.model_fields.items():
-        if name in ("compare", "bench"):  # recipes/compare.yaml and bench.yaml have one
-            continue
         models = models_in(field.annotation)
         union = len([one for one in models if "kind" in one.model_fields]) > 1
         said = help_for(Option(name, f"{name}.kind" if union else name), typed=False)

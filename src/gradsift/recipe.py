@@ -75,6 +75,7 @@ class Explain(Settings):
     strategies: how k of the highest-ranked are chosen.
     candidates: m, how many of the ranking strategies choose from.
     exact: compare whole gradients of the candidates, which go through the model once more; else stored, projected ones.
+    all_checkpoints: beside relevance at the last checkpoint, that over all of them.
     coefficients: how the reconstruction of an output's gradient is weighted.
     aggregation: of relevance over outputs.
     max_new_tokens: limit of the generated answer.
@@ -95,6 +96,7 @@ class Explain(Settings):
     strategies: tuple[AnySelector, ...] = DEFAULT_STRATEGIES
     candidates: int = Field(default=CANDIDATES, ge=1)
     exact: bool = True
+    all_checkpoints: bool = False
     coefficients: CoefficientModel = "MSEProjUSimp"
     aggregation: RelevanceAggregation = "ratio_of_means"
     max_new_tokens: int = Field(default=128, ge=1)
@@ -153,7 +155,7 @@ class Recipe(Settings):
     judge: the endpoint of a model that judges.
     explain: outputs to explain.
     compare: methods to compare, for `gradsift compare`.
-    bench: methods to judge, for `gradsift bench`.
+    bench: methods to judge, by `gradsift run`, in place of a choice.
     seed: of the warm-up, of what is drawn, and of the random control.
     dtype: of the model.
     device: `auto`, cpu, cuda, cuda:1, or map (spread over GPUs).
@@ -260,7 +262,8 @@ def load_recipes(
         own = {"out": f"{base.get('out', 'runs')}/{name}", **entry}
         merged = _merged(base, own)
         set_fields(merged, given)
-        recipes.append(_checked(merged, file, _at(node, ["models", number])))
+        (_, entries) = _step(node, "models") or (0, None)
+        recipes.append(_checked(merged, file, (_step(entries, number) or (0, None))[1]))
     folders = [recipe.out for recipe in recipes]
     if len(set(folders)) < len(folders):
         raise ConfigError(
@@ -284,11 +287,7 @@ def _read(file: Path) -> tuple[dict[str, Any], Any]:
 
 
 def _parsed(text: str, file: str | Path) -> tuple[Any, Any]:
-    """The value that a YAML text says, and its nodes.
-
-    Raises:
-        ConfigError: it is none, too long or too deep, or says a key twice.
-    """
+    """The value that a YAML text says, and its nodes; one too long or too deep, or with a key twice, is refused."""
     if len(text) > _LONGEST:
         raise ConfigError(f"{file} has {len(text):,} characters: is it a recipe? They have at most {_LONGEST:,}")
     try:
@@ -309,11 +308,7 @@ def _parsed(text: str, file: str | Path) -> tuple[Any, Any]:
 
 
 def _refuse_doubles(node: Any, file: str | Path) -> None:
-    """Refuse a key that stands twice in one mapping, of which YAML would take the last.
-
-    Raises:
-        ConfigError: with both lines.
-    """
+    """Refuse a key that stands twice in one mapping, of which YAML would take the last."""
     waiting, seen = [node], set()
     while waiting:
         current = waiting.pop()
@@ -455,18 +450,13 @@ def _without_defaults(value: Any) -> Any:
 
 
 def _with_preset(values: dict[str, Any], what: str) -> None:
-    """Put a warm-up's preset below the fields that stand beside it.
-
-    Raises:
-        ConfigError: there is none of that name.
-    """
+    """Put a warm-up's preset below the fields that stand beside it."""
     warmup = values.get("warmup")
     if not isinstance(warmup, dict) or "preset" not in warmup:
         return
-    rest = {key: value for key, value in warmup.items() if key != "preset"}
-    if warmup["preset"] not in PRESETS:
-        raise ConfigError(f"{what} {warmup['preset']!r} is unknown: there are {', '.join(PRESETS)}")
-    values["warmup"] = {**PRESETS[warmup["preset"]].model_dump(), **rest}
+    if (name := (own := dict(warmup)).pop("preset")) not in PRESETS:
+        raise ConfigError(f"{what} {name!r} is unknown: there are {', '.join(PRESETS)}")
+    values["warmup"] = {**PRESETS[name].model_dump(), **own}
 
 
 def _explain_errors(
@@ -477,48 +467,48 @@ def _explain_errors(
         path = [part for depth, part in enumerate(entry["loc"]) if depth not in _tags(entry["loc"])]
         if entry["type"] == "not_meant":  # of a field that its settings refuse before they look at each
             path.append(entry["ctx"]["field"])
-        line = _line(node, path)
+        line, name = _line(node, path), name_of(".".join(map(str, path)))
         where = f"{source} line {line}: " if line else f"{source}: " if source else ""
-        name = name_of(".".join(map(str, path)))
-        value, context = entry.get("input"), entry.get("ctx", {})
-        shown = repr(value) if len(repr(value)) < 60 else type(value).__name__
-        if entry["type"] == "extra_forbidden":
-            known = _fields(model, entry["loc"][:-1])
-            near = nearest(str(path[-1]), known)
-            advice = f"did you mean {near!r}?" if near else f"known keys: {', '.join(known)}"
-            owners = _having(model, entry["loc"])
-            if name.startswith("--") and owners:
-                kind, option = entry["loc"][-2], name_of(".".join(map(str, path[:-1])) + ".kind")
-                messages.append(f"{name} goes with {', '.join(owners)}, not with {option} {kind}: leave it out")
-                continue
-            key = f"{name}: unknown key {str(path[-1])!r}" if name.startswith("--") else f"unknown key {name!r}"
-            messages.append(f"{where}{key}; {advice}")
-        elif entry["type"] == "missing":
-            messages.append(f"{where}{name!r} is missing")
-        elif entry["type"] == "budget":
-            messages.append(f"{where}{name}{' ' if name.startswith('--') else ' is '}{shown}: {entry['msg']}")
-        elif entry["type"] == "literal_error":
-            messages.append(f"{where}{name} {shown} is unknown: there are {context['expected'].replace(chr(39), '')}")
-        elif entry["type"] == "union_tag_invalid":
-            there = context["expected_tags"].replace("'", "")
-            messages.append(f"{where}{name} {context['tag']!r} is unknown: there are {there}")
-        elif entry["type"] == "union_tag_not_found":
-            kinds = _kinds(model, entry["loc"])
-            messages.append(f"{where}{name} is {shown}: wanted {{kind: …}}, where the kind is one of {kinds}")
-        elif entry["type"] == "not_meant":
-            messages.append(f"{where}{name}: {context['problem']}")
-        elif entry["type"] == "value_error":  # says by itself what it found; the value may hold a secret
-            messages.append(f"{where}{name}: {context['error']}")
-        elif entry["type"] == "too_short":
-            messages.append(f"{where}{name} is empty: name at least one")
-        elif entry["type"] in ("model_type", "model_attributes_type", "dict_type"):
-            messages.append(f"{where}{name} is {shown}: wanted settings of its own, such as {{key: value}}")
-        elif entry["type"] in ("tuple_type", "list_type"):
-            messages.append(f"{where}{name} is {shown}: wanted a list, such as [{shown}]")
-        else:
-            wanted = entry["msg"].replace("Input should", "it should")
-            messages.append(f"{where}{name} is {shown}: {wanted[0].lower()}{wanted[1:]}")
+        messages.append(where + _said(entry, path, name, model, name_of))
     return "; ".join(dict.fromkeys(messages))
+
+
+def _said(entry: Any, path: list[Any], name: str, model: type[BaseModel], name_of: Callable[[str], str]) -> str:
+    """What is wrong with the field of that name, and what is wanted."""
+    loc, value, context, typed = entry["loc"], entry.get("input"), entry.get("ctx", {}), name.startswith("--")
+    shown = repr(value) if len(repr(value)) < 60 else type(value).__name__
+    match entry["type"]:
+        case "extra_forbidden":
+            if typed and (owners := _having(model, loc)):
+                option = name_of(".".join(map(str, path[:-1])) + ".kind")
+                return f"{name} goes with {', '.join(owners)}, not with {option} {loc[-2]}: leave it out"
+            known = sorted({field for candidate in _models_at(model, loc[:-1]) for field in candidate.model_fields})
+            near = nearest(str(path[-1]), known)
+            key = f"{name}: unknown key {str(path[-1])!r}" if typed else f"unknown key {name!r}"
+            return f"{key}; " + (f"did you mean {near!r}?" if near else f"known keys: {', '.join(known)}")
+        case "missing":
+            return f"{name!r} is missing"
+        case "budget":
+            return f"{name}{' ' if typed else ' is '}{shown}: {entry['msg']}"
+        case "literal_error":
+            return f"{name} {shown} is unknown: there are {context['expected'].replace(chr(39), '')}"
+        case "union_tag_invalid":
+            return f"{name} {context['tag']!r} is unknown: there are {context['expected_tags'].replace(chr(39), '')}"
+        case "union_tag_not_found":
+            kinds = ", ".join(candidate.model_fields["kind"].default for candidate in _models_at(model, loc))
+            return f"{name} is {shown}: wanted {{kind: …}}, where the kind is one of {kinds}"
+        case "not_meant":
+            return f"{name}: {context['problem']}"
+        case "value_error":  # says by itself what it found; the value may hold a secret
+            return f"{name}: {context['error']}"
+        case "too_short":
+            return f"{name} is empty: name at least one"
+        case "model_type" | "model_attributes_type" | "dict_type":
+            return f"{name} is {shown}: wanted settings of its own, such as {{key: value}}"
+        case "tuple_type" | "list_type":
+            return f"{name} is {shown}: wanted a list, such as [{shown}]"
+    wanted = entry["msg"].replace("Input should", "it should")
+    return f"{name} is {shown}: {wanted[0].lower()}{wanted[1:]}"
 
 
 def _tags(loc: tuple[Any, ...]) -> set[int]:
@@ -530,22 +520,12 @@ def _tags(loc: tuple[Any, ...]) -> set[int]:
     return found
 
 
-def _fields(model: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
-    """Field names of the model that an error's place lies in."""
-    return sorted({name for candidate in _models_at(model, loc) for name in candidate.model_fields})
-
-
 def _having(model: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
     """The kinds that have a field which stands in one that has not; none where all that may stand there lack it."""
     if len(loc) - 2 not in _tags(loc):
         return []
     there = _models_at(model, loc[:-2])
     return [one.model_fields["kind"].default for one in there if loc[-1] in one.model_fields]
-
-
-def _kinds(model: type[BaseModel], loc: tuple[Any, ...]) -> str:
-    """The kinds that may stand in an error's place."""
-    return ", ".join(candidate.model_fields["kind"].default for candidate in _models_at(model, loc))
 
 
 def _models_at(model: type[BaseModel], loc: tuple[Any, ...]) -> list[type[BaseModel]]:
@@ -565,14 +545,8 @@ def _models_at(model: type[BaseModel], loc: tuple[Any, ...]) -> list[type[BaseMo
     return current
 
 
-_METHODS = (
-    *models_in(AnyEstimator),
-    *models_in(AnySelector),
-    *models_in(Reward),
-    *models_in(Rater),
-    *models_in(MetricSetting),
-    *models_in(Where),
-)
+_METHODS = [method for union in (AnyEstimator, AnySelector, Reward, Rater, MetricSetting, Where)
+            for method in models_in(union)]  # fmt: skip
 _TAGS = {method.model_fields["kind"].default for method in _METHODS if "kind" in method.model_fields}
 
 
@@ -580,21 +554,10 @@ def _line(node: Any, path: list[Any]) -> int | None:
     """Line of the key at `path` in a composed YAML document, or of the last part of it that is there."""
     line = None
     for part in path:
-        found = _step(node, part)
-        if found is None:
-            return line
+        if (found := _step(node, part)) is None:
+            break
         line, node = found
     return line
-
-
-def _at(node: Any, path: list[Any]) -> Any:
-    """The node at `path`, or None."""
-    for part in path:
-        found = _step(node, part)
-        if found is None:
-            return None
-        node = found[1]
-    return node
 
 
 def _step(node: Any, part: Any) -> tuple[int, Any] | None:

@@ -8,13 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gradsift.base.errors import DataError
 from gradsift.data.load import Columns, Loaded, load_examples
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 
 
-def said(loaded: Loaded) -> list[tuple[str, str]]:
-    return [(message["role"], message["content"]) for message in loaded.examples[0].messages]
+def said(loaded: Loaded, row: int = 0) -> list[tuple[str, str]]:
+    return [(message["role"], message["content"]) for message in loaded.examples[row].messages]
 
 
 def unused(row: dict[str, Any], columns: Columns | None = None) -> list[str]:
@@ -89,6 +90,34 @@ def test_a_column_that_a_trainer_would_use_is_told(column: str, value: Any) -> N
 def test_a_users_own_column_is_not(column: str, value: Any) -> None:
     """Empty ones, those that change nothing, and ordinary extra columns are no loss."""
     assert not unused({"messages": CHAT, column: value})
+
+
+@pytest.mark.parametrize("column", ["label", "answer", "summary"])
+def test_the_answer_beside_a_plain_text_is_told(column: str) -> None:
+    """A classification set has a text and a label: the text alone would be learned. The sentence says how both are."""
+    example = load_examples([{"text": "Lovely.", column: "positive"}]).examples[0]
+    assert [one.part for one in example.unused] == [f"column {column} not used"]
+    assert f"--columns prompt=text,completion={column}" in example.unused[0].detail
+    assert not unused({"text": "Lovely.", column: "positive"}, Columns(text="text"))
+    assert not unused({"text": "Lovely.", column: "positive"}, Columns(prompt="text", completion=column))
+
+
+def test_a_whole_number_is_an_answer() -> None:
+    """As it is in a csv file; what else is no text is refused."""
+    rows = [{"prompt": "1 + 1", "completion": value} for value in (2, 2.5, True)]
+    loaded = load_examples([*rows, {"instruction": 1, "input": 2, "output": 3}])
+    assert said(loaded) == [("user", "1 + 1"), ("assistant", "2")]
+    assert said(loaded, 1) == [("user", "1\n\n2"), ("assistant", "3")]
+    assert [one.reason for one in loaded.skipped] == ["bad_content", "bad_content"]
+
+
+def test_unknown_columns_are_advised() -> None:
+    """Where names look like a question and an answer, the message says how to name them, and lists formats once."""
+    with pytest.raises(DataError, match=r"Did you mean --columns prompt=question,completion=label\?") as caught:
+        load_examples([{"id": 1, "question": "a", "label": "b"}])
+    assert str(caught.value).count("`conversations`") == 1
+    with pytest.raises(DataError, match=r"Did you mean --target-columns messages=messages\?"):
+        load_examples([{"messages": CHAT}], columns={"prompt": "question", "completion": "answer"}, what="target")
 
 
 def test_an_unwanted_completion_is_told() -> None:

@@ -241,6 +241,8 @@ CASES = [
          setup=lambda tiny, here: {"model": pool_of("")(tiny, here)["pool"]}),
     Case("model folder without configuration", "is not a model folder: it has no config.json",
          setup=model_with(remove("config.json"))),
+    Case("an adapter as the model", "is an adapter: give its base as --model",
+         setup=lambda tiny, here: {"model": tiny.adapters[-1]}),
     Case("model folder without weights", "has a config.json but no weights (*.safetensors)",
          setup=model_with(remove("*.safetensors"))),
     Case("model folder without tokenizer", "has no tokenizer (tokenizer.json): copy the tokenizer files",

@@ -16,9 +16,11 @@ from gradsift.data.load import load_examples
 from gradsift.explanation.exact import ExactRows, RowsLackingError, missed
 from gradsift.explanation.explain import explain
 from gradsift.explanation.outputs import questions_of
-from gradsift.explanation.relevance import selection_relevance
+from gradsift.explanation.relevance import aggregate_relevance, selection_relevance, to_db
+from gradsift.explanation.table import relevance_table
 from gradsift.gradients.collect import Gradients
 from gradsift.gradients.projection import Projection
+from gradsift.influence.estimator import rate_weights
 from gradsift.influence.less import LESS
 from gradsift.selection.gumbel import GumbelTopK
 from gradsift.selection.pursuit import RelevancePursuit
@@ -58,6 +60,37 @@ def test_choices_and_relevance_are_those_of_whole_rows(coarse: Pool, optimizer: 
         for entry, other in zip(rough, wanted, strict=True)
         for result, oracle in zip(entry.results, other.results, strict=True)
     )
+
+
+def test_relevance_at_all_checkpoints_is_that_of_their_gradients_one_after_the_other(coarse: Pool) -> None:
+    """Equal to the relevance of unprojected rows, times the roots of the rates' shares, of both checkpoints in a row;
+    and the table says the mean of outputs by it."""
+    entries = explain(coarse, QUESTIONS, k=3, strategies=STRATEGIES, all_checkpoints=True, matches=0)
+    whole = replace(coarse, gradients=Gradients(projection=Projection(kind="none"), dtype="float32"))
+    checkpoints = whole.checkpoints()
+    assert len(checkpoints) == 2
+    weights = rate_weights(checkpoints)
+    assert weights[0] != pytest.approx(weights[1], rel=0.1)
+    stores = [whole.stores(at, ["plain"])["plain"] for at in checkpoints]
+    outputs = [whole.collect(entries.source, at, ["plain"], what="output")["plain"] for at in checkpoints]
+    for entry in entries.entries:
+        for result in entry.results:
+            ids = [example.id for example in result.examples]
+            rows, target = (
+                torch.cat([w**0.5 * of.rows_by_id(own).double() for w, of in zip(weights, several, strict=True)], dim=1)
+                for several, own in ((stores, ids), (outputs, [entry.id]))
+            )
+            oracle = selection_relevance(target[0], rows)
+            assert result.throughout is not None
+            assert result.throughout.ratio == pytest.approx(oracle.ratio, rel=1e-4)
+            assert entry.squared_norm_throughout == pytest.approx(oracle.squared_norm, rel=1e-4)
+            assert entry.verdict(result).throughout == result.throughout.ratio != result.ratio
+    (row,) = (row for row in relevance_table(entries).rows if row.strategy == "most helpful")
+    found = [
+        entry.throughout_of(own) for entry in entries.entries for own in entry.results if own.strategy == row.strategy
+    ]
+    assert row.throughout == {3: pytest.approx(to_db(aggregate_relevance([one for one in found if one is not None])))}
+    assert relevance_table(explain(coarse, QUESTIONS, k=3, strategies=STRATEGIES, matches=0)).rows[0].throughout is None
 
 
 def test_only_the_candidates_are_taken_again(coarse: Pool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -489,10 +489,10 @@ def filled(exchange: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
     """The recorded reply with the tiny tokenizer's ids: a reply that ended, with its end of turn, and one cut off."""
     reply: dict[str, Any] = copy.deepcopy(exchange["reply"])
     encoder = ReplyEncoder(tokenizer)
-    messages = exchange["request"]["messages"]
+    prompt = Prompt("prompt", tuple(exchange["request"]["messages"]))
     for choice in reply["choices"]:
         finished = choice["finish_reason"] == "stop"
-        prompt_ids, token_ids = encoder.encode(messages, choice["message"]["content"], finished=finished)
+        prompt_ids, token_ids = encoder.encode(prompt, choice["message"]["content"], finished=finished)
         choice["token_ids"] = token_ids.tolist()
         (entry,) = choice["logprobs"]["content"]
         choice["logprobs"]["content"] = [entry | {"logprob": entry["logprob"] - n} for n in range(len(token_ids))]

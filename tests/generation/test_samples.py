@@ -406,10 +406,10 @@ def test_a_local_assistant_is_asked_once_for_all_checkpoints(tiny: World, tmp_pa
 def test_a_reply_that_cannot_be_written_into_the_template_is_a_problem(tiny: World) -> None:
     """An empty reply that was cut off has no token; one that ended is the end of the turn alone."""
     encoder = ReplyEncoder(load_tokenizer(tiny.model))
-    _, ended = encoder.encode(PROMPTS[0].messages, "", finished=True)
+    _, ended = encoder.encode(PROMPTS[0], "", finished=True)
     assert ended.tolist() == [encoder.chat._tokenizer.eos_token_id]
     with pytest.raises(DataError, match="the reply is empty"):
-        encoder.encode(PROMPTS[0].messages, "", finished=False)
+        encoder.encode(PROMPTS[0], "", finished=False)
 
 
 def test_problems_of_an_assistant_are_the_prompts_own(tiny: World) -> None:

@@ -28,7 +28,8 @@ ROWS: list[dict[str, Any]] = [
     {"id": "b", "prompt": "what says the cow", "completions": [[{"role": "assistant", "content": "moo"}], "moo moo"],
      "rewards": [0.25, 0.75]},
     {"id": "c", "prompt": "what says the cat", "completions": ["x", "y"], "rewards": [1.0]},
-    {"id": "d", "prompt": "what says the dog", "completions": [{"role": "assistant", "content": "wow"}], "rewards": [2]},
+    {"id": "d", "prompt": "what says the dog", "completions": [{"role": "assistant", "content": "wow"}],
+     "rewards": [2.0]},
     {"id": "e", "prompt": "what says the fox", "completions": [["ring"]], "rewards": [1.0]},
 ]  # fmt: skip
 
@@ -44,10 +45,8 @@ def test_the_gradient_is_of_the_rows_own_completions(tiny: World, tmp_path: Path
     responses, rewards, samples = targets.rollouts(Checkpoint(None))
     assert dict(rewards.items()) == {("a", 0): 1, ("a", 1): 0, ("b", 0): 0.25, ("b", 1): 0.75, ("d", 0): 2}
     assert [own.text for id_ in "abd" for own in responses[id_]] == ["red", "blue", "moo", "moo moo", "wow"]
-    assert [(one.prompt_id, "one reward for each" in one.detail) for one in samples.problems] == [
-        ("c", True),
-        ("e", True),
-    ]
+    assert [problem.prompt_id for problem in samples.problems] == ["c", "e"]
+    assert all("one reward for each" in problem.detail for problem in samples.problems)
     for id_ in "abd":
         for own in responses[id_]:
             messages = [{"role": "user", "content": target.data.example(id_).messages[0]["content"]}]

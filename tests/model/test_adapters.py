@@ -24,7 +24,7 @@ from gradsift.base.types import Sequence
 from gradsift.gradients.capture import Capture, find_modules
 from gradsift.gradients.folding import find_folds
 from gradsift.gradients.self_check import self_check
-from gradsift.model.adapters import BareModel, attach_adapter, checksums, shared_weights
+from gradsift.model.adapters import BareModel, adapter_config, attach_adapter, checksums, shared_weights
 from gradsift.model.models import ModelHost, load_model
 from gradsift.warmup import merge as merging
 from gradsift.warmup.checkpoint import open_checkpoint
@@ -406,3 +406,18 @@ def test_checksums_are_of_all_bytes(dtype: torch.dtype, shape: tuple[int, ...]) 
     holder.held.view(-1)[-1] = 0 if bool(holder.held.view(-1)[-1]) else 1
     assert checksums(holder) != before
     assert checksums(nn.Module()) == []
+
+
+def test_a_key_that_peft_does_not_know_is_told(tmp_path: Path) -> None:
+    """What a later PEFT may compute otherwise is named, and which version of what wrote the file is not."""
+    folder = Path(trained(model(False), tmp_path))
+    written = json.loads((folder / "adapter_config.json").read_text())
+    more = {"unsloth_version": "2026.1", "use_something": True, "base_model_name_or_path": "unsloth/none-bnb-4bit"}
+    for unknown, count in ((more, 1), ({"unsloth_version": "2026.1"}, 0)):
+        (folder / "adapter_config.json").write_text(json.dumps(written | unknown))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            adapter_config(str(folder))
+        told = [str(one.message) for one in caught]
+        assert len(told) == count
+        assert all("says use_something, which this PEFT" in one for one in told)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def test_the_lowest_are_left_out(drop: float, left: list[int]) -> None:
     assert chosen.budget == len(left)
     gone = [value for number, value in enumerate(values) if number not in left]
     assert chosen.dropped is not None
-    assert (chosen.dropped.rows, chosen.dropped.harmful) == (len(gone), sum(value < 0 for value in gone))
+    assert (chosen.dropped.scores, chosen.dropped.harmful) == (sorted(gone), sum(value < 0 for value in gone))
     assert (chosen.dropped.warning is not None) == any(value > 0 for value in gone)
 
 
@@ -76,7 +77,9 @@ def test_a_recipe_says_one_of_both() -> None:
 
 
 def test_on_the_command_line(tiny: World, tmp_path: Path) -> None:
-    """The controls choose as many; the count of harmful rows is in the summary, on the page and on the terminal."""
+    """The controls choose as many; the harmful rows are counted in the summary, on the page and on the terminal, which
+    shows those that are dropped, and a file has them. A choice that drops none takes the file away.
+    """
     run = tiny("select", tmp_path / "run", "--drop", "25%", "--json").succeeded()
     own, *controls = run.json["selections"]
     scores = dict(zip(own["ids"], own["scores"], strict=True))
@@ -86,9 +89,16 @@ def test_on_the_command_line(tiny: World, tmp_path: Path) -> None:
     shown = tiny("select", tmp_path / "run", "--drop", "25%").succeeded().out
     said = f"the 6 lowest are left out: {own['dropped']['harmful']} with a score below 0"
     assert said in " ".join(shown.split())
+    lines = (tmp_path / "run" / "dropped.jsonl").read_text().splitlines()
+    gone = [json.loads(line)["gradsift_id"] for line in lines]
+    assert gone == own["dropped"]["ids"]
+    assert all(id_ in shown for id_ in gone)
+    assert not any(id_ in shown for id_ in scores)
     page = (tmp_path / "run" / "report.html").read_text()
     assert f"T{said[1:]}" in page
     assert "lowest first" in page
+    assert "dropped.jsonl" not in tiny("select", tmp_path / "run").succeeded().out
+    assert not (tmp_path / "run" / "dropped.jsonl").exists()
     refused = tiny("select", tmp_path / "other", "--drop", "25%", "--estimator", "bm25")
     assert refused.code == 2
     assert "scores of BM25 tell none" in refused.err

@@ -1,4 +1,4 @@
-"""What docs/hand-over.md says of selected.jsonl is true of its rows, and of what loads them."""
+"""What docs/your-own-training.md says of selected.jsonl is true of its rows, and of what loads them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ import yaml
 import gradsift as gs
 from tiny_world import World, pool_rows
 
-PAGE = (Path(__file__).parents[2] / "docs" / "hand-over.md").read_text(encoding="utf-8")
+PAGE = (
+    (Path(__file__).parents[2] / "docs" / "your-own-training.md")
+    .read_text(encoding="utf-8")
+    .partition("elsewhere\n")[2]
+)
 
 
 def block(language: str) -> str:
@@ -84,6 +88,6 @@ def test_trl(chosen: tuple[str, Path], tiny: World, monkeypatch: pytest.MonkeyPa
     _, folder = chosen
     monkeypatch.chdir(folder)
     names: dict[str, Any] = {"model": tiny.model}
-    exec(block("python").replace("assistant_only_loss=True", "use_cpu=True, bf16=False, report_to=[]"), names)
+    exec(block("py").replace("assistant_only_loss=True", "use_cpu=True, bf16=False, report_to=[]"), names)
     assert len(names["trainer"].train_dataset) == 5
     assert {"input_ids", "labels"} <= set(next(iter(names["trainer"].get_train_dataloader())))

@@ -273,7 +273,7 @@ def test_planted_answers_are_others(tiny: World, tmp_path: Path) -> None:
     rows = planted(recipe, "mislabel:50%", gs.Reporter(quiet=True))
     changed = [one for one in rows if one.row["planted"] == "yes"]
     assert len(rows) == 24
-    assert 8 <= len(changed) <= 12
+    assert len(changed) == 12
     answers = {row["messages"][-1]["content"] for row in before.values()}
     for one in rows:
         own = before[one.id]
@@ -285,6 +285,16 @@ def test_planted_answers_are_others(tiny: World, tmp_path: Path) -> None:
         planted(recipe, "typos:5%", gs.Reporter(quiet=True))
     with pytest.raises(ConfigError, match="at least two"):
         planted(recipe, "mislabel:1%", gs.Reporter(quiet=True))
+
+
+def test_as_many_labels_are_planted_as_asked_for(tmp_path: Path) -> None:
+    """Although two labels are shared by all rows, three quarters of which have the same."""
+    rows = [{"text": f"row {n}", "label": ("good", "good", "good", "bad")[n % 4]} for n in range(24)]
+    columns = {"prompt": "text", "completion": "label"}
+    recipe = Recipe(model="m", pool=write_rows(tmp_path / "p.jsonl", rows), out="o", columns=columns)
+    found = planted(recipe, "mislabel:8", gs.Reporter(quiet=True))
+    changed = [one.messages[-1]["content"] != row["label"] for one, row in zip(found, rows, strict=True)]
+    assert sum(changed) == 8
 
 
 def said(role: str, content: str | None, **more: Any) -> dict[str, Any]:

@@ -29,7 +29,8 @@ def rows(count: int = 16) -> list[dict[str, Any]]:
 
 def test_the_page(tiny: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its fifteen lines train with SFTTrainer, choose by the recorded checkpoints, and go back through its steps."""
-    (code,) = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    told = PAGE.read_text(encoding="utf-8").partition("## Record a training\n")[2].partition("\n## ")[0]
+    (code,) = re.findall(r"^```py\n(.*?)^```$", told, re.MULTILINE | re.DOTALL)
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "pool.jsonl", rows())
     write_rows(tmp_path / "target.jsonl", target_rows(3))

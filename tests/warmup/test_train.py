@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import warnings
 from pathlib import Path
@@ -59,7 +60,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
         vocab_size=VOCABULARY,
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=4,
         num_key_value_heads=2,
         initializer_range=0.3,
@@ -302,7 +303,7 @@ def test_an_altered_epoch_is_trained_again(
     """A file of a finished epoch that is cut off or differs in one bit is found, said, and made again; what it was
     is not believed."""
     data = make_data(run, 30)
-    train(run, data, data.ids, LONGER, model=llama)
+    shutil.copytree(Path(undisturbed[0].adapter).parents[1], run.path("checkpoints"))
     (file,) = run.path("checkpoints").glob(f"*/epoch-2/{name}")
     file.write_bytes(ALTERED[damage](file.read_bytes()))
     second = Listening()
@@ -489,6 +490,18 @@ def test_a_training_that_teaches_nothing_says_so(run: Run, llama: str) -> None:
         data = make_data(run, 8)
         train(run, data, data.ids, settings, model=llama, reporter=reporter)
         assert any("--preset small" in said for said in reporter.warned) == warned
+
+
+def test_a_second_warm_up_says_by_what_it_is_another(run: Run, llama: str) -> None:
+    """An option of the first command that is left out in the second costs a training: it is named. Seeds are meant."""
+    data, said = make_data(run, 10), []
+    small = {**SMALL.model_dump(), "epochs": 1}
+    for changed, seed in (({}, 0), ({"rank": 3}, 0), ({}, 1)):
+        reporter = Listening()
+        warm_up(run, data, Warmup(**small | changed), model=llama, seed=seed, reporter=reporter)
+        said.append([line for line in reporter.said if "the run folder has" in line])
+    own = f"training.rank is {SMALL.rank}, wanted 3"
+    assert said == [[], [f"warm-up: another one than the run folder has, whose {own}"], []]
 
 
 def test_presets_are_the_papers() -> None:

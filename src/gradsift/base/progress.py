@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -35,6 +35,9 @@ def visible(text: str) -> str:
     \\x1b[2J gone
     """
     return text.translate(_SHOWN)
+
+
+Thing = TypeVar("Thing")
 
 
 class Advance(Protocol):
@@ -91,6 +94,15 @@ class Reporter:
                 yield lambda units=1: bar.advance(task, units)
         else:
             yield from self._lines(what, total, unit)
+
+    def counted(self, what: str, things: Iterable[Thing], unit: str = "rows") -> Iterator[Thing]:
+        """The same things, of which nobody knows how many there are: a line every 15 s says how many it were so far."""
+        start = last = time.monotonic()
+        for number, thing in enumerate(things):
+            if number % 256 == 0 and (now := time.monotonic()) - last >= 15:
+                last = now
+                self.say(f"{what}: {number:,} {unit}, {now - start:.0f} s")
+            yield thing
 
     def _lines(self, what: str, total: float, unit: str) -> Iterator[Advance]:
         start = last = time.monotonic()

@@ -34,8 +34,9 @@ def bootstrap(
     Returns:
         `[statistic]` of all units, and `[draw statistic]`.
     """
-    resampled = np.random.default_rng(seed).integers(count, size=(draws, count))
-    return statistic(np.arange(count)), np.stack([statistic(rows) for rows in resampled])
+    generator = np.random.default_rng(seed)
+    drawn = [statistic(generator.integers(count, size=count)) for _ in range(draws)]
+    return statistic(np.arange(count)), np.stack(drawn)
 
 
 def bootstrap_groups(

@@ -102,15 +102,9 @@ class CellTask:
             timed.amounts["examples"] = float(len(ids) * training.epochs)
             timed.amounts["tokens"] = float(tokens * training.epochs)
             return train_on(
-                grid.pool,
-                ids if own is None else own,
-                training,
-                seed=cell.seed,
-                keep=job.keep,
-                best_by=job.best_by,
-                full=job.full_training,
-                what=str(cell.key),
-            )
+                grid.pool, ids if own is None else own, training, seed=cell.seed, keep=job.keep, best_by=job.best_by,
+                full=job.full_training, what=str(cell.key),
+            )  # fmt: skip
 
     def _evaluated(self, model: Trained | None) -> Evaluation:
         """What the metrics find; None is the model before training."""

@@ -34,11 +34,8 @@ Rows = Mapping[Key, NDArray[np.int64]]
 
 
 def chosen_blocks(grid: Grid, choices: Mapping[Key, Sequence[str]]) -> tuple[dict[str, list[Block]], list[str]]:
-    """What was chosen, by heading of the page, and why there is no map if there is none.
-
-    Args:
-        grid: of the comparison.
-        choices: ids of those that were made, also where the training that followed failed.
+    """What was chosen, by heading of the page, and why there is no map if there is none; `choices` are those that were
+    made, also where the training that followed failed.
     """
     data = grid.pool.data
     counted = Counted(data, grid.recipe.group_by)
@@ -48,8 +45,7 @@ def chosen_blocks(grid: Grid, choices: Mapping[Key, Sequence[str]]) -> tuple[dic
         for one in grid.contenders
         if one.data is not None
     }
-    sources: list[Block] = []
-    lengths: list[Block] = []
+    sources, lengths = list[Block](), list[Block]()
     for budget in grid.budgets:
         own: list[tuple[int, str, Counted, NDArray[np.int64]]] = []  # all seeds added up
         for number, one in enumerate(grid.contenders):
@@ -172,12 +168,10 @@ def _map(grid: Grid, sets: Rows, counted: Counted) -> tuple[list[Block], list[st
         return [], [f"no map of embeddings: {error}"]
     place = {row: number for number, row in enumerate(rows)}
     examples = []
-    for row in rows:
-        id_, own = pool.data.ids[row], conversations[place[row]]
-        source = counted.source(row)
+    for row, own in zip(rows, conversations, strict=True):
         length = (("tokens", f"{int(counted.lengths[row]):,}"),)
-        columns = {counted.column: source} if source else {}
-        examples.append(Example(id_, facts=length, columns=columns, note=excerpt(own)))
+        columns = {counted.column: source} if (source := counted.source(row)) else {}
+        examples.append(Example(pool.data.ids[row], facts=length, columns=columns, note=excerpt(own)))
     views = [
         choice_view(number, one, budget, sets, place)
         for number, one in enumerate(grid.contenders)
@@ -190,16 +184,8 @@ def _map(grid: Grid, sets: Rows, counted: Counted) -> tuple[list[Block], list[st
         + (f" The map shows {len(rows):,} of {len(pool.data):,} examples." if len(rows) < len(pool.data) else "")
     )
     space = Space("Texts", "near = they say alike (sentence embeddings)", tuple(layout(found)))
-    drawn = Map(
-        tuple(examples),
-        (space,),
-        tuple(views),
-        "examples on the map that were not chosen",
-        folded=True,
-        legend=legend,
-        note=note,
-    )
-    return [drawn], []
+    title = "examples on the map that were not chosen"
+    return [Map(tuple(examples), (space,), tuple(views), title, folded=True, legend=legend, note=note)], []
 
 
 def _of_arm(sets: Rows, arm: Contender, budget: int) -> list[NDArray[np.int64]]:
@@ -208,15 +194,7 @@ def _of_arm(sets: Rows, arm: Contender, budget: int) -> list[NDArray[np.int64]]:
 
 
 def choice_view(number: int, contender: Contender, budget: int, sets: Rows, place: Mapping[int, int]) -> View:
-    """What one arm chose under a budget, on the map.
-
-    Args:
-        number: of the arm.
-        contender: the arm.
-        budget: examples.
-        sets: what arms chose.
-        place: row -> point of the map.
-    """
+    """What an arm, of this number, chose under a budget, on the map: row → point of the map."""
     seeds = _of_arm(sets, contender, budget)
     times = Counter(row for rows in seeds for row in rows.tolist() if row in place)
     picks = sorted(place[row] for row in times)
@@ -234,13 +212,7 @@ def choice_view(number: int, contender: Contender, budget: int, sets: Rows, plac
 
 
 def score_ends_of(grid: Grid, scores: Scores, note: str = "") -> tuple[Block, ...]:
-    """The examples that an estimator scores highest and lowest; none for chance, whose order says nothing.
-
-    Args:
-        grid: of the comparison.
-        scores: of that estimator.
-        note: on the scores, beside their own warnings.
-    """
+    """The examples that an estimator scores highest and lowest; none for chance, whose order says nothing."""
     if scores.method.by_chance:
         return ()
     highest, lowest = score_ends(scores, grid.pool.data, known=known_columns(grid.recipe.columns), brief=True)

@@ -77,13 +77,7 @@ class StageClock:
 
     @contextmanager
     def timed(self, stage: str, arm: str | None, identity: dict[str, Any]) -> Iterator[Stage]:
-        """Add up what a stage takes, over interruptions, until it is done.
-
-        Args:
-            stage: one of `STAGES`.
-            arm: whom it is for.
-            identity: what the work depends on: equal work is timed once.
-        """
+        """Add up what a stage takes, over interruptions, until it is done; work of equal identity is timed once."""
         work = {"stage": stage, **self._common, **identity, **revisions(*REVISIONS)}
         key = f"{self._run.prefix('times', work).rstrip('/')}.json"
         earlier = read_if_whole(self._run.storage, key, _Times) or {}  # a time alone is not worth ending anything

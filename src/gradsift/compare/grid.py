@@ -174,18 +174,9 @@ def open_grid(recipe: Recipe, job: Compare, reporter: Reporter) -> Grid:
     budgets = _counts(job.budgets or (recipe.budget,), len(available))
     for drop in {one.drop for one in found if one.drop is not None}:
         kept_count(drop, len(available))
-    datasets = {
-        one.name: prepared_like(
-            pool,
-            one.data,
-            what=one.name,
-            columns=one.columns,
-            keep_duplicates=recipe.keep_duplicates,
-            reporter=reporter,
-        )
-        for one in found
-        if one.data is not None
-    }
+    how: dict[str, Any] = {"keep_duplicates": recipe.keep_duplicates, "reporter": reporter}
+    ready = [one for one in found if one.data is not None]
+    datasets = {one.name: prepared_like(pool, one.data, what=one.name, columns=one.columns, **how) for one in ready}
     account = Result(recipe, pool, "", target).account
     write_skipped(pool.run, sum((data.account for data in datasets.values()), account))
     for name, data in datasets.items():
@@ -216,11 +207,10 @@ def open_grid(recipe: Recipe, job: Compare, reporter: Reporter) -> Grid:
         warnings += _leaks(pool, None, curve[0])
     if job.embedding not in (None, embeddings.DEFAULT):
         embeddings.embed(["is it there?"], job.embedding)
-    for warning in dict.fromkeys(warnings):
+    said = tuple(dict.fromkeys(warnings))
+    for warning in said:
         reporter.warn(warning)
-    return Grid(
-        recipe, job, pool, target, found, budgets, datasets, available, tuple(dict.fromkeys(warnings)), curve
-    )  # fmt: skip
+    return Grid(recipe, job, pool, target, found, budgets, datasets, available, said, curve)
 
 
 class RestOfTarget(list[dict[str, Any]]):
@@ -230,11 +220,7 @@ class RestOfTarget(list[dict[str, Any]]):
 
 
 def _on_the_rest(job: Compare, recipe: Recipe, target: Target | None) -> Compare:
-    """With the rows themselves where what is measured on is the rest of the target.
-
-    Raises:
-        ConfigError: there is no target, or no sample of it, which leaves nothing.
-    """
+    """With the rows themselves where what is measured on is the rest of the target."""
 
     def is_meant(one: Any) -> bool:
         return isinstance(data := getattr(one, "data", None), str) and data == REST_OF_TARGET
@@ -314,11 +300,7 @@ def _counts(budgets: Sequence[float], available: int) -> tuple[int, ...]:
 def _with_opponent(
     metric: Any, job: Compare, found: Sequence[Contender], budgets: Sequence[int], available: Sequence[str]
 ) -> Any:
-    """The metric with the budget of the arm that it compares with as a number of examples.
-
-    Raises:
-        ConfigError: there is no such arm or budget, or its models are no adapters.
-    """
+    """The metric with the budget of the arm that it compares with as a number of examples."""
     if not isinstance(metric, PairwiseMetric) or metric.opponent is None:
         return metric
     other = next((one for one in found if one.name == metric.opponent), None)
@@ -342,11 +324,7 @@ def _with_opponent(
 
 
 def _check_origin(name: str, data: Dataset, pool: Pool) -> None:
-    """Refuse what gradsift chose from another pool: that is no choice of this one.
-
-    Raises:
-        MismatchError: some rows are of another pool.
-    """
+    """Refuse what gradsift chose from another pool: that is no choice of this one."""
     chosen = np.array(["gradsift_id" in row for row in data.rows()])
     places = np.flatnonzero(chosen & (pool.training.hashes.positions(data.hashes) < 0))
     foreign = data.ids.take(places)
@@ -364,16 +342,12 @@ def _leaks(pool: Pool, target: Target | None, metric: Any) -> list[str]:
         return []
     loaded = load_examples(metric.data, columns=metric.columns, what="evaluation data", require_answer=False)
     tested = {own for _, own in hashed(loaded.examples)}
-    found = []
-    if same := sum(own in tested for own in pool.data.hashes):
-        found.append(
-            f"{metric.label}: {same} pool rows are in that data, and whoever chooses them has an advantage that is "
-            "none: take them out of the pool"
-        )
     chosen_by = [] if target is None else target.data.hashes
-    if same := sum(own in tested for own in chosen_by):
-        found.append(
-            f"{metric.label}: {same} of the target's {len(chosen_by)} rows are in that data, so that it measures "
-            "what was chosen by: use other examples"
-        )
-    return found
+    said = {
+        "pool rows are in that data, and whoever chooses them has an advantage that is none: take them out of the pool":
+            pool.data.hashes,
+        f"of the target's {len(chosen_by)} rows are in that data, so that it measures what was chosen by: use other "
+        "examples": chosen_by,
+    }  # fmt: skip
+    counts = ((words, sum(own in tested for own in hashes)) for words, hashes in said.items())
+    return [f"{metric.label}: {same} {words}" for words, same in counts if same]

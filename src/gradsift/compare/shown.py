@@ -30,6 +30,7 @@ from gradsift.report.blocks import (
     Table,
     Text,
     columns,
+    measured,
 )
 from gradsift.report.blocks import Row as Cells
 from gradsift.report.charts import colour
@@ -126,8 +127,10 @@ class Shown:
             means = [rows[arm].mean.mean if arm in rows else None for arm in arms]
             written = [text.written(mean, layout) for mean in means]
             best = text.best_of(means, written, higher=self.figures[key].higher_is_better)
-            columns.append([_mean(rows.get(arm), written[n], layout, n in best) for n, arm in enumerate(arms)])
-            seeds.append([_by_seed(rows.get(arm), layout) for arm in arms])
+            spreads = [rows[arm].mean.spread if arm in rows else None for arm in arms]
+            columns.append([measured(written[n], spreads[n], layout, n in best) for n in range(len(arms))])
+            each = ([one for _, one in sorted(rows[arm].by_seed.items())] if arm in rows else [] for arm in arms)
+            seeds.append([", ".join(text.written(value, layout) for value in own) for own in each])
         lines = []
         for n, arm in enumerate(arms):
             size = self.size.get(arm)
@@ -190,17 +193,10 @@ class Shown:
         what = "cell or figure" if len(failures) == 1 else "cells or figures"
         said = f"{len(failures):,} {what} came to nothing; means are over the seeds that ended well. The same command "
         rows = [
-            Cells(
-                (
-                    f.arm,
-                    f"{f.budget:,}",
-                    str(f.seed),
-                    f"{f.stage} ({f.metric})" if f.metric else f.stage,
-                    text.shorten(f.error, 600),
-                )
-            )
+            Cells((f.arm, f"{f.budget:,}", str(f.seed), f"{f.stage} ({f.metric})" if f.metric else f.stage,
+                   text.shorten(f.error, 600)))
             for f in failures[:MOST_FAILURES]
-        ]
+        ]  # fmt: skip
         heads = columns("method", "#examples", "#seed", "stage")
         blocks: list[Block] = [Text(f"{said}tries them again."), Table((*heads, Column("detail")), tuple(rows))]
         if len(failures) > MOST_FAILURES:
@@ -292,7 +288,8 @@ class Shown:
         if not found:
             return []
         losses, rewards = (
-            [_numbers(values) for values in each] for each in ([c.loss for c in found], [c.reward for c in found])
+            [[math.nan if value is None else value for value in getattr(curve, name)] for curve in found]
+            for name in ("loss", "reward")
         )
         charts = []
         for name, note, values, pick in (
@@ -314,11 +311,10 @@ class Shown:
             ]
             if mine:
                 given_up.append(sum(lost) / len(lost) if lost else None)
-                steps = [
+                rows.append((arm, [
                     ", ".join(_step(found[n], at) for n, at in zip(mine, places, strict=True))
                     for places in (lows, highs)
-                ]
-                rows.append((arm, steps))
+                ]))  # fmt: skip
         heads = [Column("method"), Column("lowest loss", "step, by seed", numeric=True)]
         if rewarded:
             heads.append(Column(f"highest {self.reward}", "step, by seed", numeric=True))
@@ -347,19 +343,13 @@ class Shown:
         for found in self.result.overlaps:
             if found.budget != budget or not found.arms:
                 continue
-            rows = [
-                Cells(
-                    (
-                        f"{self.series(arm) + 1}. {arm}",
-                        *(
-                            Cell(text.written(value, ".2f"), shade=value, tag="own" if other == arm else "")
-                            for other, value in zip(found.arms, row, strict=True)
-                        ),
-                    ),
-                    self.series(arm),
+            rows = []
+            for arm, row in zip(found.arms, found.jaccard, strict=True):
+                cells = (
+                    Cell(text.written(value, ".2f"), shade=value, tag="own" if other == arm else "")
+                    for other, value in zip(found.arms, row, strict=True)
                 )
-                for arm, row in zip(found.arms, found.jaccard, strict=True)
-            ]
+                rows.append(Cells((f"{self.series(arm) + 1}. {arm}", *cells), self.series(arm)))
             heads = (Column(""), *(Column(f"{self.series(arm) + 1}", series=self.series(arm)) for arm in found.arms))
             blocks.append(Table(heads, tuple(rows), _examples(budget), style="matrix"))
             chance = text.written(found.chance, ".2f" if found.chance >= 0.01 else ".3f")
@@ -417,18 +407,7 @@ def comparison_page(
     reward: str = "reward",
     created: str = "",
 ) -> Page:
-    """The page of a comparison.
-
-    Args:
-        result: what it came to.
-        chosen: what was chosen, from `gradsift.compare.chosen`: blocks by heading.
-        ends: the highest and lowest scores of each arm that has any.
-        facts, repeat: what was run, and how to do it again.
-        summary: sentences at the top.
-        warnings: what a reader should know.
-        reward: what the curves' reward is.
-        created: when, as a text.
-    """
+    """The page of a comparison, with what was chosen by heading, and the ends of each arm's ranking."""
     shown = Shown(result, reward)
     measured = shown.by_budget(shown.results)
     reading: dict[str, str] = {}
@@ -538,26 +517,12 @@ def comparison_page(
     )
 
 
-def _mean(row: Row | None, written: str, layout: str, best: bool) -> Entry:
-    spread = None if row is None else row.mean.spread
-    note = "" if spread is None else f"±\u202f{text.written(spread, layout)}"
-    return Cell(written, note, "best" if best else "", tone="best" if best else "") if best or note else written
-
-
-def _by_seed(row: Row | None, layout: str) -> str:
-    return ", ".join(text.written(value, layout) for _, value in sorted(row.by_seed.items())) if row else ""
-
-
 def _spot(x: float, row: Row) -> Point:
     return Point(float(x), row.mean.mean, row.mean.spread or 0.0)
 
 
 def _examples(count: int) -> str:
     return f"{count:,} example{'s' * (count != 1)}"
-
-
-def _numbers(values: Sequence[float | None]) -> list[float]:
-    return [math.nan if value is None else value for value in values]
 
 
 def _place(values: Sequence[float], pick: Callable[..., int]) -> int | None:

@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 
 from gradsift.base.errors import ConfigError
 from gradsift.base.ranks import jaccard
+from gradsift.base.resampling import bootstrap, estimate_of
 
 _Key = TypeVar("_Key", bound=Hashable)
 Interval = Literal["t", "bootstrap"]
 
 _DRAWS = 10_000  # bootstrap resamples: the ends of a 95 % interval then vary by about 1 % of its width
-_DRAWN_AT_ONCE = 4_000_000  # entries of a block of resamples, 32 MB
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +64,8 @@ def paired_difference(
     reference: Mapping[_Key, float],
     *,
     interval: Interval = "t",
-    confidence: float = 0.95,
-    seed: int = 0,
 ) -> Difference | None:
-    """How much higher `values` are than `reference`, pair by pair; None where they share no key.
+    """How much higher `values` are than `reference`, pair by pair, with a 95 % interval; None where they share no key.
 
     Pairing takes out what both share, such as the seed's warm-up or an item's difficulty. Keys of one side alone are
     left out.
@@ -81,19 +79,15 @@ def paired_difference(
         values: by seed, or by item.
         reference: the same, of the method to compare with (random).
         interval: see above.
-        confidence: of the interval.
-        seed: of the bootstrap.
 
     Raises:
-        ConfigError: NaN or infinity, or a confidence outside (0, 1).
+        ConfigError: NaN or infinity.
 
     Example:
         >>> found = paired_difference({0: 3.0, 1: 5.0}, {0: 1.0, 1: 2.0})
         >>> found.mean, found.count
         (2.5, 2)
     """
-    if not 0 < confidence < 1:
-        raise ConfigError(f"the confidence is {confidence}: expected a number between 0 and 1, such as 0.95")
     shared = [key for key in values if key in reference]
     if not shared:
         return None
@@ -104,11 +98,13 @@ def paired_difference(
     if count == 1:
         return Difference(mean, None, None, 1)
     if interval == "t":
-        half = _t_quantile((1 + confidence) / 2, count - 1) * float(differences.std(ddof=1)) / math.sqrt(count)
+        from scipy.special import stdtrit  # half a second to import
+
+        half = float(stdtrit(count - 1, 0.975)) * float(differences.std(ddof=1)) / math.sqrt(count)
         return Difference(mean, mean - half, mean + half, count)
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(_resampled_means(differences, seed), [tail, 1 - tail]).tolist()
-    return Difference(mean, low, high, count)
+    _, drawn = bootstrap(lambda rows: differences[rows].mean(), count, _DRAWS)
+    found = estimate_of(mean, drawn, count)
+    return Difference(mean, found.low, found.high, count)
 
 
 def mean_jaccard(choices: Sequence[Mapping[int, Collection[Hashable]]]) -> list[list[float | None]]:
@@ -116,9 +112,6 @@ def mean_jaccard(choices: Sequence[Mapping[int, Collection[Hashable]]]) -> list[
 
     Off the diagonal, the mean of `jaccard` over the seeds that both methods have, each with its like; on it, over all
     pairs of different seeds. None where there is no such pair.
-
-    Args:
-        choices: of each method, by seed.
 
     Example:
         >>> mean_jaccard([{0: {"a", "b"}, 1: {"b", "c"}}, {0: {"a", "b"}}])
@@ -155,27 +148,9 @@ def chance_jaccard(first: int, second: int, pool: int) -> float:
 def _overlap(
     first: Mapping[int, Collection[Hashable]], second: Mapping[int, Collection[Hashable]], same: bool
 ) -> float | None:
-    if same:
-        pairs = list(combinations(first.values(), 2))
-    else:
-        pairs = [(first[seed], second[seed]) for seed in first if seed in second]
+    between = [(first[seed], second[seed]) for seed in first if seed in second]
+    pairs = list(combinations(first.values(), 2)) if same else between
     return sum(jaccard(a, b) for a, b in pairs) / len(pairs) if pairs else None
-
-
-def _resampled_means(differences: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
-    draw = np.random.default_rng(seed)
-    rows = max(1, _DRAWN_AT_ONCE // differences.size)
-    blocks = []
-    for start in range(0, _DRAWS, rows):
-        picked = draw.integers(differences.size, size=(min(rows, _DRAWS - start), differences.size))
-        blocks.append(differences[picked].mean(axis=1))
-    return np.concatenate(blocks)
-
-
-def _t_quantile(share: float, freedom: int) -> float:
-    from scipy.special import stdtrit  # half a second to import
-
-    return float(stdtrit(freedom, share))
 
 
 def _finite(values: Sequence[float], what: str) -> NDArray[np.float64]:

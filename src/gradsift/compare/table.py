@@ -161,7 +161,7 @@ class Comparison(Shown):
         return {
             "arms": [
                 {"name": c.name, "data": c.data, "drop": c.drop, "family": c.family or None, "setting": c.setting}
-                | {part: value and value.model_dump(mode="json") for part, value in _methods(c).items()}
+                | {part: (own := getattr(c, part)) and own.model_dump(mode="json") for part in _PARTS}
                 for c in self.contenders
             ],
             "seeds": list(self.seeds),
@@ -169,13 +169,12 @@ class Comparison(Shown):
             "variance": self.variance,
             "interval": self.interval,
             "reference": self.reference,
-            "rows": [asdict(row) for row in self.rows],
-            "cells": [_cell(cell) for cell in self.cells],
-            "failures": [asdict(failure) for failure in self.failures],
-            "overlaps": [asdict(overlap) for overlap in self.overlaps],
-            "costs": [asdict(cost) for cost in self.costs],
             "warnings": list(self.warnings),
-            "curves": [asdict(curve) for curve in self.curves],
+            "cells": [_cell(cell) for cell in self.cells],
+            **{
+                name: [asdict(one) for one in getattr(self, name)]
+                for name in ("rows", "failures", "overlaps", "costs", "curves")
+            },
         }
 
     def table(self) -> pa.Table:
@@ -192,6 +191,7 @@ class Comparison(Shown):
         return pa.Table.from_pylist(lines, schema=pa.schema(list(_COLUMNS.items())))
 
 
+_PARTS = ("estimator", "selection", "training")
 _COLUMNS = {
     "arm": pa.string(),
     **dict.fromkeys(("budget", "seed"), pa.int64()),
@@ -232,12 +232,8 @@ def tabulate(cells: Sequence[Cell], contenders: Sequence[Contender], reference: 
 
 
 def overlaps(cells: Sequence[Cell], contenders: Sequence[Contender], pool: int) -> list[ChoiceOverlap]:
-    """How much the arms' choices have in common, per budget; arms that choose nothing are left out.
-
-    Args:
-        cells: those there are.
-        contenders: in the order wanted.
-        pool: examples that could be chosen.
+    """How much the arms' choices have in common, per budget, of so many that could be chosen; arms that choose nothing
+    are left out.
     """
     names = [contender.name for contender in contenders if contender.sized]
     found = []
@@ -291,10 +287,6 @@ def _compared(row: Row, found: Mapping[int, Figure], control: Mapping[int, Figur
     if difference is None:
         return row
     return replace(row, difference=difference, over=over, reference_budget=budget)
-
-
-def _methods(contender: Contender) -> dict[str, Any]:
-    return {"estimator": contender.estimator, "selection": contender.selection, "training": contender.training}
 
 
 def _cell(cell: Cell) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal
@@ -94,10 +94,22 @@ _WEIGHTS = ("weight", "sample_weight", "loss_weight")
 _LEARN_FLAGS = ("train", "training", "loss", "masked")
 _FLAGS = {*_LEARN_FLAGS, "weight"}
 _NUMBERS = (Real, Decimal, np.bool_)  # in tables and in memory, too
-FORMATS = (
-    "`messages` (role, content), `conversations` (from, value), `prompt` with `completion`, "
-    "`instruction` (with `input`) and `output`, or a plain `text`"
-)
+# By name: the columns that a row of a format has, and what is learned of it.
+FORMATS = {
+    "chat": ("`messages` (role, content)", "Assistant turns, each with its end; calls of tools and reasoning, too."),
+    "ShareGPT": ("`conversations` (from, value)", "The same."),
+    "dialogue": ("`conversations` of texts", "Every other text, from the second."),
+    "completion": ("`prompt` with `completion`", "The completion."),
+    "Alpaca": ("`instruction` (with `input`) and `output`", "The output, and the answers of `history`."),
+    "preferences": ("`chosen` and `rejected`", "What --objective says of the pair."),
+    "rewards": ("`prompt` with `completions` and `rewards`", "What NICE makes of them, with --reward stored."),
+    "text": ("a plain `text`", "Every token but the first, and the end of sequence."),
+}
+WANTED = "{}, or {}".format(", ".join(columns for columns, _ in [*FORMATS.values()][:-1]), FORMATS["text"][0])
+# Usual names of what is asked and of what is answered, for advice on columns that are not recognised. Beside a plain
+# text the latter are what a trainer of answers would learn.
+_ASKED = ("prompt", "question", "query", "instruction", "input", "problem", "sentence", TEXT, "review", "document")
+_ANSWERED = ("completion", "answer", "answers", "response", "output", "solution", "label", "target", "summary")
 _PLACE = re.compile(r"\{([^{}]+)\}")
 
 
@@ -428,10 +440,15 @@ def _given_calls(turn: Mapping[str, Any]) -> Any:
 
 
 def _alpaca(row: Mapping[str, Any], columns: Columns, require_answer: bool) -> list[Any]:
-    instruction = _need(row, columns.instruction or "instruction")
-    extra = column_value(row, columns.input or "input")
     output = columns.output or "output"
-    answer = _need(row, output) if require_answer else column_value(row, output)
+    instruction, extra, answer = map(
+        _as_in_csv,
+        (
+            _need(row, columns.instruction or "instruction"),
+            column_value(row, columns.input or "input"),
+            _need(row, output) if require_answer else column_value(row, output),
+        ),
+    )
     if not isinstance(instruction, str) or not isinstance(extra, str | None):
         raise BadRowError(
             "bad_content", f"instruction and input must be text, found {kind_of(instruction)}, {kind_of(extra)}"
@@ -484,13 +501,33 @@ def column_value(row: Mapping[str, Any], column: str) -> Any:
     return value
 
 
+def advised(columns: Iterable[str]) -> str:
+    """What `--columns` would say of these where their names look like a conversation, or a prompt and an answer.
+
+    >>> advised(["id", "question", "answer"])
+    'prompt=question,completion=answer'
+    """
+    there = [str(name) for name in columns]
+    for name in ("messages", "conversations"):
+        if name in there:
+            return f"messages={name}"
+    asked, answered = (next((name for name in usual if name in there), None) for usual in (_ASKED, _ANSWERED))
+    return f"prompt={asked},completion={answered}" if asked and answered else ""
+
+
 def _missing(row: Mapping[str, Any], wanted: list[str] | None) -> BadRowError:
     found = ", ".join(f"{name} (empty)" if value is None else str(name) for name, value in list(row.items())[:20])
-    wish = FORMATS if wanted is None else " and ".join(f"column {name!r}" for name in wanted)
+    wish = WANTED if wanted is None else " and ".join(f"column {name!r}" for name in wanted)
     return BadRowError("missing_columns", f"wanted {wish}; found {found or 'no columns'}")
 
 
+def _as_in_csv(value: Any) -> Any:
+    """A whole number as text, which every cell of a csv file is; any other value as it is."""
+    return str(value) if type(value) is int else value
+
+
 def _text_or_turns(value: Any, role: str) -> list[Any]:
+    value = _as_in_csv(value)
     if isinstance(value, Mapping) and _speaker(value) is not None:
         return [value]
     return _turn_list(value, role) if isinstance(value, list | tuple) else [{"role": role, "content": value}]
@@ -801,7 +838,13 @@ def _unused_fields(turns: list[Any], messages: list[Message]) -> Iterator[Unused
 
 
 def _unused_columns(row: Mapping[str, Any], columns: Columns, messages: list[Message]) -> Iterator[Unused]:
+    answers = _ANSWERED if columns.text is None and messages[0]["role"] == TEXT else ()
     for name in row:
+        if name in answers and name not in columns.named and _is_something(row[name]):
+            both = f"--columns prompt={TEXT},completion={name} learns both"
+            detail = f"column {name} is not used, a plain text is learned alone: {both}"
+            yield Unused("column_not_used", detail, _not_used(name))
+            continue
         if name in _TRAINER_COLUMNS and name not in columns.named and _matters(name, row):
             detail = f"column {name} ({_TRAINER_COLUMNS[name]}) is not used: {_short(row[name])}"
             yield Unused("column_not_used", detail, _not_used(name))

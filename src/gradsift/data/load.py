@@ -15,7 +15,7 @@ from gradsift.base.errors import DataError, UnusableRowsError
 from gradsift.base.strings import FirstSeen
 from gradsift.base.types import Example, Skipped
 from gradsift.data.files import Row
-from gradsift.data.formats import FORMATS, Answer, BadRowError, read_conversation
+from gradsift.data.formats import WANTED, Answer, BadRowError, advised, read_conversation
 from gradsift.data.formats import Columns as Columns
 from gradsift.data.overlap import content_hash
 from gradsift.data.sources import kind_of, read_rows
@@ -244,11 +244,18 @@ def _nothing_usable(
     name = name or "the rows in memory"
     beside = f" Not read: {unread[0].id}, {unread[0].detail}." if unread else ""
     if first is None:
-        return f"{what}: {name} is empty: no rows found; wanted rows with {FORMATS}.{beside}"
+        return f"{what}: {name} is empty: no rows found; wanted rows with {WANTED}.{beside}"
     counts = ", ".join(f"{reason} {count:,}" for reason, count in skipped.most_common())
     found = ", ".join(columns) if columns else "none"
+    option = "--target-columns" if what == "target" else "--columns"
+    advice = "" if WANTED in first.detail else f" Wanted rows with {WANTED}."
+    if first.reason == "missing_columns" and advised(columns):
+        advice += f" Did you mean {option} {advised(columns)}?"
+    elif option not in first.detail:
+        advice += f" Name other columns with {option} prompt=NAME,completion=NAME."
+    else:
+        advice = ""
     return (
         f"{what}: none of the {skipped.total():,} rows of {name} can be used ({counts}). Columns found: {found}. "
-        f"First problem, {first.source}:{first.line}: {first.detail}. Wanted rows with {FORMATS}; "
-        f"name other columns with the `columns` option.{beside}"
+        f"First problem, {first.source}:{first.line}: {first.detail}.{advice}{beside}"
     )

@@ -71,7 +71,7 @@ def prepare(
     require_answer = answer is not None or chat.supervise != "all_tokens"
     reading = ExampleReader(source, columns=columns, what=what, require_answer=require_answer, answer=answer)
     with _Rows(str(run.folder) if run.folder.is_dir() else None) as rows:
-        rows.read(reading, chat, keep_duplicates=keep_duplicates)
+        rows.read(reporter.counted(f"reading the {what}", reading), chat, keep_duplicates=keep_duplicates)
         config = {"content": rows.content, "skipped": rows.left_out, "template": chat.fingerprint}
         told = {"description": reading.description, "announcement": chat.announcement, "settings": chat.settings}
         if check is not None:

@@ -10,6 +10,7 @@ from gradsift.base.progress import Reporter, silent
 from gradsift.context import Pool
 from gradsift.data.prepare import prepare
 from gradsift.demo.model import demo_model
+from gradsift.evaluation.fine_tune import train_on
 from gradsift.evaluation.loss import held_out_loss
 from gradsift.gradients.collect import Gradients
 from gradsift.influence.bm25 import BM25
@@ -23,7 +24,7 @@ from gradsift.report.terminal import console
 from gradsift.selection.select import Selection
 from gradsift.store.run import Run
 from gradsift.warmup.checkpoint import Checkpoint
-from gradsift.warmup.train import Training, Warmup, train
+from gradsift.warmup.train import Training, Warmup
 
 _SKILL = "arithmetic"
 _WARMUP = Warmup.preset("small")
@@ -37,11 +38,6 @@ def run_demo(out: str = "runs/demo", *, model: str | None = None, reporter: Repo
 
     The pool has seven skills and 24 planted mistakes; the columns that say so are never seen by a method. Everything
     is kept in `out`, so that a second call is quick and an interrupted one goes on.
-
-    Args:
-        out: the run folder.
-        model: another model than the demo's own.
-        reporter: where progress goes.
     """
     reporter = reporter or silent()
     start = time.monotonic()
@@ -97,24 +93,16 @@ def _fine_tune(result: Result, held_out: Path, reporter: Reporter) -> None:
     result.outcomes = [Outcome("before fine-tuning", {"held-out loss": before.mean})]
     for chosen in (result.selections[0], result.selections[-1]):
         name = chosen.estimator
-        checkpoint = train(
-            pool.run,
-            pool.data,
-            chosen.ids,
-            _FINE_TUNE,
-            model=pool.model,
-            dtype=pool.dtype,
-            device=pool.device,
-            what=f"fine-tuning on the choice of {name}",
-            reporter=reporter,
-        )[-1]
-        after = held_out_loss(pool, data, checkpoint, what=f"held-out loss, {name}")
+        trained = train_on(pool, chosen, _FINE_TUNE, what=f"fine-tuning on the choice of {name}")
+        after = held_out_loss(pool, data, trained.checkpoint, what=f"held-out loss, {name}")
         values = {**_shares(pool, chosen), "held-out loss": after.mean}
         result.outcomes.append(Outcome(f"24 chosen by {name}", values))
+    pairs = list(zip(pool.data.column("skill"), pool.data.column("quality"), strict=True))
+    bad_within_skill = pairs.count((_SKILL, "bad")) / sum(skill == _SKILL for skill, _ in pairs)
     result.outcome_notes = [
         f"{_SKILL}: share of the target's skill among the chosen (pool: {_share(pool, 'skill', _SKILL):.0%}). "
         f"planted mistakes: share of rows with a wrong answer (pool: {_share(pool, 'quality', 'bad'):.0%}; among the "
-        f"pool's {_SKILL} rows: {_bad_within_skill(pool):.0%}). Held-out loss: nats per token on {len(data)} "
+        f"pool's {_SKILL} rows: {bad_within_skill:.0%}). Held-out loss: nats per token on {len(data)} "
         f"{_SKILL} examples that nothing was trained on or chosen by; lower is better.",
         "One seed and 24 examples: a demonstration, not evidence. Compare over seeds before you believe a difference.",
     ]
@@ -131,8 +119,3 @@ def _shares(pool: Pool, chosen: Selection) -> dict[str, float]:
 def _share(pool: Pool, column: str, value: str) -> float:
     values = pool.data.column(column)
     return values.count(value) / len(values)
-
-
-def _bad_within_skill(pool: Pool) -> float:
-    pairs = list(zip(pool.data.column("skill"), pool.data.column("quality"), strict=True))
-    return pairs.count((_SKILL, "bad")) / sum(skill == _SKILL for skill, _ in pairs)

@@ -51,12 +51,8 @@ def _each(value: Any, annotation: Any) -> list[Any]:
     if not isinstance(value, Mapping):
         return [value]
     there = models_in(annotation)
-    named = [
-        model
-        for model in there
-        if "kind" in model.model_fields and model.model_fields["kind"].default == value.get("kind")
-    ]
-    model = next(iter(named or (there if len(there) == 1 else [])), None)
+    kinds = {model.model_fields["kind"].default: model for model in there if "kind" in model.model_fields}
+    model = kinds.get(value.get("kind")) or (there[0] if len(there) == 1 else None)
     if model is None:
         return [value]
     choices = {}
@@ -86,10 +82,7 @@ def _training(value: Any) -> Any:
     return {**TRAINING_PRESETS[name].model_dump(), **fields}
 
 
-def _wants_data(metric: Mapping[str, Any]) -> bool:
-    """Whether a metric's settings lack the data that this kind is taken on."""
-    return metric.get("kind") in ("loss", "preferences", "reward", "pairwise") and "data" not in metric
-
+_ON_DATA = ("loss", "preferences", "reward", "pairwise")  # metrics that are taken on data of their own
 
 RewardSetting = Annotated[
     Reward, BeforeValidator(lambda given: {"kind": "function", "name": given} if isinstance(given, str) else given)
@@ -275,10 +268,8 @@ class Compare(Settings):
         metrics = values.get("metrics") or ({"kind": "loss"},)
         if not isinstance(metrics, list | tuple):
             return values
-        filled = [
-            {**on_test, **metric} if isinstance(metric, Mapping) and _wants_data(metric) else metric
-            for metric in metrics
-        ]
+        lacking = [isinstance(one, Mapping) and one.get("kind") in _ON_DATA and "data" not in one for one in metrics]
+        filled = [{**on_test, **one} if lacks else one for one, lacks in zip(metrics, lacking, strict=True)]
         return {**values, "metrics": filled}
 
     @model_validator(mode="after")
@@ -347,11 +338,7 @@ class Contender:
 def contenders(
     arms: Sequence[Arm], estimator: Estimator, selection: Selector, drop: float | None = None
 ) -> list[Contender]:
-    """What a comparison compares, in the order given.
-
-    Args:
-        arms: those of `Compare`; without any, the usual ones.
-        estimator, selection, drop: the recipe's, for the usual ones.
+    """What a comparison compares, in the order given: its arms, or the usual ones by the recipe's methods.
 
     Raises:
         ConfigError: two have the same name.
@@ -383,11 +370,13 @@ def _of_arm(arm: Arm) -> list[Contender]:
         return [Contender(arm.name or source_name(arm.data), data=arm.data, columns=arm.columns)]
     pairs = list(product(arm.estimator, arm.selection))
     settings = [
-        {**_fields("estimator", estimator), **_fields("selection", selection)} for estimator, selection in pairs
+        _flat("estimator", one.model_dump(mode="json")) | _flat("selection", own.model_dump(mode="json"))
+        for one, own in pairs
     ]
     varied = _varied(settings)
     owns = [" ".join(f"{key.rpartition('.')[2]}={_short(values.get(key))}" for key in varied) for values in settings]
-    dropped = "" if arm.drop is None else f", {_said(arm.drop)} dropped"
+    drop = arm.drop or 0.0
+    dropped = f", {f'{100 * drop:.3g} %' if drop < 1 else f'{drop:g}'} dropped" if drop else ""
     firsts = [arm.name or _label(estimator) for estimator, _ in pairs]
     rests = ["" if arm.name else (f", {_label(own)}" if own != TopK() else "") + dropped for _, own in pairs]
     told = not arm.name and len(set(zip(firsts, rests, strict=True))) == len(pairs)  # by the methods' own labels
@@ -408,10 +397,6 @@ def _varied(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     return kinds or differing
 
 
-def _fields(part: str, method: Settings) -> dict[str, Any]:
-    return _flat(part, method.model_dump(mode="json"))
-
-
 def _flat(name: str, value: Any) -> dict[str, Any]:
     """A value by its name, or the fields of one by theirs."""
     if not isinstance(value, dict):
@@ -421,10 +406,6 @@ def _flat(name: str, value: Any) -> dict[str, Any]:
 
 def _short(value: Any) -> str:
     return f"{value:g}" if _is_number(value) else str(value)
-
-
-def _said(budget: float) -> str:
-    return f"{100 * budget:.3g} %" if 0 < budget < 1 else f"{budget:g}"
 
 
 def _is_number(value: Any) -> bool:

@@ -62,24 +62,20 @@ def evaluations_blocks(found: Sequence[Evaluation]) -> tuple[Block, ...]:
     for metric in dict.fromkeys(result.metric for evaluation in found for result in evaluation.results):
         results = [(one.name, result) for one in found for result in one.results if result.metric == metric]
         rows = [
-            Row(
-                (
-                    _short(name),
-                    figure.name,
-                    f"{figure.value:.4f}",
-                    "" if figure.standard_error is None else f"{figure.standard_error:.4f}",
-                    f"{figure.n:,}",
-                    "higher" if figure.higher_is_better else "lower",
-                )
-            )
+            Row((_short(name), one.name, f"{one.value:.4f}", _error(one), f"{one.n:,}",
+                 "higher" if one.higher_is_better else "lower"))
             for name, result in results
-            for figure in result.figures
-        ]
+            for one in result.figures
+        ]  # fmt: skip
         if rows:
             blocks.append(Table(columns("model", "figure", "#value", "#s.e.", "#n", "better"), tuple(rows), metric))
         notes = dict.fromkeys(f"{_short(name)}: {note}" for name, result in results for note in result.notes)
         blocks += [Text(note, "aside") for note in notes]
     return tuple(blocks)
+
+
+def _error(figure: Figure) -> str:
+    return "" if figure.standard_error is None else f"{figure.standard_error:.4f}"
 
 
 def _short(name: str) -> str:
@@ -206,10 +202,7 @@ def _plain(value: Any) -> Any:
         return value.model_dump(mode="json")
     if value is None or isinstance(value, str | int | float | bool):
         return value
-    if (
-        isinstance(value, list | tuple)
-        and len(value) <= 50
-        and all(isinstance(v, str | int | float | Settings) for v in value)
-    ):
+    few = isinstance(value, list | tuple) and len(value) <= 50
+    if few and all(isinstance(part, str | int | float | Settings) for part in value):
         return [_plain(part) for part in value]
     return getattr(value, "__name__", None) or f"a {type(value).__name__} in memory"

@@ -60,14 +60,7 @@ def train_on(
     if keep == "last" and best_by is not None:
         raise ConfigError("a validation metric is only read with keep='best': leave it out, or keep the best")
     source, ids = _examples(pool, data)
-    options: dict[str, Any] = {
-        "model": pool.model,
-        "dtype": pool.dtype,
-        "device": pool.device,
-        "seed": seed,
-        "what": what,
-        "reporter": pool.reporter,
-    }
+    options: dict[str, Any] = {"seed": seed, "what": what, **pool.place}
     if full:
         from gradsift.warmup.full import train_fully
 

@@ -8,13 +8,13 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from gradsift.base.errors import ConfigError, DataError
+from gradsift.base.errors import DataError
 from gradsift.base.settings import Settings
 from gradsift.base.types import Message, Prompt
 from gradsift.context import Setup
 from gradsift.data.files import Row
 from gradsift.data.sources import read_rows
-from gradsift.evaluation.judging import as_text, judge_identity, verdicts
+from gradsift.evaluation.judging import as_text, judge_identity, refuse_unjudged, verdicts
 from gradsift.evaluation.mean_reward import GREEDY, respond
 from gradsift.evaluation.metric import (
     ASKED,
@@ -82,10 +82,7 @@ class Grading(Settings):
             DataError: the file cannot be read or has no question in it.
             ConfigError: several samples, or nobody to ask.
         """
-        if self.sampling.samples != 1:
-            raise ConfigError(f"samples is {self.sampling.samples}: a question gets one answer a turn")
-        if self.ask is None:
-            raise ConfigError("grading needs a judge: `judge:` in a recipe, --judge-model, or `ask` in Python")
+        refuse_unjudged(self, "grading", "a question gets one answer a turn")
         questions, left_out = read_questions(self.questions)
         return BoundGrading(self, questions, left_out)
 
@@ -104,12 +101,8 @@ class BoundGrading:
         if judge is None:
             return None
         content = [[q.id, q.category, list(q.turns), list(q.references)] for q in self.questions]
-        return {
-            "questions": fingerprint(content),
-            "judge": judge,
-            "sampling": self.metric.sampling.model_dump(mode="json"),
-            **revisions("samples"),
-        }
+        sampling = self.metric.sampling.model_dump(mode="json")
+        return {"questions": fingerprint(content), "judge": judge, "sampling": sampling, **revisions("samples")}
 
     def needs(self, setup: Setup) -> Needs:
         """An answer to each turn, and a question about each answer; what was answered before is not counted again."""
@@ -134,14 +127,7 @@ class BoundGrading:
         if not asked:
             raise DataError("the model could answer none of the questions: are they longer than it can read?")
         found, reasons = verdicts(
-            asked,
-            lambda judge, question: judge.grade(*question),
-            notebook,
-            judge=self.metric.judge,
-            ask=self.metric.ask,
-            what=f"{self.metric.label}, {subject.name}",
-            reporter=subject.setup.reporter,
-            wanted=float,
+            asked, lambda judge, question: judge.grade(*question), notebook, self.metric, subject, float
         )
         grades = {id_: float(grade) for id_, grade in found.items()}
         by_question: dict[str, dict[int, float]] = {}
@@ -206,26 +192,23 @@ def read_questions(source: Any) -> tuple[tuple[Question, ...], tuple[str, ...]]:
         DataError: the file cannot be read, or no row of it is a question.
     """
     found = read_rows(source, "questions")
-    questions: list[Question] = []
+    questions: dict[str, Question] = {}
     left_out = [f"{file.id}: {file.detail}" for file in found.unread]
-    seen: dict[str, int] = {}
     for row in found.rows:
         try:
             question = _question(row)
         except DataError as error:
             left_out.append(f"row {row.line}: {error}")
             continue
-        seen[question.id] = seen.get(question.id, 0) + 1
-        if seen[question.id] > 1:
+        if question.id in questions:
             left_out.append(f"row {row.line}: a second question with the id {question.id!r}")
-            continue
-        questions.append(question)
+        questions.setdefault(question.id, question)
     if not questions:
         raise DataError(
             f"{source_name(source)} has no question: wanted rows with `turns` (a list of texts) or `prompt` (a text)"
             + (f"; first: {left_out[0]}" if left_out else "")
         )
-    return tuple(questions), tuple(left_out)
+    return tuple(questions.values()), tuple(left_out)
 
 
 def _question(found: Row) -> Question:

@@ -9,10 +9,10 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from gradsift.base.errors import DataError, GradsiftError
-from gradsift.base.progress import Reporter
+from gradsift.base.errors import ConfigError, DataError, GradsiftError
 from gradsift.base.types import Chat, Message, said
 from gradsift.evaluation.metric import Notebook
+from gradsift.evaluation.setup import Subject
 from gradsift.generation.endpoint import Endpoint, connected
 from gradsift.rewards.judge import BoundJudge, Judge, side_by_side
 from gradsift.store.manifest import fingerprint
@@ -26,15 +26,24 @@ def judge_identity(judge: Judge, ask: Endpoint | Chat) -> dict[str, Any] | None:
     return {"settings": settings, **ask.served}
 
 
+def refuse_unjudged(metric: Any, what: str, each: str) -> None:
+    """Refuse a judged metric of several samples, or with nobody to ask.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    if metric.sampling.samples != 1:
+        raise ConfigError(f"samples is {metric.sampling.samples}: {each}")
+    if metric.ask is None:
+        raise ConfigError(f"{what} needs a judge: `judge:` in a recipe, --judge-model, or `ask` in Python")
+
+
 def verdicts(
     questions: Mapping[str, Any],
     answer: Callable[[BoundJudge, Any], Any],
     notebook: Notebook,
-    *,
-    judge: Judge,
-    ask: Endpoint | Chat,
-    what: str,
-    reporter: Reporter,
+    metric: Any,
+    subject: Subject,
     wanted: Any,
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """An answer to each question, asked for once: each is in the notebook before the next is waited for.
@@ -43,10 +52,8 @@ def verdicts(
         questions: by item id; JSON-able, since another question under the same id is another item.
         answer: by the judge: JSON-able, or a text that says why there is none; then it is asked again next time.
         notebook: of the evaluation.
-        judge: asks so many questions at a time as it has `workers`.
-        ask: whom it asks; a connection is closed afterwards.
-        what: the word for progress.
-        reporter: where it goes.
+        metric: its `judge` asks `ask`, so many questions at a time as it has `workers`.
+        subject: whose answers are judged.
         wanted: the type of an answer; what the notebook has and is none is asked for again.
 
     Returns:
@@ -71,8 +78,9 @@ def verdicts(
             failures.append(error)
             return None
 
-    ids = list(waiting)
-    with connected(ask) as chat, reporter.stage(what, len(waiting), "questions") as advance:
+    ids, judge = list(waiting), metric.judge
+    stage = subject.setup.reporter.stage(f"{metric.label}, {subject.name}", len(waiting), "questions")
+    with connected(metric.ask) as chat, stage as advance:
         put = partial(asked, judge.bind(chat))
         for position, found in side_by_side(put, list(waiting.values()), judge.workers):
             if isinstance(found, str):

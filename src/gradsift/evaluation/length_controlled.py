@@ -39,13 +39,8 @@ class LengthControlled:
 
     def as_dict(self) -> dict[str, float | None]:
         """As JSON has it."""
-        return {
-            "win_rate": self.win_rate,
-            "theta": self.model,
-            "phi": self.length,
-            "psi": self.difficulty,
-            "strength": self.strength,
-        }
+        terms = {"theta": self.model, "phi": self.length, "psi": self.difficulty}
+        return {"win_rate": self.win_rate, **terms, "strength": self.strength}
 
 
 def length_controlled_win_rate(

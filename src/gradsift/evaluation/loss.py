@@ -93,14 +93,9 @@ class HeldOutLoss(Settings):
             return BoundLoss(self, self.data)
         try:
             data = prepare(
-                setup.run,
-                self.data,
-                setup.chat,
-                what="evaluation data",
-                columns=self.columns,
-                keep_duplicates=True,
+                setup.run, self.data, setup.chat, what="evaluation data", columns=self.columns, keep_duplicates=True,
                 reporter=setup.reporter,
-            )
+            )  # fmt: skip
         except UnusableRowsError as error:
             raise DataError(
                 f"{error} A loss needs examples with answers: add them, name their column, or measure a reward instead"
@@ -138,17 +133,13 @@ class BoundLoss:
         summed = np.array(list(found.per_example.values())) * tokens
         per_token, error = _ratio(summed, tokens)
         perplexity = math.exp(min(per_token, 700.0))  # exp overflows beyond
-        return Measured(
-            self.metric.label,
-            self.metric.kind,
-            (
-                mean,
-                Figure("token_loss", per_token, error, len(self.data), False, "nats per token"),
-                Figure("perplexity", perplexity, None if error is None else perplexity * error, len(self.data), False),
-            ),
-            left_out(self.data.account),
-            {"examples": len(self.data), "supervised_tokens": int(tokens.sum())},
+        figures = (
+            mean,
+            Figure("token_loss", per_token, error, len(self.data), False, "nats per token"),
+            Figure("perplexity", perplexity, None if error is None else perplexity * error, len(self.data), False),
         )
+        details = {"examples": len(self.data), "supervised_tokens": int(tokens.sum())}
+        return Measured(self.metric.label, self.metric.kind, figures, left_out(self.data.account), details)
 
 
 def _ratio(parts: Any, sizes: Any) -> tuple[float, float | None]:

@@ -113,17 +113,14 @@ class BoundReward:
         groups: dict[str, list[float]] = {}
         for (prompt_id, _number), value in rewards.items():
             groups.setdefault(prompt_id, []).append(value)
-        figures = [
-            mean_figure("reward", {id_: sum(own) / len(own) for id_, own in groups.items()}, higher_is_better=True)
-        ]
-        figures += self._pass_figures(groups)
+        means = {id_: sum(own) / len(own) for id_, own in groups.items()}
+        figures = [mean_figure("reward", means, higher_is_better=True), *self._pass_figures(groups)]
         asked, drawn = len(self.prompts), sum(len(responses[id_]) for id_ in responses)
         wanted = asked * self.metric.sampling.samples
         cut = sum(response.finish_reason == "length" for id_ in responses for response in responses[id_])
         notes = left_out(self.prompts.account)
-        notes += in_words(
-            asked - len(groups), f"of {asked} prompts have no response with a reward and do not count", ()
-        )
+        unrewarded = f"of {asked} prompts have no response with a reward and do not count"
+        notes += in_words(asked - len(groups), unrewarded, ())
         notes += in_words(wanted - drawn, "responses could not be had", (p.detail for p in responses.problems))
         notes += in_words(drawn - len(rewards), f"of {drawn} responses have no reward and do not count", ())
         details = {"prompts": asked, "responses": drawn, "rewarded": len(rewards), "cut_off": cut}
@@ -136,11 +133,8 @@ class BoundReward:
             return []
         figures = []
         for k in sorted(set(self.metric.pass_at)):
-            per_item = {
-                id_: pass_at_k(len(own), sum(value == 1.0 for value in own), k)
-                for id_, own in groups.items()
-                if len(own) >= k
-            }
+            enough = {id_: own for id_, own in groups.items() if len(own) >= k}
+            per_item = {id_: pass_at_k(len(own), int(sum(own)), k) for id_, own in enough.items()}
             if per_item and k <= self.metric.sampling.samples:
                 figures.append(mean_figure(f"pass@{k}", per_item, higher_is_better=True))
         return figures
@@ -150,14 +144,9 @@ def respond(subject: Subject, prompts: list[Prompt], sampling: Sampling) -> Samp
     """The subject's responses, drawn now or found in the run; two models draw with the same random numbers."""
     setup = subject.setup
     sampler = LocalSampler(
-        setup.model,
-        sampling,
-        adapter=subject.checkpoint.adapter,
-        checkpoint="evaluation",
-        dtype=setup.dtype,
-        device=setup.device,
-        reasoning=setup.chat.reasoning,
-    )
+        setup.model, sampling, adapter=subject.checkpoint.adapter, checkpoint="evaluation", dtype=setup.dtype,
+        device=setup.device, reasoning=setup.chat.reasoning,
+    )  # fmt: skip
     return sample(setup.run, prompts, sampler, reporter=setup.reporter)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +10,7 @@ from numpy.typing import NDArray
 
 from gradsift.base.errors import ConfigError, DataError
 from gradsift.base.lazy import torch
+from gradsift.base.resampling import estimate_of
 from gradsift.context import Pool
 from gradsift.data.dataset import Dataset
 from gradsift.evaluation.evaluate import evaluate
@@ -22,7 +22,6 @@ from gradsift.selection.select import budget_count
 from gradsift.warmup.train import Training
 
 _DRAWS = 400
-_TAILS = (2.5, 97.5)
 
 
 @dataclass(frozen=True)
@@ -115,24 +114,15 @@ def mix(scores: Scores, by: str, budget: float = 0.05, seed: int = 0) -> Mixture
             weights = scores.strata.outputs * resampling_counts(scores.strata, 1, generator)[:, 0]
             values = (torch.from_numpy(parts) @ weights.T).amax(dim=1).numpy()
         drawn.append(shares(values, generator.integers(len(codes), size=len(codes))))
-    low, high = np.percentile(np.stack(drawn), _TAILS, axis=0)
     whole = shares(scores.aggregate, np.arange(len(codes)))
+    units = len(codes) if scores.strata is None else len(scores.strata.labels)
+    found = [estimate_of(value, own, units) for value, own in zip(whole, np.stack(drawn).T, strict=True)]
+    value, low, high = (tuple(getattr(one, end) for one in found) for end in ("value", "low", "high"))
     size = np.bincount(codes, minlength=len(sources)) / len(codes)
-    return Mixture(
-        by=by,
-        budget=count,
-        sources=tuple(sources),
-        shares=tuple(whole.tolist()),
-        low=tuple(low.tolist()),
-        high=tuple(high.tolist()),
-        size=tuple(size.tolist()),
-        targets=parts is not None,
-    )
+    return Mixture(by, count, tuple(sources), value, low, high, tuple(size.tolist()), parts is not None)
 
 
-def train_mixtures(
-    mixture: Mixture, pool: Pool, test: HeldOutLoss, settings: Training, seeds: SequenceABC[int] = (0, 1)
-) -> dict[str, list[float]]:
+def train_mixtures(mixture: Mixture, pool: Pool, test: HeldOutLoss, settings: Training) -> dict[str, list[float]]:
     """Held-out losses after training on as many rows, drawn at random from sources by the mixture, evenly, and by size.
 
     A source that has fewer rows than its share gives all it has.
@@ -141,7 +131,7 @@ def train_mixtures(
     equal = (1 / len(mixture.sources),) * len(mixture.sources)
     found: dict[str, list[float]] = {}
     for what, shares in (("by scores", mixture.shares), ("evenly", equal), ("by size", mixture.size)):
-        for seed in seeds:
+        for seed in (0, 1):
             generator, ids = np.random.default_rng(seed), []
             for source, share in zip(mixture.sources, shares, strict=True):
                 own = [id_ for id_, name in names.items() if name == source]

@@ -8,13 +8,13 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from gradsift.base.errors import ConfigError, DataError
+from gradsift.base.errors import DataError
 from gradsift.base.settings import Settings
 from gradsift.base.types import Message, Prompt, said
 from gradsift.context import Setup
 from gradsift.data.load import Columns
 from gradsift.data.prompts import Prompts, read_prompts
-from gradsift.evaluation.judging import as_text, judge_identity, verdicts
+from gradsift.evaluation.judging import as_text, judge_identity, refuse_unjudged, verdicts
 from gradsift.evaluation.mean_reward import GREEDY, respond
 from gradsift.evaluation.metric import (
     ASKED,
@@ -85,10 +85,7 @@ class Pairwise(Settings):
             ConfigError: several samples, or nobody to ask.
             ModelError: there is no such adapter to compare with.
         """
-        if self.sampling.samples != 1:
-            raise ConfigError(f"samples is {self.sampling.samples}: a comparison takes one response of each side")
-        if self.ask is None:
-            raise ConfigError("a comparison needs a judge: `judge:` in a recipe, --judge-model, or `ask` in Python")
+        refuse_unjudged(self, "a comparison", "a comparison takes one response of each side")
         prompts = read_prompts(self.data, setup.chat, columns=self.columns, what="evaluation data")
         other: Checkpoint | None = None
         references: Mapping[str, str] = {}
@@ -168,14 +165,7 @@ class BoundPairwise:
         if not questions:
             raise DataError("no prompt has a response of both sides: there is nothing to compare")
         found, reasons = verdicts(
-            questions,
-            lambda judge, question: judge.compare(*question),
-            notebook,
-            judge=self.metric.judge,
-            ask=self.metric.ask,
-            what=f"{self.metric.label}, {subject.name}",
-            reporter=subject.setup.reporter,
-            wanted=tuple[int, int],
+            questions, lambda judge, question: judge.compare(*question), notebook, self.metric, subject, tuple[int, int]
         )
         orders = {id_: (int(first), int(second)) for id_, (first, second) in found.items()}
         rewards = {id_: {2: 1.0, -2: 0.0}.get(sum(order), 0.5) for id_, order in orders.items()}

@@ -77,32 +77,18 @@ class BoundPreferences:
 
     def measure(self, subject: Subject, notebook: Notebook) -> Measured:
         """Loss, accuracy and margin at the checkpoint, beside the base model where the loss is DPO's."""
-
-        def place(setup: Setup) -> dict[str, Any]:
-            where = {"model": setup.model, "dtype": setup.dtype, "device": setup.device}
-            return {**where, "reporter": setup.reporter}
-
         run = subject.setup.run
-        known = referred(run, self.pairs, **place(subject.base))
-        known = known.knowing(contrasts=contrasts(run, known, subject.checkpoint, **place(subject.setup)))
+        known = referred(run, self.pairs, **subject.base.place)
+        known = known.knowing(contrasts=contrasts(run, known, subject.checkpoint, **subject.setup.place))
         losses, margins = known.losses(0, len(known)), known.margins
         values = {
             "loss": -margins if losses is None else losses,
             "accuracy": (margins > 0).astype(np.float64),
             "margin": margins,
         }
-        return Measured(
-            self.metric.label,
-            self.metric.kind,
-            tuple(
-                mean_figure(
-                    name,
-                    dict(zip(known.ids, found.tolist(), strict=True)),
-                    higher_is_better=name != "loss",
-                    unit="" if name == "accuracy" else "nats",
-                )
-                for name, found in values.items()
-            ),
-            left_out(known.account),
-            {"pairs": len(known), "objective": known.loss},
-        )
+        figures = []
+        for name, found in values.items():
+            per_item, unit = dict(zip(known.ids, found.tolist(), strict=True)), "" if name == "accuracy" else "nats"
+            figures.append(mean_figure(name, per_item, higher_is_better=name != "loss", unit=unit))
+        details = {"pairs": len(known), "objective": known.loss}
+        return Measured(self.metric.label, self.metric.kind, tuple(figures), left_out(known.account), details)

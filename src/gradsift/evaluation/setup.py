@@ -9,12 +9,7 @@ from gradsift.base.errors import MismatchError
 from gradsift.base.progress import Reporter
 from gradsift.context import Setup, setup_of
 from gradsift.data.chat import Reasoning, Supervise
-from gradsift.model.models import (
-    DtypeName,
-    find_adapter,
-    generation_settings,
-    model_identity,
-)
+from gradsift.model.models import DtypeName, find_adapter, generation_settings, model_identity
 from gradsift.store.manifest import fingerprint
 from gradsift.store.run import Run
 from gradsift.warmup.checkpoint import Checkpoint, open_checkpoint
@@ -53,16 +48,9 @@ def open_model(
         >>> place = open_model("HuggingFaceTB/SmolLM2-135M-Instruct", out="runs/math")  # doctest: +SKIP
     """
     setup = setup_of(
-        model,
-        out,
-        max_length=max_length,
-        chunk=chunk,
-        supervise=supervise,
-        reasoning=reasoning,
-        dtype=dtype,
-        device=device,
-        reporter=reporter,
-    )
+        model, out, dtype, device, reporter,
+        max_length=max_length, chunk=chunk, supervise=supervise, reasoning=reasoning,
+    )  # fmt: skip
     run = setup.run
     if run.storage.exists("run.json") and run.identity().get("model") != model_identity(model):
         raise MismatchError(
@@ -111,16 +99,11 @@ class Trained:
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON has it."""
+        epochs: list[Any] = list(self.models) or [checkpoint.adapter for checkpoint in self.checkpoints]
         return {
-            "path": self.path,
-            "full": self.full,
-            "kept_epoch": self.kept,
-            "epochs": list(self.models) or [checkpoint.adapter for checkpoint in self.checkpoints],
-            "seed": self.seed,
-            "examples": self.examples,
-            "validation": list(self.validation),
-            "judged_by": self.judged_by,
-        }
+            "path": self.path, "full": self.full, "kept_epoch": self.kept, "epochs": epochs, "seed": self.seed,
+            "examples": self.examples, "validation": list(self.validation), "judged_by": self.judged_by,
+        }  # fmt: skip
 
 
 Evaluated = Trained | Checkpoint | str | None

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from collections.abc import Sequence as SequenceABC
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,11 +25,17 @@ from gradsift.explanation.coefficients import CoefficientModel
 from gradsift.explanation.exact import ExactRows, RowsLackingError, exact_rows, missed
 from gradsift.explanation.matches import token_matches
 from gradsift.explanation.outputs import Output, OutputSource, Question, answers, contrasted, question_of
-from gradsift.explanation.relevance import Aggregation, Relevance, relevance_of_choices, relevance_of_draws
+from gradsift.explanation.relevance import (
+    Aggregation,
+    Relevance,
+    relevance_of_choices,
+    relevance_of_draws,
+    selection_relevance,
+)
 from gradsift.explanation.result import ChosenExample, Draw, Explanation, StrategyResult
 from gradsift.explanation.verdict import Missed, Reference, Trained
 from gradsift.gradients.rows import View
-from gradsift.influence.estimator import Estimator, influence_of, target_view
+from gradsift.influence.estimator import Estimator, influence_of, rate_weights, target_view
 from gradsift.influence.less import LESS
 from gradsift.model.models import model_identity
 from gradsift.report.blocks import Block, Shown
@@ -45,7 +51,7 @@ from gradsift.store.gradient_store import GradientStore
 from gradsift.store.manifest import fingerprint, read_json
 from gradsift.store.run import revisions
 
-Ranking = tuple[SequenceABC[str], NDArray[np.float32]]
+Ranking = tuple[Sequence[str], NDArray[np.float32]]
 """Pool ids, and their influence on outputs `[pool output]` or on one `[pool]`; higher = training on it helps."""
 
 DEFAULT_ESTIMATOR: Estimator = LESS(optimizer="sgd", checkpoints="last")
@@ -129,7 +135,7 @@ class _Work:
         position = self.gradients.positions([output_id])[0]
         return self.gradients.rows(position, position + 1)[0]
 
-    def rows_of(self, output_id: str, ids: SequenceABC[str]) -> Tensor:
+    def rows_of(self, output_id: str, ids: Sequence[str]) -> Tensor:
         """Gradients of pool rows `[row dim]`, in coordinates that keep their products and those with the output's."""
         if not self.exact:
             return self.store.rows_by_id(ids)
@@ -141,12 +147,8 @@ class _Work:
         """What strategies choose from for one output: the scored examples that have a gradient.
 
         With whole gradients, those of the candidates and of what else is compared (`_compared`), whose rows are given
-        by coordinates with the same inner products, and whose scores are exact where the estimator can tell.
-
-        Args:
-            output_id: of the output.
-            estimator: ranks the pool.
-            chosen: further ids that will be read.
+        by coordinates with the same inner products, and whose scores are exact where the estimator can tell. `chosen`
+        are further ids that will be read.
         """
         if not self.exact:
             return self._stored(output_id, estimator)
@@ -197,14 +199,14 @@ class _Work:
         wanted |= dict.fromkeys(id_ for draws in drawn.values() for own in draws for id_ in own)
         return sorted(wanted, key=self.pool.data.position)
 
-    def _measure(self, wanted: Mapping[str, SequenceABC[str]]) -> None:
+    def _measure(self, wanted: Mapping[str, Sequence[str]]) -> None:
         """Take the gradients of outputs and of the rows that they are compared with."""
         adam = any(estimator.view == "adam" for estimator in self.estimators)
         asked = [(self.source.alone(output_id), ids) for output_id, ids in wanted.items()]
         found = exact_rows(self.pool, self.pool.checkpoints()[-1], asked, adam=adam)
         self._exact.update(zip(wanted, found, strict=True))
 
-    def explain_all(self, answered: SequenceABC[Output], failed: list[Skipped]) -> list[Explanation]:
+    def explain_all(self, answered: Sequence[Output], failed: list[Skipped]) -> list[Explanation]:
         """Explanations in the order of the outputs: kept ones, and new ones, which are kept; `failed` is added to."""
         keys = {output.id: self._key(output) for output in answered}
         done: dict[str, Explanation | None] = {output.id: self._kept(keys[output.id]) for output in answered}
@@ -234,7 +236,7 @@ class _Work:
                     advance(1)
         return [found for output in usable if (found := done[output.id]) is not None]
 
-    def with_matches(self, entries: SequenceABC[Explanation]) -> list[Explanation]:
+    def with_matches(self, entries: Sequence[Explanation]) -> list[Explanation]:
         """The explanations with the tokens of the examples that are shown first."""
         ranker, k = self.estimators[0], shown_budget(self.budgets)
         shown = {
@@ -242,6 +244,33 @@ class _Work:
         }
         matches = token_matches(self.pool, self.source, ranker if ranker.splits else DEFAULT_ESTIMATOR, shown)
         return [replace(entry, matches=matches.get(entry.id, ())) for entry in entries]
+
+    def throughout(self, entries: Sequence[Explanation]) -> list[Explanation]:
+        """The explanations with the relevance of what they chose at all checkpoints together.
+
+        `ξ = Σ_e w_e ‖g_e‖² / Σ_e w_e ‖g_e − A_e t‖²`, w_e the rates' shares (`rate_weights`) and one t for all of them:
+        that of every checkpoint's gradients times √w_e, one after the other. Of random draws, the first.
+        """
+        wanted = []
+        for entry in entries:
+            chosen = {example.id for found in entry.results for example in found.examples}
+            wanted.append((self.source.alone(entry.id), sorted(chosen, key=self.pool.data.position)))
+        checkpoints = self.pool.checkpoints()
+        sums: list[Any] = [0.0] * len(entries)
+        for checkpoint, weight in zip(checkpoints, rate_weights(checkpoints), strict=True):
+            for number, own in enumerate(exact_rows(self.pool, checkpoint, wanted, adam=False)):
+                sums[number] = sums[number] + weight * own.products["plain", "plain"]
+        measured = []
+        for entry, (_, ids), products in zip(entries, wanted, sums, strict=True):
+            rows = ExactRows(tuple(ids), {("plain", "plain"): products})
+            results = []
+            for found in entry.results:
+                chosen_rows = rows.rows([example.id for example in found.examples])
+                relevance = selection_relevance(rows.target, chosen_rows, coefficients=self.coefficients)
+                results.append(replace(found, throughout=_draw(relevance)))
+            norm = float(products[-1, -1])
+            measured.append(replace(entry, results=tuple(results), squared_norm_throughout=norm))
+        return measured
 
     def _explain(self, output: Output) -> Explanation:
         while True:
@@ -313,7 +342,7 @@ class _Work:
         return _Random(ids, by_budget, by_budget[self.budgets[0]][0].squared_norm)
 
     def _references(
-        self, competing: Mapping[str, Candidates], random: _Random, results: SequenceABC[StrategyResult]
+        self, competing: Mapping[str, Candidates], random: _Random, results: Sequence[StrategyResult]
     ) -> tuple[Reference, ...]:
         """Random draws, and the best that was found: by any strategy, by a draw, or by pursuit of the most helpful."""
         best = {k: max(relevance.ratio for relevance in found) for k, found in random.relevances.items()}
@@ -363,8 +392,8 @@ class _Work:
         estimator: str,
         strategy: str,
         k: int,
-        picks: SequenceABC[int],
-        found: SequenceABC[Relevance],
+        picks: Sequence[int],
+        found: Sequence[Relevance],
         competing: Candidates,
         ranks: NDArray[np.int64],
     ) -> StrategyResult:
@@ -494,17 +523,18 @@ class Explanations(_Work, Shown):
 
 def explain(
     pool: Pool,
-    questions: str | SequenceABC[Question] | Question,
+    questions: str | Sequence[Question] | Question,
     *,
-    k: int | SequenceABC[int] = 5,
-    estimator: Estimator | SequenceABC[Estimator] | None = None,
-    strategies: SequenceABC[Selector] = DEFAULT_STRATEGIES,
+    k: int | Sequence[int] = 5,
+    estimator: Estimator | Sequence[Estimator] | None = None,
+    strategies: Sequence[Selector] = DEFAULT_STRATEGIES,
     coefficients: CoefficientModel = "MSEProjUSimp",
     candidates: int = CANDIDATES,
     max_new_tokens: int = 128,
     aggregation: Aggregation = "ratio_of_means",
     matches: int = MATCHES,
     exact: bool = True,
+    all_checkpoints: bool = False,
 ) -> Explanations:
     """For each prompt, k training examples that account for the model's output, by each strategy.
 
@@ -529,6 +559,8 @@ def explain(
             model.
         exact: take the candidates through the model once more and compare whole gradients; False compares stored rows,
             whose projection makes choices and relevance uncertain.
+        all_checkpoints: also measure the relevance of what is chosen at all checkpoints together (`throughout`): the
+            chosen examples go through the model at each of them.
 
     Raises:
         ConfigError: k below 1 or above the pool, or above the candidates; a strategy that cannot choose for one output.
@@ -541,7 +573,7 @@ def explain(
     budgets = tuple(sorted({k} if isinstance(k, int) else set(k)))
     check_budgets(budgets, len(pool.data), candidates)
     given = estimator or DEFAULT_ESTIMATOR
-    estimators: tuple[Estimator, ...] = tuple(given) if isinstance(given, SequenceABC) else (given,)
+    estimators: tuple[Estimator, ...] = tuple(given) if isinstance(given, Sequence) else (given,)
     if matches and isinstance(pool.data, Pairs):
         pool.reporter.say("the pool's rows are pairs of answers, whose scores are not split into tokens")
         matches = 0
@@ -582,6 +614,8 @@ def explain(
     explained = work.explain_all(answered, failed)
     if not explained:
         raise DataError(f"no prompt can be explained; first: {failed[0].detail}")
+    if all_checkpoints:
+        explained = work.throughout(explained)
     explained[:matches] = work.with_matches(explained[:matches])
     same = {one.name: getattr(work, one.name) for one in fields(work)}
     found = Explanations(**same, entries=tuple(explained), failed=tuple(failed))
@@ -602,17 +636,17 @@ def refuse_contrast(ranker: Estimator) -> None:
         )
 
 
-def shown_budget(budgets: SequenceABC[int]) -> int:
+def shown_budget(budgets: Sequence[int]) -> int:
     """The budget that is shown first: 5 where it was asked for, else the smallest."""
     return 5 if 5 in budgets else budgets[0]
 
 
-def explained_views(estimators: SequenceABC[Estimator]) -> set[View]:
+def explained_views(estimators: Sequence[Estimator]) -> set[View]:
     """The views that explanations read at the last checkpoint: plain gradients, and what the estimators rank by."""
     return {"plain", *(view for ranker in estimators if (view := ranker.view) is not None)}
 
 
-def check_budgets(budgets: SequenceABC[int], available: int, candidates: int = CANDIDATES) -> None:
+def check_budgets(budgets: Sequence[int], available: int, candidates: int = CANDIDATES) -> None:
     """Refuse numbers of examples that a pool and its candidates cannot give.
 
     Raises:
@@ -630,13 +664,13 @@ def check_budgets(budgets: SequenceABC[int], available: int, candidates: int = C
         )
 
 
-def _check_once(what: str, labels: SequenceABC[str]) -> None:
+def _check_once(what: str, labels: Sequence[str]) -> None:
     twice = {label for label in labels if labels.count(label) > 1}
     if twice:
         raise ConfigError(f"the {what} {min(twice)!r} is given twice: give each once")
 
 
-def _once_each(questions: SequenceABC[Question]) -> tuple[list[Question], list[Skipped]]:
+def _once_each(questions: Sequence[Question]) -> tuple[list[Question], list[Skipped]]:
     """Questions by id, and those whose id was there before."""
     first: dict[str, Question] = {}
     again = []

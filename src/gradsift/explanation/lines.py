@@ -72,7 +72,12 @@ def _rows(entry: Explanation) -> list[dict[str, Any]]:
     return [
         {
             "output": entry.id,
-            **{name: value for name, value in vars(result).items() if name not in ("examples", "draws", "trained")},
+            **{
+                name: value
+                for name, value in vars(result).items()
+                if name not in ("examples", "draws", "trained", "throughout")
+            },
+            "throughout_ratio": None if result.throughout is None else result.throughout.ratio,
             "share": (verdict := entry.verdict(result)).share,
             "random_ratio": None if verdict.reference is None else verdict.reference.together,
             "best_ratio": None if verdict.reference is None else verdict.reference.best,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from gradsift.base.lazy import torch
+from gradsift.base.lazy import Tensor, torch
 from gradsift.base.types import Message
 from gradsift.explanation.coefficients import CoefficientModel
 from gradsift.explanation.matches import TokenMatch
@@ -61,6 +61,7 @@ class StrategyResult:
     examples: in the order they were chosen; of the first draw
     draws: every selection's relevance: one, or as many as a random strategy makes
     trained: what training on it did; None where that was not tried
+    throughout: the relevance of `examples` at all checkpoints together; None where that was not asked for
     """
 
     estimator: str
@@ -73,6 +74,7 @@ class StrategyResult:
     examples: tuple[ChosenExample, ...]
     draws: tuple[Draw, ...]
     trained: Trained | None = None
+    throughout: Draw | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class Explanation:
     finished: False where generation was cut at the token limit
     gradient_norm: of the output's gradient, before projection
     squared_norm: ‖g‖² of the gradient that relevance is about
+    squared_norm_throughout: the same at all checkpoints together, Σ_e w_e ‖g_e‖²; None where that was not asked for
     aggregation: how a random strategy's draws became one relevance
     instead: the other answer, where the output is explained in contrast to one
     against: what makes the output less likely, by every estimator whose scores have a sign: the lowest scores, and
@@ -111,6 +114,7 @@ class Explanation:
     matches: tuple[TokenMatch, ...] = ()
     instead: str | None = None
     against: tuple[StrategyResult, ...] = ()
+    squared_norm_throughout: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able, each result with its verdict."""
@@ -135,6 +139,7 @@ class Explanation:
             ratio=result.ratio,
             reference=next((one for one in self.references if one.k == result.k), None),
             trained=result.trained,
+            throughout=None if result.throughout is None else result.throughout.ratio,
             agreement=agreement_of(chosen, others if len(result.draws) == 1 else []),
             near_zero=result.near_zero,
             capped=result.capped,
@@ -161,15 +166,25 @@ class Explanation:
                 f"{below} of the {len(result.examples)} have scores below 0: by {result.estimator}, training on them "
                 "makes the output less likely"
             )
+        idle = sum(abs(example.coefficient) < 0.0005 for example in result.examples)
+        if 0 < idle < len(result.examples):
+            notes.append(
+                f"{idle} of the {len(result.examples)} have the coefficient 0: the others rebuild as much alone"
+            )
         return notes
 
     def relevance_of(self, result: StrategyResult, how: Aggregation | None = None) -> Relevance:
         """A result's relevance, its draws taken together as they were, or otherwise; coefficients of the first draw."""
         coefficients = torch.tensor([example.coefficient for example in result.examples], dtype=torch.float64)
-        draws = [
-            Relevance(
-                draw.ratio, to_db(draw.ratio), coefficients, self.squared_norm, draw.squared_error, draw.near_zero
-            )
-            for draw in result.draws
-        ]
+        draws = [_relevance(draw, self.squared_norm, coefficients) for draw in result.draws]
         return relevance_of_draws(draws, how=how or self.aggregation)
+
+    def throughout_of(self, result: StrategyResult) -> Relevance | None:
+        """A result's relevance at all checkpoints together, without its coefficients, where it was measured."""
+        if result.throughout is None or self.squared_norm_throughout is None:
+            return None
+        return _relevance(result.throughout, self.squared_norm_throughout, torch.empty(0))
+
+
+def _relevance(draw: Draw, squared_norm: float, coefficients: Tensor) -> Relevance:
+    return Relevance(draw.ratio, to_db(draw.ratio), coefficients, squared_norm, draw.squared_error, draw.near_zero)

@@ -98,6 +98,7 @@ class Verdict:
     ratio: ξ = ‖g‖² / ‖g − A t‖²; above 1 the choice says more than nothing at all
     reference: random examples of the same number, and the best choice found; None where neither was measured
     trained: what a step of training on it did; None where that was not tried
+    throughout: ξ at all checkpoints together; None where that was not measured
     agreement: the share of the chosen that the same strategy chooses by another estimator, too, the mean over the other
         estimators; None for a single one
     near_zero, capped: as `StrategyResult` has them
@@ -113,6 +114,7 @@ class Verdict:
     ratio: float
     reference: Reference | None = None
     trained: Trained | None = None
+    throughout: float | None = None
     agreement: float | None = None
     near_zero: bool = False
     capped: bool = False

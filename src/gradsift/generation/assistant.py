@@ -118,12 +118,6 @@ class Assisted:
         return replace(prompt, messages=(*prompt.messages[:last], changed, *prompt.messages[last + 1 :]))
 
     def _for_f(self, prompt: Prompt, response: Response) -> Response:
-        finished = response.finish_reason == "stop"
-        prompt_ids, token_ids = self._encoder.encode(
-            prompt.messages,
-            response.text,
-            finished=finished,
-            limit=self.sampling.max_new_tokens,
-            options=prompt.options,
-        )
+        finished, limit = response.finish_reason == "stop", self.sampling.max_new_tokens
+        prompt_ids, token_ids = self._encoder.encode(prompt, response.text, finished=finished, limit=limit)
         return replace(response, prompt_ids=prompt_ids, token_ids=token_ids, logprobs=None, sampler_logprobs=None)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradsift.base.errors import DataError
-from gradsift.base.types import Example, Message, Skipped
+from gradsift.base.types import Example, Message, Prompt, Skipped
 from gradsift.data.chat import ChatFormat
 
 # Characters that a reply may have for each token that was asked for, and tokens of f for each of another model's: far
@@ -33,16 +33,15 @@ class ReplyEncoder:
         self.chat = ChatFormat(tokenizer, supervise="last_turn")
 
     def encode(
-        self, messages: Sequence[Message], text: str, *, finished: bool, limit: int | None = None, options: str = ""
+        self, prompt: Prompt, text: str, *, finished: bool, limit: int | None = None
     ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """The token ids of the prompt and of the reply, which follow each other.
 
         Args:
-            messages: the prompt.
+            prompt: what was asked.
             text: the reply.
             finished: it ended by itself.
             limit: tokens that were asked for.
-            options: the prompt's own arguments for the template.
 
         Raises:
             DataError: the template refuses the conversation, nothing of the reply is left, it spells a control token of
@@ -53,7 +52,7 @@ class ReplyEncoder:
         spelled = min((token for token in self.chat.control_tokens if token in text), default=None)
         if spelled is not None:
             raise DataError(f"the reply spells {spelled!r}, a control token of the model's chat template")
-        prompt, reply = self._parts(messages, text, options)
+        asked, reply = self._parts(prompt.messages, text, prompt.options)
         if limit is not None and len(reply) > _TOKENS * limit:
             raise DataError(f"the reply has {len(reply):,} of the model's tokens, and {limit} were asked for")
         if not finished:
@@ -63,7 +62,7 @@ class ReplyEncoder:
             reply = reply[: len(reply) - len(ending)]
         if not len(reply):
             raise DataError("the reply is empty")
-        return prompt, reply
+        return asked, reply
 
     def _parts(
         self, messages: Sequence[Message], text: str, options: str = ""

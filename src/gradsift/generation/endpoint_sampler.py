@@ -174,14 +174,8 @@ class EndpointSampler:
             if choice.logprobs is not None:
                 logprobs["logprobs" if self.endpoint.logprobs == "model" else "sampler_logprobs"] = choice.logprobs
         elif self._encoder is not None:
-            finished = choice.finish_reason == "stop"
-            prompt_ids, token_ids = self._encoder.encode(
-                prompt.messages,
-                choice.text,
-                finished=finished,
-                limit=self.sampling.max_new_tokens,
-                options=prompt.options,
-            )
+            finished, limit = choice.finish_reason == "stop", self.sampling.max_new_tokens
+            prompt_ids, token_ids = self._encoder.encode(prompt, choice.text, finished=finished, limit=limit)
         return Response(prompt.id, number, prompt_ids, token_ids, choice.finish_reason, choice.text, **logprobs)
 
     def _refuse_foreign(self, token_ids: NDArray[np.int32]) -> None:

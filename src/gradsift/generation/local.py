@@ -119,19 +119,8 @@ def draw_tokens(
         NonFiniteError: the model gives NaN or infinite logits.
         ModelError: the model has no cache whose rows can be chosen, or memory does not suffice for one sample.
     """
-    return [drawn for batch in draw_batches(model, prompts, rows, sampling, end_ids, batch_rows) for drawn in batch]
-
-
-def draw_batches(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    rows: Sequence[Row],
-    sampling: Sampling,
-    end_ids: Iterable[int],
-    batch_rows: int | None = None,
-) -> Iterator[list[TokenDraw]]:
-    """`draw_tokens`, as batches are done."""
-    return torch.inference_mode()(_draw_batches)(model, prompts, rows, sampling, end_ids, batch_rows)
+    batches = torch.inference_mode()(_draw_batches)(model, prompts, rows, sampling, end_ids, batch_rows)
+    return [drawn for batch in batches for drawn in batch]
 
 
 def _draw_batches(
@@ -192,13 +181,8 @@ class _Prefix:
         # Without padding there is no mask to give: attention takes its fast path.
         self.mask = None if bool(mask.all()) else mask.to(device)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        out = model(
-            input_ids=ids.to(device),
-            attention_mask=self.mask,
-            position_ids=positions.to(device),
-            use_cache=True,
-            **_last_logits_only(model),
-        )
+        places = {"attention_mask": self.mask, "position_ids": positions.to(device)}
+        out = model(input_ids=ids.to(device), **places, use_cache=True, **_last_logits_only(model))
         self.logits = out.logits[:, -1]
         self.cache = out.past_key_values
         if not hasattr(self.cache, "reorder_cache"):
@@ -275,13 +259,8 @@ def _draw_batch(
         ).logits[:, -1]
         positions = positions + 1
     return [
-        TokenDraw(
-            token_ids[row, :count].copy(),
-            logprobs[0, row, :count].copy(),
-            logprobs[1, row, :count].copy(),
-            "stop" if stopped[row] else "length",
-        )
-        for row, count in enumerate(counts)
+        TokenDraw(ids[:n].copy(), of_f[:n].copy(), of_q[:n].copy(), "stop" if end else "length")
+        for ids, of_f, of_q, n, end in zip(token_ids, *logprobs, counts, stopped, strict=True)
     ]
 
 
@@ -439,18 +418,12 @@ class LocalSampler:
         for group in _groups(sorted(tokenized, key=lambda entry: len(entry[0])), rows):
             wanted = [(at, number) for at, (_, request) in enumerate(group) for number in request.numbers]
             steps = self.sampling.max_new_tokens
-            draws = draw_batches(
-                model,
-                [ids for ids, _ in group],
-                [
-                    Row(at, uniforms(self.sampling.seed, group[at][1].prompt.id, self.name, number, steps))
-                    for at, number in wanted
-                ],
-                self.sampling,
-                ends,
-                rows,
-            )
-            for batch in draws:
+            asked = [
+                Row(at, uniforms(self.sampling.seed, group[at][1].prompt.id, self.name, number, steps))
+                for at, number in wanted
+            ]
+            prompts = [ids for ids, _ in group]
+            for batch in torch.inference_mode()(_draw_batches)(model, prompts, asked, self.sampling, ends, rows):
                 keys, wanted = wanted[: len(batch)], wanted[len(batch) :]
                 for at, entries in groupby(zip(keys, batch, strict=True), key=lambda entry: entry[0][0]):
                     ids, request = group[at]
@@ -461,15 +434,9 @@ class LocalSampler:
         said = drawn.token_ids[:-1] if drawn.finish_reason == "stop" else drawn.token_ids
         text = self.tokenizer.decode(said.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return Response(
-            prompt_id=prompt.id,
-            number=number,
-            prompt_ids=np.array(prompt_ids, dtype=np.int32),
-            token_ids=drawn.token_ids,
-            finish_reason=drawn.finish_reason,
-            text=text,
-            logprobs=drawn.logprobs,
-            sampler_logprobs=drawn.sampler_logprobs,
-        )
+            prompt.id, number, np.array(prompt_ids, dtype=np.int32), drawn.token_ids, drawn.finish_reason, text,
+            drawn.logprobs, drawn.sampler_logprobs,
+        )  # fmt: skip
 
 
 def end_ids(model: Any, chat: ChatFormat) -> frozenset[int]:

@@ -17,6 +17,7 @@ import json
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,9 @@ _SCHEMA = pa.schema(
         ("sampler_logprobs", pa.list_(pa.float32())),
     ]
 )
+_ARRAYS = {"prompt_ids": np.int32, "token_ids": np.int32, "logprobs": np.float32, "sampler_logprobs": np.float32}
 _REWARDS = pa.schema([("number", pa.int32()), ("reward", pa.float64())])
+_AGAIN = "delete it and run the same command again"
 
 
 class Samples:
@@ -244,14 +247,8 @@ def sample(
     if requests and usage is not None:
         reporter.say(f"responses so far: {usage}")
     if requests or run.manifest(prefix) is None:
-        run.complete(
-            prefix,
-            "samples",
-            identity,
-            prompts=len(samples),
-            samples=len(wanted),
-            usage=None if usage is None else asdict(usage),
-        )
+        content = {"prompts": len(samples), "samples": len(wanted), "usage": None if usage is None else asdict(usage)}
+        run.complete(prefix, "samples", identity, files=(), **content)
     return samples
 
 
@@ -269,7 +266,7 @@ def _requests(prompts: Sequence[Prompt], stored: Mapping[str, Collection[int]], 
     return [Request(prompt, numbers) for prompt, numbers in missing if numbers]
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Outcome:
     """What a share of the drawing came to.
 
@@ -280,8 +277,8 @@ class _Outcome:
     numbers: dict[str, set[int]]
     problems: list[Problem]
     usages: list[Usage]
-    repeated: bool
-    differ: bool
+    repeated: bool = False
+    differ: bool = False
 
 
 @dataclass(frozen=True)
@@ -323,9 +320,8 @@ class _Drawing:
     def work(self, advance: Advance) -> _Outcome:
         """Draw and store."""
         asked = {request.prompt.id: len(request.numbers) for request in self.requests}
-        outcome = _Outcome({}, list(self.problems), [], repeated=False, differ=False)
+        outcome = _Outcome({}, list(self.problems), [])
         first: dict[str, str] = {}
-        repeated = differ = False
         for drawn in self.sampler.draw(self.requests):
             if drawn.responses and not self.dry:
                 _publish_drawn(self.run, self.prefix, drawn)
@@ -333,12 +329,12 @@ class _Drawing:
             if drawn.usage is not None:
                 outcome.usages.append(drawn.usage)
             for response in drawn.responses:
-                repeated |= response.prompt_id in first
-                differ |= first.setdefault(response.prompt_id, response.text) != response.text
+                outcome.repeated |= response.prompt_id in first
+                outcome.differ |= first.setdefault(response.prompt_id, response.text) != response.text
             outcome.problems.extend(drawn.problems)
             lost = sum(asked[p.prompt_id] if p.number is None else 1 for p in drawn.problems)
             advance(len(drawn.responses) + lost)
-        return replace(outcome, repeated=repeated, differ=differ)
+        return outcome
 
 
 def prompt_key(prompt: Prompt) -> str:
@@ -382,7 +378,7 @@ def _is_responses(key: str) -> bool:
 
 def _publish_drawn(run: Run, prefix: str, drawn: Drawn) -> None:
     responses = sorted(drawn.responses, key=lambda response: response.number)
-    columns = {name: [_plain(getattr(response, name)) for response in responses] for name in _SCHEMA.names}
+    columns = {name: [getattr(response, name) for response in responses] for name in _SCHEMA.names}
     usage = b"" if drawn.usage is None else json.dumps(asdict(drawn.usage)).encode()
     table = pa.table(columns, schema=_SCHEMA.with_metadata({"usage": usage}))
     _publish(run, f"{prefix}{prompt_key(drawn.prompt)}/{responses[0].number:06}.parquet", table)
@@ -397,25 +393,10 @@ def _publish(run: Run, key: str, table: pa.Table) -> None:
 def _read(run: Run, key: str) -> tuple[list[Response], Usage | None]:
     rows, metadata = _read_rows(run, key, _SCHEMA)
     with reading(run.name(key)):
-        return _responses(rows), Usage(**json.loads(metadata[b"usage"])) if metadata.get(b"usage") else None
-
-
-def _responses(rows: Sequence[Mapping[str, Any]]) -> list[Response]:
-    return [
-        Response(
-            prompt_id=row["prompt_id"],
-            number=row["number"],
-            prompt_ids=np.array(row["prompt_ids"], dtype=np.int32),
-            token_ids=np.array(row["token_ids"], dtype=np.int32),
-            finish_reason=row["finish_reason"],
-            text=row["text"],
-            logprobs=None if row["logprobs"] is None else np.array(row["logprobs"], dtype=np.float32),
-            sampler_logprobs=(
-                None if row["sampler_logprobs"] is None else np.array(row["sampler_logprobs"], dtype=np.float32)
-            ),
-        )
-        for row in rows
-    ]
+        for row, (name, dtype) in product(rows, _ARRAYS.items()):
+            row[name] = None if row[name] is None else np.array(row[name], dtype)
+        usage = Usage(**json.loads(metadata[b"usage"])) if metadata.get(b"usage") else None
+        return [Response(**row) for row in rows], usage
 
 
 def _read_rows(run: Run, key: str, schema: pa.Schema) -> tuple[list[dict[str, Any]], dict[bytes, bytes]]:
@@ -426,16 +407,5 @@ def _read_rows(run: Run, key: str, schema: pa.Schema) -> tuple[list[dict[str, An
         if table.schema.equals(schema):
             return table.to_pylist(), dict(table.schema.metadata or {})
     except (pa.ArrowException, OSError, ValueError) as error:  # checksums are of pages: a column's name may be altered
-        raise _damaged(run, key) from error
+        raise CorruptError(f"{run.name(key)} is damaged: {_AGAIN}") from error
     raise CorruptError(f"{run.name(key)} has other columns than {', '.join(schema.names)}: {_AGAIN}")
-
-
-_AGAIN = "delete it and run the same command again"
-
-
-def _damaged(run: Run, key: str) -> CorruptError:
-    return CorruptError(f"{run.name(key)} is damaged: {_AGAIN}")
-
-
-def _plain(value: Any) -> Any:
-    return value.tolist() if isinstance(value, np.ndarray) else value

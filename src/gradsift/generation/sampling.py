@@ -17,9 +17,8 @@ from gradsift.store.manifest import canonical
 
 FinishReason = Literal["stop", "length"]
 
-_SEEDS = (
-    2**31 - 2**20
-)  # request seeds and a million sample numbers after each fit into 31 bits: some servers take no more
+# Request seeds and a million sample numbers after each fit into 31 bits: some servers take no more.
+_SEEDS = 2**31 - 2**20
 
 
 class Sampling(Settings):

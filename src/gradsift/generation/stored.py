@@ -49,7 +49,7 @@ class StoredSampler:
             responses, problems = [], [] if texts else [Problem(prompt.id, None, nothing)]
             for number in (number for number in request.numbers if number < len(texts)):
                 try:
-                    ids = self._encoder.encode(prompt.messages, texts[number], finished=True, options=prompt.options)
+                    ids = self._encoder.encode(prompt, texts[number], finished=True)
                     responses.append(Response(prompt.id, number, *ids, "stop", texts[number]))
                 except DataError as error:
                     problems.append(Problem(prompt.id, number, str(error)))

@@ -115,7 +115,7 @@ class EKFAC(RateWeighted):
         return f"EK-FAC ({', '.join(parts)})" if parts else "EK-FAC"
 
     @property
-    def last_checkpoint(self) -> bool:  # type: ignore[override]
+    def last_checkpoint(self) -> bool:
         """Whether it reads rows at the last checkpoint alone."""
         return self.checkpoints == "last"
 

@@ -386,9 +386,11 @@ def signal_warnings(summaries: SequenceABC[RewardSummary], method: PolicyEstimat
     found = []
     worst = max(summaries, key=lambda summary: summary.silent)
     if worst.silent > _SILENT:
+        silent = len(worst.no_signal)
+        rest = "and the ranking rests on the others" if silent < worst.prompts else "and there is nothing to rank by"
         found.append(
-            f"{len(worst.no_signal)} of {worst.prompts} prompts have no signal at {worst.checkpoint}: all their "
-            f"responses have weight 0, and the ranking rests on the others. {_ADVICE}"
+            f"{silent} of {worst.prompts} prompts have no signal at {worst.checkpoint}: all their responses have "
+            f"weight 0, {rest}. {_ADVICE}"
         )
     worst = max(summaries, key=lambda summary: summary.level / max(summary.within, 1e-300))
     policy = method.policy

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from gradsift.base.columns import numbers, texts
 from gradsift.base.errors import DataError
 from gradsift.base.lazy import torch
 from gradsift.base.ranks import descending_ranks, spearman
@@ -111,18 +112,18 @@ class Scores(Shown):
             ranks = descending_ranks(scores)
             for start in range(0, len(scores), _TABLE_ROWS):
                 part = slice(start, start + _TABLE_ROWS)
-                ids = pa.array(self.ids[part], pa.string())
-                every = np.zeros(len(ids), np.int32)
+                ids = texts(self.ids[part])
+                same = numbers(np.zeros(len(ids), np.int32))
                 yield pa.table(
                     {
                         "id": ids,
-                        "target": pa.DictionaryArray.from_arrays(every, pa.array([target])),
-                        "method": pa.DictionaryArray.from_arrays(every, pa.array([self.method.label])),
-                        "score": pa.array(scores[part], pa.float32()),
-                        "error": pa.nulls(len(ids), pa.float32()) if errors is None else pa.array(errors[part]),
-                        "rank": pa.array(ranks[part], pa.int64()),
-                        "tokens": pa.array(self.tokens[part], pa.int64()),
-                        "stage": pa.array(stages[part], pa.int8()),
+                        "target": pa.DictionaryArray.from_arrays(same, texts([target])),
+                        "method": pa.DictionaryArray.from_arrays(same, texts([self.method.label])),
+                        "score": numbers(scores[part], np.float32),
+                        "error": pa.nulls(len(ids), pa.float32()) if errors is None else numbers(errors[part]),
+                        "rank": numbers(ranks[part], np.int64),
+                        "tokens": numbers(self.tokens[part], np.int64),
+                        "stage": numbers(stages[part], np.int8),
                     }
                 )
 

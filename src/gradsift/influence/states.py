@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceABC
-from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -24,8 +24,8 @@ from gradsift.influence.aggregate import Aggregation
 from gradsift.influence.estimator import Estimator, Influence, Passes, refuse_too_many
 from gradsift.model.loss import head_at, pad
 from gradsift.model.models import DtypeName, host, model_identity
-from gradsift.store.run import Run, revisions
-from gradsift.store.tensors import publish_tensors, read_tensors
+from gradsift.store.run import revisions
+from gradsift.store.shares import kept_rows
 from gradsift.warmup.checkpoint import Checkpoint
 
 Pooling = Literal["position_weighted", "last_prompt_token", "answer_mean"]
@@ -84,7 +84,7 @@ class _OfStates(Estimator):
         known = self.checkpoint == "base" or at is not None
         found = []
         for data in map(single_answers, (pool.data, target.data)):
-            config = _kept_under(data, _config(pool, at, *self.pooled()))
+            config = _config(pool, at, *self.pooled()) | {"data": data.fingerprint}
             kept = known and pool.run.manifest(pool.run.prefix("states", config))
             tokens = float(sum(data.token_counts()))
             found.append(Passes("hidden states", len(data.ids), tokens, bool(kept), forward=True))
@@ -172,53 +172,32 @@ def states(
     Raises:
         ConfigError: the model has no such layer.
     """
-    config = _kept_under(source, _config(pool, checkpoint, pooling, layer))
-    prefix = pool.run.prefix("states", config)
-    count = len(source.ids)
     adapter = None if checkpoint is None else checkpoint.adapter
-    starts = range(0, count, _SHARE_ROWS)
-    if pool.run.intact(prefix, pool.reporter) is None:
-        tasks = [
-            _Share(
-                pool.run, source, pool.model, pool.dtype, pool.device, adapter, pooling, layer, prefix,
-                start, min(count, start + _SHARE_ROWS),
-            )
-            for start in starts
-        ]  # fmt: skip
-        with pool.reporter.stage("hidden states", count) as advance:
-            for _ in pool.engine.map(tasks, advance, "share"):
-                pass
-        names = [_part("", start) for start in starts]
-        pool.run.complete(prefix, "states", config, files=names, rows=count)
-    return np.concatenate([read_tensors(pool.run.storage, _part(prefix, start))[0]["rows"].numpy() for start in starts])
+    return kept_rows(
+        pool.run,
+        "states",
+        _config(pool, checkpoint, pooling, layer) | {"data": source.fingerprint},
+        len(source.ids),
+        _SHARE_ROWS,
+        partial(_some_states, source, (pool.model, pool.dtype, pool.device), adapter, pooling, layer),
+        stage="hidden states",
+        reporter=pool.reporter,
+        engine=pool.engine,
+    )
 
 
-@dataclass(frozen=True)
-class _Share:
-    """The task of some rows' states."""
-
-    run: Run
-    source: SequenceSource
-    model: str
-    dtype: DtypeName
-    device: str
-    adapter: str | None
-    pooling: Pooling
-    layer: int
-    prefix: str
-    start: int
-    stop: int
-
-    def work(self, advance: Advance) -> None:
-        """Publish them, unless they are there."""
-        key = _part(self.prefix, self.start)
-        if not self.run.storage.exists(key):
-            model = host(self.model, self.dtype, self.device).with_adapter(self.adapter)
-            sequences = self.source.sequences(self.start, self.stop)
-            rows = hidden_states(model, sequences, self.stop - self.start, self.pooling, self.layer, advance)
-            publish_tensors(self.run.storage, key, {"rows": rows})
-        else:
-            advance(self.stop - self.start)
+def _some_states(
+    source: SequenceSource,
+    base: tuple[str, DtypeName, str],
+    adapter: str | None,
+    pooling: Pooling,
+    layer: int,
+    start: int,
+    stop: int,
+    advance: Advance,
+) -> Tensor:
+    model = host(*base).with_adapter(adapter)
+    return hidden_states(model, source.sequences(start, stop), stop - start, pooling, layer, advance)
 
 
 def hidden_states(
@@ -259,11 +238,6 @@ def hidden_states(
     return rows.clone()
 
 
-def _kept_under(source: SequenceSource, config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration of a source's states."""
-    return config | {"data": source.fingerprint}
-
-
 def _config(pool: Pool, checkpoint: Checkpoint | None, pooling: Pooling, layer: int) -> dict[str, Any]:
     return {
         "model": model_identity(pool.model),
@@ -273,7 +247,3 @@ def _config(pool: Pool, checkpoint: Checkpoint | None, pooling: Pooling, layer: 
         "pooling": pooling,
         "layer": layer,
     }
-
-
-def _part(prefix: str, start: int) -> str:
-    return f"{prefix}rows-{start:09d}.safetensors"

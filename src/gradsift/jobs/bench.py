@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -87,21 +88,28 @@ def planted(recipe: Recipe, plant: str, reporter: Reporter) -> list[Any]:
         raise ConfigError(
             f"plant {plant}: {count} of {len(places)} rows with answers cannot exchange them: at least two are needed"
         )
-    drawn = np.random.default_rng([recipe.seed, count]).choice(sorted(places), count, replace=False)
+    draws = np.random.default_rng([recipe.seed, count])
+    drawn = draws.choice(sorted(places), count, replace=False)
     if recipe.objective is not None:
         reporter.say(f"planted: {count} of {len(places)} pairs have their answers exchanged")
         return [_pair(one, recipe.columns, number in drawn) for number, one in enumerate(read)]
-    answer = {int(row): read[row].messages[places[row]] for row in drawn}  # type: ignore[union-attr]
-    said = {row: normalised_hash([message]) for row, message in answer.items()}
+    # No answer is that of more than half of the rows, so that each can be given one that is not its own.
+    answer: dict[int, Message] = {}
+    said: dict[int, str] = {}
+    often: Counter[str] = Counter()
+    for row in (*drawn.tolist(), *draws.permutation(sorted(places)).tolist()):
+        message = read[row].messages[places[row]]
+        own = normalised_hash([message])
+        if row not in said and len(said) < count and often[own] < max(count // 2, 1):
+            answer[row], said[row] = message, own
+            often[own] += 1
     # In the order of their answers each takes the one so far on that equal answers are passed over.
     ordered = sorted(said, key=lambda row: said[row])
-    step = max(list(said.values()).count(own) for own in set(said.values()))
-    given = {row: ordered[(place + step) % count] for place, row in enumerate(ordered)}
+    step = max(often.values())
+    given = {row: ordered[(place + step) % len(ordered)] for place, row in enumerate(ordered)}
     changed = {row: answer[other] for row, other in given.items() if said[row] != said[other]}
     if not changed:
-        raise ConfigError(
-            f"plant {plant}: the {count} rows that were drawn have the same answer: none can be a mistake"
-        )
+        raise ConfigError(f"plant {plant}: all rows have the same answer: none can be a mistake")
     reporter.say(f"planted: {len(changed)} of {len(places)} rows have the answer of another one")
     return [
         one if isinstance(one, Skipped) else _planted(one, places.get(number, 0), changed.get(number))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Iterable, Mapping
-from collections.abc import Sequence as SequenceABC
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -43,6 +42,7 @@ _GROUP_COLUMNS = ("skill", "source", "dataset", "category", "task", "domain", "t
 _MAX_GROUPS = 40
 FILES = {
     "selected.jsonl": "the chosen rows, for load_dataset('json', …)",
+    "dropped.jsonl": "the rows that are left out, lowest score first",
     "scores.parquet": "every score: id, target, method, score, error, rank, tokens, stage",
     "explanations.jsonl": "the explanations, one output a line",
     "explanations.parquet": "the same as a table",
@@ -128,7 +128,7 @@ class Result:
     def skipped(self) -> Entries:
         """Every row that was left out of the pool, the target, the choice, or the explanations."""
         ids = self.pool.data.ids
-        rows: list[SequenceABC[Skipped]] = [self.pool.data.skipped]
+        rows: list[Sequence[Skipped]] = [self.pool.data.skipped]
         overlap = self.target.overlap if self.target is not None else ()
         if self.target is not None:
             rows += [self.target.data.skipped, overlap]
@@ -199,12 +199,8 @@ def summary(result: Result) -> dict[str, Any]:
         content["target"] = {"rows": len(result.target.data), "description": result.target.data.description}
     if result.scores:
         content["methods"] = [
-            {
-                "method": entry.method.label,
-                "scored": len(entry.ids),
-                "length_correlation": round(entry.length_correlation, 4),
-            }
-            for entry in result.scores
+            {"method": one.method.label, "scored": len(one.ids), "length_correlation": round(one.length_correlation, 4)}
+            for one in result.scores
         ]
     if result.reliability:
         content["reliability"] = [one.as_dict() for one in result.reliability]
@@ -212,28 +208,23 @@ def summary(result: Result) -> dict[str, Any]:
         first = result.selections[0]
         content["selections"] = [
             {
-                "estimator": chosen.estimator,
-                "method": chosen.method.label,
-                "dropped": None if chosen.dropped is None else asdict(chosen.dropped),
-                "ids": chosen.ids,
-                "scores": chosen.scores,
-                "errors": chosen.errors,
+                "estimator": chosen.estimator, "method": chosen.method.label,
+                "dropped": None
+                if (gone := chosen.dropped) is None
+                else {"rows": len(gone), "harmful": gone.harmful, "ids": gone.ids, "scores": gone.scores},
+                "ids": chosen.ids, "scores": chosen.scores, "errors": chosen.errors,
                 "kept": {over: list(kept) for over, kept in result.kept.items()} if chosen is first else {},
                 "shares": shares(result, chosen.ids),
             }
             for chosen in result.selections
-        ]
+        ]  # fmt: skip
     if result.suggestions:
         content["suggestions"] = [asdict(one) for one in result.suggestions]
     if result.explanations is not None:
         content["explanations"] = [entry.as_dict() for entry in result.explanations.entries]
         content["failed"] = [asdict(failure) for failure in result.explanations.failed]
-    if result.diagnostics is not None:
-        content["diagnostics"] = result.diagnostics.as_dict()
-    if result.relevance is not None:
-        content["relevance"] = result.relevance.as_dict()
-    if result.validation is not None:
-        content["validation"] = result.validation.as_dict()
+    parts = {"diagnostics": result.diagnostics, "relevance": result.relevance, "validation": result.validation}
+    content |= {name: part.as_dict() for name, part in parts.items() if part is not None}
     if result.outcomes:
         content["outcomes"] = {outcome.label: dict(outcome.values) for outcome in result.outcomes}
     return content
@@ -244,6 +235,7 @@ def files_of(result: Result) -> list[str]:
     files = result_files(
         scored=bool(result.scores),
         chosen=bool(result.selections),
+        dropped=any(chosen.dropped for chosen in result.selections),
         suggested=bool(result.suggestions),
         trusted=bool(result.reliability),
         outputs=None if result.explanations is None else len(result.explanations.entries),
@@ -253,24 +245,25 @@ def files_of(result: Result) -> list[str]:
 
 
 def result_files(
-    *, scored: bool, chosen: bool, trusted: bool, outputs: int | None, validated: bool, suggested: bool = False
+    *,
+    scored: bool,
+    chosen: bool,
+    dropped: bool,
+    trusted: bool,
+    outputs: int | None,
+    validated: bool,
+    suggested: bool = False,
 ) -> list[str]:
     """The files of a result in which so many outputs are explained, None where that is not done."""
     explained = outputs is not None
     made = {
-        "selected.jsonl": chosen,
-        "scores.parquet": scored,
-        "explanations.jsonl": explained,
-        "explanations.parquet": explained,
-        "relevance.json": explained,
-        "validation.json": validated,
-        "diagnostics.json": trusted,
-        "suggestions.jsonl": suggested,
-        "skipped.jsonl": True,
-        "explanation.html": outputs == 1,
-        "relevance.html": explained and outputs != 1,
+        "selected.jsonl": chosen, "dropped.jsonl": chosen and dropped, "scores.parquet": scored,
+        "explanations.jsonl": explained, "explanations.parquet": explained,
+        "relevance.json": explained, "validation.json": validated,
+        "diagnostics.json": trusted, "suggestions.jsonl": suggested, "skipped.jsonl": True,
+        "explanation.html": outputs == 1, "relevance.html": explained and outputs != 1,
         "report.html": chosen or explained,
-    }
+    }  # fmt: skip
     return [name for name in FILES if made.get(name, False)]
 
 
@@ -284,6 +277,8 @@ def remove_outdated(result: Result) -> None:
     gone: list[str] = []
     if result.scores:
         gone += ["diagnostics.json", "suggestions.jsonl"]
+    if result.selections:
+        gone += ["dropped.jsonl"]
     if result.explanations is not None:
         known = explained_prompts(run).keys()
         pages = {f"explanations/{explanation_file(id_)}" for id_ in known}
@@ -350,14 +345,14 @@ class Groups:
     names: list[str]
     codes: NDArray[np.int32]
 
-    def counts(self, positions: SequenceABC[int] | NDArray[np.int64]) -> dict[str, int]:
+    def counts(self, positions: Sequence[int] | NDArray[np.int64]) -> dict[str, int]:
         """How many of the rows at these positions have each name, most first."""
         counts = np.bincount(self.codes[positions], minlength=len(self.names)).tolist()
         found = ((name, count) for name, count in zip(self.names, counts, strict=True) if count)
         return dict(sorted(found, key=lambda item: (-item[1], item[0])))
 
 
-def groups_of(data: Dataset, wanted: SequenceABC[str]) -> dict[str, Groups]:
+def groups_of(data: Dataset, wanted: Sequence[str]) -> dict[str, Groups]:
     """The columns by which chosen and pool are compared: those asked for, else the usual ones that have few values.
 
     Raises:
@@ -375,7 +370,7 @@ def _grouped(values: Iterable[Any]) -> Groups:
     return Groups(list(number), np.asarray(codes))
 
 
-def shares(result: Result, ids: SequenceABC[str]) -> dict[str, dict[str, int]]:
+def shares(result: Result, ids: Sequence[str]) -> dict[str, dict[str, int]]:
     """How many of the ids have each value of each group column."""
     positions = result.pool.data.positions(ids)
     return {column: groups.counts(positions) for column, groups in result.groups.items()}

@@ -157,11 +157,7 @@ def run_reward(recipe: Recipe, reporter: Reporter | None = None) -> Rollouts:
 
 
 def check_rollouts(recipe: Recipe) -> PolicyEstimator:
-    """The estimator that samples.
-
-    Raises:
-        ConfigError: it samples nothing.
-    """
+    """The estimator that samples; one that samples nothing is refused."""
     if not takes_reward(recipe.estimator):
         raise ConfigError(f"the estimator {recipe.estimator.kind} samples no responses: name nice or nice_if")
     if recipe.estimator.view is None:
@@ -174,9 +170,6 @@ def check_rollouts(recipe: Recipe) -> PolicyEstimator:
 
 def pass_rates(rewards: Rewards) -> dict[int, float]:
     """Mean over prompts of pass@1, 10 and 100, as far as every prompt has so many responses; where all earn 0 or 1.
-
-    Args:
-        rewards: by prompt and number.
 
     Example:
         >>> pass_rates({("a", 0): 1.0, ("a", 1): 0.0, ("b", 0): 0.0, ("b", 1): 0.0})
@@ -241,23 +234,16 @@ def _rollout(targets: PolicyTargets, checkpoint: Checkpoint, name: str, *, rewar
 
 
 def _summary(samples: Samples, ids: list[str]) -> ResponseSummary:
-    lengths: list[int] = []
-    distinct: list[int] = []
-    cut = 0
-    for prompt_id in samples:
-        own = samples[prompt_id]
-        lengths += [len(response.token_ids) for response in own]
-        distinct.append(len({response.text for response in own}))
-        cut += sum(response.finish_reason == "length" for response in own)
-    there = set(samples)
+    answered = {prompt_id: samples[prompt_id] for prompt_id in samples}
+    every = [response for own in answered.values() for response in own]
     return ResponseSummary(
         prompts=len(ids),
-        unanswered=tuple(id_ for id_ in ids if id_ not in there),
-        responses=len(lengths),
+        unanswered=tuple(id_ for id_ in ids if id_ not in answered),
+        responses=len(every),
         samples=samples.samples,
-        tokens=float(np.mean(lengths)),
-        cut_off=cut / len(lengths),
-        distinct=float(np.mean(distinct)),
+        tokens=float(np.mean([len(response.token_ids) for response in every])),
+        cut_off=sum(response.finish_reason == "length" for response in every) / len(every),
+        distinct=float(np.mean([len({response.text for response in own}) for own in answered.values()])),
     )
 
 
@@ -296,18 +282,12 @@ def _lines(result: Rollouts) -> Iterator[str]:
             prompt = list(rollout.samples.prompt(prompt_id).messages)
             for response in rollout.samples[prompt_id]:
                 row = {
-                    "checkpoint": rollout.name,
-                    "prompt_id": prompt_id,
-                    "number": response.number,
-                    "prompt": prompt,
-                    "text": response.text,
-                    "finish_reason": response.finish_reason,
-                    "tokens": len(response.token_ids),
-                    "logprob": _sum(response.logprobs),
-                    "sampler_logprob": _sum(response.sampler_logprobs),
+                    "checkpoint": rollout.name, "prompt_id": prompt_id, "number": response.number, "prompt": prompt,
+                    "text": response.text, "finish_reason": response.finish_reason, "tokens": len(response.token_ids),
+                    "logprob": _sum(response.logprobs), "sampler_logprob": _sum(response.sampler_logprobs),
                     "reward": None if rollout.earned is None else rollout.earned.values.get(response.key),
                     "problem": "; ".join(reasons.get(response.key, ())) or None,
-                }
+                }  # fmt: skip
                 yield json.dumps(row, ensure_ascii=False) + "\n"
 
 
@@ -320,11 +300,8 @@ def _sum(logprobs: Any) -> float | None:
 
 
 def print_rollouts(result: Rollouts, show: int = 3) -> None:
-    """Tables on standard output, and the responses to some prompts at the last checkpoint.
-
-    Args:
-        result: what was sampled.
-        show: prompts whose responses are shown: the best and the worst, or without rewards the first two.
+    """Tables on standard output, and of `show` prompts the best and the worst responses at the last checkpoint, or
+    without rewards the first two.
     """
     out = console()
     columns = ("checkpoint", "prompts", "responses", "mean tokens", "cut off", "distinct per prompt")
@@ -333,7 +310,8 @@ def print_rollouts(result: Rollouts, show: int = 3) -> None:
          f"{r.responses.cut_off:.0%}", f"{r.responses.distinct:.1f} of {r.responses.samples}")
         for r in result.checkpoints
     ]  # fmt: skip
-    out.print(table("Responses", columns, rows))
+    out.print("Responses", style="bold")
+    out.print(table(columns, rows))
     if result.rewarded:
         earned = [r.rewards for r in result.checkpoints if r.rewards is not None]
         draw([earned_table(earned, [r.pass_at for r in result.checkpoints])], out)

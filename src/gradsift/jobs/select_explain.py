@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator
-from collections.abc import Sequence as SequenceABC
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -47,6 +46,8 @@ from gradsift.store.run import Run
 from gradsift.validation.validate import validate_explanations
 from gradsift.warmup.train import Training
 
+_OF_POOL = ("model", "out", "warmup", "gradients", "columns", "max_length", "chunk", "supervise", "reasoning",
+            "keep_duplicates", "objective", "beta", "dtype", "device", "seed")  # fmt: skip
 _NO_TARGET = (
     "no target: give --target, a file of examples of what the model should get better at (alpagasus, deita and random "
     "alone need none)"
@@ -60,27 +61,10 @@ def open_recipe(recipe: Recipe, reporter: Reporter | None = None, *, announce: b
     reporter = reporter or silent()
     if recipe.beta != Recipe.model_fields["beta"].default and recipe.objective != "dpo":
         raise ConfigError("beta is DPO's, and the objective is another: add --objective dpo, or leave beta out")
+    given = recipe.pool if source is None else source
+    engine, alike = engine_of(recipe.engine, reporter), {name: getattr(recipe, name) for name in _OF_POOL}
     pool = open_pool(
-        recipe.pool if source is None else source,
-        model=recipe.model,
-        out=recipe.out,
-        adapters=recipe.adapter,
-        warmup=recipe.warmup,
-        gradients=recipe.gradients,
-        columns=recipe.columns,
-        max_length=recipe.max_length,
-        chunk=recipe.chunk,
-        supervise=recipe.supervise,
-        reasoning=recipe.reasoning,
-        keep_duplicates=recipe.keep_duplicates,
-        objective=recipe.objective,
-        beta=recipe.beta,
-        sample=recipe.pool_sample,
-        dtype=recipe.dtype,
-        device=recipe.device,
-        seed=recipe.seed,
-        engine=engine_of(recipe.engine, reporter),
-        reporter=reporter,
+        given, adapters=recipe.adapter, sample=recipe.pool_sample, engine=engine, reporter=reporter, **alike
     )
     if announce:
         say_account(pool.training.account, "pool", len(pool.training), reporter)
@@ -96,39 +80,24 @@ def open_recipe_target(recipe: Recipe, pool: Pool, *, rewarded: bool = True) -> 
     """
     if recipe.target is None:
         raise ConfigError(_NO_TARGET)
+    how: dict[str, Any] = {"subtask": recipe.subtask, "columns": recipe.target_columns,
+                           "keep_overlap": recipe.keep_overlap, "sample": recipe.target_sample}  # fmt: skip
     if recipe.reward is not None or not rewarded:
-        return open_prompts(
-            recipe.target,
-            pool,
-            recipe.reward,
-            judge=recipe.judge,
-            subtask=recipe.subtask,
-            columns=recipe.target_columns,
-            keep_overlap=recipe.keep_overlap,
-            sample=recipe.target_sample,
-        )
+        return open_prompts(recipe.target, pool, recipe.reward, judge=recipe.judge, **how)
     if takes_reward(recipe.estimator):
         raise ConfigError(
             f"{recipe.estimator.label} ranks by a reward, and none is named: give --reward, such as numeric:answer, "
             "rewards.py:function or unit_tests"
         )
-    return open_target(
-        recipe.target,
-        pool,
-        subtask=recipe.subtask,
-        columns=recipe.target_columns,
-        keep_overlap=recipe.keep_overlap,
-        sample=recipe.target_sample,
-    )
+    return open_target(recipe.target, pool, **how)
 
 
 def run_score(recipe: Recipe, reporter: Reporter | None = None) -> Result:
     """Score the pool for the target with the recipe's estimator and its controls: scores.parquet, summary.json."""
-    reporter = reporter or silent()
     start = time.monotonic()
     _check_methods(recipe)
     with Run(recipe.out).lock():
-        result = score_all(recipe, reporter, command="score")
+        result = score_all(recipe, reporter or silent(), command="score")
         trust(result)
         remove_outdated(result)
         result.seconds = time.monotonic() - start
@@ -163,13 +132,12 @@ def run_select(recipe: Recipe, reporter: Reporter | None = None, *, command: str
 
     The controls choose the same number of examples as the estimator, so that its choice can be compared with theirs.
     """
-    reporter = reporter or silent()
     start = time.monotonic()
     _check_methods(recipe)  # refused before anything heavy
     if recipe.explain is not None:
         explain_questions(recipe)
     with Run(recipe.out).lock():
-        result = score_all(recipe, reporter, command=command)
+        result = score_all(recipe, reporter or silent(), command=command)
         choose(result)
         trust(result)
         if recipe.explain is not None:
@@ -182,12 +150,8 @@ def run_select(recipe: Recipe, reporter: Reporter | None = None, *, command: str
 def run_explain(recipe: Recipe, reporter: Reporter | None = None, *, command: str | None = None) -> Result:
     """Explain the recipe's prompts: explanations.jsonl and .parquet, relevance.json, the pages, report.html.
 
-    Args:
-        recipe: with `explain:`.
-        reporter: where progress goes.
-        command: whose result it is; `explain`, or `validate` where the recipe asks for that.
+    `command` is whose result it is: `explain`, or `validate` where the recipe asks for that.
     """
-    reporter = reporter or silent()
     start = time.monotonic()
     if recipe.explain is None:
         raise ConfigError("nothing to explain: give --prompt or --target, or `explain:` in the recipe")
@@ -275,7 +239,7 @@ def score_all(recipe: Recipe, reporter: Reporter, *, command: str) -> Result:
     return result
 
 
-def views_together(recipe: Recipe, methods: SequenceABC[Estimator]) -> set[View]:
+def views_together(recipe: Recipe, methods: Sequence[Estimator]) -> set[View]:
     """What is read at the last checkpoint to choose and to explain, now or later, which the same backward gives."""
     views: set[View] = {view for method in methods if (view := method.view) is not None}
     if recipe.explain is not None:
@@ -329,7 +293,8 @@ def _check_sizes(result: Result) -> None:
 
 
 def choose(result: Result) -> None:
-    """Choose by the estimator with the recipe's method, and by each control's top-k; writes selected.jsonl.
+    """Choose by the estimator with the recipe's method, and by each control's top-k; writes selected.jsonl, and what
+    was dropped to dropped.jsonl.
 
     Of preference pairs, which of them to drop and which to flip is in suggestions.jsonl.
     """
@@ -338,8 +303,9 @@ def choose(result: Result) -> None:
     size = {"budget": recipe.budget} if recipe.drop is None else {"drop": recipe.drop}
     result.selections = [select(first, recipe.selection, **size)]
     result.selections += [select(control, TopK(), budget=len(result.selections[0])) for control in controls]
-    lines = result.selections[0].lines()
-    result.pool.run.publish_text("selected.jsonl", "".join(f"{line}\n" for line in lines))
+    for name, chosen in {"selected.jsonl": result.selections[0], "dropped.jsonl": result.selections[0].dropped}.items():
+        if chosen is not None:
+            result.pool.run.publish_text(name, "".join(f"{line}\n" for line in chosen.lines()))
     result.suggestions = suggestions(first)
     if result.suggestions:
         result.pool.run.publish_text("suggestions.jsonl", "".join(suggestion_lines(result.suggestions, result.pool)))
@@ -353,18 +319,10 @@ def explain_into(result: Result) -> None:
     questions, result.unexplained = explain_questions(recipe, pool)
     say_account(result.unexplained, "what is to be explained", len(questions), pool.reporter)
     found = explain(
-        pool,
-        questions,
-        k=job.k,
-        estimator=job.estimators,
-        strategies=job.strategies,
-        coefficients=job.coefficients,
-        candidates=job.candidates,
-        max_new_tokens=job.max_new_tokens,
-        aggregation=job.aggregation,
-        exact=job.exact,
-        matches=job.paged(len(questions)) if result.paged else 0,
-    )
+        pool, questions, k=job.k, estimator=job.estimators, strategies=job.strategies, coefficients=job.coefficients,
+        candidates=job.candidates, max_new_tokens=job.max_new_tokens, aggregation=job.aggregation, exact=job.exact,
+        all_checkpoints=job.all_checkpoints, matches=job.paged(len(questions)) if result.paged else 0,
+    )  # fmt: skip
     result.explanations = found
     say_account(Account(parts=tuple(found.unshown)), "what is to be explained", len(found.entries), pool.reporter)
     table = relevance_table(found)
@@ -376,16 +334,9 @@ def explain_into(result: Result) -> None:
         how = job.validation
         result.validation = validate_explanations(pool, found, settings=how.step, route=how.route, sanity=how.sanity)
         result.explanations = found = found.trained(result.validation.effects())
-    if not result.paged:
-        return
-    result.pages = write_pages(
-        found,
-        result.relevance,
-        result.validation,
-        pages=job.pages,
-        embedding=job.embedding,
-        facts={"seed": str(recipe.seed)},
-    )
+    if result.paged:
+        drawn: dict[str, Any] = {"pages": job.pages, "embedding": job.embedding, "facts": {"seed": str(recipe.seed)}}
+        result.pages = write_pages(found, result.relevance, result.validation, **drawn)
 
 
 def explain_questions(recipe: Recipe, pool: Pool | None = None) -> tuple[list[Question], Account]:
@@ -493,9 +444,11 @@ def _asked(prompt: str, output: str | None, instead: str | None) -> Question:
 
 
 def say_account(account: Account, what: str, used: int, reporter: Reporter) -> None:
-    """A line on the rows that were left out, one on those used in part, one on files that were not read."""
+    """A line on the rows that were left out, with what the first of them says, one on those used in part, one on files
+    that were not read.
+    """
     if account.rows:
-        why = counts_text(count_reasons(account.rows))
+        why = f"{counts_text(count_reasons(account.rows))}; first, {account.rows[0].id}: {account.rows[0].detail:.200}"
         reporter.say(f"{what}: {used} rows used, {len(account.rows)} left out ({why}); listed in skipped.jsonl")
     if account.parts:
         reporter.say(f"{what}: {account.parts_line()}; listed in skipped.jsonl")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -18,12 +18,12 @@ from gradsift.data.sources import read_rows
 from gradsift.evaluation.any_metric import AnyMetric
 from gradsift.evaluation.evaluate import Evaluation, evaluate, evaluations_blocks
 from gradsift.evaluation.fine_tune import Keep, check_seeds, train_on
+from gradsift.evaluation.mean_reward import GREEDY
 from gradsift.evaluation.metric import Metric
-from gradsift.evaluation.setup import open_model
 from gradsift.generation.endpoint import Endpoint
 from gradsift.generation.sampling import Sampling
 from gradsift.jobs.select_explain import open_recipe
-from gradsift.options import columns_of, endpoint_of, rewards_of, sampling_fields
+from gradsift.options import columns_of, endpoint_of, rewards_of
 from gradsift.recipe import Recipe, set_fields
 from gradsift.report.terminal import console, draw
 from gradsift.rewards.reward import Reward
@@ -53,12 +53,9 @@ def run_train(
 
     Args:
         recipe: model, pool and run folder; its `warmup` is the training.
-        seeds: each once.
         selected: rows of the pool, as `gradsift select` leaves them.
         ids: a file with ids of the pool; without either the whole pool is trained on.
-        keep, best_by, full: as `train_on`.
         merge_into: folder for the kept adapter merged into its base; with several seeds, a folder `seed-N` in it each.
-        reporter: where progress goes.
 
     Raises:
         ConfigError: options that do not go together.
@@ -83,12 +80,10 @@ def run_train(
             trained = train_on(
                 pool, chosen, recipe.warmup, seed=seed, keep=keep, best_by=best_by, full=full, what=f"seed {seed}"
             )
-            entry = trained.as_dict()
+            found.append(trained.as_dict())
             if seed in folders:
-                entry["merged"] = str(
-                    merge(pool.model, trained.path, folders[seed], dtype=pool.dtype, device=pool.device)
-                )
-            found.append(entry)
+                merged = merge(pool.model, trained.path, folders[seed], dtype=pool.dtype, device=pool.device)
+                found[-1]["merged"] = str(merged)
             trained_on = {"pool": pool.data.description, "chosen": file}
             pool.run.publish_json("training.json", {"command": "train", **trained_on, "trained": found})
     return found
@@ -147,21 +142,6 @@ def print_evaluations(found: Sequence[Evaluation], out: str | Path) -> None:
     shown.print(f"every item's value in {Path(out) / 'evaluation.json'}", markup=False)
 
 
-def place_of(given: Mapping[str, Any], reporter: Reporter) -> Setup:
-    """The model that options name."""
-    return open_model(
-        given["model"],
-        out=given["out"],
-        max_length=given["max_length"],
-        chunk=given["chunk"],
-        supervise=given["supervise"],
-        reasoning=given["reasoning"],
-        dtype=given["dtype"],
-        device=given["device"],
-        reporter=reporter,
-    )
-
-
 def metrics_of(given: Mapping[str, Any]) -> list[Metric]:
     """The metrics that options ask for: those that `--metric` names, or all that the other options are of.
 
@@ -190,17 +170,10 @@ def metrics_of(given: Mapping[str, Any]) -> list[Metric]:
         raise ConfigError(
             "nothing to measure: give --data for a loss, and --reward, --against, --tasks or --questions for more"
         )
-    needed = {
-        "loss": "data",
-        "preferences": "data",
-        "reward": "data",
-        "pairwise": "data",
-        "lm_eval": "tasks",
-        "grading": "questions",
-    }
     for kind in kinds:
-        if not given.get(needed[kind]):
-            raise ConfigError(f"the metric {kind.replace('lm_eval', 'tasks')} needs --{needed[kind]}: give it")
+        needed = {"lm_eval": "tasks", "grading": "questions"}.get(kind, "data")
+        if not given.get(needed):
+            raise ConfigError(f"the metric {kind.replace('lm_eval', 'tasks')} needs --{needed}: give it")
     if "reward" in kinds and not asked["reward"]:
         raise ConfigError("the metric reward needs --reward, such as numeric:answer: give it")
     fields = {kind: _fields(kind, given) for kind in kinds}
@@ -252,8 +225,7 @@ def judge_of(given: Mapping[str, Any]) -> Endpoint | None:
             raise ConfigError("--judge-url says where the judge is: name its model with --judge-model")
         return None
     values = endpoint_of(given["judge_model"], given.get("judge_url"))
-    judge: Endpoint = _checked(TypeAdapter(Endpoint), values, "--judge-url")
-    return judge
+    return cast(Endpoint, _checked(TypeAdapter(Endpoint), values, "--judge-url"))
 
 
 def sampling_of(given: Mapping[str, Any]) -> Sampling:
@@ -262,23 +234,20 @@ def sampling_of(given: Mapping[str, Any]) -> Sampling:
     Raises:
         ConfigError: settings that do not go together.
     """
-    fields = sampling_fields(given)
+    names = {"sampling_seed": "seed"} | {name: name for name in ("samples", "temperature", "max_new_tokens")}
+    fields = {field: given[name] for name, field in names.items() if given.get(name) is not None}
     drawn = given.get("sampling") is not None or bool({"samples", "temperature"} & set(fields))
     if not drawn or re.fullmatch(r"0*\.?0*", str(fields.get("temperature", 1))):
         if "seed" in fields:
             raise ConfigError("--sampling-seed: the likeliest response takes no luck: give --samples, or leave it out")
         return _greedy(given.get("max_new_tokens"))
     fields = {"preset": given.get("sampling") or "general", "seed": given.get("seed") or 0, **fields}
-    found: Sampling = _checked(TypeAdapter(Sampling), fields, "--sampling")
-    return found
+    return cast(Sampling, _checked(TypeAdapter(Sampling), fields, "--sampling"))
 
 
 def _greedy(tokens: int | None) -> Sampling:
-    fields = {"samples": 1, "temperature": 0, "top_k": None, "top_p": None}
-    found: Sampling = _checked(
-        TypeAdapter(Sampling), fields if tokens is None else fields | {"max_new_tokens": tokens}, "--max-new-tokens"
-    )
-    return found
+    fields = GREEDY.model_dump() | ({} if tokens is None else {"max_new_tokens": tokens})
+    return cast(Sampling, _checked(TypeAdapter(Sampling), fields, "--max-new-tokens"))
 
 
 def seeds_of(text: str) -> tuple[int, ...]:

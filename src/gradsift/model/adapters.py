@@ -116,6 +116,30 @@ def refuse_other_kinds(peft_type: object, adapter: str | Path) -> None:
         )
 
 
+def adapter_config(adapter: str) -> Any:
+    """PEFT's reading of an adapter_config.json, with a warning of keys that it passes over: one of a later PEFT may
+    change what the adapter computes. Which version wrote the file, as Unsloth notes, changes nothing.
+    """
+    from peft import PeftConfig
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        config = PeftConfig.from_pretrained(adapter)
+    for warning in caught:
+        unknown = re.findall(r"Unexpected keyword arguments \[(.*?)\]", str(warning.message))
+        names = [name.strip(" '") for name in unknown[0].split(",")] if unknown else []
+        left = [name for name in names if not name.endswith("_version")]
+        if left:
+            warnings.warn(
+                f"adapter {adapter}: its adapter_config.json says {', '.join(left)}, which this PEFT does not know: a "
+                "later one may compute something else by it",
+                stacklevel=2,
+            )
+        elif not names:
+            warnings.warn(warning.message, stacklevel=2)
+    return config
+
+
 def attach_adapter(model: Any, adapter: str | Path) -> Any:
     """The model with a LoRA adapter on it, in eval mode. `BareModel` takes it off again, also where this raises.
 
@@ -123,10 +147,10 @@ def attach_adapter(model: Any, adapter: str | Path) -> Any:
         ModelError: there is no adapter there, or it is of another kind.
         MismatchError: the adapter was trained for another model; the message names the first tensors that do not fit.
     """
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
 
     try:
-        config = PeftConfig.from_pretrained(str(adapter))
+        config = adapter_config(str(adapter))
     except Exception as error:  # a file that anybody may have written can fail in any way
         raise _unreadable(adapter, error) from error
     refuse_other_kinds(config.peft_type, adapter)

@@ -16,7 +16,14 @@ from typing import Any, Literal
 from gradsift.base.errors import ConfigError, CorruptError, GradsiftError, ModelError
 from gradsift.base.lazy import torch
 from gradsift.base.memory import empty_device_cache, give_back_memory
-from gradsift.model.adapters import BareModel, attach_adapter, checksums, first_lines, refuse_other_kinds
+from gradsift.model.adapters import (
+    BareModel,
+    adapter_config,
+    attach_adapter,
+    checksums,
+    first_lines,
+    refuse_other_kinds,
+)
 from gradsift.store.digests import file_digest
 from gradsift.store.manifest import fingerprint
 from gradsift.store.remote import at_hand
@@ -50,6 +57,8 @@ def model_identity(name: str) -> dict[str, str]:
         files = sorted(p for p in path.iterdir() if p.is_file())
         weights = [p for p in files if p.suffix in _WEIGHTS]
         if not (path / "config.json").is_file():
+            if (path / "adapter_config.json").is_file():
+                raise ModelError(f"{path} is an adapter: give its base as --model, and this folder as --adapter")
             raise ModelError(f"{path} is not a model folder: it has no config.json")
         if not weights:
             raise ModelError(f"{path} has a config.json but no weights (*.safetensors)")
@@ -425,13 +434,11 @@ def find_adapter(adapter: str) -> None:
     Raises:
         ModelError: the hub does not give it either.
     """
-    from peft import PeftConfig
-
     adapter = at_hand(adapter)
     if Path(adapter).exists() or adapter.startswith((".", "/", "~")):  # `open_checkpoint` says what is wrong there
         return
     try:
-        config = PeftConfig.from_pretrained(adapter)
+        config = adapter_config(adapter)
     except Exception as error:  # as in `_loading`
         raise ModelError(_no_adapter(adapter, error)) from error
     refuse_other_kinds(config.peft_type, adapter)

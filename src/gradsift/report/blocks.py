@@ -14,6 +14,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter
 
+from gradsift.report.text import written
+
 Tone = Literal["", "best", "better", "worse", "failed"]
 
 
@@ -98,6 +100,12 @@ def columns(*names: str) -> tuple[Column, ...]:
     True
     """
     return tuple(Column(name.removeprefix("#"), numeric=name.startswith("#")) for name in names)
+
+
+def measured(words: str, spread: float | None, layout: str, best: bool) -> Entry:
+    """A figure in its column's format, with how far it spreads below, and marked where it is the best."""
+    note = f"±\u202f{written(spread, layout)}" if spread is not None else ""
+    return Cell(words, note, "best" if best else "", tone="best" if best else "") if best or note else words
 
 
 @dataclass(frozen=True, slots=True)

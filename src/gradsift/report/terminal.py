@@ -70,7 +70,9 @@ def _draw_table(block: Table, out: Console) -> None:
             break
     title = f"{block.title} ({block.note})" if block.note else block.title
     wide, right = [name for name in named if name == "detail"], [block.columns[n].numeric for n in kept]
-    drawn = table("" if title in named[:1] else title, named, lines, wide=wide, right=right)
+    if title and title not in named[:1]:  # one of the table's own would be broken to its width
+        out.print(on_one_line(title), style="bold", markup=False)
+    drawn = table(named, lines, wide=wide, right=right)
     if not fits:
         drawn.padding = (0, 1, 0, 0)
     out.print(drawn)
@@ -90,7 +92,7 @@ def _draw_examples(block: Examples, out: Console) -> None:
             break
     said = ("prompt", "answer") if room >= 2 * _LEAST + 3 else ("prompt",)
     lines = [[*row, *_said(one)[: len(said)]] for row, one in zip(rows, shown, strict=True)]
-    out.print(table("", [*heads, *said], lines, wide=said))
+    out.print(table([*heads, *said], lines, wide=said))
     left = max(block.total, len(block.examples)) - len(shown)
     if left > 0:
         out.print(f"… and {left:,} more\n")
@@ -127,22 +129,16 @@ def _said(example: Example) -> tuple[str, str]:
 
 
 def table(
-    title: str,
     columns: Sequence[str],
     rows: Iterable[Sequence[object]],
     *,
     wide: Sequence[str] = (),
     right: Sequence[bool] = (),
 ) -> Drawn:
-    """A table whose cells are text, never markup.
-
-    Args:
-        title, columns, rows: of the table.
-        wide: columns that take the room that is left.
-        right: whether each column stands to the right even if it has other fields than numbers.
+    """A table whose cells are text, never markup; `wide` columns take the room that is left, and those that are `right`
+    stand to the right even if they have other fields than numbers.
     """
-    made = Drawn(title=escape(on_one_line(title)), box=box.SIMPLE_HEAD, title_justify="left", title_style="bold",
-                 pad_edge=False)  # fmt: skip
+    made = Drawn(box=box.SIMPLE_HEAD, pad_edge=False)
     cells = [[str(cell) for cell in row] for row in rows]
     for number, name in enumerate(columns):
         numeric = (right and right[number]) or (bool(cells) and all(_is_number(row[number]) for row in cells))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,35 +24,13 @@ from gradsift.selection.top_k import TopK
 
 
 @dataclass(frozen=True)
-class Dropped:
-    """What `drop` leaves out: how many rows, of which so many have a score below 0, and so many one above."""
-
-    rows: int
-    harmful: int
-    helpful: int
-
-    def __str__(self) -> str:
-        return f"the {self.rows:,} lowest are left out: {self.harmful:,} with a score below 0"
-
-    @property
-    def warning(self) -> str | None:
-        """What a reader should know."""
-        if not self.helpful:
-            return None
-        return (
-            f"drop leaves out {self.helpful:,} rows whose scores are above 0, so that training on them is said to "
-            f"help: {self.harmful:,} are below 0; drop fewer"
-        )
-
-
-@dataclass(frozen=True)
 class Selection(Shown):
     """Chosen examples in the order they were chosen, with score and rank in the whole pool.
 
     errors: standard errors of the scores, where they are known
     budget: how many were asked for
     told: what pages show of how it was chosen
-    dropped: where the lowest scores were to be left out, these
+    dropped: where the lowest scores were to be left out, these, lowest first
     """
 
     ids: list[str]
@@ -94,6 +73,29 @@ class Selection(Shown):
                 + ", ".join(f"{new} (before: {old})" for old, new in moved.items())
             )
         return lines
+
+
+class Dropped(Selection):
+    """What `drop` leaves out."""
+
+    @property
+    def harmful(self) -> int:
+        """How many of them have a score below 0."""
+        return sum(score < 0 for score in self.scores)
+
+    def __str__(self) -> str:
+        return f"the {len(self):,} lowest are left out: {self.harmful:,} with a score below 0"
+
+    @property
+    def warning(self) -> str | None:
+        """What a reader should know."""
+        helpful = sum(score > 0 for score in self.scores)
+        if not helpful:
+            return None
+        return (
+            f"drop leaves out {helpful:,} rows whose scores are above 0, so that training on them is said to "
+            f"help: {self.harmful:,} are below 0; drop fewer"
+        )
 
 
 def budget_count(budget: float, available: int, *, what: str = "budget") -> int:
@@ -185,23 +187,22 @@ def select(
     candidates = _candidates(scores, method, count)
     positions = chosen(method, candidates, count)
     ranks = scores.ranks()
-    return Selection(
-        ids=[scores.ids[p] for p in positions],
-        scores=[float(scores.aggregate[p]) for p in positions],
-        ranks=[int(ranks[p]) for p in positions],
-        method=method,
-        estimator=scores.method.label,
-        budget=count,
-        errors=None if scores.errors is None else [float(scores.errors[p]) for p in positions],
-        dropped=None if drop is None else _dropped(scores, positions),
-        told=candidates.told,
-        pool=scores.pool,
-    )
 
+    def rows(places: Sequence[int]) -> dict[str, Any]:
+        return {
+            "ids": [scores.ids[p] for p in places],
+            "scores": [float(scores.aggregate[p]) for p in places],
+            "ranks": [int(ranks[p]) for p in places],
+            "errors": None if scores.errors is None else [float(scores.errors[p]) for p in places],
+            "method": method,
+            "estimator": scores.method.label,
+            "budget": count,
+            "pool": scores.pool,
+        }
 
-def _dropped(scores: Scores, positions: list[int]) -> Dropped:
-    left = np.delete(scores.aggregate, positions)
-    return Dropped(len(left), int((left < 0).sum()), int((left > 0).sum()))
+    left = np.setdiff1d(np.arange(len(ranks)), positions)
+    dropped = None if drop is None else Dropped(**rows(left[np.argsort(-ranks[left])].tolist()))
+    return Selection(**rows(positions), dropped=dropped, told=candidates.told)
 
 
 def _candidates(scores: Scores, method: Selector, budget: int) -> Candidates:

@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
+from gradsift.base.columns import values
 from gradsift.base.errors import ConfigError, CorruptError, MismatchError, StorageError
 from gradsift.base.lazy import Tensor, torch
 from gradsift.base.strings import Strings
@@ -291,15 +292,11 @@ class GradientStore:
         self.name = storage.name(self.prefix)
         key = self.prefix + "manifest.json"
         if not storage.exists(key):
-            unfinished = storage.exists(self.prefix + "store.json")
-            raise StorageError(
-                f"{self.name} is {'an unfinished' if unfinished else 'not a'} gradient store: "
-                + (
-                    "run the command that collects it again, it goes on where it stopped"
-                    if unfinished
-                    else "run `gradsift collect` first"
-                )
-            )
+            what = "not a gradient store: run `gradsift collect` first"
+            if storage.exists(self.prefix + "store.json"):
+                what = "an unfinished gradient store: run the command that collects it again, it goes on where it "
+                what += "stopped"
+            raise StorageError(f"{self.name} is {what}")
         try:
             self._open(read_json(storage, key, StoreManifest), verify)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, pa.ArrowException) as error:
@@ -326,10 +323,9 @@ class GradientStore:
         except OSError as error:  # of the parquet format, not of the disk
             raise ValueError(f"rows.parquet: {error}") from error
         self.ids = Strings.of(id_ for chunk in table["id"].chunks for id_ in chunk.to_pylist())
-        self.norms = torch.from_numpy(table["norm"].to_numpy().copy())
-        self.projected_norms = torch.from_numpy(table["projected_norm"].to_numpy().copy())
-        self.losses = torch.from_numpy(table["loss"].to_numpy().copy())
-        self.supervised_tokens = torch.from_numpy(table["supervised_tokens"].to_numpy().copy())
+        self.norms, self.projected_norms, self.losses, self.supervised_tokens = (
+            torch.from_numpy(values(table[name])) for name in ("norm", "projected_norm", "loss", "supervised_tokens")
+        )
         self._starts = np.cumsum([0, *(shard["rows"] for shard in content["shards"])])
         self._maps: dict[int, dict[str, Tensor]] = {}
 

@@ -83,31 +83,27 @@ def read_json(storage: Storage, key: str, shape: type[Record] = Record, *, seale
         CorruptError: the file is not a JSON object, not the one that was sealed, with `sealed` has no seal, or is not
             of that shape.
     """
-    content = storage.read(key)
+    content, name = storage.read(key), storage.name(key)
     try:
         value = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise CorruptError(
-            f"{storage.name(key)} is damaged ({error}): delete its folder and run the same command again"
-        ) from error
+        raise _damaged(name, error) from error
     if not isinstance(value, dict):
-        raise CorruptError(f"{storage.name(key)} is damaged (not a JSON object): delete its folder and run again")
+        raise _damaged(name, "not a JSON object")
     digest = value.pop(DIGEST, None)
     if (sealed or digest is not None) and not _matches(value, digest):
-        raise CorruptError(
-            f"{storage.name(key)} is damaged (its content does not match its digest): delete its folder and run the "
-            "same command again"
-        )
+        raise _damaged(name, "its content does not match its digest")
     try:
         shape.model_validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "the file"
-        raise CorruptError(
-            f"{storage.name(key)} is damaged ({place}: {first['msg']}): delete its folder and run the same command "
-            "again"
-        ) from error
+        raise _damaged(name, f"{place}: {first['msg']}") from error
     return value
+
+
+def _damaged(name: str, why: object) -> CorruptError:
+    return CorruptError(f"{name} is damaged ({why}): delete its folder and run the same command again")
 
 
 def read_if_whole(
@@ -132,9 +128,7 @@ def reading(name: str) -> Iterator[None]:
     except (GradsiftError, OSError, MemoryError):
         raise
     except Exception as error:
-        raise CorruptError(
-            f"{name} is damaged ({type(error).__name__}: {error}): delete its folder and run the same command again"
-        ) from error
+        raise _damaged(name, f"{type(error).__name__}: {error}") from error
 
 
 def publish_json(storage: Storage, key: str, value: Mapping[str, Any], *, sealed: bool = False) -> None:

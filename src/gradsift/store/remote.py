@@ -417,7 +417,7 @@ class _Lease:
         """
         began = _now()
         if not self._storage.create("lock", self._claim()):
-            seen, version = self._read()
+            seen, version = self._storage.claim_there()
             if seen is not None and not _is_dead(seen):
                 seen, version = self._outlive(seen, version)
             began = _now()
@@ -425,13 +425,10 @@ class _Lease:
                 taken = self._storage.create("lock", self._claim())
             else:
                 taken = self._storage.replace("lock", self._claim(), version)
-            if not taken:
-                raise self._locked(self._holder())
-            if not self._storage.conditional:
+            if taken and not self._storage.conditional:
                 time.sleep(_LEASE_SECONDS / 90)  # others may have waited as well: the last to write has it
-        now, self._version = self._read()
-        if now is None or now["token"] != self.token:
-            raise self._locked(self._holder())
+        if not self._is_ours():
+            raise self._locked(self._taken_by or "unknown")
         self._renewed = began
         self._thread.start()
 
@@ -444,13 +441,11 @@ class _Lease:
         self._stop.set()
         self._thread.join()
         with suppress(StorageError):
-            now, _ = self._read()
-            if now is not None and now["token"] == self.token:
+            if self._is_ours():
                 self._storage.delete("lock")
                 return
-            self._taken_by = self._taken_by or ("unknown" if now is None else now["owner"])
         if self._taken_by is not None:
-            raise self._lost()
+            raise _taken_over(self._storage.url, self._taken_by)
 
     def check(self) -> None:
         """Refuse to write where somebody else may hold the run by now.
@@ -463,7 +458,7 @@ class _Lease:
         if self._taken_by is None and _now() - self._renewed > _LEASE_SECONDS * 2 / 3:
             self._renew()
         if self._taken_by is not None:
-            raise self._lost()
+            raise _taken_over(self._storage.url, self._taken_by)
 
     def _outlive(self, seen: dict[str, Any], version: str | None) -> tuple[dict[str, Any] | None, str | None]:
         """Whether a claim lives shows in its being renewed, whatever the clocks of two machines say.
@@ -476,7 +471,7 @@ class _Lease:
         deadline = _now() + _LEASE_SECONDS
         while _now() < deadline:
             time.sleep(_LEASE_SECONDS / 9)
-            now, version = self._read()
+            now, version = self._storage.claim_there()
             if now is None:
                 return None, None
             if now != seen:
@@ -491,31 +486,24 @@ class _Lease:
     def _renew(self) -> None:
         with self._renewing:
             began = _now()
-            if not self._storage.replace("lock", self._claim(), self._version):
-                now, self._version = self._read()  # it may be ours all the same: a reply that was lost
-                if now is None or now["token"] != self.token:
-                    self._taken_by = "it is gone" if now is None else now["owner"]
+            for _ in range(2):  # it may be ours all the same: a reply that was lost
+                replaced = self._storage.replace("lock", self._claim(), self._version)
+                if not self._is_ours():
                     return
-                if not self._storage.replace("lock", self._claim(), self._version):
+                if replaced:
+                    self._renewed = began
                     return
-            now, self._version = self._read()
-            if now is None or now["token"] != self.token:
-                self._taken_by = "it is gone" if now is None else now["owner"]
-                return
-            self._renewed = began
+
+    def _is_ours(self) -> bool:
+        """Whether the claim that is there is this one, and of which version; else it is known who has taken over."""
+        now, self._version = self._storage.claim_there()
+        if now is not None and now["token"] == self.token:
+            return True
+        self._taken_by = self._taken_by or ("it is gone" if now is None else now["owner"])
+        return False
 
     def _claim(self) -> bytes:
         return json.dumps({"owner": self._owner, **self._who, "renewed": time.time()}).encode()
-
-    def _read(self) -> tuple[dict[str, Any] | None, str | None]:
-        return self._storage.claim_there()
-
-    def _holder(self) -> str:
-        now, _ = self._read()
-        return "unknown" if now is None else str(now["owner"])
-
-    def _lost(self) -> LockedError:
-        return _taken_over(self._storage.url, self._taken_by or "unknown")
 
     def _locked(self, owner: str) -> LockedError:
         return LockedError(

@@ -28,7 +28,8 @@
       evaluations/<fingerprint>/    figures of one metric for one model, and verdicts that were paid for
       times/<fingerprint>.json  what the stages of comparisons took
       scores.parquet selected.jsonl skipped.jsonl explanations.jsonl explanations.parquet relevance.json validation.json
-      suggestions.jsonl responses.jsonl rewards.json diagnostics.json training.json evaluation.json mixture.json
+      dropped.jsonl suggestions.jsonl responses.jsonl rewards.json diagnostics.json training.json evaluation.json
+      mixture.json
       comparison.json comparison.parquet comparison.html   (comparison.page.json: what the page is made from)
       report.html explanation.html summary.json   the latest results
 
@@ -57,7 +58,7 @@ from gradsift.store.manifest import (
     read_json,
 )
 from gradsift.store.remote import RemoteStorage, is_url, storage_at
-from gradsift.store.storage import LocalStorage, checksum_file, publish_parquet
+from gradsift.store.storage import LocalStorage, Storage, checksum_file, publish_parquet
 
 REVISIONS = {
     "labels": 2,  # a chat template's token ids and labels, in its fingerprint
@@ -128,7 +129,7 @@ class Run:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.storage: LocalStorage | RemoteStorage
+        self.storage: Storage
         if is_url(folder):
             self.storage = storage_at(str(folder))
             self.place, self.folder = self.storage.url, self.storage.copies

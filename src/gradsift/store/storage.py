@@ -1,7 +1,8 @@
-"""The one interface through which gradsift touches stored files: list, read, publish.
+"""The one interface through which gradsift touches stored files, and folders that have it: list, read, publish.
 
-It asks no more than an object store can give: whole objects appear at once or not at all, nothing is renamed or
-appended, and a memory map is made of `local(key)`, which a remote implementation would fetch first.
+It is a tree of immutable objects named by keys such as `gradients/3f2a/shard-00000.safetensors`, and asks no more than
+an object store can give: whole objects appear at once or not at all, nothing is renamed or appended, and a memory map
+is made of `local(key)`, which `RemoteStorage` fetches first.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ import errno
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import xxhash
 from filelock import FileLock, Timeout
@@ -23,47 +24,11 @@ from gradsift.base.errors import LockedError, StorageError
 from gradsift.base.inputs import open_input
 from gradsift.store.writers import is_temporary, remove_left_behind, temporary_name
 
+if TYPE_CHECKING:
+    from gradsift.store.remote import RemoteStorage
+
+Storage: TypeAlias = "LocalStorage | RemoteStorage"
 _GROUP_ROWS = 1 << 17  # of a parquet file that are written together
-
-
-class Storage(Protocol):
-    """A tree of immutable objects named by keys such as `gradients/3f2a/shard-00000.safetensors`."""
-
-    def list(self, prefix: str) -> list[str]:
-        """Keys that start with `prefix`, sorted."""
-
-    def exists(self, key: str) -> bool:
-        """Whether a published object has this key."""
-
-    def size(self, key: str) -> int:
-        """Bytes of an object."""
-
-    def read(self, key: str) -> bytes:
-        """The whole object."""
-
-    def publish(self, key: str, data: bytes | memoryview) -> None:
-        """Make the object appear under its key, whole, replacing what was there."""
-
-    def delete(self, key: str) -> None:
-        """Remove an object; absent is fine."""
-
-    def local(self, key: str) -> Path:
-        """A path to the object's bytes on this machine, to be memory-mapped or given to another library, read only."""
-
-    def folder(self, key: str) -> Path:
-        """A folder on this machine with all objects under the key, to be given to another library, read only."""
-
-    def name(self, key: str) -> str:
-        """What messages call an object."""
-
-    def publish_with(self, key: str, write: Callable[[Path], None]) -> None:
-        """Publish what `write` puts at the path it is given: for what should not lie in memory."""
-
-    def publish_folder(self, key: str, write: Callable[[Path], None]) -> None:
-        """Publish the files that `write` puts into the folder it is given."""
-
-    def lock(self) -> AbstractContextManager[None]:
-        """Hold the place for this process; it is free again when the process ends, however it ends."""
 
 
 class LocalStorage:
@@ -152,11 +117,11 @@ class LocalStorage:
             raise _storage_error(self.root / key, "delete", error) from error
 
     def local(self, key: str) -> Path:
-        """The object's own path."""
+        """The object's own path, to be memory-mapped or given to another library, read only."""
         return self.root / key
 
     def folder(self, key: str) -> Path:
-        """The folder itself."""
+        """The folder itself, with all objects under the key, to be given to another library, read only."""
         return self.root / key
 
     def name(self, key: str) -> str:

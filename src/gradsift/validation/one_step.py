@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceABC
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from pydantic import Field
@@ -52,6 +52,11 @@ class OneStep(Settings):
     dropout: bool = False
     float32: bool = True
 
+    @property
+    def adamw(self) -> dict[str, Any]:
+        """The optimizer's arguments."""
+        return {"lr": self.lr, "betas": self.betas, "eps": self.eps, "weight_decay": self.weight_decay}
+
 
 @dataclass(frozen=True, slots=True)
 class Effect:
@@ -63,13 +68,6 @@ class Effect:
 
     log_likelihood: float
     jsd: float
-
-
-class Steps(Protocol):
-    """Where steps on examples of a pool come from."""
-
-    def on(self, ids: SequenceABC[str]) -> AbstractContextManager[None]:
-        """The model is at θ+S while the context is open."""
 
 
 def jensen_shannon(logits_p: Tensor, logits_q: Tensor) -> Tensor:
@@ -227,9 +225,7 @@ class StepModel:
             for weight in self.weights:
                 weight.data, weight.grad = weight.data.clone(), None
                 weight.requires_grad_(True)
-            optimizer = torch.optim.AdamW(
-                self.weights, options.lr, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay
-            )
+            optimizer = torch.optim.AdamW(self.weights, **options.adamw)
             with torch.enable_grad(), self._dropout(examples), head_at(self.network) as head:
                 for batch in form_batches(sequences, self.token_budget):
                     head.nll(pad(batch.sequences, self.device)).sum().backward()
@@ -246,15 +242,8 @@ class StepModel:
         with _put_back(self.network, self.weights):
             parts = gradient.split(sizes)
             for captured, weight, part in zip(self.modules, self.weights, parts, strict=True):
-                step = adamw_first_step(
-                    captured.unfolded(part.view(captured.shape)).to(weight.device, weight.dtype),
-                    lr=options.lr,
-                    betas=options.betas,
-                    eps=options.eps,
-                    weight_decay=options.weight_decay,
-                    weight=weight,
-                )
-                weight.data = weight.data + step
+                own = captured.unfolded(part.view(captured.shape)).to(weight.device, weight.dtype)
+                weight.data = weight.data + adamw_first_step(own, weight=weight, **options.adamw)
             yield
 
     @contextmanager

@@ -291,12 +291,17 @@ def _learning_rate(folder: Path) -> float | None:
 
     From Trainer's log it is the mean over the entries of the last epoch: exact with logging_steps=1.
     """
-    for name, rates_in in ((INFO_FILE, _rates_of_info), ("trainer_state.json", _rates_of_trainer)):
-        path = folder / name
+    for path in (folder / INFO_FILE, folder / "trainer_state.json"):
         if path.is_file():
             content = _read_json(path)
             try:
-                rates = rates_in(content)
+                if path.name == INFO_FILE:
+                    said = [content]
+                else:
+                    last = content.get("epoch") or 0
+                    log = (entry for entry in content.get("log_history", []) if "epoch" in entry)
+                    said = [e for e in log if e.get("learning_rate") is not None and last - 1 < e["epoch"] <= last]
+                rates = [float(entry["learning_rate"]) for entry in said if entry.get("learning_rate") is not None]
             except (TypeError, ValueError, AttributeError, OverflowError) as error:
                 raise CorruptError(
                     f"{path} is damaged (its learning rates cannot be read: {error}): copy it again, or train again"
@@ -310,17 +315,6 @@ def _learning_rate(folder: Path) -> float | None:
                 )
             return sum(rates) / len(rates) if rates else None
     return None
-
-
-def _rates_of_info(info: dict[str, Any]) -> list[float]:
-    rate = info.get("learning_rate")
-    return [] if rate is None else [float(rate)]
-
-
-def _rates_of_trainer(state: dict[str, Any]) -> list[float]:
-    last = state.get("epoch") or 0
-    log = [e for e in state.get("log_history", []) if e.get("learning_rate") is not None and "epoch" in e]
-    return [float(e["learning_rate"]) for e in log if last - 1 < e["epoch"] <= last]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

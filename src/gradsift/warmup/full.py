@@ -31,6 +31,7 @@ from gradsift.warmup.checkpoint import INFO_FILE
 from gradsift.warmup.train import (
     CheckpointInfo,
     Training,
+    TrainingOutput,
     check_examples,
     moments_of,
     split_state,
@@ -83,11 +84,12 @@ def train_fully(
     config["training"] = {name: value for name, value in config["training"].items() if name not in _NO_ADAPTER}
     prefix = run.prefix("checkpoints", config)
     output = _Models(run, prefix, settings.epochs, model, precision, device)
+    reporter = reporter or silent()
     if output.finished() < settings.epochs:
-        data = to_train_on(run, data, ids, model=model, dtype=precision, device=device, reporter=reporter or silent())
+        data = to_train_on(run, data, ids, model=model, dtype=precision, device=device, reporter=reporter)
         release_models()
         refuse_too_large(model, precision, device)
-    train_as(output, run, prefix, config, data, ids, settings, seed=seed, what=what, reporter=reporter or silent())
+    train_as(output, config, data, ids, settings, seed=seed, what=what, reporter=reporter)
     return [run.name(f"{prefix}epoch-{epoch}") for epoch in range(1, settings.epochs + 1)]
 
 
@@ -112,27 +114,15 @@ def refuse_too_large(model: str, dtype: DtypeName, device: str) -> None:
         )
 
 
-class _Models:
+class _Models(TrainingOutput):
     """Whole models, each in a folder of its own; Adam's moments are kept until the training is done."""
 
     learner = "model"
-    why_not = ""
+    _network: Any = None
 
-    def __init__(self, run: Run, prefix: str, epochs: int, model: str, dtype: DtypeName, device: str) -> None:
-        self._run, self._prefix, self._epochs = run, prefix, epochs
-        self._model, self._dtype, self._device = model, dtype, device
-        self._network: Any = None
-
-    def finished(self) -> int:
-        """A folder is there in full or not at all."""
-        for epoch in range(1, self._epochs + 1):
-            if not self._whole(f"{self._prefix}epoch-{epoch}/"):
-                return epoch - 1
-        return self._epochs
-
-    def _whole(self, folder: str) -> bool:
+    def whole(self, folder: str) -> bool:
         """By the files' sizes: weights of many gigabytes are not read to find an altered bit."""
-        storage = self._run.storage
+        storage = self.run.storage
         try:
             sizes = read_json(storage, f"{folder}{INFO_FILE}", CheckpointInfo).get("bytes", {})
         except (CorruptError, StorageError):
@@ -153,42 +143,35 @@ class _Models:
             give_back_memory()
 
     def _loaded(self, finished: int) -> Any:
-        source = self._run.name(f"{self._prefix}epoch-{finished}") if finished else self._model
+        model, dtype, device = self.base
         if self._network is None:
-            self._network = load_model(source, dtype=self._dtype, device=self._device)
+            source = self.run.name(f"{self.prefix}epoch-{finished}") if finished else model
+            self._network = load_model(source, dtype=dtype, device=device)
         return self._network
 
     def state(self, finished: int) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], int]:
         """The loaded model's own weights, and the moments file."""
-        _, first, second, step = split_state(
-            load_file(self._run.path(self._moments(finished)))
-            if self._run.storage.exists(self._moments(finished))
-            else {}
-        )
+        key = self._moments(finished)
+        _, first, second, step = split_state(load_file(self.run.path(key)) if self.run.storage.exists(key) else {})
         weights = dict(self._loaded(finished).named_parameters())
         return {name: weights[name] for name in first}, first, second, step
-
-    def taught(self, state: TrainingState) -> bool:
-        """Any step at a rate above 0 changes weights."""
-        return True
 
     def publish(self, epoch: int, network: Any, state: TrainingState, info: Mapping[str, Any]) -> None:
         """The moments, then the folder, then away with the moments of the epoch before."""
         tensors = moments_of(state) | {"step": torch.tensor(state.step)}
-        self._run.storage.publish_with(self._moments(epoch), lambda path: save_file(tensors, path))
+        self.run.storage.publish_with(self._moments(epoch), lambda path: save_file(tensors, path))
 
         def write(folder: Path) -> None:
             network.save_pretrained(folder)
-            load_tokenizer(self._model).save_pretrained(folder)
+            load_tokenizer(self.base[0]).save_pretrained(folder)
             sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
             (folder / INFO_FILE).write_text(json.dumps({**info, "bytes": sizes}, indent=1) + "\n")
 
-        self._run.storage.publish_folder(f"{self._prefix}epoch-{epoch}", write)
-        self._run.storage.delete(self._moments(epoch - 1))
+        self.run.storage.publish_folder(f"{self.prefix}epoch-{epoch}", write)
+        self.run.storage.delete(self._moments(epoch - 1))
 
     def complete(self) -> None:
-        """Nothing goes on from a finished training."""
-        self._run.storage.delete(self._moments(self._epochs))
+        self.run.storage.delete(self._moments(self.epochs))
 
     def _moments(self, epoch: int) -> str:
-        return f"{self._prefix}moments-{epoch}.safetensors"
+        return f"{self.prefix}moments-{epoch}.safetensors"

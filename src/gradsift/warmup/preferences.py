@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from gradsift.execution.engine import LOCAL, Engine
 from gradsift.model.loss import head_at, pad
 from gradsift.model.models import DtypeName, host, input_device, model_identity
 from gradsift.store.run import Run
-from gradsift.store.tensors import publish_tensors, read_tensors
+from gradsift.store.shares import kept_rows
 from gradsift.warmup.checkpoint import Checkpoint
 
 _SHARE_ROWS = 512  # pairs of a task, and of a file
@@ -45,21 +45,18 @@ def contrasts(
             engine=engine,
         )  # fmt: skip
         return -whole[pairs.origin.places]
-    config = contrasts_config(pairs, checkpoint, model, dtype)
-    prefix = run.prefix("contrasts", config)
-    starts = range(0, len(pairs), _SHARE_ROWS)
-    if run.intact(prefix, reporter) is None:
-        tasks = [
-            _Share(run, pairs, model, dtype, device, checkpoint.adapter, prefix, s, min(len(pairs), s + _SHARE_ROWS))
-            for s in starts
-        ]
-        where = "the base model" if checkpoint.adapter is None else checkpoint.name.rstrip("/").rpartition("/")[2]
-        with reporter.stage(f"answers' probabilities at {where}", len(pairs)) as advance:
-            for _ in engine.map(tasks, advance, "share"):
-                pass
-        run.complete(prefix, "contrasts", config, files=[_part("", start) for start in starts], rows=len(pairs))
-    parts = [read_tensors(run.storage, _part(prefix, start))[0]["contrasts"].numpy() for start in starts]
-    found: NDArray[np.float64] = np.concatenate(parts)
+    where = "the base model" if checkpoint.adapter is None else checkpoint.name.rstrip("/").rpartition("/")[2]
+    found: NDArray[np.float64] = kept_rows(
+        run,
+        "contrasts",
+        contrasts_config(pairs, checkpoint, model, dtype),
+        len(pairs),
+        _SHARE_ROWS,
+        partial(_some_contrasts, pairs, (model, dtype, device), checkpoint.adapter),
+        stage=f"answers' probabilities at {where}",
+        reporter=reporter,
+        engine=engine,
+    )
     bad = np.flatnonzero(~np.isfinite(found))
     if len(bad):
         raise ModelError(
@@ -91,36 +88,12 @@ def contrasts_config(pairs: Pairs, checkpoint: Checkpoint, model: str, dtype: Dt
     }
 
 
-@dataclass(frozen=True)
-class _Share:
-    """The task of some pairs' contrasts."""
-
-    run: Run
-    pairs: Pairs
-    model: str
-    dtype: DtypeName
-    device: str
-    adapter: str | None
-    prefix: str
-    start: int
-    stop: int
-
-    def work(self, advance: Advance) -> None:
-        """Publish them, unless they are there."""
-        key = _part(self.prefix, self.start)
-        if self.run.storage.exists(key):
-            advance(self.stop - self.start)
-            return
-        network = host(self.model, self.dtype, self.device).with_adapter(self.adapter)
-        publish_tensors(
-            self.run.storage, key, {"contrasts": _found(network, self.pairs, self.start, self.stop, advance)}
-        )
-
-
-def _found(network: Any, pairs: Pairs, start: int, stop: int, advance: Advance) -> Tensor:
-    """Contrasts of some rows, float64 `[row]`."""
+def _some_contrasts(
+    pairs: Pairs, base: tuple[str, DtypeName, str], adapter: str | None, start: int, stop: int, advance: Advance
+) -> Tensor:
     from gradsift.warmup.trainer import first_token_budget, micro_batches
 
+    network = host(*base).with_adapter(adapter)
     place, found = input_device(network), torch.zeros(stop - start, dtype=torch.float64)
     sequences = pairs.sequences_at(range(start, stop))
     with torch.inference_mode(), head_at(network) as head:
@@ -130,7 +103,3 @@ def _found(network: Any, pairs: Pairs, start: int, stop: int, advance: Advance) 
             found.index_add_(0, rows[batch.owner.cpu()], head.nll(batch).double().cpu())
             advance(len(part) // 2)
     return found.clone()
-
-
-def _part(prefix: str, start: int) -> str:
-    return f"{prefix}rows-{start:09d}.safetensors"

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +26,7 @@ from gradsift.base.settings import MAX_SEED, Settings
 from gradsift.data.dataset import Dataset
 from gradsift.data.pairs import Pairs
 from gradsift.model.models import DtypeName, host, model_identity
-from gradsift.store.manifest import Record, fingerprint, publish_json, read_json
+from gradsift.store.manifest import Record, differences, fingerprint, publish_json, read_json
 from gradsift.store.run import Run
 from gradsift.store.tensors import publish_tensors, read_tensors
 from gradsift.warmup.checkpoint import ADAM_FILE, INFO_FILE, Checkpoint
@@ -33,6 +35,7 @@ from gradsift.warmup.preferences import referred
 if TYPE_CHECKING:
     from gradsift.warmup.trainer import StepRows, StepTrainer, TrainingState
 
+WARM_UP = "warm-up"  # what messages and manifests call it
 _MIN_STEPS = 8  # optimizer steps per epoch; with one, the first runs at rate 0 and leaves B = 0
 _LITTLE = 1e-3  # sum of the learning rates of all steps, below which Adam has hardly moved any weight
 _SAVE_SECONDS = 20.0  # the work that a killed training loses at most …
@@ -169,7 +172,7 @@ def warm_up(
         dtype=dtype,
         device=device,
         seed=seed,
-        what="warm-up",
+        what=WARM_UP,
         reporter=reporter,
         check=check,
     )
@@ -204,7 +207,7 @@ def train(
     dtype: DtypeName = "auto",
     device: str = "auto",
     seed: int = 0,
-    what: str = "warm-up",
+    what: str = WARM_UP,
     reporter: Reporter | None = None,
     check: Callable[[Any], None] | None = None,
 ) -> list[Checkpoint]:
@@ -244,10 +247,8 @@ def train(
     output = _Adapters(run, prefix, settings, seed, model, dtype, device)
     if output.finished() < settings.epochs:
         data = to_train_on(run, data, ids, model=model, dtype=dtype, device=device, reporter=reporter or silent())
-    train_as(
-        output, run, prefix, config, data, ids, settings,
-        seed=seed, what=what, reporter=reporter or silent(), check=check,
-    )  # fmt: skip
+    reporter = reporter or silent()
+    train_as(output, config, data, ids, settings, seed=seed, what=what, reporter=reporter, check=check)
     return [_checkpoint(run, prefix, epoch) for epoch in range(1, settings.epochs + 1)]
 
 
@@ -262,21 +263,33 @@ def to_train_on(
     return referred(run, some, model=model, dtype=dtype, device=device, reporter=reporter)
 
 
-class TrainingOutput(Protocol):
+class TrainingOutput(ABC):
     """What a training makes: adapters, or whole models. It knows their files in the run folder.
 
     learner, why_not: what messages call what learns, and why an epoch in which it did not is refused
     """
 
-    learner: str
-    why_not: str
+    learner: ClassVar[str]
+    why_not: ClassVar[str] = ""
+
+    def __init__(self, run: Run, prefix: str, epochs: int, model: str, dtype: DtypeName, device: str) -> None:
+        self.run, self.prefix, self.epochs = run, prefix, epochs
+        self.base: tuple[str, DtypeName, str] = model, dtype, device
 
     def finished(self) -> int:
         """How many epochs, from the first, are there in full."""
+        folders = (f"{self.prefix}epoch-{epoch}/" for epoch in range(1, self.epochs + 1))
+        return next((number for number, folder in enumerate(folders) if not self.whole(folder)), self.epochs)
 
+    @abstractmethod
+    def whole(self, folder: str) -> bool:
+        """Whether an epoch's folder is there in full."""
+
+    @abstractmethod
     def network(self, finished: int) -> AbstractContextManager[Any]:
         """The network to go on with after so many epochs, its trained parameters requiring gradients."""
 
+    @abstractmethod
     def state(self, finished: int) -> tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any], int]:
         """Weights, first and second moments by name, and the step, after so many finished epochs.
 
@@ -285,19 +298,19 @@ class TrainingOutput(Protocol):
         """
 
     def taught(self, state: TrainingState) -> bool:
-        """Whether the weights are others than before."""
+        """Whether the weights are others than before, as any step at a rate above 0 makes them."""
+        return True
 
+    @abstractmethod
     def publish(self, epoch: int, network: Any, state: TrainingState, info: Mapping[str, Any]) -> None:
         """Publish an epoch; `info` last."""
 
-    def complete(self) -> None:
+    def complete(self) -> None:  # noqa: B027  # an adapter's epochs need nothing removed
         """Remove what only going on needed."""
 
 
 def train_as(
     output: TrainingOutput,
-    run: Run,
-    prefix: str,
     config: Mapping[str, Any],
     data: Dataset,
     ids: Sequence[str],
@@ -309,7 +322,7 @@ def train_as(
     check: Callable[[Any], None] | None = None,
 ) -> None:
     """Train what is missing of all epochs, as the output asked for; see `train`."""
-    finished = output.finished()
+    run, prefix, finished = output.run, output.prefix, output.finished()
     if run.manifest(prefix) is not None and finished == settings.epochs:
         return
     for epoch in range(finished + 1, settings.epochs + 1):
@@ -324,12 +337,25 @@ def train_as(
             f"{steps} optimizer step{'s' if steps > 1 else ''} per epoch"
         )
     if finished < settings.epochs:
+        if what == WARM_UP and not finished:
+            _tell_of_another(run, config, reporter)
         _warn_of_little(settings, -(-len(ids) // batch_size), what, reporter)
         positions = data.positions(sorted(ids))
-        _Job(run, prefix, data, positions, settings, seed, batch_size, what, reporter, output, check).train(finished)
+        _Job(output, data, positions, settings, seed, batch_size, what, reporter, check).train(finished)
     run.storage.delete(f"{prefix}{_PARTIAL}")
     output.complete()
     run.complete(prefix, "checkpoints", config, examples=len(ids), batch_size=batch_size, what=what)
+
+
+def _tell_of_another(run: Run, config: Mapping[str, Any], reporter: Reporter) -> None:
+    """Where the run folder has a warm-up on the same pool by other options, by which: one may have been left out."""
+    manifests = (run.manifest(k.removesuffix("manifest.json")) for k in run.storage.list("checkpoints/")
+                 if k.count("/") == 2 and k.endswith("/manifest.json"))  # fmt: skip
+    found = [m["config"] for m in manifests if m is not None and m.get("what") == WARM_UP]
+    same = [own for own in found if all(own.get(key) == config[key] for key in ("data", "seed"))]
+    if same:
+        told = min((differences(own, {**config, "ids": own.get("ids")}) for own in same), key=len)
+        reporter.say(f"{WARM_UP}: another one than the run folder has, whose {'; '.join(told)}")
 
 
 def _warn_of_little(settings: Training, steps_per_epoch: int, what: str, reporter: Reporter) -> None:
@@ -396,7 +422,7 @@ def _checkpoint(run: Run, prefix: str, epoch: int) -> Checkpoint:
     return Checkpoint(run.name(folder), rate, run.name(f"{folder}/{ADAM_FILE}"))
 
 
-class _Adapters:
+class _Adapters(TrainingOutput):
     """LoRA adapters as PEFT writes them, with Adam's moments beside them."""
 
     learner = "adapter"
@@ -405,38 +431,30 @@ class _Adapters:
     def __init__(
         self, run: Run, prefix: str, settings: Training, seed: int, model: str, dtype: DtypeName, device: str
     ) -> None:
-        self._run, self._prefix, self._settings, self._seed = run, prefix, settings, seed
-        self._model, self._dtype, self._device = model, dtype, device
+        super().__init__(run, prefix, settings.epochs, model, dtype, device)
+        self._settings, self._seed = settings, seed
 
-    def finished(self) -> int:
+    def whole(self, folder: str) -> bool:
         """By all files of an epoch, as they were written; checkpoint.json is written last and has their checksums."""
-        for epoch in range(1, self._settings.epochs + 1):
-            if not self._intact(f"{self._prefix}epoch-{epoch}/"):
-                return epoch - 1
-        return self._settings.epochs
-
-    def _intact(self, folder: str) -> bool:
-        storage = self._run.storage
+        storage = self.run.storage
         if not all(storage.exists(f"{folder}{name}") for name in (*_ADAPTER_FILES, ADAM_FILE, INFO_FILE)):
             return False
         try:
             digests = read_json(storage, f"{folder}{INFO_FILE}", CheckpointInfo).get("files", {})
         except CorruptError:
             return False
-        return all(self._run.unaltered(f"{folder}{name}", digest) for name, digest in digests.items())
+        return all(self.run.unaltered(f"{folder}{name}", digest) for name, digest in digests.items())
 
     def network(self, finished: int) -> AbstractContextManager[Any]:
-        """A fresh adapter on the shared base."""
         from gradsift.warmup.trainer import adapter_on
 
-        return adapter_on(host(self._model, self._dtype, self._device).base(), self._settings, self._seed)
+        return adapter_on(host(*self.base).base(), self._settings, self._seed)
 
     def state(self, finished: int) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], int]:
-        """From the epoch's own files."""
         from safetensors.torch import load
 
-        files = [f"{self._prefix}epoch-{finished}/{name}" for name in ("adapter_model.safetensors", ADAM_FILE)]
-        weights, moments = (load(self._run.storage.read(file)) for file in files)
+        files = [f"{self.prefix}epoch-{finished}/{name}" for name in ("adapter_model.safetensors", ADAM_FILE)]
+        weights, moments = (load(self.run.storage.read(file)) for file in files)
         return split_state(weights | moments)
 
     def taught(self, state: TrainingState) -> bool:
@@ -444,34 +462,26 @@ class _Adapters:
         return any(bool(weight.any()) for name, weight in state.weights.items() if ".lora_B." in name)
 
     def publish(self, epoch: int, network: Any, state: TrainingState, info: Mapping[str, Any]) -> None:
-        """The adapter, the moments, and checkpoint.json."""
-        publish_checkpoint(self._run, f"{self._prefix}epoch-{epoch}/", network, state, info)
-
-    def complete(self) -> None:
-        """Everything stays: gradients need the moments of every epoch."""
+        publish_checkpoint(self.run, f"{self.prefix}epoch-{epoch}/", network, state, info)
 
 
+@dataclass
 class _Job:
     """One training that is under way: which examples each step takes, and what is published when."""
 
-    def __init__(
-        self,
-        run: Run,
-        prefix: str,
-        data: Dataset,
-        positions: list[int],
-        settings: Training,
-        seed: int,
-        batch_size: int,
-        what: str,
-        reporter: Reporter,
-        output: TrainingOutput,
-        check: Callable[[Any], None] | None,
-    ) -> None:
-        self.run, self.prefix, self.data, self.positions, self.output = run, prefix, data, positions, output
-        self.settings, self.seed, self.batch_size = settings, seed, batch_size
-        self.what, self.reporter, self.check = what, reporter, check
-        self.steps_per_epoch = -(-len(positions) // batch_size)
+    output: TrainingOutput
+    data: Dataset
+    positions: list[int]
+    settings: Training
+    seed: int
+    batch_size: int
+    what: str
+    reporter: Reporter
+    check: Callable[[Any], None] | None
+
+    def __post_init__(self) -> None:
+        self.run, self.prefix = self.output.run, self.output.prefix
+        self.steps_per_epoch = -(-len(self.positions) // self.batch_size)
         self._order: tuple[int, Any] = (-1, None)
         self._saved_at, self._save_cost, self._saved_step = time.monotonic(), 0.0, 0
 

@@ -420,7 +420,9 @@ def print_result(result: Result) -> None:
     if result.selections:
         chosen = result.selections[0]
         how = f"{chosen.estimator}, {chosen.method.label}"
-        blocks.append(Text(f"{len(chosen)} of {len(pool.data)} chosen by {how} ({HIGHER[0].lower()}{HIGHER[1:-1]})"))
+        blocks.append(
+            Text(f"{len(chosen):,} of {len(pool.data):,} chosen by {how} ({HIGHER[0].lower()}{HIGHER[1:-1]})")
+        )
         if chosen.dropped is not None:
             blocks += [Text(str(chosen.dropped)), _examples(result, chosen.dropped, MOST_CHOSEN, own=False)]
         else:

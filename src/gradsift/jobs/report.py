@@ -75,6 +75,7 @@ from gradsift.report.blocks import (
     Section,
     Table,
     Text,
+    after,
     measured,
 )
 from gradsift.report.terminal import console, draw, list_files
@@ -327,7 +328,7 @@ def _ends(result: Result) -> tuple[Block, ...]:
         f"The examples that each method scores highest and lowest of all, chosen or not. {HIGHER} What the lowest have "
         "in common is what the method keeps away from."
     )
-    return (Text(said), *blocks) if blocks else ()
+    return after(said, blocks)
 
 
 def _scores(result: Result) -> tuple[Block, ...]:

@@ -252,8 +252,8 @@ class Benchmark(Shown):
         return f"Use {best} here: it is the best, or not told apart from the best, in {where}.{more}"
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able."""
-        content = asdict(self)
+        """JSON-able; what is not known is null."""
+        content: dict[str, Any] = _known(asdict(self))
         del content["out"]
         return content | {"sentence": self.sentence}
 
@@ -762,6 +762,15 @@ def _class_of(value: Any) -> str:
     whole = isinstance(value, float) and value.is_integer()  # of a column of integers in which some are missing
     said = str(int(value) if whole else value).strip()
     return said.lower() if said.lower() in ("true", "false") else said
+
+
+def _known(value: Any) -> Any:
+    """A value as JSON has it, NaN as None."""
+    if isinstance(value, Mapping):
+        return {key: _known(own) for key, own in value.items()}
+    if isinstance(value, list | tuple):
+        return [_known(own) for own in value]
+    return None if isinstance(value, float) and np.isnan(value) else value
 
 
 def _again(data: Dataset, id_: str, before: str = "") -> Example:

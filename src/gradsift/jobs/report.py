@@ -112,7 +112,8 @@ def _with_earlier(result: Result, page: Page) -> Page:
     # What comes from the earlier page: its explanations, or everything but the new ones.
     taken = earlier if new is page else page
     facts = [_facts(one) for one in (earlier, page)]
-    commands = " and ".join(own["command"] for own in facts if "command" in own)
+    told = (name for own in facts for name in own.get("command", "").split(" and ") if name)
+    commands = " and ".join(dict.fromkeys(told))
     run_facts = {**facts[1], **(facts[0] if new is earlier else {}), "command": commands, "time": facts[1]["time"]}
     sections = []
     for section in new.sections:

@@ -30,20 +30,10 @@ from gradsift.store.manifest import canonical
 # The names the formats in the wild give to their speakers (ShareGPT: human, gpt; OpenAI: the roles themselves; Llama:
 # ipython; Gemma: model; ms-swift: tool_call, tool_response), in lower case.
 _ROLES = {
-    "system": "system",
-    "developer": "developer",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "tool_call": "assistant",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
-    "ipython": "tool",
-    "tool_response": "tool",
+    **{"system": "system", "developer": "developer"},
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "model", "function_call", "tool_call"), "assistant"),
+    **dict.fromkeys(("tool", "function", "observation", "ipython", "tool_response"), "tool"),
 }
 _CALLERS = ("function_call", "tool_call")  # an assistant's turns that are a call of a tool and nothing else
 # What a message may carry beside its text that the loss would take otherwise.
@@ -60,27 +50,15 @@ _TEXTS = ("text", "input_text", "output_text")  # types of a part of text, in Op
 _OF_A_PART = {"type", "text", "cache_control", "annotations", "index"}  # what changes nothing for the text
 # Columns that trainers read, and what they would do with them.
 _TRAINER_COLUMNS = {
-    "functions": "functions that the template would show",
-    "xml_tools": "tools that the template would show",
-    "python_tools": "tools that the template would show",
-    "builtin_tools": "tools that the template would show",
-    "custom_tools": "tools that the template would show",
-    "documents": "documents that the template would show",
-    "image": "an image of the conversation",
-    "images": "images of the conversation",
-    "audio": "a sound of the conversation",
-    "audios": "sounds of the conversation",
-    "video": "a video of the conversation",
-    "videos": "videos of the conversation",
-    "chosen": "the answer that is preferred",
-    "rejected": "the answer that is not preferred",
-    "label": "whether the answer is wanted",
-    "kto_tag": "whether the answer is wanted",
-    "input_ids": "token ids",
-    "labels": "labels of tokens",
-    "loss_mask": "labels of turns or tokens",
-    "completion_mask": "labels of tokens",
-    "assistant_masks": "labels of tokens",
+    **{name: f"{name} that the template would show" for name in ("functions", "documents")},
+    **{f"{name}_tools": "tools that the template would show" for name in ("xml", "python", "builtin", "custom")},
+    **{"image": "an image of the conversation", "images": "images of the conversation"},
+    **{"audio": "a sound of the conversation", "audios": "sounds of the conversation"},
+    **{"video": "a video of the conversation", "videos": "videos of the conversation"},
+    **{"chosen": "the answer that is preferred", "rejected": "the answer that is not preferred"},
+    **dict.fromkeys(("label", "kto_tag"), "whether the answer is wanted"),
+    **{"input_ids": "token ids", "loss_mask": "labels of turns or tokens"},
+    **dict.fromkeys(("labels", "completion_mask", "assistant_masks"), "labels of tokens"),
 }
 # Columns that say what others have in their messages: told where the conversation does not have it.
 _SPOKEN = ("system_prompt", "system_message", "reasoning", "reasoning_content", "thinking")
@@ -721,11 +699,7 @@ def _weight(row: Mapping[str, Any], columns: Columns) -> float:
         value = row.get(name) if name not in columns.named else None
         if isinstance(value, bool | int | np.bool_) and _truth(value) is False:
             raise BadRowError("not_trained", f"the row says {name} {json.dumps(value)}")
-    names = (
-        (columns.weight,)
-        if columns.weight is not None
-        else tuple(name for name in _WEIGHTS if name not in columns.named)
-    )
+    names = [name for name in _WEIGHTS if name not in columns.named] if columns.weight is None else [columns.weight]
     given = {name: row[name] for name in names if _is_something(row.get(name))}
     weights = {name: _number(value) for name, value in given.items()}
     if len(set(weights.values())) > 1 or None in weights.values():

@@ -63,6 +63,7 @@ from gradsift.report.blocks import (
     Table,
     Text,
     View,
+    after,
 )
 from gradsift.report.maps import layout
 from gradsift.selection.candidates import Candidates, Order, naive_key
@@ -306,7 +307,7 @@ def _agreement(choices: _Choices, k: int) -> tuple[Block, ...]:
             tables.append(
                 Choice(choices.by(number), (_common(values, choices.names, f"Between strategies{by}"),), alone=True)
             )
-    return (Text(said, "aside"), *tables) if tables else ()
+    return after(said, tables, "aside")
 
 
 def _common(values: Sequence[Sequence[float]], names: Sequence[str], title: str) -> Table:

@@ -75,6 +75,7 @@ from gradsift.report.blocks import (
     Section,
     Table,
     Text,
+    after,
     measured,
 )
 from gradsift.report.terminal import console, draw, list_files
@@ -326,7 +327,7 @@ def _ends(result: Result) -> tuple[Block, ...]:
         f"The examples that each method scores highest and lowest of all, chosen or not. {HIGHER} What the lowest have "
         "in common is what the method keeps away from."
     )
-    return (Text(said), *blocks) if blocks else ()
+    return after(said, blocks)
 
 
 def _scores(result: Result) -> tuple[Block, ...]:
@@ -419,7 +420,9 @@ def print_result(result: Result) -> None:
     if result.selections:
         chosen = result.selections[0]
         how = f"{chosen.estimator}, {chosen.method.label}"
-        blocks.append(Text(f"{len(chosen)} of {len(pool.data)} chosen by {how} ({HIGHER[0].lower()}{HIGHER[1:-1]})"))
+        blocks.append(
+            Text(f"{len(chosen):,} of {len(pool.data):,} chosen by {how} ({HIGHER[0].lower()}{HIGHER[1:-1]})")
+        )
         if chosen.dropped is not None:
             blocks += [Text(str(chosen.dropped)), _examples(result, chosen.dropped, MOST_CHOSEN, own=False)]
         else:

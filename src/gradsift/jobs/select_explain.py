@@ -449,7 +449,7 @@ def say_account(account: Account, what: str, used: int, reporter: Reporter) -> N
     """
     if account.rows:
         why = f"{counts_text(count_reasons(account.rows))}; first, {account.rows[0].id}: {account.rows[0].detail:.200}"
-        reporter.say(f"{what}: {used} rows used, {len(account.rows)} left out ({why}); listed in skipped.jsonl")
+        reporter.say(f"{what}: {used:,} rows used, {len(account.rows):,} left out ({why}); listed in skipped.jsonl")
     if account.parts:
         reporter.say(f"{what}: {account.parts_line()}; listed in skipped.jsonl")
     if account.files:

@@ -7,7 +7,7 @@ JSON they are what a page is kept as, and written again from. Texts may come fro
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
 from typing import Annotated, Any, Literal
@@ -435,6 +435,11 @@ Block = Annotated[
     Text | Facts | Legend | Table | Chart | Examples | Map | Verdict | Switch | Choice | Fold | Group,
     Field(discriminator="kind"),
 ]
+
+
+def after(said: str, blocks: Sequence[Block], style: Literal["plain", "aside"] = "plain") -> tuple[Block, ...]:
+    """Blocks after a sentence on them; nothing where there are none."""
+    return (Text(said, style), *blocks) if blocks else ()
 
 
 @dataclass(frozen=True, slots=True)

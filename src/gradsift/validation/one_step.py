@@ -26,6 +26,7 @@ from gradsift.base.types import Sequence, TokenizedExample
 from gradsift.gradients.adam import adam_direction
 from gradsift.gradients.batching import automatic_token_budget, form_batches
 from gradsift.gradients.folding import Captured
+from gradsift.model.adapters import nothing_trained
 from gradsift.model.loss import head_at, label_weights, pad, supervised_count, token_mean
 from gradsift.store.gradient_store import GradientStore
 
@@ -338,20 +339,12 @@ def labels_of(output: TokenizedExample) -> Tensor:
 def _put_back(network: Any, weights: SequenceABC[nn.Parameter]) -> Iterator[None]:
     """Eval mode without gradients; on leaving, the very tensors of before are the weights again."""
     kept = [(weight, weight.data, weight.grad) for weight in weights]
-    required = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
-    training = [(module, module.training) for module in network.modules()]
     try:
-        network.eval()
-        for parameter, _ in required:
-            parameter.requires_grad_(False)
-        yield
+        with nothing_trained(network):
+            yield
     finally:
         for weight, data, gradient in kept:
             weight.data, weight.grad = data, gradient
-        for parameter, flag in required:
-            parameter.requires_grad_(flag)
-        for module, flag in training:
-            module.training = flag
 
 
 def _log_softmax(logits: Tensor) -> Tensor:

@@ -486,7 +486,6 @@ class _Job:
         self._saved_at, self._save_cost, self._saved_step = time.monotonic(), 0.0, 0
 
     def train(self, finished: int) -> None:
-        """Train from the last state that was saved."""
         from gradsift.warmup.trainer import run_steps
 
         state = self._saved_state(finished)

@@ -64,8 +64,6 @@ _TRAINER_COLUMNS = {
 _SPOKEN = ("system_prompt", "system_message", "reasoning", "reasoning_content", "thinking")
 # What a message of a role has for the template beside content and calls.
 _FIELDS_OF = {"assistant": REASONING, "tool": ("name", "tool_call_id")}
-# Columns that hold what is asked in pairs whose prompt has another name.
-_ASKING = ("question", "query", "problem", "input", "inputs", "context", "post", "user", "human")
 _OPTIONS_COLUMN = "chat_template_kwargs"
 _TOOLS_COLUMN = "tools"
 _WEIGHTS = ("weight", "sample_weight", "loss_weight")
@@ -316,7 +314,7 @@ def _asked(row: Mapping[str, Any], columns: Columns) -> list[Any] | None:
 
 def _check_implicit(row: Mapping[str, Any], columns: Columns, both: Mapping[Answer, Any]) -> None:
     """Refuse answers as texts, which may well begin alike, beside a column that seems to hold what is asked."""
-    asking = [name for name in _ASKING if name not in columns.named and _is_something(row.get(name))]
+    asking = [name for name in _ASKED if name not in columns.named and _is_something(row.get(name))]
     if asking and all(isinstance(value, str) for value in both.values()):
         raise BadRowError(
             "missing_columns",
@@ -830,6 +828,7 @@ def _unused_columns(row: Mapping[str, Any], columns: Columns, messages: list[Mes
         others.append("context")
     rivals: list[tuple[str, ...]] = [(columns.system or "system",)]
     rivals += [(name,) for name in others if name not in columns.named]
+    rivals += [(columns.prompt or "prompt",)] * (row.get(columns.chosen or "chosen") is not None)
     if not any(columns.families.values()):  # where the user named none, the first format that fits was taken
         own = next((name for name in ("messages", "conversations") if row.get(name) is not None), None)
         rivals += [(name,) for name in ("messages", "conversations") if name != own]

@@ -114,12 +114,12 @@ class Verdict:
     ratio: float
     reference: Reference | None = None
     trained: Trained | None = None
-    throughout: float | None = None
     agreement: float | None = None
     near_zero: bool = False
     capped: bool = False
     exact: bool = False
     missed: float | None = None
+    throughout: float | None = None
 
     @property
     def db(self) -> float:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 from importlib import import_module
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 __version__ = "0.1.0"
@@ -31,7 +32,12 @@ __all__ = re.findall(r'"(\w+)"', _STUB)  # in the order of the flow
 
 def __getattr__(name: str) -> Any:
     if name in _MODULE_OF:
-        return getattr(import_module(_MODULE_OF[name]), name)
+        found = getattr(import_module(_MODULE_OF[name]), name)
+        if isinstance(found, FunctionType):
+            from gradsift.base.arguments import checked
+
+            found = globals()[name] = checked(found)
+        return found
     if name in ("errors", "models", "types"):
         return import_module(f"gradsift.{name}")
     raise AttributeError(f"module 'gradsift' has no attribute {name!r}")

@@ -496,20 +496,11 @@ def train(given: Given) -> None:
         (best_by,) = metrics_of(
             {**given, "data": validation, "seed": 0, "set": (), "objective": objective, "beta": beta}
         )
-    settings = {**TRAINING_PRESETS[preset].model_dump()}
     own = tuple(one for one in given.options if one not in _MEASURED)
     values = {one.key: given[one.key] for one in own} | {"seed": None}
-    found = run_train(
-        of.recipe_of(own, values, below={"warmup": settings}),
-        seeds=seeds_of(given["seed"]),
-        selected=given["selected"],
-        ids=given["ids"],
-        keep=keep,
-        best_by=best_by,
-        full=given["full"],
-        merge_into=given["merge"],
-        reporter=_reporter(given),
-    )
+    recipe = of.recipe_of(own, values, below={"warmup": TRAINING_PRESETS[preset].model_dump()})
+    which = {name: given[name] for name in ("selected", "ids", "keep", "full")} | {"merge_into": given["merge"]}
+    found = run_train(recipe, seeds=seeds_of(given["seed"]), best_by=best_by, reporter=_reporter(given), **which)
     _tell(given, lambda: found, lambda: print_trained(found))
 
 
@@ -636,16 +627,14 @@ def list_(given: Given, section: str | None) -> None:
 
     One part of it: gradsift list presets
     """
-    from gradsift.jobs.report import methods_listed, print_methods
+    from gradsift.jobs.report import methods_listed, print_methods, section_name
 
     listed = methods_listed(section)
-    found = ((title.partition(" ")[0].rstrip(",").lower(), own) for title, own in listed.items())
-    fields = ("name", "reads", "is")
-    _tell(
-        given,
-        lambda: {name: [dict(zip(fields, one, strict=True)) for one in own] for name, own in found},
-        lambda: print_methods(listed),
-    )
+    named = {
+        section_name(title): [{"name": name, "reads": reads, "is": said} for name, reads, said in own]
+        for title, own in listed.items()
+    }
+    _tell(given, lambda: named, lambda: print_methods(listed))
 
 
 @_command(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from collections.abc import Sequence as SequenceABC
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,7 +107,7 @@ class Pool(Setup):
             checkpointing=self.gradients.gradient_checkpointing,
         )
 
-    def stores(self, checkpoint: Checkpoint, views: SequenceABC[View]) -> dict[View, GradientStore]:
+    def stores(self, checkpoint: Checkpoint, views: Sequence[View]) -> dict[View, GradientStore]:
         """The pool's gradient stores at a checkpoint, collected now if the run does not hold them."""
         return self.collect(self.data, checkpoint, views, what="pool")
 
@@ -126,7 +125,7 @@ class Pool(Setup):
         return AtCheckpoint(checkpoint, self.model, self.gradients, self.dtype, self.device)
 
     def collect(
-        self, source: Any, checkpoint: Checkpoint, views: SequenceABC[View], *, what: str
+        self, source: Any, checkpoint: Checkpoint, views: Sequence[View], *, what: str
     ) -> dict[View, GradientStore]:
         """Gradient stores of any sequences with this pool's model and settings."""
         own, at = self.weighed(source, checkpoint), self.at(checkpoint)
@@ -195,7 +194,7 @@ def open_pool(
     *,
     model: str,
     out: str | Run,
-    adapters: SequenceABC[str] = (),
+    adapters: Sequence[str] = (),
     warmup: Warmup | None = None,
     gradients: Gradients | None = None,
     columns: Columns | Mapping[str, str] | None = None,
@@ -351,7 +350,7 @@ def refuse_longer(data: Dataset, model: str, what: str) -> None:
     )
 
 
-def subtask_labels(ids: SequenceABC[str], labels: SequenceABC[Any], column: str) -> tuple[str, ...]:
+def subtask_labels(ids: Sequence[str], labels: Sequence[Any], column: str) -> tuple[str, ...]:
     """The subtask of each target row, from the column that names it.
 
     Raises:

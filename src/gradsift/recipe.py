@@ -292,8 +292,7 @@ def _parsed(text: str, file: str | Path) -> tuple[Any, Any]:
         raise ConfigError(f"{file} has {len(text):,} characters: is it a recipe? They have at most {_LONGEST:,}")
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-        _refuse_doubles(node, file)
-        if _size(node) > _LONGEST:
+        if _size(node, file, {}) > _LONGEST:
             raise ConfigError(f"{file} says one thing many times over by aliases (*name): write it out")
         content = yaml.safe_load(text)
     except RecursionError as error:
@@ -307,39 +306,24 @@ def _parsed(text: str, file: str | Path) -> tuple[Any, Any]:
     return content, node
 
 
-def _refuse_doubles(node: Any, file: str | Path) -> None:
-    """Refuse a key that stands twice in one mapping, of which YAML would take the last."""
-    waiting, seen = [node], set()
-    while waiting:
-        current = waiting.pop()
-        if id(current) in seen or not isinstance(current, yaml.CollectionNode):
-            continue
-        seen.add(id(current))
-        lines: dict[str, int] = {}
-        for entry in current.value:
-            if not isinstance(entry, tuple):
-                waiting.append(entry)
-                continue
-            key, value = entry
-            waiting += [key, value]
-            if isinstance(key, yaml.ScalarNode):
-                line = key.start_mark.line + 1
-                if key.value in lines:
-                    raise ConfigError(
-                        f"{file} line {line}: {key.value!r} stands on line {lines[key.value]} already: keep one of them"
-                    )
-                lines[key.value] = line
-
-
-def _size(node: Any, known: dict[int, int] | None = None) -> int:
-    """Values that a YAML document stands for: what an alias names counts at every place, without end in itself."""
-    known = {} if known is None else known
+def _size(node: Any, file: str | Path, known: dict[int, int]) -> int:
+    """Values that a YAML document stands for: what an alias names counts at every place, without end in itself. A key
+    that stands twice in one mapping, of which YAML would take the last, is refused.
+    """
     if not isinstance(node, yaml.CollectionNode):
         return 1
     if id(node) not in known:
         known[id(node)] = _LONGEST + 1  # for a place inside itself
+        lines: dict[str, int] = {}
+        keys = (entry[0] for entry in node.value if isinstance(entry, tuple))
+        for key in (key for key in keys if isinstance(key, yaml.ScalarNode)):
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                said = f"{key.value!r} stands on line {lines[key.value]} already: keep one of them"
+                raise ConfigError(f"{file} line {line}: {said}")
+            lines[key.value] = line
         parts = [part for entry in node.value for part in (entry if isinstance(entry, tuple) else (entry,))]
-        known[id(node)] = 1 + sum(_size(part, known) for part in parts)
+        known[id(node)] = 1 + sum(_size(part, file, known) for part in parts)
     return known[id(node)]
 
 

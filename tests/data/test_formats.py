@@ -115,7 +115,9 @@ def test_unknown_columns_are_advised() -> None:
     """Where names look like a question and an answer, the message says how to name them, and lists formats once."""
     with pytest.raises(DataError, match=r"Did you mean --columns prompt=question,completion=label\?") as caught:
         load_examples([{"id": 1, "question": "a", "label": "b"}])
-    assert str(caught.value).count("`conversations`") == 1
+    assert str(caught.value).count("`conversations` (from, value)") == 1
+    with pytest.raises(DataError, match=r"Did you mean --target-columns messages=messages\?"):
+        load_examples([{"messages": CHAT}], columns={"prompt": "question", "completion": "answer"}, what="target")
 
 
 def test_an_unwanted_completion_is_told() -> None:

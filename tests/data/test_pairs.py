@@ -166,6 +166,14 @@ def test_a_prompt_stands_anywhere_in_a_whole_conversation(before: list[dict[str,
     assert (list(example.messages), example.prompt) == ([*before, ASKED, BAD], len(before) + 1)
 
 
+def test_a_prompt_that_no_conversation_holds_is_told() -> None:
+    """What is asked is in the conversations then, as TRL reads them."""
+    row = {"prompt": "Add.", "chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]}
+    (example,) = ExampleReader([row], columns=None, what="pool", require_answer=True, answer="chosen")
+    assert isinstance(example, Example)
+    assert [one.part for one in example.unused] == ["column prompt not used"]
+
+
 def test_texts_that_begin_alike_part_before_a_word() -> None:
     """TRL's implicit form of texts: what both begin with is asked; without any there is no prompt."""
     start = "\n\nHuman: 2 + 2?\n\nAssistant: It is"
@@ -184,7 +192,7 @@ def test_texts_that_begin_alike_part_before_a_word() -> None:
         (EXPLICIT | {"rejected": "4"}, "same_answers"),
         ({"prompt": "2 + 2?", "chosen": "4"}, "missing_columns"),
         ({"prompt": "2 + 2?", "completion": "4"}, "missing_columns"),
-        (EXPLICIT | {"chosen": 4}, "bad_content"),
+        (EXPLICIT | {"chosen": [4]}, "bad_messages"),
         ({"chosen": [ASKED, GOOD], "rejected": [said("user", "3?"), BAD]}, "missing_columns"),
         ({"question": "2 + 2?", "chosen": "It is 4", "rejected": "It is 5"}, "missing_columns"),  # "It is" is no prompt
     ],

@@ -99,7 +99,7 @@ ROWS: dict[str, tuple[Any, Any]] = {  # a row, and its turns or the reason why i
     "a prompt that is one message": ({"prompt": ASK, "completion": ANSWER}, TURNS),
     "a prompt of messages": ({"prompt": [ASK], "completion": "Yo"}, TURNS),
     "a prompt of texts": ({"prompt": ["Hi"], "completion": ["Yo"]}, "bad_messages"),
-    "a number to learn": ({"prompt": "2 + 2", "completion": 4}, "bad_content"),
+    "a number to learn": ({"prompt": "2 + 2", "completion": 4}, [("user", "2 + 2"), ("assistant", "4")]),
     "whole conversations": ({"chosen": CHAT, "rejected": CHAT}, "preference_pair"),
     "tokens": ({"input_ids": [1, 2], "labels": [-100, 2]}, "missing_columns"),
     "an image alone": ({"image": {"bytes": "x"}, "text": None}, "missing_columns"),

@@ -118,8 +118,8 @@ def test_a_target_and_prompts_have_their_account_too(world: World, tmp_path: Pat
         ("explain", ["--estimator", "bm25", "-k", 1, "--max-new-tokens", 2]),
         ("explain", ["--estimator", "bm25", "-k", 1, "--use-answers"]),
     ]
-    for number, (command, options) in enumerate(jobs):
-        out = tmp_path / f"run{number}"
+    out = tmp_path / "run"
+    for command, options in jobs:
         world(command, out, *options, target=target).succeeded()
         parts = [entry for entry in entries(out) if entry["left_out"] == "part"]
         assert {(entry["id"], entry["part"]) for entry in parts} == told, command

@@ -357,12 +357,9 @@ def test_plan_counts_and_leaves_nothing_behind(tiny: World, tmp_path: Path) -> N
     ("options", "pool", "target", "checkpoints", "beside"),
     [
         (("--estimator", "bm25"), 0, 0, 0, 0),
-        (("--estimator", "random"), 0, 0, 0, 0),
         (("--estimator", "bm25", "--selection", "facility_location"), 1, 0, 1, 0),
-        (("--estimator", "bm25", "--selection", "tsds"), 2, 2, 2, 0),
         (("--estimator", "datainf"), 1, 1, 1, 1),
         (("--estimator", "datainf", "--views", "segments"), 1, 1, 1, 0),
-        (("--estimator", "tracin"), 2, 2, 2, 0),
     ],
 )
 def test_plan_counts_the_gradients_that_are_taken(

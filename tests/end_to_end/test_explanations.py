@@ -219,7 +219,7 @@ def test_validate_by_both_routes_and_from_what_is_kept(
     """Steps from stored gradients and steps taken for real give the same supports and shifts; a second call takes none
     of them, and loads no model."""
     out = tmp_path / "run"
-    options = ("--use-answers", "-k", "1,3", "-e", "less", "-e", "bm25", "--row-dtype", "float32", "--pages", 1)
+    options = ("--use-answers", "-k", "1,3", "-e", "less", "-e", "bm25", "--row-dtype", "float32", "--pages", 0)
     validations = {}
     for route in ("trained", "stored"):
         arguments = (out, "--json", "--route", route, *options)

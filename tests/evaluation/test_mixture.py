@@ -74,7 +74,8 @@ def test_refused() -> None:
 def test_the_command(tiny: World, tmp_path: Path) -> None:
     """Of a pool with a source column; --train measures three mixtures with two seeds."""
     test = write_rows(tmp_path / "test.jsonl", target_rows(6)[4:])
-    given = ("--by", "source", "--budget", 12, "--train", test, "--json", "--estimator", "bm25")
+    given = ("--by", "source", "--budget", 12, "--train", test, "--json", "--estimator", "bm25",
+             "--epochs", 1, "--batch-size", 8)  # fmt: skip
     _, *options = tiny.arguments("score", tmp_path / "run", *given)
     found = Cli("mix", *options).succeeded()
     assert [one["source"] for one in found.json["sources"]] == ["colour", "sound"]

@@ -99,14 +99,13 @@ def test_layers_that_are_more_than_plain_lora_are_not_folded(options: dict[str, 
     assert find_folds(model, find_modules(model).captured) == []
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_signal_at_any_line_leaves_the_model_as_it_was(checkpointing: bool) -> None:
+def test_a_signal_at_any_line_leaves_the_model_as_it_was() -> None:
     """SIGINT is raised at each line of our own that runs while gradients are captured, the first time that it runs:
     after each, no hook is left, weights, flags and `forward`s are those of before.
 
     In a process of its own: elsewhere a signal may come into a callback of the garbage collector, which swallows it.
     """
-    code = f"import test_folding; test_folding.interrupt_everywhere({checkpointing})"
+    code = "import test_folding; [test_folding.interrupt_everywhere(checkpointing) for checkpointing in (False, True)]"
     paths = [str(Path(__file__).parent), *sys.path]
     done = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},

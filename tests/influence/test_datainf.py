@@ -170,8 +170,8 @@ def test_half_precision_is_computed_in_double(scores_of: Any, dtype: torch.dtype
 @pytest.mark.parametrize(
     ("pool", "target", "message"),
     [
-        ([], [], "0 segments"),
-        ([torch.ones(2, 3)], [torch.ones(1, 3)] * 2, "1 segments and target 2"),
+        ([], [], "'pool': 0, 'target': 0"),
+        ([torch.ones(2, 3)], [torch.ones(1, 3)] * 2, "'pool': 1, 'target': 2"),
         ([torch.ones(2, 3)], [torch.ones(1, 4)], "'dim' has 3 entries in pool in segment 0 and 4"),
         ([torch.ones(2, 3), torch.ones(1, 3)], [torch.ones(1, 3)] * 2, "'pool' has 2 entries"),
         ([torch.ones(2, 3)] * 2, [torch.ones(1, 3), torch.ones(2, 3)], "'target' has 1 entries"),

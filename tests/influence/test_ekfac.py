@@ -114,7 +114,7 @@ def test_conjugate_gradients_solve_with_the_gauss_newton_matrix(opened: Opened) 
     v = rows_at(opened, 1)[3][0]
     sequences = pool.data.sequences(0, len(pool.data))
     checkpoint = pool.checkpoints()[1]
-    for steps, most in ((2, np.inf), (60, 1e-3)):
+    for steps, most in ((2, np.inf), (30, 1e-3)):
         method = EKFAC(conjugate_gradient=steps)
         directions = method.found(pool, target.data, checkpoint)
         rows, _ = directions.find(pool)
@@ -274,7 +274,7 @@ def test_groups_of_modules_give_the_same_numbers(
     target = gs.open_target(target_rows(4), pool)
     np.testing.assert_allclose(gs.score(pool, target, ONE).per_target[:, :3], found.per_target, rtol=1e-3, atol=1e-5)
     assert sizes == [count, count]  # of four targets and of the rows that are checked
-    pool = tiny.open_pool(tmp_path / "other", gradients=asked(99).gradients)  # more than there are modules
+    pool = tiny.open_pool(tmp_path / "other", gradients=asked(count + 1).gradients)  # more than there are modules
     many = gs.score(pool, gs.open_target(target_rows(3), pool), ONE).per_target
     np.testing.assert_allclose(many, found.per_target, rtol=1e-3, atol=1e-5)
 

@@ -97,8 +97,8 @@ def test_half_precision_is_computed_in_fp32(dtype: torch.dtype, device: str) -> 
 @pytest.mark.parametrize(
     ("pool", "target", "message"),
     [
-        ([], [], "0 checkpoints"),
-        ([torch.ones(2, 3)], [torch.ones(1, 3)] * 2, "1 checkpoints and target 2"),
+        ([], [], "'pool': 0, 'target': 0"),
+        ([torch.ones(2, 3)], [torch.ones(1, 3)] * 2, "'pool': 1, 'target': 2"),
         ([torch.ones(2, 3)], [torch.ones(1, 4)], "'dim' has 3 entries in pool at checkpoint 0 and 4"),
         ([torch.ones(2, 3), torch.ones(1, 3)], [torch.ones(1, 3)] * 2, "'pool' has 2 entries"),
         ([torch.ones(3)], [torch.ones(1, 3)], "expected 2 axes"),

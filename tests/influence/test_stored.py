@@ -28,22 +28,26 @@ ROWS: list[dict[str, Any]] = [
     {"id": "b", "prompt": "what says the cow", "completions": [[{"role": "assistant", "content": "moo"}], "moo moo"],
      "rewards": [0.25, 0.75]},
     {"id": "c", "prompt": "what says the cat", "completions": ["x", "y"], "rewards": [1.0]},
+    {"id": "d", "prompt": "what says the dog", "completions": [{"role": "assistant", "content": "wow"}],
+     "rewards": [2.0]},
+    {"id": "e", "prompt": "what says the fox", "completions": [["ring"]], "rewards": [1.0]},
 ]  # fmt: skip
 
 
 def test_the_gradient_is_of_the_rows_own_completions(tiny: World, tmp_path: Path) -> None:
     """Each response has the tokens that training reads, its weight is by the row's reward, and a row whose rewards are
-    not as many as its completions has no response, for a reason that is told.
+    not as many as its completions has no response, for a reason that is told; nor has one whose completions are no
+    texts. That a row has fewer than others is no problem.
     """
     pool = open_pool(pool_rows(4), model=tiny.model, out=str(tmp_path), dtype="float32", device="cpu")
     target = open_prompts(ROWS, pool, Stored())
     targets = PolicyTargets(pool, target, NICE(policy=PolicyGradient(baseline="mean")))
     responses, rewards, samples = targets.rollouts(Checkpoint(None))
-    assert dict(rewards.items()) == {("a", 0): 1, ("a", 1): 0, ("b", 0): 0.25, ("b", 1): 0.75}
-    assert [own.text for id_ in "ab" for own in responses[id_]] == ["red", "blue", "moo", "moo moo"]
-    assert not responses["c"]
-    assert any(problem.prompt_id == "c" and "0 completions" in problem.detail for problem in samples.problems)
-    for id_ in "ab":
+    assert dict(rewards.items()) == {("a", 0): 1, ("a", 1): 0, ("b", 0): 0.25, ("b", 1): 0.75, ("d", 0): 2}
+    assert [own.text for id_ in "abd" for own in responses[id_]] == ["red", "blue", "moo", "moo moo", "wow"]
+    assert [problem.prompt_id for problem in samples.problems] == ["c", "e"]
+    assert all("one reward for each" in problem.detail for problem in samples.problems)
+    for id_ in "abd":
         for own in responses[id_]:
             messages = [{"role": "user", "content": target.data.example(id_).messages[0]["content"]}]
             whole = pool.tokenizer.apply_chat_template(
@@ -82,7 +86,7 @@ def test_other_texts_are_other_draws(tiny: World) -> None:
     assert one.identity() != other.identity()
     drawn = next(iter(one.draw([Request(Prompt("a", ({"role": "user", "content": "?"},)), (0, 1))])))
     assert [response.text for response in drawn.responses] == ["x"]
-    assert [problem.number for problem in drawn.problems] == [1]
+    assert not drawn.problems
 
 
 def test_weights_of_importance_are_refused(tiny: World, tmp_path: Path) -> None:

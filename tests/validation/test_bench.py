@@ -394,6 +394,8 @@ def test_one_target_tells_nothing_apart(opened: tuple[gs.Pool, gs.Target]) -> No
         assert found.columns[0].values["knows"].value == 1
         assert found.sentence.startswith(said)
         assert np.isnan(found.columns[0].values["knows"].low) == (count == 1)
+        figure = json.loads(json.dumps(found.as_dict(), allow_nan=False))["columns"][0]["values"]["knows"]
+        assert (figure["low"] is None) == (count == 1)
 
 
 class Parted(gs.Estimator):

@@ -492,6 +492,18 @@ def test_a_training_that_teaches_nothing_says_so(run: Run, llama: str) -> None:
         assert any("--preset small" in said for said in reporter.warned) == warned
 
 
+def test_a_second_warm_up_says_by_what_it_is_another(run: Run, llama: str) -> None:
+    """An option of the first command that is left out in the second costs a training: it is named. Seeds are meant."""
+    data, said = make_data(run, 10), []
+    small = {**SMALL.model_dump(), "epochs": 1}
+    for changed, seed in (({}, 0), ({"rank": 3}, 0), ({}, 1)):
+        reporter = Listening()
+        warm_up(run, data, Warmup(**small | changed), model=llama, seed=seed, reporter=reporter)
+        said.append([line for line in reporter.said if "the run folder has" in line])
+    own = f"training.rank is {SMALL.rank}, wanted 3"
+    assert said == [[], [f"warm-up: another one than the run folder has, whose {own}"], []]
+
+
 def test_presets_are_the_papers() -> None:
     """The presets hold the numbers that LESS and Compact Example-Based Explanations print."""
     less, compact = PRESETS["less"], PRESETS["compact"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
+from typing import Any
 
 from gradsift.base.errors import ConfigError, NonFiniteError, ShapeError
 from gradsift.base.lazy import Tensor, torch
@@ -68,6 +70,36 @@ def same_size(axis: str, first: str, first_size: int, second: str, second_size: 
             f"the axis '{axis}' has {first_size} entries in {first} and {second_size} in {second}: "
             f"pass arrays that belong together"
         )
+
+
+def arrays_of(part: str, **arguments: tuple[Any, str]) -> Iterator[list[Tensor]]:
+    """`float_array` of lists with an entry for each part: those of one part after the other.
+
+    Args:
+        part: what there is an entry for, such as "at checkpoint".
+        arguments: by name, a list and the axes of its entries; an axis is of one size, and but for dim in all parts.
+
+    Raises:
+        ShapeError: no list, lists of other lengths or of none, or arrays that do not fit each other.
+        NonFiniteError: NaN or infinity.
+    """
+    noun = part.rpartition(" ")[2]
+    for name, (arrays, axes) in arguments.items():
+        if isinstance(arrays, Tensor):
+            raise ShapeError(f"{name} is one tensor, expected a list with one [{axes}] tensor per {noun}")
+    counts = {name: len(arrays) for name, (arrays, _) in arguments.items()}
+    if len(set(counts.values())) > 1 or 0 in counts.values():
+        raise ShapeError(f"numbers of {noun}s are {counts}: pass the same ones of all, at least one")
+    known: dict[str, tuple[str, int]] = {}
+    for number in range(max(counts.values())):
+        known.pop("dim", None)
+        found = []
+        for name, (arrays, axes) in arguments.items():
+            called = f"{name} {part} {number}"
+            found.append(float_array(called, arrays[number], axes))
+            for axis, size in zip(axes.split(), found[-1].shape, strict=True):
+                same_size(axis, *known.setdefault(axis, (called, size)), called, size)
+        yield found
 
 
 def checked_budget(budget: object, available: int, what: str) -> int:

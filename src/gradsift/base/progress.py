@@ -116,12 +116,12 @@ class Reporter:
                 last = now
                 left = (now - start) / done * (total - done) if done else float("nan")
                 self.say(
-                    f"{what}: {done:.0f}/{total:.0f} {unit}, {now - start:.0f} s, {done / (now - start):.3g}/s, "
+                    f"{what}: {done:,.0f}/{total:,.0f} {unit}, {now - start:.0f} s, {done / (now - start):.3g}/s, "
                     f"about {left:.0f} s left"
                 )
 
         yield advance
-        self.say(f"{what}: {done:.0f}/{total:.0f} {unit} in {time.monotonic() - start:.1f} s")
+        self.say(f"{what}: {done:,.0f}/{total:,.0f} {unit} in {time.monotonic() - start:.1f} s")
 
 
 class _Rate(ProgressColumn):

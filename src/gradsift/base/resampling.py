@@ -40,10 +40,7 @@ def bootstrap(
 
 
 def bootstrap_groups(
-    statistic: Callable[[NDArray[np.int64]], NDArray[np.float64]],
-    groups: Sequence[Hashable],
-    draws: int = 400,
-    seed: int = 0,
+    statistic: Callable[[NDArray[np.int64]], NDArray[np.float64]], groups: Sequence[Hashable]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """`bootstrap` of cells that come in groups, of which each is drawn whole: cells of one group are not independent.
 
@@ -52,13 +49,12 @@ def bootstrap_groups(
     Args:
         statistic: of cells by their numbers, `[cell]` → `[statistic]`.
         groups: of which group each cell is.
-        draws, seed: of the resamples.
     """
     numbers: dict[Hashable, list[int]] = {}
     for cell, group in enumerate(groups):
         numbers.setdefault(group, []).append(cell)
     members = [np.array(own, dtype=np.int64) for own in numbers.values()]
-    return bootstrap(lambda drawn: statistic(np.concatenate([members[n] for n in drawn])), len(members), draws, seed)
+    return bootstrap(lambda drawn: statistic(np.concatenate([members[n] for n in drawn])), len(members))
 
 
 def estimate_of(value: float, drawn: NDArray[np.float64], units: int) -> Estimate:

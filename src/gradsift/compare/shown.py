@@ -29,7 +29,9 @@ from gradsift.report.blocks import (
     Switch,
     Table,
     Text,
+    after,
     columns,
+    measured,
 )
 from gradsift.report.blocks import Row as Cells
 from gradsift.report.charts import colour
@@ -126,8 +128,10 @@ class Shown:
             means = [rows[arm].mean.mean if arm in rows else None for arm in arms]
             written = [text.written(mean, layout) for mean in means]
             best = text.best_of(means, written, higher=self.figures[key].higher_is_better)
-            columns.append([_mean(rows.get(arm), written[n], layout, n in best) for n, arm in enumerate(arms)])
-            seeds.append([_by_seed(rows.get(arm), layout) for arm in arms])
+            spreads = [rows[arm].mean.spread if arm in rows else None for arm in arms]
+            columns.append([measured(written[n], spreads[n], layout, n in best) for n in range(len(arms))])
+            each = ([one for _, one in sorted(rows[arm].by_seed.items())] if arm in rows else [] for arm in arms)
+            seeds.append([", ".join(text.written(value, layout) for value in own) for own in each])
         lines = []
         for n, arm in enumerate(arms):
             size = self.size.get(arm)
@@ -406,122 +410,70 @@ def comparison_page(
 ) -> Page:
     """The page of a comparison, with what was chosen by heading, and the ends of each arm's ranking."""
     shown = Shown(result, reward)
-    measured = shown.by_budget(shown.results)
-    reading: dict[str, str] = {}
-    after: list[Block] = []
-    if result.reference is not None:
-        reading["difference"] = (
-            f"Mean over seeds of a method's value minus that of {result.reference} with the same seed: pairing takes "
-            f"out what both share. {result.interval}"
-        )
-        after.append(Legend((("stroke", "mean difference"), ("span", "its interval"), ("zero", "no difference"))))
-        said = (
-            "“Better” and “worse” stand where the interval leaves out zero; many comparisons at once will meet that "
-            "now and then by chance."
-        )
-        after.append(Text(f"{result.interval} {said}", "aside"))
-    overlaps = shown.by_budget(shown.overlap)
-    curves = shown.by_budget(shown.curves)
-    settings = shown.by_budget(shown.over_settings)
+    parts = (shown.results, shown.overlap, shown.curves, shown.over_settings)
+    results, overlaps, curves, settings = (shown.by_budget(part) for part in parts)
+    if result.reference is not None and results:
+        marks = (("stroke", "mean difference"), ("span", "its interval"), ("zero", "no difference"))
+        results = (*results, Legend(marks), Text(f"{result.interval} {_BY_CHANCE}", "aside"))
     rewarded = any(value is not None for curve in result.curves for value in curve.reward)
-    if overlaps:
-        reading["Jaccard"] = (
-            "|A ∩ B| / |A ∪ B|: 1 = the same examples, 0 = none in common. Methods that reach the same value with "
-            "different examples show that the value does not hang on single ones."
-        )
-    if chosen.get("By embedding"):
-        reading["map"] = (
-            "t-SNE of sentence embeddings, of a large pool of a part where choices are denser (50 principal "
-            "components, perplexity 10, fixed seed). A choice in one corner is narrow, one all over the map is broad."
-        )
-    if ends:
-        reading["score"] = (
-            "An estimate of what training on the example does for the target. Only order and sign carry over between "
-            "methods, not the size."
-        )
-    reading["tokens"] = "Of the whole conversation, as trained on."
-    reading["texts"] = text.HOW_TEXTS_ARE_SHOWN
-    said_of_curves = (
-        "Measured on validation data before training and while it goes on. A line for each seed; the large dot is "
-        "where it is best."
-        + f" Where the lowest loss and the highest {reward} are steps apart, loss is not what to stop by."
-        * rewarded
-    )
-    said_of_overlap = (
-        "Jaccard: examples that two methods both chose, over those that either did, with the same seed; mean over "
-        "seeds. Dashed: one method with itself between seeds, that is, how stable it is."
-    )
-    options = tuple((str(number), name) for number, name in enumerate(shown.names))
-    budgets = tuple((str(budget), f"{budget:,}") for budget in shown.budgets)
+    watched = f"Loss and {reward}" if rewarded else "Loss"
+    apart = f" Where the lowest loss and the highest {reward} are steps apart, loss is not what to stop by." * rewarded
     by_arm = [Choice({"method": str(shown.series(arm))}, (Group(tuple(blocks), arm),)) for arm, blocks in ends.items()]
+    of_choices = tuple(Group(tuple(blocks), title) for title, blocks in chosen.items() if blocks)
+    said = f"Measured after fine-tuning on what each method chose. {result.variance}"
+    paired = f"Mean over seeds of a method's value minus that of {result.reference} with the same seed: pairing takes "
+    there = {"difference": result.reference is not None, "Jaccard": overlaps, "map": chosen.get("By embedding"),
+             "score": ends, "tokens": True, "texts": True}  # fmt: skip
+    words = {"difference": f"{paired}out what both share. {result.interval}", **_READING}
     sections = (
         Section("warnings", "Warnings", tuple(map(Text, warnings)), count=str(len(warnings))),
-        Section(
-            "results",
-            "Results",
-            (
-                Text(f"Measured after fine-tuning on what each method chose. {result.variance}"),
-                *measured,
-                *after,
-                *shown.notes(),
-            )
-            if measured
-            else (),
-        ),
+        Section("results", "Results", after(said, (*results, *shown.notes()) if results else ())),
         Section("failures", "Failed", tuple(shown.failures()), count=f"{len(result.failures):,}"),
         Section("budgets", "Against the budget", tuple(shown.over_budgets())),
         Section("settings", f"Against {shown.setting_name()}", settings),
-        Section(
-            "curves",
-            f"Loss and {reward} over fine-tuning" if rewarded else "Loss over fine-tuning",
-            (Text(said_of_curves), *curves) if curves else (),
-            "Over fine-tuning",
-        ),
-        Section(
-            "overlap", "Overlap between choices", (Text(said_of_overlap), *overlaps) if overlaps else (), "Overlap"
-        ),
-        Section(
-            "chosen",
-            "What was chosen",
-            tuple(Group(tuple(blocks), title) for title, blocks in chosen.items() if blocks),
-        ),
-        Section(
-            "extremes",
-            "Highest and lowest scores",
-            (Text("The ends of each method's ranking of the whole pool. Higher = training on it helps."), *by_arm)
-            if by_arm
-            else (),
-            "Highest and lowest",
-        ),
+        Section("curves", f"{watched} over fine-tuning", after(_CURVES + apart, curves),
+                "Over fine-tuning"),
+        Section("overlap", "Overlap between choices", after(_OVERLAP, overlaps), "Overlap"),
+        Section("chosen", "What was chosen", of_choices),
+        Section("extremes", "Highest and lowest scores", after(_ENDS, by_arm), "Highest and lowest"),
         Section("costs", "Time and cost", tuple(shown.costs())),
         Section("run", "What was run", (Facts(facts),) if facts else ()),
         Section("repeat", "How to repeat it", (Facts(repeat),) if repeat else ()),
-        Section("reading", "How to read this page", (Facts(reading),)),
-    )
-    there = [section.id for section in sections if section.blocks]
+        Section("reading", "How to read this page", (Facts({name: words[name] for name in there if there[name]}),)),
+    )  # fmt: skip
+    options = tuple((str(number), name) for number, name in enumerate(shown.names))
+    budgets = tuple((str(budget), f"{budget:,}") for budget in shown.budgets)
+    switches = [Switch("method", "Method to pick out", options, str(shown.best), series=True)]
+    switches += [Switch("k", "examples", budgets, str(shown.first))] if len(budgets) > 1 else []
+    start = next(section.id for section in sections[1:] if section.blocks)
     return Page(
-        "gradsift: methods compared",
-        sections,
-        brand="comparison",
-        summary=tuple(summary),
-        switches=(
-            Switch("method", "Method to pick out", options, str(shown.best), series=True),
-            *([Switch("k", "examples", budgets, str(shown.first))] if len(budgets) > 1 else []),
-        ),
-        start=next(id_ for id_ in there if id_ != "warnings"),
-        created=created,
-        wide=True,
+        "gradsift: methods compared", sections, "comparison", tuple(summary), tuple(switches), start, created, wide=True
     )
 
 
-def _mean(row: Row | None, written: str, layout: str, best: bool) -> Entry:
-    spread = None if row is None else row.mean.spread
-    note = "" if spread is None else f"±\u202f{text.written(spread, layout)}"
-    return Cell(written, note, "best" if best else "", tone="best" if best else "") if best or note else written
-
-
-def _by_seed(row: Row | None, layout: str) -> str:
-    return ", ".join(text.written(value, layout) for _, value in sorted(row.by_seed.items())) if row else ""
+_BY_CHANCE = (
+    "“Better” and “worse” stand where the interval leaves out zero; many comparisons at once will meet that now and "
+    "then by chance."
+)
+_CURVES = (
+    "Measured on validation data before training and while it goes on. A line for each seed; the large dot is where it "
+    "is best."
+)
+_OVERLAP = (
+    "Jaccard: examples that two methods both chose, over those that either did, with the same seed; mean over seeds. "
+    "Dashed: one method with itself between seeds, that is, how stable it is."
+)
+_ENDS = "The ends of each method's ranking of the whole pool. Higher = training on it helps."
+_READING = {
+    "Jaccard": "|A ∩ B| / |A ∪ B|: 1 = the same examples, 0 = none in common. Methods that reach the same value with "
+    "different examples show that the value does not hang on single ones.",
+    "map": "t-SNE of sentence embeddings, of a large pool of a part where choices are denser (50 principal components, "
+    "perplexity 10, fixed seed). A choice in one corner is narrow, one all over the map is broad.",
+    "score": "An estimate of what training on the example does for the target. Only order and sign carry over between "
+    "methods, not the size.",
+    "tokens": "Of the whole conversation, as trained on.",
+    "texts": text.HOW_TEXTS_ARE_SHOWN,
+}
 
 
 def _spot(x: float, row: Row) -> Point:

@@ -64,7 +64,6 @@ def paired_difference(
     reference: Mapping[_Key, float],
     *,
     interval: Interval = "t",
-    seed: int = 0,
 ) -> Difference | None:
     """How much higher `values` are than `reference`, pair by pair, with a 95 % interval; None where they share no key.
 
@@ -80,7 +79,6 @@ def paired_difference(
         values: by seed, or by item.
         reference: the same, of the method to compare with (random).
         interval: see above.
-        seed: of the bootstrap.
 
     Raises:
         ConfigError: NaN or infinity.
@@ -100,9 +98,11 @@ def paired_difference(
     if count == 1:
         return Difference(mean, None, None, 1)
     if interval == "t":
-        half = _t_quantile(0.975, count - 1) * float(differences.std(ddof=1)) / math.sqrt(count)
+        from scipy.special import stdtrit  # half a second to import
+
+        half = float(stdtrit(count - 1, 0.975)) * float(differences.std(ddof=1)) / math.sqrt(count)
         return Difference(mean, mean - half, mean + half, count)
-    _, drawn = bootstrap(lambda rows: differences[rows].mean(), count, _DRAWS, seed)
+    _, drawn = bootstrap(lambda rows: differences[rows].mean(), count, _DRAWS)
     found = estimate_of(mean, drawn, count)
     return Difference(mean, found.low, found.high, count)
 
@@ -151,12 +151,6 @@ def _overlap(
     between = [(first[seed], second[seed]) for seed in first if seed in second]
     pairs = list(combinations(first.values(), 2)) if same else between
     return sum(jaccard(a, b) for a, b in pairs) / len(pairs) if pairs else None
-
-
-def _t_quantile(share: float, freedom: int) -> float:
-    from scipy.special import stdtrit  # half a second to import
-
-    return float(stdtrit(freedom, share))
 
 
 def _finite(values: Sequence[float], what: str) -> NDArray[np.float64]:

@@ -161,7 +161,7 @@ class Comparison(Shown):
         return {
             "arms": [
                 {"name": c.name, "data": c.data, "drop": c.drop, "family": c.family or None, "setting": c.setting}
-                | {part: value and value.model_dump(mode="json") for part, value in _methods(c).items()}
+                | {part: (own := getattr(c, part)) and own.model_dump(mode="json") for part in _PARTS}
                 for c in self.contenders
             ],
             "seeds": list(self.seeds),
@@ -191,6 +191,7 @@ class Comparison(Shown):
         return pa.Table.from_pylist(lines, schema=pa.schema(list(_COLUMNS.items())))
 
 
+_PARTS = ("estimator", "selection", "training")
 _COLUMNS = {
     "arm": pa.string(),
     **dict.fromkeys(("budget", "seed"), pa.int64()),
@@ -286,10 +287,6 @@ def _compared(row: Row, found: Mapping[int, Figure], control: Mapping[int, Figur
     if difference is None:
         return row
     return replace(row, difference=difference, over=over, reference_budget=budget)
-
-
-def _methods(contender: Contender) -> dict[str, Any]:
-    return {"estimator": contender.estimator, "selection": contender.selection, "training": contender.training}
 
 
 def _cell(cell: Cell) -> dict[str, Any]:

@@ -30,20 +30,10 @@ from gradsift.store.manifest import canonical
 # The names the formats in the wild give to their speakers (ShareGPT: human, gpt; OpenAI: the roles themselves; Llama:
 # ipython; Gemma: model; ms-swift: tool_call, tool_response), in lower case.
 _ROLES = {
-    "system": "system",
-    "developer": "developer",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "tool_call": "assistant",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
-    "ipython": "tool",
-    "tool_response": "tool",
+    **{"system": "system", "developer": "developer"},
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "model", "function_call", "tool_call"), "assistant"),
+    **dict.fromkeys(("tool", "function", "observation", "ipython", "tool_response"), "tool"),
 }
 _CALLERS = ("function_call", "tool_call")  # an assistant's turns that are a call of a tool and nothing else
 # What a message may carry beside its text that the loss would take otherwise.
@@ -60,34 +50,20 @@ _TEXTS = ("text", "input_text", "output_text")  # types of a part of text, in Op
 _OF_A_PART = {"type", "text", "cache_control", "annotations", "index"}  # what changes nothing for the text
 # Columns that trainers read, and what they would do with them.
 _TRAINER_COLUMNS = {
-    "functions": "functions that the template would show",
-    "xml_tools": "tools that the template would show",
-    "python_tools": "tools that the template would show",
-    "builtin_tools": "tools that the template would show",
-    "custom_tools": "tools that the template would show",
-    "documents": "documents that the template would show",
-    "image": "an image of the conversation",
-    "images": "images of the conversation",
-    "audio": "a sound of the conversation",
-    "audios": "sounds of the conversation",
-    "video": "a video of the conversation",
-    "videos": "videos of the conversation",
-    "chosen": "the answer that is preferred",
-    "rejected": "the answer that is not preferred",
-    "label": "whether the answer is wanted",
-    "kto_tag": "whether the answer is wanted",
-    "input_ids": "token ids",
-    "labels": "labels of tokens",
-    "loss_mask": "labels of turns or tokens",
-    "completion_mask": "labels of tokens",
-    "assistant_masks": "labels of tokens",
+    **{name: f"{name} that the template would show" for name in ("functions", "documents")},
+    **{f"{name}_tools": "tools that the template would show" for name in ("xml", "python", "builtin", "custom")},
+    **{"image": "an image of the conversation", "images": "images of the conversation"},
+    **{"audio": "a sound of the conversation", "audios": "sounds of the conversation"},
+    **{"video": "a video of the conversation", "videos": "videos of the conversation"},
+    **{"chosen": "the answer that is preferred", "rejected": "the answer that is not preferred"},
+    **dict.fromkeys(("label", "kto_tag"), "whether the answer is wanted"),
+    **{"input_ids": "token ids", "loss_mask": "labels of turns or tokens"},
+    **dict.fromkeys(("labels", "completion_mask", "assistant_masks"), "labels of tokens"),
 }
 # Columns that say what others have in their messages: told where the conversation does not have it.
 _SPOKEN = ("system_prompt", "system_message", "reasoning", "reasoning_content", "thinking")
 # What a message of a role has for the template beside content and calls.
 _FIELDS_OF = {"assistant": REASONING, "tool": ("name", "tool_call_id")}
-# Columns that hold what is asked in pairs whose prompt has another name.
-_ASKING = ("question", "query", "problem", "input", "inputs", "context", "post", "user", "human")
 _OPTIONS_COLUMN = "chat_template_kwargs"
 _TOOLS_COLUMN = "tools"
 _WEIGHTS = ("weight", "sample_weight", "loss_weight")
@@ -338,7 +314,7 @@ def _asked(row: Mapping[str, Any], columns: Columns) -> list[Any] | None:
 
 def _check_implicit(row: Mapping[str, Any], columns: Columns, both: Mapping[Answer, Any]) -> None:
     """Refuse answers as texts, which may well begin alike, beside a column that seems to hold what is asked."""
-    asking = [name for name in _ASKING if name not in columns.named and _is_something(row.get(name))]
+    asking = [name for name in _ASKED if name not in columns.named and _is_something(row.get(name))]
     if asking and all(isinstance(value, str) for value in both.values()):
         raise BadRowError(
             "missing_columns",
@@ -502,14 +478,17 @@ def column_value(row: Mapping[str, Any], column: str) -> Any:
 
 
 def advised(columns: Iterable[str]) -> str:
-    """How `--columns` would name a prompt and an answer among these; "" where no names look like them.
+    """What `--columns` would say of these where their names look like a conversation, or a prompt and an answer.
 
     >>> advised(["id", "question", "answer"])
-    '--columns prompt=question,completion=answer'
+    'prompt=question,completion=answer'
     """
     there = [str(name) for name in columns]
+    for name in ("messages", "conversations"):
+        if name in there:
+            return f"messages={name}"
     asked, answered = (next((name for name in usual if name in there), None) for usual in (_ASKED, _ANSWERED))
-    return f"--columns prompt={asked},completion={answered}" if asked and answered else ""
+    return f"prompt={asked},completion={answered}" if asked and answered else ""
 
 
 def _missing(row: Mapping[str, Any], wanted: list[str] | None) -> BadRowError:
@@ -720,11 +699,7 @@ def _weight(row: Mapping[str, Any], columns: Columns) -> float:
         value = row.get(name) if name not in columns.named else None
         if isinstance(value, bool | int | np.bool_) and _truth(value) is False:
             raise BadRowError("not_trained", f"the row says {name} {json.dumps(value)}")
-    names = (
-        (columns.weight,)
-        if columns.weight is not None
-        else tuple(name for name in _WEIGHTS if name not in columns.named)
-    )
+    names = [name for name in _WEIGHTS if name not in columns.named] if columns.weight is None else [columns.weight]
     given = {name: row[name] for name in names if _is_something(row.get(name))}
     weights = {name: _number(value) for name, value in given.items()}
     if len(set(weights.values())) > 1 or None in weights.values():
@@ -838,7 +813,8 @@ def _unused_columns(row: Mapping[str, Any], columns: Columns, messages: list[Mes
     answers = _ANSWERED if columns.text is None and messages[0]["role"] == TEXT else ()
     for name in row:
         if name in answers and name not in columns.named and _is_something(row[name]):
-            detail = f"column {name} is not used: a plain text is learned alone; {advised((TEXT, name))} learns both"
+            both = f"--columns prompt={TEXT},completion={name} learns both"
+            detail = f"column {name} is not used, a plain text is learned alone: {both}"
             yield Unused("column_not_used", detail, _not_used(name))
             continue
         if name in _TRAINER_COLUMNS and name not in columns.named and _matters(name, row):
@@ -852,6 +828,7 @@ def _unused_columns(row: Mapping[str, Any], columns: Columns, messages: list[Mes
         others.append("context")
     rivals: list[tuple[str, ...]] = [(columns.system or "system",)]
     rivals += [(name,) for name in others if name not in columns.named]
+    rivals += [(columns.prompt or "prompt",)] * (row.get(columns.chosen or "chosen") is not None)
     if not any(columns.families.values()):  # where the user named none, the first format that fits was taken
         own = next((name for name in ("messages", "conversations") if row.get(name) is not None), None)
         rivals += [(name,) for name in ("messages", "conversations") if name != own]

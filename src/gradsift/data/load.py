@@ -18,7 +18,7 @@ from gradsift.data.files import Row
 from gradsift.data.formats import WANTED, Answer, BadRowError, advised, read_conversation
 from gradsift.data.formats import Columns as Columns
 from gradsift.data.overlap import content_hash
-from gradsift.data.sources import kind_of, read_rows
+from gradsift.data.sources import Source, kind_of, read_rows
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,9 @@ class ExampleReader:
         if answer is not None:  # both are read
             both = {one: getattr(self._columns, one) or one for one in get_args(Answer)}
             self._columns = Columns.of(self._columns.model_dump(exclude_none=True) | both)
-        _check_columns(self._columns, what)
+        named = [family for family, column in self._columns.families.items() if column is not None]
+        if len(named) > 1:
+            raise DataError(f"{what}: columns name {' and '.join(named)}; a row has one format: keep one of them.")
         self._found = read_rows(source, what)
         self.notes = self._found.notes
         self._ids = _Ids()
@@ -127,11 +129,7 @@ class ExampleReader:
                 self._usable += 1
             yield one
         if not self._usable:
-            raise UnusableRowsError(
-                _nothing_usable(
-                    self._what, self._found.name, self._skipped, first, list(found_columns), self._found.unread
-                )
-            )
+            raise UnusableRowsError(_nothing_usable(self._what, self._found, self._skipped, first, list(found_columns)))
 
     def _example(self, row: Row) -> Example | Skipped:
         columns = self._columns
@@ -150,7 +148,7 @@ class ExampleReader:
             where = f"{row.source}:{row.line}"
             skipped_id = _own_id(row.value, columns) if isinstance(row.value, Mapping) else None
             return Skipped(skipped_id or where, problem.reason, problem.detail, row.source, row.line)
-        id_ = self._ids.content(content_hash(read.messages)) if own_id is None else self._ids.own(own_id)
+        id_ = self._ids.unique(content_hash(read.messages)) if own_id is None else self._ids.own(own_id)
         unused = tuple(
             Skipped(id_, one.reason, one.detail, row.source, row.line, "part", one.part) for one in read.unused
         )
@@ -167,12 +165,6 @@ class ExampleReader:
             weight=read.weight,
             prompt=read.prompt,
         )
-
-
-def _check_columns(columns: Columns, what: str) -> None:
-    named = [family for family, column in columns.families.items() if column is not None]
-    if len(named) > 1:
-        raise DataError(f"{what}: columns name {' and '.join(named)}; a row has one format: keep one of them.")
 
 
 # --- ids ----------------------------------------------------------------------------------------------------------
@@ -196,17 +188,14 @@ class _Ids:
         self.renamed = 0
         self.first_renamed: tuple[str, str] | None = None
 
-    def content(self, digest: str) -> str:
-        return self._unique(digest)
-
     def own(self, wanted: str) -> str:
-        unique = self._unique(wanted)
+        unique = self.unique(wanted)
         if unique != wanted:
             self.renamed += 1
             self.first_renamed = self.first_renamed or (wanted, unique)
         return unique
 
-    def _unique(self, wanted: str) -> str:
+    def unique(self, wanted: str) -> str:
         if self._seen.add(wanted, 0) is None:
             return wanted
         while True:
@@ -234,24 +223,21 @@ def _describe(name: str, rows: int, skipped: int, ids: _Ids) -> str:
 
 
 def _nothing_usable(
-    what: str,
-    name: str,
-    skipped: Counter[str],
-    first: Skipped | None,
-    columns: Sequence[str],
-    unread: Sequence[Skipped],
+    what: str, source: Source, skipped: Counter[str], first: Skipped | None, columns: Sequence[str]
 ) -> str:
-    name = name or "the rows in memory"
-    beside = f" Not read: {unread[0].id}, {unread[0].detail}." if unread else ""
+    name = source.name or "the rows in memory"
+    beside = f" Not read: {source.unread[0].id}, {source.unread[0].detail}." if source.unread else ""
     if first is None:
         return f"{what}: {name} is empty: no rows found; wanted rows with {WANTED}.{beside}"
     counts = ", ".join(f"{reason} {count:,}" for reason, count in skipped.most_common())
     found = ", ".join(columns) if columns else "none"
-    wanted = "" if WANTED in first.detail else f" Wanted rows with {WANTED}."
-    advice = f"{wanted} Name other columns with --columns prompt=NAME,completion=NAME."
+    option = "--target-columns" if what == "target" else "--columns"
+    advice = "" if WANTED in first.detail else f" Wanted rows with {WANTED}."
     if first.reason == "missing_columns" and advised(columns):
-        advice = f"{wanted} Did you mean {advised(columns)}?"
-    elif "--columns" in first.detail:
+        advice += f" Did you mean {option} {advised(columns)}?"
+    elif option not in first.detail:
+        advice += f" Name other columns with {option} prompt=NAME,completion=NAME."
+    else:
         advice = ""
     return (
         f"{what}: none of the {skipped.total():,} rows of {name} can be used ({counts}). Columns found: {found}. "

@@ -101,7 +101,6 @@ class _Rows(ExitStack):
         self.content, self.left_out, self.count = "", "", 0
 
     def read(self, reading: Iterable[Example | Skipped], chat: ChatFormat, *, keep_duplicates: bool) -> None:
-        """Read them all."""
         content, known = hashlib.sha256(), Duplicates()
         for one in _in_chunks(reading, chat):
             if isinstance(one, Skipped):
@@ -190,7 +189,6 @@ def _add(file: IO[bytes], line: str) -> None:
 
 
 def _from_start(file: IO[bytes]) -> Iterator[bytes]:
-    """The lines of a file that was just written."""
     file.seek(0)
     return iter(file)
 
@@ -243,7 +241,7 @@ class _Tokenised:
 def _tokenised(chat: ChatFormat, lines: Sequence[bytes]) -> _Tokenised:
     """What becomes of rows, by the facts about them."""
     facts = [json.loads(line) for line in lines]
-    found = chat.tokenize_batch([_example(*fact) for fact in facts])
+    found = chat.tokenize_batch([_example(fact) for fact in facts])
     usable = [isinstance(one, TokenizedExample) for one in found]
     kept = [one for one in found if isinstance(one, TokenizedExample)]
     return _Tokenised(
@@ -259,29 +257,10 @@ def _tokenised(chat: ChatFormat, lines: Sequence[bytes]) -> _Tokenised:
     )
 
 
-def _example(
-    id_: str,
-    messages: Any,
-    _digest: str,
-    options: str,
-    flags: Any,
-    unused: Any,
-    source: str,
-    line: int | None,
-    token_ids: Any,
-    weight: float,
-    prompt: int,
-) -> Example:
+def _example(fact: Sequence[Any]) -> Example:
+    id_, messages, _digest, options, flags, unused, source, line, token_ids, weight, prompt = fact
+    parts = tuple(Skipped(id_, reason, detail, source, line, "part", part) for reason, detail, part in unused)
     return Example(
-        id_,
-        tuple(messages),
-        {},
-        flags=tuple(flag and Flags(*flag) for flag in flags),
-        options=options,
-        unused=tuple(Skipped(id_, reason, detail, source, line, "part", part) for reason, detail, part in unused),
-        source=source,
-        line=line,
-        token_ids=tuple(token_ids),
-        weight=weight,
-        prompt=prompt,
-    )
+        id_, tuple(messages), {}, flags=tuple(flag and Flags(*flag) for flag in flags), options=options, unused=parts,
+        source=source, line=line, token_ids=tuple(token_ids), weight=weight, prompt=prompt,
+    )  # fmt: skip

@@ -97,10 +97,12 @@ def _fine_tune(result: Result, held_out: Path, reporter: Reporter) -> None:
         after = held_out_loss(pool, data, trained.checkpoint, what=f"held-out loss, {name}")
         values = {**_shares(pool, chosen), "held-out loss": after.mean}
         result.outcomes.append(Outcome(f"24 chosen by {name}", values))
+    pairs = list(zip(pool.data.column("skill"), pool.data.column("quality"), strict=True))
+    bad_within_skill = pairs.count((_SKILL, "bad")) / sum(skill == _SKILL for skill, _ in pairs)
     result.outcome_notes = [
         f"{_SKILL}: share of the target's skill among the chosen (pool: {_share(pool, 'skill', _SKILL):.0%}). "
         f"planted mistakes: share of rows with a wrong answer (pool: {_share(pool, 'quality', 'bad'):.0%}; among the "
-        f"pool's {_SKILL} rows: {_bad_within_skill(pool):.0%}). Held-out loss: nats per token on {len(data)} "
+        f"pool's {_SKILL} rows: {bad_within_skill:.0%}). Held-out loss: nats per token on {len(data)} "
         f"{_SKILL} examples that nothing was trained on or chosen by; lower is better.",
         "One seed and 24 examples: a demonstration, not evidence. Compare over seeds before you believe a difference.",
     ]
@@ -117,8 +119,3 @@ def _shares(pool: Pool, chosen: Selection) -> dict[str, float]:
 def _share(pool: Pool, column: str, value: str) -> float:
     values = pool.data.column(column)
     return values.count(value) / len(values)
-
-
-def _bad_within_skill(pool: Pool) -> float:
-    pairs = list(zip(pool.data.column("skill"), pool.data.column("quality"), strict=True))
-    return pairs.count((_SKILL, "bad")) / sum(skill == _SKILL for skill, _ in pairs)

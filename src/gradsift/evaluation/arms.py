@@ -268,12 +268,8 @@ class Compare(Settings):
         metrics = values.get("metrics") or ({"kind": "loss"},)
         if not isinstance(metrics, list | tuple):
             return values
-        filled = [
-            {**on_test, **one}
-            if isinstance(one, Mapping) and one.get("kind") in _ON_DATA and "data" not in one
-            else one
-            for one in metrics
-        ]
+        lacking = [isinstance(one, Mapping) and one.get("kind") in _ON_DATA and "data" not in one for one in metrics]
+        filled = [{**on_test, **one} if lacks else one for one, lacks in zip(metrics, lacking, strict=True)]
         return {**values, "metrics": filled}
 
     @model_validator(mode="after")
@@ -373,11 +369,9 @@ def _of_arm(arm: Arm) -> list[Contender]:
     if arm.data is not None:
         return [Contender(arm.name or source_name(arm.data), data=arm.data, columns=arm.columns)]
     pairs = list(product(arm.estimator, arm.selection))
-    dumped = (
-        {"estimator": one.model_dump(mode="json"), "selection": own.model_dump(mode="json")} for one, own in pairs
-    )
     settings = [
-        {key: found for part, own in each.items() for key, found in _flat(part, own).items()} for each in dumped
+        _flat("estimator", one.model_dump(mode="json")) | _flat("selection", own.model_dump(mode="json"))
+        for one, own in pairs
     ]
     varied = _varied(settings)
     owns = [" ".join(f"{key.rpartition('.')[2]}={_short(values.get(key))}" for key in varied) for values in settings]

@@ -136,11 +136,14 @@ class _Task:
     config: dict[str, Any] | None
     found: Measured | None = None
 
+    @property
+    def prefix(self) -> str | None:
+        return None if self.config is None else self.subject.setup.run.prefix("evaluations", self.config)
+
     def measured(self) -> Measured:
         if self.found is not None:
             return self.found
-        run = self.subject.setup.run
-        prefix = None if self.config is None else run.prefix("evaluations", self.config)
+        run, prefix = self.subject.setup.run, self.prefix
         self.found = replace(self.bound.measure(self.subject, Notebook(run, prefix)), settings=settings_of(self.metric))
         if prefix is not None and self.config is not None and not self.found.partial:
             run.publish_json(f"{prefix}{_FILE}", self.found.as_dict(), sealed=True)
@@ -155,21 +158,16 @@ def evaluation_config(subject: Subject, metric: Metric, bound: BoundMetric) -> d
 
 
 def _task(subject: Subject, metric: Metric) -> _Task:
-    bound = metric.bind(subject.base)
-    config = evaluation_config(subject, metric, bound)
-    if config is None:
-        return _Task(subject, metric, bound, None)
-    run = subject.setup.run
-    prefix = run.prefix("evaluations", config)
-    if run.manifest(prefix) is None:
-        return _Task(subject, metric, bound, config)
-    try:
-        found = measured_from(read_json(run.storage, f"{prefix}{_FILE}"))
-    except (CorruptError, StorageError) as error:
-        subject.setup.reporter.warn(f"{error}; it is measured anew")
-        return _Task(subject, metric, bound, config)
-    # The same data may lie elsewhere now.
-    return _Task(subject, metric, bound, config, replace(found, metric=metric.label, settings=settings_of(metric)))
+    bound, run = metric.bind(subject.base), subject.setup.run
+    task = _Task(subject, metric, bound, evaluation_config(subject, metric, bound))
+    if task.prefix is not None and run.manifest(task.prefix) is not None:
+        try:
+            found = measured_from(read_json(run.storage, f"{task.prefix}{_FILE}"))
+        except (CorruptError, StorageError) as error:
+            subject.setup.reporter.warn(f"{error}; it is measured anew")
+        else:  # the same data may lie elsewhere now
+            task.found = replace(found, metric=metric.label, settings=settings_of(metric))
+    return task
 
 
 def _attempt(place: Setup, metric: Metric, step: Callable[[], Any]) -> Any:

@@ -105,8 +105,9 @@ class BoundLMEval:
                     log_samples=True,
                 )  # fmt: skip
         except Exception as error:  # data sets, metrics and post-processing of any kind run in there
+            said = next((line.strip()[:300] for line in str(error).splitlines() if line.strip()), "no message")
             raise ModelError(
-                f"lm-eval cannot run {', '.join(metric.tasks)}: {type(error).__name__}: {_first_line(error)}. "
+                f"lm-eval cannot run {', '.join(metric.tasks)}: {type(error).__name__}: {said}. "
                 "Where the hub is out of reach, use tasks with local data (--include-path)"
             ) from error
         figures, notes = _figures(found)
@@ -188,8 +189,3 @@ def _files(folder: Path) -> Iterator[tuple[str, str]]:
                 for name in sorted(set(_DATA_FILE.findall(path.read_text(encoding="utf-8", errors="replace")))):
                     if Path(name).is_file():
                         yield hashlib.sha256(name.encode()).hexdigest()[:16], checksum_file(Path(name))
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else "no message"

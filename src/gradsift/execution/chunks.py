@@ -14,7 +14,6 @@ class Chunks:
 
     Args:
         most: at once.
-        first: to begin with.
 
     Attributes:
         size: of the next one.
@@ -27,8 +26,8 @@ class Chunks:
         32
     """
 
-    def __init__(self, *, most: int, first: int = 16) -> None:
-        self.most, self.size = most, min(first, most)
+    def __init__(self, *, most: int) -> None:
+        self.most, self.size = most, min(16, most)
 
     @contextmanager
     def timed(self) -> Iterator[None]:

@@ -272,7 +272,6 @@ class Mapping:
         self._heard = time.monotonic()
 
     def _tell(self, job: _Job, done: float) -> None:
-        """So many units of a job are done."""
         if done != job.told:
             self._advance(done - job.told)
             job.told = done

@@ -25,17 +25,15 @@ class RayEngine:
     searched for the rows that do it, which are left out and reported. Towards the end, a task that takes several times
     as long as the others is started a second time, and whoever is first counts.
 
-    Args:
-        cluster: where, and how many.
-        reporter: where lost workers are told.
+    Attributes: `cluster`, where, and how many; `reporter`, where lost workers are told.
 
     >>> engine = RayEngine(RayCluster(workers=2, threads=4))
     >>> engine.cluster.threads
     4
     """
 
-    def __init__(self, cluster: RayCluster, reporter: Reporter | None = None) -> None:
-        self.cluster, self.reporter = cluster, reporter or silent()
+    def __init__(self, cluster: RayCluster) -> None:
+        self.cluster, self.reporter = cluster, silent()
         self._started: Actors | None = None
 
     def __repr__(self) -> str:

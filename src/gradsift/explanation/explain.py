@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from collections.abc import Sequence as SequenceABC
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
@@ -52,7 +51,7 @@ from gradsift.store.gradient_store import GradientStore
 from gradsift.store.manifest import fingerprint, read_json
 from gradsift.store.run import revisions
 
-Ranking = tuple[SequenceABC[str], NDArray[np.float32]]
+Ranking = tuple[Sequence[str], NDArray[np.float32]]
 """Pool ids, and their influence on outputs `[pool output]` or on one `[pool]`; higher = training on it helps."""
 
 DEFAULT_ESTIMATOR: Estimator = LESS(optimizer="sgd", checkpoints="last")
@@ -136,7 +135,7 @@ class _Work:
         position = self.gradients.positions([output_id])[0]
         return self.gradients.rows(position, position + 1)[0]
 
-    def rows_of(self, output_id: str, ids: SequenceABC[str]) -> Tensor:
+    def rows_of(self, output_id: str, ids: Sequence[str]) -> Tensor:
         """Gradients of pool rows `[row dim]`, in coordinates that keep their products and those with the output's."""
         if not self.exact:
             return self.store.rows_by_id(ids)
@@ -148,12 +147,8 @@ class _Work:
         """What strategies choose from for one output: the scored examples that have a gradient.
 
         With whole gradients, those of the candidates and of what else is compared (`_compared`), whose rows are given
-        by coordinates with the same inner products, and whose scores are exact where the estimator can tell.
-
-        Args:
-            output_id: of the output.
-            estimator: ranks the pool.
-            chosen: further ids that will be read.
+        by coordinates with the same inner products, and whose scores are exact where the estimator can tell. `chosen`
+        are further ids that will be read.
         """
         if not self.exact:
             return self._stored(output_id, estimator)
@@ -204,14 +199,14 @@ class _Work:
         wanted |= dict.fromkeys(id_ for draws in drawn.values() for own in draws for id_ in own)
         return sorted(wanted, key=self.pool.data.position)
 
-    def _measure(self, wanted: Mapping[str, SequenceABC[str]]) -> None:
+    def _measure(self, wanted: Mapping[str, Sequence[str]]) -> None:
         """Take the gradients of outputs and of the rows that they are compared with."""
         adam = any(estimator.view == "adam" for estimator in self.estimators)
         asked = [(self.source.alone(output_id), ids) for output_id, ids in wanted.items()]
         found = exact_rows(self.pool, self.pool.checkpoints()[-1], asked, adam=adam)
         self._exact.update(zip(wanted, found, strict=True))
 
-    def explain_all(self, answered: SequenceABC[Output], failed: list[Skipped]) -> list[Explanation]:
+    def explain_all(self, answered: Sequence[Output], failed: list[Skipped]) -> list[Explanation]:
         """Explanations in the order of the outputs: kept ones, and new ones, which are kept; `failed` is added to."""
         keys = {output.id: self._key(output) for output in answered}
         done: dict[str, Explanation | None] = {output.id: self._kept(keys[output.id]) for output in answered}
@@ -241,7 +236,7 @@ class _Work:
                     advance(1)
         return [found for output in usable if (found := done[output.id]) is not None]
 
-    def with_matches(self, entries: SequenceABC[Explanation]) -> list[Explanation]:
+    def with_matches(self, entries: Sequence[Explanation]) -> list[Explanation]:
         """The explanations with the tokens of the examples that are shown first."""
         ranker, k = self.estimators[0], shown_budget(self.budgets)
         shown = {
@@ -250,7 +245,7 @@ class _Work:
         matches = token_matches(self.pool, self.source, ranker if ranker.splits else DEFAULT_ESTIMATOR, shown)
         return [replace(entry, matches=matches.get(entry.id, ())) for entry in entries]
 
-    def throughout(self, entries: SequenceABC[Explanation]) -> list[Explanation]:
+    def throughout(self, entries: Sequence[Explanation]) -> list[Explanation]:
         """The explanations with the relevance of what they chose at all checkpoints together.
 
         `ξ = Σ_e w_e ‖g_e‖² / Σ_e w_e ‖g_e − A_e t‖²`, w_e the rates' shares (`rate_weights`) and one t for all of them:
@@ -347,7 +342,7 @@ class _Work:
         return _Random(ids, by_budget, by_budget[self.budgets[0]][0].squared_norm)
 
     def _references(
-        self, competing: Mapping[str, Candidates], random: _Random, results: SequenceABC[StrategyResult]
+        self, competing: Mapping[str, Candidates], random: _Random, results: Sequence[StrategyResult]
     ) -> tuple[Reference, ...]:
         """Random draws, and the best that was found: by any strategy, by a draw, or by pursuit of the most helpful."""
         best = {k: max(relevance.ratio for relevance in found) for k, found in random.relevances.items()}
@@ -397,27 +392,19 @@ class _Work:
         estimator: str,
         strategy: str,
         k: int,
-        picks: SequenceABC[int],
-        found: SequenceABC[Relevance],
+        picks: Sequence[int],
+        found: Sequence[Relevance],
         competing: Candidates,
         ranks: NDArray[np.int64],
     ) -> StrategyResult:
         """A choice of one or several draws, of which the first is `picks`."""
-        together = relevance_of_draws(found, how=self.aggregation)
-        return StrategyResult(
-            estimator=estimator,
-            strategy=strategy,
-            k=k,
-            relevance_db=together.db,
-            ratio=together.ratio,
-            near_zero=together.near_zero,
-            capped=together.capped,
-            examples=tuple(
-                ChosenExample(competing.ids[place], float(competing.scores[place]), int(ranks[place]), weight)
-                for place, weight in zip(picks, found[0].coefficients.tolist(), strict=True)
-            ),
-            draws=tuple(_draw(relevance) for relevance in found),
+        one = relevance_of_draws(found, how=self.aggregation)
+        examples = tuple(
+            ChosenExample(competing.ids[place], float(competing.scores[place]), int(ranks[place]), weight)
+            for place, weight in zip(picks, found[0].coefficients.tolist(), strict=True)
         )
+        draws, flags = tuple(_draw(relevance) for relevance in found), (one.near_zero, one.capped)
+        return StrategyResult(estimator, strategy, k, one.db, one.ratio, *flags, examples, draws)
 
     def _ranking(self, estimator: Estimator) -> Ranking:
         """Pool ids and their influence on all outputs `[pool output]`."""
@@ -528,11 +515,11 @@ class Explanations(_Work, Shown):
 
 def explain(
     pool: Pool,
-    questions: str | SequenceABC[Question] | Question,
+    questions: str | Sequence[Question] | Question,
     *,
-    k: int | SequenceABC[int] = 5,
-    estimator: Estimator | SequenceABC[Estimator] | None = None,
-    strategies: SequenceABC[Selector] = DEFAULT_STRATEGIES,
+    k: int | Sequence[int] = 5,
+    estimator: Estimator | Sequence[Estimator] | None = None,
+    strategies: Sequence[Selector] = DEFAULT_STRATEGIES,
     coefficients: CoefficientModel = "MSEProjUSimp",
     candidates: int = CANDIDATES,
     max_new_tokens: int = 128,
@@ -578,7 +565,7 @@ def explain(
     budgets = tuple(sorted({k} if isinstance(k, int) else set(k)))
     check_budgets(budgets, len(pool.data), candidates)
     given = estimator or DEFAULT_ESTIMATOR
-    estimators: tuple[Estimator, ...] = tuple(given) if isinstance(given, SequenceABC) else (given,)
+    estimators: tuple[Estimator, ...] = tuple(given) if isinstance(given, Sequence) else (given,)
     if matches and isinstance(pool.data, Pairs):
         pool.reporter.say("the pool's rows are pairs of answers, whose scores are not split into tokens")
         matches = 0
@@ -641,17 +628,17 @@ def refuse_contrast(ranker: Estimator) -> None:
         )
 
 
-def shown_budget(budgets: SequenceABC[int]) -> int:
+def shown_budget(budgets: Sequence[int]) -> int:
     """The budget that is shown first: 5 where it was asked for, else the smallest."""
     return 5 if 5 in budgets else budgets[0]
 
 
-def explained_views(estimators: SequenceABC[Estimator]) -> set[View]:
+def explained_views(estimators: Sequence[Estimator]) -> set[View]:
     """The views that explanations read at the last checkpoint: plain gradients, and what the estimators rank by."""
     return {"plain", *(view for ranker in estimators if (view := ranker.view) is not None)}
 
 
-def check_budgets(budgets: SequenceABC[int], available: int, candidates: int = CANDIDATES) -> None:
+def check_budgets(budgets: Sequence[int], available: int, candidates: int = CANDIDATES) -> None:
     """Refuse numbers of examples that a pool and its candidates cannot give.
 
     Raises:
@@ -669,13 +656,13 @@ def check_budgets(budgets: SequenceABC[int], available: int, candidates: int = C
         )
 
 
-def _check_once(what: str, labels: SequenceABC[str]) -> None:
+def _check_once(what: str, labels: Sequence[str]) -> None:
     twice = {label for label in labels if labels.count(label) > 1}
     if twice:
         raise ConfigError(f"the {what} {min(twice)!r} is given twice: give each once")
 
 
-def _once_each(questions: SequenceABC[Question]) -> tuple[list[Question], list[Skipped]]:
+def _once_each(questions: Sequence[Question]) -> tuple[list[Question], list[Skipped]]:
     """Questions by id, and those whose id was there before."""
     first: dict[str, Question] = {}
     again = []

@@ -72,15 +72,8 @@ def token_matches(
 ) -> dict[str, tuple[TokenMatch, ...]]:
     """The matches of outputs with their chosen examples; what the run folder has is neither computed nor needs a model.
 
-    Args:
-        pool: whose rows the examples are.
-        source: of the outputs.
-        estimator: whose score is split, one that `splits`.
-        chosen: output id → ids of examples.
-
-    Returns:
-        Output id → matches in the order of its examples. Those that cannot be had are left out, and the pool's
-        reporter is told why.
+    `chosen` are ids of examples by output. Matches stand in their order; those that cannot be had are left out, and the
+    pool's reporter is told why.
     """
     assert estimator.splits, estimator
     outputs = {id_: source.sequences(place, place + 1) for place, id_ in enumerate(source.ids) if id_ in chosen}
@@ -182,9 +175,10 @@ class _Work:
     ) -> dict[str, list[TokenInfluence]]:
         """Output id → its rows' influence, summed over the checkpoints; without outputs that do not go."""
         pool, settings = self.pool, self.pool.gradients
-        sums: dict[str, list[TokenInfluence]] = {
-            output: [self._zeros(row, outputs[output]) for row in own] for output, own in rows.items()
-        }
+        sums: dict[str, list[TokenInfluence]] = {}
+        for output, own in rows.items():
+            length = sum(len(one.token_ids) for one in outputs[output])
+            sums[output] = [TokenInfluence.zeros(len(row.token_ids), length, adam=self._adam) for row in own]
         failed: dict[str, str] = {}
         total = sum(map(len, rows.values())) * len(self.checkpoints)
         with pool.reporter.stage("tokens of examples", total, "examples") as advance:
@@ -213,9 +207,6 @@ class _Work:
         for reason in sorted(set(failed.values())):
             pool.reporter.warn(f"which tokens match is not shown: {reason}")
         return {output: own for output, own in sums.items() if output not in failed}
-
-    def _zeros(self, row: Sequence, output: SequenceABC[Sequence]) -> TokenInfluence:
-        return TokenInfluence.zeros(len(row.token_ids), sum(len(one.token_ids) for one in output), adam=self._adam)
 
 
 def _place(network: Any) -> tuple[torch.device, torch.dtype]:

@@ -205,7 +205,8 @@ def answers(
     whole = ChatFormat(pool.tokenizer, supervise="last_turn")  # a given answer is explained whole, however long
     answered: list[Output] = []
     failed: list[Skipped] = []
-    with pool.reporter.stage("the model's answers", len(questions), "prompts") as advance:
+    whose = "the model's" if any(question.output is None for question in questions) else "the given"
+    with pool.reporter.stage(f"{whose} answers", len(questions), "prompts") as advance:
         for question in questions:
             try:
                 if not any(said(message).strip() for message in question.messages):

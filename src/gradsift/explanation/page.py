@@ -16,7 +16,7 @@ from gradsift.base.strings import Strings
 from gradsift.context import Pool
 from gradsift.data.dataset import Dataset
 from gradsift.data.shown import row_example, turns_of
-from gradsift.explanation.explain import Explanations
+from gradsift.explanation.explain import Explanations, shown_budget
 from gradsift.explanation.matches_shown import matched_turns, matches_blocks
 from gradsift.explanation.relevance import to_db
 from gradsift.explanation.result import CAUTIONS, Explanation, StrategyResult
@@ -31,7 +31,6 @@ from gradsift.explanation.shown import (
     opposing_blocks,
     output_example,
     run_facts,
-    shown_budget,
     shown_db,
     verdict_block,
 )
@@ -64,6 +63,7 @@ from gradsift.report.blocks import (
     Table,
     Text,
     View,
+    after,
 )
 from gradsift.report.maps import layout
 from gradsift.selection.candidates import Candidates, Order, naive_key
@@ -98,7 +98,7 @@ def explanation_page(
     if meanings is not None:
         note = "near = they say alike (sentence embeddings)"
         spaces.append(Space("Texts", note, _mapped(explanations.pool, meanings)))
-    first, k = explanations.estimators[0].label, shown_budget(explanations)
+    first, k = explanations.estimators[0].label, shown_budget(explanations.budgets)
     ranked = entry.best_first(k, first)
     best, choices = ranked[0], _Choices(entry, explanations.estimators, [found.strategy for found in ranked])
     strategies = {strategy.strategy: strategy for strategy in explanations.strategies}
@@ -112,21 +112,14 @@ def explanation_page(
     chosen: list[Block] = [
         Choice(choices.when(found), (verdict_block(entry, found),), alone=True) for found in choices.results
     ]
-    chosen.append(
-        Map(
-            tuple(shown.examples),
-            tuple(spaces),
-            tuple(replace(view, covers=_digits(cover, darkest)) for view, cover in views),
-            "candidates that were not chosen, by rank",
-            figure="coefficient",
-            noted="cost",
-            ordered=True,
-            legend=tuple(legend),
-            covered=darkest,
-            note="Point at a dot to read it, click it to go to the example. Only nearness means something: axes, sizes "
-            "and gaps do not.",
-        )
-    )
+    chosen.append(Map(
+        tuple(shown.examples), tuple(spaces),
+        tuple(replace(view, covers=_digits(cover, darkest)) for view, cover in views),
+        "candidates that were not chosen, by rank", figure="coefficient", noted="cost", ordered=True,
+        legend=tuple(legend), covered=darkest,
+        note="Point at a dot to read it, click it to go to the example. Only nearness means something: axes, sizes "
+        "and gaps do not.",
+    ))  # fmt: skip
     for view, _ in views[:_REPEATS]:
         if len(places := list(view.picks)) > 1:
             chosen.append(Choice(view.when, (redundancy(shown.cosine[places][:, places].tolist()),), alone=True))
@@ -279,19 +272,13 @@ def _compared(entry: Explanation, choices: _Choices) -> list[Block]:
     sifted = "strategy or estimator" if len(rows) > _LISTED else ""
     blocks: list[Block] = [Table(heads, tuple(rows), style="shares", filter=sifted)]
     if len(choices.budgets) > 1:
-        blocks.append(
-            Chart(
-                "Relevance in decibels against the number of chosen examples; the values are in the table.",
-                "Relevance against the number of examples",
-                "click a point to see that choice" + (f"; {first}" if several else ""),
-                axis="examples chosen (k)",
-                up="dB",
-                lines=tuple(lines),
-                ticks=tuple((float(k), str(k)) for k in choices.budgets),
-                logarithmic=True,
-                height=300,
-            )
-        )
+        blocks.append(Chart(
+            "Relevance in decibels against the number of chosen examples; the values are in the table.",
+            "Relevance against the number of examples",
+            "click a point to see that choice" + (f"; {first}" if several else ""),
+            axis="examples chosen (k)", up="dB", lines=tuple(lines),
+            ticks=tuple((float(k), str(k)) for k in choices.budgets), logarithmic=True, height=300,
+        ))  # fmt: skip
     return [Text(said), *blocks]
 
 
@@ -320,23 +307,27 @@ def _agreement(choices: _Choices, k: int) -> tuple[Block, ...]:
             tables.append(
                 Choice(choices.by(number), (_common(values, choices.names, f"Between strategies{by}"),), alone=True)
             )
-    return (Text(said, "aside"), *tables) if tables else ()
+    return after(said, tables, "aside")
 
 
 def _common(values: Sequence[Sequence[float]], names: Sequence[str], title: str) -> Table:
     """A matrix of shares; many names are numbered at its head."""
-    many = len(names) > _LISTED
-    rows = [
-        Row(
-            (
-                f"{number + 1}. {name}" if many else name,
-                *(Cell("" if len(names) > 10 else text.written(value, ".2f"), shade=value) for value in own),
-            )
-        )
-        for number, (name, own) in enumerate(zip(names, values, strict=True))
-    ]
-    heads = (Column(""), *(Column(str(number + 1) if many else name) for number, name in enumerate(names)))
-    return Table(heads, tuple(rows), title, style="matrix")
+    if len(names) <= _LISTED:
+        return _matrix(names, names, values, title)
+    numbers = [str(number + 1) for number in range(len(names))]
+    return _matrix([f"{number}. {name}" for number, name in zip(numbers, names, strict=True)], numbers, values, title)
+
+
+def _matrix(
+    names: Sequence[str], heads: Sequence[str], values: Sequence[Sequence[float]], title: str = "", below: bool = False
+) -> Table:
+    """Shaded fields, with their figures where they are few; or those below the diagonal alone."""
+    rows = []
+    for n, (name, own) in enumerate(zip(names, values, strict=True)):
+        shown = own[:n] if below else own
+        cells = (Cell("" if len(names) > 10 else text.written(value, ".2f"), shade=value) for value in shown)
+        rows.append(Row((name, *cells, *[""] * (len(own) - len(shown)))))
+    return Table((Column(""), *map(Column, heads)), tuple(rows), title, style="matrix")
 
 
 def side_by_side(results: Sequence[StrategyResult], one: StrategyResult, data: Dataset) -> tuple[Block, ...]:
@@ -344,25 +335,15 @@ def side_by_side(results: Sequence[StrategyResult], one: StrategyResult, data: D
     beside = [found for found in results if (found.estimator, found.k) == (one.estimator, one.k) and found is not one]
     if not beside:
         return ()
-    groups = tuple(
-        Group(
-            (
-                Examples(
-                    tuple(
-                        row_example(data, example.id, lead=str(number + 1), brief=True)
-                        for number, example in enumerate(found.examples[:_SIDE_EXAMPLES])
-                    )
-                ),
-            ),
-            found.strategy,
-            shown_db(found.relevance_db),
-        )
-        for found in [one, *beside][:_SIDES]
-    )
+    groups = []
+    for found in [one, *beside][:_SIDES]:
+        firsts = enumerate(found.examples[:_SIDE_EXAMPLES])
+        examples = tuple(row_example(data, own.id, lead=str(number + 1), brief=True) for number, own in firsts)
+        groups.append(Group((Examples(examples),), found.strategy, shown_db(found.relevance_db)))
     rest = len(beside) + 1 - len(groups)
     said = f"The first {_SIDE_EXAMPLES} of each choice of {one.k} by {one.estimator}."
     said += f" {rest} more strategies are in the table above." if rest > 0 else ""
-    return (Fold(said, (Group(groups, style="small"),)),)
+    return (Fold(said, (Group(tuple(groups), style="small"),)),)
 
 
 def redundancy(cosines: Sequence[Sequence[float]]) -> Fold:
@@ -373,19 +354,8 @@ def redundancy(cosines: Sequence[Sequence[float]]) -> Fold:
         f"Cosines of the chosen gradients: {text.signed(mean)} on average; {a} and {b} are most alike "
         f"({text.signed(most)}). 1 = the same direction, 0 = unrelated, −1 = opposite."
     )
-    plain = len(cosines) > 10
-    rows = [
-        Row(
-            (
-                str(n + 1),
-                *(Cell("" if plain else text.written(c, ".2f"), shade=c) for c in row[:n]),
-                *[""] * (len(row) - n),
-            )
-        )
-        for n, row in enumerate(cosines)
-    ]
-    heads = (Column(""), *(Column(str(n + 1)) for n in range(len(cosines))))
-    return Fold("How much they repeat each other", (Text(said, "aside"), Table(heads, tuple(rows), style="matrix")))
+    names = [str(n + 1) for n in range(len(cosines))]
+    return Fold("How much they repeat each other", (Text(said, "aside"), _matrix(names, names, cosines, below=True)))
 
 
 class _Candidates:
@@ -402,7 +372,8 @@ class _Candidates:
             estimator.label: explanations.candidates_of(entry.id, estimator, every)
             for estimator in explanations.estimators
         }
-        self.order = _main_order(explanations.strategies)
+        orders = [strategy.ranking for strategy in explanations.strategies]  # the page's is the first that there is
+        self.order: Order = next((one for one in orders if one is not None and one != "any"), "most_helpful")
         self.ids: list[str] = list(
             dict.fromkeys([*(id_ for own in self.competing.values() for id_ in _first(own, self.order)), *every])
         )
@@ -466,12 +437,6 @@ class _Candidates:
 
 def _first(candidates: Candidates, order: Order) -> list[str]:
     return [candidates.ids[place] for place in candidates.first(order, candidates.count)]
-
-
-def _main_order(strategies: Sequence[Selector]) -> Order:
-    """The ranking of the first strategy that has one."""
-    orders = [strategy.ranking for strategy in strategies]
-    return next((order for order in orders if order is not None and order != "any"), "most_helpful")
 
 
 def _mapped(pool: Pool, rows: Tensor | NDArray[np.float32]) -> tuple[tuple[float, float], ...]:

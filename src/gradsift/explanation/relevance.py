@@ -184,18 +184,10 @@ def batch_relevance(
 def relevance_of_choices(
     candidates: Candidates, choices: Sequence[Choices], *, models: Sequence[CoefficientModel] = MODELS
 ) -> list[dict[int, Relevances]]:
-    """Relevance of everything that strategies chose for one target.
-
-    Args:
-        candidates: of the target.
-        choices: from `choose_all`, one per strategy.
-        models: see `gradsift.explanation.coefficients.coefficients`.
+    """Relevance of everything that strategies chose for one target, from `choose_all`.
 
     Returns:
         For each strategy, budget → model → relevances, one per selection (the random strategy makes several).
-
-    Raises:
-        As `batch_relevance`.
     """
     selections = [selection for choice in choices for made in choice.values() for selection in made]
     used = sorted({position for selection in selections for position in selection})
@@ -240,11 +232,7 @@ def _groups(selections: Sequence[tuple[int, ...]], place: np.ndarray, C: Array) 
 def _of_equal_size(
     g: Array, C: Array, selections: Sequence[np.ndarray], dim: int, models: Sequence[CoefficientModel]
 ) -> Relevances:
-    """Relevance of selections of equal size and equally many zero gradients; C [candidate coordinate].
-
-    Raises:
-        DataError: the target gradient is zero.
-    """
+    """Relevance of selections of equal size and equally many zero gradients; C [candidate coordinate]."""
     squared_norm = float(g @ g)
     if squared_norm == 0.0:
         raise DataError(

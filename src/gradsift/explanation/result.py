@@ -131,22 +131,16 @@ class Explanation:
             for other in self.results
             if (other.strategy, other.k) == (result.strategy, result.k) and other.estimator != result.estimator
         ]
+        alike = ("estimator", "strategy", "k", "ratio", "trained", "near_zero", "capped")
+        missed = (one.rows for one in self.missed if (one.estimator, one.k) == (result.estimator, result.k))
         return Verdict(
-            estimator=result.estimator,
-            strategy=result.strategy,
-            k=result.k,
+            **{name: getattr(result, name) for name in alike},
             count=len(chosen),
-            ratio=result.ratio,
             reference=next((one for one in self.references if one.k == result.k), None),
-            trained=result.trained,
             throughout=None if result.throughout is None else result.throughout.ratio,
             agreement=agreement_of(chosen, others if len(result.draws) == 1 else []),
-            near_zero=result.near_zero,
-            capped=result.capped,
             exact=self.exact,
-            missed=next(
-                (one.rows for one in self.missed if (one.estimator, one.k) == (result.estimator, result.k)), None
-            ),
+            missed=next(missed, None),
         )
 
     def best_first(self, k: int, estimator: str | None = None) -> list[StrategyResult]:
@@ -165,6 +159,11 @@ class Explanation:
             notes.append(
                 f"{below} of the {len(result.examples)} have scores below 0: by {result.estimator}, training on them "
                 "makes the output less likely"
+            )
+        idle = sum(abs(example.coefficient) < 0.0005 for example in result.examples)
+        if 0 < idle < len(result.examples):
+            notes.append(
+                f"{idle} of the {len(result.examples)} have the coefficient 0: the others rebuild as much alone"
             )
         return notes
 

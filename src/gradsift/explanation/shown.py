@@ -11,11 +11,12 @@ from dataclasses import replace
 from gradsift.base.types import said
 from gradsift.data.dataset import Dataset
 from gradsift.data.shown import row_example
-from gradsift.explanation import explain, verdict
-from gradsift.explanation.explain import OPPOSING, Explanations
+from gradsift.explanation import verdict
+from gradsift.explanation.explain import OPPOSING, Explanations, shown_budget
 from gradsift.explanation.matches_shown import matched_turns
+from gradsift.explanation.relevance import CAP_DB
 from gradsift.explanation.result import Explanation, StrategyResult
-from gradsift.explanation.verdict import LEAST_SHARE, relevance_text, share_text
+from gradsift.explanation.verdict import LEAST_SHARE, relevance_text, share_brief, share_text
 from gradsift.report import text
 from gradsift.report.blocks import (
     Bar,
@@ -38,7 +39,6 @@ from gradsift.report.blocks import (
     columns,
 )
 
-CAP_DB = 120.0
 MOST_EXPLAINING = 500  # examples of all outputs together
 _DRAWN_DB = 60.0  # beyond this a relevance is drawn at the edge: one exact duplicate must not flatten the rest
 RELEVANCE = (
@@ -98,15 +98,9 @@ def output_example(entry: Explanation) -> Example:
 
 def verdict_block(entry: Explanation, found: StrategyResult) -> Verdict:
     """What a result amounts to, with what it follows from and what to mind."""
-    verdict = entry.verdict(found)
-    return Verdict(
-        shown_db(found.relevance_db),
-        f"{found.strategy}, {found.estimator}",
-        verdict.sentence,
-        tuple(entry.notes(found)),
-        verdict.figures(),
-        verdict.tone,
-    )
+    own, by = entry.verdict(found), f"{found.strategy}, {found.estimator}"
+    notes = tuple(entry.notes(found))
+    return Verdict(shown_db(found.relevance_db), by, own.sentence, notes, own.figures(), own.tone)
 
 
 def loss_of(entry: Explanation) -> str:
@@ -122,12 +116,7 @@ def explained_blocks(
 ) -> tuple[Block, ...]:
     """One output under one budget: the best verdict, every strategy's, and their examples, the best one's unfolded.
 
-    Args:
-        entry: the output.
-        data: of the pool.
-        k: the budget.
-        estimator: whose ranking the strategies chose from.
-        output: whether the output stands above it, and the figure and shaded tokens, which a terminal cannot show.
+    With `output` it stands above, with the figure and shaded tokens, which a terminal cannot show.
     """
     results = entry.best_first(k, estimator)
     cut = "" if entry.finished else f" It was cut after {entry.tokens:,} tokens."
@@ -164,35 +153,21 @@ def figure_blocks(entry: Explanation, best: StrategyResult) -> tuple[Block, ...]
     if len(verdicts) == 1:
         low = min(0.0, *(own[best.k] for own in shares.values()))
         rows = [
-            Row((name, Cell("", bar=Bar(low, 1.0, value=shares[name][best.k])), share_text(own[best.k])))
+            Row((name, Cell("", bar=Bar(low, 1.0, value=shares[name][best.k])), share_brief(own[best.k])))
             for name, own in drawn.items()
         ]
         return (Table(columns("", "", "#"), tuple(rows), said, style="shares"),)
-    lines = [
-        Line(
-            name,
-            tuple(
-                Point(k, 100 * share, label=f"{name}, k = {k}: {share_text(drawn[name][k])}")
-                for k, share in own.items()
-            ),
-            colour=number,
-        )
-        for number, (name, own) in enumerate(shares.items())
-    ]
-    return (
-        Chart(
-            f"{said}, in per cent, against the number of examples.",
-            said,
-            "below 0: further off than nothing",
-            axis="examples (k)",
-            up="%",
-            lines=tuple(lines),
-            ticks=tuple((float(k), str(k)) for k in verdicts),
-            logarithmic=True,
-            height=190,
-        ),
-        Legend(tuple((f"key-line s{line.colour}", line.name) for line in lines)),
-    )
+    lines = []
+    for number, (name, own) in enumerate(shares.items()):
+        said_of = {k: f"{name}, k = {k}: {share_text(drawn[name][k])}" for k in own}
+        points = tuple(Point(k, 100 * share, label=said_of[k]) for k, share in own.items())
+        lines.append(Line(name, points, colour=number))
+    chart = Chart(
+        f"{said}, in per cent, against the number of examples.", said, "below 0: further off than nothing",
+        axis="examples (k)", up="%", lines=tuple(lines), ticks=tuple((float(k), str(k)) for k in verdicts),
+        logarithmic=True, height=190,
+    )  # fmt: skip
+    return chart, Legend(tuple((f"key-line s{line.colour}", line.name) for line in lines))
 
 
 def verdicts_table(entry: Explanation, results: Sequence[StrategyResult]) -> Table:
@@ -206,16 +181,11 @@ def verdicts_table(entry: Explanation, results: Sequence[StrategyResult]) -> Tab
         bar = Bar(low, high, value=drawn_db(found.db), tone="worse" if found.db < 0 else "")
         cells: list[Entry] = [shown_db(found.db), Cell("", bar=bar), share_text(found.ratio), f"{found.count:,}"]
         rows.append(Row((found.strategy, *cells, *(effects.get(name, "") for name in measured))))
-    for reference in (found.reference for found in verdicts[:1]):
-        if reference is not None:
-            beside = {"as many random examples": reference.together, "the best found": reference.best}
-            rows += [
-                Row(
-                    (name, relevance_text(ratio), "", share_text(ratio), f"{reference.k:,}", *[""] * len(measured)),
-                    ruled=not number,
-                )
-                for number, (name, ratio) in enumerate(beside.items())
-            ]
+    if verdicts and (reference := verdicts[0].reference) is not None:
+        beside = {"as many random examples": reference.together, "the best found": reference.best}
+        for number, (name, ratio) in enumerate(beside.items()):
+            cells = [relevance_text(ratio), "", share_text(ratio), f"{reference.k:,}", *[""] * len(measured)]
+            rows.append(Row((name, *cells), ruled=not number))
     names = ("strategy", "#relevance", "", "of the output's gradient", "#examples", *(f"#{name}" for name in measured))
     return Table(columns(*names), tuple(rows))
 
@@ -235,14 +205,9 @@ def measured_cells(found: verdict.Verdict) -> list[tuple[str, str]]:
     ]
 
 
-def shown_budget(explanations: Explanations) -> int:
-    """The budget that is shown first: 5 where it was asked for, else the smallest."""
-    return explain.shown_budget(explanations.budgets)
-
-
 def explanations_blocks(explanations: Explanations) -> tuple[Block, ...]:
     """Each output's strategies at the budget that is shown first, by every estimator; and how many outputs are not."""
-    k, listed = shown_budget(explanations), 0
+    k, listed = shown_budget(explanations.budgets), 0
     blocks: list[Block] = [
         Text(
             "Relevance says how well a weighted sum of the chosen examples' gradients reconstructs the output's "
@@ -281,14 +246,14 @@ def _chosen(found: StrategyResult, data: Dataset, matched: Mapping[str, tuple[Tu
     """The examples of a choice; `matched` has texts to show in place of a row's own."""
     weights = text.figures([example.coefficient for example in found.examples])
     named, scores = text.scaled("score", [example.score for example in found.examples])
-    low, high = _span([example.coefficient for example in found.examples])
+    ends = [0.0, *(example.coefficient for example in found.examples)]
     examples = []
     for example, weight, score in zip(found.examples, weights, scores, strict=True):
         shown = row_example(
             data,
             example.id,
             (named, Cell(score, "below 0", tone="worse") if example.score < 0 else score),
-            ("coefficient", Cell(weight, bar=Bar(low, high, value=example.coefficient))),
+            ("coefficient", Cell(weight, bar=Bar(min(ends), max(ends), value=example.coefficient))),
             lead=f"{example.rank:,}",
         )
         examples.append(replace(shown, turns=(matched or {}).get(example.id, shown.turns)))
@@ -319,7 +284,3 @@ def run_facts(explanations: Explanations) -> dict[str, str]:
     error = explanations.store.measured_error
     measured = {} if error is None else {"measured on gradients": str(error)}
     return {"model": explanations.pool.model, "pool": explanations.pool.data.description, **measured}
-
-
-def _span(values: Sequence[float]) -> tuple[float, float]:
-    return min([0.0, *values]), max([0.0, *values])

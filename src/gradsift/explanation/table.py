@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from collections.abc import Sequence as SequenceABC
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -134,7 +133,7 @@ class RelevanceTable:
 
 
 def relevance_table(
-    explanations: Explanations | SequenceABC[Explanation],
+    explanations: Explanations | Sequence[Explanation],
     *,
     how: Aggregation | None = None,
     sort_by: int | None = None,
@@ -175,19 +174,15 @@ def relevance_table(
     rows.sort(key=lambda row: (order[row.estimator], row.by_budget[sorted_at].db))
     several = whole is not None and len(entries) > 1
     return RelevanceTable(
-        how,
-        budgets,
-        sorted_at,
-        len(entries),
-        tuple(rows),
+        how, budgets, sorted_at, len(entries), tuple(rows),
         notes=() if whole is None else tuple(_coinciding(whole, budgets[-1])),
         gains=tuple(_gains(rows, whole.strategies)) if several and whole is not None else (),
         extremes=tuple(_extremes(entries)) if several else (),
-    )
+    )  # fmt: skip
 
 
 def _between(
-    grouped: Mapping[tuple[str, str, int], SequenceABC[Relevance]], how: Aggregation
+    grouped: Mapping[tuple[str, str, int], Sequence[Relevance]], how: Aggregation
 ) -> dict[tuple[str, str, int], tuple[float, float] | None]:
     """95 % intervals of the aggregates over outputs, dB: the same resamples for every row."""
     if len(next(iter(grouped.values()))) < 2:
@@ -224,14 +219,14 @@ def _row(
     )
 
 
-def naive_beside(strategies: SequenceABC[Selector]) -> dict[str, str]:
+def naive_beside(strategies: Sequence[Selector]) -> dict[str, str]:
     """Of each strategy that chooses otherwise from a ranking, the naive one among them that takes its first."""
     naive = {own.ranking: own.strategy for own in strategies if isinstance(own, Naive)}
     others = (own for own in strategies if not isinstance(own, Naive))
     return {own.strategy: naive[own.ranking] for own in others if own.ranking in naive}
 
 
-def _gains(rows: SequenceABC[TableRow], strategies: SequenceABC[Selector]) -> Iterator[Gain]:
+def _gains(rows: Sequence[TableRow], strategies: Sequence[Selector]) -> Iterator[Gain]:
     naive = naive_beside(strategies)
     by_name = {(row.estimator, row.strategy): row for row in rows}
     for row in rows:
@@ -262,7 +257,7 @@ def _coinciding(explanations: Explanations, k: int) -> Iterator[str]:
         yield f"k = {k} takes all {rows:,} rows of the pool: every strategy's choice is the same."
 
 
-def _extremes(entries: SequenceABC[Explanation]) -> Iterator[Extreme]:
+def _extremes(entries: Sequence[Explanation]) -> Iterator[Extreme]:
     """The highest and the lowest relevance of a single choice by each estimator; random draws and pursuit apart."""
     budgets = sorted({found.k for found in entries[0].results})
     k = EXTREMES_AT if EXTREMES_AT in budgets else budgets[0]
@@ -282,12 +277,7 @@ def _extremes(entries: SequenceABC[Explanation]) -> Iterator[Extreme]:
 
 
 def coefficient_statistics(explanations: Explanations, k: int) -> tuple[CoefficientStatistics, ...]:
-    """What every coefficient model makes of the choices of k for the first outputs, the same choice counting once.
-
-    Args:
-        explanations: of which the first `COEFFICIENT_OUTPUTS` outputs are taken.
-        k: one of the budgets.
-    """
+    """What every coefficient model makes of the choices of k for the first outputs, the same choice counting once."""
     found: dict[CoefficientModel, list[Relevance]] = {model: [] for model in MODELS}
     for entry in explanations.entries[:COEFFICIENT_OUTPUTS]:
         chosen = {frozenset(one.id for one in own.examples) for own in entry.results if own.k == k}
@@ -304,17 +294,9 @@ def coefficient_statistics(explanations: Explanations, k: int) -> tuple[Coeffici
             continue
         t = [one.coefficients.double().numpy() for one in own]
         l2 = [float(np.linalg.norm(one)) for one in t]
-        statistics.append(
-            CoefficientStatistics(
-                model=model,
-                k=k,
-                selections=len(own),
-                l1=float(np.mean([np.abs(one).sum() for one in t])),
-                l2=float(np.mean(l2)),
-                l2_median=float(np.median(l2)),
-                nonzero=float(np.mean([(one != 0).mean() for one in t])),
-                negative=float(np.mean([(one < 0).mean() for one in t])),
-                db=summarise_relevance(own).db,
-            )
-        )
+        l1 = float(np.mean([np.abs(one).sum() for one in t]))
+        nonzero = float(np.mean([(one != 0).mean() for one in t]))
+        negative = float(np.mean([(one < 0).mean() for one in t]))
+        norms, db = (l1, float(np.mean(l2)), float(np.median(l2))), summarise_relevance(own).db
+        statistics.append(CoefficientStatistics(model, k, len(own), *norms, nonzero, negative, db))
     return tuple(statistics)

@@ -13,12 +13,7 @@ from gradsift.report.blocks import Block, Cell, Column, Entry, Row, Table, Text,
 def relevance_blocks(table: RelevanceTable, *, draws: int = 1, above: bool = True) -> tuple[Block, ...]:
     """The aggregate as the paper lays it out: a table for each estimator, strategies from the least relevant on.
 
-    The first strategy at or above 0 dB has a heavy line above it.
-
-    Args:
-        table: from `relevance_table`.
-        draws: of a random strategy.
-        above: whether the share of outputs above 0 dB stands beside it.
+    The first strategy at or above 0 dB has a heavy line above it; `above` puts the share of outputs above it beside it.
     """
     several, alone, sort = len(table.budgets) > 1, table.outputs == 1, table.sorted_at
     heads = [Column("strategy"), *(Column(f"k={k}", numeric=True) for k in table.budgets)]
@@ -94,12 +89,8 @@ def coefficient_blocks(table: RelevanceTable) -> tuple[Block, ...]:
         return ()
     first = table.coefficients[0]
     rows = [
-        Row(
-            (
-                one.model, *(text.written(value, ".3g") for value in (one.l1, one.l2, one.l2_median)),
-                text.share(one.nonzero), text.share(one.negative), text.written(one.db, "+.2f"),
-            )
-        )
+        Row((one.model, *(text.written(value, ".3g") for value in (one.l1, one.l2, one.l2_median)),
+             text.share(one.nonzero), text.share(one.negative), text.written(one.db, "+.2f")))
         for one in table.coefficients
     ]  # fmt: skip
     heads = columns("model", "#l1", "#l2", "#median l2", "#not zero", "#below 0", "#relevance (dB)")
@@ -108,25 +99,13 @@ def coefficient_blocks(table: RelevanceTable) -> tuple[Block, ...]:
 
 
 def extreme_blocks(table: RelevanceTable, links: dict[str, str] | None = None) -> tuple[Block, ...]:
-    """The most and the least relevant choice of each estimator (Compact, App. E).
-
-    Args:
-        table: from `relevance_table`.
-        links: of outputs that have a page, its file.
-    """
+    """The most and the least relevant choice of each estimator (Compact, App. E), with links to outputs' pages."""
     if not table.extremes:
         return ()
     rows = [
-        Row(
-            (
-                one.estimator,
-                "highest" if one.highest else "lowest",
-                text.written(one.db, "+.2f"),
-                one.strategy,
-                Cell(one.output, link=(links or {}).get(one.output, "")),
-            )
-        )
+        Row((one.estimator, "highest" if one.highest else "lowest", text.written(one.db, "+.2f"), one.strategy,
+             Cell(one.output, link=(links or {}).get(one.output, ""))))
         for one in table.extremes
-    ]
+    ]  # fmt: skip
     title = f"The most and the least relevant choices of {table.extremes[0].k}, random ones and pursuit apart"
     return (Table(columns("estimator", "", "#dB", "strategy", "output"), tuple(rows), title),)

@@ -42,14 +42,13 @@ class StoredSampler:
         return {"sampler": "stored", "completions": digest, "template": self._encoder.chat.fingerprint}
 
     def draw(self, requests: Sequence[Request]) -> Iterator[Drawn]:
-        """The rows' own completions by number; a row that has fewer than others says so."""
+        """The rows' own completions by number, of which a row may have fewer than others; one without any says so."""
         for request in requests:
             prompt, texts = request.prompt, self.completions[request.prompt.id]
-            responses, problems = [], []
-            for number in request.numbers:
+            nothing = "the row has no completions, or not one reward for each"
+            responses, problems = [], [] if texts else [Problem(prompt.id, None, nothing)]
+            for number in (number for number in request.numbers if number < len(texts)):
                 try:
-                    if number >= len(texts):
-                        raise DataError(f"the row has {len(texts)} completions")
                     ids = self._encoder.encode(prompt, texts[number], finished=True)
                     responses.append(Response(prompt.id, number, *ids, "stop", texts[number]))
                 except DataError as error:

@@ -71,14 +71,9 @@ def adam_direction(
         raise NonFiniteError("exp_avg_sq is negative somewhere: it must be Adam's second moment")
     dtype = torch.float64 if gradient.dtype == torch.float64 else torch.float32
     direction = AdamDirection(
-        exp_avg.to(dtype),
-        exp_avg_sq.to(dtype),
-        betas=betas,
-        eps=eps,
-        eps_placement=eps_placement,
-        bias_correction=bias_correction,
-        step=step,
-    )
+        exp_avg.to(dtype), exp_avg_sq.to(dtype), betas=betas, eps=eps, eps_placement=eps_placement,
+        bias_correction=bias_correction, step=step,
+    )  # fmt: skip
     return direction(gradient.to(dtype))
 
 

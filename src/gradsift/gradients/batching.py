@@ -167,25 +167,17 @@ def automatic_token_budget(model: Any, lanes: int = 1) -> int:
     return int(min(max(128, 512 // lanes), max(128, psutil.virtual_memory().available * 0.3 / per_token)))
 
 
-def budget_from(
-    free_bytes: float,
-    bytes_per_token: float,
-    *,
-    fixed_bytes: float = 0.0,
-    share: float = 0.8,
-    floor: int = 256,
-    ceiling: int = 65_536,
-) -> int:
+def budget_from(free_bytes: float, bytes_per_token: float, *, fixed_bytes: float = 0.0, share: float = 0.8) -> int:
     """Tokens per batch so that `fixed_bytes + tokens · bytes_per_token` is at most a share of the free memory.
 
-    The rest is left to fragmentation and to batches that need more than others. Beyond the ceiling a batch gets no
-    faster on any GPU of today; below the floor, memory that runs out is what halving is for.
+    The rest is left to fragmentation and to batches that need more than others. Beyond 65,536 a batch gets no faster on
+    any GPU of today; below 256, memory that runs out is what halving is for.
 
     >>> budget_from(8e9, 1e6, fixed_bytes=4e8)
     6000
     """
     assert bytes_per_token > 0, bytes_per_token
-    return int(min(ceiling, max(floor, (free_bytes * share - fixed_bytes) / bytes_per_token)))
+    return int(min(65_536, max(256, (free_bytes * share - fixed_bytes) / bytes_per_token)))
 
 
 def line_through(first: tuple[float, float], second: tuple[float, float]) -> tuple[float, float]:

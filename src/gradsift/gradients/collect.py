@@ -209,15 +209,8 @@ class AtCheckpoint:
                     "the Adam direction exists for trained parameters only; use --optimizer sgd for other modules"
                 )
             m, v = (captured.matrix(of[captured.name]) for of in (moments.exp_avg, moments.exp_avg_sq))
-            found[captured.name] = AdamDirection(
-                m.to(device, dtype),
-                v.to(device, dtype),
-                betas=options.betas,
-                eps=options.eps,
-                eps_placement=options.eps_placement,
-                bias_correction=options.bias_correction,
-                step=moments.step,
-            )
+            m, v = m.to(device, dtype), v.to(device, dtype)
+            found[captured.name] = AdamDirection(m, v, **options.model_dump(), step=moments.step)
         return found
 
     def prefixes(self, run: Run, source: SequenceSource, view: View) -> Iterator[str]:
@@ -292,11 +285,6 @@ class ShardSpec(_Work):
     def probe(self, start: int, stop: int) -> ShardSpec:
         """Rows `[start, stop)` of the shard alone, computed and forgotten."""
         return replace(self, start=self.start + start, stop=self.start + stop, dry=True)
-
-    @property
-    def part(self) -> _Part:
-        """What is kept of the shard while it is under way."""
-        return _Part(self)
 
     def without(self, rows: SequenceABC[int], reason: str) -> ShardSpec:
         """The shard in which these rows are left out."""
@@ -425,7 +413,7 @@ def collect_shard(spec: ShardSpec, on_rows: Any = None) -> None:
     sequences = [s for s in spec.source.sequences(spec.start, spec.stop) if s.row not in spec.left_out]
     ids = spec.source.ids[spec.start : spec.stop]
     measured = [] if spec.dry else _sample(ids, spec.cut.measured, spec.left_out)
-    kept = spec.part
+    kept = _Part(spec)
     progress = ShardPart({} if spec.dry else kept.tensors())
 
     def advance(rows: int) -> None:
@@ -435,15 +423,8 @@ def collect_shard(spec: ShardSpec, on_rows: Any = None) -> None:
             kept.save_now_and_then(progress)
 
     try:
-        result = engine.rows(
-            sequences,
-            len(ids),
-            tuple(spec.stores),
-            spec.cut,
-            advance,
-            measured=measured,
-            part=progress,
-        )
+        views = tuple(spec.stores)
+        result = engine.rows(sequences, len(ids), views, spec.cut, advance, measured=measured, part=progress)
     except BaseException as error:
         if not spec.dry and (isinstance(error, KeyboardInterrupt) or pressed()):
             kept.save(progress)
@@ -508,7 +489,6 @@ class _Part:
             self.save(progress)
 
     def save(self, progress: ShardPart) -> None:
-        """Publish what is finished."""
         began = time.monotonic()
         tensors = progress.snapshot()
         if ShardPart.is_something(tensors):
@@ -518,7 +498,6 @@ class _Part:
         self._cost = self._saved_at - began
 
     def remove(self) -> None:
-        """Once the shard is there."""
         self._storage.delete(self._key)
 
 
@@ -750,9 +729,7 @@ def _collect_missing(
         writers[view] = GradientStoreWriter(run.storage, prefixes[view], prepared.configs[view])
         # The shards of an earlier, interrupted attempt fix how the rest is cut; views cut alike share their passes.
         layout = writers[view].layout(layout)
-        layouts[view] = _Cut(
-            layout["shard_rows"], layout["token_budget"], layout.get("lanes", 1), layout.get("measured", 0)
-        )
+        layouts[view] = _Cut(**{name: layout[name] for name in _Cut._fields if name in layout})
     missing: dict[tuple[_Cut, int], list[View]] = {}
     for view, writer in writers.items():
         cut = layouts[view]
@@ -766,12 +743,10 @@ def _collect_missing(
                 missing.setdefault((cut, shard), []).append(view)
     label = f"gradients of the {what} at {work.at.checkpoint.name.rstrip('/').rsplit('/', 1)[-1]} ({' + '.join(views)})"
     tasks: list[ShardSpec] = []
-    for (cut, shard), shard_views in sorted(missing.items()):
+    for (cut, shard), own in sorted(missing.items()):
         start, stop = shard * cut.shard_rows, min((shard + 1) * cut.shard_rows, count)
-        tasks.append(
-            ShardSpec(run, source, work.at, {view: prefixes[view] for view in shard_views}, shard, start, stop, cut)
-        )
-    rows_left = sum(task.rows - ShardPart.rows_of(task.part.tensors()) for task in tasks)
+        tasks.append(ShardSpec(run, source, work.at, {view: prefixes[view] for view in own}, shard, start, stop, cut))
+    rows_left = sum(task.rows - ShardPart.rows_of(_Part(task).tensors()) for task in tasks)
     if rows_left < count:
         reporter.say(f"{count - rows_left} of {count} {what} rows are there already")
     try:
@@ -780,7 +755,7 @@ def _collect_missing(
                 pass
     except KeyboardInterrupt:
         lost = sum(
-            task.rows - ShardPart.rows_of(task.part.tensors())
+            task.rows - ShardPart.rows_of(_Part(task).tensors())
             for task in tasks
             if any(writers[view].shard_state(task.shard, source.ids[task.start : task.stop]) != "complete"
                    for view in task.stores)

@@ -20,6 +20,7 @@ from gradsift.base.types import Sequence
 from gradsift.gradients.batching import form_batches
 from gradsift.gradients.capture import Capture
 from gradsift.gradients.folding import Captured
+from gradsift.model.adapters import nothing_trained
 from gradsift.model.loss import PaddedBatch, SupervisedHead, head_at, pad
 
 Curvature = Literal["fisher", "hvp", "ggn"]
@@ -208,20 +209,8 @@ def _graph_to_weights(
     model: nn.Module, modules: SequenceABC[Captured]
 ) -> Iterator[tuple[SupervisedHead, list[Tensor]]]:
     """While open, the model is in eval mode, and the captured weights alone require gradients."""
-    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    training = [(module, module.training) for module in model.modules()]
-    weights: list[Tensor] = [captured.weight for captured in modules]
-    try:
-        model.eval()
-        for parameter, _ in required:
-            parameter.requires_grad_(False)
-        for weight in weights:
-            weight.requires_grad_(True)
+    with nothing_trained(model):
+        weights: list[Tensor] = [captured.weight.requires_grad_(True) for captured in modules]
         # Fused attention kernels have no second derivative.
         with head_at(model) as head, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             yield head, weights
-    finally:
-        for parameter, flag in required:
-            parameter.requires_grad_(flag)
-        for module, flag in training:
-            module.training = flag

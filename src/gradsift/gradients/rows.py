@@ -334,11 +334,9 @@ class _Progress:
             self._resumed = None
 
     def is_done(self, unit: Unit) -> bool:
-        """Whether its rows are known."""
         return bool(self._reached.done[self._reached.group, list(unit[-1].rows)].all())
 
     def needs_nothing(self, unit: Unit) -> bool:
-        """Whether a unit is not to be run."""
         return self.is_done(unit) and self._measured.isdisjoint(unit[-1].rows)
 
     def mark(self, lane: int, unit: Unit) -> None:
@@ -389,7 +387,6 @@ class _Progress:
         return tensors
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take up what `snapshot` gave."""
         if "done" not in tensors:
             return
         done, result = tensors["done"], self._result
@@ -429,7 +426,6 @@ def _copy(sums: Mapping[View, Mapping[str, Tensor]]) -> Sums:
 
 
 def _taken(tensor: Tensor, index: Tensor) -> Tensor:
-    """Some rows of a tensor, copied to the CPU."""
     return tensor[index.to(tensor.device)].cpu().clone()
 
 
@@ -536,7 +532,6 @@ class _Sink:
         self._norms: dict[View, list[Tensor]] = {}  # of the batch's rows, module by module
 
     def begin(self) -> None:
-        """Before the batches of a unit."""
         self._before = {view: dict(sums) for view, sums in self.full_sums.items()}
 
     def undo(self) -> None:
@@ -558,7 +553,6 @@ class _Sink:
         self.block, self._norms = {}, {}
 
     def start(self, batch: Batch) -> None:
-        """Before a batch."""
         self.batch = batch
         self.index = to_device(batch.rows, self.device)
         self.owner = to_device(batch.owner, self.device)
@@ -580,7 +574,6 @@ class _Sink:
                 self._done.append(partial(self.squares[view].index_add_, 0, self.index, square))
 
     def consume(self, captured: Captured, gradients: Tensor) -> None:
-        """A module's gradients, on whatever device it is."""
         batch = self.batch
         if not batch.one_to_one:
             summed = gradients.new_zeros(len(batch.rows), *gradients.shape[1:])

@@ -22,7 +22,7 @@ from gradsift.base.memory import is_out_of_memory
 from gradsift.base.types import Sequence
 from gradsift.gradients.capture import LORA, Capture, UncapturedError
 from gradsift.gradients.folding import Captured, find_folds
-from gradsift.model.adapters import own_randomness
+from gradsift.model.adapters import nothing_trained, own_randomness
 from gradsift.model.loss import head_at, pad
 from gradsift.model.models import input_device, model_identity
 from gradsift.store.manifest import Manifest, versions
@@ -101,7 +101,7 @@ def self_check(
     try:
         with _nothing_zero(modules):
             captured, refused = _captured(network, modules, pair, autocast, checkpointing)
-            with _nothing_trained(network):
+            with nothing_trained(network):
                 if exactly:
                     _refuse_company(network, pair)
                 exact = _exact(network, [c for c in modules if c.name in captured], pair, autocast)
@@ -246,21 +246,6 @@ def _captured(
             refused |= {c.name: f"{c.name}, which {error.does}" for c in left if _kind(c.name) == kind}
             left = [c for c in left if _kind(c.name) != kind]
     return {}, refused
-
-
-@contextmanager
-def _nothing_trained(network: nn.Module) -> Iterator[None]:
-    """While open, the network is in eval mode and no parameter requires a gradient."""
-    required = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
-    training = [(module, module.training) for module in network.modules()]
-    network.eval().requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter, flag in required:
-            parameter.requires_grad_(flag)
-        for module, mode in training:
-            module.training = mode
 
 
 def _in_full_precision(network: nn.Module) -> bool:

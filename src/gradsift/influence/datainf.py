@@ -14,8 +14,8 @@ import numpy as np
 from pydantic import BeforeValidator
 from pydantic_core import PydanticCustomError
 
-from gradsift.base.checks import float_array, same_size, to_float64
-from gradsift.base.errors import ConfigError, ShapeError
+from gradsift.base.checks import arrays_of, to_float64
+from gradsift.base.errors import ConfigError
 from gradsift.base.lazy import Tensor, torch
 from gradsift.base.settings import later
 from gradsift.base.sums import row_products
@@ -74,11 +74,6 @@ class DataInf(ProductEstimator):
     normalise: bool = later(False)
 
     @property
-    def by_cosine(self) -> bool:
-        """Whether rows and directions are taken to unit length."""
-        return self.normalise
-
-    @property
     def label(self) -> str:
         """What tables call it."""
         parts = ["normalised"] * self.normalise + damping_label(self.damping)
@@ -109,11 +104,6 @@ class KernelEstimator(Estimator):
     def view(self) -> View:  # type: ignore[override]
         """Which of the pool's rows it reads."""
         return "segments" if self.kernel == "segments" else "plain"
-
-    @property
-    def last_checkpoint(self) -> bool:  # type: ignore[override]
-        """Whether it reads those at the last checkpoint alone."""
-        return self.checkpoints == "last"
 
     @property
     def needs_projection(self) -> bool:
@@ -516,30 +506,16 @@ def _segment_sum(
     directions: Callable[[Tensor, Tensor, float], Tensor],
 ) -> Tensor:
     """Σ over segments of `directions(G, V, λ) Gᵀ`, turned to [pool target], in fp64."""
-    arguments: dict[str, object] = {"pool": pool, "target": target}
-    for name, arrays in arguments.items():
-        if isinstance(arrays, Tensor):
-            raise ShapeError(f"{name} is one tensor, expected a list with one [{name} dim] tensor per segment")
-    if not pool or len(pool) != len(target):
-        raise ShapeError(
-            f"pool has {len(pool)} segments and target {len(target)}: pass the same ones of both, at least one"
-        )
     total: Tensor | None = None
     dtype, device = torch.float32, torch.device("cpu")
-    for segment, (pool_rows, target_rows) in enumerate(zip(pool, target, strict=True)):
-        pool_name, target_name = f"pool in segment {segment}", f"target in segment {segment}"
-        P, T = float_array(pool_name, pool_rows, "pool dim"), float_array(target_name, target_rows, "target dim")
-        same_size("dim", pool_name, P.shape[1], target_name, T.shape[1])
-        if total is not None:
-            same_size("pool", "pool in segment 0", total.shape[0], pool_name, P.shape[0])
-            same_size("target", "target in segment 0", total.shape[1], target_name, T.shape[0])
+    for P, T in arrays_of("in segment", pool=(pool, "pool dim"), target=(target, "target dim")):
         dtype, device = torch.promote_types(dtype, torch.promote_types(P.dtype, T.dtype)), P.device
         G = to_float64(P)
         V = to_float64(T).to(G.device)
         value = mean_damping(float(G.square().sum()), G.numel(), damping)
         scores = G @ directions(G, V, value).T if value > 0 else G.new_zeros(len(G), len(V))
         total = scores if total is None else total + scores
-    assert total is not None, "at least one segment was checked above"
+    assert total is not None, "there is a segment"
     return total.to(device=device, dtype=dtype)
 
 

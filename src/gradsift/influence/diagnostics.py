@@ -26,9 +26,7 @@ from gradsift.influence.nice import PolicyEstimator, PolicyTargets, signal_warni
 from gradsift.influence.products import unit_rows
 from gradsift.influence.prompts import PromptTarget, RewardSummary
 from gradsift.influence.reliability import DRAWS, Choice, Looked, Reliability, Strata, reliability_of
-from gradsift.influence.scores import (
-    strata_of,
-)
+from gradsift.influence.scores import strata_of
 from gradsift.store.gradient_store import GradientStore
 from gradsift.warmup.checkpoint import Checkpoint
 

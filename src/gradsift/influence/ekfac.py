@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -113,11 +114,6 @@ class EKFAC(RateWeighted):
         parts += [f"{self.conjugate_gradient} CG steps"] * (self.conjugate_gradient > 0)
         parts += ["last checkpoint"] * self.last_checkpoint
         return f"EK-FAC ({', '.join(parts)})" if parts else "EK-FAC"
-
-    @property
-    def last_checkpoint(self) -> bool:  # type: ignore[override]
-        """Whether it reads rows at the last checkpoint alone."""
-        return self.checkpoints == "last"
 
     def inputs(self, pool: Pool) -> dict[str, Any]:
         """As others, and how factors are made."""
@@ -228,7 +224,6 @@ class _Factors:
 
     @property
     def config(self) -> dict[str, Any]:
-        """What decides them."""
         at, sample = self.at, self.sample
         return {
             "model": model_identity(at.model), "model_dtype": at.dtype, "adapter": at.checkpoint.identity(),
@@ -237,11 +232,9 @@ class _Factors:
         }  # fmt: skip
 
     def prefix(self, run: Run) -> str:
-        """Where they are kept."""
         return run.prefix("kronecker", self.config)
 
     def made(self, run: Run) -> bool:
-        """Whether the run holds them."""
         return run.manifest(self.prefix(run)) is not None
 
     def make(self, pool: Pool) -> None:
@@ -261,14 +254,8 @@ class _Factors:
                     key, lost = self._found(pool, prefix, what, number)
                     names.append(key.removeprefix(prefix))
                     left_out |= lost
-            run.complete(
-                prefix,
-                "kronecker",
-                self.config,
-                files=names,
-                rows=len(self.sample),
-                excluded=dict(sorted(left_out.items())),
-            )
+            excluded = dict(sorted(left_out.items()))
+            run.complete(prefix, "kronecker", self.config, files=names, rows=len(self.sample), excluded=excluded)
             for key in run.storage.list(prefix):  # of passes that were cut otherwise
                 if key.removeprefix(prefix) not in (*names, "manifest.json"):
                     run.storage.delete(key)
@@ -488,6 +475,10 @@ class Directions:
         return drawn(self.factors.sample.ids, _CHECKED_ROWS)
 
 
+def _add_rows(sums: Mapping[str, Tensor], first: int, one: Captured, part: Tensor, index: Tensor) -> None:
+    sums[one.name].index_add_(0, index - first, part)
+
+
 @dataclass(frozen=True)
 class _Some:
     """The task of some targets' directions."""
@@ -523,15 +514,7 @@ class _Some:
                 shapes = {one.name: (last - first, *one.shape) for one in group}
                 gradients = {name: torch.zeros(*s, dtype=projector.dtype, device=place) for name, s in shapes.items()}
 
-                def add(
-                    one: Captured,
-                    part: Tensor,
-                    index: Tensor,
-                    sums: Mapping[str, Tensor] = gradients,
-                    first: int = first,
-                ) -> None:
-                    sums[one.name].index_add_(0, index - first, part)
-
+                add = partial(_add_rows, gradients, first)
                 each_gradient(network, group, [one for one in sequences if first <= one.row < last], add, settings)
                 if of.steps:
                     began = time.monotonic()

@@ -155,7 +155,6 @@ class Estimator(Settings):
         enough; or a `reward`.
     pairs: whether each target has a score of its own, which explanations need.
     view: which of the pool's stored rows it reads: `adam`, `plain` or `segments`; None if it takes no gradient.
-    last_checkpoint: whether it reads those at the last checkpoint alone.
     aggregation: over targets, unless another is asked for.
     full_sum: whether the pool's stores have to hold the unprojected sums of their rows.
     by_row: whether a row's scores are the same whatever other rows there are, so that it may be given some at a time.
@@ -170,7 +169,6 @@ class Estimator(Settings):
     takes: ClassVar[Literal["labels", "texts", "reward"]] = "labels"
     pairs: ClassVar[bool] = True
     view: ClassVar[View | None] = None
-    last_checkpoint: ClassVar[bool] = False
     aggregation: ClassVar[Aggregation] = "max_of_means"
     full_sum: ClassVar[bool] = False
     by_row: ClassVar[bool] = False
@@ -186,6 +184,11 @@ class Estimator(Settings):
     def by_cosine(self) -> bool:
         """Whether rows and directions are taken to unit length."""
         return False
+
+    @property
+    def last_checkpoint(self) -> bool:
+        """Whether it reads rows at the last checkpoint alone, as a field `checkpoints` says."""
+        return getattr(self, "checkpoints", "all") == "last"
 
     @property
     def needs_projection(self) -> bool:
@@ -321,11 +324,6 @@ class TrainingEstimator(RateWeighted):
         """Which of the pool's rows it reads."""
         return "adam" if self.optimizer == "adam" else "plain"
 
-    @property
-    def last_checkpoint(self) -> bool:  # type: ignore[override]
-        """Whether it reads those at the last checkpoint alone."""
-        return self.checkpoints == "last"
-
     def counted(self, checkpoints: SequenceABC[Checkpoint]) -> dict[str, Any]:
         """What their sum is weighted by."""
         return {"weights": self.weights(checkpoints)}
@@ -335,6 +333,11 @@ class ProductEstimator(Estimator):
     """Ranks by inner products of the pool's stored rows with one direction for each target, summed over checkpoints."""
 
     signed: ClassVar[bool] = True
+
+    @property
+    def by_cosine(self) -> bool:
+        """Whether rows and directions are taken to unit length, as a field `normalise` says."""
+        return bool(getattr(self, "normalise", False))
 
     def directions(self, store: GradientStore, targets: Tensor, device: str) -> Tensor:
         """What the rows are multiplied by, `[target dim]`: the targets' gradients, or what is made of them."""

@@ -8,8 +8,8 @@ from typing import ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from gradsift.base.checks import float_array, same_size
-from gradsift.base.errors import ConfigError, ShapeError
+from gradsift.base.checks import arrays_of, float_array, same_size
+from gradsift.base.errors import ConfigError
 from gradsift.base.lazy import Tensor, torch
 from gradsift.base.sums import row_products
 from gradsift.influence.estimator import ProductEstimator, Toward, TrainingEstimator
@@ -50,31 +50,14 @@ def less_scores(
         >>> less_scores([pool], [torch.tensor([[3.0, 0.0]])]).tolist()
         [[1.0], [-1.0]]
     """
-    arguments: dict[str, object] = {"pool": pool, "target": target}
-    for name, arrays in arguments.items():
-        if isinstance(arrays, Tensor):
-            raise ShapeError(f"{name} is one tensor, expected a list with one [{name} dim] tensor per checkpoint")
-    if not pool or len(pool) != len(target):
-        raise ShapeError(
-            f"pool has {len(pool)} checkpoints and target {len(target)}: pass the same ones of both, at least one"
-        )
     total: Tensor | None = None
-    for checkpoint, (weight, pool_rows, target_rows) in enumerate(
-        zip(_shares(weights, len(pool)), pool, target, strict=True)
-    ):
-        pool_name, target_name = f"pool at checkpoint {checkpoint}", f"target at checkpoint {checkpoint}"
-        P = float_array(pool_name, pool_rows, "pool dim")
-        T = float_array(target_name, target_rows, "target dim").to(P.device)
-        same_size("dim", pool_name, P.shape[1], target_name, T.shape[1])
-        if total is not None:
-            same_size("pool", "pool at checkpoint 0", total.shape[0], pool_name, P.shape[0])
-            same_size("target", "target at checkpoint 0", total.shape[1], target_name, T.shape[0])
+    for number, (P, T) in enumerate(arrays_of("at checkpoint", pool=(pool, "pool dim"), target=(target, "target dim"))):
         if normalise:
             P, T = unit_rows(P), unit_rows(T)
         dtype = torch.promote_types(P.dtype, T.dtype)
-        scores = weight * row_products(P.to(dtype), T.to(dtype).T)
+        scores = _shares(weights, len(pool))[number] * row_products(P.to(dtype), T.to(P.device, dtype).T)
         total = scores if total is None else total + scores
-    assert total is not None, "at least one checkpoint was checked above"
+    assert total is not None, "there is a checkpoint"
     return total
 
 
@@ -106,11 +89,6 @@ class LESS(TrainingEstimator, ProductEstimator):
 
     kind: Literal["less"] = "less"
     normalise: bool = True
-
-    @property
-    def by_cosine(self) -> bool:
-        """Whether rows and directions are taken to unit length."""
-        return self.normalise
 
     @property
     def label(self) -> str:

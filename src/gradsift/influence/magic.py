@@ -132,6 +132,7 @@ class MAGIC(SmoothTraining, Estimator):
         for seed in range(pool.seed, pool.seed + self.seeds):
             replay, ids = self._replay(pool, overlap, seed)
             ending = self._ending(source, replay, groups)
+            assert ending is not None, "it is made"
             found = replay.returned(ending.note)
             if found is None:
                 with replay.network() as network:
@@ -148,24 +149,19 @@ class MAGIC(SmoothTraining, Estimator):
         return Influence(
             list(pool.data.ids),
             matrix.astype(np.float32),
-            warnings=(
-                *_not_smooth(growth, returned, self.record),
-                *([f"MAGIC: {check}"] if check else []),
-            ),
+            warnings=(*_not_smooth(growth, returned, self.record), *([f"MAGIC: {check}"] if check else [])),
             identity={"replays": identity},
             grouped=self.per == "subtask",
             draws=None if self.seeds == 1 else each[..., groups].astype(np.float32),
             terms=MagicTerms(growth, check),
         )
 
-    def _ending(self, source: Targets, replay: Replay, groups: NDArray[np.int64]) -> Ending:
-        """The targets at the end of a training."""
+    def _ending(
+        self, source: Targets, replay: Replay, groups: NDArray[np.int64], *, there: bool = False
+    ) -> Ending | None:
+        """The targets at the end of a training; None where something had to be made for it, with `there`."""
         assert not isinstance(source, TargetsByCheckpoint), source
         return Ending(source, groups)
-
-    def _known_ending(self, source: Targets, replay: Replay, groups: NDArray[np.int64]) -> Ending | None:
-        """The same, where nothing has to be made for it."""
-        return self._ending(source, replay, groups)
 
     def inputs(self, pool: Pool) -> dict[str, Any]:
         """The trainings, as they are where no row is in the target."""
@@ -188,7 +184,7 @@ class MAGIC(SmoothTraining, Estimator):
             tokens, riding = float(sum(len(one.token_ids) for one in own)), float(lengths[beside].sum())
             rows = sum(map(len, record.batches))
             trained = pool.run.manifest(replay.prefix) is not None
-            ending = self._known_ending(source, replay, groups) if trained else None
+            ending = self._ending(source, replay, groups, there=True) if trained else None
             back = ending is not None and replay.returned(ending.note) is not None
             found.append(Passes("MAGIC's training", rows, tokens, trained))
             taken = (FIRST_BACK + FURTHER_BACK * (ways - 1)) * tokens + riding

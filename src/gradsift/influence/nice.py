@@ -7,7 +7,7 @@ from collections.abc import Sequence as SequenceABC
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, Literal, TypeGuard
+from typing import Any, ClassVar, Literal, TypeGuard
 
 from gradsift.base.errors import ConfigError, DataError
 from gradsift.base.lazy import Tensor
@@ -72,7 +72,21 @@ class PolicyEstimator(ProductEstimator):
 
     def model_post_init(self, _context: object) -> None:
         """Refuse what does not go together."""
-        _refuse_unfit(self)
+        policy, by_assistant = self.policy, self.assistant is not None
+        if by_assistant and self.server is not None:
+            raise ConfigError(
+                "responses come either from an assistant or from a server of the checkpoints: leave one out"
+            )
+        if policy.importance_weights and by_assistant:
+            raise ConfigError(
+                "importance_weights need the sampler's log-probabilities of the model's own tokens, which an "
+                "assistant's texts do not have: leave them out"
+            )
+        if (policy.baseline != "none" or policy.variant == "ppo") and self.drawing.samples < 2:
+            raise ConfigError(
+                "a baseline compares the samples of a prompt, and samples is 1: all weights would be 0; sample at "
+                "least 2"
+            )
 
     @property
     def drawing(self) -> Sampling:
@@ -177,11 +191,6 @@ class NICE(TrainingEstimator, PolicyEstimator):
 
     kind: Literal["nice"] = "nice"
     normalise: bool = True
-
-    @property
-    def by_cosine(self) -> bool:
-        """Whether rows and directions are taken to unit length."""
-        return self.normalise
 
     @property
     def label(self) -> str:
@@ -386,9 +395,11 @@ def signal_warnings(summaries: SequenceABC[RewardSummary], method: PolicyEstimat
     found = []
     worst = max(summaries, key=lambda summary: summary.silent)
     if worst.silent > _SILENT:
+        silent = len(worst.no_signal)
+        rest = "and the ranking rests on the others" if silent < worst.prompts else "and there is nothing to rank by"
         found.append(
-            f"{len(worst.no_signal)} of {worst.prompts} prompts have no signal at {worst.checkpoint}: all their "
-            f"responses have weight 0, and the ranking rests on the others. {_ADVICE}"
+            f"{silent} of {worst.prompts} prompts have no signal at {worst.checkpoint}: all their responses have "
+            f"weight 0, {rest}. {_ADVICE}"
         )
     worst = max(summaries, key=lambda summary: summary.level / max(summary.within, 1e-300))
     policy = method.policy
@@ -434,14 +445,8 @@ def sampler_of(pool: Pool, target: PromptTarget, method: PolicyEstimator, checkp
         served = method.server.model_copy(update={"model": method.server.model.replace("{checkpoint}", name)})
         weights: Mapping[str, object] = {"adapter": checkpoint.identity()}
         return EndpointSampler(served, method.sampling, pool.tokenizer, name, weights)
-    return LocalSampler(
-        pool.model,
-        method.sampling,
-        adapter=checkpoint.adapter,
-        dtype=pool.dtype,
-        device=pool.device,
-        reasoning=pool.chat.reasoning,
-    )
+    place: dict[str, Any] = {"dtype": pool.dtype, "device": pool.device, "reasoning": pool.chat.reasoning}
+    return LocalSampler(pool.model, method.sampling, adapter=checkpoint.adapter, **place)
 
 
 def checkpoint_name(checkpoint: Checkpoint) -> str:
@@ -463,21 +468,6 @@ def check_server(method: PolicyEstimator, checkpoints: SequenceABC[Checkpoint]) 
         raise ConfigError(
             f"server.model is {method.server.model!r} for several of the checkpoints {', '.join(names)}: serve each "
             "adapter under a name of its own and write it with {checkpoint}, or use the last checkpoint alone"
-        )
-
-
-def _refuse_unfit(method: PolicyEstimator) -> None:
-    if method.assistant is not None and method.server is not None:
-        raise ConfigError("responses come either from an assistant or from a server of the checkpoints: leave one out")
-    if method.policy.importance_weights and method.assistant is not None:
-        raise ConfigError(
-            "importance_weights need the sampler's log-probabilities of the model's own tokens, which an assistant's "
-            "texts do not have: leave them out"
-        )
-    comparing = method.policy.baseline != "none" or method.policy.variant == "ppo"
-    if comparing and method.drawing.samples < 2:
-        raise ConfigError(
-            "a baseline compares the samples of a prompt, and samples is 1: all weights would be 0; sample at least 2"
         )
 
 

@@ -59,13 +59,13 @@ class NICEMAGIC(MAGIC, PolicyEstimator):
         overlap = {skip.id for skip in target.overlap}
         return [self._replay(pool, overlap, pool.seed + number)[0].published for number in range(self.seeds)]
 
-    def _ending(self, source: Targets, replay: Replay, groups: NDArray[np.int64]) -> Ending:
+    def _ending(
+        self, source: Targets, replay: Replay, groups: NDArray[np.int64], *, there: bool = False
+    ) -> Ending | None:
         assert isinstance(source, PolicyTargets), source
+        if there and (replay.published is None or not source.there(replay.published)):
+            return None
         own = source.at(replay.checkpoint())
-        source.check()
+        if not there:
+            source.check()
         return Ending(own, groups)
-
-    def _known_ending(self, source: Targets, replay: Replay, groups: NDArray[np.int64]) -> Ending | None:
-        assert isinstance(source, PolicyTargets), source
-        end = replay.published
-        return Ending(source.at(end), groups) if end is not None and source.there(end) else None

@@ -82,13 +82,12 @@ def store_inner_products(
     queries: Tensor,
     *,
     normalise: bool,
-    out: Tensor | None = None,
     weight: float = 1.0,
     start: int = 0,
     stop: int | None = None,
     device: str = "cpu",
 ) -> Tensor:
-    """Inner products of every stored row with every query, added to `out` `[row query]`, block by block from the map.
+    """Inner products of every stored row with every query, float32 `[row query]`, block by block from the map.
 
     The store is read once and never held: each block of rows is converted into a reused fp32 buffer small enough to
     stay in the cache, which one matrix product then reads. Every thread has rows of its own and one buffer, because
@@ -98,15 +97,13 @@ def store_inner_products(
         store: N rows.
         queries: `[query dim]`.
         normalise: divide by the rows' and the queries' norms.
-        out: `[row query]` float32 to add to; made if None.
         weight: factor of the products.
         start, stop: rows [start, stop) of the store alone.
         device: to multiply on; products on a GPU agree with the CPU's within rounding.
     """
     stop = len(store) if stop is None else stop
     asked = Queries((unit_rows(queries) if normalise else queries).to(torch.float32).contiguous(), device)
-    if out is None:
-        out = torch.zeros(stop - start, len(queries))
+    out = torch.zeros(stop - start, len(queries))
     factors = torch.full((stop - start,), weight, dtype=torch.float64)
     if normalise:
         norms = store.projected_norms[start:stop]

@@ -149,15 +149,8 @@ def open_prompts(
     labels = None
     if any(answered(example) for example in examples):
         try:
-            found = prepare(
-                pool.run,
-                source,
-                pool.chat,
-                what="target",
-                columns=columns,
-                keep_duplicates=True,
-                reporter=pool.reporter,
-            )
+            how: dict[str, Any] = {"what": "target", "columns": columns, "keep_duplicates": True}
+            found = prepare(pool.run, source, pool.chat, **how, reporter=pool.reporter)
             ids = [id_ for id_ in data.ids if id_ in found.ids]
             labels = found if found.ids == ids else found.subset(found.positions(ids))
         except DataError as error:  # nothing that NICE reads
@@ -237,16 +230,8 @@ def reward_responses(target: PromptTarget, samples: Samples, reporter: Reporter,
                 if prompt_id in lost:
                     problems.append(Problem(prompt_id, response.number, lost[prompt_id]))
                     continue
-                waiting.append(
-                    Sample(
-                        prompt_id,
-                        response.number,
-                        prompt_of(example),
-                        response.text,
-                        tuple(response.token_ids.tolist()),
-                        example.row,
-                    )
-                )
+                ids = tuple(response.token_ids.tolist())
+                waiting.append(Sample(prompt_id, response.number, prompt_of(example), response.text, ids, example.row))
             while len(waiting) >= (_MODELLED if modelled else chunks.size):
                 settle(chat)
             advance(len(own))
@@ -277,22 +262,18 @@ class _Rewarding:
 
     @property
     def rows(self) -> int:
-        """How many prompts."""
         return len(self.samples)
 
     def probe(self, start: int, stop: int) -> _Rewarding:
-        """Some of the prompts."""
         return replace(self, samples=self.samples.part(self.samples.ids[start:stop]))
 
     def without(self, rows: SequenceABC[int], reason: str) -> _Rewarding:
-        """The other prompts."""
         lost = [self.name_of(row) for row in rows]
         left = self.samples.part([id_ for id_ in self.samples if id_ not in lost])
         why = f"{reason}: every worker that computed it ended"
         return replace(self, samples=left, left_out={**self.left_out, **dict.fromkeys(lost, why)})
 
     def name_of(self, row: int) -> str:
-        """The id of a prompt."""
         return self.samples.ids[row]
 
     def work(self, advance: Advance) -> Mapping[str, str]:
@@ -304,7 +285,6 @@ class _Rewarding:
 
 
 def _kept_under(target: PromptTarget, identity: Mapping[str, Any], prompt_id: str) -> dict[str, Any]:
-    """What the rewards of a prompt's responses are kept under."""
     return {**identity, "row": row_digest(target.data.row(prompt_id))}
 
 

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import numpy as np
@@ -326,12 +327,16 @@ def _rating(pool: Pool, rater: Rater) -> Iterator[_Rates]:
             yield lambda ids: _side_by_side(client, rater, [pool.data.messages(id_) for id_ in ids])
     elif isinstance(rater, FunctionRating):
         function = load_function(rater.name)
-        yield lambda ids: _by_function(function, rater.name, [_row(pool, id_) for id_ in ids])
+        data = pool.data
+        yield lambda ids: _by_function(
+            function, rater.name, [{"id": id_, "messages": data.messages(id_), "row": data.row(id_)} for id_ in ids]
+        )
     elif isinstance(rater, LengthRating):
-        yield lambda ids: [_length(pool.data.by_id(id_)) for id_ in ids]
+        yield lambda ids: list[Rating](float(np.diff(_answer(pool.data.by_id(id_)))[0]) for id_ in ids)
     else:
         model = host(pool.model, pool.dtype, pool.device).with_adapter(None)
-        yield lambda ids: _by_losses(model, rater, [pool.data.by_id(id_) for id_ in ids])
+        by = _difficulties if isinstance(rater, DifficultyRating) else partial(_perplexities, prefer=rater.prefer)
+        yield lambda ids: by(model, [pool.data.by_id(id_) for id_ in ids])
 
 
 _QUALITY = (
@@ -362,10 +367,6 @@ def _graded(client: Client, rater: JudgeRating, messages: Sequence[Message]) -> 
         return "there is no answer to judge"
     found = rater.verdict(client, _FORM, asked)
     return found.reason if isinstance(found, Unreadable) else float(found)
-
-
-def _row(pool: Pool, id_: str) -> dict[str, Any]:
-    return {"id": id_, "messages": pool.data.messages(id_), "row": pool.data.row(id_)}
 
 
 def _by_function(function: Any, name: str, rows: Sequence[dict[str, Any]]) -> list[Rating]:
@@ -403,22 +404,11 @@ def _answer(example: TokenizedExample) -> tuple[int, int]:
     return int(labels[breaks[-1] + 1] if len(breaks) else labels[0]), int(labels[-1]) + 1
 
 
-def _length(example: TokenizedExample) -> Rating:
-    start, stop = _answer(example)
-    return float(stop - start)
-
-
 def _mean_over(row: int, token_ids: NDArray[np.int32], start: int) -> TokenSequence:
     """The mean NLL of the tokens from `start` on, as the loss of a row."""
     weights = np.zeros(len(token_ids), dtype=np.float32)
     weights[start:] = 1.0 / (len(token_ids) - start)
     return TokenSequence(row, token_ids, weights)
-
-
-def _by_losses(
-    model: Any, rater: PerplexityRating | DifficultyRating, examples: Sequence[TokenizedExample]
-) -> list[Rating]:
-    return _difficulties(model, examples) if rater.kind == "ifd" else _perplexities(model, examples, rater.prefer)
 
 
 def _perplexities(model: Any, examples: Sequence[TokenizedExample], prefer: str) -> list[Rating]:

@@ -201,7 +201,6 @@ class Rerank(Estimator):
         return max(1, _ROWS_BYTES // size)
 
     def _key(self, prefix: str, exact: Pool, target: Target) -> str:
-        """The file of the second method's scores, in the folder of the candidates."""
         asked = {
             "then": self.then.model_dump(mode="json"),
             "inputs": self.then.inputs(exact),
@@ -264,7 +263,6 @@ class _Scored:
         return cls(count, tuple(tensors["places"].tolist()), tensors["matrix"], tuple(identities))
 
     def with_part(self, found: Influence, names: SequenceABC[str]) -> _Scored:
-        """And of the next candidates."""
         assert found.matrix is not None, "it has pairs"
         place = {name: number for number, name in enumerate(names, self.count)}
         matrix = torch.from_numpy(found.matrix)
@@ -276,7 +274,6 @@ class _Scored:
         )
 
     def publish(self, run: Run, key: str) -> None:
-        """In place of what was there."""
         tensors = {"places": torch.tensor(self.places, dtype=torch.int64), "matrix": self.matrix}
         publish_tensors(run.storage, key, tensors, json.dumps([self.count, self.identities]))
 

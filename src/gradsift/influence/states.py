@@ -53,7 +53,6 @@ class _OfStates(Estimator):
         """Which tokens' states are taken, and of which layer."""
 
     def influence(self, pool: Pool, target: Target | None) -> Influence:
-        """Cosines of kept states."""
         assert target is not None, self
         refuse_too_many(len(pool.data), len(target.data.ids))
         both = map(single_answers, (pool.data, target.data))
@@ -72,7 +71,6 @@ class _OfStates(Estimator):
         return Influence([ids[place] for place in kept], np.clip(matrix, -1, 1), live=live, left_out=left_out)
 
     def inputs(self, pool: Pool) -> dict[str, Any]:
-        """The model that is asked."""
         return {**super().inputs(pool), "states": _config(pool, self._at(pool), *self.pooled()), **revisions("states")}
 
     def passes(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
-from gradsift.base.checks import float_array, same_size, to_float64
+from gradsift.base.checks import arrays_of, to_float64
 from gradsift.base.errors import ConfigError, ShapeError
 from gradsift.base.lazy import Tensor, torch
 from gradsift.context import Pool, Target
@@ -111,37 +111,26 @@ def trak_scores(
         >>> trak_scores([pool], [pool[:1]], [loss], [loss[:1]])[:, 0].sign().tolist()
         [1.0, -1.0]
     """
-    arguments: dict[str, object] = {
-        "pool": pool, "target": target, "pool_loss": pool_loss, "target_loss": target_loss,
-    }  # fmt: skip
-    for name, arrays in arguments.items():
-        if isinstance(arrays, Tensor):
-            raise ShapeError(f"{name} is one tensor, expected a list with one tensor per checkpoint")
-    counts = {name: len(arrays) for name, arrays in arguments.items() if isinstance(arrays, Sequence)}
-    if not pool or len(set(counts.values())) > 1 or len(counts) < len(arguments):
-        raise ShapeError(f"numbers of checkpoints are {counts}: pass the same ones of all four, at least one")
     kernels: Tensor | None = None
     doubts: Tensor | None = None
     dtype, device = torch.float32, torch.device("cpu")
-    for checkpoint in range(len(pool)):
-        at = f"at checkpoint {checkpoint}"
-        P, T = (float_array(f"{name} {at}", arrays[checkpoint], f"{name} dim")
-                for name, arrays in (("pool", pool), ("target", target)))  # fmt: skip
-        same_size("dim", f"pool {at}", P.shape[1], f"target {at}", T.shape[1])
-        if kernels is not None:
-            same_size("pool", "pool at checkpoint 0", kernels.shape[0], f"pool {at}", P.shape[0])
-            same_size("target", "target at checkpoint 0", kernels.shape[1], f"target {at}", T.shape[0])
+    losses = {"pool_loss": (pool_loss, "pool"), "target_loss": (target_loss, "target")}
+    for number, (P, T, *own) in enumerate(
+        arrays_of("at checkpoint", pool=(pool, "pool dim"), target=(target, "target dim"), **losses)
+    ):
         dtype, device = torch.promote_types(dtype, torch.promote_types(P.dtype, T.dtype)), P.device
-        doubt = _checked_doubt(f"pool_loss {at}", pool_loss[checkpoint], "pool", len(P))
-        margins = to_float64(P) / doubt.to(P.device)[:, None]
-        queries = (
-            to_float64(T)
-            / _checked_doubt(f"target_loss {at}", target_loss[checkpoint], "target", len(T)).to(T.device)[:, None]
-        )
+        for name, values in zip(losses, own, strict=True):
+            if float(values.min()) < -_LEAST_DOUBT:
+                raise ConfigError(
+                    f"{name} at checkpoint {number} has {float(values.min()):.3g}, expected mean losses of at least 0: "
+                    "log-probabilities?"
+                )
+        doubt, asked = map(doubt_of, own)
+        margins, queries = (to_float64(rows) / d.to(rows.device)[:, None] for rows, d in ((P, doubt), (T, asked)))
         kernel = _kernel(margins, queries.to(margins.device), _spans(segments, P.shape[1]), damping)
         kernels = kernel if kernels is None else kernels + kernel
         doubts = doubt if doubts is None else doubts + doubt
-    assert kernels is not None, "at least one checkpoint was checked above"
+    assert kernels is not None, "there is a checkpoint"
     assert doubts is not None
     scores = kernels / len(pool) * (doubts / len(pool)).to(kernels.device)[:, None]
     return scores.to(device=device, dtype=dtype)
@@ -190,16 +179,6 @@ def _target_losses(queries: GradientStore, ids: Sequence[str]) -> Tensor:
 def doubt_of(losses: Tensor) -> Tensor:
     """`1 − p = 1 − exp(−L)` of mean losses, in fp64 and at least 1e-6."""
     return (-torch.expm1(-to_float64(losses))).clamp_min(_LEAST_DOUBT)
-
-
-def _checked_doubt(name: str, losses: Tensor, axis: str, size: int) -> Tensor:
-    values = to_float64(float_array(name, losses, axis))
-    same_size(axis, axis, size, name, len(values))
-    if float(values.min()) < -_LEAST_DOUBT:
-        raise ConfigError(
-            f"{name} has {float(values.min()):.3g}, expected mean losses of at least 0: log-probabilities?"
-        )
-    return doubt_of(values)
 
 
 def _spans(segments: Sequence[int] | None, dim: int) -> list[tuple[int, int]]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from collections.abc import Sequence as SequenceABC
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 
 import numpy as np
@@ -212,9 +211,7 @@ def _extremes(explanations: Explanations, table: RelevanceTable, links: dict[str
     return (*extreme_blocks(table, links), *sides)
 
 
-def spread_blocks(
-    table: RelevanceTable, values: Mapping[tuple[str, str, int], SequenceABC[float]]
-) -> tuple[Block, ...]:
+def spread_blocks(table: RelevanceTable, values: Mapping[tuple[str, str, int], Sequence[float]]) -> tuple[Block, ...]:
     """Where outputs lie under each budget, a row for each strategy; `values` are dB by estimator, strategy and k."""
     blocks: list[Block] = [
         Legend((("thin", "one output"), ("box", "middle half"), ("stroke", "median"), ("zero", "0 dB"))),
@@ -237,20 +234,13 @@ def spread_blocks(
             for row in table.of(estimator):
                 if (estimator, row.strategy) not in known:
                     continue
-                own = finite(values[estimator, row.strategy, k])
+                own, drawn = finite(values[estimator, row.strategy, k]), known[estimator, row.strategy]
                 median, middle = float(np.median(own)), np.quantile(own, [0.25, 0.75]).tolist()
-                box = tuple(np.quantile(known[estimator, row.strategy], [0.25, 0.75]).tolist())
-                strip = Bar(
-                    low, high, point=drawn_db(median), box=box, strokes=tuple(known[estimator, row.strategy].tolist())
-                )
-                cells = (
-                    row.strategy,
-                    Cell("", bar=strip),
-                    text.written(median, "+.2f"),
-                    " to ".join(text.written(value, "+.1f") for value in middle),
-                    text.share(row.above[k]),
-                )
-                rows.append((median, Row(cells)))
+                box = tuple(np.quantile(drawn, [0.25, 0.75]).tolist())
+                strip = Bar(low, high, point=drawn_db(median), box=box, strokes=tuple(drawn.tolist()))
+                half = " to ".join(text.written(value, "+.1f") for value in middle)
+                figures = (text.written(median, "+.2f"), half, text.share(row.above[k]))
+                rows.append((median, Row((row.strategy, Cell("", bar=strip), *figures))))
             rows.sort(key=lambda pair: pair[0])
             inside.append(Table((Column(estimator), *heads), tuple(row for _, row in rows), style="shares"))
         note = f"from {text.decibels(low)} to {text.decibels(high)}"
@@ -258,7 +248,7 @@ def spread_blocks(
     return tuple(blocks)
 
 
-def validation_blocks(validation: Validation, outputs: SequenceABC[str]) -> tuple[Block, ...]:
+def validation_blocks(validation: Validation, outputs: Sequence[str]) -> tuple[Block, ...]:
     """Support against relevance, a point for each selection that was trained on (Compact, Figure 5), and summed up.
 
     `outputs`: ids in the order of the page's list.
@@ -275,14 +265,10 @@ def validation_blocks(validation: Validation, outputs: SequenceABC[str]) -> tupl
     drawn = tuple(points[::step])
     note = f"{len(drawn):,} choices" + (f" of {len(points):,}" if len(drawn) < len(points) else "")
     chart = Chart(
-        "Prediction support against selection relevance; the table beside it sums it up.",
-        "Support against relevance",
-        f"{note}; beyond 60 dB drawn at the edge",
-        axis="selection relevance (dB)",
-        up="prediction support (nats)",
-        lines=(Line("", drawn, joined=False, dotted=False),),
-        height=300,
-    )
+        "Prediction support against selection relevance; the table beside it sums it up.", "Support against relevance",
+        f"{note}; beyond 60 dB drawn at the edge", axis="selection relevance (dB)", up="prediction support (nats)",
+        lines=(Line("", drawn, joined=False, dotted=False),), height=300,
+    )  # fmt: skip
     agreement = validation.agreement
     summed: list[Block] = [bins_table(agreement.bins)] if agreement is not None else []
     summed.append(
@@ -320,7 +306,7 @@ def reranking_table(validation: Validation) -> Table | None:
     return Table(heads, tuple(rows), "Does re-ranking change what relevance foretells?") if rows else None
 
 
-def bins_table(bins: SequenceABC[ScoreBin]) -> Table:
+def bins_table(bins: Sequence[ScoreBin]) -> Table:
     """How often training on the selection supported the output, by relevance (Compact, Figure 6)."""
     rows = []
     for found in bins:
@@ -356,28 +342,15 @@ def _outputs(explanations: Explanations, k: int, pages: int) -> Examples:
     for number, entry in enumerate(explanations.entries[:MOST_OUTPUTS]):
         verdict = entry.verdict(found := entry.best_first(k)[0])
         best = ("best", Cell(shown_db(found.relevance_db), f"by {found.strategy}, {found.estimator}"))
-        listed.append(
-            Example(
-                entry.id,
-                facts=(
-                    ("verdict", Cell(verdict.heading, tone=verdict.tone)),
-                    best,
-                    ("tokens", f"{entry.tokens:,}" + ("" if entry.finished else ", cut")),
-                    ("loss", text.written(entry.loss, ".3f")),
-                ),
-                title=text.one_line(prompt_of(entry), 240) or text.ABSENT,
-                note=text.one_line(entry.output, 240),
-                link=f"explanations/{explanation_file(entry.id)}" if number < pages else "",
-                order=found.relevance_db,
-                blocks=() if number < pages or number >= pages + MOST_FOLDED else tuple(_folded(explanations, entry)),
-                anchor=f"output-{number}",
-            )
-        )
-    return Examples(
-        tuple(listed),
-        shown=MOST_OUTPUTS,
-        total=len(explanations.entries),
-        filter="prompt, output or id",
-        things="outputs",
-        orders=("as in the file", "best explained first", "worst explained first"),
-    )
+        tokens = f"{entry.tokens:,}" + ("" if entry.finished else ", cut")
+        facts = (("verdict", Cell(verdict.heading, tone=verdict.tone)), best, ("tokens", tokens),
+                 ("loss", text.written(entry.loss, ".3f")))  # fmt: skip
+        listed.append(Example(
+            entry.id, facts=facts, title=text.one_line(prompt_of(entry), 240) or text.ABSENT,
+            note=text.one_line(entry.output, 240), order=found.relevance_db, anchor=f"output-{number}",
+            link=f"explanations/{explanation_file(entry.id)}" if number < pages else "",
+            blocks=() if number < pages or number >= pages + MOST_FOLDED else tuple(_folded(explanations, entry)),
+        ))  # fmt: skip
+    orders = ("as in the file", "best explained first", "worst explained first")
+    total, sifted = len(explanations.entries), "prompt, output or id"
+    return Examples(tuple(listed), MOST_OUTPUTS, total, sifted, "outputs", orders)

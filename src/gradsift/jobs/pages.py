@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -49,16 +50,11 @@ def kept_page(run: Run, key: str) -> Page:
         return Page.of_json(content)
     except ValidationError as error:
         again = f"run {_AGAIN.get(key, '`gradsift explain`')} again, it is quick"
-        name = run.name(kept_as(key))
-        try:
-            earlier = isinstance(json.loads(content), Mapping)
-        except ValueError:
-            earlier = False
-        if earlier:
-            raise CorruptError(
-                f"{name} is of another version of gradsift, which kept pages otherwise: {again}"
-            ) from error
-        raise CorruptError(f"{name} is damaged: {again}") from error
+        found = "is damaged"
+        with suppress(ValueError):
+            if isinstance(json.loads(content), Mapping):
+                found = "is of another version of gradsift, which kept pages otherwise"
+        raise CorruptError(f"{run.name(kept_as(key))} {found}: {again}") from error
 
 
 def rewrite_report(out: str | Path) -> Path:

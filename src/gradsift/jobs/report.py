@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Mapping
-from collections.abc import Sequence as SequenceABC
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from gradsift.base.settings import Settings, models_in
 from gradsift.base.types import Prompt
 from gradsift.data.shown import excerpt, left_out, shares_table
 from gradsift.evaluation.arms import Compare
-from gradsift.explanation.explain import DEFAULT_STRATEGIES, explained_views
+from gradsift.explanation.explain import DEFAULT_STRATEGIES, explained_views, shown_budget
 from gradsift.explanation.lines import explained_prompts
 from gradsift.explanation.matches_shown import matches_lines
 from gradsift.explanation.shown import (
@@ -30,7 +29,6 @@ from gradsift.explanation.shown import (
     explanation_file,
     opposing_blocks,
     prompt_of,
-    shown_budget,
     verdicts_line,
 )
 from gradsift.explanation.table_shown import coefficient_blocks, extreme_blocks, gain_blocks, relevance_blocks
@@ -64,10 +62,8 @@ from gradsift.recipe import Recipe
 from gradsift.report import text
 from gradsift.report.blocks import (
     Block,
-    Cell,
     Chart,
     Column,
-    Entry,
     Example,
     Examples,
     Facts,
@@ -79,12 +75,13 @@ from gradsift.report.blocks import (
     Section,
     Table,
     Text,
+    after,
+    measured,
 )
 from gradsift.report.terminal import console, draw, list_files
 from gradsift.selection.select import Selection
 from gradsift.selection.selectors import selectors
 from gradsift.selection.shown import chosen_examples, how_chosen, learned_tokens
-from gradsift.warmup.checkpoint import Checkpoint
 
 MOST_CHOSEN = 500
 MOST_OF_CONTROLS = 300  # all controls together
@@ -115,7 +112,8 @@ def _with_earlier(result: Result, page: Page) -> Page:
     # What comes from the earlier page: its explanations, or everything but the new ones.
     taken = earlier if new is page else page
     facts = [_facts(one) for one in (earlier, page)]
-    commands = " and ".join(own["command"] for own in facts if "command" in own)
+    told = (name for own in facts for name in own.get("command", "").split(" and ") if name)
+    commands = " and ".join(dict.fromkeys(told))
     run_facts = {**facts[1], **(facts[0] if new is earlier else {}), "command": commands, "time": facts[1]["time"]}
     sections = []
     for section in new.sections:
@@ -148,15 +146,14 @@ def result_page(result: Result) -> Page:
     """Everything that there is to see of a result; a section appears only where it has content."""
     pool, account = result.pool, result.account
     summary_lines = []
-    if result.selections:
-        chosen = result.selections[0]
-        summary_lines.append(
-            f"{len(chosen)} of {len(pool.data)} training examples chosen by {chosen.estimator}"
-            + (" for this target" if result.target is not None else "")
-        )
+    for own in result.selections[:1]:
+        of = f"{len(own)} of {len(pool.data)} training examples chosen by {own.estimator}"
+        summary_lines.append(of + " for this target" * (result.target is not None))
+    chosen = f"{len(result.selections[0]):,}" if result.selections else ""
+    suggested = suggestions_blocks(result.suggestions, pool.data, known=known_columns(result.recipe.columns))
     if result.explanations is not None:
         count = len(result.explanations.entries)
-        said = verdicts_line(result.explanations.entries, shown_budget(result.explanations))
+        said = verdicts_line(result.explanations.entries, shown_budget(result.explanations.budgets))
         summary_lines.append(f"{count} output{'s' * (count != 1)} asked about: {said}")
     scores = {f"scores, {entry.method.label}": entry.fingerprint for entry in result.scores}
     responses = _responses(result)
@@ -168,18 +165,8 @@ def result_page(result: Result) -> Page:
         Section("run", "What was run", (Facts(_run_facts(result)),)),
         Section("warnings", "Warnings", tuple(map(Text, result.warnings)), count=str(len(result.warnings))),
         Section("outcomes", "Outcome", outcome_blocks(result.outcomes, result.outcome_notes)),
-        Section(
-            "chosen",
-            "Chosen examples",
-            _chosen(result),
-            count=f"{len(result.selections[0]):,}" if result.selections else "",
-        ),
-        Section(
-            "suggestions",
-            "Pairs to drop or to flip",
-            suggestions_blocks(result.suggestions, pool.data, known=known_columns(result.recipe.columns)),
-            count=f"{len(result.suggestions):,}",
-        ),
+        Section("chosen", "Chosen examples", _chosen(result), count=chosen),
+        Section("suggestions", "Pairs to drop or to flip", suggested, count=f"{len(result.suggestions):,}"),
         Section("extremes", "Highest and lowest", _ends(result)),
         Section("scores", "Scores", _scores(result)),
         Section("groups", "Chosen against pool", _groups(result)),
@@ -244,7 +231,9 @@ def _run_facts(result: Result) -> dict[str, str]:
         chosen = result.selections[0]
         facts["method"] = f"{chosen.estimator}, {chosen.method.label}, {len(chosen)} chosen"
     checkpoints = pool.checkpoints() if _views(result) else []  # never trains any
-    facts["checkpoints"] = ", ".join(_checkpoint_name(c) for c in checkpoints) or "none needed"
+    rates = ["" if c.learning_rate is None else f" (η̄ {c.learning_rate:.2e})" for c in checkpoints]
+    named = (Path(one.name).name + rate for one, rate in zip(checkpoints, rates, strict=True))
+    facts["checkpoints"] = ", ".join(named) or "none needed"
     facts |= gradient_facts(recipe)
     for view in _views(result) if checkpoints else ():
         error = pool.measured_error(checkpoints[-1], view)
@@ -262,12 +251,7 @@ def _views(result: Result) -> list[View]:
     return sorted(views)
 
 
-def _checkpoint_name(checkpoint: Checkpoint) -> str:
-    rate = "" if checkpoint.learning_rate is None else f" (η̄ {checkpoint.learning_rate:.2e})"
-    return Path(checkpoint.name).name + rate
-
-
-def outcome_blocks(outcomes: SequenceABC[Outcome], notes: SequenceABC[str] = ()) -> tuple[Block, ...]:
+def outcome_blocks(outcomes: Sequence[Outcome], notes: Sequence[str] = ()) -> tuple[Block, ...]:
     """What training on each choice led to: a table, and a chart of each figure."""
     if not outcomes:
         return ()
@@ -282,16 +266,9 @@ def outcome_blocks(outcomes: SequenceABC[Outcome], notes: SequenceABC[str] = ())
         written = [text.written(value, layout) for value in values]
         best = text.best_of(values, written, higher=not lower)
         columns.append(Column(name, better, numeric=True))
-        cells.append(
-            [
-                _outcome(words, spread, layout, n in best)
-                for n, (words, spread) in enumerate(zip(written, spreads, strict=True))
-            ]
-        )
-        rows = tuple(
-            (outcome.label, value, spread, n in best)
-            for n, (outcome, value, spread) in enumerate(zip(outcomes, values, spreads, strict=True))
-        )
+        each = list(enumerate(zip(outcomes, values, spreads, written, strict=True)))
+        cells.append([measured(words, spread or None, layout, n in best) for n, (_, _, spread, words) in each])
+        rows = tuple((one.label, value, spread, n in best) for n, (one, value, spread, _) in each)
         title = f"{name}: " + ", ".join(f"{o.label} {w}" for o, w in zip(outcomes, written, strict=True))
         charts.append(Chart(title, name, f"{better}; the axis need not start at 0", rows=rows))
     said = "Best value of each column marked." + (
@@ -304,11 +281,6 @@ def outcome_blocks(outcomes: SequenceABC[Outcome], notes: SequenceABC[str] = ())
         *map(Text, notes),
         Group(tuple(charts), style="charts"),
     )
-
-
-def _outcome(words: str, spread: float, layout: str, best: bool) -> Entry:
-    note = f"±\u202f{text.written(spread, layout)}" if spread else ""
-    return Cell(words, note, "best" if best else "", tone="best" if best else "") if best or note else words
 
 
 def _examples(result: Result, chosen: Selection, most: int, *, own: bool) -> Examples:
@@ -329,15 +301,9 @@ def _chosen(result: Result) -> tuple[Block, ...]:
         if number:
             blocks.append(Fold(f"{method}: {len(chosen):,} examples, {tokens}", (listed,)))
             continue
-        said = (
-            f"chose {len(chosen):,} of {len(result.pool.data):,} examples ({tokens}; budget {len(chosen):,}). {HIGHER}"
-        )
-        blocks += [
-            Text(said, head=method),
-            *how_chosen(chosen),
-            *(Text(one, "reliability") for one in reliability_sentences(result)),
-            listed,
-        ]
+        of = f"{len(chosen):,} of {len(result.pool.data):,} examples"
+        blocks += [Text(f"chose {of} ({tokens}; budget {len(chosen):,}). {HIGHER}", head=method), *how_chosen(chosen)]
+        blocks += [*(Text(one, "reliability") for one in reliability_sentences(result)), listed]
     if len(blocks) > 1 and len(result.selections) > 1:
         first = next(n for n, block in enumerate(blocks) if isinstance(block, Fold))
         blocks[first:] = [Group(tuple(blocks[first:]), "What the other methods chose")]
@@ -362,7 +328,7 @@ def _ends(result: Result) -> tuple[Block, ...]:
         f"The examples that each method scores highest and lowest of all, chosen or not. {HIGHER} What the lowest have "
         "in common is what the method keeps away from."
     )
-    return (Text(said), *blocks) if blocks else ()
+    return after(said, blocks)
 
 
 def _scores(result: Result) -> tuple[Block, ...]:
@@ -455,7 +421,9 @@ def print_result(result: Result) -> None:
     if result.selections:
         chosen = result.selections[0]
         how = f"{chosen.estimator}, {chosen.method.label}"
-        blocks.append(Text(f"{len(chosen)} of {len(pool.data)} chosen by {how} ({HIGHER[0].lower()}{HIGHER[1:-1]})"))
+        blocks.append(
+            Text(f"{len(chosen):,} of {len(pool.data):,} chosen by {how} ({HIGHER[0].lower()}{HIGHER[1:-1]})")
+        )
         if chosen.dropped is not None:
             blocks += [Text(str(chosen.dropped)), _examples(result, chosen.dropped, MOST_CHOSEN, own=False)]
         else:
@@ -497,7 +465,7 @@ def _explained_briefly(result: Result) -> list[Block]:
     """The first five outputs: the verdict, every strategy's, the examples of the best; and what holds over all."""
     explanations = result.explanations
     assert explanations is not None
-    k, alone = shown_budget(explanations), len(explanations.entries) == 1
+    k, alone = shown_budget(explanations.budgets), len(explanations.entries) == 1
     blocks: list[Block] = []
     for entry in explanations.entries[:5]:
         said = "the model says" if entry.generated else "the given answer"
@@ -552,10 +520,15 @@ def methods_listed(section: str | None = None) -> dict[str, list[tuple[str, str,
         "Training presets: --preset of train, `training:` of compare": _preset_entries(TRAINING_PRESETS),
         "Sampling presets: --sampling": _preset_entries(SAMPLINGS),
     }
-    first = [title.partition(" ")[0].rstrip(",").lower() for title in entries]
-    if section is not None and section not in first:
-        raise ConfigError(f"there is nothing named {section!r} to list: there are {', '.join(first)}")
-    return {title: own for name, (title, own) in zip(first, entries.items(), strict=True) if section in (None, name)}
+    named = {section_name(title): title for title in entries}
+    if section is not None and section not in named:
+        raise ConfigError(f"there is nothing named {section!r} to list: there are {', '.join(named)}")
+    return entries if section is None else {named[section]: entries[named[section]]}
+
+
+def section_name(title: str) -> str:
+    """The first word of a list's title."""
+    return title.partition(" ")[0].rstrip(",").lower()
 
 
 def _explained_before(result: Result) -> tuple[Block, ...]:
@@ -594,11 +567,11 @@ def _union_entries(model: type[Settings], name: str) -> list[tuple[str, str, str
 
 def _preset_entries(presets: Mapping[str, Settings]) -> list[tuple[str, str, str]]:
     """Of values with names: all that is in them."""
-    return [(name, "", ", ".join(f"{k} {_value(v)}" for k, v in one if v is not None)) for name, one in presets.items()]
 
+    def said(own: Any) -> str:
+        return " ".join(map(str, own)) if isinstance(own, tuple) else str(own)
 
-def _value(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return [(name, "", ", ".join(f"{k} {said(v)}" for k, v in one if v is not None)) for name, one in presets.items()]
 
 
 def _first_paragraph(method: type[Any]) -> str:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Iterable, Mapping
-from collections.abc import Sequence as SequenceABC
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -129,7 +128,7 @@ class Result:
     def skipped(self) -> Entries:
         """Every row that was left out of the pool, the target, the choice, or the explanations."""
         ids = self.pool.data.ids
-        rows: list[SequenceABC[Skipped]] = [self.pool.data.skipped]
+        rows: list[Sequence[Skipped]] = [self.pool.data.skipped]
         overlap = self.target.overlap if self.target is not None else ()
         if self.target is not None:
             rows += [self.target.data.skipped, overlap]
@@ -346,14 +345,14 @@ class Groups:
     names: list[str]
     codes: NDArray[np.int32]
 
-    def counts(self, positions: SequenceABC[int] | NDArray[np.int64]) -> dict[str, int]:
+    def counts(self, positions: Sequence[int] | NDArray[np.int64]) -> dict[str, int]:
         """How many of the rows at these positions have each name, most first."""
         counts = np.bincount(self.codes[positions], minlength=len(self.names)).tolist()
         found = ((name, count) for name, count in zip(self.names, counts, strict=True) if count)
         return dict(sorted(found, key=lambda item: (-item[1], item[0])))
 
 
-def groups_of(data: Dataset, wanted: SequenceABC[str]) -> dict[str, Groups]:
+def groups_of(data: Dataset, wanted: Sequence[str]) -> dict[str, Groups]:
     """The columns by which chosen and pool are compared: those asked for, else the usual ones that have few values.
 
     Raises:
@@ -371,7 +370,7 @@ def _grouped(values: Iterable[Any]) -> Groups:
     return Groups(list(number), np.asarray(codes))
 
 
-def shares(result: Result, ids: SequenceABC[str]) -> dict[str, dict[str, int]]:
+def shares(result: Result, ids: Sequence[str]) -> dict[str, dict[str, int]]:
     """How many of the ids have each value of each group column."""
     positions = result.pool.data.positions(ids)
     return {column: groups.counts(positions) for column, groups in result.groups.items()}

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator
-from collections.abc import Sequence as SequenceABC
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -240,7 +239,7 @@ def score_all(recipe: Recipe, reporter: Reporter, *, command: str) -> Result:
     return result
 
 
-def views_together(recipe: Recipe, methods: SequenceABC[Estimator]) -> set[View]:
+def views_together(recipe: Recipe, methods: Sequence[Estimator]) -> set[View]:
     """What is read at the last checkpoint to choose and to explain, now or later, which the same backward gives."""
     views: set[View] = {view for method in methods if (view := method.view) is not None}
     if recipe.explain is not None:
@@ -450,7 +449,7 @@ def say_account(account: Account, what: str, used: int, reporter: Reporter) -> N
     """
     if account.rows:
         why = f"{counts_text(count_reasons(account.rows))}; first, {account.rows[0].id}: {account.rows[0].detail:.200}"
-        reporter.say(f"{what}: {used} rows used, {len(account.rows)} left out ({why}); listed in skipped.jsonl")
+        reporter.say(f"{what}: {used:,} rows used, {len(account.rows):,} left out ({why}); listed in skipped.jsonl")
     if account.parts:
         reporter.say(f"{what}: {account.parts_line()}; listed in skipped.jsonl")
     if account.files:

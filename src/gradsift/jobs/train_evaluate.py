@@ -15,7 +15,7 @@ from gradsift.base.progress import Reporter
 from gradsift.context import Setup
 from gradsift.data.files import MAX_JSON_BYTES, Row, is_data_file
 from gradsift.data.sources import read_rows
-from gradsift.evaluation.any_metric import AnyMetric
+from gradsift.evaluation.arms import MetricSetting
 from gradsift.evaluation.evaluate import Evaluation, evaluate, evaluations_blocks
 from gradsift.evaluation.fine_tune import Keep, check_seeds, train_on
 from gradsift.evaluation.mean_reward import GREEDY
@@ -31,7 +31,7 @@ from gradsift.store.run import Run
 from gradsift.warmup.merge import check_merge, merge
 from gradsift.warmup.recording import recorded_checkpoints
 
-_METRIC: TypeAdapter[Metric] = TypeAdapter(AnyMetric)
+_METRIC: TypeAdapter[Metric] = TypeAdapter(MetricSetting)
 _REWARD: TypeAdapter[Any] = TypeAdapter(Reward)
 _KINDS = ("loss", "preferences", "reward", "lm_eval", "pairwise", "grading")
 _BASE = "base"

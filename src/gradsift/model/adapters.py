@@ -90,6 +90,21 @@ def shared_weights(model: torch.nn.Module) -> Callable[[Tensor], bool]:
 
 
 @contextmanager
+def nothing_trained(network: Any) -> Iterator[None]:
+    """While open, a network is in eval mode and no parameter requires a gradient; afterwards all is as it was."""
+    required = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
+    training = [(module, module.training) for module in network.modules()]
+    try:
+        network.eval().requires_grad_(False)
+        yield
+    finally:
+        for parameter, flag in required:
+            parameter.requires_grad_(flag)
+        for module, mode in training:
+            module.training = mode
+
+
+@contextmanager
 def own_randomness() -> Iterator[None]:
     """Inside, random numbers are ours to seed; outside, every generator goes on as if nothing had happened."""
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []

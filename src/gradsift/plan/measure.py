@@ -43,10 +43,7 @@ def estimate(recipe: Recipe, reporter: Reporter | None = None, *, command: str =
     With `engine: {kind: ray}` the speed is that of one worker, measured here with its number of threads; gradients,
     local responses and cells of comparisons are divided by whole tasks, the rest is not.
 
-    Args:
-        recipe: of the run.
-        reporter: where warnings and progress go.
-        command: `run`, which stands for select, explain, validate and compare; or `sample` or `reward`.
+    `command` is `run`, which stands for select, explain, validate and compare; or `sample` or `reward`.
 
     Raises:
         ConfigError, DataError, ModelError, MismatchError: as the run.
@@ -64,7 +61,9 @@ def estimate(recipe: Recipe, reporter: Reporter | None = None, *, command: str =
     labels = target.labels if target else None
     waiting = [work for work in works if not work.done]
     held = [sum(_HELD[kind] * speeds.bytes_of[kind] * n for kind, n in work.held.items()) for work in waiting]
-    free, peak = psutil.disk_usage(_existing(recipe.out)).free, peak_memory() + int(max(held, default=0.0))
+    out = Path(recipe.out).absolute()
+    folder = next(one for one in (out, *out.parents) if one.exists())
+    free, peak = psutil.disk_usage(str(folder)).free, peak_memory() + int(max(held, default=0.0))
     return {
         "pool": {
             "rows": len(pool.data), "tokens": int(pool.data.lengths.sum()), "longest": int(pool.data.lengths.max())
@@ -204,13 +203,6 @@ def _print_asked(found: dict[str, Any], out: Any) -> None:
 
 def _cost(cost: float | None) -> str:
     return "" if cost is None else f", cost at most {cost:.4g}"
-
-
-def _existing(path: str) -> str:
-    folder = Path(path).absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return str(folder)
 
 
 def _duration(seconds: float | None) -> str:

@@ -6,7 +6,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Sequence as SequenceABC
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -33,7 +33,7 @@ _STEPS = (2, 10)  # tokens drawn to tell the reading of prompts from the writing
 _ROW_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
-def measure(recipe: Recipe, pool: Pool, works: SequenceABC[Work], reporter: Reporter) -> Speeds:
+def measure(recipe: Recipe, pool: Pool, works: Sequence[Work], reporter: Reporter) -> Speeds:
     """The speeds that some work needs, and no others: without gradients, losses and responses no model is loaded."""
     works = [work for work in works if not work.done]
     drawings = {one.key: one for work in works if (one := work.drawing) is not None and one.responses}
@@ -50,7 +50,7 @@ def measure(recipe: Recipe, pool: Pool, works: SequenceABC[Work], reporter: Repo
 
 
 def _of_model(
-    recipe: Recipe, pool: Pool, drawings: SequenceABC[Drawing], answers: bool, reporter: Reporter
+    recipe: Recipe, pool: Pool, drawings: Sequence[Drawing], answers: bool, reporter: Reporter
 ) -> tuple[dict[str, Any], dict[str, float], dict[tuple[str | None, str], Decoding]]:
     """Run a few rows of median length; the adapter has the recipe's shape and random B, so that no path is skipped."""
     base = host(recipe.model, recipe.dtype, recipe.device).base()
@@ -97,17 +97,10 @@ def _of_model(
         parameters = sum(parameter.numel() for parameter in model.parameters())
         tokens = sum(len(s.token_ids) for s in sequences)
         sample = {
-            "rows": count,
-            "tokens": tokens,
-            "tokens_per_second": tokens / seconds,
-            "decoded_tokens_per_second": decoded,
-            "device": str(device),
-            "parameters": parameters,
-            "trained_parameters": trained,
-            "dim": projector.dim,
-            "token_budget": budget,
-            "self_check": check.as_dict(),
-        }
+            "rows": count, "tokens": tokens, "tokens_per_second": tokens / seconds,
+            "decoded_tokens_per_second": decoded, "device": str(device), "parameters": parameters,
+            "trained_parameters": trained, "dim": projector.dim, "token_budget": budget, "self_check": check.as_dict(),
+        }  # fmt: skip
     sizes = {
         "bytes": 1.0,
         "rows": float(projector.dim * _ROW_BYTES[recipe.gradients.dtype]),
@@ -131,14 +124,8 @@ def _decoding(model: Any, drawing: Drawing, reporter: Reporter) -> Decoding:
     return found
 
 
-def measure_sampling(model: Any, prompts: SequenceABC[SequenceABC[int]], sampling: Sampling) -> Decoding:
-    """Draw a few tokens of a batch of responses to prompts of median length, as the sampler does.
-
-    Args:
-        model: with or without an adapter.
-        prompts: token ids of all prompts.
-        sampling: how many of each, and how.
-    """
+def measure_sampling(model: Any, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Decoding:
+    """Draw a few tokens of a batch of responses to prompts, as token ids, of median length, as the sampler does."""
     rows = min(default_rows(model), len(prompts) * sampling.samples)
     together = math.ceil(rows / sampling.samples)
     ordered = sorted((list(map(int, prompt)) for prompt in prompts), key=len)

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
-from collections.abc import Sequence as SequenceABC
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -21,6 +20,7 @@ from gradsift.base.types import Message
 from gradsift.compare.chosen import MOST_POINTS
 from gradsift.compare.grid import CellOf, Grid, Key, open_grid
 from gradsift.context import Pool, Target
+from gradsift.data.dataset import Dataset
 from gradsift.data.pairs import Pairs
 from gradsift.evaluation.arms import Contender, PairwiseMetric
 from gradsift.evaluation.evaluate import evaluation_config
@@ -31,6 +31,7 @@ from gradsift.explanation.explain import OPPOSING, RANDOM, explained_views, show
 from gradsift.explanation.outputs import OutputSource, answers, missing_answers
 from gradsift.explanation.tokens import MOST_PAIRS
 from gradsift.generation.endpoint import Endpoint, usage_of
+from gradsift.generation.local import SHARE
 from gradsift.generation.samples import missing_samples
 from gradsift.gradients.collect import SequenceSource, kept_as
 from gradsift.gradients.policy import MOST_ROWS
@@ -60,7 +61,7 @@ from gradsift.jobs.select_explain import (
     views_together,
 )
 from gradsift.model import embeddings
-from gradsift.plan.work import Asked, Drawing, Work, shares_of
+from gradsift.plan.work import Asked, Drawing, Work
 from gradsift.recipe import Recipe
 from gradsift.rewards.judge import Judge
 from gradsift.rewards.reward import single_rewards
@@ -74,7 +75,7 @@ from gradsift.selection.selector import Selector
 from gradsift.store.run import Run
 from gradsift.validation.bench import Bench
 from gradsift.warmup.checkpoint import Checkpoint, open_checkpoint
-from gradsift.warmup.train import kept_training, warm_up_ids
+from gradsift.warmup.train import Training, kept_training, warm_up_ids
 
 COMMANDS = ("run", "sample", "reward")
 
@@ -183,7 +184,7 @@ class Walk:
         if takes_reward(recipe.estimator) and recipe.estimator.view and isinstance(self.target, PromptTarget):
             self._diagnose(recipe.estimator, self.target)
 
-    def _choices(self, grid: Grid, choosing: SequenceABC[Contender]) -> None:
+    def _choices(self, grid: Grid, choosing: Sequence[Contender]) -> None:
         methods = [one.estimator for one in choosing if one.estimator is not None]
         sums = any(method.full_sum for method in methods)
         if sums:
@@ -198,7 +199,7 @@ class Walk:
         if sums:
             self.pool = replace(self.pool, gradients=self.recipe.gradients)
 
-    def _rows_together(self, methods: SequenceABC[Estimator], *, sums: bool) -> None:
+    def _rows_together(self, methods: Sequence[Estimator], *, sums: bool) -> None:
         """The pool's rows that methods read, in one pass at each checkpoint."""
         last = len(self._checkpoints()) - 1 if any(method.view for method in methods) else -1
         for number in range(last + 1):
@@ -228,15 +229,13 @@ class Walk:
         """Rows that methods take through the model, counted once."""
         if self.is_new("passes", *(repr(part) for part in by), one, self.pool.seed):
             backward, forward = (0.0, one.tokens) if one.forward else (one.tokens, 0.0)
-            stored: dict[str, float] = {"unprojected": one.rows} if one.unprojected else {}
-            stored |= {"factors": one.factors} if one.factors else {}
-            done = one.done and self.kept is not None
+            stored = {"unprojected": float(one.rows if one.unprojected else 0), "factors": one.factors}
             held = {"unprojected": one.held, "factors": one.factors_held}
-            held = {kind: number for kind, number in held.items() if number}
-            work = Work(
-                one.stage, one.rows, backward, forward, stored=stored, at_most=one.at_most, held=held, done=done
-            )
-            self.add(work)
+            kept, there = ({kind: n for kind, n in own.items() if n} for own in (stored, held))
+            done = one.done and self.kept is not None
+            self.add(Work(
+                one.stage, one.rows, backward, forward, stored=kept, at_most=one.at_most, held=there, done=done
+            ))  # fmt: skip
 
     def _gradients(self, method: Estimator, *, targets: bool) -> None:
         """The pool's rows that a method reads, and its targets'."""
@@ -266,7 +265,7 @@ class Walk:
             made = bool(self.kept and self.kept.run.artifacts("curvature")) and self._has(rows, number, view)
             self.add(Work("curvature", rows.count, backward=rows.tokens, tasks=1, done=made))
 
-    def _select(self, selector: Selector, estimator: Estimator, budgets: SequenceABC[int]) -> None:
+    def _select(self, selector: Selector, estimator: Estimator, budgets: Sequence[int]) -> None:
         """What a selector reads beside scores, and takes of the model."""
         for budget in budgets if self.target is not None else ():
             assert self.target is not None
@@ -295,27 +294,28 @@ class Walk:
                 return self._adapters
             rows = self.pool.training
             ids = warm_up_ids(rows, recipe.warmup, seed)
-            found = None
-            if self.kept is not None:
-                found = kept_training(
-                    self.kept.run, rows, ids, recipe.warmup, model=recipe.model, dtype=self.pool.dtype, seed=seed
-                )
-            epochs = recipe.warmup.epochs
-            tokens = float(rows.lengths[rows.positions(ids)].sum())
+            found, epochs = self.trained(rows, ids, recipe.warmup, seed), recipe.warmup.epochs
+            tokens, done = float(rows.lengths[rows.positions(ids)].sum()), found is not None
             self.add(
-                Work("warm-up", epochs * len(ids), backward=epochs * tokens, stored={"adapters": epochs},
-                     done=found is not None)
-            )  # fmt: skip
-            self._answers(rows, len(ids), tokens, found is not None)
+                Work("warm-up", epochs * len(ids), backward=epochs * tokens, stored={"adapters": epochs}, done=done)
+            )
+            self._answers(rows, len(ids), tokens, done)
             self._adapters = [None] * epochs if found is None else [*found]
         return self._adapters
+
+    def trained(self, rows: Dataset, ids: Sequence[str], settings: Training, seed: int) -> list[Checkpoint] | None:
+        """The checkpoints of a training that the run folder has."""
+        if self.kept is None:
+            return None
+        how: dict[str, Any] = {"model": self.recipe.model, "dtype": self.pool.dtype, "seed": seed}
+        return kept_training(self.kept.run, rows, ids, settings, **how)
 
     def _answers(self, source: Any, count: int, tokens: float, done: bool) -> None:
         """What DPO asks of the base model, or of a checkpoint: the probabilities of both answers of each pair."""
         if isinstance(source, Pairs) and source.by_dpo:
             self.add(Work("answers' probabilities", count, forward=tokens, done=done))
 
-    def _pool_rows(self, number: int, views: SequenceABC[View], sums: bool) -> None:
+    def _pool_rows(self, number: int, views: Sequence[View], sums: bool) -> None:
         data = self.pool.data
         rows = _Rows("pool gradients", "pool", len(data), float(data.lengths.sum()), data)
         self._collect(rows, number, views, sums or self.pool.gradients.full_sum)
@@ -363,21 +363,16 @@ class Walk:
     def _rows_of(
         self, method: PolicyEstimator, target: PromptTarget, source: SequenceSource | None, name: str
     ) -> _Rows:
-        tokens = method.tokens_of(target)
-        count = len(target.data) * (min(MOST_ROWS, method.drawing.samples) if name == "samples" else 1)
+        called = "policy gradients", f"{name} {method.model_dump_json()}"
         if source is not None:
-            tokens, count = float(sum(source.token_counts())), len(source.ids)
-        return _Rows("policy gradients", f"{name} {method.model_dump_json()}", count, tokens, source)
+            return _Rows(*called, len(source.ids), float(sum(source.token_counts())), source)
+        count = len(target.data) * (min(MOST_ROWS, method.drawing.samples) if name == "samples" else 1)
+        return _Rows(*called, count, method.tokens_of(target))
 
     def _responses(
-        self,
-        method: PolicyEstimator,
-        target: PromptTarget,
-        number: int,
-        *,
-        rewarded: bool = True,
-        ends: SequenceABC[Checkpoint | None] = (),
-    ) -> PolicyTargets | None:
+        self, method: PolicyEstimator, target: PromptTarget, number: int, *, rewarded: bool = True,
+        ends: Sequence[Checkpoint | None] = (),
+    ) -> PolicyTargets | None:  # fmt: skip
         """The responses at one of the `ends` of a method's own, or at a checkpoint, and what they earn; where the run
         folder has all of it, that."""
         writer = method.assistant
@@ -407,7 +402,7 @@ class Walk:
         stored = {"bytes": len(prompts) * _FILE_BYTES + drawn * limit * _TOKEN_BYTES}
         if not isinstance(endpoint, Endpoint):
             drawing = Drawing(prompts, drawn, sampling, endpoint)
-            return Work("responses", drawing=drawing, stored=stored, tasks=shares_of(drawn), done=not drawn)
+            return Work("responses", drawing=drawing, stored=stored, tasks=math.ceil(drawn / SHARE), done=not drawn)
         around = "" if assistant is None else assistant.prompt_prefix + assistant.prompt_suffix
         more = len(self.pool.tokenizer(around, add_special_tokens=False)["input_ids"]) if around else 0
         each = math.ceil(sampling.samples / endpoint.samples_per_request)
@@ -569,12 +564,9 @@ class Walk:
         at_once = min(outputs, max(1, MOST_AT_ONCE // each)) if each < len(pool.data) else outputs
         rows = -(-outputs // at_once) * min(len(pool.data), at_once * each)
         adam = any(one.view == "adam" for one in job.estimators)
-        done = (
-            self.kept is not None
-            and source is not None
-            and checkpoint is not None
-            and all(is_known(self.kept, checkpoint, source.alone(id_), adam=adam) for id_ in source.ids)
-        )
+        done = False
+        if self.kept is not None and source is not None and checkpoint is not None:
+            done = all(is_known(self.kept, checkpoint, source.alone(id_), adam=adam) for id_ in source.ids)
         read = rows * float(pool.data.lengths.mean()) + tokens
         stored = {"bytes": outputs * 8.0 * (each + 1) ** 2 * (3 if adam else 1)}
         self.add(Work("candidates' gradients", rows + outputs, backward=read, stored=stored, done=done))
@@ -600,27 +592,20 @@ class Walk:
         stored = job.validation.route == "stored" or projection.kind == "none"
         trained = 0.0 if stored else outputs * sets * max(job.budgets) * float(pool.data.lengths.mean())
         if job.validation.sanity:  # on the output itself, for real, and on single rows
-            sets += 1 + job.validation.step.random_sets
-            trained += tokens + (
-                0.0 if stored else outputs * job.validation.step.random_sets * float(pool.data.lengths.mean())
-            )
+            random = job.validation.step.random_sets
+            sets, trained = sets + 1 + random, trained + tokens
+            trained += 0.0 if stored else outputs * random * float(pool.data.lengths.mean())
         own = float(pool.data.lengths.sum()) if stored and projection.kind != "none" else 0.0
-        self.add(
-            Work(
-                "training on choices", outputs * sets, forward=sets * tokens, backward=trained + own,
-                stored={"unprojected": len(pool.data)} if own else {},
-            )
-        )  # fmt: skip
+        self.add(Work(
+            "training on choices", outputs * sets, forward=sets * tokens, backward=trained + own,
+            stored={"unprojected": len(pool.data)} if own else {},
+        ))  # fmt: skip
 
     # --- what was met -------------------------------------------------------------------------------------------------
 
     def add(self, work: Work) -> None:
         """To what was met."""
         self.works.append(work)
-
-    def has(self, kind: str, config: Mapping[str, Any]) -> bool:
-        """Whether the run folder has a complete artifact."""
-        return self.kept is not None and self.kept.run.manifest(self.kept.run.prefix(kind, config)) is not None
 
     def is_new(self, *parts: object) -> bool:
         """Whether something is met for the first time: the run finds it the next time."""
@@ -678,8 +663,7 @@ class _Cells:
             ids = list(data.ids if contender.data is not None else grid.available)
         if ids is not None:
             tokens = float(data.lengths[data.positions(ids)].sum())
-            if walk.kept is not None and not whole:
-                found = kept_training(walk.kept.run, data, ids, training, model=pool.model, dtype=pool.dtype, seed=seed)
+            found = None if whole else walk.trained(data, ids, training, seed)
         left = {"models": 1.0} if whole else {"adapters": training.rank / walk.recipe.warmup.rank}
         walk.add(
             Work(
@@ -693,10 +677,10 @@ class _Cells:
     def _measure(self, stage: str, metric: Any, tasks: int = 1, model: Trained | None = None, *, known: bool) -> None:
         """One metric of one model, None being the base; only what is `known` can have been measured before."""
         walk, (bound, needs) = self._walk, self._needs(metric)
-        config = None
+        done = False
         if walk.kept is not None and known:
-            config = evaluation_config(subject_of(walk.pool, model), metric, bound)
-        done = config is not None and walk.has("evaluations", config)
+            config, run = evaluation_config(subject_of(walk.pool, model), metric, bound), walk.kept.run
+            done = config is not None and run.manifest(run.prefix("evaluations", config)) is not None
         if needs is None or done:
             walk.add(Work(stage, seconds=None, done=done))
             return
@@ -747,13 +731,7 @@ def _last_choices(walk: Walk, grid: Grid) -> dict[Key, list[str]]:
 
 
 def walked(recipe: Recipe, scratch: str, reporter: Reporter, command: str = "run") -> tuple[Walk, Grid | None]:
-    """The walk over a recipe, and the comparison that it asks for.
-
-    Args:
-        recipe: of the run.
-        scratch: a folder in which pool and target are opened.
-        reporter: where warnings go.
-        command: one of `COMMANDS`.
+    """The walk over a recipe, whose pool and target are opened in `scratch`, and the comparison that it asks for.
 
     Raises:
         ConfigError, DataError, ModelError, MismatchError: as the run.
@@ -780,11 +758,7 @@ def walked(recipe: Recipe, scratch: str, reporter: Reporter, command: str = "run
 
 
 def _kept_pool(recipe: Recipe, pool: Pool) -> Pool | None:
-    """The pool in the recipe's own run folder; None where there is none yet.
-
-    Raises:
-        MismatchError: the folder belongs to another model or pool.
-    """
+    """The pool in the recipe's own run folder, which belongs to no other one; None where there is none yet."""
     run = Run(recipe.out)
     if not run.storage.exists("run.json"):
         return None
@@ -816,7 +790,7 @@ class _Counting:
         """Tokens of a question."""
         return float(np.mean(self.lengths)) if self.lengths else 0.0
 
-    def complete(self, messages: SequenceABC[Message], **_: object) -> str:
+    def complete(self, messages: Sequence[Message], **_: object) -> str:
         texts = [message["content"] for message in messages]
         ids = self.pool.tokenizer(texts, add_special_tokens=False)["input_ids"]
         self.lengths.append(sum(map(len, ids)))

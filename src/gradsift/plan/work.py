@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from collections.abc import Sequence as SequenceABC
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,7 +12,6 @@ import torch
 from gradsift.execution.actors import RayCluster
 from gradsift.execution.engine import ThisProcess
 from gradsift.execution.ray import RayEngine
-from gradsift.generation.local import SHARE
 from gradsift.generation.sampling import Sampling, Usage
 from gradsift.gradients.collect import automatic_shard_rows
 
@@ -29,7 +27,7 @@ class Drawing:
     model:     hub id or folder; None is the recipe's own
     """
 
-    prompts: SequenceABC[SequenceABC[int]] = field(repr=False)
+    prompts: Sequence[Sequence[int]] = field(repr=False)
     responses: int
     sampling: Sampling
     model: str | None = None
@@ -172,14 +170,7 @@ def crew_of(where: ThisProcess | RayCluster) -> Crew | None:
 def priced(
     works: Iterable[Work], speeds: Speeds, crew: Crew | None, shard_rows: int | None
 ) -> dict[str, dict[str, Any]]:
-    """Rows, tokens, seconds (None where nobody knows) and disk_bytes of each stage; what is done costs nothing.
-
-    Args:
-        works: in the order of the run.
-        speeds: of the model, and of the drawings among the works.
-        crew: who shares the work.
-        shard_rows: as the recipe has it.
-    """
+    """Rows, tokens, seconds (None where nobody knows) and disk_bytes of each stage; what is done costs nothing."""
     stages: dict[str, dict[str, Any]] = {}
     for work in works:
         stage = stages.setdefault(work.stage, {"rows": 0, "tokens": 0, "seconds": 0.0, "disk_bytes": 0, "done": True})
@@ -219,11 +210,6 @@ def _tasks(tasks: int | tuple[int, float], speeds: Speeds, shard_rows: int | Non
     assert speeds.sample is not None, tasks
     kind = torch.device(speeds.sample["device"]).type
     return max(1, math.ceil(rows / (shard_rows or automatic_shard_rows(tokens, kind, 4 * speeds.sample["dim"]))))
-
-
-def shares_of(responses: int) -> int:
-    """How many tasks the drawing of responses is."""
-    return math.ceil(responses / SHARE)
 
 
 def endpoints(works: Iterable[Work]) -> list[dict[str, Any]]:

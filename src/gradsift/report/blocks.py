@@ -7,12 +7,14 @@ JSON they are what a page is kept as, and written again from. Texts may come fro
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter
+
+from gradsift.report.text import written
 
 Tone = Literal["", "best", "better", "worse", "failed"]
 
@@ -98,6 +100,12 @@ def columns(*names: str) -> tuple[Column, ...]:
     True
     """
     return tuple(Column(name.removeprefix("#"), numeric=name.startswith("#")) for name in names)
+
+
+def measured(words: str, spread: float | None, layout: str, best: bool) -> Entry:
+    """A figure in its column's format, with how far it spreads below, and marked where it is the best."""
+    note = f"±\u202f{written(spread, layout)}" if spread is not None else ""
+    return Cell(words, note, "best" if best else "", tone="best" if best else "") if best or note else words
 
 
 @dataclass(frozen=True, slots=True)
@@ -427,6 +435,11 @@ Block = Annotated[
     Text | Facts | Legend | Table | Chart | Examples | Map | Verdict | Switch | Choice | Fold | Group,
     Field(discriminator="kind"),
 ]
+
+
+def after(said: str, blocks: Sequence[Block], style: Literal["plain", "aside"] = "plain") -> tuple[Block, ...]:
+    """Blocks after a sentence on them; nothing where there are none."""
+    return (Text(said, style), *blocks) if blocks else ()
 
 
 @dataclass(frozen=True, slots=True)

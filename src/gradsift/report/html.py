@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -21,7 +21,7 @@ import jinja2
 from markupsafe import Markup, escape
 
 from gradsift.report import charts, text
-from gradsift.report.blocks import Block, Chart, Choice, Example, Map, Page, Shade, Switch, Turn, View, walk
+from gradsift.report.blocks import Block, Choice, Example, Map, Page, Shade, Switch, Turn, View, walk
 
 # The texts of a page together take about this much, whatever the run's size: only the longest are cut, and say so.
 TEXT_BYTES = 600_000
@@ -43,13 +43,9 @@ def render(page: Page) -> str:
     )
     sections = [section for section in page.sections if section.blocks]
     return _template("page.html").render(
-        page=page,
-        sections=sections,
-        pen=Pen(page.sections, page.switches),
-        policy=Markup(policy),
-        style=Markup(style),
-        script=Markup(script),
-    )
+        page=page, sections=sections, pen=Pen(page.sections, page.switches), policy=Markup(policy),
+        style=Markup(style), script=Markup(script),
+    )  # fmt: skip
 
 
 def fragment(blocks: Sequence[Block]) -> str:
@@ -146,35 +142,18 @@ class Pen:
         picks = list(view.picks) if view else []
         rest = [number for number in range(len(drawn.examples)) if number not in set(picks)]
         views = [
-            {
-                "when": dict(one.when),
-                "picks": one.picks,
-                "some": one.some,
-                "figures": one.figures,
-                "weights": [round(weight, 5) for weight in one.weights],
-                "among": one.among,
-                "notes": one.notes,
-                "tones": one.tones,
-                "covers": one.covers,
-                "words": one.words,
-            }
+            {field.name: getattr(one, field.name) for field in fields(one)}
+            | {"when": dict(one.when), "weights": [round(weight, 5) for weight in one.weights]}
             for one in drawn.views
         ]
         own = {"places": [charts.map_places(space) for space in drawn.spaces], "covered": drawn.covered, "views": views}
-        return {
-            "drawings": [(space, charts.map_drawing(space, view, shown)) for space in drawn.spaces],
-            "picks": list(enumerate(picks)),
-            "rest": rest,
-            "view": view,
-            "data": json_block(own),
-        }
+        drawings = [(space, charts.map_drawing(space, view, shown)) for space in drawn.spaces]
+        found = {"drawings": drawings, "picks": list(enumerate(picks)), "rest": rest, "view": view}
+        return found | {"data": json_block(own)}
 
     bar = staticmethod(charts.bar)
+    chart = staticmethod(charts.chart)
     colour = staticmethod(charts.colour)
-
-    def chart(self, drawn: Chart) -> Markup:
-        """A chart as SVG."""
-        return charts.chart(drawn)
 
     def shade(self, share: float | None) -> str:
         """The style sheet has a shade for each twentieth, in either colour."""

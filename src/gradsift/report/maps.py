@@ -15,16 +15,15 @@ _COMPONENTS = 50  # both as in Compact, Figure 2
 _PERPLEXITY = 10.0
 
 
-def layout(rows: Tensor | NDArray[np.floating], *, seed: int = 0) -> list[tuple[float, float]]:
+def layout(rows: Tensor | NDArray[np.floating]) -> list[tuple[float, float]]:
     """Positions in the plane: t-SNE on the first 50 principal components of the rows at length 1 (Compact, Figure 2).
 
     Near points are alike, that is, their rows have a high cosine; distances between far groups, sizes of groups and the
-    axes mean nothing. The same rows and seed give the same map. Perplexity is 10, and (m - 1)/3 where there are fewer
+    axes mean nothing. The same rows give the same map. Perplexity is 10, and (m - 1)/3 where there are fewer
     than 31 rows; fewer than four rows, or rows that are all the same, are placed by their principal components.
 
     Args:
         rows: [m dim], any float dtype.
-        seed: of t-SNE.
 
     Returns:
         m pairs `(x, y)`, centred, the farthest coordinate at 1 or -1, rounded to 4 decimals.
@@ -49,7 +48,7 @@ def layout(rows: Tensor | NDArray[np.floating], *, seed: int = 0) -> list[tuple[
         from sklearn.manifold import TSNE  # a second to import, which every command would pay
 
         perplexity = min(_PERPLEXITY, (len(points) - 1) / 3)
-        found = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(found.astype(np.float32))
+        found = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(found.astype(np.float32))
     low, high = found[:, :2].min(axis=0), found[:, :2].max(axis=0)
     centred = found[:, :2].astype(float) - (low + high) / 2
     largest = float(np.abs(centred).max()) or 1.0

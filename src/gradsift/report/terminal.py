@@ -135,12 +135,8 @@ def table(
     wide: Sequence[str] = (),
     right: Sequence[bool] = (),
 ) -> Drawn:
-    """A table whose cells are text, never markup.
-
-    Args:
-        columns, rows: of the table.
-        wide: columns that take the room that is left.
-        right: whether each column stands to the right even if it has other fields than numbers.
+    """A table whose cells are text, never markup; `wide` columns take the room that is left, and those that are `right`
+    stand to the right even if they have other fields than numbers.
     """
     made = Drawn(box=box.SIMPLE_HEAD, pad_edge=False)
     cells = [[str(cell) for cell in row] for row in rows]

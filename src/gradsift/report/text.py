@@ -40,21 +40,15 @@ def one_line(text: str, limit: int) -> str:
     return shorten(" ".join(text[: 5 * limit].split()), limit)
 
 
-def value_text(value: Any, limit: int = 120) -> str:
+def value_text(value: Any) -> str:
     """A dataset column's value on one line: strings as they are, numbers at four figures, the rest as JSON."""
-    if isinstance(value, str):
-        text = value
-    elif value is None:
-        text = ABSENT
-    elif isinstance(value, float):
+    if value is None or isinstance(value, float):
         text = figure(value)
+    elif isinstance(value, (Mapping, list, tuple)):
+        text = json.dumps(value, ensure_ascii=False, default=str)
     else:
-        text = (
-            json.dumps(value, ensure_ascii=False, default=str)
-            if isinstance(value, (Mapping, list, tuple))
-            else str(value)
-        )
-    return shorten(" ".join(text[: 4 * limit].split()), limit)
+        text = str(value)
+    return shorten(" ".join(text[:480].split()), 120)
 
 
 def column_texts(row: Mapping[str, Any], known: Collection[str]) -> dict[str, str]:

@@ -94,8 +94,9 @@ def reward_samples(
     if not samples:
         return Rewarded((), ())
     state = TrainerState() if trainer_state is None else trainer_state
-    with stdout_to_stderr():
-        outcomes = _evaluate([term.function for term in terms], samples, state)
+    with stdout_to_stderr():  # asynchronous functions run while the others work
+        calls = [_Call(term.function, samples, state) for term in terms]
+        outcomes = [call.outcomes() for call in calls]
     values: list[float | None] = []
     problems: list[Problem] = []
     for position, sample in enumerate(samples):
@@ -212,12 +213,6 @@ def _combined(terms: Sequence[_Term], outcomes: Sequence[_Outcome]) -> tuple[flo
 
 
 LARGEST = 1e15  # a reward beyond it times a gradient may be more than float32 holds
-
-
-def _evaluate(functions: Sequence[RewardFunction], samples: Sequence[Sample], state: Any) -> list[list[_Outcome]]:
-    """Outcomes `[function][sample]`; asynchronous functions run while the others work."""
-    calls = [_Call(function, samples, state) for function in functions]
-    return [call.outcomes() for call in calls]
 
 
 class _Call:

@@ -26,8 +26,8 @@ class Stored(Settings):
     def texts(self, row: Mapping[str, Any]) -> list[str]:
         """The completions of a row that are texts; none where there are not as many rewards."""
         written, earned = _listed(row.get(self.completions)), _listed(row.get(self.rewards))
-        readable = all(isinstance(one, str | list | tuple) for one in written)
-        return [text_of(one) for one in written] if readable and len(written) == len(earned) else []
+        texts = [_text_of(one) for one in written] if len(written) == len(earned) else []
+        return [text for text in texts if text is not None] if None not in texts else []
 
     def __call__(self, samples: Sequence[Sample], log_problem: Callable[[int, str], None]) -> list[float | None]:
         """The reward of each sample by its number, where its text is the row's own."""
@@ -39,6 +39,14 @@ class Stored(Settings):
                 log_problem(position, f"the column {self.completions!r} of its row does not hold the response")
             found.append(earned[sample.number] if own else None)
         return found
+
+
+def _text_of(written: Any) -> str | None:
+    """The text of a completion, that of one message too; None for what is none."""
+    try:
+        return text_of([written] if isinstance(written, Mapping) else written)
+    except (TypeError, AttributeError, ValueError, KeyError):  # whatever a row holds instead
+        return None
 
 
 def _listed(value: Any) -> list[Any]:

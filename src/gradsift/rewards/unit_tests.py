@@ -196,7 +196,6 @@ _KNOWN: dict[tuple[Program, Sandbox], Outcome] = {}
 
 
 def _tests_of(row: Mapping[str, Any], name: str) -> str:
-    """The tests of a row as one text."""
     value = row.get(name)
     after = [row[other] for other in _AFTER.get(name, ()) if row.get(other) is not None]
     if name == "inputs" and after:

@@ -135,7 +135,6 @@ def understand(tests: str, entry_point: str = "", prompt: str = "") -> Tests:
 
 
 def _can_judge(tree: ast.Module, tests: Tests, free: set[str]) -> None:
-    """Refuse what is known to judge nothing."""
     body = [node for node in tree.body if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))]
     if all(isinstance(node, ast.Pass) for node in body):
         raise CannotJudgeError("the tests are empty")

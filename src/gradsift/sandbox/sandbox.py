@@ -344,7 +344,6 @@ class _Pool:
         self.stop = threading.Event()
 
     def run(self, programs: Sequence[Program], sandbox: Sandbox, isolated: tuple[str, ...]) -> list[Outcome]:
-        """One outcome per program, in order."""
         with ThreadPoolExecutor(self.workers, thread_name_prefix="sandbox") as threads:
             try:
                 return list(threads.map(lambda program: self._run(program, sandbox, isolated), programs))

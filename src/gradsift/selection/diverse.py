@@ -70,7 +70,6 @@ class Diverse(Selector):
         return [order[place] for place in kept]
 
     def _rows(self, candidates: Candidates) -> Callable[[list[int]], Tensor]:
-        """What is compared, by positions."""
         if self.by == "gradients":
             return candidates.rows
         pool, ids = candidates.pool, candidates.ids

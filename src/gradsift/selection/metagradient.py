@@ -11,11 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from gradsift.base.lazy import Tensor
 from gradsift.context import Pool, Target
 from gradsift.influence.estimator import Estimator, Passes, TargetsByCheckpoint
 from gradsift.influence.magic import MAGIC
-from gradsift.influence.replay import Network
 from gradsift.influence.smooth import FIRST_BACK, Ending, SmoothTraining, groups_of, loss_after
 from gradsift.report import text
 from gradsift.report.blocks import Block, Cell, Column, Row, Table
@@ -129,7 +127,6 @@ class MetagradientDescent(SmoothTraining, Selector):
         ]
 
     def _config(self, pool: Pool, target: Target, estimator: Estimator, budget: int) -> dict[str, Any]:
-        """What decides a descent beside the scores that it starts from."""
         return {
             "selection": self.model_dump(mode="json"),
             "training": self.training(pool).model_dump(mode="json"),
@@ -144,7 +141,6 @@ class MetagradientDescent(SmoothTraining, Selector):
         }
 
     def _descent(self, candidates: Candidates, budget: int) -> dict[str, Any]:
-        """What decides one."""
         scores, pool, target = candidates.whole()
         return self._config(pool, target, scores.method, budget) | {"scores": scores.fingerprint}
 
@@ -186,7 +182,8 @@ class MetagradientDescent(SmoothTraining, Selector):
             losses = replay.losses(fingerprint([steering.note, measuring.note]), what).of("losses", ways)
             found = replay.returned(asked) if further else None
             if further and found is None:
-                found = replay.back(opened(), asked, partial(_mean_gradient, steering, opened()))
+                network = opened()
+                found = replay.back(network, asked, lambda theta: steering.gradients(network, theta).mean(0, True))
         if not others:
             replay.forget()
         worth = None if found is None else -found.change[0, pool.training.positions(candidates.ids)]
@@ -221,10 +218,6 @@ def exchanged(chosen: Sequence[int], worth: NDArray[np.float64], most: int, amon
 def best_of(rounds: Sequence[Round]) -> Round:
     """The first of those with the lowest loss on held-out targets."""
     return min(rounds, key=lambda one: one.held_out)
-
-
-def _mean_gradient(ending: Ending, network: Network, theta: Tensor) -> Tensor:
-    return ending.gradients(network, theta).mean(dim=0, keepdim=True)
 
 
 def _told(rounds: Sequence[Round]) -> tuple[Block, ...]:

@@ -247,7 +247,6 @@ class GradientStoreWriter:
             self.storage.delete(key)
 
     def _as_read(self, rows: Tensor) -> Tensor:
-        """Rows as this store would give them back."""
         encoded = _encode(rows, self.config["dtype"])
         return _decode(encoded["rows"], encoded.get("scale"))
 
@@ -489,7 +488,6 @@ def _decode(stored: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def _map_safetensors(path: Path) -> dict[str, Tensor]:
-    """Memory-mapped tensors of a safetensors file, without reading it."""
     try:
         arrays = map_arrays(path)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, struct.error) as error:

@@ -110,7 +110,8 @@ class RemoteStorage:
         self._protocols = {self._fs.protocol} if isinstance(self._fs.protocol, str) else set(self._fs.protocol)
         self._lease: _Lease | None = None
         self._token, self._conditional = claim, True
-        folder = Path(copies) if copies is not None else _copies_of(self.url)
+        digest = hashlib.sha256(self.url.encode()).hexdigest()[:16]
+        folder = cache_folder() / "runs" / digest if copies is None else Path(copies)
         self._copies = LocalStorage(folder / "objects")
         self._versions = LocalStorage(folder / "versions")
 
@@ -284,7 +285,6 @@ class RemoteStorage:
         return True
 
     def _etag(self, key: str) -> str | None:
-        """The version of an object; None where there is none."""
         try:
             return self._version(key) if not self.conditional else str(self._fs.info(self._at(key))["ETag"])
         except FileNotFoundError:
@@ -535,7 +535,3 @@ def _now() -> float:
 def _secret() -> Secret:
     """What the libraries send to a bucket's server, which may say it in an error."""
     return Secret(*(os.environ.get(name) for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")))
-
-
-def _copies_of(url: str) -> Path:
-    return cache_folder() / "runs" / hashlib.sha256(url.encode()).hexdigest()[:16]

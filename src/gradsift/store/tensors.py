@@ -146,7 +146,6 @@ def tensors_if_whole(storage: Storage, key: str) -> tuple[dict[str, Tensor], str
 
 
 def _digest(tensors: Mapping[str, Any]) -> str:
-    """Of names and values."""
     return fingerprint({name: checksum(_bytes(tensor)) for name, tensor in tensors.items()})
 
 

@@ -61,7 +61,6 @@ def remove_left_behind(root: Path) -> None:
 
 
 def _is_alive(path: Path) -> bool:
-    """Whether somebody may be writing it still."""
     try:
         written = path.lstat().st_mtime
     except OSError:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from collections.abc import Sequence as SequenceABC
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from itertools import product
@@ -116,20 +115,15 @@ class Bench(Settings):
         Raises:
             ConfigError: one needs a column that is not named.
         """
-        named: list[Measure] = ["recall"] * (self.class_column is not None)
-        named += ["filter"] * (self.marked is not None or self.plant is not None)
-        named += ["train"] * (self.test is not None)
-        asked = self.measures or tuple(named) or ("lds", "qld")
-        for name, lacks, wanted in (
-            ("recall", self.class_column is None, "class_column, a column of pool and target"),
-            (
-                "filter",
-                self.marked is None and self.plant is None,
-                "marked, such as quality=bad, or plant, mislabel:5%",
-            ),
-            ("train", self.test is None, "test, a file of examples that are neither in the pool nor in the target"),
-        ):
-            if name in asked and lacks:
+        needs: dict[Measure, tuple[str | None, str]] = {
+            "recall": (self.class_column, "class_column, a column of pool and target"),
+            "filter": (self.marked or self.plant, "marked, such as quality=bad, or plant, mislabel:5%"),
+            "train": (self.test, "test, a file of examples that are neither in the pool nor in the target"),
+        }
+        asked = self.measures or tuple(name for name, (given, _) in needs.items() if given is not None)
+        asked = asked or ("lds", "qld")
+        for name, (given, wanted) in needs.items():
+            if name in asked and given is None:
                 raise ConfigError(f"measures names {name}, which needs {wanted}")
         if self.plant is not None and self.marked is not None:
             raise ConfigError("plant makes the rows that are to be found, and marked names others: give one of them")
@@ -212,6 +206,9 @@ class Cost:
     seconds: float
     bytes: int
 
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.seconds + other.seconds, self.bytes + other.bytes)
+
 
 @dataclass(frozen=True)
 class Benchmark(Shown):
@@ -255,15 +252,10 @@ class Benchmark(Shown):
         return f"Use {best} here: it is the best, or not told apart from the best, in {where}.{more}"
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able."""
-        return {
-            "methods": list(self.methods),
-            "sentence": self.sentence,
-            "columns": [asdict(column) for column in self.columns],
-            "costs": {label: asdict(cost) for label, cost in self.costs.items()},
-            "failed": dict(self.failed),
-            "warnings": list(self.warnings),
-        }
+        """JSON-able; what is not known is null."""
+        content: dict[str, Any] = _known(asdict(self))
+        del content["out"]
+        return content | {"sentence": self.sentence}
 
     def blocks(self) -> tuple[Block, ...]:
         """Table, chart and sentence."""
@@ -275,7 +267,7 @@ class Benchmark(Shown):
 def bench(
     pool: Pool,
     target: Target,
-    methods: SequenceABC[Estimator] | None = None,
+    methods: Sequence[Estimator] | None = None,
     *,
     settings: Bench | None = None,
 ) -> Benchmark:
@@ -363,11 +355,8 @@ class _Judge:
                 views = views_read(reading)
                 config = [fingerprint(pool.at(checkpoint).config(pool.data, view)) for view in views]
                 _, pass_ = self._timed(["rows", config], partial(rows.stores, checkpoint, views))
-                for method in reading:
-                    before = found.get(method.label, Cost(trained.seconds, trained.bytes))
-                    found[method.label] = Cost(
-                        before.seconds + pass_.seconds, before.bytes + pass_.bytes // max(1, len(views))
-                    )
+                cost = Cost(pass_.seconds, pass_.bytes // max(1, len(views)))
+                found |= {method.label: found.get(method.label, trained) + cost for method in reading}
                 asked = {
                     (source_at(targets[method.label], checkpoint), target_view(method.view))
                     for method in reading
@@ -412,8 +401,7 @@ class _Judge:
             self.failed[method.label] = str(error)
             pool.reporter.warn(f"bench: {method.label} failed, the others go on: {error}")
             return
-        before = shared.get(method.label, Cost(0.0, 0))
-        self.costs[method.label] = Cost(own.seconds + before.seconds, own.bytes + before.bytes)
+        self.costs[method.label] = shared.get(method.label, Cost(0.0, 0)) + own
         self.scores[method.label], self.whole[method.label] = self._placed(found)
 
     def _placed(self, found: Scores, pool: Pool | None = None) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -433,13 +421,10 @@ class _Judge:
         """Which rows have a target's class, `[row target]`."""
         name = self.settings.class_column
         assert name is not None
-        rows, targets = (
-            np.array([_class_of(one) for one in data.column(name)]) for data in (self.pool.data, self.target.data)
-        )
+        both = (data.column(name) for data in (self.pool.data, self.target.data))
+        rows, targets = (np.array(list(map(_class_of, values))) for values in both)
         wanted: NDArray[np.bool_] = (rows[:, None] == targets) & (targets != "")
-        lacking = [
-            id_ for id_, own in zip(self.target.data.ids, wanted[self.available].any(axis=0), strict=True) if not own
-        ]
+        lacking = [self.target.data.ids[n] for n in np.flatnonzero(~wanted[self.available].any(axis=0)).tolist()]
         if len(lacking) == len(targets) or wanted[self.available].all():
             having = "no row of the pool has" if lacking else "every row of the pool has"
             raise ConfigError(f"class_column {name!r} tells no rows apart: {having} the value of a target")
@@ -491,18 +476,8 @@ class _Judge:
         for name, kind in kinds.items():
             each = {label: kind(own[self.available], wanted) for label, own in self.scores.items()}
             of = {label: partial(_mean_of, values) for label, values in each.items()}
-            found.append(
-                self._column(
-                    "recall",
-                    "Rows of the target's class",
-                    name,
-                    of,
-                    wanted.shape[1],
-                    "targets",
-                    units=len(there),
-                    chance=chance[name],
-                )
-            )
+            title, how = "Rows of the target's class", dict[str, Any](units=len(there), chance=chance[name])
+            found.append(self._column("recall", title, name, of, wanted.shape[1], "targets", **how))
         return found
 
     def _filter(self) -> list[Column]:
@@ -513,7 +488,9 @@ class _Judge:
             "AUC of marked": auc, "AUPRC of marked": average_precision, "precision at their number": recall
         }  # fmt: skip
         chance = {"AUC of marked": 0.5, "AUPRC of marked": float(member.mean())}
-        lowest = {label: _negated(own[among]) for label, own in self.whole.items()}
+        scored = {label: own[among] for label, own in self.whole.items()}
+        # Lowest first; rows without a score are last either way.
+        lowest = {label: np.where(np.isfinite(own), -own, -np.inf) for label, own in scored.items()}
         return [
             self._column(
                 "filter", "Marked rows, lowest scores first", name,
@@ -571,7 +548,7 @@ class _Judge:
         keys = [[self.seed, size, int(1e6 * share), int(1e6 * number)] for number in range(count)]
         return self._without([np.random.default_rng(key).choice(rows, size, replace=False) for key in keys])
 
-    def _without(self, left_out: SequenceABC[Units]) -> NDArray[np.float64]:
+    def _without(self, left_out: Sequence[Units]) -> NDArray[np.float64]:
         kept = np.tile(self.available.astype(np.float64), (len(left_out), 1))
         for own, rows in zip(kept, left_out, strict=True):
             own[rows] = 0.0
@@ -594,13 +571,18 @@ class _Judge:
                 weights[places] = line
                 tasks.append(_Retraining(replay, self.pool.referred(source), weights))
             what = f"bench: retraining{f' on another seed ({seed})' if seed else ''}"
-            with self.pool.reporter.stage(what, len(tasks), "trainings") as advance:
-                for position, found in self.pool.engine.map(tasks, untold, "retraining"):
-                    losses.put(list(missing)[position], found)
-                    advance(1)
+            for position, found in self._worked(tasks, what, "retraining"):
+                losses.put(list(missing)[position], found)
         return np.array([losses.all(name) for name in names])
 
-    def _replay(self, seed: int) -> tuple[Replay, SequenceABC[str]]:
+    def _worked(self, tasks: Sequence[Any], what: str, each: str) -> Iterator[tuple[int, Any]]:
+        """What trainings come to, by their places, as they end."""
+        with self.pool.reporter.stage(what, len(tasks), "trainings") as advance:
+            for position, found in self.pool.engine.map(tasks, untold, each):
+                yield position, found
+                advance(1)
+
+    def _replay(self, seed: int) -> tuple[Replay, Sequence[str]]:
         smooth = SmoothTraining() if self.settings.smooth else SmoothTraining(warmup_ratio=0, eps_root=0)
         ids = list(self.pool.data.ids)
         own = sorted(id_ for id_, there in zip(ids, self.available, strict=True) if there)
@@ -627,11 +609,8 @@ class _Judge:
                 ids = pool.data.ids.take(chosen.get(label, drawn))
                 what = f"bench: training on {size} rows ({label}, seed {seed})"
                 tasks.append(_Fitted(pool, tuple(ids), training, seed, what, metric))
-            losses: dict[int, dict[str, float]] = {}
-            with self.pool.reporter.stage(f"bench: training on {size} rows", len(tasks), "trainings") as advance:
-                for position, own in self.pool.engine.map(tasks, untold, "training"):
-                    losses[position] = own
-                    advance(1)
+            told = f"bench: training on {size} rows"
+            losses: dict[int, dict[str, float]] = dict(self._worked(tasks, told, "training"))
             items = sorted(losses[0])
             each = np.array([[losses[n][item] for item in items] for n in range(len(tasks))])
             each = each.reshape(len(labels), len(settings.seeds), len(items))  # [method seed item]
@@ -649,15 +628,11 @@ class _Judge:
         pool, copied = self._with_copies()
         self._collect(pool)
         half = pool.gradients.projection.dim // 2
-        halves = [
-            replace(pool, gradients=pool.gradients.model_copy(update={"projection": projection}))
-            for projection in (
-                pool.gradients.projection.model_copy(update={"dim": half, "seed": pool.gradients.projection.seed + own})
-                for own in (1, 2)
-            )
-        ] if pool.gradients.projection.kind != "none" else []  # fmt: skip
-        for one in halves:
-            self._collect(one)
+        halves = []
+        for own in (1, 2) if (whole := pool.gradients.projection).kind != "none" else ():
+            projection = whole.model_copy(update={"dim": half, "seed": whole.seed + own})
+            halves.append(replace(pool, gradients=pool.gradients.model_copy(update={"projection": projection})))
+            self._collect(halves[-1])
         nothing = np.full(len(copied), np.nan)
         first: dict[str, NDArray[np.float64]] = {}
         agree: dict[str, NDArray[np.float64]] = {}
@@ -720,17 +695,9 @@ class _Judge:
     # --- columns ------------------------------------------------------------------------------------------------------
 
     def _column(
-        self,
-        measure: Measure,
-        part: str,
-        name: str,
-        of: Mapping[str, Callable[[Units], float]],
-        count: int,
-        over: str,
-        *,
-        units: int | None = None,
-        **more: Any,
-    ) -> Column:
+        self, measure: Measure, part: str, name: str, of: Mapping[str, Callable[[Units], float]], count: int, over: str,
+        *, units: int | None = None, **more: Any,
+    ) -> Column:  # fmt: skip
         """Every method's value and its difference to the best, by the same resamples; `units`: those of them that say
         something, where some do not.
         """
@@ -739,19 +706,12 @@ class _Judge:
         values, drawn = bootstrap(lambda rows: np.array([of[label](rows) for label in labels]), count, seed=self.seed)
         judged = [number for number in range(len(labels) - 1) if np.isfinite(values[number])]
         best = max(judged, key=lambda number: values[number], default=0)
-        return Column(
-            measure,
-            part,
-            name,
-            {label: estimate_of(values[n], drawn[:, n], units) for n, label in enumerate(labels)},
-            labels[best],
-            {
-                label: estimate_of(values[n] - values[best], drawn[:, n] - drawn[:, best], units)
-                for n, label in enumerate(labels)
-            },
-            over,
-            **more,
-        )
+        found = {label: estimate_of(values[n], drawn[:, n], units) for n, label in enumerate(labels)}
+        behind = {
+            label: estimate_of(values[n] - values[best], drawn[:, n] - drawn[:, best], units)
+            for n, label in enumerate(labels)
+        }
+        return Column(measure, part, name, found, labels[best], behind, over, **more)
 
 
 @dataclass(frozen=True)
@@ -804,6 +764,15 @@ def _class_of(value: Any) -> str:
     return said.lower() if said.lower() in ("true", "false") else said
 
 
+def _known(value: Any) -> Any:
+    """A value as JSON has it, NaN as None."""
+    if isinstance(value, Mapping):
+        return {key: _known(own) for key, own in value.items()}
+    if isinstance(value, list | tuple):
+        return [_known(own) for own in value]
+    return None if isinstance(value, float) and np.isnan(value) else value
+
+
 def _again(data: Dataset, id_: str, before: str = "") -> Example:
     """A row as it is read once more, under another id."""
     messages = data.messages(id_)
@@ -828,15 +797,10 @@ def _agreement_of(predicted: NDArray[np.float64], outcome: NDArray[np.float64], 
     return agreement(predicted[rows], outcome[rows])
 
 
-def _negated(scores: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Lowest first; rows without a score are last either way."""
-    return np.where(np.isfinite(scores), -scores, -np.inf)
-
-
 def _bytes_in(pool: Pool) -> int:
     storage = pool.run.storage
     return sum(storage.size(key) for key in storage.list(""))
 
 
-def _listed(names: SequenceABC[str]) -> str:
+def _listed(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -43,17 +43,13 @@ def benchmark_blocks(found: Benchmark) -> tuple[Block, ...]:
 
 def benchmark_page(found: Benchmark, facts: Mapping[str, str], repeat: Mapping[str, object], created: str) -> Page:
     """The page of a benchmark."""
-    return Page(
-        "Which attribution method to use here",
-        (
-            Section("results", "Methods and measures", benchmark_blocks(found)[1:]),
-            Section("run", "The run", (Facts(facts),)),
-            Section("repeat", "How to do it again", (Facts(repeat),)),
-        ),
-        brand="benchmark",
-        summary=(found.sentence,),
-        created=created,
+    sections = (
+        Section("results", "Methods and measures", benchmark_blocks(found)[1:]),
+        Section("run", "The run", (Facts(facts),)),
+        Section("repeat", "How to do it again", (Facts(repeat),)),
     )
+    title = "Which attribution method to use here"
+    return Page(title, sections, "benchmark", (found.sentence,), created=created)
 
 
 def _table(found: Benchmark, own: list[Column]) -> Table:
@@ -76,18 +72,12 @@ def _table(found: Benchmark, own: list[Column]) -> Table:
     ):
         if any(value is not None for value in values):
             rows.append(Row((name, *("" if value is None else _number(value) for value in values), "", ""), total=True))
-    return Table(
-        columns(
-            "method",
-            *(f"#{column.name}" for column in own),
-            "#time",
-            "#kept",
-        ),
-        tuple(rows),
-        title=own[0].part,
-        note=f"95 % intervals over {own[0].over}; ≈ not told apart from the best; time and bytes of all that scores "
-        "need, when it was first made",
+    note = (
+        f"95 % intervals over {own[0].over}; ≈ not told apart from the best; time and bytes of all that scores need, "
+        "when it was first made"
     )
+    heads = columns("method", *(f"#{column.name}" for column in own), "#time", "#kept")
+    return Table(heads, tuple(rows), own[0].part, note)
 
 
 def _against_cost(found: Benchmark, column: Column) -> Chart:

@@ -68,14 +68,13 @@ def lds(
     return _bootstrapped(statistic, len(member), draws, seed)
 
 
-def agreement_of_trainings(one: ArrayLike, other: ArrayLike, *, draws: int = 400, seed: int = 0) -> Estimate:
+def agreement_of_trainings(one: ArrayLike, other: ArrayLike) -> Estimate:
     """Spearman's correlation over subsets of the losses of two trainings of each, mean over targets.
 
     The LDS that another training would have: with single trainings on both sides no method can be expected to be above.
 
     Args:
         one, other: `[subset target]`, nats.
-        draws, seed: as for `lds`.
 
     Raises:
         ShapeError, NonFiniteError: as for `lds`.
@@ -85,7 +84,7 @@ def agreement_of_trainings(one: ArrayLike, other: ArrayLike, *, draws: int = 400
         raise ShapeError(
             f"one is {a.shape} and other {b.shape}: expected the same, and {_LEAST_SUBSETS} subsets or more"
         )
-    return _bootstrapped(lambda rows: agreement(a[rows], b[rows]), len(a), draws, seed)
+    return _bootstrapped(lambda rows: agreement(a[rows], b[rows]), len(a))
 
 
 def qld(without_best: ArrayLike, without_random: ArrayLike, *, draws: int = 400, seed: int = 0) -> Estimate:
@@ -182,6 +181,8 @@ def agreement(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
     return float(paired_rank_correlations(first, second).mean())
 
 
-def _bootstrapped(statistic: Callable[[NDArray[np.int64]], float], count: int, draws: int, seed: int) -> Estimate:
+def _bootstrapped(
+    statistic: Callable[[NDArray[np.int64]], float], count: int, draws: int = 400, seed: int = 0
+) -> Estimate:
     value, drawn = bootstrap(lambda rows: np.array([statistic(rows)]), count, draws, seed)
     return estimate_of(value[0], drawn[:, 0], count)

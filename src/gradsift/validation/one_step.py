@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceABC
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from pydantic import Field
@@ -26,6 +26,7 @@ from gradsift.base.types import Sequence, TokenizedExample
 from gradsift.gradients.adam import adam_direction
 from gradsift.gradients.batching import automatic_token_budget, form_batches
 from gradsift.gradients.folding import Captured
+from gradsift.model.adapters import nothing_trained
 from gradsift.model.loss import head_at, label_weights, pad, supervised_count, token_mean
 from gradsift.store.gradient_store import GradientStore
 
@@ -52,6 +53,11 @@ class OneStep(Settings):
     dropout: bool = False
     float32: bool = True
 
+    @property
+    def adamw(self) -> dict[str, Any]:
+        """The optimizer's arguments."""
+        return {"lr": self.lr, "betas": self.betas, "eps": self.eps, "weight_decay": self.weight_decay}
+
 
 @dataclass(frozen=True, slots=True)
 class Effect:
@@ -63,13 +69,6 @@ class Effect:
 
     log_likelihood: float
     jsd: float
-
-
-class Steps(Protocol):
-    """Where steps on examples of a pool come from."""
-
-    def on(self, ids: SequenceABC[str]) -> AbstractContextManager[None]:
-        """The model is at θ+S while the context is open."""
 
 
 def jensen_shannon(logits_p: Tensor, logits_q: Tensor) -> Tensor:
@@ -227,9 +226,7 @@ class StepModel:
             for weight in self.weights:
                 weight.data, weight.grad = weight.data.clone(), None
                 weight.requires_grad_(True)
-            optimizer = torch.optim.AdamW(
-                self.weights, options.lr, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay
-            )
+            optimizer = torch.optim.AdamW(self.weights, **options.adamw)
             with torch.enable_grad(), self._dropout(examples), head_at(self.network) as head:
                 for batch in form_batches(sequences, self.token_budget):
                     head.nll(pad(batch.sequences, self.device)).sum().backward()
@@ -246,15 +243,8 @@ class StepModel:
         with _put_back(self.network, self.weights):
             parts = gradient.split(sizes)
             for captured, weight, part in zip(self.modules, self.weights, parts, strict=True):
-                step = adamw_first_step(
-                    captured.unfolded(part.view(captured.shape)).to(weight.device, weight.dtype),
-                    lr=options.lr,
-                    betas=options.betas,
-                    eps=options.eps,
-                    weight_decay=options.weight_decay,
-                    weight=weight,
-                )
-                weight.data = weight.data + step
+                own = captured.unfolded(part.view(captured.shape)).to(weight.device, weight.dtype)
+                weight.data = weight.data + adamw_first_step(own, weight=weight, **options.adamw)
             yield
 
     @contextmanager
@@ -349,20 +339,12 @@ def labels_of(output: TokenizedExample) -> Tensor:
 def _put_back(network: Any, weights: SequenceABC[nn.Parameter]) -> Iterator[None]:
     """Eval mode without gradients; on leaving, the very tensors of before are the weights again."""
     kept = [(weight, weight.data, weight.grad) for weight in weights]
-    required = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
-    training = [(module, module.training) for module in network.modules()]
     try:
-        network.eval()
-        for parameter, _ in required:
-            parameter.requires_grad_(False)
-        yield
+        with nothing_trained(network):
+            yield
     finally:
         for weight, data, gradient in kept:
             weight.data, weight.grad = data, gradient
-        for parameter, flag in required:
-            parameter.requires_grad_(flag)
-        for module, flag in training:
-            module.training = flag
 
 
 def _log_softmax(logits: Tensor) -> Tensor:

@@ -153,23 +153,13 @@ def agreement(
         for n, (of, among) in enumerate(shares)
     ]
     support, shift, support_above, shift_above = correlations
-    accuracy, precision, over_all, *binned = proportions
+    accuracy, precision, supported_, *binned = proportions
     bins = tuple(
         ScoreBin(None if math.isinf(low) else low, None if math.isinf(high) else high, of, right)
         for (low, high), of, right in zip(limits, binned[::2], binned[1::2], strict=True)
     )
-    return Agreement(
-        cells=len(decibels),
-        outputs=len(set(outputs)),
-        support=support,
-        shift=shift,
-        support_above=support_above,
-        shift_above=shift_above,
-        accuracy=accuracy,
-        precision=precision,
-        supported=over_all,
-        bins=bins,
-    )
+    rhos, count = (support, shift, support_above, shift_above), len(set(outputs))
+    return Agreement(len(decibels), count, *rhos, accuracy, precision, supported_, bins)
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,10 +184,6 @@ def change_of_correlation(
     """ρ(ξ, ξ⁺) of the cells that are not re-ranked, of those that are, the difference, and of how many outputs.
 
     Outputs that have cells of one kind alone are left out.
-
-    Args:
-        relevances, supports, outputs: as for `agreement`.
-        reranked: of which kind each cell is.
     """
     kind = np.array(reranked, dtype=bool)
     shared = {output for output, one in zip(outputs, kind, strict=True) if one}

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import tempfile
-from collections.abc import Iterator, Mapping
-from collections.abc import Sequence as SequenceABC
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -219,9 +218,7 @@ def _loss(trainer: Any, batch: Mapping[str, Any]) -> float | None:
         return float(trainer.compute_loss(trainer.model, inputs))
 
 
-def _batches(
-    loss: float | None, singles: SequenceABC[Mapping[str, Any]], losses: SequenceABC[float | None]
-) -> str | None:
+def _batches(loss: float | None, singles: Sequence[Mapping[str, Any]], losses: Sequence[float | None]) -> str | None:
     """What a batch's loss is the mean over, where its rows' losses tell the two apart."""
     counts = np.array([int((single["labels"][..., 1:] != -100).sum()) for single in singles])
     if loss is None or not all(counts):
@@ -258,8 +255,6 @@ def check_sft_config(path: str, pool: Pool, rows: int = 8) -> TrainerCheck:
         path: YAML or JSON of `SFTConfig`'s arguments, as `trl sft --config` takes them; those of the model, the data
             set and the adapter are passed over, and packing is. Or `train.py:function`, which returns an `SFTConfig`,
             or a trainer, which is taken as it is.
-        pool: of the rows.
-        rows: how many.
 
     Raises:
         ConfigError: TRL is not installed, the file cannot be read, or SFTConfig does not take it.

@@ -12,8 +12,7 @@ cells of one output and size share their five random steps. Every effect of a st
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from collections.abc import Sequence as SequenceABC
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, astuple, dataclass, field, replace
 from functools import cached_property
@@ -42,7 +41,6 @@ from gradsift.validation.one_step import (
     Effect,
     OneStep,
     StepModel,
-    Steps,
     StoredSteps,
     TrainedSteps,
     effect_of,
@@ -156,16 +154,9 @@ class Validation:
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able."""
-        return {
-            "cells": [asdict(cell) for cell in self.cells],
-            "failed": [asdict(skip) for skip in self.failed],
-            "agreement": None if self.agreement is None else asdict(self.agreement),
-            "by_estimator": {name: asdict(found) for name, found in self.by_estimator.items()},
-            "route": self.route,
-            "settings": self.settings.model_dump(mode="json"),
-            "reranking": [asdict(one) for one in self.reranking],
-            "sanity": None if self.sanity is None else asdict(self.sanity),
-        }
+        content = asdict(replace(self, pool=None))
+        del content["pool"], content["path"]
+        return content | {"settings": self.settings.model_dump(mode="json")}
 
     def effects(self) -> dict[tuple[str, str, str, int], Trained]:
         """What each cell's verdict says of it, by output, estimator, strategy and k."""
@@ -214,7 +205,7 @@ def validate(
     settings: OneStep | None = None,
     route: Route = "auto",
     checkpoint: Checkpoint | None = None,
-    edges_db: SequenceABC[float] = EDGES_DB,
+    edges_db: Sequence[float] = EDGES_DB,
 ) -> Validation:
     """Support and shift of selections, and how well their relevance predicted both.
 
@@ -249,7 +240,9 @@ def validate(
         for number in order:
             cell = wanted[number]
             try:
-                bench.turn_to(_named(by_id, cell))
+                if cell.output not in by_id:
+                    raise DataError(f"there is no output {cell.output!r}")
+                bench.turn_to(by_id[cell.output])
                 results[number] = bench.validated(cell)
             except _CELL_ERRORS as error:
                 failed.append(Skipped(cell.output, "not_validated", f"{cell.label}: {error}"))
@@ -259,19 +252,13 @@ def validate(
         raise DataError(f"no cell can be validated; first: {failed[0].detail if failed else 'none was given'}")
     done = tuple(results[number] for number in sorted(results))
     estimators = dict.fromkeys(entry.cell.key.estimator for entry in done)
+    by_estimator = {
+        name: _agreement([entry for entry in done if entry.cell.key.estimator == name], edges_db) for name in estimators
+    }
     found = Validation(
-        cells=done,
-        failed=tuple(failed),
-        agreement=_agreement(done, edges_db),
-        by_estimator={
-            name: _agreement([entry for entry in done if entry.cell.key.estimator == name], edges_db)
-            for name in estimators
-        },
-        route=bench.route,
-        settings=settings,
-        path=pool.run.name("validation.json"),
-        pool=pool,
-    )
+        done, tuple(failed), _agreement(done, edges_db), by_estimator, bench.route, settings,
+        path=pool.run.name("validation.json"), pool=pool,
+    )  # fmt: skip
     pool.run.publish_json("validation.json", found.as_dict())
     return found
 
@@ -282,7 +269,7 @@ def validate_explanations(
     *,
     settings: OneStep | None = None,
     route: Route = "auto",
-    edges_db: SequenceABC[float] = EDGES_DB,
+    edges_db: Sequence[float] = EDGES_DB,
     sanity: bool = False,
 ) -> Validation:
     """`validate` every selection of some explanations of this pool; of a random strategy the first draw.
@@ -304,16 +291,13 @@ def validate_explanations(
         )
     cells = cells_of(explanations)
     found = validate(pool, explanations.outputs, cells, settings=settings, route=route, edges_db=edges_db)
-    found = replace(
-        found,
-        reranking=tuple(_reranking(found.cells, explanations)),
-        sanity=sanity_check(pool, explanations.outputs, settings=settings, route=route) if sanity else None,
-    )
+    checked = sanity_check(pool, explanations.outputs, settings=settings, route=route) if sanity else None
+    found = replace(found, reranking=tuple(_reranking(found.cells, explanations)), sanity=checked)
     pool.run.publish_json("validation.json", found.as_dict())
     return found
 
 
-def _reranking(cells: SequenceABC[Validated], explanations: Explanations) -> Iterator[Reranking]:
+def _reranking(cells: Sequence[Validated], explanations: Explanations) -> Iterator[Reranking]:
     """Whether facility location changes ρ(ξ, ξ⁺) of the naive choices from the same rankings."""
     located = [own for own in explanations.strategies if isinstance(own, FacilityLocation)]
     for estimator, trade_off in product(explanations.estimators, sorted({own.trade_off for own in located})):
@@ -368,7 +352,6 @@ def sanity_check(
     *,
     settings: OneStep | None = None,
     route: Route = "auto",
-    checkpoint: Checkpoint | None = None,
 ) -> Sanity:
     """How often training on the output itself does more to it than training on a random example (Compact, section 4.3).
 
@@ -379,7 +362,7 @@ def sanity_check(
         DataError: no output can be checked.
     """
     settings = settings or OneStep()
-    bench = _Bench(pool, settings, route, checkpoint or pool.checkpoints()[-1])
+    bench = _Bench(pool, settings, route, pool.checkpoints()[-1])
     pairs: list[tuple[str, Effect, Effect]] = []
     failed: list[Skipped] = []
     entries = list(_by_id(outputs).values())
@@ -404,7 +387,7 @@ def sanity_check(
     )
 
 
-def random_sets(ids: SequenceABC[str], k: int, *, output: str, count: int = 5, seed: int = 0) -> list[tuple[str, ...]]:
+def random_sets(ids: Sequence[str], k: int, *, output: str, count: int = 5, seed: int = 0) -> list[tuple[str, ...]]:
     """`count` sets of k different ids, drawn uniformly by (seed, output, k), whatever the order of the ids.
 
     Raises:
@@ -420,7 +403,7 @@ def random_sets(ids: SequenceABC[str], k: int, *, output: str, count: int = 5, s
     return sets
 
 
-def measured(cell: Cell, before: float, effect: Effect, controls: SequenceABC[Effect]) -> Validated:
+def measured(cell: Cell, before: float, effect: Effect, controls: Sequence[Effect]) -> Validated:
     """ξ⁺ and ξ^JSD of a cell from the effects of its own step and of its random sets' steps.
 
     `before` is log p(ŷ|x; θ).
@@ -487,7 +470,7 @@ class _Bench:
         return StepModel(network, modules.captured, self.settings, token_budget=self.pool.gradients.token_budget)
 
     @cached_property
-    def steps(self) -> Steps:
+    def steps(self) -> TrainedSteps | StoredSteps:
         """Where the steps on selections come from."""
         if self.store is None:
             return TrainedSteps(self.model, self.pool.data.by_id)
@@ -542,7 +525,7 @@ class _Bench:
         options = self.settings
         return random_sets(self.ids, k, output=self._output.id, count=options.random_sets, seed=options.seed)
 
-    def effect(self, ids: SequenceABC[str]) -> Effect:
+    def effect(self, ids: Sequence[str]) -> Effect:
         """Of the step on these pool examples, in any order."""
         ordered = sorted(ids)
         return self._effect(fingerprint(ordered), lambda: self.steps.on(ordered))
@@ -588,15 +571,10 @@ def _stored_rows(pool: Pool, checkpoint: Checkpoint, route: Route) -> GradientSt
     return replace(pool, gradients=settings).stores(checkpoint, ["plain"])["plain"]
 
 
-def _agreement(cells: SequenceABC[Validated], edges_db: SequenceABC[float]) -> Agreement:
+def _agreement(cells: Sequence[Validated], edges_db: Sequence[float]) -> Agreement:
     cells = distinct(cells)
-    return agreement(
-        [entry.cell.relevance for entry in cells],
-        [entry.support for entry in cells],
-        [entry.shift for entry in cells],
-        [entry.cell.output for entry in cells],
-        edges_db=edges_db,
-    )
+    columns = zip(*((one.cell.relevance, one.support, one.shift, one.cell.output) for one in cells), strict=True)
+    return agreement(*columns, edges_db=edges_db)
 
 
 def _by_id(outputs: Iterable[TokenizedExample]) -> dict[str, TokenizedExample]:
@@ -607,12 +585,6 @@ def _by_id(outputs: Iterable[TokenizedExample]) -> dict[str, TokenizedExample]:
         if not same:
             raise DataError(f"two different outputs have the id {output.id!r}: give each its own")
     return by_id
-
-
-def _named(by_id: dict[str, TokenizedExample], cell: Cell) -> TokenizedExample:
-    if cell.output not in by_id:
-        raise DataError(f"there is no output {cell.output!r}")
-    return by_id[cell.output]
 
 
 def rho_text(found: Correlation) -> str:

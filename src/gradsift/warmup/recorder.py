@@ -167,7 +167,6 @@ class Recorder(TrainerCallback):
     # --- files --------------------------------------------------------------------------------------------------------
 
     def _forget(self) -> None:
-        """Begin the next file."""
         self._batches: list[tuple[list[Any], list[Any], list[Tensor]]] = []
         self._rows: list[tuple[NDArray[np.int32], NDArray[np.bool_]]] = []
         self._order: list[int] = []

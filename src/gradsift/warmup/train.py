@@ -26,7 +26,7 @@ from gradsift.base.settings import MAX_SEED, Settings
 from gradsift.data.dataset import Dataset
 from gradsift.data.pairs import Pairs
 from gradsift.model.models import DtypeName, host, model_identity
-from gradsift.store.manifest import Record, fingerprint, publish_json, read_json
+from gradsift.store.manifest import Record, differences, fingerprint, publish_json, read_json
 from gradsift.store.run import Run
 from gradsift.store.tensors import publish_tensors, read_tensors
 from gradsift.warmup.checkpoint import ADAM_FILE, INFO_FILE, Checkpoint
@@ -35,6 +35,7 @@ from gradsift.warmup.preferences import referred
 if TYPE_CHECKING:
     from gradsift.warmup.trainer import StepRows, StepTrainer, TrainingState
 
+WARM_UP = "warm-up"  # what messages and manifests call it
 _MIN_STEPS = 8  # optimizer steps per epoch; with one, the first runs at rate 0 and leaves B = 0
 _LITTLE = 1e-3  # sum of the learning rates of all steps, below which Adam has hardly moved any weight
 _SAVE_SECONDS = 20.0  # the work that a killed training loses at most …
@@ -171,7 +172,7 @@ def warm_up(
         dtype=dtype,
         device=device,
         seed=seed,
-        what="warm-up",
+        what=WARM_UP,
         reporter=reporter,
         check=check,
     )
@@ -206,7 +207,7 @@ def train(
     dtype: DtypeName = "auto",
     device: str = "auto",
     seed: int = 0,
-    what: str = "warm-up",
+    what: str = WARM_UP,
     reporter: Reporter | None = None,
     check: Callable[[Any], None] | None = None,
 ) -> list[Checkpoint]:
@@ -336,12 +337,25 @@ def train_as(
             f"{steps} optimizer step{'s' if steps > 1 else ''} per epoch"
         )
     if finished < settings.epochs:
+        if what == WARM_UP and not finished:
+            _tell_of_another(run, config, reporter)
         _warn_of_little(settings, -(-len(ids) // batch_size), what, reporter)
         positions = data.positions(sorted(ids))
         _Job(output, data, positions, settings, seed, batch_size, what, reporter, check).train(finished)
     run.storage.delete(f"{prefix}{_PARTIAL}")
     output.complete()
     run.complete(prefix, "checkpoints", config, examples=len(ids), batch_size=batch_size, what=what)
+
+
+def _tell_of_another(run: Run, config: Mapping[str, Any], reporter: Reporter) -> None:
+    """Where the run folder has a warm-up on the same pool by other options, by which: one may have been left out."""
+    manifests = (run.manifest(k.removesuffix("manifest.json")) for k in run.storage.list("checkpoints/")
+                 if k.count("/") == 2 and k.endswith("/manifest.json"))  # fmt: skip
+    found = [m["config"] for m in manifests if m is not None and m.get("what") == WARM_UP]
+    same = [own for own in found if all(own.get(key) == config[key] for key in ("data", "seed"))]
+    if same:
+        told = min((differences(own, {**config, "ids": own.get("ids")}) for own in same), key=len)
+        reporter.say(f"{WARM_UP}: another one than the run folder has, whose {'; '.join(told)}")
 
 
 def _warn_of_little(settings: Training, steps_per_epoch: int, what: str, reporter: Reporter) -> None:
@@ -472,7 +486,6 @@ class _Job:
         self._saved_at, self._save_cost, self._saved_step = time.monotonic(), 0.0, 0
 
     def train(self, finished: int) -> None:
-        """Train from the last state that was saved."""
         from gradsift.warmup.trainer import run_steps
 
         state = self._saved_state(finished)

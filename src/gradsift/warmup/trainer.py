@@ -298,7 +298,7 @@ class StepTrainer(Trainer):
         while True:
             reported = 0
             losses = torch.zeros(len(rows.ids), dtype=torch.float64, device=self._place)
-            torch.manual_seed(_step_seed(self.seed, self.step))
+            torch.manual_seed(int(np.random.SeedSequence((self.seed, self.step)).generate_state(1, np.uint64)[0] >> 1))
             try:
                 for part in micro_batches(rows.sequences, self._token_budget):
                     self._backward(part, rows, losses)
@@ -433,10 +433,6 @@ def first_token_budget(place: torch.device) -> int:
 def _first(batch: list[Any]) -> Any:
     """Collate: a batch of the data loader is one step already."""
     return batch[0]
-
-
-def _step_seed(seed: int, step: int) -> int:
-    return int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0] >> 1)
 
 
 def state_of(trainable: Mapping[str, nn.Parameter], optimizer: Any, step: int) -> TrainingState:

@@ -1,0 +1,68 @@
+"""What Python code hands to the public functions: wrong kinds of values are refused by name, as options are."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from gradsift.base.errors import ConfigError
+from gradsift.base.lazy import Tensor
+
+_OPEN = (Any, object, Tensor, inspect.Parameter.empty)  # arrays are looked at by those who read them
+
+
+def checked(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which looks at its arguments first: a text where none is wanted, a class in place of a value of it
+    (`TopK` for `TopK()`), and one of our values in the place of another raise a `ConfigError` that says so.
+
+    Numbers and collections are the function's own matter.
+    """
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            given = signature.bind(*args, **kwargs).arguments
+            hints = get_type_hints(function)
+        except (TypeError, NameError):  # Python says what is missing; a hint may be for type checkers alone
+            return function(*args, **kwargs)
+        for name, value in given.items():
+            if not fits(value, hints.get(name, Any)):
+                wanted = signature.parameters[name].annotation
+                raise ConfigError(f"{function.__name__}: {name} is {_named(value)}; wanted {wanted}")
+        return function(*args, **kwargs)
+
+    return call
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value may be meant by an annotation.
+
+    >>> fits("5%", float | None), fits("less", str | None), fits("a", list[str]), fits(int, int), fits(3, list[str])
+    (False, True, False, False, True)
+    """
+    if hint in _OPEN or get_origin(hint) is Literal:
+        return True
+    if get_origin(hint) is Annotated:
+        return fits(value, get_args(hint)[0])
+    if get_origin(hint) in (Union, types.UnionType):
+        return any(fits(value, one) for one in get_args(hint))
+    own = (
+        isinstance(hint, type) and hint.__module__.startswith("gradsift.") and not getattr(hint, "_is_protocol", False)
+    )
+    if own or hint is type(None):
+        return isinstance(value, hint)
+    if isinstance(value, str):
+        return isinstance(hint, type) and issubclass(str, hint) and get_origin(hint) is None
+    return not isinstance(value, type) or get_origin(hint) is type or hint is type
+
+
+def _named(value: Any) -> str:
+    if isinstance(value, str):
+        return f"the text {value[:80]!r}"
+    if isinstance(value, type):
+        return f"the class {value.__name__} and no value of it, which {value.__name__}() is"
+    return f"a {type(value).__name__}"

@@ -34,9 +34,10 @@ def cell_outputs(source: str, names: dict[str, Any], number: int) -> list[dict[s
     if printed.getvalue():
         outputs.append({"output_type": "stream", "name": "stdout", "text": lines(printed.getvalue())})
     if value is not None:
-        data = {"text/plain": lines(repr(value))}
         if hasattr(value, "_repr_html_"):
-            data["text/html"] = lines(value._repr_html_())
+            data = {"text/html": lines(value._repr_html_()), "text/plain": [f"<{type(value).__name__}>"]}
+        else:
+            data = {"text/plain": lines(repr(value))}
         outputs.append({"output_type": "execute_result", "execution_count": number, "metadata": {}, "data": data})
     return outputs
 

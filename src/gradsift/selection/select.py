@@ -93,8 +93,9 @@ class Dropped(Selection):
         if not helpful:
             return None
         return (
-            f"drop leaves out {helpful:,} rows whose scores are above 0, so that training on them is said to "
-            f"help: {self.harmful:,} are below 0; drop fewer"
+            f"drop leaves out {helpful:,} rows whose scores are above 0 ({self.harmful:,} are below 0): training on "
+            "them is said to help. By Adam's directions hardly any score is below 0, and the order counts: read "
+            "those rows, or drop fewer"
         )
 
 

@@ -42,21 +42,34 @@ def scores(entry: Explanation) -> dict[str, float]:
 
 
 def test_a_contrast_is_the_difference_of_two_gradients(pool: Pool) -> None:
-    """Of the sums over both answers' tokens; scores and losses are differences, too, and change sign with it."""
+    """Of the sums over both answers' tokens, divided by the longer one's number, as rows are means; scores are such
+    differences, too, losses are of the sums, and all change sign with it.
+    """
     entry, gradient, count = explained(pool, question_of(PROMPT, ANSWER))
     other, other_gradient, other_count = explained(pool, question_of(PROMPT, OTHER))
     both, difference, _ = explained(pool, question_of(PROMPT, ANSWER, instead=OTHER))
-    torch.testing.assert_close(difference, count * gradient - other_count * other_gradient, rtol=1e-4, atol=1e-5)
+    longer = max(count, other_count)
+    expected = (count * gradient - other_count * other_gradient) / longer
+    torch.testing.assert_close(difference, expected, rtol=1e-4, atol=1e-5)
     assert both.loss == pytest.approx(count * entry.loss - other_count * other.loss, rel=1e-5)
     assert both.instead == OTHER
     own, others, found = scores(entry), scores(other), scores(both)
     assert found == pytest.approx(
-        {id_: count * own[id_] - other_count * others[id_] for id_ in own}, rel=1e-3, abs=1e-4
+        {id_: (count * own[id_] - other_count * others[id_]) / longer for id_ in own}, rel=1e-3, abs=1e-4
     )
     assert max(found, key=found.__getitem__) == next(iter(found))
     swapped, opposite, _ = explained(pool, question_of(PROMPT, OTHER, instead=ANSWER))
     torch.testing.assert_close(opposite, -difference, rtol=1e-4, atol=1e-5)
     assert swapped.loss == pytest.approx(-both.loss, rel=1e-6)
+
+
+def test_a_row_accounts_for_its_own_answer_beside_another(pool: Pool) -> None:
+    """However many tokens the answer has: a pool row's own, in contrast to a word, is rebuilt by that row in part."""
+    asked, answer = pool.data.messages("p01")
+    (entry,) = explain(pool, question_of([asked], answer["content"], instead="red"), k=1, estimator=PRODUCTS).entries
+    best = entry.best_first(1)[0]
+    assert [example.id for example in best.examples] == ["p01"]
+    assert entry.verdict(best).share > 0.2
 
 
 def test_tokens_of_a_contrast_are_of_both_answers(pool: Pool) -> None:

@@ -293,7 +293,7 @@ class _Work:
             generated=output.generated,
             finished=output.finished,
             tokens=int(output.entry.supervised.sum()),
-            loss=float(self.gradients.losses[position]),
+            loss=float(self.gradients.losses[position]) * self.source.scale(self.source.ids.index(output.id)),
             gradient_norm=float(self.gradients.norms[position]),
             squared_norm=random.squared_norm,
             coefficients=self.coefficients,

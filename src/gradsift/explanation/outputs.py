@@ -117,7 +117,7 @@ class OutputSource:
         digest = hashlib.sha256()
         for number, entry in enumerate(self.entries):
             for part in self.both(number):
-                digest.update((entry.id if part is entry else "instead").encode() + b"\0")
+                digest.update((entry.id if part is entry else "instead, by token").encode() + b"\0")
                 digest.update(np.ascontiguousarray(part.token_ids, dtype=np.int32).tobytes())
                 digest.update(np.ascontiguousarray(part.supervised, dtype=np.bool_).tobytes())
         return digest.hexdigest()[:16]
@@ -144,21 +144,29 @@ class OutputSource:
         """Tokens of the longest sequence, 0 where there is none."""
         return max((len(one.token_ids) for number in range(len(self.entries)) for one in self.both(number)), default=0)
 
+    def scale(self, number: int) -> int:
+        """What a contrast is divided by: the labels of the longer answer; 1 for an output alone."""
+        both = self.both(number)
+        return max(int(one.supervised.sum()) for one in both) if len(both) > 1 else 1
+
     def sequences(self, start: int, stop: int) -> list[Sequence]:
-        """Rows `[start, stop)`: one sequence each, or two in contrast, the other answer's with weights below 0."""
+        """Rows `[start, stop)`: one sequence each, or two in contrast, the other answer's with weights below 0.
+
+        A contrast is divided by the labels of the longer answer: those of rows are means, and could not rebuild a sum.
+        """
         found = []
         for row, number in enumerate(range(start, min(stop, len(self.entries)))):
             entry, *others = self.both(number)
             if not others:
                 found.append(token_mean(entry, row))
             for sign, one in zip((1, -1), (entry, *others) if others else (), strict=False):
-                found.append(Sequence(row, one.token_ids, sign * label_weights(one)))
+                found.append(Sequence(row, one.token_ids, sign / self.scale(number) * label_weights(one)))
         return found
 
 
 def contrasted(others: SequenceABC[TokenizedExample | None]) -> dict[str, Any]:
     """The fields of an `OutputSource` whose outputs stand in contrast to these answers, if any does."""
-    return {"others": tuple(others), "loss": "contrast"} if any(one is not None for one in others) else {}
+    return {"others": tuple(others), "loss": "contrast by token"} if any(one is not None for one in others) else {}
 
 
 def question_of(

@@ -154,6 +154,7 @@ def dry(tiny: World, folder: Path, server: Server) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default" if LM_EVAL else "error")  # lm-eval's own
 def test_the_recipe_runs(tiny: World, tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """All arms are chosen, trained by their own settings and measured by every metric; JI2S at λ = 0.1 is whom the

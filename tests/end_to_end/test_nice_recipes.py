@@ -343,6 +343,7 @@ def test_nice_code_runs(dry: Dry) -> None:
     assert diagnostics["prompts"] == ["HumanEval/0", "HumanEval/1", "HumanEval/2"]
 
 
+@pytest.mark.slow
 def test_alpacaeval_runs(dry: Dry) -> None:
     """Two prompts of each of five sources; the judge sees each pair in both orders, the assistant's responses too."""
     before = len(dry.server.requests)
@@ -373,9 +374,8 @@ def test_rlhf_runs(dry: Dry, entry: int, count: int) -> None:
     assert len((out / "selected.jsonl").read_text().splitlines()) == count
 
 
-@pytest.mark.parametrize(
-    ("entry", "count"), [pytest.param(0, 2, marks=pytest.mark.slow), (2, 8)], ids=["task-agnostic", "task-aware"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("entry", "count"), [(0, 2), (2, 8)], ids=["task-agnostic", "task-aware"])
 def test_humaneval_runs(dry: Dry, entry: int, count: int) -> None:
     """A sample of the problems, whole programs or bodies, of the model's own and of the assistant's."""
     diagnostics, out = ran(dry.written("nice-compare-humaneval.yaml", entry), prompts=3)

@@ -59,6 +59,7 @@ def test_compacts_recipe_is_the_papers() -> None:
         assert recipe.explain.validation is not None
 
 
+@pytest.mark.slow
 def test_compacts_recipe_runs(compact: Path) -> None:
     """The first model is trained, outputs of rows outside the sample are explained by everything, and validated."""
     content = yaml.safe_load(compact.read_text())

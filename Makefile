@@ -6,7 +6,7 @@ EXTRAS := dev,browser,embeddings,openai,sentiment,ray,s3
 # pip's progress is for people; a log gets the errors only.
 PIP_FLAGS := $(shell test -t 2 || echo -qq)
 # Processes that tests run in; each needs up to 3 GB.
-WORKERS ?= 4
+WORKERS ?= 3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready

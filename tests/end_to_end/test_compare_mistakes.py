@@ -59,7 +59,7 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("test data breaks off", {"test": "{here}/cut.jsonl.gz"}, {}, "cannot be read: Compressed file ended"),
     ("test data is not UTF-8", {"test": "{here}/latin.jsonl"}, {}, "latin.jsonl:1: not UTF-8"),
     ("test data is empty", {"test": "{here}/empty.jsonl"}, {}, "is empty: no rows found"),
-    ("test data has no answers", {"test": "{here}/prompts.jsonl"}, {}, ". A loss needs examples with answers: add them"),
+    ("test data has no answers", {"test": "{here}/prompts.jsonl"}, {}, ". A loss needs examples with answers"),
     ("metric of no kind", metric("bleu"), {}, "'bleu' is unknown: there are loss, preferences, reward, lm_eval, "),
     ("metric by its name", {"metrics": ["loss"]}, {}, "compare.metrics.0 is 'loss': wanted settings of its own"),
     ("file of an arm", {"arms": [{"data": "{here}/none.jsonl"}]}, {}, "none.jsonl does not exist (readable files in"),

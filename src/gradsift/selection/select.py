@@ -201,8 +201,10 @@ def select(
             "pool": scores.pool,
         }
 
-    left = np.setdiff1d(np.arange(len(ranks)), positions)
-    dropped = None if drop is None else Dropped(**rows(left[np.argsort(-ranks[left])].tolist()))
+    dropped = None
+    if drop is not None:
+        left = np.setdiff1d(np.arange(len(ranks)), positions)
+        dropped = Dropped(**rows(left[np.argsort(-ranks[left])].tolist()))
     return Selection(**rows(positions), dropped=dropped, told=candidates.told)
 
 

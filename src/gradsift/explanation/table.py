@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -162,11 +162,12 @@ def relevance_table(
     sorted_at = sort_by or (10 if 10 in budgets else budgets[-1])
     between = _between(grouped, how)
     rows = [
-        replace(
-            _row(*key, {k: grouped[*key, k] for k in budgets}, {k: between[*key, k] for k in budgets}, how),
-            throughout={k: to_db(aggregate_relevance(throughout[*key, k], how=how)) for k in budgets}
-            if throughout
-            else None,
+        _row(
+            *key,
+            {k: grouped[*key, k] for k in budgets},
+            {k: between[*key, k] for k in budgets},
+            {k: throughout[*key, k] for k in budgets if throughout},
+            how,
         )
         for key in dict.fromkeys((estimator, strategy) for estimator, strategy, _ in grouped)
     ]
@@ -203,6 +204,7 @@ def _row(
     strategy: str,
     by_budget: Mapping[int, list[Relevance]],
     between: Mapping[int, tuple[float, float] | None],
+    throughout: Mapping[int, list[Relevance]],
     how: Aggregation,
 ) -> TableRow:
     summaries = {k: summarise_relevance(found, how=how) for k, found in by_budget.items()}
@@ -216,6 +218,7 @@ def _row(
         auc_db=relevance_auc(ratios) if several else None,
         auc_per_unit_db=relevance_auc(ratios, per_unit=True) if several else None,
         above={k: sum(relevance.ratio > 1 for relevance in found) / len(found) for k, found in by_budget.items()},
+        throughout={k: to_db(aggregate_relevance(found, how=how)) for k, found in throughout.items()} or None,
     )
 
 

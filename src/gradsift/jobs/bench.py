@@ -14,14 +14,13 @@ from gradsift.base.errors import ConfigError
 from gradsift.base.progress import Reporter, silent
 from gradsift.base.settings import parse_budget
 from gradsift.base.types import Example, Message, Skipped
-from gradsift.context import open_target
 from gradsift.data.formats import column_value
 from gradsift.data.load import Columns, ExampleReader
 from gradsift.data.overlap import normalised_hash
 from gradsift.influence.ratings import with_judge
 from gradsift.jobs.pages import publish_page
 from gradsift.jobs.results import data_facts, gradient_facts, how_to_repeat
-from gradsift.jobs.select_explain import open_recipe, say_account
+from gradsift.jobs.select_explain import open_recipe, open_recipe_target, say_account
 from gradsift.recipe import Recipe
 from gradsift.store.run import Run
 from gradsift.validation.bench import Bench, Benchmark, bench
@@ -45,15 +44,10 @@ def run_bench(recipe: Recipe, reporter: Reporter | None = None) -> Benchmark:
     _ = settings.asked, settings.judged  # refused before anything is read
     if recipe.target is None:
         raise ConfigError("no target: give --target, a file of examples that the methods are to score rows for")
-    if settings.class_column is not None and recipe.subtask is None:
-        recipe = recipe.model_copy(update={"subtask": settings.class_column})
     with Run(recipe.out).lock():
         source = recipe.pool if settings.plant is None else planted(recipe, settings.plant, reporter)
         pool = open_recipe(recipe, reporter, source=source)
-        target = open_target(
-            recipe.target, pool, subtask=recipe.subtask, columns=recipe.target_columns,
-            keep_overlap=recipe.keep_overlap, sample=recipe.target_sample,
-        )  # fmt: skip
+        target = open_recipe_target(recipe, pool)
         say_account(target.data.account, "target", len(target.data), reporter)
         methods = tuple(with_judge(one, recipe.judge) for one in settings.methods)
         found = bench(pool, target, methods, settings=settings)
@@ -73,12 +67,12 @@ def planted(recipe: Recipe, plant: str, reporter: Reporter) -> list[Any]:
         ConfigError: it is not mislabel:SHARE, or too few rows have answers, or answers that differ.
         DataError: the pool cannot be read.
     """
-    kind, _, size = plant.partition(":")
+    kind, _, size = plant.rpartition(":")
     try:
         share = parse_budget(size)
     except ValueError:
         share = 0.0
-    if kind != "mislabel" or not 0 < share < math.inf:
+    if kind.strip().lower() not in ("", "mislabel") or not 0 < share < math.inf:
         raise ConfigError(f"plant is {plant!r}: wanted mislabel:SHARE, such as mislabel:5% or mislabel:20")
     pairs: dict[str, Any] = {} if recipe.objective is None else {"answer": "chosen"}
     read = list(ExampleReader(recipe.pool, columns=recipe.columns, what="pool", require_answer=True, **pairs))

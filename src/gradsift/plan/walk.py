@@ -73,7 +73,7 @@ from gradsift.selection.random import RandomChoice
 from gradsift.selection.select import budget_count, kept_count
 from gradsift.selection.selector import Selector
 from gradsift.store.run import Run
-from gradsift.validation.bench import Bench
+from gradsift.validation.bench import Bench, classed
 from gradsift.warmup.checkpoint import Checkpoint, open_checkpoint
 from gradsift.warmup.train import Training, kept_training, warm_up_ids
 
@@ -750,7 +750,8 @@ def walked(recipe: Recipe, scratch: str, reporter: Reporter, command: str = "run
         return Walk(recipe, grid.pool, grid.target, _kept_pool(recipe, grid.pool)).compare(grid), grid
     pool = open_recipe(inside, reporter, announce=False)
     if recipe.bench is not None:
-        judged = Walk(recipe, pool, open_recipe_target(inside, pool), _kept_pool(recipe, pool))
+        target = classed(open_recipe_target(inside, pool), recipe.bench)
+        judged = Walk(recipe, pool, target, _kept_pool(recipe, pool))
         return judged.judge(recipe.bench), None
     wanted = takes_reward(recipe.estimator) or (recipe.target is not None and chooses(recipe))
     target = open_recipe_target(inside, pool) if wanted else None

@@ -7,7 +7,9 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import cloudpickle
@@ -22,7 +24,7 @@ from gradsift.gradients import collect
 from gradsift.influence.replay import Replay
 from gradsift.jobs.bench import planted
 from gradsift.recipe import Recipe
-from gradsift.validation.bench import Bench, Benchmark, bench
+from gradsift.validation.bench import Bench, Benchmark, Cost, _Judge, _mean_of, bench, classed
 from gradsift.validation.datamodel import lds
 from tiny_world import World, pool_rows, target_rows, write_rows
 
@@ -372,6 +374,22 @@ def test_nothing_to_plant_is_said(tmp_path: Path) -> None:
             planted(recipe, "mislabel:3", gs.Reporter(quiet=True))
 
 
+def test_shares_are_said_as_people_say_them(tmp_path: Path) -> None:
+    """A share with or without a sign, a number, and without the only kind there is; others are refused."""
+    rows = [{"prompt": f"q{n}", "completion": f"a{n}"} for n in range(20)]
+    recipe = Recipe(model="m", pool=write_rows(tmp_path / "p.jsonl", rows), out="o")
+    for said_ in ("mislabel:10%", "mislabel: 10 %", "Mislabel:0.1", "mislabel:2", "10%", "0.1"):
+        assert sum(one.row["planted"] == "yes" for one in planted(recipe, said_, gs.Reporter(quiet=True))) == 2
+    for said_ in ("mislabel", "mislabel:", "mislabel:-5%", "mislabel:200%", "5% mislabel"):
+        with pytest.raises(ConfigError, match="mislabel:SHARE"):
+            planted(recipe, said_, gs.Reporter(quiet=True))
+    assert Bench(shares=["2%", 0.1], removed=["5 %"]).model_dump(include={"shares", "removed"}) == {
+        "shares": (0.02, 0.1), "removed": (0.05,),
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match="between 0 and 1"):
+        Bench(shares=[2])
+
+
 class Broken(Knowing):
     """Gives what no estimator may."""
 
@@ -407,16 +425,22 @@ def test_a_broken_method_ends_nothing(opened: tuple[gs.Pool, gs.Target]) -> None
 
 def test_one_target_tells_nothing_apart(opened: tuple[gs.Pool, gs.Target]) -> None:
     """An interval over targets needs two of them that say something: nothing is recommended by one alone, though it be
-    found perfectly. A class that is not there is no class, and one is the same however a file writes it.
+    found perfectly. A class that is not there is no class, a list holds several, of which one is enough, and one is the
+    same however a file writes it; a target without a class is left out, and a subtask with others like it.
     """
     pool, _ = opened
-    rows = [row | {"source": 1.0 if n % 2 else None} for n, row in enumerate(pool_rows())]
-    named = [row | {"source": (1, None, 7)[n % 3]} for n, row in enumerate(target_rows(6))]
+    rows = [row | {"source": (None, 1.0, ["2"], ["1", 3])[n % 4]} for n, row in enumerate(pool_rows())]
+    named = [row | {"source": (1, None, [7.0, True, "1.0"])[n % 3]} for n, row in enumerate(target_rows(6))]
     own = replace(pool, data=gs.open_pool(rows, model=pool.model, out=f"{pool.run.place}-classes", max_length=64).data)
     for count, said in ((1, "No method is told apart"), (6, "Use knows")):
         asked = gs.open_target(named[:count], own)
         found = bench(own, asked, [Parted()], settings=Bench(class_column="source", top=5))
         assert found.columns[0].values["knows"].value == 1
+        assert any("are left out: 2 of 6, first 't1'" in own for own in found.warnings) == (count == 6)
+        assert (
+            classed(asked, Bench(class_column="source")).subtasks
+            == ("1", "", "1, 7, true", "1", "", "1, 7, true")[:count]
+        )
         assert found.sentence.startswith(said)
         assert np.isnan(found.columns[0].values["knows"].low) == (count == 1)
         figure = json.loads(json.dumps(found.as_dict(), allow_nan=False))["columns"][0]["values"]["knows"]
@@ -434,7 +458,7 @@ class Parted(gs.Estimator):
 
     def influence(self, pool: gs.Pool, target: gs.Target | None) -> gs.Influence:
         assert target is not None
-        of_class = np.array([value == 1 for value in pool.data.column("source")], dtype=np.float32)
+        of_class = np.array([value in (1, ["1", 3]) for value in pool.data.column("source")], dtype=np.float32)
         return gs.Influence(list(pool.data.ids), np.repeat(of_class[:, None], len(target.data), axis=1))
 
 
@@ -445,7 +469,8 @@ class Parted(gs.Estimator):
         ({"measures": ("filter",)}, "marked"),
         ({"measures": ("train",)}, "test, a file"),
         ({"marked": "source"}, "column=value"),
-        ({"marked": "source=nothing"}, "both those and others"),
+        ({"marked": "source=nothing"}, "'source' has 'colour', 'sound'"),
+        ({"marked": "source=sound", "among": "source=sound"}, "12 of 12 rows are to be found"),
         ({"plant": "mislabel:5%", "marked": "a=b"}, "give one of them"),
     ],
 )
@@ -470,3 +495,48 @@ def test_a_benchmark_is_a_value(opened: tuple[gs.Pool, gs.Target]) -> None:
     column = found.as_dict()["columns"][0]
     assert column["best"] == "knowing +1"
     assert set(column["values"]["knowing +1"]) == {"value", "low", "high"}
+
+
+def _simulated(seed: int) -> Benchmark:
+    """Four methods of unknown worth on columns of few targets, some of which say nothing of some method."""
+    draws = np.random.default_rng(seed)
+    methods, count = [*"ABCD", "random"], int(draws.integers(2, 25))
+    worth = draws.normal(0.0, draws.choice([0.05, 0.3, 1.0]), (3, 5))
+    columns = []
+    for number in range(3):
+        each = worth[number] + draws.normal(size=(count, 5))
+        each[:, 4] = draws.normal(size=count) * 0.1
+        if draws.random() < 0.2:
+            each[:, draws.integers(4)] = np.nan
+        of = {label: partial(_mean_of, each[:, n]) for n, label in enumerate(methods)}
+        judge: Any = SimpleNamespace(seed=seed)
+        columns.append(_Judge._column(judge, "recall", "part", f"c{number}", of, count, "targets", chance=0.0))
+    costs = {label: Cost(float(draws.random()), 0) for label in methods}
+    return Benchmark(tuple(methods), tuple(columns), costs, {})
+
+
+def test_what_is_recommended_is_nowhere_told_apart_from_the_best() -> None:
+    """Over 300 simulated tables: where some method is in no column told apart from the best, such a one is named, the
+    cheapest of those above a random ranking in as many columns; else the sentence names every column in which it is
+    behind, and whom. None is recommended where none is above a random ranking."""
+    seen = set()
+    for seed in range(300):
+        found = _simulated(seed)
+        if not any(map(found.above_random, found.methods[:-1])):
+            assert found.sentence.startswith("No method is told apart from a random ranking")
+            continue
+        named = found.sentence.removeprefix("Use ")[0]
+        behind = {
+            one: [c.name for c in found.columns if not c.values[one].value > -9 or c.behind[one].high < 0]
+            for one in "ABCD"
+        }
+        assert len(behind[named]) == min(map(len, behind.values()))
+        for column in found.columns:
+            assert (column.name in found.sentence) == (column.name in behind[named]), found.sentence
+            assert column.name not in behind[named] or f"{column.best} is better in" in found.sentence
+        alike = [one for one in "ABCD" if len(behind[one]) == len(behind[named])]
+        assert found.above_random(named) == max(map(found.above_random, alike))
+        first = [one for one in alike if found.above_random(one) == found.above_random(named)]
+        assert found.costs[named].seconds == min(found.costs[one].seconds for one in first)
+        seen |= {min(map(len, behind.values())), ("But it is not" in found.sentence) + 10}
+    assert seen >= {0, 1, 10}, seen

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
-from gradsift.base.errors import GradsiftError, LockedError, StorageError
-from gradsift.base.interruption import refuse_to_go_on
+from gradsift.base.attempts import Stopped, attempted
 from gradsift.compare.chosen import score_ends_of
 from gradsift.compare.costs import StageClock
 from gradsift.compare.grid import Grid, Key
@@ -22,33 +21,8 @@ from gradsift.selection.selector import Selector
 from gradsift.store.manifest import fingerprint
 from gradsift.warmup.checkpoint import Checkpoint
 
-# What a cell may fail with while the others go on; a full disk or a lost folder ends the comparison.
-_CELL_ERRORS = (GradsiftError, RuntimeError, MemoryError)
-_FATAL = (StorageError, LockedError)
-_Result = TypeVar("_Result")
-
-
-@dataclass(frozen=True)
-class Stopped:
-    """What a stage came to instead of a result."""
-
-    stage: str
-    error: str
-
-
 Choice = tuple[str, ...] | Stopped
 """Ids, or why there are none."""
-
-
-def attempted(stage: str, step: Callable[[], _Result]) -> _Result | Stopped:
-    """What a step comes to, or what stopped it while others may go on."""
-    try:
-        return step()
-    except _FATAL:
-        raise
-    except _CELL_ERRORS as error:
-        refuse_to_go_on(error)
-        return Stopped(stage, str(error) if isinstance(error, GradsiftError) else f"{type(error).__name__}: {error}")
 
 
 @dataclass

@@ -23,6 +23,7 @@ from gradsift.base.lazy import Tensor, torch
 from gradsift.base.ranks import spearman
 from gradsift.base.sums import row_products
 from gradsift.context import Pool, Target
+from gradsift.data.pairs import Pairs
 from gradsift.gradients.collect import SequenceSource
 from gradsift.gradients.hessian import Curvature, curvature_product
 from gradsift.gradients.projection import projector_of
@@ -655,8 +656,9 @@ def _project_product(
 ) -> Tensor:
     network, captured, budget = pool.at(checkpoint).opened()
     projector = projector_of(network, captured, pool.gradients.projection)
-    finite = [id_ in queries for id_ in targets.ids]
-    sequences = [sequence for sequence in targets.sequences(0, len(finite)) if finite[sequence.row]]
+    source, finite = pool.weighed(targets, checkpoint), [id_ in queries for id_ in targets.ids]
+    sequences = [sequence for sequence in source.sequences(0, len(finite)) if finite[sequence.row]]
+    information = source.information(0, len(finite)) if isinstance(source, Pairs) else None
     with pool.reporter.stage(f"{kind} product over {sum(finite)} targets", 1) as advance:
         product = curvature_product(
             kind,
@@ -667,6 +669,7 @@ def _project_product(
             # Twice differentiated graphs hold about three times the activations of one.
             token_budget=budget if kind == "fisher" else max(1, budget // 3),
             autocast=pool.gradients.autocast_type,
+            information=information and [sequence for sequence in information if finite[sequence.row]],
         )
         advance(1)
     return projector.apply(product)[0].float().cpu().contiguous()

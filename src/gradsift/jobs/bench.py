@@ -14,17 +14,17 @@ from gradsift.base.errors import ConfigError
 from gradsift.base.progress import Reporter, silent
 from gradsift.base.settings import parse_budget
 from gradsift.base.types import Example, Message, Skipped
-from gradsift.context import Pool, Target, open_target
+from gradsift.context import Pool, Target
 from gradsift.data.formats import column_value
 from gradsift.data.load import Columns, ExampleReader
 from gradsift.data.overlap import normalised_hash
 from gradsift.influence.ratings import with_judge
 from gradsift.jobs.pages import publish_page
 from gradsift.jobs.results import data_facts, gradient_facts, how_to_repeat
-from gradsift.jobs.select_explain import open_recipe, say_account
+from gradsift.jobs.select_explain import open_recipe, open_recipe_target, say_account
 from gradsift.recipe import Recipe
 from gradsift.store.run import Run
-from gradsift.validation.bench import Bench, Benchmark, bench
+from gradsift.validation.bench import Bench, Benchmark, bench, classed
 from gradsift.validation.bench_shown import benchmark_page
 
 BENCHED = {
@@ -64,14 +64,11 @@ def open_bench(recipe: Recipe, reporter: Reporter, *, announce: bool = True) -> 
         raise ConfigError("no target: give --target, a file of examples that the methods are to score rows for")
     source = recipe.pool if settings.plant is None else planted(recipe, settings.plant, reporter)
     pool = open_recipe(recipe, reporter, source=source, announce=announce)
-    target = open_target(
-        recipe.target, pool, subtask=recipe.subtask or settings.class_column, columns=recipe.target_columns,
-        keep_overlap=recipe.keep_overlap, sample=recipe.target_sample,
-    )  # fmt: skip
+    target = open_recipe_target(recipe, pool)
     if announce:
         say_account(target.data.account, "target", len(target.data), reporter)
     methods = tuple(with_judge(one, recipe.judge) for one in settings.methods)
-    return pool, target, settings.model_copy(update={"methods": methods})
+    return pool, classed(target, settings), settings.model_copy(update={"methods": methods})
 
 
 def planted(recipe: Recipe, plant: str, reporter: Reporter) -> list[Any]:
@@ -82,12 +79,12 @@ def planted(recipe: Recipe, plant: str, reporter: Reporter) -> list[Any]:
         ConfigError: it is not mislabel:SHARE, or too few rows have answers, or answers that differ.
         DataError: the pool cannot be read.
     """
-    kind, _, size = plant.partition(":")
+    kind, _, size = plant.rpartition(":")
     try:
         share = parse_budget(size)
     except ValueError:
         share = 0.0
-    if kind != "mislabel" or not 0 < share < math.inf:
+    if kind.strip().lower() not in ("", "mislabel") or not 0 < share < math.inf:
         raise ConfigError(f"plant is {plant!r}: wanted mislabel:SHARE, such as mislabel:5% or mislabel:20")
     pairs: dict[str, Any] = {} if recipe.objective is None else {"answer": "chosen"}
     read = list(ExampleReader(recipe.pool, columns=recipe.columns, what="pool", require_answer=True, **pairs))

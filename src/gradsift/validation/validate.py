@@ -25,7 +25,6 @@ from gradsift.base.errors import ConfigError, CorruptError, DataError, GradsiftE
 from gradsift.base.lazy import Tensor
 from gradsift.base.types import Skipped, TokenizedExample
 from gradsift.context import Pool
-from gradsift.data.pairs import refuse_pairs
 from gradsift.explanation.explain import Explanations
 from gradsift.explanation.outputs import OutputSource
 from gradsift.explanation.verdict import Trained
@@ -228,7 +227,6 @@ def validate(
         DataError: two different outputs of one id, or no cell can be validated.
     """
     settings = settings or OneStep()
-    refuse_pairs(pool.data, "validate trains a step on single answers")
     by_id = _by_id(outputs)
     wanted = list(cells)
     bench = _Bench(pool, settings, route, checkpoint or pool.checkpoints()[-1])
@@ -487,9 +485,10 @@ class _Bench:
     @cached_property
     def steps(self) -> TrainedSteps | StoredSteps:
         """Where the steps on selections come from."""
+        data = self.pool.data
         if self.store is None:
-            return TrainedSteps(self.model, self.pool.data.by_id)
-        return StoredSteps(self.model, self.store)
+            return TrainedSteps(self.model, replace(self.pool, dtype=self.dtype).referred(data))
+        return StoredSteps(self.model, self.store, data.loss)
 
     def turn_to(self, output: TokenizedExample) -> None:
         """Make `output` the one that effects are on."""

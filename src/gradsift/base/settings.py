@@ -158,5 +158,20 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
         return names[said]
     if len(said) > 1 and said in initials:
         return initials[said]
-    near = difflib.get_close_matches(said, names, n=1, cutoff=0.6)
+    near = [name for name in names if _slip(said, name)] or difflib.get_close_matches(said, names, n=1, cutoff=0.6)
     return names[near[0]] if near else None
+
+
+def _slip(typed: str, name: str) -> bool:
+    """Whether one letter is missing, one too many or another one, or two neighbours are exchanged."""
+    start = _same(typed, name)
+    end = _same(typed[start:][::-1], name[start:][::-1])
+    first, second = (word[start : len(word) - end] for word in (typed, name))
+    return max(len(first), len(second)) <= 1 or (len(first) == 2 and first == second[::-1])
+
+
+def _same(first: str, second: str) -> int:
+    """How many letters are the same before one differs."""
+    return next(
+        (n for n, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
+    )

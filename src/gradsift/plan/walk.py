@@ -147,11 +147,12 @@ class Walk:
         self._rows_together(methods, sums=any(method.full_sum for method in methods))
         for method in settings.judged:
             self._score(method)
-        trainings = settings.trainings(len(self.pool.data) - (len(self.target.overlap) if self.target else 0))
+        assert self.target is not None
+        trainings = settings.trainings(len(self.pool.data) - len(self.target.overlap), self.target.subtasks)
         rows = sum(times * count for times, count in trainings) * self.recipe.warmup.epochs
         if rows:
             self.add(Work("retrainings", rows, backward=rows * float(self.pool.data.lengths.mean())))
-        if "self" in settings.asked and methods and self.target is not None:
+        if "self" in settings.asked and methods:
             count = settings.rows_with_copies(len(self.pool.data), len(self.target.data.ids))
             count *= 3 * len(self._checkpoints())  # by the run's projection, and by two of half its width
             self.add(Work("self-consistency", count, backward=count * float(self.pool.data.lengths.mean())))

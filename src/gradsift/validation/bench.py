@@ -661,8 +661,9 @@ class _Judge:
         return max(1, round(share * int(self.available.sum())))
 
     def _subsets(self, share: float, count: int) -> NDArray[np.float64]:
-        """Weights of the rows without as many random ones, `[subset row]`: the first subsets are always the same; no two
-        are, so that there are fewer where a small pool has no more.
+        """Weights of the rows without as many random ones, `[subset row]`: the first subsets are always the same.
+
+        No two are the same, so that there are fewer where a small pool has no more.
         """
         rows, size = np.flatnonzero(self.available), self._size(share)
         found: dict[tuple[int, ...], Units] = {}

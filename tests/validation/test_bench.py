@@ -132,6 +132,34 @@ def test_retrainings_are_kept_and_shared(opened: tuple[gs.Pool, gs.Target], monk
     assert same.values["knowing +1"].value == pytest.approx(lds(scores, kept, losses).value)
 
 
+def test_rows_are_removed_for_each_subtask(opened: tuple[gs.Pool, gs.Target], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `removed_for: subtask` each subtask's targets are measured without the rows that rank first for these, and
+    the column is what `gradsift.qld` makes of it; random subsets of which a small pool has few are each taken once."""
+    pool, target = opened
+    worth = np.random.default_rng(3).normal(size=(24, 6))
+    told = SimpleNamespace(influence=lambda *_: gs.Influence(list(pool.data.ids), worth.astype(np.float32)))
+    monkeypatch.setattr(Knowing, "influence", lambda self, *_: told.influence())
+    asked: list[np.ndarray[Any, Any]] = []
+
+    def losses(self: _Judge, seed: int, kept: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        asked.append(kept)
+        return -kept @ worth  # a row's worth is what the loss falls by
+
+    monkeypatch.setattr(_Judge, "_losses", losses)
+    settings = Bench(measures=("qld",), removed=(2 / 24,), removals=3, removed_for="subtask")
+    (column,) = bench(pool, target, [Knowing()], settings=settings).columns
+    random, kept = -asked[0] @ worth, np.ones((2, 24))
+    odd = np.array(target.subtasks) == "odd"
+    for line, own in zip(kept, (odd, ~odd), strict=True):
+        line[np.argsort(-worth[:, own].mean(axis=1))[:2]] = 0
+    expected = gs.qld(np.where(odd, -kept[0] @ worth, -kept[1] @ worth), random).value
+    assert column.values["knowing +1"].value == pytest.approx(expected)
+    assert settings.trainings(24, target.subtasks) == [(3 * 2 + 3, 24)]
+    few = Bench(measures=("lds",), shares=(0.01,), subsets=40)
+    bench(pool, target, [Knowing()], settings=few)
+    assert len({tuple(line) for line in asked[-1]}) == len(asked[-1]) == 24
+
+
 def _losses_after(pool: gs.Pool, target: gs.Target, weights: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """The targets' losses after the training with these weights, without what was kept."""
     import torch

@@ -221,19 +221,6 @@ class Pairs(Dataset):
         return self.dpo(range(start, stop)), torch.from_numpy(self._known.contrasts[start:stop])
 
 
-def refuse_pairs(data: Dataset, why: str) -> None:
-    """Refuse rows that are no single answers.
-
-    Raises:
-        ConfigError: they are pairs; `why` they are refused.
-    """
-    if isinstance(data, Pairs):
-        raise ConfigError(
-            f"{why}, and the pool's rows are pairs: learn the chosen ones alone (--columns completion=chosen in place "
-            "of --objective)"
-        )
-
-
 def are_pairs(source: Any, columns: Columns | Mapping[str, str] | None) -> bool:
     """Whether the first row of a source holds a chosen and a rejected answer, and no columns say otherwise."""
     named = Columns.of(columns)

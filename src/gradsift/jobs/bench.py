@@ -92,7 +92,8 @@ def planted(recipe: Recipe, plant: str, reporter: Reporter) -> list[Any]:
     count = round(share * len(places)) if share < 1 else int(share)
     if not 2 <= count <= len(places):
         raise ConfigError(
-            f"plant {plant}: {count} of {len(places)} rows with answers cannot exchange them: at least two are needed"
+            f"plant {plant}: {count} of {len(places)} rows with answers cannot exchange them: wanted at least two, and "
+            "no more than there are"
         )
     draws = np.random.default_rng([recipe.seed, count])
     drawn = draws.choice(sorted(places), count, replace=False)

@@ -157,12 +157,13 @@ class Walk:
         self._rows_together(methods, sums=any(method.full_sum for method in methods))
         for method in settings.judged:
             self._score(method)
-        trainings = settings.trainings(len(self.pool.data) - (len(self.target.overlap) if self.target else 0))
+        assert self.target is not None
+        trainings = settings.trainings(len(self.pool.data) - len(self.target.overlap), self.target.subtasks)
         rows = sum(times * count for times, count in trainings) * self.recipe.warmup.epochs
-        done = self.kept is not None and self.target is not None and is_benched(self.kept, self.target, settings)
+        done = self.kept is not None and is_benched(self.kept, self.target, settings)
         if rows:
             self.add(Work("retrainings", rows, backward=rows * float(self.pool.data.lengths.mean()), done=done))
-        if "self" in settings.asked and methods and self.target is not None:
+        if "self" in settings.asked and methods:
             count = settings.rows_with_copies(len(self.pool.data), len(self.target.data.ids))
             count *= 3 * len(self._checkpoints())  # by the run's projection, and by two of half its width
             read = count * float(self.pool.data.lengths.mean())

@@ -40,7 +40,7 @@ from gradsift.influence.less import LESS
 from gradsift.influence.random import Random
 from gradsift.influence.replay import Losses, Replay
 from gradsift.influence.scores import Scores, score
-from gradsift.influence.smooth import SmoothTraining, training_sequences
+from gradsift.influence.smooth import SmoothTraining, groups_of, training_sequences
 from gradsift.influence.states import RDSPlus
 from gradsift.model.models import model_identity
 from gradsift.report.blocks import Block, Shown
@@ -82,6 +82,8 @@ class Bench(Settings):
     subsets: trainings without random rows, for each share that is left out.
     shares: of the pool, left out by them.
     removed: shares of the highest-scored rows that are left out.
+    removed_for: whom these rank first for: all targets together, or each `subtask` (a class) by itself, whose own loss
+        is then measured.
     removals: as often as many random rows are left out instead.
     test: examples that are neither in the pool nor in the target: their loss is what `train` measures.
     test_columns: of `test`, where they are not the usual ones.
@@ -101,6 +103,7 @@ class Bench(Settings):
     subsets: int = Field(default=12, ge=3)
     shares: tuple[Budget, ...] = (0.02, 0.1, 0.5)
     removed: tuple[Budget, ...] = (0.01, 0.05, 0.1)
+    removed_for: Literal["all", "subtask"] = "all"
     removals: int = Field(default=4, ge=1)
     test: str | None = None
     test_columns: Columns = Columns()
@@ -157,13 +160,14 @@ class Bench(Settings):
         """How many rows and copies of targets `self` takes, of so many rows and targets."""
         return min(rows, _AMONG) + min(targets, self.copies)
 
-    def trainings(self, available: int) -> list[tuple[int, int]]:
+    def trainings(self, available: int, subtasks: Sequence[str] | None) -> list[tuple[int, int]]:
         """At most: how many, and the rows of each that are not left out, of so many that there are."""
         asked, count, found = self.asked, len(self.judged), []
+        groups = len(set(subtasks or [""])) if self.removed_for == "subtask" else 1
         if "lds" in asked:
             found.append((len(self.shares) * self.subsets * (1 + len(_OTHER_SEEDS)), available))
         if "qld" in asked:
-            found.append((len(self.removed) * (count - 1 + self.removals), available))
+            found.append((len(self.removed) * ((count - 1) * groups + self.removals), available))
         if "train" in asked:
             sizes = [budget_count(budget, available) for budget in self.budgets]
             found += [(count * len(self.seeds), size) for size in sizes]
@@ -331,7 +335,7 @@ def bench(
     if methods is not None:
         own = own.model_copy(update={"methods": tuple(methods)})
     judge = _Judge(pool, target, own)
-    if trainings := own.trainings(int(judge.available.sum())):
+    if trainings := own.trainings(int(judge.available.sum()), target.subtasks):
         rows = sum(times * count for times, count in trainings) * pool.warmup.epochs
         pool.reporter.say(
             f"bench: up to {sum(times for times, _ in trainings)} retrainings, {rows:,} rows together; those that are "
@@ -626,32 +630,50 @@ class _Judge:
 
     def _qld(self) -> list[Column]:
         """How much more the loss rises without the highest-scored rows than without random ones, over targets."""
-        found = []
+        found, per = [], self.settings.removed_for == "subtask"
+        groups = groups_of(len(self.target.data), self.target.subtasks if per else None)
         for share in self.settings.removed:
             random, size = self._losses(0, self._subsets(share, self.settings.removals)), self._size(share)
             labels = list(self.scores)[:-1]
-            best = [self._best(label, size) for label in labels]
-            rises = self._losses(0, self._without(best)) - random.mean(axis=0)
+            best = [self._best(scores, size) for label in labels for scores in self._ranked_for(label, groups)]
+            after = self._losses(0, self._without(best)).reshape(len(labels), -1, random.shape[1])
+            rises = after[:, groups, np.arange(len(groups))] - random.mean(axis=0)
             each = dict(zip(labels, rises, strict=True))
             each[list(self.scores)[-1]] = random[0] - random.mean(axis=0)
             of = {label: partial(_mean_of, own) for label, own in each.items()}
             found.append(self._column("qld", "QLD", f"best {share:.0%}", of, rises.shape[1], "targets", chance=0.0))
         return found
 
-    def _best(self, label: str, size: int) -> Units:
-        """The rows that a method ranks first."""
+    def _ranked_for(self, label: str, groups: Units) -> list[NDArray[np.float64]]:
+        """A method's scores for all targets, or for each of several groups of them, `[row]`."""
+        count = int(groups.max()) + 1
+        if count == 1:
+            return [self.whole[label]]
+        return [self.scores[label][:, groups == group].mean(axis=1) for group in range(count)]
+
+    def _best(self, scores: NDArray[np.float64], size: int) -> Units:
+        """The rows that are ranked first."""
         rows = np.flatnonzero(self.available)
-        return rows[np.argsort(placed(self.whole[label][rows, None], self.seed)[:, 0])[:size]]
+        return rows[np.argsort(placed(scores[rows, None], self.seed)[:, 0])[:size]]
 
     def _size(self, share: float) -> int:
         """How many rows a share of them is."""
         return max(1, round(share * int(self.available.sum())))
 
     def _subsets(self, share: float, count: int) -> NDArray[np.float64]:
-        """Weights of the rows without as many random ones, `[subset row]`: the first subsets are always the same."""
+        """Weights of the rows without as many random ones, `[subset row]`: the first subsets are always the same.
+
+        No two are the same, so that there are fewer where a small pool has no more.
+        """
         rows, size = np.flatnonzero(self.available), self._size(share)
-        keys = [[self.seed, size, int(1e6 * share), int(1e6 * number)] for number in range(count)]
-        return self._without([np.random.default_rng(key).choice(rows, size, replace=False) for key in keys])
+        found: dict[tuple[int, ...], Units] = {}
+        for number in range(100 * count):
+            key = [self.seed, size, int(1e6 * share), int(1e6 * number)]
+            drawn = np.random.default_rng(key).choice(rows, size, replace=False)
+            found.setdefault(tuple(sorted(drawn.tolist())), drawn)
+            if len(found) == count:
+                break
+        return self._without([*found.values()])
 
     def _without(self, left_out: Sequence[Units]) -> NDArray[np.float64]:
         kept = np.tile(self.available.astype(np.float64), (len(left_out), 1))
@@ -714,7 +736,7 @@ class _Judge:
         rows, labels = np.flatnonzero(self.available), list(self.scores)
         for budget in settings.budgets:
             size = budget_count(budget, len(rows))
-            chosen = {label: self._best(label, size) for label in labels[:-1]}
+            chosen = {label: self._best(self.whole[label], size) for label in labels[:-1]}
             tasks = []
             for label, seed in product(labels, settings.seeds):
                 drawn = np.random.default_rng([self.seed, size, seed]).choice(rows, size, replace=False)

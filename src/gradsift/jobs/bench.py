@@ -17,10 +17,11 @@ from gradsift.base.types import Example, Message, Skipped
 from gradsift.data.formats import column_value
 from gradsift.data.load import Columns, ExampleReader
 from gradsift.data.overlap import normalised_hash
+from gradsift.evaluation.arms import REST_OF_TARGET
 from gradsift.influence.ratings import with_judge
 from gradsift.jobs.pages import publish_page
 from gradsift.jobs.results import data_facts, gradient_facts, how_to_repeat
-from gradsift.jobs.select_explain import open_recipe, open_recipe_target, say_account
+from gradsift.jobs.select_explain import open_recipe, open_recipe_target, rest_of_target, say_account
 from gradsift.recipe import Recipe
 from gradsift.store.run import Run
 from gradsift.validation.bench import Bench, Benchmark, bench
@@ -49,6 +50,9 @@ def run_bench(recipe: Recipe, reporter: Reporter | None = None) -> Benchmark:
         pool = open_recipe(recipe, reporter, source=source)
         target = open_recipe_target(recipe, pool)
         say_account(target.data.account, "target", len(target.data), reporter)
+        if settings.test == REST_OF_TARGET:
+            rest: Any = {"test": rest_of_target(recipe, target), "test_columns": recipe.target_columns}
+            settings = settings.model_copy(update=rest)
         methods = tuple(with_judge(one, recipe.judge) for one in settings.methods)
         found = bench(pool, target, methods, settings=settings)
         pool.run.publish_json("bench.json", found.as_dict())

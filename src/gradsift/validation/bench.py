@@ -87,7 +87,8 @@ class Bench(Settings):
     removed_for: whom these rank first for: all targets together, or each `subtask` (a class) by itself, whose own loss
         is then measured.
     removals: as often as many random rows are left out instead.
-    test: examples that are neither in the pool nor in the target: their loss is what `train` measures.
+    test: examples that are neither in the pool nor in the target: their loss is what `train` measures. `rest_of_target`
+        is what `target_sample` leaves of the target.
     test_columns: of `test`, where they are not the usual ones.
     budgets: rows that `train` trains on, numbers or shares of the pool.
     seeds: of those trainings and of the random choices.

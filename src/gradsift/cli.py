@@ -572,7 +572,7 @@ def collect(given: Given) -> None:
     name="check-trainer",
 )  # fmt: skip
 def check_trainer(given: Given) -> None:
-    """Compare token ids, labels and losses with those that TRL's SFTTrainer makes of the same rows.
+    """Compare token ids, labels and losses with those of TRL's SFTTrainer, or DPOTrainer, for the same rows.
 
     Where a row or a token differs, it is named, and the exit status is 1.
 

@@ -247,8 +247,8 @@ TRAINER = (
     Option(
         "config",
         panel="Input",
-        help="The trainer: YAML or JSON of SFTConfig's arguments, as `trl sft --config` takes them, or "
-        "train.py:function, which returns an SFTConfig or a trainer.",
+        help="The trainer: YAML or JSON of SFTConfig's arguments, as `trl sft --config` takes them, of pairs of "
+        "DPOConfig's, or train.py:function, which returns such a config or a trainer.",
     ),
     Option("rows", panel="Input", help="How many rows of the pool are compared.", default=8, type=int),
 )

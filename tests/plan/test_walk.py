@@ -15,6 +15,7 @@ from endpoint_runs import compare, grade
 from gradsift.base.progress import silent
 from gradsift.compare.run import run_compare
 from gradsift.influence.estimators import OWN
+from gradsift.jobs.bench import run_bench
 from gradsift.jobs.results import files_of
 from gradsift.jobs.rollouts import run_reward, run_sample
 from gradsift.jobs.select_explain import run_recipe
@@ -301,3 +302,41 @@ def test_a_benchmark_is_announced(recipe: Callable[..., Recipe], tiny: World) ->
     passes = [w for w in walked(asked, asked.out + "-plan", silent(), "run")[0].works if w.stage == "pool gradients"]
     assert [work.rows for work in passes] == [24, 24]
     assert [work.stored["rows"] for work in passes] == [2 * 24, 3 * 24]
+
+
+FINISHED: dict[str, tuple[Callable[[Recipe], Any], str, dict[str, Any]]] = {
+    "select": (run_recipe, "run", {"controls": None, "estimator": {"kind": "less"}}),
+    "explain": (
+        run_recipe, "run",
+        {"target": None, "explain": {"target": "TARGET", "sample": 2, "k": 2, "embedding": None, "max_new_tokens": 3,
+                                     "all_checkpoints": True, "estimators": [{"kind": "less"}],
+                                     "validation": {"sanity": True, "step": {"random_sets": 2}}}},
+    ),
+    "bench": (
+        run_bench, "run",
+        {"warmup": {"epochs": 1, "rank": 2, "dropout": 0, "batch_size": 8}, "adapter": [],
+         "bench": {"methods": [{"kind": "less"}], "measures": ["qld", "self", "filter"], "removed": [0.25],
+                   "removals": 2, "plant": "mislabel:8"}},
+    ),
+    "compare": (
+        run_compare, "run",
+        {"compare": {"budgets": [4], "seeds": [0], "training": {"epochs": 1, "rank": 2}, "test": "TARGET",
+                     "embedding": None}},
+    ),
+    "reward": (
+        run_reward, "reward",
+        {"estimator": {"kind": "nice", "sampling": SAMPLING}, "reward": {"kind": "length", "maximum": 3}},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", FINISHED)
+def test_a_finished_run_has_nothing_left(command: str, recipe: Callable[..., Recipe], tiny: World) -> None:
+    """What a command has done, the plan of the same command says is done: every stage, and no token, second or byte."""
+    run, planned, fields = FINISHED[command]
+    asked = recipe(**json.loads(json.dumps(fields).replace("TARGET", tiny.target)))
+    assert not all(work.done for work in walked(asked, asked.out + "-plan", silent(), planned)[0].works)
+    run(asked)
+    found = estimate(asked, command=planned)
+    assert {name: stage for name, stage in found["stages"].items() if not stage["done"]} == {}
+    assert (found["total"]["tokens"], found["total"]["seconds"], found["total"]["disk_bytes"]) == (0, 0, 0)

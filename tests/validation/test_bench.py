@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -273,6 +274,30 @@ def test_rows_are_taken_in_one_pass(opened: tuple[gs.Pool, gs.Target], monkeypat
     assert min(seconds[method.label] for method in methods) > seconds["random (seed 0)"]
     again = bench(pool, target, methods, settings=Bench(class_column="source"))
     assert again.costs == found.costs
+
+
+def test_costs_of_interrupted_attempts_are_counted(
+    opened: tuple[gs.Pool, gs.Target], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a method took until Ctrl-C is part of its cost once it is scored, and is never counted again."""
+    pool, target = opened
+    attempts = [0.3, 0.0]
+
+    def interrupted(self: Knowing, *_: Any) -> gs.Influence:
+        time.sleep(attempts.pop(0))
+        if attempts:
+            raise KeyboardInterrupt
+        return influence(self, *_)
+
+    influence = Knowing.influence
+    monkeypatch.setattr(Knowing, "influence", interrupted)
+    asked: dict[str, Any] = {"methods": [Knowing(sign=5)], "settings": Bench(class_column="source", top=2)}
+    with pytest.raises(KeyboardInterrupt):
+        bench(pool, target, **asked)
+    found = bench(pool, target, **asked)
+    assert found.costs["knowing +5"].seconds >= 0.3
+    monkeypatch.setattr(Knowing, "influence", influence)
+    assert bench(pool, target, **asked).costs == found.costs
 
 
 def test_from_the_command_line(tiny: World, labelled: str, tmp_path: Path) -> None:

@@ -13,8 +13,7 @@ from gradsift.compare.costs import StageClock
 from gradsift.compare.grid import Grid, Key
 from gradsift.context import Pool
 from gradsift.evaluation.arms import Contender
-from gradsift.influence.estimator import Estimator, views_read
-from gradsift.influence.ji2s import full_sums
+from gradsift.influence.estimator import Estimator, full_sums, views_read
 from gradsift.influence.scores import Scores, score
 from gradsift.report.blocks import Block
 from gradsift.selection.select import select
@@ -134,4 +133,4 @@ class Choices:
 
     def _score(self, pool: Pool, contender: Contender, estimator: Estimator, identity: dict[str, Any]) -> Scores:
         with self.clock.timed("score", contender.name, identity):
-            return score(pool, self.grid.target, estimator, aggregation=self.grid.recipe.aggregation)
+            return score(pool, self.grid.target, estimator, aggregation=self.grid.recipe.aggregation, views=())

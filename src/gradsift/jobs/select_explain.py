@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -28,8 +28,7 @@ from gradsift.explanation.outputs import Question, question_of, questions_of
 from gradsift.explanation.table import coefficient_statistics, relevance_table
 from gradsift.gradients.rows import View
 from gradsift.influence.diagnostics import check_samples
-from gradsift.influence.estimator import Estimator
-from gradsift.influence.ji2s import full_sums
+from gradsift.influence.estimator import Estimator, collect_together
 from gradsift.influence.nice import PolicyTargets, takes_reward
 from gradsift.influence.prompts import PromptTarget, open_prompts
 from gradsift.influence.ratings import with_judge
@@ -258,23 +257,17 @@ def score_all(recipe: Recipe, reporter: Reporter, *, command: str) -> Result:
         )
     write_skipped(pool.run, result.account)
     methods = methods_of(recipe)
-    views = views_together(recipe, methods)
-    if len(views) > 1:  # the same backward gives them all
-        rows = full_sums(pool) if any(method.full_sum for method in methods) else pool
-        rows.stores(pool.checkpoints()[-1], sorted(views))
+    collect_together(pool, methods, views_beside(recipe))
     result.scores = [score(pool, target, method, aggregation=recipe.aggregation) for method in methods]
     save_tables(pool, result.scores)
     return result
 
 
-def views_together(recipe: Recipe, methods: Sequence[Estimator]) -> set[View]:
-    """What is read at the last checkpoint to choose and to explain, now or later, which the same backward gives."""
-    views: set[View] = {view for method in methods if (view := method.view) is not None}
-    if recipe.explain is not None:
-        return views | explained_views(recipe.explain.estimators)
-    if not views:  # no gradient is taken to choose
-        return views
-    return views | (explained_views(()) if recipe.views is None else set(recipe.views))
+def views_beside(recipe: Recipe) -> list[View]:
+    """What is read at the last checkpoint to explain, now or later, and collected in the pass that the choice needs."""
+    if recipe.explain is None and recipe.views is not None:
+        return list(recipe.views)
+    return sorted(explained_views(() if recipe.explain is None else recipe.explain.estimators))
 
 
 def trust(result: Result) -> None:

@@ -35,15 +35,15 @@ from gradsift.evaluation.setup import subject_of
 from gradsift.execution.engine import LOCAL
 from gradsift.gradients.collect import SequenceSource
 from gradsift.influence.bm25 import BM25
-from gradsift.influence.estimator import Estimator, Targets, TargetsByCheckpoint, target_view, views_read
+from gradsift.influence.estimator import Estimator, Targets, TargetsByCheckpoint, full_sums, target_view, views_read
 from gradsift.influence.estimators import AnyEstimator
-from gradsift.influence.ji2s import full_sums
 from gradsift.influence.less import LESS
 from gradsift.influence.random import Random
 from gradsift.influence.replay import Losses, Replay
 from gradsift.influence.scores import Scores, score
 from gradsift.influence.smooth import SmoothTraining, groups_of, training_sequences
 from gradsift.influence.states import RDSPlus
+from gradsift.model.models import model_identity
 from gradsift.report.blocks import Block, Shown
 from gradsift.selection.select import budget_count
 from gradsift.store.manifest import Record, fingerprint, read_if_whole
@@ -346,7 +346,26 @@ def bench(
             f"bench: up to {sum(times for times, _ in trainings)} retrainings, {rows:,} rows together; those that are "
             "kept are not taken again"
         )
-    return judge.benchmark()
+    found = judge.benchmark()
+    pool.run.publish_json(_done_key(pool, target, own), {})
+    return found
+
+
+def _done_key(pool: Pool, target: Target, settings: Bench) -> str:
+    """Where it is noted that a benchmark of this pool, target, training, methods and measures has ended."""
+    of_pool = {"warmup": pool.warmup, "gradients": pool.gradients}
+    identity = [
+        pool.data.fingerprint, target.data.fingerprint, list(target.subtasks or ()), model_identity(pool.model),
+        pool.adapters, pool.seed, {name: one.model_dump(mode="json") for name, one in of_pool.items()},
+        settings.model_dump(mode="json", exclude={"methods"}),
+        [method.model_dump(mode="json") for method in settings.judged],
+    ]  # fmt: skip
+    return f"bench/done-{fingerprint(identity)}.json"
+
+
+def is_benched(pool: Pool, target: Target, settings: Bench) -> bool:
+    """Whether the run folder has all of this benchmark."""
+    return pool.run.storage.exists(_done_key(pool, target, settings))
 
 
 def classed(target: Target, settings: Bench) -> Target:
@@ -457,15 +476,22 @@ class _Judge:
         return None if isinstance(found, Stopped) else found
 
     def _timed(self, what: Any, work: Callable[[], _Found]) -> tuple[_Found, Cost]:
-        """What it makes, with what that took when it was first made."""
-        key = f"bench/cost-{fingerprint(what)}.json"
-        kept = read_if_whole(self.pool.run.storage, key, _KeptCost, sealed=True)
-        if kept is not None:
+        """What it makes, with what that took when it was first made, attempts that were interrupted included."""
+        run, key = self.pool.run, f"bench/cost-{fingerprint(what)}.json"
+        kept = read_if_whole(run.storage, key, _KeptCost, sealed=True)
+        if kept is not None and kept.get("done", True):
             return work(), Cost(kept["seconds"], kept["bytes"])
-        before, began = _bytes_in(self.pool), time.monotonic()
-        made = work()
-        cost = Cost(time.monotonic() - began, max(0, _bytes_in(self.pool) - before))
-        self.pool.run.publish_json(key, asdict(cost), sealed=True)
+        earlier, before, began = kept or {"seconds": 0.0, "bytes": 0}, _bytes_in(self.pool), time.monotonic()
+        done = False
+        try:
+            made = work()
+            done = True
+        finally:
+            cost = Cost(
+                earlier["seconds"] + time.monotonic() - began,
+                earlier["bytes"] + max(0, _bytes_in(self.pool) - before),
+            )
+            run.publish_json(key, asdict(cost) | ({} if done else {"done": False}), sealed=True)
         return made, cost
 
     def _score(self, method: Estimator, shared: Mapping[str, Cost]) -> None:
@@ -639,8 +665,9 @@ class _Judge:
         return max(1, round(share * int(self.available.sum())))
 
     def _subsets(self, share: float, count: int) -> NDArray[np.float64]:
-        """Weights of the rows without as many random ones, `[subset row]`: the first subsets are always the same. None
-        is there twice, so that a small pool may have fewer.
+        """Weights of the rows without as many random ones, `[subset row]`: the first subsets are always the same.
+
+        No two are the same, so that there are fewer where a small pool has no more.
         """
         rows, size = np.flatnonzero(self.available), self._size(share)
         found: dict[tuple[int, ...], Units] = {}
@@ -755,12 +782,14 @@ class _Judge:
             error[label] = self._error_of(method)
             if isinstance(method, SmoothTraining):
                 continue  # copies would be another training
-            each, _ = self._placed(score(pool, self.target, method), pool)
+            each, _ = self._placed(score(pool, self.target, method, views=()), pool)
             copies = np.zeros(each.shape, dtype=bool)
             copies[np.arange(len(each) - len(copied), len(each)), copied] = True
             first[label] = recall(each[:, copied], copies[:, copied], k=1, seed=self.seed)
             if halves and method.view is not None:
-                found = [self._placed(score(half_, self.target, method), half_)[0][:, copied] for half_ in halves]
+                found = [
+                    self._placed(score(half_, self.target, method, views=()), half_)[0][:, copied] for half_ in halves
+                ]
                 there = np.isfinite(found).all(axis=(0, 2))
                 agree[label] = paired_rank_correlations(*(own[there] for own in found))
         part, over = "Self-consistency", "targets"
@@ -867,6 +896,7 @@ class _Fitted:
 class _KeptCost(Record):
     seconds: float
     bytes: int
+    done: bool = True
 
 
 def _said(value: Any) -> frozenset[str]:

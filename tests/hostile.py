@@ -22,7 +22,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 USER = 54321  # an ordinary user who owns nothing
-LIMITS = {"memory_mb": 128, "disk_mb": 4, "processes": 8, "output_kb": 4, "cpu_seconds": 2, "timeout": 5.0}
+LIMITS = {"memory_mb": 128, "disk_mb": 4, "processes": 8, "output_kb": 4, "cpu_seconds": 1, "timeout": 5.0}
 # What a container of Docker leaves to root.
 CONTAINER = (0, 1, 3, 4, 5, 6, 7, 8, 10, 13, 18, 27, 29, 31)
 LEVELS = {

@@ -18,10 +18,11 @@ from gradsift.context import Pool, Target
 from gradsift.data.formats import column_value
 from gradsift.data.load import Columns, ExampleReader
 from gradsift.data.overlap import normalised_hash
+from gradsift.evaluation.arms import REST_OF_TARGET
 from gradsift.influence.ratings import with_judge
 from gradsift.jobs.pages import publish_page
 from gradsift.jobs.results import data_facts, gradient_facts, how_to_repeat
-from gradsift.jobs.select_explain import open_recipe, open_recipe_target, say_account
+from gradsift.jobs.select_explain import open_recipe, open_recipe_target, rest_of_target, say_account
 from gradsift.recipe import Recipe
 from gradsift.store.run import Run
 from gradsift.validation.bench import Bench, Benchmark, bench, classed
@@ -67,8 +68,10 @@ def open_bench(recipe: Recipe, reporter: Reporter, *, announce: bool = True) -> 
     target = open_recipe_target(recipe, pool)
     if announce:
         say_account(target.data.account, "target", len(target.data), reporter)
-    methods = tuple(with_judge(one, recipe.judge) for one in settings.methods)
-    return pool, classed(target, settings), settings.model_copy(update={"methods": methods})
+    changed: dict[str, Any] = {"methods": tuple(with_judge(one, recipe.judge) for one in settings.methods)}
+    if settings.test == REST_OF_TARGET:
+        changed |= {"test": rest_of_target(recipe, target), "test_columns": recipe.target_columns}
+    return pool, classed(target, settings), settings.model_copy(update=changed)
 
 
 def planted(recipe: Recipe, plant: str, reporter: Reporter) -> list[Any]:

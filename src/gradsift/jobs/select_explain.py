@@ -18,6 +18,8 @@ from gradsift.context import Pool, Target, open_pool, open_target
 from gradsift.data.account import Account, count_reasons, counts_text
 from gradsift.data.formats import BadRowError, read_conversation
 from gradsift.data.load import Columns, load_examples
+from gradsift.data.overlap import hashed
+from gradsift.evaluation.arms import REST_OF_TARGET
 from gradsift.evaluation.loss import HeldOutLoss
 from gradsift.evaluation.mixture import Mixture, mix, sources_of, train_mixtures
 from gradsift.execution.ray import engine_of
@@ -89,6 +91,32 @@ def open_recipe_target(recipe: Recipe, pool: Pool, *, rewarded: bool = True) -> 
             "rewards.py:function or unit_tests"
         )
     return open_target(recipe.target, pool, **how)
+
+
+class RestOfTarget(list[dict[str, Any]]):
+    """Rows of the target that are not in its sample, as they are in its file."""
+
+    label = REST_OF_TARGET
+
+
+def rest_of_target(recipe: Recipe, target: Target | None) -> RestOfTarget:
+    """What the recipe's sample leaves of its target, to measure on.
+
+    Raises:
+        ConfigError: there is no target or no sample of it, or nothing is left.
+    """
+    if target is None or recipe.target_sample is None:
+        raise ConfigError(
+            "the rest of the target is to be measured on, and there is none: give `target:` and `target_sample:`, of "
+            "how many of its rows the choice is made; or name a file of test examples"
+        )
+    whole = load_examples(recipe.target, columns=recipe.target_columns, what="target", require_answer=False)
+    drawn = set(target.data.hashes)
+    hashes = (own for _, own in hashed(whole.examples))
+    rest = RestOfTarget(dict(one.row) for one, own in zip(whole.examples, hashes, strict=True) if own not in drawn)
+    if not rest:
+        raise ConfigError("the rest of the target is to be measured on, and its sample leaves nothing: draw fewer")
+    return rest
 
 
 def run_score(recipe: Recipe, reporter: Reporter | None = None) -> Result:

@@ -8,11 +8,11 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from itertools import product
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
 from gradsift.base.attempts import Stopped, attempted
 from gradsift.base.errors import ConfigError, DataError
@@ -27,6 +27,7 @@ from gradsift.data.dataset import Dataset
 from gradsift.data.load import Columns
 from gradsift.data.pairs import Pairs
 from gradsift.data.prepare import prepare
+from gradsift.evaluation.arms import expanded
 from gradsift.evaluation.evaluate import measure
 from gradsift.evaluation.fine_tune import train_on
 from gradsift.evaluation.loss import HeldOutLoss
@@ -34,7 +35,7 @@ from gradsift.evaluation.setup import subject_of
 from gradsift.execution.engine import LOCAL
 from gradsift.gradients.collect import SequenceSource
 from gradsift.influence.bm25 import BM25
-from gradsift.influence.estimator import Estimator, Targets, full_sums, source_at, target_view, views_read
+from gradsift.influence.estimator import Estimator, Targets, TargetsByCheckpoint, full_sums, target_view, views_read
 from gradsift.influence.estimators import AnyEstimator
 from gradsift.influence.less import LESS
 from gradsift.influence.random import Random
@@ -46,7 +47,7 @@ from gradsift.model.models import model_identity
 from gradsift.report.blocks import Block, Shown
 from gradsift.selection.select import budget_count
 from gradsift.store.manifest import Record, fingerprint, read_if_whole
-from gradsift.validation.datamodel import agreement, agreement_of_trainings
+from gradsift.validation.datamodel import agreement, agreement_of_trainings, rise
 from gradsift.validation.ranking import (
     auc,
     average_precision,
@@ -69,7 +70,8 @@ _COPY = "copy of "  # before a target's id
 class Bench(Settings):
     """Methods to judge, and by what.
 
-    methods: what is judged; repeat for several. A random ranking is always beside them.
+    methods: what is judged; repeat for several. A random ranking is always beside them. In a recipe a field that holds
+        a list stands for a method of each value.
     measures: `recall` of the target's class, `filter` for marked rows, `lds` and `qld` by retraining, `train` on the
         best-scored rows alone, `self` for whether scores agree with themselves; by default those whose columns or data
         are named, else `lds` and `qld`.
@@ -85,7 +87,8 @@ class Bench(Settings):
     removed_for: whom these rank first for: all targets together, or each `subtask` (a class) by itself, whose own loss
         is then measured.
     removals: as often as many random rows are left out instead.
-    test: examples that are neither in the pool nor in the target: their loss is what `train` measures.
+    test: examples that are neither in the pool nor in the target: their loss is what `train` measures. `rest_of_target`
+        is what `target_sample` leaves of the target.
     test_columns: of `test`, where they are not the usual ones.
     budgets: rows that `train` trains on, numbers or shares of the pool.
     seeds: of those trainings and of the random choices.
@@ -93,7 +96,9 @@ class Bench(Settings):
     smooth: retrain as MAGIC does, without dropout, with a longer warm-up and ε_root, in place of the preset alone.
     """
 
-    methods: tuple[AnyEstimator, ...] = (LESS(), RDSPlus(), BM25())
+    methods: Annotated[tuple[AnyEstimator, ...], BeforeValidator(lambda given: expanded(given, AnyEstimator))] = (
+        LESS(), RDSPlus(), BM25(),
+    )  # fmt: skip
     measures: tuple[Measure, ...] | None = None
     class_column: str | None = None
     marked: str | None = None
@@ -450,10 +455,10 @@ class _Judge:
             _, pass_ = self._timed(["rows", config], partial(rows.stores, checkpoint, views))
             cost = Cost(pass_.seconds, pass_.bytes // max(1, len(views)))
             found |= {method.label: found.get(method.label, trained) + cost for method in reading}
-            asked = {
-                (source_at(targets[method.label], checkpoint), target_view(method.view))
+            asked = {  # responses of a policy are drawn where its own method is scored, which they are counted to
+                (source, target_view(method.view))
                 for method in reading
-                if method.view is not None
+                if method.view is not None and not isinstance(source := targets[method.label], TargetsByCheckpoint)
             }
             for source in {own for own, _ in asked}:
                 wanted = sorted(view for own, view in asked if own is source)
@@ -637,11 +642,10 @@ class _Judge:
             labels = list(self.scores)[:-1]
             best = [self._best(scores, size) for label in labels for scores in self._ranked_for(label, groups)]
             after = self._losses(0, self._without(best)).reshape(len(labels), -1, random.shape[1])
-            rises = after[:, groups, np.arange(len(groups))] - random.mean(axis=0)
-            each = dict(zip(labels, rises, strict=True))
-            each[list(self.scores)[-1]] = random[0] - random.mean(axis=0)
-            of = {label: partial(_mean_of, own) for label, own in each.items()}
-            found.append(self._column("qld", "QLD", f"best {share:.0%}", of, rises.shape[1], "targets", chance=0.0))
+            own = [*after[:, groups, np.arange(len(groups))], random[0]]
+            of = {label: partial(rise, one, random) for label, one in zip(self.scores, own, strict=True)}
+            over, how = "targets and random draws", dict[str, Any](chance=0.0, beside=len(random))
+            found.append(self._column("qld", "QLD", f"best {share:.0%}", of, len(groups), over, **how))
         return found
 
     def _ranked_for(self, label: str, groups: Units) -> list[NDArray[np.float64]]:
@@ -830,15 +834,19 @@ class _Judge:
     # --- columns ------------------------------------------------------------------------------------------------------
 
     def _column(
-        self, measure: Measure, part: str, name: str, of: Mapping[str, Callable[[Units], float]], count: int, over: str,
-        *, units: int | None = None, **more: Any,
+        self, measure: Measure, part: str, name: str, of: Mapping[str, Callable[..., float]], count: int, over: str,
+        *, units: int | None = None, beside: int = 0, **more: Any,
     ) -> Column:  # fmt: skip
         """Every method's value and its difference to the best, by the same resamples; `units`: those of them that say
-        something, where some do not.
+        something, where some do not; `beside`: units of another kind, as in `bootstrap`.
         """
         units = count if units is None else units
         labels = list(of)
-        values, drawn = bootstrap(lambda rows: np.array([of[label](rows) for label in labels]), count, seed=self.seed)
+
+        def statistics(*drawn_: Units) -> NDArray[np.float64]:
+            return np.array([of[label](*drawn_) for label in labels])
+
+        values, drawn = bootstrap(statistics, count, seed=self.seed, beside=beside)
         judged = [number for number in range(len(labels) - 1) if np.isfinite(values[number])]
         best = max(judged, key=lambda number: values[number], default=0)
         found = {label: estimate_of(values[n], drawn[:, n], units) for n, label in enumerate(labels)}

@@ -97,7 +97,7 @@ def qld(without_best: ArrayLike, without_random: ArrayLike, *, draws: int = 400,
     Args:
         without_best: `[target]`, nats, of each target after the training without the rows that rank first for it.
         without_random: `[draw target]`, after trainings without as many random rows.
-        draws: bootstrap resamples of the targets.
+        draws: bootstrap resamples of the targets, and of the draws.
         seed: of them.
 
     Raises:
@@ -111,8 +111,18 @@ def qld(without_best: ArrayLike, without_random: ArrayLike, *, draws: int = 400,
     best, random = _matrix("without_best", np.atleast_2d(without_best)), _matrix("without_random", without_random)
     if best.shape[1] != random.shape[1]:
         raise ShapeError(f"without_best has {best.shape[1]} targets and without_random {random.shape[1]}")
-    rises = best[0] - random.mean(axis=0)
-    return _bootstrapped(lambda rows: float(rises[rows].mean()), len(rises), draws, seed)
+
+    def statistic(rows: NDArray[np.int64], drawn: NDArray[np.int64]) -> float:
+        return rise(best[0], random, rows, drawn)
+
+    return _bootstrapped(statistic, best.shape[1], draws, seed, beside=len(random))
+
+
+def rise(
+    loss: NDArray[np.float64], random: NDArray[np.float64], targets: NDArray[np.int64], drawn: NDArray[np.int64]
+) -> float:
+    """`qld` of some targets and of some draws, by their numbers."""
+    return float(loss[targets].mean() - random[np.ix_(drawn, targets)].mean())
 
 
 def joint_influence(
@@ -182,7 +192,7 @@ def agreement(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
 
 
 def _bootstrapped(
-    statistic: Callable[[NDArray[np.int64]], float], count: int, draws: int = 400, seed: int = 0
+    statistic: Callable[..., float], count: int, draws: int = 400, seed: int = 0, beside: int = 0
 ) -> Estimate:
-    value, drawn = bootstrap(lambda rows: np.array([statistic(rows)]), count, draws, seed)
+    value, drawn = bootstrap(lambda *units: np.array([statistic(*units)]), count, draws, seed, beside=beside)
     return estimate_of(value[0], drawn[:, 0], count)

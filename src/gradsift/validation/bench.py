@@ -20,7 +20,7 @@ from gradsift.base.attempts import Stopped, attempted
 from gradsift.base.errors import ConfigError, DataError, GradsiftError
 from gradsift.base.lazy import torch
 from gradsift.base.progress import Advance, silent, untold
-from gradsift.base.ranks import paired_rank_correlations
+from gradsift.base.ranks import column_ranks, paired_rank_correlations
 from gradsift.base.resampling import Estimate, bootstrap, estimate_of
 from gradsift.base.settings import Budget, Settings
 from gradsift.base.types import Example
@@ -49,7 +49,7 @@ from gradsift.model.models import model_identity
 from gradsift.report.blocks import Block, Shown
 from gradsift.selection.select import budget_count
 from gradsift.store.manifest import Record, fingerprint, read_if_whole
-from gradsift.validation.datamodel import agreement, agreement_of_trainings, rise
+from gradsift.validation.datamodel import agreement, agreement_of_trainings, foretold, rise
 from gradsift.validation.ranking import (
     auc,
     average_precision,
@@ -626,9 +626,12 @@ class _Judge:
             same = self._losses(0, kept)
             others = [self._losses(seed, kept) for seed in _OTHER_SEEDS]
             ceiling = agreement_of_trainings(*others)
-            predicted = {label: kept @ np.where(np.isfinite(own), own, 0.0) for label, own in self.scores.items()}
+            predicted = {
+                label: foretold(kept, np.where(np.isfinite(own), own, 0.0)) for label, own in self.scores.items()
+            }
             for name, losses, top in (("same order", same, None), ("other seeds", np.mean(others, axis=0), ceiling)):
-                of = {label: partial(_agreement_of, own, -losses) for label, own in predicted.items()}
+                outcome = column_ranks(-losses)
+                of = {label: partial(agreement, own, outcome) for label, own in predicted.items()}
                 title = f"without {share:.0%}"
                 found.append(
                     self._column("lds", f"LDS, {name}", title, of, len(kept), "subsets", chance=0.0, ceiling=top)
@@ -968,10 +971,6 @@ def _of_rows(
     kind: Callable[..., NDArray[np.float64]], scores: NDArray[np.float64], wanted: NDArray[np.bool_], rows: Units
 ) -> float:
     return float(kind(scores[rows][:, None], wanted[rows][:, None])[0])
-
-
-def _agreement_of(predicted: NDArray[np.float64], outcome: NDArray[np.float64], rows: Units) -> float:
-    return agreement(predicted[rows], outcome[rows])
 
 
 def _bytes_in(pool: Pool) -> int:

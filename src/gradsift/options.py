@@ -149,7 +149,10 @@ SCORE = (
     ),
     *_of(
         "Estimator",
-        "aggregation\ncontrols.kind --control * | Another ranking beside the usual ones, as rds_plus.",
+        """
+        aggregation
+        controls.kind --control * | Another ranking beside the usual ones (--set controls=[]: none), as rds_plus.
+        """,
     ),
     *_of(
         "Joint influence",
@@ -207,7 +210,7 @@ divine:most_harmful, facility_location:0.25. Repeat for several.""",
     *_of(
         "Explanation",
         """explain.strategies.trade_off
-        explain.candidates | How many of the ranking strategies choose from, and rerank's second method ranks (1000).
+        explain.candidates | How many strategies choose from, half of them sought in the whole pool, and rerank's second method ranks (1000).
         explain.exact ?
         explain.all_checkpoints !
         explain.coefficients
@@ -247,8 +250,8 @@ TRAINER = (
     Option(
         "config",
         panel="Input",
-        help="The trainer: YAML or JSON of SFTConfig's arguments, as `trl sft --config` takes them, or "
-        "train.py:function, which returns an SFTConfig or a trainer.",
+        help="The trainer: YAML or JSON of SFTConfig's arguments, as `trl sft --config` takes them, of pairs of "
+        "DPOConfig's, or train.py:function, which returns such a config or a trainer.",
     ),
     Option("rows", panel="Input", help="How many rows of the pool are compared.", default=8, type=int),
 )

@@ -13,6 +13,7 @@ from torch.nn.functional import logsigmoid
 from transformers.models.llama import modeling_llama
 
 import gradsift as gs
+from gradsift.base.errors import ConfigError
 from gradsift.context import Pool
 from gradsift.data.pairs import Pairs
 from gradsift.model.models import host
@@ -93,22 +94,145 @@ def with_gradients(network: Any) -> dict[str, torch.Tensor]:
     return named
 
 
+def flat_gradient(value: torch.Tensor, weights: list[torch.Tensor], **options: Any) -> torch.Tensor:
+    return torch.cat([part.flatten() for part in torch.autograd.grad(value, weights, **options)])
+
+
+def weights_of(network: Any, segments: Any) -> list[torch.Tensor]:
+    """The trained weight of each segment of a store."""
+    named = {
+        n.replace(".default.", ".").removeprefix("base_model.model."): p for n, p in with_gradients(network).items()
+    }
+    return [next(p for n, p in named.items() if n in one["name"] or one["name"] in n) for one in segments]
+
+
 def test_gradients_and_losses_are_those_of_the_definition(pool: Pool) -> None:
     """Rows at each checkpoint are autograd's gradients of the DPO loss in float64; a store's losses are that loss."""
     assert isinstance(pool.data, Pairs)
     for checkpoint in pool.checkpoints():
         store = pool.stores(checkpoint, ["plain"])["plain"]
         network = host(pool.model, pool.dtype, pool.device).with_adapter(checkpoint.adapter)
-        named = with_gradients(network)
-        order = [segment["name"] for segment in store.config["segments"]]
-        losses = plain_losses(network, pool.data)
-        places = {name.replace(".default.", ".").removeprefix("base_model.model."): name for name in named}
-        keys = [next(own for short, own in places.items() if short in name or name in short) for name in order]
+        weights, losses = weights_of(network, store.config["segments"]), plain_losses(network, pool.data)
         for row, loss in enumerate(losses):
-            wanted = torch.cat([g.flatten() for g in torch.autograd.grad(loss, [named[key] for key in keys])])
+            wanted = flat_gradient(loss, weights)
             found = store.rows(row, row + 1)[0].double()
             assert float((found - wanted).norm() / wanted.norm()) < 1e-6
         np.testing.assert_allclose(store.losses.numpy(), [loss.item() for loss in losses], rtol=1e-6)
+
+
+def odds(loss: torch.Tensor) -> torch.Tensor:
+    """σ(m)/σ(−m) of a loss −log σ(m)."""
+    return ((-loss).exp() / -torch.expm1(-loss)).detach()
+
+
+@pytest.mark.parametrize("kind", ["hvp", "ggn", "fisher"])
+def test_curvature_is_that_of_the_definition(pool: Pool, kind: Any) -> None:
+    """JI2S's product is autograd's with the mean DPO loss: its Hessian, β²σ(m)σ(−m)∇x∇xᵀ, or the gradients' moments."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    from gradsift.influence.ji2s import _project_product
+
+    target, checkpoint = gs.open_target(preferred(3, start=12), pool), pool.checkpoints()[-1]
+    queries = pool.collect(target.data, checkpoint, ["plain"], what="target")["plain"]
+    network = host(pool.model, pool.dtype, pool.device).with_adapter(checkpoint.adapter)
+    segments = queries.config["segments"]
+    weights = weights_of(network, segments)
+    s = torch.randn(queries.dim, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with sdpa_kernel(SDPBackend.MATH):
+        losses = plain_losses(network, target.data)
+        rows = [flat_gradient(loss, weights, create_graph=True) for loss in losses]
+        if kind == "hvp":
+            wanted = flat_gradient(sum(row @ s for row in rows), weights, retain_graph=True)
+        else:  # of a loss −log σ(m) the gradient is −σ(−m)∇m
+            scales = [1.0 if kind == "fisher" else odds(loss) for loss in losses]
+            wanted = sum(scale * (row @ s) * row for scale, row in zip(scales, rows, strict=True)).detach()
+    parts = s.split([one["stop"] - one["start"] for one in segments])
+    total = {one["name"]: part.view(*one["shape"]) for one, part in zip(segments, parts, strict=True)}
+    found = _project_product(pool, total, queries, target.data, kind, checkpoint).double() * 3
+    torch.testing.assert_close(found, wanted.detach(), rtol=1e-4, atol=1e-6 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("labels", ["model", "data"])
+def test_ekfac_is_of_the_pairs_own_moments(pool: Pool, labels: Any) -> None:
+    """Λ are the mean squares, in the factors' basis, of autograd's gradients of pairs, or of √σ(m)σ(−m)∇m."""
+    from gradsift.gradients.capture import find_modules
+    from gradsift.gradients.kronecker import DampedInverse, Eigenbasis, Pass, corrected_eigenvalues
+
+    method = gs.EKFAC(labels=labels, checkpoints="last")
+    target, checkpoint = gs.open_target(preferred(2, start=12), pool), pool.checkpoints()[-1]
+    scores = gs.score(pool, target, method)
+    factors = method._factors(pool, checkpoint)
+    (basis,), (eigenvalues,) = (list(factors._files(pool.run, what)) for what in ("basis", "eigenvalues"))
+    bases = {name: Eigenbasis(basis[f"out/{name}"].double(), basis[f"in/{name}"].double()) for name in eigenvalues}
+    network = host(pool.model, pool.dtype, pool.device).with_adapter(checkpoint.adapter)
+    data = pool.weighed(factors.sample, checkpoint)
+    own = data.information(0, len(data)) if labels == "model" else data.sequences(0, len(data))
+    for budget in (1, 1000):  # apart and together
+        sums = corrected_eigenvalues(network, find_modules(network).captured, own, bases, Pass(budget))
+        for name, found in eigenvalues.items():
+            torch.testing.assert_close(sums[name] / len(data), found.double(), rtol=1e-4, atol=1e-9)
+    losses = plain_losses(network, data)
+    weights = weights_of(network, [{"name": name} for name in eigenvalues])
+    rows = [torch.autograd.grad(loss, weights, retain_graph=True) for loss in losses]
+    scales = [1.0 if labels == "data" else odds(loss).sqrt() for loss in losses]
+    for place, (name, found) in enumerate(eigenvalues.items()):
+        moved = torch.stack([scale * bases[name].into(row[place]) for row, scale in zip(rows, scales, strict=True)])
+        torch.testing.assert_close(found.double(), moved.square().mean(0), rtol=1e-4, atol=1e-9)
+    largest = 0.1 * max(float(one.max()) for one in eigenvalues.values())
+    wanted = torch.zeros(len(data), 2, dtype=torch.float64)
+    stores = [pool.collect(one, checkpoint, ["plain"], what="rows")["plain"] for one in (pool.data, target.data)]
+    G, V = (store.rows(0, len(store)).double() for store in stores)
+    for one in stores[0].config["segments"]:
+        part, name = slice(one["start"], one["stop"]), one["name"]
+        inverse = DampedInverse(bases[name], eigenvalues[name].double(), largest)
+        wanted += largest * G[:, part] @ inverse(V[:, part].reshape(2, *one["shape"])).flatten(1).T
+    np.testing.assert_allclose(scores.per_target, wanted.numpy(), rtol=1e-3, atol=1e-5 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize(
+    "method",
+    [gs.JI2S(), gs.JI2S(hessian="hvp"), gs.JI2S(hessian="ggn"), gs.EKFAC(conjugate_gradient=2, rows=5)],
+    ids=lambda method: method.label,
+)
+def test_curvature_scores_pairs(pool: Pool, method: Any) -> None:
+    """Of pairs by DPO, as pool and as target, every pair has a score."""
+    scores = gs.score(pool, gs.open_target(preferred(2, start=12), pool), method)
+    assert sorted(scores.ids) == sorted(pool.data.ids)
+    assert np.isfinite(scores.aggregate).all()
+
+
+def test_curvature_by_difference(tiny: World, tmp_path: Path) -> None:
+    """The difference is no probability: EK-FAC takes the second moments of pairs, and draws no labels."""
+    plain = opened(tiny, tmp_path / "run", preferred(4), objective="difference", dtype="float32")
+    target = gs.open_target(preferred(2, start=12), plain)
+    with pytest.raises(ConfigError, match=r"no probability .* set labels to data"):
+        gs.score(plain, target, gs.EKFAC())
+    assert np.isfinite(gs.score(plain, target, gs.EKFAC(labels="data")).aggregate).all()
+
+
+@pytest.mark.parametrize("route", ["trained", "stored"])
+def test_support_by_pairs_is_a_step_on_their_loss(pool: Pool, route: Any) -> None:
+    """An output's log-likelihood after AdamW's step on the mean of the pairs' losses, taken for real or formed."""
+    from gradsift.validation.validate import Cell, CellKey
+
+    output = gs.open_target([{"prompt": "what colour is the cow", "completion": "it is red"}], pool).data[0]
+    step, checkpoint = gs.OneStep(lr=1e-3, random_sets=2), pool.checkpoints()[-1]
+    cell = Cell(output.id, CellKey("any", "any", 2), tuple(pool.data.ids[:2]), 1.0)
+    found = gs.validate(pool, [output], [cell], settings=step, route=route).cells[0]
+    network = host(pool.model, pool.dtype, pool.device).with_adapter(checkpoint.adapter)
+    named = with_gradients(network)
+    kept = {name: parameter.detach().clone() for name, parameter in named.items()}
+    before = log_p(network, output).item()
+    optimizer = torch.optim.AdamW(named.values(), **step.adamw)
+    torch.stack(plain_losses(network, pool.data.subset([0, 1]))).mean().backward()
+    optimizer.step()
+    after = log_p(network, output).item()
+    with torch.no_grad():
+        for name, parameter in named.items():
+            parameter.copy_(kept[name])
+            parameter.grad = None
+    assert abs(after - before) > 1e-6
+    assert found.gain == pytest.approx(after - before, rel=1e-3)
 
 
 def test_held_out_pairs_are_measured_beside_the_base_model(pool: Pool) -> None:

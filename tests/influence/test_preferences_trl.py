@@ -77,3 +77,7 @@ def test_loss_and_gradient_are_those_of_the_trainer(rows: list[dict[str, object]
         assert float(store.losses[place]) == pytest.approx(loss.item(), rel=1e-5)
         wanted = torch.cat([named[key].grad.flatten() for key in keys])
         torch.testing.assert_close(store.rows(place, place + 1)[0], wanted, rtol=1e-3, atol=1e-5)
+    found = gs.check_trainer(trainer, pool, rows=len(rows))
+    assert found.equal, str(found)
+    trainer.beta = 0.1
+    assert not any(row.equal for row in gs.check_trainer(trainer, pool, rows=len(rows)).rows)

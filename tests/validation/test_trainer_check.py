@@ -64,6 +64,85 @@ def test_the_same(pool: Pool, tiny: World, tmp_path: Path) -> None:
     assert str(found).startswith("6 of 6 rows: the trainer learns what gradients are of\nIn a batch every label")
 
 
+def pair_rows(count: int) -> list[dict[str, Any]]:
+    return [
+        {
+            "id": f"p{n}",
+            "prompt": f"what says the cat of {n}",
+            "chosen": f"it says {n}",
+            "rejected": "red, says the cow",
+        }
+        for n in range(count)
+    ]
+
+
+class ByDPO(Trainer):
+    """DPO's loss as it is defined, beside a model that is not trained."""
+
+    reference: Any
+    beta = 0.3
+
+    def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
+        ids, learned = inputs["input_ids"], inputs["completion_mask"][:, 1:]
+
+        def log_p(network: Any) -> Any:
+            logits = network(input_ids=ids, attention_mask=inputs["attention_mask"]).logits[:, :-1]
+            own = torch.log_softmax(logits, -1).gather(2, ids[:, 1:, None])[..., 0]
+            return (own * learned).sum(1)
+
+        chosen, rejected = (log_p(model) - log_p(self.reference)).chunk(2)
+        return -torch.nn.functional.logsigmoid(self.beta * (chosen - rejected)).mean()
+
+
+def collated(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Chosen answers first, as TRL's collator has them."""
+    every = [row["chosen"] for row in rows] + [row["rejected"] for row in rows]
+    shape = len(every), max(len(tokens) for tokens, _ in every)
+    batch = {name: torch.zeros(shape, dtype=torch.int64) for name in ("input_ids", "attention_mask", "completion_mask")}
+    for number, (tokens, learned) in enumerate(every):
+        for name, values in zip(batch, (tokens, [1] * len(tokens), learned), strict=True):
+            batch[name][number, : len(values)] = torch.tensor(values)
+    return batch
+
+
+def test_pairs(tiny: World, tmp_path: Path) -> None:
+    """A trainer by DPO agrees; another β, and a token that one answer's label leaves out, do not; nothing is moved."""
+    opened = {"model": tiny.model, "out": str(tmp_path / "run"), "max_length": 64, "device": "cpu"}
+    pool = gs.open_pool(pair_rows(4), objective="dpo", beta=0.3, **opened)
+    both = [(pool.data[n], pool.data.rejected[n]) for n in range(4)]
+    rows = [
+        {
+            name: (one.token_ids.tolist(), one.supervised.astype(int).tolist())
+            for name, one in zip(NAMES, own, strict=True)
+        }
+        for own in both
+    ]
+    trainer = trainer_of(tiny, pool, tmp_path, rows, ByDPO)
+    trainer.data_collator, trainer.reference = collated, AutoModelForCausalLM.from_pretrained(tiny.model)
+    before = [parameter.clone() for parameter in trainer.model.parameters()]
+    found = gs.check_trainer(trainer, pool, rows=4)
+    assert found.equal, str(found)
+    assert sorted(row.id for row in found.rows) == sorted(pool.data.ids)
+    assert found.batches == "rows"
+    assert all(torch.equal(*both) for both in zip(before, trainer.model.parameters(), strict=True))
+    trainer.beta = 0.1
+    assert not any(row.equal for row in gs.check_trainer(trainer, pool, rows=4).rows)
+    trainer.beta = 0.3
+    for row in rows:
+        learned = row["rejected"][1]
+        learned[max(place for place, own in enumerate(learned) if own)] = 0
+    token = gs.check_trainer(trainer, pool, rows=1).rows[0].tokens[0]
+    assert (token.answer, token.what, token.by) == ("rejected", "learned", "gradsift")
+    assert "of the rejected answer" in str(token)
+    with pytest.raises(ConfigError, match="the trainer's rows are one answer, and the pool's pairs"):
+        gs.check_trainer(trainer_of(tiny, pool, tmp_path, [{"input_ids": [5, 6], "labels": [5, 6]}]), pool)
+    with pytest.raises(ConfigError, match="--objective dpo"):
+        gs.check_trainer(trainer, gs.open_pool(pair_rows(4), objective="difference", **opened))
+
+
+NAMES = ("chosen", "rejected")
+
+
 def test_labels(pool: Pool, tiny: World, tmp_path: Path) -> None:
     """A token that one of both learns is named, with who does."""
     found = gs.check_trainer(trainer_of(tiny, pool, tmp_path, rows_of(pool, ends=False)), pool, rows=2)

@@ -187,12 +187,26 @@ class Pairs(Dataset):
         Raises:
             ConfigError: the loss is DPO's, whose gradients are another sum at each checkpoint, and none is named.
         """
-        found = self.sequences_at(range(start, stop))
         dpo, own = self._at(start, stop)
-        if dpo is None:
+        return self._scaled(start, stop, None if dpo is None else dpo.slopes(own))
+
+    def information(self, start: int, stop: int) -> list[Sequence] | None:
+        """Rows `[start, stop)`, two sequences each, whose gradients' second moments are the curvature of DPO's loss.
+
+        As p(c is preferred) = σ(m), it is the logistic loss of the margin m: its Gauss-Newton matrix is the Fisher
+        matrix of a preference that is drawn by the model, ℓ″∇x∇xᵀ with ℓ″ = β²σ(m)σ(−m), and here is √ℓ″∇x. None by
+        difference, where ℓ″ is 0.
+        """
+        dpo, own = self._at(start, stop)
+        return None if dpo is None else self._scaled(start, stop, dpo.curvatures(own).sqrt())
+
+    def _scaled(self, start: int, stop: int, factors: Any) -> list[Sequence]:
+        """Rows `[start, stop)`, two sequences each, with the gradient of the contrast times a factor `[row]`."""
+        found = self.sequences_at(range(start, stop))
+        if factors is None:
             return found
-        slopes = dpo.slopes(own).float().numpy()
-        return [replace(sequence, weights=sequence.weights * slopes[sequence.row]) for sequence in found]
+        by_row = factors.float().numpy()
+        return [replace(sequence, weights=sequence.weights * by_row[sequence.row]) for sequence in found]
 
     def _at(self, start: int, stop: int) -> tuple[DPO | None, Any]:
         """The loss of some rows, and their contrasts where gradients are taken."""
@@ -205,19 +219,6 @@ class Pairs(Dataset):
                 "completion=chosen in place of --objective dpo)"
             )
         return self.dpo(range(start, stop)), torch.from_numpy(self._known.contrasts[start:stop])
-
-
-def refuse_pairs(data: Dataset, why: str) -> None:
-    """Refuse rows that are no single answers.
-
-    Raises:
-        ConfigError: they are pairs; `why` they are refused.
-    """
-    if isinstance(data, Pairs):
-        raise ConfigError(
-            f"{why}, and the pool's rows are pairs: learn the chosen ones alone (--columns completion=chosen in place "
-            "of --objective)"
-        )
 
 
 def are_pairs(source: Any, columns: Columns | Mapping[str, str] | None) -> bool:

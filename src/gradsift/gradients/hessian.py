@@ -38,6 +38,7 @@ def curvature_product(
     *,
     token_budget: int,
     autocast: torch.dtype | None = None,
+    information: SequenceABC[Sequence] | None = None,
 ) -> dict[str, Tensor]:
     """H s of the mean loss over rows, `L = (1/Q) Σ_q L_q`, for one vector s over the captured weights.
 
@@ -47,6 +48,9 @@ def curvature_product(
     - `fisher`: H = (1/Q) Σ_q v_q v_qᵀ with v_q = ∇L_q: `Hs = (1/Q) Σ_q v_q ⟨v_q, s⟩`, one pass for the inner products
       and one for the weighted sum.
 
+    DPO's loss ℓ of a pair is a function of its contrast x, which is the sum over its sequences: ∇²ℓ = ℓ′∇²x + ℓ″∇x∇xᵀ,
+    and `ggn` is the second part, the Gauss-Newton matrix of the logistic loss of its margin (`Pairs.information`).
+
     Args:
         kind: which H.
         model: in any mode; it is evaluated without dropout and left as found.
@@ -55,6 +59,7 @@ def curvature_product(
         vector: s, module name → `[out in]`; for every module.
         token_budget: padded tokens per batch. `hvp` and `ggn` keep about three times the activations of a gradient.
         autocast: run the model in this dtype.
+        information: of rows whose loss is such a function, √ℓ″∇x; `sequences` have ℓ′∇x.
 
     Returns:
         Hs, module name → `[out in]`, float32 (float64 for a float64 model), on the model's device.
@@ -75,9 +80,14 @@ def curvature_product(
     along = _checked(vector, modules, parameter.device, dtype)
     if kind == "fisher":
         total = _fisher(model, modules, sequences, along, token_budget, autocast)
+    elif kind == "ggn" and information is not None:
+        total = _fisher(model, modules, information, along, token_budget, autocast)
     else:
         product = _hessian if kind == "hvp" else _gauss_newton
         total = _twice_differentiated(product, model, modules, sequences, along, token_budget, autocast)
+        if information is not None:
+            second = _fisher(model, modules, information, along, token_budget, autocast)
+            total = {name: part + second[name] for name, part in total.items()}
     return {name: tensor / len(rows) for name, tensor in total.items()}
 
 

@@ -43,7 +43,7 @@ class Pass:
     autocast, checkpointing: as in `Capture`.
     left_out: rows of which a sequence did not fit in memory even alone, and why. Of the modules that were reached
         before that, it may count.
-    counts: how many sequences count, of each module.
+    counts: how many rows count, of each module; of `each_gradient` how many sequences.
     """
 
     token_budget: int
@@ -156,21 +156,38 @@ def corrected_eigenvalues(
     settings: Pass,
     on_rows: Rows | None = None,
 ) -> dict[str, Tensor]:
-    """Sums over the sample's sequences of (Q_Sᵀ G Q_A)² `[out in]`, of each module.
+    """Sums over the sample's rows of (Q_Sᵀ G Q_A)² `[out in]`, of each module; G is the sum over a row's sequences.
 
     Args:
         model, modules, sequences, settings, on_rows: as for `kronecker_factors`; labels are drawn anew.
         bases: of every module.
     """
     sums: dict[str, Tensor] = {}
+    held: dict[
+        str, Tensor
+    ] = {}  # of each module, the sum over a row's sequences so far, where they do not run together
+    running: list[Batch] = []
+
+    def begin(batch: Batch, _place: torch.device) -> None:
+        if not running or running[-1].rows != batch.rows:
+            held.clear()
+        running[:] = [batch]
 
     def add(captured: Captured, gradients: Tensor) -> None:
+        (batch,) = running
+        if not batch.one_to_one:
+            owner = torch.tensor(batch.owner, device=gradients.device)
+            gradients = gradients.new_zeros(len(batch.rows), *captured.shape).index_add_(0, owner, gradients)
+        if captured.name in held:
+            gradients += held.pop(captured.name)
+        if not batch.last:
+            held[captured.name] = gradients
+            return
         part = bases[captured.name].into(_finite(gradients)).square_().sum(dim=0)
         sums[captured.name] = sums[captured.name].add_(part) if captured.name in sums else part
 
-    _through(
-        model, modules, _weighed(sequences, settings), settings, _nothing, add, draw="eigenvalues", on_rows=on_rows
-    )
+    sequences = _weighed(sequences, settings)
+    _through(model, modules, sequences, settings, begin, add, draw="eigenvalues", on_rows=on_rows, together=True)
     return sums
 
 
@@ -274,6 +291,7 @@ def _through(
     *,
     draw: str | None = None,
     on_rows: Rows | None = None,
+    together: bool = False,
 ) -> None:
     """Run sequences in batches, halved where memory runs out; what a module has been told of is not told again.
 
@@ -284,37 +302,44 @@ def _through(
         begin: told of each batch, whose rows are numbers of sequences, before it runs.
         consume, consume_factors: as for `Capture.run`.
         draw: what labels are drawn for, where the settings want them drawn.
+        together: the sequences of a row go one after the other, and count as one; there are two at most.
     """
     told: dict[int, set[str]] = {}  # of each sequence of a batch that failed, modules
-    single = [replace(sequence, row=number) for number, sequence in enumerate(sequences)]
+    first: dict[int, int] = {}
+    single = [
+        replace(sequence, row=first.setdefault(sequence.row, number) if together else number)
+        for number, sequence in enumerate(sequences)
+    ]
     names = settings.names if draw is not None else None
     done: set[int] = set()
 
     def run(capture: Capture, unit: Unit) -> Batch | None:
-        (batch,) = unit
-        known = told.pop(batch.rows[0], set())  # alike for all of a batch, which was part of one
+        known = told.pop(unit[0].rows[0], set())  # alike for all of a unit, which was part of one
+        for batch in unit:
+            seen = set(known)
 
-        def once(consumer: Callable[..., None]) -> Callable[..., None]:
-            def call(captured: Captured, *features: Tensor) -> None:
-                if captured.name not in known:
-                    consumer(captured, *features)
-                    known.add(captured.name)
-                    settings.counts[captured.name] = settings.counts.get(captured.name, 0) + len(batch.sequences)
+            def once(consumer: Callable[..., None], batch: Batch = batch, seen: set[str] = seen) -> Callable[..., None]:
+                def call(captured: Captured, *features: Tensor) -> None:
+                    if captured.name not in seen:
+                        consumer(captured, *features)
+                        seen.add(captured.name)
+                        done_now = len(batch.rows) if batch.last else 0
+                        settings.counts[captured.name] = settings.counts.get(captured.name, 0) + done_now
 
-            return call
+                return call
 
-        try:
-            begin(batch, capture.device)
-            own = [sequences[number] for number in batch.rows]
-            labels = None if names is None else _drawn_labels(own, names, str(draw))
-            factors = None if consume_factors is None else once(consume_factors)
-            capture.run(batch.sequences, once(consume), factors, labels=labels)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            told.update((number, set(known)) for number in batch.rows)
-            return batch
-        tell(batch)
+            try:
+                begin(batch, capture.device)
+                own = [sequences[number] for number in batch.rows]
+                labels = None if names is None else _drawn_labels(own, names, str(draw))
+                factors = None if consume_factors is None else once(consume_factors)
+                capture.run(batch.sequences, once(consume), factors, labels=labels)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                told.update((number, set(seen)) for number in batch.rows)
+                return batch
+        tell(unit[0])
         return None
 
     def leave_out(batch: Batch, why: str) -> None:
@@ -332,10 +357,6 @@ def _through(
         for unit in budget.units(single):
             budget.through(unit, partial(run, capture), leave_out)
         settings.token_budget = budget.tokens
-
-
-def _nothing(_batch: Batch, _place: torch.device) -> None:
-    """Before a batch."""
 
 
 def _drawn_labels(sequences: SequenceABC[Sequence], names: SequenceABC[str], purpose: str) -> Labels:

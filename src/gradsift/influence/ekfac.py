@@ -20,6 +20,7 @@ from gradsift.base.lazy import Tensor, torch
 from gradsift.base.memory import empty_device_cache, free_bytes, is_out_of_memory
 from gradsift.base.progress import Advance, Reporter
 from gradsift.base.ranks import spearman
+from gradsift.base.types import Sequence
 from gradsift.context import Pool, Target
 from gradsift.data.dataset import Dataset
 from gradsift.data.pairs import Pairs
@@ -78,7 +79,8 @@ class EKFAC(RateWeighted):
 
     rows: of the pool that the curvature is taken from, at most, drawn by their ids.
     labels: of those rows. The `model`'s own, drawn at each position, make H the Gauss-Newton matrix of the loss; those
-        of the `data` the second moments of the pool's gradients.
+        of the `data` the second moments of the pool's gradients. Of pairs by DPO the `model` draws which answer is
+        preferred; by difference there is no such draw.
     damping: λ, in squared units of the gradients. `spectral` is a tenth of the largest eigenvalue of all modules;
         `auto` a tenth of each module's mean eigenvalue, as in Grosse et al.
     conjugate_gradient: steps by which each target is solved for with the damped Gauss-Newton matrix of 256 of those
@@ -193,10 +195,10 @@ class EKFAC(RateWeighted):
     def _factors(self, pool: Pool, checkpoint: Checkpoint) -> _Factors:
         """A checkpoint's factors, which need not be there yet; rows that are known to be not finite are not drawn."""
         data = pool.population
-        if isinstance(data, Pairs):
+        if isinstance(data, Pairs) and not data.by_dpo and self.labels == "model":
             raise ConfigError(
-                f"{self.label}: its curvature is that of rows of one answer, and the pool's are pairs: rank with LESS, "
-                "DataInf, ProjectedInverse or MAGIC"
+                f"{self.label}: the pool's pairs are learned by difference, which is no probability that labels could "
+                "be drawn by: set labels to data (--set estimator.labels=data), or learn by --objective dpo"
             )
         collected = pool.kept(data, checkpoint, "plain")
         left_out = () if collected is None else collected["excluded"]
@@ -215,7 +217,7 @@ class _Factors:
 
     at:     the checkpoint
     sample: its rows
-    labels: as in `EKFAC`
+    labels: as in `EKFAC`; of pairs the model's need no draw
     """
 
     at: AtCheckpoint
@@ -230,6 +232,19 @@ class _Factors:
             "data": sample.fingerprint, "template": sample.template, "loss": sample.loss,
             "modules": at.settings.modules, "autocast": at.settings.autocast, "labels": self.labels,
         }  # fmt: skip
+
+    @property
+    def names(self) -> SequenceABC[str] | None:
+        """Of the rows, by which labels are drawn; None where they are not."""
+        return self.sample.ids if self.labels == "model" and not isinstance(self.sample, Pairs) else None
+
+    def sequences(self, start: int, stop: int) -> list[Sequence]:
+        """Of rows `[start, stop)`, whose gradients' second moments are the curvature."""
+        if self.labels != "model" or not isinstance(self.sample, Pairs):
+            return self.sample.sequences(start, stop)
+        found = self.sample.information(start, stop)
+        assert found is not None, "by DPO"
+        return found
 
     def prefix(self, run: Run) -> str:
         return run.prefix("kronecker", self.config)
@@ -392,10 +407,10 @@ class _Part:
         if self.run.storage.exists(self.key):
             advance(self.stop - self.start)
             return
-        ids = self.of.sample.ids[self.start : self.stop]
-        network, modules, settings = _opened(self.of.at, ids if self.of.labels == "model" else None)
+        ids, names = self.of.sample.ids[self.start : self.stop], self.of.names
+        network, modules, settings = _opened(self.of.at, names and names[self.start : self.stop])
         begun = settings.token_budget
-        sequences = self.of.sample.sequences(self.start, self.stop)
+        sequences = self.of.sequences(self.start, self.stop)
         groups = grouped(modules, self.of.groups)
         captured = groups[self.group] if self.group < len(groups) else ()  # there may be fewer modules than groups
         sums: dict[str, Tensor] = {}
@@ -451,9 +466,16 @@ class Directions:
         prefix = run.prefix("kronecker", self.config)
         names = [f"rows-{start:09d}.safetensors" for start in range(0, count, _PART_TARGETS)]
         if run.intact(prefix, pool.reporter) is None:
-            self.factors.make(pool)
+            here, sample = self.factors.at.checkpoint, self.factors.sample
+            if pool.around is None:  # whose margins rows of the store needed, too
+                weighed = pool.weighed(pool.data, here).subset(pool.data.positions(sample.ids))
+            else:
+                weighed = pool.weighed(sample, here)
+            factors = replace(self.factors, sample=weighed)
+            factors.make(pool)
+            own = replace(self, factors=factors, source=pool.weighed(self.source, here))
             tasks = [
-                _Some(run, self, f"{prefix}{name}", start, min(count, start + _PART_TARGETS))
+                _Some(run, own, f"{prefix}{name}", start, min(count, start + _PART_TARGETS))
                 for name, start in zip(names, range(0, count, _PART_TARGETS), strict=True)
             ]
             seconds = 0.0
@@ -569,14 +591,16 @@ class _Some:
         sample = factors.sample
         curved = sample.subset(sample.positions(drawn(sample.ids, _CURVED_ROWS)))
         sequences = curved.sequences(0, len(curved))
+        information = curved.information(0, len(curved)) if isinstance(curved, Pairs) else None
         budget = max(1, settings.token_budget // 3)  # twice differentiated graphs hold so much more
 
         def curved_by(vector: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
             """None where memory does not suffice for batches of today's size."""
             try:
                 return curvature_product(
-                    "ggn", network, captured, sequences, vector, token_budget=budget, autocast=settings.autocast
-                )
+                    "ggn", network, captured, sequences, vector, token_budget=budget, autocast=settings.autocast,
+                    information=information,
+                )  # fmt: skip
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or budget <= factors.sample.longest():
                     raise

@@ -23,11 +23,19 @@ from gradsift.base.lazy import Tensor, torch
 from gradsift.base.ranks import spearman
 from gradsift.base.sums import row_products
 from gradsift.context import Pool, Target
+from gradsift.data.pairs import Pairs
 from gradsift.gradients.collect import SequenceSource
 from gradsift.gradients.hessian import Curvature, curvature_product
 from gradsift.gradients.projection import projector_of
 from gradsift.influence.blocks import BlockConsumer, block_rows, over_blocks, threads
-from gradsift.influence.estimator import GreedyTerms, Influence, TargetsByCheckpoint, TrainingEstimator, both_stores
+from gradsift.influence.estimator import (
+    GreedyTerms,
+    Influence,
+    TargetsByCheckpoint,
+    TrainingEstimator,
+    both_stores,
+    full_sums,
+)
 from gradsift.influence.products import store_inner_products, unit_rows
 from gradsift.store.gradient_store import GradientStore
 from gradsift.store.manifest import fingerprint
@@ -355,11 +363,6 @@ def joint_parts(
     return factors[0] * alone - factors[1] * shared
 
 
-def full_sums(pool: Pool) -> Pool:
-    """The same pool, whose stores also hold the unprojected sums of their rows."""
-    return replaced(pool, gradients=pool.gradients.model_copy(update={"full_sum": True}))
-
-
 def joint_warnings(terms: JointTerms, method: JI2S, rank_correlation: float) -> list[str]:
     """First how the two terms relate, always; then what is wrong with them, if anything.
 
@@ -653,8 +656,9 @@ def _project_product(
 ) -> Tensor:
     network, captured, budget = pool.at(checkpoint).opened()
     projector = projector_of(network, captured, pool.gradients.projection)
-    finite = [id_ in queries for id_ in targets.ids]
-    sequences = [sequence for sequence in targets.sequences(0, len(finite)) if finite[sequence.row]]
+    source, finite = pool.weighed(targets, checkpoint), [id_ in queries for id_ in targets.ids]
+    sequences = [sequence for sequence in source.sequences(0, len(finite)) if finite[sequence.row]]
+    information = source.information(0, len(finite)) if isinstance(source, Pairs) else None
     with pool.reporter.stage(f"{kind} product over {sum(finite)} targets", 1) as advance:
         product = curvature_product(
             kind,
@@ -665,6 +669,7 @@ def _project_product(
             # Twice differentiated graphs hold about three times the activations of one.
             token_budget=budget if kind == "fisher" else max(1, budget // 3),
             autocast=pool.gradients.autocast_type,
+            information=information and [sequence for sequence in information if finite[sequence.row]],
         )
         advance(1)
     return projector.apply(product)[0].float().cpu().contiguous()

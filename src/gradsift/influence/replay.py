@@ -215,10 +215,7 @@ class Network:
             exact = logits if logits.dtype == torch.float64 else logits.float()
             log_p = torch.log_softmax(exact, dim=-1).gather(1, padded.labels[:, None])[:, 0]
             found = exact.new_zeros(len(rows)).index_add(0, padded.owner, -log_p * padded.weights.to(log_p))
-            if dpo is None:
-                return found, rows
-            own, place = rows.unique(return_inverse=True)
-            return dpo.of(own.tolist()).losses(found.new_zeros(len(own)).index_add(0, place, found)), own
+            return (found, rows) if dpo is None else dpo.of_sequences(found, rows)
 
 
 def _moved(

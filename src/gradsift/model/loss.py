@@ -93,7 +93,7 @@ class DPO:
     """The DPO loss (Rafailov et al. 2023) of pairs, as a function of their contrasts x = −(log π(c) − log π(r)), nats.
 
     With c the chosen and r the rejected answer and x₀ the contrast at the reference, which is constant, the margin is
-    m = β(x₀ − x), the loss −log σ(m), and its derivative by x is βσ(−m).
+    m = β(x₀ − x), the loss −log σ(m), its derivative by x βσ(−m) and the second one β²σ(m)σ(−m).
 
     beta:      β
     reference: x₀, float64 `[pair]`
@@ -115,6 +115,19 @@ class DPO:
     def slopes(self, contrasts: Tensor) -> Tensor:
         """βσ(−m), times the factors: by it the gradient of a contrast becomes that of the loss."""
         return self._scaled(self.beta * torch.sigmoid(-self.margins(contrasts)))
+
+    def curvatures(self, contrasts: Tensor) -> Tensor:
+        """β²σ(m)σ(−m), times the factors."""
+        m = self.margins(contrasts)
+        return self._scaled(self.beta**2 * torch.sigmoid(m) * torch.sigmoid(-m))
+
+    def of_sequences(self, sums: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses of the pairs that sequences are of, and their places; of both `[sequence]` sums of w·NLL and places.
+
+        Both sequences of a pair are there.
+        """
+        own, place = rows.unique(return_inverse=True)
+        return self.of(own.tolist()).losses(sums.new_zeros(len(own)).index_add(0, place, sums)), own
 
     def of(self, places: SequenceABC[int] | NDArray[np.int64]) -> DPO:
         """Of some of the pairs."""

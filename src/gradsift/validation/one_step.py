@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from collections.abc import Sequence as SequenceABC
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -23,11 +23,13 @@ from gradsift.base.errors import ConfigError, DataError, MismatchError, ModelErr
 from gradsift.base.lazy import Tensor, nn, torch
 from gradsift.base.settings import Seed, Settings
 from gradsift.base.types import Sequence, TokenizedExample
+from gradsift.data.dataset import Dataset
+from gradsift.data.pairs import Pairs
 from gradsift.gradients.adam import adam_direction
 from gradsift.gradients.batching import automatic_token_budget, form_batches
 from gradsift.gradients.folding import Captured
 from gradsift.model.adapters import nothing_trained
-from gradsift.model.loss import head_at, label_weights, pad, supervised_count, token_mean
+from gradsift.model.loss import DPO, SupervisedHead, head_at, label_weights, pad, supervised_count, token_mean
 from gradsift.store.gradient_store import GradientStore
 
 _ROWS = 64  # tokens whose vocabulary is held in fp64 at once
@@ -206,33 +208,51 @@ class StepModel:
             return head.logits(batch)
 
     @contextmanager
-    def trained_on(self, examples: SequenceABC[TokenizedExample]) -> Iterator[None]:
+    def trained_on(self, examples: SequenceABC[TokenizedExample] | Pairs) -> Iterator[None]:
         """The model after one real AdamW step on the examples as one batch.
 
-        The loss is Σ w_t·NLL_t over the batch by the number of its supervised tokens, so longer answers weigh more.
+        The loss is Σ w_t·NLL_t over the batch by the number of its supervised tokens, so longer answers weigh more. Of
+        pairs, which know their reference if they are learned by DPO, it is the mean of their losses.
 
         Raises:
             DataError: the batch has no supervised token.
         """
-        total = sum(map(supervised_count, examples))
+        options, budget, dpo = self.settings, self.token_budget, None
+        if isinstance(examples, Pairs):
+            places = range(len(examples))
+            ids, sequences, dpo, total = (
+                list(examples.ids),
+                examples.sequences_at(places),
+                examples.dpo(places),
+                len(places),
+            )
+            budget = max(budget, 2 * examples.longest())  # no pair is divided
+        else:
+            ids, total = [example.id for example in examples], sum(map(supervised_count, examples))
+            sequences = [Sequence(row, one.token_ids, label_weights(one)) for row, one in enumerate(examples)]
         if not total:
             raise DataError("the batch has no supervised token to train on")
-        sequences = [
-            Sequence(row, example.token_ids, label_weights(example) / np.float32(total))
-            for row, example in enumerate(examples)
-        ]
-        options = self.settings
         with _put_back(self.network, self.weights):
             for weight in self.weights:
                 weight.data, weight.grad = weight.data.clone(), None
                 weight.requires_grad_(True)
             optimizer = torch.optim.AdamW(self.weights, **options.adamw)
-            with torch.enable_grad(), self._dropout(examples), head_at(self.network) as head:
-                for batch in form_batches(sequences, self.token_budget):
-                    head.nll(pad(batch.sequences, self.device)).sum().backward()
+            with torch.enable_grad(), self._dropout(ids), head_at(self.network) as head:
+                for batch in form_batches(sequences, budget):
+                    self._loss(head, batch.sequences, dpo).div(total).backward()
             optimizer.step()
             optimizer.zero_grad()
             yield
+
+    def _loss(self, head: SupervisedHead, sequences: SequenceABC[Sequence], dpo: DPO | None) -> Tensor:
+        """The sum over the rows of some sequences."""
+        batch = pad(sequences, self.device)
+        nll = head.nll(batch)
+        if dpo is None:
+            return nll.sum()
+        sums = nll.new_zeros(len(sequences), dtype=torch.float64).index_add(0, batch.owner, nll.double())
+        rows = torch.tensor([sequence.row for sequence in sequences], device=self.device)
+        return dpo.of_sequences(sums, rows)[0].sum()
 
     @contextmanager
     def moved_by(self, gradient: Tensor) -> Iterator[None]:
@@ -248,12 +268,12 @@ class StepModel:
             yield
 
     @contextmanager
-    def _dropout(self, examples: SequenceABC[TokenizedExample]) -> Iterator[None]:
+    def _dropout(self, ids: SequenceABC[str]) -> Iterator[None]:
         """Train mode with draws that depend on the seed and the batch alone, where dropout is asked for."""
         if not self.settings.dropout:
             yield
             return
-        name = "|".join([str(self.settings.seed), *(example.id for example in examples)])
+        name = "|".join([str(self.settings.seed), *ids])
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed_of(name))
@@ -269,31 +289,37 @@ class TrainedSteps:
     """Steps taken for real: a forward and backward pass over each selection."""
 
     model: StepModel
-    example: Callable[[str], TokenizedExample]
+    data: Dataset
 
     def on(self, ids: SequenceABC[str]) -> AbstractContextManager[None]:
         """The model after training on the examples of these ids."""
-        return self.model.trained_on([self.example(id_) for id_ in ids])
+        if isinstance(self.data, Pairs):
+            return self.model.trained_on(self.data.subset(self.data.positions(ids)))
+        return self.model.trained_on([self.data.by_id(id_) for id_ in ids])
 
 
 class StoredSteps:
     """Steps formed from stored gradients, without any pass over the selection.
 
+    Args:
+        model: that they move.
+        store: of the pool's gradients.
+        loss: what they are of; rows of `token_mean` weigh by their supervised tokens, pairs alike.
+
     Raises:
-        MismatchError: the store's rows are projected, are not plain gradients of the token-mean loss, or are of other
-            modules.
+        MismatchError: the store's rows are projected, are not plain gradients of that loss, or are of other modules.
         ConfigError: dropout, which stored gradients do not have.
     """
 
-    def __init__(self, model: StepModel, store: GradientStore) -> None:
+    def __init__(self, model: StepModel, store: GradientStore, loss: str = "token_mean") -> None:
         if model.settings.dropout:
             raise ConfigError("stored gradients are without dropout: take the steps for real, or set dropout to false")
         config = store.config
         found = (config["projection"]["kind"], config["view"], config["loss"])
-        if found != ("none", "plain", "token_mean"):
+        if found != ("none", "plain", loss):
             raise MismatchError(
                 f"{store.name} holds rows of projection {found[0]}, view {found[1]} and loss {found[2]}, but a step "
-                "needs none, plain and token_mean: collect with projection none"
+                f"needs none, plain and {loss}: collect with projection none"
             )
         rows = [(segment["name"], tuple(segment["shape"])) for segment in config["segments"]]
         modules = [(captured.name, captured.shape) for captured in model.modules]
@@ -303,19 +329,19 @@ class StoredSteps:
                 f"{store.name} holds gradients of {len(rows)} modules, the model has {len(modules)} to move; they "
                 f"first differ at {first[0]} against {first[1]}: collect them again at this model and adapter"
             )
-        self.model, self.store = model, store
+        self.model, self.store, self.by_tokens = model, store, loss == "token_mean"
 
     def on(self, ids: SequenceABC[str]) -> AbstractContextManager[None]:
         """The model after the step that training on these ids would take."""
         return self.model.moved_by(self.mean_gradient(ids))
 
     def mean_gradient(self, ids: SequenceABC[str]) -> Tensor:
-        """The gradient of the batch's token-mean loss `[dim]`: Σ S_i·g_i / Σ S_i, S_i row i's supervised tokens."""
+        """The gradient of the batch's loss `[dim]`: Σ S_i·g_i / Σ S_i, S_i row i's supervised tokens, or 1 of pairs."""
         total: Tensor | None = None
         tokens = 0
         for id_ in ids:  # one row at a time: a row of a large adapter is as large as the adapter
             row = self.store.rows_by_id([id_])[0]
-            count = int(self.store.supervised_tokens[self.store.positions([id_])[0]])
+            count = int(self.store.supervised_tokens[self.store.positions([id_])[0]]) if self.by_tokens else 1
             tokens += count
             total = row.mul_(count) if total is None else total.add_(row, alpha=count)
         if total is None or not tokens:

@@ -25,7 +25,6 @@ from gradsift.base.errors import ConfigError, CorruptError, DataError, GradsiftE
 from gradsift.base.lazy import Tensor
 from gradsift.base.types import Skipped, TokenizedExample
 from gradsift.context import Pool
-from gradsift.data.pairs import refuse_pairs
 from gradsift.explanation.explain import Explanations
 from gradsift.explanation.outputs import OutputSource
 from gradsift.explanation.verdict import Trained
@@ -228,7 +227,6 @@ def validate(
         DataError: two different outputs of one id, or no cell can be validated.
     """
     settings = settings or OneStep()
-    refuse_pairs(pool.data, "validate trains a step on single answers")
     by_id = _by_id(outputs)
     wanted = list(cells)
     bench = _Bench(pool, settings, route, checkpoint or pool.checkpoints()[-1])
@@ -295,6 +293,22 @@ def validate_explanations(
     found = replace(found, reranking=tuple(_reranking(found.cells, explanations)), sanity=checked)
     pool.run.publish_json("validation.json", found.as_dict())
     return found
+
+
+def is_validated(explanations: Explanations, settings: OneStep, route: Route, *, sanity: bool) -> bool:
+    """Whether the run folder has every step that `validate_explanations` would take."""
+    pool, cells = explanations.pool, cells_of(explanations)
+    bench = _Bench(pool, settings, "trained" if route == "trained" else "auto", pool.checkpoints()[-1])
+    if route == "stored" and bench.route == "trained":
+        return False
+    for output in explanations.outputs:
+        bench.turn_to(output)
+        own = [cell for cell in cells if cell.output == output.id]
+        budgets = {cell.key.k for cell in own} | ({1} if sanity else set())
+        random = (ids for k in budgets for ids in bench.random_sets(k))
+        if not bench.has([*random, *(cell.selected for cell in own)], itself=sanity):
+            return False
+    return True
 
 
 def _reranking(cells: Sequence[Validated], explanations: Explanations) -> Iterator[Reranking]:
@@ -456,8 +470,7 @@ class _Bench:
         }
         config = revised("validation", config)
         self.prefix = pool.run.prefix("validation", config)
-        if not pool.run.storage.exists(f"{self.prefix}config.json"):
-            pool.run.publish_json(f"{self.prefix}config.json", config)
+        self._config = config
         self._output: TokenizedExample | None = None
 
     @cached_property
@@ -472,9 +485,10 @@ class _Bench:
     @cached_property
     def steps(self) -> TrainedSteps | StoredSteps:
         """Where the steps on selections come from."""
+        data = self.pool.data
         if self.store is None:
-            return TrainedSteps(self.model, self.pool.data.by_id)
-        return StoredSteps(self.model, self.store)
+            return TrainedSteps(self.model, replace(self.pool, dtype=self.dtype).referred(data))
+        return StoredSteps(self.model, self.store, data.loss)
 
     def turn_to(self, output: TokenizedExample) -> None:
         """Make `output` the one that effects are on."""
@@ -499,6 +513,8 @@ class _Bench:
         """Publish what was measured since the last time."""
         if self._output is None or not self._changed:
             return
+        if not self.pool.run.storage.exists(f"{self.prefix}config.json"):
+            self.pool.run.publish_json(f"{self.prefix}config.json", self._config)
         content = {
             "output": self._output.id,
             "log_likelihood": self._likelihood,
@@ -518,6 +534,10 @@ class _Bench:
         effect = self.effect(cell.selected)
         assert self._likelihood is not None
         return measured(cell, self._likelihood, effect, controls)
+
+    def has(self, sets: Iterable[Sequence[str]], *, itself: bool) -> bool:
+        """Whether the run folder has the effects on the current output of steps on these examples, and on itself."""
+        return {fingerprint(sorted(ids)) for ids in sets} | ({"itself"} if itself else set()) <= set(self._effects)
 
     def random_sets(self, k: int) -> list[tuple[str, ...]]:
         """The control of every selection of k for the current output."""

@@ -330,10 +330,9 @@ class StepTrainer(Trainer):
             self.accelerator.backward(nll.sum())
             losses.index_add_(0, owner[batch.owner], nll.detach().double() * count)
             return
-        own, place = owner.unique(return_inverse=True)
         nll = self.head.nll(batch)
-        contrasts = nll.new_zeros(len(own), dtype=torch.float64).index_add(0, place[batch.owner], nll.double())
-        found = rows.dpo.of(own.tolist()).losses(contrasts)
+        sums = nll.new_zeros(len(part), dtype=torch.float64).index_add(0, batch.owner, nll.double())
+        found, own = rows.dpo.of_sequences(sums, owner)
         self.accelerator.backward(found.sum() / count)
         losses[own] = found.detach()
 

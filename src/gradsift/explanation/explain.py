@@ -638,8 +638,8 @@ def explain(
     checkpoint = pool.checkpoints()[-1]
     asked, again = _once_each(questions, lambda question: question.id, "a prompt of this id comes before it")
     answered, failed = answers(pool, asked, max_new_tokens=max_new_tokens)
-    answered, same = _once_each(answered, _tokens_of, "its prompt and answer are those of {}, which stands for both")
-    failed += [*again, *same]
+    answered, copies = _once_each(answered, _tokens_of, "its prompt and answer are those of {}, which stands for both")
+    failed += [*again, *copies]
     if not answered:
         raise DataError(f"no prompt can be explained; first: {failed[0].detail if failed else 'none was given'}")
     source = OutputSource.of(pool, answered)

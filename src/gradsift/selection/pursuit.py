@@ -147,7 +147,8 @@ def sought(
     for _ in range(_READINGS):
         going = [search for search in searches if not search.settled]
         while going:
-            part, queries = [], 0
+            part: list[_Search] = []
+            queries = 0
             while going and (not part or (queries + going[0].width) * len(store) <= _PRODUCTS):
                 queries += going[0].width
                 part.append(going.pop(0))

@@ -173,7 +173,14 @@ def exact_rows(
     return [known for known in found.values() if known is not None]
 
 
-def missed(projected: NDArray[np.float64], exact: NDArray[np.float64], others: NDArray[np.float64], k: int) -> float:
+def missed(
+    projected: NDArray[np.float64],
+    exact: NDArray[np.float64],
+    others: NDArray[np.float64],
+    k: int,
+    *,
+    slope: float | None = None,
+) -> float:
     """How many rows that were not taken again are expected to have a higher score than the k-th of those that were.
 
     What a projected score says of the exact one is the line of least squares through the rows taken again, with normal
@@ -184,13 +191,15 @@ def missed(projected: NDArray[np.float64], exact: NDArray[np.float64], others: N
         exact: theirs without projection, `[candidate]`.
         others: projected scores of all other rows, `[other]`; those that are not finite are left out.
         k: at most the number of candidates.
+        slope: of the line, where it is known.
 
     Example:
         >>> missed(np.array([0.0, 1.0, 2.0]), np.array([0.0, 2.0, 4.0]), np.array([1.5, 0.5]), 2)
         1.0
     """
     spread = projected - projected.mean()
-    slope = float(spread @ exact / (spread @ spread)) if spread.any() else 1.0
+    if slope is None:
+        slope = float(spread @ exact / (spread @ spread)) if spread.any() else 1.0
     level = float(exact.mean() - slope * projected.mean())
     error = math.sqrt(float(np.mean((exact - level - slope * projected) ** 2)))
     bound, foretold = float(np.sort(exact)[-k]), level + slope * others[np.isfinite(others)]

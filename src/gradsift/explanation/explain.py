@@ -361,7 +361,7 @@ class _Work:
 
         Of those that came next in the search, as all others leave more error. Any row may stand for one of weight 0, so
         that without a least gain every row near a tie would count for a half. How far projection errs is told by the
-        nearest third of the rows taken again: those that rebuild nothing err more.
+        nearest third of the rows taken again: those that rebuild nothing err more. They differ too little for a slope.
         """
         rows = self._exact[output_id]
         others = [id_ for id_ in self._sought.get(output_id, ()) if id_ not in rows.places]
@@ -372,7 +372,7 @@ class _Work:
             known, foretold = exact.replacing(picks), projected.replacing(picks)
             nearest = np.argsort(foretold[: len(known)], kind="stable")[: max(len(known) // 3, 2 * found.k)]
             near = np.union1d(nearest, picks)
-            count = missed(-foretold[near], -known[near], -foretold[len(known) :] - WORTH, len(picks))
+            count = missed(-foretold[near], -known[near], -foretold[len(known) :] - WORTH, len(picks), slope=1.0)
             yield Missed(found.estimator, found.k, count, found.strategy)
 
     def _drawn(self, competing: Mapping[str, Candidates]) -> tuple[Candidates, dict[int, list[list[str]]]]:

@@ -151,21 +151,12 @@ def figure_blocks(entry: Explanation, best: StrategyResult) -> tuple[Block, ...]
     said = "Share of the gradient that they rebuild"
     if len(verdicts) == 1:
         low = min(0.0, *(own[best.k] for own in shares.values()))
-        rows = [
-            Row(
-                (
-                    name,
-                    Cell(
-                        "",
-                        bar=Bar(
-                            low, 1.0, value=(share := shares[name][best.k]), tone="worse" if share < LEAST_SHARE else ""
-                        ),
-                    ),
-                    "worse than nothing" if share <= -EVEN else share_brief(own[best.k]),
-                )
-            )
-            for name, own in drawn.items()
-        ]
+        rows = []
+        for name, own in drawn.items():
+            share = shares[name][best.k]
+            bar = Bar(low, 1.0, value=share, tone="worse" if share < LEAST_SHARE else "")
+            brief = "worse than nothing" if share <= -EVEN else share_brief(own[best.k])
+            rows.append(Row((name, Cell("", bar=bar), brief)))
         return (Table(columns("", "", "#"), tuple(rows), said, style="shares"),)
     lines = []
     for number, (name, own) in enumerate(shares.items()):

@@ -41,7 +41,8 @@ def bar(drawn: Bar) -> Markup:
         parts.append(draw_rect("box", left, 0.5, max(right - left, 0.2), 9))
     if drawn.value is not None and math.isfinite(drawn.value):
         zero, end = along(0), along(drawn.value)
-        parts.append(draw_rect("negative" if drawn.value < 0 else "chosen", min(zero, end), 1.5, abs(end - zero), 7))
+        kind = "negative" if drawn.value < 0 or drawn.tone == "worse" else "chosen"
+        parts.append(draw_rect(kind, min(zero, end), 1.5, abs(end - zero), 7))
     if low < 0 < high:
         parts.append(stroke("zero", 0))
     if drawn.strokes:

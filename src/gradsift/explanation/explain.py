@@ -173,7 +173,9 @@ class _Work:
         ids, scores = self.scores_of(output_id, estimator)
         more: dict[str, Any] = {"count": self.candidates, "test_id": output_id, "pool": self.pool}
         found = Candidates.stored(self.store, ids, scores, self.gradient_of(output_id), **more)
-        room = min(self.candidates // 2, self.candidates - self.budgets[-1])  # half, but the ranking gives enough alone
+        spare = self.candidates - self.budgets[-1]
+        # Half of them, but the ranking has twice as many as it gives, whose order whole gradients may change.
+        room = min(self.candidates // 2, spare, max(self.candidates // 4, spare - self.budgets[-1]))
         places = Strings.of(ids).positions(self._sought.get(output_id, []))
         first = found.first("most_helpful", self.candidates - room)
         found.sought = places[np.isin(places, found.available) & ~np.isin(places, first)][:room]

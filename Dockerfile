@@ -9,5 +9,6 @@ COPY pyproject.toml README.md LICENSE constraints.txt ./
 COPY src src
 RUN pip install --no-cache-dir -c constraints.txt '.[datasets,openai,s3]'
 WORKDIR /data
-ENV HF_HOME=/data/.cache/huggingface GRADSIFT_CACHE=/data/.cache/gradsift
+# A user whom the image does not know has no home otherwise.
+ENV HOME=/tmp HF_HOME=/data/.cache/huggingface GRADSIFT_CACHE=/data/.cache/gradsift
 ENTRYPOINT ["gradsift"]

@@ -46,14 +46,13 @@ CODES: tuple[type[Published], ...] = (
 
 HEAD = """# Agreement with published code
 
-Most of gradsift's methods have published code, of a paper or in a package. It was run on small inputs, in environments
-of its own, and gradsift's numbers on the same inputs are compared with what it gave. The numbers are in
-[benchmarks/conformance](../benchmarks/conformance), and the tests compare with them each time. `python
-benchmarks/conformance.py` makes this page; its `--help` says how the published code is run again.
+Most of gradsift's methods have published code, of a paper or in a package. It was run on small inputs, and the tests
+compare gradsift's numbers on the same inputs with what it gave ([benchmarks/conformance](../benchmarks/conformance)).
+`python benchmarks/conformance.py` makes this page; its `--help` says how the published code is run again, and
+[benchmarks/published](../benchmarks/published) which of its functions.
 
 **Difference** is the largest one between two numbers, relative to the largest number compared, or the share of choices
-or token ids that differ; **rounding** is what is allowed for it. Where it is far above 1e-16 one side computes in
-float32, or stops early. Measured 2026-11-28 on a CPU.
+or token ids that differ; **rounding** is what is allowed for it. Measured 2026-11-28 on a CPU.
 """
 
 TAIL = """## Without published code
@@ -68,14 +67,14 @@ What the differences do on real rows and models: [the papers](papers.md).
 
 def page(codes: Sequence[Published]) -> str:
     """docs/conformance.md."""
-    agreed = ["| published code | quantity | theirs | ours | difference | rounding |", "|---|---|---|---|---|---|"]
+    agreed = ["| published code | quantity | ours | difference | rounding |", "|---|---|---|---|---|"]
     departed = ["| published code | theirs | ours | effect, measured | option for theirs |", "|---|---|---|---|---|"]
     for code in codes:
         name = f"[{code.title}]({code.source})"
         first = f"{name}, {code.version}"
         for one in code.agreement[0]:
             size = f"{shown(one.difference)} | {'none' if one.exact else f'{one.tolerance:.0e}'}"
-            agreed.append(f"| {first} | {one.quantity} | {one.published} | {one.ours} | {size} |")
+            agreed.append(f"| {first} | {one.quantity} | {one.ours} | {size} |")
             first = ""
         first = name
         for other in code.agreement[1]:

@@ -1,28 +1,19 @@
-"""How well attributions foretell retraining: linear datamodelling score, leave-top-out, and pairs of groups.
+"""The small world that attributions are held against: its files, pairs of groups of rows, and dampings of an inverse.
 
-    python benchmarks/datamodel.py --out runs/datamodel                    all of it; goes on where it was stopped
-    python benchmarks/datamodel.py --out runs/datamodel --training smooth  in a training that is made smooth
-    python benchmarks/datamodel.py --out runs/datamodel --share 0/2        every second retraining, and no tables
+    python benchmarks/datamodel.py --out runs/datamodel                 files for datamodel.yaml and choices.yaml
+    python benchmarks/datamodel.py --out runs/datamodel --parts pairs   goes on where it was stopped
+    python benchmarks/datamodel.py --out runs/datamodel --parts sweep --training smooth
 
 Eight kinds of short tasks of ../shared/data/pool.jsonl (20 rows to train on, 4 targets, 12 held-out rows of each) and
 a causal transformer of 2 layers and width 64, trained in full on other rows of that pool first. LoRA on all its linears
 is then trained on the 160 rows, many times over: "as it is" at a rate of 1e-2 from the first step, or "smooth" at 3e-3
 with a warm-up over a fifth of the steps and ε_root 1e-8.
 
-- LDS (Park et al. 2023, eq. 6) of every target, for 2, 10 and 50 % of the rows left out. What is left out keeps its
-  place in the batches with weight 0, in the training that the estimators saw (same order) or in two others (other
-  seeds: other adapters and orders; their mean loss). As it is, halves are trained on anew as well, by `train_on` with
-  two other seeds.
-- Leave-top-out (QLD): the loss of a kind of task without the rows that an estimator ranks first for it, less that
-  without random rows; same order.
-- Pairs: I = Δ(A∪B) − Δ(A) − Δ(B), Δ the loss's rise when a group is left out, against JI2S's Σ_{a∈A, b∈B} Γ_aᵀHΓ_b;
-  in the smooth training, where groups are left out as for LDS, also against how MAGIC's scores of B change without A.
-- Choice: the loss of a kind's held-out rows after training anew on the 16 rows that an estimator ranks first for the
-  kind's targets, three seeds, less that of LESS's choice, paired over items and seeds.
-- Descent: the same of metagradient descents, which know the kind's 4 targets alone, and of 16.
-- Sweep: the inverse of the stored rows' second moments, by kernel, damping and checkpoints, computed densely.
-
-Intervals are 95 % bootstrap percentiles, over subsets, targets or pairs. Every training leaves one JSON file in OUT.
+- Pairs: I = Δ(A∪B) − Δ(A) − Δ(B), Δ the loss's rise when a group is left out (trained anew, or, in the smooth training,
+  with weight 0 in the batches), against JI2S's Σ_{a∈A, b∈B} Γ_aᵀHΓ_b; in the smooth training also against how MAGIC's
+  scores of B change without A. Intervals are 95 % bootstrap percentiles over pairs.
+- Sweep: the inverse of the stored rows' second moments, by kernel, damping and checkpoints, computed densely: methods
+  that `gs.bench` judges by LDS.
 """
 
 from __future__ import annotations
@@ -31,14 +22,15 @@ import argparse
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as SequenceABC
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise, product
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -46,49 +38,37 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gradsift import (
-    BM25,
-    EKFAC,
-    JI2S,
-    LESS,
     MAGIC,
-    NICE,
-    NICEIF,
-    TRAK,
+    Bench,
+    Benchmark,
     Checkpoint,
-    DataInf,
+    Estimator,
     Gradients,
-    MetagradientDescent,
+    Influence,
     Pool,
-    ProjectedInverse,
     Projection,
-    Random,
-    RDSPlus,
     Reporter,
-    RepSim,
     Run,
     Sampling,
     Target,
     Training,
     Warmup,
+    bench,
     held_out_loss,
     open_pool,
-    open_prompts,
     open_target,
     score,
-    select,
     train_on,
 )
 from gradsift.base.ranks import paired_rank_correlations
 from gradsift.base.resampling import Estimate
 from gradsift.gradients.capture import LORA, find_modules
 from gradsift.gradients.hessian import curvature_product
-from gradsift.influence.estimator import Estimator, rate_weights
+from gradsift.influence.estimator import rate_weights
 from gradsift.influence.replay import Replay
 from gradsift.influence.smooth import recorded
 from gradsift.model.loss import token_mean
 from gradsift.model.models import host
-from gradsift.rewards.matching import Exact
-from gradsift.validation.datamodel import agreement_of_trainings, lds, qld
 
 Array = NDArray[np.float64]
 T = TypeVar("T")
@@ -105,7 +85,6 @@ TRAINING = Training(
 )
 SMOOTH = TRAINING.model_copy(update={"learning_rate": 3e-3, "warmup_ratio": 0.2})
 TRAININGS = {"as it is": (TRAINING, 0.0), "smooth": (SMOOTH, 1e-8)}  # and ε_root
-SHARES = (0.02, 0.1, 0.5)  # of the pool, left out
 OTHER_SEEDS = (101, 102)
 PRETRAINING = Training(epochs=6, learning_rate=3e-3, batch_size=32, schedule="cosine")
 CHAT = (
@@ -113,69 +92,24 @@ CHAT = (
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 RESAMPLES = 400
-REMOVED = 8  # rows that leave-top-out takes away, 5 %
-CHOSEN, CHOICE_SEEDS = 16, (11, 12, 13)
 GROUP = 10  # rows of each group of a pair
 LIGHTER = 0.02  # by which a weight is lower
 
-PER_TARGET: tuple[Estimator, ...] = (
-    LESS(),
-    LESS(checkpoints="last"),
-    LESS(optimizer="sgd"),
-    LESS(optimizer="sgd", normalise=False),
-    LESS(normalise=False),
-    LESS(optimizer="sgd", checkpoints="last", normalise=False),
-    DataInf(damping="auto"),
-    DataInf(damping="spectral"),
-    *(
-        ProjectedInverse(kernel=kernel, damping=damping, checkpoints=checkpoints)  # type: ignore[arg-type]
-        for kernel, damping, checkpoints in product(("segments", "whole"), ("auto", "spectral"), ("last", "all"))
-    ),
-    *(
-        TRAK(kernel=kernel, damping=damping)  # type: ignore[arg-type]
-        for kernel, damping in product(("segments", "whole"), ("auto", "spectral"))
-    ),
-    TRAK(kernel="whole", damping="spectral", checkpoints="last"),
-    EKFAC(checkpoints="last"),
-    EKFAC(checkpoints="all"),
-    EKFAC(checkpoints="all", damping="auto"),
-    RDSPlus(),
-    RepSim(),
-    BM25(),
-    BM25(tokens="model"),
-)
-JOINT: tuple[JI2S, ...] = (
-    JI2S(joint_weight=0),
-    *(JI2S(hessian=h) for h in ("fisher", "fisher_projected", "identity", "hvp", "ggn")),  # type: ignore[arg-type]
-    JI2S(joint_weight=1.0),
-    JI2S(joint_weight=0, optimizer="sgd"),
-    JI2S(optimizer="sgd"),
-    JI2S(joint_weight=1.0, optimizer="sgd"),
-)
 SAMPLING = Sampling(samples=20, temperature=1, top_k=None, top_p=None, max_new_tokens=8)
-REWARDED: tuple[NICE | NICEIF, ...] = (
-    NICE(sampling=SAMPLING), NICEIF(sampling=SAMPLING, damping="auto"), NICEIF(sampling=SAMPLING, damping="spectral"),
-)  # fmt: skip
-CHANCES = 3  # draws of random scores
-RANDOM_REMOVALS = 8
-REFERENCE = LESS().label  # what others' LDS is compared with, in pairs
-# Whose first rows are left out, or trained on alone, beside MAGIC's variants, rows of one kind and random ones.
-REMOVERS = (
-    "LESS", "TracIn", "DataInf", "projected inverse", "TRAK", "EK-FAC", "MAGIC", "JI2S (λ=0.1)", "NICE", "RDS+", "BM25"
-)  # fmt: skip
+SHARES = {"largest": (0.01, 0.03, 0.1, 0.3, 1.0), "mean": (0.1, 1.0, 10.0)}  # of an eigenvalue: dampings
 
 
 @dataclass(frozen=True)
 class World:
     """The pool, its targets and held-out rows, and which rows are of which kind; the training, and its ε_root.
 
-    more: the targets, and as many other rows of each kind as are held out
+    parts: rows to choose from, targets, held-out rows, and as many others of each kind
     """
 
     pool: Pool
     target: Target
     held_out: Target
-    more: list[dict[str, Any]]
+    parts: list[list[dict[str, Any]]]
     out: Path
     training: Training = TRAINING
     eps_root: float = 0.0
@@ -195,30 +129,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="runs/datamodel")
     parser.add_argument("--training", choices=list(TRAININGS), default="as it is")
-    parser.add_argument("--subsets", type=int, default=32, help="of each share that is left out")
     parser.add_argument("--pairs", type=int, default=16, help="the first so many of the 16")
-    parser.add_argument("--parts", nargs="*", default=["lds", "top", "choice", "descent", "pairs", "sweep"])
-    parser.add_argument("--share", help="n/m: only retrain, and only the n-th of m shares")
+    parser.add_argument("--parts", nargs="*", choices=["pairs", "sweep"], default=[])
+    parser.add_argument("--share", help="n/m: only retrain for pairs, and only the n-th of m shares")
     args = parser.parse_args()
     torch.set_num_threads(1)
     world = make_world(Path(args.out), args.training)
-    path = world.out / f"tables-{args.training.replace(' ', '-')}.json"
-    tables: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    tables |= {"training": world.training.model_dump(mode="json"), "pool": len(world.pool.data)}
-    for part in args.parts:
-        if part == "pairs":
-            plan = pair_removals(world, args.pairs)
-            outcomes = pair_outcomes(world, plan, args.share)
-            found = None if args.share else pairs(world, plan, outcomes)
-        elif part in ("top", "choice", "descent"):
-            found = None if args.share else {"top": top, "choice": choice, "descent": descent}[part](world)
-        else:
-            known = truths(world, args.subsets, args.share)
-            found = None if args.share else {"lds": lds_table, "sweep": sweep}[part](world, known)
-        if found is not None:
-            tables[part], text = found
-            print(f"\n{text}", flush=True)
-            path.write_text(json.dumps(tables, indent=1, ensure_ascii=False) + "\n")
+    write_files(world)
+    if "pairs" in args.parts:
+        plan = pair_removals(world, args.pairs)
+        outcomes = pair_outcomes(world, plan, args.share)
+        if args.share is None:
+            table, text = pairs(world, plan, outcomes)
+            path = world.out / f"pairs-{args.training.replace(' ', '-')}.json"
+            path.write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n")
+            print(text)
+    if "sweep" in args.parts:
+        from gradsift.jobs.bench import print_benchmark
+
+        print_benchmark(sweep(world))
 
 
 # --- the small world ----------------------------------------------------------------------------------------------
@@ -258,7 +187,24 @@ def world_on(model: str, out: Path, warmup: Warmup) -> World:
         keep_duplicates=True,
         reporter=Reporter(quiet=True),
     )
-    return World(pool, open_target(parts[1], pool), open_target(parts[2], pool), [*parts[1], *parts[3]], out)
+    return World(pool, open_target(parts[1], pool), open_target(parts[2], pool), parts, out)
+
+
+def write_files(world: World) -> None:
+    """The model, the pool and the targets, and of each kind 4 and 16 targets and the rows to test on."""
+    if not (world.out / "model").exists():
+        shutil.copytree(world.pool.model, world.out / "model")
+    pool, targets, held_out, others = world.parts
+    for kind in KINDS:
+        own = [[row for row in part if row["kind"] == kind] for part in (targets, others, held_out)]
+        for name, rows in (("4", own[0]), ("16", [*own[0], *own[1]]), ("test", own[2])):
+            write_rows(world.out / f"{kind}-{name}.jsonl", rows)
+    write_rows(world.out / "pool.jsonl", pool)
+    write_rows(world.out / "target.jsonl", targets)
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 def save_model(folder: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -384,7 +330,7 @@ def retrain(world: World, ids: SequenceABC[str], seed: int) -> list[float]:
     ]
 
 
-# --- linear datamodelling score -----------------------------------------------------------------------------------
+# --- scores -------------------------------------------------------------------------------------------------------
 
 
 def key_of(world: World, *what: Any) -> str:
@@ -397,157 +343,6 @@ def halves(world: World, count: int) -> dict[str, list[str]]:
     """Random halves of the pool."""
     ids, generator = np.array(sorted(world.pool.data.ids)), np.random.default_rng(0)
     return {f"half {n}": ids[generator.choice(len(ids), len(ids) // 2, replace=False)].tolist() for n in range(count)}
-
-
-def subsets(world: World, share: float, count: int) -> list[list[str]]:
-    """The pool without random rows, `count` times."""
-    ids, generator = np.array(sorted(world.pool.data.ids)), np.random.default_rng((1, round(1000 * share)))
-    kept = len(ids) - round(share * len(ids))
-    return [generator.choice(ids, kept, replace=False).tolist() for _ in range(count)]
-
-
-@dataclass(frozen=True)
-class Truth:
-    """Trainings on subsets, `kept` `[subset pool]`, and the targets' losses after them, `[seed subset target]`."""
-
-    kept: NDArray[np.bool_]
-    losses: Array
-
-    @property
-    def mean(self) -> Array:
-        return np.asarray(self.losses.mean(axis=0))
-
-
-def truths(world: World, count: int, share: str | None) -> dict[str, Truth]:
-    """What is to be foretold, by the words for it."""
-    ids = world.pool.data.ids
-    found = {}
-    for left_out in SHARES:
-        plan = subsets(world, left_out, count)
-        kept = np.array([np.isin(ids, own) for own in plan])
-        for order, seeds in (("same order", (world.pool.seed,)), ("other seeds", OTHER_SEEDS)):
-            losses = np.array([replay_all(world, plan, seed, share) for seed in seeds])
-            found[f"{left_out:.0%}, {order}"] = Truth(kept, losses)
-    if world.training == TRAINING:
-        trained = halves(world, 64)
-        outcomes = retrain_all(world, trained, (1, 2), share)
-        losses = np.array(list(outcomes.values()) or [[[]]]).transpose(1, 0, 2)[:, :, : len(world.target_kinds)]
-        found["50%, trained anew"] = Truth(np.array([np.isin(ids, own) for own in trained.values()]), losses)
-    return found
-
-
-def lds_table(world: World, known: Mapping[str, Truth]) -> tuple[dict[str, Any], str]:
-    """The score of every estimator for every truth, and less LESS's; what another training foretells."""
-    table: dict[str, Any] = {}
-    ceiling = table["another seed of the training"] = {}
-    for name, truth in known.items():
-        one, other = truth.losses[0], truth.losses[-1]
-        if len(truth.losses) == 1:  # of the same order: the first of the others foretells it
-            other = known[name.replace("same order", "other seeds")].losses[0]
-        ceiling[name] = [asdict(agreement_of_trainings(one, other))]
-    scores = dict(all_scores(world))
-    for label, matrix in scores.items():
-        table[label] = {
-            name: [
-                asdict(lds(matrix, truth.kept, truth.mean, minus=minus))
-                for minus in ((None, scores[REFERENCE]) if label != REFERENCE else (None,))
-            ]
-            for name, truth in known.items()
-        }
-    return table, lds_markdown(table)
-
-
-def lds_markdown(table: Mapping[str, Mapping[str, Any]]) -> str:
-    names = list(next(iter(table.values())))
-    lines = [f"| LDS, left out | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
-    lines += [
-        f"| {label} | {' | '.join(in_words(entry[name][0]) for name in names)} |" for label, entry in table.items()
-    ]
-    paired = {label: entry for label, entry in table.items() if len(entry[names[0]]) == 2}
-    if paired:
-        lines += ["", f"| minus {REFERENCE} | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
-    for label, entry in paired.items():
-        lines.append(f"| {label} | {' | '.join(in_words(entry[name][1]) for name in names)} |")
-    return "\n".join(lines)
-
-
-def in_words(value: Mapping[str, float]) -> str:
-    return str(Estimate(**value))
-
-
-def sweep(world: World, known: Mapping[str, Truth]) -> tuple[dict[str, Any], str]:
-    """LDS of V (GᵀG/n + λI)⁻¹ Gᵀ by kernel, λ and checkpoints, from dense float64 eigendecompositions."""
-    pool, table = world.pool, {}
-    checkpoints = pool.checkpoints()
-    sums: dict[tuple[str, str, str], Array] = {}
-    for checkpoint, rate in zip(checkpoints, rate_weights(checkpoints), strict=True):
-        store = pool.stores(checkpoint, ["segments"])["segments"]
-        targets = pool.collect(world.target.data, checkpoint, ["segments"], what="target")["segments"]
-        G = store.rows(0, len(store)).double()[store.positions(list(pool.data.ids))]
-        V = targets.rows(0, len(targets)).double()[targets.positions(list(world.target.data.ids))]
-        for kernel, blocks in (("whole", [(0, store.dim)]), ("segments", store.blocks())):
-            for name, matrix in inverses(G, V, blocks).items():
-                for which in ("last", "all"):
-                    weight = rate if which == "all" else float(checkpoint is checkpoints[-1])
-                    sums[kernel, name, which] = (
-                        sums.get((kernel, name, which), np.zeros(matrix.shape)) + weight * matrix.numpy()
-                    )
-    for key, summed in sums.items():
-        kernel, name, which = key
-        label = f"{kernel}, λ = {name}, {which}"
-        table[label] = {truth: [asdict(lds(summed, t.kept, t.mean))] for truth, t in known.items()}
-    return table, lds_markdown(table)
-
-
-def inverses(G: Tensor, V: Tensor, blocks: SequenceABC[tuple[int, int]]) -> dict[str, Tensor]:
-    """λ_b·⟨row, (H_b + λ_b I)⁻¹ v⟩ summed over blocks b, `[pool target]`, by the words for λ_b."""
-    found: dict[str, Tensor] = {}
-    for start, stop in blocks:
-        g, v = G[:, start:stop], V[:, start:stop]
-        U, singular, W = torch.linalg.svd(g, full_matrices=False)
-        values = singular.square() / len(g)
-        if not float(values[0]):
-            continue
-        largest, mean = float(values[0]), float(values.sum()) / (stop - start)
-        dampings = {f"{share:g} of the largest": share * largest for share in (0.01, 0.03, 0.1, 0.3, 1.0)}
-        dampings |= {f"{share:g} of the mean": share * mean for share in (0.1, 1.0, 10.0)}
-        for name, damping in dampings.items():
-            # By the rows' own singular vectors; what lies beside them does not meet a row.
-            product_ = (U * singular * (damping / (values + damping))) @ (v @ W.T).T
-            scale = 1.0 if len(blocks) == 1 else 1.0 / damping
-            found[name] = found.get(name, torch.zeros(())) + scale * product_
-    return found
-
-
-def all_scores(world: World) -> Iterable[tuple[str, Array]]:
-    """Per estimator: label, and scores `[pool target]`."""
-    kinds = np.array(world.target_kinds)
-    for method in (*PER_TARGET, *magics(world)):
-        yield method.label, matrix_of(world, method, world.target)
-    prompts = open_prompts([world.target.data.row(id_) for id_ in world.target.data.ids], world.pool, Exact())
-    for rewarded in REWARDED:
-        yield rewarded.label, matrix_of(world, rewarded, prompts)
-    for joint in JOINT:
-        of_kinds = {kind: kind_scores(world, joint, kind) for kind in KINDS}
-        yield joint.label, np.stack([of_kinds[kind] for kind in kinds], axis=1)
-    yield "1 for rows of the target's kind", (np.array(world.pool.data.column("kind"))[:, None] == kinds).astype(float)
-    for seed in range(CHANCES):
-        yield f"random (seed {seed})", random_matrix(world, seed)
-
-
-def removers(world: World) -> Iterable[tuple[str, Array]]:
-    """Of the estimators that `REMOVERS` names, as they are by default."""
-    for label, matrix in all_scores(world):
-        name = label.partition(" (")[0]
-        if label in REMOVERS or (label != name and name in ("MAGIC", "random")) or label.startswith("1 for"):
-            yield label, matrix
-
-
-def magics(world: World) -> list[MAGIC]:
-    """Of the training; where that is not smooth, of one that is made so by the defaults, and by a lower rate."""
-    if world.training == TRAINING:
-        return [MAGIC(per="target"), MAGIC(per="target", learning_rate=3e-3)]
-    return [MAGIC(per="target", eps_root=world.eps_root, seeds=seeds) for seeds in (1, 4)]
 
 
 def matrix_of(world: World, method: Estimator, target: Any) -> Array:
@@ -570,12 +365,6 @@ def of_targets(world: World, kind: str) -> Target:
     data = world.target.labels
     assert data is not None
     return Target(data.subset([n for n, other in enumerate(world.target_kinds) if other == kind]), None, ())
-
-
-def random_matrix(world: World, seed: int) -> Array:
-    """Chance, drawn anew for each target."""
-    shape = len(world.pool.data), len(world.target.data)
-    return np.random.default_rng((seed, *shape)).random(shape)
 
 
 def spearmans(first: Array, second: Array) -> float:
@@ -751,7 +540,7 @@ def magic_pairs(world: World, groups: SequenceABC[tuple[str, list[str], list[str
     is a little lower: what going back through that training would add up to, without going back.
     """
     ids, seed = list(world.pool.data.ids), world.pool.seed
-    scores = matrix_of(world, magics(world)[0], world.target)
+    scores = matrix_of(world, MAGIC(per="target", eps_root=world.eps_root), world.target)
     kept, second = [without(world, A) for _, A, _ in groups], [B for _, _, B in groups]
     fall = replay_all(world, kept, seed, None, lighter=second) - replay_all(world, kept, seed, None)
     worth = np.array([scores[[ids.index(id_) for id_ in B]].sum(axis=0) for B in second])
@@ -817,95 +606,67 @@ def interval_words(value: SequenceABC[float]) -> str:
     return str(Estimate(*value))
 
 
-# --- leave-top-out ------------------------------------------------------------------------------------------------
+# --- dampings of an inverse ---------------------------------------------------------------------------------------
 
 
-def top(world: World) -> tuple[dict[str, Any], str]:
-    """QLD of every estimator: the loss of a kind's targets without the rows that rank first for them, less random."""
-    ids, kinds = np.array(world.pool.data.ids), np.array(world.target_kinds)
-    generator = np.random.default_rng(4)
-    drawn = [without(world, generator.choice(ids, REMOVED, replace=False)) for _ in range(RANDOM_REMOVALS)]
-    random = replay_all(world, drawn, world.pool.seed, None)
-    table = {}
-    for label, matrix in removers(world):
-        losses = np.empty(len(kinds))
-        for kind in KINDS:
-            first = np.argsort(-matrix[:, kinds == kind].mean(axis=1), kind="stable")[:REMOVED]
-            after = replay_all(world, [without(world, ids[first])], world.pool.seed, None)[0]
-            losses[kinds == kind] = after[kinds == kind]
-        table[label] = asdict(qld(losses, random))
-    lines = [f"| {REMOVED} rows left out, by | rise of the loss beside that without random rows, nats |", "|---|---|"]
-    lines += [f"| {label} | {v['value']:+.3f} ({v['low']:+.3f} to {v['high']:+.3f}) |" for label, v in table.items()]
-    return table, "\n".join(lines)
+class Swept(Estimator):
+    """λ_b·⟨row, (H_b + λ_b I)⁻¹ v⟩ summed over blocks b of columns, H_b = GᵀG/n, from dense float64 decompositions.
+
+    kernel: one block, or one for each module.
+    share, of: λ_b, of that eigenvalue of H_b.
+    """
+
+    kind: Literal["swept"] = "swept"
+    kernel: Literal["whole", "segments"] = "whole"
+    share: float = 0.1
+    of: Literal["largest", "mean"] = "largest"
+    last: bool = False
+
+    @property
+    def label(self) -> str:
+        return f"{self.kernel}, λ = {self.share:g} of the {self.of}, {'last' if self.last else 'all'}"
+
+    def influence(self, pool: Pool, target: Target | None) -> Influence:
+        """Higher = training on the row helps more."""
+        assert target is not None
+        assert target.labels is not None
+        checkpoints = pool.checkpoints()
+        total = torch.zeros(len(pool.data), len(target.labels), dtype=torch.float64)
+        for checkpoint, rate in zip(checkpoints, rate_weights(checkpoints), strict=True):
+            if self.last and checkpoint is not checkpoints[-1]:
+                continue
+            rows = pool.stores(checkpoint, ["segments"])["segments"]
+            asked = pool.collect(target.labels, checkpoint, ["segments"], what="target")["segments"]
+            G, V = (
+                store.rows(0, len(store)).double()[store.positions(list(ids))]
+                for store, ids in ((rows, pool.data.ids), (asked, target.labels.ids))
+            )
+            blocks = rows.blocks() if self.kernel == "segments" else [(0, rows.dim)]
+            total += (1.0 if self.last else rate) * sum(
+                self.of_block(G[:, a:b], V[:, a:b], len(blocks) == 1) for a, b in blocks
+            )
+        return Influence(list(pool.data.ids), total.numpy().astype(np.float32))
+
+    def of_block(self, g: Tensor, v: Tensor, alone: bool) -> Tensor:
+        """`[pool target]`, by the rows' own singular vectors: what lies beside them does not meet a row."""
+        U, singular, W = torch.linalg.svd(g, full_matrices=False)
+        values = singular.square() / len(g)
+        if not float(values[0]):
+            return torch.zeros(len(g), len(v), dtype=torch.float64)
+        damping = self.share * float(values[0] if self.of == "largest" else values.sum() / g.shape[1])
+        found = (U * singular * (damping / (values + damping))) @ (v @ W.T).T
+        return found if alone else found / damping
 
 
-# --- training on a choice -----------------------------------------------------------------------------------------
-
-
-def choice(world: World) -> tuple[dict[str, Any], str]:
-    """Held-out losses of every kind after training on what each estimator ranks first for it."""
-    return choices_table(world, {label: first_by(world, matrix) for label, matrix in removers(world)})
-
-
-def descent(world: World) -> tuple[dict[str, Any], str]:
-    """The same of metagradient descents, beside the choices that they begin with and others, for more targets, too."""
-    tables = {}
-    for own in (world, replace(world, target=open_target(world.more, world.pool))):
-        magic = magics(world)[0].model_copy(update={"per": "subtask"})
-        chosen = {}
-        for method in (LESS(), RDSPlus(), BM25()):
-            chosen[method.label] = first_by(own, matrix_of(own, method, own.target))
-        prompts = open_prompts([own.target.data.row(id_) for id_ in own.target.data.ids], own.pool, Exact())
-        chosen["NICE"] = first_by(own, matrix_of(own, REWARDED[0], prompts))
-        for start in (LESS(), magic, Random(seed=0)):
-            for kind in KINDS:
-                ranked = score(own.pool, of_targets(own, kind), start, aggregation="mean")
-                chosen.setdefault(start.label, {})[kind] = select(ranked, budget=CHOSEN).ids
-                better = select(ranked, MetagradientDescent(eps_root=own.eps_root), budget=CHOSEN).ids
-                chosen.setdefault(f"descent from {start.label}", {})[kind] = better
-        tables[f"{own.target_kinds.count(KINDS[0])} targets of a kind"] = choices_table(world, chosen)
-    text = "\n\n".join(f"{name}\n{lines}" for name, (_, lines) in tables.items())
-    return {name: table for name, (table, _) in tables.items()}, text
-
-
-def first_by(world: World, matrix: Array) -> dict[str, list[str]]:
-    """Of each kind's targets, the rows whose scores `[pool target]` are highest on average."""
-    ids, kinds = np.array(world.pool.data.ids), np.array(world.target_kinds)
-    means = {kind: matrix[:, kinds == kind].mean(axis=1) for kind in KINDS}
-    return {kind: ids[np.argsort(-mean, kind="stable")[:CHOSEN]].tolist() for kind, mean in means.items()}
-
-
-def choices_table(world: World, chosen: Mapping[str, Mapping[str, list[str]]]) -> tuple[dict[str, Any], str]:
-    """Held-out losses after training anew on what was chosen for each kind, by what chose it."""
-    after_targets, held_out = len(world.target_kinds), np.array(world.held_out.data.column("kind"))
-    losses: dict[str, Array] = {}  # [kind seed item]
-    for label, of_kinds in chosen.items():
-        found = np.array([[retrain(world, of_kinds[kind], seed) for seed in CHOICE_SEEDS] for kind in KINDS])
-        losses[label] = np.array(
-            [own[:, after_targets:][:, held_out == kind] for kind, own in zip(KINDS, found, strict=True)]
-        )
-    table: dict[str, Any] = {}
-    for label, after in losses.items():
-        differences = (after - losses[REFERENCE]).mean(axis=1)  # over seeds; [kind item]
-        drawn = np.random.default_rng(5).integers(differences.shape[1], size=(1000, differences.shape[1]))
-        each = np.percentile(differences[:, drawn].mean(axis=2), [2.5, 97.5], axis=1)  # [end kind]
-        table[label] = {
-            "loss": float(after.mean()),
-            "minus": asdict(Estimate(*with_interval(lambda s, d=differences: float(d[:, s].mean()), drawn))),
-            "of kinds": {k: [float(d.mean()), *e] for k, d, e in zip(KINDS, differences, each.T.tolist(), strict=True)},
-        }
-    lines = [
-        f"| {CHOSEN} rows chosen by | held-out loss, nats | minus {REFERENCE} | kinds above and below it |",
-        "|---|---|---|---|",
+def sweep(world: World) -> Benchmark:
+    """LDS by kernel, λ and checkpoints, over the subsets of datamodel.yaml."""
+    methods = [
+        Swept(kernel=kernel, share=share, of=of, last=last)  # type: ignore[arg-type]
+        for kernel, of, last in product(("whole", "segments"), SHARES, (False, True))
+        for share in SHARES[of]
     ]
-    for label, own_ in table.items():
-        m, k = own_["minus"], own_["of kinds"].values()
-        above, below = sum(low > 0 for _, low, _ in k), sum(high < 0 for _, _, high in k)
-        lines.append(
-            f"| {label} | {own_['loss']:.3f} | {m['value']:+.3f} ({m['low']:+.3f} to {m['high']:+.3f}) "
-            f"| {above}, {below} |"
-        )
-    return table, "\n".join(lines)
+    settings = Bench(measures=("lds",), subsets=32, smooth=world.eps_root > 0)
+    return bench(world.pool, world.target, methods, settings=settings)
 
 
 if __name__ == "__main__":

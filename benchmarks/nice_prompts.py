@@ -1,4 +1,4 @@
-"""Prompts of two rewards for benchmarks/nice.py: easy sums with a checkable number, and openings that any mood suits.
+"""Prompts of two rewards for benchmarks/nice.yaml: easy sums with a checkable number, and openings that any mood suits.
 
 Each reward has 24 validation prompts with an answer (which only methods that need labels read), 24 other validation
 prompts, and 48 test prompts; no prompt is in two of them.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from typing import Any
@@ -13,7 +14,7 @@ from pydantic import TypeAdapter
 import gradsift
 from gradsift import options
 from gradsift.base.errors import ConfigError, DataError
-from gradsift.base.settings import nearest, parse_budget
+from gradsift.base.settings import _slip, nearest, parse_budget
 from gradsift.cli import app
 from gradsift.influence.estimators import estimators
 from gradsift.jobs.train_evaluate import metrics_of, sampling_of
@@ -71,7 +72,8 @@ def test_list_names_all_that_has_a_name() -> None:
     """Rewards, metrics, formats and presets with values stand beside estimators and selectors, or alone by name."""
     whole = Cli("list").succeeded().out
     for name in ("less", "facility_location", "unit_tests", "pairwise", "ShareGPT", "compact", "ji2s_13b", "assisted"):
-        assert f"\n{name:<20}" in whole, name
+        assert re.search(rf"^{name}(  |$)", whole, re.MULTILINE), name
+    assert not re.search(r" $", whole, re.MULTILINE), "lines end with their last word"
     presets = Cli("list", "presets").succeeded().out
     assert " ".join(presets.split()).count("learning_rate 2e-05") == 2
     assert "facility_location" not in presets
@@ -504,6 +506,26 @@ def test_near_misses(typed: str, meant: str) -> None:
     assert f"Did you mean '{meant}'?" in result.err
     assert nearest("--zzzzqqq", ["--learning-rate", "--rank"]) is None
     assert "Did you mean explain?" in Cli("explian").err
+
+
+def test_a_slip_of_the_finger_is_understood() -> None:
+    """Two letters exchanged, or one left out, name the option that they are of, however alike a longer one is."""
+    names = [name for one in app.commands["select"].params for name in one.opts if name.startswith("--")]
+    bare = {name: name.strip("-").replace("-", "") for name in names}
+    for name, own in bare.items():
+        slips = {own[:n] + own[n + 1] + own[n] + own[n + 2 :] for n in range(len(own) - 1)}
+        for typed in (slips | {own[:n] + own[n + 1 :] for n in range(len(own))}) - set(bare.values()):
+            near = nearest(f"--{typed}", names)
+            assert near == name or len(typed) < 3 or (near and _slip(typed, bare[near])), (typed, near)
+    assert nearest("--modle", names) == "--model"
+
+
+def test_an_option_of_other_commands_is_said_to_be_theirs() -> None:
+    """What one command takes and the typed one does not is no slip: the message says whose it is."""
+    refused = Cli("train", "--projection-dim", 8).err
+    assert (
+        "No such option '--projection-dim': select, explain, validate and others have it, and train has not." in refused
+    )
 
 
 def test_fields_without_an_option(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -510,6 +510,7 @@ def test_every_setting_of_every_method_decides_its_scores(
         assert name in ("normalise", "subtract_bias", "pair_reduction", "server", "assistant"), (method, name)
         return
     ids, zeros = list(pool.data.ids), np.zeros((len(pool.data), 4), dtype=np.float32)
+    monkeypatch.setattr(scoring, "collect_together", lambda *_: None)
     monkeypatch.setattr(scoring, "influence_of", lambda *_: Influence(ids, zeros))
     monkeypatch.setattr("gradsift.influence.rds.embedding_identity", lambda model: {"model": "one"})
     target: Any = open_target(target_rows(), pool)
@@ -575,6 +576,7 @@ def test_checkpoints_decide_rows_and_scores(
         last = own.checkpoints()[-1]
         views = (address("gradients", lambda v=view: own.stores(last, [v])) for view in ("plain", "adam"))  # type: ignore[misc]
         ids = list(pool.data.ids)
+        monkeypatch.setattr(scoring, "collect_together", lambda *_: None)
         monkeypatch.setattr(scoring, "influence_of", lambda *_: Influence(ids, np.zeros((len(ids), 4), np.float32)))
         return *views, address("scores", lambda: score(own, open_target(target_rows(), pool), LESS()))  # type: ignore[return-value]
 

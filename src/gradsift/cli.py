@@ -110,8 +110,12 @@ class _Command(click.Command):
         except click.NoSuchOption as error:
             known = [name for one in self.get_params(ctx) for name in (*one.opts, *one.secondary_opts)]
             near = nearest(error.option_name, [name for name in known if name.startswith("--")])
+            typed = error.option_name
+            takers = [name for name, one in app.commands.items() if any(typed in other.opts for other in one.params)]
+            others = " and others have" if takers[3:] else " have" if takers[1:] else " has"
+            whose = f": {', '.join(takers[:3])}{others} it, and {self.name} has not" if takers else ""
             advice = f" Did you mean '{near}'?" if near else ""
-            raise click.UsageError(f"No such option '{error.option_name}'.{advice}", ctx) from None
+            raise click.UsageError(f"No such option '{typed}'{whose}.{advice}", ctx) from None
         for parameter in order:
             name, value = parameter.opts[0], found.get(parameter.name)
             repeats = getattr(parameter, "multiple", False) or (
@@ -401,7 +405,7 @@ def mix(given: Given) -> None:
     from gradsift.jobs.select_explain import run_mix
 
     found = run_mix(_recipe(given), given["by"], given["train"], _reporter(given))
-    _tell(given, found.as_dict, lambda: print(found))
+    _tell(given, found.as_dict, lambda: print(f"{found}\n\nshares in {given['out']}/mixture.json"))
 
 
 _OF_PROMPTS = (

@@ -149,7 +149,10 @@ SCORE = (
     ),
     *_of(
         "Estimator",
-        "aggregation\ncontrols.kind --control * | Another ranking beside the usual ones, as rds_plus.",
+        """
+        aggregation
+        controls.kind --control * | Another ranking beside the usual ones (--set controls=[]: none), as rds_plus.
+        """,
     ),
     *_of(
         "Joint influence",

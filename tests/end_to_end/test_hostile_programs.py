@@ -103,7 +103,7 @@ def test_hostile_programs_come_to_nothing(tiny: World, tmp_path: Path, monkeypat
         written |= {name: code for name, (code, _) in hostile.items()}
         rows = [{"id": name, "prompt": name, "test": TEST, "entry_point": "answer"} for name in hostile]
         case = Case(tiny, tmp_path / "run", "assistant", write_rows(tmp_path / "target.jsonl", rows))
-        sandbox = {"memory_mb": 128, "disk_mb": 4, "processes": 8, "output_kb": 4, "cpu_seconds": 2, "timeout": 8}
+        sandbox = {"memory_mb": 128, "disk_mb": 4, "processes": 8, "output_kb": 4, "cpu_seconds": 1, "timeout": 8}
         reward = {"kind": "unit_tests", "allow_code_execution": True, "sandbox": sandbox}
         case.changes = {"reward": reward}
         case.sampling = {"samples": 2, "max_new_tokens": 64}

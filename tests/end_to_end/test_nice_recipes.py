@@ -328,6 +328,7 @@ def test_nice_runs(dry: Dry) -> None:
     ran(dry.written("nice.yaml"), prompts=3)
 
 
+@pytest.mark.slow
 def test_nice_amc_runs(dry: Dry) -> None:
     """The template with an assistant: a server writes the responses, once for all checkpoints."""
     before = len(dry.server.requests)
@@ -353,6 +354,7 @@ def test_alpacaeval_runs(dry: Dry) -> None:
     assert {request["model"] for request in judged} == {"gpt-4-1106-preview"}
 
 
+@pytest.mark.slow
 def test_tldr_runs(dry: Dry) -> None:
     """5% of the posts, with the authors' prompt; the assistant alone is asked for a brief summary."""
     before = len(dry.server.requests)

@@ -15,7 +15,7 @@ import torch
 import gradsift.explanation.explain as explain_module
 import gradsift.gradients.collect as collect_module
 from gradsift.base.errors import ConfigError, DataError
-from gradsift.context import Pool
+from gradsift.context import Pool, open_target
 from gradsift.data.load import load_examples
 from gradsift.explanation.explain import ALL_STRATEGIES, explain
 from gradsift.explanation.outputs import OutputSource, Question, question_of, questions_of
@@ -32,8 +32,13 @@ from gradsift.gradients.collect import Gradients
 from gradsift.gradients.projection import Projection
 from gradsift.influence.bm25 import BM25
 from gradsift.influence.datainf import DataInf
+from gradsift.influence.ji2s import JI2S
 from gradsift.influence.less import LESS
+from gradsift.influence.rerank import Rerank
+from gradsift.influence.scores import score
+from gradsift.jobs.select_explain import run_explain, run_select
 from gradsift.model.models import host
+from gradsift.recipe import Explain, Recipe
 from gradsift.selection.diverse import Diverse
 from gradsift.selection.facility_location import FacilityLocation
 from gradsift.selection.gumbel import GumbelTopK
@@ -53,6 +58,39 @@ def own_answer(number: int) -> Question:
     """A pool row as a question with its own answer."""
     prompt, answer = pool_rows()[number]["messages"]
     return question_of(prompt["content"], answer["content"])
+
+
+@pytest.mark.parametrize(
+    ("method", "from_python"), [(LESS(), True), (LESS(), False), (Rerank(first=LESS()), True), (JI2S(), True)], ids=str
+)
+def test_choosing_and_explaining_share_their_passes(
+    method: Any, from_python: bool, tiny: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pool goes back through the model once at each checkpoint that scores read, and no further time to explain."""
+    collected: list[tuple[str, ...]] = []
+    whole = collect_module._collect_missing
+
+    def counted(work: Any, prefixes: Any, what: str, *more: Any) -> None:
+        if what == "pool" and work.at.settings.projection.kind != "none":
+            collected.append(work.views)
+        whole(work, prefixes, what, *more)
+
+    monkeypatch.setattr(collect_module, "_collect_missing", counted)
+    less, gradients = LESS(optimizer="sgd", checkpoints="last"), Gradients(projection=Projection(dim=64))
+    if from_python:
+        pool = tiny.open_pool(tmp_path / "run", gradients=gradients)
+        score(pool, open_target(tiny.target, pool), method)
+        explain(pool, own_answer(0), k=2, estimator=less)
+    else:
+        recipe = Recipe(
+            model=tiny.model, pool=tiny.pool, target=tiny.target, out=str(tmp_path / "run"),
+            adapter=tuple(tiny.adapters), estimator=method, controls=(), budget=3, max_length=64, device="cpu",
+            gradients=gradients,
+        )  # fmt: skip
+        run_select(recipe)
+        job = Explain(prompt="what says the cow", output="moo", k=2, estimators=(less,))
+        run_explain(recipe.model_copy(update={"explain": job}))
+    assert len(collected) == len(tiny.adapters), collected
 
 
 def test_a_question_is_named_by_its_content() -> None:

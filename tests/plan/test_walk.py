@@ -15,6 +15,7 @@ from endpoint_runs import compare, grade
 from gradsift.base.progress import silent
 from gradsift.compare.run import run_compare
 from gradsift.influence.estimators import OWN
+from gradsift.jobs.bench import run_bench
 from gradsift.jobs.results import files_of
 from gradsift.jobs.rollouts import run_reward, run_sample
 from gradsift.jobs.select_explain import run_recipe
@@ -222,15 +223,16 @@ def test_responses_and_rewards_alone_are_counted(recipe: Callable[..., Recipe], 
 
 
 def test_a_choice_and_an_explanation_share_their_gradients(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    """An explanation by Adam rows at both checkpoints takes them once, and its own output's at both."""
+    """An explanation by Adam rows at both checkpoints takes them once, and its own output's at both; once it is there,
+    nothing is left of it."""
     explain = {"prompt": "what says the cow", "k": 2, "max_new_tokens": 4, "estimators": [{"kind": "less"}]}
-    asked = recipe(explain={**explain, "validation": {"route": "trained"}, "embedding": None})
+    validation = {"route": "trained", "sanity": True}
+    asked = recipe(explain={**explain, "validation": validation, "embedding": None, "all_checkpoints": True})
     works = walk(asked, tmp_path)
     result = run_recipe(asked)
     assert stored(works) == on_disk(asked)
     assert {"explanation.html", "validation.json"} <= set(files_of(result))
-    left = {work.stage for work in walk(asked, tmp_path) if not work.done}
-    assert left == {"choosing", "tokens of examples", "training on choices"}
+    assert {work.stage for work in walk(asked, tmp_path) if not work.done} == set()
 
 
 def test_a_comparison_is_counted_as_it_is_done(
@@ -301,3 +303,35 @@ def test_a_benchmark_is_announced(recipe: Callable[..., Recipe], tiny: World) ->
     passes = [w for w in walked(asked, asked.out + "-plan", silent(), "run")[0].works if w.stage == "pool gradients"]
     assert [work.rows for work in passes] == [24, 24]
     assert [work.stored["rows"] for work in passes] == [2 * 24, 3 * 24]
+
+
+FINISHED: dict[str, tuple[Callable[[Recipe], Any], str, dict[str, Any]]] = {
+    "select": (run_recipe, "run", {"controls": None, "estimator": {"kind": "less"}}),
+    "bench": (
+        run_bench, "run",
+        {"warmup": {"epochs": 1, "rank": 2, "dropout": 0, "batch_size": 8}, "adapter": [],
+         "bench": {"methods": [{"kind": "less"}], "measures": ["qld", "self", "filter"], "removed": [0.25],
+                   "removals": 2, "plant": "mislabel:8"}},
+    ),
+    "compare": (
+        run_compare, "run",
+        {"compare": {"budgets": [4], "seeds": [0], "training": {"epochs": 1, "rank": 2}, "test": "TARGET",
+                     "embedding": None}},
+    ),
+    "reward": (
+        run_reward, "reward",
+        {"estimator": {"kind": "nice", "sampling": SAMPLING}, "reward": {"kind": "length", "maximum": 3}},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", FINISHED)
+def test_a_finished_run_has_nothing_left(command: str, recipe: Callable[..., Recipe], tiny: World) -> None:
+    """What a command has done, the plan of the same command says is done: every stage, and no token, second or byte."""
+    run, planned, fields = FINISHED[command]
+    asked = recipe(**json.loads(json.dumps(fields).replace("TARGET", tiny.target)))
+    assert not all(work.done for work in walked(asked, asked.out + "-plan", silent(), planned)[0].works)
+    run(asked)
+    found = estimate(asked, command=planned)
+    assert {name: stage for name, stage in found["stages"].items() if not stage["done"]} == {}
+    assert (found["total"]["tokens"], found["total"]["seconds"], found["total"]["disk_bytes"]) == (0, 0, 0)

@@ -235,7 +235,7 @@ SILENT: dict[str, tuple[str, str, str, str]] = {
 def test_no_evidence_is_no_reward() -> None:
     """Tests that see nothing of the program, or fail by themselves, are an error for right and wrong alike."""
     programs = [Program(code, *form[:3]) for code in (RIGHT, WRONG) for form in SILENT.values()]
-    outcomes = run(*programs, cpu_seconds=2)
+    outcomes = run(*programs, cpu_seconds=1)
     names = [*SILENT, *SILENT]
     wrong = {
         name: outcome

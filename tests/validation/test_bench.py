@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import cloudpickle
@@ -21,7 +24,7 @@ from gradsift.gradients import collect
 from gradsift.influence.replay import Replay
 from gradsift.jobs.bench import planted
 from gradsift.recipe import Recipe
-from gradsift.validation.bench import Bench, Benchmark, bench
+from gradsift.validation.bench import Bench, Benchmark, Cost, _Judge, _mean_of, bench, classed
 from gradsift.validation.datamodel import lds
 from tiny_world import World, pool_rows, target_rows, write_rows
 
@@ -127,6 +130,34 @@ def test_retrainings_are_kept_and_shared(opened: tuple[gs.Pool, gs.Target], monk
     assert scores is not None
     losses = np.stack([_losses_after(pool, target, weights) for weights in kept])
     assert same.values["knowing +1"].value == pytest.approx(lds(scores, kept, losses).value)
+
+
+def test_rows_are_removed_for_each_subtask(opened: tuple[gs.Pool, gs.Target], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `removed_for: subtask` each subtask's targets are measured without the rows that rank first for these, and
+    the column is what `gradsift.qld` makes of it; random subsets of which a small pool has few are each taken once."""
+    pool, target = opened
+    worth = np.random.default_rng(3).normal(size=(24, 6))
+    told = SimpleNamespace(influence=lambda *_: gs.Influence(list(pool.data.ids), worth.astype(np.float32)))
+    monkeypatch.setattr(Knowing, "influence", lambda self, *_: told.influence())
+    asked: list[np.ndarray[Any, Any]] = []
+
+    def losses(self: _Judge, seed: int, kept: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        asked.append(kept)
+        return -kept @ worth  # a row's worth is what the loss falls by
+
+    monkeypatch.setattr(_Judge, "_losses", losses)
+    settings = Bench(measures=("qld",), removed=(2 / 24,), removals=3, removed_for="subtask")
+    (column,) = bench(pool, target, [Knowing()], settings=settings).columns
+    random, kept = -asked[0] @ worth, np.ones((2, 24))
+    odd = np.array(target.subtasks) == "odd"
+    for line, own in zip(kept, (odd, ~odd), strict=True):
+        line[np.argsort(-worth[:, own].mean(axis=1))[:2]] = 0
+    expected = gs.qld(np.where(odd, -kept[0] @ worth, -kept[1] @ worth), random).value
+    assert column.values["knowing +1"].value == pytest.approx(expected)
+    assert settings.trainings(24, target.subtasks) == [(3 * 2 + 3, 24)]
+    few = Bench(measures=("lds",), shares=(0.01,), subsets=40)
+    bench(pool, target, [Knowing()], settings=few)
+    assert len({tuple(line) for line in asked[-1]}) == len(asked[-1]) == 24
 
 
 def _losses_after(pool: gs.Pool, target: gs.Target, weights: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -245,6 +276,34 @@ def test_rows_are_taken_in_one_pass(opened: tuple[gs.Pool, gs.Target], monkeypat
     assert again.costs == found.costs
 
 
+def test_costs_of_interrupted_attempts_are_counted(
+    opened: tuple[gs.Pool, gs.Target], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a method took until Ctrl-C is part of its cost once it is scored, and not counted again; what it took so far
+    is noted while it works."""
+    pool, target = opened
+    attempts = [0.3, 0.0]
+    monkeypatch.setattr("gradsift.validation.bench._NOTE_SECONDS", 0.05)
+
+    def interrupted(self: Knowing, *_: Any) -> gs.Influence:
+        time.sleep(attempts.pop(0))
+        if attempts:
+            kept = [json.loads(path.read_text()) for path in Path(pool.run.place).glob("bench/cost-*.json")]
+            assert [one["seconds"] for one in kept if not one["done"]] == [pytest.approx(0.25, abs=0.15)]
+            raise KeyboardInterrupt
+        return influence(self, *_)
+
+    influence = Knowing.influence
+    monkeypatch.setattr(Knowing, "influence", interrupted)
+    asked: dict[str, Any] = {"methods": [Knowing(sign=5)], "settings": Bench(class_column="source", top=2)}
+    with pytest.raises(KeyboardInterrupt):
+        bench(pool, target, **asked)
+    found = bench(pool, target, **asked)
+    assert found.costs["knowing +5"].seconds >= 0.3
+    monkeypatch.setattr(Knowing, "influence", influence)
+    assert bench(pool, target, **asked).costs == found.costs
+
+
 def test_from_the_command_line(tiny: World, labelled: str, tmp_path: Path) -> None:
     """`gradsift bench` with planted mistakes and a class writes JSON and page and says what to use; a second time
     all of it is found again."""
@@ -347,6 +406,22 @@ def test_nothing_to_plant_is_said(tmp_path: Path) -> None:
             planted(recipe, "mislabel:3", gs.Reporter(quiet=True))
 
 
+def test_shares_are_said_as_people_say_them(tmp_path: Path) -> None:
+    """A share with or without a sign, a number, and without the only kind there is; others are refused."""
+    rows = [{"prompt": f"q{n}", "completion": f"a{n}"} for n in range(20)]
+    recipe = Recipe(model="m", pool=write_rows(tmp_path / "p.jsonl", rows), out="o")
+    for said_ in ("mislabel:10%", "mislabel: 10 %", "Mislabel:0.1", "mislabel:2", "10%", "0.1"):
+        assert sum(one.row["planted"] == "yes" for one in planted(recipe, said_, gs.Reporter(quiet=True))) == 2
+    for said_ in ("mislabel", "mislabel:", "mislabel:-5%", "mislabel:200%", "5% mislabel"):
+        with pytest.raises(ConfigError, match="mislabel:SHARE"):
+            planted(recipe, said_, gs.Reporter(quiet=True))
+    assert Bench(shares=["2%", 0.1], removed=["5 %"]).model_dump(include={"shares", "removed"}) == {
+        "shares": (0.02, 0.1), "removed": (0.05,),
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match="between 0 and 1"):
+        Bench(shares=[2])
+
+
 class Broken(Knowing):
     """Gives what no estimator may."""
 
@@ -382,16 +457,22 @@ def test_a_broken_method_ends_nothing(opened: tuple[gs.Pool, gs.Target]) -> None
 
 def test_one_target_tells_nothing_apart(opened: tuple[gs.Pool, gs.Target]) -> None:
     """An interval over targets needs two of them that say something: nothing is recommended by one alone, though it be
-    found perfectly. A class that is not there is no class, and one is the same however a file writes it.
+    found perfectly. A class that is not there is no class, a list holds several, of which one is enough, and one is the
+    same however a file writes it; a target without a class is left out, and a subtask with others like it.
     """
     pool, _ = opened
-    rows = [row | {"source": 1.0 if n % 2 else None} for n, row in enumerate(pool_rows())]
-    named = [row | {"source": (1, None, 7)[n % 3]} for n, row in enumerate(target_rows(6))]
+    rows = [row | {"source": (None, 1.0, ["2"], ["1", 3])[n % 4]} for n, row in enumerate(pool_rows())]
+    named = [row | {"source": (1, None, [7.0, True, "1.0"])[n % 3]} for n, row in enumerate(target_rows(6))]
     own = replace(pool, data=gs.open_pool(rows, model=pool.model, out=f"{pool.run.place}-classes", max_length=64).data)
     for count, said in ((1, "No method is told apart"), (6, "Use knows")):
         asked = gs.open_target(named[:count], own)
         found = bench(own, asked, [Parted()], settings=Bench(class_column="source", top=5))
         assert found.columns[0].values["knows"].value == 1
+        assert any("are left out: 2 of 6, first 't1'" in own for own in found.warnings) == (count == 6)
+        assert (
+            classed(asked, Bench(class_column="source")).subtasks
+            == ("1", "", "1, 7, true", "1", "", "1, 7, true")[:count]
+        )
         assert found.sentence.startswith(said)
         assert np.isnan(found.columns[0].values["knows"].low) == (count == 1)
         figure = json.loads(json.dumps(found.as_dict(), allow_nan=False))["columns"][0]["values"]["knows"]
@@ -409,7 +490,7 @@ class Parted(gs.Estimator):
 
     def influence(self, pool: gs.Pool, target: gs.Target | None) -> gs.Influence:
         assert target is not None
-        of_class = np.array([value == 1 for value in pool.data.column("source")], dtype=np.float32)
+        of_class = np.array([value in (1, ["1", 3]) for value in pool.data.column("source")], dtype=np.float32)
         return gs.Influence(list(pool.data.ids), np.repeat(of_class[:, None], len(target.data), axis=1))
 
 
@@ -420,7 +501,8 @@ class Parted(gs.Estimator):
         ({"measures": ("filter",)}, "marked"),
         ({"measures": ("train",)}, "test, a file"),
         ({"marked": "source"}, "column=value"),
-        ({"marked": "source=nothing"}, "both those and others"),
+        ({"marked": "source=nothing"}, "'source' has 'colour', 'sound'"),
+        ({"marked": "source=sound", "among": "source=sound"}, "12 of 12 rows are to be found"),
         ({"plant": "mislabel:5%", "marked": "a=b"}, "give one of them"),
     ],
 )
@@ -445,3 +527,48 @@ def test_a_benchmark_is_a_value(opened: tuple[gs.Pool, gs.Target]) -> None:
     column = found.as_dict()["columns"][0]
     assert column["best"] == "knowing +1"
     assert set(column["values"]["knowing +1"]) == {"value", "low", "high"}
+
+
+def _simulated(seed: int) -> Benchmark:
+    """Four methods of unknown worth on columns of few targets, some of which say nothing of some method."""
+    draws = np.random.default_rng(seed)
+    methods, count = [*"ABCD", "random"], int(draws.integers(2, 25))
+    worth = draws.normal(0.0, draws.choice([0.05, 0.3, 1.0]), (3, 5))
+    columns = []
+    for number in range(3):
+        each = worth[number] + draws.normal(size=(count, 5))
+        each[:, 4] = draws.normal(size=count) * 0.1
+        if draws.random() < 0.2:
+            each[:, draws.integers(4)] = np.nan
+        of = {label: partial(_mean_of, each[:, n]) for n, label in enumerate(methods)}
+        judge: Any = SimpleNamespace(seed=seed)
+        columns.append(_Judge._column(judge, "recall", "part", f"c{number}", of, count, "targets", chance=0.0))
+    costs = {label: Cost(float(draws.random()), 0) for label in methods}
+    return Benchmark(tuple(methods), tuple(columns), costs, {})
+
+
+def test_what_is_recommended_is_nowhere_told_apart_from_the_best() -> None:
+    """Over 300 simulated tables: where some method is in no column told apart from the best, such a one is named, the
+    cheapest of those above a random ranking in as many columns; else the sentence names every column in which it is
+    behind, and whom. None is recommended where none is above a random ranking."""
+    seen = set()
+    for seed in range(300):
+        found = _simulated(seed)
+        if not any(map(found.above_random, found.methods[:-1])):
+            assert found.sentence.startswith("No method is told apart from a random ranking")
+            continue
+        named = found.sentence.removeprefix("Use ")[0]
+        behind = {
+            one: [c.name for c in found.columns if not c.values[one].value > -9 or c.behind[one].high < 0]
+            for one in "ABCD"
+        }
+        assert len(behind[named]) == min(map(len, behind.values()))
+        for column in found.columns:
+            assert (column.name in found.sentence) == (column.name in behind[named]), found.sentence
+            assert column.name not in behind[named] or f"{column.best} is better in" in found.sentence
+        alike = [one for one in "ABCD" if len(behind[one]) == len(behind[named])]
+        assert found.above_random(named) == max(map(found.above_random, alike))
+        first = [one for one in alike if found.above_random(one) == found.above_random(named)]
+        assert found.costs[named].seconds == min(found.costs[one].seconds for one in first)
+        seen |= {min(map(len, behind.values())), ("But it is not" in found.sentence) + 10}
+    assert seen >= {0, 1, 10}, seen

@@ -37,19 +37,27 @@ def spearman(first: ArrayLike, second: ArrayLike) -> float | None:
 def rank_correlations(one: ArrayLike, others: ArrayLike) -> NDArray[np.float64]:
     """`spearman` of one ranking [row] with each of others [row ranking]; 0 with one that is constant."""
     # Rounding may leave a ranking's agreement with itself a little above 1.
-    return np.clip(_standardised(np.asarray(one)) @ _standardised(np.asarray(others)), -1.0, 1.0)
+    return np.clip(_standardised(column_ranks(one)) @ _standardised(column_ranks(others)), -1.0, 1.0)
 
 
 def paired_rank_correlations(first: ArrayLike, second: ArrayLike) -> NDArray[np.float64]:
     """`spearman` of each column of one matrix with its like of another, [ranking]; 0 where one is constant."""
-    products = _standardised(np.asarray(first)) * _standardised(np.asarray(second))
-    return np.clip(products.sum(axis=0), -1.0, 1.0)
+    return paired_correlations(column_ranks(first), column_ranks(second))
 
 
-def _standardised(values: NDArray[np.generic]) -> NDArray[np.float64]:
-    """Ranks along the first axis, centred and of length 1; 0 where they are all the same."""
-    ranks = np.apply_along_axis(mean_ranks, 0, values)
-    centred = ranks - ranks.mean(axis=0)
+def column_ranks(values: ArrayLike) -> NDArray[np.float64]:
+    """`mean_ranks` along the first axis."""
+    return np.apply_along_axis(mean_ranks, 0, np.asarray(values))
+
+
+def paired_correlations(first: NDArray[np.float64], second: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Pearson's correlation of each column with its like of another matrix, [column]; 0 where one is constant."""
+    return np.clip((_standardised(first) * _standardised(second)).sum(axis=0), -1.0, 1.0)
+
+
+def _standardised(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Along the first axis centred and of length 1; 0 where all are the same."""
+    centred = values - values.mean(axis=0)
     return np.asarray(centred / np.maximum(np.linalg.norm(centred, axis=0), 1e-300))
 
 

@@ -22,21 +22,22 @@ class Estimate:
 
 
 def bootstrap(
-    statistic: Callable[[NDArray[np.int64]], NDArray[np.float64]], count: int, draws: int = 400, seed: int = 0
+    statistic: Callable[..., NDArray[np.float64]], count: int, draws: int = 400, seed: int = 0, *, beside: int = 0
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Statistics of units, and of those that are drawn from them with replacement.
 
     Args:
-        statistic: of units by their numbers, `[unit]` → `[statistic]`.
+        statistic: of units by their numbers, `[unit]` → `[statistic]`; with `beside` also of those others, `[other]`.
         count: of units.
         draws, seed: of the resamples.
+        beside: units of another kind that the statistic varies over as well, drawn independently; 0, none.
 
     Returns:
         `[statistic]` of all units, and `[draw statistic]`.
     """
-    generator = np.random.default_rng(seed)
-    drawn = [statistic(generator.integers(count, size=count)) for _ in range(draws)]
-    return statistic(np.arange(count)), np.stack(drawn)
+    generator, counts = np.random.default_rng(seed), (count, *([beside] if beside else []))
+    drawn = [statistic(*(generator.integers(size, size=size) for size in counts)) for _ in range(draws)]
+    return statistic(*map(np.arange, counts)), np.stack(drawn)
 
 
 def bootstrap_groups(

@@ -107,6 +107,32 @@ def _budget(given: Any) -> Any:
 
 Budget = Annotated[float, BeforeValidator(_budget)]
 
+_SIZE = re.compile(r"([\d.]+(?:e\+?\d+)?)\s*(?:([kmgt]?)(i?)b)?", re.IGNORECASE)
+
+
+def _gibibytes(given: Any) -> Any:
+    """Of a size: `500 MB`, `2GiB`; a number is one of GiB, or from 2²⁰ on, which no disk has, of bytes.
+
+    >>> [_gibibytes(said) for said in (0.5, "2", "2 GiB", "512MiB", 2**31, "2147483648")]
+    [0.5, 2.0, 2.0, 0.5, 2.0, 2.0]
+    """
+    if isinstance(given, str):
+        found = _SIZE.fullmatch(given.strip())
+        try:
+            number = float(found[1]) if found else None
+        except ValueError:
+            number = None
+        if found is None or number is None:
+            problem = "wanted GiB, or a size with its unit, such as 500 MB"
+            raise PydanticCustomError("size", "{problem}", {"problem": problem})
+        if found[2] is not None:
+            return number * (1024 if found[3] else 1000) ** " kmgt".index(found[2].lower() or " ") / 2**30
+        given = number
+    return given / 2**30 if isinstance(given, int | float) and given >= 2**20 else given
+
+
+Gibibytes = Annotated[float, BeforeValidator(_gibibytes)]
+
 
 def later(default: Any) -> Any:
     """A field that others came before: not written where it is as by default, so that fingerprints from before stay."""
@@ -158,5 +184,20 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
         return names[said]
     if len(said) > 1 and said in initials:
         return initials[said]
-    near = difflib.get_close_matches(said, names, n=1, cutoff=0.6)
+    near = [name for name in names if _slip(said, name)] or difflib.get_close_matches(said, names, n=1, cutoff=0.6)
     return names[near[0]] if near else None
+
+
+def _slip(typed: str, name: str) -> bool:
+    """Whether one letter is missing, one too many or another one, or two neighbours are exchanged."""
+    start = _same(typed, name)
+    end = _same(typed[start:][::-1], name[start:][::-1])
+    first, second = (word[start : len(word) - end] for word in (typed, name))
+    return max(len(first), len(second)) <= 1 or (len(first) == 2 and first == second[::-1])
+
+
+def _same(first: str, second: str) -> int:
+    """How many letters are the same before one differs."""
+    return next(
+        (n for n, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
+    )

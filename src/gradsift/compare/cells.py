@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, Literal
 
+from gradsift.base.attempts import Stopped, attempted
 from gradsift.base.progress import Advance
-from gradsift.compare.choices import Choice, Stopped, attempted
+from gradsift.compare.choices import Choice
 from gradsift.compare.costs import StageClock, StageCost
 from gradsift.compare.grid import CellOf, Grid, Key
 from gradsift.compare.table import Cell, CellFailure, LearningCurve

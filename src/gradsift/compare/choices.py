@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
-from gradsift.base.errors import GradsiftError, LockedError, StorageError
-from gradsift.base.interruption import refuse_to_go_on
+from gradsift.base.attempts import Stopped, attempted
 from gradsift.compare.chosen import score_ends_of
 from gradsift.compare.costs import StageClock
 from gradsift.compare.grid import Grid, Key
 from gradsift.context import Pool
 from gradsift.evaluation.arms import Contender
-from gradsift.influence.estimator import Estimator, views_read
-from gradsift.influence.ji2s import full_sums
+from gradsift.influence.estimator import Estimator, full_sums, views_read
 from gradsift.influence.scores import Scores, score
 from gradsift.report.blocks import Block
 from gradsift.selection.select import select
@@ -23,33 +21,8 @@ from gradsift.selection.selector import Selector
 from gradsift.store.manifest import fingerprint
 from gradsift.warmup.checkpoint import Checkpoint
 
-# What a cell may fail with while the others go on; a full disk or a lost folder ends the comparison.
-_CELL_ERRORS = (GradsiftError, RuntimeError, MemoryError)
-_FATAL = (StorageError, LockedError)
-_Result = TypeVar("_Result")
-
-
-@dataclass(frozen=True)
-class Stopped:
-    """What a stage came to instead of a result."""
-
-    stage: str
-    error: str
-
-
 Choice = tuple[str, ...] | Stopped
 """Ids, or why there are none."""
-
-
-def attempted(stage: str, step: Callable[[], _Result]) -> _Result | Stopped:
-    """What a step comes to, or what stopped it while others may go on."""
-    try:
-        return step()
-    except _FATAL:
-        raise
-    except _CELL_ERRORS as error:
-        refuse_to_go_on(error)
-        return Stopped(stage, str(error) if isinstance(error, GradsiftError) else f"{type(error).__name__}: {error}")
 
 
 @dataclass
@@ -160,4 +133,4 @@ class Choices:
 
     def _score(self, pool: Pool, contender: Contender, estimator: Estimator, identity: dict[str, Any]) -> Scores:
         with self.clock.timed("score", contender.name, identity):
-            return score(pool, self.grid.target, estimator, aggregation=self.grid.recipe.aggregation)
+            return score(pool, self.grid.target, estimator, aggregation=self.grid.recipe.aggregation, views=())

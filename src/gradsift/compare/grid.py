@@ -23,7 +23,7 @@ from gradsift.influence.nice import takes_reward
 from gradsift.influence.prompts import PromptTarget
 from gradsift.influence.ratings import check_raters, with_judge
 from gradsift.jobs.results import Result, write_skipped
-from gradsift.jobs.select_explain import open_recipe, open_recipe_target, say_account
+from gradsift.jobs.select_explain import open_recipe, open_recipe_target, rest_of_target, say_account
 from gradsift.model import embeddings
 from gradsift.recipe import Recipe
 from gradsift.selection.select import budget_count, check_drop, kept_count
@@ -213,12 +213,6 @@ def open_grid(recipe: Recipe, job: Compare, reporter: Reporter) -> Grid:
     return Grid(recipe, job, pool, target, found, budgets, datasets, available, said, curve)
 
 
-class RestOfTarget(list[dict[str, Any]]):
-    """Rows of the target that are not in its sample, as they are in its file."""
-
-    label = REST_OF_TARGET
-
-
 def _on_the_rest(job: Compare, recipe: Recipe, target: Target | None) -> Compare:
     """With the rows themselves where what is measured on is the rest of the target."""
 
@@ -227,17 +221,7 @@ def _on_the_rest(job: Compare, recipe: Recipe, target: Target | None) -> Compare
 
     if not any(map(is_meant, (*job.metrics, job.best_by, job.curve))):
         return job
-    if target is None or recipe.target_sample is None:
-        raise ConfigError(
-            "compare is to measure on the rest of the target, and there is none: give `target:` and "
-            "`target_sample:`, of how many of its rows the choice is made; or name a file of test examples"
-        )
-    whole = load_examples(recipe.target, columns=recipe.target_columns, what="target", require_answer=False)
-    drawn = set(target.data.hashes)
-    hashes = (own for _, own in hashed(whole.examples))
-    rest = RestOfTarget(dict(one.row) for one, own in zip(whole.examples, hashes, strict=True) if own not in drawn)
-    if not rest:
-        raise ConfigError("compare is to measure on the rest of the target, and its sample leaves nothing: draw fewer")
+    rest = rest_of_target(recipe, target)
 
     def resolved(one: Any) -> Any:
         if not is_meant(one):

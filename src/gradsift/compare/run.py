@@ -11,10 +11,11 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from gradsift.base.attempts import Stopped
 from gradsift.base.errors import ConfigError
 from gradsift.base.progress import Reporter, silent, untold
 from gradsift.compare.cells import CellResult, CellTask, chosen_of, stage_clock, training_identity
-from gradsift.compare.choices import Choices, Stopped
+from gradsift.compare.choices import Choices
 from gradsift.compare.chosen import chosen_blocks, run_facts
 from gradsift.compare.grid import CellOf, Grid, Key, open_grid
 from gradsift.compare.shown import comparison_page

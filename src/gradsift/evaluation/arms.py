@@ -38,11 +38,11 @@ REST_OF_TARGET = "rest_of_target"
 BASE_MODEL = "base model"
 
 
-def _expanded(value: Any, union: Any) -> Any:
+def expanded(value: Any, union: Any) -> Any:
     """Several settings from one whose fields, or their fields, hold lists of values, in the order of the lists; a tuple
     in any case."""
     if isinstance(value, list | tuple):
-        return tuple(one for part in value for one in _expanded(part, union))
+        return tuple(one for part in value for one in expanded(part, union))
     return tuple(_each(value, union))
 
 
@@ -52,7 +52,7 @@ def _each(value: Any, annotation: Any) -> list[Any]:
         return [value]
     there = models_in(annotation)
     kinds = {model.model_fields["kind"].default: model for model in there if "kind" in model.model_fields}
-    model = kinds.get(value.get("kind")) or (there[0] if len(there) == 1 else None)
+    model = kinds.get(str(value.get("kind"))) or (there[0] if len(there) == 1 else None)
     if model is None:
         return [value]
     choices = {}
@@ -187,9 +187,9 @@ class Arm(Settings):
     """
 
     name: str | None = Field(default=None, min_length=1)
-    estimator: Annotated[tuple[AnyEstimator, ...], BeforeValidator(lambda given: _expanded(given, AnyEstimator))] = ()
+    estimator: Annotated[tuple[AnyEstimator, ...], BeforeValidator(lambda given: expanded(given, AnyEstimator))] = ()
     selection: Annotated[
-        tuple[AnySelector, ...], Field(min_length=1), BeforeValidator(lambda given: _expanded(given, AnySelector))
+        tuple[AnySelector, ...], Field(min_length=1), BeforeValidator(lambda given: expanded(given, AnySelector))
     ] = (TopK(),)
     drop: Annotated[Budget | None, Field(gt=0)] = None
     data: str | None = None

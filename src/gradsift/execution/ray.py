@@ -61,7 +61,11 @@ class RayEngine:
 
     def _actors(self) -> Actors:
         if self._started is None:
-            self._started = Actors(self.cluster)
+            self._started = made = Actors(self.cluster)
+            workers = f"{made.count} worker{'' if made.count == 1 else 's'}"
+            where = "on this machine" if self.cluster.address is None else f"at {self.cluster.address}"
+            threads = f"{self.cluster.threads} thread{'' if self.cluster.threads == 1 else 's'}"
+            self.reporter.say(f"Ray {where}: {workers} with {threads} each; logs in {made.logs}")
         return self._started
 
 

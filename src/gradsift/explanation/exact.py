@@ -142,7 +142,7 @@ def exact_rows(
         adam: whether products with Adam's update directions are needed, too.
     """
     sides = _sides(adam=adam)
-    keys = [f"{_prefix(pool, checkpoint, output, sides)}{fingerprint(list(ids))}.safetensors" for output, ids in wanted]
+    keys = [_key(_prefix(pool, checkpoint, output, sides), ids) for output, ids in wanted]
     found = {n: _kept(pool, key, ids) for n, (key, (_, ids)) in enumerate(zip(keys, wanted, strict=True))}
     groups: list[list[int]] = []
     rows: set[str] = set()
@@ -199,9 +199,12 @@ def missed(projected: NDArray[np.float64], exact: NDArray[np.float64], others: N
     return float(torch.erfc(torch.from_numpy((bound - foretold) / (error * math.sqrt(2)))).sum()) / 2
 
 
-def is_known(pool: Pool, at: Checkpoint, output: OutputSource, *, adam: bool) -> bool:
-    """Whether the run folder has products of an output's gradient with those of some rows."""
-    return bool(pool.run.storage.list(_prefix(pool, at, output, _sides(adam=adam))))
+def is_known(
+    pool: Pool, at: Checkpoint, output: OutputSource, ids: Sequence[str] | None = None, *, adam: bool = False
+) -> bool:
+    """Whether the run folder has products of an output's gradient with those of these rows, or else of some."""
+    storage, prefix = pool.run.storage, _prefix(pool, at, output, _sides(adam=adam))
+    return bool(storage.list(prefix)) if ids is None else storage.exists(_key(prefix, ids))
 
 
 def _sides(*, adam: bool) -> tuple[Side, ...]:
@@ -214,6 +217,10 @@ def _prefix(pool: Pool, at: Checkpoint, output: OutputSource, sides: Sequence[Si
     place = replace(pool, gradients=settings).at(at)
     config = {"pool": pool.data.fingerprint, "rows": [place.config(output, side) for side in sides]}
     return pool.run.prefix("products", config)
+
+
+def _key(prefix: str, ids: Sequence[str]) -> str:
+    return f"{prefix}{fingerprint(list(ids))}.safetensors"
 
 
 def _kept(pool: Pool, key: str, ids: Sequence[str]) -> ExactRows | None:

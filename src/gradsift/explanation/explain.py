@@ -238,12 +238,19 @@ class _Work:
 
     def with_matches(self, entries: Sequence[Explanation]) -> list[Explanation]:
         """The explanations with the tokens of the examples that are shown first."""
-        ranker, k = self.estimators[0], shown_budget(self.budgets)
-        shown = {
-            entry.id: [example.id for example in entry.best_first(k, ranker.label)[0].examples] for entry in entries
-        }
-        matches = token_matches(self.pool, self.source, ranker if ranker.splits else DEFAULT_ESTIMATOR, shown)
+        matches = token_matches(self.pool, self.source, *self.matched(entries))
         return [replace(entry, matches=matches.get(entry.id, ())) for entry in entries]
+
+    def matched(self, entries: Sequence[Explanation]) -> tuple[Estimator, dict[str, list[str]]]:
+        """The estimator whose scores are split into tokens, and of which examples, by output."""
+        ranker, k = self.estimators[0], shown_budget(self.budgets)
+        shown = {one.id: [found.id for found in one.best_first(k, ranker.label)[0].examples] for one in entries}
+        return ranker if ranker.splits else DEFAULT_ESTIMATOR, shown
+
+    def chosen(self, entry: Explanation) -> tuple[OutputSource, list[str]]:
+        """An output, and the ids of all that was chosen for it."""
+        ids = {example.id for found in entry.results for example in found.examples}
+        return self.source.alone(entry.id), sorted(ids, key=self.pool.data.position)
 
     def throughout(self, entries: Sequence[Explanation]) -> list[Explanation]:
         """The explanations with the relevance of what they chose at all checkpoints together.
@@ -251,10 +258,7 @@ class _Work:
         `ξ = Σ_e w_e ‖g_e‖² / Σ_e w_e ‖g_e − A_e t‖²`, w_e the rates' shares (`rate_weights`) and one t for all of them:
         that of every checkpoint's gradients times √w_e, one after the other. Of random draws, the first.
         """
-        wanted = []
-        for entry in entries:
-            chosen = {example.id for found in entry.results for example in found.examples}
-            wanted.append((self.source.alone(entry.id), sorted(chosen, key=self.pool.data.position)))
+        wanted = [self.chosen(entry) for entry in entries]
         checkpoints = self.pool.checkpoints()
         sums: list[Any] = [0.0] * len(entries)
         for checkpoint, weight in zip(checkpoints, rate_weights(checkpoints), strict=True):
@@ -613,6 +617,20 @@ def explain(
     found = Explanations(**same, entries=tuple(explained), failed=tuple(failed))
     found.publish()
     return found
+
+
+def kept_explanations(
+    pool: Pool, answered: Sequence[Output], *, k: Sequence[int], estimators: Sequence[Estimator], **asked: Any
+) -> Explanations | None:
+    """Those that `explain` finds in the run folder, None without the rows that they are of; nothing is computed."""
+    source, last = OutputSource.of(pool, answered), pool.at(pool.checkpoints()[-1])
+    store, gradients = (last.held(pool.run, own, "plain") for own in (pool.data, source))
+    if store is None or gradients is None:
+        return None
+    how: dict[str, Any] = {"estimators": tuple(estimators), "budgets": tuple(k), **asked}
+    work = _Work(pool=pool, source=source, store=store, gradients=gradients, **how)
+    entries = tuple(found for output in answered if (found := work._kept(work._key(output))) is not None)
+    return Explanations(**{one.name: getattr(work, one.name) for one in fields(work)}, entries=entries, failed=())
 
 
 def refuse_contrast(ranker: Estimator) -> None:

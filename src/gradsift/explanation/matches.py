@@ -76,15 +76,9 @@ def token_matches(
     pool's reporter is told why.
     """
     assert estimator.splits, estimator
-    outputs = {id_: source.sequences(place, place + 1) for place, id_ in enumerate(source.ids) if id_ in chosen}
-    places = {id_: pool.data.position(id_) for ids in chosen.values() for id_ in ids}
-    rows = {id_: pool.data.sequences(place, place + 1)[0] for id_, place in places.items()}
     work = _Work(pool, estimator, estimator.checkpoints_of(pool))
-    keys = {
-        (output, row): f"{work.prefix(outputs[output])}{_digest(rows[row])}.safetensors"
-        for output, ids in chosen.items()
-        for row in ids
-    }
+    outputs, rows, keys = work.files(source, chosen)
+    places = {id_: pool.data.position(id_) for id_ in rows}
     kept = {pair: _kept(pool, key) for pair, key in keys.items()}
     missing: dict[str, list[str]] = {}
     for (output, row), influence in kept.items():
@@ -113,6 +107,14 @@ def token_matches(
         )
         for output, ids in chosen.items()
     }
+
+
+def missing_matches(
+    pool: Pool, source: OutputSource, estimator: Estimator, chosen: Mapping[str, SequenceABC[str]]
+) -> list[tuple[str, str]]:
+    """The outputs, with a chosen example each, of which `token_matches` would not find the match in the run folder."""
+    _, _, keys = _Work(pool, estimator, estimator.checkpoints_of(pool)).files(source, chosen)
+    return [pair for pair, key in keys.items() if not pool.run.storage.exists(key)]
 
 
 def token_texts(tokenizer: Any, ids: SequenceABC[int]) -> list[tuple[str, int]]:
@@ -151,6 +153,21 @@ class _Work:
     @property
     def _adam(self) -> bool:
         return self.estimator.view == "adam"
+
+    def files(
+        self, source: OutputSource, chosen: Mapping[str, SequenceABC[str]]
+    ) -> tuple[dict[str, list[Sequence]], dict[str, Sequence], dict[tuple[str, str], str]]:
+        """Outputs and rows by their ids, and where the match of each output with a row is kept."""
+        data = self.pool.data
+        outputs = {id_: source.sequences(place, place + 1) for place, id_ in enumerate(source.ids) if id_ in chosen}
+        places = {id_: data.position(id_) for ids in chosen.values() for id_ in ids}
+        rows = {id_: data.sequences(place, place + 1)[0] for id_, place in places.items()}
+        keys = {
+            (output, row): f"{self.prefix(outputs[output])}{_digest(rows[row])}.safetensors"
+            for output, ids in chosen.items()
+            for row in ids
+        }
+        return outputs, rows, keys
 
     def prefix(self, output: SequenceABC[Sequence]) -> str:
         """Where the run folder keeps an output's matches: under everything that they depend on but the row."""

@@ -215,6 +215,7 @@ class AtCheckpoint:
 
     def prefixes(self, run: Run, source: SequenceSource, view: View) -> Iterator[str]:
         """Where a store of these rows may be: as it was asked for, then with sums, which has the same rows."""
+        view = kept_as(view, self.settings.projection)
         yield run.prefix("gradients", self.config(source, view))
         if not self.settings.full_sum:
             fuller = replace(self, settings=self.settings.model_copy(update={"full_sum": True}))
@@ -224,6 +225,12 @@ class AtCheckpoint:
         """The manifest of such a store where the run holds one; nothing is collected, and no row is read."""
         found = (run.manifest(prefix) for prefix in self.prefixes(run, source, view))
         return next((content for content in found if content is not None), None)
+
+    def held(self, run: Run, source: SequenceSource, view: View) -> GradientStore | None:
+        """Such a store where the run holds one, as it is; nothing is collected."""
+        found = (prefix for prefix in self.prefixes(run, source, view) if run.manifest(prefix) is not None)
+        prefix = next(found, None)
+        return None if prefix is None else GradientStore(run.storage, prefix, verify=False)
 
     def drop(self, run: Run, source: SequenceSource, view: View) -> None:
         """Delete the store of these rows as it was asked for, whole or begun."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from gradsift.base.types import TEXT, said
 from gradsift.context import Pool, Target
-from gradsift.data.rows import single_answers
+from gradsift.data.rows import Rows, single_answers
 from gradsift.data.words import has_words, words
 from gradsift.influence.estimator import Estimator, Influence, TargetsByCheckpoint, conversations, refuse_too_many
 
@@ -59,10 +59,8 @@ class BM25(Estimator):
             documents: Iterable[list[Any]] = (row.token_ids.tolist() for row in rows)
             asked: list[list[Any]] = [np.concatenate(parts).tolist() for parts in of_target]
         else:
-            documents, texts = (
-                (words(spoken_text(messages)) for messages in conversations(data)) for data in (pool.data, target.data)
-            )
-            asked = list(texts)
+            documents = (words(text) for text in spoken_texts(self.label, pool, pool.data))
+            asked = [words(spoken_text(messages)) for messages in conversations(target.data)]
             warnings = wordless(self.label, pool, target)
         matrix = bm25_scores(documents, asked, k1=self.k1, b=self.b, reading=self.reading)
         return Influence(pool.data.ids, matrix, warnings=tuple(warnings), identity={"stores": []})
@@ -88,6 +86,11 @@ def spoken_text(messages: Sequence[Mapping[str, object]]) -> str:
     other word is shared they would decide the ranking, and `question` in a text would count for nothing.
     """
     return "\n".join(said(turn) for turn in _turns(messages))
+
+
+def spoken_texts(label: str, pool: Pool, data: Rows) -> Iterator[str]:
+    """`spoken_text` of each row; what takes long is told."""
+    return map(spoken_text, pool.reporter.counted(f"{label}: words of rows", conversations(data)))
 
 
 def wordless(label: str, pool: Pool, target: Target) -> list[str]:

@@ -17,8 +17,8 @@ from pydantic import Field
 from gradsift.base.errors import ConfigError, ShapeError
 from gradsift.context import Pool, Target
 from gradsift.data.words import words
-from gradsift.influence.bm25 import spoken_text, wordless
-from gradsift.influence.estimator import Estimator, Influence, conversations
+from gradsift.influence.bm25 import spoken_texts, wordless
+from gradsift.influence.estimator import Estimator, Influence
 
 
 class DSIR(Estimator):
@@ -49,8 +49,7 @@ class DSIR(Estimator):
         """Log ratios of the pool's texts."""
         assert target is not None, self
         rows, queries = (
-            hashed_counts((spoken_text(messages) for messages in conversations(data)), self.buckets)
-            for data in (pool.data, target.data)
+            hashed_counts(spoken_texts(self.label, pool, data), self.buckets) for data in (pool.data, target.data)
         )
 
         def of_draws(ids: Sequence[str], counts: NDArray[np.int64]) -> NDArray[np.float64]:

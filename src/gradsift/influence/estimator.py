@@ -8,7 +8,7 @@ import traceback
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceABC
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -467,6 +467,31 @@ def source_of(method: type[Settings]) -> dict[str, Any]:
 def views_read(methods: Iterable[Estimator], *, last: bool = True) -> list[View]:
     """Which of the pool's rows methods read at a checkpoint, the `last` or another: one backward gives them all."""
     return sorted({m.view for m in methods if m.view is not None and (last or not m.last_checkpoint)})
+
+
+def collect_together(pool: Pool, methods: Iterable[Estimator], views: Iterable[View]) -> None:
+    """Collect what methods read of the pool at the last checkpoint, in one pass; `views` ride along where one is made.
+
+    Raises:
+        ConfigError: as `checkpoints_of`.
+    """
+    reading = [part for method in methods for part in parts_of(method) if part.view is not None]
+    if not reading:
+        return
+    last, *_ = [method.checkpoints_of(pool)[-1] for method in reading]  # all of them refused before the first pass
+    rows, read = full_sums(pool) if any(method.full_sum for method in reading) else pool, views_read(reading)
+    if any(rows.kept(rows.data, last, view) is None for view in read):
+        rows.stores(last, list(dict.fromkeys([*read, *views])))
+
+
+def parts_of(method: Estimator) -> list[Estimator]:
+    """Those that it asks first, and itself."""
+    return [*(part for one in method.before for part in parts_of(one)), method]
+
+
+def full_sums(pool: Pool) -> Pool:
+    """The same pool, whose stores also hold the unprojected sums of their rows."""
+    return replace(pool, gradients=pool.gradients.model_copy(update={"full_sum": True}))
 
 
 def target_view(view: View) -> View:

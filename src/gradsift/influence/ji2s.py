@@ -28,7 +28,14 @@ from gradsift.gradients.collect import SequenceSource
 from gradsift.gradients.hessian import Curvature, curvature_product
 from gradsift.gradients.projection import projector_of
 from gradsift.influence.blocks import BlockConsumer, block_rows, over_blocks, threads
-from gradsift.influence.estimator import GreedyTerms, Influence, TargetsByCheckpoint, TrainingEstimator, both_stores
+from gradsift.influence.estimator import (
+    GreedyTerms,
+    Influence,
+    TargetsByCheckpoint,
+    TrainingEstimator,
+    both_stores,
+    full_sums,
+)
 from gradsift.influence.products import store_inner_products, unit_rows
 from gradsift.store.gradient_store import GradientStore
 from gradsift.store.manifest import fingerprint
@@ -354,11 +361,6 @@ def joint_parts(
         spreads = [float((term - term.mean()).square().mean().sqrt()) for term in (terms.marginal, terms.joint)]
         factors = [factor / spread if spread else 0.0 for factor, spread in zip(factors, spreads, strict=True)]
     return factors[0] * alone - factors[1] * shared
-
-
-def full_sums(pool: Pool) -> Pool:
-    """The same pool, whose stores also hold the unprojected sums of their rows."""
-    return replaced(pool, gradients=pool.gradients.model_copy(update={"full_sum": True}))
 
 
 def joint_warnings(terms: JointTerms, method: JI2S, rank_correlation: float) -> list[str]:

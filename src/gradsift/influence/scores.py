@@ -19,8 +19,9 @@ from gradsift.base.ranks import descending_ranks, spearman
 from gradsift.base.strings import Strings
 from gradsift.base.types import Skipped
 from gradsift.context import Pool, Target
+from gradsift.gradients.rows import View
 from gradsift.influence.aggregate import Aggregation, max_of_means, mean_over_targets, round_robin
-from gradsift.influence.estimator import Estimator, Influence, influence_of
+from gradsift.influence.estimator import Estimator, Influence, collect_together, influence_of
 from gradsift.influence.less import LESS
 from gradsift.influence.nice import NICE
 from gradsift.influence.prompts import PromptTarget, RewardSummary
@@ -134,6 +135,7 @@ def score(
     method: Estimator | None = None,
     *,
     aggregation: Aggregation | None = None,
+    views: SequenceABC[View] = ("plain",),
 ) -> Scores:
     """Influence of every pool example on the target.
 
@@ -150,6 +152,8 @@ def score(
             subtasks) take turns; by default the method's own, which is the first for all but RDS+. Subtasks of NICE's
             in which no prompt has a signal are left out of the maximum, and get no turn: their zeros say nothing. JI2S
             takes the mean in any case.
+        views: of the pool's rows at the last checkpoint, what a pass that is made there keeps beside what the method
+            reads: plain ones are what `explain` reads.
 
     Raises:
         ConfigError: LESS with Adam at an adapter that has no optimizer state, damping too small to invert with, or a
@@ -161,6 +165,7 @@ def score(
     aggregation = aggregation or method.aggregation
     excluded = {skip.id for skip in target.overlap} if target is not None else set()
     subtasks = target.subtasks if target is not None else None
+    collect_together(pool, [method], views)
     found = influence_of(method, pool, target)
     identity: dict[str, Any] = {
         "method": method.model_dump(mode="json"),

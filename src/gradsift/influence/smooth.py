@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from gradsift.base.lazy import Tensor, torch
-from gradsift.base.settings import Settings
+from gradsift.base.settings import Gibibytes, Settings
 from gradsift.base.types import Sequence
 from gradsift.context import Pool
 from gradsift.data.dataset import Dataset
@@ -38,14 +38,15 @@ class SmoothTraining(Settings):
     learning_rate: its peak; None takes the preset's. Lower where the training is not smooth.
     warmup_ratio: share of the steps over which the rate rises from 0; the preset's where that is larger.
     eps_root: under the root of Adam's second moment; far above it, Adam becomes momentum SGD.
-    memory: GiB of disk for the steps of a training; where they do not fit, they are taken again on the way back.
+    memory: disk for the steps of a training, in GiB or with a unit (500 MB); where they do not fit, they are taken
+        again on the way back.
     """
 
     epochs: int | None = Field(default=None, ge=1)
     learning_rate: float | None = Field(default=None, gt=0)
     warmup_ratio: float = Field(default=0.2, ge=0, lt=1)
     eps_root: float = Field(default=1e-10, ge=0)
-    memory: float = Field(default=16.0, gt=0)
+    memory: Gibibytes = Field(default=16.0, gt=0)
 
     def training(self, pool: Pool) -> Training:
         """The run's preset, made smooth."""

@@ -145,9 +145,8 @@ def _turned(
     if not method.by_row or not read:
         return found
     some = pool.data.turned(places[:MOST_TURNED])
-    again = score(
-        replace(pool, data=some, around=pool.population), scores.target, method, aggregation=scores.aggregation
-    )
+    turned = replace(pool, data=some, around=pool.population)
+    again = score(turned, scores.target, method, aggregation=scores.aggregation, views=())
     there = some.ids.positions(again.ids)
     found[there] = again.aggregate
     return found

@@ -14,17 +14,18 @@ from gradsift.base.errors import ConfigError
 from gradsift.base.progress import Reporter, silent
 from gradsift.base.settings import parse_budget
 from gradsift.base.types import Example, Message, Skipped
-from gradsift.context import open_target
+from gradsift.context import Pool, Target
 from gradsift.data.formats import column_value
 from gradsift.data.load import Columns, ExampleReader
 from gradsift.data.overlap import normalised_hash
+from gradsift.evaluation.arms import REST_OF_TARGET
 from gradsift.influence.ratings import with_judge
 from gradsift.jobs.pages import publish_page
 from gradsift.jobs.results import data_facts, gradient_facts, how_to_repeat
-from gradsift.jobs.select_explain import open_recipe, say_account
+from gradsift.jobs.select_explain import open_recipe, open_recipe_target, rest_of_target, say_account
 from gradsift.recipe import Recipe
 from gradsift.store.run import Run
-from gradsift.validation.bench import Bench, Benchmark, bench
+from gradsift.validation.bench import Bench, Benchmark, bench, classed
 from gradsift.validation.bench_shown import benchmark_page
 
 BENCHED = {
@@ -41,28 +42,36 @@ def run_bench(recipe: Recipe, reporter: Reporter | None = None) -> Benchmark:
         DataError: too few rows to plant in, or every method failed.
     """
     reporter = reporter or silent()
-    settings = recipe.bench or Bench()
-    _ = settings.asked, settings.judged  # refused before anything is read
-    if recipe.target is None:
-        raise ConfigError("no target: give --target, a file of examples that the methods are to score rows for")
-    if settings.class_column is not None and recipe.subtask is None:
-        recipe = recipe.model_copy(update={"subtask": settings.class_column})
     with Run(recipe.out).lock():
-        source = recipe.pool if settings.plant is None else planted(recipe, settings.plant, reporter)
-        pool = open_recipe(recipe, reporter, source=source)
-        target = open_target(
-            recipe.target, pool, subtask=recipe.subtask, columns=recipe.target_columns,
-            keep_overlap=recipe.keep_overlap, sample=recipe.target_sample,
-        )  # fmt: skip
-        say_account(target.data.account, "target", len(target.data), reporter)
-        methods = tuple(with_judge(one, recipe.judge) for one in settings.methods)
-        found = bench(pool, target, methods, settings=settings)
+        pool, target, settings = open_bench(recipe, reporter)
+        found = bench(pool, target, settings=settings)
         pool.run.publish_json("bench.json", found.as_dict())
         facts = data_facts(recipe, pool, target) | gradient_facts(recipe)
         repeat = {"command": f"gradsift run recipe.yaml --out {recipe.out}", **how_to_repeat(recipe, pool, target, {})}
         created = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
         publish_page(pool.run, "bench.html", benchmark_page(found, facts, repeat, created))
     return found
+
+
+def open_bench(recipe: Recipe, reporter: Reporter, *, announce: bool = True) -> tuple[Pool, Target, Bench]:
+    """The pool, with rows planted in it, the target, and the settings, of which each method has its judge.
+
+    Raises:
+        ConfigError: a measure without its column, or no target.
+    """
+    settings = recipe.bench or Bench()
+    _ = settings.asked, settings.judged  # refused before anything is read
+    if recipe.target is None:
+        raise ConfigError("no target: give --target, a file of examples that the methods are to score rows for")
+    source = recipe.pool if settings.plant is None else planted(recipe, settings.plant, reporter)
+    pool = open_recipe(recipe, reporter, source=source, announce=announce)
+    target = open_recipe_target(recipe, pool)
+    if announce:
+        say_account(target.data.account, "target", len(target.data), reporter)
+    changed: dict[str, Any] = {"methods": tuple(with_judge(one, recipe.judge) for one in settings.methods)}
+    if settings.test == REST_OF_TARGET:
+        changed |= {"test": rest_of_target(recipe, target), "test_columns": recipe.target_columns}
+    return pool, classed(target, settings), settings.model_copy(update=changed)
 
 
 def planted(recipe: Recipe, plant: str, reporter: Reporter) -> list[Any]:
@@ -73,12 +82,12 @@ def planted(recipe: Recipe, plant: str, reporter: Reporter) -> list[Any]:
         ConfigError: it is not mislabel:SHARE, or too few rows have answers, or answers that differ.
         DataError: the pool cannot be read.
     """
-    kind, _, size = plant.partition(":")
+    kind, _, size = plant.rpartition(":")
     try:
         share = parse_budget(size)
     except ValueError:
         share = 0.0
-    if kind != "mislabel" or not 0 < share < math.inf:
+    if kind.strip().lower() not in ("", "mislabel") or not 0 < share < math.inf:
         raise ConfigError(f"plant is {plant!r}: wanted mislabel:SHARE, such as mislabel:5% or mislabel:20")
     pairs: dict[str, Any] = {} if recipe.objective is None else {"answer": "chosen"}
     read = list(ExampleReader(recipe.pool, columns=recipe.columns, what="pool", require_answer=True, **pairs))
@@ -86,7 +95,8 @@ def planted(recipe: Recipe, plant: str, reporter: Reporter) -> list[Any]:
     count = round(share * len(places)) if share < 1 else int(share)
     if not 2 <= count <= len(places):
         raise ConfigError(
-            f"plant {plant}: {count} of {len(places)} rows with answers cannot exchange them: at least two are needed"
+            f"plant {plant}: {count} of {len(places)} rows with answers cannot exchange them: wanted at least two, and "
+            "no more than there are"
         )
     draws = np.random.default_rng([recipe.seed, count])
     drawn = draws.choice(sorted(places), count, replace=False)

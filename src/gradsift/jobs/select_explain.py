@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -18,6 +18,8 @@ from gradsift.context import Pool, Target, open_pool, open_target
 from gradsift.data.account import Account, count_reasons, counts_text
 from gradsift.data.formats import BadRowError, read_conversation
 from gradsift.data.load import Columns, load_examples
+from gradsift.data.overlap import hashed
+from gradsift.evaluation.arms import REST_OF_TARGET
 from gradsift.evaluation.loss import HeldOutLoss
 from gradsift.evaluation.mixture import Mixture, mix, sources_of, train_mixtures
 from gradsift.execution.ray import engine_of
@@ -26,8 +28,7 @@ from gradsift.explanation.outputs import Question, question_of, questions_of
 from gradsift.explanation.table import coefficient_statistics, relevance_table
 from gradsift.gradients.rows import View
 from gradsift.influence.diagnostics import check_samples
-from gradsift.influence.estimator import Estimator
-from gradsift.influence.ji2s import full_sums
+from gradsift.influence.estimator import Estimator, collect_together
 from gradsift.influence.nice import PolicyTargets, takes_reward
 from gradsift.influence.prompts import PromptTarget, open_prompts
 from gradsift.influence.ratings import with_judge
@@ -90,6 +91,32 @@ def open_recipe_target(recipe: Recipe, pool: Pool, *, rewarded: bool = True) -> 
             "rewards.py:function or unit_tests"
         )
     return open_target(recipe.target, pool, **how)
+
+
+class RestOfTarget(list[dict[str, Any]]):
+    """Rows of the target that are not in its sample, as they are in its file."""
+
+    label = REST_OF_TARGET
+
+
+def rest_of_target(recipe: Recipe, target: Target | None) -> RestOfTarget:
+    """What the recipe's sample leaves of its target, to measure on.
+
+    Raises:
+        ConfigError: there is no target or no sample of it, or nothing is left.
+    """
+    if target is None or recipe.target_sample is None:
+        raise ConfigError(
+            "the rest of the target is to be measured on, and there is none: give `target:` and `target_sample:`, of "
+            "how many of its rows the choice is made; or name a file of test examples"
+        )
+    whole = load_examples(recipe.target, columns=recipe.target_columns, what="target", require_answer=False)
+    drawn = set(target.data.hashes)
+    hashes = (own for _, own in hashed(whole.examples))
+    rest = RestOfTarget(dict(one.row) for one, own in zip(whole.examples, hashes, strict=True) if own not in drawn)
+    if not rest:
+        raise ConfigError("the rest of the target is to be measured on, and its sample leaves nothing: draw fewer")
+    return rest
 
 
 def run_score(recipe: Recipe, reporter: Reporter | None = None) -> Result:
@@ -230,23 +257,17 @@ def score_all(recipe: Recipe, reporter: Reporter, *, command: str) -> Result:
         )
     write_skipped(pool.run, result.account)
     methods = methods_of(recipe)
-    views = views_together(recipe, methods)
-    if len(views) > 1:  # the same backward gives them all
-        rows = full_sums(pool) if any(method.full_sum for method in methods) else pool
-        rows.stores(pool.checkpoints()[-1], sorted(views))
+    collect_together(pool, methods, views_beside(recipe))
     result.scores = [score(pool, target, method, aggregation=recipe.aggregation) for method in methods]
     save_tables(pool, result.scores)
     return result
 
 
-def views_together(recipe: Recipe, methods: Sequence[Estimator]) -> set[View]:
-    """What is read at the last checkpoint to choose and to explain, now or later, which the same backward gives."""
-    views: set[View] = {view for method in methods if (view := method.view) is not None}
-    if recipe.explain is not None:
-        return views | explained_views(recipe.explain.estimators)
-    if not views:  # no gradient is taken to choose
-        return views
-    return views | (explained_views(()) if recipe.views is None else set(recipe.views))
+def views_beside(recipe: Recipe) -> list[View]:
+    """What is read at the last checkpoint to explain, now or later, and collected in the pass that the choice needs."""
+    if recipe.explain is None and recipe.views is not None:
+        return list(recipe.views)
+    return sorted(explained_views(() if recipe.explain is None else recipe.explain.estimators))
 
 
 def trust(result: Result) -> None:

@@ -136,10 +136,11 @@ def print_estimate(found: dict[str, Any]) -> None:
     """The estimate as a table."""
     out = console()
     stages = found["stages"]
+    finished = all(stage["done"] for stage in stages.values())
     rows = [
-        (name, "done" if stage.get("done") else f"{stage['tokens']:,.0f}", "" if stage.get("done") else
-         _duration(stage["seconds"]), "" if stage.get("done") else _bytes(stage["disk_bytes"]))
-        for name, stage in [*stages.items(), ("total", found["total"])]
+        (name, "done", "", "") if stage["done"] else
+        (name, f"{stage['tokens']:,.0f}", _duration(stage["seconds"]), _bytes(stage["disk_bytes"]))
+        for name, stage in [*stages.items(), ("total", {"done": finished, **found["total"]})]
     ]  # fmt: skip
     sample, pool, count = found["sample"], found["pool"], found["checkpoints"]
     title = f"{found['model']}: {pool['rows']:,} pool rows, {pool['tokens']:,} tokens, longest {pool['longest']}, " + (
@@ -147,6 +148,8 @@ def print_estimate(found: dict[str, Any]) -> None:
     )
     out.print(title, style="bold", markup=False)  # as a title of the table it would be broken at the table's width
     out.print(table(("stage", "tokens", "time", "disk"), rows))
+    if finished:
+        out.print("nothing is left to do: the run folder has all of it")
     if sample is not None:
         out.print(
             f"measured: {sample['tokens_per_second']:.0f} tokens/s through {sample['rows']} rows on {sample['device']} "

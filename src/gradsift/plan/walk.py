@@ -27,7 +27,15 @@ from gradsift.evaluation.evaluate import evaluation_config
 from gradsift.evaluation.metric import ASKED, Judging, Needs
 from gradsift.evaluation.setup import Trained, subject_of
 from gradsift.explanation.exact import MOST_AT_ONCE, is_known
-from gradsift.explanation.explain import OPPOSING, RANDOM, explained_views, shown_budget
+from gradsift.explanation.explain import (
+    OPPOSING,
+    RANDOM,
+    Explanations,
+    explained_views,
+    kept_explanations,
+    shown_budget,
+)
+from gradsift.explanation.matches import missing_matches
 from gradsift.explanation.outputs import OutputSource, answers, missing_answers
 from gradsift.explanation.tokens import MOST_PAIRS
 from gradsift.generation.endpoint import Endpoint, usage_of
@@ -38,7 +46,7 @@ from gradsift.gradients.policy import MOST_ROWS
 from gradsift.gradients.rows import View
 from gradsift.influence.bm25 import conversation_text
 from gradsift.influence.diagnostics import sample_rows, sample_source
-from gradsift.influence.estimator import Estimator, Passes, conversations, target_view, views_read
+from gradsift.influence.estimator import Estimator, Passes, conversations, parts_of, target_view, views_read
 from gradsift.influence.less import LESS
 from gradsift.influence.nice import PolicyEstimator, PolicyTargets, sampler_of, takes_reward
 from gradsift.influence.prompts import PromptTarget, missing_rewards
@@ -51,6 +59,7 @@ from gradsift.influence.ratings import (
     missing_ratings,
 )
 from gradsift.influence.rds import missing_embeddings
+from gradsift.jobs.bench import open_bench
 from gradsift.jobs.rollouts import check_rollouts
 from gradsift.jobs.select_explain import (
     chooses,
@@ -58,7 +67,7 @@ from gradsift.jobs.select_explain import (
     methods_of,
     open_recipe,
     open_recipe_target,
-    views_together,
+    views_beside,
 )
 from gradsift.model import embeddings
 from gradsift.plan.work import Asked, Drawing, Work
@@ -73,7 +82,8 @@ from gradsift.selection.random import RandomChoice
 from gradsift.selection.select import budget_count, kept_count
 from gradsift.selection.selector import Selector
 from gradsift.store.run import Run
-from gradsift.validation.bench import Bench
+from gradsift.validation.bench import Bench, is_benched
+from gradsift.validation.validate import is_validated
 from gradsift.warmup.checkpoint import Checkpoint, open_checkpoint
 from gradsift.warmup.train import Training, kept_training, warm_up_ids
 
@@ -147,14 +157,17 @@ class Walk:
         self._rows_together(methods, sums=any(method.full_sum for method in methods))
         for method in settings.judged:
             self._score(method)
-        trainings = settings.trainings(len(self.pool.data) - (len(self.target.overlap) if self.target else 0))
+        assert self.target is not None
+        trainings = settings.trainings(len(self.pool.data) - len(self.target.overlap), self.target.subtasks)
         rows = sum(times * count for times, count in trainings) * self.recipe.warmup.epochs
+        done = self.kept is not None and is_benched(self.kept, self.target, settings)
         if rows:
-            self.add(Work("retrainings", rows, backward=rows * float(self.pool.data.lengths.mean())))
-        if "self" in settings.asked and methods and self.target is not None:
+            self.add(Work("retrainings", rows, backward=rows * float(self.pool.data.lengths.mean()), done=done))
+        if "self" in settings.asked and methods:
             count = settings.rows_with_copies(len(self.pool.data), len(self.target.data.ids))
             count *= 3 * len(self._checkpoints())  # by the run's projection, and by two of half its width
-            self.add(Work("self-consistency", count, backward=count * float(self.pool.data.lengths.mean())))
+            read = count * float(self.pool.data.lengths.mean())
+            self.add(Work("self-consistency", count, backward=read, done=done))
         return self
 
     def compare(self, grid: Grid) -> Walk:
@@ -173,9 +186,7 @@ class Walk:
 
     def _choose_and_report(self) -> None:
         recipe, methods = self.recipe, methods_of(self.recipe)
-        together = views_together(recipe, methods)
-        if len(together) > 1:
-            self._pool_rows(len(self._checkpoints()) - 1, sorted(together), any(m.full_sum for m in methods))
+        self._last_rows_together(methods, views_beside(recipe))
         for method in methods:
             self._score(method)
         available = len(self.pool.data) - (len(self.target.overlap) if self.target is not None else 0)
@@ -204,6 +215,15 @@ class Walk:
         last = len(self._checkpoints()) - 1 if any(method.view for method in methods) else -1
         for number in range(last + 1):
             self._pool_rows(number, views_read(methods, last=number == last), sums)
+
+    def _last_rows_together(self, methods: Sequence[Estimator], views: Sequence[View]) -> None:
+        """As `collect_together`."""
+        reading = [part for method in methods for part in parts_of(method) if part.view is not None]
+        if reading:
+            last, read = len(self._checkpoints()) - 1, views_read(reading)
+            sums = any(method.full_sum for method in reading) or self.pool.gradients.full_sum
+            if not all(self._holds(self.pool.data, self._checkpoints()[last], view, sums) for view in read):
+                self._pool_rows(last, [*read, *views], sums)
 
     def _score(self, method: Estimator) -> None:
         for one in method.before:
@@ -512,10 +532,16 @@ class Walk:
         written = len(silent_ones) * job.max_new_tokens
         if any(question.output is None for question in questions):
             self.add(Work("answers", len(silent_ones), answers=(written, before), done=not silent_ones))
-        source = None
+        source = known_ones = None
         if self.kept is not None and checkpoint is not None and not silent_ones:
             quiet = replace(self.kept, reporter=silent())
-            source = OutputSource.of(quiet, answers(quiet, questions, max_new_tokens=job.max_new_tokens)[0])
+            answered = answers(quiet, questions, max_new_tokens=job.max_new_tokens)[0]
+            source = OutputSource.of(quiet, answered)
+            known_ones = kept_explanations(
+                quiet, answered, k=job.budgets, estimators=job.estimators, strategies=job.strategies,
+                coefficients=job.coefficients, candidates=job.candidates, aggregation=job.aggregation, exact=job.exact,
+            )  # fmt: skip
+            known_ones = known_ones if known_ones is not None and len(known_ones.entries) == len(answered) else None
         prompts = [len(pool.chat.prompt_ids(question.messages, question.options)) for question in questions]
         tokens = float(sum(prompts) + len(questions) * job.max_new_tokens)
         if source is not None:
@@ -535,24 +561,31 @@ class Walk:
                     self._pool_rows(number, [method.view], sums=False)
                     self._collect(outputs, number, [target_view(method.view)], self.pool.gradients.full_sum)
         if job.exact:
-            self._candidates(len(questions), tokens, source, checkpoint)
+            self._candidates(len(questions), tokens, source, checkpoint, known_ones)
         if job.all_checkpoints:
             chosen = len(job.strategies) * len(job.estimators) * max(job.budgets)
             rows = (last + 1) * len(questions) * min(len(pool.data), chosen)
             read = rows * float(pool.data.lengths.mean()) + (last + 1) * tokens
-            self.add(Work("chosen rows' gradients", rows, backward=read))
+            done = known_ones is not None and all(
+                is_known(known_ones.pool, at, *known_ones.chosen(entry))
+                for at in known_ones.pool.checkpoints()
+                for entry in known_ones.entries
+            )
+            self.add(Work("chosen rows' gradients", rows, backward=read, done=done))
         choices = len(questions) * len(job.strategies) * len(job.estimators) * len(job.budgets)
-        self.add(Work("choosing", seconds=choices * _CHOICE_SECONDS, stored={"bytes": choices * _CHOICE_BYTES}))
+        seconds, stored = choices * _CHOICE_SECONDS, {"bytes": choices * _CHOICE_BYTES}
+        self.add(Work("choosing", seconds=seconds, stored=stored, done=known_ones is not None))
         if job.validation is not None:
-            self._train_on_choices(len(questions), tokens, last)
+            self._train_on_choices(len(questions), tokens, known_ones)
         shown = job.paged(len(questions))
-        self._match_tokens(shown, tokens / max(1, len(questions)), last)
+        self._match_tokens(shown, tokens / max(1, len(questions)), last, known_ones)
         if job.embedding is not None and shown and embeddings.at_hand(job.embedding):
             self._map(shown * min(job.candidates, len(pool.data)))
 
     def _candidates(
-        self, outputs: int, tokens: float, source: OutputSource | None, checkpoint: Checkpoint | None
-    ) -> None:
+        self, outputs: int, tokens: float, source: OutputSource | None, checkpoint: Checkpoint | None,
+        known: Explanations | None,
+    ) -> None:  # fmt: skip
         """Whole gradients of the candidates, of random rows and of the outputs; at most so many rows."""
         job, pool = self.recipe.explain, self.pool
         assert job is not None
@@ -564,14 +597,14 @@ class Walk:
         at_once = min(outputs, max(1, MOST_AT_ONCE // each)) if each < len(pool.data) else outputs
         rows = -(-outputs // at_once) * min(len(pool.data), at_once * each)
         adam = any(one.view == "adam" for one in job.estimators)
-        done = False
-        if self.kept is not None and source is not None and checkpoint is not None:
+        done = known is not None
+        if self.kept is not None and source is not None and checkpoint is not None and not done:
             done = all(is_known(self.kept, checkpoint, source.alone(id_), adam=adam) for id_ in source.ids)
         read = rows * float(pool.data.lengths.mean()) + tokens
         stored = {"bytes": outputs * 8.0 * (each + 1) ** 2 * (3 if adam else 1)}
         self.add(Work("candidates' gradients", rows + outputs, backward=read, stored=stored, done=done))
 
-    def _match_tokens(self, outputs: int, tokens: float, last: int) -> None:
+    def _match_tokens(self, outputs: int, tokens: float, last: int, known: Explanations | None) -> None:
         """The examples that are shown first, and their outputs, once more through the model."""
         job, lengths = self.recipe.explain, self.pool.data.lengths
         assert job is not None
@@ -579,11 +612,13 @@ class Walk:
         times = last + 1 if ranker.splits and not ranker.last_checkpoint else 1
         rows, length = outputs * k * times, float(lengths.mean()) if outputs else 0.0
         kept = 8 * outputs * k * (length + tokens + min(MOST_PAIRS, length * tokens))
-        self.add(
-            Work("tokens of examples", rows, backward=rows * length + outputs * times * tokens, stored={"bytes": kept})
+        read = rows * length + outputs * times * tokens
+        done = known is not None and not missing_matches(
+            known.pool, known.source, *known.matched(known.entries[:outputs])
         )
+        self.add(Work("tokens of examples", rows, backward=read, stored={"bytes": kept}, done=done))
 
-    def _train_on_choices(self, outputs: int, tokens: float, last: int) -> None:
+    def _train_on_choices(self, outputs: int, tokens: float, known: Explanations | None) -> None:
         """Effects of steps on chosen and random sets: each a pass over its output, and where it is trained, over it."""
         job, pool, projection = self.recipe.explain, self.pool, self.recipe.gradients.projection
         assert job is not None
@@ -599,6 +634,9 @@ class Walk:
         self.add(Work(
             "training on choices", outputs * sets, forward=sets * tokens, backward=trained + own,
             stored={"unprojected": len(pool.data)} if own else {},
+            done=known is not None and is_validated(
+                known, job.validation.step, job.validation.route, sanity=job.validation.sanity
+            ),
         ))  # fmt: skip
 
     # --- what was met -------------------------------------------------------------------------------------------------
@@ -748,10 +786,10 @@ def walked(recipe: Recipe, scratch: str, reporter: Reporter, command: str = "run
     if recipe.compare is not None:
         grid = open_grid(inside, recipe.compare, reporter)
         return Walk(recipe, grid.pool, grid.target, _kept_pool(recipe, grid.pool)).compare(grid), grid
-    pool = open_recipe(inside, reporter, announce=False)
     if recipe.bench is not None:
-        judged = Walk(recipe, pool, open_recipe_target(inside, pool), _kept_pool(recipe, pool))
-        return judged.judge(recipe.bench), None
+        pool, known, settings = open_bench(inside, reporter, announce=False)
+        return Walk(recipe, pool, known, _kept_pool(recipe, pool)).judge(settings), None
+    pool = open_recipe(inside, reporter, announce=False)
     wanted = takes_reward(recipe.estimator) or (recipe.target is not None and chooses(recipe))
     target = open_recipe_target(inside, pool) if wanted else None
     return Walk(recipe, pool, target, _kept_pool(recipe, pool)).run(), None

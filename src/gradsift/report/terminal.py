@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import re
+import sys
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -22,10 +25,20 @@ _LONGEST = 12  # line of the head of an example's figure
 _LEAST = 20  # columns of a text
 
 
+class _Log(io.TextIOBase):
+    """Standard output without the spaces to which lines are filled up."""
+
+    def write(self, text: str) -> int:
+        return sys.stdout.write(re.sub(r" +$", "", text, flags=re.MULTILINE))
+
+    def flush(self) -> None:
+        sys.stdout.flush()
+
+
 def console() -> Console:
-    """Standard output; 100 columns where nobody watches, so that tables keep their shape in a log."""
+    """Standard output; at least 110 columns where nobody watches, so that tables keep their shape in a log."""
     found = Console(highlight=False)
-    return found if found.is_terminal else Console(highlight=False, width=max(found.width, 110))
+    return found if found.is_terminal else Console(highlight=False, width=max(found.width, 110), file=_Log())  # type: ignore[arg-type]
 
 
 def draw(blocks: Iterable[Block | Section], out: Console | None = None) -> None:

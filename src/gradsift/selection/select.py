@@ -125,7 +125,9 @@ def kept_count(drop: float, available: int) -> int:
     """
     left = available - budget_count(drop, available, what="drop")
     if not left:
-        raise ConfigError(f"drop {drop:g} leaves nothing of {available} examples: drop fewer")
+        raise ConfigError(
+            f"drop {f'{drop:.0%}' if drop < 1 else f'{drop:g}'} leaves nothing of {available} examples: drop fewer"
+        )
     return left
 
 

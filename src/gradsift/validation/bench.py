@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import re
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from itertools import product
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
+from gradsift.base.attempts import Stopped, attempted
 from gradsift.base.errors import ConfigError, DataError, GradsiftError
-from gradsift.base.interruption import refuse_to_go_on
 from gradsift.base.lazy import torch
 from gradsift.base.progress import Advance, silent, untold
-from gradsift.base.ranks import paired_rank_correlations
+from gradsift.base.ranks import column_ranks, paired_rank_correlations
 from gradsift.base.resampling import Estimate, bootstrap, estimate_of
 from gradsift.base.settings import Budget, Settings
 from gradsift.base.types import Example
@@ -26,6 +29,7 @@ from gradsift.data.dataset import Dataset
 from gradsift.data.load import Columns
 from gradsift.data.pairs import Pairs
 from gradsift.data.prepare import prepare
+from gradsift.evaluation.arms import expanded
 from gradsift.evaluation.evaluate import measure
 from gradsift.evaluation.fine_tune import train_on
 from gradsift.evaluation.loss import HeldOutLoss
@@ -33,20 +37,27 @@ from gradsift.evaluation.setup import subject_of
 from gradsift.execution.engine import LOCAL
 from gradsift.gradients.collect import SequenceSource
 from gradsift.influence.bm25 import BM25
-from gradsift.influence.estimator import Estimator, Targets, source_at, target_view, views_read
+from gradsift.influence.estimator import Estimator, Targets, TargetsByCheckpoint, full_sums, target_view, views_read
 from gradsift.influence.estimators import AnyEstimator
-from gradsift.influence.ji2s import full_sums
 from gradsift.influence.less import LESS
 from gradsift.influence.random import Random
 from gradsift.influence.replay import Losses, Replay
 from gradsift.influence.scores import Scores, score
-from gradsift.influence.smooth import SmoothTraining, training_sequences
+from gradsift.influence.smooth import SmoothTraining, groups_of, training_sequences
 from gradsift.influence.states import RDSPlus
+from gradsift.model.models import model_identity
 from gradsift.report.blocks import Block, Shown
 from gradsift.selection.select import budget_count
 from gradsift.store.manifest import Record, fingerprint, read_if_whole
-from gradsift.validation.datamodel import agreement, agreement_of_trainings
-from gradsift.validation.ranking import auc, average_precision, recall, reciprocal_rank, reciprocal_rank_by_chance
+from gradsift.validation.datamodel import agreement, agreement_of_trainings, foretold, rise
+from gradsift.validation.ranking import (
+    auc,
+    average_precision,
+    placed,
+    recall,
+    reciprocal_rank,
+    reciprocal_rank_by_chance,
+)
 from gradsift.warmup.train import Training
 
 Measure = Literal["recall", "filter", "lds", "qld", "train", "self"]
@@ -56,12 +67,14 @@ _OTHER_SEEDS = (101, 102)  # added to the run's
 _AMONG = 200  # rows among which copies of targets are looked for
 _UNKNOWN = Estimate(np.nan, np.nan, np.nan)
 _COPY = "copy of "  # before a target's id
+_NOTE_SECONDS = 20  # after which a process that is killed loses no more of what it took
 
 
 class Bench(Settings):
     """Methods to judge, and by what.
 
-    methods: what is judged; repeat for several. A random ranking is always beside them.
+    methods: what is judged; repeat for several. A random ranking is always beside them. In a recipe a field that holds
+        a list stands for a method of each value.
     measures: `recall` of the target's class, `filter` for marked rows, `lds` and `qld` by retraining, `train` on the
         best-scored rows alone, `self` for whether scores agree with themselves; by default those whose columns or data
         are named, else `lds` and `qld`.
@@ -74,8 +87,11 @@ class Bench(Settings):
     subsets: trainings without random rows, for each share that is left out.
     shares: of the pool, left out by them.
     removed: shares of the highest-scored rows that are left out.
+    removed_for: whom these rank first for: all targets together, or each `subtask` (a class) by itself, whose own loss
+        is then measured.
     removals: as often as many random rows are left out instead.
-    test: examples that are neither in the pool nor in the target: their loss is what `train` measures.
+    test: examples that are neither in the pool nor in the target: their loss is what `train` measures. `rest_of_target`
+        is what `target_sample` leaves of the target.
     test_columns: of `test`, where they are not the usual ones.
     budgets: rows that `train` trains on, numbers or shares of the pool.
     seeds: of those trainings and of the random choices.
@@ -83,7 +99,9 @@ class Bench(Settings):
     smooth: retrain as MAGIC does, without dropout, with a longer warm-up and ε_root, in place of the preset alone.
     """
 
-    methods: tuple[AnyEstimator, ...] = (LESS(), RDSPlus(), BM25())
+    methods: Annotated[tuple[AnyEstimator, ...], BeforeValidator(lambda given: expanded(given, AnyEstimator))] = (
+        LESS(), RDSPlus(), BM25(),
+    )  # fmt: skip
     measures: tuple[Measure, ...] | None = None
     class_column: str | None = None
     marked: str | None = None
@@ -91,8 +109,9 @@ class Bench(Settings):
     plant: str | None = None
     top: int = Field(default=50, ge=1)
     subsets: int = Field(default=12, ge=3)
-    shares: tuple[float, ...] = (0.02, 0.1, 0.5)
-    removed: tuple[float, ...] = (0.01, 0.05, 0.1)
+    shares: tuple[Budget, ...] = (0.02, 0.1, 0.5)
+    removed: tuple[Budget, ...] = (0.01, 0.05, 0.1)
+    removed_for: Literal["all", "subtask"] = "all"
     removals: int = Field(default=4, ge=1)
     test: str | None = None
     test_columns: Columns = Columns()
@@ -105,7 +124,7 @@ class Bench(Settings):
     @classmethod
     def _shares(cls, value: tuple[float, ...]) -> tuple[float, ...]:
         if not value or not all(0 < share < 1 for share in value):
-            raise ConfigError("wanted shares of the pool between 0 and 1, such as 0.1")
+            raise ConfigError("wanted shares of the pool between 0 and 1, such as 0.1 or 10%")
         return value
 
     @property
@@ -149,13 +168,14 @@ class Bench(Settings):
         """How many rows and copies of targets `self` takes, of so many rows and targets."""
         return min(rows, _AMONG) + min(targets, self.copies)
 
-    def trainings(self, available: int) -> list[tuple[int, int]]:
+    def trainings(self, available: int, subtasks: Sequence[str] | None) -> list[tuple[int, int]]:
         """At most: how many, and the rows of each that are not left out, of so many that there are."""
         asked, count, found = self.asked, len(self.judged), []
+        groups = len(set(subtasks or [""])) if self.removed_for == "subtask" else 1
         if "lds" in asked:
             found.append((len(self.shares) * self.subsets * (1 + len(_OTHER_SEEDS)), available))
         if "qld" in asked:
-            found.append((len(self.removed) * (count - 1 + self.removals), available))
+            found.append((len(self.removed) * ((count - 1) * groups + self.removals), available))
         if "train" in asked:
             sizes = [budget_count(budget, available) for budget in self.budgets]
             found += [(count * len(self.seeds), size) for size in sizes]
@@ -186,6 +206,11 @@ class Column:
     chance: float | None = None
     ceiling: Estimate | None = None
     counts: bool = True
+
+    @property
+    def title(self) -> str:
+        """What the sentence calls it."""
+        return self.name if self.measure in ("recall", "filter") else f"{self.part} {self.name}"
 
     def near(self, label: str) -> bool:
         """Whether a method is the best, or not told apart from it."""
@@ -227,29 +252,52 @@ class Benchmark(Shown):
     out: str = ""
 
     @property
+    def counted(self) -> list[Column]:
+        """The columns that the sentence counts."""
+        return [column for column in self.columns if column.counts]
+
+    def above_random(self, label: str) -> int:
+        """In how many columns a method is told apart from a random ranking."""
+        return sum(column.values[label].low > column.random for column in self.counted)
+
+    @property
     def near(self) -> dict[str, int]:
-        """In how many columns each method is the best or not told apart from it, most first, then the cheapest."""
-        counted = [column for column in self.columns if column.counts]
-        found = {one: sum(column.near(one) for column in counted) for one in self.methods[:-1]}
-        return dict(sorted(found.items(), key=lambda item: (-item[1], self.costs[item[0]].seconds)))
+        """In how many columns each method is the best or not told apart from it, most first; then those that are above
+        a random ranking in more, and then the cheapest.
+        """
+        found = {one: sum(column.near(one) for column in self.counted) for one in self.methods[:-1]}
+        order = sorted(found, key=lambda one: (-found[one], -self.above_random(one), self.costs[one].seconds))
+        return {one: found[one] for one in order}
 
     @property
     def sentence(self) -> str:
-        """Which method to use here, and which are not told apart from it."""
-        near, counted = self.near, [column for column in self.columns if column.counts]
+        """Which method to use here, which are not told apart from it, and where others are better."""
+        near, counted = self.near, self.counted
         if not near or not counted:
             return "No method could be judged by how well it ranks."
-        best = next(iter(near))
-        if not any(column.values[best].low > column.random for column in counted):
+        if not any(map(self.above_random, near)):
             return (
                 "No method is told apart from a random ranking here: more targets, subsets or a longer training would "
                 "be needed."
             )
+        best = next(iter(near))
         count, all_ = near[best], len(counted)
         where = "every column" if count == all_ else f"{count} of {all_} columns"
+        said = [f"Use {best} here: it is the best, or not told apart from the best, in {where}."]
+        behind: dict[str, list[str]] = {}
+        for column in counted:
+            if not column.near(best):
+                behind.setdefault(column.best, []).append(column.title)
+        said += [f"{other} is better in {_listed(titles)}." for other, titles in behind.items()]
         others = [one for one, own in near.items() if one != best and own == count]
-        more = f" {_listed(others)} {'is' if len(others) == 1 else 'are'} as good, at a higher cost." if others else ""
-        return f"Use {best} here: it is the best, or not told apart from the best, in {where}.{more}"
+        if others:
+            dearer = all(self.costs[one].seconds >= self.costs[best].seconds for one in others)
+            alike = ("as good" if count == all_ else "so in as many") + ", at a higher cost" * dearer
+            said.append(f"{_listed(others)} {'is' if len(others) == 1 else 'are'} {alike}.")
+        if not self.above_random(best):
+            above = [one for one in near if self.above_random(one)]
+            said.append(f"But it is not told apart from a random ranking, as {_listed(above)} would be.")
+        return " ".join(said)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able; what is not known is null."""
@@ -278,7 +326,7 @@ def bench(
 
     Args:
         pool: from `open_pool`; retraining is by its `warmup`, on all of `pool.data`.
-        target: from `open_target`; with `subtask` the class column, MAGIC goes back once for each class.
+        target: from `open_target`; without subtasks, classes are its subtasks.
         methods: what is judged, in place of those of `settings`.
         settings: the measures and their sizes.
 
@@ -291,16 +339,44 @@ def bench(
         >>> found.sentence  # doctest: +SKIP
     """
     own = settings or Bench()
+    target = classed(target, own)
     if methods is not None:
         own = own.model_copy(update={"methods": tuple(methods)})
     judge = _Judge(pool, target, own)
-    if trainings := own.trainings(int(judge.available.sum())):
+    if trainings := own.trainings(int(judge.available.sum()), target.subtasks):
         rows = sum(times * count for times, count in trainings) * pool.warmup.epochs
         pool.reporter.say(
             f"bench: up to {sum(times for times, _ in trainings)} retrainings, {rows:,} rows together; those that are "
             "kept are not taken again"
         )
-    return judge.benchmark()
+    found = judge.benchmark()
+    pool.run.publish_json(_done_key(pool, target, own), {})
+    return found
+
+
+def _done_key(pool: Pool, target: Target, settings: Bench) -> str:
+    """Where it is noted that a benchmark of this pool, target, training, methods and measures has ended."""
+    of_pool = {"warmup": pool.warmup, "gradients": pool.gradients}
+    identity = [
+        pool.data.fingerprint, target.data.fingerprint, list(target.subtasks or ()), model_identity(pool.model),
+        pool.adapters, pool.seed, {name: one.model_dump(mode="json") for name, one in of_pool.items()},
+        settings.model_dump(mode="json", exclude={"methods"}),
+        [method.model_dump(mode="json") for method in settings.judged],
+    ]  # fmt: skip
+    return f"bench/done-{fingerprint(identity)}.json"
+
+
+def is_benched(pool: Pool, target: Target, settings: Bench) -> bool:
+    """Whether the run folder has all of this benchmark."""
+    return pool.run.storage.exists(_done_key(pool, target, settings))
+
+
+def classed(target: Target, settings: Bench) -> Target:
+    """With classes as its subtasks, where it has none: MAGIC then goes back once for each class."""
+    if settings.class_column is None or target.subtasks is not None:
+        return target
+    said = target.data.column(settings.class_column)
+    return replace(target, subtasks=tuple(", ".join(sorted(_said(one))) for one in said))
 
 
 class _Judge:
@@ -323,84 +399,112 @@ class _Judge:
             "self": self._self,
         }  # fmt: skip
         asked = self.settings.asked
-        # Refused before anything heavy.
-        _ = self.of_class if "recall" in asked else None, self.marked if "filter" in asked else None
+        self._check(asked)
         shared = self._collect(self.pool)
         for method in self.settings.judged:
             self._score(method, shared)
         if len(self.scores) < 2:
             raise DataError(f"every method failed, first {next(iter(self.failed.items()))}")
-        columns = [column for measure in asked for column in makers[measure]()]
+        columns: list[Column] = []
+        for name in asked:
+            made = attempted(name, makers[name])
+            if isinstance(made, Stopped):
+                self._warn(f"{name} came to nothing, the other measures go on: {made.error}")
+            else:
+                columns += made
+        if not columns:
+            raise DataError(f"no measure came to anything: {self.warnings[-1]}")
         return Benchmark(
             tuple(self.scores), tuple(columns), self.costs, self.failed, tuple(self.warnings), self.pool.run.place
         )
 
+    def _check(self, asked: Sequence[Measure]) -> None:
+        """Refuse what cannot be measured, before anything heavy."""
+        labels = self.target.labels
+        if labels is None or len(labels) != len(self.target.data):
+            for name in {"lds", "qld", "self"}.intersection(asked):
+                raise ConfigError(f"{name} is of losses, and prompts without an answer have none: add answers")
+        if "self" in asked and isinstance(labels, Pairs):
+            raise ConfigError("self looks for copies of targets among the rows, and rows have one answer: give such")
+        _ = self.of_class if "recall" in asked else None, self.marked if "filter" in asked else None
+        _ = self.held_out if "train" in asked else None
+
+    def _warn(self, said: str) -> None:
+        self.warnings.append(said)
+        self.pool.reporter.warn(f"bench: {said}")
+
     def _collect(self, pool: Pool) -> dict[str, Cost]:
         """The rows that methods read, all views of a checkpoint in one pass; what they cost, by the method's label."""
-        readers = [method for method in self.settings.judged if method.view is not None]
-        if not readers:
-            return {}
         found: dict[str, Cost] = {}
-        try:
-            warmup = ["warm-up", pool.warmup.model_dump(mode="json"), pool.seed]
-            checkpoints, trained = self._timed(warmup, pool.checkpoints)
-            targets = {method.label: own for method in readers if (own := self._targets(pool, method)) is not None}
-            readers = [method for method in readers if method.label in targets]
-            rows = full_sums(pool) if any(method.full_sum for method in readers) else pool
-            for number, checkpoint in enumerate(checkpoints):
-                last = number == len(checkpoints) - 1
-                reading = [method for method in readers if last or not method.last_checkpoint]
-                if not reading:
-                    continue
-                views = views_read(reading)
-                config = [fingerprint(pool.at(checkpoint).config(pool.data, view)) for view in views]
-                _, pass_ = self._timed(["rows", config], partial(rows.stores, checkpoint, views))
-                cost = Cost(pass_.seconds, pass_.bytes // max(1, len(views)))
-                found |= {method.label: found.get(method.label, trained) + cost for method in reading}
-                asked = {
-                    (source_at(targets[method.label], checkpoint), target_view(method.view))
-                    for method in reading
-                    if method.view is not None
-                }
-                for source in {own for own, _ in asked}:
-                    wanted = sorted(view for own, view in asked if own is source)
-                    if len(wanted) > 1:
-                        rows.collect(source, checkpoint, wanted, what="target")
-        except GradsiftError as error:  # each method meets its own, and is listed with it
-            refuse_to_go_on(error)
+        readers = [method for method in self.settings.judged if method.view is not None]
+        if readers:  # of an error each method meets its own, and is listed with it
+            attempted("rows", partial(self._collected, pool, readers, found))
         return found
+
+    def _collected(self, pool: Pool, readers: list[Estimator], found: dict[str, Cost]) -> None:
+        """Puts what they cost into `found`."""
+        warmup = ["warm-up", pool.warmup.model_dump(mode="json"), pool.seed]
+        checkpoints, trained = self._timed(warmup, pool.checkpoints)
+        targets = {method.label: own for method in readers if (own := self._targets(pool, method)) is not None}
+        readers = [method for method in readers if method.label in targets]
+        rows = full_sums(pool) if any(method.full_sum for method in readers) else pool
+        for number, checkpoint in enumerate(checkpoints):
+            last = number == len(checkpoints) - 1
+            reading = [method for method in readers if last or not method.last_checkpoint]
+            if not reading:
+                continue
+            views = views_read(reading)
+            config = [fingerprint(pool.at(checkpoint).config(pool.data, view)) for view in views]
+            _, pass_ = self._timed(["rows", config], partial(rows.stores, checkpoint, views))
+            cost = Cost(pass_.seconds, pass_.bytes // max(1, len(views)))
+            found |= {method.label: found.get(method.label, trained) + cost for method in reading}
+            asked = {  # responses of a policy are drawn where its own method is scored, which they are counted to
+                (source, target_view(method.view))
+                for method in reading
+                if method.view is not None and not isinstance(source := targets[method.label], TargetsByCheckpoint)
+            }
+            for source in {own for own, _ in asked}:
+                wanted = sorted(view for own, view in asked if own is source)
+                if len(wanted) > 1:
+                    rows.collect(source, checkpoint, wanted, what="target")
 
     def _targets(self, pool: Pool, method: Estimator) -> Targets | None:
         """The sequences of a method's targets; None where it will fail for lack of them, or of an optimizer's state."""
-        try:
+
+        def asked() -> Targets:
             method.checkpoints_of(pool)
             return method.targets(pool, self.target)
-        except GradsiftError as error:
-            refuse_to_go_on(error)
-            return None
+
+        found = attempted("targets", asked)
+        return None if isinstance(found, Stopped) else found
 
     def _timed(self, what: Any, work: Callable[[], _Found]) -> tuple[_Found, Cost]:
-        """What it makes, with what that took when it was first made."""
-        key = f"bench/cost-{fingerprint(what)}.json"
-        kept = read_if_whole(self.pool.run.storage, key, _KeptCost, sealed=True)
-        if kept is not None:
+        """What it makes, with what that took when it was first made, attempts that were interrupted included."""
+        run, key = self.pool.run, f"bench/cost-{fingerprint(what)}.json"
+        kept = read_if_whole(run.storage, key, _KeptCost, sealed=True) or {"seconds": 0.0, "bytes": 0, "done": False}
+        if kept.get("done", True):
             return work(), Cost(kept["seconds"], kept["bytes"])
         before, began = _bytes_in(self.pool), time.monotonic()
-        made = work()
-        cost = Cost(time.monotonic() - began, max(0, _bytes_in(self.pool) - before))
-        self.pool.run.publish_json(key, asdict(cost), sealed=True)
-        return made, cost
+
+        def note(*, done: bool = False) -> Cost:
+            seconds, size = time.monotonic() - began, max(0, _bytes_in(self.pool) - before)
+            cost = Cost(kept["seconds"] + seconds, kept["bytes"] + size)
+            run.publish_json(key, {**asdict(cost), "done": done}, sealed=True)
+            return cost
+
+        with _now_and_then(note):
+            made = work()
+        return made, note(done=True)
 
     def _score(self, method: Estimator, shared: Mapping[str, Cost]) -> None:
         pool = self.pool
         work = [method.model_dump(mode="json"), pool.data.fingerprint, self.target.data.fingerprint, pool.seed]
-        try:
-            found, own = self._timed(["scores", work], partial(score, pool, self.target, method))
-        except GradsiftError as error:
-            refuse_to_go_on(error)
-            self.failed[method.label] = str(error)
-            pool.reporter.warn(f"bench: {method.label} failed, the others go on: {error}")
+        made = attempted("scores", partial(self._timed, ["scores", work], partial(score, pool, self.target, method)))
+        if isinstance(made, Stopped):
+            self.failed[method.label] = made.error
+            pool.reporter.warn(f"bench: {method.label} failed, the others go on: {made.error}")
             return
+        found, own = made
         self.costs[method.label] = shared.get(method.label, Cost(0.0, 0)) + own
         self.scores[method.label], self.whole[method.label] = self._placed(found)
 
@@ -418,19 +522,26 @@ class _Judge:
 
     @cached_property
     def of_class(self) -> NDArray[np.bool_]:
-        """Which rows have a target's class, `[row target]`."""
+        """Which rows have a target's class, or one of its classes, `[row target]`."""
         name = self.settings.class_column
         assert name is not None
-        both = (data.column(name) for data in (self.pool.data, self.target.data))
-        rows, targets = (np.array(list(map(_class_of, values))) for values in both)
-        wanted: NDArray[np.bool_] = (rows[:, None] == targets) & (targets != "")
-        lacking = [self.target.data.ids[n] for n in np.flatnonzero(~wanted[self.available].any(axis=0)).tolist()]
-        if len(lacking) == len(targets) or wanted[self.available].all():
+        rows, targets = ([*map(_said, data.column(name))] for data in (self.pool.data, self.target.data))
+        known = sorted(set().union(*targets))
+        of_rows, of_targets = (
+            np.array([[one in own for one in known] for own in cells], dtype=np.float32).reshape(-1, len(known))
+            for cells in (rows, targets)
+        )
+        wanted: NDArray[np.bool_] = of_rows @ of_targets.T > 0
+        there = wanted[self.available]
+        lacking = np.flatnonzero(~there.any(axis=0)).tolist()
+        if len(lacking) == len(targets) or there.all():
             having = "no row of the pool has" if lacking else "every row of the pool has"
-            raise ConfigError(f"class_column {name!r} tells no rows apart: {having} the value of a target")
+            found = f"the pool has {_some(set().union(*rows))}, the target {_some(known)}"
+            raise ConfigError(f"class_column {name!r} tells no rows apart: {having} the value of a target; {found}")
         if lacking:
             self.warnings.append(
-                f"{len(lacking)} targets have a {name} that no pool row has, first {lacking[0]!r}: they are left out"
+                f"targets of whose {name} the pool has no row are left out: {len(lacking)} of {len(targets)}, first "
+                f"{self.target.data.ids[lacking[0]]!r}"
             )
         return wanted
 
@@ -450,7 +561,12 @@ class _Judge:
         column, equal, value = said.partition("=")
         if not equal:
             raise ConfigError(f"{field_} is {said!r}: wanted column=value, such as quality=bad")
-        return np.array([_class_of(one) == _class_of(value) for one in self.pool.data.column(column.strip())])
+        rows, asked = [*map(_said, self.pool.data.column(column.strip()))], _said(value)
+        found = np.array([not own.isdisjoint(asked) for own in rows])
+        if not found.any():
+            there = _some(set().union(*rows))
+            raise ConfigError(f"{field_} is {said!r}, and no row of the pool has that: {column.strip()!r} has {there}")
+        return found
 
     def _recall(self) -> list[Column]:
         """AUC, recall at the class's size, Recall@k and MRR, over targets."""
@@ -510,9 +626,12 @@ class _Judge:
             same = self._losses(0, kept)
             others = [self._losses(seed, kept) for seed in _OTHER_SEEDS]
             ceiling = agreement_of_trainings(*others)
-            predicted = {label: kept @ np.where(np.isfinite(own), own, 0.0) for label, own in self.scores.items()}
+            predicted = {
+                label: foretold(kept, np.where(np.isfinite(own), own, 0.0)) for label, own in self.scores.items()
+            }
             for name, losses, top in (("same order", same, None), ("other seeds", np.mean(others, axis=0), ceiling)):
-                of = {label: partial(_agreement_of, own, -losses) for label, own in predicted.items()}
+                outcome = column_ranks(-losses)
+                of = {label: partial(agreement, own, outcome) for label, own in predicted.items()}
                 title = f"without {share:.0%}"
                 found.append(
                     self._column("lds", f"LDS, {name}", title, of, len(kept), "subsets", chance=0.0, ceiling=top)
@@ -521,32 +640,49 @@ class _Judge:
 
     def _qld(self) -> list[Column]:
         """How much more the loss rises without the highest-scored rows than without random ones, over targets."""
-        found = []
+        found, per = [], self.settings.removed_for == "subtask"
+        groups = groups_of(len(self.target.data), self.target.subtasks if per else None)
         for share in self.settings.removed:
             random, size = self._losses(0, self._subsets(share, self.settings.removals)), self._size(share)
             labels = list(self.scores)[:-1]
-            best = [self._best(label, size) for label in labels]
-            rises = self._losses(0, self._without(best)) - random.mean(axis=0)
-            each = dict(zip(labels, rises, strict=True))
-            each[list(self.scores)[-1]] = random[0] - random.mean(axis=0)
-            of = {label: partial(_mean_of, own) for label, own in each.items()}
-            found.append(self._column("qld", "QLD", f"best {share:.0%}", of, rises.shape[1], "targets", chance=0.0))
+            best = [self._best(scores, size) for label in labels for scores in self._ranked_for(label, groups)]
+            after = self._losses(0, self._without(best)).reshape(len(labels), -1, random.shape[1])
+            own = [*after[:, groups, np.arange(len(groups))], random[0]]
+            of = {label: partial(rise, one, random) for label, one in zip(self.scores, own, strict=True)}
+            over, how = "targets and random draws", dict[str, Any](chance=0.0, beside=len(random))
+            found.append(self._column("qld", "QLD", f"best {share:.0%}", of, len(groups), over, **how))
         return found
 
-    def _best(self, label: str, size: int) -> Units:
-        """The rows that a method ranks first."""
+    def _ranked_for(self, label: str, groups: Units) -> list[NDArray[np.float64]]:
+        """A method's scores for all targets, or for each of several groups of them, `[row]`."""
+        count = int(groups.max()) + 1
+        if count == 1:
+            return [self.whole[label]]
+        return [self.scores[label][:, groups == group].mean(axis=1) for group in range(count)]
+
+    def _best(self, scores: NDArray[np.float64], size: int) -> Units:
+        """The rows that are ranked first."""
         rows = np.flatnonzero(self.available)
-        return rows[np.argsort(-self.whole[label][rows], kind="stable")[:size]]
+        return rows[np.argsort(placed(scores[rows, None], self.seed)[:, 0])[:size]]
 
     def _size(self, share: float) -> int:
         """How many rows a share of them is."""
         return max(1, round(share * int(self.available.sum())))
 
     def _subsets(self, share: float, count: int) -> NDArray[np.float64]:
-        """Weights of the rows without as many random ones, `[subset row]`: the first subsets are always the same."""
+        """Weights of the rows without as many random ones, `[subset row]`: the first subsets are always the same.
+
+        No two are the same, so that there are fewer where a small pool has no more.
+        """
         rows, size = np.flatnonzero(self.available), self._size(share)
-        keys = [[self.seed, size, int(1e6 * share), int(1e6 * number)] for number in range(count)]
-        return self._without([np.random.default_rng(key).choice(rows, size, replace=False) for key in keys])
+        found: dict[tuple[int, ...], Units] = {}
+        for number in range(100 * count):
+            key = [self.seed, size, int(1e6 * share), int(1e6 * number)]
+            drawn = np.random.default_rng(key).choice(rows, size, replace=False)
+            found.setdefault(tuple(sorted(drawn.tolist())), drawn)
+            if len(found) == count:
+                break
+        return self._without([*found.values()])
 
     def _without(self, left_out: Sequence[Units]) -> NDArray[np.float64]:
         kept = np.tile(self.available.astype(np.float64), (len(left_out), 1))
@@ -558,8 +694,7 @@ class _Judge:
         """Every target's loss after a training with these weights of the rows, `[training target]`, nats."""
         replay, ids = self._replay(seed)
         source = self.target.labels
-        if source is None or len(source) != len(self.target.data):
-            raise ConfigError("lds and qld are of losses, and prompts without an answer have none: add answers")
+        assert source is not None
         losses: Losses = replay.losses(fingerprint(["bench", source.fingerprint]), "bench")
         names = [fingerprint([id_ for id_, own in zip(ids, line, strict=True) if own]) for line in kept]
         missing = {name: line for name, line in zip(names, kept, strict=True) if not losses.count(name)}
@@ -573,7 +708,10 @@ class _Judge:
             what = f"bench: retraining{f' on another seed ({seed})' if seed else ''}"
             for position, found in self._worked(tasks, what, "retraining"):
                 losses.put(list(missing)[position], found)
-        return np.array([losses.all(name) for name in names])
+        found = np.array([losses.all(name) for name in names])
+        if not np.isfinite(found).all():
+            raise DataError(f"a retraining of seed {seed} diverged: lower the learning rate, or take smooth")
+        return found
 
     def _worked(self, tasks: Sequence[Any], what: str, each: str) -> Iterator[tuple[int, Any]]:
         """What trainings come to, by their places, as they end."""
@@ -593,22 +731,27 @@ class _Judge:
         """As other processes are given it."""
         return replace(self.pool, reporter=silent(), engine=LOCAL)
 
+    @cached_property
+    def held_out(self) -> HeldOutLoss:
+        """What training on choices is measured by."""
+        metric = HeldOutLoss(data=self.settings.test, columns=self.settings.test_columns)
+        metric.bind(subject_of(self._pool_of_tasks, None).base)
+        return metric
+
     def _train(self) -> list[Column]:
         """How much lower the held-out loss is after training on the best-scored rows than on random ones."""
         settings, pool, found = self.settings, self._pool_of_tasks, []
-        metric = HeldOutLoss(data=settings.test, columns=settings.test_columns)
-        metric.bind(subject_of(pool, None).base)
         training = SmoothTraining().plain(pool)
         rows, labels = np.flatnonzero(self.available), list(self.scores)
         for budget in settings.budgets:
             size = budget_count(budget, len(rows))
-            chosen = {label: self._best(label, size) for label in labels[:-1]}
+            chosen = {label: self._best(self.whole[label], size) for label in labels[:-1]}
             tasks = []
             for label, seed in product(labels, settings.seeds):
                 drawn = np.random.default_rng([self.seed, size, seed]).choice(rows, size, replace=False)
                 ids = pool.data.ids.take(chosen.get(label, drawn))
                 what = f"bench: training on {size} rows ({label}, seed {seed})"
-                tasks.append(_Fitted(pool, tuple(ids), training, seed, what, metric))
+                tasks.append(_Fitted(pool, tuple(ids), training, seed, what, self.held_out))
             told = f"bench: training on {size} rows"
             losses: dict[int, dict[str, float]] = dict(self._worked(tasks, told, "training"))
             items = sorted(losses[0])
@@ -644,12 +787,14 @@ class _Judge:
             error[label] = self._error_of(method)
             if isinstance(method, SmoothTraining):
                 continue  # copies would be another training
-            each, _ = self._placed(score(pool, self.target, method), pool)
+            each, _ = self._placed(score(pool, self.target, method, views=()), pool)
             copies = np.zeros(each.shape, dtype=bool)
             copies[np.arange(len(each) - len(copied), len(each)), copied] = True
             first[label] = recall(each[:, copied], copies[:, copied], k=1, seed=self.seed)
             if halves and method.view is not None:
-                found = [self._placed(score(half_, self.target, method), half_)[0][:, copied] for half_ in halves]
+                found = [
+                    self._placed(score(half_, self.target, method, views=()), half_)[0][:, copied] for half_ in halves
+                ]
                 there = np.isfinite(found).all(axis=(0, 2))
                 agree[label] = paired_rank_correlations(*(own[there] for own in found))
         part, over = "Self-consistency", "targets"
@@ -670,8 +815,7 @@ class _Judge:
     def _with_copies(self) -> tuple[Pool, Units]:
         """Some of the pool's rows and copies of some targets as its last ones, and which targets those are."""
         pool, asked = self.pool, self.target.labels
-        if asked is None or isinstance(asked, Pairs):
-            raise ConfigError("self looks for copies of targets among the rows, and rows have one answer: give such")
+        assert isinstance(asked, Dataset)
         generator = np.random.default_rng([self.seed, self.settings.copies])
         there = np.flatnonzero(self.available)
         rows = np.sort(generator.choice(there, min(len(there), _AMONG), replace=False))
@@ -695,15 +839,19 @@ class _Judge:
     # --- columns ------------------------------------------------------------------------------------------------------
 
     def _column(
-        self, measure: Measure, part: str, name: str, of: Mapping[str, Callable[[Units], float]], count: int, over: str,
-        *, units: int | None = None, **more: Any,
+        self, measure: Measure, part: str, name: str, of: Mapping[str, Callable[..., float]], count: int, over: str,
+        *, units: int | None = None, beside: int = 0, **more: Any,
     ) -> Column:  # fmt: skip
         """Every method's value and its difference to the best, by the same resamples; `units`: those of them that say
-        something, where some do not.
+        something, where some do not; `beside`: units of another kind, as in `bootstrap`.
         """
         units = count if units is None else units
         labels = list(of)
-        values, drawn = bootstrap(lambda rows: np.array([of[label](rows) for label in labels]), count, seed=self.seed)
+
+        def statistics(*drawn_: Units) -> NDArray[np.float64]:
+            return np.array([of[label](*drawn_) for label in labels])
+
+        values, drawn = bootstrap(statistics, count, seed=self.seed, beside=beside)
         judged = [number for number in range(len(labels) - 1) if np.isfinite(values[number])]
         best = max(judged, key=lambda number: values[number], default=0)
         found = {label: estimate_of(values[n], drawn[:, n], units) for n, label in enumerate(labels)}
@@ -750,18 +898,50 @@ class _Fitted:
         return {str(item): float(own) for item, own in found.items()}
 
 
+@contextmanager
+def _now_and_then(note: Callable[[], object]) -> Iterator[None]:
+    """Note every 20 seconds, for a process that is killed, and where what runs inside is interrupted."""
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(_NOTE_SECONDS):
+            with suppress(GradsiftError, OSError):  # the disk is full, or a file is gone that was just there
+                note()
+
+    beating = threading.Thread(target=beat, daemon=True)
+    beating.start()
+    try:
+        yield
+    except BaseException:
+        note()
+        raise
+    finally:
+        ended.set()
+        beating.join()
+
+
 class _KeptCost(Record):
     seconds: float
     bytes: int
+    done: bool = True
 
 
-def _class_of(value: Any) -> str:
-    """What a cell of a column says, however a file has written it: yes and no, whole numbers; "" for nothing."""
+def _said(value: Any) -> frozenset[str]:
+    """What a cell says, of a list each of its values, however a file has written them: true and false, whole numbers of
+    a column in which some are missing. Nothing of nothing.
+    """
+    if isinstance(value, list | tuple | np.ndarray):
+        return frozenset().union(*map(_said, value))
     if value is None or value != value:
-        return ""
-    whole = isinstance(value, float) and value.is_integer()  # of a column of integers in which some are missing
-    said = str(int(value) if whole else value).strip()
-    return said.lower() if said.lower() in ("true", "false") else said
+        return frozenset()
+    text = re.sub(r"^(-?\d+)\.0+$", r"\1", str(value).strip())
+    return frozenset({text.lower() if text.lower() in ("true", "false") else text} - {""})
+
+
+def _some(values: Collection[str]) -> str:
+    """A few of them."""
+    listed = sorted(values)
+    return ", ".join(map(repr, listed[:8])) + (f" and {len(listed) - 8} others" if len(listed) > 8 else "")
 
 
 def _known(value: Any) -> Any:
@@ -791,10 +971,6 @@ def _of_rows(
     kind: Callable[..., NDArray[np.float64]], scores: NDArray[np.float64], wanted: NDArray[np.bool_], rows: Units
 ) -> float:
     return float(kind(scores[rows][:, None], wanted[rows][:, None])[0])
-
-
-def _agreement_of(predicted: NDArray[np.float64], outcome: NDArray[np.float64], rows: Units) -> float:
-    return agreement(predicted[rows], outcome[rows])
 
 
 def _bytes_in(pool: Pool) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from itertools import combinations
 from typing import TypeVar
 
@@ -10,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from gradsift.base.errors import ConfigError, NonFiniteError, ShapeError
-from gradsift.base.ranks import paired_rank_correlations
+from gradsift.base.ranks import column_ranks, paired_correlations
 from gradsift.base.resampling import Estimate, bootstrap, estimate_of
 
 _LEAST_SUBSETS = 3  # an order of two says nothing
@@ -53,7 +54,7 @@ def lds(
         1.0
     """
     member, truth = _matrix("kept", kept), -_matrix("losses", losses)
-    predictions = [member @ _fitting(name, values, member, truth)
+    predictions = [foretold(member, _fitting(name, values, member, truth))
                    for name, values in (("scores", scores), ("minus", minus)) if values is not None]  # fmt: skip
     if len(member) != len(truth) or len(member) < _LEAST_SUBSETS:
         raise ShapeError(
@@ -61,8 +62,10 @@ def lds(
             f"at least {_LEAST_SUBSETS}"
         )
 
+    outcome = column_ranks(truth)
+
     def statistic(rows: NDArray[np.int64]) -> float:
-        found = [agreement(predicted[rows], truth[rows]) for predicted in predictions]
+        found = [agreement(predicted, outcome, rows) for predicted in predictions]
         return found[0] - (found[1] if len(found) == 2 else 0.0)
 
     return _bootstrapped(statistic, len(member), draws, seed)
@@ -84,7 +87,7 @@ def agreement_of_trainings(one: ArrayLike, other: ArrayLike) -> Estimate:
         raise ShapeError(
             f"one is {a.shape} and other {b.shape}: expected the same, and {_LEAST_SUBSETS} subsets or more"
         )
-    return _bootstrapped(lambda rows: agreement(a[rows], b[rows]), len(a))
+    return _bootstrapped(partial(agreement, column_ranks(a), column_ranks(b)), len(a))
 
 
 def qld(without_best: ArrayLike, without_random: ArrayLike, *, draws: int = 400, seed: int = 0) -> Estimate:
@@ -97,7 +100,7 @@ def qld(without_best: ArrayLike, without_random: ArrayLike, *, draws: int = 400,
     Args:
         without_best: `[target]`, nats, of each target after the training without the rows that rank first for it.
         without_random: `[draw target]`, after trainings without as many random rows.
-        draws: bootstrap resamples of the targets.
+        draws: bootstrap resamples of the targets, and of the draws.
         seed: of them.
 
     Raises:
@@ -111,8 +114,18 @@ def qld(without_best: ArrayLike, without_random: ArrayLike, *, draws: int = 400,
     best, random = _matrix("without_best", np.atleast_2d(without_best)), _matrix("without_random", without_random)
     if best.shape[1] != random.shape[1]:
         raise ShapeError(f"without_best has {best.shape[1]} targets and without_random {random.shape[1]}")
-    rises = best[0] - random.mean(axis=0)
-    return _bootstrapped(lambda rows: float(rises[rows].mean()), len(rises), draws, seed)
+
+    def statistic(rows: NDArray[np.int64], drawn: NDArray[np.int64]) -> float:
+        return rise(best[0], random, rows, drawn)
+
+    return _bootstrapped(statistic, best.shape[1], draws, seed, beside=len(random))
+
+
+def rise(
+    loss: NDArray[np.float64], random: NDArray[np.float64], targets: NDArray[np.int64], drawn: NDArray[np.int64]
+) -> float:
+    """`qld` of some targets and of some draws, by their numbers."""
+    return float(loss[targets].mean() - random[np.ix_(drawn, targets)].mean())
 
 
 def joint_influence(
@@ -176,13 +189,25 @@ def _fitting(
     return found
 
 
-def agreement(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
-    """Spearman's correlation over the first axis, mean over the second."""
-    return float(paired_rank_correlations(first, second).mean())
+def foretold(kept: NDArray[np.float64], scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Ranks of the sums of scores `[row target]` in each subset, `[subset target]`; what rounding alone tells apart is
+    equal.
+    """
+    grain = 1e-12 * (np.abs(kept) @ np.abs(scores)).max(axis=0)
+    return column_ranks(np.round(kept @ scores / np.where(grain > 0, grain, 1.0)))
+
+
+def agreement(first: NDArray[np.float64], second: NDArray[np.float64], rows: NDArray[np.int64]) -> float:
+    """Correlation of ranks `[row target]` over some rows, mean over targets.
+
+    The ranks are those among all rows: taken anew among resampled rows, of which some are there twice, they agree less,
+    and an interval would lie below its own value.
+    """
+    return float(paired_correlations(first[rows], second[rows]).mean())
 
 
 def _bootstrapped(
-    statistic: Callable[[NDArray[np.int64]], float], count: int, draws: int = 400, seed: int = 0
+    statistic: Callable[..., float], count: int, draws: int = 400, seed: int = 0, beside: int = 0
 ) -> Estimate:
-    value, drawn = bootstrap(lambda rows: np.array([statistic(rows)]), count, draws, seed)
+    value, drawn = bootstrap(lambda *units: np.array([statistic(*units)]), count, draws, seed, beside=beside)
     return estimate_of(value[0], drawn[:, 0], count)

@@ -54,7 +54,7 @@ def recall(scores: ArrayLike, wanted: ArrayLike, k: int | None = None, *, seed: 
     """
     values, member = _checked(scores, wanted)
     count = member.sum(axis=0)
-    places = _places(values, seed)
+    places = placed(values, seed)
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.asarray(((places < (count if k is None else k)) & member).sum(axis=0) / count)
 
@@ -73,7 +73,7 @@ def reciprocal_rank(scores: ArrayLike, wanted: ArrayLike, *, seed: int = 0) -> N
         [0.5]
     """
     values, member = _checked(scores, wanted)
-    places = np.where(member, _places(values, seed), len(values))
+    places = np.where(member, placed(values, seed), len(values))
     return np.where(member.any(axis=0), 1.0 / (1 + places.min(axis=0)), np.nan)
 
 
@@ -125,7 +125,7 @@ def _checked(scores: ArrayLike, wanted: ArrayLike) -> tuple[NDArray[np.float64],
     return values, member
 
 
-def _places(values: NDArray[np.float64], seed: int) -> NDArray[np.int64]:
+def placed(values: NDArray[np.float64], seed: int) -> NDArray[np.int64]:
     """The place of each row from the top, from 0; equal scores in an order by chance, the same for all targets."""
     mixed = np.random.default_rng(seed).permutation(len(values))
     order = mixed[np.argsort(-values[mixed], axis=0, kind="stable")]

@@ -295,6 +295,22 @@ def validate_explanations(
     return found
 
 
+def is_validated(explanations: Explanations, settings: OneStep, route: Route, *, sanity: bool) -> bool:
+    """Whether the run folder has every step that `validate_explanations` would take."""
+    pool, cells = explanations.pool, cells_of(explanations)
+    bench = _Bench(pool, settings, "trained" if route == "trained" else "auto", pool.checkpoints()[-1])
+    if route == "stored" and bench.route == "trained":
+        return False
+    for output in explanations.outputs:
+        bench.turn_to(output)
+        own = [cell for cell in cells if cell.output == output.id]
+        budgets = {cell.key.k for cell in own} | ({1} if sanity else set())
+        random = (ids for k in budgets for ids in bench.random_sets(k))
+        if not bench.has([*random, *(cell.selected for cell in own)], itself=sanity):
+            return False
+    return True
+
+
 def _reranking(cells: Sequence[Validated], explanations: Explanations) -> Iterator[Reranking]:
     """Whether facility location changes ρ(ξ, ξ⁺) of the naive choices from the same rankings."""
     located = [own for own in explanations.strategies if isinstance(own, FacilityLocation)]
@@ -454,8 +470,7 @@ class _Bench:
         }
         config = revised("validation", config)
         self.prefix = pool.run.prefix("validation", config)
-        if not pool.run.storage.exists(f"{self.prefix}config.json"):
-            pool.run.publish_json(f"{self.prefix}config.json", config)
+        self._config = config
         self._output: TokenizedExample | None = None
 
     @cached_property
@@ -498,6 +513,8 @@ class _Bench:
         """Publish what was measured since the last time."""
         if self._output is None or not self._changed:
             return
+        if not self.pool.run.storage.exists(f"{self.prefix}config.json"):
+            self.pool.run.publish_json(f"{self.prefix}config.json", self._config)
         content = {
             "output": self._output.id,
             "log_likelihood": self._likelihood,
@@ -517,6 +534,10 @@ class _Bench:
         effect = self.effect(cell.selected)
         assert self._likelihood is not None
         return measured(cell, self._likelihood, effect, controls)
+
+    def has(self, sets: Iterable[Sequence[str]], *, itself: bool) -> bool:
+        """Whether the run folder has the effects on the current output of steps on these examples, and on itself."""
+        return {fingerprint(sorted(ids)) for ids in sets} | ({"itself"} if itself else set()) <= set(self._effects)
 
     def random_sets(self, k: int) -> list[tuple[str, ...]]:
         """The control of every selection of k for the current output."""

@@ -305,8 +305,8 @@ def _obstacles(args: Any, model: nn.Module, optimizer: Any, trained: dict[str, n
     if args.bf16 or args.fp16:
         half = "bf16" if args.bf16 else "fp16"
         found.append(
-            "its layers ran in half precision, where rows that are batched and masked otherwise have gradients that are "
-            f"off by percents: train with {half}=False"
+            "its layers ran in half precision, where rows that are batched and masked otherwise have gradients that "
+            f"are off by percents: train with {half}=False"
         )
     if getattr(args, "neftune_noise_alpha", None):
         found.append("it adds noise to embeddings: leave neftune_noise_alpha out")

@@ -98,7 +98,7 @@ class RewardMetric(MeanReward):
 
 
 class PairwiseMetric(Pairwise):
-    """How often a judge prefers the model's response to the row's, the base model's, or that of another arm, `arm:NAME`.
+    """How often a judge prefers the model's response to the row's, the base model's or another arm's (`arm:NAME`).
 
     budget: of that arm; by default the one of the cell that is measured, or the nearest that there is.
     """

@@ -50,7 +50,7 @@ def whole(tiny: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pool, 
 
 
 def test_finite_differences(whole: tuple[Pool, gs.Target, gs.Scores], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row's score is minus the derivative of each target's loss at the end by its weight, by retraining: of a row that
+    """A row's score is minus the derivative of each target's loss at the end by its weight, by retraining: of one that
     is trained on as of one that rides along, which then stands in its batches with weight 0, divided by the others."""
     pool, target, scores = whole
     replay, ids = MAGIC(fraction=0.7)._replay(pool, set(), pool.seed)

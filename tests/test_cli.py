@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from typing import Any
@@ -71,7 +72,8 @@ def test_list_names_all_that_has_a_name() -> None:
     """Rewards, metrics, formats and presets with values stand beside estimators and selectors, or alone by name."""
     whole = Cli("list").succeeded().out
     for name in ("less", "facility_location", "unit_tests", "pairwise", "ShareGPT", "compact", "ji2s_13b", "assisted"):
-        assert f"\n{name:<20}" in whole, name
+        assert re.search(rf"^{name}(  |$)", whole, re.MULTILINE), name
+    assert not re.search(r" $", whole, re.MULTILINE), "lines end with their last word"
     presets = Cli("list", "presets").succeeded().out
     assert " ".join(presets.split()).count("learning_rate 2e-05") == 2
     assert "facility_location" not in presets

@@ -215,3 +215,15 @@ def test_one_more_control() -> None:
     assert [one.label for one in recipe.controls] == ["BM25", "random (seed 3)", "RDS+", "TracIn"]
     with pytest.raises(ConfigError, match="--control"):
         recipe_of((*SOURCES, *SCORE, *SEED, *SET), {**given, "control": ["rds_pluss"]}, {"out": "o"})
+
+
+def test_paths_that_count_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that is there from the recipe's folder, and not from here, is not looked for anywhere else: it is said."""
+    (tmp_path / "sub").mkdir()
+    path = written(tmp_path / "sub" / "r.yaml", {"model": "org/name", "pool": "../pool.jsonl", "out": "run"})
+    (tmp_path / "pool.jsonl").write_text("{}\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"pool is \.\./pool\.jsonl, which is there for a command that runs in .*sub"):
+        load_recipe(path)
+    monkeypatch.chdir(tmp_path / "sub")
+    assert load_recipe(path).pool == "../pool.jsonl"

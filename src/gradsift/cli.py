@@ -405,7 +405,7 @@ def mix(given: Given) -> None:
     from gradsift.jobs.select_explain import run_mix
 
     found = run_mix(_recipe(given), given["by"], given["train"], _reporter(given))
-    _tell(given, found.as_dict, lambda: print(found))
+    _tell(given, found.as_dict, lambda: print(f"{found}\n\nshares in {given['out']}/mixture.json"))
 
 
 _OF_PROMPTS = (

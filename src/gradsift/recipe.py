@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -330,11 +331,20 @@ def _size(node: Any, file: str | Path, known: dict[int, int]) -> int:
 def _checked(content: dict[str, Any], file: Path, node: Any) -> Recipe:
     _with_preset(content, f"{file}: warmup preset")
     try:
-        return Recipe.model_validate(content)
+        recipe = Recipe.model_validate(content)
     except ValidationError as error:
         raise ConfigError(_explain_errors(error, Recipe, node, str(file))) from error
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from error
+    for name in ("model", "pool", "target"):
+        place = str(getattr(recipe, name) or "")
+        with suppress(OSError, ValueError):  # no path at all
+            if place and not Path(place).exists() and (file.parent / place).exists():
+                raise ConfigError(
+                    f"{file}: {name} is {place}, which is there for a command that runs in {file.parent}: paths count "
+                    "from where you are"
+                )
+    return recipe
 
 
 def _merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:

@@ -63,6 +63,10 @@ TRAINERS: list[tuple[str, Any]] = [
     ("xml_tools", ["f"]),
     ("system_prompt", "Be kind."),
     ("reasoning", "Because."),
+    ("rejected_response", "no"),
+    ("rejected_messages", CHAT),
+    ("train_mask", [0, 1]),
+    ("train", "never"),
 ]
 HARMLESS: list[tuple[str, Any]] = [
     *[(name, value) for name, _ in TRAINERS for value in (None, "", [], "[]", "null")],
@@ -90,6 +94,14 @@ def test_a_column_that_a_trainer_would_use_is_told(column: str, value: Any) -> N
 def test_a_users_own_column_is_not(column: str, value: Any) -> None:
     """Empty ones, those that change nothing, and ordinary extra columns are no loss."""
     assert not unused({"messages": CHAT, column: value})
+
+
+def test_what_contradicts_what_is_read_is_told() -> None:
+    """A prompt that its text does not hold, and a speaker by two names."""
+    assert unused({"text": "Once upon a time.", "prompt": "Tell a tale."}) == ["column prompt not used"]
+    assert not unused({"text": "Tell a tale. Once upon a time.", "prompt": "Tell a tale."})
+    twice = [{**CHAT[0], "from": "gpt"}, {**CHAT[1], "from": "gpt"}]
+    assert unused({"messages": twice}) == ["field from of a message not used"]
 
 
 @pytest.mark.parametrize("column", ["label", "answer", "summary"])

@@ -279,13 +279,17 @@ def test_rows_are_taken_in_one_pass(opened: tuple[gs.Pool, gs.Target], monkeypat
 def test_costs_of_interrupted_attempts_are_counted(
     opened: tuple[gs.Pool, gs.Target], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a method took until Ctrl-C is part of its cost once it is scored, and is never counted again."""
+    """What a method took until Ctrl-C is part of its cost once it is scored, and not counted again; what it took so far
+    is noted while it works."""
     pool, target = opened
     attempts = [0.3, 0.0]
+    monkeypatch.setattr("gradsift.validation.bench._NOTE_SECONDS", 0.05)
 
     def interrupted(self: Knowing, *_: Any) -> gs.Influence:
         time.sleep(attempts.pop(0))
         if attempts:
+            kept = [json.loads(path.read_text()) for path in Path(pool.run.place).glob("bench/cost-*.json")]
+            assert [one["seconds"] for one in kept if not one["done"]] == [pytest.approx(0.25, abs=0.15)]
             raise KeyboardInterrupt
         return influence(self, *_)
 

@@ -151,7 +151,10 @@ def _line_rows(file: BinaryIO, name: str) -> Iterator[Row]:
             continue
         try:
             text = line.decode("utf-8").strip()
-            yield Row(json.loads(text), name, number, text)
+            value, end, problem = _json_at(text, 0)
+            if end < len(text):
+                json.loads(text)  # says what is wrong
+            yield Row(value, name, number, text, problem)
         except UnicodeDecodeError as error:
             yield Row(None, name, number, problem=not_utf8(error))
         except (ValueError, RecursionError) as error:
@@ -203,12 +206,11 @@ def _json_rows(path: Path, name: str) -> Iterator[Row]:
             if key != "data" and _has_rows(other):
                 yield Row(None, name, 1, problem=("bad_json", f"of the file's arrays only data is read, not {key}"))
     else:
-        yield Row(value, name, 1, _on_one_line(text.strip()))
+        yield Row(value, name, 1, _on_one_line(text.strip()), _json_at(text.strip(), 0)[2])
 
 
 def _array_rows(text: str, position: int, name: str, *, wrapped: bool) -> Iterator[Row]:
     """Walk over the elements of a JSON array, keeping each one's own text; what comes after it is told."""
-    decoder = json.JSONDecoder()
     skip = re.compile(r"[\s,]*")
     line, counted = 1, 0
     while True:
@@ -220,12 +222,31 @@ def _array_rows(text: str, position: int, name: str, *, wrapped: bool) -> Iterat
                 yield Row(None, name, line, problem=("bad_json", detail))
             return
         try:
-            value, position = decoder.raw_decode(text, begin)
+            value, position, problem = _json_at(text, begin)
         except (ValueError, RecursionError) as error:
             detail = f"the array breaks off here, nothing after this line can be read: {error}"
             yield Row(None, name, line, problem=("bad_json", detail))
             return
-        yield Row(value, name, line, _on_one_line(text[begin:position]))
+        yield Row(value, name, line, _on_one_line(text[begin:position]), problem)
+
+
+def _json_at(text: str, begin: int) -> tuple[Any, int, tuple[str, str] | None]:
+    """The JSON value that begins there, where it ends, and what is wrong with it: Python takes the last of equal keys.
+
+    Raises:
+        ValueError: it is no JSON.
+    """
+    twice: list[str] = []
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice.append(next(key for key in keys if keys.count(key) > 1))
+        return found
+
+    value, end = json.JSONDecoder(object_pairs_hook=once).raw_decode(text, begin)
+    return value, end, ("bad_json", f"an object has the key {twice[0]!r} twice: which is meant?") if twice else None
 
 
 def _is_end(rest: str, *, wrapped: bool) -> bool:

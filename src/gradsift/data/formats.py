@@ -55,7 +55,8 @@ _TRAINER_COLUMNS = {
     **{"image": "an image of the conversation", "images": "images of the conversation"},
     **{"audio": "a sound of the conversation", "audios": "sounds of the conversation"},
     **{"video": "a video of the conversation", "videos": "videos of the conversation"},
-    **{"chosen": "the answer that is preferred", "rejected": "the answer that is not preferred"},
+    **dict.fromkeys(("chosen", "chosen_response"), "the answer that is preferred"),
+    **dict.fromkeys(("rejected", "rejected_response", "rejected_messages"), "the answer that is not preferred"),
     **dict.fromkeys(("label", "kto_tag"), "whether the answer is wanted"),
     **{"input_ids": "token ids", "loss_mask": "labels of turns or tokens"},
     **dict.fromkeys(("labels", "completion_mask", "assistant_masks"), "labels of tokens"),
@@ -69,6 +70,7 @@ _TOOLS_COLUMN = "tools"
 _WEIGHTS = ("weight", "sample_weight", "loss_weight")
 _LEARN_FLAGS = ("train", "training", "loss", "masked")
 _FLAGS = {*_LEARN_FLAGS, "weight"}
+_LEAST, _LARGEST = (float(one) for one in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))  # weights
 _NUMBERS = (Real, Decimal, np.bool_)  # in tables and in memory, too
 # By name: the columns that a row of a format has, and what is learned of it.
 FORMATS = {
@@ -425,10 +427,9 @@ def _alpaca(row: Mapping[str, Any], columns: Columns, require_answer: bool) -> l
             _need(row, output) if require_answer else column_value(row, output),
         ),
     )
-    if not isinstance(instruction, str) or not isinstance(extra, str | None):
-        raise BadRowError(
-            "bad_content", f"instruction and input must be text, found {kind_of(instruction)}, {kind_of(extra)}"
-        )
+    if not isinstance(instruction, str) or not all(isinstance(one, str | None) for one in (extra, answer)):
+        found = ", ".join(map(kind_of, (instruction, extra, answer)))
+        raise BadRowError("bad_content", f"instruction, input and output must be text, found {found}")
     text = f"{instruction}\n\n{extra}" if extra else instruction
     turns = [*_history(row, columns.history or "history"), {"role": "user", "content": text}]
     return turns if answer is None else [*turns, {"role": "assistant", "content": answer}]
@@ -569,6 +570,8 @@ def _message(turn: Any, position: int) -> tuple[Message, Flags | None]:
     for name, value in beside.items():
         beside[name] = _text(value, position, name)
     empty = content is None and (calls or beside) and role == "assistant"
+    if content is None and not empty and not {"content", "value"} & turn.keys():
+        raise BadRowError("bad_content", f"message {position} has no content; it has {', '.join(map(str, turn))}")
     message = cast(Message, {"role": role, "content": "" if empty else _text(content, position), **beside})
     if calls:
         message["tool_calls"] = calls
@@ -697,8 +700,8 @@ def _weight(row: Mapping[str, Any], columns: Columns) -> float:
     """
     for name in ("train", "training"):
         value = row.get(name) if name not in columns.named else None
-        if isinstance(value, bool | int | np.bool_) and _truth(value) is False:
-            raise BadRowError("not_trained", f"the row says {name} {json.dumps(value)}")
+        if _truth(value) is False:
+            raise BadRowError("not_trained", f"the row says {name} {_short(value)}")
     names = [name for name in _WEIGHTS if name not in columns.named] if columns.weight is None else [columns.weight]
     given = {name: row[name] for name in names if _is_something(row.get(name))}
     weights = {name: _number(value) for name, value in given.items()}
@@ -706,7 +709,8 @@ def _weight(row: Mapping[str, Any], columns: Columns) -> float:
         wrong = ", ".join(f"{name} {_short(value)}" for name, value in given.items())
         raise BadRowError(
             "bad_weight",
-            f"the row has {wrong}: wanted one number of at least 0; --columns weight=NAME names another column",
+            f"the row has {wrong}: wanted one number of at least 0, as float32 has it; --columns weight=NAME names "
+            "another column",
         )
     weight = next(iter(weights.values()), 1.0)
     assert weight is not None, weights
@@ -723,13 +727,13 @@ def _truth(value: Any) -> bool | None:
 
 
 def _number(value: Any) -> float | None:
-    """A finite number of at least 0, also as text; None for anything else."""
+    """A number of at least 0 that float32 can hold, also as text; None for anything else."""
     truth = _truth(value)
     try:
         number = float(value if truth is None else truth) if isinstance(value, (str, *_NUMBERS)) else math.nan
     except (ValueError, OverflowError):
         return None
-    return number if math.isfinite(number) and number >= 0 else None
+    return number if number == 0 or _LEAST <= number <= _LARGEST else None
 
 
 def _short(value: Any) -> str:
@@ -786,6 +790,8 @@ def _tool(tool: Any, what: str) -> Mapping[str, Any]:
     tool = _from_json(tool, what, "bad_tools")
     if not isinstance(tool, Mapping):
         raise BadRowError("bad_tools", f"{what} is {kind_of(tool)}, not an object")
+    if not {"name", "function", "type"} & tool.keys():
+        raise BadRowError("bad_tools", f"{what} names no function: it has {', '.join(map(str, tool)) or 'nothing'}")
     return tool
 
 
@@ -807,6 +813,10 @@ def _unused_fields(turns: list[Any], messages: list[Message]) -> Iterator[Unused
         if None not in both and both[0] != both[1]:
             detail = f"message {position} has content and value, of which the content is used"
             yield Unused("field_not_used", detail, "field value of a message not used")
+        speakers = [turn.get(name) for name in ("role", "from")]
+        if None not in speakers and len({_ROLES.get(str(one).strip().lower(), one) for one in speakers}) > 1:
+            detail = f"message {position} has role {speakers[0]} and from {speakers[1]}, of which the role is used"
+            yield Unused("field_not_used", detail, "field from of a message not used")
 
 
 def _unused_columns(row: Mapping[str, Any], columns: Columns, messages: list[Message]) -> Iterator[Unused]:
@@ -817,9 +827,15 @@ def _unused_columns(row: Mapping[str, Any], columns: Columns, messages: list[Mes
             detail = f"column {name} is not used, a plain text is learned alone: {both}"
             yield Unused("column_not_used", detail, _not_used(name))
             continue
-        if name in _TRAINER_COLUMNS and name not in columns.named and _matters(name, row):
-            detail = f"column {name} ({_TRAINER_COLUMNS[name]}) is not used: {_short(row[name])}"
-            yield Unused("column_not_used", detail, _not_used(name))
+        means = _TRAINER_COLUMNS.get(name)
+        if means is None and isinstance(row[name], list | tuple | np.ndarray) and _OF_THE_LOSS.search(str(name)):
+            means = "labels of turns or tokens"
+        if name in ("train", "training") and _truth(row[name]) is None:
+            means = "whether the row is learned"
+        if means is not None and name not in columns.named and _matters(name, row):
+            yield Unused(
+                "column_not_used", f"column {name} ({means}) is not used: {_short(row[name])}", _not_used(name)
+            )
     shown = [said(message) for message in messages]
     others = list(_SPOKEN)
     if isinstance(row.get("instruction"), str) and any(row["instruction"].strip() in content for content in shown):
@@ -828,7 +844,8 @@ def _unused_columns(row: Mapping[str, Any], columns: Columns, messages: list[Mes
         others.append("context")
     rivals: list[tuple[str, ...]] = [(columns.system or "system",)]
     rivals += [(name,) for name in others if name not in columns.named]
-    rivals += [(columns.prompt or "prompt",)] * (row.get(columns.chosen or "chosen") is not None)
+    if row.get(columns.chosen or "chosen") is not None or messages[0]["role"] == TEXT:
+        rivals.append((columns.prompt or "prompt",))
     if not any(columns.families.values()):  # where the user named none, the first format that fits was taken
         own = next((name for name in ("messages", "conversations") if row.get(name) is not None), None)
         rivals += [(name,) for name in ("messages", "conversations") if name != own]

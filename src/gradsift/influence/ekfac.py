@@ -240,8 +240,9 @@ class _Factors:
 
     def sequences(self, start: int, stop: int) -> list[Sequence]:
         """Of rows `[start, stop)`, whose gradients' second moments are the curvature."""
-        drawn = self.labels == "model" and isinstance(self.sample, Pairs)
-        found = self.sample.information(start, stop) if drawn else self.sample.sequences(start, stop)
+        if self.labels != "model" or not isinstance(self.sample, Pairs):
+            return self.sample.sequences(start, stop)
+        found = self.sample.information(start, stop)
         assert found is not None, "by DPO"
         return found
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from itertools import product
@@ -15,7 +17,7 @@ from numpy.typing import NDArray
 from pydantic import BeforeValidator, Field, field_validator
 
 from gradsift.base.attempts import Stopped, attempted
-from gradsift.base.errors import ConfigError, DataError
+from gradsift.base.errors import ConfigError, DataError, GradsiftError
 from gradsift.base.lazy import torch
 from gradsift.base.progress import Advance, silent, untold
 from gradsift.base.ranks import column_ranks, paired_rank_correlations
@@ -65,6 +67,7 @@ _OTHER_SEEDS = (101, 102)  # added to the run's
 _AMONG = 200  # rows among which copies of targets are looked for
 _UNKNOWN = Estimate(np.nan, np.nan, np.nan)
 _COPY = "copy of "  # before a target's id
+_NOTE_SECONDS = 20  # after which a process that is killed loses no more of what it took
 
 
 class Bench(Settings):
@@ -478,21 +481,20 @@ class _Judge:
     def _timed(self, what: Any, work: Callable[[], _Found]) -> tuple[_Found, Cost]:
         """What it makes, with what that took when it was first made, attempts that were interrupted included."""
         run, key = self.pool.run, f"bench/cost-{fingerprint(what)}.json"
-        kept = read_if_whole(run.storage, key, _KeptCost, sealed=True)
-        if kept is not None and kept.get("done", True):
+        kept = read_if_whole(run.storage, key, _KeptCost, sealed=True) or {"seconds": 0.0, "bytes": 0, "done": False}
+        if kept.get("done", True):
             return work(), Cost(kept["seconds"], kept["bytes"])
-        earlier, before, began = kept or {"seconds": 0.0, "bytes": 0}, _bytes_in(self.pool), time.monotonic()
-        done = False
-        try:
+        before, began = _bytes_in(self.pool), time.monotonic()
+
+        def note(*, done: bool = False) -> Cost:
+            seconds, size = time.monotonic() - began, max(0, _bytes_in(self.pool) - before)
+            cost = Cost(kept["seconds"] + seconds, kept["bytes"] + size)
+            run.publish_json(key, {**asdict(cost), "done": done}, sealed=True)
+            return cost
+
+        with _now_and_then(note):
             made = work()
-            done = True
-        finally:
-            cost = Cost(
-                earlier["seconds"] + time.monotonic() - began,
-                earlier["bytes"] + max(0, _bytes_in(self.pool) - before),
-            )
-            run.publish_json(key, asdict(cost) | ({} if done else {"done": False}), sealed=True)
-        return made, cost
+        return made, note(done=True)
 
     def _score(self, method: Estimator, shared: Mapping[str, Cost]) -> None:
         pool = self.pool
@@ -894,6 +896,28 @@ class _Fitted:
         trained = train_on(self.pool, self.ids, self.training, seed=self.seed, what=self.what)
         found = measure(self.pool, trained, self.metric).figures[0].per_item
         return {str(item): float(own) for item, own in found.items()}
+
+
+@contextmanager
+def _now_and_then(note: Callable[[], object]) -> Iterator[None]:
+    """Note every 20 seconds, for a process that is killed, and where what runs inside is interrupted."""
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(_NOTE_SECONDS):
+            with suppress(GradsiftError, OSError):  # the disk is full, or a file is gone that was just there
+                note()
+
+    beating = threading.Thread(target=beat, daemon=True)
+    beating.start()
+    try:
+        yield
+    except BaseException:
+        note()
+        raise
+    finally:
+        ended.set()
+        beating.join()
 
 
 class _KeptCost(Record):

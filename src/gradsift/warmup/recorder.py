@@ -304,7 +304,10 @@ def _obstacles(args: Any, model: nn.Module, optimizer: Any, trained: dict[str, n
         found.append("it drops at random: train with lora_dropout=0, and a model whose configuration has no dropout")
     if args.bf16 or args.fp16:
         half = "bf16" if args.bf16 else "fp16"
-        found.append(f"its layers ran in half precision, whose rounding does not come again: train with {half}=False")
+        found.append(
+            "its layers ran in half precision, where rows that are batched and masked otherwise have gradients that "
+            f"are off by percents: train with {half}=False"
+        )
     if getattr(args, "neftune_noise_alpha", None):
         found.append("it adds noise to embeddings: leave neftune_noise_alpha out")
     other = [name for name in trained if not is_lora_weight(name)]

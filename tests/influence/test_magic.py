@@ -49,16 +49,28 @@ def whole(tiny: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pool, 
     return pool, target, gs.score(pool, target, MAGIC(fraction=0.7, per="target"))
 
 
-def test_finite_differences(whole: tuple[Pool, gs.Target, gs.Scores]) -> None:
-    """A trained row's score is minus the derivative of each target's loss at the end by its weight, by retraining."""
+def test_finite_differences(whole: tuple[Pool, gs.Target, gs.Scores], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row's score is minus the derivative of each target's loss at the end by its weight, by retraining: of one that
+    is trained on as of one that rides along, which then stands in its batches with weight 0, divided by the others."""
     pool, target, scores = whole
     replay, ids = MAGIC(fraction=0.7)._replay(pool, set(), pool.seed)
+    record = replay.record
+    others = sorted(set(pool.data.ids) - set(ids))
+    counts = [len(batch) for batch in record.batches]
+    together = tuple(map(np.concatenate, zip(record.batches, record.riders, strict=True)))
+    replay.record = replace(record, batches=together, riders=tuple(rows[:0] for rows in record.riders))
+
+    def shares(self: replays.Record, step: int) -> torch.Tensor:
+        return torch.full((len(self.batches[step]),), 1 / counts[step], dtype=torch.float64)
+
+    monkeypatch.setattr(type(record), "shares", shares)
     sequences = target.data.sequences(0, len(target.data))
     with replay.network() as network:
-        for id_ in ids[:3]:
+        for id_ in (*ids[:2], *others[:2]):
             ends = []
             for side in (1, -1):
                 weights = torch.ones(len(pool.training), dtype=torch.float64)
+                weights[pool.training.positions(others)] = 0
                 weights[pool.training.position(id_)] += side * 1e-4
                 ends.append(network.losses(replay.end_with(network, weights), sequences, len(target.data)))
             expected = -(ends[0] - ends[1]) / 2e-4

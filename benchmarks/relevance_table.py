@@ -206,13 +206,13 @@ def exactness(pool: Pool, args: argparse.Namespace) -> list[Block]:
         sign = share_over([(a.ratio > 1) == (b.ratio > 1) for _, a, b in pairs], ids)
         gaps = [abs(a.relevance_db - b.relevance_db) for _, a, b in pairs]
         lost = sum(len({e.id for e in b.examples} - {e.id for e in a.examples}) for _, a, b in pairs)
-        expected = sum(one.rows for entry in few.entries for one in entry.missed if one.k == k)
+        expected = sum(entry.verdict(found).missed or 0.0 for entry in few.entries for found in entry.results
+                       if (found.strategy, found.k) == (strategy, k))  # fmt: skip
         shares = map(share_text, (choice, weighed, sign))
         apart = f"{np.median(gaps):.2f} ({max(gaps):.2f})"
-        expects = f"{expected:.1f}" if strategy == "most helpful" else ""
-        rows.append(Row((strategy, str(k), *shares, apart, f"{lost} of {k * len(pairs)}", expects)))
+        rows.append(Row((strategy, str(k), *shares, apart, f"{lost} of {k * len(pairs)}", f"{expected:.1f}")))
     heads = ("strategy", "k", "same choice", "same rows of weight", "same sign", "median (largest) dB apart",
-             "other rows", "as expected")  # fmt: skip
+             "other rows", "by estimate")  # fmt: skip
     title = f"{args.candidates} candidates of {len(pool.data)} rows, {len(few.entries)} outputs"
     return [Table(tuple(map(Column, heads)), tuple(rows), title)]
 

@@ -313,9 +313,21 @@ def open_target(
     subtasks = subtask_labels(data.ids, data.column(subtask), subtask) if subtask else None
     own, asked = (zip(part.ids, part.hashes, strict=True) for part in (pool.data, data))
     overlap = () if keep_overlap else tuple(overlap_of_hashes(own, asked))
-    if len(overlap) == len(pool.data):
-        raise ConfigError("every pool row is also in the target: nothing is left to choose from")
+    refuse_overlap_of_all(pool, overlap)
     return Target(data, subtasks, overlap)
+
+
+def refuse_overlap_of_all(pool: Pool, overlap: Sequence[Skipped]) -> None:
+    """Refuse a target that has every row of the pool.
+
+    Raises:
+        ConfigError: it has.
+    """
+    if len(overlap) == len(pool.data):
+        raise ConfigError(
+            "every pool row is also in the target: nothing is left to choose from; give other rows as the target, or "
+            "--keep-overlap to score them all the same"
+        )
 
 
 def prepared_like(pool: Pool, source: Any, **given: Any) -> Dataset:

@@ -210,7 +210,8 @@ divine:most_harmful, facility_location:0.25. Repeat for several.""",
     *_of(
         "Explanation",
         """explain.strategies.trade_off
-        explain.candidates | How many of the ranking strategies choose from, and rerank's second method ranks (1000).
+        explain.candidates | How many strategies choose from, half of them sought in the \
+whole pool, and rerank's second method ranks (1000).
         explain.exact ?
         explain.all_checkpoints !
         explain.coefficients

@@ -74,7 +74,7 @@ class Explain(Settings):
     k: examples per explanation, or several such numbers.
     estimators: each ranks the pool for each output; repeat for several.
     strategies: how k of the highest-ranked are chosen.
-    candidates: m, how many of the ranking strategies choose from.
+    candidates: m, how many strategies choose from, of a ranking or half of them sought in the whole pool.
     exact: compare whole gradients of the candidates, which go through the model once more; else stored, projected ones.
     all_checkpoints: beside relevance at the last checkpoint, that over all of them.
     coefficients: how the reconstruction of an output's gradient is weighted.

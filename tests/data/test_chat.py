@@ -571,3 +571,12 @@ class TestSmolLM2:
         assert (
             chat.prompt_ids(conversation("What is 2 + 2?")) == result.token_ids[: result.supervised.argmax()].tolist()
         )
+
+
+def test_more_turns_than_can_be_told_apart_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes the template once more: a row of thousands is named, unless few of its turns are learned."""
+    monkeypatch.setattr("gradsift.data.chat._MOST_TURNS", 2)
+    one, tokenizer = example("a", "b", "c", "d", "e", "f"), bytes_tokenizer(CHATML)
+    assert skipped(ChatFormat(tokenizer), one).reason == "template"
+    assert "3 turns to learn, of which 2" in skipped(ChatFormat(tokenizer), one).detail
+    assert runs(tokenizer, tokenized(ChatFormat(tokenizer, supervise="last_turn"), one)) == ["f<|im_end|>"]

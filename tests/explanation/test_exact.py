@@ -20,6 +20,7 @@ from gradsift.explanation.relevance import aggregate_relevance, selection_releva
 from gradsift.explanation.table import relevance_table
 from gradsift.gradients.collect import Gradients
 from gradsift.gradients.projection import Projection
+from gradsift.influence.bm25 import BM25
 from gradsift.influence.estimator import rate_weights
 from gradsift.influence.less import LESS
 from gradsift.selection.gumbel import GumbelTopK
@@ -54,12 +55,27 @@ def test_choices_and_relevance_are_those_of_whole_rows(coarse: Pool, optimizer: 
             assert [e.id for e in result.examples] == [e.id for e in oracle.examples]
             assert [e.score for e in result.examples] == pytest.approx([e.score for e in oracle.examples], abs=1e-5)
             assert result.relevance_db == pytest.approx(oracle.relevance_db, abs=1e-4)
-        assert [one.rows for one in entry.missed] == [0.0]
+        assert [one.rows for one in entry.missed] == [0.0, 0.0]
     assert any(
         abs(result.relevance_db - oracle.relevance_db) > 0.1
         for entry, other in zip(rough, wanted, strict=True)
         for result, oracle in zip(entry.results, other.results, strict=True)
     )
+
+
+def test_pursuit_among_few_candidates_chooses_as_in_the_whole_pool(coarse: Pool) -> None:
+    """Half of eight are sought by stored rows, here unprojected ones: the choice is that of whole gradients of all 24,
+    for any estimator, and no row outside is said to rebuild more.
+    """
+    pool = replace(coarse, gradients=Gradients(projection=Projection(kind="none"), dtype="float32"))
+    how: dict[str, Any] = {"k": (2, 3), "estimator": [LESS(optimizer="sgd", checkpoints="last"), BM25()], "matches": 0}
+    few, every = (
+        explain(pool, QUESTIONS, candidates=count, strategies=STRATEGIES[1:2], **how).entries for count in (8, 24)
+    )
+    for entry, other in zip(few, every, strict=True):
+        for result, oracle in zip(entry.results, other.results, strict=True):
+            assert {e.id for e in result.examples} == {e.id for e in oracle.examples}
+            assert (entry.verdict(result).sought, round(entry.verdict(result).missed or 0.0, 3)) == (True, 0.0)
 
 
 def test_relevance_at_all_checkpoints_is_that_of_their_gradients_one_after_the_other(coarse: Pool) -> None:

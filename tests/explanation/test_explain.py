@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -224,10 +225,12 @@ def test_what_cannot_be_explained_is_listed(pool: Pool) -> None:
 
 
 def test_a_question_asked_twice_is_answered_once(pool: Pool) -> None:
-    """The second prompt of an id is listed, and gets in nobody's way."""
-    found = explain(pool, [own_answer(2), own_answer(3), own_answer(2)], k=2)
+    """The second prompt of an id is listed, as is the same output under another, and gets in nobody's way."""
+    copy = replace(own_answer(3), id="copy")
+    found = explain(pool, [own_answer(2), own_answer(3), own_answer(2), copy], k=2)
     assert [entry.output for entry in found.entries] == [own_answer(n).output for n in (2, 3)]
-    assert [(skip.id, skip.reason) for skip in found.failed] == [(own_answer(2).id, "duplicate")]
+    assert [(skip.id, skip.reason) for skip in found.failed] == [(own_answer(2).id, "duplicate"), ("copy", "duplicate")]
+    assert f"those of {own_answer(3).id}" in found.failed[1].detail
     assert found.entries[0].results != found.entries[1].results
 
 

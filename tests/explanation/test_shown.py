@@ -141,7 +141,7 @@ def test_scores_below_zero_are_marked_and_large_ones_scaled() -> None:
     ]
 
 
-@pytest.mark.parametrize(("db", "heading"), [(-20.0, "do not account"), (1.0, "a part of"), (5.0, "account for this")])
+@pytest.mark.parametrize(("db", "heading"), [(-20.0, "do not account"), (1.0, "in part"), (5.0, "account for this")])
 def test_the_heading_of_a_page_follows_the_verdict(db: float, heading: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """No page says that examples explain what they do not: its title is that of the best verdict."""
     made = page_examples.explained
@@ -194,10 +194,10 @@ def test_what_makes_a_value_worthless_is_said(monkeypatch: pytest.MonkeyPatch) -
     said = [text.text for text in warnings.blocks if isinstance(text, Text)]
     assert said == [
         "most helpful: the chosen gradients are almost zero, so this value says nothing about their directions.",
-        "FL λ=0.5: the output's gradient is reconstructed exactly: the output itself is probably in the pool.",
+        "FL λ=0.5: the gradient is reconstructed exactly: what is explained is probably in the pool itself.",
     ]
     cautions = [part.cautions for part in walk(page.sections) if isinstance(part, Verdict)]
-    assert cautions[0][0].startswith("The output's gradient is reconstructed exactly")
+    assert cautions[0][0].startswith("The gradient is reconstructed exactly")
     assert cautions[4][0].startswith("The chosen gradients are almost zero")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -19,6 +20,7 @@ from gradsift.explanation.verdict import (
     Trained,
     Verdict,
     agreement_of,
+    share_brief,
     share_of,
     share_text,
 )
@@ -62,7 +64,7 @@ def test_what_is_worse_than_nothing_never_reads_as_explained(verdict: Verdict) -
         assert not verdict.holds
         assert not re.search(r"account\w* for \d", verdict.sentence + verdict.heading)
         assert verdict.heading not in {"Examples that account for this output"}
-        assert "part of" not in verdict.heading
+        assert "in part" not in verdict.heading
         assert verdict.tone in ("worse", "failed")
     if verdict.ratio < 1:
         assert not re.search(r"^\d|accounted", share_text(verdict.ratio))
@@ -105,6 +107,20 @@ def test_what_holds_is_above_chance_and_nothing_means_nothing(verdict: Verdict) 
 def test_sentences(ratio: float, random: tuple[float, ...], best: float, said: str) -> None:
     """What is said of a choice beside random ones and the best."""
     assert Verdict("LESS", "naive", 5, 5, ratio, Reference(5, random, random[0], best)).sentence == said
+
+
+def test_a_contrast_and_doubt_about_the_best_are_said() -> None:
+    """Of one answer in contrast to another no sentence or heading speaks of an output; where rows that were missed may
+    rebuild more, no choice is as much as any could; what is rebuilt wholly is 100 %, next to nothing no loss."""
+    for ratio in (0.3, 1.05, 1.7, 4.0):
+        own = Verdict("LESS", "naive", 5, 5, ratio, Reference(5, (0.2,), 0.2, max(ratio, 1.05)), contrast=True)
+        assert "output" not in own.sentence + own.heading
+        assert "this answer rather than that one" in own.sentence
+    found = [replace(own, missed=missed, sought=True).sentence for missed in (0.1, 2.0)]
+    assert [re.search(r"any five (\w+)", one)[1] for one in found] == ["could", "found"]  # type: ignore[index]
+    assert replace(own, missed=2.0, sought=True).figures()["missed by projection"].startswith("2.0 examples that would")
+    assert share_text(CAP_RATIO).startswith("100\u202f%")
+    assert (share_text(0.99), share_brief(0.99)) == ("no better than nothing", "0\u202f%")
 
 
 def test_figures_are_those_measured() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -10,7 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_models import memory_for, random_sequences, sequence, tiny_gpt2, tiny_llama, tiny_qwen2, with_lora
+from tiny_models import (
+    memory_for,
+    random_sequences,
+    sequence,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_mixtral,
+    tiny_qwen2,
+    with_lora,
+)
 from torch import Tensor, nn
 
 from gradsift.base.types import Sequence
@@ -36,6 +46,12 @@ ONE_BATCH = Pass(token_budget=1000)
 
 def llama(targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "down_proj"), **options: Any) -> Any:
     return with_lora(tiny_llama(), list(targets), rank=2, **options).double()
+
+
+def experts() -> Any:
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    options = {"target_parameters": targets, "layers_to_transform": [1]}
+    return with_lora(tiny_mixtral(), [], rank=1, dropout=0.0, **options).double()
 
 
 def bases_of(factors: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Eigenbasis]:
@@ -83,9 +99,12 @@ def test_factors_are_sums_over_tokens(model: Any, pattern: str, budget: int) -> 
             torch.testing.assert_close(own, other, rtol=1e-6, atol=1e-9 * float(other.abs().max()))
 
 
-def test_eigenvalues_and_inverse_are_those_of_the_dense_matrix() -> None:
-    """(H + λI)⁻¹ G by the factors is a dense solve with Σ_ij Λ_ij (q_i ⊗ q_j)(q_i ⊗ q_j)ᵀ + λI, Λ of single rows."""
-    network, rows = llama(), random_sequences(LENGTHS)
+@pytest.mark.parametrize("make", [llama, experts], ids=lambda make: make.__name__)
+def test_eigenvalues_and_inverse_are_those_of_the_dense_matrix(make: Callable[[], Any]) -> None:
+    """(H + λI)⁻¹ G by the factors is a dense solve with Σ_ij Λ_ij (q_i ⊗ q_j)(q_i ⊗ q_j)ᵀ + λI, Λ of single rows: of
+    LoRA on linear layers, and on all experts of a layer together, whose factors are their gradients' moments.
+    """
+    network, rows = make(), random_sequences(LENGTHS)
     modules = find_modules(network).captured
     gradients, _ = per_example_gradients(network, modules, rows, len(rows))
     bases = bases_of(kronecker_factors(network, modules, rows, ONE_BATCH))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ from hypothesis import strategies as st
 
 from gradsift.base.errors import ConfigError, DataError, NonFiniteError, ShapeError
 from gradsift.explanation.relevance import selection_relevance
-from gradsift.selection.pursuit import Reconstruction, relevance_pursuit
+from gradsift.selection.pursuit import Reconstruction, relevance_pursuit, sought
+from gradsift.store.gradient_store import GradientStore, GradientStoreWriter, ShardColumns
+from gradsift.store.storage import LocalStorage
 
 
 def problem(candidates: int, dim: int, seed: int, scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -182,3 +185,38 @@ def test_bad_input_is_refused() -> None:
         relevance_pursuit(g, rows, budget=5)
     with pytest.raises(DataError, match="the target gradient is zero"):
         relevance_pursuit(g * 0, rows, budget=1)
+
+
+def stored(folder: Path, rows: torch.Tensor) -> GradientStore:
+    count, dim = rows.shape
+    segments = [{"name": "all", "start": 0, "stop": dim}]
+    writer = GradientStoreWriter(LocalStorage(folder), "", {"dtype": "float32", "view": "plain", "segments": segments})
+    norms = torch.linalg.vector_norm(rows, dim=1).tolist()
+    ids = [f"r{number}" for number in range(count)]
+    writer.write_shard(0, rows.float(), ShardColumns(ids, [0.0] * count, [1] * count, norms, norms, {}))
+    writer.finish(1)
+    return GradientStore.open(folder)
+
+
+def test_what_is_sought_is_what_pursuit_in_the_whole_store_chooses(tmp_path: Path) -> None:
+    """Of 400 rows of which long ones have the highest products and short ones rebuild more, all that are chosen from
+    all of them are among the first 24, under each budget and for each target; among the 24 highest products, pursuit
+    leaves more than twice the error.
+    """
+    targets, tried = [], []
+    for seed in (0, 2):
+        g, rows = problem(400, 200, seed)
+        order = torch.randperm(400, generator=torch.Generator().manual_seed(seed))
+        rows = (rows * torch.logspace(0.5, -0.7, 400, dtype=torch.float64)[order][:, None]).float().double()
+        targets.append(g.float().double())
+        tried.append(rows)
+    every = torch.cat(tried)
+    found = sought(stored(tmp_path, every), targets, budgets=(2, 6), count=24)
+    for target, own in zip(targets, found, strict=True):
+        assert len(own) == len(set(own)) == 4 * 24
+        ranked = torch.argsort(every @ target, descending=True)[:24]
+        for budget in (2, 6):
+            chosen = relevance_pursuit(target, every, budget=budget)
+            assert set(chosen) <= set(own[:24])
+            among = ranked[relevance_pursuit(target, every[ranked], budget=budget)].tolist()
+            assert share_left(target, every, among) > 2 * share_left(target, every, chosen)

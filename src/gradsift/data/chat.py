@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 Supervise = Literal["all_turns", "last_turn", "all_tokens", "trl"]
 Reasoning = Literal["as_template", "keep", "skip"]
 
+_MOST_TURNS = 2000  # that are told apart: the template writes the conversation anew for each, up to it
 _QUOTED = 60  # characters of a text that a detail shows
 
 
@@ -323,6 +324,11 @@ class ChatFormat:
             weights = dict([max(weights.items())]) if weights else {}
         elif self.supervise == "all_tokens":  # every token weighs 1 but for the turns that say otherwise
             weights = {position: weight for position, weight in weights.items() if weight != 1}
+        if len(weights) > _MOST_TURNS:
+            raise TemplateProblemError(
+                f"it has {len(weights):,} turns to learn, of which {_MOST_TURNS:,} are told apart in reasonable time: "
+                "divide it, or take --supervise last_turn or all_tokens"
+            )
         spans = [self._span(shown, position, weight) for position, weight in weights.items()]
         return _Located(shown.text, tuple(spans), tuple(left_out), last)
 

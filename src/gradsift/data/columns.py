@@ -4,28 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 _DECODER = json.JSONDecoder()
-
-
-class _Member(NamedTuple):
-    """A key of a JSON object, and its value's own text."""
-
-    key: str
-    value: str
 
 
 def add_columns(rows: Sequence[str], added: Sequence[Mapping[str, Any]]) -> tuple[list[str], dict[str, str]]:
     """Rows with columns added at their end, and where columns of these names that they had before have gone.
 
-    Each row has every key once, so that `load_dataset("json", …)` reads them. A row without a clash is kept byte for
-    byte. What has a name of ours already, from an earlier stage, gets the first number that is free in all rows:
-    `gradsift_id_1`, after a third stage `gradsift_id_2`. Of a key that stands twice in a row the last one counts, as in
-    Python.
+    A row without a clash is kept byte for byte. What has a name of ours already, from an earlier stage, gets the first
+    number that is free in all rows: `gradsift_id_1`, after a third stage `gradsift_id_2`.
 
     Args:
-        rows: JSON objects as text.
+        rows: JSON objects as text, with every key once.
         added: to each.
 
     Example:
@@ -33,7 +24,7 @@ def add_columns(rows: Sequence[str], added: Sequence[Mapping[str, Any]]) -> tupl
         ['{"a":1, "gradsift_id": "p"}', '{"gradsift_id_1": "x", "gradsift_id": "q"}']
     """
     members = [_members(row) for row in rows]
-    there = {member.key for own in members for member in own}
+    there = {key for own in members for key in own}
     clashing = sorted({key for columns in added for key in columns} & there)
     number = 1
     while any(f"{key}_{number}" in there for key in clashing):
@@ -41,25 +32,24 @@ def add_columns(rows: Sequence[str], added: Sequence[Mapping[str, Any]]) -> tupl
     moved = {key: f"{key}_{number}" for key in clashing}
     lines = []
     for row, own, columns in zip(rows, members, added, strict=True):
-        by_key = {moved.get(member.key, member.key): member.value for member in own}
-        if len(by_key) == len(own) and not moved.keys() & {member.key for member in own}:
-            body = row.rstrip()[:-1].rstrip()
+        if moved.keys() & own.keys():
+            body = "{" + ", ".join(f"{_json(moved.get(key, key))}: {value}" for key, value in own.items())
         else:
-            body = "{" + ", ".join(f"{_json(key)}: {value}" for key, value in by_key.items())
+            body = row.rstrip()[:-1].rstrip()
         extra = ", ".join(f"{_json(key)}: {_json(value)}" for key, value in columns.items())
         lines.append(f"{body}{'' if body.endswith('{') else ', '}{extra}}}")
     return lines, moved
 
 
-def _members(row: str) -> list[_Member]:
-    """The keys of a JSON object, each as often as it stands there, with the text of their values."""
-    members = []
+def _members(row: str) -> dict[str, str]:
+    """The keys of a JSON object, with the text of their values."""
+    members = {}
     at = _skip(row, row.index("{") + 1, ",")
     while row[at] != "}":
         key, at = _DECODER.raw_decode(row, at)
         start = _skip(row, at, ":")
         _, at = _DECODER.raw_decode(row, start)
-        members.append(_Member(key, row[start:at]))
+        members[key] = row[start:at]
         at = _skip(row, at, ",")
     return members
 

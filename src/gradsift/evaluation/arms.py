@@ -90,7 +90,7 @@ RewardSetting = Annotated[
 
 
 class RewardMetric(MeanReward):
-    """`MeanReward` as a recipe writes it: the reward by its kind, or a function as `rewards.py:name`."""
+    """The mean reward of responses to prompts: the reward by its kind, or a function as `rewards.py:name`."""
 
     data: Any = Field(repr=False)
     reward: RewardSetting
@@ -98,7 +98,7 @@ class RewardMetric(MeanReward):
 
 
 class PairwiseMetric(Pairwise):
-    """`Pairwise` as a recipe writes it, whose `against` may also be `arm:NAME`: what another arm's model answers.
+    """How often a judge prefers the model's response to the row's, the base model's or another arm's (`arm:NAME`).
 
     budget: of that arm; by default the one of the cell that is measured, or the nearest that there is.
     """
@@ -124,7 +124,7 @@ class PairwiseMetric(Pairwise):
 
 
 class GradingMetric(Grading):
-    """`Grading` as a recipe writes it."""
+    """A judge's grades of the model's answers, turn by turn."""
 
     ask: Endpoint | None = Field(default=None, repr=False)
 

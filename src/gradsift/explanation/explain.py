@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
@@ -33,7 +33,7 @@ from gradsift.explanation.relevance import (
     selection_relevance,
 )
 from gradsift.explanation.result import ChosenExample, Draw, Explanation, StrategyResult
-from gradsift.explanation.verdict import Missed, Reference, Trained
+from gradsift.explanation.verdict import WORTH, Missed, Reference, Trained
 from gradsift.gradients.rows import View
 from gradsift.influence.estimator import Estimator, influence_of, rate_weights, target_view
 from gradsift.influence.less import LESS
@@ -43,7 +43,7 @@ from gradsift.selection.aide import Aide
 from gradsift.selection.candidates import CANDIDATES, ORDERS, Candidates
 from gradsift.selection.divine import Divine
 from gradsift.selection.facility_location import FacilityLocation
-from gradsift.selection.pursuit import RelevancePursuit
+from gradsift.selection.pursuit import Reconstruction, RelevancePursuit, sought
 from gradsift.selection.random import RandomChoice
 from gradsift.selection.selector import Choices, Selector, choose_all
 from gradsift.selection.top_k import LeastInfluential, MostHarmful, MostHelpful, MostInfluential
@@ -155,22 +155,40 @@ class _Work:
         if output_id not in self._exact:
             self._measure({output_id: self._compared(output_id, chosen)})
         rows, (ids, values) = self._exact[output_id], self.scores_of(output_id, estimator)
-        places = Strings.of(ids).positions(rows.ids)
+        known = Strings.of(ids)
+        places = known.positions(rows.ids)
         scores = np.where(self.store.holds(ids), values, np.float32(-np.inf))
         exact = estimator.exactly(rows, self._checkpoints)
         if exact is not None:
             scores[places[places >= 0]] = exact[places >= 0]
-        return Candidates(
+        found = Candidates(
             torch.from_numpy(scores), lambda wanted: rows.rows([ids[place] for place in wanted]), rows.target,
             count=self.candidates, ids=ids, test_id=output_id, pool=self.pool, among=places[places >= 0],
         )  # fmt: skip
+        found.sought = np.intersect1d(known.positions(self._sought.get(output_id, [])), places[places >= 0])
+        return found
 
     def _stored(self, output_id: str, estimator: Estimator) -> Candidates:
-        """The same by stored gradients."""
-        return Candidates.stored(
-            self.store, *self.scores_of(output_id, estimator), self.gradient_of(output_id), count=self.candidates,
-            test_id=output_id, pool=self.pool,
-        )  # fmt: skip
+        """The same by stored gradients; what was sought are those that the first of the ranking do not hold."""
+        ids, scores = self.scores_of(output_id, estimator)
+        more: dict[str, Any] = {"count": self.candidates, "test_id": output_id, "pool": self.pool}
+        found = Candidates.stored(self.store, ids, scores, self.gradient_of(output_id), **more)
+        room = min(self.candidates // 2, self.candidates - self.budgets[-1])  # half, but the ranking gives enough alone
+        places = Strings.of(ids).positions(self._sought.get(output_id, []))
+        first = found.first("most_helpful", self.candidates - room)
+        found.sought = places[np.isin(places, found.available) & ~np.isin(places, first)][:room]
+        return found
+
+    @cached_property
+    def _sought(self) -> dict[str, list[str]]:
+        """Of each output what pursuit in the whole pool would choose, and what comes next; none where all compete."""
+        if self.candidates >= len(self.store):
+            return {}
+        targets = {id_: self.gradient_of(id_) for id_ in self.source.ids if id_ in self.gradients}
+        targets = {id_: gradient for id_, gradient in targets.items() if gradient.any()}
+        how: dict[str, Any] = {"budgets": self.budgets, "count": self.candidates}
+        found = sought(self.store, [*targets.values()], **how, engine=self.pool.engine, device=self.pool.device)
+        return {id_: [self.store.ids[at] for at in own] for id_, own in zip(targets, found, strict=True)}
 
     @cached_property
     def _checkpoints(self) -> int:
@@ -190,9 +208,11 @@ class _Work:
                 candidates.ids[place]
                 for place in candidates.competing("most_harmful", self.budgets[-1], self._opposing)
             )
+            wanted |= dict.fromkeys(candidates.ids[place] for place in candidates.sought.tolist())
             for strategy in (_BEST, *self.strategies):
                 if strategy.ranking is not None:
-                    own = getattr(strategy, "candidates", None)
+                    alone = strategy.last or strategy.takes == "scores"  # leaves room for what was sought
+                    own = self.candidates - len(candidates.sought) if alone else getattr(strategy, "candidates", None)
                     first = candidates.competing(strategy.ranking, self.budgets[-1], own)
                     wanted |= dict.fromkeys(candidates.ids[place] for place in first)
         _, drawn = self._drawn(stored)
@@ -312,12 +332,20 @@ class _Work:
                 for found in self._against(estimator.label, competing[estimator.label])
             ),
             exact=self.exact,
-            missed=tuple(own for estimator in self.estimators for own in self._missed(output.id, estimator)),
+            missed=tuple(self._missed(output.id, results)) if self.exact else (),
         )
 
-    def _missed(self, output_id: str, estimator: Estimator) -> Iterator[Missed]:
-        """What the projected ranking may have kept from the candidates."""
-        exact = estimator.exactly(self._exact[output_id], self._checkpoints) if self.exact else None
+    def _missed(self, output_id: str, results: Sequence[StrategyResult]) -> Iterator[Missed]:
+        """What the projected rankings, and the search of the store, may have kept from the candidates."""
+        for estimator in self.estimators:
+            yield from self._unranked(output_id, estimator)
+        pursuits = {strategy.strategy for strategy in self.strategies if strategy.last}
+        if own := [found for found in results if found.strategy in pursuits]:
+            yield from self._unsought(output_id, own)
+
+    def _unranked(self, output_id: str, estimator: Estimator) -> Iterator[Missed]:
+        """What a projected ranking may have kept from the most helpful."""
+        exact = estimator.exactly(self._exact[output_id], self._checkpoints)
         if exact is None:
             return
         ids, values = self.scores_of(output_id, estimator)
@@ -327,6 +355,25 @@ class _Work:
         others = np.delete(scores, places[there])
         for k in self.budgets:
             yield Missed(estimator.label, k, missed(scores[places[there]], exact[there], others, k))
+
+    def _unsought(self, output_id: str, results: Sequence[StrategyResult]) -> Iterator[Missed]:
+        """What the projected search may have kept from pursuit: rows that in a chosen one's place rebuild `WORTH` more.
+
+        Of those that came next in the search, as all others leave more error. Any row may stand for one of weight 0, so
+        that without a least gain every row near a tie would count for a half. How far projection errs is told by the
+        nearest third of the rows taken again: those that rebuild nothing err more.
+        """
+        rows = self._exact[output_id]
+        others = [id_ for id_ in self._sought.get(output_id, ()) if id_ not in rows.places]
+        stored = torch.cat([self.store.rows_by_id([*rows.ids, *others]), self.gradient_of(output_id)[None]]).double()
+        projected, exact = map(Reconstruction.within, (stored @ stored.T, rows.products["plain", "plain"]))
+        for found in results:
+            picks = [rows.places[example.id] for example in found.examples]
+            known, foretold = exact.replacing(picks), projected.replacing(picks)
+            nearest = np.argsort(foretold[: len(known)], kind="stable")[: max(len(known) // 3, 2 * found.k)]
+            near = np.union1d(nearest, picks)
+            count = missed(-foretold[near], -known[near], -foretold[len(known) :] - WORTH, len(picks))
+            yield Missed(found.estimator, found.k, count, found.strategy)
 
     def _drawn(self, competing: Mapping[str, Candidates]) -> tuple[Candidates, dict[int, list[list[str]]]]:
         """The random choices of one output, the same whichever estimator ranks: of what each of them can choose."""
@@ -546,7 +593,8 @@ def explain(
             (Compact, App. A).
         strategies: how k of the highest-ranked are chosen; `ALL_STRATEGIES` for all of the paper's.
         coefficients: the model of the reconstruction's weights (Compact, App. D).
-        candidates: m, how many of the ranking strategies choose from.
+        candidates: m, how many of the ranking strategies choose from. Naive rankings and pursuit have half of them,
+            and pursuit as many rows as are sought for it in the whole pool (`pursuit.sought`).
         max_new_tokens: limit of the generated output.
         aggregation: how the relevances of a random strategy's draws become one, and in `relevance_table` those of
             outputs (`gradsift.explanation.relevance.aggregate_relevance`).
@@ -588,9 +636,10 @@ def explain(
         for strategy in strategies:
             strategy.check(ranker, explaining=True)
     checkpoint = pool.checkpoints()[-1]
-    asked, again = _once_each(questions)
+    asked, again = _once_each(questions, lambda question: question.id, "a prompt of this id comes before it")
     answered, failed = answers(pool, asked, max_new_tokens=max_new_tokens)
-    failed += again
+    answered, copies = _once_each(answered, _tokens_of, "its prompt and answer are those of {}, which stands for both")
+    failed += [*again, *copies]
     if not answered:
         raise DataError(f"no prompt can be explained; first: {failed[0].detail if failed else 'none was given'}")
     source = OutputSource.of(pool, answered)
@@ -680,16 +729,20 @@ def _check_once(what: str, labels: Sequence[str]) -> None:
         raise ConfigError(f"the {what} {min(twice)!r} is given twice: give each once")
 
 
-def _once_each(questions: Sequence[Question]) -> tuple[list[Question], list[Skipped]]:
-    """Questions by id, and those whose id was there before."""
-    first: dict[str, Question] = {}
-    again = []
-    for question in questions:
-        if question.id in first:
-            again.append(Skipped(question.id, "duplicate", "a prompt of this id comes before it"))
-        else:
-            first[question.id] = question
-    return list(first.values()), again
+def _once_each(given: Sequence[Any], key: Callable[[Any], str], detail: str) -> tuple[list[Any], list[Skipped]]:
+    """The first of each key, and those whose key was there before; `detail` may name that one."""
+    first: dict[str, Any] = {}
+    for one in given:
+        first.setdefault(key(one), one)
+    before = [(one, there) for one in given if (there := first[key(one)]) is not one]
+    return list(first.values()), [Skipped(one.id, "duplicate", detail.format(there.id)) for one, there in before]
+
+
+def _tokens_of(output: Output) -> str:
+    """What an output is, whatever its id: copies would count as several in every interval."""
+    pair = [None if one is None else replace(one, id="") for one in (output.entry, output.other)]
+    assert pair[0] is not None
+    return OutputSource((pair[0],), "", **contrasted([pair[1]])).fingerprint
 
 
 def _draw(relevance: Relevance) -> Draw:

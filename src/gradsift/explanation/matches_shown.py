@@ -58,7 +58,8 @@ def matches_blocks(entry: Explanation, data: Dataset) -> tuple[Block, ...]:
                 "aside",
             )
         )
-    marks = (("shaded", "makes the output more likely"), ("shaded below", "makes it less likely"))
+    what = entry.less_likely
+    marks = (("shaded", f"makes {what.replace('less', 'more')}"), ("shaded below", f"makes {what}"))
     blocks.append(Legend((*marks, ("strong", "the strongest"), ("strong below", "the strongest, less likely"))))
     blocks.append(Examples(tuple(_example(entry, one, data) for one in entry.matches), shown=len(entry.matches)))
     return tuple(blocks)
@@ -68,7 +69,6 @@ def _example(entry: Explanation, one: TokenMatch, data: Dataset) -> Example:
     facts = [("score before projection", text.figure(one.score))]
     facts += [("momentum's part", text.figure(one.constant))] if one.constant else []
     facts.append(("the template's part", text.figure(sum(token.value for token in one.row if not token.said))))
-    said = "output, by the model" if entry.generated else "output, as given"
     lines = {
         "Carried most by": _named(one.row, _STRONGEST),
         "Bears most on": _named(one.output, _STRONGEST),
@@ -79,8 +79,8 @@ def _example(entry: Explanation, one: TokenMatch, data: Dataset) -> Example:
         one.id,
         (
             *shaded(one.row, "prompt", "answer"),
-            *shaded(one.output, "asked", said, one.instead),
-            *shaded([token for token in one.instead if token.learned], "", "and not", one.output),
+            *shaded(one.output, "asked", entry.called, one.instead),
+            *shaded([token for token in one.instead if token.learned], "", "and not that one", one.output),
         ),
         tuple(facts),
         row_example(data, one.id).columns,

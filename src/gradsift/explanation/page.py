@@ -34,7 +34,7 @@ from gradsift.explanation.shown import (
     shown_db,
     verdict_block,
 )
-from gradsift.explanation.verdict import relevance_text, share_brief
+from gradsift.explanation.verdict import relevance_text, share_brief, subject
 from gradsift.influence.estimator import Estimator
 from gradsift.influence.rds import kept_embeddings
 from gradsift.model import embeddings
@@ -145,7 +145,7 @@ def explanation_page(
         (
             Section(
                 "output",
-                "The output",
+                "The output" if entry.instead is None else "This answer, and not that one",
                 (Group((Examples((output_example(entry),)), Group(figure_blocks(entry, best))), style="tables"),),
             ),
             Section("chosen", "Chosen examples", tuple(chosen)),
@@ -154,13 +154,13 @@ def explanation_page(
             Section("agreement", "Do the choices agree?", _agreement(choices, k), "Agreement"),
             Section("beside", "Texts side by side", side_by_side(choices.results, best, explanations.pool.data)),
             Section("matches", "What matches", matches_blocks(entry, explanations.pool.data), "Tokens"),
-            Section("against", "Against this output", tuple(against), "Against"),
+            Section("against", f"Against {subject(entry.instead is not None)}", tuple(against), "Against"),
             Section("warnings", "Warnings", tuple(map(Text, warnings)), count=str(len(warnings))),
             Section("run", "How it was explained", (Facts(how),)),
-            Section("reading", "How to read this page", (Facts(_READING),)),
+            Section("reading", "How to read this page", (Facts(_READING | (_CONTRAST if entry.instead else {})),)),
         ),
         brand="explanation",
-        summary=(f"{entry.verdict(best).sentence} ({best.strategy})",),
+        summary=(f"{entry.verdict(best).sentence} Chosen by {best.strategy}.",),
         switches=choices.switches(k),
         start="chosen",
         wide=True,
@@ -218,8 +218,9 @@ def _warnings(entry: Explanation) -> list[str]:
 
 _READING = {
     "verdict": VERDICT,
-    "score": "Influence: an estimate, from gradients, of what training on the example does for this output. Higher = "
-    "it makes the output more likely; below zero, less likely. Rank 1 is the highest score in the whole pool.",
+    "score": "Influence: an estimate, from gradients, of what training on the example does for what is "
+    "explained. Higher = it makes that more likely; below zero, less likely. Rank 1 is the highest score in the whole "
+    "pool.",
     "relevance (dB)": RELEVANCE,
     "coefficient": "The example's weight in that weighted sum. An example with weight 0 adds nothing to what the "
     "others explain.",
@@ -229,6 +230,13 @@ _READING = {
     "more of the candidates the choice stands for.",
     "maps": "t-SNE of the candidates at length 1 (50 principal components, perplexity 10, fixed seed).",
     "texts": text.HOW_TEXTS_ARE_SHOWN,
+}
+
+
+_CONTRAST = {
+    "this answer rather than that one": "What is explained is the difference of the two answers' log-probabilities. "
+    "Output, gradient and more likely are those of the first answer beside the second: an example that makes both "
+    "likelier alike scores 0.",
 }
 
 

@@ -14,7 +14,7 @@ from gradsift.explanation.verdict import Missed, Reference, Trained, Verdict, ag
 
 CAUTIONS = {
     "near_zero": "The chosen gradients are almost zero, so this value says nothing about their directions.",
-    "capped": "The output's gradient is reconstructed exactly: the output itself is probably in the pool.",
+    "capped": "The gradient is reconstructed exactly: what is explained is probably in the pool itself.",
 }
 """What a reader should mind of a result with such a flag."""
 
@@ -132,7 +132,8 @@ class Explanation:
             if (other.strategy, other.k) == (result.strategy, result.k) and other.estimator != result.estimator
         ]
         alike = ("estimator", "strategy", "k", "ratio", "trained", "near_zero", "capped")
-        missed = (one.rows for one in self.missed if (one.estimator, one.k) == (result.estimator, result.k))
+        missed = [one for one in self.missed if (one.estimator, one.k) == (result.estimator, result.k)]
+        sought = [one for one in missed if one.strategy == result.strategy]
         return Verdict(
             **{name: getattr(result, name) for name in alike},
             count=len(chosen),
@@ -140,8 +141,23 @@ class Explanation:
             throughout=None if result.throughout is None else result.throughout.ratio,
             agreement=agreement_of(chosen, others if len(result.draws) == 1 else []),
             exact=self.exact,
-            missed=next(missed, None),
+            missed=next((one.rows for one in [*sought, *missed]), None),
+            sought=bool(sought),
+            contrast=self.instead is not None,
         )
+
+    @property
+    def called(self) -> str:
+        """What the output is called where its text stands."""
+        cut = "" if self.finished else ", cut"
+        return ("output" if self.instead is None else "this answer") + (
+            f", by the model{cut}" if self.generated else ", as given"
+        )
+
+    @property
+    def less_likely(self) -> str:
+        """What training on an example makes whose score is below 0."""
+        return "the output less likely" if self.instead is None else "this answer less likely beside that one"
 
     def best_first(self, k: int, estimator: str | None = None) -> list[StrategyResult]:
         """Results under a budget, by one estimator or all: the best verdict first, equal ones as they were given."""
@@ -158,13 +174,12 @@ class Explanation:
         if below:
             notes.append(
                 f"{below} of the {len(result.examples)} have scores below 0: by {result.estimator}, training on them "
-                "makes the output less likely"
+                f"makes {self.less_likely}"
             )
         idle = sum(abs(example.coefficient) < 0.0005 for example in result.examples)
         if 0 < idle < len(result.examples):
-            notes.append(
-                f"{idle} of the {len(result.examples)} have the coefficient 0: the others rebuild as much alone"
-            )
+            others = "others rebuild" if len(result.examples) - idle > 1 else "other one rebuilds"
+            notes.append(f"{idle} of the {len(result.examples)} have the coefficient 0: the {others} as much alone")
         return notes
 
     def relevance_of(self, result: StrategyResult, how: Aggregation | None = None) -> Relevance:

@@ -16,7 +16,7 @@ from gradsift.explanation.explain import OPPOSING, Explanations, shown_budget
 from gradsift.explanation.matches_shown import matched_turns
 from gradsift.explanation.relevance import CAP_DB
 from gradsift.explanation.result import Explanation, StrategyResult
-from gradsift.explanation.verdict import LEAST_SHARE, relevance_text, share_brief, share_text
+from gradsift.explanation.verdict import EVEN, LEAST_SHARE, relevance_text, share_brief, share_text
 from gradsift.report import text
 from gradsift.report.blocks import (
     Bar,
@@ -50,8 +50,8 @@ RELEVANCE = (
 VERDICT = (
     f"The sentence follows from three figures: the share that these examples account for, that of as many random ones, "
     f"and that of the best choice that was found. Below {text.share(LEAST_SHARE)} examples do not account for an "
-    "output, whichever they are; if not even the best do, nothing in the pool does. The best is sought among the "
-    "candidates, not in the whole pool."
+    "output, whichever they are; if not even the best do, nothing in the pool does. The best is sought in the whole "
+    "pool by stored gradients, and chosen among the candidates by whole ones: a search, not a bound."
 )
 
 
@@ -91,9 +91,8 @@ def prompt_of(entry: Explanation) -> str:
 
 def output_example(entry: Explanation) -> Example:
     """The output with its prompt."""
-    said = "output, by the model" if entry.generated else "output, as given"
-    others = [] if entry.instead is None else [Turn("and not", entry.instead)]
-    return Example("", (Turn("prompt", prompt_of(entry)), Turn(said, entry.output), *others))
+    others = [] if entry.instead is None else [Turn("and not that one", entry.instead)]
+    return Example("", (Turn("prompt", prompt_of(entry)), Turn(entry.called, entry.output), *others))
 
 
 def verdict_block(entry: Explanation, found: StrategyResult) -> Verdict:
@@ -108,7 +107,7 @@ def loss_of(entry: Explanation) -> str:
     if entry.instead is None:
         return f"loss of this output {text.written(entry.loss, '.3f')} nats per token"
     side = "above" if entry.loss <= 0 else "below"
-    return f"this output's log-probability is {text.written(abs(entry.loss), '.3f')} nats {side} the other answer's"
+    return f"this answer's log-probability is {text.written(abs(entry.loss), '.3f')} nats {side} that one's"
 
 
 def explained_blocks(
@@ -149,11 +148,22 @@ def figure_blocks(entry: Explanation, best: StrategyResult) -> tuple[Block, ...]
         drawn["random examples"] = {k: beside[k].together for k in verdicts}
         drawn["best found"] = {k: beside[k].best for k in verdicts}
     shares = {name: {k: max(-1.0, 1 - 1 / ratio) for k, ratio in own.items()} for name, own in drawn.items()}
-    said = "Share of the output's gradient that they rebuild"
+    said = "Share of the gradient that they rebuild"
     if len(verdicts) == 1:
         low = min(0.0, *(own[best.k] for own in shares.values()))
         rows = [
-            Row((name, Cell("", bar=Bar(low, 1.0, value=shares[name][best.k])), share_brief(own[best.k])))
+            Row(
+                (
+                    name,
+                    Cell(
+                        "",
+                        bar=Bar(
+                            low, 1.0, value=(share := shares[name][best.k]), tone="worse" if share < LEAST_SHARE else ""
+                        ),
+                    ),
+                    "worse than nothing" if share <= -EVEN else share_brief(own[best.k]),
+                )
+            )
             for name, own in drawn.items()
         ]
         return (Table(columns("", "", "#"), tuple(rows), said, style="shares"),)
@@ -186,7 +196,7 @@ def verdicts_table(entry: Explanation, results: Sequence[StrategyResult]) -> Tab
         for number, (name, ratio) in enumerate(beside.items()):
             cells = [relevance_text(ratio), "", share_text(ratio), f"{reference.k:,}", *[""] * len(measured)]
             rows.append(Row((name, *cells), ruled=not number))
-    names = ("strategy", "#relevance", "", "of the output's gradient", "#examples", *(f"#{name}" for name in measured))
+    names = ("strategy", "#relevance", "", "of the gradient", "#examples", *(f"#{name}" for name in measured))
     return Table(columns(*names), tuple(rows))
 
 
@@ -266,10 +276,10 @@ def opposing_blocks(entry: Explanation, data: Dataset, *, k: int, estimator: str
     if not results:
         return ()
     if all(example.score >= 0 for found in results for example in found.examples):
-        return (Text("No example of the pool makes this output less likely: the lowest scores are not below 0."),)
+        return (Text(f"No example of the pool makes {entry.less_likely}: the lowest scores are not below 0."),)
     said = (
-        "Training on these makes the output less likely: the lowest scores, and those of the lowest "
-        f"(at most {OPPOSING}) whose weighted sum best rebuilds the opposite of the output's gradient, −g. Relevance "
+        f"Training on these makes {entry.less_likely}: the lowest scores, and those of the lowest "
+        f"(at most {OPPOSING}) whose weighted sum best rebuilds the opposite of the gradient, −g. Relevance "
         "is that of this sum, as above for g; coefficients are its weights."
     )
     folds = (

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from gradsift.explanation.relevance import to_db
+from gradsift.explanation.relevance import CAP_RATIO, to_db
 from gradsift.report import text
 from gradsift.report.blocks import Tone
 
@@ -29,16 +29,23 @@ LEAST_SHARE = 0.1
 MOST_SHARE = 0.5
 """From here on (+3 dB) it accounts for the output, not only for a part of it."""
 
+EVEN = 0.05
+"""A choice that is further off than nothing by no more than this share of the squared gradient is no better than it."""
+
+WORTH = 0.01
+"""A share of the squared gradient that makes a choice better than another."""
+
 _AS_GOOD = 0.95  # of the best share: as much as any choice could
+_SURE = 0.5  # rows that were missed, by estimate, from which on a better choice may be one that was not found
 
 _HEADINGS: dict[Grade, str] = {
-    "exact": "This output is in the pool itself",
+    "exact": "The pool holds {what} itself",
     "silent": "Examples with next to no gradient",
-    "nothing": "Nothing in this pool accounts for this output",
-    "not_these": "These examples do not account for this output",
+    "nothing": "Nothing in this pool accounts for {what}",
+    "not_these": "These examples do not account for {what}",
     "chance": "No better than random examples",
-    "partly": "Examples that account for a part of this output",
-    "accounted": "Examples that account for this output",
+    "partly": "Examples that account in part for {what}",
+    "accounted": "Examples that account for {what}",
     "unknown": "No verdict on these examples",
 }
 _TONES: dict[Grade, Tone] = {
@@ -69,11 +76,15 @@ class Missed:
     """How many rows outside of the candidates are expected to rank among an estimator's k most helpful.
 
     Their projected scores say no, but may be wrong (`gradsift.explanation.exact.missed`).
+
+    strategy: the search of which it is said instead that they would rebuild `WORTH` more in the place of a chosen one;
+        None of the ranking
     """
 
     estimator: str
     k: int
     rows: float
+    strategy: str | None = None
 
 
 @dataclass(frozen=True)
@@ -103,7 +114,9 @@ class Verdict:
         estimators; None for a single one
     near_zero, capped: as `StrategyResult` has them
     exact: whether whole gradients were compared
-    missed: how many rows the projected ranking is expected to have kept from the k most helpful; None where that is not
+    contrast: whether it is about one answer in contrast to another
+    missed: how many rows the projected ranking is expected to have kept from the k most helpful or, where the choice is
+        `sought` in the whole pool, how many would rebuild `WORTH` more in a chosen one's place; None where that is not
         known
     """
 
@@ -120,6 +133,8 @@ class Verdict:
     exact: bool = False
     missed: float | None = None
     throughout: float | None = None
+    sought: bool = False
+    contrast: bool = False
 
     @property
     def db(self) -> float:
@@ -151,7 +166,7 @@ class Verdict:
     @property
     def heading(self) -> str:
         """What may stand above the examples."""
-        return _HEADINGS[self.grade]
+        return _HEADINGS[self.grade].format(what=subject(self.contrast))
 
     @property
     def tone(self) -> Tone:
@@ -162,7 +177,8 @@ class Verdict:
     def sentence(self) -> str:
         """What a reader is told."""
         best = None if self.reference is None else share_of(self.reference.best)
-        return sentence_of(self.grade, self.share, best, self.count)
+        sure = self.missed is None or self.missed < _SURE
+        return sentence_of(self.grade, self.share, best, self.count, contrast=self.contrast, sure=sure)
 
     @property
     def rank(self) -> tuple[bool, float]:
@@ -189,7 +205,12 @@ class Verdict:
             found["other estimators agree"] = f"on {text.share(self.agreement)} of the examples"
         if self.missed is not None:
             rows = text.written(self.missed, ".1f" if self.missed >= 0.05 else ".0f")
-            found["missed by projection"] = f"{rows} of the {self.k} most helpful, as expected"
+            what = (
+                f"examples that would rebuild {text.share(WORTH)} more"
+                if self.sought
+                else f"of the {self.k} most helpful"
+            )
+            found["missed by projection"] = f"{rows} {what}, by estimate"
         return found
 
     def as_dict(self) -> dict[str, Any]:
@@ -240,7 +261,14 @@ def grade_of(
     return "partly" if share_of(ratio) < MOST_SHARE else "accounted"
 
 
-def sentence_of(grade: Grade, share: float, best: float | None, count: int) -> str:
+def subject(contrast: bool) -> str:
+    """What is explained."""
+    return "this answer rather than that one" if contrast else "this output"
+
+
+def sentence_of(
+    grade: Grade, share: float, best: float | None, count: int, *, contrast: bool = False, sure: bool = True
+) -> str:
     """The one sentence of a verdict; shares are of the output's squared gradient.
 
     Args:
@@ -248,6 +276,8 @@ def sentence_of(grade: Grade, share: float, best: float | None, count: int) -> s
         share: what the choice rebuilds, below 0 where it is further off than nothing.
         best: what the best choice found does; None where none was sought.
         count: chosen examples.
+        contrast: whether one answer is explained in contrast to another.
+        sure: whether the best choice found is taken for the best that there is.
 
     Example:
         >>> sentence_of("partly", 0.41, 0.42, 5)
@@ -255,32 +285,33 @@ def sentence_of(grade: Grade, share: float, best: float | None, count: int) -> s
         >>> sentence_of("not_these", -1.2, None, 5)
         'These five do not account for this output: their gradients lead elsewhere.'
     """
-    many = _count(count)
+    many, what = _count(count), subject(contrast)
     these, do, verb, s = ("This one", "does", "accounts", "s") if count == 1 else (f"These {many}", "do", "account", "")
     if grade == "unknown":
         return "There is no value of relevance, so there is no verdict."
     if grade == "exact":
-        return "This output is in the pool itself, or a copy of it: its gradient is rebuilt exactly."
+        return f"The pool holds {what}, or a copy of it: its gradient is rebuilt exactly."
     if grade == "silent":
         own = "its gradient is" if count == 1 else "their gradients are"
-        return f"{these} say{s} nothing about this output: {own} almost zero."
+        return f"{these} say{s} nothing about {what}: {own} almost zero."
     if grade == "nothing":
         most = max(share, share if best is None else best)
         is_ = "is" if count == 1 else "are"
         found = f"rebuild{s} {_percent(most)} of its gradient" if most >= 0.005 else f"{is_} no better than nothing"
-        return f"Nothing in this pool accounts for this output: the best {many} found {found}."
+        return f"Nothing in this pool accounts for {what}: the best {many} found {found}."
     if grade == "not_these":
         away = "its gradient leads" if count == 1 else "their gradients lead"
         own = f"{away} elsewhere" if share < 0 else f"only {_percent(share)} of its gradient is rebuilt"
         other = "" if best is None or best <= share else f"; the best {many} found rebuild{s} {_percent(best)} of it"
-        return f"{these} {do} not account for this output: {own}{other}."
-    said = f"{these} {verb} for {_percent(share)} of its gradient"
+        return f"{these} {do} not account for {what}: {own}{other}."
+    of = f"the gradient of {what}" if contrast else "its gradient"
+    said = f"{these} {verb} for {_percent(share)} of {of}"
     if grade == "chance":
         return f"{said}, no better than {many} random one{'s' * (count != 1)}."
     if best is None:
         return f"{said}."
     if share >= _AS_GOOD * best:
-        return f"{said}, as much as any {many} could."
+        return f"{said}, as much as any {many} {'could' if sure else 'found'}."
     return f"{said}, where the best {many} found {verb} for {_percent(best)}."
 
 
@@ -299,7 +330,7 @@ def share_text(ratio: float) -> str:
     """
     if not math.isfinite(ratio):
         return "no value"
-    if abs(share_of(ratio)) < 0.005:
+    if -EVEN < share_of(ratio) < 0.005:
         return "no better than nothing"
     if ratio < 1:
         return f"worse than nothing, {_times(ratio)} times its error"
@@ -314,7 +345,7 @@ def share_brief(ratio: float) -> str:
     """
     if not math.isfinite(ratio):
         return ""
-    return f"error × {_times(ratio)}" if share_of(ratio) <= -0.005 else _percent(max(0.0, share_of(ratio)))
+    return f"error × {_times(ratio)}" if share_of(ratio) <= -EVEN else _percent(max(0.0, share_of(ratio)))
 
 
 def agreement_of(chosen: Sequence[str], others: Sequence[Sequence[str]]) -> float | None:
@@ -336,6 +367,8 @@ def _times(ratio: float) -> str:
 
 def _percent(share: float) -> str:
     """A share above 0 as a percentage that is 100 for all of it alone."""
+    if share >= share_of(CAP_RATIO):
+        return text.share(1.0)
     return text.percent(math.floor(1000 * share) / 1000) if share >= 0.99 else text.share(share)
 
 

@@ -240,7 +240,7 @@ class _Factors:
 
     def sequences(self, start: int, stop: int) -> list[Sequence]:
         """Of rows `[start, stop)`, whose gradients' second moments are the curvature."""
-        if self.labels != "model" or not isinstance(self.sample, Pairs):
+        if self.labels == "data" or not isinstance(self.sample, Pairs):
             return self.sample.sequences(start, stop)
         found = self.sample.information(start, stop)
         assert found is not None, "by DPO"

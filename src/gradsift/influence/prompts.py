@@ -15,7 +15,7 @@ from gradsift.base.errors import ConfigError, DataError, GradsiftError
 from gradsift.base.progress import Advance, Reporter, silent
 from gradsift.base.settings import Settings
 from gradsift.base.types import Chat, Example, Message, Skipped, before_answer
-from gradsift.context import Pool, Target, subtask_labels
+from gradsift.context import Pool, Target, refuse_overlap_of_all, subtask_labels
 from gradsift.data.dataset import Dataset
 from gradsift.data.load import Columns
 from gradsift.data.overlap import hashed, normalised_hash, overlap_of_hashes
@@ -156,8 +156,7 @@ def open_prompts(
         except DataError as error:  # nothing that NICE reads
             pool.reporter.warn(f"the target's answers cannot be used as labels: {error}")
     overlap = () if keep_overlap else _overlap(pool, examples)
-    if len(overlap) == len(pool.data):
-        raise ConfigError("every pool row is also in the target: nothing is left to choose from")
+    refuse_overlap_of_all(pool, overlap)
     return PromptTarget(
         data,
         subtask_labels(data.ids, data.column(subtask), subtask) if subtask else None,

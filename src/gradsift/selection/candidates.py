@@ -133,6 +133,7 @@ class Candidates:
         least: the largest budget that is asked for in one call, so that the same compete for all.
         told: what pages show of how a selector chose, where it leaves anything.
         others: what selectors chose of these candidates before those that start from it, by budget.
+        sought: positions that a search of the whole pool has found (`pursuit.sought`), which no ranking need hold.
 
     Raises:
         ShapeError, NonFiniteError: scores that are not [pool], or a target gradient that is not [dim] or not finite.
@@ -169,13 +170,14 @@ class Candidates:
         self.least = 1
         self.told: tuple[Block, ...] = ()
         self.others: dict[int, list[list[int]]] = {}
+        self.sought: NDArray[np.int64] = np.empty(0, dtype=np.int64)
         self._rows_of = rows_of
         self._read: dict[int, int] = {}  # pool position → row
         self._rows = torch.empty(0, 0, dtype=torch.float64)
         self._gram = np.empty((0, 0))
         self._cross = np.empty(0)
         self._first: dict[tuple[Order, int], list[int]] = {}
-        self._ranked: dict[tuple[Order | Literal["any"], int], Ranked] = {}
+        self._ranked: dict[tuple[Order | Literal["any"], int, bool], Ranked] = {}
 
     @classmethod
     def stored(
@@ -241,11 +243,16 @@ class Candidates:
         orders = ORDERS if order == "any" else (order,)
         return list(dict.fromkeys(position for each in orders for position in self.first(each, width)))
 
-    def ranked(self, order: Order | Literal["any"], budget: int, own: int | None = None) -> Ranked:
-        """What competes, with inner products of gradients."""
-        key = order, max(own or self.count, self.least, budget)
+    def ranked(
+        self, order: Order | Literal["any"], budget: int, own: int | None = None, *, sought: bool = False
+    ) -> Ranked:
+        """What competes, `sought` joined by what was sought, with inner products of gradients."""
+        key = order, max(own or self.count, self.least, budget), sought
         if key not in self._ranked:
             positions = self.competing(order, budget, own)
+            if sought:
+                more = self.sought[np.argsort(-self.scores[self.sought].numpy(), kind="stable")].tolist()
+                positions = list(dict.fromkeys([*positions, *more]))
             self.read(positions)
             at = [self._read[position] for position in positions]
             alone = at == list(range(len(self._read)))  # a large matrix is not held twice

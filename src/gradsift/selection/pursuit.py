@@ -12,11 +12,14 @@ from numpy.typing import NDArray
 
 from gradsift.base.checks import checked_budget, float_array, same_size, to_float64
 from gradsift.base.errors import DataError
-from gradsift.base.lazy import Tensor
+from gradsift.base.lazy import Tensor, torch
+from gradsift.execution.engine import LOCAL, Engine
 from gradsift.gradients.rows import View
+from gradsift.influence.products import inner_products
 from gradsift.selection.candidates import Candidates, Order
 from gradsift.selection.selector import Selector, label_of
 from gradsift.selection.simplex import onto_simplex
+from gradsift.store.gradient_store import GradientStore
 
 Array = NDArray[np.float64]
 
@@ -24,6 +27,9 @@ _EQUAL = 1e-12  # errors this close, in units of ‖g‖², are equal: the cap o
 _CERTAIN = 1e-9  # share of a gradient's squared length outside the span of others from which products give t to 1e-7
 _DEPENDENT = 1e-12  # up to this share it counts as a combination of the others
 _SWEEPS = 20  # of exchanges; three to six settle 25 of 100 candidates
+_READINGS = 4  # of a store by one search, at most; two or three settle it
+_WIDE = 4  # times as many rows as are wanted are compared in full after each reading
+_PRODUCTS = 1 << 27  # of rows with what is asked of them, that are held at once: 0.5 GB
 
 
 class RelevancePursuit(Selector):
@@ -34,6 +40,8 @@ class RelevancePursuit(Selector):
     relevance (with the default coefficients) is at least theirs, and its picks may differ from those it makes alone.
     Selections that hold copies of one gradient, or draw at random from outside the candidates, are no such starts.
     The target's gradient is reconstructed from gradients, whatever rows the estimator ranks by.
+
+    In explanations half of the candidates are what the same search of the whole pool would choose from (`sought`).
 
     order: the ranking whose first m compete; `any` joins the first m of all four.
     """
@@ -52,7 +60,7 @@ class RelevancePursuit(Selector):
 
     def choose(self, candidates: Candidates, budget: int) -> list[int]:
         """From the greedy choice and from what others chose."""
-        pool = candidates.ranked(self.order, budget)
+        pool = candidates.ranked(self.order, budget, sought=True)
         problem = Reconstruction.of(pool.gram, pool.cross, pool.squared_norm)
         place = {position: number for number, position in enumerate(pool.positions)}
         starts = [problem.greedy(budget)]
@@ -103,10 +111,106 @@ def relevance_pursuit(target_gradient: Tensor, candidates: Tensor, *, budget: in
     target = to_float64(float_array("target_gradient", target_gradient, "dim").to(candidates.device))
     same_size("dim", "target_gradient", len(target), "candidates", rows.shape[1])
     budget = checked_budget(budget, len(rows), "candidates")
-    problem = Reconstruction.of(
-        (rows @ rows.T).cpu().numpy(), (rows @ target).cpu().numpy(), float((target @ target).cpu())
-    )
+    rows = torch.cat([rows, target[None]])
+    problem = Reconstruction.within(rows @ rows.T)
     return problem.in_order_of_weight(problem.exchange(problem.greedy(budget)))
+
+
+def sought(
+    store: GradientStore,
+    targets: Sequence[Tensor],
+    *,
+    budgets: Sequence[int],
+    count: int,
+    engine: Engine = LOCAL,
+    device: str = "cpu",
+) -> list[list[int]]:
+    """Of each target, the rows of a store that pursuit among all of them would choose or nearly choose.
+
+    A reading of the store gives every row's products with the target and with what was chosen last, and thereby the
+    error that is left where the row joins a set of the search, `min over λ of ‖g − (1 − λ)A t − λ a‖²`. The first rows
+    by it are compared in full, and their pursuit says which sets the next reading is about, until the choices are those
+    of the reading before. The first reading is about single rows.
+
+    Args:
+        store: rows `[row dim]`.
+        targets: gradients `[dim]`, none of them zero.
+        budgets: the sizes that are chosen for.
+        count: a fourth of the rows that are given, where there are so many.
+        engine, device: who multiplies, and where.
+
+    Returns:
+        For each target positions in the store, those first that are chosen or by the least error would have been.
+    """
+    searches = [_Search(store, target, sorted(budgets), count) for target in targets]
+    lengths = store.projected_norms.double().numpy() ** 2
+    for _ in range(_READINGS):
+        going = [search for search in searches if not search.settled]
+        while going:
+            part: list[_Search] = []
+            queries = 0
+            while going and (not part or (queries + going[0].width) * len(store) <= _PRODUCTS):
+                queries += going[0].width
+                part.append(going.pop(0))
+            asked = torch.cat([search.queries() for search in part])
+            products = inner_products(store, asked, normalise=False, engine=engine, device=device).numpy()
+            edges = np.cumsum([search.width for search in part])[:-1]
+            for search, own in zip(part, np.split(products, edges, axis=1), strict=True):
+                search.go_on(own, lengths)
+    return [search.found for search in searches]
+
+
+class _Search:
+    """The search of one target: the sets that one more row may join, and the rows that come nearest to it.
+
+    sets: positions in the store with their coefficients
+    picks: what the sets consist of
+    found: positions in the store
+    """
+
+    def __init__(self, store: GradientStore, target: Tensor, budgets: list[int], count: int) -> None:
+        self.store, self.target, self.budgets, self.count = store, to_float64(target).cpu(), budgets, count
+        self.sets: list[tuple[list[int], Array]] = [([], np.empty(0))]
+        self.picks: list[int] = []
+        self.found: list[int] = []
+        self.settled = False
+
+    @property
+    def width(self) -> int:
+        """The number of queries."""
+        return 1 + len(self.picks)
+
+    def queries(self) -> Tensor:
+        """The target and the picks `[query dim]`."""
+        return torch.cat([self.target[None], self._rows(self.picks)])
+
+    def go_on(self, products: Array, lengths: Array) -> None:
+        """From products of all rows with the queries `[row query]` and their squared norms `[row]`."""
+        squared_norm, toward = float(self.target @ self.target), products[:, 0].astype(np.float64)
+        place = {position: 1 + number for number, position in enumerate(self.picks)}
+        gaps = np.full(len(lengths), np.inf)
+        for chosen, weights in self.sets:
+            columns = [place[position] for position in chosen]
+            rebuilt = products[:, columns] @ weights
+            own, explained = float(weights @ rebuilt[chosen]), float(weights @ toward[chosen])
+            between = lengths - 2.0 * rebuilt + own  # ‖a − A t‖²
+            gain = (toward - explained) - (rebuilt - own)  # ⟨g − A t, a − A t⟩
+            # A single row has the coefficient 1.
+            step = np.clip(gain / np.maximum(between, 1e-300), 0.0, 1.0) if chosen else np.ones(len(lengths))
+            errors = squared_norm - 2.0 * explained + own - 2.0 * step * gain + step**2 * between
+            np.minimum(gaps, errors - errors.min(), out=gaps)
+        gaps[self.picks] = -1.0
+        wide = np.argsort(gaps, kind="stable")[: _WIDE * self.count]
+        rows = torch.cat([self._rows(wide.tolist()), self.target[None]])
+        problem = Reconstruction.within(rows @ rows.T)
+        sets, gaps = problem.contest([min(budget, len(wide)) for budget in self.budgets])
+        before, self.picks = self.picks, wide[list(dict.fromkeys(at for own, _ in sets for at in own))].tolist()
+        self.sets = [(wide[own].tolist(), weights) for own, weights in sets]
+        self.found = wide[np.argsort(gaps, kind="stable")].tolist()
+        self.settled = self.picks == before or len(wide) == len(lengths)
+
+    def _rows(self, positions: Sequence[int]) -> Tensor:
+        return to_float64(self.store.rows_by_id([self.store.ids[position] for position in positions]))
 
 
 @dataclass(frozen=True)
@@ -133,6 +237,12 @@ class Reconstruction:
             )
         return cls(gram / squared_norm, cross / squared_norm)
 
+    @classmethod
+    def within(cls, products: Tensor) -> Reconstruction:
+        """Of the last row from the others, by the inner products of all `[row row]`."""
+        found = products.cpu().numpy()
+        return cls.of(found[:-1, :-1], found[:-1, -1], float(found[-1, -1]))
+
     def greedy(self, budget: int) -> list[int]:
         """The candidate that leaves the least error joins, `budget` times; a shorter budget's picks come first."""
         picks: list[int] = []
@@ -157,6 +267,28 @@ class Reconstruction:
                 break
         return picks
 
+    def contest(self, budgets: Sequence[int]) -> tuple[list[tuple[list[int], Array]], Array]:
+        """What the search for some ascending budgets tries one more candidate beside, and who comes near to joining.
+
+        Returns:
+            The sets with their coefficients; and how much more error than the best each candidate leaves, the least
+            over the sets `[candidate]`: 0 for those that are chosen.
+        """
+        greedy = self.greedy(budgets[-1])
+        tried = [tuple(greedy[:size]) for size in range(budgets[-1])]
+        for budget in budgets:
+            chosen = self.exchange(greedy[:budget])
+            tried += [(*chosen[:place], *chosen[place + 1 :]) for place in range(budget)]
+        sets = [list(own) for own in dict.fromkeys(tried)]
+        gaps = np.min([(errors := self._errors(own)) - errors.min() for own in sets], axis=0)
+        return [(own, self._weights(own)) for own in sets], gaps
+
+    def replacing(self, chosen: Sequence[int]) -> Array:
+        """The least error that each candidate leaves in the place of one of the chosen `[candidate]`, each of which
+        leaves that of the choice.
+        """
+        return np.min([self._errors([*chosen[:at], *chosen[at + 1 :]]) for at in range(len(chosen))], axis=0)
+
     def error(self, chosen: Sequence[int]) -> float:
         """‖g − A t‖² / ‖g‖² of a selection; above all certain errors where products cannot tell it."""
         _, errors, certain = self._only(chosen)._with_one_more(list(range(len(chosen) - 1)))
@@ -165,16 +297,24 @@ class Reconstruction:
     def in_order_of_weight(self, chosen: Sequence[int]) -> list[int]:
         """Largest coefficient first; equal ones by position."""
         picks = sorted(chosen)
-        weights = self._only(picks)._with_one_more(list(range(len(picks) - 1)))[0][-1].round(9)
-        return [picks[place] for place in np.argsort(-weights, kind="stable")]
+        return [picks[place] for place in np.argsort(-self._weights(picks).round(9), kind="stable")]
+
+    def _weights(self, chosen: Sequence[int]) -> Array:
+        """Coefficients `[chosen]`."""
+        return self._only(chosen)._with_one_more(list(range(len(chosen) - 1)))[0][-1] if chosen else np.empty(0)
 
     def _best_addition(self, picks: list[int]) -> tuple[int, float]:
         """Position of the least error, the first among equal ones, and that error."""
+        errors = self._errors(picks)
+        best = int((errors <= errors.min() + _EQUAL).argmax())
+        return best, float(errors[best])
+
+    def _errors(self, picks: list[int]) -> Array:
+        """Of `picks` with each candidate as one more; of those that are among them, infinity `[candidate]`."""
         _, errors, certain = self._with_one_more(picks)
         errors = np.where(certain, errors, errors + self._uncertainty)
         errors[picks] = np.inf
-        best = int((errors <= errors.min() + _EQUAL).argmax())
-        return best, float(errors[best])
+        return errors
 
     def _only(self, chosen: Sequence[int]) -> Reconstruction:
         """The same target with fewer candidates, in the order given."""

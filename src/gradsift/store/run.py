@@ -80,7 +80,7 @@ REVISIONS = {
     "descents": 1,
     "outputs": 2,
     "matches": 1,
-    "explanations": 1,
+    "explanations": 2,  # pursuit chooses among what it finds in the whole pool
     "products": 1,
     "validation": 2,
     "evaluations": 2,

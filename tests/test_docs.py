@@ -19,7 +19,7 @@ from gradsift.options import FORMER
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
-RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+RECIPES = sorted([*ROOT.glob("recipes/*.yaml"), *ROOT.glob("benchmarks/*.yaml")])
 # In the order in which a reader meets them: each page goes on with the names of those before.
 PYTHON = ("README.md", "docs/how-to-choose.md", "docs/bring-your-own-data.md", "docs/your-own-training.md",
           "docs/run-folder.md")  # fmt: skip

@@ -455,6 +455,24 @@ def test_a_broken_method_ends_nothing(opened: tuple[gs.Pool, gs.Target]) -> None
         assert re.search(why, found.failed[f"broken {how}"])
 
 
+def test_a_measure_that_fails_ends_no_other(
+    opened: tuple[gs.Pool, gs.Target], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where retraining diverges, the table has the other columns and says why; alone it is an error."""
+    pool, target = opened
+    pool = replace(pool, run=gs.Run(str(tmp_path / "run")))
+    ended = Replay.end_with
+    monkeypatch.setattr(Replay, "end_with", lambda *given: ended(*given) * float("nan"))
+    settings = Bench(measures=("qld", "recall"), class_column="source", top=5, removed=(0.25,), removals=2)
+    found = bench(pool, target, [Knowing()], settings=settings)
+    assert {column.measure for column in found.columns} == {"recall"}
+    (said_,) = (own for own in found.warnings if "diverged" in own)
+    assert said_.startswith("qld came to nothing, the other measures go on")
+    assert said_ in found._repr_html_()
+    with pytest.raises(gs.errors.DataError, match="no measure came to anything: qld"):
+        bench(pool, target, [Knowing()], settings=settings.model_copy(update={"measures": ("qld",)}))
+
+
 def test_one_target_tells_nothing_apart(opened: tuple[gs.Pool, gs.Target]) -> None:
     """An interval over targets needs two of them that say something: nothing is recommended by one alone, though it be
     found perfectly. A class that is not there is no class, a list holds several, of which one is enough, and one is the

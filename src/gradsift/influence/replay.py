@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradsift.base import interruption
-from gradsift.base.errors import CorruptError, ModelError
+from gradsift.base.errors import CorruptError, ModelError, NonFiniteError
 from gradsift.base.lazy import Tensor, nn, torch
 from gradsift.base.progress import Reporter
 from gradsift.base.types import Sequence
@@ -275,7 +275,13 @@ class Losses:
         return self._kept[name]
 
     def put(self, name: str, losses: list[float]) -> None:
-        """Keep those of a name."""
+        """Keep those of a name.
+
+        Raises:
+            NonFiniteError: the training diverged.
+        """
+        if not np.isfinite(losses).all():
+            raise NonFiniteError(f"{self._what}: a training diverged, its loss is not finite: lower the learning rate")
         self._kept[name] = losses
         self._run.publish_json(self._key, {"losses": self._kept}, sealed=True)
 

@@ -123,6 +123,20 @@ def test_a_contrast_and_doubt_about_the_best_are_said() -> None:
     assert (share_text(0.99), share_brief(0.99)) == ("no better than nothing", "0\u202f%")
 
 
+@pytest.mark.parametrize(
+    ("together", "count", "said"),
+    [
+        (0.2, 5, "Five drawn at random are no better than nothing."),
+        (1.25, 1, "One drawn at random rebuilds 20\u202f%."),
+    ],
+)
+def test_random_examples_are_told_beside_the_sentence(together: float, count: int, said: str) -> None:
+    """What as many random ones rebuild, 1 − 1/ξ of the draws together; nothing where none were drawn."""
+    verdict = Verdict("LESS", "naive", 5, count, 2.0, Reference(5, (together,), together, 2.0))
+    assert verdict.beside_random == said
+    assert replace(verdict, reference=None).beside_random == ""
+
+
 def test_figures_are_those_measured() -> None:
     """Relevance in dB and as a share, random draws with their span, the best, training, and other estimators."""
     beside, trained = Reference(5, (0.25, 0.5), 1 / 3, 2.0), Trained(0.125, (-0.25, 0.5), 3.0)

@@ -19,7 +19,7 @@ KINDS = list(page_examples.PAGES)
 OPEN_ALL = "document.querySelectorAll('details').forEach((fold) => { fold.open = true; })"
 OVERFLOW = """
 () => [...document.querySelectorAll('body *')]
-  .filter((item) => !item.closest('.table, .scroll, .switch, svg, .unseen, .skip'))
+  .filter((item) => !item.closest('.table, .scroll, .switch, .contents ol, svg, .unseen, .skip'))
   .filter((item) => item.getBoundingClientRect().right > innerWidth + 0.5)
   .map((item) => item.outerHTML.slice(0, 120))
 """

@@ -101,6 +101,8 @@ def explanation_page(
     first, k = explanations.estimators[0].label, shown_budget(explanations.budgets)
     ranked = entry.best_first(k, first)
     best, choices = ranked[0], _Choices(entry, explanations.estimators, [found.strategy for found in ranked])
+    verdict = entry.verdict(best)
+    said = (verdict.sentence, verdict.beside_random, f"Chosen by {best.strategy}.")
     strategies = {strategy.strategy: strategy for strategy in explanations.strategies}
     views = [shown.view(strategies[found.strategy], found, choices.when(found)) for found in choices.results]
     # Shades are comparable over strategies and budgets: the darkest is what one candidate in twenty reaches unchosen.
@@ -141,7 +143,7 @@ def explanation_page(
         **versions(),
     }
     page = Page(
-        entry.verdict(best).heading,
+        verdict.heading,
         (
             Section(
                 "output",
@@ -160,7 +162,7 @@ def explanation_page(
             Section("reading", "How to read this page", (Facts(_READING | (_CONTRAST if entry.instead else {})),)),
         ),
         brand="explanation",
-        summary=(f"{entry.verdict(best).sentence} Chosen by {best.strategy}.",),
+        summary=(" ".join(filter(None, said)),),
         switches=choices.switches(k),
         start="chosen",
         wide=True,

@@ -181,6 +181,16 @@ class Verdict:
         return sentence_of(self.grade, self.share, best, self.count, contrast=self.contrast, sure=sure)
 
     @property
+    def beside_random(self) -> str:
+        """A sentence on as many random examples; empty where none were drawn."""
+        if self.reference is None or not self.reference.random:
+            return ""
+        share, one = share_of(self.reference.together), self.count == 1
+        nothing = f"{'is' if one else 'are'} no better than nothing"
+        found = f"rebuild{'s' * one} {_percent(share)}" if share >= 0.005 else nothing
+        return f"{_count(self.count).capitalize()} drawn at random {found}."
+
+    @property
     def rank(self) -> tuple[bool, float]:
         """What choices are ordered by, best last: those that say nothing of directions come first, then by ξ."""
         return not self.near_zero and math.isfinite(self.ratio), self.ratio

@@ -64,7 +64,7 @@ def test_pages_and_terminal_show_what_is_against(tiny: World, pool: Pool) -> Non
     found = explain(pool, ASKED, k=2)
     page, _ = explanation_page(found, found.entries[0], embedding=None)
     assert page.section("against") is not None
-    assert "best rebuilds the opposite of the output&#39;s gradient" in render(page)
+    assert "best rebuilds the opposite of the gradient" in render(page)
     asked = ("--prompt", "what says the cow", "--output", "it says cowcow", "-k", "2", "--embedding", "none")
     said = tiny("explain", Path(pool.run.place), *asked, *tiny.with_adapters()).succeeded().out
     assert "Against it, most harmful" in said

@@ -25,7 +25,7 @@ from gradsift.gradients.capture import Capture, find_modules
 from gradsift.gradients.folding import find_folds
 from gradsift.gradients.self_check import self_check
 from gradsift.model.adapters import BareModel, adapter_config, attach_adapter, checksums, shared_weights
-from gradsift.model.models import ModelHost, load_model
+from gradsift.model.models import ModelHost, host, load_model
 from gradsift.warmup import merge as merging
 from gradsift.warmup.checkpoint import open_checkpoint
 from gradsift.warmup.merge import merge
@@ -421,3 +421,22 @@ def test_a_key_that_peft_does_not_know_is_told(tmp_path: Path) -> None:
         told = [str(one.message) for one in caught]
         assert len(told) == count
         assert all("says use_something, which this PEFT" in one for one in told)
+
+
+def test_what_is_saved_to_the_same_folder_is_another_model(tmp_path: Path) -> None:
+    """The process keeps the last model and its adapter, but not beyond their files: one that was trained again in the
+    same folder is loaded again."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    first, second = model(), model(layers=1)
+    for made, seed in ((first, 1), (second, 2)):
+        made.save_pretrained(base)
+        bare = logits(made)
+        shutil.rmtree(adapter, ignore_errors=True)
+        shutil.copytree(trained(made, tmp_path / f"trained-{seed}", seed=seed), adapter)
+        adapted = logits(ModelHost(str(base), "float32", "cpu").with_adapter(adapter))
+        torch.testing.assert_close(logits(host(str(base), "float32", "cpu").base()), bare)
+        torch.testing.assert_close(logits(host(str(base), "float32", "cpu").with_adapter(adapter)), adapted)
+    shutil.rmtree(adapter)
+    shutil.copytree(trained(model(layers=1), tmp_path / "trained-3", seed=3), adapter)
+    adapted = logits(ModelHost(str(base), "float32", "cpu").with_adapter(adapter))
+    torch.testing.assert_close(logits(host(str(base), "float32", "cpu").with_adapter(adapter)), adapted)

@@ -260,7 +260,7 @@ class _Work:
         """The process's own, of the checkpoint as its files are now: a folder may have been trained anew."""
         checkpoint = self.at.checkpoint
         moments = None if checkpoint.optimizer is None else checkpoint.optimizer_identity()
-        return _engine(self.at, fingerprint([checkpoint.identity(), moments]))
+        return _engine(self.at, fingerprint([model_identity(self.at.model), checkpoint.identity(), moments]))
 
 
 @dataclass(frozen=True)

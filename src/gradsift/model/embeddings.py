@@ -36,7 +36,9 @@ def embed(texts: Sequence[str], model: str = DEFAULT, *, device: str = "cpu") ->
         float(rows[0] @ rows[1])            # cosine
     """
     require()
-    encoder = _load(model, device)
+    from gradsift.model.models import whole_identity
+
+    encoder = _load(model, device, tuple(whole_identity(place_of(model)).items()))
     rows: NDArray[np.float32] = encoder.encode(
         list(texts), batch_size=32, normalize_embeddings=True, convert_to_numpy=True, show_progress_bar=False
     )
@@ -73,7 +75,7 @@ def at_hand(model: str = DEFAULT) -> bool:
 
 
 @lru_cache(maxsize=1)
-def _load(model: str, device: str) -> Any:
+def _load(model: str, device: str, _files: tuple[tuple[str, str], ...]) -> Any:
     """The model, all weights of which are in its files: sentence-transformers fills others with random numbers.
 
     Raises:

@@ -618,7 +618,7 @@ class ModelHost:
         self._sums: list[int] = []  # of the base, as it was before its first adapter
         self._bare: BareModel | None = None  # what the base was before the adapter that is on it
         self._peft: Any = None
-        self._adapter: str | None = None
+        self._adapter: tuple[Any, ...] | None = None  # its name, and what it was
 
     def base(self) -> Any:
         """The model without any adapter."""
@@ -632,10 +632,12 @@ class ModelHost:
         """The model with this adapter, or the base for None."""
         if adapter is None:
             return self.base()
-        if self._adapter != str(adapter):
+        # Another may have been saved to the same folder.
+        asked = (str(adapter), *adapter_identity(adapter).items())
+        if self._adapter != asked:
             base = self.base()
             self._sums = self._sums or checksums(base)
-            self._bare, self._adapter = BareModel(base), str(adapter)
+            self._bare, self._adapter = BareModel(base), asked
             try:
                 self._peft = attach_adapter(base, at_hand(str(adapter)))
             except BaseException:
@@ -661,12 +663,15 @@ def release_models() -> None:
     give_back_memory()
 
 
-_HOSTS: dict[tuple[str, str, str], ModelHost] = {}
+_HOSTS: dict[tuple[Any, ...], ModelHost] = {}
 
 
 def host(name: str, dtype: DtypeName = "auto", device: str = "auto") -> ModelHost:
-    """The process's host of this model; another model's host is let go first, so that only one is in memory."""
-    key = (name, dtype, device)
+    """The process's host of this model; another model's host is let go first, so that only one is in memory.
+
+    Another is also a model that was saved to the same folder since.
+    """
+    key = (name, dtype, device, *model_identity(name).items())
     if key not in _HOSTS:
         _HOSTS.clear()
         _HOSTS[key] = ModelHost(name, dtype, device)

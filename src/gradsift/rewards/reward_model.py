@@ -47,7 +47,10 @@ class RewardModel(Settings):
         """
         import torch
 
-        model, tokenizer = _loaded(self.model, self.device, self.dtype)
+        from gradsift.model.models import whole_identity
+
+        files = tuple(whole_identity(self.model).items())
+        model, tokenizer = _loaded(self.model, self.device, self.dtype, files)
         outputs = int(model.config.num_labels)
         if (self.label is None and outputs != 1) or (self.label is not None and self.label >= outputs):
             raise ConfigError(
@@ -117,7 +120,7 @@ def dialogue(prompt: Any) -> str:
 
 
 @lru_cache(maxsize=2)
-def _loaded(name: str, device: str, dtype: str) -> tuple[Any, Any]:
+def _loaded(name: str, device: str, dtype: str, _files: tuple[tuple[str, str], ...]) -> tuple[Any, Any]:
     """Model and tokenizer, ready to run; the last two stay, as every checkpoint asks for them again."""
     import torch
     from transformers import AutoModelForSequenceClassification

@@ -38,7 +38,8 @@ def embed(texts: Sequence[str], model: str = DEFAULT, *, device: str = "cpu") ->
     require()
     from gradsift.model.models import whole_identity
 
-    encoder = _load(model, device, tuple(whole_identity(place_of(model)).items()))
+    place = place_of(model)
+    encoder = _load(model, device, tuple(whole_identity(place).items()) if Path(place).is_dir() else ())
     rows: NDArray[np.float32] = encoder.encode(
         list(texts), batch_size=32, normalize_embeddings=True, convert_to_numpy=True, show_progress_bar=False
     )

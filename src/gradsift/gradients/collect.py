@@ -33,7 +33,7 @@ from gradsift.gradients.projection import Projection, Projector, projector_of
 from gradsift.gradients.rows import RowSettings, ShardPart, ShardRows, View, gradient_rows
 from gradsift.gradients.self_check import kept_check
 from gradsift.model.adapters import refuse_untrained
-from gradsift.model.models import DtypeName, host, model_identity, trains_more
+from gradsift.model.models import DtypeName, files_now, host, model_identity, trains_more
 from gradsift.store.gradient_store import GradientStore, GradientStoreWriter, RowDtype, ShardColumns
 from gradsift.store.manifest import fingerprint
 from gradsift.store.precision import ExactRows
@@ -260,7 +260,7 @@ class _Work:
         """The process's own, of the checkpoint as its files are now: a folder may have been trained anew."""
         checkpoint = self.at.checkpoint
         moments = None if checkpoint.optimizer is None else checkpoint.optimizer_identity()
-        return _engine(self.at, fingerprint([model_identity(self.at.model), checkpoint.identity(), moments]))
+        return _engine(self.at, fingerprint([files_now(self.at.model), checkpoint.identity(), moments]))
 
 
 @dataclass(frozen=True)

@@ -36,10 +36,9 @@ def embed(texts: Sequence[str], model: str = DEFAULT, *, device: str = "cpu") ->
         float(rows[0] @ rows[1])            # cosine
     """
     require()
-    from gradsift.model.models import whole_identity
+    from gradsift.model.models import files_now
 
-    place = place_of(model)
-    encoder = _load(model, device, tuple(whole_identity(place).items()) if Path(place).is_dir() else ())
+    encoder = _load(model, device, files_now(place_of(model), whole=True))
     rows: NDArray[np.float32] = encoder.encode(
         list(texts), batch_size=32, normalize_embeddings=True, convert_to_numpy=True, show_progress_bar=False
     )
@@ -76,7 +75,7 @@ def at_hand(model: str = DEFAULT) -> bool:
 
 
 @lru_cache(maxsize=1)
-def _load(model: str, device: str, _files: tuple[tuple[str, str], ...]) -> Any:
+def _load(model: str, device: str, _files: tuple[Any, ...]) -> Any:
     """The model, all weights of which are in its files: sentence-transformers fills others with random numbers.
 
     Raises:

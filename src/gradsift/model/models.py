@@ -77,9 +77,33 @@ def whole_identity(name: str) -> dict[str, str]:
     path = Path(at_hand(name)).expanduser()
     if not path.is_dir():
         return model_identity(name)
+    return {"files": files_digest(_whole(path), path)}
+
+
+def _whole(path: Path) -> list[Path]:
     files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix != ".md")
-    seen = [p for p in files if not any(part.startswith(".") for part in p.relative_to(path).parts)]
-    return {"files": files_digest(seen, path)}
+    return [p for p in files if not any(part.startswith(".") for part in p.relative_to(path).parts)]
+
+
+def files_now(name: str | Path, *, whole: bool = False) -> tuple[tuple[str, int, int, int], ...]:
+    """Names, inodes, sizes and times of the files that decide a model or an adapter; none of them is read.
+
+    By these a process tells whether what it has loaded is what lies there now. Of a hub id there are none: it is taken
+    as it was found first.
+
+    Args:
+        name: a folder, a file or a hub id.
+        whole: of all files, as `whole_identity`; else of weights and configuration, as `model_identity`.
+    """
+    path = Path(at_hand(str(name))).expanduser()
+    if path.is_dir():
+        files = (
+            _whole(path) if whole else sorted(p for p in path.iterdir() if p.suffix in _WEIGHTS or _is_beside(p.name))
+        )
+    else:
+        files = [path] if path.is_file() else []
+    found = ((file.name, file.stat()) for file in files)
+    return tuple((file, one.st_ino, one.st_size, one.st_mtime_ns) for file, one in found)
 
 
 def _is_beside(name: str) -> bool:
@@ -633,7 +657,7 @@ class ModelHost:
         if adapter is None:
             return self.base()
         # Another may have been saved to the same folder.
-        asked = (str(adapter), *adapter_identity(adapter).items())
+        asked = str(adapter), files_now(adapter)
         if self._adapter != asked:
             base = self.base()
             self._sums = self._sums or checksums(base)
@@ -671,7 +695,7 @@ def host(name: str, dtype: DtypeName = "auto", device: str = "auto") -> ModelHos
 
     Another is also a model that was saved to the same folder since.
     """
-    key = (name, dtype, device, *model_identity(name).items())
+    key = name, dtype, device, files_now(name)
     if key not in _HOSTS:
         _HOSTS.clear()
         _HOSTS[key] = ModelHost(name, dtype, device)

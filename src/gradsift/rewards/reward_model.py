@@ -47,10 +47,9 @@ class RewardModel(Settings):
         """
         import torch
 
-        from gradsift.model.models import whole_identity
+        from gradsift.model.models import files_now
 
-        files = tuple(whole_identity(self.model).items())
-        model, tokenizer = _loaded(self.model, self.device, self.dtype, files)
+        model, tokenizer = _loaded(self.model, self.device, self.dtype, files_now(self.model, whole=True))
         outputs = int(model.config.num_labels)
         if (self.label is None and outputs != 1) or (self.label is not None and self.label >= outputs):
             raise ConfigError(
@@ -120,7 +119,7 @@ def dialogue(prompt: Any) -> str:
 
 
 @lru_cache(maxsize=2)
-def _loaded(name: str, device: str, dtype: str, _files: tuple[tuple[str, str], ...]) -> tuple[Any, Any]:
+def _loaded(name: str, device: str, dtype: str, _files: tuple[Any, ...]) -> tuple[Any, Any]:
     """Model and tokenizer, ready to run; the last two stay, as every checkpoint asks for them again."""
     import torch
     from transformers import AutoModelForSequenceClassification

@@ -402,10 +402,16 @@ def mix(given: Given) -> None:
 
     Example: gradsift mix --model MODEL --pool pool.jsonl --target math.jsonl --by source --out runs/math
     """
-    from gradsift.jobs.select_explain import run_mix
+    from gradsift.jobs.select_explain import MIXED, run_mix
+    from gradsift.report.terminal import console, list_files
 
     found = run_mix(_recipe(given), given["by"], given["train"], _reporter(given))
-    _tell(given, found.as_dict, lambda: print(f"{found}\n\nshares in {given['out']}/mixture.json"))
+
+    def show() -> None:
+        print(f"{found}\n")
+        list_files(given["out"], MIXED, console())
+
+    _tell(given, found.as_dict, show)
 
 
 _OF_PROMPTS = (

@@ -55,6 +55,9 @@ _NO_TARGET = (
 )
 
 
+MIXED = {"mixture.json": "each source's share, with its interval, and what training on it came to"}
+
+
 def open_recipe(recipe: Recipe, reporter: Reporter | None = None, *, announce: bool = True, source: Any = None) -> Pool:
     """The recipe's pool, or other rows in its place; with `announce` the rows left out of it are told and listed in
     skipped.jsonl.

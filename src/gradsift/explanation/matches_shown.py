@@ -58,8 +58,7 @@ def matches_blocks(entry: Explanation, data: Dataset) -> tuple[Block, ...]:
                 "aside",
             )
         )
-    what = entry.less_likely
-    marks = (("shaded", f"makes {what.replace('less', 'more')}"), ("shaded below", f"makes {what}"))
+    marks = (("shaded", f"makes {entry.likely('more')}"), ("shaded below", f"makes {entry.likely('less')}"))
     blocks.append(Legend((*marks, ("strong", "the strongest"), ("strong below", "the strongest, less likely"))))
     blocks.append(Examples(tuple(_example(entry, one, data) for one in entry.matches), shown=len(entry.matches)))
     return tuple(blocks)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from gradsift.base.lazy import Tensor, torch
 from gradsift.base.types import Message
@@ -154,10 +154,9 @@ class Explanation:
             f", by the model{cut}" if self.generated else ", as given"
         )
 
-    @property
-    def less_likely(self) -> str:
-        """What training on an example makes whose score is below 0."""
-        return "the output less likely" if self.instead is None else "this answer less likely beside that one"
+    def likely(self, how: Literal["more", "less"]) -> str:
+        """What training on an example makes whose score is above 0, `more` likely, or below."""
+        return f"the output {how} likely" if self.instead is None else f"this answer {how} likely beside that one"
 
     def best_first(self, k: int, estimator: str | None = None) -> list[StrategyResult]:
         """Results under a budget, by one estimator or all: the best verdict first, equal ones as they were given."""
@@ -174,7 +173,7 @@ class Explanation:
         if below:
             notes.append(
                 f"{below} of the {len(result.examples)} have scores below 0: by {result.estimator}, training on them "
-                f"makes {self.less_likely}"
+                f"makes {self.likely('less')}"
             )
         idle = sum(abs(example.coefficient) < 0.0005 for example in result.examples)
         if 0 < idle < len(result.examples):

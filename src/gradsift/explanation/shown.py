@@ -267,9 +267,9 @@ def opposing_blocks(entry: Explanation, data: Dataset, *, k: int, estimator: str
     if not results:
         return ()
     if all(example.score >= 0 for found in results for example in found.examples):
-        return (Text(f"No example of the pool makes {entry.less_likely}: the lowest scores are not below 0."),)
+        return (Text(f"No example of the pool makes {entry.likely('less')}: the lowest scores are not below 0."),)
     said = (
-        f"Training on these makes {entry.less_likely}: the lowest scores, and those of the lowest "
+        f"Training on these makes {entry.likely('less')}: the lowest scores, and those of the lowest "
         f"(at most {OPPOSING}) whose weighted sum best rebuilds the opposite of the gradient, −g. Relevance "
         "is that of this sum, as above for g; coefficients are its weights."
     )

@@ -163,9 +163,7 @@ def corrected_eigenvalues(
         bases: of every module.
     """
     sums: dict[str, Tensor] = {}
-    held: dict[
-        str, Tensor
-    ] = {}  # of each module, the sum over a row's sequences so far, where they do not run together
+    held: dict[str, Tensor] = {}  # of each module, a row's sequences so far, where they do not run together
     running: list[Batch] = []
 
     def begin(batch: Batch, _place: torch.device) -> None:

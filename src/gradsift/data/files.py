@@ -437,7 +437,7 @@ def _decoded(batch: RecordBatch, name: str, before: int) -> list[Row]:
         return [Row(unpadded(row), name, number) for number, row in enumerate(rows, start=before + 1)]
     except (UnicodeDecodeError, KeyError) as error:
         if batch.num_rows == 1:
-            twice = isinstance(error, KeyError)
-            problem = ("bad_messages", f"a map has a key twice: {error}") if twice else not_utf8(error)
+            twice = "bad_messages", f"a map has a key twice: {error}"
+            problem = not_utf8(error) if isinstance(error, UnicodeDecodeError) else twice
             return [Row(None, name, before + 1, problem=problem)]
         return [row for at in range(batch.num_rows) for row in _decoded(batch.slice(at, 1), name, before + at)]

@@ -235,9 +235,12 @@ def test_a_question_asked_twice_is_answered_once(pool: Pool) -> None:
 
 
 def test_k_has_limits(pool: Pool) -> None:
-    """From one example to the whole pool, by either strategy."""
+    """From one example to the whole pool, of which pursuit has those that support the output and says how many."""
     whole = explain(pool, own_answer(1), k=24).entries[0]
-    assert all(sorted(e.id for e in s.examples) == pool.data.ids for s in whole.results)
+    pursuit, every = (sorted(e.id for e in one.examples) for one in whole.results)
+    assert every == pool.data.ids
+    assert pursuit == sorted(e.id for e in whole.results[1].examples if e.score > 0)
+    assert any(f"{len(pursuit)} of the 24 asked for" in note for note in whole.notes(whole.results[0]))
     for k in (0, 25, (1, 25)):
         with pytest.raises(ConfigError, match=r"k is (0|25): choose between 1 and the 24 examples"):
             explain(pool, "x", k=k)

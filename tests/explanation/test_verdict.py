@@ -132,7 +132,7 @@ def test_a_contrast_and_doubt_about_the_best_are_said() -> None:
 )
 def test_random_examples_are_told_beside_the_sentence(together: float, count: int, said: str) -> None:
     """What as many random ones rebuild, 1 − 1/ξ of the draws together; nothing where none were drawn."""
-    verdict = Verdict("LESS", "naive", 5, count, 2.0, Reference(5, (together,), together, 2.0))
+    verdict = Verdict("LESS", "naive", count, count, 2.0, Reference(count, (together,), together, 2.0))
     assert verdict.beside_random == said
     assert replace(verdict, reference=None).beside_random == ""
 

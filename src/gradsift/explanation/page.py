@@ -430,7 +430,8 @@ class _Candidates:
         costs = self.costs(own, found.estimator)
         whole = own == self.order and len(self.competing) == 1  # its candidates are the page's own
         costs = {n: costs.get(n, float(len(costs))) for n in (range(len(self.ids)) if whole else [*costs, *picks])}
-        cover = similarity_from_cosines(self.cosine, strategy.coverage)[:, picks].amax(dim=1).clamp(0, 1).tolist()
+        similar = similarity_from_cosines(self.cosine, strategy.coverage)[:, picks]
+        cover = similar.amax(dim=1).clamp(0, 1).tolist() if picks else [0.0] * len(self.ids)
         low, high = min(costs.values()), max(costs.values())
         tones = {n: round(9 * (cost - low) / ((high - low) or 1)) for n, cost in costs.items()}
         view = View(

@@ -169,6 +169,8 @@ class Explanation:
         if len(result.draws) > 1:
             many = len(result.draws)
             notes.append(f"{AGGREGATIONS[self.aggregation]} over {many} draws, of which the first is shown")
+        if len(result.examples) < result.k:
+            notes.append(f"{len(result.examples)} of the {result.k} asked for: no other candidate fits this strategy")
         below = sum(example.score < 0 for example in result.examples)
         if below:
             notes.append(

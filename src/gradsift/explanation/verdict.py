@@ -35,9 +35,6 @@ EVEN = 0.05
 WORTH = 0.01
 """A share of the squared gradient that makes a choice better than another."""
 
-_AS_GOOD = 0.95  # of the best share: as much as any choice could
-_SURE = 0.5  # rows that were missed, by estimate, from which on a better choice may be one that was not found
-
 _HEADINGS: dict[Grade, str] = {
     "exact": "The pool holds {what} itself",
     "silent": "Examples with next to no gradient",
@@ -177,8 +174,7 @@ class Verdict:
     def sentence(self) -> str:
         """What a reader is told."""
         best = None if self.reference is None else share_of(self.reference.best)
-        sure = self.missed is None or self.missed < _SURE
-        return sentence_of(self.grade, self.share, best, self.count, self.k, contrast=self.contrast, sure=sure)
+        return sentence_of(self.grade, self.share, best, self.count, self.k, contrast=self.contrast)
 
     @property
     def beside_random(self) -> str:
@@ -276,9 +272,7 @@ def subject(contrast: bool) -> str:
     return "this answer rather than that one" if contrast else "this output"
 
 
-def sentence_of(
-    grade: Grade, share: float, best: float | None, count: int, k: int, *, contrast: bool = False, sure: bool = True
-) -> str:
+def sentence_of(grade: Grade, share: float, best: float | None, count: int, k: int, *, contrast: bool = False) -> str:
     """The one sentence of a verdict; shares are of the output's squared gradient.
 
     Args:
@@ -288,11 +282,10 @@ def sentence_of(
         count: chosen examples.
         k: examples of the best choice, and of random ones.
         contrast: whether one answer is explained in contrast to another.
-        sure: whether the best choice found is taken for the best that there is.
 
     Example:
         >>> sentence_of("partly", 0.41, 0.42, 5, 5)
-        'These five account for 41\u202f% of its gradient, as much as any five could.'
+        'These five account for 41\u202f% of its gradient, where the best five found account for 42\u202f%.'
         >>> sentence_of("not_these", -1.2, None, 5, 5)
         'These five do not account for this output: their gradients lead elsewhere.'
     """
@@ -329,8 +322,8 @@ def sentence_of(
         return f"{said}, no better than {many} random one{'s' * (k != 1)}."
     if best is None:
         return f"{said}."
-    if share >= _AS_GOOD * best:
-        return f"{said}, as much as any {many} {'could' if sure else 'found'}."
+    if share >= best:
+        return f"{said}; no better {many} {'was' if k == 1 else 'were'} found."
     return f"{said}, where the best {many} found account{'s' * (k == 1)} for {_percent(best)}."
 
 

@@ -463,7 +463,10 @@ class _Work:
             for place, weight in zip(picks, found[0].coefficients.tolist(), strict=True)
         )
         draws, flags = tuple(_draw(relevance) for relevance in found), (one.near_zero, one.capped)
-        return StrategyResult(estimator, strategy, k, one.db, one.ratio, *flags, examples, draws)
+        assert competing.target_gradient is not None
+        toward = competing.rows(picks) @ competing.target_gradient.double() if picks else torch.zeros(0)
+        supports = bool((toward > 0).all())
+        return StrategyResult(estimator, strategy, k, one.db, one.ratio, *flags, examples, draws, supports=supports)
 
     def _ranking(self, estimator: Estimator) -> Ranking:
         """Pool ids and their influence on all outputs `[pool output]`."""

@@ -514,7 +514,7 @@ def _set_several(explain: dict[str, Any], texts: list[str], typed: dict[str, str
 
 def _explained(explain: dict[str, Any], seed: int) -> None:
     """Turn the fields of estimators and selectors, beside the list of their kinds, into one value for each."""
-    usual = ["relevance_pursuit:most_helpful", "most_helpful"]  # DEFAULT_STRATEGIES
+    usual = ["relevance_pursuit", "most_helpful"]  # DEFAULT_STRATEGIES
     for place, kinds, of in (("estimators", ["less"], _method), ("strategies", usual, strategy_of)):
         fields = explain.get(place, {})
         if not isinstance(fields, dict):

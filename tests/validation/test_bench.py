@@ -251,6 +251,22 @@ def test_scores_agree_with_themselves(opened: tuple[gs.Pool, gs.Target]) -> None
     assert "error of cosines" in found._repr_html_()
 
 
+def test_copies_of_pairs(tiny: World, tmp_path: Path) -> None:
+    """Both answers of a target are copied, so that the copy ranks first by plain cosines of DPO's gradients."""
+    rows = [
+        {"id": one["id"], "prompt": one["messages"][:1], "chosen": one["messages"][1:],
+         "rejected": [{"role": "assistant", "content": f"no, {number}"}]}
+        for number, one in enumerate(pool_rows(16))
+    ]  # fmt: skip
+    pool = tiny.open_pool(tmp_path / "run", rows[:12], objective="dpo")
+    found = bench(pool, gs.open_target(rows[12:], pool), [gs.LESS(optimizer="sgd")], settings=Bench(measures=("self",)))
+    (first,) = (column for column in found.columns if column.name == "copy ranks first")
+    assert first.values["LESS (SGD)"].value == 1
+    single = gs.open_target(target_rows(2), pool)
+    with pytest.raises(ConfigError, match="give targets of the rows' kind"):
+        bench(pool, single, [gs.LESS()], settings=Bench(measures=("self",)))
+
+
 def test_rows_are_taken_in_one_pass(opened: tuple[gs.Pool, gs.Target], monkeypatch: pytest.MonkeyPatch) -> None:
     """Methods that read different views of the rows share a backward pass, whose time is counted to each of them, also
     beside one that fails."""

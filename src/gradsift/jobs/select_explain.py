@@ -385,11 +385,6 @@ def explain_questions(recipe: Recipe, pool: Pool | None = None) -> tuple[list[Qu
         raise ConfigError("explain either the answer given with --output or, with --use-answers, the row's own")
     if job.output is not None and not job.output.strip():
         raise DataError("the given output is empty: give the answer to explain, or leave it out to have one generated")
-    if job.instead is not None and job.validation is not None:
-        raise ConfigError(
-            "validate measures how likely an output becomes, and with --instead the difference of two is explained: "
-            "leave --instead out"
-        )
     if job.instead is not None:
         for ranker in job.estimators:
             refuse_contrast(ranker)

@@ -103,10 +103,12 @@ def explanation_page(
     ranked = entry.best_first(k, first)
     best, choices = ranked[0], _Choices(entry, explanations.estimators, [found.strategy for found in ranked])
     verdict = entry.verdict(best)
+    said = verdict.sentence.removeprefix(f"{verdict.heading}: ")  # which stands above
     meaning = (
         f"The gradient is the change to the model that makes {entry.likely('more')}; examples rebuild it as far as "
         "theirs add up to it."
     )
+    texts = (Examples((output_example(entry),)), *shown.first_of(best, "chosen" if verdict.holds else "nearest"))
     strategies = {strategy.strategy: strategy for strategy in explanations.strategies}
     views = [shown.view(strategies[found.strategy], found, choices.when(found)) for found in choices.results]
     # Shades are comparable over strategies and budgets: the darkest is what one candidate in twenty reaches unchosen.
@@ -152,15 +154,7 @@ def explanation_page(
             Section(
                 "output",
                 "The output" if entry.instead is None else "This answer, and not that one",
-                (
-                    Group(
-                        (
-                            Group((Examples((output_example(entry),)), *shown.first_of(best))),
-                            figure_table(entry, best),
-                        ),
-                        style="tables",
-                    ),
-                ),
+                (Group((Group(texts), figure_table(entry, best)), style="tables"),),
             ),
             Section("chosen", "Chosen examples", tuple(chosen)),
             Section("relevance", "Every choice", tuple(_compared(entry, choices)), "All choices"),
@@ -174,7 +168,7 @@ def explanation_page(
             Section("reading", "How to read this page", (Facts(_READING | (_CONTRAST if entry.instead else {})),)),
         ),
         brand="explanation",
-        summary=(" ".join(filter(None, (verdict.sentence, verdict.beside_random))), meaning),
+        summary=(f"{said[0].upper()}{said[1:]} {verdict.beside_random}".strip(), meaning),
         switches=choices.switches(k),
         start="chosen",
         wide=True,
@@ -426,13 +420,13 @@ class _Candidates:
             for place, value in zip(places, known, strict=True)
         ]
 
-    def first_of(self, found: StrategyResult) -> tuple[Block, ...]:
-        """The beginning of the first chosen example."""
+    def first_of(self, found: StrategyResult, which: str) -> tuple[Block, ...]:
+        """The beginning of the first chosen example, and `which` it is."""
         if not found.examples:
             return ()
         first, count = self.examples[self.number[found.examples[0].id]], len(found.examples)
         cut = [replace(turn, text=text.shorten(turn.text, _FIRST_CHARACTERS)) for turn in first.turns]
-        title = f"The first of the {count} chosen examples" if count > 1 else "The chosen example"
+        title = f"The {which} example" + (f"s: the first of {count}" if count > 1 else "")
         return (Group((Examples((Example("", tuple(cut)),)),), title),)
 
     def costs(self, order: Order, estimator: str) -> dict[int, float]:

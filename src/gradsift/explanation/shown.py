@@ -133,10 +133,10 @@ def figure_table(entry: Explanation, found: StrategyResult) -> Table:
     """How much of the output's gradient a choice rebuilds, beside random examples and, where it is better, the best
     found.
     """
-    drawn, beside = {"these examples": found.ratio}, entry.verdict(found).reference
+    drawn, beside = {"these": found.ratio}, entry.verdict(found).reference
     if beside is not None:
         drawn |= {"best found": beside.best} if beside.best > found.ratio else {}
-        drawn["random ones"] = beside.together
+        drawn["random"] = beside.together
     rows = []
     for name, ratio in drawn.items():
         share = max(0.0, share_of(ratio))

@@ -74,7 +74,7 @@ REVISIONS = {
     "states": 1,
     "candidates": 1,
     "curvature": 2,
-    "kronecker": 1,
+    "kronecker": 2,
     "replays": 1,
     "contrasts": 1,
     "descents": 1,

@@ -119,6 +119,11 @@ class MAGIC(SmoothTraining, Estimator):
         parts += self.departures
         return f"MAGIC ({', '.join(parts)})" if parts else "MAGIC"
 
+    def preflight(self, pool: Pool, target: Target | None) -> None:
+        """There has to be something to train on, or the recording that is named."""
+        super().preflight(pool, target)
+        self._replay(pool, set() if target is None else {skip.id for skip in target.overlap}, pool.seed)
+
     def influence(self, pool: Pool, target: Target | None) -> Influence:
         """Of every pool row, by going back through each training once for each group of targets."""
         assert target is not None, self

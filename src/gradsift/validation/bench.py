@@ -331,7 +331,8 @@ def bench(
         settings: the measures and their sizes.
 
     Raises:
-        ConfigError: a measure without its column, or with one that tells nothing apart.
+        ConfigError: a measure without its column, or with one that tells nothing apart; or a method that lacks what it
+            takes, such as a reward.
         DataError: every method failed.
 
     Example:
@@ -428,6 +429,8 @@ class _Judge:
             raise ConfigError("self looks for copies of targets among the rows, and rows have one answer: give such")
         _ = self.of_class if "recall" in asked else None, self.marked if "filter" in asked else None
         _ = self.held_out if "train" in asked else None
+        for method in self.settings.judged:
+            method.preflight(self.pool, self.target)
 
     def _warn(self, said: str) -> None:
         self.warnings.append(said)
@@ -445,8 +448,7 @@ class _Judge:
         """Puts what they cost into `found`."""
         warmup = ["warm-up", pool.warmup.model_dump(mode="json"), pool.seed]
         checkpoints, trained = self._timed(warmup, pool.checkpoints)
-        targets = {method.label: own for method in readers if (own := self._targets(pool, method)) is not None}
-        readers = [method for method in readers if method.label in targets]
+        targets = {method.label: method.targets(pool, self.target) for method in readers}
         rows = full_sums(pool) if any(method.full_sum for method in readers) else pool
         for number, checkpoint in enumerate(checkpoints):
             last = number == len(checkpoints) - 1
@@ -467,16 +469,6 @@ class _Judge:
                 wanted = sorted(view for own, view in asked if own is source)
                 if len(wanted) > 1:
                     rows.collect(source, checkpoint, wanted, what="target")
-
-    def _targets(self, pool: Pool, method: Estimator) -> Targets | None:
-        """The sequences of a method's targets; None where it will fail for lack of them, or of an optimizer's state."""
-
-        def asked() -> Targets:
-            method.checkpoints_of(pool)
-            return method.targets(pool, self.target)
-
-        found = attempted("targets", asked)
-        return None if isinstance(found, Stopped) else found
 
     def _timed(self, what: Any, work: Callable[[], _Found]) -> tuple[_Found, Cost]:
         """What it makes, with what that took when it was first made, attempts that were interrupted included."""

@@ -733,7 +733,7 @@ def compare(given: Given, recipe: Path) -> None:
         )
 
 
-@_command(_LABELLED, _STAGES, of.BENCH, _RUN)
+@_command(_LABELLED, _STAGES, of.BENCH, of.REWARD, _RUN)
 def bench(given: Given) -> None:
     """Judge attribution methods on this pool and target: which finds what is known, or foretells what retraining does?
 

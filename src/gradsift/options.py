@@ -597,7 +597,9 @@ def _estimated(values: dict[str, Any], known: Mapping[str, str], given: Mapping[
     if "engine" in values:
         values["engine"].setdefault("kind", "local")
     estimator = values.get("estimator", {})
-    values |= rewards_of(given, values.pop("reward", ()), estimator)
+    beside = (values.get("controls"), values.get("bench", {}).get("methods"))
+    rated = [estimator, *({"kind": kind} for named in beside if isinstance(named, dict) for kind in named["kind"])]
+    values |= rewards_of(given, values.pop("reward", ()), rated)
     for name in ("rater", "complexity", "quality"):
         if isinstance(estimator.get(name), str):
             estimator[name] = rater_of(estimator[name], "complexity" if name == "complexity" else "quality")

@@ -163,8 +163,10 @@ def _kind_and_word(text: str) -> tuple[str, str]:
     return kind, word
 
 
-def rewards_of(given: Mapping[str, Any], texts: Sequence[str], estimator: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields `reward` and `judge` that `--reward` and the options beside it fill; an estimator's raters may ask a
+def rewards_of(
+    given: Mapping[str, Any], texts: Sequence[str], estimators: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The fields `reward` and `judge` that `--reward` and the options beside it fill; estimators' raters may ask a
     judge, too.
 
     Raises:
@@ -176,8 +178,9 @@ def rewards_of(given: Mapping[str, Any], texts: Sequence[str], estimator: Mappin
     if url is not None and judge is None:
         raise ConfigError("--judge-url is the address of a judge, and none is named: give --judge-model")
     rewards = [reward_of(text, allow_code_execution=bool(given.get("allow_code_execution"))) for text in texts]
-    raters = {"alpagasus": ("rater",), "deita": ("complexity", "quality")}.get(estimator.get("kind", ""), ())
-    asked = "judge" in [one["kind"] for one in rewards] or "judge" in [estimator.get(name, "judge") for name in raters]
+    raters = {"alpagasus": ("rater",), "deita": ("complexity", "quality")}
+    by = [one.get(name, "judge") for one in estimators for name in raters.get(one.get("kind", ""), ())]
+    asked = "judge" in [one["kind"] for one in rewards] or "judge" in by
     if judge is not None and not asked:
         raise ConfigError(
             "--judge-model is asked by the reward judge, and by raters of alpagasus and deita, and none of them is "

@@ -198,7 +198,7 @@ def _fields(kind: str, given: Mapping[str, Any]) -> dict[str, Any]:
             fields["sampling"] = _greedy(given["max_new_tokens"]).model_dump()
     if kind == "reward":
         named = ("reward_weight", "allow_code_execution")  # the judge may be asked by other metrics alone
-        reward = rewards_of({name: given.get(name) for name in named}, given["reward"], {})["reward"]
+        reward = rewards_of({name: given.get(name) for name in named}, given["reward"], ())["reward"]
         fields |= {"reward": _checked(_REWARD, reward, "--reward"), "judge": judge_of(given)}
         fields |= {"sampling": sampling_of(given).model_dump()}
         if given.get("pass_at"):

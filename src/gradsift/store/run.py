@@ -80,7 +80,7 @@ REVISIONS = {
     "descents": 1,
     "outputs": 2,
     "matches": 1,
-    "explanations": 2,  # pursuit chooses among what it finds in the whole pool
+    "explanations": 3,  # what supports an output leads towards it, and what is against it away
     "products": 1,
     "validation": 2,
     "evaluations": 2,

@@ -357,6 +357,7 @@ def cells_of(explanations: Explanations) -> list[Cell]:
         )
         for entry in explanations.entries
         for found in entry.results
+        if found.examples
     ]
 
 

@@ -17,7 +17,7 @@ from gradsift.explanation.result import Explanation
 from gradsift.influence.bm25 import BM25
 from gradsift.influence.less import LESS
 from gradsift.report.html import render
-from tiny_world import Cli, World
+from tiny_world import Cli, World, write_rows
 
 PROMPT, ANSWER, OTHER = "what says the cow", "it says cowcow", "red"
 PRODUCTS = LESS(optimizer="sgd", normalise=False, checkpoints="last")
@@ -114,3 +114,21 @@ def test_the_command_line_explains_a_contrast(tiny: World, pool: Pool) -> None:
     assert {cell["cell"]["output"] for cell in validated["cells"]} == {other["id"]}
     lines = [json.loads(line) for line in (out / "explanations.jsonl").read_text().splitlines()]
     assert other["id"] in {line["id"] for line in lines}
+
+
+def test_a_pairs_answers_are_explained_in_contrast(tiny: World, pool: Pool, tmp_path: Path) -> None:
+    """`--use-answers` on a pair asks why the chosen one and not the rejected, as `--instead` does; one whose rejected
+    answer follows another prompt is left out."""
+    rows = [
+        {"id": "one", "prompt": PROMPT, "chosen": ANSWER, "rejected": OTHER},
+        {"id": "two", "prompt": PROMPT, "chosen": [{"role": "assistant", "content": ANSWER}],
+         "rejected": [{"role": "assistant", "content": f"{word}"} for word in "ab"]},
+    ]  # fmt: skip
+    options = ("-k", 2, "--embedding", "none", *tiny.with_adapters(), "--json")
+    own = ("--target", write_rows(tmp_path / "pairs.jsonl", rows), "--use-answers")
+    alone = ("--prompt", PROMPT, "--output", ANSWER, "--instead", OTHER)
+    out = Path(pool.run.place)
+    found, wanted = (tiny("explain", out, *asked, *options).succeeded().json for asked in (own, alone))
+    (one,), (other,) = found["explanations"], wanted["explanations"]
+    assert (one["id"], one["instead"], one["loss"]) == ("one", OTHER, other["loss"])
+    assert found["skipped"] == {"rejected": 1}

@@ -217,7 +217,7 @@ def read_conversation(
         _refuse_unwanted(row, columns)
         turns = _turns(row, columns, require_answer)
     else:
-        row = _in_two_columns(row, columns)
+        row = in_two_columns(row, columns)
         turns = _answered(row, columns, answer)
     if isinstance(turns, _PlainText):
         unused = _unused_columns(row, columns, turns)
@@ -304,7 +304,7 @@ def _answered(row: Mapping[str, Any], columns: Columns, answer: Answer) -> list[
     return _put_together(asked, answers[answer])
 
 
-def _in_two_columns(row: Mapping[str, Any], columns: Columns) -> Mapping[str, Any]:
+def in_two_columns(row: Mapping[str, Any], columns: Columns) -> Mapping[str, Any]:
     """A pair in ms-swift's form, whose `messages` end with the chosen answer and which names the rejected end or
     conversation beside them, with both conversations in columns of their own; any other row as it is.
     """

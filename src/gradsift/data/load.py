@@ -37,7 +37,12 @@ class Loaded:
 
 
 def load_examples(
-    source: Any, *, columns: Columns | Mapping[str, str] | None = None, what: str = "pool", require_answer: bool = True
+    source: Any,
+    *,
+    columns: Columns | Mapping[str, str] | None = None,
+    what: str = "pool",
+    require_answer: bool = True,
+    answer: Answer | None = None,
 ) -> Loaded:
     """Read examples from a file, folder, glob, Hugging Face dataset or list of rows.
 
@@ -51,6 +56,7 @@ def load_examples(
     what: what the rows are for ("pool", "target"), used in messages.
     require_answer: whether a row without an assistant turn is skipped (the default). False admits rows that are
         prompts only, as targets scored by a reward function are and texts of which every token is learned.
+    answer: "chosen" or "rejected", of rows that are preference pairs.
 
     Row formats recognised by themselves: `messages` (role, content; content may be a list of text parts),
     `conversations` (from, value), either also as a list of texts that user and assistant say in turn;
@@ -65,7 +71,7 @@ def load_examples(
     >>> loaded.examples[0].id, loaded.examples[0].messages[1]["content"], loaded.description
     ('7', '2', '1 row in memory')
     """
-    reading = ExampleReader(source, columns=columns, what=what, require_answer=require_answer)
+    reading = ExampleReader(source, columns=columns, what=what, require_answer=require_answer, answer=answer)
     found: tuple[list[Example], list[Skipped]] = [], []
     for one in reading:
         found[isinstance(one, Skipped)].append(one)  # type: ignore[arg-type]

@@ -260,7 +260,7 @@ def score_all(recipe: Recipe, reporter: Reporter, *, command: str) -> Result:
         )
     write_skipped(pool.run, result.account)
     methods = methods_of(recipe)
-    collect_together(pool, methods, views_beside(recipe))
+    collect_together(pool, target, methods, views_beside(recipe))
     result.scores = [score(pool, target, method, aggregation=recipe.aggregation) for method in methods]
     save_tables(pool, result.scores)
     return result

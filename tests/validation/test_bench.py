@@ -326,7 +326,10 @@ def test_from_the_command_line(tiny: World, labelled: str, tmp_path: Path) -> No
     failing = "bench.methods=[{kind: bm25}, {kind: rep_sim, layer: 9, checkpoint: base}]"
     beside = tiny("bench", tmp_path / "run", *more[:-2], "--set", failing, target=labelled)
     assert beside.code == 1
-    assert "error: 1 failed and the rest is done, first Rep-Sim (layer 9, base model): layer is 9: this model has" in beside.err
+    assert (
+        "error: 1 failed and the rest is done, first Rep-Sim (layer 9, base model): layer is 9: this model has"
+        in beside.err
+    )
     refused = tiny("bench", tmp_path / "other", "--measure", "recall", target=labelled)
     assert refused.code == 2
     assert "class_column" in refused.err

@@ -18,6 +18,7 @@ from click.shell_completion import CompletionItem
 from gradsift import options as of
 from gradsift.base.settings import nearest
 from gradsift.options import Option
+from gradsift.words import names_of
 
 _SETTINGS = {
     "help_option_names": ["-h", "--help"],
@@ -553,7 +554,7 @@ def collect(given: Given) -> None:
     from gradsift.store.run import Run
 
     views = given["views"]
-    wanted: list[Any] = list(of.names_of(views, "--views"))
+    wanted: list[Any] = list(names_of(views, "--views"))
     if not wanted or not set(wanted) <= {"adam", "plain", "segments"}:
         raise ConfigError(f"--views {views!r}: wanted adam, plain or segments, or several with commas between")
     recipe = _recipe(given)
@@ -746,7 +747,7 @@ def compare(given: Given, recipe: Path) -> None:
     ])  # fmt: skip
 
 
-@_command(_LABELLED, _STAGES, of.BENCH, _RUN)
+@_command(_LABELLED, _STAGES, of.BENCH, of.REWARD, _RUN)
 def bench(given: Given) -> None:
     """Judge attribution methods on this pool and target: which finds what is known, or foretells what retraining does?
 

@@ -65,7 +65,7 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("file of an arm", {"arms": [{"data": "{here}/none.jsonl"}]}, {}, "none.jsonl does not exist (readable files in"),
     ("estimator of an arm", {"arms": [{"estimator": {"kind": "lesss"}}]}, {}, "'lesss' is unknown: there are less,"),
     ("NICE without a reward", {"arms": [{"estimator": {"kind": "nice"}}]}, {},
-     "NICE ranks by a reward, and none is named: give `reward:`"),
+     "NICE ranks by a reward, and none is named: give --reward"),
     ("reward of a column that is not there", {}, {"reward": {"kind": "numeric", "answer": "result"},
      "compare": {"arms": [{"estimator": {"kind": "nice"}}], "test": "{here}/test.jsonl"}},
      "the reward numeric reads the column 'result', which the targets do not have (they have completion, id,"),

@@ -158,7 +158,7 @@ def test_labels_and_controls_on_the_same_prompts(pool: Pool) -> None:
     half = open_prompts([*target_rows()[:3], prompts_only()[3]], pool, vowels)
     with pytest.raises(ConfigError, match=r"LESS needs labels, and 1 of 4 prompts have no answer: use NICE"):
         score(pool, half, LESS())
-    with pytest.raises(ConfigError, match="ranks by a reward, and this target has labels: give a reward"):
+    with pytest.raises(ConfigError, match="ranks by a reward, and none is named: give --reward"):
         score(pool, plain, NICE(sampling=FEW))
 
 

@@ -41,12 +41,12 @@ def load_examples(
 ) -> Loaded:
     """Read examples from a file, folder, glob, Hugging Face dataset or list of rows.
 
-    source: a path to .jsonl, .ndjson, .json (an array, {"data": [...]} or lines), .csv, .tsv or .parquet, each also
-        with .gz, .bz2, .xz or .zst (parquet excepted); a folder or glob of them; a folder that `datasets` saved; a
-        Hugging Face dataset name ("org/name" or "org/name:split", split train unless named; "org/name:train[:5%]" is
-        the first 5% of it); one file of such a dataset ("hf://datasets/org/name/path/in/it.json"); a
-        `datasets.Dataset`; a pandas or polars DataFrame; a pyarrow Table; rows in memory, also from a generator; or a
-        list of paths.
+    source: a path to .jsonl, .ndjson, .json (an array, {"data": [...]} or lines), .csv or .tsv, each also with .gz,
+        .bz2, .xz or .zst, or to .parquet, .arrow or .feather; a folder or glob of them, or one that `datasets` saved
+        ("folder:split"); a Hugging Face dataset name ("org/name" or "org/name:split", split train unless named;
+        "org/name:train[:5%]" is the first 5% of it); one file of such a dataset
+        ("hf://datasets/org/name/path/in/it.json"); a `datasets.Dataset`; a pandas or polars DataFrame; a pyarrow Table;
+        rows in memory, also from a generator; or a list of paths.
     columns: names of columns that differ from the usual ones.
     what: what the rows are for ("pool", "target"), used in messages.
     require_answer: whether a row without an assistant turn is skipped (the default). False admits rows that are
@@ -174,6 +174,8 @@ def _own_id(row: Mapping[str, Any], columns: Columns) -> str | None:
     value = row.get(columns.id or "id")
     if value is None or (isinstance(value, float) and value != value):
         return None
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        value = int(value)  # in tables whole numbers are written so where some are missing
     text = value if isinstance(value, str) else str(value)
     # An id must survive UTF-8 files: replace what cannot be written rather than lose the row's name.
     return text.encode("utf-8", "backslashreplace").decode("utf-8") or None

@@ -240,8 +240,21 @@ class Estimator(Settings):
                 checkpoint.optimizer_identity()
         return checkpoints
 
+    def preflight(self, pool: Pool, target: Target | None) -> None:
+        """Refuse what it cannot do here, before anything heavy; nothing is trained, collected or asked for.
+
+        Raises:
+            ConfigError: the target lacks what it takes, or something else that it reads is missing.
+        """
+        for one in self.before:
+            one.preflight(pool, target)
+        if self.needs_target and target is not None:
+            self.targets(pool, target)
+        if self.view is not None and pool.adapters:
+            self.checkpoints_of(pool)
+
     def ready(self, pool: Pool, target: Target | None) -> None:
-        """Do what is likely to fail before the pool goes through the model.
+        """Train, and do what else may fail, before the pool goes through the model.
 
         Raises:
             ConfigError: as `checkpoints_of`.

@@ -29,7 +29,7 @@ from gradsift.explanation.table import coefficient_statistics, relevance_table
 from gradsift.gradients.rows import View
 from gradsift.influence.diagnostics import check_samples
 from gradsift.influence.estimator import Estimator, collect_together
-from gradsift.influence.nice import PolicyTargets, takes_reward
+from gradsift.influence.nice import PolicyTargets, no_reward, takes_reward
 from gradsift.influence.prompts import PromptTarget, open_prompts
 from gradsift.influence.ratings import with_judge
 from gradsift.influence.responses import sampled_responses
@@ -76,11 +76,13 @@ def open_recipe(recipe: Recipe, reporter: Reporter | None = None, *, announce: b
     return pool
 
 
-def open_recipe_target(recipe: Recipe, pool: Pool, *, rewarded: bool = True) -> Target:
+def open_recipe_target(
+    recipe: Recipe, pool: Pool, methods: Iterable[Estimator] | None = None, *, rewarded: bool = True
+) -> Target:
     """The recipe's target: labelled examples, or prompts where it names a reward or, without `rewarded`, in any case.
 
     Raises:
-        ConfigError: it names none.
+        ConfigError: it names none; or no reward, and the estimator, or one of `methods` in its place, ranks by one.
     """
     if recipe.target is None:
         raise ConfigError(_NO_TARGET)
@@ -88,11 +90,9 @@ def open_recipe_target(recipe: Recipe, pool: Pool, *, rewarded: bool = True) -> 
                            "keep_overlap": recipe.keep_overlap, "sample": recipe.target_sample}  # fmt: skip
     if recipe.reward is not None or not rewarded:
         return open_prompts(recipe.target, pool, recipe.reward, judge=recipe.judge, **how)
-    if takes_reward(recipe.estimator):
-        raise ConfigError(
-            f"{recipe.estimator.label} ranks by a reward, and none is named: give --reward, such as numeric:answer, "
-            "rewards.py:function or unit_tests"
-        )
+    for method in [recipe.estimator] if methods is None else methods:
+        if takes_reward(method):
+            raise no_reward(method)
     return open_target(recipe.target, pool, **how)
 
 
@@ -260,6 +260,8 @@ def score_all(recipe: Recipe, reporter: Reporter, *, command: str) -> Result:
         )
     write_skipped(pool.run, result.account)
     methods = methods_of(recipe)
+    for method in methods:
+        method.preflight(pool, target)
     collect_together(pool, target, methods, views_beside(recipe))
     result.scores = [score(pool, target, method, aggregation=recipe.aggregation) for method in methods]
     save_tables(pool, result.scores)
@@ -385,11 +387,6 @@ def explain_questions(recipe: Recipe, pool: Pool | None = None) -> tuple[list[Qu
         raise ConfigError("explain either the answer given with --output or, with --use-answers, the row's own")
     if job.output is not None and not job.output.strip():
         raise DataError("the given output is empty: give the answer to explain, or leave it out to have one generated")
-    if job.instead is not None and job.validation is not None:
-        raise ConfigError(
-            "validate measures how likely an output becomes, and with --instead the difference of two is explained: "
-            "leave --instead out"
-        )
     if job.instead is not None:
         for ranker in job.estimators:
             refuse_contrast(ranker)

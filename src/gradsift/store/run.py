@@ -74,13 +74,13 @@ REVISIONS = {
     "states": 1,
     "candidates": 1,
     "curvature": 2,
-    "kronecker": 1,
+    "kronecker": 2,
     "replays": 1,
     "contrasts": 1,
     "descents": 1,
     "outputs": 2,
     "matches": 1,
-    "explanations": 2,  # pursuit chooses among what it finds in the whole pool
+    "explanations": 3,  # what supports an output leads towards it, and what is against it away
     "products": 1,
     "validation": 2,
     "evaluations": 2,

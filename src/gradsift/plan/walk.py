@@ -234,6 +234,7 @@ class Walk:
                 self._pool_rows(last, [*read, *views], sums)
 
     def _score(self, method: Estimator) -> None:
+        method.preflight(self.pool, self.target)
         for one in method.before:
             self._score(one)
         for rater in method.raters:

@@ -444,7 +444,6 @@ def recipe_of(
     known = {option.field: f"--{option.name}" for option in options if option.field} | _TOGETHER
     for field, value in (more or {}).items():
         put(values, field.split("."), value)
-    values.setdefault("target_columns", values.get("columns", {}))
     wanted: list[str] = list(given.get("set") or ())
     if "explain" in values or "explain.k" in known:  # its estimators and selectors are several, and take what they have
         wanted = _set_several(values.setdefault("explain", {}), wanted, typed)

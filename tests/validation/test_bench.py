@@ -339,7 +339,7 @@ def test_costs_of_interrupted_attempts_are_counted(
 
 def test_from_the_command_line(tiny: World, labelled: str, tmp_path: Path) -> None:
     """`gradsift bench` with planted mistakes and a class writes JSON and page and says what to use; a second time
-    all of it is found again."""
+    all of it is found again; where a method fails, the status is 1."""
     more = ("--class-column", "source", "--plant", "mislabel:25%", "-e", "bm25")
     ended = tiny("bench", tmp_path / "run", *more, target=labelled).succeeded()
     assert "by chance" in ended.out
@@ -353,6 +353,13 @@ def test_from_the_command_line(tiny: World, labelled: str, tmp_path: Path) -> No
     assert "BM25" in (tmp_path / "run" / "bench.html").read_text()
     again = tiny("bench", tmp_path / "run", *more, "--json", target=labelled).succeeded().json
     assert again == content
+    failing = "bench.methods=[{kind: bm25}, {kind: rep_sim, layer: 9, checkpoint: base}]"
+    beside = tiny("bench", tmp_path / "run", *more[:-2], "--set", failing, target=labelled)
+    assert beside.code == 1
+    assert (
+        "error: 1 failed and the rest is done, first Rep-Sim (layer 9, base model): layer is 9: this model has"
+        in beside.err
+    )
     refused = tiny("bench", tmp_path / "other", "--measure", "recall", target=labelled)
     assert refused.code == 2
     assert "class_column" in refused.err

@@ -182,9 +182,11 @@ class Verdict:
         if self.reference is None or not self.reference.random:
             return ""
         share, one = share_of(self.reference.together), self.k == 1
-        nothing = f"{'is' if one else 'are'} no better than nothing"
-        found = f"rebuild{'s' * one} {_percent(share)}" if share >= 0.005 else nothing
-        return f"{_count(self.k).capitalize()} drawn at random {found}."
+        is_, drawn = "is" if one else "are", f"{_count(self.k)} drawn at random"
+        if share < 0.005 and "no better than nothing" in self.sentence:
+            return f"Nor {is_} {drawn}."
+        found = f"rebuild{'s' * one} {_percent(share)}" if share >= 0.005 else f"{is_} no better than nothing"
+        return f"{drawn.capitalize()} {found}."
 
     @property
     def rank(self) -> tuple[bool, float]:

@@ -263,7 +263,7 @@ def score_all(recipe: Recipe, reporter: Reporter, *, command: str) -> Result:
     methods = methods_of(recipe)
     for method in methods:
         method.preflight(pool, target)
-    collect_together(pool, methods, views_beside(recipe))
+    collect_together(pool, target, methods, views_beside(recipe))
     result.scores = [score(pool, target, method, aggregation=recipe.aggregation) for method in methods]
     save_tables(pool, result.scores)
     return result

@@ -39,6 +39,7 @@ from gradsift.influence.estimator import Estimator
 from gradsift.jobs.explanation_pages import bins_table, estimators_table, reranking_table, write_pages
 from gradsift.model.models import load_tokenizer
 from gradsift.report.blocks import Block, Column, Entry, Row, Table, Text
+from gradsift.selection.pursuit import RelevancePursuit
 from gradsift.validation.statistics import share_over
 from gradsift.validation.validate import Validation, share_text, validate_explanations
 from gradsift.warmup.train import PRESETS
@@ -129,7 +130,7 @@ def measure(pool: Pool, args: argparse.Namespace) -> list[Block]:
         questions(pool, args.outputs),
         k=BUDGETS,
         estimator=ESTIMATORS[: args.estimators],
-        strategies=ALL_STRATEGIES,
+        strategies=(*ALL_STRATEGIES, RelevancePursuit(order="any")),
         candidates=args.candidates,
         max_new_tokens=args.max_new_tokens,
         matches=0,

@@ -565,7 +565,7 @@ def explaining_strategies() -> dict[str, list[Any]]:
     shared = [s.Aide(), s.Aide(influence="min_max"), s.Aide(diversity="mean_pairwise_distance"), s.RandomExamples()]
     one = [*of("most_influential"), *shared, s.RelevancePursuit(order="most_influential")]
     every = [strategy for order in ORDERS for strategy in of(order)]
-    return {"one order": one, "four orders": [*every, *shared, s.RelevancePursuit()]}
+    return {"one order": one, "four orders": [*every, *shared, s.RelevancePursuit(order="any")]}
 
 
 # --- start --------------------------------------------------------------------------------------------------------

@@ -192,7 +192,7 @@ def test_explain_a_prompt_as_text_and_as_messages(tiny: World, selected: Path) -
     assert len(text) == 1
     assert text[0]["generated"]
     assert [(r["estimator"], r["strategy"], r["k"]) for r in text[0]["results"]] == [
-        ("LESS (SGD, last checkpoint)", "relevance pursuit most helpful", 3),
+        ("LESS (SGD, last checkpoint)", "relevance pursuit", 3),
         ("LESS (SGD, last checkpoint)", "most helpful", 3),
     ]
     assert all(len(result["examples"]) == 3 for result in text[0]["results"])

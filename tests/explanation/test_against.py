@@ -71,11 +71,12 @@ def test_pages_and_terminal_show_what_is_against(tiny: World, pool: Pool) -> Non
 
 
 def test_opposed_candidates_are_the_same_with_the_other_sign() -> None:
-    """Scores and target change sign, examples without a score stay out, and rows are those of before."""
+    """Scores and target change sign, only those below 0 compete, and rows are those of before; none may be below."""
     scores, rows = torch.tensor([0.5, -2.0, -torch.inf, 1.0]), torch.eye(4)
     own = Candidates(scores, lambda places: rows[places], torch.tensor([1.0, 2.0, 0.0, 0.0]), ids=list("abcd"))
     opposite = own.opposed(2)
-    assert opposite.first("most_helpful", 4) == own.first("most_harmful", 4) == [1, 0, 3]
+    assert opposite.first("most_helpful", 4) == [1]
+    assert own.opposed(2).opposed(2).first("most_helpful", 4) == []
     assert opposite.target_gradient is not None
     assert opposite.target_gradient.tolist() == [-1, -2, 0, 0]
     assert opposite.count == 2

@@ -30,7 +30,7 @@ from gradsift.selection.top_k import MostHelpful
 from tiny_world import World, target_rows
 
 QUESTIONS = questions_of(load_examples(target_rows(2)).examples, use_answers=True)
-STRATEGIES = (MostHelpful(), RelevancePursuit(order="most_helpful"), RandomChoice(draws=2))
+STRATEGIES = (MostHelpful(), RelevancePursuit(), RandomChoice(draws=2))
 
 
 @pytest.fixture(scope="module")

@@ -44,6 +44,7 @@ from gradsift.selection.diverse import Diverse
 from gradsift.selection.facility_location import FacilityLocation
 from gradsift.selection.gumbel import GumbelTopK
 from gradsift.selection.joint_greedy import JointGreedy
+from gradsift.selection.pursuit import RelevancePursuit
 from gradsift.selection.random import RandomExamples
 from gradsift.selection.top_k import MostHelpful, TopK
 from gradsift.selection.transport import TSDS
@@ -235,9 +236,12 @@ def test_a_question_asked_twice_is_answered_once(pool: Pool) -> None:
 
 
 def test_k_has_limits(pool: Pool) -> None:
-    """From one example to the whole pool, by either strategy."""
+    """From one example to the whole pool, of which pursuit has those that support the output and says how many."""
     whole = explain(pool, own_answer(1), k=24).entries[0]
-    assert all(sorted(e.id for e in s.examples) == pool.data.ids for s in whole.results)
+    pursuit, every = (sorted(e.id for e in one.examples) for one in whole.results)
+    assert every == pool.data.ids
+    assert pursuit == sorted(e.id for e in whole.results[1].examples if e.score > 0)
+    assert any(f"{len(pursuit)} of the 24 asked for" in note for note in whole.notes(whole.results[0]))
     for k in (0, 25, (1, 25)):
         with pytest.raises(ConfigError, match=r"k is (0|25): choose between 1 and the 24 examples"):
             explain(pool, "x", k=k)
@@ -289,9 +293,13 @@ def test_what_estimators_and_relevance_read_comes_from_one_pass(
 
 
 def test_every_strategy_explains(pool: Pool) -> None:
-    """All strategies choose k different examples; a random one has the mean error of its draws; pursuit is the best."""
-    entry = explain(pool, own_answer(5), k=(1, 3), strategies=ALL_STRATEGIES, candidates=12).entries[0]
-    assert len({r.strategy for r in entry.results}) == len(ALL_STRATEGIES) == 27
+    """All strategies choose k different examples; a random one has the mean error of its draws; pursuit is the best,
+    that of any sign at least as good, and what is shown first supports the output."""
+    strategies = (*ALL_STRATEGIES, RelevancePursuit(order="any"))
+    entry = explain(pool, own_answer(5), k=(1, 3), strategies=strategies, candidates=12).entries[0]
+    assert len({r.strategy for r in entry.results}) == len(strategies) == 28
+    for result in entry.results:
+        assert result.supports == all(e.score > 0 for e in result.examples)
     for result in entry.results:
         assert len({e.id for e in result.examples}) == result.k
         assert len(result.draws) == (5 if result.strategy == "random" else 1)
@@ -299,7 +307,17 @@ def test_every_strategy_explains(pool: Pool) -> None:
         assert result.ratio == pytest.approx(min(1e12, entry.squared_norm / error), rel=1e-6)
     for k in (1, 3):
         one = [r for r in entry.results if r.k == k and r.strategy != "random"]
-        assert max(one, key=lambda r: r.ratio).ratio == next(r.ratio for r in one if r.strategy == "relevance pursuit")
+        supporting, pursuit, any_sign = (
+            max(r.ratio for r in own)
+            for own in (
+                [r for r in one if r.supports],
+                [r for r in one if r.strategy == "relevance pursuit"],
+                [r for r in one if r.strategy == "relevance pursuit any"],
+            )
+        )
+        assert supporting == pursuit <= any_sign * (1 + 1e-9)
+        assert any_sign == pytest.approx(max(r.ratio for r in one))
+        assert entry.best_first(k)[0].supports
 
 
 def test_finished_explanations_are_found_again(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,7 +115,10 @@ def test_the_best_strategy_is_unfolded_and_each_note_is_said_once() -> None:
     assert verdict.words == (
         "These five account for 83\u202f% of its gradient, where the best five found account for 93\u202f%."
     )
-    (table,) = [block for block in blocks if isinstance(block, Table)]
+    figure, table = [block for block in blocks if isinstance(block, Table)]
+    assert [(row.cells[0], row.cells[-1]) for row in figure.rows] == [
+        ("these", "83\u202f%"), ("best found", "93\u202f%"), ("random", "0\u202f%"),
+    ]  # fmt: skip
     assert [row.cells[0] for row in table.rows] == [
         "FL λ=0.5", "most helpful", "FL λ=1", "most harmful", "random", "as many random examples", "the best found",
     ]  # fmt: skip

@@ -43,7 +43,7 @@ OTHERS: list[Selector] = [
     Aide(diversity="mean_pairwise_distance"),
     RandomExamples(),
 ]
-EVERY = [*OTHERS, RelevancePursuit(), RelevancePursuit(order="most_helpful")]
+EVERY = [*OTHERS, RelevancePursuit(order="any"), RelevancePursuit()]
 
 
 def choose(
@@ -196,7 +196,25 @@ def test_relevance_pursuit_of_one_order_is_the_pure_function() -> None:
     world = World(seed=4)
     first = world.first("most_helpful")
     wanted = {k: [[first[p] for p in relevance_pursuit(world.g, world.rows[first], budget=k)]] for k in (1, 4)}
-    assert world.choose(RelevancePursuit(order="most_helpful"), [1, 4]) == wanted
+    assert world.choose(RelevancePursuit(), [1, 4]) == wanted
+
+
+@given(seed=st.integers(0, 999), against=st.floats(0, 1), k=st.integers(1, 12))
+@settings(max_examples=40, deadline=None)
+def test_relevance_pursuit_chooses_only_what_supports_the_target(seed: int, against: float, k: int) -> None:
+    """Every row that it chooses leads towards the target, of the opposite one away, even where short rows that lead
+    away would rebuild more and those that support are the longest; fewer than asked for only where no more do.
+    """
+    world = World(pool=20, seed=seed)
+    signs = (world.rows @ world.g).sign()
+    away = (signs < 0) | (torch.rand(20, generator=torch.Generator().manual_seed(seed)) < against)
+    world.rows *= torch.where(away, -0.1 * signs, 5 * signs)[:, None]
+    world.rows[0] = 0.0
+    world.scores = world.rows @ world.g
+    signs = world.scores.sign()
+    for candidates, sign in ((world.candidates(), 1), (world.candidates().opposed(20), -1)):
+        (choices,) = choose_all([RelevancePursuit()], candidates, [k])
+        assert [int(signs[position]) for position in choices[k][0]] == [sign] * min(k, int((signs == sign).sum()))
 
 
 def share_left(world: World, selection: list[int]) -> float:
@@ -211,7 +229,7 @@ def test_relevance_pursuit_is_never_below_the_best_of_the_others(scale: float, b
     gains = []
     for seed in range(6):
         world = World(seed=seed, scale=scale)
-        chosen = choose_all([*OTHERS, RelevancePursuit()], world.candidates(test_id=str(seed)), [budget])
+        chosen = choose_all([*OTHERS, RelevancePursuit(order="any")], world.candidates(test_id=str(seed)), [budget])
         best = min(share_left(world, choice[budget][0]) for choice in chosen[: len(OTHERS) - 1])
         found = share_left(world, chosen[-1][budget][0])
         assert found <= best * (1 + 1e-9)
@@ -224,7 +242,8 @@ def test_relevance_pursuit_is_never_below_the_best_of_the_others(scale: float, b
 def test_relevance_pursuit_alone_is_on_average_above_every_other(budget: int) -> None:
     """Without any start from the others: the ratio of means over twelve targets, all strategies, all orders."""
     worlds = [World(seed=seed, scale=(0.3, 1.0, 3.0)[seed % 3]) for seed in range(12)]
-    alone = np.mean([share_left(world, world.choose(RelevancePursuit(), [budget])[budget][0]) for world in worlds])
+    pursuit = RelevancePursuit(order="any")
+    alone = np.mean([share_left(world, world.choose(pursuit, [budget])[budget][0]) for world in worlds])
     others = []
     for number, world in enumerate(worlds):
         chosen = choose_all(OTHERS, world.candidates(test_id=str(number)), [budget])
@@ -242,7 +261,8 @@ def test_every_strategy_is_deterministic_and_chooses_nothing_twice(strategy: Sel
     assert chosen == world.choose(strategy, [1, 5, 12])
     for budget, selections in chosen.items():
         assert len(selections) == (5 if isinstance(strategy, RandomExamples) else 1)
-        assert all(len(set(selection)) == len(selection) == budget for selection in selections)
+        supports = int((world.rows @ world.g > 0).sum()) if strategy == RelevancePursuit() else 60
+        assert all(len(set(selection)) == len(selection) == min(budget, supports) for selection in selections)
     if not isinstance(strategy, RelevancePursuit):
         beside = choose_all([MostHarmful(), strategy, Divine()], world.candidates(), [1, 5, 12])
         assert beside[1] == chosen
@@ -319,7 +339,7 @@ def test_rows_are_read_once_for_all_strategies() -> None:
 def test_candidates_rise_to_the_largest_budget_and_facility_location_may_set_its_own() -> None:
     """m = 4 with a budget of 6 lets six compete; `candidates` of the method comes before the caller's."""
     world = World(seed=8)
-    for strategy in (FacilityLocation(trade_off=1.0), Divine(), RelevancePursuit(order="most_helpful")):
+    for strategy in (FacilityLocation(trade_off=1.0), Divine(), RelevancePursuit()):
         assert set(world.choose(strategy, [6], count=4)[6][0]) == set(world.first("most_helpful", 6))
     own = FacilityLocation(trade_off=1.0, candidates=30)
     assert world.choose(own, [6], count=4) == world.choose(FacilityLocation(trade_off=1.0), [6], count=30)

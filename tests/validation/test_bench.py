@@ -267,6 +267,22 @@ def test_scores_agree_with_themselves(opened: tuple[gs.Pool, gs.Target]) -> None
     assert "error of cosines" in found._repr_html_()
 
 
+def test_copies_of_pairs(tiny: World, tmp_path: Path) -> None:
+    """Both answers of a target are copied, so that the copy ranks first by plain cosines of DPO's gradients."""
+    rows = [
+        {"id": one["id"], "prompt": one["messages"][:1], "chosen": one["messages"][1:],
+         "rejected": [{"role": "assistant", "content": f"no, {number}"}]}
+        for number, one in enumerate(pool_rows(16))
+    ]  # fmt: skip
+    pool = tiny.open_pool(tmp_path / "run", rows[:12], objective="dpo")
+    found = bench(pool, gs.open_target(rows[12:], pool), [gs.LESS(optimizer="sgd")], settings=Bench(measures=("self",)))
+    (first,) = (column for column in found.columns if column.name == "copy ranks first")
+    assert first.values["LESS (SGD)"].value == 1
+    single = gs.open_target(target_rows(2), pool)
+    with pytest.raises(ConfigError, match="give targets of the rows' kind"):
+        bench(pool, single, [gs.LESS()], settings=Bench(measures=("self",)))
+
+
 def test_rows_are_taken_in_one_pass(opened: tuple[gs.Pool, gs.Target], monkeypatch: pytest.MonkeyPatch) -> None:
     """Methods that read different views of the rows share a backward pass, whose time is counted to each of them."""
     pool, target = opened
@@ -323,7 +339,7 @@ def test_costs_of_interrupted_attempts_are_counted(
 
 def test_from_the_command_line(tiny: World, labelled: str, tmp_path: Path) -> None:
     """`gradsift bench` with planted mistakes and a class writes JSON and page and says what to use; a second time
-    all of it is found again."""
+    all of it is found again; where a method fails, the status is 1."""
     more = ("--class-column", "source", "--plant", "mislabel:25%", "-e", "bm25")
     ended = tiny("bench", tmp_path / "run", *more, target=labelled).succeeded()
     assert "by chance" in ended.out
@@ -337,6 +353,13 @@ def test_from_the_command_line(tiny: World, labelled: str, tmp_path: Path) -> No
     assert "BM25" in (tmp_path / "run" / "bench.html").read_text()
     again = tiny("bench", tmp_path / "run", *more, "--json", target=labelled).succeeded().json
     assert again == content
+    failing = "bench.methods=[{kind: bm25}, {kind: rep_sim, layer: 9, checkpoint: base}]"
+    beside = tiny("bench", tmp_path / "run", *more[:-2], "--set", failing, target=labelled)
+    assert beside.code == 1
+    assert (
+        "error: 1 failed and the rest is done, first Rep-Sim (layer 9, base model): layer is 9: this model has"
+        in beside.err
+    )
     refused = tiny("bench", tmp_path / "other", "--measure", "recall", target=labelled)
     assert refused.code == 2
     assert "class_column" in refused.err

@@ -57,15 +57,15 @@ Ranking = tuple[Sequence[str], NDArray[np.float32]]
 DEFAULT_ESTIMATOR: Estimator = LESS(optimizer="sgd", checkpoints="last")
 """The cosine of plain gradients at the last checkpoint (Compact, App. A)."""
 
-DEFAULT_STRATEGIES: tuple[Selector, ...] = (RelevancePursuit(order="most_helpful"), MostHelpful())
-"""What relevance itself would choose of the most helpful, and the naive ranking to compare it with."""
+DEFAULT_STRATEGIES: tuple[Selector, ...] = (RelevancePursuit(), MostHelpful())
+"""What relevance itself would choose of what supports an output, and the naive ranking to compare it with."""
 
 OPPOSING = 25
 """How many of the lowest scores compete for what is against an output, at most as many as the candidates."""
 
 _AGAINST: dict[str, Selector] = {
     "most harmful": MostHelpful(),
-    "pursuit of the opposite": RelevancePursuit(order="most_helpful"),
+    "pursuit of the opposite": RelevancePursuit(),
 }  # of opposed candidates
 
 RANDOM = RandomChoice()
@@ -87,7 +87,7 @@ ALL_STRATEGIES: tuple[Selector, ...] = (
 """The strategies of Compact's Table 1, and relevance pursuit."""
 
 
-_BEST = RelevancePursuit(order="most_helpful")  # what the best choice is sought by
+_BEST = RelevancePursuit()  # what the best choice is sought by
 
 
 @dataclass(frozen=True)
@@ -291,6 +291,9 @@ class _Work:
             rows = ExactRows(tuple(ids), {("plain", "plain"): products})
             results = []
             for found in entry.results:
+                if not found.examples:
+                    results.append(replace(found, throughout=found.draws[0]))
+                    continue
                 chosen_rows = rows.rows([example.id for example in found.examples])
                 relevance = selection_relevance(rows.target, chosen_rows, coefficients=self.coefficients)
                 results.append(replace(found, throughout=_draw(relevance)))
@@ -341,8 +344,8 @@ class _Work:
         """What the projected rankings, and the search of the store, may have kept from the candidates."""
         for estimator in self.estimators:
             yield from self._unranked(output_id, estimator)
-        pursuits = {strategy.strategy for strategy in self.strategies if strategy.last}
-        if own := [found for found in results if found.strategy in pursuits]:
+        pursuits = {one.strategy for one in self.strategies if isinstance(one, RelevancePursuit) and one.supports}
+        if own := [found for found in results if found.strategy in pursuits and found.examples]:
             yield from self._unsought(output_id, own)
 
     def _unranked(self, output_id: str, estimator: Estimator) -> Iterator[Missed]:
@@ -369,8 +372,11 @@ class _Work:
         others = [id_ for id_ in self._sought.get(output_id, ()) if id_ not in rows.places]
         stored = torch.cat([self.store.rows_by_id([*rows.ids, *others]), self.gradient_of(output_id)[None]]).double()
         projected, exact = map(Reconstruction.within, (stored @ stored.T, rows.products["plain", "plain"]))
+        own = exact.supporting()
+        projected, exact = projected.only([*own, *range(len(rows.ids), len(stored) - 1)]), exact.only(own)
+        places = {rows.ids[at]: number for number, at in enumerate(own)}
         for found in results:
-            picks = [rows.places[example.id] for example in found.examples]
+            picks = [places[example.id] for example in found.examples]
             known, foretold = exact.replacing(picks), projected.replacing(picks)
             nearest = np.argsort(foretold[: len(known)], kind="stable")[: max(len(known) // 3, 2 * found.k)]
             near = np.union1d(nearest, picks)
@@ -431,7 +437,7 @@ class _Work:
                 yield self._result(estimator, strategy.strategy, k, selections[0], by_budget[k], competing, ranks)
 
     def _against(self, estimator: str, competing: Candidates) -> Iterator[StrategyResult]:
-        """What is against the output: the same, for −g and scores of the other sign, of the lowest scores."""
+        """What is against the output: the same, for −g and scores of the other sign, of the lowest below 0."""
         ranks = descending_ranks(competing.scores.numpy())
         opposite = competing.opposed(max(self._opposing, self.budgets[-1]))
         choices = choose_all([*_AGAINST.values()], opposite, self.budgets)
@@ -457,7 +463,10 @@ class _Work:
             for place, weight in zip(picks, found[0].coefficients.tolist(), strict=True)
         )
         draws, flags = tuple(_draw(relevance) for relevance in found), (one.near_zero, one.capped)
-        return StrategyResult(estimator, strategy, k, one.db, one.ratio, *flags, examples, draws)
+        assert competing.target_gradient is not None
+        toward = competing.rows(picks) @ competing.target_gradient.double() if picks else torch.zeros(0)
+        supports = bool((toward > 0).all())
+        return StrategyResult(estimator, strategy, k, one.db, one.ratio, *flags, examples, draws, supports=supports)
 
     def _ranking(self, estimator: Estimator) -> Ranking:
         """Pool ids and their influence on all outputs `[pool output]`."""
@@ -755,6 +764,6 @@ def _draw(relevance: Relevance) -> Draw:
         near_zero=relevance.near_zero,
         l1=float(t.abs().sum()),
         l2=float(torch.linalg.vector_norm(t)),
-        nonzero=float((t != 0).double().mean()),
-        negative=float((t < 0).double().mean()),
+        nonzero=float((t != 0).sum()) / max(1, len(t)),
+        negative=float((t < 0).sum()) / max(1, len(t)),
     )

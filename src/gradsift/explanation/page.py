@@ -25,7 +25,7 @@ from gradsift.explanation.shown import (
     VERDICT,
     db_span,
     drawn_db,
-    figure_blocks,
+    figure_table,
     loss_of,
     measured_cells,
     opposing_blocks,
@@ -74,6 +74,7 @@ from gradsift.store.storage import checksum
 
 _LISTED = 6  # strategies that a switch lists; more are picked from the table
 _REPEATS = 120  # choices of which it is shown how much they repeat each other
+_FIRST_CHARACTERS = 240  # of the first example's texts beside the output
 _SIDES, _SIDE_EXAMPLES = 8, 3  # strategies whose first examples stand side by side, and how many (Compact, Figure 3)
 
 
@@ -102,7 +103,12 @@ def explanation_page(
     ranked = entry.best_first(k, first)
     best, choices = ranked[0], _Choices(entry, explanations.estimators, [found.strategy for found in ranked])
     verdict = entry.verdict(best)
-    said = (verdict.sentence, verdict.beside_random, f"Chosen by {best.strategy}.")
+    said = verdict.sentence.removeprefix(f"{verdict.heading}: ")  # which stands above
+    meaning = (
+        f"The gradient is the change to the model that makes {entry.likely('more')}; examples rebuild it as far as "
+        "theirs add up to it."
+    )
+    texts = (Examples((output_example(entry),)), *shown.first_of(best, "chosen" if verdict.holds else "nearest"))
     strategies = {strategy.strategy: strategy for strategy in explanations.strategies}
     views = [shown.view(strategies[found.strategy], found, choices.when(found)) for found in choices.results]
     # Shades are comparable over strategies and budgets: the darkest is what one candidate in twenty reaches unchosen.
@@ -148,7 +154,7 @@ def explanation_page(
             Section(
                 "output",
                 "The output" if entry.instead is None else "This answer, and not that one",
-                (Group((Examples((output_example(entry),)), Group(figure_blocks(entry, best))), style="tables"),),
+                (Group((Group(texts), figure_table(entry, best)), style="tables"),),
             ),
             Section("chosen", "Chosen examples", tuple(chosen)),
             Section("relevance", "Every choice", tuple(_compared(entry, choices)), "All choices"),
@@ -162,7 +168,7 @@ def explanation_page(
             Section("reading", "How to read this page", (Facts(_READING | (_CONTRAST if entry.instead else {})),)),
         ),
         brand="explanation",
-        summary=(" ".join(filter(None, said)),),
+        summary=(f"{said[0].upper()}{said[1:]} {verdict.beside_random}".strip(), meaning),
         switches=choices.switches(k),
         start="chosen",
         wide=True,
@@ -414,6 +420,15 @@ class _Candidates:
             for place, value in zip(places, known, strict=True)
         ]
 
+    def first_of(self, found: StrategyResult, which: str) -> tuple[Block, ...]:
+        """The beginning of the first chosen example, and `which` it is."""
+        if not found.examples:
+            return ()
+        first, count = self.examples[self.number[found.examples[0].id]], len(found.examples)
+        cut = [replace(turn, text=text.shorten(turn.text, _FIRST_CHARACTERS)) for turn in first.turns]
+        title = f"The {which} example" + (f"s: the first of {count}" if count > 1 else "")
+        return (Group((Examples((Example("", tuple(cut)),)),), title),)
+
     def costs(self, order: Order, estimator: str) -> dict[int, float]:
         """Costs of a ranking's first, by number on the page: 1 for its first, m for its last."""
         competing = self.competing[estimator]
@@ -430,7 +445,8 @@ class _Candidates:
         costs = self.costs(own, found.estimator)
         whole = own == self.order and len(self.competing) == 1  # its candidates are the page's own
         costs = {n: costs.get(n, float(len(costs))) for n in (range(len(self.ids)) if whole else [*costs, *picks])}
-        cover = similarity_from_cosines(self.cosine, strategy.coverage)[:, picks].amax(dim=1).clamp(0, 1).tolist()
+        similar = similarity_from_cosines(self.cosine, strategy.coverage)[:, picks]
+        cover = similar.amax(dim=1).clamp(0, 1).tolist() if picks else [0.0] * len(self.ids)
         low, high = min(costs.values()), max(costs.values())
         tones = {n: round(9 * (cost - low) / ((high - low) or 1)) for n, cost in costs.items()}
         view = View(

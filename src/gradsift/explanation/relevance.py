@@ -184,7 +184,7 @@ def batch_relevance(
 def relevance_of_choices(
     candidates: Candidates, choices: Sequence[Choices], *, models: Sequence[CoefficientModel] = MODELS
 ) -> list[dict[int, Relevances]]:
-    """Relevance of everything that strategies chose for one target, from `choose_all`.
+    """Relevance of everything that strategies chose for one target, from `choose_all`; of an empty choice 0 dB.
 
     Returns:
         For each strategy, budget → model → relevances, one per selection (the random strategy makes several).
@@ -193,12 +193,12 @@ def relevance_of_choices(
     used = sorted({position for selection in selections for position in selection})
     place = {position: row for row, position in enumerate(used)}
     assert candidates.target_gradient is not None, "they are of an output"
-    found = batch_relevance(
-        candidates.target_gradient,
-        candidates.rows(used),
-        [[place[position] for position in selection] for selection in selections],
-        models=models,
-    )
+    filled = [[place[position] for position in selection] for selection in selections if selection]
+    found = batch_relevance(candidates.target_gradient, candidates.rows(used), filled, models=models) if filled else {}
+    norm = float(candidates.target_gradient.double().square().sum())
+    nothing = Relevance(1.0, 0.0, torch.empty(0, dtype=torch.float64), norm, norm)
+    every = {model: iter(found.get(model, ())) for model in models}
+    found = {m: [next(own) if selection else nothing for selection in selections] for m, own in every.items()}
     result: list[dict[int, Relevances]] = []
     start = 0
     for choice in choices:

@@ -62,6 +62,7 @@ class StrategyResult:
     draws: every selection's relevance: one, or as many as a random strategy makes
     trained: what training on it did; None where that was not tried
     throughout: the relevance of `examples` at all checkpoints together; None where that was not asked for
+    supports: whether every example's gradient leads towards the output's, ⟨a, g⟩ > 0
     """
 
     estimator: str
@@ -75,6 +76,7 @@ class StrategyResult:
     draws: tuple[Draw, ...]
     trained: Trained | None = None
     throughout: Draw | None = None
+    supports: bool = True
 
 
 @dataclass(frozen=True)
@@ -159,9 +161,13 @@ class Explanation:
         return f"the output {how} likely" if self.instead is None else f"this answer {how} likely beside that one"
 
     def best_first(self, k: int, estimator: str | None = None) -> list[StrategyResult]:
-        """Results under a budget, by one estimator or all: the best verdict first, equal ones as they were given."""
+        """Results under a budget, by one estimator or all: first the best whose examples all support the output, then
+        the others by their verdict, the best first, equal ones as they were given.
+        """
         own = [found for found in self.results if found.k == k and estimator in (None, found.estimator)]
-        return sorted(own, key=lambda found: self.verdict(found).rank, reverse=True)
+        ranked = sorted(own, key=lambda found: self.verdict(found).rank, reverse=True)
+        first = next((found for found in ranked if found.supports), None)
+        return sorted(ranked, key=lambda found: found is not first)
 
     def notes(self, result: StrategyResult) -> list[str]:
         """What a reader should know of a result's relevance and examples."""
@@ -169,6 +175,8 @@ class Explanation:
         if len(result.draws) > 1:
             many = len(result.draws)
             notes.append(f"{AGGREGATIONS[self.aggregation]} over {many} draws, of which the first is shown")
+        if len(result.examples) < result.k:
+            notes.append(f"{len(result.examples)} of the {result.k} asked for: no other candidate fits this strategy")
         below = sum(example.score < 0 for example in result.examples)
         if below:
             notes.append(

@@ -16,21 +16,17 @@ from gradsift.explanation.explain import OPPOSING, Explanations, shown_budget
 from gradsift.explanation.matches_shown import matched_turns
 from gradsift.explanation.relevance import CAP_DB
 from gradsift.explanation.result import Explanation, StrategyResult
-from gradsift.explanation.verdict import EVEN, LEAST_SHARE, relevance_text, share_brief, share_text
+from gradsift.explanation.verdict import LEAST_SHARE, relevance_text, share_of, share_text
 from gradsift.report import text
 from gradsift.report.blocks import (
     Bar,
     Block,
     Cell,
-    Chart,
     Entry,
     Example,
     Examples,
     Fold,
     Group,
-    Legend,
-    Line,
-    Point,
     Row,
     Table,
     Text,
@@ -122,7 +118,7 @@ def explained_blocks(
     blocks: list[Block] = [Examples((output_example(entry),))] if output else []
     blocks += [verdict_block(entry, found) for found in results[:1]]
     matched = matched_turns(entry) if output else {}
-    blocks += figure_blocks(entry, results[0]) if output else ()
+    blocks += [figure_table(entry, results[0])] if output else []
     blocks.append(Text(f"Scores by {estimator}; {loss_of(entry)}.{cut}", "aside"))
     if len(results) > 1:
         blocks.append(verdicts_table(entry, results))
@@ -133,42 +129,21 @@ def explained_blocks(
     return tuple(blocks)
 
 
-def figure_blocks(entry: Explanation, best: StrategyResult) -> tuple[Block, ...]:
-    """How much of the output's gradient the best choice rebuilds, beside random examples and the best found: by the
-    number of examples where there are several, else in bars.
+def figure_table(entry: Explanation, found: StrategyResult) -> Table:
+    """How much of the output's gradient a choice rebuilds, beside random examples and, where it is better, the best
+    found.
     """
-    verdicts = {
-        found.k: entry.verdict(found)
-        for found in entry.results
-        if (found.estimator, found.strategy) == (best.estimator, best.strategy)
-    }
-    beside = {one.k: one for one in entry.references}
-    drawn = {"these examples": {k: found.ratio for k, found in verdicts.items()}}
-    if beside:
-        drawn["random examples"] = {k: beside[k].together for k in verdicts}
-        drawn["best found"] = {k: beside[k].best for k in verdicts}
-    shares = {name: {k: max(-1.0, 1 - 1 / ratio) for k, ratio in own.items()} for name, own in drawn.items()}
-    said = "Share of the gradient that they rebuild"
-    if len(verdicts) == 1:
-        low = min(0.0, *(own[best.k] for own in shares.values()))
-        rows = []
-        for name, own in drawn.items():
-            share = shares[name][best.k]
-            bar = Bar(low, 1.0, value=share, tone="worse" if share < LEAST_SHARE else "")
-            brief = "worse than nothing" if share <= -EVEN else share_brief(own[best.k])
-            rows.append(Row((name, Cell("", bar=bar), brief)))
-        return (Table(columns("", "", "#"), tuple(rows), said, style="shares"),)
-    lines = []
-    for number, (name, own) in enumerate(shares.items()):
-        said_of = {k: f"{name}, k = {k}: {share_text(drawn[name][k])}" for k in own}
-        points = tuple(Point(k, 100 * share, label=said_of[k]) for k, share in own.items())
-        lines.append(Line(name, points, colour=number))
-    chart = Chart(
-        f"{said}, in per cent, against the number of examples.", said, "below 0: further off than nothing",
-        axis="examples (k)", up="%", lines=tuple(lines), ticks=tuple((float(k), str(k)) for k in verdicts),
-        logarithmic=True, height=190,
-    )  # fmt: skip
-    return chart, Legend(tuple((f"key-line s{line.colour}", line.name) for line in lines))
+    drawn, beside = {"these": found.ratio}, entry.verdict(found).reference
+    if beside is not None:
+        drawn |= {"best found": beside.best} if beside.best > found.ratio else {}
+        drawn["random"] = beside.together
+    rows = []
+    for name, ratio in drawn.items():
+        share = max(0.0, share_of(ratio))
+        bar = Bar(0.0, 1.0, value=share, tone="worse" if share < LEAST_SHARE else "")
+        rows.append(Row((name, Cell("", bar=bar), text.share(share))))
+    heads = columns("", "a full bar is all of it", "#")
+    return Table(heads, tuple(rows), "How much of the gradient they rebuild", style="shares")
 
 
 def verdicts_table(entry: Explanation, results: Sequence[StrategyResult]) -> Table:

@@ -283,7 +283,7 @@ def coefficient_statistics(explanations: Explanations, k: int) -> tuple[Coeffici
     """What every coefficient model makes of the choices of k for the first outputs, the same choice counting once."""
     found: dict[CoefficientModel, list[Relevance]] = {model: [] for model in MODELS}
     for entry in explanations.entries[:COEFFICIENT_OUTPUTS]:
-        chosen = {frozenset(one.id for one in own.examples) for own in entry.results if own.k == k}
+        chosen = {frozenset(one.id for one in own.examples) for own in entry.results if own.k == k and own.examples}
         wanted = {id_ for own in chosen for id_ in own}
         candidates = explanations.candidates_of(entry.id, explanations.estimators[0], wanted)
         place = {id_: n for n, id_ in enumerate(candidates.ids) if id_ in wanted}

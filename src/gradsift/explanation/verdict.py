@@ -35,9 +35,6 @@ EVEN = 0.05
 WORTH = 0.01
 """A share of the squared gradient that makes a choice better than another."""
 
-_AS_GOOD = 0.95  # of the best share: as much as any choice could
-_SURE = 0.5  # rows that were missed, by estimate, from which on a better choice may be one that was not found
-
 _HEADINGS: dict[Grade, str] = {
     "exact": "The pool holds {what} itself",
     "silent": "Examples with next to no gradient",
@@ -177,18 +174,19 @@ class Verdict:
     def sentence(self) -> str:
         """What a reader is told."""
         best = None if self.reference is None else share_of(self.reference.best)
-        sure = self.missed is None or self.missed < _SURE
-        return sentence_of(self.grade, self.share, best, self.count, contrast=self.contrast, sure=sure)
+        return sentence_of(self.grade, self.share, best, self.count, self.k, contrast=self.contrast)
 
     @property
     def beside_random(self) -> str:
         """A sentence on as many random examples; empty where none were drawn."""
         if self.reference is None or not self.reference.random:
             return ""
-        share, one = share_of(self.reference.together), self.count == 1
-        nothing = f"{'is' if one else 'are'} no better than nothing"
-        found = f"rebuild{'s' * one} {_percent(share)}" if share >= 0.005 else nothing
-        return f"{_count(self.count).capitalize()} drawn at random {found}."
+        share, one = share_of(self.reference.together), self.k == 1
+        is_, drawn = "is" if one else "are", f"{_count(self.k)} drawn at random"
+        if share < 0.005 and "no better than nothing" in self.sentence:
+            return f"Nor {is_} {drawn}."
+        found = f"rebuild{'s' * one} {_percent(share)}" if share >= 0.005 else f"{is_} no better than nothing"
+        return f"{drawn.capitalize()} {found}."
 
     @property
     def rank(self) -> tuple[bool, float]:
@@ -205,8 +203,9 @@ class Verdict:
             found["best found"] = f"{relevance_text(beside.best)}: {share_brief(beside.best)}"
         if (trained := self.trained) is not None:
             least, most = (text.written(value, "+.2g") for value in (min(trained.supports), max(trained.supports)))
+            how = "likelier" if trained.support > 0 else "less likely"
             found["one step on them"] = (
-                f"the output {'likelier' if trained.support > 0 else 'less likely'} than after random ones by "
+                f"{subject(self.contrast)} {how} than after random ones by "
                 f"{text.written(trained.support, '+.2g')} nats ({least} to {most} in {len(trained.supports)} draws)"
             )
             if trained.shift is not None:
@@ -276,9 +275,7 @@ def subject(contrast: bool) -> str:
     return "this answer rather than that one" if contrast else "this output"
 
 
-def sentence_of(
-    grade: Grade, share: float, best: float | None, count: int, *, contrast: bool = False, sure: bool = True
-) -> str:
+def sentence_of(grade: Grade, share: float, best: float | None, count: int, k: int, *, contrast: bool = False) -> str:
     """The one sentence of a verdict; shares are of the output's squared gradient.
 
     Args:
@@ -286,17 +283,21 @@ def sentence_of(
         share: what the choice rebuilds, below 0 where it is further off than nothing.
         best: what the best choice found does; None where none was sought.
         count: chosen examples.
+        k: examples of the best choice, and of random ones.
         contrast: whether one answer is explained in contrast to another.
-        sure: whether the best choice found is taken for the best that there is.
 
     Example:
-        >>> sentence_of("partly", 0.41, 0.42, 5)
-        'These five account for 41\u202f% of its gradient, as much as any five could.'
-        >>> sentence_of("not_these", -1.2, None, 5)
+        >>> sentence_of("partly", 0.41, 0.42, 5, 5)
+        'These five account for 41\u202f% of its gradient, where the best five found account for 42\u202f%.'
+        >>> sentence_of("not_these", -1.2, None, 5, 5)
         'These five do not account for this output: their gradients lead elsewhere.'
     """
-    many, what = _count(count), subject(contrast)
-    these, do, verb, s = ("This one", "does", "accounts", "s") if count == 1 else (f"These {many}", "do", "account", "")
+    many, what = _count(k), subject(contrast)
+    if count == 0:
+        return f"Nothing in this pool accounts for {what}: no example's gradient leads towards its own."
+    these, do, verb, s = (
+        ("This one", "does", "accounts", "s") if count == 1 else (f"These {_count(count)}", "do", "account", "")
+    )
     if grade == "unknown":
         return "There is no value of relevance, so there is no verdict."
     if grade == "exact":
@@ -306,23 +307,27 @@ def sentence_of(
         return f"{these} say{s} nothing about {what}: {own} almost zero."
     if grade == "nothing":
         most = max(share, share if best is None else best)
-        is_ = "is" if count == 1 else "are"
-        found = f"rebuild{s} {_percent(most)} of its gradient" if most >= 0.005 else f"{is_} no better than nothing"
+        is_, rebuild = ("is", "rebuilds") if k == 1 else ("are", "rebuild")
+        found = f"{rebuild} {_percent(most)} of its gradient" if most >= 0.005 else f"{is_} no better than nothing"
         return f"Nothing in this pool accounts for {what}: the best {many} found {found}."
     if grade == "not_these":
         away = "its gradient leads" if count == 1 else "their gradients lead"
         own = f"{away} elsewhere" if share < 0 else f"only {_percent(share)} of its gradient is rebuilt"
-        other = "" if best is None or best <= share else f"; the best {many} found rebuild{s} {_percent(best)} of it"
+        other = (
+            ""
+            if best is None or best <= share
+            else f"; the best {many} found rebuild{'s' * (k == 1)} {_percent(best)} of it"
+        )
         return f"{these} {do} not account for {what}: {own}{other}."
     of = f"the gradient of {what}" if contrast else "its gradient"
     said = f"{these} {verb} for {_percent(share)} of {of}"
     if grade == "chance":
-        return f"{said}, no better than {many} random one{'s' * (count != 1)}."
+        return f"{said}, no better than {many} random one{'s' * (k != 1)}."
     if best is None:
         return f"{said}."
-    if share >= _AS_GOOD * best:
-        return f"{said}, as much as any {many} {'could' if sure else 'found'}."
-    return f"{said}, where the best {many} found {verb} for {_percent(best)}."
+    if share >= best:
+        return f"{said}; no better {many} {'was' if k == 1 else 'were'} found."
+    return f"{said}, where the best {many} found account{'s' * (k == 1)} for {_percent(best)}."
 
 
 def relevance_text(ratio: float) -> str:

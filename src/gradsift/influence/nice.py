@@ -155,8 +155,17 @@ class PolicyEstimator(ProductEstimator):
         target.check_reward()
         return PolicyTargets(pool, target, self)
 
+    def ready(self, pool: Pool, target: Target | None) -> None:
+        """All is sampled and rewarded before the pool goes through the model.
+
+        Raises:
+            ConfigError, DataError, ModelError: as `sampled`.
+        """
+        assert target is not None, self
+        self.sampled(pool, target)
+
     def influence(self, pool: Pool, target: Target | None) -> Influence:
-        """As `ProductEstimator`, after all is sampled and rewarded: what is wrong with a reward shows early."""
+        """As `ProductEstimator`, of what `ready` has sampled and rewarded."""
         assert target is not None, self
         targets = self.sampled(pool, target)
         ids, matrix, stores = self.matrix(pool, targets)

@@ -23,13 +23,13 @@ from gradsift.evaluation.metric import Metric
 from gradsift.generation.endpoint import Endpoint
 from gradsift.generation.sampling import Sampling
 from gradsift.jobs.select_explain import open_recipe
-from gradsift.options import columns_of, endpoint_of, rewards_of
 from gradsift.recipe import Recipe, set_fields
 from gradsift.report.terminal import console, draw
 from gradsift.rewards.reward import Reward
 from gradsift.store.run import Run
 from gradsift.warmup.merge import check_merge, merge
 from gradsift.warmup.recording import recorded_checkpoints
+from gradsift.words import columns_of, endpoint_of, rewards_of
 
 _METRIC: TypeAdapter[Metric] = TypeAdapter(MetricSetting)
 _REWARD: TypeAdapter[Any] = TypeAdapter(Reward)

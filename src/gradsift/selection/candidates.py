@@ -204,11 +204,15 @@ class Candidates:
         )  # fmt: skip
 
     def opposed(self, count: int) -> Candidates:
-        """The same for the opposite of the target: what makes it less likely is most helpful; `count` compete."""
+        """The same for the opposite of the target: what makes it less likely is most helpful; `count` compete.
+
+        Rankings are of scores below 0, and empty where there are none.
+        """
         return Candidates(
             (-self.scores).where(torch.isfinite(self.scores), -torch.inf), self._rows_of,
             None if self.target_gradient is None else -self.target_gradient,
-            count=count, ids=self.ids, test_id=self.test_id, pool=self.pool, source=self.source, among=self._among,
+            count=count, ids=self.ids, test_id=self.test_id, pool=self.pool, source=self.source,
+            among=self._among[self.scores[self._among].numpy() < 0],
         )  # fmt: skip
 
     def whole(self) -> tuple[Scores, Pool, Target]:
@@ -225,6 +229,8 @@ class Candidates:
     def first(self, order: Order, count: int) -> list[int]:
         """The first `count` pool positions of a ranking, equal ones by position."""
         count = min(count, len(self._among))
+        if count == 0:
+            return []
         if (order, count) not in self._first:
             key = naive_key(self.scores[self._among], order)
             # Sorting a million scores for a hundred would take longer than all selectors together.

@@ -30,20 +30,26 @@ _SWEEPS = 20  # of exchanges; three to six settle 25 of 100 candidates
 _READINGS = 4  # of a store by one search, at most; two or three settle it
 _WIDE = 4  # times as many rows as are wanted are compared in full after each reading
 _PRODUCTS = 1 << 27  # of rows with what is asked of them, that are held at once: 0.5 GB
+_DOUBT = 2.0  # standard errors of a projected cosine by which a row that points away may yet support
 
 
 class RelevancePursuit(Selector):
-    """What selection relevance itself would choose: the upper reference for the other strategies.
+    """What selection relevance itself would choose of the rows that support the target.
 
-    Searches by greedy steps and exchanges (`gradsift.selection.pursuit`). Where other strategies choose from the same
-    candidates in the same call, the search starts from the best of theirs and the greedy one, so by construction its
-    relevance (with the default coefficients) is at least theirs, and its picks may differ from those it makes alone.
-    Selections that hold copies of one gradient, or draw at random from outside the candidates, are no such starts.
-    The target's gradient is reconstructed from gradients, whatever rows the estimator ranks by.
+    Searches by greedy steps and exchanges (`relevance_pursuit`). Of `most_helpful` only rows with ⟨a, g⟩ > 0 compete:
+    where nothing rebuilds the target, rows that lead away from it would be chosen for being short. So it may choose
+    fewer than the budget, and none.
+
+    Where other strategies choose from the same candidates in the same call, the search starts from the best of theirs
+    and the greedy one, so by construction its relevance (with the default coefficients) is at least theirs, and its
+    picks may differ from those it makes alone. Selections that hold copies of one gradient, or rows that do not compete
+    here, are no such starts. The target's gradient is reconstructed from gradients, whatever rows the estimator ranks
+    by.
 
     In explanations half of the candidates are what the same search of the whole pool would choose from (`sought`).
 
-    order: the ranking whose first m compete; `any` joins the first m of all four.
+    order: the ranking whose first m compete; `any` joins the first m of all four, whatever their sign, and is the upper
+        reference for the other strategies.
     """
 
     takes: ClassVar[Literal["target"]] = "target"
@@ -51,22 +57,33 @@ class RelevancePursuit(Selector):
     last: ClassVar[bool] = True
 
     kind: Literal["relevance_pursuit"] = "relevance_pursuit"
-    order: Order | Literal["any"] = "any"
+    order: Order | Literal["any"] = "most_helpful"
 
     @property
     def label(self) -> str:
         """What tables call it."""
-        return label_of("relevance pursuit", self.order, "any")
+        return label_of("relevance pursuit", self.order)
+
+    @property
+    def supports(self) -> bool:
+        """Whether it chooses only what leads towards the target."""
+        return self.order == "most_helpful"
 
     def choose(self, candidates: Candidates, budget: int) -> list[int]:
         """From the greedy choice and from what others chose."""
         pool = candidates.ranked(self.order, budget, sought=True)
         problem = Reconstruction.of(pool.gram, pool.cross, pool.squared_norm)
-        place = {position: number for number, position in enumerate(pool.positions)}
-        starts = [problem.greedy(budget)]
+        positions = pool.positions
+        if self.supports:
+            own = problem.supporting()
+            problem, positions = problem.only(own), pool.pool_positions(own)
+        if not positions:
+            return []
+        place = {position: number for number, position in enumerate(positions)}
+        starts = [problem.greedy(min(budget, len(positions)))]
         starts += [[place[p] for p in made] for made in candidates.others.get(budget, []) if place.keys() >= set(made)]
         best = problem.exchange(min(starts, key=problem.error))
-        return pool.pool_positions(problem.in_order_of_weight(best))
+        return [positions[pick] for pick in problem.in_order_of_weight(best)]
 
 
 def relevance_pursuit(target_gradient: Tensor, candidates: Tensor, *, budget: int) -> list[int]:
@@ -125,7 +142,9 @@ def sought(
     engine: Engine = LOCAL,
     device: str = "cpu",
 ) -> list[list[int]]:
-    """Of each target, the rows of a store that pursuit among all of them would choose or nearly choose.
+    """Of each target, the rows of a store that pursuit among all that support it would choose or nearly choose.
+
+    Those whose stored product with the target is below 0 by more than projection errs are left out.
 
     A reading of the store gives every row's products with the target and with what was chosen last, and thereby the
     error that is left where the row joins a set of the search, `min over λ of ‖g − (1 − λ)A t − λ a‖²`. The first rows
@@ -140,7 +159,8 @@ def sought(
         engine, device: who multiplies, and where.
 
     Returns:
-        For each target positions in the store, those first that are chosen or by the least error would have been.
+        For each target positions in the store, those first that are chosen or by the least error would have been; none
+        where no row supports it.
     """
     searches = [_Search(store, target, sorted(budgets), count) for target in targets]
     lengths = store.projected_norms.double().numpy() ** 2
@@ -189,6 +209,10 @@ class _Search:
         squared_norm, toward = float(self.target @ self.target), products[:, 0].astype(np.float64)
         place = {position: 1 + number for number, position in enumerate(self.picks)}
         gaps = np.full(len(lengths), np.inf)
+        away = toward <= -_DOUBT * np.sqrt(lengths * squared_norm / len(self.target))
+        if away.all():
+            self.found, self.settled = [], True
+            return
         for chosen, weights in self.sets:
             columns = [place[position] for position in chosen]
             rebuilt = products[:, columns] @ weights
@@ -198,16 +222,17 @@ class _Search:
             # A single row has the coefficient 1.
             step = np.clip(gain / np.maximum(between, 1e-300), 0.0, 1.0) if chosen else np.ones(len(lengths))
             errors = squared_norm - 2.0 * explained + own - 2.0 * step * gain + step**2 * between
+            errors[away] = np.inf
             np.minimum(gaps, errors - errors.min(), out=gaps)
         gaps[self.picks] = -1.0
-        wide = np.argsort(gaps, kind="stable")[: _WIDE * self.count]
+        wide = np.argsort(gaps, kind="stable")[: min(_WIDE * self.count, np.count_nonzero(~away))]
         rows = torch.cat([self._rows(wide.tolist()), self.target[None]])
         problem = Reconstruction.within(rows @ rows.T)
         sets, gaps = problem.contest([min(budget, len(wide)) for budget in self.budgets])
         before, self.picks = self.picks, wide[list(dict.fromkeys(at for own, _ in sets for at in own))].tolist()
         self.sets = [(wide[own].tolist(), weights) for own, weights in sets]
         self.found = wide[np.argsort(gaps, kind="stable")].tolist()
-        self.settled = self.picks == before or len(wide) == len(lengths)
+        self.settled = self.picks == before or len(wide) < _WIDE * self.count
 
     def _rows(self, positions: Sequence[int]) -> Tensor:
         return to_float64(self.store.rows_by_id([self.store.ids[position] for position in positions]))
@@ -242,6 +267,14 @@ class Reconstruction:
         """Of the last row from the others, by the inner products of all `[row row]`."""
         found = products.cpu().numpy()
         return cls.of(found[:-1, :-1], found[:-1, -1], float(found[-1, -1]))
+
+    def supporting(self) -> list[int]:
+        """The candidates that lead towards the target, ⟨a, g⟩ > 0."""
+        return np.flatnonzero(self.cross > 0.0).tolist()
+
+    def only(self, chosen: Sequence[int]) -> Reconstruction:
+        """The same target with fewer candidates, in the order given."""
+        return Reconstruction(self.gram[np.ix_(chosen, chosen)], self.cross[list(chosen)])
 
     def greedy(self, budget: int) -> list[int]:
         """The candidate that leaves the least error joins, `budget` times; a shorter budget's picks come first."""
@@ -291,7 +324,7 @@ class Reconstruction:
 
     def error(self, chosen: Sequence[int]) -> float:
         """‖g − A t‖² / ‖g‖² of a selection; above all certain errors where products cannot tell it."""
-        _, errors, certain = self._only(chosen)._with_one_more(list(range(len(chosen) - 1)))
+        _, errors, certain = self.only(chosen)._with_one_more(list(range(len(chosen) - 1)))
         return float(errors[-1]) + (0.0 if certain[-1] else self._uncertainty)
 
     def in_order_of_weight(self, chosen: Sequence[int]) -> list[int]:
@@ -301,7 +334,7 @@ class Reconstruction:
 
     def _weights(self, chosen: Sequence[int]) -> Array:
         """Coefficients `[chosen]`."""
-        return self._only(chosen)._with_one_more(list(range(len(chosen) - 1)))[0][-1] if chosen else np.empty(0)
+        return self.only(chosen)._with_one_more(list(range(len(chosen) - 1)))[0][-1] if chosen else np.empty(0)
 
     def _best_addition(self, picks: list[int]) -> tuple[int, float]:
         """Position of the least error, the first among equal ones, and that error."""
@@ -315,10 +348,6 @@ class Reconstruction:
         errors = np.where(certain, errors, errors + self._uncertainty)
         errors[picks] = np.inf
         return errors
-
-    def _only(self, chosen: Sequence[int]) -> Reconstruction:
-        """The same target with fewer candidates, in the order given."""
-        return Reconstruction(self.gram[np.ix_(chosen, chosen)], self.cross[list(chosen)])
 
     @cached_property
     def _length(self) -> Array:

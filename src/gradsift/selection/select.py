@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from gradsift.base.errors import ConfigError
+from gradsift.base.errors import ConfigError, DataError
 from gradsift.base.lazy import torch
 from gradsift.context import Pool
 from gradsift.data.columns import add_columns
@@ -176,7 +176,7 @@ def select(
     Raises:
         ConfigError: a budget that cannot be met, a method that does not go with the scores', one that needs gradients
             for scores without a pool, or scores that rows cannot be dropped by.
-        DataError: TSDS, and no target example has a gradient; or no example reaches the threshold.
+        DataError: TSDS, and no target example has a gradient; or no example fits the method.
     """
     method = method or TopK()
     method.check(scores.method, target=scores.target is not None or scores.pool is None)
@@ -189,6 +189,10 @@ def select(
         count = kept_count(drop, len(scores.ids))
     candidates = _candidates(scores, method, count)
     positions = chosen(method, candidates, count)
+    if not positions:
+        raise DataError(
+            f"{method.label} chooses none of the {len(scores.ids):,} rows, as none fits it: choose otherwise"
+        )
     ranks = scores.ranks()
 
     def rows(places: Sequence[int]) -> dict[str, Any]:

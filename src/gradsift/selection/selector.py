@@ -57,7 +57,7 @@ class Selector(Settings):
 
     @abstractmethod
     def choose(self, candidates: Candidates, budget: int) -> list[int]:
-        """Positions in `candidates.ids` in the order of picking, at least 1, at most `budget`, and none twice."""
+        """Positions in `candidates.ids` in the order of picking, at most `budget`, and none twice."""
 
     @property
     def strategy(self) -> str:
@@ -138,9 +138,9 @@ def chosen(selector: Selector, candidates: Candidates, budget: int) -> list[int]
     """
     picks = [int(position) for position in selector.choose(candidates, budget)]
     there = len(candidates.ids)
-    if not 1 <= len(picks) <= budget or len(set(picks)) < len(picks) or not 0 <= min(picks) <= max(picks) < there:
+    if len(picks) > budget or len(set(picks)) < len(picks) or not all(0 <= pick < there for pick in picks):
         raise ShapeError(
-            f"{type(selector).__name__}.choose gave {len(picks)} positions, first {picks[:3]}: wanted 1 to {budget} "
+            f"{type(selector).__name__}.choose gave {len(picks)} positions, first {picks[:3]}: wanted at most {budget} "
             f"different ones from 0 to {there - 1}"
         )
     return picks

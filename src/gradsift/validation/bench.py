@@ -438,8 +438,11 @@ class _Judge:
                     f"{name} would train without {_percent(max(shares))} of {available} rows, which leaves none: lower "
                     "that share"
                 )
-        if "self" in asked and isinstance(labels, Pairs):
-            raise ConfigError("self looks for copies of targets among the rows, and rows have one answer: give such")
+        if "self" in asked and isinstance(labels, Pairs) != isinstance(self.pool.data, Pairs):
+            raise ConfigError(
+                "self looks for copies of targets among the rows, of which one has pairs and the other single answers: "
+                "give targets of the rows' kind, or leave self out"
+            )
         _ = self.of_class if "recall" in asked else None, self.marked if "filter" in asked else None
         _ = self.held_out if "train" in asked else None
         for method in self.settings.judged:
@@ -826,9 +829,18 @@ class _Judge:
         there = np.flatnonzero(self.available)
         rows = np.sort(generator.choice(there, min(len(there), _AMONG), replace=False))
         copied = np.sort(generator.choice(len(asked), min(len(asked), self.settings.copies), replace=False))
-        own = [_again(pool.data, pool.data.ids[row]) for row in rows.tolist()]
-        own += [_again(asked, asked.ids[row], _COPY) for row in copied.tolist()]
-        data = prepare(pool.run, own, pool.chat, what="copies", keep_duplicates=True, reporter=pool.reporter)
+
+        def both(own: Dataset, others: Dataset) -> Dataset:
+            examples = [_again(own, own.ids[row]) for row in rows.tolist()]
+            examples += [_again(others, others.ids[row], _COPY) for row in copied.tolist()]
+            return prepare(pool.run, examples, pool.chat, what="copies", keep_duplicates=True, reporter=pool.reporter)
+
+        if isinstance(pool.data, Pairs):
+            assert isinstance(asked, Pairs)
+            chosen, rejected = both(pool.data.answered, asked.answered), both(pool.data.rejected, asked.rejected)
+            data: Dataset = Pairs(chosen, rejected, pool.data.preference)
+        else:
+            data = both(pool.data, asked)
         return replace(pool, data=data, around=pool.population), copied
 
     def _error_of(self, method: Estimator) -> Estimate:

@@ -120,7 +120,7 @@ def test_the_best_strategy_is_unfolded_and_each_note_is_said_once() -> None:
         ("these", "83\u202f%"), ("best found", "93\u202f%"), ("random", "0\u202f%"),
     ]  # fmt: skip
     assert [row.cells[0] for row in table.rows] == [
-        "FL λ=0.5", "most helpful", "FL λ=1", "most harmful", "random", "as many random examples", "the best found",
+        "FL λ=0.5", "most helpful", "FL λ=1", "most harmful", "random", "the best found",
     ]  # fmt: skip
 
 

@@ -147,7 +147,9 @@ def figure_table(entry: Explanation, found: StrategyResult) -> Table:
 
 
 def verdicts_table(entry: Explanation, results: Sequence[StrategyResult]) -> Table:
-    """Strategies, the best first, with random examples and the best choice found, of one budget and estimator."""
+    """Strategies as given, with random examples and the best choice found where they are not among them, of one budget
+    and estimator.
+    """
     verdicts = [entry.verdict(found) for found in results]
     low, high = db_span([found.db for found in verdicts])
     trained = [dict(measured_cells(found)) for found in verdicts]
@@ -158,7 +160,9 @@ def verdicts_table(entry: Explanation, results: Sequence[StrategyResult]) -> Tab
         cells: list[Entry] = [shown_db(found.db), Cell("", bar=bar), share_text(found.ratio), f"{found.count:,}"]
         rows.append(Row((found.strategy, *cells, *(effects.get(name, "") for name in measured))))
     if verdicts and (reference := verdicts[0].reference) is not None:
-        beside = {"as many random examples": reference.together, "the best found": reference.best}
+        beside = {} if any(len(found.draws) > 1 for found in results) else {"random examples": reference.together}
+        if all(found.ratio < reference.best for found in results):
+            beside["the best found"] = reference.best
         for number, (name, ratio) in enumerate(beside.items()):
             cells = [relevance_text(ratio), "", share_text(ratio), f"{reference.k:,}", *[""] * len(measured)]
             rows.append(Row((name, *cells), ruled=not number))

@@ -671,7 +671,7 @@ def test_one_non_finite_row_stops_nothing(tiny: World, tmp_path: Path, one_nan_t
     asked = ("explain", tmp_path / "run", *options, "--prompt", "what says the cow", "--max-new-tokens", 4)
     refused = tiny(*asked, "-k", "24", **one_nan_token)
     assert "k is 24, but only 23 examples of the pool have a finite gradient" in refused.err
-    found = tiny(*asked, "-k", "23", "--json", **one_nan_token).succeeded().json
+    found = tiny(*asked, "-k", "23", "--selection", "most_helpful", "--json", **one_nan_token).succeeded().json
     assert len(found["explanations"][0]["results"][0]["examples"]) == 23
 
 

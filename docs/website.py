@@ -43,9 +43,22 @@ def navigation() -> list[dict[str, object]]:
     for section in re.split(r"^## ", (ROOT / "docs/index.md").read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]:
         pages = [os.path.normpath(f"docs/{page}") for page in re.findall(r"\]\(([\w./-]+\.md)\)", section)]
         title = section.partition("\n")[0]
+        if title == "Decisions":
+            pages = ["docs/decisions/index.md", *(f"docs/decisions/{page.name}" for page in decisions())]
         if pages:
             found.append({title: [*pages, *["docs/python.md"] * (title == "Reference")]})
     return found
+
+
+def decisions() -> list[Path]:
+    """The pages of docs/decisions in their order."""
+    return sorted((ROOT / "docs/decisions").glob("0*.md"))
+
+
+def titles() -> str:
+    """A page with the title of each decision."""
+    headings = ((page, page.read_text(encoding="utf-8").partition("\n")[0]) for page in decisions())
+    return "# Decisions\n\n" + "".join(f"- [{heading.lstrip('# ')}]({page.name})\n" for page, heading in headings)
 
 
 def build() -> None:
@@ -57,6 +70,7 @@ def build() -> None:
         skipped = shutil.ignore_patterns("*.py", "__pycache__")
         shutil.copytree(source, target, ignore=skipped) if source.is_dir() else shutil.copy(source, target)
     (PLACE / "docs/python.md").write_text(reference(), encoding="utf-8")
+    (PLACE / "docs/decisions/index.md").write_text(titles(), encoding="utf-8")
     config = {
         "site_name": "gradsift",
         "docs_dir": str(PLACE),

@@ -18,7 +18,6 @@ from gradsift.base.settings import _slip, nearest, parse_budget
 from gradsift.cli import app
 from gradsift.influence.estimators import estimators
 from gradsift.jobs.train_evaluate import metrics_of, sampling_of
-from gradsift.options import reward_of, strategy_of
 from gradsift.rewards.form import Format, Length, Sentiment
 from gradsift.rewards.function import Function
 from gradsift.rewards.judge import Judge
@@ -27,6 +26,7 @@ from gradsift.rewards.reward import Reward
 from gradsift.rewards.reward_model import RewardModel
 from gradsift.selection.select import budget_count
 from gradsift.selection.selectors import AnySelector, selectors
+from gradsift.words import reward_of, strategy_of
 from tiny_world import Cli
 
 COMMANDS = (

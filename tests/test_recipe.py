@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from gradsift.base.errors import ConfigError
+from gradsift.data.load import Columns
 from gradsift.explanation.coefficients import coefficients
 from gradsift.influence.bm25 import BM25
 from gradsift.influence.less import LESS
@@ -51,6 +52,17 @@ def test_the_templates_comments_are_valid_too(tmp_path: Path) -> None:
     assert recipe.warmup == Warmup(target_modules=("q_proj", "v_proj"))
     assert recipe.compare is not None
     assert len(recipe.compare.arms) == 4
+
+
+def test_a_target_has_the_pools_columns() -> None:
+    """So have test data, unless they name their own; `{}` are the usual ones."""
+    asked, own = {"prompt": "question"}, {"prompt": "q"}
+    recipe = Recipe(**NEEDED, columns=asked, compare={"test": "t.csv"}, bench={"test": "t.csv", "test_columns": own})
+    assert recipe.compare is not None
+    assert recipe.bench is not None
+    read = (recipe.target_columns, recipe.compare.metrics[0].columns, recipe.bench.test_columns)
+    assert [columns.prompt for columns in read] == ["question", "question", "q"]
+    assert Recipe(**NEEDED, columns=asked, target_columns={}).target_columns == Columns()
 
 
 def test_yaml_and_back(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from click.shell_completion import CompletionItem
 from gradsift import options as of
 from gradsift.base.settings import nearest
 from gradsift.options import Option
+from gradsift.words import names_of
 
 _SETTINGS = {
     "help_option_names": ["-h", "--help"],
@@ -553,7 +554,7 @@ def collect(given: Given) -> None:
     from gradsift.store.run import Run
 
     views = given["views"]
-    wanted: list[Any] = list(of.names_of(views, "--views"))
+    wanted: list[Any] = list(names_of(views, "--views"))
     if not wanted or not set(wanted) <= {"adam", "plain", "segments"}:
         raise ConfigError(f"--views {views!r}: wanted adam, plain or segments, or several with commas between")
     recipe = _recipe(given)
@@ -694,18 +695,35 @@ def run(given: Given, recipe: Path) -> None:
 
     recipes = _read_recipes(recipe, given)
     as_list, contents, results = len(recipes) > 1 and given["json"], [], []
+    failed: list[str] = []
     for one in recipes:
         if one.bench is not None:
             from gradsift.jobs.bench import run_bench
 
             judged = run_bench(one, _reporter(given))
             contents.append(judged.as_dict()) if as_list else _print_bench(judged, given)
+            failed += _failures(judged)
         else:
             results.append(result := run_recipe(one, _reporter(given)))
             contents.append(summary(result)) if as_list else _print_result(result, given)
     by_model = write_models(results)
     if as_list or by_model:
         _tell(given, lambda: contents, lambda: draw(by_model, console()))
+    _end_incomplete(failed)
+
+
+def _end_incomplete(failed: Sequence[str]) -> None:
+    """Where parts of a command failed and it went on: what the first of them says, and exit status 1.
+
+    Raises:
+        IncompleteError: there is one.
+    """
+    from gradsift.base.errors import IncompleteError
+
+    if failed:
+        raise IncompleteError(
+            f"{len(failed)} failed and the rest is done, first {failed[0]}. The same command tries again what failed"
+        )
 
 
 @_command(_ELSEWHERE, required=(), arguments=_RECIPE)
@@ -716,28 +734,27 @@ def compare(given: Given, recipe: Path) -> None:
 
     Example: gradsift compare recipes/compare.yaml
     """
-    from gradsift.base.errors import IncompleteError
     from gradsift.compare.run import run_compare
     from gradsift.compare.shown import print_comparison
 
     results = [run_compare(one, _reporter(given)) for one in _read_recipes(recipe, given)]
     contents = [result.as_dict() for result in results]
     _tell(given, lambda: contents[0] if len(contents) == 1 else contents, lambda: [*map(print_comparison, results)])
-    failed = [failure for result in results for failure in result.failures]
-    if failed:
-        first = failed[0]
-        raise IncompleteError(
-            f"{len(failed)} of the comparison failed and the rest is done, first {first.arm}, {first.budget} examples, "
-            f"seed {first.seed}, {first.stage}: {first.error}. The same command tries again what failed"
-        )
+    _end_incomplete([
+        f"{one.arm}, {one.budget} examples, seed {one.seed}, {one.stage}: {one.error}"
+        for result in results
+        for one in result.failures
+    ])  # fmt: skip
 
 
-@_command(_LABELLED, _STAGES, of.BENCH, _RUN)
+@_command(_LABELLED, _STAGES, of.BENCH, of.REWARD, _RUN)
 def bench(given: Given) -> None:
     """Judge attribution methods on this pool and target: which finds what is known, or foretells what retraining does?
 
     With --class-column rows of a target's own value are to be found; with --marked, or with --plant, which makes some
     mistakes, those rows; else the model is trained again and again without some rows (LDS, QLD), which takes long.
+
+    A method that fails is reported and the others go on; exit status 1 then.
 
     Example: gradsift bench --model MODEL --pool pool.jsonl --target math.jsonl --class-column skill -e less -e bm25 \
 --out runs/bench
@@ -746,7 +763,14 @@ def bench(given: Given) -> None:
     """
     from gradsift.jobs.bench import run_bench
 
-    _print_bench(run_bench(_recipe(given), _reporter(given)), given)
+    found = run_bench(_recipe(given), _reporter(given))
+    _print_bench(found, given)
+    _end_incomplete(_failures(found))
+
+
+def _failures(found: Any) -> list[str]:
+    """Of a benchmark, in words."""
+    return [f"{label}: {said}" for label, said in found.failed.items()]
 
 
 def _print_bench(found: Any, given: Given) -> None:

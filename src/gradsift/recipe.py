@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -124,7 +124,7 @@ class Recipe(Settings):
     target: examples of what the model should get better at, or prompts for a reward.
     subtask: target column that names subtasks; the score is the best mean over them.
     columns: where the pool's columns have other names: prompt=question,completion=answer.
-    target_columns: the same for the target; unless given, the command line takes those of the pool.
+    target_columns: the same for the target, and for test data that name none; unless given, those of the pool.
     target_sample: only so many rows of the target.
     max_length: tokens kept of each example.
     chunk: make rows of so many tokens of plain texts; None leaves them whole.
@@ -200,6 +200,21 @@ class Recipe(Settings):
     dtype: DtypeName = "auto"
     device: str = "auto"
     engine: Where = ThisProcess()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _same_columns(cls, values: Any) -> Any:
+        """The target's columns are the pool's, and those of test data the target's, unless they have their own."""
+        if not isinstance(values, Mapping):
+            return values
+        filled = dict(values)
+        with suppress(ValidationError):  # told of the field itself
+            own = Columns.model_validate(values.get("target_columns", values.get("columns", {})))
+            filled["target_columns"] = own
+            for name in ("compare", "bench"):
+                if isinstance(part := values.get(name), Mapping) and part.get("test") is not None:
+                    filled[name] = {"test_columns": own, **part}
+        return filled
 
     @model_validator(mode="after")
     def _one_budget(self) -> Recipe:

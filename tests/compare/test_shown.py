@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -216,9 +217,12 @@ def test_a_recipe_with_rows_and_functions_in_memory_is_still_told() -> None:
     assert "2 + 2" not in text
 
 
-def test_a_comparison_shows_itself_in_a_notebook() -> None:
-    """Its HTML has the tables of every budget, and no script."""
-    source = page_examples.compared()._repr_html_()
+def test_a_comparison_shows_itself() -> None:
+    """Its HTML has the tables of every budget, and no script; `print` shows them as the command does."""
+    found = page_examples.compared()
+    source = found._repr_html_()
+    assert "Difference to random" in str(found)
+    assert not re.search(r"ArmRow|</|Table\(| $", str(found), re.MULTILINE)
     assert "<script" not in source
     assert source.count("<table") > 6
     assert isinstance(next(block for block in page_examples.compared().blocks() if isinstance(block, Group)), Group)

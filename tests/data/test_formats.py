@@ -55,7 +55,7 @@ TRAINERS: list[tuple[str, Any]] = [
     ("videos", ["a.mp4"]),
     ("rejected", "no"),
     ("chosen", [{"role": "assistant", "content": "yes"}]),
-    ("kto_tag", False),
+    ("label", False),
     ("input_ids", [1, 2]),
     ("labels", [-100, 2]),
     ("completion_mask", [0, 1]),
@@ -70,7 +70,7 @@ TRAINERS: list[tuple[str, Any]] = [
 ]
 HARMLESS: list[tuple[str, Any]] = [
     *[(name, value) for name, _ in TRAINERS for value in (None, "", [], "[]", "null")],
-    *[("weight", 1), ("weight", 1.0), ("weight", "1"), ("label", 3), ("label", "sports"), ("label", False)],
+    *[("weight", 1), ("weight", 1.0), ("weight", "1"), ("label", 3), ("label", "sports"), ("label", True)],
     *[
         ("source", "x"),
         ("skill", "y"),
@@ -132,10 +132,15 @@ def test_unknown_columns_are_advised() -> None:
         load_examples([{"messages": CHAT}], columns={"prompt": "question", "completion": "answer"}, what="target")
 
 
-def test_an_unwanted_completion_is_told() -> None:
-    """KTO's label says which completions are not to be learned: those that are, say nothing."""
-    rows = [{"prompt": "a", "completion": "b", "label": label} for label in (True, False)]
-    assert [unused(row) for row in rows] == [[], ["column label not used"]]
+@pytest.mark.parametrize(
+    ("column", "row"), [("label", {"prompt": "a", "completion": "b"}), ("kto_tag", {"messages": CHAT})]
+)
+def test_an_unwanted_answer_is_left_out(column: str, row: dict[str, Any]) -> None:
+    """KTO's label says which answers are not to be learned; those that are wanted are. Named columns are the user's."""
+    loaded = load_examples([row | {column: value} for value in (True, False, "False")])
+    assert (len(loaded.examples), [one.reason for one in loaded.skipped]) == (1, ["not_wanted", "not_wanted"])
+    named = {"messages": "messages"} if "messages" in row else {"prompt": "prompt", "completion": "completion"}
+    assert unused(row | {column: False}, Columns(**named)) == [f"column {column} not used"]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from gradsift.base.types import Example, Skipped
 from gradsift.context import Pool, open_target
 from gradsift.data.dataset import Dataset
 from gradsift.data.load import ExampleReader
-from gradsift.data.pairs import Pairs
+from gradsift.data.pairs import Pairs, are_pairs
 from gradsift.influence.bm25 import BM25
 from gradsift.influence.less import LESS
 from gradsift.influence.scores import score
@@ -141,6 +141,11 @@ FORMS: list[tuple[str, dict[str, Any], dict[str, str]]] = [
     ("ShareGPT", {"conversations": [{"from": "human", "value": "2 + 2?"}], "chosen": {"from": "gpt", "value": "4"},
                   "rejected": {"from": "gpt", "value": "5"}}, {}),
     ("Alpaca", {"instruction": "2 + 2?", "input": "", "output": "-", "chosen": "4", "rejected": "5"}, {}),
+    ("ms-swift", {"messages": [ASKED, GOOD], "rejected_response": "5"}, {}),
+    ("ms-swift, turns", {"messages": [ASKED, GOOD], "rejected_response": [BAD]}, {}),
+    ("ms-swift, whole", {"messages": [ASKED, GOOD], "rejected_messages": [ASKED, BAD]}, {}),
+    ("OpenAI", {"input": {"messages": [ASKED], "tools": []}, "preferred_output": [GOOD], "non_preferred_output": [BAD]},
+               {"prompt": "input.messages", "chosen": "preferred_output", "rejected": "non_preferred_output"}),
     ("JSON text", {name: json.dumps([ASKED, turn]) for name, turn in (("chosen", GOOD), ("rejected", BAD))}, {}),
     ("other names", {"q": "2 + 2?", "win": "4", "lose": "5"}, {"prompt": "q", "chosen": "win", "rejected": "lose"}),
 ]  # fmt: skip
@@ -154,7 +159,17 @@ def test_every_form_of_a_pair_is_the_same_two_conversations(row: dict[str, Any],
         (example,) = reader
         assert isinstance(example, Example), example
         assert list(example.messages) == [ASKED, turn]
-        assert not {"column chosen not used", "column rejected not used"} & {one.part for one in example.unused}
+        assert not [one.part for one in example.unused if "chosen" in one.part or "rejected" in one.part]
+
+
+def test_which_sources_are_pairs() -> None:
+    """By the first row: every form of a pair without other names, ms-swift's unless the conversation is named."""
+    for _, row, columns in FORMS:
+        beside = row.get("output") is not None or len(row.get("messages", ())) > 1  # what may be learned alone
+        beside &= "chosen" in row
+        assert are_pairs([row], columns or None) is not beside
+    assert not are_pairs([{"messages": [ASKED, GOOD], "rejected_response": "5"}], {"messages": "messages"})
+    assert not are_pairs([{"messages": [ASKED, GOOD]}], None)
 
 
 @pytest.mark.parametrize("before", [[said("system", "s")], [said("user", "1?"), said("assistant", "1")]])

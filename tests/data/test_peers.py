@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 
+from gradsift.base.errors import DataError
 from gradsift.base.types import TokenizedExample, said
 from gradsift.data.chat import ChatFormat
 from gradsift.data.load import load_examples
@@ -101,6 +103,14 @@ ROWS: dict[str, tuple[Any, Any]] = {  # a row, and its turns or the reason why i
     "two answers in a row": ({"messages": [*CHAT, ANSWER]}, [*TURNS, TURNS[1]]),
     "an answer first": ({"messages": [ANSWER, *CHAT]}, [TURNS[1], *TURNS]),
     "a question last": ({"messages": [*CHAT, ASK]}, [*TURNS, TURNS[0]]),
+    "calls side by side": ({"messages": [ASK, {**call({}), "tool_calls": 2 * call({})["tool_calls"]},
+                                         {"role": "tool", "content": "1"}, {"role": "tool", "content": "2"}]},
+                           [TURNS[0], ("assistant", "\n".join(2 * [shown("{}")[1][1]])), ("tool", "1"), ("tool", "2")]),
+    "a schema of null": ({"messages": CHAT, "tools": [{"function": {"name": "f", "parameters": None}}]}, TURNS),
+    "reasoning in parts": ({"messages": [ASK, ANSWER | {"reasoning_content": [{"type": "text", "text": "Hm."}]}]},
+                           [TURNS[0], ("assistant", "Hm.\nYo")]),
+    "a tool that says nothing": ({"messages": [*CHAT, {"role": "tool", "content": None}, ANSWER]}, "bad_content"),
+    "an answer that is not wanted": ({"prompt": "Hi", "completion": "Yo", "label": False}, "not_wanted"),
     "an answer of nothing": ({"messages": [ASK, {"role": "assistant", "content": ""}, *CHAT]}, "empty_answer"),
     "a prompt that is one message": ({"prompt": ASK, "completion": ANSWER}, TURNS),
     "a prompt of messages": ({"prompt": [ASK], "completion": "Yo"}, TURNS),
@@ -123,7 +133,9 @@ FILES: dict[str, tuple[str, bytes, Any]] = {  # a name, what is in it, and what 
     "a key twice": ("a.jsonl", b'{"prompt": "a", "completion": "b", "completion": "c"}', "bad_json"),
     "a key twice, deep": ("a.json", b'[{"messages": [{"role": "user", "role": "user", "content": "a"}]}]', "bad_json"),
     "not trained": ("a.csv", b"prompt,completion,train\na,b,FALSE\n", "not_trained"),
-    "UTF-16": ("a.jsonl", LINE.decode().encode("utf-16"), "bad_encoding"),
+    "UTF-16": ("a.jsonl", LINE.decode().encode("utf-16"), "unread_file"),
+    "UTF-16 without a mark": ("a.csv", "[a,b".encode("utf-16-le"), "unread_file"),
+    "a table under another name": ("a.json", b"PAR1\0\0", "unread_file"),
     "an array of lines": ("a.jsonl", b"[" + LINE + b"]", TURNS),
     "an indented array": ("a.jsonl", b"\xef\xbb\xbf" + json.dumps([{"messages": CHAT}], indent=1).encode(), TURNS),
     "lines that are an array": ("a.json", LINE + b"\n", TURNS),
@@ -135,9 +147,9 @@ FILES: dict[str, tuple[str, bytes, Any]] = {  # a name, what is in it, and what 
     "a number of 5000 digits": ("a.jsonl", LINE[:-1] + b', "n": ' + b"9" * 5000 + b"}", "bad_json"),
     "a number as the id": ("a.jsonl", LINE[:-1] + b', "id": 18446744073709551617}', TURNS),
     "deep nesting": ("a.jsonl", LINE[:-1] + b', "n": ' + b"[" * 99999 + b"]" * 99999 + b"}", "bad_json"),
-    "compressed under another name": ("a.jsonl", gzip.compress(LINE), "bad_encoding"),
+    "compressed under another name": ("a.jsonl", gzip.compress(LINE), "unread_file"),
     "compressed": ("a.jsonl.gz", gzip.compress(LINE), TURNS),
-    "a pointer to a file": ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\n", "bad_json"),
+    "a pointer to a file": ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\n", "unread_file"),
     "splits": ("a.json", json.dumps({"train": [{"messages": CHAT}]}).encode(), "missing_columns"),
     "columns": ("a.json", json.dumps({"prompt": ["a"], "completion": ["b"]}).encode(), "bad_messages"),
     "line breaks in csv": ("a.csv", b'prompt,completion\r\n"a\nb","c ""d"""\r\n',
@@ -155,8 +167,8 @@ def read_or_refused(source: Any, wanted: Any, chat: ChatFormat) -> None:
     loaded = load_examples([GOOD, source] if isinstance(source, dict) else source)
     assert loaded.examples[0].row == GOOD
     if isinstance(wanted, str):
-        assert {skip.reason for skip in loaded.skipped} == {wanted}
-        assert loaded.skipped[0].line
+        assert {skip.reason for skip in (*loaded.skipped, *loaded.unread)} == {wanted}
+        assert all(skip.line for skip in loaded.skipped)
         return
     assert [(one["role"], said(one)) for one in loaded.examples[1].messages] == wanted
     assert all(isinstance(one, TokenizedExample) for one in chat.tokenize_batch(loaded.examples))
@@ -187,13 +199,16 @@ class TestTables:
         },
     )
 
-    @pytest.fixture(params=["parquet", "arrow", "pandas", "datasets"])
+    @pytest.fixture(params=["parquet", "feather", "arrow", "pandas", "datasets"])
     def table(self, request: pytest.FixtureRequest, tmp_path: Path) -> Any:
         rows = pa.Table.from_pylist(list(self.ROWS))
         assert rows.to_pylist()[1]["tools"][0]["properties"]["a"] is None
         if request.param == "parquet":
             pq.write_table(rows, tmp_path / "a.parquet")
             return tmp_path / "a.parquet"
+        if request.param == "feather":
+            pa.feather.write_feather(rows, tmp_path / "a.feather")
+            return tmp_path / "a.feather"
         if request.param == "pandas":
             return rows.to_pandas()
         return pytest.importorskip("datasets").Dataset(rows) if request.param == "datasets" else rows
@@ -207,6 +222,17 @@ class TestTables:
             np.testing.assert_array_equal(*ids)
             assert one.row["tools"] == other.row["tools"]
 
+    def test_messages_as_maps(self, tmp_path: Path) -> None:
+        """As Spark writes them: objects, in a stream of Arrow, too; a key twice costs its row."""
+        kind = pa.list_(pa.map_(pa.string(), pa.string()))
+        good = [[*turn.items()] for turn in CHAT]
+        rows = pa.table({"messages": pa.array([good, [[("role", "user"), ("role", "user")]]], kind)})
+        with pa.ipc.new_stream(tmp_path / "a.arrow", rows.schema) as stream:
+            stream.write_table(rows)
+        loaded = load_examples(tmp_path / "a.arrow")
+        assert loaded.examples[0].row == {"messages": CHAT}
+        assert [one.reason for one in loaded.skipped] == ["bad_messages"]
+
     def test_json_has_nulls_of_its_own(self, tmp_path: Path) -> None:
         """Columns of `datasets`' Json keep theirs, and are read from the parquet file that they are saved to."""
         datasets = pytest.importorskip("datasets")
@@ -218,3 +244,18 @@ class TestTables:
             (one,) = load_examples(source).examples
             assert said(one.messages[1]) == '{"name": "f", "arguments": {"a": null}}'
             assert json.loads(one.options)["tools"] == rows[0]["tools"]
+
+
+def test_a_folder_of_splits(tmp_path: Path) -> None:
+    """What is there to test on is not trained on, but where it is named; of one split all is read."""
+    for name in ("data/train-0-of-1.jsonl", "data/test-0-of-1.jsonl", "dev.json", "more.jsonl", "dataset_info.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(GOOD | {"id": name}))
+    loaded = load_examples(tmp_path)
+    assert [one.id for one in loaded.examples] == ["data/train-0-of-1.jsonl", "more.jsonl"]
+    assert [one.id for one in loaded.unread] == ["data/test-0-of-1.jsonl", "dev.json"]
+    assert f"{tmp_path}:test" in loaded.unread[0].detail
+    assert [one.id for one in load_examples(f"{tmp_path}:validation").examples] == ["dev.json"]
+    assert len(load_examples(f"{tmp_path}/data/test*").examples) == 1
+    with pytest.raises(DataError, match="has no split 'other'; it has test, train, validation"):
+        load_examples(f"{tmp_path}:other")

@@ -92,7 +92,7 @@ class TestFoldersAndPatterns:
             ("x.jsonl.lz4", "compressed as .lz4"),
             ("x.csv.zip", "compressed as .zip"),
             ("x.parquet.gz", "compressed as .gz"),
-            ("x.arrow", "of a type that cannot be read"),
+            ("x.arrow", "is not an Arrow file that can"),
             ("x.txt", "of a type that cannot be read"),
             ("sub/x.xlsx", "of a type that cannot be read"),
             ("rows", "of a type that cannot be read"),

@@ -65,7 +65,7 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("file of an arm", {"arms": [{"data": "{here}/none.jsonl"}]}, {}, "none.jsonl does not exist (readable files in"),
     ("estimator of an arm", {"arms": [{"estimator": {"kind": "lesss"}}]}, {}, "'lesss' is unknown: there are less,"),
     ("NICE without a reward", {"arms": [{"estimator": {"kind": "nice"}}]}, {},
-     "NICE ranks by a reward, and none is named: give `reward:`"),
+     "NICE ranks by a reward, and none is named: give --reward"),
     ("reward of a column that is not there", {}, {"reward": {"kind": "numeric", "answer": "result"},
      "compare": {"arms": [{"estimator": {"kind": "nice"}}], "test": "{here}/test.jsonl"}},
      "the reward numeric reads the column 'result', which the targets do not have (they have completion, id,"),
@@ -131,7 +131,7 @@ def test_too_little_memory_for_full_training(
     monkeypatch.setattr(psutil, "virtual_memory", lambda: Little)
     found = compare(tiny, here, tmp_path / "run", {"arms": [RANDOM, {"base": True}], "full_training": True})
     assert found.code == 1
-    assert "1 of the comparison failed and the rest is done, first random, 6 examples, seed 0, train" in found.err
+    assert "1 failed and the rest is done, first random, 6 examples, seed 0, train" in found.err
     assert "GiB are free on cpu: train an adapter" in found.err
     assert (tmp_path / "run" / "comparison.json").is_file()
 

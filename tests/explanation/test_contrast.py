@@ -17,8 +17,7 @@ from gradsift.explanation.result import Explanation
 from gradsift.influence.bm25 import BM25
 from gradsift.influence.less import LESS
 from gradsift.report.html import render
-from gradsift.validation.validate import validate_explanations
-from tiny_world import Cli, World
+from tiny_world import Cli, World, write_rows
 
 PROMPT, ANSWER, OTHER = "what says the cow", "it says cowcow", "red"
 PRODUCTS = LESS(optimizer="sgd", normalise=False, checkpoints="last")
@@ -99,8 +98,6 @@ def test_what_no_contrast_can_be_taken_of_is_refused(pool: Pool) -> None:
         explain(pool, question_of(PROMPT, ANSWER, instead=ANSWER), k=2)
     with pytest.raises(DataError, match="the given output is empty"):
         explain(pool, question_of(PROMPT, ANSWER, instead=" "), k=2)
-    with pytest.raises(ConfigError, match="the difference of two answers"):
-        validate_explanations(pool, explain(pool, asked, k=2))
 
 
 def test_the_command_line_explains_a_contrast(tiny: World, pool: Pool) -> None:
@@ -113,8 +110,25 @@ def test_the_command_line_explains_a_contrast(tiny: World, pool: Pool) -> None:
     assert (alone["instead"], other["instead"]) == (None, OTHER)
     assert alone["id"] != other["id"]
     assert alone["loss"] != other["loss"]
-    refused = Cli("validate", *arguments[1:], "--instead", OTHER)
-    assert refused.code == 2
-    assert "leave --instead out" in refused.err
+    validated = Cli("validate", *arguments[1:], "--instead", OTHER, "--json").succeeded().json["validation"]
+    assert {cell["cell"]["output"] for cell in validated["cells"]} == {other["id"]}
     lines = [json.loads(line) for line in (out / "explanations.jsonl").read_text().splitlines()]
     assert other["id"] in {line["id"] for line in lines}
+
+
+def test_a_pairs_answers_are_explained_in_contrast(tiny: World, pool: Pool, tmp_path: Path) -> None:
+    """`--use-answers` on a pair asks why the chosen one and not the rejected, as `--instead` does; one whose rejected
+    answer follows another prompt is left out."""
+    rows = [
+        {"id": "one", "prompt": PROMPT, "chosen": ANSWER, "rejected": OTHER},
+        {"id": "two", "prompt": PROMPT, "chosen": [{"role": "assistant", "content": ANSWER}],
+         "rejected": [{"role": "assistant", "content": f"{word}"} for word in "ab"]},
+    ]  # fmt: skip
+    options = ("-k", 2, "--embedding", "none", *tiny.with_adapters(), "--json")
+    own = ("--target", write_rows(tmp_path / "pairs.jsonl", rows), "--use-answers")
+    alone = ("--prompt", PROMPT, "--output", ANSWER, "--instead", OTHER)
+    out = Path(pool.run.place)
+    found, wanted = (tiny("explain", out, *asked, *options).succeeded().json for asked in (own, alone))
+    (one,), (other,) = found["explanations"], wanted["explanations"]
+    assert (one["id"], one["instead"], one["loss"]) == ("one", OTHER, other["loss"])
+    assert found["skipped"] == {"rejected": 1}

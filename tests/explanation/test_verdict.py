@@ -150,7 +150,7 @@ def test_figures_are_those_measured() -> None:
         "relevance": "−6.0 dB: worse than nothing, 4.0 times its error",
         "random ones": "−4.8 dB (−6.0 dB to −3.0 dB in 2 draws)",
         "best found": "+3.0 dB: 50\u202f%",
-        "one step on them": "the output likelier than after random ones by +0.12 nats (−0.25 to +0.5 in 2 draws)",
+        "one step on them": "this output likelier than after random ones by +0.12 nats (−0.25 to +0.5 in 2 draws)",
         "shift": "3 times as far as after them",
         "other estimators agree": "on 40\u202f% of the examples",
     }

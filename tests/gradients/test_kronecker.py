@@ -54,8 +54,9 @@ def experts() -> Any:
     return with_lora(tiny_mixtral(), [], rank=1, dropout=0.0, **options).double()
 
 
-def bases_of(factors: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Eigenbasis]:
-    return {name: Eigenbasis(*map(eigenvectors, own)) for name, own in factors.items()}
+def bases_of(factors: dict[str, tuple[Tensor, Tensor]], modules: tuple[Captured, ...] = ()) -> dict[str, Eigenbasis]:
+    held = {one.name: one.experts for one in modules}
+    return {name: Eigenbasis(*map(eigenvectors, own), held.get(name)) for name, own in factors.items()}
 
 
 def keep(seen: dict[str, tuple[Tensor, Tensor]], name: str, _module: Any, inputs: Any, output: Tensor) -> None:
@@ -102,24 +103,42 @@ def test_factors_are_sums_over_tokens(model: Any, pattern: str, budget: int) -> 
 @pytest.mark.parametrize("make", [llama, experts], ids=lambda make: make.__name__)
 def test_eigenvalues_and_inverse_are_those_of_the_dense_matrix(make: Callable[[], Any]) -> None:
     """(H + λI)⁻¹ G by the factors is a dense solve with Σ_ij Λ_ij (q_i ⊗ q_j)(q_i ⊗ q_j)ᵀ + λI, Λ of single rows: of
-    LoRA on linear layers, and on all experts of a layer together, whose factors are their gradients' moments.
+    LoRA on linear layers, and of each expert's on fused ones, whose factors are its gradients' moments.
     """
     network, rows = make(), random_sequences(LENGTHS)
     modules = find_modules(network).captured
     gradients, _ = per_example_gradients(network, modules, rows, len(rows))
-    bases = bases_of(kronecker_factors(network, modules, rows, ONE_BATCH))
+    bases = bases_of(kronecker_factors(network, modules, rows, ONE_BATCH), modules)
     found = corrected_eigenvalues(network, modules, rows, bases, Pass(token_budget=12))
     for one in modules:
         basis, G = bases[one.name], gradients[one.name]
-        kron = torch.kron(basis.out_vectors, basis.in_vectors)  # [out·in out·in], columns by (i, j)
-        wanted = (G.flatten(1) @ kron).square().sum(dim=0)
-        torch.testing.assert_close(found[one.name].flatten(), wanted, rtol=1e-6, atol=1e-9 * float(wanted.max()))
-        damping = 0.1 * float(wanted.max())
-        dense = kron @ torch.diag(wanted) @ kron.T + damping * torch.eye(len(kron), dtype=torch.float64)
-        solved = torch.linalg.solve(dense, G.flatten(1).T).T
-        torch.testing.assert_close(
-            DampedInverse(basis, found[one.name], damping)(G).flatten(1), solved, rtol=1e-5, atol=1e-7
-        )
+        damping = 0.1 * float(found[one.name].max())
+        solved = DampedInverse(basis, found[one.name], damping)(G)
+        if one.experts is None:
+            parts = [(G, solved, found[one.name], basis.out_vectors, basis.in_vectors)]
+        else:
+            assert one.experts.count == 4
+            apart = [own.transpose(0, 1) for own in map(one.experts.apart, (G, solved))]
+            parts = list(zip(*apart, found[one.name], basis.out_vectors, basis.in_vectors, strict=True))
+            torch.testing.assert_close(one.experts.together(one.experts.apart(G)), G)
+        for own, inverted, eigenvalues, out_vectors, in_vectors in parts:
+            kron = torch.kron(out_vectors, in_vectors)  # [out·in out·in], columns by (i, j)
+            wanted = (own.flatten(1) @ kron).square().sum(dim=0)
+            torch.testing.assert_close(eigenvalues.flatten(), wanted, rtol=1e-6, atol=1e-9 * float(wanted.max()))
+            dense = kron @ torch.diag(wanted) @ kron.T + damping * torch.eye(len(kron), dtype=torch.float64)
+            by_solving = torch.linalg.solve(dense, own.flatten(1).T).T
+            torch.testing.assert_close(inverted.flatten(1), by_solving, rtol=1e-5, atol=1e-7)
+
+
+def test_lora_on_experts_is_taken_apart_as_it_is_put_together() -> None:
+    """The product of an expert's B and A is what PEFT adds to its weight, whichever way its tensor lies."""
+    network = experts()
+    for wrapper in (module for module in network.modules() if type(module).__name__ == "ParamWrapper"):
+        lora = {side: module["default"].weight for side, module in (("A", wrapper.lora_A), ("B", wrapper.lora_B))}
+        by_id = {id(one.weight): one for one in find_modules(network).captured}
+        a, b = (by_id[id(weight)].experts.apart(weight[None])[0] for weight in lora.values())  # type: ignore[union-attr]
+        added = wrapper.get_delta_weight("default") / wrapper.scaling["default"]
+        torch.testing.assert_close(b @ a, added if added.shape == (b @ a).shape else added.mT)
 
 
 class OneLayer(nn.Module):
@@ -142,19 +161,37 @@ class OneLayer(nn.Module):
         return SimpleNamespace(logits=self.head(self.layer(self.embeddings(input_ids))))
 
 
-def test_is_exact_where_the_curvature_is_a_kronecker_product() -> None:
-    """One token a row, every token with every label, x and g independent: the dense inverse of the second moments."""
+class TwoExperts(nn.Module):
+    """Square linears that are all zero, fused; a token goes to one of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2, 4, 4))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        chosen = (hidden[..., :1, None] > 0).to(hidden)
+        both = torch.einsum("sti,eoi->steo", hidden, self.weight)
+        return (torch.cat([chosen, 1 - chosen], dim=2) * both).sum(dim=2)
+
+
+@pytest.mark.parametrize("layer", ["linear", "experts"])
+def test_is_exact_where_the_curvature_is_a_kronecker_product(layer: str) -> None:
+    """One token a row, every token with every label, x and g independent: the dense inverse of the second moments, of
+    one linear and of two experts that tokens are sent to.
+    """
     network = OneLayer().double()
+    if layer == "experts":
+        network.layer = TwoExperts().double()  # type: ignore[assignment]
     modules = find_modules(network, "layer").captured
     rows = [sequence(5 * token + label, [token, label], [False, True]) for token in range(5) for label in range(5)]
     gradients, _ = per_example_gradients(network, modules, rows, len(rows))
     G = gradients[modules[0].name].flatten(1)
     moments = G.T @ G / len(rows)
-    bases = bases_of(kronecker_factors(network, modules, rows, ONE_BATCH))
+    bases = bases_of(kronecker_factors(network, modules, rows, ONE_BATCH), modules)
     eigenvalues = corrected_eigenvalues(network, modules, rows, bases, ONE_BATCH)[modules[0].name] / len(rows)
     damping = 0.1 * float(torch.linalg.eigvalsh(moments).max())
     assert float(eigenvalues.max()) == pytest.approx(10 * damping, rel=1e-9)
-    wanted = torch.linalg.solve(moments + damping * torch.eye(16, dtype=torch.float64), G.T).T
+    wanted = torch.linalg.solve(moments + damping * torch.eye(len(moments), dtype=torch.float64), G.T).T
     found = DampedInverse(bases[modules[0].name], eigenvalues, damping)(gradients[modules[0].name])
     torch.testing.assert_close(found.flatten(1), wanted, rtol=1e-8, atol=1e-10)
 
@@ -209,6 +246,25 @@ def test_rows_that_are_not_finite_count_for_nothing(names: Any) -> None:
     for name, found in one.items():
         torch.testing.assert_close(other[name], found, rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(same[name], values[name], rtol=1e-9, atol=1e-12)
+
+
+def test_a_side_as_wide_as_a_vocabulary_keeps_its_axes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its eigenvectors are those of the identity, and Λ the second moments in that basis."""
+    monkeypatch.setattr(kronecker, "_WIDEST", 20)
+    network = with_lora(tiny_llama(), ["q_proj"], rank=2, modules_to_save=["embed_tokens", "lm_head"]).double()
+    modules, rows = find_modules(network).captured, random_sequences(LENGTHS)
+    gradients, _ = per_example_gradients(network, modules, rows, len(rows))
+    bases = bases_of(kronecker_factors(network, modules, rows, ONE_BATCH))
+    found = corrected_eigenvalues(network, modules, rows, bases, ONE_BATCH)
+    wide = [one for one in modules if "modules_to_save" in one.name]
+    assert len(wide) == 2
+    for one in wide:
+        basis, G = bases[one.name], gradients[one.name]
+        assert (basis.out_vectors.numel(), len(basis.in_vectors)) == (0, one.in_features)
+        assert kronecker.factor_entries(one) == one.in_features**2
+        torch.testing.assert_close(found[one.name], (G @ basis.in_vectors).square().sum(dim=0), rtol=1e-6, atol=1e-12)
+        solved = DampedInverse(basis, found[one.name], 0.1)(G)
+        torch.testing.assert_close(basis.into(solved), basis.into(G) / (found[one.name] + 0.1), rtol=1e-9, atol=1e-12)
 
 
 def test_a_module_that_runs_twice_has_factors_of_its_gradients() -> None:

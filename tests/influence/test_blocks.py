@@ -75,7 +75,7 @@ PRODUCTS: dict[str, Callable[[GradientStore, Tensor, str], Tensor]] = {
     "DataInf": lambda store, targets, device: datainf_directions(store, targets, "auto", device=device),
     "inverse": lambda store, targets, device: inverse_directions(store, targets, 0.1, device=device),
     "TRAK": lambda store, targets, device: trak_kernel(
-        store, targets, torch.linspace(0.1, 2, len(targets)), TRAK(), device=device
+        store, targets / torch.linspace(0.1, 2, len(targets))[:, None], TRAK(), device=device
     ),
     "JI2S projected": lambda store, targets, device: terms(
         store, targets, device, hessian="fisher_projected", normalise=True

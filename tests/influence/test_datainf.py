@@ -293,11 +293,11 @@ def test_spectral_damping_of_segments(tmp_path: Path) -> None:
     assert np.isfinite(datainf_directions(store, targets, "spectral").numpy()).all()
 
 
-@pytest.mark.parametrize("rows", [7, 300])
+@pytest.mark.parametrize(("rows", "dtype"), [(7, "float32"), (300, "float64")])
 @pytest.mark.parametrize("damping", ["auto", "spectral", 0.05])
-def test_the_whole_inverse_is_a_dense_solve(tmp_path: Path, rows: int, damping: Any) -> None:
+def test_the_whole_inverse_is_a_dense_solve(tmp_path: Path, rows: int, dtype: str, damping: Any) -> None:
     """λ·V(H + λI)⁻¹ over all modules at once, with fewer rows than dimensions and with more."""
-    store = write_store(tmp_path, torch.cat(segmented(rows, 10), dim=1))
+    store = write_store(tmp_path, torch.cat(segmented(rows, 10), dim=1), dtype)
     targets = torch.cat(segmented(3, 11), dim=1).float()
     G = store.rows(0, rows).double().numpy()
     moments = G.T @ G / rows

@@ -225,10 +225,13 @@ def test_the_check_is_kept(tiny: World, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_rate_that_is_too_high(tiny: World, tmp_path: Path) -> None:
-    """Where the adjoint explodes, a warning says so and what to change."""
-    pool = opened(tiny, tmp_path / "run", warmup=SMALL.model_copy(update={"learning_rate": 0.1, "warmup_ratio": 0.0}))
+    """Where the adjoint explodes, a warning says so and what to change; another one where each step has one row, whose
+    weight is clipped away."""
+    steep = SMALL.model_copy(update={"learning_rate": 0.1, "warmup_ratio": 0.0})
+    pool = opened(tiny, tmp_path / "run", rows=12, warmup=steep)
     scores = gs.score(pool, gs.open_target(target_rows(2), pool), MAGIC(warmup_ratio=0.0, eps_root=0.0))
     assert any("not smooth" in warning and "lower learning_rate" in warning for warning in scores.warnings)
+    assert any("each step trains on one row" in warning for warning in scores.warnings)
 
 
 def test_rows_of_the_target_do_not_train(tiny: World, tmp_path: Path) -> None:

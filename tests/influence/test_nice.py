@@ -158,7 +158,7 @@ def test_labels_and_controls_on_the_same_prompts(pool: Pool) -> None:
     half = open_prompts([*target_rows()[:3], prompts_only()[3]], pool, vowels)
     with pytest.raises(ConfigError, match=r"LESS needs labels, and 1 of 4 prompts have no answer: use NICE"):
         score(pool, half, LESS())
-    with pytest.raises(ConfigError, match="ranks by a reward, and this target has labels: give a reward"):
+    with pytest.raises(ConfigError, match="ranks by a reward, and none is named: give --reward"):
         score(pool, plain, NICE(sampling=FEW))
 
 
@@ -436,7 +436,8 @@ def test_prompts_without_signal(pool: Pool) -> None:
 
 
 def test_rewards_that_fail_are_left_out(tiny: World, tmp_path: Path) -> None:
-    """A response without a reward is no sample: the others' weights divide by their own number; none at all ends it."""
+    """A response without a reward is no sample: the others' weights divide by their own number; none at all ends it,
+    before the pool goes through the model."""
     told: list[str] = []
     pool = tiny.open_pool(tmp_path / "run")
     pool.reporter.warn = told.append  # type: ignore[method-assign]
@@ -457,6 +458,7 @@ def test_rewards_that_fail_are_left_out(tiny: World, tmp_path: Path) -> None:
     broken = open_prompts(prompts_only(), pool, failing)
     with pytest.raises(DataError, match=r"not one of 16 responses has a reward; first: .*raised ValueError: no"):
         score(pool, broken, NICE(sampling=FEW))
+    assert not [*pool.run.artifacts("gradients")]
 
 
 def failing(completions: list[str], **columns: Any) -> list[float]:

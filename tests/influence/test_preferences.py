@@ -210,6 +210,39 @@ def test_curvature_by_difference(tiny: World, tmp_path: Path) -> None:
     assert np.isfinite(gs.score(plain, target, gs.EKFAC(labels="data")).aggregate).all()
 
 
+@pytest.mark.parametrize("of_pairs", [True, False], ids=["pairs", "single answers"])
+def test_trak_by_difference(of_pairs: bool, tiny: World, tmp_path: Path) -> None:
+    """The margin is log(p/(1−p)) of p = π(c)/(π(c) + π(r)), in the kernel and in 1 − p, by autograd; of a target of one
+    answer that of its mean probability.
+    """
+    plain = opened(tiny, tmp_path / "run", preferred(5), objective="difference")
+    asked = preferred(2, start=12)
+    columns = None if of_pairs else {"prompt": "prompt", "completion": "chosen"}
+    target = gs.open_target(asked, plain, columns=columns)
+    scores = gs.score(plain, target, gs.TRAK(damping=0.5, kernel="whole", checkpoints="last"))
+    checkpoint = plain.checkpoints()[-1]
+    segments = plain.stores(checkpoint, ["plain"])["plain"].config["segments"]
+    network = host(plain.model, plain.dtype, plain.device).with_adapter(checkpoint.adapter)
+    weights = weights_of(network, segments)
+
+    def probabilities(data: Any) -> list[torch.Tensor]:
+        if isinstance(data, Pairs):
+            both = [
+                torch.stack([log_p(network, one[place]) for one in (data, data.rejected)]) for place in range(len(data))
+            ]
+            return [one.softmax(0)[0] for one in both]
+        return [(log_p(network, data[place]) / data.supervised_tokens[place]).exp() for place in range(len(data))]
+
+    rows, targets = (
+        torch.stack([flat_gradient(torch.logit(p), weights) for p in probabilities(data)])
+        for data in (plain.data, target.data)
+    )
+    doubt = 1 - torch.stack(probabilities(plain.data)).detach()
+    kernel = rows.T @ rows / len(rows) + 0.5 * torch.eye(rows.shape[1], dtype=torch.float64)
+    wanted = doubt[:, None] * (rows @ torch.linalg.solve(kernel, targets.T))
+    np.testing.assert_allclose(scores.per_target, wanted.numpy(), rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
+
+
 @pytest.mark.parametrize("route", ["trained", "stored"])
 def test_support_by_pairs_is_a_step_on_their_loss(pool: Pool, route: Any) -> None:
     """An output's log-likelihood after AdamW's step on the mean of the pairs' losses, taken for real or formed."""

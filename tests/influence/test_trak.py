@@ -113,7 +113,7 @@ def test_streamed_kernel_is_that_of_the_whole_rows(tmp_path: Path, kernel: Any, 
     store = write_store(tmp_path, rows, "float16")
     targets, loss = torch.cat(segmented(3, 1), dim=1).float(), torch.tensor([0.3, 1.0, 2.0])
     method = TRAK(damping=damping, kernel=kernel)
-    found = trak_kernel(store, targets, loss, method) * doubt_of(store.losses)[:, None]
+    found = trak_kernel(store, targets / doubt_of(loss)[:, None], method) * doubt_of(store.losses)[:, None]
     wanted = trak_scores(
         [store.rows(0, len(store))],
         [targets],

@@ -109,8 +109,8 @@ def test_a_failed_write_says_why_and_leaves_the_old_object(
     assert [path.name for path in tmp_path.iterdir()] == ["key"]
 
 
-def test_a_full_disk_is_survived(tmp_path: Path) -> None:
-    """On a real file system without room: the message, the old object, no leftovers."""
+def test_a_full_and_a_read_only_disk_are_survived(tmp_path: Path) -> None:
+    """On a real file system without room, or read-only: the message, the old object, no leftovers."""
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)], check=False, capture_output=True
     )
@@ -121,6 +121,9 @@ def test_a_full_disk_is_survived(tmp_path: Path) -> None:
         storage.publish("key", b"old")
         with pytest.raises(StorageError, match="the disk is full"):
             storage.publish("key", bytes(1 << 20))
+        subprocess.run(["mount", "-o", "remount,ro", str(tmp_path)], check=True)
+        with pytest.raises(StorageError, match="read-only"):
+            storage.publish("key", b"new")
         assert storage.read("key") == b"old"
         assert storage.list("") == ["key"]
         assert [path.name for path in tmp_path.iterdir()] == ["key"]

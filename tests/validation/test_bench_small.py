@@ -21,7 +21,7 @@ TRAINING = gs.Warmup(
     epochs=16, rank=4, alpha=8, dropout=0, batch_size=8, learning_rate=5e-3, warmup_ratio=0.2, fraction=1,
     target_modules=LINEARS,
 )  # fmt: skip
-METHODS = (gs.LESS(), gs.ProjectedInverse(), gs.MAGIC(per="target"))
+METHODS = (gs.LESS(), gs.LESS(optimizer="sgd"), gs.ProjectedInverse(), gs.MAGIC(per="target"))
 SEEDS = (0, 1, 2)
 
 
@@ -43,7 +43,8 @@ def questions(count: int, seed: int, wrong: float = 0.0) -> list[dict[str, Any]]
 @pytest.mark.timeout(3600)  # five minutes of one core that nobody else wants
 def test_estimators_foretell_retraining(tmp_path: Path) -> None:
     """By LDS, in each of three trainings LESS is above random and, in the same order, MAGIC above LESS; in their mean
-    the whole inverse is not below LESS, as it is by far where it is damped too little."""
+    Adam's moments do LESS good, though little, and the whole inverse is not below it, as it is by far where it is
+    damped too little."""
     model = save_model(tmp_path / "model")
     rows, asked = questions(64, 1, wrong=0.15), questions(16, 2)
     settings = gs.Bench(measures=("lds",), subsets=12, shares=(0.1,), smooth=True)
@@ -57,7 +58,7 @@ def test_estimators_foretell_retraining(tmp_path: Path) -> None:
         for column in found[-1].columns:
             said = ", ".join(f"{label} {own}" for label, own in column.values.items())
             print(f"seed {seed}, {column.part} {column.name}: {said}", flush=True)
-    less, inverse, magic, random = found[0].methods
+    less, without, inverse, magic, random = found[0].methods
 
     def means(label: str, part: int) -> np.ndarray[Any, Any]:
         """LDS of each training, in the same order (0) or with other seeds (1)."""
@@ -66,4 +67,5 @@ def test_estimators_foretell_retraining(tmp_path: Path) -> None:
     both = {label: (means(label, 0) + means(label, 1)) / 2 for label in found[0].methods}
     assert (both[less] - both[random] > 0.2).all(), both
     assert (means(magic, 0) - means(less, 0) > 0.05).all(), [means(label, 0) for label in both]
+    assert (both[less] - both[without]).mean() > 0.005, both
     assert (both[inverse] - both[less]).mean() > -0.02, both

@@ -292,8 +292,8 @@ def test_stored_rows_give_the_real_step(name: str, dtype: torch.dtype, weighted:
                 # Tokens' weights are fp32, and a step magnifies the rounding of a gradient that nearly vanishes.
                 apart = (weight.detach() - other).abs() / STEP.lr
                 assert float(apart.max()) < 1e-2 if exact else float((apart > 1e-2).double().mean()) < 2e-2
-        first = effect_of(model.trained_on(taken), model, output, before)
-        second = effect_of(formed.on(chosen[::-1]), model, output, before)
+        first = effect_of(model.trained_on(taken), model, [output], [before])
+        second = effect_of(formed.on(chosen[::-1]), model, [output], [before])
         assert second.log_likelihood == pytest.approx(first.log_likelihood, abs=1e-7 if exact else 2e-5)
         assert second.jsd == pytest.approx(first.jsd, rel=1e-5 if exact else 1e-2)
 
@@ -305,9 +305,9 @@ def test_half_precision_rows_give_nearly_the_real_step(tmp_path: Path) -> None:
     rows = examples([9, 4, 17])
     output = examples([11], seed=9)[0]
     before = model.logits(output)
-    real = effect_of(model.trained_on(rows), model, output, before)
+    real = effect_of(model.trained_on(rows), model, [output], [before])
     formed = effect_of(
-        StoredSteps(model, stored(model, rows, tmp_path, "float16")).on(["e0", "e1", "e2"]), model, output, before
+        StoredSteps(model, stored(model, rows, tmp_path, "float16")).on(["e0", "e1", "e2"]), model, [output], [before]
     )
     start = log_likelihood(before, labels_of(output))
     assert formed.log_likelihood - start == pytest.approx(real.log_likelihood - start, rel=1e-2)
@@ -406,7 +406,7 @@ def test_training_on_an_output_supports_it() -> None:
     for rate in (1e-5, 1e-4, 1e-3):
         model = step_model(network, pattern, OneStep(lr=rate))
         before = model.logits(output)
-        effect = effect_of(model.trained_on([output]), model, output, before)
+        effect = effect_of(model.trained_on([output]), model, [output], [before])
         gains.append(effect.log_likelihood - log_likelihood(before, labels_of(output)))
         assert effect.jsd > 0
     assert gains == sorted(gains)
@@ -430,8 +430,8 @@ def test_batch_order_changes_nothing(order: list[int]) -> None:
     network, pattern = build("lora", torch.float64)
     model, rows, output = step_model(network, pattern), examples([9, 4, 17, 2]), examples([11], seed=9)[0]
     before = model.logits(output)
-    first = effect_of(model.trained_on(rows), model, output, before)
-    second = effect_of(model.trained_on([rows[n] for n in order]), model, output, before)
+    first = effect_of(model.trained_on(rows), model, [output], [before])
+    second = effect_of(model.trained_on([rows[n] for n in order]), model, [output], [before])
     assert second.log_likelihood == pytest.approx(first.log_likelihood, abs=1e-7)
 
 

@@ -31,6 +31,7 @@ from gradsift.validation.one_step import Effect, OneStep, jensen_shannon
 from gradsift.validation.validate import (
     Cell,
     CellKey,
+    Route,
     Sanity,
     Validation,
     cells_of,
@@ -322,6 +323,25 @@ def test_relevance_is_held_against_support(pool: Pool, explained: Explanations) 
     content = json.loads(Path(found.path).read_text())
     assert content == json.loads(json.dumps(found.as_dict()))
     assert [entry["support"] for entry in content["cells"]] == [entry.support for entry in found.cells]
+
+
+@pytest.mark.parametrize("route", ["trained", "stored"])
+def test_a_contrast_is_validated_by_the_difference(pool: Pool, outputs: list[TokenizedExample], route: Route) -> None:
+    """Gains and supports of one answer beside another are differences of those of both alone, its shift is over the
+    tokens of both; a step on the difference itself beats random rows in every pair.
+    """
+    one, other = outputs[0], replace(outputs[1], id=outputs[0].id)
+    chosen = cell(one.id, "p00", "p03", "p11")
+    both, *alone = (
+        validate(pool, [answers], [chosen], settings=STEP, route=route).cells[0]
+        for answers in ((one, other), one, other)
+    )
+    assert both.gain == pytest.approx(alone[0].gain - alone[1].gain, abs=1e-5)
+    np.testing.assert_allclose(both.supports, np.subtract(alone[0].supports, alone[1].supports), atol=1e-5)
+    counts = [int(answer.supervised.sum()) for answer in (one, other)]
+    assert both.jsd == pytest.approx(np.average([part.jsd for part in alone], weights=counts), rel=1e-6)
+    itself = sanity_check(pool, [(one, other)], settings=OneStep(lr=1e-4), route=route)
+    assert itself.support.share == 1
 
 
 def test_training_on_the_output_itself_wins(pool: Pool, outputs: list[TokenizedExample]) -> None:

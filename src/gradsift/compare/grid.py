@@ -20,8 +20,7 @@ from gradsift.evaluation.setup import subject_of
 from gradsift.influence.diagnostics import check_samples
 from gradsift.influence.estimator import Estimator
 from gradsift.influence.nice import takes_reward
-from gradsift.influence.prompts import PromptTarget
-from gradsift.influence.ratings import check_raters, with_judge
+from gradsift.influence.ratings import with_judge
 from gradsift.jobs.results import Result, write_skipped
 from gradsift.jobs.select_explain import open_recipe, open_recipe_target, rest_of_target, say_account
 from gradsift.model import embeddings
@@ -163,12 +162,13 @@ def open_grid(recipe: Recipe, job: Compare, reporter: Reporter) -> Grid:
                 check_drop(one.estimator, one.selection, recipe.aggregation)
     pool = open_recipe(recipe, reporter)
     methods = [one.estimator for one in found if one.estimator is not None]
-    for method in methods:
-        check_raters(method)
     target = _target(recipe, pool, methods)
     if target is not None:
         say_account(target.data.account, "target", len(target.data), reporter)
-        _check_methods(pool, target, methods)
+    for method in methods:
+        method.preflight(pool, target)
+        if takes_reward(method):
+            check_samples(method)
     overlap = set() if target is None else {skip.id for skip in target.overlap}
     available = tuple(id_ for id_ in pool.data.ids if id_ not in overlap)
     budgets = _counts(job.budgets or (recipe.budget,), len(available))
@@ -241,14 +241,8 @@ def _judged(contender: Contender, recipe: Recipe) -> Contender:
 def _target(recipe: Recipe, pool: Pool, methods: Sequence[Estimator]) -> Target | None:
     if recipe.target is None and not any(method.needs_target for method in methods):
         return None
-    unpaid = next((method for method in methods if takes_reward(method)), None)
-    if unpaid is not None and recipe.reward is None:
-        raise ConfigError(
-            f"{unpaid.label} ranks by a reward, and none is named: give `reward:`, such as "
-            "{kind: numeric}, or leave that arm out"
-        )
     try:
-        return open_recipe_target(recipe, pool)
+        return open_recipe_target(recipe, pool, methods)
     except UnusableRowsError as error:
         needing = next((method for method in methods if method.view and not takes_reward(method)), None)
         if recipe.reward is not None or needing is None:
@@ -257,18 +251,6 @@ def _target(recipe: Recipe, pool: Pool, methods: Sequence[Estimator]) -> Target 
             f"{error} {needing.label} compares gradients with those of answers: add answers to the target, or use "
             "NICE with a reward (`reward:`), which needs none"
         ) from error
-
-
-def _check_methods(pool: Pool, target: Target, methods: Sequence[Estimator]) -> None:
-    """Refuse estimators that do not go with the target or the adapters."""
-    for method in methods:
-        if takes_reward(method) and isinstance(target, PromptTarget):
-            target.check_reward()
-            check_samples(method)
-        elif method.view is not None:
-            method.targets(pool, target)
-        if pool.adapters:
-            method.checkpoints_of(pool)
 
 
 def _counts(budgets: Sequence[float], available: int) -> tuple[int, ...]:

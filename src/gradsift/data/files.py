@@ -1,4 +1,4 @@
-"""The rows of one file: JSON, JSON lines, csv and parquet, compressed or not.
+"""The rows of one file: JSON, JSON lines, csv, parquet and Arrow, compressed or not.
 
 A row that cannot be read costs itself only, a file that breaks off what comes after.
 """
@@ -25,7 +25,16 @@ from gradsift.base.inputs import open_input
 if TYPE_CHECKING:
     from pyarrow import RecordBatch
 
-_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+_TABLES = (".parquet", ".arrow", ".feather")
+_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", *_TABLES)
+# What a file of text begins with that is none, and what it is.
+_OTHERS = {
+    **dict.fromkeys((b"\xff\xfe", b"\xfe\xff", b"{\0", b"[\0", b"\0{", b"\0["), "text in UTF-16: save it as UTF-8"),
+    **{b"PAR1": "a parquet file: end its name in .parquet", b"ARROW1": "an Arrow file: end its name in .arrow"},
+    **{b"\x1f\x8b": "compressed: end its name in .gz", b"BZh": "compressed: end its name in .bz2"},
+    **{b"\x28\xb5\x2f\xfd": "compressed: end its name in .zst", b"PK\x03\x04": "a zip archive: unpack it"},
+    b"version https://git-lfs": "a pointer of Git LFS to the file: git lfs pull fetches it",
+}
 MAX_ROW_BYTES = 64 << 20  # of a line, or of a field of csv: an example of a thousand pages has two million
 MAX_JSON_BYTES = 4 << 30  # a .json file is read whole
 _CSV_PROBE = 50  # rows by which a csv file's delimiter is told
@@ -48,7 +57,7 @@ class FileError(Exception):
 
 def is_data_file(path: Path) -> bool:
     """Whether a file of this name is one that rows are read from."""
-    return suffix_of(path) in _SUFFIXES and not (suffix_of(path) == ".parquet" and path.suffix.lower() in _OPENERS)
+    return suffix_of(path) in _SUFFIXES and not (suffix_of(path) in _TABLES and path.suffix.lower() in _OPENERS)
 
 
 def why_unread(path: Path) -> str:
@@ -66,7 +75,7 @@ def why_unread(path: Path) -> str:
 
 def readable_types() -> str:
     """The endings of files that rows are read from, in words."""
-    return f"{', '.join(_SUFFIXES)}, each but parquet also with {', '.join(_OPENERS)}"
+    return f"{', '.join(_SUFFIXES)}, all but the last three also with {', '.join(_OPENERS)}"
 
 
 def suffix_of(path: Path) -> str:
@@ -82,8 +91,9 @@ def file_rows(path: Path, name: str) -> Iterator[Row]:
     """
     suffix = suffix_of(path)
     try:
-        if suffix == ".parquet":
-            yield from _parquet_rows(path, name)
+        _refuse_another(path)
+        if suffix in _TABLES:
+            yield from _table_rows(path, name)
         elif suffix in (".csv", ".tsv"):
             yield from _csv_rows(path, name)
         elif suffix == ".json" or _is_array(path):
@@ -95,6 +105,20 @@ def file_rows(path: Path, name: str) -> Iterator[Row]:
         # All but OSError: a compressed file that was cut off, is none, or was altered.
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise FileError(f"cannot be read: {reason}") from error
+
+
+def _refuse_another(path: Path) -> None:
+    """Refuse a file of another kind than its name says.
+
+    Raises:
+        FileError: what it is.
+    """
+    with _opened(path) as file:
+        start = file.read(max(map(len, _OTHERS)))
+    of_table = (b"PAR1", b"ARROW1") if suffix_of(path) in _TABLES else ()
+    for known, what in _OTHERS.items():
+        if start.startswith(known) and known not in of_table:
+            raise FileError(f"is {what}")
 
 
 def _unpacked_zstd(file: BinaryIO) -> BinaryIO:
@@ -356,17 +380,26 @@ def _csv_row(header: list[str], fields: list[str], name: str, line: int) -> Row:
     return Row(value, name, line, problem=problem)
 
 
-def _parquet_rows(path: Path, name: str) -> Iterator[Row]:
+def _table_rows(path: Path, name: str) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
 
-    open_input(path).close()
+    kind = "a parquet" if suffix_of(path) == ".parquet" else "an Arrow"
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            refuse_repeated(file.schema_arrow.names)
-            yield from batch_rows(file.iter_batches(batch_size=1024), name)
+        with open_input(path) as file:
+            if kind == "a parquet":
+                with pyarrow.parquet.ParquetFile(file) as table:
+                    refuse_repeated(table.schema_arrow.names)
+                    yield from batch_rows(table.iter_batches(batch_size=1024), name)
+                return
+            whole = file.read(6) == b"ARROW1"  # else a stream, as `datasets` writes them
+            file.seek(0)
+            with pyarrow.ipc.open_file(file) if whole else pyarrow.ipc.open_stream(file) as batches:
+                refuse_repeated(batches.schema.names)
+                parts = map(batches.get_batch, range(batches.num_record_batches)) if whole else batches
+                yield from batch_rows(parts, name)
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise FileError(f"is not a parquet file that can be read: {str(error).rstrip('.')}") from error
+        raise FileError(f"is not {kind} file that can be read: {str(error).rstrip('.')}") from error
 
 
 def unpadded(row: Any) -> Any:
@@ -396,10 +429,15 @@ def batch_rows(batches: Iterable[RecordBatch], name: str) -> Iterator[Row]:
 
 
 def _decoded(batch: RecordBatch, name: str, before: int) -> list[Row]:
-    """The rows of a batch of which `before` came before; a text that is not UTF-8 costs its own row only."""
+    """The rows of a batch of which `before` came before; a text that is not UTF-8, or a map with a key twice, costs its
+    own row only.
+    """
     try:
-        return [Row(unpadded(row), name, number) for number, row in enumerate(batch.to_pylist(), start=before + 1)]
-    except UnicodeDecodeError as error:
+        rows = batch.to_pylist(maps_as_pydicts="strict")
+        return [Row(unpadded(row), name, number) for number, row in enumerate(rows, start=before + 1)]
+    except (UnicodeDecodeError, KeyError) as error:
         if batch.num_rows == 1:
-            return [Row(None, name, before + 1, problem=not_utf8(error))]
+            twice = "bad_messages", f"a map has a key twice: {error}"
+            problem = not_utf8(error) if isinstance(error, UnicodeDecodeError) else twice
+            return [Row(None, name, before + 1, problem=problem)]
         return [row for at in range(batch.num_rows) for row in _decoded(batch.slice(at, 1), name, before + at)]

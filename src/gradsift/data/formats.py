@@ -61,6 +61,7 @@ _TRAINER_COLUMNS = {
     **{"input_ids": "token ids", "loss_mask": "labels of turns or tokens"},
     **dict.fromkeys(("labels", "completion_mask", "assistant_masks"), "labels of tokens"),
 }
+_REJECTED = ("rejected_messages", "rejected_response")  # beside the chosen conversation, in ms-swift's form of a pair
 # Columns that say what others have in their messages: told where the conversation does not have it.
 _SPOKEN = ("system_prompt", "system_message", "reasoning", "reasoning_content", "thinking")
 # What a message of a role has for the template beside content and calls.
@@ -212,7 +213,12 @@ def read_conversation(
     Raises:
         BadRowError: it holds none, or one with nothing to learn from where an answer is required.
     """
-    turns = _turns(row, columns, require_answer) if answer is None else _answered(row, columns, answer)
+    if answer is None:
+        _refuse_unwanted(row, columns)
+        turns = _turns(row, columns, require_answer)
+    else:
+        row = in_two_columns(row, columns)
+        turns = _answered(row, columns, answer)
     if isinstance(turns, _PlainText):
         unused = _unused_columns(row, columns, turns)
         return Conversation(tuple(turns), (), "", (*unused, *_unused_options(row, columns)), _weight(row, columns))
@@ -296,6 +302,41 @@ def _answered(row: Mapping[str, Any], columns: Columns, answer: Answer) -> list[
     if answers["chosen"] == answers["rejected"]:
         raise BadRowError("same_answers", "the chosen and the rejected answer are the same: neither is preferred")
     return _put_together(asked, answers[answer])
+
+
+def in_two_columns(row: Mapping[str, Any], columns: Columns) -> Mapping[str, Any]:
+    """A pair in ms-swift's form, whose `messages` end with the chosen answer and which names the rejected end or
+    conversation beside them, with both conversations in columns of their own; any other row as it is.
+    """
+    name = columns.messages or next((one for one in ("messages", "conversations") if row.get(one) is not None), "")
+    rejected = next((one for one in _REJECTED if one not in columns.named and _is_something(row.get(one))), None)
+    if rejected is None or row.get(name) is None or row.get(columns.chosen or "chosen") is not None:
+        return row
+    chosen = _in_turn(_turn_list(row[name], name))
+    others = _text_or_turns(_spoken(row[rejected]), "assistant")
+    if not _is_whole(others):
+        after = [place for place, turn in enumerate(chosen) if _is_whole([turn])][-1:]
+        end = len(chosen) - 1 if isinstance(row[rejected], str) else after[0] + 1 if after else 0
+        others = [*chosen[:end], *others]
+    kept = {column: value for column, value in row.items() if column not in (name, rejected)}
+    return kept | {columns.chosen or "chosen": chosen, columns.rejected or "rejected": others}
+
+
+def _refuse_unwanted(row: Mapping[str, Any], columns: Columns) -> None:
+    """Refuse an answer that KTO's data say is not wanted; where columns were named, the user knows what they are of.
+
+    Raises:
+        BadRowError: it is not wanted.
+    """
+    name = "label" if "completion" in row else "kto_tag"
+    value = row.get(name)
+    unwanted = value is False or (isinstance(value, np.bool_ | str) and str(value).lower() == "false")
+    if unwanted and not any(columns.families.values()) and name not in columns.named:
+        raise BadRowError(
+            "not_wanted",
+            f"{name} says that the answer is not wanted, as in KTO's data, whose loss there is not here: make pairs of "
+            f"wanted and unwanted answers (--objective dpo), or give {name} another name to learn it all the same",
+        )
 
 
 def _asked(row: Mapping[str, Any], columns: Columns) -> list[Any] | None:
@@ -876,9 +917,7 @@ def _not_used(column: str) -> str:
 def _matters(name: str, row: Mapping[str, Any]) -> bool:
     """Whether a trainer that reads this column would do something else for it."""
     value = row[name]
-    if name == "label":  # of prompt and completion, as in KTO; elsewhere it is a class, the user's own
-        return value is False and "completion" in row
-    return value is False if name == "kto_tag" else _is_something(value)
+    return value is False if name in ("label", "kto_tag") else _is_something(value)  # else a class, the user's own
 
 
 def _texts(value: Any) -> Iterator[str]:

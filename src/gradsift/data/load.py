@@ -37,20 +37,26 @@ class Loaded:
 
 
 def load_examples(
-    source: Any, *, columns: Columns | Mapping[str, str] | None = None, what: str = "pool", require_answer: bool = True
+    source: Any,
+    *,
+    columns: Columns | Mapping[str, str] | None = None,
+    what: str = "pool",
+    require_answer: bool = True,
+    answer: Answer | None = None,
 ) -> Loaded:
     """Read examples from a file, folder, glob, Hugging Face dataset or list of rows.
 
-    source: a path to .jsonl, .ndjson, .json (an array, {"data": [...]} or lines), .csv, .tsv or .parquet, each also
-        with .gz, .bz2, .xz or .zst (parquet excepted); a folder or glob of them; a folder that `datasets` saved; a
-        Hugging Face dataset name ("org/name" or "org/name:split", split train unless named; "org/name:train[:5%]" is
-        the first 5% of it); one file of such a dataset ("hf://datasets/org/name/path/in/it.json"); a
-        `datasets.Dataset`; a pandas or polars DataFrame; a pyarrow Table; rows in memory, also from a generator; or a
-        list of paths.
+    source: a path to .jsonl, .ndjson, .json (an array, {"data": [...]} or lines), .csv or .tsv, each also with .gz,
+        .bz2, .xz or .zst, or to .parquet, .arrow or .feather; a folder or glob of them, or one that `datasets` saved
+        ("folder:split"); a Hugging Face dataset name ("org/name" or "org/name:split", split train unless named;
+        "org/name:train[:5%]" is the first 5% of it); one file of such a dataset
+        ("hf://datasets/org/name/path/in/it.json"); a `datasets.Dataset`; a pandas or polars DataFrame; a pyarrow Table;
+        rows in memory, also from a generator; or a list of paths.
     columns: names of columns that differ from the usual ones.
     what: what the rows are for ("pool", "target"), used in messages.
     require_answer: whether a row without an assistant turn is skipped (the default). False admits rows that are
         prompts only, as targets scored by a reward function are and texts of which every token is learned.
+    answer: "chosen" or "rejected", of rows that are preference pairs.
 
     Row formats recognised by themselves: `messages` (role, content; content may be a list of text parts),
     `conversations` (from, value), either also as a list of texts that user and assistant say in turn;
@@ -65,7 +71,7 @@ def load_examples(
     >>> loaded.examples[0].id, loaded.examples[0].messages[1]["content"], loaded.description
     ('7', '2', '1 row in memory')
     """
-    reading = ExampleReader(source, columns=columns, what=what, require_answer=require_answer)
+    reading = ExampleReader(source, columns=columns, what=what, require_answer=require_answer, answer=answer)
     found: tuple[list[Example], list[Skipped]] = [], []
     for one in reading:
         found[isinstance(one, Skipped)].append(one)  # type: ignore[arg-type]
@@ -174,6 +180,8 @@ def _own_id(row: Mapping[str, Any], columns: Columns) -> str | None:
     value = row.get(columns.id or "id")
     if value is None or (isinstance(value, float) and value != value):
         return None
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        value = int(value)  # in tables whole numbers are written so where some are missing
     text = value if isinstance(value, str) else str(value)
     # An id must survive UTF-8 files: replace what cannot be written rather than lose the row's name.
     return text.encode("utf-8", "backslashreplace").decode("utf-8") or None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,9 +19,9 @@ from gradsift.base.types import Sequence, Skipped
 from gradsift.data.account import Account
 from gradsift.data.chat import ChatFormat
 from gradsift.data.dataset import Dataset
-from gradsift.data.formats import Answer, Columns
-from gradsift.data.load import ExampleReader
+from gradsift.data.formats import Answer, BadRowError, Columns, in_two_columns, read_conversation
 from gradsift.data.prepare import prepare
+from gradsift.data.sources import read_rows
 from gradsift.model.loss import DPO, label_weights
 from gradsift.store.manifest import fingerprint
 from gradsift.store.run import Run, revisions
@@ -222,16 +222,24 @@ class Pairs(Dataset):
 
 
 def are_pairs(source: Any, columns: Columns | Mapping[str, str] | None) -> bool:
-    """Whether the first row of a source holds a chosen and a rejected answer, and no columns say otherwise."""
+    """Whether the first row of a source holds a chosen and a rejected answer, and no columns say otherwise.
+
+    A conversation with its answer beside which both stand is one; but ms-swift's, which is the chosen one itself.
+    """
     named = Columns.of(columns)
     if named.chosen is not None or named.rejected is not None:
         return True
-    others = named.model_dump(exclude_none=True, exclude={"prompt"})
-    try:
-        first = next(iter(ExampleReader(source, columns=others, what="target", require_answer=True)))
-    except UnusableRowsError:
+    alone = Columns.of(named.model_dump(exclude_none=True, exclude={"prompt"}))
+    row = next((one.value for one in read_rows(source, "target").rows if one.problem is None), None)
+    if not isinstance(row, Mapping):
         return False
-    return isinstance(first, Skipped) and first.reason == "preference_pair"
+    if named.messages is None and in_two_columns(row, named) is not row:
+        return True
+    try:
+        read_conversation(row, alone)
+    except BadRowError:
+        return all(row.get(answer) is not None for answer in get_args(Answer))
+    return False
 
 
 def prepare_pairs(

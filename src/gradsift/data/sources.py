@@ -40,6 +40,12 @@ _COMPANION_NAMES = (  # without an ending, or with .txt
     *("readme", "license", "licence", "notice", "copying", "citation", "changelog", "authors", "contributing"),
     *("_success", "checksums", "md5sums", "sha256sums", "makefile"),
 )
+# The split that a file of a folder is of, by the last of these words in its path, as `datasets` tells them.
+_SPLIT_WORDS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+}
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.:\[\]%+-]+)?")
 _HUB_FILE = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+?)(?:@([^/]+))?/(.+)")
 
@@ -157,8 +163,8 @@ def _open_named(text: str, what: str) -> Source:
         matches = glob.glob(str(path), recursive=True)  # noqa: PTH207  # Path.glob takes no absolute patterns
         return _open_files(sorted(map(Path, matches)), _in_utf8(text), _in_utf8(text), what)
     folder, colon, split = text.rpartition(":")
-    if colon and Path(folder).expanduser().is_dir() and _is_saved_dataset(Path(folder).expanduser()):
-        return _saved_dataset(Path(folder).expanduser(), split, what)
+    if colon and Path(folder).expanduser().is_dir():
+        return _open_folder(Path(folder).expanduser(), what, split)
     if _HUB_NAME.fullmatch(text) and not is_data_file(path):
         return _hub_dataset(text, what)
     near = _near(path)
@@ -179,15 +185,17 @@ def _near(path: Path) -> str:
 # --- folders ------------------------------------------------------------------------------------------------------
 
 
-def _open_folder(folder: Path, what: str) -> Source:
+def _open_folder(folder: Path, what: str, split: str | None = None) -> Source:
     if _is_saved_dataset(folder):
-        return _saved_dataset(folder, None, what)
+        return _saved_dataset(folder, split, what)
     # A link to a folder is not followed, and named like a file that is not read.
     inside = sorted(entry for entry in folder.rglob("*") if entry.is_symlink() or not entry.is_dir())
-    return _open_files(inside, f"{_in_utf8(folder.name or folder)}/", _in_utf8(folder), what, folder)
+    return _open_files(inside, f"{_in_utf8(folder.name or folder)}/", _in_utf8(folder), what, folder, split)
 
 
-def _open_files(found: Sequence[Path], name: str, where: str, what: str, root: Path | None = None) -> Source:
+def _open_files(
+    found: Sequence[Path], name: str, where: str, what: str, root: Path | None = None, split: str | None = None
+) -> Source:
     names = {path: _in_utf8(path.relative_to(root) if root is not None else path.name) for path in found}
     inside = {parent for path in found if not path.is_dir() for parent in path.parents}
     aside, readable, unread = [], [], []
@@ -200,6 +208,13 @@ def _open_files(found: Sequence[Path], name: str, where: str, what: str, root: P
             readable.append(path)
         else:
             unread.append(_unread(names[path], "unread_file", why_unread(path)))
+    if root is not None:
+        splits = {path: _split_of(names[path]) for path in readable}
+        readable, others = _of_split(splits, split, where, what)
+        unread += [
+            _unread(names[path], "unread_file", f"of the split {splits[path]}: name {where}:{splits[path]} to read it")
+            for path in others
+        ]
     if not readable:
         kinds = ", ".join(sorted({suffix_of(path) or path.name for path in found})[:10]) or "no files at all"
         raise DataError(f"{what}: nothing readable in {where}: wanted {readable_types()}, found {kinds}.")
@@ -210,6 +225,26 @@ def _open_files(found: Sequence[Path], name: str, where: str, what: str, root: P
         notes.append(f"{where} also holds {many}, taken to be no data: {listed}")
     full_name = name if len(readable) == 1 else f"{name}: {len(readable):,} files"
     return Source(_rows_of(readable, names, unread), full_name, unread, tuple(notes))
+
+
+def _split_of(name: str) -> str | None:
+    words = re.split(r"[^a-z]+", name.lower())
+    return next((_SPLIT_WORDS[word] for word in reversed(words) if word in _SPLIT_WORDS), None)
+
+
+def _of_split(
+    splits: Mapping[Path, str | None], split: str | None, where: str, what: str
+) -> tuple[list[Path], list[Path]]:
+    """The files to be read, and those of other splits, which are not: without a name all but what lies beside a
+    training split to test it.
+    """
+    there = sorted({own for own in splits.values() if own is not None})
+    if split is not None and split not in there:
+        having = f"it has {', '.join(there)}" if there else "its files name none"
+        raise DataError(f"{what}: {where} has no split {split!r}; {having}: name one of them, or the files.")
+    wanted = {split} if split is not None else {"train", None} if "train" in there else {*there, None}
+    own = [path for path, one in splits.items() if one in wanted]
+    return own, [path for path in splits if path not in own]
 
 
 def _rows_of(files: Sequence[Path], names: Mapping[Path, str], unread: list[Skipped]) -> Iterator[Row]:

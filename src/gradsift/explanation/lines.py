@@ -16,7 +16,7 @@ from gradsift.explanation.result import ChosenExample, Explanation
 from gradsift.store.manifest import fingerprint
 from gradsift.store.run import Run
 
-FILE = "explanations.jsonl"
+FILE, TABLE = "explanations.jsonl", "explanations.parquet"
 read_explanation = TypeAdapter(Explanation)
 """Reads an explanation as `as_dict` wrote it."""
 
@@ -49,13 +49,15 @@ def publish(run: Run, entries: Sequence[Explanation], made: Made) -> None:
         with suppress(ValidationError):  # of another version
             kept.append((read_explanation.validate_json(json.dumps(line)), str(known["by"])))
     every = [*kept, *((entry, made.by) for entry in entries)]
-    lines = (
+    lines = "".join(
         json.dumps({**entry.as_dict(), "made": {"of": made.of, "by": by}}, ensure_ascii=False) + "\n"
         for entry, by in every
     )
-    run.publish_text(FILE, "".join(lines))
+    if run.storage.exists(TABLE) and run.storage.exists(FILE) and run.storage.read(FILE) == lines.encode():
+        return  # the table is of the same; making one imports pandas
+    run.publish_text(FILE, lines)
     rows = [{**row, "settings": by} for entry, by in every for row in _rows(entry)]
-    run.publish_parquet("explanations.parquet", [pa.Table.from_pylist(rows)])
+    run.publish_parquet(TABLE, [pa.Table.from_pylist(rows)])
 
 
 def explained_prompts(run: Run) -> dict[str, str]:

@@ -203,8 +203,9 @@ class Verdict:
             found["best found"] = f"{relevance_text(beside.best)}: {share_brief(beside.best)}"
         if (trained := self.trained) is not None:
             least, most = (text.written(value, "+.2g") for value in (min(trained.supports), max(trained.supports)))
+            how = "likelier" if trained.support > 0 else "less likely"
             found["one step on them"] = (
-                f"the output {'likelier' if trained.support > 0 else 'less likely'} than after random ones by "
+                f"{subject(self.contrast)} {how} than after random ones by "
                 f"{text.written(trained.support, '+.2g')} nats ({least} to {most} in {len(trained.supports)} draws)"
             )
             if trained.shift is not None:

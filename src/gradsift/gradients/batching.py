@@ -15,6 +15,7 @@ from gradsift.base.types import Sequence
 from gradsift.gradients.folding import Captured
 
 _GRADIENT_COPIES = 5  # of a module's gradients: itself, Adam's numerator and denominator, folded and gathered
+_CACHED = 512 * 576  # entries of one activation of a batch at which a CPU is at full speed
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,15 +157,17 @@ def _batch(units: SequenceABC[tuple[int, list[Sequence]]]) -> Batch:
 def automatic_token_budget(model: Any, lanes: int = 1) -> int:
     """Tokens per batch for the memory at hand, where `lanes` batches run at once, by an estimate of the activations.
 
-    On a CPU 512 tokens in all lanes together already run at full speed; larger batches fall out of the caches and are
-    padded more, so that is the ceiling. On a GPU it is what half of the free memory holds; `measured_token_budget` is
-    better where a batch can be tried.
+    On a CPU 512 tokens in all lanes together already run at full speed, and more where a token is so small that calls
+    cost more than what they compute; larger batches fall out of the caches and are padded more, so that is the
+    ceiling. On a GPU it is what half of the free memory holds; `measured_token_budget` is better where a batch can be
+    tried.
     """
     per_token = _activation_bytes(model)
     parameter = next(model.parameters())
     if parameter.device.type == "cuda":
         return budget_from(free_bytes(parameter.device), per_token, share=0.5)
-    return int(min(max(128, 512 // lanes), max(128, psutil.virtual_memory().available * 0.3 / per_token)))
+    ceiling = max(512, _CACHED // _hidden_size(model))
+    return int(min(max(128, ceiling // lanes), max(128, psutil.virtual_memory().available * 0.3 / per_token)))
 
 
 def budget_from(free_bytes: float, bytes_per_token: float, *, fixed_bytes: float = 0.0, share: float = 0.8) -> int:
@@ -269,10 +272,17 @@ def automatic_lanes(
 
 def _activation_bytes(model: Any) -> int:
     """What one token keeps alive: about 20 hidden and 4 intermediate vectors per layer, and the head's logits twice."""
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    hidden = int(getattr(config, "hidden_size", 1024))
+    config, hidden = _text_config(model), _hidden_size(model)
     intermediate = int(getattr(config, "intermediate_size", None) or 4 * hidden)
     layers = int(getattr(config, "num_hidden_layers", 32))
     vocabulary = int(getattr(config, "vocab_size", 50_000))
     size = next(model.parameters()).element_size()
     return layers * (20 * hidden + 4 * intermediate) * size + 2 * 4 * vocabulary
+
+
+def _hidden_size(model: Any) -> int:
+    return int(getattr(_text_config(model), "hidden_size", 1024))
+
+
+def _text_config(model: Any) -> Any:
+    return model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config

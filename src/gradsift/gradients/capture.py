@@ -24,7 +24,7 @@ from gradsift.base.errors import ConfigError, ModelError
 from gradsift.base.lazy import Tensor, nn, torch
 from gradsift.base.types import Sequence
 from gradsift.gradients.checkpointing import checkpointed_layers
-from gradsift.gradients.folding import Captured, Fold, find_folds, folded_in
+from gradsift.gradients.folding import Captured, Experts, Fold, find_folds, folded_in
 from gradsift.model.loss import Labels, PaddedBatch, head_at, pad
 from gradsift.model.models import input_device, parameter_name
 from gradsift.warmup.checkpoint import trained_parameters
@@ -91,7 +91,8 @@ def find_modules(model: nn.Module, pattern: str = LORA) -> Modules:
                 for own, tensor in module.named_parameters(recurse=False):
                     if tensor.ndim == 3 and tensor.is_floating_point() and wanted.search(f"{name}.{own}"):
                         told.add(id(tensor))
-                        captured.append(_again(f"{name}.{own}", again.get(module, module), tensor))
+                        experts = Experts(len(tensor))
+                        captured.append(_again(f"{name}.{own}", again.get(module, module), tensor, experts=experts))
             continue
         lora = _ADAPTERS_OWN.search(f"{name}.") if pattern == LORA else re.search(r"\.lora_[AB]\.([^.]+)$", name)
         if lora and (pattern != LORA or (active and lora.group(1) not in active)):
@@ -100,13 +101,15 @@ def find_modules(model: nn.Module, pattern: str = LORA) -> Modules:
             continue
         public = parameter_name(f"{name}.weight", lora.group(1) if lora else "default")
         weight = module.weight
+        if weight is embedded and pattern == LORA:
+            continue  # one parameter, which the embeddings have below
         told.add(id(weight))
         if weight is embedded:
             unreachable.append(f"{public} (tied to the input embeddings)")
         elif not weight.is_floating_point() or type(module).__module__.startswith("bitsandbytes"):
             unreachable.append(f"{public} (quantised, {weight.dtype})")
         elif module in again:
-            captured.append(_again(public, again[module], weight))
+            captured.append(_again(public, again[module], weight, experts=_experts(again[module], name)))
         else:
             transposed = isinstance(module, Conv1D)
             rows, columns = weight.shape
@@ -122,10 +125,9 @@ def find_modules(model: nn.Module, pattern: str = LORA) -> Modules:
             if part and (not active or part.group(1) in active):
                 above = name[: part.start()] if "modules_to_save" not in part.group() else name.rpartition(".")[0]
                 user, public = model.get_submodule(above), parameter_name(name, part.group(1))
-                if any(getattr(module, "tied_adapter", None) is user for module in model.modules()):
-                    unreachable.append(f"{public} (tied to the head)")
-                else:
-                    captured.append(_again(public, user, parameter))
+                owner = model.get_submodule(name.rpartition(".")[0])
+                also = tuple(one for one in model.modules() if one is not owner and _uses_too(one, user, parameter))
+                captured.append(_again(public, user, parameter, also))
             elif part is None and parameter_name(name) in trained:  # a bias of the base
                 captured.append(_again(parameter_name(name), model.get_submodule(name.rpartition(".")[0]), parameter))
         elif parameter.ndim >= 2 and wanted.search(name) and "lora_" not in name:
@@ -167,10 +169,28 @@ def _run_again(model: nn.Module) -> dict[nn.Module, nn.Module]:
     return again
 
 
-def _again(name: str, module: nn.Module, parameter: Tensor) -> Captured:
+def _again(
+    name: str,
+    module: nn.Module,
+    parameter: Tensor,
+    also: tuple[nn.Module, ...] = (),
+    experts: Experts | None = None,
+) -> Captured:
     assert isinstance(parameter, nn.Parameter), name
     rows, columns = parameter.numel() // max(1, parameter.shape[-1]), parameter.shape[-1]
-    return Captured(name, module, rows, columns, again=parameter)
+    return Captured(name, module, rows, columns, again=parameter, also=also, experts=experts)
+
+
+def _experts(wrapper: nn.Module, name: str) -> Experts | None:
+    """How LoRA's matrices on a fused tensor of PEFT's hold those of its experts; a plain matrix has none."""
+    count = int(getattr(wrapper, "num_experts", 1))
+    return Experts(count, in_turn=".lora_B." in f"{name}.") if count > 1 else None
+
+
+def _uses_too(module: nn.Module, user: nn.Module, parameter: nn.Parameter) -> bool:
+    """Whether a module uses a parameter of another one, its user: a head that is tied to the embeddings."""
+    own = any(one is parameter for one in module.parameters(recurse=False))
+    return own or getattr(module, "tied_adapter", None) is user
 
 
 def grouped(modules: SequenceABC[Captured], count: int) -> list[SequenceABC[Captured]]:
@@ -277,8 +297,9 @@ class Capture:
                 handles.extend(fold.base.register_forward_hook(self._folded_hook(fold)) for fold in folds)
                 # The embeddings' output starts the graph, now that no parameter does.
                 handles.append(embeddings.register_forward_hook(_require_grad))
-                for module in dict.fromkeys(c.module for c in self.modules if c.again is not None):
-                    used = [c for c in self.modules if c.again is not None and c.module is module]
+                run_again = [c for c in self.modules if c.again is not None]
+                for module in dict.fromkeys(module for c in run_again for module in (c.module, *c.also)):
+                    used = [c for c in run_again if module in (c.module, *c.also)]
                     handles.append(module.register_forward_hook(self._again_hook(used), with_kwargs=True))
                 self.model.eval()
                 for parameter, _ in required:
@@ -444,6 +465,8 @@ class Capture:
         """
         found = [torch.zeros(len(running.batch), *c.shape, dtype=self.accumulate, device=c.weight.device) for c in used]
         parameters = [captured.weight.requires_grad_(True) for captured in used]
+        head: Any = self.model.get_output_embeddings()  # type: ignore[operator]
+        heads = any(module is one for one in head.modules())
         running.again = True
         try:
             with (
@@ -452,11 +475,11 @@ class Capture:
             ):
                 for row in range(len(running.batch)):
                     inputs, named = torch.utils._pytree.tree_map(
-                        lambda value, row=row: _of_one(running.batch, value, row), taken
+                        lambda value, row=row: _of_one(running.batch, value, row, heads), taken
                     )
                     returned = torch.utils._pytree.tree_leaves(module(*inputs, **named))
                     outputs = {n: returned[n] for n in gradients if returned[n].requires_grad}
-                    given = [_of_one(running.batch, gradients[n], row) for n in outputs]
+                    given = [_of_one(running.batch, gradients[n], row, heads) for n in outputs]
                     if any(one.shape != own.shape for one, own in zip(given, outputs.values(), strict=True)):
                         raise UncapturedError(used[0].name, "is used by a module that does not take sequences apart")
                     if not outputs:  # no token was sent to an expert that is trained
@@ -504,14 +527,17 @@ class Capture:
         running.consume(captured, gradients)
 
 
-def _of_one(batch: PaddedBatch, value: Any, row: int) -> Any:
+def _of_one(batch: PaddedBatch, value: Any, row: int, heads: bool) -> Any:
     """A sequence's part of what a module takes or returns; values that are not of the batch whole.
 
-    Of `[sequence …]`, of `[sequence·token …]`, and of `[expert·sequence·token …]`, where all experts take all tokens.
+    Of `[sequence …]`, of `[sequence·token …]`, and of `[expert·sequence·token …]`, where all experts take all tokens;
+    of the head's `[1 label …]`.
     """
     if not isinstance(value, Tensor) or value.ndim == 0:
         return value
     value = value.detach()
+    if heads and value.shape[:2] == (1, len(batch.positions)):
+        return value[:, (batch.owner == row).to(value.device)]
     if value.shape[0] % batch.ids.numel() == 0:
         return value.reshape(-1, *batch.ids.shape, *value.shape[1:])[:, row].flatten(0, 1)
     return value[row : row + 1] if value.shape[0] == len(batch) else value

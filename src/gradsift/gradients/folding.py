@@ -26,6 +26,34 @@ _MEMORY_SHARE = 0.1  # of the free memory, for the copies that restore the weigh
 
 
 @dataclass(frozen=True, slots=True)
+class Experts:
+    """How the matrix `[out in]` of a fused parameter holds those of single experts: one below the other, or side by
+    side, a column of each in turn, as LoRA's B on them.
+    """
+
+    count: int
+    in_turn: bool = False
+
+    def shape(self, whole: tuple[int, int]) -> tuple[int, int]:
+        """(out, in) of one of them, of that of the whole."""
+        out, columns = whole
+        return (out, columns // self.count) if self.in_turn else (out // self.count, columns)
+
+    def apart(self, matrices: Tensor) -> Tensor:
+        """`[row expert out in]` of `[row out in]`."""
+        rows, out, columns = matrices.shape
+        if self.in_turn:
+            return matrices.view(rows, out, -1, self.count).permute(0, 3, 1, 2)
+        return matrices.view(rows, self.count, -1, columns)
+
+    def together(self, apart: Tensor) -> Tensor:
+        """`[row out in]` of `[row expert out in]`."""
+        if self.in_turn:
+            return apart.permute(0, 2, 3, 1).flatten(2)
+        return apart.flatten(1, 2)
+
+
+@dataclass(frozen=True, slots=True)
 class Captured:
     """A parameter whose gradient is captured: a linear module's weight, or one that has a module run again.
 
@@ -35,6 +63,8 @@ class Captured:
 
     again: of a parameter that is no linear module's weight, such as fused experts, LoRA on them, embeddings or norms:
         `module` uses it, and runs once more for each sequence.
+    also: modules that use it, too, as a head does that is tied to the embeddings; they run again likewise.
+    experts: where it is of several, how it holds them.
     """
 
     name: str
@@ -43,6 +73,8 @@ class Captured:
     in_features: int
     transposed: bool = False
     again: nn.Parameter | None = field(default=None, compare=False)
+    also: tuple[nn.Module, ...] = field(default=(), compare=False)
+    experts: Experts | None = None
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -6,6 +6,7 @@ A linear module with inputs x `[in]` and output gradients g `[out]` at each toke
     S = Σ g gᵀ `[out out]`,   A = Σ x xᵀ `[in in]`
 
 over all tokens of a sample, with the second moments of the gradients there as eigenvalues, Λ = mean (Q_Sᵀ G Q_A)².
+Fused experts have a pair of factors each. A side as wide as a vocabulary keeps its own axes in place of eigenvectors.
 No files, no settings.
 """
 
@@ -25,10 +26,11 @@ from gradsift.base.memory import is_out_of_memory
 from gradsift.base.types import Sequence
 from gradsift.gradients.batching import Batch, Budget, Unit
 from gradsift.gradients.capture import Capture, Consume, ConsumeFactors
-from gradsift.gradients.folding import Captured
+from gradsift.gradients.folding import Captured, Experts
 from gradsift.model.loss import Labels
 
 _RECENT = 4  # of which the inputs are held: between those of q and k stand what LoRA's B of each gets
+_WIDEST = 16_384  # of a side that has eigenvectors: S of 1 GB in float32
 _LABELS = 64  # drawn at once, as each takes the vocabulary in float64
 
 Rows = Callable[[int], None]
@@ -56,18 +58,26 @@ class Pass:
 
 @dataclass(frozen=True)
 class Eigenbasis:
-    """Of one module: eigenvectors of S `[out out]` and of A `[in in]`, as columns."""
+    """Of one module: eigenvectors of S `[out out]` and of A `[in in]`, as columns; empty where a side keeps its axes.
+
+    experts: how the module holds those that it is of, which have a pair each: `[expert out out]`, `[expert in in]`
+    """
 
     out_vectors: Tensor
     in_vectors: Tensor
+    experts: Experts | None = None
 
     def into(self, gradients: Tensor) -> Tensor:
-        """Q_Sᵀ G Q_A of `[row out in]`."""
-        return self.out_vectors.T @ (gradients @ self.in_vectors)
+        """Q_Sᵀ G Q_A of `[row out in]`: `[row out in]`, or `[row expert out in]`."""
+        G = gradients if self.experts is None else self.experts.apart(gradients)
+        G = G @ self.in_vectors if self.in_vectors.numel() else G
+        return self.out_vectors.mT @ G if self.out_vectors.numel() else G
 
     def back(self, rotated: Tensor) -> Tensor:
-        """Q_S G Q_Aᵀ of `[row out in]`."""
-        return self.out_vectors @ (rotated @ self.in_vectors.T)
+        """Q_S G Q_Aᵀ of what `into` gives."""
+        G = rotated @ self.in_vectors.mT if self.in_vectors.numel() else rotated
+        G = self.out_vectors @ G if self.out_vectors.numel() else G
+        return G if self.experts is None else self.experts.together(G)
 
 
 @dataclass(frozen=True)
@@ -75,7 +85,7 @@ class DampedInverse:
     """A module's `(H + λI)⁻¹`.
 
     basis: of the module
-    eigenvalues: Λ `[out in]`
+    eigenvalues: Λ `[out in]`, or `[expert out in]`
     damping: λ
     """
 
@@ -98,7 +108,8 @@ def kronecker_factors(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Sums S `[out out]` and A `[in in]` of each module over the tokens of a sample; their scale does not matter.
 
-    A module that runs more than once in a pass has no single x and g: Σ GGᵀ and Σ GᵀG stand for them (Shampoo's).
+    A module that runs more than once in a pass, or again by itself, has no single x and g: Σ GGᵀ and Σ GᵀG stand for
+    them (Shampoo's), for each of several experts. Of a side that keeps its axes they are empty.
 
     Args:
         model: in any mode; it is evaluated without dropout and left as found.
@@ -123,15 +134,17 @@ def kronecker_factors(
         if known is None:
             real = there[0] if x.shape[1] == there[0].shape[1] else g.any(dim=2)  # places that are no tokens
             own = (x if bool(real.all()) else x * real.to(x)[..., None]).flatten(0, 1)
-            known = own.T @ own
+            known = _moments(own)
             recent.append((x, known))
-        add(captured, flat.T @ flat, known)
+        add(captured, _moments(flat), known)
 
     def from_gradients(captured: Captured, gradients: Tensor) -> None:
-        gradients = _finite(gradients)
-        by_in = gradients.flatten(0, 1)
-        by_out = gradients.transpose(1, 2).flatten(0, 1)
-        add(captured, by_out.T @ by_out, by_in.T @ by_in)
+        G = _finite(gradients)
+        if captured.experts is None:
+            add(captured, _moments(G.mT.flatten(0, 1)), _moments(G.flatten(0, 1)))
+            return
+        G = captured.experts.apart(G).transpose(0, 1)  # [expert row out in]
+        add(captured, _moments(G.mT.flatten(1, 2)), _moments(G.flatten(1, 2)))
 
     def begin(batch: Batch, place: torch.device) -> None:
         lengths = torch.tensor([len(sequence.token_ids) for sequence in batch.sequences], device=place)
@@ -143,8 +156,17 @@ def kronecker_factors(
     return sums
 
 
+def factor_entries(captured: Captured) -> int:
+    """How many numbers a module's factors have."""
+    experts = captured.experts
+    sides = captured.shape if experts is None else experts.shape(captured.shape)
+    return (1 if experts is None else experts.count) * sum(side**2 for side in sides if side <= _WIDEST)
+
+
 def eigenvectors(factor: Tensor) -> Tensor:
-    """Of a symmetric matrix `[dim dim]`, as columns; computed in float64 and given in its own type."""
+    """Of symmetric matrices `[… dim dim]`, as columns; computed in float64 and given in their type; of nothing none."""
+    if not factor.numel():
+        return factor
     return torch.linalg.eigh(factor.double())[1].to(factor.dtype).contiguous()
 
 
@@ -156,7 +178,8 @@ def corrected_eigenvalues(
     settings: Pass,
     on_rows: Rows | None = None,
 ) -> dict[str, Tensor]:
-    """Sums over the sample's rows of (Q_Sᵀ G Q_A)² `[out in]`, of each module; G is the sum over a row's sequences.
+    """Sums over the sample's rows of (Q_Sᵀ G Q_A)² `[out in]` or `[expert out in]`, of each module; G is the sum over a
+    row's sequences.
 
     Args:
         model, modules, sequences, settings, on_rows: as for `kronecker_factors`; labels are drawn anew.
@@ -254,6 +277,11 @@ def conjugate_gradient(
 
 def _dot(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float:
     return sum(float((part.double() * second[name].double()).sum()) for name, part in first.items())
+
+
+def _moments(vectors: Tensor) -> Tensor:
+    """Σ v vᵀ of `[… vector dim]`; nothing where the side keeps its axes."""
+    return vectors.mT @ vectors if vectors.shape[-1] <= _WIDEST else vectors.new_empty(0)
 
 
 def _finite(features: Tensor) -> Tensor:

@@ -361,8 +361,8 @@ def whole_inverse_directions(
     for start in range(0, store.dim, _PANEL):
         part = slice(start, start + _PANEL)
         shared.addmm_(targets[:, part].double().to(place), rows[:, part].double().T, alpha=1 / count)
-    taken = inverse_product(gram, shared, value).float()
-    return targets.float() - (taken @ rows).cpu()
+    taken = inverse_product(gram, shared, value).to(rows.dtype)
+    return (targets.to(rows.dtype) - (taken @ rows).cpu()).float()
 
 
 def drawn(ids: Sequence[str], count: int) -> list[str]:

@@ -287,7 +287,7 @@ class _Resampling:
         pool, method = self.whole.pool, self.whole.method
         assert method.view is not None, method
         store = pool.stores(checkpoint, [method.view])[method.view]
-        looked = store.rows_by_id(list(self.looked.ids))
+        looked = store.rows_by_id(list(self.looked.ids)).float()
         looked = unit_rows(looked) if method.by_cosine else looked
         for output, own in enumerate(self.strata.outputs):
             directions = torch.zeros(1 + DRAWS, store.dim)

@@ -293,13 +293,16 @@ class _Factors:
             values = dict.fromkeys(values, max(values.values()))
         return values, float(np.average([values[name] for name in entries], weights=list(entries.values())))
 
-    def inverses(self, run: Run, values: Mapping[str, float], place: torch.device) -> dict[str, DampedInverse]:
+    def inverses(
+        self, run: Run, modules: SequenceABC[Captured], values: Mapping[str, float], place: torch.device
+    ) -> dict[str, DampedInverse]:
         """(H + λI)⁻¹ of some modules, by their λ."""
-        sides = [f"{side}/{name}" for name in values for side in ("out", "in")]
-        basis, eigenvalues = self._some(run, "basis", sides), self._some(run, "eigenvalues", list(values))
+        names = [one.name for one in modules]
+        sides = [f"{side}/{name}" for name in names for side in ("out", "in")]
+        basis, eigenvalues = self._some(run, "basis", sides), self._some(run, "eigenvalues", names)
         return {
-            name: DampedInverse(_basis_of(basis, name, place), eigenvalues[name].to(place), value)
-            for name, value in values.items()
+            one.name: DampedInverse(_basis_of(basis, one, place), eigenvalues[one.name].to(place), values[one.name])
+            for one in modules
         }
 
     def key(self, prefix: str, what: str, group: int, start: int | None = None) -> str:
@@ -422,7 +425,7 @@ class _Part:
             sums |= {f"in/{name}": of_in for name, (_, of_in) in factors.items()}
         else:
             basis, _ = read_tensors(self.run.storage, self.of.key(self.prefix, "basis", self.group))
-            bases = {one.name: _basis_of(basis, one.name, input_device(network)) for one in captured}
+            bases = {one.name: _basis_of(basis, one, input_device(network)) for one in captured}
             sums = corrected_eigenvalues(network, captured, sequences, bases, settings, advance)
         counts = {f"count/{one.name}": torch.tensor(settings.counts.get(one.name, 0)) for one in captured}
         left_out = {ids[row]: why for row, why in sorted(settings.left_out.items())}
@@ -528,7 +531,7 @@ class _Some:
         products = torch.zeros(checked, len(of.checked()), dtype=torch.float64)
         groups = [captured] if of.steps else grouped(captured, of.factors.groups)  # their products need all modules
         for number, group in enumerate(groups):
-            inverses = of.factors.inverses(self.run, {one.name: values[one.name] for one in group}, place)
+            inverses = of.factors.inverses(self.run, group, values, place)
             entries = sum(one.out_features * one.in_features for one in group)
             together = int(max(1, min(count, free_bytes(place) / 4 / (_COPIES * 4 * entries))))
             for first in range(0, count, together):
@@ -669,5 +672,5 @@ def _opened(at: AtCheckpoint, names: SequenceABC[str] | None = None) -> tuple[An
     return network, captured, Pass(budget, names, at.settings.autocast_type, at.settings.gradient_checkpointing)
 
 
-def _basis_of(basis: Mapping[str, Tensor], name: str, place: torch.device) -> Eigenbasis:
-    return Eigenbasis(basis[f"out/{name}"].to(place), basis[f"in/{name}"].to(place))
+def _basis_of(basis: Mapping[str, Tensor], one: Captured, place: torch.device) -> Eigenbasis:
+    return Eigenbasis(basis[f"out/{one.name}"].to(place), basis[f"in/{one.name}"].to(place), one.experts)

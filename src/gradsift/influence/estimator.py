@@ -240,6 +240,27 @@ class Estimator(Settings):
                 checkpoint.optimizer_identity()
         return checkpoints
 
+    def preflight(self, pool: Pool, target: Target | None) -> None:
+        """Refuse what it cannot do here, before anything heavy; nothing is trained, collected or asked for.
+
+        Raises:
+            ConfigError: the target lacks what it takes, or something else that it reads is missing.
+        """
+        for one in self.before:
+            one.preflight(pool, target)
+        if self.needs_target and target is not None:
+            self.targets(pool, target)
+        if self.view is not None and pool.adapters:
+            self.checkpoints_of(pool)
+
+    def ready(self, pool: Pool, target: Target | None) -> None:
+        """Train, and do what else may fail, before the pool goes through the model.
+
+        Raises:
+            ConfigError: as `checkpoints_of`.
+        """
+        self.checkpoints_of(pool)
+
     def weights(self, checkpoints: SequenceABC[Checkpoint]) -> list[float]:
         """What each checkpoint counts for; they add up to 1."""
         return [1.0 / len(checkpoints)] * len(checkpoints)
@@ -469,24 +490,32 @@ def views_read(methods: Iterable[Estimator], *, last: bool = True) -> list[View]
     return sorted({m.view for m in methods if m.view is not None and (last or not m.last_checkpoint)})
 
 
-def collect_together(pool: Pool, methods: Iterable[Estimator], views: Iterable[View]) -> None:
+def read_together(methods: Iterable[Estimator]) -> tuple[list[Estimator], list[View], bool]:
+    """Which of methods, and of those they ask first, read stored rows, which of the last checkpoint, and whether with
+    sums.
+    """
+    reading = [part for method in methods for part in _parts_of(method) if part.view is not None]
+    return reading, views_read(reading), any(method.full_sum for method in reading)
+
+
+def collect_together(pool: Pool, target: Target | None, methods: Iterable[Estimator], views: Iterable[View]) -> None:
     """Collect what methods read of the pool at the last checkpoint, in one pass; `views` ride along where one is made.
 
     Raises:
-        ConfigError: as `checkpoints_of`.
+        ConfigError, DataError, ModelError: as `Estimator.ready`.
     """
-    reading = [part for method in methods for part in parts_of(method) if part.view is not None]
-    if not reading:
-        return
-    last, *_ = [method.checkpoints_of(pool)[-1] for method in reading]  # all of them refused before the first pass
-    rows, read = full_sums(pool) if any(method.full_sum for method in reading) else pool, views_read(reading)
-    if any(rows.kept(rows.data, last, view) is None for view in read):
-        rows.stores(last, list(dict.fromkeys([*read, *views])))
+    reading, read, sums = read_together(methods)
+    for method in reading:
+        method.ready(pool, target)
+    if reading:
+        rows, last = full_sums(pool) if sums else pool, pool.checkpoints()[-1]
+        if any(rows.kept(rows.data, last, view) is None for view in read):
+            rows.stores(last, list(dict.fromkeys([*read, *views])))
 
 
-def parts_of(method: Estimator) -> list[Estimator]:
+def _parts_of(method: Estimator) -> list[Estimator]:
     """Those that it asks first, and itself."""
-    return [*(part for one in method.before for part in parts_of(one)), method]
+    return [*(part for one in method.before for part in _parts_of(one)), method]
 
 
 def full_sums(pool: Pool) -> Pool:

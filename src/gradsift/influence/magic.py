@@ -20,7 +20,7 @@ from gradsift.context import Pool, Target
 from gradsift.gradients.losses import row_losses
 from gradsift.influence.estimator import Estimator, Influence, Passes, Targets, TargetsByCheckpoint
 from gradsift.influence.metagradient import metagradient as metagradient
-from gradsift.influence.replay import Losses, Replay, Returned
+from gradsift.influence.replay import Losses, Record, Replay, Returned
 from gradsift.influence.smooth import FIRST_BACK, FURTHER_BACK, Ending, SmoothTraining, groups_of, loss_after
 from gradsift.influence.taken import taken
 from gradsift.model.models import host
@@ -119,6 +119,11 @@ class MAGIC(SmoothTraining, Estimator):
         parts += self.departures
         return f"MAGIC ({', '.join(parts)})" if parts else "MAGIC"
 
+    def preflight(self, pool: Pool, target: Target | None) -> None:
+        """There has to be something to train on, or the recording that is named."""
+        super().preflight(pool, target)
+        self._replay(pool, set() if target is None else {skip.id for skip in target.overlap}, pool.seed)
+
     def influence(self, pool: Pool, target: Target | None) -> Influence:
         """Of every pool row, by going back through each training once for each group of targets."""
         assert target is not None, self
@@ -149,7 +154,11 @@ class MAGIC(SmoothTraining, Estimator):
         return Influence(
             list(pool.data.ids),
             matrix.astype(np.float32),
-            warnings=(*_not_smooth(growth, returned, self.record), *([f"MAGIC: {check}"] if check else [])),
+            warnings=(
+                *_not_smooth(growth, returned, self.record),
+                *_without_weight(replay.record),
+                *([f"MAGIC: {check}"] if check else []),
+            ),
             identity={"replays": identity},
             grouped=self.per == "subtask",
             draws=None if self.seeds == 1 else each[..., groups].astype(np.float32),
@@ -245,6 +254,16 @@ class MAGIC(SmoothTraining, Estimator):
         model = host(pool.model, pool.dtype, pool.device).with_adapter(checkpoint.adapter)
         losses = row_losses(model, ending.sequences, len(ending.groups))
         return ending.mean(losses if ending.dpo is None else ending.dpo.losses(losses))
+
+
+def _without_weight(record: Record) -> list[str]:
+    """Whether clipping takes away what rows' weights change: of a step on one row it does."""
+    if record.optimizer.max_grad_norm is None or max(map(len, record.batches)) > 1:
+        return []
+    return [
+        "MAGIC: each step trains on one row, whose weight changes nothing where its gradient is clipped: train in "
+        "batches of several rows, which takes 16 of them, or with max_grad_norm 0"
+    ]
 
 
 def _not_smooth(growth: SequenceABC[float], returned: SequenceABC[Returned], record: str | None) -> list[str]:

@@ -151,14 +151,21 @@ class PolicyEstimator(ProductEstimator):
             ConfigError: the target has no reward, or one that cannot be used.
         """
         if not isinstance(target, PromptTarget):
-            raise ConfigError(
-                f"{self.label} ranks by a reward, and this target has labels: give a reward (open_prompts), or use LESS"
-            )
+            raise no_reward(self)
         target.check_reward()
         return PolicyTargets(pool, target, self)
 
+    def ready(self, pool: Pool, target: Target | None) -> None:
+        """All is sampled and rewarded before the pool goes through the model.
+
+        Raises:
+            ConfigError, DataError, ModelError: as `sampled`.
+        """
+        assert target is not None, self
+        self.sampled(pool, target)
+
     def influence(self, pool: Pool, target: Target | None) -> Influence:
-        """As `ProductEstimator`, after all is sampled and rewarded: what is wrong with a reward shows early."""
+        """As `ProductEstimator`, of what `ready` has sampled and rewarded."""
         assert target is not None, self
         targets = self.sampled(pool, target)
         ids, matrix, stores = self.matrix(pool, targets)
@@ -469,6 +476,14 @@ def check_server(method: PolicyEstimator, checkpoints: SequenceABC[Checkpoint]) 
             f"server.model is {method.server.model!r} for several of the checkpoints {', '.join(names)}: serve each "
             "adapter under a name of its own and write it with {checkpoint}, or use the last checkpoint alone"
         )
+
+
+def no_reward(method: Estimator) -> ConfigError:
+    """What is wrong where a method ranks by a reward, and there is none."""
+    return ConfigError(
+        f"{method.label} ranks by a reward, and none is named: give --reward, such as numeric:answer, "
+        "rewards.py:function or unit_tests (`reward:` in a recipe, open_prompts in Python), or leave it out"
+    )
 
 
 def policy_label(name: str, method: PolicyEstimator, parts: list[str]) -> str:

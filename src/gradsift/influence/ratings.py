@@ -138,6 +138,10 @@ class RatedEstimator(Estimator):
     needs_target: ClassVar[bool] = False
     pairs: ClassVar[bool] = False
 
+    def preflight(self, pool: Pool, target: Target | None) -> None:
+        """A judge needs an endpoint, and a function has to be there."""
+        check_raters(self)
+
     def influence(self, pool: Pool, target: Target | None) -> Influence:
         """The ratings, asked for where the run does not hold them."""
         found = rate(pool, self)

@@ -44,6 +44,12 @@ class RDS(Estimator):
         """The text model."""
         return {**super().inputs(pool), "embedding": embedding_identity(self.model)}
 
+    def preflight(self, pool: Pool, target: Target | None) -> None:
+        """Whether the text model is there, too."""
+        super().preflight(pool, target)
+        require()
+        embedding_identity(self.model)
+
     def influence(self, pool: Pool, target: Target | None) -> Influence:
         """Cosines of kept embeddings."""
         assert target is not None, self

@@ -77,6 +77,10 @@ class Record(ABC):
         count = len(self.batches[step])
         return torch.full((count,), 1.0 / count, dtype=torch.float64)
 
+    def dpo(self, step: int, data: Dataset, network: Network) -> DPO | None:
+        """What makes the losses of a step's pairs of their sequences' sums; None of single answers."""
+        return data.dpo(self.batches[step])
+
     def rider_shares(self, step: int, data: Dataset) -> Tensor:
         """What the loss of each row that rides along would count for."""
         return self.shares(step)[:1].expand(len(self.riders[step]))
@@ -443,7 +447,7 @@ class Replay:
         """θ_T of a training in which rows have other weights, `[row]` of the data; nothing of it is kept."""
         state = State.at(network.start)
         for step in range(len(self.record)):
-            gradient, _ = network.gradient(state.theta, *self._batch(step, weights))
+            gradient, _ = network.gradient(state.theta, *self._batch(network, step, weights))
             state = self.record.optimizer.step(state, gradient, self.record.rates[step])
         return state.theta
 
@@ -459,7 +463,7 @@ class Replay:
     ) -> Adjoint:
         directions, adjoint = self.record.optimizer.back(adjoint, state, gradient, self.record.rates[step])
         batch, riders = self.record.batches[step], self.record.riders[step]
-        sequences, shares, dpo = self._batch(step)
+        sequences, shares, dpo = self._batch(network, step)
         terms, products, losses = network.back(state.theta, sequences, shares, directions, dpo)
         if bool(((losses - recorded).abs() > _AGREE * (1 + recorded.abs())).any()):
             worst = int((losses - recorded).abs().argmax())
@@ -508,7 +512,7 @@ class Replay:
         kept = self._tensors(self._key("step", step)) if self._has("step", step) else {}
         if "gradient" in kept:
             return kept["gradient"].to(network.start), kept["losses"]
-        gradient, losses = network.gradient(state.theta, *self._batch(step))
+        gradient, losses = network.gradient(state.theta, *self._batch(network, step))
         return gradient, kept.get("losses", losses)
 
     def _backwards(self, network: Network, count: int) -> Iterator[tuple[int, State, Tensor, Tensor]]:
@@ -529,13 +533,15 @@ class Replay:
 
     # --- rows and files -----------------------------------------------------------------------------------------------
 
-    def _batch(self, step: int, weights: Tensor | None = None) -> tuple[list[Sequence], Tensor, DPO | None]:
+    def _batch(
+        self, network: Network, step: int, weights: Tensor | None = None
+    ) -> tuple[list[Sequence], Tensor, DPO | None]:
         """The sequences of a step, what each row's loss counts for, and what makes the losses of pairs."""
         batch, shares = self.record.batches[step], self.record.shares(step)
         if weights is not None:
             weights = torch.cat([weights, weights.new_ones(self._rows - len(self.data))])
             shares = shares * weights[torch.from_numpy(batch)]
-        return self.record.sequences(step, self.data), shares, self.data.dpo(batch)
+        return self.record.sequences(step, self.data), shares, self.record.dpo(step, self.data, network)
 
     def _key(self, kind: str, step: int) -> str:
         return f"{self.prefix}{kind}-{step:06d}.safetensors"

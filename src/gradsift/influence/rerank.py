@@ -92,6 +92,11 @@ class Rerank(Estimator):
         """The first method."""
         return (self.first,)
 
+    def preflight(self, pool: Pool, target: Target | None) -> None:
+        """Both methods."""
+        super().preflight(pool, target)
+        self.then.preflight(pool, target)
+
     def influence(self, pool: Pool, target: Target | None) -> Influence:
         """The second method's of the candidates; behind them, the first one's order."""
         assert target is not None, self

@@ -165,7 +165,7 @@ def score(
     aggregation = aggregation or method.aggregation
     excluded = {skip.id for skip in target.overlap} if target is not None else set()
     subtasks = target.subtasks if target is not None else None
-    collect_together(pool, [method], views)
+    collect_together(pool, target, [method], views)
     found = influence_of(method, pool, target)
     identity: dict[str, Any] = {
         "method": method.model_dump(mode="json"),

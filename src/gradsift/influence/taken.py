@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from collections.abc import Sequence as SequenceABC
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ from gradsift.context import Pool
 from gradsift.data.dataset import Dataset
 from gradsift.data.pairs import Pairs
 from gradsift.influence.metagradient import Adam, State, flat, in_parts
-from gradsift.influence.replay import Positions, Record, Replay
-from gradsift.model.loss import supervised_count, token_mean
+from gradsift.influence.replay import Network, Positions, Record, Replay
+from gradsift.model.loss import DPO, label_weights, supervised_count, token_mean
 from gradsift.model.models import DtypeName, host, model_identity, parameter_name
 from gradsift.store.manifest import reading
 from gradsift.warmup.recording import Recording, open_recording
@@ -115,6 +115,49 @@ class TakenRecord(Record):
         return np.array([supervised_count(example) for example in self._examples(step)], dtype=np.float64)
 
 
+@dataclass(frozen=True, kw_only=True)
+class TakenPairs(TakenRecord):
+    """Of a recording of TRL's DPOTrainer, whose batches have the chosen answers before the rejected ones.
+
+    beta: of the loss
+    """
+
+    beta: float
+    _references: dict[int, NDArray[np.float64]] = field(default_factory=dict, repr=False)
+
+    def sequences(self, step: int, data: Dataset) -> list[Sequence]:
+        """Of each pair two, the rejected answer's with weights below 0: their sums are contrasts."""
+        rows = self.recording.rows
+        return [
+            Sequence(pair, rows[int(number)].token_ids, sign * label_weights(rows[int(number)]))
+            for pair, both in enumerate(zip(*pairs_of(self.recording, step), strict=True))
+            for sign, number in zip((1, -1), both, strict=True)
+        ]
+
+    def shares(self, step: int) -> Tensor:
+        """As recorded."""
+        own = self.recording.shares[step]
+        return torch.from_numpy(own[own > 0])
+
+    def rider_shares(self, step: int, data: Dataset) -> Tensor:
+        """The mean one."""
+        return self.shares(step).mean().expand(len(self.riders[step]))
+
+    def dpo(self, step: int, data: Dataset, network: Network) -> DPO:
+        """The reference is the model without its adapter: with one of zeros."""
+        if step not in self._references:
+            sequences, count = self.sequences(step, data), len(self.batches[step])
+            found = network.losses(torch.zeros_like(network.start), sequences, count)
+            self._references[step] = found.numpy()
+        return DPO(self.beta, self._references[step])
+
+
+def pairs_of(recording: Recording, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The chosen and the rejected rows of a step, those of a pair at the same place."""
+    rows, shares = recording.taken[step], recording.shares[step]
+    return rows[shares > 0], rows[shares < 0]
+
+
 def taken(pool: Pool, folder: str, overlap: Collection[str], *, memory: float, what: str) -> tuple[Replay, list[str]]:
     """The replay of a recording in a run folder, nothing being trained yet, and the pool's ids that it trains on.
 
@@ -124,37 +167,44 @@ def taken(pool: Pool, folder: str, overlap: Collection[str], *, memory: float, w
         ConfigError: the recording cannot be taken again, and why.
         DataError: none of its rows is in the pool.
     """
-    if isinstance(pool.training, Pairs):
+    recording = open_recording(folder)
+    beta, rows = recording.info["beta"], pool.training
+    if beta is None and isinstance(rows, Pairs):
         raise ConfigError(
             f"the recording {folder} is of rows of one answer, and the pool's are pairs: leave the record out, and "
             "MAGIC trains by DPO itself"
         )
-    recording = open_recording(folder)
+    if beta is not None and not (isinstance(rows, Pairs) and rows.by_dpo and rows.preference.beta == beta):
+        raise ConfigError(
+            f"the recording {folder} is of pairs: give --objective dpo --beta {beta:g}, as it was trained"
+        )
     obstacles = list(recording.info["obstacles"])
+    what_of = "its labels' negative log-probabilities" if beta is None else "DPO's losses of its pairs"
     for step, own in enumerate(recording.taken):
+        shares = recording.shares[step]
         labels = [supervised_count(recording.rows[int(number)]) for number in own]
-        whole = float(np.dot(recording.shares[step], labels))
+        whole = float(np.dot(shares, labels) if beta is None else np.abs(shares).sum() / 2)
         if not abs(whole - 1) <= _WHOLE:
-            obstacles.append(f"the loss of step {step + 1} is no mean of its labels' negative log-probabilities")
+            obstacles.append(f"the loss of step {step + 1} is no mean of {what_of}")
             break
     if not len(recording):
         obstacles.append("it has no step")
     if obstacles:
         raise ConfigError(f"the recording {folder} cannot be taken again: {'; '.join(obstacles)}")
-    rows = pool.training
-    places = _places(recording, rows)
-    batches = tuple(places[own] for own in recording.taken)
-    known = np.unique(places[places < len(rows)])
+    units = [(own,) if beta is None else pairs_of(recording, step) for step, own in enumerate(recording.taken)]
+    held = (rows.answered, rows.rejected) if isinstance(rows, Pairs) else (rows,)
+    places, batches = _places(recording, units, held)
+    known = np.array(sorted({place for place in places.values() if place < len(rows)}), np.int64)
     if not len(known):
         raise DataError(
-            f"none of the {len(recording.rows)} rows of the recording {folder} is in the pool, by their token ids: "
+            f"none of the {len(places)} rows of the recording {folder} is in the pool, by their token ids: "
             "give the pool that was trained on, and the --max-length and --reasoning that were"
         )
-    outside = int((places == len(rows)).sum())
+    outside = sum(place == len(rows) for place in places.values())
     if outside:
         pool.reporter.warn(
-            f"{what}: {outside} of {len(recording.rows)} rows of the recording are not in the pool, by their token "
-            "ids: they are trained on, and get no score"
+            f"{what}: {outside} of {len(places)} rows of the recording are not in the pool, by their token ids: they "
+            "are trained on, and get no score"
         )
     trained = {rows.ids[int(position)] for position in known}
     beside = np.array(rows.positions([i for i in pool.data.ids if i not in trained and i not in overlap]), np.int64)
@@ -163,10 +213,11 @@ def taken(pool: Pool, folder: str, overlap: Collection[str], *, memory: float, w
         riders += np.array_split(beside, int((recording.epochs == epoch).sum()))
     given = recording.info["optimizer"]
     optimizer = Adam(tuple(given["betas"]), given["eps"], 0.0, given["weight_decay"], given["max_grad_norm"])
-    record = TakenRecord(
-        recording=recording, optimizer=optimizer, batches=batches, rates=tuple(recording.rates.tolist()),
-        riders=tuple(riders),
-    )  # fmt: skip
+    options: dict[str, Any] = {
+        "recording": recording, "optimizer": optimizer, "batches": batches, "rates": tuple(recording.rates.tolist()),
+        "riders": tuple(riders),
+    }  # fmt: skip
+    record = TakenRecord(**options) if beta is None else TakenPairs(**options, beta=beta)
     replay = Replay(
         pool.run, rows, record, model=pool.model, dtype=pool.dtype, device=pool.device, budget=memory * 2**30,
         reporter=pool.reporter, what=what,
@@ -174,20 +225,36 @@ def taken(pool: Pool, folder: str, overlap: Collection[str], *, memory: float, w
     return replay, sorted(trained)
 
 
-def _places(recording: Recording, rows: Dataset) -> NDArray[np.int64]:
-    """Of each recorded row the position of a pool row with its token ids, with its labels if there is one; else the
-    number of rows."""
+def _places(
+    recording: Recording, units: SequenceABC[tuple[NDArray[np.int64], ...]], held: tuple[Dataset, ...]
+) -> tuple[dict[tuple[int, ...], int], tuple[Positions, ...]]:
+    """Of each recorded row, or pair of rows, the position of that of the pool with its token ids, and with its labels
+    if there is one; else the number of the pool's. And the positions of each step's.
+
+    Args:
+        recording: of the rows.
+        units: of each step its rows, or its chosen and its rejected ones.
+        held: the pool's rows, or both answers of its pairs.
+    """
     lengths = {len(row.token_ids) for row in recording.rows}
-    found: dict[bytes, int] = {}
-    for position in np.flatnonzero(np.isin(rows.lengths, list(lengths))).tolist():
-        row = rows[position]
-        tokens = row.token_ids.astype(np.int32).tobytes()
-        for key in (tokens + row.supervised.tobytes(), tokens):
+    found: dict[tuple[bytes, ...], int] = {}
+    for position in np.flatnonzero(np.isin(held[0].lengths, list(lengths))).tolist():
+        for key in _keys([own[position] for own in held]):
             found.setdefault(key, position)
-    return np.array(
-        [
-            found.get(tokens + row.supervised.tobytes(), found.get(tokens, len(rows)))
-            for row in recording.rows
-            for tokens in [row.token_ids.tobytes()]
-        ]
-    )
+    places: dict[tuple[int, ...], int] = {}
+    batches = []
+    for own in units:
+        numbers = list(zip(*(part.tolist() for part in own), strict=True))
+        for unit in numbers:
+            if unit not in places:
+                keys = _keys([recording.rows[number] for number in unit])
+                places[unit] = next((found[key] for key in keys if key in found), len(held[0]))
+        batches.append(np.array([places[unit] for unit in numbers], np.int64))
+    return places, tuple(batches)
+
+
+def _keys(rows: SequenceABC[TokenizedExample]) -> list[tuple[bytes, ...]]:
+    """What rows are found by: token ids and labels, or token ids."""
+    tokens = [row.token_ids.astype(np.int32).tobytes() for row in rows]
+    labels = [row.supervised.tobytes() for row in rows]
+    return [(*tokens, *labels), tuple(tokens)]

@@ -9,9 +9,8 @@ from gradsift.base.checks import arrays_of, to_float64
 from gradsift.base.errors import ConfigError, ShapeError
 from gradsift.base.lazy import Tensor, torch
 from gradsift.context import Pool, Target
-from gradsift.data.pairs import Pairs
 from gradsift.influence.datainf import KernelEstimator, damping_label, inverse_directions, inverse_product, mean_damping
-from gradsift.influence.estimator import Influence, summed, target_rows
+from gradsift.influence.estimator import Influence, TargetsByCheckpoint, summed, target_rows
 from gradsift.influence.products import store_inner_products
 from gradsift.store.gradient_store import GradientStore
 from gradsift.warmup.checkpoint import Checkpoint
@@ -23,6 +22,8 @@ _LEAST_DOUBT = 1e-6
 
 class TRAK(KernelEstimator):
     """TRAK (Park et al. 2023): a kernel on margin gradients, from the plain rows and losses that are stored anyway.
+
+    The margin of a pair by difference is log π(c) − log π(r), with p = π(c)/(π(c) + π(r)).
 
     damping: λ of the kernel, in squared units of the margin's gradients; `spectral` takes a tenth of the largest
         eigenvalue of their second moments, `auto` a tenth of their mean squared coordinate.
@@ -47,19 +48,19 @@ class TRAK(KernelEstimator):
         """Means over checkpoints of the kernel and of 1 − p, each on its own, and their product."""
         assert target is not None, self
         targets = self.targets(pool, target)
-        if isinstance(pool.data, Pairs) and not pool.data.by_dpo:
-            raise ConfigError(
-                f"{self.label} is of rows that have a probability, and a difference of two is none: take the objective "
-                "dpo, or rank with LESS, DataInf or MAGIC"
-            )
+        assert not isinstance(targets, TargetsByCheckpoint), "it takes labels"
         sizes = [0, 0]
 
         def products(_at: Checkpoint, store: GradientStore, queries: GradientStore, weight: float) -> Tensor:
             """The kernel `[row target]` with 1 − p as one more column."""
             sizes[:] = len(store), store.dim
             asked, losses = target_rows(queries, targets.ids), _target_losses(queries, targets.ids)
-            kernel = trak_kernel(store, asked, losses, self, device=pool.device)
-            return torch.cat([kernel, doubt_of(store.losses).float()[:, None]], dim=1) * weight
+            if not contrasts(targets.loss):
+                asked = asked.double() / doubt_of(losses)[:, None]
+            of_pairs = contrasts(pool.data.loss)
+            kernel = trak_kernel(store, asked, self, margins=of_pairs, device=pool.device)
+            doubt = torch.sigmoid(store.losses.double()) if of_pairs else doubt_of(store.losses)
+            return torch.cat([kernel, doubt.float()[:, None]], dim=1) * weight
 
         ids, total, stores = summed(self, pool, targets, products)
         return Influence(
@@ -137,19 +138,19 @@ def trak_scores(
 
 
 def trak_kernel(
-    store: GradientStore, targets: Tensor, target_loss: Tensor, method: TRAK, *, device: str = "cpu"
+    store: GradientStore, targets: Tensor, method: TRAK, *, margins: bool = False, device: str = "cpu"
 ) -> Tensor:
     """`Φ (ΦᵀΦ/n + λI)⁻¹ φ` of every stored row and every target at one checkpoint, float32 `[row target]`.
 
     Args:
         store: the pool's plain gradients and losses.
-        targets: plain gradients of the targets `[target dim]`.
-        target_loss: their mean losses `[target]`.
+        targets: gradients of the targets' margins, of the sign of their losses' `[target dim]`.
         method: the damping and the kernel's blocks.
+        margins: whether the stored gradients are those of margins.
         device: for the heavy products.
     """
-    inverse_doubt = 1 / doubt_of(store.losses)
-    queries = targets.double() / doubt_of(target_loss)[:, None]
+    inverse_doubt = torch.ones(len(store), dtype=torch.float64) if margins else 1 / doubt_of(store.losses)
+    queries = targets.double()
     blocks = [(0, store.dim)] if method.kernel == "whole" else None
     directions = inverse_directions(
         store, queries, method.damping, segments=blocks, factors=inverse_doubt, device=device
@@ -174,6 +175,13 @@ def _target_losses(queries: GradientStore, ids: Sequence[str]) -> Tensor:
     present = [number for number, id_ in enumerate(ids) if id_ in queries]
     losses[present] = queries.losses[queries.positions([ids[number] for number in present])]
     return losses
+
+
+def contrasts(loss: str) -> bool:
+    """Whether losses are minus the difference of two answers' log-probabilities, which is a margin itself: of the
+    probability log σ of it, with which the model gives the one answer where it gives one of the two.
+    """
+    return loss.startswith("contrast")
 
 
 def doubt_of(losses: Tensor) -> Tensor:

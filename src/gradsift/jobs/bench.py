@@ -65,7 +65,7 @@ def open_bench(recipe: Recipe, reporter: Reporter, *, announce: bool = True) -> 
         raise ConfigError("no target: give --target, a file of examples that the methods are to score rows for")
     source = recipe.pool if settings.plant is None else planted(recipe, settings.plant, reporter)
     pool = open_recipe(recipe, reporter, source=source, announce=announce)
-    target = open_recipe_target(recipe, pool)
+    target = open_recipe_target(recipe, pool, settings.judged)
     if announce:
         say_account(target.data.account, "target", len(target.data), reporter)
     changed: dict[str, Any] = {"methods": tuple(with_judge(one, recipe.judge) for one in settings.methods)}

@@ -385,13 +385,12 @@ def _responses(result: Result) -> tuple[Block, ...]:
     assert result.responses is not None
     prompts = result.responses.prompts
     first = next((n for n, found in enumerate(prompts) if found.signal), 0)
-    columns = result.recipe.target_columns or result.recipe.columns
     listed = []
     for number, found in enumerate(prompts[:MOST_PROMPTS]):
         example = result.target.data.example(found.id)
         prompt = Prompt.of(example)
         helpers = _helpers(result, found.id) if found.signal else []
-        own = own_columns(example.row, columns)
+        own = own_columns(example.row, result.recipe.target_columns)
         listed.append(prompt_example(found, prompt.messages, own, helpers, opened=number == first))
     said = (
         "The best and the worst responses to each prompt at the last checkpoint, with their rewards. Read some: a "

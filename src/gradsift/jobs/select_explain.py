@@ -13,12 +13,13 @@ import numpy as np
 
 from gradsift.base.errors import ConfigError, DataError, GradsiftError
 from gradsift.base.progress import Reporter, silent
-from gradsift.base.types import Example, Skipped
+from gradsift.base.types import Example, Skipped, before_answer
 from gradsift.context import Pool, Target, open_pool, open_target
 from gradsift.data.account import Account, count_reasons, counts_text
 from gradsift.data.formats import BadRowError, read_conversation
 from gradsift.data.load import Columns, load_examples
 from gradsift.data.overlap import hashed
+from gradsift.data.pairs import are_pairs
 from gradsift.evaluation.arms import REST_OF_TARGET
 from gradsift.evaluation.loss import HeldOutLoss
 from gradsift.evaluation.mixture import Mixture, mix, sources_of, train_mixtures
@@ -29,7 +30,7 @@ from gradsift.explanation.table import coefficient_statistics, relevance_table
 from gradsift.gradients.rows import View
 from gradsift.influence.diagnostics import check_samples
 from gradsift.influence.estimator import Estimator, collect_together
-from gradsift.influence.nice import PolicyTargets, takes_reward
+from gradsift.influence.nice import PolicyTargets, no_reward, takes_reward
 from gradsift.influence.prompts import PromptTarget, open_prompts
 from gradsift.influence.ratings import with_judge
 from gradsift.influence.responses import sampled_responses
@@ -76,11 +77,13 @@ def open_recipe(recipe: Recipe, reporter: Reporter | None = None, *, announce: b
     return pool
 
 
-def open_recipe_target(recipe: Recipe, pool: Pool, *, rewarded: bool = True) -> Target:
+def open_recipe_target(
+    recipe: Recipe, pool: Pool, methods: Iterable[Estimator] | None = None, *, rewarded: bool = True
+) -> Target:
     """The recipe's target: labelled examples, or prompts where it names a reward or, without `rewarded`, in any case.
 
     Raises:
-        ConfigError: it names none.
+        ConfigError: it names none; or no reward, and the estimator, or one of `methods` in its place, ranks by one.
     """
     if recipe.target is None:
         raise ConfigError(_NO_TARGET)
@@ -88,11 +91,9 @@ def open_recipe_target(recipe: Recipe, pool: Pool, *, rewarded: bool = True) -> 
                            "keep_overlap": recipe.keep_overlap, "sample": recipe.target_sample}  # fmt: skip
     if recipe.reward is not None or not rewarded:
         return open_prompts(recipe.target, pool, recipe.reward, judge=recipe.judge, **how)
-    if takes_reward(recipe.estimator):
-        raise ConfigError(
-            f"{recipe.estimator.label} ranks by a reward, and none is named: give --reward, such as numeric:answer, "
-            "rewards.py:function or unit_tests"
-        )
+    for method in [recipe.estimator] if methods is None else methods:
+        if takes_reward(method):
+            raise no_reward(method)
     return open_target(recipe.target, pool, **how)
 
 
@@ -260,7 +261,9 @@ def score_all(recipe: Recipe, reporter: Reporter, *, command: str) -> Result:
         )
     write_skipped(pool.run, result.account)
     methods = methods_of(recipe)
-    collect_together(pool, methods, views_beside(recipe))
+    for method in methods:
+        method.preflight(pool, target)
+    collect_together(pool, target, methods, views_beside(recipe))
     result.scores = [score(pool, target, method, aggregation=recipe.aggregation) for method in methods]
     save_tables(pool, result.scores)
     return result
@@ -385,11 +388,6 @@ def explain_questions(recipe: Recipe, pool: Pool | None = None) -> tuple[list[Qu
         raise ConfigError("explain either the answer given with --output or, with --use-answers, the row's own")
     if job.output is not None and not job.output.strip():
         raise DataError("the given output is empty: give the answer to explain, or leave it out to have one generated")
-    if job.instead is not None and job.validation is not None:
-        raise ConfigError(
-            "validate measures how likely an output becomes, and with --instead the difference of two is explained: "
-            "leave --instead out"
-        )
     if job.instead is not None:
         for ranker in job.estimators:
             refuse_contrast(ranker)
@@ -399,14 +397,27 @@ def explain_questions(recipe: Recipe, pool: Pool | None = None) -> tuple[list[Qu
         embeddings.embed(["is it there?"], job.embedding)
     if job.prompt is not None:
         return [_asked(job.prompt, job.output, job.instead)], Account()
-    account = Account()
+    account, rejected = Account(), dict[str, str | None]()
     if job.target is not None:
-        loaded = load_examples(job.target, columns=recipe.target_columns, what="target", require_answer=job.use_answers)
+        how: dict[str, Any] = {"columns": recipe.target_columns, "what": "target", "require_answer": job.use_answers}
+        pairs = job.use_answers and are_pairs(job.target, recipe.target_columns)
+        loaded = load_examples(job.target, **how, answer="chosen" if pairs else None)
         examples = [example for example in loaded.examples if job.row in (None, example.id)]
         if not examples:
             known = ", ".join(example.id for example in loaded.examples[:3])
             raise ConfigError(f"{job.target} has no row with id {job.row!r}; its ids look like {known}")
         rows = tuple(loaded.skipped) if job.row is None else ()
+        if pairs and job.instead is None:
+            others = {
+                (one.source, one.line): one for one in load_examples(job.target, **how, answer="rejected").examples
+            }
+            rejected = {one.id: _rejected(one, others.get((one.source, one.line))) for one in examples}
+            rows += tuple(
+                one.skipped("rejected", "the rejected answer is no text to the same prompt")
+                for one in examples
+                if rejected[one.id] is None
+            )
+            examples = [one for one in examples if rejected[one.id] is not None]
         account = Account(rows, files=loaded.unread, notes=loaded.notes)
         if job.sample is not None:
             examples = [examples[place] for place in _drawn(len(examples), job.sample, recipe.seed)]
@@ -418,7 +429,14 @@ def explain_questions(recipe: Recipe, pool: Pool | None = None) -> tuple[list[Qu
     questions = questions_of(examples, use_answers=job.use_answers)
     if job.output is not None:
         questions = [replace(question, output=job.output) for question in questions]
-    return [replace(question, instead=job.instead) for question in questions], account
+    return [replace(question, instead=rejected.get(question.id, job.instead)) for question in questions], account
+
+
+def _rejected(chosen: Example, other: Example | None) -> str | None:
+    """The rejected answer, where it is a text that follows what the chosen one follows."""
+    prompt, answer = before_answer(() if other is None else other.messages)
+    plain = other is not None and set(other.messages[-1]) == {"role", "content"}
+    return answer if plain and prompt == before_answer(chosen.messages)[0] else None
 
 
 def _left_out(recipe: Recipe, pool: Pool | None) -> list[Example]:

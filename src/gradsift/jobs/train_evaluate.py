@@ -23,13 +23,13 @@ from gradsift.evaluation.metric import Metric
 from gradsift.generation.endpoint import Endpoint
 from gradsift.generation.sampling import Sampling
 from gradsift.jobs.select_explain import open_recipe
-from gradsift.options import columns_of, endpoint_of, rewards_of
 from gradsift.recipe import Recipe, set_fields
 from gradsift.report.terminal import console, draw
 from gradsift.rewards.reward import Reward
 from gradsift.store.run import Run
 from gradsift.warmup.merge import check_merge, merge
 from gradsift.warmup.recording import recorded_checkpoints
+from gradsift.words import columns_of, endpoint_of, rewards_of
 
 _METRIC: TypeAdapter[Metric] = TypeAdapter(MetricSetting)
 _REWARD: TypeAdapter[Any] = TypeAdapter(Reward)
@@ -198,7 +198,7 @@ def _fields(kind: str, given: Mapping[str, Any]) -> dict[str, Any]:
             fields["sampling"] = _greedy(given["max_new_tokens"]).model_dump()
     if kind == "reward":
         named = ("reward_weight", "allow_code_execution")  # the judge may be asked by other metrics alone
-        reward = rewards_of({name: given.get(name) for name in named}, given["reward"], {})["reward"]
+        reward = rewards_of({name: given.get(name) for name in named}, given["reward"], ())["reward"]
         fields |= {"reward": _checked(_REWARD, reward, "--reward"), "judge": judge_of(given)}
         fields |= {"sampling": sampling_of(given).model_dump()}
         if given.get("pass_at"):

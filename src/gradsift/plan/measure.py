@@ -156,6 +156,7 @@ def print_estimate(found: dict[str, Any]) -> None:
             f"(gradients of {sample['trained_parameters']:,} LoRA parameters to {sample['dim']} dimensions)"
         )
         out.print(f"self-check: {SelfCheck(**sample['self_check']).words}")
+        out.print("time: of the model; starting, and reading stored gradients (seconds for 100,000 rows), come on top")
     for own in found["sampling"]:
         speed, drawn = own["tokens_per_second"], own["rows"]
         out.print(

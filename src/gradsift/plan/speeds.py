@@ -19,6 +19,7 @@ from gradsift.generation.local import Row, default_rows, draw_tokens, greedy_out
 from gradsift.generation.sampling import Sampling
 from gradsift.gradients.batching import automatic_lanes, automatic_token_budget
 from gradsift.gradients.capture import LORA, find_modules
+from gradsift.gradients.kronecker import factor_entries
 from gradsift.gradients.projection import Projector, plan_segments
 from gradsift.gradients.rows import RowSettings, gradient_rows
 from gradsift.gradients.self_check import self_check
@@ -105,7 +106,7 @@ def _of_model(
         "bytes": 1.0,
         "rows": float(projector.dim * _ROW_BYTES[recipe.gradients.dtype]),
         "unprojected": trained * 2.0,
-        "factors": 4.0 * sum(c.out_features**2 + c.in_features**2 for c in modules.captured) + 4.0 * trained,
+        "factors": 4.0 * (sum(map(factor_entries, modules.captured)) + trained),
         "adapters": trained * 12.0,  # weights and both moments
         "models": parameters * 4.0,
     }

@@ -46,7 +46,14 @@ from gradsift.gradients.policy import MOST_ROWS
 from gradsift.gradients.rows import View
 from gradsift.influence.bm25 import conversation_text
 from gradsift.influence.diagnostics import sample_rows, sample_source
-from gradsift.influence.estimator import Estimator, Passes, conversations, parts_of, target_view, views_read
+from gradsift.influence.estimator import (
+    Estimator,
+    Passes,
+    conversations,
+    read_together,
+    target_view,
+    views_read,
+)
 from gradsift.influence.less import LESS
 from gradsift.influence.nice import PolicyEstimator, PolicyTargets, sampler_of, takes_reward
 from gradsift.influence.prompts import PromptTarget, missing_rewards
@@ -146,9 +153,7 @@ class Walk:
         method, target = self.recipe.estimator, self.target
         assert takes_reward(method), method
         assert isinstance(target, PromptTarget), target
-        alone = [None] if method.assistant is not None else self._checkpoints()
-        for number in range(len(alone))[-1:] if method.last_checkpoint else range(len(alone)):
-            self._responses(method, target, number, rewarded=rewarded)
+        self._rollouts(method, target, rewarded=rewarded)
         return self
 
     def judge(self, settings: Bench) -> Walk:
@@ -218,14 +223,18 @@ class Walk:
 
     def _last_rows_together(self, methods: Sequence[Estimator], views: Sequence[View]) -> None:
         """As `collect_together`."""
-        reading = [part for method in methods for part in parts_of(method) if part.view is not None]
+        reading, read, sums = read_together(methods)
         if reading:
-            last, read = len(self._checkpoints()) - 1, views_read(reading)
-            sums = any(method.full_sum for method in reading) or self.pool.gradients.full_sum
+            self._checkpoints()
+            for method in reading:
+                if takes_reward(method) and isinstance(self.target, PromptTarget):
+                    self._rollouts(method, self.target)
+            last, sums = len(self._checkpoints()) - 1, sums or self.pool.gradients.full_sum
             if not all(self._holds(self.pool.data, self._checkpoints()[last], view, sums) for view in read):
                 self._pool_rows(last, [*read, *views], sums)
 
     def _score(self, method: Estimator) -> None:
+        method.preflight(self.pool, self.target)
         for one in method.before:
             self._score(one)
         for rater in method.raters:
@@ -388,6 +397,12 @@ class Walk:
             return _Rows(*called, len(source.ids), float(sum(source.token_counts())), source)
         count = len(target.data) * (min(MOST_ROWS, method.drawing.samples) if name == "samples" else 1)
         return _Rows(*called, count, method.tokens_of(target))
+
+    def _rollouts(self, method: PolicyEstimator, target: PromptTarget, *, rewarded: bool = True) -> None:
+        """The responses wherever they are drawn."""
+        alone = [None] if method.assistant is not None else self._checkpoints()
+        for number in range(len(alone))[-1:] if method.last_checkpoint else range(len(alone)):
+            self._responses(method, target, number, rewarded=rewarded)
 
     def _responses(
         self, method: PolicyEstimator, target: PromptTarget, number: int, *, rewarded: bool = True,

@@ -494,7 +494,7 @@ class Page:
 
 
 class Shown(ABC):
-    """A result that notebooks show by its blocks."""
+    """A result that notebooks, and `print`, show by its blocks."""
 
     @abstractmethod
     def blocks(self) -> tuple[Block, ...]:
@@ -504,6 +504,11 @@ class Shown(ABC):
         from gradsift.report.html import fragment  # loads the template engine
 
         return fragment(self.blocks())
+
+    def __str__(self) -> str:
+        from gradsift.report.terminal import written  # loads rich
+
+        return written(self.blocks())
 
 
 def walk(value: Any) -> Iterator[Any]:

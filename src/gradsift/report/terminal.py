@@ -29,10 +29,14 @@ class _Log(io.TextIOBase):
     """Standard output without the spaces to which lines are filled up."""
 
     def write(self, text: str) -> int:
-        return sys.stdout.write(re.sub(r" +$", "", text, flags=re.MULTILINE))
+        return sys.stdout.write(_unfilled(text))
 
     def flush(self) -> None:
         sys.stdout.flush()
+
+
+def _unfilled(text: str) -> str:
+    return re.sub(r" +$", "", text, flags=re.MULTILINE)
 
 
 def console() -> Console:
@@ -62,6 +66,13 @@ def draw(blocks: Iterable[Block | Section], out: Console | None = None) -> None:
             if block.title:
                 out.print(visible(block.title), style="bold", markup=False)
             draw(block.blocks, out)
+
+
+def written(blocks: Iterable[Block | Section]) -> str:
+    """What `draw` prints where nobody watches."""
+    kept = io.StringIO()
+    draw(blocks, Console(highlight=False, width=110, file=kept))
+    return _unfilled(kept.getvalue()).strip("\n")
 
 
 def list_files(place: str, files: Mapping[str, str], out: Console) -> None:

@@ -74,7 +74,7 @@ REVISIONS = {
     "states": 1,
     "candidates": 1,
     "curvature": 2,
-    "kronecker": 1,
+    "kronecker": 2,
     "replays": 1,
     "contrasts": 1,
     "descents": 1,
@@ -185,11 +185,16 @@ class Run:
             return
         own = self.identity()
         changed = differences({**own, "pool": None}, {**identity, "pool": None})
+        spared = not changed and self.artifacts("checkpoints")
         if own.get("pool") != identity.get("pool"):
             changed += _pool_differences(self.data_of(own.get("pool")), made)
         if changed:
+            then = (
+                f" (with --adapter {self.place}/checkpoints/… for each of its checkpoints, no warm-up is needed there)"
+            )
             raise MismatchError(
                 f"{self.place} belongs to another run: {'; '.join(changed)}. Give the same, or another --out"
+                + then * bool(spared)
             )
 
     def data_of(self, made: Any) -> dict[str, Any] | None:

@@ -11,7 +11,7 @@ import errno
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -85,7 +85,7 @@ class LocalStorage:
             _flush(temporary)
             temporary.replace(path)
         except BaseException as error:  # an interruption leaves no more behind than a full disk
-            if path.parent.is_dir():
+            with suppress(OSError):  # a read-only system refuses this, too
                 temporary.unlink(missing_ok=True)
             if isinstance(error, OSError | SafetensorError):
                 raise _storage_error(path, "write", _as_os_error(error)) from error

@@ -37,7 +37,7 @@ from gradsift.evaluation.setup import subject_of
 from gradsift.execution.engine import LOCAL
 from gradsift.gradients.collect import SequenceSource
 from gradsift.influence.bm25 import BM25
-from gradsift.influence.estimator import Estimator, Targets, TargetsByCheckpoint, full_sums, target_view, views_read
+from gradsift.influence.estimator import Estimator, TargetsByCheckpoint, full_sums, target_view, views_read
 from gradsift.influence.estimators import AnyEstimator
 from gradsift.influence.less import LESS
 from gradsift.influence.random import Random
@@ -66,6 +66,7 @@ _Found = TypeVar("_Found")
 _OTHER_SEEDS = (101, 102)  # added to the run's
 _AMONG = 200  # rows among which copies of targets are looked for
 _UNKNOWN = Estimate(np.nan, np.nan, np.nan)
+_FEW_CLASSES = 4  # where a ranking may be right by chance for all targets of one
 _COPY = "copy of "  # before a target's id
 _NOTE_SECONDS = 20  # after which a process that is killed loses no more of what it took
 
@@ -153,9 +154,11 @@ class Bench(Settings):
         """The methods, each once, and the random ranking last.
 
         Raises:
-            ConfigError: two have the same label.
+            ConfigError: two have the same label, or there is none but random rankings.
         """
         others = [one for one in dict.fromkeys(self.methods) if not one.by_chance]
+        if not others:
+            raise ConfigError("there is nothing to judge but random rankings: name a method, such as less")
         labels = [one.label for one in others]
         if twice := {label for label in labels if labels.count(label) > 1}:
             raise ConfigError(
@@ -294,7 +297,10 @@ class Benchmark(Shown):
             dearer = all(self.costs[one].seconds >= self.costs[best].seconds for one in others)
             alike = ("as good" if count == all_ else "so in as many") + ", at a higher cost" * dearer
             said.append(f"{_listed(others)} {'is' if len(others) == 1 else 'are'} {alike}.")
-        if not self.above_random(best):
+        known = self.above_random(best)
+        if 0 < known < all_:
+            said.append(f"It is told apart from a random ranking in {known} of {all_} columns.")
+        if not known:
             above = [one for one in near if self.above_random(one)]
             said.append(f"But it is not told apart from a random ranking, as {_listed(above)} would be.")
         return " ".join(said)
@@ -331,7 +337,8 @@ def bench(
         settings: the measures and their sizes.
 
     Raises:
-        ConfigError: a measure without its column, or with one that tells nothing apart.
+        ConfigError: a measure without its column, or with one that tells nothing apart; or a method that lacks what it
+            takes, such as a reward.
         DataError: every method failed.
 
     Example:
@@ -424,10 +431,22 @@ class _Judge:
         if labels is None or len(labels) != len(self.target.data):
             for name in {"lds", "qld", "self"}.intersection(asked):
                 raise ConfigError(f"{name} is of losses, and prompts without an answer have none: add answers")
-        if "self" in asked and isinstance(labels, Pairs):
-            raise ConfigError("self looks for copies of targets among the rows, and rows have one answer: give such")
+        available = int(self.available.sum())
+        for name, shares in (("lds", self.settings.shares), ("qld", self.settings.removed)):
+            if name in asked and self._size(max(shares)) >= available:
+                raise ConfigError(
+                    f"{name} would train without {_percent(max(shares))} of {available} rows, which leaves none: lower "
+                    "that share"
+                )
+        if "self" in asked and isinstance(labels, Pairs) != isinstance(self.pool.data, Pairs):
+            raise ConfigError(
+                "self looks for copies of targets among the rows, of which one has pairs and the other single answers: "
+                "give targets of the rows' kind, or leave self out"
+            )
         _ = self.of_class if "recall" in asked else None, self.marked if "filter" in asked else None
         _ = self.held_out if "train" in asked else None
+        for method in self.settings.judged:
+            method.preflight(self.pool, self.target)
 
     def _warn(self, said: str) -> None:
         self.warnings.append(said)
@@ -445,8 +464,7 @@ class _Judge:
         """Puts what they cost into `found`."""
         warmup = ["warm-up", pool.warmup.model_dump(mode="json"), pool.seed]
         checkpoints, trained = self._timed(warmup, pool.checkpoints)
-        targets = {method.label: own for method in readers if (own := self._targets(pool, method)) is not None}
-        readers = [method for method in readers if method.label in targets]
+        targets = {method.label: method.targets(pool, self.target) for method in readers}
         rows = full_sums(pool) if any(method.full_sum for method in readers) else pool
         for number, checkpoint in enumerate(checkpoints):
             last = number == len(checkpoints) - 1
@@ -467,16 +485,6 @@ class _Judge:
                 wanted = sorted(view for own, view in asked if own is source)
                 if len(wanted) > 1:
                     rows.collect(source, checkpoint, wanted, what="target")
-
-    def _targets(self, pool: Pool, method: Estimator) -> Targets | None:
-        """The sequences of a method's targets; None where it will fail for lack of them, or of an optimizer's state."""
-
-        def asked() -> Targets:
-            method.checkpoints_of(pool)
-            return method.targets(pool, self.target)
-
-        found = attempted("targets", asked)
-        return None if isinstance(found, Stopped) else found
 
     def _timed(self, what: Any, work: Callable[[], _Found]) -> tuple[_Found, Cost]:
         """What it makes, with what that took when it was first made, attempts that were interrupted included."""
@@ -574,14 +582,18 @@ class _Judge:
         count, top = len(wanted), self.settings.top
         kinds: dict[str, Callable[..., NDArray[np.float64]]] = {
             "AUC": auc,
-            "recall at class size": partial(recall, seed=self.seed),
-            f"Recall@{top}": partial(recall, k=top, seed=self.seed),
-            "MRR": partial(reciprocal_rank, seed=self.seed),
+            "recall at class size": recall,
+            f"Recall@{top}": partial(recall, k=top),
+            "MRR": reciprocal_rank,
         }
         if top >= count:
             self.warnings.append(f"Recall@{top} tells nothing of {count} rows, and is left out: lower top")
             del kinds[f"Recall@{top}"]
         there = wanted[:, wanted.any(axis=0)].sum(axis=0)
+        if (classes := len(np.unique(wanted, axis=1).T)) < _FEW_CLASSES:
+            self.warnings.append(
+                f"the targets have {classes} class{'es' * (classes > 1)}: intervals over targets say nothing of others"
+            )
         chance = {
             "AUC": 0.5,
             "recall at class size": float(there.mean() / count),
@@ -632,7 +644,7 @@ class _Judge:
             for name, losses, top in (("same order", same, None), ("other seeds", np.mean(others, axis=0), ceiling)):
                 outcome = column_ranks(-losses)
                 of = {label: partial(agreement, own, outcome) for label, own in predicted.items()}
-                title = f"without {share:.0%}"
+                title = f"without {_percent(share)}"
                 found.append(
                     self._column("lds", f"LDS, {name}", title, of, len(kept), "subsets", chance=0.0, ceiling=top)
                 )
@@ -650,7 +662,7 @@ class _Judge:
             own = [*after[:, groups, np.arange(len(groups))], random[0]]
             of = {label: partial(rise, one, random) for label, one in zip(self.scores, own, strict=True)}
             over, how = "targets and random draws", dict[str, Any](chance=0.0, beside=len(random))
-            found.append(self._column("qld", "QLD", f"best {share:.0%}", of, len(groups), over, **how))
+            found.append(self._column("qld", "QLD", f"best {_percent(share)}", of, len(groups), over, **how))
         return found
 
     def _ranked_for(self, label: str, groups: Units) -> list[NDArray[np.float64]]:
@@ -757,7 +769,7 @@ class _Judge:
             gained = each[-1].mean(axis=0) - each[:-1].mean(axis=1)
             own_gain = each[-1].mean(axis=0) - each[-1, 0]  # how far one random choice is from several
             of = {label: partial(_mean_of, one) for label, one in zip(labels, [*gained, own_gain], strict=True)}
-            title = f"best {budget:.0%}" if budget < 1 else f"best {size}"
+            title = f"best {_percent(budget)}" if budget < 1 else f"best {size}"
             found.append(
                 self._column("train", "Trained on the best-scored", title, of, len(items), "items", chance=0.0)
             )
@@ -787,7 +799,7 @@ class _Judge:
             each, _ = self._placed(score(pool, self.target, method, views=()), pool)
             copies = np.zeros(each.shape, dtype=bool)
             copies[np.arange(len(each) - len(copied), len(each)), copied] = True
-            first[label] = recall(each[:, copied], copies[:, copied], k=1, seed=self.seed)
+            first[label] = recall(each[:, copied], copies[:, copied], k=1)
             if halves and method.view is not None:
                 found = [
                     self._placed(score(half_, self.target, method, views=()), half_)[0][:, copied] for half_ in halves
@@ -817,9 +829,18 @@ class _Judge:
         there = np.flatnonzero(self.available)
         rows = np.sort(generator.choice(there, min(len(there), _AMONG), replace=False))
         copied = np.sort(generator.choice(len(asked), min(len(asked), self.settings.copies), replace=False))
-        own = [_again(pool.data, pool.data.ids[row]) for row in rows.tolist()]
-        own += [_again(asked, asked.ids[row], _COPY) for row in copied.tolist()]
-        data = prepare(pool.run, own, pool.chat, what="copies", keep_duplicates=True, reporter=pool.reporter)
+
+        def both(own: Dataset, others: Dataset) -> Dataset:
+            examples = [_again(own, own.ids[row]) for row in rows.tolist()]
+            examples += [_again(others, others.ids[row], _COPY) for row in copied.tolist()]
+            return prepare(pool.run, examples, pool.chat, what="copies", keep_duplicates=True, reporter=pool.reporter)
+
+        if isinstance(pool.data, Pairs):
+            assert isinstance(asked, Pairs)
+            chosen, rejected = both(pool.data.answered, asked.answered), both(pool.data.rejected, asked.rejected)
+            data: Dataset = Pairs(chosen, rejected, pool.data.preference)
+        else:
+            data = both(pool.data, asked)
         return replace(pool, data=data, around=pool.population), copied
 
     def _error_of(self, method: Estimator) -> Estimate:
@@ -968,6 +989,10 @@ def _of_rows(
     kind: Callable[..., NDArray[np.float64]], scores: NDArray[np.float64], wanted: NDArray[np.bool_], rows: Units
 ) -> float:
     return float(kind(scores[rows][:, None], wanted[rows][:, None])[0])
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g}%"
 
 
 def _bytes_in(pool: Pool) -> int:

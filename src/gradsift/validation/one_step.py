@@ -63,10 +63,10 @@ class OneStep(Settings):
 
 @dataclass(frozen=True, slots=True)
 class Effect:
-    """What one step does to one output.
+    """What one step does to one output, or to one answer beside another.
 
-    log_likelihood: log p(ŷ|x; θ+S), nats, summed over the output's tokens
-    jsd: JSD(p, p+S), nats, mean over the output's tokens
+    log_likelihood: log p(ŷ|x; θ+S), nats, summed over the output's tokens, less that of the other answer
+    jsd: JSD(p, p+S), nats, mean over the tokens of both
     """
 
     log_likelihood: float
@@ -208,11 +208,14 @@ class StepModel:
             return head.logits(batch)
 
     @contextmanager
-    def trained_on(self, examples: SequenceABC[TokenizedExample] | Pairs) -> Iterator[None]:
+    def trained_on(
+        self, examples: SequenceABC[TokenizedExample] | Pairs, against: SequenceABC[TokenizedExample] = ()
+    ) -> Iterator[None]:
         """The model after one real AdamW step on the examples as one batch.
 
-        The loss is Σ w_t·NLL_t over the batch by the number of its supervised tokens, so longer answers weigh more. Of
-        pairs, which know their reference if they are learned by DPO, it is the mean of their losses.
+        The loss is Σ w_t·NLL_t over the batch, less that `against` others, by the number of the batch's supervised
+        tokens, so longer answers weigh more. Of pairs, which know their reference if they are learned by DPO, it is the
+        mean of their losses.
 
         Raises:
             DataError: the batch has no supervised token.
@@ -229,7 +232,8 @@ class StepModel:
             budget = max(budget, 2 * examples.longest())  # no pair is divided
         else:
             ids, total = [example.id for example in examples], sum(map(supervised_count, examples))
-            sequences = [Sequence(row, one.token_ids, label_weights(one)) for row, one in enumerate(examples)]
+            signed = [*((1, one) for one in examples), *((-1, one) for one in against)]
+            sequences = [Sequence(row, e.token_ids, sign * label_weights(e)) for row, (sign, e) in enumerate(signed)]
         if not total:
             raise DataError("the batch has no supervised token to train on")
         with _put_back(self.network, self.weights):
@@ -349,11 +353,27 @@ class StoredSteps:
         return total.div_(tokens)
 
 
-def effect_of(step: AbstractContextManager[None], model: StepModel, output: TokenizedExample, before: Tensor) -> Effect:
-    """The effect of a step on an output, whose logits were `before` `[token vocab]`; the model is back afterwards."""
+def effect_of(
+    step: AbstractContextManager[None],
+    model: StepModel,
+    answers: SequenceABC[TokenizedExample],
+    before: SequenceABC[Tensor],
+) -> Effect:
+    """The effect of a step on an output, and the answer beside which it is seen, if there is one; the model is back
+    afterwards.
+
+    before: their logits without the step, `[token vocab]` each.
+    """
     with step:
-        after = model.logits(output)
-    return Effect(log_likelihood(after, labels_of(output)), float(jensen_shannon(before, after).mean()))
+        after = [model.logits(one) for one in answers]
+    moved = torch.cat([jensen_shannon(one, own) for one, own in zip(before, after, strict=True)])
+    return Effect(difference(after, answers), float(moved.mean()))
+
+
+def difference(logits: SequenceABC[Tensor], answers: SequenceABC[TokenizedExample]) -> float:
+    """The first answer's log-likelihood, less the other's where there is one, nats; of logits `[token vocab]` each."""
+    own, *other = (log_likelihood(one, labels_of(e)) for one, e in zip(logits, answers, strict=True))
+    return own - sum(other)
 
 
 def labels_of(output: TokenizedExample) -> Tensor:

@@ -37,13 +37,14 @@ def auc(scores: ArrayLike, wanted: ArrayLike) -> NDArray[np.float64]:
         return np.asarray(own / (count * (len(values) - count)))
 
 
-def recall(scores: ArrayLike, wanted: ArrayLike, k: int | None = None, *, seed: int = 0) -> NDArray[np.float64]:
+def recall(scores: ArrayLike, wanted: ArrayLike, k: int | None = None) -> NDArray[np.float64]:
     """The share of the wanted rows that are among the k highest scores, `[target]`; NaN where none is wanted.
+
+    Of equal scores it is what an order by chance would be expected to give.
 
     Args:
         scores, wanted: as for `auc`.
         k: None = as many as are wanted, where recall and precision are the same.
-        seed: of the order of equal scores.
 
     Raises:
         ShapeError, NonFiniteError: as `auc`.
@@ -53,17 +54,22 @@ def recall(scores: ArrayLike, wanted: ArrayLike, k: int | None = None, *, seed: 
         [0.5]
     """
     values, member = _checked(scores, wanted)
-    count = member.sum(axis=0)
-    places = placed(values, seed)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.asarray(((places < (count if k is None else k)) & member).sum(axis=0) / count)
+    found = np.full(values.shape[1], np.nan)
+    for target in np.flatnonzero(member.any(axis=0)):
+        own = member[:, target]
+        above, equal = _runs(values[:, target])
+        inside = np.clip(((own.sum() if k is None else k) - above) / equal, 0, 1)  # the chance of each row
+        found[target] = inside[own].mean()
+    return found
 
 
-def reciprocal_rank(scores: ArrayLike, wanted: ArrayLike, *, seed: int = 0) -> NDArray[np.float64]:
+def reciprocal_rank(scores: ArrayLike, wanted: ArrayLike) -> NDArray[np.float64]:
     """1 ÷ the rank of the highest wanted row, `[target]`, whose mean is the MRR; NaN where none is wanted.
 
+    Of equal scores it is what an order by chance would be expected to give.
+
     Args:
-        scores, wanted, seed: as for `recall`.
+        scores, wanted: as for `auc`.
 
     Raises:
         ShapeError, NonFiniteError: as `auc`.
@@ -73,12 +79,23 @@ def reciprocal_rank(scores: ArrayLike, wanted: ArrayLike, *, seed: int = 0) -> N
         [0.5]
     """
     values, member = _checked(scores, wanted)
-    places = np.where(member, placed(values, seed), len(values))
-    return np.where(member.any(axis=0), 1.0 / (1 + places.min(axis=0)), np.nan)
+    found = np.full(values.shape[1], np.nan)
+    for target in np.flatnonzero(member.any(axis=0)):
+        own = member[:, target]
+        above, equal = _runs(values[:, target])
+        first = np.flatnonzero(own)[above[own].argmin()]
+        beside = int((above[own] == above[first]).sum())
+        found[target] = reciprocal_rank_by_chance(beside, int(equal[first]), int(above[first]))
+    return found
 
 
-def reciprocal_rank_by_chance(wanted: int, rows: int) -> float:
+def reciprocal_rank_by_chance(wanted: int, rows: int, above: int = 0) -> float:
     """What `reciprocal_rank` is expected to be where the order is by chance: Σ_r (1/r)·P(the first wanted row is at r).
+
+    Args:
+        wanted: how many of the rows.
+        rows: of one score.
+        above: rows of higher scores, none of which is wanted.
 
     Example:
         >>> reciprocal_rank_by_chance(1, 2)
@@ -86,7 +103,7 @@ def reciprocal_rank_by_chance(wanted: int, rows: int) -> float:
     """
     ranks = np.arange(1, rows - wanted + 2)
     others_before = np.cumprod(np.append(1.0, (rows - wanted - ranks[:-1] + 1) / (rows - ranks[:-1] + 1)))
-    return float((others_before * wanted / (rows - ranks + 1) / ranks).sum())
+    return float((others_before * wanted / (rows - ranks + 1) / (above + ranks)).sum())
 
 
 def average_precision(scores: ArrayLike, wanted: ArrayLike) -> NDArray[np.float64]:
@@ -123,6 +140,12 @@ def _checked(scores: ArrayLike, wanted: ArrayLike) -> tuple[NDArray[np.float64],
     if np.isnan(values).any() or np.isposinf(values).any():
         raise NonFiniteError("scores holds NaN or +infinity")
     return values, member
+
+
+def _runs(values: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Of each row how many have a higher score, and how many the same, itself included, `[row]` both."""
+    _, place, counts = np.unique(-values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - counts)[place], counts[place]
 
 
 def placed(values: NDArray[np.float64], seed: int) -> NDArray[np.int64]:

@@ -5,8 +5,10 @@ Compact, section 3.3. For an output ŷ of prompt x, a selection S and random set
     ξ⁺    = log p(ŷ|x; θ+S) − mean_R log p(ŷ|x; θ+R)        prediction support, nats; above 0 = S supports the output
     ξ^JSD = JSD(p, p+S) / mean_R JSD(p, p+R)                prediction shift; above 1 = S moves the output more
 
-The random sets are drawn from the whole pool, as in the paper: the selection is not taken out of it, which lets all
-cells of one output and size share their five random steps. Every effect of a step is kept in the run folder.
+Of an output that is explained in contrast to another answer, log p is the difference of both, and JSD the mean over the
+tokens of both. The random sets are drawn from the whole pool, as in the paper: the selection is not taken out of it,
+which lets all cells of one output and size share their five random steps. Every effect of a step is kept in the run
+folder.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from gradsift.base.lazy import Tensor
 from gradsift.base.types import Skipped, TokenizedExample
 from gradsift.context import Pool
 from gradsift.explanation.explain import Explanations
-from gradsift.explanation.outputs import OutputSource
+from gradsift.explanation.outputs import OutputSource, contrasted
 from gradsift.explanation.verdict import Trained
 from gradsift.gradients.capture import find_modules
 from gradsift.gradients.projection import Projection
@@ -42,9 +44,8 @@ from gradsift.validation.one_step import (
     StepModel,
     StoredSteps,
     TrainedSteps,
+    difference,
     effect_of,
-    labels_of,
-    log_likelihood,
     seed_of,
 )
 from gradsift.validation.statistics import (
@@ -60,6 +61,9 @@ from gradsift.validation.statistics import (
 from gradsift.warmup.checkpoint import Checkpoint
 
 Route = Literal["auto", "stored", "trained"]
+Answers = (
+    TokenizedExample | tuple[TokenizedExample, ...]
+)  # an output, or with the answer in contrast to which it stands
 _PRECISION = ("float64", "float32", "float16", "bfloat16")  # stored rows, best first
 _CELL_ERRORS = (GradsiftError, RuntimeError, ValueError, IndexError)  # what one cell may raise, out of memory included
 
@@ -198,7 +202,7 @@ class Validation:
 
 def validate(
     pool: Pool,
-    outputs: Iterable[TokenizedExample],
+    outputs: Iterable[Answers],
     cells: Iterable[Cell],
     *,
     settings: OneStep | None = None,
@@ -213,7 +217,7 @@ def validate(
 
     Args:
         pool: from `open_pool`.
-        outputs: the outputs that the cells name, tokens with their supervised part.
+        outputs: the outputs that the cells name, tokens with their supervised part; (output, other answer) in contrast.
         cells: selections.
         settings: the step.
         route: `stored` forms the steps from unprojected gradients (collected now if the run lacks them), `trained`
@@ -282,14 +286,10 @@ def validate_explanations(
         found = validate_explanations(pool, explain(pool, "What is 17 + 25?", k=5))
         found.cells[0].support      # above 0: training on the selection makes the answer more likely
     """
-    if explanations.source.others:
-        raise ConfigError(
-            "validate measures how likely an output becomes, and here the difference of two answers is explained: "
-            "explain outputs without another one instead"
-        )
     cells = cells_of(explanations)
-    found = validate(pool, explanations.outputs, cells, settings=settings, route=route, edges_db=edges_db)
-    checked = sanity_check(pool, explanations.outputs, settings=settings, route=route) if sanity else None
+    outputs = answers_of(explanations)
+    found = validate(pool, outputs, cells, settings=settings, route=route, edges_db=edges_db)
+    checked = sanity_check(pool, outputs, settings=settings, route=route) if sanity else None
     found = replace(found, reranking=tuple(_reranking(found.cells, explanations)), sanity=checked)
     pool.run.publish_json("validation.json", found.as_dict())
     return found
@@ -301,9 +301,9 @@ def is_validated(explanations: Explanations, settings: OneStep, route: Route, *,
     bench = _Bench(pool, settings, "trained" if route == "trained" else "auto", pool.checkpoints()[-1])
     if route == "stored" and bench.route == "trained":
         return False
-    for output in explanations.outputs:
+    for output in answers_of(explanations):
         bench.turn_to(output)
-        own = [cell for cell in cells if cell.output == output.id]
+        own = [cell for cell in cells if cell.output == output[0].id]
         budgets = {cell.key.k for cell in own} | ({1} if sanity else set())
         random = (ids for k in budgets for ids in bench.random_sets(k))
         if not bench.has([*random, *(cell.selected for cell in own)], itself=sanity):
@@ -361,9 +361,16 @@ def cells_of(explanations: Explanations) -> list[Cell]:
     ]
 
 
+def answers_of(explanations: Explanations) -> list[tuple[TokenizedExample, ...]]:
+    """The explained outputs, each with the other answer in contrast to which it is explained, if there is one."""
+    source = explanations.source
+    places = {entry.id: number for number, entry in enumerate(source.entries)}
+    return [tuple(source.both(places[entry.id])) for entry in explanations.entries]
+
+
 def sanity_check(
     pool: Pool,
-    outputs: Iterable[TokenizedExample],
+    outputs: Iterable[Answers],
     *,
     settings: OneStep | None = None,
     route: Route = "auto",
@@ -386,9 +393,9 @@ def sanity_check(
             try:
                 bench.turn_to(output)
                 itself = bench.effect_of_itself()
-                pairs += [(output.id, itself, bench.effect(ids)) for ids in bench.random_sets(1)]
+                pairs += [(output[0].id, itself, bench.effect(ids)) for ids in bench.random_sets(1)]
             except _CELL_ERRORS as error:
-                failed.append(Skipped(output.id, "not_validated", str(error)))
+                failed.append(Skipped(output[0].id, "not_validated", str(error)))
             bench.save()
             advance(1)
     if not pairs:
@@ -472,7 +479,7 @@ class _Bench:
         config = revised("validation", config)
         self.prefix = pool.run.prefix("validation", config)
         self._config = config
-        self._output: TokenizedExample | None = None
+        self._answers: tuple[TokenizedExample, ...] = ()
 
     @cached_property
     def model(self) -> StepModel:
@@ -491,13 +498,15 @@ class _Bench:
             return TrainedSteps(self.model, replace(self.pool, dtype=self.dtype).referred(data))
         return StoredSteps(self.model, self.store, data.loss)
 
-    def turn_to(self, output: TokenizedExample) -> None:
+    def turn_to(self, output: Answers) -> None:
         """Make `output` the one that effects are on."""
-        if output is self._output:
+        answers = together(output)
+        if [*map(id, answers)] == [*map(id, self._answers)]:
             return
-        self._output, self._changed = output, False
-        self._before: Tensor | None = None
-        name = OutputSource((output,), self.pool.chat.fingerprint).fingerprint
+        self._answers, self._changed = answers, False
+        self._before: list[Tensor] = []
+        beside = contrasted([answers[1] if len(answers) > 1 else None])
+        name = OutputSource(answers[:1], self.pool.chat.fingerprint, **beside).fingerprint
         self._file = f"{self.prefix}{name}.json"
         self._effects: dict[str, Effect] = {}
         self._likelihood: float | None = None
@@ -512,12 +521,12 @@ class _Bench:
 
     def save(self) -> None:
         """Publish what was measured since the last time."""
-        if self._output is None or not self._changed:
+        if not self._answers or not self._changed:
             return
         if not self.pool.run.storage.exists(f"{self.prefix}config.json"):
             self.pool.run.publish_json(f"{self.prefix}config.json", self._config)
         content = {
-            "output": self._output.id,
+            "output": self._answers[0].id,
             "log_likelihood": self._likelihood,
             "effects": {name: [effect.log_likelihood, effect.jsd] for name, effect in self._effects.items()},
         }
@@ -542,9 +551,8 @@ class _Bench:
 
     def random_sets(self, k: int) -> list[tuple[str, ...]]:
         """The control of every selection of k for the current output."""
-        assert self._output is not None
         options = self.settings
-        return random_sets(self.ids, k, output=self._output.id, count=options.random_sets, seed=options.seed)
+        return random_sets(self.ids, k, output=self._answers[0].id, count=options.random_sets, seed=options.seed)
 
     def effect(self, ids: Sequence[str]) -> Effect:
         """Of the step on these pool examples, in any order."""
@@ -552,18 +560,15 @@ class _Bench:
         return self._effect(fingerprint(ordered), lambda: self.steps.on(ordered))
 
     def effect_of_itself(self) -> Effect:
-        """Of the step on the current output, taken for real."""
-        output = self._output
-        assert output is not None
-        return self._effect("itself", lambda: self.model.trained_on([output]))
+        """Of the step on the current output, taken for real; away from the other answer, where there is one."""
+        return self._effect("itself", lambda: self.model.trained_on(self._answers[:1], self._answers[1:]))
 
     def _effect(self, name: str, step: Callable[[], AbstractContextManager[None]]) -> Effect:
         if name not in self._effects:
-            assert self._output is not None
-            if self._before is None:
-                self._before = self.model.logits(self._output)
-                self._likelihood = log_likelihood(self._before, labels_of(self._output))
-            self._effects[name] = effect_of(step(), self.model, self._output, self._before)
+            if not self._before:
+                self._before = [self.model.logits(one) for one in self._answers]
+                self._likelihood = difference(self._before, self._answers)
+            self._effects[name] = effect_of(step(), self.model, self._answers, self._before)
             self._changed = True
         return self._effects[name]
 
@@ -598,13 +603,21 @@ def _agreement(cells: Sequence[Validated], edges_db: Sequence[float]) -> Agreeme
     return agreement(*columns, edges_db=edges_db)
 
 
-def _by_id(outputs: Iterable[TokenizedExample]) -> dict[str, TokenizedExample]:
-    by_id: dict[str, TokenizedExample] = {}
-    for output in outputs:
-        known = by_id.setdefault(output.id, output)
-        same = np.array_equal(known.token_ids, output.token_ids) and np.array_equal(known.supervised, output.supervised)
+def together(output: Answers) -> tuple[TokenizedExample, ...]:
+    """An output, and the other answer where there is one."""
+    return output if isinstance(output, tuple) else (output,)
+
+
+def _by_id(outputs: Iterable[Answers]) -> dict[str, tuple[TokenizedExample, ...]]:
+    by_id: dict[str, tuple[TokenizedExample, ...]] = {}
+    for output in map(together, outputs):
+        known = by_id.setdefault(output[0].id, output)
+        same = len(known) == len(output) and all(
+            np.array_equal(one.token_ids, other.token_ids) and np.array_equal(one.supervised, other.supervised)
+            for one, other in zip(known, output, strict=True)
+        )
         if not same:
-            raise DataError(f"two different outputs have the id {output.id!r}: give each its own")
+            raise DataError(f"two different outputs have the id {output[0].id!r}: give each its own")
     return by_id
 
 

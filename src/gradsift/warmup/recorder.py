@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,6 +70,7 @@ class Recorder(TrainerCallback):
             "weights": str(model.get_base_model().dtype).removeprefix("torch."),
             "autocast": "bfloat16" if args.bf16 else "float16" if args.fp16 else None,
             "dropout": {"largest": _dropout(model), "seed": torch.initial_seed()},
+            "beta": float(args.beta) if _of_pairs(args) else None,
             "obstacles": _obstacles(args, model, optimizer, self._trained),
         }
         self._numbers: dict[bytes, int] = {}  # of rows, by what they hold
@@ -101,10 +102,11 @@ class Recorder(TrainerCallback):
         """The step is whole."""
         self._step += 1
         for ids, labelled, counted in self._batches:
-            share = _share(counted)
-            for tokens, own in zip(ids, labelled, strict=True):
-                self._order.append(self._number(tokens, own))
-                self._shares.append(share)
+            pairs = self._info["beta"] is not None
+            self._order += map(self._number, ids, labelled)
+            self._shares += (
+                _pair_shares(counted, len(ids), len(self._batches)) if pairs else [_share(counted)] * len(ids)
+            )
         self._batches.clear()
         self._steps.append(len(self._order))
         self._epochs.append(self._epoch)
@@ -280,6 +282,11 @@ def _refuse(args: Any, model: Any) -> None:
         raise ConfigError(f"Recorder cannot tell one row from the next in packed batches: leave out {packed[0]}")
 
 
+def _of_pairs(args: Any) -> bool:
+    """Whether these are the arguments of TRL's DPOTrainer."""
+    return any(kind.__name__ == "DPOConfig" for kind in type(args).__mro__)
+
+
 def _optimizer(optimizer: Any, args: Any) -> dict[str, Any]:
     """What a step depends on beside its gradient and rate; of the first group that has parameters."""
     group = next(group for group in optimizer.param_groups if group["params"])
@@ -310,6 +317,13 @@ def _obstacles(args: Any, model: nn.Module, optimizer: Any, trained: dict[str, n
         )
     if getattr(args, "neftune_noise_alpha", None):
         found.append("it adds noise to embeddings: leave neftune_noise_alpha out")
+    if _of_pairs(args):
+        plain = {"f_divergence_type": "reverse_kl", "ld_alpha": None, "use_weighting": False, "sync_ref_model": False}
+        losses = args.loss_type if isinstance(args.loss_type, list | tuple) else [args.loss_type]
+        changed = [name for name, usual in plain.items() if getattr(args, name, usual) != usual]
+        if list(losses) != ["sigmoid"] or changed:
+            what = changed[0] if list(losses) == ["sigmoid"] else f"loss_type {', '.join(map(str, losses))}"
+            found.append(f"its loss of pairs is not DPO's own: train with loss_type='sigmoid', and without {what}")
     other = [name for name in trained if not is_lora_weight(name)]
     if other:
         found.append(f"it trains more than LoRA's A and B, first {other[0]}")
@@ -323,7 +337,8 @@ def _dropout(model: nn.Module) -> float:
 
 
 def _counted(output: Any, given: dict[str, Any], labels: int) -> list[Tensor]:
-    """Filled on the way back: the sum and the largest of what the NLLs of a batch's labels count for, and how many.
+    """Filled on the way back: the sum and the largest of what the NLLs of a row's labels count for, and how many there
+    are, float64 `[row 3]`; one line for all rows where they count alike.
 
     TRL's models give the log-probability of each label, other ones their loss: a mean over labels, or their sum over
     `num_items_in_batch`. Nothing comes back where the trainer's loss is made of something else.
@@ -340,18 +355,36 @@ def _counted(output: Any, given: dict[str, Any], labels: int) -> list[Tensor]:
 
 def _of_each(found: list[Tensor], gradient: Tensor) -> None:
     weights = -gradient.detach().double()
-    found.append(torch.stack([weights.sum(), weights.max(), (weights != 0).sum()]))
+    largest = weights.gather(1, weights.abs().argmax(dim=1, keepdim=True))[:, 0]
+    found.append(torch.stack([weights.sum(dim=1), largest, (weights != 0).sum(dim=1)], dim=1))
 
 
 def _of_mean(found: list[Tensor], labels: int, items: Any, gradient: Tensor) -> None:
     share = gradient.detach().double().reshape(()) / items
-    found.append(torch.stack([share * labels, share, torch.full_like(share, labels)]))
+    found.append(torch.stack([share * labels, share, torch.full_like(share, labels)])[None])
 
 
 def _share(counted: list[Tensor]) -> float:
-    """What one label counts for; NaN where that is unknown, or not the same for all."""
+    """What one label counts for; NaN where that is unknown, or not the same for all of a batch."""
     if len(counted) != 1:
         return float("nan")
-    total, largest, count = cast("list[float]", counted[0].tolist())
+    sums, each, counts = counted[0].cpu().unbind(dim=1)
+    total, largest, count = float(sums.sum()), float(each.max()), float(counts.sum())
     even = abs(largest * count - total) <= _EVEN * abs(total) and largest >= 0
     return (total / count if count else 0.0) if even else float("nan")
+
+
+def _pair_shares(counted: list[Tensor], rows: int, batches: int) -> list[float]:
+    """What the loss of each pair counts for in the step, the mean over its batches of their means: above 0 for its
+    chosen answer, as much below for its rejected one; NaN where no chosen answers come before as many rejected ones,
+    whose labels pull as hard the other way.
+    """
+    found = [float("nan")] * rows
+    if len(counted) == 1 and len(counted[0]) == rows and rows % 2 == 0:
+        sums, largest, counts = counted[0].cpu().unbind(dim=1)
+        slopes = sums / counts.clamp_min(1)
+        chosen, rejected = slopes.chunk(2)
+        even = (largest * counts - sums).abs() <= _EVEN * sums.abs()
+        if bool(even.all()) and bool(((chosen + rejected).abs() <= _EVEN * chosen).all()):
+            found = [sign * 2 / rows / batches for sign in (1, -1) for _ in range(rows // 2)]
+    return found

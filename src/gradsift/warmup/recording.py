@@ -40,6 +40,7 @@ class RecordingInfo(Record):
     weights:    type of the base's
     autocast:   the type that the trainer ran layers in; None is the weights'
     dropout:    the largest probability of any layer, and the seed of the generator that draws
+    beta:       of TRL's DPOTrainer; None of a training on single answers
     obstacles:  why the steps cannot be taken again, in words
     """
 
@@ -50,6 +51,7 @@ class RecordingInfo(Record):
     autocast: str | None
     dropout: dict[str, Any]
     obstacles: list[str]
+    beta: float | None = None
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,8 @@ class Recording:
 
     rows:   token ids and labels of each
     taken:  of each step the rows that it trains on, one that is trained on twice named twice
-    shares: of each of those, what the NLL of one of its labels counts for in the step's loss; NaN where that is unknown
+    shares: of each of those, what the NLL of one of its labels counts for in the step's loss, or of DPO what the loss
+        of its pair counts for, above 0 for chosen and below for rejected answers; NaN where that is unknown
     rates:  of each step
     epochs: of each step, from 0
     norms:  float32 `[step parameter]`, of the gradient of each parameter tensor as the optimizer got it

@@ -76,7 +76,8 @@ from gradsift.selection.transport import TSDS
 from gradsift.store.gradient_store import GradientStore
 from gradsift.store.precision import MeasuredError
 from gradsift.store.run import Run
-from gradsift.validation.bench import Bench, Benchmark, bench
+from gradsift.validation.bench import Bench, bench
+from gradsift.validation.benchmark import Benchmark
 from gradsift.validation.datamodel import joint_influence, lds, qld
 from gradsift.validation.one_step import OneStep
 from gradsift.validation.trainer_check import check_trainer

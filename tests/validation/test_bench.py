@@ -24,7 +24,8 @@ from gradsift.gradients import collect
 from gradsift.influence.replay import Replay
 from gradsift.jobs.bench import planted
 from gradsift.recipe import Recipe
-from gradsift.validation.bench import Bench, Benchmark, Cost, _Judge, _mean_of, bench, classed
+from gradsift.validation.bench import Bench, _Judge, _mean_of, bench, classed
+from gradsift.validation.benchmark import Benchmark, Cost
 from gradsift.validation.datamodel import lds
 from tiny_world import World, pool_rows, target_rows, write_rows
 

@@ -25,8 +25,9 @@ from gradsift.jobs.results import data_facts, gradient_facts, how_to_repeat
 from gradsift.jobs.select_explain import open_recipe, open_recipe_target, rest_of_target, say_account
 from gradsift.recipe import Recipe
 from gradsift.store.run import Run
-from gradsift.validation.bench import Bench, Benchmark, bench, classed
+from gradsift.validation.bench import Bench, bench, classed
 from gradsift.validation.bench_shown import benchmark_page
+from gradsift.validation.benchmark import Benchmark
 
 BENCHED = {
     "bench.json": "every figure with its interval, and the sentence",

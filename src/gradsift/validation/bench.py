@@ -46,9 +46,9 @@ from gradsift.influence.scores import Scores, score
 from gradsift.influence.smooth import SmoothTraining, groups_of, training_sequences
 from gradsift.influence.states import RDSPlus
 from gradsift.model.models import model_identity
-from gradsift.report.blocks import Block, Shown
 from gradsift.selection.select import budget_count
 from gradsift.store.manifest import Record, fingerprint, read_if_whole
+from gradsift.validation.benchmark import Benchmark, Column, Cost, Measure
 from gradsift.validation.datamodel import agreement, agreement_of_trainings, foretold, rise
 from gradsift.validation.ranking import (
     auc,
@@ -60,7 +60,6 @@ from gradsift.validation.ranking import (
 )
 from gradsift.warmup.train import Training
 
-Measure = Literal["recall", "filter", "lds", "qld", "train", "self"]
 Units = NDArray[np.int64]
 _Found = TypeVar("_Found")
 _OTHER_SEEDS = (101, 102)  # added to the run's
@@ -183,139 +182,6 @@ class Bench(Settings):
             sizes = [budget_count(budget, available) for budget in self.budgets]
             found += [(count * len(self.seeds), size) for size in sizes]
         return found
-
-
-@dataclass(frozen=True)
-class Column:
-    """One measure of every method; higher is better.
-
-    part:     of the table that it stands in
-    values:   by the method's label
-    best:     the method of the highest value, chance apart
-    behind:   that less the best method's, paired over what the interval is over
-    chance:   what a ranking at random is expected to have; None where that is measured alone
-    ceiling:  what no method can be expected to be above
-    over:     what intervals are over
-    counts:   whether the sentence counts it
-    """
-
-    measure: Measure
-    part: str
-    name: str
-    values: Mapping[str, Estimate]
-    best: str
-    behind: Mapping[str, Estimate]
-    over: str
-    chance: float | None = None
-    ceiling: Estimate | None = None
-    counts: bool = True
-
-    @property
-    def title(self) -> str:
-        """What the sentence calls it."""
-        return self.name if self.measure in ("recall", "filter") else f"{self.part} {self.name}"
-
-    def near(self, label: str) -> bool:
-        """Whether a method is the best, or not told apart from it."""
-        known = self.values[label].value == self.values[label].value
-        return known and not self.behind[label].high < 0
-
-    @property
-    def random(self) -> float:
-        """What a method has to be above: what chance is expected to have, or the upper end of what it had."""
-        return list(self.values.values())[-1].high if self.chance is None else self.chance
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a method's scores took when they were first made: wall seconds and bytes kept. A warm-up and stored rows are
-    counted to each method that reads them."""
-
-    seconds: float
-    bytes: int
-
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(self.seconds + other.seconds, self.bytes + other.bytes)
-
-
-@dataclass(frozen=True)
-class Benchmark(Shown):
-    """How good each method is, by every measure.
-
-    methods: labels in the order of the recipe, the random ranking last
-    failed:  methods that came to nothing, and why
-    warnings: what a reader should know
-    """
-
-    methods: tuple[str, ...]
-    columns: tuple[Column, ...]
-    costs: Mapping[str, Cost]
-    failed: Mapping[str, str]
-    warnings: tuple[str, ...] = ()
-    out: str = ""
-
-    @property
-    def counted(self) -> list[Column]:
-        """The columns that the sentence counts."""
-        return [column for column in self.columns if column.counts]
-
-    def above_random(self, label: str) -> int:
-        """In how many columns a method is told apart from a random ranking."""
-        return sum(column.values[label].low > column.random for column in self.counted)
-
-    @property
-    def near(self) -> dict[str, int]:
-        """In how many columns each method is the best or not told apart from it, most first; then those that are above
-        a random ranking in more, and then the cheapest.
-        """
-        found = {one: sum(column.near(one) for column in self.counted) for one in self.methods[:-1]}
-        order = sorted(found, key=lambda one: (-found[one], -self.above_random(one), self.costs[one].seconds))
-        return {one: found[one] for one in order}
-
-    @property
-    def sentence(self) -> str:
-        """Which method to use here, which are not told apart from it, and where others are better."""
-        near, counted = self.near, self.counted
-        if not near or not counted:
-            return "No method could be judged by how well it ranks."
-        if not any(map(self.above_random, near)):
-            return (
-                "No method is told apart from a random ranking here: more targets, subsets or a longer training would "
-                "be needed."
-            )
-        best = next(iter(near))
-        count, all_ = near[best], len(counted)
-        where = "every column" if count == all_ else f"{count} of {all_} columns"
-        said = [f"Use {best} here: it is the best, or not told apart from the best, in {where}."]
-        behind: dict[str, list[str]] = {}
-        for column in counted:
-            if not column.near(best):
-                behind.setdefault(column.best, []).append(column.title)
-        said += [f"{other} is better in {_listed(titles)}." for other, titles in behind.items()]
-        others = [one for one, own in near.items() if one != best and own == count]
-        if others:
-            dearer = all(self.costs[one].seconds >= self.costs[best].seconds for one in others)
-            alike = ("as good" if count == all_ else "so in as many") + ", at a higher cost" * dearer
-            said.append(f"{_listed(others)} {'is' if len(others) == 1 else 'are'} {alike}.")
-        known = self.above_random(best)
-        if 0 < known < all_:
-            said.append(f"It is told apart from a random ranking in {known} of {all_} columns.")
-        if not known:
-            above = [one for one in near if self.above_random(one)]
-            said.append(f"But it is not told apart from a random ranking, as {_listed(above)} would be.")
-        return " ".join(said)
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-able; what is not known is null."""
-        content: dict[str, Any] = _known(asdict(self))
-        del content["out"]
-        return content | {"sentence": self.sentence}
-
-    def blocks(self) -> tuple[Block, ...]:
-        """Table, chart and sentence."""
-        from gradsift.validation.bench_shown import benchmark_blocks  # which knows what a benchmark is
-
-        return benchmark_blocks(self)
 
 
 def bench(
@@ -962,15 +828,6 @@ def _some(values: Collection[str]) -> str:
     return ", ".join(map(repr, listed[:8])) + (f" and {len(listed) - 8} others" if len(listed) > 8 else "")
 
 
-def _known(value: Any) -> Any:
-    """A value as JSON has it, NaN as None."""
-    if isinstance(value, Mapping):
-        return {key: _known(own) for key, own in value.items()}
-    if isinstance(value, list | tuple):
-        return [_known(own) for own in value]
-    return None if isinstance(value, float) and np.isnan(value) else value
-
-
 def _again(data: Dataset, id_: str, before: str = "") -> Example:
     """A row as it is read once more, under another id."""
     messages = data.messages(id_)
@@ -998,7 +855,3 @@ def _percent(share: float) -> str:
 def _bytes_in(pool: Pool) -> int:
     storage = pool.run.storage
     return sum(storage.size(key) for key in storage.list(""))
-
-
-def _listed(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 
 from gradsift.report.blocks import Block, Cell, Chart, Facts, Line, Page, Point, Row, Section, Table, Text, columns
-from gradsift.validation.bench import Benchmark, Column
+from gradsift.validation.benchmark import Benchmark, Column
 
 READING = {
     "recall": "A target's own class is to be found. AUC: how often a row of the class has a higher score than another. "

@@ -18,7 +18,7 @@ class Estimate:
     high: float
 
     def __str__(self) -> str:
-        return f"{self.value:+.2f} ({self.low:+.2f} to {self.high:+.2f})"
+        return f"{self.value:+.2f} ({self.low:+.2f} to {self.high:+.2f})".replace("-", "−")  # as in all tables
 
 
 def bootstrap(

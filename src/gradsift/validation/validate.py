@@ -33,6 +33,7 @@ from gradsift.explanation.verdict import Trained
 from gradsift.gradients.capture import find_modules
 from gradsift.gradients.projection import Projection
 from gradsift.model.models import QUANTISED, DtypeName, host, model_identity
+from gradsift.report.text import signed
 from gradsift.selection.facility_location import FacilityLocation
 from gradsift.selection.top_k import Naive
 from gradsift.store.gradient_store import GradientStore, StoreManifest
@@ -629,8 +630,8 @@ def rho_text(found: Correlation) -> str:
     """
     if found.rho is None:
         return "none"
-    ends = "" if found.low is None or found.high is None else f" ({found.low:+.2f} to {found.high:+.2f})"
-    return f"{found.rho:+.2f}{ends}"
+    ends = "" if found.low is None or found.high is None else f" ({signed(found.low)} to {signed(found.high)})"
+    return f"{signed(found.rho)}{ends}"
 
 
 def share_text(found: Proportion) -> str:

@@ -344,7 +344,7 @@ class _Work:
         """What the projected rankings, and the search of the store, may have kept from the candidates."""
         for estimator in self.estimators:
             yield from self._unranked(output_id, estimator)
-        pursuits = {one.strategy for one in self.strategies if isinstance(one, RelevancePursuit) and one.supports}
+        pursuits = {one.strategy for one in self.strategies if one.last and one.supports}
         if own := [found for found in results if found.strategy in pursuits and found.examples]:
             yield from self._unsought(output_id, own)
 

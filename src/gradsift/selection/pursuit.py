@@ -66,7 +66,7 @@ class RelevancePursuit(Selector):
 
     @property
     def supports(self) -> bool:
-        """Whether it chooses only what leads towards the target."""
+        """Whether it chooses only what leads towards the target: not of `any`, which is of either sign."""
         return self.order == "most_helpful"
 
     def choose(self, candidates: Candidates, budget: int) -> list[int]:

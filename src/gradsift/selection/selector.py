@@ -74,6 +74,11 @@ class Selector(Settings):
         return order
 
     @property
+    def supports(self) -> bool:
+        """Whether it chooses only what leads towards the target."""
+        return False
+
+    @property
     def coverage(self) -> SimilarityKind:
         """The similarity that a field of this name says, by which pages show how well its choice covers others."""
         kind: SimilarityKind = getattr(self, "similarity", "cosine_squared")

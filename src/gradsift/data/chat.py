@@ -654,11 +654,9 @@ def _unshown(example: Example, messages: Sequence[Message], shown: Rendering) ->
                 detail = (
                     f"{count:,} of the {len(content):,} characters of {which} are {what}: {_quoted(first)}{instead}"
                 )
-                yield example.in_part(reason, detail, f"part of {_a(role)} message {what}")
-
-
-def _a(role: str) -> str:
-    return f"an {role}" if role[0] in "aeiou" and role != "user" else f"a {role}"
+                yield example.in_part(
+                    reason, detail, f"part of {'an' if role == 'assistant' else 'a'} {role} message {what}"
+                )
 
 
 def _quoted(text: str) -> str:

@@ -425,15 +425,13 @@ class ChatTemplate:
             common = after[: common_length(after, "" if other is None else other.after(position))]
             marker = _first_marker(common, self._marker_ids)
             # One that opens the conversation, too, opens the next turn.
-            if marker is not None and (end or not self._in_opening(marker, frame)):
+            opening = [token for token in self._marker_ids if token in frame.literals[0]]
+            if marker is not None and (end or not marker.endswith(tuple(opening))):
                 return marker
         # Or with what comes before the header that a conversation begins with.
-        opening = self.frame(coming, options) if not end else None
-        header = 0 if opening is None else common_length(after[::-1], opening.literals[0][::-1])
+        first = self.frame(coming, options) if not end else None
+        header = 0 if first is None else common_length(after[::-1], first.literals[0][::-1])
         return _end_of_turn(after[: len(after) - header], self._marker_ids) if header else ""
-
-    def _in_opening(self, marker: str, frame: Frame) -> bool:
-        return any(marker.endswith(token) and token in frame.literals[0] for token in self._marker_ids)
 
     def _check(self) -> None:
         """Refuse a template that does not compile, or takes longer or more memory than any needs (ModelError)."""

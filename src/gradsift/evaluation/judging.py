@@ -55,7 +55,8 @@ def verdicts(
         GradsiftError: no further question would be answered either; the answers so far are kept.
         DataError: not one question was answered.
     """
-    keys = {id_: f"{id_}:{fingerprint(_plain(question))}" for id_, question in questions.items()}
+    plain = {id_: json.loads(json.dumps(question, default=str)) for id_, question in questions.items()}
+    keys = {id_: f"{id_}:{fingerprint(question)}" for id_, question in plain.items()}
     kept = {key for key in keys.values() if key in notebook and _is_of(wanted, notebook[key])}
     waiting = {id_: question for id_, question in questions.items() if keys[id_] not in kept}
     reasons: dict[str, str] = {}
@@ -89,10 +90,6 @@ def verdicts(
             f"the judge has no verdict on any of {len(questions)} items; first: {next(iter(reasons.values()))}"
         )
     return answers, reasons
-
-
-def _plain(value: Any) -> Any:
-    return json.loads(json.dumps(value, default=str))
 
 
 def _is_of(wanted: Any, value: Any) -> bool:

@@ -479,6 +479,11 @@ class Page:
         """The section of that id, where it has any content."""
         return next((one for one in self.sections if one.id == id_ and one.blocks), None)
 
+    def facts(self, id_: str) -> Mapping[str, Any]:
+        """What the section of that id begins with, where that is facts."""
+        first = found.blocks[0] if (found := self.section(id_)) else None
+        return first.facts if isinstance(first, Facts) else {}
+
     def to_json(self) -> bytes:
         """As the run folder keeps it."""
         return _page().dump_json(self)

@@ -148,31 +148,33 @@ def send(fd: int, message: Any) -> None:
     content = json.dumps(message).encode()
     if len(content) > _MESSAGE_BYTES:
         raise NotPlainError(f"{len(content) >> 20} MB of data, more than {_MESSAGE_BYTES >> 20} MB")
-    _write(fd, len(content).to_bytes(8, "big") + content)
+    write_all(fd, len(content).to_bytes(8, "big") + content)
 
 
-def _write(fd: int, content: bytes) -> None:
+def write_all(fd: int, content: bytes) -> None:
+    """Write to a pipe, which may take a part at a time."""
     while content:
         content = content[os.write(fd, content) :]
 
 
 def receive(fd: int) -> Any:
     """The message that `send` wrote."""
-
-    def exactly(size: int) -> bytes:
-        parts = []
-        while size:
-            part = os.read(fd, min(size, 1 << 20))
-            if not part:
-                raise EOFError
-            parts.append(part)
-            size -= len(part)
-        return b"".join(parts)
-
-    size = int.from_bytes(exactly(8), "big")
+    size = int.from_bytes(read_exactly(fd, 8), "big")
     if size > _MESSAGE_BYTES:
         raise ValueError(f"a message of {size} bytes")
-    return json.loads(exactly(size))
+    return json.loads(read_exactly(fd, size))
+
+
+def read_exactly(fd: int, size: int) -> bytes:
+    """So many bytes of a pipe; EOFError where it ends before."""
+    parts = []
+    while size:
+        part = os.read(fd, min(size, 1 << 20))
+        if not part:
+            raise EOFError
+        parts.append(part)
+        size -= len(part)
+    return b"".join(parts)
 
 
 # --- the program -----------------------------------------------------------------------------------------------------
@@ -300,7 +302,7 @@ def _run(script: types.CodeType | None, text: str, pipes: tuple[int, int]) -> di
     for _ in range(2):
         files.append(os.open(".standard", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
         os.unlink(".standard")  # noqa: PTH108 - saves every program the import
-    _write(files[0], text.encode("utf-8", "surrogatepass"))
+    write_all(files[0], text.encode("utf-8", "surrogatepass"))
     os.lseek(files[0], 0, os.SEEK_SET)
 
     def program() -> int:

@@ -31,6 +31,7 @@ from gradsift.sandbox._harness import (
     plain_name,
     receive,
     send,
+    write_all,
 )
 from gradsift.sandbox._shapes import CannotJudgeError, Pair, Tests, prints, understand
 
@@ -57,15 +58,12 @@ def tester(task: dict[str, str], answers: int, requests: int, verdict: int, firs
     """Run the tests against the program at the other end of the pipes, `first` before all, and write the verdict."""
     connection = _Connection(answers, requests, page)
     try:
-        while first:
-            first = first[os.write(requests, first) :]
+        write_all(requests, first)
         status, reason = _judged(task, connection, (answers, requests, verdict))
     except OSError:
         status, reason = "gone", "the program could not be reached"
     status, reason = connection.broken or (status, reason)
-    content = json.dumps({"status": status, "reason": reason[:2000]}).encode()
-    while content:
-        content = content[os.write(verdict, content) :]
+    write_all(verdict, json.dumps({"status": status, "reason": reason[:2000]}).encode())
 
 
 def _judged(task: dict[str, str], connection: _Connection, pipes: tuple[int, ...]) -> tuple[str, str]:

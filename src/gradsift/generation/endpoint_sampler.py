@@ -70,10 +70,6 @@ class EndpointSampler:
         """Ask for all samples, several at a time; a prompt comes out when all of its are there.
 
         What ends the work early, an interruption included, is raised after the replies that came before it are out.
-
-        Raises:
-            ConfigError: the key, the model's name or the settings are wrong.
-            ModelError: the server is gone, renders prompts in another way, or never gave a usable reply.
         """
         tasks = [
             (position, numbers)

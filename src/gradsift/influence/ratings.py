@@ -174,11 +174,7 @@ class Ratings:
 
 
 def check_raters(method: Estimator) -> None:
-    """Refuse what could rate nothing.
-
-    Raises:
-        ConfigError: a judge without an endpoint, or a function that cannot be loaded.
-    """
+    """Refuse a judge without an endpoint, and a function that cannot be loaded."""
     for rater in method.raters:
         if isinstance(rater, JudgeRating) and rater.endpoint is None:
             raise ConfigError(
@@ -193,10 +189,6 @@ def rate(pool: Pool, method: Estimator) -> Ratings:
     """The product of a method's ratings for every pool row; ratings are kept in the run folder row by row.
 
     What is there is not asked for again; rows without a rating are tried again by the next run.
-
-    Raises:
-        ConfigError: a judge without an endpoint, or a function that cannot be used.
-        DataError: not one row has a rating.
     """
     check_raters(method)
     values, reasons = dict.fromkeys(pool.data.ids, 1.0), dict[str, str]()

@@ -32,8 +32,7 @@ class JudgeSettings(Settings):
     def verdict(self, chat: Chat, form: str, messages: Sequence[Message]) -> str | Unreadable:
         """What the judge's last line says, the group of `form`, or why it says nothing.
 
-        Raises:
-            GradsiftError: no other question would be answered either.
+        A `GradsiftError` says that no other question would be answered either.
         """
         try:
             answer = chat.complete(messages, max_tokens=self.max_tokens, temperature=self.temperature, seed=self.seed)
@@ -126,11 +125,7 @@ class BoundJudge:
         return verdicts[0], verdicts[1]
 
     def grade(self, prompt: Any, response: str, reference: str | None = None) -> float | str:
-        """From 1 to 10, or in words why the judge has no verdict; it is shown a reference answer where there is one.
-
-        Raises:
-            GradsiftError: no other question would be answered either.
-        """
+        """From 1 to 10, or in words why the judge has no verdict; it is shown a reference answer where there is one."""
         parts = {} if reference is None else {"reference answer": reference}
         task = _GRADE if reference is None else f"{_REFERENCE} {_GRADE}"
         asked = self._read(r"Grade: (10|[1-9])", task, prompt, {**parts, "response": response})
@@ -150,13 +145,7 @@ class Unreadable:
 
 
 def question_of(task: str, criteria: str, parts: Mapping[str, str]) -> list[Message]:
-    """What a judge is asked: the task before and after the texts, which stand between marked lines.
-
-    Args:
-        task: what to do, ending with the form of the answer's last line.
-        criteria: what is better.
-        parts: the texts to judge, by name.
-    """
+    """What a judge is asked: the task before and after the texts by name, which stand between marked lines."""
     mark = _mark(parts.values())
     system = "\n\n".join((_SYSTEM, f"The mark is {mark}.", criteria, task))
     texts = "\n\n".join(f"[{mark} {name} begins]\n{text}\n[{mark} {name} ends]" for name, text in parts.items())

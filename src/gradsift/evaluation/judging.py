@@ -13,8 +13,9 @@ from gradsift.base.errors import ConfigError, DataError, GradsiftError
 from gradsift.base.types import Chat, Message, said
 from gradsift.evaluation.metric import Notebook
 from gradsift.evaluation.setup import Subject
+from gradsift.execution.threads import side_by_side
 from gradsift.generation.endpoint import Endpoint, connected
-from gradsift.rewards.judge import BoundJudge, Judge, side_by_side
+from gradsift.rewards.judge import BoundJudge, Judge
 from gradsift.store.manifest import fingerprint
 
 

@@ -110,12 +110,7 @@ class Samples:
         return self._prompts[prompt_id]
 
     def __getitem__(self, prompt_id: str) -> tuple[Response, ...]:
-        """The responses to a prompt, by number.
-
-        Raises:
-            KeyError: it has none.
-            CorruptError: a file is truncated or altered.
-        """
+        """The responses to a prompt, by number."""
         prompt = self._prompts[prompt_id]
         found = {r.number: r for key in self._keys(prompt) for r in _read(self.run, key)[0]}
         return tuple(found[number] for number in sorted(self._numbers[prompt_id]))
@@ -133,27 +128,16 @@ class Samples:
         return self._fingerprint
 
     def rewards(self, reward: Mapping[str, Any], prompt_id: str) -> dict[int, float | None]:
-        """What `save_rewards` stored for a prompt, by sample number; empty where it stored nothing.
-
-        Raises:
-            CorruptError: the file is truncated or altered.
-        """
+        """What `save_rewards` stored for a prompt, by sample number; empty where it stored nothing."""
         key = self._reward_key(reward, prompt_id)
         if not self.run.storage.exists(key):
             return {}
         return {row["number"]: row["reward"] for row in _read_rows(self.run, key, _REWARDS)[0]}
 
     def save_rewards(self, reward: Mapping[str, Any], prompt_id: str, values: Mapping[int, float | None]) -> None:
-        """Store the rewards of a prompt's responses, beside those that are there.
+        """Store rewards of a prompt's responses by number, beside those that are there; None where one has no verdict.
 
-        Args:
-            reward: the reward function's configuration; another one has rewards of its own.
-            prompt_id: whose.
-            values: by sample number; None where the function could not judge the response.
-
-        Raises:
-            DataError: there is no response of that number.
-            NonFiniteError: a reward is NaN or infinite.
+        `reward` is the reward function's configuration: another one has rewards of its own.
         """
         known = self._numbers[prompt_id]
         for number, value in values.items():

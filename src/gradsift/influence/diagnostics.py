@@ -152,26 +152,13 @@ def diagnose(
 
 
 def check_samples(method: PolicyEstimator) -> None:
-    """Refuse to diagnose single samples.
-
-    Raises:
-        ConfigError: fewer than 2 samples per prompt.
-    """
+    """Refuse to diagnose single samples."""
     if method.drawing.samples < 2:
         raise ConfigError("samples is 1: halves of one sample cannot be compared; sample at least 2, better 20")
 
 
 def cosines(first: Tensor, second: Tensor) -> Tensor:
-    """Cosine of each row with its counterpart, NaN where one of them is zero.
-
-    Args:
-        first, second: [row dim].
-
-    Returns:
-        [row], float64.
-
-    Raises:
-        ShapeError: they differ in shape.
+    """Cosine of each row of `[row dim]` with its counterpart, float64 `[row]`; NaN where one of them is zero.
 
     Example:
         >>> cosines(torch.tensor([[1.0, 0.0], [0.0, 0.0]]), torch.tensor([[2.0, 0.0], [1.0, 0.0]])).tolist()

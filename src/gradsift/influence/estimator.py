@@ -390,15 +390,10 @@ def summed(
 ) -> tuple[SequenceABC[str], Tensor, list[str]]:
     """What an estimator sums over its checkpoints, for the rows that are finite at each.
 
-    Args:
-        method: says which view, checkpoints and weights.
-        pool: from `open_pool`; its rows and the targets' are collected where the run does not hold them.
-        targets: their token sequences, or those of each checkpoint.
-        products: of a checkpoint, the pool's store, the targets' store and the checkpoint's weight: `[row column]`.
+    `products` gives `[row column]` of a checkpoint, the pool's store, the targets' store, and the checkpoint's weight.
 
     Returns:
-        Pool ids, the sum `[row column]`, and the fingerprints of the stores: of each checkpoint the pool's, then the
-        targets'.
+        Pool ids, the sum `[row column]`, and the stores' fingerprints: of each checkpoint the pool's and the targets'.
     """
     refuse_too_many(len(pool.data), len(targets.ids))
     view, checkpoints = method.view, method.checkpoints_of(pool)
@@ -422,12 +417,7 @@ def summed(
 
 
 def influence_of(method: Estimator, pool: Pool, target: Target | None) -> Influence:
-    """`method.influence`, of which the form is checked.
-
-    Raises:
-        ConfigError: there is no target, and one is needed; or another error of the method.
-        ShapeError: what it gave does not fit the pool and the target.
-    """
+    """`method.influence`, of which the form is checked."""
     if target is None and method.needs_target:
         raise ConfigError(f"{method.label} ranks for a target, and there is none: give one, or use AlpaGasus or DEITA")
     found = _given_by(method, pool, target)
@@ -456,11 +446,7 @@ def influence_of(method: Estimator, pool: Pool, target: Target | None) -> Influe
 
 
 def _given_by(method: Estimator, pool: Pool, target: Target | None) -> Any:
-    """`method.influence`; an error of another package's code is told by its place, and ends no more than one of ours.
-
-    Raises:
-        GradsiftError: the method's own, or what stands for another.
-    """
+    """`method.influence`; an error of another package's code is told by its place, and ends no more than ours."""
     try:
         return method.influence(pool, target)
     except Exception as error:
@@ -499,11 +485,7 @@ def read_together(methods: Iterable[Estimator]) -> tuple[list[Estimator], list[V
 
 
 def collect_together(pool: Pool, target: Target | None, methods: Iterable[Estimator], views: Iterable[View]) -> None:
-    """Collect what methods read of the pool at the last checkpoint, in one pass; `views` ride along where one is made.
-
-    Raises:
-        ConfigError, DataError, ModelError: as `Estimator.ready`.
-    """
+    """Collect what methods read of the pool at the last checkpoint, in one pass; `views` ride along if one is made."""
     reading, read, sums = read_together(methods)
     for method in reading:
         method.ready(pool, target)
@@ -558,11 +540,7 @@ def conversations(data: Any) -> Iterable[Conversation]:
 
 
 def rate_weights(checkpoints: SequenceABC[Checkpoint]) -> list[float]:
-    """w_e = η̄_e / Σ η̄; equal weights where no checkpoint says its learning rate.
-
-    Raises:
-        DataError: some say it and some do not, or all say 0.
-    """
+    """w_e = η̄_e / Σ η̄; equal weights where no checkpoint says its learning rate."""
     rates = [checkpoint.learning_rate for checkpoint in checkpoints]
     known = [rate for rate in rates if rate is not None]
     if not known or len(checkpoints) == 1:
@@ -582,11 +560,7 @@ def rate_weights(checkpoints: SequenceABC[Checkpoint]) -> list[float]:
 
 
 def refuse_too_many(rows: int, targets: int) -> None:
-    """Refuse a matrix that does not fit into the memory at hand, with what it is added to or aggregated from.
-
-    Raises:
-        ConfigError: it does not.
-    """
+    """Refuse a matrix that does not fit into the memory at hand, with what it is added to or aggregated from."""
     needed, free = 2 * 4 * rows * targets, psutil.virtual_memory().available
     if needed > free:
         raise ConfigError(

@@ -290,17 +290,8 @@ def joint_terms(
 ) -> JointTerms:
     """Both terms of JI2S for a pool, from stores that are collected now if the run does not hold them.
 
-    Args:
-        pool: from `open_pool`.
-        targets: the targets' sequences; those with non-finite gradients are left out of every mean.
-        method: what to compute.
-        checkpoints: the checkpoints to sum over, with the optimizer's state for `adam`.
-        weights: w_e of each.
-        excluded: ids of the pool that are neither scored nor paired with, such as overlap with the target.
-
-    Raises:
-        ConfigError: `joint_lr_power=2` at a checkpoint without a learning rate.
-        DataError: nothing is left to score.
+    Targets with non-finite gradients are left out of every mean. `weights` are w_e; rows with `excluded` ids are
+    neither scored nor paired with.
     """
     factors = joint_factors(checkpoints, weights, method.joint_lr_power)
     pool = full_sums(pool) if method.full_space else pool
@@ -329,11 +320,6 @@ def joint_parts(
 
     Of the pairs the part ⟨Γ_i, v_q⟩(⟨v_q, s⟩ − ⟨Γ_i, v_q⟩) is q's, ⟨v_q, s⟩ of the stored rows. With an exact Hessian,
     whose product with s is known for all targets together, only the self terms are; with `identity` nothing is.
-
-    Args:
-        pool, targets, method, checkpoints, weights: as for `joint_terms`.
-        terms: what that returned, whose spreads standardised terms are divided by.
-        ids: of rows that `terms` has.
     """
     alone = torch.zeros(len(ids), len(targets.ids), dtype=torch.float64)
     shared = torch.zeros_like(alone)
@@ -364,13 +350,7 @@ def joint_parts(
 
 
 def joint_warnings(terms: JointTerms, method: JI2S, rank_correlation: float) -> list[str]:
-    """First how the two terms relate, always; then what is wrong with them, if anything.
-
-    Args:
-        terms: from `joint_terms`.
-        method: of the scores.
-        rank_correlation: Spearman's, of the two terms.
-    """
+    """First how the two terms relate, always; then what is wrong with them, if anything."""
     ratio = _ratio(method.joint_weight * terms.joint, terms.marginal)
     as_summed = " as they are summed; λ is their ratio in the score" if method.standardise_terms else ""
     found = [
@@ -405,11 +385,7 @@ def joint_warnings(terms: JointTerms, method: JI2S, rank_correlation: float) -> 
 def joint_factors(
     checkpoints: SequenceABC[Checkpoint], weights: SequenceABC[float], power: int
 ) -> list[tuple[float, float]]:
-    """Per checkpoint the factors of both terms: w and w·η^(p−1).
-
-    Raises:
-        ConfigError: p = 2 at a checkpoint without a learning rate.
-    """
+    """Per checkpoint the factors of both terms: w and w·η^(p−1)."""
     factors = []
     for checkpoint, weight in zip(checkpoints, weights, strict=True):
         rate = 1.0
@@ -469,15 +445,11 @@ def store_terms(
     direction: Tensor | None = None,
     device: str = "cpu",
 ) -> JointTerms:
-    """Both terms from stored rows, streamed from the memory map: float64 `[kept]`, the bias taken off if asked for.
+    """Both terms from stored rows, float64 `[kept]`, the bias taken off if asked for; without λ and standardisation.
 
     Args:
-        store: update directions of the pool.
-        targets: gradients of the targets [target dim].
-        method: options; its λ, powers of η and standardisation play no part.
         kept: positions of the rows that are scored and paired; all by default.
         direction: the projected Hs [dim], for a Hessian in full space.
-        device: for the products with the targets.
     """
     kept = list(range(len(store))) if kept is None else kept
     factor = torch.zeros(len(store), dtype=torch.float64)
@@ -527,10 +499,7 @@ def _projection_strength(store: GradientStore, targets: Tensor) -> Tensor:
 
 
 def _with_own_sum(store: GradientStore, query: Tensor, factor: Tensor, device: str) -> tuple[Tensor, Tensor]:
-    """⟨r_i, query⟩ and ⟨r_i, s − r_i⟩ in float64 `[row]`, r_i = factor_i · row_i, s = Σ_i r_i.
-
-    The store knows the rows' norms, and its rows are read once where it holds their sum.
-    """
+    """⟨r_i, query⟩ and ⟨r_i, s − r_i⟩ in float64 `[row]`, r_i = factor_i · row_i, s = Σ_i r_i."""
     queries = torch.stack([query, _row_sum(store, factor).float()])
     products = factor[:, None] * store_inner_products(store, queries, normalise=False, device=device).double()
     return products[:, 0], products[:, 1] - (factor * store.projected_norms).square()
@@ -539,11 +508,7 @@ def _with_own_sum(store: GradientStore, query: Tensor, factor: Tensor, device: s
 def _bias(store: GradientStore, factor: Tensor, strength: Tensor, *, everywhere: bool) -> Tensor:
     """⟨r_i, D(s − r_i)⟩ float64 `[row]`, r_i = factor_i · row_i, s = Σ_i r_i; NaN of rows outside of the sample.
 
-    Args:
-        store: its rows are read, besides for their sum where it does not hold it.
-        factor: float64 `[row]`.
-        strength: the diagonal of D `[dim]`.
-        everywhere: of all rows.
+    `strength` is the diagonal of D.
     """
     weighted = (strength.double() * _row_sum(store, factor)).float()
     found = torch.full((len(store),), math.nan, dtype=torch.float64)
@@ -603,10 +568,7 @@ def _full_direction(
     checkpoint: Checkpoint,
     excluded: SetABC[str],
 ) -> tuple[Tensor | None, list[str]]:
-    """R(Hs) `[dim]` with H and s in full space, kept in the run folder, and its fingerprint.
-
-    None and nothing where H is taken on the stored rows.
-    """
+    """R(Hs) `[dim]`, H and s in full space, kept in the run folder, with its fingerprint; None: H is of stored rows."""
     from safetensors.torch import load, save
 
     kind = method.hessian

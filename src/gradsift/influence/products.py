@@ -94,7 +94,6 @@ def store_inner_products(
     threads that share blocks this small would spend their time waiting for each other.
 
     Args:
-        store: N rows.
         queries: `[query dim]`.
         normalise: divide by the rows' and the queries' norms.
         weight: factor of the products.

@@ -174,12 +174,6 @@ def reward_responses(target: PromptTarget, samples: Samples, reporter: Reporter,
     Rewards that a file or a setting names are kept beside the responses, under the reward and the row's columns, and
     asked for once; those that failed are tried again next time. Where a judge's server is gone, what was judged before
     is kept. What workers of another process can compute is computed and kept there first.
-
-    Raises:
-        ConfigError: there is no reward, it cannot be called with what there is, or the judge refuses the key or the
-            model's name.
-        ModelError: the judge is gone.
-        DataError: not one response could be judged.
     """
     target.check_reward()
     identity = target.reward_identity()
@@ -358,17 +352,7 @@ def summarise_rewards(
     rewards: Mapping[tuple[str, int], float],
     signal: Mapping[str, bool],
 ) -> RewardSummary:
-    """The summary of one checkpoint's responses.
-
-    Args:
-        checkpoint: its name.
-        responses: by prompt, those that the policy gradients are of.
-        rewards: by `Response.key`.
-        signal: by prompt, whether any of its responses has a weight.
-
-    Raises:
-        DataError: no response has a reward.
-    """
+    """The summary of a checkpoint's responses; `signal`: of each prompt, whether any of its responses has a weight."""
     groups: list[NDArray[np.float64]] = []
     lengths: list[int] = []
     cut = 0

@@ -21,12 +21,13 @@ from gradsift.base.types import Message, Skipped, TokenizedExample, before_answe
 from gradsift.base.types import Sequence as TokenSequence
 from gradsift.context import Pool, Target
 from gradsift.execution.chunks import Chunks
+from gradsift.execution.threads import side_by_side
 from gradsift.generation.endpoint import Client, Endpoint
 from gradsift.gradients.losses import row_losses
 from gradsift.influence.estimator import Estimator, Influence
 from gradsift.model.models import host, model_identity
 from gradsift.rewards.function import function_identity, in_words, load_function, stdout_to_stderr
-from gradsift.rewards.judge import JudgeSettings, Unreadable, question_of, side_by_side, transcript
+from gradsift.rewards.judge import JudgeSettings, Unreadable, question_of, transcript
 from gradsift.store.manifest import Record, fingerprint, publish_json, read_json
 
 _CHUNK = 64  # rows that are rated and kept at once, at most
@@ -174,11 +175,7 @@ class Ratings:
 
 
 def check_raters(method: Estimator) -> None:
-    """Refuse what could rate nothing.
-
-    Raises:
-        ConfigError: a judge without an endpoint, or a function that cannot be loaded.
-    """
+    """Refuse a judge without an endpoint, and a function that cannot be loaded."""
     for rater in method.raters:
         if isinstance(rater, JudgeRating) and rater.endpoint is None:
             raise ConfigError(
@@ -193,10 +190,6 @@ def rate(pool: Pool, method: Estimator) -> Ratings:
     """The product of a method's ratings for every pool row; ratings are kept in the run folder row by row.
 
     What is there is not asked for again; rows without a rating are tried again by the next run.
-
-    Raises:
-        ConfigError: a judge without an endpoint, or a function that cannot be used.
-        DataError: not one row has a rating.
     """
     check_raters(method)
     values, reasons = dict.fromkeys(pool.data.ids, 1.0), dict[str, str]()

@@ -201,19 +201,7 @@ def _some_states(
 def hidden_states(
     model: Any, sequences: SequenceABC[Sequence], count: int, pooling: Pooling, layer: int, advance: Advance
 ) -> Tensor:
-    """One unit vector a row, float16 `[row dim]`.
-
-    Args:
-        model: a causal language model in evaluation mode.
-        sequences: one of each row, whose `row` counts from 0.
-        count: of rows.
-        pooling: see `token_weights`.
-        layer: as in `RepSim`.
-        advance: told how many rows were done.
-
-    Raises:
-        ConfigError: the model has no such layer.
-    """
+    """One unit vector a row, float16 `[row dim]`, of sequences whose `row` counts from 0."""
     layers = int(model.config.get_text_config().num_hidden_layers)
     if not -layers - 1 <= layer <= layers:
         raise ConfigError(f"layer is {layer}: this model has {layers} layers, 0 to {layers}, or −1 to {-layers - 1}")

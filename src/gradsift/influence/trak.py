@@ -91,21 +91,14 @@ def trak_scores(
     threshold; λ and 1/n are ours, and 1/n changes the unit only). 1 − p is taken as at least 1e-6.
 
     Args:
-        pool: per checkpoint the plain gradients of the pool's mean losses, [pool dim].
-        target: per checkpoint those of the targets, [target dim].
-        pool_loss: per checkpoint the pool's mean losses L in nats, [pool].
-        target_loss: per checkpoint the targets', [target].
+        pool, target: per checkpoint the plain gradients of mean losses, [pool dim] and [target dim].
+        pool_loss, target_loss: per checkpoint the mean losses L in nats, [pool] and [target].
         damping: λ, in squared units of the margin's gradients; `auto` is a tenth of their mean squared coordinate,
             for each checkpoint and segment.
         segments: sizes of the kernel's diagonal blocks, which add up to dim; None is one block.
 
     Returns:
         Scores [pool target], in margin per unit of weight, fp32 or better, on the device of `pool`; computed in fp64.
-
-    Raises:
-        ShapeError: no checkpoint, unequal numbers of checkpoints, or arrays that do not fit each other.
-        NonFiniteError: NaN or infinity in an array.
-        ConfigError: damping that is not a number above 0, or a negative loss.
 
     Example:
         >>> pool, loss = torch.tensor([[2.0, 0.0], [-1.0, 0.0]]), torch.tensor([0.7, 0.7])
@@ -142,12 +135,7 @@ def trak_kernel(
 ) -> Tensor:
     """`Φ (ΦᵀΦ/n + λI)⁻¹ φ` of every stored row and every target at one checkpoint, float32 `[row target]`.
 
-    Args:
-        store: the pool's plain gradients and losses.
-        targets: gradients of the targets' margins, of the sign of their losses' `[target dim]`.
-        method: the damping and the kernel's blocks.
-        margins: whether the stored gradients are those of margins.
-        device: for the heavy products.
+    `targets` are gradients of margins, of the sign of losses'; `margins` says whether the stored ones are of margins.
     """
     inverse_doubt = torch.ones(len(store), dtype=torch.float64) if margins else 1 / doubt_of(store.losses)
     queries = targets.double()

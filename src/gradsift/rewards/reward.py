@@ -115,17 +115,9 @@ def single_rewards(reward: Any) -> list[Any]:
 
 
 def check_reward(reward: Any, samples: Sequence[Sample], *, judged: bool) -> None:
-    """Refuse a reward that cannot be computed, without computing any.
+    """Refuse a reward that cannot be computed for samples of each row, whatever they answer, without computing any.
 
-    Args:
-        reward: as for `reward_samples`.
-        samples: one for each row, at least one; what they answer does not matter.
-        judged: whether there is somebody for a `Judge` to ask.
-
-    Raises:
-        ConfigError: a function cannot be loaded or called with what there is, a column is missing, programs may not
-            be run, or a judge has nobody to ask.
-        DataError: tests can judge no program.
+    `judged` says whether there is somebody for a `Judge` to ask.
     """
     example = replace(samples[0], row={name: None for sample in samples for name in sample.row})
     for single in single_rewards(reward):

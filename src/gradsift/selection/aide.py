@@ -117,19 +117,7 @@ def aide_by_mean_distance(
 
     Each pick has the greatest gain `α|I_i| + β P_i + γ·2/(k(k−1))·Σ_{j ∈ S} D_ij`: with the mean taken over the pairs
     of the whole selection of k, the gains of all picks add up to the objective. For k = 1 there is no diversity.
-
-    Args:
-        influence: as in `aide`.
-        proximity: as in `aide`.
-        distance: D [candidate candidate], symmetric, such as `1 − cos`.
-        budget: k, how many to choose.
-        weights: as in `aide`.
-
-    Returns:
-        Positions of the chosen candidates in pick order.
-
-    Raises:
-        ShapeError, NonFiniteError, ConfigError: as `aide`, but distances may be negative.
+    `distance` is D [candidate candidate], symmetric, such as `1 − cos`; all else is as in `aide`.
 
     Example:
         >>> twins_and_another = torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.0, 1.0], [1.0, 1.0, 0.0]])

@@ -36,13 +36,6 @@ CANDIDATES = 100
 def naive_key(scores: Tensor, order: Order) -> Tensor:
     """What the naive ranking sorts by, highest first.
 
-    Args:
-        scores: [pool], higher = helps.
-        order: see `Order`.
-
-    Raises:
-        ConfigError: an unknown order.
-
     Example:
         >>> naive_key(torch.tensor([1.0, -3.0]), "least_influential").tolist()
         [-1.0, -3.0]

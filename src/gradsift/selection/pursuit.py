@@ -152,11 +152,9 @@ def sought(
     of the reading before. The first reading is about single rows.
 
     Args:
-        store: rows `[row dim]`.
         targets: gradients `[dim]`, none of them zero.
         budgets: the sizes that are chosen for.
         count: a fourth of the rows that are given, where there are so many.
-        engine, device: who multiplies, and where.
 
     Returns:
         For each target positions in the store, those first that are chosen or by the least error would have been; none
@@ -301,11 +299,9 @@ class Reconstruction:
         return picks
 
     def contest(self, budgets: Sequence[int]) -> tuple[list[tuple[list[int], Array]], Array]:
-        """What the search for some ascending budgets tries one more candidate beside, and who comes near to joining.
+        """For ascending budgets, the sets that the search tries one more candidate beside, with their coefficients.
 
-        Returns:
-            The sets with their coefficients; and how much more error than the best each candidate leaves, the least
-            over the sets `[candidate]`: 0 for those that are chosen.
+        And how much more error than the best each candidate leaves, the least over the sets: 0 for what is chosen.
         """
         greedy = self.greedy(budgets[-1])
         tried = [tuple(greedy[:size]) for size in range(budgets[-1])]

@@ -158,12 +158,7 @@ class GradientStoreWriter:
             publish_json(self.storage, key, {**layout, "token_budget": tokens}, sealed=True)
 
     def shard_state(self, shard: int, ids: Sequence[str]) -> Literal["complete", "damaged", "missing"]:
-        """Whether a shard is there; one of other bytes than its checksum's, or of other examples, is damaged.
-
-        Args:
-            shard: its number.
-            ids: of the examples that belong in it, in order.
-        """
+        """Whether a shard is there; one of other bytes than its checksum's, or of other `ids`, is damaged."""
         side, rows = self._side_key(shard), self._rows_key(shard)
         if not self.storage.exists(side) or not self.storage.exists(rows):
             return "missing"

@@ -297,11 +297,7 @@ class Run:
 
 
 def run_at(address: str, claim: str | None = None) -> Run:
-    """The run of another process, which is somewhere already; `claim` is by what that one holds it.
-
-    Raises:
-        StorageError: this machine does not see its folder.
-    """
+    """The run of another process, which is somewhere already; `claim` is by what that one holds it."""
     if not is_url(address) and not Path(address).is_dir():
         raise StorageError(
             f"{address} is not on {socket.gethostname()}, where a worker runs: give an --out that all nodes see, on a "

@@ -380,9 +380,6 @@ def sanity_check(
 
     The paper finds 98.49 % in support and 96.28 % in shift; much less says that the step is lost in rounding. Each
     output is compared with `settings.random_sets` examples of the pool, one at a time.
-
-    Raises:
-        DataError: no output can be checked.
     """
     settings = settings or OneStep()
     bench = _Bench(pool, settings, route, pool.checkpoints()[-1])
@@ -411,11 +408,7 @@ def sanity_check(
 
 
 def random_sets(ids: Sequence[str], k: int, *, output: str, count: int = 5, seed: int = 0) -> list[tuple[str, ...]]:
-    """`count` sets of k different ids, drawn uniformly by (seed, output, k), whatever the order of the ids.
-
-    Raises:
-        ConfigError: k below 1 or above the number of ids.
-    """
+    """`count` sets of k different ids, drawn uniformly by (seed, output, k), whatever the order of the ids."""
     if not 1 <= k <= len(ids):
         raise ConfigError(f"k is {k}: choose between 1 and the {len(ids)} examples of the pool")
     ordered = sorted(ids)
@@ -427,10 +420,7 @@ def random_sets(ids: Sequence[str], k: int, *, output: str, count: int = 5, seed
 
 
 def measured(cell: Cell, before: float, effect: Effect, controls: Sequence[Effect]) -> Validated:
-    """ξ⁺ and ξ^JSD of a cell from the effects of its own step and of its random sets' steps.
-
-    `before` is log p(ŷ|x; θ).
-    """
+    """ξ⁺ and ξ^JSD of a cell from the effects of its own step and of its random sets'; `before` is log p(ŷ|x; θ)."""
     supports = tuple(effect.log_likelihood - control.log_likelihood for control in controls)
     mean_jsd = sum(control.jsd for control in controls) / len(controls)
     return Validated(

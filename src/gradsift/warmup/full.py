@@ -60,18 +60,11 @@ def train_fully(
 ) -> list[str]:
     """Train every parameter of a model on the examples; the folder of one model per epoch, in order.
 
-    Loss, batches, schedule, clipping and resumption are those of `train`; weight decay spares biases and norms, as
-    transformers has it. `rank`, `alpha`, `dropout` and `target_modules` are not read. Weights are float32 whatever the
-    base's dtype (float64 if asked for), since steps at such learning rates vanish in 16 bits: with gradients and Adam's
-    moments 16 bytes for each parameter, and activations. Each epoch is kept, at 4 bytes for each parameter, and while
-    training goes on 8 more.
-
-    Returns:
-        Folders that transformers loads, with the tokenizer.
-
-    Raises:
-        ConfigError: a negative seed, a quantised dtype, or the memory cannot hold weights, gradients and moments.
-        DataError, ModelError, CorruptError, StorageError: as `train`.
+    Loss, batches, schedule, clipping, resumption and errors are those of `train`; weight decay spares biases and norms,
+    as transformers has it. `rank`, `alpha`, `dropout` and `target_modules` are not read. Weights are float32 whatever
+    the base's dtype (float64 if asked for), since steps at such learning rates vanish in 16 bits: with gradients and
+    Adam's moments 16 bytes for each parameter, and activations. Each epoch is kept, at 4 bytes for each parameter, and
+    while training goes on 8 more.
     """
     check_examples(data, ids, seed, what)
     if dtype in QUANTISED:
@@ -94,11 +87,7 @@ def train_fully(
 
 
 def refuse_too_large(model: str, dtype: DtypeName, device: str) -> None:
-    """Refuse a model whose weights, gradients and Adam moments the free memory cannot hold.
-
-    Raises:
-        ConfigError: with what is needed, what there is, and what to do.
-    """
+    """Refuse a model whose weights, gradients and Adam moments the free memory cannot hold."""
     place = resolve_device(device)
     if device == "map":
         free = sum(free_bytes(f"cuda:{number}") for number in range(torch.cuda.device_count()))

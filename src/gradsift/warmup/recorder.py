@@ -263,11 +263,7 @@ def _digest(tokens: NDArray[np.int32], labelled: NDArray[np.bool_]) -> bytes:
 
 
 def _refuse(args: Any, model: Any) -> None:
-    """Refuse a training that cannot be followed.
-
-    Raises:
-        ConfigError: saying why.
-    """
+    """Refuse a training that cannot be followed."""
     config = getattr(model, "peft_config", {}).get(getattr(model, "active_adapter", None))
     if config is None or not hasattr(model, "get_base_model"):
         raise ConfigError("Recorder records LoRA trainings: give the trainer a PEFT model, or TRL's a peft_config")

@@ -291,11 +291,7 @@ class TrainingOutput(ABC):
 
     @abstractmethod
     def state(self, finished: int) -> tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any], int]:
-        """Weights, first and second moments by name, and the step, after so many finished epochs.
-
-        Raises:
-            SafetensorError, KeyError: they cannot be read.
-        """
+        """Weights, first and second moments by name, and the step, after so many finished epochs."""
 
     def taught(self, state: TrainingState) -> bool:
         """Whether the weights are others than before, as any step at a rate above 0 makes them."""
@@ -369,12 +365,7 @@ def _warn_of_little(settings: Training, steps_per_epoch: int, what: str, reporte
 
 
 def check_examples(data: Dataset, ids: Sequence[str], seed: int, what: str) -> None:
-    """Refuse a training that cannot begin.
-
-    Raises:
-        ConfigError: a negative seed.
-        DataError: no ids, or some that are not in `data`.
-    """
+    """Refuse a training that cannot begin."""
     _check_seed(seed)
     if not ids:
         raise DataError(f"{what}: no examples to train on; give at least one id of {data.description}")
@@ -576,11 +567,7 @@ class _Job:
         publish_tensors(self.run.storage, f"{self.prefix}{_PARTIAL}", tensors)
 
     def _saved_state(self, finished: int) -> TrainingState | None:
-        """Where to go on: within an epoch, after the last finished one, or (None) at the start.
-
-        Raises:
-            CorruptError: the last epoch's files cannot be read, or are of another number of steps.
-        """
+        """Where to go on: within an epoch, after the last finished one, or (None) at the start."""
         from gradsift.warmup.trainer import TrainingState
 
         start = finished * self.steps_per_epoch

@@ -81,9 +81,6 @@ def adapter_on(base: Any, settings: Training, seed: int) -> Iterator[Any]:
     """The base model with a fresh LoRA adapter, B = 0 and A drawn by `seed`; the base is afterwards as it was before.
 
     The adapter's weights are float32 (float64 on a float64 base), whatever the base's.
-
-    Raises:
-        ModelError: the target modules are not there.
     """
     bare = BareModel(base)
     try:
@@ -351,11 +348,7 @@ class StepTrainer(Trainer):
         return self.done + int(self.state.global_step)
 
     def snapshot(self) -> TrainingState:
-        """What going on from here needs, on the CPU: to be written before the next step, which changes it.
-
-        Raises:
-            ModelError: a weight is not finite.
-        """
+        """What going on from here needs, on the CPU: to be written before the next step, which changes it."""
         assert self.optimizer is not None
         state = state_of(self.trainable, self.optimizer, self.step)
         bad = [name for name, weight in state.weights.items() if not bool(torch.isfinite(weight).all())]

@@ -6,7 +6,7 @@ import difflib
 import inspect
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from os.path import commonprefix
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -134,6 +134,15 @@ Gibibytes = Annotated[float, BeforeValidator(_gibibytes)]
 def later(default: Any) -> Any:
     """A field that others came before: not written where it is as by default, so that fingerprints from before stay."""
     return Field(default=default, exclude_if=lambda given: given == default)
+
+
+def over_preset(given: Any, presets: Mapping[str, BaseModel], what: str) -> Any:
+    """Fields over those of the preset that is named among them (else ValueError); what names none as it is."""
+    if not isinstance(given, Mapping) or "preset" not in given:
+        return given
+    if (name := (own := dict(given)).pop("preset")) not in presets:
+        raise ValueError(f"{what} {name!r} is unknown: there are {', '.join(presets)}")
+    return {**presets[name].model_dump(), **own}
 
 
 def models_in(annotation: Any) -> list[type[BaseModel]]:

@@ -253,7 +253,7 @@ def _done(request: dict[str, Any], names: dict[str, Any], objects: list[Any]) ->
         case "await":
             import asyncio
 
-            value = asyncio.run(_awaited(target))
+            value = asyncio.run(awaited(target))
         case "get":
             value = getattr(target, request["attribute"])
             if callable(value):
@@ -275,7 +275,8 @@ def _done(request: dict[str, Any], names: dict[str, Any], objects: list[Any]) ->
         return {"answer": encode((reference, arguments)), "kind": type(value).__name__[:_TEXT]}
 
 
-async def _awaited(value: Any) -> Any:
+async def awaited(value: Any) -> Any:
+    """A coroutine around anything that can be awaited."""
     return await value
 
 

@@ -289,8 +289,10 @@ def _pairs(text: str, entry_point: str) -> Tests | None:
             raise CannotJudgeError(f"{kinds[0][0]} and {kinds[0][1]} are to be two lists of one length")
         arguments = bool(given) and all(isinstance(one, list) for one in given)
         name = content.get("fn_name") or (entry_point if arguments else "")
+        if name and given and not arguments:
+            raise CannotJudgeError("the inputs of a call are to be lists of arguments")
         if name:
-            pairs = [Pair("call", _arguments(one), _wanted(other)) for one, other in zip(given, expected, strict=True)]
+            pairs = [Pair("call", one, _wanted(other)) for one, other in zip(given, expected, strict=True)]
         else:
             pairs = [Pair("stdin", _lines(one), _lines(other)) for one, other in zip(given, expected, strict=True)]
     elif content and all(isinstance(one, dict) and {"input", "output"} <= set(one) for one in content):
@@ -317,12 +319,6 @@ def _of_livecodebench(one: dict[str, Any]) -> Pair:
 
 def _lines(value: Any) -> str:
     return "\n".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _arguments(value: Any) -> list[Any]:
-    if not isinstance(value, list):
-        raise CannotJudgeError("the inputs of a call are to be lists of arguments")
-    return value
 
 
 def _wanted(value: Any) -> list[Any]:

@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 from gradsift.sandbox._harness import (
     NotPlainError,
     Reference,
+    awaited,
     closed,
     decode,
     encode,
@@ -219,7 +220,7 @@ def _install(name: str, content: dict[str, Any], mutant: _Mutant | None) -> None
         setattr(sys.modules[above], last, module)
     module.__dict__.update(content)
     if mutant is not None:
-        module.__dict__["__getattr__"] = mutant.module_attribute
+        module.__dict__["__getattr__"] = mutant.__getattr__
 
 
 def _run(tests: Tests, names: dict[str, Any]) -> None:
@@ -246,7 +247,7 @@ def _finish(result: Any) -> None:
     if hasattr(result, "__await__") and not isinstance(result, _Remote | _Mutant):
         import asyncio
 
-        result = asyncio.run(_awaited(result))
+        result = asyncio.run(awaited(result))
     if isinstance(result, types.AsyncGeneratorType):
         import asyncio
 
@@ -256,10 +257,6 @@ def _finish(result: Any) -> None:
             _step(step)
     else:
         _step(result)
-
-
-async def _awaited(result: Any) -> Any:
-    return await result
 
 
 async def _exhausted(result: Any) -> None:
@@ -379,12 +376,6 @@ class _Mutant:
         return self
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return self
-
-    def module_attribute(self, name: str) -> Any:
-        """What a module of this program holds under a name."""
         if name.startswith("__"):
             raise AttributeError(name)
         return self

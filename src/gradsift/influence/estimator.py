@@ -402,7 +402,7 @@ def summed(
     ids = Strings.of(())
     used: list[str] = []
     for checkpoint, weight in zip(checkpoints, method.weights(checkpoints), strict=True):
-        store, queries = both_stores(pool, targets, checkpoint, view)
+        store, queries = both_stores(pool, targets, checkpoint, view, sums=method.full_sum)
         used += [store.fingerprint, queries.fingerprint]
         found = products(checkpoint, store, queries, weight)
         if total is None:
@@ -500,9 +500,9 @@ def _parts_of(method: Estimator) -> list[Estimator]:
     return [*(part for one in method.before for part in _parts_of(one)), method]
 
 
-def full_sums(pool: Pool) -> Pool:
-    """The same pool, whose stores also hold the unprojected sums of their rows."""
-    return replace(pool, gradients=pool.gradients.model_copy(update={"full_sum": True}))
+def full_sums(pool: Pool, wanted: bool = True) -> Pool:
+    """The same pool, whose stores also hold the unprojected sums of their rows, or do not."""
+    return replace(pool, gradients=pool.gradients.model_copy(update={"full_sum": wanted}))
 
 
 def target_view(view: View) -> View:
@@ -516,12 +516,13 @@ def source_at(targets: Targets, checkpoint: Checkpoint) -> SequenceSource:
 
 
 def both_stores(
-    pool: Pool, targets: Targets, checkpoint: Checkpoint, view: View
+    pool: Pool, targets: Targets, checkpoint: Checkpoint, view: View, *, sums: bool = False
 ) -> tuple[GradientStore, GradientStore]:
-    """A checkpoint's rows of the pool, and those of the targets that go with them."""
-    source = source_at(targets, checkpoint)
-    store, asked = pool.stores(checkpoint, [view])[view], target_view(view)
-    queries = pool.collect(source, checkpoint, [asked], what="target")[asked]
+    """A checkpoint's rows of the pool, and those of the targets that go with them; with `sums`, of the pool's alone."""
+    source, asked = source_at(targets, checkpoint), target_view(view)
+    store = (full_sums(pool) if sums else pool).stores(checkpoint, [view])[view]
+    plain = full_sums(pool, wanted=False) if sums else pool
+    queries = plain.collect(source, checkpoint, [asked], what="target")[asked]
     store.check_comparable(queries)
     return store, queries
 

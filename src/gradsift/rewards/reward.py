@@ -95,7 +95,7 @@ def reward_samples(
         return Rewarded((), ())
     state = TrainerState() if trainer_state is None else trainer_state
     with stdout_to_stderr():  # asynchronous functions run while the others work
-        calls = [_Call(term.function, samples, state) for term in terms]
+        calls = [_Call(function, samples, state) for function, _ in terms]
         outcomes = [call.outcomes() for call in calls]
     values: list[float | None] = []
     problems: list[Problem] = []
@@ -144,10 +144,8 @@ def _columns_read(reward: Any) -> list[str]:
     return [reward.reference] if isinstance(reward, Judge) and reward.mode == "pairwise" else []
 
 
-@dataclass(frozen=True, slots=True)
-class _Term:
-    function: RewardFunction
-    weight: float
+_Term = tuple[RewardFunction, float]
+"""A function and its weight."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +167,7 @@ def _terms(reward: Any, weights: Sequence[float] | None, chat: Chat | None) -> l
     factors = [1.0] * len(several) if weights is None else [float(weight) for weight in weights]
     if not several or len(factors) != len(several) or not all(map(math.isfinite, factors)):
         raise ConfigError(f"{len(several)} rewards with weights {factors}: pass one finite weight for each reward")
-    return [_Term(_function(one, chat), weight) for one, weight in zip(several, factors, strict=True)]
+    return [(_function(one, chat), weight) for one, weight in zip(several, factors, strict=True)]
 
 
 def _function(reward: Any, chat: Chat | None) -> RewardFunction:
@@ -188,16 +186,16 @@ def _function(reward: Any, chat: Chat | None) -> RewardFunction:
 
 def _combined(terms: Sequence[_Term], outcomes: Sequence[_Outcome]) -> tuple[float | None, list[str]]:
     """The weighted sum, or None and the reasons."""
-    reasons = [
-        f"{name_of(term.function)}: {outcome.reason}"
-        for term, outcome in zip(terms, outcomes, strict=True)
-        if isinstance(outcome, _Failure)
-    ]
+    reasons, parts = [], []
+    for (function, weight), outcome in zip(terms, outcomes, strict=True):
+        if isinstance(outcome, _Failure):
+            reasons.append(f"{name_of(function)}: {outcome.reason}")
+        elif outcome is not None:
+            parts.append(weight * outcome)
     if reasons:
         return None, reasons
-    parts = [term.weight * outcome for term, outcome in zip(terms, outcomes, strict=True) if isinstance(outcome, float)]
     if not parts:
-        return None, [f"{', '.join(name_of(term.function) for term in terms)}: returned None, so no reward applies"]
+        return None, [f"{', '.join(name_of(function) for function, _ in terms)}: returned None, so no reward applies"]
     total = math.fsum(parts) if all(abs(part) <= LARGEST for part in parts) else math.inf
     if abs(total) > LARGEST:
         return None, [f"the weighted sum, or a part of it, is beyond ±{LARGEST:g}"]

@@ -76,12 +76,7 @@ def aide(
         budget: k, how many to choose.
         weights: α, β and γ, each at least 0.
 
-    Returns:
-        Positions of the chosen candidates in pick order.
-
     Raises:
-        ShapeError: `similarity` is not square or does not fit the others, or there is no candidate.
-        NonFiniteError: NaN or infinity in an array.
         ConfigError: a negative similarity, weights that are not three finite numbers of at least 0, or a budget outside
             1 to the number of candidates.
 

@@ -87,7 +87,8 @@ class RelevancePursuit(Selector):
 
 
 def relevance_pursuit(target_gradient: Tensor, candidates: Tensor, *, budget: int) -> list[int]:
-    """A choice of candidates with the greatest selection relevance that greedy steps and exchanges reach.
+    """A choice of candidates with the greatest selection relevance that greedy steps and exchanges reach, the largest
+    coefficient first.
 
     The objective is that of `selection_relevance` with its default coefficients: the least error `‖g − A t‖²` where t
     is the least-squares solution projected onto the unit simplex (Compact, section 3.2). It is neither monotone nor
@@ -108,12 +109,7 @@ def relevance_pursuit(target_gradient: Tensor, candidates: Tensor, *, budget: in
         candidates: gradients [candidate dim], not normalised.
         budget: how many to choose.
 
-    Returns:
-        Positions of the chosen candidates, largest coefficient first.
-
     Raises:
-        ShapeError: wrong axes or different dims.
-        NonFiniteError: NaN or infinity in either.
         ConfigError: a budget outside 1 to the number of candidates.
         DataError: the target gradient is zero.
 

@@ -94,8 +94,6 @@ def tsds(
         generator: of the draw; torch's own by default.
 
     Raises:
-        ShapeError: not [pool dim] and [target dim], or empty.
-        NonFiniteError: NaN or infinity.
         ConfigError: a budget below 1 or, without replacement, above the size of the pool; a parameter out of range.
 
     Example:

@@ -20,7 +20,7 @@ from gradsift.base.settings import Settings
 from gradsift.base.types import Message, Skipped, TokenizedExample, before_answer
 from gradsift.base.types import Sequence as TokenSequence
 from gradsift.context import Pool, Target
-from gradsift.execution.chunks import Chunks
+from gradsift.execution.chunks import in_chunks
 from gradsift.execution.threads import side_by_side
 from gradsift.generation.endpoint import Client, Endpoint
 from gradsift.gradients.losses import row_losses
@@ -240,13 +240,9 @@ def _kept_ratings(pool: Pool, rater: Rater) -> dict[str, Rating]:
     if not waiting:
         return found
     with _rating(pool, rater) as rated, pool.reporter.stage(f"ratings by {rater.label}", len(waiting)) as advance:
-        chunks = Chunks(most=_CHUNK)
-        modelled = isinstance(rater, PerplexityRating | DifficultyRating)
-        while waiting:
-            size = _MODELLED if modelled else chunks.size
-            chunk, waiting = waiting[:size], waiting[size:]
-            with chunks.timed():
-                fresh = dict(zip(chunk, rated(chunk), strict=True))
+        exactly = _MODELLED if isinstance(rater, PerplexityRating | DifficultyRating) else None
+        for chunk in in_chunks(waiting, most=_CHUNK, exactly=exactly):
+            fresh = dict(zip(chunk, rated(chunk), strict=True))
             found |= fresh
             kept = {keys[id_]: value for id_, value in fresh.items() if not isinstance(value, str)}
             if kept:

@@ -71,31 +71,21 @@ def watching() -> Iterator[None]:
 
 @contextmanager
 def held() -> Iterator[None]:
-    """What runs inside is not interrupted in its middle, but at its end; it should be short."""
-    hold()
-    try:
-        yield
-    finally:
-        release()
-
-
-def hold() -> None:
-    """Begin what must not be torn apart; only `release` ends it."""
-    if threading.current_thread() is threading.main_thread():
-        _Holding.depth += 1
-
-
-def release() -> None:
-    """End it, with the interruption that came meanwhile.
+    """What runs inside is not interrupted in its middle, but at its end; it should be short.
 
     Raises:
         KeyboardInterrupt: one came.
     """
-    if threading.current_thread() is threading.main_thread() and _Holding.depth:
-        _Holding.depth -= 1
-        if not _Holding.depth and _Holding.pending:
-            _Holding.pending = False
-            raise KeyboardInterrupt
+    main = threading.current_thread() is threading.main_thread()
+    _Holding.depth += main
+    try:
+        yield
+    finally:
+        if main and _Holding.depth:
+            _Holding.depth -= 1
+            if not _Holding.depth and _Holding.pending:
+                _Holding.pending = False
+                raise KeyboardInterrupt
 
 
 def pressed() -> bool:

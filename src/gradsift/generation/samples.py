@@ -245,7 +245,6 @@ def missing_samples(run: Run, prompts: Sequence[Prompt], sampler: Sampler) -> tu
 
 
 def _requests(prompts: Sequence[Prompt], stored: Mapping[str, Collection[int]], wanted: range) -> list[Request]:
-    """What is not stored."""
     missing = ((prompt, tuple(n for n in wanted if n not in stored[prompt.id])) for prompt in prompts)
     return [Request(prompt, numbers) for prompt, numbers in missing if numbers]
 
@@ -282,15 +281,12 @@ class _Drawing:
 
     @property
     def rows(self) -> int:
-        """How many prompts."""
         return len(self.requests)
 
     def probe(self, start: int, stop: int) -> _Drawing:
-        """Responses to some of the prompts, drawn and forgotten."""
         return replace(self, requests=self.requests[start:stop], dry=True)
 
     def without(self, rows: Sequence[int], reason: str) -> _Drawing:
-        """The other prompts; these have a problem."""
         left = tuple(request for row, request in enumerate(self.requests) if row not in rows)
         lost = tuple(
             Problem(self.name_of(row), None, f"{reason}: every worker that drew its responses ended") for row in rows
@@ -298,11 +294,9 @@ class _Drawing:
         return replace(self, requests=left, problems=(*self.problems, *lost))
 
     def name_of(self, row: int) -> str:
-        """The id of a prompt."""
         return self.requests[row].prompt.id
 
     def work(self, advance: Advance) -> _Outcome:
-        """Draw and store."""
         asked = {request.prompt.id: len(request.numbers) for request in self.requests}
         outcome = _Outcome({}, list(self.problems), [])
         first: dict[str, str] = {}

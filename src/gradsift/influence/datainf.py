@@ -413,7 +413,6 @@ class _Block:
     starts: list[int]
 
     def segments(self) -> Iterator[tuple[int, Tensor]]:
-        """Number and stored rows of each segment."""
         for number, start, stop in zip(self.numbers, self.starts[:-1], self.starts[1:], strict=True):
             yield number, self.stored[:, start:stop]
 

@@ -420,7 +420,14 @@ def influence_of(method: Estimator, pool: Pool, target: Target | None) -> Influe
     """`method.influence`, of which the form is checked."""
     if target is None and method.needs_target:
         raise ConfigError(f"{method.label} ranks for a target, and there is none: give one, or use AlpaGasus or DEITA")
-    found = _given_by(method, pool, target)
+    try:
+        found: Any = method.influence(pool, target)
+    except Exception as error:
+        if isinstance(error, GradsiftError) or _is_own(type(method)):
+            raise
+        frame = traceback.extract_tb(error.__traceback__)[-1]  # the place tells authors of other packages more
+        where = f"{Path(frame.filename).name}:{frame.lineno}"
+        raise GradsiftError(f"{type(method).__name__}.influence failed at {where}: {error!r}") from error
     said = f"{type(method).__name__}.influence gave"
     if not isinstance(found, Influence):
         raise ShapeError(f"{said} {type(found).__name__}: wanted an Influence")
@@ -445,20 +452,7 @@ def influence_of(method: Estimator, pool: Pool, target: Target | None) -> Influe
     return found
 
 
-def _given_by(method: Estimator, pool: Pool, target: Target | None) -> Any:
-    """`method.influence`; an error of another package's code is told by its place, and ends no more than ours."""
-    try:
-        return method.influence(pool, target)
-    except Exception as error:
-        if isinstance(error, GradsiftError) or _is_own(type(method)):
-            raise
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{Path(frame.filename).name}:{frame.lineno}"
-        raise GradsiftError(f"{type(method).__name__}.influence failed at {where}: {error!r}") from error
-
-
 def _is_own(method: type[Settings]) -> bool:
-    """Whether a method is gradsift's."""
     return method.__module__.partition(".")[0] == "gradsift"
 
 
@@ -496,7 +490,6 @@ def collect_together(pool: Pool, target: Target | None, methods: Iterable[Estima
 
 
 def _parts_of(method: Estimator) -> list[Estimator]:
-    """Those that it asks first, and itself."""
     return [*(part for one in method.before for part in _parts_of(one)), method]
 
 

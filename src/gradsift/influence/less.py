@@ -57,7 +57,6 @@ def less_scores(
 
 
 def _shares(weights: Sequence[float] | Tensor | None, checkpoints: int) -> list[float]:
-    """Checkpoint weights divided by their sum."""
     if weights is None:
         return [1.0 / checkpoints] * checkpoints
     values = torch.as_tensor(weights).detach().to("cpu", torch.float64)

@@ -231,8 +231,6 @@ def reward_responses(target: PromptTarget, samples: Samples, reporter: Reporter,
 
 @dataclass(frozen=True)
 class _Rewarding:
-    """The task of computing and keeping the rewards of some prompts' responses."""
-
     target: PromptTarget
     samples: Samples
     left_out: Mapping[str, str] = field(default_factory=dict, hash=False)

@@ -136,7 +136,6 @@ def check_reward(reward: Any, samples: Sequence[Sample], *, judged: bool) -> Non
 
 
 def _columns_read(reward: Any) -> list[str]:
-    """The columns that a built-in reward looks at."""
     if isinstance(reward, Exact | Regex | Numeric):
         return [reward.answer] if reward.answer else []
     if isinstance(reward, Stored):
@@ -150,8 +149,6 @@ _Term = tuple[RewardFunction, float]
 
 @dataclass(frozen=True, slots=True)
 class _Failure:
-    """Why a function has no value for a sample."""
-
     reason: str
 
 
@@ -185,7 +182,6 @@ def _function(reward: Any, chat: Chat | None) -> RewardFunction:
 
 
 def _combined(terms: Sequence[_Term], outcomes: Sequence[_Outcome]) -> tuple[float | None, list[str]]:
-    """The weighted sum, or None and the reasons."""
     reasons, parts = [], []
     for (function, weight), outcome in zip(terms, outcomes, strict=True):
         if isinstance(outcome, _Failure):
@@ -227,7 +223,12 @@ class _Call:
         except GradsiftError:
             raise
         except (Exception, SystemExit) as error:  # noqa: BLE001 - the user's code, reported for each sample
-            return _raiser(error)
+            failure = error
+
+            def again() -> Any:
+                raise failure
+
+            return again
         return start(value) if hasattr(value, "__await__") else lambda: value
 
     def outcomes(self) -> list[_Outcome]:
@@ -251,15 +252,7 @@ class _Call:
         ]
 
 
-def _raiser(error: BaseException) -> Callable[[], Any]:
-    def again() -> Any:
-        raise error
-
-    return again
-
-
 def _listed(values: Any) -> list[Any] | None:
-    """The returned rewards as a list; None for what is none."""
     if values is None or isinstance(values, str | bytes | dict | set):
         return None
     if hasattr(values, "tolist"):  # a tensor or an array

@@ -145,7 +145,6 @@ class MetagradientDescent(SmoothTraining, Selector):
         return self._config(pool, target, scores.method, budget) | {"scores": scores.fingerprint}
 
     def _endings(self, pool: Pool, target: Target) -> tuple[Ending, Ending]:
-        """The targets that are gone back from, and those that measure."""
         source = pool.referred(MAGIC().targets(pool, target))
         assert not isinstance(source, TargetsByCheckpoint), source
         groups = groups_of(len(source.ids), target.subtasks)
@@ -212,7 +211,6 @@ def best_of(rounds: Sequence[Round]) -> Round:
 
 
 def _told(rounds: Sequence[Round]) -> tuple[Block, ...]:
-    """What pages show of a descent."""
     best = best_of(rounds)
     written = zip(
         text.figures([one.loss for one in rounds]), text.figures([one.held_out for one in rounds]), strict=True

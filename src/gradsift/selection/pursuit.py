@@ -191,11 +191,9 @@ class _Search:
 
     @property
     def width(self) -> int:
-        """The number of queries."""
         return 1 + len(self.picks)
 
     def queries(self) -> Tensor:
-        """The target and the picks `[query dim]`."""
         return torch.cat([self.target[None], self._rows(self.picks)])
 
     def go_on(self, products: Array, lengths: Array) -> None:
@@ -325,7 +323,6 @@ class Reconstruction:
         return [picks[place] for place in np.argsort(-self._weights(picks).round(9), kind="stable")]
 
     def _weights(self, chosen: Sequence[int]) -> Array:
-        """Coefficients `[chosen]`."""
         return self.only(chosen)._with_one_more(list(range(len(chosen) - 1)))[0][-1] if chosen else np.empty(0)
 
     def _best_addition(self, picks: list[int]) -> tuple[int, float]:

@@ -400,7 +400,6 @@ class _Lease:
         self._thread = threading.Thread(target=self._keep_renewing, daemon=True)
 
     def take(self) -> None:
-        """Claim the run: it is free, its holder is dead, or a claim is no longer renewed."""
         began = _now()
         if not self._storage.create("lock", self._claim()):
             seen, version = self._storage.claim_there()
@@ -419,7 +418,6 @@ class _Lease:
         self._thread.start()
 
     def give_back(self) -> None:
-        """End the claim."""
         self._stop.set()
         self._thread.join()
         with suppress(StorageError):

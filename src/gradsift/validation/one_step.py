@@ -193,12 +193,8 @@ class StepModel:
         options, budget, dpo = self.settings, self.token_budget, None
         if isinstance(examples, Pairs):
             places = range(len(examples))
-            ids, sequences, dpo, total = (
-                list(examples.ids),
-                examples.sequences_at(places),
-                examples.dpo(places),
-                len(places),
-            )
+            ids, total = list(examples.ids), len(places)
+            sequences, dpo = examples.sequences_at(places), examples.dpo(places)
             budget = max(budget, 2 * examples.longest())  # no pair is divided
         else:
             ids, total = [example.id for example in examples], sum(map(supervised_count, examples))
@@ -219,7 +215,6 @@ class StepModel:
             yield
 
     def _loss(self, head: SupervisedHead, sequences: SequenceABC[Sequence], dpo: DPO | None) -> Tensor:
-        """The sum over the rows of some sequences."""
         batch = pad(sequences, self.device)
         nll = head.nll(batch)
         if dpo is None:

@@ -122,7 +122,6 @@ class _Models(TrainingOutput):
 
     @contextmanager
     def network(self, finished: int) -> Iterator[Any]:
-        """A model of its own, which nobody else holds."""
         network, self._network = self._loaded(finished), None
         try:
             yield network.requires_grad_(True)
@@ -139,7 +138,6 @@ class _Models(TrainingOutput):
         return self._network
 
     def state(self, finished: int) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], int]:
-        """The loaded model's own weights, and the moments file."""
         key = self._moments(finished)
         _, first, second, step = split_state(load_file(self.run.path(key)) if self.run.storage.exists(key) else {})
         weights = dict(self._loaded(finished).named_parameters())

@@ -111,8 +111,8 @@ class Samples:
 
     def __getitem__(self, prompt_id: str) -> tuple[Response, ...]:
         """The responses to a prompt, by number."""
-        prompt = self._prompts[prompt_id]
-        found = {r.number: r for key in self._keys(prompt) for r in _read(self.run, key)[0]}
+        keys = _response_keys(self.run, f"{self.prefix}{prompt_key(self._prompts[prompt_id])}/")
+        found = {r.number: r for key in keys for r in _read(self.run, key)[0]}
         return tuple(found[number] for number in sorted(self._numbers[prompt_id]))
 
     @property
@@ -151,10 +151,6 @@ class Samples:
         merged = self.rewards(reward, prompt_id) | {n: None if v is None else float(v) for n, v in values.items()}
         columns = {"number": sorted(merged), "reward": [merged[number] for number in sorted(merged)]}
         _publish(self.run, self._reward_key(reward, prompt_id), pa.table(columns, schema=_REWARDS))
-
-    def _keys(self, prompt: Prompt) -> list[str]:
-        keys = self.run.storage.list(f"{self.prefix}{prompt_key(prompt)}/")
-        return [key for key in keys if _is_responses(key)]
 
     def _reward_key(self, reward: Mapping[str, Any], prompt_id: str) -> str:
         name = f"reward-{fingerprint(revised('rewards', reward))}.parquet"
@@ -336,7 +332,7 @@ def _stored(run: Run, folder: str, usages: list[Usage] | None = None, *, mend: R
     A file that cannot be read counts as none. With `mend` it is removed, as its samples are drawn anew.
     """
     numbers: set[int] = set()
-    for key in filter(_is_responses, run.storage.list(folder)):
+    for key in _response_keys(run, folder):
         try:
             responses, usage = _read(run, key)
         except CorruptError as error:
@@ -350,8 +346,8 @@ def _stored(run: Run, folder: str, usages: list[Usage] | None = None, *, mend: R
     return numbers
 
 
-def _is_responses(key: str) -> bool:
-    return key.endswith(".parquet") and "/reward-" not in key
+def _response_keys(run: Run, folder: str) -> list[str]:
+    return [key for key in run.storage.list(folder) if key.endswith(".parquet") and "/reward-" not in key]
 
 
 def _publish_drawn(run: Run, prefix: str, drawn: Drawn) -> None:

@@ -247,16 +247,14 @@ class RemoteStorage:
                 return None, None
             raise
 
-    def create(self, key: str, data: bytes) -> bool:
-        """Write an object unless there is one; whether it was written."""
+    def replace(self, key: str, data: bytes, version: str | None) -> bool:
+        """Write an object if it is still of this version, or (None) not there; whether it was written.
+
+        Stores that cannot tell write it.
+        """
         with self._told("write", key):
             self._make_folder(key)
-            return self._if_unchanged(lambda **how: self._fs.pipe_file(self._at(key), data, **how), None)
-
-    def replace(self, key: str, data: bytes, version: str | None) -> bool:
-        """Write an object if it is still of this version; whether it was written. Stores that cannot tell write."""
-        with self._told("write", key):
-            if self._etag(key) != version:
+            if version is not None and self._etag(key) != version:
                 return False
             return self._if_unchanged(lambda **how: self._fs.pipe_file(self._at(key), data, **how), version)
 
@@ -401,15 +399,12 @@ class _Lease:
 
     def take(self) -> None:
         began = _now()
-        if not self._storage.create("lock", self._claim()):
+        if not self._storage.replace("lock", self._claim(), None):
             seen, version = self._storage.claim_there()
             if seen is not None and not _is_dead(seen):
                 seen, version = self._outlive(seen, version)
             began = _now()
-            if seen is None:
-                taken = self._storage.create("lock", self._claim())
-            else:
-                taken = self._storage.replace("lock", self._claim(), version)
+            taken = self._storage.replace("lock", self._claim(), None if seen is None else version)
             if taken and not self._storage.conditional:
                 time.sleep(_LEASE_SECONDS / 90)  # others may have waited as well: the last to write has it
         if not self._is_ours():

@@ -239,22 +239,8 @@ def train(
     config = training_config(data, ids, settings, model=model, dtype=dtype, seed=seed)
     prefix = run.prefix("checkpoints", config)
     output = _Adapters(run, prefix, settings, seed, model, dtype, device)
-    if output.finished() < settings.epochs:
-        data = to_train_on(run, data, ids, model=model, dtype=dtype, device=device, reporter=reporter or silent())
-    reporter = reporter or silent()
     train_as(output, config, data, ids, settings, seed=seed, what=what, reporter=reporter, check=check)
     return [_checkpoint(run, prefix, epoch) for epoch in range(1, settings.epochs + 1)]
-
-
-def to_train_on(
-    run: Run, data: Dataset, ids: Sequence[str], *, model: str, dtype: DtypeName, device: str, reporter: Reporter
-) -> Dataset:
-    """The data; of pairs by DPO the rows that are trained on, with what the base model says of them."""
-    if not isinstance(data, Pairs) or not data.by_dpo:
-        return data
-    own = data.positions(sorted(set(ids)))
-    some = data if len(own) == len(data) else data.subset(own)
-    return referred(run, some, model=model, dtype=dtype, device=device, reporter=reporter)
 
 
 class TrainingOutput(ABC):
@@ -278,6 +264,9 @@ class TrainingOutput(ABC):
     @abstractmethod
     def whole(self, folder: str) -> bool:
         """Whether an epoch's folder is there in full."""
+
+    def prepare(self) -> None:  # noqa: B027  # an adapter needs nothing
+        """Make room, or refuse, before a network is loaded."""
 
     @abstractmethod
     def network(self, finished: int) -> AbstractContextManager[Any]:
@@ -308,13 +297,11 @@ def train_as(
     *,
     seed: int,
     what: str,
-    reporter: Reporter,
+    reporter: Reporter | None,
     check: Callable[[Any], None] | None = None,
 ) -> None:
     """Train what is missing of all epochs, as the output asked for; see `train`."""
-    from gradsift.warmup.trainer import StepTrainer
-
-    run, prefix, finished = output.run, output.prefix, output.finished()
+    run, prefix, finished, reporter = output.run, output.prefix, output.finished(), reporter or silent()
     if run.manifest(prefix) is not None and finished == settings.epochs:
         return
     for epoch in range(finished + 1, settings.epochs + 1):
@@ -329,9 +316,17 @@ def train_as(
             f"{steps} optimizer step{'s' if steps > 1 else ''} per epoch"
         )
     if finished < settings.epochs:
+        from gradsift.warmup.trainer import StepTrainer  # which imports PEFT
+
         if what == WARM_UP and not finished:
             _tell_of_another(run, config, reporter)
         _warn_of_little(settings, -(-len(ids) // batch_size), what, reporter)
+        if isinstance(data, Pairs) and data.by_dpo:  # what the base model says of those that are trained on
+            own = data.positions(sorted(set(ids)))
+            model, dtype, device = output.base
+            some = data if len(own) == len(data) else data.subset(own)
+            data = referred(run, some, model=model, dtype=dtype, device=device, reporter=reporter)
+        output.prepare()
         positions = data.positions(sorted(ids))
         StepTrainer(output, data, positions, settings, seed, batch_size, what, reporter, check).train(finished)
         empty_device_cache()  # what the optimizer held

@@ -100,11 +100,7 @@ class _Command(click.Command):
         self._arguments = arguments
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """As any command, after a look at what was typed.
-
-        Raises:
-            BadParameter: of such a value; the exit status is 2.
-        """
+        """As any command, after a look at what was typed."""
         args = self._renamed(args)
         try:
             found, _, order = self.make_parser(ctx).parse_args(args=list(args))
@@ -713,11 +709,7 @@ def run(given: Given, recipe: Path) -> None:
 
 
 def _end_incomplete(failed: Sequence[str]) -> None:
-    """Where parts of a command failed and it went on: what the first of them says, and exit status 1.
-
-    Raises:
-        IncompleteError: there is one.
-    """
+    """Where parts of a command failed and it went on: what the first of them says, and exit status 1."""
     from gradsift.base.errors import IncompleteError
 
     if failed:

@@ -250,13 +250,10 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
 def load_recipes(
     path: str | Path, overrides: dict[str, Any] | None = None, given: Sequence[str] | None = None
 ) -> list[Recipe]:
-    """Read a YAML recipe that may have `models:`, a list of what differs between several runs of it.
+    """Read a YAML recipe that may have `models:`, a list of what differs between several runs of it; as `load_recipe`.
 
     Each entry names a `model` and whatever else is its own; its run folder is `out` with the model's name, unless it
     has an `out`.
-
-    Raises:
-        ConfigError: as `load_recipe`.
     """
     file = Path(path)
     content, node = _read(file)
@@ -372,14 +369,9 @@ def _merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
 
 
 def validated(values: dict[str, Any], name_of: Callable[[str], str] = str) -> Recipe:
-    """A recipe from Python or command-line values.
+    """A recipe from Python or command-line values by field; ConfigError for a wrong key or value.
 
-    Args:
-        values: by field name.
-        name_of: what to call a field such as `gradients.projection.kind` in messages: the option that fills it.
-
-    Raises:
-        ConfigError: a wrong key or value.
+    name_of: what to call a field such as `gradients.projection.kind` in messages: the option that fills it.
     """
     _with_preset(values, name_of("warmup.preset"))
     try:
@@ -391,14 +383,10 @@ def validated(values: dict[str, Any], name_of: Callable[[str], str] = str) -> Re
 def set_fields(values: dict[str, Any], given: Sequence[str] | None) -> None:
     """Put what `--set field=value` says into the fields of a recipe; values are read as in its file.
 
-    Raises:
-        ConfigError: a text of another form, or a field that lies in something that has none.
-
-    Example:
-        >>> values = {"estimator": {"kind": "dsir"}}
-        >>> set_fields(values, ["estimator.smoothing=1e-8", "controls=[{kind: random}]"])
-        >>> values
-        {'estimator': {'kind': 'dsir', 'smoothing': 1e-08}, 'controls': [{'kind': 'random'}]}
+    >>> values = {"estimator": {"kind": "dsir"}}
+    >>> set_fields(values, ["estimator.smoothing=1e-8", "controls=[{kind: random}]"])
+    >>> values
+    {'estimator': {'kind': 'dsir', 'smoothing': 1e-08}, 'controls': [{'kind': 'random'}]}
     """
     taken: set[str] = set()
     for text in given or ():
@@ -421,11 +409,7 @@ _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 
 
 def put(place: Any, names: Sequence[str], value: Any, said: str = "") -> None:
-    """Put a value into the field of nested settings that names lead to.
-
-    Raises:
-        ConfigError: it lies in a list, or in something that has no fields.
-    """
+    """Put a value into the field of nested settings that names lead to; ConfigError where one has no fields."""
     name: Any = names[0]
     if isinstance(place, tuple | list):
         raise ConfigError(f"{said}{name!r} lies in a list: give the whole list, as [{{kind: …}}, …]")

@@ -24,16 +24,13 @@ class Estimate:
 def bootstrap(
     statistic: Callable[..., NDArray[np.float64]], count: int, draws: int = 400, seed: int = 0, *, beside: int = 0
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Statistics of units, and of those that are drawn from them with replacement.
+    """Statistics `[statistic]` of units, and `[draw statistic]` of those that are drawn from them with replacement.
 
     Args:
         statistic: of units by their numbers, `[unit]` → `[statistic]`; with `beside` also of those others, `[other]`.
         count: of units.
         draws, seed: of the resamples.
         beside: units of another kind that the statistic varies over as well, drawn independently; 0, none.
-
-    Returns:
-        `[statistic]` of all units, and `[draw statistic]`.
     """
     generator, counts = np.random.default_rng(seed), (count, *([beside] if beside else []))
     drawn = [statistic(*(generator.integers(size, size=size) for size in counts)) for _ in range(draws)]
@@ -43,13 +40,8 @@ def bootstrap(
 def bootstrap_groups(
     statistic: Callable[[NDArray[np.int64]], NDArray[np.float64]], groups: Sequence[Hashable]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """`bootstrap` of cells that come in groups, of which each is drawn whole: cells of one group are not independent.
-
-    What a group's cells have in common is then not taken for evidence.
-
-    Args:
-        statistic: of cells by their numbers, `[cell]` → `[statistic]`.
-        groups: of which group each cell is.
+    """`bootstrap` of cells that come in groups, of which each is drawn whole: what its cells have in common is then
+    not taken for evidence. `groups` says of which group each cell is.
     """
     numbers: dict[Hashable, list[int]] = {}
     for cell, group in enumerate(groups):

@@ -77,14 +77,10 @@ def _names_truth(annotation: Any) -> bool:
 
 
 def parse_budget(text: str) -> float:
-    """`500`, `0.05` or `5%` as a number: one below 1 is a share.
+    """`500`, `0.05` or `5%` as a number: one below 1 is a share; ValueError if it is none.
 
-    Raises:
-        ValueError: it is no number.
-
-    Example:
-        >>> parse_budget("5%")
-        0.05
+    >>> parse_budget("5%")
+    0.05
     """
     text = text.strip()
     if not text.endswith("%"):

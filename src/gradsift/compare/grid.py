@@ -137,13 +137,7 @@ class Grid:
 
 
 def open_grid(recipe: Recipe, job: Compare, reporter: Reporter) -> Grid:
-    """Open and check everything that can be checked before anything heavy.
-
-    Raises:
-        ConfigError: a budget that the pool does not have, arms that do not go with the target, or a reward that cannot
-            be computed.
-        DataError, ModelError, MismatchError: the data, the model, or the run folder; a choice of another pool.
-    """
+    """Open and check everything that can be checked before anything heavy; raises as `run_compare`."""
     if job.warmup == "per_seed" and recipe.adapter:
         raise ConfigError(
             "compare.warmup is per_seed, but adapters are given, so that there is no warm-up to repeat: leave "

@@ -91,9 +91,7 @@ os.register_at_fork(after_in_child=_forget)
 def at_most(seconds: float, memory: int) -> Iterator[None]:
     """Run code of others for at most so many seconds, with at most so many bytes beside what the process has.
 
-    Raises:
-        OverrunError: it took longer.
-        MemoryError: it wanted more; only on Linux, elsewhere memory is not bounded.
+    OverrunError says that it took longer, MemoryError that it wanted more, which is bounded on Linux alone.
     """
     watch = _watch
     one = _Bounded(threading.get_ident(), time.monotonic() + seconds)

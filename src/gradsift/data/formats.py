@@ -210,8 +210,7 @@ def read_conversation(
 ) -> Conversation:
     """The conversation that a row holds; of a preference pair that with the `answer` that is asked for.
 
-    Raises:
-        BadRowError: it holds none, or one with nothing to learn from where an answer is required.
+    BadRowError: it holds none, or one with nothing to learn from where an answer is required.
     """
     if answer is None:
         _refuse_unwanted(row, columns)
@@ -323,11 +322,7 @@ def in_two_columns(row: Mapping[str, Any], columns: Columns) -> Mapping[str, Any
 
 
 def _refuse_unwanted(row: Mapping[str, Any], columns: Columns) -> None:
-    """Refuse an answer that KTO's data say is not wanted; where columns were named, the user knows what they are of.
-
-    Raises:
-        BadRowError: it is not wanted.
-    """
+    """Refuse an answer that KTO's data say is not wanted; where columns were named, the user knows what they are of."""
     name = "label" if "completion" in row else "kto_tag"
     value = row.get(name)
     unwanted = value is False or (isinstance(value, np.bool_ | str) and str(value).lower() == "false")
@@ -734,11 +729,7 @@ def _flags(turn: Mapping[str, Any], position: int) -> Flags | None:
 
 
 def _weight(row: Mapping[str, Any], columns: Columns) -> float:
-    """What a row says of its own loss: a factor, or that it is not learned from.
-
-    Raises:
-        BadRowError: it is left out, or says what cannot be read.
-    """
+    """What a row says of its own loss: a factor; one that is not learned from is refused."""
     for name in ("train", "training"):
         value = row.get(name) if name not in columns.named else None
         if _truth(value) is False:

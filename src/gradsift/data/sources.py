@@ -67,10 +67,8 @@ class Source:
 
 
 def read_rows(source: Any, what: str) -> Source:
-    """The rows of any source that `load_examples` takes, as they are.
-
-    Raises:
-        DataError: the source is missing or unsupported; also while reading, where a file breaks off.
+    """The rows of any source that `load_examples` takes, as they are; DataError also while reading, where a file breaks
+    off.
     """
     if isinstance(source, str | os.PathLike):
         return _open_named(os.fspath(source), what)

@@ -338,10 +338,8 @@ class Contender:
 def contenders(
     arms: Sequence[Arm], estimator: Estimator, selection: Selector, drop: float | None = None
 ) -> list[Contender]:
-    """What a comparison compares, in the order given: its arms, or the usual ones by the recipe's methods.
-
-    Raises:
-        ConfigError: two have the same name.
+    """What a comparison compares, in the order given: its arms, or the usual ones by the recipe's methods; no name
+    twice.
     """
     if not arms:
         usual = [Arm(estimator=(estimator,), selection=(selection,), drop=drop)]

@@ -115,11 +115,7 @@ def evaluate(place: Setup, evaluated: Evaluated, metrics: Sequence[Metric]) -> E
 
 
 def measure(place: Setup, evaluated: Evaluated, metric: Metric) -> Measured:
-    """`evaluate` by one metric, whose failure is raised.
-
-    Raises:
-        GradsiftError: as the metric or the model says.
-    """
+    """`evaluate` by one metric, whose failure is raised."""
     task = _task(subject_of(place, evaluated), metric)
     if task.found is None:
         _load(task.subject)

@@ -28,11 +28,7 @@ def judge_identity(judge: Judge, ask: Endpoint | Chat) -> dict[str, Any] | None:
 
 
 def refuse_unjudged(metric: Any, what: str, each: str) -> None:
-    """Refuse a judged metric of several samples, or with nobody to ask.
-
-    Raises:
-        ConfigError: it is one.
-    """
+    """Refuse a judged metric of several samples, or with nobody to ask."""
     if metric.sampling.samples != 1:
         raise ConfigError(f"samples is {metric.sampling.samples}: {each}")
     if metric.ask is None:
@@ -47,18 +43,14 @@ def verdicts(
     subject: Subject,
     wanted: Any,
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """An answer to each question, asked for once: each is in the notebook before the next is waited for.
+    """An answer to each question by item id, kept before the next is waited for; and reasons where there is none.
 
     Args:
         questions: by item id; JSON-able, since another question under the same id is another item.
         answer: by the judge: JSON-able, or a text that says why there is none; then it is asked again next time.
-        notebook: of the evaluation.
         metric: its `judge` asks `ask`, so many questions at a time as it has `workers`.
         subject: whose answers are judged.
         wanted: the type of an answer; what the notebook has and is none is asked for again.
-
-    Returns:
-        Answers by item id, and reasons by id where there is none.
 
     Raises:
         GradsiftError: no further question would be answered either; the answers so far are kept.

@@ -83,11 +83,7 @@ class Measured:
 
 
 def measured_from(content: Mapping[str, Any]) -> Measured:
-    """What `as_dict` wrote.
-
-    Raises:
-        CorruptError: something is missing, or of another type.
-    """
+    """What `Measured.as_dict` wrote; CorruptError if it is something else."""
     with reading("a stored evaluation"):
         return _MEASURED.validate_json(json.dumps(content))
 
@@ -172,11 +168,7 @@ class BoundMetric(Protocol):
         """What the figures depend on beside the model; None where nothing can name it, and they are not kept."""
 
     def measure(self, subject: Subject, notebook: Notebook) -> Measured:
-        """The figures of a model.
-
-        Raises:
-            GradsiftError: there are none; what was paid for is in the notebook.
-        """
+        """The figures of a model; what was paid for where there are none is in the notebook."""
 
 
 class Metric(Protocol):
@@ -191,11 +183,7 @@ class Metric(Protocol):
         """What tables call it."""
 
     def bind(self, setup: Setup) -> BoundMetric:
-        """Load its data; `setup` is that of the base model.
-
-        Raises:
-            GradsiftError: the data cannot be used.
-        """
+        """Load its data; `setup` is that of the base model."""
 
 
 def mean_figure(name: str, per_item: Mapping[str, float], *, higher_is_better: bool, unit: str = "") -> Figure:

@@ -694,11 +694,7 @@ def kept_explanations(
 
 
 def refuse_contrast(ranker: Estimator) -> None:
-    """Refuse an estimator to which a contrast of two answers is that of one.
-
-    Raises:
-        ConfigError: it takes no gradient.
-    """
+    """Refuse an estimator without gradients, to which a contrast of two answers is that of one."""
     if ranker.view is None:
         raise ConfigError(
             f"{ranker.label} takes no gradient, and a contrast of two answers is one of gradients: explain it with "
@@ -717,11 +713,7 @@ def explained_views(estimators: Sequence[Estimator]) -> set[View]:
 
 
 def check_budgets(budgets: Sequence[int], available: int, candidates: int = CANDIDATES) -> None:
-    """Refuse numbers of examples that a pool and its candidates cannot give.
-
-    Raises:
-        ConfigError: none, below 1, or more than there are.
-    """
+    """Refuse numbers of examples that a pool and its candidates cannot give."""
     if not budgets:
         raise ConfigError("there is no k: give the number of examples per explanation, such as 5")
     for k in (budgets[0], budgets[-1]):

@@ -130,7 +130,7 @@ def token_influences(
 
     Args:
         model: in any mode; it is evaluated without dropout and left as found.
-        modules: from `find_modules`.
+        modules: from `find_modules`; UncapturedError where one does not tell its tokens apart, such as one of experts.
         rows: each a sequence.
         output: its sequences, whose gradients add up: one, or two of opposite weights for a contrast.
         adam: by module name, to split Adam directions of the rows.
@@ -140,9 +140,6 @@ def token_influences(
 
     Returns:
         One for each row; higher = the token makes the output more likely.
-
-    Raises:
-        UncapturedError: a module does not tell its tokens apart, such as one of experts.
     """
     length = sum(len(part.token_ids) for part in output)
     found = [TokenInfluence.zeros(len(row.token_ids), length, adam=adam is not None) for row in rows]

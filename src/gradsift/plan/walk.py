@@ -784,11 +784,7 @@ def _last_choices(walk: Walk, grid: Grid) -> dict[Key, list[str]]:
 
 
 def walked(recipe: Recipe, scratch: str, reporter: Reporter, command: str = "run") -> tuple[Walk, Grid | None]:
-    """The walk over a recipe, whose pool and target are opened in `scratch`, and the comparison that it asks for.
-
-    Raises:
-        ConfigError, DataError, ModelError, MismatchError: as the run.
-    """
+    """The walk over a recipe, whose pool and target are opened in `scratch`, and the comparison that it asks for."""
     inside = recipe.model_copy(update={"out": scratch})
     if command not in COMMANDS:
         raise ConfigError(f"--for {command!r} is unknown: there are {', '.join(COMMANDS)}")

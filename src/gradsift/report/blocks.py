@@ -485,11 +485,7 @@ class Page:
 
     @staticmethod
     def of_json(content: bytes) -> Page:
-        """From what `to_json` gave.
-
-        Raises:
-            pydantic.ValidationError: it is something else.
-        """
+        """From what `to_json` gave; pydantic's ValidationError if it is something else."""
         return _page().validate_json(content)
 
 

@@ -45,10 +45,8 @@ class Reference:
 
 
 def encode(value: Any) -> Any:
-    """`value` as JSON data that `decode` turns back; subclasses of plain types become the plain type.
-
-    Raises:
-        NotPlainError: for anything else.
+    """`value` as JSON data that `decode` turns back (NotPlainError if it is none); subclasses of plain types become
+    these.
     """
     if value is None or isinstance(value, bool):
         return value

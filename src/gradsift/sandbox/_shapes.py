@@ -77,16 +77,12 @@ class Tests:
 
 
 def understand(tests: str, entry_point: str = "", prompt: str = "") -> Tests:
-    """What these tests are, with the code of the prompt.
+    """What these tests are, with the code of the prompt; CannotJudgeError where they cannot judge any program.
 
-    Raises:
-        CannotJudgeError: they cannot judge any program.
-
-    Example:
-        >>> understand("def check(candidate):\\n    assert candidate(1) == 2\\n", "increment").checks
-        ('check',)
-        >>> understand('{"inputs": ["1 2"], "outputs": ["3"]}').pairs
-        (Pair(form='stdin', given='1 2', expected='3'),)
+    >>> understand("def check(candidate):\\n    assert candidate(1) == 2\\n", "increment").checks
+    ('check',)
+    >>> understand('{"inputs": ["1 2"], "outputs": ["3"]}').pairs
+    (Pair(form='stdin', given='1 2', expected='3'),)
     """
     pairs = _pairs(tests, entry_point)
     if pairs is not None:
@@ -375,10 +371,8 @@ class _TextOnly(pickle.Unpickler):
 
 
 def cases_of(value: Any) -> list[Any]:
-    """The test cases of LiveCodeBench's columns: JSON, or JSON pickled, compressed and in base 64.
-
-    Raises:
-        CannotJudgeError: it is neither.
+    """The test cases of LiveCodeBench's columns: JSON, or JSON pickled, compressed and in base 64 (else
+    CannotJudgeError).
     """
     if isinstance(value, list):
         return value

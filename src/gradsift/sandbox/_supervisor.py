@@ -118,8 +118,7 @@ def _enter_namespaces(wanted: list[str]) -> None:
 def _build_root(request: dict[str, Any], users: tuple[int, int]) -> tuple[str, str]:
     """A file tree with the interpreter and the system's libraries, read-only, and two folders of limited size.
 
-    Returns:
-        The folders, the program's and the tests': no name under which anything else is shown.
+    Returns those folders, the program's and the tests': no name under which anything else is shown.
     """
     shown = [*_VISIBLE, *request["visible"]]
     folders = (_unused("/program", shown), _unused("/tests", shown))

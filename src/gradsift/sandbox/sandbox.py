@@ -184,11 +184,7 @@ _IN_FORCE = {
 
 
 def isolation_text(sandbox: Sandbox | None = None) -> str:
-    """`isolation` in words: what is in force, and what does not hold.
-
-    Raises:
-        ConfigError: as `isolation`.
-    """
+    """`isolation` in words: what is in force, and what does not hold."""
     found = isolation(sandbox)
     there = ", ".join(words for name, words in _IN_FORCE.items() if name in found) or "limits of time and memory alone"
     open_ = _not_held(found)

@@ -107,11 +107,6 @@ def agreement(
         outputs: of which output each cell is.
         edges_db: where the score bins part.
     """
-    if not len(relevances) == len(supports) == len(shifts) == len(outputs):
-        raise ConfigError(
-            f"there are {len(relevances)} relevances, {len(supports)} supports, {len(shifts)} shifts and "
-            f"{len(outputs)} outputs: pass one of each per cell"
-        )
     if list(edges_db) != sorted(set(edges_db)):
         raise ConfigError(f"the bins' edges are {list(edges_db)}: they must ascend")
     decibels = np.array([to_db(ratio) for ratio in relevances])
@@ -200,8 +195,6 @@ def change_of_correlation(
 def correlation(first: Sequence[float] | np.ndarray, second: Sequence[float] | np.ndarray) -> Correlation:
     """Spearman's rank correlation of two sequences; pairs with a NaN are left out."""
     a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
-    if a.shape != b.shape:
-        raise ConfigError(f"there are {a.size} and {b.size} values to correlate: pass pairs")
     known = ~(np.isnan(a) | np.isnan(b))
     return Correlation(spearman(a[known], b[known]), int(known.sum()))
 

@@ -154,7 +154,6 @@ class MetagradientDescent(SmoothTraining, Selector):
         return self._config(pool, target, scores.method, budget) | {"scores": scores.fingerprint}
 
     def _endings(self, pool: Pool, target: Target) -> tuple[Ending, Ending]:
-        """The targets that are gone back from, and those that measure."""
         source = pool.referred(MAGIC().targets(pool, target))
         assert not isinstance(source, TargetsByCheckpoint), source
         groups, steering, measuring = self._parts(pool, target)
@@ -220,16 +219,7 @@ class MetagradientDescent(SmoothTraining, Selector):
 
 
 def exchanged(chosen: Sequence[int], worth: NDArray[np.float64], most: int, among: Iterable[int]) -> list[int]:
-    """A choice whose worst rows have given way to the best others, as far as those are worth more.
-
-    Args:
-        chosen: positions of rows.
-        worth: of every row, `[row]`, higher = training on it helps more.
-        most: how many are exchanged at most.
-        among: positions of all rows that can be chosen.
-
-    Returns:
-        As many positions, best first, equal ones by position.
+    """As many positions, best first, of which the `most` worst have given way to the best `among` all, if worth more.
 
     Example:
         >>> exchanged([0, 1, 2], np.array([0.3, -1.0, 0.1, 0.2, 0.0]), 2, range(5))

@@ -28,7 +28,7 @@ from gradsift.store.manifest import fingerprint
 from gradsift.warmup.train import Training, effective_batch_size, epoch_order, training_config
 
 # Of a training's time, measured: a way back for one group of targets, and for each further one with it.
-FIRST_BACK, FURTHER_BACK = 2.7, 1.6
+FIRST_BACK, FURTHER_BACK = 2.4, 1.3
 
 
 class SmoothTraining(Settings):

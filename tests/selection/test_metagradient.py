@@ -18,7 +18,7 @@ from gradsift.influence import replay as replays
 from gradsift.report.blocks import Table
 from gradsift.selection import metagradient
 from gradsift.selection.candidates import Candidates
-from gradsift.selection.metagradient import MetagradientDescent, best_of, exchanged
+from gradsift.selection.metagradient import MetagradientDescent, Round, exchanged, gain_of, kept
 from gradsift.selection.select import _candidates
 from gradsift.warmup.train import Warmup
 from tiny_world import ANIMALS, COLOURS, World, pool_rows, target_rows
@@ -80,6 +80,37 @@ def test_the_worst_give_way_to_the_best(worth: list[int], data: st.DataObject) -
         assert values[found].min() >= values[sorted(set(rows) - set(found))].max()
 
 
+def measured(losses: np.ndarray) -> list[Round]:
+    """Rounds of these losses of held-out targets `[round target]`."""
+    return [Round((number,), 0.0, float(own.mean()), 0, tuple(own)) for number, own in enumerate(losses)]
+
+
+def test_a_choice_that_is_no_better_stays_the_first() -> None:
+    """Where no round differs but by chance, another one is kept in at most 5 % of descents; where one is better by far,
+    that one is; and the best by chance alone is not."""
+    draw, groups = np.random.default_rng(0), np.repeat([0, 1], [4, 6])
+    losses = draw.normal(size=(2000, 5, 10)) + draw.normal(size=(2000, 1, 10))
+    left = np.mean([kept(measured(own), groups).chosen != (0,) for own in losses])
+    assert 0.01 < left < 0.05 + 2 * np.sqrt(0.05 * 0.95 / 2000)
+    better = losses - 5 * (np.arange(5) == 3)[:, None]
+    assert np.mean([kept(measured(own), groups).chosen == (3,) for own in better]) > 0.99
+
+
+def test_the_error_of_a_gain() -> None:
+    """Of one group scipy's paired t; of groups, that of least squares with a constant for each."""
+    from scipy.stats import ttest_rel
+
+    first, one = measured(np.random.default_rng(1).normal(size=(2, 9)))
+    gain, error = gain_of(first, one, np.zeros(9, dtype=np.int64))
+    assert gain / error == pytest.approx(ttest_rel(first.each, one.each).statistic)
+    groups = np.array([0, 0, 1, 1, 1, 2, 0, 1, 1])
+    design, difference = np.eye(3)[groups], np.array(first.each) - np.array(one.each)
+    means, squares, *_ = np.linalg.lstsq(design, difference, rcond=None)
+    spread = squares[0] / (9 - 3) * np.linalg.inv(design.T @ design)
+    found = gain_of(first, one, groups)
+    assert found == pytest.approx((means.mean(), np.sqrt(np.full(3, 1 / 3) @ spread @ np.full(3, 1 / 3))))
+
+
 @pytest.fixture(scope="module")
 def done(tiny: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[gs.Selection, list[Any], Path]:
     """An undisturbed descent from the planted rows, its rounds, and where it is kept."""
@@ -93,7 +124,9 @@ def test_planted_rows_are_exchanged_out(done: tuple[gs.Selection, list[Any], Pat
     """From a choice of nothing but harmful rows it comes to one that is better on held-out targets."""
     chosen, rounds, _ = done
     assert len(chosen) == BUDGET
-    assert best_of(rounds).held_out < rounds[0].held_out
+    groups = np.zeros(4, dtype=np.int64)
+    assert tuple(chosen.pool.data.positions(chosen.ids)) == kept(rounds, groups).chosen
+    assert kept(rounds, groups).held_out < rounds[0].held_out
     assert sum(id_.startswith("bad") for id_ in chosen.ids) <= 2
     assert [one.exchanged for one in rounds] == [0, 8, *(one.exchanged for one in rounds[2:])]
     (table,) = (block for block in chosen.blocks() if isinstance(block, Table))
@@ -107,14 +140,14 @@ def test_what_rows_are_worth(tiny: World, tmp_path: Path) -> None:
     target = gs.open_target(target_rows(8), pool, subtask="task")
     candidates = candidates_of(pool, target)
     steering, measuring = METHOD._endings(pool, target)
-    assert sorted([len(steering.groups), len(measuring.groups)]) == [2, 6]
+    assert len(steering.groups) == len(measuring.groups) == 4
     chosen = candidates.first("most_helpful", BUDGET)
-    losses, worth = METHOD._trained(candidates, chosen, 1, steering, measuring, further=True)
+    _, each, worth = METHOD._trained(candidates, chosen, 1, steering, measuring, further=True)
     ids = sorted(candidates.ids[place] for place in chosen)
     others = [id_ for id_ in candidates.ids if id_ not in ids]
     replay = METHOD.replay(pool, ids, others, seed=pool.seed, what="again")
     with replay.network() as network:
-        assert losses[1] == measuring.loss(network, replay.end(network))
+        assert np.mean(each) == measuring.loss(network, replay.end(network))
         expected = []
         for id_ in ids[:8]:
             ends = []

@@ -1,4 +1,8 @@
-"""Input checks that the pure functions share: axes, finiteness, budgets."""
+"""Input checks that the pure functions share: axes, finiteness, budgets.
+
+Every one of them raises ShapeError where arrays do not have their axes, are empty or do not fit each other, and
+NonFiniteError where one holds NaN or infinity: docstrings tell what is raised besides.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,6 @@ def float_array(name: str, array: object, axes: str, *, finite: bool = True) -> 
 
     Args:
         name: what the message calls the array, as the user knows it.
-        array: the argument to check.
         axes: axis names separated by blanks, such as "pool dim"; every axis must have at least one entry.
         finite: refuse NaN and infinity.
 
@@ -60,11 +63,7 @@ def _refuse_non_finite(name: str, values: Tensor, axes: list[str]) -> None:
 
 
 def same_size(axis: str, first: str, first_size: int, second: str, second_size: int) -> None:
-    """Refuse two arguments whose shared axis differs in size.
-
-    Raises:
-        ShapeError: naming both arguments and both sizes.
-    """
+    """Refuse two arguments whose shared axis differs in size, by a ShapeError that names both."""
     if first_size != second_size:
         raise ShapeError(
             f"the axis '{axis}' has {first_size} entries in {first} and {second_size} in {second}: "
@@ -78,10 +77,6 @@ def arrays_of(part: str, **arguments: tuple[Any, str]) -> Iterator[list[Tensor]]
     Args:
         part: what there is an entry for, such as "at checkpoint".
         arguments: by name, a list and the axes of its entries; an axis is of one size, and but for dim in all parts.
-
-    Raises:
-        ShapeError: no list, lists of other lengths or of none, or arrays that do not fit each other.
-        NonFiniteError: NaN or infinity.
     """
     noun = part.rpartition(" ")[2]
     for name, (arrays, axes) in arguments.items():
@@ -103,16 +98,7 @@ def arrays_of(part: str, **arguments: tuple[Any, str]) -> Iterator[list[Tensor]]
 
 
 def checked_budget(budget: object, available: int, what: str) -> int:
-    """`budget` as a whole number between 1 and `available`.
-
-    Args:
-        budget: how many to choose.
-        available: how many there are to choose from.
-        what: these, in words, for the message: "candidates".
-
-    Raises:
-        ConfigError: not a whole number, below 1, or above `available`.
-    """
+    """`budget` as a whole number between 1 and `available`, which are so many of `what`; ConfigError if it is none."""
     try:
         # True is an int to Python, and a budget of True a slip of the pen.
         size = None if isinstance(budget, bool) else operator.index(budget)  # type: ignore[arg-type]

@@ -46,12 +46,8 @@ class Difference:
 def mean_and_spread(values: Sequence[float]) -> Mean | None:
     """Mean and sample standard deviation √(Σ(x - x̄)² / (n - 1)), the ± of tables over seeds; None of no values.
 
-    Raises:
-        ConfigError: NaN or infinity among the values.
-
-    Example:
-        >>> mean_and_spread([1.0, 2.0, 3.0])
-        Mean(mean=2.0, spread=1.0, count=3)
+    >>> mean_and_spread([1.0, 2.0, 3.0])
+    Mean(mean=2.0, spread=1.0, count=3)
     """
     array = _finite(values, "values")
     if not array.size:
@@ -67,26 +63,16 @@ def paired_difference(
 ) -> Difference | None:
     """How much higher `values` are than `reference`, pair by pair, with a 95 % interval; None where they share no key.
 
-    Pairing takes out what both share, such as the seed's warm-up or an item's difficulty. Keys of one side alone are
-    left out.
+    Both are by seed, or by item. Pairing takes out what both share, such as the seed's warm-up or an item's difficulty.
 
     - `t`: x̄ ± t(n - 1) · s / √n over the n differences; for seeds, of which there are few. Exact where differences are
       normal.
     - `bootstrap`: percentiles of the means of 10,000 resamples of the pairs; for evaluated items, of which there are
       many. With fewer than some twenty pairs it is too narrow.
 
-    Args:
-        values: by seed, or by item.
-        reference: the same, of the method to compare with (random).
-        interval: see above.
-
-    Raises:
-        ConfigError: NaN or infinity.
-
-    Example:
-        >>> found = paired_difference({0: 3.0, 1: 5.0}, {0: 1.0, 1: 2.0})
-        >>> found.mean, found.count
-        (2.5, 2)
+    >>> found = paired_difference({0: 3.0, 1: 5.0}, {0: 1.0, 1: 2.0})
+    >>> found.mean, found.count
+    (2.5, 2)
     """
     shared = [key for key in values if key in reference]
     if not shared:
@@ -128,12 +114,8 @@ def chance_jaccard(first: int, second: int, pool: int) -> float:
 
     Σ_k P(k) · k / (a + b - k), where the number k in common is hypergeometric.
 
-    Raises:
-        ConfigError: a choice larger than the pool.
-
-    Example:
-        >>> round(chance_jaccard(50, 50, 1000), 4)
-        0.0259
+    >>> round(chance_jaccard(50, 50, 1000), 4)
+    0.0259
     """
     if not 0 <= max(first, second) <= pool or min(first, second) < 0:
         raise ConfigError(f"choices of {first} and {second} examples from a pool of {pool}: none can be larger than it")

@@ -407,10 +407,8 @@ class ChatFormat:
         return f"the token {token!r} has the id {highest:,}, and the model has embeddings for {self._vocabulary:,} ids"
 
     def _refuse_foreign_markers(self) -> None:
-        """Refuse a tokenizer with whose template every conversation has tokens that the model does not know.
-
-        Raises:
-            ModelError: naming one.
+        """Refuse a tokenizer with whose template every conversation has tokens that the model does not know
+        (ModelError).
         """
         for roles in (("user",), ("user", "assistant")):
             frame = self._template.frame(roles, generation_prompt=roles[-1] == "user")
@@ -564,11 +562,7 @@ class CutReasoningError(TemplateProblemError):
 
 
 def keep_reasoning(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give a tokenizer TRL's variant of its template for training, which shows the reasoning of every turn.
-
-    Raises:
-        ConfigError: TRL is not there, or knows no such variant.
-    """
+    """Give a tokenizer TRL's variant of its template for training, which shows the reasoning of every turn."""
     try:
         from trl.chat_template_utils import get_training_chat_template
     except ImportError as error:
@@ -660,11 +654,9 @@ def _unshown(example: Example, messages: Sequence[Message], shown: Rendering) ->
                 detail = (
                     f"{count:,} of the {len(content):,} characters of {which} are {what}: {_quoted(first)}{instead}"
                 )
-                yield example.in_part(reason, detail, f"part of {_a(role)} message {what}")
-
-
-def _a(role: str) -> str:
-    return f"an {role}" if role[0] in "aeiou" and role != "user" else f"a {role}"
+                yield example.in_part(
+                    reason, detail, f"part of {'an' if role == 'assistant' else 'a'} {role} message {what}"
+                )
 
 
 def _quoted(text: str) -> str:

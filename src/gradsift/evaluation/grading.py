@@ -186,11 +186,7 @@ def _key(question: Question, turn: int) -> str:
 
 
 def read_questions(source: Any) -> tuple[tuple[Question, ...], tuple[str, ...]]:
-    """Questions of a file or of rows, and why some rows are none.
-
-    Raises:
-        DataError: the file cannot be read, or no row of it is a question.
-    """
+    """Questions of a file or of rows, and why some rows are none; DataError where all are none."""
     found = read_rows(source, "questions")
     questions: dict[str, Question] = {}
     left_out = [f"{file.id}: {file.detail}" for file in found.unread]

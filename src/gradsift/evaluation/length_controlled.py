@@ -107,11 +107,7 @@ def length_controlled_win_rate(
 
 
 def length_feature(lengths: ArrayLike, baseline_lengths: ArrayLike) -> Vector:
-    """tanh of the length difference in units of its standard deviation, `[instruction]`; 0 where all differ alike by 0.
-
-    Raises:
-        ShapeError, NonFiniteError: as `length_controlled_win_rate`.
-    """
+    """tanh of the length difference in units of its standard deviation, `[instruction]`; 0 where all differ by 0."""
     own, other = _vector("lengths", lengths), _vector("baseline_lengths", baseline_lengths)
     if len(own) != len(other):
         raise ShapeError(f"lengths has {len(own)} entries and baseline_lengths {len(other)}: pass one of each")

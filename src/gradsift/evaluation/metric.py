@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
-from pydantic import TypeAdapter
 
 from gradsift.base.errors import CorruptError
 from gradsift.base.types import Chat
@@ -20,7 +18,7 @@ from gradsift.generation.endpoint import Endpoint
 from gradsift.generation.sampling import Sampling
 from gradsift.influence.prompts import PromptTarget
 from gradsift.rewards.judge import BoundJudge, Judge
-from gradsift.store.manifest import Record, read_json, reading
+from gradsift.store.manifest import Record, read_json
 from gradsift.store.run import Run
 
 ASKED = 20  # questions to a judge of which the tokens are counted beforehand
@@ -80,19 +78,6 @@ class Measured:
     def as_dict(self) -> dict[str, Any]:
         """As JSON has it."""
         return asdict(self)
-
-
-def measured_from(content: Mapping[str, Any]) -> Measured:
-    """What `as_dict` wrote.
-
-    Raises:
-        CorruptError: something is missing, or of another type.
-    """
-    with reading("a stored evaluation"):
-        return _MEASURED.validate_json(json.dumps(content))
-
-
-_MEASURED = TypeAdapter(Measured)
 
 
 class _Items(Record):
@@ -172,11 +157,7 @@ class BoundMetric(Protocol):
         """What the figures depend on beside the model; None where nothing can name it, and they are not kept."""
 
     def measure(self, subject: Subject, notebook: Notebook) -> Measured:
-        """The figures of a model.
-
-        Raises:
-            GradsiftError: there are none; what was paid for is in the notebook.
-        """
+        """The figures of a model; what was paid for where there are none is in the notebook."""
 
 
 class Metric(Protocol):
@@ -191,11 +172,7 @@ class Metric(Protocol):
         """What tables call it."""
 
     def bind(self, setup: Setup) -> BoundMetric:
-        """Load its data; `setup` is that of the base model.
-
-        Raises:
-            GradsiftError: the data cannot be used.
-        """
+        """Load its data; `setup` is that of the base model."""
 
 
 def mean_figure(name: str, per_item: Mapping[str, float], *, higher_is_better: bool, unit: str = "") -> Figure:

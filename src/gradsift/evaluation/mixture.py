@@ -142,11 +142,7 @@ def train_mixtures(mixture: Mixture, pool: Pool, test: HeldOutLoss, settings: Tr
 
 
 def sources_of(data: Dataset, by: str) -> dict[str, str]:
-    """The source of each row, by its id.
-
-    Raises:
-        DataError: a row names none.
-    """
+    """The source of each row, by its id; DataError where a row names none."""
     values = data.column(by)
     missing = [id_ for id_, value in zip(data.ids, values, strict=True) if value in (None, "")]
     if missing:

@@ -135,11 +135,7 @@ class Subject:
 
 
 def subject_of(place: Setup, evaluated: Evaluated) -> Subject:
-    """What `evaluate` means by a training, a checkpoint, an adapter's folder or hub id, or None (the base model).
-
-    Raises:
-        ModelError: there is no such adapter.
-    """
+    """What `evaluate` means by a training, a checkpoint, an adapter's folder or hub id, or None (the base model)."""
     model, checkpoint, name = place.model, Checkpoint(None), "base model"
     if isinstance(evaluated, Trained):
         checkpoint, name = evaluated.checkpoint, evaluated.path

@@ -82,11 +82,7 @@ class ExactRows:
         return {id_: place for place, id_ in enumerate(self.ids)}
 
     def rows(self, ids: Sequence[str]) -> Tensor:
-        """Of some rows, `[row coordinate]`.
-
-        Raises:
-            RowsLackingError: it has not all of them.
-        """
+        """Of some rows, `[row coordinate]`; RowsLackingError where it has not all of them."""
         if lacking := [id_ for id_ in ids if id_ not in self.places]:
             raise RowsLackingError(lacking)
         return self.coordinates[[self.places[id_] for id_ in ids]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -107,9 +107,13 @@ class _Random:
         return {k: [known.positions(own).tolist() for own in draws] for k, draws in self.ids.items()}, self.relevances
 
 
-@dataclass(frozen=True)
-class _Work:
-    """What is the same for every output of one call, and explains each."""
+@dataclass(frozen=True, kw_only=True)
+class Explanations(Shown):
+    """Explanations of a list of prompts, and the prompts that could not be explained.
+
+    store, gradients: plain rows at the last checkpoint, of the pool and of the outputs
+    budgets: the numbers of examples
+    """
 
     pool: Pool = field(repr=False, compare=False)
     source: OutputSource = field(repr=False, compare=False)
@@ -122,6 +126,8 @@ class _Work:
     candidates: int
     aggregation: Aggregation
     exact: bool
+    entries: tuple[Explanation, ...] = ()
+    failed: tuple[Skipped, ...] = ()
     _exact: dict[str, ExactRows] = field(default_factory=dict, repr=False, compare=False)
     _rankings: dict[str, Ranking] = field(default_factory=dict, repr=False, compare=False)
 
@@ -257,11 +263,6 @@ class _Work:
                         failed.append(Skipped(output.id, "not_explained", str(error)))
                     advance(1)
         return [found for output in usable if (found := done[output.id]) is not None]
-
-    def with_matches(self, entries: Sequence[Explanation]) -> list[Explanation]:
-        """The explanations with the tokens of the examples that are shown first."""
-        matches = token_matches(self.pool, self.source, *self.matched(entries))
-        return [replace(entry, matches=matches.get(entry.id, ())) for entry in entries]
 
     def matched(self, entries: Sequence[Explanation]) -> tuple[Estimator, dict[str, list[str]]]:
         """The estimator whose scores are split into tokens, and of which examples, by output."""
@@ -514,18 +515,6 @@ class _Work:
             self.pool.reporter.warn(f"{self.pool.run.name(key)} is damaged: explaining this output again")
             return None
 
-
-@dataclass(frozen=True, kw_only=True)
-class Explanations(_Work, Shown):
-    """Explanations of a list of prompts, and the prompts that could not be explained.
-
-    budgets: the numbers of examples
-    store, gradients: plain rows at the last checkpoint, of the pool and of the outputs
-    """
-
-    entries: tuple[Explanation, ...]
-    failed: tuple[Skipped, ...]
-
     def blocks(self) -> tuple[Block, ...]:
         """What a notebook shows of them."""
         from gradsift.explanation.shown import explanations_blocks  # which knows what explanations are
@@ -662,7 +651,7 @@ def explain(
         )
     of_outputs = sorted({target_view(view) for view in views})
     gradients = pool.collect(source, checkpoint, of_outputs, what="output")["plain"]
-    work = _Work(
+    work = Explanations(
         pool=pool, source=source, store=store, gradients=gradients, estimators=estimators, strategies=tuple(strategies),
         budgets=budgets, coefficients=coefficients, candidates=candidates, aggregation=aggregation,
         exact=exact,
@@ -672,9 +661,9 @@ def explain(
         raise DataError(f"no prompt can be explained; first: {failed[0].detail}")
     if all_checkpoints:
         explained = work.throughout(explained)
-    explained[:matches] = work.with_matches(explained[:matches])
-    same = {one.name: getattr(work, one.name) for one in fields(work)}
-    found = Explanations(**same, entries=tuple(explained), failed=tuple(failed))
+    tokens = token_matches(pool, source, *work.matched(explained[:matches]))
+    explained = [replace(entry, matches=tokens.get(entry.id, ())) for entry in explained]
+    found = replace(work, entries=tuple(explained), failed=tuple(failed))
     found.publish()
     return found
 
@@ -688,17 +677,13 @@ def kept_explanations(
     if store is None or gradients is None:
         return None
     how: dict[str, Any] = {"estimators": tuple(estimators), "budgets": tuple(k), **asked}
-    work = _Work(pool=pool, source=source, store=store, gradients=gradients, **how)
+    work = Explanations(pool=pool, source=source, store=store, gradients=gradients, **how)
     entries = tuple(found for output in answered if (found := work._kept(work._key(output))) is not None)
-    return Explanations(**{one.name: getattr(work, one.name) for one in fields(work)}, entries=entries, failed=())
+    return replace(work, entries=entries)
 
 
 def refuse_contrast(ranker: Estimator) -> None:
-    """Refuse an estimator to which a contrast of two answers is that of one.
-
-    Raises:
-        ConfigError: it takes no gradient.
-    """
+    """Refuse an estimator without gradients, to which a contrast of two answers is that of one."""
     if ranker.view is None:
         raise ConfigError(
             f"{ranker.label} takes no gradient, and a contrast of two answers is one of gradients: explain it with "
@@ -717,11 +702,7 @@ def explained_views(estimators: Sequence[Estimator]) -> set[View]:
 
 
 def check_budgets(budgets: Sequence[int], available: int, candidates: int = CANDIDATES) -> None:
-    """Refuse numbers of examples that a pool and its candidates cannot give.
-
-    Raises:
-        ConfigError: none, below 1, or more than there are.
-    """
+    """Refuse numbers of examples that a pool and its candidates cannot give."""
     if not budgets:
         raise ConfigError("there is no k: give the number of examples per explanation, such as 5")
     for k in (budgets[0], budgets[-1]):

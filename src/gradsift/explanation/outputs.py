@@ -172,15 +172,10 @@ def contrasted(others: SequenceABC[TokenizedExample | None]) -> dict[str, Any]:
 def question_of(
     prompt: str | SequenceABC[Message], output: str | None = None, *, instead: str | None = None
 ) -> Question:
-    """A question from a text or a conversation that ends before the answer.
+    """A question from a text or a conversation that ends before the answer (DataError if not).
 
-    Args:
-        prompt: the text, or messages.
-        output: the answer to explain; the model's own where there is none.
-        instead: another answer: why that one, and not this one?
-
-    Raises:
-        DataError: the prompt is empty, or ends with an answer.
+    output: the answer to explain; the model's own where there is none.
+    instead: another answer: why that one, and not this one?
     """
     messages: tuple[Message, ...] = ({"role": "user", "content": prompt},) if isinstance(prompt, str) else tuple(prompt)
     if not messages or not any(said(m).strip() for m in messages):
@@ -306,6 +301,6 @@ class _Speaker:
             self._model = host(self.pool.model, self.pool.dtype, self.pool.device).with_adapter(checkpoint.adapter)
         ends = end_ids(self._model, self.pool.chat)
         output = greedy_output(self._model, prompt, end_ids=ends, max_new_tokens=self.max_new_tokens)
-        said = [int(token) for token in output.token_ids]
-        self.pool.run.publish_json(key, {"token_ids": said, "finished": output.finished}, sealed=True)
-        return said, output.finished
+        said, finished = output.token_ids.tolist(), output.finish_reason == "stop"
+        self.pool.run.publish_json(key, {"token_ids": said, "finished": finished}, sealed=True)
+        return said, finished

@@ -133,7 +133,7 @@ def batch_relevance(
     *,
     models: Sequence[CoefficientModel] = MODELS,
 ) -> Relevances:
-    """`selection_relevance` of many selections from the same candidates, by several coefficient models.
+    """For each model, `selection_relevance` of many selections from the same candidates, in the order given.
 
     All gradients are reduced once to the coordinates of `span_coordinates` (at most one more than there are candidates)
     instead of once per selection; there, selections of equal size are fitted together. These coordinates have the inner
@@ -144,14 +144,9 @@ def batch_relevance(
         target_gradient: g [dim].
         candidates: gradients [candidate dim], not normalised.
         selections: positions among the candidates, each selection at least one; equal ones are fitted once.
-        models: see `gradsift.explanation.coefficients.coefficients`.
-
-    Returns:
-        For each model the relevance of each selection, in the order given.
 
     Raises:
-        ShapeError: wrong axes or different dims.
-        NonFiniteError: NaN or infinity in a gradient that is used.
+        ShapeError, NonFiniteError: axes or dims that differ, or NaN or infinity in a gradient that is used.
         ConfigError: no selection, an empty one, a position that no candidate has, or an unknown model.
         DataError: the target gradient is zero.
 
@@ -186,8 +181,7 @@ def relevance_of_choices(
 ) -> list[dict[int, Relevances]]:
     """Relevance of everything that strategies chose for one target, from `choose_all`; of an empty choice 0 dB.
 
-    Returns:
-        For each strategy, budget → model → relevances, one per selection (the random strategy makes several).
+    For each strategy, budget → model → relevances, one per selection (the random strategy makes several).
     """
     selections = [selection for choice in choices for made in choice.values() for selection in made]
     used = sorted({position for selection in selections for position in selection})
@@ -304,16 +298,9 @@ def aggregated(norms: Array, errors: Array, ratios: Array, how: Aggregation) -> 
 
 
 def relevance_of_draws(draws: Sequence[Relevance], *, how: Aggregation = "ratio_of_means") -> Relevance:
-    """One relevance for several selections for one target, such as the draws of a random strategy.
+    """One relevance for several selections for one target, such as a random strategy's draws, `aggregate_relevance`d.
 
     Its error is their mean, its coefficients are those of the first; it is near zero if all of them are.
-
-    Args:
-        draws: one per selection.
-        how: as in `aggregate_relevance`.
-
-    Raises:
-        ConfigError: no draws, or an unknown aggregation.
     """
     if len(draws) == 1:
         return draws[0]
@@ -330,21 +317,13 @@ def relevance_of_draws(draws: Sequence[Relevance], *, how: Aggregation = "ratio_
 
 
 def summarise_relevance(relevances: Sequence[Relevance], *, how: Aggregation = "ratio_of_means") -> RelevanceSummary:
-    """The aggregate with and without the capped targets, and how many are capped or near zero.
+    """`aggregate_relevance` with and without the capped targets, and how many are capped or near zero.
 
-    Args:
-        relevances: one per target.
-        how: as in `aggregate_relevance`.
-
-    Raises:
-        ConfigError: no relevances, or an unknown aggregation.
-
-    Example:
-        >>> g = torch.tensor([1.0, 1.0])
-        >>> exact, half = (selection_relevance(g, row[None]) for row in (g, torch.tensor([1.0, 0.0])))
-        >>> summary = summarise_relevance([exact, half], how="mean_of_ratios")
-        >>> summary.capped, summary.ratio, summary.ratio_without_capped
-        (1, 500000000001.0, 2.0)
+    >>> g = torch.tensor([1.0, 1.0])
+    >>> exact, half = (selection_relevance(g, row[None]) for row in (g, torch.tensor([1.0, 0.0])))
+    >>> summary = summarise_relevance([exact, half], how="mean_of_ratios")
+    >>> summary.capped, summary.ratio, summary.ratio_without_capped
+    (1, 500000000001.0, 2.0)
     """
     ratio = aggregate_relevance(relevances, how=how)
     others = [relevance for relevance in relevances if not relevance.capped]
@@ -368,15 +347,8 @@ def relevance_auc(ratios: Mapping[int, float], *, per_unit: bool = False) -> flo
     by the width of the range: for budgets 1, 5, 10, 25 predicting zero (ξ ≡ 1) gives 10·log10 24 = 13.80 dB.
 
     Args:
-        ratios: aggregated ratio (not dB) by budget, at least two budgets.
+        ratios: aggregated ratio (not dB), finite and above 0, by budget, at least two budgets.
         per_unit: divide by the width of the range, so that ξ ≡ 1 gives 0 dB.
-
-    Returns:
-        dB.
-
-    Raises:
-        ConfigError: fewer than two budgets, a budget below 1, or a ratio of 0 or less.
-        NonFiniteError: a ratio that is NaN or infinite.
 
     Example:
         >>> round(relevance_auc({1: 1.0, 5: 1.0, 10: 1.0, 25: 1.0}), 2)
@@ -392,15 +364,10 @@ def relevance_auc(ratios: Mapping[int, float], *, per_unit: bool = False) -> flo
 
 
 def to_db(ratio: float) -> float:
-    """10·log10 of a ratio above 0.
+    """10·log10 of a ratio above 0; ConfigError and NonFiniteError for others.
 
-    Raises:
-        ConfigError: a ratio of 0 or less.
-        NonFiniteError: NaN or infinity.
-
-    Example:
-        >>> to_db(100.0)
-        20.0
+    >>> to_db(100.0)
+    20.0
     """
     _check_ratio("the ratio", ratio)
     return 10.0 * math.log10(ratio)

@@ -159,7 +159,7 @@ def datainf_scores(
 
     (Kwon et al. 2024, equation 5, with the sign turned: theirs is negative for an example that helps.) λ is the same
     for all segments, or `auto`: a tenth of the segment's mean squared coordinate (as in their experiments, here over
-    the projected coordinates).
+    the projected coordinates). A segment in which every pool gradient is zero adds nothing.
 
     Args:
         pool: per segment the plain gradients of the pool, [pool k_l].
@@ -167,12 +167,9 @@ def datainf_scores(
         damping: λ, in squared units of the gradients, or `auto`.
 
     Returns:
-        Scores [pool target], fp32 or better, on the device of `pool`; computed in fp64. A segment in which every pool
-        gradient is zero adds nothing.
+        Scores [pool target], fp32 or better, on the device of `pool`; computed in fp64.
 
     Raises:
-        ShapeError: no segment, unequal numbers of segments, or arrays that do not fit each other.
-        NonFiniteError: NaN or infinity in an array.
         ConfigError: damping that is not a number above 0.
 
     Example:
@@ -218,14 +215,8 @@ def datainf_directions(
 ) -> Tensor:
     """h of every target over all segments, `[target dim]` float32: the raw inner product with a row is DataInf's score.
 
-    The pool is read block by block: once for `auto` damping, once for the sums Σ_j (v·g_j)c_j g_j.
-
-    Args:
-        store: the pool's plain gradients.
-        targets: plain gradients of the targets `[target dim]`, finite.
-        damping: λ or `auto`.
-        factors: float64 `[row]`, that the rows are taken times; 1 if None.
-        device: for the products with the targets.
+    The pool is read block by block: once for `auto` damping, once for the sums Σ_j (v·g_j)c_j g_j. `factors`, float64
+    `[row]`, are what the rows are taken times; 1 if None.
     """
     segments = store.blocks()
     dampings = store_dampings(store, segments, damping, factors)
@@ -262,13 +253,8 @@ def inverse_directions(
 ) -> Tensor:
     """`V (ΦᵀΦ/n + λI)⁻¹` of every segment, `[target dim]` float32, where Φ is the stored rows times their factors.
 
-    Args:
-        store: the pool's plain gradients; read once for the second moments, and once before for `auto` damping.
-        targets: `[target dim]`, finite.
-        damping: λ or `auto`, for Φ.
-        segments: the blocks of the kernel; by default those of the store. 8 Σ k_l² bytes are held, and one factor.
-        factors: float64 `[row]`; 1 if None.
-        device: for second moments and inverses, where it has room for them.
+    `segments` are the blocks of the kernel, by default those of the store: 8 Σ k_l² bytes are held, and one factor.
+    `factors` are as for `datainf_directions`.
     """
     segments = store.blocks() if segments is None else list(segments)
     place = place_for(device, store.dim, held=8 * sum((stop - start) ** 2 for start, stop in segments))
@@ -310,8 +296,7 @@ def second_moments(
 def largest_eigenvalue(gram: Tensor) -> float:
     """Of a symmetric positive semidefinite matrix `[dim dim]` whose upper triangle is given, by power iteration.
 
-    Started at the column of the largest diagonal entry, and ended where a step changes it by less than 1e-6 of itself:
-    a damping need not be known better.
+    It ends where a step changes it by less than 1e-6 of itself: a damping need not be known better.
     """
     upper = gram.triu()
     matrix = upper + upper.triu(1).T
@@ -331,17 +316,11 @@ def largest_eigenvalue(gram: Tensor) -> float:
 def whole_inverse_directions(
     store: GradientStore, targets: Tensor, damping: Literal["auto", "spectral"] | float, *, device: str = "cpu"
 ) -> Tensor:
-    """`λ·V (GᵀG/m + λI)⁻¹` over all dimensions at once, `[target dim]` float32, from m rows G of the pool at most.
+    """`λ·V (GᵀG/m + λI)⁻¹` over all dimensions at once, `[target dim]` float32, from m ≤ 4,096 rows drawn by their ids.
 
     By the rows' own products (Woodbury), so that no matrix of dimensions is needed:
 
         λ·V (GᵀG/m + λI)⁻¹ = V − (V Gᵀ/m) (G Gᵀ/m + λI)⁻¹ G
-
-    Args:
-        store: the pool's plain gradients, of which 4,096 rows at most are taken, by a hash of their ids.
-        targets: `[target dim]`, finite.
-        damping: λ; `auto` is a tenth of the mean squared coordinate, `spectral` of the largest eigenvalue of GᵀG/m.
-        device: for the products, where it has room for them.
     """
     ids = drawn(store.ids, _MOST_MOMENT_ROWS)
     count = len(ids)
@@ -373,16 +352,7 @@ def drawn(ids: Sequence[str], count: int) -> list[str]:
 
 
 def inverse_product(gram: Tensor, queries: Tensor, damping: float) -> Tensor:
-    """`queries (gram + λI)⁻¹` by Cholesky; of `gram` `[dim dim]` the upper triangle is read, and altered.
-
-    Args:
-        gram: symmetric, positive semidefinite.
-        queries: `[query dim]`.
-        damping: λ.
-
-    Raises:
-        ConfigError: λ is too small beside `gram` for double precision.
-    """
+    """`queries (gram + λI)⁻¹` by Cholesky, `[query dim]`; of `gram` the upper triangle is read, and altered."""
     gram.diagonal().add_(damping)
     factor, failed = torch.linalg.cholesky_ex(gram, upper=True)
     if int(failed):
@@ -394,11 +364,7 @@ def inverse_product(gram: Tensor, queries: Tensor, damping: float) -> Tensor:
 
 
 def mean_damping(squares: float, entries: int, damping: Literal["auto"] | float) -> float:
-    """λ of a segment from the sum of its `entries` squared coordinates; 0 says that all of them are zero.
-
-    Raises:
-        ConfigError: a given damping that is not above 0 and finite.
-    """
+    """λ of a segment from the sum of its `entries` squared coordinates; 0 says that all of them are zero."""
     if damping == "auto":
         return _AUTO_SHARE * squares / entries
     number = _positive(damping)
@@ -447,7 +413,6 @@ class _Block:
     starts: list[int]
 
     def segments(self) -> Iterator[tuple[int, Tensor]]:
-        """Number and stored rows of each segment."""
         for number, start, stop in zip(self.numbers, self.starts[:-1], self.starts[1:], strict=True):
             yield number, self.stored[:, start:stop]
 

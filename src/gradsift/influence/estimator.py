@@ -390,15 +390,10 @@ def summed(
 ) -> tuple[SequenceABC[str], Tensor, list[str]]:
     """What an estimator sums over its checkpoints, for the rows that are finite at each.
 
-    Args:
-        method: says which view, checkpoints and weights.
-        pool: from `open_pool`; its rows and the targets' are collected where the run does not hold them.
-        targets: their token sequences, or those of each checkpoint.
-        products: of a checkpoint, the pool's store, the targets' store and the checkpoint's weight: `[row column]`.
+    `products` gives `[row column]` of a checkpoint, the pool's store, the targets' store, and the checkpoint's weight.
 
     Returns:
-        Pool ids, the sum `[row column]`, and the fingerprints of the stores: of each checkpoint the pool's, then the
-        targets'.
+        Pool ids, the sum `[row column]`, and the stores' fingerprints: of each checkpoint the pool's and the targets'.
     """
     refuse_too_many(len(pool.data), len(targets.ids))
     view, checkpoints = method.view, method.checkpoints_of(pool)
@@ -407,7 +402,7 @@ def summed(
     ids = Strings.of(())
     used: list[str] = []
     for checkpoint, weight in zip(checkpoints, method.weights(checkpoints), strict=True):
-        store, queries = both_stores(pool, targets, checkpoint, view)
+        store, queries = both_stores(pool, targets, checkpoint, view, sums=method.full_sum)
         used += [store.fingerprint, queries.fingerprint]
         found = products(checkpoint, store, queries, weight)
         if total is None:
@@ -422,15 +417,17 @@ def summed(
 
 
 def influence_of(method: Estimator, pool: Pool, target: Target | None) -> Influence:
-    """`method.influence`, of which the form is checked.
-
-    Raises:
-        ConfigError: there is no target, and one is needed; or another error of the method.
-        ShapeError: what it gave does not fit the pool and the target.
-    """
+    """`method.influence`, of which the form is checked."""
     if target is None and method.needs_target:
         raise ConfigError(f"{method.label} ranks for a target, and there is none: give one, or use AlpaGasus or DEITA")
-    found = _given_by(method, pool, target)
+    try:
+        found: Any = method.influence(pool, target)
+    except Exception as error:
+        if isinstance(error, GradsiftError) or _is_own(type(method)):
+            raise
+        frame = traceback.extract_tb(error.__traceback__)[-1]  # the place tells authors of other packages more
+        where = f"{Path(frame.filename).name}:{frame.lineno}"
+        raise GradsiftError(f"{type(method).__name__}.influence failed at {where}: {error!r}") from error
     said = f"{type(method).__name__}.influence gave"
     if not isinstance(found, Influence):
         raise ShapeError(f"{said} {type(found).__name__}: wanted an Influence")
@@ -455,24 +452,7 @@ def influence_of(method: Estimator, pool: Pool, target: Target | None) -> Influe
     return found
 
 
-def _given_by(method: Estimator, pool: Pool, target: Target | None) -> Any:
-    """`method.influence`; an error of another package's code is told by its place, and ends no more than one of ours.
-
-    Raises:
-        GradsiftError: the method's own, or what stands for another.
-    """
-    try:
-        return method.influence(pool, target)
-    except Exception as error:
-        if isinstance(error, GradsiftError) or _is_own(type(method)):
-            raise
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{Path(frame.filename).name}:{frame.lineno}"
-        raise GradsiftError(f"{type(method).__name__}.influence failed at {where}: {error!r}") from error
-
-
 def _is_own(method: type[Settings]) -> bool:
-    """Whether a method is gradsift's."""
     return method.__module__.partition(".")[0] == "gradsift"
 
 
@@ -499,11 +479,7 @@ def read_together(methods: Iterable[Estimator]) -> tuple[list[Estimator], list[V
 
 
 def collect_together(pool: Pool, target: Target | None, methods: Iterable[Estimator], views: Iterable[View]) -> None:
-    """Collect what methods read of the pool at the last checkpoint, in one pass; `views` ride along where one is made.
-
-    Raises:
-        ConfigError, DataError, ModelError: as `Estimator.ready`.
-    """
+    """Collect what methods read of the pool at the last checkpoint, in one pass; `views` ride along if one is made."""
     reading, read, sums = read_together(methods)
     for method in reading:
         method.ready(pool, target)
@@ -514,13 +490,12 @@ def collect_together(pool: Pool, target: Target | None, methods: Iterable[Estima
 
 
 def _parts_of(method: Estimator) -> list[Estimator]:
-    """Those that it asks first, and itself."""
     return [*(part for one in method.before for part in _parts_of(one)), method]
 
 
-def full_sums(pool: Pool) -> Pool:
-    """The same pool, whose stores also hold the unprojected sums of their rows."""
-    return replace(pool, gradients=pool.gradients.model_copy(update={"full_sum": True}))
+def full_sums(pool: Pool, wanted: bool = True) -> Pool:
+    """The same pool, whose stores also hold the unprojected sums of their rows, or do not."""
+    return replace(pool, gradients=pool.gradients.model_copy(update={"full_sum": wanted}))
 
 
 def target_view(view: View) -> View:
@@ -534,12 +509,13 @@ def source_at(targets: Targets, checkpoint: Checkpoint) -> SequenceSource:
 
 
 def both_stores(
-    pool: Pool, targets: Targets, checkpoint: Checkpoint, view: View
+    pool: Pool, targets: Targets, checkpoint: Checkpoint, view: View, *, sums: bool = False
 ) -> tuple[GradientStore, GradientStore]:
-    """A checkpoint's rows of the pool, and those of the targets that go with them."""
-    source = source_at(targets, checkpoint)
-    store, asked = pool.stores(checkpoint, [view])[view], target_view(view)
-    queries = pool.collect(source, checkpoint, [asked], what="target")[asked]
+    """A checkpoint's rows of the pool, and those of the targets that go with them; with `sums`, of the pool's alone."""
+    source, asked = source_at(targets, checkpoint), target_view(view)
+    store = (full_sums(pool) if sums else pool).stores(checkpoint, [view])[view]
+    plain = full_sums(pool, wanted=False) if sums else pool
+    queries = plain.collect(source, checkpoint, [asked], what="target")[asked]
     store.check_comparable(queries)
     return store, queries
 
@@ -558,11 +534,7 @@ def conversations(data: Any) -> Iterable[Conversation]:
 
 
 def rate_weights(checkpoints: SequenceABC[Checkpoint]) -> list[float]:
-    """w_e = η̄_e / Σ η̄; equal weights where no checkpoint says its learning rate.
-
-    Raises:
-        DataError: some say it and some do not, or all say 0.
-    """
+    """w_e = η̄_e / Σ η̄; equal weights where no checkpoint says its learning rate."""
     rates = [checkpoint.learning_rate for checkpoint in checkpoints]
     known = [rate for rate in rates if rate is not None]
     if not known or len(checkpoints) == 1:
@@ -582,11 +554,7 @@ def rate_weights(checkpoints: SequenceABC[Checkpoint]) -> list[float]:
 
 
 def refuse_too_many(rows: int, targets: int) -> None:
-    """Refuse a matrix that does not fit into the memory at hand, with what it is added to or aggregated from.
-
-    Raises:
-        ConfigError: it does not.
-    """
+    """Refuse a matrix that does not fit into the memory at hand, with what it is added to or aggregated from."""
     needed, free = 2 * 4 * rows * targets, psutil.virtual_memory().available
     if needed > free:
         raise ConfigError(

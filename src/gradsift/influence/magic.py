@@ -157,6 +157,7 @@ class MAGIC(SmoothTraining, Estimator):
             warnings=(
                 *_not_smooth(growth, returned, self.record),
                 *_without_weight(replay.record),
+                *filter(None, [replay.record.warning]),
                 *([f"MAGIC: {check}"] if check else []),
             ),
             identity={"replays": identity},

@@ -85,6 +85,11 @@ class Record(ABC):
         """What the loss of each row that rides along would count for."""
         return self.shares(step)[:1].expand(len(self.riders[step]))
 
+    @property
+    def warning(self) -> str | None:
+        """What a reader of scores should know of the rows that it trains on."""
+        return None
+
     def verify(self, state: State, gradient: Tensor | None, parameters: SequenceABC[Tensor]) -> None:  # noqa: B027
         """Refuse a state, or the gradient of the step from it, that is not the recorded one; None at the end.
 

@@ -246,14 +246,9 @@ def aggregated(
     aggregation: Aggregation,
     live: SequenceABC[bool] | None = None,
 ) -> NDArray[np.float32]:
-    """One score per pool example from `[pool target]`.
+    """One score per pool example from `[pool target]`, higher = helps.
 
-    Args:
-        matrix: higher = helps.
-        subtasks: a label per target, or None.
-        aggregation: how.
-        live: which targets say anything; a subtask without any is left out of the maximum, and of the round. None: all
-            do.
+    A subtask without any `live` target is left out of the maximum, and of the round.
     """
     tensor = torch.from_numpy(matrix)
     if aggregation == "mean" or not (subtasks or aggregation == "round_robin"):

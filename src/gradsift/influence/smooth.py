@@ -139,7 +139,7 @@ class Ending:
     Args:
         source: of the targets' sequences.
         groups: the number of each target's group, `[target]`, from 0.
-        rows: which of the targets alone count, ascending; all by default.
+        rows: which of the targets alone count, ascending; all by default. Groups without any are no groups.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class Ending:
     ) -> None:
         rows = np.arange(len(source.ids)) if rows is None else rows
         self._source, self._rows = source, rows
-        self.groups = groups[rows]
+        self.groups = np.unique(groups[rows], return_inverse=True)[1]
         self.note = fingerprint([source.fingerprint, groups.tolist(), rows.tolist()])
         self._counts = np.bincount(self.groups)
 
@@ -177,7 +177,11 @@ class Ending:
 
     def loss(self, network: Network, theta: Tensor) -> float:
         """The mean over groups of their means, nats."""
-        return self.mean(network.losses(theta, self.sequences, len(self.groups), self.dpo))
+        return self.mean(self.losses(network, theta))
+
+    def losses(self, network: Network, theta: Tensor) -> Tensor:
+        """Of each target that counts, float64 `[target]`."""
+        return network.losses(theta, self.sequences, len(self.groups), self.dpo)
 
     def mean(self, losses: Tensor) -> float:
         """The same of the targets' losses `[target]`."""

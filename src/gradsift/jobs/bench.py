@@ -55,11 +55,7 @@ def run_bench(recipe: Recipe, reporter: Reporter | None = None) -> Benchmark:
 
 
 def open_bench(recipe: Recipe, reporter: Reporter, *, announce: bool = True) -> tuple[Pool, Target, Bench]:
-    """The pool, with rows planted in it, the target, and the settings, of which each method has its judge.
-
-    Raises:
-        ConfigError: a measure without its column, or no target.
-    """
+    """The pool, with rows planted in it, the target, and the settings, of which each method has its judge."""
     settings = recipe.bench or Bench()
     _ = settings.asked, settings.judged  # refused before anything is read
     if recipe.target is None:
@@ -78,10 +74,6 @@ def open_bench(recipe: Recipe, reporter: Reporter, *, announce: bool = True) -> 
 def planted(recipe: Recipe, plant: str, reporter: Reporter) -> list[Any]:
     """The pool's rows, some of which have the answer of another one, or of pairs their answers exchanged; the column
     `planted` says yes of those. Flags, weight and arguments for the template stay a row's own.
-
-    Raises:
-        ConfigError: it is not mislabel:SHARE, or too few rows have answers, or answers that differ.
-        DataError: the pool cannot be read.
     """
     kind, _, size = plant.rpartition(":")
     try:

@@ -353,11 +353,7 @@ class Groups:
 
 
 def groups_of(data: Dataset, wanted: Sequence[str]) -> dict[str, Groups]:
-    """The columns by which chosen and pool are compared: those asked for, else the usual ones that have few values.
-
-    Raises:
-        DataError: no row has a column that was asked for.
-    """
+    """The columns by which chosen and pool are compared: those asked for, else the usual ones that have few values."""
     first = [data.row(id_) for id_ in data.ids[:50]]
     usual = [column for column in _GROUP_COLUMNS if all(isinstance(row.get(column), str) for row in first)]
     found = {column: _grouped(data.column(column) if wanted else data.values(column)) for column in wanted or usual}

@@ -137,22 +137,12 @@ def rollout_files(*, rewarded: bool) -> list[str]:
 
 
 def run_sample(recipe: Recipe, reporter: Reporter | None = None) -> Rollouts:
-    """Sample what the recipe's NICE asks for, at every checkpoint; writes responses.jsonl. It needs no reward.
-
-    Raises:
-        ConfigError: the estimator samples nothing, or its settings cannot be met.
-        DataError: no prompt, or no response to any.
-    """
+    """Sample what the recipe's NICE asks for, at every checkpoint; writes responses.jsonl. It needs no reward."""
     return _rollouts(recipe, reporter or silent(), rewarded=False)
 
 
 def run_reward(recipe: Recipe, reporter: Reporter | None = None) -> Rollouts:
-    """The rewards of the responses, which are sampled where they are missing; writes responses.jsonl and rewards.json.
-
-    Raises:
-        ConfigError: as `run_sample`, or the reward cannot be computed.
-        DataError: as `run_sample`, or no response could be judged.
-    """
+    """The rewards of the responses, sampled where they are missing; writes responses.jsonl and rewards.json."""
     return _rollouts(recipe, reporter or silent(), rewarded=True)
 
 
@@ -171,9 +161,8 @@ def check_rollouts(recipe: Recipe) -> PolicyEstimator:
 def pass_rates(rewards: Rewards) -> dict[int, float]:
     """Mean over prompts of pass@1, 10 and 100, as far as every prompt has so many responses; where all earn 0 or 1.
 
-    Example:
-        >>> pass_rates({("a", 0): 1.0, ("a", 1): 0.0, ("b", 0): 0.0, ("b", 1): 0.0})
-        {1: 0.25}
+    >>> pass_rates({("a", 0): 1.0, ("a", 1): 0.0, ("b", 0): 0.0, ("b", 1): 0.0})
+    {1: 0.25}
     """
     if not set(rewards.values()) <= {0.0, 1.0}:
         return {}

@@ -82,8 +82,7 @@ def open_recipe_target(
 ) -> Target:
     """The recipe's target: labelled examples, or prompts where it names a reward or, without `rewarded`, in any case.
 
-    Raises:
-        ConfigError: it names none; or no reward, and the estimator, or one of `methods` in its place, ranks by one.
+    ConfigError: it names none; or no reward, and the estimator, or one of `methods` in its place, ranks by one.
     """
     if recipe.target is None:
         raise ConfigError(_NO_TARGET)
@@ -104,11 +103,7 @@ class RestOfTarget(list[dict[str, Any]]):
 
 
 def rest_of_target(recipe: Recipe, target: Target | None) -> RestOfTarget:
-    """What the recipe's sample leaves of its target, to measure on.
-
-    Raises:
-        ConfigError: there is no target or no sample of it, or nothing is left.
-    """
+    """What the recipe's sample leaves of its target, to measure on; ConfigError where there is nothing."""
     if target is None or recipe.target_sample is None:
         raise ConfigError(
             "the rest of the target is to be measured on, and there is none: give `target:` and `target_sample:`, of "
@@ -203,9 +198,6 @@ def explain_prompts(
 
     A prompt that cannot be explained gives its error, and the next one is asked for. Explanations are added to
     explanations.jsonl; no page is written, and tokens that match are left out, as they take most of the time.
-
-    Raises:
-        GradsiftError: the pool cannot be opened.
     """
     with Run(recipe.out).lock():
         pool = open_recipe(recipe, reporter)
@@ -367,14 +359,9 @@ def explain_into(result: Result) -> None:
 
 
 def explain_questions(recipe: Recipe, pool: Pool | None = None) -> tuple[list[Question], Account]:
-    """The prompts that a recipe asks to explain, and what of its file is none.
+    """The prompts that a recipe asks to explain, and what of its file is none; refuses what does not go together.
 
     Without `pool`, rows that are drawn from the pool are not there yet, and everything else is checked.
-
-    Raises:
-        ConfigError: not exactly one of prompt and target, or options that do not go together.
-        DataError: the prompt or the given output is empty, or the file cannot be used.
-        ModelError: the embedding model that is named cannot be loaded.
     """
     job = recipe.explain
     assert job is not None

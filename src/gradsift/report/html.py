@@ -18,6 +18,7 @@ from importlib import resources
 from typing import Any
 
 import jinja2
+from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup, escape
 
 from gradsift.report import charts, text
@@ -149,7 +150,7 @@ class Pen:
         own = {"places": [charts.map_places(space) for space in drawn.spaces], "covered": drawn.covered, "views": views}
         drawings = [(space, charts.map_drawing(space, view, shown)) for space in drawn.spaces]
         found = {"drawings": drawings, "picks": list(enumerate(picks)), "rest": rest, "view": view}
-        return found | {"data": json_block(own)}
+        return found | {"data": htmlsafe_json_dumps(own, _STATES.encode)}
 
     bar = staticmethod(charts.bar)
     chart = staticmethod(charts.chart)
@@ -165,14 +166,6 @@ class Pen:
     def excerpt(self, example: Example) -> str:
         """The beginning of its texts, on one line."""
         return " → ".join(text.one_line(turn.text, 120) for turn in example.turns[-2:] if turn.text)
-
-
-def json_block(value: Any) -> Markup:
-    """JSON that nothing inside a script element can end or escape from."""
-    source = _STATES.encode(value)
-    for character in "<>&":
-        source = source.replace(character, f"\\u{ord(character):04x}")
-    return Markup(source)
 
 
 @cache

@@ -125,11 +125,7 @@ class Sentiment(Settings):
         return [float(scores(text_of(completion))["compound"]) for completion in completions]
 
     def version(self) -> str:
-        """Of the package that has the lexicon.
-
-        Raises:
-            ConfigError: it is not installed.
-        """
+        """Of the package that has the lexicon."""
         _vader()
         return metadata.version("vaderSentiment")
 

@@ -41,15 +41,7 @@ _found: dict[tuple[str, str], tuple[_Times, list[Source]]] = {}
 
 
 def sources_of(path: Path, module: str) -> list[Source]:
-    """The source of a module, itself first, in the order in which imports name it.
-
-    Args:
-        path: its file.
-        module: its name, with the names of the packages that it is in.
-
-    Raises:
-        OSError: a file cannot be read.
-    """
+    """The source of a module, by its name in its packages: itself first, in the order in which imports name it."""
     path = path.resolve()
     key = (str(path), module)
     times, known = _found.get(key, ((), []))

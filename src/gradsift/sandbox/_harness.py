@@ -45,10 +45,8 @@ class Reference:
 
 
 def encode(value: Any) -> Any:
-    """`value` as JSON data that `decode` turns back; subclasses of plain types become the plain type.
-
-    Raises:
-        NotPlainError: for anything else.
+    """`value` as JSON data that `decode` turns back (NotPlainError if it is none); subclasses of plain types become
+    these.
     """
     if value is None or isinstance(value, bool):
         return value
@@ -150,31 +148,33 @@ def send(fd: int, message: Any) -> None:
     content = json.dumps(message).encode()
     if len(content) > _MESSAGE_BYTES:
         raise NotPlainError(f"{len(content) >> 20} MB of data, more than {_MESSAGE_BYTES >> 20} MB")
-    _write(fd, len(content).to_bytes(8, "big") + content)
+    write_all(fd, len(content).to_bytes(8, "big") + content)
 
 
-def _write(fd: int, content: bytes) -> None:
+def write_all(fd: int, content: bytes) -> None:
+    """Write to a pipe, which may take a part at a time."""
     while content:
         content = content[os.write(fd, content) :]
 
 
 def receive(fd: int) -> Any:
     """The message that `send` wrote."""
-
-    def exactly(size: int) -> bytes:
-        parts = []
-        while size:
-            part = os.read(fd, min(size, 1 << 20))
-            if not part:
-                raise EOFError
-            parts.append(part)
-            size -= len(part)
-        return b"".join(parts)
-
-    size = int.from_bytes(exactly(8), "big")
+    size = int.from_bytes(read_exactly(fd, 8), "big")
     if size > _MESSAGE_BYTES:
         raise ValueError(f"a message of {size} bytes")
-    return json.loads(exactly(size))
+    return json.loads(read_exactly(fd, size))
+
+
+def read_exactly(fd: int, size: int) -> bytes:
+    """So many bytes of a pipe; EOFError where it ends before."""
+    parts = []
+    while size:
+        part = os.read(fd, min(size, 1 << 20))
+        if not part:
+            raise EOFError
+        parts.append(part)
+        size -= len(part)
+    return b"".join(parts)
 
 
 # --- the program -----------------------------------------------------------------------------------------------------
@@ -253,7 +253,7 @@ def _done(request: dict[str, Any], names: dict[str, Any], objects: list[Any]) ->
         case "await":
             import asyncio
 
-            value = asyncio.run(_awaited(target))
+            value = asyncio.run(awaited(target))
         case "get":
             value = getattr(target, request["attribute"])
             if callable(value):
@@ -275,7 +275,8 @@ def _done(request: dict[str, Any], names: dict[str, Any], objects: list[Any]) ->
         return {"answer": encode((reference, arguments)), "kind": type(value).__name__[:_TEXT]}
 
 
-async def _awaited(value: Any) -> Any:
+async def awaited(value: Any) -> Any:
+    """A coroutine around anything that can be awaited."""
     return await value
 
 
@@ -302,7 +303,7 @@ def _run(script: types.CodeType | None, text: str, pipes: tuple[int, int]) -> di
     for _ in range(2):
         files.append(os.open(".standard", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
         os.unlink(".standard")  # noqa: PTH108 - saves every program the import
-    _write(files[0], text.encode("utf-8", "surrogatepass"))
+    write_all(files[0], text.encode("utf-8", "surrogatepass"))
     os.lseek(files[0], 0, os.SEEK_SET)
 
     def program() -> int:

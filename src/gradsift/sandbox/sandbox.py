@@ -184,11 +184,7 @@ _IN_FORCE = {
 
 
 def isolation_text(sandbox: Sandbox | None = None) -> str:
-    """`isolation` in words: what is in force, and what does not hold.
-
-    Raises:
-        ConfigError: as `isolation`.
-    """
+    """`isolation` in words: what is in force, and what does not hold."""
     found = isolation(sandbox)
     there = ", ".join(words for name, words in _IN_FORCE.items() if name in found) or "limits of time and memory alone"
     open_ = _not_held(found)
@@ -200,16 +196,13 @@ def _not_held(found: tuple[str, ...]) -> list[str]:
     own = os.getuid() != 0
     there = []
     if "files" not in found and "paths" not in found:
-        whose = (
-            "all that you may read and write" if own else "what every user may read, and what every user may write to"
-        )
-        there.append(f"they reach {whose}")
+        theirs = "what every user may read, and what every user may write to"
+        there.append(f"they reach {'all that you may read and write' if own else theirs}")
     elif "files" not in found:
         there.append("they can ask whether a file exists and how large it is")
     if "syscalls" not in found:
-        there.append(
-            "they have sockets, shared memory and signals" if "network" not in found else "they have all calls"
-        )
+        some = "sockets, shared memory and signals"
+        there.append(f"they have {some if 'network' not in found else 'all calls'}")
     if "pid" not in found and "paths" not in found:
         there.append("they see which processes run")
     if "memory" not in found:
@@ -250,7 +243,7 @@ def _request(program: Program, tests: Tests, sandbox: Sandbox, isolated: tuple[s
     installed = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
     packages = installed if sandbox.packages else []
     return {
-        "pytest": _folders_of("pytest") if "pytest" in tests.tools else [],
+        "pytest": _folders_of_pytest() if "pytest" in tests.tools else [],
         "program": asdict(program),
         "isolate": ("user", *isolated) if "pid" in isolated and os.getuid() != 0 else isolated,
         "filter": syscall_filter(os.uname().machine, attributes=os.getuid() == 0 or "files" in isolated),
@@ -270,9 +263,9 @@ def _request(program: Program, tests: Tests, sandbox: Sandbox, isolated: tuple[s
     }
 
 
-def _folders_of(package: str) -> list[str]:
-    """Where a package and what it needs is imported from."""
-    found = find_spec(package)
+def _folders_of_pytest() -> list[str]:
+    """Where it and what it needs is imported from."""
+    found = find_spec("pytest")
     folders = [str(Path(found.origin).parents[1])] if found is not None and found.origin is not None else []
     return list(dict.fromkeys([*folders, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]))
 
@@ -371,12 +364,8 @@ class _Pool:
                 supervisor = _Supervisor()
         finally:
             self.free.put(supervisor)
-        return answer or {
-            "status": "killed",
-            "reason": "the sandbox's own processes were killed",
-            "output": "",
-            "cpu": 0.0,
-        }
+        killed = "the sandbox's own processes were killed"
+        return answer or {"status": "killed", "reason": killed, "output": "", "cpu": 0.0}
 
     def close(self) -> None:
         for _ in range(self.workers):

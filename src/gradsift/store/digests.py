@@ -29,11 +29,7 @@ _known: dict[str, str] = {}  # of this process
 
 
 def file_digest(path: Path, before: bytes = b"") -> str:
-    """SHA-256 of `before` and all bytes of a file, 64 hex digits.
-
-    Raises:
-        OSError: it cannot be read.
-    """
+    """SHA-256 of `before` and all bytes of a file, 64 hex digits."""
     found = path.stat()
     if found.st_size < _WORTH:
         return _digest(path, before)

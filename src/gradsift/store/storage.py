@@ -133,10 +133,6 @@ class LocalStorage:
         """Hold the folder by a file `lock`, of which the operating system lets go with the process.
 
         What writers that are dead left half written is removed.
-
-        Raises:
-            LockedError: another process works here.
-            StorageError: the folder cannot be made or written.
         """
         lock = FileLock(self.root / "lock", timeout=0)
         try:

@@ -72,15 +72,9 @@ def lds(
 
 
 def agreement_of_trainings(one: ArrayLike, other: ArrayLike) -> Estimate:
-    """Spearman's correlation over subsets of the losses of two trainings of each, mean over targets.
+    """Spearman's correlation over subsets of the losses `[subset target]` of two trainings of each, mean over targets.
 
     The LDS that another training would have: with single trainings on both sides no method can be expected to be above.
-
-    Args:
-        one, other: `[subset target]`, nats.
-
-    Raises:
-        ShapeError, NonFiniteError: as for `lds`.
     """
     a, b = _matrix("one", one), _matrix("other", other)
     if a.shape != b.shape or len(a) < _LEAST_SUBSETS:

@@ -14,16 +14,8 @@ def auc(scores: ArrayLike, wanted: ArrayLike) -> NDArray[np.float64]:
 
         AUC = (Σ_{i wanted} rank_i − n(n+1)/2) / (n·(N−n)),   ranks from 1 = lowest, equal ones at their mean
 
-    Args:
-        scores: `[row target]`, higher = earlier; −∞ for rows without one.
-        wanted: `[row target]`, bool.
-
-    Returns:
-        NaN for a target of which all rows are wanted, or none is.
-
-    Raises:
-        ShapeError: sizes that do not fit.
-        NonFiniteError: a score is NaN or +∞.
+    NaN where all rows are wanted, or none is. All figures here take scores `[row target]`, higher = earlier, −∞ for
+    rows without one, and bools `[row target]` of what is wanted.
 
     Example:
         >>> auc([[0.9], [0.1], [0.5]], [[True], [False], [True]]).tolist()
@@ -40,14 +32,8 @@ def auc(scores: ArrayLike, wanted: ArrayLike) -> NDArray[np.float64]:
 def recall(scores: ArrayLike, wanted: ArrayLike, k: int | None = None) -> NDArray[np.float64]:
     """The share of the wanted rows that are among the k highest scores, `[target]`; NaN where none is wanted.
 
-    Of equal scores it is what an order by chance would be expected to give.
-
-    Args:
-        scores, wanted: as for `auc`.
-        k: None = as many as are wanted, where recall and precision are the same.
-
-    Raises:
-        ShapeError, NonFiniteError: as `auc`.
+    Of equal scores it is what an order by chance would be expected to give. k of None is as many as are wanted, where
+    recall and precision are the same.
 
     Example:
         >>> recall([[0.9], [0.1], [0.5]], [[True], [True], [False]]).tolist()
@@ -68,12 +54,6 @@ def reciprocal_rank(scores: ArrayLike, wanted: ArrayLike) -> NDArray[np.float64]
 
     Of equal scores it is what an order by chance would be expected to give.
 
-    Args:
-        scores, wanted: as for `auc`.
-
-    Raises:
-        ShapeError, NonFiniteError: as `auc`.
-
     Example:
         >>> reciprocal_rank([[0.9], [0.1], [0.5]], [[False], [False], [True]]).tolist()
         [0.5]
@@ -92,14 +72,7 @@ def reciprocal_rank(scores: ArrayLike, wanted: ArrayLike) -> NDArray[np.float64]
 def reciprocal_rank_by_chance(wanted: int, rows: int, above: int = 0) -> float:
     """What `reciprocal_rank` is expected to be where the order is by chance: Σ_r (1/r)·P(the first wanted row is at r).
 
-    Args:
-        wanted: how many of the rows.
-        rows: of one score.
-        above: rows of higher scores, none of which is wanted.
-
-    Example:
-        >>> reciprocal_rank_by_chance(1, 2)
-        0.75
+    So many are wanted of the `rows` of one score; of the rows `above`, of higher scores, none is.
     """
     ranks = np.arange(1, rows - wanted + 2)
     others_before = np.cumprod(np.append(1.0, (rows - wanted - ranks[:-1] + 1) / (rows - ranks[:-1] + 1)))
@@ -109,12 +82,6 @@ def reciprocal_rank_by_chance(wanted: int, rows: int, above: int = 0) -> float:
 def average_precision(scores: ArrayLike, wanted: ArrayLike) -> NDArray[np.float64]:
     """The area under the precision-recall curve, `[target]`: Σ_k (recall_k − recall_{k−1})·precision_k over distinct
     scores from high to low; the share of wanted rows is what chance gives. NaN where none is wanted.
-
-    Args:
-        scores, wanted: as for `auc`.
-
-    Raises:
-        ShapeError, NonFiniteError: as `auc`.
 
     Example:
         >>> average_precision([[0.9], [0.1], [0.5]], [[True], [True], [False]]).round(3).tolist()

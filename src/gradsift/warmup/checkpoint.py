@@ -21,7 +21,7 @@ from gradsift.store.remote import at_hand, is_url
 ADAM_FILE = "adam.safetensors"
 INFO_FILE = "checkpoint.json"
 # Trainer's own rule for what gets no weight decay, on lower-case names; it adds the parameters of nn.LayerNorm.
-_NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
+NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 _WRAPPERS = re.compile(r"(?:^module\.|_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.)")
 
 
@@ -93,8 +93,7 @@ def open_checkpoint(adapter: str) -> Checkpoint:
 
 
 def trained_parameters(network: Any, adapter: str | None = None) -> dict[str, tuple[int, ...]]:
-    """Name → shape of what training an attached PEFT adapter updates, the active one unless another is named, in the
-    model's order, though all may be frozen.
+    """Name → shape of what training an attached PEFT adapter updates, in the model's order, though all may be frozen.
 
     These are the adapter's own parameters, the copies of `modules_to_save`, and the base's biases where the adapter's
     configuration says that they are trained: what `load_moments` needs to read an optimizer state without names.
@@ -122,18 +121,11 @@ def trained_parameters(network: Any, adapter: str | None = None) -> dict[str, tu
 
 
 def load_moments(checkpoint: Checkpoint, parameters: Mapping[str, tuple[int, ...]]) -> Moments:
-    """Adam's moments of a checkpoint for the given trainable parameters.
+    """Adam's moments of a checkpoint for the given trainable parameters, from `trained_parameters`.
 
-    Args:
-        checkpoint: with optimizer state in one of three forms: gradsift's by name, Trainer's `optimizer.pt` (indexed by
-            position: parameters with weight decay first, each group in the model's order), FSDP's `optimizer.bin`
-            (by name).
-        parameters: name → shape, from `trained_parameters`. Forms with names may be asked for a part of them.
-
-    Raises:
-        ConfigError: no optimizer state.
-        MismatchError: shapes, counts or parameter groups do not fit the parameters.
-        CorruptError: the file cannot be read.
+    They come in one of three forms: gradsift's by name, Trainer's `optimizer.pt` (indexed by position: parameters with
+    weight decay first, each group in the model's order), FSDP's `optimizer.bin` (by name). Those with names may be
+    asked for a part of the parameters.
     """
     checkpoint.optimizer_identity()
     assert checkpoint.optimizer is not None
@@ -260,7 +252,7 @@ def _partitions(parameters: Mapping[str, tuple[int, ...]]) -> Iterator[list[list
     `create_loraplus_optimizer` makes four: A and what else has no other place, LoRA of embeddings, B with decay, B
     without.
     """
-    by_name = [name for name in parameters if _NO_DECAY.search(name.lower())]
+    by_name = [name for name in parameters if NO_DECAY.search(name.lower())]
     vectors = [n for n, shape in parameters.items() if len(shape) == 1 and ".lora_" not in n]  # nn.LayerNorm's weights
     spared = [set(by_name), {*by_name, *vectors}, {n for n in parameters if "bias" in n}]
     yield [list(parameters)]
@@ -287,10 +279,7 @@ def _at_least_float32(tensor: Tensor) -> Tensor:
 
 
 def _learning_rate(folder: Path) -> float | None:
-    """η̄ of the epoch that ends here.
-
-    From Trainer's log it is the mean over the entries of the last epoch: exact with logging_steps=1.
-    """
+    """η̄ of the epoch that ends here; from Trainer's log the mean of its entries, exact with logging_steps=1."""
     for path in (folder / INFO_FILE, folder / "trainer_state.json"):
         if path.is_file():
             content = _read_json(path)

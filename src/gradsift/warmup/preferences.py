@@ -34,11 +34,7 @@ def contrasts(
     reporter: Reporter,
     engine: Engine = LOCAL,
 ) -> NDArray[np.float64]:
-    """x = −(log p(chosen) − log p(rejected)) of each pair at a checkpoint, nats `[row]`: kept, or found now.
-
-    Raises:
-        ModelError: one is not finite.
-    """
+    """x = −(log p(chosen) − log p(rejected)) of each pair at a checkpoint, nats `[row]`: kept, or found now."""
     if pairs.origin is not None:
         whole = contrasts(
             run, pairs.origin.pairs, checkpoint, model=model, dtype=dtype, device=device, reporter=reporter,

@@ -21,7 +21,7 @@ from gradsift.base.types import Message, Skipped, TokenizedExample, before_answe
 from gradsift.base.types import Sequence as TokenSequence
 from gradsift.context import Pool, Target
 from gradsift.execution.chunks import in_chunks
-from gradsift.execution.threads import side_by_side
+from gradsift.execution.threads import in_order
 from gradsift.generation.endpoint import Client, Endpoint
 from gradsift.gradients.losses import row_losses
 from gradsift.influence.estimator import Estimator, Influence
@@ -306,7 +306,8 @@ def _rating(pool: Pool, rater: Rater) -> Iterator[Callable[[Sequence[str]], list
         endpoint = rater.endpoint
         assert endpoint is not None
         with Client(endpoint) as client:
-            yield lambda ids: _side_by_side(client, rater, [pool.data.messages(id_) for id_ in ids])
+            graded = partial(_graded, client, rater)
+            yield lambda ids: in_order(graded, [pool.data.messages(id_) for id_ in ids], endpoint.concurrency)
     elif isinstance(rater, FunctionRating):
         function = load_function(rater.name)
         data = pool.data
@@ -336,11 +337,6 @@ _CRITERIA = {
     "complexity": "Judge what is asked, not how long it takes to say it.",
 }
 _FORM = r"Score: ([0-4](?:\.\d+)?|5(?:\.0+)?)"
-
-
-def _side_by_side(client: Client, rater: JudgeRating, rows: Sequence[Sequence[Message]]) -> list[Rating]:
-    found = dict(side_by_side(lambda row: _graded(client, rater, row), rows, client.endpoint.concurrency))
-    return [found[position] for position in range(len(rows))]
 
 
 def _graded(client: Client, rater: JudgeRating, messages: Sequence[Message]) -> Rating:

@@ -75,12 +75,10 @@ class DataInf(ProductEstimator):
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         parts = ["normalised"] * self.normalise + damping_label(self.damping)
         return f"DataInf ({', '.join(parts)})" if parts else "DataInf"
 
     def directions(self, store: GradientStore, targets: Tensor, device: str) -> Tensor:
-        """h of `datainf_directions`."""
         factors = None
         if self.normalise:
             norms = store.projected_norms
@@ -102,7 +100,6 @@ class KernelEstimator(Estimator):
 
     @property
     def view(self) -> View:  # type: ignore[override]
-        """Which of the pool's rows it reads."""
         return "segments" if self.kernel == "segments" else "plain"
 
     @property
@@ -134,13 +131,11 @@ class ProjectedInverse(KernelEstimator, RateWeighted, ProductEstimator):
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         parts = ["by module"] * (self.kernel == "segments") + ["last checkpoint"] * (self.checkpoints == "last")
         parts += damping_label(self.damping, "spectral")
         return f"projected inverse ({', '.join(parts)})" if parts else "projected inverse"
 
     def directions(self, store: GradientStore, targets: Tensor, device: str) -> Tensor:
-        """The targets through the inverse."""
         if self.kernel == "whole":
             return whole_inverse_directions(store, targets, self.damping, device=device)
         return inverse_directions(store, targets, self.damping, device=device)

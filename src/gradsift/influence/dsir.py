@@ -42,11 +42,9 @@ class DSIR(Estimator):
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         return "DSIR"
 
     def influence(self, pool: Pool, target: Target | None) -> Influence:
-        """Log ratios of the pool's texts."""
         assert target is not None, self
         rows, queries = (
             hashed_counts(spoken_texts(self.label, pool, data), self.buckets) for data in (pool.data, target.data)

@@ -326,7 +326,6 @@ class RateWeighted(Estimator):
         return rate_weights(checkpoints)
 
     def counted(self, checkpoints: SequenceABC[Checkpoint]) -> dict[str, Any]:
-        """What their sum is weighted by, where there are several."""
         return {} if self.last_checkpoint else {"weights": self.weights(checkpoints)}
 
 
@@ -342,11 +341,9 @@ class TrainingEstimator(RateWeighted):
 
     @property
     def view(self) -> View:  # type: ignore[override]
-        """Which of the pool's rows it reads."""
         return "adam" if self.optimizer == "adam" else "plain"
 
     def counted(self, checkpoints: SequenceABC[Checkpoint]) -> dict[str, Any]:
-        """What their sum is weighted by."""
         return {"weights": self.weights(checkpoints)}
 
 

@@ -158,7 +158,6 @@ class JI2S(TrainingEstimator):
     subtract_bias: bool = False
 
     def model_post_init(self, _context: object) -> None:
-        """Refuse what does not go together."""
         if self.normalise and self.full_space:
             raise ConfigError(
                 f"normalise goes with hessian fisher_projected or identity, not with {self.hessian}: the sum in full "
@@ -186,11 +185,9 @@ class JI2S(TrainingEstimator):
 
     @property
     def full_sum(self) -> bool:  # type: ignore[override]
-        """Whether the unprojected sum of the pool's rows has to be stored."""
         return self.full_space
 
     def counted(self, checkpoints: SequenceABC[Checkpoint]) -> dict[str, Any]:
-        """What both terms are weighted by."""
         return {"weights": self.factors(checkpoints)}
 
     def factors(self, checkpoints: SequenceABC[Checkpoint]) -> list[tuple[float, float]]:
@@ -254,7 +251,6 @@ class JI2S(TrainingEstimator):
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         parts = [f"λ={self.joint_weight:g}"] + [self.hessian] * (self.hessian != "fisher")
         parts += ["less bias"] * self.subtract_bias + ["η²"] * (self.joint_lr_power == 2)
         parts += [f"{self.pair_reduction} of pairs"] * (not self.standardise_terms)

@@ -71,7 +71,6 @@ class PolicyEstimator(ProductEstimator):
     policy: PolicyGradient = PolicyGradient()
 
     def model_post_init(self, _context: object) -> None:
-        """Refuse what does not go together."""
         policy, by_assistant = self.policy, self.assistant is not None
         if by_assistant and self.server is not None:
             raise ConfigError(
@@ -173,7 +172,6 @@ class NICE(TrainingEstimator, PolicyEstimator):
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         parts = [] if self.optimizer == "adam" else ["SGD"]
         parts += ["raw"] * (not self.normalise) + ["last checkpoint"] * (self.checkpoints == "last")
         return policy_label("NICE", self, parts)
@@ -195,12 +193,10 @@ class NICEIF(PolicyEstimator):
     damping: Damping = "auto"
 
     def directions(self, store: GradientStore, targets: Tensor, device: str) -> Tensor:
-        """h of `datainf_directions`."""
         return datainf_directions(store, targets, self.damping, device=device)
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         return policy_label("NICE-IF", self, damping_label(self.damping))
 
 

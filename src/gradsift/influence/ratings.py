@@ -57,7 +57,6 @@ class JudgeRating(JudgeSettings):
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         return "judge" if self.endpoint is None else f"judge {self.endpoint.model}"
 
 
@@ -79,7 +78,6 @@ class FunctionRating(Settings):
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         return self.name
 
 
@@ -90,7 +88,6 @@ class LengthRating(Settings):
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         return "length"
 
 
@@ -105,7 +102,6 @@ class PerplexityRating(Settings):
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         return f"{self.prefer} perplexity"
 
 
@@ -124,7 +120,6 @@ class DifficultyRating(Settings):
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         return "IFD"
 
 

@@ -74,7 +74,6 @@ class Rerank(Estimator):
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         return f"{self.first.label}, {self.candidates} by {self.then.label}"
 
     @property
@@ -84,16 +83,13 @@ class Rerank(Estimator):
 
     @property
     def text_model(self) -> str | None:  # type: ignore[override]
-        """Of the first method."""
         return self.first.text_model
 
     @property
     def before(self) -> tuple[Estimator, ...]:
-        """The first method."""
         return (self.first,)
 
     def preflight(self, pool: Pool, target: Target | None) -> None:
-        """Both methods."""
         super().preflight(pool, target)
         self.then.preflight(pool, target)
 
@@ -129,7 +125,6 @@ class Rerank(Estimator):
         )
 
     def inputs(self, pool: Pool) -> dict[str, Any]:
-        """Both methods'."""
         return {"first": self.first.inputs(pool), "then": self.then.inputs(self._exact(pool))}
 
     def passes(

@@ -78,7 +78,6 @@ class Scores(Shown):
     target: Target | None = field(default=None, repr=False, compare=False)
 
     def blocks(self) -> tuple[Block, ...]:
-        """What a notebook shows of them."""
         from gradsift.influence.shown import scores_blocks  # which knows what scores are
 
         return scores_blocks(self)

@@ -34,7 +34,6 @@ class JointGreedy(Selector):
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         return "joint greedy"
 
     def check(self, estimator: Estimator, *, target: bool = True, explaining: bool = False) -> None:

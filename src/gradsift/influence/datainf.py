@@ -20,7 +20,7 @@ from gradsift.base.lazy import Tensor, torch
 from gradsift.base.settings import later
 from gradsift.base.sums import row_products
 from gradsift.gradients.rows import View
-from gradsift.influence.blocks import carried, on_cpu, place_for
+from gradsift.influence.blocks import carried, on_cpu, place_for, threads
 from gradsift.influence.estimator import Estimator, ProductEstimator, RateWeighted
 from gradsift.store.gradient_store import GradientStore
 
@@ -94,6 +94,8 @@ class KernelEstimator(Estimator):
     checkpoints: `all`, or the `last`.
     """
 
+    needs_projection: ClassVar[bool] = True
+
     damping: Damping = "spectral"
     kernel: Literal["segments", "whole"] = "segments"
     checkpoints: Literal["all", "last"] = "all"
@@ -101,11 +103,6 @@ class KernelEstimator(Estimator):
     @property
     def view(self) -> View:  # type: ignore[override]
         return "segments" if self.kernel == "segments" else "plain"
-
-    @property
-    def needs_projection(self) -> bool:
-        """For the matrices that it inverts."""
-        return True
 
 
 class ProjectedInverse(KernelEstimator, RateWeighted, ProductEstimator):
@@ -125,7 +122,7 @@ class ProjectedInverse(KernelEstimator, RateWeighted, ProductEstimator):
     kernel: Literal["segments", "whole"] = "whole"
 
     @property
-    def needs_projection(self) -> bool:
+    def needs_projection(self) -> bool:  # type: ignore[override]
         """By module; the whole inverse is that of the rows' own products."""
         return self.kernel == "segments"
 
@@ -432,13 +429,13 @@ def _for_each_block(
     Each thread has segments of its own, side by side, and one buffer: no sums have to be merged. For a GPU there
     is one thread, which reads a block while the GPU works on the one before.
     """
-    threads = torch.get_num_threads()
-    shares, length = (threads, _BLOCK_ROWS) if on_cpu(place) else (1, _GPU_BLOCK_ROWS)
+    cores = torch.get_num_threads()
+    shares, length = (cores, _BLOCK_ROWS) if on_cpu(place) else (1, _GPU_BLOCK_ROWS)
     numbered = enumerate(segments)
     parts = [list(part) for _, part in groupby(numbered, lambda entry: sum(entry[1]) * shares // (2 * store.dim))]
 
     def run(part: list[tuple[int, Columns]]) -> None:
-        torch.set_num_threads(max(1, threads // len(parts)))
+        torch.set_num_threads(max(1, cores // len(parts)))
         left, right = part[0][1][0], part[-1][1][1]
         numbers = [number for number, _ in part]
         starts = [start - left for _, (start, _) in part] + [right - left]
@@ -452,11 +449,8 @@ def _for_each_block(
             work(_Block(numbers, rows, scale.to(place), starts))
             first += len(stored)
 
-    try:
-        with ThreadPoolExecutor(len(parts)) as executor:
-            list(executor.map(run, parts))
-    finally:
-        torch.set_num_threads(threads)
+    with threads(cores), ThreadPoolExecutor(len(parts)) as executor:
+        list(executor.map(run, parts))
 
 
 def _segment_sum(

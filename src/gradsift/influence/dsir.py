@@ -36,13 +36,11 @@ class DSIR(Estimator):
     takes: ClassVar[Literal["labels", "texts", "reward"]] = "texts"
     pairs: ClassVar[bool] = False
 
+    label: ClassVar[str] = "DSIR"
+
     kind: Literal["dsir"] = "dsir"
     buckets: int = Field(default=10_000, ge=1)
     smoothing: float = Field(default=1e-4, gt=0)
-
-    @property
-    def label(self) -> str:
-        return "DSIR"
 
     def influence(self, pool: Pool, target: Target | None) -> Influence:
         assert target is not None, self

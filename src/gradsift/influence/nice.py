@@ -218,11 +218,6 @@ class PolicyTargets:
         """Of the prompts, with responses or without."""
         return self.target.data.ids
 
-    @property
-    def summaries(self) -> list[RewardSummary]:
-        """What the responses earned, of each checkpoint that was asked for."""
-        return list(self._summaries.values())
-
     def summary_at(self, checkpoint: Checkpoint) -> RewardSummary:
         """What the responses earned at a checkpoint."""
         self.at(checkpoint)
@@ -312,17 +307,14 @@ class PolicyTargets:
 
     def told(self, found: Influence) -> Influence:
         """What was found, with what the responses earned and what is wrong with it as a signal."""
-        return replace(
-            found,
-            warnings=(*signal_warnings(self.summaries, self.method), *found.warnings),
-            live=self.live,
-            rewards=tuple(self.summaries),
-        )
+        earned = tuple(self._summaries.values())
+        warnings = (*signal_warnings(earned, self.method), *found.warnings)
+        return replace(found, warnings=warnings, live=self.live, rewards=earned)
 
     def check(self) -> None:
         """Refuse targets that say nothing at all."""
         if not any(self.live):
-            best = max(summary.quantiles[-1] for summary in self.summaries)
+            best = max(summary.quantiles[-1] for summary in self._summaries.values())
             lost = [problem for checkpoint in self.checkpoints for problem in self.earned_at(checkpoint).problems]
             beside = f"; {len(lost)} have no reward, first: {lost[0].reason}" if lost else ""
             raise DataError(

@@ -84,11 +84,9 @@ class FunctionRating(Settings):
 class LengthRating(Settings):
     """Tokens of the last answer, its end included: the longest first (Zhao et al. 2024)."""
 
-    kind: Literal["length"] = "length"
+    label: ClassVar[str] = "length"
 
-    @property
-    def label(self) -> str:
-        return "length"
+    kind: Literal["length"] = "length"
 
 
 class PerplexityRating(Settings):
@@ -115,12 +113,10 @@ class DifficultyRating(Settings):
     maximum: the highest rating that is kept; None keeps all.
     """
 
+    label: ClassVar[str] = "IFD"
+
     kind: Literal["ifd"] = "ifd"
     maximum: FiniteFloat | None = 1.0
-
-    @property
-    def label(self) -> str:
-        return "IFD"
 
 
 Rater = Annotated[

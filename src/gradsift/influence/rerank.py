@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,6 +49,8 @@ class Rerank(Estimator):
     candidates: how many of the first method's ranking it gets.
     """
 
+    runs_model: ClassVar[bool] = True
+
     kind: Literal["rerank"] = "rerank"
     first: AnyFirst = RDSPlus()
     then: AnyThen = LESS()
@@ -77,16 +79,11 @@ class Rerank(Estimator):
         return f"{self.first.label}, {self.candidates} by {self.then.label}"
 
     @property
-    def runs_model(self) -> bool:
-        """For the candidates' gradients."""
-        return True
-
-    @property
     def text_model(self) -> str | None:  # type: ignore[override]
         return self.first.text_model
 
     @property
-    def before(self) -> tuple[Estimator, ...]:
+    def before(self) -> tuple[Estimator, ...]:  # type: ignore[override]
         return (self.first,)
 
     def preflight(self, pool: Pool, target: Target | None) -> None:

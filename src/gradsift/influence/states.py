@@ -40,12 +40,9 @@ class _OfStates(Estimator):
     """
 
     takes: ClassVar[Literal["labels", "texts", "reward"]] = "texts"
+    runs_model: ClassVar[bool] = True
 
     checkpoint: Literal["base", "last"] = "base"
-
-    @property
-    def runs_model(self) -> bool:
-        return True
 
     @abstractmethod
     def pooled(self) -> tuple[Pooling, int]:

@@ -320,9 +320,7 @@ def _parsed(text: str, file: str | Path) -> tuple[Any, Any]:
 
 
 def _size(node: Any, file: str | Path, known: dict[int, int]) -> int:
-    """Values that a YAML document stands for: what an alias names counts at every place, without end in itself. A key
-    that stands twice in one mapping, of which YAML would take the last, is refused.
-    """
+    """Values that a YAML document stands for, aliases at every place; refuses a key that stands twice."""
     if not isinstance(node, yaml.CollectionNode):
         return 1
     if id(node) not in known:

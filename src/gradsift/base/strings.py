@@ -15,10 +15,7 @@ _BLOCK = 4096  # texts that are made Python objects of at once
 
 
 def let_go(array: NDArray[Any]) -> None:
-    """Have what was read of a mapped file count as this process's memory no longer; it stays in the system's cache.
-
-    For those who go through a file: the rest of it comes, and what was read goes.
-    """
+    """Have what was read of a mapped file, by those who go through it, count as this process's memory no longer."""
     mapped = getattr(array, "_mmap", None)
     if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
         mapped.madvise(mmap.MADV_DONTNEED)

@@ -43,11 +43,7 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
 def said(message: Mapping[str, Any]) -> str:
-    """All that a message says, as one text: its reasoning, its content, and each call of a tool as JSON.
-
-    >>> said({"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"a": 1}}}]})
-    '{"name": "f", "arguments": {"a": 1}}'
-    """
+    """All that a message says, as one text: its reasoning, its content, and each call of a tool as JSON."""
     calls = message.get("tool_calls") or ()
     if not calls and not any(name in message for name in REASONING):
         return str(message["content"])

@@ -34,9 +34,7 @@ Rows = Mapping[Key, NDArray[np.int64]]
 
 
 def chosen_blocks(grid: Grid, choices: Mapping[Key, Sequence[str]]) -> tuple[dict[str, list[Block]], list[str]]:
-    """What was chosen, by heading of the page, and why there is no map if there is none; `choices` are those that were
-    made, also where the training that followed failed.
-    """
+    """What was chosen, also if the training failed, by heading of the page; and why there is no map if so."""
     data = grid.pool.data
     counted = Counted(data, grid.recipe.group_by)
     sets = {key: np.array(data.positions(list(ids)), dtype=np.int64) for key, ids in choices.items()}

@@ -95,9 +95,7 @@ class _Cells:
     def _rounds(
         self, cells: Sequence[CellOf], elsewhere: bool
     ) -> Iterator[tuple[Literal["train", "evaluate"], list[CellOf]]]:
-        """What can be done at once: on workers first all trainings, as a metric may compare two arms, and of cells with
-        equal ones first one, whose training the others find.
-        """
+        """What can be done at once: on workers first trainings, of equal ones one, as metrics may compare arms."""
         if not elsewhere:
             yield "evaluate", list(cells)
             return

@@ -18,10 +18,7 @@ from gradsift.base.types import Example, Message, Skipped, said
 
 
 def content_hash(messages: Iterable[Message]) -> str:
-    """Hash the messages exactly as they are: the default id of a row that brings none.
-
-    16 hex digits: among a million different rows two share one with probability 3e-8, and would then be told apart by
-    a suffix.
+    """Hash the messages exactly as they are (16 hex digits): the default id of a row that brings none.
 
     >>> content_hash([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}])
     'de615ee0a74cae9c'
@@ -50,10 +47,7 @@ class Duplicates:
         self._ids, self._ends = bytearray(), array("q", [0])  # of those that are kept
 
     def add(self, example: Example, digest: str) -> Skipped | None:
-        """The row as a duplicate that names the one that is kept; None for one that is new.
-
-        digest: its `normalised_hash`
-        """
+        """The row, of this `normalised_hash`, as a duplicate that names the one that is kept; None if it is new."""
         place = self._seen.add(
             f"{digest}{example.flags or ''}{example.options}{example.weight if example.weight != 1 else ''}",
             len(self._ends) - 1,

@@ -82,12 +82,7 @@ class BoundLMEval:
         return {"settings": settings, "lm_eval": metadata.version("lm-eval"), "files": files}
 
     def measure(self, subject: Subject, notebook: Notebook) -> Measured:
-        """Run the tasks.
-
-        Raises:
-            ConfigError: lm-eval does not know a task.
-            ModelError: lm-eval fails, for instance since a task's data cannot be fetched.
-        """
+        """Run the tasks; ConfigError where lm-eval does not know one, ModelError where it fails."""
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 

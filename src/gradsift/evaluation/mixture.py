@@ -123,9 +123,8 @@ def mix(scores: Scores, by: str, budget: float = 0.05, seed: int = 0) -> Mixture
 
 
 def train_mixtures(mixture: Mixture, pool: Pool, test: HeldOutLoss, settings: Training) -> dict[str, list[float]]:
-    """Held-out losses after training on as many rows, drawn at random from sources by the mixture, evenly, and by size.
-
-    A source that has fewer rows than its share gives all it has.
+    """Held-out losses after training on as many rows, drawn at random from sources by the mixture, evenly, and by size,
+    or all of a source that has fewer.
     """
     names = sources_of(pool.data, mixture.by)
     equal = (1 / len(mixture.sources),) * len(mixture.sources)

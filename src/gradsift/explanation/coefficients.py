@@ -34,7 +34,7 @@ _BLOCK = 1 << 16  # gradient entries reduced at once: 26 rows of fp64 are 14 MB
 
 
 def coefficients(target_gradient: Tensor, selected: Tensor, *, model: CoefficientModel = "MSEProjUSimp") -> Tensor:
-    """Coefficients t of the reconstruction `g ≈ A t`, where the columns of A are the selected gradients.
+    """Coefficients t [k], fp64, of the reconstruction `g ≈ A t`, where the columns of A are the selected gradients.
 
     Models (Compact, section 3.2 and Appendix D):
 
@@ -57,15 +57,6 @@ def coefficients(target_gradient: Tensor, selected: Tensor, *, model: Coefficien
     Args:
         target_gradient: g, the gradient of the output to explain, [dim].
         selected: the gradients of the selected examples as rows, not normalised, [k dim].
-        model: see above.
-
-    Returns:
-        t [k], fp64, on the device of `selected`.
-
-    Raises:
-        ShapeError: wrong axes, different dims, or nothing selected.
-        NonFiniteError: NaN or infinity in either.
-        ConfigError: an unknown model.
 
     Example:
         >>> selected = torch.tensor([[2.0, 0.0], [0.0, 2.0]])

@@ -200,9 +200,8 @@ def questions_of(examples: SequenceABC[Example], *, use_answers: bool = False) -
 def answers(
     pool: Pool, questions: SequenceABC[Question], *, max_new_tokens: int = 128
 ) -> tuple[list[Output], list[Skipped]]:
-    """The model's greedy answer at the last checkpoint to each question that has none, and the questions without one.
-
-    What the model said is kept in the run folder under the model, adapter, prompt and limit, and is not asked again.
+    """The model's greedy answer at the last checkpoint to each question that has none, kept in the run folder under the
+    model, adapter, prompt and limit; and the questions without one.
     """
     speaker = _Speaker(pool, _outputs_prefix(pool, pool.checkpoints()[-1], max_new_tokens), max_new_tokens)
     whole = ChatFormat(pool.tokenizer, supervise="last_turn")  # a given answer is explained whole, however long

@@ -250,23 +250,13 @@ def _of_equal_size(
 
 
 def aggregate_relevance(relevances: Sequence[Relevance], *, how: Aggregation = "ratio_of_means") -> float:
-    """One ratio for many targets; `to_db` of it is the value to report.
+    """One ratio for many targets, at most 1e12; `to_db` of it is the value to report.
 
     - `ratio_of_means`: `Σ‖g‖² / Σ‖g − A t‖²` (Compact, equation 1). Targets with long gradients weigh more.
     - `mean_of_ratios`: `mean ξ`, what the authors' tables hold. One capped target outweighs all others.
     - `median_db`: the ratio whose dB value is the median of the targets' dB values.
 
     Averages are taken in linear units and converted to dB last, except for the median, which is one of the values.
-
-    Args:
-        relevances: one per target.
-        how: see above.
-
-    Returns:
-        The aggregated ratio, at most 1e12.
-
-    Raises:
-        ConfigError: no relevances, or an unknown aggregation.
 
     Example:
         >>> selected = torch.tensor([[1.0, 0.0]])

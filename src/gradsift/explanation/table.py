@@ -223,10 +223,7 @@ def _row(
 
 
 def naive_beside(strategies: Sequence[Selector]) -> dict[str, str]:
-    """Of each strategy that chooses otherwise from a ranking, the naive one among them that takes its first.
-
-    Pursuit is none: it chooses by relevance itself.
-    """
+    """Of each strategy that chooses otherwise from a ranking, but pursuit, the naive one that takes its first."""
     naive = {own.ranking: own.strategy for own in strategies if isinstance(own, Naive)}
     others = (own for own in strategies if not isinstance(own, Naive) and not own.last)
     return {own.strategy: naive[own.ranking] for own in others if own.ranking in naive}

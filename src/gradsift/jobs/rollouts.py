@@ -289,9 +289,7 @@ def _sum(logprobs: Any) -> float | None:
 
 
 def print_rollouts(result: Rollouts, show: int = 3) -> None:
-    """Tables on standard output, and of `show` prompts the best and the worst responses at the last checkpoint, or
-    without rewards the first two.
-    """
+    """Tables on standard output, and of `show` prompts the best and worst last responses, or the first two."""
     out = console()
     columns = ("checkpoint", "prompts", "responses", "mean tokens", "cut off", "distinct per prompt")
     rows = [

@@ -123,11 +123,7 @@ def percent(share: float) -> str:
 
 
 def share(value: float) -> str:
-    """A share that is known to a few hundredths, as a whole percentage.
-
-    >>> share(0.85)
-    '85\u202f%'
-    """
+    """A share that is known to a few hundredths, as a whole percentage: `85 %`."""
     return written(100 * value, ".0f") + "\u202f%"
 
 

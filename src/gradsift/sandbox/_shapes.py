@@ -350,9 +350,7 @@ class _TextOnly(pickle.Unpickler):
 
 
 def cases_of(value: Any) -> list[Any]:
-    """The test cases of LiveCodeBench's columns: JSON, or JSON pickled, compressed and in base 64 (else
-    CannotJudgeError).
-    """
+    """The test cases of LiveCodeBench's columns: JSON, plain or pickled, compressed and in base 64."""
     if isinstance(value, list):
         return value
     try:

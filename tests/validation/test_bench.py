@@ -47,6 +47,21 @@ class Knowing(gs.Estimator):
         return gs.Influence(ids=list(pool.data.ids), matrix=(self.sign * same).astype(np.float32))
 
 
+class Fond(Knowing):
+    """Ranks rows of one class first, whatever is asked."""
+
+    kind: Literal["fond"] = "fond"  # type: ignore[assignment]
+
+    @property
+    def label(self) -> str:
+        return "fond"
+
+    def influence(self, pool: gs.Pool, target: gs.Target | None) -> gs.Influence:
+        assert target is not None
+        of_class = np.array(pool.data.column("source")) == "colour"
+        return gs.Influence(list(pool.data.ids), np.repeat(of_class[:, None], len(target.data), axis=1).astype("f4"))
+
+
 @pytest.fixture(scope="module")
 def labelled(tiny: World) -> str:
     """The target with the class of each row."""
@@ -88,6 +103,19 @@ def test_what_says_nothing_is_said(opened: tuple[gs.Pool, gs.Target]) -> None:
     """Where no method is above the random ranking, none is recommended."""
     found = bench(*opened, [Knowing(sign=-1)], settings=Bench(class_column="source", top=3))
     assert found.sentence.startswith("No method is told apart from a random ranking here")
+
+
+def test_intervals_are_over_classes(opened: tuple[gs.Pool, gs.Target], tmp_path: Path) -> None:
+    """Scores that are right for all targets of one class and wrong for all of another are not told apart from a random
+    ranking, however many targets each has; of one class alone intervals are over its targets, and say so."""
+    pool, _ = opened
+    rows = [row | {"source": ("colour", "sound")[n % 2]} for n, row in enumerate(target_rows(20))]
+    for asked, over, low in ((rows, "the targets' 2 classes", 0.0), (rows[::2], "targets of one class", 1.0)):
+        target = gs.open_target(write_rows(tmp_path / "asked.jsonl", asked), pool)
+        found = bench(pool, target, [Fond()], settings=Bench(class_column="source", top=3))
+        assert found.columns[0].values["fond"].low == low
+        assert found.columns[0].over == over
+        assert found.sentence.startswith("No method" if low == 0 else "Use fond")
 
 
 @pytest.mark.parametrize(
@@ -601,7 +629,7 @@ def _simulated(seed: int) -> Benchmark:
             each[:, draws.integers(4)] = np.nan
         of = {label: partial(_mean_of, each[:, n]) for n, label in enumerate(methods)}
         judge: Any = SimpleNamespace(seed=seed)
-        columns.append(_Judge._column(judge, "recall", "part", f"c{number}", of, count, "targets", chance=0.0))
+        columns.append(_Judge._column(judge, "train", "part", f"c{number}", of, count, "targets", chance=0.0))
     costs = {label: Cost(float(draws.random()), 0) for label in methods}
     return Benchmark(tuple(methods), tuple(columns), costs, {})
 

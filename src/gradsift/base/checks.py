@@ -1,4 +1,8 @@
-"""Input checks that the pure functions share: axes, finiteness, budgets."""
+"""Input checks that the pure functions share: axes, finiteness, budgets.
+
+Every one of them raises ShapeError where arrays do not have their axes, are empty or do not fit each other, and
+NonFiniteError where one holds NaN or infinity: docstrings tell what is raised besides.
+"""
 
 from __future__ import annotations
 

@@ -67,27 +67,17 @@ def watching() -> Iterator[None]:
 
 @contextmanager
 def held() -> Iterator[None]:
-    """What runs inside is not interrupted in its middle, but at its end; it should be short."""
-    hold()
+    """What runs inside is not interrupted in its middle, but at its end, by KeyboardInterrupt; it should be short."""
+    main = threading.current_thread() is threading.main_thread()
+    _Holding.depth += main
     try:
         yield
     finally:
-        release()
-
-
-def hold() -> None:
-    """Begin what must not be torn apart; only `release` ends it."""
-    if threading.current_thread() is threading.main_thread():
-        _Holding.depth += 1
-
-
-def release() -> None:
-    """End it, with the KeyboardInterrupt of a signal that came meanwhile."""
-    if threading.current_thread() is threading.main_thread() and _Holding.depth:
-        _Holding.depth -= 1
-        if not _Holding.depth and _Holding.pending:
-            _Holding.pending = False
-            raise KeyboardInterrupt
+        if main and _Holding.depth:
+            _Holding.depth -= 1
+            if not _Holding.depth and _Holding.pending:
+                _Holding.pending = False
+                raise KeyboardInterrupt
 
 
 def pressed() -> bool:

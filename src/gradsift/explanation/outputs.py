@@ -300,6 +300,6 @@ class _Speaker:
             self._model = host(self.pool.model, self.pool.dtype, self.pool.device).with_adapter(checkpoint.adapter)
         ends = end_ids(self._model, self.pool.chat)
         output = greedy_output(self._model, prompt, end_ids=ends, max_new_tokens=self.max_new_tokens)
-        said = [int(token) for token in output.token_ids]
-        self.pool.run.publish_json(key, {"token_ids": said, "finished": output.finished}, sealed=True)
-        return said, output.finished
+        said, finished = output.token_ids.tolist(), output.finish_reason == "stop"
+        self.pool.run.publish_json(key, {"token_ids": said, "finished": finished}, sealed=True)
+        return said, finished

@@ -425,7 +425,6 @@ def _index(choice: Any) -> int:
 
 
 def _choice(choice: Any, endpoint: Endpoint, secret: Secret) -> Choice | str:
-    """The choice, or why it cannot be used."""
     message = choice.get("message") if isinstance(choice, dict) else None
     if not isinstance(message, dict):
         return "the choice holds no message"
@@ -509,7 +508,6 @@ def usage_of(endpoint: Endpoint, prompt_tokens: int, completion_tokens: int, *, 
 
 
 def _words(body: Any) -> str:
-    """What a server says of an error."""
     if isinstance(body, dict):
         body = next((body[name] for name in ("message", "error", "detail") if body.get(name)), body)
     if isinstance(body, dict) and "message" in body:

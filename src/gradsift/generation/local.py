@@ -43,25 +43,14 @@ _TIES = 32  # tokens looked at beyond the k most likely, so that ties with the l
 _GREEDY = Sampling(samples=1, temperature=0)
 
 
-@dataclass(frozen=True, slots=True)
-class Output:
-    """A response: token ids, the end-of-turn token included where the model emitted it.
-
-    finished: False where `max_new_tokens` cut it off
-    """
-
-    token_ids: tuple[int, ...]
-    finished: bool
-
-
 def greedy_output(
     model: Any, prompt_ids: Sequence[int], *, end_ids: Iterable[int], max_new_tokens: int = 128
-) -> Output:
+) -> TokenDraw:
     """The most likely continuation, token by token, until an end-of-turn token or `max_new_tokens`."""
     sampling = _GREEDY.model_copy(update={"max_new_tokens": max_new_tokens})
     row = Row(0, np.zeros(max_new_tokens))
     (drawn,) = draw_tokens(model, [prompt_ids], [row], sampling, end_ids=end_ids)
-    return Output(tuple(drawn.token_ids.tolist()), drawn.finish_reason == "stop")
+    return drawn
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,20 +20,16 @@ _LOOK_AHEAD = 64  # of an order's rows, that are looked at in one go for one tha
 def max_of_means(scores: Tensor, subtasks: Sequence[Hashable] | Tensor | None = None) -> Tensor:
     """Mean over the targets of each subtask, then the best subtask: higher means that training helps more.
 
-    `s_i = max_u (1/|u|) Σ_{q ∈ u} S_iq` (LESS, Xia et al. 2024, section 4.2). An example is kept for what it does for
-    the subtask it serves best. With one target per subtask the maximum favours noise: prefer fewer, larger subtasks.
+    `s_i = max_u (1/|u|) Σ_{q ∈ u} S_iq` (LESS, Xia et al. 2024, section 4.2), `[pool]` in the unit of `scores`. An
+    example is kept for what it does for the subtask it serves best. With one target per subtask the maximum favours
+    noise: prefer fewer, larger subtasks.
 
     Args:
         scores: [pool target], higher = helps.
         subtasks: one label per target, in any order and of any hashable type; subtasks may differ in size. None puts
             all targets into one subtask, which is the plain mean.
 
-    Returns:
-        [pool], in the unit of `scores`, fp32 or better.
-
     Raises:
-        ShapeError: `scores` is not [pool target], or the number of labels differs from the number of targets.
-        NonFiniteError: NaN or infinity in `scores`.
         ConfigError: a label that is NaN, as a missing cell of a table is.
 
     Example:

@@ -159,7 +159,7 @@ def datainf_scores(
 
     (Kwon et al. 2024, equation 5, with the sign turned: theirs is negative for an example that helps.) λ is the same
     for all segments, or `auto`: a tenth of the segment's mean squared coordinate (as in their experiments, here over
-    the projected coordinates).
+    the projected coordinates). A segment in which every pool gradient is zero adds nothing.
 
     Args:
         pool: per segment the plain gradients of the pool, [pool k_l].
@@ -167,12 +167,9 @@ def datainf_scores(
         damping: λ, in squared units of the gradients, or `auto`.
 
     Returns:
-        Scores [pool target], fp32 or better, on the device of `pool`; computed in fp64. A segment in which every pool
-        gradient is zero adds nothing.
+        Scores [pool target], fp32 or better, on the device of `pool`; computed in fp64.
 
     Raises:
-        ShapeError: no segment, unequal numbers of segments, or arrays that do not fit each other.
-        NonFiniteError: NaN or infinity in an array.
         ConfigError: damping that is not a number above 0.
 
     Example:
@@ -416,7 +413,6 @@ class _Block:
     starts: list[int]
 
     def segments(self) -> Iterator[tuple[int, Tensor]]:
-        """Number and stored rows of each segment."""
         for number, start, stop in zip(self.numbers, self.starts[:-1], self.starts[1:], strict=True):
             yield number, self.stored[:, start:stop]
 

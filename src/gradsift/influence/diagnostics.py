@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gradsift.base.checks import float_array, same_size, to_float64
+from gradsift.base.checks import to_float64
 from gradsift.base.errors import ConfigError
 from gradsift.base.lazy import Tensor, torch
 from gradsift.context import Pool
@@ -164,9 +164,7 @@ def cosines(first: Tensor, second: Tensor) -> Tensor:
         >>> cosines(torch.tensor([[1.0, 0.0], [0.0, 0.0]]), torch.tensor([[2.0, 0.0], [1.0, 0.0]])).tolist()
         [1.0, nan]
     """
-    A, B = (to_float64(float_array(name, rows, "row dim")) for name, rows in (("first", first), ("second", second)))
-    same_size("row", "first", A.shape[0], "second", B.shape[0])
-    same_size("dim", "first", A.shape[1], "second", B.shape[1])
+    A, B = to_float64(first), to_float64(second)
     zero = ~(A.any(dim=1) & B.any(dim=1))
     return (unit_rows(A) * unit_rows(B)).sum(dim=1).clamp(-1, 1).masked_fill(zero, torch.nan)
 
@@ -265,7 +263,6 @@ class _Resampling:
         return torch.cat([weights[:1], math.sqrt(n / (n - 1)) * (weights[1:] - weights[:1])])
 
     def _counts(self, id_: str, n: int) -> Tensor:
-        """How often each resample takes each of a prompt's n rows [draw unit]."""
         if id_ not in self._drawn or self.whole.method.assistant is None:
             self._drawn[id_] = torch.from_numpy(self._generator.multinomial(n, np.full(n, 1 / n), size=DRAWS))
         return self._drawn[id_]

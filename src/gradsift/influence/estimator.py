@@ -402,7 +402,7 @@ def summed(
     ids = Strings.of(())
     used: list[str] = []
     for checkpoint, weight in zip(checkpoints, method.weights(checkpoints), strict=True):
-        store, queries = both_stores(pool, targets, checkpoint, view)
+        store, queries = both_stores(pool, targets, checkpoint, view, sums=method.full_sum)
         used += [store.fingerprint, queries.fingerprint]
         found = products(checkpoint, store, queries, weight)
         if total is None:
@@ -420,7 +420,14 @@ def influence_of(method: Estimator, pool: Pool, target: Target | None) -> Influe
     """`method.influence`, of which the form is checked."""
     if target is None and method.needs_target:
         raise ConfigError(f"{method.label} ranks for a target, and there is none: give one, or use AlpaGasus or DEITA")
-    found = _given_by(method, pool, target)
+    try:
+        found: Any = method.influence(pool, target)
+    except Exception as error:
+        if isinstance(error, GradsiftError) or _is_own(type(method)):
+            raise
+        frame = traceback.extract_tb(error.__traceback__)[-1]  # the place tells authors of other packages more
+        where = f"{Path(frame.filename).name}:{frame.lineno}"
+        raise GradsiftError(f"{type(method).__name__}.influence failed at {where}: {error!r}") from error
     said = f"{type(method).__name__}.influence gave"
     if not isinstance(found, Influence):
         raise ShapeError(f"{said} {type(found).__name__}: wanted an Influence")
@@ -445,20 +452,7 @@ def influence_of(method: Estimator, pool: Pool, target: Target | None) -> Influe
     return found
 
 
-def _given_by(method: Estimator, pool: Pool, target: Target | None) -> Any:
-    """`method.influence`; an error of another package's code is told by its place, and ends no more than ours."""
-    try:
-        return method.influence(pool, target)
-    except Exception as error:
-        if isinstance(error, GradsiftError) or _is_own(type(method)):
-            raise
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{Path(frame.filename).name}:{frame.lineno}"
-        raise GradsiftError(f"{type(method).__name__}.influence failed at {where}: {error!r}") from error
-
-
 def _is_own(method: type[Settings]) -> bool:
-    """Whether a method is gradsift's."""
     return method.__module__.partition(".")[0] == "gradsift"
 
 
@@ -496,13 +490,12 @@ def collect_together(pool: Pool, target: Target | None, methods: Iterable[Estima
 
 
 def _parts_of(method: Estimator) -> list[Estimator]:
-    """Those that it asks first, and itself."""
     return [*(part for one in method.before for part in _parts_of(one)), method]
 
 
-def full_sums(pool: Pool) -> Pool:
-    """The same pool, whose stores also hold the unprojected sums of their rows."""
-    return replace(pool, gradients=pool.gradients.model_copy(update={"full_sum": True}))
+def full_sums(pool: Pool, wanted: bool = True) -> Pool:
+    """The same pool, whose stores also hold the unprojected sums of their rows, or do not."""
+    return replace(pool, gradients=pool.gradients.model_copy(update={"full_sum": wanted}))
 
 
 def target_view(view: View) -> View:
@@ -516,12 +509,13 @@ def source_at(targets: Targets, checkpoint: Checkpoint) -> SequenceSource:
 
 
 def both_stores(
-    pool: Pool, targets: Targets, checkpoint: Checkpoint, view: View
+    pool: Pool, targets: Targets, checkpoint: Checkpoint, view: View, *, sums: bool = False
 ) -> tuple[GradientStore, GradientStore]:
-    """A checkpoint's rows of the pool, and those of the targets that go with them."""
-    source = source_at(targets, checkpoint)
-    store, asked = pool.stores(checkpoint, [view])[view], target_view(view)
-    queries = pool.collect(source, checkpoint, [asked], what="target")[asked]
+    """A checkpoint's rows of the pool, and those of the targets that go with them; with `sums`, of the pool's alone."""
+    source, asked = source_at(targets, checkpoint), target_view(view)
+    store = (full_sums(pool) if sums else pool).stores(checkpoint, [view])[view]
+    plain = full_sums(pool, wanted=False) if sums else pool
+    queries = plain.collect(source, checkpoint, [asked], what="target")[asked]
     store.check_comparable(queries)
     return store, queries
 

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceABC
 from collections.abc import Set as SetABC
 from dataclasses import dataclass
-from dataclasses import replace as replaced
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -35,6 +34,7 @@ from gradsift.influence.estimator import (
     TrainingEstimator,
     both_stores,
     full_sums,
+    summed,
 )
 from gradsift.influence.products import store_inner_products, unit_rows
 from gradsift.store.gradient_store import GradientStore
@@ -90,8 +90,6 @@ def ji2s_scores(
         Scores [pool], fp32 or better, on the device of `pool`; computed in fp64.
 
     Raises:
-        ShapeError: arrays that do not fit each other.
-        NonFiniteError: NaN or infinity in an array.
         ConfigError: a weight or rate that is not a finite number, a rate not above 0, or an unknown option.
 
     Example:
@@ -193,15 +191,30 @@ class JI2S(TrainingEstimator):
 
     def counted(self, checkpoints: SequenceABC[Checkpoint]) -> dict[str, Any]:
         """What both terms are weighted by."""
-        return {"weights": joint_factors(checkpoints, self.weights(checkpoints), self.joint_lr_power)}
+        return {"weights": self.factors(checkpoints)}
+
+    def factors(self, checkpoints: SequenceABC[Checkpoint]) -> list[tuple[float, float]]:
+        """Per checkpoint the factors of both terms: w and w·η^(p−1)."""
+        weights = self.weights(checkpoints)
+        return [(w, w * self.rate_factor(one)) for one, w in zip(checkpoints, weights, strict=True)]
+
+    def rate_factor(self, checkpoint: Checkpoint) -> float:
+        """η^(p−1)."""
+        if self.joint_lr_power == 1:
+            return 1.0
+        if checkpoint.learning_rate is None:
+            raise ConfigError(
+                f"joint_lr_power 2 needs the learning rate of {checkpoint.name}, which is unknown: put "
+                "trainer_state.json beside it, or use joint_lr_power 1"
+            )
+        return checkpoint.learning_rate
 
     def influence(self, pool: Pool, target: Target | None) -> Influence:
         """Both terms over the checkpoints, and their difference."""
         assert target is not None, self
-        targets, checkpoints = self.targets(pool, target), self.checkpoints_of(pool)
+        targets = self.targets(pool, target)
         assert not isinstance(targets, TargetsByCheckpoint), targets
-        weights, excluded = self.weights(checkpoints), {skip.id for skip in target.overlap}
-        terms = joint_terms(pool, targets, self, checkpoints, weights, excluded)
+        terms = joint_terms(pool, targets, self, {skip.id for skip in target.overlap})
         whole = terms.scores(self).numpy()
         said, *warnings = joint_warnings(terms, self, spearman(terms.marginal.numpy(), terms.joint.numpy()) or 0.0)
         if len(set(target.subtasks or ())) > 1:
@@ -210,7 +223,7 @@ class JI2S(TrainingEstimator):
 
         def parts(ids: SequenceABC[str]) -> NDArray[np.float64]:
             """The spreads that terms are divided by are held, see `joint_parts`."""
-            found = joint_parts(pool, targets, self, checkpoints, weights, terms, ids).numpy()
+            found = joint_parts(pool, targets, self, terms, ids).numpy()
             own: NDArray[np.float64] = (
                 found + (whole.astype(np.float32)[[place[id_] for id_ in ids]] - found.mean(axis=1))[:, None]
             )
@@ -280,42 +293,42 @@ class JointTerms:
         return marginal - joint
 
 
-def joint_terms(
-    pool: Pool,
-    targets: SequenceSource,
-    method: JI2S,
-    checkpoints: SequenceABC[Checkpoint],
-    weights: SequenceABC[float],
-    excluded: SetABC[str] = frozenset(),
-) -> JointTerms:
+def joint_terms(pool: Pool, targets: SequenceSource, method: JI2S, excluded: SetABC[str] = frozenset()) -> JointTerms:
     """Both terms of JI2S for a pool, from stores that are collected now if the run does not hold them.
 
-    Targets with non-finite gradients are left out of every mean. `weights` are w_e; rows with `excluded` ids are
-    neither scored nor paired with.
+    Targets with non-finite gradients are left out of every mean; rows with `excluded` ids are neither scored nor paired
+    with.
     """
-    factors = joint_factors(checkpoints, weights, method.joint_lr_power)
-    pool = full_sums(pool) if method.full_space else pool
-    total: JointTerms | None = None
-    for checkpoint, (weight, factor) in zip(checkpoints, factors, strict=True):
-        terms = _at_checkpoint(pool, targets, method, checkpoint, excluded)
-        bias = None if terms.bias is None else factor * terms.bias
-        terms = replaced(terms, marginal=weight * terms.marginal, joint=factor * terms.joint, bias=bias)
-        total = terms if total is None else _added(total, terms)
-    assert total is not None, "there is a checkpoint"
-    if not total.ids:
-        raise DataError("no pool example is left to score: all overlap the target or have non-finite gradients")
-    return total
+    nothing = DataError("no pool example is left to score: all overlap the target or have non-finite gradients")
+    made_from: list[list[str]] = []
+
+    def products(checkpoint: Checkpoint, store: GradientStore, queries: GradientStore, weight: float) -> Tensor:
+        """Both terms and the bias `[row 3]`."""
+        kept = [position for position, id_ in enumerate(store.ids) if id_ not in excluded]
+        if not kept:
+            raise nothing
+        direction, made = _full_direction(full_sums(pool), store, queries, targets, method, checkpoint, excluded)
+        made_from.append([store.fingerprint, queries.fingerprint, *made])
+        found = store_terms(
+            store, queries.rows(0, len(queries)), method, kept=kept, direction=direction, device=pool.device
+        )
+        bias = torch.full_like(found.joint, math.nan) if found.bias is None else found.bias
+        columns = torch.zeros(len(store), 3, dtype=torch.float64)
+        columns[kept, 0] = weight * found.marginal
+        columns[kept, 1:] = weight * method.rate_factor(checkpoint) * torch.stack([found.joint, bias], dim=1)
+        return columns
+
+    ids, total, _ = summed(method, pool, targets, products)
+    left = [position for position, id_ in enumerate(ids) if id_ not in excluded]
+    if not left:
+        raise nothing
+    marginal, joint, bias = total[left].unbind(dim=1)
+    known = None if bool(bias.isnan().all()) else bias
+    stores = [name for names in made_from for name in names]
+    return JointTerms([ids[position] for position in left], marginal, joint, known, stores)
 
 
-def joint_parts(
-    pool: Pool,
-    targets: SequenceSource,
-    method: JI2S,
-    checkpoints: SequenceABC[Checkpoint],
-    weights: SequenceABC[float],
-    terms: JointTerms,
-    ids: SequenceABC[str],
-) -> Tensor:
+def joint_parts(pool: Pool, targets: SequenceSource, method: JI2S, terms: JointTerms, ids: SequenceABC[str]) -> Tensor:
     """What each target adds to the scores of some rows, float64 `[row target]`, but for what is the same for all.
 
     Of the pairs the part ⟨Γ_i, v_q⟩(⟨v_q, s⟩ − ⟨Γ_i, v_q⟩) is q's, ⟨v_q, s⟩ of the stored rows. With an exact Hessian,
@@ -323,12 +336,9 @@ def joint_parts(
     """
     alone = torch.zeros(len(ids), len(targets.ids), dtype=torch.float64)
     shared = torch.zeros_like(alone)
-    for checkpoint, (weight, factor) in zip(
-        checkpoints, joint_factors(checkpoints, weights, method.joint_lr_power), strict=True
-    ):
-        asked = full_sums(pool) if method.full_space else pool
-        store = asked.stores(checkpoint, [method.view])[method.view]
-        queries = pool.collect(targets, checkpoint, ["plain"], what="target")["plain"]
+    checkpoints = method.checkpoints_of(pool)
+    for checkpoint, (weight, factor) in zip(checkpoints, method.factors(checkpoints), strict=True):
+        store, queries = both_stores(pool, targets, checkpoint, method.view, sums=method.full_sum)
         V, rows = torch.zeros(len(targets.ids), store.dim, dtype=torch.float64), store.rows_by_id(ids).double()
         V[[number for number, id_ in enumerate(targets.ids) if id_ in queries]] = queries.rows(0, len(queries)).double()
         kept = torch.zeros(len(store), dtype=torch.float64)
@@ -380,60 +390,6 @@ def joint_warnings(terms: JointTerms, method: JI2S, rank_correlation: float) -> 
                 f"{int(known.sum())} rows{advice}"
             )
     return found
-
-
-def joint_factors(
-    checkpoints: SequenceABC[Checkpoint], weights: SequenceABC[float], power: int
-) -> list[tuple[float, float]]:
-    """Per checkpoint the factors of both terms: w and w·η^(p−1)."""
-    factors = []
-    for checkpoint, weight in zip(checkpoints, weights, strict=True):
-        rate = 1.0
-        if power == 2:
-            if checkpoint.learning_rate is None:
-                raise ConfigError(
-                    f"joint_lr_power 2 needs the learning rate of {checkpoint.name}, which is unknown: put "
-                    "trainer_state.json beside it, or use joint_lr_power 1"
-                )
-            rate = checkpoint.learning_rate
-        factors.append((weight, weight * rate))
-    return factors
-
-
-def _added(total: JointTerms, terms: JointTerms) -> JointTerms:
-    """The sum for the ids that both have: those finite at every checkpoint."""
-    place = {id_: position for position, id_ in enumerate(terms.ids)}
-    here = [position for position, id_ in enumerate(total.ids) if id_ in place]
-    there = [place[total.ids[position]] for position in here]
-    bias = None
-    if total.bias is not None and terms.bias is not None:
-        bias = total.bias[here] + terms.bias[there]
-    return JointTerms(
-        [total.ids[position] for position in here],
-        total.marginal[here] + terms.marginal[there],
-        total.joint[here] + terms.joint[there],
-        bias,
-        total.stores + terms.stores,
-    )
-
-
-def _at_checkpoint(
-    pool: Pool, targets: SequenceSource, method: JI2S, checkpoint: Checkpoint, excluded: SetABC[str]
-) -> JointTerms:
-    """Both terms at one checkpoint, without weights and λ."""
-    store = pool.stores(checkpoint, [method.view])[method.view]
-    plain = replaced(pool, gradients=pool.gradients.model_copy(update={"full_sum": False}))
-    queries = plain.collect(targets, checkpoint, ["plain"], what="target")["plain"]
-    store.check_comparable(queries)
-    kept = [position for position, id_ in enumerate(store.ids) if id_ not in excluded]
-    if not kept:
-        raise DataError("no pool example is left to score: all overlap the target or have non-finite gradients")
-    direction, made_from = _full_direction(pool, store, queries, targets, method, checkpoint, excluded)
-    terms = store_terms(
-        store, queries.rows(0, len(queries)), method, kept=kept, direction=direction, device=pool.device
-    )
-    ids = [store.ids[position] for position in kept]
-    return replaced(terms, ids=ids, stores=[store.fingerprint, queries.fingerprint, *made_from])
 
 
 def store_terms(
@@ -666,11 +622,10 @@ def _reduced(pairs: Tensor, reduction: Reduction, count: int) -> Tensor:
 def _greedy_terms(method: JI2S, pool: Pool, target: Target, ids: SequenceABC[str]) -> GreedyTerms:
     """Σ_e w_e A [row], and what gives Σ_e w_e η_e^(p−1) Γ_iᵀHΓ_j [row] of an example j."""
     targets, checkpoints = method.targets(pool, target), method.checkpoints_of(pool)
-    factors = joint_factors(checkpoints, method.weights(checkpoints), method.joint_lr_power)
     marginal = torch.zeros(len(ids), dtype=torch.float64)
     parts: list[Tensor] = []
     stored: list[tuple[GradientStore, list[int], float]] = []
-    for checkpoint, (weight, joint) in zip(checkpoints, factors, strict=True):
+    for checkpoint, (weight, joint) in zip(checkpoints, method.factors(checkpoints), strict=True):
         store, queries = both_stores(pool, targets, checkpoint, method.view)
         places, rows = store.positions(ids), queries.rows(0, len(queries))
         rows = unit_rows(rows) if method.normalise else rows

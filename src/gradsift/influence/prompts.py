@@ -22,7 +22,7 @@ from gradsift.data.overlap import hashed, normalised_hash, overlap_of_hashes
 from gradsift.data.prepare import prepare
 from gradsift.data.prompts import Prompts, answered, read_prompts, row_digest
 from gradsift.data.sample import RowSample
-from gradsift.execution.chunks import Chunks
+from gradsift.execution.chunks import in_chunks
 from gradsift.execution.engine import LOCAL, Engine
 from gradsift.generation.endpoint import Client, Endpoint, ReplyError, connected
 from gradsift.generation.samples import Samples
@@ -183,54 +183,38 @@ def reward_responses(target: PromptTarget, samples: Samples, reporter: Reporter,
     values: Rewards = {}
     problems: list[Problem] = []
     waiting: list[Sample] = []
-    total = 0
-
-    def under(prompt_id: str) -> dict[str, Any]:
-        return _kept_under(target, identity or {}, prompt_id)
-
-    def settle(chat: _Judging | None) -> None:
-        for single in single_rewards(target.reward):
-            if isinstance(single, UnitTests):
-                reporter.say_once(f"unit tests run what the model wrote; {isolation_text(single.sandbox)}")
-        size = _MODELLED if modelled else chunks.size
-        taken, waiting[:] = waiting[:size], waiting[size:]
-        with chunks.timed():
-            found = reward_samples(taken, target.reward, weights=target.weights, chat=chat)
-        problems.extend(found.problems)
-        fresh: dict[str, dict[int, float | None]] = {}
-        for sample, value in zip(taken, found.values, strict=True):
-            if value is not None:
-                values[sample.prompt_id, sample.number] = value
-                fresh.setdefault(sample.prompt_id, {})[sample.number] = value
-        for prompt_id, own in fresh.items() if identity is not None else ():
-            samples.save_rewards(under(prompt_id), prompt_id, own)
-        if chat is not None and chat.failure is not None:
-            raise chat.failure
-
-    modelled = any(isinstance(single, RewardModel) for single in single_rewards(target.reward))
-    chunks = Chunks(most=_CHUNK)
-    responses = {prompt_id: samples[prompt_id] for prompt_id in samples}
-    count = sum(map(len, responses.values()))
-    with _chat(target.judge) as chat, reporter.stage("rewards", count, "responses") as advance:
-        for prompt_id, own in responses.items():
-            example = target.data.example(prompt_id)
-            known = {} if identity is None else samples.rewards(under(prompt_id), prompt_id)
-            for response in own:
-                value = known.get(response.number)
-                if value is not None:
-                    values[response.key] = value
-                    continue
-                if prompt_id in lost:
-                    problems.append(Problem(prompt_id, response.number, lost[prompt_id]))
-                    continue
+    for prompt_id in samples:
+        example = target.data.example(prompt_id)
+        known = {} if identity is None else samples.rewards(_kept_under(target, identity, prompt_id), prompt_id)
+        for response in samples[prompt_id]:
+            if (value := known.get(response.number)) is not None:
+                values[response.key] = value
+            elif prompt_id in lost:
+                problems.append(Problem(prompt_id, response.number, lost[prompt_id]))
+            else:
                 ids = tuple(response.token_ids.tolist())
                 waiting.append(Sample(prompt_id, response.number, prompt_of(example), response.text, ids, example.row))
-            while len(waiting) >= (_MODELLED if modelled else chunks.size):
-                settle(chat)
-            advance(len(own))
-            total += len(own)
-        while waiting:
-            settle(chat)
+    total, singles = len(values) + len(problems) + len(waiting), single_rewards(target.reward)
+    for single in singles if waiting else ():
+        if isinstance(single, UnitTests):
+            reporter.say_once(f"unit tests run what the model wrote; {isolation_text(single.sandbox)}")
+    exactly = _MODELLED if any(isinstance(single, RewardModel) for single in singles) else None
+    with _chat(target.judge) as chat, reporter.stage("rewards", total, "responses") as advance:
+        advance(total - len(waiting))
+        for taken in in_chunks(waiting, most=_CHUNK, exactly=exactly):
+            found = reward_samples(taken, target.reward, weights=target.weights, chat=chat)
+            problems += found.problems
+            fresh: dict[str, dict[int, float | None]] = {}
+            for sample, value in zip(taken, found.values, strict=True):
+                if value is not None:
+                    values[sample.prompt_id, sample.number] = value
+                    fresh.setdefault(sample.prompt_id, {})[sample.number] = value
+            if identity is not None:
+                for prompt_id, own in fresh.items():
+                    samples.save_rewards(_kept_under(target, identity, prompt_id), prompt_id, own)
+            if chat is not None and chat.failure is not None:
+                raise chat.failure
+            advance(len(taken))
         usage = chat.chat.usage if chat is not None and isinstance(chat.chat, Client) else None
     if usage is not None and usage.requests:
         reporter.say(f"the judge's answers this time: {usage}")
@@ -247,8 +231,6 @@ def reward_responses(target: PromptTarget, samples: Samples, reporter: Reporter,
 
 @dataclass(frozen=True)
 class _Rewarding:
-    """The task of computing and keeping the rewards of some prompts' responses."""
-
     target: PromptTarget
     samples: Samples
     left_out: Mapping[str, str] = field(default_factory=dict, hash=False)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, ClassVar, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,7 @@ from gradsift.base.settings import Settings
 from gradsift.base.types import Message, Skipped, TokenizedExample, before_answer
 from gradsift.base.types import Sequence as TokenSequence
 from gradsift.context import Pool, Target
-from gradsift.execution.chunks import Chunks
+from gradsift.execution.chunks import in_chunks
 from gradsift.execution.threads import side_by_side
 from gradsift.generation.endpoint import Client, Endpoint
 from gradsift.gradients.losses import row_losses
@@ -210,15 +210,11 @@ def rate(pool: Pool, method: Estimator) -> Ratings:
 
 def with_judge(method: Any, judge: Endpoint | None) -> Any:
     """The method with its judges' endpoints filled in where they name none."""
-
-    def filled(value: Any) -> Any:
-        if judge is not None and isinstance(value, JudgeRating) and value.endpoint is None:
-            return value.model_copy(update={"endpoint": judge})
-        return value
-
-    fields = {name: getattr(method, name) for name in type(method).model_fields}
-    changed = {name: filled(value) for name, value in fields.items() if filled(value) is not value}
-    return method.model_copy(update=changed) if changed else method
+    fields = ((name, getattr(method, name)) for name in type(method).model_fields)
+    asking = {name: own for name, own in fields if isinstance(own, JudgeRating) and own.endpoint is None}
+    if judge is None or not asking:
+        return method
+    return method.model_copy(update={n: own.model_copy(update={"endpoint": judge}) for n, own in asking.items()})
 
 
 class _Kept(Record):
@@ -226,7 +222,6 @@ class _Kept(Record):
 
 
 def _kept_ratings(pool: Pool, rater: Rater) -> dict[str, Rating]:
-    """Ratings by id, of all rows: read, and computed where they are not there."""
     data, run = pool.data, pool.run
     identity = _identity(pool, rater)
     prefix = run.prefix("ratings", identity)
@@ -240,13 +235,9 @@ def _kept_ratings(pool: Pool, rater: Rater) -> dict[str, Rating]:
     if not waiting:
         return found
     with _rating(pool, rater) as rated, pool.reporter.stage(f"ratings by {rater.label}", len(waiting)) as advance:
-        chunks = Chunks(most=_CHUNK)
-        modelled = isinstance(rater, PerplexityRating | DifficultyRating)
-        while waiting:
-            size = _MODELLED if modelled else chunks.size
-            chunk, waiting = waiting[:size], waiting[size:]
-            with chunks.timed():
-                fresh = dict(zip(chunk, rated(chunk), strict=True))
+        exactly = _MODELLED if isinstance(rater, PerplexityRating | DifficultyRating) else None
+        for chunk in in_chunks(waiting, most=_CHUNK, exactly=exactly):
+            fresh = dict(zip(chunk, rated(chunk), strict=True))
             found |= fresh
             kept = {keys[id_]: value for id_, value in fresh.items() if not isinstance(value, str)}
             if kept:
@@ -294,7 +285,6 @@ def judge_question(rater: JudgeRating, messages: Sequence[Message]) -> list[Mess
 
 
 def _identity(pool: Pool, rater: Rater) -> dict[str, Any]:
-    """What a rating depends on beside the row."""
     if isinstance(rater, FunctionRating):
         return {"kind": rater.kind, **function_identity(rater.name)}
     identity = rater.model_dump(mode="json")
@@ -310,13 +300,8 @@ def _identity(pool: Pool, rater: Rater) -> dict[str, Any]:
     return identity
 
 
-class _Rates(Protocol):
-    def __call__(self, ids: Sequence[str]) -> list[Rating]: ...
-
-
 @contextmanager
-def _rating(pool: Pool, rater: Rater) -> Iterator[_Rates]:
-    """What rates a few rows at a time."""
+def _rating(pool: Pool, rater: Rater) -> Iterator[Callable[[Sequence[str]], list[Rating]]]:
     if isinstance(rater, JudgeRating):
         endpoint = rater.endpoint
         assert endpoint is not None

@@ -24,7 +24,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from gradsift.base.checks import float_array, same_size
 from gradsift.base.lazy import Tensor, torch
 from gradsift.base.ranks import rank_correlations
 
@@ -188,12 +187,10 @@ def new_rankings(scores: Tensor, noise: Tensor, freedom: Tensor, generator: np.r
         noise: what resampling adds to them, [row output draw], with the covariance of a mean of new units.
         freedom: degrees of freedom f that this covariance is known by, [output].
     """
-    x, eps = float_array("scores", scores, "row output").double(), float_array("noise", noise, "row output draw")
-    same_size("row", "scores", x.shape[0], "noise", eps.shape[0])
-    same_size("output", "scores", x.shape[1], "noise", eps.shape[1])
-    best = torch.full((x.shape[0], eps.shape[2]), -torch.inf, dtype=torch.float64)
+    x = scores.double()
+    best = torch.full((len(x), noise.shape[2]), -torch.inf, dtype=torch.float64)
     for output, f in enumerate(freedom.clamp_min(1).tolist()):
-        own = eps[:, output].double()
+        own = noise[:, output].double()
         offset = x[:, output].mean()
         share, scale = _signal(x[:, output] - offset, own - own.mean(dim=0), f, generator)
         drawn = offset + share * (x[:, output] - offset)[:, None] + (1 + share).sqrt() * scale * own

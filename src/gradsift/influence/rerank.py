@@ -105,10 +105,11 @@ class Rerank(Estimator):
         if found.matrix is not None:
             whole = aggregated(found.matrix, target.subtasks, self.first.aggregation, found.live)
         assert whole is not None
-        order = _in_order(whole, found.ids, {skip.id for skip in target.overlap})
-        if not order:
+        overlap, order = {skip.id for skip in target.overlap}, np.argsort(descending_ranks(whole.astype(np.float32)))
+        ranked = [id_ for id_ in (found.ids[place] for place in order.tolist()) if id_ not in overlap]
+        if not ranked:
             raise DataError(f"{self.first.label} could rate no row that is not also in the target")
-        ranked, count = [found.ids[place] for place in order], min(self.candidates, len(order))
+        count = min(self.candidates, len(ranked))
         candidates = sorted(ranked[:count], key=pool.data.position)
         prefix = self._keep(pool, target, candidates)
         second = self._second(pool, target, candidates, prefix)
@@ -220,7 +221,6 @@ class Rerank(Estimator):
         return replace(pool, data=data, gradients=gradients, around=pool.population)
 
     def _config(self, pool: Pool, target: Target) -> dict[str, Any]:
-        """What decides who the candidates are."""
         return {
             "first": self.first.model_dump(mode="json"),
             "inputs": self.first.inputs(pool),
@@ -281,12 +281,6 @@ class _Scored:
     def publish(self, run: Run, key: str) -> None:
         tensors = {"places": torch.tensor(self.places, dtype=torch.int64), "matrix": self.matrix}
         publish_tensors(run.storage, key, tensors, json.dumps([self.count, self.identities]))
-
-
-def _in_order(scores: NDArray[Any], ids: SequenceABC[str], without: set[str]) -> list[int]:
-    """Places of rows from the highest score down, without some."""
-    order = np.argsort(descending_ranks(scores.astype(np.float32)))  # as `Scores` has them
-    return [place for place in order.tolist() if ids[place] not in without]
 
 
 def with_rest(matrix: NDArray[np.float32], rest: int) -> NDArray[np.float32]:

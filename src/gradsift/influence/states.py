@@ -45,7 +45,6 @@ class _OfStates(Estimator):
 
     @property
     def runs_model(self) -> bool:
-        """Forth alone."""
         return True
 
     @abstractmethod
@@ -76,7 +75,6 @@ class _OfStates(Estimator):
     def passes(
         self, pool: Pool, target: Target | None, checkpoints: Callable[[], SequenceABC[Checkpoint | None]]
     ) -> list[Passes]:
-        """Every row of pool and target, forth alone."""
         assert target is not None, self
         at = None if self.checkpoint == "base" else checkpoints()[-1]
         known = self.checkpoint == "base" or at is not None

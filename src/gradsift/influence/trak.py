@@ -9,7 +9,7 @@ from gradsift.base.checks import arrays_of, to_float64
 from gradsift.base.errors import ConfigError, ShapeError
 from gradsift.base.lazy import Tensor, torch
 from gradsift.context import Pool, Target
-from gradsift.influence.datainf import KernelEstimator, damping_label, inverse_directions, inverse_product, mean_damping
+from gradsift.influence.datainf import KernelEstimator, damping_label, inverse_directions, projected_inverse_scores
 from gradsift.influence.estimator import Influence, TargetsByCheckpoint, summed, target_rows
 from gradsift.influence.products import store_inner_products
 from gradsift.store.gradient_store import GradientStore
@@ -108,6 +108,7 @@ def trak_scores(
     kernels: Tensor | None = None
     doubts: Tensor | None = None
     dtype, device = torch.float32, torch.device("cpu")
+    sizes = None if segments is None else list(segments)
     losses = {"pool_loss": (pool_loss, "pool"), "target_loss": (target_loss, "target")}
     for number, (P, T, *own) in enumerate(
         arrays_of("at checkpoint", pool=(pool, "pool dim"), target=(target, "target dim"), **losses)
@@ -121,7 +122,11 @@ def trak_scores(
                 )
         doubt, asked = map(doubt_of, own)
         margins, queries = (to_float64(rows) / d.to(rows.device)[:, None] for rows, d in ((P, doubt), (T, asked)))
-        kernel = _kernel(margins, queries.to(margins.device), _spans(segments, P.shape[1]), damping)
+        own_sizes = [P.shape[1]] if sizes is None else sizes
+        if sum(own_sizes) != P.shape[1] or min(own_sizes, default=0) < 1:
+            raise ShapeError(f"segments are {sizes}, expected sizes above 0 that add up to the {P.shape[1]} dimensions")
+        parts = (rows.split(own_sizes, dim=1) for rows in (margins, queries.to(margins.device)))
+        kernel = projected_inverse_scores(*parts, damping=damping)
         kernels = kernel if kernels is None else kernels + kernel
         doubts = doubt if doubts is None else doubts + doubt
     assert kernels is not None, "there is a checkpoint"
@@ -175,23 +180,3 @@ def contrasts(loss: str) -> bool:
 def doubt_of(losses: Tensor) -> Tensor:
     """`1 − p = 1 − exp(−L)` of mean losses, in fp64 and at least 1e-6."""
     return (-torch.expm1(-to_float64(losses))).clamp_min(_LEAST_DOUBT)
-
-
-def _spans(segments: Sequence[int] | None, dim: int) -> list[tuple[int, int]]:
-    sizes = [dim] if segments is None else list(segments)
-    if sum(sizes) != dim or min(sizes, default=0) < 1:
-        raise ShapeError(f"segments are {sizes}, expected sizes above 0 that add up to the {dim} dimensions")
-    stops = torch.tensor(sizes).cumsum(0).tolist()
-    return [(stop - size, stop) for size, stop in zip(sizes, stops, strict=True)]
-
-
-def _kernel(
-    margins: Tensor, queries: Tensor, spans: Sequence[tuple[int, int]], damping: Literal["auto"] | float
-) -> Tensor:
-    total = margins.new_zeros(len(margins), len(queries))
-    for start, stop in spans:
-        part = margins[:, start:stop]
-        value = mean_damping(float(part.square().sum()), part.numel(), damping)
-        if value > 0:
-            total += part @ inverse_product(part.T @ part / len(part), queries[:, start:stop], value).T
-    return total

@@ -128,25 +128,26 @@ def generation_ends(name: str) -> dict[str, Any]:
     return {"ends": sorted(several)}
 
 
+def _placed(name: str) -> tuple[Path, str]:
+    """Where a model's folder or file would lie here, and what transformers loads it by: a folder or a hub id."""
+    path = Path(at_hand(name)).expanduser()
+    return path, str(path.parent if path.is_file() else path) if path.exists() else name
+
+
 def load_tokenizer(name: str) -> Any:
     """The model's tokenizer, which has as `model_vocabulary` how many ids the model has embeddings for, where known."""
     from transformers import AutoTokenizer, PreTrainedConfig
 
-    name = at_hand(name)
-    path = Path(name).expanduser()
-    source, options = str(path), dict[str, Any]()
-    if path.is_file():
-        source, options = str(path.parent), {"gguf_file": path.name}
+    path, source = _placed(name)
+    options: dict[str, Any] = {"gguf_file": path.name} if path.is_file() else {}
     with _loading("tokenizer", name):
         settings = _plain_settings(path)
         if settings and _json_of(path / "tokenizer_config.json").get("tokenizer_class") is not None:
             names = ("model_type", "model_name", "tokenizer_class")
             known: dict[str, Any] = {name: settings[name] for name in names if name in settings}
             options["config"] = PreTrainedConfig(**known | {"name_or_path": source})
-        tokenizer: Any = AutoTokenizer.from_pretrained(
-            source if path.exists() else name, trust_remote_code=False, **options
-        )
-    tokenizer.model_vocabulary = None if path.is_file() else _vocabulary(source if path.exists() else name)
+        tokenizer: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
+    tokenizer.model_vocabulary = None if path.is_file() else _vocabulary(source)
     return tokenizer
 
 
@@ -169,7 +170,7 @@ def load_model(name: str, *, dtype: DtypeName = "auto", device: str = "auto") ->
         torch_dtype = _unquantised_dtype(place)
     elif dtype != "auto":
         torch_dtype = getattr(torch, dtype)
-    path = Path(at_hand(name)).expanduser()
+    path, source = _placed(name)
     options: dict[str, Any] = {"dtype": torch_dtype}
     if dtype in QUANTISED:
         options |= {"quantization_config": _quantisation(name, dtype, torch_dtype), "device_map": {"": place}}
@@ -179,7 +180,6 @@ def load_model(name: str, *, dtype: DtypeName = "auto", device: str = "auto") ->
         options["device_map"] = "auto"
     if path.is_file():
         options |= {"gguf_file": path.name, "dtype": torch.float32 if torch_dtype == "auto" else torch_dtype}
-    source = str(path.parent if path.is_file() else path) if path.exists() else name
     if not path.is_file():
         _refuse_encoder(_config(source), name)
     model = pretrained(AutoModelForCausalLM, source, **options)
@@ -248,7 +248,6 @@ def _refuse_encoder(config: Any, name: str) -> None:
 
 
 def _first_of(weights: Iterable[str]) -> str:
-    """The first by name, and how many others there are."""
     first, *others = sorted(weights)
     return f"{first} and {len(others)} more weight{'s' * (len(others) > 1)}" if others else first
 
@@ -335,7 +334,6 @@ def _unquantised_dtype(place: str) -> torch.dtype:
 
 
 def _quantisation(name: str, dtype: DtypeName, compute: torch.dtype) -> Any:
-    """How bitsandbytes is to quantise a model."""
     from transformers import BitsAndBytesConfig
 
     if importlib.util.find_spec("bitsandbytes") is None:
@@ -356,12 +354,8 @@ def count_parameters(name: str) -> int:
     """How many parameters a model has, tied ones once, from its configuration: no weight is read."""
     from transformers import AutoModelForCausalLM
 
-    path = Path(at_hand(name)).expanduser()
-    config = (
-        _config(str(path.parent), gguf_file=path.name)
-        if path.is_file()
-        else _config(str(path) if path.exists() else name)
-    )
+    path, source = _placed(name)
+    config = _config(source, **({"gguf_file": path.name} if path.is_file() else {}))
     with _loading("model", name), torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return sum(parameter.numel() for parameter in model.parameters())
@@ -477,13 +471,12 @@ def _no_adapter(name: str, error: Exception) -> str:
 
 def positions(name: str) -> int | None:
     """Tokens that a model can place, prompt and answer together; None where its configuration does not say."""
-    name = at_hand(name)
-    path = Path(name).expanduser()
+    path, source = _placed(name)
     if path.is_file():
         return None
     places = _plain_settings(path).get("max_position_embeddings")
     if places is None:
-        places = getattr(_config(str(path) if path.is_dir() else name), "max_position_embeddings", None)
+        places = getattr(_config(source), "max_position_embeddings", None)
     return places if isinstance(places, int) and places > 0 else None
 
 
@@ -509,7 +502,6 @@ def _plain_settings(folder: Path) -> dict[str, Any]:
 
 
 def _json_of(file: Path) -> dict[str, Any]:
-    """A file's JSON object; empty where it holds none."""
     try:
         found = json.loads(file.read_text())
     except (OSError, ValueError, RecursionError):

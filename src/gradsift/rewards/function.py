@@ -163,7 +163,6 @@ def _loaded(name: str) -> tuple[RewardFunction, ModuleType]:
 
 
 def _functions(module: ModuleType) -> list[str]:
-    """Public functions that the module itself defines."""
     return [
         name
         for name, value in vars(module).items()

@@ -96,7 +96,6 @@ class BoundJudge:
         return [None if isinstance(verdict, str) else verdict for verdict in verdicts]
 
     def _verdict(self, prompt: Any, completion: Any, reference: Any) -> float | str:
-        """The reward, or in words why there is none."""
         response = text_of(completion)
         if self.judge.mode == "grade":
             return self.grade(prompt, response)
@@ -131,7 +130,6 @@ class BoundJudge:
         return asked.reason if isinstance(asked, Unreadable) else float(asked)
 
     def _read(self, form: str, task: str, prompt: Any, parts: dict[str, str]) -> str | Unreadable:
-        """What the judge's last line says in the form asked for."""
         asked = question_of(task, self.judge.criteria, {"conversation": transcript(prompt), **parts})
         return self.judge.verdict(self.chat, form, asked)
 

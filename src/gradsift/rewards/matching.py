@@ -246,7 +246,6 @@ def _compared(
 
 
 def _texts(reference: Any) -> Iterable[str]:
-    """A reference, or several, as text."""
     if reference is None or (isinstance(reference, float) and not math.isfinite(reference)):
         return []
     if isinstance(reference, list | tuple):

@@ -139,7 +139,6 @@ class UnitTests(Settings):
         return next((name for name in _TESTS if row.get(name) is not None), _TESTS[0])
 
     def _program(self, row: Mapping[str, Any], prompt: Any, completion: str) -> Program:
-        """The program of a response, with the row's tests."""
         name = self._column_of_tests(row)
         entry_point = row.get(self.entry_point or "entry_point") or _function_of(row)
         context = row.get(self.context) if self.context else _last_text(prompt)
@@ -217,5 +216,4 @@ def _function_of(row: Mapping[str, Any]) -> str:
 
 
 def _last_text(prompt: Any) -> str:
-    """A prompt's own text; of a conversation, its last message."""
     return prompt if isinstance(prompt, str) else text_of(prompt[-1:])

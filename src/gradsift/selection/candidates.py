@@ -64,6 +64,20 @@ def min_max(values: Tensor) -> Tensor:
     return (values - values.min()) / spread if spread > 0 else torch.ones_like(values)
 
 
+def greedy(
+    alone: Array, shared_with: Callable[[int], Array], budget: int, gains: Callable[[Array, Array, int], Array]
+) -> list[int]:
+    """Picks of the greatest `gains(alone, Σ_{j∈S} shared_with(j), |S|)` [pool], one after the other."""
+    shared, left = np.zeros(len(alone)), np.ones(len(alone), dtype=np.bool_)
+    chosen: list[int] = []
+    for _ in range(budget):
+        pick = int(np.where(left, gains(alone, shared, len(chosen)), -np.inf).argmax())
+        chosen.append(pick)
+        left[pick] = False
+        shared = shared + shared_with(pick)
+    return chosen
+
+
 @dataclass(frozen=True, eq=False)
 class Ranked:
     """Candidates in the order of a ranking, and the inner products of their gradients.

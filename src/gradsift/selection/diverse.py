@@ -83,15 +83,7 @@ class Diverse(Selector):
 def diverse(rows: Tensor, *, budget: int, max_cosine: float) -> list[int]:
     """Positions of rows, first to last, whose cosine with every row kept before is below `max_cosine`.
 
-    Args:
-        rows: embeddings or gradients in the order of preference [row dim]; a row of zeros has cosine 0 with all.
-        budget: how many to keep at most.
-        max_cosine: from -1 to 1.
-
-    Raises:
-        ShapeError: `rows` is not [row dim], or empty.
-        NonFiniteError: NaN or infinity in `rows`.
-        ConfigError: a budget outside 1 to the number of rows.
+    `rows` are embeddings or gradients in the order of preference [row dim]; a row of zeros has cosine 0 with all.
 
     Example:
         >>> diverse(torch.tensor([[1.0, 0.0], [2.0, 0.1], [0.0, 1.0]]), budget=2, max_cosine=0.9)

@@ -72,12 +72,7 @@ def facility_location(similarity: Tensor, cost: Tensor, *, budget: int, trade_of
         budget: how many to choose.
         trade_off: λ from 0 to 1.
 
-    Returns:
-        Positions of the chosen candidates in pick order.
-
     Raises:
-        ShapeError: `similarity` is not square or does not fit `cost`, or there is no candidate.
-        NonFiniteError: NaN or infinity in either.
         ConfigError: a negative similarity, a cost of 0 or less, λ outside 0 to 1, or a budget outside 1 to the number
             of candidates.
 

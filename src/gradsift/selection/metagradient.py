@@ -154,7 +154,6 @@ class MetagradientDescent(SmoothTraining, Selector):
         return self._config(pool, target, scores.method, budget) | {"scores": scores.fingerprint}
 
     def _endings(self, pool: Pool, target: Target) -> tuple[Ending, Ending]:
-        """The targets that are gone back from, and those that measure."""
         source = pool.referred(MAGIC().targets(pool, target))
         assert not isinstance(source, TargetsByCheckpoint), source
         groups, steering, measuring = self._parts(pool, target)

@@ -87,7 +87,8 @@ class RelevancePursuit(Selector):
 
 
 def relevance_pursuit(target_gradient: Tensor, candidates: Tensor, *, budget: int) -> list[int]:
-    """A choice of candidates with the greatest selection relevance that greedy steps and exchanges reach.
+    """A choice of candidates with the greatest selection relevance that greedy steps and exchanges reach, the largest
+    coefficient first.
 
     The objective is that of `selection_relevance` with its default coefficients: the least error `‖g − A t‖²` where t
     is the least-squares solution projected onto the unit simplex (Compact, section 3.2). It is neither monotone nor
@@ -108,12 +109,7 @@ def relevance_pursuit(target_gradient: Tensor, candidates: Tensor, *, budget: in
         candidates: gradients [candidate dim], not normalised.
         budget: how many to choose.
 
-    Returns:
-        Positions of the chosen candidates, largest coefficient first.
-
     Raises:
-        ShapeError: wrong axes or different dims.
-        NonFiniteError: NaN or infinity in either.
         ConfigError: a budget outside 1 to the number of candidates.
         DataError: the target gradient is zero.
 
@@ -195,11 +191,9 @@ class _Search:
 
     @property
     def width(self) -> int:
-        """The number of queries."""
         return 1 + len(self.picks)
 
     def queries(self) -> Tensor:
-        """The target and the picks `[query dim]`."""
         return torch.cat([self.target[None], self._rows(self.picks)])
 
     def go_on(self, products: Array, lengths: Array) -> None:
@@ -329,7 +323,6 @@ class Reconstruction:
         return [picks[place] for place in np.argsort(-self._weights(picks).round(9), kind="stable")]
 
     def _weights(self, chosen: Sequence[int]) -> Array:
-        """Coefficients `[chosen]`."""
         return self.only(chosen)._with_one_more(list(range(len(chosen) - 1)))[0][-1] if chosen else np.empty(0)
 
     def _best_addition(self, picks: list[int]) -> tuple[int, float]:

@@ -173,7 +173,6 @@ def choose_all(selectors: Sequence[Selector], candidates: Candidates, budgets: S
 
 
 def _choices(selector: Selector, candidates: Candidates, budgets: Sequence[int]) -> Choices:
-    """Of ascending budgets."""
     if not selector.nested:
         return {budget: selector.selections(candidates, budget) for budget in budgets}
     largest = selector.selections(candidates, budgets[-1])

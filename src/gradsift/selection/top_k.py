@@ -100,18 +100,10 @@ class TopK(MostHelpful):
 def top_k(scores: Tensor, budget: int) -> list[int]:
     """Positions of the `budget` highest scores, best first; equal scores in order of position.
 
-    NaN and both infinities are never chosen: a plain descending sort would put NaN first.
-
-    Args:
-        scores: [pool], higher = helps. Pass `-scores` for the most harmful, `scores.abs()` for the most and
-            `-scores.abs()` for the least influential.
-        budget: how many to choose.
-
-    Returns:
-        Positions in `scores`.
+    NaN and both infinities are never chosen: a plain descending sort would put NaN first. Pass `-scores` for the most
+    harmful, `scores.abs()` for the most and `-scores.abs()` for the least influential.
 
     Raises:
-        ShapeError: `scores` is not [pool], or empty.
         ConfigError: `budget` below 1 or above the number of finite scores.
 
     Example:

@@ -247,16 +247,14 @@ class RemoteStorage:
                 return None, None
             raise
 
-    def create(self, key: str, data: bytes) -> bool:
-        """Write an object unless there is one; whether it was written."""
+    def replace(self, key: str, data: bytes, version: str | None) -> bool:
+        """Write an object if it is still of this version, or (None) not there; whether it was written.
+
+        Stores that cannot tell write it.
+        """
         with self._told("write", key):
             self._make_folder(key)
-            return self._if_unchanged(lambda **how: self._fs.pipe_file(self._at(key), data, **how), None)
-
-    def replace(self, key: str, data: bytes, version: str | None) -> bool:
-        """Write an object if it is still of this version; whether it was written. Stores that cannot tell write."""
-        with self._told("write", key):
-            if self._etag(key) != version:
+            if version is not None and self._etag(key) != version:
                 return False
             return self._if_unchanged(lambda **how: self._fs.pipe_file(self._at(key), data, **how), version)
 
@@ -400,17 +398,13 @@ class _Lease:
         self._thread = threading.Thread(target=self._keep_renewing, daemon=True)
 
     def take(self) -> None:
-        """Claim the run: it is free, its holder is dead, or a claim is no longer renewed."""
         began = _now()
-        if not self._storage.create("lock", self._claim()):
+        if not self._storage.replace("lock", self._claim(), None):
             seen, version = self._storage.claim_there()
             if seen is not None and not _is_dead(seen):
                 seen, version = self._outlive(seen, version)
             began = _now()
-            if seen is None:
-                taken = self._storage.create("lock", self._claim())
-            else:
-                taken = self._storage.replace("lock", self._claim(), version)
+            taken = self._storage.replace("lock", self._claim(), None if seen is None else version)
             if taken and not self._storage.conditional:
                 time.sleep(_LEASE_SECONDS / 90)  # others may have waited as well: the last to write has it
         if not self._is_ours():
@@ -419,7 +413,6 @@ class _Lease:
         self._thread.start()
 
     def give_back(self) -> None:
-        """End the claim."""
         self._stop.set()
         self._thread.join()
         with suppress(StorageError):

@@ -74,7 +74,7 @@ class Effect:
 
 
 def jensen_shannon(logits_p: Tensor, logits_q: Tensor) -> Tensor:
-    """Jensen-Shannon divergence of the distributions that two rows of logits stand for.
+    """Jensen-Shannon divergence of the distributions that two rows of logits stand for: nats, fp64 [token].
 
     `JSD = ½ KL(p‖m) + ½ KL(q‖m)`, m = (p+q)/2: symmetric, between 0 (equal, exactly so) and ln 2 (disjoint).
 
@@ -82,15 +82,7 @@ def jensen_shannon(logits_p: Tensor, logits_q: Tensor) -> Tensor:
     d = log q − log p, entries of |d| ≤ 1 are summed in the form ½[(q−p)·d/2 − (p+q)·log cosh(d/2)], whose terms do not.
 
     Args:
-        logits_p: [token vocab], any float dtype; computed in fp64.
-        logits_q: [token vocab].
-
-    Returns:
-        Nats, fp64 [token].
-
-    Raises:
-        ShapeError: wrong axes, or shapes that differ.
-        NonFiniteError: NaN or infinity in either.
+        logits_p, logits_q: [token vocab], any float dtype; computed in fp64.
 
     Example:
         >>> jensen_shannon(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 100.0]]))
@@ -201,12 +193,8 @@ class StepModel:
         options, budget, dpo = self.settings, self.token_budget, None
         if isinstance(examples, Pairs):
             places = range(len(examples))
-            ids, sequences, dpo, total = (
-                list(examples.ids),
-                examples.sequences_at(places),
-                examples.dpo(places),
-                len(places),
-            )
+            ids, total = list(examples.ids), len(places)
+            sequences, dpo = examples.sequences_at(places), examples.dpo(places)
             budget = max(budget, 2 * examples.longest())  # no pair is divided
         else:
             ids, total = [example.id for example in examples], sum(map(supervised_count, examples))
@@ -227,7 +215,6 @@ class StepModel:
             yield
 
     def _loss(self, head: SupervisedHead, sequences: SequenceABC[Sequence], dpo: DPO | None) -> Tensor:
-        """The sum over the rows of some sequences."""
         batch = pad(sequences, self.device)
         nll = head.nll(batch)
         if dpo is None:

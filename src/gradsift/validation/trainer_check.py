@@ -156,7 +156,6 @@ def check_trainer(trainer: Any, pool: Pool, rows: int = 8) -> TrainerCheck:
 
 
 def _pairs(pool: Pool) -> Pairs | None:
-    """The pool's rows, where they are pairs."""
     if not isinstance(pool.data, Pairs):
         return None
     if not pool.data.by_dpo:
@@ -170,7 +169,6 @@ def _pairs(pool: Pool) -> Pairs | None:
 def _rows(
     trainer: Any, pool: Pool, compared: Sequence[tuple[Mapping[str, Any], float | None]], close: float
 ) -> Iterator[RowCheck]:
-    """The checks of a trainer's rows and its losses of them."""
     pairs = _pairs(pool)
     parts = [pool.data] if pairs is None else [pairs.answered, pairs.rejected]
     answers = [list(_answers(single)) for single, _ in compared]

@@ -483,14 +483,12 @@ class _Bench:
 
     @cached_property
     def steps(self) -> TrainedSteps | StoredSteps:
-        """Where the steps on selections come from."""
         data = self.pool.data
         if self.store is None:
             return TrainedSteps(self.model, replace(self.pool, dtype=self.dtype).referred(data))
         return StoredSteps(self.model, self.store, data.loss)
 
     def turn_to(self, output: Answers) -> None:
-        """Make `output` the one that effects are on."""
         answers = together(output)
         if [*map(id, answers)] == [*map(id, self._answers)]:
             return
@@ -511,7 +509,6 @@ class _Bench:
             self._effects = {name: Effect(*values) for name, values in content["effects"].items()}
 
     def save(self) -> None:
-        """Publish what was measured since the last time."""
         if not self._answers or not self._changed:
             return
         if not self.pool.run.storage.exists(f"{self.prefix}config.json"):
@@ -525,7 +522,6 @@ class _Bench:
         self._changed = False
 
     def validated(self, cell: Cell) -> Validated:
-        """Support and shift of a cell of the current output."""
         if len(set(cell.selected)) != cell.key.k or len(cell.selected) != cell.key.k:
             raise DataError(f"the selection holds {len(set(cell.selected))} different ids, but k is {cell.key.k}")
         if not cell.relevance > 0:
@@ -546,7 +542,6 @@ class _Bench:
         return random_sets(self.ids, k, output=self._answers[0].id, count=options.random_sets, seed=options.seed)
 
     def effect(self, ids: Sequence[str]) -> Effect:
-        """Of the step on these pool examples, in any order."""
         ordered = sorted(ids)
         return self._effect(fingerprint(ordered), lambda: self.steps.on(ordered))
 

@@ -21,7 +21,7 @@ from gradsift.store.remote import at_hand, is_url
 ADAM_FILE = "adam.safetensors"
 INFO_FILE = "checkpoint.json"
 # Trainer's own rule for what gets no weight decay, on lower-case names; it adds the parameters of nn.LayerNorm.
-_NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
+NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 _WRAPPERS = re.compile(r"(?:^module\.|_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.)")
 
 
@@ -252,7 +252,7 @@ def _partitions(parameters: Mapping[str, tuple[int, ...]]) -> Iterator[list[list
     `create_loraplus_optimizer` makes four: A and what else has no other place, LoRA of embeddings, B with decay, B
     without.
     """
-    by_name = [name for name in parameters if _NO_DECAY.search(name.lower())]
+    by_name = [name for name in parameters if NO_DECAY.search(name.lower())]
     vectors = [n for n, shape in parameters.items() if len(shape) == 1 and ".lora_" not in n]  # nn.LayerNorm's weights
     spared = [set(by_name), {*by_name, *vectors}, {n for n in parameters if "bias" in n}]
     yield [list(parameters)]

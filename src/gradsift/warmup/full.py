@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from gradsift.base.errors import ConfigError, CorruptError, StorageError
 from gradsift.base.memory import free_bytes, give_back_memory
-from gradsift.base.progress import Reporter, silent
+from gradsift.base.progress import Reporter
 from gradsift.data.dataset import Dataset
 from gradsift.model.models import (
     QUANTISED,
@@ -35,7 +35,6 @@ from gradsift.warmup.train import (
     check_examples,
     moments_of,
     split_state,
-    to_train_on,
     train_as,
     training_config,
 )
@@ -77,11 +76,6 @@ def train_fully(
     config["training"] = {name: value for name, value in config["training"].items() if name not in _NO_ADAPTER}
     prefix = run.prefix("checkpoints", config)
     output = _Models(run, prefix, settings.epochs, model, precision, device)
-    reporter = reporter or silent()
-    if output.finished() < settings.epochs:
-        data = to_train_on(run, data, ids, model=model, dtype=precision, device=device, reporter=reporter)
-        release_models()
-        refuse_too_large(model, precision, device)
     train_as(output, config, data, ids, settings, seed=seed, what=what, reporter=reporter)
     return [run.name(f"{prefix}epoch-{epoch}") for epoch in range(1, settings.epochs + 1)]
 
@@ -109,6 +103,10 @@ class _Models(TrainingOutput):
     learner = "model"
     _network: Any = None
 
+    def prepare(self) -> None:
+        release_models()
+        refuse_too_large(*self.base)
+
     def whole(self, folder: str) -> bool:
         """By the files' sizes: weights of many gigabytes are not read to find an altered bit."""
         storage = self.run.storage
@@ -122,7 +120,6 @@ class _Models(TrainingOutput):
 
     @contextmanager
     def network(self, finished: int) -> Iterator[Any]:
-        """A model of its own, which nobody else holds."""
         network, self._network = self._loaded(finished), None
         try:
             yield network.requires_grad_(True)
@@ -139,7 +136,6 @@ class _Models(TrainingOutput):
         return self._network
 
     def state(self, finished: int) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], int]:
-        """The loaded model's own weights, and the moments file."""
         key = self._moments(finished)
         _, first, second, step = split_state(load_file(self.run.path(key)) if self.run.storage.exists(key) else {})
         weights = dict(self._loaded(finished).named_parameters())

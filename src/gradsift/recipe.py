@@ -235,11 +235,8 @@ _LONGEST = 1_000_000  # characters of a recipe, and values in it
 
 
 def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Recipe:
-    """Read and check a YAML recipe.
-
-    Raises:
-        ConfigError: not readable, not YAML, or a wrong key or value: each with its line, and the nearest right key; or
-            several models, which `load_recipes` reads.
+    """Read and check a YAML recipe; ConfigError names each wrong line and the nearest right key, or says that there are
+    several models, which `load_recipes` reads.
     """
     recipes = load_recipes(path, overrides)
     if len(recipes) > 1:

@@ -90,11 +90,7 @@ def rater_of(text: str, aspect: str = "quality") -> dict[str, Any]:
 
 
 def endpoint_of(model: str, url: str | None) -> dict[str, Any]:
-    """A server that speaks OpenAI's protocol; `openai` and no address are OpenAI's own.
-
-    >>> endpoint_of("judge", "http://localhost:8000/v1")
-    {'kind': 'endpoint', 'model': 'judge', 'base_url': 'http://localhost:8000/v1'}
-    """
+    """A server that speaks OpenAI's protocol; `openai` and no address are OpenAI's own."""
     return {"kind": "endpoint", "model": model, "base_url": None if url == "openai" else url}
 
 

@@ -61,11 +61,7 @@ class Chat(Protocol):
 
 
 def before_answer(messages: SequenceABC[Message]) -> tuple[tuple[Message, ...], str | None]:
-    """A conversation up to its last assistant turn, and what that says; the whole of it and None where it has none.
-
-    >>> before_answer([{"role": "user", "content": "2 + 2"}, {"role": "assistant", "content": "4"}])
-    (({'role': 'user', 'content': '2 + 2'},), '4')
-    """
+    """A conversation up to its last assistant turn, and what that says; the whole of it and None where it has none."""
     last = max((n for n, message in enumerate(messages) if message["role"] == "assistant"), default=None)
     return tuple(messages[:last]), None if last is None else said(messages[last])
 

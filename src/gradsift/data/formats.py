@@ -138,15 +138,7 @@ class Columns(Settings):
 
     @classmethod
     def of(cls, given: Columns | Mapping[str, str] | None) -> Columns:
-        """What an argument `columns` means: one of these, a mapping of its fields, or nothing.
-
-        Raises:
-            ConfigError: a field that there is not, or a name that is no text.
-
-        Example:
-            >>> Columns.of({"prompt": "question"}).prompt
-            'question'
-        """
+        """What an argument `columns` means: one of these, a mapping of its fields (ConfigError), or nothing."""
         if given is None or isinstance(given, cls):
             return given or cls()
         try:
@@ -507,11 +499,7 @@ def column_value(row: Mapping[str, Any], column: str) -> Any:
 
 
 def advised(columns: Iterable[str]) -> str:
-    """What `--columns` would say of these where their names look like a conversation, or a prompt and an answer.
-
-    >>> advised(["id", "question", "answer"])
-    'prompt=question,completion=answer'
-    """
+    """What `--columns` would say of these where their names look like a conversation, or a prompt and an answer."""
     there = [str(name) for name in columns]
     for name in ("messages", "conversations"):
         if name in there:

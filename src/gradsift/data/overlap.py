@@ -18,21 +18,12 @@ from gradsift.base.types import Example, Message, Skipped, said
 
 
 def content_hash(messages: Iterable[Message]) -> str:
-    """Hash the messages exactly as they are (16 hex digits): the default id of a row that brings none.
-
-    >>> content_hash([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}])
-    'de615ee0a74cae9c'
-    """
+    """Hash the messages exactly as they are (16 hex digits): the default id of a row that brings none."""
     return _digest((message["role"], said(message)) for message in messages)[:16]
 
 
 def normalised_hash(messages: Iterable[Message]) -> str:
-    """Hash all messages after NFKC, lower case and collapsed white space (32 hex digits); roles count too.
-
-    >>> shout = [{"role": "user", "content": " HELLO  there\\n"}]
-    >>> normalised_hash(shout) == normalised_hash([{"role": "user", "content": "hello there"}])
-    True
-    """
+    """Hash all messages after NFKC, lower case and collapsed white space (32 hex digits); roles count too."""
     return _digest((message["role"], _normalise(said(message))) for message in messages)[:32]
 
 

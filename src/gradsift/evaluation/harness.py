@@ -55,11 +55,7 @@ class LMEval(Settings):
         return f"lm-eval {', '.join(self.tasks)}"
 
     def bind(self, setup: Setup) -> BoundLMEval:
-        """Look for the package and the folder; tasks are read when they are measured.
-
-        Raises:
-            ConfigError: lm-eval is not installed, or the folder is not there.
-        """
+        """Look for the package and the folder (ConfigError); tasks are read when they are measured."""
         if not _installed():
             raise ConfigError(
                 f"lm-eval runs {', '.join(self.tasks)}, and it is not installed: pip install 'gradsift[eval]'"

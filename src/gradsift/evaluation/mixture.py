@@ -75,23 +75,13 @@ class Mixture:
 
 
 def mix(scores: Scores, by: str, budget: float = 0.05, seed: int = 0) -> Mixture:
-    """How much of each source to train on: its share among the highest scores.
+    """How much of each source to train on: its share among the highest scores, `budget` of them, a number or a share.
 
     Shares are weights for `datasets.interleave_datasets` and the like, which draw a source's rows at random. For the
     intervals, rows are drawn again from the pool, and targets within their subtasks where a score is a mean over them.
 
-    Args:
-        scores: of the pool.
-        by: column of the pool that names each row's source.
-        budget: how many of the highest scores are counted, or which share of all.
-        seed: of the resamples.
-
-    Raises:
-        DataError: a row names no source.
-        ConfigError: there is one source alone.
-
-    Example:
-        >>> print(mix(scores, by="source", budget=0.1))  # doctest: +SKIP
+    by: column of the pool that names each row's source; DataError where a row names none, ConfigError for one source
+    alone. seed: of the resamples.
     """
     assert scores.pool is not None, scores
     names = sources_of(scores.pool.data, by)

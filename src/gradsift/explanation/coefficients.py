@@ -104,10 +104,8 @@ def span_coordinates(target_gradient: Tensor, selected: Tensor) -> tuple[Tensor,
 def fit_many(g: Array, A: Array, *, dim: int, models: Sequence[CoefficientModel]) -> dict[CoefficientModel, Array]:
     """`coefficients` t [selection k] of many selections of equal size at once, by each of several models.
 
-    Args:
-        g: targets in the coordinates of `span_coordinates`, [selection coordinate].
-        A: selected gradients in the same, [selection coordinate k]; equally many of each selection are not zero.
-        dim: dimension before the reduction: it sets which singular values count as zero.
+    g, A: in coordinates of `span_coordinates`; equally many of each selection, [selection coordinate k], are not zero.
+    dim: before that reduction: it sets which singular values count as zero.
     """
     for model in models:
         if model not in MODELS:

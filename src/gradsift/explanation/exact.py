@@ -40,10 +40,8 @@ class RowsLackingError(Exception):
 
 @dataclass(frozen=True)
 class ExactRows:
-    """Inner products of an output's gradient and of some pool rows', none of them projected.
-
-    ids: of the rows
-    products: float64 `[row row]`, of the rows as in `ids`, then the output
+    """Inner products, float64 `[row row]`, of unprojected gradients: of some pool rows, in the order of `ids`, then of
+    an output.
     """
 
     ids: tuple[str, ...]

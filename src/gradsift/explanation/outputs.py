@@ -172,10 +172,8 @@ def contrasted(others: SequenceABC[TokenizedExample | None]) -> dict[str, Any]:
 def question_of(
     prompt: str | SequenceABC[Message], output: str | None = None, *, instead: str | None = None
 ) -> Question:
-    """A question from a text or a conversation that ends before the answer (DataError if not).
-
-    output: the answer to explain; the model's own where there is none.
-    instead: another answer: why that one, and not this one?
+    """A question from a text or a conversation that ends before the answer (DataError if not), with `output` the answer
+    to explain, else the model's own, and `instead` another: why that one, and not this one?
     """
     messages: tuple[Message, ...] = ({"role": "user", "content": prompt},) if isinstance(prompt, str) else tuple(prompt)
     if not messages or not any(said(m).strip() for m in messages):

@@ -52,11 +52,7 @@ VERDICT = (
 
 
 def explanation_file(id_: str) -> str:
-    """The name of an output's page: its id where that is a plain file name, else a readable part of it and a digest.
-
-    >>> explanation_file("math-17"), explanation_file("../x y")
-    ('math-17.html', 'x-y-46c740c677.html')
-    """
+    """The name of an output's page: its id where that is a plain file name, else a readable part of it and a digest."""
     if re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,79}", id_):
         return f"{id_}.html"
     plain = re.sub(r"[^a-z0-9]+", "-", id_.lower()[:60]).strip("-")

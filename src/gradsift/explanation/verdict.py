@@ -70,12 +70,9 @@ class Reference:
 
 @dataclass(frozen=True)
 class Missed:
-    """How many rows outside of the candidates are expected to rank among an estimator's k most helpful.
-
-    Their projected scores say no, but may be wrong (`gradsift.explanation.exact.missed`).
-
-    strategy: the search of which it is said instead that they would rebuild `WORTH` more in the place of a chosen one;
-        None of the ranking
+    """How many rows outside of the candidates are expected to rank among an estimator's k most helpful, as their
+    projected scores may be wrong (`gradsift.explanation.exact.missed`); or, of the search `strategy`, how many would
+    rebuild `WORTH` more in the place of a chosen one.
     """
 
     estimator: str
@@ -237,13 +234,7 @@ def share_of(ratio: float) -> float:
 def grade_of(
     ratio: float, *, random: Collection[float] = (), best: float | None = None, near_zero: bool, capped: bool
 ) -> Grade:
-    """How a choice of ratio ξ fares beside those of random draws and of the best found, see `Grade`.
-
-    >>> grade_of(0.4, random=[0.2, 0.3], best=1.05, near_zero=False, capped=False)
-    'nothing'
-    >>> grade_of(1.5, random=[0.2, 1.6], best=2.0, near_zero=False, capped=False)
-    'chance'
-    """
+    """How a choice of ratio ξ fares beside those of random draws and of the best found, see `Grade`."""
     if not math.isfinite(ratio):
         return "unknown"
     if capped:

@@ -51,11 +51,9 @@ def run_train(
 ) -> list[dict[str, Any]]:
     """Train on a choice once for each seed; training.json in the run folder says what there is.
 
-    Args:
-        recipe: model, pool and run folder; its `warmup` is the training.
-        selected: rows of the pool, as `gradsift select` leaves them.
-        ids: a file with ids of the pool; without either the whole pool is trained on.
-        merge_into: folder for the kept adapter merged into its base; with several seeds, a folder `seed-N` in it each.
+    `selected`, rows of the pool as `gradsift select` leaves them, or `ids`, a file with some, are trained on, else the
+    whole pool. The kept adapter is merged into its base in `merge_into`, of several seeds in a folder `seed-N` in it
+    each.
     """
     seeds = check_seeds(seeds)
     if selected is not None and ids is not None:

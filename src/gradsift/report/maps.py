@@ -64,9 +64,6 @@ def sample(count: int, chosen: Sequence[int], limit: int, *, seed: int = 0) -> l
 
     Drawn evenly, a choice of 1 % would leave a handful of dots. So chosen rows are denser on the map than in the pool,
     and the map tells where choices lie, not how large they are.
-
-    >>> sample(3, [2], 10)
-    [0, 1, 2]
     """
     members = sorted(set(chosen))
     if members and not 0 <= members[0] <= members[-1] < count:

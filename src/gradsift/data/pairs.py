@@ -129,10 +129,8 @@ class Pairs(Dataset):
         return Pairs(self._chosen.subset(places), self.rejected.subset(places), self.preference, known, origin)
 
     def turned(self, positions: SequenceABC[int] | NDArray[np.int64]) -> Pairs:
-        """These rows with the rejected answer preferred, under their own ids.
-
-        Contrasts and margins change their sign: a gradient g by DPO at the margin m becomes −e^m·g, one by difference
-        −g.
+        """These rows with the rejected answer preferred, under their own ids, and contrasts and margins of the other
+        sign: a gradient g by DPO at the margin m becomes −e^m·g, one by difference −g.
         """
         places = np.asarray(positions, dtype=np.int64)
         own = self.subset(places)
@@ -218,9 +216,8 @@ class Pairs(Dataset):
 
 
 def are_pairs(source: Any, columns: Columns | Mapping[str, str] | None) -> bool:
-    """Whether the first row of a source holds a chosen and a rejected answer, and no columns say otherwise.
-
-    A conversation with its answer beside which both stand is one; but ms-swift's, which is the chosen one itself.
+    """Whether the first row of a source holds a chosen and a rejected answer, also beside a conversation that has an
+    answer unless it is the chosen one (ms-swift's form), and no columns say otherwise.
     """
     named = Columns.of(columns)
     if named.chosen is not None or named.rejected is not None:

@@ -119,10 +119,8 @@ class Notebook:
 
 @dataclass(frozen=True)
 class Judging:
-    """What a judge is asked about one model.
-
-    calls:    questions
-    question: puts some of them to a judge, about empty responses, so that their tokens can be counted
+    """What a judge is asked about one model, and `question`, which puts some of it to a judge about empty responses, so
+    that their tokens can be counted.
     """
 
     judge: Judge

@@ -109,10 +109,8 @@ class _Random:
 
 @dataclass(frozen=True, kw_only=True)
 class Explanations(Shown):
-    """Explanations of a list of prompts, and the prompts that could not be explained.
-
-    store, gradients: plain rows at the last checkpoint, of the pool and of the outputs
-    budgets: the numbers of examples
+    """Explanations of a list of prompts, and the prompts that could not be explained, by plain rows (`store`,
+    `gradients`) at the last checkpoint, for the numbers of examples `budgets`.
     """
 
     pool: Pool = field(repr=False, compare=False)

@@ -406,8 +406,7 @@ class Walk:
         self, method: PolicyEstimator, target: PromptTarget, number: int, *, rewarded: bool = True,
         ends: Sequence[Checkpoint | None] = (),
     ) -> PolicyTargets | None:  # fmt: skip
-        """The responses at one of the `ends` of a method's own, or at a checkpoint, and what they earn; where the run
-        folder has all of it, that."""
+        """The responses at one of the `ends` of a method's own, or at a checkpoint, and what they earn."""
         writer = method.assistant
         checkpoint = None if writer is not None else (ends or self._checkpoints())[number]
         sampling, place = method.drawing, "" if writer is not None else f"{'end ' * bool(ends)}{number}"

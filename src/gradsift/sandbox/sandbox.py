@@ -114,8 +114,6 @@ def run_programs(
     """Run programs against their tests, several at a time; one outcome each, in order.
 
     Args:
-        programs: what to run.
-        sandbox: the limits.
         allow_code_execution: must be True: this runs code that nobody has read.
         workers: programs at a time; None takes the number of processors.
 
@@ -142,17 +140,14 @@ def run_programs(
 
 
 def isolation(sandbox: Sandbox | None = None) -> tuple[str, ...]:
-    """How this system shuts a program off: of the following those that work here.
+    """How this system shuts a program off: of the following those that work here, found by running a program.
 
     `pid`, `network`, `ipc` and `files` are namespaces: no other processes are visible, no network, no shared memory,
     and no files but the interpreter's and a private folder. `paths` is Landlock: others than these files cannot be
-    opened.
-    `syscalls` is a filter that allows what a program by itself needs: no sockets, no signals to other processes, no
-    looking into them, no memory that counts as nobody's. `memory` is a control group, whose limit the kernel keeps for
-    all processes together. Found by running a program, once per process.
-
-    Raises:
-        ConfigError: no program can be run at all, or not as `sandbox` requires.
+    opened. `syscalls` is a filter that allows what a program by itself needs: no sockets, no signals to other
+    processes, no looking into them, no memory that counts as nobody's. `memory` is a control group, whose limit the
+    kernel keeps for all processes together. ConfigError where no program can be run at all, or not as `sandbox`
+    requires.
     """
     sandbox = sandbox or Sandbox()
     if sys.platform != "linux":
@@ -230,12 +225,7 @@ understood = lru_cache(maxsize=4096)(understand)
 
 
 def needs_pytest(tests: Tests) -> bool:
-    """Whether only pytest can run these tests, and it is not installed.
-
-    Example:
-        >>> needs_pytest(understand("assert add(1, 2) == 3"))
-        False
-    """
+    """Whether only pytest can run these tests, and it is not installed."""
     return "pytest" in tests.tools and find_spec("pytest") is None
 
 

@@ -167,9 +167,9 @@ def load_model(name: str, *, dtype: DtypeName = "auto", device: str = "auto") ->
     place = resolve_device(device)
     torch_dtype: Any = "auto" if place != "cpu" else torch.float32
     if dtype in QUANTISED:
-        # What is computed in, and other weights are kept in.
-        half = torch.cuda.is_bf16_supported(including_emulation=False) if place != "cpu" else False
-        torch_dtype = torch.float32 if place == "cpu" else torch.bfloat16 if half else torch.float16
+        torch_dtype = torch.float32  # what is computed in, and other weights are kept in
+        if place != "cpu":
+            torch_dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     elif dtype != "auto":
         torch_dtype = getattr(torch, dtype)
     path, source = _placed(name)

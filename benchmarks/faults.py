@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -45,7 +44,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from loopback import completion, serving
-from tiny_world import COLOURS, World, pool_rows, run_in_process, target_rows, write_rows
+from tiny_world import COLOURS, World, forking, pool_rows, run_in_process, target_rows, write_rows
 
 REWARD = """
 def vowels(completions, **columns):
@@ -130,8 +129,7 @@ class Bench:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.environ["OMP_NUM_THREADS"] = "1"
         os.environ["HF_HUB_OFFLINE"] = "1"
-        self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["tiny_world", "gradsift.jobs.select_explain", "peft", "datasets", "click"])
+        self.context = forking()
         self.world = World.make(self.work)
         self.pool = write_rows(self.work / "pool.jsonl", pool_rows(ROWS))
         prompts = [{k: v for k, v in row.items() if k != "completion"} for row in target_rows(PROMPTS)]

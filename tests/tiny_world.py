@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 from collections.abc import Iterable, Mapping
@@ -259,3 +260,20 @@ def run_in_process(arguments: list[str], errors: str) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.stderr = os.fdopen(2, "w", buffering=1)
     app(arguments)
+
+
+def forking() -> Any:
+    """Processes that have the libraries imported, since they are forks of this one; where autograd keeps threads for a
+    GPU, which a fork loses, they are forks of a server."""
+    import multiprocessing
+
+    import torch
+
+    needed = ["tiny_world", "gradsift.jobs.select_explain", "gradsift.warmup.trainer", "peft", "datasets", "click"]
+    if torch.cuda.is_available():
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(needed)
+        return context
+    for name in needed:
+        importlib.import_module(name)
+    return multiprocessing.get_context("fork")

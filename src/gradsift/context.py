@@ -150,7 +150,6 @@ class Pool(Setup):
 class Target:
     """What the pool is to help with: labelled examples, in subtasks or not.
 
-    subtasks: a label per target example, or None
     overlap: pool examples that are also in the target; they are left out of scores and selections
     """
 

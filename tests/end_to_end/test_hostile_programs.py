@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import uuid
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
 
-from endpoint_runs import KEY, Case
+from endpoint_runs import KEY
 from loopback import completion, serving
 from tiny_world import World, write_rows
 
@@ -98,22 +98,20 @@ def test_hostile_programs_come_to_nothing(tiny: World, tmp_path: Path, monkeypat
     secret.chmod(0o600)
     marker = str(10**8 + uuid.uuid4().int % 10**8)
     written: dict[str, str] = {}
+    limits = {"memory_mb": 128, "disk_mb": 4, "processes": 4, "output_kb": 4, "cpu_seconds": 1, "timeout": 8}
     with serving(lambda body: completion(written[body["messages"][0]["content"]])) as server:
         hostile = programs(precious, secret, server.port, marker)
         written |= {name: code for name, (code, _) in hostile.items()}
         rows = [{"id": name, "prompt": name, "test": TEST, "entry_point": "answer"} for name in hostile]
-        case = Case(tiny, tmp_path / "run", "assistant", write_rows(tmp_path / "target.jsonl", rows))
-        sandbox = {"memory_mb": 128, "disk_mb": 4, "processes": 8, "output_kb": 4, "cpu_seconds": 1, "timeout": 8}
-        reward = {"kind": "unit_tests", "allow_code_execution": True, "sandbox": sandbox}
-        case.changes = {"reward": reward}
-        case.sampling = {"samples": 2, "max_new_tokens": 64}
-        case(server).succeeded()
-    assert len(server.requests) == 2 * len(hostile)  # nobody else has called
-    found: dict[str, set[float]] = {}
-    for file in case.out.glob("samples/*/*/reward-*"):
-        (name,) = {row["prompt_id"] for part in file.parent.glob("0*") for row in pq.read_table(part).to_pylist()}
-        found[name] = {row["reward"] for row in pq.read_table(file).to_pylist()}
-    assert found == {name: {reward} for name, (_, reward) in hostile.items()}
+        target, out = write_rows(tmp_path / "target.jsonl", rows), tmp_path / "run"
+        given = ["--reward", "unit_tests", "--allow-code-execution", "--samples", 1, "--max-new-tokens", 64]
+        given += ["--assistant", "g", "--assistant-url", server.url]
+        given += [part for name, value in limits.items() for part in ("--set", f"reward.sandbox.{name}={value}")]
+        tiny("reward", out, *given, target=target).succeeded()
+    assert len(server.requests) == len(hostile)  # nobody else has called
+    responses = [json.loads(line) for line in (out / "responses.jsonl").read_text().splitlines()]
+    found = {row["prompt_id"]: row["reward"] for row in responses}
+    assert found == {name: reward for name, (_, reward) in hostile.items()}
     assert precious.read_text() == secret.read_text() == "mine"
     commands = [file.read_bytes() for file in Path("/proc").glob("[0-9]*/cmdline") if os.access(file, os.R_OK)]
     assert not [command for command in commands if marker.encode() in command]

@@ -52,8 +52,10 @@ class _Watch:
     def end(self, one: _Bounded) -> None:
         with self.lock:
             self.running.discard(one)
-            if not self.running:
-                _restore_memory(self.memory)
+            if not self.running and self.memory is not None:
+                import resource
+
+                resource.setrlimit(resource.RLIMIT_AS, self.memory)
             if one.stopped:  # what has not been raised yet must not be raised in what follows
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(one.thread), None)
 
@@ -117,10 +119,3 @@ def _limit_memory(more: int) -> tuple[int, int] | None:
         resource.setrlimit(resource.RLIMIT_AS, (min([wanted, *tops]), hard))
         return soft, hard
     return None
-
-
-def _restore_memory(limits: tuple[int, int] | None) -> None:
-    if limits is not None:
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_AS, limits)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
-from pydantic import TypeAdapter
 
 from gradsift.base.errors import CorruptError
 from gradsift.base.types import Chat
@@ -20,7 +18,7 @@ from gradsift.generation.endpoint import Endpoint
 from gradsift.generation.sampling import Sampling
 from gradsift.influence.prompts import PromptTarget
 from gradsift.rewards.judge import BoundJudge, Judge
-from gradsift.store.manifest import Record, read_json, reading
+from gradsift.store.manifest import Record, read_json
 from gradsift.store.run import Run
 
 ASKED = 20  # questions to a judge of which the tokens are counted beforehand
@@ -82,15 +80,6 @@ class Measured:
         return asdict(self)
 
 
-def measured_from(content: Mapping[str, Any]) -> Measured:
-    """What `Measured.as_dict` wrote; CorruptError if it is something else."""
-    with reading("a stored evaluation"):
-        return _MEASURED.validate_json(json.dumps(content))
-
-
-_MEASURED = TypeAdapter(Measured)
-
-
 class _Items(Record):
     items: dict[str, Any]
 
@@ -130,10 +119,8 @@ class Notebook:
 
 @dataclass(frozen=True)
 class Judging:
-    """What a judge is asked about one model.
-
-    calls:    questions
-    question: puts some of them to a judge, about empty responses, so that their tokens can be counted
+    """What a judge is asked about one model, and `question`, which puts some of it to a judge about empty responses, so
+    that their tokens can be counted.
     """
 
     judge: Judge

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -107,9 +107,11 @@ class _Random:
         return {k: [known.positions(own).tolist() for own in draws] for k, draws in self.ids.items()}, self.relevances
 
 
-@dataclass(frozen=True)
-class _Work:
-    """What is the same for every output of one call, and explains each."""
+@dataclass(frozen=True, kw_only=True)
+class Explanations(Shown):
+    """Explanations of a list of prompts, and the prompts that could not be explained, by plain rows (`store`,
+    `gradients`) at the last checkpoint, for the numbers of examples `budgets`.
+    """
 
     pool: Pool = field(repr=False, compare=False)
     source: OutputSource = field(repr=False, compare=False)
@@ -122,6 +124,8 @@ class _Work:
     candidates: int
     aggregation: Aggregation
     exact: bool
+    entries: tuple[Explanation, ...] = ()
+    failed: tuple[Skipped, ...] = ()
     _exact: dict[str, ExactRows] = field(default_factory=dict, repr=False, compare=False)
     _rankings: dict[str, Ranking] = field(default_factory=dict, repr=False, compare=False)
 
@@ -257,11 +261,6 @@ class _Work:
                         failed.append(Skipped(output.id, "not_explained", str(error)))
                     advance(1)
         return [found for output in usable if (found := done[output.id]) is not None]
-
-    def with_matches(self, entries: Sequence[Explanation]) -> list[Explanation]:
-        """The explanations with the tokens of the examples that are shown first."""
-        matches = token_matches(self.pool, self.source, *self.matched(entries))
-        return [replace(entry, matches=matches.get(entry.id, ())) for entry in entries]
 
     def matched(self, entries: Sequence[Explanation]) -> tuple[Estimator, dict[str, list[str]]]:
         """The estimator whose scores are split into tokens, and of which examples, by output."""
@@ -514,18 +513,6 @@ class _Work:
             self.pool.reporter.warn(f"{self.pool.run.name(key)} is damaged: explaining this output again")
             return None
 
-
-@dataclass(frozen=True, kw_only=True)
-class Explanations(_Work, Shown):
-    """Explanations of a list of prompts, and the prompts that could not be explained.
-
-    budgets: the numbers of examples
-    store, gradients: plain rows at the last checkpoint, of the pool and of the outputs
-    """
-
-    entries: tuple[Explanation, ...]
-    failed: tuple[Skipped, ...]
-
     def blocks(self) -> tuple[Block, ...]:
         """What a notebook shows of them."""
         from gradsift.explanation.shown import explanations_blocks  # which knows what explanations are
@@ -662,7 +649,7 @@ def explain(
         )
     of_outputs = sorted({target_view(view) for view in views})
     gradients = pool.collect(source, checkpoint, of_outputs, what="output")["plain"]
-    work = _Work(
+    work = Explanations(
         pool=pool, source=source, store=store, gradients=gradients, estimators=estimators, strategies=tuple(strategies),
         budgets=budgets, coefficients=coefficients, candidates=candidates, aggregation=aggregation,
         exact=exact,
@@ -672,9 +659,9 @@ def explain(
         raise DataError(f"no prompt can be explained; first: {failed[0].detail}")
     if all_checkpoints:
         explained = work.throughout(explained)
-    explained[:matches] = work.with_matches(explained[:matches])
-    same = {one.name: getattr(work, one.name) for one in fields(work)}
-    found = Explanations(**same, entries=tuple(explained), failed=tuple(failed))
+    tokens = token_matches(pool, source, *work.matched(explained[:matches]))
+    explained = [replace(entry, matches=tokens.get(entry.id, ())) for entry in explained]
+    found = replace(work, entries=tuple(explained), failed=tuple(failed))
     found.publish()
     return found
 
@@ -688,9 +675,9 @@ def kept_explanations(
     if store is None or gradients is None:
         return None
     how: dict[str, Any] = {"estimators": tuple(estimators), "budgets": tuple(k), **asked}
-    work = _Work(pool=pool, source=source, store=store, gradients=gradients, **how)
+    work = Explanations(pool=pool, source=source, store=store, gradients=gradients, **how)
     entries = tuple(found for output in answered if (found := work._kept(work._key(output))) is not None)
-    return Explanations(**{one.name: getattr(work, one.name) for one in fields(work)}, entries=entries, failed=())
+    return replace(work, entries=entries)
 
 
 def refuse_contrast(ranker: Estimator) -> None:

@@ -219,7 +219,8 @@ def _held(capture: Capture, output: SequenceABC[Sequence]) -> dict[str, Factors]
         def hold(module: Captured, x: Tensor, g: Tensor, own: dict[str, Factors] = own) -> None:
             own[module.name] = Factors(x[0], g[0])
 
-        capture.run([one], _nothing, consume_tokens=hold)
+        # A module that had no part in the output's loss adds to no product.
+        capture.run([one], lambda _module, _gradients: None, consume_tokens=hold)
         parts.append(own)
     held = dict(parts[0])
     for before, own in enumerate(parts[1:], start=1):
@@ -235,7 +236,3 @@ def _held(capture: Capture, output: SequenceABC[Sequence]) -> dict[str, Factors]
 
 def _square(gradient: Tensor) -> float:
     return float(gradient.square().sum(dtype=torch.float64))
-
-
-def _nothing(_module: Captured, _gradients: Tensor) -> None:
-    """A module that had no part in the output's loss adds to no product."""

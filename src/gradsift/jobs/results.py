@@ -70,10 +70,8 @@ class Outcome:
 
 @dataclass
 class Result:
-    """What a job made, for printing, for `--json` and for the page.
-
-    command: whose result it is
-    paged:   pages are written, with the tokens that match
+    """What a job, the command `command`, made, for printing, `--json` and the page; `paged`: with pages of tokens
+    that match.
     """
 
     recipe: Recipe
@@ -336,11 +334,7 @@ def own_columns(row: Mapping[str, Any], columns: Columns) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Groups:
-    """The rows of a data set by what they have in one column.
-
-    names: what they have, as text
-    codes: int32 `[row]`, which of the names
-    """
+    """The rows of a data set, int32 `[row]`, by the places among `names` of what they have in one column."""
 
     names: list[str]
     codes: NDArray[np.int32]

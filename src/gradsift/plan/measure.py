@@ -94,11 +94,7 @@ def estimate(recipe: Recipe, reporter: Reporter | None = None, *, command: str =
 
 
 def preset_advice(warmup: Warmup, rows: int) -> str | None:
-    """What to take where a warm-up's settings were made for a pool of another size; None where they fit.
-
-    >>> preset_advice(Warmup.preset("small"), 240) is None
-    True
-    """
+    """What to take where a warm-up's settings were made for a pool of another size; None where they fit."""
     small = Warmup.preset("small")
     trained = warmup_rows(warmup, rows)
     if trained < _FEW and trained < warmup_rows(small, rows):

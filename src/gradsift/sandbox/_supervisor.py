@@ -73,6 +73,7 @@ for _name, _folder in (("gradsift", Path(__file__).parents[1]), ("gradsift.sandb
 from gradsift.sandbox import _tester  # noqa: E402 - found by the lines before
 from gradsift.sandbox._cleaning import open_folder, remove, sweep  # noqa: E402
 from gradsift.sandbox._confinement import MemoryGroup, forget_group, memory_group, restrict_paths  # noqa: E402
+from gradsift.sandbox._harness import read_exactly, write_all  # noqa: E402
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -423,20 +424,12 @@ def _process_ids() -> list[int]:
         return [int(entry.name) for entry in entries if entry.name.isdigit()]
 
 
-def _parents() -> dict[int, int]:
-    """Parent of every process."""
-    parents = {}
+def _descendants(ancestor: int) -> list[int]:
+    children: dict[int, list[int]] = {}
     for pid in _process_ids():
         with contextlib.suppress(OSError):
             content = Path(f"/proc/{pid}/stat").read_bytes()
-            parents[pid] = int(content[content.rindex(b")") + 2 :].split()[1])
-    return parents
-
-
-def _descendants(ancestor: int) -> list[int]:
-    children: dict[int, list[int]] = {}
-    for pid, parent in _parents().items():
-        children.setdefault(parent, []).append(pid)
+            children.setdefault(int(content[content.rindex(b")") + 2 :].split()[1]), []).append(pid)
     found = []
     waiting = [ancestor]
     while waiting:
@@ -660,7 +653,10 @@ def main() -> None:
     text = Path(__file__).with_name("_harness.py").read_text(encoding="utf-8")
     harness = compile(text, "<harness>", "exec")
     while True:
-        request = json.loads(_read_exactly(int.from_bytes(_read_exactly(8), "big")))
+        try:
+            request = json.loads(read_exactly(0, int.from_bytes(read_exactly(0, 8), "big")))
+        except EOFError:
+            return
         if request["pytest"]:
             _load_pytest(request["pytest"])
         try:
@@ -724,19 +720,7 @@ _NOTHING: dict[str, Any] = {"output": "", "cpu": 0.0, "memory_group": False}
 
 def _write(result: dict[str, Any]) -> None:
     content = json.dumps(result).encode()
-    content = len(content).to_bytes(8, "big") + content
-    while content:
-        content = content[os.write(1, content) :]
-
-
-def _read_exactly(size: int) -> bytes:
-    content = b""
-    while len(content) < size:
-        part = os.read(0, size - len(content))
-        if not part:
-            sys.exit(0)
-        content += part
-    return content
+    write_all(1, len(content).to_bytes(8, "big") + content)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 from gradsift.sandbox._harness import (
     NotPlainError,
     Reference,
+    awaited,
     closed,
     decode,
     encode,
@@ -31,6 +32,7 @@ from gradsift.sandbox._harness import (
     plain_name,
     receive,
     send,
+    write_all,
 )
 from gradsift.sandbox._shapes import CannotJudgeError, Pair, Tests, prints, understand
 
@@ -57,15 +59,12 @@ def tester(task: dict[str, str], answers: int, requests: int, verdict: int, firs
     """Run the tests against the program at the other end of the pipes, `first` before all, and write the verdict."""
     connection = _Connection(answers, requests, page)
     try:
-        while first:
-            first = first[os.write(requests, first) :]
+        write_all(requests, first)
         status, reason = _judged(task, connection, (answers, requests, verdict))
     except OSError:
         status, reason = "gone", "the program could not be reached"
     status, reason = connection.broken or (status, reason)
-    content = json.dumps({"status": status, "reason": reason[:2000]}).encode()
-    while content:
-        content = content[os.write(verdict, content) :]
+    write_all(verdict, json.dumps({"status": status, "reason": reason[:2000]}).encode())
 
 
 def _judged(task: dict[str, str], connection: _Connection, pipes: tuple[int, ...]) -> tuple[str, str]:
@@ -221,7 +220,7 @@ def _install(name: str, content: dict[str, Any], mutant: _Mutant | None) -> None
         setattr(sys.modules[above], last, module)
     module.__dict__.update(content)
     if mutant is not None:
-        module.__dict__["__getattr__"] = mutant.module_attribute
+        module.__dict__["__getattr__"] = mutant.__getattr__
 
 
 def _run(tests: Tests, names: dict[str, Any]) -> None:
@@ -248,7 +247,7 @@ def _finish(result: Any) -> None:
     if hasattr(result, "__await__") and not isinstance(result, _Remote | _Mutant):
         import asyncio
 
-        result = asyncio.run(_awaited(result))
+        result = asyncio.run(awaited(result))
     if isinstance(result, types.AsyncGeneratorType):
         import asyncio
 
@@ -258,10 +257,6 @@ def _finish(result: Any) -> None:
             _step(step)
     else:
         _step(result)
-
-
-async def _awaited(result: Any) -> Any:
-    return await result
 
 
 async def _exhausted(result: Any) -> None:
@@ -381,12 +376,6 @@ class _Mutant:
         return self
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return self
-
-    def module_attribute(self, name: str) -> Any:
-        """What a module of this program holds under a name."""
         if name.startswith("__"):
             raise AttributeError(name)
         return self

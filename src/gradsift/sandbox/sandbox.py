@@ -114,8 +114,6 @@ def run_programs(
     """Run programs against their tests, several at a time; one outcome each, in order.
 
     Args:
-        programs: what to run.
-        sandbox: the limits.
         allow_code_execution: must be True: this runs code that nobody has read.
         workers: programs at a time; None takes the number of processors.
 
@@ -142,17 +140,14 @@ def run_programs(
 
 
 def isolation(sandbox: Sandbox | None = None) -> tuple[str, ...]:
-    """How this system shuts a program off: of the following those that work here.
+    """How this system shuts a program off: of the following those that work here, found by running a program.
 
     `pid`, `network`, `ipc` and `files` are namespaces: no other processes are visible, no network, no shared memory,
     and no files but the interpreter's and a private folder. `paths` is Landlock: others than these files cannot be
-    opened.
-    `syscalls` is a filter that allows what a program by itself needs: no sockets, no signals to other processes, no
-    looking into them, no memory that counts as nobody's. `memory` is a control group, whose limit the kernel keeps for
-    all processes together. Found by running a program, once per process.
-
-    Raises:
-        ConfigError: no program can be run at all, or not as `sandbox` requires.
+    opened. `syscalls` is a filter that allows what a program by itself needs: no sockets, no signals to other
+    processes, no looking into them, no memory that counts as nobody's. `memory` is a control group, whose limit the
+    kernel keeps for all processes together. ConfigError where no program can be run at all, or not as `sandbox`
+    requires.
     """
     sandbox = sandbox or Sandbox()
     if sys.platform != "linux":
@@ -196,16 +191,13 @@ def _not_held(found: tuple[str, ...]) -> list[str]:
     own = os.getuid() != 0
     there = []
     if "files" not in found and "paths" not in found:
-        whose = (
-            "all that you may read and write" if own else "what every user may read, and what every user may write to"
-        )
-        there.append(f"they reach {whose}")
+        theirs = "what every user may read, and what every user may write to"
+        there.append(f"they reach {'all that you may read and write' if own else theirs}")
     elif "files" not in found:
         there.append("they can ask whether a file exists and how large it is")
     if "syscalls" not in found:
-        there.append(
-            "they have sockets, shared memory and signals" if "network" not in found else "they have all calls"
-        )
+        some = "sockets, shared memory and signals"
+        there.append(f"they have {some if 'network' not in found else 'all calls'}")
     if "pid" not in found and "paths" not in found:
         there.append("they see which processes run")
     if "memory" not in found:
@@ -233,12 +225,7 @@ understood = lru_cache(maxsize=4096)(understand)
 
 
 def needs_pytest(tests: Tests) -> bool:
-    """Whether only pytest can run these tests, and it is not installed.
-
-    Example:
-        >>> needs_pytest(understand("assert add(1, 2) == 3"))
-        False
-    """
+    """Whether only pytest can run these tests, and it is not installed."""
     return "pytest" in tests.tools and find_spec("pytest") is None
 
 
@@ -246,7 +233,7 @@ def _request(program: Program, tests: Tests, sandbox: Sandbox, isolated: tuple[s
     installed = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
     packages = installed if sandbox.packages else []
     return {
-        "pytest": _folders_of("pytest") if "pytest" in tests.tools else [],
+        "pytest": _folders_of_pytest() if "pytest" in tests.tools else [],
         "program": asdict(program),
         "isolate": ("user", *isolated) if "pid" in isolated and os.getuid() != 0 else isolated,
         "filter": syscall_filter(os.uname().machine, attributes=os.getuid() == 0 or "files" in isolated),
@@ -266,9 +253,9 @@ def _request(program: Program, tests: Tests, sandbox: Sandbox, isolated: tuple[s
     }
 
 
-def _folders_of(package: str) -> list[str]:
-    """Where a package and what it needs is imported from."""
-    found = find_spec(package)
+def _folders_of_pytest() -> list[str]:
+    """Where it and what it needs is imported from."""
+    found = find_spec("pytest")
     folders = [str(Path(found.origin).parents[1])] if found is not None and found.origin is not None else []
     return list(dict.fromkeys([*folders, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]))
 
@@ -367,12 +354,8 @@ class _Pool:
                 supervisor = _Supervisor()
         finally:
             self.free.put(supervisor)
-        return answer or {
-            "status": "killed",
-            "reason": "the sandbox's own processes were killed",
-            "output": "",
-            "cpu": 0.0,
-        }
+        killed = "the sandbox's own processes were killed"
+        return answer or {"status": "killed", "reason": killed, "output": "", "cpu": 0.0}
 
     def close(self) -> None:
         for _ in range(self.workers):

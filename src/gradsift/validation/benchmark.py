@@ -109,8 +109,8 @@ class Benchmark(Shown):
             return "No method could be judged by how well it ranks."
         if not any(map(self.above_random, near)):
             return (
-                "No method is told apart from a random ranking here: more targets, subsets or a longer training would "
-                "be needed."
+                "No method is told apart from a random ranking here: more targets, classes or subsets, or a longer "
+                "training would be needed."
             )
         best = next(iter(near))
         count, all_ = near[best], len(counted)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from gradsift.base.errors import ConfigError
 from gradsift.base.ranks import spearman
-from gradsift.base.resampling import Estimate, bootstrap_groups, estimate_of
+from gradsift.base.resampling import Estimate, bootstrap, estimate_of
 from gradsift.explanation.relevance import to_db
 
 EDGES_DB = (-20.0, -10.0, 0.0, 10.0, 20.0)
@@ -130,7 +130,7 @@ def agreement(
         known = [share if any_ else math.nan for share, any_ in zip(counts, there, strict=True)]
         return np.array([*(math.nan if rho is None else rho for rho in found), *known], dtype=np.float64)
 
-    drawn = bootstrap_groups(figures, outputs)[1] if len(outputs) else np.full((1, len(pairs) + len(shares)), math.nan)
+    drawn = bootstrap(figures, outputs)[1] if len(outputs) else np.full((1, len(pairs) + len(shares)), math.nan)
     names = np.array(outputs, dtype=object)
     correlations = [
         _correlation(correlation(decibels[among], with_[among]), drawn[:, n], len(set(names[among])))
@@ -186,7 +186,7 @@ def change_of_correlation(
 
     if not kept:
         return None, None, Estimate(math.nan, math.nan, math.nan), 0
-    found, drawn = bootstrap_groups(figures, [outputs[number] for number in kept])
+    found, drawn = bootstrap(figures, [outputs[number] for number in kept])
     before, after = (None if math.isnan(value) else float(value) for value in found[:2])
     change = estimate_of(found[2], drawn[:, 2], len(shared))
     return before, after, change, len(shared)
@@ -204,7 +204,7 @@ def share_over(successes: Sequence[bool], outputs: Sequence[str]) -> Proportion:
     held = np.array(successes, dtype=bool)
     if not len(held):
         return _proportion(0, 0, np.empty(0), 0)
-    _, drawn = bootstrap_groups(lambda cells: np.array([held[cells].mean()]), outputs)
+    _, drawn = bootstrap(lambda cells: np.array([held[cells].mean()]), outputs)
     return _proportion(int(held.sum()), len(held), drawn[:, 0], len(set(outputs)))
 
 
@@ -226,7 +226,7 @@ def wilson(share: float, count: int) -> tuple[float, float]:
 def _correlation(found: Correlation, drawn: NDArray[np.float64], outputs: int) -> Correlation:
     if found.rho is None or outputs < 2:
         return found
-    ends = estimate_of(found.rho, drawn, outputs)
+    ends = estimate_of(found.rho, drawn, outputs, within=(-1, 1))
     return replace(found, low=ends.low, high=ends.high)
 
 
@@ -237,5 +237,5 @@ def _proportion(successes: int, count: int, drawn: NDArray[np.float64], outputs:
     there = drawn[np.isfinite(drawn)]
     if not len(there) or np.ptp(there) == 0:
         return Proportion(successes, count, share, *wilson(share, outputs), outputs)
-    ends = estimate_of(share, there, outputs)
+    ends = estimate_of(share, there, outputs, within=(0, 1))
     return Proportion(successes, count, share, ends.low, ends.high, outputs)

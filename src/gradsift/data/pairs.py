@@ -20,7 +20,7 @@ from gradsift.data.account import Account
 from gradsift.data.chat import ChatFormat
 from gradsift.data.dataset import Dataset
 from gradsift.data.formats import Answer, BadRowError, Columns, in_two_columns, read_conversation
-from gradsift.data.prepare import prepare
+from gradsift.data.prepare import joined, prepare
 from gradsift.data.sources import read_rows
 from gradsift.model.loss import DPO, label_weights
 from gradsift.store.manifest import fingerprint
@@ -300,6 +300,19 @@ def prepare_pairs(
     kept_rows = chosen.subset(own)._with(chosen._beside + beside)
     known = _Known(np.array(factors) if any(factor != 1 for factor in factors) else None)
     return Pairs(kept_rows, rejected.subset(others), preference, known)
+
+
+def joined_like(first: Dataset, second: Dataset, before: str, reporter: Reporter) -> Dataset:
+    """`joined`, of pairs both answers and what pairs weigh."""
+    if not (isinstance(first, Pairs) and isinstance(second, Pairs)):
+        return joined(first, second, before, reporter)
+    chosen, rejected = (
+        joined(own, other, before, reporter)
+        for own, other in ((first.answered, second.answered), (first.rejected, second.rejected))
+    )
+    weigh = [np.ones(len(own)) if own._known.factors is None else own._known.factors for own in (first, second)]
+    factors = np.concatenate(weigh)
+    return Pairs(chosen, rejected, first.preference, _Known(factors if (factors != 1).any() else None))
 
 
 def _factor(chosen: Dataset, place: int, rejected: Dataset, other: int) -> float | None:

@@ -163,6 +163,9 @@ class Estimator(Settings):
     raters: what grades rows, one by one, if anything does.
     text_model: the sentence-transformers model that embeds the texts of pool and target, if one does.
     splits: whether its scores are inner products of gradients, or cosines, which add up over pairs of tokens.
+    by_cosine: whether rows and directions are taken to unit length.
+    needs_projection: whether it holds matrices of all dimensions of its rows, which unprojected ones have too many of.
+    before: the estimators whose influence it asks for first.
     """
 
     needs_target: ClassVar[bool] = True
@@ -177,28 +180,16 @@ class Estimator(Settings):
     raters: ClassVar[tuple[Any, ...]] = ()
     text_model: ClassVar[str | None] = None
     splits: ClassVar[bool] = False
+    by_cosine: ClassVar[bool] = False
+    needs_projection: ClassVar[bool] = False
+    before: ClassVar[tuple[Any, ...]] = ()
 
     kind: str
-
-    @property
-    def by_cosine(self) -> bool:
-        """Whether rows and directions are taken to unit length."""
-        return False
 
     @property
     def last_checkpoint(self) -> bool:
         """Whether it reads rows at the last checkpoint alone, as a field `checkpoints` says."""
         return getattr(self, "checkpoints", "all") == "last"
-
-    @property
-    def needs_projection(self) -> bool:
-        """Whether it holds matrices of all dimensions of its rows, which unprojected ones have too many of."""
-        return False
-
-    @property
-    def before(self) -> tuple[Estimator, ...]:
-        """The estimators whose influence it asks for first."""
-        return ()
 
     @property
     def runs_model(self) -> bool:
@@ -326,7 +317,6 @@ class RateWeighted(Estimator):
         return rate_weights(checkpoints)
 
     def counted(self, checkpoints: SequenceABC[Checkpoint]) -> dict[str, Any]:
-        """What their sum is weighted by, where there are several."""
         return {} if self.last_checkpoint else {"weights": self.weights(checkpoints)}
 
 
@@ -342,11 +332,9 @@ class TrainingEstimator(RateWeighted):
 
     @property
     def view(self) -> View:  # type: ignore[override]
-        """Which of the pool's rows it reads."""
         return "adam" if self.optimizer == "adam" else "plain"
 
     def counted(self, checkpoints: SequenceABC[Checkpoint]) -> dict[str, Any]:
-        """What their sum is weighted by."""
         return {"weights": self.weights(checkpoints)}
 
 
@@ -356,7 +344,7 @@ class ProductEstimator(Estimator):
     signed: ClassVar[bool] = True
 
     @property
-    def by_cosine(self) -> bool:
+    def by_cosine(self) -> bool:  # type: ignore[override]
         """Whether rows and directions are taken to unit length, as a field `normalise` says."""
         return bool(getattr(self, "normalise", False))
 

@@ -158,7 +158,6 @@ class JI2S(TrainingEstimator):
     subtract_bias: bool = False
 
     def model_post_init(self, _context: object) -> None:
-        """Refuse what does not go together."""
         if self.normalise and self.full_space:
             raise ConfigError(
                 f"normalise goes with hessian fisher_projected or identity, not with {self.hessian}: the sum in full "
@@ -186,11 +185,9 @@ class JI2S(TrainingEstimator):
 
     @property
     def full_sum(self) -> bool:  # type: ignore[override]
-        """Whether the unprojected sum of the pool's rows has to be stored."""
         return self.full_space
 
     def counted(self, checkpoints: SequenceABC[Checkpoint]) -> dict[str, Any]:
-        """What both terms are weighted by."""
         return {"weights": self.factors(checkpoints)}
 
     def factors(self, checkpoints: SequenceABC[Checkpoint]) -> list[tuple[float, float]]:
@@ -254,7 +251,6 @@ class JI2S(TrainingEstimator):
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         parts = [f"λ={self.joint_weight:g}"] + [self.hessian] * (self.hessian != "fisher")
         parts += ["less bias"] * self.subtract_bias + ["η²"] * (self.joint_lr_power == 2)
         parts += [f"{self.pair_reduction} of pairs"] * (not self.standardise_terms)
@@ -414,22 +410,23 @@ def store_terms(
         targets = unit_rows(targets)
         norms = store.projected_norms
         factor = torch.where(norms > 0, factor / norms.clamp_min(1e-300), 0.0)
-    targets, count = targets.float(), len(kept)
-    bias = None
+    targets, count, beside = targets.float(), len(kept), direction
+    if method.hessian == "identity":  # which needs the targets' mean alone
+        targets, beside = targets.double().mean(dim=0, keepdim=True).float(), _row_sum(store, factor).float()
+    # One more query beside the targets, so that the rows are read once.
+    queries = targets if beside is None else torch.cat([targets, beside[None]])
+    products = store_inner_products(store, queries, normalise=False, device=device).double() * factor[:, None]
+    P, bias = products[:, : len(targets)], None
+    marginal, own = P.mean(dim=1), P.square().sum(dim=1) / len(targets)
     if method.hessian == "identity":
-        marginal, pairs = _with_own_sum(store, targets.double().mean(dim=0).float(), factor, device)
+        pairs = products[:, -1] - (factor * store.projected_norms).square()
     elif method.hessian == "fisher_projected":
-        P = store_inner_products(store, targets, normalise=False, device=device).double() * factor[:, None]
-        bias = _bias(store, factor, _projection_strength(store, targets), everywhere=method.subtract_bias)
-        marginal, pairs = P.mean(dim=1), (P @ P.sum(dim=0) - P.square().sum(dim=1)) / len(targets)
-        bias = bias[kept]
+        pairs = P @ P.sum(dim=0) / len(targets) - own
+        strength = _projection_strength(store, targets)
+        bias = _bias(store, factor, strength, everywhere=method.subtract_bias)[kept]
     else:
         assert direction is not None, method.hessian
-        # One more query beside the targets, so that the rows are read once.
-        queries = torch.cat([targets, direction[None]])
-        products = store_inner_products(store, queries, normalise=False, device=device).double()
-        P = products[:, :-1]
-        marginal, pairs = P.mean(dim=1), products[:, -1] - P.square().sum(dim=1) / len(targets)
+        pairs = products[:, -1] - own
     joint = _reduced(pairs[kept], method.pair_reduction, count)
     if bias is not None:
         bias = _reduced(bias, method.pair_reduction, count)
@@ -452,13 +449,6 @@ def _projection_strength(store: GradientStore, targets: Tensor) -> Tensor:
             squares = targets[:, start:stop].double().square().sum(dim=1)
             strength[start:stop] = float(squares.mean()) / (stop - start)
     return strength
-
-
-def _with_own_sum(store: GradientStore, query: Tensor, factor: Tensor, device: str) -> tuple[Tensor, Tensor]:
-    """⟨r_i, query⟩ and ⟨r_i, s − r_i⟩ in float64 `[row]`, r_i = factor_i · row_i, s = Σ_i r_i."""
-    queries = torch.stack([query, _row_sum(store, factor).float()])
-    products = factor[:, None] * store_inner_products(store, queries, normalise=False, device=device).double()
-    return products[:, 0], products[:, 1] - (factor * store.projected_norms).square()
 
 
 def _bias(store: GradientStore, factor: Tensor, strength: Tensor, *, everywhere: bool) -> Tensor:

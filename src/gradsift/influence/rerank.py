@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,6 +49,8 @@ class Rerank(Estimator):
     candidates: how many of the first method's ranking it gets.
     """
 
+    runs_model: ClassVar[bool] = True
+
     kind: Literal["rerank"] = "rerank"
     first: AnyFirst = RDSPlus()
     then: AnyThen = LESS()
@@ -74,26 +76,17 @@ class Rerank(Estimator):
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         return f"{self.first.label}, {self.candidates} by {self.then.label}"
 
     @property
-    def runs_model(self) -> bool:
-        """For the candidates' gradients."""
-        return True
-
-    @property
     def text_model(self) -> str | None:  # type: ignore[override]
-        """Of the first method."""
         return self.first.text_model
 
     @property
-    def before(self) -> tuple[Estimator, ...]:
-        """The first method."""
+    def before(self) -> tuple[Estimator, ...]:  # type: ignore[override]
         return (self.first,)
 
     def preflight(self, pool: Pool, target: Target | None) -> None:
-        """Both methods."""
         super().preflight(pool, target)
         self.then.preflight(pool, target)
 
@@ -129,7 +122,6 @@ class Rerank(Estimator):
         )
 
     def inputs(self, pool: Pool) -> dict[str, Any]:
-        """Both methods'."""
         return {"first": self.first.inputs(pool), "then": self.then.inputs(self._exact(pool))}
 
     def passes(

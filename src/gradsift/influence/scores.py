@@ -78,7 +78,6 @@ class Scores(Shown):
     target: Target | None = field(default=None, repr=False, compare=False)
 
     def blocks(self) -> tuple[Block, ...]:
-        """What a notebook shows of them."""
         from gradsift.influence.shown import scores_blocks  # which knows what scores are
 
         return scores_blocks(self)
@@ -231,7 +230,10 @@ def score(
         pool=pool,
         target=target,
     )
-    _save(pool, result, identity)
+    prefix = pool.run.prefix("scores", identity)
+    if pool.run.intact(prefix) is None:
+        pool.run.publish_parquet(f"{prefix}scores.parquet", result.tables())
+        pool.run.complete(prefix, "scores", identity, files=["scores.parquet"])
     return result
 
 
@@ -304,10 +306,3 @@ def target_parts(scores: Scores, ids: SequenceABC[str]) -> NDArray[np.float64] |
         return scores.per_target[Strings.of(scores.ids).positions(ids)].astype(np.float64)
     assert scores.found is not None
     return None if scores.found.parts is None else scores.found.parts(ids)
-
-
-def _save(pool: Pool, scores: Scores, identity: dict[str, Any]) -> None:
-    prefix = pool.run.prefix("scores", identity)
-    if pool.run.intact(prefix) is None:
-        pool.run.publish_parquet(f"{prefix}scores.parquet", scores.tables())
-        pool.run.complete(prefix, "scores", identity, files=["scores.parquet"])

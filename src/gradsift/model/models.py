@@ -167,7 +167,9 @@ def load_model(name: str, *, dtype: DtypeName = "auto", device: str = "auto") ->
     place = resolve_device(device)
     torch_dtype: Any = "auto" if place != "cpu" else torch.float32
     if dtype in QUANTISED:
-        torch_dtype = _unquantised_dtype(place)
+        # What is computed in, and other weights are kept in.
+        half = torch.cuda.is_bf16_supported(including_emulation=False) if place != "cpu" else False
+        torch_dtype = torch.float32 if place == "cpu" else torch.bfloat16 if half else torch.float16
     elif dtype != "auto":
         torch_dtype = getattr(torch, dtype)
     path, source = _placed(name)
@@ -181,7 +183,12 @@ def load_model(name: str, *, dtype: DtypeName = "auto", device: str = "auto") ->
     if path.is_file():
         options |= {"gguf_file": path.name, "dtype": torch.float32 if torch_dtype == "auto" else torch_dtype}
     if not path.is_file():
-        _refuse_encoder(_config(source), name)
+        config = _config(source)
+        if config.is_encoder_decoder or getattr(type(config), "is_encoder_decoder", False):
+            raise ModelError(
+                f"{name} is an encoder-decoder ({config.model_type}), and gradsift works with causal decoders: of this "
+                "one it would load the decoder alone, whose input from the encoder is missing"
+            )
     model = pretrained(AutoModelForCausalLM, source, **options)
     if path.is_file():
         forget_quantisation(model)
@@ -236,15 +243,6 @@ def pretrained(kind: Any, name: str, *, what: str = "model", unused: str = "", *
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ModelError(f"{what} {name} holds an adapter beside the base: keep them apart, and name it by --adapter")
     return model
-
-
-def _refuse_encoder(config: Any, name: str) -> None:
-    """Refuse an encoder-decoder, of which AutoModelForCausalLM loads the decoder alone."""
-    if config.is_encoder_decoder or getattr(type(config), "is_encoder_decoder", False):
-        raise ModelError(
-            f"{name} is an encoder-decoder ({config.model_type}), and gradsift works with causal decoders: of this one "
-            "it would load the decoder alone, whose input from the encoder is missing"
-        )
 
 
 def _first_of(weights: Iterable[str]) -> str:
@@ -324,13 +322,6 @@ def _refuse_looking_ahead(model: Any, name: str) -> None:
         f"{name} ({type(model).__name__}) is no causal decoder: changing the last of 8 tokens moves the logits of "
         f"earlier ones by {moved:.2g} of their spread. Give a model that predicts each token from those before it"
     )
-
-
-def _unquantised_dtype(place: str) -> torch.dtype:
-    """What a quantised model computes in, and keeps its other weights in."""
-    if place == "cpu":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 def _quantisation(name: str, dtype: DtypeName, compute: torch.dtype) -> Any:

@@ -235,7 +235,8 @@ def _indexed(content: Any, parameters: Mapping[str, tuple[int, ...]], path: Path
         if [len(names) for names in filled] != sizes:
             continue
         pairs = list(zip((name for names in filled for name in names), numbers, strict=True))
-        if all(_fits(content["state"].get(index), parameters[name]) for name, index in pairs):
+        shapes = [(content["state"].get(index, {}).get("exp_avg"), parameters[name]) for name, index in pairs]
+        if all(moment is None or tuple(moment.shape) == tuple(shape) for moment, shape in shapes):
             return pairs
     raise MismatchError(
         f"optimizer state {path} has {sum(sizes)} parameters in groups of {sizes}, the adapter {len(parameters)} "
@@ -263,10 +264,6 @@ def _partitions(parameters: Mapping[str, tuple[int, ...]]) -> Iterator[list[list
     a = [n for n in parameters if n not in embedding and n not in b]
     for no_decay in spared:
         yield [a, embedding, [n for n in b if n not in no_decay], [n for n in b if n in no_decay]]
-
-
-def _fits(entry: Any, shape: tuple[int, ...]) -> bool:
-    return entry is None or "exp_avg" not in entry or tuple(entry["exp_avg"].shape) == tuple(shape)
 
 
 def _plain_name(key: str) -> str:

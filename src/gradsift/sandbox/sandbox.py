@@ -94,7 +94,6 @@ class Outcome:
     status: `passed`: every test ran and held, and not for every answer; `failed`: a test did not hold, or the program
         raised, ended early or answered with something else than plain data; `timeout`, `memory`: a limit; `killed`:
         ended by a signal or for filling its folder; `error`: it could not be judged
-    reason: a sentence; empty where it passed
     output: the beginning of what the program printed
     cpu_seconds: processor time of program and tests
     """

@@ -101,8 +101,11 @@ def _is_beside(name: str) -> bool:
 
 def files_digest(files: Sequence[Path], root: Path | None = None) -> str:
     """16 hex digits of the names and of every byte of some files; with `root`, names are paths below it."""
-    with ThreadPoolExecutor(_READERS) as readers:
-        digests = list(readers.map(file_digest, files))
+    if len(files) > 2:
+        with ThreadPoolExecutor(_READERS) as readers:
+            digests = list(readers.map(file_digest, files))
+    else:  # a configuration and one file of weights: threads would take longer to start
+        digests = [file_digest(file) for file in files]
     names = [str(file.relative_to(root)) if root is not None else file.name for file in files]
     return fingerprint([list(entry) for entry in zip(names, digests, strict=True)])
 

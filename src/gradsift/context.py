@@ -41,9 +41,7 @@ class Setup:
     """A model, and the run folder that keeps what is found out about it: as `open_model` makes it, or a `Pool`.
 
     model:         hub id or folder of the base model
-    chat:          its chat template, with the length that examples are cut at
     dtype, device: it is run in, and on
-    reporter:      where progress goes
     """
 
     run: Run
@@ -150,7 +148,6 @@ class Pool(Setup):
 class Target:
     """What the pool is to help with: labelled examples, in subtasks or not.
 
-    subtasks: a label per target example, or None
     overlap: pool examples that are also in the target; they are left out of scores and selections
     """
 

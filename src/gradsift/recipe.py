@@ -235,11 +235,8 @@ _LONGEST = 1_000_000  # characters of a recipe, and values in it
 
 
 def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Recipe:
-    """Read and check a YAML recipe.
-
-    Raises:
-        ConfigError: not readable, not YAML, or a wrong key or value: each with its line, and the nearest right key; or
-            several models, which `load_recipes` reads.
+    """Read and check a YAML recipe; ConfigError names each wrong line and the nearest right key, or says that there are
+    several models, which `load_recipes` reads.
     """
     recipes = load_recipes(path, overrides)
     if len(recipes) > 1:
@@ -320,9 +317,7 @@ def _parsed(text: str, file: str | Path) -> tuple[Any, Any]:
 
 
 def _size(node: Any, file: str | Path, known: dict[int, int]) -> int:
-    """Values that a YAML document stands for: what an alias names counts at every place, without end in itself. A key
-    that stands twice in one mapping, of which YAML would take the last, is refused.
-    """
+    """Values that a YAML document stands for, aliases at every place; refuses a key that stands twice."""
     if not isinstance(node, yaml.CollectionNode):
         return 1
     if id(node) not in known:

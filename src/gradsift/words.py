@@ -75,14 +75,11 @@ _RATERS = ("judge", "length", "perplexity", "ifd")
 
 
 def rater_of(text: str, aspect: str = "quality") -> dict[str, Any]:
-    """The rater that `judge`, `length`, `perplexity`, `perplexity:high`, `ifd` or `file.py:function` names; `aspect` is
-    what a judge is asked about.
+    """The rater that `judge`, `length`, `perplexity:high`, `ifd` or `file.py:function` names; a judge is asked about
+    `aspect`.
 
-    Example:
-        >>> rater_of("perplexity:high")
-        {'kind': 'perplexity', 'prefer': 'high'}
-        >>> rater_of("mine.py:words")
-        {'kind': 'function', 'name': 'mine.py:words'}
+    >>> rater_of("perplexity:high"), rater_of("mine.py:words")
+    ({'kind': 'perplexity', 'prefer': 'high'}, {'kind': 'function', 'name': 'mine.py:words'})
     """
     kind, word = _kind_and_word(text)
     if kind == "judge" and not word:
@@ -93,12 +90,7 @@ def rater_of(text: str, aspect: str = "quality") -> dict[str, Any]:
 
 
 def endpoint_of(model: str, url: str | None) -> dict[str, Any]:
-    """A server that speaks OpenAI's protocol; `openai` and no address are OpenAI's own.
-
-    Example:
-        >>> endpoint_of("judge", "http://localhost:8000/v1")
-        {'kind': 'endpoint', 'model': 'judge', 'base_url': 'http://localhost:8000/v1'}
-    """
+    """A server that speaks OpenAI's protocol; `openai` and no address are OpenAI's own."""
     return {"kind": "endpoint", "model": model, "base_url": None if url == "openai" else url}
 
 

@@ -312,6 +312,32 @@ def test_copies_of_pairs(tiny: World, tmp_path: Path) -> None:
         bench(pool, single, [gs.LESS()], settings=Bench(measures=("self",)))
 
 
+@pytest.mark.parametrize("objective", [None, "dpo"])
+def test_copies_are_the_rows_themselves(tiny: World, tmp_path: Path, objective: Any) -> None:
+    """Rows and targets among which copies are looked for have the tokens, labels and weights that they have in their
+    own data sets, whatever their turns weigh and however the target's columns are called."""
+    answers = {"chosen": "a blue sky", "rejected": "no"} if objective else {"completion": "a blue sky"}
+    rows: list[dict[str, Any]] = [{"prompt": f"q{n}", **answers, "weight": n + 1} for n in range(15)]
+    if objective is None:
+        turns = [said("user", "q"), said("assistant", "no", train=False), said("assistant", "yes", weight=0.5)]
+        rows[0] = {"messages": turns, "tools": [{"name": "f"}]}
+    pool = tiny.open_pool(tmp_path / "run", rows[:12], objective=objective)
+    asked = [{("q" if key == "prompt" else key): value for key, value in row.items()} for row in rows[12:]]
+    target = gs.open_target(asked, pool, columns={"prompt": "q"})
+    held, copied = _Judge(pool, target, Bench(measures=("self",)))._with_copies()
+    assert target.labels is not None
+    assert [id_.removeprefix("copy of ") for id_ in held.data.ids] == [*pool.data.ids, *target.labels.ids]
+    own = [*pool.data.sequences_at(range(12)), *target.labels.sequences_at(copied)]
+    for one, other in zip(held.data.sequences_at(range(15)), own, strict=True):
+        assert np.array_equal(one.token_ids, other.token_ids)
+        assert np.array_equal(one.weights, other.weights)
+    if objective:
+        factors = [own._known.factors.tolist() for own in (held.data, pool.data, target.labels)]  # type: ignore[attr-defined]
+        assert factors[0] == factors[1] + factors[2]
+    first = target.labels.ids[0]
+    assert held.data.messages("copy of " + first) == target.labels.messages(first)
+
+
 def test_rows_are_taken_in_one_pass(opened: tuple[gs.Pool, gs.Target], monkeypatch: pytest.MonkeyPatch) -> None:
     """Methods that read different views of the rows share a backward pass, whose time is counted to each of them."""
     pool, target = opened

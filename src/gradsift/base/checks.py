@@ -20,14 +20,8 @@ def float_array(name: str, array: object, axes: str, *, finite: bool = True) -> 
     Half precision becomes fp32, whole numbers become fp64, fp32 and fp64 stay what they are (and then share memory
     with the argument: callers never write to the result).
 
-    Args:
-        name: what the message calls the array, as the user knows it.
-        axes: axis names separated by blanks, such as "pool dim"; every axis must have at least one entry.
-        finite: refuse NaN and infinity.
-
-    Raises:
-        ShapeError: not a real tensor, a wrong number of axes, or an empty axis.
-        NonFiniteError: NaN or infinity, where `finite`.
+    axes: their names separated by blanks, such as "pool dim"; ShapeError for others, and for an empty one.
+    finite: NonFiniteError for NaN and infinity.
     """
     names = axes.split()
     wanted = f"[{' '.join(names)}]"
@@ -72,11 +66,9 @@ def same_size(axis: str, first: str, first_size: int, second: str, second_size: 
 
 
 def arrays_of(part: str, **arguments: tuple[Any, str]) -> Iterator[list[Tensor]]:
-    """`float_array` of lists with an entry for each part: those of one part after the other.
+    """`float_array` of lists with an entry for each `part`, such as "at checkpoint": those of one part after the other.
 
-    Args:
-        part: what there is an entry for, such as "at checkpoint".
-        arguments: by name, a list and the axes of its entries; an axis is of one size, and but for dim in all parts.
+    arguments: by name, a list and the axes of its entries; an axis is of one size, and but for dim in all parts.
     """
     noun = part.rpartition(" ")[2]
     for name, (arrays, axes) in arguments.items():

@@ -37,9 +37,7 @@ def open_input(path: str | Path) -> BinaryIO:
 
 
 def read_input(path: str | Path, limit: int) -> str:
-    """The text of a regular file of at most so many bytes; OSError as `open_input`, UnicodeDecodeError if it is not
-    UTF-8.
-    """
+    """The text of a regular file of at most so many bytes; OSError as `open_input`, or UnicodeDecodeError."""
     with open_input(path) as file:
         content = file.read(limit + 1)
     if len(content) > limit:

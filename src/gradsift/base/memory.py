@@ -20,11 +20,7 @@ _NO_MEMORY = (
 
 
 def give_back_memory() -> None:
-    """Return what has been freed to the operating system, where the C library is one that keeps it (glibc).
-
-    It keeps freed blocks for each thread that asked for them; after training, and after batches in several threads,
-    that is as much again as is in use.
-    """
+    """Return what has been freed, which glibc keeps for each thread that asked for it, to the operating system."""
     with suppress(OSError, AttributeError, TypeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -31,20 +31,15 @@ def bootstrap(
     *,
     beside: int = 0,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Statistics of cells, and of those that are drawn from them with replacement.
+    """Statistics `[statistic]` of cells, and `[draw statistic]` of those that are drawn from them with replacement.
 
     Cells of one group are not independent: a group is drawn whole, so that what its cells have in common is not taken
     for evidence. To draw within groups as well would count what varies there twice (Davison and Hinkley 1997, section
     3.8).
 
-    Args:
-        statistic: of cells by their numbers, `[cell]` → `[statistic]`; with `beside` also of those others, `[other]`.
-        units: how many cells there are, or of which group each one is.
-        draws, seed: of the resamples.
-        beside: units of another kind that the statistic varies over as well, drawn independently; 0, none.
-
-    Returns:
-        `[statistic]` of all cells, and `[draw statistic]`.
+    statistic: of cells by their numbers, `[cell]` → `[statistic]`; with `beside` also of those others, `[other]`.
+    units: how many cells there are, or of which group each one is.
+    beside: units of another kind that the statistic varies over as well, drawn independently; 0, none.
     """
     cells = np.arange(units if isinstance(units, int) else len(units))
     members: list[NDArray[np.int64]] | None = None
@@ -66,19 +61,13 @@ def bootstrap(
 def estimate_of(
     value: float, drawn: NDArray[np.float64], units: int, *, within: tuple[float, float] = (-np.inf, np.inf)
 ) -> Estimate:
-    """A statistic with the percentiles of its draws, expanded by the number of units, n (Hesterberg 2014, section 5.3):
+    """A statistic of n `units` with the percentiles of its draws `[draw]`, expanded (Hesterberg 2014, section 5.3):
 
         α = Φ(−√(n/(n−1))·t_{n−1}),   t of Student's 97.5 %
 
     Those at 2.5 % hold a mean of 6 units in 86 % of cases, these in 92 %. Fewer units have too few different draws for
     percentiles, and t_{n−1}·√(n/(n−1)) times the draws' spread on either side, which is Student's interval of a mean.
-    One unit says nothing of others: NaN. Draws that are NaN say nothing.
-
-    Args:
-        value: of all units.
-        drawn: by `bootstrap`, `[draw]`.
-        units: as many as were drawn from: cells, or groups of them.
-        within: what the statistic cannot leave.
+    One unit says nothing of others: NaN. Draws that are NaN say nothing. `within` is what the statistic cannot leave.
     """
     there = drawn[np.isfinite(drawn)]
     if not len(there) or units < 2:

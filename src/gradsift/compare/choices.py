@@ -27,11 +27,7 @@ Choice = tuple[str, ...] | Stopped
 
 @dataclass
 class Choices:
-    """What the arms of a comparison choose.
-
-    made: by arm, budget and seed
-    ends: the highest and lowest of each arm's ranking, by name
-    """
+    """What the arms choose, by arm, budget and seed; and the highest and lowest of each arm's ranking, by name."""
 
     grid: Grid
     clock: StageClock

@@ -102,8 +102,7 @@ class Grid:
         return contender.training or self.job.training
 
     def opponent(self, metric: Any, cell: CellOf) -> CellOf | None:
-        """The cell that a metric compares this one with: at its budget or else this one's or the nearest, and with this
-        seed; None where it compares with no arm."""
+        """The cell with this seed of the arm that a metric compares with, at its budget, this one's or the nearest."""
         if not isinstance(metric, PairwiseMetric) or metric.opponent is None:
             return None
         other = next(one for one in self.contenders if one.name == metric.opponent)

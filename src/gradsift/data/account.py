@@ -29,13 +29,7 @@ _SKIPPED = TypeAdapter(Skipped)
 
 
 class Entries(Sequence[Skipped]):
-    """What is left out, in order: equal to a tuple of it, and read from files line by line where it lies in any.
-
-    Example:
-        >>> first, second = Skipped("a", "duplicate", "as 'b'"), Skipped("b", "bad_json", "not valid")
-        >>> Entries((first,), Entries.of_lines([as_line(second)])) == (first, second)
-        True
-    """
+    """What is left out, in order: equal to a tuple of it, and read from files line by line where it lies in any."""
 
     def __init__(self, *pieces: Sequence[Skipped]) -> None:
         nested = (piece._pieces if isinstance(piece, Entries) else [piece] for piece in pieces)

@@ -320,10 +320,7 @@ def _opened_text(path: Path) -> Iterator[io.TextIOWrapper]:
 
 
 def _delimiter(path: Path) -> str:
-    """What separates the fields: the usual character of the type, unless another one fits more of the first rows.
-
-    A file that is well-formed with its usual character is never read with another.
-    """
+    """What separates the fields: the usual character of the type, unless another one fits more of the first rows."""
     usual = "\t" if suffix_of(path) == ".tsv" else ","
     fitting: dict[str, float] = {}
     for delimiter in dict.fromkeys((usual, ",", ";", "\t")):
@@ -387,11 +384,7 @@ def _table_rows(path: Path, name: str) -> Iterator[Row]:
 
 
 def unpadded(row: Any) -> Any:
-    """A row of a table without what its objects lack.
-
-    All objects of a column of a table have the same keys, those of a tool's schema or of a call's arguments, too: where
-    one lacks a key that another row has, it is null.
-    """
+    """A row of a table without the nulls that stand for keys that other rows' objects have."""
     if isinstance(row, dict):
         return {key: _without_nulls(value) for key, value in row.items()}
     return row
@@ -413,9 +406,7 @@ def batch_rows(batches: Iterable[RecordBatch], name: str) -> Iterator[Row]:
 
 
 def _decoded(batch: RecordBatch, name: str, before: int) -> list[Row]:
-    """The rows of a batch of which `before` came before; a text that is not UTF-8, or a map with a key twice, costs its
-    own row only.
-    """
+    """The rows of a batch after `before` others; a text that is not UTF-8, or a key twice, costs its own row only."""
     try:
         rows = batch.to_pylist(maps_as_pydicts="strict")
         return [Row(unpadded(row), name, number) for number, row in enumerate(rows, start=before + 1)]

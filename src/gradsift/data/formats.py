@@ -138,15 +138,7 @@ class Columns(Settings):
 
     @classmethod
     def of(cls, given: Columns | Mapping[str, str] | None) -> Columns:
-        """What an argument `columns` means: one of these, a mapping of its fields, or nothing.
-
-        Raises:
-            ConfigError: a field that there is not, or a name that is no text.
-
-        Example:
-            >>> Columns.of({"prompt": "question"}).prompt
-            'question'
-        """
+        """What an argument `columns` means: one of these, a mapping of its fields (ConfigError), or nothing."""
         if given is None or isinstance(given, cls):
             return given or cls()
         try:
@@ -284,9 +276,7 @@ def _turns(row: Mapping[str, Any], columns: Columns, require_answer: bool) -> li
 
 
 def _answered(row: Mapping[str, Any], columns: Columns, answer: Answer) -> list[Any]:
-    """The turns of a preference pair with one of its answers: what is asked stands in a column of its own, or is what
-    both answers begin with (TRL's explicit and implicit form).
-    """
+    """The turns of a preference pair with one answer, in TRL's explicit or implicit form."""
     both: dict[Answer, Any] = {one: _spoken(_need(row, getattr(columns, one) or one)) for one in get_args(Answer)}
     asked = _asked(row, columns)
     if asked is not None and [_speaker(turn) for turn in asked] == ["user"] and all(map(_is_whole, both.values())):
@@ -361,9 +351,7 @@ def _check_implicit(row: Mapping[str, Any], columns: Columns, both: Mapping[Answ
 
 
 def _shared(both: dict[Answer, Any]) -> tuple[list[Any], dict[Answer, Any]]:
-    """What both answers begin with, and their rest: whole turns, or of texts what comes before the word in which they
-    part.
-    """
+    """What both answers begin with, in whole turns or words, and their rest."""
     chosen, rejected = both["chosen"], both["rejected"]
     if isinstance(chosen, str) and isinstance(rejected, str):
         shared = chosen[: common_length(chosen, rejected)]
@@ -425,9 +413,7 @@ def _put_together(turns: list[Any], answers: list[Any]) -> list[Any]:
 
 
 def _end_of_prompt(asked: list[Any], answers: list[Any]) -> int | None:
-    """After how many turns a whole conversation, as chosen ones are, has asked what a prompt asks, be it behind a
-    system message or earlier turns; None where it does not.
-    """
+    """After how many turns a whole conversation has asked what a prompt asks, be it behind earlier ones."""
     if not _is_whole(answers):
         return None
     ends = range(len(answers) - 1, len(asked) - 1, -1)
@@ -513,11 +499,7 @@ def column_value(row: Mapping[str, Any], column: str) -> Any:
 
 
 def advised(columns: Iterable[str]) -> str:
-    """What `--columns` would say of these where their names look like a conversation, or a prompt and an answer.
-
-    >>> advised(["id", "question", "answer"])
-    'prompt=question,completion=answer'
-    """
+    """What `--columns` would say of these where their names look like a conversation, or a prompt and an answer."""
     there = [str(name) for name in columns]
     for name in ("messages", "conversations"):
         if name in there:

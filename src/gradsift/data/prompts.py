@@ -26,7 +26,6 @@ from gradsift.data.sample import RowSample
 class Prompts(Rows):
     """Rows whose prompt is answered, held in memory as they were read, since a reward may read any value of theirs.
 
-    examples:   rows whose prompt the template renders, with an answer or without
     prompt_ids: int32 [token] of each, with the generation prompt
     template:   fingerprint of the chat template
     left_out:   the account

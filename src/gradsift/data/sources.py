@@ -67,9 +67,7 @@ class Source:
 
 
 def read_rows(source: Any, what: str) -> Source:
-    """The rows of any source that `load_examples` takes, as they are; DataError also while reading, where a file breaks
-    off.
-    """
+    """The rows of any source of `load_examples`, as they are; DataError also later, where a file breaks off."""
     if isinstance(source, str | os.PathLike):
         return _open_named(os.fspath(source), what)
     if _is_of("datasets", source):  # a DatasetDict is a mapping of splits; any other is one row in the wrong place
@@ -229,9 +227,7 @@ def _split_of(name: str) -> str | None:
 def _of_split(
     splits: Mapping[Path, str | None], split: str | None, where: str, what: str
 ) -> tuple[list[Path], list[Path]]:
-    """The files to be read, and those of other splits, which are not: without a name all but what lies beside a
-    training split to test it.
-    """
+    """The files to be read, and those of other splits: without a name all but what lies beside a training split."""
     there = sorted({own for own in splits.values() if own is not None})
     if split is not None and split not in there:
         having = f"it has {', '.join(there)}" if there else "its files name none"

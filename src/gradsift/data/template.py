@@ -90,9 +90,7 @@ class TemplateProblemError(Exception):
 
 
 def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
-    """What a tokenizer's `apply_chat_template` writes for a conversation, in bounded time, memory and text
-    (ModelError).
-    """
+    """A conversation by a tokenizer's `apply_chat_template`, in bounded time, memory and text (ModelError)."""
     size = sum(len(str(message.get("content"))) for message in messages)
     try:
         with at_most(_RENDER_SECONDS, _RENDER_BYTES + 16 * size):
@@ -234,9 +232,7 @@ class ChatTemplate:
             self._try_parts(roles, position)
 
     def render(self, messages: Sequence[Message], options: str = "", *, generation_prompt: bool) -> str:
-        """The text of a conversation, with a row's own arguments for the template, JSON; TemplateProblemError if it
-        refuses.
-        """
+        """The text of a conversation, with a row's own arguments for the template, JSON (TemplateProblemError)."""
         given = self._given(options)
         turns = [self._handed(message) for message in messages]
         try:
@@ -274,10 +270,7 @@ class ChatTemplate:
         return handed
 
     def _arguments(self, arguments: Any) -> Any:
-        """A call's arguments as they are written, where the template takes that form; else in the other one.
-
-        An object in place of JSON text, which many templates would quote once more; text in place of an object.
-        """
+        """A call's arguments as they are, or else in the form, object or JSON text, that the template takes."""
         if isinstance(arguments, str):
             return arguments if self._takes_text else json.loads(arguments)
         return arguments if self._takes_objects else json.dumps(arguments, ensure_ascii=False)
@@ -479,16 +472,11 @@ class Place:
 
 
 class Rendering:
-    """One conversation as the template writes it, and where in the text each message stands.
+    """One conversation as the template writes it, and where in the text each message stands (TemplateProblemError).
 
-    kinds: the messages' shapes
     outline: the options with one tool in place of all, by which orders of shapes are told
-    frame: of the shapes
     contents: characters [begin, end) of each message's content, where frame and contents put together are the text;
         else None: the template does something else with this conversation
-
-    Raises:
-        TemplateProblemError: the template refuses it.
     """
 
     def __init__(
@@ -616,10 +604,7 @@ def _first_marker(text: str, marker_ids: Mapping[str, int]) -> str | None:
 
 
 def _end_of_turn(closing: str, marker_ids: Mapping[str, int]) -> str:
-    """Keep what a template writes after a turn up to its first marker tokens, or else its last visible text.
-
-    Markers that follow each other without a gap belong together (Cohere ends a response and then the turn).
-    """
+    """What a template writes after a turn, up to its first marker tokens, or else its last visible text."""
     end = _first_marker(closing, marker_ids)
     if end is None:
         return closing.rstrip()

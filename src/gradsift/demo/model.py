@@ -46,17 +46,7 @@ def demo_model(reporter: Reporter | None = None) -> Path:
 
     The folder appears whole or not at all, whatever is killed and however many processes ask at once. Every call
     compares its files with the checksums taken when it was made (0.1 s from memory), and a damaged one is made anew.
-
-    Args:
-        reporter: told what is done and where; by default nobody is.
-
-    Raises:
-        ModelError: the package can neither be found in this environment nor fetched, or holds another file.
-        StorageError: the cache cannot be written or has too little space.
-
-    Example:
-        >>> from gradsift.demo.model import demo_model
-        >>> model = AutoModelForCausalLM.from_pretrained(demo_model())  # doctest: +SKIP
+    ModelError where the package cannot be had, StorageError where the cache cannot be written.
     """
     reporter = reporter or silent()
     target = _target()

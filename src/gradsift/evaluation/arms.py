@@ -39,8 +39,7 @@ BASE_MODEL = "base model"
 
 
 def expanded(value: Any, union: Any) -> Any:
-    """Several settings from one whose fields, or their fields, hold lists of values, in the order of the lists; a tuple
-    in any case."""
+    """Several settings from one whose fields, or their fields, hold lists of values, in the order of the lists."""
     if isinstance(value, list | tuple):
         return tuple(one for part in value for one in expanded(part, union))
     return tuple(_each(value, union))
@@ -331,9 +330,7 @@ class Contender:
 def contenders(
     arms: Sequence[Arm], estimator: Estimator, selection: Selector, drop: float | None = None
 ) -> list[Contender]:
-    """What a comparison compares, in the order given: its arms, or the usual ones by the recipe's methods; no name
-    twice.
-    """
+    """What a comparison compares: its arms, or the usual ones by the recipe's methods; no name twice."""
     if not arms:
         usual = [Arm(estimator=(estimator,), selection=(selection,), drop=drop)]
         controls = [BM25(), Random()] if drop is None else [Random()]

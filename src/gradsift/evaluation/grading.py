@@ -76,12 +76,7 @@ class Grading(Settings):
         return f"grades on {source_name(self.questions)}"
 
     def bind(self, setup: Setup) -> BoundGrading:
-        """Read the questions.
-
-        Raises:
-            DataError: the file cannot be read or has no question in it.
-            ConfigError: several samples, or nobody to ask.
-        """
+        """Read the questions (DataError); ConfigError for several samples, or nobody to ask."""
         refuse_unjudged(self, "grading", "a question gets one answer a turn")
         questions, left_out = read_questions(self.questions)
         return BoundGrading(self, questions, left_out)

@@ -45,16 +45,12 @@ def verdicts(
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """An answer to each question by item id, kept before the next is waited for; and reasons where there is none.
 
-    Args:
-        questions: by item id; JSON-able, since another question under the same id is another item.
-        answer: by the judge: JSON-able, or a text that says why there is none; then it is asked again next time.
-        metric: its `judge` asks `ask`, so many questions at a time as it has `workers`.
-        subject: whose answers are judged.
-        wanted: the type of an answer; what the notebook has and is none is asked for again.
+    answer: by the judge: JSON-able, or a text that says why there is none; then it is asked again next time.
+    metric: its `judge` asks `ask`, so many questions at a time as it has `workers`.
+    wanted: the type of an answer; what the notebook has and is none is asked for again.
 
-    Raises:
-        GradsiftError: no further question would be answered either; the answers so far are kept.
-        DataError: not one question was answered.
+    GradsiftError where no further question would be answered either, the answers so far being kept; DataError where not
+    one was.
     """
     plain = {id_: json.loads(json.dumps(question, default=str)) for id_, question in questions.items()}
     keys = {id_: f"{id_}:{fingerprint(question)}" for id_, question in plain.items()}

@@ -60,3 +60,9 @@ def side_by_side(
         raise
     finally:
         ended()
+
+
+def in_order(work: Callable[[_Item], Any], items: Sequence[_Item], workers: int) -> list[Any]:
+    """`side_by_side`, in the order of the items once all are done."""
+    found = dict(side_by_side(work, items, workers))
+    return [found[position] for position in range(len(items))]

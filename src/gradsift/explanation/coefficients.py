@@ -34,7 +34,7 @@ _BLOCK = 1 << 16  # gradient entries reduced at once: 26 rows of fp64 are 14 MB
 
 
 def coefficients(target_gradient: Tensor, selected: Tensor, *, model: CoefficientModel = "MSEProjUSimp") -> Tensor:
-    """Coefficients t of the reconstruction `g ≈ A t`, where the columns of A are the selected gradients.
+    """Coefficients t [k], fp64, of the reconstruction `g ≈ A t`, where the columns of A are the selected gradients.
 
     Models (Compact, section 3.2 and Appendix D):
 
@@ -57,15 +57,6 @@ def coefficients(target_gradient: Tensor, selected: Tensor, *, model: Coefficien
     Args:
         target_gradient: g, the gradient of the output to explain, [dim].
         selected: the gradients of the selected examples as rows, not normalised, [k dim].
-        model: see above.
-
-    Returns:
-        t [k], fp64, on the device of `selected`.
-
-    Raises:
-        ShapeError: wrong axes, different dims, or nothing selected.
-        NonFiniteError: NaN or infinity in either.
-        ConfigError: an unknown model.
 
     Example:
         >>> selected = torch.tensor([[2.0, 0.0], [0.0, 2.0]])
@@ -113,10 +104,8 @@ def span_coordinates(target_gradient: Tensor, selected: Tensor) -> tuple[Tensor,
 def fit_many(g: Array, A: Array, *, dim: int, models: Sequence[CoefficientModel]) -> dict[CoefficientModel, Array]:
     """`coefficients` t [selection k] of many selections of equal size at once, by each of several models.
 
-    Args:
-        g: targets in the coordinates of `span_coordinates`, [selection coordinate].
-        A: selected gradients in the same, [selection coordinate k]; equally many of each selection are not zero.
-        dim: dimension before the reduction: it sets which singular values count as zero.
+    g, A: in coordinates of `span_coordinates`; equally many of each selection, [selection coordinate k], are not zero.
+    dim: before that reduction: it sets which singular values count as zero.
     """
     for model in models:
         if model not in MODELS:

@@ -172,10 +172,8 @@ def contrasted(others: SequenceABC[TokenizedExample | None]) -> dict[str, Any]:
 def question_of(
     prompt: str | SequenceABC[Message], output: str | None = None, *, instead: str | None = None
 ) -> Question:
-    """A question from a text or a conversation that ends before the answer (DataError if not).
-
-    output: the answer to explain; the model's own where there is none.
-    instead: another answer: why that one, and not this one?
+    """A question from a text or a conversation that ends before the answer (DataError if not), with `output` the answer
+    to explain, else the model's own, and `instead` another: why that one, and not this one?
     """
     messages: tuple[Message, ...] = ({"role": "user", "content": prompt},) if isinstance(prompt, str) else tuple(prompt)
     if not messages or not any(said(m).strip() for m in messages):
@@ -200,9 +198,8 @@ def questions_of(examples: SequenceABC[Example], *, use_answers: bool = False) -
 def answers(
     pool: Pool, questions: SequenceABC[Question], *, max_new_tokens: int = 128
 ) -> tuple[list[Output], list[Skipped]]:
-    """The model's greedy answer at the last checkpoint to each question that has none, and the questions without one.
-
-    What the model said is kept in the run folder under the model, adapter, prompt and limit, and is not asked again.
+    """The model's greedy answer at the last checkpoint to each question that has none, kept in the run folder under the
+    model, adapter, prompt and limit; and the questions without one.
     """
     speaker = _Speaker(pool, _outputs_prefix(pool, pool.checkpoints()[-1], max_new_tokens), max_new_tokens)
     whole = ChatFormat(pool.tokenizer, supervise="last_turn")  # a given answer is explained whole, however long

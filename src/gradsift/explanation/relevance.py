@@ -71,9 +71,6 @@ Relevances = dict[CoefficientModel, list[Relevance]]
 class RelevanceSummary:
     """Relevance over many targets, with what a single number hides.
 
-    how: the aggregation
-    count: number of targets
-    ratio, db: over all targets
     capped: number of targets at the cap
     ratio_without_capped, db_without_capped: over the others, None if there are none
     near_zero: number of targets whose selection is near zero
@@ -95,25 +92,16 @@ def selection_relevance(
     """Relevance of a selection for one output: higher means that its gradients explain the output's gradient better.
 
     `ξ = ‖g‖² / ‖g − A t‖²` (Compact, equation 1, one instance), A the selected gradients, t their coefficients. It does
-    not change when all gradients are multiplied by one number (except under the `MSENNLSL2` models).
+    not change when all gradients are multiplied by one number (except under the `MSENNLSL2` models). A selection of
+    zero gradients has ratio 1, coefficients 0 and `near_zero`.
 
     Everything is computed in fp64 from the coordinates of `span_coordinates`. The residual is always formed as a
     vector, never as a difference of squared norms, so that relevances up to the cap are exact.
 
     Args:
-        target_gradient: g, [dim].
+        target_gradient: g, [dim]; DataError where it is zero, as there is nothing to explain.
         selected: the gradients of the selected examples as rows, not normalised, [k dim].
         coefficients: how t is found, see `gradsift.explanation.coefficients.coefficients`.
-
-    Returns:
-        The relevance; a selection of zero gradients has ratio 1, coefficients 0 and `near_zero`.
-
-    Raises:
-        ShapeError: wrong axes, different dims, or nothing selected.
-        NonFiniteError: NaN or infinity in either.
-        ConfigError: an unknown coefficient model.
-        DataError: the target gradient is zero. The ratio would be 0, or 0/0 for a selection of zero gradients, and
-            would be read as a bad selection where there is nothing to explain.
 
     Example:
         >>> relevance = selection_relevance(torch.tensor([1.0, 1.0]), torch.tensor([[1.0, 0.0]]))
@@ -140,21 +128,13 @@ def batch_relevance(
     products of the gradients, and small singular values and residuals to full precision besides, so duplicates and
     reconstructions down to the cap come out as one by one.
 
-    Args:
-        target_gradient: g [dim].
-        candidates: gradients [candidate dim], not normalised.
-        selections: positions among the candidates, each selection at least one; equal ones are fitted once.
+    Of g [dim] and `candidates` [candidate dim], not normalised; `selections` are positions among them, at least one
+    each.
 
-    Raises:
-        ShapeError, NonFiniteError: axes or dims that differ, or NaN or infinity in a gradient that is used.
-        ConfigError: no selection, an empty one, a position that no candidate has, or an unknown model.
-        DataError: the target gradient is zero.
-
-    Example:
-        >>> candidates = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
-        >>> found = batch_relevance(torch.tensor([1.0, 1.0]), candidates, [[0], [0, 1], [2]], models=["MSE"])
-        >>> [round(relevance.db) for relevance in found["MSE"]]
-        [3, 120, 120]
+    >>> candidates = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    >>> found = batch_relevance(torch.tensor([1.0, 1.0]), candidates, [[0], [0, 1], [2]], models=["MSE"])
+    >>> [round(relevance.db) for relevance in found["MSE"]]
+    [3, 120, 120]
     """
     rows = float_array("candidates", candidates, "candidate dim", finite=False)
     distinct = list(dict.fromkeys(tuple(int(position) for position in selection) for selection in selections))
@@ -250,23 +230,13 @@ def _of_equal_size(
 
 
 def aggregate_relevance(relevances: Sequence[Relevance], *, how: Aggregation = "ratio_of_means") -> float:
-    """One ratio for many targets; `to_db` of it is the value to report.
+    """One ratio for many targets, at most 1e12; `to_db` of it is the value to report.
 
     - `ratio_of_means`: `Σ‖g‖² / Σ‖g − A t‖²` (Compact, equation 1). Targets with long gradients weigh more.
     - `mean_of_ratios`: `mean ξ`, what the authors' tables hold. One capped target outweighs all others.
     - `median_db`: the ratio whose dB value is the median of the targets' dB values.
 
     Averages are taken in linear units and converted to dB last, except for the median, which is one of the values.
-
-    Args:
-        relevances: one per target.
-        how: see above.
-
-    Returns:
-        The aggregated ratio, at most 1e12.
-
-    Raises:
-        ConfigError: no relevances, or an unknown aggregation.
 
     Example:
         >>> selected = torch.tensor([[1.0, 0.0]])
@@ -317,14 +287,7 @@ def relevance_of_draws(draws: Sequence[Relevance], *, how: Aggregation = "ratio_
 
 
 def summarise_relevance(relevances: Sequence[Relevance], *, how: Aggregation = "ratio_of_means") -> RelevanceSummary:
-    """`aggregate_relevance` with and without the capped targets, and how many are capped or near zero.
-
-    >>> g = torch.tensor([1.0, 1.0])
-    >>> exact, half = (selection_relevance(g, row[None]) for row in (g, torch.tensor([1.0, 0.0])))
-    >>> summary = summarise_relevance([exact, half], how="mean_of_ratios")
-    >>> summary.capped, summary.ratio, summary.ratio_without_capped
-    (1, 500000000001.0, 2.0)
-    """
+    """`aggregate_relevance` with and without the capped targets, and how many are capped or near zero."""
     ratio = aggregate_relevance(relevances, how=how)
     others = [relevance for relevance in relevances if not relevance.capped]
     without = aggregate_relevance(others, how=how) if others else None
@@ -364,11 +327,7 @@ def relevance_auc(ratios: Mapping[int, float], *, per_unit: bool = False) -> flo
 
 
 def to_db(ratio: float) -> float:
-    """10·log10 of a ratio above 0; ConfigError and NonFiniteError for others.
-
-    >>> to_db(100.0)
-    20.0
-    """
+    """10·log10 of a ratio above 0; ConfigError and NonFiniteError for others."""
     _check_ratio("the ratio", ratio)
     return 10.0 * math.log10(ratio)
 

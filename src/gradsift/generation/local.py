@@ -121,7 +121,11 @@ def _draw_batches(
                 draws = _draw_batch(model, prefix, part, sampling, ends, last=done + len(part) == len(rows))
             except torch.OutOfMemoryError as error:
                 if len(part) == 1:
-                    raise ModelError(_no_memory(len(prompts[part[0].prompt]), sampling)) from error
+                    raise ModelError(
+                        f"the GPU's memory does not suffice to sample one response of {sampling.max_new_tokens} tokens "
+                        f"to a prompt of {len(prompts[part[0].prompt])}: lower --max-new-tokens (max_new_tokens), "
+                        "leave out long prompts, or use an endpoint"
+                    ) from error
                 draws = []
             if draws:
                 done += len(draws)
@@ -155,7 +159,10 @@ class _Prefix:
         self.mask = None if bool(mask.all()) else mask.to(device)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         places = {"attention_mask": self.mask, "position_ids": positions.to(device)}
-        out = model(input_ids=ids.to(device), **places, use_cache=True, **_last_logits_only(model))
+        # The last position's logits where the model can be asked for them: those of a long prompt fill the memory.
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
+        out = model(input_ids=ids.to(device), **places, use_cache=True, **last)
         self.logits = out.logits[:, -1]
         self.cache = out.past_key_values
         if not hasattr(self.cache, "reorder_cache"):
@@ -434,16 +441,3 @@ def _max_positions(model: Any) -> int:
     """Tokens that the model can place, prompt and response together."""
     places = getattr(model.config, "max_position_embeddings", None)
     return places if isinstance(places, int) and places > 0 else 2**31 - 1
-
-
-def _last_logits_only(model: Any) -> dict[str, int]:
-    """Ask for the last position's logits where the model can be asked: those of a long prompt fill the memory."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
-
-
-def _no_memory(prompt_tokens: int, sampling: Sampling) -> str:
-    return (
-        f"the GPU's memory does not suffice to sample one response of {sampling.max_new_tokens} tokens to a prompt of "
-        f"{prompt_tokens}: lower --max-new-tokens (max_new_tokens), leave out long prompts, or use an endpoint"
-    )

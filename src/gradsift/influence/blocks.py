@@ -126,13 +126,10 @@ def over_blocks(
             position += count
 
     cores = torch.get_num_threads()
-    threads = cores if on_cpu(place) else _GPU_READERS
-    edges = [first + (last - first) * n // threads for n in range(threads + 1)]
-    try:
-        with ThreadPoolExecutor(threads) as executor:
-            list(executor.map(work, edges[:-1], edges[1:]))
-    finally:
-        torch.set_num_threads(cores)
+    readers = cores if on_cpu(place) else _GPU_READERS
+    edges = [first + (last - first) * n // readers for n in range(readers + 1)]
+    with threads(cores), ThreadPoolExecutor(readers) as executor:
+        list(executor.map(work, edges[:-1], edges[1:]))
 
 
 @contextmanager

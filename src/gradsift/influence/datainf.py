@@ -20,7 +20,7 @@ from gradsift.base.lazy import Tensor, torch
 from gradsift.base.settings import later
 from gradsift.base.sums import row_products
 from gradsift.gradients.rows import View
-from gradsift.influence.blocks import carried, on_cpu, place_for
+from gradsift.influence.blocks import carried, on_cpu, place_for, threads
 from gradsift.influence.estimator import Estimator, ProductEstimator, RateWeighted
 from gradsift.store.gradient_store import GradientStore
 
@@ -75,12 +75,10 @@ class DataInf(ProductEstimator):
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         parts = ["normalised"] * self.normalise + damping_label(self.damping)
         return f"DataInf ({', '.join(parts)})" if parts else "DataInf"
 
     def directions(self, store: GradientStore, targets: Tensor, device: str) -> Tensor:
-        """h of `datainf_directions`."""
         factors = None
         if self.normalise:
             norms = store.projected_norms
@@ -96,19 +94,15 @@ class KernelEstimator(Estimator):
     checkpoints: `all`, or the `last`.
     """
 
+    needs_projection: ClassVar[bool] = True
+
     damping: Damping = "spectral"
     kernel: Literal["segments", "whole"] = "segments"
     checkpoints: Literal["all", "last"] = "all"
 
     @property
     def view(self) -> View:  # type: ignore[override]
-        """Which of the pool's rows it reads."""
         return "segments" if self.kernel == "segments" else "plain"
-
-    @property
-    def needs_projection(self) -> bool:
-        """For the matrices that it inverts."""
-        return True
 
 
 class ProjectedInverse(KernelEstimator, RateWeighted, ProductEstimator):
@@ -128,19 +122,17 @@ class ProjectedInverse(KernelEstimator, RateWeighted, ProductEstimator):
     kernel: Literal["segments", "whole"] = "whole"
 
     @property
-    def needs_projection(self) -> bool:
+    def needs_projection(self) -> bool:  # type: ignore[override]
         """By module; the whole inverse is that of the rows' own products."""
         return self.kernel == "segments"
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         parts = ["by module"] * (self.kernel == "segments") + ["last checkpoint"] * (self.checkpoints == "last")
         parts += damping_label(self.damping, "spectral")
         return f"projected inverse ({', '.join(parts)})" if parts else "projected inverse"
 
     def directions(self, store: GradientStore, targets: Tensor, device: str) -> Tensor:
-        """The targets through the inverse."""
         if self.kernel == "whole":
             return whole_inverse_directions(store, targets, self.damping, device=device)
         return inverse_directions(store, targets, self.damping, device=device)
@@ -437,13 +429,13 @@ def _for_each_block(
     Each thread has segments of its own, side by side, and one buffer: no sums have to be merged. For a GPU there
     is one thread, which reads a block while the GPU works on the one before.
     """
-    threads = torch.get_num_threads()
-    shares, length = (threads, _BLOCK_ROWS) if on_cpu(place) else (1, _GPU_BLOCK_ROWS)
+    cores = torch.get_num_threads()
+    shares, length = (cores, _BLOCK_ROWS) if on_cpu(place) else (1, _GPU_BLOCK_ROWS)
     numbered = enumerate(segments)
     parts = [list(part) for _, part in groupby(numbered, lambda entry: sum(entry[1]) * shares // (2 * store.dim))]
 
     def run(part: list[tuple[int, Columns]]) -> None:
-        torch.set_num_threads(max(1, threads // len(parts)))
+        torch.set_num_threads(max(1, cores // len(parts)))
         left, right = part[0][1][0], part[-1][1][1]
         numbers = [number for number, _ in part]
         starts = [start - left for _, (start, _) in part] + [right - left]
@@ -457,11 +449,8 @@ def _for_each_block(
             work(_Block(numbers, rows, scale.to(place), starts))
             first += len(stored)
 
-    try:
-        with ThreadPoolExecutor(len(parts)) as executor:
-            list(executor.map(run, parts))
-    finally:
-        torch.set_num_threads(threads)
+    with threads(cores), ThreadPoolExecutor(len(parts)) as executor:
+        list(executor.map(run, parts))
 
 
 def _segment_sum(

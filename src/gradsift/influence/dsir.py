@@ -36,17 +36,13 @@ class DSIR(Estimator):
     takes: ClassVar[Literal["labels", "texts", "reward"]] = "texts"
     pairs: ClassVar[bool] = False
 
+    label: ClassVar[str] = "DSIR"
+
     kind: Literal["dsir"] = "dsir"
     buckets: int = Field(default=10_000, ge=1)
     smoothing: float = Field(default=1e-4, gt=0)
 
-    @property
-    def label(self) -> str:
-        """What tables call it."""
-        return "DSIR"
-
     def influence(self, pool: Pool, target: Target | None) -> Influence:
-        """Log ratios of the pool's texts."""
         assert target is not None, self
         rows, queries = (
             hashed_counts(spoken_texts(self.label, pool, data), self.buckets) for data in (pool.data, target.data)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from collections.abc import Sequence as SequenceABC
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as SetABC
 from dataclasses import dataclass
 from functools import partial
@@ -158,8 +157,7 @@ class JI2S(TrainingEstimator):
     subtract_bias: bool = False
 
     def model_post_init(self, _context: object) -> None:
-        """Refuse what does not go together."""
-        if self.normalise and self.full_space:
+        if self.normalise and self.full_sum:
             raise ConfigError(
                 f"normalise goes with hessian fisher_projected or identity, not with {self.hessian}: the sum in full "
                 "space is that of the rows as they are; leave normalise out"
@@ -180,20 +178,14 @@ class JI2S(TrainingEstimator):
         return not self.standardise_terms
 
     @property
-    def full_space(self) -> bool:
-        """Whether H is applied before the projection."""
+    def full_sum(self) -> bool:  # type: ignore[override]
+        """H is applied before the projection, to the unprojected sum of the pool's rows."""
         return self.hessian in ("fisher", "hvp", "ggn")
 
-    @property
-    def full_sum(self) -> bool:  # type: ignore[override]
-        """Whether the unprojected sum of the pool's rows has to be stored."""
-        return self.full_space
-
-    def counted(self, checkpoints: SequenceABC[Checkpoint]) -> dict[str, Any]:
-        """What both terms are weighted by."""
+    def counted(self, checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
         return {"weights": self.factors(checkpoints)}
 
-    def factors(self, checkpoints: SequenceABC[Checkpoint]) -> list[tuple[float, float]]:
+    def factors(self, checkpoints: Sequence[Checkpoint]) -> list[tuple[float, float]]:
         """Per checkpoint the factors of both terms: w and w·η^(p−1)."""
         weights = self.weights(checkpoints)
         return [(w, w * self.rate_factor(one)) for one, w in zip(checkpoints, weights, strict=True)]
@@ -221,7 +213,7 @@ class JI2S(TrainingEstimator):
             warnings.append(f"{self.label} takes the mean over all targets: their subtasks play no part in it")
         place = {id_: position for position, id_ in enumerate(terms.ids)}
 
-        def parts(ids: SequenceABC[str]) -> NDArray[np.float64]:
+        def parts(ids: Sequence[str]) -> NDArray[np.float64]:
             """The spreads that terms are divided by are held, see `joint_parts`."""
             found = joint_parts(pool, targets, self, terms, ids).numpy()
             own: NDArray[np.float64] = (
@@ -239,7 +231,7 @@ class JI2S(TrainingEstimator):
             terms=terms,
         )
 
-    def greedy_terms(self) -> Callable[[Pool, Target, SequenceABC[str]], GreedyTerms]:
+    def greedy_terms(self) -> Callable[[Pool, Target, Sequence[str]], GreedyTerms]:
         """Both terms, of the stored rows.
 
         Raises:
@@ -254,7 +246,6 @@ class JI2S(TrainingEstimator):
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         parts = [f"λ={self.joint_weight:g}"] + [self.hessian] * (self.hessian != "fisher")
         parts += ["less bias"] * self.subtract_bias + ["η²"] * (self.joint_lr_power == 2)
         parts += [f"{self.pair_reduction} of pairs"] * (not self.standardise_terms)
@@ -328,7 +319,7 @@ def joint_terms(pool: Pool, targets: SequenceSource, method: JI2S, excluded: Set
     return JointTerms([ids[position] for position in left], marginal, joint, known, stores)
 
 
-def joint_parts(pool: Pool, targets: SequenceSource, method: JI2S, terms: JointTerms, ids: SequenceABC[str]) -> Tensor:
+def joint_parts(pool: Pool, targets: SequenceSource, method: JI2S, terms: JointTerms, ids: Sequence[str]) -> Tensor:
     """What each target adds to the scores of some rows, float64 `[row target]`, but for what is the same for all.
 
     Of the pairs the part ⟨Γ_i, v_q⟩(⟨v_q, s⟩ − ⟨Γ_i, v_q⟩) is q's, ⟨v_q, s⟩ of the stored rows. With an exact Hessian,
@@ -397,7 +388,7 @@ def store_terms(
     targets: Tensor,
     method: JI2S,
     *,
-    kept: SequenceABC[int] | None = None,
+    kept: Sequence[int] | None = None,
     direction: Tensor | None = None,
     device: str = "cpu",
 ) -> JointTerms:
@@ -414,22 +405,23 @@ def store_terms(
         targets = unit_rows(targets)
         norms = store.projected_norms
         factor = torch.where(norms > 0, factor / norms.clamp_min(1e-300), 0.0)
-    targets, count = targets.float(), len(kept)
-    bias = None
+    targets, count, beside = targets.float(), len(kept), direction
+    if method.hessian == "identity":  # which needs the targets' mean alone
+        targets, beside = targets.double().mean(dim=0, keepdim=True).float(), _row_sum(store, factor).float()
+    # One more query beside the targets, so that the rows are read once.
+    queries = targets if beside is None else torch.cat([targets, beside[None]])
+    products = store_inner_products(store, queries, normalise=False, device=device).double() * factor[:, None]
+    P, bias = products[:, : len(targets)], None
+    marginal, own = P.mean(dim=1), P.square().sum(dim=1) / len(targets)
     if method.hessian == "identity":
-        marginal, pairs = _with_own_sum(store, targets.double().mean(dim=0).float(), factor, device)
+        pairs = products[:, -1] - (factor * store.projected_norms).square()
     elif method.hessian == "fisher_projected":
-        P = store_inner_products(store, targets, normalise=False, device=device).double() * factor[:, None]
-        bias = _bias(store, factor, _projection_strength(store, targets), everywhere=method.subtract_bias)
-        marginal, pairs = P.mean(dim=1), (P @ P.sum(dim=0) - P.square().sum(dim=1)) / len(targets)
-        bias = bias[kept]
+        pairs = P @ P.sum(dim=0) / len(targets) - own
+        strength = _projection_strength(store, targets)
+        bias = _bias(store, factor, strength, everywhere=method.subtract_bias)[kept]
     else:
         assert direction is not None, method.hessian
-        # One more query beside the targets, so that the rows are read once.
-        queries = torch.cat([targets, direction[None]])
-        products = store_inner_products(store, queries, normalise=False, device=device).double()
-        P = products[:, :-1]
-        marginal, pairs = P.mean(dim=1), products[:, -1] - P.square().sum(dim=1) / len(targets)
+        pairs = products[:, -1] - own
     joint = _reduced(pairs[kept], method.pair_reduction, count)
     if bias is not None:
         bias = _reduced(bias, method.pair_reduction, count)
@@ -454,13 +446,6 @@ def _projection_strength(store: GradientStore, targets: Tensor) -> Tensor:
     return strength
 
 
-def _with_own_sum(store: GradientStore, query: Tensor, factor: Tensor, device: str) -> tuple[Tensor, Tensor]:
-    """⟨r_i, query⟩ and ⟨r_i, s − r_i⟩ in float64 `[row]`, r_i = factor_i · row_i, s = Σ_i r_i."""
-    queries = torch.stack([query, _row_sum(store, factor).float()])
-    products = factor[:, None] * store_inner_products(store, queries, normalise=False, device=device).double()
-    return products[:, 0], products[:, 1] - (factor * store.projected_norms).square()
-
-
 def _bias(store: GradientStore, factor: Tensor, strength: Tensor, *, everywhere: bool) -> Tensor:
     """⟨r_i, D(s − r_i)⟩ float64 `[row]`, r_i = factor_i · row_i, s = Σ_i r_i; NaN of rows outside of the sample.
 
@@ -483,7 +468,7 @@ def _bias(store: GradientStore, factor: Tensor, strength: Tensor, *, everywhere:
     return found
 
 
-def _sampled_runs(ids: SequenceABC[str]) -> list[tuple[int, int]]:
+def _sampled_runs(ids: Sequence[str]) -> list[tuple[int, int]]:
     """Runs of rows, some 2048 to 4096 in all, that begin where ids decide: nearly the same in a store of other rows."""
     if len(ids) < 2 * _BIAS_ROWS:
         return [(0, len(ids))]
@@ -552,7 +537,7 @@ def _full_direction(
 
 
 def _full_sum(
-    pool: Pool, store: GradientStore, method: JI2S, checkpoint: Checkpoint, left_out: SequenceABC[str]
+    pool: Pool, store: GradientStore, method: JI2S, checkpoint: Checkpoint, left_out: Sequence[str]
 ) -> dict[str, Tensor]:
     """s over the pool but for the ids left out, whose own rows are collected for the purpose and subtracted."""
     total = store.full_sum()
@@ -619,7 +604,7 @@ def _reduced(pairs: Tensor, reduction: Reduction, count: int) -> Tensor:
     return pairs if reduction == "sum" else pairs / max(1, count - 1)
 
 
-def _greedy_terms(method: JI2S, pool: Pool, target: Target, ids: SequenceABC[str]) -> GreedyTerms:
+def _greedy_terms(method: JI2S, pool: Pool, target: Target, ids: Sequence[str]) -> GreedyTerms:
     """Σ_e w_e A [row], and what gives Σ_e w_e η_e^(p−1) Γ_iᵀHΓ_j [row] of an example j."""
     targets, checkpoints = method.targets(pool, target), method.checkpoints_of(pool)
     marginal = torch.zeros(len(ids), dtype=torch.float64)

@@ -86,7 +86,6 @@ class LESS(TrainingEstimator, ProductEstimator):
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         # TracIn is defined on plain gradients, LESS on Adam's: what departs from its own method is named.
         name, own = ("LESS", "adam") if self.normalise else ("TracIn", "sgd")
         parts = [] if self.optimizer == own else [{"sgd": "SGD", "adam": "Adam"}[self.optimizer]]

@@ -110,7 +110,6 @@ class MAGIC(SmoothTraining, Estimator):
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         parts = [f"{self.fraction:g} of the pool"] * (self.fraction < 1)
         parts += [f"{self.seeds} trainings"] * (self.seeds > 1)
         parts += ["recorded training"] * (self.record is not None)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from collections.abc import Sequence as SequenceABC
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -71,7 +70,6 @@ class PolicyEstimator(ProductEstimator):
     policy: PolicyGradient = PolicyGradient()
 
     def model_post_init(self, _context: object) -> None:
-        """Refuse what does not go together."""
         policy, by_assistant = self.policy, self.assistant is not None
         if by_assistant and self.server is not None:
             raise ConfigError(
@@ -173,7 +171,6 @@ class NICE(TrainingEstimator, PolicyEstimator):
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         parts = [] if self.optimizer == "adam" else ["SGD"]
         parts += ["raw"] * (not self.normalise) + ["last checkpoint"] * (self.checkpoints == "last")
         return policy_label("NICE", self, parts)
@@ -195,12 +192,10 @@ class NICEIF(PolicyEstimator):
     damping: Damping = "auto"
 
     def directions(self, store: GradientStore, targets: Tensor, device: str) -> Tensor:
-        """h of `datainf_directions`."""
         return datainf_directions(store, targets, self.damping, device=device)
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         return policy_label("NICE-IF", self, damping_label(self.damping))
 
 
@@ -221,11 +216,6 @@ class PolicyTargets:
     def ids(self) -> list[str]:
         """Of the prompts, with responses or without."""
         return self.target.data.ids
-
-    @property
-    def summaries(self) -> list[RewardSummary]:
-        """What the responses earned, of each checkpoint that was asked for."""
-        return list(self._summaries.values())
 
     def summary_at(self, checkpoint: Checkpoint) -> RewardSummary:
         """What the responses earned at a checkpoint."""
@@ -316,17 +306,14 @@ class PolicyTargets:
 
     def told(self, found: Influence) -> Influence:
         """What was found, with what the responses earned and what is wrong with it as a signal."""
-        return replace(
-            found,
-            warnings=(*signal_warnings(self.summaries, self.method), *found.warnings),
-            live=self.live,
-            rewards=tuple(self.summaries),
-        )
+        earned = tuple(self._summaries.values())
+        warnings = (*signal_warnings(earned, self.method), *found.warnings)
+        return replace(found, warnings=warnings, live=self.live, rewards=earned)
 
     def check(self) -> None:
         """Refuse targets that say nothing at all."""
         if not any(self.live):
-            best = max(summary.quantiles[-1] for summary in self.summaries)
+            best = max(summary.quantiles[-1] for summary in self._summaries.values())
             lost = [problem for checkpoint in self.checkpoints for problem in self.earned_at(checkpoint).problems]
             beside = f"; {len(lost)} have no reward, first: {lost[0].reason}" if lost else ""
             raise DataError(
@@ -346,7 +333,7 @@ def takes_reward(method: Estimator) -> TypeGuard[PolicyEstimator]:
     return method.takes == "reward"
 
 
-def signal_warnings(summaries: SequenceABC[RewardSummary], method: PolicyEstimator) -> list[str]:
+def signal_warnings(summaries: Sequence[RewardSummary], method: PolicyEstimator) -> list[str]:
     """What is wrong with rewards as a signal, each with what to do; the worst checkpoint is named."""
     found = []
     worst = max(summaries, key=lambda summary: summary.silent)
@@ -406,7 +393,7 @@ def checkpoint_name(checkpoint: Checkpoint) -> str:
     return "base" if checkpoint.adapter is None else Path(checkpoint.adapter).name
 
 
-def check_server(method: PolicyEstimator, checkpoints: SequenceABC[Checkpoint]) -> None:
+def check_server(method: PolicyEstimator, checkpoints: Sequence[Checkpoint]) -> None:
     """Refuse to take one served model for several checkpoints."""
     if method.server is None:
         return

@@ -21,7 +21,7 @@ from gradsift.base.types import Message, Skipped, TokenizedExample, before_answe
 from gradsift.base.types import Sequence as TokenSequence
 from gradsift.context import Pool, Target
 from gradsift.execution.chunks import in_chunks
-from gradsift.execution.threads import side_by_side
+from gradsift.execution.threads import in_order
 from gradsift.generation.endpoint import Client, Endpoint
 from gradsift.gradients.losses import row_losses
 from gradsift.influence.estimator import Estimator, Influence
@@ -57,7 +57,6 @@ class JudgeRating(JudgeSettings):
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         return "judge" if self.endpoint is None else f"judge {self.endpoint.model}"
 
 
@@ -79,19 +78,15 @@ class FunctionRating(Settings):
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         return self.name
 
 
 class LengthRating(Settings):
     """Tokens of the last answer, its end included: the longest first (Zhao et al. 2024)."""
 
-    kind: Literal["length"] = "length"
+    label: ClassVar[str] = "length"
 
-    @property
-    def label(self) -> str:
-        """What tables call it."""
-        return "length"
+    kind: Literal["length"] = "length"
 
 
 class PerplexityRating(Settings):
@@ -105,7 +100,6 @@ class PerplexityRating(Settings):
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         return f"{self.prefer} perplexity"
 
 
@@ -119,13 +113,10 @@ class DifficultyRating(Settings):
     maximum: the highest rating that is kept; None keeps all.
     """
 
+    label: ClassVar[str] = "IFD"
+
     kind: Literal["ifd"] = "ifd"
     maximum: FiniteFloat | None = 1.0
-
-    @property
-    def label(self) -> str:
-        """What tables call it."""
-        return "IFD"
 
 
 Rater = Annotated[
@@ -306,7 +297,8 @@ def _rating(pool: Pool, rater: Rater) -> Iterator[Callable[[Sequence[str]], list
         endpoint = rater.endpoint
         assert endpoint is not None
         with Client(endpoint) as client:
-            yield lambda ids: _side_by_side(client, rater, [pool.data.messages(id_) for id_ in ids])
+            graded = partial(_graded, client, rater)
+            yield lambda ids: in_order(graded, [pool.data.messages(id_) for id_ in ids], endpoint.concurrency)
     elif isinstance(rater, FunctionRating):
         function = load_function(rater.name)
         data = pool.data
@@ -336,11 +328,6 @@ _CRITERIA = {
     "complexity": "Judge what is asked, not how long it takes to say it.",
 }
 _FORM = r"Score: ([0-4](?:\.\d+)?|5(?:\.0+)?)"
-
-
-def _side_by_side(client: Client, rater: JudgeRating, rows: Sequence[Sequence[Message]]) -> list[Rating]:
-    found = dict(side_by_side(lambda row: _graded(client, rater, row), rows, client.endpoint.concurrency))
-    return [found[position] for position in range(len(rows))]
 
 
 def _graded(client: Client, rater: JudgeRating, messages: Sequence[Message]) -> Rating:

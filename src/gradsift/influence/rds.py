@@ -32,16 +32,13 @@ class RDS(Estimator):
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         return "RDS" if self.model == DEFAULT else f"RDS ({self.model})"
 
     @property
     def text_model(self) -> str:  # type: ignore[override]
-        """What embeds the texts."""
         return self.model
 
     def inputs(self, pool: Pool) -> dict[str, Any]:
-        """The text model."""
         return {**super().inputs(pool), "embedding": embedding_identity(self.model)}
 
     def preflight(self, pool: Pool, target: Target | None) -> None:
@@ -51,7 +48,6 @@ class RDS(Estimator):
         embedding_identity(self.model)
 
     def influence(self, pool: Pool, target: Target | None) -> Influence:
-        """Cosines of kept embeddings."""
         assert target is not None, self
         refuse_too_many(len(pool.data), len(target.data.ids))
         rows, queries = (

@@ -40,12 +40,9 @@ class _OfStates(Estimator):
     """
 
     takes: ClassVar[Literal["labels", "texts", "reward"]] = "texts"
+    runs_model: ClassVar[bool] = True
 
     checkpoint: Literal["base", "last"] = "base"
-
-    @property
-    def runs_model(self) -> bool:
-        return True
 
     @abstractmethod
     def pooled(self) -> tuple[Pooling, int]:
@@ -104,7 +101,6 @@ class RDSPlus(_OfStates):
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         return "RDS+" if self.checkpoint == "base" else "RDS+ (last checkpoint)"
 
     def pooled(self) -> tuple[Pooling, int]:
@@ -128,7 +124,6 @@ class RepSim(_OfStates):
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         parts = ["answer"] * (self.tokens == "answer") + [f"layer {self.layer}"] * (self.layer != -1)
         parts += ["base model"] * (self.checkpoint == "base")
         return f"Rep-Sim ({', '.join(parts)})" if parts else "Rep-Sim"

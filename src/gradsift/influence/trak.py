@@ -39,7 +39,6 @@ class TRAK(KernelEstimator):
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         parts = ["whole kernel"] * (self.kernel == "whole") + ["last checkpoint"] * (self.checkpoints == "last")
         parts += damping_label(self.damping, "spectral")
         return f"TRAK ({', '.join(parts)})" if parts else "TRAK"

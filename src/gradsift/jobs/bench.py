@@ -36,12 +36,7 @@ BENCHED = {
 
 
 def run_bench(recipe: Recipe, reporter: Reporter | None = None) -> Benchmark:
-    """Judge the recipe's `bench.methods`: bench.json, bench.html.
-
-    Raises:
-        ConfigError: a measure without its column, or no target; before anything heavy.
-        DataError: too few rows to plant in, or every method failed.
-    """
+    """Judge the recipe's `bench.methods`: bench.json, bench.html; DataError where every method failed."""
     reporter = reporter or silent()
     with Run(recipe.out).lock():
         pool, target, settings = open_bench(recipe, reporter)

@@ -76,12 +76,8 @@ def write_pages(
 
     One output: `explanation.html`; what was there of another output goes to `explanations/<id>.html`. Several:
     `relevance.html` with the aggregate table, and `explanations/<id>.html` for the first `pages` outputs. Beside each
-    lies the JSON that it was made from.
-
-    Args:
-        table: from `relevance_table`; needed for several outputs.
-        embedding: the sentence-transformers model of the map of meanings; None leaves that map out, and so does the
-            default where the extra or the model is not there.
+    lies the JSON that it was made from. `embedding` is the model of the map of meanings; None leaves that map out, and
+    so does the default where the extra or the model is not there.
     """
     pool = explanations.pool
     several = len(explanations.entries) > 1
@@ -240,10 +236,7 @@ def spread_blocks(table: RelevanceTable, values: Mapping[tuple[str, str, int], S
 
 
 def validation_blocks(validation: Validation, outputs: Sequence[str]) -> tuple[Block, ...]:
-    """Support against relevance, a point for each selection that was trained on (Compact, Figure 5), and summed up.
-
-    `outputs`: ids in the order of the page's list.
-    """
+    """Support against relevance, a point for each selection that was trained on (Compact, Figure 5), and summed up."""
     place = {id_: number for number, id_ in enumerate(outputs)}
     points = []
     for one in validation.cells:

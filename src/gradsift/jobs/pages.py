@@ -40,9 +40,7 @@ def publish_page(run: Run, key: str, page: Page) -> str:
 
 
 def kept_page(run: Run, key: str) -> Page:
-    """A page as it was left in the run folder; CorruptError if it is damaged, or of a version that kept pages
-    otherwise.
-    """
+    """A page as it was left in the run folder; CorruptError if it is damaged, or kept by another version."""
     content = run.storage.read(kept_as(key))
     try:
         return Page.of_json(content)

@@ -493,9 +493,7 @@ def _explained_briefly(result: Result) -> list[Block]:
 
 
 def methods_listed(section: str | None = None) -> dict[str, list[tuple[str, str, str]]]:
-    """Everything that has a name, by title: its kind, what it takes or reads, and the first paragraph about it; or one
-    `section` alone, by its first word.
-    """
+    """All that has a name, by title, or one `section` by its first word: kind, what it takes or reads, what it is."""
     from gradsift.data.formats import FORMATS
     from gradsift.generation.sampling import PRESETS as SAMPLINGS
     from gradsift.warmup.train import PRESETS, TRAINING_PRESETS

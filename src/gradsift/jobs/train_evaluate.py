@@ -51,15 +51,9 @@ def run_train(
 ) -> list[dict[str, Any]]:
     """Train on a choice once for each seed; training.json in the run folder says what there is.
 
-    Args:
-        recipe: model, pool and run folder; its `warmup` is the training.
-        selected: rows of the pool, as `gradsift select` leaves them.
-        ids: a file with ids of the pool; without either the whole pool is trained on.
-        merge_into: folder for the kept adapter merged into its base; with several seeds, a folder `seed-N` in it each.
-
-    Raises:
-        ConfigError: options that do not go together.
-        DataError: a file without ids, or ids that the pool does not have.
+    `selected`, rows of the pool as `gradsift select` leaves them, or `ids`, a file with some, are trained on, else the
+    whole pool. The kept adapter is merged into its base in `merge_into`, of several seeds in a folder `seed-N` in it
+    each.
     """
     seeds = check_seeds(seeds)
     if selected is not None and ids is not None:
@@ -92,9 +86,7 @@ def run_train(
 def run_evaluate(
     place: Setup, adapters: Sequence[str], metrics: Sequence[Metric], *, with_base: bool = False
 ) -> tuple[list[Evaluation], list[str]]:
-    """Measure the base model or adapters, and say what failed; evaluation.json in the run folder holds the latest
-    figures.
-    """
+    """Measure the base model or adapters, say what failed, and keep the latest figures in evaluation.json."""
     subjects: list[str | None] = [None] if with_base or not adapters else []
     subjects += [one for adapter in adapters for one in recorded_checkpoints(adapter)]
     found: list[Evaluation] = []

@@ -101,8 +101,11 @@ def _is_beside(name: str) -> bool:
 
 def files_digest(files: Sequence[Path], root: Path | None = None) -> str:
     """16 hex digits of the names and of every byte of some files; with `root`, names are paths below it."""
-    with ThreadPoolExecutor(_READERS) as readers:
-        digests = list(readers.map(file_digest, files))
+    if len(files) > 2:
+        with ThreadPoolExecutor(_READERS) as readers:
+            digests = list(readers.map(file_digest, files))
+    else:  # a configuration and one file of weights: threads would take longer to start
+        digests = [file_digest(file) for file in files]
     names = [str(file.relative_to(root)) if root is not None else file.name for file in files]
     return fingerprint([list(entry) for entry in zip(names, digests, strict=True)])
 
@@ -167,7 +170,9 @@ def load_model(name: str, *, dtype: DtypeName = "auto", device: str = "auto") ->
     place = resolve_device(device)
     torch_dtype: Any = "auto" if place != "cpu" else torch.float32
     if dtype in QUANTISED:
-        torch_dtype = _unquantised_dtype(place)
+        torch_dtype = torch.float32  # what is computed in, and other weights are kept in
+        if place != "cpu":
+            torch_dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     elif dtype != "auto":
         torch_dtype = getattr(torch, dtype)
     path, source = _placed(name)
@@ -181,7 +186,12 @@ def load_model(name: str, *, dtype: DtypeName = "auto", device: str = "auto") ->
     if path.is_file():
         options |= {"gguf_file": path.name, "dtype": torch.float32 if torch_dtype == "auto" else torch_dtype}
     if not path.is_file():
-        _refuse_encoder(_config(source), name)
+        config = _config(source)
+        if config.is_encoder_decoder or getattr(type(config), "is_encoder_decoder", False):
+            raise ModelError(
+                f"{name} is an encoder-decoder ({config.model_type}), and gradsift works with causal decoders: of this "
+                "one it would load the decoder alone, whose input from the encoder is missing"
+            )
     model = pretrained(AutoModelForCausalLM, source, **options)
     if path.is_file():
         forget_quantisation(model)
@@ -236,15 +246,6 @@ def pretrained(kind: Any, name: str, *, what: str = "model", unused: str = "", *
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ModelError(f"{what} {name} holds an adapter beside the base: keep them apart, and name it by --adapter")
     return model
-
-
-def _refuse_encoder(config: Any, name: str) -> None:
-    """Refuse an encoder-decoder, of which AutoModelForCausalLM loads the decoder alone."""
-    if config.is_encoder_decoder or getattr(type(config), "is_encoder_decoder", False):
-        raise ModelError(
-            f"{name} is an encoder-decoder ({config.model_type}), and gradsift works with causal decoders: of this one "
-            "it would load the decoder alone, whose input from the encoder is missing"
-        )
 
 
 def _first_of(weights: Iterable[str]) -> str:
@@ -324,13 +325,6 @@ def _refuse_looking_ahead(model: Any, name: str) -> None:
         f"{name} ({type(model).__name__}) is no causal decoder: changing the last of 8 tokens moves the logits of "
         f"earlier ones by {moved:.2g} of their spread. Give a model that predicts each token from those before it"
     )
-
-
-def _unquantised_dtype(place: str) -> torch.dtype:
-    """What a quantised model computes in, and keeps its other weights in."""
-    if place == "cpu":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 def _quantisation(name: str, dtype: DtypeName, compute: torch.dtype) -> Any:
@@ -417,15 +411,22 @@ def adapter_identity(adapter: str | Path) -> dict[str, str]:
     files = [p for p in (folder / "adapter_model.safetensors", folder / "adapter_model.bin") if p.is_file()]
     if not files or not (folder / "adapter_config.json").is_file():
         raise ModelError(f"{folder} is not a PEFT adapter: it needs adapter_config.json and adapter_model.safetensors")
-    try:
-        config = json.loads((folder / "adapter_config.json").read_text())
-        if not isinstance(config, dict):
-            raise ValueError("not a JSON object")
-    except (ValueError, RecursionError) as error:
-        raise CorruptError(f"{folder / 'adapter_config.json'} is damaged ({error}): copy the adapter again") from error
+    config = json_object(folder / "adapter_config.json", "copy the adapter again")
     refuse_other_kinds(config.get("peft_type"), folder)
     config.pop("base_model_name_or_path", None)
     return {"weights": file_digest(files[0], json.dumps(config, sort_keys=True).encode())[:16]}
+
+
+def json_object(path: Path, advice: str) -> dict[str, Any]:
+    """A file's JSON object; `CorruptError` with the advice where it holds none."""
+    try:
+        value = json.loads(path.read_text())
+        if isinstance(value, dict):
+            return value
+        error: object = "not a JSON object"
+    except (ValueError, RecursionError) as caught:
+        error = caught
+    raise CorruptError(f"{path} is damaged ({error}): {advice}")
 
 
 def is_lora_weight(name: str) -> bool:

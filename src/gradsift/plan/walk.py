@@ -123,7 +123,6 @@ class Walk:
 
     pool, target: opened in a folder that is thrown away
     kept:         the pool in the recipe's own run folder, where there is one
-    works:        met so far, in order
     checkpoints:  how many the pool's gradients are taken at
     """
 
@@ -406,8 +405,7 @@ class Walk:
         self, method: PolicyEstimator, target: PromptTarget, number: int, *, rewarded: bool = True,
         ends: Sequence[Checkpoint | None] = (),
     ) -> PolicyTargets | None:  # fmt: skip
-        """The responses at one of the `ends` of a method's own, or at a checkpoint, and what they earn; where the run
-        folder has all of it, that."""
+        """The responses at one of the `ends` of a method's own, or at a checkpoint, and what they earn."""
         writer = method.assistant
         checkpoint = None if writer is not None else (ends or self._checkpoints())[number]
         sampling, place = method.drawing, "" if writer is not None else f"{'end ' * bool(ends)}{number}"

@@ -94,11 +94,7 @@ class Row:
 
 
 def columns(*names: str) -> tuple[Column, ...]:
-    """Heads of columns, numeric ones with a # before their names.
-
-    >>> columns("method", "#seeds")[1].numeric
-    True
-    """
+    """Heads of columns, numeric ones with a # before their names: `columns("method", "#seeds")`."""
     return tuple(Column(name.removeprefix("#"), numeric=name.startswith("#")) for name in names)
 
 

@@ -33,11 +33,7 @@ _STATES = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 
 
 def render(page: Page) -> str:
-    """The page as one HTML document.
-
-    >>> "<h1" in render(Page("A run", ()))
-    True
-    """
+    """The page as one HTML document."""
     style, script = asset("style.css"), asset("page.js")
     policy = (
         f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; base-uri 'none'; form-action 'none'"
@@ -50,11 +46,7 @@ def render(page: Page) -> str:
 
 
 def fragment(blocks: Sequence[Block]) -> str:
-    """The blocks alone, for a notebook: their style holds inside them, and nothing of them runs.
-
-    >>> "<script" in fragment(())
-    False
-    """
+    """The blocks alone, for a notebook: their style holds inside them, and nothing of them runs."""
     style = asset("style.css").replace(":root", ":scope").replace("body {", ":scope {")
     return _template("fragment.html").render(blocks=blocks, pen=Pen(tuple(blocks)), style=Markup(style))
 
@@ -109,10 +101,7 @@ class Pen:
         return [part for part in (*found, (content[stops[-1] :], None)) if part[0]]
 
     def anchor(self, example: Example) -> tuple[str, str | None]:
-        """An id for the example, and that of an earlier one whose texts need not be repeated.
-
-        Anchors are numbers of our own: an id from data is never part of a link.
-        """
+        """A number of our own as an id for the example, and that of an earlier one whose texts need not be repeated."""
         anchor = example.anchor or f"example-{self.number()}"
         if sum(len(turn.text) for turn in example.turns) <= REPEATED_CHARACTERS or example.blocks:
             return anchor, None

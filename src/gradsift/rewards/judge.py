@@ -13,7 +13,7 @@ from pydantic import Field
 from gradsift.base.errors import GradsiftError
 from gradsift.base.settings import Settings
 from gradsift.base.types import Chat, Message
-from gradsift.execution.threads import side_by_side
+from gradsift.execution.threads import in_order
 from gradsift.rewards.function import LogProblem, in_words
 from gradsift.rewards.samples import column, text_of
 
@@ -39,8 +39,10 @@ class JudgeSettings(Settings):
             raise
         except Exception as error:  # noqa: BLE001 - one failed request must not end the run
             return Unreadable(f"the judge could not be asked: {in_words(error)}")
-        if (found := last_line(form, answer)) is not None:
-            return found
+        lines = answer.strip().splitlines()
+        found = re.fullmatch(form, lines[-1].strip().strip("*_`").strip()) if lines else None  # markup is forgiven
+        if found is not None:
+            return found[1]
         return Unreadable(f"the judge's answer does not end in the form asked for: …{' '.join(answer.split())[-80:]!r}")
 
 
@@ -88,8 +90,7 @@ class BoundJudge:
         pairwise = self.judge.mode == "pairwise"
         references = column(columns, self.judge.reference, "judge") if pairwise else [None] * len(completions)
         cases = list(zip(prompts, completions, references, strict=True))
-        found = dict(side_by_side(lambda case: self._verdict(*case), cases, self.judge.workers))
-        verdicts = [found[position] for position in range(len(cases))]
+        verdicts = in_order(lambda case: self._verdict(*case), cases, self.judge.workers)
         for position, verdict in enumerate(verdicts):
             if isinstance(verdict, str) and log_problem is not None:
                 log_problem(position, verdict)
@@ -179,10 +180,3 @@ def transcript(prompt: Any) -> str:
     if isinstance(prompt, str):
         return prompt
     return "\n\n".join(f"{message['role']}: {text_of([message])}" for message in prompt)
-
-
-def last_line(form: str, answer: str) -> str | None:
-    """What the last line of the answer says, if it has exactly the form; markup around it is forgiven."""
-    lines = answer.strip().splitlines()
-    found = re.fullmatch(form, lines[-1].strip().strip("*_`").strip()) if lines else None
-    return found[1] if found else None

@@ -39,7 +39,6 @@ class RewardModel(Settings):
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
-        """Rewards `[sample]`, in TRL's convention."""
         import torch
 
         from gradsift.model.models import files_now

@@ -141,7 +141,8 @@ class UnitTests(Settings):
     def _program(self, row: Mapping[str, Any], prompt: Any, completion: str) -> Program:
         name = self._column_of_tests(row)
         entry_point = row.get(self.entry_point or "entry_point") or _function_of(row)
-        context = row.get(self.context) if self.context else _last_text(prompt)
+        own = prompt if isinstance(prompt, str) else text_of(prompt[-1:])  # of a conversation, the last message
+        context = row.get(self.context) if self.context else own
         return Program(completion, _tests_of(row, name), str(entry_point or ""), str(context or ""))
 
     def _reference(self, program: Program, row: Mapping[str, Any]) -> Program | None:
@@ -213,7 +214,3 @@ def _function_of(row: Mapping[str, Any]) -> str:
     except ValueError:
         return ""
     return str(content.get("func_name") or "") if isinstance(content, Mapping) else ""
-
-
-def _last_text(prompt: Any) -> str:
-    return prompt if isinstance(prompt, str) else text_of(prompt[-1:])

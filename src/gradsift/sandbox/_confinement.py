@@ -34,10 +34,8 @@ def _call(number: int, *arguments: object) -> int:
 
 
 def restrict_paths(readable: Iterable[str | int], writable: Iterable[str | int]) -> None:
-    """From here on this process and its children reach no other files, no TCP port, and no process outside.
-
-    Files and folders, readable or with all rights, are given by name or as open descriptors; absent ones are left out.
-    OSError: the kernel has no Landlock.
+    """From here on this process and its children reach no other files or folders, given by name or as open descriptors,
+    no TCP port, and no process outside; OSError without Landlock.
     """
     version = _call(_CREATE_RULESET, None, ctypes.c_size_t(0), ctypes.c_uint32(1))
     rights = next(rights for known, rights in reversed(_RIGHTS.items()) if known <= version)

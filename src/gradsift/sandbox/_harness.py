@@ -45,9 +45,7 @@ class Reference:
 
 
 def encode(value: Any) -> Any:
-    """`value` as JSON data that `decode` turns back (NotPlainError if it is none); subclasses of plain types become
-    these.
-    """
+    """`value` as JSON data for `decode`, subclasses of plain types as these (NotPlainError if it is none)."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, int):
@@ -148,13 +146,19 @@ def send(fd: int, message: Any) -> None:
     content = json.dumps(message).encode()
     if len(content) > _MESSAGE_BYTES:
         raise NotPlainError(f"{len(content) >> 20} MB of data, more than {_MESSAGE_BYTES >> 20} MB")
+    write_framed(fd, content)
+
+
+def write_framed(fd: int, content: bytes) -> None:
+    """Write bytes behind their number."""
     write_all(fd, len(content).to_bytes(8, "big") + content)
 
 
 def write_all(fd: int, content: bytes) -> None:
     """Write to a pipe, which may take a part at a time."""
-    while content:
-        content = content[os.write(fd, content) :]
+    left = memoryview(content)
+    while left:
+        left = left[os.write(fd, left) :]
 
 
 def receive(fd: int) -> Any:
@@ -281,10 +285,7 @@ async def awaited(value: Any) -> Any:
 
 
 def exit_code_of(work: Callable[[], int], pipes: tuple[int, ...], *, otherwise: int) -> int:
-    """What work ends with in a process of its own that has none of the pipes; minus a signal's number if that ends it.
-
-    otherwise: where the work raises
-    """
+    """The exit code of work in a process of its own without the pipes, `otherwise` if it raises; minus a signal."""
     child = os.fork()
     if child == 0:
         code = otherwise
@@ -362,9 +363,8 @@ _FENCE = re.compile(r"^[ \t]*(```+|~~~+)[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:^[ \t]*\1
 
 
 def extract_code(text: str, entry_point: str = "") -> str:
-    """The code of a response: of its fenced blocks the first that defines `entry_point`, else the first in Python.
-
-    A text without a fence is code as it stands; a fence that is never closed runs to the end.
+    """The code of a response: of its fenced blocks, whether closed or not, the first that defines `entry_point`, else
+    the first in Python; a text without a fence is code as it stands.
     """
     blocks = [(match[2].lower(), match[3]) for match in _FENCE.finditer(text)]
     if not blocks:
@@ -413,9 +413,8 @@ def _indent_after(context: str) -> str:
 
 
 def code_of(prompt: str, entry_point: str = "") -> str:
-    """The code in a prompt: a fenced block, or the lines from the first one after which all is Python; or nothing.
-
-    With an entry point, it must define that. The code may end in a function header without a body.
+    """The code in a prompt, which must define an entry point and may end in a function header without a body: a fenced
+    block, or the lines from the first one after which all is Python; or nothing.
     """
     for text in (extract_code(prompt, entry_point), prompt):
         lines = text.splitlines(keepends=True)

@@ -34,10 +34,8 @@ class CannotJudgeError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """An input and the output that belongs to it.
-
-    given: what the program reads, or the arguments of a call
-    expected: what it prints, or the values one of which the call returns
+    """What the program reads, or the arguments of a call; and what it prints, or the values one of which the call
+    returns.
     """
 
     form: Literal["stdin", "call"]
@@ -78,13 +76,7 @@ class Tests:
 
 
 def understand(tests: str, entry_point: str = "", prompt: str = "") -> Tests:
-    """What these tests are, with the code of the prompt; CannotJudgeError where they cannot judge any program.
-
-    >>> understand("def check(candidate):\\n    assert candidate(1) == 2\\n", "increment").checks
-    ('check',)
-    >>> understand('{"inputs": ["1 2"], "outputs": ["3"]}').pairs
-    (Pair(form='stdin', given='1 2', expected='3'),)
-    """
+    """What these tests are, with the code of the prompt; CannotJudgeError where they cannot judge any program."""
     pairs = _pairs(tests, entry_point)
     if pairs is not None:
         context = code_of(prompt, plain_name(pairs.entry_point)) if pairs.entry_point else ""
@@ -350,9 +342,7 @@ class _TextOnly(pickle.Unpickler):
 
 
 def cases_of(value: Any) -> list[Any]:
-    """The test cases of LiveCodeBench's columns: JSON, or JSON pickled, compressed and in base 64 (else
-    CannotJudgeError).
-    """
+    """The test cases of LiveCodeBench's columns: JSON, plain or pickled, compressed and in base 64."""
     if isinstance(value, list):
         return value
     try:

@@ -37,7 +37,6 @@ class Aide(Selector):
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         options = ["min-max"] if self.influence == "min_max" else []
         options += ["mean distance"] if self.diversity == "mean_pairwise_distance" else []
         return f"AIDE ({', '.join(options)})" if options else "AIDE"

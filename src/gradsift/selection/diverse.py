@@ -39,7 +39,6 @@ class Diverse(Selector):
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         what = ", gradients" if self.by == "gradients" else "" if self.by == DEFAULT else f", {self.by}"
         return f"diverse (cosine below {self.max_cosine:g}{what})"
 
@@ -50,7 +49,6 @@ class Diverse(Selector):
 
     @property
     def text_model(self) -> str | None:  # type: ignore[override]
-        """What embeds the texts, where they are compared."""
         return None if self.by == "gradients" else self.by
 
     def choose(self, candidates: Candidates, budget: int) -> list[int]:

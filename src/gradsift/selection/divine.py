@@ -36,7 +36,6 @@ class Divine(Selector):
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         return label_of("DIVINE", self.order)
 
     def choose(self, candidates: Candidates, budget: int) -> list[int]:

@@ -38,7 +38,6 @@ class FacilityLocation(Selector):
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         shifted = " shifted" if self.similarity == "cosine_shifted" else ""
         return f"{label_of('FL', self.order)}{shifted} λ={self.trade_off:g}"
 

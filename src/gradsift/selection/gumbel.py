@@ -31,11 +31,9 @@ class GumbelTopK(Selector):
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         return f"Gumbel top-k (seed {self.seed})"
 
     def choose(self, candidates: Candidates, budget: int) -> list[int]:
-        """`gumbel_top_k`."""
         return gumbel_top_k(candidates.scores, candidates.ids, budget=budget, seed=self.seed)
 
     def redrawn(self, ids: Sequence[str]) -> dict[str, Any]:

@@ -30,12 +30,9 @@ class JointGreedy(Selector):
 
     takes: ClassVar[Literal["checkpoints"]] = "checkpoints"
 
-    kind: Literal["joint_greedy"] = "joint_greedy"
+    label: ClassVar[str] = "joint greedy"
 
-    @property
-    def label(self) -> str:
-        """What tables call it."""
-        return "joint greedy"
+    kind: Literal["joint_greedy"] = "joint_greedy"
 
     def check(self, estimator: Estimator, *, target: bool = True, explaining: bool = False) -> None:
         """Refuse an estimator without such terms, too."""

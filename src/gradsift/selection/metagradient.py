@@ -72,7 +72,6 @@ class MetagradientDescent(SmoothTraining, Selector):
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         rounds = "1 round" if self.rounds == 1 else f"{self.rounds} rounds"
         return f"metagradient descent ({', '.join([rounds, *self.departures])})"
 

@@ -61,7 +61,6 @@ class RelevancePursuit(Selector):
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         return label_of("relevance pursuit", self.order)
 
     @property

@@ -48,7 +48,6 @@ class Selection(Shown):
         return len(self.ids)
 
     def blocks(self) -> tuple[Block, ...]:
-        """What a notebook shows of it."""
         from gradsift.selection.shown import selection_blocks  # which knows what a selection is
 
         return selection_blocks(self)
@@ -88,7 +87,6 @@ class Dropped(Selection):
 
     @property
     def warning(self) -> str | None:
-        """What a reader should know."""
         helpful = sum(score > 0 for score in self.scores)
         if not helpful:
             return None

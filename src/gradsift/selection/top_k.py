@@ -22,7 +22,6 @@ class Naive(Selector):
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         return self.order.replace("_", " ")
 
     def choose(self, candidates: Candidates, budget: int) -> list[int]:
@@ -39,7 +38,6 @@ class MostHelpful(Naive):
     order: ClassVar[Order] = "most_helpful"
 
     def redrawn(self, ids: Sequence[str]) -> dict[str, Any]:
-        """The highest."""
         return {}
 
 
@@ -75,7 +73,6 @@ class TopK(MostHelpful):
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         return "top-k" if self.threshold is None else f"top-k from {self.threshold:g}"
 
     def choose(self, candidates: Candidates, budget: int) -> list[int]:

@@ -51,7 +51,6 @@ class TSDS(Selector):
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         return f"TSDS (seed {self.seed})"
 
     def choose(self, candidates: Candidates, budget: int) -> list[int]:

@@ -68,15 +68,12 @@ def _recorded() -> dict[str, str]:
         return {}
     with suppress(StorageError):
         digests = (read_if_whole(LocalStorage(path.parent), _NAME, sealed=True) or {}).get("digests")
-        if isinstance(digests, dict) and all(map(_sound, digests.items())):
+        if isinstance(digests, dict) and all(
+            _KEY.fullmatch(str(key)) and isinstance(digest, str) and _DIGEST.fullmatch(digest)
+            for key, digest in digests.items()
+        ):
             return digests
     return {}
-
-
-def _sound(entry: tuple[object, object]) -> bool:
-    return all(isinstance(part, str) for part in entry) and bool(
-        _KEY.fullmatch(str(entry[0])) and _DIGEST.fullmatch(str(entry[1]))
-    )
 
 
 def _record(key: str, digest: str) -> None:

@@ -81,7 +81,11 @@ def read_json(storage: Storage, key: str, shape: type[Record] = Record, *, seale
     if not isinstance(value, dict):
         raise _damaged(name, "not a JSON object")
     digest = value.pop(DIGEST, None)
-    if (sealed or digest is not None) and not _matches(value, digest):
+    try:
+        altered = (sealed or digest is not None) and digest != _digest(value)
+    except ValueError:  # a number that an altered digit made infinite
+        altered = True
+    if altered:
         raise _damaged(name, "its content does not match its digest")
     try:
         shape.model_validate_json(content)
@@ -138,13 +142,6 @@ def manifest(kind: str, config: Mapping[str, Any], **content: Any) -> dict[str, 
         "versions": versions(),
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-
-
-def _matches(value: Mapping[str, Any], digest: Any) -> bool:
-    try:
-        return bool(_digest(value) == digest)
-    except ValueError:  # a number that an altered digit made infinite
-        return False
 
 
 def _digest(value: Mapping[str, Any]) -> str:

@@ -23,12 +23,9 @@ from gradsift.base.progress import Advance, silent, untold
 from gradsift.base.ranks import column_ranks, paired_rank_correlations
 from gradsift.base.resampling import Estimate, bootstrap, estimate_of
 from gradsift.base.settings import Budget, Settings
-from gradsift.base.types import Example
 from gradsift.context import Pool, Target
-from gradsift.data.dataset import Dataset
 from gradsift.data.load import Columns
-from gradsift.data.pairs import Pairs
-from gradsift.data.prepare import prepare
+from gradsift.data.pairs import Pairs, joined_like
 from gradsift.evaluation.arms import expanded
 from gradsift.evaluation.evaluate import measure
 from gradsift.evaluation.fine_tune import train_on
@@ -688,23 +685,12 @@ class _Judge:
     def _with_copies(self) -> tuple[Pool, Units]:
         """Some of the pool's rows and copies of some targets as its last ones, and which targets those are."""
         pool, asked = self.pool, self.target.labels
-        assert isinstance(asked, Dataset)
+        assert asked is not None
         generator = np.random.default_rng([self.seed, self.settings.copies])
         there = np.flatnonzero(self.available)
         rows = np.sort(generator.choice(there, min(len(there), _AMONG), replace=False))
         copied = np.sort(generator.choice(len(asked), min(len(asked), self.settings.copies), replace=False))
-
-        def both(own: Dataset, others: Dataset) -> Dataset:
-            examples = [_again(own, own.ids[row]) for row in rows.tolist()]
-            examples += [_again(others, others.ids[row], _COPY) for row in copied.tolist()]
-            return prepare(pool.run, examples, pool.chat, what="copies", keep_duplicates=True, reporter=pool.reporter)
-
-        if isinstance(pool.data, Pairs):
-            assert isinstance(asked, Pairs)
-            chosen, rejected = both(pool.data.answered, asked.answered), both(pool.data.rejected, asked.rejected)
-            data: Dataset = Pairs(chosen, rejected, pool.data.preference)
-        else:
-            data = both(pool.data, asked)
+        data = joined_like(pool.data.subset(rows), asked.subset(copied), _COPY, pool.reporter)
         return replace(pool, data=data, around=pool.population), copied
 
     def _error_of(self, method: Estimator) -> Estimate:
@@ -836,13 +822,6 @@ def _some(values: Collection[str]) -> str:
     """A few of them."""
     listed = sorted(values)
     return ", ".join(map(repr, listed[:8])) + (f" and {len(listed) - 8} others" if len(listed) > 8 else "")
-
-
-def _again(data: Dataset, id_: str, before: str = "") -> Example:
-    """A row as it is read once more, under another id."""
-    messages = data.messages(id_)
-    name = f"{before}{id_}"
-    return Example(name, tuple(messages), {"id": name, "messages": messages}, options=data.options(id_))
 
 
 def _mean_of(values: NDArray[np.float64], rows: Units) -> float:

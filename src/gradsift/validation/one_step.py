@@ -23,7 +23,6 @@ from gradsift.base.errors import ConfigError, DataError, MismatchError, ModelErr
 from gradsift.base.lazy import Tensor, nn, torch
 from gradsift.base.settings import Seed, Settings
 from gradsift.base.types import Sequence, TokenizedExample
-from gradsift.data.dataset import Dataset
 from gradsift.data.pairs import Pairs
 from gradsift.gradients.adam import adam_direction
 from gradsift.gradients.batching import automatic_token_budget, form_batches
@@ -251,20 +250,6 @@ class StepModel:
                 yield
             finally:
                 self.network.eval()
-
-
-@dataclass(frozen=True)
-class TrainedSteps:
-    """Steps taken for real: a forward and backward pass over each selection."""
-
-    model: StepModel
-    data: Dataset
-
-    def on(self, ids: SequenceABC[str]) -> AbstractContextManager[None]:
-        """The model after training on the examples of these ids."""
-        if isinstance(self.data, Pairs):
-            return self.model.trained_on(self.data.subset(self.data.positions(ids)))
-        return self.model.trained_on([self.data.by_id(id_) for id_ in ids])
 
 
 class StoredSteps:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -39,14 +41,13 @@ def recall(scores: ArrayLike, wanted: ArrayLike, k: int | None = None) -> NDArra
         >>> recall([[0.9], [0.1], [0.5]], [[True], [True], [False]]).tolist()
         [0.5]
     """
-    values, member = _checked(scores, wanted)
-    found = np.full(values.shape[1], np.nan)
-    for target in np.flatnonzero(member.any(axis=0)):
-        own = member[:, target]
-        above, equal = _runs(values[:, target])
+
+    def figure(values: NDArray[np.float64], own: NDArray[np.bool_]) -> float:
+        above, equal = _runs(values)
         inside = np.clip(((own.sum() if k is None else k) - above) / equal, 0, 1)  # the chance of each row
-        found[target] = inside[own].mean()
-    return found
+        return float(inside[own].mean())
+
+    return _of_each(scores, wanted, figure)
 
 
 def reciprocal_rank(scores: ArrayLike, wanted: ArrayLike) -> NDArray[np.float64]:
@@ -58,15 +59,14 @@ def reciprocal_rank(scores: ArrayLike, wanted: ArrayLike) -> NDArray[np.float64]
         >>> reciprocal_rank([[0.9], [0.1], [0.5]], [[False], [False], [True]]).tolist()
         [0.5]
     """
-    values, member = _checked(scores, wanted)
-    found = np.full(values.shape[1], np.nan)
-    for target in np.flatnonzero(member.any(axis=0)):
-        own = member[:, target]
-        above, equal = _runs(values[:, target])
+
+    def figure(values: NDArray[np.float64], own: NDArray[np.bool_]) -> float:
+        above, equal = _runs(values)
         first = np.flatnonzero(own)[above[own].argmin()]
         beside = int((above[own] == above[first]).sum())
-        found[target] = reciprocal_rank_by_chance(beside, int(equal[first]), int(above[first]))
-    return found
+        return reciprocal_rank_by_chance(beside, int(equal[first]), int(above[first]))
+
+    return _of_each(scores, wanted, figure)
 
 
 def reciprocal_rank_by_chance(wanted: int, rows: int, above: int = 0) -> float:
@@ -87,15 +87,23 @@ def average_precision(scores: ArrayLike, wanted: ArrayLike) -> NDArray[np.float6
         >>> average_precision([[0.9], [0.1], [0.5]], [[True], [True], [False]]).round(3).tolist()
         [0.833]
     """
-    values, member = _checked(scores, wanted)
-    found = np.full(values.shape[1], np.nan)
-    for target in np.flatnonzero(member.any(axis=0)):
-        order = np.argsort(-values[:, target], kind="stable")
-        ranked, hits = values[order, target], np.cumsum(member[order, target])
+
+    def figure(values: NDArray[np.float64], own: NDArray[np.bool_]) -> float:
+        order = np.argsort(-values, kind="stable")
+        ranked, hits = values[order], np.cumsum(own[order])
         last = np.flatnonzero(np.append(ranked[1:] != ranked[:-1], True))  # of each run of equal scores
         gained = np.diff(hits[last], prepend=0)
-        found[target] = (gained * hits[last] / (last + 1)).sum() / hits[-1]
-    return found
+        return float((gained * hits[last] / (last + 1)).sum() / hits[-1])
+
+    return _of_each(scores, wanted, figure)
+
+
+def _of_each(
+    scores: ArrayLike, wanted: ArrayLike, figure: Callable[[NDArray[np.float64], NDArray[np.bool_]], float]
+) -> NDArray[np.float64]:
+    """The figure of each target of which any row is wanted, `[target]`; NaN of the others."""
+    values, member = _checked(scores, wanted)
+    return np.array([figure(own, ours) if ours.any() else np.nan for own, ours in zip(values.T, member.T, strict=True)])
 
 
 def _checked(scores: ArrayLike, wanted: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:

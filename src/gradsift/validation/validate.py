@@ -27,6 +27,7 @@ from gradsift.base.errors import ConfigError, CorruptError, DataError, GradsiftE
 from gradsift.base.lazy import Tensor
 from gradsift.base.types import Skipped, TokenizedExample
 from gradsift.context import Pool
+from gradsift.data.pairs import Pairs
 from gradsift.explanation.explain import Explanations
 from gradsift.explanation.outputs import OutputSource, contrasted
 from gradsift.explanation.verdict import Trained
@@ -44,7 +45,6 @@ from gradsift.validation.one_step import (
     OneStep,
     StepModel,
     StoredSteps,
-    TrainedSteps,
     difference,
     effect_of,
     seed_of,
@@ -482,11 +482,15 @@ class _Bench:
         return StepModel(network, modules.captured, self.settings, token_budget=self.pool.gradients.token_budget)
 
     @cached_property
-    def steps(self) -> TrainedSteps | StoredSteps:
+    def steps(self) -> Callable[[Sequence[str]], AbstractContextManager[None]]:
+        """The model after the step on a selection: formed from stored gradients, or taken for real."""
         data = self.pool.data
-        if self.store is None:
-            return TrainedSteps(self.model, replace(self.pool, dtype=self.dtype).referred(data))
-        return StoredSteps(self.model, self.store, data.loss)
+        if self.store is not None:
+            return StoredSteps(self.model, self.store, data.loss).on
+        own = replace(self.pool, dtype=self.dtype).referred(data)
+        if isinstance(own, Pairs):
+            return lambda ids: self.model.trained_on(own.subset(own.positions(ids)))
+        return lambda ids: self.model.trained_on([own.by_id(id_) for id_ in ids])
 
     def turn_to(self, output: Answers) -> None:
         answers = together(output)
@@ -543,7 +547,7 @@ class _Bench:
 
     def effect(self, ids: Sequence[str]) -> Effect:
         ordered = sorted(ids)
-        return self._effect(fingerprint(ordered), lambda: self.steps.on(ordered))
+        return self._effect(fingerprint(ordered), lambda: self.steps(ordered))
 
     def effect_of_itself(self) -> Effect:
         """Of the step on the current output, taken for real; away from the other answer, where there is one."""

@@ -274,7 +274,7 @@ class TrainingOutput(ABC):
 
     @abstractmethod
     def state(self, finished: int) -> tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any], int]:
-        """Weights, first and second moments by name, and the step, after so many finished epochs."""
+        """Weights (none where `network` has them), first and second moments by name, and the step, after an epoch."""
 
     def taught(self, state: TrainingState) -> bool:
         """Whether the weights are others than before, as any step at a rate above 0 makes them."""
@@ -490,12 +490,9 @@ def publish_adapter(run: Run, folder: str, network: Any) -> None:
 
     adapter = get_peft_model_state_dict(network, adapter_name=network.active_adapter, save_embedding_layers=False)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.items()}
-    run.storage.publish(f"{folder}adapter_config.json", _adapter_config(network))
-    run.storage.publish(f"{folder}adapter_model.safetensors", save(weights, metadata={"format": "pt"}))
-
-
-def _adapter_config(model: Any) -> bytes:
-    """adapter_config.json as PEFT writes it, but with sets sorted: equal trainings give equal files in any process."""
-    config = model.peft_config[model.active_adapter].to_dict() | {"inference_mode": True}
+    # With sets sorted: equal trainings give equal files in any process.
+    config = network.peft_config[network.active_adapter].to_dict() | {"inference_mode": True}
     config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-    return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+    written = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    run.storage.publish(f"{folder}adapter_config.json", written.encode())
+    run.storage.publish(f"{folder}adapter_model.safetensors", save(weights, metadata={"format": "pt"}))

@@ -202,7 +202,8 @@ class StepTrainer:
         if state is not None:
             with torch.no_grad():
                 for name, parameter in self.trainable.items():
-                    parameter.copy_(state.weights[name])  # which may be the parameter itself
+                    if state.weights:  # else the network has them
+                        parameter.copy_(state.weights[name])
                     self.optimizer.state[parameter] = {
                         "step": torch.tensor(float(state.step)),
                         "exp_avg": state.exp_avg[name].to(parameter),
@@ -431,18 +432,14 @@ def first_token_budget(place: torch.device) -> int:
 
 def state_of(trainable: Mapping[str, nn.Parameter], optimizer: Any, step: int) -> TrainingState:
     """Weights and Adam's moments by name, on the CPU: to be written before the next step, which changes them."""
-    weights = {name: _on_cpu(parameter) for name, parameter in trainable.items()}
-    first, second = (
-        {name: _moment(optimizer.state[parameter], kind, weights[name]) for name, parameter in trainable.items()}
+
+    def kept(tensor: Tensor) -> Tensor:
+        return tensor.detach().cpu().contiguous()
+
+    weights = {name: kept(parameter) for name, parameter in trainable.items()}
+    states = {name: optimizer.state[parameter] for name, parameter in trainable.items()}
+    first, second = (  # zero for a parameter that has had no gradient so far
+        {name: kept(own[kind]) if kind in own else torch.zeros_like(weights[name]) for name, own in states.items()}
         for kind in ("exp_avg", "exp_avg_sq")
     )
     return TrainingState(weights, first, second, step)
-
-
-def _on_cpu(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().contiguous()
-
-
-def _moment(entry: Mapping[str, Any], name: str, weight: Tensor) -> Tensor:
-    """A moment; zero for a parameter that has had no gradient so far."""
-    return _on_cpu(entry[name]) if name in entry else torch.zeros_like(weight)

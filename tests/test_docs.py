@@ -258,7 +258,7 @@ def test_python_examples_run(
     monkeypatch.chdir(tmp_path)
     folder = world.save_model(tmp_path / "model")
     targets = world.target_rows(12)
-    world.write_rows(tmp_path / "pool.jsonl", world.pool_rows(64))
+    world.write_rows(tmp_path / "pool.jsonl", world.pool_rows(40))
     world.write_rows(tmp_path / "math.jsonl", targets[:4])
     world.write_rows(tmp_path / "heldout.jsonl", targets[4:])
     names: dict[str, Any] = {}
@@ -272,7 +272,7 @@ def test_python_examples_run(
             exec(compile(code, page, "exec"), names)
     elsewhere = set((ROOT / "docs/tutorials").glob("*.md"))  # tests/test_tutorials.py
     assert {page for page in PAGES if blocks(page, "python")} - elsewhere == {ROOT / page for page in PYTHON}
-    assert len(names["chosen"]) == 3
+    assert len(names["chosen"]) == 2
     assert len(names["answer"].results) == 2
     assert len(names["own"].data) == 2
     assert len(names["mine"].checkpoints()) == 2

@@ -59,43 +59,43 @@ def commands(site: Path, *arguments: list[str]) -> str:
     return done.stdout
 
 
-def test_an_estimator_is_one_file_and_an_entry_point(tiny: World, tmp_path: Path) -> None:
-    """Installed, `list` names it, and `select --estimator lengthy` knows it with its fields."""
-    install_example(tmp_path / "site", "lengthy", "gradsift.estimators")
-    options = ("--estimator", "lengthy", "--set", "estimator.prefer=short", "--budget", 4, "--json", "--quiet")
-    said = commands(tmp_path / "site", ["list"], tiny.arguments("select", tmp_path / "run", *options, target=None))
-    listed, _, rest = said.partition("\n{")
-    assert re.search(r"^lengthy +no target\n +Ranks by the number of supervised tokens", listed, re.MULTILINE), listed
-    chosen = json.loads("{" + rest)["selections"][0]
-    assert chosen["estimator"] == "lengthy (short first)"
-    assert chosen["scores"] == sorted(chosen["scores"], reverse=True)
-    assert chosen["scores"][0] < 0
-
-
-def test_a_selector_is_one_file_and_an_entry_point(tiny: World, tmp_path: Path) -> None:
-    """Installed, `list` names it, and `select --selection` and `explain --selection` know it with its fields."""
-    site, run = tmp_path / "site", tmp_path / "run"
+def test_an_estimator_and_a_selector_are_one_file_and_an_entry_point_each(tiny: World, tmp_path: Path) -> None:
+    """Installed, `list` names them, and `select --estimator`, `select --selection` and `explain --selection` know them
+    with their fields."""
+    site, run, own = tmp_path / "site", tmp_path / "run", tmp_path / "lengthy"
+    install_example(site, "lengthy", "gradsift.estimators")
     install_example(site, "every_nth", "gradsift.selectors")
-    own = (*tiny.with_adapters(), "--estimator", "bm25", "--json")
-    chosen = (*own, "--selection", "every_nth", "--set", "selection.n=3", "--budget", "10")
-    asked = (*own, "--prompt", "what colour is the cat", "--max-new-tokens", "5", "--embedding", "none", "-k", "2,4")
+    lengthy = ("--estimator", "lengthy", "--set", "estimator.prefer=short", "--budget", 4)
+    bm25 = (*tiny.with_adapters(), "--estimator", "bm25", "--json")
+    chosen = (*bm25, "--selection", "every_nth", "--set", "selection.n=3", "--budget", "10")
+    asked = (*bm25, "--prompt", "what colour is the cat", "--max-new-tokens", "5", "--embedding", "none", "-k", "2,4")
     both = ("--set", "explain.strategies=[{kind: every_nth, n: 3}, {kind: top_k}]")
     said = commands(
         site,
         ["list"],
+        tiny.arguments("select", own, *lengthy, target=None),
         tiny.arguments("select", run, *chosen),
         tiny.arguments("explain", tmp_path / "named", *asked, "--selection", "every_nth"),
         tiny.arguments("explain", run, *asked, *both),
     )
+    assert re.search(r"^lengthy +no target\n +Ranks by the number of supervised tokens", said, re.MULTILINE), said
+    scores = [row["gradsift_score"] for row in rows_of(own)]
+    assert "4 of 24 chosen by lengthy (short first)" in said
+    assert len(scores) == 4
+    assert scores == sorted(scores, reverse=True)
+    assert scores[0] < 0
     assert re.search(r"^every_nth +scores\n +Every n-th of the ranking", said, re.MULTILINE), said
     assert '"method": "every nth (n=3)"' in said
-    rows = [json.loads(line) for line in (run / "selected.jsonl").read_text().splitlines()]
-    assert [row["gradsift_rank"] for row in rows] == [1, 4, 7, 10, 13, 16, 19, 22, 2, 5]
+    assert [row["gradsift_rank"] for row in rows_of(run)] == [1, 4, 7, 10, 13, 16, 19, 22, 2, 5]
     assert ranks(tmp_path / "named") == {("every nth (n=2)", 2): [1, 3], ("every nth (n=2)", 4): [1, 3, 5, 7]}
     assert ranks(run) == {
         ("every nth (n=3)", 2): [1, 4], ("every nth (n=3)", 4): [1, 4, 7, 10],
         ("top-k", 2): [1, 2], ("top-k", 4): [1, 2, 3, 4],
     }  # fmt: skip
+
+
+def rows_of(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "selected.jsonl").read_text().splitlines()]
 
 
 def ranks(run: Path) -> dict[tuple[str, int], list[int]]:

@@ -41,9 +41,7 @@ class Setup:
     """A model, and the run folder that keeps what is found out about it: as `open_model` makes it, or a `Pool`.
 
     model:         hub id or folder of the base model
-    chat:          its chat template, with the length that examples are cut at
     dtype, device: it is run in, and on
-    reporter:      where progress goes
     """
 
     run: Run

@@ -74,10 +74,11 @@ def test_bootstrap_agrees_with_the_normal_interval_for_many_items() -> None:
     assert (found.low, found.high) == pytest.approx((array.mean() - half, array.mean() + half), abs=0.06 * half)
 
 
-def test_t_intervals_of_three_seeds_hold_their_level() -> None:
+def test_t_intervals_of_three_seeds_hold_their_level(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 2,000 draws of three normal differences, 95 % (within three standard errors) of the intervals hold the truth;
     so do the bootstrap's, which of so few are the same but for what is drawn.
     """
+    monkeypatch.setattr("gradsift.compare.statistics._DRAWS", 400)
     draw = np.random.default_rng(0)
     held = {"t": 0, "bootstrap": 0}
     trials = {"t": 2000, "bootstrap": 20}

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 from scipy.special import expit
-from sklearn.linear_model import LogisticRegression
 
 from gradsift.base.errors import ConfigError, NonFiniteError, ShapeError
 from gradsift.evaluation.length_controlled import (
@@ -29,6 +28,8 @@ def simulated(count: int = 200, *, theta: float = 0.4, phi: float = 1.5, psi: fl
 def test_the_fit_is_the_optimum_of_the_penalised_likelihood() -> None:
     """It equals a search without derivatives from another start, and scikit-learn's liblinear on rows doubled with
     labels 1 and 0 and the preferences as weights, which is what the paper's authors run."""
+    from sklearn.linear_model import LogisticRegression
+
     y, lengths, other, gamma = simulated()
     X = np.stack([np.ones(len(y)), length_feature(lengths, other), gamma], axis=1)
 

@@ -15,7 +15,6 @@ from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 
-import openai
 import pytest
 from pydantic import ValidationError
 
@@ -376,6 +375,8 @@ def test_requests_run_side_by_side_up_to_the_limit() -> None:
 def test_threads_share_a_client_and_its_connections(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of all threads that ask at once one connects, and closing lets go of it: none has connections of its own."""
     made: list[Any] = []
+    import openai  # a second, in every process that collects tests
+
     connect = openai.OpenAI
 
     def slowly(**options: Any) -> Any:

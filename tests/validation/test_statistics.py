@@ -102,7 +102,7 @@ def test_change_of_correlation_is_over_outputs_of_both_kinds() -> None:
     assert (change.low, change.high) == pytest.approx((-2.0, -2.0))
 
 
-@settings(max_examples=15)
+@settings(max_examples=6)
 @given(CELLS)
 def test_agreement_is_counted_cell_by_cell(cells: list[tuple[float, float, float | None]]) -> None:
     """A loop over cells gives every count; each cell is in one bin; 0 dB and no support are not above."""

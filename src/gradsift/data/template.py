@@ -474,9 +474,7 @@ class Place:
 class Rendering:
     """One conversation as the template writes it, and where in the text each message stands (TemplateProblemError).
 
-    kinds: the messages' shapes
     outline: the options with one tool in place of all, by which orders of shapes are told
-    frame: of the shapes
     contents: characters [begin, end) of each message's content, where frame and contents put together are the text;
         else None: the template does something else with this conversation
     """

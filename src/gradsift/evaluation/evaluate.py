@@ -28,8 +28,6 @@ _MEASURED = TypeAdapter(Measured)
 class Evaluation(Shown):
     """What every metric found of one model.
 
-    name:    of the model: an adapter, a folder, or `base model`
-    subject: what the figures depend on beside the metrics
     results: in the order of the metrics; one that failed has an `error` and no figures
     """
 

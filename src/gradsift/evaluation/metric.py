@@ -28,11 +28,8 @@ ASKED = 20  # questions to a judge of which the tokens are counted beforehand
 class Figure:
     """One number.
 
-    name:           such as `loss`, `reward`, `pass@10`
-    value:          in `unit`
     standard_error: of the value over the items, in the same unit; None where one item tells nothing of it
     n:              items that it is the mean over
-    higher_is_better
     per_item:       value by item id, for paired comparisons; empty where the figure is no mean over items
     """
 
@@ -49,12 +46,8 @@ class Figure:
 class Measured:
     """What one metric found of one model.
 
-    metric:   its label
-    kind:     of the metric
     figures:  the first is the metric's own, which `keep="best"` goes by
     notes:    what a reader should know, such as rows that were left out
-    details:  counts and the like, by name
-    settings: the metric's fields
     error:    why there are no figures
     partial:  some items could not be had this time: the next call tries them again, and keeps the rest
     """

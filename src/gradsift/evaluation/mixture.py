@@ -28,8 +28,6 @@ _DRAWS = 400
 class Mixture:
     """The share of each source among the rows that score highest, with 95 % intervals over rows and targets.
 
-    by:      column that names the sources
-    budget:  how many of the highest are counted
     targets: whether targets were resampled as well as rows
     size:    the share of each source in the pool
     losses:  by mixture, its held-out loss with each seed, nats per token, where it was trained on

@@ -394,10 +394,13 @@ class Explanations(Shown):
     def _random(self, competing: Mapping[str, Candidates]) -> _Random:
         """Random choices with their relevance."""
         first, ids = self._drawn(competing)
-        choices = _Random(ids, {}, 0.0).among(first)[0]
-        (relevances,) = relevance_of_choices(first, [choices], models=(self.coefficients,))
-        by_budget = {k: found[self.coefficients] for k, found in relevances.items()}
+        (by_budget,) = self._relevances(first, [_Random(ids, {}, 0.0).among(first)[0]])
         return _Random(ids, by_budget, by_budget[self.budgets[0]][0].squared_norm)
+
+    def _relevances(self, competing: Candidates, choices: Sequence[Choices]) -> list[dict[int, list[Relevance]]]:
+        """Of each choice, by budget and draw."""
+        found = relevance_of_choices(competing, choices, models=(self.coefficients,))
+        return [{k: by_model[self.coefficients] for k, by_model in own.items()} for own in found]
 
     def _references(
         self, competing: Mapping[str, Candidates], random: _Random, results: Sequence[StrategyResult]
@@ -407,10 +410,9 @@ class Explanations(Shown):
         for found in results:
             best[found.k] = max(best[found.k], *(draw.ratio for draw in found.draws))
         for candidates in competing.values() if _BEST not in self.strategies else ():
-            (choices,) = choose_all([_BEST], candidates, self.budgets)
-            (relevances,) = relevance_of_choices(candidates, [choices], models=(self.coefficients,))
-            for k, by_model in relevances.items():
-                best[k] = max(best[k], by_model[self.coefficients][0].ratio)
+            (relevances,) = self._relevances(candidates, choose_all([_BEST], candidates, self.budgets))
+            for k, (relevance,) in relevances.items():
+                best[k] = max(best[k], relevance.ratio)
         return tuple(
             Reference(
                 k,
@@ -425,11 +427,8 @@ class Explanations(Shown):
         ranks = descending_ranks(competing.scores.numpy())
         ranking = [strategy for strategy in self.strategies if not isinstance(strategy, RandomChoice)]
         choices = choose_all(ranking, competing, self.budgets) if ranking else []
-        relevances = relevance_of_choices(competing, choices, models=(self.coefficients,)) if ranking else []
-        made = {
-            strategy.strategy: (own, {k: by_model[k][self.coefficients] for k in own})
-            for strategy, own, by_model in zip(ranking, choices, relevances, strict=True)
-        }
+        relevances = self._relevances(competing, choices) if ranking else []
+        made = dict(zip((one.strategy for one in ranking), zip(choices, relevances, strict=True), strict=True))
         for strategy in self.strategies:
             own, by_budget = made.get(strategy.strategy) or random.among(competing)
             for k, selections in own.items():
@@ -440,10 +439,9 @@ class Explanations(Shown):
         ranks = descending_ranks(competing.scores.numpy())
         opposite = competing.opposed(max(self._opposing, self.budgets[-1]))
         choices = choose_all([*_AGAINST.values()], opposite, self.budgets)
-        relevances = relevance_of_choices(opposite, choices, models=(self.coefficients,))
-        for name, own, by_budget in zip(_AGAINST, choices, relevances, strict=True):
+        for name, own, by_budget in zip(_AGAINST, choices, self._relevances(opposite, choices), strict=True):
             for k, (picks,) in own.items():
-                yield self._result(estimator, name, k, picks, by_budget[k][self.coefficients], competing, ranks)
+                yield self._result(estimator, name, k, picks, by_budget[k], competing, ranks)
 
     def _result(
         self,

@@ -29,7 +29,6 @@ _JOINED = 8  # tokens that one character may be cut into, at most
 class MatchedToken:
     """A token's part of a score; tokens that share one character are one.
 
-    text:    its characters
     value:   above zero, it makes the output more likely
     learned: whether the loss is taken on it
     said:    whether it is of a message; else the chat template writes it

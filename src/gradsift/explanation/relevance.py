@@ -71,9 +71,6 @@ Relevances = dict[CoefficientModel, list[Relevance]]
 class RelevanceSummary:
     """Relevance over many targets, with what a single number hides.
 
-    how: the aggregation
-    count: number of targets
-    ratio, db: over all targets
     capped: number of targets at the cap
     ratio_without_capped, db_without_capped: over the others, None if there are none
     near_zero: number of targets whose selection is near zero

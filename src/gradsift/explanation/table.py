@@ -105,7 +105,6 @@ class RelevanceTable:
     how: the aggregation over outputs, and over a random strategy's draws for each
     sorted_at: the budget that the rows are sorted by, lowest relevance first
     notes: what a reader of the rows should know
-    gains, coefficients, extremes: of several outputs
     """
 
     how: Aggregation

@@ -99,15 +99,12 @@ class Trained:
 class Verdict:
     """What one strategy chose by one estimator for one output, and what to make of it. Made once, drawn everywhere.
 
-    count: chosen examples, at most k
     ratio: ξ = ‖g‖² / ‖g − A t‖²; above 1 the choice says more than nothing at all
     reference: random examples of the same number, and the best choice found; None where neither was measured
     trained: what a step of training on it did; None where that was not tried
     throughout: ξ at all checkpoints together; None where that was not measured
     agreement: the share of the chosen that the same strategy chooses by another estimator, too, the mean over the other
         estimators; None for a single one
-    near_zero, capped: as `StrategyResult` has them
-    exact: whether whole gradients were compared
     contrast: whether it is about one answer in contrast to another
     missed: how many rows the projected ranking is expected to have kept from the k most helpful or, where the choice is
         `sought` in the whole pool, how many would rebuild `WORTH` more in a chosen one's place; None where that is not

@@ -45,9 +45,7 @@ _PASSES = (1, 10, 100)
 class ResponseSummary:
     """What a checkpoint answered.
 
-    prompts:    that were asked
     unanswered: ids of those without any response
-    responses:  that there are
     samples:    M, wanted of each prompt
     tokens:     mean length of a response
     cut_off:    share of responses that reached max_new_tokens
@@ -67,7 +65,6 @@ class ResponseSummary:
 class Rollout:
     """One checkpoint's responses (or an assistant's, which serve all checkpoints), and what they earn.
 
-    name:    of the checkpoint or of the assistant
     adapter: the checkpoint's; None for an assistant
     earned, rewards: None where only responses were asked for
     pass_at: pass@k by k, where every reward is 0 or 1

@@ -118,14 +118,15 @@ def _files(recipe: Recipe, command: str, outputs: int | None, *, with_target: bo
         return [*BENCHED, "skipped.jsonl"]
     if recipe.compare is not None:
         return [*COMPARED, "skipped.jsonl"]
-    return result_files(
-        scored=chooses(recipe),
-        chosen=chooses(recipe),
-        dropped=recipe.drop is not None,
-        trusted=chooses(recipe) and with_target and recipe.estimator.needs_target,
-        outputs=outputs,
-        validated=recipe.explain is not None and recipe.explain.validation is not None,
-    )
+    chosen = chooses(recipe)
+    made = {
+        "scores.parquet": chosen,
+        "selected.jsonl": chosen,
+        "dropped.jsonl": chosen and recipe.drop is not None,
+        "diagnostics.json": chosen and with_target and recipe.estimator.needs_target,
+        "validation.json": recipe.explain is not None and recipe.explain.validation is not None,
+    }
+    return result_files(made, outputs)
 
 
 def print_estimate(found: dict[str, Any]) -> None:

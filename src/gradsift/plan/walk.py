@@ -123,7 +123,6 @@ class Walk:
 
     pool, target: opened in a folder that is thrown away
     kept:         the pool in the recipe's own run folder, where there is one
-    works:        met so far, in order
     checkpoints:  how many the pool's gradients are taken at
     """
 

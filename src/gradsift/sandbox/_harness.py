@@ -146,13 +146,19 @@ def send(fd: int, message: Any) -> None:
     content = json.dumps(message).encode()
     if len(content) > _MESSAGE_BYTES:
         raise NotPlainError(f"{len(content) >> 20} MB of data, more than {_MESSAGE_BYTES >> 20} MB")
+    write_framed(fd, content)
+
+
+def write_framed(fd: int, content: bytes) -> None:
+    """Write bytes behind their number."""
     write_all(fd, len(content).to_bytes(8, "big") + content)
 
 
 def write_all(fd: int, content: bytes) -> None:
     """Write to a pipe, which may take a part at a time."""
-    while content:
-        content = content[os.write(fd, content) :]
+    left = memoryview(content)
+    while left:
+        left = left[os.write(fd, left) :]
 
 
 def receive(fd: int) -> Any:

@@ -73,7 +73,7 @@ for _name, _folder in (("gradsift", Path(__file__).parents[1]), ("gradsift.sandb
 from gradsift.sandbox import _tester  # noqa: E402 - found by the lines before
 from gradsift.sandbox._cleaning import open_folder, remove, sweep  # noqa: E402
 from gradsift.sandbox._confinement import MemoryGroup, forget_group, memory_group, restrict_paths  # noqa: E402
-from gradsift.sandbox._harness import read_exactly, write_all  # noqa: E402
+from gradsift.sandbox._harness import exit_code_of, read_exactly, write_framed  # noqa: E402
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -193,14 +193,11 @@ def _users() -> tuple[int, int]:
 
 
 def _can_become(uid: int) -> bool:
-    child = os.fork()
-    if child == 0:
-        try:
-            os.setresuid(uid, uid, uid)
-            os._exit(0)
-        except BaseException:
-            os._exit(1)
-    return os.waitpid(child, 0)[1] == 0
+    def become() -> int:
+        os.setresuid(uid, uid, uid)
+        return 0
+
+    return exit_code_of(become, (), otherwise=1) == 0
 
 
 def _limit(request: dict[str, Any], user: int) -> None:
@@ -365,9 +362,7 @@ def _become_tester(
         os.environ |= {"HOME": folder, "TMPDIR": folder, **_ONE_THREAD}
         os.chdir(folder)
         _drop_privileges(user)
-        compiled = marshal.dumps(harness)
-        compiled = len(compiled).to_bytes(8, "big") + compiled
-        _tester.tester(request["program"], *pipes, compiled, page)
+        _tester.tester(request["program"], *pipes, marshal.dumps(harness), page)
     except BaseException:
         with contextlib.suppress(OSError):
             os.write(pipes[2], _error(traceback.format_exc()))
@@ -488,14 +483,13 @@ def _kill_everything(init: int, *, pid_namespace: bool, users: set[int]) -> bool
 
 def _kill_user(user: int) -> None:
     """All processes of a user made for this run, at once: a fork bomb cannot outrun it."""
-    child = os.fork()
-    if child == 0:
-        try:
-            os.setresuid(user, user, user)
-            os.kill(-1, signal.SIGKILL)
-        finally:
-            os._exit(0)
-    os.waitpid(child, 0)
+
+    def kill() -> int:
+        os.setresuid(user, user, user)
+        os.kill(-1, signal.SIGKILL)
+        return 0
+
+    exit_code_of(kill, (), otherwise=0)
 
 
 class _Watch:
@@ -719,8 +713,7 @@ _NOTHING: dict[str, Any] = {"output": "", "cpu": 0.0, "memory_group": False}
 
 
 def _write(result: dict[str, Any]) -> None:
-    content = json.dumps(result).encode()
-    write_all(1, len(content).to_bytes(8, "big") + content)
+    write_framed(1, json.dumps(result).encode())
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from gradsift.sandbox._harness import (
     receive,
     send,
     write_all,
+    write_framed,
 )
 from gradsift.sandbox._shapes import CannotJudgeError, Pair, Tests, prints, understand
 
@@ -59,7 +60,7 @@ def tester(task: dict[str, str], answers: int, requests: int, verdict: int, firs
     """Run the tests against the program at the other end of the pipes, `first` before all, and write the verdict."""
     connection = _Connection(answers, requests, page)
     try:
-        write_all(requests, first)
+        write_framed(requests, first)
         status, reason = _judged(task, connection, (answers, requests, verdict))
     except OSError:
         status, reason = "gone", "the program could not be reached"
@@ -508,15 +509,9 @@ class _Connection:
 
     def global_(self, name: str) -> Any:
         """A function or class of the program: called here, computed there."""
-        target = {"name": name}
         if self.defined.get(name):
             return _class(self, name)
-
-        def call(*arguments: Any, **keywords: Any) -> Any:
-            return self.do(target, "call", "", arguments, keywords)
-
-        call.__name__ = call.__qualname__ = name
-        return call
+        return _named(name, lambda *given, **keywords: self.do({"name": name}, "call", "", given, keywords))
 
     def entry(self, entry_point: str) -> Any:
         """The function under test: `name`, `Class.name`, `Class().name`, or a method of the class Solution."""
@@ -532,8 +527,7 @@ class _Connection:
             target = self.global_(path[0])
             return getattr(target() if made else target, path[-1])(*arguments, **keywords)
 
-        call.__name__ = call.__qualname__ = path[-1]
-        return call
+        return _named(path[-1], call)
 
     def object(self, number: int, kind: str) -> Any:
         """An object that stays in the program."""
@@ -547,6 +541,11 @@ class _Connection:
     async def wait(self, target: dict[str, Any]) -> Any:
         """What a coroutine of the program returns, which is run there when it is awaited here."""
         return self.do(target, "await", "", (), {})
+
+
+def _named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    function.__name__ = function.__qualname__ = name
+    return function
 
 
 def _class(connection: _Connection, name: str) -> type:
@@ -571,12 +570,7 @@ def _attribute(connection: _Connection, target: dict[str, Any], name: str) -> An
     value = connection.do(target, "get", name, (), {})
     if value is not _CALLABLE:
         return value
-
-    def call(*arguments: Any, **keywords: Any) -> Any:
-        return connection.do(target, "method", name, arguments, keywords)
-
-    call.__name__ = call.__qualname__ = name
-    return call
+    return _named(name, lambda *given, **keywords: connection.do(target, "method", name, given, keywords))
 
 
 def _refused(operator: str) -> Callable[..., Any]:
@@ -584,8 +578,7 @@ def _refused(operator: str) -> Callable[..., Any]:
         connection, _, kind = object.__getattribute__(self, "_at")
         return connection.stop("failed", f"the program returned a {kind}, which is not plain data")
 
-    refuse.__name__ = operator
-    return refuse
+    return _named(operator, refuse)
 
 
 def _forwarded(operator: str) -> Callable[..., Any]:
@@ -596,8 +589,12 @@ def _forwarded(operator: str) -> Callable[..., Any]:
         except AttributeError:  # as Python says of an object that has no such method
             raise TypeError(f"{kind} has no {operator}") from None
 
-    forward.__name__ = operator
-    return forward
+    return _named(operator, forward)
+
+
+def _do(remote: _Remote, what: str, attribute: str = "", *arguments: Any) -> Any:
+    connection, target, _ = object.__getattribute__(remote, "_at")
+    return connection.do(target, what, attribute, arguments, {})
 
 
 class _Remote(Reference):
@@ -608,8 +605,7 @@ class _Remote(Reference):
         return _attribute(connection, target, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        connection, target, _ = object.__getattribute__(self, "_at")
-        connection.do(target, "set", name, (value,), {})
+        _do(self, "set", name, value)
 
     @property
     def number(self) -> int:  # type: ignore[override]
@@ -622,20 +618,13 @@ class _Remote(Reference):
         return connection.do(target, "call", "", arguments, keywords)
 
     def __iter__(self) -> Iterator[Any]:
-        connection, target, _ = object.__getattribute__(self, "_at")
-        iterator = connection.do(target, "method", "__iter__", (), {})
+        iterator = _do(self, "method", "__iter__")
         if not isinstance(iterator, _Remote):
-            connection.stop("failed", "the program returned an iterator that is none")
-        _, target, _ = object.__getattribute__(iterator, "_at")
-        while True:
-            value = connection.do(target, "next", "", (), {})
-            if value is _END:
-                return
-            yield value
+            object.__getattribute__(self, "_at")[0].stop("failed", "the program returned an iterator that is none")
+        return iterator
 
     def __next__(self) -> Any:
-        connection, target, _ = object.__getattribute__(self, "_at")
-        value = connection.do(target, "next", "", (), {})
+        value = _do(self, "next")
         if value is _END:
             raise StopIteration
         return value

@@ -11,9 +11,9 @@ import sysconfig
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import cache, lru_cache
 from importlib.util import find_spec
@@ -25,6 +25,7 @@ from pydantic import Field
 
 from gradsift.base.errors import ConfigError
 from gradsift.base.settings import Settings
+from gradsift.sandbox._harness import write_framed
 from gradsift.sandbox._seccomp import syscall_filter
 from gradsift.sandbox._shapes import CannotJudgeError, Tests, understand
 
@@ -93,7 +94,6 @@ class Outcome:
     status: `passed`: every test ran and held, and not for every answer; `failed`: a test did not hold, or the program
         raised, ended early or answered with something else than plain data; `timeout`, `memory`: a limit; `killed`:
         ended by a signal or for filling its folder; `error`: it could not be judged
-    reason: a sentence; empty where it passed
     output: the beginning of what the program printed
     cpu_seconds: processor time of program and tests
     """
@@ -135,7 +135,7 @@ def run_programs(
         return []
     isolated = isolation(sandbox)
     workers = min(workers or len(os.sched_getaffinity(0)), len(programs))
-    with _supervisors(workers) as pool:
+    with closing(_Pool(workers)) as pool:
         return pool.run(programs, sandbox, isolated)
 
 
@@ -210,7 +210,7 @@ def _first_that_works(levels: tuple[tuple[str, ...], ...], packages: bool) -> tu
     reason = ""
     trial = Program("def answer():\n    return 42\n", "assert answer() == 42", "answer")
     for level in levels:
-        with _supervisors(1) as pool:
+        with closing(_Pool(1)) as pool:
             answer = pool.ask(trial, understand(trial.tests, trial.entry_point), Sandbox(packages=packages), level)
         if answer["status"] == "passed":
             return (*level, "memory") if answer["memory_group"] else level
@@ -277,14 +277,10 @@ class _Supervisor:
 
     def ask(self, request: dict[str, Any], seconds: float, stop: threading.Event) -> dict[str, Any] | None:
         """The result; None where the supervisor died, took too long, or somebody wants to stop."""
-        content = json.dumps(request).encode()
         deadline = time.monotonic() + seconds
         assert self.process.stdin is not None, "it is a pipe"
         try:
-            with memoryview(len(content).to_bytes(8, "big") + content) as left:
-                done = 0
-                while done < len(left):
-                    done += self.process.stdin.write(left[done:]) or 0
+            write_framed(self.process.stdin.fileno(), json.dumps(request).encode())
             size = int.from_bytes(self._read(8, deadline, stop), "big")
             return json.loads(self._read(size, deadline, stop))
         except (BrokenPipeError, EOFError):
@@ -360,12 +356,3 @@ class _Pool:
     def close(self) -> None:
         for _ in range(self.workers):
             self.free.get().close()
-
-
-@contextmanager
-def _supervisors(workers: int) -> Iterator[_Pool]:
-    pool = _Pool(workers)
-    try:
-        yield pool
-    finally:
-        pool.close()

@@ -76,10 +76,10 @@ class MetagradientDescent(SmoothTraining, Selector):
         return f"metagradient descent ({', '.join([rounds, *self.departures])})"
 
     def choose(self, candidates: Candidates, budget: int) -> list[int]:
-        """The best round's, in the order of the scores that it was made by."""
+        """That of the round that is kept, in the order of the scores that it was made by."""
         rounds = self.descend(candidates, budget)
-        _, pool, target = candidates.whole()
-        candidates.told = _told(rounds, groups := self._endings(pool, target)[1].groups)
+        groups = self._endings(*candidates.whole()[1:])[1].groups
+        candidates.told = _told(rounds, groups)
         return list(kept(rounds, groups).chosen)
 
     def descend(self, candidates: Candidates, budget: int) -> list[Round]:
@@ -116,8 +116,8 @@ class MetagradientDescent(SmoothTraining, Selector):
             seen.add(frozenset(chosen))
             fresh = len(set(chosen) - before)
         config = self._descent(candidates, budget)
-        kept = [{**asdict(one), "chosen": [candidates.ids[place] for place in one.chosen]} for one in rounds]
-        pool.run.complete(pool.run.prefix("descents", config), "descents", config, rounds=kept)
+        named = [{**asdict(one), "chosen": [candidates.ids[place] for place in one.chosen]} for one in rounds]
+        pool.run.complete(pool.run.prefix("descents", config), "descents", config, rounds=named)
         return rounds
 
     def passes(self, pool: Pool, target: Target, estimator: Estimator, budget: int) -> list[Passes]:

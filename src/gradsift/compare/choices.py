@@ -102,9 +102,10 @@ class Choices:
         name = fingerprint(choosing)
         if name not in known:
             scores = self._scored(pool, contender, estimator, scoring)
-            select_by = partial(self._select, contender, scores, method, budget)
-            stopped = isinstance(scores, Stopped)
-            known[name] = scores if stopped else self._timed("select", contender.name, choosing, select_by)
+            if not isinstance(scores, Stopped):
+                select_by = partial(self._select, contender, scores, method, budget)
+                scores = self._timed("select", contender.name, choosing, select_by)
+            known[name] = scores
         return known[name]
 
     def _select(self, contender: Contender, scores: Any, method: Selector, budget: int) -> tuple[str, ...]:

@@ -63,8 +63,8 @@ def paired_difference(
 
     - `t`: x̄ ± t(n - 1) · s / √n over the n differences; for seeds, of which there are few. Exact where differences are
       normal.
-    - `bootstrap`: percentiles of the means of 10,000 resamples of the pairs; for evaluated items, of which there are
-      many. With fewer than some twenty pairs it is too narrow.
+    - `bootstrap`: of the means of 10,000 resamples of the pairs (`estimate_of`); for evaluated items, of which there
+      are many.
     """
     shared = [key for key in values if key in reference]
     if not shared:

@@ -104,7 +104,7 @@ def mix(scores: Scores, by: str, budget: float = 0.05, seed: int = 0) -> Mixture
         drawn.append(shares(values, generator.integers(len(codes), size=len(codes))))
     whole = shares(scores.aggregate, np.arange(len(codes)))
     units = len(codes) if scores.strata is None else len(scores.strata.labels)
-    found = [estimate_of(value, own, units) for value, own in zip(whole, np.stack(drawn).T, strict=True)]
+    found = [estimate_of(value, own, units, within=(0, 1)) for value, own in zip(whole, np.stack(drawn).T, strict=True)]
     value, low, high = (tuple(getattr(one, end) for one in found) for end in ("value", "low", "high"))
     size = np.bincount(codes, minlength=len(sources)) / len(codes)
     return Mixture(by, count, tuple(sources), value, low, high, tuple(size.tolist()), parts is not None)

@@ -7,8 +7,7 @@ the samples collected once, halves and resamples of the samples are arithmetic.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from collections.abc import Sequence as SequenceABC
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -267,7 +266,7 @@ class _Resampling:
             self._drawn[id_] = torch.from_numpy(self._generator.multinomial(n, np.full(n, 1 / n), size=DRAWS))
         return self._drawn[id_]
 
-    def _add(self, parts: SequenceABC[tuple[Tensor, Tensor]], checkpoint: Checkpoint, weight: float) -> None:
+    def _add(self, parts: Sequence[tuple[Tensor, Tensor]], checkpoint: Checkpoint, weight: float) -> None:
         pool, method = self.whole.pool, self.whole.method
         assert method.view is not None, method
         store = pool.stores(checkpoint, [method.view])[method.view]
@@ -296,7 +295,7 @@ def _scales(rows: Tensor, draws: Tensor) -> Tensor:
     return scales
 
 
-def _looked(pool: Pool, method: PolicyEstimator, checkpoints: SequenceABC[Checkpoint], strata: Strata) -> Looked:
+def _looked(pool: Pool, method: PolicyEstimator, checkpoints: Sequence[Checkpoint], strata: Strata) -> Looked:
     """Rows that have a finite gradient at every checkpoint."""
     view = method.view
     assert view is not None, method

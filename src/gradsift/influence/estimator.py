@@ -6,8 +6,7 @@ import inspect
 import math
 import traceback
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
-from collections.abc import Sequence as SequenceABC
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
@@ -34,7 +33,7 @@ from gradsift.store.gradient_store import GradientStore
 from gradsift.store.manifest import fingerprint
 from gradsift.warmup.checkpoint import Checkpoint
 
-Conversation = SequenceABC[Message]
+Conversation = Sequence[Message]
 
 
 @runtime_checkable
@@ -42,7 +41,7 @@ class TargetsByCheckpoint(Protocol):
     """Targets whose sequences depend on the checkpoint."""
 
     @property
-    def ids(self) -> SequenceABC[str]:
+    def ids(self) -> Sequence[str]:
         """One per row."""
 
     def at(self, checkpoint: Checkpoint) -> SequenceSource:
@@ -76,19 +75,17 @@ class Influence:
     stages:   int8 `[row]`, where rows are scored in several stages: which one each one's number is of
     """
 
-    ids: SequenceABC[str]
+    ids: Sequence[str]
     matrix: NDArray[np.float32] | None = field(default=None, repr=False)
     whole: NDArray[Any] | None = field(default=None, repr=False)
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     identity: dict[str, Any] = field(default_factory=dict, repr=False)
-    live: SequenceABC[bool] | None = field(default=None, repr=False)
+    live: Sequence[bool] | None = field(default=None, repr=False)
     rewards: tuple[RewardSummary, ...] = ()
     left_out: tuple[Skipped, ...] = ()
-    parts: Callable[[SequenceABC[str]], NDArray[np.float64]] | None = field(default=None, repr=False)
-    of_draws: Callable[[SequenceABC[str], NDArray[np.int64]], NDArray[np.float64]] | None = field(
-        default=None, repr=False
-    )
+    parts: Callable[[Sequence[str]], NDArray[np.float64]] | None = field(default=None, repr=False)
+    of_draws: Callable[[Sequence[str], NDArray[np.int64]], NDArray[np.float64]] | None = field(default=None, repr=False)
     grouped: bool = False
     draws: NDArray[np.float32] | None = field(default=None, repr=False)
     terms: Any = field(default=None, repr=False)
@@ -209,7 +206,7 @@ class Estimator(Settings):
         """
 
     def passes(
-        self, pool: Pool, target: Target | None, checkpoints: Callable[[], SequenceABC[Checkpoint | None]]
+        self, pool: Pool, target: Target | None, checkpoints: Callable[[], Sequence[Checkpoint | None]]
     ) -> list[Passes]:
         """What it takes of the model beside stored rows, for `gradsift plan`; nothing is computed or written.
 
@@ -252,11 +249,11 @@ class Estimator(Settings):
         """
         self.checkpoints_of(pool)
 
-    def weights(self, checkpoints: SequenceABC[Checkpoint]) -> list[float]:
+    def weights(self, checkpoints: Sequence[Checkpoint]) -> list[float]:
         """What each checkpoint counts for; they add up to 1."""
         return [1.0 / len(checkpoints)] * len(checkpoints)
 
-    def greedy_terms(self) -> Callable[[Pool, Target, SequenceABC[str]], GreedyTerms] | None:
+    def greedy_terms(self) -> Callable[[Pool, Target, Sequence[str]], GreedyTerms] | None:
         """What gives the terms of a greedy joint selection of rows by their ids; None where it knows of no pairs.
 
         Raises:
@@ -288,7 +285,7 @@ class Estimator(Settings):
             found |= self.counted(checkpoints)
         return found
 
-    def counted(self, checkpoints: SequenceABC[Checkpoint]) -> dict[str, Any]:
+    def counted(self, checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
         """What of `inputs` is of the checkpoints beside their rows: the weights, where they are not always equal."""
         return {}
 
@@ -312,11 +309,11 @@ class Estimator(Settings):
 class RateWeighted(Estimator):
     """Sums over checkpoints, each of which counts by its learning rate."""
 
-    def weights(self, checkpoints: SequenceABC[Checkpoint]) -> list[float]:
+    def weights(self, checkpoints: Sequence[Checkpoint]) -> list[float]:
         """η̄_e / Σ η̄."""
         return rate_weights(checkpoints)
 
-    def counted(self, checkpoints: SequenceABC[Checkpoint]) -> dict[str, Any]:
+    def counted(self, checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
         return {} if self.last_checkpoint else {"weights": self.weights(checkpoints)}
 
 
@@ -334,7 +331,7 @@ class TrainingEstimator(RateWeighted):
     def view(self) -> View:  # type: ignore[override]
         return "adam" if self.optimizer == "adam" else "plain"
 
-    def counted(self, checkpoints: SequenceABC[Checkpoint]) -> dict[str, Any]:
+    def counted(self, checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
         return {"weights": self.weights(checkpoints)}
 
 
@@ -358,7 +355,7 @@ class ProductEstimator(Estimator):
         ids, matrix, stores = self.matrix(pool, self.targets(pool, target))
         return Influence(ids, matrix.numpy(), identity={"stores": stores})
 
-    def matrix(self, pool: Pool, targets: Targets) -> tuple[SequenceABC[str], Tensor, list[str]]:
+    def matrix(self, pool: Pool, targets: Targets) -> tuple[Sequence[str], Tensor, list[str]]:
         """Pool ids, `[row target]` and the stores' fingerprints."""
 
         def products(_at: Checkpoint, store: GradientStore, queries: GradientStore, weight: float) -> Tensor:
@@ -375,7 +372,7 @@ def summed(
     pool: Pool,
     targets: Targets,
     products: Callable[[Checkpoint, GradientStore, GradientStore, float], Tensor],
-) -> tuple[SequenceABC[str], Tensor, list[str]]:
+) -> tuple[Sequence[str], Tensor, list[str]]:
     """What an estimator sums over its checkpoints, for the rows that are finite at each.
 
     `products` gives `[row column]` of a checkpoint, the pool's store, the targets' store, and the checkpoint's weight.
@@ -508,7 +505,7 @@ def both_stores(
     return store, queries
 
 
-def target_rows(queries: GradientStore, ids: SequenceABC[str]) -> Tensor:
+def target_rows(queries: GradientStore, ids: Sequence[str]) -> Tensor:
     """Gradients of targets in their order; a target whose gradient was left out counts as zero `[target dim]`."""
     rows = torch.zeros(len(ids), queries.dim)
     present = [number for number, id_ in enumerate(ids) if id_ in queries]
@@ -521,7 +518,7 @@ def conversations(data: Any) -> Iterable[Conversation]:
     return data.conversations() if isinstance(data, Rows) else (data.messages(id_) for id_ in data.ids)
 
 
-def rate_weights(checkpoints: SequenceABC[Checkpoint]) -> list[float]:
+def rate_weights(checkpoints: Sequence[Checkpoint]) -> list[float]:
     """w_e = η̄_e / Σ η̄; equal weights where no checkpoint says its learning rate."""
     rates = [checkpoint.learning_rate for checkpoint in checkpoints]
     known = [rate for rate in rates if rate is not None]

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from collections.abc import Sequence as SequenceABC
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as SetABC
 from dataclasses import dataclass
 from functools import partial
@@ -158,7 +157,7 @@ class JI2S(TrainingEstimator):
     subtract_bias: bool = False
 
     def model_post_init(self, _context: object) -> None:
-        if self.normalise and self.full_space:
+        if self.normalise and self.full_sum:
             raise ConfigError(
                 f"normalise goes with hessian fisher_projected or identity, not with {self.hessian}: the sum in full "
                 "space is that of the rows as they are; leave normalise out"
@@ -179,18 +178,14 @@ class JI2S(TrainingEstimator):
         return not self.standardise_terms
 
     @property
-    def full_space(self) -> bool:
-        """Whether H is applied before the projection."""
+    def full_sum(self) -> bool:  # type: ignore[override]
+        """H is applied before the projection, to the unprojected sum of the pool's rows."""
         return self.hessian in ("fisher", "hvp", "ggn")
 
-    @property
-    def full_sum(self) -> bool:  # type: ignore[override]
-        return self.full_space
-
-    def counted(self, checkpoints: SequenceABC[Checkpoint]) -> dict[str, Any]:
+    def counted(self, checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
         return {"weights": self.factors(checkpoints)}
 
-    def factors(self, checkpoints: SequenceABC[Checkpoint]) -> list[tuple[float, float]]:
+    def factors(self, checkpoints: Sequence[Checkpoint]) -> list[tuple[float, float]]:
         """Per checkpoint the factors of both terms: w and w·η^(p−1)."""
         weights = self.weights(checkpoints)
         return [(w, w * self.rate_factor(one)) for one, w in zip(checkpoints, weights, strict=True)]
@@ -218,7 +213,7 @@ class JI2S(TrainingEstimator):
             warnings.append(f"{self.label} takes the mean over all targets: their subtasks play no part in it")
         place = {id_: position for position, id_ in enumerate(terms.ids)}
 
-        def parts(ids: SequenceABC[str]) -> NDArray[np.float64]:
+        def parts(ids: Sequence[str]) -> NDArray[np.float64]:
             """The spreads that terms are divided by are held, see `joint_parts`."""
             found = joint_parts(pool, targets, self, terms, ids).numpy()
             own: NDArray[np.float64] = (
@@ -236,7 +231,7 @@ class JI2S(TrainingEstimator):
             terms=terms,
         )
 
-    def greedy_terms(self) -> Callable[[Pool, Target, SequenceABC[str]], GreedyTerms]:
+    def greedy_terms(self) -> Callable[[Pool, Target, Sequence[str]], GreedyTerms]:
         """Both terms, of the stored rows.
 
         Raises:
@@ -324,7 +319,7 @@ def joint_terms(pool: Pool, targets: SequenceSource, method: JI2S, excluded: Set
     return JointTerms([ids[position] for position in left], marginal, joint, known, stores)
 
 
-def joint_parts(pool: Pool, targets: SequenceSource, method: JI2S, terms: JointTerms, ids: SequenceABC[str]) -> Tensor:
+def joint_parts(pool: Pool, targets: SequenceSource, method: JI2S, terms: JointTerms, ids: Sequence[str]) -> Tensor:
     """What each target adds to the scores of some rows, float64 `[row target]`, but for what is the same for all.
 
     Of the pairs the part ⟨Γ_i, v_q⟩(⟨v_q, s⟩ − ⟨Γ_i, v_q⟩) is q's, ⟨v_q, s⟩ of the stored rows. With an exact Hessian,
@@ -393,7 +388,7 @@ def store_terms(
     targets: Tensor,
     method: JI2S,
     *,
-    kept: SequenceABC[int] | None = None,
+    kept: Sequence[int] | None = None,
     direction: Tensor | None = None,
     device: str = "cpu",
 ) -> JointTerms:
@@ -473,7 +468,7 @@ def _bias(store: GradientStore, factor: Tensor, strength: Tensor, *, everywhere:
     return found
 
 
-def _sampled_runs(ids: SequenceABC[str]) -> list[tuple[int, int]]:
+def _sampled_runs(ids: Sequence[str]) -> list[tuple[int, int]]:
     """Runs of rows, some 2048 to 4096 in all, that begin where ids decide: nearly the same in a store of other rows."""
     if len(ids) < 2 * _BIAS_ROWS:
         return [(0, len(ids))]
@@ -542,7 +537,7 @@ def _full_direction(
 
 
 def _full_sum(
-    pool: Pool, store: GradientStore, method: JI2S, checkpoint: Checkpoint, left_out: SequenceABC[str]
+    pool: Pool, store: GradientStore, method: JI2S, checkpoint: Checkpoint, left_out: Sequence[str]
 ) -> dict[str, Tensor]:
     """s over the pool but for the ids left out, whose own rows are collected for the purpose and subtracted."""
     total = store.full_sum()
@@ -609,7 +604,7 @@ def _reduced(pairs: Tensor, reduction: Reduction, count: int) -> Tensor:
     return pairs if reduction == "sum" else pairs / max(1, count - 1)
 
 
-def _greedy_terms(method: JI2S, pool: Pool, target: Target, ids: SequenceABC[str]) -> GreedyTerms:
+def _greedy_terms(method: JI2S, pool: Pool, target: Target, ids: Sequence[str]) -> GreedyTerms:
     """Σ_e w_e A [row], and what gives Σ_e w_e η_e^(p−1) Γ_iᵀHΓ_j [row] of an example j."""
     targets, checkpoints = method.targets(pool, target), method.checkpoints_of(pool)
     marginal = torch.zeros(len(ids), dtype=torch.float64)

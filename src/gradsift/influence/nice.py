@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from collections.abc import Sequence as SequenceABC
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -334,7 +333,7 @@ def takes_reward(method: Estimator) -> TypeGuard[PolicyEstimator]:
     return method.takes == "reward"
 
 
-def signal_warnings(summaries: SequenceABC[RewardSummary], method: PolicyEstimator) -> list[str]:
+def signal_warnings(summaries: Sequence[RewardSummary], method: PolicyEstimator) -> list[str]:
     """What is wrong with rewards as a signal, each with what to do; the worst checkpoint is named."""
     found = []
     worst = max(summaries, key=lambda summary: summary.silent)
@@ -394,7 +393,7 @@ def checkpoint_name(checkpoint: Checkpoint) -> str:
     return "base" if checkpoint.adapter is None else Path(checkpoint.adapter).name
 
 
-def check_server(method: PolicyEstimator, checkpoints: SequenceABC[Checkpoint]) -> None:
+def check_server(method: PolicyEstimator, checkpoints: Sequence[Checkpoint]) -> None:
     """Refuse to take one served model for several checkpoints."""
     if method.server is None:
         return

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from collections.abc import Sequence as SequenceABC
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -112,7 +111,7 @@ def open_prompts(
     pool: Pool,
     reward: Any = None,
     *,
-    weights: SequenceABC[float] | None = None,
+    weights: Sequence[float] | None = None,
     judge: Endpoint | Chat | None = None,
     subtask: str | None = None,
     columns: Columns | Mapping[str, str] | None = None,
@@ -242,7 +241,7 @@ class _Rewarding:
     def probe(self, start: int, stop: int) -> _Rewarding:
         return replace(self, samples=self.samples.part(self.samples.ids[start:stop]))
 
-    def without(self, rows: SequenceABC[int], reason: str) -> _Rewarding:
+    def without(self, rows: Sequence[int], reason: str) -> _Rewarding:
         lost = [self.name_of(row) for row in rows]
         left = self.samples.part([id_ for id_ in self.samples if id_ not in lost])
         why = f"{reason}: every worker that computed it ended"
@@ -330,7 +329,7 @@ class RewardSummary:
 
 def summarise_rewards(
     checkpoint: str,
-    responses: Mapping[str, SequenceABC[Response]],
+    responses: Mapping[str, Sequence[Response]],
     rewards: Mapping[tuple[str, int], float],
     signal: Mapping[str, bool],
 ) -> RewardSummary:
@@ -367,7 +366,7 @@ def summarise_rewards(
     )
 
 
-def _overlap(pool: Pool, examples: SequenceABC[Example]) -> tuple[Skipped, ...]:
+def _overlap(pool: Pool, examples: Sequence[Example]) -> tuple[Skipped, ...]:
     """Pool rows with the messages of an answered row, or with the prompt of one that has no answer to compare."""
     whole = hashed(example for example in examples if answered(example))
     found = overlap_of_hashes(zip(pool.data.ids, pool.data.hashes, strict=True), whole)
@@ -410,7 +409,7 @@ class _Judging:
         self.chat = chat
         self.failure: GradsiftError | None = None
 
-    def complete(self, messages: SequenceABC[Message], *, max_tokens: int, temperature: float, seed: int | None) -> str:
+    def complete(self, messages: Sequence[Message], *, max_tokens: int, temperature: float, seed: int | None) -> str:
         if self.failure is not None:
             raise ReplyError("not asked, as the judge has failed")
         try:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
-from collections.abc import Sequence as SequenceABC
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -125,7 +124,7 @@ class Rerank(Estimator):
         return {"first": self.first.inputs(pool), "then": self.then.inputs(self._exact(pool))}
 
     def passes(
-        self, pool: Pool, target: Target | None, checkpoints: Callable[[], SequenceABC[Checkpoint | None]]
+        self, pool: Pool, target: Target | None, checkpoints: Callable[[], Sequence[Checkpoint | None]]
     ) -> list[Passes]:
         """Unprojected rows of candidates and targets at each of the second method's checkpoints; the first's aside."""
         assert target is not None, self
@@ -190,7 +189,7 @@ class Rerank(Estimator):
         identity = scored.identities[0] if len(scored.identities) == 1 else {"parts": list(scored.identities)}
         return Influence([candidates[place] for place in scored.places], scored.matrix.numpy(), identity=identity)
 
-    def _at_once(self, exact: Pool, target: Target, checkpoints: SequenceABC[Checkpoint]) -> int:
+    def _at_once(self, exact: Pool, target: Target, checkpoints: Sequence[Checkpoint]) -> int:
         """How many candidates' rows lie on disk together, those of all checkpoints."""
         view, first = target_view(self.then.view or "plain"), checkpoints[0]
         source = source_at(self.then.targets(exact, target), first)
@@ -206,7 +205,7 @@ class Rerank(Estimator):
         }
         return f"{prefix}scores-{fingerprint(revised('scores', asked))}.safetensors"
 
-    def _exact(self, pool: Pool, ids: SequenceABC[str] | None = None) -> Pool:
+    def _exact(self, pool: Pool, ids: Sequence[str] | None = None) -> Pool:
         """The pool, or some of its rows, with rows that are not projected."""
         gradients = pool.gradients.model_copy(update={"projection": Projection(kind="none")})
         data = pool.data if ids is None else pool.data.subset(pool.data.positions(ids))
@@ -224,7 +223,7 @@ class Rerank(Estimator):
             **revisions("scores"),
         }
 
-    def _keep(self, pool: Pool, target: Target, ids: SequenceABC[str]) -> str:
+    def _keep(self, pool: Pool, target: Target, ids: Sequence[str]) -> str:
         """Who they are, so that a plan knows what is there; returns the prefix."""
         config = self._config(pool, target)
         prefix = pool.run.prefix("candidates", config)
@@ -259,7 +258,7 @@ class _Scored:
         count, identities = json.loads(note)
         return cls(count, tuple(tensors["places"].tolist()), tensors["matrix"], tuple(identities))
 
-    def with_part(self, found: Influence, names: SequenceABC[str]) -> _Scored:
+    def with_part(self, found: Influence, names: Sequence[str]) -> _Scored:
         assert found.matrix is not None, "it has pairs"
         place = {name: number for number, name in enumerate(names, self.count)}
         matrix = torch.from_numpy(found.matrix)

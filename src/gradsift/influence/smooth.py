@@ -20,15 +20,16 @@ from gradsift.context import Pool
 from gradsift.data.dataset import Dataset
 from gradsift.data.pairs import Pairs
 from gradsift.gradients.collect import SequenceSource
+from gradsift.gradients.losses import row_losses
 from gradsift.influence.metagradient import Adam
 from gradsift.influence.replay import Network, Positions, Record, Replay
 from gradsift.model.loss import DPO
 from gradsift.model.models import DtypeName, host
 from gradsift.store.manifest import fingerprint
-from gradsift.warmup.train import Training, effective_batch_size, epoch_order, training_config
+from gradsift.warmup.train import Training, effective_batch_size, epoch_order, train, training_config
 
 # Of a training's time, measured: a way back for one group of targets, and for each further one with it.
-FIRST_BACK, FURTHER_BACK = 2.7, 1.6
+FIRST_BACK, FURTHER_BACK = 2.4, 1.3
 
 
 class SmoothTraining(Settings):
@@ -58,6 +59,16 @@ class SmoothTraining(Settings):
         given = {"epochs": self.epochs, "learning_rate": self.learning_rate}
         given = {name: value for name, value in given.items() if value is not None}
         return Training.model_validate(pool.warmup.model_dump(include=set(Training.model_fields)) | given)
+
+    def losses_after(self, pool: Pool, ids: SequenceABC[str], ending: Ending, *, seed: int, what: str) -> Tensor:
+        """Of each target that counts, after the training that users do of some rows, float64 `[target]`."""
+        checkpoint = train(
+            pool.run, pool.training, ids, self.plain(pool), model=pool.model, dtype=pool.dtype, device=pool.device,
+            seed=seed, what=what, reporter=pool.reporter,
+        )[-1]  # fmt: skip
+        model = host(pool.model, pool.dtype, pool.device).with_adapter(checkpoint.adapter)
+        losses = row_losses(model, ending.sequences, len(ending.groups))
+        return losses if ending.dpo is None else ending.dpo.losses(losses)
 
     @property
     def departures(self) -> list[str]:

@@ -167,9 +167,9 @@ def load_model(name: str, *, dtype: DtypeName = "auto", device: str = "auto") ->
     place = resolve_device(device)
     torch_dtype: Any = "auto" if place != "cpu" else torch.float32
     if dtype in QUANTISED:
-        # What is computed in, and other weights are kept in.
-        half = torch.cuda.is_bf16_supported(including_emulation=False) if place != "cpu" else False
-        torch_dtype = torch.float32 if place == "cpu" else torch.bfloat16 if half else torch.float16
+        torch_dtype = torch.float32  # what is computed in, and other weights are kept in
+        if place != "cpu":
+            torch_dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     elif dtype != "auto":
         torch_dtype = getattr(torch, dtype)
     path, source = _placed(name)
@@ -408,15 +408,22 @@ def adapter_identity(adapter: str | Path) -> dict[str, str]:
     files = [p for p in (folder / "adapter_model.safetensors", folder / "adapter_model.bin") if p.is_file()]
     if not files or not (folder / "adapter_config.json").is_file():
         raise ModelError(f"{folder} is not a PEFT adapter: it needs adapter_config.json and adapter_model.safetensors")
-    try:
-        config = json.loads((folder / "adapter_config.json").read_text())
-        if not isinstance(config, dict):
-            raise ValueError("not a JSON object")
-    except (ValueError, RecursionError) as error:
-        raise CorruptError(f"{folder / 'adapter_config.json'} is damaged ({error}): copy the adapter again") from error
+    config = json_object(folder / "adapter_config.json", "copy the adapter again")
     refuse_other_kinds(config.get("peft_type"), folder)
     config.pop("base_model_name_or_path", None)
     return {"weights": file_digest(files[0], json.dumps(config, sort_keys=True).encode())[:16]}
+
+
+def json_object(path: Path, advice: str) -> dict[str, Any]:
+    """A file's JSON object; `CorruptError` with the advice where it holds none."""
+    try:
+        value = json.loads(path.read_text())
+        if isinstance(value, dict):
+            return value
+        error: object = "not a JSON object"
+    except (ValueError, RecursionError) as caught:
+        error = caught
+    raise CorruptError(f"{path} is damaged ({error}): {advice}")
 
 
 def is_lora_weight(name: str) -> bool:

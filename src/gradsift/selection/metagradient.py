@@ -33,16 +33,16 @@ class Round:
 
     chosen:    positions of the rows that it trained on
     loss:      of the targets that were gone back from, at the end of the training, nats
-    held_out:  of those that were not
+    held_out:  of those that were not, after the trainings by other seeds
     exchanged: rows that are not those of the round before
-    each:      the loss of each held-out target, nats
+    each:      the losses of held-out targets, `[training target]`, nats
     """
 
     chosen: tuple[int, ...]
     loss: float
     held_out: float
     exchanged: int
-    each: tuple[float, ...]
+    each: tuple[tuple[float, ...], ...]
 
 
 class MetagradientDescent(SmoothTraining, Selector):
@@ -52,13 +52,14 @@ class MetagradientDescent(SmoothTraining, Selector):
     training of MAGIC on the rows that are chosen, with all others riding along, and goes back through it once: how the
     mean over subtasks of the targets' loss changes with the weight of every row. A share of the chosen then gives way
     to as many others, as far as those are worth more. The first choice is kept unless a later one is better beyond
-    chance on targets that are held out, which nothing is gone back from. Scores say where it begins, and nothing more.
-    Of a round's training its losses and worths are kept, and its steps until these are found. Beside the fields below
-    it has those of `SmoothTraining`.
+    chance, on targets that nothing is gone back from and after trainings by other seeds, as `gradsift train` does them.
+    Scores say where it begins, and nothing more. Of a round's training its losses and worths are kept, and its steps
+    until these are found. Beside the fields below it has those of `SmoothTraining`.
 
     rounds: trainings, the first choice's among them.
     exchange: share of the budget that a round exchanges at most.
     held_out: share of each subtask's targets that only measure; a subtask of too few for that only steers.
+    trainings: by other seeds, of each round's choice, after which these are measured.
     """
 
     takes: ClassVar[Literal["scores", "rows", "target", "checkpoints", "training"]] = "training"
@@ -67,6 +68,7 @@ class MetagradientDescent(SmoothTraining, Selector):
     rounds: int = Field(default=5, ge=1)
     exchange: float = Field(default=0.2, gt=0, le=1)
     held_out: float = Field(default=0.5, gt=0, lt=1)
+    trainings: int = Field(default=4, ge=2)
 
     @property
     def label(self) -> str:
@@ -99,8 +101,8 @@ class MetagradientDescent(SmoothTraining, Selector):
             number = len(rounds) + 1
             further = number < self.rounds and len(chosen) < len(candidates.available)
             loss, each, worth = self._trained(candidates, chosen, number, steering, measuring, further=further)
-            held_out = measuring.mean(torch.tensor(each, dtype=torch.float64))
-            rounds.append(Round(tuple(chosen), loss, held_out, fresh, tuple(each)))
+            held_out = measuring.mean(torch.tensor(each, dtype=torch.float64).mean(dim=0))
+            rounds.append(Round(tuple(chosen), loss, held_out, fresh, tuple(map(tuple, each))))
             pool.reporter.say(
                 f"metagradient descent, round {number} of {self.rounds}: held-out loss {held_out:.4f} nats after "
                 f"{fresh} rows were exchanged"
@@ -125,11 +127,12 @@ class MetagradientDescent(SmoothTraining, Selector):
         done = any(one is not None and config.items() <= one["config"].items() for one in manifests)
         epochs, each = self.training(pool).epochs, float(pool.data.lengths.mean())
         own, beside = epochs * budget, epochs * (len(pool.data) - len(target.overlap) - budget)
-        self._parts(pool, target)
-        measured = self.rounds * len(target.data)
+        _, steering, measuring = self._parts(pool, target)
+        measured = self.rounds * (len(steering) + self.trainings * len(measuring))
+        trained = self.rounds * (1 + self.trainings) * own
         taken = (self.rounds - 1) * (FIRST_BACK * own + beside) * each
         return [
-            Passes("descent's trainings", self.rounds * own, self.rounds * own * each, done),
+            Passes("descent's trainings", trained, trained * each, done),
             Passes("descent's ways back", (self.rounds - 1) * (own + beside), taken, done),
             Passes("descent's losses", measured, measured * float(target.data.lengths.mean()), done, forward=True),
         ]
@@ -189,9 +192,9 @@ class MetagradientDescent(SmoothTraining, Selector):
         measuring: Ending,
         *,
         further: bool,
-    ) -> tuple[float, list[float], NDArray[np.float64] | None]:
-        """At the end of a training on a choice the loss that it goes back from, and each held-out target's; and what
-        every row is worth to the first if it goes on.
+    ) -> tuple[float, list[list[float]], NDArray[np.float64] | None]:
+        """At the end of a training on a choice the loss that it goes back from; after others by other seeds those of
+        held-out targets `[training target]`; and what every row is worth to the first if it goes on.
         """
         _, pool, _ = candidates.whole()
         inside = set(chosen)
@@ -202,19 +205,23 @@ class MetagradientDescent(SmoothTraining, Selector):
         asked = fingerprint([steering.note, "mean over groups"])
         others = pool.run.manifest(replay.prefix) is not None  # a training that is there already is not this descent's
         with replay.network_if_asked() as opened:
-            losses = replay.losses(fingerprint([steering.note, measuring.note]), what)
-            for name, ending in (("steering", steering), ("held_out", measuring)):
-                if not losses.count(name):
-                    network = opened()
-                    losses.put(name, ending.losses(network, replay.end(network)).tolist())
+            plain = self.plain(pool).model_dump(mode="json")
+            losses = replay.losses(fingerprint([steering.note, measuring.note, plain]), what)
+            if not losses.count("steering"):
+                losses.put("steering", [steering.loss(opened(), replay.end(opened()))])
             found = replay.returned(asked) if further else None
             if further and found is None:
                 network = opened()
                 found = replay.back(network, asked, lambda theta: steering.gradients(network, theta).mean(0, True))
         if not others:
             replay.forget()
+        each = []
+        for seed in range(pool.seed + 1, pool.seed + 1 + self.trainings):
+            if not losses.count(name := f"held out, seed {seed}"):
+                losses.put(name, self.losses_after(pool, own, measuring, seed=seed, what=what).tolist())
+            each.append(losses.all(name))
         worth = None if found is None else -found.change[0, pool.training.positions(candidates.ids)]
-        return steering.mean(torch.tensor(losses.all("steering"), dtype=torch.float64)), losses.all("held_out"), worth
+        return losses.all("steering")[0], each, worth
 
 
 def exchanged(chosen: Sequence[int], worth: NDArray[np.float64], most: int, among: Iterable[int]) -> list[int]:
@@ -236,8 +243,8 @@ def exchanged(chosen: Sequence[int], worth: NDArray[np.float64], most: int, amon
 def kept(rounds: Sequence[Round], groups: NDArray[np.int64]) -> Round:
     """The round with the lowest held-out loss of those whose gain is beyond chance, else the first.
 
-    A gain is beyond chance where Student's t of it, by the degrees of freedom of its error, is above that of 5 % on one
-    side over the rounds after the first, so that where no exchange helps, in 95 % of descents the first choice stays.
+    A gain is beyond chance where it is so many errors as Student's t has at 5 % on one side, over the rounds after the
+    first: where no exchange helps, in 95 % of descents the first choice stays.
 
     Args:
         rounds: of a descent.
@@ -246,26 +253,30 @@ def kept(rounds: Sequence[Round], groups: NDArray[np.int64]) -> Round:
     from scipy.special import stdtrit
 
     first, *others = rounds
-    free = len(groups) - len(np.unique(groups))
     found = [first]
     for one in others:
-        gain, error = gain_of(first, one, groups)
-        if gain > float(stdtrit(free, 1 - _BY_CHANCE / len(others))) * error:
+        gain, error, freedom = gain_of(first, one, groups)
+        if gain > float(stdtrit(freedom, 1 - _BY_CHANCE / len(others))) * error:
             found.append(one)
     return min(found, key=lambda one: one.held_out)
 
 
-def gain_of(first: Round, one: Round, groups: NDArray[np.int64]) -> tuple[float, float]:
-    """How much lower a round's held-out loss is than the first's, and its standard error over targets, nats.
+def gain_of(first: Round, one: Round, groups: NDArray[np.int64]) -> tuple[float, float, float]:
+    """How much lower a round's held-out loss is than the first's, its standard error, nats, and that one's freedom.
 
-    With d the differences target by target: the mean over G groups of their means, and √(s²·Σ_g 1/n_g)/G, s² the
-    variance of d within groups, of n − G degrees of freedom.
+    With d `[training target]` the differences: the mean over G groups of their means, of all S trainings. Its variance
+    is the sum of that over n targets, s_t²·Σ_g 1/n_g / G², s_t² of targets' means within groups, and of that over
+    trainings, s_s²/S, with the degrees of freedom of Welch and Satterthwaite.
     """
     difference = np.array(first.each) - np.array(one.each)
     counts = np.bincount(groups)
-    means = np.bincount(groups, weights=difference) / counts
-    square = float(np.square(difference - means[groups]).sum()) / (len(groups) - len(counts))
-    return float(means.mean()), float(np.sqrt(square * (1 / counts).sum())) / len(counts)
+    means = np.stack([np.bincount(groups, weights=own) / counts for own in difference])  # [training group]
+    within = difference.mean(axis=0) - means.mean(axis=0)[groups]
+    apart = np.array([len(groups) - len(counts), len(means) - 1])
+    over_targets = float(np.square(within).sum()) / apart[0] * float((1 / counts).sum()) / len(counts) ** 2
+    squares = np.array([over_targets, means.mean(axis=1).var(ddof=1) / len(means)])
+    total = float(squares.sum())
+    return float(means.mean()), total**0.5, total**2 / float((squares**2 / apart).sum()) if total else 1.0
 
 
 def _told(rounds: Sequence[Round], groups: NDArray[np.int64]) -> tuple[Block, ...]:
@@ -276,7 +287,7 @@ def _told(rounds: Sequence[Round], groups: NDArray[np.int64]) -> tuple[Block, ..
     )
     rows = []
     for number, (one, (loss, held_out)) in enumerate(zip(rounds, written, strict=True), 1):
-        gain = "" if number == 1 else "{:.4f} ± {:.4f}".format(*gain_of(rounds[0], one, groups)).replace("-", "−")
+        gain = "" if number == 1 else "{:.4f} ± {:.4f}".format(*gain_of(rounds[0], one, groups)[:2]).replace("-", "−")
         shown = Cell(held_out, "kept", "best", tone="best") if one is best else held_out
         rows.append(Row((str(number), str(one.exchanged), loss, shown, gain)))
     heads = (
@@ -284,6 +295,6 @@ def _told(rounds: Sequence[Round], groups: NDArray[np.int64]) -> tuple[Block, ..
         Column("exchanged", "rows", numeric=True),
         Column("loss of targets", "nats, those it goes back from", numeric=True),
         Column("held-out loss", "nats, lower is better", numeric=True),
-        Column("below the first's", "nats, ± a standard error over held-out targets", numeric=True),
+        Column("below the first's", "nats, ± a standard error over held-out targets and trainings", numeric=True),
     )
     return (Table(heads, tuple(rows), "Rounds of metagradient descent"),)

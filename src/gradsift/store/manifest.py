@@ -82,10 +82,10 @@ def read_json(storage: Storage, key: str, shape: type[Record] = Record, *, seale
         raise _damaged(name, "not a JSON object")
     digest = value.pop(DIGEST, None)
     try:
-        matches = digest == (_digest(value) if sealed or digest is not None else None)
+        altered = (sealed or digest is not None) and digest != _digest(value)
     except ValueError:  # a number that an altered digit made infinite
-        matches = False
-    if not matches:
+        altered = True
+    if altered:
         raise _damaged(name, "its content does not match its digest")
     try:
         shape.model_validate_json(content)

@@ -120,9 +120,7 @@ class LocalStorage:
         """The object's own path, to be memory-mapped or given to another library, read only."""
         return self.root / key
 
-    def folder(self, key: str) -> Path:
-        """The folder itself, with all objects under the key, to be given to another library, read only."""
-        return self.root / key
+    folder = local  # with all objects under the key
 
     def name(self, key: str) -> str:
         """Its path."""

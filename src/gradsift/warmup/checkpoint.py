@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,11 +14,12 @@ from safetensors import SafetensorError
 
 from gradsift.base.errors import ConfigError, CorruptError, MismatchError, ModelError
 from gradsift.base.lazy import Tensor, torch
-from gradsift.model.models import adapter_identity, parameter_name
+from gradsift.model.models import adapter_identity, json_object, parameter_name
 from gradsift.store.remote import at_hand, is_url
 
 ADAM_FILE = "adam.safetensors"
 INFO_FILE = "checkpoint.json"
+_AGAIN = "copy it again, or train again"
 # Trainer's own rule for what gets no weight decay, on lower-case names; it adds the parameters of nn.LayerNorm.
 NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 _WRAPPERS = re.compile(r"(?:^module\.|_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.)")
@@ -164,7 +164,7 @@ def _read_named(path: Path) -> Moments:
         {n.removesuffix(".exp_avg"): t for n, t in tensors.items() if n.endswith(".exp_avg")},
         {n.removesuffix(".exp_avg_sq"): t for n, t in tensors.items() if n.endswith(".exp_avg_sq")},
         step,
-        _options([_read_json(path.parent / INFO_FILE)] if (path.parent / INFO_FILE).is_file() else []),
+        _options([json_object(path.parent / INFO_FILE, _AGAIN)] if (path.parent / INFO_FILE).is_file() else []),
     )
 
 
@@ -279,7 +279,7 @@ def _learning_rate(folder: Path) -> float | None:
     """η̄ of the epoch that ends here; from Trainer's log the mean of its entries, exact with logging_steps=1."""
     for path in (folder / INFO_FILE, folder / "trainer_state.json"):
         if path.is_file():
-            content = _read_json(path)
+            content = json_object(path, _AGAIN)
             try:
                 if path.name == INFO_FILE:
                     said = [content]
@@ -301,13 +301,3 @@ def _learning_rate(folder: Path) -> float | None:
                 )
             return sum(rates) / len(rates) if rates else None
     return None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise CorruptError(f"{path} is damaged ({error}): copy it again, or train again") from error
-    if not isinstance(value, dict):
-        raise CorruptError(f"{path} is damaged (not a JSON object): copy it again, or train again")
-    return value

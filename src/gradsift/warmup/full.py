@@ -101,7 +101,6 @@ class _Models(TrainingOutput):
     """Whole models, each in a folder of its own; Adam's moments are kept until the training is done."""
 
     learner = "model"
-    _network: Any = None
 
     def prepare(self) -> None:
         release_models()
@@ -120,7 +119,9 @@ class _Models(TrainingOutput):
 
     @contextmanager
     def network(self, finished: int) -> Iterator[Any]:
-        network, self._network = self._loaded(finished), None
+        model, dtype, device = self.base
+        source = self.run.name(f"{self.prefix}epoch-{finished}") if finished else model
+        network = load_model(source, dtype=dtype, device=device)
         try:
             yield network.requires_grad_(True)
         finally:
@@ -128,18 +129,10 @@ class _Models(TrainingOutput):
             gc.collect()
             give_back_memory()
 
-    def _loaded(self, finished: int) -> Any:
-        model, dtype, device = self.base
-        if self._network is None:
-            source = self.run.name(f"{self.prefix}epoch-{finished}") if finished else model
-            self._network = load_model(source, dtype=dtype, device=device)
-        return self._network
-
     def state(self, finished: int) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], int]:
+        """The moments file alone: the network has the weights."""
         key = self._moments(finished)
-        _, first, second, step = split_state(load_file(self.run.path(key)) if self.run.storage.exists(key) else {})
-        weights = dict(self._loaded(finished).named_parameters())
-        return {name: weights[name] for name in first}, first, second, step
+        return split_state(load_file(self.run.path(key)) if self.run.storage.exists(key) else {})
 
     def publish(self, epoch: int, network: Any, state: TrainingState, info: Mapping[str, Any]) -> None:
         """The moments, then the folder, then away with the moments of the epoch before."""

@@ -274,7 +274,7 @@ class TrainingOutput(ABC):
 
     @abstractmethod
     def state(self, finished: int) -> tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any], int]:
-        """Weights, first and second moments by name, and the step, after so many finished epochs."""
+        """Weights (none where `network` has them), first and second moments by name, and the step, after an epoch."""
 
     def taught(self, state: TrainingState) -> bool:
         """Whether the weights are others than before, as any step at a rate above 0 makes them."""

@@ -202,7 +202,8 @@ class StepTrainer:
         if state is not None:
             with torch.no_grad():
                 for name, parameter in self.trainable.items():
-                    parameter.copy_(state.weights[name])  # which may be the parameter itself
+                    if state.weights:  # else the network has them
+                        parameter.copy_(state.weights[name])
                     self.optimizer.state[parameter] = {
                         "step": torch.tensor(float(state.step)),
                         "exp_avg": state.exp_avg[name].to(parameter),

@@ -29,7 +29,7 @@ from gradsift.evaluation.evaluate import evaluate
 from gradsift.evaluation.loss import HeldOutLoss
 from gradsift.evaluation.mean_reward import MeanReward
 from gradsift.evaluation.setup import open_model
-from gradsift.explanation.explain import DEFAULT_STRATEGIES, _Work
+from gradsift.explanation.explain import DEFAULT_STRATEGIES, Explanations
 from gradsift.explanation.matches import _Work as MatchWork
 from gradsift.explanation.outputs import OutputSource, answers, question_of
 from gradsift.generation.samples import Samples
@@ -657,8 +657,10 @@ def every_address(pool: Pool, address: Address, tmp_path: Path) -> dict[str, str
     rater = AlpaGasus(rater=FunctionRating(name=str(tmp_path / "rate.py")))
     descent = MetagradientDescent()
     chosen_from = _candidates(score(pool, target, BM25()), descent, 4)
-    settings = (DEFAULT_STRATEGIES, (5,), "MSEProjUSimp", 100, "ratio_of_means", True)
-    work: Any = _Work(pool, None, source, None, (LESS(),), *settings)  # type: ignore[arg-type]
+    settings: dict[str, Any] = {"estimators": (LESS(),), "strategies": DEFAULT_STRATEGIES, "budgets": (5,),
+                                "coefficients": "MSEProjUSimp", "candidates": 100, "aggregation": "ratio_of_means",
+                                "exact": True}  # fmt: skip
+    work: Any = Explanations(pool=pool, source=None, store=source, gradients=None, **settings)  # type: ignore[arg-type]
     place = open_model(pool.model, out=pool.run, max_length=64, device="cpu")
     identity = sampler_of(pool, prompts, NICE(), checkpoint).identity()
     samples = Samples(pool.run, identity, [Prompt("p", ())], {"p": {0}}, 1)

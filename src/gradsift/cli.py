@@ -9,12 +9,14 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
 
+from gradsift import __version__
 from gradsift import options as of
 from gradsift.base.settings import nearest
 from gradsift.options import Option
@@ -100,11 +102,7 @@ class _Command(click.Command):
         self._arguments = arguments
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """As any command, after a look at what was typed.
-
-        Raises:
-            BadParameter: of such a value; the exit status is 2.
-        """
+        """As any command, after a look at what was typed."""
         args = self._renamed(args)
         try:
             found, _, order = self.make_parser(ctx).parse_args(args=list(args))
@@ -163,10 +161,9 @@ app = _Commands(
     help="Choose the training examples that help a fine-tuned language model, and explain its outputs by them.\n\n"
     "Example: gradsift select --model MODEL --pool pool.jsonl --target target.jsonl --budget 5% --out runs/first",
     no_args_is_help=True,
-    invoke_without_command=True,
-    params=[click.Option(["--version"], is_flag=True, help="Show the version and exit.")],
     context_settings=_SETTINGS,
 )
+click.version_option(__version__, message="gradsift %(version)s", help="Show the version and exit.")(app)
 
 
 class Given(dict[str, Any]):
@@ -322,8 +319,8 @@ def explain(given: Given) -> None:
 
     if given["prompt"] == "-":
         _explain_lines(given)
-        return
-    _print_result(run_explain(_explain_recipe(given), _reporter(given)), given)
+    else:
+        _print_result(run_explain(_explain_recipe(given), _reporter(given)), given)
 
 
 @_command(_POOL, _STAGES, of.EXPLANATION, of.VALIDATION, _RUN)
@@ -343,7 +340,7 @@ def _explain_lines(given: Given) -> None:
     from gradsift.jobs.select_explain import explain_prompts
 
     recipe = _explain_recipe(Given({**given, "exact": bool(given["exact"]), "prompt": None}, given.options))
-    asked = (line.strip() for line in _lines_of(sys.stdin))
+    asked = map(str.strip, iter(partial(_typed, sys.stdin), ""))
     failed = 0
     for prompt, found in explain_prompts(recipe, filter(None, asked), _reporter(given)):
         if isinstance(found, Exception):
@@ -360,15 +357,11 @@ def _explain_lines(given: Given) -> None:
         raise click.exceptions.Exit(1)
 
 
-def _lines_of(stream: Any) -> Iterator[str]:
-    """Its lines as they come; who types them is asked for each."""
-    while True:
-        if stream.isatty():
-            print("\nprompt (Ctrl-D ends): ", end="", file=sys.stderr, flush=True)
-        line = stream.readline()
-        if not line:
-            return
-        yield line
+def _typed(stream: Any) -> str:
+    """The next line; who types it is asked."""
+    if stream.isatty():
+        print("\nprompt (Ctrl-D ends): ", end="", file=sys.stderr, flush=True)
+    return stream.readline()
 
 
 def _explain_recipe(given: Given, *, validates: bool = False) -> Any:
@@ -713,11 +706,7 @@ def run(given: Given, recipe: Path) -> None:
 
 
 def _end_incomplete(failed: Sequence[str]) -> None:
-    """Where parts of a command failed and it went on: what the first of them says, and exit status 1.
-
-    Raises:
-        IncompleteError: there is one.
-    """
+    """Where parts of a command failed and it went on: what the first of them says, and exit status 1."""
     from gradsift.base.errors import IncompleteError
 
     if failed:
@@ -830,14 +819,3 @@ def _write_demo_files(given: Given) -> None:
     content = {"files": {str(path): rows for path, rows, _ in written}, "model": model and str(model)}
     lines.append(f"The demo's model is {known}; any other model does, too")
     _tell(given, lambda: content, lambda: print("\n".join(lines)))
-
-
-def _root(version: bool) -> None:
-    if version:
-        from gradsift import __version__
-
-        print(f"gradsift {__version__}")
-        click.get_current_context().exit()
-
-
-app.callback = _root

@@ -41,9 +41,7 @@ class Setup:
     """A model, and the run folder that keeps what is found out about it: as `open_model` makes it, or a `Pool`.
 
     model:         hub id or folder of the base model
-    chat:          its chat template, with the length that examples are cut at
     dtype, device: it is run in, and on
-    reporter:      where progress goes
     """
 
     run: Run
@@ -150,7 +148,6 @@ class Pool(Setup):
 class Target:
     """What the pool is to help with: labelled examples, in subtasks or not.
 
-    subtasks: a label per target example, or None
     overlap: pool examples that are also in the target; they are left out of scores and selections
     """
 
@@ -167,13 +164,8 @@ class Target:
 def setup_of(
     model: str, out: str | Run, dtype: DtypeName, device: str, reporter: Reporter | None, **chat: Any
 ) -> Setup:
-    """A model in a run folder, as `open_pool` and `open_model` have it alike, so that both find the same results.
-
+    """A model in a run folder, as `open_pool` and `open_model` have it alike, so that both find the same results;
     `chat` is of its `ChatFormat`.
-
-    Raises:
-        ModelError: the model cannot be found.
-        ConfigError: a length below 2.
     """
     if dtype == "auto" and resolve_device(device) == "cpu":
         dtype = "float32"  # said outright, so that a run that moves to a GPU does not mix rows of two precisions
@@ -318,11 +310,7 @@ def open_target(
 
 
 def refuse_overlap_of_all(pool: Pool, overlap: Sequence[Skipped]) -> None:
-    """Refuse a target that has every row of the pool.
-
-    Raises:
-        ConfigError: it has.
-    """
+    """Refuse a target that has every row of the pool (ConfigError)."""
     if len(overlap) == len(pool.data):
         raise ConfigError(
             "every pool row is also in the target: nothing is left to choose from; give other rows as the target, or "
@@ -343,11 +331,7 @@ def _prepared(setup: Setup, source: Any, preference: Preference | None, **given:
 
 
 def refuse_longer(data: Dataset, model: str, what: str) -> None:
-    """Refuse rows that have more tokens than the model has positions.
-
-    Raises:
-        ConfigError: naming the first such row.
-    """
+    """Refuse rows that have more tokens than the model has positions, by a ConfigError that names the first."""
     if isinstance(data, Pairs):
         for answers in (data.answered, data.rejected):
             refuse_longer(answers, model, what)
@@ -363,11 +347,7 @@ def refuse_longer(data: Dataset, model: str, what: str) -> None:
 
 
 def subtask_labels(ids: Sequence[str], labels: Sequence[Any], column: str) -> tuple[str, ...]:
-    """The subtask of each target row, from the column that names it.
-
-    Raises:
-        DataError: a row names none.
-    """
+    """The subtask of each target row, from the column that names it; DataError where a row names none."""
     if without := [id_ for id_, label in zip(ids, labels, strict=True) if label in (None, "")]:
         raise DataError(
             f"{len(without)} of {len(labels)} target rows have nothing in column {column!r}, first {without[0]!r}: "

@@ -425,11 +425,7 @@ def recipe_of(
     more: Mapping[str, Any] | None = None,
     below: Mapping[str, Any] | None = None,
 ) -> Any:
-    """A recipe from the options that were given, each in the field that it names, with further fields, over others.
-
-    Raises:
-        ConfigError: by the name of the option that does not fit.
-    """
+    """A recipe from the options that were given, each in the field that it names, with further fields, over others."""
     from gradsift.recipe import put, set_fields, validated
 
     values: dict[str, Any] = {**(below or {})}

@@ -14,7 +14,7 @@ from pydantic_core import PydanticCustomError
 
 from gradsift.base.errors import ConfigError
 from gradsift.base.inputs import read_input
-from gradsift.base.settings import Budget, Seed, Settings, models_in, nearest
+from gradsift.base.settings import Budget, Seed, Settings, models_in, nearest, over_preset
 from gradsift.data.chat import Reasoning, Supervise
 from gradsift.data.load import Columns
 from gradsift.data.pairs import ObjectiveName
@@ -235,11 +235,8 @@ _LONGEST = 1_000_000  # characters of a recipe, and values in it
 
 
 def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Recipe:
-    """Read and check a YAML recipe.
-
-    Raises:
-        ConfigError: not readable, not YAML, or a wrong key or value: each with its line, and the nearest right key; or
-            several models, which `load_recipes` reads.
+    """Read and check a YAML recipe; ConfigError names each wrong line and the nearest right key, or says that there are
+    several models, which `load_recipes` reads.
     """
     recipes = load_recipes(path, overrides)
     if len(recipes) > 1:
@@ -250,13 +247,10 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
 def load_recipes(
     path: str | Path, overrides: dict[str, Any] | None = None, given: Sequence[str] | None = None
 ) -> list[Recipe]:
-    """Read a YAML recipe that may have `models:`, a list of what differs between several runs of it.
+    """Read a YAML recipe that may have `models:`, a list of what differs between several runs of it; as `load_recipe`.
 
     Each entry names a `model` and whatever else is its own; its run folder is `out` with the model's name, unless it
     has an `out`.
-
-    Raises:
-        ConfigError: as `load_recipe`.
     """
     file = Path(path)
     content, node = _read(file)
@@ -323,9 +317,7 @@ def _parsed(text: str, file: str | Path) -> tuple[Any, Any]:
 
 
 def _size(node: Any, file: str | Path, known: dict[int, int]) -> int:
-    """Values that a YAML document stands for: what an alias names counts at every place, without end in itself. A key
-    that stands twice in one mapping, of which YAML would take the last, is refused.
-    """
+    """Values that a YAML document stands for, aliases at every place; refuses a key that stands twice."""
     if not isinstance(node, yaml.CollectionNode):
         return 1
     if id(node) not in known:
@@ -348,7 +340,7 @@ def _checked(content: dict[str, Any], file: Path, node: Any) -> Recipe:
     try:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
-        raise ConfigError(_explain_errors(error, Recipe, node, str(file))) from error
+        raise ConfigError(_explain_errors(error, node, str(file))) from error
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from error
     for name in ("model", "pool", "target"):
@@ -372,33 +364,24 @@ def _merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
 
 
 def validated(values: dict[str, Any], name_of: Callable[[str], str] = str) -> Recipe:
-    """A recipe from Python or command-line values.
+    """A recipe from Python or command-line values by field; ConfigError for a wrong key or value.
 
-    Args:
-        values: by field name.
-        name_of: what to call a field such as `gradients.projection.kind` in messages: the option that fills it.
-
-    Raises:
-        ConfigError: a wrong key or value.
+    name_of: what to call a field such as `gradients.projection.kind` in messages: the option that fills it.
     """
     _with_preset(values, name_of("warmup.preset"))
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_explain_errors(error, Recipe, None, "", name_of)) from error
+        raise ConfigError(_explain_errors(error, name_of=name_of)) from error
 
 
 def set_fields(values: dict[str, Any], given: Sequence[str] | None) -> None:
     """Put what `--set field=value` says into the fields of a recipe; values are read as in its file.
 
-    Raises:
-        ConfigError: a text of another form, or a field that lies in something that has none.
-
-    Example:
-        >>> values = {"estimator": {"kind": "dsir"}}
-        >>> set_fields(values, ["estimator.smoothing=1e-8", "controls=[{kind: random}]"])
-        >>> values
-        {'estimator': {'kind': 'dsir', 'smoothing': 1e-08}, 'controls': [{'kind': 'random'}]}
+    >>> values = {"estimator": {"kind": "dsir"}}
+    >>> set_fields(values, ["estimator.smoothing=1e-8", "controls=[{kind: random}]"])
+    >>> values
+    {'estimator': {'kind': 'dsir', 'smoothing': 1e-08}, 'controls': [{'kind': 'random'}]}
     """
     taken: set[str] = set()
     for text in given or ():
@@ -421,11 +404,7 @@ _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 
 
 def put(place: Any, names: Sequence[str], value: Any, said: str = "") -> None:
-    """Put a value into the field of nested settings that names lead to.
-
-    Raises:
-        ConfigError: it lies in a list, or in something that has no fields.
-    """
+    """Put a value into the field of nested settings that names lead to; ConfigError where one has no fields."""
     name: Any = names[0]
     if isinstance(place, tuple | list):
         raise ConfigError(f"{said}{name!r} lies in a list: give the whole list, as [{{kind: …}}, …]")
@@ -460,16 +439,14 @@ def _without_defaults(value: Any) -> Any:
 
 def _with_preset(values: dict[str, Any], what: str) -> None:
     """Put a warm-up's preset below the fields that stand beside it."""
-    warmup = values.get("warmup")
-    if not isinstance(warmup, dict) or "preset" not in warmup:
-        return
-    if (name := (own := dict(warmup)).pop("preset")) not in PRESETS:
-        raise ConfigError(f"{what} {name!r} is unknown: there are {', '.join(PRESETS)}")
-    values["warmup"] = {**PRESETS[name].model_dump(), **own}
+    try:
+        values |= {"warmup": over_preset(values["warmup"], PRESETS, what)} if "warmup" in values else {}
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _explain_errors(
-    error: ValidationError, model: type[BaseModel], node: Any, source: str, name_of: Callable[[str], str] = str
+    error: ValidationError, node: Any = None, source: str = "", name_of: Callable[[str], str] = str
 ) -> str:
     messages = []
     for entry in error.errors():
@@ -478,20 +455,20 @@ def _explain_errors(
             path.append(entry["ctx"]["field"])
         line, name = _line(node, path), name_of(".".join(map(str, path)))
         where = f"{source} line {line}: " if line else f"{source}: " if source else ""
-        messages.append(where + _said(entry, path, name, model, name_of))
+        messages.append(where + _said(entry, path, name, name_of))
     return "; ".join(dict.fromkeys(messages))
 
 
-def _said(entry: Any, path: list[Any], name: str, model: type[BaseModel], name_of: Callable[[str], str]) -> str:
+def _said(entry: Any, path: list[Any], name: str, name_of: Callable[[str], str]) -> str:
     """What is wrong with the field of that name, and what is wanted."""
     loc, value, context, typed = entry["loc"], entry.get("input"), entry.get("ctx", {}), name.startswith("--")
     shown = repr(value) if len(repr(value)) < 60 else type(value).__name__
     match entry["type"]:
         case "extra_forbidden":
-            if typed and (owners := _having(model, loc)):
+            if typed and (owners := _having(loc)):
                 option = name_of(".".join(map(str, path[:-1])) + ".kind")
                 return f"{name} goes with {', '.join(owners)}, not with {option} {loc[-2]}: leave it out"
-            known = sorted({field for candidate in _models_at(model, loc[:-1]) for field in candidate.model_fields})
+            known = sorted({field for candidate in _models_at(loc[:-1]) for field in candidate.model_fields})
             near = nearest(str(path[-1]), known)
             key = f"{name}: unknown key {str(path[-1])!r}" if typed else f"unknown key {name!r}"
             return f"{key}; " + (f"did you mean {near!r}?" if near else f"known keys: {', '.join(known)}")
@@ -504,7 +481,7 @@ def _said(entry: Any, path: list[Any], name: str, model: type[BaseModel], name_o
         case "union_tag_invalid":
             return f"{name} {context['tag']!r} is unknown: there are {context['expected_tags'].replace(chr(39), '')}"
         case "union_tag_not_found":
-            kinds = ", ".join(candidate.model_fields["kind"].default for candidate in _models_at(model, loc))
+            kinds = ", ".join(candidate.model_fields["kind"].default for candidate in _models_at(loc))
             return f"{name} is {shown}: wanted {{kind: …}}, where the kind is one of {kinds}"
         case "not_meant":
             return f"{name}: {context['problem']}"
@@ -523,22 +500,21 @@ def _said(entry: Any, path: list[Any], name: str, model: type[BaseModel], name_o
 def _tags(loc: tuple[Any, ...]) -> set[int]:
     """Where an error's place has a discriminator's value instead of a key; after it comes a key, even of its name."""
     found: set[int] = set()
-    for depth, part in enumerate(loc):
-        if depth > 0 and part in _TAGS and depth - 1 not in found:
-            found.add(depth)
+    found.update(n for n, part in enumerate(loc) if n > 0 and part in _TAGS and n - 1 not in found)
     return found
 
 
-def _having(model: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
+def _having(loc: tuple[Any, ...]) -> list[str]:
     """The kinds that have a field which stands in one that has not; none where all that may stand there lack it."""
     if len(loc) - 2 not in _tags(loc):
         return []
-    there = _models_at(model, loc[:-2])
+    there = _models_at(loc[:-2])
     return [one.model_fields["kind"].default for one in there if loc[-1] in one.model_fields]
 
 
-def _models_at(model: type[BaseModel], loc: tuple[Any, ...]) -> list[type[BaseModel]]:
-    current: list[type[BaseModel]] = [model]
+def _models_at(loc: tuple[Any, ...]) -> list[type[BaseModel]]:
+    """The settings that an error's place may lie in."""
+    current: list[type[BaseModel]] = [Recipe]
     tags = _tags(loc)
     for depth, part in enumerate(loc):
         if isinstance(part, int):
@@ -546,11 +522,8 @@ def _models_at(model: type[BaseModel], loc: tuple[Any, ...]) -> list[type[BaseMo
         if depth in tags:
             current = [m for m in current if part == getattr(m.model_fields.get("kind"), "default", None)] or current
             continue
-        found: list[type[BaseModel]] = []
-        for candidate in current:
-            if part in candidate.model_fields:
-                found += models_in(candidate.model_fields[part].annotation)
-        current = found or current
+        fields = (one.model_fields[part] for one in current if part in one.model_fields)
+        current = [model for field in fields for model in models_in(field.annotation)] or current
     return current
 
 

@@ -10,11 +10,7 @@ from gradsift.base.errors import ConfigError
 
 
 def names_of(text: str, option: str) -> tuple[str, ...]:
-    """Names with commas between them.
-
-    Raises:
-        ConfigError: there is nothing between two commas, or before or after one.
-    """
+    """Names with commas between them."""
     parts = tuple(part.strip() for part in text.split(","))
     if any(parts) and not all(parts):
         raise ConfigError(f"{option} {text!r} has nothing beside a comma: wanted names, with commas between them")
@@ -22,11 +18,7 @@ def names_of(text: str, option: str) -> tuple[str, ...]:
 
 
 def columns_of(text: str, option: str = "--columns") -> dict[str, str]:
-    """`prompt=question,completion=answer` as a mapping.
-
-    Raises:
-        ConfigError: a text of another form, or a column named twice.
-    """
+    """`prompt=question,completion=answer` as a mapping."""
     pairs = [[half.strip() for half in part.split("=", 1)] for part in text.split(",")]
     if not all(len(pair) == 2 and all(pair) for pair in pairs):
         raise ConfigError(f"{option} {text!r}: wanted pairs such as prompt=question,completion=answer")
@@ -36,15 +28,7 @@ def columns_of(text: str, option: str = "--columns") -> dict[str, str]:
 
 
 def counts_of(text: str, option: str = "--budget") -> tuple[int, ...]:
-    """`5` or `1,5,10,25`.
-
-    Raises:
-        ConfigError: not whole numbers of at least 1.
-
-    Example:
-        >>> counts_of("1,5,10,25")
-        (1, 5, 10, 25)
-    """
+    """`5` or `1,5,10,25` as whole numbers of at least 1."""
     try:
         counts = tuple(int(part) for part in text.split(","))
     except ValueError:
@@ -59,12 +43,8 @@ def strategy_of(text: str) -> dict[str, Any]:
 
     After the name, in any order: a ranking (`most_helpful` …) for those that have one, and λ for facility location.
 
-    Raises:
-        ConfigError: an unknown name, or a part that does not go with it.
-
-    Example:
-        >>> strategy_of("facility_location:0.25")
-        {'kind': 'facility_location', 'trade_off': 0.25}
+    >>> strategy_of("facility_location:0.25")
+    {'kind': 'facility_location', 'trade_off': 0.25}
     """
     from gradsift.selection.candidates import ORDERS
     from gradsift.selection.selectors import selectors
@@ -95,14 +75,11 @@ _RATERS = ("judge", "length", "perplexity", "ifd")
 
 
 def rater_of(text: str, aspect: str = "quality") -> dict[str, Any]:
-    """The rater that `judge`, `length`, `perplexity`, `perplexity:high`, `ifd` or `file.py:function` names; `aspect` is
-    what a judge is asked about.
+    """The rater that `judge`, `length`, `perplexity:high`, `ifd` or `file.py:function` names; a judge is asked about
+    `aspect`.
 
-    Example:
-        >>> rater_of("perplexity:high")
-        {'kind': 'perplexity', 'prefer': 'high'}
-        >>> rater_of("mine.py:words")
-        {'kind': 'function', 'name': 'mine.py:words'}
+    >>> rater_of("perplexity:high"), rater_of("mine.py:words")
+    ({'kind': 'perplexity', 'prefer': 'high'}, {'kind': 'function', 'name': 'mine.py:words'})
     """
     kind, word = _kind_and_word(text)
     if kind == "judge" and not word:
@@ -113,12 +90,7 @@ def rater_of(text: str, aspect: str = "quality") -> dict[str, Any]:
 
 
 def endpoint_of(model: str, url: str | None) -> dict[str, Any]:
-    """A server that speaks OpenAI's protocol; `openai` and no address are OpenAI's own.
-
-    Example:
-        >>> endpoint_of("judge", "http://localhost:8000/v1")
-        {'kind': 'endpoint', 'model': 'judge', 'base_url': 'http://localhost:8000/v1'}
-    """
+    """A server that speaks OpenAI's protocol; `openai` and no address are OpenAI's own."""
     return {"kind": "endpoint", "model": model, "base_url": None if url == "openai" else url}
 
 
@@ -132,14 +104,8 @@ _REWARD_WORD = {
 def reward_of(text: str, *, allow_code_execution: bool = False) -> dict[str, Any]:
     """The reward that `numeric:answer`, `format:json`, `reward_model:ID`, `unit_tests`, `rewards.py:function` … name.
 
-    Raises:
-        ConfigError: a built-in reward with a word that it has no use for.
-
-    Example:
-        >>> reward_of("numeric:result")
-        {'kind': 'numeric', 'answer': 'result'}
-        >>> reward_of("rewards.py:short")
-        {'kind': 'function', 'name': 'rewards.py:short'}
+    >>> reward_of("numeric:result"), reward_of("rewards.py:short")
+    ({'kind': 'numeric', 'answer': 'result'}, {'kind': 'function', 'name': 'rewards.py:short'})
     """
     kind, word = _kind_and_word(text)
     if kind == "length":
@@ -166,12 +132,7 @@ def _kind_and_word(text: str) -> tuple[str, str]:
 def rewards_of(
     given: Mapping[str, Any], texts: Sequence[str], estimators: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """The fields `reward` and `judge` that `--reward` and the options beside it fill; estimators' raters may ask a
-    judge, too.
-
-    Raises:
-        ConfigError: options that do not go with the rewards.
-    """
+    """The fields `reward` and `judge` that `--reward` and the options beside it fill; raters may ask a judge, too."""
     factors, judge, url = given.get("reward_weight") or (), given.get("judge_model"), given.get("judge_url")
     if factors and len(factors) != len(texts):
         raise ConfigError(f"--reward-weight is given {len(factors)} times for {len(texts)} --reward: give one for each")

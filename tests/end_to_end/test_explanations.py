@@ -235,7 +235,7 @@ def test_validate_by_both_routes_and_from_what_is_kept(
             models._HOSTS.clear()
             kept.setattr(models, "load_model", out_of_reach)
             kept.setattr(validate_module, "effect_of", out_of_reach)
-            kept.setattr(explain_module._Work, "_explain", out_of_reach)
+            kept.setattr(explain_module.Explanations, "_explain", out_of_reach)
             again = strictly(command(tiny, "validate", *arguments, target=target))
         assert again["validation"] == found["validation"]
         assert again["explanations"] == found["explanations"]
@@ -256,7 +256,7 @@ def test_an_interrupted_explain_goes_on(tiny: World, tmp_path: Path, monkeypatch
     options = ("-k", "1,2", "--pages", 0, "--use-answers")
     whole = explained(tiny, tmp_path / "whole", *options, target=tiny.target)["explanations"]
     done: list[str] = []
-    explain_one = explain_module._Work._explain
+    explain_one = explain_module.Explanations._explain
 
     def stop_at_the_second(self: Any, output: Any) -> Any:
         if len(done) == 1:
@@ -264,7 +264,7 @@ def test_an_interrupted_explain_goes_on(tiny: World, tmp_path: Path, monkeypatch
         done.append(output.id)
         return explain_one(self, output)
 
-    monkeypatch.setattr(explain_module._Work, "_explain", stop_at_the_second)
+    monkeypatch.setattr(explain_module.Explanations, "_explain", stop_at_the_second)
     stopped = command(tiny, "explain", tmp_path / "stopped", *options, target=tiny.target)
     assert (stopped.code, done) == (130, ["t0"])
     assert stopped.err.strip().endswith("the same command goes on from there")
@@ -275,7 +275,7 @@ def test_an_interrupted_explain_goes_on(tiny: World, tmp_path: Path, monkeypatch
         done.append(output.id)
         return explain_one(self, output)
 
-    monkeypatch.setattr(explain_module._Work, "_explain", note)
+    monkeypatch.setattr(explain_module.Explanations, "_explain", note)
     assert explained(tiny, tmp_path / "stopped", *options, target=tiny.target)["explanations"] == whole
     assert done == ["t1", "t2", "t3"]
 

@@ -79,7 +79,7 @@ def test_objects_in_a_bucket_are_as_files_in_a_folder(bucket: str, tmp_path: Pat
     assert not storage.exists("a/1")
     with pytest.raises(StorageError, match=r"cannot read s3://tests/objects/a/1: it is not there"):
         storage.read("a/1")
-    assert not storage.create("b2", b"another")
+    assert not storage.replace("b2", b"another", None)
     assert storage.read("b2") == b"b2"
 
 
@@ -88,14 +88,14 @@ def test_a_place_that_cannot_be_written_says_what_to_do(
 ) -> None:
     """A bucket that is not there is not made but asked for, missing credentials are named; folders are made."""
     with pytest.raises(StorageError, match=r"s3://none/run/lock: there is no such bucket .*make it first"):
-        Run("s3://none/run").storage.create("lock", b"")
+        Run("s3://none/run").storage.replace("lock", b"", None)
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     anonymous = RemoteStorage(f"{bucket}/run")
     anonymous._fs = type(anonymous._fs)(skip_instance_cache=True)
     with pytest.raises(StorageError, match=r"no permission .*credentials.*: check the credentials"):
-        anonymous.create("lock", b"")
+        anonymous.replace("lock", b"", None)
     with Run(f"file://{tmp_path}/run").lock():
         assert (tmp_path / "run" / "lock").exists()
 

@@ -303,10 +303,11 @@ def test_greedy_output_is_the_most_likely_continuation() -> None:
     own = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12,
                          eos_token_id=None, pad_token_id=0)  # fmt: skip
     assert list(output.token_ids) == own[0, 7:].tolist()
-    assert not output.finished
+    assert output.finish_reason == "length"
     stopped = greedy_output(model, PROMPTS[1], end_ids=output.token_ids[3:4], max_new_tokens=12)
-    assert stopped.finished
-    assert stopped.token_ids == output.token_ids[: output.token_ids.index(output.token_ids[3]) + 1]
+    assert stopped.finish_reason == "stop"
+    said = output.token_ids.tolist()
+    assert stopped.token_ids.tolist() == said[: said.index(said[3]) + 1]
 
 
 # --- the sampler --------------------------------------------------------------------------------------------------

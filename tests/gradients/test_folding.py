@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM, masking_utils
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from gradsift.base import interruption
 from gradsift.base.types import Sequence
@@ -144,9 +144,7 @@ def interrupt_everywhere(checkpointing: bool) -> None:
 
 
 def state_of(model: torch.nn.Module) -> list[object]:
-    packed = masking_utils.find_packed_sequence_indices
     return [
-        packed,
         *((p.requires_grad, p.data_ptr()) for p in model.parameters()),
         *(
             (name, len(m._forward_hooks), len(m._forward_pre_hooks), m.training, "forward" in vars(m))

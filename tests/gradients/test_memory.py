@@ -35,6 +35,7 @@ from gradsift.gradients.batching import (
 from gradsift.gradients.capture import find_modules
 from gradsift.gradients.projection import Projection, Projector, plan_segments
 from gradsift.gradients.rows import RowSettings, ShardRows, gradient_rows
+from gradsift.model.loss import head_at, pad
 from gradsift.model.models import load_model
 
 LENGTHS = [9, 4, 17, 9, 3, 12, 5, 5]
@@ -289,19 +290,19 @@ def test_the_counter_sees_a_wait() -> None:
     assert counts[1] - counts[0] == 2 * 3
 
 
-def test_packed_lines_are_found_again_afterwards() -> None:
-    """transformers looks for several sequences in a line as before, once no batch of ours is running."""
+def test_packed_lines_are_found_in_batches_that_are_not_ours() -> None:
+    """transformers looks for several sequences in a line but while a batch of ours runs, whose lines have one."""
     from transformers import masking_utils
 
-    from gradsift.model.loss import head_at
-
     packed = torch.tensor([[0, 1, 2, 0, 1]])
-    find = masking_utils.find_packed_sequence_indices
+    found: list[Any] = []
     model = tiny_llama()
-    with head_at(model), head_at(model):
-        assert masking_utils.find_packed_sequence_indices(packed) is None
-    assert masking_utils.find_packed_sequence_indices is find
-    assert np.array_equal(find(packed), [[0, 0, 0, 1, 1]])
+    model.register_forward_pre_hook(lambda *_: found.append(masking_utils.find_packed_sequence_indices(packed)))
+    with head_at(model) as head:
+        head.logits(pad([Sequence(0, np.array([1, 2], np.int32), np.array([0, 1], np.float32))]))
+        model(input_ids=torch.tensor([[1, 2]]))
+    assert found[0] is None
+    assert np.array_equal(found[1], [[0, 0, 0, 1, 1]])
 
 
 class Gpu:

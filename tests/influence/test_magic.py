@@ -16,8 +16,8 @@ from gradsift.base.errors import ConfigError, DataError, ModelError
 from gradsift.base.types import Sequence
 from gradsift.context import Pool
 from gradsift.gradients.losses import row_losses
-from gradsift.influence import magic
 from gradsift.influence import replay as replays
+from gradsift.influence import smooth as training
 from gradsift.influence.magic import MAGIC
 from gradsift.influence.nice import PolicyTargets
 from gradsift.influence.nice_magic import NICEMAGIC
@@ -195,7 +195,7 @@ def test_the_check_is_kept(tiny: World, tmp_path: Path, monkeypatch: pytest.Monk
     pool = opened(tiny, tmp_path / "run", rows=12, warmup=SMALL.model_copy(update={"epochs": 1}))
     target = gs.open_target(target_rows(2), pool)
     method, trained = MAGIC(check=2), []
-    end_with, trains = replays.Replay.end_with, magic.train
+    end_with, trains = replays.Replay.end_with, training.train
 
     def smooth(*arguments: Any) -> Any:
         trained.append("smooth")
@@ -208,7 +208,7 @@ def test_the_check_is_kept(tiny: World, tmp_path: Path, monkeypatch: pytest.Monk
         return trains(*arguments, **options)
 
     monkeypatch.setattr(replays.Replay, "end_with", smooth)
-    monkeypatch.setattr(magic, "train", plain)
+    monkeypatch.setattr(training, "train", plain)
     with pytest.raises(KeyboardInterrupt):
         gs.score(pool, target, method)
     assert trained == ["smooth"] * 2 + ["plain"] * 2
@@ -217,7 +217,7 @@ def test_the_check_is_kept(tiny: World, tmp_path: Path, monkeypatch: pytest.Monk
     check = gs.score(pool, target, method).found.terms.check
     assert trained == ["smooth"] * 2 + ["plain"] * 4
     monkeypatch.setattr(replays.Replay, "network", None)
-    monkeypatch.setattr(magic, "host", None)
+    monkeypatch.setattr(training, "host", None)
     assert gs.score(pool, target, method).found.terms.check == check
     assert len(trained) == 6
     assert method.passes(pool, target, lambda: [])[-1].done

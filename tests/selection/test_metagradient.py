@@ -18,14 +18,14 @@ from gradsift.influence import replay as replays
 from gradsift.report.blocks import Table
 from gradsift.selection import metagradient
 from gradsift.selection.candidates import Candidates
-from gradsift.selection.metagradient import MetagradientDescent, best_of, exchanged
+from gradsift.selection.metagradient import MetagradientDescent, Round, exchanged, gain_of, kept
 from gradsift.selection.select import _candidates
 from gradsift.warmup.train import Warmup
 from tiny_world import ANIMALS, COLOURS, World, pool_rows, target_rows
 
 SMALL = Warmup(epochs=2, rank=2, alpha=8, learning_rate=1e-2, batch_size=4, dropout=0.1, max_grad_norm=8)
 BUDGET = 16
-METHOD = MetagradientDescent(rounds=3, exchange=0.5, eps_root=1e-8)
+METHOD = MetagradientDescent(rounds=3, exchange=0.5, eps_root=1e-8, trainings=2)
 
 
 class Upside(gs.Estimator):
@@ -80,6 +80,45 @@ def test_the_worst_give_way_to_the_best(worth: list[int], data: st.DataObject) -
         assert values[found].min() >= values[sorted(set(rows) - set(found))].max()
 
 
+def measured(losses: np.ndarray) -> list[Round]:
+    """Rounds of these losses of held-out targets `[round training target]`."""
+    return [Round((number,), 0.0, float(own.mean()), 0, tuple(map(tuple, own))) for number, own in enumerate(losses)]
+
+
+@pytest.mark.parametrize(("by_target", "by_training"), [(1.0, 0.0), (0.0, 1.0), (1.0, 0.5)])
+def test_a_choice_that_is_no_better_stays_the_first(by_target: float, by_training: float) -> None:
+    """Where no round differs but by chance, of targets or of trainings, another one is kept in at most 5 % of descents;
+    where one is better by far, that one is."""
+    draw, groups = np.random.default_rng(0), np.repeat([0, 1], [4, 6])
+    losses = 0.2 * draw.normal(size=(1000, 5, 4, 10)) + draw.normal(size=(1000, 1, 1, 10))
+    losses += by_target * draw.normal(size=(1000, 5, 1, 10)) + by_training * draw.normal(size=(1000, 5, 4, 1))
+    left = np.mean([kept(measured(own), groups).chosen != (0,) for own in losses])
+    assert left < 0.05 + 2 * np.sqrt(0.05 * 0.95 / 1000)
+    better = losses - 20 * (np.arange(5) == 3)[:, None, None]
+    assert np.mean([kept(measured(own), groups).chosen == (3,) for own in better]) > 0.99
+
+
+def test_the_error_of_a_gain() -> None:
+    """Where trainings are alike, scipy's paired t of one group, and of groups least squares with a constant for each;
+    where targets are, scipy's over trainings."""
+    from scipy.stats import ttest_rel
+
+    draw = np.random.default_rng(1)
+    values, same = draw.normal(size=(2, 9)), np.zeros(9, dtype=np.int64)
+    alike = measured(np.repeat(values[:, None], 3, axis=1))
+    gain, error, freedom = gain_of(*alike, same)
+    assert (gain / error, freedom) == pytest.approx((ttest_rel(*values).statistic, 8))
+    groups = np.array([0, 0, 1, 1, 1, 2, 0, 1, 1])
+    design, difference = np.eye(3)[groups], values[0] - values[1]
+    means, squares, *_ = np.linalg.lstsq(design, difference, rcond=None)
+    spread = squares[0] / (9 - 3) * np.linalg.inv(design.T @ design)
+    expected = means.mean(), np.sqrt(np.full(3, 1 / 3) @ spread @ np.full(3, 1 / 3)), 6
+    assert gain_of(*alike, groups) == pytest.approx(expected)
+    shifted = draw.normal(size=(2, 4))
+    gain, error, freedom = gain_of(*measured(np.repeat(shifted[:, :, None], 9, axis=2)), same)
+    assert (gain / error, freedom) == pytest.approx((ttest_rel(*shifted).statistic, 3))
+
+
 @pytest.fixture(scope="module")
 def done(tiny: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[gs.Selection, list[Any], Path]:
     """An undisturbed descent from the planted rows, its rounds, and where it is kept."""
@@ -93,7 +132,9 @@ def test_planted_rows_are_exchanged_out(done: tuple[gs.Selection, list[Any], Pat
     """From a choice of nothing but harmful rows it comes to one that is better on held-out targets."""
     chosen, rounds, _ = done
     assert len(chosen) == BUDGET
-    assert best_of(rounds).held_out < rounds[0].held_out
+    groups = np.zeros(4, dtype=np.int64)
+    assert tuple(chosen.pool.data.positions(chosen.ids)) == kept(rounds, groups).chosen
+    assert kept(rounds, groups).held_out < rounds[0].held_out
     assert sum(id_.startswith("bad") for id_ in chosen.ids) <= 2
     assert [one.exchanged for one in rounds] == [0, 8, *(one.exchanged for one in rounds[2:])]
     (table,) = (block for block in chosen.blocks() if isinstance(block, Table))
@@ -107,14 +148,18 @@ def test_what_rows_are_worth(tiny: World, tmp_path: Path) -> None:
     target = gs.open_target(target_rows(8), pool, subtask="task")
     candidates = candidates_of(pool, target)
     steering, measuring = METHOD._endings(pool, target)
-    assert sorted([len(steering.groups), len(measuring.groups)]) == [2, 6]
+    assert len(steering.groups) == len(measuring.groups) == 4
     chosen = candidates.first("most_helpful", BUDGET)
-    losses, worth = METHOD._trained(candidates, chosen, 1, steering, measuring, further=True)
+    loss, each, worth = METHOD._trained(candidates, chosen, 1, steering, measuring, further=True)
+    trained = [gs.train_on(pool, [candidates.ids[p] for p in chosen], METHOD.plain(pool), seed=s) for s in (1, 2)]
+    held_out = [list(gs.held_out_loss(pool, target.data, one.checkpoint).per_example.values()) for one in trained]
+    assert pool.seed == 0
+    np.testing.assert_allclose(each, np.array(held_out)[:, METHOD._parts(pool, target)[2]], rtol=1e-9)
     ids = sorted(candidates.ids[place] for place in chosen)
     others = [id_ for id_ in candidates.ids if id_ not in ids]
     replay = METHOD.replay(pool, ids, others, seed=pool.seed, what="again")
     with replay.network() as network:
-        assert losses[1] == measuring.loss(network, replay.end(network))
+        assert loss == steering.loss(network, replay.end(network))
         expected = []
         for id_ in ids[:8]:
             ends = []
@@ -193,7 +238,7 @@ def test_on_the_command_line(tiny: World, tmp_path: Path) -> None:
     """From a random choice; the page shows the rounds, the plan prices them before and has them done after."""
     given = ("--estimator", "random", "--selection", "metagradient", "--set", "selection.rounds=2", "--budget", "4")
     planned = tiny("plan", tmp_path / "run", *given, "--json").succeeded().json["stages"]
-    assert planned["descent's trainings"]["rows"] == 2 * 2 * 4
+    assert planned["descent's trainings"]["rows"] == 2 * 2 * (1 + 4) * 4
     assert planned["descent's ways back"]["rows"] == 2 * len(pool_rows())
     shown = tiny("select", tmp_path / "run", *given).succeeded().out
     assert "Rounds of metagradient descent" in shown

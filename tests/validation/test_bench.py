@@ -47,6 +47,21 @@ class Knowing(gs.Estimator):
         return gs.Influence(ids=list(pool.data.ids), matrix=(self.sign * same).astype(np.float32))
 
 
+class Fond(Knowing):
+    """Ranks rows of one class first, whatever is asked."""
+
+    kind: Literal["fond"] = "fond"  # type: ignore[assignment]
+
+    @property
+    def label(self) -> str:
+        return "fond"
+
+    def influence(self, pool: gs.Pool, target: gs.Target | None) -> gs.Influence:
+        assert target is not None
+        of_class = np.array(pool.data.column("source")) == "colour"
+        return gs.Influence(list(pool.data.ids), np.repeat(of_class[:, None], len(target.data), axis=1).astype("f4"))
+
+
 @pytest.fixture(scope="module")
 def labelled(tiny: World) -> str:
     """The target with the class of each row."""
@@ -88,6 +103,19 @@ def test_what_says_nothing_is_said(opened: tuple[gs.Pool, gs.Target]) -> None:
     """Where no method is above the random ranking, none is recommended."""
     found = bench(*opened, [Knowing(sign=-1)], settings=Bench(class_column="source", top=3))
     assert found.sentence.startswith("No method is told apart from a random ranking here")
+
+
+def test_intervals_are_over_classes(opened: tuple[gs.Pool, gs.Target], tmp_path: Path) -> None:
+    """Scores that are right for all targets of one class and wrong for all of another are not told apart from a random
+    ranking, however many targets each has; of one class alone intervals are over its targets, and say so."""
+    pool, _ = opened
+    rows = [row | {"source": ("colour", "sound")[n % 2]} for n, row in enumerate(target_rows(20))]
+    for asked, over, low in ((rows, "the targets' 2 classes", 0.0), (rows[::2], "targets of one class", 1.0)):
+        target = gs.open_target(write_rows(tmp_path / "asked.jsonl", asked), pool)
+        found = bench(pool, target, [Fond()], settings=Bench(class_column="source", top=3))
+        assert found.columns[0].values["fond"].low == low
+        assert found.columns[0].over == over
+        assert found.sentence.startswith("No method" if low == 0 else "Use fond")
 
 
 @pytest.mark.parametrize(
@@ -282,6 +310,32 @@ def test_copies_of_pairs(tiny: World, tmp_path: Path) -> None:
     single = gs.open_target(target_rows(2), pool)
     with pytest.raises(ConfigError, match="give targets of the rows' kind"):
         bench(pool, single, [gs.LESS()], settings=Bench(measures=("self",)))
+
+
+@pytest.mark.parametrize("objective", [None, "dpo"])
+def test_copies_are_the_rows_themselves(tiny: World, tmp_path: Path, objective: Any) -> None:
+    """Rows and targets among which copies are looked for have the tokens, labels and weights that they have in their
+    own data sets, whatever their turns weigh and however the target's columns are called."""
+    answers = {"chosen": "a blue sky", "rejected": "no"} if objective else {"completion": "a blue sky"}
+    rows: list[dict[str, Any]] = [{"prompt": f"q{n}", **answers, "weight": n + 1} for n in range(15)]
+    if objective is None:
+        turns = [said("user", "q"), said("assistant", "no", train=False), said("assistant", "yes", weight=0.5)]
+        rows[0] = {"messages": turns, "tools": [{"name": "f"}]}
+    pool = tiny.open_pool(tmp_path / "run", rows[:12], objective=objective)
+    asked = [{("q" if key == "prompt" else key): value for key, value in row.items()} for row in rows[12:]]
+    target = gs.open_target(asked, pool, columns={"prompt": "q"})
+    held, copied = _Judge(pool, target, Bench(measures=("self",)))._with_copies()
+    assert target.labels is not None
+    assert [id_.removeprefix("copy of ") for id_ in held.data.ids] == [*pool.data.ids, *target.labels.ids]
+    own = [*pool.data.sequences_at(range(12)), *target.labels.sequences_at(copied)]
+    for one, other in zip(held.data.sequences_at(range(15)), own, strict=True):
+        assert np.array_equal(one.token_ids, other.token_ids)
+        assert np.array_equal(one.weights, other.weights)
+    if objective:
+        factors = [own._known.factors.tolist() for own in (held.data, pool.data, target.labels)]  # type: ignore[attr-defined]
+        assert factors[0] == factors[1] + factors[2]
+    first = target.labels.ids[0]
+    assert held.data.messages("copy of " + first) == target.labels.messages(first)
 
 
 def test_rows_are_taken_in_one_pass(opened: tuple[gs.Pool, gs.Target], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -601,7 +655,7 @@ def _simulated(seed: int) -> Benchmark:
             each[:, draws.integers(4)] = np.nan
         of = {label: partial(_mean_of, each[:, n]) for n, label in enumerate(methods)}
         judge: Any = SimpleNamespace(seed=seed)
-        columns.append(_Judge._column(judge, "recall", "part", f"c{number}", of, count, "targets", chance=0.0))
+        columns.append(_Judge._column(judge, "train", "part", f"c{number}", of, count, "targets", chance=0.0))
     costs = {label: Cost(float(draws.random()), 0) for label in methods}
     return Benchmark(tuple(methods), tuple(columns), costs, {})
 

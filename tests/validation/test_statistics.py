@@ -46,8 +46,6 @@ def test_rank_correlation_without_ties_is_the_textbooks() -> None:
     nan = math.nan
     assert correlation([1, 2, nan, 3, 4], [10, 30, 0, 20, nan]) == correlation([1, 2, 3], [10, 30, 20])
     assert correlation([1, 2], [3, 4]) == Correlation(None, 2)
-    with pytest.raises(ConfigError, match="2 and 3 values"):
-        correlation([1, 2], [1, 2, 3])
 
 
 @given(st.integers(1, 200).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
@@ -144,9 +142,7 @@ def test_agreement_separates_what_lies_above_zero() -> None:
 
 
 def test_agreement_refuses_what_does_not_fit() -> None:
-    """Lengths, edges that do not ascend, and decibels given as ratios."""
-    with pytest.raises(ConfigError, match="2 relevances, 1 supports, 2 shifts and 2 outputs"):
-        agreement([1, 2], [1], [1, 2], ["a", "b"])
+    """Edges that do not ascend, and decibels given as ratios."""
     with pytest.raises(ConfigError, match="must ascend"):
         agreement([1.0], [1.0], [1.0], ["a"], edges_db=(0, -10))
     with pytest.raises(ConfigError, match="expected a linear ratio"):

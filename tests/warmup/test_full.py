@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import gradsift as gs
 from gradsift.base.errors import ConfigError
 from gradsift.model import models
-from gradsift.warmup import train as train_module
+from gradsift.warmup import trainer as trainer_module
 from gradsift.warmup.full import refuse_too_large, train_fully
 from gradsift.warmup.train import Training
 from reporters import Listening
@@ -76,8 +76,8 @@ def test_an_interrupted_full_training_ends_where_an_undisturbed_one_does(
     """Stopped within an epoch, its state saved or not, it ends at the same bits; the folders load with transformers,
     with their tokenizer, and what only going on needed is gone."""
     if rows == 9:
-        monkeypatch.setattr(train_module, "_SAVE_SECONDS", 0.0)
-        monkeypatch.setattr(train_module, "_SAVE_SHARE", 1e9)
+        monkeypatch.setattr(trainer_module, "_SAVE_SECONDS", 0.0)
+        monkeypatch.setattr(trainer_module, "_SAVE_SHARE", 1e9)
     ends = []
     for name, reporters in (("one", [None]), ("two", [Listening(stop_after=rows - 1), None])):
         pool = opened(tiny, tmp_path / name)

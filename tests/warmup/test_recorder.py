@@ -307,6 +307,7 @@ def test_finite_differences(tiny: World, tmp_path: Path, in_float64: None) -> No
     ended(Trainer, gs.Recorder(str(tmp_path / "recording")))
     scores = gs.score(pool, target, MAGIC(record=str(tmp_path / "recording")))
     assert scores.aggregate[0]
+    assert [one for one in scores.warnings if "are not in the pool, by their token ids: 2." in one]
     sequences = target.data.sequences(0, len(target.data))
     for position in (3, 8):
         ends = []

@@ -27,7 +27,6 @@ from gradsift.data.dataset import Dataset
 from gradsift.model import models
 from gradsift.model.models import host, parameter_name
 from gradsift.store.run import Run
-from gradsift.warmup import train as train_module
 from gradsift.warmup import trainer as trainer_module
 from gradsift.warmup.checkpoint import Checkpoint, load_moments, open_checkpoint, trained_parameters
 from gradsift.warmup.train import PRESETS, TRAINING_PRESETS, Training, Warmup, effective_batch_size, train, warm_up
@@ -255,8 +254,8 @@ def test_an_interrupted_training_ends_where_an_undisturbed_one_does(
     """Interrupted within the first epoch, after it, within the second or the third, it goes on from the last saved
     step and gives the same weights, moments, rates and losses to the bit, with dropout."""
     data = make_data(run, 30)
-    monkeypatch.setattr(train_module, "_SAVE_SECONDS", 0.0)
-    monkeypatch.setattr(train_module, "_SAVE_SHARE", 1e9)
+    monkeypatch.setattr(trainer_module, "_SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(trainer_module, "_SAVE_SHARE", 1e9)
     with pytest.raises(KeyboardInterrupt):
         train(run, data, data.ids, LONGER, model=llama, reporter=Listening(stop_after=rows))
     torch.manual_seed(99)
@@ -331,8 +330,8 @@ def test_an_altered_state_within_an_epoch_costs_that_epoch_alone(
 ) -> None:
     """What was saved within an epoch and is cut off or altered is said and not used: the epoch begins anew."""
     data = make_data(run, 30)
-    monkeypatch.setattr(train_module, "_SAVE_SECONDS", 0.0)
-    monkeypatch.setattr(train_module, "_SAVE_SHARE", 1e9)
+    monkeypatch.setattr(trainer_module, "_SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(trainer_module, "_SAVE_SHARE", 1e9)
     with pytest.raises(KeyboardInterrupt):
         train(run, data, data.ids, LONGER, model=llama, reporter=Listening(stop_after=45))
     (file,) = run.path("checkpoints").glob("*/partial.safetensors")

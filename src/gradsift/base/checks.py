@@ -1,4 +1,8 @@
-"""Input checks that the pure functions share: axes, finiteness, budgets."""
+"""Input checks that the pure functions share: axes, finiteness, budgets.
+
+Every one of them raises ShapeError where arrays do not have their axes, are empty or do not fit each other, and
+NonFiniteError where one holds NaN or infinity: docstrings tell what is raised besides.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +20,8 @@ def float_array(name: str, array: object, axes: str, *, finite: bool = True) -> 
     Half precision becomes fp32, whole numbers become fp64, fp32 and fp64 stay what they are (and then share memory
     with the argument: callers never write to the result).
 
-    Args:
-        name: what the message calls the array, as the user knows it.
-        array: the argument to check.
-        axes: axis names separated by blanks, such as "pool dim"; every axis must have at least one entry.
-        finite: refuse NaN and infinity.
-
-    Raises:
-        ShapeError: not a real tensor, a wrong number of axes, or an empty axis.
-        NonFiniteError: NaN or infinity, where `finite`.
+    axes: their names separated by blanks, such as "pool dim"; ShapeError for others, and for an empty one.
+    finite: NonFiniteError for NaN and infinity.
     """
     names = axes.split()
     wanted = f"[{' '.join(names)}]"
@@ -60,11 +57,7 @@ def _refuse_non_finite(name: str, values: Tensor, axes: list[str]) -> None:
 
 
 def same_size(axis: str, first: str, first_size: int, second: str, second_size: int) -> None:
-    """Refuse two arguments whose shared axis differs in size.
-
-    Raises:
-        ShapeError: naming both arguments and both sizes.
-    """
+    """Refuse two arguments whose shared axis differs in size, by a ShapeError that names both."""
     if first_size != second_size:
         raise ShapeError(
             f"the axis '{axis}' has {first_size} entries in {first} and {second_size} in {second}: "
@@ -73,15 +66,9 @@ def same_size(axis: str, first: str, first_size: int, second: str, second_size: 
 
 
 def arrays_of(part: str, **arguments: tuple[Any, str]) -> Iterator[list[Tensor]]:
-    """`float_array` of lists with an entry for each part: those of one part after the other.
+    """`float_array` of lists with an entry for each `part`, such as "at checkpoint": those of one part after the other.
 
-    Args:
-        part: what there is an entry for, such as "at checkpoint".
-        arguments: by name, a list and the axes of its entries; an axis is of one size, and but for dim in all parts.
-
-    Raises:
-        ShapeError: no list, lists of other lengths or of none, or arrays that do not fit each other.
-        NonFiniteError: NaN or infinity.
+    arguments: by name, a list and the axes of its entries; an axis is of one size, and but for dim in all parts.
     """
     noun = part.rpartition(" ")[2]
     for name, (arrays, axes) in arguments.items():
@@ -103,16 +90,7 @@ def arrays_of(part: str, **arguments: tuple[Any, str]) -> Iterator[list[Tensor]]
 
 
 def checked_budget(budget: object, available: int, what: str) -> int:
-    """`budget` as a whole number between 1 and `available`.
-
-    Args:
-        budget: how many to choose.
-        available: how many there are to choose from.
-        what: these, in words, for the message: "candidates".
-
-    Raises:
-        ConfigError: not a whole number, below 1, or above `available`.
-    """
+    """`budget` as a whole number between 1 and `available`, which are so many of `what`; ConfigError if it is none."""
     try:
         # True is an int to Python, and a budget of True a slip of the pen.
         size = None if isinstance(budget, bool) else operator.index(budget)  # type: ignore[arg-type]

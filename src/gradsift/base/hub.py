@@ -16,8 +16,8 @@ _ours = False  # whether the switch was set here
 def look() -> None:
     """Set `HF_HUB_OFFLINE` while the name of the hub's host is not known here, as without a network.
 
-    The libraries would otherwise ask for every file six times, 40 s in all, before they look into their cache. What a
-    user has set stays, and with a proxy names are not looked up here.
+    The libraries would otherwise ask for every file six times, 40 s in all. What a user has set stays; with a proxy
+    names are not looked up here.
     """
     global _ours
     if not _ours and os.environ.get(_SWITCH):

@@ -20,11 +20,7 @@ _KINDS = (
 
 
 def open_input(path: str | Path) -> BinaryIO:
-    """A regular file, or a link to one, to be read.
-
-    Raises:
-        OSError: it is something else, is not there, or may not be read; `strerror` says which.
-    """
+    """A regular file, or a link to one, to be read; the `strerror` of the OSError says what else it is."""
     try:
         # A pipe that nobody writes to is opened at once, so that it can be looked at.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -41,12 +37,7 @@ def open_input(path: str | Path) -> BinaryIO:
 
 
 def read_input(path: str | Path, limit: int) -> str:
-    """The text of a regular file.
-
-    Raises:
-        OSError: as `open_input`, or it has more than `limit` bytes.
-        UnicodeDecodeError: it is not UTF-8.
-    """
+    """The text of a regular file of at most so many bytes; OSError as `open_input`, or UnicodeDecodeError."""
     with open_input(path) as file:
         content = file.read(limit + 1)
     if len(content) > limit:

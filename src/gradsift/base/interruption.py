@@ -42,11 +42,7 @@ class _Holding:
 
 @contextmanager
 def watching() -> Iterator[None]:
-    """Raise KeyboardInterrupt on each of the signals; where somebody else handles one, that stays.
-
-    Raises:
-        KeyboardInterrupt: a signal came, whatever a library made of it.
-    """
+    """Raise KeyboardInterrupt on each of the signals, whatever a library makes of it; another's handler stays."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -71,31 +67,17 @@ def watching() -> Iterator[None]:
 
 @contextmanager
 def held() -> Iterator[None]:
-    """What runs inside is not interrupted in its middle, but at its end; it should be short."""
-    hold()
+    """What runs inside is not interrupted in its middle, but at its end, by KeyboardInterrupt; it should be short."""
+    main = threading.current_thread() is threading.main_thread()
+    _Holding.depth += main
     try:
         yield
     finally:
-        release()
-
-
-def hold() -> None:
-    """Begin what must not be torn apart; only `release` ends it."""
-    if threading.current_thread() is threading.main_thread():
-        _Holding.depth += 1
-
-
-def release() -> None:
-    """End it, with the interruption that came meanwhile.
-
-    Raises:
-        KeyboardInterrupt: one came.
-    """
-    if threading.current_thread() is threading.main_thread() and _Holding.depth:
-        _Holding.depth -= 1
-        if not _Holding.depth and _Holding.pending:
-            _Holding.pending = False
-            raise KeyboardInterrupt
+        if main and _Holding.depth:
+            _Holding.depth -= 1
+            if not _Holding.depth and _Holding.pending:
+                _Holding.pending = False
+                raise KeyboardInterrupt
 
 
 def pressed() -> bool:
@@ -115,11 +97,7 @@ def last_words() -> str:
 
 
 def refuse_to_go_on(error: BaseException) -> None:
-    """Where an error would be noted and work go on: raise it as the interruption that it is.
-
-    Raises:
-        KeyboardInterrupt: a signal came.
-    """
+    """Where an error would be noted and work go on: raise it as the KeyboardInterrupt that it is, if a signal came."""
     if pressed():
         raise KeyboardInterrupt from error
 

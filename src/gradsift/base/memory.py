@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import functools
-from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -21,14 +20,9 @@ _NO_MEMORY = (
 
 
 def give_back_memory() -> None:
-    """Return what has been freed to the operating system, where the C library is one that keeps it (glibc).
-
-    It keeps freed blocks for each thread that asked for them; after training, and after batches in several threads,
-    that is as much again as is in use.
-    """
-    trim = _malloc_trim()
-    if trim is not None:
-        trim(0)
+    """Return what has been freed, which glibc keeps for each thread that asked for it, to the operating system."""
+    with suppress(OSError, AttributeError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -57,12 +51,3 @@ def free_bytes(device: torch.device | str) -> int:
         return int(psutil.virtual_memory().available)
     free, _total = torch.cuda.mem_get_info(device)
     return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
-
-
-@functools.cache
-def _malloc_trim() -> Callable[[int], int] | None:
-    try:
-        found: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
-    except (OSError, AttributeError, TypeError):  # another C library
-        return None
-    return found

@@ -15,15 +15,10 @@ Method = TypeVar("Method", bound=Settings)
 
 
 def methods_of(base: type[Method], own: Sequence[type[Method]], group: str) -> dict[str, type[Method]]:
-    """Every method of a family by its kind.
+    """Every method of a family by its kind: `own`, then those of other packages.
 
-    Args:
-        base: which each is a subclass of.
-        own: gradsift's.
-        group: the entry point group by which other packages add theirs.
-
-    Raises:
-        ConfigError: one of another package cannot be loaded, is no such subclass, or has a kind that is taken.
+    group: the entry point group by which they add theirs; ConfigError where one cannot be loaded, is no subclass of
+        `base`, or has a kind that is taken.
     """
     found = {kind_of(one, base): one for one in own}
     for entry in entry_points(group=group):
@@ -40,12 +35,7 @@ def methods_of(base: type[Method], own: Sequence[type[Method]], group: str) -> d
 
 
 def kind_of(one: type[Settings], base: type[Settings]) -> str:
-    """The value of a method's field `kind`.
-
-    Raises:
-        TypeError: it is no subclass of its family's base.
-        ValueError: it has no field `kind` with one value.
-    """
+    """The value of a method's field `kind`; TypeError where it is no method of this family."""
     if not (isinstance(one, type) and issubclass(one, base)):
         raise TypeError(f"{one!r} is no subclass of gradsift.{base.__name__}")
     kind = one.model_fields["kind"].default

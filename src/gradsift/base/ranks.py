@@ -9,11 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 
 def descending_ranks(values: ArrayLike) -> NDArray[np.int64]:
-    """Rank of each value, 1 = highest, equal ones by position.
-
-    >>> descending_ranks([0.5, 2.0, 0.5]).tolist()
-    [2, 1, 3]
-    """
+    """Rank of each value, 1 = highest, equal ones by position: 2, 1, 3 of 0.5, 2.0, 0.5."""
     order = np.argsort(-np.asarray(values), kind="stable")
     ranks = np.empty(len(order), dtype=np.int64)
     ranks[order] = np.arange(1, len(order) + 1)
@@ -21,13 +17,7 @@ def descending_ranks(values: ArrayLike) -> NDArray[np.int64]:
 
 
 def spearman(first: ArrayLike, second: ArrayLike) -> float | None:
-    """Spearman's rank correlation, ties at their mean rank.
-
-    None below three pairs, or where one side is constant: no order says anything then.
-
-    >>> spearman([1.0, 2.0, 3.0], [10.0, 1000.0, 100.0])
-    0.5
-    """
+    """Spearman's rank correlation, ties at their mean rank; None below three pairs, or if one side is constant."""
     a, b = np.asarray(first), np.asarray(second)
     if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return None
@@ -68,11 +58,6 @@ def mean_ranks(values: NDArray[np.generic]) -> NDArray[np.float64]:
 
 
 def jaccard(first: Collection[Hashable], second: Collection[Hashable]) -> float:
-    """|A ∩ B| / |A ∪ B|: 1 = the same choice, 0 = nothing in common. Two empty choices are the same.
-
-    Example:
-        >>> jaccard({"a", "b"}, {"b", "c"})
-        0.3333333333333333
-    """
+    """|A ∩ B| / |A ∪ B|: 1 = the same choice, 0 = nothing in common. Two empty choices are the same."""
     a, b = set(first), set(second)
     return len(a & b) / len(a | b) if a or b else 1.0

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+_FEW = 6  # units, below which percentiles are too narrow
+
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
@@ -22,55 +24,60 @@ class Estimate:
 
 
 def bootstrap(
-    statistic: Callable[..., NDArray[np.float64]], count: int, draws: int = 400, seed: int = 0, *, beside: int = 0
+    statistic: Callable[..., NDArray[np.float64]],
+    units: int | Sequence[Hashable],
+    draws: int = 400,
+    seed: int = 0,
+    *,
+    beside: int = 0,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Statistics of units, and of those that are drawn from them with replacement.
+    """Statistics `[statistic]` of cells, and `[draw statistic]` of those that are drawn from them with replacement.
 
-    Args:
-        statistic: of units by their numbers, `[unit]` → `[statistic]`; with `beside` also of those others, `[other]`.
-        count: of units.
-        draws, seed: of the resamples.
-        beside: units of another kind that the statistic varies over as well, drawn independently; 0, none.
+    Cells of one group are not independent: a group is drawn whole, so that what its cells have in common is not taken
+    for evidence. To draw within groups as well would count what varies there twice (Davison and Hinkley 1997, section
+    3.8).
 
-    Returns:
-        `[statistic]` of all units, and `[draw statistic]`.
+    statistic: of cells by their numbers, `[cell]` → `[statistic]`; with `beside` also of those others, `[other]`.
+    units: how many cells there are, or of which group each one is.
+    beside: units of another kind that the statistic varies over as well, drawn independently; 0, none.
     """
-    generator, counts = np.random.default_rng(seed), (count, *([beside] if beside else []))
-    drawn = [statistic(*(generator.integers(size, size=size) for size in counts)) for _ in range(draws)]
-    return statistic(*map(np.arange, counts)), np.stack(drawn)
+    cells = np.arange(units if isinstance(units, int) else len(units))
+    members: list[NDArray[np.int64]] | None = None
+    if not isinstance(units, int):
+        numbers: dict[Hashable, list[int]] = {}
+        for cell, group in enumerate(units):
+            numbers.setdefault(group, []).append(cell)
+        members = [np.array(own, dtype=np.int64) for own in numbers.values()]
+    generator, count = np.random.default_rng(seed), len(cells if members is None else members)
+
+    def drawn() -> NDArray[np.float64]:
+        own, *others = (generator.integers(size, size=size) for size in (count, *([beside] if beside else [])))
+        return statistic(own if members is None else np.concatenate([members[n] for n in own]), *others)
+
+    found = np.stack([drawn() for _ in range(draws)])
+    return statistic(cells, *([np.arange(beside)] if beside else [])), found
 
 
-def bootstrap_groups(
-    statistic: Callable[[NDArray[np.int64]], NDArray[np.float64]], groups: Sequence[Hashable]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """`bootstrap` of cells that come in groups, of which each is drawn whole: cells of one group are not independent.
-
-    What a group's cells have in common is then not taken for evidence.
-
-    Args:
-        statistic: of cells by their numbers, `[cell]` → `[statistic]`.
-        groups: of which group each cell is.
-    """
-    numbers: dict[Hashable, list[int]] = {}
-    for cell, group in enumerate(groups):
-        numbers.setdefault(group, []).append(cell)
-    members = [np.array(own, dtype=np.int64) for own in numbers.values()]
-    return bootstrap(lambda drawn: statistic(np.concatenate([members[n] for n in drawn])), len(members))
-
-
-def estimate_of(value: float, drawn: NDArray[np.float64], units: int) -> Estimate:
-    """A statistic with the percentiles of its draws, expanded by the number of units, n (Hesterberg 2014, section 5.3):
+def estimate_of(
+    value: float, drawn: NDArray[np.float64], units: int, *, within: tuple[float, float] = (-np.inf, np.inf)
+) -> Estimate:
+    """A statistic of n `units` with the percentiles of its draws `[draw]`, expanded (Hesterberg 2014, section 5.3):
 
         α = Φ(−√(n/(n−1))·t_{n−1}),   t of Student's 97.5 %
 
-    Those at 2.5 % hold a mean of 6 units in 86 % of cases, these in 92 %; of less than 5 they still are too narrow, and
-    of one unit, which says nothing of others, they are NaN. Draws that are NaN say nothing.
+    Those at 2.5 % hold a mean of 6 units in 86 % of cases, these in 92 %. Fewer units have too few different draws for
+    percentiles, and t_{n−1}·√(n/(n−1)) times the draws' spread on either side, which is Student's interval of a mean.
+    One unit says nothing of others: NaN. Draws that are NaN say nothing. `within` is what the statistic cannot leave.
     """
     there = drawn[np.isfinite(drawn)]
     if not len(there) or units < 2:
         return Estimate(float(value), np.nan, np.nan)
     from scipy.special import ndtr, stdtrit
 
-    tail = 100 * float(ndtr(-np.sqrt(units / (units - 1)) * stdtrit(units - 1, 0.975)))
-    low, high = np.percentile(there, (tail, 100 - tail))
+    wide = float(np.sqrt(units / (units - 1)) * stdtrit(units - 1, 0.975))
+    if units < _FEW:
+        low, high = np.clip((value - wide * there.std(), value + wide * there.std()), *within)
+    else:
+        tail = 100 * float(ndtr(-wide))
+        low, high = np.percentile(there, (tail, 100 - tail))
     return Estimate(float(value), float(low), float(high))

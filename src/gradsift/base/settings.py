@@ -6,7 +6,8 @@ import difflib
 import inspect
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from os.path import commonprefix
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -77,14 +78,10 @@ def _names_truth(annotation: Any) -> bool:
 
 
 def parse_budget(text: str) -> float:
-    """`500`, `0.05` or `5%` as a number: one below 1 is a share.
+    """`500`, `0.05` or `5%` as a number: one below 1 is a share; ValueError if it is none.
 
-    Raises:
-        ValueError: it is no number.
-
-    Example:
-        >>> parse_budget("5%")
-        0.05
+    >>> parse_budget("5%")
+    0.05
     """
     text = text.strip()
     if not text.endswith("%"):
@@ -139,6 +136,15 @@ def later(default: Any) -> Any:
     return Field(default=default, exclude_if=lambda given: given == default)
 
 
+def over_preset(given: Any, presets: Mapping[str, BaseModel], what: str) -> Any:
+    """Fields over those of the preset that is named among them (else ValueError); what names none as it is."""
+    if not isinstance(given, Mapping) or "preset" not in given:
+        return given
+    if (name := (own := dict(given)).pop("preset")) not in presets:
+        raise ValueError(f"{what} {name!r} is unknown: there are {', '.join(presets)}")
+    return {**presets[name].model_dump(), **own}
+
+
 def models_in(annotation: Any) -> list[type[BaseModel]]:
     """The settings that an annotation names."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
@@ -190,14 +196,7 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
 
 def _slip(typed: str, name: str) -> bool:
     """Whether one letter is missing, one too many or another one, or two neighbours are exchanged."""
-    start = _same(typed, name)
-    end = _same(typed[start:][::-1], name[start:][::-1])
+    start = len(commonprefix([typed, name]))  # noqa: RUF071 - letters are meant
+    end = len(commonprefix([typed[start:][::-1], name[start:][::-1]]))  # noqa: RUF071
     first, second = (word[start : len(word) - end] for word in (typed, name))
     return max(len(first), len(second)) <= 1 or (len(first) == 2 and first == second[::-1])
-
-
-def _same(first: str, second: str) -> int:
-    """How many letters are the same before one differs."""
-    return next(
-        (n for n, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
-    )

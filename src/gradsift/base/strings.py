@@ -15,10 +15,7 @@ _BLOCK = 4096  # texts that are made Python objects of at once
 
 
 def let_go(array: NDArray[Any]) -> None:
-    """Have what was read of a mapped file count as this process's memory no longer; it stays in the system's cache.
-
-    For those who go through a file: the rest of it comes, and what was read goes.
-    """
+    """Have what was read of a mapped file, by those who go through it, count as this process's memory no longer."""
     mapped = getattr(array, "_mmap", None)
     if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
         mapped.madvise(mmap.MADV_DONTNEED)
@@ -30,15 +27,8 @@ _RECENT = 4096  # keys that are not in arrays yet, at least
 class Strings(Sequence[str]):
     """A column of texts: equal to a list of them, and of a few bytes a text beside what they say.
 
-    Args:
-        data: uint8 `[byte]`, all texts in UTF-8, one after the other.
-        ends: int64 `[text]`, where each of them ends.
-        begins: int64 `[text]`, where each begins; None: where the one before ends.
-
-    Example:
-        >>> column = Strings.of(["b", "a"])
-        >>> column == ["b", "a"], column.find("a"), column.find("c"), column.take([1])[0]
-        (True, 1, None, 'a')
+    data: uint8 `[byte]`, all texts in UTF-8, one after the other.
+    ends, begins: int64 `[text]`, where each of them ends and begins; by default where the one before ends.
     """
 
     def __init__(self, data: NDArray[np.uint8], ends: NDArray[np.int64], begins: NDArray[np.int64] | None = None):
@@ -149,11 +139,6 @@ class FirstSeen:
     """Which of many keys came before, and where: two halves of a digest and a place for each, in sorted arrays.
 
     Keys are compared by 128 bits of a digest: among a billion of them two share one with probability 1e-21.
-
-    Example:
-        >>> seen = FirstSeen()
-        >>> seen.add("a", 0), seen.add("b", 1), seen.add("a", 2)
-        (None, None, 0)
     """
 
     def __init__(self) -> None:

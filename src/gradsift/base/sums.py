@@ -17,12 +17,7 @@ def spans(dim: int) -> list[slice]:
 
 
 def row_products(rows: Tensor, columns: Tensor) -> Tensor:
-    """`rows @ columns`, in the dtype of `rows`.
-
-    Args:
-        rows: [row dim].
-        columns: [dim column] or [dim].
-    """
+    """`rows @ columns`, rows [row dim] and columns [dim column] or [dim], in the dtype of `rows`."""
     first, *rest = spans(rows.shape[1])
     total = rows[:, first] @ columns[first]
     if not rest:

@@ -43,11 +43,7 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
 def said(message: Mapping[str, Any]) -> str:
-    """All that a message says, as one text: its reasoning, its content, and each call of a tool as JSON.
-
-    >>> said({"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"a": 1}}}]})
-    '{"name": "f", "arguments": {"a": 1}}'
-    """
+    """All that a message says, as one text: its reasoning, its content, and each call of a tool as JSON."""
     calls = message.get("tool_calls") or ()
     if not calls and not any(name in message for name in REASONING):
         return str(message["content"])
@@ -65,11 +61,7 @@ class Chat(Protocol):
 
 
 def before_answer(messages: SequenceABC[Message]) -> tuple[tuple[Message, ...], str | None]:
-    """A conversation up to its last assistant turn, and what that says; the whole of it and None where it has none.
-
-    >>> before_answer([{"role": "user", "content": "2 + 2"}, {"role": "assistant", "content": "4"}])
-    (({'role': 'user', 'content': '2 + 2'},), '4')
-    """
+    """A conversation up to its last assistant turn, and what that says; the whole of it and None where it has none."""
     last = max((n for n, message in enumerate(messages) if message["role"] == "assistant"), default=None)
     return tuple(messages[:last]), None if last is None else said(messages[last])
 

@@ -24,11 +24,7 @@ from gradsift.warmup.train import steps_per_epoch
 
 @dataclass
 class CellResult:
-    """What came of a cell.
-
-    cell:  None where it came to nothing
-    costs: what its stages took, by what they depended on
-    """
+    """What came of a cell, if anything, and what its stages took, by what they depended on."""
 
     cell: Cell | None = None
     failures: list[CellFailure] = field(default_factory=list)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -27,11 +27,7 @@ Choice = tuple[str, ...] | Stopped
 
 @dataclass
 class Choices:
-    """What the arms of a comparison choose.
-
-    made: by arm, budget and seed
-    ends: the highest and lowest of each arm's ranking, by name
-    """
+    """What the arms choose, by arm, budget and seed; and the highest and lowest of each arm's ranking, by name."""
 
     grid: Grid
     clock: StageClock
@@ -65,15 +61,20 @@ class Choices:
         viewed = [method for method in methods if method.view is not None]
         if not viewed:
             return None
-        checkpoints = attempted("warm-up", partial(self._warm_up, pool))
+        settings = {"warmup": pool.warmup.model_dump(mode="json"), "adapters": list(pool.adapters), "seed": pool.seed}
+        checkpoints = self._timed("warm-up", None, settings, pool.checkpoints)
         if isinstance(checkpoints, Stopped):
             return checkpoints
         return attempted("gradients", partial(self._collect, pool, checkpoints, viewed))
 
-    def _warm_up(self, pool: Pool) -> list[Checkpoint]:
-        settings = {"warmup": pool.warmup.model_dump(mode="json"), "adapters": list(pool.adapters)}
-        with self.clock.timed("warm-up", None, {**settings, "seed": pool.seed}):
-            return pool.checkpoints()
+    def _timed(self, stage: str, arm: str | None, identity: dict[str, Any], step: Callable[[], Any]) -> Any:
+        """What a stage comes to, or what stopped it; it is timed."""
+
+        def timed() -> Any:
+            with self.clock.timed(stage, arm, identity):
+                return step()
+
+        return attempted(stage, timed)
 
     def _collect(self, pool: Pool, checkpoints: Sequence[Checkpoint], viewed: Sequence[Estimator]) -> None:
         for number, checkpoint in enumerate(checkpoints):
@@ -101,17 +102,17 @@ class Choices:
         name = fingerprint(choosing)
         if name not in known:
             scores = self._scored(pool, contender, estimator, scoring)
-            select_by = partial(self._select, contender, scores, method, budget, choosing)
-            known[name] = scores if isinstance(scores, Stopped) else attempted("select", select_by)
+            if isinstance(scores, Stopped):
+                known[name] = scores
+            else:
+                select_by = partial(self._select, contender, scores, method, budget)
+                known[name] = self._timed("select", contender.name, choosing, select_by)
         return known[name]
 
-    def _select(
-        self, contender: Contender, scores: Any, method: Selector, budget: int, identity: dict[str, Any]
-    ) -> tuple[str, ...]:
-        with self.clock.timed("select", contender.name, identity):
-            if contender.drop is None:
-                return tuple(select(scores, method, budget=budget).ids)
-            chosen = select(scores, method, drop=contender.drop)
+    def _select(self, contender: Contender, scores: Scores, method: Selector, budget: int) -> tuple[str, ...]:
+        if contender.drop is None:
+            return tuple(select(scores, method, budget=budget).ids)
+        chosen = select(scores, method, drop=contender.drop)
         if (caution := chosen.dropped and chosen.dropped.warning) is not None:
             self.grid.pool.reporter.warn(f"{contender.name}: {caution}")
         return tuple(chosen.ids)
@@ -123,14 +124,12 @@ class Choices:
         name = fingerprint(identity)
         if self._scores is None or self._scores[0] != name:
             self._scores = None  # a table of scores may be large: the last goes before the next comes
-            self._scores = name, attempted("score", partial(self._score, pool, contender, estimator, identity))
+            how: dict[str, Any] = {"aggregation": self.grid.recipe.aggregation, "views": ()}
+            score_by = partial(score, pool, self.grid.target, estimator, **how)
+            self._scores = name, self._timed("score", contender.name, identity, score_by)
         found = self._scores[1]
         if contender.name not in self.ends and not isinstance(found, Stopped):
             per_seed = self.grid.job.warmup == "per_seed"
             note = f"Scores of the warm-up with seed {pool.seed}." if per_seed else ""
             self.ends[contender.name] = score_ends_of(self.grid, found, note)
         return found
-
-    def _score(self, pool: Pool, contender: Contender, estimator: Estimator, identity: dict[str, Any]) -> Scores:
-        with self.clock.timed("score", contender.name, identity):
-            return score(pool, self.grid.target, estimator, aggregation=self.grid.recipe.aggregation, views=())

@@ -34,9 +34,7 @@ Rows = Mapping[Key, NDArray[np.int64]]
 
 
 def chosen_blocks(grid: Grid, choices: Mapping[Key, Sequence[str]]) -> tuple[dict[str, list[Block]], list[str]]:
-    """What was chosen, by heading of the page, and why there is no map if there is none; `choices` are those that were
-    made, also where the training that followed failed.
-    """
+    """What was chosen, also if the training failed, by heading of the page; and why there is no map if so."""
     data = grid.pool.data
     counted = Counted(data, grid.recipe.group_by)
     sets = {key: np.array(data.positions(list(ids)), dtype=np.int64) for key, ids in choices.items()}
@@ -110,11 +108,7 @@ class Counted:
 
 
 def length_edges(lengths: NDArray[np.int64]) -> tuple[float, ...]:
-    """Edges of at most 12 bins of a round width over all but the longest 2 %, which the last bin takes in as well.
-
-    >>> length_edges(np.array([12, 18, 31, 40, 400]))
-    (0.0, 50.0, 100.0, 150.0, 200.0, 250.0, 300.0, 350.0, 400.0)
-    """
+    """Edges of at most 12 bins of a round width over all but the longest 2 %, which the last bin takes in as well."""
     low, most, high = int(lengths.min()), float(np.quantile(lengths, 0.98)), int(lengths.max())
     scale = 1
     while True:

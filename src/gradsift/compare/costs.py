@@ -59,16 +59,10 @@ class _Sampled(Manifest):
 
 
 class StageClock:
-    """Wall time and endpoint use of stages, each counted once however many arms share it.
+    """Wall time and endpoint use of stages, each counted once (`by_key`) however many arms share it.
 
-    Time that a killed process (not an interrupted one) spent on an unfinished stage is lost, and that is told.
-
-    Args:
-        run: the run folder.
-        common: what all stages depend on beside the run's model and pool.
-
-    Attributes:
-        by_key: what was timed, by what the work depended on.
+    Time that a killed process (not an interrupted one) spent on an unfinished stage is lost, and that is told. `common`
+    is what all stages depend on beside the run's model and pool.
     """
 
     def __init__(self, run: Run, common: dict[str, Any]) -> None:

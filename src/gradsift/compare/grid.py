@@ -102,8 +102,7 @@ class Grid:
         return contender.training or self.job.training
 
     def opponent(self, metric: Any, cell: CellOf) -> CellOf | None:
-        """The cell that a metric compares this one with: at its budget or else this one's or the nearest, and with this
-        seed; None where it compares with no arm."""
+        """The cell with this seed of the arm that a metric compares with, at its budget, this one's or the nearest."""
         if not isinstance(metric, PairwiseMetric) or metric.opponent is None:
             return None
         other = next(one for one in self.contenders if one.name == metric.opponent)
@@ -137,19 +136,16 @@ class Grid:
 
 
 def open_grid(recipe: Recipe, job: Compare, reporter: Reporter) -> Grid:
-    """Open and check everything that can be checked before anything heavy.
-
-    Raises:
-        ConfigError: a budget that the pool does not have, arms that do not go with the target, or a reward that cannot
-            be computed.
-        DataError, ModelError, MismatchError: the data, the model, or the run folder; a choice of another pool.
-    """
+    """Open and check everything that can be checked before anything heavy; raises as `run_compare`."""
     if job.warmup == "per_seed" and recipe.adapter:
         raise ConfigError(
             "compare.warmup is per_seed, but adapters are given, so that there is no warm-up to repeat: leave "
             "`adapter:` out, or use warmup: shared"
         )
-    found = [_judged(one, recipe) for one in contenders(job.arms, recipe.estimator, recipe.selection, recipe.drop)]
+    found = [
+        replace(one, estimator=one.estimator and with_judge(one.estimator, recipe.judge))
+        for one in contenders(job.arms, recipe.estimator, recipe.selection, recipe.drop)
+    ]
     names = [one.name for one in found]
     if job.reference is not None and job.reference not in names:
         raise ConfigError(
@@ -231,11 +227,6 @@ def _on_the_rest(job: Compare, recipe: Recipe, target: Target | None) -> Compare
 
     parts = {"metrics": tuple(map(resolved, job.metrics)), "best_by": resolved(job.best_by)}
     return job.model_copy(update={**parts, "curve": resolved(job.curve)})
-
-
-def _judged(contender: Contender, recipe: Recipe) -> Contender:
-    """With the recipe's judge where an estimator asks one and names none."""
-    return replace(contender, estimator=contender.estimator and with_judge(contender.estimator, recipe.judge))
 
 
 def _target(recipe: Recipe, pool: Pool, methods: Sequence[Estimator]) -> Target | None:

@@ -34,16 +34,10 @@ def run_compare(recipe: Recipe, reporter: Reporter | None = None) -> Comparison:
 
     A cell that fails is reported in the result, the rest goes on, and the next call tries it again. Whatever was done
     before is found in the run folder, so that a resumed comparison gives the figures of an undisturbed one.
+    ConfigError, for a budget, arms or a reward that cannot be, comes before anything heavy.
 
-    Raises:
-        ConfigError: no `compare:`, a budget that the pool does not have, arms that do not go with the target, or a
-            reward that cannot be computed; all before anything heavy.
-        DataError, ModelError, MismatchError: the data, the model, or the run folder.
-        StorageError, LockedError: the run folder cannot be written.
-
-    Example:
-        >>> comparison = run_compare(load_recipe("compare.yaml"))  # doctest: +SKIP
-        >>> comparison.row("LESS", 500, "loss").difference  # doctest: +SKIP
+    >>> comparison = run_compare(load_recipe("compare.yaml"))  # doctest: +SKIP
+    >>> comparison.row("LESS", 500, "loss").difference  # doctest: +SKIP
     """
     if recipe.compare is None:
         raise ConfigError("nothing to compare: the recipe has no `compare:` section (recipes/compare.yaml shows one)")
@@ -95,9 +89,7 @@ class _Cells:
     def _rounds(
         self, cells: Sequence[CellOf], elsewhere: bool
     ) -> Iterator[tuple[Literal["train", "evaluate"], list[CellOf]]]:
-        """What can be done at once: on workers first all trainings, as a metric may compare two arms, and of cells with
-        equal ones first one, whose training the others find.
-        """
+        """What can be done at once: on workers first trainings, of equal ones one, as metrics may compare arms."""
         if not elsewhere:
             yield "evaluate", list(cells)
             return

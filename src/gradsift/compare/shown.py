@@ -511,11 +511,7 @@ def _duration(costs: Sequence[StageCost]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A wall time in the largest unit that leaves it two figures.
-
-    >>> duration(5.25), duration(754.0), duration(9000.0)
-    ('5.2 s', '13 min', '2.5 h')
-    """
+    """A wall time in the largest unit that leaves it two figures: `5.2 s`, `13 min`, `2.5 h`."""
     if not math.isfinite(seconds):
         return text.ABSENT
     if 0 < seconds < 0.05:

@@ -44,15 +44,7 @@ class Difference:
 
 
 def mean_and_spread(values: Sequence[float]) -> Mean | None:
-    """Mean and sample standard deviation √(Σ(x - x̄)² / (n - 1)), the ± of tables over seeds; None of no values.
-
-    Raises:
-        ConfigError: NaN or infinity among the values.
-
-    Example:
-        >>> mean_and_spread([1.0, 2.0, 3.0])
-        Mean(mean=2.0, spread=1.0, count=3)
-    """
+    """Mean and sample standard deviation √(Σ(x - x̄)² / (n - 1)), the ± of tables over seeds; None of no values."""
     array = _finite(values, "values")
     if not array.size:
         return None
@@ -67,26 +59,12 @@ def paired_difference(
 ) -> Difference | None:
     """How much higher `values` are than `reference`, pair by pair, with a 95 % interval; None where they share no key.
 
-    Pairing takes out what both share, such as the seed's warm-up or an item's difficulty. Keys of one side alone are
-    left out.
+    Both are by seed, or by item. Pairing takes out what both share, such as the seed's warm-up or an item's difficulty.
 
     - `t`: x̄ ± t(n - 1) · s / √n over the n differences; for seeds, of which there are few. Exact where differences are
       normal.
-    - `bootstrap`: percentiles of the means of 10,000 resamples of the pairs; for evaluated items, of which there are
-      many. With fewer than some twenty pairs it is too narrow.
-
-    Args:
-        values: by seed, or by item.
-        reference: the same, of the method to compare with (random).
-        interval: see above.
-
-    Raises:
-        ConfigError: NaN or infinity.
-
-    Example:
-        >>> found = paired_difference({0: 3.0, 1: 5.0}, {0: 1.0, 1: 2.0})
-        >>> found.mean, found.count
-        (2.5, 2)
+    - `bootstrap`: of the means of 10,000 resamples of the pairs (`estimate_of`); for evaluated items, of which there
+      are many.
     """
     shared = [key for key in values if key in reference]
     if not shared:
@@ -112,10 +90,6 @@ def mean_jaccard(choices: Sequence[Mapping[int, Collection[Hashable]]]) -> list[
 
     Off the diagonal, the mean of `jaccard` over the seeds that both methods have, each with its like; on it, over all
     pairs of different seeds. None where there is no such pair.
-
-    Example:
-        >>> mean_jaccard([{0: {"a", "b"}, 1: {"b", "c"}}, {0: {"a", "b"}}])
-        [[0.3333333333333333, 1.0], [1.0, None]]
     """
     return [
         [_overlap(first, second, row == column) for column, second in enumerate(choices)]
@@ -127,13 +101,6 @@ def chance_jaccard(first: int, second: int, pool: int) -> float:
     """Expected `jaccard` of two choices of these sizes drawn at random from a pool, independently.
 
     Σ_k P(k) · k / (a + b - k), where the number k in common is hypergeometric.
-
-    Raises:
-        ConfigError: a choice larger than the pool.
-
-    Example:
-        >>> round(chance_jaccard(50, 50, 1000), 4)
-        0.0259
     """
     if not 0 <= max(first, second) <= pool or min(first, second) < 0:
         raise ConfigError(f"choices of {first} and {second} examples from a pool of {pool}: none can be larger than it")

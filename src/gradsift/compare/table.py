@@ -204,10 +204,8 @@ _COLUMNS = {
 
 
 def tabulate(cells: Sequence[Cell], contenders: Sequence[Contender], reference: str | None) -> list[Row]:
-    """A row per metric, figure, budget and arm, in that order, from the cells that there are.
-
-    Each is paired with the arm `reference`: at the same budget where both have it, else (the full pool, a ready data
-    set, the untrained model) at that arm's largest.
+    """A row per metric, figure, budget and arm, in that order, paired with the arm `reference`: at the same budget
+    where both have it, else at that arm's largest.
     """
     order = {contender.name: number for number, contender in enumerate(contenders)}
     groups: dict[tuple[str, str], dict[tuple[int, str], dict[int, Figure]]] = {}
@@ -232,9 +230,7 @@ def tabulate(cells: Sequence[Cell], contenders: Sequence[Contender], reference: 
 
 
 def overlaps(cells: Sequence[Cell], contenders: Sequence[Contender], pool: int) -> list[ChoiceOverlap]:
-    """How much the arms' choices have in common, per budget, of so many that could be chosen; arms that choose nothing
-    are left out.
-    """
+    """How much the choices of arms that choose have in common, per budget, of so many that could be chosen."""
     names = [contender.name for contender in contenders if contender.sized]
     found = []
     for budget in sorted({cell.budget for cell in cells if cell.arm in names}):

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import asdict, dataclass
 from difflib import SequenceMatcher
-from itertools import chain, islice
+from itertools import accumulate, chain, islice
 from operator import eq
 from typing import Any
 
@@ -29,13 +29,7 @@ _SKIPPED = TypeAdapter(Skipped)
 
 
 class Entries(Sequence[Skipped]):
-    """What is left out, in order: equal to a tuple of it, and read from files line by line where it lies in any.
-
-    Example:
-        >>> first, second = Skipped("a", "duplicate", "as 'b'"), Skipped("b", "bad_json", "not valid")
-        >>> Entries((first,), Entries.of_lines([as_line(second)])) == (first, second)
-        True
-    """
+    """What is left out, in order: equal to a tuple of it, and read from files line by line where it lies in any."""
 
     def __init__(self, *pieces: Sequence[Skipped]) -> None:
         nested = (piece._pieces if isinstance(piece, Entries) else [piece] for piece in pieces)
@@ -212,7 +206,7 @@ def _unmatched(given: str, shown: str) -> Iterator[Difference]:
     if len(ours) * len(theirs) > _LARGEST_COMPARISON:
         yield Difference(head, head + len(left), right)
         return
-    starts = _starts(ours, head)
+    starts = list(accumulate(map(len, ours), initial=head))
     for kind, a, b, c, d in SequenceMatcher(None, ours, theirs, autojunk=False).get_opcodes():
         if kind == "delete":
             yield Difference(starts[a], starts[b])
@@ -221,14 +215,6 @@ def _unmatched(given: str, shown: str) -> Iterator[Difference]:
             end, begin = common_length(old[::-1], new[::-1]), 0
             begin = common_length(old[: len(old) - end], new[: len(new) - end])
             yield Difference(starts[a] + begin, starts[b] - end, new[begin : len(new) - end])
-
-
-def _starts(tokens: Sequence[str], first: int) -> list[int]:
-    """Where each token begins, and where the last one ends."""
-    starts = [first]
-    for token in tokens:
-        starts.append(starts[-1] + len(token))
-    return starts
 
 
 def common_length(first: Sequence[object], second: Sequence[object]) -> int:

@@ -52,8 +52,10 @@ class _Watch:
     def end(self, one: _Bounded) -> None:
         with self.lock:
             self.running.discard(one)
-            if not self.running:
-                _restore_memory(self.memory)
+            if not self.running and self.memory is not None:
+                import resource
+
+                resource.setrlimit(resource.RLIMIT_AS, self.memory)
             if one.stopped:  # what has not been raised yet must not be raised in what follows
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(one.thread), None)
 
@@ -91,9 +93,7 @@ os.register_at_fork(after_in_child=_forget)
 def at_most(seconds: float, memory: int) -> Iterator[None]:
     """Run code of others for at most so many seconds, with at most so many bytes beside what the process has.
 
-    Raises:
-        OverrunError: it took longer.
-        MemoryError: it wanted more; only on Linux, elsewhere memory is not bounded.
+    OverrunError says that it took longer, MemoryError that it wanted more, which is bounded on Linux alone.
     """
     watch = _watch
     one = _Bounded(threading.get_ident(), time.monotonic() + seconds)
@@ -119,10 +119,3 @@ def _limit_memory(more: int) -> tuple[int, int] | None:
         resource.setrlimit(resource.RLIMIT_AS, (min([wanted, *tops]), hard))
         return soft, hard
     return None
-
-
-def _restore_memory(limits: tuple[int, int] | None) -> None:
-    if limits is not None:
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_AS, limits)

@@ -149,7 +149,7 @@ class ChatFormat:
         self.control_tokens = self._find_control_tokens()
 
     def tokenize(self, example: Example) -> TokenizedExample | Skipped:
-        """Return the example's token ids and labels, or why it has none.
+        """The example's token ids and labels, or why it has none.
 
         Skips with reason "template" when the template refuses the conversation (its own message is in the detail) or
         a turn to learn cannot be located exactly, and "nothing_to_learn" when flags or truncation leave no label.
@@ -179,10 +179,8 @@ class ChatFormat:
     # --- plain texts ----------------------------------------------------------------------------------------------
 
     def chunks(self, example: Example) -> list[Example]:
-        """A plain text as parts of `chunk` tokens each, with ids `doc#0`, `doc#1` …; any other row as it is.
-
-        The tokens are those of the whole text, its beginning and its end of sequence included: parts put together are
-        the text, and their tokens its tokens.
+        """A plain text as parts of `chunk` tokens each, with ids `doc#0`, `doc#1` …, which put together are the text
+        and its tokens, its beginning and end of sequence included; any other row as it is.
         """
         if self.chunk is None or not is_text(example.messages):
             return [example]
@@ -235,14 +233,11 @@ class ChatFormat:
     # --- prompts --------------------------------------------------------------------------------------------------
 
     def prompt_ids(self, messages: Sequence[Message], options: str = "") -> list[int]:
-        """Return the token ids of a conversation and the generation prompt, ready to generate from.
+        """The token ids of a conversation and the generation prompt, ready to generate from; DataError if the template
+        refuses.
 
         Where the template has no generation prompt that opens the assistant's turn, the opening that it writes before
-        answers is added, so that generation continues what training reads.
-
-        options: the row's own arguments for the template, as `Example.options`.
-
-        Raises DataError when the template refuses the conversation.
+        answers is added, so that generation continues what training reads. `options` are as `Example.options`.
         """
         shown = self._prompt(messages, options)
         answer = self._template.turn((*shown.kinds, "assistant"), len(messages), shown.outline)
@@ -273,10 +268,7 @@ class ChatFormat:
         return np.concatenate([inside, known[count:]])
 
     def unshown_of_prompt(self, example: Example, messages: Sequence[Message]) -> tuple[Skipped, ...]:
-        """What of a prompt's messages the model is not shown before it answers.
-
-        Raises DataError when the template refuses them.
-        """
+        """What of a prompt's messages the model is not shown; DataError if the template refuses them."""
         shown = self._prompt(messages, example.options)
         try:
             return (*example.unused, *_unshown(example, messages, shown))
@@ -337,9 +329,7 @@ class ChatFormat:
         return self._template if example.prompt else self._of_trl
 
     def _by_trl(self, example: Example, ids: list[int]) -> NDArray[np.bool_]:
-        """Which tokens TRL's trainer learns: a completion's, all that follow its prompt's; of other conversations those
-        that its variant of the template says.
-        """
+        """Which tokens TRL's trainer learns: all after the prompt's, or those that its variant of the template says."""
         template = self._template_for(example)
         taken = template.as_taken(example.messages, example.options)
         if example.prompt:
@@ -407,11 +397,7 @@ class ChatFormat:
         return f"the token {token!r} has the id {highest:,}, and the model has embeddings for {self._vocabulary:,} ids"
 
     def _refuse_foreign_markers(self) -> None:
-        """Refuse a tokenizer with whose template every conversation has tokens that the model does not know.
-
-        Raises:
-            ModelError: naming one.
-        """
+        """Refuse (ModelError) a template that writes tokens into every conversation that the model does not know."""
         for roles in (("user",), ("user", "assistant")):
             frame = self._template.frame(roles, generation_prompt=roles[-1] == "user")
             foreign = None if frame is None else self._foreign(self._ids("a".join(frame.literals)))
@@ -564,11 +550,7 @@ class CutReasoningError(TemplateProblemError):
 
 
 def keep_reasoning(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give a tokenizer TRL's variant of its template for training, which shows the reasoning of every turn.
-
-    Raises:
-        ConfigError: TRL is not there, or knows no such variant.
-    """
+    """Give a tokenizer TRL's variant of its template for training, which shows the reasoning of every turn."""
     try:
         from trl.chat_template_utils import get_training_chat_template
     except ImportError as error:
@@ -660,11 +642,9 @@ def _unshown(example: Example, messages: Sequence[Message], shown: Rendering) ->
                 detail = (
                     f"{count:,} of the {len(content):,} characters of {which} are {what}: {_quoted(first)}{instead}"
                 )
-                yield example.in_part(reason, detail, f"part of {_a(role)} message {what}")
-
-
-def _a(role: str) -> str:
-    return f"an {role}" if role[0] in "aeiou" and role != "user" else f"a {role}"
+                yield example.in_part(
+                    reason, detail, f"part of {'an' if role == 'assistant' else 'a'} {role} message {what}"
+                )
 
 
 def _quoted(text: str) -> str:

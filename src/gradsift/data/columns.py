@@ -12,16 +12,11 @@ _DECODER = json.JSONDecoder()
 def add_columns(rows: Sequence[str], added: Sequence[Mapping[str, Any]]) -> tuple[list[str], dict[str, str]]:
     """Rows with columns added at their end, and where columns of these names that they had before have gone.
 
-    A row without a clash is kept byte for byte. What has a name of ours already, from an earlier stage, gets the first
-    number that is free in all rows: `gradsift_id_1`, after a third stage `gradsift_id_2`.
+    A row, JSON text with every key once, is kept byte for byte where none clashes. What has a name of ours already gets
+    the first number that is free in all rows: `gradsift_id_1`, after a third stage `gradsift_id_2`.
 
-    Args:
-        rows: JSON objects as text, with every key once.
-        added: to each.
-
-    Example:
-        >>> add_columns(['{"a":1}', '{"gradsift_id": "x"}'], [{"gradsift_id": "p"}, {"gradsift_id": "q"}])[0]
-        ['{"a":1, "gradsift_id": "p"}', '{"gradsift_id_1": "x", "gradsift_id": "q"}']
+    >>> add_columns(['{"a":1}', '{"gradsift_id": "x"}'], [{"gradsift_id": "p"}, {"gradsift_id": "q"}])[0]
+    ['{"a":1, "gradsift_id": "p"}', '{"gradsift_id_1": "x", "gradsift_id": "q"}']
     """
     members = [_members(row) for row in rows]
     there = {key for own in members for key in own}

@@ -148,11 +148,7 @@ class Dataset(Rows):
         return self
 
     def sample(self, size: float, seed: int = 0) -> Dataset:
-        """Rows drawn uniformly by seed, in their own order; a size below 1 is a share.
-
-        Raises:
-            ConfigError: a size that is neither a share nor a whole number, or more than there are.
-        """
+        """Rows drawn uniformly by seed, in their own order; a size below 1 is a share."""
         count = sample_count(size, len(self))
         return self.subset(np.sort(np.random.default_rng(seed).choice(len(self), count, replace=False)))
 
@@ -186,19 +182,11 @@ class Dataset(Rows):
         return self[self.position(id_)]
 
     def position(self, id_: str) -> int:
-        """The position of an id.
-
-        Raises:
-            DataError: it is not there.
-        """
+        """The position of an id, as `positions`."""
         return self.positions([id_])[0]
 
     def positions(self, ids: SequenceABC[str]) -> list[int]:
-        """Positions of ids.
-
-        Raises:
-            DataError: an id is not there.
-        """
+        """Positions of ids; DataError where one is not there."""
         found = self.ids.positions(ids)
         missing = np.flatnonzero(found < 0)
         if len(missing):

@@ -84,11 +84,7 @@ def suffix_of(path: Path) -> str:
 
 
 def file_rows(path: Path, name: str) -> Iterator[Row]:
-    """The rows of a file.
-
-    Raises:
-        FileError: it cannot be read, or not to its end.
-    """
+    """The rows of a file; FileError where it cannot be read, or not to its end."""
     suffix = suffix_of(path)
     try:
         _refuse_another(path)
@@ -108,11 +104,7 @@ def file_rows(path: Path, name: str) -> Iterator[Row]:
 
 
 def _refuse_another(path: Path) -> None:
-    """Refuse a file of another kind than its name says.
-
-    Raises:
-        FileError: what it is.
-    """
+    """Refuse a file of another kind than its name says."""
     with _opened(path) as file:
         start = file.read(max(map(len, _OTHERS)))
     of_table = (b"PAR1", b"ARROW1") if suffix_of(path) in _TABLES else ()
@@ -255,11 +247,7 @@ def _array_rows(text: str, position: int, name: str, *, wrapped: bool) -> Iterat
 
 
 def _json_at(text: str, begin: int) -> tuple[Any, int, tuple[str, str] | None]:
-    """The JSON value that begins there, where it ends, and what is wrong with it: Python takes the last of equal keys.
-
-    Raises:
-        ValueError: it is no JSON.
-    """
+    """The JSON value that begins there, where it ends, what is wrong with it: Python takes the last of equal keys."""
     twice: list[str] = []
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -318,11 +306,7 @@ def _csv_rows(path: Path, name: str) -> Iterator[Row]:
 
 
 def refuse_repeated(columns: Iterable[Any]) -> None:
-    """Refuse a table in which one column would hide another.
-
-    Raises:
-        FileError: naming it.
-    """
+    """Refuse a table in which one column would hide another, by a FileError that names it."""
     repeated = [column for column, count in Counter(columns).items() if count > 1]
     if repeated:
         raise FileError(f"has the column {repeated[0]!r} twice: rename one of them")
@@ -336,10 +320,7 @@ def _opened_text(path: Path) -> Iterator[io.TextIOWrapper]:
 
 
 def _delimiter(path: Path) -> str:
-    """What separates the fields: the usual character of the type, unless another one fits more of the first rows.
-
-    A file that is well-formed with its usual character is never read with another.
-    """
+    """What separates the fields: the usual character of the type, unless another one fits more of the first rows."""
     usual = "\t" if suffix_of(path) == ".tsv" else ","
     fitting: dict[str, float] = {}
     for delimiter in dict.fromkeys((usual, ",", ";", "\t")):
@@ -403,11 +384,7 @@ def _table_rows(path: Path, name: str) -> Iterator[Row]:
 
 
 def unpadded(row: Any) -> Any:
-    """A row of a table without what its objects lack.
-
-    All objects of a column of a table have the same keys, those of a tool's schema or of a call's arguments, too: where
-    one lacks a key that another row has, it is null.
-    """
+    """A row of a table without the nulls that stand for keys that other rows' objects have."""
     if isinstance(row, dict):
         return {key: _without_nulls(value) for key, value in row.items()}
     return row
@@ -429,9 +406,7 @@ def batch_rows(batches: Iterable[RecordBatch], name: str) -> Iterator[Row]:
 
 
 def _decoded(batch: RecordBatch, name: str, before: int) -> list[Row]:
-    """The rows of a batch of which `before` came before; a text that is not UTF-8, or a map with a key twice, costs its
-    own row only.
-    """
+    """The rows of a batch after `before` others; a text that is not UTF-8, or a key twice, costs its own row only."""
     try:
         rows = batch.to_pylist(maps_as_pydicts="strict")
         return [Row(unpadded(row), name, number) for number, row in enumerate(rows, start=before + 1)]

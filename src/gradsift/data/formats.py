@@ -138,15 +138,7 @@ class Columns(Settings):
 
     @classmethod
     def of(cls, given: Columns | Mapping[str, str] | None) -> Columns:
-        """What an argument `columns` means: one of these, a mapping of its fields, or nothing.
-
-        Raises:
-            ConfigError: a field that there is not, or a name that is no text.
-
-        Example:
-            >>> Columns.of({"prompt": "question"}).prompt
-            'question'
-        """
+        """What an argument `columns` means: one of these, a mapping of its fields (ConfigError), or nothing."""
         if given is None or isinstance(given, cls):
             return given or cls()
         try:
@@ -210,8 +202,7 @@ def read_conversation(
 ) -> Conversation:
     """The conversation that a row holds; of a preference pair that with the `answer` that is asked for.
 
-    Raises:
-        BadRowError: it holds none, or one with nothing to learn from where an answer is required.
+    BadRowError: it holds none, or one with nothing to learn from where an answer is required.
     """
     if answer is None:
         _refuse_unwanted(row, columns)
@@ -285,9 +276,7 @@ def _turns(row: Mapping[str, Any], columns: Columns, require_answer: bool) -> li
 
 
 def _answered(row: Mapping[str, Any], columns: Columns, answer: Answer) -> list[Any]:
-    """The turns of a preference pair with one of its answers: what is asked stands in a column of its own, or is what
-    both answers begin with (TRL's explicit and implicit form).
-    """
+    """The turns of a preference pair with one answer, in TRL's explicit or implicit form."""
     both: dict[Answer, Any] = {one: _spoken(_need(row, getattr(columns, one) or one)) for one in get_args(Answer)}
     asked = _asked(row, columns)
     if asked is not None and [_speaker(turn) for turn in asked] == ["user"] and all(map(_is_whole, both.values())):
@@ -323,11 +312,7 @@ def in_two_columns(row: Mapping[str, Any], columns: Columns) -> Mapping[str, Any
 
 
 def _refuse_unwanted(row: Mapping[str, Any], columns: Columns) -> None:
-    """Refuse an answer that KTO's data say is not wanted; where columns were named, the user knows what they are of.
-
-    Raises:
-        BadRowError: it is not wanted.
-    """
+    """Refuse an answer that KTO's data say is not wanted; where columns were named, the user knows what they are of."""
     name = "label" if "completion" in row else "kto_tag"
     value = row.get(name)
     unwanted = value is False or (isinstance(value, np.bool_ | str) and str(value).lower() == "false")
@@ -366,9 +351,7 @@ def _check_implicit(row: Mapping[str, Any], columns: Columns, both: Mapping[Answ
 
 
 def _shared(both: dict[Answer, Any]) -> tuple[list[Any], dict[Answer, Any]]:
-    """What both answers begin with, and their rest: whole turns, or of texts what comes before the word in which they
-    part.
-    """
+    """What both answers begin with, in whole turns or words, and their rest."""
     chosen, rejected = both["chosen"], both["rejected"]
     if isinstance(chosen, str) and isinstance(rejected, str):
         shared = chosen[: common_length(chosen, rejected)]
@@ -430,9 +413,7 @@ def _put_together(turns: list[Any], answers: list[Any]) -> list[Any]:
 
 
 def _end_of_prompt(asked: list[Any], answers: list[Any]) -> int | None:
-    """After how many turns a whole conversation, as chosen ones are, has asked what a prompt asks, be it behind a
-    system message or earlier turns; None where it does not.
-    """
+    """After how many turns a whole conversation has asked what a prompt asks, be it behind earlier ones."""
     if not _is_whole(answers):
         return None
     ends = range(len(answers) - 1, len(asked) - 1, -1)
@@ -451,11 +432,9 @@ def _same(turn: Any, other: Any) -> bool:
         return False
     one, two = ("".join(_texts(_content(each))).strip() for each in (turn, other))
     alike = one == two if one else _content(turn) == _content(other)
-    return alike and all(of(turn) == of(other) for of in (lambda each: _ROLES.get(_speaker(each)), _given_calls))
-
-
-def _given_calls(turn: Mapping[str, Any]) -> Any:
-    return turn.get("tool_calls") or turn.get("function_call")
+    role, other_role = (_ROLES.get(_speaker(each)) for each in (turn, other))
+    calls, other_calls = (each.get("tool_calls") or each.get("function_call") for each in (turn, other))
+    return alike and role == other_role and calls == other_calls
 
 
 def _alpaca(row: Mapping[str, Any], columns: Columns, require_answer: bool) -> list[Any]:
@@ -520,11 +499,7 @@ def column_value(row: Mapping[str, Any], column: str) -> Any:
 
 
 def advised(columns: Iterable[str]) -> str:
-    """What `--columns` would say of these where their names look like a conversation, or a prompt and an answer.
-
-    >>> advised(["id", "question", "answer"])
-    'prompt=question,completion=answer'
-    """
+    """What `--columns` would say of these where their names look like a conversation, or a prompt and an answer."""
     there = [str(name) for name in columns]
     for name in ("messages", "conversations"):
         if name in there:
@@ -734,11 +709,7 @@ def _flags(turn: Mapping[str, Any], position: int) -> Flags | None:
 
 
 def _weight(row: Mapping[str, Any], columns: Columns) -> float:
-    """What a row says of its own loss: a factor, or that it is not learned from.
-
-    Raises:
-        BadRowError: it is left out, or says what cannot be read.
-    """
+    """What a row says of its own loss: a factor; one that is not learned from is refused."""
     for name in ("train", "training"):
         value = row.get(name) if name not in columns.named else None
         if _truth(value) is False:
@@ -842,22 +813,26 @@ def _unused_fields(turns: list[Any], messages: list[Message]) -> Iterator[Unused
             of_others = name not in message and any(name in own for own in _FIELDS_OF.values())
             known = of_others or name in _UNUSED_FIELDS or (name not in _FLAGS and _OF_THE_LOSS.search(str(name)))
             if known and _is_something(turn[name]):
-                detail = f"message {position} has {name} {_short(turn[name])}, which is not handed to the chat template"
-                yield Unused("field_not_used", detail, f"field {name} of a message not used")
+                words = f"has {name} {_short(turn[name])}, which is not handed to the chat template"
+                yield _unused_field(position, words, f"{name} of a message")
         content = _content(turn)
         parts = [part for part in content if isinstance(part, Mapping)] if isinstance(content, list | tuple) else []
         for name in dict.fromkeys(name for part in parts for name in part if _is_something(part[name])):
             if name not in _OF_A_PART:
-                detail = f"message {position} has a part of text with {name}, which is not used"
-                yield Unused("field_not_used", detail, f"field {name} of a text part not used")
+                words = f"has a part of text with {name}, which is not used"
+                yield _unused_field(position, words, f"{name} of a text part")
         both = turn.get("content"), turn.get("value")
         if None not in both and both[0] != both[1]:
-            detail = f"message {position} has content and value, of which the content is used"
-            yield Unused("field_not_used", detail, "field value of a message not used")
+            words = "has content and value, of which the content is used"
+            yield _unused_field(position, words, "value of a message")
         speakers = [turn.get(name) for name in ("role", "from")]
         if None not in speakers and len({_ROLES.get(str(one).strip().lower(), one) for one in speakers}) > 1:
-            detail = f"message {position} has role {speakers[0]} and from {speakers[1]}, of which the role is used"
-            yield Unused("field_not_used", detail, "field from of a message not used")
+            words = f"has role {speakers[0]} and from {speakers[1]}, of which the role is used"
+            yield _unused_field(position, words, "from of a message")
+
+
+def _unused_field(position: int, words: str, which: str) -> Unused:
+    return Unused("field_not_used", f"message {position} {words}", f"field {which} not used")
 
 
 def _unused_columns(row: Mapping[str, Any], columns: Columns, messages: list[Message]) -> Iterator[Unused]:
@@ -865,8 +840,7 @@ def _unused_columns(row: Mapping[str, Any], columns: Columns, messages: list[Mes
     for name in row:
         if name in answers and name not in columns.named and _is_something(row[name]):
             both = f"--columns prompt={TEXT},completion={name} learns both"
-            detail = f"column {name} is not used, a plain text is learned alone: {both}"
-            yield Unused("column_not_used", detail, _not_used(name))
+            yield _unused_column(name, f"is not used, a plain text is learned alone: {both}")
             continue
         means = _TRAINER_COLUMNS.get(name)
         if means is None and isinstance(row[name], list | tuple | np.ndarray) and _OF_THE_LOSS.search(str(name)):
@@ -874,9 +848,7 @@ def _unused_columns(row: Mapping[str, Any], columns: Columns, messages: list[Mes
         if name in ("train", "training") and _truth(row[name]) is None:
             means = "whether the row is learned"
         if means is not None and name not in columns.named and _matters(name, row):
-            yield Unused(
-                "column_not_used", f"column {name} ({means}) is not used: {_short(row[name])}", _not_used(name)
-            )
+            yield _unused_column(name, f"({means}) is not used: {_short(row[name])}")
     shown = [said(message) for message in messages]
     others = list(_SPOKEN)
     if isinstance(row.get("instruction"), str) and any(row["instruction"].strip() in content for content in shown):
@@ -898,20 +870,19 @@ def _unused_columns(row: Mapping[str, Any], columns: Columns, messages: list[Mes
         texts = (text for name in rival for text in _texts(row[name]))
         missing = next((text for text in texts if not any(text.strip() in content for content in shown)), None)
         if missing is not None:
-            name = " and ".join(rival)
-            detail = f"column {name} is not used, and says what the conversation does not: {_short(missing)}"
-            yield Unused("column_not_used", detail, _not_used(name))
+            words = f"is not used, and says what the conversation does not: {_short(missing)}"
+            yield _unused_column(" and ".join(rival), words)
 
 
 def _unused_options(row: Mapping[str, Any], columns: Columns) -> Iterator[Unused]:
     """What is meant for a chat template, which does not write plain texts."""
     for name in (_OPTIONS_COLUMN, columns.tools or _TOOLS_COLUMN):
         if _is_something(row.get(name)):
-            yield Unused("column_not_used", f"column {name} is not used: a plain text has no template", _not_used(name))
+            yield _unused_column(name, "is not used: a plain text has no template")
 
 
-def _not_used(column: str) -> str:
-    return f"column {column} not used"
+def _unused_column(name: str, words: str) -> Unused:
+    return Unused("column_not_used", f"column {name} {words}", f"column {name} not used")
 
 
 def _matters(name: str, row: Mapping[str, Any]) -> bool:

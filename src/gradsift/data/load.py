@@ -23,10 +23,8 @@ from gradsift.data.sources import Source, kind_of, read_rows
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a source held. `description` is one line for a person: "pool.jsonl (300 rows, 2 skipped)".
-
-    unread: files of the source that are not read, with reasons
-    notes:  what else a person may want to know, a sentence each
+    """What a source held; `description` and `notes` are lines for a person, `unread` files that are not read, with
+    reasons.
     """
 
     examples: list[Example]

@@ -18,24 +18,12 @@ from gradsift.base.types import Example, Message, Skipped, said
 
 
 def content_hash(messages: Iterable[Message]) -> str:
-    """Hash the messages exactly as they are: the default id of a row that brings none.
-
-    16 hex digits: among a million different rows two share one with probability 3e-8, and would then be told apart by
-    a suffix.
-
-    >>> content_hash([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}])
-    'de615ee0a74cae9c'
-    """
+    """Hash the messages exactly as they are (16 hex digits): the default id of a row that brings none."""
     return _digest((message["role"], said(message)) for message in messages)[:16]
 
 
 def normalised_hash(messages: Iterable[Message]) -> str:
-    """Hash all messages after NFKC, lower case and collapsed white space (32 hex digits); roles count too.
-
-    >>> shout = [{"role": "user", "content": " HELLO  there\\n"}]
-    >>> normalised_hash(shout) == normalised_hash([{"role": "user", "content": "hello there"}])
-    True
-    """
+    """Hash all messages after NFKC, lower case and collapsed white space (32 hex digits); roles count too."""
     return _digest((message["role"], _normalise(said(message))) for message in messages)[:32]
 
 
@@ -50,10 +38,7 @@ class Duplicates:
         self._ids, self._ends = bytearray(), array("q", [0])  # of those that are kept
 
     def add(self, example: Example, digest: str) -> Skipped | None:
-        """The row as a duplicate that names the one that is kept; None for one that is new.
-
-        digest: its `normalised_hash`
-        """
+        """The row, of this `normalised_hash`, as a duplicate that names the one that is kept; None if it is new."""
         place = self._seen.add(
             f"{digest}{example.flags or ''}{example.options}{example.weight if example.weight != 1 else ''}",
             len(self._ends) - 1,
@@ -67,12 +52,9 @@ class Duplicates:
 
 
 def overlap_of_hashes(pool: Iterable[tuple[str, str]], target: Iterable[tuple[str, str]]) -> list[Skipped]:
-    """List every pool example that is also in the target: training on it would be training on the test.
+    """Every pool example that is also in the target, where training on it would be training on the test, in pool order.
 
-    Args:
-        pool, target: (id, normalised hash) of each example.
-
-    Returns one `Skipped` per such pool row, in pool order, reason "overlap"; its detail names the target id.
+    Both are (id, normalised hash) of each example; the detail of each `Skipped` names the target's id.
     """
     target_ids: dict[str, str] = {}
     for id_, own in target:

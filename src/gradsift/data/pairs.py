@@ -20,7 +20,7 @@ from gradsift.data.account import Account
 from gradsift.data.chat import ChatFormat
 from gradsift.data.dataset import Dataset
 from gradsift.data.formats import Answer, BadRowError, Columns, in_two_columns, read_conversation
-from gradsift.data.prepare import prepare
+from gradsift.data.prepare import joined, prepare
 from gradsift.data.sources import read_rows
 from gradsift.model.loss import DPO, label_weights
 from gradsift.store.manifest import fingerprint
@@ -129,10 +129,8 @@ class Pairs(Dataset):
         return Pairs(self._chosen.subset(places), self.rejected.subset(places), self.preference, known, origin)
 
     def turned(self, positions: SequenceABC[int] | NDArray[np.int64]) -> Pairs:
-        """These rows with the rejected answer preferred, under their own ids.
-
-        Contrasts and margins change their sign: a gradient g by DPO at the margin m becomes −e^m·g, one by difference
-        −g.
+        """These rows with the rejected answer preferred, under their own ids, and contrasts and margins of the other
+        sign: a gradient g by DPO at the margin m becomes −e^m·g, one by difference −g.
         """
         places = np.asarray(positions, dtype=np.int64)
         own = self.subset(places)
@@ -182,11 +180,7 @@ class Pairs(Dataset):
         ]
 
     def sequences(self, start: int, stop: int) -> list[Sequence]:
-        """Rows `[start, stop)`, two sequences each, which together have the gradient of the row's loss.
-
-        Raises:
-            ConfigError: the loss is DPO's, whose gradients are another sum at each checkpoint, and none is named.
-        """
+        """Rows `[start, stop)`, two sequences each, which together have the gradient of the row's loss."""
         dpo, own = self._at(start, stop)
         return self._scaled(start, stop, None if dpo is None else dpo.slopes(own))
 
@@ -222,9 +216,8 @@ class Pairs(Dataset):
 
 
 def are_pairs(source: Any, columns: Columns | Mapping[str, str] | None) -> bool:
-    """Whether the first row of a source holds a chosen and a rejected answer, and no columns say otherwise.
-
-    A conversation with its answer beside which both stand is one; but ms-swift's, which is the chosen one itself.
+    """Whether the first row of a source holds a chosen and a rejected answer, also beside a conversation that has an
+    answer unless it is the chosen one (ms-swift's form), and no columns say otherwise.
     """
     named = Columns.of(columns)
     if named.chosen is not None or named.rejected is not None:
@@ -257,10 +250,7 @@ def prepare_pairs(
     """Load and tokenise both answers of each row; one of which an answer cannot be used is left out, and told.
 
     Exact duplicates, whose answers are both the same, are left out unless `keep_duplicates`. `check` is as `prepare`'s.
-
-    Raises:
-        DataError: no row can be used.
-        ConfigError: columns name the one answer that is learned.
+    DataError where no row can be used; ConfigError where columns name the one answer that is learned.
     """
     source = list(source) if isinstance(source, Iterator) else source  # it is read twice
     named = Columns.of(columns)
@@ -310,6 +300,19 @@ def prepare_pairs(
     kept_rows = chosen.subset(own)._with(chosen._beside + beside)
     known = _Known(np.array(factors) if any(factor != 1 for factor in factors) else None)
     return Pairs(kept_rows, rejected.subset(others), preference, known)
+
+
+def joined_like(first: Dataset, second: Dataset, before: str, reporter: Reporter) -> Dataset:
+    """`joined`, of pairs both answers and what pairs weigh."""
+    if not (isinstance(first, Pairs) and isinstance(second, Pairs)):
+        return joined(first, second, before, reporter)
+    chosen, rejected = (
+        joined(own, other, before, reporter)
+        for own, other in ((first.answered, second.answered), (first.rejected, second.rejected))
+    )
+    weigh = [np.ones(len(own)) if own._known.factors is None else own._known.factors for own in (first, second)]
+    factors = np.concatenate(weigh)
+    return Pairs(chosen, rejected, first.preference, _Known(factors if (factors != 1).any() else None))
 
 
 def _factor(chosen: Dataset, place: int, rejected: Dataset, other: int) -> float | None:

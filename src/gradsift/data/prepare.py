@@ -11,7 +11,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import compress, islice
 from pathlib import Path
@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradsift.base.errors import DataError
-from gradsift.base.progress import Advance, Reporter
+from gradsift.base.progress import Advance, Reporter, untold
 from gradsift.base.strings import Strings
 from gradsift.base.types import Example, Flags, Skipped, TokenizedExample
 from gradsift.data.account import Account, Entries, as_line, count_reasons, counts_text
@@ -58,15 +58,12 @@ def prepare(
     answer: Answer | None = None,
     reporter: Reporter,
 ) -> Dataset:
-    """Load, tokenise and store a data set, or open it if the run holds it already.
+    """Load, tokenise and store a data set, or open it if the run holds it already; DataError if no row is usable.
 
     Exact duplicates (normalised content) are left out unless `keep_duplicates`. Rows with nothing to learn are left
     out. Both are in its `account`, as is what of the other rows is not shown. `check` is given the fingerprint of what
     was read, and what its manifest will say, before anything is tokenised or written. With `answer`, rows are
     preference pairs, each read with that one.
-
-    Raises:
-        DataError: the source cannot be read or no row of it is usable.
     """
     require_answer = answer is not None or chat.supervise != "all_tokens"
     reading = ExampleReader(source, columns=columns, what=what, require_answer=require_answer, answer=answer)
@@ -79,9 +76,22 @@ def prepare(
         prefix = run.prefix("data", config)
         if run.intact(prefix, reporter, DataManifest) is None:
             with reporter.stage(f"tokenising the {what}", rows.count) as advance:
-                rows.write(run, prefix, chat, advance, f"the {what} ({reading.description})")
+                rows.write(run, prefix, rows.tokenised(chat), advance, f"the {what} ({reading.description})")
             run.complete(prefix, "data", config, files=_FILES, **told)
     return Dataset(run, prefix)._with(Account(files=reading.unread, notes=reading.notes))
+
+
+def joined(first: Dataset, second: Dataset, before: str, reporter: Reporter) -> Dataset:
+    """The rows of two data sets, tokens, labels and weights as they are; ids of the second begin with `before`."""
+    run, config = first.run, {"rows": [first.fingerprint, second.fingerprint, before], "template": first.template}
+    prefix = run.prefix("data", config)
+    if run.intact(prefix, reporter, DataManifest) is None:
+        with _Rows(str(run.folder) if run.folder.is_dir() else None) as rows:
+            found = [rows.taken(first), rows.taken(second, before)]
+            rows.write(run, prefix, found, untold, prefix)
+        told = {"description": f"{first.description} and {second.description}", "announcement": None}
+        run.complete(prefix, "data", config, files=_FILES, **told)
+    return Dataset(run, prefix)
 
 
 class _Rows(ExitStack):
@@ -124,26 +134,35 @@ class _Rows(ExitStack):
         self.content = content.hexdigest()[:16]
         self.left_out = _of_all(self._skipped, self._duplicates)
 
-    def write(self, run: Run, prefix: str, chat: ChatFormat, advance: Advance, name: str) -> None:
-        """Tokenise them, and publish the files of a data set.
+    def tokenised(self, chat: ChatFormat) -> Iterator[_Tokenised]:
+        """What becomes of the rows that were read."""
+        facts = _from_start(self._facts)
+        batches = iter(lambda: list(islice(facts, _BATCH)), [])
+        return in_order(partial(_tokenised, chat), batches, processes=cores() if self.count >= _MANY else 1)
 
-        Raises:
-            DataError: none of them can be used.
-        """
+    def taken(self, data: Dataset, before: str = "") -> _Tokenised:
+        """All rows of a data set, with this before their ids."""
+        ids = [f"{before}{id_}" for id_ in data.ids]
+        for own, id_ in zip(data.ids, ids, strict=True):
+            _add(self._lines, json.dumps({**json.loads(data.line(own)), "id": id_}, separators=(",", ":")))
+        return _of_rows([replace(data[n], id=id_) for n, id_ in enumerate(ids)], list(data.hashes))
+
+    def write(self, run: Run, prefix: str, found: Iterable[_Tokenised], advance: Advance, name: str) -> None:
+        """Publish the files of a data set."""
         arrays = self.enter_context(closing(GrowingArrays(_COLUMNS, self._folder)))
-        run.storage.publish_with(f"{prefix}rows.jsonl", partial(self._tokenise, arrays, chat, advance, name))
+        run.storage.publish_with(f"{prefix}rows.jsonl", partial(self._write_rows, arrays, found, advance, name))
         run.storage.publish_with(f"{prefix}tokens.safetensors", arrays.write)
         run.storage.publish_with(f"{prefix}account.jsonl", self._write_account)
 
-    def _tokenise(self, arrays: GrowingArrays, chat: ChatFormat, advance: Advance, name: str, path: Path) -> None:
+    def _write_rows(
+        self, arrays: GrowingArrays, parts: Iterable[_Tokenised], advance: Advance, name: str, path: Path
+    ) -> None:
         """Write rows.jsonl, and everything else meanwhile."""
-        lines, facts = _from_start(self._lines), _from_start(self._facts)
-        batches = iter(lambda: list(islice(facts, _BATCH)), [])
-        processes = cores() if self.count >= _MANY else 1
+        lines = _from_start(self._lines)
         used = weighted = 0
         arrays.append("offsets", np.zeros(1, np.int64))
         with path.open("wb") as file:
-            for found in in_order(partial(_tokenised, chat), batches, processes=processes):
+            for found in parts:
                 kept = list(compress(islice(lines, len(found.usable)), found.usable))
                 file.writelines(kept)
                 arrays.append_ends("line_ends", [len(line) for line in kept])
@@ -242,12 +261,16 @@ def _tokenised(chat: ChatFormat, lines: Sequence[bytes]) -> _Tokenised:
     """What becomes of rows, by the facts about them."""
     facts = [json.loads(line) for line in lines]
     found = chat.tokenize_batch([_example(fact) for fact in facts])
+    return _of_rows(found, [fact[2] for fact in facts])
+
+
+def _of_rows(found: Sequence[TokenizedExample | Skipped], hashes: Sequence[str]) -> _Tokenised:
     usable = [isinstance(one, TokenizedExample) for one in found]
     kept = [one for one in found if isinstance(one, TokenizedExample)]
     return _Tokenised(
         usable,
         [one.id for one in kept],
-        [fact[2] for fact in compress(facts, usable)],
+        [*compress(hashes, usable)],
         [len(one.token_ids) for one in kept],
         np.concatenate([np.empty(0, np.int32), *(one.token_ids for one in kept)]),
         np.concatenate([np.empty(0, np.float32), *(label_weights(one) for one in kept)]),

@@ -26,7 +26,6 @@ from gradsift.data.sample import RowSample
 class Prompts(Rows):
     """Rows whose prompt is answered, held in memory as they were read, since a reward may read any value of theirs.
 
-    examples:   rows whose prompt the template renders, with an answer or without
     prompt_ids: int32 [token] of each, with the generation prompt
     template:   fingerprint of the chat template
     left_out:   the account
@@ -117,9 +116,7 @@ def read_prompts(
 ) -> Prompts:
     """The prompts of rows with or without an answer; those that the template does not render are left out.
 
-    Raises:
-        DataError: the source cannot be read, or no row of it can be used.
-        ConfigError: the sample cannot be drawn.
+    DataError where no row can be used; ConfigError where the sample cannot be drawn.
     """
     loaded = load_examples(source, columns=columns, what=what, require_answer=False)
     rows = loaded.examples if sample is None else [loaded.examples[n] for n in sample.positions(loaded.examples)]

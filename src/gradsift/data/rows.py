@@ -98,11 +98,7 @@ class Rows(ABC):
         return (row.get(column) for row in self.rows())
 
     def column(self, name: str) -> list[Any]:
-        """A column of the original rows, in row order.
-
-        Raises:
-            DataError: no row has it; the message lists the columns there are.
-        """
+        """A column of the original rows, in row order; where no row has it, a DataError lists those that there are."""
         found = list(self.values(name))
         if all(value is None for value in found):
             there = {key for row in self.rows() for key in row}

@@ -25,15 +25,8 @@ class RowSample(Settings):
     seed: Seed = 0
 
     def positions(self, examples: Sequence[Example]) -> list[int]:
-        """Positions of the rows that are drawn, ascending.
-
-        Raises:
-            ConfigError: more rows than there are, no whole number of them, or no such column.
-
-        Example:
-            >>> rows = [Example(str(n), (), {"task": "ab"[n % 2]}) for n in range(6)]
-            >>> [rows[p].row["task"] for p in RowSample(size=1, within="task").positions(rows)]
-            ['a', 'b']
+        """Positions of the rows that are drawn, ascending; ConfigError for too few rows, or a column that is not
+        there.
         """
         groups: dict[str, list[int]] = {}
         for position, example in enumerate(examples):
@@ -60,12 +53,7 @@ class RowSample(Settings):
 def sample_count(size: float, rows: int, where: str = "") -> int:
     """How many of so many rows a size means: a share below 1 (rounded, at least one row), or a whole number.
 
-    Raises:
-        ConfigError: neither, or more than there are; `where` says of which rows.
-
-    Example:
-        >>> sample_count(0.1, 25), sample_count(3, 25)
-        (2, 3)
+    ConfigError: neither, or more than there are; `where` says of which rows.
     """
     count = max(1, round(size * rows)) if 0 < size < 1 else int(size)
     if count < 1 or (size >= 1 and count != size) or count > rows:

@@ -65,16 +65,11 @@ def shares_table(
     most: int = MOST_GROUPS,
     title: str = "",
 ) -> Table:
-    """The pool's share of each value of a column beside that of every choice.
+    """The share of each value of a column in the pool, where it is known, beside that in every choice.
 
-    Args:
-        column: its name.
-        pool: rows of the pool by value; may be empty where that is not known.
-        size: of the pool.
-        choices: a name, its rows by value, and how many rows it has.
-        series: of each choice.
-        most: values that have a row of their own; those beyond are gathered in one.
-        title: above the table, by default the column.
+    choices: a name, its rows by value, and how many rows it has.
+    series: of each choice.
+    most: values that have a row of their own; those beyond are gathered in one.
     """
     every = Counter(pool)
     order = sorted({*pool, *(value for _, own, _ in choices for value in own)}, key=lambda v: (-every[v], str(v)))

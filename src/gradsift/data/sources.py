@@ -67,11 +67,7 @@ class Source:
 
 
 def read_rows(source: Any, what: str) -> Source:
-    """The rows of any source that `load_examples` takes, as they are.
-
-    Raises:
-        DataError: the source is missing or unsupported; also while reading, where a file breaks off.
-    """
+    """The rows of any source of `load_examples`, as they are; DataError also later, where a file breaks off."""
     if isinstance(source, str | os.PathLike):
         return _open_named(os.fspath(source), what)
     if _is_of("datasets", source):  # a DatasetDict is a mapping of splits; any other is one row in the wrong place
@@ -79,7 +75,8 @@ def read_rows(source: Any, what: str) -> Source:
         return Source(_dataset_rows(dataset, "dataset"), "dataset", notes=_other_splits(source, None))
     if isinstance(source, Mapping):
         raise DataError(f"{what}: got one mapping; wanted a list of them: [{{...}}].")
-    columns = getattr(source, "columns", ()) if _is_of("pandas", source) else _names(source)
+    table = source if _is_of("pandas", source) else getattr(source, "schema", None) if _is_of("pyarrow", source) else ()
+    columns = getattr(table, "columns", getattr(table, "names", ()))
     try:
         refuse_repeated(columns)
     except FileError as error:
@@ -117,11 +114,6 @@ def kind_of(value: Any) -> str:
 
 def _is_of(package: str, source: Any) -> bool:
     return any(kind.__module__.partition(".")[0] == package for kind in type(source).__mro__)
-
-
-def _names(source: Any) -> Iterable[Any]:
-    """The columns of a table of pyarrow's; nothing for anything else."""
-    return getattr(getattr(source, "schema", None), "names", ()) if _is_of("pyarrow", source) else ()
 
 
 def _in_memory(rows: Iterable[Any]) -> Source:
@@ -186,7 +178,7 @@ def _near(path: Path) -> str:
 
 
 def _open_folder(folder: Path, what: str, split: str | None = None) -> Source:
-    if _is_saved_dataset(folder):
+    if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
         return _saved_dataset(folder, split, what)
     # A link to a folder is not followed, and named like a file that is not read.
     inside = sorted(entry for entry in folder.rglob("*") if entry.is_symlink() or not entry.is_dir())
@@ -235,9 +227,7 @@ def _split_of(name: str) -> str | None:
 def _of_split(
     splits: Mapping[Path, str | None], split: str | None, where: str, what: str
 ) -> tuple[list[Path], list[Path]]:
-    """The files to be read, and those of other splits, which are not: without a name all but what lies beside a
-    training split to test it.
-    """
+    """The files to be read, and those of other splits: without a name all but what lies beside a training split."""
     there = sorted({own for own in splits.values() if own is not None})
     if split is not None and split not in there:
         having = f"it has {', '.join(there)}" if there else "its files name none"
@@ -286,10 +276,6 @@ def _named_rows(path: Path, name: str, what: str) -> Iterator[Row]:
 
 
 # --- datasets -----------------------------------------------------------------------------------------------------
-
-
-def _is_saved_dataset(folder: Path) -> bool:
-    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
 
 
 def _datasets(needed: str) -> Any:

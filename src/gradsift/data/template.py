@@ -90,16 +90,7 @@ class TemplateProblemError(Exception):
 
 
 def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
-    """What a tokenizer's chat template writes for a conversation, in bounded time and memory.
-
-    Args:
-        tokenizer: whose `apply_chat_template` it is.
-        messages: of the conversation.
-        options: of `apply_chat_template`.
-
-    Raises:
-        ModelError: it takes longer, more memory or more text than any template needs.
-    """
+    """A conversation by a tokenizer's `apply_chat_template`, in bounded time, memory and text (ModelError)."""
     size = sum(len(str(message.get("content"))) for message in messages)
     try:
         with at_most(_RENDER_SECONDS, _RENDER_BYTES + 16 * size):
@@ -241,13 +232,7 @@ class ChatTemplate:
             self._try_parts(roles, position)
 
     def render(self, messages: Sequence[Message], options: str = "", *, generation_prompt: bool) -> str:
-        """The text of a conversation.
-
-        options: a row's own arguments for the template, as JSON.
-
-        Raises:
-            TemplateProblemError: the template refuses it.
-        """
+        """The text of a conversation, with a row's own arguments for the template, JSON (TemplateProblemError)."""
         given = self._given(options)
         turns = [self._handed(message) for message in messages]
         try:
@@ -285,10 +270,7 @@ class ChatTemplate:
         return handed
 
     def _arguments(self, arguments: Any) -> Any:
-        """A call's arguments as they are written, where the template takes that form; else in the other one.
-
-        An object in place of JSON text, which many templates would quote once more; text in place of an object.
-        """
+        """A call's arguments as they are, or else in the form, object or JSON text, that the template takes."""
         if isinstance(arguments, str):
             return arguments if self._takes_text else json.loads(arguments)
         return arguments if self._takes_objects else json.dumps(arguments, ensure_ascii=False)
@@ -436,22 +418,16 @@ class ChatTemplate:
             common = after[: common_length(after, "" if other is None else other.after(position))]
             marker = _first_marker(common, self._marker_ids)
             # One that opens the conversation, too, opens the next turn.
-            if marker is not None and (end or not self._in_opening(marker, frame)):
+            opening = [token for token in self._marker_ids if token in frame.literals[0]]
+            if marker is not None and (end or not marker.endswith(tuple(opening))):
                 return marker
         # Or with what comes before the header that a conversation begins with.
-        opening = self.frame(coming, options) if not end else None
-        header = 0 if opening is None else common_length(after[::-1], opening.literals[0][::-1])
+        first = self.frame(coming, options) if not end else None
+        header = 0 if first is None else common_length(after[::-1], first.literals[0][::-1])
         return _end_of_turn(after[: len(after) - header], self._marker_ids) if header else ""
 
-    def _in_opening(self, marker: str, frame: Frame) -> bool:
-        return any(marker.endswith(token) and token in frame.literals[0] for token in self._marker_ids)
-
     def _check(self) -> None:
-        """Refuse a template that is none.
-
-        Raises:
-            ModelError: it does not compile, or takes longer or more memory than any template needs.
-        """
+        """Refuse a template that does not compile, or takes longer or more memory than any needs (ModelError)."""
         if any(kind == "operator" and value == "**" for _, kind, value in _tokens(self.text)):
             raise ModelError(
                 "the tokenizer's chat template raises numbers to powers, which may take for ever: correct "
@@ -496,16 +472,11 @@ class Place:
 
 
 class Rendering:
-    """One conversation as the template writes it, and where in the text each message stands.
+    """One conversation as the template writes it, and where in the text each message stands (TemplateProblemError).
 
-    kinds: the messages' shapes
     outline: the options with one tool in place of all, by which orders of shapes are told
-    frame: of the shapes
     contents: characters [begin, end) of each message's content, where frame and contents put together are the text;
         else None: the template does something else with this conversation
-
-    Raises:
-        TemplateProblemError: the template refuses it.
     """
 
     def __init__(
@@ -633,10 +604,7 @@ def _first_marker(text: str, marker_ids: Mapping[str, int]) -> str | None:
 
 
 def _end_of_turn(closing: str, marker_ids: Mapping[str, int]) -> str:
-    """Keep what a template writes after a turn up to its first marker tokens, or else its last visible text.
-
-    Markers that follow each other without a gap belong together (Cohere ends a response and then the turn).
-    """
+    """What a template writes after a turn, up to its first marker tokens, or else its last visible text."""
     end = _first_marker(closing, marker_ids)
     if end is None:
         return closing.rstrip()

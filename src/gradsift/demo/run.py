@@ -34,10 +34,8 @@ _FINE_TUNE = Training.preset("small")
 def run_demo(out: str = "runs/demo", *, model: str | None = None, reporter: Reporter | None = None) -> Result:
     """Choose 24 of 240 examples for a target of worked arithmetic, fine-tune on them, and explain two answers.
 
-    The pool has the likes of the first answer, a conversion of units, and none of the second, a line of verse.
-
-    The pool has seven skills and 24 planted mistakes; the columns that say so are never seen by a method. Everything
-    is kept in `out`, so that a second call is quick and an interrupted one goes on.
+    The pool has seven skills and 24 planted mistakes, which no method is told of; the likes of the first answer, a
+    conversion of units; and none of the second, a line of verse. A second call finds in `out` what the first has done.
     """
     reporter = reporter or silent()
     start = time.monotonic()

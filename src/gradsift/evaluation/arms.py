@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from gradsift.base.errors import ConfigError
-from gradsift.base.settings import Budget, Settings, models_in
+from gradsift.base.settings import Budget, Settings, models_in, over_preset
 from gradsift.data.load import Columns
 from gradsift.evaluation.fine_tune import Keep, check_seeds
 from gradsift.evaluation.grading import Grading
@@ -39,8 +39,7 @@ BASE_MODEL = "base model"
 
 
 def expanded(value: Any, union: Any) -> Any:
-    """Several settings from one whose fields, or their fields, hold lists of values, in the order of the lists; a tuple
-    in any case."""
+    """Several settings from one whose fields, or their fields, hold lists of values, in the order of the lists."""
     if isinstance(value, list | tuple):
         return tuple(one for part in value for one in expanded(part, union))
     return tuple(_each(value, union))
@@ -71,15 +70,8 @@ def _each(value: Any, annotation: Any) -> list[Any]:
 
 def _training(value: Any) -> Any:
     """A preset by name, or with fields over it."""
-    if isinstance(value, str):
-        value = {"preset": value}
-    if not isinstance(value, Mapping) or "preset" not in value:
-        return value
-    fields = dict(value)
-    name = fields.pop("preset")
-    if name not in TRAINING_PRESETS:
-        raise ValueError(f"training preset {name!r} is unknown; there are {', '.join(TRAINING_PRESETS)}")
-    return {**TRAINING_PRESETS[name].model_dump(), **fields}
+    value = {"preset": value} if isinstance(value, str) else value
+    return over_preset(value, TRAINING_PRESETS, "training preset")
 
 
 _ON_DATA = ("loss", "preferences", "reward", "pairwise")  # metrics that are taken on data of their own
@@ -338,11 +330,7 @@ class Contender:
 def contenders(
     arms: Sequence[Arm], estimator: Estimator, selection: Selector, drop: float | None = None
 ) -> list[Contender]:
-    """What a comparison compares, in the order given: its arms, or the usual ones by the recipe's methods.
-
-    Raises:
-        ConfigError: two have the same name.
-    """
+    """What a comparison compares: its arms, or the usual ones by the recipe's methods; no name twice."""
     if not arms:
         usual = [Arm(estimator=(estimator,), selection=(selection,), drop=drop)]
         controls = [BM25(), Random()] if drop is None else [Random()]

@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from gradsift.base.errors import ConfigError, CorruptError, GradsiftError, LockedError, StorageError
 from gradsift.base.interruption import refuse_to_go_on
 from gradsift.base.settings import Settings
 from gradsift.context import Setup
-from gradsift.evaluation.metric import BoundMetric, Figure, Measured, Metric, Notebook, measured_from
+from gradsift.evaluation.metric import BoundMetric, Figure, Measured, Metric, Notebook
 from gradsift.evaluation.setup import Evaluated, Subject, subject_of
 from gradsift.model.models import host
 from gradsift.report.blocks import Block, Row, Shown, Table, Text, columns
-from gradsift.store.manifest import read_json
+from gradsift.store.manifest import read_json, reading
 
 _FILE = "evaluation.json"
+_MEASURED = TypeAdapter(Measured)
 
 
 @dataclass(frozen=True)
 class Evaluation(Shown):
     """What every metric found of one model.
 
-    name:    of the model: an adapter, a folder, or `base model`
-    subject: what the figures depend on beside the metrics
     results: in the order of the metrics; one that failed has an `error` and no figures
     """
 
@@ -62,8 +64,9 @@ def evaluations_blocks(found: Sequence[Evaluation]) -> tuple[Block, ...]:
     for metric in dict.fromkeys(result.metric for evaluation in found for result in evaluation.results):
         results = [(one.name, result) for one in found for result in one.results if result.metric == metric]
         rows = [
-            Row((_short(name), one.name, f"{one.value:.4f}", _error(one), f"{one.n:,}",
-                 "higher" if one.higher_is_better else "lower"))
+            Row((_short(name), one.name, f"{one.value:.4f}",
+                 "" if one.standard_error is None else f"{one.standard_error:.4f}",
+                 f"{one.n:,}", "higher" if one.higher_is_better else "lower"))
             for name, result in results
             for one in result.figures
         ]  # fmt: skip
@@ -72,10 +75,6 @@ def evaluations_blocks(found: Sequence[Evaluation]) -> tuple[Block, ...]:
         notes = dict.fromkeys(f"{_short(name)}: {note}" for name, result in results for note in result.notes)
         blocks += [Text(note, "aside") for note in notes]
     return tuple(blocks)
-
-
-def _error(figure: Figure) -> str:
-    return "" if figure.standard_error is None else f"{figure.standard_error:.4f}"
 
 
 def _short(name: str) -> str:
@@ -115,11 +114,7 @@ def evaluate(place: Setup, evaluated: Evaluated, metrics: Sequence[Metric]) -> E
 
 
 def measure(place: Setup, evaluated: Evaluated, metric: Metric) -> Measured:
-    """`evaluate` by one metric, whose failure is raised.
-
-    Raises:
-        GradsiftError: as the metric or the model says.
-    """
+    """`evaluate` by one metric, whose failure is raised."""
     task = _task(subject_of(place, evaluated), metric)
     if task.found is None:
         _load(task.subject)
@@ -162,7 +157,8 @@ def _task(subject: Subject, metric: Metric) -> _Task:
     task = _Task(subject, metric, bound, evaluation_config(subject, metric, bound))
     if task.prefix is not None and run.manifest(task.prefix) is not None:
         try:
-            found = measured_from(read_json(run.storage, f"{task.prefix}{_FILE}"))
+            with reading("a stored evaluation"):
+                found = _MEASURED.validate_json(json.dumps(read_json(run.storage, f"{task.prefix}{_FILE}")))
         except (CorruptError, StorageError) as error:
             subject.setup.reporter.warn(f"{error}; it is measured anew")
         else:  # the same data may lie elsewhere now

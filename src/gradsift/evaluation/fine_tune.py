@@ -74,11 +74,7 @@ def train_on(
 
 
 def check_seeds(seeds: Sequence[int]) -> tuple[int, ...]:
-    """Seeds, each once.
-
-    Raises:
-        ConfigError: none, one that is negative or too large, or one that is named twice.
-    """
+    """Seeds, of which none is negative, too large, or named twice (ConfigError)."""
     if not seeds:
         raise ConfigError("no seed: give at least one")
     twice = sorted({seed for seed in seeds if list(seeds).count(seed) > 1})

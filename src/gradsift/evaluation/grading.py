@@ -76,12 +76,7 @@ class Grading(Settings):
         return f"grades on {source_name(self.questions)}"
 
     def bind(self, setup: Setup) -> BoundGrading:
-        """Read the questions.
-
-        Raises:
-            DataError: the file cannot be read or has no question in it.
-            ConfigError: several samples, or nobody to ask.
-        """
+        """Read the questions (DataError); ConfigError for several samples, or nobody to ask."""
         refuse_unjudged(self, "grading", "a question gets one answer a turn")
         questions, left_out = read_questions(self.questions)
         return BoundGrading(self, questions, left_out)
@@ -186,11 +181,7 @@ def _key(question: Question, turn: int) -> str:
 
 
 def read_questions(source: Any) -> tuple[tuple[Question, ...], tuple[str, ...]]:
-    """Questions of a file or of rows, and why some rows are none.
-
-    Raises:
-        DataError: the file cannot be read, or no row of it is a question.
-    """
+    """Questions of a file or of rows, and why some rows are none; DataError where all are none."""
     found = read_rows(source, "questions")
     questions: dict[str, Question] = {}
     left_out = [f"{file.id}: {file.detail}" for file in found.unread]

@@ -55,11 +55,7 @@ class LMEval(Settings):
         return f"lm-eval {', '.join(self.tasks)}"
 
     def bind(self, setup: Setup) -> BoundLMEval:
-        """Look for the package and the folder; tasks are read when they are measured.
-
-        Raises:
-            ConfigError: lm-eval is not installed, or the folder is not there.
-        """
+        """Look for the package and the folder (ConfigError); tasks are read when they are measured."""
         if not _installed():
             raise ConfigError(
                 f"lm-eval runs {', '.join(self.tasks)}, and it is not installed: pip install 'gradsift[eval]'"
@@ -82,12 +78,7 @@ class BoundLMEval:
         return {"settings": settings, "lm_eval": metadata.version("lm-eval"), "files": files}
 
     def measure(self, subject: Subject, notebook: Notebook) -> Measured:
-        """Run the tasks.
-
-        Raises:
-            ConfigError: lm-eval does not know a task.
-            ModelError: lm-eval fails, for instance since a task's data cannot be fetched.
-        """
+        """Run the tasks; ConfigError where lm-eval does not know one, ModelError where it fails."""
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 

@@ -13,8 +13,9 @@ from gradsift.base.errors import ConfigError, DataError, GradsiftError
 from gradsift.base.types import Chat, Message, said
 from gradsift.evaluation.metric import Notebook
 from gradsift.evaluation.setup import Subject
+from gradsift.execution.threads import side_by_side
 from gradsift.generation.endpoint import Endpoint, connected
-from gradsift.rewards.judge import BoundJudge, Judge, side_by_side
+from gradsift.rewards.judge import BoundJudge, Judge
 from gradsift.store.manifest import fingerprint
 
 
@@ -27,11 +28,7 @@ def judge_identity(judge: Judge, ask: Endpoint | Chat) -> dict[str, Any] | None:
 
 
 def refuse_unjudged(metric: Any, what: str, each: str) -> None:
-    """Refuse a judged metric of several samples, or with nobody to ask.
-
-    Raises:
-        ConfigError: it is one.
-    """
+    """Refuse a judged metric of several samples, or with nobody to ask."""
     if metric.sampling.samples != 1:
         raise ConfigError(f"samples is {metric.sampling.samples}: {each}")
     if metric.ask is None:
@@ -46,24 +43,17 @@ def verdicts(
     subject: Subject,
     wanted: Any,
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """An answer to each question, asked for once: each is in the notebook before the next is waited for.
+    """An answer to each question by item id, kept before the next is waited for; and reasons where there is none.
 
-    Args:
-        questions: by item id; JSON-able, since another question under the same id is another item.
-        answer: by the judge: JSON-able, or a text that says why there is none; then it is asked again next time.
-        notebook: of the evaluation.
-        metric: its `judge` asks `ask`, so many questions at a time as it has `workers`.
-        subject: whose answers are judged.
-        wanted: the type of an answer; what the notebook has and is none is asked for again.
+    answer: by the judge: JSON-able, or a text that says why there is none; then it is asked again next time.
+    metric: its `judge` asks `ask`, so many questions at a time as it has `workers`.
+    wanted: the type of an answer; what the notebook has and is none is asked for again.
 
-    Returns:
-        Answers by item id, and reasons by id where there is none.
-
-    Raises:
-        GradsiftError: no further question would be answered either; the answers so far are kept.
-        DataError: not one question was answered.
+    GradsiftError where no further question would be answered either, the answers so far being kept; DataError where not
+    one was.
     """
-    keys = {id_: f"{id_}:{fingerprint(_plain(question))}" for id_, question in questions.items()}
+    plain = {id_: json.loads(json.dumps(question, default=str)) for id_, question in questions.items()}
+    keys = {id_: f"{id_}:{fingerprint(question)}" for id_, question in plain.items()}
     kept = {key for key in keys.values() if key in notebook and _is_of(wanted, notebook[key])}
     waiting = {id_: question for id_, question in questions.items() if keys[id_] not in kept}
     reasons: dict[str, str] = {}
@@ -97,10 +87,6 @@ def verdicts(
             f"the judge has no verdict on any of {len(questions)} items; first: {next(iter(reasons.values()))}"
         )
     return answers, reasons
-
-
-def _plain(value: Any) -> Any:
-    return json.loads(json.dumps(value, default=str))
 
 
 def _is_of(wanted: Any, value: Any) -> bool:

@@ -107,11 +107,7 @@ def length_controlled_win_rate(
 
 
 def length_feature(lengths: ArrayLike, baseline_lengths: ArrayLike) -> Vector:
-    """tanh of the length difference in units of its standard deviation, `[instruction]`; 0 where all differ alike by 0.
-
-    Raises:
-        ShapeError, NonFiniteError: as `length_controlled_win_rate`.
-    """
+    """tanh of the length difference in units of its standard deviation, `[instruction]`; 0 where all differ by 0."""
     own, other = _vector("lengths", lengths), _vector("baseline_lengths", baseline_lengths)
     if len(own) != len(other):
         raise ShapeError(f"lengths has {len(own)} entries and baseline_lengths {len(other)}: pass one of each")
@@ -127,21 +123,13 @@ def instruction_difficulty(
     *,
     spread: float = 1.0,
 ) -> Vector:
-    """γ `[instruction]`, from several models' preferences against one baseline.
+    """γ `[instruction]`, from several models' preferences against one baseline, each in the same order of instructions.
 
     The paper estimates it with one joint model over all models of its leaderboard in which ψ is 1 for each:
     logistic(θ_m + φ_m · tanh(…) + γ_x). With few models γ would run to infinity where all win or all lose, so it has a
-    normal prior of mean 0 here. Higher γ means that models win more often there.
+    normal prior of mean 0 and standard deviation `spread` here. Higher γ means that models win more often there.
 
-    Args:
-        preferences: by model, `[instruction]`, in the same order of instructions.
-        lengths: by model, `[instruction]`.
-        baseline_lengths: `[instruction]`.
-        spread: standard deviation of the prior.
-
-    Raises:
-        ConfigError: fewer than two models, or a spread that is not above 0.
-        ShapeError, NonFiniteError: as `length_controlled_win_rate`.
+    ConfigError: fewer than two models, or a spread that is not above 0; else as `length_controlled_win_rate`.
     """
     if len(preferences) < 2 or set(preferences) != set(lengths):
         raise ConfigError(

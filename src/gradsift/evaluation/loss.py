@@ -33,13 +33,9 @@ class HeldOut:
 
 
 def held_out_loss(pool: Setup, data: Dataset, checkpoint: Checkpoint, *, what: str = "held-out loss") -> HeldOut:
-    """Mean token NLL of each example of `data` at a checkpoint, without dropout.
+    """Mean token NLL of each example of `data` at a checkpoint (`Checkpoint(None)` is the base model), without dropout.
 
-    Args:
-        pool: names the model, dtype and device.
-        data: labelled examples that were used neither to train nor to choose.
-        checkpoint: `Checkpoint(None)` is the base model.
-        what: the word for progress.
+    what: the word for progress.
     """
     model = host(pool.model, pool.dtype, pool.device).with_adapter(checkpoint.adapter)
     with pool.reporter.stage(what, len(data)) as advance:
@@ -80,11 +76,7 @@ class HeldOutLoss(Settings):
         return f"held-out loss on {source_name(self.data)}"
 
     def bind(self, setup: Setup) -> BoundLoss | BoundPreferences:
-        """Tokenise the data; pairs, where the pool's rows are pairs, have the loss of those.
-
-        Raises:
-            DataError: it cannot be read, or no row of it has an answer.
-        """
+        """Tokenise the data (DataError); pairs, where the pool's rows are pairs, have the loss of those."""
         pool = setup.training if isinstance(setup, Pool) else None
         if isinstance(pool, Pairs) and are_pairs(self.data, self.columns):
             own = pool.preference.model_dump()

@@ -62,12 +62,7 @@ class MeanReward(Settings):
         return f"{' + '.join(map(_name, several))} on {source_name(self.data)}"
 
     def bind(self, setup: Setup) -> BoundReward:
-        """Load the prompts.
-
-        Raises:
-            DataError: they cannot be read, or none can be used.
-            ConfigError: the reward cannot be computed for them.
-        """
+        """Load the prompts (DataError); ConfigError where the reward cannot be computed for them."""
         prompts = read_prompts(self.data, setup.chat, columns=self.columns, what="evaluation data")
         bound = BoundReward(self, prompts)
         bound.target.check_reward()

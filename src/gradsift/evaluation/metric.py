@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
-from pydantic import TypeAdapter
 
 from gradsift.base.errors import CorruptError
 from gradsift.base.types import Chat
@@ -20,7 +18,7 @@ from gradsift.generation.endpoint import Endpoint
 from gradsift.generation.sampling import Sampling
 from gradsift.influence.prompts import PromptTarget
 from gradsift.rewards.judge import BoundJudge, Judge
-from gradsift.store.manifest import Record, read_json, reading
+from gradsift.store.manifest import Record, read_json
 from gradsift.store.run import Run
 
 ASKED = 20  # questions to a judge of which the tokens are counted beforehand
@@ -30,11 +28,8 @@ ASKED = 20  # questions to a judge of which the tokens are counted beforehand
 class Figure:
     """One number.
 
-    name:           such as `loss`, `reward`, `pass@10`
-    value:          in `unit`
     standard_error: of the value over the items, in the same unit; None where one item tells nothing of it
     n:              items that it is the mean over
-    higher_is_better
     per_item:       value by item id, for paired comparisons; empty where the figure is no mean over items
     """
 
@@ -51,12 +46,8 @@ class Figure:
 class Measured:
     """What one metric found of one model.
 
-    metric:   its label
-    kind:     of the metric
     figures:  the first is the metric's own, which `keep="best"` goes by
     notes:    what a reader should know, such as rows that were left out
-    details:  counts and the like, by name
-    settings: the metric's fields
     error:    why there are no figures
     partial:  some items could not be had this time: the next call tries them again, and keeps the rest
     """
@@ -80,19 +71,6 @@ class Measured:
     def as_dict(self) -> dict[str, Any]:
         """As JSON has it."""
         return asdict(self)
-
-
-def measured_from(content: Mapping[str, Any]) -> Measured:
-    """What `as_dict` wrote.
-
-    Raises:
-        CorruptError: something is missing, or of another type.
-    """
-    with reading("a stored evaluation"):
-        return _MEASURED.validate_json(json.dumps(content))
-
-
-_MEASURED = TypeAdapter(Measured)
 
 
 class _Items(Record):
@@ -134,10 +112,8 @@ class Notebook:
 
 @dataclass(frozen=True)
 class Judging:
-    """What a judge is asked about one model.
-
-    calls:    questions
-    question: puts some of them to a judge, about empty responses, so that their tokens can be counted
+    """What a judge is asked about one model, and `question`, which puts some of it to a judge about empty responses, so
+    that their tokens can be counted.
     """
 
     judge: Judge
@@ -172,11 +148,7 @@ class BoundMetric(Protocol):
         """What the figures depend on beside the model; None where nothing can name it, and they are not kept."""
 
     def measure(self, subject: Subject, notebook: Notebook) -> Measured:
-        """The figures of a model.
-
-        Raises:
-            GradsiftError: there are none; what was paid for is in the notebook.
-        """
+        """The figures of a model; what was paid for where there are none is in the notebook."""
 
 
 class Metric(Protocol):
@@ -191,11 +163,7 @@ class Metric(Protocol):
         """What tables call it."""
 
     def bind(self, setup: Setup) -> BoundMetric:
-        """Load its data; `setup` is that of the base model.
-
-        Raises:
-            GradsiftError: the data cannot be used.
-        """
+        """Load its data; `setup` is that of the base model."""
 
 
 def mean_figure(name: str, per_item: Mapping[str, float], *, higher_is_better: bool, unit: str = "") -> Figure:

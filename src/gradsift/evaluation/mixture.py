@@ -28,8 +28,6 @@ _DRAWS = 400
 class Mixture:
     """The share of each source among the rows that score highest, with 95 % intervals over rows and targets.
 
-    by:      column that names the sources
-    budget:  how many of the highest are counted
     targets: whether targets were resampled as well as rows
     size:    the share of each source in the pool
     losses:  by mixture, its held-out loss with each seed, nats per token, where it was trained on
@@ -75,23 +73,13 @@ class Mixture:
 
 
 def mix(scores: Scores, by: str, budget: float = 0.05, seed: int = 0) -> Mixture:
-    """How much of each source to train on: its share among the highest scores.
+    """How much of each source to train on: its share among the highest scores, `budget` of them, a number or a share.
 
     Shares are weights for `datasets.interleave_datasets` and the like, which draw a source's rows at random. For the
     intervals, rows are drawn again from the pool, and targets within their subtasks where a score is a mean over them.
 
-    Args:
-        scores: of the pool.
-        by: column of the pool that names each row's source.
-        budget: how many of the highest scores are counted, or which share of all.
-        seed: of the resamples.
-
-    Raises:
-        DataError: a row names no source.
-        ConfigError: there is one source alone.
-
-    Example:
-        >>> print(mix(scores, by="source", budget=0.1))  # doctest: +SKIP
+    by: column of the pool that names each row's source; DataError where a row names none, ConfigError for one source
+    alone. seed: of the resamples.
     """
     assert scores.pool is not None, scores
     names = sources_of(scores.pool.data, by)
@@ -116,16 +104,15 @@ def mix(scores: Scores, by: str, budget: float = 0.05, seed: int = 0) -> Mixture
         drawn.append(shares(values, generator.integers(len(codes), size=len(codes))))
     whole = shares(scores.aggregate, np.arange(len(codes)))
     units = len(codes) if scores.strata is None else len(scores.strata.labels)
-    found = [estimate_of(value, own, units) for value, own in zip(whole, np.stack(drawn).T, strict=True)]
+    found = [estimate_of(value, own, units, within=(0, 1)) for value, own in zip(whole, np.stack(drawn).T, strict=True)]
     value, low, high = (tuple(getattr(one, end) for one in found) for end in ("value", "low", "high"))
     size = np.bincount(codes, minlength=len(sources)) / len(codes)
     return Mixture(by, count, tuple(sources), value, low, high, tuple(size.tolist()), parts is not None)
 
 
 def train_mixtures(mixture: Mixture, pool: Pool, test: HeldOutLoss, settings: Training) -> dict[str, list[float]]:
-    """Held-out losses after training on as many rows, drawn at random from sources by the mixture, evenly, and by size.
-
-    A source that has fewer rows than its share gives all it has.
+    """Held-out losses after training on as many rows, drawn at random from sources by the mixture, evenly, and by size,
+    or all of a source that has fewer.
     """
     names = sources_of(pool.data, mixture.by)
     equal = (1 / len(mixture.sources),) * len(mixture.sources)
@@ -142,11 +129,7 @@ def train_mixtures(mixture: Mixture, pool: Pool, test: HeldOutLoss, settings: Tr
 
 
 def sources_of(data: Dataset, by: str) -> dict[str, str]:
-    """The source of each row, by its id.
-
-    Raises:
-        DataError: a row names none.
-    """
+    """The source of each row, by its id; DataError where a row names none."""
     values = data.column(by)
     missing = [id_ for id_, value in zip(data.ids, values, strict=True) if value in (None, "")]
     if missing:

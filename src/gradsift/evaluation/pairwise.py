@@ -78,12 +78,9 @@ class Pairwise(Settings):
         return f"wins against {self.name or self.against} on {source_name(self.data)}"
 
     def bind(self, setup: Setup) -> BoundPairwise:
-        """Load the prompts, and what they are compared with where the rows have it.
+        """Load the prompts (DataError), and what they are compared with where the rows have it.
 
-        Raises:
-            DataError: they cannot be read, or none can be used.
-            ConfigError: several samples, or nobody to ask.
-            ModelError: there is no such adapter to compare with.
+        ConfigError: several samples, or nobody to ask. ModelError: no such adapter to compare with.
         """
         refuse_unjudged(self, "a comparison", "a comparison takes one response of each side")
         prompts = read_prompts(self.data, setup.chat, columns=self.columns, what="evaluation data")

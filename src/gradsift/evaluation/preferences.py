@@ -47,11 +47,7 @@ class Preferences(Preference):
         return f"preferences on {source_name(self.data)}"
 
     def bind(self, setup: Setup) -> BoundPreferences:
-        """Tokenise the data.
-
-        Raises:
-            DataError: it cannot be read, or no row of it is a pair.
-        """
+        """Tokenise the data; DataError where no row of it is a pair."""
         how: dict[str, Any] = {"what": "evaluation data", "columns": self.columns, "reporter": setup.reporter}
         preference = Preference(objective=self.objective, beta=self.beta)
         pairs = prepare_pairs(setup.run, self.data, setup.chat, preference=preference, **how)

@@ -67,10 +67,7 @@ class Trained:
     checkpoints: after each epoch, in order; an adapter each, or `Checkpoint(None)` for a model of its own
     models:      after each epoch, the folder of the whole model; empty for adapters
     kept:        number of the epoch that is kept, from 1
-    seed:        of the training
-    examples:    how many it was trained on
     validation:  what `keep="best"` found after each epoch, in the metric's unit; empty for `keep="last"`
-    judged_by:   the metric of `validation`
     """
 
     model: str
@@ -113,7 +110,6 @@ Evaluated = Trained | Checkpoint | str | None
 class Subject:
     """One model to measure: a `Setup` whose `model` is loaded, and the checkpoint that is put on it.
 
-    name: what tables call it
     base: the setup of the model before training; `setup` is another one where every parameter was trained
     """
 
@@ -135,11 +131,7 @@ class Subject:
 
 
 def subject_of(place: Setup, evaluated: Evaluated) -> Subject:
-    """What `evaluate` means by a training, a checkpoint, an adapter's folder or hub id, or None (the base model).
-
-    Raises:
-        ModelError: there is no such adapter.
-    """
+    """What `evaluate` means by a training, a checkpoint, an adapter's folder or hub id, or None (the base model)."""
     model, checkpoint, name = place.model, Checkpoint(None), "base model"
     if isinstance(evaluated, Trained):
         checkpoint, name = evaluated.checkpoint, evaluated.path

@@ -3,39 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 _LOW, _HIGH = 5.0, 15.0  # seconds that a chunk should take: what a killed process was at is lost
+_Item = TypeVar("_Item")
 
 
-class Chunks:
-    """The size of the next chunk, for work whose results do not depend on what they are computed beside.
+def in_chunks(items: Sequence[_Item], *, most: int, exactly: int | None = None) -> Iterator[Sequence[_Item]]:
+    """Items, at most so many at once: twice as many after a chunk that was done quickly, half after a slow one.
 
-    Args:
-        most: at once.
-
-    Attributes:
-        size: of the next one.
-
-    Example:
-        >>> chunks = Chunks(most=64)
-        >>> with chunks.timed():
-        ...     pass
-        >>> chunks.size
-        32
+    `exactly` so many, for results that depend on what they are computed beside.
     """
-
-    def __init__(self, *, most: int) -> None:
-        self.most, self.size = most, min(16, most)
-
-    @contextmanager
-    def timed(self) -> Iterator[None]:
-        """Around the work on a chunk: the next one is twice as large if it was quick, half as large if it was slow."""
+    size, start = exactly or min(16, most), 0
+    while start < len(items):
         began = time.monotonic()
-        yield
-        took = time.monotonic() - began
-        if took < _LOW:
-            self.size = min(self.most, 2 * self.size)
-        elif took > _HIGH:
-            self.size = max(1, self.size // 2)
+        yield items[start : start + size]
+        start, took = start + size, time.monotonic() - began
+        if exactly is None and took < _LOW:
+            size = min(most, 2 * size)
+        elif exactly is None and took > _HIGH:
+            size = max(1, size // 2)

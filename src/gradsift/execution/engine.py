@@ -58,16 +58,10 @@ class Engine(Protocol):
         """How many tasks run at once."""
 
     def map(self, tasks: Sequence[Task], advance: Advance, what: str) -> Iterator[tuple[int, Any]]:
-        """Results with the positions of their tasks, in the order in which they come.
+        """Results with the positions of their tasks, in the order in which they come; what a task raises ends all.
 
-        Args:
-            tasks: independent of each other.
-            advance: told of units done.
-            what: the word for one task in messages.
-
-        Raises:
-            GradsiftError: as a task raises it; those that are under way are given up.
-            WorkerError: a task that is not `Expendable` cannot be done because its workers die.
+        `what` is the word for one task in messages. `WorkerError`: a task that is not `Expendable` cannot be done
+        because its workers die.
         """
 
 

@@ -65,7 +65,6 @@ class _Copy:
         theirs.close()
 
     def give(self, items: Iterator[Any]) -> bool:
-        """Hand it the next item; False where there is none."""
         self._item = next(items, _END)
         if self._item is _END:
             return False
@@ -74,7 +73,6 @@ class _Copy:
         return True
 
     def take(self) -> Any:
-        """The result for its item."""
         try:
             done, result = self.pipe.recv()
         except (EOFError, OSError):

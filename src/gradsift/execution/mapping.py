@@ -91,7 +91,6 @@ class Mapping:
                 self._actors.end(job.worker)
 
     def _fill(self) -> None:
-        """Give every worker something to do."""
         while self._waiting and len(self._running) < self._actors.count:
             job = self._waiting.popleft()
             if job.position in self._left:
@@ -122,7 +121,6 @@ class Mapping:
             self._begin(_Job(slowest.position, slowest.task, slowest.deaths))
 
     def _finish(self, reference: Any) -> tuple[int, Any] | None:
-        """What a worker has done, or what became of it."""
         job = self._running.pop(reference)
         errors = self._ray.exceptions
         try:
@@ -147,7 +145,6 @@ class Mapping:
         return job.position, result
 
     def _end_copies(self, position: int) -> None:
-        """End whoever else is at a task that is done."""
         for reference, job in list(self._running.items()):
             if job.position == position:
                 del self._running[reference]
@@ -188,7 +185,6 @@ class Mapping:
         return None
 
     def _copy(self, job: _Job) -> _Job | None:
-        """Whoever else is at the same task."""
         return next((other for other in self._running.values() if other.position == job.position), None)
 
     def _remedy(self, error: Exception) -> str:
@@ -214,7 +210,6 @@ class Mapping:
         self._conclude(job.position)
 
     def _halve(self, position: int, start: int, stop: int) -> None:
-        """Have both halves of rows `[start, stop)` tried."""
         search, middle = self._searches[position], (start + stop + 1) // 2
         for part in ((start, middle), (middle, stop)):
             if part[0] < part[1]:

@@ -34,7 +34,7 @@ _BLOCK = 1 << 16  # gradient entries reduced at once: 26 rows of fp64 are 14 MB
 
 
 def coefficients(target_gradient: Tensor, selected: Tensor, *, model: CoefficientModel = "MSEProjUSimp") -> Tensor:
-    """Coefficients t of the reconstruction `g ≈ A t`, where the columns of A are the selected gradients.
+    """Coefficients t [k], fp64, of the reconstruction `g ≈ A t`, where the columns of A are the selected gradients.
 
     Models (Compact, section 3.2 and Appendix D):
 
@@ -57,15 +57,6 @@ def coefficients(target_gradient: Tensor, selected: Tensor, *, model: Coefficien
     Args:
         target_gradient: g, the gradient of the output to explain, [dim].
         selected: the gradients of the selected examples as rows, not normalised, [k dim].
-        model: see above.
-
-    Returns:
-        t [k], fp64, on the device of `selected`.
-
-    Raises:
-        ShapeError: wrong axes, different dims, or nothing selected.
-        NonFiniteError: NaN or infinity in either.
-        ConfigError: an unknown model.
 
     Example:
         >>> selected = torch.tensor([[2.0, 0.0], [0.0, 2.0]])
@@ -78,46 +69,25 @@ def coefficients(target_gradient: Tensor, selected: Tensor, *, model: Coefficien
 
 
 def project_to_simplex(vector: Tensor) -> Tensor:
-    """The point of the unit simplex `{t ≥ 0, Σt = 1}` closest to `vector` in Euclidean distance.
+    """The point t [k], fp64, of the unit simplex `{t ≥ 0, Σt = 1}` closest to a vector v [k] in Euclidean distance.
 
     `t = max(v − θ, 0)` with the θ that makes the sum 1 (Held et al. 1974; Duchi et al. 2008, Figure 1).
 
-    Args:
-        vector: v, [k].
-
-    Returns:
-        t [k], fp64.
-
-    Raises:
-        ShapeError: `vector` is not [k], or empty.
-        NonFiniteError: NaN or infinity in `vector`.
-
-    Example:
-        >>> project_to_simplex(torch.tensor([2.0, 1.5, -3.0])).tolist()
-        [0.75, 0.25, 0.0]
+    >>> project_to_simplex(torch.tensor([2.0, 1.5, -3.0])).tolist()
+    [0.75, 0.25, 0.0]
     """
     values = to_float64(float_array("vector", vector, "k"))
     return torch.from_numpy(onto_simplex(values.cpu().numpy())).to(values.device)
 
 
 def span_coordinates(target_gradient: Tensor, selected: Tensor) -> tuple[Tensor, Tensor]:
-    """The same vectors in at most k + 1 coordinates: all inner products among them are kept.
+    """The same vectors in min(dim, k + 1) coordinates: all inner products among them are kept.
 
     The coordinates are the columns of R in a QR decomposition of [selected, target]. No coefficient model can tell the
     difference, and unlike the Gram matrix, R keeps small singular values and small residuals to full fp64 precision.
     The dimension is reduced block by block, so full gradients of millions of entries need no fp64 copy.
 
-    Args:
-        target_gradient: [dim].
-        selected: [k dim].
-
-    Returns:
-        The target [coordinate] and the selected gradients [k coordinate], fp64, on the device of `selected`;
-        min(dim, k + 1) coordinates.
-
-    Raises:
-        ShapeError: wrong axes, different dims, or nothing selected.
-        NonFiniteError: NaN or infinity in either.
+    From [dim] and [k dim] come [coordinate] and [k coordinate], fp64, on the device of `selected`.
     """
     rows = float_array("selected", selected, "k dim")
     target = float_array("target_gradient", target_gradient, "dim").to(rows.device)
@@ -132,19 +102,10 @@ def span_coordinates(target_gradient: Tensor, selected: Tensor) -> tuple[Tensor,
 
 
 def fit_many(g: Array, A: Array, *, dim: int, models: Sequence[CoefficientModel]) -> dict[CoefficientModel, Array]:
-    """`coefficients` of many selections of equal size at once, by each of several models.
+    """`coefficients` t [selection k] of many selections of equal size at once, by each of several models.
 
-    Args:
-        g: targets in the coordinates of `span_coordinates`, [selection coordinate].
-        A: selected gradients in the same, [selection coordinate k]; equally many of each selection are not zero.
-        dim: dimension before the reduction: it sets which singular values count as zero.
-        models: see `coefficients`.
-
-    Returns:
-        t [selection k] for each model.
-
-    Raises:
-        ConfigError: an unknown model.
+    g, A: in coordinates of `span_coordinates`; equally many of each selection, [selection coordinate k], are not zero.
+    dim: before that reduction: it sets which singular values count as zero.
     """
     for model in models:
         if model not in MODELS:

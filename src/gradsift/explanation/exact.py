@@ -40,10 +40,8 @@ class RowsLackingError(Exception):
 
 @dataclass(frozen=True)
 class ExactRows:
-    """Inner products of an output's gradient and of some pool rows', none of them projected.
-
-    ids: of the rows
-    products: float64 `[row row]`, of the rows as in `ids`, then the output
+    """Inner products, float64 `[row row]`, of unprojected gradients: of some pool rows, in the order of `ids`, then of
+    an output.
     """
 
     ids: tuple[str, ...]
@@ -51,9 +49,8 @@ class ExactRows:
 
     @cached_property
     def coordinates(self) -> Tensor:
-        """Rows and, last, the output in so few coordinates that have the same inner products, fp64 `[row coordinate]`.
-
-        From the eigenvectors of the rows' cosines. What differs by rounding alone becomes the same row.
+        """Rows and, last, the output in so few coordinates that have the same inner products, fp64 `[row coordinate]`:
+        from the eigenvectors of the rows' cosines, so that what differs by rounding alone becomes the same row.
         """
         products = self.products["plain", "plain"].numpy()
         lengths = np.sqrt(np.diagonal(products))
@@ -82,11 +79,7 @@ class ExactRows:
         return {id_: place for place, id_ in enumerate(self.ids)}
 
     def rows(self, ids: Sequence[str]) -> Tensor:
-        """Of some rows, `[row coordinate]`.
-
-        Raises:
-            RowsLackingError: it has not all of them.
-        """
+        """Of some rows, `[row coordinate]`; RowsLackingError where it has not all of them."""
         if lacking := [id_ for id_ in ids if id_ not in self.places]:
             raise RowsLackingError(lacking)
         return self.coordinates[[self.places[id_] for id_ in ids]]
@@ -134,12 +127,8 @@ def exact_rows(
 ) -> list[ExactRows]:
     """Whole gradients of outputs and of the rows wanted for each: found in the run folder, or taken now and kept there.
 
-    Outputs that are explained at once share their rows' passes through the model.
-
-    Args:
-        pool, checkpoint: where gradients are taken.
-        wanted: outputs, each alone in its source, with ids of the pool.
-        adam: whether products with Adam's update directions are needed, too.
+    Outputs, each alone in its source, that are explained at once share their rows' passes through the model. `adam`:
+    products with Adam's update directions are needed, too.
     """
     sides = _sides(adam=adam)
     keys = [_key(_prefix(pool, checkpoint, output, sides), ids) for output, ids in wanted]
@@ -183,19 +172,13 @@ def missed(
 ) -> float:
     """How many rows that were not taken again are expected to have a higher score than the k-th of those that were.
 
-    What a projected score says of the exact one is the line of least squares through the rows taken again, with normal
-    errors of the mean square that they leave; that the ranking chose them by their projected scores does not bias it.
+    What a projected score says of the exact one is the line of least squares through the rows taken again, or one of
+    known slope, with normal errors of the mean square that they leave; that the ranking chose them by their projected
+    scores does not bias it. Rows taken again have scores `projected` and `exact` [candidate], others projected ones
+    alone [other].
 
-    Args:
-        projected: scores by which candidates were found, `[candidate]`.
-        exact: theirs without projection, `[candidate]`.
-        others: projected scores of all other rows, `[other]`; those that are not finite are left out.
-        k: at most the number of candidates.
-        slope: of the line, where it is known.
-
-    Example:
-        >>> missed(np.array([0.0, 1.0, 2.0]), np.array([0.0, 2.0, 4.0]), np.array([1.5, 0.5]), 2)
-        1.0
+    >>> missed(np.array([0.0, 1.0, 2.0]), np.array([0.0, 2.0, 4.0]), np.array([1.5, 0.5]), 2)
+    1.0
     """
     spread = projected - projected.mean()
     if slope is None:

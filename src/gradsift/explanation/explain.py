@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -107,9 +107,11 @@ class _Random:
         return {k: [known.positions(own).tolist() for own in draws] for k, draws in self.ids.items()}, self.relevances
 
 
-@dataclass(frozen=True)
-class _Work:
-    """What is the same for every output of one call, and explains each."""
+@dataclass(frozen=True, kw_only=True)
+class Explanations(Shown):
+    """Explanations of a list of prompts, and the prompts that could not be explained, by plain rows (`store`,
+    `gradients`) at the last checkpoint, for the numbers of examples `budgets`.
+    """
 
     pool: Pool = field(repr=False, compare=False)
     source: OutputSource = field(repr=False, compare=False)
@@ -122,6 +124,8 @@ class _Work:
     candidates: int
     aggregation: Aggregation
     exact: bool
+    entries: tuple[Explanation, ...] = ()
+    failed: tuple[Skipped, ...] = ()
     _exact: dict[str, ExactRows] = field(default_factory=dict, repr=False, compare=False)
     _rankings: dict[str, Ranking] = field(default_factory=dict, repr=False, compare=False)
 
@@ -258,11 +262,6 @@ class _Work:
                     advance(1)
         return [found for output in usable if (found := done[output.id]) is not None]
 
-    def with_matches(self, entries: Sequence[Explanation]) -> list[Explanation]:
-        """The explanations with the tokens of the examples that are shown first."""
-        matches = token_matches(self.pool, self.source, *self.matched(entries))
-        return [replace(entry, matches=matches.get(entry.id, ())) for entry in entries]
-
     def matched(self, entries: Sequence[Explanation]) -> tuple[Estimator, dict[str, list[str]]]:
         """The estimator whose scores are split into tokens, and of which examples, by output."""
         ranker, k = self.estimators[0], shown_budget(self.budgets)
@@ -395,10 +394,13 @@ class _Work:
     def _random(self, competing: Mapping[str, Candidates]) -> _Random:
         """Random choices with their relevance."""
         first, ids = self._drawn(competing)
-        choices = _Random(ids, {}, 0.0).among(first)[0]
-        (relevances,) = relevance_of_choices(first, [choices], models=(self.coefficients,))
-        by_budget = {k: found[self.coefficients] for k, found in relevances.items()}
+        (by_budget,) = self._relevances(first, [_Random(ids, {}, 0.0).among(first)[0]])
         return _Random(ids, by_budget, by_budget[self.budgets[0]][0].squared_norm)
+
+    def _relevances(self, competing: Candidates, choices: Sequence[Choices]) -> list[dict[int, list[Relevance]]]:
+        """Of each choice, by budget and draw."""
+        found = relevance_of_choices(competing, choices, models=(self.coefficients,))
+        return [{k: by_model[self.coefficients] for k, by_model in own.items()} for own in found]
 
     def _references(
         self, competing: Mapping[str, Candidates], random: _Random, results: Sequence[StrategyResult]
@@ -408,10 +410,9 @@ class _Work:
         for found in results:
             best[found.k] = max(best[found.k], *(draw.ratio for draw in found.draws))
         for candidates in competing.values() if _BEST not in self.strategies else ():
-            (choices,) = choose_all([_BEST], candidates, self.budgets)
-            (relevances,) = relevance_of_choices(candidates, [choices], models=(self.coefficients,))
-            for k, by_model in relevances.items():
-                best[k] = max(best[k], by_model[self.coefficients][0].ratio)
+            (relevances,) = self._relevances(candidates, choose_all([_BEST], candidates, self.budgets))
+            for k, (relevance,) in relevances.items():
+                best[k] = max(best[k], relevance.ratio)
         return tuple(
             Reference(
                 k,
@@ -426,11 +427,8 @@ class _Work:
         ranks = descending_ranks(competing.scores.numpy())
         ranking = [strategy for strategy in self.strategies if not isinstance(strategy, RandomChoice)]
         choices = choose_all(ranking, competing, self.budgets) if ranking else []
-        relevances = relevance_of_choices(competing, choices, models=(self.coefficients,)) if ranking else []
-        made = {
-            strategy.strategy: (own, {k: by_model[k][self.coefficients] for k in own})
-            for strategy, own, by_model in zip(ranking, choices, relevances, strict=True)
-        }
+        relevances = self._relevances(competing, choices) if ranking else []
+        made = dict(zip((one.strategy for one in ranking), zip(choices, relevances, strict=True), strict=True))
         for strategy in self.strategies:
             own, by_budget = made.get(strategy.strategy) or random.among(competing)
             for k, selections in own.items():
@@ -441,10 +439,9 @@ class _Work:
         ranks = descending_ranks(competing.scores.numpy())
         opposite = competing.opposed(max(self._opposing, self.budgets[-1]))
         choices = choose_all([*_AGAINST.values()], opposite, self.budgets)
-        relevances = relevance_of_choices(opposite, choices, models=(self.coefficients,))
-        for name, own, by_budget in zip(_AGAINST, choices, relevances, strict=True):
+        for name, own, by_budget in zip(_AGAINST, choices, self._relevances(opposite, choices), strict=True):
             for k, (picks,) in own.items():
-                yield self._result(estimator, name, k, picks, by_budget[k][self.coefficients], competing, ranks)
+                yield self._result(estimator, name, k, picks, by_budget[k], competing, ranks)
 
     def _result(
         self,
@@ -513,18 +510,6 @@ class _Work:
         except (CorruptError, ValidationError):
             self.pool.reporter.warn(f"{self.pool.run.name(key)} is damaged: explaining this output again")
             return None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Explanations(_Work, Shown):
-    """Explanations of a list of prompts, and the prompts that could not be explained.
-
-    budgets: the numbers of examples
-    store, gradients: plain rows at the last checkpoint, of the pool and of the outputs
-    """
-
-    entries: tuple[Explanation, ...]
-    failed: tuple[Skipped, ...]
 
     def blocks(self) -> tuple[Block, ...]:
         """What a notebook shows of them."""
@@ -662,7 +647,7 @@ def explain(
         )
     of_outputs = sorted({target_view(view) for view in views})
     gradients = pool.collect(source, checkpoint, of_outputs, what="output")["plain"]
-    work = _Work(
+    work = Explanations(
         pool=pool, source=source, store=store, gradients=gradients, estimators=estimators, strategies=tuple(strategies),
         budgets=budgets, coefficients=coefficients, candidates=candidates, aggregation=aggregation,
         exact=exact,
@@ -672,9 +657,9 @@ def explain(
         raise DataError(f"no prompt can be explained; first: {failed[0].detail}")
     if all_checkpoints:
         explained = work.throughout(explained)
-    explained[:matches] = work.with_matches(explained[:matches])
-    same = {one.name: getattr(work, one.name) for one in fields(work)}
-    found = Explanations(**same, entries=tuple(explained), failed=tuple(failed))
+    tokens = token_matches(pool, source, *work.matched(explained[:matches]))
+    explained = [replace(entry, matches=tokens.get(entry.id, ())) for entry in explained]
+    found = replace(work, entries=tuple(explained), failed=tuple(failed))
     found.publish()
     return found
 
@@ -688,17 +673,13 @@ def kept_explanations(
     if store is None or gradients is None:
         return None
     how: dict[str, Any] = {"estimators": tuple(estimators), "budgets": tuple(k), **asked}
-    work = _Work(pool=pool, source=source, store=store, gradients=gradients, **how)
+    work = Explanations(pool=pool, source=source, store=store, gradients=gradients, **how)
     entries = tuple(found for output in answered if (found := work._kept(work._key(output))) is not None)
-    return Explanations(**{one.name: getattr(work, one.name) for one in fields(work)}, entries=entries, failed=())
+    return replace(work, entries=entries)
 
 
 def refuse_contrast(ranker: Estimator) -> None:
-    """Refuse an estimator to which a contrast of two answers is that of one.
-
-    Raises:
-        ConfigError: it takes no gradient.
-    """
+    """Refuse an estimator without gradients, to which a contrast of two answers is that of one."""
     if ranker.view is None:
         raise ConfigError(
             f"{ranker.label} takes no gradient, and a contrast of two answers is one of gradients: explain it with "
@@ -717,11 +698,7 @@ def explained_views(estimators: Sequence[Estimator]) -> set[View]:
 
 
 def check_budgets(budgets: Sequence[int], available: int, candidates: int = CANDIDATES) -> None:
-    """Refuse numbers of examples that a pool and its candidates cannot give.
-
-    Raises:
-        ConfigError: none, below 1, or more than there are.
-    """
+    """Refuse numbers of examples that a pool and its candidates cannot give."""
     if not budgets:
         raise ConfigError("there is no k: give the number of examples per explanation, such as 5")
     for k in (budgets[0], budgets[-1]):

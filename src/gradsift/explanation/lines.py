@@ -23,11 +23,7 @@ read_explanation = TypeAdapter(Explanation)
 
 @dataclass(frozen=True)
 class Made:
-    """What explanations are of, and how they were made.
-
-    of: fingerprint of the pool's rows and the checkpoints
-    by: fingerprint of estimators, strategies and everything else that decides about them
-    """
+    """Fingerprints: `of` the pool's rows and the checkpoints, and `by` what decides about explanations beside them."""
 
     of: str
     by: str

@@ -29,7 +29,6 @@ _JOINED = 8  # tokens that one character may be cut into, at most
 class MatchedToken:
     """A token's part of a score; tokens that share one character are one.
 
-    text:    its characters
     value:   above zero, it makes the output more likely
     learned: whether the loss is taken on it
     said:    whether it is of a message; else the chat template writes it
@@ -72,8 +71,7 @@ def token_matches(
 ) -> dict[str, tuple[TokenMatch, ...]]:
     """The matches of outputs with their chosen examples; what the run folder has is neither computed nor needs a model.
 
-    `chosen` are ids of examples by output. Matches stand in their order; those that cannot be had are left out, and the
-    pool's reporter is told why.
+    `chosen` are ids of examples by output. Those that cannot be had are left out, and the pool's reporter is told why.
     """
     assert estimator.splits, estimator
     work = _Work(pool, estimator, estimator.checkpoints_of(pool))
@@ -118,10 +116,7 @@ def missing_matches(
 
 
 def token_texts(tokenizer: Any, ids: SequenceABC[int]) -> list[tuple[str, int]]:
-    """The text of every token and how many tokens it is of: those that share a character have one text between them.
-
-    Put together, the texts are what the ids say: each is what its token adds to the text of those before it.
-    """
+    """What each token adds to the text of those before it, and of how many it is: some share a character."""
 
     def said(start: int, stop: int) -> str:
         text: str = tokenizer.decode(ids[start:stop], skip_special_tokens=False, clean_up_tokenization_spaces=False)

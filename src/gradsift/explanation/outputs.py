@@ -172,15 +172,8 @@ def contrasted(others: SequenceABC[TokenizedExample | None]) -> dict[str, Any]:
 def question_of(
     prompt: str | SequenceABC[Message], output: str | None = None, *, instead: str | None = None
 ) -> Question:
-    """A question from a text or a conversation that ends before the answer.
-
-    Args:
-        prompt: the text, or messages.
-        output: the answer to explain; the model's own where there is none.
-        instead: another answer: why that one, and not this one?
-
-    Raises:
-        DataError: the prompt is empty, or ends with an answer.
+    """A question from a text or a conversation that ends before the answer (DataError if not), with `output` the answer
+    to explain, else the model's own, and `instead` another: why that one, and not this one?
     """
     messages: tuple[Message, ...] = ({"role": "user", "content": prompt},) if isinstance(prompt, str) else tuple(prompt)
     if not messages or not any(said(m).strip() for m in messages):
@@ -205,9 +198,8 @@ def questions_of(examples: SequenceABC[Example], *, use_answers: bool = False) -
 def answers(
     pool: Pool, questions: SequenceABC[Question], *, max_new_tokens: int = 128
 ) -> tuple[list[Output], list[Skipped]]:
-    """The model's greedy answer at the last checkpoint to each question that has none, and the questions without one.
-
-    What the model said is kept in the run folder under the model, adapter, prompt and limit, and is not asked again.
+    """The model's greedy answer at the last checkpoint to each question that has none, kept in the run folder under the
+    model, adapter, prompt and limit; and the questions without one.
     """
     speaker = _Speaker(pool, _outputs_prefix(pool, pool.checkpoints()[-1], max_new_tokens), max_new_tokens)
     whole = ChatFormat(pool.tokenizer, supervise="last_turn")  # a given answer is explained whole, however long
@@ -306,6 +298,6 @@ class _Speaker:
             self._model = host(self.pool.model, self.pool.dtype, self.pool.device).with_adapter(checkpoint.adapter)
         ends = end_ids(self._model, self.pool.chat)
         output = greedy_output(self._model, prompt, end_ids=ends, max_new_tokens=self.max_new_tokens)
-        said = [int(token) for token in output.token_ids]
-        self.pool.run.publish_json(key, {"token_ids": said, "finished": output.finished}, sealed=True)
-        return said, output.finished
+        said, finished = output.token_ids.tolist(), output.finish_reason == "stop"
+        self.pool.run.publish_json(key, {"token_ids": said, "finished": finished}, sealed=True)
+        return said, finished

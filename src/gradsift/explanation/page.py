@@ -330,8 +330,8 @@ def _common(values: Sequence[Sequence[float]], names: Sequence[str], title: str)
     """A matrix of shares; many names are numbered at its head."""
     if len(names) <= _LISTED:
         return _matrix(names, names, values, title)
-    numbers = [str(number + 1) for number in range(len(names))]
-    return _matrix([f"{number}. {name}" for number, name in zip(numbers, names, strict=True)], numbers, values, title)
+    numbered = {str(number): f"{number}. {name}" for number, name in enumerate(names, start=1)}
+    return _matrix([*numbered.values()], [*numbered], values, title)
 
 
 def _matrix(
@@ -390,9 +390,8 @@ class _Candidates:
         }
         orders = [strategy.ranking for strategy in explanations.strategies]  # the page's is the first that there is
         self.order: Order = next((one for one in orders if one is not None and one != "any"), "most_helpful")
-        self.ids: list[str] = list(
-            dict.fromkeys([*(id_ for own in self.competing.values() for id_ in _first(own, self.order)), *every])
-        )
+        firsts = (own.ids[at] for own in self.competing.values() for at in own.first(self.order, own.count))
+        self.ids: list[str] = list(dict.fromkeys([*firsts, *every]))
         self.number = {id_: number for number, id_ in enumerate(self.ids)}
         self.rows = explanations.rows_of(entry.id, self.ids)
         lengths = torch.linalg.vector_norm(self.rows, dim=1, keepdim=True)
@@ -459,10 +458,6 @@ class _Candidates:
             tones="".join(str(tones.get(n, 9)) for n in range(len(self.ids))),
         )
         return view, cover
-
-
-def _first(candidates: Candidates, order: Order) -> list[str]:
-    return [candidates.ids[place] for place in candidates.first(order, candidates.count)]
 
 
 def _mapped(pool: Pool, rows: Tensor | NDArray[np.float32]) -> tuple[tuple[float, float], ...]:

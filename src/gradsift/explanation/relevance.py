@@ -71,9 +71,6 @@ Relevances = dict[CoefficientModel, list[Relevance]]
 class RelevanceSummary:
     """Relevance over many targets, with what a single number hides.
 
-    how: the aggregation
-    count: number of targets
-    ratio, db: over all targets
     capped: number of targets at the cap
     ratio_without_capped, db_without_capped: over the others, None if there are none
     near_zero: number of targets whose selection is near zero
@@ -95,25 +92,16 @@ def selection_relevance(
     """Relevance of a selection for one output: higher means that its gradients explain the output's gradient better.
 
     `ξ = ‖g‖² / ‖g − A t‖²` (Compact, equation 1, one instance), A the selected gradients, t their coefficients. It does
-    not change when all gradients are multiplied by one number (except under the `MSENNLSL2` models).
+    not change when all gradients are multiplied by one number (except under the `MSENNLSL2` models). A selection of
+    zero gradients has ratio 1, coefficients 0 and `near_zero`.
 
     Everything is computed in fp64 from the coordinates of `span_coordinates`. The residual is always formed as a
     vector, never as a difference of squared norms, so that relevances up to the cap are exact.
 
     Args:
-        target_gradient: g, [dim].
+        target_gradient: g, [dim]; DataError where it is zero, as there is nothing to explain.
         selected: the gradients of the selected examples as rows, not normalised, [k dim].
         coefficients: how t is found, see `gradsift.explanation.coefficients.coefficients`.
-
-    Returns:
-        The relevance; a selection of zero gradients has ratio 1, coefficients 0 and `near_zero`.
-
-    Raises:
-        ShapeError: wrong axes, different dims, or nothing selected.
-        NonFiniteError: NaN or infinity in either.
-        ConfigError: an unknown coefficient model.
-        DataError: the target gradient is zero. The ratio would be 0, or 0/0 for a selection of zero gradients, and
-            would be read as a bad selection where there is nothing to explain.
 
     Example:
         >>> relevance = selection_relevance(torch.tensor([1.0, 1.0]), torch.tensor([[1.0, 0.0]]))
@@ -133,33 +121,20 @@ def batch_relevance(
     *,
     models: Sequence[CoefficientModel] = MODELS,
 ) -> Relevances:
-    """`selection_relevance` of many selections from the same candidates, by several coefficient models.
+    """For each model, `selection_relevance` of many selections from the same candidates, in the order given.
 
     All gradients are reduced once to the coordinates of `span_coordinates` (at most one more than there are candidates)
     instead of once per selection; there, selections of equal size are fitted together. These coordinates have the inner
     products of the gradients, and small singular values and residuals to full precision besides, so duplicates and
     reconstructions down to the cap come out as one by one.
 
-    Args:
-        target_gradient: g [dim].
-        candidates: gradients [candidate dim], not normalised.
-        selections: positions among the candidates, each selection at least one; equal ones are fitted once.
-        models: see `gradsift.explanation.coefficients.coefficients`.
+    Of g [dim] and `candidates` [candidate dim], not normalised; `selections` are positions among them, at least one
+    each.
 
-    Returns:
-        For each model the relevance of each selection, in the order given.
-
-    Raises:
-        ShapeError: wrong axes or different dims.
-        NonFiniteError: NaN or infinity in a gradient that is used.
-        ConfigError: no selection, an empty one, a position that no candidate has, or an unknown model.
-        DataError: the target gradient is zero.
-
-    Example:
-        >>> candidates = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
-        >>> found = batch_relevance(torch.tensor([1.0, 1.0]), candidates, [[0], [0, 1], [2]], models=["MSE"])
-        >>> [round(relevance.db) for relevance in found["MSE"]]
-        [3, 120, 120]
+    >>> candidates = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    >>> found = batch_relevance(torch.tensor([1.0, 1.0]), candidates, [[0], [0, 1], [2]], models=["MSE"])
+    >>> [round(relevance.db) for relevance in found["MSE"]]
+    [3, 120, 120]
     """
     rows = float_array("candidates", candidates, "candidate dim", finite=False)
     distinct = list(dict.fromkeys(tuple(int(position) for position in selection) for selection in selections))
@@ -186,8 +161,7 @@ def relevance_of_choices(
 ) -> list[dict[int, Relevances]]:
     """Relevance of everything that strategies chose for one target, from `choose_all`; of an empty choice 0 dB.
 
-    Returns:
-        For each strategy, budget → model → relevances, one per selection (the random strategy makes several).
+    For each strategy, budget → model → relevances, one per selection (the random strategy makes several).
     """
     selections = [selection for choice in choices for made in choice.values() for selection in made]
     used = sorted({position for selection in selections for position in selection})
@@ -256,23 +230,13 @@ def _of_equal_size(
 
 
 def aggregate_relevance(relevances: Sequence[Relevance], *, how: Aggregation = "ratio_of_means") -> float:
-    """One ratio for many targets; `to_db` of it is the value to report.
+    """One ratio for many targets, at most 1e12; `to_db` of it is the value to report.
 
     - `ratio_of_means`: `Σ‖g‖² / Σ‖g − A t‖²` (Compact, equation 1). Targets with long gradients weigh more.
     - `mean_of_ratios`: `mean ξ`, what the authors' tables hold. One capped target outweighs all others.
     - `median_db`: the ratio whose dB value is the median of the targets' dB values.
 
     Averages are taken in linear units and converted to dB last, except for the median, which is one of the values.
-
-    Args:
-        relevances: one per target.
-        how: see above.
-
-    Returns:
-        The aggregated ratio, at most 1e12.
-
-    Raises:
-        ConfigError: no relevances, or an unknown aggregation.
 
     Example:
         >>> selected = torch.tensor([[1.0, 0.0]])
@@ -304,16 +268,9 @@ def aggregated(norms: Array, errors: Array, ratios: Array, how: Aggregation) -> 
 
 
 def relevance_of_draws(draws: Sequence[Relevance], *, how: Aggregation = "ratio_of_means") -> Relevance:
-    """One relevance for several selections for one target, such as the draws of a random strategy.
+    """One relevance for several selections for one target, such as a random strategy's draws, `aggregate_relevance`d.
 
     Its error is their mean, its coefficients are those of the first; it is near zero if all of them are.
-
-    Args:
-        draws: one per selection.
-        how: as in `aggregate_relevance`.
-
-    Raises:
-        ConfigError: no draws, or an unknown aggregation.
     """
     if len(draws) == 1:
         return draws[0]
@@ -330,22 +287,7 @@ def relevance_of_draws(draws: Sequence[Relevance], *, how: Aggregation = "ratio_
 
 
 def summarise_relevance(relevances: Sequence[Relevance], *, how: Aggregation = "ratio_of_means") -> RelevanceSummary:
-    """The aggregate with and without the capped targets, and how many are capped or near zero.
-
-    Args:
-        relevances: one per target.
-        how: as in `aggregate_relevance`.
-
-    Raises:
-        ConfigError: no relevances, or an unknown aggregation.
-
-    Example:
-        >>> g = torch.tensor([1.0, 1.0])
-        >>> exact, half = (selection_relevance(g, row[None]) for row in (g, torch.tensor([1.0, 0.0])))
-        >>> summary = summarise_relevance([exact, half], how="mean_of_ratios")
-        >>> summary.capped, summary.ratio, summary.ratio_without_capped
-        (1, 500000000001.0, 2.0)
-    """
+    """`aggregate_relevance` with and without the capped targets, and how many are capped or near zero."""
     ratio = aggregate_relevance(relevances, how=how)
     others = [relevance for relevance in relevances if not relevance.capped]
     without = aggregate_relevance(others, how=how) if others else None
@@ -368,15 +310,8 @@ def relevance_auc(ratios: Mapping[int, float], *, per_unit: bool = False) -> flo
     by the width of the range: for budgets 1, 5, 10, 25 predicting zero (ξ ≡ 1) gives 10·log10 24 = 13.80 dB.
 
     Args:
-        ratios: aggregated ratio (not dB) by budget, at least two budgets.
+        ratios: aggregated ratio (not dB), finite and above 0, by budget, at least two budgets.
         per_unit: divide by the width of the range, so that ξ ≡ 1 gives 0 dB.
-
-    Returns:
-        dB.
-
-    Raises:
-        ConfigError: fewer than two budgets, a budget below 1, or a ratio of 0 or less.
-        NonFiniteError: a ratio that is NaN or infinite.
 
     Example:
         >>> round(relevance_auc({1: 1.0, 5: 1.0, 10: 1.0, 25: 1.0}), 2)
@@ -392,16 +327,7 @@ def relevance_auc(ratios: Mapping[int, float], *, per_unit: bool = False) -> flo
 
 
 def to_db(ratio: float) -> float:
-    """10·log10 of a ratio above 0.
-
-    Raises:
-        ConfigError: a ratio of 0 or less.
-        NonFiniteError: NaN or infinity.
-
-    Example:
-        >>> to_db(100.0)
-        20.0
-    """
+    """10·log10 of a ratio above 0; ConfigError and NonFiniteError for others."""
     _check_ratio("the ratio", ratio)
     return 10.0 * math.log10(ratio)
 

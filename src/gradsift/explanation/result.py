@@ -60,8 +60,6 @@ class StrategyResult:
     capped: reconstructed exactly, usually because the output itself is in the pool; by one draw at least
     examples: in the order they were chosen; of the first draw
     draws: every selection's relevance: one, or as many as a random strategy makes
-    trained: what training on it did; None where that was not tried
-    throughout: the relevance of `examples` at all checkpoints together; None where that was not asked for
     supports: whether every example's gradient leads towards the output's, ⟨a, g⟩ > 0
     """
 
@@ -93,7 +91,6 @@ class Explanation:
     against: what makes the output less likely, by every estimator whose scores have a sign: the lowest scores, and
         those of the lowest whose gradients best rebuild −g, which their relevance and coefficients are about
     matches: which tokens match, of the first estimator's examples that are shown first, at `shown_budget`
-    references: what choices are compared with, one for each budget
     exact: whether relevance and choices are of whole gradients, or of stored, projected ones
     missed: what the projected ranking may have kept from the candidates, by estimator and budget
     """

@@ -52,11 +52,7 @@ VERDICT = (
 
 
 def explanation_file(id_: str) -> str:
-    """The name of an output's page: its id where that is a plain file name, else a readable part of it and a digest.
-
-    >>> explanation_file("math-17"), explanation_file("../x y")
-    ('math-17.html', 'x-y-46c740c677.html')
-    """
+    """The name of an output's page: its id where that is a plain file name, else a readable part of it and a digest."""
     if re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,79}", id_):
         return f"{id_}.html"
     plain = re.sub(r"[^a-z0-9]+", "-", id_.lower()[:60]).strip("-")
@@ -130,9 +126,7 @@ def explained_blocks(
 
 
 def figure_table(entry: Explanation, found: StrategyResult) -> Table:
-    """How much of the output's gradient a choice rebuilds, beside random examples and, where it is better, the best
-    found.
-    """
+    """How much of the output's gradient a choice rebuilds, beside random examples and a best found that is better."""
     drawn, beside = {"these": found.ratio}, entry.verdict(found).reference
     if beside is not None:
         drawn |= {"best found": beside.best} if beside.best > found.ratio else {}
@@ -147,9 +141,7 @@ def figure_table(entry: Explanation, found: StrategyResult) -> Table:
 
 
 def verdicts_table(entry: Explanation, results: Sequence[StrategyResult]) -> Table:
-    """Strategies as given, with random examples and the best choice found where they are not among them, of one budget
-    and estimator.
-    """
+    """Strategies of one budget and estimator, with random examples and the best choice found where they lack them."""
     verdicts = [entry.verdict(found) for found in results]
     low, high = db_span([found.db for found in verdicts])
     trained = [dict(measured_cells(found)) for found in verdicts]
@@ -171,9 +163,7 @@ def verdicts_table(entry: Explanation, results: Sequence[StrategyResult]) -> Tab
 
 
 def measured_cells(found: verdict.Verdict) -> list[tuple[str, str]]:
-    """What was measured besides, by name: relevance at all checkpoints, and of a step of training on the choice support
-    ξ⁺ in nats, and shift ξ^JSD.
-    """
+    """What was measured besides: relevance at all checkpoints, support ξ⁺ and shift ξ^JSD of a step of training."""
     throughout = [] if found.throughout is None else [("at all checkpoints", relevance_text(found.throughout))]
     if found.trained is None:
         return throughout

@@ -105,7 +105,6 @@ class RelevanceTable:
     how: the aggregation over outputs, and over a random strategy's draws for each
     sorted_at: the budget that the rows are sorted by, lowest relevance first
     notes: what a reader of the rows should know
-    gains, coefficients, extremes: of several outputs
     """
 
     how: Aggregation
@@ -140,12 +139,9 @@ def relevance_table(
 ) -> RelevanceTable:
     """Aggregate the relevance of every estimator, strategy and budget: over the draws for an output, then over outputs.
 
-    Args:
-        explanations: of the same estimators, strategies and budgets. Of `Explanations` over several outputs, gains over
-            naive choices and the most and least relevant ones, too.
-        how: the aggregation (`gradsift.explanation.relevance.aggregate_relevance`); by default that of the
-            explanations, with which one output's row is the output's own result.
-        sort_by: the budget to sort by; 10 where it is among them, else the largest.
+    `Explanations` over several outputs also have gains over naive choices and the most and least relevant ones. `how`
+    is by default the explanations' own aggregation, with which one output's row is its own result; `sort_by` a budget,
+    by default 10 where it is among them, else the largest.
     """
     whole = explanations if isinstance(explanations, Explanations) else None
     entries = explanations.entries if isinstance(explanations, Explanations) else tuple(explanations)
@@ -223,10 +219,7 @@ def _row(
 
 
 def naive_beside(strategies: Sequence[Selector]) -> dict[str, str]:
-    """Of each strategy that chooses otherwise from a ranking, the naive one among them that takes its first.
-
-    Pursuit is none: it chooses by relevance itself.
-    """
+    """Of each strategy that chooses otherwise from a ranking, but pursuit, the naive one that takes its first."""
     naive = {own.ranking: own.strategy for own in strategies if isinstance(own, Naive)}
     others = (own for own in strategies if not isinstance(own, Naive) and not own.last)
     return {own.strategy: naive[own.ranking] for own in others if own.ranking in naive}

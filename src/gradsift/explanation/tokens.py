@@ -130,7 +130,7 @@ def token_influences(
 
     Args:
         model: in any mode; it is evaluated without dropout and left as found.
-        modules: from `find_modules`.
+        modules: from `find_modules`; UncapturedError where one does not tell its tokens apart, such as one of experts.
         rows: each a sequence.
         output: its sequences, whose gradients add up: one, or two of opposite weights for a contrast.
         adam: by module name, to split Adam directions of the rows.
@@ -140,9 +140,6 @@ def token_influences(
 
     Returns:
         One for each row; higher = the token makes the output more likely.
-
-    Raises:
-        UncapturedError: a module does not tell its tokens apart, such as one of experts.
     """
     length = sum(len(part.token_ids) for part in output)
     found = [TokenInfluence.zeros(len(row.token_ids), length, adam=adam is not None) for row in rows]
@@ -222,7 +219,8 @@ def _held(capture: Capture, output: SequenceABC[Sequence]) -> dict[str, Factors]
         def hold(module: Captured, x: Tensor, g: Tensor, own: dict[str, Factors] = own) -> None:
             own[module.name] = Factors(x[0], g[0])
 
-        capture.run([one], _nothing, consume_tokens=hold)
+        # A module that had no part in the output's loss adds to no product.
+        capture.run([one], lambda _module, _gradients: None, consume_tokens=hold)
         parts.append(own)
     held = dict(parts[0])
     for before, own in enumerate(parts[1:], start=1):
@@ -238,7 +236,3 @@ def _held(capture: Capture, output: SequenceABC[Sequence]) -> dict[str, Factors]
 
 def _square(gradient: Tensor) -> float:
     return float(gradient.square().sum(dtype=torch.float64))
-
-
-def _nothing(_module: Captured, _gradients: Tensor) -> None:
-    """A module that had no part in the output's loss adds to no product."""

@@ -70,12 +70,9 @@ class Reference:
 
 @dataclass(frozen=True)
 class Missed:
-    """How many rows outside of the candidates are expected to rank among an estimator's k most helpful.
-
-    Their projected scores say no, but may be wrong (`gradsift.explanation.exact.missed`).
-
-    strategy: the search of which it is said instead that they would rebuild `WORTH` more in the place of a chosen one;
-        None of the ranking
+    """How many rows outside of the candidates are expected to rank among an estimator's k most helpful, as their
+    projected scores may be wrong (`gradsift.explanation.exact.missed`); or, of the search `strategy`, how many would
+    rebuild `WORTH` more in the place of a chosen one.
     """
 
     estimator: str
@@ -102,15 +99,12 @@ class Trained:
 class Verdict:
     """What one strategy chose by one estimator for one output, and what to make of it. Made once, drawn everywhere.
 
-    count: chosen examples, at most k
     ratio: ξ = ‖g‖² / ‖g − A t‖²; above 1 the choice says more than nothing at all
     reference: random examples of the same number, and the best choice found; None where neither was measured
     trained: what a step of training on it did; None where that was not tried
     throughout: ξ at all checkpoints together; None where that was not measured
     agreement: the share of the chosen that the same strategy chooses by another estimator, too, the mean over the other
         estimators; None for a single one
-    near_zero, capped: as `StrategyResult` has them
-    exact: whether whole gradients were compared
     contrast: whether it is about one answer in contrast to another
     missed: how many rows the projected ranking is expected to have kept from the k most helpful or, where the choice is
         `sought` in the whole pool, how many would rebuild `WORTH` more in a chosen one's place; None where that is not
@@ -230,31 +224,14 @@ class Verdict:
 
 
 def share_of(ratio: float) -> float:
-    """1 − 1/ξ.
-
-    >>> share_of(2.0), share_of(0.5)
-    (0.5, -1.0)
-    """
+    """1 − 1/ξ: ½ for ξ = 2, −1 for ξ = ½."""
     return 1.0 - 1.0 / ratio
 
 
 def grade_of(
     ratio: float, *, random: Collection[float] = (), best: float | None = None, near_zero: bool, capped: bool
 ) -> Grade:
-    """How a choice fares, see `Grade`.
-
-    Args:
-        ratio: ξ of the choice.
-        random: ξ of draws of as many random examples.
-        best: ξ of the best choice found; None where none was sought.
-        near_zero, capped: of the choice.
-
-    Example:
-        >>> grade_of(0.4, random=[0.2, 0.3], best=1.05, near_zero=False, capped=False)
-        'nothing'
-        >>> grade_of(1.5, random=[0.2, 1.6], best=2.0, near_zero=False, capped=False)
-        'chance'
-    """
+    """How a choice of ratio ξ fares beside those of random draws and of the best found, see `Grade`."""
     if not math.isfinite(ratio):
         return "unknown"
     if capped:
@@ -276,21 +253,14 @@ def subject(contrast: bool) -> str:
 
 
 def sentence_of(grade: Grade, share: float, best: float | None, count: int, k: int, *, contrast: bool = False) -> str:
-    """The one sentence of a verdict; shares are of the output's squared gradient.
+    """The one sentence of a verdict; shares are of the output's squared gradient, below 0 if further off than nothing.
 
-    Args:
-        grade: from `grade_of`.
-        share: what the choice rebuilds, below 0 where it is further off than nothing.
-        best: what the best choice found does; None where none was sought.
-        count: chosen examples.
-        k: examples of the best choice, and of random ones.
-        contrast: whether one answer is explained in contrast to another.
+    Of `count` examples asked for k; `best` is None where none was sought.
 
-    Example:
-        >>> sentence_of("partly", 0.41, 0.42, 5, 5)
-        'These five account for 41\u202f% of its gradient, where the best five found account for 42\u202f%.'
-        >>> sentence_of("not_these", -1.2, None, 5, 5)
-        'These five do not account for this output: their gradients lead elsewhere.'
+    >>> sentence_of("partly", 0.41, 0.42, 5, 5)
+    'These five account for 41\u202f% of its gradient, where the best five found account for 42\u202f%.'
+    >>> sentence_of("not_these", -1.2, None, 5, 5)
+    'These five do not account for this output: their gradients lead elsewhere.'
     """
     many, what = _count(k), subject(contrast)
     if count == 0:
@@ -336,13 +306,7 @@ def relevance_text(ratio: float) -> str:
 
 
 def share_text(ratio: float) -> str:
-    """What a relevance says as a share of the squared gradient; below 0 dB, how far off it is.
-
-    >>> share_text(2.0)
-    '50\u202f% of the gradient accounted for'
-    >>> share_text(0.25)
-    'worse than nothing, 4.0 times its error'
-    """
+    """A relevance as a share of the squared gradient; below 0 dB, how far off it is."""
     if not math.isfinite(ratio):
         return "no value"
     if -EVEN < share_of(ratio) < 0.005:
@@ -353,22 +317,14 @@ def share_text(ratio: float) -> str:
 
 
 def share_brief(ratio: float) -> str:
-    """The same in two words, for a narrow column.
-
-    >>> share_brief(2.0), share_brief(0.25)
-    ('50\u202f%', 'error × 4.0')
-    """
+    """The same in two words, for a narrow column: `50 %`, or `error × 4.0`."""
     if not math.isfinite(ratio):
         return ""
     return f"error × {_times(ratio)}" if share_of(ratio) <= -EVEN else _percent(max(0.0, share_of(ratio)))
 
 
 def agreement_of(chosen: Sequence[str], others: Sequence[Sequence[str]]) -> float | None:
-    """The share of the chosen that other choices hold, too, the mean over them; None where there is no other.
-
-    >>> agreement_of(["a", "b"], [["b", "c"], ["d", "e"]])
-    0.25
-    """
+    """The share of the chosen that other choices hold, too, the mean over them; None where there is no other."""
     if not others or not chosen:
         return None
     own = set(chosen)

@@ -37,15 +37,8 @@ class ReplyEncoder:
     ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """The token ids of the prompt and of the reply, which follow each other.
 
-        Args:
-            prompt: what was asked.
-            text: the reply.
-            finished: it ended by itself.
-            limit: tokens that were asked for.
-
-        Raises:
-            DataError: the template refuses the conversation, nothing of the reply is left, it spells a control token of
-                the template, or it is far longer than asked for.
+        Refused is what the template refuses, an empty reply, one that spells a control token of the template, and one
+        far longer than the `limit` of tokens that were asked for.
         """
         if limit is not None and len(text) > _CHARACTERS * limit:
             raise DataError(f"the reply has {len(text):,} characters, and {limit} tokens were asked for")

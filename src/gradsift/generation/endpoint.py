@@ -168,13 +168,7 @@ class Client:
     def complete(
         self, messages: Sequence[Message], *, max_tokens: int, temperature: float, seed: int | None = None
     ) -> str:
-        """The text of one answer, see `Chat`.
-
-        Raises:
-            ReplyError: no usable answer to this conversation.
-            ConfigError: no key, a key that is refused, no such model, or the package openai is missing.
-            ModelError: the server is gone, or has never given a usable reply.
-        """
+        """The text of one answer, see `Chat`; `ReplyError` where this conversation has no usable one."""
         sampling = Sampling(samples=1, temperature=temperature, top_k=None, top_p=None, max_new_tokens=max_tokens)
         (choice,) = self.ask(messages, sampling, seed=seed).choices[:1]
         if isinstance(choice, str):
@@ -194,16 +188,11 @@ class Client:
         """One request, repeated until it is answered.
 
         Args:
-            messages: the conversation.
             sampling: how to sample; `samples` and `seed` are not read.
             choices: how many choices to ask for; there may come fewer.
-            seed: sent where given.
             token_ids: ask for token ids (vLLM).
             options: arguments for the server's chat template, as JSON; sent as `chat_template_kwargs` (vLLM, SGLang),
                 `tools` by that name.
-
-        Raises:
-            ReplyError, ConfigError, ModelError: as for `complete`.
         """
         if not all(_is_unicode(said(message)) for message in messages):
             raise ReplyError("the prompt holds half a surrogate pair, which is no Unicode text: leave it out")
@@ -436,7 +425,6 @@ def _index(choice: Any) -> int:
 
 
 def _choice(choice: Any, endpoint: Endpoint, secret: Secret) -> Choice | str:
-    """The choice, or why it cannot be used."""
     message = choice.get("message") if isinstance(choice, dict) else None
     if not isinstance(message, dict):
         return "the choice holds no message"
@@ -520,7 +508,6 @@ def usage_of(endpoint: Endpoint, prompt_tokens: int, completion_tokens: int, *, 
 
 
 def _words(body: Any) -> str:
-    """What a server says of an error."""
     if isinstance(body, dict):
         body = next((body[name] for name in ("message", "error", "detail") if body.get(name)), body)
     if isinstance(body, dict) and "message" in body:

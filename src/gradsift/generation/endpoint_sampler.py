@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -16,11 +13,10 @@ from numpy.typing import NDArray
 
 from gradsift.base.errors import DataError, ModelError
 from gradsift.base.types import Prompt
+from gradsift.execution.threads import side_by_side
 from gradsift.generation.encoding import ReplyEncoder
 from gradsift.generation.endpoint import Choice, Client, Endpoint, ReplyError
 from gradsift.generation.sampling import Drawn, Problem, Request, Response, Sampling, Usage, request_seed
-
-_GRACE = 0.5  # seconds for open requests to end by themselves when others have failed, so that sockets are closed
 
 
 @dataclass(frozen=True)
@@ -70,10 +66,6 @@ class EndpointSampler:
         """Ask for all samples, several at a time; a prompt comes out when all of its are there.
 
         What ends the work early, an interruption included, is raised after the replies that came before it are out.
-
-        Raises:
-            ConfigError: the key, the model's name or the settings are wrong.
-            ModelError: the server is gone, renders prompts in another way, or never gave a usable reply.
         """
         tasks = [
             (position, numbers)
@@ -82,52 +74,25 @@ class EndpointSampler:
         ]
         left = Counter(position for position, _ in tasks)
         found: list[list[Drawn]] = [[] for _ in requests]
-        stop, lock, pending = threading.Event(), threading.Lock(), iter(tasks)
-        done: SimpleQueue[tuple[int, Drawn | BaseException]] = SimpleQueue()
-
-        def work() -> None:
-            while not stop.is_set():
-                with lock:
-                    task = next(pending, None)
-                if task is None:
-                    return
-                position, numbers = task
-                try:
-                    done.put((position, self._sample(requests[position].prompt, numbers)))
-                except BaseException as error:  # noqa: BLE001  # raised again where the results are read
-                    stop.set()
-                    done.put((position, error))
-
-        # Daemons: an interrupted run does not wait for replies that may take minutes.
-        count = min(self.endpoint.concurrency, len(tasks))
         _ = self.client, self._encoder  # made once: from Python 3.12 on, each thread would make its own
-        threads = [threading.Thread(target=work, name=f"endpoint-{n}", daemon=True) for n in range(count)]
+        asked = side_by_side(
+            lambda task: self._sample(requests[task[0]].prompt, task[1]), tasks, self.endpoint.concurrency
+        )
         try:
-            for thread in threads:
-                thread.start()
-            for _ in tasks:
-                position, result = done.get()
-                if isinstance(result, BaseException):
-                    raise result
-                found[position].append(result)
+            for number, drawn in asked:
+                position = tasks[number][0]
+                found[position].append(drawn)
                 left[position] -= 1
                 if not left[position]:
                     yield _together(found[position])
                     found[position] = []
         except (Exception, KeyboardInterrupt):
-            stop.set()
-            _wait_for(threads)
-            while not done.empty():
-                position, result = done.get()
-                if isinstance(result, Drawn):
-                    found[position].append(result)
             for parts in found:
                 if any(part.responses for part in parts):
                     yield _together(parts)
             raise
         finally:
-            stop.set()
-            _wait_for(threads)
+            asked.close()
             self.client.close()
             self.__dict__.pop("client", None)
 
@@ -190,14 +155,6 @@ class EndpointSampler:
                 f"{self.endpoint.place}: the reply holds the token id {token_ids.max()}, and the model's tokenizer has "
                 f"{known}: serve the same model"
             )
-
-
-def _wait_for(threads: Sequence[threading.Thread]) -> None:
-    """Give open requests a moment to end."""
-    grace = time.monotonic() + _GRACE
-    for thread in threads:
-        if thread.is_alive():
-            thread.join(max(0.0, grace - time.monotonic()))
 
 
 def _together(parts: Sequence[Drawn]) -> Drawn:

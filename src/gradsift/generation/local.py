@@ -43,32 +43,14 @@ _TIES = 32  # tokens looked at beyond the k most likely, so that ties with the l
 _GREEDY = Sampling(samples=1, temperature=0)
 
 
-@dataclass(frozen=True, slots=True)
-class Output:
-    """A response: token ids, the end-of-turn token included where the model emitted it.
-
-    finished: False where `max_new_tokens` cut it off
-    """
-
-    token_ids: tuple[int, ...]
-    finished: bool
-
-
 def greedy_output(
     model: Any, prompt_ids: Sequence[int], *, end_ids: Iterable[int], max_new_tokens: int = 128
-) -> Output:
-    """The most likely continuation, token by token, until an end-of-turn token or `max_new_tokens`.
-
-    Args:
-        model: a causal language model in eval mode.
-        prompt_ids: with the generation prompt.
-        end_ids: token ids that end a turn.
-        max_new_tokens: at most this many tokens.
-    """
+) -> TokenDraw:
+    """The most likely continuation, token by token, until an end-of-turn token or `max_new_tokens`."""
     sampling = _GREEDY.model_copy(update={"max_new_tokens": max_new_tokens})
     row = Row(0, np.zeros(max_new_tokens))
     (drawn,) = draw_tokens(model, [prompt_ids], [row], sampling, end_ids=end_ids)
-    return Output(tuple(drawn.token_ids.tolist()), drawn.finish_reason == "stop")
+    return drawn
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,26 +80,17 @@ def draw_tokens(
     end_ids: Iterable[int],
     batch_rows: int | None = None,
 ) -> list[TokenDraw]:
-    """Continue prompts, each as often as there are rows of it.
+    """Continue prompts, each as often as there are rows of it: a draw for each row, in their order.
 
     A draw depends on its prompt and its uniform numbers alone, up to the rounding of the model's own arithmetic, which
     differs between batch sizes and devices: it moves a boundary between two tokens by some 1e-6, and changes the draw
     where a uniform number falls in between.
 
     Args:
-        model: a causal language model, with or without an adapter; it is run in eval mode.
         prompts: token ids with the generation prompt; each is read once.
         rows: what to draw, with at least as many uniform numbers as steps.
         sampling: how to warp; `samples` and `seed` are not read.
-        end_ids: token ids that end a turn.
         batch_rows: samples drawn at a time; None takes a number for the device.
-
-    Returns: a draw for each row, in their order.
-
-    Raises:
-        DataError: a prompt is empty or leaves the model no place for a response.
-        NonFiniteError: the model gives NaN or infinite logits.
-        ModelError: the model has no cache whose rows can be chosen, or memory does not suffice for one sample.
     """
     batches = torch.inference_mode()(_draw_batches)(model, prompts, rows, sampling, end_ids, batch_rows)
     return [drawn for batch in batches for drawn in batch]
@@ -148,7 +121,11 @@ def _draw_batches(
                 draws = _draw_batch(model, prefix, part, sampling, ends, last=done + len(part) == len(rows))
             except torch.OutOfMemoryError as error:
                 if len(part) == 1:
-                    raise ModelError(_no_memory(len(prompts[part[0].prompt]), sampling)) from error
+                    raise ModelError(
+                        f"the GPU's memory does not suffice to sample one response of {sampling.max_new_tokens} tokens "
+                        f"to a prompt of {len(prompts[part[0].prompt])}: lower --max-new-tokens (max_new_tokens), "
+                        "leave out long prompts, or use an endpoint"
+                    ) from error
                 draws = []
             if draws:
                 done += len(draws)
@@ -182,7 +159,10 @@ class _Prefix:
         self.mask = None if bool(mask.all()) else mask.to(device)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         places = {"attention_mask": self.mask, "position_ids": positions.to(device)}
-        out = model(input_ids=ids.to(device), **places, use_cache=True, **_last_logits_only(model))
+        # The last position's logits where the model can be asked for them: those of a long prompt fill the memory.
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
+        out = model(input_ids=ids.to(device), **places, use_cache=True, **last)
         self.logits = out.logits[:, -1]
         self.cache = out.past_key_values
         if not hasattr(self.cache, "reorder_cache"):
@@ -265,15 +245,10 @@ def _draw_batch(
 
 
 def pick_tokens(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw one token for each row by inverting the distribution function of the warped distribution q.
+    """Draw one token for each row of logits by inverting the distribution function of the warped distribution q.
 
     The tokens stand in the order of their ids, whatever their probabilities, so that rounding moves the boundaries
     between tokens but never exchanges them: a CPU and a GPU draw the same but for boundary cases.
-
-    Args:
-        logits: `[row vocab]`, any float dtype; computed in fp32 or better.
-        uniform: float64 `[row]` in [0, 1).
-        sampling: how to warp.
 
     Returns: token ids int64 `[row]`, their log-probabilities under f (softmax of the logits) and under q, float32.
     """
@@ -303,10 +278,6 @@ def warp(logits: Tensor, sampling: Sampling) -> tuple[Tensor | None, Tensor]:
 
     The same tokens stay as with transformers' warpers, but where top-p has to choose among tokens of exactly equal
     probability: those of lower id stay here, an arbitrary choice there.
-
-    Args:
-        logits: fp32 or fp64 `[row vocab]`.
-        sampling: temperature above 0.
 
     Returns: the ids of candidate tokens `[row candidate]`, ascending (None: the whole vocabulary), and log q of them,
         float64, minus infinity where a token is left out.
@@ -470,16 +441,3 @@ def _max_positions(model: Any) -> int:
     """Tokens that the model can place, prompt and response together."""
     places = getattr(model.config, "max_position_embeddings", None)
     return places if isinstance(places, int) and places > 0 else 2**31 - 1
-
-
-def _last_logits_only(model: Any) -> dict[str, int]:
-    """Ask for the last position's logits where the model can be asked: those of a long prompt fill the memory."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
-
-
-def _no_memory(prompt_tokens: int, sampling: Sampling) -> str:
-    return (
-        f"the GPU's memory does not suffice to sample one response of {sampling.max_new_tokens} tokens to a prompt of "
-        f"{prompt_tokens}: lower --max-new-tokens (max_new_tokens), leave out long prompts, or use an endpoint"
-    )

@@ -110,14 +110,9 @@ class Samples:
         return self._prompts[prompt_id]
 
     def __getitem__(self, prompt_id: str) -> tuple[Response, ...]:
-        """The responses to a prompt, by number.
-
-        Raises:
-            KeyError: it has none.
-            CorruptError: a file is truncated or altered.
-        """
-        prompt = self._prompts[prompt_id]
-        found = {r.number: r for key in self._keys(prompt) for r in _read(self.run, key)[0]}
+        """The responses to a prompt, by number."""
+        keys = _response_keys(self.run, f"{self.prefix}{prompt_key(self._prompts[prompt_id])}/")
+        found = {r.number: r for key in keys for r in _read(self.run, key)[0]}
         return tuple(found[number] for number in sorted(self._numbers[prompt_id]))
 
     @property
@@ -133,27 +128,16 @@ class Samples:
         return self._fingerprint
 
     def rewards(self, reward: Mapping[str, Any], prompt_id: str) -> dict[int, float | None]:
-        """What `save_rewards` stored for a prompt, by sample number; empty where it stored nothing.
-
-        Raises:
-            CorruptError: the file is truncated or altered.
-        """
+        """What `save_rewards` stored for a prompt, by sample number; empty where it stored nothing."""
         key = self._reward_key(reward, prompt_id)
         if not self.run.storage.exists(key):
             return {}
         return {row["number"]: row["reward"] for row in _read_rows(self.run, key, _REWARDS)[0]}
 
     def save_rewards(self, reward: Mapping[str, Any], prompt_id: str, values: Mapping[int, float | None]) -> None:
-        """Store the rewards of a prompt's responses, beside those that are there.
+        """Store rewards of a prompt's responses by number, beside those that are there; None where one has no verdict.
 
-        Args:
-            reward: the reward function's configuration; another one has rewards of its own.
-            prompt_id: whose.
-            values: by sample number; None where the function could not judge the response.
-
-        Raises:
-            DataError: there is no response of that number.
-            NonFiniteError: a reward is NaN or infinite.
+        `reward` is the reward function's configuration: another one has rewards of its own.
         """
         known = self._numbers[prompt_id]
         for number, value in values.items():
@@ -167,10 +151,6 @@ class Samples:
         merged = self.rewards(reward, prompt_id) | {n: None if v is None else float(v) for n, v in values.items()}
         columns = {"number": sorted(merged), "reward": [merged[number] for number in sorted(merged)]}
         _publish(self.run, self._reward_key(reward, prompt_id), pa.table(columns, schema=_REWARDS))
-
-    def _keys(self, prompt: Prompt) -> list[str]:
-        keys = self.run.storage.list(f"{self.prefix}{prompt_key(prompt)}/")
-        return [key for key in keys if _is_responses(key)]
 
     def _reward_key(self, reward: Mapping[str, Any], prompt_id: str) -> str:
         name = f"reward-{fingerprint(revised('rewards', reward))}.parquet"
@@ -261,7 +241,6 @@ def missing_samples(run: Run, prompts: Sequence[Prompt], sampler: Sampler) -> tu
 
 
 def _requests(prompts: Sequence[Prompt], stored: Mapping[str, Collection[int]], wanted: range) -> list[Request]:
-    """What is not stored."""
     missing = ((prompt, tuple(n for n in wanted if n not in stored[prompt.id])) for prompt in prompts)
     return [Request(prompt, numbers) for prompt, numbers in missing if numbers]
 
@@ -298,15 +277,12 @@ class _Drawing:
 
     @property
     def rows(self) -> int:
-        """How many prompts."""
         return len(self.requests)
 
     def probe(self, start: int, stop: int) -> _Drawing:
-        """Responses to some of the prompts, drawn and forgotten."""
         return replace(self, requests=self.requests[start:stop], dry=True)
 
     def without(self, rows: Sequence[int], reason: str) -> _Drawing:
-        """The other prompts; these have a problem."""
         left = tuple(request for row, request in enumerate(self.requests) if row not in rows)
         lost = tuple(
             Problem(self.name_of(row), None, f"{reason}: every worker that drew its responses ended") for row in rows
@@ -314,11 +290,9 @@ class _Drawing:
         return replace(self, requests=left, problems=(*self.problems, *lost))
 
     def name_of(self, row: int) -> str:
-        """The id of a prompt."""
         return self.requests[row].prompt.id
 
     def work(self, advance: Advance) -> _Outcome:
-        """Draw and store."""
         asked = {request.prompt.id: len(request.numbers) for request in self.requests}
         outcome = _Outcome({}, list(self.problems), [])
         first: dict[str, str] = {}
@@ -358,7 +332,7 @@ def _stored(run: Run, folder: str, usages: list[Usage] | None = None, *, mend: R
     A file that cannot be read counts as none. With `mend` it is removed, as its samples are drawn anew.
     """
     numbers: set[int] = set()
-    for key in filter(_is_responses, run.storage.list(folder)):
+    for key in _response_keys(run, folder):
         try:
             responses, usage = _read(run, key)
         except CorruptError as error:
@@ -372,8 +346,8 @@ def _stored(run: Run, folder: str, usages: list[Usage] | None = None, *, mend: R
     return numbers
 
 
-def _is_responses(key: str) -> bool:
-    return key.endswith(".parquet") and "/reward-" not in key
+def _response_keys(run: Run, folder: str) -> list[str]:
+    return [key for key in run.storage.list(folder) if key.endswith(".parquet") and "/reward-" not in key]
 
 
 def _publish_drawn(run: Run, prefix: str, drawn: Drawn) -> None:

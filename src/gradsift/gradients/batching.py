@@ -154,15 +154,17 @@ def _batch(units: SequenceABC[tuple[int, list[Sequence]]]) -> Batch:
     )
 
 
-def automatic_token_budget(model: Any, lanes: int = 1) -> int:
+def automatic_token_budget(model: Any, lanes: int = 1, *, held: int = 1) -> int:
     """Tokens per batch for the memory at hand, where `lanes` batches run at once, by an estimate of the activations.
+
+    A pass that keeps more of them than one gradient does says by `held` how many times as many.
 
     On a CPU 512 tokens in all lanes together already run at full speed, and more where a token is so small that calls
     cost more than what they compute; larger batches fall out of the caches and are padded more, so that is the
     ceiling. On a GPU it is what half of the free memory holds; `measured_token_budget` is better where a batch can be
     tried.
     """
-    per_token = _activation_bytes(model)
+    per_token = held * _activation_bytes(model)
     parameter = next(model.parameters())
     if parameter.device.type == "cuda":
         return budget_from(free_bytes(parameter.device), per_token, share=0.5)

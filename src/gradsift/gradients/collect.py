@@ -34,7 +34,7 @@ from gradsift.gradients.rows import RowSettings, ShardPart, ShardRows, View, gra
 from gradsift.gradients.self_check import kept_check
 from gradsift.model.adapters import refuse_untrained
 from gradsift.model.models import DtypeName, files_now, host, model_identity, trains_more
-from gradsift.store.gradient_store import GradientStore, GradientStoreWriter, RowDtype, ShardColumns
+from gradsift.store.gradient_store import GradientStore, GradientStoreWriter, RowDtype, ShardColumns, file_of
 from gradsift.store.manifest import fingerprint
 from gradsift.store.precision import ExactRows
 from gradsift.store.run import Run, revised
@@ -474,7 +474,7 @@ class _Part:
     def __init__(self, spec: ShardSpec) -> None:
         self._storage = spec.run.storage
         prefix = min(spec.stores.items())[1]
-        self._key = GradientStoreWriter.part_key(prefix, spec.shard)
+        self._key = file_of(prefix, "part", spec.shard)
         # What rows and the company they are computed in depend on, beside what the store is.
         self._note = fingerprint(
             [

@@ -20,20 +20,16 @@ _LOOK_AHEAD = 64  # of an order's rows, that are looked at in one go for one tha
 def max_of_means(scores: Tensor, subtasks: Sequence[Hashable] | Tensor | None = None) -> Tensor:
     """Mean over the targets of each subtask, then the best subtask: higher means that training helps more.
 
-    `s_i = max_u (1/|u|) Σ_{q ∈ u} S_iq` (LESS, Xia et al. 2024, section 4.2). An example is kept for what it does for
-    the subtask it serves best. With one target per subtask the maximum favours noise: prefer fewer, larger subtasks.
+    `s_i = max_u (1/|u|) Σ_{q ∈ u} S_iq` (LESS, Xia et al. 2024, section 4.2), `[pool]` in the unit of `scores`. An
+    example is kept for what it does for the subtask it serves best. With one target per subtask the maximum favours
+    noise: prefer fewer, larger subtasks.
 
     Args:
         scores: [pool target], higher = helps.
         subtasks: one label per target, in any order and of any hashable type; subtasks may differ in size. None puts
             all targets into one subtask, which is the plain mean.
 
-    Returns:
-        [pool], in the unit of `scores`, fp32 or better.
-
     Raises:
-        ShapeError: `scores` is not [pool target], or the number of labels differs from the number of targets.
-        NonFiniteError: NaN or infinity in `scores`.
         ConfigError: a label that is NaN, as a missing cell of a table is.
 
     Example:
@@ -49,23 +45,13 @@ def max_of_means(scores: Tensor, subtasks: Sequence[Hashable] | Tensor | None = 
 
 
 def round_robin(scores: Tensor, subtasks: Sequence[Hashable] | Tensor | None = None) -> NDArray[np.int64]:
-    """The turn at which each example is taken where the targets take turns, 0 = first.
+    """The turn at which each example is taken where the targets take turns, 0 = first: `[pool]`, a permutation.
 
     Each target in turn takes the example with its highest score of those that no target has taken (Ivison et al. 2025);
-    equal scores go by position. With subtasks these take turns, each by an example's highest score with one of its
-    targets (their multi-task selection). No two examples have the same turn, and where targets disagree, each has its
-    share of every budget, whatever the scale of its scores. In the authors' code a target whose next example is taken
-    already loses its turn; here it takes the one after.
-
-    Args:
-        scores: [pool target], higher = helps.
-        subtasks: one label per target, in any order; the first one's subtask begins. None lets targets take turns.
-
-    Returns:
-        [pool], a permutation of 0 to pool − 1.
-
-    Raises:
-        As `max_of_means`.
+    equal scores go by position. With subtasks these take turns, the first target's first, each by an example's highest
+    score with one of its targets (their multi-task selection). Where targets disagree, each has its share of every
+    budget, whatever the scale of its scores. In the authors' code a target whose next example is taken already loses
+    its turn; here it takes the one after. Arguments and errors are those of `max_of_means`.
 
     Example:
         >>> round_robin(torch.tensor([[9.0, 0.2], [8.0, 0.1], [7.0, 0.3]])).tolist()
@@ -104,20 +90,5 @@ def _members(scores: Tensor, subtasks: Sequence[Hashable] | Tensor) -> list[list
 
 
 def mean_over_targets(scores: Tensor) -> Tensor:
-    """Mean over all targets: higher means that training on the example helps more on average.
-
-    Args:
-        scores: [pool target], higher = helps.
-
-    Returns:
-        [pool], in the unit of `scores`, fp32 or better.
-
-    Raises:
-        ShapeError: `scores` is not [pool target].
-        NonFiniteError: NaN or infinity in `scores`.
-
-    Example:
-        >>> mean_over_targets(torch.tensor([[1.0, 3.0]])).tolist()
-        [2.0]
-    """
+    """`max_of_means` of all targets as one subtask."""
     return float_array("scores", scores, "pool target").mean(dim=1)

@@ -21,10 +21,8 @@ class AlpaGasus(RatedEstimator):
 
     @property
     def raters(self) -> tuple[Rater, ...]:  # type: ignore[override]
-        """What the score is the product of."""
         return (self.rater,)
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         return "AlpaGasus" if self.rater.kind == "judge" else f"AlpaGasus ({self.rater.label})"

@@ -108,7 +108,6 @@ def over_blocks(
     """Read a store once, block by block, on all threads.
 
     Args:
-        store: N rows.
         block: rows that are converted at once.
         begin: called once by each thread; what it returns takes each of the thread's blocks as (positions, fp32 rows
             as they are stored `[row dim]`, their scales `[row]` or None). It may change the rows.
@@ -127,13 +126,10 @@ def over_blocks(
             position += count
 
     cores = torch.get_num_threads()
-    threads = cores if on_cpu(place) else _GPU_READERS
-    edges = [first + (last - first) * n // threads for n in range(threads + 1)]
-    try:
-        with ThreadPoolExecutor(threads) as executor:
-            list(executor.map(work, edges[:-1], edges[1:]))
-    finally:
-        torch.set_num_threads(cores)
+    readers = cores if on_cpu(place) else _GPU_READERS
+    edges = [first + (last - first) * n // readers for n in range(readers + 1)]
+    with threads(cores), ThreadPoolExecutor(readers) as executor:
+        list(executor.map(work, edges[:-1], edges[1:]))
 
 
 @contextmanager
@@ -150,7 +146,7 @@ def threads(count: int) -> Iterator[None]:
 def carried(stored: Tensor, place: torch.device | str) -> Tensor:
     """Stored rows at a place, not converted: 16 bits travel as 16 bits.
 
-    They are copied into pinned memory while the GPU works, and go over when it is done with what it was given before:
-    there is never more than one block of a thread on the way.
+    They go over when the GPU is done with what it was given before: there is never more than one block of a thread on
+    the way.
     """
     return stored if on_cpu(place) else stored.pin_memory().to(place)

@@ -40,7 +40,6 @@ class BM25(Estimator):
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         parts = ["model tokens"] * (self.tokens == "model") + ["Compact's"] * (self.reading == "compact")
         return f"BM25 ({', '.join(parts)})" if parts else "BM25"
 

@@ -20,7 +20,7 @@ from gradsift.base.lazy import Tensor, torch
 from gradsift.base.settings import later
 from gradsift.base.sums import row_products
 from gradsift.gradients.rows import View
-from gradsift.influence.blocks import carried, on_cpu, place_for
+from gradsift.influence.blocks import carried, on_cpu, place_for, threads
 from gradsift.influence.estimator import Estimator, ProductEstimator, RateWeighted
 from gradsift.store.gradient_store import GradientStore
 
@@ -75,12 +75,10 @@ class DataInf(ProductEstimator):
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         parts = ["normalised"] * self.normalise + damping_label(self.damping)
         return f"DataInf ({', '.join(parts)})" if parts else "DataInf"
 
     def directions(self, store: GradientStore, targets: Tensor, device: str) -> Tensor:
-        """h of `datainf_directions`."""
         factors = None
         if self.normalise:
             norms = store.projected_norms
@@ -96,19 +94,15 @@ class KernelEstimator(Estimator):
     checkpoints: `all`, or the `last`.
     """
 
+    needs_projection: ClassVar[bool] = True
+
     damping: Damping = "spectral"
     kernel: Literal["segments", "whole"] = "segments"
     checkpoints: Literal["all", "last"] = "all"
 
     @property
     def view(self) -> View:  # type: ignore[override]
-        """Which of the pool's rows it reads."""
         return "segments" if self.kernel == "segments" else "plain"
-
-    @property
-    def needs_projection(self) -> bool:
-        """For the matrices that it inverts."""
-        return True
 
 
 class ProjectedInverse(KernelEstimator, RateWeighted, ProductEstimator):
@@ -128,19 +122,17 @@ class ProjectedInverse(KernelEstimator, RateWeighted, ProductEstimator):
     kernel: Literal["segments", "whole"] = "whole"
 
     @property
-    def needs_projection(self) -> bool:
+    def needs_projection(self) -> bool:  # type: ignore[override]
         """By module; the whole inverse is that of the rows' own products."""
         return self.kernel == "segments"
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         parts = ["by module"] * (self.kernel == "segments") + ["last checkpoint"] * (self.checkpoints == "last")
         parts += damping_label(self.damping, "spectral")
         return f"projected inverse ({', '.join(parts)})" if parts else "projected inverse"
 
     def directions(self, store: GradientStore, targets: Tensor, device: str) -> Tensor:
-        """The targets through the inverse."""
         if self.kernel == "whole":
             return whole_inverse_directions(store, targets, self.damping, device=device)
         return inverse_directions(store, targets, self.damping, device=device)
@@ -159,7 +151,7 @@ def datainf_scores(
 
     (Kwon et al. 2024, equation 5, with the sign turned: theirs is negative for an example that helps.) λ is the same
     for all segments, or `auto`: a tenth of the segment's mean squared coordinate (as in their experiments, here over
-    the projected coordinates).
+    the projected coordinates). A segment in which every pool gradient is zero adds nothing.
 
     Args:
         pool: per segment the plain gradients of the pool, [pool k_l].
@@ -167,12 +159,9 @@ def datainf_scores(
         damping: λ, in squared units of the gradients, or `auto`.
 
     Returns:
-        Scores [pool target], fp32 or better, on the device of `pool`; computed in fp64. A segment in which every pool
-        gradient is zero adds nothing.
+        Scores [pool target], fp32 or better, on the device of `pool`; computed in fp64.
 
     Raises:
-        ShapeError: no segment, unequal numbers of segments, or arrays that do not fit each other.
-        NonFiniteError: NaN or infinity in an array.
         ConfigError: damping that is not a number above 0.
 
     Example:
@@ -218,14 +207,8 @@ def datainf_directions(
 ) -> Tensor:
     """h of every target over all segments, `[target dim]` float32: the raw inner product with a row is DataInf's score.
 
-    The pool is read block by block: once for `auto` damping, once for the sums Σ_j (v·g_j)c_j g_j.
-
-    Args:
-        store: the pool's plain gradients.
-        targets: plain gradients of the targets `[target dim]`, finite.
-        damping: λ or `auto`.
-        factors: float64 `[row]`, that the rows are taken times; 1 if None.
-        device: for the products with the targets.
+    The pool is read block by block: once for `auto` damping, once for the sums Σ_j (v·g_j)c_j g_j. `factors`, float64
+    `[row]`, are what the rows are taken times; 1 if None.
     """
     segments = store.blocks()
     dampings = store_dampings(store, segments, damping, factors)
@@ -262,13 +245,8 @@ def inverse_directions(
 ) -> Tensor:
     """`V (ΦᵀΦ/n + λI)⁻¹` of every segment, `[target dim]` float32, where Φ is the stored rows times their factors.
 
-    Args:
-        store: the pool's plain gradients; read once for the second moments, and once before for `auto` damping.
-        targets: `[target dim]`, finite.
-        damping: λ or `auto`, for Φ.
-        segments: the blocks of the kernel; by default those of the store. 8 Σ k_l² bytes are held, and one factor.
-        factors: float64 `[row]`; 1 if None.
-        device: for second moments and inverses, where it has room for them.
+    `segments` are the blocks of the kernel, by default those of the store: 8 Σ k_l² bytes are held, and one factor.
+    `factors` are as for `datainf_directions`.
     """
     segments = store.blocks() if segments is None else list(segments)
     place = place_for(device, store.dim, held=8 * sum((stop - start) ** 2 for start, stop in segments))
@@ -310,8 +288,7 @@ def second_moments(
 def largest_eigenvalue(gram: Tensor) -> float:
     """Of a symmetric positive semidefinite matrix `[dim dim]` whose upper triangle is given, by power iteration.
 
-    Started at the column of the largest diagonal entry, and ended where a step changes it by less than 1e-6 of itself:
-    a damping need not be known better.
+    It ends where a step changes it by less than 1e-6 of itself: a damping need not be known better.
     """
     upper = gram.triu()
     matrix = upper + upper.triu(1).T
@@ -331,17 +308,11 @@ def largest_eigenvalue(gram: Tensor) -> float:
 def whole_inverse_directions(
     store: GradientStore, targets: Tensor, damping: Literal["auto", "spectral"] | float, *, device: str = "cpu"
 ) -> Tensor:
-    """`λ·V (GᵀG/m + λI)⁻¹` over all dimensions at once, `[target dim]` float32, from m rows G of the pool at most.
+    """`λ·V (GᵀG/m + λI)⁻¹` over all dimensions at once, `[target dim]` float32, from m ≤ 4,096 rows drawn by their ids.
 
     By the rows' own products (Woodbury), so that no matrix of dimensions is needed:
 
         λ·V (GᵀG/m + λI)⁻¹ = V − (V Gᵀ/m) (G Gᵀ/m + λI)⁻¹ G
-
-    Args:
-        store: the pool's plain gradients, of which 4,096 rows at most are taken, by a hash of their ids.
-        targets: `[target dim]`, finite.
-        damping: λ; `auto` is a tenth of the mean squared coordinate, `spectral` of the largest eigenvalue of GᵀG/m.
-        device: for the products, where it has room for them.
     """
     ids = drawn(store.ids, _MOST_MOMENT_ROWS)
     count = len(ids)
@@ -373,16 +344,7 @@ def drawn(ids: Sequence[str], count: int) -> list[str]:
 
 
 def inverse_product(gram: Tensor, queries: Tensor, damping: float) -> Tensor:
-    """`queries (gram + λI)⁻¹` by Cholesky; of `gram` `[dim dim]` the upper triangle is read, and altered.
-
-    Args:
-        gram: symmetric, positive semidefinite.
-        queries: `[query dim]`.
-        damping: λ.
-
-    Raises:
-        ConfigError: λ is too small beside `gram` for double precision.
-    """
+    """`queries (gram + λI)⁻¹` by Cholesky, `[query dim]`; of `gram` the upper triangle is read, and altered."""
     gram.diagonal().add_(damping)
     factor, failed = torch.linalg.cholesky_ex(gram, upper=True)
     if int(failed):
@@ -394,11 +356,7 @@ def inverse_product(gram: Tensor, queries: Tensor, damping: float) -> Tensor:
 
 
 def mean_damping(squares: float, entries: int, damping: Literal["auto"] | float) -> float:
-    """λ of a segment from the sum of its `entries` squared coordinates; 0 says that all of them are zero.
-
-    Raises:
-        ConfigError: a given damping that is not above 0 and finite.
-    """
+    """λ of a segment from the sum of its `entries` squared coordinates; 0 says that all of them are zero."""
     if damping == "auto":
         return _AUTO_SHARE * squares / entries
     number = _positive(damping)
@@ -447,7 +405,6 @@ class _Block:
     starts: list[int]
 
     def segments(self) -> Iterator[tuple[int, Tensor]]:
-        """Number and stored rows of each segment."""
         for number, start, stop in zip(self.numbers, self.starts[:-1], self.starts[1:], strict=True):
             yield number, self.stored[:, start:stop]
 
@@ -472,13 +429,13 @@ def _for_each_block(
     Each thread has segments of its own, side by side, and one buffer: no sums have to be merged. For a GPU there
     is one thread, which reads a block while the GPU works on the one before.
     """
-    threads = torch.get_num_threads()
-    shares, length = (threads, _BLOCK_ROWS) if on_cpu(place) else (1, _GPU_BLOCK_ROWS)
+    cores = torch.get_num_threads()
+    shares, length = (cores, _BLOCK_ROWS) if on_cpu(place) else (1, _GPU_BLOCK_ROWS)
     numbered = enumerate(segments)
     parts = [list(part) for _, part in groupby(numbered, lambda entry: sum(entry[1]) * shares // (2 * store.dim))]
 
     def run(part: list[tuple[int, Columns]]) -> None:
-        torch.set_num_threads(max(1, threads // len(parts)))
+        torch.set_num_threads(max(1, cores // len(parts)))
         left, right = part[0][1][0], part[-1][1][1]
         numbers = [number for number, _ in part]
         starts = [start - left for _, (start, _) in part] + [right - left]
@@ -492,11 +449,8 @@ def _for_each_block(
             work(_Block(numbers, rows, scale.to(place), starts))
             first += len(stored)
 
-    try:
-        with ThreadPoolExecutor(len(parts)) as executor:
-            list(executor.map(run, parts))
-    finally:
-        torch.set_num_threads(threads)
+    with threads(cores), ThreadPoolExecutor(len(parts)) as executor:
+        list(executor.map(run, parts))
 
 
 def _segment_sum(

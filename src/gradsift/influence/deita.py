@@ -24,11 +24,9 @@ class DEITA(RatedEstimator):
 
     @property
     def raters(self) -> tuple[Rater, ...]:  # type: ignore[override]
-        """What the score is the product of."""
         return (self.complexity, self.quality)
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         judged = self.complexity.kind == self.quality.kind == "judge"
         return "DEITA" if judged else f"DEITA ({self.complexity.label} × {self.quality.label})"

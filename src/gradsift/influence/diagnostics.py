@@ -7,15 +7,14 @@ the samples collected once, halves and resamples of the samples are arithmetic.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from collections.abc import Sequence as SequenceABC
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gradsift.base.checks import float_array, same_size, to_float64
+from gradsift.base.checks import to_float64
 from gradsift.base.errors import ConfigError
 from gradsift.base.lazy import Tensor, torch
 from gradsift.context import Pool
@@ -152,34 +151,19 @@ def diagnose(
 
 
 def check_samples(method: PolicyEstimator) -> None:
-    """Refuse to diagnose single samples.
-
-    Raises:
-        ConfigError: fewer than 2 samples per prompt.
-    """
+    """Refuse to diagnose single samples."""
     if method.drawing.samples < 2:
         raise ConfigError("samples is 1: halves of one sample cannot be compared; sample at least 2, better 20")
 
 
 def cosines(first: Tensor, second: Tensor) -> Tensor:
-    """Cosine of each row with its counterpart, NaN where one of them is zero.
-
-    Args:
-        first, second: [row dim].
-
-    Returns:
-        [row], float64.
-
-    Raises:
-        ShapeError: they differ in shape.
+    """Cosine of each row of `[row dim]` with its counterpart, float64 `[row]`; NaN where one of them is zero.
 
     Example:
         >>> cosines(torch.tensor([[1.0, 0.0], [0.0, 0.0]]), torch.tensor([[2.0, 0.0], [1.0, 0.0]])).tolist()
         [1.0, nan]
     """
-    A, B = (to_float64(float_array(name, rows, "row dim")) for name, rows in (("first", first), ("second", second)))
-    same_size("row", "first", A.shape[0], "second", B.shape[0])
-    same_size("dim", "first", A.shape[1], "second", B.shape[1])
+    A, B = to_float64(first), to_float64(second)
     zero = ~(A.any(dim=1) & B.any(dim=1))
     return (unit_rows(A) * unit_rows(B)).sum(dim=1).clamp(-1, 1).masked_fill(zero, torch.nan)
 
@@ -278,12 +262,11 @@ class _Resampling:
         return torch.cat([weights[:1], math.sqrt(n / (n - 1)) * (weights[1:] - weights[:1])])
 
     def _counts(self, id_: str, n: int) -> Tensor:
-        """How often each resample takes each of a prompt's n rows [draw unit]."""
         if id_ not in self._drawn or self.whole.method.assistant is None:
             self._drawn[id_] = torch.from_numpy(self._generator.multinomial(n, np.full(n, 1 / n), size=DRAWS))
         return self._drawn[id_]
 
-    def _add(self, parts: SequenceABC[tuple[Tensor, Tensor]], checkpoint: Checkpoint, weight: float) -> None:
+    def _add(self, parts: Sequence[tuple[Tensor, Tensor]], checkpoint: Checkpoint, weight: float) -> None:
         pool, method = self.whole.pool, self.whole.method
         assert method.view is not None, method
         store = pool.stores(checkpoint, [method.view])[method.view]
@@ -312,7 +295,7 @@ def _scales(rows: Tensor, draws: Tensor) -> Tensor:
     return scales
 
 
-def _looked(pool: Pool, method: PolicyEstimator, checkpoints: SequenceABC[Checkpoint], strata: Strata) -> Looked:
+def _looked(pool: Pool, method: PolicyEstimator, checkpoints: Sequence[Checkpoint], strata: Strata) -> Looked:
     """Rows that have a finite gradient at every checkpoint."""
     view = method.view
     assert view is not None, method

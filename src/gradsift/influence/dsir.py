@@ -36,17 +36,13 @@ class DSIR(Estimator):
     takes: ClassVar[Literal["labels", "texts", "reward"]] = "texts"
     pairs: ClassVar[bool] = False
 
+    label: ClassVar[str] = "DSIR"
+
     kind: Literal["dsir"] = "dsir"
     buckets: int = Field(default=10_000, ge=1)
     smoothing: float = Field(default=1e-4, gt=0)
 
-    @property
-    def label(self) -> str:
-        """What tables call it."""
-        return "DSIR"
-
     def influence(self, pool: Pool, target: Target | None) -> Influence:
-        """Log ratios of the pool's texts."""
         assert target is not None, self
         rows, queries = (
             hashed_counts(spoken_texts(self.label, pool, data), self.buckets) for data in (pool.data, target.data)
@@ -98,17 +94,8 @@ def hashed_counts(texts: Iterable[str], buckets: int) -> Any:
 def dsir_log_ratios(pool: Any, target: Any, *, smoothing: float) -> NDArray[np.float64]:
     """Log importance weight of each pool text, `Σ_b count_b·(log(p_b + ε) − log(q_b + ε))`, float64 `[pool]`.
 
-    p and q are the shares of bucket b in all n-grams of the target and of the pool (Xie et al. 2023, section 4), ε is
-    `smoothing`.
-
-    Args:
-        pool: counts `[pool bucket]`, dense or scipy sparse, from `hashed_counts`.
-        target: counts `[target bucket]`.
-        smoothing: ε above 0.
-
-    Raises:
-        ShapeError: other numbers of buckets, or no n-gram on one side.
-        ConfigError: a smoothing of 0 or less.
+    p and q are the shares of bucket b in all n-grams of the target and of the pool (Xie et al. 2023, section 4), by
+    counts `[text bucket]`, dense or sparse, from `hashed_counts`; ε is `smoothing`.
 
     Example:
         >>> dsir_log_ratios(np.array([[1, 0], [0, 1]]), np.array([[3, 1]]), smoothing=1e-12).round(4).tolist()

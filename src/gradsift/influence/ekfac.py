@@ -110,7 +110,6 @@ class EKFAC(RateWeighted):
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         parts = [f"{self.rows:,} rows"] * (self.rows != 2000) + ["data's labels"] * (self.labels == "data")
         parts += damping_label(self.damping, "spectral")
         parts += [f"{self.conjugate_gradient} CG steps"] * (self.conjugate_gradient > 0)

@@ -6,8 +6,7 @@ import inspect
 import math
 import traceback
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
-from collections.abc import Sequence as SequenceABC
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
@@ -34,7 +33,7 @@ from gradsift.store.gradient_store import GradientStore
 from gradsift.store.manifest import fingerprint
 from gradsift.warmup.checkpoint import Checkpoint
 
-Conversation = SequenceABC[Message]
+Conversation = Sequence[Message]
 
 
 @runtime_checkable
@@ -42,7 +41,7 @@ class TargetsByCheckpoint(Protocol):
     """Targets whose sequences depend on the checkpoint."""
 
     @property
-    def ids(self) -> SequenceABC[str]:
+    def ids(self) -> Sequence[str]:
         """One per row."""
 
     def at(self, checkpoint: Checkpoint) -> SequenceSource:
@@ -76,19 +75,17 @@ class Influence:
     stages:   int8 `[row]`, where rows are scored in several stages: which one each one's number is of
     """
 
-    ids: SequenceABC[str]
+    ids: Sequence[str]
     matrix: NDArray[np.float32] | None = field(default=None, repr=False)
     whole: NDArray[Any] | None = field(default=None, repr=False)
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     identity: dict[str, Any] = field(default_factory=dict, repr=False)
-    live: SequenceABC[bool] | None = field(default=None, repr=False)
+    live: Sequence[bool] | None = field(default=None, repr=False)
     rewards: tuple[RewardSummary, ...] = ()
     left_out: tuple[Skipped, ...] = ()
-    parts: Callable[[SequenceABC[str]], NDArray[np.float64]] | None = field(default=None, repr=False)
-    of_draws: Callable[[SequenceABC[str], NDArray[np.int64]], NDArray[np.float64]] | None = field(
-        default=None, repr=False
-    )
+    parts: Callable[[Sequence[str]], NDArray[np.float64]] | None = field(default=None, repr=False)
+    of_draws: Callable[[Sequence[str], NDArray[np.int64]], NDArray[np.float64]] | None = field(default=None, repr=False)
     grouped: bool = False
     draws: NDArray[np.float32] | None = field(default=None, repr=False)
     terms: Any = field(default=None, repr=False)
@@ -163,6 +160,9 @@ class Estimator(Settings):
     raters: what grades rows, one by one, if anything does.
     text_model: the sentence-transformers model that embeds the texts of pool and target, if one does.
     splits: whether its scores are inner products of gradients, or cosines, which add up over pairs of tokens.
+    by_cosine: whether rows and directions are taken to unit length.
+    needs_projection: whether it holds matrices of all dimensions of its rows, which unprojected ones have too many of.
+    before: the estimators whose influence it asks for first.
     """
 
     needs_target: ClassVar[bool] = True
@@ -177,28 +177,16 @@ class Estimator(Settings):
     raters: ClassVar[tuple[Any, ...]] = ()
     text_model: ClassVar[str | None] = None
     splits: ClassVar[bool] = False
+    by_cosine: ClassVar[bool] = False
+    needs_projection: ClassVar[bool] = False
+    before: ClassVar[tuple[Any, ...]] = ()
 
     kind: str
-
-    @property
-    def by_cosine(self) -> bool:
-        """Whether rows and directions are taken to unit length."""
-        return False
 
     @property
     def last_checkpoint(self) -> bool:
         """Whether it reads rows at the last checkpoint alone, as a field `checkpoints` says."""
         return getattr(self, "checkpoints", "all") == "last"
-
-    @property
-    def needs_projection(self) -> bool:
-        """Whether it holds matrices of all dimensions of its rows, which unprojected ones have too many of."""
-        return False
-
-    @property
-    def before(self) -> tuple[Estimator, ...]:
-        """The estimators whose influence it asks for first."""
-        return ()
 
     @property
     def runs_model(self) -> bool:
@@ -218,7 +206,7 @@ class Estimator(Settings):
         """
 
     def passes(
-        self, pool: Pool, target: Target | None, checkpoints: Callable[[], SequenceABC[Checkpoint | None]]
+        self, pool: Pool, target: Target | None, checkpoints: Callable[[], Sequence[Checkpoint | None]]
     ) -> list[Passes]:
         """What it takes of the model beside stored rows, for `gradsift plan`; nothing is computed or written.
 
@@ -261,11 +249,11 @@ class Estimator(Settings):
         """
         self.checkpoints_of(pool)
 
-    def weights(self, checkpoints: SequenceABC[Checkpoint]) -> list[float]:
+    def weights(self, checkpoints: Sequence[Checkpoint]) -> list[float]:
         """What each checkpoint counts for; they add up to 1."""
         return [1.0 / len(checkpoints)] * len(checkpoints)
 
-    def greedy_terms(self) -> Callable[[Pool, Target, SequenceABC[str]], GreedyTerms] | None:
+    def greedy_terms(self) -> Callable[[Pool, Target, Sequence[str]], GreedyTerms] | None:
         """What gives the terms of a greedy joint selection of rows by their ids; None where it knows of no pairs.
 
         Raises:
@@ -297,7 +285,7 @@ class Estimator(Settings):
             found |= self.counted(checkpoints)
         return found
 
-    def counted(self, checkpoints: SequenceABC[Checkpoint]) -> dict[str, Any]:
+    def counted(self, checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
         """What of `inputs` is of the checkpoints beside their rows: the weights, where they are not always equal."""
         return {}
 
@@ -321,12 +309,11 @@ class Estimator(Settings):
 class RateWeighted(Estimator):
     """Sums over checkpoints, each of which counts by its learning rate."""
 
-    def weights(self, checkpoints: SequenceABC[Checkpoint]) -> list[float]:
+    def weights(self, checkpoints: Sequence[Checkpoint]) -> list[float]:
         """η̄_e / Σ η̄."""
         return rate_weights(checkpoints)
 
-    def counted(self, checkpoints: SequenceABC[Checkpoint]) -> dict[str, Any]:
-        """What their sum is weighted by, where there are several."""
+    def counted(self, checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
         return {} if self.last_checkpoint else {"weights": self.weights(checkpoints)}
 
 
@@ -342,11 +329,9 @@ class TrainingEstimator(RateWeighted):
 
     @property
     def view(self) -> View:  # type: ignore[override]
-        """Which of the pool's rows it reads."""
         return "adam" if self.optimizer == "adam" else "plain"
 
-    def counted(self, checkpoints: SequenceABC[Checkpoint]) -> dict[str, Any]:
-        """What their sum is weighted by."""
+    def counted(self, checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
         return {"weights": self.weights(checkpoints)}
 
 
@@ -356,7 +341,7 @@ class ProductEstimator(Estimator):
     signed: ClassVar[bool] = True
 
     @property
-    def by_cosine(self) -> bool:
+    def by_cosine(self) -> bool:  # type: ignore[override]
         """Whether rows and directions are taken to unit length, as a field `normalise` says."""
         return bool(getattr(self, "normalise", False))
 
@@ -370,7 +355,7 @@ class ProductEstimator(Estimator):
         ids, matrix, stores = self.matrix(pool, self.targets(pool, target))
         return Influence(ids, matrix.numpy(), identity={"stores": stores})
 
-    def matrix(self, pool: Pool, targets: Targets) -> tuple[SequenceABC[str], Tensor, list[str]]:
+    def matrix(self, pool: Pool, targets: Targets) -> tuple[Sequence[str], Tensor, list[str]]:
         """Pool ids, `[row target]` and the stores' fingerprints."""
 
         def products(_at: Checkpoint, store: GradientStore, queries: GradientStore, weight: float) -> Tensor:
@@ -387,18 +372,13 @@ def summed(
     pool: Pool,
     targets: Targets,
     products: Callable[[Checkpoint, GradientStore, GradientStore, float], Tensor],
-) -> tuple[SequenceABC[str], Tensor, list[str]]:
+) -> tuple[Sequence[str], Tensor, list[str]]:
     """What an estimator sums over its checkpoints, for the rows that are finite at each.
 
-    Args:
-        method: says which view, checkpoints and weights.
-        pool: from `open_pool`; its rows and the targets' are collected where the run does not hold them.
-        targets: their token sequences, or those of each checkpoint.
-        products: of a checkpoint, the pool's store, the targets' store and the checkpoint's weight: `[row column]`.
+    `products` gives `[row column]` of a checkpoint, the pool's store, the targets' store, and the checkpoint's weight.
 
     Returns:
-        Pool ids, the sum `[row column]`, and the fingerprints of the stores: of each checkpoint the pool's, then the
-        targets'.
+        Pool ids, the sum `[row column]`, and the stores' fingerprints: of each checkpoint the pool's and the targets'.
     """
     refuse_too_many(len(pool.data), len(targets.ids))
     view, checkpoints = method.view, method.checkpoints_of(pool)
@@ -407,7 +387,7 @@ def summed(
     ids = Strings.of(())
     used: list[str] = []
     for checkpoint, weight in zip(checkpoints, method.weights(checkpoints), strict=True):
-        store, queries = both_stores(pool, targets, checkpoint, view)
+        store, queries = both_stores(pool, targets, checkpoint, view, sums=method.full_sum)
         used += [store.fingerprint, queries.fingerprint]
         found = products(checkpoint, store, queries, weight)
         if total is None:
@@ -422,15 +402,17 @@ def summed(
 
 
 def influence_of(method: Estimator, pool: Pool, target: Target | None) -> Influence:
-    """`method.influence`, of which the form is checked.
-
-    Raises:
-        ConfigError: there is no target, and one is needed; or another error of the method.
-        ShapeError: what it gave does not fit the pool and the target.
-    """
+    """`method.influence`, of which the form is checked."""
     if target is None and method.needs_target:
         raise ConfigError(f"{method.label} ranks for a target, and there is none: give one, or use AlpaGasus or DEITA")
-    found = _given_by(method, pool, target)
+    try:
+        found: Any = method.influence(pool, target)
+    except Exception as error:
+        if isinstance(error, GradsiftError) or _is_own(type(method)):
+            raise
+        frame = traceback.extract_tb(error.__traceback__)[-1]  # the place tells authors of other packages more
+        where = f"{Path(frame.filename).name}:{frame.lineno}"
+        raise GradsiftError(f"{type(method).__name__}.influence failed at {where}: {error!r}") from error
     said = f"{type(method).__name__}.influence gave"
     if not isinstance(found, Influence):
         raise ShapeError(f"{said} {type(found).__name__}: wanted an Influence")
@@ -455,24 +437,7 @@ def influence_of(method: Estimator, pool: Pool, target: Target | None) -> Influe
     return found
 
 
-def _given_by(method: Estimator, pool: Pool, target: Target | None) -> Any:
-    """`method.influence`; an error of another package's code is told by its place, and ends no more than one of ours.
-
-    Raises:
-        GradsiftError: the method's own, or what stands for another.
-    """
-    try:
-        return method.influence(pool, target)
-    except Exception as error:
-        if isinstance(error, GradsiftError) or _is_own(type(method)):
-            raise
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{Path(frame.filename).name}:{frame.lineno}"
-        raise GradsiftError(f"{type(method).__name__}.influence failed at {where}: {error!r}") from error
-
-
 def _is_own(method: type[Settings]) -> bool:
-    """Whether a method is gradsift's."""
     return method.__module__.partition(".")[0] == "gradsift"
 
 
@@ -499,11 +464,7 @@ def read_together(methods: Iterable[Estimator]) -> tuple[list[Estimator], list[V
 
 
 def collect_together(pool: Pool, target: Target | None, methods: Iterable[Estimator], views: Iterable[View]) -> None:
-    """Collect what methods read of the pool at the last checkpoint, in one pass; `views` ride along where one is made.
-
-    Raises:
-        ConfigError, DataError, ModelError: as `Estimator.ready`.
-    """
+    """Collect what methods read of the pool at the last checkpoint, in one pass; `views` ride along if one is made."""
     reading, read, sums = read_together(methods)
     for method in reading:
         method.ready(pool, target)
@@ -514,13 +475,12 @@ def collect_together(pool: Pool, target: Target | None, methods: Iterable[Estima
 
 
 def _parts_of(method: Estimator) -> list[Estimator]:
-    """Those that it asks first, and itself."""
     return [*(part for one in method.before for part in _parts_of(one)), method]
 
 
-def full_sums(pool: Pool) -> Pool:
-    """The same pool, whose stores also hold the unprojected sums of their rows."""
-    return replace(pool, gradients=pool.gradients.model_copy(update={"full_sum": True}))
+def full_sums(pool: Pool, wanted: bool = True) -> Pool:
+    """The same pool, whose stores also hold the unprojected sums of their rows, or do not."""
+    return replace(pool, gradients=pool.gradients.model_copy(update={"full_sum": wanted}))
 
 
 def target_view(view: View) -> View:
@@ -534,17 +494,18 @@ def source_at(targets: Targets, checkpoint: Checkpoint) -> SequenceSource:
 
 
 def both_stores(
-    pool: Pool, targets: Targets, checkpoint: Checkpoint, view: View
+    pool: Pool, targets: Targets, checkpoint: Checkpoint, view: View, *, sums: bool = False
 ) -> tuple[GradientStore, GradientStore]:
-    """A checkpoint's rows of the pool, and those of the targets that go with them."""
-    source = source_at(targets, checkpoint)
-    store, asked = pool.stores(checkpoint, [view])[view], target_view(view)
-    queries = pool.collect(source, checkpoint, [asked], what="target")[asked]
+    """A checkpoint's rows of the pool, and those of the targets that go with them; with `sums`, of the pool's alone."""
+    source, asked = source_at(targets, checkpoint), target_view(view)
+    store = (full_sums(pool) if sums else pool).stores(checkpoint, [view])[view]
+    plain = full_sums(pool, wanted=False) if sums else pool
+    queries = plain.collect(source, checkpoint, [asked], what="target")[asked]
     store.check_comparable(queries)
     return store, queries
 
 
-def target_rows(queries: GradientStore, ids: SequenceABC[str]) -> Tensor:
+def target_rows(queries: GradientStore, ids: Sequence[str]) -> Tensor:
     """Gradients of targets in their order; a target whose gradient was left out counts as zero `[target dim]`."""
     rows = torch.zeros(len(ids), queries.dim)
     present = [number for number, id_ in enumerate(ids) if id_ in queries]
@@ -557,12 +518,8 @@ def conversations(data: Any) -> Iterable[Conversation]:
     return data.conversations() if isinstance(data, Rows) else (data.messages(id_) for id_ in data.ids)
 
 
-def rate_weights(checkpoints: SequenceABC[Checkpoint]) -> list[float]:
-    """w_e = η̄_e / Σ η̄; equal weights where no checkpoint says its learning rate.
-
-    Raises:
-        DataError: some say it and some do not, or all say 0.
-    """
+def rate_weights(checkpoints: Sequence[Checkpoint]) -> list[float]:
+    """w_e = η̄_e / Σ η̄; equal weights where no checkpoint says its learning rate."""
     rates = [checkpoint.learning_rate for checkpoint in checkpoints]
     known = [rate for rate in rates if rate is not None]
     if not known or len(checkpoints) == 1:
@@ -582,11 +539,7 @@ def rate_weights(checkpoints: SequenceABC[Checkpoint]) -> list[float]:
 
 
 def refuse_too_many(rows: int, targets: int) -> None:
-    """Refuse a matrix that does not fit into the memory at hand, with what it is added to or aggregated from.
-
-    Raises:
-        ConfigError: it does not.
-    """
+    """Refuse a matrix that does not fit into the memory at hand, with what it is added to or aggregated from."""
     needed, free = 2 * 4 * rows * targets, psutil.virtual_memory().available
     if needed > free:
         raise ConfigError(

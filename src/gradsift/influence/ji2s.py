@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from collections.abc import Sequence as SequenceABC
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as SetABC
 from dataclasses import dataclass
-from dataclasses import replace as replaced
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -35,6 +33,7 @@ from gradsift.influence.estimator import (
     TrainingEstimator,
     both_stores,
     full_sums,
+    summed,
 )
 from gradsift.influence.products import store_inner_products, unit_rows
 from gradsift.store.gradient_store import GradientStore
@@ -90,8 +89,6 @@ def ji2s_scores(
         Scores [pool], fp32 or better, on the device of `pool`; computed in fp64.
 
     Raises:
-        ShapeError: arrays that do not fit each other.
-        NonFiniteError: NaN or infinity in an array.
         ConfigError: a weight or rate that is not a finite number, a rate not above 0, or an unknown option.
 
     Example:
@@ -160,8 +157,7 @@ class JI2S(TrainingEstimator):
     subtract_bias: bool = False
 
     def model_post_init(self, _context: object) -> None:
-        """Refuse what does not go together."""
-        if self.normalise and self.full_space:
+        if self.normalise and self.full_sum:
             raise ConfigError(
                 f"normalise goes with hessian fisher_projected or identity, not with {self.hessian}: the sum in full "
                 "space is that of the rows as they are; leave normalise out"
@@ -182,35 +178,44 @@ class JI2S(TrainingEstimator):
         return not self.standardise_terms
 
     @property
-    def full_space(self) -> bool:
-        """Whether H is applied before the projection."""
+    def full_sum(self) -> bool:  # type: ignore[override]
+        """H is applied before the projection, to the unprojected sum of the pool's rows."""
         return self.hessian in ("fisher", "hvp", "ggn")
 
-    @property
-    def full_sum(self) -> bool:  # type: ignore[override]
-        """Whether the unprojected sum of the pool's rows has to be stored."""
-        return self.full_space
+    def counted(self, checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
+        return {"weights": self.factors(checkpoints)}
 
-    def counted(self, checkpoints: SequenceABC[Checkpoint]) -> dict[str, Any]:
-        """What both terms are weighted by."""
-        return {"weights": joint_factors(checkpoints, self.weights(checkpoints), self.joint_lr_power)}
+    def factors(self, checkpoints: Sequence[Checkpoint]) -> list[tuple[float, float]]:
+        """Per checkpoint the factors of both terms: w and w·η^(p−1)."""
+        weights = self.weights(checkpoints)
+        return [(w, w * self.rate_factor(one)) for one, w in zip(checkpoints, weights, strict=True)]
+
+    def rate_factor(self, checkpoint: Checkpoint) -> float:
+        """η^(p−1)."""
+        if self.joint_lr_power == 1:
+            return 1.0
+        if checkpoint.learning_rate is None:
+            raise ConfigError(
+                f"joint_lr_power 2 needs the learning rate of {checkpoint.name}, which is unknown: put "
+                "trainer_state.json beside it, or use joint_lr_power 1"
+            )
+        return checkpoint.learning_rate
 
     def influence(self, pool: Pool, target: Target | None) -> Influence:
         """Both terms over the checkpoints, and their difference."""
         assert target is not None, self
-        targets, checkpoints = self.targets(pool, target), self.checkpoints_of(pool)
+        targets = self.targets(pool, target)
         assert not isinstance(targets, TargetsByCheckpoint), targets
-        weights, excluded = self.weights(checkpoints), {skip.id for skip in target.overlap}
-        terms = joint_terms(pool, targets, self, checkpoints, weights, excluded)
+        terms = joint_terms(pool, targets, self, {skip.id for skip in target.overlap})
         whole = terms.scores(self).numpy()
         said, *warnings = joint_warnings(terms, self, spearman(terms.marginal.numpy(), terms.joint.numpy()) or 0.0)
         if len(set(target.subtasks or ())) > 1:
             warnings.append(f"{self.label} takes the mean over all targets: their subtasks play no part in it")
         place = {id_: position for position, id_ in enumerate(terms.ids)}
 
-        def parts(ids: SequenceABC[str]) -> NDArray[np.float64]:
+        def parts(ids: Sequence[str]) -> NDArray[np.float64]:
             """The spreads that terms are divided by are held, see `joint_parts`."""
-            found = joint_parts(pool, targets, self, checkpoints, weights, terms, ids).numpy()
+            found = joint_parts(pool, targets, self, terms, ids).numpy()
             own: NDArray[np.float64] = (
                 found + (whole.astype(np.float32)[[place[id_] for id_ in ids]] - found.mean(axis=1))[:, None]
             )
@@ -226,7 +231,7 @@ class JI2S(TrainingEstimator):
             terms=terms,
         )
 
-    def greedy_terms(self) -> Callable[[Pool, Target, SequenceABC[str]], GreedyTerms]:
+    def greedy_terms(self) -> Callable[[Pool, Target, Sequence[str]], GreedyTerms]:
         """Both terms, of the stored rows.
 
         Raises:
@@ -241,7 +246,6 @@ class JI2S(TrainingEstimator):
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         parts = [f"λ={self.joint_weight:g}"] + [self.hessian] * (self.hessian != "fisher")
         parts += ["less bias"] * self.subtract_bias + ["η²"] * (self.joint_lr_power == 2)
         parts += [f"{self.pair_reduction} of pairs"] * (not self.standardise_terms)
@@ -280,69 +284,52 @@ class JointTerms:
         return marginal - joint
 
 
-def joint_terms(
-    pool: Pool,
-    targets: SequenceSource,
-    method: JI2S,
-    checkpoints: SequenceABC[Checkpoint],
-    weights: SequenceABC[float],
-    excluded: SetABC[str] = frozenset(),
-) -> JointTerms:
+def joint_terms(pool: Pool, targets: SequenceSource, method: JI2S, excluded: SetABC[str] = frozenset()) -> JointTerms:
     """Both terms of JI2S for a pool, from stores that are collected now if the run does not hold them.
 
-    Args:
-        pool: from `open_pool`.
-        targets: the targets' sequences; those with non-finite gradients are left out of every mean.
-        method: what to compute.
-        checkpoints: the checkpoints to sum over, with the optimizer's state for `adam`.
-        weights: w_e of each.
-        excluded: ids of the pool that are neither scored nor paired with, such as overlap with the target.
-
-    Raises:
-        ConfigError: `joint_lr_power=2` at a checkpoint without a learning rate.
-        DataError: nothing is left to score.
+    Targets with non-finite gradients are left out of every mean; rows with `excluded` ids are neither scored nor paired
+    with.
     """
-    factors = joint_factors(checkpoints, weights, method.joint_lr_power)
-    pool = full_sums(pool) if method.full_space else pool
-    total: JointTerms | None = None
-    for checkpoint, (weight, factor) in zip(checkpoints, factors, strict=True):
-        terms = _at_checkpoint(pool, targets, method, checkpoint, excluded)
-        bias = None if terms.bias is None else factor * terms.bias
-        terms = replaced(terms, marginal=weight * terms.marginal, joint=factor * terms.joint, bias=bias)
-        total = terms if total is None else _added(total, terms)
-    assert total is not None, "there is a checkpoint"
-    if not total.ids:
-        raise DataError("no pool example is left to score: all overlap the target or have non-finite gradients")
-    return total
+    nothing = DataError("no pool example is left to score: all overlap the target or have non-finite gradients")
+    made_from: list[list[str]] = []
+
+    def products(checkpoint: Checkpoint, store: GradientStore, queries: GradientStore, weight: float) -> Tensor:
+        """Both terms and the bias `[row 3]`."""
+        kept = [position for position, id_ in enumerate(store.ids) if id_ not in excluded]
+        if not kept:
+            raise nothing
+        direction, made = _full_direction(full_sums(pool), store, queries, targets, method, checkpoint, excluded)
+        made_from.append([store.fingerprint, queries.fingerprint, *made])
+        found = store_terms(
+            store, queries.rows(0, len(queries)), method, kept=kept, direction=direction, device=pool.device
+        )
+        bias = torch.full_like(found.joint, math.nan) if found.bias is None else found.bias
+        columns = torch.zeros(len(store), 3, dtype=torch.float64)
+        columns[kept, 0] = weight * found.marginal
+        columns[kept, 1:] = weight * method.rate_factor(checkpoint) * torch.stack([found.joint, bias], dim=1)
+        return columns
+
+    ids, total, _ = summed(method, pool, targets, products)
+    left = [position for position, id_ in enumerate(ids) if id_ not in excluded]
+    if not left:
+        raise nothing
+    marginal, joint, bias = total[left].unbind(dim=1)
+    known = None if bool(bias.isnan().all()) else bias
+    stores = [name for names in made_from for name in names]
+    return JointTerms([ids[position] for position in left], marginal, joint, known, stores)
 
 
-def joint_parts(
-    pool: Pool,
-    targets: SequenceSource,
-    method: JI2S,
-    checkpoints: SequenceABC[Checkpoint],
-    weights: SequenceABC[float],
-    terms: JointTerms,
-    ids: SequenceABC[str],
-) -> Tensor:
+def joint_parts(pool: Pool, targets: SequenceSource, method: JI2S, terms: JointTerms, ids: Sequence[str]) -> Tensor:
     """What each target adds to the scores of some rows, float64 `[row target]`, but for what is the same for all.
 
     Of the pairs the part ⟨Γ_i, v_q⟩(⟨v_q, s⟩ − ⟨Γ_i, v_q⟩) is q's, ⟨v_q, s⟩ of the stored rows. With an exact Hessian,
     whose product with s is known for all targets together, only the self terms are; with `identity` nothing is.
-
-    Args:
-        pool, targets, method, checkpoints, weights: as for `joint_terms`.
-        terms: what that returned, whose spreads standardised terms are divided by.
-        ids: of rows that `terms` has.
     """
     alone = torch.zeros(len(ids), len(targets.ids), dtype=torch.float64)
     shared = torch.zeros_like(alone)
-    for checkpoint, (weight, factor) in zip(
-        checkpoints, joint_factors(checkpoints, weights, method.joint_lr_power), strict=True
-    ):
-        asked = full_sums(pool) if method.full_space else pool
-        store = asked.stores(checkpoint, [method.view])[method.view]
-        queries = pool.collect(targets, checkpoint, ["plain"], what="target")["plain"]
+    checkpoints = method.checkpoints_of(pool)
+    for checkpoint, (weight, factor) in zip(checkpoints, method.factors(checkpoints), strict=True):
+        store, queries = both_stores(pool, targets, checkpoint, method.view, sums=method.full_sum)
         V, rows = torch.zeros(len(targets.ids), store.dim, dtype=torch.float64), store.rows_by_id(ids).double()
         V[[number for number, id_ in enumerate(targets.ids) if id_ in queries]] = queries.rows(0, len(queries)).double()
         kept = torch.zeros(len(store), dtype=torch.float64)
@@ -364,13 +351,7 @@ def joint_parts(
 
 
 def joint_warnings(terms: JointTerms, method: JI2S, rank_correlation: float) -> list[str]:
-    """First how the two terms relate, always; then what is wrong with them, if anything.
-
-    Args:
-        terms: from `joint_terms`.
-        method: of the scores.
-        rank_correlation: Spearman's, of the two terms.
-    """
+    """First how the two terms relate, always; then what is wrong with them, if anything."""
     ratio = _ratio(method.joint_weight * terms.joint, terms.marginal)
     as_summed = " as they are summed; λ is their ratio in the score" if method.standardise_terms else ""
     found = [
@@ -402,82 +383,20 @@ def joint_warnings(terms: JointTerms, method: JI2S, rank_correlation: float) -> 
     return found
 
 
-def joint_factors(
-    checkpoints: SequenceABC[Checkpoint], weights: SequenceABC[float], power: int
-) -> list[tuple[float, float]]:
-    """Per checkpoint the factors of both terms: w and w·η^(p−1).
-
-    Raises:
-        ConfigError: p = 2 at a checkpoint without a learning rate.
-    """
-    factors = []
-    for checkpoint, weight in zip(checkpoints, weights, strict=True):
-        rate = 1.0
-        if power == 2:
-            if checkpoint.learning_rate is None:
-                raise ConfigError(
-                    f"joint_lr_power 2 needs the learning rate of {checkpoint.name}, which is unknown: put "
-                    "trainer_state.json beside it, or use joint_lr_power 1"
-                )
-            rate = checkpoint.learning_rate
-        factors.append((weight, weight * rate))
-    return factors
-
-
-def _added(total: JointTerms, terms: JointTerms) -> JointTerms:
-    """The sum for the ids that both have: those finite at every checkpoint."""
-    place = {id_: position for position, id_ in enumerate(terms.ids)}
-    here = [position for position, id_ in enumerate(total.ids) if id_ in place]
-    there = [place[total.ids[position]] for position in here]
-    bias = None
-    if total.bias is not None and terms.bias is not None:
-        bias = total.bias[here] + terms.bias[there]
-    return JointTerms(
-        [total.ids[position] for position in here],
-        total.marginal[here] + terms.marginal[there],
-        total.joint[here] + terms.joint[there],
-        bias,
-        total.stores + terms.stores,
-    )
-
-
-def _at_checkpoint(
-    pool: Pool, targets: SequenceSource, method: JI2S, checkpoint: Checkpoint, excluded: SetABC[str]
-) -> JointTerms:
-    """Both terms at one checkpoint, without weights and λ."""
-    store = pool.stores(checkpoint, [method.view])[method.view]
-    plain = replaced(pool, gradients=pool.gradients.model_copy(update={"full_sum": False}))
-    queries = plain.collect(targets, checkpoint, ["plain"], what="target")["plain"]
-    store.check_comparable(queries)
-    kept = [position for position, id_ in enumerate(store.ids) if id_ not in excluded]
-    if not kept:
-        raise DataError("no pool example is left to score: all overlap the target or have non-finite gradients")
-    direction, made_from = _full_direction(pool, store, queries, targets, method, checkpoint, excluded)
-    terms = store_terms(
-        store, queries.rows(0, len(queries)), method, kept=kept, direction=direction, device=pool.device
-    )
-    ids = [store.ids[position] for position in kept]
-    return replaced(terms, ids=ids, stores=[store.fingerprint, queries.fingerprint, *made_from])
-
-
 def store_terms(
     store: GradientStore,
     targets: Tensor,
     method: JI2S,
     *,
-    kept: SequenceABC[int] | None = None,
+    kept: Sequence[int] | None = None,
     direction: Tensor | None = None,
     device: str = "cpu",
 ) -> JointTerms:
-    """Both terms from stored rows, streamed from the memory map: float64 `[kept]`, the bias taken off if asked for.
+    """Both terms from stored rows, float64 `[kept]`, the bias taken off if asked for; without λ and standardisation.
 
     Args:
-        store: update directions of the pool.
-        targets: gradients of the targets [target dim].
-        method: options; its λ, powers of η and standardisation play no part.
         kept: positions of the rows that are scored and paired; all by default.
         direction: the projected Hs [dim], for a Hessian in full space.
-        device: for the products with the targets.
     """
     kept = list(range(len(store))) if kept is None else kept
     factor = torch.zeros(len(store), dtype=torch.float64)
@@ -486,22 +405,23 @@ def store_terms(
         targets = unit_rows(targets)
         norms = store.projected_norms
         factor = torch.where(norms > 0, factor / norms.clamp_min(1e-300), 0.0)
-    targets, count = targets.float(), len(kept)
-    bias = None
+    targets, count, beside = targets.float(), len(kept), direction
+    if method.hessian == "identity":  # which needs the targets' mean alone
+        targets, beside = targets.double().mean(dim=0, keepdim=True).float(), _row_sum(store, factor).float()
+    # One more query beside the targets, so that the rows are read once.
+    queries = targets if beside is None else torch.cat([targets, beside[None]])
+    products = store_inner_products(store, queries, normalise=False, device=device).double() * factor[:, None]
+    P, bias = products[:, : len(targets)], None
+    marginal, own = P.mean(dim=1), P.square().sum(dim=1) / len(targets)
     if method.hessian == "identity":
-        marginal, pairs = _with_own_sum(store, targets.double().mean(dim=0).float(), factor, device)
+        pairs = products[:, -1] - (factor * store.projected_norms).square()
     elif method.hessian == "fisher_projected":
-        P = store_inner_products(store, targets, normalise=False, device=device).double() * factor[:, None]
-        bias = _bias(store, factor, _projection_strength(store, targets), everywhere=method.subtract_bias)
-        marginal, pairs = P.mean(dim=1), (P @ P.sum(dim=0) - P.square().sum(dim=1)) / len(targets)
-        bias = bias[kept]
+        pairs = P @ P.sum(dim=0) / len(targets) - own
+        strength = _projection_strength(store, targets)
+        bias = _bias(store, factor, strength, everywhere=method.subtract_bias)[kept]
     else:
         assert direction is not None, method.hessian
-        # One more query beside the targets, so that the rows are read once.
-        queries = torch.cat([targets, direction[None]])
-        products = store_inner_products(store, queries, normalise=False, device=device).double()
-        P = products[:, :-1]
-        marginal, pairs = P.mean(dim=1), products[:, -1] - P.square().sum(dim=1) / len(targets)
+        pairs = products[:, -1] - own
     joint = _reduced(pairs[kept], method.pair_reduction, count)
     if bias is not None:
         bias = _reduced(bias, method.pair_reduction, count)
@@ -526,24 +446,10 @@ def _projection_strength(store: GradientStore, targets: Tensor) -> Tensor:
     return strength
 
 
-def _with_own_sum(store: GradientStore, query: Tensor, factor: Tensor, device: str) -> tuple[Tensor, Tensor]:
-    """⟨r_i, query⟩ and ⟨r_i, s − r_i⟩ in float64 `[row]`, r_i = factor_i · row_i, s = Σ_i r_i.
-
-    The store knows the rows' norms, and its rows are read once where it holds their sum.
-    """
-    queries = torch.stack([query, _row_sum(store, factor).float()])
-    products = factor[:, None] * store_inner_products(store, queries, normalise=False, device=device).double()
-    return products[:, 0], products[:, 1] - (factor * store.projected_norms).square()
-
-
 def _bias(store: GradientStore, factor: Tensor, strength: Tensor, *, everywhere: bool) -> Tensor:
     """⟨r_i, D(s − r_i)⟩ float64 `[row]`, r_i = factor_i · row_i, s = Σ_i r_i; NaN of rows outside of the sample.
 
-    Args:
-        store: its rows are read, besides for their sum where it does not hold it.
-        factor: float64 `[row]`.
-        strength: the diagonal of D `[dim]`.
-        everywhere: of all rows.
+    `strength` is the diagonal of D.
     """
     weighted = (strength.double() * _row_sum(store, factor)).float()
     found = torch.full((len(store),), math.nan, dtype=torch.float64)
@@ -562,7 +468,7 @@ def _bias(store: GradientStore, factor: Tensor, strength: Tensor, *, everywhere:
     return found
 
 
-def _sampled_runs(ids: SequenceABC[str]) -> list[tuple[int, int]]:
+def _sampled_runs(ids: Sequence[str]) -> list[tuple[int, int]]:
     """Runs of rows, some 2048 to 4096 in all, that begin where ids decide: nearly the same in a store of other rows."""
     if len(ids) < 2 * _BIAS_ROWS:
         return [(0, len(ids))]
@@ -603,10 +509,7 @@ def _full_direction(
     checkpoint: Checkpoint,
     excluded: SetABC[str],
 ) -> tuple[Tensor | None, list[str]]:
-    """R(Hs) `[dim]` with H and s in full space, kept in the run folder, and its fingerprint.
-
-    None and nothing where H is taken on the stored rows.
-    """
+    """R(Hs) `[dim]`, H and s in full space, kept in the run folder, with its fingerprint; None: H is of stored rows."""
     from safetensors.torch import load, save
 
     kind = method.hessian
@@ -634,7 +537,7 @@ def _full_direction(
 
 
 def _full_sum(
-    pool: Pool, store: GradientStore, method: JI2S, checkpoint: Checkpoint, left_out: SequenceABC[str]
+    pool: Pool, store: GradientStore, method: JI2S, checkpoint: Checkpoint, left_out: Sequence[str]
 ) -> dict[str, Tensor]:
     """s over the pool but for the ids left out, whose own rows are collected for the purpose and subtracted."""
     total = store.full_sum()
@@ -701,14 +604,13 @@ def _reduced(pairs: Tensor, reduction: Reduction, count: int) -> Tensor:
     return pairs if reduction == "sum" else pairs / max(1, count - 1)
 
 
-def _greedy_terms(method: JI2S, pool: Pool, target: Target, ids: SequenceABC[str]) -> GreedyTerms:
+def _greedy_terms(method: JI2S, pool: Pool, target: Target, ids: Sequence[str]) -> GreedyTerms:
     """Σ_e w_e A [row], and what gives Σ_e w_e η_e^(p−1) Γ_iᵀHΓ_j [row] of an example j."""
     targets, checkpoints = method.targets(pool, target), method.checkpoints_of(pool)
-    factors = joint_factors(checkpoints, method.weights(checkpoints), method.joint_lr_power)
     marginal = torch.zeros(len(ids), dtype=torch.float64)
     parts: list[Tensor] = []
     stored: list[tuple[GradientStore, list[int], float]] = []
-    for checkpoint, (weight, joint) in zip(checkpoints, factors, strict=True):
+    for checkpoint, (weight, joint) in zip(checkpoints, method.factors(checkpoints), strict=True):
         store, queries = both_stores(pool, targets, checkpoint, method.view)
         places, rows = store.positions(ids), queries.rows(0, len(queries))
         rows = unit_rows(rows) if method.normalise else rows

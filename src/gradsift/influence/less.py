@@ -26,8 +26,8 @@ def less_scores(
     """Influence of every pool example on every target: a higher score means that training on it helps more.
 
     `S = Σ_e w_e · n(Γ_e) · n(G_e)ᵀ` with `w_e = η̄_e / Σ η̄` (LESS, Xia et al. 2024, Definition 3.1 in its
-    normalised form; TracIn, Pruthi et al. 2020, without `n`). `n` divides each row by its norm; a zero row stays zero,
-    so its scores are 0.
+    normalised form; TracIn, Pruthi et al. 2020, without `n`), [pool target] on the device of `pool`. `n` divides each
+    row by its norm; a zero row stays zero, so its scores are 0.
 
     Args:
         pool: per checkpoint the (projected) update directions of the pool, [pool dim].
@@ -37,12 +37,7 @@ def less_scores(
         normalise: rows to unit norm (LESS), which makes each term a cosine. False is the raw inner product (TracIn),
             in the squared unit of the gradients.
 
-    Returns:
-        Scores [pool target], fp32 or better, on the device of `pool`.
-
     Raises:
-        ShapeError: no checkpoint, unequal numbers of checkpoints, or arrays that do not fit each other.
-        NonFiniteError: NaN or infinity in an array.
         ConfigError: a negative weight, or weights that are all zero.
 
     Example:
@@ -62,7 +57,6 @@ def less_scores(
 
 
 def _shares(weights: Sequence[float] | Tensor | None, checkpoints: int) -> list[float]:
-    """Checkpoint weights divided by their sum."""
     if weights is None:
         return [1.0 / checkpoints] * checkpoints
     values = torch.as_tensor(weights).detach().to("cpu", torch.float64)
@@ -92,7 +86,6 @@ class LESS(TrainingEstimator, ProductEstimator):
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         # TracIn is defined on plain gradients, LESS on Adam's: what departs from its own method is named.
         name, own = ("LESS", "adam") if self.normalise else ("TracIn", "sgd")
         parts = [] if self.optimizer == own else [{"sgd": "SGD", "adam": "Adam"}[self.optimizer]]

@@ -17,16 +17,14 @@ from gradsift.base.lazy import torch
 from gradsift.base.ranks import spearman
 from gradsift.base.settings import later
 from gradsift.context import Pool, Target
-from gradsift.gradients.losses import row_losses
 from gradsift.influence.estimator import Estimator, Influence, Passes, Targets, TargetsByCheckpoint
 from gradsift.influence.metagradient import metagradient as metagradient
 from gradsift.influence.replay import Losses, Record, Replay, Returned
 from gradsift.influence.smooth import FIRST_BACK, FURTHER_BACK, Ending, SmoothTraining, groups_of, loss_after
 from gradsift.influence.taken import taken
-from gradsift.model.models import host
 from gradsift.store.manifest import fingerprint
 from gradsift.warmup.checkpoint import Checkpoint
-from gradsift.warmup.train import Warmup, train, warm_up_ids
+from gradsift.warmup.train import Warmup, warm_up_ids
 
 _GROWTH = 20.0  # how often the adjoint's norm may be that at the end; prototypes that foretold well had 5 at most
 _DROPPED = 0.1  # share of the trained rows that a check leaves out
@@ -112,7 +110,6 @@ class MAGIC(SmoothTraining, Estimator):
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         parts = [f"{self.fraction:g} of the pool"] * (self.fraction < 1)
         parts += [f"{self.seeds} trainings"] * (self.seeds > 1)
         parts += ["recorded training"] * (self.record is not None)
@@ -157,6 +154,7 @@ class MAGIC(SmoothTraining, Estimator):
             warnings=(
                 *_not_smooth(growth, returned, self.record),
                 *_without_weight(replay.record),
+                *filter(None, [replay.record.warning]),
                 *([f"MAGIC: {check}"] if check else []),
             ),
             identity={"replays": identity},
@@ -247,13 +245,7 @@ class MAGIC(SmoothTraining, Estimator):
 
     def _plain_loss(self, pool: Pool, ids: SequenceABC[str], ending: Ending) -> float:
         """The targets' loss after the training that users do of some rows."""
-        checkpoint = train(
-            pool.run, pool.training, ids, self.plain(pool), model=pool.model, dtype=pool.dtype, device=pool.device,
-            seed=pool.seed + 1, what="MAGIC's check", reporter=pool.reporter,
-        )[-1]  # fmt: skip
-        model = host(pool.model, pool.dtype, pool.device).with_adapter(checkpoint.adapter)
-        losses = row_losses(model, ending.sequences, len(ending.groups))
-        return ending.mean(losses if ending.dpo is None else ending.dpo.losses(losses))
+        return ending.mean(self.losses_after(pool, ids, ending, seed=pool.seed + 1, what="MAGIC's check"))
 
 
 def _without_weight(record: Record) -> list[str]:

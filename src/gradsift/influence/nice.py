@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from collections.abc import Sequence as SequenceABC
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -71,7 +70,6 @@ class PolicyEstimator(ProductEstimator):
     policy: PolicyGradient = PolicyGradient()
 
     def model_post_init(self, _context: object) -> None:
-        """Refuse what does not go together."""
         policy, by_assistant = self.policy, self.assistant is not None
         if by_assistant and self.server is not None:
             raise ConfigError(
@@ -102,11 +100,7 @@ class PolicyEstimator(ProductEstimator):
         return model.model if isinstance(model, Endpoint) else Path(model).name
 
     def sampled_at(self, pool: Pool) -> list[Checkpoint]:
-        """Where responses are drawn; an assistant draws without any checkpoint, so that no warm-up is needed.
-
-        Raises:
-            ConfigError: one served model stands for several checkpoints.
-        """
+        """Where responses are drawn; an assistant draws without any checkpoint, so that no warm-up is needed."""
         if self.assistant is not None:
             return [Checkpoint(None)]
         checkpoints = pool.checkpoints()[-1:] if self.last_checkpoint else pool.checkpoints()
@@ -123,44 +117,24 @@ class PolicyEstimator(ProductEstimator):
         return self.drawing.samples * prompts
 
     def sample_directions(self, pool: Pool, source: SequenceSource, checkpoint: Checkpoint, rows: Tensor) -> Tensor:
-        """What stands for a checkpoint's rows of samples where a new ranking is made of them, before `directions`.
-
-        Args:
-            pool, checkpoint: where they were taken.
-            source: their sequences.
-            rows: their stored gradients `[sample dim]`, in its order.
-        """
+        """What stands for a checkpoint's rows of samples `[sample dim]` where a new ranking is made of them."""
         return rows
 
     def sample_passes(
         self, pool: Pool, source: SequenceSource | None, checkpoint: Checkpoint | None, rows: int, tokens: float
     ) -> list[Passes]:
-        """What `sample_directions` takes through the model.
-
-        Args:
-            pool: as for it.
-            source, checkpoint: as for it; None where they are not there yet.
-            rows, tokens: of the samples.
-        """
+        """What `sample_directions` takes through the model; None stands for what is not there yet."""
         return []
 
     def targets(self, pool: Pool, target: Target) -> PolicyTargets:
-        """The policy gradients of each checkpoint.
-
-        Raises:
-            ConfigError: the target has no reward, or one that cannot be used.
-        """
+        """The policy gradients of each checkpoint."""
         if not isinstance(target, PromptTarget):
             raise no_reward(self)
         target.check_reward()
         return PolicyTargets(pool, target, self)
 
     def ready(self, pool: Pool, target: Target | None) -> None:
-        """All is sampled and rewarded before the pool goes through the model.
-
-        Raises:
-            ConfigError, DataError, ModelError: as `sampled`.
-        """
+        """All is sampled and rewarded before the pool goes through the model."""
         assert target is not None, self
         self.sampled(pool, target)
 
@@ -172,11 +146,7 @@ class PolicyEstimator(ProductEstimator):
         return targets.told(Influence(ids, matrix.numpy(), identity={"stores": stores}))
 
     def sampled(self, pool: Pool, target: Target) -> PolicyTargets:
-        """The targets once all of every checkpoint is sampled and rewarded.
-
-        Raises:
-            DataError: no prompt has a signal; or as `PolicyTargets.at`.
-        """
+        """The targets once all of every checkpoint is sampled and rewarded."""
         targets, checkpoints = self.targets(pool, target), self.checkpoints_of(pool)
         refuse_too_many(len(pool.data), len(targets.ids))
         check_server(self, checkpoints)
@@ -201,7 +171,6 @@ class NICE(TrainingEstimator, PolicyEstimator):
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         parts = [] if self.optimizer == "adam" else ["SGD"]
         parts += ["raw"] * (not self.normalise) + ["last checkpoint"] * (self.checkpoints == "last")
         return policy_label("NICE", self, parts)
@@ -223,12 +192,10 @@ class NICEIF(PolicyEstimator):
     damping: Damping = "auto"
 
     def directions(self, store: GradientStore, targets: Tensor, device: str) -> Tensor:
-        """h of `datainf_directions`."""
         return datainf_directions(store, targets, self.damping, device=device)
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         return policy_label("NICE-IF", self, damping_label(self.damping))
 
 
@@ -250,11 +217,6 @@ class PolicyTargets:
         """Of the prompts, with responses or without."""
         return self.target.data.ids
 
-    @property
-    def summaries(self) -> list[RewardSummary]:
-        """What the responses earned, of each checkpoint that was asked for."""
-        return list(self._summaries.values())
-
     def summary_at(self, checkpoint: Checkpoint) -> RewardSummary:
         """What the responses earned at a checkpoint."""
         self.at(checkpoint)
@@ -266,12 +228,7 @@ class PolicyTargets:
         return [any(signal) for signal in zip(*(source.signal for source in self._sources.values()), strict=True)]
 
     def at(self, checkpoint: Checkpoint) -> PolicySource:
-        """The rows at a checkpoint, one per prompt.
-
-        Raises:
-            DataError: no response could be had or judged.
-            ConfigError: the reward or the sampler cannot be used.
-        """
+        """The rows at a checkpoint, one per prompt."""
         if checkpoint.name not in self._sources:
             responses, rewards, _ = self.rollouts(checkpoint)
             source = PolicySource.of(
@@ -300,11 +257,7 @@ class PolicyTargets:
         return responses, rewards, samples
 
     def samples_at(self, checkpoint: Checkpoint) -> Samples:
-        """The responses alone, which need no reward.
-
-        Raises:
-            DataError, ConfigError, ModelError: as `sample`.
-        """
+        """The responses alone, which need no reward."""
         pool, sampler = self.pool, sampler_of(self.pool, self.target, self.method, checkpoint)
         key = (f"{pool.run.place}/{pool.run.prefix('samples', sampler.identity())}", sampler.sampling.samples)
         if key not in self.target.drawn:  # an assistant's responses serve all checkpoints
@@ -314,11 +267,7 @@ class PolicyTargets:
         return self.target.drawn[key]
 
     def earned_at(self, checkpoint: Checkpoint) -> Earned:
-        """What the responses earned, one by one.
-
-        Raises:
-            DataError, ConfigError, ModelError: as `reward_responses`.
-        """
+        """What the responses earned, one by one."""
         samples = self.samples_at(checkpoint)
         key = (f"{self.pool.run.place}/{samples.prefix}", samples.samples)
         if key not in self.target.earned:
@@ -357,21 +306,14 @@ class PolicyTargets:
 
     def told(self, found: Influence) -> Influence:
         """What was found, with what the responses earned and what is wrong with it as a signal."""
-        return replace(
-            found,
-            warnings=(*signal_warnings(self.summaries, self.method), *found.warnings),
-            live=self.live,
-            rewards=tuple(self.summaries),
-        )
+        earned = tuple(self._summaries.values())
+        warnings = (*signal_warnings(earned, self.method), *found.warnings)
+        return replace(found, warnings=warnings, live=self.live, rewards=earned)
 
     def check(self) -> None:
-        """Refuse targets that say nothing at all.
-
-        Raises:
-            DataError: every response of every prompt has weight 0 at every checkpoint.
-        """
+        """Refuse targets that say nothing at all."""
         if not any(self.live):
-            best = max(summary.quantiles[-1] for summary in self.summaries)
+            best = max(summary.quantiles[-1] for summary in self._summaries.values())
             lost = [problem for checkpoint in self.checkpoints for problem in self.earned_at(checkpoint).problems]
             beside = f"; {len(lost)} have no reward, first: {lost[0].reason}" if lost else ""
             raise DataError(
@@ -391,14 +333,8 @@ def takes_reward(method: Estimator) -> TypeGuard[PolicyEstimator]:
     return method.takes == "reward"
 
 
-def signal_warnings(summaries: SequenceABC[RewardSummary], method: PolicyEstimator) -> list[str]:
-    """What is wrong with rewards as a signal, each with what to do; the worst checkpoint is named.
-
-    - More than half of the prompts have responses of weight 0 only.
-    - Without a baseline, rewards whose level is over 3 times their spread within prompts: all responses then weigh
-      about the same, and the gradient is mostly that of whatever was sampled.
-    - More than half of the responses were cut off.
-    """
+def signal_warnings(summaries: Sequence[RewardSummary], method: PolicyEstimator) -> list[str]:
+    """What is wrong with rewards as a signal, each with what to do; the worst checkpoint is named."""
     found = []
     worst = max(summaries, key=lambda summary: summary.silent)
     if worst.silent > _SILENT:
@@ -431,11 +367,7 @@ def cut_off_warnings(checkpoint: str, share: float, of: str = "responses") -> li
 
 
 def sampler_of(pool: Pool, target: PromptTarget, method: PolicyEstimator, checkpoint: Checkpoint) -> Sampler:
-    """Where a method's responses at a checkpoint come from.
-
-    Raises:
-        ConfigError: the target's rows hold responses, and others are asked for, or weights that those do not have.
-    """
+    """Where a method's responses at a checkpoint come from."""
     stored = next((one for one in single_rewards(target.reward) if isinstance(one, Stored)), None)
     if stored is not None:
         if method.assistant is not None or method.server is not None or method.policy.importance_weights:
@@ -461,12 +393,8 @@ def checkpoint_name(checkpoint: Checkpoint) -> str:
     return "base" if checkpoint.adapter is None else Path(checkpoint.adapter).name
 
 
-def check_server(method: PolicyEstimator, checkpoints: SequenceABC[Checkpoint]) -> None:
-    """Refuse to take one served model for several checkpoints.
-
-    Raises:
-        ConfigError: the served name is the same for all.
-    """
+def check_server(method: PolicyEstimator, checkpoints: Sequence[Checkpoint]) -> None:
+    """Refuse to take one served model for several checkpoints."""
     if method.server is None:
         return
     names = [checkpoint_name(checkpoint) for checkpoint in checkpoints]

@@ -28,7 +28,6 @@ class NICEEKFAC(EKFAC, PolicyEstimator):
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         own = super().label.removeprefix("EK-FAC").strip(" ()")
         return policy_label("NICE-EK-FAC", self, [own] * bool(own))
 

@@ -42,7 +42,6 @@ class NICEMAGIC(MAGIC, PolicyEstimator):
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         own = super().label.removeprefix("MAGIC").strip(" ()")
         return policy_label("NICE-MAGIC", self, [own] * bool(own))
 

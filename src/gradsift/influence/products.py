@@ -19,8 +19,6 @@ _SHARE_VALUES = 1 << 22  # that it sends back at once: 16 MB
 
 @dataclass(frozen=True)
 class _Products:
-    """The task of some rows of a store."""
-
     storage: Storage
     prefix: str
     queries: Tensor
@@ -31,7 +29,6 @@ class _Products:
     device: str
 
     def work(self, advance: Advance) -> Tensor:
-        """`[row query]`."""
         store = _opened(self.storage, self.prefix)
         found = store_inner_products(
             store, self.queries, normalise=self.normalise, weight=self.weight, start=self.start, stop=self.stop,
@@ -94,7 +91,6 @@ def store_inner_products(
     threads that share blocks this small would spend their time waiting for each other.
 
     Args:
-        store: N rows.
         queries: `[query dim]`.
         normalise: divide by the rows' and the queries' norms.
         weight: factor of the products.

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from collections.abc import Sequence as SequenceABC
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,7 @@ from gradsift.data.overlap import hashed, normalised_hash, overlap_of_hashes
 from gradsift.data.prepare import prepare
 from gradsift.data.prompts import Prompts, answered, read_prompts, row_digest
 from gradsift.data.sample import RowSample
-from gradsift.execution.chunks import Chunks
+from gradsift.execution.chunks import in_chunks
 from gradsift.execution.engine import LOCAL, Engine
 from gradsift.generation.endpoint import Client, Endpoint, ReplyError, connected
 from gradsift.generation.samples import Samples
@@ -112,7 +111,7 @@ def open_prompts(
     pool: Pool,
     reward: Any = None,
     *,
-    weights: SequenceABC[float] | None = None,
+    weights: Sequence[float] | None = None,
     judge: Endpoint | Chat | None = None,
     subtask: str | None = None,
     columns: Columns | Mapping[str, str] | None = None,
@@ -174,12 +173,6 @@ def reward_responses(target: PromptTarget, samples: Samples, reporter: Reporter,
     Rewards that a file or a setting names are kept beside the responses, under the reward and the row's columns, and
     asked for once; those that failed are tried again next time. Where a judge's server is gone, what was judged before
     is kept. What workers of another process can compute is computed and kept there first.
-
-    Raises:
-        ConfigError: there is no reward, it cannot be called with what there is, or the judge refuses the key or the
-            model's name.
-        ModelError: the judge is gone.
-        DataError: not one response could be judged.
     """
     target.check_reward()
     identity = target.reward_identity()
@@ -189,54 +182,38 @@ def reward_responses(target: PromptTarget, samples: Samples, reporter: Reporter,
     values: Rewards = {}
     problems: list[Problem] = []
     waiting: list[Sample] = []
-    total = 0
-
-    def under(prompt_id: str) -> dict[str, Any]:
-        return _kept_under(target, identity or {}, prompt_id)
-
-    def settle(chat: _Judging | None) -> None:
-        for single in single_rewards(target.reward):
-            if isinstance(single, UnitTests):
-                reporter.say_once(f"unit tests run what the model wrote; {isolation_text(single.sandbox)}")
-        size = _MODELLED if modelled else chunks.size
-        taken, waiting[:] = waiting[:size], waiting[size:]
-        with chunks.timed():
-            found = reward_samples(taken, target.reward, weights=target.weights, chat=chat)
-        problems.extend(found.problems)
-        fresh: dict[str, dict[int, float | None]] = {}
-        for sample, value in zip(taken, found.values, strict=True):
-            if value is not None:
-                values[sample.prompt_id, sample.number] = value
-                fresh.setdefault(sample.prompt_id, {})[sample.number] = value
-        for prompt_id, own in fresh.items() if identity is not None else ():
-            samples.save_rewards(under(prompt_id), prompt_id, own)
-        if chat is not None and chat.failure is not None:
-            raise chat.failure
-
-    modelled = any(isinstance(single, RewardModel) for single in single_rewards(target.reward))
-    chunks = Chunks(most=_CHUNK)
-    responses = {prompt_id: samples[prompt_id] for prompt_id in samples}
-    count = sum(map(len, responses.values()))
-    with _chat(target.judge) as chat, reporter.stage("rewards", count, "responses") as advance:
-        for prompt_id, own in responses.items():
-            example = target.data.example(prompt_id)
-            known = {} if identity is None else samples.rewards(under(prompt_id), prompt_id)
-            for response in own:
-                value = known.get(response.number)
-                if value is not None:
-                    values[response.key] = value
-                    continue
-                if prompt_id in lost:
-                    problems.append(Problem(prompt_id, response.number, lost[prompt_id]))
-                    continue
+    for prompt_id in samples:
+        example = target.data.example(prompt_id)
+        known = {} if identity is None else samples.rewards(_kept_under(target, identity, prompt_id), prompt_id)
+        for response in samples[prompt_id]:
+            if (value := known.get(response.number)) is not None:
+                values[response.key] = value
+            elif prompt_id in lost:
+                problems.append(Problem(prompt_id, response.number, lost[prompt_id]))
+            else:
                 ids = tuple(response.token_ids.tolist())
                 waiting.append(Sample(prompt_id, response.number, prompt_of(example), response.text, ids, example.row))
-            while len(waiting) >= (_MODELLED if modelled else chunks.size):
-                settle(chat)
-            advance(len(own))
-            total += len(own)
-        while waiting:
-            settle(chat)
+    total, singles = len(values) + len(problems) + len(waiting), single_rewards(target.reward)
+    for single in singles if waiting else ():
+        if isinstance(single, UnitTests):
+            reporter.say_once(f"unit tests run what the model wrote; {isolation_text(single.sandbox)}")
+    exactly = _MODELLED if any(isinstance(single, RewardModel) for single in singles) else None
+    with _chat(target.judge) as chat, reporter.stage("rewards", total, "responses") as advance:
+        advance(total - len(waiting))
+        for taken in in_chunks(waiting, most=_CHUNK, exactly=exactly):
+            found = reward_samples(taken, target.reward, weights=target.weights, chat=chat)
+            problems += found.problems
+            fresh: dict[str, dict[int, float | None]] = {}
+            for sample, value in zip(taken, found.values, strict=True):
+                if value is not None:
+                    values[sample.prompt_id, sample.number] = value
+                    fresh.setdefault(sample.prompt_id, {})[sample.number] = value
+            if identity is not None:
+                for prompt_id, own in fresh.items():
+                    samples.save_rewards(_kept_under(target, identity, prompt_id), prompt_id, own)
+            if chat is not None and chat.failure is not None:
+                raise chat.failure
+            advance(len(taken))
         usage = chat.chat.usage if chat is not None and isinstance(chat.chat, Client) else None
     if usage is not None and usage.requests:
         reporter.say(f"the judge's answers this time: {usage}")
@@ -253,8 +230,6 @@ def reward_responses(target: PromptTarget, samples: Samples, reporter: Reporter,
 
 @dataclass(frozen=True)
 class _Rewarding:
-    """The task of computing and keeping the rewards of some prompts' responses."""
-
     target: PromptTarget
     samples: Samples
     left_out: Mapping[str, str] = field(default_factory=dict, hash=False)
@@ -266,7 +241,7 @@ class _Rewarding:
     def probe(self, start: int, stop: int) -> _Rewarding:
         return replace(self, samples=self.samples.part(self.samples.ids[start:stop]))
 
-    def without(self, rows: SequenceABC[int], reason: str) -> _Rewarding:
+    def without(self, rows: Sequence[int], reason: str) -> _Rewarding:
         lost = [self.name_of(row) for row in rows]
         left = self.samples.part([id_ for id_ in self.samples if id_ not in lost])
         why = f"{reason}: every worker that computed it ended"
@@ -354,21 +329,11 @@ class RewardSummary:
 
 def summarise_rewards(
     checkpoint: str,
-    responses: Mapping[str, SequenceABC[Response]],
+    responses: Mapping[str, Sequence[Response]],
     rewards: Mapping[tuple[str, int], float],
     signal: Mapping[str, bool],
 ) -> RewardSummary:
-    """The summary of one checkpoint's responses.
-
-    Args:
-        checkpoint: its name.
-        responses: by prompt, those that the policy gradients are of.
-        rewards: by `Response.key`.
-        signal: by prompt, whether any of its responses has a weight.
-
-    Raises:
-        DataError: no response has a reward.
-    """
+    """The summary of a checkpoint's responses; `signal`: of each prompt, whether any of its responses has a weight."""
     groups: list[NDArray[np.float64]] = []
     lengths: list[int] = []
     cut = 0
@@ -401,7 +366,7 @@ def summarise_rewards(
     )
 
 
-def _overlap(pool: Pool, examples: SequenceABC[Example]) -> tuple[Skipped, ...]:
+def _overlap(pool: Pool, examples: Sequence[Example]) -> tuple[Skipped, ...]:
     """Pool rows with the messages of an answered row, or with the prompt of one that has no answer to compare."""
     whole = hashed(example for example in examples if answered(example))
     found = overlap_of_hashes(zip(pool.data.ids, pool.data.hashes, strict=True), whole)
@@ -444,7 +409,7 @@ class _Judging:
         self.chat = chat
         self.failure: GradsiftError | None = None
 
-    def complete(self, messages: SequenceABC[Message], *, max_tokens: int, temperature: float, seed: int | None) -> str:
+    def complete(self, messages: Sequence[Message], *, max_tokens: int, temperature: float, seed: int | None) -> str:
         if self.failure is not None:
             raise ReplyError("not asked, as the judge has failed")
         try:

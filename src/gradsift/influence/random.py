@@ -29,11 +29,9 @@ class Random(Estimator):
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         return f"random (seed {self.seed})"
 
     def influence(self, pool: Pool, target: Target | None) -> Influence:
-        """`random_scores`."""
         return Influence(pool.data.ids, whole=random_scores(pool.data.ids, self.seed))
 
 

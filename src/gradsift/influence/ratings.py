@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, ClassVar, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,13 +20,14 @@ from gradsift.base.settings import Settings
 from gradsift.base.types import Message, Skipped, TokenizedExample, before_answer
 from gradsift.base.types import Sequence as TokenSequence
 from gradsift.context import Pool, Target
-from gradsift.execution.chunks import Chunks
+from gradsift.execution.chunks import in_chunks
+from gradsift.execution.threads import in_order
 from gradsift.generation.endpoint import Client, Endpoint
 from gradsift.gradients.losses import row_losses
 from gradsift.influence.estimator import Estimator, Influence
 from gradsift.model.models import host, model_identity
 from gradsift.rewards.function import function_identity, in_words, load_function, stdout_to_stderr
-from gradsift.rewards.judge import JudgeSettings, Unreadable, question_of, side_by_side, transcript
+from gradsift.rewards.judge import JudgeSettings, Unreadable, question_of, transcript
 from gradsift.store.manifest import Record, fingerprint, publish_json, read_json
 
 _CHUNK = 64  # rows that are rated and kept at once, at most
@@ -56,7 +57,6 @@ class JudgeRating(JudgeSettings):
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         return "judge" if self.endpoint is None else f"judge {self.endpoint.model}"
 
 
@@ -78,19 +78,15 @@ class FunctionRating(Settings):
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         return self.name
 
 
 class LengthRating(Settings):
     """Tokens of the last answer, its end included: the longest first (Zhao et al. 2024)."""
 
-    kind: Literal["length"] = "length"
+    label: ClassVar[str] = "length"
 
-    @property
-    def label(self) -> str:
-        """What tables call it."""
-        return "length"
+    kind: Literal["length"] = "length"
 
 
 class PerplexityRating(Settings):
@@ -104,7 +100,6 @@ class PerplexityRating(Settings):
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         return f"{self.prefer} perplexity"
 
 
@@ -118,13 +113,10 @@ class DifficultyRating(Settings):
     maximum: the highest rating that is kept; None keeps all.
     """
 
+    label: ClassVar[str] = "IFD"
+
     kind: Literal["ifd"] = "ifd"
     maximum: FiniteFloat | None = 1.0
-
-    @property
-    def label(self) -> str:
-        """What tables call it."""
-        return "IFD"
 
 
 Rater = Annotated[
@@ -174,11 +166,7 @@ class Ratings:
 
 
 def check_raters(method: Estimator) -> None:
-    """Refuse what could rate nothing.
-
-    Raises:
-        ConfigError: a judge without an endpoint, or a function that cannot be loaded.
-    """
+    """Refuse a judge without an endpoint, and a function that cannot be loaded."""
     for rater in method.raters:
         if isinstance(rater, JudgeRating) and rater.endpoint is None:
             raise ConfigError(
@@ -193,10 +181,6 @@ def rate(pool: Pool, method: Estimator) -> Ratings:
     """The product of a method's ratings for every pool row; ratings are kept in the run folder row by row.
 
     What is there is not asked for again; rows without a rating are tried again by the next run.
-
-    Raises:
-        ConfigError: a judge without an endpoint, or a function that cannot be used.
-        DataError: not one row has a rating.
     """
     check_raters(method)
     values, reasons = dict.fromkeys(pool.data.ids, 1.0), dict[str, str]()
@@ -217,15 +201,11 @@ def rate(pool: Pool, method: Estimator) -> Ratings:
 
 def with_judge(method: Any, judge: Endpoint | None) -> Any:
     """The method with its judges' endpoints filled in where they name none."""
-
-    def filled(value: Any) -> Any:
-        if judge is not None and isinstance(value, JudgeRating) and value.endpoint is None:
-            return value.model_copy(update={"endpoint": judge})
-        return value
-
-    fields = {name: getattr(method, name) for name in type(method).model_fields}
-    changed = {name: filled(value) for name, value in fields.items() if filled(value) is not value}
-    return method.model_copy(update=changed) if changed else method
+    fields = ((name, getattr(method, name)) for name in type(method).model_fields)
+    asking = {name: own for name, own in fields if isinstance(own, JudgeRating) and own.endpoint is None}
+    if judge is None or not asking:
+        return method
+    return method.model_copy(update={n: own.model_copy(update={"endpoint": judge}) for n, own in asking.items()})
 
 
 class _Kept(Record):
@@ -233,7 +213,6 @@ class _Kept(Record):
 
 
 def _kept_ratings(pool: Pool, rater: Rater) -> dict[str, Rating]:
-    """Ratings by id, of all rows: read, and computed where they are not there."""
     data, run = pool.data, pool.run
     identity = _identity(pool, rater)
     prefix = run.prefix("ratings", identity)
@@ -247,13 +226,9 @@ def _kept_ratings(pool: Pool, rater: Rater) -> dict[str, Rating]:
     if not waiting:
         return found
     with _rating(pool, rater) as rated, pool.reporter.stage(f"ratings by {rater.label}", len(waiting)) as advance:
-        chunks = Chunks(most=_CHUNK)
-        modelled = isinstance(rater, PerplexityRating | DifficultyRating)
-        while waiting:
-            size = _MODELLED if modelled else chunks.size
-            chunk, waiting = waiting[:size], waiting[size:]
-            with chunks.timed():
-                fresh = dict(zip(chunk, rated(chunk), strict=True))
+        exactly = _MODELLED if isinstance(rater, PerplexityRating | DifficultyRating) else None
+        for chunk in in_chunks(waiting, most=_CHUNK, exactly=exactly):
+            fresh = dict(zip(chunk, rated(chunk), strict=True))
             found |= fresh
             kept = {keys[id_]: value for id_, value in fresh.items() if not isinstance(value, str)}
             if kept:
@@ -301,7 +276,6 @@ def judge_question(rater: JudgeRating, messages: Sequence[Message]) -> list[Mess
 
 
 def _identity(pool: Pool, rater: Rater) -> dict[str, Any]:
-    """What a rating depends on beside the row."""
     if isinstance(rater, FunctionRating):
         return {"kind": rater.kind, **function_identity(rater.name)}
     identity = rater.model_dump(mode="json")
@@ -317,18 +291,14 @@ def _identity(pool: Pool, rater: Rater) -> dict[str, Any]:
     return identity
 
 
-class _Rates(Protocol):
-    def __call__(self, ids: Sequence[str]) -> list[Rating]: ...
-
-
 @contextmanager
-def _rating(pool: Pool, rater: Rater) -> Iterator[_Rates]:
-    """What rates a few rows at a time."""
+def _rating(pool: Pool, rater: Rater) -> Iterator[Callable[[Sequence[str]], list[Rating]]]:
     if isinstance(rater, JudgeRating):
         endpoint = rater.endpoint
         assert endpoint is not None
         with Client(endpoint) as client:
-            yield lambda ids: _side_by_side(client, rater, [pool.data.messages(id_) for id_ in ids])
+            graded = partial(_graded, client, rater)
+            yield lambda ids: in_order(graded, [pool.data.messages(id_) for id_ in ids], endpoint.concurrency)
     elif isinstance(rater, FunctionRating):
         function = load_function(rater.name)
         data = pool.data
@@ -358,11 +328,6 @@ _CRITERIA = {
     "complexity": "Judge what is asked, not how long it takes to say it.",
 }
 _FORM = r"Score: ([0-4](?:\.\d+)?|5(?:\.0+)?)"
-
-
-def _side_by_side(client: Client, rater: JudgeRating, rows: Sequence[Sequence[Message]]) -> list[Rating]:
-    found = dict(side_by_side(lambda row: _graded(client, rater, row), rows, client.endpoint.concurrency))
-    return [found[position] for position in range(len(rows))]
 
 
 def _graded(client: Client, rater: JudgeRating, messages: Sequence[Message]) -> Rating:

@@ -32,16 +32,13 @@ class RDS(Estimator):
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         return "RDS" if self.model == DEFAULT else f"RDS ({self.model})"
 
     @property
     def text_model(self) -> str:  # type: ignore[override]
-        """What embeds the texts."""
         return self.model
 
     def inputs(self, pool: Pool) -> dict[str, Any]:
-        """The text model."""
         return {**super().inputs(pool), "embedding": embedding_identity(self.model)}
 
     def preflight(self, pool: Pool, target: Target | None) -> None:
@@ -51,7 +48,6 @@ class RDS(Estimator):
         embedding_identity(self.model)
 
     def influence(self, pool: Pool, target: Target | None) -> Influence:
-        """Cosines of kept embeddings."""
         assert target is not None, self
         refuse_too_many(len(pool.data), len(target.data.ids))
         rows, queries = (
@@ -64,11 +60,7 @@ class RDS(Estimator):
 
 
 def rds_scores(pool: NDArray[np.float32], target: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Cosines of embeddings, float32 `[pool target]`; the cosine with a zero row is 0.
-
-    Args:
-        pool: `[pool dim]`, rows of any length.
-        target: `[target dim]`.
+    """Cosines of embeddings `[text dim]` of any length, float32 `[pool target]`; the cosine with a zero row is 0.
 
     Example:
         >>> rds_scores(np.array([[2.0, 0.0], [0.0, 0.0]]), np.array([[3.0, -27.0**0.5]])).round(4).tolist()
@@ -78,21 +70,12 @@ def rds_scores(pool: NDArray[np.float32], target: NDArray[np.float32]) -> NDArra
 
 
 def embedding_identity(model: str) -> dict[str, Any]:
-    """What decides the embedding of a text, the revision of our own part included.
-
-    Raises:
-        ModelError: there is no such model.
-    """
+    """What decides the embedding of a text, the revision of our own part included."""
     return {"model": whole_identity(place_of(model)), **revisions("embeddings")}
 
 
 def kept_embeddings(run: Run, texts: Sequence[str], model: str, device: str = "auto") -> NDArray[np.float32]:
-    """Embeddings `[text dim]`, kept in the run folder under the texts and the model.
-
-    Raises:
-        ConfigError: the extra is not installed.
-        ModelError: the model cannot be loaded.
-    """
+    """Embeddings `[text dim]`, kept in the run folder under the texts and the model."""
     require()
     config = _config(texts, model)
     prefix = run.prefix("embeddings", config)

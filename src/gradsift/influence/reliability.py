@@ -24,7 +24,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from gradsift.base.checks import float_array, same_size
 from gradsift.base.lazy import Tensor, torch
 from gradsift.base.ranks import rank_correlations
 
@@ -187,14 +186,11 @@ def new_rankings(scores: Tensor, noise: Tensor, freedom: Tensor, generator: np.r
         scores: the outputs of each row, [row output]; its score is the largest.
         noise: what resampling adds to them, [row output draw], with the covariance of a mean of new units.
         freedom: degrees of freedom f that this covariance is known by, [output].
-        generator: of the draws.
     """
-    x, eps = float_array("scores", scores, "row output").double(), float_array("noise", noise, "row output draw")
-    same_size("row", "scores", x.shape[0], "noise", eps.shape[0])
-    same_size("output", "scores", x.shape[1], "noise", eps.shape[1])
-    best = torch.full((x.shape[0], eps.shape[2]), -torch.inf, dtype=torch.float64)
+    x = scores.double()
+    best = torch.full((len(x), noise.shape[2]), -torch.inf, dtype=torch.float64)
     for output, f in enumerate(freedom.clamp_min(1).tolist()):
-        own = eps[:, output].double()
+        own = noise[:, output].double()
         offset = x[:, output].mean()
         share, scale = _signal(x[:, output] - offset, own - own.mean(dim=0), f, generator)
         drawn = offset + share * (x[:, output] - offset)[:, None] + (1 + share).sqrt() * scale * own
@@ -215,11 +211,9 @@ def _signal(x: Tensor, noise: Tensor, f: float, generator: np.random.Generator) 
 
 
 def noise_dimensions(noise: Tensor, freedom: float) -> float:
-    """Effective number of dimensions ν = (tr Σ)²/tr Σ² of noise, between 1 and 200.
+    """Effective number of dimensions ν = (tr Σ)²/tr Σ² of resampled noise [row draw], between 1 and 200.
 
-    Args:
-        noise: resampled, [row draw].
-        freedom: f of the covariance that it is drawn with, whose own tr Σ̂² holds (tr Σ)²/f beside tr Σ².
+    It is drawn with a covariance of `freedom` f, whose own tr Σ̂² holds (tr Σ)²/f beside tr Σ².
     """
     energy, some = float(noise.square().sum(dim=0).mean()), noise[:, :_PAIRS]
     products = (some.T @ some).square()
@@ -281,15 +275,7 @@ def reliability_of(
     choice: Choice | None = None,
     seed: int = 0,
 ) -> Reliability:
-    """How the ranking and the choice would come out again.
-
-    Args:
-        scores, noise, freedom: as for `new_rankings`.
-        looked: at which rows.
-        over, units: what is new.
-        choice: what was chosen, if anything.
-        seed: of the draws.
-    """
+    """How the ranking and the choice would come out again: scores, noise and freedom are as for `new_rankings`."""
     new = new_rankings(scores, noise, freedom, np.random.default_rng(seed))
     old, places = scores.double().amax(dim=1), list(looked.sampled)
     found = rank_correlations(old[places].numpy(), new[places].numpy())

@@ -35,7 +35,7 @@ from gradsift.warmup.preferences import referred
 from gradsift.warmup.train import publish_adapter
 
 _SAVE_SECONDS = 20.0  # the work that a killed way back loses at most
-_TWICE = 3  # activations that a pass through a backward pass keeps, in those of a gradient
+_TWICE = 4  # memory of a pass through a backward pass, in that of a gradient: 3.2 measured, with a margin
 _AGREE = 1e-3  # how far a row's loss may be from the recorded one, of 1 + its size: rounding in other batches
 
 _OF_STATE = ("theta", "exp_avg", "exp_avg_sq")  # and of an adjoint
@@ -85,6 +85,11 @@ class Record(ABC):
         """What the loss of each row that rides along would count for."""
         return self.shares(step)[:1].expand(len(self.riders[step]))
 
+    @property
+    def warning(self) -> str | None:
+        """What a reader of scores should know of the rows that it trains on."""
+        return None
+
     def verify(self, state: State, gradient: Tensor | None, parameters: SequenceABC[Tensor]) -> None:  # noqa: B027
         """Refuse a state, or the gradient of the step from it, that is not the recorded one; None at the end.
 
@@ -104,6 +109,8 @@ class Network:
         self._linears = [model.get_submodule(name.removesuffix(".weight")) for name, _ in named]
         self._head, self._device = head, model.get_input_embeddings().weight.device
         self._budget = automatic_token_budget(model)
+        # Three quarters where memory is plenty: larger products are faster, and 2.4 times a gradient's is held.
+        self._budget_twice = min(3 * self._budget // 4, automatic_token_budget(model, held=_TWICE))
 
     def gradient(
         self, theta: Tensor, sequences: SequenceABC[Sequence], shares: Tensor, dpo: DPO | None = None
@@ -152,7 +159,7 @@ class Network:
         terms = torch.zeros(len(directions), len(shares), dtype=torch.float64)
         products, losses = torch.zeros_like(directions), torch.zeros(len(shares), dtype=torch.float64)
         with _twice_differentiable():
-            for padded, rows in self._batches(sequences, max(1, self._budget // _TWICE), dpo):
+            for padded, rows in self._batches(sequences, self._budget_twice, dpo):
                 own, places = self._losses(padded, rows, dpo)
                 found, curved = Reverse(own, shares.to(own)[places], self.parameters).along(directions)
                 terms.index_add_(1, places.cpu(), found.double().cpu())

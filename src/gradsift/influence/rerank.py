@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
-from collections.abc import Sequence as SequenceABC
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,6 +48,8 @@ class Rerank(Estimator):
     candidates: how many of the first method's ranking it gets.
     """
 
+    runs_model: ClassVar[bool] = True
+
     kind: Literal["rerank"] = "rerank"
     first: AnyFirst = RDSPlus()
     then: AnyThen = LESS()
@@ -74,26 +75,17 @@ class Rerank(Estimator):
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         return f"{self.first.label}, {self.candidates} by {self.then.label}"
 
     @property
-    def runs_model(self) -> bool:
-        """For the candidates' gradients."""
-        return True
-
-    @property
     def text_model(self) -> str | None:  # type: ignore[override]
-        """Of the first method."""
         return self.first.text_model
 
     @property
-    def before(self) -> tuple[Estimator, ...]:
-        """The first method."""
+    def before(self) -> tuple[Estimator, ...]:  # type: ignore[override]
         return (self.first,)
 
     def preflight(self, pool: Pool, target: Target | None) -> None:
-        """Both methods."""
         super().preflight(pool, target)
         self.then.preflight(pool, target)
 
@@ -105,10 +97,11 @@ class Rerank(Estimator):
         if found.matrix is not None:
             whole = aggregated(found.matrix, target.subtasks, self.first.aggregation, found.live)
         assert whole is not None
-        order = _in_order(whole, found.ids, {skip.id for skip in target.overlap})
-        if not order:
+        overlap, order = {skip.id for skip in target.overlap}, np.argsort(descending_ranks(whole.astype(np.float32)))
+        ranked = [id_ for id_ in (found.ids[place] for place in order.tolist()) if id_ not in overlap]
+        if not ranked:
             raise DataError(f"{self.first.label} could rate no row that is not also in the target")
-        ranked, count = [found.ids[place] for place in order], min(self.candidates, len(order))
+        count = min(self.candidates, len(ranked))
         candidates = sorted(ranked[:count], key=pool.data.position)
         prefix = self._keep(pool, target, candidates)
         second = self._second(pool, target, candidates, prefix)
@@ -128,11 +121,10 @@ class Rerank(Estimator):
         )
 
     def inputs(self, pool: Pool) -> dict[str, Any]:
-        """Both methods'."""
         return {"first": self.first.inputs(pool), "then": self.then.inputs(self._exact(pool))}
 
     def passes(
-        self, pool: Pool, target: Target | None, checkpoints: Callable[[], SequenceABC[Checkpoint | None]]
+        self, pool: Pool, target: Target | None, checkpoints: Callable[[], Sequence[Checkpoint | None]]
     ) -> list[Passes]:
         """Unprojected rows of candidates and targets at each of the second method's checkpoints; the first's aside."""
         assert target is not None, self
@@ -197,7 +189,7 @@ class Rerank(Estimator):
         identity = scored.identities[0] if len(scored.identities) == 1 else {"parts": list(scored.identities)}
         return Influence([candidates[place] for place in scored.places], scored.matrix.numpy(), identity=identity)
 
-    def _at_once(self, exact: Pool, target: Target, checkpoints: SequenceABC[Checkpoint]) -> int:
+    def _at_once(self, exact: Pool, target: Target, checkpoints: Sequence[Checkpoint]) -> int:
         """How many candidates' rows lie on disk together, those of all checkpoints."""
         view, first = target_view(self.then.view or "plain"), checkpoints[0]
         source = source_at(self.then.targets(exact, target), first)
@@ -213,14 +205,13 @@ class Rerank(Estimator):
         }
         return f"{prefix}scores-{fingerprint(revised('scores', asked))}.safetensors"
 
-    def _exact(self, pool: Pool, ids: SequenceABC[str] | None = None) -> Pool:
+    def _exact(self, pool: Pool, ids: Sequence[str] | None = None) -> Pool:
         """The pool, or some of its rows, with rows that are not projected."""
         gradients = pool.gradients.model_copy(update={"projection": Projection(kind="none")})
         data = pool.data if ids is None else pool.data.subset(pool.data.positions(ids))
         return replace(pool, data=data, gradients=gradients, around=pool.population)
 
     def _config(self, pool: Pool, target: Target) -> dict[str, Any]:
-        """What decides who the candidates are."""
         return {
             "first": self.first.model_dump(mode="json"),
             "inputs": self.first.inputs(pool),
@@ -232,7 +223,7 @@ class Rerank(Estimator):
             **revisions("scores"),
         }
 
-    def _keep(self, pool: Pool, target: Target, ids: SequenceABC[str]) -> str:
+    def _keep(self, pool: Pool, target: Target, ids: Sequence[str]) -> str:
         """Who they are, so that a plan knows what is there; returns the prefix."""
         config = self._config(pool, target)
         prefix = pool.run.prefix("candidates", config)
@@ -267,7 +258,7 @@ class _Scored:
         count, identities = json.loads(note)
         return cls(count, tuple(tensors["places"].tolist()), tensors["matrix"], tuple(identities))
 
-    def with_part(self, found: Influence, names: SequenceABC[str]) -> _Scored:
+    def with_part(self, found: Influence, names: Sequence[str]) -> _Scored:
         assert found.matrix is not None, "it has pairs"
         place = {name: number for number, name in enumerate(names, self.count)}
         matrix = torch.from_numpy(found.matrix)
@@ -281,12 +272,6 @@ class _Scored:
     def publish(self, run: Run, key: str) -> None:
         tensors = {"places": torch.tensor(self.places, dtype=torch.int64), "matrix": self.matrix}
         publish_tensors(run.storage, key, tensors, json.dumps([self.count, self.identities]))
-
-
-def _in_order(scores: NDArray[Any], ids: SequenceABC[str], without: set[str]) -> list[int]:
-    """Places of rows from the highest score down, without some."""
-    order = np.argsort(descending_ranks(scores.astype(np.float32)))  # as `Scores` has them
-    return [place for place in order.tolist() if ids[place] not in without]
 
 
 def with_rest(matrix: NDArray[np.float32], rest: int) -> NDArray[np.float32]:

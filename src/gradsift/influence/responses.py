@@ -56,12 +56,7 @@ class SampledResponses:
 
 
 def sampled_responses(targets: PolicyTargets, *, each: int = 2) -> SampledResponses:
-    """The responses at the checkpoints that `targets` was asked for: nothing is sampled or rewarded anew.
-
-    Args:
-        targets: after `at` or `diagnose`.
-        each: at most so many best and so many worst ones.
-    """
+    """The responses at the checkpoints that `targets` was asked for, at most `each` best and worst; none is new."""
     rewards, prompts = [], []
     for checkpoint in targets.checkpoints:
         responses, earned, _ = targets.rollouts(checkpoint)

@@ -90,12 +90,7 @@ def rewards_blocks(
 ) -> tuple[Block, ...]:
     """The figures of every checkpoint, and how rewards spread at each, all on one axis.
 
-    Args:
-        method: that ranks by them.
-        how: who wrote the responses, and with which settings, as a sentence.
-        found: one for each checkpoint.
-        rewards: of all responses, `[response]` for each checkpoint.
-        warnings: what a reader should know.
+    `how` says who wrote the responses; `rewards` are of all responses, `[response]` for each checkpoint.
     """
     every = finite(np.concatenate([np.asarray(own, dtype=float) for own in rewards])) if rewards else finite([])
     span = (float(every.min()), float(every.max())) if every.size else None

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
-from collections.abc import Sequence as SequenceABC
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
@@ -58,7 +57,7 @@ class Scores(Shown):
     found:      what the estimator gave
     """
 
-    ids: SequenceABC[str]
+    ids: Sequence[str]
     aggregate: NDArray[np.float32]
     per_target: NDArray[np.float32] | None = field(repr=False)
     target_ids: list[str] = field(repr=False)
@@ -78,7 +77,6 @@ class Scores(Shown):
     target: Target | None = field(default=None, repr=False, compare=False)
 
     def blocks(self) -> tuple[Block, ...]:
-        """What a notebook shows of them."""
         from gradsift.influence.shown import scores_blocks  # which knows what scores are
 
         return scores_blocks(self)
@@ -135,7 +133,7 @@ def score(
     method: Estimator | None = None,
     *,
     aggregation: Aggregation | None = None,
-    views: SequenceABC[View] = ("plain",),
+    views: Sequence[View] = ("plain",),
 ) -> Scores:
     """Influence of every pool example on the target.
 
@@ -231,29 +229,27 @@ def score(
         pool=pool,
         target=target,
     )
-    _save(pool, result, identity)
+    prefix = pool.run.prefix("scores", identity)
+    if pool.run.intact(prefix) is None:
+        pool.run.publish_parquet(f"{prefix}scores.parquet", result.tables())
+        pool.run.complete(prefix, "scores", identity, files=["scores.parquet"])
     return result
 
 
-def save_tables(pool: Pool, scores: SequenceABC[Scores]) -> Any:
+def save_tables(pool: Pool, scores: Sequence[Scores]) -> Any:
     """Write `scores.parquet` of the run: all methods, one below the other. Returns its path."""
     return pool.run.publish_parquet("scores.parquet", chain.from_iterable(entry.tables() for entry in scores))
 
 
 def aggregated(
     matrix: NDArray[np.float32],
-    subtasks: SequenceABC[str] | None,
+    subtasks: Sequence[str] | None,
     aggregation: Aggregation,
-    live: SequenceABC[bool] | None = None,
+    live: Sequence[bool] | None = None,
 ) -> NDArray[np.float32]:
-    """One score per pool example from `[pool target]`.
+    """One score per pool example from `[pool target]`, higher = helps.
 
-    Args:
-        matrix: higher = helps.
-        subtasks: a label per target, or None.
-        aggregation: how.
-        live: which targets say anything; a subtask without any is left out of the maximum, and of the round. None: all
-            do.
+    A subtask without any `live` target is left out of the maximum, and of the round.
     """
     tensor = torch.from_numpy(matrix)
     if aggregation == "mean" or not (subtasks or aggregation == "round_robin"):
@@ -283,13 +279,13 @@ def _winning(draws: NDArray[np.float32], strata: Strata) -> NDArray[np.float64]:
     return np.take_along_axis(means, best[None, :, None], axis=2)[..., 0]
 
 
-def _speaking(subtasks: SequenceABC[Hashable], live: SequenceABC[bool] | None) -> set[Hashable]:
+def _speaking(subtasks: Sequence[Hashable], live: Sequence[bool] | None) -> set[Hashable]:
     """The subtasks that the maximum is over, and that take turns."""
     return set(subtasks) if live is None else {name for name, own in zip(subtasks, live, strict=True) if own}
 
 
 def strata_of(
-    count: int, subtasks: SequenceABC[str] | None, aggregation: Aggregation, live: SequenceABC[bool] | None = None
+    count: int, subtasks: Sequence[str] | None, aggregation: Aggregation, live: Sequence[bool] | None = None
 ) -> Strata:
     """As `aggregated`: which means over targets a score is the maximum of, and that targets stand for their subtask."""
     if not subtasks:
@@ -300,7 +296,7 @@ def strata_of(
     return Strata.of([name if name in speaking else None for name in subtasks], maximum=True)
 
 
-def target_parts(scores: Scores, ids: SequenceABC[str]) -> NDArray[np.float64] | None:
+def target_parts(scores: Scores, ids: Sequence[str]) -> NDArray[np.float64] | None:
     """What each target adds to the scores of some rows, float64 `[row target]`: their mean, by `strata`, is the score.
 
     None where a method's scores have no such parts.
@@ -309,10 +305,3 @@ def target_parts(scores: Scores, ids: SequenceABC[str]) -> NDArray[np.float64] |
         return scores.per_target[Strings.of(scores.ids).positions(ids)].astype(np.float64)
     assert scores.found is not None
     return None if scores.found.parts is None else scores.found.parts(ids)
-
-
-def _save(pool: Pool, scores: Scores, identity: dict[str, Any]) -> None:
-    prefix = pool.run.prefix("scores", identity)
-    if pool.run.intact(prefix) is None:
-        pool.run.publish_parquet(f"{prefix}scores.parquet", scores.tables())
-        pool.run.complete(prefix, "scores", identity, files=["scores.parquet"])

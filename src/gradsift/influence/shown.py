@@ -22,14 +22,7 @@ HIGHER = "Higher = training on it helps."
 def score_chart(
     method: str, scores: ArrayLike, chosen: ArrayLike, *, correlation: float | None = None, note: str = ""
 ) -> Chart:
-    """The distribution of a method's scores, and of what it chose in it.
-
-    Args:
-        method: what it is called.
-        scores, chosen: `[pool]` and of the chosen examples.
-        correlation: Spearman's, of scores with lengths.
-        note: what a reader should know.
-    """
+    """The distribution of a method's scores `[pool]`, and of what it chose; `correlation` is with lengths."""
     known, picked = finite(scores), finite(chosen)
     count, taken = np.size(scores), np.size(chosen)
     stats = {"scored": f"{count:,}", "chosen": f"{taken:,}"}

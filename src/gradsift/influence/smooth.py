@@ -20,15 +20,16 @@ from gradsift.context import Pool
 from gradsift.data.dataset import Dataset
 from gradsift.data.pairs import Pairs
 from gradsift.gradients.collect import SequenceSource
+from gradsift.gradients.losses import row_losses
 from gradsift.influence.metagradient import Adam
 from gradsift.influence.replay import Network, Positions, Record, Replay
 from gradsift.model.loss import DPO
 from gradsift.model.models import DtypeName, host
 from gradsift.store.manifest import fingerprint
-from gradsift.warmup.train import Training, effective_batch_size, epoch_order, training_config
+from gradsift.warmup.train import Training, effective_batch_size, epoch_order, train, training_config
 
 # Of a training's time, measured: a way back for one group of targets, and for each further one with it.
-FIRST_BACK, FURTHER_BACK = 2.7, 1.6
+FIRST_BACK, FURTHER_BACK = 2.4, 1.3
 
 
 class SmoothTraining(Settings):
@@ -58,6 +59,16 @@ class SmoothTraining(Settings):
         given = {"epochs": self.epochs, "learning_rate": self.learning_rate}
         given = {name: value for name, value in given.items() if value is not None}
         return Training.model_validate(pool.warmup.model_dump(include=set(Training.model_fields)) | given)
+
+    def losses_after(self, pool: Pool, ids: SequenceABC[str], ending: Ending, *, seed: int, what: str) -> Tensor:
+        """Of each target that counts, after the training that users do of some rows, float64 `[target]`."""
+        checkpoint = train(
+            pool.run, pool.training, ids, self.plain(pool), model=pool.model, dtype=pool.dtype, device=pool.device,
+            seed=seed, what=what, reporter=pool.reporter,
+        )[-1]  # fmt: skip
+        model = host(pool.model, pool.dtype, pool.device).with_adapter(checkpoint.adapter)
+        losses = row_losses(model, ending.sequences, len(ending.groups))
+        return losses if ending.dpo is None else ending.dpo.losses(losses)
 
     @property
     def departures(self) -> list[str]:
@@ -139,7 +150,7 @@ class Ending:
     Args:
         source: of the targets' sequences.
         groups: the number of each target's group, `[target]`, from 0.
-        rows: which of the targets alone count, ascending; all by default.
+        rows: which of the targets alone count, ascending; all by default. Groups without any are no groups.
     """
 
     def __init__(
@@ -147,7 +158,7 @@ class Ending:
     ) -> None:
         rows = np.arange(len(source.ids)) if rows is None else rows
         self._source, self._rows = source, rows
-        self.groups = groups[rows]
+        self.groups = np.unique(groups[rows], return_inverse=True)[1]
         self.note = fingerprint([source.fingerprint, groups.tolist(), rows.tolist()])
         self._counts = np.bincount(self.groups)
 
@@ -177,7 +188,11 @@ class Ending:
 
     def loss(self, network: Network, theta: Tensor) -> float:
         """The mean over groups of their means, nats."""
-        return self.mean(network.losses(theta, self.sequences, len(self.groups), self.dpo))
+        return self.mean(self.losses(network, theta))
+
+    def losses(self, network: Network, theta: Tensor) -> Tensor:
+        """Of each target that counts, float64 `[target]`."""
+        return network.losses(theta, self.sequences, len(self.groups), self.dpo)
 
     def mean(self, losses: Tensor) -> float:
         """The same of the targets' losses `[target]`."""

@@ -40,13 +40,9 @@ class _OfStates(Estimator):
     """
 
     takes: ClassVar[Literal["labels", "texts", "reward"]] = "texts"
+    runs_model: ClassVar[bool] = True
 
     checkpoint: Literal["base", "last"] = "base"
-
-    @property
-    def runs_model(self) -> bool:
-        """Forth alone."""
-        return True
 
     @abstractmethod
     def pooled(self) -> tuple[Pooling, int]:
@@ -76,7 +72,6 @@ class _OfStates(Estimator):
     def passes(
         self, pool: Pool, target: Target | None, checkpoints: Callable[[], SequenceABC[Checkpoint | None]]
     ) -> list[Passes]:
-        """Every row of pool and target, forth alone."""
         assert target is not None, self
         at = None if self.checkpoint == "base" else checkpoints()[-1]
         known = self.checkpoint == "base" or at is not None
@@ -106,7 +101,6 @@ class RDSPlus(_OfStates):
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         return "RDS+" if self.checkpoint == "base" else "RDS+ (last checkpoint)"
 
     def pooled(self) -> tuple[Pooling, int]:
@@ -130,7 +124,6 @@ class RepSim(_OfStates):
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         parts = ["answer"] * (self.tokens == "answer") + [f"layer {self.layer}"] * (self.layer != -1)
         parts += ["base model"] * (self.checkpoint == "base")
         return f"Rep-Sim ({', '.join(parts)})" if parts else "Rep-Sim"
@@ -201,19 +194,7 @@ def _some_states(
 def hidden_states(
     model: Any, sequences: SequenceABC[Sequence], count: int, pooling: Pooling, layer: int, advance: Advance
 ) -> Tensor:
-    """One unit vector a row, float16 `[row dim]`.
-
-    Args:
-        model: a causal language model in evaluation mode.
-        sequences: one of each row, whose `row` counts from 0.
-        count: of rows.
-        pooling: see `token_weights`.
-        layer: as in `RepSim`.
-        advance: told how many rows were done.
-
-    Raises:
-        ConfigError: the model has no such layer.
-    """
+    """One unit vector a row, float16 `[row dim]`, of sequences whose `row` counts from 0."""
     layers = int(model.config.get_text_config().num_hidden_layers)
     if not -layers - 1 <= layer <= layers:
         raise ConfigError(f"layer is {layer}: this model has {layers} layers, 0 to {layers}, or −1 to {-layers - 1}")

@@ -35,9 +35,11 @@ class TakenRecord(Record):
     """Of a recording. The rows are those that the trainer saw, its labels included.
 
     recording: of the training
+    outside:   how many of its rows are not in the pool
     """
 
     recording: Recording
+    outside: int
 
     def config(self, data: Dataset, model: str, dtype: DtypeName) -> dict[str, Any]:
         """The recording, which has its own data."""
@@ -66,6 +68,16 @@ class TakenRecord(Record):
             yield network
         finally:
             one.base()
+
+    @property
+    def warning(self) -> str | None:
+        """Rows that the pool does not have."""
+        if not self.outside:
+            return None
+        return (
+            f"MAGIC: rows of the recording that are not in the pool, by their token ids: {self.outside}. They are "
+            "trained on, and get no score"
+        )
 
     def sequences(self, step: int, data: Dataset) -> list[Sequence]:
         """As the trainer saw them."""
@@ -200,12 +212,6 @@ def taken(pool: Pool, folder: str, overlap: Collection[str], *, memory: float, w
             f"none of the {len(places)} rows of the recording {folder} is in the pool, by their token ids: "
             "give the pool that was trained on, and the --max-length and --reasoning that were"
         )
-    outside = sum(place == len(rows) for place in places.values())
-    if outside:
-        pool.reporter.warn(
-            f"{what}: {outside} of {len(places)} rows of the recording are not in the pool, by their token ids: they "
-            "are trained on, and get no score"
-        )
     trained = {rows.ids[int(position)] for position in known}
     beside = np.array(rows.positions([i for i in pool.data.ids if i not in trained and i not in overlap]), np.int64)
     riders: list[Positions] = []
@@ -215,7 +221,7 @@ def taken(pool: Pool, folder: str, overlap: Collection[str], *, memory: float, w
     optimizer = Adam(tuple(given["betas"]), given["eps"], 0.0, given["weight_decay"], given["max_grad_norm"])
     options: dict[str, Any] = {
         "recording": recording, "optimizer": optimizer, "batches": batches, "rates": tuple(recording.rates.tolist()),
-        "riders": tuple(riders),
+        "riders": tuple(riders), "outside": sum(place == len(rows) for place in places.values()),
     }  # fmt: skip
     record = TakenRecord(**options) if beta is None else TakenPairs(**options, beta=beta)
     replay = Replay(

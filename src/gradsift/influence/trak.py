@@ -9,7 +9,7 @@ from gradsift.base.checks import arrays_of, to_float64
 from gradsift.base.errors import ConfigError, ShapeError
 from gradsift.base.lazy import Tensor, torch
 from gradsift.context import Pool, Target
-from gradsift.influence.datainf import KernelEstimator, damping_label, inverse_directions, inverse_product, mean_damping
+from gradsift.influence.datainf import KernelEstimator, damping_label, inverse_directions, projected_inverse_scores
 from gradsift.influence.estimator import Influence, TargetsByCheckpoint, summed, target_rows
 from gradsift.influence.products import store_inner_products
 from gradsift.store.gradient_store import GradientStore
@@ -39,7 +39,6 @@ class TRAK(KernelEstimator):
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         parts = ["whole kernel"] * (self.kernel == "whole") + ["last checkpoint"] * (self.checkpoints == "last")
         parts += damping_label(self.damping, "spectral")
         return f"TRAK ({', '.join(parts)})" if parts else "TRAK"
@@ -91,21 +90,14 @@ def trak_scores(
     threshold; λ and 1/n are ours, and 1/n changes the unit only). 1 − p is taken as at least 1e-6.
 
     Args:
-        pool: per checkpoint the plain gradients of the pool's mean losses, [pool dim].
-        target: per checkpoint those of the targets, [target dim].
-        pool_loss: per checkpoint the pool's mean losses L in nats, [pool].
-        target_loss: per checkpoint the targets', [target].
+        pool, target: per checkpoint the plain gradients of mean losses, [pool dim] and [target dim].
+        pool_loss, target_loss: per checkpoint the mean losses L in nats, [pool] and [target].
         damping: λ, in squared units of the margin's gradients; `auto` is a tenth of their mean squared coordinate,
             for each checkpoint and segment.
         segments: sizes of the kernel's diagonal blocks, which add up to dim; None is one block.
 
     Returns:
         Scores [pool target], in margin per unit of weight, fp32 or better, on the device of `pool`; computed in fp64.
-
-    Raises:
-        ShapeError: no checkpoint, unequal numbers of checkpoints, or arrays that do not fit each other.
-        NonFiniteError: NaN or infinity in an array.
-        ConfigError: damping that is not a number above 0, or a negative loss.
 
     Example:
         >>> pool, loss = torch.tensor([[2.0, 0.0], [-1.0, 0.0]]), torch.tensor([0.7, 0.7])
@@ -115,6 +107,7 @@ def trak_scores(
     kernels: Tensor | None = None
     doubts: Tensor | None = None
     dtype, device = torch.float32, torch.device("cpu")
+    sizes = None if segments is None else list(segments)
     losses = {"pool_loss": (pool_loss, "pool"), "target_loss": (target_loss, "target")}
     for number, (P, T, *own) in enumerate(
         arrays_of("at checkpoint", pool=(pool, "pool dim"), target=(target, "target dim"), **losses)
@@ -128,7 +121,11 @@ def trak_scores(
                 )
         doubt, asked = map(doubt_of, own)
         margins, queries = (to_float64(rows) / d.to(rows.device)[:, None] for rows, d in ((P, doubt), (T, asked)))
-        kernel = _kernel(margins, queries.to(margins.device), _spans(segments, P.shape[1]), damping)
+        own_sizes = [P.shape[1]] if sizes is None else sizes
+        if sum(own_sizes) != P.shape[1] or min(own_sizes, default=0) < 1:
+            raise ShapeError(f"segments are {sizes}, expected sizes above 0 that add up to the {P.shape[1]} dimensions")
+        parts = (rows.split(own_sizes, dim=1) for rows in (margins, queries.to(margins.device)))
+        kernel = projected_inverse_scores(*parts, damping=damping)
         kernels = kernel if kernels is None else kernels + kernel
         doubts = doubt if doubts is None else doubts + doubt
     assert kernels is not None, "there is a checkpoint"
@@ -142,12 +139,7 @@ def trak_kernel(
 ) -> Tensor:
     """`Φ (ΦᵀΦ/n + λI)⁻¹ φ` of every stored row and every target at one checkpoint, float32 `[row target]`.
 
-    Args:
-        store: the pool's plain gradients and losses.
-        targets: gradients of the targets' margins, of the sign of their losses' `[target dim]`.
-        method: the damping and the kernel's blocks.
-        margins: whether the stored gradients are those of margins.
-        device: for the heavy products.
+    `targets` are gradients of margins, of the sign of losses'; `margins` says whether the stored ones are of margins.
     """
     inverse_doubt = torch.ones(len(store), dtype=torch.float64) if margins else 1 / doubt_of(store.losses)
     queries = targets.double()
@@ -187,23 +179,3 @@ def contrasts(loss: str) -> bool:
 def doubt_of(losses: Tensor) -> Tensor:
     """`1 − p = 1 − exp(−L)` of mean losses, in fp64 and at least 1e-6."""
     return (-torch.expm1(-to_float64(losses))).clamp_min(_LEAST_DOUBT)
-
-
-def _spans(segments: Sequence[int] | None, dim: int) -> list[tuple[int, int]]:
-    sizes = [dim] if segments is None else list(segments)
-    if sum(sizes) != dim or min(sizes, default=0) < 1:
-        raise ShapeError(f"segments are {sizes}, expected sizes above 0 that add up to the {dim} dimensions")
-    stops = torch.tensor(sizes).cumsum(0).tolist()
-    return [(stop - size, stop) for size, stop in zip(sizes, stops, strict=True)]
-
-
-def _kernel(
-    margins: Tensor, queries: Tensor, spans: Sequence[tuple[int, int]], damping: Literal["auto"] | float
-) -> Tensor:
-    total = margins.new_zeros(len(margins), len(queries))
-    for start, stop in spans:
-        part = margins[:, start:stop]
-        value = mean_damping(float(part.square().sum()), part.numel(), damping)
-        if value > 0:
-            total += part @ inverse_product(part.T @ part / len(part), queries[:, start:stop], value).T
-    return total

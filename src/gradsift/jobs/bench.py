@@ -36,12 +36,7 @@ BENCHED = {
 
 
 def run_bench(recipe: Recipe, reporter: Reporter | None = None) -> Benchmark:
-    """Judge the recipe's `bench.methods`: bench.json, bench.html.
-
-    Raises:
-        ConfigError: a measure without its column, or no target; before anything heavy.
-        DataError: too few rows to plant in, or every method failed.
-    """
+    """Judge the recipe's `bench.methods`: bench.json, bench.html; DataError where every method failed."""
     reporter = reporter or silent()
     with Run(recipe.out).lock():
         pool, target, settings = open_bench(recipe, reporter)
@@ -55,11 +50,7 @@ def run_bench(recipe: Recipe, reporter: Reporter | None = None) -> Benchmark:
 
 
 def open_bench(recipe: Recipe, reporter: Reporter, *, announce: bool = True) -> tuple[Pool, Target, Bench]:
-    """The pool, with rows planted in it, the target, and the settings, of which each method has its judge.
-
-    Raises:
-        ConfigError: a measure without its column, or no target.
-    """
+    """The pool, with rows planted in it, the target, and the settings, of which each method has its judge."""
     settings = recipe.bench or Bench()
     _ = settings.asked, settings.judged  # refused before anything is read
     if recipe.target is None:
@@ -78,10 +69,6 @@ def open_bench(recipe: Recipe, reporter: Reporter, *, announce: bool = True) -> 
 def planted(recipe: Recipe, plant: str, reporter: Reporter) -> list[Any]:
     """The pool's rows, some of which have the answer of another one, or of pairs their answers exchanged; the column
     `planted` says yes of those. Flags, weight and arguments for the template stay a row's own.
-
-    Raises:
-        ConfigError: it is not mislabel:SHARE, or too few rows have answers, or answers that differ.
-        DataError: the pool cannot be read.
     """
     kind, _, size = plant.rpartition(":")
     try:

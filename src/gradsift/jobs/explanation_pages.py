@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 import numpy as np
@@ -76,12 +76,8 @@ def write_pages(
 
     One output: `explanation.html`; what was there of another output goes to `explanations/<id>.html`. Several:
     `relevance.html` with the aggregate table, and `explanations/<id>.html` for the first `pages` outputs. Beside each
-    lies the JSON that it was made from.
-
-    Args:
-        table: from `relevance_table`; needed for several outputs.
-        embedding: the sentence-transformers model of the map of meanings; None leaves that map out, and so does the
-            default where the extra or the model is not there.
+    lies the JSON that it was made from. `embedding` is the model of the map of meanings; None leaves that map out, and
+    so does the default where the extra or the model is not there.
     """
     pool = explanations.pool
     several = len(explanations.entries) > 1
@@ -89,7 +85,7 @@ def write_pages(
     _move_aside(pool.run, "" if several else explanations.entries[0].id)
     if several:
         assert table is not None
-        page = relevance_page(explanations, table, validation, pages=pages, facts=facts or {})
+        page = relevance_page(explanations, table, validation, pages=pages, facts=facts)
         written.append(publish_page(pool.run, "relevance.html", page))
     wanted = explanations.entries[:pages] if several else explanations.entries
     missing: set[str] = set()
@@ -97,9 +93,7 @@ def write_pages(
     with pool.reporter.stage("drawing pages", len(wanted), "outputs") as advance:
         for entry in wanted:
             name = f"explanations/{explanation_file(entry.id)}" if several else "explanation.html"
-            page, lacking = explanation_page(
-                explanations, entry, embedding=embedding, facts=facts or {}, trained=trained
-            )
+            page, lacking = explanation_page(explanations, entry, embedding=embedding, facts=facts, trained=trained)
             written.append(publish_page(pool.run, name, page))
             missing.update(lacking)
             advance(1)
@@ -114,18 +108,11 @@ def _move_aside(run: Run, id_: str) -> None:
     if not run.storage.exists(kept_as(key)):
         return
     with suppress(CorruptError):
-        known = output_of(page := kept_page(run, key))
+        known = (page := kept_page(run, key)).facts("run").get("output")
         if known is not None and known != id_:
             publish_page(run, f"explanations/{explanation_file(known)}", page)
     for name in (key, kept_as(key)):
         run.storage.delete(name)
-
-
-def output_of(page: Page) -> str | None:
-    """The id of the output that a page explains."""
-    own = page.section("run")
-    facts = next((block.facts for block in own.blocks if isinstance(block, Facts)), {}) if own is not None else {}
-    return facts.get("output")
 
 
 def relevance_page(
@@ -249,10 +236,7 @@ def spread_blocks(table: RelevanceTable, values: Mapping[tuple[str, str, int], S
 
 
 def validation_blocks(validation: Validation, outputs: Sequence[str]) -> tuple[Block, ...]:
-    """Support against relevance, a point for each selection that was trained on (Compact, Figure 5), and summed up.
-
-    `outputs`: ids in the order of the page's list.
-    """
+    """Support against relevance, a point for each selection that was trained on (Compact, Figure 5), and summed up."""
     place = {id_: number for number, id_ in enumerate(outputs)}
     points = []
     for one in validation.cells:
@@ -328,16 +312,17 @@ def _between(low: float | None, high: float | None) -> str:
     return f"{text.written(low, '+.0f')} to {text.written(high, '+.0f')} dB"
 
 
-def _folded(explanations: Explanations, entry: Explanation) -> Iterator[Block]:
-    """Every choice for an output that has no page of its own."""
-    for k in explanations.budgets:
-        for estimator in explanations.estimators:
-            title = f"k = {k}, {estimator.label}"
-            yield Fold(title, (verdicts_table(entry, entry.best_first(k, estimator.label)),))
-
-
 def _outputs(explanations: Explanations, k: int, pages: int) -> Examples:
     """The outputs with their best verdict under one budget, linked to pages of their own."""
+
+    def every_choice(entry: Explanation) -> tuple[Block, ...]:
+        """Of one that has no page of its own."""
+        return tuple(
+            Fold(f"k = {k}, {one.label}", (verdicts_table(entry, entry.best_first(k, one.label)),))
+            for k in explanations.budgets
+            for one in explanations.estimators
+        )
+
     listed = []
     for number, entry in enumerate(explanations.entries[:MOST_OUTPUTS]):
         verdict = entry.verdict(found := entry.best_first(k)[0])
@@ -349,7 +334,7 @@ def _outputs(explanations: Explanations, k: int, pages: int) -> Examples:
             entry.id, facts=facts, title=text.one_line(prompt_of(entry), 240) or text.ABSENT,
             note=text.one_line(entry.output, 240), order=found.relevance_db, anchor=f"output-{number}",
             link=f"explanations/{explanation_file(entry.id)}" if number < pages else "",
-            blocks=() if number < pages or number >= pages + MOST_FOLDED else tuple(_folded(explanations, entry)),
+            blocks=() if number < pages or number >= pages + MOST_FOLDED else every_choice(entry),
         ))  # fmt: skip
     orders = ("as in the file", "best explained first", "worst explained first")
     total, sifted = len(explanations.entries), "prompt, output or id"

@@ -40,11 +40,7 @@ def publish_page(run: Run, key: str, page: Page) -> str:
 
 
 def kept_page(run: Run, key: str) -> Page:
-    """A page as it was left in the run folder.
-
-    Raises:
-        CorruptError: it is damaged, or of a version that kept pages otherwise.
-    """
+    """A page as it was left in the run folder; CorruptError if it is damaged, or kept by another version."""
     content = run.storage.read(kept_as(key))
     try:
         return Page.of_json(content)
@@ -58,14 +54,9 @@ def kept_page(run: Run, key: str) -> Page:
 
 
 def rewrite_report(out: str | Path) -> Path:
-    """Write every page of a run folder again from its latest results.
+    """Write every page of a run folder again from its latest results; ConfigError where it holds none yet.
 
-    Returns:
-        The path of report.html, or of comparison.html or bench.html where the folder holds such alone.
-
-    Raises:
-        ConfigError: the folder holds no results yet.
-        CorruptError: what a page was kept as is damaged, or of another version.
+    Returns the path of report.html, or of comparison.html or bench.html where the folder holds such alone.
     """
     run = Run(out)
     keys = ["report.html", "comparison.html", "bench.html", "relevance.html", "explanation.html"]

@@ -111,7 +111,7 @@ def _with_earlier(result: Result, page: Page) -> Page:
         return page
     # What comes from the earlier page: its explanations, or everything but the new ones.
     taken = earlier if new is page else page
-    facts = [_facts(one) for one in (earlier, page)]
+    facts = [one.facts("run") for one in (earlier, page)]
     told = (name for own in facts for name in own.get("command", "").split(" and ") if name)
     commands = " and ".join(dict.fromkeys(told))
     run_facts = {**facts[1], **(facts[0] if new is earlier else {}), "command": commands, "time": facts[1]["time"]}
@@ -122,8 +122,7 @@ def _with_earlier(result: Result, page: Page) -> Page:
         if section.id == "run":
             section = replace(section, blocks=(Facts(run_facts),))
         if section.id == "reading":
-            both = {**_facts(earlier, "reading"), **_facts(page, "reading")}
-            section = replace(section, blocks=(Facts(both),))
+            section = replace(section, blocks=(Facts({**earlier.facts("reading"), **page.facts("reading")}),))
         sections.append(section)
     if new is page:
         return replace(page, sections=tuple(sections))
@@ -134,12 +133,6 @@ def _with_earlier(result: Result, page: Page) -> Page:
         sections=tuple(sections),
         created=page.created,
     )
-
-
-def _facts(page: Page, section: str = "run") -> Mapping[str, str]:
-    found = page.section(section)
-    block = found.blocks[0] if found else None
-    return block.facts if isinstance(block, Facts) else {}
 
 
 def result_page(result: Result) -> Page:
@@ -500,9 +493,7 @@ def _explained_briefly(result: Result) -> list[Block]:
 
 
 def methods_listed(section: str | None = None) -> dict[str, list[tuple[str, str, str]]]:
-    """Everything that has a name, by title: its kind, what it takes or reads, and the first paragraph about it; or one
-    `section` alone, by its first word.
-    """
+    """All that has a name, by title, or one `section` by its first word: kind, what it takes or reads, what it is."""
     from gradsift.data.formats import FORMATS
     from gradsift.generation.sampling import PRESETS as SAMPLINGS
     from gradsift.warmup.train import PRESETS, TRAINING_PRESETS

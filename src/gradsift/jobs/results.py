@@ -70,10 +70,8 @@ class Outcome:
 
 @dataclass
 class Result:
-    """What a job made, for printing, for `--json` and for the page.
-
-    command: whose result it is
-    paged:   pages are written, with the tokens that match
+    """What a job, the command `command`, made, for printing, `--json` and the page; `paged`: with pages of tokens
+    that match.
     """
 
     recipe: Recipe
@@ -232,39 +230,27 @@ def summary(result: Result) -> dict[str, Any]:
 
 def files_of(result: Result) -> list[str]:
     """The run's files that hold this result."""
-    files = result_files(
-        scored=bool(result.scores),
-        chosen=bool(result.selections),
-        dropped=any(chosen.dropped for chosen in result.selections),
-        suggested=bool(result.suggestions),
-        trusted=bool(result.reliability),
-        outputs=None if result.explanations is None else len(result.explanations.entries),
-        validated=result.validation is not None,
-    )
+    made = {
+        "selected.jsonl": bool(result.selections),
+        "dropped.jsonl": any(chosen.dropped for chosen in result.selections),
+        "scores.parquet": bool(result.scores),
+        "validation.json": result.validation is not None,
+        "diagnostics.json": bool(result.reliability),
+        "suggestions.jsonl": bool(result.suggestions),
+    }
+    files = result_files(made, None if result.explanations is None else len(result.explanations.entries))
     return [name for name in files if result.paged or not name.endswith(".html")]
 
 
-def result_files(
-    *,
-    scored: bool,
-    chosen: bool,
-    dropped: bool,
-    trusted: bool,
-    outputs: int | None,
-    validated: bool,
-    suggested: bool = False,
-) -> list[str]:
-    """The files of a result in which so many outputs are explained, None where that is not done."""
-    explained = outputs is not None
-    made = {
-        "selected.jsonl": chosen, "dropped.jsonl": chosen and dropped, "scores.parquet": scored,
-        "explanations.jsonl": explained, "explanations.parquet": explained,
-        "relevance.json": explained, "validation.json": validated,
-        "diagnostics.json": trusted, "suggestions.jsonl": suggested, "skipped.jsonl": True,
-        "explanation.html": outputs == 1, "relevance.html": explained and outputs != 1,
-        "report.html": chosen or explained,
-    }  # fmt: skip
-    return [name for name in FILES if made.get(name, False)]
+def result_files(made: Mapping[str, bool], outputs: int | None) -> list[str]:
+    """Of these files those that are made, and what goes with them and with so many explained outputs, if any."""
+    there = {name for name, own in made.items() if own} | {"skipped.jsonl"}
+    if outputs is not None:
+        there |= {"explanations.jsonl", "explanations.parquet", "relevance.json"}
+        there.add("explanation.html" if outputs == 1 else "relevance.html")
+    if outputs is not None or "selected.jsonl" in there:
+        there.add("report.html")
+    return [name for name in FILES if name in there]
 
 
 def remove_outdated(result: Result) -> None:
@@ -336,11 +322,7 @@ def own_columns(row: Mapping[str, Any], columns: Columns) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Groups:
-    """The rows of a data set by what they have in one column.
-
-    names: what they have, as text
-    codes: int32 `[row]`, which of the names
-    """
+    """The rows of a data set, int32 `[row]`, by the places among `names` of what they have in one column."""
 
     names: list[str]
     codes: NDArray[np.int32]
@@ -353,11 +335,7 @@ class Groups:
 
 
 def groups_of(data: Dataset, wanted: Sequence[str]) -> dict[str, Groups]:
-    """The columns by which chosen and pool are compared: those asked for, else the usual ones that have few values.
-
-    Raises:
-        DataError: no row has a column that was asked for.
-    """
+    """The columns by which chosen and pool are compared: those asked for, else the usual ones that have few values."""
     first = [data.row(id_) for id_ in data.ids[:50]]
     usual = [column for column in _GROUP_COLUMNS if all(isinstance(row.get(column), str) for row in first)]
     found = {column: _grouped(data.column(column) if wanted else data.values(column)) for column in wanted or usual}

@@ -45,9 +45,7 @@ _PASSES = (1, 10, 100)
 class ResponseSummary:
     """What a checkpoint answered.
 
-    prompts:    that were asked
     unanswered: ids of those without any response
-    responses:  that there are
     samples:    M, wanted of each prompt
     tokens:     mean length of a response
     cut_off:    share of responses that reached max_new_tokens
@@ -67,7 +65,6 @@ class ResponseSummary:
 class Rollout:
     """One checkpoint's responses (or an assistant's, which serve all checkpoints), and what they earn.
 
-    name:    of the checkpoint or of the assistant
     adapter: the checkpoint's; None for an assistant
     earned, rewards: None where only responses were asked for
     pass_at: pass@k by k, where every reward is 0 or 1
@@ -137,22 +134,12 @@ def rollout_files(*, rewarded: bool) -> list[str]:
 
 
 def run_sample(recipe: Recipe, reporter: Reporter | None = None) -> Rollouts:
-    """Sample what the recipe's NICE asks for, at every checkpoint; writes responses.jsonl. It needs no reward.
-
-    Raises:
-        ConfigError: the estimator samples nothing, or its settings cannot be met.
-        DataError: no prompt, or no response to any.
-    """
+    """Sample what the recipe's NICE asks for, at every checkpoint; writes responses.jsonl. It needs no reward."""
     return _rollouts(recipe, reporter or silent(), rewarded=False)
 
 
 def run_reward(recipe: Recipe, reporter: Reporter | None = None) -> Rollouts:
-    """The rewards of the responses, which are sampled where they are missing; writes responses.jsonl and rewards.json.
-
-    Raises:
-        ConfigError: as `run_sample`, or the reward cannot be computed.
-        DataError: as `run_sample`, or no response could be judged.
-    """
+    """The rewards of the responses, sampled where they are missing; writes responses.jsonl and rewards.json."""
     return _rollouts(recipe, reporter or silent(), rewarded=True)
 
 
@@ -169,12 +156,7 @@ def check_rollouts(recipe: Recipe) -> PolicyEstimator:
 
 
 def pass_rates(rewards: Rewards) -> dict[int, float]:
-    """Mean over prompts of pass@1, 10 and 100, as far as every prompt has so many responses; where all earn 0 or 1.
-
-    Example:
-        >>> pass_rates({("a", 0): 1.0, ("a", 1): 0.0, ("b", 0): 0.0, ("b", 1): 0.0})
-        {1: 0.25}
-    """
+    """Mean over prompts of pass@1, 10 and 100, as far as every prompt has so many responses; where all earn 0 or 1."""
     if not set(rewards.values()) <= {0.0, 1.0}:
         return {}
     groups: dict[str, list[float]] = {}
@@ -300,9 +282,7 @@ def _sum(logprobs: Any) -> float | None:
 
 
 def print_rollouts(result: Rollouts, show: int = 3) -> None:
-    """Tables on standard output, and of `show` prompts the best and the worst responses at the last checkpoint, or
-    without rewards the first two.
-    """
+    """Tables on standard output, and of `show` prompts the best and worst last responses, or the first two."""
     out = console()
     columns = ("checkpoint", "prompts", "responses", "mean tokens", "cut off", "distinct per prompt")
     rows = [

@@ -60,9 +60,7 @@ MIXED = {"mixture.json": "each source's share, with its interval, and what train
 
 
 def open_recipe(recipe: Recipe, reporter: Reporter | None = None, *, announce: bool = True, source: Any = None) -> Pool:
-    """The recipe's pool, or other rows in its place; with `announce` the rows left out of it are told and listed in
-    skipped.jsonl.
-    """
+    """The recipe's pool, or other rows in its place; `announce` tells of rows left out and lists them in a file."""
     reporter = reporter or silent()
     if recipe.beta != Recipe.model_fields["beta"].default and recipe.objective != "dpo":
         raise ConfigError("beta is DPO's, and the objective is another: add --objective dpo, or leave beta out")
@@ -82,8 +80,7 @@ def open_recipe_target(
 ) -> Target:
     """The recipe's target: labelled examples, or prompts where it names a reward or, without `rewarded`, in any case.
 
-    Raises:
-        ConfigError: it names none; or no reward, and the estimator, or one of `methods` in its place, ranks by one.
+    ConfigError: it names none; or no reward, and the estimator, or one of `methods` in its place, ranks by one.
     """
     if recipe.target is None:
         raise ConfigError(_NO_TARGET)
@@ -104,11 +101,7 @@ class RestOfTarget(list[dict[str, Any]]):
 
 
 def rest_of_target(recipe: Recipe, target: Target | None) -> RestOfTarget:
-    """What the recipe's sample leaves of its target, to measure on.
-
-    Raises:
-        ConfigError: there is no target or no sample of it, or nothing is left.
-    """
+    """What the recipe's sample leaves of its target, to measure on; ConfigError where there is nothing."""
     if target is None or recipe.target_sample is None:
         raise ConfigError(
             "the rest of the target is to be measured on, and there is none: give `target:` and `target_sample:`, of "
@@ -137,10 +130,8 @@ def run_score(recipe: Recipe, reporter: Reporter | None = None) -> Result:
 
 
 def run_mix(recipe: Recipe, by: str, train: str | None = None, reporter: Reporter | None = None) -> Mixture:
-    """Shares of the pool's sources by the recipe's scores, in mixture.json.
-
-    With `train`, a file of examples, their loss after training on this mixture, evenly, and by size, as the warm-up
-    trains.
+    """Shares of the pool's sources by the recipe's scores, in mixture.json; with `train`, a file of examples, also
+    their loss after training as the warm-up does on this mixture, evenly, and by size.
     """
     reporter = reporter or silent()
     with Run(recipe.out).lock():
@@ -203,9 +194,6 @@ def explain_prompts(
 
     A prompt that cannot be explained gives its error, and the next one is asked for. Explanations are added to
     explanations.jsonl; no page is written, and tokens that match are left out, as they take most of the time.
-
-    Raises:
-        GradsiftError: the pool cannot be opened.
     """
     with Run(recipe.out).lock():
         pool = open_recipe(recipe, reporter)
@@ -277,10 +265,7 @@ def views_beside(recipe: Recipe) -> list[View]:
 
 
 def trust(result: Result) -> None:
-    """Say how far the estimator's ranking and choice can be trusted, and warn of what a reader should know.
-
-    Writes diagnostics.json where there is anything to say.
-    """
+    """Say how far the ranking and choice can be trusted, in diagnostics.json, too."""
     pool, target, scores = result.pool, result.target, result.scores[0]
     chosen = result.selections[0] if result.selections else None
     if takes_reward(scores.method) and isinstance(target, PromptTarget):
@@ -320,10 +305,8 @@ def _check_sizes(result: Result) -> None:
 
 
 def choose(result: Result) -> None:
-    """Choose by the estimator with the recipe's method, and by each control's top-k; writes selected.jsonl, and what
-    was dropped to dropped.jsonl.
-
-    Of preference pairs, which of them to drop and which to flip is in suggestions.jsonl.
+    """Choose by the estimator with the recipe's method, and by each control's top-k; writes selected.jsonl,
+    dropped.jsonl, and suggestions.jsonl, which preference pairs to drop and which to flip.
     """
     recipe = result.recipe
     first, *controls = result.scores
@@ -367,14 +350,9 @@ def explain_into(result: Result) -> None:
 
 
 def explain_questions(recipe: Recipe, pool: Pool | None = None) -> tuple[list[Question], Account]:
-    """The prompts that a recipe asks to explain, and what of its file is none.
+    """The prompts that a recipe asks to explain, and what of its file is none; refuses what does not go together.
 
     Without `pool`, rows that are drawn from the pool are not there yet, and everything else is checked.
-
-    Raises:
-        ConfigError: not exactly one of prompt and target, or options that do not go together.
-        DataError: the prompt or the given output is empty, or the file cannot be used.
-        ModelError: the embedding model that is named cannot be loaded.
     """
     job = recipe.explain
     assert job is not None
@@ -486,9 +464,7 @@ def _asked(prompt: str, output: str | None, instead: str | None) -> Question:
 
 
 def say_account(account: Account, what: str, used: int, reporter: Reporter) -> None:
-    """A line on the rows that were left out, with what the first of them says, one on those used in part, one on files
-    that were not read.
-    """
+    """A line on the rows that were left out, one on those used in part, and one on files that were not read."""
     if account.rows:
         why = f"{counts_text(count_reasons(account.rows))}; first, {account.rows[0].id}: {account.rows[0].detail:.200}"
         reporter.say(f"{what}: {used:,} rows used, {len(account.rows):,} left out ({why}); listed in skipped.jsonl")

@@ -51,15 +51,9 @@ def run_train(
 ) -> list[dict[str, Any]]:
     """Train on a choice once for each seed; training.json in the run folder says what there is.
 
-    Args:
-        recipe: model, pool and run folder; its `warmup` is the training.
-        selected: rows of the pool, as `gradsift select` leaves them.
-        ids: a file with ids of the pool; without either the whole pool is trained on.
-        merge_into: folder for the kept adapter merged into its base; with several seeds, a folder `seed-N` in it each.
-
-    Raises:
-        ConfigError: options that do not go together.
-        DataError: a file without ids, or ids that the pool does not have.
+    `selected`, rows of the pool as `gradsift select` leaves them, or `ids`, a file with some, are trained on, else the
+    whole pool. The kept adapter is merged into its base in `merge_into`, of several seeds in a folder `seed-N` in it
+    each.
     """
     seeds = check_seeds(seeds)
     if selected is not None and ids is not None:
@@ -92,11 +86,7 @@ def run_train(
 def run_evaluate(
     place: Setup, adapters: Sequence[str], metrics: Sequence[Metric], *, with_base: bool = False
 ) -> tuple[list[Evaluation], list[str]]:
-    """Measure the base model or adapters; evaluation.json in the run folder holds the latest figures.
-
-    Returns:
-        What was found, and what failed, in words.
-    """
+    """Measure the base model or adapters, say what failed, and keep the latest figures in evaluation.json."""
     subjects: list[str | None] = [None] if with_base or not adapters else []
     subjects += [one for adapter in adapters for one in recorded_checkpoints(adapter)]
     found: list[Evaluation] = []
@@ -143,11 +133,7 @@ def print_evaluations(found: Sequence[Evaluation], out: str | Path) -> None:
 
 
 def metrics_of(given: Mapping[str, Any]) -> list[Metric]:
-    """The metrics that options ask for: those that `--metric` names, or all that the other options are of.
-
-    Raises:
-        ConfigError: none, or options that are missing or do not go together.
-    """
+    """The metrics that options ask for: those that `--metric` names, or all that the other options are of."""
     asked = {
         "reward": bool(given.get("reward")),
         "lm_eval": bool(given.get("tasks")),
@@ -215,11 +201,7 @@ def _fields(kind: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def judge_of(given: Mapping[str, Any]) -> Endpoint | None:
-    """The endpoint that judges.
-
-    Raises:
-        ConfigError: an address without a model, or a wrong address.
-    """
+    """The endpoint that judges."""
     if given.get("judge_model") is None:
         if given.get("judge_url") is not None:
             raise ConfigError("--judge-url says where the judge is: name its model with --judge-model")
@@ -229,11 +211,7 @@ def judge_of(given: Mapping[str, Any]) -> Endpoint | None:
 
 
 def sampling_of(given: Mapping[str, Any]) -> Sampling:
-    """How responses are drawn for a reward: the most likely one, unless an option says otherwise.
-
-    Raises:
-        ConfigError: settings that do not go together.
-    """
+    """How responses are drawn for a reward: the most likely one, unless an option says otherwise."""
     names = {"sampling_seed": "seed"} | {name: name for name in ("samples", "temperature", "max_new_tokens")}
     fields = {field: given[name] for name, field in names.items() if given.get(name) is not None}
     drawn = given.get("sampling") is not None or bool({"samples", "temperature"} & set(fields))
@@ -251,11 +229,7 @@ def _greedy(tokens: int | None) -> Sampling:
 
 
 def seeds_of(text: str) -> tuple[int, ...]:
-    """`0` or `0,1,2`.
-
-    Raises:
-        ConfigError: not whole numbers, or one twice.
-    """
+    """`0` or `0,1,2`."""
     return check_seeds(_whole_numbers(text, "--seed"))
 
 
@@ -267,11 +241,7 @@ def _whole_numbers(text: str, option: str) -> tuple[int, ...]:
 
 
 def read_ids(file: str, option: str = "--ids") -> list[str]:
-    """Ids of a file: rows with `gradsift_id` or `id` or a list of ids (jsonl, json, csv, parquet …), or one id a line.
-
-    Raises:
-        DataError: the file cannot be read, or a row has no id.
-    """
+    """Ids of a file: rows with `gradsift_id` or `id`, a list of ids (jsonl, json, csv, parquet …), or an id a line."""
     path = Path(file)
     if is_data_file(path):
         found = [_row_id(row, path) for row in read_rows(path, option).rows]

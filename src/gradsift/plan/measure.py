@@ -94,11 +94,7 @@ def estimate(recipe: Recipe, reporter: Reporter | None = None, *, command: str =
 
 
 def preset_advice(warmup: Warmup, rows: int) -> str | None:
-    """What to take where a warm-up's settings were made for a pool of another size; None where they fit.
-
-    >>> preset_advice(Warmup.preset("small"), 240) is None
-    True
-    """
+    """What to take where a warm-up's settings were made for a pool of another size; None where they fit."""
     small = Warmup.preset("small")
     trained = warmup_rows(warmup, rows)
     if trained < _FEW and trained < warmup_rows(small, rows):
@@ -122,14 +118,15 @@ def _files(recipe: Recipe, command: str, outputs: int | None, *, with_target: bo
         return [*BENCHED, "skipped.jsonl"]
     if recipe.compare is not None:
         return [*COMPARED, "skipped.jsonl"]
-    return result_files(
-        scored=chooses(recipe),
-        chosen=chooses(recipe),
-        dropped=recipe.drop is not None,
-        trusted=chooses(recipe) and with_target and recipe.estimator.needs_target,
-        outputs=outputs,
-        validated=recipe.explain is not None and recipe.explain.validation is not None,
-    )
+    chosen = chooses(recipe)
+    made = {
+        "scores.parquet": chosen,
+        "selected.jsonl": chosen,
+        "dropped.jsonl": chosen and recipe.drop is not None,
+        "diagnostics.json": chosen and with_target and recipe.estimator.needs_target,
+        "validation.json": recipe.explain is not None and recipe.explain.validation is not None,
+    }
+    return result_files(made, outputs)
 
 
 def print_estimate(found: dict[str, Any]) -> None:

@@ -78,7 +78,7 @@ from gradsift.jobs.select_explain import (
 )
 from gradsift.model import embeddings
 from gradsift.plan.work import Asked, Drawing, Work
-from gradsift.recipe import Recipe
+from gradsift.recipe import Explain, Recipe, Validate
 from gradsift.rewards.judge import Judge
 from gradsift.rewards.reward import single_rewards
 from gradsift.rewards.reward_model import RewardModel
@@ -123,7 +123,6 @@ class Walk:
 
     pool, target: opened in a folder that is thrown away
     kept:         the pool in the recipe's own run folder, where there is one
-    works:        met so far, in order
     checkpoints:  how many the pool's gradients are taken at
     """
 
@@ -145,7 +144,7 @@ class Walk:
         elif recipe.explain is None and recipe.estimator.view is not None:
             self._gradients(recipe.estimator, targets=False)
         if recipe.explain is not None:
-            self._explain()
+            self._explain(recipe.explain)
         return self
 
     def roll_out(self, *, rewarded: bool) -> Walk:
@@ -184,7 +183,7 @@ class Walk:
             self._choices(grid, grid.choosing(seeds))
         _Cells(self, grid).walk()
         if grid.job.embedding is not None and embeddings.at_hand(grid.job.embedding):
-            self._map(min(MOST_POINTS, len(self.pool.data)))
+            self.add(Work("maps of texts", texts=min(MOST_POINTS, len(self.pool.data)), seconds=None))
         return self
 
     # --- choosing -----------------------------------------------------------------------------------------------------
@@ -291,7 +290,8 @@ class Walk:
                 tokens = overlap * float(self.pool.data.lengths.mean())
                 self._collect(_Rows("pool gradients", "overlap", overlap, tokens), number, [view], sums=True)
             # H is applied to the pool's sum by another pass over the targets.
-            made = bool(self.kept and self.kept.run.artifacts("curvature")) and self._has(rows, number, view)
+            known = self._holds(rows.source, self._checkpoints()[number], target_view(view), sums=False)
+            made = known and bool(self.kept and self.kept.run.artifacts("curvature"))
             self.add(Work("curvature", rows.count, backward=rows.tokens, tasks=1, done=made))
 
     def _select(self, selector: Selector, estimator: Estimator, budgets: Sequence[int]) -> None:
@@ -377,9 +377,6 @@ class Walk:
         gradients = self.recipe.gradients.model_copy(update={"full_sum": sums})
         return replace(self.kept, gradients=gradients).kept(source, checkpoint, view) is not None
 
-    def _has(self, rows: _Rows, number: int, view: View) -> bool:
-        return self._holds(rows.source, self._checkpoints()[number], target_view(view), sums=False)
-
     # --- rewards ------------------------------------------------------------------------------------------------------
 
     def _policy_rows(self, method: PolicyEstimator, target: PromptTarget, number: int) -> None:
@@ -408,8 +405,7 @@ class Walk:
         self, method: PolicyEstimator, target: PromptTarget, number: int, *, rewarded: bool = True,
         ends: Sequence[Checkpoint | None] = (),
     ) -> PolicyTargets | None:  # fmt: skip
-        """The responses at one of the `ends` of a method's own, or at a checkpoint, and what they earn; where the run
-        folder has all of it, that."""
+        """The responses at one of the `ends` of a method's own, or at a checkpoint, and what they earn."""
         writer = method.assistant
         checkpoint = None if writer is not None else (ends or self._checkpoints())[number]
         sampling, place = method.drawing, "" if writer is not None else f"{'end ' * bool(ends)}{number}"
@@ -520,10 +516,6 @@ class Walk:
             work = Work("ratings")
         self.add(replace(work, done=not waiting))
 
-    def _map(self, count: int) -> None:
-        """A page's map of meanings, drawn anew each time."""
-        self.add(Work("maps of texts", texts=count, seconds=None))
-
     def _embedded(self, name: str, texts: list[str], model: str) -> None:
         if not self.is_new("embeddings", name, model):
             return
@@ -534,11 +526,10 @@ class Walk:
 
     # --- explaining ---------------------------------------------------------------------------------------------------
 
-    def _explain(self) -> None:
+    def _explain(self, job: Explain) -> None:
         """Answers, their gradients, choosing, and training on what was chosen."""
-        recipe, pool, job = self.recipe, self.pool, self.recipe.explain
-        assert job is not None
-        questions, _ = explain_questions(recipe, pool)
+        pool = self.pool
+        questions, _ = explain_questions(self.recipe, pool)
         last = len(self._checkpoints()) - 1
         place, checkpoint = self.kept or pool, self._checkpoints()[last]
         known = checkpoint if self.kept is not None else None
@@ -576,7 +567,7 @@ class Walk:
                     self._pool_rows(number, [method.view], sums=False)
                     self._collect(outputs, number, [target_view(method.view)], self.pool.gradients.full_sum)
         if job.exact:
-            self._candidates(len(questions), tokens, source, checkpoint, known_ones)
+            self._candidates(job, len(questions), tokens, source, checkpoint, known_ones)
         if job.all_checkpoints:
             chosen = len(job.strategies) * len(job.estimators) * max(job.budgets)
             rows = (last + 1) * len(questions) * min(len(pool.data), chosen)
@@ -591,19 +582,18 @@ class Walk:
         seconds, stored = choices * _CHOICE_SECONDS, {"bytes": choices * _CHOICE_BYTES}
         self.add(Work("choosing", seconds=seconds, stored=stored, done=known_ones is not None))
         if job.validation is not None:
-            self._train_on_choices(len(questions), tokens, known_ones)
+            self._train_on_choices(job, job.validation, len(questions), tokens, known_ones)
         shown = job.paged(len(questions))
-        self._match_tokens(shown, tokens / max(1, len(questions)), last, known_ones)
+        self._match_tokens(job, shown, tokens / max(1, len(questions)), last, known_ones)
         if job.embedding is not None and shown and embeddings.at_hand(job.embedding):
-            self._map(shown * min(job.candidates, len(pool.data)))
+            self.add(Work("maps of texts", texts=shown * min(job.candidates, len(pool.data)), seconds=None))
 
     def _candidates(
-        self, outputs: int, tokens: float, source: OutputSource | None, checkpoint: Checkpoint | None,
+        self, job: Explain, outputs: int, tokens: float, source: OutputSource | None, checkpoint: Checkpoint | None,
         known: Explanations | None,
     ) -> None:  # fmt: skip
         """Whole gradients of the candidates, of random rows and of the outputs; at most so many rows."""
-        job, pool = self.recipe.explain, self.pool
-        assert job is not None
+        pool = self.pool
         orders = {one.ranking for one in job.strategies} - {None} | {"most_helpful"}
         lists = (len(ORDERS) if "any" in orders else len(orders)) * len(job.estimators)
         draws = max([RANDOM.draws, *(one.draws for one in job.strategies if isinstance(one, RandomChoice))])
@@ -619,10 +609,9 @@ class Walk:
         stored = {"bytes": outputs * 8.0 * (each + 1) ** 2 * (3 if adam else 1)}
         self.add(Work("candidates' gradients", rows + outputs, backward=read, stored=stored, done=done))
 
-    def _match_tokens(self, outputs: int, tokens: float, last: int, known: Explanations | None) -> None:
+    def _match_tokens(self, job: Explain, outputs: int, tokens: float, last: int, known: Explanations | None) -> None:
         """The examples that are shown first, and their outputs, once more through the model."""
-        job, lengths = self.recipe.explain, self.pool.data.lengths
-        assert job is not None
+        lengths = self.pool.data.lengths
         ranker, k = job.estimators[0], shown_budget(job.budgets)
         times = last + 1 if ranker.splits and not ranker.last_checkpoint else 1
         rows, length = outputs * k * times, float(lengths.mean()) if outputs else 0.0
@@ -633,25 +622,22 @@ class Walk:
         )
         self.add(Work("tokens of examples", rows, backward=read, stored={"bytes": kept}, done=done))
 
-    def _train_on_choices(self, outputs: int, tokens: float, known: Explanations | None) -> None:
+    def _train_on_choices(
+        self, job: Explain, how: Validate, outputs: int, tokens: float, known: Explanations | None
+    ) -> None:
         """Effects of steps on chosen and random sets: each a pass over its output, and where it is trained, over it."""
-        job, pool, projection = self.recipe.explain, self.pool, self.recipe.gradients.projection
-        assert job is not None
-        assert job.validation is not None
-        sets = len(job.budgets) * (len(job.strategies) * len(job.estimators) + job.validation.step.random_sets)
-        stored = job.validation.route == "stored" or projection.kind == "none"
+        pool, projection, random = self.pool, self.recipe.gradients.projection, how.step.random_sets
+        sets = len(job.budgets) * (len(job.strategies) * len(job.estimators) + random)
+        stored = how.route == "stored" or projection.kind == "none"
         trained = 0.0 if stored else outputs * sets * max(job.budgets) * float(pool.data.lengths.mean())
-        if job.validation.sanity:  # on the output itself, for real, and on single rows
-            random = job.validation.step.random_sets
+        if how.sanity:  # on the output itself, for real, and on single rows
             sets, trained = sets + 1 + random, trained + tokens
             trained += 0.0 if stored else outputs * random * float(pool.data.lengths.mean())
         own = float(pool.data.lengths.sum()) if stored and projection.kind != "none" else 0.0
         self.add(Work(
             "training on choices", outputs * sets, forward=sets * tokens, backward=trained + own,
             stored={"unprojected": len(pool.data)} if own else {},
-            done=known is not None and is_validated(
-                known, job.validation.step, job.validation.route, sanity=job.validation.sanity
-            ),
+            done=known is not None and is_validated(known, how.step, how.route, sanity=how.sanity),
         ))  # fmt: skip
 
     # --- what was met -------------------------------------------------------------------------------------------------
@@ -784,11 +770,7 @@ def _last_choices(walk: Walk, grid: Grid) -> dict[Key, list[str]]:
 
 
 def walked(recipe: Recipe, scratch: str, reporter: Reporter, command: str = "run") -> tuple[Walk, Grid | None]:
-    """The walk over a recipe, whose pool and target are opened in `scratch`, and the comparison that it asks for.
-
-    Raises:
-        ConfigError, DataError, ModelError, MismatchError: as the run.
-    """
+    """The walk over a recipe, whose pool and target are opened in `scratch`, and the comparison that it asks for."""
     inside = recipe.model_copy(update={"out": scratch})
     if command not in COMMANDS:
         raise ConfigError(f"--for {command!r} is unknown: there are {', '.join(COMMANDS)}")

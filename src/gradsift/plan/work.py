@@ -151,11 +151,7 @@ class Crew:
 
 
 def crew_of(where: ThisProcess | RayCluster) -> Crew | None:
-    """Who works; None where this process does it alone. A number that is not given is asked of the cluster.
-
-    Raises:
-        ConfigError: there is no cluster to ask.
-    """
+    """Who works; None where this process does it alone. A number that is not given is asked of the cluster."""
     if isinstance(where, ThisProcess):
         return None
     if where.workers is not None:

@@ -94,11 +94,7 @@ class Row:
 
 
 def columns(*names: str) -> tuple[Column, ...]:
-    """Heads of columns, numeric ones with a # before their names.
-
-    >>> columns("method", "#seeds")[1].numeric
-    True
-    """
+    """Heads of columns, numeric ones with a # before their names: `columns("method", "#seeds")`."""
     return tuple(Column(name.removeprefix("#"), numeric=name.startswith("#")) for name in names)
 
 
@@ -479,17 +475,18 @@ class Page:
         """The section of that id, where it has any content."""
         return next((one for one in self.sections if one.id == id_ and one.blocks), None)
 
+    def facts(self, id_: str) -> Mapping[str, Any]:
+        """What the section of that id begins with, where that is facts."""
+        first = found.blocks[0] if (found := self.section(id_)) else None
+        return first.facts if isinstance(first, Facts) else {}
+
     def to_json(self) -> bytes:
         """As the run folder keeps it."""
         return _page().dump_json(self)
 
     @staticmethod
     def of_json(content: bytes) -> Page:
-        """From what `to_json` gave.
-
-        Raises:
-            pydantic.ValidationError: it is something else.
-        """
+        """From what `to_json` gave; pydantic's ValidationError if it is something else."""
         return _page().validate_json(content)
 
 

@@ -224,10 +224,8 @@ def _picks(picks: Mapping[str, str]) -> Markup:
 def bins(
     scores: ArrayLike, chosen: ArrayLike, *, count: int = 40, span: tuple[float, float] | None = None
 ) -> Bars | None:
-    """Counts of `scores` over equal bins with those of the chosen ones, each of which has its place in the rug.
-
-    Values that are not finite are left out; nothing is left: None. The bins lie in `span`, which must hold all values,
-    or in the values' own.
+    """Counts of `scores` over equal bins of `span`, or of their own range, with those of the chosen ones, which the rug
+    has, too. Values that are not finite are left out; None where nothing is left.
     """
     pool, picked = finite(scores), finite(chosen)
     if pool.size == 0:

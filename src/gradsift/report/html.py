@@ -18,6 +18,7 @@ from importlib import resources
 from typing import Any
 
 import jinja2
+from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup, escape
 
 from gradsift.report import charts, text
@@ -32,11 +33,7 @@ _STATES = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 
 
 def render(page: Page) -> str:
-    """The page as one HTML document.
-
-    >>> "<h1" in render(Page("A run", ()))
-    True
-    """
+    """The page as one HTML document."""
     style, script = asset("style.css"), asset("page.js")
     policy = (
         f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; base-uri 'none'; form-action 'none'"
@@ -49,11 +46,7 @@ def render(page: Page) -> str:
 
 
 def fragment(blocks: Sequence[Block]) -> str:
-    """The blocks alone, for a notebook: their style holds inside them, and nothing of them runs.
-
-    >>> "<script" in fragment(())
-    False
-    """
+    """The blocks alone, for a notebook: their style holds inside them, and nothing of them runs."""
     style = asset("style.css").replace(":root", ":scope").replace("body {", ":scope {")
     return _template("fragment.html").render(blocks=blocks, pen=Pen(tuple(blocks)), style=Markup(style))
 
@@ -108,10 +101,7 @@ class Pen:
         return [part for part in (*found, (content[stops[-1] :], None)) if part[0]]
 
     def anchor(self, example: Example) -> tuple[str, str | None]:
-        """An id for the example, and that of an earlier one whose texts need not be repeated.
-
-        Anchors are numbers of our own: an id from data is never part of a link.
-        """
+        """A number of our own as an id for the example, and that of an earlier one whose texts need not be repeated."""
         anchor = example.anchor or f"example-{self.number()}"
         if sum(len(turn.text) for turn in example.turns) <= REPEATED_CHARACTERS or example.blocks:
             return anchor, None
@@ -149,7 +139,7 @@ class Pen:
         own = {"places": [charts.map_places(space) for space in drawn.spaces], "covered": drawn.covered, "views": views}
         drawings = [(space, charts.map_drawing(space, view, shown)) for space in drawn.spaces]
         found = {"drawings": drawings, "picks": list(enumerate(picks)), "rest": rest, "view": view}
-        return found | {"data": json_block(own)}
+        return found | {"data": htmlsafe_json_dumps(own, _STATES.encode)}
 
     bar = staticmethod(charts.bar)
     chart = staticmethod(charts.chart)
@@ -165,14 +155,6 @@ class Pen:
     def excerpt(self, example: Example) -> str:
         """The beginning of its texts, on one line."""
         return " → ".join(text.one_line(turn.text, 120) for turn in example.turns[-2:] if turn.text)
-
-
-def json_block(value: Any) -> Markup:
-    """JSON that nothing inside a script element can end or escape from."""
-    source = _STATES.encode(value)
-    for character in "<>&":
-        source = source.replace(character, f"\\u{ord(character):04x}")
-    return Markup(source)
 
 
 @cache

@@ -23,19 +23,10 @@ def layout(rows: Tensor | NDArray[np.floating]) -> list[tuple[float, float]]:
     axes mean nothing. The same rows give the same map. Perplexity is 10, and (m - 1)/3 where there are fewer
     than 31 rows; fewer than four rows, or rows that are all the same, are placed by their principal components.
 
-    Args:
-        rows: [m dim], any float dtype.
+    Of rows [m dim] of finite numbers m pairs `(x, y)`, centred, the farthest coordinate at 1 or -1, to 4 decimals.
 
-    Returns:
-        m pairs `(x, y)`, centred, the farthest coordinate at 1 or -1, rounded to 4 decimals.
-
-    Raises:
-        ShapeError: not two axes, or no columns.
-        NonFiniteError: NaN or infinity among the rows.
-
-    Example:
-        >>> layout(np.array([[3.0, 0.0], [0.0, 0.0], [0.0, 0.0]]))
-        [(1.0, 0.0), (-1.0, 0.0), (-1.0, 0.0)]
+    >>> layout(np.array([[3.0, 0.0], [0.0, 0.0], [0.0, 0.0]]))
+    [(1.0, 0.0), (-1.0, 0.0), (-1.0, 0.0)]
     """
     points = (rows.detach().to("cpu").double().numpy() if hasattr(rows, "detach") else np.asarray(rows)).astype(float)
     if points.ndim != 2 or points.shape[1] == 0:
@@ -70,26 +61,11 @@ def _principal_components(points: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def sample(count: int, chosen: Sequence[int], limit: int, *, seed: int = 0) -> list[int]:
-    """Which rows to draw where a pool is too large: at most half of them from what was chosen, the rest at random.
+    """Which rows to draw, ascending, where a pool is too large: at most half of `chosen`, which any choice holds, the
+    rest at random.
 
     Drawn evenly, a choice of 1 % would leave a handful of dots. So chosen rows are denser on the map than in the pool,
     and the map tells where choices lie, not how large they are.
-
-    Args:
-        count: rows of the pool.
-        chosen: rows that any choice holds, in any order, repeats allowed.
-        limit: rows to draw; a pool of no more is drawn whole.
-        seed: of the draw.
-
-    Returns:
-        Rows in ascending order.
-
-    Raises:
-        ShapeError: a chosen row that is not in the pool.
-
-    Example:
-        >>> sample(3, [2], 10)
-        [0, 1, 2]
     """
     members = sorted(set(chosen))
     if members and not 0 <= members[0] <= members[-1] < count:

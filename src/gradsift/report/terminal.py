@@ -83,8 +83,7 @@ def list_files(place: str, files: Mapping[str, str], out: Console) -> None:
 
 
 def _draw_table(block: Table, out: Console) -> None:
-    """With the notes of its fields, but for those of shares, which are counts, and where there is no room for them;
-    closer where there is still too little."""
+    """With the notes of its fields where there is room, but for those of shares, which are counts; else closer."""
     for brief in (False, True) if block.style != "shares" else (True,):
         cells = [[_named(row.cells[0]), *(_written(cell, brief) for cell in row.cells[1:])] for row in block.rows]
         kept = [n for n in range(len(block.columns)) if block.columns[n].name or any(row[n] for row in cells)]

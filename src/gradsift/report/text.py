@@ -52,11 +52,7 @@ def value_text(value: Any) -> str:
 
 
 def column_texts(row: Mapping[str, Any], known: Collection[str]) -> dict[str, str]:
-    """A row's columns but the known ones, each as a short text: rows may hold what neither JSON nor UTF-8 can.
-
-    >>> column_texts({"id": "a", "bytes": b"x"}, {"id"})
-    {'bytes': "b'x'"}
-    """
+    """A row's columns but the known ones, each as a short text: rows may hold what neither JSON nor UTF-8 can."""
     return {clean(str(key)): clean(value_text(value)) for key, value in row.items() if key not in known}
 
 
@@ -123,11 +119,7 @@ def percent(share: float) -> str:
 
 
 def share(value: float) -> str:
-    """A share that is known to a few hundredths, as a whole percentage.
-
-    >>> share(0.85)
-    '85\u202f%'
-    """
+    """A share that is known to a few hundredths, as a whole percentage: `85 %`."""
     return written(100 * value, ".0f") + "\u202f%"
 
 
@@ -147,11 +139,7 @@ def written(value: float | None, layout: str) -> str:
 
 
 def best_of(values: Sequence[float | None], texts: Sequence[str], *, higher: bool) -> set[int]:
-    """Positions of the best value and of those written alike; none where there is nothing to be better than.
-
-    >>> best_of([1.0, 2.0, None], ["1", "2", "–"], higher=True)
-    {1}
-    """
+    """Positions of the best value and of those written alike; none where there is nothing to be better than."""
     finite = [value for value in values if value is not None and math.isfinite(value)]
     if len(finite) < 2:
         return set()

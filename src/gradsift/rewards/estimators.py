@@ -49,8 +49,8 @@ def pass_at_k(samples: Any, correct: Any, k: int) -> Any:
     n, c = _entries("samples", samples), _entries("correct", correct)
     if n is None and c is None:
         return _pass_at_k(samples, correct, k)
-    prompts = len(n if n is not None else c or ())
-    n, c = n or [samples] * prompts, c or [correct] * prompts
+    n = [samples] * len(c or ()) if n is None else n
+    c = [correct] * len(n) if c is None else c
     if len(n) != len(c):
         raise ShapeError(f"samples has {len(n)} entries and correct {len(c)}: pass one of each per prompt")
     import torch
@@ -79,11 +79,7 @@ def _pass_at_k(samples: Any, correct: Any, k: Any) -> float:
 
 
 def _count(name: str, value: Any) -> int:
-    try:
-        # True is an int to Python, and as a count a slip of the pen.
-        count = None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        count = None
-    if count is None:
+    # True is an int to Python, and as a count a slip of the pen.
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise ConfigError(f"{name} is {value!r}, expected a whole number")
-    return count
+    return operator.index(value)

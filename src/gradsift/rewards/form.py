@@ -50,7 +50,6 @@ class Length(Settings):
         completion_ids: Sequence[Sequence[int]] | None = None,
         **columns: Any,
     ) -> list[float]:
-        """Rewards `[sample]`, in TRL's convention."""
         if self.unit == "tokens":
             if completion_ids is None:
                 raise ConfigError("the reward length counts tokens, but there are no completion_ids: count words")
@@ -78,7 +77,6 @@ class Format(Settings):
     form: Literal["json", "think", "think_answer", "boxed", "code"]
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
-        """Rewards `[sample]`, in TRL's convention."""
         return [float(_FORMS[self.form](text_of(completion))) for completion in completions]
 
 
@@ -120,16 +118,11 @@ class Sentiment(Settings):
     def __call__(
         self, prompts: Sequence[Any], completions: Sequence[Any], log_problem: LogProblem | None = None, **columns: Any
     ) -> list[float]:
-        """Rewards `[sample]`, in TRL's convention."""
         scores = _vader()
         return [float(scores(text_of(completion))["compound"]) for completion in completions]
 
     def version(self) -> str:
-        """Of the package that has the lexicon.
-
-        Raises:
-            ConfigError: it is not installed.
-        """
+        """Of the package that has the lexicon."""
         _vader()
         return metadata.version("vaderSentiment")
 

@@ -73,11 +73,7 @@ class TrainerState:
 
 
 def load_function(name: str) -> RewardFunction:
-    """The function that `module:function`, `file.py:function` or `file.py` names.
-
-    Raises:
-        ConfigError: no such file, module or function, or the import fails.
-    """
+    """The function that `module:function`, `file.py:function` or `file.py` names."""
     function, _ = _loaded(name)
     return function
 
@@ -90,9 +86,6 @@ def function_identity(name: str) -> dict[str, Any]:
         one that defines the function
     version:  `gradsift_version` of the function or its module, for what no source shows
     files:    digests of the files that `gradsift_files` lists, by paths from the module's file
-
-    Raises:
-        ConfigError: as `load_function`, or a declaration that is no version, no list of files, or names none.
     """
     function, module = _loaded(name)
     main = _own_source(module)
@@ -170,7 +163,6 @@ def _loaded(name: str) -> tuple[RewardFunction, ModuleType]:
 
 
 def _functions(module: ModuleType) -> list[str]:
-    """Public functions that the module itself defines."""
     return [
         name
         for name, value in vars(module).items()
@@ -336,9 +328,6 @@ def accepted(function: RewardFunction, arguments: Mapping[str, Any]) -> dict[str
     """Those of the arguments that the function takes: all where it has `**kwargs`, else the ones it names.
 
     Every function that works in TRL works, and so does one that names what it needs and nothing more.
-
-    Raises:
-        ConfigError: it requires an argument that does not exist, or takes one by position only.
     """
     try:
         parameters = inspect.signature(function).parameters.values()

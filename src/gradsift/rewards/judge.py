@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from queue import SimpleQueue
 from typing import Any, Literal
 
 from pydantic import Field
@@ -15,6 +13,7 @@ from pydantic import Field
 from gradsift.base.errors import GradsiftError
 from gradsift.base.settings import Settings
 from gradsift.base.types import Chat, Message
+from gradsift.execution.threads import in_order
 from gradsift.rewards.function import LogProblem, in_words
 from gradsift.rewards.samples import column, text_of
 
@@ -32,8 +31,7 @@ class JudgeSettings(Settings):
     def verdict(self, chat: Chat, form: str, messages: Sequence[Message]) -> str | Unreadable:
         """What the judge's last line says, the group of `form`, or why it says nothing.
 
-        Raises:
-            GradsiftError: no other question would be answered either.
+        A `GradsiftError` says that no other question would be answered either.
         """
         try:
             answer = chat.complete(messages, max_tokens=self.max_tokens, temperature=self.temperature, seed=self.seed)
@@ -41,8 +39,10 @@ class JudgeSettings(Settings):
             raise
         except Exception as error:  # noqa: BLE001 - one failed request must not end the run
             return Unreadable(f"the judge could not be asked: {in_words(error)}")
-        if (found := last_line(form, answer)) is not None:
-            return found
+        lines = answer.strip().splitlines()
+        found = re.fullmatch(form, lines[-1].strip().strip("*_`").strip()) if lines else None  # markup is forgiven
+        if found is not None:
+            return found[1]
         return Unreadable(f"the judge's answer does not end in the form asked for: …{' '.join(answer.split())[-80:]!r}")
 
 
@@ -90,15 +90,13 @@ class BoundJudge:
         pairwise = self.judge.mode == "pairwise"
         references = column(columns, self.judge.reference, "judge") if pairwise else [None] * len(completions)
         cases = list(zip(prompts, completions, references, strict=True))
-        found = dict(side_by_side(lambda case: self._verdict(*case), cases, self.judge.workers))
-        verdicts = [found[position] for position in range(len(cases))]
+        verdicts = in_order(lambda case: self._verdict(*case), cases, self.judge.workers)
         for position, verdict in enumerate(verdicts):
             if isinstance(verdict, str) and log_problem is not None:
                 log_problem(position, verdict)
         return [None if isinstance(verdict, str) else verdict for verdict in verdicts]
 
     def _verdict(self, prompt: Any, completion: Any, reference: Any) -> float | str:
-        """The reward, or in words why there is none."""
         response = text_of(completion)
         if self.judge.mode == "grade":
             return self.grade(prompt, response)
@@ -126,18 +124,13 @@ class BoundJudge:
         return verdicts[0], verdicts[1]
 
     def grade(self, prompt: Any, response: str, reference: str | None = None) -> float | str:
-        """From 1 to 10, or in words why the judge has no verdict; it is shown a reference answer where there is one.
-
-        Raises:
-            GradsiftError: no other question would be answered either.
-        """
+        """From 1 to 10, or in words why the judge has no verdict; it is shown a reference answer where there is one."""
         parts = {} if reference is None else {"reference answer": reference}
         task = _GRADE if reference is None else f"{_REFERENCE} {_GRADE}"
         asked = self._read(r"Grade: (10|[1-9])", task, prompt, {**parts, "response": response})
         return asked.reason if isinstance(asked, Unreadable) else float(asked)
 
     def _read(self, form: str, task: str, prompt: Any, parts: dict[str, str]) -> str | Unreadable:
-        """What the judge's last line says in the form asked for."""
         asked = question_of(task, self.judge.criteria, {"conversation": transcript(prompt), **parts})
         return self.judge.verdict(self.chat, form, asked)
 
@@ -150,13 +143,7 @@ class Unreadable:
 
 
 def question_of(task: str, criteria: str, parts: Mapping[str, str]) -> list[Message]:
-    """What a judge is asked: the task before and after the texts, which stand between marked lines.
-
-    Args:
-        task: what to do, ending with the form of the answer's last line.
-        criteria: what is better.
-        parts: the texts to judge, by name.
-    """
+    """What a judge is asked: the task before and after the texts by name, which stand between marked lines."""
     mark = _mark(parts.values())
     system = "\n\n".join((_SYSTEM, f"The mark is {mark}.", criteria, task))
     texts = "\n\n".join(f"[{mark} {name} begins]\n{text}\n[{mark} {name} ends]" for name, text in parts.items())
@@ -180,38 +167,6 @@ _GRADE = (
 _REFERENCE = "The reference answer is right: judge how well the response agrees with it in what matters."
 
 
-def side_by_side(work: Callable[[Any], Any], cases: Sequence[Any], workers: int) -> Iterator[tuple[int, Any]]:
-    """The position of each case and what `work` says of it, as they are done, several at a time.
-
-    The first exception ends the work. In daemon threads: an interrupted run does not wait for answers that may take
-    minutes.
-    """
-    stop, lock, pending = threading.Event(), threading.Lock(), iter(enumerate(cases))
-    done: SimpleQueue[tuple[int, Any, BaseException | None]] = SimpleQueue()
-
-    def run() -> None:
-        while not stop.is_set():
-            with lock:
-                position, case = next(pending, (None, None))
-            if position is None:
-                return
-            try:
-                done.put((position, work(case), None))
-            except BaseException as error:  # noqa: BLE001 - raised again where the results are read
-                done.put((position, None, error))
-
-    for number in range(min(workers, len(cases))):
-        threading.Thread(target=run, name=f"judge-{number}", daemon=True).start()
-    try:
-        for _ in cases:
-            position, result, error = done.get()
-            if error is not None:
-                raise error
-            yield position, result
-    finally:
-        stop.set()
-
-
 def _mark(texts: Any) -> str:
     """Letters and digits that occur in none of the texts, the same for the same texts."""
     mark = hashlib.blake2b("\0".join(texts).encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
@@ -225,10 +180,3 @@ def transcript(prompt: Any) -> str:
     if isinstance(prompt, str):
         return prompt
     return "\n\n".join(f"{message['role']}: {text_of([message])}" for message in prompt)
-
-
-def last_line(form: str, answer: str) -> str | None:
-    """What the last line of the answer says, if it has exactly the form; markup around it is forgiven."""
-    lines = answer.strip().splitlines()
-    found = re.fullmatch(form, lines[-1].strip().strip("*_`").strip()) if lines else None
-    return found[1] if found else None

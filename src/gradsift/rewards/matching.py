@@ -40,7 +40,6 @@ class Exact(Settings):
     def __call__(
         self, prompts: Sequence[Any], completions: Sequence[Any], log_problem: LogProblem | None = None, **columns: Any
     ) -> list[float | None]:
-        """Rewards `[sample]`, in TRL's convention."""
 
         def matches(response: str, reference: str) -> bool:
             response, reference = self._normalised(response), self._normalised(reference)
@@ -89,7 +88,6 @@ class Regex(Settings):
     def __call__(
         self, prompts: Sequence[Any], completions: Sequence[Any], log_problem: LogProblem | None = None, **columns: Any
     ) -> list[float | None]:
-        """Rewards `[sample]`, in TRL's convention."""
         if self.answer is None:
             return [float(self._captured(text_of(completion)) is not None) for completion in completions]
 
@@ -140,7 +138,6 @@ class Numeric(Settings):
     def __call__(
         self, prompts: Sequence[Any], completions: Sequence[Any], log_problem: LogProblem | None = None, **columns: Any
     ) -> list[float | None]:
-        """Rewards `[sample]`, in TRL's convention."""
 
         def matches(response: str, reference: str) -> bool | None:
             wanted = numbers_in(reference)
@@ -246,7 +243,6 @@ def _compared(
 
 
 def _texts(reference: Any) -> Iterable[str]:
-    """A reference, or several, as text."""
     if reference is None or (isinstance(reference, float) and not math.isfinite(reference)):
         return []
     if isinstance(reference, list | tuple):

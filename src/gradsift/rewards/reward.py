@@ -95,7 +95,7 @@ def reward_samples(
         return Rewarded((), ())
     state = TrainerState() if trainer_state is None else trainer_state
     with stdout_to_stderr():  # asynchronous functions run while the others work
-        calls = [_Call(term.function, samples, state) for term in terms]
+        calls = [_Call(function, samples, state) for function, _ in terms]
         outcomes = [call.outcomes() for call in calls]
     values: list[float | None] = []
     problems: list[Problem] = []
@@ -115,17 +115,9 @@ def single_rewards(reward: Any) -> list[Any]:
 
 
 def check_reward(reward: Any, samples: Sequence[Sample], *, judged: bool) -> None:
-    """Refuse a reward that cannot be computed, without computing any.
+    """Refuse a reward that cannot be computed for samples of each row, whatever they answer, without computing any.
 
-    Args:
-        reward: as for `reward_samples`.
-        samples: one for each row, at least one; what they answer does not matter.
-        judged: whether there is somebody for a `Judge` to ask.
-
-    Raises:
-        ConfigError: a function cannot be loaded or called with what there is, a column is missing, programs may not
-            be run, or a judge has nobody to ask.
-        DataError: tests can judge no program.
+    `judged` says whether there is somebody for a `Judge` to ask.
     """
     example = replace(samples[0], row={name: None for sample in samples for name in sample.row})
     for single in single_rewards(reward):
@@ -144,7 +136,6 @@ def check_reward(reward: Any, samples: Sequence[Sample], *, judged: bool) -> Non
 
 
 def _columns_read(reward: Any) -> list[str]:
-    """The columns that a built-in reward looks at."""
     if isinstance(reward, Exact | Regex | Numeric):
         return [reward.answer] if reward.answer else []
     if isinstance(reward, Stored):
@@ -152,16 +143,12 @@ def _columns_read(reward: Any) -> list[str]:
     return [reward.reference] if isinstance(reward, Judge) and reward.mode == "pairwise" else []
 
 
-@dataclass(frozen=True, slots=True)
-class _Term:
-    function: RewardFunction
-    weight: float
+_Term = tuple[RewardFunction, float]
+"""A function and its weight."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Failure:
-    """Why a function has no value for a sample."""
-
     reason: str
 
 
@@ -177,7 +164,7 @@ def _terms(reward: Any, weights: Sequence[float] | None, chat: Chat | None) -> l
     factors = [1.0] * len(several) if weights is None else [float(weight) for weight in weights]
     if not several or len(factors) != len(several) or not all(map(math.isfinite, factors)):
         raise ConfigError(f"{len(several)} rewards with weights {factors}: pass one finite weight for each reward")
-    return [_Term(_function(one, chat), weight) for one, weight in zip(several, factors, strict=True)]
+    return [(_function(one, chat), weight) for one, weight in zip(several, factors, strict=True)]
 
 
 def _function(reward: Any, chat: Chat | None) -> RewardFunction:
@@ -195,17 +182,16 @@ def _function(reward: Any, chat: Chat | None) -> RewardFunction:
 
 
 def _combined(terms: Sequence[_Term], outcomes: Sequence[_Outcome]) -> tuple[float | None, list[str]]:
-    """The weighted sum, or None and the reasons."""
-    reasons = [
-        f"{name_of(term.function)}: {outcome.reason}"
-        for term, outcome in zip(terms, outcomes, strict=True)
-        if isinstance(outcome, _Failure)
-    ]
+    reasons, parts = [], []
+    for (function, weight), outcome in zip(terms, outcomes, strict=True):
+        if isinstance(outcome, _Failure):
+            reasons.append(f"{name_of(function)}: {outcome.reason}")
+        elif outcome is not None:
+            parts.append(weight * outcome)
     if reasons:
         return None, reasons
-    parts = [term.weight * outcome for term, outcome in zip(terms, outcomes, strict=True) if isinstance(outcome, float)]
     if not parts:
-        return None, [f"{', '.join(name_of(term.function) for term in terms)}: returned None, so no reward applies"]
+        return None, [f"{', '.join(name_of(function) for function, _ in terms)}: returned None, so no reward applies"]
     total = math.fsum(parts) if all(abs(part) <= LARGEST for part in parts) else math.inf
     if abs(total) > LARGEST:
         return None, [f"the weighted sum, or a part of it, is beyond ±{LARGEST:g}"]
@@ -237,7 +223,12 @@ class _Call:
         except GradsiftError:
             raise
         except (Exception, SystemExit) as error:  # noqa: BLE001 - the user's code, reported for each sample
-            return _raiser(error)
+            failure = error
+
+            def again() -> Any:
+                raise failure
+
+            return again
         return start(value) if hasattr(value, "__await__") else lambda: value
 
     def outcomes(self) -> list[_Outcome]:
@@ -261,15 +252,7 @@ class _Call:
         ]
 
 
-def _raiser(error: BaseException) -> Callable[[], Any]:
-    def again() -> Any:
-        raise error
-
-    return again
-
-
 def _listed(values: Any) -> list[Any] | None:
-    """The returned rewards as a list; None for what is none."""
     if values is None or isinstance(values, str | bytes | dict | set):
         return None
     if hasattr(values, "tolist"):  # a tensor or an array

@@ -39,12 +39,6 @@ class RewardModel(Settings):
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
-        """Rewards `[sample]`, in TRL's convention.
-
-        Raises:
-            ModelError: the model or tokenizer cannot be loaded, or has no chat template where one is asked for.
-            ConfigError: `label` does not fit the model's outputs.
-        """
         import torch
 
         from gradsift.model.models import files_now

@@ -77,11 +77,7 @@ def _content(content: Any) -> str:
 
 
 def column(columns: Mapping[str, Any], name: str, who: str) -> Sequence[Any]:
-    """The values of a column, one per sample.
-
-    Raises:
-        ConfigError: the targets have no such column; lists those that they have.
-    """
+    """The values of a column, one per sample."""
     if name in columns:
         return columns[name]
     raise ConfigError(

@@ -41,15 +41,7 @@ _found: dict[tuple[str, str], tuple[_Times, list[Source]]] = {}
 
 
 def sources_of(path: Path, module: str) -> list[Source]:
-    """The source of a module, itself first, in the order in which imports name it.
-
-    Args:
-        path: its file.
-        module: its name, with the names of the packages that it is in.
-
-    Raises:
-        OSError: a file cannot be read.
-    """
+    """The source of a module, by its name in its packages: itself first, in the order in which imports name it."""
     path = path.resolve()
     key = (str(path), module)
     times, known = _found.get(key, ((), []))
@@ -78,7 +70,8 @@ def _walk(path: Path, module: str) -> Iterator[Source]:
         top = top.parent
     package = top if top.is_dir() and top != path else None
     folder = top.parent
-    roots = [_project(folder)] + ([] if package is None else [package])
+    projects = (place for place in (folder, *folder.parents) if any((place / mark).exists() for mark in _MARKS))
+    roots = [next(projects, folder)] + ([] if package is None else [package])
     places = list(dict.fromkeys([str(folder), str(path.parent), str(Path.cwd()), *sys.path]))
     waiting, seen = [(path, module)], {path}
     while waiting:
@@ -149,11 +142,6 @@ def _is_own(path: Path, roots: Sequence[Path], package: Path | None) -> bool:
         return False
     standard = (sysconfig.get_path(name) for name in ("stdlib", "platstdlib"))
     return any(path.is_relative_to(root) for root in roots) and not any(map(path.is_relative_to, standard))
-
-
-def _project(folder: Path) -> Path:
-    above = (place for place in (folder, *folder.parents) if any((place / mark).exists() for mark in _MARKS))
-    return next(above, folder)
 
 
 def _literal_files(tree: ast.AST | None) -> tuple[str, ...]:

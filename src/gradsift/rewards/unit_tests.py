@@ -89,14 +89,7 @@ class UnitTests(Settings):
         return [None if outcome.status == "error" else float(outcome.status == "passed") for outcome in outcomes]
 
     def check(self, samples: Sequence[Sample]) -> None:
-        """Refuse rows whose tests are known to judge no program, before there is one.
-
-        Args:
-            samples: one for each row; what they answer does not matter.
-
-        Raises:
-            ConfigError: a column is missing, programs may not be run, or there are such rows; names the first of them.
-        """
+        """Refuse rows whose tests are known to judge no program, before there is one; of samples, one for each row."""
         if not self.allow_code_execution:
             raise ConfigError(
                 "the reward unit_tests runs programs that the model wrote on this machine: read docs/rewards.md on "
@@ -146,14 +139,10 @@ class UnitTests(Settings):
         return next((name for name in _TESTS if row.get(name) is not None), _TESTS[0])
 
     def _program(self, row: Mapping[str, Any], prompt: Any, completion: str) -> Program:
-        """The program of a response, with the row's tests.
-
-        Raises:
-            CannotJudgeError: the tests cannot be read.
-        """
         name = self._column_of_tests(row)
         entry_point = row.get(self.entry_point or "entry_point") or _function_of(row)
-        context = row.get(self.context) if self.context else _last_text(prompt)
+        own = prompt if isinstance(prompt, str) else text_of(prompt[-1:])  # of a conversation, the last message
+        context = row.get(self.context) if self.context else own
         return Program(completion, _tests_of(row, name), str(entry_point or ""), str(context or ""))
 
     def _reference(self, program: Program, row: Mapping[str, Any]) -> Program | None:
@@ -225,8 +214,3 @@ def _function_of(row: Mapping[str, Any]) -> str:
     except ValueError:
         return ""
     return str(content.get("func_name") or "") if isinstance(content, Mapping) else ""
-
-
-def _last_text(prompt: Any) -> str:
-    """A prompt's own text; of a conversation, its last message."""
-    return prompt if isinstance(prompt, str) else text_of(prompt[-1:])

@@ -30,11 +30,7 @@ def open_folder(name: str, inside: int | None = None) -> int:
 
 
 def empty(folder: int) -> None:
-    """Remove everything in an open folder. Folders in it are moved up one after the other: any depth takes two files.
-
-    Raises:
-        OSError: something cannot be removed.
-    """
+    """Remove everything in an open folder. Folders in it are moved up one by one: any depth takes two files."""
     moved = 0
     while names := os.listdir(folder):
         for name in names:
@@ -62,11 +58,7 @@ def _unlinked(name: str, inside: int) -> bool:
 
 
 def remove(folder: int) -> None:
-    """Remove an open folder with all that is in it, under whatever name it has by now, and close it.
-
-    Raises:
-        OSError: it cannot be removed.
-    """
+    """Remove an open folder with all that is in it, under whatever name it has by now, and close it."""
     try:
         empty(folder)
         with contextlib.suppress(FileNotFoundError):  # it is gone already

@@ -34,14 +34,8 @@ def _call(number: int, *arguments: object) -> int:
 
 
 def restrict_paths(readable: Iterable[str | int], writable: Iterable[str | int]) -> None:
-    """From here on this process and its children reach no other files, no TCP port, and no process outside.
-
-    Args:
-        readable: files and folders, by name or as open descriptors; names that are absent are left out.
-        writable: the same, with all rights.
-
-    Raises:
-        OSError: the kernel has no Landlock.
+    """From here on this process and its children reach no other files or folders, given by name or as open descriptors,
+    no TCP port, and no process outside; OSError without Landlock.
     """
     version = _call(_CREATE_RULESET, None, ctypes.c_size_t(0), ctypes.c_uint32(1))
     rights = next(rights for known, rights in reversed(_RIGHTS.items()) if known <= version)

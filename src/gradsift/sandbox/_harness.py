@@ -45,11 +45,7 @@ class Reference:
 
 
 def encode(value: Any) -> Any:
-    """`value` as JSON data that `decode` turns back; subclasses of plain types become the plain type.
-
-    Raises:
-        NotPlainError: for anything else.
-    """
+    """`value` as JSON data for `decode`, subclasses of plain types as these (NotPlainError if it is none)."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, int):
@@ -150,31 +146,39 @@ def send(fd: int, message: Any) -> None:
     content = json.dumps(message).encode()
     if len(content) > _MESSAGE_BYTES:
         raise NotPlainError(f"{len(content) >> 20} MB of data, more than {_MESSAGE_BYTES >> 20} MB")
-    _write(fd, len(content).to_bytes(8, "big") + content)
+    write_framed(fd, content)
 
 
-def _write(fd: int, content: bytes) -> None:
-    while content:
-        content = content[os.write(fd, content) :]
+def write_framed(fd: int, content: bytes) -> None:
+    """Write bytes behind their number."""
+    write_all(fd, len(content).to_bytes(8, "big") + content)
+
+
+def write_all(fd: int, content: bytes) -> None:
+    """Write to a pipe, which may take a part at a time."""
+    left = memoryview(content)
+    while left:
+        left = left[os.write(fd, left) :]
 
 
 def receive(fd: int) -> Any:
     """The message that `send` wrote."""
-
-    def exactly(size: int) -> bytes:
-        parts = []
-        while size:
-            part = os.read(fd, min(size, 1 << 20))
-            if not part:
-                raise EOFError
-            parts.append(part)
-            size -= len(part)
-        return b"".join(parts)
-
-    size = int.from_bytes(exactly(8), "big")
+    size = int.from_bytes(read_exactly(fd, 8), "big")
     if size > _MESSAGE_BYTES:
         raise ValueError(f"a message of {size} bytes")
-    return json.loads(exactly(size))
+    return json.loads(read_exactly(fd, size))
+
+
+def read_exactly(fd: int, size: int) -> bytes:
+    """So many bytes of a pipe; EOFError where it ends before."""
+    parts = []
+    while size:
+        part = os.read(fd, min(size, 1 << 20))
+        if not part:
+            raise EOFError
+        parts.append(part)
+        size -= len(part)
+    return b"".join(parts)
 
 
 # --- the program -----------------------------------------------------------------------------------------------------
@@ -253,7 +257,7 @@ def _done(request: dict[str, Any], names: dict[str, Any], objects: list[Any]) ->
         case "await":
             import asyncio
 
-            value = asyncio.run(_awaited(target))
+            value = asyncio.run(awaited(target))
         case "get":
             value = getattr(target, request["attribute"])
             if callable(value):
@@ -275,15 +279,13 @@ def _done(request: dict[str, Any], names: dict[str, Any], objects: list[Any]) ->
         return {"answer": encode((reference, arguments)), "kind": type(value).__name__[:_TEXT]}
 
 
-async def _awaited(value: Any) -> Any:
+async def awaited(value: Any) -> Any:
+    """A coroutine around anything that can be awaited."""
     return await value
 
 
 def exit_code_of(work: Callable[[], int], pipes: tuple[int, ...], *, otherwise: int) -> int:
-    """What work ends with in a process of its own that has none of the pipes; minus a signal's number if that ends it.
-
-    otherwise: where the work raises
-    """
+    """The exit code of work in a process of its own without the pipes, `otherwise` if it raises; minus a signal."""
     child = os.fork()
     if child == 0:
         code = otherwise
@@ -302,7 +304,7 @@ def _run(script: types.CodeType | None, text: str, pipes: tuple[int, int]) -> di
     for _ in range(2):
         files.append(os.open(".standard", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
         os.unlink(".standard")  # noqa: PTH108 - saves every program the import
-    _write(files[0], text.encode("utf-8", "surrogatepass"))
+    write_all(files[0], text.encode("utf-8", "surrogatepass"))
     os.lseek(files[0], 0, os.SEEK_SET)
 
     def program() -> int:
@@ -361,9 +363,8 @@ _FENCE = re.compile(r"^[ \t]*(```+|~~~+)[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:^[ \t]*\1
 
 
 def extract_code(text: str, entry_point: str = "") -> str:
-    """The code of a response: of its fenced blocks the first that defines `entry_point`, else the first in Python.
-
-    A text without a fence is code as it stands; a fence that is never closed runs to the end.
+    """The code of a response: of its fenced blocks, whether closed or not, the first that defines `entry_point`, else
+    the first in Python; a text without a fence is code as it stands.
     """
     blocks = [(match[2].lower(), match[3]) for match in _FENCE.finditer(text)]
     if not blocks:
@@ -412,9 +413,8 @@ def _indent_after(context: str) -> str:
 
 
 def code_of(prompt: str, entry_point: str = "") -> str:
-    """The code in a prompt: a fenced block, or the lines from the first one after which all is Python; or nothing.
-
-    With an entry point, it must define that. The code may end in a function header without a body.
+    """The code in a prompt, which must define an entry point and may end in a function header without a body: a fenced
+    block, or the lines from the first one after which all is Python; or nothing.
     """
     for text in (extract_code(prompt, entry_point), prompt):
         lines = text.splitlines(keepends=True)

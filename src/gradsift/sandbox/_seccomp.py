@@ -101,10 +101,9 @@ Instruction = tuple[int, int, int, int | None]
 def syscall_filter(machine: str, *, attributes: bool = True) -> list[Instruction] | None:
     """The filter in classic BPF for a machine as `os.uname` names it; None for one whose system calls are not known.
 
-    Args:
-        machine: whose numbers are meant.
-        attributes: whether modes, owners and times of files may be changed, which nothing else keeps a program from
-            that runs as the user it belongs to.
+    attributes: whether modes, owners and times of files may be changed, which nothing else keeps a program from that
+        runs
+        as the user it belongs to.
     """
     if machine not in _MACHINES or sys.maxsize < 1 << 32:
         return None

@@ -18,6 +18,7 @@ import sys
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any, Literal
 
 from gradsift.sandbox._harness import closed, code_of, plain_name
@@ -33,10 +34,8 @@ class CannotJudgeError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """An input and the output that belongs to it.
-
-    given: what the program reads, or the arguments of a call
-    expected: what it prints, or the values one of which the call returns
+    """What the program reads, or the arguments of a call; and what it prints, or the values one of which the call
+    returns.
     """
 
     form: Literal["stdin", "call"]
@@ -77,17 +76,7 @@ class Tests:
 
 
 def understand(tests: str, entry_point: str = "", prompt: str = "") -> Tests:
-    """What these tests are, with the code of the prompt.
-
-    Raises:
-        CannotJudgeError: they cannot judge any program.
-
-    Example:
-        >>> understand("def check(candidate):\\n    assert candidate(1) == 2\\n", "increment").checks
-        ('check',)
-        >>> understand('{"inputs": ["1 2"], "outputs": ["3"]}').pairs
-        (Pair(form='stdin', given='1 2', expected='3'),)
-    """
+    """What these tests are, with the code of the prompt; CannotJudgeError where they cannot judge any program."""
     pairs = _pairs(tests, entry_point)
     if pairs is not None:
         context = code_of(prompt, plain_name(pairs.entry_point)) if pairs.entry_point else ""
@@ -102,7 +91,8 @@ def understand(tests: str, entry_point: str = "", prompt: str = "") -> Tests:
     root = re.split(r"\W", entry_point, maxsplit=1)[0]
     context = code_of(prompt, plain_name(entry_point))
     there, stubs, last = _of_context(context)
-    called = frozenset(node.func.id for node in _calls(tree) if isinstance(node.func, ast.Name))
+    calls = (node.func for node in ast.walk(tree) if isinstance(node, ast.Call))
+    called = frozenset(function.id for function in calls if isinstance(function, ast.Name))
     checks = _checks(tree, bound)
     if checks and not entry_point and not checks & called:
         entry_point = root = last
@@ -149,7 +139,8 @@ def _can_judge(tree: ast.Module, tests: Tests, free: set[str]) -> None:
         raise CannotJudgeError(
             f"the tests define {names} and run none of it: name the function check, or test_…, or call it"
         )
-    program = {re.split(r"\W", tests.entry_point, maxsplit=1)[0], "candidate", "Solution"} & (free | _parameters(tree))
+    parameters = {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
+    program = {re.split(r"\W", tests.entry_point, maxsplit=1)[0], "candidate", "Solution"} & (free | parameters)
     if not (program or tests.checks or tests.needs or tests.imports or tests.star):
         raise CannotJudgeError("the tests never name the program")
     unknown = sorted(tests.needs) if tests.entry_point and not tests.star else []
@@ -161,22 +152,12 @@ def _can_judge(tree: ast.Module, tests: Tests, free: set[str]) -> None:
 
 def _may_fail(node: ast.AST) -> bool:
     """Whether this part of the tests can tell a wrong program from a right one."""
-    if isinstance(node, ast.Assert | ast.Raise):
-        return True
-    if isinstance(node, ast.Lambda | ast.Return):  # a check that returns its verdict
+    if isinstance(node, ast.Assert | ast.Raise | ast.Lambda | ast.Return):  # the last two return a verdict
         return True
     if isinstance(node, ast.Call):
         name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
         return bool(_CHECKS.search(name))
     return False
-
-
-def _calls(node: ast.AST) -> list[ast.Call]:
-    return [inner for inner in ast.walk(node) if isinstance(inner, ast.Call)]
-
-
-def _parameters(tree: ast.AST) -> set[str]:
-    return {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
 
 
 def _names(source: str) -> tuple[set[str], set[str]]:
@@ -300,8 +281,10 @@ def _pairs(text: str, entry_point: str) -> Tests | None:
             raise CannotJudgeError(f"{kinds[0][0]} and {kinds[0][1]} are to be two lists of one length")
         arguments = bool(given) and all(isinstance(one, list) for one in given)
         name = content.get("fn_name") or (entry_point if arguments else "")
+        if name and given and not arguments:
+            raise CannotJudgeError("the inputs of a call are to be lists of arguments")
         if name:
-            pairs = [Pair("call", _arguments(one), _wanted(other)) for one, other in zip(given, expected, strict=True)]
+            pairs = [Pair("call", one, _wanted(other)) for one, other in zip(given, expected, strict=True)]
         else:
             pairs = [Pair("stdin", _lines(one), _lines(other)) for one, other in zip(given, expected, strict=True)]
     elif content and all(isinstance(one, dict) and {"input", "output"} <= set(one) for one in content):
@@ -330,12 +313,6 @@ def _lines(value: Any) -> str:
     return "\n".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _arguments(value: Any) -> list[Any]:
-    if not isinstance(value, list):
-        raise CannotJudgeError("the inputs of a call are to be lists of arguments")
-    return value
-
-
 def _wanted(value: Any) -> list[Any]:
     """What a call may return: in APPS the value stands bare or in a list of its own."""
     return [value, value[0]] if isinstance(value, list) and len(value) == 1 else [value]
@@ -343,28 +320,18 @@ def _wanted(value: Any) -> list[Any]:
 
 def prints(output: str, expected: str) -> bool:
     """Whether two outputs agree: line by line without the blanks around, or in all words, numbers by their value."""
-    ours, theirs = ([line.strip() for line in text.strip().split("\n")] for text in (output, expected))
-    if ours == theirs:
-        return True
-    if len(ours) != len(theirs):
-        return False
-    return all(map(_same_words, ours, theirs))
+    ours, theirs = ([line.split() for line in text.strip().split("\n")] for text in (output, expected))
+    alike = len(ours) == len(theirs) and all(len(own) == len(other) for own, other in zip(ours, theirs, strict=True))
+    return alike and all(map(_same_word, chain(*ours), chain(*theirs)))
 
 
-def _same_words(ours: str, theirs: str) -> bool:
+def _same_word(mine: str, wanted: str) -> bool:
     from decimal import Decimal, InvalidOperation
 
-    one, other = ours.split(), theirs.split()
-    if len(one) != len(other):
+    try:
+        return mine == wanted or Decimal(mine) == Decimal(wanted)
+    except InvalidOperation:
         return False
-    for mine, wanted in zip(one, other, strict=True):
-        if mine != wanted:
-            try:
-                if Decimal(mine) != Decimal(wanted):
-                    return False
-            except InvalidOperation:
-                return False
-    return True
 
 
 class _TextOnly(pickle.Unpickler):
@@ -375,11 +342,7 @@ class _TextOnly(pickle.Unpickler):
 
 
 def cases_of(value: Any) -> list[Any]:
-    """The test cases of LiveCodeBench's columns: JSON, or JSON pickled, compressed and in base 64.
-
-    Raises:
-        CannotJudgeError: it is neither.
-    """
+    """The test cases of LiveCodeBench's columns: JSON, plain or pickled, compressed and in base 64."""
     if isinstance(value, list):
         return value
     try:

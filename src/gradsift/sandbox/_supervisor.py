@@ -73,6 +73,7 @@ for _name, _folder in (("gradsift", Path(__file__).parents[1]), ("gradsift.sandb
 from gradsift.sandbox import _tester  # noqa: E402 - found by the lines before
 from gradsift.sandbox._cleaning import open_folder, remove, sweep  # noqa: E402
 from gradsift.sandbox._confinement import MemoryGroup, forget_group, memory_group, restrict_paths  # noqa: E402
+from gradsift.sandbox._harness import exit_code_of, read_exactly, write_framed  # noqa: E402
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -118,8 +119,7 @@ def _enter_namespaces(wanted: list[str]) -> None:
 def _build_root(request: dict[str, Any], users: tuple[int, int]) -> tuple[str, str]:
     """A file tree with the interpreter and the system's libraries, read-only, and two folders of limited size.
 
-    Returns:
-        The folders, the program's and the tests': no name under which anything else is shown.
+    Returns those folders, the program's and the tests': no name under which anything else is shown.
     """
     shown = [*_VISIBLE, *request["visible"]]
     folders = (_unused("/program", shown), _unused("/tests", shown))
@@ -193,14 +193,11 @@ def _users() -> tuple[int, int]:
 
 
 def _can_become(uid: int) -> bool:
-    child = os.fork()
-    if child == 0:
-        try:
-            os.setresuid(uid, uid, uid)
-            os._exit(0)
-        except BaseException:
-            os._exit(1)
-    return os.waitpid(child, 0)[1] == 0
+    def become() -> int:
+        os.setresuid(uid, uid, uid)
+        return 0
+
+    return exit_code_of(become, (), otherwise=1) == 0
 
 
 def _limit(request: dict[str, Any], user: int) -> None:
@@ -365,9 +362,7 @@ def _become_tester(
         os.environ |= {"HOME": folder, "TMPDIR": folder, **_ONE_THREAD}
         os.chdir(folder)
         _drop_privileges(user)
-        compiled = marshal.dumps(harness)
-        compiled = len(compiled).to_bytes(8, "big") + compiled
-        _tester.tester(request["program"], *pipes, compiled, page)
+        _tester.tester(request["program"], *pipes, marshal.dumps(harness), page)
     except BaseException:
         with contextlib.suppress(OSError):
             os.write(pipes[2], _error(traceback.format_exc()))
@@ -424,20 +419,12 @@ def _process_ids() -> list[int]:
         return [int(entry.name) for entry in entries if entry.name.isdigit()]
 
 
-def _parents() -> dict[int, int]:
-    """Parent of every process."""
-    parents = {}
+def _descendants(ancestor: int) -> list[int]:
+    children: dict[int, list[int]] = {}
     for pid in _process_ids():
         with contextlib.suppress(OSError):
             content = Path(f"/proc/{pid}/stat").read_bytes()
-            parents[pid] = int(content[content.rindex(b")") + 2 :].split()[1])
-    return parents
-
-
-def _descendants(ancestor: int) -> list[int]:
-    children: dict[int, list[int]] = {}
-    for pid, parent in _parents().items():
-        children.setdefault(parent, []).append(pid)
+            children.setdefault(int(content[content.rindex(b")") + 2 :].split()[1]), []).append(pid)
     found = []
     waiting = [ancestor]
     while waiting:
@@ -496,14 +483,13 @@ def _kill_everything(init: int, *, pid_namespace: bool, users: set[int]) -> bool
 
 def _kill_user(user: int) -> None:
     """All processes of a user made for this run, at once: a fork bomb cannot outrun it."""
-    child = os.fork()
-    if child == 0:
-        try:
-            os.setresuid(user, user, user)
-            os.kill(-1, signal.SIGKILL)
-        finally:
-            os._exit(0)
-    os.waitpid(child, 0)
+
+    def kill() -> int:
+        os.setresuid(user, user, user)
+        os.kill(-1, signal.SIGKILL)
+        return 0
+
+    exit_code_of(kill, (), otherwise=0)
 
 
 class _Watch:
@@ -661,7 +647,10 @@ def main() -> None:
     text = Path(__file__).with_name("_harness.py").read_text(encoding="utf-8")
     harness = compile(text, "<harness>", "exec")
     while True:
-        request = json.loads(_read_exactly(int.from_bytes(_read_exactly(8), "big")))
+        try:
+            request = json.loads(read_exactly(0, int.from_bytes(read_exactly(0, 8), "big")))
+        except EOFError:
+            return
         if request["pytest"]:
             _load_pytest(request["pytest"])
         try:
@@ -724,20 +713,7 @@ _NOTHING: dict[str, Any] = {"output": "", "cpu": 0.0, "memory_group": False}
 
 
 def _write(result: dict[str, Any]) -> None:
-    content = json.dumps(result).encode()
-    content = len(content).to_bytes(8, "big") + content
-    while content:
-        content = content[os.write(1, content) :]
-
-
-def _read_exactly(size: int) -> bytes:
-    content = b""
-    while len(content) < size:
-        part = os.read(0, size - len(content))
-        if not part:
-            sys.exit(0)
-        content += part
-    return content
+    write_framed(1, json.dumps(result).encode())
 
 
 if __name__ == "__main__":

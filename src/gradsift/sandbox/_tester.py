@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 from gradsift.sandbox._harness import (
     NotPlainError,
     Reference,
+    awaited,
     closed,
     decode,
     encode,
@@ -31,6 +32,8 @@ from gradsift.sandbox._harness import (
     plain_name,
     receive,
     send,
+    write_all,
+    write_framed,
 )
 from gradsift.sandbox._shapes import CannotJudgeError, Pair, Tests, prints, understand
 
@@ -57,15 +60,12 @@ def tester(task: dict[str, str], answers: int, requests: int, verdict: int, firs
     """Run the tests against the program at the other end of the pipes, `first` before all, and write the verdict."""
     connection = _Connection(answers, requests, page)
     try:
-        while first:
-            first = first[os.write(requests, first) :]
+        write_framed(requests, first)
         status, reason = _judged(task, connection, (answers, requests, verdict))
     except OSError:
         status, reason = "gone", "the program could not be reached"
     status, reason = connection.broken or (status, reason)
-    content = json.dumps({"status": status, "reason": reason[:2000]}).encode()
-    while content:
-        content = content[os.write(verdict, content) :]
+    write_all(verdict, json.dumps({"status": status, "reason": reason[:2000]}).encode())
 
 
 def _judged(task: dict[str, str], connection: _Connection, pipes: tuple[int, ...]) -> tuple[str, str]:
@@ -221,7 +221,7 @@ def _install(name: str, content: dict[str, Any], mutant: _Mutant | None) -> None
         setattr(sys.modules[above], last, module)
     module.__dict__.update(content)
     if mutant is not None:
-        module.__dict__["__getattr__"] = mutant.module_attribute
+        module.__dict__["__getattr__"] = mutant.__getattr__
 
 
 def _run(tests: Tests, names: dict[str, Any]) -> None:
@@ -248,7 +248,7 @@ def _finish(result: Any) -> None:
     if hasattr(result, "__await__") and not isinstance(result, _Remote | _Mutant):
         import asyncio
 
-        result = asyncio.run(_awaited(result))
+        result = asyncio.run(awaited(result))
     if isinstance(result, types.AsyncGeneratorType):
         import asyncio
 
@@ -258,10 +258,6 @@ def _finish(result: Any) -> None:
             _step(step)
     else:
         _step(result)
-
-
-async def _awaited(result: Any) -> Any:
-    return await result
 
 
 async def _exhausted(result: Any) -> None:
@@ -381,12 +377,6 @@ class _Mutant:
         return self
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return self
-
-    def module_attribute(self, name: str) -> Any:
-        """What a module of this program holds under a name."""
         if name.startswith("__"):
             raise AttributeError(name)
         return self
@@ -519,15 +509,9 @@ class _Connection:
 
     def global_(self, name: str) -> Any:
         """A function or class of the program: called here, computed there."""
-        target = {"name": name}
         if self.defined.get(name):
             return _class(self, name)
-
-        def call(*arguments: Any, **keywords: Any) -> Any:
-            return self.do(target, "call", "", arguments, keywords)
-
-        call.__name__ = call.__qualname__ = name
-        return call
+        return _named(name, lambda *given, **keywords: self.do({"name": name}, "call", "", given, keywords))
 
     def entry(self, entry_point: str) -> Any:
         """The function under test: `name`, `Class.name`, `Class().name`, or a method of the class Solution."""
@@ -543,8 +527,7 @@ class _Connection:
             target = self.global_(path[0])
             return getattr(target() if made else target, path[-1])(*arguments, **keywords)
 
-        call.__name__ = call.__qualname__ = path[-1]
-        return call
+        return _named(path[-1], call)
 
     def object(self, number: int, kind: str) -> Any:
         """An object that stays in the program."""
@@ -558,6 +541,11 @@ class _Connection:
     async def wait(self, target: dict[str, Any]) -> Any:
         """What a coroutine of the program returns, which is run there when it is awaited here."""
         return self.do(target, "await", "", (), {})
+
+
+def _named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    function.__name__ = function.__qualname__ = name
+    return function
 
 
 def _class(connection: _Connection, name: str) -> type:
@@ -582,12 +570,7 @@ def _attribute(connection: _Connection, target: dict[str, Any], name: str) -> An
     value = connection.do(target, "get", name, (), {})
     if value is not _CALLABLE:
         return value
-
-    def call(*arguments: Any, **keywords: Any) -> Any:
-        return connection.do(target, "method", name, arguments, keywords)
-
-    call.__name__ = call.__qualname__ = name
-    return call
+    return _named(name, lambda *given, **keywords: connection.do(target, "method", name, given, keywords))
 
 
 def _refused(operator: str) -> Callable[..., Any]:
@@ -595,8 +578,7 @@ def _refused(operator: str) -> Callable[..., Any]:
         connection, _, kind = object.__getattribute__(self, "_at")
         return connection.stop("failed", f"the program returned a {kind}, which is not plain data")
 
-    refuse.__name__ = operator
-    return refuse
+    return _named(operator, refuse)
 
 
 def _forwarded(operator: str) -> Callable[..., Any]:
@@ -607,8 +589,12 @@ def _forwarded(operator: str) -> Callable[..., Any]:
         except AttributeError:  # as Python says of an object that has no such method
             raise TypeError(f"{kind} has no {operator}") from None
 
-    forward.__name__ = operator
-    return forward
+    return _named(operator, forward)
+
+
+def _do(remote: _Remote, what: str, attribute: str = "", *arguments: Any) -> Any:
+    connection, target, _ = object.__getattribute__(remote, "_at")
+    return connection.do(target, what, attribute, arguments, {})
 
 
 class _Remote(Reference):
@@ -619,8 +605,7 @@ class _Remote(Reference):
         return _attribute(connection, target, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        connection, target, _ = object.__getattribute__(self, "_at")
-        connection.do(target, "set", name, (value,), {})
+        _do(self, "set", name, value)
 
     @property
     def number(self) -> int:  # type: ignore[override]
@@ -633,20 +618,13 @@ class _Remote(Reference):
         return connection.do(target, "call", "", arguments, keywords)
 
     def __iter__(self) -> Iterator[Any]:
-        connection, target, _ = object.__getattribute__(self, "_at")
-        iterator = connection.do(target, "method", "__iter__", (), {})
+        iterator = _do(self, "method", "__iter__")
         if not isinstance(iterator, _Remote):
-            connection.stop("failed", "the program returned an iterator that is none")
-        _, target, _ = object.__getattribute__(iterator, "_at")
-        while True:
-            value = connection.do(target, "next", "", (), {})
-            if value is _END:
-                return
-            yield value
+            object.__getattribute__(self, "_at")[0].stop("failed", "the program returned an iterator that is none")
+        return iterator
 
     def __next__(self) -> Any:
-        connection, target, _ = object.__getattribute__(self, "_at")
-        value = connection.do(target, "next", "", (), {})
+        value = _do(self, "next")
         if value is _END:
             raise StopIteration
         return value

@@ -11,9 +11,9 @@ import sysconfig
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import cache, lru_cache
 from importlib.util import find_spec
@@ -25,6 +25,7 @@ from pydantic import Field
 
 from gradsift.base.errors import ConfigError
 from gradsift.base.settings import Settings
+from gradsift.sandbox._harness import write_framed
 from gradsift.sandbox._seccomp import syscall_filter
 from gradsift.sandbox._shapes import CannotJudgeError, Tests, understand
 
@@ -93,7 +94,6 @@ class Outcome:
     status: `passed`: every test ran and held, and not for every answer; `failed`: a test did not hold, or the program
         raised, ended early or answered with something else than plain data; `timeout`, `memory`: a limit; `killed`:
         ended by a signal or for filling its folder; `error`: it could not be judged
-    reason: a sentence; empty where it passed
     output: the beginning of what the program printed
     cpu_seconds: processor time of program and tests
     """
@@ -114,8 +114,6 @@ def run_programs(
     """Run programs against their tests, several at a time; one outcome each, in order.
 
     Args:
-        programs: what to run.
-        sandbox: the limits.
         allow_code_execution: must be True: this runs code that nobody has read.
         workers: programs at a time; None takes the number of processors.
 
@@ -137,22 +135,19 @@ def run_programs(
         return []
     isolated = isolation(sandbox)
     workers = min(workers or len(os.sched_getaffinity(0)), len(programs))
-    with _supervisors(workers) as pool:
+    with closing(_Pool(workers)) as pool:
         return pool.run(programs, sandbox, isolated)
 
 
 def isolation(sandbox: Sandbox | None = None) -> tuple[str, ...]:
-    """How this system shuts a program off: of the following those that work here.
+    """How this system shuts a program off: of the following those that work here, found by running a program.
 
     `pid`, `network`, `ipc` and `files` are namespaces: no other processes are visible, no network, no shared memory,
     and no files but the interpreter's and a private folder. `paths` is Landlock: others than these files cannot be
-    opened.
-    `syscalls` is a filter that allows what a program by itself needs: no sockets, no signals to other processes, no
-    looking into them, no memory that counts as nobody's. `memory` is a control group, whose limit the kernel keeps for
-    all processes together. Found by running a program, once per process.
-
-    Raises:
-        ConfigError: no program can be run at all, or not as `sandbox` requires.
+    opened. `syscalls` is a filter that allows what a program by itself needs: no sockets, no signals to other
+    processes, no looking into them, no memory that counts as nobody's. `memory` is a control group, whose limit the
+    kernel keeps for all processes together. ConfigError where no program can be run at all, or not as `sandbox`
+    requires.
     """
     sandbox = sandbox or Sandbox()
     if sys.platform != "linux":
@@ -184,11 +179,7 @@ _IN_FORCE = {
 
 
 def isolation_text(sandbox: Sandbox | None = None) -> str:
-    """`isolation` in words: what is in force, and what does not hold.
-
-    Raises:
-        ConfigError: as `isolation`.
-    """
+    """`isolation` in words: what is in force, and what does not hold."""
     found = isolation(sandbox)
     there = ", ".join(words for name, words in _IN_FORCE.items() if name in found) or "limits of time and memory alone"
     open_ = _not_held(found)
@@ -200,16 +191,13 @@ def _not_held(found: tuple[str, ...]) -> list[str]:
     own = os.getuid() != 0
     there = []
     if "files" not in found and "paths" not in found:
-        whose = (
-            "all that you may read and write" if own else "what every user may read, and what every user may write to"
-        )
-        there.append(f"they reach {whose}")
+        theirs = "what every user may read, and what every user may write to"
+        there.append(f"they reach {'all that you may read and write' if own else theirs}")
     elif "files" not in found:
         there.append("they can ask whether a file exists and how large it is")
     if "syscalls" not in found:
-        there.append(
-            "they have sockets, shared memory and signals" if "network" not in found else "they have all calls"
-        )
+        some = "sockets, shared memory and signals"
+        there.append(f"they have {some if 'network' not in found else 'all calls'}")
     if "pid" not in found and "paths" not in found:
         there.append("they see which processes run")
     if "memory" not in found:
@@ -222,7 +210,7 @@ def _first_that_works(levels: tuple[tuple[str, ...], ...], packages: bool) -> tu
     reason = ""
     trial = Program("def answer():\n    return 42\n", "assert answer() == 42", "answer")
     for level in levels:
-        with _supervisors(1) as pool:
+        with closing(_Pool(1)) as pool:
             answer = pool.ask(trial, understand(trial.tests, trial.entry_point), Sandbox(packages=packages), level)
         if answer["status"] == "passed":
             return (*level, "memory") if answer["memory_group"] else level
@@ -237,12 +225,7 @@ understood = lru_cache(maxsize=4096)(understand)
 
 
 def needs_pytest(tests: Tests) -> bool:
-    """Whether only pytest can run these tests, and it is not installed.
-
-    Example:
-        >>> needs_pytest(understand("assert add(1, 2) == 3"))
-        False
-    """
+    """Whether only pytest can run these tests, and it is not installed."""
     return "pytest" in tests.tools and find_spec("pytest") is None
 
 
@@ -250,7 +233,7 @@ def _request(program: Program, tests: Tests, sandbox: Sandbox, isolated: tuple[s
     installed = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
     packages = installed if sandbox.packages else []
     return {
-        "pytest": _folders_of("pytest") if "pytest" in tests.tools else [],
+        "pytest": _folders_of_pytest() if "pytest" in tests.tools else [],
         "program": asdict(program),
         "isolate": ("user", *isolated) if "pid" in isolated and os.getuid() != 0 else isolated,
         "filter": syscall_filter(os.uname().machine, attributes=os.getuid() == 0 or "files" in isolated),
@@ -270,9 +253,9 @@ def _request(program: Program, tests: Tests, sandbox: Sandbox, isolated: tuple[s
     }
 
 
-def _folders_of(package: str) -> list[str]:
-    """Where a package and what it needs is imported from."""
-    found = find_spec(package)
+def _folders_of_pytest() -> list[str]:
+    """Where it and what it needs is imported from."""
+    found = find_spec("pytest")
     folders = [str(Path(found.origin).parents[1])] if found is not None and found.origin is not None else []
     return list(dict.fromkeys([*folders, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]))
 
@@ -294,14 +277,10 @@ class _Supervisor:
 
     def ask(self, request: dict[str, Any], seconds: float, stop: threading.Event) -> dict[str, Any] | None:
         """The result; None where the supervisor died, took too long, or somebody wants to stop."""
-        content = json.dumps(request).encode()
         deadline = time.monotonic() + seconds
         assert self.process.stdin is not None, "it is a pipe"
         try:
-            with memoryview(len(content).to_bytes(8, "big") + content) as left:
-                done = 0
-                while done < len(left):
-                    done += self.process.stdin.write(left[done:]) or 0
+            write_framed(self.process.stdin.fileno(), json.dumps(request).encode())
             size = int.from_bytes(self._read(8, deadline, stop), "big")
             return json.loads(self._read(size, deadline, stop))
         except (BrokenPipeError, EOFError):
@@ -371,22 +350,9 @@ class _Pool:
                 supervisor = _Supervisor()
         finally:
             self.free.put(supervisor)
-        return answer or {
-            "status": "killed",
-            "reason": "the sandbox's own processes were killed",
-            "output": "",
-            "cpu": 0.0,
-        }
+        killed = "the sandbox's own processes were killed"
+        return answer or {"status": "killed", "reason": killed, "output": "", "cpu": 0.0}
 
     def close(self) -> None:
         for _ in range(self.workers):
             self.free.get().close()
-
-
-@contextmanager
-def _supervisors(workers: int) -> Iterator[_Pool]:
-    pool = _Pool(workers)
-    try:
-        yield pool
-    finally:
-        pool.close()

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from gradsift.base.checks import checked_budget, float_array, same_size, to_float64
 from gradsift.base.errors import ConfigError
 from gradsift.base.lazy import Tensor
-from gradsift.selection.candidates import Candidates, Order, min_max
+from gradsift.selection.candidates import Candidates, Order, greedy, min_max
 from gradsift.selection.facility_location import coverage_rows, square_matrix
 from gradsift.selection.selector import Selector
 
@@ -37,7 +37,6 @@ class Aide(Selector):
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         options = ["min-max"] if self.influence == "min_max" else []
         options += ["mean distance"] if self.diversity == "mean_pairwise_distance" else []
         return f"AIDE ({', '.join(options)})" if options else "AIDE"
@@ -76,12 +75,7 @@ def aide(
         budget: k, how many to choose.
         weights: α, β and γ, each at least 0.
 
-    Returns:
-        Positions of the chosen candidates in pick order.
-
     Raises:
-        ShapeError: `similarity` is not square or does not fit the others, or there is no candidate.
-        NonFiniteError: NaN or infinity in an array.
         ConfigError: a negative similarity, weights that are not three finite numbers of at least 0, or a budget outside
             1 to the number of candidates.
 
@@ -117,19 +111,7 @@ def aide_by_mean_distance(
 
     Each pick has the greatest gain `α|I_i| + β P_i + γ·2/(k(k−1))·Σ_{j ∈ S} D_ij`: with the mean taken over the pairs
     of the whole selection of k, the gains of all picks add up to the objective. For k = 1 there is no diversity.
-
-    Args:
-        influence: as in `aide`.
-        proximity: as in `aide`.
-        distance: D [candidate candidate], symmetric, such as `1 − cos`.
-        budget: k, how many to choose.
-        weights: as in `aide`.
-
-    Returns:
-        Positions of the chosen candidates in pick order.
-
-    Raises:
-        ShapeError, NonFiniteError, ConfigError: as `aide`, but distances may be negative.
+    `distance` is D [candidate candidate], symmetric, such as `1 − cos`; all else is as in `aide`.
 
     Example:
         >>> twins_and_another = torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.0, 1.0], [1.0, 1.0, 0.0]])
@@ -141,14 +123,7 @@ def aide_by_mean_distance(
     same_size("candidate", "influence", len(worth), "distance", len(D))
     budget = checked_budget(budget, len(worth), "candidates")
     factor = gamma * 2.0 / (budget * (budget - 1)) if budget > 1 else 0.0
-    apart = np.zeros(len(worth))
-    picks: list[int] = []
-    for _ in range(budget):
-        gain = worth + factor * apart
-        gain[picks] = -np.inf
-        picks.append(int(gain.argmax()))
-        apart += D[picks[-1]]
-    return picks
+    return greedy(worth, lambda pick: D[pick], budget, lambda alone, apart, _: alone + factor * apart)
 
 
 def _worth(influence: Tensor, proximity: Tensor, weights: tuple[float, float, float]) -> tuple[Array, float]:

@@ -36,13 +36,6 @@ CANDIDATES = 100
 def naive_key(scores: Tensor, order: Order) -> Tensor:
     """What the naive ranking sorts by, highest first.
 
-    Args:
-        scores: [pool], higher = helps.
-        order: see `Order`.
-
-    Raises:
-        ConfigError: an unknown order.
-
     Example:
         >>> naive_key(torch.tensor([1.0, -3.0]), "least_influential").tolist()
         [-1.0, -3.0]
@@ -69,6 +62,20 @@ def min_max(values: Tensor) -> Tensor:
     values = to_float64(values)
     spread = float(values.max() - values.min())
     return (values - values.min()) / spread if spread > 0 else torch.ones_like(values)
+
+
+def greedy(
+    alone: Array, shared_with: Callable[[int], Array], budget: int, gains: Callable[[Array, Array, int], Array]
+) -> list[int]:
+    """Picks of the greatest `gains(alone, Σ_{j∈S} shared_with(j), |S|)` [pool], one after the other."""
+    shared, left = np.zeros(len(alone)), np.ones(len(alone), dtype=np.bool_)
+    chosen: list[int] = []
+    for _ in range(budget):
+        pick = int(np.where(left, gains(alone, shared, len(chosen)), -np.inf).argmax())
+        chosen.append(pick)
+        left[pick] = False
+        shared = shared + shared_with(pick)
+    return chosen
 
 
 @dataclass(frozen=True, eq=False)

@@ -39,7 +39,6 @@ class Diverse(Selector):
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         what = ", gradients" if self.by == "gradients" else "" if self.by == DEFAULT else f", {self.by}"
         return f"diverse (cosine below {self.max_cosine:g}{what})"
 
@@ -50,7 +49,6 @@ class Diverse(Selector):
 
     @property
     def text_model(self) -> str | None:  # type: ignore[override]
-        """What embeds the texts, where they are compared."""
         return None if self.by == "gradients" else self.by
 
     def choose(self, candidates: Candidates, budget: int) -> list[int]:
@@ -83,15 +81,7 @@ class Diverse(Selector):
 def diverse(rows: Tensor, *, budget: int, max_cosine: float) -> list[int]:
     """Positions of rows, first to last, whose cosine with every row kept before is below `max_cosine`.
 
-    Args:
-        rows: embeddings or gradients in the order of preference [row dim]; a row of zeros has cosine 0 with all.
-        budget: how many to keep at most.
-        max_cosine: from -1 to 1.
-
-    Raises:
-        ShapeError: `rows` is not [row dim], or empty.
-        NonFiniteError: NaN or infinity in `rows`.
-        ConfigError: a budget outside 1 to the number of rows.
+    `rows` are embeddings or gradients in the order of preference [row dim]; a row of zeros has cosine 0 with all.
 
     Example:
         >>> diverse(torch.tensor([[1.0, 0.0], [2.0, 0.1], [0.0, 1.0]]), budget=2, max_cosine=0.9)

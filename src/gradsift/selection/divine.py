@@ -36,7 +36,6 @@ class Divine(Selector):
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         return label_of("DIVINE", self.order)
 
     def choose(self, candidates: Candidates, budget: int) -> list[int]:
@@ -60,12 +59,7 @@ def divine(importance: Tensor, distance: Tensor, *, budget: int, gammas: Sequenc
         budget: how many to choose.
         gammas: values of γ in the order in which ties are decided; `GAMMAS` by default.
 
-    Returns:
-        Positions of the chosen candidates in pick order.
-
     Raises:
-        ShapeError: `distance` is not square or does not fit `importance`, or there is no candidate.
-        NonFiniteError: NaN or infinity in either.
         ConfigError: no γ, a γ that is negative or not finite, or a budget outside 1 to the number of candidates.
 
     Example:

@@ -38,7 +38,6 @@ class FacilityLocation(Selector):
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         shifted = " shifted" if self.similarity == "cosine_shifted" else ""
         return f"{label_of('FL', self.order)}{shifted} λ={self.trade_off:g}"
 
@@ -72,12 +71,7 @@ def facility_location(similarity: Tensor, cost: Tensor, *, budget: int, trade_of
         budget: how many to choose.
         trade_off: λ from 0 to 1.
 
-    Returns:
-        Positions of the chosen candidates in pick order.
-
     Raises:
-        ShapeError: `similarity` is not square or does not fit `cost`, or there is no candidate.
-        NonFiniteError: NaN or infinity in either.
         ConfigError: a negative similarity, a cost of 0 or less, λ outside 0 to 1, or a budget outside 1 to the number
             of candidates.
 
@@ -100,13 +94,7 @@ def facility_location(similarity: Tensor, cost: Tensor, *, budget: int, trade_of
 
 
 def coverage_rows(similarity: Tensor) -> NDArray[np.float64]:
-    """How well each candidate covers each other one, one contiguous row per candidate: [candidate covered], a copy.
-
-    Raises:
-        ShapeError: `similarity` is not square, or empty.
-        NonFiniteError: NaN or infinity in it.
-        ConfigError: an entry below 0.
-    """
+    """How well each candidate covers each other one, one contiguous row per candidate: [candidate covered], a copy."""
     sim = square_matrix("similarity", similarity, "covered candidate")
     if sim.min() < -_ROUNDING:
         raise ConfigError(
@@ -117,12 +105,7 @@ def coverage_rows(similarity: Tensor) -> NDArray[np.float64]:
 
 
 def square_matrix(name: str, matrix: Tensor, axes: str) -> NDArray[np.float64]:
-    """A matrix over pairs of candidates in fp64.
-
-    Raises:
-        ShapeError: not square, or empty.
-        NonFiniteError: NaN or infinity in it.
-    """
+    """A matrix over pairs of candidates in fp64."""
     values = to_float64(float_array(name, matrix, axes)).cpu().numpy()
     if values.shape[0] != values.shape[1]:
         raise ShapeError(f"{name} has shape {values.shape}, expected a square matrix: one row and column per candidate")
@@ -130,7 +113,7 @@ def square_matrix(name: str, matrix: Tensor, axes: str) -> NDArray[np.float64]:
 
 
 def similarity_from_cosines(cosine: Tensor, kind: SimilarityKind = "cosine_squared") -> Tensor:
-    """Similarity between candidates from the cosine of their gradients, from 0 to 1.
+    """Similarity between candidates from the cosine of their gradients, fp64 [candidate candidate], from 0 to 1.
 
     `cosine_squared` is `cos²`: gradients that point in opposite directions count as equal. The authors of Compact get
     it from apricot's `metric="cosine"`, hence the default. `cosine_shifted` is `(1 + cos)/2`: opposite gradients have
@@ -138,13 +121,6 @@ def similarity_from_cosines(cosine: Tensor, kind: SimilarityKind = "cosine_squar
 
     Rounded to 12 decimals, so that exact duplicates tie and picks do not depend on how many threads multiply the
     matrices.
-
-    Args:
-        cosine: [candidate candidate], fp64.
-        kind: see above.
-
-    Raises:
-        ConfigError: an unknown kind.
 
     Example:
         >>> similarity_from_cosines(torch.tensor([[1.0, -1.0], [-1.0, 1.0]]), "cosine_shifted").tolist()
@@ -161,21 +137,10 @@ def similarity_from_cosines(cosine: Tensor, kind: SimilarityKind = "cosine_squar
 
 
 def cost_from_scores(scores: Tensor) -> Tensor:
-    """Costs from 1 (highest score) to m (lowest of the m candidates), linear in the score.
+    """Costs from 1 (highest score) to m (lowest of the m candidates), linear in the score: fp64 [candidate].
 
     `c_j = 1 + (m − 1)·(max s − s_j)/(max s − min s)`: min-max of the scores themselves, not of their ranks (Compact,
-    equation 4). Equal scores all cost 1.
-
-    Args:
-        scores: [candidate], the key of the naive ranking, higher = chosen earlier: the influence for "most helpful",
-            its negative for "most harmful", its absolute value for "most influential", `-scores.abs()` for "least".
-
-    Returns:
-        [candidate], fp64, from 1 to m, lower = preferred.
-
-    Raises:
-        ShapeError: `scores` is not [candidate], or empty.
-        NonFiniteError: NaN or infinity in `scores`.
+    equation 4). Equal scores all cost 1. Scores are the key of the naive ranking (`naive_key`).
 
     Example:
         >>> cost_from_scores(torch.tensor([4.0, 0.0, 1.0])).tolist()

@@ -31,11 +31,9 @@ class GumbelTopK(Selector):
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         return f"Gumbel top-k (seed {self.seed})"
 
     def choose(self, candidates: Candidates, budget: int) -> list[int]:
-        """`gumbel_top_k`."""
         return gumbel_top_k(candidates.scores, candidates.ids, budget=budget, seed=self.seed)
 
     def redrawn(self, ids: Sequence[str]) -> dict[str, Any]:
@@ -48,17 +46,7 @@ def gumbel_top_k(scores: Tensor, ids: Sequence[str], *, budget: int, seed: int) 
 
     The highest values of `score − log(−log u)` (Gumbel top-k; Xie et al. 2023, section 4), where u depends on seed and
     id alone, so that the pool's order and what else is in it do not change an example's luck. NaN and infinity are
-    never chosen.
-
-    Args:
-        scores: [pool], log weights.
-        ids: of the pool.
-        budget: how many to choose.
-        seed: of the draw.
-
-    Raises:
-        ShapeError: `scores` is not [pool], empty, or does not fit `ids`.
-        ConfigError: `budget` below 1 or above the number of finite scores.
+    never chosen. Scores [pool] are log weights.
 
     Example:
         >>> gumbel_top_k(torch.from_numpy(np.array([0.0, 1e9, 0.0])), ["a", "b", "c"], budget=1, seed=0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -13,7 +12,7 @@ from gradsift.base.checks import checked_budget, float_array, same_size, to_floa
 from gradsift.base.errors import ConfigError
 from gradsift.base.lazy import Tensor
 from gradsift.influence.estimator import Estimator
-from gradsift.selection.candidates import Candidates
+from gradsift.selection.candidates import Candidates, greedy
 from gradsift.selection.selector import Selector
 
 Array = NDArray[np.float64]
@@ -31,12 +30,9 @@ class JointGreedy(Selector):
 
     takes: ClassVar[Literal["checkpoints"]] = "checkpoints"
 
-    kind: Literal["joint_greedy"] = "joint_greedy"
+    label: ClassVar[str] = "joint greedy"
 
-    @property
-    def label(self) -> str:
-        """What tables call it."""
-        return "joint greedy"
+    kind: Literal["joint_greedy"] = "joint_greedy"
 
     def check(self, estimator: Estimator, *, target: bool = True, explaining: bool = False) -> None:
         """Refuse an estimator without such terms, too."""
@@ -53,7 +49,7 @@ class JointGreedy(Selector):
         made = scores.method.greedy_terms()
         assert made is not None, "see `check`"
         terms = made(pool, target, scores.ids)
-        return _picks(terms.alone, terms.shared_with, budget, terms.gains)
+        return greedy(terms.alone, terms.shared_with, budget, terms.gains)
 
 
 def joint_greedy(pool: Tensor, target: Tensor, *, budget: int, joint_weight: float) -> list[int]:
@@ -64,7 +60,8 @@ def joint_greedy(pool: Tensor, target: Tensor, *, budget: int, joint_weight: flo
     JI2S (Wei et al. 2025, section 4.2) sums the pairs over the whole pool, most of which is never trained on; here the
     interaction is with the examples that are (ours). With the Fisher matrix of the targets Γ_iᵀHΓ_j = (1/Q) P_i·P_j, so
     that one product of P with the row of the last pick gives all gains: O(pool · target) per pick. The quadratic is
-    that of one step over the chosen examples at rate λ, but for half of it and the self terms.
+    that of one step over the chosen examples at rate λ, but for half of it and the self terms. Ties go to the lowest
+    position, and the budget is filled even where gains are negative.
 
     Args:
         pool: update directions Γ [pool dim].
@@ -72,13 +69,7 @@ def joint_greedy(pool: Tensor, target: Tensor, *, budget: int, joint_weight: flo
         budget: how many to choose.
         joint_weight: λ, in units of 1 over a gradient product; 0 ranks by the first term, below 0 seeks alike examples.
 
-    Returns:
-        Positions in the order of picking, highest gain first; ties go to the lowest position. The budget is filled even
-        where gains are negative.
-
     Raises:
-        ShapeError: wrong axes or different dims.
-        NonFiniteError: NaN or infinity in an array.
         ConfigError: a budget outside 1 to the number of rows, or a weight that is not a finite number.
 
     Example:
@@ -92,21 +83,4 @@ def joint_greedy(pool: Tensor, target: Tensor, *, budget: int, joint_weight: flo
     if not math.isfinite(joint_weight):
         raise ConfigError(f"joint_weight is {joint_weight}, expected a finite number: the paper takes 0.05 to 0.2")
     P = (to_float64(G) @ to_float64(V.to(G.device)).T).cpu().numpy()
-    return _picks(P.mean(axis=1), lambda pick: P @ P[pick] / P.shape[1], size, lambda a, b, _: a - joint_weight * b)
-
-
-def _picks(
-    marginal: Array,
-    pairs_with: Callable[[int], Array],
-    budget: int,
-    gains: Callable[[Array, Array, int], Array],
-) -> list[int]:
-    """Greedy picks by `gains(marginal, Σ_{j∈S} pairs_with(j), |S|)` [pool]."""
-    shared, left = np.zeros(len(marginal)), np.ones(len(marginal), dtype=np.bool_)
-    chosen: list[int] = []
-    for _ in range(budget):
-        pick = int(np.where(left, gains(marginal, shared, len(chosen)), -np.inf).argmax())
-        chosen.append(pick)
-        left[pick] = False
-        shared = shared + pairs_with(pick)
-    return chosen
+    return greedy(P.mean(axis=1), lambda pick: P @ P[pick] / P.shape[1], size, lambda a, b, _: a - joint_weight * b)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from gradsift.base.errors import ConfigError
+from gradsift.base.lazy import torch
 from gradsift.context import Pool, Target
 from gradsift.influence.estimator import Estimator, Passes, TargetsByCheckpoint
 from gradsift.influence.magic import MAGIC
-from gradsift.influence.smooth import FIRST_BACK, Ending, SmoothTraining, groups_of, loss_after
+from gradsift.influence.smooth import FIRST_BACK, Ending, SmoothTraining, groups_of
 from gradsift.report import text
 from gradsift.report.blocks import Block, Cell, Column, Row, Table
 from gradsift.selection.candidates import Candidates
@@ -23,6 +24,8 @@ from gradsift.store.manifest import fingerprint
 from gradsift.store.run import revisions
 from gradsift.warmup.train import effective_batch_size
 
+_BY_CHANCE = 0.05  # how often a descent may leave a choice that no exchange betters
+
 
 @dataclass(frozen=True)
 class Round:
@@ -30,14 +33,16 @@ class Round:
 
     chosen:    positions of the rows that it trained on
     loss:      of the targets that were gone back from, at the end of the training, nats
-    held_out:  of those that were not
+    held_out:  of those that were not, after the trainings by other seeds
     exchanged: rows that are not those of the round before
+    each:      the losses of held-out targets, `[training target]`, nats
     """
 
     chosen: tuple[int, ...]
     loss: float
     held_out: float
     exchanged: int
+    each: tuple[tuple[float, ...], ...]
 
 
 class MetagradientDescent(SmoothTraining, Selector):
@@ -46,13 +51,15 @@ class MetagradientDescent(SmoothTraining, Selector):
     The first choice is the highest of the estimator's scores; `--estimator random` draws it. Each round takes the
     training of MAGIC on the rows that are chosen, with all others riding along, and goes back through it once: how the
     mean over subtasks of the targets' loss changes with the weight of every row. A share of the chosen then gives way
-    to as many others, as far as those are worth more. The round whose loss on held-out targets is lowest is kept.
+    to as many others, as far as those are worth more. The first choice is kept unless a later one is better beyond
+    chance, on targets that nothing is gone back from and after trainings by other seeds, as `gradsift train` does them.
     Scores say where it begins, and nothing more. Of a round's training its losses and worths are kept, and its steps
     until these are found. Beside the fields below it has those of `SmoothTraining`.
 
     rounds: trainings, the first choice's among them.
     exchange: share of the budget that a round exchanges at most.
-    held_out: share of each subtask's targets that only measure; a subtask of too few is measured by its own.
+    held_out: share of each subtask's targets that only measure; a subtask of too few for that only steers.
+    trainings: by other seeds, of each round's choice, after which these are measured.
     """
 
     takes: ClassVar[Literal["scores", "rows", "target", "checkpoints", "training"]] = "training"
@@ -60,25 +67,26 @@ class MetagradientDescent(SmoothTraining, Selector):
     kind: Literal["metagradient"] = "metagradient"
     rounds: int = Field(default=5, ge=1)
     exchange: float = Field(default=0.2, gt=0, le=1)
-    held_out: float = Field(default=0.25, ge=0, lt=1)
+    held_out: float = Field(default=0.5, gt=0, lt=1)
+    trainings: int = Field(default=4, ge=2)
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         rounds = "1 round" if self.rounds == 1 else f"{self.rounds} rounds"
         return f"metagradient descent ({', '.join([rounds, *self.departures])})"
 
     def choose(self, candidates: Candidates, budget: int) -> list[int]:
-        """The best round's, in the order of the scores that it was made by."""
+        """That of the round that is kept, in the order of the scores that it was made by."""
         rounds = self.descend(candidates, budget)
-        candidates.told = _told(rounds)
-        return list(best_of(rounds).chosen)
+        groups = self._endings(*candidates.whole()[1:])[1].groups
+        candidates.told = _told(rounds, groups)
+        return list(kept(rounds, groups).chosen)
 
     def descend(self, candidates: Candidates, budget: int) -> list[Round]:
         """Every round; what it trains and finds is kept in the run folder, step by step.
 
         Raises:
-            ConfigError: the target has no labels.
+            ConfigError: the target has no labels, or too few rows.
         """
         _, pool, target = candidates.whole()
         steering, measuring = self._endings(pool, target)
@@ -92,10 +100,11 @@ class MetagradientDescent(SmoothTraining, Selector):
         while True:
             number = len(rounds) + 1
             further = number < self.rounds and len(chosen) < len(candidates.available)
-            losses, worth = self._trained(candidates, chosen, number, steering, measuring, further=further)
-            rounds.append(Round(tuple(chosen), *losses, fresh))
+            loss, each, worth = self._trained(candidates, chosen, number, steering, measuring, further=further)
+            held_out = measuring.mean(torch.tensor(each, dtype=torch.float64).mean(dim=0))
+            rounds.append(Round(tuple(chosen), loss, held_out, fresh, tuple(map(tuple, each))))
             pool.reporter.say(
-                f"metagradient descent, round {number} of {self.rounds}: held-out loss {losses[1]:.4f} nats after "
+                f"metagradient descent, round {number} of {self.rounds}: held-out loss {held_out:.4f} nats after "
                 f"{fresh} rows were exchanged"
             )
             if worth is None:
@@ -107,8 +116,8 @@ class MetagradientDescent(SmoothTraining, Selector):
             seen.add(frozenset(chosen))
             fresh = len(set(chosen) - before)
         config = self._descent(candidates, budget)
-        kept = [{**asdict(one), "chosen": [candidates.ids[place] for place in one.chosen]} for one in rounds]
-        pool.run.complete(pool.run.prefix("descents", config), "descents", config, rounds=kept)
+        named = [{**asdict(one), "chosen": [candidates.ids[place] for place in one.chosen]} for one in rounds]
+        pool.run.complete(pool.run.prefix("descents", config), "descents", config, rounds=named)
         return rounds
 
     def passes(self, pool: Pool, target: Target, estimator: Estimator, budget: int) -> list[Passes]:
@@ -118,10 +127,12 @@ class MetagradientDescent(SmoothTraining, Selector):
         done = any(one is not None and config.items() <= one["config"].items() for one in manifests)
         epochs, each = self.training(pool).epochs, float(pool.data.lengths.mean())
         own, beside = epochs * budget, epochs * (len(pool.data) - len(target.overlap) - budget)
-        measured = self.rounds * len(target.data)
+        _, steering, measuring = self._parts(pool, target)
+        measured = self.rounds * (len(steering) + self.trainings * len(measuring))
+        trained = self.rounds * (1 + self.trainings) * own
         taken = (self.rounds - 1) * (FIRST_BACK * own + beside) * each
         return [
-            Passes("descent's trainings", self.rounds * own, self.rounds * own * each, done),
+            Passes("descent's trainings", trained, trained * each, done),
             Passes("descent's ways back", (self.rounds - 1) * (own + beside), taken, done),
             Passes("descent's losses", measured, measured * float(target.data.lengths.mean()), done, forward=True),
         ]
@@ -145,18 +156,32 @@ class MetagradientDescent(SmoothTraining, Selector):
         return self._config(pool, target, scores.method, budget) | {"scores": scores.fingerprint}
 
     def _endings(self, pool: Pool, target: Target) -> tuple[Ending, Ending]:
-        """The targets that are gone back from, and those that measure."""
         source = pool.referred(MAGIC().targets(pool, target))
         assert not isinstance(source, TargetsByCheckpoint), source
-        groups = groups_of(len(source.ids), target.subtasks)
+        groups, steering, measuring = self._parts(pool, target)
+        return Ending(source, groups, steering), Ending(source, groups, measuring)
+
+    def _parts(self, pool: Pool, target: Target) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """The group of each target, those that are gone back from, and those that measure.
+
+        Raises:
+            ConfigError: too few measure for their differences to have an error.
+        """
+        groups = groups_of(len(target.data), target.subtasks)
         draw = np.random.default_rng((pool.seed, len(groups)))
         steering, measuring = list[int](), list[int]()
         for group in range(int(groups.max()) + 1):
             members = draw.permutation(np.flatnonzero(groups == group)).tolist()
             apart = int(self.held_out * len(members))
             steering += members[apart:]
-            measuring += members[:apart] or members
-        return Ending(source, groups, np.sort(steering)), Ending(source, groups, np.sort(measuring))
+            measuring += members[:apart]
+        if len(measuring) - len(np.unique(groups[measuring])) < 1:
+            raise ConfigError(
+                f"metagradient descent holds out {self.held_out:g} of each subtask's targets, here {len(measuring)} of "
+                f"{len(groups)}, which have to be at least 2 of one subtask to tell whether a choice is better: give "
+                "more targets, or raise held_out"
+            )
+        return groups, np.sort(steering), np.sort(measuring)
 
     def _trained(
         self,
@@ -167,8 +192,10 @@ class MetagradientDescent(SmoothTraining, Selector):
         measuring: Ending,
         *,
         further: bool,
-    ) -> tuple[tuple[float, float], NDArray[np.float64] | None]:
-        """Both losses at the end of a training on a choice, and what every row is worth to the first if it goes on."""
+    ) -> tuple[float, list[list[float]], NDArray[np.float64] | None]:
+        """At the end of a training on a choice the loss that it goes back from; after others by other seeds those of
+        held-out targets `[training target]`; and what every row is worth to the first if it goes on.
+        """
         _, pool, _ = candidates.whole()
         inside = set(chosen)
         own = sorted(candidates.ids[place] for place in chosen)
@@ -178,29 +205,27 @@ class MetagradientDescent(SmoothTraining, Selector):
         asked = fingerprint([steering.note, "mean over groups"])
         others = pool.run.manifest(replay.prefix) is not None  # a training that is there already is not this descent's
         with replay.network_if_asked() as opened:
-            ways = [partial(loss_after, replay, opened, ending) for ending in (steering, measuring)]
-            losses = replay.losses(fingerprint([steering.note, measuring.note]), what).of("losses", ways)
+            plain = self.plain(pool).model_dump(mode="json")
+            losses = replay.losses(fingerprint([steering.note, measuring.note, plain]), what)
+            if not losses.count("steering"):
+                losses.put("steering", [steering.loss(opened(), replay.end(opened()))])
             found = replay.returned(asked) if further else None
             if further and found is None:
                 network = opened()
                 found = replay.back(network, asked, lambda theta: steering.gradients(network, theta).mean(0, True))
         if not others:
             replay.forget()
+        each = []
+        for seed in range(pool.seed + 1, pool.seed + 1 + self.trainings):
+            if not losses.count(name := f"held out, seed {seed}"):
+                losses.put(name, self.losses_after(pool, own, measuring, seed=seed, what=what).tolist())
+            each.append(losses.all(name))
         worth = None if found is None else -found.change[0, pool.training.positions(candidates.ids)]
-        return (losses[0], losses[1]), worth
+        return losses.all("steering")[0], each, worth
 
 
 def exchanged(chosen: Sequence[int], worth: NDArray[np.float64], most: int, among: Iterable[int]) -> list[int]:
-    """A choice whose worst rows have given way to the best others, as far as those are worth more.
-
-    Args:
-        chosen: positions of rows.
-        worth: of every row, `[row]`, higher = training on it helps more.
-        most: how many are exchanged at most.
-        among: positions of all rows that can be chosen.
-
-    Returns:
-        As many positions, best first, equal ones by position.
+    """As many positions, best first, of which the `most` worst have given way to the best `among` all, if worth more.
 
     Example:
         >>> exchanged([0, 1, 2], np.array([0.3, -1.0, 0.1, 0.2, 0.0]), 2, range(5))
@@ -215,32 +240,61 @@ def exchanged(chosen: Sequence[int], worth: NDArray[np.float64], most: int, amon
     return sorted(inside, key=lambda place: (-worth[place], place))
 
 
-def best_of(rounds: Sequence[Round]) -> Round:
-    """The first of those with the lowest loss on held-out targets."""
-    return min(rounds, key=lambda one: one.held_out)
+def kept(rounds: Sequence[Round], groups: NDArray[np.int64]) -> Round:
+    """The round with the lowest held-out loss of those whose gain is beyond chance, else the first.
+
+    A gain is beyond chance where it is so many errors as Student's t has at 5 % on one side, over the rounds after the
+    first: where no exchange helps, in 95 % of descents the first choice stays.
+
+    Args:
+        rounds: of a descent.
+        groups: of each held-out target, from 0.
+    """
+    from scipy.special import stdtrit
+
+    first, *others = rounds
+    found = [first]
+    for one in others:
+        gain, error, freedom = gain_of(first, one, groups)
+        if gain > float(stdtrit(freedom, 1 - _BY_CHANCE / len(others))) * error:
+            found.append(one)
+    return min(found, key=lambda one: one.held_out)
 
 
-def _told(rounds: Sequence[Round]) -> tuple[Block, ...]:
+def gain_of(first: Round, one: Round, groups: NDArray[np.int64]) -> tuple[float, float, float]:
+    """How much lower a round's held-out loss is than the first's, its standard error, nats, and that one's freedom.
+
+    With d `[training target]` the differences: the mean over G groups of their means, of all S trainings. Its variance
+    is the sum of that over n targets, s_t²·Σ_g 1/n_g / G², s_t² of targets' means within groups, and of that over
+    trainings, s_s²/S, with the degrees of freedom of Welch and Satterthwaite.
+    """
+    difference = np.array(first.each) - np.array(one.each)
+    counts = np.bincount(groups)
+    means = np.stack([np.bincount(groups, weights=own) / counts for own in difference])  # [training group]
+    within = difference.mean(axis=0) - means.mean(axis=0)[groups]
+    apart = np.array([len(groups) - len(counts), len(means) - 1])
+    over_targets = float(np.square(within).sum()) / apart[0] * float((1 / counts).sum()) / len(counts) ** 2
+    squares = np.array([over_targets, means.mean(axis=1).var(ddof=1) / len(means)])
+    total = float(squares.sum())
+    return float(means.mean()), total**0.5, total**2 / float((squares**2 / apart).sum()) if total else 1.0
+
+
+def _told(rounds: Sequence[Round], groups: NDArray[np.int64]) -> tuple[Block, ...]:
     """What pages show of a descent."""
-    best = best_of(rounds)
+    best = kept(rounds, groups)
     written = zip(
         text.figures([one.loss for one in rounds]), text.figures([one.held_out for one in rounds]), strict=True
     )
-    rows = [
-        Row(
-            (
-                str(number),
-                str(one.exchanged),
-                loss,
-                Cell(held_out, "kept", "best", tone="best") if one is best else held_out,
-            )
-        )
-        for number, (one, (loss, held_out)) in enumerate(zip(rounds, written, strict=True), 1)
-    ]
+    rows = []
+    for number, (one, (loss, held_out)) in enumerate(zip(rounds, written, strict=True), 1):
+        gain = "" if number == 1 else "{:.4f} ± {:.4f}".format(*gain_of(rounds[0], one, groups)[:2]).replace("-", "−")
+        shown = Cell(held_out, "kept", "best", tone="best") if one is best else held_out
+        rows.append(Row((str(number), str(one.exchanged), loss, shown, gain)))
     heads = (
         Column("round", numeric=True),
         Column("exchanged", "rows", numeric=True),
         Column("loss of targets", "nats, those it goes back from", numeric=True),
         Column("held-out loss", "nats, lower is better", numeric=True),
+        Column("below the first's", "nats, ± a standard error over held-out targets and trainings", numeric=True),
     )
     return (Table(heads, tuple(rows), "Rounds of metagradient descent"),)

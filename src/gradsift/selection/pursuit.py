@@ -61,7 +61,6 @@ class RelevancePursuit(Selector):
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         return label_of("relevance pursuit", self.order)
 
     @property
@@ -87,7 +86,8 @@ class RelevancePursuit(Selector):
 
 
 def relevance_pursuit(target_gradient: Tensor, candidates: Tensor, *, budget: int) -> list[int]:
-    """A choice of candidates with the greatest selection relevance that greedy steps and exchanges reach.
+    """A choice of candidates with the greatest selection relevance that greedy steps and exchanges reach, the largest
+    coefficient first.
 
     The objective is that of `selection_relevance` with its default coefficients: the least error `‖g − A t‖²` where t
     is the least-squares solution projected onto the unit simplex (Compact, section 3.2). It is neither monotone nor
@@ -108,12 +108,7 @@ def relevance_pursuit(target_gradient: Tensor, candidates: Tensor, *, budget: in
         candidates: gradients [candidate dim], not normalised.
         budget: how many to choose.
 
-    Returns:
-        Positions of the chosen candidates, largest coefficient first.
-
     Raises:
-        ShapeError: wrong axes or different dims.
-        NonFiniteError: NaN or infinity in either.
         ConfigError: a budget outside 1 to the number of candidates.
         DataError: the target gradient is zero.
 
@@ -152,11 +147,9 @@ def sought(
     of the reading before. The first reading is about single rows.
 
     Args:
-        store: rows `[row dim]`.
         targets: gradients `[dim]`, none of them zero.
         budgets: the sizes that are chosen for.
         count: a fourth of the rows that are given, where there are so many.
-        engine, device: who multiplies, and where.
 
     Returns:
         For each target positions in the store, those first that are chosen or by the least error would have been; none
@@ -197,11 +190,9 @@ class _Search:
 
     @property
     def width(self) -> int:
-        """The number of queries."""
         return 1 + len(self.picks)
 
     def queries(self) -> Tensor:
-        """The target and the picks `[query dim]`."""
         return torch.cat([self.target[None], self._rows(self.picks)])
 
     def go_on(self, products: Array, lengths: Array) -> None:
@@ -301,11 +292,9 @@ class Reconstruction:
         return picks
 
     def contest(self, budgets: Sequence[int]) -> tuple[list[tuple[list[int], Array]], Array]:
-        """What the search for some ascending budgets tries one more candidate beside, and who comes near to joining.
+        """For ascending budgets, the sets that the search tries one more candidate beside, with their coefficients.
 
-        Returns:
-            The sets with their coefficients; and how much more error than the best each candidate leaves, the least
-            over the sets `[candidate]`: 0 for those that are chosen.
+        And how much more error than the best each candidate leaves, the least over the sets: 0 for what is chosen.
         """
         greedy = self.greedy(budgets[-1])
         tried = [tuple(greedy[:size]) for size in range(budgets[-1])]
@@ -333,7 +322,6 @@ class Reconstruction:
         return [picks[place] for place in np.argsort(-self._weights(picks).round(9), kind="stable")]
 
     def _weights(self, chosen: Sequence[int]) -> Array:
-        """Coefficients `[chosen]`."""
         return self.only(chosen)._with_one_more(list(range(len(chosen) - 1)))[0][-1] if chosen else np.empty(0)
 
     def _best_addition(self, picks: list[int]) -> tuple[int, float]:

@@ -32,12 +32,10 @@ class RandomChoice(Selector):
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         return f"random (seed {self.seed})"
 
     @property
     def strategy(self) -> str:
-        """What tables of explanations call it, which average over draws."""
         return "random"
 
     def choose(self, candidates: Candidates, budget: int) -> list[int]:

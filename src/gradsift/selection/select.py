@@ -48,7 +48,6 @@ class Selection(Shown):
         return len(self.ids)
 
     def blocks(self) -> tuple[Block, ...]:
-        """What a notebook shows of it."""
         from gradsift.selection.shown import selection_blocks  # which knows what a selection is
 
         return selection_blocks(self)
@@ -88,7 +87,6 @@ class Dropped(Selection):
 
     @property
     def warning(self) -> str | None:
-        """What a reader should know."""
         helpful = sum(score > 0 for score in self.scores)
         if not helpful:
             return None
@@ -100,11 +98,7 @@ class Dropped(Selection):
 
 
 def budget_count(budget: float, available: int, *, what: str = "budget") -> int:
-    """A budget as a number of examples: a whole number counts examples, a number below 1 is a share.
-
-    Raises:
-        ConfigError: zero, negative, fractional above 1, or more than there are.
-    """
+    """A budget as a number of examples: a whole number counts examples, a number below 1 is a share."""
     if isinstance(budget, float) and not budget.is_integer() and 0 < budget < 1:
         return max(1, round(budget * available))
     if not math.isfinite(budget) or budget != int(budget) or budget < 1:
@@ -118,11 +112,7 @@ def budget_count(budget: float, available: int, *, what: str = "budget") -> int:
 
 
 def kept_count(drop: float, available: int) -> int:
-    """How many are chosen where so many, or such a share, are left out.
-
-    Raises:
-        ConfigError: as `budget_count`, or nothing would be left.
-    """
+    """How many are chosen where so many, or such a share, are left out."""
     left = available - budget_count(drop, available, what="drop")
     if not left:
         raise ConfigError(
@@ -132,15 +122,7 @@ def kept_count(drop: float, available: int) -> int:
 
 
 def check_drop(estimator: Estimator, method: Selector, aggregation: Aggregation | None = None) -> None:
-    """Refuse to drop by scores that do not tell harm, or by another choice than the highest; chance is a control.
-
-    Args:
-        estimator, method: which scores, and which choice by them.
-        aggregation: of the scores; None is the estimator's own.
-
-    Raises:
-        ConfigError: saying by what rows can be dropped.
-    """
+    """Refuse to drop by scores that do not tell harm, or by another choice than the highest; chance is a control."""
     if estimator.by_chance or method.by_chance:
         return
     if not estimator.signed:
@@ -218,9 +200,6 @@ def _candidates(scores: Scores, method: Selector, budget: int) -> Candidates:
     """What a selector chooses from: all rows that were scored, or those that also have a gradient if it reads any.
 
     The target's gradient is that of its mean loss, at the last checkpoint.
-
-    Raises:
-        ConfigError: it needs gradients, and the scores carry no pool.
     """
     pool, target, estimator = scores.pool, scores.target, scores.method
     more: dict[str, Any] = {"count": max(CANDIDATES, 2 * budget), "pool": pool, "source": scores}

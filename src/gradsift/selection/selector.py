@@ -136,11 +136,7 @@ def label_of(name: str, order: Order | Literal["any"], usual: Order | Literal["a
 
 
 def chosen(selector: Selector, candidates: Candidates, budget: int) -> list[int]:
-    """`selector.choose`, of which the form is checked.
-
-    Raises:
-        ShapeError: what it gave is no choice from the candidates; or another error of the selector.
-    """
+    """`selector.choose`, of which the form is checked."""
     picks = [int(position) for position in selector.choose(candidates, budget)]
     there = len(candidates.ids)
     if len(picks) > budget or len(set(picks)) < len(picks) or not all(0 <= pick < there for pick in picks):
@@ -152,17 +148,10 @@ def chosen(selector: Selector, candidates: Candidates, budget: int) -> list[int]
 
 
 def choose_all(selectors: Sequence[Selector], candidates: Candidates, budgets: Sequence[int]) -> list[Choices]:
-    """Examples that explain one target, by several selectors that share what they compute.
+    """What explains one target, by several selectors that share what they compute: for each, budget → selections.
 
     Where picks are nested, smaller budgets are prefixes of larger ones; DIVINE's γ and AIDE's factor depend on the
     budget, so they choose anew.
-
-    Returns:
-        For each selector, budget → selections: one, or as many as `RandomChoice.draws`.
-
-    Raises:
-        ConfigError: no budget, or one outside 1 to the number of examples with a finite score.
-        DataError: relevance pursuit of a zero target gradient.
 
     Example:
         >>> scores, rows = torch.tensor([0.5, -2.0, 1.0]), torch.eye(3)
@@ -184,7 +173,6 @@ def choose_all(selectors: Sequence[Selector], candidates: Candidates, budgets: S
 
 
 def _choices(selector: Selector, candidates: Candidates, budgets: Sequence[int]) -> Choices:
-    """Of ascending budgets."""
     if not selector.nested:
         return {budget: selector.selections(candidates, budget) for budget in budgets}
     largest = selector.selections(candidates, budgets[-1])

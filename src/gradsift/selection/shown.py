@@ -31,10 +31,8 @@ def chosen_examples(
     """The first of the chosen examples, in the order of choice.
 
     Args:
-        chosen: the choice.
         kept: of each, the share of new rankings that choose it again, by what is new in them.
         known: names of columns that its conversation is in.
-        most: how many.
         filter: what a search field finds.
     """
     assert chosen.pool is not None

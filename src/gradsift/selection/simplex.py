@@ -9,15 +9,9 @@ Array = NDArray[np.float64]
 
 
 def onto_simplex(vectors: Array) -> Array:
-    """The point of `{t ≥ 0, Σt = 1}` closest to each vector in Euclidean distance.
+    """The point of `{t ≥ 0, Σt = 1}` closest to each vector [... k] in Euclidean distance; an entry of −∞ gets 0.
 
     `t = max(v − θ, 0)` with the θ that makes the sum 1 (Held et al. 1974; Duchi et al. 2008, Figure 1).
-
-    Args:
-        vectors: [... k]. An entry of −∞ takes no part and gets 0; each vector needs one finite entry.
-
-    Returns:
-        [... k].
     """
     # A shift of a vector does not move its projection, and after this one entries of -1 or less project to 0: huge
     # values cost no precision.

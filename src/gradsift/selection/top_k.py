@@ -22,7 +22,6 @@ class Naive(Selector):
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         return self.order.replace("_", " ")
 
     def choose(self, candidates: Candidates, budget: int) -> list[int]:
@@ -39,7 +38,6 @@ class MostHelpful(Naive):
     order: ClassVar[Order] = "most_helpful"
 
     def redrawn(self, ids: Sequence[str]) -> dict[str, Any]:
-        """The highest."""
         return {}
 
 
@@ -75,7 +73,6 @@ class TopK(MostHelpful):
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         return "top-k" if self.threshold is None else f"top-k from {self.threshold:g}"
 
     def choose(self, candidates: Candidates, budget: int) -> list[int]:
@@ -100,18 +97,10 @@ class TopK(MostHelpful):
 def top_k(scores: Tensor, budget: int) -> list[int]:
     """Positions of the `budget` highest scores, best first; equal scores in order of position.
 
-    NaN and both infinities are never chosen: a plain descending sort would put NaN first.
-
-    Args:
-        scores: [pool], higher = helps. Pass `-scores` for the most harmful, `scores.abs()` for the most and
-            `-scores.abs()` for the least influential.
-        budget: how many to choose.
-
-    Returns:
-        Positions in `scores`.
+    NaN and both infinities are never chosen: a plain descending sort would put NaN first. Pass `-scores` for the most
+    harmful, `scores.abs()` for the most and `-scores.abs()` for the least influential.
 
     Raises:
-        ShapeError: `scores` is not [pool], or empty.
         ConfigError: `budget` below 1 or above the number of finite scores.
 
     Example:

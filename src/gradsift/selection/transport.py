@@ -51,7 +51,6 @@ class TSDS(Selector):
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         return f"TSDS (seed {self.seed})"
 
     def choose(self, candidates: Candidates, budget: int) -> list[int]:
@@ -94,8 +93,6 @@ def tsds(
         generator: of the draw; torch's own by default.
 
     Raises:
-        ShapeError: not [pool dim] and [target dim], or empty.
-        NonFiniteError: NaN or infinity.
         ConfigError: a budget below 1 or, without replacement, above the size of the pool; a parameter out of range.
 
     Example:
@@ -145,21 +142,11 @@ def tsds_probabilities(
     spread: it minimises `α/C·Σ mass·d + (1 − α)/s`, piecewise linear and convex in 1/s, and a heap on `Σ 1/ρ` walks its
     breakpoints.
 
-    Distances are Euclidean; rows of length 1 suit the default C and σ.
+    Distances are Euclidean; rows of length 1 suit the default C and σ. α, C and σ are as in `TSDS`.
 
     Args:
-        pool: [pool dim].
-        target: [target dim].
-        alpha: α from 0 (spread alone) to 1 (distance alone).
-        c: C above 0, the distance that weighs as much as full spread.
-        sigma: σ of at least 0, the distance below which examples are near-duplicates; 0 takes ρ = 1.
         neighbours: per target; by default the published min(5000, pool/10), but at least 2, so that small pools work.
         density_neighbours: that ρ sums over, itself included; by default min(1000, pool/10), but at least 2.
-
-    Raises:
-        ShapeError: not [pool dim] and [target dim], or empty.
-        NonFiniteError: NaN or infinity.
-        ConfigError: α outside 0 to 1, C of 0 or less, σ below 0, or a number of neighbours below 1.
 
     Example:
         >>> twins_and_another = torch.tensor([[0.0, 0.0], [0.0, 0.0], [0.0, 2.0]])

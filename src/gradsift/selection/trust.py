@@ -28,19 +28,10 @@ def target_reliability(scores: Scores, selection: Selection | None = None) -> Re
 
     The targets of each subtask are resampled; the mean over a subtask and the maximum over subtasks are taken anew. A
     target that is alone in its subtask tells nothing of how another would differ, and counts as it is; one that was
-    given several times is one.
+    given several times is one. The share of rankings that would choose each row again is known for selections of `TopK`
+    and `GumbelTopK`, which choose by scores alone.
 
-    Args:
-        scores: from `score`.
-        selection: made from them; the share of rankings that would choose each row again is known for `TopK` and
-            `GumbelTopK`, which choose by scores alone.
-
-    Returns:
-        None for methods that rank for no target, or do not say what each target adds.
-
-    Example:
-        >>> target_reliability(scores).words  # doctest: +SKIP
-        'with other targets of the same kind, 80% to 95% of the ranking's variance would come again (…)'
+    None for methods that rank for no target, or do not say what each target adds.
     """
     if scores.strata is None or scores.target is None:
         return None
@@ -72,12 +63,7 @@ def sample_reliability(
 ) -> PolicyDiagnostics | None:
     """`diagnose` of the scores that NICE or NICE_IF gave, beside the choice made by them.
 
-    None for other methods, and where the targets took turns.
-
-    Those that read no stored rows are among these: new samples would take new gradients there.
-
-    Raises:
-        ConfigError: fewer than 2 samples per prompt.
+    None for other methods (those that read no stored rows, as new samples would take new gradients), and of turns.
     """
     pool, target, method = scores.pool, scores.target, scores.method
     if pool is None or not isinstance(target, PromptTarget) or not takes_reward(method) or method.view is None:

@@ -29,11 +29,7 @@ _known: dict[str, str] = {}  # of this process
 
 
 def file_digest(path: Path, before: bytes = b"") -> str:
-    """SHA-256 of `before` and all bytes of a file, 64 hex digits.
-
-    Raises:
-        OSError: it cannot be read.
-    """
+    """SHA-256 of `before` and all bytes of a file, 64 hex digits."""
     found = path.stat()
     if found.st_size < _WORTH:
         return _digest(path, before)
@@ -72,15 +68,12 @@ def _recorded() -> dict[str, str]:
         return {}
     with suppress(StorageError):
         digests = (read_if_whole(LocalStorage(path.parent), _NAME, sealed=True) or {}).get("digests")
-        if isinstance(digests, dict) and all(map(_sound, digests.items())):
+        if isinstance(digests, dict) and all(
+            _KEY.fullmatch(str(key)) and isinstance(digest, str) and _DIGEST.fullmatch(digest)
+            for key, digest in digests.items()
+        ):
             return digests
     return {}
-
-
-def _sound(entry: tuple[object, object]) -> bool:
-    return all(isinstance(part, str) for part in entry) and bool(
-        _KEY.fullmatch(str(entry[0])) and _DIGEST.fullmatch(str(entry[1]))
-    )
 
 
 def _record(key: str, digest: str) -> None:

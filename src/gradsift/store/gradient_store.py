@@ -53,16 +53,19 @@ class _Layout(Record):
     lanes: int = Field(default=1, ge=1)
 
 
-class _Side(Record):
-    checksum: str
+class _Shard(Record):
     rows: int = Field(ge=0)
+    checksum: str
+    sum_checksum: str | None = None
+
+
+class _Side(_Shard):
     ids: list[str]
     loss: list[float]
     supervised_tokens: list[int]
     norm: list[float]
     projected_norm: list[float]
     excluded: dict[str, str]
-    sum_checksum: str | None = None
 
     @model_validator(mode="after")
     def _one_of_each(self) -> Self:
@@ -70,12 +73,6 @@ class _Side(Record):
         if any(len(column) != self.rows for column in columns):
             raise ValueError("its columns are not of one length")
         return self
-
-
-class _Shard(Record):
-    rows: int = Field(ge=0)
-    checksum: str
-    sum_checksum: str | None = None
 
 
 class _Segment(Record):
@@ -98,6 +95,11 @@ class StoreManifest(Record):
     shards: list[_Shard]
     excluded: dict[str, str]
     rows_parquet: str
+
+
+def file_of(prefix: str, part: Literal["shard", "sum", "part"], number: int) -> str:
+    """Where a shard's rows lie, their sum, or what is finished of one that is under way, by the store's prefix."""
+    return f"{prefix}{part}-{number:05d}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -158,16 +160,11 @@ class GradientStoreWriter:
             publish_json(self.storage, key, {**layout, "token_budget": tokens}, sealed=True)
 
     def shard_state(self, shard: int, ids: Sequence[str]) -> Literal["complete", "damaged", "missing"]:
-        """Whether a shard is there; one of other bytes than its checksum's, or of other examples, is damaged.
-
-        Args:
-            shard: its number.
-            ids: of the examples that belong in it, in order.
-        """
-        side, rows = self._side_key(shard), self._rows_key(shard)
+        """Whether a shard is there; one of other bytes than its checksum's, or of other `ids`, is damaged."""
+        side, rows = self._side_key(shard), file_of(self.prefix, "shard", shard)
         if not self.storage.exists(side) or not self.storage.exists(rows):
             return "missing"
-        if self.config.get("full_sum") and not self.storage.exists(self._sum_key(shard)):
+        if self.config.get("full_sum") and not self.storage.exists(file_of(self.prefix, "sum", shard)):
             return "missing"
         try:
             stored = read_json(self.storage, side, _Side)
@@ -177,7 +174,7 @@ class GradientStoreWriter:
             return "damaged"
         files = {rows: stored.get("checksum")}
         if self.config.get("full_sum"):
-            files[self._sum_key(shard)] = stored.get("sum_checksum")
+            files[file_of(self.prefix, "sum", shard)] = stored.get("sum_checksum")
         intact = all(checksum_file(self.storage.local(key)) == digest for key, digest in files.items())
         return "complete" if intact else "damaged"
 
@@ -198,23 +195,18 @@ class GradientStoreWriter:
 
         assert len(rows) == len(columns.ids), (len(rows), len(columns.ids))
         encoded = _encode(rows, self.config["dtype"])
-        decoded = _decode(encoded["rows"], encoded.get("scale"))
+        decoded = _as_read(encoded)
         data = save({**encoded, "total": decoded.sum(dim=0, dtype=torch.float64)})
-        self.storage.publish(self._rows_key(shard), data)
+        self.storage.publish(file_of(self.prefix, "shard", shard), data)
         side = {"checksum": checksum(data), "rows": len(rows), **columns.__dict__}
         if exact is not None:
-            plain = None if exact.plain is None else self._as_read(exact.plain)
+            plain = None if exact.plain is None else _as_read(_encode(exact.plain, self.config["dtype"]))
             side["cosines"] = cosine_pairs(exact, decoded[list(exact.places)], plain)
         if full_sum is not None:
             sums = save({name: tensor.contiguous().cpu() for name, tensor in full_sum.items()})
-            self.storage.publish(self._sum_key(shard), sums)
+            self.storage.publish(file_of(self.prefix, "sum", shard), sums)
             side["sum_checksum"] = checksum(sums)
         publish_json(self.storage, self._side_key(shard), side, sealed=True)
-
-    @staticmethod
-    def part_key(prefix: str, shard: int) -> str:
-        """Where what is finished of a shard that is under way lies, by the store's prefix."""
-        return f"{prefix}part-{shard:05d}.safetensors"
 
     def finish(self, shards: int) -> None:
         """Join the side columns into rows.parquet and write the manifest."""
@@ -246,18 +238,8 @@ class GradientStoreWriter:
         for key in self.storage.list(f"{self.prefix}part-"):  # of a worker that was overtaken
             self.storage.delete(key)
 
-    def _as_read(self, rows: Tensor) -> Tensor:
-        encoded = _encode(rows, self.config["dtype"])
-        return _decode(encoded["rows"], encoded.get("scale"))
-
-    def _rows_key(self, shard: int) -> str:
-        return f"{self.prefix}shard-{shard:05d}.safetensors"
-
     def _side_key(self, shard: int) -> str:
         return f"{self.prefix}shard-{shard:05d}.json"
-
-    def _sum_key(self, shard: int) -> str:
-        return f"{self.prefix}sum-{shard:05d}.safetensors"
 
 
 class GradientStore:
@@ -394,9 +376,7 @@ class GradientStore:
             raise ConfigError(f"{self.name} holds no full-space sum: collect it again with full_sum=True")
         total: dict[str, Tensor] = {}
         for shard in range(len(self._starts) - 1):
-            for name, tensor in _map_safetensors(
-                self.storage.local(f"{self.prefix}sum-{shard:05d}.safetensors")
-            ).items():
+            for name, tensor in _map_safetensors(self.storage.local(file_of(self.prefix, "sum", shard))).items():
                 total[name] = total[name] + tensor.double() if name in total else tensor.double()
         return total
 
@@ -440,9 +420,9 @@ class GradientStore:
     def _verify(self, content: Mapping[str, Any]) -> None:
         files = {self.prefix + "rows.parquet": content["rows_parquet"]}
         for shard, entry in enumerate(content["shards"]):
-            files[f"{self.prefix}shard-{shard:05d}.safetensors"] = entry["checksum"]
+            files[file_of(self.prefix, "shard", shard)] = entry["checksum"]
             if "sum_checksum" in entry:
-                files[f"{self.prefix}sum-{shard:05d}.safetensors"] = entry["sum_checksum"]
+                files[file_of(self.prefix, "sum", shard)] = entry["sum_checksum"]
         for key, digest in files.items():
             if not self.storage.exists(key) or checksum_file(self.storage.local(key)) != digest:
                 raise CorruptError(
@@ -455,7 +435,7 @@ class GradientStore:
         if shard not in self._maps:
             for first in list(self._maps)[: len(self._maps) - _MAPPED + 1]:
                 del self._maps[first]
-            self._maps[shard] = _map_safetensors(self.storage.local(f"{self.prefix}shard-{shard:05d}.safetensors"))
+            self._maps[shard] = _map_safetensors(self.storage.local(file_of(self.prefix, "shard", shard)))
         return self._maps[shard]
 
 
@@ -480,6 +460,10 @@ def _encode(rows: Tensor, dtype: RowDtype) -> dict[str, Tensor]:
     # The scale is a normal float32 number: rows of 1e-42 lose digits, and none divides by zero.
     scale = torch.exp2(exponent.clamp(-126, 127)).float()
     return {"rows": (rows / scale[:, None]).to(torch.float16).contiguous(), "scale": scale}
+
+
+def _as_read(encoded: Mapping[str, Tensor]) -> Tensor:
+    return _decode(encoded["rows"], encoded.get("scale"))
 
 
 def _decode(stored: Tensor, scale: Tensor | None) -> Tensor:

@@ -72,17 +72,7 @@ def differences(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str
 
 
 def read_json(storage: Storage, key: str, shape: type[Record] = Record, *, sealed: bool = False) -> dict[str, Any]:
-    """A JSON object, without its seal where it has one; anything else under that key is reported as damage.
-
-    Args:
-        storage: where it is.
-        key: of the file.
-        shape: the fields that it has to have.
-
-    Raises:
-        CorruptError: the file is not a JSON object, not the one that was sealed, with `sealed` has no seal, or is not
-            of that shape.
-    """
+    """A JSON object of a shape, without its seal where it has one; anything else under that key is `CorruptError`."""
     content, name = storage.read(key), storage.name(key)
     try:
         value = json.loads(content)
@@ -91,7 +81,11 @@ def read_json(storage: Storage, key: str, shape: type[Record] = Record, *, seale
     if not isinstance(value, dict):
         raise _damaged(name, "not a JSON object")
     digest = value.pop(DIGEST, None)
-    if (sealed or digest is not None) and not _matches(value, digest):
+    try:
+        altered = (sealed or digest is not None) and digest != _digest(value)
+    except ValueError:  # a number that an altered digit made infinite
+        altered = True
+    if altered:
         raise _damaged(name, "its content does not match its digest")
     try:
         shape.model_validate_json(content)
@@ -118,11 +112,7 @@ def read_if_whole(
 
 @contextmanager
 def reading(name: str) -> Iterator[None]:
-    """Whatever a file's content makes a library or Python raise while it is read, as damage to that file.
-
-    Raises:
-        CorruptError: naming it.
-    """
+    """Whatever a file's content makes a library or Python raise while it is read, as `CorruptError` of that file."""
     try:
         yield
     except (GradsiftError, OSError, MemoryError):
@@ -152,13 +142,6 @@ def manifest(kind: str, config: Mapping[str, Any], **content: Any) -> dict[str, 
         "versions": versions(),
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-
-
-def _matches(value: Mapping[str, Any], digest: Any) -> bool:
-    try:
-        return bool(_digest(value) == digest)
-    except ValueError:  # a number that an altered digit made infinite
-        return False
 
 
 def _digest(value: Mapping[str, Any]) -> str:

@@ -72,10 +72,7 @@ class ExactRows:
 def cosine_pairs(exact: ExactRows, stored: Tensor, plain: Tensor | None) -> dict[str, Any]:
     """Cosines of every pair of rows before and after, as a shard's side file keeps them.
 
-    Args:
-        exact: of the rows.
-        stored: the rows as they are read again `[sample dim]`.
-        plain: for Adam rows, their plain gradients, rounded as a store of them would be `[sample dim]`.
+    `stored` and, for Adam rows, `plain` are rows as they are read again `[sample dim]`.
 
     Returns:
         `rows`: numbers of the rows in the shard; `itself`: [exact, stored] cosines of all pairs i < j, row by row;

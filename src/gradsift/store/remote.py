@@ -50,9 +50,6 @@ def at_hand(place: str) -> str:
 
     What is no file here is a hub's, of which a name that is mistyped without a network is to fail at once.
 
-    Raises:
-        StorageError: it is not there, or cannot be reached.
-
     >>> at_hand("runs/math/adapter")
     'runs/math/adapter'
     """
@@ -208,9 +205,6 @@ class RemoteStorage:
         """Hold the run by an object `lock` that is renewed while we work; one that is not renewed counts no more.
 
         While it is held, nothing is written, here or by workers that were sent this storage, unless it is still ours.
-
-        Raises:
-            LockedError: another process works here, or took over while this one was stopped.
         """
         lease = _Lease(self)
         lease.take()
@@ -253,16 +247,14 @@ class RemoteStorage:
                 return None, None
             raise
 
-    def create(self, key: str, data: bytes) -> bool:
-        """Write an object unless there is one; whether it was written."""
+    def replace(self, key: str, data: bytes, version: str | None) -> bool:
+        """Write an object if it is still of this version, or (None) not there; whether it was written.
+
+        Stores that cannot tell write it.
+        """
         with self._told("write", key):
             self._make_folder(key)
-            return self._if_unchanged(lambda **how: self._fs.pipe_file(self._at(key), data, **how), None)
-
-    def replace(self, key: str, data: bytes, version: str | None) -> bool:
-        """Write an object if it is still of this version; whether it was written. Stores that cannot tell write."""
-        with self._told("write", key):
-            if self._etag(key) != version:
+            if version is not None and self._etag(key) != version:
                 return False
             return self._if_unchanged(lambda **how: self._fs.pipe_file(self._at(key), data, **how), version)
 
@@ -291,11 +283,7 @@ class RemoteStorage:
             return None
 
     def _check_held(self) -> None:
-        """Before anything is written for whoever holds the run: whether it still does.
-
-        Raises:
-            LockedError: another has taken it over.
-        """
+        """Before anything is written for whoever holds the run: refuse to where another has taken it over."""
         if self._lease is not None:
             self._lease.check()
         elif self._token is not None:
@@ -410,21 +398,13 @@ class _Lease:
         self._thread = threading.Thread(target=self._keep_renewing, daemon=True)
 
     def take(self) -> None:
-        """Claim the run: it is free, its holder is dead, or a claim is no longer renewed.
-
-        Raises:
-            LockedError: another process works here, or was quicker.
-        """
         began = _now()
-        if not self._storage.create("lock", self._claim()):
+        if not self._storage.replace("lock", self._claim(), None):
             seen, version = self._storage.claim_there()
             if seen is not None and not _is_dead(seen):
                 seen, version = self._outlive(seen, version)
             began = _now()
-            if seen is None:
-                taken = self._storage.create("lock", self._claim())
-            else:
-                taken = self._storage.replace("lock", self._claim(), version)
+            taken = self._storage.replace("lock", self._claim(), None if seen is None else version)
             if taken and not self._storage.conditional:
                 time.sleep(_LEASE_SECONDS / 90)  # others may have waited as well: the last to write has it
         if not self._is_ours():
@@ -433,11 +413,6 @@ class _Lease:
         self._thread.start()
 
     def give_back(self) -> None:
-        """End the claim.
-
-        Raises:
-            LockedError: it had been taken over.
-        """
         self._stop.set()
         self._thread.join()
         with suppress(StorageError):
@@ -448,12 +423,7 @@ class _Lease:
             raise _taken_over(self._storage.url, self._taken_by)
 
     def check(self) -> None:
-        """Refuse to write where somebody else may hold the run by now.
-
-        Raises:
-            LockedError: it was taken over.
-            StorageError: that cannot be found out.
-        """
+        """Refuse to write where somebody else may hold the run by now."""
         # For so long after the last renewal nobody has taken the run over, whatever happened since.
         if self._taken_by is None and _now() - self._renewed > _LEASE_SECONDS * 2 / 3:
             self._renew()
@@ -461,11 +431,7 @@ class _Lease:
             raise _taken_over(self._storage.url, self._taken_by)
 
     def _outlive(self, seen: dict[str, Any], version: str | None) -> tuple[dict[str, Any] | None, str | None]:
-        """Whether a claim lives shows in its being renewed, whatever the clocks of two machines say.
-
-        Raises:
-            LockedError: it lives.
-        """
+        """Whether a claim lives shows in its being renewed, whatever the clocks of two machines say."""
         if 0 <= time.time() - seen["renewed"] < _LEASE_SECONDS / 3:
             raise self._locked(seen["owner"])
         deadline = _now() + _LEASE_SECONDS

@@ -40,8 +40,8 @@ equal requests find them again and different requests never meet.
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -150,16 +150,14 @@ class Run:
         """The place, for another process, which may work in another folder."""
         return self.place if is_url(self.place) else str(self.folder.absolute())
 
-    @contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self) -> AbstractContextManager[None]:
         """Hold the run for this process; it is free again when the process ends, however it ends.
 
         Raises:
             LockedError: another process works here.
             StorageError: the folder cannot be made or written.
         """
-        with self.storage.lock():
-            yield
+        return self.storage.lock()
 
     def bind(self, identity: Mapping[str, Any]) -> None:
         """Tie the folder to a model and a pool, or refuse others.
@@ -297,11 +295,7 @@ class Run:
 
 
 def run_at(address: str, claim: str | None = None) -> Run:
-    """The run of another process, which is somewhere already; `claim` is by what that one holds it.
-
-    Raises:
-        StorageError: this machine does not see its folder.
-    """
+    """The run of another process, which is somewhere already; `claim` is by what that one holds it."""
     if not is_url(address) and not Path(address).is_dir():
         raise StorageError(
             f"{address} is not on {socket.gethostname()}, where a worker runs: give an --out that all nodes see, on a "

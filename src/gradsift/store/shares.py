@@ -49,13 +49,7 @@ def kept_rows(
 ) -> NDArray[Any]:
     """What `find(start, stop, advance)` gives of `count` rows, `[row …]`: kept, or found now.
 
-    Args:
-        run, kind, config: name the artifact.
-        count: of rows.
-        share: rows of a task, and of a file.
-        find: can be sent to another process.
-        stage: what messages call it.
-        reporter, engine: who is told, and who works.
+    `share` is of rows of a task, and of a file; `find` can be sent to another process.
     """
     prefix = run.prefix(kind, config)
     names = {f"rows-{start:09d}.safetensors": start for start in range(0, count, share)}

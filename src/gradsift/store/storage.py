@@ -120,9 +120,7 @@ class LocalStorage:
         """The object's own path, to be memory-mapped or given to another library, read only."""
         return self.root / key
 
-    def folder(self, key: str) -> Path:
-        """The folder itself, with all objects under the key, to be given to another library, read only."""
-        return self.root / key
+    folder = local  # with all objects under the key
 
     def name(self, key: str) -> str:
         """Its path."""
@@ -133,10 +131,6 @@ class LocalStorage:
         """Hold the folder by a file `lock`, of which the operating system lets go with the process.
 
         What writers that are dead left half written is removed.
-
-        Raises:
-            LockedError: another process works here.
-            StorageError: the folder cannot be made or written.
         """
         lock = FileLock(self.root / "lock", timeout=0)
         try:
@@ -158,20 +152,20 @@ class LocalStorage:
 
 def publish_parquet(storage: Storage, key: str, tables: Iterable[Any]) -> None:
     """Publish pyarrow tables, one below the other, as a parquet file; no more than some of them are held at once."""
-    storage.publish_with(key, lambda path: _write_parquet(path, iter(tables)))
-
-
-def _write_parquet(path: Path, tables: Iterator[Any]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    waiting = [next(tables)]
-    with pq.ParquetWriter(path, waiting[0].schema, compression="zstd") as file:
-        for table in chain(tables, [None]):
-            if table is None or sum(part.num_rows for part in waiting) >= _GROUP_ROWS:
-                file.write_table(pa.concat_tables(waiting).unify_dictionaries())
-                waiting = []
-            waiting.append(table)
+    def write(path: Path) -> None:
+        rest = iter(tables)
+        waiting = [next(rest)]
+        with pq.ParquetWriter(path, waiting[0].schema, compression="zstd") as file:
+            for table in chain(rest, [None]):
+                if table is None or sum(part.num_rows for part in waiting) >= _GROUP_ROWS:
+                    file.write_table(pa.concat_tables(waiting).unify_dictionaries())
+                    waiting = []
+                waiting.append(table)
+
+    storage.publish_with(key, write)
 
 
 def cache_folder() -> Path:

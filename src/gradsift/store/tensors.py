@@ -31,11 +31,7 @@ _IN_MEMORY = 1 << 22  # bytes of a growing column before it goes to a file
 
 
 def map_arrays(path: Path) -> dict[str, tuple[NDArray[Any], str]]:
-    """The tensors of a safetensors file as memory-mapped arrays, with the format's name of their type.
-
-    Raises:
-        ValueError: and others of Python's, where the file is damaged.
-    """
+    """The tensors of a safetensors file as memory-mapped arrays, with the format's name of their type."""
     size = path.stat().st_size
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
@@ -122,11 +118,7 @@ def publish_tensors(storage: Storage, key: str, tensors: Mapping[str, Tensor], n
 
 
 def read_tensors(storage: Storage, key: str) -> tuple[dict[str, Tensor], str]:
-    """The tensors of a file, and the note.
-
-    Raises:
-        CorruptError: it is damaged, or its tensors are not those that were written.
-    """
+    """The tensors of a file, and the note; `CorruptError` where they are not those that were written."""
     from safetensors import safe_open
 
     with reading(storage.name(key)), safe_open(storage.local(key), framework="pt") as file:

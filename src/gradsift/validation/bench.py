@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
@@ -23,12 +23,9 @@ from gradsift.base.progress import Advance, silent, untold
 from gradsift.base.ranks import column_ranks, paired_rank_correlations
 from gradsift.base.resampling import Estimate, bootstrap, estimate_of
 from gradsift.base.settings import Budget, Settings
-from gradsift.base.types import Example
 from gradsift.context import Pool, Target
-from gradsift.data.dataset import Dataset
 from gradsift.data.load import Columns
-from gradsift.data.pairs import Pairs
-from gradsift.data.prepare import prepare
+from gradsift.data.pairs import Pairs, joined_like
 from gradsift.evaluation.arms import expanded
 from gradsift.evaluation.evaluate import measure
 from gradsift.evaluation.fine_tune import train_on
@@ -65,7 +62,7 @@ _Found = TypeVar("_Found")
 _OTHER_SEEDS = (101, 102)  # added to the run's
 _AMONG = 200  # rows among which copies of targets are looked for
 _UNKNOWN = Estimate(np.nan, np.nan, np.nan)
-_FEW_CLASSES = 4  # where a ranking may be right by chance for all targets of one
+_RANGES: dict[Measure, tuple[float, float]] = {"recall": (0, 1), "filter": (0, 1), "lds": (-1, 1), "self": (-1, 1)}
 _COPY = "copy of "  # before a target's id
 _NOTE_SECONDS = 20  # after which a process that is killed loses no more of what it took
 
@@ -443,8 +440,9 @@ class _Judge:
         return found
 
     def _recall(self) -> list[Column]:
-        """AUC, recall at the class's size, Recall@k and MRR, over targets."""
-        wanted = self.of_class[self.available]
+        """AUC, recall at the class's size, Recall@k and MRR, over the classes of targets."""
+        having = self.of_class[self.available].any(axis=0)
+        wanted = self.of_class[self.available][:, having]
         count, top = len(wanted), self.settings.top
         kinds: dict[str, Callable[..., NDArray[np.float64]]] = {
             "AUC": auc,
@@ -455,11 +453,7 @@ class _Judge:
         if top >= count:
             self.warnings.append(f"Recall@{top} tells nothing of {count} rows, and is left out: lower top")
             del kinds[f"Recall@{top}"]
-        there = wanted[:, wanted.any(axis=0)].sum(axis=0)
-        if (classes := len(np.unique(wanted, axis=1).T)) < _FEW_CLASSES:
-            self.warnings.append(
-                f"the targets have {classes} class{'es' * (classes > 1)}: intervals over targets say nothing of others"
-            )
+        there = wanted.sum(axis=0)
         chance = {
             "AUC": 0.5,
             "recall at class size": float(there.mean() / count),
@@ -468,10 +462,10 @@ class _Judge:
         }
         found = []
         for name, kind in kinds.items():
-            each = {label: kind(own[self.available], wanted) for label, own in self.scores.items()}
+            each = {label: kind(own[self.available][:, having], wanted) for label, own in self.scores.items()}
             of = {label: partial(_mean_of, values) for label, values in each.items()}
-            title, how = "Rows of the target's class", dict[str, Any](units=len(there), chance=chance[name])
-            found.append(self._column("recall", title, name, of, wanted.shape[1], "targets", **how))
+            title, drawn = "Rows of the target's class", self._drawn(np.flatnonzero(having))
+            found.append(self._column("recall", title, name, of, *drawn, chance=chance[name]))
         return found
 
     def _filter(self) -> list[Column]:
@@ -517,7 +511,7 @@ class _Judge:
         return found
 
     def _qld(self) -> list[Column]:
-        """How much more the loss rises without the highest-scored rows than without random ones, over targets."""
+        """How much more the loss rises without the highest-scored rows than without random ones."""
         found, per = [], self.settings.removed_for == "subtask"
         groups = groups_of(len(self.target.data), self.target.subtasks if per else None)
         for share in self.settings.removed:
@@ -527,8 +521,9 @@ class _Judge:
             after = self._losses(0, self._without(best)).reshape(len(labels), -1, random.shape[1])
             own = [*after[:, groups, np.arange(len(groups))], random[0]]
             of = {label: partial(rise, one, random) for label, one in zip(self.scores, own, strict=True)}
-            over, how = "targets and random draws", dict[str, Any](chance=0.0, beside=len(random))
-            found.append(self._column("qld", "QLD", f"best {_percent(share)}", of, len(groups), over, **how))
+            units, over = self._drawn(np.arange(len(groups)))
+            title, over = f"best {_percent(share)}", f"{over} and random draws"
+            found.append(self._column("qld", "QLD", title, of, units, over, chance=0.0, beside=len(random)))
         return found
 
     def _ranked_for(self, label: str, groups: Units) -> list[NDArray[np.float64]]:
@@ -690,23 +685,12 @@ class _Judge:
     def _with_copies(self) -> tuple[Pool, Units]:
         """Some of the pool's rows and copies of some targets as its last ones, and which targets those are."""
         pool, asked = self.pool, self.target.labels
-        assert isinstance(asked, Dataset)
+        assert asked is not None
         generator = np.random.default_rng([self.seed, self.settings.copies])
         there = np.flatnonzero(self.available)
         rows = np.sort(generator.choice(there, min(len(there), _AMONG), replace=False))
         copied = np.sort(generator.choice(len(asked), min(len(asked), self.settings.copies), replace=False))
-
-        def both(own: Dataset, others: Dataset) -> Dataset:
-            examples = [_again(own, own.ids[row]) for row in rows.tolist()]
-            examples += [_again(others, others.ids[row], _COPY) for row in copied.tolist()]
-            return prepare(pool.run, examples, pool.chat, what="copies", keep_duplicates=True, reporter=pool.reporter)
-
-        if isinstance(pool.data, Pairs):
-            assert isinstance(asked, Pairs)
-            chosen, rejected = both(pool.data.answered, asked.answered), both(pool.data.rejected, asked.rejected)
-            data: Dataset = Pairs(chosen, rejected, pool.data.preference)
-        else:
-            data = both(pool.data, asked)
+        data = joined_like(pool.data.subset(rows), asked.subset(copied), _COPY, pool.reporter)
         return replace(pool, data=data, around=pool.population), copied
 
     def _error_of(self, method: Estimator) -> Estimate:
@@ -722,23 +706,35 @@ class _Judge:
 
     # --- columns ------------------------------------------------------------------------------------------------------
 
-    def _column(
-        self, measure: Measure, part: str, name: str, of: Mapping[str, Callable[..., float]], count: int, over: str,
-        *, units: int | None = None, beside: int = 0, **more: Any,
-    ) -> Column:  # fmt: skip
-        """Every method's value and its difference to the best, by the same resamples; `units`: those of them that say
-        something, where some do not; `beside`: units of another kind, as in `bootstrap`.
+    def _drawn(self, targets: Units) -> tuple[int | list[Hashable], str]:
+        """By what these targets are resampled, and what intervals are then over: their classes, or else subtasks, as
+        scores may be right by chance for all targets of one; where there is one alone, the targets.
         """
-        units = count if units is None else units
-        labels = list(of)
+        name, data = self.settings.class_column, self.target.data
+        groups: Sequence[Hashable] = self.target.subtasks or () if name is None else [*map(_said, data.column(name))]
+        own = [groups[target] for target in targets.tolist()] if groups else []
+        one, many = ("subtask", "subtasks") if name is None else ("class", "classes")
+        if (count := len(set(own))) < 2:
+            return len(targets), f"targets of one {one}" if own else "targets"
+        return own, f"the targets' {count} {many}"
+
+    def _column(
+        self, measure: Measure, part: str, name: str, of: Mapping[str, Callable[..., float]],
+        drawn_by: int | Sequence[Hashable], over: str, *, beside: int = 0, **more: Any,
+    ) -> Column:  # fmt: skip
+        """Every method's value and its difference to the best, by the same resamples; `drawn_by` and `beside` are
+        those of `bootstrap`.
+        """
+        units = drawn_by if isinstance(drawn_by, int) else len(set(drawn_by))
+        labels, range_ = list(of), _RANGES.get(measure, (-np.inf, np.inf))
 
         def statistics(*drawn_: Units) -> NDArray[np.float64]:
             return np.array([of[label](*drawn_) for label in labels])
 
-        values, drawn = bootstrap(statistics, count, seed=self.seed, beside=beside)
+        values, drawn = bootstrap(statistics, drawn_by, seed=self.seed, beside=beside)
         judged = [number for number in range(len(labels) - 1) if np.isfinite(values[number])]
         best = max(judged, key=lambda number: values[number], default=0)
-        found = {label: estimate_of(values[n], drawn[:, n], units) for n, label in enumerate(labels)}
+        found = {label: estimate_of(values[n], drawn[:, n], units, within=range_) for n, label in enumerate(labels)}
         behind = {
             label: estimate_of(values[n] - values[best], drawn[:, n] - drawn[:, best], units)
             for n, label in enumerate(labels)
@@ -826,13 +822,6 @@ def _some(values: Collection[str]) -> str:
     """A few of them."""
     listed = sorted(values)
     return ", ".join(map(repr, listed[:8])) + (f" and {len(listed) - 8} others" if len(listed) > 8 else "")
-
-
-def _again(data: Dataset, id_: str, before: str = "") -> Example:
-    """A row as it is read once more, under another id."""
-    messages = data.messages(id_)
-    name = f"{before}{id_}"
-    return Example(name, tuple(messages), {"id": name, "messages": messages}, options=data.options(id_))
 
 
 def _mean_of(values: NDArray[np.float64], rows: Units) -> float:

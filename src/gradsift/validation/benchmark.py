@@ -109,8 +109,8 @@ class Benchmark(Shown):
             return "No method could be judged by how well it ranks."
         if not any(map(self.above_random, near)):
             return (
-                "No method is told apart from a random ranking here: more targets, subsets or a longer training would "
-                "be needed."
+                "No method is told apart from a random ranking here: more targets, classes or subsets, or a longer "
+                "training would be needed."
             )
         best = next(iter(near))
         count, all_ = near[best], len(counted)
@@ -124,8 +124,9 @@ class Benchmark(Shown):
         others = [one for one, own in near.items() if one != best and own == count]
         if others:
             dearer = all(self.costs[one].seconds >= self.costs[best].seconds for one in others)
-            alike = ("as good" if count == all_ else "so in as many") + ", at a higher cost" * dearer
-            said.append(f"{_listed(others)} {'is' if len(others) == 1 else 'are'} {alike}.")
+            are, cost = "is" if len(others) == 1 else "are", ", at a higher cost" * dearer
+            alike = f"So {are} {_listed(others)}" if count == all_ else f"{_listed(others)} {are} so in as many"
+            said.append(f"{alike}{cost}.")
         known = self.above_random(best)
         if 0 < known < all_:
             said.append(f"It is told apart from a random ranking in {known} of {all_} columns.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from itertools import combinations
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -68,26 +68,20 @@ def lds(
         found = [agreement(predicted, outcome, rows) for predicted in predictions]
         return found[0] - (found[1] if len(found) == 2 else 0.0)
 
-    return _bootstrapped(statistic, len(member), draws, seed)
+    return _bootstrapped(statistic, len(member), draws, seed, within=(-1, 1) if minus is None else (-2, 2))
 
 
 def agreement_of_trainings(one: ArrayLike, other: ArrayLike) -> Estimate:
-    """Spearman's correlation over subsets of the losses of two trainings of each, mean over targets.
+    """Spearman's correlation over subsets of the losses `[subset target]` of two trainings of each, mean over targets.
 
     The LDS that another training would have: with single trainings on both sides no method can be expected to be above.
-
-    Args:
-        one, other: `[subset target]`, nats.
-
-    Raises:
-        ShapeError, NonFiniteError: as for `lds`.
     """
     a, b = _matrix("one", one), _matrix("other", other)
     if a.shape != b.shape or len(a) < _LEAST_SUBSETS:
         raise ShapeError(
             f"one is {a.shape} and other {b.shape}: expected the same, and {_LEAST_SUBSETS} subsets or more"
         )
-    return _bootstrapped(partial(agreement, column_ranks(a), column_ranks(b)), len(a))
+    return _bootstrapped(partial(agreement, column_ranks(a), column_ranks(b)), len(a), within=(-1, 1))
 
 
 def qld(without_best: ArrayLike, without_random: ArrayLike, *, draws: int = 400, seed: int = 0) -> Estimate:
@@ -207,7 +201,7 @@ def agreement(first: NDArray[np.float64], second: NDArray[np.float64], rows: NDA
 
 
 def _bootstrapped(
-    statistic: Callable[..., float], count: int, draws: int = 400, seed: int = 0, beside: int = 0
+    statistic: Callable[..., float], count: int, draws: int = 400, seed: int = 0, beside: int = 0, **more: Any
 ) -> Estimate:
     value, drawn = bootstrap(lambda *units: np.array([statistic(*units)]), count, draws, seed, beside=beside)
-    return estimate_of(value[0], drawn[:, 0], count)
+    return estimate_of(value[0], drawn[:, 0], count, **more)

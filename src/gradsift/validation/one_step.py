@@ -23,7 +23,6 @@ from gradsift.base.errors import ConfigError, DataError, MismatchError, ModelErr
 from gradsift.base.lazy import Tensor, nn, torch
 from gradsift.base.settings import Seed, Settings
 from gradsift.base.types import Sequence, TokenizedExample
-from gradsift.data.dataset import Dataset
 from gradsift.data.pairs import Pairs
 from gradsift.gradients.adam import adam_direction
 from gradsift.gradients.batching import automatic_token_budget, form_batches
@@ -74,7 +73,7 @@ class Effect:
 
 
 def jensen_shannon(logits_p: Tensor, logits_q: Tensor) -> Tensor:
-    """Jensen-Shannon divergence of the distributions that two rows of logits stand for.
+    """Jensen-Shannon divergence of the distributions that two rows of logits stand for: nats, fp64 [token].
 
     `JSD = ½ KL(p‖m) + ½ KL(q‖m)`, m = (p+q)/2: symmetric, between 0 (equal, exactly so) and ln 2 (disjoint).
 
@@ -82,15 +81,7 @@ def jensen_shannon(logits_p: Tensor, logits_q: Tensor) -> Tensor:
     d = log q − log p, entries of |d| ≤ 1 are summed in the form ½[(q−p)·d/2 − (p+q)·log cosh(d/2)], whose terms do not.
 
     Args:
-        logits_p: [token vocab], any float dtype; computed in fp64.
-        logits_q: [token vocab].
-
-    Returns:
-        Nats, fp64 [token].
-
-    Raises:
-        ShapeError: wrong axes, or shapes that differ.
-        NonFiniteError: NaN or infinity in either.
+        logits_p, logits_q: [token vocab], any float dtype; computed in fp64.
 
     Example:
         >>> jensen_shannon(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 100.0]]))
@@ -121,26 +112,11 @@ def adamw_first_step(
     weight_decay: float = 0.0,
     weight: Tensor | None = None,
 ) -> Tensor:
-    """What a fresh AdamW adds to a weight whose loss has this gradient.
+    """What a fresh AdamW adds to a weight whose loss has this gradient: of its shape, fp64 for fp64 and otherwise fp32.
 
     Bias correction makes the first moments m̂ = g and v̂ = g², so Δ = −lr·(g/(|g|+ε) + weight_decay·w): nearly lr times
-    the gradient's sign, whatever its length. The sign: Δ lowers the loss.
-
-    Args:
-        gradient: of the batch's loss, any shape.
-        lr: learning rate.
-        betas: decay rates; they cancel but for rounding.
-        eps: ε.
-        weight_decay: decoupled, as AdamW's.
-        weight: the weight itself, needed for weight decay.
-
-    Returns:
-        Δ in the gradient's shape, fp64 for fp64 and otherwise fp32.
-
-    Raises:
-        NonFiniteError: NaN or infinity in the gradient.
-        ShapeError: a weight of another shape.
-        ConfigError: weight decay without a weight; a decay rate or ε that means nothing.
+    the gradient's sign, whatever its length. The sign: Δ lowers the loss. The betas cancel but for rounding; the weight
+    is needed for weight decay.
 
     Example:
         >>> adamw_first_step(torch.tensor([2.0, -0.5, 0.0]), lr=0.1)
@@ -196,11 +172,7 @@ class StepModel:
         assert len({id(weight) for weight in self.weights}) == len(self.weights), "modules that share a weight"
 
     def logits(self, output: TokenizedExample) -> Tensor:
-        """Logits that predict the output's supervised tokens `[token vocab]`, without dropout.
-
-        Raises:
-            DataError: the output has no supervised token.
-        """
+        """Logits that predict the output's supervised tokens `[token vocab]`, without dropout."""
         if not output.supervised.any():
             raise DataError(f"output {output.id!r} has no token to predict")
         batch = pad([token_mean(output, 0)], self.device)
@@ -216,19 +188,12 @@ class StepModel:
         The loss is Σ w_t·NLL_t over the batch, less that `against` others, by the number of the batch's supervised
         tokens, so longer answers weigh more. Of pairs, which know their reference if they are learned by DPO, it is the
         mean of their losses.
-
-        Raises:
-            DataError: the batch has no supervised token.
         """
         options, budget, dpo = self.settings, self.token_budget, None
         if isinstance(examples, Pairs):
             places = range(len(examples))
-            ids, sequences, dpo, total = (
-                list(examples.ids),
-                examples.sequences_at(places),
-                examples.dpo(places),
-                len(places),
-            )
+            ids, total = list(examples.ids), len(places)
+            sequences, dpo = examples.sequences_at(places), examples.dpo(places)
             budget = max(budget, 2 * examples.longest())  # no pair is divided
         else:
             ids, total = [example.id for example in examples], sum(map(supervised_count, examples))
@@ -249,7 +214,6 @@ class StepModel:
             yield
 
     def _loss(self, head: SupervisedHead, sequences: SequenceABC[Sequence], dpo: DPO | None) -> Tensor:
-        """The sum over the rows of some sequences."""
         batch = pad(sequences, self.device)
         nll = head.nll(batch)
         if dpo is None:
@@ -286,20 +250,6 @@ class StepModel:
                 yield
             finally:
                 self.network.eval()
-
-
-@dataclass(frozen=True)
-class TrainedSteps:
-    """Steps taken for real: a forward and backward pass over each selection."""
-
-    model: StepModel
-    data: Dataset
-
-    def on(self, ids: SequenceABC[str]) -> AbstractContextManager[None]:
-        """The model after training on the examples of these ids."""
-        if isinstance(self.data, Pairs):
-            return self.model.trained_on(self.data.subset(self.data.positions(ids)))
-        return self.model.trained_on([self.data.by_id(id_) for id_ in ids])
 
 
 class StoredSteps:
@@ -359,11 +309,7 @@ def effect_of(
     answers: SequenceABC[TokenizedExample],
     before: SequenceABC[Tensor],
 ) -> Effect:
-    """The effect of a step on an output, and the answer beside which it is seen, if there is one; the model is back
-    afterwards.
-
-    before: their logits without the step, `[token vocab]` each.
-    """
+    """The effect of a step on an output, and the answer beside it, if any, whose logits were `before` without it."""
     with step:
         after = [model.logits(one) for one in answers]
     moved = torch.cat([jensen_shannon(one, own) for one, own in zip(before, after, strict=True)])

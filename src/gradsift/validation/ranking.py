@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -14,16 +16,8 @@ def auc(scores: ArrayLike, wanted: ArrayLike) -> NDArray[np.float64]:
 
         AUC = (Σ_{i wanted} rank_i − n(n+1)/2) / (n·(N−n)),   ranks from 1 = lowest, equal ones at their mean
 
-    Args:
-        scores: `[row target]`, higher = earlier; −∞ for rows without one.
-        wanted: `[row target]`, bool.
-
-    Returns:
-        NaN for a target of which all rows are wanted, or none is.
-
-    Raises:
-        ShapeError: sizes that do not fit.
-        NonFiniteError: a score is NaN or +∞.
+    NaN where all rows are wanted, or none is. All figures here take scores `[row target]`, higher = earlier, −∞ for
+    rows without one, and bools `[row target]` of what is wanted.
 
     Example:
         >>> auc([[0.9], [0.1], [0.5]], [[True], [False], [True]]).tolist()
@@ -40,27 +34,20 @@ def auc(scores: ArrayLike, wanted: ArrayLike) -> NDArray[np.float64]:
 def recall(scores: ArrayLike, wanted: ArrayLike, k: int | None = None) -> NDArray[np.float64]:
     """The share of the wanted rows that are among the k highest scores, `[target]`; NaN where none is wanted.
 
-    Of equal scores it is what an order by chance would be expected to give.
-
-    Args:
-        scores, wanted: as for `auc`.
-        k: None = as many as are wanted, where recall and precision are the same.
-
-    Raises:
-        ShapeError, NonFiniteError: as `auc`.
+    Of equal scores it is what an order by chance would be expected to give. k of None is as many as are wanted, where
+    recall and precision are the same.
 
     Example:
         >>> recall([[0.9], [0.1], [0.5]], [[True], [True], [False]]).tolist()
         [0.5]
     """
-    values, member = _checked(scores, wanted)
-    found = np.full(values.shape[1], np.nan)
-    for target in np.flatnonzero(member.any(axis=0)):
-        own = member[:, target]
-        above, equal = _runs(values[:, target])
+
+    def figure(values: NDArray[np.float64], own: NDArray[np.bool_]) -> float:
+        above, equal = _runs(values)
         inside = np.clip(((own.sum() if k is None else k) - above) / equal, 0, 1)  # the chance of each row
-        found[target] = inside[own].mean()
-    return found
+        return float(inside[own].mean())
+
+    return _of_each(scores, wanted, figure)
 
 
 def reciprocal_rank(scores: ArrayLike, wanted: ArrayLike) -> NDArray[np.float64]:
@@ -68,38 +55,24 @@ def reciprocal_rank(scores: ArrayLike, wanted: ArrayLike) -> NDArray[np.float64]
 
     Of equal scores it is what an order by chance would be expected to give.
 
-    Args:
-        scores, wanted: as for `auc`.
-
-    Raises:
-        ShapeError, NonFiniteError: as `auc`.
-
     Example:
         >>> reciprocal_rank([[0.9], [0.1], [0.5]], [[False], [False], [True]]).tolist()
         [0.5]
     """
-    values, member = _checked(scores, wanted)
-    found = np.full(values.shape[1], np.nan)
-    for target in np.flatnonzero(member.any(axis=0)):
-        own = member[:, target]
-        above, equal = _runs(values[:, target])
+
+    def figure(values: NDArray[np.float64], own: NDArray[np.bool_]) -> float:
+        above, equal = _runs(values)
         first = np.flatnonzero(own)[above[own].argmin()]
         beside = int((above[own] == above[first]).sum())
-        found[target] = reciprocal_rank_by_chance(beside, int(equal[first]), int(above[first]))
-    return found
+        return reciprocal_rank_by_chance(beside, int(equal[first]), int(above[first]))
+
+    return _of_each(scores, wanted, figure)
 
 
 def reciprocal_rank_by_chance(wanted: int, rows: int, above: int = 0) -> float:
     """What `reciprocal_rank` is expected to be where the order is by chance: Σ_r (1/r)·P(the first wanted row is at r).
 
-    Args:
-        wanted: how many of the rows.
-        rows: of one score.
-        above: rows of higher scores, none of which is wanted.
-
-    Example:
-        >>> reciprocal_rank_by_chance(1, 2)
-        0.75
+    So many are wanted of the `rows` of one score; of the rows `above`, of higher scores, none is.
     """
     ranks = np.arange(1, rows - wanted + 2)
     others_before = np.cumprod(np.append(1.0, (rows - wanted - ranks[:-1] + 1) / (rows - ranks[:-1] + 1)))
@@ -110,25 +83,27 @@ def average_precision(scores: ArrayLike, wanted: ArrayLike) -> NDArray[np.float6
     """The area under the precision-recall curve, `[target]`: Σ_k (recall_k − recall_{k−1})·precision_k over distinct
     scores from high to low; the share of wanted rows is what chance gives. NaN where none is wanted.
 
-    Args:
-        scores, wanted: as for `auc`.
-
-    Raises:
-        ShapeError, NonFiniteError: as `auc`.
-
     Example:
         >>> average_precision([[0.9], [0.1], [0.5]], [[True], [True], [False]]).round(3).tolist()
         [0.833]
     """
-    values, member = _checked(scores, wanted)
-    found = np.full(values.shape[1], np.nan)
-    for target in np.flatnonzero(member.any(axis=0)):
-        order = np.argsort(-values[:, target], kind="stable")
-        ranked, hits = values[order, target], np.cumsum(member[order, target])
+
+    def figure(values: NDArray[np.float64], own: NDArray[np.bool_]) -> float:
+        order = np.argsort(-values, kind="stable")
+        ranked, hits = values[order], np.cumsum(own[order])
         last = np.flatnonzero(np.append(ranked[1:] != ranked[:-1], True))  # of each run of equal scores
         gained = np.diff(hits[last], prepend=0)
-        found[target] = (gained * hits[last] / (last + 1)).sum() / hits[-1]
-    return found
+        return float((gained * hits[last] / (last + 1)).sum() / hits[-1])
+
+    return _of_each(scores, wanted, figure)
+
+
+def _of_each(
+    scores: ArrayLike, wanted: ArrayLike, figure: Callable[[NDArray[np.float64], NDArray[np.bool_]], float]
+) -> NDArray[np.float64]:
+    """The figure of each target of which any row is wanted, `[target]`; NaN of the others."""
+    values, member = _checked(scores, wanted)
+    return np.array([figure(own, ours) if ours.any() else np.nan for own, ours in zip(values.T, member.T, strict=True)])
 
 
 def _checked(scores: ArrayLike, wanted: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from gradsift.base.errors import ConfigError
 from gradsift.base.ranks import spearman
-from gradsift.base.resampling import Estimate, bootstrap_groups, estimate_of
+from gradsift.base.resampling import Estimate, bootstrap, estimate_of
 from gradsift.explanation.relevance import to_db
 
 EDGES_DB = (-20.0, -10.0, 0.0, 10.0, 20.0)
@@ -106,19 +106,7 @@ def agreement(
         shifts: ξ^JSD; None where it is undefined, which leaves the cell out of its correlation.
         outputs: of which output each cell is.
         edges_db: where the score bins part.
-
-    Raises:
-        ConfigError: sequences of different lengths, or edges that do not ascend.
-
-    Example:
-        >>> agreement([0.1, 2.0, 4.0], [-1.0, 0.5, 2.0], [0.9, 1.5, 3.0], ["a", "b", "c"]).accuracy.share
-        1.0
     """
-    if not len(relevances) == len(supports) == len(shifts) == len(outputs):
-        raise ConfigError(
-            f"there are {len(relevances)} relevances, {len(supports)} supports, {len(shifts)} shifts and "
-            f"{len(outputs)} outputs: pass one of each per cell"
-        )
     if list(edges_db) != sorted(set(edges_db)):
         raise ConfigError(f"the bins' edges are {list(edges_db)}: they must ascend")
     decibels = np.array([to_db(ratio) for ratio in relevances])
@@ -142,7 +130,7 @@ def agreement(
         known = [share if any_ else math.nan for share, any_ in zip(counts, there, strict=True)]
         return np.array([*(math.nan if rho is None else rho for rho in found), *known], dtype=np.float64)
 
-    drawn = bootstrap_groups(figures, outputs)[1] if len(outputs) else np.full((1, len(pairs) + len(shares)), math.nan)
+    drawn = bootstrap(figures, outputs)[1] if len(outputs) else np.full((1, len(pairs) + len(shares)), math.nan)
     names = np.array(outputs, dtype=object)
     correlations = [
         _correlation(correlation(decibels[among], with_[among]), drawn[:, n], len(set(names[among])))
@@ -198,40 +186,25 @@ def change_of_correlation(
 
     if not kept:
         return None, None, Estimate(math.nan, math.nan, math.nan), 0
-    found, drawn = bootstrap_groups(figures, [outputs[number] for number in kept])
+    found, drawn = bootstrap(figures, [outputs[number] for number in kept])
     before, after = (None if math.isnan(value) else float(value) for value in found[:2])
     change = estimate_of(found[2], drawn[:, 2], len(shared))
     return before, after, change, len(shared)
 
 
 def correlation(first: Sequence[float] | np.ndarray, second: Sequence[float] | np.ndarray) -> Correlation:
-    """Spearman's rank correlation of two sequences; pairs with a NaN are left out.
-
-    Raises:
-        ConfigError: different lengths.
-
-    Example:
-        >>> correlation([1.0, 2.0, 3.0], [10.0, 100.0, 1000.0]).rho
-        1.0
-    """
+    """Spearman's rank correlation of two sequences; pairs with a NaN are left out."""
     a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
-    if a.shape != b.shape:
-        raise ConfigError(f"there are {a.size} and {b.size} values to correlate: pass pairs")
     known = ~(np.isnan(a) | np.isnan(b))
     return Correlation(spearman(a[known], b[known]), int(known.sum()))
 
 
 def share_over(successes: Sequence[bool], outputs: Sequence[str]) -> Proportion:
-    """How many succeed, with the share's interval over outputs.
-
-    Example:
-        >>> share_over([True, True, False, True], ["a", "a", "b", "b"]).share
-        0.75
-    """
+    """How many succeed, with the share's interval over outputs."""
     held = np.array(successes, dtype=bool)
     if not len(held):
         return _proportion(0, 0, np.empty(0), 0)
-    _, drawn = bootstrap_groups(lambda cells: np.array([held[cells].mean()]), outputs)
+    _, drawn = bootstrap(lambda cells: np.array([held[cells].mean()]), outputs)
     return _proportion(int(held.sum()), len(held), drawn[:, 0], len(set(outputs)))
 
 
@@ -239,11 +212,6 @@ def wilson(share: float, count: int) -> tuple[float, float]:
     """Wilson's score interval, which holds its level for few cases and for shares near 0 and 1.
 
     (p + z²/2n ± z·√(p(1−p)/n + z²/4n²)) / (1 + z²/n), z the normal quantile of 95 %.
-
-    Example:
-        >>> low, high = wilson(0.9, 10)
-        >>> round(low, 3), round(high, 3)
-        (0.596, 0.982)
     """
     z = NormalDist().inv_cdf((1 + _CONFIDENCE) / 2)
     centre, scale = share + z * z / (2 * count), 1 + z * z / count
@@ -258,7 +226,7 @@ def wilson(share: float, count: int) -> tuple[float, float]:
 def _correlation(found: Correlation, drawn: NDArray[np.float64], outputs: int) -> Correlation:
     if found.rho is None or outputs < 2:
         return found
-    ends = estimate_of(found.rho, drawn, outputs)
+    ends = estimate_of(found.rho, drawn, outputs, within=(-1, 1))
     return replace(found, low=ends.low, high=ends.high)
 
 
@@ -269,5 +237,5 @@ def _proportion(successes: int, count: int, drawn: NDArray[np.float64], outputs:
     there = drawn[np.isfinite(drawn)]
     if not len(there) or np.ptp(there) == 0:
         return Proportion(successes, count, share, *wilson(share, outputs), outputs)
-    ends = estimate_of(share, there, outputs)
+    ends = estimate_of(share, there, outputs, within=(0, 1))
     return Proportion(successes, count, share, ends.low, ends.high, outputs)

@@ -156,11 +156,6 @@ def check_trainer(trainer: Any, pool: Pool, rows: int = 8) -> TrainerCheck:
 
 
 def _pairs(pool: Pool) -> Pairs | None:
-    """The pool's rows, where they are pairs.
-
-    Raises:
-        ConfigError: their loss is no trainer's.
-    """
     if not isinstance(pool.data, Pairs):
         return None
     if not pool.data.by_dpo:
@@ -174,7 +169,6 @@ def _pairs(pool: Pool) -> Pairs | None:
 def _rows(
     trainer: Any, pool: Pool, compared: Sequence[tuple[Mapping[str, Any], float | None]], close: float
 ) -> Iterator[RowCheck]:
-    """The checks of a trainer's rows and its losses of them."""
     pairs = _pairs(pool)
     parts = [pool.data] if pairs is None else [pairs.answered, pairs.rejected]
     answers = [list(_answers(single)) for single, _ in compared]
@@ -256,11 +250,7 @@ def _shared(ids: NDArray[np.int32], others: NDArray[np.int32]) -> float:
 
 
 def _singles(batch: Mapping[str, Any], paired: bool) -> Iterator[dict[str, Any]]:
-    """The rows of a batch without their padding, each as a batch; of pairs both answers, the chosen first.
-
-    Raises:
-        ConfigError: they are packed, or of another kind.
-    """
+    """The rows of a batch without their padding, each as a batch; of pairs both answers, the chosen first."""
     if paired != ("completion_mask" in batch and "labels" not in batch):
         found, wanted = ("one answer", "pairs") if paired else ("pairs", "one answer")
         if not paired or "labels" in batch:
@@ -351,10 +341,6 @@ def check_sft_config(path: str, pool: Pool, rows: int = 8) -> TrainerCheck:
         path: YAML or JSON of `SFTConfig`'s arguments, as `trl sft --config` takes them, or of `DPOConfig`'s; those of
             the model, the data set and the adapter are passed over, and packing is. Or `train.py:function`, which
             returns such a config, or a trainer, which is taken as it is.
-
-    Raises:
-        ConfigError: TRL is not installed, the file cannot be read, or the config does not take it.
-        DataError: TRL cannot make a data set of the rows.
     """
     try:
         import datasets

@@ -27,6 +27,7 @@ from gradsift.base.errors import ConfigError, CorruptError, DataError, GradsiftE
 from gradsift.base.lazy import Tensor
 from gradsift.base.types import Skipped, TokenizedExample
 from gradsift.context import Pool
+from gradsift.data.pairs import Pairs
 from gradsift.explanation.explain import Explanations
 from gradsift.explanation.outputs import OutputSource, contrasted
 from gradsift.explanation.verdict import Trained
@@ -44,7 +45,6 @@ from gradsift.validation.one_step import (
     OneStep,
     StepModel,
     StoredSteps,
-    TrainedSteps,
     difference,
     effect_of,
     seed_of,
@@ -380,9 +380,6 @@ def sanity_check(
 
     The paper finds 98.49 % in support and 96.28 % in shift; much less says that the step is lost in rounding. Each
     output is compared with `settings.random_sets` examples of the pool, one at a time.
-
-    Raises:
-        DataError: no output can be checked.
     """
     settings = settings or OneStep()
     bench = _Bench(pool, settings, route, pool.checkpoints()[-1])
@@ -411,11 +408,7 @@ def sanity_check(
 
 
 def random_sets(ids: Sequence[str], k: int, *, output: str, count: int = 5, seed: int = 0) -> list[tuple[str, ...]]:
-    """`count` sets of k different ids, drawn uniformly by (seed, output, k), whatever the order of the ids.
-
-    Raises:
-        ConfigError: k below 1 or above the number of ids.
-    """
+    """`count` sets of k different ids, drawn uniformly by (seed, output, k), whatever the order of the ids."""
     if not 1 <= k <= len(ids):
         raise ConfigError(f"k is {k}: choose between 1 and the {len(ids)} examples of the pool")
     ordered = sorted(ids)
@@ -427,10 +420,7 @@ def random_sets(ids: Sequence[str], k: int, *, output: str, count: int = 5, seed
 
 
 def measured(cell: Cell, before: float, effect: Effect, controls: Sequence[Effect]) -> Validated:
-    """ξ⁺ and ξ^JSD of a cell from the effects of its own step and of its random sets' steps.
-
-    `before` is log p(ŷ|x; θ).
-    """
+    """ξ⁺ and ξ^JSD of a cell from the effects of its own step and of its random sets'; `before` is log p(ŷ|x; θ)."""
     supports = tuple(effect.log_likelihood - control.log_likelihood for control in controls)
     mean_jsd = sum(control.jsd for control in controls) / len(controls)
     return Validated(
@@ -492,15 +482,17 @@ class _Bench:
         return StepModel(network, modules.captured, self.settings, token_budget=self.pool.gradients.token_budget)
 
     @cached_property
-    def steps(self) -> TrainedSteps | StoredSteps:
-        """Where the steps on selections come from."""
+    def steps(self) -> Callable[[Sequence[str]], AbstractContextManager[None]]:
+        """The model after the step on a selection: formed from stored gradients, or taken for real."""
         data = self.pool.data
-        if self.store is None:
-            return TrainedSteps(self.model, replace(self.pool, dtype=self.dtype).referred(data))
-        return StoredSteps(self.model, self.store, data.loss)
+        if self.store is not None:
+            return StoredSteps(self.model, self.store, data.loss).on
+        own = replace(self.pool, dtype=self.dtype).referred(data)
+        if isinstance(own, Pairs):
+            return lambda ids: self.model.trained_on(own.subset(own.positions(ids)))
+        return lambda ids: self.model.trained_on([own.by_id(id_) for id_ in ids])
 
     def turn_to(self, output: Answers) -> None:
-        """Make `output` the one that effects are on."""
         answers = together(output)
         if [*map(id, answers)] == [*map(id, self._answers)]:
             return
@@ -521,7 +513,6 @@ class _Bench:
             self._effects = {name: Effect(*values) for name, values in content["effects"].items()}
 
     def save(self) -> None:
-        """Publish what was measured since the last time."""
         if not self._answers or not self._changed:
             return
         if not self.pool.run.storage.exists(f"{self.prefix}config.json"):
@@ -535,7 +526,6 @@ class _Bench:
         self._changed = False
 
     def validated(self, cell: Cell) -> Validated:
-        """Support and shift of a cell of the current output."""
         if len(set(cell.selected)) != cell.key.k or len(cell.selected) != cell.key.k:
             raise DataError(f"the selection holds {len(set(cell.selected))} different ids, but k is {cell.key.k}")
         if not cell.relevance > 0:
@@ -556,9 +546,8 @@ class _Bench:
         return random_sets(self.ids, k, output=self._answers[0].id, count=options.random_sets, seed=options.seed)
 
     def effect(self, ids: Sequence[str]) -> Effect:
-        """Of the step on these pool examples, in any order."""
         ordered = sorted(ids)
-        return self._effect(fingerprint(ordered), lambda: self.steps.on(ordered))
+        return self._effect(fingerprint(ordered), lambda: self.steps(ordered))
 
     def effect_of_itself(self) -> Effect:
         """Of the step on the current output, taken for real; away from the other answer, where there is one."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,13 +14,14 @@ from safetensors import SafetensorError
 
 from gradsift.base.errors import ConfigError, CorruptError, MismatchError, ModelError
 from gradsift.base.lazy import Tensor, torch
-from gradsift.model.models import adapter_identity, parameter_name
+from gradsift.model.models import adapter_identity, json_object, parameter_name
 from gradsift.store.remote import at_hand, is_url
 
 ADAM_FILE = "adam.safetensors"
 INFO_FILE = "checkpoint.json"
+_AGAIN = "copy it again, or train again"
 # Trainer's own rule for what gets no weight decay, on lower-case names; it adds the parameters of nn.LayerNorm.
-_NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
+NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 _WRAPPERS = re.compile(r"(?:^module\.|_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.)")
 
 
@@ -93,8 +93,7 @@ def open_checkpoint(adapter: str) -> Checkpoint:
 
 
 def trained_parameters(network: Any, adapter: str | None = None) -> dict[str, tuple[int, ...]]:
-    """Name → shape of what training an attached PEFT adapter updates, the active one unless another is named, in the
-    model's order, though all may be frozen.
+    """Name → shape of what training an attached PEFT adapter updates, in the model's order, though all may be frozen.
 
     These are the adapter's own parameters, the copies of `modules_to_save`, and the base's biases where the adapter's
     configuration says that they are trained: what `load_moments` needs to read an optimizer state without names.
@@ -122,18 +121,11 @@ def trained_parameters(network: Any, adapter: str | None = None) -> dict[str, tu
 
 
 def load_moments(checkpoint: Checkpoint, parameters: Mapping[str, tuple[int, ...]]) -> Moments:
-    """Adam's moments of a checkpoint for the given trainable parameters.
+    """Adam's moments of a checkpoint for the given trainable parameters, from `trained_parameters`.
 
-    Args:
-        checkpoint: with optimizer state in one of three forms: gradsift's by name, Trainer's `optimizer.pt` (indexed by
-            position: parameters with weight decay first, each group in the model's order), FSDP's `optimizer.bin`
-            (by name).
-        parameters: name → shape, from `trained_parameters`. Forms with names may be asked for a part of them.
-
-    Raises:
-        ConfigError: no optimizer state.
-        MismatchError: shapes, counts or parameter groups do not fit the parameters.
-        CorruptError: the file cannot be read.
+    They come in one of three forms: gradsift's by name, Trainer's `optimizer.pt` (indexed by position: parameters with
+    weight decay first, each group in the model's order), FSDP's `optimizer.bin` (by name). Those with names may be
+    asked for a part of the parameters.
     """
     checkpoint.optimizer_identity()
     assert checkpoint.optimizer is not None
@@ -172,7 +164,7 @@ def _read_named(path: Path) -> Moments:
         {n.removesuffix(".exp_avg"): t for n, t in tensors.items() if n.endswith(".exp_avg")},
         {n.removesuffix(".exp_avg_sq"): t for n, t in tensors.items() if n.endswith(".exp_avg_sq")},
         step,
-        _options([_read_json(path.parent / INFO_FILE)] if (path.parent / INFO_FILE).is_file() else []),
+        _options([json_object(path.parent / INFO_FILE, _AGAIN)] if (path.parent / INFO_FILE).is_file() else []),
     )
 
 
@@ -243,7 +235,8 @@ def _indexed(content: Any, parameters: Mapping[str, tuple[int, ...]], path: Path
         if [len(names) for names in filled] != sizes:
             continue
         pairs = list(zip((name for names in filled for name in names), numbers, strict=True))
-        if all(_fits(content["state"].get(index), parameters[name]) for name, index in pairs):
+        shapes = [(content["state"].get(index, {}).get("exp_avg"), parameters[name]) for name, index in pairs]
+        if all(moment is None or tuple(moment.shape) == tuple(shape) for moment, shape in shapes):
             return pairs
     raise MismatchError(
         f"optimizer state {path} has {sum(sizes)} parameters in groups of {sizes}, the adapter {len(parameters)} "
@@ -260,7 +253,7 @@ def _partitions(parameters: Mapping[str, tuple[int, ...]]) -> Iterator[list[list
     `create_loraplus_optimizer` makes four: A and what else has no other place, LoRA of embeddings, B with decay, B
     without.
     """
-    by_name = [name for name in parameters if _NO_DECAY.search(name.lower())]
+    by_name = [name for name in parameters if NO_DECAY.search(name.lower())]
     vectors = [n for n, shape in parameters.items() if len(shape) == 1 and ".lora_" not in n]  # nn.LayerNorm's weights
     spared = [set(by_name), {*by_name, *vectors}, {n for n in parameters if "bias" in n}]
     yield [list(parameters)]
@@ -273,10 +266,6 @@ def _partitions(parameters: Mapping[str, tuple[int, ...]]) -> Iterator[list[list
         yield [a, embedding, [n for n in b if n not in no_decay], [n for n in b if n in no_decay]]
 
 
-def _fits(entry: Any, shape: tuple[int, ...]) -> bool:
-    return entry is None or "exp_avg" not in entry or tuple(entry["exp_avg"].shape) == tuple(shape)
-
-
 def _plain_name(key: str) -> str:
     """The parameter's name without what wrappers add, and without the adapter's name, whatever it is."""
     return re.sub(r"(\.lora_[A-Za-z_]+)\.(?!weight$)[^.]+(?=\.weight$|$)", r"\1", _WRAPPERS.sub("", key))
@@ -287,13 +276,10 @@ def _at_least_float32(tensor: Tensor) -> Tensor:
 
 
 def _learning_rate(folder: Path) -> float | None:
-    """η̄ of the epoch that ends here.
-
-    From Trainer's log it is the mean over the entries of the last epoch: exact with logging_steps=1.
-    """
+    """η̄ of the epoch that ends here; from Trainer's log the mean of its entries, exact with logging_steps=1."""
     for path in (folder / INFO_FILE, folder / "trainer_state.json"):
         if path.is_file():
-            content = _read_json(path)
+            content = json_object(path, _AGAIN)
             try:
                 if path.name == INFO_FILE:
                     said = [content]
@@ -315,13 +301,3 @@ def _learning_rate(folder: Path) -> float | None:
                 )
             return sum(rates) / len(rates) if rates else None
     return None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise CorruptError(f"{path} is damaged ({error}): copy it again, or train again") from error
-    if not isinstance(value, dict):
-        raise CorruptError(f"{path} is damaged (not a JSON object): copy it again, or train again")
-    return value

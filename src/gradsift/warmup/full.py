@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from gradsift.base.errors import ConfigError, CorruptError, StorageError
 from gradsift.base.memory import free_bytes, give_back_memory
-from gradsift.base.progress import Reporter, silent
+from gradsift.base.progress import Reporter
 from gradsift.data.dataset import Dataset
 from gradsift.model.models import (
     QUANTISED,
@@ -35,7 +35,6 @@ from gradsift.warmup.train import (
     check_examples,
     moments_of,
     split_state,
-    to_train_on,
     train_as,
     training_config,
 )
@@ -60,18 +59,11 @@ def train_fully(
 ) -> list[str]:
     """Train every parameter of a model on the examples; the folder of one model per epoch, in order.
 
-    Loss, batches, schedule, clipping and resumption are those of `train`; weight decay spares biases and norms, as
-    transformers has it. `rank`, `alpha`, `dropout` and `target_modules` are not read. Weights are float32 whatever the
-    base's dtype (float64 if asked for), since steps at such learning rates vanish in 16 bits: with gradients and Adam's
-    moments 16 bytes for each parameter, and activations. Each epoch is kept, at 4 bytes for each parameter, and while
-    training goes on 8 more.
-
-    Returns:
-        Folders that transformers loads, with the tokenizer.
-
-    Raises:
-        ConfigError: a negative seed, a quantised dtype, or the memory cannot hold weights, gradients and moments.
-        DataError, ModelError, CorruptError, StorageError: as `train`.
+    Loss, batches, schedule, clipping, resumption and errors are those of `train`; weight decay spares biases and norms,
+    as transformers has it. `rank`, `alpha`, `dropout` and `target_modules` are not read. Weights are float32 whatever
+    the base's dtype (float64 if asked for), since steps at such learning rates vanish in 16 bits: with gradients and
+    Adam's moments 16 bytes for each parameter, and activations. Each epoch is kept, at 4 bytes for each parameter, and
+    while training goes on 8 more.
     """
     check_examples(data, ids, seed, what)
     if dtype in QUANTISED:
@@ -84,21 +76,12 @@ def train_fully(
     config["training"] = {name: value for name, value in config["training"].items() if name not in _NO_ADAPTER}
     prefix = run.prefix("checkpoints", config)
     output = _Models(run, prefix, settings.epochs, model, precision, device)
-    reporter = reporter or silent()
-    if output.finished() < settings.epochs:
-        data = to_train_on(run, data, ids, model=model, dtype=precision, device=device, reporter=reporter)
-        release_models()
-        refuse_too_large(model, precision, device)
     train_as(output, config, data, ids, settings, seed=seed, what=what, reporter=reporter)
     return [run.name(f"{prefix}epoch-{epoch}") for epoch in range(1, settings.epochs + 1)]
 
 
 def refuse_too_large(model: str, dtype: DtypeName, device: str) -> None:
-    """Refuse a model whose weights, gradients and Adam moments the free memory cannot hold.
-
-    Raises:
-        ConfigError: with what is needed, what there is, and what to do.
-    """
+    """Refuse a model whose weights, gradients and Adam moments the free memory cannot hold."""
     place = resolve_device(device)
     if device == "map":
         free = sum(free_bytes(f"cuda:{number}") for number in range(torch.cuda.device_count()))
@@ -118,7 +101,10 @@ class _Models(TrainingOutput):
     """Whole models, each in a folder of its own; Adam's moments are kept until the training is done."""
 
     learner = "model"
-    _network: Any = None
+
+    def prepare(self) -> None:
+        release_models()
+        refuse_too_large(*self.base)
 
     def whole(self, folder: str) -> bool:
         """By the files' sizes: weights of many gigabytes are not read to find an altered bit."""
@@ -133,8 +119,9 @@ class _Models(TrainingOutput):
 
     @contextmanager
     def network(self, finished: int) -> Iterator[Any]:
-        """A model of its own, which nobody else holds."""
-        network, self._network = self._loaded(finished), None
+        model, dtype, device = self.base
+        source = self.run.name(f"{self.prefix}epoch-{finished}") if finished else model
+        network = load_model(source, dtype=dtype, device=device)
         try:
             yield network.requires_grad_(True)
         finally:
@@ -142,19 +129,10 @@ class _Models(TrainingOutput):
             gc.collect()
             give_back_memory()
 
-    def _loaded(self, finished: int) -> Any:
-        model, dtype, device = self.base
-        if self._network is None:
-            source = self.run.name(f"{self.prefix}epoch-{finished}") if finished else model
-            self._network = load_model(source, dtype=dtype, device=device)
-        return self._network
-
     def state(self, finished: int) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], int]:
-        """The loaded model's own weights, and the moments file."""
+        """The moments file alone: the network has the weights."""
         key = self._moments(finished)
-        _, first, second, step = split_state(load_file(self.run.path(key)) if self.run.storage.exists(key) else {})
-        weights = dict(self._loaded(finished).named_parameters())
-        return {name: weights[name] for name in first}, first, second, step
+        return split_state(load_file(self.run.path(key)) if self.run.storage.exists(key) else {})
 
     def publish(self, epoch: int, network: Any, state: TrainingState, info: Mapping[str, Any]) -> None:
         """The moments, then the folder, then away with the moments of the epoch before."""

@@ -26,11 +26,7 @@ _MARK = "gradsift_merge.json"
 
 
 def check_merge(folder: str | Path) -> None:
-    """Refuse a folder that holds something else, before anything heavy is done for it.
-
-    Raises:
-        ConfigError: it is a file, or has files and is no earlier merge.
-    """
+    """Refuse a folder that holds something else, before anything heavy is done for it."""
     path = Path(folder)
     if path.is_file():
         raise ConfigError(f"{path} is a file: merged weights need a folder")

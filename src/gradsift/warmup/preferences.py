@@ -34,22 +34,26 @@ def contrasts(
     reporter: Reporter,
     engine: Engine = LOCAL,
 ) -> NDArray[np.float64]:
-    """x = −(log p(chosen) − log p(rejected)) of each pair at a checkpoint, nats `[row]`: kept, or found now.
-
-    Raises:
-        ModelError: one is not finite.
-    """
+    """x = −(log p(chosen) − log p(rejected)) of each pair at a checkpoint, nats `[row]`: kept, or found now."""
     if pairs.origin is not None:
         whole = contrasts(
             run, pairs.origin.pairs, checkpoint, model=model, dtype=dtype, device=device, reporter=reporter,
             engine=engine,
         )  # fmt: skip
         return -whole[pairs.origin.places]
+    config = {  # the loss that is made of contrasts is no part of it
+        "model": model_identity(model),
+        "model_dtype": dtype,
+        "adapter": checkpoint.identity(),
+        "chosen": pairs.answered.fingerprint,
+        "rejected": pairs.rejected.fingerprint,
+        "weights": pairs.by_dpo,
+    }
     where = "the base model" if checkpoint.adapter is None else checkpoint.name.rstrip("/").rpartition("/")[2]
     found: NDArray[np.float64] = kept_rows(
         run,
         "contrasts",
-        contrasts_config(pairs, checkpoint, model, dtype),
+        config,
         len(pairs),
         _SHARE_ROWS,
         partial(_some_contrasts, pairs, (model, dtype, device), checkpoint.adapter),
@@ -74,18 +78,6 @@ def referred(
         return pairs
     given: dict[str, Any] = {"model": model, "dtype": dtype, "device": device, "reporter": reporter, "engine": engine}
     return pairs.knowing(reference=contrasts(run, pairs, BASE, **given))
-
-
-def contrasts_config(pairs: Pairs, checkpoint: Checkpoint, model: str, dtype: DtypeName) -> dict[str, Any]:
-    """What contrasts depend on; the loss that is made of them is no part of it."""
-    return {
-        "model": model_identity(model),
-        "model_dtype": dtype,
-        "adapter": checkpoint.identity(),
-        "chosen": pairs.answered.fingerprint,
-        "rejected": pairs.rejected.fingerprint,
-        "weights": pairs.by_dpo,
-    }
 
 
 def _some_contrasts(

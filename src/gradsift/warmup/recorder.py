@@ -205,7 +205,6 @@ class Recorder(TrainerCallback):
         publish_json(self._run.storage, RECORDING_FILE, self._info, sealed=True)
 
     def _save(self, model: Any, optimizer: Any) -> None:
-        """A checkpoint of the last step, unless it is there."""
         self._flush()
         if self._step == self._saved:
             return
@@ -217,11 +216,7 @@ class Recorder(TrainerCallback):
         self._saved, self._rates, self._begun = self._step, [], 0
 
     def _go_on(self) -> None:
-        """Keep of a recording what comes before the step that the training is resumed at.
-
-        Raises:
-            ConfigError: there is none, it is of something else, or it ends before that step.
-        """
+        """Keep of a recording what comes before the step that the training is resumed at."""
         place, step = self._run.folder, self._step
         if not step:
             raise ConfigError(f"{place} holds the recording of another training: give Recorder a new folder")
@@ -263,11 +258,6 @@ def _digest(tokens: NDArray[np.int32], labelled: NDArray[np.bool_]) -> bytes:
 
 
 def _refuse(args: Any, model: Any) -> None:
-    """Refuse a training that cannot be followed.
-
-    Raises:
-        ConfigError: saying why.
-    """
     config = getattr(model, "peft_config", {}).get(getattr(model, "active_adapter", None))
     if config is None or not hasattr(model, "get_base_model"):
         raise ConfigError("Recorder records LoRA trainings: give the trainer a PEFT model, or TRL's a peft_config")
@@ -283,7 +273,6 @@ def _refuse(args: Any, model: Any) -> None:
 
 
 def _of_pairs(args: Any) -> bool:
-    """Whether these are the arguments of TRL's DPOTrainer."""
     return any(kind.__name__ == "DPOConfig" for kind in type(args).__mro__)
 
 
@@ -331,7 +320,6 @@ def _obstacles(args: Any, model: nn.Module, optimizer: Any, trained: dict[str, n
 
 
 def _dropout(model: nn.Module) -> float:
-    """The largest probability of dropping anything."""
     layers = [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
     return max([*layers, float(getattr(getattr(model, "config", None), "attention_dropout", 0.0) or 0.0)], default=0.0)
 

@@ -104,11 +104,7 @@ def is_recording(folder: str | Path) -> bool:
 
 
 def recorded_checkpoints(folder: str | Path) -> list[str]:
-    """The checkpoints of a recording, in the order of training; of any other adapter itself.
-
-    Raises:
-        ConfigError: it has none yet.
-    """
+    """The checkpoints of a recording, in the order of training; of any other adapter itself."""
     if not is_recording(folder):
         return [str(folder)]
     found = sorted(str(path.parent) for path in Path(folder).glob("step-*/checkpoint.json"))
@@ -118,12 +114,7 @@ def recorded_checkpoints(folder: str | Path) -> list[str]:
 
 
 def open_recording(folder: str | Path) -> Recording:
-    """A recording with all its steps.
-
-    Raises:
-        ConfigError: there is none.
-        CorruptError: a file of it is damaged, or missing.
-    """
+    """A recording with all its steps."""
     if not is_recording(folder):
         raise ConfigError(f"{folder} holds no recording ({RECORDING_FILE}): give the folder of a gradsift.Recorder")
     run = Run(folder)

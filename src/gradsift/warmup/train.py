@@ -7,20 +7,17 @@ that selections are compared by.
 from __future__ import annotations
 
 import json
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
-from safetensors import SafetensorError
 
-from gradsift.base.errors import ConfigError, CorruptError, DataError, ModelError
-from gradsift.base.interruption import keep_note
+from gradsift.base.errors import ConfigError, CorruptError, DataError
+from gradsift.base.memory import empty_device_cache, give_back_memory
 from gradsift.base.progress import Reporter, silent
 from gradsift.base.settings import MAX_SEED, Settings
 from gradsift.data.dataset import Dataset
@@ -28,19 +25,16 @@ from gradsift.data.pairs import Pairs
 from gradsift.model.models import DtypeName, host, model_identity
 from gradsift.store.manifest import Record, differences, fingerprint, publish_json, read_json
 from gradsift.store.run import Run
-from gradsift.store.tensors import publish_tensors, read_tensors
 from gradsift.warmup.checkpoint import ADAM_FILE, INFO_FILE, Checkpoint
 from gradsift.warmup.preferences import referred
 
 if TYPE_CHECKING:
-    from gradsift.warmup.trainer import StepRows, StepTrainer, TrainingState
+    from gradsift.warmup.trainer import TrainingState
 
 WARM_UP = "warm-up"  # what messages and manifests call it
 _MIN_STEPS = 8  # optimizer steps per epoch; with one, the first runs at rate 0 and leaves B = 0
 _LITTLE = 1e-3  # sum of the learning rates of all steps, below which Adam has hardly moved any weight
-_SAVE_SECONDS = 20.0  # the work that a killed training loses at most …
-_SAVE_SHARE = 0.05  # … unless saving that often would take more than this share of the time
-_PARTIAL = "partial.safetensors"
+PARTIAL = "partial.safetensors"
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -245,22 +239,8 @@ def train(
     config = training_config(data, ids, settings, model=model, dtype=dtype, seed=seed)
     prefix = run.prefix("checkpoints", config)
     output = _Adapters(run, prefix, settings, seed, model, dtype, device)
-    if output.finished() < settings.epochs:
-        data = to_train_on(run, data, ids, model=model, dtype=dtype, device=device, reporter=reporter or silent())
-    reporter = reporter or silent()
     train_as(output, config, data, ids, settings, seed=seed, what=what, reporter=reporter, check=check)
     return [_checkpoint(run, prefix, epoch) for epoch in range(1, settings.epochs + 1)]
-
-
-def to_train_on(
-    run: Run, data: Dataset, ids: Sequence[str], *, model: str, dtype: DtypeName, device: str, reporter: Reporter
-) -> Dataset:
-    """The data; of pairs by DPO the rows that are trained on, with what the base model says of them."""
-    if not isinstance(data, Pairs) or not data.by_dpo:
-        return data
-    own = data.positions(sorted(set(ids)))
-    some = data if len(own) == len(data) else data.subset(own)
-    return referred(run, some, model=model, dtype=dtype, device=device, reporter=reporter)
 
 
 class TrainingOutput(ABC):
@@ -285,17 +265,16 @@ class TrainingOutput(ABC):
     def whole(self, folder: str) -> bool:
         """Whether an epoch's folder is there in full."""
 
+    def prepare(self) -> None:  # noqa: B027  # an adapter needs nothing
+        """Make room, or refuse, before a network is loaded."""
+
     @abstractmethod
     def network(self, finished: int) -> AbstractContextManager[Any]:
         """The network to go on with after so many epochs, its trained parameters requiring gradients."""
 
     @abstractmethod
     def state(self, finished: int) -> tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any], int]:
-        """Weights, first and second moments by name, and the step, after so many finished epochs.
-
-        Raises:
-            SafetensorError, KeyError: they cannot be read.
-        """
+        """Weights (none where `network` has them), first and second moments by name, and the step, after an epoch."""
 
     def taught(self, state: TrainingState) -> bool:
         """Whether the weights are others than before, as any step at a rate above 0 makes them."""
@@ -318,11 +297,11 @@ def train_as(
     *,
     seed: int,
     what: str,
-    reporter: Reporter,
+    reporter: Reporter | None,
     check: Callable[[Any], None] | None = None,
 ) -> None:
     """Train what is missing of all epochs, as the output asked for; see `train`."""
-    run, prefix, finished = output.run, output.prefix, output.finished()
+    run, prefix, finished, reporter = output.run, output.prefix, output.finished(), reporter or silent()
     if run.manifest(prefix) is not None and finished == settings.epochs:
         return
     for epoch in range(finished + 1, settings.epochs + 1):
@@ -337,12 +316,22 @@ def train_as(
             f"{steps} optimizer step{'s' if steps > 1 else ''} per epoch"
         )
     if finished < settings.epochs:
+        from gradsift.warmup.trainer import StepTrainer  # which imports PEFT
+
         if what == WARM_UP and not finished:
             _tell_of_another(run, config, reporter)
         _warn_of_little(settings, -(-len(ids) // batch_size), what, reporter)
+        if isinstance(data, Pairs) and data.by_dpo:  # what the base model says of those that are trained on
+            own = data.positions(sorted(set(ids)))
+            model, dtype, device = output.base
+            some = data if len(own) == len(data) else data.subset(own)
+            data = referred(run, some, model=model, dtype=dtype, device=device, reporter=reporter)
+        output.prepare()
         positions = data.positions(sorted(ids))
-        _Job(output, data, positions, settings, seed, batch_size, what, reporter, check).train(finished)
-    run.storage.delete(f"{prefix}{_PARTIAL}")
+        StepTrainer(output, data, positions, settings, seed, batch_size, what, reporter, check).train(finished)
+        empty_device_cache()  # what the optimizer held
+        give_back_memory()
+    run.storage.delete(f"{prefix}{PARTIAL}")
     output.complete()
     run.complete(prefix, "checkpoints", config, examples=len(ids), batch_size=batch_size, what=what)
 
@@ -369,12 +358,7 @@ def _warn_of_little(settings: Training, steps_per_epoch: int, what: str, reporte
 
 
 def check_examples(data: Dataset, ids: Sequence[str], seed: int, what: str) -> None:
-    """Refuse a training that cannot begin.
-
-    Raises:
-        ConfigError: a negative seed.
-        DataError: no ids, or some that are not in `data`.
-    """
+    """Refuse a training that cannot begin."""
     _check_seed(seed)
     if not ids:
         raise DataError(f"{what}: no examples to train on; give at least one id of {data.description}")
@@ -465,160 +449,6 @@ class _Adapters(TrainingOutput):
         publish_checkpoint(self.run, f"{self.prefix}epoch-{epoch}/", network, state, info)
 
 
-@dataclass
-class _Job:
-    """One training that is under way: which examples each step takes, and what is published when."""
-
-    output: TrainingOutput
-    data: Dataset
-    positions: list[int]
-    settings: Training
-    seed: int
-    batch_size: int
-    what: str
-    reporter: Reporter
-    check: Callable[[Any], None] | None
-
-    def __post_init__(self) -> None:
-        self.run, self.prefix = self.output.run, self.output.prefix
-        self.steps_per_epoch = -(-len(self.positions) // self.batch_size)
-        self._order: tuple[int, Any] = (-1, None)
-        self._saved_at, self._save_cost, self._saved_step = time.monotonic(), 0.0, 0
-
-    def train(self, finished: int) -> None:
-        from gradsift.warmup.trainer import run_steps
-
-        state = self._saved_state(finished)
-        done = 0 if state is None else state.step
-        epoch, step = divmod(done, self.steps_per_epoch)
-        if done:
-            within = f"step {step} of {self.steps_per_epoch} in epoch {epoch + 1}" if step else f"epoch {epoch}"
-            self.reporter.say(f"{self.what}: going on after {within}")
-        seen = epoch * len(self.positions) + step * self.batch_size
-        self.run.path(self.prefix).mkdir(parents=True, exist_ok=True)
-        rows = self.settings.epochs * len(self.positions) - seen
-        with self.output.network(finished) as model:
-            if self.check is not None:
-                self.check(model)
-            with self.reporter.stage(f"{self.what}: training", rows) as advance:
-                run_steps(
-                    model,
-                    self.batch,
-                    total_steps=self.settings.epochs * self.steps_per_epoch,
-                    settings=self.settings,
-                    seed=self.seed,
-                    folder=str(self.run.path(self.prefix)),
-                    state=state,
-                    on_rows=advance,
-                    on_step=self.after_step,
-                    on_interruption=self.on_interruption,
-                )
-
-    def batch(self, step: int) -> StepRows:
-        """The rows of an optimizer step; each epoch has its own order, drawn from (seed, epoch)."""
-        from gradsift.warmup.trainer import StepRows
-
-        epoch, number = divmod(step, self.steps_per_epoch)
-        if self._order[0] != epoch:
-            self._order = epoch, epoch_order(len(self.positions), self.seed, epoch)
-        part = self._order[1][number * self.batch_size : (number + 1) * self.batch_size]
-        return StepRows.of(self.data, [self.positions[place] for place in part])
-
-    def after_step(self, trainer: StepTrainer) -> None:
-        """Publish a finished epoch, or now and then the state within one."""
-        epoch, rest = divmod(trainer.step, self.steps_per_epoch)
-        now = time.monotonic()
-        if rest == 0:
-            self._publish_epoch(trainer, epoch)
-        elif now - self._saved_at >= max(_SAVE_SECONDS, self._save_cost / _SAVE_SHARE):
-            self._publish_partial(trainer.snapshot())
-        else:
-            return
-        self._saved_step = trainer.step
-        self._saved_at = time.monotonic()
-        self._save_cost = self._saved_at - now
-
-    def on_interruption(self, trainer: StepTrainer) -> None:
-        """Publish what the last whole step left, and tell it."""
-        if trainer.step > max(self._saved_step, trainer.done) and trainer.step % self.steps_per_epoch:
-            self._publish_partial(trainer.snapshot())
-        steps = self.settings.epochs * self.steps_per_epoch
-        keep_note(f"{trainer.step} of {steps} steps of the {self.what}")
-
-    def _publish_epoch(self, trainer: StepTrainer, epoch: int) -> None:
-        state = trainer.snapshot()
-        rate = sum(state.rates) / len(state.rates)
-        if rate == 0 or not self.output.taught(state):
-            raise ModelError(
-                f"{self.what}: epoch {epoch} taught the {self.output.learner} nothing: {len(state.rates)} optimizer "
-                f"steps at a mean learning rate of {rate:g}{self.output.why_not}. Train on more than "
-                f"{len(self.positions)} examples, or with warmup_ratio 0 (--warmup-ratio of `train`), so that no epoch "
-                "runs at rate 0"
-            )
-        loss = state.loss_sum / len(self.positions)
-        info: dict[str, Any] = {"epoch": epoch, "learning_rate": rate, "steps": state.step, "loss": loss}
-        info |= {"betas": list(self.settings.betas), "eps": self.settings.eps}
-        self.output.publish(epoch, trainer.model, state, info)
-        self.run.storage.delete(f"{self.prefix}{_PARTIAL}")
-        trainer.loss_sum, trainer.rates = 0.0, []
-        self.reporter.say(
-            f"{self.what}: epoch {epoch} of {self.settings.epochs}, mean loss {loss:.4f} nats per token, "
-            f"mean learning rate {rate:.3g}"
-        )
-
-    def _publish_partial(self, state: TrainingState) -> None:
-        import torch
-
-        tensors = dict(state.weights) | moments_of(state)
-        tensors["step"] = torch.tensor(state.step)
-        tensors["loss_sum"] = torch.tensor(state.loss_sum, dtype=torch.float64)
-        tensors["rates"] = torch.tensor(state.rates, dtype=torch.float64)
-        publish_tensors(self.run.storage, f"{self.prefix}{_PARTIAL}", tensors)
-
-    def _saved_state(self, finished: int) -> TrainingState | None:
-        """Where to go on: within an epoch, after the last finished one, or (None) at the start.
-
-        Raises:
-            CorruptError: the last epoch's files cannot be read, or are of another number of steps.
-        """
-        from gradsift.warmup.trainer import TrainingState
-
-        start = finished * self.steps_per_epoch
-        partial = self._partial_state()
-        if partial is not None and start < partial.step < start + self.steps_per_epoch:
-            return partial
-        if not finished:
-            return None
-        try:
-            state = TrainingState(*self.output.state(finished))
-        except (SafetensorError, KeyError) as error:
-            raise CorruptError(
-                f"what an interrupted training left in {self.run.name(self.prefix)} cannot be read ({error}): "
-                "delete that folder and run the same command again"
-            ) from error
-        if state.step != start:
-            raise CorruptError(
-                f"what {self.run.name(self.prefix)} holds of epoch {finished} is of step {state.step}, expected "
-                f"{start}: delete that folder and run the same command again"
-            )
-        return state
-
-    def _partial_state(self) -> TrainingState | None:
-        """What was saved within an epoch; where that cannot be read, the epoch begins anew."""
-        from gradsift.warmup.trainer import TrainingState
-
-        key = f"{self.prefix}{_PARTIAL}"
-        if not self.run.storage.exists(key):
-            return None
-        try:
-            tensors, _ = read_tensors(self.run.storage, key)
-            rates, loss_sum = tensors.pop("rates").tolist(), float(tensors.pop("loss_sum"))
-            return TrainingState(*split_state(tensors), loss_sum, rates)
-        except (CorruptError, KeyError, ValueError) as error:
-            self.reporter.warn(f"{self.run.name(key)} is damaged ({error}): the epoch that it is of begins anew")
-            return None
-
-
 def moments_of(state: TrainingState) -> dict[str, Any]:
     """Both moments under the names that `split_state` reads."""
     first = {f"{name}.exp_avg": tensor for name, tensor in state.exp_avg.items()}
@@ -660,12 +490,9 @@ def publish_adapter(run: Run, folder: str, network: Any) -> None:
 
     adapter = get_peft_model_state_dict(network, adapter_name=network.active_adapter, save_embedding_layers=False)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.items()}
-    run.storage.publish(f"{folder}adapter_config.json", _adapter_config(network))
-    run.storage.publish(f"{folder}adapter_model.safetensors", save(weights, metadata={"format": "pt"}))
-
-
-def _adapter_config(model: Any) -> bytes:
-    """adapter_config.json as PEFT writes it, but with sets sorted: equal trainings give equal files in any process."""
-    config = model.peft_config[model.active_adapter].to_dict() | {"inference_mode": True}
+    # With sets sorted: equal trainings give equal files in any process.
+    config = network.peft_config[network.active_adapter].to_dict() | {"inference_mode": True}
     config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-    return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+    written = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    run.storage.publish(f"{folder}adapter_config.json", written.encode())
+    run.storage.publish(f"{folder}adapter_model.safetensors", save(weights, metadata={"format": "pt"}))

@@ -1,42 +1,43 @@
-"""LoRA training through the Hugging Face Trainer: exact batch losses, own randomness, a state to go on from."""
+"""Training in whole optimizer steps: exact batch losses, own randomness, a state to go on from."""
 
 from __future__ import annotations
 
-import gc
 import math
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceABC
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
 from gradsift.base import interruption
-from gradsift.base.errors import ModelError
-from gradsift.base.memory import give_back_memory
+from gradsift.base.errors import CorruptError, ModelError
+from gradsift.base.progress import Reporter
 from gradsift.base.types import Sequence
 from gradsift.data.dataset import Dataset
 from gradsift.model.adapters import BareModel, own_randomness
-from gradsift.model.loss import DPO, SupervisedHead, head_at, pad
+from gradsift.model.loss import DPO, head_at, pad
 from gradsift.model.models import parameter_name
-
-if TYPE_CHECKING:
-    from gradsift.warmup.train import Training
+from gradsift.store.tensors import publish_tensors, read_tensors
+from gradsift.warmup.checkpoint import NO_DECAY
+from gradsift.warmup.train import PARTIAL, Training, TrainingOutput, epoch_order, moments_of, split_state
 
 # Attention projections under the names that most architectures give them; the first set that is there is adapted.
 _ATTENTION = (("q_proj", "k_proj", "v_proj", "o_proj"), ("qkv_proj", "o_proj"))
 _CPU_TOKENS = 512  # padded tokens per backward: as fast as larger ones on a CPU, with less padding (6 % of the time)
 _CUDA_TOKENS = 16_384  # where training begins on a GPU; halved for as long as memory runs out
+_SAVE_SECONDS = 20.0  # the work that a killed training loses at most …
+_SAVE_SHARE = 0.05  # … unless saving that often would take more than this share of the time
 _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 
@@ -81,9 +82,6 @@ def adapter_on(base: Any, settings: Training, seed: int) -> Iterator[Any]:
     """The base model with a fresh LoRA adapter, B = 0 and A drawn by `seed`; the base is afterwards as it was before.
 
     The adapter's weights are float32 (float64 on a float64 base), whatever the base's.
-
-    Raises:
-        ModelError: the target modules are not there.
     """
     bare = BareModel(base)
     try:
@@ -92,16 +90,6 @@ def adapter_on(base: Any, settings: Training, seed: int) -> Iterator[Any]:
             yield _wrap(base, settings)
     finally:
         bare.restore()
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(level)
 
 
 def _wrap(base: Any, settings: Training) -> Any:
@@ -146,155 +134,108 @@ def _wrap(base: Any, settings: Training) -> Any:
         raise ModelError(f"cannot put LoRA on {type(base).__name__}: {str(error).splitlines()[0]}") from error
 
 
-def run_steps(
-    model: Any,
-    batches: Callable[[int], StepRows],
-    on_interruption: Callable[[StepTrainer], None],
-    **options: Any,
-) -> None:
-    """Train to the last step, without a word on the terminal; the other arguments are those of `StepTrainer`.
-
-    An interruption never comes in the middle of an optimizer step; `on_interruption` is called after the last whole
-    one.
-    """
-    with _silence(), own_randomness(), head_at(model) as head:
-        trainer = StepTrainer(model, batches, head=head, **options)
-        try:
-            trainer.train()
-        except BaseException as error:
-            if isinstance(error, KeyboardInterrupt) or interruption.pressed():
-                trainer.forget_unfinished_step()
-                on_interruption(trainer)
-            raise
-        finally:
-            trainer.close()
-    gc.collect()  # the Trainer and its hooks hold each other, and with them the optimizer's memory
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
-    give_back_memory()
-
-
-class StepTrainer(Trainer):
-    """A Trainer whose every batch is one whole optimizer step, cut here into micro-batches under a token budget.
+@dataclass(eq=False)
+class StepTrainer:
+    """A training under way: AdamW in steps of whole batches, cut here into micro-batches under a token budget.
 
     The loss of a step is `(1/n) Σ_i (1/S_i) Σ_t NLL_i,t` over its n examples and their S_i supervised tokens, or the
     mean of the DPO losses of its pairs: exact for any micro-batches and for a last batch of fewer examples. Dropout is
     drawn anew for each step from (seed, step), so that a step does not depend on what the process did before it.
 
-    Args:
-        model: from `adapter_on`, or one whose parameters require gradients.
-        batches: step → its rows; one call per step.
-        total_steps: of the whole training, over all epochs.
-        settings: of the training.
-        seed: of dropout.
-        folder: an existing folder, needed by the Trainer, which writes nothing there.
-        state: to go on from; None starts.
-        on_rows: told how many examples went through a backward pass.
-        on_step: called after each optimizer step.
-        head: of `model`, open.
+    step, done: optimizer steps taken since the start of training, and before this process went on with it
+    loss_sum, rates: as in `TrainingState`
     """
 
-    def __init__(
-        self,
-        model: Any,
-        batches: Callable[[int], StepRows],
-        *,
-        total_steps: int,
-        settings: Training,
-        seed: int,
-        folder: str,
-        state: TrainingState | None,
-        on_rows: Callable[[float], None],
-        on_step: Callable[[StepTrainer], None],
-        head: SupervisedHead,
-    ) -> None:
-        self.done = 0 if state is None else state.step
-        self.total_steps, self.seed, self.head = total_steps, seed, head
+    output: TrainingOutput
+    data: Dataset
+    positions: list[int]
+    settings: Training
+    seed: int
+    batch_size: int
+    what: str
+    reporter: Reporter
+    check: Callable[[Any], None] | None
+
+    def __post_init__(self) -> None:
+        self.run, self.prefix = self.output.run, self.output.prefix
+        self.steps_per_epoch = -(-len(self.positions) // self.batch_size)
+        self.total_steps = self.settings.epochs * self.steps_per_epoch
+        self._order: tuple[int, Any] = (-1, None)
+        self._saved_at, self._save_cost, self._saved_step = time.monotonic(), 0.0, 0
+
+    def train(self, finished: int) -> None:
+        """From the last of so many finished epochs, or what was saved since, to the end.
+
+        An interruption never comes in the middle of an optimizer step.
+        """
+        state = self._saved_state(finished)
+        self.step = self.done = 0 if state is None else state.step
+        epoch, step = divmod(self.done, self.steps_per_epoch)
+        if self.done:
+            within = f"step {step} of {self.steps_per_epoch} in epoch {epoch + 1}" if step else f"epoch {epoch}"
+            self.reporter.say(f"{self.what}: going on after {within}")
+        seen = epoch * len(self.positions) + step * self.batch_size
+        rows = self.settings.epochs * len(self.positions) - seen
+        with self.output.network(finished) as model:
+            if self.check is not None:
+                self.check(model)
+            with (
+                self.reporter.stage(f"{self.what}: training", rows) as self._advance,
+                own_randomness(),
+                head_at(model) as self.head,
+            ):
+                self._begin(model, state)
+                try:
+                    self._steps()
+                except BaseException as error:
+                    if isinstance(error, KeyboardInterrupt) or interruption.pressed():
+                        self._keep_interrupted()
+                    raise
+
+    def _begin(self, model: Any, state: TrainingState | None) -> None:
+        self.model, self.optimizer = model.train(), _adamw(model, self.settings)
+        self.trainable = {parameter_name(n): p for n, p in model.named_parameters() if p.requires_grad}
         self.loss_sum = 0.0 if state is None else state.loss_sum
         self.rates: list[float] = [] if state is None else list(state.rates)
-        self.settled = self.loss_sum, list(self.rates)  # of the last whole step
-        self.stepping = False
-        self.trainable = {parameter_name(n): p for n, p in model.named_parameters() if p.requires_grad}
-        self._resumed, self._on_rows, self._on_step = state, on_rows, on_step
         self._place = model.get_input_embeddings().weight.device
         self._token_budget = first_token_budget(self._place)
-        arguments = TrainingArguments(
-            output_dir=folder,
-            num_train_epochs=1,  # ours are counted in steps: one pass over the list of steps that are left
-            per_device_train_batch_size=1,
-            train_sampling_strategy="sequential",
-            learning_rate=settings.learning_rate,
-            lr_scheduler_type=_SCHEDULES[settings.schedule],
-            warmup_steps=math.ceil(total_steps * settings.warmup_ratio),
-            weight_decay=settings.weight_decay,
-            max_grad_norm=settings.max_grad_norm,
-            adam_beta1=settings.betas[0],
-            adam_beta2=settings.betas[1],
-            adam_epsilon=settings.eps,
-            optim="adamw_torch",
-            use_cpu=self._place.type == "cpu",
-            dataloader_pin_memory=False,
-            remove_unused_columns=False,
-            logging_strategy="no",
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            log_level="error",
-        )
-        if arguments.n_gpu > 1:
-            arguments._n_gpu = 1  # the model is where its host put it: no DataParallel over what else is visible
-        super().__init__(
-            model=model,
-            args=arguments,
-            train_dataset=_Steps(batches, self.done, total_steps),
-            data_collator=_first,
-            callbacks=[_Hooks(self)],
-        )
-        self.accelerator.device_placement = False
-        self.remove_callback(PrinterCallback)
-
-    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
-        """Leave the model where it is."""
-
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """AdamW, with the moments of the state to go on from."""
-        optimizer = super().create_optimizer(model)
-        if self._resumed is not None:
-            # A parameter that is its own saved weight is copied onto itself.
+        if state is not None:
             with torch.no_grad():
                 for name, parameter in self.trainable.items():
-                    parameter.copy_(self._resumed.weights[name])
-                    optimizer.state[parameter] = {
-                        "step": torch.tensor(float(self._resumed.step)),
-                        "exp_avg": self._resumed.exp_avg[name].to(parameter),
-                        "exp_avg_sq": self._resumed.exp_avg_sq[name].to(parameter),
+                    if state.weights:  # else the network has them
+                        parameter.copy_(state.weights[name])
+                    self.optimizer.state[parameter] = {
+                        "step": torch.tensor(float(state.step)),
+                        "exp_avg": state.exp_avg[name].to(parameter),
+                        "exp_avg_sq": state.exp_avg_sq[name].to(parameter),
                     }
-            self._resumed = None
-        return optimizer
 
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LRScheduler:
-        """The schedule of the whole training, from the first step that is left."""
-        if self.lr_scheduler is None:
-            whole: Any = super().create_scheduler(self.total_steps, optimizer)
-            curve = whole.lr_lambdas[0]
-            assert self.optimizer is not None
-            self.lr_scheduler = LambdaLR(self.optimizer, lambda step: curve(step + self.done))
-        return self.lr_scheduler
+    def _steps(self) -> None:
+        schedule = learning_rates(self.settings, self.total_steps)
+        for rate in schedule[self.done :]:
+            losses = self._gradients(self._batch())
+            if self.settings.max_grad_norm > 0:
+                nn.utils.clip_grad_norm_(self.trainable.values(), self.settings.max_grad_norm)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            with interruption.held():
+                self.optimizer.step()
+                self.step += 1
+                self.rates.append(rate)
+                self.loss_sum += float(losses.sum())
+                self._after_step()
+            self.optimizer.zero_grad()
 
-    def forget_unfinished_step(self) -> None:
-        """Account for whole steps alone, as the weights do."""
-        self.loss_sum, self.rates = self.settled
+    def _batch(self) -> StepRows:
+        """The rows of the next step; each epoch has its own order, drawn from (seed, epoch)."""
+        epoch, number = divmod(self.step, self.steps_per_epoch)
+        if self._order[0] != epoch:
+            self._order = epoch, epoch_order(len(self.positions), self.seed, epoch)
+        part = self._order[1][number * self.batch_size : (number + 1) * self.batch_size]
+        return StepRows.of(self.data, [self.positions[place] for place in part])
 
-    def close(self) -> None:
-        """Let go of what an error in the middle of an optimizer step has left held."""
-        if self.stepping:
-            self.stepping = False
-            interruption.release()
-
-    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward of a whole batch; returns its loss."""
-        model.train()
-        rows: StepRows = inputs["rows"]
+    def _gradients(self, rows: StepRows) -> Tensor:
+        """Forward and backward of a whole batch; the loss of each row, float64 `[row]`."""
         while True:
             reported = 0
             losses = torch.zeros(len(rows.ids), dtype=torch.float64, device=self._place)
@@ -303,7 +244,7 @@ class StepTrainer(Trainer):
                 for part in micro_batches(rows.sequences, self._token_budget):
                     self._backward(part, rows, losses)
                     done = len({sequence.row for sequence in part})
-                    self._on_rows(done)
+                    self._advance(done)
                     reported += done
                 break
             except torch.cuda.OutOfMemoryError as error:
@@ -313,13 +254,12 @@ class StepTrainer(Trainer):
                         f"one example of {longest} tokens does not fit in the memory of {self._place} for training: "
                         "use a shorter maximum length, a smaller rank, or dtype bfloat16"
                     ) from error
-            model.zero_grad(set_to_none=True)
+            self.optimizer.zero_grad()
             torch.cuda.empty_cache()
             self._token_budget //= 2
-            self._on_rows(-reported)
+            self._advance(-reported)
         self._refuse_non_finite(losses, rows.ids)
-        self.loss_sum += float(losses.sum())
-        return losses.mean().float().to(self.args.device)
+        return losses
 
     def _backward(self, part: SequenceABC[Sequence], rows: StepRows, losses: Tensor) -> None:
         batch, count = pad(part, self._place), len(rows.ids)
@@ -327,13 +267,13 @@ class StepTrainer(Trainer):
         if rows.dpo is None:
             # 1/n goes into the weights: the loss's gradient is then formed at its final scale, in one buffer.
             nll = self.head.nll(replace(batch, weights=batch.weights / count))
-            self.accelerator.backward(nll.sum())
+            nll.sum().backward()
             losses.index_add_(0, owner[batch.owner], nll.detach().double() * count)
             return
         nll = self.head.nll(batch)
         sums = nll.new_zeros(len(part), dtype=torch.float64).index_add(0, batch.owner, nll.double())
         found, own = rows.dpo.of_sequences(sums, owner)
-        self.accelerator.backward(found.sum() / count)
+        (found.sum() / count).backward()
         losses[own] = found.detach()
 
     def _refuse_non_finite(self, losses: Tensor, ids: SequenceABC[str]) -> None:
@@ -345,18 +285,8 @@ class StepTrainer(Trainer):
                 "Lower the learning rate, or use dtype float32 or bfloat16 if the model is in float16"
             )
 
-    @property
-    def step(self) -> int:
-        """Optimizer steps taken since the start of training, those before an interruption included."""
-        return self.done + int(self.state.global_step)
-
     def snapshot(self) -> TrainingState:
-        """What going on from here needs, on the CPU: to be written before the next step, which changes it.
-
-        Raises:
-            ModelError: a weight is not finite.
-        """
-        assert self.optimizer is not None
+        """What going on from here needs, on the CPU: to be written before the next step, which changes it."""
         state = state_of(self.trainable, self.optimizer, self.step)
         bad = [name for name, weight in state.weights.items() if not bool(torch.isfinite(weight).all())]
         if bad:
@@ -366,36 +296,107 @@ class StepTrainer(Trainer):
             )
         return replace(state, loss_sum=self.loss_sum, rates=list(self.rates))
 
+    def _after_step(self) -> None:
+        """Publish a finished epoch, or now and then the state within one."""
+        epoch, rest = divmod(self.step, self.steps_per_epoch)
+        now = time.monotonic()
+        if rest == 0:
+            self._publish_epoch(epoch)
+        elif now - self._saved_at >= max(_SAVE_SECONDS, self._save_cost / _SAVE_SHARE):
+            self._publish_partial()
+        else:
+            return
+        self._saved_step, self._saved_at = self.step, time.monotonic()
+        self._save_cost = self._saved_at - now
 
-class _Hooks(TrainerCallback):
-    def __init__(self, trainer: StepTrainer) -> None:
-        self._trainer = trainer
+    def _keep_interrupted(self) -> None:
+        """Publish what the last whole step left, and tell it."""
+        if self.step > max(self._saved_step, self.done) and self.step % self.steps_per_epoch:
+            self._publish_partial()
+        interruption.keep_note(f"{self.step} of {self.total_steps} steps of the {self.what}")
 
-    def on_pre_optimizer_step(self, *_args: Any, optimizer: Any = None, **_kwargs: Any) -> None:
-        interruption.hold()
-        self._trainer.stepping = True
-        self._trainer.rates.append(float(optimizer.param_groups[0]["lr"]))
+    def _publish_epoch(self, epoch: int) -> None:
+        state = self.snapshot()
+        rate = sum(state.rates) / len(state.rates)
+        if rate == 0 or not self.output.taught(state):
+            raise ModelError(
+                f"{self.what}: epoch {epoch} taught the {self.output.learner} nothing: {len(state.rates)} optimizer "
+                f"steps at a mean learning rate of {rate:g}{self.output.why_not}. Train on more than "
+                f"{len(self.positions)} examples, or with warmup_ratio 0 (--warmup-ratio of `train`), so that no epoch "
+                "runs at rate 0"
+            )
+        loss = state.loss_sum / len(self.positions)
+        info: dict[str, Any] = {"epoch": epoch, "learning_rate": rate, "steps": state.step, "loss": loss}
+        info |= {"betas": list(self.settings.betas), "eps": self.settings.eps}
+        self.output.publish(epoch, self.model, state, info)
+        self.run.storage.delete(f"{self.prefix}{PARTIAL}")
+        self.loss_sum, self.rates = 0.0, []
+        self.reporter.say(
+            f"{self.what}: epoch {epoch} of {self.settings.epochs}, mean loss {loss:.4f} nats per token, "
+            f"mean learning rate {rate:.3g}"
+        )
 
-    def on_step_end(self, *_args: Any, **_kwargs: Any) -> None:
-        trainer = self._trainer
-        trainer._on_step(trainer)
-        trainer.settled = trainer.loss_sum, list(trainer.rates)
-        trainer.close()
+    def _publish_partial(self) -> None:
+        state = self.snapshot()
+        tensors = dict(state.weights) | moments_of(state)
+        tensors["step"] = torch.tensor(state.step)
+        tensors["loss_sum"] = torch.tensor(state.loss_sum, dtype=torch.float64)
+        tensors["rates"] = torch.tensor(state.rates, dtype=torch.float64)
+        publish_tensors(self.run.storage, f"{self.prefix}{PARTIAL}", tensors)
+
+    def _saved_state(self, finished: int) -> TrainingState | None:
+        """Where to go on: within an epoch, after the last finished one, or (None) at the start."""
+        start = finished * self.steps_per_epoch
+        partial = self._partial_state()
+        if partial is not None and start < partial.step < start + self.steps_per_epoch:
+            return partial
+        if not finished:
+            return None
+        try:
+            state = TrainingState(*self.output.state(finished))
+        except (SafetensorError, KeyError) as error:
+            raise CorruptError(
+                f"what an interrupted training left in {self.run.name(self.prefix)} cannot be read ({error}): "
+                "delete that folder and run the same command again"
+            ) from error
+        if state.step != start:
+            raise CorruptError(
+                f"what {self.run.name(self.prefix)} holds of epoch {finished} is of step {state.step}, expected "
+                f"{start}: delete that folder and run the same command again"
+            )
+        return state
+
+    def _partial_state(self) -> TrainingState | None:
+        """What was saved within an epoch; where that cannot be read, the epoch begins anew."""
+        key = f"{self.prefix}{PARTIAL}"
+        if not self.run.storage.exists(key):
+            return None
+        try:
+            tensors, _ = read_tensors(self.run.storage, key)
+            rates, loss_sum = tensors.pop("rates").tolist(), float(tensors.pop("loss_sum"))
+            return TrainingState(*split_state(tensors), loss_sum, rates)
+        except (CorruptError, KeyError, ValueError) as error:
+            self.reporter.warn(f"{self.run.name(key)} is damaged ({error}): the epoch that it is of begins anew")
+            return None
 
 
-class _Steps(torch.utils.data.Dataset[Any]):
-    def __init__(self, batches: Callable[[int], StepRows], start: int, stop: int) -> None:
-        self._batches, self._start, self._stop = batches, start, stop
-
-    def __len__(self) -> int:
-        return self._stop - self._start
-
-    def __getitem__(self, position: int) -> dict[str, StepRows]:
-        return {"rows": self._batches(self._start + position)}
+def _adamw(model: nn.Module, settings: Training) -> torch.optim.AdamW:
+    """Without decay of biases and norms, as transformers' Trainer has it."""
+    norms = {id(p) for module in model.modules() if isinstance(module, nn.LayerNorm) for p in module.parameters()}
+    decayed: list[nn.Parameter] = []
+    spared: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (spared if NO_DECAY.search(name.lower()) or id(parameter) in norms else decayed).append(parameter)
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=settings.learning_rate, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay,
+    )  # fmt: skip
 
 
 def learning_rates(settings: Training, total_steps: int) -> list[float]:
-    """The rate of each step of a training, as the Trainer's schedule has it."""
+    """The rate of each step of a training, by transformers' schedule."""
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=settings.learning_rate)
     schedule = transformers.get_scheduler(
         _SCHEDULES[settings.schedule],
@@ -429,25 +430,16 @@ def first_token_budget(place: torch.device) -> int:
     return _CPU_TOKENS if place.type == "cpu" else _CUDA_TOKENS
 
 
-def _first(batch: list[Any]) -> Any:
-    """Collate: a batch of the data loader is one step already."""
-    return batch[0]
-
-
 def state_of(trainable: Mapping[str, nn.Parameter], optimizer: Any, step: int) -> TrainingState:
     """Weights and Adam's moments by name, on the CPU: to be written before the next step, which changes them."""
-    weights = {name: _on_cpu(parameter) for name, parameter in trainable.items()}
-    first, second = (
-        {name: _moment(optimizer.state[parameter], kind, weights[name]) for name, parameter in trainable.items()}
+
+    def kept(tensor: Tensor) -> Tensor:
+        return tensor.detach().cpu().contiguous()
+
+    weights = {name: kept(parameter) for name, parameter in trainable.items()}
+    states = {name: optimizer.state[parameter] for name, parameter in trainable.items()}
+    first, second = (  # zero for a parameter that has had no gradient so far
+        {name: kept(own[kind]) if kind in own else torch.zeros_like(weights[name]) for name, own in states.items()}
         for kind in ("exp_avg", "exp_avg_sq")
     )
     return TrainingState(weights, first, second, step)
-
-
-def _on_cpu(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().contiguous()
-
-
-def _moment(entry: Mapping[str, Any], name: str, weight: Tensor) -> Tensor:
-    """A moment; zero for a parameter that has had no gradient so far."""
-    return _on_cpu(entry[name]) if name in entry else torch.zeros_like(weight)

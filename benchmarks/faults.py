@@ -130,7 +130,7 @@ class Bench:
         os.environ["OMP_NUM_THREADS"] = "1"
         os.environ["HF_HUB_OFFLINE"] = "1"
         self.context = forking()
-        self.world = World.make(self.work)
+        self.world = World.make(self.work, layers=2)
         self.pool = write_rows(self.work / "pool.jsonl", pool_rows(ROWS))
         prompts = [{k: v for k, v in row.items() if k != "completion"} for row in target_rows(PROMPTS)]
         self.prompts = write_rows(self.work / "prompts.jsonl", prompts)

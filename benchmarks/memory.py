@@ -42,7 +42,7 @@ def world(folder: Path, rows: int) -> tuple[Path, Path, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     model, pool, target = folder / "model", folder / f"pool-{rows}.jsonl", folder / "target.jsonl"
     if not model.exists():
-        save_model(model)
+        save_model(model, layers=2)
     if not target.exists():
         write_rows(target, target_rows(4))
     if not pool.exists():

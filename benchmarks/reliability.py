@@ -175,7 +175,7 @@ def has_a(completions: list[str], **_columns: object) -> list[float]:
 def over_samples(out: Path, seeds: int) -> Iterator[tuple[str, list[Trial]]]:
     """By rewards and numbers of samples; a trial is an ordered pair of sampling seeds."""
     out.mkdir(parents=True, exist_ok=True)
-    world = World.make(out)
+    world = World.make(out, layers=2)
     pool = world.open_pool(out / "run", pool_rows(80), gradients=Gradients(projection=Projection(dim=512)))
     leave_one_out = PolicyGradient(baseline="leave_one_out")
     cases = {

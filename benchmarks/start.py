@@ -30,7 +30,7 @@ def seconds(command: list[str]) -> float:
 def main() -> None:
     """Print the times and their ratios."""
     with tempfile.TemporaryDirectory() as folder:
-        world = World.make(Path(folder))
+        world = World.make(Path(folder), layers=2)
         run = str(Path(folder) / "run")
         data = ("--model", world.model, "--pool", world.pool, "--out", run)
         held = ["select", *data, "--target", world.target, *WARMUP, *GRADIENTS, *COMMON]

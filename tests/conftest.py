@@ -24,6 +24,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes, which got the line above from the first
     os.environ["OMP_NUM_THREADS"] = "1"
+os.fsync = lambda _fd: None  # no test lives through a power failure, and the wait for the disk is long
 # A shell starts what runs in its background with interrupts ignored, and so would the commands that tests interrupt.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -51,6 +52,14 @@ def _what_was_there_stays() -> None:
     model that is let go asks for: they take half of the time."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _maps_take_few_steps() -> None:
+    """As few as t-SNE allows: pages are drawn by the hundred."""
+    from gradsift.report import maps
+
+    maps._STEPS = 250
 
 
 @pytest.fixture(scope="session")

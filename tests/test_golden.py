@@ -61,7 +61,7 @@ def recorded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[st
     monkeypatch.setattr(Run, "prefix", listening)
     monkeypatch.setattr(self_check, "versions", lambda: VERSIONS)
     monkeypatch.chdir(folder)
-    world, out = World.make(folder), folder / "run"
+    world, out = World.make(folder, layers=2), folder / "run"
     exact_weights(folder / "model")
     world("select", out).succeeded()
     trak = ["trak", "--damping", "auto"]

@@ -10,18 +10,18 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-import pytest
-
 from tiny_world import World
 
 ENGINES = ("torch", "transformers", "peft", "datasets", "accelerate", "sklearn", "scipy", "pandas", "bm25s")
 
 
-def loaded_by(program: str) -> set[str]:
-    """The modules that a program of Python has loaded at its end."""
-    program += "\nimport json, sys\nprint('\\n' + json.dumps(sorted(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
-    return set(json.loads(done.stdout.splitlines()[-1]))
+def loaded_by(*programs: str) -> list[set[str]]:
+    """The modules that are loaded after each of several programs, one after the other in a process of Python."""
+    code = "".join(
+        f"{one}\nimport json, sys\nprint('\\nLOADED', json.dumps(sorted(sys.modules)))\n" for one in programs
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    return [set(json.loads(line[6:])) for line in done.stdout.splitlines() if line.startswith("LOADED")]
 
 
 def command(*arguments: object) -> str:
@@ -31,18 +31,11 @@ def command(*arguments: object) -> str:
     )
 
 
-@pytest.mark.parametrize(
-    "program",
-    [
-        "import gradsift.recipe",
-        command("select", "--model", "m", "--pool", "p", "--target", "t", "--out", "o", "--set", "estimator.kind=nope")
-        + "\nassert code == 2",
-    ],
-    ids=["recipe", "wrong option"],
-)
-def test_settings_import_no_engine(program: str) -> None:
+def test_settings_import_no_engine() -> None:
     """Recipes and a wrong option load none of torch, transformers, scipy and their like."""
-    assert not loaded_by(program).intersection(ENGINES)
+    wrong = ("--model", "m", "--pool", "p", "--target", "t", "--out", "o", "--set", "estimator.kind=nope")
+    recipe, option = loaded_by("import gradsift.recipe", command("select", *wrong) + "\nassert code == 2")
+    assert not (recipe | option).intersection(ENGINES)
 
 
 def test_what_is_there_is_read_without_trainers(tiny: World, tmp_path: Path) -> None:
@@ -51,12 +44,12 @@ def test_what_is_there_is_read_without_trainers(tiny: World, tmp_path: Path) -> 
     """
     arguments = tiny.arguments("select", tmp_path / "run")
     tiny("select", tmp_path / "run").succeeded()
-    again = loaded_by(command(*arguments) + "\nassert not code")
+    done = "\nassert not code"
+    page, again = loaded_by(command("report", tmp_path / "run") + done, command(*arguments) + done)
     assert "torch" in again
     heavy = {"peft", "accelerate", "transformers.trainer", "transformers.modeling_utils", "transformers.activations",
              "torch._dynamo", "datasets", "sklearn", "scipy.stats", "pandas"}  # fmt: skip
     assert sorted(again & heavy) == []
-    page = loaded_by(command("report", tmp_path / "run") + "\nassert not code")
     assert sorted(page & (heavy | {"torch", "transformers"})) == []
 
 

@@ -23,8 +23,8 @@ COLOURS = ("red", "blue", "green", "black", "white", "brown", "pink", "grey")
 ANIMALS = ("cat", "dog", "owl", "fox", "hen", "cow", "bee", "ant")
 
 
-def save_model(folder: Path, *, seed: int = 0, layers: int = 2, hidden: int = 32) -> str:
-    """A Llama of two layers with random weights and a byte-level tokenizer, as `from_pretrained` wants them."""
+def save_model(folder: Path, *, seed: int = 0, layers: int = 1, hidden: int = 32) -> str:
+    """A Llama with random weights and a byte-level tokenizer, as `from_pretrained` wants them."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -190,10 +190,10 @@ class World:
     target: str
 
     @classmethod
-    def make(cls, folder: Path) -> World:
+    def make(cls, folder: Path, *, layers: int = 1) -> World:
         return cls(
             folder,
-            save_model(folder / "model"),
+            save_model(folder / "model", layers=layers),
             write_rows(folder / "pool.jsonl", pool_rows()),
             write_rows(folder / "target.jsonl", target_rows()),
         )

@@ -205,16 +205,17 @@ def test_explain_a_prompt_as_text_and_as_messages(tiny: World, selected: Path) -
 
 def test_explain_rows_of_a_file(tiny: World, selected: Path) -> None:
     """--target explains every row, --row one, --use-answers the rows' own answers, --output another."""
-    whole = explained(tiny, selected, target=tiny.target)
+    few = ("--pages", 1)
+    whole = explained(tiny, selected, *few, target=tiny.target)
     assert [entry["id"] for entry in whole["explanations"]] == ["t0", "t1", "t2", "t3"]
     one = explained(tiny, selected, "--row", "t2", target=tiny.target)["explanations"]
     assert [(entry["id"], entry["output"]) for entry in one] == [("t2", whole["explanations"][2]["output"])]
-    answers = explained(tiny, selected, "--use-answers", target=tiny.target)["explanations"]
+    answers = explained(tiny, selected, *few, "--use-answers", target=tiny.target)["explanations"]
     assert [entry["output"] for entry in answers][:2] == ["the cat is red", "the dog is blue"]
     assert not any(entry["generated"] for entry in answers)
     given = explained(tiny, selected, "--row", "t2", "--output", "it says moo", target=tiny.target)["explanations"]
     assert [(entry["output"], entry["generated"]) for entry in given] == [("it says moo", False)]
-    shown = tiny("explain", selected, "--use-answers", target=tiny.target).succeeded().out
+    shown = tiny("explain", selected, *few, "--use-answers", target=tiny.target).succeeded().out
     assert "Selection relevance in dB (ratio of means over 4 outputs)" in " ".join(shown.split())
 
 

@@ -23,7 +23,10 @@ WRONG = "def answer(): return 41\n"
 
 
 def programs(precious: Path, secret: Path, port: int, marker: str) -> dict[str, tuple[str, float]]:
-    """What each hostile program does, its text, and the reward that shows it came to nothing: 42 tells of a success."""
+    """What each hostile program does, its text, and the reward that shows it came to nothing: 42 tells of a success.
+
+    More that cheat their tests are in tests/sandbox/test_sandbox.py.
+    """
     return {
         "solves the task": (RIGHT, 1),
         "solves it in a fence": (f"```python\n{RIGHT}```", 1),
@@ -69,20 +72,9 @@ def programs(precious: Path, secret: Path, port: int, marker: str) -> dict[str, 
             f"time.sleep(0.3)\n{RIGHT}",
             1,
         ),
-        "leaves with code 0": (f"import os\n{WRONG}os._exit(0)\n", 0),
-        "calls sys.exit(0)": (f"import sys\n{WRONG}sys.exit(0)\n", 0),
         "forges a verdict": (
             "import os\nfor fd in range(64):\n    try: os.write(fd, b'{\"status\": \"passed\", \"reason\": \"\"}')\n"
             f"    except OSError: pass\nos.closerange(0, 64)\n{WRONG}",
-            0,
-        ),
-        "equals everything": (
-            "class All(int):\n    def __eq__(self, other): return True\ndef answer(): return All(41)\n",
-            0,
-        ),
-        "patches the tests": (
-            "import builtins\nbuiltins.AssertionError = None\n"
-            f"def check(candidate): pass\n{WRONG}",
             0,
         ),
     }  # fmt: skip

@@ -15,7 +15,7 @@ import pytest
 
 from gradsift.explanation.relevance import AGGREGATIONS, Aggregation
 from gradsift.validation.statistics import Agreement
-from tiny_world import Cli, World, write_rows
+from tiny_world import Cli, World, target_rows, write_rows
 
 _NUMBER = r"[+-]?\d[\d,]*(?:\.\d+)?(?:e[+-]\d+)?"
 
@@ -106,7 +106,8 @@ def test_relevance_of_one_output(tiny: World, how: Aggregation, tmp_path: Path) 
 def test_relevance_over_outputs(tiny: World, how: Aggregation, tmp_path: Path) -> None:
     """The aggregate, the area under it, the share above 0 dB and what training does: terminal, page and JSON."""
     options = ("--over-outputs", how, "--use-answers", "--pages", 1, "--random-sets", 2)
-    found, out = explained(tiny, "validate", tmp_path, *options, target=tiny.target)
+    target = write_rows(tmp_path / "target.jsonl", target_rows(3))
+    found, out = explained(tiny, "validate", tmp_path, *options, target=target)
     assert found["relevance"] == read(tmp_path, "relevance.json")
     assert found["relevance"]["how"] == how
     page = (tmp_path / "relevance.html").read_text()
@@ -129,14 +130,14 @@ def test_relevance_over_outputs(tiny: World, how: Aggregation, tmp_path: Path) -
         assert is_rounded(of_terminal[name][4], row["above"]["3"])
         for number, k in enumerate((1, 3)):
             median, _, above = spreads[name][number]
-            assert row["by_budget"][str(k)]["count"] == 4
+            assert row["by_budget"][str(k)]["count"] == 3
             assert row["above"][str(k)] == np.mean(np.array(own[k]) > 0)
             assert is_rounded(above, row["above"][str(k)])
             assert is_rounded(median, float(np.median(own[k])))
             if how == "median_db":
                 assert is_rounded(median, values[number])
-    assert f"({AGGREGATIONS[how]} over 4 outputs and 5 random draws)" in plain(out)
-    assert f"4 outputs ({AGGREGATIONS[how]}, over the draws of a random strategy as well)" in text_of(page)
+    assert f"({AGGREGATIONS[how]} over 3 outputs and 5 random draws)" in plain(out)
+    assert f"3 outputs ({AGGREGATIONS[how]}, over the draws of a random strategy as well)" in text_of(page)
     check_validation(read(tmp_path, "validation.json"), plain(out), page)
 
 

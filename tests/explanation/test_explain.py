@@ -202,11 +202,12 @@ def test_generation_stops_at_the_end_of_turn(pool: Pool) -> None:
     model = host(pool.model, pool.dtype, pool.device).base()
     prompt = pool.chat.prompt_ids(({"role": "user", "content": "x"},))
     free = greedy_output(model, prompt, end_ids=[], max_new_tokens=6)
-    assert (len(free.token_ids), free.finished) == (6, False)
+    assert (len(free.token_ids), free.finish_reason) == (6, "length")
     end = free.token_ids[2]
     stopped = greedy_output(model, prompt, end_ids=[end], max_new_tokens=6)
-    assert stopped.token_ids == free.token_ids[: free.token_ids.index(end) + 1]
-    assert stopped.finished
+    drawn = free.token_ids.tolist()
+    assert stopped.token_ids.tolist() == drawn[: drawn.index(end) + 1]
+    assert stopped.finish_reason == "stop"
 
 
 def test_what_cannot_be_explained_is_listed(pool: Pool) -> None:

@@ -37,7 +37,7 @@ def long_ones(completions: list[str], **columns: Any) -> list[float]:
 
 
 def few_ones(completions: list[str], **columns: Any) -> list[float]:
-    return [float(len(text) % 4 == 0) for text in completions]
+    return [float(len(text) in (8, 11)) for text in completions]
 
 
 @pytest.fixture(scope="module")

@@ -45,7 +45,7 @@ def test_responses_are_those_that_were_scored_and_none_is_drawn_anew(
 
     def vowels(completions: list[str], **columns: Any) -> list[float | None]:
         calls.append(len(completions))
-        return [None if not text else float(sum(letter in "aeiou" for letter in text) > 3) for text in completions]
+        return [None if not text else float(sum(letter in "aeiou" for letter in text) > 1) for text in completions]
 
     pool = open_pool(tiny.pool, model=tiny.model, out=str(tmp_path / "run"), adapters=tiny.adapters, max_length=64,
                      device="cpu")  # fmt: skip

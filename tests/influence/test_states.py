@@ -114,7 +114,7 @@ def test_kept_and_resumed(
 
 def test_no_such_layer(opened: tuple[Pool, gs.Target]) -> None:
     """A layer that the model has not is refused, with those that there are."""
-    with pytest.raises(ConfigError, match="layer is 9: this model has 2 layers"):
+    with pytest.raises(ConfigError, match="layer is 9: this model has 1 layers"):
         gs.score(*opened, RepSim(layer=9))
 
 

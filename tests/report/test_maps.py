@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradsift.base.errors import NonFiniteError, ShapeError
+from gradsift.report import maps
 from gradsift.report.maps import layout, sample
 
 
@@ -52,8 +53,9 @@ def test_three_rows_lie_in_their_plane() -> None:
     assert apart == pytest.approx(wanted * (apart.max() / wanted.max()), abs=2e-4)
 
 
-def test_layout_keeps_groups_together() -> None:
+def test_layout_keeps_groups_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of three directions, of any length, come out as three groups: each row's nearest is of its own group."""
+    monkeypatch.setattr(maps, "_STEPS", 1000)  # as outside of tests
     draw = torch.Generator().manual_seed(0)
     group = torch.arange(45) % 3
     rows = torch.eye(3, 40)[group] + 0.05 * torch.randn(45, 40, generator=draw)

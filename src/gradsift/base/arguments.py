@@ -16,8 +16,7 @@ _OPEN = (Any, object, Tensor, inspect.Parameter.empty)  # arrays are looked at b
 
 def checked(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, which refuses by a ConfigError a text where none is wanted, a class in place of a value of it
-    (`TopK` for `TopK()`), and one of our values in the place of another. Numbers and collections are the function's own
-    matter.
+    (`TopK` for `TopK()`), and one of our values in the place of another; numbers and collections it checks itself.
     """
     signature = inspect.signature(function)
 

@@ -102,12 +102,14 @@ class Choices:
         name = fingerprint(choosing)
         if name not in known:
             scores = self._scored(pool, contender, estimator, scoring)
-            select_by = partial(self._select, contender, scores, method, budget)
-            stopped = isinstance(scores, Stopped)
-            known[name] = scores if stopped else self._timed("select", contender.name, choosing, select_by)
+            if isinstance(scores, Stopped):
+                known[name] = scores
+            else:
+                select_by = partial(self._select, contender, scores, method, budget)
+                known[name] = self._timed("select", contender.name, choosing, select_by)
         return known[name]
 
-    def _select(self, contender: Contender, scores: Any, method: Selector, budget: int) -> tuple[str, ...]:
+    def _select(self, contender: Contender, scores: Scores, method: Selector, budget: int) -> tuple[str, ...]:
         if contender.drop is None:
             return tuple(select(scores, method, budget=budget).ids)
         chosen = select(scores, method, drop=contender.drop)

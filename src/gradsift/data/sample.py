@@ -25,8 +25,8 @@ class RowSample(Settings):
     seed: Seed = 0
 
     def positions(self, examples: Sequence[Example]) -> list[int]:
-        """Positions of the rows that are drawn, ascending; ConfigError where there are too few, or there is no such
-        column.
+        """Positions of the rows that are drawn, ascending; ConfigError for too few rows, or a column that is not
+        there.
         """
         groups: dict[str, list[int]] = {}
         for position, example in enumerate(examples):

@@ -74,9 +74,7 @@ def composed(text: str) -> str:
 
 
 def set_apart(text: str) -> str:
-    """The text in usual width, with a blank where a sign or digit follows a letter of a script without gaps: `答案是
-    -42。`
-    """
+    """The text in usual width, with a blank where a sign or digit follows a letter of a script without gaps."""
     return str(_pattern("edges").sub(" ", composed(text)))
 
 

@@ -13,6 +13,7 @@ from gradsift.base.lazy import Tensor
 
 _COMPONENTS = 50  # both as in Compact, Figure 2
 _PERPLEXITY = 10.0
+_STEPS = 1000
 
 
 def layout(rows: Tensor | NDArray[np.floating]) -> list[tuple[float, float]]:
@@ -39,7 +40,8 @@ def layout(rows: Tensor | NDArray[np.floating]) -> list[tuple[float, float]]:
         from sklearn.manifold import TSNE  # a second to import, which every command would pay
 
         perplexity = min(_PERPLEXITY, (len(points) - 1) / 3)
-        found = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(found.astype(np.float32))
+        placed = TSNE(perplexity=perplexity, init="pca", random_state=0, max_iter=_STEPS)
+        found = placed.fit_transform(found.astype(np.float32))
     low, high = found[:, :2].min(axis=0), found[:, :2].max(axis=0)
     centred = found[:, :2].astype(float) - (low + high) / 2
     largest = float(np.abs(centred).max()) or 1.0

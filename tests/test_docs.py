@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import doctest
 import importlib
 import importlib.util
 import json
@@ -12,9 +13,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 
+import gradsift as gs
 from gradsift.options import FORMER
 
 ROOT = Path(__file__).parents[1]
@@ -288,3 +292,15 @@ def test_the_tables_of_options_are_true() -> None:
     written = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(written)
     assert written.page() == written.PAGE.read_text(encoding="utf-8"), "run `python docs/options.py`"
+
+
+def test_examples_of_docstrings_run() -> None:
+    """What each says it gives is what it gives; examples that need a model's files say so by `+SKIP`."""
+    names = {"torch": torch, "np": np, "gs": gs}
+    modules = [path for path in sorted((ROOT / "src").rglob("*.py")) if ">>> " in path.read_text(encoding="utf-8")]
+    found = []
+    for path in modules:
+        module = importlib.import_module(".".join(path.relative_to(ROOT / "src").with_suffix("").parts))
+        found.append(doctest.testmod(module, extraglobs=names, raise_on_error=False))
+    assert sum(result.failed for result in found) == 0
+    assert sum(result.attempted for result in found) > 100

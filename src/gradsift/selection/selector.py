@@ -156,7 +156,7 @@ def choose_all(selectors: Sequence[Selector], candidates: Candidates, budgets: S
     Example:
         >>> scores, rows = torch.tensor([0.5, -2.0, 1.0]), torch.eye(3)
         >>> pool = Candidates(scores, lambda positions: rows[positions], torch.ones(3))
-        >>> choose_all([MostInfluential(), MostHelpful()], pool, [1, 2])
+        >>> choose_all([gs.MostInfluential(), gs.MostHelpful()], pool, [1, 2])
         [{1: [[1]], 2: [[1, 2]]}, {1: [[2]], 2: [[2, 0]]}]
     """
     if not budgets:

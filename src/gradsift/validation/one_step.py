@@ -119,8 +119,8 @@ def adamw_first_step(
     is needed for weight decay.
 
     Example:
-        >>> adamw_first_step(torch.tensor([2.0, -0.5, 0.0]), lr=0.1)
-        tensor([-0.1000,  0.1000,  0.0000])
+        >>> adamw_first_step(torch.tensor([2.0, -0.5]), lr=0.1)
+        tensor([-0.1000,  0.1000])
     """
     gradient = gradient.detach()
     zero = torch.zeros((), dtype=gradient.dtype, device=gradient.device)

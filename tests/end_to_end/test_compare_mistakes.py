@@ -94,7 +94,7 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("selection of another estimator", {"arms": [{"estimator": {"kind": "less"},
      "selection": {"kind": "joint_greedy"}}]}, {}, "selection joint_greedy picks by the terms of JI2S"),
     ("training of an arm", {"arms": [{"full": True, "training": "ji2"}]}, {},
-     "compare.arms.0.training: training preset 'ji2' is unknown; there are less"),
+     "compare.arms.0.training: training preset 'ji2' is unknown: there are less"),
     ("training of the base", {"arms": [{"base": True, "training": "less"}]}, {}, "training does not go with it"),
     ("field of the training", {"training": {"epoch": 1}}, {}, "'compare.training.epoch'; did you mean 'epochs'?"),
     ("budget in words", {"budgets": ["many"]}, {}, "compare.budgets.0 is 'many': wanted a number of examples"),

@@ -45,7 +45,7 @@ def test_estimators_foretell_retraining(tmp_path: Path) -> None:
     """By LDS, in each of three trainings LESS is above random and, in the same order, MAGIC above LESS; in their mean
     Adam's moments do LESS good, though little, and the whole inverse is not below it, as it is by far where it is
     damped too little."""
-    model = save_model(tmp_path / "model")
+    model = save_model(tmp_path / "model", layers=2)
     rows, asked = questions(64, 1, wrong=0.15), questions(16, 2)
     settings = gs.Bench(measures=("lds",), subsets=12, shares=(0.1,), smooth=True)
     found: list[gs.Benchmark] = []

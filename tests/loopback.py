@@ -66,7 +66,10 @@ class Server:
 
             def do_POST(self) -> None:
                 assert self.path == "/v1/chat/completions", self.path
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                sent = self.rfile.read(length := int(self.headers["Content-Length"]))
+                if len(sent) < length:  # by a client that was killed
+                    return
+                body = json.loads(sent)
                 with lock:
                     server._open += 1
                     server.most_open = max(server.most_open, server._open)

@@ -37,29 +37,29 @@ def side_by_side(
 
     threads = [threading.Thread(target=run, name=f"worker-{n}", daemon=True) for n in range(min(workers, len(items)))]
 
-    def ended() -> None:
-        stop.set()
-        grace = time.monotonic() + _GRACE
-        for thread in threads:
-            thread.join(max(0.0, grace - time.monotonic()))
-
+    failure: BaseException | None = None
     try:
         for thread in threads:
             thread.start()
         for _ in items:
-            position, result, error = done.get()
-            if error is not None:
-                raise error
+            position, result, failure = done.get()
+            if failure is not None:
+                break
             yield position, result
-    except (Exception, KeyboardInterrupt):
-        ended()
-        while not done.empty():
-            position, result, error = done.get()
-            if error is None:
-                yield position, result
-        raise
+    except (Exception, KeyboardInterrupt) as caught:  # noqa: BLE001 - raised again, after what was done
+        failure = caught
     finally:
-        ended()
+        stop.set()
+        grace = time.monotonic() + _GRACE
+        for thread in threads:
+            thread.join(max(0.0, grace - time.monotonic()))
+    if failure is None:
+        return
+    while not done.empty():
+        position, result, error = done.get()
+        if error is None:
+            yield position, result
+    raise failure
 
 
 def in_order(work: Callable[[_Item], Any], items: Sequence[_Item], workers: int) -> list[Any]:

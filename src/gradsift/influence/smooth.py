@@ -188,11 +188,7 @@ class Ending:
 
     def loss(self, network: Network, theta: Tensor) -> float:
         """The mean over groups of their means, nats."""
-        return self.mean(self.losses(network, theta))
-
-    def losses(self, network: Network, theta: Tensor) -> Tensor:
-        """Of each target that counts, float64 `[target]`."""
-        return network.losses(theta, self.sequences, len(self.groups), self.dpo)
+        return self.mean(network.losses(theta, self.sequences, len(self.groups), self.dpo))
 
     def mean(self, losses: Tensor) -> float:
         """The same of the targets' losses `[target]`."""

@@ -78,9 +78,10 @@ class MetagradientDescent(SmoothTraining, Selector):
     def choose(self, candidates: Candidates, budget: int) -> list[int]:
         """That of the round that is kept, in the order of the scores that it was made by."""
         rounds = self.descend(candidates, budget)
-        groups = self._endings(*candidates.whole()[1:])[1].groups
-        candidates.told = _told(rounds, groups)
-        return list(kept(rounds, groups).chosen)
+        groups, _, measuring = self._parts(*candidates.whole()[1:])
+        best = kept(rounds, groups[measuring])
+        candidates.told = _told(rounds, best, groups[measuring])
+        return list(best.chosen)
 
     def descend(self, candidates: Candidates, budget: int) -> list[Round]:
         """Every round; what it trains and finds is kept in the run folder, step by step.
@@ -248,7 +249,7 @@ def kept(rounds: Sequence[Round], groups: NDArray[np.int64]) -> Round:
 
     Args:
         rounds: of a descent.
-        groups: of each held-out target, from 0.
+        groups: of each held-out target.
     """
     from scipy.special import stdtrit
 
@@ -269,6 +270,7 @@ def gain_of(first: Round, one: Round, groups: NDArray[np.int64]) -> tuple[float,
     trainings, s_s²/S, with the degrees of freedom of Welch and Satterthwaite.
     """
     difference = np.array(first.each) - np.array(one.each)
+    groups = np.unique(groups, return_inverse=True)[1]  # a group of which nobody is held out is none
     counts = np.bincount(groups)
     means = np.stack([np.bincount(groups, weights=own) / counts for own in difference])  # [training group]
     within = difference.mean(axis=0) - means.mean(axis=0)[groups]
@@ -279,9 +281,8 @@ def gain_of(first: Round, one: Round, groups: NDArray[np.int64]) -> tuple[float,
     return float(means.mean()), total**0.5, total**2 / float((squares**2 / apart).sum()) if total else 1.0
 
 
-def _told(rounds: Sequence[Round], groups: NDArray[np.int64]) -> tuple[Block, ...]:
+def _told(rounds: Sequence[Round], best: Round, groups: NDArray[np.int64]) -> tuple[Block, ...]:
     """What pages show of a descent."""
-    best = kept(rounds, groups)
     written = zip(
         text.figures([one.loss for one in rounds]), text.figures([one.held_out for one in rounds]), strict=True
     )

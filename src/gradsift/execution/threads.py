@@ -52,7 +52,8 @@ def side_by_side(
         stop.set()
         grace = time.monotonic() + _GRACE
         for thread in threads:
-            thread.join(max(0.0, grace - time.monotonic()))
+            if thread.is_alive():  # one whose start was interrupted cannot be joined
+                thread.join(max(0.0, grace - time.monotonic()))
     if failure is None:
         return
     while not done.empty():

@@ -87,7 +87,7 @@ class Budget:
     """
 
     def __init__(self, tokens: int, sequence_tokens: int, device: torch.device) -> None:
-        self.tokens, self._sequence_tokens, self._device = tokens, sequence_tokens, device
+        self.tokens, self._sequence_tokens, self.device = tokens, sequence_tokens, device
 
     def units(self, sequences: SequenceABC[Sequence]) -> list[Unit]:
         """Sequences as batches of today's size."""
@@ -128,7 +128,7 @@ class Budget:
             empty_device_cache()
             whole = waiting.pop(0)
             if len(failed.sequences) == 1:
-                where = f"does not fit in the memory of {self._device} even alone"
+                where = f"does not fit in the memory of {self.device} even alone"
                 leave_out(failed, f"a sequence of {failed.tokens} tokens {where}")
             else:
                 self.tokens = max(1, min(self.tokens, failed.tokens) // 2)

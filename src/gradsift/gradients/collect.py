@@ -478,8 +478,8 @@ class _Part:
         # What rows and the company they are computed in depend on, beside what the store is.
         self._note = fingerprint(
             [
-                spec.source.ids[spec.start : spec.stop], sorted(spec.stores), spec.cut.token_budget, spec.cut.lanes,
-                spec.at.settings.module_groups, sorted(spec.left_out),
+                "by row", spec.source.ids[spec.start : spec.stop], sorted(spec.stores), spec.cut.token_budget,
+                spec.cut.lanes, spec.at.settings.module_groups, sorted(spec.left_out),
             ]
         )  # fmt: skip
         self._saved_at, self._cost, self.there = time.monotonic(), 0.0, False

@@ -19,11 +19,11 @@ from gradsift.base.memory import give_back_memory, is_out_of_memory
 from gradsift.base.sums import row_norms
 from gradsift.base.types import Sequence
 from gradsift.gradients.adam import AdamDirection
-from gradsift.gradients.batching import Batch, Budget, Unit, sequence_tokens
 from gradsift.gradients.capture import Capture, grouped
 from gradsift.gradients.exact import ExactProducts
 from gradsift.gradients.folding import Captured
 from gradsift.gradients.projection import Projector
+from gradsift.model.batching import Batch, Budget, Unit, sequence_tokens
 from gradsift.model.loss import to_device
 
 View = Literal["plain", "adam", "segments"]

@@ -150,8 +150,6 @@ class StepTrainer:
     output: TrainingOutput
     data: Dataset
     positions: list[int]
-    settings: Training
-    seed: int
     batch_size: int
     what: str
     reporter: Reporter
@@ -159,6 +157,7 @@ class StepTrainer:
 
     def __post_init__(self) -> None:
         self.run, self.prefix = self.output.run, self.output.prefix
+        self.settings, self.seed = self.output.settings, self.output.seed
         self.steps_per_epoch = -(-len(self.positions) // self.batch_size)
         self.total_steps = self.settings.epochs * self.steps_per_epoch
         self._order: tuple[int, Any] = (-1, None)

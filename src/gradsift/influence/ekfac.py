@@ -128,20 +128,11 @@ class EKFAC(RateWeighted):
     def of(self, pool: Pool, targets: Targets) -> Influence:
         """The same, of what stands for the targets."""
         agreements: list[float] = []
-        ids, matrix, stores = self.matrix(pool, targets, agreements)
-        return Influence(
-            ids, matrix.numpy(), warnings=tuple(doubts(self, agreements)), identity={"stores": stores}, terms=agreements
-        )
-
-    def matrix(
-        self, pool: Pool, targets: Targets, agreements: list[float] | None = None
-    ) -> tuple[SequenceABC[str], Tensor, list[str]]:
-        """Pool ids, `[row target]` and the stores' fingerprints; each checkpoint's agreement is added to a list."""
 
         def products(checkpoint: Checkpoint, store: GradientStore, queries: GradientStore, weight: float) -> Tensor:
             directions = self.found(pool, targets, checkpoint)
             along, exact = directions.find(pool)
-            if agreements is not None and pool.gradients.projection.kind != "none":
+            if pool.gradients.projection.kind != "none":
                 agreements.append(_agreement(store, along, directions.checked(), exact))
                 pool.reporter.say(
                     f"{self.label} at {checkpoint.name}: scores of projected rows and of whole gradients have a rank "
@@ -150,7 +141,10 @@ class EKFAC(RateWeighted):
             along[[number for number, id_ in enumerate(targets.ids) if id_ not in queries]] = 0
             return inner_products(store, along, normalise=False, weight=weight, engine=pool.engine, device=pool.device)
 
-        return summed(self, pool, targets, products)
+        ids, matrix, stores = summed(self, pool, targets, products)
+        return Influence(
+            ids, matrix.numpy(), warnings=tuple(doubts(self, agreements)), identity={"stores": stores}, terms=agreements
+        )
 
     def passes(
         self, pool: Pool, target: Target | None, checkpoints: Callable[[], SequenceABC[Checkpoint | None]]

@@ -352,11 +352,10 @@ class ProductEstimator(Estimator):
     def influence(self, pool: Pool, target: Target | None) -> Influence:
         """The sum over checkpoints, weighted."""
         assert target is not None, self
-        ids, matrix, stores = self.matrix(pool, self.targets(pool, target))
-        return Influence(ids, matrix.numpy(), identity={"stores": stores})
+        return self.of(pool, self.targets(pool, target))
 
-    def matrix(self, pool: Pool, targets: Targets) -> tuple[Sequence[str], Tensor, list[str]]:
-        """Pool ids, `[row target]` and the stores' fingerprints."""
+    def of(self, pool: Pool, targets: Targets) -> Influence:
+        """The same, of what stands for the targets."""
 
         def products(_at: Checkpoint, store: GradientStore, queries: GradientStore, weight: float) -> Tensor:
             along = self.directions(store, target_rows(queries, targets.ids), pool.device)
@@ -364,7 +363,8 @@ class ProductEstimator(Estimator):
                 store, along, normalise=self.by_cosine, weight=weight, engine=pool.engine, device=pool.device
             )
 
-        return summed(self, pool, targets, products)
+        ids, matrix, stores = summed(self, pool, targets, products)
+        return Influence(ids, matrix.numpy(), identity={"stores": stores})
 
 
 def summed(

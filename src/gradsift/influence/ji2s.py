@@ -345,7 +345,7 @@ def joint_parts(pool: Pool, targets: SequenceSource, method: JI2S, terms: JointT
         shared += factor * _reduced(pairs, method.pair_reduction, len(terms.ids))
     factors = [1.0, method.joint_weight]
     if method.standardise_terms:
-        spreads = [float((term - term.mean()).square().mean().sqrt()) for term in (terms.marginal, terms.joint)]
+        spreads = [_spread(term) for term in (terms.marginal, terms.joint)]
         factors = [factor / spread if spread else 0.0 for factor, spread in zip(factors, spreads, strict=True)]
     return factors[0] * alone - factors[1] * shared
 
@@ -651,13 +651,17 @@ def _greedy_terms(method: JI2S, pool: Pool, target: Target, ids: Sequence[str]) 
 def standardised(term: Tensor) -> Tensor:
     """Mean 0 and standard deviation 1 over the pool; 0 where all are alike to rounding."""
     centred = term - term.mean()
-    spread = float(centred.square().mean().sqrt())
+    spread = _spread(term)
     # Of n equal numbers the mean, and with it each difference, is off by some ulps.
     constant = spread <= 1e-14 * float(term.abs().max())
     return torch.zeros_like(term) if constant else centred / spread
 
 
+def _spread(term: Tensor) -> float:
+    return float(term.std(correction=0))
+
+
 def _ratio(term: Tensor, other: Tensor) -> float:
     """Of standard deviations over the pool."""
-    above, below = (float((t - t.mean()).square().mean().sqrt()) for t in (term, other))
+    above, below = _spread(term), _spread(other)
     return above / below if below else math.inf if above else 0.0

@@ -217,26 +217,34 @@ def weighted_sequences(
     Raises:
         ConfigError: importance weights of responses that came without log-probabilities.
     """
-    rewarded = [(response, reward) for response, reward in zip(responses, rewards, strict=True) if reward is not None]
-    if not rewarded:
+    own, values = _rewarded(responses, rewards)
+    if not own:
         return ()
-    values = torch.tensor([reward for _, reward in rewarded], dtype=torch.float64)
-    coefficients = policy_coefficients(values, variant=gradient.variant, baseline=gradient.baseline)
-    factors: list[Tensor | float] = [1.0] * len(rewarded)
-    if gradient.importance_weights:
-        ratios = [_log_ratio(response) for response, _ in rewarded]
-        if gradient.variant == "ppo":
-            pairs = zip(ratios, coefficients.tolist(), strict=True)
-            factors = [clipped_ratios(ratio, coefficient, gradient.clip) for ratio, coefficient in pairs]
-        else:
-            factors = list(importance_shares(ratios))
+    coefficients = policy_coefficients(values, variant=gradient.variant, baseline=gradient.baseline).tolist()
+    factors = _clipped(own, values, gradient)
+    if gradient.importance_weights and gradient.variant != "ppo":
+        factors = importance_shares([_log_ratio(response) for response in own]).tolist()
     sequences = []
-    for (response, _), coefficient, factor in zip(rewarded, coefficients.tolist(), factors, strict=True):
+    for response, coefficient, factor in zip(own, coefficients, factors, strict=True):
         sequence = _as_sequence(response, coefficient * factor, gradient)
         if sequence.weights.any():
             sequences.append(sequence)
     # Batches are filled in this order, and neighbours of one length need no padding.
     return tuple(sorted(sequences, key=lambda sequence: -len(sequence.token_ids)))
+
+
+def _rewarded(responses: Sequence[Response], rewards: Sequence[float | None]) -> tuple[list[Response], Tensor]:
+    """Those that have a reward, and theirs, float64 [sample]."""
+    known = [(response, reward) for response, reward in zip(responses, rewards, strict=True) if reward is not None]
+    return [response for response, _ in known], torch.tensor([reward for _, reward in known], dtype=torch.float64)
+
+
+def _clipped(responses: Sequence[Response], rewards: Tensor, gradient: PolicyGradient) -> Sequence[Tensor | float]:
+    """Of each sample what its tokens weigh beside its coefficient: ratios for `ppo` with importance weights, else 1."""
+    if not responses or not gradient.importance_weights or gradient.variant != "ppo":
+        return [1.0] * len(responses)
+    advantages = policy_coefficients(rewards, variant=gradient.variant, baseline=gradient.baseline).tolist()
+    return [clipped_ratios(_log_ratio(r), a, gradient.clip) for r, a in zip(responses, advantages, strict=True)]
 
 
 def _as_sequence(response: Response, weight: Tensor | float, gradient: PolicyGradient) -> TokenSequence:
@@ -279,23 +287,17 @@ class SampleRows:
         label: TokenSequence | None = None,
     ) -> SampleRows:
         """The rows of some responses to one prompt, those without a reward left out, and of what stands for none."""
-        known = [(response, reward) for response, reward in zip(responses, rewards, strict=True) if reward is not None]
-        own = [response for response, _ in known]
-        values = torch.tensor([reward for _, reward in known], dtype=torch.float64)
+        own, values = _rewarded(responses, rewards)
         shared = gradient.importance_weights and gradient.variant != "ppo"
         ratios = torch.stack([_log_ratio(response).sum() for response in own]) if shared and own else None
-        units: list[Tensor | float] = [1.0] * len(own)
-        everything = torch.ones(1, len(own), dtype=torch.int64)
-        if gradient.importance_weights and not shared and own:
-            advantages = policy_coefficients(values, variant=gradient.variant, baseline=gradient.baseline).tolist()
-            units = [clipped_ratios(_log_ratio(r), a, gradient.clip) for r, a in zip(own, advantages, strict=True)]
+        units = _clipped(own, values, gradient)
         sequences = [_as_sequence(response, unit, gradient) for response, unit in zip(own, units, strict=True)]
         numbers = [(response.number,) for response in own]
         if len(own) <= MOST_ROWS:
             weighed = [_could_weigh(values, place, gradient) for place in range(len(own))]
             rows = tuple((sequence,) * weigh for sequence, weigh in zip(sequences, weighed, strict=True))
             return cls(tuple(numbers), rows, gradient, values, ratios, label)
-        weights = _weights(values, ratios, everything, gradient)[0].tolist()
+        weights = _weights(values, ratios, torch.ones(1, len(own), dtype=torch.int64), gradient)[0].tolist()
         scaled = [replace(s, weights=s.weights * np.float32(w)) for s, w in zip(sequences, weights, strict=True)]
         groups = [range(start, len(own), MOST_ROWS) for start in range(MOST_ROWS)]
         return cls(

@@ -285,10 +285,9 @@ def _exact(
                 nll = head.nll(batch)
             for row in range(len(pair)):
                 loss = nll[batch.owner.to(nll.device) == row].sum()
-                gradients = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
-                for c, weight, gradient in zip(group, weights, gradients, strict=True):
-                    whole = torch.zeros_like(weight) if gradient is None else gradient
-                    exact[c.name].append(c.matrix(whole).detach().float())
+                gradients = torch.autograd.grad(loss, weights, retain_graph=True, materialize_grads=True)
+                for c, gradient in zip(group, gradients, strict=True):
+                    exact[c.name].append(c.matrix(gradient).detach().float())
         for weight in weights:
             weight.requires_grad_(False)
     return exact

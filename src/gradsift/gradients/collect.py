@@ -138,18 +138,13 @@ class SequenceSource(Protocol):
 
 @dataclass(frozen=True)
 class AtCheckpoint:
-    """A model at one checkpoint, and how gradients are taken there; picklable.
-
-    model:  the base model's hub id or folder
-    dtype:  of the model
-    device: `auto`, `cpu`, `cuda`, `cuda:1`, or `map`
-    """
+    """A model at one checkpoint, and how gradients are taken there; picklable."""
 
     checkpoint: Checkpoint
-    model: str
+    model: str  # the base model's hub id or folder
     settings: Gradients
-    dtype: DtypeName = "auto"
-    device: str = "auto"
+    dtype: DtypeName = "auto"  # of the model
+    device: str = "auto"  # `auto`, `cpu`, `cuda`, `cuda:1`, or `map`
 
     def config(self, source: SequenceSource, view: View) -> dict[str, Any]:
         """What the rows of a store are: two stores with equal configurations hold equal rows (to rounding)."""
@@ -277,20 +272,16 @@ class _Work:
 
 @dataclass(frozen=True)
 class ShardSpec(_Work):
-    """One shard of work.
-
-    cut: how many of its rows' cosines are measured before projection, too, and how its batches are formed
-    left_out: rows of the shard that are not computed, with the reason
-    dry: compute the rows and keep nothing
-    """
+    """One shard of work."""
 
     stores: Mapping[View, str] = field(hash=False)  # view → prefix
     shard: int
     start: int
     stop: int
-    cut: _Cut
+    cut: _Cut  # how many of its rows' cosines are measured before projection, too, and how its batches are formed
+    # Rows of the shard that are not computed, with the reason.
     left_out: Mapping[int, str] = field(default_factory=dict, hash=False)
-    dry: bool = False
+    dry: bool = False  # compute the rows and keep nothing
 
     @property
     def rows(self) -> int:
@@ -336,16 +327,13 @@ def collect(
 
     Args:
         run: the run folder, locked by the caller if other processes may work there.
-        source: the rows' sequences, usually a `Dataset`.
+        source: the rows' sequences, usually a `Dataset`; `what` is the word for them in messages.
         checkpoint: adapter and optimizer state; gradients are taken at its weights.
         model: the base model's hub id or folder.
         views: `plain` for gradients, `adam` for update directions, `segments` for gradients with columns of its own for
             each module; those are the plain ones where the settings' projection keeps modules apart anyway.
         settings: how gradients are taken and stored.
-        dtype: of the model.
-        device: `auto`, `cpu`, `cuda`, `cuda:1`, or `map`.
-        what: the word for the rows in messages.
-        reporter: where progress goes.
+        dtype, device: of the model; `auto`, `cpu`, `cuda`, `cuda:1`, or `map`.
         engine: where shards are computed; they are the same wherever that is.
 
     Raises:

@@ -52,13 +52,11 @@ def curvature_product(
     and `ggn` is the second part, the Gauss-Newton matrix of the logistic loss of its margin (`Pairs.information`).
 
     Args:
-        kind: which H.
-        model: in any mode; it is evaluated without dropout and left as found.
-        modules: from `find_modules`; H is that of their weights, everything else is held constant.
+        model, modules: it is evaluated without dropout and left as found; all but the modules' weights is held
+            constant.
         sequences: of the Q rows; several sequences of one row add up.
         vector: s, module name → `[out in]`; for every module.
         token_budget: padded tokens per batch. `hvp` and `ggn` keep about three times the activations of a gradient.
-        autocast: run the model in this dtype.
         information: of rows whose loss is such a function, √ℓ″∇x; `sequences` have ℓ′∇x.
 
     Returns:
@@ -66,11 +64,6 @@ def curvature_product(
 
     Raises:
         ShapeError: no sequence, or a module without a vector of its shape.
-
-    Example::
-
-        captured = find_modules(model, "q_proj|v_proj").captured
-        product = curvature_product("hvp", model, captured, sequences, vector, token_budget=512)
     """
     rows = {sequence.row for sequence in sequences}
     if not rows:

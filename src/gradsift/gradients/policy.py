@@ -87,21 +87,15 @@ class PolicyGradient(Settings):
 def policy_coefficients(rewards: Tensor, *, variant: Variant = "plain", baseline: Baseline = "none") -> Tensor:
     """c_m of one prompt's samples, so that Σ_m c_m ∇NLL(ŷ_m) is the gradient of minus the expected reward.
 
-    With r the rewards (1[r > 0] for `discrete`) of M samples:
+    With r the rewards (1[r > 0] for `discrete`) of M samples, [sample]:
 
         plain, discrete:  c = (r − b) / M     b: 0, mean(r), or for each sample the mean of the others
         rejection:        c = 1[r > 0] / #(r > 0); weighted_rejection: r·1[r > 0] / #(r > 0); imitation: 1 / M
         ppo:              c = (r − mean(r)) / std(r) / M     std with M − 1
 
     (NICE, section 3.1, App. I.1 and I.3.) Where nothing distinguishes the samples (a constant reward with a baseline,
-    one sample with a baseline, no positive reward) all are 0.
-
-    Args:
-        rewards: [sample], of one prompt.
-        variant, baseline: as in `PolicyGradient`.
-
-    Returns:
-        [sample], float64, in the unit of the rewards (`discrete`, `rejection` and `ppo`: none).
+    one sample with a baseline, no positive reward) all are 0. Float64 [sample], in the unit of the rewards (`discrete`,
+    `rejection` and `ppo`: none).
 
     Raises:
         ShapeError: not [sample], or no sample.
@@ -136,16 +130,10 @@ def policy_coefficients(rewards: Tensor, *, variant: Variant = "plain", baseline
 
 
 def importance_shares(log_ratios: Sequence[Tensor]) -> Tensor:
-    """Self-normalised importance weights of one prompt's samples, with mean 1.
+    """Self-normalised importance weights of one prompt's samples, with mean 1: `M·ρ_m / Σ_n ρ_n`, float64 [sample].
 
-    `M·ρ_m / Σ_n ρ_n`, ρ_m = Π_t f(ŷ^t)/q(ŷ^t). The common factor of a prompt vanishes where rows are normalised, so
-    nothing is lost against ρ itself, and it cannot overflow.
-
-    Args:
-        log_ratios: per sample log f − log q of its tokens, [token].
-
-    Returns:
-        [sample], float64.
+    ρ_m = Π_t f(ŷ^t)/q(ŷ^t), of log f − log q of each sample's tokens, [token]. The common factor of a prompt vanishes
+    where rows are normalised, so nothing is lost against ρ itself, and it cannot overflow.
 
     Example:
         >>> importance_shares([torch.zeros(3), torch.zeros(5)]).tolist()
@@ -161,18 +149,11 @@ def _shares(totals: Tensor) -> Tensor:
 
 
 def clipped_ratios(log_ratio: Tensor, advantage: float, clip: float) -> Tensor:
-    """ρ_t where PPO's surrogate has a gradient, 0 where it is clipped.
+    """ρ_t where PPO's surrogate has a gradient, 0 where it is clipped; float64 [token].
 
     The gradient of `min(ρA, clamp(ρ, 1 − ε, 1 + ε)·A)` by log f is ρA, or 0 where ρ > 1 + ε with A > 0 or ρ < 1 − ε
-    with A < 0 (Schulman et al. 2017, equation 7).
-
-    Args:
-        log_ratio: log f − log q of a response's tokens, [token].
-        advantage: A of the response.
-        clip: ε.
-
-    Returns:
-        [token], float64.
+    with A < 0 (Schulman et al. 2017, equation 7). `log_ratio` is log f − log q of a response's tokens, A its
+    `advantage` and ε `clip`.
 
     Example:
         >>> clipped_ratios(torch.tensor([0.0, 1.0]), 1.0, 0.2).tolist()
@@ -188,10 +169,7 @@ def label_sequence(
 ) -> TokenSequence:
     """A row's own answer as an accepted sample: weight 1 (1/T for the mean) on each of the T tokens of its last turn.
 
-    Args:
-        prompt_ids: the row up to its answer.
-        label: the whole row.
-        reduction: of log f over the answer's tokens.
+    `prompt_ids` are the row up to its answer, `label` is the whole row.
     """
     own = label.supervised.copy()
     own[: len(prompt_ids)] = False
@@ -207,12 +185,7 @@ def weighted_sequences(
     """One prompt's responses as weighted sequences of row 0, longest first; those of weight zero are left out.
 
     The prompt's tokens weigh nothing, a response's tokens c_m each (c_m/T_m for the mean over its T_m tokens), a
-    sampled stop token included.
-
-    Args:
-        responses: samples of one prompt.
-        rewards: theirs; one of None is no sample.
-        gradient: the settings.
+    sampled stop token included. A response with a reward of None is no sample.
 
     Raises:
         ConfigError: importance weights of responses that came without log-probabilities.
@@ -264,18 +237,13 @@ class SampleRows:
     so exact. Of more than `MOST_ROWS` samples a row is the sum over a group, each at its weight among all samples: a
     choice of groups then has the baseline of all. With importance weights, `ppo` clips as it does among all. A label
     that stands for samples without weight is the last row.
-
-    numbers:   of the samples, by row
-    sequences: of each of these rows; none where no choice could give it any weight
-    rewards:   float64 [row], or None of groups
-    ratios:    log f/q of each sample, float64 [row], where the weights are shares by it
     """
 
-    numbers: tuple[tuple[int, ...], ...]
-    sequences: tuple[tuple[TokenSequence, ...], ...]
+    numbers: tuple[tuple[int, ...], ...]  # of the samples, by row
+    sequences: tuple[tuple[TokenSequence, ...], ...]  # of each row; none where no choice could give it any weight
     gradient: PolicyGradient
-    rewards: Tensor | None = None
-    ratios: Tensor | None = None
+    rewards: Tensor | None = None  # float64 [row], or None of groups
+    ratios: Tensor | None = None  # log f/q of each sample, float64 [row], where the weights are shares by it
     label: TokenSequence | None = None
 
     @classmethod
@@ -356,16 +324,14 @@ def _could_weigh(rewards: Tensor, place: int, gradient: PolicyGradient) -> bool:
 class PolicySource:
     """Prompts as rows of policy gradients, for `collect`: each row is the weighted sum of its responses' losses.
 
-    ids:      of the prompts
-    rows:     each prompt's weighted sequences; none where no response has any weight, and the gradient is zero
-    template: fingerprint of the pool's chat template, with which the prompts were rendered
 
     The prompt is run anew for each response: sharing it would need an attention mask of trees.
     """
 
-    ids: list[str]
+    ids: list[str]  # of the prompts
+    # Each prompt's weighted sequences; none where no response has any weight, and the gradient is zero.
     rows: tuple[tuple[TokenSequence, ...], ...] = field(repr=False)
-    template: str
+    template: str  # fingerprint of the pool's chat template, with which the prompts were rendered
     loss: str = "policy"
 
     @classmethod
@@ -378,15 +344,10 @@ class PolicySource:
         template: str,
         labels: Mapping[str, TokenSequence] | None = None,
     ) -> PolicySource:
-        """The rows of some prompts.
+        """The rows of some prompts; one without any response is a row of zeros.
 
-        Args:
-            responses: by prompt id; a prompt without any is a row of zeros.
-            rewards: by `Response.key`, so that they stay with their response whatever was done first; a response
-                without one, or of None, is left out.
-            gradient: the settings.
-            template: the pool's.
-            labels: by prompt id, what stands for a prompt in which no response has any weight (`fallback`).
+        Rewards are by `Response.key`, so that they stay with their response whatever was done first; a response without
+        one, or of None, is left out. `labels` stand for prompts in which no response has any weight (`fallback`).
         """
         rows = tuple(
             weighted_sequences(own, [rewards.get(response.key) for response in own], gradient)

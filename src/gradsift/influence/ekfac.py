@@ -206,16 +206,11 @@ class EKFAC(RateWeighted):
 
 @dataclass(frozen=True)
 class _Factors:
-    """What the curvature of a model at a checkpoint is, from a sample.
+    """What the curvature of a model at a checkpoint is, from a sample."""
 
-    at:     the checkpoint
-    sample: its rows
-    labels: as in `EKFAC`; of pairs the model's need no draw
-    """
-
-    at: AtCheckpoint
-    sample: Dataset
-    labels: Literal["model", "data"]
+    at: AtCheckpoint  # the checkpoint
+    sample: Dataset  # its rows
+    labels: Literal["model", "data"]  # as in `EKFAC`; of pairs the model's need no draw
 
     @property
     def config(self) -> dict[str, Any]:

@@ -71,11 +71,11 @@ def ji2s_scores(
     model where others of the pool move it as well is worth less. The pairs collapse, `B_i = Γ_iᵀHs − Γ_iᵀHΓ_i` with
     `s = Σ_j Γ_j`, so the cost is linear in the pool. Where the paper is at odds with itself we take λ with the sign of
     its section 4.2 and of its derivation (A.1), not that of its section 3; sums over targets are means here, both in A
-    and in H, so that λ differs from theirs by a factor that depends on the number of targets.
+    and in H, so that λ differs from theirs by a factor that depends on the number of targets. Scores are [pool], fp32
+    or better, on the device of `pool`; computed in fp64.
 
     Args:
-        pool: update directions Γ (Adam's, or plain gradients) [pool dim].
-        target: gradients v [target dim].
+        pool, target: update directions Γ (Adam's, or plain gradients) [pool dim], gradients v [target dim].
         joint_weight: λ; the paper's are 0.05 to 0.2. Below 0 it prefers examples that others agree with.
         hessian: `fisher`, H = (1/Q) Σ_q v_q v_qᵀ of the arrays given; `identity`, which leaves similarity alone
             (section 6.2); or (Hs [dim], self terms Γ_iᵀHΓ_i [pool]) from elsewhere, None for self terms left in.
@@ -84,9 +84,6 @@ def ji2s_scores(
         pair_reduction: `sum` over j ≠ i, or `mean`, which divides by pool − 1 so that λ bears other pool sizes.
         standardise_terms: both terms to mean 0 and standard deviation 1 over the pool, which makes λ their ratio and
             drops η; a term that is the same for all becomes 0.
-
-    Returns:
-        Scores [pool], fp32 or better, on the device of `pool`; computed in fp64.
 
     Raises:
         ConfigError: a weight or rate that is not a finite number, a rate not above 0, or an unknown option.
@@ -255,21 +252,15 @@ class JI2S(TrainingEstimator):
 
 @dataclass(frozen=True)
 class JointTerms:
-    """The two terms of JI2S, summed over checkpoints.
+    """The two terms of JI2S, summed over checkpoints."""
 
-    ids: pool ids with finite gradients everywhere, without those that were left out
-    marginal: float64 [pool], Σ_e w_e A
-    joint: float64 [pool], Σ_e w_e η_e^(p−1) B, without λ; less the bias where that was asked for
-    bias: float64 [pool], the projection's estimated share in the joint term, for `fisher_projected`; where it is not
-        taken off, of some 2048 rows alone, and NaN of the others
-    stores: fingerprints of the stores used
-    """
-
-    ids: list[str]
-    marginal: Tensor
-    joint: Tensor
+    ids: list[str]  # pool ids with finite gradients everywhere, without those that were left out
+    marginal: Tensor  # float64 [pool], Σ_e w_e A
+    joint: Tensor  # float64 [pool], Σ_e w_e η_e^(p−1) B, without λ; less the bias where that was asked for
+    # Float64 [pool], the projection's estimated share in the joint term, for `fisher_projected`; where it is not taken
+    # off, of some 2048 rows alone, and NaN of the others.
     bias: Tensor | None
-    stores: list[str]
+    stores: list[str]  # fingerprints of the stores used
 
     def parts(self, method: JI2S) -> tuple[Tensor, Tensor]:
         """Both terms as they enter the score, which is their difference `[pool]`."""

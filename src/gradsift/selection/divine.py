@@ -56,8 +56,7 @@ def divine(importance: Tensor, distance: Tensor, *, budget: int, gammas: Sequenc
     Args:
         importance: I [candidate], higher = chosen earlier. Compact: the naive key by min-max onto [0, 1].
         distance: D [candidate candidate], symmetric, such as `1 − cos`.
-        budget: how many to choose.
-        gammas: values of γ in the order in which ties are decided; `GAMMAS` by default.
+        gammas: `GAMMAS` by default.
 
     Raises:
         ConfigError: no γ, a γ that is negative or not finite, or a budget outside 1 to the number of candidates.

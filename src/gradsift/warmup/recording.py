@@ -56,24 +56,19 @@ class RecordingInfo(Record):
 
 @dataclass(frozen=True)
 class Recording:
-    """What a recording holds. Rows count from 0 in the order in which they were first trained on.
-
-    rows:   token ids and labels of each
-    taken:  of each step the rows that it trains on, one that is trained on twice named twice
-    shares: of each of those, what the NLL of one of its labels counts for in the step's loss, or of DPO what the loss
-        of its pair counts for, above 0 for chosen and below for rejected answers; NaN where that is unknown
-    rates:  of each step
-    epochs: of each step, from 0
-    norms:  float32 `[step parameter]`, of the gradient of each parameter tensor as the optimizer got it
-    """
+    """What a recording holds. Rows count from 0 in the order in which they were first trained on."""
 
     folder: Path
     info: dict[str, Any]
-    rows: list[TokenizedExample] = field(repr=False)
+    rows: list[TokenizedExample] = field(repr=False)  # token ids and labels of each
+    # Of each step the rows that it trains on, one that is trained on twice named twice.
     taken: list[NDArray[np.int64]] = field(repr=False)
+    # Of each of those, what the NLL of one of its labels counts for in the step's loss, or of DPO what the loss of its
+    # pair counts for, above 0 for chosen and below for rejected answers; NaN where that is unknown.
     shares: list[NDArray[np.float64]] = field(repr=False)
-    rates: NDArray[np.float64] = field(repr=False)
-    epochs: NDArray[np.int64] = field(repr=False)
+    rates: NDArray[np.float64] = field(repr=False)  # of each step
+    epochs: NDArray[np.int64] = field(repr=False)  # of each step, from 0
+    # Float32 `[step parameter]`, of the gradient of each parameter tensor as the optimizer got it.
     norms: NDArray[np.float32] = field(repr=False)
 
     def __len__(self) -> int:

@@ -218,12 +218,11 @@ def train(
         data: holds the examples.
         ids: of the examples; their order does not matter, one that is named twice counts twice.
         settings: of the training.
-        model: the base model's hub id or folder.
-        dtype: of the base model; the adapter is float32 (float64 on a float64 model).
+        model, dtype: the base model's hub id or folder, and its type; the adapter is float32 (float64 on a float64
+            model).
         device: `auto`, `cpu`, `cuda`, `cuda:1`, or `map`.
         seed: of the adapter's A matrices, the order of the examples, and dropout.
         what: the word for this training in messages.
-        reporter: where progress goes.
         check: given the network before its first step; what it raises ends the training.
 
     Returns:

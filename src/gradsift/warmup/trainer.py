@@ -62,15 +62,11 @@ class TrainingState:
 
 @dataclass(frozen=True)
 class StepRows:
-    """The rows of an optimizer step.
-
-    sequences: their `row` is a position in `ids`
-    dpo: what makes a row's loss of the sum over its sequences, where that is not the loss
-    """
+    """The rows of an optimizer step."""
 
     ids: SequenceABC[str]
-    sequences: SequenceABC[Sequence]
-    dpo: DPO | None = None
+    sequences: SequenceABC[Sequence]  # their `row` is a position in `ids`
+    dpo: DPO | None = None  # what makes a row's loss of the sum over its sequences, where that is not the loss
 
     @classmethod
     def of(cls, data: Dataset, positions: SequenceABC[int]) -> StepRows:
